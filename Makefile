@@ -1,0 +1,57 @@
+# Every command a user or a developer needs; `make help` lists them.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+CACHE ?= $(HOME)/.cache/qlora-operator
+export UV_CACHE_DIR ?= $(CACHE)/uv
+PYTHON ?= python3
+BIN := .venv/bin
+UV_VERSION := 0.13.9
+LOCKS := requirements/operator.txt requirements/trainer.txt requirements/cli.txt requirements/dev.txt
+
+.PHONY: help setup lock generate check test unit integration e2e demo cluster cluster-down
+
+help: ## this list
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
+
+setup: .venv/.installed ## make .venv from the hashed requirement files
+
+.venv/.installed: requirements/dev.txt pyproject.toml
+	@test -x $(BIN)/uv || { $(PYTHON) -m venv .venv && $(BIN)/python -m pip install --quiet uv==$(UV_VERSION); }
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements/dev.txt
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
+	@touch $@
+
+lock: ## compile the hashed requirement files anew; UPGRADE=--upgrade takes newer releases
+	@test -x $(BIN)/uv || { $(PYTHON) -m venv .venv && $(BIN)/python -m pip install --quiet uv==$(UV_VERSION); }
+	$(BIN)/python requirements/compile.py $(UPGRADE)
+
+generate: setup ## write the CRD, its copy in the chart, the RBAC rules and the references from the code
+	$(BIN)/python -m qlora_api.generate
+
+check: setup ## lint, types, import rules, generated files: under a minute
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/mypy
+	$(BIN)/python -m qlora_api.generate --check
+
+test: setup ## every test: unit, integration (real control plane), e2e (real node)
+	$(BIN)/pytest tests
+
+unit: setup ## the tests that need no cluster
+	$(BIN)/pytest tests/unit tests/golden tests/contract
+
+integration: setup ## the tests on a real control plane
+	$(BIN)/pytest tests/integration
+
+e2e: setup ## the tests on a real node (root on Debian, or QLORA_TEST_KUBECONFIG)
+	$(BIN)/pytest tests/e2e
+
+demo: setup ## train, evaluate and publish the quickstart's adapter on this computer
+	$(BIN)/python -m examples.quickstart.demo
+
+cluster: setup ## start a real cluster on this machine and print its KUBECONFIG
+	$(BIN)/python -m tests.cluster up --node
+
+cluster-down: setup ## remove everything that `make cluster` made
+	$(BIN)/python -m tests.cluster down

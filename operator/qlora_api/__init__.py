@@ -1,0 +1,1 @@
+"""The contract between manifest, operator, trainer and command line; it imports pydantic and nothing else of ours."""

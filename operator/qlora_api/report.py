@@ -1,0 +1,95 @@
+"""What the trainer leaves behind: its last word, the report and the manifest."""
+
+from datetime import datetime
+from typing import Annotated
+
+from pydantic import Field
+
+from qlora_api.base import ApiModel
+from qlora_api.names import Reason
+from qlora_api.prepared import Prepared
+from qlora_api.result import Result
+from qlora_api.v1alpha1 import EvaluationStatus, Plan, QLoRAJobSpec
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class LastWord(ApiModel):
+    """A container's termination message: one line of JSON, at most TERMINATION_MESSAGE_BYTES."""
+
+    reason: Reason
+    message: str = ""
+    step: int | None = None
+    """Optimizer steps that were done."""
+    prepared: Prepared | None = None
+    result: Result | None = None
+
+
+class Sample(ApiModel):
+    """One held-out prompt, answered before and after."""
+
+    prompt: str
+    reference: str
+    base: str
+    adapter: str
+
+
+class StepRecord(ApiModel):
+    """One optimizer step."""
+
+    step: int
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    tokens: int
+    """Non-padding tokens of the step."""
+    seconds: float
+
+
+class RunReport(ApiModel):
+    """report.json: everything that report.html shows."""
+
+    job: str
+    namespace: str
+    digest: str
+    spec: QLoRAJobSpec
+    plan: Plan
+    prepared: Prepared
+    choices: dict[str, str]
+    """What the hardware decided (dtype, attention, …), each with its reason."""
+    history: tuple[StepRecord, ...]
+    evaluation: EvaluationStatus
+    samples: tuple[Sample, ...]
+    started_at: datetime
+    finished_at: datetime
+    training_seconds: float
+    tokens_per_second: float
+    """Non-padding tokens per second of training."""
+    peak_memory_bytes: int
+    """Peak of the device's memory on a GPU, of the resident set on a CPU."""
+    versions: dict[str, str]
+
+
+class ManifestFile(ApiModel):
+    """One object of the result."""
+
+    path: str
+    """Relative to the manifest's folder."""
+    size: int
+    sha256: Sha256
+
+
+class Manifest(ApiModel):
+    """manifest.json, written last and only once: who finds it finds a complete, verified result."""
+
+    digest: str
+    job: str
+    namespace: str
+    base_model: str
+    base_commit: str
+    dataset_uri: str
+    dataset_digest: str
+    trainer_version: str
+    created_at: datetime
+    result: Result
+    files: tuple[ManifestFile, ...]

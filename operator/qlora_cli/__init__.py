@@ -1,0 +1,1 @@
+"""`qlora`, the command line; also `kubectl qlora`."""

@@ -1,0 +1,1 @@
+"""The operator: watches QLoRAJobs, runs their pods and keeps their status true."""

@@ -1,0 +1,1 @@
+"""The trainer: turns a checked configuration into a published adapter."""
