@@ -26,14 +26,14 @@ lock: ## compile the hashed requirement files anew; UPGRADE=--upgrade takes newe
 	$(BIN)/python requirements/compile.py $(UPGRADE)
 
 generate: setup ## write the CRD, its copy in the chart, the RBAC rules and the references from the code
-	$(BIN)/python -m qlora_api.generate
+	$(BIN)/python -m qlora_operator.generate
 
 check: setup ## lint, types, import rules, generated files: under a minute
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
-	$(BIN)/python -m qlora_api.generate --check
+	$(BIN)/python -m qlora_operator.generate --check
 
 test: setup ## every test: unit, integration (real control plane), e2e (real node)
 	$(BIN)/pytest tests

@@ -4,7 +4,7 @@ import re
 from datetime import datetime, timedelta
 from typing import Annotated, Final, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, ConfigDict, Field
 
 from qlora_api.base import ApiModel
 from qlora_api.names import ConditionType, Phase, Reason
@@ -26,6 +26,18 @@ def to_timedelta(duration: str) -> timedelta:
     return timedelta(seconds=int(duration[:-1]) * _SECONDS[duration[-1]])
 
 
+def _cel(*rules: tuple[str, str]) -> ConfigDict:
+    """Attach rules for the API server, (expression that must hold, what to do), to a model."""
+    validations = [{"rule": rule, "message": message} for rule, message in rules]
+    return ConfigDict(json_schema_extra={"x-kubernetes-validations": validations})
+
+
+_IN_CLUSTER: Final = "!self.uri.startsWith('file://')"
+_S3_SHAPE: Final = (
+    "!self.uri.startsWith('s3://') || self.uri.matches('^s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/.*)?$')",
+    "write s3://bucket/key; a bucket has 3 to 63 lower-case letters, digits, dots and hyphens",
+)
+
 Duration = Annotated[
     str, Field(pattern=r"^[1-9][0-9]*(s|m|h|d)$", max_length=8, examples=["30m"]), AfterValidator(_validate_duration)
 ]
@@ -46,6 +58,15 @@ class SecretRef(ApiModel):
 
 class ModelSpec(ApiModel):
     """The base model."""
+
+    model_config = _cel(
+        (_IN_CLUSTER, "file:// works with 'qlora run' only; upload the model and use s3://, or use hf://"),
+        (
+            "!self.uri.startsWith('hf://') || self.uri.matches('^hf://[A-Za-z0-9._-]+/[A-Za-z0-9._-]+$')",
+            "write hf://organisation/name; the revision goes into spec.model.revision",
+        ),
+        _S3_SHAPE,
+    )
 
     uri: Uri = Field(
         description=(
@@ -70,6 +91,13 @@ class ModelSpec(ApiModel):
 class EvaluationSplit(ApiModel):
     """The held-out rows, on which base model and adapter are compared."""
 
+    model_config = _cel(
+        (
+            "!has(self.uri) || !self.uri.startsWith('file://')",
+            "file:// works with 'qlora run' only; upload the rows and use s3://",
+        ),
+    )
+
     fraction: float = Field(
         default=0.05,
         gt=0,
@@ -81,6 +109,11 @@ class EvaluationSplit(ApiModel):
 
 class DatasetSpec(ApiModel):
     """The rows to learn from."""
+
+    model_config = _cel(
+        (_IN_CLUSTER, "file:// works with 'qlora run' only; upload the dataset and use s3://"),
+        _S3_SHAPE,
+    )
 
     uri: Uri = Field(
         description="Object with one JSON object a line (.jsonl): s3://bucket/key, hf://datasets/name/file or file://.",
@@ -115,6 +148,13 @@ class QuantizationSpec(ApiModel):
 class LoraSpec(ApiModel):
     """The low-rank adapter."""
 
+    model_config = _cel(
+        (
+            "!('all-linear' in self.targets) || size(self.targets) == 1",
+            "all-linear means every linear module; list it alone, or list module names without it",
+        ),
+    )
+
     rank: int = Field(default=16, ge=1, le=1024, description="Rank r of the update matrices.")
     alpha: int = Field(default=32, ge=1, le=4096, description="Scale: updates are multiplied by alpha / rank.")
     dropout: float = Field(default=0.05, ge=0, lt=1, description="Dropout on the adapter's input while training.")
@@ -128,6 +168,13 @@ class LoraSpec(ApiModel):
 
 class TrainingSpec(ApiModel):
     """The optimisation."""
+
+    model_config = _cel(
+        (
+            "!has(self.microBatchSize) || self.globalBatchSize % self.microBatchSize == 0",
+            "microBatchSize must divide globalBatchSize; leave it out to let the plan choose",
+        ),
+    )
 
     epochs: float = Field(default=3, gt=0, le=1000, description="Passes over the training rows.")
     max_steps: int | None = Field(
@@ -203,6 +250,11 @@ class EvaluationSpec(ApiModel):
 class OutputSpec(ApiModel):
     """Where the result goes."""
 
+    model_config = _cel(
+        (_IN_CLUSTER, "file:// works with 'qlora run' only; use s3://bucket/prefix"),
+        _S3_SHAPE,
+    )
+
     uri: OutputUri = Field(
         description="Prefix for the result, s3://bucket/prefix; the adapter lands in <uri>/<name>/<digest>/adapter.",
         examples=["s3://adapters/team-a"],
@@ -228,8 +280,31 @@ class DeadlinesSpec(ApiModel):
     total: Duration = Field(default="24h", description="Longest time that the training attempt may take.")
 
 
+MUTABLE_FIELDS: Final = frozenset({"deadlines"})
+"""Fields of the spec that may change after creation; every other block is immutable as a whole."""
+
+
+def _immutable(field: str) -> tuple[str, str]:
+    return f"self.{field} == oldSelf.{field}", f"spec.{field} cannot change; create a QLoRAJob with another name"
+
+
 class QLoRAJobSpec(ApiModel):
     """What to fine-tune, on what, how, and where the adapter goes."""
+
+    model_config = _cel(
+        (
+            "self.method != 'qlora' || self.quantization.bits in [4, 8]",
+            "method qlora needs quantization.bits 4 or 8; for a 16-bit base set method to lora",
+        ),
+        (
+            "self.method != 'lora' || self.quantization.bits == 16",
+            "method lora needs quantization.bits 16; for a quantised base set method to qlora",
+        ),
+        *map(
+            _immutable,
+            ("method", "model", "dataset", "quantization", "lora", "training", "resources", "evaluation", "output"),
+        ),
+    )
 
     method: Literal["qlora", "lora"] = Field(
         default="qlora", description="qlora: adapter on a quantised base; lora: adapter on a 16-bit base."
@@ -243,10 +318,6 @@ class QLoRAJobSpec(ApiModel):
     evaluation: EvaluationSpec = Field(default=EvaluationSpec(), description="What is reported beside the loss.")
     output: OutputSpec = Field(description="Where the result goes.")
     deadlines: DeadlinesSpec = Field(default=DeadlinesSpec(), description="When waiting ends. May be changed later.")
-
-
-MUTABLE_FIELDS: Final = frozenset({"deadlines"})
-"""Fields of the spec that may change after creation; every other block is immutable as a whole."""
 
 
 class Condition(ApiModel):
