@@ -1,0 +1,95 @@
+"""The generated CRD says what the models say, in the form that an API server accepts."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_api import crd, names
+from qlora_api.v1alpha1 import MUTABLE_FIELDS, QLoRAJobSpec
+from qlora_operator.generate import stale_files
+
+ROOT = Path(__file__).parents[2]
+NOT_STRUCTURAL = {"$ref", "$defs", "anyOf", "oneOf", "allOf", "const", "title", "examples", "propertyNames"}
+
+
+def walk(schema: dict[str, Any], path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    yield path, schema
+    for name, field in schema.get("properties", {}).items():
+        yield from walk(field, f"{path}.{name}")
+    for key in ("items", "additionalProperties"):
+        if isinstance(schema.get(key), dict):
+            yield from walk(schema[key], f"{path}[]")
+
+
+NODES = dict(walk(crd.root_schema()))
+
+
+def test_every_node_is_structural():
+    assert {path: bad for path, node in NODES.items() if (bad := NOT_STRUCTURAL & node.keys())} == {}
+    assert [path for path, node in NODES.items() if "type" not in node] == []
+
+
+def test_every_string_list_and_map_is_bounded_so_that_cel_stays_within_its_budget():
+    unbounded = {
+        path: node["type"]
+        for path, node in NODES.items()
+        if path.startswith((".spec", ".status"))
+        and (
+            (node["type"] == "string" and not {"maxLength", "enum", "format"} & node.keys())
+            or (node["type"] == "array" and "maxItems" not in node)
+            or (node["type"] == "object" and "additionalProperties" in node and "maxProperties" not in node)
+        )
+    }
+    assert unbounded == {}
+
+
+def test_every_field_of_the_spec_is_described():
+    assert [path for path, node in NODES.items() if path.startswith(".spec") and "description" not in node
+            and not path.endswith("[]")] == []  # fmt: skip
+
+
+def test_every_block_of_the_spec_is_immutable_but_the_named_ones():
+    guarded = {
+        rule["rule"].split("oldSelf.")[1]
+        for rule in NODES[".spec"]["x-kubernetes-validations"]
+        if "oldSelf." in rule["rule"]
+    }
+    assert guarded == NODES[".spec"]["properties"].keys() - MUTABLE_FIELDS
+
+
+def test_every_immutable_block_is_always_present_since_cel_cannot_guard_an_optional_one():
+    spec = NODES[".spec"]
+    assert {name for name, field in spec["properties"].items() if "default" not in field} == set(spec["required"])
+
+
+def test_a_status_is_in_progress_before_the_operator_has_written_one():
+    assert NODES[".status"]["default"] == {"observedGeneration": -1}
+
+
+def test_the_api_servers_defaults_are_the_models_defaults():
+    minimal = {"model": {"uri": "hf://a/b"}, "dataset": {"uri": "s3://data/x.jsonl"}, "output": {"uri": "s3://out"}}
+    assert QLoRAJobSpec.model_validate(defaulted(minimal, NODES[".spec"])) == QLoRAJobSpec.model_validate(minimal)
+
+
+def defaulted(value: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
+    """What the API server's defaulting makes of an object."""
+    filled = dict(value)
+    for name, field in schema.get("properties", {}).items():
+        if name not in filled and "default" in field:
+            filled[name] = field["default"]
+        if name in filled and field["type"] == "object":
+            filled[name] = defaulted(filled[name], field)
+    return filled
+
+
+@pytest.mark.parametrize("reason", names.Reason)
+def test_every_reason_has_a_sentence_and_a_remedy(reason: names.Reason):
+    sentence, remedy = names.GUIDANCE[reason]
+    assert sentence.endswith(".")
+    assert remedy.endswith(".")
+
+
+def test_generated_files_are_current():
+    assert stale_files(ROOT) == []

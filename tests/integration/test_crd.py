@@ -1,0 +1,125 @@
+"""The CRD on a real API server: what it accepts, refuses, fills in, prints and explains."""
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.cluster.cluster import Cluster
+
+ROOT = Path(__file__).parents[2]
+MINIMAL: dict[str, Any] = {
+    "apiVersion": "qlora.dev/v1alpha1",
+    "kind": "QLoRAJob",
+    "metadata": {"name": "support-bot", "namespace": "crd"},
+    "spec": {
+        "model": {"uri": "hf://meta-llama/Llama-3.2-3B"},
+        "dataset": {"uri": "s3://data/support/train.jsonl"},
+        "output": {"uri": "s3://adapters/team-a", "secretRef": {"name": "s3-credentials"}},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def namespace(control_plane: Cluster) -> Cluster:
+    control_plane.kubectl("apply", "-f", str(ROOT / "crds/qlorajobs.qlora.dev.yaml"))
+    control_plane.kubectl("wait", "--for=condition=Established", "crd/qlorajobs.qlora.dev", "--timeout=30s")
+    control_plane.kubectl("create", "namespace", "crd")
+    return control_plane
+
+
+@pytest.fixture
+def created(namespace: Cluster) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Apply a manifest, and return what the API server made of it."""
+
+    def create(manifest: dict[str, Any]) -> dict[str, Any]:
+        return json.loads(namespace.kubectl("apply", "-o", "json", "-f", "-", input=yaml.safe_dump(manifest)))
+
+    return create
+
+
+def with_field(path: str, value: object) -> dict[str, Any]:
+    manifest = copy.deepcopy(MINIMAL)
+    *parents, last = path.split(".")
+    node = manifest
+    for parent in parents:
+        node = node.setdefault(parent, {})
+    node[last] = value
+    return manifest
+
+
+def test_a_minimal_job_gets_every_default_and_counts_as_in_progress(created):
+    job = created(MINIMAL)
+    assert job["spec"]["lora"] == {
+        "rank": 16, "alpha": 32, "dropout": 0.05, "targets": ["q_proj", "v_proj"], "dora": False, "rslora": False,
+    }  # fmt: skip
+    assert job["spec"]["deadlines"] == {"startup": "30m", "total": "24h"}
+    assert job["status"] == {"observedGeneration": -1}
+
+
+REFUSED = [
+    ("spec.lora.rank", 0, "spec.lora.rank: Invalid value: 0: spec.lora.rank in body should be greater than or equal"),
+    ("spec.lora.rnak", 8, 'unknown field "spec.lora.rnak"'),
+    ("spec.quantization.bits", 5, 'spec.quantization.bits: Unsupported value: 5: supported values: "4", "8", "16"'),
+    ("spec.quantization.bits", 16, "method qlora needs quantization.bits 4 or 8"),
+    ("spec.method", "lora", "method lora needs quantization.bits 16"),
+    ("spec.training.microBatchSize", 3, "microBatchSize must divide globalBatchSize"),
+    ("spec.training.learningRate", 0, "spec.training.learningRate"),
+    ("spec.model.uri", "meta-llama/Llama-3.2-3B", "spec.model.uri"),
+    ("spec.model.uri", "hf://Llama-3.2-3B", "write hf://organisation/name"),
+    ("spec.model.uri", "file:///models/x", "file:// works with 'qlora run' only"),
+    ("spec.dataset.uri", "s3://d/x.jsonl", "a bucket has 3 to 63 lower-case letters"),
+    ("spec.dataset.uri", "file:///data/x.jsonl", "file:// works with 'qlora run' only"),
+    ("spec.lora.targets", ["all-linear", "q_proj"], "list it alone"),
+    ("spec.lora.targets", [], "spec.lora.targets"),
+    ("spec.deadlines.total", "1 day", "spec.deadlines.total"),
+    ("metadata.name", "a" * 53, "metadata.name may have 52 characters"),
+    ("metadata.name", "support.bot", "metadata.name may not contain a dot"),
+]
+
+
+@pytest.mark.parametrize(("path", "value", "message"), REFUSED, ids=[f"{p}={v!r:.20}" for p, v, _ in REFUSED])
+def test_what_cannot_work_is_refused_with_the_field_and_the_fix(namespace, path, value, message):
+    manifest = yaml.safe_dump(with_field(path, value))
+    refusal = namespace.kubectl_refused("apply", "-f", "-", input=manifest)
+    assert message in refusal
+
+
+CHANGES = [
+    ("lora", {"rank": 8}),
+    ("model", {"uri": "hf://meta-llama/Llama-3.2-3B", "secretRef": {"name": "added-later"}}),
+    ("training", {"maxSteps": 5}),
+    ("resources", {"gpusPerNode": 0}),
+]
+
+
+@pytest.mark.parametrize(("block", "value"), CHANGES, ids=[block for block, _ in CHANGES])
+def test_what_decides_the_result_cannot_change(created, namespace, block, value):
+    created(MINIMAL)
+    manifest = yaml.safe_dump(with_field(f"spec.{block}", value))
+    refusal = namespace.kubectl_refused("apply", "-f", "-", input=manifest)
+    assert f"spec.{block} cannot change; create a QLoRAJob with another name" in refusal
+
+
+def test_a_deadline_may_change(created):
+    created(MINIMAL)
+    assert created(with_field("spec.deadlines", {"total": "48h"}))["spec"]["deadlines"]["total"] == "48h"
+
+
+def test_short_names_and_columns(created, namespace):
+    created(MINIMAL)
+    narrow = namespace.kubectl("get", "qlj", "-n", "crd").splitlines()[0].split()
+    assert narrow == ["NAME", "PHASE", "PROGRESS", "ETA", "LOSS", "GPUS", "AGE"]
+    wide = namespace.kubectl("get", "qlora", "-n", "crd", "-o", "wide").splitlines()[0].split()
+    assert wide[7:] == ["MODEL", "STEP", "TOK/S", "ATTEMPT", "ADAPTER", "REASON"]
+
+
+def test_explain_describes_every_field_of_lora(namespace):
+    text = namespace.kubectl("explain", "qlorajob.spec.lora")
+    for field in ("alpha", "dora", "dropout", "rank", "rslora", "targets"):
+        assert f"  {field}\t" in text
+    assert "updates are multiplied by alpha / rank" in text
