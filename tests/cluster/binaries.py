@@ -1,0 +1,114 @@
+"""The cluster's programs, built once from pinned Go modules into the cache."""
+
+import fcntl
+import hashlib
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from tests.cluster.commands import run
+from tests.cluster.paths import CACHE, MODULES, ensure_folder
+from tests.cluster.progress import say
+from tests.cluster.toolchain import go_environment, go_program
+
+KUBERNETES_VERSION: Final = "v1.36.3"
+"""What modules/kubernetes pins; the server reports it, and without it Helm refuses the server."""
+
+VERSION_PACKAGE: Final = "k8s.io/component-base/version"
+
+
+@dataclass(frozen=True)
+class Program:
+    """One Go main package of one of the modules, and how long its first build takes on two cores."""
+
+    module: str
+    package: str
+    seconds: int
+    defines: tuple[str, ...] = ()
+
+
+def kubernetes(command: str, seconds: int) -> Program:
+    """Describe a program of Kubernetes itself, which learns its version from the linker."""
+    major, minor, _ = KUBERNETES_VERSION.removeprefix("v").split(".")
+    defines = (f"gitVersion={KUBERNETES_VERSION}", f"gitMajor={major}", f"gitMinor={minor}", "gitTreeState=clean")
+    return Program(
+        "kubernetes",
+        f"k8s.io/kubernetes/cmd/{command}",
+        seconds,
+        tuple(f"{VERSION_PACKAGE}.{define}" for define in defines),
+    )
+
+
+PROGRAMS: Final = {
+    "kube-apiserver": kubernetes("kube-apiserver", 280),
+    "kube-controller-manager": kubernetes("kube-controller-manager", 60),
+    "kube-scheduler": kubernetes("kube-scheduler", 10),
+    "kubelet": kubernetes("kubelet", 60),
+    "kubectl": kubernetes("kubectl", 50),
+    "kube-proxy": kubernetes("kube-proxy", 20),
+    "etcd": Program("etcd", ".", 40),
+    "versitygw": Program("versitygw", "github.com/versity/versitygw/cmd/versitygw", 70),
+    "helm": Program("helm", "helm.sh/helm/v4/cmd/helm", 130, ("helm.sh/helm/v4/internal/version.version=v4.3.1",)),
+    "coredns": Program("coredns", "github.com/coredns/coredns", 155),
+    "registry": Program("registry", "github.com/distribution/distribution/v3/cmd/registry", 105),
+    "kwok": Program("kwok", "sigs.k8s.io/kwok/cmd/kwok", 120),
+    "kubeconform": Program("kubeconform", "github.com/yannh/kubeconform/cmd/kubeconform", 10),
+}
+"""Another program is one line here and one folder under modules/ (`go get -tool PACKAGE@VERSION`)."""
+
+
+def binary(name: str) -> Path:
+    """Return the program, built first if the cache does not have it."""
+    path = binary_path(name)
+    if not path.exists():
+        build(name, path)
+    return path
+
+
+def binary_path(name: str) -> Path:
+    """Name the place of a program; it changes with everything that its module pins."""
+    module = MODULES / PROGRAMS[name].module
+    sources = sorted(path for path in module.iterdir() if path.suffix in {".mod", ".sum", ".go"})
+    key = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
+    return CACHE / "bin" / f"{module.name}-{key}" / name
+
+
+def build(name: str, path: Path) -> None:
+    """Build one program; a second process that wants one waits, since two builds starve each other."""
+    with build_lock():
+        if path.exists():
+            return
+        program = PROGRAMS[name]
+        say(f"building {name} (about {program.seconds} s the first time)")
+        started = time.monotonic()
+        compile_program(program, path)
+        say(f"built {name} in {time.monotonic() - started:.0f} s")
+
+
+def compile_program(program: Program, path: Path) -> None:
+    """Write the program to its place, all of it or nothing."""
+    partial = ensure_folder(path.parent) / f"{path.name}.partial"
+    flags = " ".join(["-s -w", *(f"-X {define}" for define in program.defines)])
+    argv = [go_program(), "build", "-trimpath", "-ldflags", flags, "-o", partial, program.package]
+    run(argv, env=go_environment(), cwd=MODULES / program.module)
+    partial.rename(path)
+
+
+def build_all() -> None:
+    """Build every program, then drop the compiler's cache, which is 10 GB that the next start does not need."""
+    for name in PROGRAMS:
+        binary(name)
+    with build_lock():
+        shutil.rmtree(CACHE / "go-build", ignore_errors=True)
+
+
+@contextmanager
+def build_lock() -> Iterator[None]:
+    """Hold the one lock under which anything is compiled."""
+    with (ensure_folder(CACHE) / "build.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

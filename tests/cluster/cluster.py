@@ -1,0 +1,197 @@
+"""The test cluster as tests see it: start it, speak to it, bring images to it."""
+
+import json
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+
+from tests.cluster import images, kwok
+from tests.cluster.binaries import binary
+from tests.cluster.commands import run, succeeds, wait_until
+from tests.cluster.containers import Containerd
+from tests.cluster.control_plane import start_control_plane
+from tests.cluster.network import GATEWAY, start_bridge
+from tests.cluster.node import NODE, ensure_node_possible, start_node
+from tests.cluster.processes import Processes
+from tests.cluster.progress import Unavailable, say
+from tests.cluster.s3 import S3, start_s3
+from tests.cluster.state import State, all_states, find_state, remove_abandoned, start_lock
+
+NODE_WAIT: Final = 600.0
+"""Seconds to wait for another test run to give this machine's one node back."""
+
+
+@dataclass
+class Cluster:
+    """A Kubernetes to test against: started here, or one that exists already."""
+
+    kubeconfig: Path
+    state: State | None = None
+    processes: Processes | None = None
+    containerd: Containerd | None = None
+    s3_server: S3 | None = None
+    started: float = field(default_factory=time.monotonic)
+
+    @classmethod
+    def start(cls, name: str | None = None, *, node: bool = False, kwok_nodes: int = 0, s3: bool = True) -> "Cluster":
+        """Start a cluster that ends with this process unless it is detached; use it in a `with` statement."""
+        state = find_state(name or f"session-{os.getpid()}")
+        with start_lock():
+            remove_abandoned()
+            if (state.folder / "kubeconfig").exists():
+                raise Unavailable(
+                    f"cluster {state.name} runs already: `python -m tests.cluster down --name {state.name}`"
+                )
+            state.claim()
+        try:
+            return cls.build(state, node=node, kwok_nodes=kwok_nodes, s3=s3)
+        except BaseException:
+            state.stop()
+            raise
+
+    @classmethod
+    def build(cls, state: State, *, node: bool, kwok_nodes: int, s3: bool) -> "Cluster":
+        """Bring up the parts in the order in which they need each other."""
+        if node:
+            ensure_node_possible()
+            claim_node(state)
+        processes = Processes(state.folder)
+        say(f"starting {state.name}")
+        plane = start_control_plane(state.folder, processes)
+        cluster = cls(plane.kubeconfig, state, processes)
+        if s3:
+            cluster.s3_server = start_s3(state.folder, processes, GATEWAY if node else "127.0.0.1")
+            state.remember_s3(cluster.s3_server)
+        if node:
+            cluster.containerd = start_node(plane, processes)
+        if kwok_nodes:
+            kwok.start_simulator(plane, processes)
+            cluster.add_simulated_nodes(kwok_nodes)
+        cluster.wait_until_usable()
+        say(f"{state.name} is ready after {time.monotonic() - cluster.started:.0f} s")
+        return cluster
+
+    @classmethod
+    def attach(cls, name: str) -> "Cluster":
+        """Use a cluster that runs detached on this machine."""
+        state = find_state(name)
+        kubeconfig = state.folder / "kubeconfig"
+        if not kubeconfig.exists():
+            raise Unavailable(f"no cluster {name} runs here: `python -m tests.cluster up --name {name}`")
+        containerd = Containerd(state.folder / "containerd") if state.has_node else None
+        return cls(kubeconfig, state, Processes(state.folder), containerd, state.recall_s3())
+
+    @classmethod
+    def existing(cls, kubeconfig: Path) -> "Cluster":
+        """Use somebody else's cluster; nothing is started, and S3 is what the environment names."""
+        endpoint = os.environ.get("QLORA_TEST_S3_ENDPOINT")
+        keys = (os.environ.get("AWS_ACCESS_KEY_ID", ""), os.environ.get("AWS_SECRET_ACCESS_KEY", ""))
+        return cls(kubeconfig, s3_server=S3(endpoint, *keys) if endpoint else None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """End the cluster and remove everything that it wrote; do nothing to one that was only used."""
+        if self.state and not self.state.detached():
+            stop_cluster(self.state, self.processes)
+
+    def detach(self) -> None:
+        """Let the cluster outlive this process."""
+        if self.state:
+            self.state.detach()
+
+    @property
+    def s3(self) -> S3:
+        """The S3 server."""
+        if not self.s3_server:
+            raise Unavailable("this cluster has no S3 server: set QLORA_TEST_S3_ENDPOINT and the AWS_ keys")
+        return self.s3_server
+
+    def kubectl(self, *args: str | Path, stdin: str | None = None) -> str:
+        """Run kubectl as administrator and return what it prints."""
+        return run([binary("kubectl"), f"--kubeconfig={self.kubeconfig}", *args], stdin=stdin)
+
+    def get(self, *args: str) -> Any:
+        """Return what `kubectl get` finds, as parsed JSON."""
+        return json.loads(self.kubectl("get", *args, "--output=json"))
+
+    def apply(self, *manifests: dict[str, Any]) -> None:
+        """Apply whole objects, server side."""
+        items = json.dumps({"apiVersion": "v1", "kind": "List", "items": manifests})
+        self.kubectl("apply", "--server-side", "--force-conflicts", "--filename=-", stdin=items)
+
+    def helm(self, *args: str | Path) -> str:
+        """Run Helm as administrator and return what it prints."""
+        return run([binary("helm"), f"--kubeconfig={self.kubeconfig}", *args])
+
+    def advertise_gpus(self, count: int, product: kwok.GpuProduct = kwok.A100, node: str = NODE) -> None:
+        """Have a node offer GPUs that it does not have: pods that ask are scheduled, and find no CUDA."""
+        offer = {"nvidia.com/gpu": str(count)}
+        patch = json.dumps({"status": {"capacity": offer, "allocatable": offer}})
+        self.kubectl("patch", "node", node, "--subresource=status", "--type=merge", f"--patch={patch}")
+        labels = [f"{key}={value}" for key, value in kwok.build_gpu_labels(product, count).items()]
+        self.kubectl("label", "node", node, "--overwrite", *labels)
+
+    def add_simulated_nodes(
+        self, count: int, product: kwok.GpuProduct = kwok.A100, gpus: int = 8, prefix: str = "gpu"
+    ) -> None:
+        """Add nodes that only KWOK plays; it must run, which `kwok_nodes` at the start takes care of."""
+        nodes = kwok.build_nodes(count, product, gpus, prefix)
+        self.kubectl("create", "--filename=-", stdin=nodes)
+
+    def load_image(self, reference: str) -> str:
+        """Bring an image that build_image made to the node."""
+        if not (self.containerd and self.processes):
+            raise Unavailable("this cluster's node is not ours: push the images to a registry that it pulls from")
+        return images.load_image(self.containerd, self.processes, reference)
+
+    def wait_until_usable(self) -> None:
+        """Return when pods can be created and every node is Ready."""
+        account = [binary("kubectl"), f"--kubeconfig={self.kubeconfig}", "get", "serviceaccount", "default"]
+        wait_until("the default service account", lambda: succeeds(account), timeout=60)
+        if self.get("nodes")["items"]:
+            self.kubectl("wait", "--for=condition=Ready", "nodes", "--all", "--timeout=120s")
+
+
+def claim_node(state: State) -> None:
+    """Take this machine's one node, waiting for another test run to give it back."""
+    deadline = time.monotonic() + NODE_WAIT
+    while not try_to_claim_node(state):
+        if time.monotonic() > deadline:
+            raise Unavailable("another test run holds this machine's one node")
+        time.sleep(2)
+
+
+def try_to_claim_node(state: State) -> bool:
+    """Take the node and its bridge if no other cluster has them; a detached one will not give them back."""
+    with start_lock():
+        remove_abandoned()
+        others = [other for other in all_states() if other.has_node and other.name != state.name]
+        if detached := [other.name for other in others if other.detached()]:
+            [name] = detached
+            raise Unavailable(
+                f"cluster {name} has this machine's one node: use it with QLORA_TEST_CLUSTER={name}, "
+                f"or end it with `python -m tests.cluster down --name {name}`"
+            )
+        if others:
+            return False
+        state.take_node()
+        start_bridge()
+        return True
+
+
+def stop_cluster(state: State, processes: Processes | None) -> None:
+    """Stop a cluster, and collect the programs that were this process's children."""
+    with start_lock():
+        state.stop()
+    for child in processes.children if processes else []:
+        child.wait(timeout=30)

@@ -1,0 +1,103 @@
+"""containerd, with its images kept in the cache between clusters."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from tests.cluster.commands import run, succeeds, wait_until
+from tests.cluster.mounts import kill_containers
+from tests.cluster.network import write_pod_network
+from tests.cluster.paths import CACHE, ensure_folder
+from tests.cluster.processes import Processes
+
+IMAGE_ROOT: Final = CACHE / "containerd"
+"""Images and their unpacked layers: one containerd at a time may use it."""
+
+PAUSE_IMAGE: Final = "docker.io/local/pause:1"
+"""What holds a pod's namespaces; pinned, or the garbage collector would have the node look for it elsewhere."""
+
+CONFIG: Final = """\
+version = 2
+root = "{root}"
+state = "{state}"
+[grpc]
+  address = "{socket}"
+[plugins."io.containerd.grpc.v1.cri"]
+  sandbox_image = "{pause}"
+  # Where CAP_SYS_RESOURCE is missing, no container could start with the score that the kubelet asks for.
+  restrict_oom_score_adj = true
+  netns_mounts_under_state_dir = true
+  [plugins."io.containerd.grpc.v1.cri".containerd]
+    snapshotter = "overlayfs"
+    default_runtime_name = "runc"
+    [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
+      runtime_type = "io.containerd.runc.v2"
+  [plugins."io.containerd.grpc.v1.cri".cni]
+    bin_dir = "/usr/lib/cni"
+    conf_dir = "{network}"
+"""
+
+
+@dataclass(frozen=True)
+class Containerd:
+    """One containerd, whose state lies in the folder of its cluster."""
+
+    folder: Path
+
+    @property
+    def socket(self) -> Path:
+        """Where kubelet and ctr speak to it."""
+        return self.folder / "containerd.sock"
+
+    def ctr(self, *args: str | Path) -> str:
+        """Run containerd's own client in the namespace that the kubelet uses."""
+        return run(["ctr", "--address", self.socket, "--namespace", "k8s.io", *args])
+
+    def images(self) -> list[str]:
+        """Return the references of the images on this node."""
+        return self.ctr("images", "list", "--quiet").split()
+
+    def remove_all_containers(self) -> bool:
+        """Kill and forget every container; say whether there was one."""
+        containers = self.ctr("containers", "list", "--quiet").split()
+        if running := self.ctr("tasks", "list", "--quiet").split():
+            self.ctr("tasks", "delete", "--force", *running)
+        if containers:
+            self.ctr("containers", "delete", *containers)
+        return bool(containers)
+
+
+def start_containerd(folder: Path, processes: Processes) -> Containerd:
+    """Start containerd without any container that an earlier cluster may have left in its store."""
+    containerd = Containerd(ensure_folder(folder / "containerd"))
+    network = write_pod_network(folder / "cni")
+    config = containerd.folder / "config.toml"
+    state = containerd.folder / "state"
+    config.write_text(
+        CONFIG.format(root=IMAGE_ROOT, state=state, socket=containerd.socket, pause=PAUSE_IMAGE, network=network)
+    )
+    processes.start("containerd", ["containerd", "--config", config])
+    wait_until_up(containerd, processes)
+    if containerd.remove_all_containers():
+        # Its Kubernetes side read the old containers at start and would report them to the kubelet.
+        processes.restart("containerd")
+        wait_until_up(containerd, processes)
+    return containerd
+
+
+def wait_until_up(containerd: Containerd, processes: Processes) -> None:
+    """Return when containerd answers."""
+
+    def answers() -> bool:
+        processes.check("containerd")
+        return succeeds(["ctr", "--address", str(containerd.socket), "version"])
+
+    wait_until("containerd", answers, timeout=60)
+
+
+def stop_containers(folder: Path, processes: Processes) -> None:
+    """Stop every container, through containerd if it still answers and by force if not."""
+    containerd = Containerd(folder / "containerd")
+    if processes.running("containerd"):
+        containerd.remove_all_containers()
+    kill_containers(containerd.socket)

@@ -1,0 +1,137 @@
+"""Images for the node: the base, the repository's own, and how they get there."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any, Final
+
+from tests.cluster import buildah
+from tests.cluster.commands import run
+from tests.cluster.containers import PAUSE_IMAGE, Containerd
+from tests.cluster.packages import ensure_commands, require_root
+from tests.cluster.paths import REPOSITORY, ensure_folder
+from tests.cluster.processes import Processes
+from tests.cluster.progress import say
+from tests.cluster.registry import ensure_registry
+
+BASE_PACKAGES: Final = ("python3", "python3-venv", "ca-certificates")
+BASE_SUITE: Final = "bookworm"
+
+BASE_DOCKERFILE: Final = """\
+FROM scratch
+ADD rootfs.tar /
+ENV PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin LANG=C.UTF-8
+CMD ["python3"]
+"""
+
+PAUSE_DOCKERFILE: Final = """\
+FROM scratch
+COPY busybox /busybox
+ENTRYPOINT ["/busybox", "sleep", "infinity"]
+"""
+
+KEPT_TAGS: Final = 2
+"""How many images of one name stay on disk: the one in use and the one before it."""
+
+
+def ensure_base_image() -> str:
+    """Return the base image's reference, bootstrapped from Debian's packages the first time."""
+    recipe = " ".join([BASE_SUITE, *BASE_PACKAGES, BASE_DOCKERFILE])
+    reference = f"localhost/qlora-base:{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
+    if not is_built(reference):
+        bootstrap(reference)
+    return reference
+
+
+def bootstrap(reference: str) -> None:
+    """Make the base image: a minimal Debian with Python, as no registry has one to pull."""
+    require_root("making the base image")
+    ensure_commands("debootstrap", "buildah")
+    say("making the base image with debootstrap (about a minute the first time)")
+    work = buildah.HOME / "base"
+    shutil.rmtree(work, ignore_errors=True)
+    rootfs = ensure_folder(work / "rootfs")
+    run(["debootstrap", "--variant=minbase", f"--include={','.join(BASE_PACKAGES)}", BASE_SUITE, rootfs])
+    for waste in ("var/cache/apt/archives", "var/lib/apt/lists", "usr/share/doc", "usr/share/locale", "var/log"):
+        shutil.rmtree(rootfs / waste, ignore_errors=True)
+    (rootfs / "usr/local/bin/python").symlink_to("/usr/bin/python3")
+    run(["tar", "--directory", rootfs, "--exclude=./dev/*", "--create", "--file", work / "rootfs.tar", "."])
+    build_from_text(work, BASE_DOCKERFILE, reference)
+    shutil.rmtree(work)
+
+
+def build_image(
+    target: str,
+    tag: str,
+    base: str | None = None,
+    context: Path = REPOSITORY,
+    arguments: dict[str, str] | None = None,
+) -> str:
+    """Build one target of the Dockerfile and return its full reference, `localhost/` in front if it names no host."""
+    reference = tag if tag.startswith("localhost/") else f"localhost/{tag}"
+    values = {"BASE": base or ensure_base_image(), **(arguments or {})}
+    buildah.build(context, context / "Dockerfile", reference, target=target, arguments=values)
+    prune_builds(reference)
+    return reference
+
+
+def build_from_text(context: Path, dockerfile: str, reference: str) -> None:
+    """Build an image whose Dockerfile is part of this program."""
+    (context / "Dockerfile").write_text(dockerfile)
+    buildah.build(context, context / "Dockerfile", reference)
+
+
+def is_built(reference: str) -> bool:
+    """Say whether the local storage has an image."""
+    return any(reference in (image.get("names") or []) for image in local_images())
+
+
+def local_images() -> list[dict[str, Any]]:
+    """Return buildah's images, newest first."""
+    images = json.loads(buildah.buildah("images", "--json") or "null") or []
+    return sorted(images, key=lambda image: image["createdatraw"], reverse=True)
+
+
+def prune_builds(reference: str) -> None:
+    """Remove all but the newest images of this name; layers that the newest still uses stay."""
+    name = reference.rpartition(":")[0]
+    names = [str(each) for image in local_images() for each in image.get("names") or []]
+    tags = [each for each in names if each.rpartition(":")[0] == name and each != reference]
+    if old := tags[KEPT_TAGS - 1 :]:
+        buildah.buildah("rmi", *old)
+
+
+def load_image(containerd: Containerd, processes: Processes, reference: str) -> str:
+    """Bring an image to the node under its own reference, and only the layers that the node lacks."""
+    address = ensure_registry(processes)
+    copy = f"{address}/{reference.removeprefix('localhost/')}"
+    zstd = ["--compression-format", "zstd", "--compression-level", "3"]
+    buildah.buildah("push", "--quiet", "--tls-verify=false", "--format", "oci", *zstd, reference, f"docker://{copy}")
+    containerd.ctr("images", "pull", "--plain-http", copy)
+    containerd.ctr("images", "tag", "--force", copy, reference)
+    prune_node(containerd, keep={copy, reference})
+    return reference
+
+
+def prune_node(containerd: Containerd, keep: set[str]) -> None:
+    """Remove the other tags of the same names from the node; a container that runs keeps its layers."""
+    names = {reference.rpartition(":")[0] for reference in keep}
+    old = [each for each in containerd.images() if each.rpartition(":")[0] in names and each not in keep]
+    if old:
+        containerd.ctr("images", "delete", *old)
+
+
+def ensure_pause_image(containerd: Containerd) -> None:
+    """Give the node the image that every pod needs first."""
+    if PAUSE_IMAGE in containerd.images():
+        return
+    work = ensure_folder(buildah.HOME / "pause")
+    shutil.copy("/bin/busybox", work / "busybox")
+    build_from_text(work, PAUSE_DOCKERFILE, PAUSE_IMAGE)
+    archive = work / "pause.tar"
+    archive.unlink(missing_ok=True)
+    buildah.buildah("push", "--quiet", PAUSE_IMAGE, f"docker-archive:{archive}:{PAUSE_IMAGE}")
+    containerd.ctr("images", "import", archive)
+    containerd.ctr("images", "label", PAUSE_IMAGE, "io.cri-containerd.pinned=pinned")
+    shutil.rmtree(work)

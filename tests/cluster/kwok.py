@@ -1,0 +1,80 @@
+"""Nodes that exist only in the API server, for tests of scale and of scheduling to GPUs."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from tests.cluster.addresses import free_ports
+from tests.cluster.binaries import binary
+from tests.cluster.control_plane import ControlPlane
+from tests.cluster.processes import Processes
+
+SIMULATED: Final = {"kwok.x-k8s.io/node": "fake"}
+"""The annotation by which the simulator knows its own nodes."""
+
+
+@dataclass(frozen=True)
+class GpuProduct:
+    """What GPU feature discovery would say about a node's GPUs."""
+
+    name: str
+    memory_mib: int
+    compute: tuple[int, int]
+    family: str
+
+
+A100: Final = GpuProduct("NVIDIA-A100-SXM4-80GB", 81920, (8, 0), "ampere")
+H100: Final = GpuProduct("NVIDIA-H100-80GB-HBM3", 81559, (9, 0), "hopper")
+T4: Final = GpuProduct("Tesla-T4", 15360, (7, 5), "turing")
+
+
+def build_gpu_labels(product: GpuProduct, count: int) -> dict[str, str]:
+    """Return the labels that GPU feature discovery sets."""
+    return {
+        "nvidia.com/gpu.present": "true",
+        "nvidia.com/gpu.product": product.name,
+        "nvidia.com/gpu.memory": str(product.memory_mib),
+        "nvidia.com/gpu.count": str(count),
+        "nvidia.com/gpu.family": product.family,
+        "nvidia.com/gpu.compute.major": str(product.compute[0]),
+        "nvidia.com/gpu.compute.minor": str(product.compute[1]),
+    }
+
+
+def build_node(name: str, product: GpuProduct, gpus: int) -> dict[str, object]:
+    """One simulated node with GPUs."""
+    offer = {"cpu": "64", "memory": "512Gi", "ephemeral-storage": "1Ti", "pods": "256", "nvidia.com/gpu": str(gpus)}
+    labels = {
+        "kubernetes.io/hostname": name,
+        "kubernetes.io/os": "linux",
+        "kubernetes.io/arch": "amd64",
+        "type": "kwok",
+        **build_gpu_labels(product, gpus),
+    }
+    return {
+        "apiVersion": "v1",
+        "kind": "Node",
+        "metadata": {"name": name, "annotations": SIMULATED, "labels": labels},
+        "status": {"capacity": offer, "allocatable": offer},
+    }
+
+
+def build_nodes(count: int, product: GpuProduct, gpus: int, prefix: str) -> str:
+    """Return the manifests of several nodes as one list."""
+    items = [build_node(f"{prefix}-{index}", product, gpus) for index in range(count)]
+    return json.dumps({"apiVersion": "v1", "kind": "List", "items": items})
+
+
+def start_simulator(plane: ControlPlane, processes: Processes, stages: Path | None = None) -> None:
+    """Start KWOK; its pods run at once, and those of Jobs succeed at once, unless stages say otherwise."""
+    [port] = free_ports(1)
+    argv = [
+        binary("kwok"),
+        f"--kubeconfig={plane.kubeconfig}",
+        f"--manage-nodes-with-annotation-selector={'='.join(*SIMULATED.items())}",
+        f"--server-address=127.0.0.1:{port}",
+        "--node-lease-duration-seconds=40",
+    ]
+    processes.start("kwok", [*argv, *([f"--config={stages}"] if stages else [])])
+    processes.wait_for_port("kwok", "127.0.0.1", port)

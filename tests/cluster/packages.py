@@ -1,0 +1,46 @@
+"""The Debian packages that a node and the image builds need, installed when they are missing."""
+
+import os
+import shutil
+from typing import Final
+
+from tests.cluster.commands import run
+from tests.cluster.progress import HOW_TO_RUN, Unavailable, say
+
+COMMANDS: Final = {
+    "containerd": "containerd",
+    "runc": "runc",
+    "buildah": "buildah",
+    "nft": "nftables",
+    "conntrack": "conntrack",
+    "debootstrap": "debootstrap",
+    "ip": "iproute2",
+    "openssl": "openssl",
+    "/usr/lib/cni/bridge": "containernetworking-plugins",
+    "/bin/busybox": "busybox-static",
+}
+"""A command that proves that its package is there."""
+
+
+def ensure_commands(*commands: str) -> None:
+    """Make the commands available, or say why that is impossible here."""
+    missing = sorted({COMMANDS[command] for command in commands if not shutil.which(command)})
+    if missing:
+        install(missing)
+
+
+def install(packages: list[str]) -> None:
+    """Install Debian packages; services that they would start stay off."""
+    require_root(f"installing {', '.join(packages)}")
+    if not shutil.which("apt-get"):
+        raise Unavailable(f"needs {', '.join(packages)} and there is no apt-get here; {HOW_TO_RUN}")
+    say(f"installing {', '.join(packages)}")
+    quiet = {"DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}
+    run(["apt-get", "update", "-qq"], env=quiet)
+    run(["apt-get", "install", "-y", "-qq", "--no-install-recommends", *packages], env=quiet)
+
+
+def require_root(purpose: str) -> None:
+    """Raise Unavailable unless this process is root."""
+    if os.geteuid() != 0:
+        raise Unavailable(f"{purpose} needs root; {HOW_TO_RUN}")

@@ -1,0 +1,23 @@
+"""Where the test cluster keeps what it builds, runs and stores."""
+
+import os
+from pathlib import Path
+from typing import Final
+
+REPOSITORY: Final = Path(__file__).resolve().parents[2]
+"""The checkout; the Dockerfile is at its root."""
+
+MODULES: Final = Path(__file__).resolve().parent / "modules"
+"""One Go module per upstream project, so that a new version of one rebuilds only that one."""
+
+CACHE: Final = Path(os.environ.get("QLORA_TEST_CACHE", Path.home() / ".cache" / "qlora-operator"))
+"""Everything that is worth keeping between runs; nothing is written to the checkout."""
+
+STATES: Final = CACHE / "state"
+"""One folder per running cluster, removed when it stops."""
+
+
+def ensure_folder(path: Path) -> Path:
+    """Return the folder, made if it was missing."""
+    path.mkdir(parents=True, exist_ok=True)
+    return path

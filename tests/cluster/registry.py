@@ -1,0 +1,40 @@
+"""A registry on loopback, so that only the layers that changed travel from a build to the node."""
+
+import json
+from pathlib import Path
+from typing import Final
+
+import yaml
+
+from tests.cluster.addresses import free_ports
+from tests.cluster.binaries import binary
+from tests.cluster.paths import CACHE, ensure_folder
+from tests.cluster.processes import Processes
+
+HOME: Final = CACHE / "registry"
+
+
+def ensure_registry(processes: Processes) -> str:
+    """Return the address of the running registry, started if it is not."""
+    port = kept_port()
+    if not processes.running("registry"):
+        processes.start("registry", [binary("registry"), "serve", write_config(port)])
+        processes.wait_for_port("registry", "127.0.0.1", port)
+    return f"127.0.0.1:{port}"
+
+
+def kept_port() -> int:
+    """Return the port used before: buildah remembers by address which layers the registry has."""
+    path = ensure_folder(HOME) / "port.json"
+    if not path.exists():
+        path.write_text(json.dumps(free_ports(1)[0]))
+    return int(json.loads(path.read_text()))
+
+
+def write_config(port: int) -> Path:
+    """Write the registry's configuration: a folder, plain HTTP, loopback only."""
+    path = HOME / "config.yml"
+    storage = {"filesystem": {"rootdirectory": str(HOME / "data")}, "delete": {"enabled": True}}
+    config = {"version": 0.1, "storage": storage, "http": {"addr": f"127.0.0.1:{port}"}, "log": {"level": "warn"}}
+    path.write_text(yaml.safe_dump(config))
+    return path

