@@ -59,12 +59,16 @@ def _bounds(schema: Schema) -> Schema:
     return bounds
 
 
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return value
+
+
 def _default(schema: Schema) -> Schema:
-    """Keep a default; an object's is {}, so that the API server fills in the defaults of its fields."""
-    default = schema.get("default")
-    if default is None:
-        return {}
-    return {"default": {} if schema.get("type") == "object" else default}
+    """Keep a default, whole: CEL rules judge an object's default before its fields' defaults are filled in."""
+    default = _without_none(schema.get("default"))
+    return {} if default is None else {"default": default}
 
 
 def to_structural(schema: Schema, definitions: Schema) -> Schema:
@@ -88,6 +92,16 @@ def _with_list_keys(status: Schema) -> Schema:
     return status
 
 
+def _without_defaults(schema: Schema) -> Schema:
+    """Leave defaults to the writer: the operator writes the status whole."""
+    bare = {key: value for key, value in schema.items() if key != "default"}
+    if "items" in bare:
+        bare["items"] = _without_defaults(bare["items"])
+    if "properties" in bare:
+        bare["properties"] = {name: _without_defaults(field) for name, field in bare["properties"].items()}
+    return bare
+
+
 def spec_schema() -> Schema:
     """Return the structural schema of spec."""
     schema = QLoRAJobSpec.model_json_schema(by_alias=True)
@@ -100,7 +114,7 @@ def status_schema() -> Schema:
     The default -1 is what kstatus reads as in progress before the operator's first write.
     """
     schema = QLoRAJobStatus.model_json_schema(by_alias=True)
-    structural = _with_list_keys(to_structural(schema, schema.get("$defs", {})))
+    structural = _with_list_keys(_without_defaults(to_structural(schema, schema.get("$defs", {}))))
     return structural | {"default": {"observedGeneration": -1}}
 
 

@@ -100,7 +100,7 @@ def _default_of(field: dict[str, Any], required: bool) -> str:
     if required:
         return "required"
     default = field.get("default")
-    return "" if default is None or default == {} else f"`{json.dumps(default)}`"
+    return "" if default is None or field["type"] == "object" else f"`{json.dumps(default)}`"
 
 
 def _table(schema: dict[str, Any], path: str) -> Iterator[str]:

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from tests.cluster.cluster import Cluster
+from tests.cluster.commands import CommandError
 
 ROOT = Path(__file__).parents[2]
 MINIMAL: dict[str, Any] = {
@@ -37,9 +38,16 @@ def created(namespace: Cluster) -> Callable[[dict[str, Any]], dict[str, Any]]:
     """Apply a manifest, and return what the API server made of it."""
 
     def create(manifest: dict[str, Any]) -> dict[str, Any]:
-        return json.loads(namespace.kubectl("apply", "-o", "json", "-f", "-", input=yaml.safe_dump(manifest)))
+        return json.loads(namespace.kubectl("apply", "-o", "json", "-f", "-", stdin=yaml.safe_dump(manifest)))
 
     return create
+
+
+def refusal_of(cluster: Cluster, manifest: str) -> str:
+    """What kubectl says when the API server refuses a manifest."""
+    with pytest.raises(CommandError) as refusal:
+        cluster.kubectl("apply", "-f", "-", stdin=manifest)
+    return str(refusal.value)
 
 
 def with_field(path: str, value: object) -> dict[str, Any]:
@@ -85,7 +93,7 @@ REFUSED = [
 @pytest.mark.parametrize(("path", "value", "message"), REFUSED, ids=[f"{p}={v!r:.20}" for p, v, _ in REFUSED])
 def test_what_cannot_work_is_refused_with_the_field_and_the_fix(namespace, path, value, message):
     manifest = yaml.safe_dump(with_field(path, value))
-    refusal = namespace.kubectl_refused("apply", "-f", "-", input=manifest)
+    refusal = refusal_of(namespace, manifest)
     assert message in refusal
 
 
@@ -101,7 +109,7 @@ CHANGES = [
 def test_what_decides_the_result_cannot_change(created, namespace, block, value):
     created(MINIMAL)
     manifest = yaml.safe_dump(with_field(f"spec.{block}", value))
-    refusal = namespace.kubectl_refused("apply", "-f", "-", input=manifest)
+    refusal = refusal_of(namespace, manifest)
     assert f"spec.{block} cannot change; create a QLoRAJob with another name" in refusal
 
 
