@@ -6,7 +6,6 @@ of this: the same manifest works there.
 """
 
 import hashlib
-import json
 import os
 import subprocess
 import sys
