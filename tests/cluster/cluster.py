@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -24,6 +24,10 @@ NODE_WAIT: Final = 600.0
 """Seconds to wait for another test run to give this machine's one node back."""
 
 
+class PodFailedError(Exception):
+    """A pod that should have succeeded ended otherwise; the message carries its log."""
+
+
 @dataclass
 class Cluster:
     """A Kubernetes to test against: started here, or one that exists already."""
@@ -33,7 +37,6 @@ class Cluster:
     processes: Processes | None = None
     containerd: Containerd | None = None
     s3_server: S3 | None = None
-    started: float = field(default_factory=time.monotonic)
 
     @classmethod
     def start(cls, name: str | None = None, *, node: bool = False, kwok_nodes: int = 0, s3: bool = True) -> "Cluster":
@@ -58,7 +61,7 @@ class Cluster:
         if node:
             ensure_node_possible()
             claim_node(state)
-        processes = Processes(state.folder)
+        processes, started = Processes(state.folder), time.monotonic()
         say(f"starting {state.name}")
         plane = start_control_plane(state.folder, processes)
         cluster = cls(plane.kubeconfig, state, processes)
@@ -71,7 +74,7 @@ class Cluster:
             kwok.start_simulator(plane, processes)
             cluster.add_simulated_nodes(kwok_nodes)
         cluster.wait_until_usable()
-        say(f"{state.name} is ready after {time.monotonic() - cluster.started:.0f} s")
+        say(f"{state.name} is ready after {time.monotonic() - started:.0f} s")
         return cluster
 
     @classmethod
@@ -128,6 +131,20 @@ class Cluster:
         """Apply whole objects, server side."""
         items = json.dumps({"apiVersion": "v1", "kind": "List", "items": manifests})
         self.kubectl("apply", "--server-side", "--force-conflicts", "--filename=-", stdin=items)
+
+    def run_pod(self, pod: dict[str, Any], timeout: float = 120) -> str:
+        """Run a pod to its end and return its log; raise with the log if it failed."""
+        name, namespace = pod["metadata"]["name"], pod["metadata"].get("namespace", "default")
+        self.apply(pod)
+        wait_until(f"end of pod {name}", lambda: self.phase(name, namespace) in {"Succeeded", "Failed"}, timeout, 0.5)
+        log = self.kubectl("logs", f"--namespace={namespace}", name)
+        if self.phase(name, namespace) == "Failed":
+            raise PodFailedError(f"pod {name} failed:\n{log}")
+        return log
+
+    def phase(self, name: str, namespace: str) -> str:
+        """Return a pod's phase."""
+        return str(self.get("pod", name, f"--namespace={namespace}")["status"].get("phase", "Pending"))
 
     def helm(self, *args: str | Path) -> str:
         """Run Helm as administrator and return what it prints."""

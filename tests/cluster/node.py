@@ -86,6 +86,8 @@ def build_kubelet_config(plane: ControlPlane, containerd: Containerd, port: int,
         "clusterDomain": CLUSTER_DOMAIN,
         "resolvConf": str(write_resolver(plane.folder)),
         "imageGCHighThresholdPercent": 100,
+        # Rules of the host that nothing here needs and that would stay behind.
+        "makeIPTablesUtilChains": False,
         # 5 and 10 by default, which makes a test with a dozen pods slow for no reason.
         "registryPullQPS": 0,
         "eventRecordQPS": 0,
