@@ -1,0 +1,37 @@
+"""`qlora`, the command line: one file per command."""
+
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+
+from qlora_cli.run import run
+from qlora_cli.validate import validate
+
+app = typer.Typer(
+    name="qlora",
+    help="QLoRA fine-tuning from a QLoRAJob manifest.",
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,
+)
+app.command()(validate)
+app.command()(run)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"qlora {version('qlora-operator')}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """QLoRA fine-tuning from a QLoRAJob manifest."""
+
+
+if __name__ == "__main__":
+    app(prog_name="qlora")

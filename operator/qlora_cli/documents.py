@@ -1,0 +1,114 @@
+"""YAML files as documents whose every field knows its line; knows nothing of QLoRAJobs."""
+
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+
+Location = tuple[str | int, ...]
+"""Keys and list positions from the document's root to a field."""
+
+STDIN: Final = "-"
+_FLOAT: Final = re.compile(r"[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$")
+_YAML_TAG: Final = "tag:yaml.org,2002:"
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads scalars as Kubernetes does: 4e-4 is a number, and 2026-01-31 is text."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 (the base class's own attribute)
+        first: [rule for rule in rules if rule[0] not in {f"{_YAML_TAG}timestamp", f"{_YAML_TAG}float"}]
+        for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_Loader.add_implicit_resolver(f"{_YAML_TAG}float", _FLOAT, list("-+.0123456789"))
+
+
+class YamlError(Exception):
+    """The text is not YAML; the message starts with the place."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document of a file: its value, and where each field stands."""
+
+    file: str
+    value: Any
+    places: Mapping[Location, str]
+
+    def place_of(self, location: Location) -> str:
+        """Return file and line of a field, or of the nearest field around it."""
+        while location and location not in self.places:
+            location = location[:-1]
+        return self.places.get(location, self.file)
+
+    def order_of(self, location: Location) -> int:
+        """Return the rank of that field in the order of the file."""
+        while location and location not in self.places:
+            location = location[:-1]
+        return list(self.places).index(location) if location in self.places else 0
+
+
+def parse_value(text: str) -> Any:
+    """Read one YAML value, as in `--set path=value`."""
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+    except yaml.YAMLError as error:
+        raise YamlError(f"{text!r} is not YAML") from error
+
+
+def read_documents(file: str) -> list[Document]:
+    """Read a file, or standard input for '-'; empty documents are left out."""
+    text = sys.stdin.read() if file == STDIN else Path(file).read_text(encoding="utf-8")
+    return parse_documents(text, "standard input" if file == STDIN else file)
+
+
+def parse_documents(text: str, file: str) -> list[Document]:
+    """Parse every document of a text, or raise YamlError."""
+    try:
+        loader = _Loader(text)
+        return [document for document in _documents(loader, file) if document.value is not None]
+    except yaml.MarkedYAMLError as error:
+        raise YamlError(f"{_place(file, error.problem_mark or error.context_mark)}: {_sentence(error)}") from error
+    except RecursionError as error:
+        raise YamlError(f"{file}: an anchor contains itself, or the nesting is too deep") from error
+    except yaml.YAMLError as error:
+        raise YamlError(f"{file}: {str(error).splitlines()[0]}") from error
+
+
+def _documents(loader: _Loader, file: str) -> Iterator[Document]:
+    while loader.check_node():
+        node: Any = loader.get_node()
+        places = dict(_places(node, (), file))
+        yield Document(file, loader.construct_document(node), places)
+
+
+def _places(node: yaml.Node, location: Location, file: str) -> Iterator[tuple[Location, str]]:
+    """Yield the place of each field below a node; a key that is given twice is an error, as for the API server."""
+    if not location:
+        yield location, _place(file, node.start_mark)
+    children: list[tuple[str | int, yaml.Node, yaml.Node]] = []
+    if isinstance(node, yaml.MappingNode):
+        children = [(key.value, key, value) for key, value in node.value]
+    elif isinstance(node, yaml.SequenceNode):
+        children = [(position, value, value) for position, value in enumerate(node.value)]
+    seen: set[str | int] = set()
+    for name, start, child in children:
+        if name in seen:
+            raise yaml.MarkedYAMLError(problem=f"'{name}' is given twice", problem_mark=start.start_mark)
+        seen.add(name)
+        yield (*location, name), _place(file, start.start_mark)
+        yield from _places(child, (*location, name), file)
+
+
+def _place(file: str, mark: yaml.Mark | None) -> str:
+    return f"{file}:{mark.line + 1}" if mark else file
+
+
+def _sentence(error: yaml.MarkedYAMLError) -> str:
+    return ", ".join(part for part in (error.context, error.problem) if part)

@@ -1,0 +1,84 @@
+"""One run on this computer: the same prepare, plan and training as in a cluster, in one process."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from qlora_api.names import Reason
+from qlora_api.prepared import Prepared
+from qlora_api.report import LastWord
+from qlora_api.result import Result
+from qlora_api.runconfig import Platform, PrepareConfig, RunConfig
+from qlora_api.v1alpha1 import Plan, Progress
+from qlora_cli.manifests import JobManifest
+from qlora_operator.plan import make_plan
+
+ATTEMPT = 1
+
+
+class Screen(Protocol):
+    """Where a person watches the run."""
+
+    def note(self, text: str) -> None:
+        """Show a sentence about the preparation."""
+
+    def show_plan(self, plan: Plan) -> None:
+        """Show what was decided, and why."""
+
+    def report(self, progress: Progress) -> None:
+        """Show how far the run is."""
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """The parts of the trainer that a run needs; they come with torch, so they are loaded late."""
+
+    cuda_available: Callable[[], bool]
+    prepare: Callable[[PrepareConfig, Callable[[str], None]], Prepared]
+    run: Callable[[RunConfig, Screen], Result]
+
+
+class NoTrainerError(Exception):
+    """The trainer's libraries are not installed."""
+
+
+class NoGpuError(Exception):
+    """The manifest asks for a GPU, and this computer has none."""
+
+
+def load_trainer() -> Trainer:
+    """Import the trainer."""
+    try:
+        import torch  # noqa: PLC0415 (seconds; only `qlora run` needs it)
+        from qlora_trainer.run import run  # noqa: PLC0415
+
+        from qlora_trainer.prepare import prepare  # noqa: PLC0415
+    except ModuleNotFoundError as error:
+        raise NoTrainerError(f"{error}; install the trainer: pip install 'qlora-operator[cli,trainer]'") from error
+    return Trainer(torch.cuda.is_available, prepare, run)
+
+
+def run_locally(manifest: JobManifest, platform: Platform, trainer: Trainer, screen: Screen) -> LastWord:
+    """Prepare, plan, train, evaluate and publish; what was published before is not done again."""
+    check_device(manifest, trainer)
+    job, namespace, spec = manifest.metadata.name, manifest.metadata.namespace, manifest.spec
+    prepared = trainer.prepare(PrepareConfig(namespace=namespace, job=job, spec=spec, platform=platform), screen.note)
+    if prepared.published is not None:
+        return LastWord(reason=Reason.ALREADY_PUBLISHED, prepared=prepared, result=prepared.published)
+    plan = make_plan(spec, prepared)
+    screen.show_plan(plan)
+    config = RunConfig(
+        namespace=namespace, job=job, attempt=ATTEMPT, spec=spec, plan=plan, prepared=prepared, platform=platform
+    )
+    result = trainer.run(config, screen)
+    return LastWord(reason=Reason.PUBLISHED, step=result.steps, prepared=prepared, result=result)
+
+
+def check_device(manifest: JobManifest, trainer: Trainer) -> None:
+    """Refuse at once what could only fail after the preparation."""
+    wanted = manifest.spec.resources.gpus_per_node
+    if wanted and not trainer.cuda_available():
+        raise NoGpuError(
+            f"spec.resources.gpusPerNode is {wanted}, and PyTorch finds no CUDA device on this computer; "
+            "to train on the CPU add --set resources.gpusPerNode=0"
+        )

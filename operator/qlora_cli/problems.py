@@ -1,0 +1,129 @@
+"""What pydantic found, in the words of someone who writes manifests."""
+
+import difflib
+import inspect
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Final, get_args
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails, PydanticUndefined
+
+Location = tuple[str | int, ...]
+
+SHOWN_CHARACTERS: Final = 60
+"""Characters of a wrong value that a message repeats."""
+
+_SENTENCES: Final = {
+    "missing": "is required",
+    "greater_than_equal": "must be ≥ {ge}, got {value}",
+    "greater_than": "must be > {gt}, got {value}",
+    "less_than_equal": "must be ≤ {le}, got {value}",
+    "less_than": "must be < {lt}, got {value}",
+    "literal_error": "must be {expected}, got {value}",
+    "enum": "must be {expected}, got {value}",
+    "int_type": "must be a whole number, got {value}",
+    "int_from_float": "must be a whole number, got {value}",
+    "float_type": "must be a number, got {value}",
+    "string_type": "must be text, got {value}",
+    "bool_type": "must be true or false, got {value}",
+    "model_type": "must be a mapping of fields, got {value}",
+    "dict_type": "must be a mapping, got {value}",
+    "tuple_type": "must be a list, got {value}",
+    "too_short": "must have at least {min_length} entries, got {value}",
+    "too_long": "may have {max_length} entries, got {actual_length}",
+    "string_too_short": "must have at least {min_length} characters, got {value}",
+    "string_too_long": "may have {max_length} characters",
+    "value_error": "{error}, got {value}",
+}
+"""Pydantic's error types; any other keeps pydantic's own sentence."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One mistake: where it is, and what would be right."""
+
+    place: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.message}"
+
+
+def write_location(location: Location) -> str:
+    """Write ('spec', 'lora', 'targets', 0) as spec.lora.targets[0]."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).removeprefix(".")
+
+
+def explain(detail: ErrorDetails, root: type[BaseModel]) -> str:
+    """Say in one clause what is wrong with a field."""
+    location, kind = detail["loc"], detail["type"]
+    value = _shorten(detail["input"])
+    if kind == "extra_forbidden":
+        return f"unknown field{_suggestion(location, root)}"
+    if kind == "string_pattern_mismatch":
+        return f"must look like {_example(location, root) or detail['ctx']['pattern']}, got {value}"
+    sentence = _SENTENCES.get(kind)
+    return sentence.format(value=value, **detail.get("ctx", {})) if sentence else detail["msg"]
+
+
+def _shorten(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[: SHOWN_CHARACTERS - 1]}…"
+
+
+def _suggestion(location: Location, root: type[BaseModel]) -> str:
+    """Name the sibling that is spelt alike, or else the same name elsewhere."""
+    name, parent = str(location[-1]), _model_at(location[:-1], root)
+    siblings = {_spelling(field): field for field in _fields(parent)} if parent else {}
+    longer = [spelling for spelling in siblings if spelling.startswith(_spelling(name))]
+    if alike := longer or difflib.get_close_matches(_spelling(name), siblings, n=1):
+        return f"; did you mean {siblings[alike[0]]}?"
+    if elsewhere := next((path for path in _paths(root) if _spelling(path[-1]) == _spelling(name)), None):
+        return f"; did you mean {'.'.join(elsewhere)}?"
+    return f"; known are {', '.join(siblings.values())}" if siblings else ""
+
+
+def _spelling(name: str) -> str:
+    return name.lower().replace("_", "")
+
+
+def _fields(model: type[BaseModel]) -> dict[str, FieldInfo]:
+    return {field.alias or name: field for name, field in model.model_fields.items()}
+
+
+def _nested(annotation: Any) -> type[BaseModel] | None:
+    """Return the model inside an annotation such as SecretRef | None."""
+    if inspect.isclass(annotation) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((model for part in get_args(annotation) if (model := _nested(part))), None)
+
+
+def _model_at(location: Location, model: type[BaseModel] | None) -> type[BaseModel] | None:
+    for part in location:
+        if model is None:
+            return None
+        if isinstance(part, str):
+            field = _fields(model).get(part)
+            model = _nested(field.annotation) if field else None
+    return model
+
+
+def _paths(model: type[BaseModel], prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    for name, field in _fields(model).items():
+        yield (*prefix, name)
+        if child := _nested(field.annotation):
+            yield from _paths(child, (*prefix, name))
+
+
+def _example(location: Location, root: type[BaseModel]) -> str | None:
+    """Return a value of the right form: the field's example, or its default."""
+    parent = _model_at(location[:-1], root)
+    field = _fields(parent).get(str(location[-1])) if parent else None
+    if field is None:
+        return None
+    if field.examples:
+        return str(field.examples[0])
+    return None if field.default in (None, "", PydanticUndefined) else str(field.default)
