@@ -1,0 +1,135 @@
+"""The installation that the end-to-end tests share: both images, the chart, the model and the data, on a real node."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+import yaml
+
+from examples.quickstart.make_model import DEFAULT_MIRROR, make_model
+from tests.cluster.cluster import Cluster
+from tests.cluster.commands import wait_until
+from tests.cluster.images import build_image
+
+ROOT: Final = Path(__file__).parents[2]
+QUICKSTART: Final = ROOT / "examples/quickstart"
+OPERATOR_NAMESPACE: Final = "qlora-system"
+RELEASE: Final = "qlora-operator"
+RESTRICTED: Final = {"pod-security.kubernetes.io/enforce": "restricted"}
+SECRET: Final = "s3-credentials"
+BUCKETS: Final = ("models", "quickstart", "adapters")
+
+
+@dataclass(frozen=True)
+class Installation:
+    """A cluster with the operator on it, and what tests ask of it."""
+
+    cluster: Cluster
+    trainer_image: str
+
+    def make_namespace(self, name: str) -> str:
+        """A namespace for QLoRAJobs: restricted pods only, and the credentials of the S3 server."""
+        self.cluster.apply(namespace_manifest(name))
+        keys = self.cluster.s3.environment()
+        secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": SECRET, "namespace": name}}
+        self.cluster.apply({**secret, "stringData": keys})
+        return name
+
+    def submit(self, manifest: dict[str, Any]) -> None:
+        self.cluster.apply(manifest)
+
+    def job(self, name: str, namespace: str) -> dict[str, Any]:
+        return self.cluster.get("qlorajob", name, f"--namespace={namespace}")
+
+    def wait_until_finished(self, name: str, namespace: str, seconds: int) -> dict[str, Any]:
+        """Wait as a user would, and return the QLoRAJob."""
+        self.cluster.kubectl(
+            "wait", "--for=condition=Finished", f"qlj/{name}", f"--namespace={namespace}", f"--timeout={seconds}s"
+        )
+        return self.job(name, namespace)
+
+    def children(self, kind: str, name: str, namespace: str) -> list[dict[str, Any]]:
+        return self.cluster.get(kind, f"--namespace={namespace}", f"--selector=qlora.dev/job={name}")["items"]
+
+    def operator_pods(self) -> list[dict[str, Any]]:
+        selector = f"--selector=app.kubernetes.io/instance={RELEASE}"
+        return self.cluster.get("pods", f"--namespace={OPERATOR_NAMESPACE}", selector)["items"]
+
+    def configure(self, values: dict[str, str]) -> None:
+        """Change values of the chart, and wait until the operator runs with them."""
+        self.cluster.helm("upgrade", RELEASE, ROOT / "charts/qlora-operator", *release_flags(values))
+
+
+def namespace_manifest(name: str) -> dict[str, Any]:
+    return {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": RESTRICTED}}
+
+
+def release_flags(values: dict[str, str]) -> list[str]:
+    settings = [f"--set-string={key}={value}" for key, value in values.items()]
+    return [f"--namespace={OPERATOR_NAMESPACE}", "--reset-then-reuse-values", "--wait", "--timeout=3m", *settings]
+
+
+def split_reference(reference: str) -> tuple[str, str]:
+    repository, _, tag = reference.rpartition(":")
+    return repository, tag
+
+
+def upload_folder(cluster: Cluster, folder: Path, bucket: str, prefix: str) -> None:
+    client = cluster.s3.client()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        client.upload_file(str(path), bucket, f"{prefix}/{path.relative_to(folder)}".lstrip("/"))
+    client.close()
+
+
+def manifest_of(name: str, namespace: str, **blocks: dict[str, Any]) -> dict[str, Any]:
+    """The quickstart's manifest under another name, with some fields of some blocks changed."""
+    manifest = yaml.safe_load((QUICKSTART / "job.yaml").read_text(encoding="utf-8"))
+    manifest["metadata"] = {"name": name, "namespace": namespace}
+    for block, fields in blocks.items():
+        manifest["spec"][block] = {**manifest["spec"].get(block, {}), **fields}
+    return json.loads(json.dumps(manifest))
+
+
+@pytest.fixture(scope="session")
+def installation(cluster: Cluster) -> Installation:
+    """Build and load the images, fill the S3 server, and install the chart as a user would."""
+    operator = cluster.load_image(build_image("operator", "qlora-operator:e2e"))
+    trainer = cluster.load_image(build_image("trainer", "qlora-trainer:e2e"))
+    for bucket in BUCKETS:
+        cluster.s3.make_bucket(bucket)
+    snapshot = make_model(DEFAULT_MIRROR)
+    upload_folder(cluster, snapshot.parents[1], "models", f"hub/{snapshot.parents[1].name}")
+    upload_folder(cluster, QUICKSTART / "data", "quickstart", "")
+    cluster.apply(namespace_manifest(OPERATOR_NAMESPACE))
+    values = {
+        "image.repository": split_reference(operator)[0],
+        "image.tag": split_reference(operator)[1],
+        "image.pullPolicy": "Never",
+        "trainerImage.repository": split_reference(trainer)[0],
+        "trainerImage.tag": split_reference(trainer)[1],
+        "trainerImage.pullPolicy": "Never",
+        "platform.s3.endpoint": cluster.s3.endpoint,
+        "platform.s3.region": cluster.s3.environment()["AWS_REGION"],
+        "platform.s3.addressing": "path",
+        "platform.hub.mirror": "s3://models/hub",
+    }
+    cluster.helm("upgrade", "--install", RELEASE, ROOT / "charts/qlora-operator", *release_flags(values))
+    cluster.kubectl("wait", "--for=condition=Established", "crd/qlorajobs.qlora.dev", "--timeout=30s")
+    return Installation(cluster, trainer)
+
+
+@pytest.fixture(autouse=True)
+def show_what_the_cluster_saw(request: pytest.FixtureRequest) -> Any:
+    """Print the operator's log and the jobs when a test of an installation fails."""
+    failed_before = request.session.testsfailed
+    yield
+    if request.session.testsfailed > failed_before and "installation" in request.fixturenames:
+        cluster: Cluster = request.getfixturevalue("cluster")
+        print(cluster.kubectl("get", "qlj,jobs,pods", "--all-namespaces", "--output=wide"))
+        print(cluster.kubectl("logs", f"--namespace={OPERATOR_NAMESPACE}", f"deployment/{RELEASE}", "--tail=80"))
+
+
+def wait_for(what: str, condition: Any, seconds: float) -> None:
+    wait_until(what, condition, timeout=seconds, interval=0.5)

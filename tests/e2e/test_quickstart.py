@@ -1,0 +1,136 @@
+"""The main job: a manifest is applied, and a verified adapter lies in S3 that any reader can load."""
+
+import hashlib
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+from examples.quickstart.make_model import make_model
+from tests.e2e.conftest import QUICKSTART, ROOT, Installation
+
+NAMESPACE: Final = "ml"
+NAME: Final = "quickstart"
+TRANSCRIPT: Final = ROOT / "out/e2e"
+"""What a user would have seen; the README's outputs are taken from here."""
+
+
+@pytest.fixture(scope="module")
+def finished(installation: Installation) -> dict[str, Any]:
+    """The quickstart's QLoRAJob after its end; on the way, every change of its line is written down."""
+    installation.make_namespace(NAMESPACE)
+    kubectl = installation.cluster.kubectl
+    kubectl("apply", f"--namespace={NAMESPACE}", "--filename", str(QUICKSTART / "job.yaml"))
+    lines: dict[str, str] = {}
+    deadline = time.monotonic() + 900
+    while time.monotonic() < deadline:
+        wide = kubectl("get", "qlj", f"--namespace={NAMESPACE}", "--output=wide")
+        lines[wide.splitlines()[1].split("hf://")[0]] = kubectl("get", "qlj", f"--namespace={NAMESPACE}")
+        status = installation.job(NAME, NAMESPACE)["status"]
+        if any(each["type"] == "Finished" and each["status"] == "True" for each in status.get("conditions", ())):
+            break
+        time.sleep(1)
+    job = installation.wait_until_finished(NAME, NAMESPACE, 10)
+    write_transcript(installation, list(lines.values()))
+    return job
+
+
+def write_transcript(installation: Installation, gets: list[str]) -> None:
+    kubectl = installation.cluster.kubectl
+    TRANSCRIPT.mkdir(parents=True, exist_ok=True)
+    (TRANSCRIPT / "get-watch.txt").write_text("".join(gets), encoding="utf-8")
+    for name, words in {
+        "get.txt": ("get", "qlj", f"--namespace={NAMESPACE}"),
+        "get-wide.txt": ("get", "qlj", f"--namespace={NAMESPACE}", "--output=wide"),
+        "explain.txt": ("explain", "qlorajob.spec.lora"),
+        "describe.txt": ("describe", "qlj", NAME, f"--namespace={NAMESPACE}"),
+        "events.txt": ("events", f"--namespace={NAMESPACE}", f"--for=qlorajob/{NAME}"),
+    }.items():
+        (TRANSCRIPT / name).write_text(kubectl(*words), encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def downloaded(installation: Installation, finished: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Everything below the result's prefix, as a reader without our code would fetch it."""
+    folder: Path = tmp_path_factory.mktemp("result")
+    bucket, _, prefix = finished["status"]["output"]["prefix"].removeprefix("s3://").partition("/")
+    client = installation.cluster.s3.client()
+    for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=f"{prefix}/"):
+        for item in page["Contents"]:
+            target = folder / item["Key"].removeprefix(f"{prefix}/")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            client.download_file(bucket, item["Key"], str(target))
+    client.close()
+    return folder
+
+
+def condition(job: dict[str, Any], kind: str) -> tuple[str, str]:
+    [found] = [each for each in job["status"]["conditions"] if each["type"] == kind]
+    return found["status"], found["reason"]
+
+
+def test_it_succeeds(finished):
+    assert condition(finished, "Finished") == ("True", "Published")
+    assert condition(finished, "Succeeded") == ("True", "Published")
+    assert condition(finished, "Ready") == ("True", "Published")
+    assert finished["status"]["phase"] == "Succeeded"
+    assert finished["status"]["progress"] == "100%"
+
+
+@pytest.mark.usefixtures("finished")
+def test_the_user_saw_it_move():
+    seen = (TRANSCRIPT / "get-watch.txt").read_text(encoding="utf-8")
+    for phase in ("Preparing", "Training", "Succeeded"):
+        assert phase in seen
+    percents = [int(word[:-1]) for word in seen.split() if word.endswith("%")]
+    assert percents == sorted(percents)
+    assert len(set(percents)) > 5
+
+
+def test_one_job_for_each_purpose(installation, finished):
+    jobs = installation.children("jobs", NAME, NAMESPACE)
+    assert {job["metadata"]["name"] for job in jobs} == {"quickstart-prepare", "quickstart-1"}
+    assert {job["metadata"]["ownerReferences"][0]["uid"] for job in jobs} == {finished["metadata"]["uid"]}
+
+
+def test_every_file_is_as_the_manifest_says(downloaded):
+    manifest = json.loads((downloaded / "manifest.json").read_text(encoding="utf-8"))
+    said = {file["path"]: (file["size"], file["sha256"]) for file in manifest["files"]}
+    found = {
+        str(path.relative_to(downloaded)): (path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest())
+        for path in downloaded.rglob("*")
+        if path.is_file() and path.name != "manifest.json"
+    }
+    assert said.items() <= found.items()
+    assert {"adapter/adapter_model.safetensors", "adapter/adapter_config.json", "report/report.json"} <= said.keys()
+
+
+def test_the_adapter_names_its_base_as_the_hub_does(downloaded):
+    config = json.loads((downloaded / "adapter/adapter_config.json").read_text(encoding="utf-8"))
+    assert config["base_model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def test_anybody_can_load_it_and_measures_what_the_report_says(downloaded, finished):
+    script = Path(__file__).with_name("plain_peft.py")
+    command = [sys.executable, script, make_model(), downloaded / "adapter", QUICKSTART / "data/heldout.jsonl"]
+    measured = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    reported = json.loads((downloaded / "report/report.json").read_text(encoding="utf-8"))["evaluation"]
+    assert measured["tokens"] == reported["tokens"]
+    assert measured["adapter"] == pytest.approx(reported["adapter"]["loss"], abs=1e-3)
+    assert measured["base"] == pytest.approx(reported["base"]["loss"], abs=1e-3)
+    assert reported["adapter"]["loss"] <= 0.75 * reported["base"]["loss"]
+    assert finished["status"]["evaluation"]["adapter"]["loss"] == pytest.approx(reported["adapter"]["loss"], rel=1e-6)
+
+
+def test_the_same_job_again_is_done_already(installation, finished):
+    kubectl = installation.cluster.kubectl
+    kubectl("delete", "qlj", NAME, f"--namespace={NAMESPACE}", "--wait")
+    kubectl("apply", f"--namespace={NAMESPACE}", "--filename", str(QUICKSTART / "job.yaml"))
+    again = installation.wait_until_finished(NAME, NAMESPACE, 180)
+    assert condition(again, "Succeeded") == ("True", "AlreadyPublished")
+    assert again["status"]["output"]["adapter"] == finished["status"]["output"]["adapter"]
+    assert [job["metadata"]["name"] for job in installation.children("jobs", NAME, NAMESPACE)] == ["quickstart-prepare"]
