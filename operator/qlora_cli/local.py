@@ -50,9 +50,9 @@ def load_trainer() -> Trainer:
     """Import the trainer."""
     try:
         import torch  # noqa: PLC0415 (seconds; only `qlora run` needs it)
-        from qlora_trainer.run import run  # noqa: PLC0415
 
         from qlora_trainer.prepare import prepare  # noqa: PLC0415
+        from qlora_trainer.run import run  # noqa: PLC0415
     except ModuleNotFoundError as error:
         raise NoTrainerError(f"{error}; install the trainer: pip install 'qlora-operator[cli,trainer]'") from error
     return Trainer(torch.cuda.is_available, prepare, run)

@@ -18,10 +18,10 @@ SHOWN_CHARACTERS: Final = 60
 
 _SENTENCES: Final = {
     "missing": "is required",
-    "greater_than_equal": "must be ≥ {ge}, got {value}",
-    "greater_than": "must be > {gt}, got {value}",
-    "less_than_equal": "must be ≤ {le}, got {value}",
-    "less_than": "must be < {lt}, got {value}",
+    "greater_than_equal": "must be ≥ {ge:g}, got {value}",
+    "greater_than": "must be > {gt:g}, got {value}",
+    "less_than_equal": "must be ≤ {le:g}, got {value}",
+    "less_than": "must be < {lt:g}, got {value}",
     "literal_error": "must be {expected}, got {value}",
     "enum": "must be {expected}, got {value}",
     "int_type": "must be a whole number, got {value}",
@@ -32,7 +32,7 @@ _SENTENCES: Final = {
     "model_type": "must be a mapping of fields, got {value}",
     "dict_type": "must be a mapping, got {value}",
     "tuple_type": "must be a list, got {value}",
-    "too_short": "must have at least {min_length} entries, got {value}",
+    "too_short": "must have {min_length} or more entries, got {value}",
     "too_long": "may have {max_length} entries, got {actual_length}",
     "string_too_short": "must have at least {min_length} characters, got {value}",
     "string_too_long": "may have {max_length} characters",

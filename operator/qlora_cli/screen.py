@@ -60,6 +60,7 @@ class LineScreen:
         self._clock = clock
         self._phase: Phase | None = None
         self._next_line = 0.0
+        self._done = False
 
     def note(self, text: str) -> None:
         """Show a sentence about the preparation."""
@@ -73,11 +74,12 @@ class LineScreen:
     def report(self, progress: Progress) -> None:
         """Show the phase when it changes, and the steps now and then."""
         now = self._clock()
-        last = progress.step is not None and progress.step == progress.total_steps
-        if progress.phase == self._phase and now < self._next_line and not last:
+        done = progress.step is not None and progress.step == progress.total_steps
+        if progress.phase == self._phase and now < self._next_line and (self._done or not done):
             return
-        self._phase, self._next_line = progress.phase, now + SECONDS_BETWEEN_LINES
-        self._print(f"{progress.phase or Phase.TRAINING}  {describe(progress)}".rstrip())
+        self._phase, self._next_line, self._done = progress.phase, now + SECONDS_BETWEEN_LINES, done
+        details = describe(progress) if progress.phase in {Phase.TRAINING, None} else ""
+        self._print(f"{progress.phase or Phase.TRAINING}  {details}".rstrip())
 
     def _print(self, text: str) -> None:
         self._console.print(escape(text), soft_wrap=True)

@@ -1,0 +1,190 @@
+import json
+import signal
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+from typer.testing import Result as Invocation
+
+from qlora_api.names import Phase, Reason
+from qlora_api.report import LastWord
+from qlora_api.runconfig import Platform, PrepareConfig, RunConfig, S3Config
+from qlora_cli import run
+from qlora_cli.__main__ import app
+from qlora_cli.local import Trainer
+from qlora_trainer.errors import RunError
+from tests.unit.cli.make import JOB, RESULT, make_prepared, make_progress
+
+
+@dataclass
+class FakeTrainer:
+    """Remembers what it was asked, and answers at once."""
+
+    error: BaseException | None = None
+    published: bool = False
+    cuda: bool = False
+    prepares: list[PrepareConfig] = field(default_factory=list)
+    runs: list[RunConfig] = field(default_factory=list)
+
+    def prepare(self, config, note):
+        self.prepares.append(config)
+        note("24 rows [checked]")
+        return make_prepared(RESULT if self.published else None)
+
+    def run(self, config, sink):
+        self.runs.append(config)
+        for step in (1, 2, 3):
+            sink.report(make_progress(step))
+        if self.error:
+            raise self.error
+        sink.report(make_progress(3, Phase.EVALUATING))
+        return RESULT
+
+    def load(self):
+        return Trainer(lambda: self.cuda, self.prepare, self.run)
+
+
+@pytest.fixture
+def trainer(monkeypatch):
+    fake = FakeTrainer()
+    monkeypatch.setattr(run, "load_trainer", fake.load)
+    before = signal.getsignal(signal.SIGTERM)
+    yield fake
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture
+def job(tmp_path) -> Path:
+    path = tmp_path / "job.yaml"
+    path.write_text(JOB)
+    return path
+
+
+def qlora(*arguments: object) -> Invocation:
+    return CliRunner(env={"COLUMNS": "80"}).invoke(app, ["run", *map(str, arguments)])
+
+
+@pytest.mark.usefixtures("trainer")
+def test_a_run_prepares_plans_trains_and_shows_the_comparison(job):
+    result = qlora(job)
+    assert result.exit_code == 0, result.output
+    assert [line.rstrip() for line in result.stdout.splitlines()] == [
+        "Published: The adapter is complete and verified in the output.",
+        "112 held-out rows, 1400 answer tokens",
+        "┏━━━━━━━━━━━━━━━━┳━━━━━━━┳━━━━━━━━━┳━━━━━━━━━━━━━━┓",
+        "┃                ┃  base ┃ adapter ┃       change ┃",
+        "┡━━━━━━━━━━━━━━━━╇━━━━━━━╇━━━━━━━━━╇━━━━━━━━━━━━━━┩",
+        "│ loss           │ 4.000 │   3.000 │       -25.0% │",
+        "│ perplexity     │  54.6 │    20.1 │       -63.2% │",
+        "│ token accuracy │ 25.0% │   40.0% │ +15.0 points │",
+        "└────────────────┴───────┴─────────┴──────────────┘",
+        "adapter  /out/support-bot/0123456789abcdef/adapter",
+        "report   /out/support-bot/0123456789abcdef/report/report.html",
+    ]
+
+
+@pytest.mark.usefixtures("trainer")
+def test_without_a_terminal_progress_is_lines_on_standard_error(job):
+    assert qlora(job).stderr.splitlines() == [
+        "24 rows [checked]",
+        "device cpu: spec.resources.gpusPerNode is 0",
+        "micro-batch 8: the largest divisor of globalBatchSize 16 up to 8 (a CPU pays for dequantisation per forward "
+        "pass, whatever its rows)",
+        "gradient accumulation 2: 8 x 2 = globalBatchSize 16",
+        "steps 6: 3 epochs x 2 steps (24 rows / 16)",
+        "Training   33%  step 1/3  loss 3.750  225 tok/s  0:02:10 left",
+        "Training  100%  step 3/3  loss 3.250  225 tok/s",
+        "Evaluating",
+    ]
+
+
+def test_options_reach_the_trainer(trainer, job):
+    result = qlora(
+        job, "--set", "lora.rank=8", "--hub-mirror", "/mirror", "--hub-endpoint", "http://hub", "--s3-endpoint", "http://s3"
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    (config,) = trainer.prepares
+    assert config.spec.lora.rank == 8
+    assert (config.job, config.namespace) == ("support-bot", "default")
+    assert config.platform == Platform(
+        s3=S3Config(endpoint="http://s3"), hub_endpoint="http://hub", hub_mirror="file:///mirror"
+    )
+    assert trainer.runs[0].plan.total_steps == 6
+
+
+def test_what_was_published_before_is_shown_and_not_done_again(trainer, job):
+    trainer.published = True
+    result = qlora(job)
+    assert result.exit_code == 0
+    assert result.stdout.startswith("AlreadyPublished: ")
+    assert "-25.0%" in result.stdout
+    assert trainer.runs == []
+
+
+@pytest.mark.usefixtures("trainer")
+def test_json_is_the_last_word_of_a_pod(job):
+    result = qlora(job, "-o", "json")
+    word = LastWord.model_validate_json(result.stdout)
+    assert word == LastWord(reason=Reason.PUBLISHED, step=3, prepared=make_prepared(), result=RESULT)
+    assert json.loads(result.stdout)["result"]["evaluation"]["adapter"]["loss"] == 3.0
+
+
+def test_a_run_error_is_shown_with_reason_message_and_remedy(trainer, job):
+    trainer.error = RunError(Reason.NON_FINITE_LOSS, "the loss of step 3 is [nan]", step=3)
+    result = qlora(job)
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert result.stderr.splitlines()[-3:] == [
+        "error: NonFiniteLoss",
+        "the loss of step 3 is [nan]",
+        "what to do: Lower spec.training.learningRate, or check the dataset.",
+    ]
+
+
+def test_an_interruption_ends_with_the_shells_exit_code(trainer, job):
+    trainer.error = KeyboardInterrupt()
+    result = qlora(job)
+    assert result.exit_code == 130
+    assert result.stderr.endswith("stopped; nothing was published\n")
+
+
+def test_a_bug_of_ours_is_not_dressed_up(trainer, job):
+    trainer.error = ZeroDivisionError("ours")
+    assert isinstance(qlora(job).exception, ZeroDivisionError)
+
+
+def test_a_gpu_that_this_computer_lacks_is_refused_before_anything_is_done(trainer, job):
+    result = qlora(job, "--set", "resources.gpusPerNode=1")
+    assert result.exit_code == 1
+    assert "--set resources.gpusPerNode=0" in result.stderr
+    assert trainer.prepares == []
+
+
+def test_a_gpu_that_this_computer_has_is_used(trainer, job):
+    trainer.cuda = True
+    assert qlora(job, "--set", "resources.gpusPerNode=1").exit_code == 0
+    assert trainer.runs[0].plan.device == "cuda"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (JOB.replace("rank: 16", "rank: 0"), "job.yaml:11: spec.lora.rank: must be ≥ 1, got 0"),
+        (f"{JOB}---\n{JOB}", "job.yaml: has 2 QLoRAJobs; give a file with one"),
+        ("kind: Secret\n", "job.yaml: has 0 QLoRAJobs; give a file with one"),
+        ("a: [", "job.yaml:1: while parsing a flow node"),
+    ],
+)
+def test_a_manifest_that_cannot_run_is_refused(trainer, job, text, message):
+    job.write_text(text)
+    result = qlora(job)
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert trainer.prepares == []
+
+
+def test_a_missing_manifest_is_said(tmp_path):
+    result = qlora(tmp_path / "missing.yaml")
+    assert result.exit_code == 1
+    assert "missing.yaml: No such file or directory" in result.stderr

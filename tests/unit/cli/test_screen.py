@@ -1,0 +1,48 @@
+import io
+
+from rich.console import Console
+
+from qlora_api.names import Phase
+from qlora_cli.screen import LineScreen, describe, open_screen
+from tests.unit.cli.make import make_progress
+
+
+def test_progress_is_described_by_what_is_known():
+    assert describe(make_progress(1)) == " 33%  step 1/3  loss 3.750  225 tok/s  0:02:10 left"
+    assert describe(make_progress(3)) == "100%  step 3/3  loss 3.250  225 tok/s"
+    unknown = make_progress(0).model_copy(
+        update={"step": None, "loss": None, "tokens_per_second": None, "remaining_seconds": None}
+    )
+    assert describe(unknown) == ""
+
+
+def test_lines_come_at_a_pace_that_a_log_can_bear():
+    stream, now = io.StringIO(), iter([0.0, 3.0, 11.0, 12.0, 13.0])
+    screen = LineScreen(Console(file=stream, width=80), clock=lambda: next(now))
+    for progress in (make_progress(0), make_progress(1), make_progress(2), make_progress(3)):
+        screen.report(progress)
+    screen.report(make_progress(3, Phase.PUBLISHING))
+    assert [line.split()[:2] for line in stream.getvalue().splitlines()] == [
+        ["Training", "0%"],
+        ["Training", "66%"],
+        ["Training", "100%"],
+        ["Publishing"],
+    ]
+
+
+def test_a_terminal_gets_one_bar_per_phase_within_its_width():
+    stream = io.StringIO()
+    console = Console(file=stream, width=80, force_terminal=True, color_system=None, legacy_windows=False)
+    with open_screen(console) as screen:
+        screen.note("a note")
+        screen.report(make_progress(0, Phase.EVALUATING))
+        screen.report(make_progress(1))
+        screen.report(make_progress(3))
+        screen.report(make_progress(3, Phase.PUBLISHING))
+    last = stream.getvalue().split("a note")[-1]
+    assert [phase for phase in ("Evaluating", "Training", "Publishing") if phase in last] == [
+        "Evaluating",
+        "Training",
+        "Publishing",
+    ]
+    assert "step 3/3" in last
