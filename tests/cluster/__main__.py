@@ -7,8 +7,9 @@ import sys
 from tests.cluster.binaries import build_all
 from tests.cluster.cluster import Cluster, stop_cluster
 from tests.cluster.images import build_image
+from tests.cluster.paths import lock
 from tests.cluster.progress import Unavailable, say
-from tests.cluster.state import all_states, find_state, remove_abandoned, start_lock
+from tests.cluster.state import START_LOCK, all_states, find_state, remove_abandoned
 
 
 def main() -> int:
@@ -53,7 +54,7 @@ def up(arguments: argparse.Namespace) -> None:
 
 def down(arguments: argparse.Namespace) -> None:
     """Stop one cluster, or all that no living process owns."""
-    with start_lock():
+    with lock(START_LOCK):
         remove_abandoned()
     states = [find_state(arguments.name)] if arguments.name else [state for state in all_states() if state.detached()]
     for state in states:

@@ -1,22 +1,22 @@
 """The cluster's programs, built once from pinned Go modules into the cache."""
 
-import fcntl
 import hashlib
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from tests.cluster.commands import run
-from tests.cluster.paths import CACHE, MODULES, ensure_folder
+from tests.cluster.paths import CACHE, MODULES, ensure_folder, lock
 from tests.cluster.progress import say
 from tests.cluster.toolchain import go_environment, go_program
 
 KUBERNETES_VERSION: Final = "v1.36.3"
 """What modules/kubernetes pins; the server reports it, and without it Helm refuses the server."""
+
+BUILD_LOCK: Final = CACHE / "build.lock"
+"""The one lock under which anything is compiled."""
 
 VERSION_PACKAGE: Final = "k8s.io/component-base/version"
 
@@ -79,7 +79,7 @@ def binary_path(name: str) -> Path:
 
 def build(name: str, path: Path) -> None:
     """Build one program; a second process that wants one waits, since two builds starve each other."""
-    with build_lock():
+    with lock(BUILD_LOCK):
         if path.exists():
             return
         program = PROGRAMS[name]
@@ -102,13 +102,5 @@ def build_all() -> None:
     """Build every program, then drop the compiler's cache, which is 10 GB that the next start does not need."""
     for name in PROGRAMS:
         binary(name)
-    with build_lock():
+    with lock(BUILD_LOCK):
         shutil.rmtree(CACHE / "go-build", ignore_errors=True)
-
-
-@contextmanager
-def build_lock() -> Iterator[None]:
-    """Hold the one lock under which anything is compiled."""
-    with (ensure_folder(CACHE) / "build.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield

@@ -15,10 +15,11 @@ from tests.cluster.containers import Containerd
 from tests.cluster.control_plane import start_control_plane
 from tests.cluster.network import GATEWAY, start_bridge
 from tests.cluster.node import NODE, ensure_node_possible, start_node
+from tests.cluster.paths import lock
 from tests.cluster.processes import Processes
 from tests.cluster.progress import Unavailable, say
 from tests.cluster.s3 import S3, start_s3
-from tests.cluster.state import State, all_states, find_state, remove_abandoned, start_lock
+from tests.cluster.state import START_LOCK, State, all_states, find_state, remove_abandoned
 
 NODE_WAIT: Final = 600.0
 """Seconds to wait for another test run to give this machine's one node back."""
@@ -42,7 +43,7 @@ class Cluster:
     def start(cls, name: str | None = None, *, node: bool = False, kwok_nodes: int = 0, s3: bool = True) -> "Cluster":
         """Start a cluster that ends with this process unless it is detached; use it in a `with` statement."""
         state = find_state(name or f"session-{os.getpid()}")
-        with start_lock():
+        with lock(START_LOCK):
             remove_abandoned()
             if (state.folder / "kubeconfig").exists():
                 raise Unavailable(
@@ -190,7 +191,7 @@ def claim_node(state: State) -> None:
 
 def try_to_claim_node(state: State) -> bool:
     """Take the node and its bridge if no other cluster has them; a detached one will not give them back."""
-    with start_lock():
+    with lock(START_LOCK):
         remove_abandoned()
         others = [other for other in all_states() if other.has_node and other.name != state.name]
         if detached := [other.name for other in others if other.detached()]:
@@ -208,7 +209,7 @@ def try_to_claim_node(state: State) -> bool:
 
 def stop_cluster(state: State, processes: Processes | None) -> None:
     """Stop a cluster, and collect the programs that were this process's children."""
-    with start_lock():
+    with lock(START_LOCK):
         state.stop()
     for child in processes.children if processes else []:
         child.wait(timeout=30)

@@ -10,7 +10,7 @@ from tests.cluster import buildah
 from tests.cluster.commands import run
 from tests.cluster.containers import PAUSE_IMAGE, Containerd
 from tests.cluster.packages import ensure_commands, require_root
-from tests.cluster.paths import REPOSITORY, ensure_folder
+from tests.cluster.paths import REPOSITORY, ensure_folder, lock
 from tests.cluster.processes import Processes
 from tests.cluster.progress import say
 from tests.cluster.registry import ensure_registry
@@ -71,8 +71,10 @@ def build_image(
     """Build one target of the Dockerfile and return its full reference, `localhost/` in front if it names no host."""
     reference = tag if tag.startswith("localhost/") else f"localhost/{tag}"
     values = {"BASE": base or ensure_base_image(), **(arguments or {})}
-    buildah.build(context, context / "Dockerfile", reference, target=target, arguments=values)
-    prune_builds(reference)
+    # What a build has made so far looks unused until it ends, so nobody may prune meanwhile.
+    with lock(buildah.HOME / "build.lock"):
+        buildah.build(context, context / "Dockerfile", reference, target=target, arguments=values)
+        prune_builds(reference)
     return reference
 
 
@@ -94,11 +96,12 @@ def local_images() -> list[dict[str, Any]]:
 
 
 def prune_builds(reference: str) -> None:
-    """Remove all but the newest images of this name; layers that the newest still uses stay."""
+    """Remove all but the newest images of this name, and every layer that no image uses any more."""
     name = reference.rpartition(":")[0]
     names = [str(each) for image in local_images() for each in image.get("names") or []]
     tags = [each for each in names if each.rpartition(":")[0] == name and each != reference]
-    if old := tags[KEPT_TAGS - 1 :]:
+    dangling = buildah.buildah("images", "--quiet", "--filter", "dangling=true").split()
+    if old := [*tags[KEPT_TAGS - 1 :], *dangling]:
         buildah.buildah("rmi", *old)
 
 

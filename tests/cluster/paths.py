@@ -1,6 +1,9 @@
 """Where the test cluster keeps what it builds, runs and stores."""
 
+import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -21,3 +24,12 @@ def ensure_folder(path: Path) -> Path:
     """Return the folder, made if it was missing."""
     path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+@contextmanager
+def lock(path: Path) -> Iterator[None]:
+    """Hold a lock that other processes of this machine wait for; it ends with this process at the latest."""
+    ensure_folder(path.parent)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,12 +1,10 @@
 """What is written down about a running cluster, so that another process can use it, stop it or clean up after it."""
 
-import fcntl
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from tests.cluster.containers import stop_containers
 from tests.cluster.mounts import remove_folder
@@ -17,7 +15,10 @@ from tests.cluster.processes import Processes, ProcessId
 from tests.cluster.progress import say
 from tests.cluster.s3 import S3
 
-NODE_PROGRAMS = ("kube-proxy", "coredns", "kubelet")
+START_LOCK: Final = CACHE / "start.lock"
+"""The lock under which clusters are claimed and cleaned up."""
+
+NODE_PROGRAMS: Final = ("kube-proxy", "coredns", "kubelet")
 """Stopped before the containers are, or they would start them again."""
 
 
@@ -103,11 +104,3 @@ def remove_abandoned() -> None:
         if state.abandoned():
             say(f"cleaning up after {state.name}, whose owner is gone")
             state.stop()
-
-
-@contextmanager
-def start_lock() -> Iterator[None]:
-    """Hold the lock under which clusters are started and cleaned up."""
-    with (ensure_folder(CACHE) / "start.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
