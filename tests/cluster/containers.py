@@ -53,9 +53,10 @@ class Containerd:
         """Run containerd's own client in the namespace that the kubelet uses."""
         return run(["ctr", "--address", self.socket, "--namespace", "k8s.io", *args])
 
-    def images(self) -> list[str]:
-        """Return the references of the images on this node."""
-        return self.ctr("images", "list", "--quiet").split()
+    def images(self) -> dict[str, str]:
+        """Return the digest of every image by reference; the Kubernetes side adds one named by its own digest."""
+        rows = [line.split() for line in self.ctr("images", "list").splitlines()[1:]]
+        return {row[0]: row[2] for row in rows}
 
     def remove_all_containers(self) -> bool:
         """Kill and forget every container; say whether there was one."""

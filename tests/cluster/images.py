@@ -113,16 +113,20 @@ def load_image(containerd: Containerd, processes: Processes, reference: str) -> 
     buildah.buildah("push", "--quiet", "--tls-verify=false", "--format", "oci", *zstd, reference, f"docker://{copy}")
     containerd.ctr("images", "pull", "--plain-http", copy)
     containerd.ctr("images", "tag", "--force", copy, reference)
-    prune_node(containerd, keep={copy, reference})
+    containerd.ctr("images", "delete", copy)
+    prune_node(containerd, reference)
     return reference
 
 
-def prune_node(containerd: Containerd, keep: set[str]) -> None:
-    """Remove the other tags of the same names from the node; a container that runs keeps its layers."""
-    names = {reference.rpartition(":")[0] for reference in keep}
-    old = [each for each in containerd.images() if each.rpartition(":")[0] in names and each not in keep]
-    if old:
-        containerd.ctr("images", "delete", *old)
+def prune_node(containerd: Containerd, kept: str) -> None:
+    """Remove the other tags of this name, and what no tag names any more; a container that runs keeps its layers."""
+    images = containerd.images()
+    name = kept.rpartition(":")[0]
+    tags = {tag: digest for tag, digest in images.items() if not tag.startswith("sha256:")}
+    old = {tag for tag in tags if tag.rpartition(":")[0] == name and tag != kept}
+    in_use = {digest for tag, digest in tags.items() if tag not in old}
+    if unused := [image for image, digest in images.items() if image in old or digest not in in_use]:
+        containerd.ctr("images", "delete", *unused)
 
 
 def ensure_pause_image(containerd: Containerd) -> None:

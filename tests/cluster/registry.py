@@ -1,6 +1,7 @@
 """A registry on loopback, so that only the layers that changed travel from a build to the node."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Final
 
@@ -12,15 +13,26 @@ from tests.cluster.paths import CACHE, ensure_folder
 from tests.cluster.processes import Processes
 
 HOME: Final = CACHE / "registry"
+DATA: Final = HOME / "data"
+
+LIMIT_BYTES: Final = 12 * 2**30
+"""Beyond this the registry starts empty: it is only a stop on the way, and nothing ever leaves it."""
 
 
 def ensure_registry(processes: Processes) -> str:
     """Return the address of the running registry, started if it is not."""
     port = kept_port()
     if not processes.running("registry"):
+        remove_if_large()
         processes.start("registry", [binary("registry"), "serve", write_config(port)])
         processes.wait_for_port("registry", "127.0.0.1", port)
     return f"127.0.0.1:{port}"
+
+
+def remove_if_large() -> None:
+    """Forget all layers when those of old images have piled up."""
+    if sum(path.stat().st_size for path in DATA.rglob("data")) > LIMIT_BYTES:
+        shutil.rmtree(DATA)
 
 
 def kept_port() -> int:
@@ -34,7 +46,7 @@ def kept_port() -> int:
 def write_config(port: int) -> Path:
     """Write the registry's configuration: a folder, plain HTTP, loopback only."""
     path = HOME / "config.yml"
-    storage = {"filesystem": {"rootdirectory": str(HOME / "data")}, "delete": {"enabled": True}}
+    storage = {"filesystem": {"rootdirectory": str(DATA)}, "delete": {"enabled": True}}
     config = {"version": 0.1, "storage": storage, "http": {"addr": f"127.0.0.1:{port}"}, "log": {"level": "warn"}}
     path.write_text(yaml.safe_dump(config))
     return path
