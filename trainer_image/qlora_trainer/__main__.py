@@ -1,0 +1,125 @@
+"""The trainer as a pod runs it: `python -m qlora_trainer prepare|train --config FILE`."""
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+
+import structlog
+
+from qlora_api.names import (
+    CONFIG_MOUNT,
+    PREPARE_CONFIG_FILE,
+    RUN_CONFIG_FILE,
+    TERMINATION_MESSAGE_PATH,
+    WORK_MOUNT,
+    Reason,
+)
+from qlora_api.report import LastWord
+from qlora_api.runconfig import PrepareConfig, RunConfig
+from qlora_trainer.errors import explain
+from qlora_trainer.interrupt import EXIT_CODE, StopFlag, interrupted
+from qlora_trainer.lastword import failure_word, write_last_word
+from qlora_trainer.work import default_work
+
+log = structlog.get_logger()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Prepare or train, leave the last word, and return the exit code."""
+    options = parse(arguments)
+    configure_log()
+    configure_libraries(options.work)
+    stop = StopFlag()
+    stop.listen(lambda: write_last_word(failure_word(interrupted()), options.termination_message))
+    try:
+        word = prepare_word(options) if options.command == "prepare" else train_word(options, stop)
+    except BaseException as error:
+        known = explain(error)
+        log.exception("the run failed", reason=known.reason, step=known.step)
+        write_last_word(failure_word(known), options.termination_message)
+        return EXIT_CODE if known.reason == Reason.INTERRUPTED else 1
+    write_last_word(word, options.termination_message)
+    log.info("done", reason=word.reason)
+    return 0
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog="qlora_trainer", description="Prepare or train one QLoRAJob.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, file in (("prepare", PREPARE_CONFIG_FILE), ("train", RUN_CONFIG_FILE)):
+        command = commands.add_parser(name)
+        command.add_argument("--config", type=Path, default=Path(CONFIG_MOUNT, file), help="what to do, as JSON")
+        command.add_argument("--work", type=Path, default=pod_work(), help="folder for downloads and results")
+        command.add_argument("--termination-message", type=Path, default=Path(TERMINATION_MESSAGE_PATH))
+    return parser.parse_args(arguments)
+
+
+def pod_work() -> Path:
+    """Return the pod's writable mount, or a cache folder outside a pod."""
+    mount = Path(WORK_MOUNT)
+    return mount if mount.is_dir() and os.access(mount, os.W_OK) else default_work()
+
+
+def configure_log() -> None:
+    """Write one JSON object a line to standard output."""
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso"),
+            structlog.processors.format_exc_info,
+            structlog.processors.JSONRenderer(),
+        ],
+        logger_factory=structlog.PrintLoggerFactory(sys.stdout),
+    )
+    logging.basicConfig(level=logging.WARNING, stream=sys.stdout)
+
+
+def configure_libraries(work: Path) -> None:
+    """Keep every library's cache in the writable folder, and its work repeatable; must come before their import."""
+    defaults = {
+        "HF_HOME": str(work / "huggingface"),
+        "MPLCONFIGDIR": str(work / "matplotlib"),
+        "TRITON_CACHE_DIR": str(work / "triton"),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        # cuBLAS is deterministic only with a workspace of fixed size (torch.use_deterministic_algorithms).
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
+def prepare_word(options: argparse.Namespace) -> LastWord:
+    """Prepare, and return the facts as the last word."""
+    from qlora_trainer.prepare import prepare  # noqa: PLC0415 (after configure_libraries)
+
+    config = PrepareConfig.model_validate_json(options.config.read_text())
+    prepared = prepare(config, log.info, work=options.work)
+    reason = Reason.ALREADY_PUBLISHED if prepared.published else Reason.PREPARED
+    return LastWord(reason=reason, message="", prepared=prepared, result=prepared.published)
+
+
+def train_word(options: argparse.Namespace, stop: StopFlag) -> LastWord:
+    """Train, and return the result as the last word."""
+    from qlora_trainer.progress import HttpSink, LogSink, ProgressSink, Sinks  # noqa: PLC0415 (as above)
+    from qlora_trainer.run import run  # noqa: PLC0415 (as above)
+
+    config = RunConfig.model_validate_json(options.config.read_text())
+    sinks: list[ProgressSink] = [LogSink()]
+    http = HttpSink.from_environment()
+    if http is not None:
+        sinks.append(http)
+    try:
+        result = run(config, Sinks(sinks), work=options.work, stop=stop)
+    finally:
+        if http is not None:
+            http.close()
+    return LastWord(reason=Reason.PUBLISHED, message="", step=result.steps, result=result)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

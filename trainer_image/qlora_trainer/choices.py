@@ -1,0 +1,91 @@
+"""What the hardware and the model decide, each with its reason: for the log and the report."""
+
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+import torch
+
+from qlora_api.v1alpha1 import Plan, QLoRAJobSpec
+from qlora_trainer.batches import PACK_TOKENS
+from qlora_trainer.hardware import Hardware
+
+ACTIVATION_BYTES_PER_TOKEN_LAYER_WIDTH: Final = 34
+"""Kept for backward without checkpointing, per token, layer and hidden unit, in 16 bits (Korthikanti et al. 2022)."""
+_SHARE_FOR_ACTIVATIONS: Final = 0.5
+"""The rest of the free memory is for weights, the optimizer and what the estimate does not know."""
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The decisions; `reasons` has one sentence for each."""
+
+    dtype: torch.dtype
+    attention: str
+    checkpointing: bool
+    packing: bool
+    optimizer: str
+    reasons: dict[str, str]
+
+    def with_packing_off(self, reason: str) -> "Choices":
+        """Return the choices for a model whose rows cannot be joined."""
+        return replace(self, packing=False, reasons=self.reasons | {"packing": f"off: {reason}"})
+
+
+def decide(spec: QLoRAJobSpec, plan: Plan, hardware: Hardware, model: Any, longest_row: int) -> Choices:
+    """Decide everything from the model's configuration, before its weights are loaded."""
+    dtype, dtype_reason = compute_dtype(hardware)
+    attention, attention_reason = attention_kernel(model)
+    length = min(longest_row, spec.training.max_length)
+    tokens = min(plan.micro_batch_size * length, max(PACK_TOKENS, length) if spec.training.packing else 1 << 62)
+    checkpointing, checkpointing_reason = activation_checkpointing(hardware, model, tokens)
+    fused = hardware.device == "cuda"
+    return Choices(
+        dtype=dtype,
+        attention=attention,
+        checkpointing=checkpointing,
+        packing=spec.training.packing,
+        optimizer="adamw_fused" if fused else "adamw",
+        reasons={
+            "device": hardware.name,
+            "dtype": f"{str(dtype).removeprefix('torch.')}: {dtype_reason}",
+            "attention": f"{attention}: {attention_reason}",
+            "gradient checkpointing": f"{'on' if checkpointing else 'off'}: {checkpointing_reason}",
+            "packing": "on: rows are joined without padding" if spec.training.packing else "off: spec.training.packing",
+            "optimizer": f"AdamW{' (fused)' if fused else ''} in fp32: an adapter's state is small",
+        },
+    )
+
+
+def compute_dtype(hardware: Hardware) -> tuple[torch.dtype, str]:
+    """Pick the dtype of the base's computation; adapters are fp32 in any case."""
+    if hardware.capability is not None:
+        sm = f"sm_{hardware.capability[0]}{hardware.capability[1]}"
+        if hardware.native_bf16:
+            return torch.bfloat16, f"{sm} has native bf16"
+        return torch.float16, f"{sm} predates native bf16"
+    if hardware.native_bf16:
+        return torch.bfloat16, "the CPU has AVX512-BF16, which is about twice as fast as fp32"
+    return torch.float32, "the CPU has no native bf16"
+
+
+def attention_kernel(model: Any) -> tuple[str, str]:
+    """Pick the attention kernel."""
+    # transformers passes a soft cap to eager attention only; SDPA would leave it out without a word.
+    if getattr(model, "attn_logit_softcapping", None):
+        return "eager", "the model caps attention scores, which SDPA cannot"
+    return "sdpa", "torch's own kernel, exact with joined rows"
+
+
+def activation_checkpointing(hardware: Hardware, model: Any, tokens: int) -> tuple[bool, str]:
+    """Recompute activations only where they would not fit: it costs a forward pass a step."""
+    needed = tokens * model.num_hidden_layers * model.hidden_size * ACTIVATION_BYTES_PER_TOKEN_LAYER_WIDTH
+    offered = round(hardware.free_bytes * _SHARE_FOR_ACTIVATIONS)
+    fits = needed <= offered
+    sentence = (
+        f"{tokens} tokens keep about {_gib(needed)} of activations, and half of the free memory is {_gib(offered)}"
+    )
+    return not fits, sentence
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB"

@@ -1,0 +1,32 @@
+"""The name of a result: a digest of everything that decides it, and of nothing else."""
+
+import hashlib
+import json
+from importlib.metadata import version
+from typing import Final
+
+from qlora_api.v1alpha1 import DataStatus, ModelStatus, QLoRAJobSpec
+
+DISTRIBUTION: Final = "qlora-operator"
+_DIGITS: Final = 16
+
+
+def trainer_version() -> str:
+    """Return the release of the trainer."""
+    return version(DISTRIBUTION)
+
+
+def result_digest(spec: QLoRAJobSpec, model: ModelStatus, dataset: DataStatus) -> str:
+    """Return 16 hex digits; output, resources, names and deadlines do not change a result and are left out."""
+    decisive = {
+        "model": {"uri": model.uri, "commit": model.commit},
+        "dataset": {"digest": dataset.digest, "format": dataset.format},
+        "evaluation": spec.dataset.evaluation.model_dump(mode="json"),
+        "method": spec.method,
+        "quantization": spec.quantization.model_dump(mode="json"),
+        "lora": spec.lora.model_dump(mode="json"),
+        "training": spec.training.model_dump(mode="json"),
+        "trainer": trainer_version(),
+    }
+    canonical = json.dumps(decisive, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:_DIGITS]

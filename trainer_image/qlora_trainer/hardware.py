@@ -1,0 +1,71 @@
+"""What this computer has: asked once, so that decisions can be pure."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+import torch
+
+from qlora_api.names import Reason
+from qlora_trainer.errors import RunError
+
+_MEMORY: Final = Path("/proc/meminfo")
+_CGROUP_LIMIT: Final = Path("/sys/fs/cgroup/memory.max")
+_CGROUP_USAGE: Final = Path("/sys/fs/cgroup/memory.current")
+_UNKNOWN_BYTES: Final = 8 << 30
+"""Assumed where the system does not say (macOS)."""
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """The device of a run."""
+
+    device: Literal["cpu", "cuda"]
+    capability: tuple[int, int] | None
+    """Of a CUDA device: (8, 0) is sm_80."""
+    native_bf16: bool
+    free_bytes: int
+    name: str
+
+
+def observe_hardware(device: Literal["cpu", "cuda"]) -> Hardware:
+    """Look at the device that the plan names, or say that it is not there."""
+    if device == "cpu":
+        bf16 = bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
+        return Hardware("cpu", None, bf16, _free_host_bytes(), f"CPU, {torch.get_num_threads()} threads")
+    if not torch.cuda.is_available():
+        raise RunError(
+            Reason.ACCELERATOR_MISSING,
+            "the plan gives this pod a GPU, but torch finds no CUDA device; check the node's driver and device plugin",
+        )
+    capability = torch.cuda.get_device_capability()
+    free, _ = torch.cuda.mem_get_info()
+    return Hardware("cuda", capability, capability >= (8, 0), free, torch.cuda.get_device_name())
+
+
+def _free_host_bytes() -> int:
+    """Return the free memory of this computer, or of the container where that is less."""
+    try:
+        available = _available_bytes(_MEMORY.read_text())
+    except (OSError, KeyError):
+        return _UNKNOWN_BYTES
+    try:
+        limit = _CGROUP_LIMIT.read_text().strip()
+        return available if limit == "max" else min(available, int(limit) - int(_CGROUP_USAGE.read_text()))
+    except (OSError, ValueError):
+        return available
+
+
+def _available_bytes(meminfo: str) -> int:
+    """Return MemAvailable, which the kernel gives in KiB."""
+    fields = dict(line.split(":", 1) for line in meminfo.splitlines() if ":" in line)
+    return int(fields["MemAvailable"].split()[0]) * 1024
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Return the peak so far: the allocator's on a GPU, the resident set on a CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_reserved(device))
+    import resource  # noqa: PLC0415 (absent on Windows, where nothing else of this module is wrong)
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,58 @@
+"""SIGTERM: a step under way is finished, everything else stops at once."""
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Final
+
+from qlora_api.names import Reason
+from qlora_trainer.errors import RunError
+
+EXIT_CODE: Final = 143
+"""What a shell calls a process ended by SIGTERM: 128 + 15."""
+_OVERDUE_SECONDS: Final = 20.0
+"""A step that is still running then is abandoned: Kubernetes kills after 30 s by default."""
+
+
+def interrupted(step: int | None = None) -> RunError:
+    """Return what is raised once the process was asked to stop."""
+    return RunError(Reason.INTERRUPTED, "the pod was asked to stop before the run was published", step)
+
+
+class StopFlag:
+    """Whether this process was asked to stop."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._deferred = False
+
+    def listen(self, overdue: Callable[[], None]) -> None:
+        """React to SIGTERM; `overdue` is called from a thread when nothing stopped in time, before the process ends."""
+        self._overdue = overdue
+        signal.signal(signal.SIGTERM, self._on_signal)
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Within, a signal only raises the flag."""
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 (signal's signature)
+        if self.requested:
+            return
+        self.requested = True
+        timer = threading.Timer(_OVERDUE_SECONDS, self._abandon)
+        timer.daemon = True
+        timer.start()
+        if not self._deferred:
+            raise interrupted()
+
+    def _abandon(self) -> None:
+        self._overdue()
+        os._exit(EXIT_CODE)

@@ -1,0 +1,47 @@
+"""The pod's final word: one line of JSON that the kubelet hands to the operator."""
+
+import contextlib
+from pathlib import Path
+
+from qlora_api.names import TERMINATION_MESSAGE_BYTES
+from qlora_api.report import LastWord
+from qlora_trainer.errors import RunError
+
+_ELLIPSIS = "…"
+
+
+def failure_word(error: RunError) -> LastWord:
+    """Return what is said about a failed run."""
+    return LastWord(reason=error.reason, message=error.message, step=error.step)
+
+
+def to_line(word: LastWord, limit: int = TERMINATION_MESSAGE_BYTES) -> str:
+    """Return the word as JSON of at most `limit` bytes; only the message is shortened."""
+    line = _dump(word)
+    # Escapes make a character up to six bytes, so the length to keep is searched for, not computed.
+    low, high = 0, len(word.message)
+    if len(line.encode()) <= limit:
+        return line
+    while low < high:
+        kept = (low + high + 1) // 2
+        if len(_dump(_shortened(word, kept)).encode()) <= limit:
+            low = kept
+        else:
+            high = kept - 1
+    return _dump(_shortened(word, low))
+
+
+def write_last_word(word: LastWord, path: Path) -> None:
+    """Write the word where the kubelet looks for it; outside a pod there may be no such place."""
+    with contextlib.suppress(OSError):
+        path.write_text(to_line(word), encoding="utf-8")
+
+
+def _shortened(word: LastWord, characters: int) -> LastWord:
+    return word.model_copy(update={"message": word.message[:characters] + _ELLIPSIS})
+
+
+def _dump(word: LastWord) -> str:
+    # A lone surrogate (from an undecodable file name, say) has no UTF-8 form and would end the last word itself.
+    clean = word.message.encode("utf-8", "replace").decode("utf-8")
+    return word.model_copy(update={"message": clean}).model_dump_json(by_alias=True, exclude_none=True)

@@ -1,0 +1,210 @@
+"""The base model, quantised and frozen, and the adapter on it."""
+
+import contextlib
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from bitsandbytes.nn import Linear4bit
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+
+from qlora_api.v1alpha1 import LoraSpec, QuantizationSpec
+from qlora_trainer.architecture import ALL_LINEAR
+from qlora_trainer.batches import Batch
+from qlora_trainer.choices import Choices
+from qlora_trainer.loss import (
+    chunked_cross_entropy,
+    chunked_statistics,
+    positions_per_chunk,
+    token_losses,
+)
+
+_SAME_RESULT: Final = 0.05
+"""Relative distance that 16-bit rounding explains; joined rows that see each other are far above (0.3 and more)."""
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A frozen base with a trainable adapter, and how its loss is computed."""
+
+    peft: Any
+    causal: Any
+    """The transformers model inside, with the adapter's layers in place."""
+    device: torch.device
+    dtype: torch.dtype
+    plain_head: bool
+    """The output is the last hidden state through the output layer and nothing else, so it may be computed in parts."""
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """Return the adapter's weights."""
+        return [parameter for parameter in self.peft.parameters() if parameter.requires_grad]
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Compute in 16 bits where that is chosen: fp32 adapters would double every input otherwise."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def loss_sum(self, batch: Batch) -> torch.Tensor:
+        """Return the summed cross-entropy of a batch's labels."""
+        with self.autocast():
+            if self.plain_head:
+                return chunked_cross_entropy(self._states(batch), batch.labels, self._head, self._chunk)
+            return token_losses(self._chosen_logits(batch), batch.labels).sum()
+
+    @torch.no_grad()
+    def statistics(self, batch: Batch) -> tuple[float, int]:
+        """Return the summed cross-entropy of a batch's labels, and how many are the first choice."""
+        with self.autocast():
+            if self.plain_head:
+                return chunked_statistics(self._states(batch), batch.labels, self._head, self._chunk)
+            return chunked_statistics(self._chosen_logits(batch), batch.labels, lambda logits: logits, self._chunk)
+
+    @contextlib.contextmanager
+    def evaluating(self, *, adapter: bool = True) -> Iterator[None]:
+        """Evaluate without a trace: mode, adapter and random numbers are as before afterwards."""
+        was_training = self.peft.training
+        devices = [self.device] if self.device.type == "cuda" else []
+        without = contextlib.nullcontext() if adapter else self.peft.disable_adapter()
+        with torch.random.fork_rng(devices=devices), torch.no_grad(), without:
+            self.peft.eval()
+            try:
+                yield
+            finally:
+                self.peft.train(was_training)
+
+    @property
+    def _chunk(self) -> int:
+        return positions_per_chunk(self.causal.get_output_embeddings().weight.shape[0])
+
+    def _head(self, hidden: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.causal.get_output_embeddings()(hidden)
+        return logits
+
+    def _states(self, batch: Batch) -> torch.Tensor:
+        states: torch.Tensor = self.causal.base_model(**_inputs(batch)).last_hidden_state
+        return states.flatten(0, 1)[batch.chosen]
+
+    def _chosen_logits(self, batch: Batch) -> torch.Tensor:
+        logits: torch.Tensor = self.causal(**_inputs(batch)).logits
+        return logits.flatten(0, 1)[batch.chosen]
+
+
+def _inputs(batch: Batch) -> dict[str, Any]:
+    # A cache or a mask, even one of ones, switches off the separation of joined rows (transformers#46634).
+    inputs = {"input_ids": batch.input_ids, "use_cache": False}
+    if batch.position_ids is not None:
+        inputs["position_ids"] = batch.position_ids
+    if batch.attention_mask is not None:
+        inputs["attention_mask"] = batch.attention_mask
+    return inputs
+
+
+def load_text_config(folder: Path) -> Any:
+    """Return the configuration of the language part."""
+    return AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
+
+
+def load_base(folder: Path, quantization: QuantizationSpec, dtype: torch.dtype, attention: str, device: str) -> Any:
+    """Load the base, quantised on the way in; safetensors only, and no code of its repository."""
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=dtype,
+        quantization_config=quantization_config(quantization, dtype),
+        attn_implementation=attention,
+        device_map={"": "cuda:0" if device == "cuda" else "cpu"},
+        use_safetensors=True,
+        trust_remote_code=False,
+        local_files_only=True,
+    )
+    keep_weights_unpacked(model)
+    # prepare_model_for_kbit_training would make embeddings and output layer fp32, for gigabytes and no gain (peft#816).
+    model.requires_grad_(False)
+    return model
+
+
+def quantization_config(quantization: QuantizationSpec, dtype: torch.dtype) -> Any:
+    """Return bitsandbytes' settings; None is a 16-bit base."""
+    if quantization.bits == 4:
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=quantization.type,
+            bnb_4bit_use_double_quant=quantization.double_quant,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    return BitsAndBytesConfig(load_in_8bit=True) if quantization.bits == 8 else None
+
+
+def keep_weights_unpacked(model: torch.nn.Module) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights in the first evaluation on a CPU.
+
+    The packed form is never undone and has no gradient for its input, so every later training step would be wrong.
+    """
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def attach_adapter(base: Any, lora: LoraSpec, seed: int, *, checkpointing: bool) -> Any:
+    """Put a fresh fp32 adapter on the base; the same seed gives the same adapter."""
+    if checkpointing:
+        base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        base.enable_input_require_grads()
+    torch.manual_seed(seed)
+    return get_peft_model(base, lora_config(lora))
+
+
+def lora_config(lora: LoraSpec) -> Any:
+    """Return peft's settings."""
+    return LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=ALL_LINEAR if lora.targets == (ALL_LINEAR,) else sorted(lora.targets),
+        use_dora=lora.dora,
+        use_rslora=lora.rslora,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+
+
+def tune(base: Any, lora: LoraSpec, seed: int, choices: Choices) -> Tuned:
+    """Return the base with a fresh adapter."""
+    plain = head_is_plain(base)
+    peft = attach_adapter(base, lora, seed, checkpointing=choices.checkpointing)
+    return Tuned(peft, peft.get_base_model(), base.device, choices.dtype, plain)
+
+
+@torch.no_grad()
+def head_is_plain(base: Any) -> bool:
+    """Return whether the logits are the output layer's; Gemma 2 caps them, Granite and Cohere scale them."""
+    ids = _some_tokens(base, 8)
+    states = base.base_model(input_ids=ids, use_cache=False)
+    head = base.get_output_embeddings()
+    if head is None or not hasattr(states, "last_hidden_state"):
+        return False
+    return relative_distance(head(states.last_hidden_state), base(input_ids=ids, use_cache=False).logits) < 1e-3
+
+
+@torch.no_grad()
+def joins_rows_exactly(base: Any) -> bool:
+    """Return whether joined rows come out as they do alone; recurrent layers, for one, carry a state across."""
+    first, second = _some_tokens(base, 7), _some_tokens(base, 5, start=11)
+    positions = torch.cat([torch.arange(7), torch.arange(5)]).to(base.device)[None]
+    joined = base(input_ids=torch.cat([first, second], dim=1), position_ids=positions, use_cache=False).logits[0, 7:]
+    alone = base(input_ids=second, use_cache=False).logits[0]
+    return relative_distance(joined, alone) < _SAME_RESULT
+
+
+def relative_distance(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Return |one - other| / |other|."""
+    return float((one.float() - other.float()).norm() / other.float().norm().clamp_min(1e-12))
+
+
+def _some_tokens(base: Any, count: int, start: int = 1) -> torch.Tensor:
+    """Return arbitrary, different tokens."""
+    vocabulary = base.get_input_embeddings().weight.shape[0]
+    tokens: torch.Tensor = (torch.arange(count) * 37 + start) % vocabulary
+    return tokens[None].to(base.device)

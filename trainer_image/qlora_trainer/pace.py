@@ -1,0 +1,52 @@
+"""How far a run is, and how long it will take: from step records to progress reports."""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+
+from qlora_api.names import Phase
+from qlora_api.report import StepRecord
+from qlora_api.v1alpha1 import Progress
+from qlora_trainer.progress import ProgressSink
+
+
+class Pace:
+    """Reports every phase and every step of a run."""
+
+    def __init__(self, sink: ProgressSink, total_steps: int) -> None:
+        self._sink = sink
+        self._total = total_steps
+        self._phase = Phase.TRAINING
+        self._records: list[StepRecord] = []
+
+    def enter(self, phase: Phase) -> None:
+        """Report the start of a phase."""
+        self._phase = phase
+        self._report()
+
+    def note(self, record: StepRecord) -> None:
+        """Report a finished step."""
+        self._records.append(record)
+        self._report()
+
+    def _report(self) -> None:
+        done = len(self._records)
+        last = self._records[-1] if self._records else None
+        seconds, tokens = time_and_tokens(self._records)
+        training = self._phase == Phase.TRAINING and last is not None
+        self._sink.report(
+            Progress(
+                percent=100 * done // self._total,
+                step=done,
+                total_steps=self._total,
+                remaining_seconds=round(seconds / done * (self._total - done)) if training else None,
+                loss=last.loss if last else None,
+                tokens_per_second=round(tokens / seconds, 1) if last and seconds else None,
+                phase=self._phase,
+                updated_at=datetime.now(UTC),
+            )
+        )
+
+
+def time_and_tokens(records: Sequence[StepRecord]) -> tuple[float, int]:
+    """Return the seconds and the tokens of steps."""
+    return sum(record.seconds for record in records), sum(record.tokens for record in records)

@@ -1,0 +1,138 @@
+"""The report as a page: one file that opens offline, on any screen."""
+
+import base64
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Final
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from qlora_api.report import RunReport
+from qlora_api.v1alpha1 import EvaluationStatus
+
+_LIBRARIES: Final = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "qlora-operator")
+
+
+def library_versions() -> dict[str, str]:
+    """Return the releases that decide what a run computes."""
+    return {name: version(name) for name in _LIBRARIES}
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A figure that is seen first."""
+
+    label: str
+    value: str
+    tone: str = ""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One metric of base and adapter."""
+
+    label: str
+    base: str
+    adapter: str
+    change: str
+    tone: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """Names and values."""
+
+    title: str
+    rows: tuple[tuple[str, str], ...]
+
+
+def render_html(report: RunReport, picture: bytes) -> str:
+    """Return the page; whatever comes from the dataset is escaped."""
+    environment = Environment(
+        loader=PackageLoader("qlora_trainer"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    return environment.get_template("report.html.j2").render(
+        report=report,
+        picture=base64.b64encode(picture).decode(),
+        tiles=make_tiles(report),
+        comparison=make_comparison(report.evaluation),
+        tables=make_tables(report),
+    )
+
+
+def make_tiles(report: RunReport) -> tuple[Tile, ...]:
+    """Return the figures at the top."""
+    base, adapter = report.evaluation.base, report.evaluation.adapter
+    return (
+        Tile("held-out loss", f"{base.loss:.3f} → {adapter.loss:.3f}", _tone(adapter.loss - base.loss)),
+        Tile("optimizer steps", f"{len(report.history)}"),
+        Tile("training time", duration(report.training_seconds)),
+        Tile("tokens per second", f"{report.tokens_per_second:,.0f}"),
+        Tile("peak memory", f"{report.peak_memory_bytes / 2**30:.1f} GiB"),
+    )
+
+
+def make_comparison(evaluation: EvaluationStatus) -> tuple[Comparison, ...]:
+    """Return the metrics side by side; less loss is better, and more accuracy."""
+    base, adapter = evaluation.base, evaluation.adapter
+    accuracy = adapter.token_accuracy - base.token_accuracy
+    loss, perplexity = adapter.loss - base.loss, adapter.perplexity - base.perplexity
+    return (
+        Comparison("Loss, nats per token", f"{base.loss:.4f}", f"{adapter.loss:.4f}", f"{loss:+.4f}", _tone(loss)),
+        Comparison(
+            "Perplexity",
+            f"{base.perplexity:,.2f}",
+            f"{adapter.perplexity:,.2f}",
+            f"{perplexity:+,.2f}",
+            _tone(perplexity),
+        ),
+        Comparison(
+            "Tokens predicted right",
+            f"{base.token_accuracy:.1%}",
+            f"{adapter.token_accuracy:.1%}",
+            f"{accuracy:+.1%}",
+            _tone(-accuracy),
+        ),
+    )
+
+
+def make_tables(report: RunReport) -> tuple[Table, ...]:
+    """Return what the run was made of."""
+    spec, plan, data = report.spec, report.plan, report.prepared.dataset
+    lora, training = spec.lora, spec.training
+    recipe = (
+        ("Method", f"{spec.method}, {spec.quantization.bits}-bit base"),
+        ("Adapter", f"rank {lora.rank}, alpha {lora.alpha}, dropout {lora.dropout} on {', '.join(lora.targets)}"),
+        ("Learning rate", f"{training.learning_rate:g}, {training.scheduler}, {training.warmup_ratio:.0%} warm-up"),
+        ("Global batch", f"{training.global_batch_size} rows, in micro-batches of {plan.micro_batch_size}"),
+        ("Seed", str(training.seed)),
+    )
+    rows = (
+        ("Format", data.format),
+        ("Rows", f"{data.training_rows:,} to learn from, {data.evaluation_rows:,} held out"),
+        ("Tokens", f"{data.training_tokens:,}, the longest row {data.longest_row_tokens:,}"),
+        ("Cut at maxLength", f"{data.truncated_rows:,} rows"),
+        ("SHA-256", data.digest),
+    )
+    reasons = tuple((f"{number}", reason) for number, reason in enumerate(plan.reasons, start=1))
+    return (
+        Table("Recipe", recipe),
+        Table("Data", rows),
+        Table("Choices", tuple(report.choices.items())),
+        *((Table("Plan", reasons),) if reasons else ()),
+        Table("Versions", tuple(report.versions.items())),
+    )
+
+
+def _tone(change: float) -> str:
+    """Return how a change of something that should shrink looks."""
+    return "good" if change < 0 else "bad" if change > 0 else ""
+
+
+def duration(seconds: float) -> str:
+    """Return 3725 as '1 h 2 min'."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -1,0 +1,58 @@
+"""The story of a run, from checked facts to a published adapter."""
+
+from datetime import UTC, datetime
+from pathlib import Path
+
+from qlora_api.names import Phase
+from qlora_api.result import Result
+from qlora_api.runconfig import RunConfig
+from qlora_trainer import stages
+from qlora_trainer.architecture import load_tokenizer
+from qlora_trainer.evaluate import generate_samples
+from qlora_trainer.interrupt import StopFlag
+from qlora_trainer.output import find_manifest, open_output
+from qlora_trainer.pace import Pace
+from qlora_trainer.progress import ProgressSink
+from qlora_trainer.publish import publish, write_adapter, write_report
+from qlora_trainer.secrets import Secrets, load_secrets
+from qlora_trainer.snapshot import Places
+from qlora_trainer.work import default_work
+
+
+def run(
+    config: RunConfig,
+    sink: ProgressSink,
+    *,
+    secrets: Secrets | None = None,
+    work: Path | None = None,
+    stop: StopFlag | None = None,
+) -> Result:
+    """Fine-tune one adapter, compare it with its base, and publish it."""
+    started, work, stop = datetime.now(UTC), work or default_work(), stop or StopFlag()
+    places = Places(config.platform, secrets or load_secrets(config.spec, config.namespace))
+    output = open_output(places, config.spec, config.job)
+    if (published := find_manifest(output, config.prepared.digest)) is not None:
+        return published.result
+    pace = Pace(sink, config.plan.total_steps)
+    pace.enter(Phase.TRAINING)
+    data = stages.load_data(output, config)
+    folder = stages.fetch_model(places, config, work)
+    tuned, choices = stages.load_model(config, folder)
+    tokenizer = load_tokenizer(folder)
+    pace.enter(Phase.EVALUATING)
+    base = stages.measure(tuned, data.held_out, config, choices, adapter=False)
+    pace.enter(Phase.TRAINING)
+    history = stages.make_training(tuned, data.training, config, choices).run(stop, pace.note)
+    pace.enter(Phase.EVALUATING)
+    adapter = stages.measure(tuned, data.held_out, config, choices)
+    samples = generate_samples(tuned, data.held_out, tokenizer, config.spec.evaluation.generations)
+    check = stages.make_loading_check(tuned, data.held_out, config, choices, folder)
+    pace.enter(Phase.PUBLISHING)
+    outcome = stages.Outcome(history, stages.compare(base, adapter, data.held_out, config), samples)
+    report = stages.build_report(config, choices, outcome, started)
+    files = stages.empty_folder(work / "results" / config.prepared.digest)
+    write_adapter(tuned.peft, tokenizer, config.spec.model.uri, config.prepared.model.commit, files)
+    write_report(report, files)
+    del tuned
+    stages.prove_loadable(check, files)
+    return publish(output, config, stages.build_result(config, report), files, datetime.now(UTC))

@@ -1,0 +1,177 @@
+"""The stages of a run: each takes values of the contract and returns values."""
+
+import gc
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from qlora_api.names import Reason
+from qlora_api.report import RunReport, Sample, StepRecord
+from qlora_api.result import Result
+from qlora_api.runconfig import RunConfig
+from qlora_api.v1alpha1 import EvaluationStatus, Metrics
+from qlora_trainer import shards
+from qlora_trainer.choices import Choices, decide
+from qlora_trainer.distributed import join_world
+from qlora_trainer.errors import RunError
+from qlora_trainer.evaluate import evaluate
+from qlora_trainer.hardware import observe_hardware, peak_memory_bytes
+from qlora_trainer.loading import CHECKED_ROWS, LoadingTask, load_in_fresh_process, rows_of_task
+from qlora_trainer.model import Tuned, joins_rows_exactly, load_base, load_text_config, tune
+from qlora_trainer.pace import time_and_tokens
+from qlora_trainer.publish import ADAPTER, REPORT
+from qlora_trainer.report import library_versions
+from qlora_trainer.snapshot import Places, text_files, weight_files
+from qlora_trainer.store import MODEL, Store
+from qlora_trainer.tokens import TokenRow
+from qlora_trainer.train import Loop, Schedule, make_loop
+
+
+@dataclass(frozen=True)
+class Data:
+    """The token rows that prepare left."""
+
+    training: tuple[TokenRow, ...]
+    held_out: tuple[TokenRow, ...]
+
+
+def load_data(output: Store, config: RunConfig) -> Data:
+    """Read the token rows from the output."""
+    digest = config.prepared.digest
+    return Data(
+        training=shards.from_parquet(output.read(f"{digest}/{shards.TRAINING}")),
+        held_out=shards.from_parquet(output.read(f"{digest}/{shards.EVALUATION}")),
+    )
+
+
+def fetch_model(places: Places, config: RunConfig, work: Path) -> Path:
+    """Return the folder with the model's files, at the commit that was checked and no other."""
+    model = config.prepared.model
+    revision = model.commit if model.uri.startswith("hf://") else config.spec.model.revision
+    snapshot = places.resolve(model.uri, revision, MODEL)
+    if snapshot.commit != model.commit:
+        raise RunError(
+            Reason.MODEL_NOT_FOUND,
+            f"{MODEL.field}: the files at {model.uri} changed since they were checked; create the QLoRAJob anew",
+        )
+    return snapshot.fetch([*text_files(snapshot.files), *weight_files(snapshot.files, MODEL)], work)
+
+
+def load_model(config: RunConfig, folder: Path) -> tuple[Tuned, Choices]:
+    """Load the base, put a fresh adapter on it, and say what was chosen and why."""
+    spec, plan = config.spec, config.plan
+    hardware = observe_hardware(plan.device)
+    longest = config.prepared.dataset.longest_row_tokens
+    choices = decide(spec, plan, hardware, load_text_config(folder), longest)
+    base = load_base(folder, spec.quantization, choices.dtype, choices.attention, plan.device)
+    if choices.packing and not joins_rows_exactly(base):
+        choices = choices.with_packing_off("this architecture carries state from one joined row into the next")
+    return tune(base, spec.lora, spec.training.seed, choices), choices
+
+
+def measure(
+    tuned: Tuned, rows: Sequence[TokenRow], config: RunConfig, choices: Choices, *, adapter: bool = True
+) -> Metrics:
+    """Evaluate the adapter, or the base below it, on held-out rows."""
+    with tuned.evaluating(adapter=adapter):
+        return evaluate(tuned, rows, config.spec.training.loss, config.plan.micro_batch_size, packing=choices.packing)
+
+
+def make_training(tuned: Tuned, rows: Sequence[TokenRow], config: RunConfig, choices: Choices) -> Loop:
+    """Return the training loop that the plan describes."""
+    schedule = Schedule(config.spec.training, config.plan.micro_batch_size, config.plan.total_steps)
+    return make_loop(tuned, rows, schedule, choices, join_world(config.plan.device))
+
+
+def compare(base: Metrics, adapter: Metrics, rows: Sequence[TokenRow], config: RunConfig) -> EvaluationStatus:
+    """Return base and adapter side by side."""
+    labels = sum(row.label_count(config.spec.training.loss) for row in rows)
+    return EvaluationStatus(base=base, adapter=adapter, rows=len(rows), tokens=labels)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run found out."""
+
+    history: tuple[StepRecord, ...]
+    evaluation: EvaluationStatus
+    samples: tuple[Sample, ...]
+
+
+def build_report(config: RunConfig, choices: Choices, outcome: Outcome, started: datetime) -> RunReport:
+    """Return the report of a run."""
+    seconds, tokens = time_and_tokens(outcome.history)
+    return RunReport(
+        job=config.job,
+        namespace=config.namespace,
+        digest=config.prepared.digest,
+        spec=config.spec,
+        plan=config.plan,
+        prepared=config.prepared,
+        choices=choices.reasons,
+        history=outcome.history,
+        evaluation=outcome.evaluation,
+        samples=outcome.samples,
+        started_at=started,
+        finished_at=datetime.now(UTC),
+        training_seconds=seconds,
+        tokens_per_second=tokens / seconds,
+        peak_memory_bytes=peak_memory_bytes(torch.device(config.plan.device)),
+        versions=library_versions(),
+    )
+
+
+def build_result(config: RunConfig, report: RunReport) -> Result:
+    """Return the run in short."""
+    prefix = config.prepared.prefix
+    return Result(
+        adapter=f"{prefix}/{ADAPTER}",
+        report=f"{prefix}/{REPORT}",
+        evaluation=report.evaluation,
+        steps=len(report.history),
+        tokens_per_second=round(report.tokens_per_second, 1),
+    )
+
+
+@dataclass(frozen=True)
+class LoadingCheck:
+    """What a fresh process must find."""
+
+    task: LoadingTask
+    expected_loss: float
+
+
+def make_loading_check(
+    tuned: Tuned, held_out: Sequence[TokenRow], config: RunConfig, choices: Choices, folder: Path
+) -> LoadingCheck:
+    """Note what the adapter does now, so that a fresh process can be held to it."""
+    rows = held_out[:CHECKED_ROWS]
+    task = LoadingTask(
+        base=str(folder),
+        quantization=config.spec.quantization,
+        device=config.plan.device,
+        dtype=str(choices.dtype).removeprefix("torch."),
+        attention=choices.attention,
+        loss=config.spec.training.loss,
+        rows=rows_of_task(rows),
+    )
+    return LoadingCheck(task, measure(tuned, rows, config, choices).loss)
+
+
+def prove_loadable(check: LoadingCheck, files: Path) -> None:
+    """Load the adapter in a fresh process; the model in this one must be gone, two may not fit."""
+    gc.collect()
+    if check.task.device == "cuda":
+        torch.cuda.empty_cache()
+    load_in_fresh_process(check.task, files / ADAPTER, check.expected_loss)
+
+
+def empty_folder(folder: Path) -> Path:
+    """Return a folder with nothing in it, whatever an earlier run left."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder

@@ -1,0 +1,153 @@
+"""The training loop: reads top to bottom, and a step is a function of the seed and its number."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from qlora_api.names import Reason
+from qlora_api.report import StepRecord
+from qlora_api.v1alpha1 import TrainingSpec
+from qlora_trainer.batches import make_batch, micro_batches, rows_of_step
+from qlora_trainer.choices import Choices
+from qlora_trainer.distributed import World
+from qlora_trainer.errors import RunError
+from qlora_trainer.interrupt import StopFlag, interrupted
+from qlora_trainer.model import Tuned
+from qlora_trainer.tokens import TokenRow
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long, and in which portions."""
+
+    training: TrainingSpec
+    micro_batch: int
+    total_steps: int
+
+    def learning_rate(self, step: int) -> float:
+        """Return the rate of a step, counted from 0: up in a line, then down along the chosen course."""
+        warmup = math.ceil(self.training.warmup_ratio * self.total_steps)
+        if step < warmup:
+            return self.training.learning_rate * (step + 1) / warmup
+        passed = (step - warmup) / max(self.total_steps - warmup, 1)
+        course = {"cosine": (1 + math.cos(math.pi * passed)) / 2, "linear": 1 - passed, "constant": 1.0}
+        return self.training.learning_rate * course[self.training.scheduler]
+
+
+@dataclass(frozen=True)
+class Loop:
+    """What every step of a run shares."""
+
+    tuned: Tuned
+    rows: Sequence[TokenRow]
+    schedule: Schedule
+    choices: Choices
+    world: World
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+
+    def run(self, stop: StopFlag, note: Callable[[StepRecord], None]) -> tuple[StepRecord, ...]:
+        """Train the adapter in place and return what happened at each step."""
+        self.tuned.peft.train()
+        history = []
+        with stop.deferred():
+            for step in range(self.schedule.total_steps):
+                record = self.step(step)
+                check_finite(record, scaling=self.scaler.is_enabled())
+                history.append(record)
+                note(record)
+                if self.world.any(stop.requested):
+                    raise interrupted(step + 1)
+        return tuple(history)
+
+    def step(self, step: int) -> StepRecord:
+        """Learn from one global batch; steps count from 0 here, and from 1 in the record."""
+        started, training = time.perf_counter(), self.schedule.training
+        # Dropout depends on seed, step and rank alone, so that whatever drew random numbers before does not matter.
+        torch.manual_seed((training.seed << 30) + step * self.world.size + self.world.rank)
+        numbers = rows_of_step(step, len(self.rows), training.global_batch_size, training.seed)
+        window = [self.rows[number] for number in numbers]
+        # One divisor for the whole step: a mean of micro-batches' means weighs short rows more (transformers#34191).
+        labels = sum(row.label_count(training.loss) for row in window)
+        mine = [window[place] for place in self.world.share(range(len(window)))]
+        loss = self.world.total_of(self._accumulate(mine, labels)) / labels
+        if step == 0:
+            check_gradients(self.tuned)
+        rate = self.schedule.learning_rate(step)
+        norm = self._update(rate, training.max_grad_norm)
+        return StepRecord(
+            step=step + 1,
+            loss=loss,
+            learning_rate=rate,
+            grad_norm=norm,
+            tokens=sum(len(row.input_ids) for row in window),
+            seconds=time.perf_counter() - started,
+        )
+
+    def _accumulate(self, rows: Sequence[TokenRow], labels: int) -> float:
+        """Add up the gradients of this process's micro-batches, and return its summed loss."""
+        total, packing = 0.0, self.choices.packing
+        for group in micro_batches(rows, self.schedule.micro_batch, packing=packing):
+            batch = make_batch(group, self.schedule.training.loss, self.tuned.device, packing=packing)
+            loss = self.tuned.loss_sum(batch)
+            torch.autograd.backward(self.scaler.scale(loss / labels))
+            total += float(loss.detach())
+        return total
+
+    def _update(self, rate: float, max_norm: float) -> float:
+        """Clip, step and clear; return the norm before clipping."""
+        parameters = self.tuned.parameters()
+        self.world.sum_gradients(parameters)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.scaler.unscale_(self.optimizer)
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
+        if math.isfinite(norm):
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+
+def make_loop(tuned: Tuned, rows: Sequence[TokenRow], schedule: Schedule, choices: Choices, world: World) -> Loop:
+    """Return a loop with fresh optimizer state."""
+    training = schedule.training
+    optimizer = torch.optim.AdamW(
+        tuned.parameters(),
+        lr=training.learning_rate,
+        weight_decay=training.weight_decay,
+        fused=choices.optimizer == "adamw_fused",
+    )
+    # Only fp16 needs its loss scaled; elsewhere the scaler passes everything through.
+    scaler = torch.amp.GradScaler(tuned.device.type, enabled=choices.dtype == torch.float16)
+    return Loop(tuned, rows, schedule, choices, world, optimizer, scaler)
+
+
+def check_gradients(tuned: Tuned) -> None:
+    """Refuse to go on when a part of the adapter gets no gradient: it would never learn, and nothing would say so."""
+    weights = [(name, parameter.grad) for name, parameter in tuned.peft.named_parameters() if parameter.requires_grad]
+    missing = [name for name, gradient in weights if gradient is None]
+    # B starts at zero, so that in the first step A's gradient is zero and only B's can tell.
+    idle = [name for name, gradient in weights if "lora_B" in name and gradient is not None and not gradient.any()]
+    if missing or idle:
+        raise RunError(
+            Reason.TRAINER_ERROR,
+            f"no gradient reaches {len(missing + idle)} weights of the adapter, such as {(missing + idle)[0]}",
+            step=1,
+        )
+
+
+def check_finite(record: StepRecord, *, scaling: bool) -> None:
+    """End a run that diverged; while fp16 scaling looks for its scale, infinite gradients are no alarm."""
+    if math.isfinite(record.loss) and (scaling or math.isfinite(record.grad_norm)):
+        return
+    what = f"loss {record.loss}" if not math.isfinite(record.loss) else f"gradient norm {record.grad_norm}"
+    raise RunError(
+        Reason.NON_FINITE_LOSS,
+        f"step {record.step} has {what} at learning rate {record.learning_rate:.2e}; lower "
+        "spec.training.learningRate, or check the dataset",
+        record.step,
+    )
