@@ -56,8 +56,9 @@ def remove_network() -> None:
     succeeds(["ip", "link", "delete", BRIDGE])
     for family, table in KUBE_PROXY_TABLES:
         succeeds(["nft", "delete", "table", family, table])
-    for result in Path("/var/lib/cni/results").glob("pods-*"):
-        result.unlink()
+    for pattern in ("pods-*", "cni-loopback-*"):
+        for result in Path("/var/lib/cni/results").glob(pattern):
+            result.unlink()
 
 
 def write_pod_network(folder: Path) -> Path:
