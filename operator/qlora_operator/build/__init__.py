@@ -1,0 +1,18 @@
+"""Pure builders: values in, one whole Kubernetes object out, one kind per file."""
+
+from qlora_operator.build.config_map import build_prepare_config, build_run_config
+from qlora_operator.build.event import build_event
+from qlora_operator.build.job import PREPARE_DEADLINE, build_deadline, build_prepare_job, build_train_job
+from qlora_operator.build.metadata import Installation, Owner
+
+__all__ = [
+    "PREPARE_DEADLINE",
+    "Installation",
+    "Owner",
+    "build_deadline",
+    "build_event",
+    "build_prepare_config",
+    "build_prepare_job",
+    "build_run_config",
+    "build_train_job",
+]

@@ -1,0 +1,43 @@
+"""The ConfigMap with the one JSON file that a pod validates with one model."""
+
+from qlora_api.base import ApiModel
+from qlora_api.runconfig import PrepareConfig, RunConfig
+from qlora_api.v1alpha1 import QLoRAJobSpec
+from qlora_operator.build.metadata import (
+    Installation,
+    Owner,
+    Workload,
+    build_metadata,
+    prepare_workload,
+    train_workload,
+)
+from qlora_operator.values import Manifest, Run
+
+
+def build_prepare_config(owner: Owner, spec: QLoRAJobSpec, installation: Installation) -> Manifest:
+    """Return what the prepare pod starts from."""
+    config = PrepareConfig(namespace=owner.ref.namespace, job=owner.ref.name, spec=spec, platform=installation.platform)
+    return _build(prepare_workload(owner), config)
+
+
+def build_run_config(owner: Owner, spec: QLoRAJobSpec, run: Run, installation: Installation) -> Manifest:
+    """Return what the pod of a training attempt starts from."""
+    config = RunConfig(
+        namespace=owner.ref.namespace,
+        job=owner.ref.name,
+        attempt=run.attempt,
+        spec=spec,
+        plan=run.plan,
+        prepared=run.prepared,
+        platform=installation.platform,
+    )
+    return _build(train_workload(owner, run.attempt), config)
+
+
+def _build(workload: Workload, config: ApiModel) -> Manifest:
+    return {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": build_metadata(workload),
+        "data": {workload.config_file: config.model_dump_json(by_alias=True, exclude_none=True)},
+    }

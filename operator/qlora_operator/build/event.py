@@ -1,0 +1,44 @@
+"""The Kubernetes Event of a transition, for `kubectl describe`."""
+
+from datetime import datetime
+from hashlib import sha256
+from typing import Final
+
+from qlora_api import names
+from qlora_api.names import Phase, Reason
+from qlora_api.v1alpha1 import QLoRAJobStatus
+from qlora_operator.build.metadata import Owner
+from qlora_operator.values import Manifest
+
+MAX_NOTE: Final = 1024
+"""Bound of an Event's note."""
+ACTIONS: Final = {Phase.PREPARING: "Prepare", Phase.SCHEDULING: "Schedule", Phase.FAILED: "Fail"}
+"""The verb of an Event; 'Run' for the rest."""
+
+
+def build_event(owner: Owner, resource_version: str, status: QLoRAJobStatus, now: datetime) -> Manifest:
+    """Return the Event that tells of a transition; its name follows from the transition, so a repeat is a no-op."""
+    phase, reason = status.phase or Phase.PENDING, status.reason or Reason.ACCEPTED
+    identity = "/".join((owner.uid, resource_version, phase, reason))
+    return {
+        "apiVersion": "events.k8s.io/v1",
+        "kind": "Event",
+        "metadata": {
+            "name": f"{owner.ref.name}.{sha256(identity.encode()).hexdigest()[:16]}",
+            "namespace": owner.ref.namespace,
+        },
+        "eventTime": now.strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
+        "reportingController": f"{names.GROUP}/{names.FIELD_MANAGER}",
+        "reportingInstance": names.FIELD_MANAGER,
+        "action": ACTIONS.get(phase, "Run"),
+        "reason": reason.value,
+        "type": "Warning" if phase is Phase.FAILED else "Normal",
+        "note": (status.message or "")[:MAX_NOTE],
+        "regarding": {
+            "apiVersion": names.API_VERSION,
+            "kind": names.KIND,
+            "name": owner.ref.name,
+            "namespace": owner.ref.namespace,
+            "uid": owner.uid,
+        },
+    }

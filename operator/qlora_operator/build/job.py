@@ -1,0 +1,63 @@
+"""The batch/v1 Jobs: one that prepares, one per training attempt."""
+
+from datetime import timedelta
+from typing import Final
+
+from qlora_api.v1alpha1 import QLoRAJobSpec, to_timedelta
+from qlora_operator.build.metadata import (
+    Installation,
+    Owner,
+    Workload,
+    build_labels,
+    build_metadata,
+    prepare_workload,
+    train_workload,
+)
+from qlora_operator.build.pod import build_prepare_pod, build_train_pod
+from qlora_operator.values import JobRef, Manifest
+
+PREPARE_DEADLINE: Final = timedelta(hours=1)
+"""Longest time that a prepare Job may take: it reads the dataset once and the model's small files."""
+
+
+def build_prepare_job(owner: Owner, spec: QLoRAJobSpec, installation: Installation) -> Manifest:
+    """Return the Job that checks model, dataset and output without a GPU."""
+    workload = prepare_workload(owner)
+    return _build(workload, build_prepare_pod(workload, spec, installation), PREPARE_DEADLINE)
+
+
+def build_train_job(owner: Owner, spec: QLoRAJobSpec, attempt: int, installation: Installation) -> Manifest:
+    """Return the Job of one training attempt."""
+    workload = train_workload(owner, attempt)
+    return _build(workload, build_train_pod(workload, spec, installation), to_timedelta(spec.deadlines.total))
+
+
+def build_deadline(ref: JobRef, name: str, seconds: int) -> Manifest:
+    """Return the one field of a running Job that follows the spec."""
+    return {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": {"name": name, "namespace": ref.namespace},
+        "spec": {"activeDeadlineSeconds": seconds},
+    }
+
+
+def _build(workload: Workload, pod: Manifest, deadline: timedelta) -> Manifest:
+    """One pod that is never restarted: the operator, not the Job controller, decides what a failure means."""
+    return {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": build_metadata(workload),
+        "spec": {
+            "completionMode": "Indexed",
+            "completions": 1,
+            "parallelism": 1,
+            "backoffLimit": 0,
+            "podReplacementPolicy": "Failed",
+            "activeDeadlineSeconds": int(deadline.total_seconds()),
+            "template": {
+                "metadata": {"labels": build_labels(workload)},
+                "spec": pod,
+            },
+        },
+    }

@@ -1,0 +1,171 @@
+"""The pods, under Pod Security `restricted`: no API token, no root, no writable root file system."""
+
+from typing import Any, Final
+
+from qlora_api import names
+from qlora_api.names import SecretRole
+from qlora_api.v1alpha1 import QLoRAJobSpec, ResourcesSpec, Toleration
+from qlora_operator.build.metadata import Installation, Workload
+from qlora_operator.values import Manifest
+
+NON_ROOT: Final = 65532
+"""User and group of the images."""
+GRACE_SECONDS: Final = 60
+"""From SIGTERM to SIGKILL: enough to finish a step and leave a last word."""
+TOKEN_SECONDS: Final = 3600
+"""Lifetime of the progress token; the kubelet renews it."""
+GPU_RESOURCE: Final = "nvidia.com/gpu"
+GPU_PRODUCT_LABEL: Final = "nvidia.com/gpu.product"
+PREPARE_RESOURCES: Final = {"requests": {"cpu": "500m", "memory": "1Gi"}, "limits": {"memory": "4Gi"}}
+"""Of the prepare pod: it tokenises in one process and holds one dataset in memory."""
+
+
+def build_prepare_pod(workload: Workload, spec: QLoRAJobSpec, installation: Installation) -> Manifest:
+    """Return the pod that prepares: never on a GPU, and not drawn to GPU nodes."""
+    return _build(workload, spec, installation, PREPARE_RESOURCES, {})
+
+
+def build_train_pod(workload: Workload, spec: QLoRAJobSpec, installation: Installation) -> Manifest:
+    """Return the pod that trains."""
+    return _build(workload, spec, installation, _train_resources(spec.resources), _placement(spec.resources))
+
+
+def _build(
+    workload: Workload,
+    spec: QLoRAJobSpec,
+    installation: Installation,
+    resources: dict[str, Any],
+    placement: dict[str, Any],
+) -> Manifest:
+    account = spec.output.service_account_name
+    return {
+        "restartPolicy": "Never",
+        "automountServiceAccountToken": False,
+        **({"serviceAccountName": account} if account else {}),
+        "enableServiceLinks": False,
+        "terminationGracePeriodSeconds": GRACE_SECONDS,
+        "securityContext": {
+            "runAsNonRoot": True,
+            "runAsUser": NON_ROOT,
+            "runAsGroup": NON_ROOT,
+            "fsGroup": NON_ROOT,
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
+        **placement,
+        "containers": [_container(workload, spec, installation, resources)],
+        "volumes": _volumes(workload, spec, installation),
+    }
+
+
+def _container(
+    workload: Workload, spec: QLoRAJobSpec, installation: Installation, resources: dict[str, Any]
+) -> Manifest:
+    return {
+        "name": names.CONTAINER,
+        "image": installation.image,
+        "imagePullPolicy": installation.pull_policy,
+        "args": [workload.role.value, "--config", f"{names.CONFIG_MOUNT}/{workload.config_file}"],
+        "env": _environment(workload, installation),
+        "resources": resources,
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        },
+        "terminationMessagePath": names.TERMINATION_MESSAGE_PATH,
+        "terminationMessagePolicy": "FallbackToLogsOnError",
+        "volumeMounts": _mounts(spec, installation),
+    }
+
+
+def _environment(workload: Workload, installation: Installation) -> list[dict[str, str]]:
+    """Point every cache at the writable folder, and the trainer at the progress endpoint."""
+    folders = {
+        "HOME": names.WORK_MOUNT,
+        "HF_HOME": f"{names.WORK_MOUNT}/huggingface",
+        "XDG_CACHE_HOME": f"{names.WORK_MOUNT}/cache",
+        "MPLCONFIGDIR": f"{names.WORK_MOUNT}/matplotlib",
+        "TRITON_CACHE_DIR": f"{names.WORK_MOUNT}/triton",
+        "TMPDIR": "/tmp",  # noqa: S108 (an emptyDir of the pod)
+    }
+    return [{"name": name, "value": value} for name, value in (folders | _progress(workload, installation)).items()]
+
+
+def _progress(workload: Workload, installation: Installation) -> dict[str, str]:
+    if not installation.progress_url:
+        return {}
+    path = names.progress_path(workload.owner.ref.namespace, workload.owner.ref.name)
+    return {
+        names.PROGRESS_URL_ENV: f"{installation.progress_url.rstrip('/')}{path}",
+        names.PROGRESS_TOKEN_ENV: names.TOKEN_FILE,
+    }
+
+
+def _secrets(spec: QLoRAJobSpec) -> dict[SecretRole, str]:
+    references = {
+        SecretRole.MODEL: spec.model.secret_ref,
+        SecretRole.DATASET: spec.dataset.secret_ref,
+        SecretRole.OUTPUT: spec.output.secret_ref,
+    }
+    return {role: reference.name for role, reference in references.items() if reference}
+
+
+def _mounts(spec: QLoRAJobSpec, installation: Installation) -> list[dict[str, Any]]:
+    secrets = [
+        {"name": f"secret-{role}", "mountPath": f"{names.SECRETS_MOUNT}/{role}", "readOnly": True}
+        for role in _secrets(spec)
+    ]
+    token = [{"name": "token", "mountPath": names.TOKEN_MOUNT, "readOnly": True}] if installation.progress_url else []
+    return [
+        {"name": "config", "mountPath": names.CONFIG_MOUNT, "readOnly": True},
+        {"name": "work", "mountPath": names.WORK_MOUNT},
+        {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108 (an emptyDir of the pod)
+        *secrets,
+        *token,
+    ]
+
+
+def _volumes(workload: Workload, spec: QLoRAJobSpec, installation: Installation) -> list[dict[str, Any]]:
+    """Secrets are optional: a pod that waits for a missing one would hold its GPU, so the trainer names it instead."""
+    secrets = [
+        {"name": f"secret-{role}", "secret": {"secretName": name, "optional": True}}
+        for role, name in _secrets(spec).items()
+    ]
+    token = {
+        "path": names.TOKEN_FILE.rpartition("/")[2],
+        "audience": names.TOKEN_AUDIENCE,
+        "expirationSeconds": TOKEN_SECONDS,
+    }
+    projected = [{"name": "token", "projected": {"sources": [{"serviceAccountToken": token}]}}]
+    return [
+        {"name": "config", "configMap": {"name": workload.name}},
+        {"name": "work", "emptyDir": {}},
+        {"name": "tmp", "emptyDir": {}},
+        *secrets,
+        *(projected if installation.progress_url else []),
+    ]
+
+
+def _train_resources(resources: ResourcesSpec) -> dict[str, Any]:
+    gpus = {GPU_RESOURCE: resources.gpus_per_node} if resources.gpus_per_node else {}
+    return {
+        "requests": {"cpu": resources.cpu, "memory": resources.memory},
+        "limits": {"memory": resources.memory, **gpus},
+    }
+
+
+def _placement(resources: ResourcesSpec) -> dict[str, Any]:
+    """Choose nodes as the spec says; a GPU pod also tolerates the taint that keeps others off GPU nodes."""
+    product = {GPU_PRODUCT_LABEL: resources.gpu_product} if resources.gpu_product else {}
+    selector = {**resources.node_selector, **product}
+    tolerations = [_toleration(toleration) for toleration in resources.tolerations]
+    if resources.gpus_per_node:
+        tolerations.append({"key": GPU_RESOURCE, "operator": "Exists", "effect": "NoSchedule"})
+    return {
+        **({"nodeSelector": selector} if selector else {}),
+        **({"tolerations": tolerations} if tolerations else {}),
+    }
+
+
+def _toleration(toleration: Toleration) -> dict[str, Any]:
+    return toleration.model_dump(by_alias=True, exclude_none=True)

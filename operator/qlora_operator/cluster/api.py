@@ -1,0 +1,95 @@
+"""One way to call the API server: a path and a body in, JSON or one of three errors out."""
+
+import json
+from collections.abc import Mapping
+from typing import Any, Final
+
+import aiohttp
+from kubernetes.aio import client, config
+
+from qlora_operator.cluster.ports import ClusterBusyError
+
+REQUEST_SECONDS: Final = 30
+"""Longest time for one call; a slower API server is as good as away."""
+APPLY: Final = "application/apply-patch+yaml"
+_BUSY: Final = frozenset({408, 429, 500, 502, 503, 504})
+
+
+class ApiError(Exception):
+    """The API server understood and refused."""
+
+    def __init__(self, status: int, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.reason = reason
+
+
+class NotFoundError(ApiError):
+    """The object, or its kind, does not exist."""
+
+
+class ConflictError(ApiError):
+    """It exists already, or has changed since it was read."""
+
+
+async def load_configuration(kubeconfig: str) -> client.Configuration:
+    """Find the API server: a named kubeconfig, the pod's own account, or the user's kubeconfig."""
+    configuration = client.Configuration()
+    if kubeconfig:
+        await config.load_kube_config(kubeconfig, client_configuration=configuration)
+        return configuration
+    try:
+        config.load_incluster_config(client_configuration=configuration)
+    except config.ConfigException:
+        await config.load_kube_config(client_configuration=configuration)
+    return configuration
+
+
+class Api:
+    """A connection to the API server."""
+
+    def __init__(self, configuration: client.Configuration) -> None:
+        self._client = client.ApiClient(configuration)
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._client.close()
+
+    async def request(
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        *,
+        query: Mapping[str, str] | None = None,
+        content_type: str = "application/json",
+    ) -> dict[str, Any]:
+        """Make one call and return its JSON."""
+        call = await self._client.param_serialize(
+            method,
+            path,
+            query_params=list((query or {}).items()),
+            header_params={"Accept": "application/json", "Content-Type": content_type},
+            body=body,
+            auth_settings=["BearerToken"],
+        )
+        try:
+            response = await self._client.call_api(*call, _request_timeout=aiohttp.ClientTimeout(REQUEST_SECONDS))
+            text = await response.read()
+        except (TimeoutError, aiohttp.ClientError, OSError) as error:
+            raise ClusterBusyError(f"the API server does not answer: {error!r}") from error
+        return _read(response.status, text)
+
+
+def _read(status: int, text: bytes) -> dict[str, Any]:
+    try:
+        answer = json.loads(text)
+    except ValueError:
+        answer = {"message": text[:200].decode(errors="replace")}
+    if status < 400:
+        return dict(answer)
+    message = f"{status} {answer.get('reason', '')}: {answer.get('message', '')}"
+    if status in _BUSY:
+        raise ClusterBusyError(message)
+    kind = {404: NotFoundError, 409: ConflictError}.get(status, ApiError)
+    raise kind(status, answer.get("reason", ""), message)

@@ -1,0 +1,145 @@
+"""From the API server's JSON to our values: the only place that knows its field names."""
+
+from collections.abc import Iterable, Mapping
+from datetime import datetime
+from typing import Any
+
+from qlora_api import names
+from qlora_api.names import Role
+from qlora_operator.values import ChildJob, Exit, JobFailure, JobRef, Observation, Pod, RawJob, Waiting
+
+Json = Mapping[str, Any]
+
+
+def parse_time(text: str | None) -> datetime | None:
+    """Read an RFC 3339 time."""
+    return datetime.fromisoformat(text) if text else None
+
+
+def _created(item: Json) -> datetime:
+    return datetime.fromisoformat(item["metadata"]["creationTimestamp"])
+
+
+def parse_job(item: Json) -> RawJob:
+    """Read a QLoRAJob, leaving spec and status as they are."""
+    metadata = item["metadata"]
+    return RawJob(
+        ref=JobRef(metadata["namespace"], metadata["name"]),
+        uid=metadata["uid"],
+        generation=metadata["generation"],
+        resource_version=metadata["resourceVersion"],
+        created_at=_created(item),
+        deleting="deletionTimestamp" in metadata,
+        spec=item.get("spec", {}),
+        status=item.get("status", {}),
+    )
+
+
+def controller_uid(item: Json) -> str | None:
+    """Return the uid of the object that controls this one."""
+    return next(
+        (owner["uid"] for owner in item["metadata"].get("ownerReferences", ()) if owner.get("controller")), None
+    )
+
+
+def parse_observation(job: RawJob, jobs: Iterable[Json], pods: Iterable[Json]) -> Observation:
+    """Put together what belongs to this QLoRAJob; a namesake's children do not."""
+    newest_pod = {controller_uid(pod): parse_pod(pod) for pod in sorted(pods, key=_created)}
+    return Observation(
+        tuple(
+            parse_child(child, newest_pod.get(child["metadata"]["uid"]))
+            for child in jobs
+            if controller_uid(child) == job.uid and names.ROLE_LABEL in child["metadata"].get("labels", {})
+        )
+    )
+
+
+def parse_child(item: Json, pod: Pod | None) -> ChildJob:
+    """Read a batch/v1 Job of ours."""
+    metadata, conditions = item["metadata"], _conditions(item)
+    failed = conditions.get("Failed")
+    return ChildJob(
+        name=metadata["name"],
+        role=Role(metadata["labels"][names.ROLE_LABEL]),
+        attempt=int(metadata["labels"].get(names.ATTEMPT_LABEL, 0)),
+        created_at=_created(item),
+        deadline_seconds=item["spec"].get("activeDeadlineSeconds"),
+        deleting="deletionTimestamp" in metadata,
+        complete="Complete" in conditions,
+        failure=_failure(failed) if failed else None,
+        pod=pod,
+    )
+
+
+def _conditions(item: Json) -> dict[str, Json]:
+    """Return the conditions that hold."""
+    return {
+        condition["type"]: condition
+        for condition in item.get("status", {}).get("conditions") or ()
+        if condition["status"] == "True"
+    }
+
+
+def _failure(condition: Json) -> JobFailure:
+    return JobFailure(
+        condition.get("reason", ""), condition.get("message", ""), parse_time(condition.get("lastTransitionTime"))
+    )
+
+
+def parse_pod(item: Json) -> Pod:
+    """Read a pod of a child Job."""
+    metadata, status = item["metadata"], item.get("status", {})
+    holds = _conditions(item)
+    state = _container_state(status)
+    ran = state.get("running") or state.get("terminated") or {}
+    return Pod(
+        name=metadata["name"],
+        uid=metadata["uid"],
+        phase=status.get("phase", "Pending"),
+        node=item["spec"].get("nodeName", ""),
+        created_at=_created(item),
+        deleting="deletionTimestamp" in metadata,
+        scheduled_at=_scheduled_at(item, holds),
+        unschedulable=_unschedulable(status),
+        started_at=parse_time(ran.get("startedAt")),
+        waiting=_waiting(state.get("waiting")),
+        exit=_exit(state.get("terminated")),
+        disrupted=holds.get("DisruptionTarget", {}).get("message", ""),
+        reason=status.get("reason", ""),
+        message=status.get("message", ""),
+    )
+
+
+def _container_state(status: Json) -> Json:
+    states = (
+        container.get("state", {})
+        for container in status.get("containerStatuses") or ()
+        if container["name"] == names.CONTAINER
+    )
+    return next(states, {})
+
+
+def _scheduled_at(item: Json, holds: dict[str, Json]) -> datetime | None:
+    """Return when the pod got its node; a node that was named without a scheduler counts from the creation."""
+    if "PodScheduled" in holds:
+        return parse_time(holds["PodScheduled"].get("lastTransitionTime"))
+    return _created(item) if item["spec"].get("nodeName") else None
+
+
+def _unschedulable(status: Json) -> str:
+    for condition in status.get("conditions") or ():
+        if condition["type"] == "PodScheduled" and condition["status"] == "False":
+            return str(condition.get("message", ""))
+    return ""
+
+
+def _waiting(state: Json | None) -> Waiting | None:
+    return Waiting(state.get("reason", ""), state.get("message", "")) if state else None
+
+
+def _exit(state: Json | None) -> Exit | None:
+    if not state:
+        return None
+    return Exit(
+        state["exitCode"], state.get("reason", ""), state.get("message", ""), parse_time(state.get("finishedAt"))
+    )

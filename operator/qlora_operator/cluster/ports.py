@@ -1,0 +1,81 @@
+"""What the rest of the operator asks of a cluster, and what may go wrong; kube answers, tests have a fake."""
+
+from collections.abc import Collection
+from typing import NamedTuple, Protocol
+
+from qlora_operator.values import JobRef, Manifest, Observation, RawJob
+
+
+class ClusterBusyError(Exception):
+    """Time will help: the API server is away, overloaded, or somebody else wrote first."""
+
+
+class NameTakenError(Exception):
+    """A child's name belongs to something else, which is never adopted."""
+
+    def __init__(self, message: str, *, leaving: bool) -> None:
+        super().__init__(message)
+        self.leaving = leaving
+        """Whether it will be gone by itself: it is being deleted, or its owner was."""
+
+
+class JobVersion(NamedTuple):
+    """One line of a listing."""
+
+    ref: JobRef
+    resource_version: str
+    settled: bool
+    """Finished, and the newest generation was seen: nothing is left to do."""
+
+
+class PodIdentity(NamedTuple):
+    """The pod that a token speaks for."""
+
+    namespace: str
+    name: str
+    uid: str
+
+
+class Cluster(Protocol):
+    """What reconcile needs."""
+
+    async def read_job(self, ref: JobRef) -> RawJob | None:
+        """Return a QLoRAJob, or nothing when it is gone."""
+
+    async def observe(self, job: RawJob) -> Observation:
+        """Return the children that belong to exactly this QLoRAJob."""
+
+    async def ensure(self, child: Manifest) -> None:
+        """Create a child, or bring a ConfigMap of ours up to date; NameTakenError when it belongs to something else."""
+
+    async def patch(self, child: Manifest) -> None:
+        """Server-side apply some fields of a child that exists."""
+
+    async def delete_job(self, ref: JobRef, name: str) -> None:
+        """Delete a child Job after its pods; no error when it is gone."""
+
+    async def write_status(self, job: RawJob, status: Manifest) -> str:
+        """Replace the status if nobody else wrote since it was read, and return the new version."""
+
+    async def tell(self, event: Manifest) -> None:
+        """Create a Kubernetes Event; a repeat is a no-op."""
+
+
+class Listing(Protocol):
+    """What the resync needs."""
+
+    async def list_jobs(self, namespaces: Collection[str]) -> list[JobVersion]:
+        """Return every QLoRAJob of some namespaces, or of all when none is given."""
+
+
+class Identities(Protocol):
+    """What the progress endpoint needs."""
+
+    async def review_token(self, token: str) -> PodIdentity | None:
+        """Return the pod that a token of our audience is bound to."""
+
+    async def job_of_pod(self, pod: PodIdentity) -> str | None:
+        """Return the QLoRAJob that a running pod is labelled with."""
+
+    async def read_job(self, ref: JobRef) -> RawJob | None:
+        """Return a QLoRAJob, or nothing when it is gone."""

@@ -1,0 +1,104 @@
+"""kopf's side: every change of a QLoRAJob or of its children is only a key on the queue.
+
+kopf's create and update handlers, timers, daemons, finalizers and annotations are not used: they lose status on a
+crash between two writes, and a finalizer would make deletion wait for the operator.
+"""
+
+from typing import Any, Final
+
+import kopf
+from kubernetes.aio import client
+
+from qlora_api import names
+from qlora_operator.runtime import Runtime
+from qlora_operator.settings import Settings
+from qlora_operator.values import JobRef
+
+QLORAJOBS: Final = (names.GROUP, names.VERSION, names.PLURAL)
+JOBS: Final = ("batch", "v1", "jobs")
+PODS: Final = ("", "v1", "pods")
+EXIT_SECONDS: Final = 25.0
+"""Under the 30 seconds that Kubernetes gives a pod to end."""
+
+
+@kopf.on.login()
+async def on_login(memo: kopf.Memo, **_: Any) -> kopf.ConnectionInfo:
+    """Use the same API server and the same, current token as the rest of the operator."""
+    return await connection_info(memo.configuration)
+
+
+@kopf.on.startup()
+async def on_startup(memo: kopf.Memo, settings: kopf.OperatorSettings, **_: Any) -> None:
+    """Start the parts that kopf does not run."""
+    configure(settings)
+    await memo.runtime.start()
+
+
+@kopf.on.cleanup()
+async def on_cleanup(memo: kopf.Memo, **_: Any) -> None:
+    """Stop them; kopf's watches have ended by now."""
+    await memo.runtime.stop()
+
+
+@kopf.on.probe(id="operator")
+async def on_probe(memo: kopf.Memo, **_: Any) -> str:
+    """Answer /healthz; only a permanent error answers 500 at once."""
+    if ailment := memo.runtime.ailment():
+        raise kopf.PermanentError(ailment)
+    return "ok"
+
+
+@kopf.on.event(*QLORAJOBS)
+async def on_job_event(event: kopf.RawEvent, namespace: str | None, name: str, memo: kopf.Memo, **_: Any) -> None:
+    """A QLoRAJob has changed, or is gone."""
+    ref = JobRef(namespace or "", name)
+    if event["type"] == "DELETED":
+        memo.runtime.forget(ref)
+    else:
+        memo.runtime.watch.saw(ref, event["object"]["metadata"]["resourceVersion"])
+    memo.runtime.queue.add(ref)
+
+
+@kopf.on.event(*JOBS)
+@kopf.on.event(*PODS)
+async def on_child_event(namespace: str | None, labels: kopf.Labels, memo: kopf.Memo, **_: Any) -> None:
+    """A child has changed; its label names the QLoRAJob."""
+    if name := labels.get(names.JOB_LABEL):
+        memo.runtime.queue.add(JobRef(namespace or "", name))
+
+
+def configure(settings: kopf.OperatorSettings) -> None:
+    """Leave kopf the watches, and nothing else: it patches, posts and scans nothing."""
+    settings.scanning.disabled = True
+    settings.posting.enabled = False
+    settings.posting.loggers = False
+    settings.queueing.worker_limit = None
+    settings.queueing.idle_timeout = 1.0
+    settings.process.ultimate_exiting_timeout = EXIT_SECONDS
+    managed = f"{names.MANAGED_BY_LABEL}={names.FIELD_MANAGER}"
+    settings.watching.label_selectors[JOBS] = managed
+    settings.watching.label_selectors[PODS] = managed
+
+
+async def connection_info(configuration: client.Configuration) -> kopf.ConnectionInfo:
+    """Translate the client's configuration into kopf's."""
+    authorization = await configuration.get_api_key_with_prefix("BearerToken") or ""
+    return kopf.ConnectionInfo(
+        server=configuration.host,
+        ca_path=configuration.ssl_ca_cert,
+        insecure=not configuration.verify_ssl,
+        token=authorization.rpartition(" ")[2] or None,
+        certificate_path=configuration.cert_file,
+        private_key_path=configuration.key_file,
+    )
+
+
+async def serve(settings: Settings, configuration: client.Configuration, runtime: Runtime) -> None:
+    """Run kopf until SIGTERM, or until a watch dies."""
+    await kopf.operator(
+        standalone=True,
+        clusterwide=not settings.namespaces,
+        namespaces=settings.namespaces,
+        liveness_endpoint=f"http://0.0.0.0:{settings.health_port}/healthz",
+        memo=kopf.Memo(runtime=runtime, configuration=configuration),
+    )

@@ -1,0 +1,168 @@
+"""The story of one QLoRAJob: read, observe, decide, act, derive, write once."""
+
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Final
+
+from pydantic import ValidationError
+
+from qlora_api.names import Phase, Reason, Role
+from qlora_api.v1alpha1 import Progress, QLoRAJobSpec, QLoRAJobStatus, to_timedelta
+from qlora_operator.build import (
+    Installation,
+    Owner,
+    build_deadline,
+    build_event,
+    build_prepare_config,
+    build_prepare_job,
+    build_run_config,
+    build_train_job,
+)
+from qlora_operator.cluster.ports import Cluster, NameTakenError
+from qlora_operator.recovery import is_terminal, next_action, rejected
+from qlora_operator.status import acknowledge, derive_status, to_wire
+from qlora_operator.values import Action, Decision, Job, JobRef, Manifest, Observation, RawJob, Run, Violation
+
+NAME_TAKEN_RETRY: Final = timedelta(seconds=5)
+"""The garbage collector needs seconds for the children of a deleted QLoRAJob."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a pass leaves to its caller."""
+
+    requeue: timedelta | None = None
+    """When time alone changes something."""
+    written: str | None = None
+    """The resourceVersion of the status, if one was written."""
+    status: QLoRAJobStatus | None = None
+    """The status as it stands; nothing when the QLoRAJob is gone."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One pass over one QLoRAJob: what it starts from."""
+
+    raw: RawJob
+    previous: QLoRAJobStatus
+    live: Progress | None
+    now: datetime
+
+
+async def reconcile(
+    ref: JobRef, cluster: Cluster, installation: Installation, live: Progress | None, now: datetime
+) -> Outcome:
+    """Bring the cluster to the spec, and tell the user where the run stands."""
+    raw = await cluster.read_job(ref)
+    if raw is None or raw.deleting:
+        return Outcome()
+    turn = Turn(raw, QLoRAJobStatus.model_validate(raw.status), of_this_job(live, raw), now)
+    if is_terminal(turn.previous):
+        return await settle(raw, turn.previous, cluster)
+    spec = parse(raw)
+    if isinstance(spec, Violation):
+        return await publish(turn, rejected((spec,)), None, cluster)
+    job = Job(ref, raw.uid, raw.generation, raw.created_at, spec, turn.previous)
+    seen = await cluster.observe(raw)
+    decision = await act(next_action(job, seen, turn.live, now), job, seen, cluster, installation)
+    return await publish(turn, decision, spec.resources.gpus_per_node, cluster)
+
+
+def of_this_job(live: Progress | None, raw: RawJob) -> Progress | None:
+    """Leave out a report that was meant for a deleted namesake."""
+    return live if live is not None and live.updated_at >= raw.created_at else None
+
+
+def parse(raw: RawJob) -> QLoRAJobSpec | Violation:
+    """Read the spec, or say which field cannot be read."""
+    try:
+        return QLoRAJobSpec.model_validate(raw.spec)
+    except ValidationError as error:
+        sentences = (f"{'.'.join(('spec', *map(str, entry['loc'])))}: {entry['msg']}" for entry in error.errors())
+        return Violation(Reason.INVALID_SPEC, "; ".join(sentences))
+
+
+async def settle(raw: RawJob, previous: QLoRAJobStatus, cluster: Cluster) -> Outcome:
+    """Nothing starts again after the end; a Job that still holds a node is removed."""
+    if previous.phase is Phase.FAILED:
+        seen = await cluster.observe(raw)
+        for child in seen.jobs:
+            if child.holds_resources and not child.deleting:
+                await cluster.delete_job(raw.ref, child.name)
+    status = acknowledge(previous, raw.generation)
+    return Outcome(written=await _write(raw, previous, status, cluster), status=status)
+
+
+async def act(
+    decision: Decision, job: Job, seen: Observation, cluster: Cluster, installation: Installation
+) -> Decision:
+    """Do what was decided; a name that belongs to something else changes the decision."""
+    try:
+        for child in build_children(decision, job, installation):
+            await cluster.ensure(child)
+    except NameTakenError as error:
+        return blocked(error)
+    if decision.action is Action.START_OVER:
+        await start_over(job, seen, cluster)
+    if decision.action is Action.NONE:
+        await adjust_deadline(job, seen, cluster)
+    return decision
+
+
+def build_children(decision: Decision, job: Job, installation: Installation) -> tuple[Manifest, ...]:
+    """Return the children to create: the configuration first, because a pod waits for it."""
+    owner = Owner(job.ref, job.uid)
+    if decision.action is Action.PREPARE:
+        return (
+            build_prepare_config(owner, job.spec, installation),
+            build_prepare_job(owner, job.spec, installation),
+        )
+    if decision.action is Action.TRAIN and decision.plan and decision.prepared and decision.attempt:
+        run = Run(decision.attempt.number, decision.plan, decision.prepared)
+        return (
+            build_run_config(owner, job.spec, run, installation),
+            build_train_job(owner, job.spec, run.attempt, installation),
+        )
+    return ()
+
+
+def blocked(error: NameTakenError) -> Decision:
+    """Wait for an earlier run's child to leave; fail for a stranger's."""
+    if error.leaving:
+        return Decision(Phase.PENDING, Reason.ACCEPTED, str(error), retry_after=NAME_TAKEN_RETRY)
+    return Decision(Phase.FAILED, Reason.INVALID_SPEC, str(error))
+
+
+async def start_over(job: Job, seen: Observation, cluster: Cluster) -> None:
+    """Delete every child Job; prepare goes first, so that a crash in between leaves the training Job as the reason."""
+    for child in sorted(seen.jobs, key=lambda child: child.attempt):
+        if not child.deleting:
+            await cluster.delete_job(job.ref, child.name)
+
+
+async def adjust_deadline(job: Job, seen: Observation, cluster: Cluster) -> None:
+    """Follow a change of spec.deadlines.total on a running training Job."""
+    seconds = int(to_timedelta(job.spec.deadlines.total).total_seconds())
+    for child in seen.jobs:
+        if child.role is Role.TRAIN and not child.finished and child.deadline_seconds != seconds:
+            await cluster.patch(build_deadline(job.ref, child.name, seconds))
+
+
+async def publish(turn: Turn, decision: Decision, gpus: int | None, cluster: Cluster) -> Outcome:
+    """Tell of a transition, and write the status if it differs."""
+    raw, previous = turn.raw, turn.previous
+    status = derive_status(previous, decision, turn.live, gpus=gpus, generation=raw.generation, now=turn.now)
+    if (status.phase, status.reason) != (previous.phase, previous.reason):
+        await cluster.tell(build_event(Owner(raw.ref, raw.uid), raw.resource_version, status, turn.now))
+    written = await _write(raw, previous, status, cluster)
+    return Outcome(_wait(decision, turn.now), written, status)
+
+
+def _wait(decision: Decision, now: datetime) -> timedelta | None:
+    if decision.recheck_at is not None:
+        return max(decision.recheck_at - now, timedelta(0))
+    return decision.retry_after
+
+
+async def _write(raw: RawJob, previous: QLoRAJobStatus, status: QLoRAJobStatus, cluster: Cluster) -> str | None:
+    return await cluster.write_status(raw, to_wire(status)) if status != previous else None

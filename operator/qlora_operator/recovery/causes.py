@@ -1,0 +1,175 @@
+"""From what Kubernetes shows of a child Job to a reason of our closed list; the first match wins."""
+
+from collections.abc import Callable
+from datetime import datetime, timedelta
+from typing import Final, NamedTuple
+
+from pydantic import ValidationError
+
+from qlora_api.names import Reason, Role
+from qlora_api.report import LastWord
+from qlora_operator.values import ChildJob, Exit, Pod, Stage, Verdict
+
+GOOD_ENDS: Final = frozenset({Reason.PREPARED, Reason.PUBLISHED})
+IMAGE_TROUBLE: Final = frozenset({"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull"})
+NEVER_RAN: Final = frozenset({"StartError", "ContainerCannotRun", "CreateContainerError"})
+SIGTERM_EXIT: Final = 128 + 15
+MAX_LOG_LINE: Final = 1000
+"""Characters of a log line that a status message quotes."""
+
+
+class Cause(NamedTuple):
+    """Why a container ended."""
+
+    reason: Reason
+    message: str
+
+
+def read_last_word(text: str) -> LastWord | None:
+    """Read a termination message; it may be the end of a log, whose last line is the word."""
+    for candidate in (text.strip(), text.strip().rpartition("\n")[2]):
+        try:
+            return LastWord.model_validate_json(candidate)
+        except ValidationError:
+            continue
+    return None
+
+
+def _said_by_trainer(_: Pod, end: Exit) -> Cause | None:
+    word = read_last_word(end.message)
+    good = word is not None and word.reason in GOOD_ENDS
+    return Cause(word.reason, word.message) if word and good is (end.code == 0) else None
+
+
+def _out_of_memory(_: Pod, end: Exit) -> Cause | None:
+    if end.reason != "OOMKilled":
+        return None
+    return Cause(Reason.HOST_OUT_OF_MEMORY, "the container used more memory than spec.resources.memory allows")
+
+
+def _interrupted(pod: Pod, end: Exit) -> Cause | None:
+    if not (pod.disrupted or pod.deleting or end.code == SIGTERM_EXIT):
+        return None
+    return Cause(Reason.INTERRUPTED, pod.disrupted or f"pod {pod.name} was asked to stop")
+
+
+def _node_lost(pod: Pod, end: Exit) -> Cause | None:
+    if end.reason != "ContainerStatusUnknown":
+        return None
+    return Cause(Reason.POD_LOST, pod.message or f"node {pod.node} lost the container of pod {pod.name}")
+
+
+def _never_ran(_: Pod, end: Exit) -> Cause | None:
+    return Cause(Reason.POD_REJECTED, f"{end.reason}: {end.message}") if end.reason in NEVER_RAN else None
+
+
+def _unknown(pod: Pod, end: Exit) -> Cause:
+    last_line = end.message.strip().rpartition("\n")[2][:MAX_LOG_LINE]
+    said = f"its last line was: {last_line}" if last_line else f"see `kubectl logs {pod.name}`"
+    return Cause(Reason.TRAINER_ERROR, f"the container ended with exit code {end.code} without a last word; {said}")
+
+
+_CAUSES: Final[tuple[Callable[[Pod, Exit], Cause | None], ...]] = (
+    _said_by_trainer,
+    _out_of_memory,
+    _node_lost,
+    _never_ran,
+    _interrupted,
+    _unknown,
+)
+
+
+def cause_of_exit(pod: Pod, end: Exit) -> Cause:
+    """Say why a container ended."""
+    return next(cause for find in _CAUSES if (cause := find(pod, end)))
+
+
+def judge(child: ChildJob, startup: timedelta, now: datetime) -> Verdict:
+    """Say how far a child Job is, and why it ended if it did."""
+    if child.pod is not None and child.pod.exit is not None:
+        return _judge_exit(child.pod, child.pod.exit)
+    if child.pod is not None and child.pod.phase == "Failed":
+        return _judge_refusal(child.pod)
+    if child.failure is not None and child.failure.reason == "DeadlineExceeded":
+        return _ended(Reason.DEADLINE_EXCEEDED, _deadline_message(child))
+    if child.finished:
+        return Verdict(Stage.LOST, Reason.POD_LOST, f"the pod of Job {child.name} is gone, and with it its last word")
+    if child.pod is None:
+        return _judge_missing_pod(child, startup, now)
+    return _judge_unfinished(child.pod, child.role, startup, now)
+
+
+def _ended(reason: Reason, message: str) -> Verdict:
+    return Verdict(Stage.ENDED, reason, message)
+
+
+def _judge_exit(pod: Pod, end: Exit) -> Verdict:
+    cause = cause_of_exit(pod, end)
+    return Verdict(Stage.ENDED, cause.reason, cause.message, read_last_word(end.message))
+
+
+def _judge_refusal(pod: Pod) -> Verdict:
+    """The kubelet ended the pod before its container ran."""
+    message = pod.message or pod.disrupted or f"pod {pod.name} failed before its container ran"
+    return _ended(Reason.INTERRUPTED if pod.disrupted else Reason.POD_REJECTED, message)
+
+
+def _deadline_message(child: ChildJob) -> str:
+    limit = f"{child.deadline_seconds} seconds" if child.deadline_seconds else "its deadline"
+    return f"Job {child.name} took longer than {limit}"
+
+
+def _stage_reason(role: Role) -> Reason:
+    return Reason.PREPARING if role is Role.PREPARE else Reason.SCHEDULING
+
+
+def describe_missing_pod(job: str) -> str:
+    """Write the sentence for a Job between its creation and its pod's."""
+    return f"Job {job} has no pod yet"
+
+
+def _judge_missing_pod(child: ChildJob, startup: timedelta, now: datetime) -> Verdict:
+    """The Job controller needs a moment; a quota or a policy refuses for ever."""
+    deadline = child.created_at + startup
+    if now < deadline:
+        message = describe_missing_pod(child.name)
+        return Verdict(Stage.WAITING, _stage_reason(child.role), message, recheck_at=deadline)
+    return _ended(
+        Reason.POD_REJECTED,
+        f"Job {child.name} got no pod within {_seconds(startup)} (spec.deadlines.startup): a quota or an admission "
+        f"policy refuses it; `kubectl describe job {child.name}` has its sentence",
+    )
+
+
+def _judge_unfinished(pod: Pod, role: Role, startup: timedelta, now: datetime) -> Verdict:
+    if pod.started_at is not None:
+        return Verdict(Stage.RUNNING, Reason.PREPARING if role is Role.PREPARE else Reason.TRAINING)
+    if pod.scheduled_at is None:
+        if pod.unschedulable:
+            return Verdict(Stage.WAITING, Reason.UNSCHEDULABLE, pod.unschedulable)
+        return Verdict(Stage.WAITING, _stage_reason(role), f"pod {pod.name} waits for a node")
+    return _judge_startup(pod, role, pod.scheduled_at + startup, startup, now)
+
+
+def _judge_startup(pod: Pod, role: Role, deadline: datetime, startup: timedelta, now: datetime) -> Verdict:
+    """A pod on a node that does not start holds its GPU."""
+    image = pod.waiting is not None and pod.waiting.reason in IMAGE_TROUBLE
+    trouble = _describe_waiting(pod)
+    if now < deadline:
+        reason = Reason.IMAGE_PULL_FAILED if image else _stage_reason(role)
+        return Verdict(Stage.WAITING, reason, f"pod {pod.name} on node {pod.node}: {trouble}", recheck_at=deadline)
+    return _ended(
+        Reason.IMAGE_PULL_FAILED if image else Reason.STARTUP_DEADLINE_EXCEEDED,
+        f"pod {pod.name} did not start on node {pod.node} within {_seconds(startup)} (spec.deadlines.startup): "
+        f"{trouble}",
+    )
+
+
+def _describe_waiting(pod: Pod) -> str:
+    if pod.waiting is None:
+        return "volumes or the sandbox are not ready"
+    return ": ".join(filter(None, (pod.waiting.reason, pod.waiting.message)))
+
+
+def _seconds(duration: timedelta) -> str:
+    return f"{duration.total_seconds():g} s"

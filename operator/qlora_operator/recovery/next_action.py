@@ -1,0 +1,177 @@
+"""From the spec, the last status and the children to where the run stands and what comes next.
+
+Facts reach the status before anything relies on them, so a crash between any two writes loses nothing: a training Job
+is created only when model, output and plan are on record, and a Job whose last word is lost is first recorded as lost,
+then deleted, then prepared anew. That next prepare finds the manifest if the result was published.
+"""
+
+from datetime import datetime
+from typing import Final
+
+from qlora_api.names import TERMINAL, Phase, Reason, Role, prepare_job_name, train_job_name
+from qlora_api.prepared import Prepared
+from qlora_api.v1alpha1 import Attempt, Plan, Progress, QLoRAJobStatus, to_timedelta
+from qlora_operator.plan import make_plan
+from qlora_operator.recovery.causes import describe_missing_pod, judge
+from qlora_operator.rules import check
+from qlora_operator.values import Action, ChildJob, Decision, Job, Observation, Stage, Verdict, Violation
+
+MAX_LOST_ATTEMPTS: Final = 3
+"""After this many training Jobs that ended without a last word, something removes them: give up."""
+MAX_ATTEMPT_MESSAGE: Final = 4096
+"""Bound of status.attempts[].message."""
+
+_LIVE: Final = {
+    Phase.TRAINING: Reason.TRAINING,
+    Phase.EVALUATING: Reason.EVALUATING,
+    Phase.PUBLISHING: Reason.PUBLISHING,
+}
+"""Phases that a running training pod reports."""
+
+
+def rejected(violations: tuple[Violation, ...]) -> Decision:
+    """Fail for what only the user can correct."""
+    return Decision(Phase.FAILED, violations[0].reason, "; ".join(violation.message for violation in violations))
+
+
+def next_action(job: Job, seen: Observation, live: Progress | None, now: datetime) -> Decision:
+    """Say where the run stands and what comes next."""
+    if violations := check(job.spec):
+        return rejected(violations)
+    if decision := _clear_away(job.status, seen):
+        return decision
+    number = 1 + max((attempt.number for attempt in job.status.attempts if attempt.reason), default=0)
+    if train := seen.train(number):
+        return _follow_training(job, train, live, now)
+    if _vanished(job.status, number):
+        return _lose(Attempt(number=number, job=train_job_name(job.ref.name, number)), now)
+    return _follow_preparation(job, seen.prepare, number, now)
+
+
+def _clear_away(status: QLoRAJobStatus, seen: Observation) -> Decision | None:
+    """Delete Jobs that speak of a lost attempt, or that are being deleted; wait until they are gone."""
+    if not any(_is_stale(child, status) for child in seen.jobs):
+        return None
+    message = "a training Job was lost without a last word; the run is prepared again, and finds what was published"
+    return Decision(Phase.PREPARING, Reason.PREPARING, message, Action.START_OVER)
+
+
+def _is_stale(child: ChildJob, status: QLoRAJobStatus) -> bool:
+    lost = [attempt for attempt in status.attempts if attempt.reason]
+    if child.role is Role.TRAIN:
+        return child.deleting or any(attempt.number == child.attempt for attempt in lost)
+    return child.deleting or any(attempt.finished_at and child.created_at <= attempt.finished_at for attempt in lost)
+
+
+def _vanished(status: QLoRAJobStatus, number: int) -> bool:
+    """Whether an attempt is on record as running, although nobody sees its Job."""
+    return any(attempt.number == number for attempt in status.attempts)
+
+
+def _lose(attempt: Attempt, now: datetime) -> Decision:
+    message = f"Job {attempt.job} is gone without a last word"
+    lost = attempt.model_copy(update={"reason": Reason.POD_LOST, "message": message, "finished_at": now})
+    if lost.number >= MAX_LOST_ATTEMPTS:
+        again = f"{message}, as were {lost.number - 1} before it; see what deletes Jobs or pods in this namespace"
+        return Decision(Phase.FAILED, Reason.POD_LOST, again, attempt=lost)
+    return Decision(Phase.PREPARING, Reason.POD_LOST, f"{message}; the run is prepared again", attempt=lost)
+
+
+def _follow_preparation(job: Job, prepare: ChildJob | None, number: int, now: datetime) -> Decision:
+    if prepare is None:
+        message = describe_missing_pod(prepare_job_name(job.ref.name))
+        return Decision(Phase.PREPARING, Reason.PREPARING, message, Action.PREPARE)
+    verdict = judge(prepare, to_timedelta(job.spec.deadlines.startup), now)
+    if verdict.stage is Stage.LOST:
+        return Decision(Phase.PREPARING, Reason.PREPARING, verdict.message, Action.START_OVER)
+    if verdict.stage is not Stage.ENDED:
+        message = verdict.message or "model, dataset and output are being checked"
+        return Decision(Phase.PREPARING, verdict.reason, message, recheck_at=verdict.recheck_at)
+    prepared = verdict.word.prepared if verdict.word else None
+    if verdict.reason is not Reason.PREPARED or prepared is None:
+        return _fail(verdict)
+    return _after_preparation(job, prepared, number)
+
+
+def _fail(verdict: Verdict) -> Decision:
+    """End the run; a good reason without its facts is the trainer's mistake."""
+    if verdict.reason in {Reason.PREPARED, Reason.PUBLISHED}:
+        return Decision(Phase.FAILED, Reason.TRAINER_ERROR, f"the last word {verdict.reason} came without its facts")
+    return Decision(Phase.FAILED, verdict.reason, verdict.message)
+
+
+def _after_preparation(job: Job, prepared: Prepared, number: int) -> Decision:
+    if prepared.published is not None:
+        message = f"the same result was published before as {prepared.published.adapter}"
+        return Decision(
+            Phase.SUCCEEDED, Reason.ALREADY_PUBLISHED, message, prepared=prepared, result=prepared.published
+        )
+    plan = _keep_plan(job, prepared)
+    if job.status.plan != plan or job.status.output is None:
+        message = "model, dataset and output were checked"
+        return Decision(Phase.SCHEDULING, Reason.PREPARED, message, plan=plan, prepared=prepared)
+    attempt = Attempt(number=number, job=train_job_name(job.ref.name, number))
+    return Decision(
+        Phase.SCHEDULING,
+        Reason.SCHEDULING,
+        describe_missing_pod(attempt.job),
+        Action.TRAIN,
+        plan=plan,
+        prepared=prepared,
+        attempt=attempt,
+    )
+
+
+def _keep_plan(job: Job, prepared: Prepared) -> Plan:
+    """Keep a plan on record, so that a newer operator does not change a run halfway."""
+    output = job.status.output
+    if job.status.plan is not None and output is not None and output.digest == prepared.digest:
+        return job.status.plan
+    return make_plan(job.spec, prepared)
+
+
+def _follow_training(job: Job, train: ChildJob, live: Progress | None, now: datetime) -> Decision:
+    verdict = judge(train, to_timedelta(job.spec.deadlines.startup), now)
+    attempt = _record(train)
+    if verdict.stage is Stage.LOST:
+        return _lose(attempt, now)
+    if verdict.stage is Stage.WAITING:
+        return Decision(
+            Phase.SCHEDULING, verdict.reason, verdict.message, attempt=attempt, recheck_at=verdict.recheck_at
+        )
+    if verdict.stage is Stage.RUNNING:
+        phase = live.phase if live and live.phase in _LIVE else Phase.TRAINING
+        return Decision(phase, _LIVE[phase], _describe_run(train), attempt=attempt)
+    return _end_training(verdict, attempt, _ended_at(train, now))
+
+
+def _record(train: ChildJob) -> Attempt:
+    pod = train.pod
+    return Attempt(number=train.attempt, job=train.name, started_at=pod.started_at if pod else None)
+
+
+def _describe_run(train: ChildJob) -> str:
+    return f"pod {train.pod.name} runs on node {train.pod.node}" if train.pod else f"Job {train.name} runs"
+
+
+def _ended_at(train: ChildJob, now: datetime) -> datetime:
+    end = train.pod.exit if train.pod else None
+    return (end.finished_at if end else None) or now
+
+
+def _end_training(verdict: Verdict, attempt: Attempt, at: datetime) -> Decision:
+    result = verdict.word.result if verdict.word else None
+    if verdict.reason is Reason.PUBLISHED and result is not None:
+        message = f"the adapter is published as {result.adapter}"
+        ended = attempt.model_copy(update={"reason": Reason.PUBLISHED, "finished_at": at})
+        return Decision(Phase.SUCCEEDED, Reason.PUBLISHED, message, result=result, attempt=ended)
+    failed = _fail(verdict)
+    ended = attempt.model_copy(
+        update={"reason": failed.reason, "message": failed.message[:MAX_ATTEMPT_MESSAGE], "finished_at": at}
+    )
+    return Decision(failed.phase, failed.reason, failed.message, attempt=ended)
+
+
+def is_terminal(status: QLoRAJobStatus) -> bool:
+    """Whether the run is over for ever."""
+    return status.phase in TERMINAL

@@ -1,0 +1,73 @@
+"""Pure checks of a spec: what its types cannot say.
+
+Most are CEL rules of the CRD too; here they hold for objects that are older than the rule, and without a cluster.
+"""
+
+from collections.abc import Callable
+from typing import Final
+
+from qlora_api.names import Reason
+from qlora_api.v1alpha1 import QLoRAJobSpec
+from qlora_operator.values import Violation
+
+Rule = Callable[[QLoRAJobSpec], str | None]
+"""Returns the sentence that names field, cause and fix, or nothing."""
+
+
+def method_fits_bits(spec: QLoRAJobSpec) -> str | None:
+    """Qlora is on a quantised base, lora is not."""
+    quantised = spec.quantization.bits in {4, 8}
+    if spec.method == "qlora" and not quantised:
+        return "spec.quantization.bits is 16, but method qlora needs 4 or 8; for a 16-bit base set spec.method to lora"
+    if spec.method == "lora" and quantised:
+        return (
+            f"spec.quantization.bits is {spec.quantization.bits}, but method lora needs 16; "
+            "for a quantised base set spec.method to qlora"
+        )
+    return None
+
+
+def micro_batch_divides_batch(spec: QLoRAJobSpec) -> str | None:
+    """Accumulation is a whole number."""
+    micro, whole = spec.training.micro_batch_size, spec.training.global_batch_size
+    if micro is None or whole % micro == 0:
+        return None
+    return (
+        f"spec.training.microBatchSize {micro} does not divide globalBatchSize {whole}; "
+        "leave it out to let the plan choose"
+    )
+
+
+def all_linear_stands_alone(spec: QLoRAJobSpec) -> str | None:
+    """The word all-linear names every module already."""
+    if "all-linear" not in spec.lora.targets or len(spec.lora.targets) == 1:
+        return None
+    return "spec.lora.targets lists all-linear beside other names; list it alone, or list module names without it"
+
+
+def uris_are_reachable(spec: QLoRAJobSpec) -> str | None:
+    """A pod sees no file of the user's computer."""
+    uris = {
+        "spec.model.uri": spec.model.uri,
+        "spec.dataset.uri": spec.dataset.uri,
+        "spec.dataset.evaluation.uri": spec.dataset.evaluation.uri or "",
+        "spec.output.uri": spec.output.uri,
+    }
+    return next(
+        (
+            f"{field} is {uri}, and file:// works with 'qlora run' only; upload it and use s3://"
+            for field, uri in uris.items()
+            if uri.startswith("file://")
+        ),
+        None,
+    )
+
+
+ANYWHERE: Final[tuple[Rule, ...]] = (method_fits_bits, micro_batch_divides_batch, all_linear_stands_alone)
+"""Rules for `qlora run` and for a cluster."""
+IN_CLUSTER: Final[tuple[Rule, ...]] = (*ANYWHERE, uris_are_reachable)
+
+
+def check(spec: QLoRAJobSpec, rules: tuple[Rule, ...] = IN_CLUSTER) -> tuple[Violation, ...]:
+    """Return every violation, in the order of the rules."""
+    return tuple(Violation(Reason.INVALID_SPEC, sentence) for rule in rules if (sentence := rule(spec)))

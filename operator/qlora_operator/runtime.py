@@ -1,0 +1,134 @@
+"""The parts of a running operator, put together: queue, reports, proof of the watch, resync, progress server."""
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable
+from datetime import datetime, timedelta
+from typing import Final
+
+from aiohttp import web
+
+from qlora_operator.cluster.api import Api, ApiError, NotFoundError
+from qlora_operator.cluster.kube import KubeCluster
+from qlora_operator.cluster.ports import ClusterBusyError
+from qlora_operator.metrics import Metrics
+from qlora_operator.progress import Gate, ProgressEndpoint, Reports, utc_now
+from qlora_operator.queue import WorkQueue
+from qlora_operator.reconcile import reconcile
+from qlora_operator.recovery import is_terminal
+from qlora_operator.settings import Settings
+from qlora_operator.values import JobRef
+from qlora_operator.watch import WatchProof
+
+_log = logging.getLogger(__name__)
+
+RESYNC: Final = timedelta(minutes=10)
+"""Everything is looked at so often, though nothing happened: what an event should have told is not lost for ever."""
+CRD_PATIENCE: Final = timedelta(seconds=30)
+"""A release installs CRD and operator at once; the API server serves the CRD a moment later."""
+DRAIN: Final = timedelta(seconds=8)
+"""From SIGTERM to the end of the work at hand."""
+STUCK_SECONDS: Final = 300.0
+"""A pass takes seconds; one that takes or waits this long will never end."""
+
+
+class Runtime:
+    """One operator in one event loop."""
+
+    def __init__(self, settings: Settings, api: Api, clock: Callable[[], datetime] = utc_now) -> None:
+        self.settings = settings
+        self.metrics = Metrics()
+        self.watch = WatchProof(asyncio.get_running_loop().time)
+        self.queue: WorkQueue[JobRef] = WorkQueue(self._reconcile, settings.workers)
+        self._api = api
+        self._cluster = KubeCluster(api)
+        self._clock = clock
+        self._reports = Reports()
+        self._resync: asyncio.Task[None] | None = None
+        self._server: web.AppRunner | None = None
+
+    async def start(self) -> None:
+        """Wait for the CRD, then start everything."""
+        await self._wait_for_crd()
+        self.queue.start()
+        self._resync = asyncio.create_task(self._resync_forever(), name="resync")
+        self._server = await self._serve()
+
+    async def stop(self) -> None:
+        """Take no more reports and keys, finish the work at hand, and leave."""
+        if self._resync is not None:
+            self._resync.cancel()
+        if self._server is not None:
+            await self._server.cleanup()
+        await self.queue.drain(DRAIN)
+        await self._api.close()
+
+    def ailment(self) -> str | None:
+        """Say what only a restart can cure."""
+        if not self.queue.alive() or self._resync is None or self._resync.done():
+            return "a worker has ended"
+        if overdue := self.watch.overdue():
+            return f"the watch is dead: no event for {overdue[0]}, and {len(overdue) - 1} more"
+        age = self.queue.oldest_age()
+        return f"work is stuck for {age:.0f} seconds" if age > STUCK_SECONDS else None
+
+    def forget(self, ref: JobRef) -> None:
+        """A QLoRAJob is gone."""
+        self.watch.forget(ref)
+        self.metrics.saw(ref, None)
+        self._reports.forget(ref)
+
+    async def _reconcile(self, ref: JobRef) -> timedelta | None:
+        with self.metrics.measure():
+            outcome = await reconcile(
+                ref, self._cluster, self.settings.installation, self._reports.get(ref), self._clock()
+            )
+        self.metrics.depth.set(self.queue.depth)
+        self.metrics.saw(ref, outcome.status.phase if outcome.status else None)
+        if outcome.written is not None:
+            self.watch.expect(ref, outcome.written)
+        if outcome.status is not None and is_terminal(outcome.status):
+            self._reports.forget(ref)
+        return outcome.requeue
+
+    async def _wait_for_crd(self) -> None:
+        """An operator that starts before its CRD would watch nothing, and look healthy."""
+        deadline = self._clock() + CRD_PATIENCE
+        while True:
+            try:
+                await self._cluster.list_jobs(self.settings.namespaces)
+            except (ClusterBusyError, NotFoundError) as error:
+                if self._clock() > deadline:
+                    raise
+                _log.info("waiting for the QLoRAJob API: %s", error)
+                await asyncio.sleep(1)
+            else:
+                return
+
+    async def _resync_forever(self) -> None:
+        while True:
+            await asyncio.sleep(RESYNC.total_seconds() * random.uniform(0.9, 1.1))  # noqa: S311 (no secret)
+            try:
+                await self.resync()
+            except (ClusterBusyError, ApiError) as error:
+                _log.warning("the resync has to wait: %s", error)
+
+    async def resync(self) -> None:
+        """Look at every unfinished job again, and at whether the watch knows of it."""
+        for job in await self._cluster.list_jobs(self.settings.namespaces):
+            self.watch.expect(job.ref, job.resource_version)
+            if not job.settled:
+                self.queue.add(job.ref)
+
+    async def _serve(self) -> web.AppRunner:
+        gate = Gate(self._cluster, asyncio.get_running_loop().time)
+        app = ProgressEndpoint(gate, self._reports, self.queue.add_after, self._clock).application()
+        app.router.add_get("/metrics", self._render_metrics)
+        runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=1)
+        await runner.setup()
+        await web.TCPSite(runner, port=self.settings.progress_port).start()
+        return runner
+
+    async def _render_metrics(self, _: web.Request) -> web.Response:
+        return web.Response(body=self.metrics.render(), content_type="text/plain", charset="utf-8")

@@ -1,0 +1,92 @@
+"""The only reader of the environment."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from pydantic import ValidationError
+
+from qlora_api.runconfig import Platform, S3Config
+from qlora_operator.build import Installation
+
+LOG_LEVELS: Final = ("debug", "info", "warning", "error")
+PULL_POLICIES: Final = ("Always", "IfNotPresent", "Never")
+MAX_PORT: Final = 65_535
+MAX_WORKERS: Final = 256
+
+
+class SettingsError(Exception):
+    """Whoever installed the operator must change an environment variable."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How this operator was installed."""
+
+    installation: Installation
+    namespaces: tuple[str, ...] = ()
+    """Empty means the whole cluster."""
+    workers: int = 16
+    progress_port: int = 8080
+    health_port: int = 8081
+    log_level: str = "info"
+    kubeconfig: str = ""
+    """Empty means the pod's own account."""
+
+
+def read_settings(environment: Mapping[str, str]) -> Settings:
+    """Read every variable; an error names the variable and what it may be."""
+    image = environment.get("QLORA_TRAINER_IMAGE", "")
+    if not image:
+        raise SettingsError("QLORA_TRAINER_IMAGE is not set: name the image of prepare and training pods")
+    return Settings(
+        installation=Installation(
+            image=image,
+            pull_policy=_choice(environment, "QLORA_IMAGE_PULL_POLICY", PULL_POLICIES, "IfNotPresent"),
+            progress_url=environment.get("QLORA_PROGRESS_URL", ""),
+            platform=_platform(environment),
+        ),
+        namespaces=_names(environment.get("QLORA_NAMESPACES", "")),
+        workers=_number(environment, "QLORA_WORKERS", 16, MAX_WORKERS),
+        progress_port=_number(environment, "QLORA_PROGRESS_PORT", 8080, MAX_PORT),
+        health_port=_number(environment, "QLORA_HEALTH_PORT", 8081, MAX_PORT),
+        log_level=_choice(environment, "QLORA_LOG_LEVEL", LOG_LEVELS, "info"),
+        kubeconfig=environment.get("KUBECONFIG", ""),
+    )
+
+
+def _platform(environment: Mapping[str, str]) -> Platform:
+    s3 = {
+        "endpoint": environment.get("QLORA_S3_ENDPOINT") or None,
+        "region": environment.get("QLORA_S3_REGION") or None,
+        "addressing": environment.get("QLORA_S3_ADDRESSING") or "auto",
+        "checksums": environment.get("QLORA_S3_CHECKSUMS") or "when_supported",
+    }
+    try:
+        config = S3Config.model_validate(s3)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise SettingsError(f"QLORA_S3_{str(first['loc'][0]).upper()}: {first['msg']}") from error
+    return Platform(
+        s3=config,
+        hub_endpoint=environment.get("QLORA_HUB_ENDPOINT") or None,
+        hub_mirror=environment.get("QLORA_HUB_MIRROR") or None,
+    )
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name for part in text.split(",") if (name := part.strip()))
+
+
+def _number(environment: Mapping[str, str], name: str, default: int, most: int) -> int:
+    text = environment.get(name) or str(default)
+    if not text.isdecimal() or not 1 <= int(text) <= most:
+        raise SettingsError(f"{name} is {text!r}: write a number from 1 to {most}")
+    return int(text)
+
+
+def _choice(environment: Mapping[str, str], name: str, choices: tuple[str, ...], default: str) -> str:
+    text = environment.get(name) or default
+    if text not in choices:
+        raise SettingsError(f"{name} is {text!r}: write one of {', '.join(choices)}")
+    return text

@@ -1,0 +1,110 @@
+"""From the last status and a decision to the next status; written once, and only if it differs."""
+
+from datetime import datetime
+from typing import Any
+
+from qlora_api.names import GUIDANCE, TERMINAL, Phase
+from qlora_api.prepared import Prepared
+from qlora_api.result import Result
+from qlora_api.v1alpha1 import Attempt, OutputStatus, Plan, Progress, QLoRAJobStatus
+from qlora_operator.status.columns import format_eta, format_number, format_step
+from qlora_operator.status.conditions import derive_conditions
+from qlora_operator.values import Decision
+
+
+def derive_status(  # noqa: PLR0913 (everything that a status depends on)
+    previous: QLoRAJobStatus,
+    decision: Decision,
+    live: Progress | None,
+    *,
+    gpus: int | None,
+    generation: int,
+    now: datetime,
+) -> QLoRAJobStatus:
+    """Say where the run stands; facts that were once known are carried over."""
+    now = now.replace(microsecond=0)
+    prepared, result = decision.prepared, decision.result
+    plan = decision.plan or previous.plan
+    attempts = merge_attempt(previous.attempts, decision.attempt)
+    status = previous.model_copy(
+        update={
+            "observed_generation": generation,
+            "phase": decision.phase,
+            "reason": decision.reason,
+            "message": describe(decision),
+            "gpus": plan.nodes * plan.gpus_per_node if plan else gpus,
+            "attempt": attempts[-1].number if attempts else None,
+            "started_at": previous.started_at or now,
+            "finished_at": now if decision.phase in TERMINAL else None,
+            "model": prepared.model if prepared else previous.model,
+            "dataset": prepared.dataset if prepared else previous.dataset,
+            "plan": plan,
+            "attempts": attempts,
+            "evaluation": result.evaluation if result else previous.evaluation,
+            "output": derive_output(previous.output, prepared, result),
+            **derive_progress(live or previous.last_report, decision.phase, plan),
+        }
+    )
+    return status.model_copy(update={"conditions": derive_conditions(status, now)})
+
+
+def describe(decision: Decision) -> str:
+    """Write the sentence of a decision; a failure also says what to do."""
+    sentence, remedy = GUIDANCE[decision.reason]
+    message = decision.message or sentence
+    return f"{message}. What to do: {remedy}" if decision.phase is Phase.FAILED else message
+
+
+def derive_progress(report: Progress | None, phase: Phase, plan: Plan | None) -> dict[str, Any]:
+    """Fill the columns from the last report; before the first one a running pod stands at 0 %."""
+    if report is None:
+        running = phase in {Phase.TRAINING, Phase.EVALUATING, Phase.PUBLISHING}
+        started = {"progress": "0%", "step": format_step(0, plan.total_steps if plan else None)} if running else {}
+        return {"progress": "100%"} if phase is Phase.SUCCEEDED else started
+    remaining = report.remaining_seconds if phase not in TERMINAL else None
+    total = report.total_steps or (plan.total_steps if plan else None)
+    speed = report.tokens_per_second
+    return {
+        "last_report": report,
+        "progress": "100%" if phase is Phase.SUCCEEDED else f"{report.percent}%",
+        "eta": format_eta(remaining) if remaining is not None else None,
+        "loss": format_number(report.loss, 3) if report.loss is not None else None,
+        "step": format_step(report.step, total),
+        "tokens_per_second": format_number(speed, 0) if speed is not None else None,
+    }
+
+
+def derive_output(
+    previous: OutputStatus | None, prepared: Prepared | None, result: Result | None
+) -> OutputStatus | None:
+    """Say where the result is, or will be."""
+    output = OutputStatus(digest=prepared.digest, prefix=prepared.prefix) if prepared else previous
+    if result is None:
+        return output
+    prefix = result.adapter.rpartition("/")[0]
+    output = output or OutputStatus(digest=prefix.rpartition("/")[2][:64], prefix=prefix)
+    return output.model_copy(update={"adapter": result.adapter, "report": result.report})
+
+
+def merge_attempt(attempts: tuple[Attempt, ...], attempt: Attempt | None) -> tuple[Attempt, ...]:
+    """Put an attempt in the place of the one with its number; a known start is kept."""
+    if attempt is None:
+        return attempts
+    known = {entry.number: entry for entry in attempts}
+    before = known.get(attempt.number)
+    started_at = attempt.started_at or (before.started_at if before else None)
+    known[attempt.number] = attempt.model_copy(update={"started_at": started_at})
+    return tuple(known[number] for number in sorted(known))
+
+
+def acknowledge(previous: QLoRAJobStatus, generation: int) -> QLoRAJobStatus:
+    """Keep a finished run's status, and say that the newest generation was seen."""
+    conditions = tuple(
+        condition.model_copy(update={"observed_generation": generation}) for condition in previous.conditions
+    )
+    return previous.model_copy(update={"observed_generation": generation, "conditions": conditions})
+
+
+def to_wire(status: QLoRAJobStatus) -> dict[str, Any]:
+    """Return the status as the API server stores it."""
+    return status.model_dump(mode="json", by_alias=True, exclude_none=True)

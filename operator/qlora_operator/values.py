@@ -1,0 +1,208 @@
+"""Frozen values between the stages; nothing here knows how they were fetched or where they go."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from enum import StrEnum
+from typing import Any, NamedTuple
+
+from qlora_api.names import Phase, Reason, Role
+from qlora_api.prepared import Prepared
+from qlora_api.report import LastWord
+from qlora_api.result import Result
+from qlora_api.v1alpha1 import Attempt, Plan, QLoRAJobSpec, QLoRAJobStatus
+
+Manifest = dict[str, Any]
+"""A whole Kubernetes object, as the API server takes it."""
+
+
+class JobRef(NamedTuple):
+    """Which QLoRAJob; the key of the work queue."""
+
+    namespace: str
+    name: str
+
+
+@dataclass(frozen=True)
+class RawJob:
+    """A QLoRAJob as the API server returned it; spec and status are still unread."""
+
+    ref: JobRef
+    uid: str
+    generation: int
+    resource_version: str
+    created_at: datetime
+    deleting: bool
+    spec: Mapping[str, Any]
+    status: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A QLoRAJob whose spec and last status were understood."""
+
+    ref: JobRef
+    uid: str
+    generation: int
+    created_at: datetime
+    spec: QLoRAJobSpec
+    status: QLoRAJobStatus
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """Why a container has not started."""
+
+    reason: str
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class Exit:
+    """How a container ended."""
+
+    code: int
+    reason: str = ""
+    message: str = ""
+    """The termination message: the trainer's last word, or the end of its log."""
+    finished_at: datetime | None = None
+
+
+@dataclass(frozen=True)
+class Pod:
+    """What one pod of a child Job tells."""
+
+    name: str
+    uid: str
+    phase: str = "Pending"
+    node: str = ""
+    created_at: datetime | None = None
+    deleting: bool = False
+    scheduled_at: datetime | None = None
+    unschedulable: str = ""
+    """The scheduler's sentence, while no node fits."""
+    started_at: datetime | None = None
+    waiting: Waiting | None = None
+    exit: Exit | None = None
+    disrupted: str = ""
+    """Message of the DisruptionTarget condition: preemption, eviction, drain."""
+    reason: str = ""
+    """The kubelet's reason for refusing or evicting the whole pod."""
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class JobFailure:
+    """The Failed condition of a batch/v1 Job."""
+
+    reason: str
+    message: str
+    at: datetime | None = None
+
+
+@dataclass(frozen=True)
+class ChildJob:
+    """A batch/v1 Job that belongs to the QLoRAJob, with its pod."""
+
+    name: str
+    role: Role
+    attempt: int
+    """0 for prepare."""
+    created_at: datetime
+    deadline_seconds: int | None = None
+    deleting: bool = False
+    complete: bool = False
+    failure: JobFailure | None = None
+    pod: Pod | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether Kubernetes will start nothing more for it."""
+        return self.complete or self.failure is not None
+
+    @property
+    def holds_resources(self) -> bool:
+        """Whether a node or the scheduler is still busy with it."""
+        return not self.finished and (self.pod is None or self.pod.exit is None)
+
+
+@dataclass(frozen=True)
+class Observation:
+    """Every child of one QLoRAJob."""
+
+    jobs: tuple[ChildJob, ...] = ()
+
+    @property
+    def prepare(self) -> ChildJob | None:
+        """The Job that prepares."""
+        return next((job for job in self.jobs if job.role is Role.PREPARE), None)
+
+    def train(self, attempt: int) -> ChildJob | None:
+        """The Job of a training attempt."""
+        return next((job for job in self.jobs if job.role is Role.TRAIN and job.attempt == attempt), None)
+
+
+class Stage(StrEnum):
+    """How far a child Job is."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    ENDED = "ended"
+    LOST = "lost"
+    """Over, and nobody can say how."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a child Job's state means."""
+
+    stage: Stage
+    reason: Reason
+    message: str = ""
+    word: LastWord | None = None
+    recheck_at: datetime | None = None
+    """When time alone changes the verdict."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a training attempt is decided by, beside the spec."""
+
+    attempt: int
+    plan: Plan
+    prepared: Prepared
+
+
+class Action(StrEnum):
+    """What has to be done to the children."""
+
+    NONE = "none"
+    PREPARE = "prepare"
+    TRAIN = "train"
+    START_OVER = "start over"
+    """Delete all child Jobs; what was published meanwhile is found by the next prepare."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Where the run stands, and what comes next."""
+
+    phase: Phase
+    reason: Reason
+    message: str
+    action: Action = Action.NONE
+    plan: Plan | None = None
+    prepared: Prepared | None = None
+    result: Result | None = None
+    attempt: Attempt | None = None
+    """The attempt as it is now known; it replaces the one with its number."""
+    recheck_at: datetime | None = None
+    retry_after: timedelta | None = None
+
+
+@dataclass(frozen=True)
+class Violation:
+    """Why a spec cannot be run."""
+
+    reason: Reason
+    message: str

@@ -1,0 +1,181 @@
+"""A cluster in memory that behaves like an API server where the operator looks, and a kubelet that tests play."""
+
+import copy
+from collections.abc import Callable
+from datetime import datetime, timedelta
+from itertools import count
+from typing import Any
+
+from qlora_api import names
+from qlora_operator.cluster.parse import controller_uid, parse_job, parse_observation
+from qlora_operator.cluster.ports import ClusterBusyError, NameTakenError, PodIdentity
+from qlora_operator.values import JobRef, Manifest, Observation, RawJob
+from tests.make import NOW
+
+Write = tuple[str, str]
+"""What was written: verb and name."""
+
+
+class CrashError(Exception):
+    """The operator dies here."""
+
+
+class FakeCluster:
+    """One QLoRAJob, its children, its Events."""
+
+    def __init__(self) -> None:
+        self.now: datetime = NOW
+        self.job: Manifest | None = None
+        self.children: dict[tuple[str, str], Manifest] = {}
+        self.pods: dict[str, Manifest] = {}
+        self.events: dict[str, Manifest] = {}
+        self.writes: list[Write] = []
+        self.created: list[str] = []
+        self.crash_after: Callable[[int], bool] = lambda _: False
+        self._versions = count(1)
+        self._uids = count(1)
+
+    # What a user does
+
+    def submit(self, manifest: Manifest) -> None:
+        """Create the QLoRAJob."""
+        self.job = {**copy.deepcopy(manifest), "status": {"observedGeneration": -1}}
+        self.job["metadata"] |= self._birth() | {"generation": 1, "resourceVersion": self._version()}
+
+    def change(self, **spec: Any) -> None:
+        """Edit the spec."""
+        assert self.job
+        self.job["spec"] |= spec
+        self.job["metadata"]["generation"] += 1
+        self.job["metadata"]["resourceVersion"] = self._version()
+
+    def remove(self, name: str) -> None:
+        """Delete a Job and its pod."""
+        self.children.pop(("Job", name), None)
+        self.pods.pop(name, None)
+
+    @property
+    def status(self) -> dict[str, Any]:
+        """The status."""
+        assert self.job
+        return dict(self.job["status"])
+
+    def condition(self, kind: str) -> str:
+        """The status of a condition."""
+        return next(entry["status"] for entry in self.status["conditions"] if entry["type"] == kind)
+
+    # What a kubelet does
+
+    def set_pod(self, job: str, phase: str, state: Manifest, **status: Any) -> None:
+        """Set the state of a Job's pod, making it if needed."""
+        owner = self.children["Job", job]
+        pod = self.pods.setdefault(job, self._make_pod(owner))
+        container = {"name": names.CONTAINER, "state": state}
+        scheduled = {"type": "PodScheduled", "status": "True", "lastTransitionTime": _wire(self.now)}
+        pod["spec"]["nodeName"] = "node-1"
+        pod["status"] = {"phase": phase, "containerStatuses": [container], "conditions": [scheduled], **status}
+
+    def start_pod(self, job: str) -> None:
+        """The container runs."""
+        self.set_pod(job, "Running", {"running": {"startedAt": _wire(self.now)}})
+
+    def end_pod(self, job: str, code: int, message: str) -> None:
+        """The container ended, and its Job with it."""
+        ended = {"exitCode": code, "message": message, "startedAt": _wire(self.now), "finishedAt": _wire(self.now)}
+        self.set_pod(job, "Failed" if code else "Succeeded", {"terminated": ended})
+        self.finish_job(job, "Failed" if code else "Complete")
+
+    def finish_job(self, job: str, kind: str, reason: str = "BackoffLimitExceeded") -> None:
+        """The Job controller gives its verdict."""
+        condition = {"type": kind, "status": "True", "reason": reason, "lastTransitionTime": _wire(self.now)}
+        self.children["Job", job]["status"] = {"conditions": [condition]}
+
+    # The Cluster port
+
+    async def read_job(self, ref: JobRef) -> RawJob | None:
+        if self.job is None or self.job["metadata"]["name"] != ref.name:
+            return None
+        return parse_job(copy.deepcopy(self.job))
+
+    async def observe(self, job: RawJob) -> Observation:
+        jobs = [child for (kind, _), child in self.children.items() if kind == "Job"]
+        return parse_observation(job, copy.deepcopy(jobs), copy.deepcopy(list(self.pods.values())))
+
+    async def ensure(self, child: Manifest) -> None:
+        key = (child["kind"], child["metadata"]["name"])
+        existing = self.children.get(key)
+        if existing is not None and controller_uid(existing) != controller_uid(child):
+            former = any(owner["kind"] == names.KIND for owner in existing["metadata"].get("ownerReferences", ()))
+            raise NameTakenError(f"{key[1]} is taken", leaving=former)
+        if existing is None:
+            self.created.append(key[1])
+            self.children[key] = copy.deepcopy(child)
+            self.children[key]["metadata"] |= self._birth()
+        self._wrote("ensure", f"{key[0]}/{key[1]}")
+
+    async def patch(self, child: Manifest) -> None:
+        self.children[child["kind"], child["metadata"]["name"]]["spec"] |= child["spec"]
+        self._wrote("patch", child["metadata"]["name"])
+
+    async def delete_job(self, ref: JobRef, name: str) -> None:  # noqa: ARG002 (the port's signature)
+        self.remove(name)
+        self._wrote("delete", name)
+
+    async def write_status(self, job: RawJob, status: Manifest) -> str:
+        assert self.job
+        if self.job["metadata"]["resourceVersion"] != job.resource_version:
+            raise ClusterBusyError("conflict")
+        self.job["status"] = copy.deepcopy(status)
+        self.job["metadata"]["resourceVersion"] = self._version()
+        self._wrote("status", status["phase"])
+        return str(self.job["metadata"]["resourceVersion"])
+
+    async def tell(self, event: Manifest) -> None:
+        self.events.setdefault(event["metadata"]["name"], event)
+        self._wrote("tell", event["reason"])
+
+    def _wrote(self, verb: str, name: str) -> None:
+        self.writes.append((verb, name))
+        if self.crash_after(len(self.writes)):
+            raise CrashError(f"after write {len(self.writes)}: {verb} {name}")
+
+    def _version(self) -> str:
+        return str(next(self._versions))
+
+    def _birth(self) -> Manifest:
+        return {"uid": f"uid-{next(self._uids)}", "creationTimestamp": _wire(self.now)}
+
+    def _make_pod(self, job: Manifest) -> Manifest:
+        owner = {"kind": "Job", "name": job["metadata"]["name"], "uid": job["metadata"]["uid"], "controller": True}
+        metadata = {"name": f"{job['metadata']['name']}-0-abcde", "ownerReferences": [owner], **self._birth()}
+        return {"metadata": metadata, "spec": {}}
+
+    def pass_time(self, duration: timedelta) -> None:
+        """Move the clock."""
+        self.now += duration
+
+
+class FakeIdentities:
+    """Tokens and the pods they are bound to; counts how often it is asked."""
+
+    def __init__(self, tokens: dict[str, PodIdentity], jobs: dict[PodIdentity, str], known: set[JobRef]) -> None:
+        self.tokens = tokens
+        self.jobs = jobs
+        self.known = known
+        self.reviews = 0
+
+    async def review_token(self, token: str) -> PodIdentity | None:
+        self.reviews += 1
+        return self.tokens.get(token)
+
+    async def job_of_pod(self, pod: PodIdentity) -> str | None:
+        return self.jobs.get(pod)
+
+    async def read_job(self, ref: JobRef) -> RawJob | None:
+        if ref not in self.known:
+            return None
+        return RawJob(ref, "uid", 1, "1", NOW, deleting=False, spec={}, status={})
+
+
+def _wire(moment: datetime) -> str:
+    return moment.strftime("%Y-%m-%dT%H:%M:%SZ")

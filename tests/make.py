@@ -1,0 +1,176 @@
+"""Valid objects with one thing changed: `make_job(method="lora")`."""
+
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final
+
+from qlora_api import names
+from qlora_api.names import Reason, Role
+from qlora_api.prepared import Prepared
+from qlora_api.report import LastWord
+from qlora_api.result import Result
+from qlora_api.v1alpha1 import (
+    DataStatus,
+    EvaluationStatus,
+    Metrics,
+    ModelStatus,
+    Plan,
+    QLoRAJobSpec,
+    QLoRAJobStatus,
+)
+from qlora_operator.build import Installation, Owner
+from qlora_operator.values import ChildJob, Exit, Job, JobRef, Observation, Pod
+
+NOW: Final = datetime(2026, 3, 1, 12, 0, 0, tzinfo=UTC)
+UID: Final = "5f0c1b5e-0000-4000-8000-000000000001"
+DIGEST: Final = "0123456789abcdef"
+REF: Final = JobRef("ml", "support-bot")
+OWNER: Final = Owner(REF, UID)
+INSTALLATION: Final = Installation("registry.example/trainer:1", progress_url="http://operator.qlora.svc:8080")
+
+
+def merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
+    """Replace leaves, and descend into what both have."""
+    merged = dict(base)
+    for key, value in change.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def make_spec_manifest(**change: Any) -> dict[str, Any]:
+    """The spec of the quickstart, as a user writes it."""
+    spec = {
+        "model": {"uri": "hf://HuggingFaceTB/SmolLM2-135M-Instruct"},
+        "dataset": {"uri": "s3://data/support/train.jsonl"},
+        "resources": {"gpusPerNode": 0},
+        "output": {"uri": "s3://adapters/team-a", "secretRef": {"name": "s3-credentials"}},
+    }
+    return merge(spec, change)
+
+
+def make_manifest(name: str = REF.name, namespace: str = REF.namespace, **change: Any) -> dict[str, Any]:
+    """A QLoRAJob, as a user writes it."""
+    metadata = {"name": name, "namespace": namespace}
+    return {
+        "apiVersion": names.API_VERSION,
+        "kind": names.KIND,
+        "metadata": metadata,
+        "spec": make_spec_manifest(**change),
+    }
+
+
+def make_spec(**change: Any) -> QLoRAJobSpec:
+    """The same, parsed."""
+    return QLoRAJobSpec.model_validate(make_spec_manifest(**change))
+
+
+def make_result() -> Result:
+    """A published run."""
+    return Result(
+        adapter=f"s3://adapters/team-a/{REF.name}/{DIGEST}/adapter",
+        report=f"s3://adapters/team-a/{REF.name}/{DIGEST}/report/report.json",
+        evaluation=EvaluationStatus(
+            base=Metrics(loss=4.26, perplexity=70.8, token_accuracy=0.31),
+            adapter=Metrics(loss=2.83, perplexity=16.9, token_accuracy=0.52),
+            rows=50,
+            tokens=1850,
+        ),
+        steps=300,
+        tokens_per_second=812.5,
+    )
+
+
+def make_prepared(**change: Any) -> Prepared:
+    """What a prepare pod found."""
+    prepared = Prepared(
+        digest=DIGEST,
+        prefix=f"s3://adapters/team-a/{REF.name}/{DIGEST}",
+        model=ModelStatus(
+            uri="hf://HuggingFaceTB/SmolLM2-135M-Instruct",
+            commit="a" * 40,
+            architecture="LlamaForCausalLM",
+            parameters=134_515_008,
+        ),
+        dataset=DataStatus(
+            digest="b" * 64,
+            format="instruction",
+            training_rows=950,
+            evaluation_rows=50,
+            training_tokens=35_150,
+            truncated_rows=0,
+            longest_row_tokens=212,
+        ),
+        trainer_version="0.1.0",
+    )
+    return prepared.model_copy(update=change)
+
+
+def make_plan_status() -> Plan:
+    """The plan of make_spec() and make_prepared()."""
+    return Plan(
+        device="cpu", nodes=1, gpus_per_node=0, micro_batch_size=8, gradient_accumulation=2, total_steps=180, reasons=()
+    )
+
+
+def make_word(reason: Reason, message: str = "", **facts: Any) -> str:
+    """A termination message."""
+    return LastWord(reason=reason, message=message, **facts).model_dump_json(by_alias=True, exclude_none=True)
+
+
+PREPARED_WORD: Final = make_word(Reason.PREPARED, prepared=make_prepared())
+PUBLISHED_WORD: Final = make_word(Reason.PUBLISHED, result=make_result())
+
+
+def make_exit(code: int = 0, message: str = "", reason: str = "") -> Exit:
+    """The end of a container."""
+    return Exit(code, reason or ("Completed" if code == 0 else "Error"), message, NOW)
+
+
+def make_pod(**change: Any) -> Pod:
+    """A running pod on a node."""
+    values: dict[str, Any] = {
+        "name": f"{REF.name}-1-0-abcde",
+        "uid": "pod-uid",
+        "phase": "Running",
+        "node": "node-1",
+        "created_at": NOW - timedelta(minutes=5),
+        "scheduled_at": NOW - timedelta(minutes=5),
+        "started_at": NOW - timedelta(minutes=4),
+    }
+    return Pod(**{**values, **change})
+
+
+def make_pending_pod(**change: Any) -> Pod:
+    """A pod that was just created."""
+    return make_pod(**{"phase": "Pending", "node": "", "scheduled_at": None, "started_at": None, **change})
+
+
+def make_child(role: Role = Role.TRAIN, attempt: int = 1, **change: Any) -> ChildJob:
+    """A child Job with a running pod."""
+    train = role is Role.TRAIN
+    values: dict[str, Any] = {
+        "name": names.train_job_name(REF.name, attempt) if train else names.prepare_job_name(REF.name),
+        "role": role,
+        "attempt": attempt if train else 0,
+        "created_at": NOW - timedelta(minutes=5),
+        "deadline_seconds": 86_400 if train else 3600,
+        "pod": make_pod(),
+    }
+    return ChildJob(**{**values, **change})
+
+
+def make_prepared_child(word: str = PREPARED_WORD, **change: Any) -> ChildJob:
+    """A prepare Job that is through."""
+    pod = make_pod(phase="Succeeded", exit=make_exit(0, word))
+    return make_child(Role.PREPARE, **{"complete": True, "pod": pod, **change})
+
+
+def make_observation(*jobs: ChildJob) -> Observation:
+    """Some children."""
+    return Observation(jobs)
+
+
+def make_job(status: QLoRAJobStatus | None = None, **change: Any) -> Job:
+    """A QLoRAJob that was understood."""
+    return Job(REF, UID, 1, NOW - timedelta(minutes=10), make_spec(**change), status or QLoRAJobStatus())

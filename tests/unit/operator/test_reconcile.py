@@ -1,0 +1,263 @@
+"""The whole life of a QLoRAJob over a cluster in memory, with and without crashes."""
+
+import json
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from qlora_api import names
+from qlora_api.names import Phase, Reason
+from qlora_api.runconfig import RunConfig
+from qlora_api.v1alpha1 import Progress
+from qlora_operator.cluster.ports import ClusterBusyError
+from qlora_operator.reconcile import NAME_TAKEN_RETRY, Outcome, reconcile
+from tests.fakes import CrashError, FakeCluster
+from tests.make import (
+    INSTALLATION,
+    PREPARED_WORD,
+    PUBLISHED_WORD,
+    REF,
+    make_manifest,
+    make_prepared,
+    make_result,
+    make_word,
+)
+
+PREPARE = names.prepare_job_name(REF.name)
+TRAIN = names.train_job_name(REF.name, 1)
+SECOND = names.train_job_name(REF.name, 2)
+
+
+@pytest.fixture
+def cluster() -> FakeCluster:
+    fake = FakeCluster()
+    fake.submit(make_manifest())
+    return fake
+
+
+async def once(cluster: FakeCluster, live: Progress | None = None) -> Outcome:
+    return await reconcile(REF, cluster, INSTALLATION, live, cluster.now)
+
+
+async def settle(cluster: FakeCluster, live: Progress | None = None) -> None:
+    """Reconcile until nothing is written, restarting the operator when it dies."""
+    for _ in range(20):
+        before = len(cluster.writes)
+        cluster.pass_time(timedelta(seconds=1))
+        try:
+            await once(cluster, live)
+        except (CrashError, ClusterBusyError):
+            continue
+        if len(cluster.writes) == before:
+            return
+    raise AssertionError(f"never settles: {cluster.writes}")
+
+
+async def live_to_the_end(cluster: FakeCluster) -> None:
+    await settle(cluster)
+    cluster.end_pod(PREPARE, 0, PREPARED_WORD)
+    cluster.pass_time(timedelta(minutes=1))
+    await settle(cluster)
+    cluster.start_pod(TRAIN)
+    await settle(cluster)
+    cluster.pass_time(timedelta(minutes=10))
+    cluster.end_pod(TRAIN, 0, PUBLISHED_WORD)
+    await settle(cluster)
+
+
+async def test_the_whole_life(cluster: FakeCluster) -> None:
+    await live_to_the_end(cluster)
+    assert cluster.status["phase"] == Phase.SUCCEEDED
+    assert cluster.status["output"]["adapter"] == make_result().adapter
+    assert cluster.status["evaluation"]["adapter"]["loss"] == 2.83
+    assert cluster.status["attempts"][0]["reason"] == Reason.PUBLISHED
+    assert [event["reason"] for event in cluster.events.values()] == [
+        "Preparing",
+        "Prepared",
+        "Scheduling",
+        "Training",
+        "Published",
+    ]
+
+
+async def test_a_child_is_made_with_at_most_four_writes(cluster: FakeCluster) -> None:
+    await once(cluster)
+    assert [verb for verb, _ in cluster.writes] == ["ensure", "ensure", "tell", "status"]
+
+
+async def test_the_training_pod_gets_plan_and_facts(cluster: FakeCluster) -> None:
+    await live_to_the_end(cluster)
+    config = RunConfig.model_validate_json(cluster.children["ConfigMap", TRAIN]["data"][names.RUN_CONFIG_FILE])
+    assert config.prepared == make_prepared()
+    assert config.plan.model_dump(mode="json", by_alias=True) == cluster.status["plan"] | {
+        "reasons": list(config.plan.reasons)
+    }
+
+
+def without_times(status: dict[str, Any]) -> str:
+    times = {"lastTransitionTime", "startedAt", "finishedAt"}
+    return json.dumps(status, sort_keys=True, default=str) if not times else json.dumps(_strip(status, times))
+
+
+def _strip(value: Any, keys: set[str]) -> Any:
+    if isinstance(value, dict):
+        return {key: _strip(item, keys) for key, item in sorted(value.items()) if key not in keys}
+    return [_strip(item, keys) for item in value] if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize("write", range(1, 20))
+async def test_a_crash_after_any_write_changes_nothing(write: int) -> None:
+    quiet, crashing = FakeCluster(), FakeCluster()
+    for fake in (quiet, crashing):
+        fake.submit(make_manifest())
+    crashing.crash_after = lambda number: number == write
+    await live_to_the_end(quiet)
+    await live_to_the_end(crashing)
+    assert without_times(crashing.status) == without_times(quiet.status)
+    assert crashing.created == quiet.created == [PREPARE, PREPARE, TRAIN, TRAIN]
+    assert {event["reason"] for event in crashing.events.values()} == {
+        event["reason"] for event in quiet.events.values()
+    }
+
+
+async def test_a_published_result_is_not_trained_again(cluster: FakeCluster) -> None:
+    await settle(cluster)
+    prepared = make_prepared(published=make_result())
+    cluster.end_pod(PREPARE, 0, make_word(Reason.PREPARED, prepared=prepared))
+    await settle(cluster)
+    assert (cluster.status["phase"], cluster.status["reason"]) == ("Succeeded", "AlreadyPublished")
+    assert cluster.created == [PREPARE, PREPARE]
+
+
+async def test_terminal_stays_terminal_when_children_are_deleted(cluster: FakeCluster) -> None:
+    await live_to_the_end(cluster)
+    before, writes = cluster.status, len(cluster.writes)
+    cluster.children.clear()
+    cluster.pods.clear()
+    await settle(cluster)
+    assert cluster.status == before
+    assert len(cluster.writes) == writes
+
+
+async def test_a_finished_run_acknowledges_a_new_generation(cluster: FakeCluster) -> None:
+    await live_to_the_end(cluster)
+    cluster.change(deadlines={"total": "48h"})
+    await settle(cluster)
+    assert cluster.status["observedGeneration"] == 2
+    assert {entry["observedGeneration"] for entry in cluster.status["conditions"]} == {2}
+
+
+async def test_a_vanished_pod_of_a_finished_job_is_prepared_again(cluster: FakeCluster) -> None:
+    await settle(cluster)
+    cluster.end_pod(PREPARE, 0, PREPARED_WORD)
+    await settle(cluster)
+    cluster.start_pod(TRAIN)
+    await settle(cluster)
+    cluster.pass_time(timedelta(minutes=10))
+    cluster.finish_job(TRAIN, "Complete")
+    cluster.pods.clear()
+    cluster.pass_time(timedelta(minutes=1))
+    await settle(cluster)
+    cluster.pass_time(timedelta(minutes=1))
+    await settle(cluster)
+    assert cluster.status["attempts"][0]["reason"] == "PodLost"
+    assert ("Job", PREPARE) in cluster.children
+    assert ("Job", TRAIN) not in cluster.children
+    cluster.end_pod(PREPARE, 0, make_word(Reason.PREPARED, prepared=make_prepared(published=make_result())))
+    await settle(cluster)
+    assert (cluster.status["phase"], cluster.status["reason"]) == ("Succeeded", "AlreadyPublished")
+
+
+async def test_jobs_that_are_deleted_again_and_again_end_the_run(cluster: FakeCluster) -> None:
+    for attempt in (1, 2, 3):
+        await settle(cluster)
+        cluster.pass_time(timedelta(minutes=1))
+        await settle(cluster)
+        cluster.end_pod(PREPARE, 0, PREPARED_WORD)
+        await settle(cluster)
+        cluster.pass_time(timedelta(minutes=1))
+        cluster.remove(names.train_job_name(REF.name, attempt))
+    await settle(cluster)
+    assert (cluster.status["phase"], cluster.status["reason"]) == ("Failed", "PodLost")
+
+
+async def test_a_pod_that_never_starts_gives_its_node_back(cluster: FakeCluster) -> None:
+    await settle(cluster)
+    cluster.end_pod(PREPARE, 0, PREPARED_WORD)
+    await settle(cluster)
+    cluster.set_pod(TRAIN, "Pending", {"waiting": {"reason": "ImagePullBackOff", "message": "no such image"}})
+    outcome = await once(cluster)
+    assert outcome.requeue == timedelta(minutes=30)
+    assert (cluster.status["phase"], cluster.status["reason"]) == ("Scheduling", "ImagePullFailed")
+    cluster.pass_time(timedelta(minutes=30))
+    await settle(cluster)
+    assert (cluster.status["phase"], cluster.status["reason"]) == ("Failed", "ImagePullFailed")
+    assert "no such image" in cluster.status["message"]
+    assert ("Job", TRAIN) not in cluster.children
+
+
+async def test_an_invalid_spec_names_the_field() -> None:
+    cluster = FakeCluster()
+    cluster.submit(make_manifest(lora={"rank": 0}))
+    await settle(cluster)
+    assert (cluster.status["phase"], cluster.status["reason"]) == ("Failed", "InvalidSpec")
+    assert "spec.lora.rank" in cluster.status["message"]
+    assert cluster.created == []
+
+
+async def test_the_deadline_follows_the_spec(cluster: FakeCluster) -> None:
+    await settle(cluster)
+    cluster.end_pod(PREPARE, 0, PREPARED_WORD)
+    await settle(cluster)
+    cluster.start_pod(TRAIN)
+    cluster.change(deadlines={"total": "48h"})
+    await settle(cluster)
+    assert cluster.children["Job", TRAIN]["spec"]["activeDeadlineSeconds"] == 48 * 3600
+
+
+async def test_children_of_a_deleted_namesake_are_waited_for(cluster: FakeCluster) -> None:
+    await settle(cluster)
+    cluster.submit(make_manifest())
+    outcome = await once(cluster)
+    assert outcome.requeue == NAME_TAKEN_RETRY
+    assert cluster.status["phase"] == "Pending"
+    cluster.children.clear()
+    await settle(cluster)
+    assert cluster.status["phase"] == "Preparing"
+
+
+async def test_a_foreign_job_is_not_adopted(cluster: FakeCluster) -> None:
+    foreign = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": PREPARE}}
+    cluster.children["Job", PREPARE] = foreign
+    await settle(cluster)
+    assert (cluster.status["phase"], cluster.status["reason"]) == ("Failed", "InvalidSpec")
+    assert cluster.children["Job", PREPARE] is foreign
+
+
+async def test_progress_reaches_the_columns(cluster: FakeCluster) -> None:
+    await settle(cluster)
+    cluster.end_pod(PREPARE, 0, PREPARED_WORD)
+    await settle(cluster)
+    cluster.start_pod(TRAIN)
+    live = Progress(
+        percent=42, step=75, total_steps=180, remaining_seconds=190, loss=2.8312, phase=Phase.EVALUATING,
+        tokens_per_second=812.4, updated_at=cluster.now,
+    )  # fmt: skip
+    await settle(cluster, live)
+    columns = {key: cluster.status[key] for key in ("phase", "progress", "eta", "loss", "step", "tokensPerSecond")}
+    assert columns == {
+        "phase": "Evaluating", "progress": "42%", "eta": "3m10s", "loss": "2.831", "step": "75/180",
+        "tokensPerSecond": "812",
+    }  # fmt: skip
+
+
+async def test_a_report_of_a_deleted_namesake_is_ignored(cluster: FakeCluster) -> None:
+    old = Progress(percent=99, updated_at=cluster.now - timedelta(minutes=1))
+    await settle(cluster, old)
+    assert "progress" not in cluster.status
+
+
+async def test_a_plain_pod_reports_before_there_is_a_job(cluster: FakeCluster) -> None:
+    await settle(cluster, Progress(percent=7, updated_at=cluster.now))
+    assert (cluster.status["phase"], cluster.status["progress"]) == ("Preparing", "7%")
