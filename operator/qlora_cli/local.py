@@ -11,6 +11,7 @@ from qlora_api.result import Result
 from qlora_api.runconfig import Platform, PrepareConfig, RunConfig
 from qlora_api.v1alpha1 import Plan, Progress
 from qlora_cli.manifests import JobManifest
+from qlora_cli.quiet import quieten_libraries
 from qlora_operator.plan import make_plan
 
 ATTEMPT = 1
@@ -47,8 +48,13 @@ class NoGpuError(Exception):
 
 
 def load_trainer() -> Trainer:
-    """Import the trainer."""
+    """Import the trainer, with the same library settings as in a pod."""
     try:
+        from qlora_trainer.__main__ import configure_libraries  # noqa: PLC0415 (as below)
+        from qlora_trainer.work import default_work  # noqa: PLC0415 (as below)
+
+        quieten_libraries()
+        configure_libraries(default_work())
         import torch  # noqa: PLC0415 (seconds; only `qlora run` needs it)
 
         from qlora_trainer.prepare import prepare  # noqa: PLC0415

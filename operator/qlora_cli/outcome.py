@@ -8,6 +8,7 @@ from qlora_api.names import GUIDANCE
 from qlora_api.report import LastWord
 from qlora_api.result import Result
 from qlora_api.v1alpha1 import EvaluationStatus
+from qlora_cli.uris import to_place
 
 
 def show_outcome(word: LastWord, console: Console) -> None:
@@ -23,8 +24,8 @@ def show_outcome(word: LastWord, console: Console) -> None:
 def places(result: Result) -> dict[str, str]:
     """Return where the parts of a result are; files of this computer as paths."""
     return {
-        "adapter": result.adapter.removeprefix("file://"),
-        "report": result.report.removeprefix("file://").removesuffix(".json") + ".html",
+        "adapter": to_place(result.adapter),
+        "report": to_place(result.report).removesuffix(".json") + ".html",
     }
 
 

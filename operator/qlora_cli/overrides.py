@@ -3,10 +3,10 @@
 import copy
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Final
 
 from qlora_cli.documents import Document, parse_value
+from qlora_cli.uris import to_uri
 
 PLACE: Final = "--set"
 
@@ -31,11 +31,6 @@ def parse_override(text: str) -> Override:
         raise OverrideError(f"write {PLACE} path=value, such as {PLACE} lora.rank=8; got {text!r}")
     parsed = parse_value(value)
     return Override(location, to_uri(parsed) if location[-1] == "uri" and isinstance(parsed, str) else parsed)
-
-
-def to_uri(text: str) -> str:
-    """Return a URI as it is, and a path of this computer as an absolute file:// URI."""
-    return text if "://" in text else Path(text).expanduser().resolve().as_uri()
 
 
 def override(document: Document, overrides: Iterable[Override]) -> Document:

@@ -16,8 +16,9 @@ from qlora_cli.documents import YamlError, read_documents
 from qlora_cli.local import NoGpuError, NoTrainerError, load_trainer, run_locally
 from qlora_cli.manifests import JobManifest, ManifestError, is_qlorajob, parse_manifest
 from qlora_cli.outcome import show_outcome
-from qlora_cli.overrides import Override, OverrideError, override, parse_override, to_uri
+from qlora_cli.overrides import Override, OverrideError, override, parse_override
 from qlora_cli.screen import open_screen
+from qlora_cli.uris import to_uri
 from qlora_cli.validate import describe_read_error
 from qlora_operator.rules import ANYWHERE
 

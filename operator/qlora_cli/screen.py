@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from typing import Final
 
 from rich.console import Console
@@ -17,7 +16,8 @@ from qlora_cli.local import Screen
 
 SECONDS_BETWEEN_LINES: Final = 10.0
 """A log stays readable, and still shows that the run is alive."""
-BAR_CHARACTERS: Final = 24
+BAR_CHARACTERS: Final = 12
+LOADING: Final = "Loading"
 
 
 @contextmanager
@@ -48,17 +48,35 @@ def describe(progress: Progress) -> str:
     if progress.tokens_per_second is not None:
         parts.append(f"{progress.tokens_per_second:.0f} tok/s")
     if progress.remaining_seconds:
-        parts.append(f"{timedelta(seconds=progress.remaining_seconds)} left")
+        parts.append(f"{clock_time(progress.remaining_seconds)} left")
     return "  ".join(parts)
 
 
+def clock_time(seconds: int) -> str:
+    """Return 130 as 2:10 and 3725 as 1:02:05."""
+    hours, rest = divmod(seconds, 3600)
+    return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
+
+
+def name_stage(progress: Progress, before: str | None) -> tuple[str, str]:
+    """Return a word for what is going on, and the details; before is the word of the report before."""
+    phase = progress.phase or Phase.TRAINING
+    if phase is Phase.TRAINING:
+        # The trainer enters its first phase before anything is loaded, and has no loss before its first step.
+        starting = before in {None, LOADING} and progress.loss is None
+        return (LOADING, "") if starting else (phase, describe(progress))
+    if phase is Phase.EVALUATING:
+        return phase, "base model" if progress.loss is None else "adapter"
+    return phase, ""
+
+
 class LineScreen:
-    """One line per phase, and one for the steps every few seconds."""
+    """One line per stage, and one for the steps every few seconds."""
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self._console = console
         self._clock = clock
-        self._phase: Phase | None = None
+        self._stage: str | None = None
         self._next_line = 0.0
         self._done = False
 
@@ -72,25 +90,25 @@ class LineScreen:
             self._print(reason)
 
     def report(self, progress: Progress) -> None:
-        """Show the phase when it changes, and the steps now and then."""
+        """Show the stage when it changes, and the steps now and then."""
         now = self._clock()
+        stage, details = name_stage(progress, self._stage)
         done = progress.step is not None and progress.step == progress.total_steps
-        if progress.phase == self._phase and now < self._next_line and (self._done or not done):
+        if stage == self._stage and now < self._next_line and (self._done or not done):
             return
-        self._phase, self._next_line, self._done = progress.phase, now + SECONDS_BETWEEN_LINES, done
-        details = describe(progress) if progress.phase in {Phase.TRAINING, None} else ""
-        self._print(f"{progress.phase or Phase.TRAINING}  {details}".rstrip())
+        self._stage, self._next_line, self._done = stage, now + SECONDS_BETWEEN_LINES, done
+        self._print(f"{stage:<10}  {details}".rstrip())
 
     def _print(self, text: str) -> None:
         self._console.print(escape(text), soft_wrap=True)
 
 
 class LiveScreen:
-    """A bar for the phase that runs, above it a finished one for each phase before."""
+    """A bar for the stage that runs, above it a finished one for each stage before."""
 
     def __init__(self, bar: Bar) -> None:
         self._bar = bar
-        self._phase: Phase | None = None
+        self._stage: str | None = None
         self._task: TaskID | None = None
 
     def note(self, text: str) -> None:
@@ -103,19 +121,16 @@ class LiveScreen:
             self.note(reason)
 
     def report(self, progress: Progress) -> None:
-        """Move the bar; another phase gets a new one."""
-        phase = progress.phase or Phase.TRAINING
-        if self._task is None or phase != self._phase:
+        """Move the bar; another stage gets a new one."""
+        stage, details = name_stage(progress, self._stage)
+        if self._task is None or stage != self._stage:
             self.finish()
-            total = progress.total_steps if phase is Phase.TRAINING else None
-            self._phase, self._task = phase, self._bar.add_task(f"{phase:<10}", total=total, details="")
-        if phase is Phase.TRAINING:
-            self._bar.update(
-                self._task, completed=progress.step or 0, total=progress.total_steps, details=describe(progress)
-            )
+            self._stage, self._task = stage, self._bar.add_task(f"{stage:<10}", total=None, details=details)
+        if stage == Phase.TRAINING:
+            self._bar.update(self._task, completed=progress.step or 0, total=progress.total_steps, details=details)
 
     def finish(self) -> None:
-        """Mark the phase that ran as done."""
+        """Mark the stage that ran as done."""
         if self._task is not None:
             total = self._bar.tasks[self._task].total or 1
             self._bar.update(self._task, total=total, completed=total)

@@ -12,7 +12,11 @@ from qlora_api.report import LastWord
 from qlora_api.runconfig import Platform, PrepareConfig, RunConfig, S3Config
 from qlora_cli import run
 from qlora_cli.__main__ import app
+from qlora_cli.documents import parse_documents
 from qlora_cli.local import Trainer
+from qlora_cli.manifests import parse_manifest
+from qlora_operator.plan import make_plan
+from qlora_operator.rules import ANYWHERE
 from qlora_trainer.errors import RunError
 from tests.unit.cli.make import JOB, RESULT, make_prepared, make_progress
 
@@ -86,16 +90,14 @@ def test_a_run_prepares_plans_trains_and_shows_the_comparison(job):
 
 @pytest.mark.usefixtures("trainer")
 def test_without_a_terminal_progress_is_lines_on_standard_error(job):
+    (document,) = parse_documents(JOB, "job.yaml")
+    plan = make_plan(parse_manifest(document, ANYWHERE).spec, make_prepared())
     assert qlora(job).stderr.splitlines() == [
         "24 rows [checked]",
-        "device cpu: spec.resources.gpusPerNode is 0",
-        "micro-batch 8: the largest divisor of globalBatchSize 16 up to 8 (a CPU pays for dequantisation per forward "
-        "pass, whatever its rows)",
-        "gradient accumulation 2: 8 x 2 = globalBatchSize 16",
-        "steps 6: 3 epochs x 2 steps (24 rows / 16)",
-        "Training   33%  step 1/3  loss 3.750  225 tok/s  0:02:10 left",
-        "Training  100%  step 3/3  loss 3.250  225 tok/s",
-        "Evaluating",
+        *plan.reasons,
+        "Training     33%  step 1/3  loss 3.750  225 tok/s  2:10 left",
+        "Training    100%  step 3/3  loss 3.250  225 tok/s",
+        "Evaluating  adapter",
     ]
 
 

@@ -1,19 +1,48 @@
 import io
 
+import pytest
 from rich.console import Console
 
 from qlora_api.names import Phase
-from qlora_cli.screen import LineScreen, describe, open_screen
+from qlora_cli.screen import LineScreen, clock_time, describe, name_stage, open_screen
 from tests.unit.cli.make import make_progress
 
 
 def test_progress_is_described_by_what_is_known():
-    assert describe(make_progress(1)) == " 33%  step 1/3  loss 3.750  225 tok/s  0:02:10 left"
+    assert describe(make_progress(1)) == " 33%  step 1/3  loss 3.750  225 tok/s  2:10 left"
     assert describe(make_progress(3)) == "100%  step 3/3  loss 3.250  225 tok/s"
     unknown = make_progress(0).model_copy(
         update={"step": None, "loss": None, "tokens_per_second": None, "remaining_seconds": None}
     )
     assert describe(unknown) == ""
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(5, "0:05"), (130, "2:10"), (3725, "1:02:05")])
+def test_time_left_reads_like_a_clock(seconds, text):
+    assert clock_time(seconds) == text
+
+
+def test_the_stages_of_a_run_are_named_by_what_happens():
+    start = make_progress(0).model_copy(update={"loss": None, "tokens_per_second": None, "remaining_seconds": None})
+    reports = [
+        start,
+        start.model_copy(update={"phase": Phase.EVALUATING}),
+        start,
+        make_progress(1),
+        make_progress(3, Phase.EVALUATING),
+        make_progress(3, Phase.PUBLISHING),
+    ]
+    stages: list[tuple[str, str]] = []
+    for report in reports:
+        stages.append(name_stage(report, stages[-1][0] if stages else None))
+    assert stages == [
+        ("Loading", ""),
+        ("Evaluating", "base model"),
+        ("Training", "  0%  step 0/3"),
+        ("Training", describe(make_progress(1))),
+        ("Evaluating", "adapter"),
+        ("Publishing", ""),
+    ]
 
 
 def test_lines_come_at_a_pace_that_a_log_can_bear():

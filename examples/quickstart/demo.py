@@ -1,0 +1,94 @@
+"""Trains, evaluates and publishes the quickstart's adapter on this computer: `make demo`."""
+
+import textwrap
+from pathlib import Path
+from typing import Final
+
+from rich.console import Console
+from rich.markup import escape
+from rich.padding import Padding
+from rich.table import Table
+
+from examples.quickstart.make_data import DATA, HELD_OUT, TRAIN
+from examples.quickstart.make_model import DEFAULT_MIRROR, make_model
+from qlora_api.report import LastWord, RunReport, Sample
+from qlora_api.runconfig import Platform
+from qlora_cli.outcome import show_outcome
+from qlora_cli.run import load_manifest, run_watched
+from qlora_cli.uris import to_place
+
+HERE: Final = Path(__file__).parent
+OUTPUT: Final = Path("out/quickstart")
+ALL_STEPS: Final = 173
+"""One pass over the 1,384 rows; job.yaml stops earlier."""
+SHOWN_CHARACTERS: Final = 240
+"""Of an answer; a base model that does not know when to stop goes on and on."""
+
+
+def main() -> None:
+    """Run the quickstart's manifest with files of this computer in place of hub and S3."""
+    console = Console(highlight=False)
+    changes = local_changes()
+    console.print("[bold]1. The model[/]")
+    console.print(f"[dim]{escape(str(make_model(DEFAULT_MIRROR, console.print)))}[/]", soft_wrap=True)
+    console.print("\n[bold]2. The run[/], the same as")
+    console.print(Padding(command(changes), (0, 0, 0, 3)))
+    word = run_local(changes, console)
+    console.print("\n[bold]3. The result[/]")
+    show_outcome(word, console)
+    show_samples(load_report(word).samples, console)
+    console.print("[bold]Next[/]: all rows once, or the same manifest in a cluster")
+    console.print(Padding(command([*changes, f"training.maxSteps={ALL_STEPS}"]), (0, 0, 0, 3)))
+    console.print(Padding("kubectl apply -f examples/quickstart/job.yaml", (0, 0, 0, 3)))
+
+
+def local_changes() -> list[str]:
+    """Return what a run without a cluster changes in the manifest."""
+    root = Path.cwd()
+    data = DATA.relative_to(root) if DATA.is_relative_to(root) else DATA
+    return [f"dataset.uri={data / TRAIN}", f"dataset.evaluation.uri={data / HELD_OUT}", f"output.uri={OUTPUT}"]
+
+
+def command(changes: list[str]) -> str:
+    """Return what to type for a run with these changes."""
+    options = "".join(f" \\\n  --set {change}" for change in changes)
+    return f"qlora run examples/quickstart/job.yaml \\\n  --hub-mirror {short(DEFAULT_MIRROR)}{options}"
+
+
+def short(path: Path) -> str:
+    """Return a path with ~ for the home folder."""
+    return f"~/{path.relative_to(Path.home())}" if path.is_relative_to(Path.home()) else str(path)
+
+
+def run_local(changes: list[str], console: Console) -> LastWord:
+    """Run the manifest in this process."""
+    manifest = load_manifest(str(HERE / "job.yaml"), changes, console)
+    return run_watched(manifest, Platform(hub_mirror=DEFAULT_MIRROR.as_uri()), console)
+
+
+def load_report(word: LastWord) -> RunReport:
+    """Read the published report."""
+    if word.result is None:
+        raise ValueError("the run has no result")
+    return RunReport.model_validate_json(Path(to_place(word.result.report)).read_text())
+
+
+def show_samples(samples: tuple[Sample, ...], console: Console) -> None:
+    """Show held-out questions with the answers before and after the training."""
+    console.print("\n[bold]Held-out questions[/], answered before and after")
+    for sample in samples:
+        table = Table(box=None, show_header=False, padding=(0, 2, 0, 3))
+        table.add_row("[bold]question[/]", f"[bold]{escape(question(sample.prompt))}[/]")
+        for name, answer in (("docstring", sample.reference), ("base", sample.base), ("adapter", sample.adapter)):
+            table.add_row(f"[dim]{name}[/]", escape(textwrap.shorten(answer, SHOWN_CHARACTERS, placeholder=" …")))
+        console.print(table)
+        console.print()
+
+
+def question(prompt: str) -> str:
+    """Return the instruction without the headings around it."""
+    return next(line for line in prompt.splitlines() if line.strip() and not line.startswith("#"))
+
+
+if __name__ == "__main__":
+    main()
