@@ -1,1 +1,6 @@
 """The contract between manifest, operator, trainer and command line; it imports pydantic and nothing else of ours."""
+
+from typing import Final
+
+__version__: Final = "0.1.0"
+"""The release; images carry this file and no package metadata."""

@@ -1,10 +1,10 @@
 """`qlora`, the command line: one file per command."""
 
-from importlib.metadata import version
 from typing import Annotated
 
 import typer
 
+from qlora_api import __version__
 from qlora_cli.run import run
 from qlora_cli.validate import validate
 
@@ -20,7 +20,7 @@ app.command()(run)
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"qlora {version('qlora-operator')}")
+        typer.echo(f"qlora {__version__}")
         raise typer.Exit
 
 

@@ -2,18 +2,12 @@
 
 import hashlib
 import json
-from importlib.metadata import version
 from typing import Final
 
+from qlora_api import __version__
 from qlora_api.v1alpha1 import DataStatus, ModelStatus, QLoRAJobSpec
 
-DISTRIBUTION: Final = "qlora-operator"
 _DIGITS: Final = 16
-
-
-def trainer_version() -> str:
-    """Return the release of the trainer."""
-    return version(DISTRIBUTION)
 
 
 def result_digest(spec: QLoRAJobSpec, model: ModelStatus, dataset: DataStatus) -> str:
@@ -26,7 +20,7 @@ def result_digest(spec: QLoRAJobSpec, model: ModelStatus, dataset: DataStatus) -
         "quantization": spec.quantization.model_dump(mode="json"),
         "lora": spec.lora.model_dump(mode="json"),
         "training": spec.training.model_dump(mode="json"),
-        "trainer": trainer_version(),
+        "trainer": __version__,
     }
     canonical = json.dumps(decisive, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:_DIGITS]

@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from qlora_api import __version__
 from qlora_api.names import Reason
 from qlora_api.prepared import Prepared
 from qlora_api.runconfig import PrepareConfig
 from qlora_api.v1alpha1 import DataStatus, ModelStatus, QLoRAJobSpec
-from qlora_trainer.digest import result_digest, trainer_version
+from qlora_trainer.digest import result_digest
 from qlora_trainer.errors import RunError
 from qlora_trainer.output import find_manifest, open_output
 from qlora_trainer.rows import Example, RowFormat, digest_of, load_examples, split, without
@@ -136,7 +137,7 @@ def _name_result(output: Store, spec: QLoRAJobSpec, model: ModelStatus, dataset:
         prefix=prefix,
         model=model,
         dataset=dataset,
-        trainer_version=trainer_version(),
+        trainer_version=__version__,
         published=manifest.result if manifest else None,
     )
 

@@ -7,15 +7,16 @@ from typing import Final
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from qlora_api import __version__
 from qlora_api.report import RunReport
 from qlora_api.v1alpha1 import EvaluationStatus
 
-_LIBRARIES: Final = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "qlora-operator")
+_LIBRARIES: Final = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
 
 
 def library_versions() -> dict[str, str]:
     """Return the releases that decide what a run computes."""
-    return {name: version(name) for name in _LIBRARIES}
+    return {"qlora-operator": __version__} | {name: version(name) for name in _LIBRARIES}
 
 
 @dataclass(frozen=True)
