@@ -83,7 +83,7 @@ def parse_single(file: str, overrides: list[Override]) -> JobManifest:
 def run_watched(manifest: JobManifest, platform: Platform, console: Console) -> LastWord:
     """Run with progress on the console, and turn what a person can act on into an exit code."""
     # Imported here, because it is the trainer's: `qlora validate` works without it.
-    from qlora_trainer.errors import RunError  # noqa: PLC0415
+    from qlora_trainer.errors import explain  # noqa: PLC0415
 
     signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -91,13 +91,16 @@ def run_watched(manifest: JobManifest, platform: Platform, console: Console) -> 
             trainer = load_trainer()
         with open_screen(console) as screen:
             return run_locally(manifest, platform, trainer, screen)
-    except RunError as error:
-        fail(console, error.reason, error.message)
-    except (NoGpuError, NoTrainerError) as error:
-        fail(console, Reason.ACCELERATOR_MISSING if isinstance(error, NoGpuError) else None, str(error))
     except KeyboardInterrupt:
         console.print("[yellow]stopped;[/] nothing was published")
         raise typer.Exit(STOPPED) from None
+    except (NoGpuError, NoTrainerError) as error:
+        fail(console, Reason.ACCELERATOR_MISSING if isinstance(error, NoGpuError) else None, str(error))
+    except Exception as error:
+        known = explain(error)
+        if known.reason is Reason.TRAINER_ERROR:
+            raise  # a bug of ours: its traceback is what a report needs
+        fail(console, known.reason, known.message)
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> Never:

@@ -144,6 +144,14 @@ def test_a_run_error_is_shown_with_reason_message_and_remedy(trainer, job):
     ]
 
 
+def test_memory_that_did_not_suffice_is_a_reason_and_not_a_traceback(trainer, job):
+    trainer.error = MemoryError()
+    result = qlora(job)
+    assert result.exit_code == 1
+    assert "error: HostOutOfMemory\n" in result.stderr
+    assert result.stderr.endswith("what to do: Raise spec.resources.memory.\n")
+
+
 def test_an_interruption_ends_with_the_shells_exit_code(trainer, job):
     trainer.error = KeyboardInterrupt()
     result = qlora(job)
