@@ -4,7 +4,7 @@ import re
 from datetime import datetime, timedelta
 from typing import Annotated, Final, Literal
 
-from pydantic import AfterValidator, ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field, JsonValue
 
 from qlora_api.base import ApiModel
 from qlora_api.names import ConditionType, Phase, Reason
@@ -28,7 +28,7 @@ def to_timedelta(duration: str) -> timedelta:
 
 def _cel(*rules: tuple[str, str]) -> ConfigDict:
     """Attach rules for the API server, (expression that must hold, what to do), to a model."""
-    validations = [{"rule": rule, "message": message} for rule, message in rules]
+    validations: list[JsonValue] = [{"rule": rule, "message": message} for rule, message in rules]
     return ConfigDict(json_schema_extra={"x-kubernetes-validations": validations})
 
 
