@@ -86,8 +86,9 @@ class Runtime:
             )
         self.metrics.depth.set(self.queue.depth)
         self.metrics.saw(ref, outcome.status.phase if outcome.status else None)
-        if outcome.written is not None:
+        if outcome.written is not None and outcome.status is not None:
             self.watch.expect(ref, outcome.written)
+            _log.info("%s: %s: %s", "/".join(ref), outcome.status.reason, outcome.status.message)
         if outcome.status is not None and is_terminal(outcome.status):
             self._reports.forget(ref)
         return outcome.requeue

@@ -5,7 +5,7 @@ is created only when model, output and plan are on record, and a Job whose last 
 then deleted, then prepared anew. That next prepare finds the manifest if the result was published.
 """
 
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Final
 
 from qlora_api.names import TERMINAL, Phase, Reason, Role, prepare_job_name, train_job_name
@@ -18,6 +18,8 @@ from qlora_operator.values import Action, ChildJob, Decision, Job, Observation, 
 
 MAX_LOST_ATTEMPTS: Final = 3
 """After this many training Jobs that ended without a last word, something removes them: give up."""
+LONGEST_WAIT: Final = timedelta(days=3650)
+"""9999999d is a valid duration, and ends after the last date there is."""
 MAX_ATTEMPT_MESSAGE: Final = 4096
 """Bound of status.attempts[].message."""
 
@@ -81,7 +83,7 @@ def _follow_preparation(job: Job, prepare: ChildJob | None, number: int, now: da
     if prepare is None:
         message = describe_missing_pod(prepare_job_name(job.ref.name))
         return Decision(Phase.PREPARING, Reason.PREPARING, message, Action.PREPARE)
-    verdict = judge(prepare, to_timedelta(job.spec.deadlines.startup), now)
+    verdict = judge(prepare, startup_of(job), now)
     if verdict.stage is Stage.LOST:
         return Decision(Phase.PREPARING, Reason.PREPARING, verdict.message, Action.START_OVER)
     if verdict.stage is not Stage.ENDED:
@@ -91,6 +93,11 @@ def _follow_preparation(job: Job, prepare: ChildJob | None, number: int, now: da
     if verdict.reason is not Reason.PREPARED or prepared is None:
         return _fail(verdict)
     return _after_preparation(job, prepared, number)
+
+
+def startup_of(job: Job) -> timedelta:
+    """Return spec.deadlines.startup, within what a calendar can add."""
+    return min(to_timedelta(job.spec.deadlines.startup), LONGEST_WAIT)
 
 
 def _fail(verdict: Verdict) -> Decision:
@@ -131,7 +138,7 @@ def _keep_plan(job: Job, prepared: Prepared) -> Plan:
 
 
 def _follow_training(job: Job, train: ChildJob, live: Progress | None, now: datetime) -> Decision:
-    verdict = judge(train, to_timedelta(job.spec.deadlines.startup), now)
+    verdict = judge(train, startup_of(job), now)
     attempt = _record(train)
     if verdict.stage is Stage.LOST:
         return _lose(attempt, now)

@@ -1,0 +1,223 @@
+"""The operator as a process with exactly its permissions, and a kubelet that tests play."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+
+from qlora_api import names
+from qlora_operator.cluster.permissions import build_cluster_rules, build_rules
+from tests.cluster.addresses import free_ports
+from tests.cluster.cluster import Cluster
+from tests.cluster.commands import wait_until
+from tests.make import PREPARED_WORD, PUBLISHED_WORD, make_manifest
+
+ROOT: Final = Path(__file__).parents[2]
+ACCOUNT: Final = "qlora-operator"
+HOME: Final = "qlora-system"
+NAME: Final = "support-bot"
+PREPARE: Final = names.prepare_job_name(NAME)
+TRAIN: Final = names.train_job_name(NAME, 1)
+
+
+def install(cluster: Cluster) -> None:
+    """Install the CRD, and an account with the operator's permissions and nothing else."""
+    cluster.kubectl("apply", "-f", ROOT / "crds/qlorajobs.qlora.dev.yaml")
+    cluster.kubectl("wait", "--for=condition=Established", "crd/qlorajobs.qlora.dev", "--timeout=30s")
+    role = {"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRole", "metadata": {"name": ACCOUNT}}
+    binding = {
+        "apiVersion": "rbac.authorization.k8s.io/v1",
+        "kind": "ClusterRoleBinding",
+        "metadata": {"name": ACCOUNT},
+        "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": ACCOUNT},
+        "subjects": [{"kind": "ServiceAccount", "name": ACCOUNT, "namespace": HOME}],
+    }
+    cluster.apply(
+        {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": HOME}},
+        {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": ACCOUNT, "namespace": HOME}},
+        {**role, "rules": build_rules() + build_cluster_rules()},
+        binding,
+    )
+
+
+def write_kubeconfig(cluster: Cluster, path: Path) -> Path:
+    """Write a kubeconfig with the token of the operator's account."""
+    config = yaml.safe_load(cluster.kubeconfig.read_text())
+    token = cluster.kubectl("create", "token", ACCOUNT, f"--namespace={HOME}").strip()
+    config["users"] = [{"name": ACCOUNT, "user": {"token": token}}]
+    config["contexts"][0]["context"]["user"] = ACCOUNT
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+class Operator:
+    """One operator process."""
+
+    def __init__(self, cluster: Cluster, folder: Path, namespaces: str = "") -> None:
+        self.progress_port, self.health_port = free_ports(2)
+        self.log = folder / "operator.log"
+        self._environment = {
+            "KUBECONFIG": str(write_kubeconfig(cluster, folder / "kubeconfig")),
+            "PATH": os.environ["PATH"],
+            "QLORA_TRAINER_IMAGE": "trainer:test",
+            "QLORA_PROGRESS_URL": f"http://127.0.0.1:{self.progress_port}",
+            "QLORA_PROGRESS_PORT": str(self.progress_port),
+            "QLORA_HEALTH_PORT": str(self.health_port),
+            "QLORA_NAMESPACES": namespaces,
+        }
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> "Operator":
+        """Start, and return when it is healthy."""
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "qlora_operator"], env=self._environment, stderr=log, stdout=log
+            )
+        wait_until(f"healthy operator, see {self.log}", self.healthy, timeout=60)
+        return self
+
+    def healthy(self) -> bool:
+        """Whether /healthz answers 200; a dead process is told at once."""
+        assert self.process
+        assert self.process.poll() is None, self.log.read_text()
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.health_port}/healthz", timeout=5) as answer:
+                return bool(answer.status == 200)
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def kill(self) -> None:
+        """End it without warning."""
+        assert self.process
+        self.process.kill()
+        self.process.wait()
+
+    def terminate(self) -> int:
+        """Ask it to end, and return its exit code."""
+        assert self.process
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(timeout=20)
+
+    def stop(self) -> None:
+        """Make sure that it is gone."""
+        if self.process and self.process.poll() is None:
+            self.kill()
+
+    def post(self, namespace: str, job: str, token: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        """Report progress as a pod would."""
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.progress_port}{names.progress_path(namespace, job)}",
+            json.dumps(body).encode(),
+            {"Authorization": f"Bearer {token}"} if token else {},
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=10) as answer:
+                return answer.status, json.load(answer)
+        except urllib.error.HTTPError as refusal:
+            with refusal:
+                return refusal.code, json.load(refusal)
+
+
+@dataclass
+class Place:
+    """A namespace, its QLoRAJob, and the kubelet of its pods."""
+
+    cluster: Cluster
+    namespace: str
+
+    def kubectl(self, *args: str, stdin: str | None = None) -> str:
+        """Run kubectl in this namespace."""
+        return self.cluster.kubectl(f"--namespace={self.namespace}", *args, stdin=stdin)
+
+    def submit(self, name: str = NAME, **change: Any) -> None:
+        """Create a QLoRAJob."""
+        self.kubectl("create", "-f", "-", stdin=json.dumps(make_manifest(name, self.namespace, **change)))
+
+    def status(self, name: str = NAME) -> dict[str, Any]:
+        """Return its status."""
+        return dict(self.cluster.get("qlorajob", name, f"--namespace={self.namespace}").get("status", {}))
+
+    def wait_for(self, phase: str, reason: str = "", name: str = NAME) -> dict[str, Any]:
+        """Wait for a phase, and for a reason if one is given; return the status."""
+
+        def reached() -> bool:
+            status = self.status(name)
+            return status.get("phase") == phase and reason in {"", status.get("reason")}
+
+        wait_until(f"{name} {phase} {reason}, is {self.status(name)}", reached, timeout=30)
+        return self.status(name)
+
+    def items(self, kind: str) -> list[dict[str, Any]]:
+        """Return every object of a kind."""
+        return list(self.cluster.get(kind, f"--namespace={self.namespace}")["items"])
+
+    def jobs(self) -> dict[str, str]:
+        """Return the uid of every Job by its name."""
+        return {job["metadata"]["name"]: job["metadata"]["uid"] for job in self.items("jobs")}
+
+    def pod_of(self, job: str) -> str:
+        """Wait for a Job's pod and return its name."""
+
+        def pods() -> list[str]:
+            selector = f"--selector=batch.kubernetes.io/job-name={job}"
+            found = self.cluster.get("pods", f"--namespace={self.namespace}", selector)["items"]
+            return [pod["metadata"]["name"] for pod in found if "deletionTimestamp" not in pod["metadata"]]
+
+        wait_until(f"pod of {job}", lambda: bool(pods()), timeout=30)
+        return pods()[0]
+
+    def set_pod(self, job: str, phase: str, state: dict[str, Any]) -> None:
+        """Play the kubelet: write what a container does."""
+        container = {
+            "name": names.CONTAINER, "state": state, "image": "trainer:test", "imageID": "", "ready": False,
+            "restartCount": 0,
+        }  # fmt: skip
+        patch = json.dumps({"status": {"phase": phase, "containerStatuses": [container]}})
+        self.kubectl("patch", "pod", self.pod_of(job), "--subresource=status", "--type=merge", f"--patch={patch}")
+
+    def start_pod(self, job: str) -> None:
+        """The container runs."""
+        self.set_pod(job, "Running", {"running": {"startedAt": wire_now()}})
+
+    def end_pod(self, job: str, code: int, message: str) -> None:
+        """The container has ended."""
+        ended = {
+            "exitCode": code, "message": message, "reason": "Error" if code else "Completed",
+            "startedAt": wire_now(), "finishedAt": wire_now(),
+        }  # fmt: skip
+        self.set_pod(job, "Failed" if code else "Succeeded", {"terminated": ended})
+
+    def live_to_training(self) -> None:
+        """Submit, prepare, and start the training pod."""
+        self.submit()
+        self.end_pod(PREPARE, 0, PREPARED_WORD)
+        self.start_pod(TRAIN)
+        self.wait_for("Training")
+
+    def live_to_the_end(self) -> None:
+        """The whole life."""
+        self.live_to_training()
+        self.end_pod(TRAIN, 0, PUBLISHED_WORD)
+        self.wait_for("Succeeded")
+
+    def token(self, pod: str, audience: str = names.TOKEN_AUDIENCE) -> str:
+        """Return a token that is bound to a pod."""
+        uid = self.kubectl("get", "pod", pod, "--output=jsonpath={.metadata.uid}")
+        return self.kubectl(
+            "create", "token", "default", f"--audience={audience}", "--bound-object-kind=Pod",
+            f"--bound-object-name={pod}", f"--bound-object-uid={uid}",
+        ).strip()  # fmt: skip
+
+
+def wire_now() -> str:
+    """The time as Kubernetes writes it."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -1,0 +1,217 @@
+"""The real operator on a real control plane: its life, its death, and what it may do."""
+
+import json
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from qlora_api import names
+from tests.cluster.cluster import Cluster
+from tests.cluster.commands import wait_until
+from tests.integration.operator_process import NAME, PREPARE, ROOT, TRAIN, Operator, Place, install
+from tests.make import PREPARED_WORD, PUBLISHED_WORD, make_prepared, make_result, make_word
+
+
+@pytest.fixture(scope="module")
+def installed(control_plane: Cluster) -> Cluster:
+    install(control_plane)
+    return control_plane
+
+
+@pytest.fixture
+def place(installed: Cluster, request: pytest.FixtureRequest) -> Iterator[Place]:
+    """A namespace of its own for every test."""
+    namespace = re.sub(r"[^a-z0-9]+", "-", request.node.name.lower())[:50].strip("-")
+    installed.kubectl("create", "namespace", namespace)
+    wait_until("account", lambda: bool(installed.get("serviceaccounts", f"--namespace={namespace}")["items"]))
+    yield Place(installed, namespace)
+    installed.kubectl("delete", "namespace", namespace, "--wait=false")
+
+
+@pytest.fixture
+def operator(installed: Cluster, place: Place, tmp_path: Path) -> Iterator[Operator]:
+    """An operator that serves the test's namespace; whatever it was refused fails the test."""
+    operator = Operator(installed, tmp_path, place.namespace).start()
+    yield operator
+    operator.stop()
+    assert "orbidden" not in operator.log.read_text()
+    assert "Traceback" not in operator.log.read_text()
+
+
+@pytest.mark.usefixtures("operator")
+def test_a_whole_life(place: Place) -> None:
+    place.live_to_the_end()
+    status = place.status()
+    conditions = {entry["type"]: entry["status"] for entry in status["conditions"]}
+    assert conditions == {
+        "Ready": "True", "Reconciling": "False", "Stalled": "False", "Finished": "True", "Succeeded": "True",
+        "Published": "True", "Prepared": "True", "Scheduled": "True",
+    }  # fmt: skip
+    assert status["output"]["adapter"] == make_result().adapter
+    place.kubectl("wait", "--for=condition=Finished", f"qlorajob/{NAME}", "--timeout=1s")
+    assert sorted(place.jobs()) == [TRAIN, PREPARE]
+    events = {
+        event["reason"] for event in place.items("events.events.k8s.io") if event["regarding"]["kind"] == "QLoRAJob"
+    }
+    assert {"Prepared", "Training", "Published"} <= events
+
+
+@pytest.mark.usefixtures("operator")
+def test_the_columns(place: Place) -> None:
+    place.live_to_the_end()
+    header, row = place.kubectl("get", "qlj", "--output=wide").splitlines()
+    assert header.split() == [
+        "NAME", "PHASE", "PROGRESS", "ETA", "LOSS", "GPUS", "AGE", "MODEL", "STEP", "TOK/S", "ATTEMPT", "ADAPTER",
+        "REASON",
+    ]  # fmt: skip
+    assert row.split()[:3] == [NAME, "Succeeded", "100%"]
+    assert row.split()[-2:] == [make_result().adapter, "Published"]
+
+
+def test_the_whole_cluster_is_served_without_namespaces(installed: Cluster, place: Place, tmp_path: Path) -> None:
+    operator = Operator(installed, tmp_path).start()
+    try:
+        place.submit()
+        place.wait_for("Preparing")
+    finally:
+        operator.stop()
+
+
+@pytest.mark.usefixtures("operator")
+def test_a_created_again_job_has_children_of_its_own(place: Place) -> None:
+    place.live_to_training()
+    first = place.jobs()
+    place.kubectl("delete", "qlorajob", NAME, "--wait=false")
+    place.submit()
+    wait_until("new prepare Job", lambda: place.jobs().get(PREPARE) not in {None, first[PREPARE]}, timeout=30)
+    place.end_pod(PREPARE, 0, make_word("Prepared", prepared=make_prepared(published=make_result())))
+    place.wait_for("Succeeded", "AlreadyPublished")
+    assert TRAIN not in place.jobs()
+
+
+@pytest.mark.parametrize("moment", ["submitted", "preparing", "prepared", "training", "published"])
+def test_kill_9_loses_nothing(moment: str, operator: Operator, place: Place) -> None:
+    def die(now: str) -> None:
+        if now == moment:
+            operator.kill()
+            operator.start()
+
+    if moment == "submitted":
+        operator.kill()
+    place.submit()
+    if moment == "submitted":
+        operator.start()
+    place.pod_of(PREPARE)
+    prepare = place.jobs()[PREPARE]
+    die("preparing")
+    if moment == "prepared":
+        operator.kill()
+    place.end_pod(PREPARE, 0, PREPARED_WORD)
+    if moment == "prepared":
+        operator.start()
+    place.start_pod(TRAIN)
+    train = place.jobs()[TRAIN]
+    die("training")
+    place.wait_for("Training")
+    if moment == "published":
+        operator.kill()
+    place.end_pod(TRAIN, 0, PUBLISHED_WORD)
+    if moment == "published":
+        operator.start()
+    place.wait_for("Succeeded", "Published")
+    assert place.jobs() == {PREPARE: prepare, TRAIN: train}
+
+
+def test_deletion_needs_no_operator(operator: Operator, place: Place) -> None:
+    place.live_to_training()
+    operator.kill()
+    place.kubectl("delete", "qlorajob", NAME, "--timeout=10s")
+    wait_until("no Job is left", lambda: not place.jobs(), timeout=30)
+    wait_until("no ConfigMap is left", lambda: len(place.items("configmaps")) == 1, timeout=30)
+    wait_until("no pod is left", lambda: not place.items("pods"), timeout=30)
+
+
+def test_sigterm_ends_cleanly_within_seconds(operator: Operator, place: Place) -> None:
+    place.submit()
+    place.wait_for("Preparing")
+    start = time.monotonic()
+    assert operator.terminate() == 0
+    assert time.monotonic() - start < 5
+
+
+@pytest.mark.usefixtures("operator")
+def test_terminal_stays_terminal_when_children_are_deleted(place: Place) -> None:
+    place.live_to_the_end()
+    before = place.status()
+    place.kubectl("delete", "jobs", "--all")
+    time.sleep(2)
+    assert place.jobs() == {}
+    assert place.status() == before
+
+
+@pytest.mark.usefixtures("operator")
+def test_a_job_without_its_last_word_is_prepared_again(place: Place) -> None:
+    place.live_to_training()
+    place.kubectl("delete", "job", TRAIN)
+    wait_until("PodLost on record", lambda: place.status()["attempts"][0].get("reason") == "PodLost", timeout=30)
+    wait_until("a new prepare Job", lambda: PREPARE in place.jobs() and len(place.jobs()) == 1, timeout=30)
+    place.end_pod(PREPARE, 0, PREPARED_WORD)
+    second = names.train_job_name(NAME, 2)
+    place.start_pod(second)
+    place.end_pod(second, 0, PUBLISHED_WORD)
+    assert place.wait_for("Succeeded", "Published")["attempt"] == 2
+
+
+@pytest.mark.usefixtures("operator")
+def test_a_failure_names_its_reason_and_its_remedy(place: Place) -> None:
+    place.submit()
+    place.end_pod(PREPARE, 3, make_word("DatasetInvalid", "row 7: field output is missing"))
+    status = place.wait_for("Failed", "DatasetInvalid")
+    assert status["message"] == "row 7: field output is missing. What to do: Correct the row in the dataset."
+    assert [job["metadata"]["name"] for job in place.items("jobs")] == [PREPARE]
+
+
+@pytest.mark.usefixtures("operator")
+def test_a_foreign_job_is_not_adopted(place: Place) -> None:
+    place.kubectl("create", "job", PREPARE, "--image=mine", "--", "true")
+    before = place.cluster.get("job", PREPARE, f"--namespace={place.namespace}")["metadata"]
+    place.submit()
+    assert PREPARE in place.wait_for("Failed", "InvalidSpec")["message"]
+    after = place.cluster.get("job", PREPARE, f"--namespace={place.namespace}")["metadata"]
+    assert (after["uid"], after.get("ownerReferences")) == (before["uid"], None)
+
+
+@pytest.mark.usefixtures("operator")
+def test_the_deadline_of_a_running_attempt_follows_the_spec(place: Place) -> None:
+    place.live_to_training()
+    place.kubectl("patch", "qlorajob", NAME, "--type=merge", '--patch={"spec": {"deadlines": {"total": "48h"}}}')
+
+    def deadline() -> int:
+        return int(place.kubectl("get", "job", TRAIN, "--output=jsonpath={.spec.activeDeadlineSeconds}"))
+
+    wait_until("new deadline", lambda: deadline() == 48 * 3600, timeout=20)
+
+
+@pytest.mark.usefixtures("operator")
+def test_a_spec_that_slipped_past_the_api_server_is_refused_by_name(installed: Cluster, place: Place) -> None:
+    crd = yaml.safe_load((ROOT / "crds/qlorajobs.qlora.dev.yaml").read_text())
+    try:
+        installed.kubectl("apply", "-f", "-", stdin=json.dumps(without_rules(crd)))
+        time.sleep(1)
+        place.submit(method="lora")
+    finally:
+        installed.kubectl("apply", "-f", str(ROOT / "crds/qlorajobs.qlora.dev.yaml"))
+    assert "spec.quantization.bits is 4" in place.wait_for("Failed", "InvalidSpec")["message"]
+    assert place.jobs() == {}
+
+
+def without_rules(value: Any) -> Any:
+    """The CRD of a cluster that does not know CEL."""
+    if isinstance(value, dict):
+        return {key: without_rules(item) for key, item in value.items() if key != "x-kubernetes-validations"}
+    return [without_rules(item) for item in value] if isinstance(value, list) else value
