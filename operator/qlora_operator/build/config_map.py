@@ -39,5 +39,5 @@ def _build(workload: Workload, config: ApiModel) -> Manifest:
         "apiVersion": "v1",
         "kind": "ConfigMap",
         "metadata": build_metadata(workload),
-        "data": {workload.config_file: config.model_dump_json(by_alias=True, exclude_none=True)},
+        "data": {workload.config_file: config.model_dump_json(by_alias=True, exclude_none=True, indent=1)},
     }

@@ -1,0 +1,48 @@
+"""Every child as YAML, byte for byte; `QLORA_WRITE_GOLDEN=1 pytest tests/golden` writes the files anew."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+import pytest
+import yaml
+
+from qlora_operator.build import build_prepare_config, build_prepare_job, build_run_config, build_train_job
+from qlora_operator.plan import make_plan
+from qlora_operator.values import Manifest, Run
+from tests.make import INSTALLATION, OWNER, make_prepared, make_spec
+
+FOLDER: Final = Path(__file__).parent
+CPU: Final = make_spec()
+GPU: Final = make_spec(
+    model={"uri": "hf://meta-llama/Llama-3.2-3B", "secretRef": {"name": "hf-token"}},
+    dataset={"secretRef": {"name": "data-credentials"}},
+    resources={
+        "gpusPerNode": 1,
+        "gpuProduct": "NVIDIA-A100-SXM4-80GB",
+        "nodeSelector": {"pool": "train"},
+        "tolerations": [{"key": "team", "value": "ml", "effect": "NoSchedule"}],
+    },
+    output={"secretRef": None, "serviceAccountName": "trainer"},
+    deadlines={"total": "12h"},
+)
+RUN: Final = Run(1, make_plan(CPU, make_prepared()), make_prepared())
+
+CHILDREN: Final[dict[str, Callable[[], Manifest]]] = {
+    "prepare-job-cpu": lambda: build_prepare_job(OWNER, CPU, INSTALLATION),
+    "prepare-job-gpu": lambda: build_prepare_job(OWNER, GPU, INSTALLATION),
+    "train-job-cpu": lambda: build_train_job(OWNER, CPU, 1, INSTALLATION),
+    "train-job-gpu": lambda: build_train_job(OWNER, GPU, 2, INSTALLATION),
+    "prepare-config": lambda: build_prepare_config(OWNER, CPU, INSTALLATION),
+    "run-config": lambda: build_run_config(OWNER, CPU, RUN, INSTALLATION),
+}
+
+
+@pytest.mark.parametrize("name", CHILDREN)
+def test_child(name: str) -> None:
+    path = FOLDER / f"{name}.yaml"
+    text = yaml.safe_dump(CHILDREN[name](), sort_keys=False, width=120)
+    if os.environ.get("QLORA_WRITE_GOLDEN"):
+        path.write_text(text, encoding="utf-8")
+    assert text == path.read_text(encoding="utf-8")

@@ -1,0 +1,131 @@
+"""The exit-cause table."""
+
+from datetime import timedelta
+from typing import Any, Final
+
+import pytest
+
+from qlora_api.names import Reason, Role
+from qlora_operator.recovery import judge
+from qlora_operator.values import ChildJob, Exit, JobFailure, Stage, Waiting
+from tests.make import NOW, PREPARED_WORD, PUBLISHED_WORD, make_child, make_exit, make_pending_pod, make_pod, make_word
+
+STARTUP: Final = timedelta(minutes=30)
+LONG_AGO: Final = NOW - STARTUP
+FAILED: Final = JobFailure("BackoffLimitExceeded", "Job has reached the specified backoff limit")
+
+
+def ended(end: Exit, **pod: Any) -> ChildJob:
+    return make_child(pod=make_pod(phase="Failed", exit=end, **pod), failure=FAILED)
+
+
+@pytest.mark.parametrize(
+    ("child", "reason", "said"),
+    [
+        pytest.param(ended(make_exit(0, PUBLISHED_WORD)), Reason.PUBLISHED, "", id="published"),
+        pytest.param(ended(make_exit(0, PREPARED_WORD)), Reason.PREPARED, "", id="prepared"),
+        pytest.param(
+            ended(make_exit(3, make_word(Reason.DATASET_INVALID, "row 7"))), Reason.DATASET_INVALID, "row 7", id="word"
+        ),
+        pytest.param(
+            ended(make_exit(3, f"log\nlog\n{make_word(Reason.S3_DENIED, 'no')}\n")),
+            Reason.S3_DENIED,
+            "no",
+            id="word-in-log",
+        ),
+        pytest.param(ended(make_exit(1, PUBLISHED_WORD)), Reason.TRAINER_ERROR, "exit code 1", id="good-word-bad-exit"),
+        pytest.param(ended(make_exit(0, "")), Reason.TRAINER_ERROR, "without a last word", id="good-exit-no-word"),
+        pytest.param(ended(make_exit(137, "", "OOMKilled")), Reason.HOST_OUT_OF_MEMORY, "memory", id="oom"),
+        pytest.param(ended(make_exit(143)), Reason.INTERRUPTED, "asked to stop", id="sigterm"),
+        pytest.param(
+            ended(make_exit(1), disrupted="preempting to accommodate a higher priority pod"),
+            Reason.INTERRUPTED,
+            "preempting",
+            id="disrupted",
+        ),
+        pytest.param(ended(make_exit(137), deleting=True), Reason.INTERRUPTED, "asked to stop", id="grace-ran-out"),
+        pytest.param(ended(make_exit(137)), Reason.TRAINER_ERROR, "exit code 137", id="killed-by-whom"),
+        pytest.param(ended(make_exit(137, "", "ContainerStatusUnknown")), Reason.POD_LOST, "node-1", id="node-lost"),
+        pytest.param(
+            ended(make_exit(128, "exec format error", "StartError")), Reason.POD_REJECTED, "exec format", id="no-start"
+        ),
+        pytest.param(
+            ended(make_exit(1, "Traceback\nValueError: boom\n")), Reason.TRAINER_ERROR, "ValueError: boom", id="crash"
+        ),
+        pytest.param(
+            make_child(pod=make_pending_pod(phase="Failed", reason="OutOfcpu", message="Node has no cpu left")),
+            Reason.POD_REJECTED,
+            "no cpu left",
+            id="kubelet-refuses",
+        ),
+        pytest.param(
+            make_child(pod=None, failure=JobFailure("DeadlineExceeded", "too long")),
+            Reason.DEADLINE_EXCEEDED,
+            "86400 seconds",
+            id="deadline",
+        ),
+        pytest.param(
+            make_child(pod=None, created_at=LONG_AGO), Reason.POD_REJECTED, "quota", id="pod-is-never-created"
+        ),
+        pytest.param(
+            make_child(
+                pod=make_pod(
+                    phase="Pending", started_at=None, scheduled_at=LONG_AGO, waiting=Waiting("ImagePullBackOff")
+                )
+            ),
+            Reason.IMAGE_PULL_FAILED,
+            "ImagePullBackOff",
+            id="image",
+        ),
+        pytest.param(
+            make_child(
+                pod=make_pod(
+                    phase="Pending",
+                    started_at=None,
+                    scheduled_at=LONG_AGO,
+                    waiting=Waiting("CreateContainerConfigError", "configmap missing"),
+                )
+            ),
+            Reason.STARTUP_DEADLINE_EXCEEDED,
+            "configmap missing",
+            id="startup",
+        ),
+    ],
+)
+def test_an_end(child: ChildJob, reason: Reason, said: str) -> None:
+    verdict = judge(child, STARTUP, NOW)
+    assert (verdict.stage, verdict.reason) == (Stage.ENDED, reason)
+    assert said in verdict.message
+
+
+@pytest.mark.parametrize(
+    ("child", "stage", "reason"),
+    [
+        pytest.param(make_child(pod=None), Stage.WAITING, Reason.SCHEDULING, id="no-pod-yet"),
+        pytest.param(make_child(Role.PREPARE, pod=None), Stage.WAITING, Reason.PREPARING, id="no-prepare-pod-yet"),
+        pytest.param(make_child(pod=make_pending_pod()), Stage.WAITING, Reason.SCHEDULING, id="pending"),
+        pytest.param(
+            make_child(pod=make_pending_pod(unschedulable="0/3 nodes are available"), created_at=LONG_AGO),
+            Stage.WAITING,
+            Reason.UNSCHEDULABLE,
+            id="unschedulable-is-no-failure",
+        ),
+        pytest.param(
+            make_child(pod=make_pod(phase="Pending", started_at=None, waiting=Waiting("ErrImagePull"))),
+            Stage.WAITING,
+            Reason.IMAGE_PULL_FAILED,
+            id="image-may-still-come",
+        ),
+        pytest.param(make_child(), Stage.RUNNING, Reason.TRAINING, id="running"),
+        pytest.param(make_child(pod=None, failure=FAILED), Stage.LOST, Reason.POD_LOST, id="failed-and-gone"),
+        pytest.param(make_child(pod=None, complete=True), Stage.LOST, Reason.POD_LOST, id="complete-and-gone"),
+    ],
+)
+def test_no_end(child: ChildJob, stage: Stage, reason: Reason) -> None:
+    verdict = judge(child, STARTUP, NOW)
+    assert (verdict.stage, verdict.reason) == (stage, reason)
+
+
+def test_time_alone_ends_a_startup() -> None:
+    child = make_child(pod=make_pod(phase="Pending", started_at=None))
+    assert judge(child, STARTUP, NOW).recheck_at == NOW + timedelta(minutes=25)

@@ -1,0 +1,21 @@
+"""Least privilege, as a table that only this test may widen."""
+
+from qlora_operator.cluster.permissions import CLUSTER, NAMESPACED, build_cluster_rules, build_rules
+
+
+def test_the_operator_may_do_this_and_nothing_else() -> None:
+    assert {f"{entry.group}/{entry.resource}": " ".join(entry.verbs) for entry in (*NAMESPACED, *CLUSTER)} == {
+        "qlora.dev/qlorajobs": "get list watch",
+        "qlora.dev/qlorajobs/status": "update",
+        "qlora.dev/qlorajobs/finalizers": "update",
+        "batch/jobs": "get list watch create patch delete",
+        "/configmaps": "get create patch",
+        "/pods": "get list watch",
+        "events.k8s.io/events": "create",
+        "authentication.k8s.io/tokenreviews": "create",
+    }
+
+
+def test_rules_have_no_wildcard_and_no_secret() -> None:
+    words = {word for rule in build_rules() + build_cluster_rules() for values in rule.values() for word in values}
+    assert not words & {"*", "secrets", "pods/exec", "impersonate", "escalate", "bind"}

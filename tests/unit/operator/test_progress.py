@@ -1,0 +1,149 @@
+"""The progress endpoint over HTTP, with known tokens."""
+
+from collections.abc import AsyncIterator
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from aiohttp.test_utils import TestClient, TestServer
+
+from qlora_api import names
+from qlora_api.names import Phase
+from qlora_api.progress import ProgressReport
+from qlora_operator.cluster.ports import PodIdentity
+from qlora_operator.progress import MAX_BODY, STATUS_EVERY, TRUST_SECONDS, Gate, ProgressEndpoint, Reports, read_report
+from qlora_operator.values import JobRef
+from tests.fakes import FakeIdentities
+from tests.make import NOW, REF
+
+POD = PodIdentity(REF.namespace, "support-bot-1-0-abcde", "uid-1")
+STRANGER = PodIdentity("other", "support-bot-1-0-abcde", "uid-2")
+STRAY = PodIdentity(REF.namespace, "stray", "uid-3")
+
+
+def make_report(metrics: dict[str, str] | None = None, **status: Any) -> dict[str, Any]:
+    named = [{"name": name, "value": value} for name, value in (metrics or {}).items()]
+    return {
+        "trainerStatus": {"progressPercentage": 42, "metrics": named, "lastUpdatedTime": "2026-03-01T12:00:00Z"}
+        | status
+    }
+
+
+class Setup:
+    """An endpoint with a clock that tests move."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.notified: list[tuple[JobRef, timedelta]] = []
+        self.identities = FakeIdentities(
+            {"good": POD, "stranger": STRANGER, "stray": STRAY},
+            {POD: REF.name, STRANGER: REF.name, STRAY: "gone"},
+            {REF},
+        )
+        self.reports = Reports()
+        gate = Gate(self.identities, lambda: self.seconds)
+        endpoint = ProgressEndpoint(
+            gate, self.reports, lambda ref, delay: self.notified.append((ref, delay)),
+            lambda: NOW + timedelta(seconds=self.seconds),
+        )  # fmt: skip
+        self.client = TestClient(TestServer(endpoint.application()))
+
+    async def post(self, token: str = "good", ref: JobRef = REF, body: Any = None) -> tuple[int, str]:
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        data = body if isinstance(body, bytes) else None
+        answer = await self.client.post(
+            names.progress_path(*ref), headers=headers, data=data, json=None if data else body or make_report()
+        )
+        return answer.status, (await answer.json()).get("message", "")
+
+
+@pytest.fixture
+async def setup() -> AsyncIterator[Setup]:
+    setup = Setup()
+    async with setup.client:
+        yield setup
+
+
+@pytest.mark.parametrize(
+    ("token", "ref", "code", "said"),
+    [
+        pytest.param("", REF, 401, "send the pod's token", id="no-token"),
+        pytest.param("wrong", REF, 401, "lacks audience qlora-operator", id="unknown-token"),
+        pytest.param("good", JobRef("ml", "another"), 403, "does not belong", id="another-job"),
+        pytest.param("stranger", REF, 403, "does not belong", id="another-namespace"),
+        pytest.param("stray", JobRef("ml", "gone"), 404, "there is no QLoRAJob ml/gone", id="no-such-job"),
+    ],
+)
+async def test_a_refusal(setup: Setup, token: str, ref: JobRef, code: int, said: str) -> None:
+    status, message = await setup.post(token, ref)
+    assert status == code
+    assert said in message
+    assert setup.notified == []
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        pytest.param(b"not json", "Invalid JSON", id="no-json"),
+        pytest.param({"trainerStatus": {}}, "trainerStatus.lastUpdatedTime: Field required", id="no-time"),
+        pytest.param(make_report(progressPercentage=101), "less than or equal to 100", id="too-much"),
+    ],
+)
+async def test_an_invalid_report(setup: Setup, body: Any, said: str) -> None:
+    status, message = await setup.post(body=body)
+    assert status == 400
+    assert said in message
+
+
+async def test_a_huge_body_is_refused(setup: Setup) -> None:
+    answer = await setup.client.post(
+        names.progress_path(*REF), headers={"Authorization": "Bearer good"}, data=b" " * (MAX_BODY + 1)
+    )
+    assert answer.status == 413
+
+
+async def test_a_report_is_kept_and_told(setup: Setup) -> None:
+    assert await setup.post() == (200, "")
+    kept = setup.reports.get(REF)
+    assert kept is not None
+    assert kept.percent == 42
+    assert setup.notified == [(REF, timedelta(0))]
+
+
+async def test_progress_alone_reaches_the_status_every_few_seconds(setup: Setup) -> None:
+    await setup.post()
+    setup.seconds = 1.0
+    await setup.post()
+    assert setup.notified[1] == (REF, STATUS_EVERY - timedelta(seconds=1))
+
+
+async def test_a_token_is_reviewed_once_a_minute(setup: Setup) -> None:
+    await setup.post()
+    await setup.post()
+    assert setup.identities.reviews == 1
+    setup.seconds = TRUST_SECONDS + 1
+    await setup.post()
+    assert setup.identities.reviews == 2
+
+
+async def test_trust_in_a_token_is_for_one_job(setup: Setup) -> None:
+    await setup.post()
+    assert (await setup.post(ref=JobRef("ml", "another")))[0] == 403
+
+
+def test_the_words_of_a_report() -> None:
+    metrics = {
+        "current_step": "120", "total_steps": "300", "loss": "2.83", "tokens_per_second": "812.4",
+        "phase": "Evaluating",
+    }  # fmt: skip
+    report = read_report(ProgressReport.model_validate(make_report(metrics, estimatedRemainingSeconds=190)), NOW)
+    assert report.model_dump(exclude_none=True) == {
+        "percent": 42, "step": 120, "total_steps": 300, "remaining_seconds": 190, "loss": 2.83,
+        "tokens_per_second": 812.4, "phase": Phase.EVALUATING, "updated_at": NOW,
+    }  # fmt: skip
+
+
+def test_what_cannot_be_read_is_left_out() -> None:
+    metrics = {"current_step": "-1", "loss": "nan", "tokens_per_second": "fast", "phase": "Succeeded"}
+    report = read_report(ProgressReport.model_validate(make_report(metrics)), NOW)
+    assert report.model_dump(exclude_none=True) == {"percent": 42, "updated_at": NOW}

@@ -1,0 +1,155 @@
+"""The work queue."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from datetime import timedelta
+
+import pytest
+
+from qlora_operator.cluster.ports import ClusterBusyError
+from qlora_operator.queue import LAST_BACKOFF, WorkQueue, backoff_seconds
+
+Work = Callable[[str], Awaitable[timedelta | None]]
+
+
+@asynccontextmanager
+async def running(work: Work, workers: int = 4) -> AsyncIterator[WorkQueue[str]]:
+    queue = WorkQueue(work, workers, jitter=lambda: 0.5)
+    queue.start()
+    yield queue
+    await queue.drain(timedelta(seconds=1))
+
+
+async def test_a_key_that_waits_is_worked_on_once() -> None:
+    done: list[str] = []
+
+    async def work(key: str) -> None:
+        done.append(key)
+
+    async with running(work) as queue:
+        for _ in range(10):
+            queue.add("a")
+        await asyncio.sleep(0.01)
+    assert done == ["a"]
+
+
+async def test_an_event_during_the_work_repeats_it_and_never_beside_it() -> None:
+    passes, inside = [], 0
+
+    async def work(key: str) -> None:
+        nonlocal inside
+        inside += 1
+        assert inside == 1
+        passes.append(key)
+        await asyncio.sleep(0.01)
+        inside -= 1
+
+    async with running(work) as queue:
+        queue.add("a")
+        await asyncio.sleep(0.005)
+        queue.add("a")
+        queue.add("a")
+        await asyncio.sleep(0.05)
+    assert passes == ["a", "a"]
+
+
+async def test_different_keys_run_side_by_side_within_the_bound() -> None:
+    now = most = 0
+
+    async def work(_: str) -> None:
+        nonlocal now, most
+        now += 1
+        most = max(most, now)
+        await asyncio.sleep(0.01)
+        now -= 1
+
+    async with running(work, workers=3) as queue:
+        for key in "abcdefgh":
+            queue.add(key)
+        await asyncio.sleep(0.1)
+    assert most == 3
+
+
+@pytest.mark.parametrize("error", [ClusterBusyError("away"), ValueError("our mistake")])
+async def test_an_error_is_repeated_after_a_while(error: Exception) -> None:
+    passes = 0
+
+    async def work(_: str) -> None:
+        nonlocal passes
+        passes += 1
+        if passes == 1:
+            raise error
+
+    async with running(work) as queue:
+        queue.add("a")
+        await asyncio.sleep(0.1)
+        assert passes == 1
+        await asyncio.sleep(0.6)
+    assert passes == 2
+
+
+async def test_work_asks_to_be_repeated() -> None:
+    passes = 0
+
+    async def work(_: str) -> timedelta | None:
+        nonlocal passes
+        passes += 1
+        return timedelta(milliseconds=10) if passes < 3 else None
+
+    async with running(work) as queue:
+        queue.add("a")
+        await asyncio.sleep(0.1)
+    assert passes == 3
+
+
+async def test_an_earlier_appointment_stands() -> None:
+    passes = 0
+
+    async def work(_: str) -> None:
+        nonlocal passes
+        passes += 1
+
+    async with running(work) as queue:
+        queue.add_after("a", timedelta(milliseconds=20))
+        queue.add_after("a", timedelta(seconds=30))
+        await asyncio.sleep(0.1)
+    assert passes == 1
+
+
+async def test_drain_lets_the_work_at_hand_finish() -> None:
+    done: list[str] = []
+
+    async def work(key: str) -> None:
+        await asyncio.sleep(0.05)
+        done.append(key)
+
+    queue = WorkQueue(work, 1)
+    queue.start()
+    queue.add("a")
+    queue.add("b")
+    await asyncio.sleep(0.01)
+    await queue.drain(timedelta(seconds=5))
+    assert done == ["a"]
+    assert not queue.alive()
+
+
+async def test_the_oldest_key_is_known_while_it_is_worked_on() -> None:
+    release = asyncio.Event()
+
+    async def work(_: str) -> None:
+        await release.wait()
+
+    async with running(work) as queue:
+        queue.add("a")
+        await asyncio.sleep(0.05)
+        assert queue.oldest_age() >= 0.04
+        release.set()
+        await asyncio.sleep(0.01)
+        assert queue.oldest_age() == 0.0
+
+
+def test_backoff_doubles_up_to_a_bound_and_is_spread() -> None:
+    assert [backoff_seconds(failures, 0.5) for failures in (1, 2, 3)] == [0.5, 1.0, 2.0]
+    assert backoff_seconds(100, 0.5) == LAST_BACKOFF
+    assert (backoff_seconds(1, 0.0), backoff_seconds(1, 1.0)) == (0.25, 0.75)

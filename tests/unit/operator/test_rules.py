@@ -1,0 +1,45 @@
+"""What a spec may not ask for, and that the sentence names field, cause and fix."""
+
+from typing import Any
+
+import pytest
+
+from qlora_operator.rules import ANYWHERE, check
+from tests.make import make_spec
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        pytest.param({"quantization": {"bits": 16}}, "set spec.method to lora", id="qlora-16"),
+        pytest.param({"method": "lora"}, "set spec.method to qlora", id="lora-4"),
+        pytest.param({"training": {"microBatchSize": 3}}, "leave it out to let the plan choose", id="micro-batch"),
+        pytest.param({"lora": {"targets": ["all-linear", "q_proj"]}}, "list it alone", id="all-linear"),
+        pytest.param({"model": {"uri": "file:///m"}}, "spec.model.uri is file:///m", id="model"),
+        pytest.param({"dataset": {"uri": "file:///d"}}, "spec.dataset.uri is file:///d", id="dataset"),
+        pytest.param(
+            {"dataset": {"evaluation": {"uri": "file:///e"}}}, "spec.dataset.evaluation.uri is file:///e", id="held-out"
+        ),
+        pytest.param({"output": {"uri": "file:///o"}}, "spec.output.uri is file:///o", id="output"),
+    ],
+)
+def test_violation(change: dict[str, Any], sentence: str) -> None:
+    [violation] = check(make_spec(**change))
+    assert sentence in violation.message
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"method": "lora", "quantization": {"bits": 16}},
+        {"quantization": {"bits": 8}},
+        {"training": {"microBatchSize": 4}},
+    ],
+)
+def test_no_violation(change: dict[str, Any]) -> None:
+    assert check(make_spec(**change)) == ()
+
+
+def test_files_are_fine_without_a_cluster() -> None:
+    assert check(make_spec(output={"uri": "file:///o"}), ANYWHERE) == ()

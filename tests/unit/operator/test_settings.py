@@ -1,0 +1,50 @@
+"""The environment, read once."""
+
+import pytest
+
+from qlora_api.runconfig import Platform, S3Config
+from qlora_operator.build import Installation
+from qlora_operator.settings import Settings, SettingsError, read_settings
+
+IMAGE = {"QLORA_TRAINER_IMAGE": "trainer:1"}
+
+
+def test_defaults() -> None:
+    assert read_settings(IMAGE) == Settings(Installation("trainer:1"))
+
+
+def test_everything() -> None:
+    settings = read_settings(
+        IMAGE
+        | {
+            "QLORA_IMAGE_PULL_POLICY": "Always", "QLORA_PROGRESS_URL": "http://operator:8080",
+            "QLORA_PROGRESS_PORT": "9000", "QLORA_HEALTH_PORT": "9001", "QLORA_NAMESPACES": "ml, research,",
+            "QLORA_WORKERS": "4", "QLORA_HUB_MIRROR": "s3://hub", "QLORA_HUB_ENDPOINT": "https://hub",
+            "QLORA_S3_ENDPOINT": "http://s3", "QLORA_S3_REGION": "eu", "QLORA_S3_ADDRESSING": "path",
+            "QLORA_S3_CHECKSUMS": "when_required", "QLORA_LOG_LEVEL": "debug", "KUBECONFIG": "/kube",
+        }
+    )  # fmt: skip
+    s3 = S3Config(endpoint="http://s3", region="eu", addressing="path", checksums="when_required")
+    platform = Platform(s3=s3, hub_endpoint="https://hub", hub_mirror="s3://hub")
+    assert settings == Settings(
+        Installation("trainer:1", "Always", "http://operator:8080", platform),
+        ("ml", "research"), 4, 9000, 9001, "debug", "/kube",
+    )  # fmt: skip
+
+
+def test_empty_values_of_the_chart_are_defaults() -> None:
+    empty = dict.fromkeys(("QLORA_S3_ENDPOINT", "QLORA_S3_ADDRESSING", "QLORA_NAMESPACES", "QLORA_HUB_MIRROR"), "")
+    assert read_settings(IMAGE | empty) == Settings(Installation("trainer:1"))
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("QLORA_TRAINER_IMAGE", ""), ("QLORA_WORKERS", "0"), ("QLORA_WORKERS", "many"),
+        ("QLORA_HEALTH_PORT", "70000"), ("QLORA_LOG_LEVEL", "loud"), ("QLORA_IMAGE_PULL_POLICY", "Sometimes"),
+        ("QLORA_S3_ADDRESSING", "sideways"), ("QLORA_S3_CHECKSUMS", "never"),
+    ],
+)  # fmt: skip
+def test_an_error_names_the_variable(variable: str, value: str) -> None:
+    with pytest.raises(SettingsError, match=variable):
+        read_settings(IMAGE | {variable: value})

@@ -1,0 +1,143 @@
+"""Status as other tools read it: kstatus, the columns, the schema."""
+
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from qlora_api.names import TERMINAL, ConditionType, Phase, Reason
+from qlora_api.v1alpha1 import Attempt, Progress, QLoRAJobStatus
+from qlora_operator.status import acknowledge, derive_status, to_wire
+from qlora_operator.status.columns import format_eta, format_number, format_step
+from qlora_operator.values import Decision
+from tests.make import NOW, make_plan_status, make_prepared, make_result
+
+REASONS = {
+    Phase.PENDING: Reason.ACCEPTED,
+    Phase.PREPARING: Reason.PREPARING,
+    Phase.SCHEDULING: Reason.UNSCHEDULABLE,
+    Phase.TRAINING: Reason.TRAINING,
+    Phase.EVALUATING: Reason.EVALUATING,
+    Phase.PUBLISHING: Reason.PUBLISHING,
+    Phase.SUCCEEDED: Reason.PUBLISHED,
+    Phase.FAILED: Reason.CUDA_OUT_OF_MEMORY,
+}
+
+
+def kstatus(generation: int, status: dict[str, Any]) -> str:
+    """The generic rules of cli-utils: what Flux, Helm and `kubectl apply --wait`-like tools conclude."""
+    conditions = {entry["type"]: entry["status"] for entry in status.get("conditions", ())}
+    if status.get("observedGeneration", generation) != generation:
+        return "InProgress"
+    if conditions.get("Stalled") == "True":
+        return "Failed"
+    if conditions.get("Reconciling") == "True" or conditions.get("Ready", "True") != "True":
+        return "InProgress"
+    return "Current"
+
+
+def status_in(phase: Phase, previous: QLoRAJobStatus | None = None, **change: Any) -> QLoRAJobStatus:
+    decision = Decision(phase, REASONS[phase], "because", **change)
+    return derive_status(previous or QLoRAJobStatus(), decision, None, gpus=1, generation=1, now=NOW)
+
+
+@pytest.mark.parametrize("phase", Phase)
+def test_kstatus(phase: Phase) -> None:
+    expected = {Phase.SUCCEEDED: "Current", Phase.FAILED: "Failed"}.get(phase, "InProgress")
+    assert kstatus(1, to_wire(status_in(phase))) == expected
+
+
+def test_kstatus_before_the_first_write_and_after_a_change() -> None:
+    assert kstatus(1, {"observedGeneration": -1}) == "InProgress"
+    assert kstatus(2, to_wire(status_in(Phase.SUCCEEDED))) == "InProgress"
+    assert kstatus(2, to_wire(acknowledge(status_in(Phase.SUCCEEDED), 2))) == "Current"
+
+
+@pytest.mark.parametrize("phase", Phase)
+def test_conditions(phase: Phase) -> None:
+    conditions = {entry.type: entry.status for entry in status_in(phase).conditions}
+    finished = phase in TERMINAL
+    assert set(conditions) == set(ConditionType)
+    assert conditions[ConditionType.FINISHED] == str(finished)
+    assert conditions[ConditionType.RECONCILING] == str(not finished)
+    assert conditions[ConditionType.STALLED] == str(phase is Phase.FAILED)
+    assert conditions[ConditionType.READY] == str(phase is Phase.SUCCEEDED)
+    assert conditions[ConditionType.SUCCEEDED] == (str(phase is Phase.SUCCEEDED) if finished else "Unknown")
+
+
+@pytest.mark.parametrize("phase", Phase)
+def test_the_wire_form_is_read_back_equal(phase: Phase) -> None:
+    status = status_in(phase, prepared=make_prepared(), plan=make_plan_status())
+    assert QLoRAJobStatus.model_validate(to_wire(status)) == status
+
+
+def test_a_transition_time_changes_with_its_status_only() -> None:
+    before = status_in(Phase.PREPARING)
+    later = NOW + timedelta(minutes=5)
+    after = derive_status(before, Decision(Phase.FAILED, Reason.S3_DENIED, "no"), None, gpus=1, generation=1, now=later)
+    times = {entry.type: entry.last_transition_time for entry in after.conditions}
+    assert times[ConditionType.READY] == NOW
+    assert times[ConditionType.STALLED] == later
+
+
+def test_the_same_again_is_no_change() -> None:
+    status = status_in(Phase.TRAINING)
+    again = derive_status(
+        status, Decision(Phase.TRAINING, Reason.TRAINING, "because"), None, gpus=1, generation=1,
+        now=NOW + timedelta(hours=1),
+    )  # fmt: skip
+    assert again == status
+
+
+def test_facts_are_carried_over() -> None:
+    prepared = status_in(Phase.SCHEDULING, prepared=make_prepared(), plan=make_plan_status())
+    failed = status_in(Phase.FAILED, previous=prepared)
+    facts = {"model", "dataset", "output", "plan", "started_at"}
+    assert failed.model_dump(include=facts) == prepared.model_dump(include=facts)
+
+
+def test_a_failure_says_what_to_do() -> None:
+    assert status_in(Phase.FAILED).message == (
+        "because. What to do: Lower spec.training.microBatchSize or spec.training.maxLength, or choose a larger GPU."
+    )
+
+
+def test_the_result_is_in_the_status() -> None:
+    status = status_in(Phase.SUCCEEDED, prepared=make_prepared(published=make_result()), result=make_result())
+    assert status.evaluation == make_result().evaluation
+    assert status.output is not None
+    assert status.output.adapter == make_result().adapter
+    assert (status.progress, status.eta) == ("100%", None)
+
+
+def test_a_known_start_of_an_attempt_is_kept() -> None:
+    running = status_in(Phase.TRAINING, attempt=Attempt(number=1, job="a-1", started_at=NOW))
+    ended = status_in(Phase.FAILED, running, attempt=Attempt(number=1, job="a-1", reason=Reason.S3_DENIED))
+    assert [(attempt.started_at, attempt.reason) for attempt in ended.attempts] == [(NOW, Reason.S3_DENIED)]
+
+
+def test_gpus_are_the_plan_s_once_there_is_one() -> None:
+    assert status_in(Phase.PREPARING).gpus == 1
+    assert status_in(Phase.SCHEDULING, plan=make_plan_status()).gpus == 0
+
+
+def test_the_columns_of_a_report() -> None:
+    live = Progress(percent=42, step=120, remaining_seconds=190, loss=2.83123, tokens_per_second=812.4, updated_at=NOW)
+    decision = Decision(Phase.TRAINING, Reason.TRAINING, "", plan=make_plan_status())
+    status = derive_status(QLoRAJobStatus(), decision, live, gpus=0, generation=1, now=NOW)
+    assert (status.progress, status.eta, status.loss, status.step, status.tokens_per_second) == (
+        "42%", "3m10s", "2.831", "120/180", "812",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0s"), (59, "59s"), (60, "1m00s"), (190, "3m10s"), (3600, "1h00m"), (7500, "2h05m"), (93_600, "1d02h")],
+)
+def test_eta(seconds: int, text: str) -> None:
+    assert format_eta(seconds) == text
+
+
+def test_numbers_fit_their_columns() -> None:
+    assert (format_number(2.8312, 3), format_number(1e300, 3)) == ("2.831", "1.00e+300")
+    assert (format_step(None, 3), format_step(2, None), format_step(2, 3)) == (None, "2", "2/3")
