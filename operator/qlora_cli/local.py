@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Protocol
 
 from qlora_api.names import Reason
@@ -48,20 +49,28 @@ class NoGpuError(Exception):
 
 
 def load_trainer() -> Trainer:
-    """Import the trainer, with the same library settings as in a pod."""
-    try:
-        from qlora_trainer.__main__ import configure_libraries  # noqa: PLC0415 (as below)
-        from qlora_trainer.work import default_work  # noqa: PLC0415 (as below)
+    """Return the trainer, with the same library settings as in a pod; each part is imported when it is needed."""
+    if missing := [name for name in ("torch", "transformers", "peft") if find_spec(name) is None]:
+        raise NoTrainerError(f"{', '.join(missing)} is not installed; run pip install 'qlora-operator[cli,trainer]'")
+    from qlora_trainer.__main__ import configure_libraries  # noqa: PLC0415 (part of another installation)
+    from qlora_trainer.prepare import prepare  # noqa: PLC0415 (as above)
+    from qlora_trainer.work import default_work  # noqa: PLC0415 (as above)
 
-        quieten_libraries()
-        configure_libraries(default_work())
-        import torch  # noqa: PLC0415 (seconds; only `qlora run` needs it)
+    quieten_libraries()
+    configure_libraries(default_work())
+    return Trainer(_cuda_available, prepare, _run)
 
-        from qlora_trainer.prepare import prepare  # noqa: PLC0415
-        from qlora_trainer.run import run  # noqa: PLC0415
-    except ModuleNotFoundError as error:
-        raise NoTrainerError(f"{error}; install the trainer: pip install 'qlora-operator[cli,trainer]'") from error
-    return Trainer(torch.cuda.is_available, prepare, run)
+
+def _cuda_available() -> bool:
+    import torch  # noqa: PLC0415 (takes seconds)
+
+    return torch.cuda.is_available()
+
+
+def _run(config: RunConfig, screen: Screen) -> Result:
+    from qlora_trainer.run import run  # noqa: PLC0415 (takes seconds)
+
+    return run(config, screen)
 
 
 def run_locally(manifest: JobManifest, platform: Platform, trainer: Trainer, screen: Screen) -> LastWord:

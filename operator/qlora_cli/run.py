@@ -87,8 +87,7 @@ def run_watched(manifest: JobManifest, platform: Platform, console: Console) -> 
 
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        with console.status("loading PyTorch"):
-            trainer = load_trainer()
+        trainer = load_trainer()
         with open_screen(console) as screen:
             return run_locally(manifest, platform, trainer, screen)
     except KeyboardInterrupt:

@@ -17,6 +17,7 @@ from qlora_cli.local import Screen
 SECONDS_BETWEEN_LINES: Final = 10.0
 """A log stays readable, and still shows that the run is alive."""
 BAR_CHARACTERS: Final = 12
+PREPARING: Final = "Preparing"
 LOADING: Final = "Loading"
 
 
@@ -58,12 +59,12 @@ def clock_time(seconds: int) -> str:
     return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
 
 
-def name_stage(progress: Progress, before: str | None) -> tuple[str, str]:
+def name_stage(progress: Progress, before: str) -> tuple[str, str]:
     """Return a word for what is going on, and the details; before is the word of the report before."""
     phase = progress.phase or Phase.TRAINING
     if phase is Phase.TRAINING:
         # The trainer enters its first phase before anything is loaded, and has no loss before its first step.
-        starting = before in {None, LOADING} and progress.loss is None
+        starting = before in {PREPARING, LOADING} and progress.loss is None
         return (LOADING, "") if starting else (phase, describe(progress))
     if phase is Phase.EVALUATING:
         return phase, "base model" if progress.loss is None else "adapter"
@@ -76,7 +77,7 @@ class LineScreen:
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self._console = console
         self._clock = clock
-        self._stage: str | None = None
+        self._stage = PREPARING
         self._next_line = 0.0
         self._done = False
 
@@ -108,8 +109,8 @@ class LiveScreen:
 
     def __init__(self, bar: Bar) -> None:
         self._bar = bar
-        self._stage: str | None = None
-        self._task: TaskID | None = None
+        self._stage = PREPARING
+        self._task = self._start(PREPARING)
 
     def note(self, text: str) -> None:
         """Show a sentence about the preparation above the bar."""
@@ -123,14 +124,16 @@ class LiveScreen:
     def report(self, progress: Progress) -> None:
         """Move the bar; another stage gets a new one."""
         stage, details = name_stage(progress, self._stage)
-        if self._task is None or stage != self._stage:
+        if stage != self._stage:
             self.finish()
-            self._stage, self._task = stage, self._bar.add_task(f"{stage:<10}", total=None, details=details)
+            self._stage, self._task = stage, self._start(stage, details)
         if stage == Phase.TRAINING:
             self._bar.update(self._task, completed=progress.step or 0, total=progress.total_steps, details=details)
 
     def finish(self) -> None:
         """Mark the stage that ran as done."""
-        if self._task is not None:
-            total = self._bar.tasks[self._task].total or 1
-            self._bar.update(self._task, total=total, completed=total)
+        total = self._bar.tasks[self._task].total or 1
+        self._bar.update(self._task, total=total, completed=total)
+
+    def _start(self, stage: str, details: str = "") -> TaskID:
+        return self._bar.add_task(f"{stage:<10}", total=None, details=details)

@@ -1,11 +1,14 @@
 import io
+import re
 
 import pytest
 from rich.console import Console
 
 from qlora_api.names import Phase
-from qlora_cli.screen import LineScreen, clock_time, describe, name_stage, open_screen
+from qlora_cli.screen import PREPARING, LineScreen, clock_time, describe, name_stage, open_screen
 from tests.unit.cli.make import make_progress
+
+CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 def test_progress_is_described_by_what_is_known():
@@ -34,7 +37,7 @@ def test_the_stages_of_a_run_are_named_by_what_happens():
     ]
     stages: list[tuple[str, str]] = []
     for report in reports:
-        stages.append(name_stage(report, stages[-1][0] if stages else None))
+        stages.append(name_stage(report, stages[-1][0] if stages else PREPARING))
     assert stages == [
         ("Loading", ""),
         ("Evaluating", "base model"),
@@ -68,10 +71,12 @@ def test_a_terminal_gets_one_bar_per_phase_within_its_width():
         screen.report(make_progress(1))
         screen.report(make_progress(3))
         screen.report(make_progress(3, Phase.PUBLISHING))
-    last = stream.getvalue().split("a note")[-1]
-    assert [phase for phase in ("Evaluating", "Training", "Publishing") if phase in last] == [
-        "Evaluating",
-        "Training",
-        "Publishing",
+    last = [line for line in CONTROL.sub("", stream.getvalue()).splitlines() if line.strip()][-4:]
+    assert [line.split()[:2] for line in last] == [
+        ["✓", "Preparing"],
+        ["✓", "Evaluating"],
+        ["✓", "Training"],
+        ["✓", "Publishing"],
     ]
-    assert "step 3/3" in last
+    assert "100%  step 3/3  loss 3.250  225 tok/s" in last[2]
+    assert max(map(len, last)) <= 80
