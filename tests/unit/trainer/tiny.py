@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from qlora_api.prepared import Prepared
@@ -47,8 +48,6 @@ def make_tokenizer(*, bos: bool = False) -> PreTrainedTokenizerFast:
     )
     tokenizer.train_from_iterator(corpus, trainer)
     if bos:
-        from tokenizers.processors import TemplateProcessing
-
         tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>")
 
@@ -80,7 +79,7 @@ def write_model(folder: Path, **changes: Any) -> str:
     return f"file://{folder}"
 
 
-def make_spec(model: str, dataset: str, output: str, **blocks: Any) -> QLoRAJobSpec:
+def make_spec(model: str, dataset: str, output: str, /, **blocks: Any) -> QLoRAJobSpec:
     """A valid spec with some blocks changed."""
     spec: dict[str, Any] = {
         "model": {"uri": model},

@@ -1,0 +1,125 @@
+"""A stand-in for the Hugging Face hub on localhost: repositories of this test, no network."""
+
+import hashlib
+import json
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import TracebackType
+from typing import Final, Self
+from urllib.parse import unquote, urlsplit
+
+COMMIT: Final = "0123456789abcdef0123456789abcdef01234567"
+
+
+@dataclass(frozen=True)
+class Repository:
+    """The files of one commit, and who may read them."""
+
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    commit: str = COMMIT
+    revisions: tuple[str, ...] = ("main",)
+    token: str | None = None
+    """Without this token the repository answers as a gated one does."""
+    status: int | None = None
+    """Answered to everything, for a hub in trouble: 429, 503."""
+
+
+class HubStandIn:
+    """Serves repositories under the hub's own paths while the context is open.
+
+    Models have ids like `organisation/name`; data sets `datasets/organisation/name`.
+    """
+
+    def __init__(self, repositories: Mapping[str, Repository]) -> None:
+        self.repositories = dict(repositories)
+        self.requests: list[str] = []
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._make_handler())
+        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    def _make_handler(self) -> type[BaseHTTPRequestHandler]:
+        hub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                hub._answer(self)
+
+            def do_HEAD(self) -> None:
+                hub._answer(self)
+
+            def log_message(self, format: str, *arguments: object) -> None:  # noqa: A002 (the base's name)
+                """Be quiet."""
+
+        return Handler
+
+    def _answer(self, request: BaseHTTPRequestHandler) -> None:
+        path = unquote(urlsplit(request.path).path).strip("/")
+        self.requests.append(f"{request.command} /{path}")
+        if path.startswith("api/"):
+            self._answer_info(request, path)
+        else:
+            self._answer_file(request, path)
+
+    def _answer_info(self, request: BaseHTTPRequestHandler, path: str) -> None:
+        name, _, revision = path.removeprefix("api/").removeprefix("models/").partition("/revision/")
+        repository = self._allowed(request, name, revision or "main")
+        if repository is not None:
+            files = [{"rfilename": file} for file in sorted(repository.files)]
+            content = {"id": name.removeprefix("datasets/"), "sha": repository.commit, "siblings": files}
+            _send(request, 200, json.dumps(content).encode(), {"Content-Type": "application/json"})
+
+    def _answer_file(self, request: BaseHTTPRequestHandler, path: str) -> None:
+        name, _, rest = path.partition("/resolve/")
+        revision, _, file = rest.partition("/")
+        repository = self._allowed(request, name, revision)
+        if repository is None:
+            return
+        content = repository.files.get(file)
+        if content is None:
+            _send(request, 404, b"Entry not found", {"X-Error-Code": "EntryNotFound"})
+            return
+        etag = hashlib.sha256(content).hexdigest()
+        _send(request, 200, content, {"ETag": f'"{etag}"', "X-Repo-Commit": repository.commit})
+
+    def _allowed(self, request: BaseHTTPRequestHandler, name: str, revision: str) -> Repository | None:
+        """Return the repository, or answer as the hub does when there is none or it is closed."""
+        repository = self.repositories.get(name)
+        if repository is None:
+            _send(request, 401, b"Invalid username or password.", {"X-Error-Code": "RepoNotFound"})
+        elif repository.status is not None:
+            _send(request, repository.status, b"", {"Retry-After": "0"})
+        elif repository.token is not None and request.headers.get("Authorization") != f"Bearer {repository.token}":
+            status = 403 if request.headers.get("Authorization") else 401
+            _send(request, status, b"Access to this model is restricted.", {"X-Error-Code": "GatedRepo"})
+        elif revision not in {*repository.revisions, repository.commit}:
+            _send(request, 404, b"Revision not found", {"X-Error-Code": "RevisionNotFound"})
+        else:
+            return repository
+        return None
+
+
+def _send(request: BaseHTTPRequestHandler, status: int, content: bytes, headers: Mapping[str, str]) -> None:
+    request.send_response(status)
+    for name, value in {**headers, "Content-Length": str(len(content))}.items():
+        request.send_header(name, value)
+    request.end_headers()
+    if request.command != "HEAD":
+        request.wfile.write(content)

@@ -1,0 +1,197 @@
+"""The pod's last word, its exit code, and progress on the way."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from datetime import UTC, datetime
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+
+from qlora_api.names import PROGRESS_TOKEN_ENV, PROGRESS_URL_ENV, TERMINATION_MESSAGE_BYTES, Phase, Reason
+from qlora_api.progress import ProgressReport
+from qlora_api.report import LastWord
+from qlora_api.v1alpha1 import Progress
+from qlora_trainer.__main__ import main
+from qlora_trainer.errors import RunError, explain
+from qlora_trainer.interrupt import StopFlag
+from qlora_trainer.lastword import failure_word, to_line, write_last_word
+from qlora_trainer.progress import HttpSink, Sinks, to_body
+from tests.unit.trainer.tiny import RecordingSink, make_spec, prepare_config
+
+
+@pytest.mark.parametrize(
+    "message",
+    ["short", "x" * 10_000, "ü" * 5_000, "🦙" * 5_000, '"\\\n' * 5_000, "\x00\x1f" * 5_000, "lone \ud800 surrogate"],
+    ids=["short", "ascii", "two-bytes", "four-bytes", "escapes", "controls", "surrogate"],
+)
+def test_the_last_word_fits_and_stays_json(tmp_path, message):
+    path = tmp_path / "termination-log"
+    write_last_word(failure_word(RunError(Reason.DATASET_INVALID, message, step=3)), path)
+    content = path.read_bytes()
+    assert len(content) <= TERMINATION_MESSAGE_BYTES
+    assert b"\n" not in content
+    word = LastWord.model_validate_json(content)
+    assert (word.reason, word.step) == (Reason.DATASET_INVALID, 3)
+    if len(message) > 2000:
+        assert len(content) > TERMINATION_MESSAGE_BYTES - 16
+        assert word.message.endswith("…")
+
+
+def test_outside_a_pod_there_is_nobody_to_tell(tmp_path):
+    write_last_word(LastWord(reason=Reason.PUBLISHED), tmp_path / "no" / "such" / "folder")
+    assert to_line(LastWord(reason=Reason.PUBLISHED)) == '{"reason":"Published","message":""}'
+
+
+class OutOfMemoryError(RuntimeError):
+    """Has the name of torch's."""
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (RunError(Reason.S3_DENIED, "no"), Reason.S3_DENIED),
+        (OutOfMemoryError("CUDA out of memory"), Reason.CUDA_OUT_OF_MEMORY),
+        (MemoryError(), Reason.HOST_OUT_OF_MEMORY),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), Reason.HOST_OUT_OF_MEMORY),
+        (KeyError("x"), Reason.TRAINER_ERROR),
+    ],
+)
+def test_every_end_has_a_reason(error, reason):
+    assert explain(error).reason == reason
+
+
+def test_a_failed_prepare_exits_1_with_reason_and_field(tmp_path):
+    spec = make_spec("file:///nowhere", "file:///nowhere.jsonl", f"file://{tmp_path / 'output'}")
+    (tmp_path / "prepare.json").write_text(prepare_config(spec).model_dump_json(by_alias=True))
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        code = main(
+            ["prepare", "--config", str(tmp_path / "prepare.json"), "--work", str(tmp_path / "work")]
+            + ["--termination-message", str(tmp_path / "word")]
+        )
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    word = LastWord.model_validate_json((tmp_path / "word").read_text())
+    assert (code, word.reason) == (1, Reason.DATASET_NOT_FOUND)
+    assert word.message.startswith("spec.dataset.uri")
+
+
+def test_an_unreadable_configuration_is_our_fault(tmp_path):
+    (tmp_path / "run.json").write_text("{}")
+    done = subprocess.run(
+        [sys.executable, "-m", "qlora_trainer", "train", "--config", str(tmp_path / "run.json")]
+        + ["--work", str(tmp_path), "--termination-message", str(tmp_path / "word")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert LastWord.model_validate_json((tmp_path / "word").read_text()).reason == Reason.TRAINER_ERROR
+    assert "ValidationError" in json.loads(done.stdout.splitlines()[-1])["exception"]
+
+
+@pytest.fixture
+def stop():
+    before = signal.getsignal(signal.SIGTERM)
+    flag = StopFlag()
+    flag.listen(lambda: None)
+    yield flag
+    signal.signal(signal.SIGTERM, before)
+    for thread in threading.enumerate():
+        if isinstance(thread, threading.Timer):
+            thread.cancel()
+
+
+def test_sigterm_between_steps_stops_at_once(stop):
+    with pytest.raises(RunError) as caught:
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert caught.value.reason == Reason.INTERRUPTED
+
+
+def test_sigterm_within_a_step_only_raises_the_flag(stop):
+    with stop.deferred():
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.requested
+
+
+def progress(step: int, phase: Phase = Phase.TRAINING) -> Progress:
+    return Progress(
+        percent=step,
+        step=step,
+        total_steps=100,
+        remaining_seconds=9,
+        loss=1.5,
+        tokens_per_second=10.0,
+        phase=phase,
+        updated_at=datetime(2026, 1, 2, tzinfo=UTC),
+    )
+
+
+def test_the_body_is_kubeflow_trainers():
+    assert json.loads(to_body(progress(7)))["trainerStatus"] == {
+        "progressPercentage": 7,
+        "estimatedRemainingSeconds": 9,
+        "metrics": [
+            {"name": "current_step", "value": "7"},
+            {"name": "total_steps", "value": "100"},
+            {"name": "loss", "value": "1.5"},
+            {"name": "tokens_per_second", "value": "10.0"},
+            {"name": "phase", "value": "Training"},
+        ],
+        "lastUpdatedTime": "2026-01-02T00:00:00Z",
+    }
+
+
+@pytest.fixture
+def endpoint():
+    """A progress endpoint that keeps what it is told."""
+    told: list[tuple[str, ProgressReport]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            told.append((self.headers["Authorization"], ProgressReport.model_validate_json(body)))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            """Be quiet."""
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_address[1]}/status", told
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_progress_is_posted_rarely_but_phases_at_once(endpoint, tmp_path, monkeypatch):
+    url, told = endpoint
+    (tmp_path / "token").write_text("secret\n")
+    monkeypatch.setenv(PROGRESS_URL_ENV, url)
+    monkeypatch.setenv(PROGRESS_TOKEN_ENV, str(tmp_path / "token"))
+    sink, other = HttpSink.from_environment(), RecordingSink()
+    assert sink is not None
+    for step in range(50):
+        Sinks([sink, other]).report(progress(step))
+    sink.report(progress(50, Phase.PUBLISHING))
+    sink.close()
+    assert len(other.seen) == 50
+    assert len(told) <= 3
+    assert {authorization for authorization, _ in told} == {"Bearer secret"}
+    assert {"name": "phase", "value": "Publishing"} in [
+        metric.model_dump() for metric in told[-1][1].trainer_status.metrics
+    ]
+
+
+def test_without_an_endpoint_there_is_no_sink_and_a_dead_one_disturbs_nobody(monkeypatch):
+    monkeypatch.delenv(PROGRESS_URL_ENV, raising=False)
+    assert HttpSink.from_environment() is None
+    sink = HttpSink("http://127.0.0.1:9/status", None)
+    sink.report(progress(1))
+    sink.close()

@@ -1,0 +1,251 @@
+"""What prepare refuses, with which reason and which field, before any GPU is asked for."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from qlora_api.names import Reason, SecretRole
+from qlora_api.prepared import Prepared
+from qlora_api.runconfig import Platform
+from qlora_trainer import shards
+from qlora_trainer.errors import RunError
+from qlora_trainer.prepare import prepare
+from qlora_trainer.secrets import load_secrets
+from tests.hub import COMMIT, HubStandIn, Repository
+from tests.unit.trainer.tiny import instruction_rows, make_spec, prepare_config, write_model, write_rows
+
+HUB_MODEL = "hf://org/tiny"
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    write_model(folder)
+    return folder
+
+
+@pytest.fixture
+def places(tmp_path, model_folder) -> tuple[str, str, str]:
+    rows = write_rows(tmp_path / "rows.jsonl", instruction_rows())
+    return f"file://{model_folder}", rows, f"file://{tmp_path / 'output'}"
+
+
+def refused(spec, tmp_path: Path, platform: Platform | None = None) -> RunError:
+    with pytest.raises(RunError) as caught:
+        prepare(prepare_config(spec, platform=platform), work=tmp_path / "work")
+    return caught.value
+
+
+def test_facts_and_shards(places, tmp_path):
+    notes: list[str] = []
+    prepared = prepare(prepare_config(make_spec(*places)), notes.append, work=tmp_path / "work")
+    assert prepared.model.architecture == "LlamaForCausalLM"
+    assert prepared.model.parameters == 384 * 64 + 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128 + 2 * 64) + 64
+    assert (prepared.dataset.training_rows, prepared.dataset.evaluation_rows) == (32, 8)
+    folder = Path(prepared.prefix.removeprefix("file://"))
+    rows = shards.from_parquet((folder / shards.TRAINING).read_bytes())
+    assert sum(len(row.input_ids) for row in rows) == prepared.dataset.training_tokens
+    assert Prepared.model_validate_json((folder / shards.FACTS).read_text()) == prepared
+    assert not list(folder.parent.glob(".probe*"))
+    assert any("can be written" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "same"),
+    [
+        pytest.param({"resources": {"memory": "32Gi"}, "deadlines": {"total": "1h"}}, True, id="resources"),
+        pytest.param({"training": {"seed": 1}}, False, id="seed"),
+        pytest.param({"lora": {"rank": 8}}, False, id="lora"),
+        pytest.param({"dataset": {"maxSamples": 30}}, False, id="data"),
+        pytest.param({"quantization": {"bits": 8}}, False, id="quantization"),
+    ],
+)
+def test_digest_names_what_decides_the_result(places, tmp_path, changes, same):
+    first = prepare(prepare_config(make_spec(*places)), work=tmp_path)
+    second = prepare(prepare_config(make_spec(*places, **changes), job="other"), work=tmp_path)
+    assert (first.digest == second.digest) is same
+
+
+def test_a_copied_model_is_the_same_model(places, tmp_path, model_folder):
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for file in model_folder.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    (copy / "README.md").write_text("another model card")
+    first = prepare(prepare_config(make_spec(*places)), work=tmp_path)
+    second = prepare(prepare_config(make_spec(f"file://{copy}", *places[1:])), work=tmp_path)
+    assert first.model.commit == second.model.commit
+
+
+@pytest.mark.parametrize(
+    ("files", "reason", "words"),
+    [
+        pytest.param(["config.json", "pytorch_model.bin"], Reason.UNSAFE_MODEL_FORMAT, "pytorch_model.bin", id="bin"),
+        pytest.param(["config.json", "original/consolidated.00.pth"], Reason.UNSAFE_MODEL_FORMAT, ".pth", id="pth"),
+        pytest.param(["config.json"], Reason.MODEL_NOT_FOUND, "no .safetensors", id="no-weights"),
+        pytest.param(["model.safetensors"], Reason.MODEL_UNSUPPORTED, "no config.json", id="no-config"),
+        pytest.param([], Reason.MODEL_NOT_FOUND, "holds no files", id="empty"),
+    ],
+)
+def test_unusable_model_folders(places, tmp_path, files, reason, words):
+    for name in files:
+        path = tmp_path / "other" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
+    error = refused(make_spec(f"file://{tmp_path / 'other'}", *places[1:]), tmp_path)
+    assert (error.reason, words in error.message) == (reason, True), error.message
+    assert "spec.model.uri" in error.message
+
+
+def test_code_from_the_repository_is_never_run(places, tmp_path):
+    folder = tmp_path / "other"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"")
+    config = {"model_type": "novel", "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "code.py").write_text("raise SystemExit('ran')")
+    error = refused(make_spec(f"file://{folder}", *places[1:]), tmp_path)
+    assert error.reason == Reason.MODEL_UNSUPPORTED
+    assert "auto_map" in error.message
+
+
+@pytest.mark.parametrize("target", ["query_key_value", "lm_head"])
+def test_targets_that_do_not_exist(places, tmp_path, target):
+    error = refused(make_spec(*places, lora={"targets": ["q_proj", target]}), tmp_path)
+    assert error.reason == Reason.MODEL_UNSUPPORTED
+    assert f"no linear module {target}" in error.message
+    assert "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj" in error.message
+
+
+def test_broken_rows_are_found_before_the_model_is_looked_at(places, tmp_path):
+    rows = write_rows(tmp_path / "broken.jsonl", [*instruction_rows(4), {"instruction": "x"}])
+    error = refused(make_spec("file:///nowhere", rows, places[2]), tmp_path)
+    assert error.reason == Reason.DATASET_INVALID
+    assert "row 5: field 'output' is missing" in error.message
+
+
+def test_prompts_that_leave_no_room_for_an_answer(places, tmp_path):
+    error = refused(make_spec(*places, training={"maxLength": 16}), tmp_path)
+    assert error.reason == Reason.DATASET_EMPTY
+    assert "spec.training.maxLength" in error.message
+
+
+def test_separate_held_out_rows(places, tmp_path):
+    held_out = write_rows(tmp_path / "held-out.jsonl", instruction_rows(6))
+    spec = make_spec(*places, dataset={"evaluation": {"uri": held_out}})
+    dataset = prepare(prepare_config(spec), work=tmp_path).dataset
+    assert (dataset.training_rows, dataset.evaluation_rows) == (34, 6)
+
+
+def test_an_output_that_cannot_be_written(places, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    error = refused(make_spec(*places[:2], f"file://{tmp_path / 'file'}"), tmp_path)
+    assert "spec.output.uri: cannot write" in error.message
+
+
+def mount_secret(mount: Path, role: SecretRole, **keys: str) -> None:
+    (mount / role).mkdir(parents=True)
+    for name, value in keys.items():
+        (mount / role / name).write_text(f"{value}\n")
+
+
+def test_a_missing_secret_is_named(places, tmp_path):
+    spec = make_spec(*places, output={"secretRef": {"name": "s3-keys"}})
+    mount_secret(tmp_path, SecretRole.OUTPUT)  # an optional volume of a Secret that does not exist is empty
+    with pytest.raises(RunError, match="Secret 's3-keys' does not exist in namespace 'ml'") as caught:
+        load_secrets(spec, "ml", tmp_path)
+    assert caught.value.reason == Reason.SECRET_NOT_FOUND
+    assert caught.value.message.startswith("spec.output.secretRef")
+
+
+def test_a_role_without_a_secret_uses_the_outputs_and_none_is_shown(places, tmp_path):
+    names = {"output": {"secretRef": {"name": "s3-keys"}}, "model": {"secretRef": {"name": "hub"}}}
+    mount_secret(tmp_path, SecretRole.OUTPUT, AWS_ACCESS_KEY_ID="AKIA", AWS_SECRET_ACCESS_KEY="hush")
+    mount_secret(tmp_path, SecretRole.MODEL, HF_TOKEN="hf_hush")
+    secrets = load_secrets(make_spec(*places, **names), "ml", tmp_path)
+    assert secrets.of(SecretRole.DATASET).get("AWS_SECRET_ACCESS_KEY") == "hush"
+    assert secrets.of(SecretRole.MODEL).get("HF_TOKEN") == "hf_hush"
+    assert "hush" not in repr(secrets) + repr(secrets.of(SecretRole.MODEL))
+
+
+def repository(folder: Path, **changes) -> Repository:
+    return Repository({file.name: file.read_bytes() for file in folder.iterdir()}, **changes)
+
+
+def test_a_model_of_the_hub_is_pinned_and_no_weight_is_downloaded(places, tmp_path, model_folder):
+    with HubStandIn({"org/tiny": repository(model_folder)}) as hub:
+        config = prepare_config(make_spec(HUB_MODEL, *places[1:]), platform=Platform(hub_endpoint=hub.endpoint))
+        prepared = prepare(config, work=tmp_path / "work")
+    assert prepared.model.commit == COMMIT
+    assert not [request for request in hub.requests if "safetensors" in request]
+
+
+@pytest.mark.parametrize(
+    ("changes", "token", "reason"),
+    [
+        pytest.param({"token": "t"}, None, Reason.GATED_MODEL_NO_ACCESS, id="401"),
+        pytest.param({"token": "t"}, "wrong", Reason.GATED_MODEL_NO_ACCESS, id="403"),
+        pytest.param({"revisions": ("v9",)}, None, Reason.MODEL_NOT_FOUND, id="404-revision"),
+        pytest.param({"status": 429}, None, Reason.HUB_RATE_LIMITED, id="429"),
+        pytest.param({"status": 500}, None, Reason.HUB_UNAVAILABLE, id="500"),
+    ],
+)
+def test_errors_of_the_hub(  # noqa: PLR0917 (fixtures and a table)
+    places, tmp_path, model_folder, monkeypatch, changes, token, reason
+):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    if token:
+        monkeypatch.setenv("HF_TOKEN", token)
+    spec = make_spec(HUB_MODEL, *places[1:])
+    with HubStandIn({"org/tiny": repository(model_folder, **changes)}) as hub:
+        error = refused(spec, tmp_path, Platform(hub_endpoint=hub.endpoint))
+    assert error.reason == reason, error.message
+    assert "spec.model.uri: org/tiny" in error.message
+    assert "wrong" not in error.message
+
+
+def test_the_right_token_opens_a_gated_model(places, tmp_path, model_folder, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "sesame")
+    with HubStandIn({"org/tiny": repository(model_folder, token="sesame")}) as hub:
+        config = prepare_config(make_spec(HUB_MODEL, *places[1:]), platform=Platform(hub_endpoint=hub.endpoint))
+        assert prepare(config, work=tmp_path / "work").model.commit == COMMIT
+
+
+def test_a_hub_that_does_not_answer(places, tmp_path):
+    error = refused(make_spec(HUB_MODEL, *places[1:]), tmp_path, Platform(hub_endpoint="http://127.0.0.1:9"))
+    assert error.reason == Reason.HUB_UNAVAILABLE
+
+
+def test_rows_from_the_hub(places, tmp_path):
+    content = Path(places[1].removeprefix("file://")).read_bytes()
+    repositories = {"datasets/org/rows": Repository({"data/train.jsonl": content})}
+    with HubStandIn(repositories) as hub:
+        spec = make_spec(places[0], "hf://datasets/org/rows/data/train.jsonl", places[2])
+        config = prepare_config(spec, platform=Platform(hub_endpoint=hub.endpoint))
+        assert prepare(config, work=tmp_path / "work").dataset.training_rows == 32
+
+
+@pytest.fixture
+def mirror(tmp_path, model_folder) -> str:
+    folder = tmp_path / "mirror" / "models--org--tiny"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text(COMMIT)
+    (folder / "snapshots").mkdir()
+    (folder / "snapshots" / COMMIT).symlink_to(model_folder, target_is_directory=True)
+    return f"file://{tmp_path / 'mirror'}"
+
+
+@pytest.mark.parametrize("revision", ["main", COMMIT])
+def test_a_mirrored_hub_is_used_instead_of_the_hub(places, tmp_path, mirror, revision):
+    spec = make_spec(HUB_MODEL, *places[1:], model={"revision": revision})
+    prepared = prepare(prepare_config(spec, platform=Platform(hub_mirror=mirror)), work=tmp_path / "work")
+    assert prepared.model.commit == COMMIT
+
+
+@pytest.mark.parametrize(("name", "revision"), [("org/other", "main"), ("org/tiny", "v9"), ("org/tiny", "f" * 40)])
+def test_what_a_mirror_lacks(places, tmp_path, mirror, name, revision):
+    spec = make_spec(f"hf://{name}", *places[1:], model={"revision": revision})
+    error = refused(spec, tmp_path, Platform(hub_mirror=mirror))
+    assert error.reason == Reason.MODEL_NOT_FOUND
+    assert f"has no {name} at revision {revision}" in error.message

@@ -1,0 +1,233 @@
+"""Publishing: the manifest is last, conditional and true; S3's answers become reasons (against moto)."""
+
+import json
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import boto3
+import pytest
+from botocore.exceptions import ClientError
+from moto import mock_aws
+
+from qlora_api.names import Reason, SecretRole
+from qlora_api.prepared import Prepared
+from qlora_api.report import Manifest
+from qlora_api.result import Result
+from qlora_api.runconfig import RunConfig, S3Config
+from qlora_api.v1alpha1 import DataStatus, EvaluationStatus, Metrics, ModelStatus
+from qlora_trainer.errors import RunError
+from qlora_trainer.publish import canonical_config, describe_files, publish
+from qlora_trainer.s3 import S3Store
+from qlora_trainer.secrets import Credentials
+from qlora_trainer.store import DATASET, MODEL, OUTPUT, AlreadyThereError, FileStore, MissingObjectError
+from tests.unit.trainer.tiny import make_spec, run_config
+
+NOW = datetime(2026, 1, 2, tzinfo=UTC)
+DIGEST = "0123456789abcdef"
+KEYS = Credentials({"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_REGION": "us-east-1"})
+
+
+class RecordingStore(FileStore):
+    """A folder that remembers the order of its writes."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(f"file://{folder}", OUTPUT)
+        self.writes: list[str] = []
+
+    def put(self, path: str, source: Path | bytes, *, if_none_match: bool = False) -> None:
+        super().put(path, source, if_none_match=if_none_match)
+        self.writes.append(path)
+
+
+def result(loss: float) -> Result:
+    metrics = Metrics(loss=loss, perplexity=1.0, token_accuracy=0.5)
+    evaluation = EvaluationStatus(base=metrics, adapter=metrics, rows=1, tokens=1)
+    return Result(adapter="a", report="r", evaluation=evaluation, steps=1, tokens_per_second=1.0)
+
+
+def config(root: str) -> RunConfig:
+    prepared = Prepared(
+        digest=DIGEST,
+        prefix=f"{root}/{DIGEST}",
+        model=ModelStatus(uri="hf://o/m", commit="c", architecture="A", parameters=1),
+        dataset=DataStatus(
+            digest="d",
+            format="instruction",
+            training_rows=1,
+            evaluation_rows=1,
+            training_tokens=1,
+            truncated_rows=0,
+            longest_row_tokens=1,
+        ),
+        trainer_version="1",
+    )
+    return run_config(make_spec("hf://o/m", "s3://data/rows.jsonl", root), prepared)
+
+
+@pytest.fixture
+def files(tmp_path) -> Path:
+    folder = tmp_path / "files"
+    (folder / "adapter").mkdir(parents=True)
+    (folder / "adapter/adapter_model.safetensors").write_bytes(b"weights")
+    (folder / "adapter/adapter_config.json").write_bytes(b"{}")
+    return folder
+
+
+def test_the_manifest_comes_after_every_file_and_the_pointer_after_it(tmp_path, files):
+    store = RecordingStore(tmp_path / "output")
+    publish(store, config(store.root), result(1.0), files, NOW)
+    assert store.writes == [
+        f"{DIGEST}/adapter/adapter_config.json",
+        f"{DIGEST}/adapter/adapter_model.safetensors",
+        f"{DIGEST}/manifest.json",
+        "latest.json",
+    ]
+    manifest = Manifest.model_validate_json(store.read(f"{DIGEST}/manifest.json"))
+    assert manifest.files == describe_files(files)
+    assert json.loads(store.read("latest.json")) == {
+        "digest": DIGEST,
+        "manifest": f"{store.root}/{DIGEST}/manifest.json",
+    }
+
+
+def test_the_second_publisher_returns_the_first_ones_result(tmp_path, files):
+    class Racing(RecordingStore):
+        """Somebody else's manifest appears while this one's files are uploaded."""
+
+        def put(self, path: str, source: Path | bytes, *, if_none_match: bool = False) -> None:
+            if path.endswith("manifest.json"):
+                rival = RecordingStore(tmp_path / "output")
+                FileStore.put(rival, path, first.read(path))
+            super().put(path, source, if_none_match=if_none_match)
+
+    first = RecordingStore(tmp_path / "first")
+    publish(first, config(first.root), result(1.0), files, NOW)
+    second = Racing(tmp_path / "output")
+    assert publish(second, config(second.root), result(2.0), files, NOW) == result(1.0)
+    assert "latest.json" not in second.writes
+
+
+def test_a_published_result_is_not_touched(tmp_path, files):
+    store = RecordingStore(tmp_path / "output")
+    publish(store, config(store.root), result(1.0), files, NOW)
+    store.writes.clear()
+    assert publish(store, config(store.root), result(2.0), files, NOW) == result(1.0)
+    assert store.writes == []
+
+
+def test_no_path_of_this_computer_gets_into_the_adapter():
+    text = json.dumps({"base_model_name_or_path": "/work/hub/x", "revision": None, "target_modules": ["v", "k", "q"]})
+    hub = json.loads(canonical_config(text, "hf://org/name", "abc"))
+    assert hub == {"base_model_name_or_path": "org/name", "revision": "abc", "target_modules": ["k", "q", "v"]}
+    bucket = json.loads(canonical_config(text, "s3://models/name", "abc"))
+    assert (bucket["base_model_name_or_path"], bucket["revision"]) == ("s3://models/name", None)
+
+
+@pytest.fixture
+def bucket(monkeypatch) -> Iterator[None]:
+    monkeypatch.delenv("AWS_PROFILE", raising=False)
+    with mock_aws():
+        boto3.client("s3", region_name="us-east-1").create_bucket(Bucket="adapters")
+        yield
+
+
+def s3_store(uri: str = "s3://adapters/team-a/job", owner=OUTPUT, **settings: str) -> S3Store:
+    return S3Store(uri, owner, KEYS, S3Config.model_validate(settings))
+
+
+@pytest.mark.usefixtures("bucket")
+@pytest.mark.parametrize("checksums", ["when_supported", "when_required"])
+def test_s3_keeps_what_it_gets(tmp_path, checksums):
+    store = s3_store(checksums=checksums)
+    (tmp_path / "file").write_bytes(b"content")
+    store.put("x/a.bin", tmp_path / "file")
+    store.put("b.json", b"{}")
+    assert [(entry.path, entry.size) for entry in store.list()] == [("b.json", 2), ("x/a.bin", 7)]
+    assert [entry.path for entry in store.list("x")] == ["x/a.bin"]
+    assert (store.read("x/a.bin"), store.exists("b.json"), store.exists("c")) == (b"content", True, False)
+    store.download("x/a.bin", tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == b"content"
+    store.delete("b.json")
+    store.delete("b.json")
+    assert not store.exists("b.json")
+
+
+@pytest.mark.usefixtures("bucket")
+def test_s3_writes_a_manifest_once(files):
+    store = s3_store()
+    publish(store, config(store.root), result(1.0), files, NOW)
+    with pytest.raises(AlreadyThereError):
+        store.put(f"{DIGEST}/manifest.json", b"{}", if_none_match=True)
+    assert publish(store, config(store.root), result(2.0), files, NOW) == result(1.0)
+
+
+@pytest.mark.usefixtures("bucket")
+@pytest.mark.parametrize(
+    ("owner", "reason"),
+    [(MODEL, Reason.MODEL_NOT_FOUND), (DATASET, Reason.DATASET_NOT_FOUND), (OUTPUT, Reason.INVALID_SPEC)],
+)
+def test_a_missing_bucket_is_the_fault_of_whoever_named_it(owner, reason):
+    with pytest.raises(MissingObjectError, match="bucket 'nowhere' does not exist") as caught:
+        s3_store("s3://nowhere/x", owner).read("y")
+    assert (caught.value.reason, caught.value.message.startswith(owner.field)) == (reason, True)
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("AccessDenied", Reason.S3_DENIED),
+        ("403", Reason.S3_DENIED),
+        ("InvalidAccessKeyId", Reason.S3_DENIED),
+        ("SignatureDoesNotMatch", Reason.S3_DENIED),
+        ("NoSuchKey", Reason.INVALID_SPEC),
+        ("SlowDown", Reason.S3_UNAVAILABLE),
+    ],
+)
+def test_answers_of_s3(monkeypatch, code, reason):
+    store = s3_store()
+
+    def refuse(**_: object) -> None:
+        raise ClientError({"Error": {"Code": code}}, "GetObject")
+
+    monkeypatch.setattr(store._client, "get_object", refuse)
+    with pytest.raises(RunError) as caught:
+        store.read("x")
+    assert caught.value.reason == reason
+    assert "spec.output.uri: s3://adapters/team-a/job/x" in caught.value.message
+
+
+@pytest.mark.usefixtures("bucket")
+def test_a_conflict_is_tried_again(monkeypatch):
+    store, tries = s3_store(), []
+    real = store._client.put_object
+
+    def conflict_once(**arguments: object) -> object:
+        tries.append(1)
+        if len(tries) == 1:
+            raise ClientError({"Error": {"Code": "ConditionalRequestConflict"}}, "PutObject")
+        return real(**arguments)
+
+    monkeypatch.setattr(store._client, "put_object", conflict_once)
+    store.put("manifest.json", b"{}", if_none_match=True)
+    assert (len(tries), store.read("manifest.json")) == (2, b"{}")
+
+
+@pytest.mark.usefixtures("bucket")
+def test_an_upload_that_reads_back_different_fails(monkeypatch):
+    store = s3_store()
+    monkeypatch.setattr(store._client, "head_object", lambda **_: {"ContentLength": 1})
+    with pytest.raises(RunError, match="reads back different") as caught:
+        store.put("x", b"content")
+    assert caught.value.reason == Reason.UPLOAD_FAILED
+
+
+def test_a_server_that_does_not_answer(monkeypatch):
+    monkeypatch.setattr("qlora_trainer.s3._ATTEMPTS", 1)
+    with pytest.raises(RunError) as caught:
+        s3_store(endpoint="http://127.0.0.1:9").read("x")
+    assert caught.value.reason == Reason.S3_UNAVAILABLE
+
+
+def test_roles_have_names():
+    assert {owner.role for owner in (MODEL, DATASET, OUTPUT)} == set(SecretRole)
