@@ -8,7 +8,7 @@ from typing import Any
 
 from qlora_api import names
 from qlora_operator.cluster.parse import controller_uid, parse_job, parse_observation
-from qlora_operator.cluster.ports import ClusterBusyError, NameTakenError, PodIdentity
+from qlora_operator.cluster.ports import ClusterBusyError, NameTakenError, PodIdentity, RefusedError
 from qlora_operator.values import JobRef, Manifest, Observation, RawJob
 from tests.make import NOW
 
@@ -31,6 +31,7 @@ class FakeCluster:
         self.events: dict[str, Manifest] = {}
         self.writes: list[Write] = []
         self.created: list[str] = []
+        self.refusal: RefusedError | None = None
         self.crash_after: Callable[[int], bool] = lambda _: False
         self._versions = count(1)
         self._uids = count(1)
@@ -103,6 +104,8 @@ class FakeCluster:
 
     async def ensure(self, child: Manifest) -> None:
         key = (child["kind"], child["metadata"]["name"])
+        if self.refusal is not None:
+            raise self.refusal
         existing = self.children.get(key)
         if existing is not None and controller_uid(existing) != controller_uid(child):
             former = any(owner["kind"] == names.KIND for owner in existing["metadata"].get("ownerReferences", ()))

@@ -55,8 +55,7 @@ async def on_job_event(event: kopf.RawEvent, namespace: str | None, name: str, m
     if event["type"] == "DELETED":
         memo.runtime.forget(ref)
     else:
-        memo.runtime.watch.saw(ref, event["object"]["metadata"]["resourceVersion"])
-    memo.runtime.queue.add(ref)
+        memo.runtime.saw(ref, event["object"]["metadata"]["resourceVersion"])
 
 
 @kopf.on.event(*JOBS)

@@ -18,11 +18,13 @@ from qlora_operator.build import (
     build_run_config,
     build_train_job,
 )
-from qlora_operator.cluster.ports import Cluster, NameTakenError
+from qlora_operator.cluster.ports import Cluster, NameTakenError, RefusedError
 from qlora_operator.recovery import is_terminal, next_action, rejected
 from qlora_operator.status import acknowledge, derive_status, to_wire
 from qlora_operator.values import Action, Decision, Job, JobRef, Manifest, Observation, RawJob, Run, Violation
 
+REFUSED_RETRY: Final = timedelta(minutes=1)
+"""Quotas and policies are changed by people."""
 NAME_TAKEN_RETRY: Final = timedelta(seconds=5)
 """The garbage collector needs seconds for the children of a deleted QLoRAJob."""
 
@@ -102,6 +104,8 @@ async def act(
             await cluster.ensure(child)
     except NameTakenError as error:
         return blocked(error)
+    except RefusedError as error:
+        return refused(error)
     if decision.action is Action.START_OVER:
         await start_over(job, seen, cluster)
     if decision.action is Action.NONE:
@@ -133,6 +137,13 @@ def blocked(error: NameTakenError) -> Decision:
     return Decision(Phase.FAILED, Reason.INVALID_SPEC, str(error))
 
 
+def refused(error: RefusedError) -> Decision:
+    """Fail for what can never be created; wait for a quota or a policy to change."""
+    if error.final:
+        return Decision(Phase.FAILED, Reason.INVALID_SPEC, str(error))
+    return Decision(Phase.PENDING, Reason.POD_REJECTED, str(error), retry_after=REFUSED_RETRY)
+
+
 async def start_over(job: Job, seen: Observation, cluster: Cluster) -> None:
     """Delete every child Job; prepare goes first, so that a crash in between leaves the training Job as the reason."""
     for child in sorted(seen.jobs, key=lambda child: child.attempt):
@@ -159,6 +170,9 @@ async def publish(turn: Turn, decision: Decision, gpus: int | None, cluster: Clu
 
 
 def _wait(decision: Decision, now: datetime) -> timedelta | None:
+    """Say when to look again; a failed run is looked at once more, to give back what it holds."""
+    if decision.phase is Phase.FAILED:
+        return timedelta(0)
     if decision.recheck_at is not None:
         return max(decision.recheck_at - now, timedelta(0))
     return decision.retry_after

@@ -45,6 +45,7 @@ class Runtime:
         self._cluster = KubeCluster(api)
         self._clock = clock
         self._reports = Reports()
+        self._written: dict[JobRef, str] = {}
         self._resync: asyncio.Task[None] | None = None
         self._server: web.AppRunner | None = None
 
@@ -73,8 +74,15 @@ class Runtime:
         age = self.queue.oldest_age()
         return f"work is stuck for {age:.0f} seconds" if age > STUCK_SECONDS else None
 
+    def saw(self, ref: JobRef, version: str) -> None:
+        """An event of a QLoRAJob arrived; our own write needs no second look."""
+        self.watch.saw(ref, version)
+        if self._written.get(ref) != version:
+            self.queue.add(ref)
+
     def forget(self, ref: JobRef) -> None:
         """A QLoRAJob is gone."""
+        self._written.pop(ref, None)
         self.watch.forget(ref)
         self.metrics.saw(ref, None)
         self._reports.forget(ref)
@@ -87,6 +95,7 @@ class Runtime:
         self.metrics.depth.set(self.queue.depth)
         self.metrics.saw(ref, outcome.status.phase if outcome.status else None)
         if outcome.written is not None and outcome.status is not None:
+            self._written[ref] = outcome.written
             self.watch.expect(ref, outcome.written)
             _log.info("%s: %s: %s", "/".join(ref), outcome.status.reason, outcome.status.message)
         if outcome.status is not None and is_terminal(outcome.status):

@@ -35,11 +35,11 @@ def place(installed: Cluster, request: pytest.FixtureRequest) -> Iterator[Place]
 
 @pytest.fixture
 def operator(installed: Cluster, place: Place, tmp_path: Path) -> Iterator[Operator]:
-    """An operator that serves the test's namespace; whatever it was refused fails the test."""
+    """An operator that serves the test's namespace; a permission that it lacks fails the test."""
     operator = Operator(installed, tmp_path, place.namespace).start()
     yield operator
     operator.stop()
-    assert "orbidden" not in operator.log.read_text()
+    assert not re.search("system:serviceaccount:[^ ]+ cannot", operator.log.read_text())
     assert "Traceback" not in operator.log.read_text()
 
 
@@ -184,6 +184,21 @@ def test_a_foreign_job_is_not_adopted(place: Place) -> None:
     assert PREPARE in place.wait_for("Failed", "InvalidSpec")["message"]
     after = place.cluster.get("job", PREPARE, f"--namespace={place.namespace}")["metadata"]
     assert (after["uid"], after.get("ownerReferences")) == (before["uid"], None)
+
+
+@pytest.mark.usefixtures("operator")
+def test_a_child_that_the_api_server_refuses_is_shown(place: Place) -> None:
+    place.submit(resources={"nodeSelector": {"not a label": "x"}})
+    place.end_pod(PREPARE, 0, PREPARED_WORD)
+    assert "not a label" in place.wait_for("Failed", "InvalidSpec")["message"]
+
+
+@pytest.mark.usefixtures("operator")
+def test_a_quota_is_waited_for(place: Place) -> None:
+    place.kubectl("create", "quota", "none", "--hard=count/jobs.batch=0")
+    wait_until("quota", lambda: bool(place.items("resourcequotas")[0].get("status")), timeout=20)
+    place.submit()
+    assert "exceeded quota" in place.wait_for("Pending", "PodRejected")["message"]
 
 
 @pytest.mark.usefixtures("operator")

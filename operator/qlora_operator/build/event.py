@@ -11,7 +11,7 @@ from qlora_operator.build.metadata import Owner
 from qlora_operator.values import Manifest
 
 MAX_NOTE: Final = 1024
-"""Bound of an Event's note."""
+"""Bytes that an Event's note may have."""
 ACTIONS: Final = {Phase.PREPARING: "Prepare", Phase.SCHEDULING: "Schedule", Phase.FAILED: "Fail"}
 """The verb of an Event; 'Run' for the rest."""
 
@@ -33,7 +33,7 @@ def build_event(owner: Owner, resource_version: str, status: QLoRAJobStatus, now
         "action": ACTIONS.get(phase, "Run"),
         "reason": reason.value,
         "type": "Warning" if phase is Phase.FAILED else "Normal",
-        "note": (status.message or "")[:MAX_NOTE],
+        "note": (status.message or "").encode()[:MAX_NOTE].decode(errors="ignore"),
         "regarding": {
             "apiVersion": names.API_VERSION,
             "kind": names.KIND,

@@ -9,11 +9,13 @@ from qlora_api import names
 from qlora_api.names import TERMINAL
 from qlora_operator.cluster.api import APPLY, Api, ApiError, ConflictError, NotFoundError
 from qlora_operator.cluster.parse import controller_uid, parse_job, parse_observation
-from qlora_operator.cluster.ports import ClusterBusyError, JobVersion, NameTakenError, PodIdentity
+from qlora_operator.cluster.ports import ClusterBusyError, JobVersion, NameTakenError, PodIdentity, RefusedError
 from qlora_operator.values import JobRef, Manifest, Observation, RawJob
 
 _log = logging.getLogger(__name__)
 
+INVALID: Final = 422
+"""The HTTP status for an object that can never be taken; quotas and policies answer otherwise."""
 _PREFIX: Final = {"v1": "/api/v1", "batch/v1": "/apis/batch/v1", "events.k8s.io/v1": "/apis/events.k8s.io/v1"}
 _PLURAL: Final = {"ConfigMap": "configmaps", "Job": "jobs", "Event": "events"}
 _MANAGER: Final = {"fieldManager": names.FIELD_MANAGER}
@@ -69,6 +71,9 @@ class KubeCluster:
             await self._api.request("POST", _folder(child), child, query=_MANAGER)
         except ConflictError:
             await self._meet(child)
+        except ApiError as error:
+            what = f"{child['kind']} {child['metadata']['name']} was refused: {error}"
+            raise RefusedError(what, final=error.status == INVALID) from error
 
     async def _meet(self, child: Manifest) -> None:
         """Look at what has the child's name already."""

@@ -19,6 +19,15 @@ class NameTakenError(Exception):
         """Whether it will be gone by itself: it is being deleted, or its owner was."""
 
 
+class RefusedError(Exception):
+    """The API server, a quota or an admission policy does not take a child; the message is its sentence."""
+
+    def __init__(self, message: str, *, final: bool) -> None:
+        super().__init__(message)
+        self.final = final
+        """Whether the child itself is wrong, so that no change of the cluster helps."""
+
+
 class JobVersion(NamedTuple):
     """One line of a listing."""
 
@@ -46,7 +55,7 @@ class Cluster(Protocol):
         """Return the children that belong to exactly this QLoRAJob."""
 
     async def ensure(self, child: Manifest) -> None:
-        """Create a child, or bring a ConfigMap of ours up to date; NameTakenError when it belongs to something else."""
+        """Create a child, or bring a ConfigMap of ours up to date; NameTakenError or RefusedError when it cannot be."""
 
     async def patch(self, child: Manifest) -> None:
         """Server-side apply some fields of a child that exists."""

@@ -23,6 +23,9 @@ LONGEST_WAIT: Final = timedelta(days=3650)
 MAX_ATTEMPT_MESSAGE: Final = 4096
 """Bound of status.attempts[].message."""
 
+AT_ONCE: Final = timedelta(0)
+"""The next step waits for nothing but this one's record."""
+
 _LIVE: Final = {
     Phase.TRAINING: Reason.TRAINING,
     Phase.EVALUATING: Reason.EVALUATING,
@@ -76,7 +79,8 @@ def _lose(attempt: Attempt, now: datetime) -> Decision:
     if lost.number >= MAX_LOST_ATTEMPTS:
         again = f"{message}, as were {lost.number - 1} before it; see what deletes Jobs or pods in this namespace"
         return Decision(Phase.FAILED, Reason.POD_LOST, again, attempt=lost)
-    return Decision(Phase.PREPARING, Reason.POD_LOST, f"{message}; the run is prepared again", attempt=lost)
+    message = f"{message}; the run is prepared again"
+    return Decision(Phase.PREPARING, Reason.POD_LOST, message, attempt=lost, retry_after=AT_ONCE)
 
 
 def _follow_preparation(job: Job, prepare: ChildJob | None, number: int, now: datetime) -> Decision:
@@ -116,7 +120,7 @@ def _after_preparation(job: Job, prepared: Prepared, number: int) -> Decision:
     plan = _keep_plan(job, prepared)
     if job.status.plan != plan or job.status.output is None:
         message = "model, dataset and output were checked"
-        return Decision(Phase.SCHEDULING, Reason.PREPARED, message, plan=plan, prepared=prepared)
+        return Decision(Phase.SCHEDULING, Reason.PREPARED, message, plan=plan, prepared=prepared, retry_after=AT_ONCE)
     attempt = Attempt(number=number, job=train_job_name(job.ref.name, number))
     return Decision(
         Phase.SCHEDULING,

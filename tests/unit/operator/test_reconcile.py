@@ -10,8 +10,8 @@ from qlora_api import names
 from qlora_api.names import Phase, Reason
 from qlora_api.runconfig import RunConfig
 from qlora_api.v1alpha1 import Progress
-from qlora_operator.cluster.ports import ClusterBusyError
-from qlora_operator.reconcile import NAME_TAKEN_RETRY, Outcome, reconcile
+from qlora_operator.cluster.ports import ClusterBusyError, RefusedError
+from qlora_operator.reconcile import NAME_TAKEN_RETRY, REFUSED_RETRY, Outcome, reconcile
 from tests.fakes import CrashError, FakeCluster
 from tests.make import (
     INSTALLATION,
@@ -119,6 +119,61 @@ async def test_a_crash_after_any_write_changes_nothing(write: int) -> None:
     assert {event["reason"] for event in crashing.events.values()} == {
         event["reason"] for event in quiet.events.values()
     }
+
+
+async def lose_and_recover(cluster: FakeCluster) -> None:
+    """The training Job is deleted while it runs; what it published is found."""
+    await settle(cluster)
+    cluster.end_pod(PREPARE, 0, PREPARED_WORD)
+    await settle(cluster)
+    cluster.start_pod(TRAIN)
+    await settle(cluster)
+    cluster.pass_time(timedelta(minutes=10))
+    cluster.remove(TRAIN)
+    await settle(cluster)
+    published = make_prepared(published=make_result())
+    cluster.end_pod(PREPARE, 0, make_word(Reason.PREPARED, prepared=published))
+    await settle(cluster)
+
+
+@pytest.mark.parametrize("write", range(1, 26))
+async def test_a_crash_while_recovering_changes_nothing(write: int) -> None:
+    quiet, crashing = FakeCluster(), FakeCluster()
+    for fake in (quiet, crashing):
+        fake.submit(make_manifest())
+    crashing.crash_after = lambda number: number == write
+    await lose_and_recover(quiet)
+    await lose_and_recover(crashing)
+    assert without_times(crashing.status) == without_times(quiet.status)
+    assert quiet.status["reason"] == Reason.ALREADY_PUBLISHED
+    assert crashing.created.count(TRAIN) == quiet.created.count(TRAIN)
+    assert SECOND not in crashing.created
+
+
+async def test_an_impossible_child_fails_the_run(cluster: FakeCluster) -> None:
+    cluster.refusal = RefusedError("Job support-bot-prepare was refused: 422 Invalid", final=True)
+    await settle(cluster)
+    assert (cluster.status["phase"], cluster.status["reason"]) == ("Failed", "InvalidSpec")
+
+
+async def test_a_quota_is_waited_for(cluster: FakeCluster) -> None:
+    cluster.refusal = RefusedError("Job support-bot-prepare was refused: exceeded quota", final=False)
+    outcome = await once(cluster)
+    assert outcome.requeue == REFUSED_RETRY
+    assert (cluster.status["phase"], cluster.status["reason"]) == ("Pending", "PodRejected")
+    assert "exceeded quota" in cluster.status["message"]
+    cluster.refusal = None
+    await settle(cluster)
+    assert cluster.status["phase"] == "Preparing"
+
+
+async def test_steps_that_wait_for_nothing_ask_to_go_on(cluster: FakeCluster) -> None:
+    await settle(cluster)
+    cluster.end_pod(PREPARE, 0, PREPARED_WORD)
+    assert (await once(cluster)).requeue == timedelta(0)
+    assert ("Job", TRAIN) not in cluster.children
+    await once(cluster)
+    assert ("Job", TRAIN) in cluster.children
 
 
 async def test_a_published_result_is_not_trained_again(cluster: FakeCluster) -> None:

@@ -1,0 +1,80 @@
+"""kopf's side: what it may do, and what /healthz says."""
+
+import asyncio
+from datetime import timedelta
+from typing import cast
+
+import kopf
+import pytest
+
+from qlora_operator import handlers
+from qlora_operator.build import Installation
+from qlora_operator.cluster.api import Api
+from qlora_operator.runtime import STUCK_SECONDS, Runtime
+from qlora_operator.settings import Settings
+from qlora_operator.watch import OVERDUE_SECONDS
+from tests.make import REF
+
+
+@pytest.fixture
+async def runtime(monkeypatch: pytest.MonkeyPatch) -> Runtime:
+    """A runtime whose parts run, without a cluster."""
+    runtime = Runtime(Settings(Installation("trainer:1")), cast("Api", None))
+    monkeypatch.setattr(runtime.queue, "alive", lambda: True)
+    monkeypatch.setattr(runtime, "_resync", asyncio.get_running_loop().create_future())
+    return runtime
+
+
+async def probe(runtime: Runtime) -> str:
+    return await handlers.on_probe(kopf.Memo(runtime=runtime))
+
+
+async def test_a_healthy_operator(runtime: Runtime) -> None:
+    assert await probe(runtime) == "ok"
+
+
+async def test_a_dead_watch_is_told(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime.watch.expect(REF, "10")
+    later = asyncio.get_running_loop().time() + OVERDUE_SECONDS + 1
+    monkeypatch.setattr(runtime.watch, "_clock", lambda: later)
+    with pytest.raises(kopf.PermanentError, match="the watch is dead"):
+        await probe(runtime)
+
+
+async def test_stuck_work_is_told(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime.queue, "oldest_age", lambda: STUCK_SECONDS + 1)
+    with pytest.raises(kopf.PermanentError, match="work is stuck"):
+        await probe(runtime)
+
+
+async def test_a_dead_worker_is_told(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime.queue, "alive", lambda: False)
+    with pytest.raises(kopf.PermanentError, match="a worker has ended"):
+        await probe(runtime)
+
+
+async def test_our_own_write_needs_no_second_look(runtime: Runtime) -> None:
+    runtime._written[REF] = "10"
+    runtime.saw(REF, "10")
+    assert runtime.queue.depth == 0
+    runtime.saw(REF, "11")
+    assert runtime.queue.depth == 1
+
+
+async def test_a_child_s_event_is_its_owner_s_key(runtime: Runtime) -> None:
+    memo = kopf.Memo(runtime=runtime)
+    await handlers.on_child_event(namespace=REF.namespace, labels={"qlora.dev/job": REF.name}, memo=memo)
+    await handlers.on_child_event(namespace=REF.namespace, labels={}, memo=memo)
+    assert runtime.queue.depth == 1
+    await runtime.queue.drain(timedelta(0))
+
+
+def test_kopf_patches_posts_and_scans_nothing() -> None:
+    settings = kopf.OperatorSettings()
+    handlers.configure(settings)
+    registry = kopf.get_default_registry()
+    assert settings.scanning.disabled
+    assert not settings.posting.enabled
+    assert not list(registry._changing.get_all_handlers())
+    assert not list(registry._spawning.get_all_handlers())
+    assert set(settings.watching.label_selectors.values()) == {"app.kubernetes.io/managed-by=qlora-operator"}
