@@ -8,6 +8,7 @@ import sys
 import threading
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import pytest
 
@@ -64,15 +65,17 @@ def test_every_end_has_a_reason(error, reason):
     assert explain(error).reason == reason
 
 
+def arguments(command: str, folder: Path) -> list[str]:
+    settings = {"config": folder / "config.json", "work": folder / "work", "termination-message": folder / "word"}
+    return [command, *(f"--{name}={path}" for name, path in settings.items())]
+
+
 def test_a_failed_prepare_exits_1_with_reason_and_field(tmp_path):
     spec = make_spec("file:///nowhere", "file:///nowhere.jsonl", f"file://{tmp_path / 'output'}")
-    (tmp_path / "prepare.json").write_text(prepare_config(spec).model_dump_json(by_alias=True))
+    (tmp_path / "config.json").write_text(prepare_config(spec).model_dump_json(by_alias=True))
     before = signal.getsignal(signal.SIGTERM)
     try:
-        code = main(
-            ["prepare", "--config", str(tmp_path / "prepare.json"), "--work", str(tmp_path / "work")]
-            + ["--termination-message", str(tmp_path / "word")]
-        )
+        code = main(arguments("prepare", tmp_path))
     finally:
         signal.signal(signal.SIGTERM, before)
     word = LastWord.model_validate_json((tmp_path / "word").read_text())
@@ -81,10 +84,9 @@ def test_a_failed_prepare_exits_1_with_reason_and_field(tmp_path):
 
 
 def test_an_unreadable_configuration_is_our_fault(tmp_path):
-    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / "config.json").write_text("{}")
     done = subprocess.run(
-        [sys.executable, "-m", "qlora_trainer", "train", "--config", str(tmp_path / "run.json")]
-        + ["--work", str(tmp_path), "--termination-message", str(tmp_path / "word")],
+        [sys.executable, "-m", "qlora_trainer", *arguments("train", tmp_path)],
         capture_output=True,
         text=True,
         check=False,
@@ -106,7 +108,8 @@ def stop():
             thread.cancel()
 
 
-def test_sigterm_between_steps_stops_at_once(stop):
+@pytest.mark.usefixtures("stop")
+def test_sigterm_between_steps_stops_at_once():
     with pytest.raises(RunError) as caught:
         os.kill(os.getpid(), signal.SIGTERM)
     assert caught.value.reason == Reason.INTERRUPTED
