@@ -201,8 +201,8 @@ def test_an_evaluation_leaves_later_gradients_alone(model_folder):
 # torch's own word for the fault: the packed weights' kernel has no gradient.
 @pytest.mark.filterwarnings("ignore:bitsandbytes..gemv_4bit. an autograd kernel was not registered:UserWarning")
 def test_without_the_switch_an_evaluation_corrupts_gradients(model_folder, monkeypatch):
-    monkeypatch.setattr(model_module, "keep_weights_unpacked", lambda _: None)
     plain = gradients_after(model_folder, evaluate_between=False)
+    monkeypatch.setattr(model_module, "keep_weights_unpacked", lambda _: None)
     evaluated = gradients_after(model_folder, evaluate_between=True)
     assert not all(other is not None and torch.equal(one, other) for one, other in zip(plain, evaluated, strict=True))
 
