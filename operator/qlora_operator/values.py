@@ -113,6 +113,8 @@ class ChildJob:
     deleting: bool = False
     complete: bool = False
     failure: JobFailure | None = None
+    overdue: bool = False
+    """Its deadline has passed; Kubernetes is ending its pod, or has ended it."""
     pod: Pod | None = None
 
     @property

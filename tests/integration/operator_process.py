@@ -153,7 +153,7 @@ class Place:
             status = self.status(name)
             return status.get("phase") == phase and reason in {"", status.get("reason")}
 
-        wait_until(f"{name} {phase} {reason}, is {self.status(name)}", reached, timeout=30)
+        wait_until(f"{name} {phase} {reason}", reached, timeout=30)
         return self.status(name)
 
     def items(self, kind: str) -> list[dict[str, Any]]:
@@ -174,6 +174,23 @@ class Place:
 
         wait_until(f"pod of {job}", lambda: bool(pods()), timeout=30)
         return pods()[0]
+
+    def pod_name(self, job: str) -> str:
+        """Return the name of a Job's pod, whether it ends or not."""
+        selector = f"--selector=batch.kubernetes.io/job-name={job}"
+        return self.kubectl("get", "pods", selector, "--output=jsonpath={.items[0].metadata.name}")
+
+    def metadata(self, kind: str, name: str) -> dict[str, Any]:
+        """Return an object's metadata."""
+        return dict(self.cluster.get(kind, name, f"--namespace={self.namespace}")["metadata"])
+
+    def bind_pod(self, job: str) -> None:
+        """Play the scheduler: give the pod a node, which nobody has to own."""
+        pod = self.pod_of(job)
+        target = {"apiVersion": "v1", "kind": "Node", "name": "nowhere"}
+        binding = {"apiVersion": "v1", "kind": "Binding", "metadata": {"name": pod}, "target": target}
+        path = f"/api/v1/namespaces/{self.namespace}/pods/{pod}/binding"
+        self.cluster.kubectl("create", f"--raw={path}", "--filename=-", stdin=json.dumps(binding))
 
     def set_pod(self, job: str, phase: str, state: dict[str, Any]) -> None:
         """Play the kubelet: write what a container does."""

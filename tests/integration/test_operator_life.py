@@ -177,6 +177,25 @@ def test_a_failure_names_its_reason_and_its_remedy(place: Place) -> None:
 
 
 @pytest.mark.usefixtures("operator")
+def test_the_deadline_of_the_whole_run(place: Place) -> None:
+    place.submit(deadlines={"total": "1s"})
+    place.end_pod(PREPARE, 0, PREPARED_WORD)
+    assert "longer than 1 seconds" in place.wait_for("Failed", "DeadlineExceeded")["message"]
+
+
+@pytest.mark.usefixtures("operator")
+def test_a_pod_that_never_starts_gives_its_node_back(place: Place) -> None:
+    place.submit(deadlines={"startup": "5s"})
+    place.end_pod(PREPARE, 0, PREPARED_WORD)
+    place.bind_pod(TRAIN)
+    place.set_pod(TRAIN, "Pending", {"waiting": {"reason": "ImagePullBackOff", "message": "denied"}})
+    place.wait_for("Scheduling", "ImagePullFailed")
+    assert "denied" in place.wait_for("Failed", "ImagePullFailed")["message"]
+    pod = place.pod_name(TRAIN)
+    wait_until("the pod is told to end", lambda: "deletionTimestamp" in place.metadata("pod", pod), timeout=20)
+
+
+@pytest.mark.usefixtures("operator")
 def test_a_foreign_job_is_not_adopted(place: Place) -> None:
     place.kubectl("create", "job", PREPARE, "--image=mine", "--", "true")
     before = place.cluster.get("job", PREPARE, f"--namespace={place.namespace}")["metadata"]

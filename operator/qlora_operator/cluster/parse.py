@@ -2,13 +2,16 @@
 
 from collections.abc import Iterable, Mapping
 from datetime import datetime
-from typing import Any
+from typing import Any, Final
 
 from qlora_api import names
 from qlora_api.names import Role
 from qlora_operator.values import ChildJob, Exit, JobFailure, JobRef, Observation, Pod, RawJob, Waiting
 
 Json = Mapping[str, Any]
+
+_FAILING: Final = ("FailureTarget", "Failed")
+"""Conditions of a Job whose pods are being ended, and of one whose pods have ended."""
 
 
 def parse_time(text: str | None) -> datetime | None:
@@ -67,6 +70,7 @@ def parse_child(item: Json, pod: Pod | None) -> ChildJob:
         deleting="deletionTimestamp" in metadata,
         complete="Complete" in conditions,
         failure=_failure(failed) if failed else None,
+        overdue=any(conditions.get(kind, {}).get("reason") == "DeadlineExceeded" for kind in _FAILING),
         pod=pod,
     )
 

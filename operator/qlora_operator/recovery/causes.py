@@ -10,7 +10,6 @@ from qlora_api.names import Reason, Role
 from qlora_api.report import LastWord
 from qlora_operator.values import ChildJob, Exit, Pod, Stage, Verdict
 
-GOOD_ENDS: Final = frozenset({Reason.PREPARED, Reason.PUBLISHED})
 IMAGE_TROUBLE: Final = frozenset({"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull"})
 NEVER_RAN: Final = frozenset({"StartError", "ContainerCannotRun", "CreateContainerError"})
 SIGTERM_EXIT: Final = 128 + 15
@@ -36,9 +35,9 @@ def read_last_word(text: str) -> LastWord | None:
 
 
 def _said_by_trainer(_: Pod, end: Exit) -> Cause | None:
+    """A last word is true whatever the exit code: a SIGTERM after the publication takes nothing back."""
     word = read_last_word(end.message)
-    good = word is not None and word.reason in GOOD_ENDS
-    return Cause(word.reason, word.message) if word and good is (end.code == 0) else None
+    return Cause(word.reason, word.message) if word else None
 
 
 def _out_of_memory(_: Pod, end: Exit) -> Cause | None:
@@ -87,10 +86,10 @@ def cause_of_exit(pod: Pod, end: Exit) -> Cause:
 def judge(child: ChildJob, startup: timedelta, now: datetime) -> Verdict:
     """Say how far a child Job is, and why it ended if it did."""
     if child.pod is not None and child.pod.exit is not None:
-        return _judge_exit(child.pod, child.pod.exit)
+        return _judge_exit(child, child.pod, child.pod.exit)
     if child.pod is not None and child.pod.phase == "Failed":
         return _judge_refusal(child.pod)
-    if child.failure is not None and child.failure.reason == "DeadlineExceeded":
+    if child.overdue and child.finished:
         return _ended(Reason.DEADLINE_EXCEEDED, _deadline_message(child))
     if child.finished:
         return Verdict(Stage.LOST, Reason.POD_LOST, f"the pod of Job {child.name} is gone, and with it its last word")
@@ -103,8 +102,10 @@ def _ended(reason: Reason, message: str) -> Verdict:
     return Verdict(Stage.ENDED, reason, message)
 
 
-def _judge_exit(pod: Pod, end: Exit) -> Verdict:
+def _judge_exit(child: ChildJob, pod: Pod, end: Exit) -> Verdict:
     cause = cause_of_exit(pod, end)
+    if child.overdue and cause.reason is Reason.INTERRUPTED:
+        return _ended(Reason.DEADLINE_EXCEEDED, _deadline_message(child))
     return Verdict(Stage.ENDED, cause.reason, cause.message, read_last_word(end.message))
 
 

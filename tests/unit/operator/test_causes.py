@@ -33,7 +33,7 @@ def ended(end: Exit, **pod: Any) -> ChildJob:
             "no",
             id="word-in-log",
         ),
-        pytest.param(ended(make_exit(1, PUBLISHED_WORD)), Reason.TRAINER_ERROR, "exit code 1", id="good-word-bad-exit"),
+        pytest.param(ended(make_exit(143, PUBLISHED_WORD)), Reason.PUBLISHED, "", id="stopped-after-the-publication"),
         pytest.param(ended(make_exit(0, "")), Reason.TRAINER_ERROR, "without a last word", id="good-exit-no-word"),
         pytest.param(ended(make_exit(137, "", "OOMKilled")), Reason.HOST_OUT_OF_MEMORY, "memory", id="oom"),
         pytest.param(ended(make_exit(143)), Reason.INTERRUPTED, "asked to stop", id="sigterm"),
@@ -59,10 +59,16 @@ def ended(end: Exit, **pod: Any) -> ChildJob:
             id="kubelet-refuses",
         ),
         pytest.param(
-            make_child(pod=None, failure=JobFailure("DeadlineExceeded", "too long")),
+            make_child(pod=None, failure=JobFailure("DeadlineExceeded", "too long"), overdue=True),
             Reason.DEADLINE_EXCEEDED,
             "86400 seconds",
             id="deadline",
+        ),
+        pytest.param(
+            make_child(pod=make_pod(exit=make_exit(143)), overdue=True),
+            Reason.DEADLINE_EXCEEDED,
+            "86400 seconds",
+            id="deadline-while-the-pod-ends",
         ),
         pytest.param(
             make_child(pod=None, created_at=LONG_AGO), Reason.POD_REJECTED, "quota", id="pod-is-never-created"
