@@ -53,11 +53,12 @@ def load_trainer() -> Trainer:
     if missing := [name for name in ("torch", "transformers", "peft") if find_spec(name) is None]:
         raise NoTrainerError(f"{', '.join(missing)} is not installed; run pip install 'qlora-operator[cli,trainer]'")
     from qlora_trainer.__main__ import configure_libraries  # noqa: PLC0415 (part of another installation)
-    from qlora_trainer.prepare import prepare  # noqa: PLC0415 (as above)
     from qlora_trainer.work import default_work  # noqa: PLC0415 (as above)
 
     quieten_libraries()
     configure_libraries(default_work())
+    from qlora_trainer.prepare import prepare  # noqa: PLC0415 (its libraries read their settings when imported)
+
     return Trainer(_cuda_available, prepare, _run)
 
 
