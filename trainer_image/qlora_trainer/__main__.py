@@ -105,10 +105,10 @@ def prepare_word(options: argparse.Namespace) -> LastWord:
 
 def train_word(options: argparse.Namespace, stop: StopFlag) -> LastWord:
     """Train, and return the result as the last word."""
+    config = RunConfig.model_validate_json(options.config.read_text())
     from qlora_trainer.progress import HttpSink, LogSink, ProgressSink, Sinks  # noqa: PLC0415 (as above)
     from qlora_trainer.run import run  # noqa: PLC0415 (as above)
 
-    config = RunConfig.model_validate_json(options.config.read_text())
     sinks: list[ProgressSink] = [LogSink()]
     http = HttpSink.from_environment()
     if http is not None:
