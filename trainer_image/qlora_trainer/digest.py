@@ -11,11 +11,14 @@ _DIGITS: Final = 16
 
 
 def result_digest(spec: QLoRAJobSpec, model: ModelStatus, dataset: DataStatus) -> str:
-    """Return 16 hex digits; output, resources, names and deadlines do not change a result and are left out."""
+    """Return 16 hex digits; what does not change a result is left out.
+
+    Output, resources, names and deadlines do not; where the held-out rows lie does not either, only which they are,
+    and the dataset's digest covers them.
+    """
     decisive = {
         "model": {"uri": model.uri, "commit": model.commit},
         "dataset": {"digest": dataset.digest, "format": dataset.format},
-        "evaluation": spec.dataset.evaluation.model_dump(mode="json"),
         "method": spec.method,
         "quantization": spec.quantization.model_dump(mode="json"),
         "lora": spec.lora.model_dump(mode="json"),

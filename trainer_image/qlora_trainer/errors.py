@@ -23,7 +23,7 @@ def explain(error: BaseException) -> RunError:
     if type(error).__name__ == "OutOfMemoryError":
         return RunError(Reason.CUDA_OUT_OF_MEMORY, f"spec.training.microBatchSize or maxLength is too high: {error}")
     if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
-        return RunError(Reason.HOST_OUT_OF_MEMORY, f"spec.resources.memory is too low: {error or 'MemoryError'}")
+        return RunError(Reason.HOST_OUT_OF_MEMORY, f"spec.resources.memory is too low: {str(error) or 'MemoryError'}")
     where = traceback.extract_tb(error.__traceback__)
     place = f" ({where[-1].name}, line {where[-1].lineno})" if where else ""
     return RunError(Reason.TRAINER_ERROR, f"{type(error).__name__}: {error}{place}")

@@ -7,9 +7,11 @@ from typing import Any, Final
 import torch
 from transformers import GenerationConfig
 
+from qlora_api.names import Reason
 from qlora_api.report import Sample
 from qlora_api.v1alpha1 import Metrics
 from qlora_trainer.batches import make_batch, micro_batches
+from qlora_trainer.errors import RunError
 from qlora_trainer.model import Tuned
 from qlora_trainer.tokens import TokenRow, prompt_ids
 
@@ -27,6 +29,11 @@ def evaluate(tuned: Tuned, rows: Sequence[TokenRow], loss: str, micro_batch: int
         batch_loss, batch_correct = tuned.statistics(batch)
         total, correct, labels = total + batch_loss, correct + batch_correct, labels + len(batch.labels)
     mean = total / labels
+    if not math.isfinite(mean):
+        raise RunError(
+            Reason.NON_FINITE_LOSS,
+            f"the loss on the held-out rows is {mean}; lower spec.training.learningRate, or check the dataset",
+        )
     return Metrics(loss=mean, perplexity=math.exp(min(mean, 700.0)), token_accuracy=correct / labels)
 
 
