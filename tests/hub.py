@@ -32,15 +32,16 @@ class HubStandIn:
     Models have ids like `organisation/name`; data sets `datasets/organisation/name`.
     """
 
-    def __init__(self, repositories: Mapping[str, Repository]) -> None:
+    def __init__(self, repositories: Mapping[str, Repository], address: str = "127.0.0.1") -> None:
         self.repositories = dict(repositories)
         self.requests: list[str] = []
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._make_handler())
+        self._server = ThreadingHTTPServer((address, 0), self._make_handler())
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
 
     @property
     def endpoint(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_address[1]}"
+        host, port = self._server.server_address[:2]
+        return f"http://{host!s}:{port}"
 
     def __enter__(self) -> Self:
         self._thread.start()

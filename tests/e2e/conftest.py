@@ -27,6 +27,7 @@ class Installation:
     """A cluster with the operator on it, and what tests ask of it."""
 
     cluster: Cluster
+    operator_image: str
     trainer_image: str
 
     def make_namespace(self, name: str) -> str:
@@ -117,7 +118,7 @@ def installation(cluster: Cluster) -> Installation:
     }
     cluster.helm("upgrade", "--install", RELEASE, ROOT / "charts/qlora-operator", *release_flags(values))
     cluster.kubectl("wait", "--for=condition=Established", "crd/qlorajobs.qlora.dev", "--timeout=30s")
-    return Installation(cluster, trainer)
+    return Installation(cluster, operator, trainer)
 
 
 @pytest.fixture(autouse=True)

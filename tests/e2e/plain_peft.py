@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+BATCH = 8
 base_folder, adapter_folder, held_out = sys.argv[1:]
 tokenizer = AutoTokenizer.from_pretrained(base_folder)
 quantization = BitsAndBytesConfig(
@@ -28,18 +29,29 @@ for module in base.modules():
 model = PeftModel.from_pretrained(base, adapter_folder).eval()
 
 
+def to_tokens(row: dict[str, str]) -> tuple[list[int], list[int]]:
+    prompt = tokenizer(f"### Instruction:\n{row['instruction']}\n\n### Response:\n").input_ids
+    answer = tokenizer(row["response"], add_special_tokens=False).input_ids
+    return prompt, [*answer, tokenizer.eos_token_id]
+
+
 def held_out_loss() -> tuple[float, int]:
-    """Mean cross-entropy over the answers' tokens, one row at a time, and how many there are."""
+    """Mean cross-entropy over the answers' tokens, and how many there are; padded as in any tutorial."""
+    rows = [to_tokens(json.loads(line)) for line in Path(held_out).read_text(encoding="utf-8").splitlines()]
     total, count = 0.0, 0
-    for line in Path(held_out).read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        prompt = tokenizer(f"### Instruction:\n{row['instruction']}\n\n### Response:\n").input_ids
-        answer = [*tokenizer(row["output"], add_special_tokens=False).input_ids, tokenizer.eos_token_id]
-        ids = torch.tensor([prompt + answer])
+    for start in range(0, len(rows), BATCH):
+        batch = rows[start : start + BATCH]
+        width = max(len(prompt) + len(answer) for prompt, answer in batch)
+        ids, labels = torch.zeros(len(batch), width, dtype=torch.long), torch.full((len(batch), width), -100)
+        for line, (prompt, answer) in enumerate(batch):
+            ids[line, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
+            labels[line, len(prompt) : len(prompt) + len(answer)] = torch.tensor(answer)
+        mask = torch.tensor([[1] * len(p + a) + [0] * (width - len(p + a)) for p, a in batch])
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float()
-        total += torch.nn.functional.cross_entropy(logits, ids[0, len(prompt) :], reduction="sum").item()
-        count += len(answer)
+            logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
+        wanted = labels[:, 1:].flatten()
+        total += torch.nn.functional.cross_entropy(logits.flatten(0, 1), wanted, reduction="sum").item()
+        count += int((wanted != -100).sum())
     return total / count, count
 
 

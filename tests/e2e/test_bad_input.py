@@ -8,7 +8,7 @@ from tests.cluster.addresses import free_ports
 from tests.cluster.binaries import binary
 from tests.cluster.network import GATEWAY
 from tests.e2e.conftest import Installation, manifest_of
-from tests.hub import HubStandIn
+from tests.hub import HubStandIn, Repository
 
 NAMESPACE: Final = "bad-input"
 MODEL_FILES: Final = "models--example--pickled"
@@ -109,8 +109,9 @@ def assert_refused(installation: Installation, name: str, reason: str, fragments
 
 
 def test_a_gated_model(submitted: Installation):
-    """The hub says 401 without, and 403 with a token that has not accepted the licence."""
-    with HubStandIn(address=GATEWAY, gated={"example/gated"}) as hub:
+    """The hub refuses who brings no token, and who brings one that has not accepted the licence."""
+    gated = Repository({"config.json": b"{}", "model.safetensors": b""}, token="hf_accepted")
+    with HubStandIn({"example/gated": gated}, GATEWAY) as hub:
         submitted.configure({"platform.hub.mirror": "", "platform.hub.endpoint": hub.endpoint})
         try:
             secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "hf-token", "namespace": NAMESPACE}}

@@ -26,6 +26,8 @@ MAX_ATTEMPT_MESSAGE: Final = 4096
 AT_ONCE: Final = timedelta(0)
 """The next step waits for nothing but this one's record."""
 
+_PREPARATION_DONE: Final = frozenset({Reason.PREPARED, Reason.ALREADY_PUBLISHED})
+"""Last words with which a preparation succeeds."""
 _LIVE: Final = {
     Phase.TRAINING: Reason.TRAINING,
     Phase.EVALUATING: Reason.EVALUATING,
@@ -94,7 +96,7 @@ def _follow_preparation(job: Job, prepare: ChildJob | None, number: int, now: da
         message = verdict.message or "model, dataset and output are being checked"
         return Decision(Phase.PREPARING, verdict.reason, message, recheck_at=verdict.recheck_at)
     prepared = verdict.word.prepared if verdict.word else None
-    if verdict.reason is not Reason.PREPARED or prepared is None:
+    if verdict.reason not in _PREPARATION_DONE or prepared is None:
         return _fail(verdict)
     return _after_preparation(job, prepared, number)
 
@@ -106,7 +108,7 @@ def startup_of(job: Job) -> timedelta:
 
 def _fail(verdict: Verdict) -> Decision:
     """End the run; a good reason without its facts is the trainer's mistake."""
-    if verdict.reason in {Reason.PREPARED, Reason.PUBLISHED}:
+    if verdict.reason in {*_PREPARATION_DONE, Reason.PUBLISHED}:
         return Decision(Phase.FAILED, Reason.TRAINER_ERROR, f"the last word {verdict.reason} came without its facts")
     return Decision(Phase.FAILED, verdict.reason, verdict.message)
 

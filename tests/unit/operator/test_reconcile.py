@@ -132,7 +132,7 @@ async def lose_and_recover(cluster: FakeCluster) -> None:
     cluster.remove(TRAIN)
     await settle(cluster)
     published = make_prepared(published=make_result())
-    cluster.end_pod(PREPARE, 0, make_word(Reason.PREPARED, prepared=published))
+    cluster.end_pod(PREPARE, 0, make_word(Reason.ALREADY_PUBLISHED, prepared=published))
     await settle(cluster)
 
 
@@ -219,7 +219,7 @@ async def test_a_vanished_pod_of_a_finished_job_is_prepared_again(cluster: FakeC
     assert cluster.status["attempts"][0]["reason"] == "PodLost"
     assert ("Job", PREPARE) in cluster.children
     assert ("Job", TRAIN) not in cluster.children
-    cluster.end_pod(PREPARE, 0, make_word(Reason.PREPARED, prepared=make_prepared(published=make_result())))
+    cluster.end_pod(PREPARE, 0, make_word(Reason.ALREADY_PUBLISHED, prepared=make_prepared(published=make_result())))
     await settle(cluster)
     assert (cluster.status["phase"], cluster.status["reason"]) == ("Succeeded", "AlreadyPublished")
 
