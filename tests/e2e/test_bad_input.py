@@ -29,7 +29,7 @@ CASES: Final[dict[str, tuple[dict[str, Any], str, tuple[str, ...]]]] = {
     "empty-dataset": (
         {"dataset": {"uri": "s3://quickstart/empty.jsonl"}},
         "DatasetEmpty",
-        ("spec.dataset.uri", "s3://quickstart/empty.jsonl"),
+        ("spec.dataset.uri", "the file has no rows"),
     ),
     "missing-model": (
         {"model": {"uri": "hf://HuggingFaceTB/NoSuchModel"}},

@@ -28,8 +28,8 @@ def finished(installation: Installation) -> dict[str, Any]:
     lines: dict[str, str] = {}
     deadline = time.monotonic() + 900
     while time.monotonic() < deadline:
-        wide = kubectl("get", "qlj", f"--namespace={NAMESPACE}", "--output=wide")
-        lines[wide.splitlines()[1].split("hf://")[0]] = kubectl("get", "qlj", f"--namespace={NAMESPACE}")
+        line = kubectl("get", "qlj", f"--namespace={NAMESPACE}", "--no-headers").rstrip()
+        lines.setdefault(line.rpartition(" ")[0].rstrip(), line)
         status = installation.job(NAME, NAMESPACE)["status"]
         if any(each["type"] == "Finished" and each["status"] == "True" for each in status.get("conditions", ())):
             break
@@ -42,7 +42,7 @@ def finished(installation: Installation) -> dict[str, Any]:
 def write_transcript(installation: Installation, gets: list[str]) -> None:
     kubectl = installation.cluster.kubectl
     TRANSCRIPT.mkdir(parents=True, exist_ok=True)
-    (TRANSCRIPT / "get-watch.txt").write_text("".join(gets), encoding="utf-8")
+    (TRANSCRIPT / "get-watch.txt").write_text("\n".join(gets), encoding="utf-8")
     for name, words in {
         "get.txt": ("get", "qlj", f"--namespace={NAMESPACE}"),
         "get-wide.txt": ("get", "qlj", f"--namespace={NAMESPACE}", "--output=wide"),

@@ -120,7 +120,9 @@ def to_example(row: Mapping[str, Any], row_format: RowFormat) -> Example:
     if len(answers) == 2:
         raise RowError("has both 'output' and 'response'; keep one")
     instruction = _text(row, "instruction")
-    return Example(render_instruction(instruction, _optional_text(row, "input")), _text(row, (*answers, "output")[0]))
+    if not answers:
+        raise RowError("field 'response' (or 'output') is missing")
+    return Example(render_instruction(instruction, _optional_text(row, "input")), _text(row, answers[0]))
 
 
 def render_instruction(instruction: str, context: str = "") -> str:

@@ -122,7 +122,7 @@ def test_broken_rows_are_found_before_the_model_is_looked_at(places, tmp_path):
     rows = write_rows(tmp_path / "broken.jsonl", [*instruction_rows(4), {"instruction": "x"}])
     error = refused(make_spec("file:///nowhere", rows, places[2]), tmp_path)
     assert error.reason == Reason.DATASET_INVALID
-    assert "row 5: field 'output' is missing" in error.message
+    assert "row 5: field 'response' (or 'output') is missing" in error.message
 
 
 def test_prompts_that_leave_no_room_for_an_answer(places, tmp_path):

@@ -24,7 +24,7 @@ def load(tmp_path: Path, content: str | bytes, wanted: str = "auto", limit: int 
     [
         pytest.param(GOOD + "\n{oops\n", "row 2: broken JSON at column 2", id="broken"),
         pytest.param(GOOD + "\n\n\n[1]\n", "row 4: is a JSON list, not an object", id="blank-lines-count"),
-        pytest.param(GOOD + '\n{"instruction": "x"}', "row 2: field 'output' is missing", id="missing"),
+        pytest.param(GOOD + '\n{"instruction": "x"}', "row 2: field 'response' (or 'output') is missing", id="missing"),
         pytest.param(GOOD + '\n{"instruction": " ", "output": "y"}', "row 2: field 'instruction' is empty", id="empty"),
         pytest.param(GOOD + '\n{"instruction": "x", "output": 7}', "field 'output' is a JSON int", id="no-string"),
         pytest.param(GOOD + '\n{"instruction": "x", "output": null}', "is a JSON NoneType", id="null"),
