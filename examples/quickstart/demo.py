@@ -1,5 +1,6 @@
 """Trains, evaluates and publishes the quickstart's adapter on this computer: `make demo`."""
 
+import shutil
 import textwrap
 from pathlib import Path
 from typing import Final
@@ -52,7 +53,8 @@ def local_changes() -> list[str]:
 def command(changes: list[str]) -> str:
     """Return what to type for a run with these changes."""
     options = "".join(f" \\\n  --set {change}" for change in changes)
-    return f"qlora run examples/quickstart/job.yaml \\\n  --hub-mirror {short(DEFAULT_MIRROR)}{options}"
+    program = "qlora" if shutil.which("qlora") else ".venv/bin/qlora"
+    return f"{program} run examples/quickstart/job.yaml \\\n  --hub-mirror {short(DEFAULT_MIRROR)}{options}"
 
 
 def short(path: Path) -> str:
