@@ -15,6 +15,8 @@ from tests.cluster.images import build_image
 
 ROOT: Final = Path(__file__).parents[2]
 QUICKSTART: Final = ROOT / "examples/quickstart"
+TRANSCRIPT: Final = ROOT / "out/e2e"
+"""What a user would have seen; the README's outputs are taken from here."""
 OPERATOR_NAMESPACE: Final = "qlora-system"
 RELEASE: Final = "qlora-operator"
 RESTRICTED: Final = {"pod-security.kubernetes.io/enforce": "restricted"}

@@ -7,7 +7,7 @@ import pytest
 from tests.cluster.addresses import free_ports
 from tests.cluster.binaries import binary
 from tests.cluster.network import GATEWAY
-from tests.e2e.conftest import Installation, manifest_of
+from tests.e2e.conftest import TRANSCRIPT, Installation, manifest_of
 from tests.hub import HubStandIn, Repository
 
 NAMESPACE: Final = "bad-input"
@@ -102,6 +102,8 @@ def assert_refused(installation: Installation, name: str, reason: str, fragments
     conditions = {each["type"]: each for each in job["status"]["conditions"]}
     assert conditions["Succeeded"]["status"] == "False"
     assert conditions["Stalled"]["status"] == "True"
+    TRANSCRIPT.mkdir(parents=True, exist_ok=True)
+    (TRANSCRIPT / f"{name}.txt").write_text(job["status"]["message"], encoding="utf-8")
     assert conditions["Finished"]["reason"] == reason, conditions["Finished"]["message"]
     for fragment in fragments:
         assert fragment in conditions["Finished"]["message"]

@@ -11,12 +11,10 @@ from typing import Any, Final
 import pytest
 
 from examples.quickstart.make_model import make_model
-from tests.e2e.conftest import QUICKSTART, ROOT, Installation
+from tests.e2e.conftest import QUICKSTART, TRANSCRIPT, Installation
 
 NAMESPACE: Final = "ml"
 NAME: Final = "quickstart"
-TRANSCRIPT: Final = ROOT / "out/e2e"
-"""What a user would have seen; the README's outputs are taken from here."""
 
 
 @pytest.fixture(scope="module")
