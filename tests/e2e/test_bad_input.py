@@ -119,10 +119,10 @@ def test_a_gated_model(submitted: Installation):
             secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "hf-token", "namespace": NAMESPACE}}
             submitted.cluster.apply({**secret, "stringData": {"HF_TOKEN": "hf_refused"}})
             model = {"uri": "hf://example/gated"}
-            submitted.submit(manifest_of("gated-no-token", NAMESPACE, model=model))
-            submitted.submit(
-                manifest_of("gated-refused", NAMESPACE, model={**model, "secretRef": {"name": "hf-token"}})
-            )
+            with_token = {**model, "secretRef": {"name": "hf-token"}}
+            gpu = {"gpusPerNode": 1}
+            submitted.submit(manifest_of("gated-no-token", NAMESPACE, model=model, resources=gpu))
+            submitted.submit(manifest_of("gated-refused", NAMESPACE, model=with_token, resources=gpu))
             for name in ("gated-no-token", "gated-refused"):
                 assert_refused(submitted, name, "GatedModelNoAccess", ("spec.model", "example/gated"))
         finally:

@@ -4,43 +4,56 @@ import hashlib
 import json
 import subprocess
 import sys
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
 
 from examples.quickstart.make_model import make_model
-from tests.e2e.conftest import QUICKSTART, TRANSCRIPT, Installation
+from tests.cluster.binaries import binary
+from tests.e2e.conftest import QUICKSTART, TRANSCRIPT, Installation, wait_for
 
 NAMESPACE: Final = "ml"
 NAME: Final = "quickstart"
+TRAINING_SECONDS: Final = 800
+"""Four times what the job takes on two cores."""
+WATCH: Final = TRANSCRIPT / "get-watch.txt"
 
 
 @pytest.fixture(scope="module")
 def finished(installation: Installation) -> dict[str, Any]:
-    """The quickstart's QLoRAJob after its end; on the way, every change of its line is written down."""
+    """The quickstart's QLoRAJob after its end, watched on the way as a user would."""
     installation.make_namespace(NAMESPACE)
     kubectl = installation.cluster.kubectl
-    kubectl("apply", f"--namespace={NAMESPACE}", "--filename", str(QUICKSTART / "job.yaml"))
-    lines: dict[str, str] = {}
-    deadline = time.monotonic() + 900
-    while time.monotonic() < deadline:
-        line = kubectl("get", "qlj", f"--namespace={NAMESPACE}", "--no-headers").rstrip()
-        lines.setdefault(line.rpartition(" ")[0].rstrip(), line)
-        status = installation.job(NAME, NAMESPACE)["status"]
-        if any(each["type"] == "Finished" and each["status"] == "True" for each in status.get("conditions", ())):
-            break
-        time.sleep(1)
-    job = installation.wait_until_finished(NAME, NAMESPACE, 10)
-    write_transcript(installation, list(lines.values()))
+    with watched(installation):
+        kubectl("apply", f"--namespace={NAMESPACE}", "--filename", str(QUICKSTART / "job.yaml"))
+        job = installation.wait_until_finished(NAME, NAMESPACE, TRAINING_SECONDS)
+        wait_for("the watch to see the end", lambda: "Succeeded" in read_watch() or "Failed" in read_watch(), 20)
+    write_transcript(installation)
     return job
 
 
-def write_transcript(installation: Installation, gets: list[str]) -> None:
-    kubectl = installation.cluster.kubectl
+@contextmanager
+def watched(installation: Installation) -> Iterator[None]:
+    """Keep what `kubectl get --watch` prints."""
     TRANSCRIPT.mkdir(parents=True, exist_ok=True)
-    (TRANSCRIPT / "get-watch.txt").write_text("\n".join(gets), encoding="utf-8")
+    kubeconfig = f"--kubeconfig={installation.cluster.kubeconfig}"
+    command = [binary("kubectl"), kubeconfig, "get", "qlj", f"--namespace={NAMESPACE}", "--watch"]
+    with WATCH.open("w") as file, subprocess.Popen(command, stdout=file) as process:
+        try:
+            yield
+        finally:
+            process.terminate()
+
+
+def read_watch() -> str:
+    return WATCH.read_text(encoding="utf-8")
+
+
+def write_transcript(installation: Installation) -> None:
+    kubectl = installation.cluster.kubectl
     for name, words in {
         "get.txt": ("get", "qlj", f"--namespace={NAMESPACE}"),
         "get-wide.txt": ("get", "qlj", f"--namespace={NAMESPACE}", "--output=wide"),
@@ -81,7 +94,7 @@ def test_it_succeeds(finished):
 
 @pytest.mark.usefixtures("finished")
 def test_the_user_saw_it_move():
-    seen = (TRANSCRIPT / "get-watch.txt").read_text(encoding="utf-8")
+    seen = read_watch()
     for phase in ("Preparing", "Training", "Succeeded"):
         assert phase in seen
     percents = [int(word[:-1]) for word in seen.split() if word.endswith("%")]
