@@ -1,5 +1,6 @@
 """The folder of a job's results, <output.uri>/<job>, and the manifests in it."""
 
+import json
 from typing import Final
 
 from qlora_api.report import Manifest
@@ -22,3 +23,8 @@ def find_manifest(output: Store, digest: str) -> Manifest | None:
     """Return the manifest of a published result."""
     path = f"{digest}/{MANIFEST}"
     return Manifest.model_validate_json(output.read(path)) if output.exists(path) else None
+
+
+def point_latest(output: Store, digest: str, prefix: str) -> None:
+    """Let the job's pointer name the manifest of its newest result."""
+    output.put(LATEST, json.dumps({"digest": digest, "manifest": f"{prefix}/{MANIFEST}"}).encode())

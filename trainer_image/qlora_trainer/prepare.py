@@ -12,7 +12,7 @@ from qlora_api.runconfig import PrepareConfig
 from qlora_api.v1alpha1 import DataStatus, ModelStatus, QLoRAJobSpec
 from qlora_trainer.digest import result_digest
 from qlora_trainer.errors import RunError
-from qlora_trainer.output import find_manifest, open_output
+from qlora_trainer.output import find_manifest, open_output, point_latest
 from qlora_trainer.rows import Example, RowFormat, digest_of, load_examples, split, without
 from qlora_trainer.secrets import Secrets, load_secrets
 from qlora_trainer.snapshot import Places, Snapshot, text_files, weight_files
@@ -47,6 +47,8 @@ def prepare(
     prepared = _name_result(output, spec, model, dataset)
     if prepared.published is None:
         store_rows(output, prepared, learned, examined)
+    else:
+        point_latest(output, prepared.digest, prepared.prefix)
     note(f"prepared {prepared.prefix}")
     return prepared
 

@@ -5,11 +5,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
+from qlora_api.names import Reason
 from qlora_api.report import Manifest, ManifestFile, RunReport
 from qlora_api.result import Result
 from qlora_api.runconfig import RunConfig
 from qlora_trainer.chart import draw_loss
-from qlora_trainer.output import LATEST, MANIFEST, find_manifest
+from qlora_trainer.errors import RunError
+from qlora_trainer.output import MANIFEST, find_manifest, point_latest
 from qlora_trainer.report import render_html
 from qlora_trainer.store import AlreadyThereError, Store, sha256_of
 
@@ -53,20 +55,55 @@ def write_report(report: RunReport, folder: Path) -> None:
 def publish(output: Store, config: RunConfig, result: Result, folder: Path, now: datetime) -> Result:
     """Upload a folder and then its manifest; whoever published this digest first is right."""
     digest = config.prepared.digest
-    if (first := find_manifest(output, digest)) is not None:
-        return first.result
-    files = describe_files(folder)
-    for file in files:
-        output.put(f"{digest}/{file.path}", folder / file.path)
+    published = find_manifest(output, digest) or _upload_all(output, config, result, folder, now)
+    point_latest(output, digest, config.prepared.prefix)
+    return published.result
+
+
+def _upload_all(output: Store, config: RunConfig, result: Result, folder: Path, now: datetime) -> Manifest:
+    """Return the manifest that is there in the end: this publisher's, or that of somebody faster."""
+    files, digest = describe_files(folder), config.prepared.digest
+    if not _upload(output, digest, files, folder):
+        # A crashed attempt left other files there, or somebody is publishing right now: their manifest must stay true.
+        place = _own_place(files)
+        files, result = _moved_files(files, place), _moved_result(result, f"{config.prepared.prefix}/{place}")
+        if not _upload(output, digest, files, folder, place):
+            where = f"{config.prepared.prefix}/{place}"
+            raise RunError(
+                Reason.UPLOAD_FAILED, f"spec.output.uri: {where} holds files that nobody uploaded; remove it"
+            )
     manifest = build_manifest(config, result, files, now)
     try:
         output.put(f"{digest}/{MANIFEST}", _json_of(manifest), if_none_match=True)
     except AlreadyThereError:
-        # Somebody was faster with the same inputs; on the same kind of device the files are identical.
-        published = find_manifest(output, digest)
-        return published.result if published else result
-    output.put(LATEST, json.dumps({"digest": digest, "manifest": f"{config.prepared.prefix}/{MANIFEST}"}).encode())
-    return result
+        return find_manifest(output, digest) or manifest
+    return manifest
+
+
+def _upload(output: Store, digest: str, files: tuple[ManifestFile, ...], folder: Path, place: str = "") -> bool:
+    """Upload files without ever replacing one; False where there is one with another content."""
+    for file in files:
+        path = f"{digest}/{file.path}"
+        try:
+            output.put(path, folder / file.path.removeprefix(f"{place}/"), if_none_match=True)
+        except AlreadyThereError:
+            if output.sha256(path) != file.sha256:
+                return False
+    return True
+
+
+def _own_place(files: tuple[ManifestFile, ...]) -> str:
+    """Return a folder's name that depends on the files' content, so that no two publishers disagree about it."""
+    listing = "\n".join(f"{file.sha256} {file.path}" for file in files)
+    return sha256_of(listing.encode())[:16]
+
+
+def _moved_files(files: tuple[ManifestFile, ...], place: str) -> tuple[ManifestFile, ...]:
+    return tuple(file.model_copy(update={"path": f"{place}/{file.path}"}) for file in files)
+
+
+def _moved_result(result: Result, prefix: str) -> Result:
+    return result.model_copy(update={"adapter": f"{prefix}/{ADAPTER}", "report": f"{prefix}/{REPORT}"})
 
 
 def describe_files(folder: Path) -> tuple[ManifestFile, ...]:

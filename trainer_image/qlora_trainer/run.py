@@ -10,7 +10,7 @@ from qlora_trainer import stages
 from qlora_trainer.architecture import load_tokenizer
 from qlora_trainer.evaluate import generate_samples
 from qlora_trainer.interrupt import StopFlag
-from qlora_trainer.output import find_manifest, open_output
+from qlora_trainer.output import find_manifest, open_output, point_latest
 from qlora_trainer.pace import Pace
 from qlora_trainer.progress import ProgressSink
 from qlora_trainer.publish import publish, write_adapter, write_report
@@ -32,6 +32,7 @@ def run(
     places = Places(config.platform, secrets or load_secrets(config.spec, config.namespace))
     output = open_output(places, config.spec, config.job)
     if (published := find_manifest(output, config.prepared.digest)) is not None:
+        point_latest(output, config.prepared.digest, config.prepared.prefix)
         return published.result
     pace = Pace(sink, config.plan.total_steps)
     pace.enter(Phase.TRAINING)

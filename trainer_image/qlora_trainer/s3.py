@@ -144,6 +144,12 @@ class S3Store:
             return False
         return True
 
+    def sha256(self, path: str) -> str:
+        """Return the SHA-256 that an object was written with, empty where the server kept none."""
+        with self._translated(path):
+            head = self._client.head_object(Bucket=self._bucket, Key=self._key(path))
+        return str(head.get("Metadata", {}).get(_DIGEST_METADATA, ""))
+
     def delete(self, path: str) -> None:
         """Remove an object."""
         with self._translated(path):

@@ -80,6 +80,9 @@ class Store(Protocol):
     def exists(self, path: str) -> bool:
         """Return whether there is such an object."""
 
+    def sha256(self, path: str) -> str:
+        """Return the SHA-256 that an object was written with, empty where the server kept none."""
+
     def delete(self, path: str) -> None:
         """Remove an object; a missing one is fine."""
 
@@ -165,6 +168,12 @@ class FileStore:
                 temporary.replace(target)
         except FileExistsError as error:
             raise AlreadyThereError(path) from error
+        except OSError as error:
+            raise RunError(
+                Reason.S3_DENIED,
+                f"{self._owner.field}: cannot put {target} in place: {error.strerror}; choose a folder on "
+                "a file system with hard links",
+            ) from error
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -184,6 +193,10 @@ class FileStore:
     def exists(self, path: str) -> bool:
         """Return whether there is such a file."""
         return (self.folder / path).is_file()
+
+    def sha256(self, path: str) -> str:
+        """Return the SHA-256 of a file."""
+        return sha256_of(self.folder / path)
 
     def delete(self, path: str) -> None:
         """Remove a file."""

@@ -1,6 +1,7 @@
 """Publishing: the manifest is last, conditional and true; S3's answers become reasons (against moto)."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,7 +21,7 @@ from qlora_trainer.errors import RunError
 from qlora_trainer.publish import canonical_config, describe_files, publish
 from qlora_trainer.s3 import S3Store
 from qlora_trainer.secrets import Credentials
-from qlora_trainer.store import DATASET, MODEL, OUTPUT, AlreadyThereError, FileStore, MissingObjectError
+from qlora_trainer.store import DATASET, MODEL, OUTPUT, AlreadyThereError, FileStore, MissingObjectError, sha256_of
 from tests.unit.trainer.tiny import make_spec, run_config
 
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
@@ -105,7 +106,56 @@ def test_the_second_publisher_returns_the_first_ones_result(tmp_path, files):
     publish(first, config(first.root), result(1.0), files, NOW)
     second = Racing(tmp_path / "output")
     assert publish(second, config(second.root), result(2.0), files, NOW) == result(1.0)
-    assert "latest.json" not in second.writes
+    assert json.loads(second.read("latest.json"))["digest"] == DIGEST
+
+
+def assert_true(store: FileStore | S3Store) -> Manifest:
+    """Everything that the manifest lists is there as it says, and the result points to it."""
+    manifest = Manifest.model_validate_json(store.read(f"{DIGEST}/manifest.json"))
+    for file in manifest.files:
+        assert sha256_of(store.read(f"{DIGEST}/{file.path}")) == file.sha256, file.path
+    return manifest
+
+
+def test_the_loser_of_a_race_leaves_the_winners_files_alone(tmp_path, files):
+    class Slow(RecordingStore):
+        """Somebody else publishes the whole result after this one looked for a manifest."""
+
+        def put(self, path: str, source: Path | bytes, *, if_none_match: bool = False) -> None:
+            if not self.writes:
+                self.writes.append("")
+                publish(RecordingStore(tmp_path / "output"), config(self.root), result(1.0), winner, NOW)
+            super().put(path, source, if_none_match=if_none_match)
+
+    winner = tmp_path / "winner"
+    shutil.copytree(files, winner)
+    (files / "adapter/adapter_model.safetensors").write_bytes(b"other weights")
+    store = Slow(tmp_path / "output")
+    assert publish(store, config(store.root), result(2.0), files, NOW) == result(1.0)
+    assert assert_true(store).files == describe_files(winner)
+
+
+@pytest.mark.usefixtures("bucket")
+@pytest.mark.parametrize("kind", ["file", "s3"])
+def test_files_of_a_crashed_attempt_are_never_replaced(tmp_path, files, kind):
+    store = s3_store() if kind == "s3" else RecordingStore(tmp_path / "output")
+    store.put(f"{DIGEST}/adapter/adapter_config.json", b"{}")
+    store.put(f"{DIGEST}/adapter/adapter_model.safetensors", b"old weights")
+    found = publish(store, config(store.root), result(1.0), files, NOW)
+    manifest = assert_true(store)
+    assert manifest.result == found
+    assert store.read(f"{DIGEST}/adapter/adapter_model.safetensors") == b"old weights"
+    folder = found.adapter.removeprefix(f"{store.root}/")
+    assert (folder.split("/")[0], folder.split("/")[-1], folder.count("/")) == (DIGEST, "adapter", 2)
+    assert store.read(f"{folder}/adapter_model.safetensors") == b"weights"
+    assert found.report == found.adapter.removesuffix("adapter") + "report/report.json"
+
+
+def test_equal_files_of_a_crashed_attempt_are_used(tmp_path, files):
+    store = RecordingStore(tmp_path / "output")
+    store.put(f"{DIGEST}/adapter/adapter_model.safetensors", b"weights")
+    assert publish(store, config(store.root), result(1.0), files, NOW) == result(1.0)
+    assert assert_true(store).files == describe_files(files)
 
 
 def test_a_published_result_is_not_touched(tmp_path, files):
@@ -113,7 +163,7 @@ def test_a_published_result_is_not_touched(tmp_path, files):
     publish(store, config(store.root), result(1.0), files, NOW)
     store.writes.clear()
     assert publish(store, config(store.root), result(2.0), files, NOW) == result(1.0)
-    assert store.writes == []
+    assert store.writes == ["latest.json"]
 
 
 def test_no_path_of_this_computer_gets_into_the_adapter():
