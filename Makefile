@@ -36,15 +36,18 @@ check: setup ## lint, types, import rules, generated files: under a minute
 	$(BIN)/python -m qlora_operator.generate --check
 
 test: setup ## every test: unit, integration (real control plane), e2e (real node)
+	$(BIN)/python -m tests.cluster build --node
 	$(BIN)/pytest tests
 
 unit: setup ## the tests that need no cluster
 	$(BIN)/pytest tests/unit tests/golden tests/contract
 
 integration: setup ## the tests on a real control plane
+	$(BIN)/python -m tests.cluster build
 	$(BIN)/pytest tests/integration
 
 e2e: setup ## the tests on a real node (root on Debian, or QLORA_TEST_KUBECONFIG)
+	$(BIN)/python -m tests.cluster build --node
 	$(BIN)/pytest tests/e2e
 
 demo: setup ## train, evaluate and publish the quickstart's adapter on this computer

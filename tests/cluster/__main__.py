@@ -4,10 +4,10 @@ import argparse
 import os
 import sys
 
-from tests.cluster.binaries import build_all
 from tests.cluster.cluster import Cluster, stop_cluster
 from tests.cluster.images import build_image
 from tests.cluster.paths import lock
+from tests.cluster.preparation import prepare
 from tests.cluster.progress import Unavailable, say
 from tests.cluster.state import START_LOCK, all_states, find_state, remove_abandoned
 
@@ -34,7 +34,8 @@ def build_parser() -> argparse.ArgumentParser:
     up.add_argument("--no-s3", action="store_true", help="without the S3 server")
     down = commands.add_parser("down", help="stop clusters and remove everything they made")
     down.add_argument("--name", help="only this one; all detached ones and what crashed ones left otherwise")
-    commands.add_parser("build", help="build every program now")
+    build = commands.add_parser("build", help="build now what the first start would build")
+    build.add_argument("--node", action="store_true", help="and what a node and the end-to-end tests need")
     image = commands.add_parser("image", help="build a target of the Dockerfile and load it into the cluster")
     image.add_argument("target")
     image.add_argument("tag")
@@ -62,9 +63,9 @@ def down(arguments: argparse.Namespace) -> None:
         say(f"{state.name} is gone")
 
 
-def build(_: argparse.Namespace) -> None:
-    """Build every program."""
-    build_all()
+def build(arguments: argparse.Namespace) -> None:
+    """Build what is missing."""
+    prepare(node=arguments.node)
 
 
 def image(arguments: argparse.Namespace) -> None:

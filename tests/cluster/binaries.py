@@ -3,6 +3,7 @@
 import hashlib
 import shutil
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -56,9 +57,23 @@ PROGRAMS: Final = {
     "coredns": Program("coredns", "github.com/coredns/coredns", 155),
     "registry": Program("registry", "github.com/distribution/distribution/v3/cmd/registry", 105),
     "kwok": Program("kwok", "sigs.k8s.io/kwok/cmd/kwok", 120),
-    "kubeconform": Program("kubeconform", "github.com/yannh/kubeconform/cmd/kubeconform", 10),
 }
 """Another program is one line here and one folder under modules/ (`go get -tool PACKAGE@VERSION`)."""
+
+CLIENT_PROGRAMS: Final = ("kubectl", "helm")
+"""What tests need even on a cluster that somebody else started."""
+
+CONTROL_PLANE_PROGRAMS: Final = (
+    *CLIENT_PROGRAMS,
+    "etcd",
+    "kube-apiserver",
+    "kube-controller-manager",
+    "kube-scheduler",
+    "versitygw",
+)
+
+NODE_PROGRAMS: Final = ("kubelet", "kube-proxy", "coredns", "registry")
+"""What a real node adds to the control plane's."""
 
 
 def binary(name: str) -> Path:
@@ -98,9 +113,9 @@ def compile_program(program: Program, path: Path) -> None:
     partial.rename(path)
 
 
-def build_all() -> None:
-    """Build every program, then drop the compiler's cache, which is 10 GB that the next start does not need."""
-    for name in PROGRAMS:
+def build_programs(names: Iterable[str]) -> None:
+    """Build those that are missing, then drop the compiler's cache: 10 GB that the next start does not need."""
+    for name in names:
         binary(name)
     with lock(BUILD_LOCK):
         shutil.rmtree(CACHE / "go-build", ignore_errors=True)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any, Final
@@ -76,6 +77,16 @@ def build_image(
         buildah.build(context, context / "Dockerfile", reference, target=target, arguments=values)
         prune_builds(reference)
     return reference
+
+
+def named_image(target: str) -> str | None:
+    """Return the image that the environment names in place of a target of the repository's Dockerfile."""
+    return os.environ.get(f"QLORA_TEST_{target.upper()}_IMAGE")
+
+
+def build_own_image(target: str) -> str:
+    """Build one of the repository's images as the tests use it, and return its reference."""
+    return build_image(target, f"qlora-{target}:e2e")
 
 
 def build_from_text(context: Path, dockerfile: str, reference: str) -> None:
