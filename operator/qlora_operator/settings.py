@@ -45,6 +45,7 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
             pull_policy=_choice(environment, "QLORA_IMAGE_PULL_POLICY", PULL_POLICIES, "IfNotPresent"),
             progress_url=environment.get("QLORA_PROGRESS_URL", ""),
             platform=_platform(environment),
+            pull_secrets=_names(environment.get("QLORA_IMAGE_PULL_SECRETS", "")),
         ),
         namespaces=_names(environment.get("QLORA_NAMESPACES", "")),
         workers=_number(environment, "QLORA_WORKERS", 16, MAX_WORKERS),

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -27,13 +28,15 @@ GPU: Final = make_spec(
     output={"secretRef": None, "serviceAccountName": "trainer"},
     deadlines={"total": "12h"},
 )
+PRIVATE: Final = replace(INSTALLATION, pull_secrets=("registry", "mirror"))
+"""An installation whose image needs credentials."""
 RUN: Final = Run(1, make_plan(CPU, make_prepared()), make_prepared())
 
 CHILDREN: Final[dict[str, Callable[[], Manifest]]] = {
     "prepare-job-cpu": lambda: build_prepare_job(OWNER, CPU, INSTALLATION),
-    "prepare-job-gpu": lambda: build_prepare_job(OWNER, GPU, INSTALLATION),
+    "prepare-job-gpu": lambda: build_prepare_job(OWNER, GPU, PRIVATE),
     "train-job-cpu": lambda: build_train_job(OWNER, CPU, 1, INSTALLATION),
-    "train-job-gpu": lambda: build_train_job(OWNER, GPU, 2, INSTALLATION),
+    "train-job-gpu": lambda: build_train_job(OWNER, GPU, 2, PRIVATE),
     "prepare-config": lambda: build_prepare_config(OWNER, CPU, INSTALLATION),
     "run-config": lambda: build_run_config(OWNER, CPU, RUN, INSTALLATION),
 }

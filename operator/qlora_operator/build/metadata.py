@@ -18,6 +18,8 @@ class Installation:
     progress_url: str = ""
     """Base URL that pods post progress to; empty switches progress off."""
     platform: Platform = field(default_factory=Platform)
+    pull_secrets: tuple[str, ...] = ()
+    """Names of Secrets for the image's registry, in the QLoRAJob's namespace."""
 
 
 class Owner(NamedTuple):

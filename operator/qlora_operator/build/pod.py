@@ -38,10 +38,12 @@ def _build(
     placement: dict[str, Any],
 ) -> Manifest:
     account = spec.output.service_account_name
+    pull_secrets = [{"name": name} for name in installation.pull_secrets]
     return {
         "restartPolicy": "Never",
         "automountServiceAccountToken": False,
         **({"serviceAccountName": account} if account else {}),
+        **({"imagePullSecrets": pull_secrets} if pull_secrets else {}),
         "enableServiceLinks": False,
         "terminationGracePeriodSeconds": GRACE_SECONDS,
         "securityContext": {

@@ -21,13 +21,14 @@ def test_everything() -> None:
             "QLORA_PROGRESS_PORT": "9000", "QLORA_HEALTH_PORT": "9001", "QLORA_NAMESPACES": "ml, research,",
             "QLORA_WORKERS": "4", "QLORA_HUB_MIRROR": "s3://hub", "QLORA_HUB_ENDPOINT": "https://hub",
             "QLORA_S3_ENDPOINT": "http://s3", "QLORA_S3_REGION": "eu", "QLORA_S3_ADDRESSING": "path",
-            "QLORA_S3_CHECKSUMS": "when_required", "QLORA_LOG_LEVEL": "debug", "KUBECONFIG": "/kube",
+            "QLORA_S3_CHECKSUMS": "when_required", "QLORA_LOG_LEVEL": "debug",
+            "QLORA_IMAGE_PULL_SECRETS": "registry, mirror", "KUBECONFIG": "/kube",
         }
     )  # fmt: skip
     s3 = S3Config(endpoint="http://s3", region="eu", addressing="path", checksums="when_required")
     platform = Platform(s3=s3, hub_endpoint="https://hub", hub_mirror="s3://hub")
     assert settings == Settings(
-        Installation("trainer:1", "Always", "http://operator:8080", platform),
+        Installation("trainer:1", "Always", "http://operator:8080", platform, ("registry", "mirror")),
         ("ml", "research"), 4, 9000, 9001, "debug", "/kube",
     )  # fmt: skip
 
