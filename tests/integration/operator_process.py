@@ -165,15 +165,22 @@ class Place:
         return {job["metadata"]["name"]: job["metadata"]["uid"] for job in self.items("jobs")}
 
     def pod_of(self, job: str) -> str:
-        """Wait for a Job's pod and return its name."""
+        """Wait for the pod of the Job that has this name now, and return the pod's name."""
+        found: list[str] = []
 
-        def pods() -> list[str]:
-            selector = f"--selector=batch.kubernetes.io/job-name={job}"
-            found = self.cluster.get("pods", f"--namespace={self.namespace}", selector)["items"]
-            return [pod["metadata"]["name"] for pod in found if "deletionTimestamp" not in pod["metadata"]]
+        def appeared() -> bool:
+            found[:] = self.pods_of(job)
+            return bool(found)
 
-        wait_until(f"pod of {job}", lambda: bool(pods()), timeout=30)
-        return pods()[0]
+        wait_until(f"pod of {job}", appeared, timeout=30)
+        return found[0]
+
+    def pods_of(self, job: str) -> list[str]:
+        """Return the pods of the Job that has this name now; those of an earlier namesake may still be ending."""
+        uid = self.jobs().get(job)
+        selector = f"--selector=batch.kubernetes.io/controller-uid={uid}"
+        pods = self.cluster.get("pods", f"--namespace={self.namespace}", selector)["items"] if uid else []
+        return [pod["metadata"]["name"] for pod in pods if "deletionTimestamp" not in pod["metadata"]]
 
     def pod_name(self, job: str) -> str:
         """Return the name of a Job's pod, whether it ends or not."""
