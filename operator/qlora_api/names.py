@@ -207,9 +207,15 @@ GUIDANCE: Final[dict[Reason, Guidance]] = {
         "Lower spec.training.microBatchSize or spec.training.maxLength, or choose a larger GPU.",
     ),
     Reason.HOST_OUT_OF_MEMORY: Guidance(
-        "The container's memory limit did not suffice.", "Raise spec.resources.memory."
+        "The container's memory limit did not suffice; the message says which pod's.",
+        "For a training pod raise spec.resources.memory; for the prepare pod, whose limit is fixed, lower "
+        "spec.dataset.maxSamples or split the dataset.",
     ),
-    Reason.DEADLINE_EXCEEDED: Guidance("The run took longer than allowed.", "Raise spec.deadlines.total."),
+    Reason.DEADLINE_EXCEEDED: Guidance(
+        "A pod took longer than allowed; the message says which one's.",
+        "For a training pod raise spec.deadlines.total; for the prepare pod, whose deadline is fixed, lower "
+        "spec.dataset.maxSamples or split the dataset.",
+    ),
     Reason.STARTUP_DEADLINE_EXCEEDED: Guidance(
         "The pod did not start in time; it was removed so that it holds no GPU.",
         "See the message for what it waited for, or raise spec.deadlines.startup.",

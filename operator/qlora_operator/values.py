@@ -4,13 +4,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from qlora_api.names import Phase, Reason, Role
 from qlora_api.prepared import Prepared
 from qlora_api.report import LastWord
 from qlora_api.result import Result
 from qlora_api.v1alpha1 import Attempt, Plan, QLoRAJobSpec, QLoRAJobStatus
+
+PREPARE_MEMORY: Final = "4Gi"
+"""Memory limit of a prepare pod: it tokenises in one process and holds one dataset in memory."""
+PREPARE_DEADLINE: Final = timedelta(hours=1)
+"""Longest time that a prepare Job may take: it reads the dataset once and the model's small files."""
 
 Manifest = dict[str, Any]
 """A whole Kubernetes object, as the API server takes it."""

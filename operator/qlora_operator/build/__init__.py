@@ -2,11 +2,10 @@
 
 from qlora_operator.build.config_map import build_prepare_config, build_run_config
 from qlora_operator.build.event import build_event
-from qlora_operator.build.job import PREPARE_DEADLINE, build_deadline, build_prepare_job, build_train_job
+from qlora_operator.build.job import build_deadline, build_prepare_job, build_train_job
 from qlora_operator.build.metadata import Installation, Owner
 
 __all__ = [
-    "PREPARE_DEADLINE",
     "Installation",
     "Owner",
     "build_deadline",

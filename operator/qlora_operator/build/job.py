@@ -1,7 +1,6 @@
 """The batch/v1 Jobs: one that prepares, one per training attempt."""
 
 from datetime import timedelta
-from typing import Final
 
 from qlora_api.v1alpha1 import QLoRAJobSpec, to_timedelta
 from qlora_operator.build.metadata import (
@@ -14,10 +13,7 @@ from qlora_operator.build.metadata import (
     train_workload,
 )
 from qlora_operator.build.pod import build_prepare_pod, build_train_pod
-from qlora_operator.values import JobRef, Manifest
-
-PREPARE_DEADLINE: Final = timedelta(hours=1)
-"""Longest time that a prepare Job may take: it reads the dataset once and the model's small files."""
+from qlora_operator.values import PREPARE_DEADLINE, JobRef, Manifest
 
 
 def build_prepare_job(owner: Owner, spec: QLoRAJobSpec, installation: Installation) -> Manifest:

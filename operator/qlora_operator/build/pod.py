@@ -6,7 +6,7 @@ from qlora_api import names
 from qlora_api.names import SecretRole
 from qlora_api.v1alpha1 import QLoRAJobSpec, ResourcesSpec, Toleration
 from qlora_operator.build.metadata import Installation, Workload
-from qlora_operator.values import Manifest
+from qlora_operator.values import PREPARE_MEMORY, Manifest
 
 NON_ROOT: Final = 65532
 """User and group of the images."""
@@ -16,8 +16,7 @@ TOKEN_SECONDS: Final = 3600
 """Lifetime of the progress token; the kubelet renews it."""
 GPU_RESOURCE: Final = "nvidia.com/gpu"
 GPU_PRODUCT_LABEL: Final = "nvidia.com/gpu.product"
-PREPARE_RESOURCES: Final = {"requests": {"cpu": "500m", "memory": "1Gi"}, "limits": {"memory": "4Gi"}}
-"""Of the prepare pod: it tokenises in one process and holds one dataset in memory."""
+PREPARE_RESOURCES: Final = {"requests": {"cpu": "500m", "memory": "1Gi"}, "limits": {"memory": PREPARE_MEMORY}}
 
 
 def build_prepare_pod(workload: Workload, spec: QLoRAJobSpec, installation: Installation) -> Manifest:

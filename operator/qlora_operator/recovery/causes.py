@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from qlora_api.names import Reason, Role
 from qlora_api.report import LastWord
-from qlora_operator.values import ChildJob, Exit, Pod, Stage, Verdict
+from qlora_operator.values import PREPARE_MEMORY, ChildJob, Exit, Pod, Stage, Verdict
 
 IMAGE_TROUBLE: Final = frozenset({"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull"})
 NEVER_RAN: Final = frozenset({"StartError", "ContainerCannotRun", "CreateContainerError"})
@@ -34,41 +34,49 @@ def read_last_word(text: str) -> LastWord | None:
     return None
 
 
-def _said_by_trainer(_: Pod, end: Exit) -> Cause | None:
+def _said_by_trainer(_: ChildJob, __: Pod, end: Exit) -> Cause | None:
     """A last word is true whatever the exit code: a SIGTERM after the publication takes nothing back."""
     word = read_last_word(end.message)
     return Cause(word.reason, word.message) if word else None
 
 
-def _out_of_memory(_: Pod, end: Exit) -> Cause | None:
+def _out_of_memory(child: ChildJob, _: Pod, end: Exit) -> Cause | None:
     if end.reason != "OOMKilled":
         return None
-    return Cause(Reason.HOST_OUT_OF_MEMORY, "the container used more memory than spec.resources.memory allows")
+    return Cause(Reason.HOST_OUT_OF_MEMORY, f"the {_describe_role(child.role)} pod used more than {_memory(child)}")
 
 
-def _interrupted(pod: Pod, end: Exit) -> Cause | None:
+def _memory(child: ChildJob) -> str:
+    return f"its fixed {PREPARE_MEMORY}" if child.role is Role.PREPARE else "spec.resources.memory allows"
+
+
+def _describe_role(role: Role) -> str:
+    return "prepare" if role is Role.PREPARE else "training"
+
+
+def _interrupted(_: ChildJob, pod: Pod, end: Exit) -> Cause | None:
     if not (pod.disrupted or pod.deleting or end.code == SIGTERM_EXIT):
         return None
     return Cause(Reason.INTERRUPTED, pod.disrupted or f"pod {pod.name} was asked to stop")
 
 
-def _node_lost(pod: Pod, end: Exit) -> Cause | None:
+def _node_lost(_: ChildJob, pod: Pod, end: Exit) -> Cause | None:
     if end.reason != "ContainerStatusUnknown":
         return None
     return Cause(Reason.POD_LOST, pod.message or f"node {pod.node} lost the container of pod {pod.name}")
 
 
-def _never_ran(_: Pod, end: Exit) -> Cause | None:
+def _never_ran(_: ChildJob, __: Pod, end: Exit) -> Cause | None:
     return Cause(Reason.POD_REJECTED, f"{end.reason}: {end.message}") if end.reason in NEVER_RAN else None
 
 
-def _unknown(pod: Pod, end: Exit) -> Cause:
+def _unknown(_: ChildJob, pod: Pod, end: Exit) -> Cause:
     last_line = end.message.strip().rpartition("\n")[2][:MAX_LOG_LINE]
     said = f"its last line was: {last_line}" if last_line else f"see `kubectl logs {pod.name}`"
     return Cause(Reason.TRAINER_ERROR, f"the container ended with exit code {end.code} without a last word; {said}")
 
 
-_CAUSES: Final[tuple[Callable[[Pod, Exit], Cause | None], ...]] = (
+_CAUSES: Final[tuple[Callable[[ChildJob, Pod, Exit], Cause | None], ...]] = (
     _said_by_trainer,
     _out_of_memory,
     _node_lost,
@@ -78,9 +86,9 @@ _CAUSES: Final[tuple[Callable[[Pod, Exit], Cause | None], ...]] = (
 )
 
 
-def cause_of_exit(pod: Pod, end: Exit) -> Cause:
+def cause_of_exit(child: ChildJob, pod: Pod, end: Exit) -> Cause:
     """Say why a container ended."""
-    return next(cause for find in _CAUSES if (cause := find(pod, end)))
+    return next(cause for find in _CAUSES if (cause := find(child, pod, end)))
 
 
 def judge(child: ChildJob, startup: timedelta, now: datetime) -> Verdict:
@@ -103,7 +111,7 @@ def _ended(reason: Reason, message: str) -> Verdict:
 
 
 def _judge_exit(child: ChildJob, pod: Pod, end: Exit) -> Verdict:
-    cause = cause_of_exit(pod, end)
+    cause = cause_of_exit(child, pod, end)
     if child.overdue and cause.reason is Reason.INTERRUPTED:
         return _ended(Reason.DEADLINE_EXCEEDED, _deadline_message(child))
     return Verdict(Stage.ENDED, cause.reason, cause.message, read_last_word(end.message))
@@ -117,7 +125,8 @@ def _judge_refusal(pod: Pod) -> Verdict:
 
 def _deadline_message(child: ChildJob) -> str:
     limit = f"{child.deadline_seconds} seconds" if child.deadline_seconds else "its deadline"
-    return f"Job {child.name} took longer than {limit}"
+    source = "which is fixed for a prepare pod" if child.role is Role.PREPARE else "spec.deadlines.total"
+    return f"Job {child.name} took longer than {limit} ({source})"
 
 
 def _stage_reason(role: Role) -> Reason:

@@ -149,7 +149,7 @@ def test_memory_that_did_not_suffice_is_a_reason_and_not_a_traceback(trainer, jo
     result = qlora(job)
     assert result.exit_code == 1
     assert "error: HostOutOfMemory\n" in result.stderr
-    assert result.stderr.endswith("what to do: Raise spec.resources.memory.\n")
+    assert "what to do: For a training pod raise spec.resources.memory;" in result.stderr
 
 
 def test_an_interruption_ends_with_the_shells_exit_code(trainer, job):

@@ -35,7 +35,26 @@ def ended(end: Exit, **pod: Any) -> ChildJob:
         ),
         pytest.param(ended(make_exit(143, PUBLISHED_WORD)), Reason.PUBLISHED, "", id="stopped-after-the-publication"),
         pytest.param(ended(make_exit(0, "")), Reason.TRAINER_ERROR, "without a last word", id="good-exit-no-word"),
-        pytest.param(ended(make_exit(137, "", "OOMKilled")), Reason.HOST_OUT_OF_MEMORY, "memory", id="oom"),
+        pytest.param(
+            ended(make_exit(137, "", "OOMKilled")),
+            Reason.HOST_OUT_OF_MEMORY,
+            "more than spec.resources.memory allows",
+            id="oom",
+        ),
+        pytest.param(
+            make_child(
+                Role.PREPARE, pod=make_pod(phase="Failed", exit=make_exit(137, "", "OOMKilled")), failure=FAILED
+            ),
+            Reason.HOST_OUT_OF_MEMORY,
+            "the prepare pod used more than its fixed 4Gi",
+            id="oom-of-prepare",
+        ),
+        pytest.param(
+            make_child(Role.PREPARE, pod=None, failure=JobFailure("DeadlineExceeded", "too long"), overdue=True),
+            Reason.DEADLINE_EXCEEDED,
+            "3600 seconds (which is fixed for a prepare pod)",
+            id="deadline-of-prepare",
+        ),
         pytest.param(ended(make_exit(143)), Reason.INTERRUPTED, "asked to stop", id="sigterm"),
         pytest.param(
             ended(make_exit(1), disrupted="preempting to accommodate a higher priority pod"),
@@ -61,7 +80,7 @@ def ended(end: Exit, **pod: Any) -> ChildJob:
         pytest.param(
             make_child(pod=None, failure=JobFailure("DeadlineExceeded", "too long"), overdue=True),
             Reason.DEADLINE_EXCEEDED,
-            "86400 seconds",
+            "86400 seconds (spec.deadlines.total)",
             id="deadline",
         ),
         pytest.param(
