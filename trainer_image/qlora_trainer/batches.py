@@ -1,6 +1,6 @@
 """Which rows a step learns from, and how they are laid out for one forward pass; pure but for making tensors."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
@@ -54,19 +54,19 @@ def micro_batches(rows: Sequence[TokenRow], size: int, *, packing: bool) -> list
     return list(groups)
 
 
-def make_batch(rows: Sequence[TokenRow], loss: str, device: torch.device, *, packing: bool) -> Batch:
+def make_batch(rows: Sequence[TokenRow], device: torch.device, *, packing: bool) -> Batch:
     """Lay rows out for one forward pass."""
-    return _packed(rows, loss, device) if packing else _padded(rows, loss, device)
+    return _packed(rows, device) if packing else _padded(rows, device)
 
 
-def _packed(rows: Sequence[TokenRow], loss: str, device: torch.device) -> Batch:
+def _packed(rows: Sequence[TokenRow], device: torch.device) -> Batch:
     """Join rows; positions that start anew keep them apart, but only without a mask and without a cache."""
     ids = [token for row in rows for token in row.input_ids]
     positions = [position for row in rows for position in range(len(row.input_ids))]
     chosen: list[int] = []
     start = 0
     for row in rows:
-        chosen += range(start + row.first_label(loss) - 1, start + len(row.input_ids) - 1)
+        chosen += _predicting(row, start)
         start += len(row.input_ids)
     return Batch(
         input_ids=torch.tensor([ids], device=device),
@@ -77,16 +77,12 @@ def _packed(rows: Sequence[TokenRow], loss: str, device: torch.device) -> Batch:
     )
 
 
-def _padded(rows: Sequence[TokenRow], loss: str, device: torch.device) -> Batch:
+def _padded(rows: Sequence[TokenRow], device: torch.device) -> Batch:
     """Fill rows up to the longest; padding is known by its place, so any token may fill it."""
     width = max(len(row.input_ids) for row in rows)
     ids = [[*row.input_ids, *([0] * (width - len(row.input_ids)))] for row in rows]
     mask = [[1] * len(row.input_ids) + [0] * (width - len(row.input_ids)) for row in rows]
-    chosen = [
-        number * width + position
-        for number, row in enumerate(rows)
-        for position in range(row.first_label(loss) - 1, len(row.input_ids) - 1)
-    ]
+    chosen = [position for number, row in enumerate(rows) for position in _predicting(row, number * width)]
     flat = [token for row in ids for token in row]
     return Batch(
         input_ids=torch.tensor(ids, device=device),
@@ -95,3 +91,8 @@ def _padded(rows: Sequence[TokenRow], loss: str, device: torch.device) -> Batch:
         chosen=torch.tensor(chosen, device=device),
         labels=torch.tensor([flat[position + 1] for position in chosen], device=device),
     )
+
+
+def _predicting(row: TokenRow, offset: int) -> Iterator[int]:
+    """Yield the positions whose next token is learned, in a batch where the row starts at an offset."""
+    return (offset + position - 1 for start, end in row.learned for position in range(start, end))

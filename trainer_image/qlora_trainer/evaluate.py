@@ -13,7 +13,7 @@ from qlora_api.v1alpha1 import Metrics
 from qlora_trainer.batches import make_batch, micro_batches
 from qlora_trainer.errors import RunError
 from qlora_trainer.model import Tuned
-from qlora_trainer.tokens import TokenRow, prompt_ids
+from qlora_trainer.tokens import TokenRow
 
 MAX_NEW_TOKENS: Final = 128
 """Longest answer of a sample: enough to see style and content, and a CPU makes only a few tokens a second."""
@@ -21,11 +21,11 @@ _ROOM: Final = 1.5
 """Answers may be this much longer than the longest reference, so that one that does not stop is seen."""
 
 
-def evaluate(tuned: Tuned, rows: Sequence[TokenRow], loss: str, micro_batch: int, *, packing: bool) -> Metrics:
+def evaluate(tuned: Tuned, rows: Sequence[TokenRow], micro_batch: int, *, packing: bool) -> Metrics:
     """Return the quality on rows; every mean is over supervised tokens, so batches do not matter."""
     total, correct, labels = 0.0, 0, 0
     for group in micro_batches(rows, micro_batch, packing=packing):
-        batch = make_batch(group, loss, tuned.device, packing=packing)
+        batch = make_batch(group, tuned.device, packing=packing)
         batch_loss, batch_correct = tuned.statistics(batch)
         total, correct, labels = total + batch_loss, correct + batch_correct, labels + len(batch.labels)
     mean = total / labels
@@ -39,7 +39,7 @@ def evaluate(tuned: Tuned, rows: Sequence[TokenRow], loss: str, micro_batch: int
 
 def answer(tuned: Tuned, rows: Sequence[TokenRow], tokenizer: Any) -> tuple[str, ...]:
     """Return the model's greedy answers to the prompts of rows."""
-    prompts = prompt_ids([row.prompt for row in rows], tokenizer)
+    prompts = [list(row.prompt_ids) for row in rows]
     width = max(len(prompt) for prompt in prompts)
     filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     ids = torch.tensor([[filler] * (width - len(prompt)) + prompt for prompt in prompts], device=tuned.device)
@@ -57,7 +57,7 @@ def answer(tuned: Tuned, rows: Sequence[TokenRow], tokenizer: Any) -> tuple[str,
 
 def longest_answer(rows: Sequence[TokenRow]) -> int:
     """Return how many tokens an answer may have."""
-    reference = max(len(row.input_ids) - row.prompt_length for row in rows)
+    reference = max(len(row.input_ids) - len(row.prompt_ids) for row in rows)
     return min(math.ceil(reference * _ROOM), MAX_NEW_TOKENS)
 
 

@@ -9,13 +9,13 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final, Literal, TypeAlias
 
 from qlora_api.base import ApiModel
 from qlora_api.names import Reason
 from qlora_api.v1alpha1 import QuantizationSpec
 from qlora_trainer.errors import RunError
-from qlora_trainer.tokens import TokenRow
+from qlora_trainer.tokens import Span, TokenRow
 
 CHECKED_ROWS: Final = 4
 """Held-out rows whose loss is compared: enough to tell a trained adapter from an empty one."""
@@ -26,6 +26,9 @@ _WITHHELD: Final = ("AWS_", "HF_TOKEN", "KUBEFLOW_")
 """Variables that a process without business on the network does not get."""
 
 
+TaskRows: TypeAlias = tuple[tuple[tuple[int, ...], tuple[Span, ...]], ...]
+
+
 class LoadingTask(ApiModel):
     """What to load, and on which rows."""
 
@@ -34,14 +37,13 @@ class LoadingTask(ApiModel):
     device: Literal["cpu", "cuda"]
     dtype: str
     attention: str
-    loss: str
-    rows: tuple[tuple[tuple[int, ...], int], ...]
-    """Tokens and prompt length of each row."""
+    rows: TaskRows
+    """Tokens of each row, and which are learned."""
 
 
-def rows_of_task(rows: Sequence[TokenRow]) -> tuple[tuple[tuple[int, ...], int], ...]:
+def rows_of_task(rows: Sequence[TokenRow]) -> TaskRows:
     """Return rows as the task carries them."""
-    return tuple((row.input_ids, row.prompt_length) for row in rows)
+    return tuple((row.input_ids, row.learned) for row in rows)
 
 
 def load_in_fresh_process(task: LoadingTask, adapter: Path, expected_loss: float) -> None:
@@ -79,9 +81,9 @@ def loss_of(task: LoadingTask, adapter: Path) -> float:
     plain = head_is_plain(base)
     peft = PeftModel.from_pretrained(base, adapter)
     tuned = Tuned(peft, peft.get_base_model(), base.device, dtype, plain)
-    rows = [TokenRow(ids, prompt_length) for ids, prompt_length in task.rows]
+    rows = [TokenRow(ids, learned) for ids, learned in task.rows]
     with tuned.evaluating():
-        return evaluate(tuned, rows, task.loss, micro_batch=1, packing=False).loss
+        return evaluate(tuned, rows, micro_batch=1, packing=False).loss
 
 
 if __name__ == "__main__":

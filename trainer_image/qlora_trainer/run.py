@@ -49,7 +49,7 @@ def run(
     samples = generate_samples(tuned, data.held_out, tokenizer, config.spec.evaluation.generations)
     check = stages.make_loading_check(tuned, data.held_out, config, choices, folder)
     pace.enter(Phase.PUBLISHING)
-    outcome = stages.Outcome(history, stages.compare(base, adapter, data.held_out, config), samples)
+    outcome = stages.Outcome(history, stages.compare(base, adapter, data.held_out), samples)
     report = stages.build_report(config, choices, outcome, started)
     files = stages.empty_folder(work / "results" / config.prepared.digest)
     write_adapter(tuned.peft, tokenizer, config.spec.model.uri, config.prepared.model.commit, files)

@@ -16,7 +16,8 @@ FACTS: Final = "prepared/prepared.json"
 _SCHEMA: Final = pa.schema(
     [
         ("input_ids", pa.list_(pa.int32())),
-        ("prompt_length", pa.int32()),
+        ("learned", pa.list_(pa.int32())),
+        ("prompt_ids", pa.list_(pa.int32())),
         ("prompt", pa.string()),
         ("reference", pa.string()),
     ]
@@ -24,10 +25,11 @@ _SCHEMA: Final = pa.schema(
 
 
 def to_parquet(rows: Sequence[TokenRow], *, with_text: bool) -> bytes:
-    """Return the rows as a parquet file; the texts are needed for held-out rows only."""
+    """Return the rows as a parquet file; what is asked and expected is needed for held-out rows only."""
     columns = {
         "input_ids": [row.input_ids for row in rows],
-        "prompt_length": [row.prompt_length for row in rows],
+        "learned": [[position for span in row.learned for position in span] for row in rows],
+        "prompt_ids": [row.prompt_ids if with_text else () for row in rows],
         "prompt": [row.prompt if with_text else "" for row in rows],
         "reference": [row.reference if with_text else "" for row in rows],
     }
@@ -40,6 +42,12 @@ def from_parquet(content: bytes) -> tuple[TokenRow, ...]:
     """Return the rows of a parquet file."""
     table = pq.read_table(io.BytesIO(content), schema=_SCHEMA)
     return tuple(
-        TokenRow(tuple(row["input_ids"]), row["prompt_length"], row["prompt"], row["reference"])
+        TokenRow(
+            tuple(row["input_ids"]),
+            tuple(zip(row["learned"][::2], row["learned"][1::2], strict=True)),
+            tuple(row["prompt_ids"]),
+            row["prompt"],
+            row["reference"],
+        )
         for row in table.to_pylist()
     )

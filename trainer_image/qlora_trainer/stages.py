@@ -78,7 +78,7 @@ def measure(
 ) -> Metrics:
     """Evaluate the adapter, or the base below it, on held-out rows."""
     with tuned.evaluating(adapter=adapter):
-        return evaluate(tuned, rows, config.spec.training.loss, config.plan.micro_batch_size, packing=choices.packing)
+        return evaluate(tuned, rows, config.plan.micro_batch_size, packing=choices.packing)
 
 
 def make_training(tuned: Tuned, rows: Sequence[TokenRow], config: RunConfig, choices: Choices) -> Loop:
@@ -87,9 +87,9 @@ def make_training(tuned: Tuned, rows: Sequence[TokenRow], config: RunConfig, cho
     return make_loop(tuned, rows, schedule, choices, join_world(config.plan.device))
 
 
-def compare(base: Metrics, adapter: Metrics, rows: Sequence[TokenRow], config: RunConfig) -> EvaluationStatus:
+def compare(base: Metrics, adapter: Metrics, rows: Sequence[TokenRow]) -> EvaluationStatus:
     """Return base and adapter side by side."""
-    labels = sum(row.label_count(config.spec.training.loss) for row in rows)
+    labels = sum(row.label_count for row in rows)
     return EvaluationStatus(base=base, adapter=adapter, rows=len(rows), tokens=labels)
 
 
@@ -156,7 +156,6 @@ def make_loading_check(
         device=config.plan.device,
         dtype=str(choices.dtype).removeprefix("torch."),
         attention=choices.attention,
-        loss=config.spec.training.loss,
         rows=rows_of_task(rows),
     )
     return LoadingCheck(task, measure(tuned, rows, config, choices).loss)

@@ -1,8 +1,8 @@
 """Examples to token rows: one pass of special tokens, the answer labelled up to its end, cut at the maximum."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Final
+from dataclasses import dataclass, replace
+from typing import Any, Final, TypeAlias
 
 from qlora_trainer.rows import Example
 
@@ -10,22 +10,31 @@ _BATCH: Final = 1000
 """Rows per call of the tokenizer; more saves no time, and fewer keep less in memory."""
 
 
+Span: TypeAlias = tuple[int, int]
+"""A half-open range of positions."""
+
+
 @dataclass(frozen=True)
 class TokenRow:
-    """One example as tokens; those from prompt_length on are the answer and its end."""
+    """One example as tokens, and which of them are learned."""
 
     input_ids: tuple[int, ...]
-    prompt_length: int
+    learned: tuple[Span, ...]
+    """Positions of the tokens that are learned, in order; never 0, since nothing predicts a row's first token."""
+    prompt_ids: tuple[int, ...] = ()
+    """What a model is asked for the answer: for held-out rows only, as are the two texts."""
     prompt: str = ""
     reference: str = ""
 
-    def first_label(self, loss: str) -> int:
-        """Return the first position that is learned; a row's first token has nothing to be predicted from."""
-        return 1 if loss == "all" else max(self.prompt_length, 1)
-
-    def label_count(self, loss: str) -> int:
+    @property
+    def label_count(self) -> int:
         """Return how many tokens are learned."""
-        return max(len(self.input_ids) - self.first_label(loss), 0)
+        return sum(end - start for start, end in self.learned)
+
+    def cut(self, length: int) -> "TokenRow":
+        """Return the row without what lies beyond a length."""
+        learned = tuple((start, min(end, length)) for start, end in self.learned if start < length)
+        return replace(self, input_ids=self.input_ids[:length], learned=learned)
 
 
 @dataclass(frozen=True)
@@ -48,12 +57,8 @@ class Tokenised:
 
 def tokenise(examples: Sequence[Example], tokenizer: Any, max_length: int, loss: str) -> Tokenised:
     """Turn examples into token rows."""
-    full = list(_token_rows(examples, tokenizer))
-    cut = [
-        TokenRow(row.input_ids[:max_length], min(row.prompt_length, max_length), row.prompt, row.reference)
-        for row in full
-    ]
-    kept = tuple(row for row in cut if row.label_count(loss) > 0)
+    full = list(_token_rows(examples, tokenizer, loss))
+    kept = tuple(row for row in (row.cut(max_length) for row in full) if row.label_count > 0)
     return Tokenised(
         rows=kept,
         truncated=sum(len(row.input_ids) > max_length for row in full),
@@ -62,15 +67,16 @@ def tokenise(examples: Sequence[Example], tokenizer: Any, max_length: int, loss:
     )
 
 
-def _token_rows(examples: Sequence[Example], tokenizer: Any) -> Iterator[TokenRow]:
+def _token_rows(examples: Sequence[Example], tokenizer: Any, loss: str) -> Iterator[TokenRow]:
     for start in range(0, len(examples), _BATCH):
         batch = examples[start : start + _BATCH]
         prompts = prompt_ids([example.prompt for example in batch], tokenizer)
         texts = prompt_ids([example.prompt + example.answer for example in batch], tokenizer)
         for example, prompt, text in zip(batch, prompts, texts, strict=True):
             # Where a token spans the seam, prompt and whole differ before the prompt ends; that token is the answer's.
-            boundary = common_prefix_length(prompt, text)
-            yield TokenRow(tuple(_with_end(text, tokenizer)), boundary, example.prompt, example.answer)
+            first = 1 if loss == "all" else max(common_prefix_length(prompt, text), 1)
+            ids = tuple(_with_end(text, tokenizer))
+            yield TokenRow(ids, ((first, len(ids)),), tuple(prompt), example.prompt, example.answer)
 
 
 def prompt_ids(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:

@@ -71,7 +71,7 @@ class Loop:
         numbers = rows_of_step(step, len(self.rows), training.global_batch_size, training.seed)
         window = [self.rows[number] for number in numbers]
         # One divisor for the whole step: a mean of micro-batches' means weighs short rows more (transformers#34191).
-        labels = sum(row.label_count(training.loss) for row in window)
+        labels = sum(row.label_count for row in window)
         mine = [window[place] for place in self.world.share(range(len(window)))]
         loss = self.world.total_of(self._accumulate(mine, labels)) / labels
         if step == 0:
@@ -91,7 +91,7 @@ class Loop:
         """Add up the gradients of this process's micro-batches, and return its summed loss."""
         total, packing = 0.0, self.choices.packing
         for group in micro_batches(rows, self.schedule.micro_batch, packing=packing):
-            batch = make_batch(group, self.schedule.training.loss, self.tuned.device, packing=packing)
+            batch = make_batch(group, self.tuned.device, packing=packing)
             loss = self.tuned.loss_sum(batch)
             torch.autograd.backward(self.scaler.scale(loss / labels))
             total += float(loss.detach())

@@ -71,9 +71,10 @@ def test_adapter_loads_in_peft_with_the_loss_of_the_report(published, spec):
     total, count = 0.0, 0
     for row in shards.from_parquet((folder / shards.EVALUATION).read_bytes()):
         ids = torch.tensor([row.input_ids])
+        ((start, end),) = row.learned
         with torch.no_grad():
-            logits = model(ids).logits[0, row.prompt_length - 1 : -1]
-        wanted = ids[0, row.prompt_length :]
+            logits = model(ids).logits[0, start - 1 : end - 1]
+        wanted = ids[0, start:end]
         total += float(torch.nn.functional.cross_entropy(logits, wanted, reduction="sum"))
         count += len(wanted)
     assert count == report.evaluation.tokens

@@ -4,7 +4,7 @@ import pytest
 
 from qlora_trainer import shards
 from qlora_trainer.rows import Example, render_instruction
-from qlora_trainer.tokens import TokenRow, common_prefix_length, prompt_ids, tokenise
+from qlora_trainer.tokens import TokenRow, common_prefix_length, tokenise
 from tests.unit.trainer.tiny import make_tokenizer
 
 EXAMPLE = Example(render_instruction("What colour has the sky?"), "It is blue.")
@@ -24,18 +24,19 @@ def test_the_end_token_is_learned_although_it_is_the_padding_token_too(tokenizer
     row = one_row(EXAMPLE, tokenizer)
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
     assert row.input_ids[-1] == tokenizer.eos_token_id
-    assert row.first_label("completion") < len(row.input_ids)
+    assert row.learned[-1][1] == len(row.input_ids)
 
 
 def test_learned_tokens_are_the_answer_and_the_end(tokenizer):
     row = one_row(EXAMPLE, tokenizer)
-    assert tokenizer.decode(row.input_ids[row.prompt_length :]) == "It is blue.</s>"
-    assert tokenizer.decode(row.input_ids[: row.prompt_length]) == EXAMPLE.prompt
+    ((start, end),) = row.learned
+    assert tokenizer.decode(row.input_ids[start:end]) == "It is blue.</s>"
+    assert tokenizer.decode(row.input_ids[:start]) == EXAMPLE.prompt
 
 
 def test_loss_on_all_tokens_leaves_out_only_the_first(tokenizer):
     row = one_row(EXAMPLE, tokenizer, loss="all")
-    assert row.label_count("all") == len(row.input_ids) - 1
+    assert row.label_count == len(row.input_ids) - 1
 
 
 @pytest.mark.parametrize("prompt", ["plain", "<s>it brings its own"])
@@ -44,8 +45,7 @@ def test_one_start_token(prompt):
     row = one_row(Example(prompt, " answer"), tokenizer)
     assert row.input_ids.count(tokenizer.bos_token_id) == 1
     assert row.input_ids[0] == tokenizer.bos_token_id
-    (asked,) = prompt_ids([prompt], tokenizer)
-    assert tuple(asked) == row.input_ids[: row.prompt_length]
+    assert row.prompt_ids == row.input_ids[: row.learned[0][0]]
 
 
 class SeamTokenizer:
@@ -60,7 +60,7 @@ class SeamTokenizer:
 def test_a_token_across_the_seam_belongs_to_the_answer():
     row = one_row(Example("xa", "bc"), SeamTokenizer())
     assert row.input_ids == (ord("x"), 3, ord("c"), 9)
-    assert row.prompt_length == 1
+    assert row.learned == ((1, 4),)
 
 
 def test_long_rows_are_cut_and_counted_and_rows_without_an_answer_left_dropped(tokenizer):
@@ -70,7 +70,7 @@ def test_long_rows_are_cut_and_counted_and_rows_without_an_answer_left_dropped(t
     assert (len(done.rows), done.truncated, done.dropped) == (2, 2, 1)
     assert max(len(row.input_ids) for row in done.rows) == 64
     assert done.rows[1].input_ids[-1] != tokenizer.eos_token_id
-    assert all(row.label_count("completion") > 0 for row in done.rows)
+    assert all(row.label_count > 0 for row in done.rows)
     assert done.longest > 200
 
 
@@ -88,4 +88,4 @@ def test_shards_give_back_what_they_got(tokenizer):
     assert shards.from_parquet(shards.to_parquet(rows, with_text=True)) == rows
     bare = shards.from_parquet(shards.to_parquet(rows, with_text=False))
     assert [row.input_ids for row in bare] == [row.input_ids for row in rows]
-    assert {row.prompt for row in bare} == {""}
+    assert {(row.prompt, row.prompt_ids) for row in bare} == {("", ())}

@@ -28,11 +28,15 @@ CHOICES = Choices(torch.float32, "sdpa", checkpointing=False, packing=True, opti
 NF4 = QuantizationSpec(bits=4)
 
 
-def token_rows(count: int = 16, seed: int = 0) -> tuple[TokenRow, ...]:
+def token_rows(count: int = 16, seed: int = 0, spans: int = 1) -> tuple[TokenRow, ...]:
+    """Rows that learn from their prompt's end on, or two spans of them as chats have."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(6, 24, (count,), generator=generator).tolist()
     return tuple(
-        TokenRow(tuple(torch.randint(2, 384, (length,), generator=generator).tolist()), 2 + number % 4)
+        TokenRow(
+            tuple(torch.randint(2, 384, (length,), generator=generator).tolist()),
+            ((2 + number % 4, length),) if spans == 1 else ((1, 3), (5, length)),
+        )
         for number, length in enumerate(lengths)
     )
 
@@ -62,30 +66,31 @@ def model_folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("loss", ["completion", "all"])
+@pytest.mark.parametrize("spans", [1, 2])
 @pytest.mark.parametrize("packing", [True, False])
-def test_rows_in_a_batch_have_the_loss_they_have_alone(packing, loss):
-    tuned, rows = make_tuned(), token_rows(5)
+def test_rows_in_a_batch_have_the_loss_they_have_alone(packing, spans):
+    tuned, rows = make_tuned(), token_rows(5, spans=spans)
     expected = 0.0
     for row in rows:
         ids = torch.tensor([row.input_ids])
-        first = 1 if loss == "all" else row.prompt_length
-        logits = tuned.causal(input_ids=ids).logits[0, first - 1 : -1]
-        expected += float(functional.cross_entropy(logits, ids[0, first:], reduction="sum").detach())
-    batch = make_batch(rows, loss, CPU, packing=packing)
+        logits = tuned.causal(input_ids=ids).logits[0]
+        for start, end in row.learned:
+            wanted = ids[0, start:end]
+            expected += float(functional.cross_entropy(logits[start - 1 : end - 1], wanted, reduction="sum").detach())
+    batch = make_batch(rows, CPU, packing=packing)
     assert float(tuned.loss_sum(batch).detach()) == pytest.approx(expected, rel=1e-5)
     assert tuned.statistics(batch)[0] == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_first_token_of_a_joined_row_is_never_a_label():
-    rows = token_rows(6)
-    batch = make_batch(rows, "all", CPU, packing=True)
+    rows = token_rows(6, spans=2)
+    batch = make_batch(rows, CPU, packing=True)
     starts, place = set(), 0
     for row in rows:
         starts.add(place)
         place += len(row.input_ids)
     assert not starts & {position + 1 for position in batch.chosen.tolist()}
-    assert len(batch.labels) == sum(row.label_count("all") for row in rows)
+    assert len(batch.labels) == sum(row.label_count for row in rows)
 
 
 def test_joined_rows_are_checked_for_state_that_leaks():
@@ -128,7 +133,7 @@ def test_a_model_that_changes_its_logits_keeps_its_own_head():
 
     assert head_is_plain(make_model())
     assert not head_is_plain(Capped(make_model()))
-    tuned, batch = make_tuned(), make_batch(token_rows(4), "completion", CPU, packing=True)
+    tuned, batch = make_tuned(), make_batch(token_rows(4), CPU, packing=True)
     own = dataclasses.replace(tuned, plain_head=False)
     assert float(own.loss_sum(batch).detach()) == pytest.approx(float(tuned.loss_sum(batch).detach()), rel=1e-6)
 
@@ -146,7 +151,7 @@ def test_micro_batches_do_not_change_a_step(micro_batch):
 
 def test_a_step_is_normalised_by_its_own_labels():
     tuned, rows = make_tuned(), token_rows(8)
-    batch = make_batch(rows, "completion", CPU, packing=True)
+    batch = make_batch(rows, CPU, packing=True)
     expected = float(tuned.loss_sum(batch).detach()) / len(batch.labels)
     assert make_test_loop(tuned, rows).step(0).loss == pytest.approx(expected, rel=1e-5)
 
@@ -169,7 +174,7 @@ GOLDEN_ORDER = tuple(torch.randperm(6, generator=torch.Generator().manual_seed(4
 
 
 def test_joined_rows_stay_below_the_limit_unless_one_row_is_longer():
-    long, short = TokenRow(tuple(range(5000)), 1), TokenRow(tuple(range(3000)), 1)
+    long, short = TokenRow(tuple(range(5000)), ()), TokenRow(tuple(range(3000)), ())
     sizes = [len(group) for group in micro_batches([short, short, long, short], 8, packing=True)]
     assert sizes == [1, 1, 1, 1]
     assert [len(group) for group in micro_batches([short] * 5, 2, packing=False)] == [2, 2, 1]
@@ -182,10 +187,10 @@ def gradients_after(folder, *, evaluate_between: bool) -> list[torch.Tensor]:
     rows = token_rows(6)
     if evaluate_between:
         with tuned.evaluating():
-            evaluate(tuned, rows, "completion", 1, packing=True)
+            evaluate(tuned, rows, 1, packing=True)
             tuned.causal(input_ids=torch.tensor([[5]]), use_cache=False)
     tuned.peft.train()
-    tuned.loss_sum(make_batch(rows, "completion", CPU, packing=True)).backward()
+    tuned.loss_sum(make_batch(rows, CPU, packing=True)).backward()
     return [parameter.grad for parameter in tuned.parameters()]
 
 
@@ -227,7 +232,7 @@ def test_dropout_does_not_depend_on_what_ran_before():
         second.step(step)
         with busy.evaluating():
             torch.randn(17)
-            evaluate(busy, rows, "completion", 2, packing=True)
+            evaluate(busy, rows, 2, packing=True)
     assert all(torch.equal(one, other) for one, other in zip(weights_of(quiet), weights_of(busy), strict=True))
 
 
@@ -244,7 +249,7 @@ def test_evaluating_restores_mode_and_random_numbers():
 
 def test_metrics_do_not_depend_on_batches():
     tuned, rows = make_tuned(), token_rows(9)
-    found = [evaluate(tuned, rows, "completion", size, packing=packing) for size in (1, 4) for packing in (True, False)]
+    found = [evaluate(tuned, rows, size, packing=packing) for size in (1, 4) for packing in (True, False)]
     assert len({metrics.token_accuracy for metrics in found}) == 1
     assert [metrics.loss for metrics in found] == pytest.approx([found[0].loss] * 4, rel=1e-5)
     assert found[0].perplexity == pytest.approx(math.exp(found[0].loss))
@@ -253,12 +258,12 @@ def test_metrics_do_not_depend_on_batches():
 def test_without_its_adapter_the_model_is_the_base():
     tuned, rows = make_tuned(), token_rows(8)
     with tuned.evaluating(adapter=False):
-        before = evaluate(tuned, rows, "completion", 4, packing=True)
+        before = evaluate(tuned, rows, 4, packing=True)
     run_steps(make_test_loop(tuned, rows))
     with tuned.evaluating(adapter=False):
-        assert evaluate(tuned, rows, "completion", 4, packing=True) == before
+        assert evaluate(tuned, rows, 4, packing=True) == before
     with tuned.evaluating():
-        assert evaluate(tuned, rows, "completion", 4, packing=True).loss < before.loss
+        assert evaluate(tuned, rows, 4, packing=True).loss < before.loss
 
 
 def test_missing_gradients_end_the_run():

@@ -1,0 +1,49 @@
+"""The QLoRAJob resource: the only source of the CRD, its defaults, its bounds and its reference."""
+
+from qlora_api.v1alpha1.places import DatasetSpec, EvaluationSplit, ModelSpec, OutputSpec
+from qlora_api.v1alpha1.recipe import EvaluationSpec, LoraSpec, QuantizationSpec, TrainingSpec
+from qlora_api.v1alpha1.spec import MUTABLE_FIELDS, DeadlinesSpec, QLoRAJobSpec, ResourcesSpec, Toleration
+from qlora_api.v1alpha1.status import (
+    Attempt,
+    Condition,
+    DataStatus,
+    EvaluationStatus,
+    Metrics,
+    ModelStatus,
+    OutputStatus,
+    Plan,
+    Progress,
+    QLoRAJobStatus,
+)
+from qlora_api.v1alpha1.types import (
+    SecretRef,
+    to_timedelta,
+)
+
+__all__ = [
+    "MUTABLE_FIELDS",
+    "Attempt",
+    "Condition",
+    "DataStatus",
+    "DatasetSpec",
+    "DeadlinesSpec",
+    "EvaluationSpec",
+    "EvaluationSplit",
+    "EvaluationStatus",
+    "LoraSpec",
+    "Metrics",
+    "ModelSpec",
+    "ModelStatus",
+    "OutputSpec",
+    "OutputStatus",
+    "Plan",
+    "Progress",
+    "QLoRAJobSpec",
+    "QLoRAJobStatus",
+    "QuantizationSpec",
+    "ResourcesSpec",
+    "SecretRef",
+    "Toleration",
+    "TrainingSpec",
+    "to_timedelta",
+]

@@ -1,0 +1,91 @@
+"""What decides the adapter beside model and dataset: quantisation, adapter, optimisation, evaluation."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from qlora_api.base import ApiModel
+from qlora_api.v1alpha1.types import ModuleName, cel
+
+
+class QuantizationSpec(ApiModel):
+    """How the frozen base weights are stored."""
+
+    bits: Literal[4, 8, 16] = Field(
+        default=4, description="Bits per weight: 4 or 8 (bitsandbytes) for method qlora, 16 for method lora."
+    )
+    type: Literal["nf4", "fp4"] = Field(default="nf4", description="4-bit data type.")
+    double_quant: bool = Field(default=True, description="Quantise the 4-bit scales as well (0.37 bit a weight less).")
+
+
+class LoraSpec(ApiModel):
+    """The low-rank adapter."""
+
+    model_config = cel(
+        (
+            "!('all-linear' in self.targets) || size(self.targets) == 1",
+            "all-linear means every linear module; list it alone, or list module names without it",
+        ),
+    )
+
+    rank: int = Field(default=16, ge=1, le=1024, description="Rank r of the update matrices.")
+    alpha: int = Field(default=32, ge=1, le=4096, description="Scale: updates are multiplied by alpha / rank.")
+    dropout: float = Field(default=0.05, ge=0, lt=1, description="Dropout on the adapter's input while training.")
+    targets: Annotated[tuple[ModuleName, ...], Field(min_length=1, max_length=64)] = Field(
+        default=("q_proj", "v_proj"),
+        description="Names of the linear modules that get an adapter, or the one word all-linear.",
+    )
+    dora: bool = Field(default=False, description="Weight-decomposed LoRA; vLLM cannot serve it unmerged.")
+    rslora: bool = Field(default=False, description="Scale by alpha / sqrt(rank) instead of alpha / rank.")
+
+
+class TrainingSpec(ApiModel):
+    """The optimisation."""
+
+    model_config = cel(
+        (
+            "!has(self.microBatchSize) || self.globalBatchSize % self.microBatchSize == 0",
+            "microBatchSize must divide globalBatchSize; leave it out to let the plan choose",
+        ),
+    )
+
+    epochs: float = Field(default=3, gt=0, le=1000, description="Passes over the training rows.")
+    max_steps: int | None = Field(
+        default=None, ge=1, le=10_000_000, description="Stop after this many optimizer steps, if that comes first."
+    )
+    global_batch_size: int = Field(default=16, ge=1, le=65_536, description="Rows per optimizer step, over all GPUs.")
+    micro_batch_size: int | None = Field(
+        default=None,
+        ge=1,
+        le=4096,
+        description="Rows per forward pass on one device; must divide globalBatchSize. Default: chosen by the plan.",
+    )
+    learning_rate: float = Field(default=2e-4, gt=0, le=1, description="Peak learning rate of AdamW.")
+    scheduler: Literal["cosine", "linear", "constant"] = Field(
+        default="cosine", description="Course of the learning rate after the warm-up."
+    )
+    warmup_ratio: float = Field(default=0.03, ge=0, le=1, description="Share of the steps with a rising learning rate.")
+    weight_decay: float = Field(default=0.0, ge=0, le=1, description="Decoupled weight decay of AdamW.")
+    max_grad_norm: float = Field(default=1.0, gt=0, le=1000, description="Gradients are clipped to this global norm.")
+    max_length: int = Field(
+        default=2048, ge=16, le=1_048_576, description="Tokens a row may have; a longer row is cut at its end."
+    )
+    packing: bool = Field(
+        default=True,
+        description=(
+            "Join the rows of a micro-batch into one sequence without padding. Rows do not see each other and a step "
+            "keeps its rows, so only the speed changes."
+        ),
+    )
+    loss: Literal["completion", "all"] = Field(
+        default="completion", description="Learn the answer's tokens only, or the prompt's as well."
+    )
+    seed: int = Field(default=42, ge=0, le=4_294_967_295, description="Seed of data order, dropout and adapter.")
+
+
+class EvaluationSpec(ApiModel):
+    """What is reported beside the held-out loss."""
+
+    generations: int = Field(
+        default=3, ge=0, le=64, description="Held-out prompts that base model and adapter answer, for the report."
+    )

@@ -1,0 +1,88 @@
+"""The spec of a QLoRAJob: its blocks, and the rules between them."""
+
+from typing import Annotated, Final, Literal
+
+from pydantic import Field
+
+from qlora_api.base import ApiModel
+from qlora_api.v1alpha1.places import DatasetSpec, ModelSpec, OutputSpec
+from qlora_api.v1alpha1.recipe import EvaluationSpec, LoraSpec, QuantizationSpec, TrainingSpec
+from qlora_api.v1alpha1.types import Duration, LabelKey, LabelValue, Quantity, cel
+
+
+class Toleration(ApiModel):
+    """A Kubernetes toleration."""
+
+    key: LabelKey | None = Field(default=None, description="Taint key; none with operator Exists tolerates all.")
+    operator: Literal["Exists", "Equal"] = Field(default="Equal", description="How the value is compared.")
+    value: LabelValue | None = Field(default=None, description="Taint value.")
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = Field(
+        default=None, description="Taint effect; none means every effect."
+    )
+    toleration_seconds: int | None = Field(default=None, ge=0, le=31_536_000, description="Seconds, for NoExecute.")
+
+
+class ResourcesSpec(ApiModel):
+    """What the training pod asks for."""
+
+    gpus_per_node: int = Field(default=1, ge=0, le=1, description="GPUs of the training pod; 0 trains on the CPU.")
+    gpu_product: str = Field(
+        default="", max_length=63, description="Required value of the node label nvidia.com/gpu.product; empty: any."
+    )
+    cpu: Quantity = Field(default="2", description="CPU request of the training pod.")
+    memory: Quantity = Field(default="16Gi", description="Memory request and limit of the training pod.")
+    node_selector: Annotated[dict[LabelKey, LabelValue], Field(max_length=16)] = Field(
+        default={}, description="Labels that the node must have."
+    )
+    tolerations: Annotated[tuple[Toleration, ...], Field(max_length=16)] = Field(
+        default=(), description="Taints that the training pod tolerates; nvidia.com/gpu is tolerated anyway."
+    )
+
+
+class DeadlinesSpec(ApiModel):
+    """When waiting ends."""
+
+    startup: Duration = Field(
+        default="30m", description="Longest time from a pod's placement on a node to its first breath."
+    )
+    total: Duration = Field(default="24h", description="Longest time that the training attempt may take.")
+
+
+MUTABLE_FIELDS: Final = frozenset({"deadlines"})
+"""Fields of the spec that may change after creation; every other block is immutable as a whole."""
+
+
+def _immutable(field: str) -> tuple[str, str]:
+    return f"self.{field} == oldSelf.{field}", f"spec.{field} cannot change; create a QLoRAJob with another name"
+
+
+class QLoRAJobSpec(ApiModel):
+    """What to fine-tune, on what, how, and where the adapter goes."""
+
+    model_config = cel(
+        (
+            "self.method != 'qlora' || self.quantization.bits in [4, 8]",
+            "method qlora needs quantization.bits 4 or 8; for a 16-bit base set method to lora",
+        ),
+        (
+            "self.method != 'lora' || self.quantization.bits == 16",
+            "method lora needs quantization.bits 16; for a quantised base set method to qlora",
+        ),
+        *map(
+            _immutable,
+            ("method", "model", "dataset", "quantization", "lora", "training", "resources", "evaluation", "output"),
+        ),
+    )
+
+    method: Literal["qlora", "lora"] = Field(
+        default="qlora", description="qlora: adapter on a quantised base; lora: adapter on a 16-bit base."
+    )
+    model: ModelSpec = Field(description="The base model.")
+    dataset: DatasetSpec = Field(description="The rows to learn from.")
+    quantization: QuantizationSpec = Field(default=QuantizationSpec(), description="How the base weights are stored.")
+    lora: LoraSpec = Field(default=LoraSpec(), description="The low-rank adapter.")
+    training: TrainingSpec = Field(default=TrainingSpec(), description="The optimisation.")
+    resources: ResourcesSpec = Field(default=ResourcesSpec(), description="What the training pod asks for.")
+    evaluation: EvaluationSpec = Field(default=EvaluationSpec(), description="What is reported beside the loss.")
+    output: OutputSpec = Field(description="Where the result goes.")
+    deadlines: DeadlinesSpec = Field(default=DeadlinesSpec(), description="When waiting ends. May be changed later.")

@@ -1,0 +1,138 @@
+"""The status of a QLoRAJob, and what its parts say."""
+
+from datetime import datetime
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from qlora_api.base import ApiModel
+from qlora_api.names import ConditionType, Phase, Reason
+from qlora_api.v1alpha1.types import MAX_URI
+
+
+class Condition(ApiModel):
+    """A Kubernetes condition."""
+
+    type: ConditionType = Field(description="What the condition is about.")
+    status: Literal["True", "False", "Unknown"] = Field(description="Whether it holds.")
+    reason: Reason = Field(description="Why, in one word of a closed list.")
+    message: Annotated[str, Field(max_length=32_768)] = Field(description="Why, in a sentence.")
+    last_transition_time: datetime = Field(description="When the status last changed.")
+    observed_generation: int = Field(ge=0, description="The generation that the condition speaks of.")
+
+
+class ModelStatus(ApiModel):
+    """What the model was resolved to."""
+
+    uri: Annotated[str, Field(max_length=MAX_URI)] = Field(description="The model, as in the spec.")
+    commit: Annotated[str, Field(max_length=64)] = Field(description="Commit or content hash that is trained on.")
+    architecture: Annotated[str, Field(max_length=128)] = Field(description="Class of the model.")
+    parameters: int = Field(ge=0, description="Weights of the base model.")
+
+
+class DataStatus(ApiModel):
+    """What the dataset turned out to be."""
+
+    digest: Annotated[str, Field(max_length=64)] = Field(description="SHA-256 over the rows in use, as hex digits.")
+    format: Annotated[str, Field(max_length=32)] = Field(description="Format of the rows.")
+    training_rows: int = Field(ge=0, description="Rows to learn from.")
+    evaluation_rows: int = Field(ge=0, description="Rows held out.")
+    training_tokens: int = Field(ge=0, description="Tokens in the training rows.")
+    truncated_rows: int = Field(ge=0, description="Rows that were cut at training.maxLength.")
+    longest_row_tokens: int = Field(ge=0, description="Tokens of the longest row, before any cut.")
+
+
+class Plan(ApiModel):
+    """How the run is executed: chosen by the operator, recorded in status, followed by the trainer."""
+
+    device: Literal["cpu", "cuda"] = Field(description="Where the training runs.")
+    nodes: int = Field(ge=1, description="Pods, one per node.")
+    gpus_per_node: int = Field(ge=0, description="GPUs of each pod.")
+    micro_batch_size: int = Field(ge=1, description="Rows per forward pass.")
+    gradient_accumulation: int = Field(ge=1, description="Forward passes per optimizer step.")
+    total_steps: int = Field(ge=1, description="Optimizer steps of the run.")
+    reasons: Annotated[tuple[Annotated[str, Field(max_length=256)], ...], Field(max_length=32)] = Field(
+        default=(), description="Why each choice was made."
+    )
+
+
+class Attempt(ApiModel):
+    """One training Job."""
+
+    number: int = Field(ge=1, description="Counts from 1.")
+    job: Annotated[str, Field(max_length=63)] = Field(description="Name of the batch/v1 Job.")
+    reason: Reason | None = Field(default=None, description="How it ended; absent while it runs.")
+    message: Annotated[str, Field(max_length=4096)] = Field(default="", description="How it ended, in a sentence.")
+    started_at: datetime | None = Field(default=None, description="When its container started.")
+    finished_at: datetime | None = Field(default=None, description="When it ended.")
+
+
+class Metrics(ApiModel):
+    """Quality on the held-out rows; every mean is over supervised tokens."""
+
+    loss: float = Field(description="Mean cross-entropy, in nats per token.")
+    perplexity: float = Field(description="exp(loss).")
+    token_accuracy: float = Field(ge=0, le=1, description="Share of tokens that are the model's first choice.")
+
+
+class EvaluationStatus(ApiModel):
+    """Base model and adapter on the same held-out rows."""
+
+    base: Metrics = Field(description="Without the adapter.")
+    adapter: Metrics = Field(description="With the adapter.")
+    rows: int = Field(ge=0, description="Held-out rows.")
+    tokens: int = Field(ge=0, description="Supervised tokens in them.")
+
+
+class OutputStatus(ApiModel):
+    """Where the result is."""
+
+    digest: Annotated[str, Field(max_length=64)] = Field(description="Digest of everything that decides the result.")
+    prefix: Annotated[str, Field(max_length=2048)] = Field(description="Prefix that holds everything of this result.")
+    adapter: Annotated[str, Field(max_length=2048)] | None = Field(default=None, description="URI of the adapter.")
+    report: Annotated[str, Field(max_length=2048)] | None = Field(default=None, description="URI of report.json.")
+
+
+class Progress(ApiModel):
+    """The last report of the running pod."""
+
+    percent: int = Field(default=0, ge=0, le=100, description="Share of the optimizer steps that are done.")
+    step: int | None = Field(default=None, ge=0, description="Optimizer steps done.")
+    total_steps: int | None = Field(default=None, ge=0, description="Optimizer steps of the run.")
+    remaining_seconds: int | None = Field(default=None, ge=0, description="Estimated seconds to the end of training.")
+    loss: float | None = Field(default=None, description="Latest training loss, in nats per token.")
+    tokens_per_second: float | None = Field(default=None, ge=0, description="Non-padding tokens per second.")
+    phase: Phase | None = Field(default=None, description="Training, Evaluating or Publishing.")
+    updated_at: datetime = Field(description="When the pod reported.")
+
+
+class QLoRAJobStatus(ApiModel):
+    """Where the run stands."""
+
+    observed_generation: int = Field(default=-1, ge=-1, description="The generation that this status speaks of.")
+    phase: Phase | None = Field(default=None, description="One word; the conditions are the truth.")
+    reason: Reason | None = Field(default=None, description="Reason of the phase.")
+    message: Annotated[str, Field(max_length=32_768)] | None = Field(default=None, description="The phase, explained.")
+    progress: Annotated[str, Field(max_length=8)] | None = Field(default=None, description="For the PROGRESS column.")
+    eta: Annotated[str, Field(max_length=16)] | None = Field(default=None, description="Time left, for the ETA column.")
+    loss: Annotated[str, Field(max_length=16)] | None = Field(default=None, description="For the LOSS column.")
+    step: Annotated[str, Field(max_length=32)] | None = Field(default=None, description="For the STEP column.")
+    tokens_per_second: Annotated[str, Field(max_length=16)] | None = Field(
+        default=None, description="For the TOK/S column."
+    )
+    gpus: int | None = Field(default=None, ge=0, description="GPUs that the run holds or will ask for.")
+    attempt: int | None = Field(default=None, ge=1, description="Number of the latest attempt.")
+    started_at: datetime | None = Field(default=None, description="When the operator first saw the job.")
+    finished_at: datetime | None = Field(default=None, description="When the job ended.")
+    model: ModelStatus | None = Field(default=None, description="What the model was resolved to.")
+    dataset: DataStatus | None = Field(default=None, description="What the dataset turned out to be.")
+    plan: Plan | None = Field(default=None, description="How the run is executed.")
+    last_report: Progress | None = Field(default=None, description="The last report of the running pod.")
+    attempts: Annotated[tuple[Attempt, ...], Field(max_length=100)] = Field(
+        default=(), description="Training attempts, oldest first."
+    )
+    evaluation: EvaluationStatus | None = Field(default=None, description="Base model and adapter compared.")
+    output: OutputStatus | None = Field(default=None, description="Where the result is.")
+    conditions: Annotated[tuple[Condition, ...], Field(max_length=16)] = Field(
+        default=(), description="The truth about the run, in Kubernetes's form."
+    )

@@ -1,0 +1,55 @@
+"""What the fields of the resource are made of: bounded strings, rules for the API server, a Secret's name."""
+
+import re
+from datetime import timedelta
+from typing import Annotated, Final
+
+from pydantic import AfterValidator, ConfigDict, Field, JsonValue
+
+from qlora_api.base import ApiModel
+
+MAX_URI: Final = 1024
+"""Longest object key that S3 stores."""
+
+_SECONDS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def _validate_duration(text: str) -> str:
+    if not re.fullmatch(r"[1-9][0-9]*(s|m|h|d)", text):
+        raise ValueError("write a number and one unit: 90s, 30m, 24h or 7d")
+    return text
+
+
+def to_timedelta(duration: str) -> timedelta:
+    """Turn '30m' into 30 minutes."""
+    return timedelta(seconds=int(duration[:-1]) * _SECONDS[duration[-1]])
+
+
+def cel(*rules: tuple[str, str]) -> ConfigDict:
+    """Attach rules for the API server, (expression that must hold, what to do), to a model."""
+    validations: list[JsonValue] = [{"rule": rule, "message": message} for rule, message in rules]
+    return ConfigDict(json_schema_extra={"x-kubernetes-validations": validations})
+
+
+IN_CLUSTER: Final = "!self.uri.startsWith('file://')"
+S3_SHAPE: Final = (
+    "!self.uri.startsWith('s3://') || self.uri.matches('^s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/.*)?$')",
+    "write s3://bucket/key; a bucket has 3 to 63 lower-case letters, digits, dots and hyphens",
+)
+
+Duration = Annotated[
+    str, Field(pattern=r"^[1-9][0-9]*(s|m|h|d)$", max_length=8, examples=["30m"]), AfterValidator(_validate_duration)
+]
+Uri = Annotated[str, Field(pattern=r"^(hf|s3|file)://.+$", max_length=MAX_URI)]
+OutputUri = Annotated[str, Field(pattern=r"^(s3|file)://.+$", max_length=MAX_URI)]
+ObjectName = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$", max_length=253)]
+Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?$", max_length=16)]
+ModuleName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.\-]+$", max_length=128)]
+LabelKey = Annotated[str, Field(max_length=317)]
+LabelValue = Annotated[str, Field(max_length=63)]
+
+
+class SecretRef(ApiModel):
+    """A Secret in the QLoRAJob's own namespace; it is mounted into pods, and the operator never reads it."""
+
+    name: ObjectName = Field(description="Name of the Secret.")
