@@ -8,6 +8,7 @@ import torch
 from qlora_api.v1alpha1 import Plan, QLoRAJobSpec
 from qlora_trainer.batches import PACK_TOKENS
 from qlora_trainer.hardware import Hardware
+from qlora_trainer.optimizer import Kind, choose_optimizer
 
 ACTIVATION_BYTES_PER_TOKEN_LAYER_WIDTH: Final = 34
 """Kept for backward without checkpointing, per token, layer and hidden unit, in 16 bits (Korthikanti et al. 2022)."""
@@ -23,7 +24,7 @@ class Choices:
     attention: str
     checkpointing: bool
     packing: bool
-    optimizer: str
+    optimizer: Kind
     reasons: dict[str, str]
 
     def with_packing_off(self, reason: str) -> "Choices":
@@ -38,20 +39,20 @@ def decide(spec: QLoRAJobSpec, plan: Plan, hardware: Hardware, model: Any, longe
     length = min(longest_row, spec.training.max_length)
     tokens = min(plan.micro_batch_size * length, max(PACK_TOKENS, length) if spec.training.packing else 1 << 62)
     checkpointing, checkpointing_reason = activation_checkpointing(hardware, model, tokens)
-    fused = hardware.device == "cuda"
+    optimizer, optimizer_reason = choose_optimizer(spec.training.optimizer, hardware.device)
     return Choices(
         dtype=dtype,
         attention=attention,
         checkpointing=checkpointing,
         packing=spec.training.packing,
-        optimizer="adamw_fused" if fused else "adamw",
+        optimizer=optimizer,
         reasons={
             "device": hardware.name,
             "dtype": f"{str(dtype).removeprefix('torch.')}: {dtype_reason}",
             "attention": f"{attention}: {attention_reason}",
             "gradient checkpointing": f"{'on' if checkpointing else 'off'}: {checkpointing_reason}",
             "packing": "on: rows are joined without padding" if spec.training.packing else "off: spec.training.packing",
-            "optimizer": f"AdamW{' (fused)' if fused else ''} in fp32: an adapter's state is small",
+            "optimizer": f"{optimizer}: {optimizer_reason}",
         },
     )
 

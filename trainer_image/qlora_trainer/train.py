@@ -16,6 +16,7 @@ from qlora_trainer.distributed import World
 from qlora_trainer.errors import RunError
 from qlora_trainer.interrupt import StopFlag, interrupted
 from qlora_trainer.model import Tuned
+from qlora_trainer.optimizer import make_optimizer
 from qlora_trainer.tokens import TokenRow
 
 
@@ -114,13 +115,7 @@ class Loop:
 
 def make_loop(tuned: Tuned, rows: Sequence[TokenRow], schedule: Schedule, choices: Choices, world: World) -> Loop:
     """Return a loop with fresh optimizer state."""
-    training = schedule.training
-    optimizer = torch.optim.AdamW(
-        tuned.parameters(),
-        lr=training.learning_rate,
-        weight_decay=training.weight_decay,
-        fused=choices.optimizer == "adamw_fused",
-    )
+    optimizer = make_optimizer(tuned.parameters(), schedule.training, choices.optimizer)
     # Only fp16 needs its loss scaled; elsewhere the scaler passes everything through.
     scaler = torch.amp.GradScaler(tuned.device.type, enabled=choices.dtype == torch.float16)
     return Loop(tuned, rows, schedule, choices, world, optimizer, scaler)

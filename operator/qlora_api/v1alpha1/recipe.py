@@ -65,7 +65,16 @@ class TrainingSpec(ApiModel):
         default="cosine", description="Course of the learning rate after the warm-up."
     )
     warmup_ratio: float = Field(default=0.03, ge=0, le=1, description="Share of the steps with a rising learning rate.")
-    weight_decay: float = Field(default=0.0, ge=0, le=1, description="Decoupled weight decay of AdamW.")
+    optimizer: Literal["auto", "adamw", "adamw8bit", "pagedAdamw", "pagedAdamw8bit"] = Field(
+        default="auto",
+        description=(
+            "AdamW with fp32 or 8-bit state; paged state moves to host memory when the GPU's runs out. auto: chosen "
+            "from what is trained, with its reason in the report."
+        ),
+    )
+    weight_decay: float = Field(
+        default=0.0, ge=0, le=1, description="Decoupled weight decay of AdamW, on matrices and not on norms or biases."
+    )
     max_grad_norm: float = Field(default=1.0, gt=0, le=1000, description="Gradients are clipped to this global norm.")
     max_length: int = Field(
         default=2048, ge=16, le=1_048_576, description="Tokens a row may have; a longer row is cut at its end."

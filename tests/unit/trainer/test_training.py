@@ -13,50 +13,16 @@ from qlora_api.report import StepRecord
 from qlora_api.v1alpha1 import LoraSpec, QuantizationSpec, TrainingSpec
 from qlora_trainer import model as model_module
 from qlora_trainer.batches import make_batch, micro_batches, order_of, rows_of_step
-from qlora_trainer.choices import Choices
 from qlora_trainer.distributed import World
 from qlora_trainer.errors import RunError
 from qlora_trainer.evaluate import evaluate
 from qlora_trainer.interrupt import StopFlag
 from qlora_trainer.loss import chunked_cross_entropy, chunked_statistics
-from qlora_trainer.model import Tuned, head_is_plain, joins_rows_exactly, load_base, tune
+from qlora_trainer.model import head_is_plain, joins_rows_exactly, load_base, tune
 from qlora_trainer.tokens import TokenRow
-from qlora_trainer.train import Loop, Schedule, check_finite, check_gradients, make_loop
+from qlora_trainer.train import Schedule, check_finite, check_gradients
 from tests.unit.trainer.tiny import CPU, make_model, write_model
-
-CHOICES = Choices(torch.float32, "sdpa", checkpointing=False, packing=True, optimizer="adamw", reasons={})
-NF4 = QuantizationSpec(bits=4)
-
-
-def token_rows(count: int = 16, seed: int = 0, spans: int = 1) -> tuple[TokenRow, ...]:
-    """Rows that learn from their prompt's end on, or two spans of them as chats have."""
-    generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(6, 24, (count,), generator=generator).tolist()
-    return tuple(
-        TokenRow(
-            tuple(torch.randint(2, 384, (length,), generator=generator).tolist()),
-            ((2 + number % 4, length),) if spans == 1 else ((1, 3), (5, length)),
-        )
-        for number, length in enumerate(lengths)
-    )
-
-
-def make_tuned(dropout: float = 0.0, **changes) -> Tuned:
-    lora = LoraSpec(rank=4, alpha=8, dropout=dropout, targets=("q_proj", "v_proj"))
-    return tune(make_model(**changes).requires_grad_(False), lora, 1, CHOICES)
-
-
-def make_test_loop(tuned: Tuned, rows, micro_batch: int = 4, steps: int = 4, **training) -> Loop:
-    settings = TrainingSpec(**{"global_batch_size": 8, "learning_rate": 0.01, "warmup_ratio": 0.0} | training)
-    return make_loop(tuned, rows, Schedule(settings, micro_batch, steps), CHOICES, World(CPU))
-
-
-def weights_of(tuned: Tuned) -> list[torch.Tensor]:
-    return [parameter.detach().clone() for parameter in tuned.parameters()]
-
-
-def run_steps(loop: Loop) -> tuple[StepRecord, ...]:
-    return loop.run(StopFlag(), lambda _: None)
+from tests.unit.trainer.tuned import CHOICES, NF4, make_test_loop, make_tuned, run_steps, token_rows, weights_of
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,74 @@
+"""The optimizers: which is chosen, that each learns, and that none depends on more than its state."""
+
+import copy
+
+import pytest
+import torch
+
+from qlora_api.v1alpha1 import TrainingSpec
+from qlora_trainer.optimizer import Kind, choose_optimizer, make_optimizer, parameter_groups
+
+ON_A_CPU = (Kind.ADAMW, Kind.ADAMW_8BIT)
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "kind", "reason"),
+    [
+        ("auto", "cpu", Kind.ADAMW, "state is small"),
+        ("auto", "cuda", Kind.ADAMW_FUSED, "state is small"),
+        ("adamw", "cuda", Kind.ADAMW_FUSED, "spec.training.optimizer"),
+        ("adamw8bit", "cpu", Kind.ADAMW_8BIT, "spec.training.optimizer"),
+        ("pagedAdamw", "cpu", Kind.ADAMW, "pagedAdamw without pages"),
+        ("pagedAdamw8bit", "cpu", Kind.ADAMW_8BIT, "pagedAdamw8bit without pages"),
+        ("pagedAdamw", "cuda", Kind.PAGED_ADAMW, "spec.training.optimizer"),
+        ("pagedAdamw8bit", "cuda", Kind.PAGED_ADAMW_8BIT, "spec.training.optimizer"),
+    ],
+)
+def test_choice(asked, device, kind, reason):
+    found, why = choose_optimizer(asked, device)
+    assert (found, reason in why) == (kind, True)
+
+
+def parameters() -> list[torch.nn.Parameter]:
+    torch.manual_seed(0)
+    # bitsandbytes keeps the state of fewer than 4,096 numbers in 32 bits.
+    return [torch.nn.Parameter(torch.randn(96, 96)), torch.nn.Parameter(torch.randn(96))]
+
+
+def take_steps(optimizer: torch.optim.Optimizer, weights: list[torch.nn.Parameter], steps: range) -> None:
+    """Move the weights towards zero; a step is a function of its number."""
+    for step in steps:
+        for weight in weights:
+            noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(step))
+            weight.grad = weight.detach() + 0.1 * noise
+        optimizer.step()
+
+
+@pytest.mark.parametrize("kind", ON_A_CPU)
+def test_each_learns_and_stores_its_state_as_its_name_says(kind):
+    weights = parameters()
+    optimizer = make_optimizer(weights, TrainingSpec(learning_rate=0.05), kind)
+    before = float(weights[0].detach().norm())
+    take_steps(optimizer, weights, range(20))
+    assert float(weights[0].detach().norm()) < 0.5 * before
+    stored = {value.dtype for value in optimizer.state[weights[0]].values() if torch.is_tensor(value) and value.ndim}
+    assert (torch.uint8 in stored) == (kind == Kind.ADAMW_8BIT)
+
+
+@pytest.mark.parametrize("kind", ON_A_CPU)
+def test_state_that_was_saved_and_loaded_goes_on_bit_for_bit(kind):
+    whole, parts, training = parameters(), parameters(), TrainingSpec(learning_rate=0.05)
+    take_steps(make_optimizer(whole, training, kind), whole, range(6))
+    first = make_optimizer(parts, training, kind)
+    take_steps(first, parts, range(3))
+    second = make_optimizer(parts, training, kind)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    take_steps(second, parts, range(3, 6))
+    assert all(torch.equal(one, other) for one, other in zip(whole, parts, strict=True))
+
+
+def test_norms_and_biases_are_not_decayed():
+    matrix, vector = parameters()
+    groups = parameter_groups([matrix, vector], 0.1)
+    assert [(group["params"][0] is matrix, group["weight_decay"]) for group in groups] == [(True, 0.1), (False, 0.0)]
+    assert len(parameter_groups([matrix], 0.1)) == 1

@@ -1,0 +1,67 @@
+"""AdamW in its forms: torch's, and bitsandbytes' with 8-bit state or state that can leave the GPU."""
+
+from collections.abc import Sequence
+from enum import StrEnum
+from typing import Any, Final
+
+import bitsandbytes
+import torch
+
+from qlora_api.v1alpha1 import TrainingSpec
+
+
+class Kind(StrEnum):
+    """Which implementation takes the steps."""
+
+    ADAMW = "adamw"
+    ADAMW_FUSED = "adamw_fused"
+    ADAMW_8BIT = "adamw8bit"
+    PAGED_ADAMW = "paged_adamw"
+    PAGED_ADAMW_8BIT = "paged_adamw8bit"
+
+
+_BITSANDBYTES: Final[dict[Kind, Any]] = {
+    Kind.ADAMW_8BIT: bitsandbytes.optim.AdamW8bit,
+    Kind.PAGED_ADAMW: bitsandbytes.optim.PagedAdamW,
+    Kind.PAGED_ADAMW_8BIT: bitsandbytes.optim.PagedAdamW8bit,
+}
+
+_ASKED: Final[dict[str, Kind]] = {
+    "adamw8bit": Kind.ADAMW_8BIT,
+    "pagedAdamw": Kind.PAGED_ADAMW,
+    "pagedAdamw8bit": Kind.PAGED_ADAMW_8BIT,
+}
+_UNPAGED: Final = {Kind.PAGED_ADAMW: Kind.ADAMW, Kind.PAGED_ADAMW_8BIT: Kind.ADAMW_8BIT}
+
+
+def choose_optimizer(asked: str, device: str) -> tuple[Kind, str]:
+    """Return the optimizer for spec.training.optimizer on a device, and why."""
+    plain = Kind.ADAMW_FUSED if device == "cuda" else Kind.ADAMW
+    if asked == "auto":
+        return plain, "an adapter's state is small, so nothing is gained by storing it in 8 bits"
+    kind = _ASKED.get(asked, plain)
+    if device == "cpu" and kind in _UNPAGED:
+        return _UNPAGED[kind], f"{asked} without pages: its state is in host memory anyway"
+    return kind, "spec.training.optimizer"
+
+
+def make_optimizer(
+    parameters: Sequence[torch.nn.Parameter], training: TrainingSpec, kind: Kind
+) -> torch.optim.Optimizer:
+    """Return an optimizer with fresh state."""
+    groups, rate = parameter_groups(parameters, training.weight_decay), training.learning_rate
+    if kind in _BITSANDBYTES:
+        made: torch.optim.Optimizer = _BITSANDBYTES[kind](groups, lr=rate)
+        return made
+    return torch.optim.AdamW(groups, lr=rate, fused=kind == Kind.ADAMW_FUSED)
+
+
+def parameter_groups(parameters: Sequence[torch.nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """Decay matrices only: scales and biases (norms, DoRA's magnitudes) have no zero to return to."""
+    matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
+    vectors = [parameter for parameter in parameters if parameter.ndim < 2]
+    groups: list[dict[str, Any]] = [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
