@@ -1,0 +1,43 @@
+"""The README is true: what it shows is what the commands print, and its links lead somewhere."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from qlora_api.v1alpha1 import QLoRAJobSpec
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").rglob("README.md")]
+
+
+def test_nothing_is_left_to_be_filled_in():
+    assert re.findall(r"@[A-Z]+@", (ROOT / "README.md").read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path):
+    targets = re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8"))
+    local = [target for target in targets if not target.startswith("http")]
+    assert [target for target in local if not (page.parent / target).exists()] == []
+
+
+def test_validate_prints_what_the_readme_shows():
+    command = [sys.executable, "-m", "qlora_cli", "validate", "examples/broken.yaml"]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert printed.returncode == 1
+    shown = (ROOT / "README.md").read_text(encoding="utf-8")
+    lines = (printed.stdout + printed.stderr).splitlines()
+    assert [line for line in lines if line not in shown] == []
+    assert len(lines) == 2
+
+
+def test_the_first_manifest_is_valid():
+    block = re.search(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert block
+    manifest = yaml.safe_load(block[1])
+    spec = QLoRAJobSpec.model_validate(manifest["spec"])
+    assert spec.lora.targets == ("all-linear",)
