@@ -22,6 +22,8 @@ HERE: Final = Path(__file__).parent
 OUTPUT: Final = Path("out/quickstart")
 ALL_STEPS: Final = 173
 """One pass over the 1,384 rows; job.yaml stops earlier."""
+SHOWN_SAMPLES: Final = 3
+"""Of the answers in the report."""
 SHOWN_CHARACTERS: Final = 240
 """Of an answer; a base model that does not know when to stop goes on and on."""
 
@@ -37,7 +39,7 @@ def main() -> None:
     word = run_local(changes, console)
     console.print("\n[bold]3. The result[/]")
     show_outcome(word, console)
-    show_samples(load_report(word).samples, console)
+    show_samples(load_report(word).samples[:SHOWN_SAMPLES], console)
     console.print("[bold]Next[/]: all rows once, or the same manifest in a cluster")
     console.print(Padding(command([*changes, f"training.maxSteps={ALL_STEPS}"]), (0, 0, 0, 3)))
     console.print(Padding("kubectl apply -f examples/quickstart/job.yaml", (0, 0, 0, 3)))

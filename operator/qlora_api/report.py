@@ -34,6 +34,62 @@ class Sample(ApiModel):
     adapter: str
 
 
+class RowScore(ApiModel):
+    """One model on one held-out row."""
+
+    loss: float
+    """Summed cross-entropy of the row's supervised tokens, in nats."""
+    correct: int
+    """Supervised tokens that are the model's first choice."""
+    answer: str | None = None
+    """The greedy answer, where one was asked for."""
+    exact_match: float | None = None
+    """1 where the answer equals the reference but for white space, else 0."""
+    rouge_l: float | None = None
+    """ROUGE-L F-measure of the answer, from 0 to 1."""
+
+
+class EvaluatedRow(ApiModel):
+    """One line of evaluation.jsonl; all figures of an evaluation follow from these lines."""
+
+    tokens: int
+    """Supervised tokens."""
+    prompt: str
+    reference: str
+    base: RowScore
+    adapter: RowScore
+
+
+class Interval(ApiModel):
+    """The range that a figure would probably stay in with other held-out rows of the same kind."""
+
+    low: float
+    high: float
+
+
+class Intervals(ApiModel):
+    """The intervals of one column of the comparison."""
+
+    loss: Interval
+    perplexity: Interval
+    token_accuracy: Interval
+    exact_match: Interval | None = None
+    rouge_l: Interval | None = None
+
+
+class Confidence(ApiModel):
+    """Percentile bootstrap over held-out rows; docs/results.md has the algorithm."""
+
+    level: float
+    """Share of resamples inside an interval."""
+    resamples: int
+    seed: int
+    base: Intervals
+    adapter: Intervals
+    change: Intervals
+    """Adapter less base, both on the same resampled rows."""
+
+
 class StepRecord(ApiModel):
     """One optimizer step."""
 
@@ -59,6 +115,7 @@ class RunReport(ApiModel):
     """What the hardware decided (dtype, attention, …), each with its reason."""
     history: tuple[StepRecord, ...]
     evaluation: EvaluationStatus
+    confidence: Confidence
     samples: tuple[Sample, ...]
     started_at: datetime
     finished_at: datetime

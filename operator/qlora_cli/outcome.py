@@ -43,10 +43,13 @@ def compare(evaluation: EvaluationStatus) -> Table:
         f"{adapter.perplexity:.1f}",
         relative(base.perplexity, adapter.perplexity),
     )
-    points = 100 * (adapter.token_accuracy - base.token_accuracy)
-    table.add_row(
-        "token accuracy", f"{base.token_accuracy:.1%}", f"{adapter.token_accuracy:.1%}", f"{points:+.1f} points"
-    )
+    shares = [("token accuracy", base.token_accuracy, adapter.token_accuracy)]
+    if base.exact_match is not None and adapter.exact_match is not None:
+        shares.append((f"exact match, n={evaluation.answers}", base.exact_match, adapter.exact_match))
+    if base.rouge_l is not None and adapter.rouge_l is not None:
+        shares.append((f"ROUGE-L, n={evaluation.answers}", base.rouge_l, adapter.rouge_l))
+    for name, before, after in shares:
+        table.add_row(name, f"{before:.1%}", f"{after:.1%}", f"{100 * (after - before):+.1f} points")
     return table
 
 

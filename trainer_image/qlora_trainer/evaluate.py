@@ -1,76 +1,103 @@
-"""Base model and adapter on the same held-out rows: in numbers, and in answers side by side."""
+"""A model on held-out rows: the loss of each row's supervised tokens, and how many it would have chosen."""
 
 import math
-from collections.abc import Sequence
-from typing import Any, Final
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from transformers import GenerationConfig
 
 from qlora_api.names import Reason
-from qlora_api.report import Sample
-from qlora_api.v1alpha1 import Metrics
+from qlora_api.report import EvaluatedRow
+from qlora_api.v1alpha1 import EvaluationSpec, Metrics
+from qlora_trainer.answers import answer_rows, choose_asked
 from qlora_trainer.batches import make_batch, micro_batches
 from qlora_trainer.errors import RunError
 from qlora_trainer.model import Tuned
+from qlora_trainer.scores import perplexity, score
 from qlora_trainer.tokens import TokenRow
 
-MAX_NEW_TOKENS: Final = 128
-"""Longest answer of a sample: enough to see style and content, and a CPU makes only a few tokens a second."""
-_ROOM: Final = 1.5
-"""Answers may be this much longer than the longest reference, so that one that does not stop is seen."""
+
+@dataclass(frozen=True)
+class RowSum:
+    """A model on one row."""
+
+    tokens: int
+    """Supervised tokens."""
+    loss: float
+    """Their summed cross-entropy, in nats."""
+    correct: int
+    """Those that are the model's first choice."""
+
+
+@dataclass(frozen=True)
+class Examination:
+    """A model on all held-out rows; an answer is None where none was asked for."""
+
+    sums: tuple[RowSum, ...]
+    answers: tuple[str | None, ...]
 
 
 def evaluate(tuned: Tuned, rows: Sequence[TokenRow], micro_batch: int, *, packing: bool) -> Metrics:
     """Return the quality on rows; every mean is over supervised tokens, so batches do not matter."""
-    total, correct, labels = 0.0, 0, 0
-    for group in micro_batches(rows, micro_batch, packing=packing):
-        batch = make_batch(group, tuned.device, packing=packing)
-        batch_loss, batch_correct = tuned.statistics(batch)
-        total, correct, labels = total + batch_loss, correct + batch_correct, labels + len(batch.labels)
-    mean = total / labels
-    if not math.isfinite(mean):
+    sums = sum_rows(tuned, rows, micro_batch, packing=packing)
+    tokens = sum(row.tokens for row in sums)
+    loss = math.fsum(row.loss for row in sums) / tokens
+    return Metrics(loss=loss, perplexity=perplexity(loss), token_accuracy=sum(row.correct for row in sums) / tokens)
+
+
+def sum_rows(tuned: Tuned, rows: Sequence[TokenRow], micro_batch: int, *, packing: bool) -> tuple[RowSum, ...]:
+    """Return each row's sums, in the order of the rows."""
+    groups = micro_batches(rows, micro_batch, packing=packing)
+    sums = tuple(found for group in groups for found in _sum_group(tuned, group, packing=packing))
+    if not math.isfinite(total := math.fsum(row.loss for row in sums)):
         raise RunError(
             Reason.NON_FINITE_LOSS,
-            f"the loss on the held-out rows is {mean}; lower spec.training.learningRate, or check the dataset",
+            f"the loss on the held-out rows is {total}; lower spec.training.learningRate, or check the dataset",
         )
-    return Metrics(loss=mean, perplexity=math.exp(min(mean, 700.0)), token_accuracy=correct / labels)
+    return sums
 
 
-def answer(tuned: Tuned, rows: Sequence[TokenRow], tokenizer: Any) -> tuple[str, ...]:
-    """Return the model's greedy answers to the prompts of rows."""
-    prompts = [list(row.prompt_ids) for row in rows]
-    width = max(len(prompt) for prompt in prompts)
-    filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    ids = torch.tensor([[filler] * (width - len(prompt)) + prompt for prompt in prompts], device=tuned.device)
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=tuned.device)
-    settings = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=longest_answer(rows),
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=filler,
-    )
-    with tuned.autocast():
-        made = tuned.causal.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
-    return tuple(tokenizer.batch_decode(made[:, width:], skip_special_tokens=True))
+def _sum_group(tuned: Tuned, rows: Sequence[TokenRow], *, packing: bool) -> Iterator[RowSum]:
+    losses, hits = tuned.statistics(make_batch(rows, tuned.device, packing=packing))
+    counts = [row.label_count for row in rows]
+    for count, loss, hit in zip(counts, torch.split(losses, counts), torch.split(hits, counts), strict=True):
+        yield RowSum(count, float(loss.sum()), int(hit.sum()))
 
 
-def longest_answer(rows: Sequence[TokenRow]) -> int:
-    """Return how many tokens an answer may have."""
-    reference = max(len(row.input_ids) - len(row.prompt_ids) for row in rows)
-    return min(math.ceil(reference * _ROOM), MAX_NEW_TOKENS)
+@dataclass(frozen=True)
+class Examiner:
+    """The same questions for every model."""
+
+    rows: tuple[TokenRow, ...]
+    tokenizer: Any
+    spec: EvaluationSpec
+    micro_batch: int
+    packing: bool
+
+    def examine(self, tuned: Tuned, *, adapter: bool = True) -> Examination:
+        """Measure the adapter, or the base below it, on every row, and let it answer some."""
+        with tuned.evaluating(adapter=adapter):
+            sums = sum_rows(tuned, self.rows, self.micro_batch, packing=self.packing)
+            return Examination(sums, self._ask(tuned))
+
+    def _ask(self, tuned: Tuned) -> tuple[str | None, ...]:
+        places = choose_asked(self.rows, self.spec.generations)
+        asked, limit = [self.rows[place] for place in places], self.spec.max_answer_tokens
+        texts = answer_rows(tuned, asked, self.tokenizer, batch=self.micro_batch, limit=limit)
+        said = dict(zip(places, texts, strict=True))
+        return tuple(said.get(place) for place in range(len(self.rows)))
 
 
-def generate_samples(tuned: Tuned, rows: Sequence[TokenRow], tokenizer: Any, count: int) -> tuple[Sample, ...]:
-    """Let base model and adapter answer the first held-out prompts."""
-    asked = rows[:count]
-    if not asked:
-        return ()
-    with tuned.evaluating(adapter=False):
-        before = answer(tuned, asked, tokenizer)
-    with tuned.evaluating():
-        after = answer(tuned, asked, tokenizer)
+def compare(rows: Sequence[TokenRow], base: Examination, adapter: Examination) -> tuple[EvaluatedRow, ...]:
+    """Return base and adapter side by side, row by row."""
     return tuple(
-        Sample(prompt=row.prompt, reference=row.reference, base=base, adapter=adapter)
-        for row, base, adapter in zip(asked, before, after, strict=True)
+        EvaluatedRow(
+            tokens=row.label_count,
+            prompt=row.prompt,
+            reference=row.reference,
+            base=score(before.loss, before.correct, row.reference, base.answers[place]),
+            adapter=score(after.loss, after.correct, row.reference, adapter.answers[place]),
+        )
+        for place, (row, before, after) in enumerate(zip(rows, base.sums, adapter.sums, strict=True))
     )

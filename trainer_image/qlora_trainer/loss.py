@@ -51,11 +51,13 @@ def chunked_cross_entropy(hidden: torch.Tensor, labels: torch.Tensor, head: Head
 
 
 @torch.no_grad()
-def chunked_statistics(hidden: torch.Tensor, labels: torch.Tensor, head: Head, chunk: int) -> tuple[float, int]:
-    """Return the summed loss, and how many labels are the model's first choice."""
-    total, correct = 0.0, 0
+def chunked_statistics(
+    hidden: torch.Tensor, labels: torch.Tensor, head: Head, chunk: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return for each label its loss [positions], in fp64, and whether it is the model's first choice [positions]."""
+    losses, hits = [], []
     for start in range(0, len(labels), chunk):
         logits, wanted = head(hidden[start : start + chunk]), labels[start : start + chunk]
-        total += float(token_losses(logits, wanted).double().sum())
-        correct += int((logits.argmax(dim=-1) == wanted).sum())
-    return total, correct
+        losses.append(token_losses(logits, wanted).double())
+        hits.append(logits.argmax(dim=-1) == wanted)
+    return torch.cat(losses), torch.cat(hits)

@@ -55,8 +55,8 @@ class Tuned:
             return token_losses(self._chosen_logits(batch), batch.labels).sum()
 
     @torch.no_grad()
-    def statistics(self, batch: Batch) -> tuple[float, int]:
-        """Return the summed cross-entropy of a batch's labels, and how many are the first choice."""
+    def statistics(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the cross-entropy of each of a batch's labels, and whether it is the first choice."""
         with self.autocast():
             if self.plain_head:
                 return chunked_statistics(self._states(batch), batch.labels, self._head, self._chunk)

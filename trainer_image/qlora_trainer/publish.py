@@ -1,12 +1,13 @@
 """Adapter and report as files, uploaded and verified; the manifest last, and only once."""
 
 import json
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
 from qlora_api.names import Reason
-from qlora_api.report import Manifest, ManifestFile, RunReport
+from qlora_api.report import EvaluatedRow, Manifest, ManifestFile, RunReport
 from qlora_api.result import Result
 from qlora_api.runconfig import RunConfig
 from qlora_trainer.chart import draw_loss
@@ -18,6 +19,7 @@ from qlora_trainer.store import AlreadyThereError, Store, sha256_of
 ADAPTER: Final = "adapter"
 REPORT: Final = "report/report.json"
 PAGE: Final = "report/report.html"
+ROWS: Final = "report/evaluation.jsonl"
 PICTURE: Final = "report/loss.png"
 
 
@@ -43,11 +45,12 @@ def canonical_config(text: str, uri: str, commit: str) -> str:
     return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
 
-def write_report(report: RunReport, folder: Path) -> None:
-    """Write the report as data, as a picture and as a page."""
+def write_report(report: RunReport, rows: Sequence[EvaluatedRow], folder: Path) -> None:
+    """Write the report as data, as a picture and as a page, and the rows that its figures come from."""
     picture = draw_loss(report.history, report.evaluation)
     (folder / PICTURE).parent.mkdir(parents=True, exist_ok=True)
     (folder / REPORT).write_text(report.model_dump_json(by_alias=True, indent=2))
+    (folder / ROWS).write_text("".join(f"{row.model_dump_json(by_alias=True)}\n" for row in rows), encoding="utf-8")
     (folder / PICTURE).write_bytes(picture)
     (folder / PAGE).write_text(render_html(report, picture), encoding="utf-8")
 

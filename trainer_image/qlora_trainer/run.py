@@ -8,7 +8,7 @@ from qlora_api.result import Result
 from qlora_api.runconfig import RunConfig
 from qlora_trainer import stages
 from qlora_trainer.architecture import load_tokenizer
-from qlora_trainer.evaluate import generate_samples
+from qlora_trainer.evaluate import compare
 from qlora_trainer.interrupt import StopFlag
 from qlora_trainer.output import find_manifest, open_output, point_latest
 from qlora_trainer.pace import Pace
@@ -40,20 +40,20 @@ def run(
     folder = stages.fetch_model(places, config, work)
     tuned, choices = stages.load_model(config, folder)
     tokenizer = load_tokenizer(folder)
+    examiner = stages.make_examiner(data, tokenizer, config, choices)
     pace.enter(Phase.EVALUATING)
-    base = stages.measure(tuned, data.held_out, config, choices, adapter=False)
+    base = examiner.examine(tuned, adapter=False)
     pace.enter(Phase.TRAINING)
     history = stages.make_training(tuned, data.training, config, choices).run(stop, pace.note)
     pace.enter(Phase.EVALUATING)
-    adapter = stages.measure(tuned, data.held_out, config, choices)
-    samples = generate_samples(tuned, data.held_out, tokenizer, config.spec.evaluation.generations)
+    adapter = examiner.examine(tuned)
     check = stages.make_loading_check(tuned, data.held_out, config, choices, folder)
     pace.enter(Phase.PUBLISHING)
-    outcome = stages.Outcome(history, stages.compare(base, adapter, data.held_out), samples)
+    outcome = stages.Outcome(history, compare(data.held_out, base, adapter))
     report = stages.build_report(config, choices, outcome, started)
     files = stages.empty_folder(work / "results" / config.prepared.digest)
     write_adapter(tuned.peft, tokenizer, config.spec.model.uri, config.prepared.model.commit, files)
-    write_report(report, files)
+    write_report(report, outcome.rows, files)
     del tuned
     stages.prove_loadable(check, files)
     return publish(output, config, stages.build_result(config, report), files, datetime.now(UTC))

@@ -6,19 +6,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from qlora_api.names import Reason
-from qlora_api.report import RunReport, Sample, StepRecord
+from qlora_api.report import EvaluatedRow, RunReport, Sample, StepRecord
 from qlora_api.result import Result
 from qlora_api.runconfig import RunConfig
-from qlora_api.v1alpha1 import EvaluationStatus, Metrics
-from qlora_trainer import shards
+from qlora_api.v1alpha1 import Metrics
+from qlora_trainer import evaluate, scores, shards
 from qlora_trainer.choices import Choices, decide
 from qlora_trainer.distributed import join_world
 from qlora_trainer.errors import RunError
-from qlora_trainer.evaluate import evaluate
+from qlora_trainer.evaluate import Examiner
 from qlora_trainer.hardware import observe_hardware, peak_memory_bytes
 from qlora_trainer.loading import CHECKED_ROWS, LoadingTask, load_in_fresh_process, rows_of_task
 from qlora_trainer.model import Tuned, joins_rows_exactly, load_base, load_text_config, tune
@@ -78,7 +79,7 @@ def measure(
 ) -> Metrics:
     """Evaluate the adapter, or the base below it, on held-out rows."""
     with tuned.evaluating(adapter=adapter):
-        return evaluate(tuned, rows, config.plan.micro_batch_size, packing=choices.packing)
+        return evaluate.evaluate(tuned, rows, config.plan.micro_batch_size, packing=choices.packing)
 
 
 def make_training(tuned: Tuned, rows: Sequence[TokenRow], config: RunConfig, choices: Choices) -> Loop:
@@ -87,10 +88,11 @@ def make_training(tuned: Tuned, rows: Sequence[TokenRow], config: RunConfig, cho
     return make_loop(tuned, rows, schedule, choices, join_world(config.plan.device))
 
 
-def compare(base: Metrics, adapter: Metrics, rows: Sequence[TokenRow]) -> EvaluationStatus:
-    """Return base and adapter side by side."""
-    labels = sum(row.label_count for row in rows)
-    return EvaluationStatus(base=base, adapter=adapter, rows=len(rows), tokens=labels)
+def make_examiner(data: Data, tokenizer: Any, config: RunConfig, choices: Choices) -> Examiner:
+    """Return what examines base and adapter alike."""
+    return Examiner(
+        data.held_out, tokenizer, config.spec.evaluation, config.plan.micro_batch_size, packing=choices.packing
+    )
 
 
 @dataclass(frozen=True)
@@ -98,8 +100,7 @@ class Outcome:
     """What a run found out."""
 
     history: tuple[StepRecord, ...]
-    evaluation: EvaluationStatus
-    samples: tuple[Sample, ...]
+    rows: tuple[EvaluatedRow, ...]
 
 
 def build_report(config: RunConfig, choices: Choices, outcome: Outcome, started: datetime) -> RunReport:
@@ -114,14 +115,23 @@ def build_report(config: RunConfig, choices: Choices, outcome: Outcome, started:
         prepared=config.prepared,
         choices=choices.reasons,
         history=outcome.history,
-        evaluation=outcome.evaluation,
-        samples=outcome.samples,
+        evaluation=scores.summarise(outcome.rows),
+        confidence=scores.estimate_confidence(outcome.rows),
+        samples=collect_samples(outcome.rows),
         started_at=started,
         finished_at=datetime.now(UTC),
         training_seconds=seconds,
         tokens_per_second=tokens / seconds,
         peak_memory_bytes=peak_memory_bytes(torch.device(config.plan.device)),
         versions=library_versions(),
+    )
+
+
+def collect_samples(rows: Sequence[EvaluatedRow]) -> tuple[Sample, ...]:
+    """Return the answers side by side."""
+    return tuple(
+        Sample(prompt=row.prompt, reference=row.reference, base=row.base.answer or "", adapter=row.adapter.answer or "")
+        for row in scores.answered(rows)
     )
 
 

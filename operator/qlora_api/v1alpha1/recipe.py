@@ -93,8 +93,17 @@ class TrainingSpec(ApiModel):
 
 
 class EvaluationSpec(ApiModel):
-    """What is reported beside the held-out loss."""
+    """How base model and adapter are compared, beside the held-out loss."""
 
     generations: int = Field(
-        default=3, ge=0, le=64, description="Held-out prompts that base model and adapter answer, for the report."
+        default=16,
+        ge=0,
+        le=1024,
+        description=(
+            "Held-out prompts that base model and adapter answer greedily: for exactMatch, rougeL and the report. A "
+            "text row has no prompt, and is not asked."
+        ),
+    )
+    max_answer_tokens: int = Field(
+        default=128, ge=1, le=4096, description="Longest answer; one that is longer is cut there."
     )

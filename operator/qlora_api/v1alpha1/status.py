@@ -68,11 +68,17 @@ class Attempt(ApiModel):
 
 
 class Metrics(ApiModel):
-    """Quality on the held-out rows; every mean is over supervised tokens."""
+    """Quality on the held-out rows: means over supervised tokens, and over answers where any were asked for."""
 
     loss: float = Field(description="Mean cross-entropy, in nats per token.")
     perplexity: float = Field(description="exp(loss).")
     token_accuracy: float = Field(ge=0, le=1, description="Share of tokens that are the model's first choice.")
+    exact_match: float | None = Field(
+        default=None, ge=0, le=1, description="Share of greedy answers that equal the reference, but for white space."
+    )
+    rouge_l: float | None = Field(
+        default=None, ge=0, le=1, description="Mean ROUGE-L F-measure of greedy answers against their references."
+    )
 
 
 class EvaluationStatus(ApiModel):
@@ -82,6 +88,7 @@ class EvaluationStatus(ApiModel):
     adapter: Metrics = Field(description="With the adapter.")
     rows: int = Field(ge=0, description="Held-out rows.")
     tokens: int = Field(ge=0, description="Supervised tokens in them.")
+    answers: int = Field(default=0, ge=0, description="Rows that both answered, for exactMatch and rougeL.")
 
 
 class OutputStatus(ApiModel):

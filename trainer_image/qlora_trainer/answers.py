@@ -1,0 +1,53 @@
+"""A model's own words: greedy answers to held-out prompts, in batches, each ended where its model ends it."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Final
+
+import torch
+from transformers import GenerationConfig
+
+from qlora_trainer.model import Tuned
+from qlora_trainer.tokens import TokenRow
+
+_ROOM: Final = 1.5
+"""Answers may be this much longer than the longest reference, so that one that does not stop is seen."""
+
+
+def choose_asked(rows: Sequence[TokenRow], count: int) -> list[int]:
+    """Return the places of the first rows that have both a prompt to ask and a reference to compare with."""
+    return [place for place, row in enumerate(rows) if row.prompt_ids and row.reference][:count]
+
+
+def answer_rows(tuned: Tuned, rows: Sequence[TokenRow], tokenizer: Any, *, batch: int, limit: int) -> tuple[str, ...]:
+    """Return the answers to the prompts of rows, each at most `limit` tokens long."""
+    longest = longest_answer(rows, limit)
+    groups = [rows[start : start + batch] for start in range(0, len(rows), batch)]
+    return tuple(text for group in groups for text in _answer_batch(tuned, group, tokenizer, longest))
+
+
+def _answer_batch(tuned: Tuned, rows: Sequence[TokenRow], tokenizer: Any, longest: int) -> list[str]:
+    prompts = [list(row.prompt_ids) for row in rows]
+    # Padding is on the left, so that every answer starts where its prompt ends.
+    width = max(len(prompt) for prompt in prompts)
+    stops = stop_tokens(tuned.causal, tokenizer)
+    ids = torch.tensor([[stops[0]] * (width - len(prompt)) + prompt for prompt in prompts], device=tuned.device)
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=tuned.device)
+    settings = GenerationConfig(do_sample=False, max_new_tokens=longest, eos_token_id=stops, pad_token_id=stops[0])
+    with tuned.autocast():
+        made = tuned.causal.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
+    texts: list[str] = tokenizer.batch_decode(made[:, width:], skip_special_tokens=True)
+    return texts
+
+
+def stop_tokens(causal: Any, tokenizer: Any) -> list[int]:
+    """Return what ends an answer: the tokenizer's end token first, and those that the model itself names."""
+    own = getattr(causal.generation_config, "eos_token_id", None)
+    named = own if isinstance(own, list) else [own]
+    return list(dict.fromkeys(token for token in (tokenizer.eos_token_id, *named) if token is not None))
+
+
+def longest_answer(rows: Sequence[TokenRow], limit: int) -> int:
+    """Return how many tokens an answer may have."""
+    reference = max((len(row.input_ids) - len(row.prompt_ids) for row in rows), default=0)
+    return min(max(math.ceil(reference * _ROOM), 1), limit)
