@@ -21,22 +21,24 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """The sum of the losses; each chunk's gradient is taken while its logits are there, so nothing is recomputed."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, labels: torch.Tensor, head: Head, chunk: int) -> torch.Tensor:
+    def forward(  # noqa: PLR0913, PLR0917 (autograd passes by position)
+        ctx: Any, hidden: torch.Tensor, labels: torch.Tensor, head: Head, chunk: int, weight: torch.Tensor
+    ) -> torch.Tensor:
         gradient = torch.empty_like(hidden)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for start in range(0, len(labels), chunk):
             part = hidden[start : start + chunk].detach().requires_grad_()
             with torch.enable_grad():
-                loss = token_losses(head(part), labels[start : start + chunk]).sum()
+                loss = token_losses(head(part), labels[start : start + chunk]).sum() * weight
             (gradient[start : start + chunk],) = torch.autograd.grad(loss, part)
             total += loss.detach()
         ctx.save_for_backward(gradient)
         return total
 
     @staticmethod
-    def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+    def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * outputs[0].to(gradient.dtype), None, None, None
+        return (gradient.float() * outputs[0]).to(gradient.dtype), None, None, None, None
 
 
 def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -44,9 +46,14 @@ def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return functional.cross_entropy(logits.float(), labels, reduction="none")
 
 
-def chunked_cross_entropy(hidden: torch.Tensor, labels: torch.Tensor, head: Head, chunk: int) -> torch.Tensor:
-    """Return the summed cross-entropy of hidden states [positions, width] with a frozen head."""
-    total: torch.Tensor = _ChunkedCrossEntropy.apply(hidden, labels, head, chunk)
+def chunked_cross_entropy(
+    hidden: torch.Tensor, labels: torch.Tensor, head: Head, chunk: int, weight: torch.Tensor
+) -> torch.Tensor:
+    """Return the summed cross-entropy of hidden states [positions, width] with a frozen head, times a weight.
+
+    The weight is in before the gradient is rounded to 16 bits, as it is in torch's own backward.
+    """
+    total: torch.Tensor = _ChunkedCrossEntropy.apply(hidden, labels, head, chunk, weight)
     return total
 
 

@@ -47,12 +47,12 @@ class Tuned:
         """Compute in 16 bits where that is chosen: fp32 adapters would double every input otherwise."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    def loss_sum(self, batch: Batch) -> torch.Tensor:
-        """Return the summed cross-entropy of a batch's labels."""
+    def loss_sum(self, batch: Batch, weight: torch.Tensor) -> torch.Tensor:
+        """Return the summed cross-entropy of a batch's labels, times a weight."""
         with self.autocast():
             if self.plain_head:
-                return chunked_cross_entropy(self._states(batch), batch.labels, self._head, self._chunk)
-            return token_losses(self._chosen_logits(batch), batch.labels).sum()
+                return chunked_cross_entropy(self._states(batch), batch.labels, self._head, self._chunk, weight)
+            return token_losses(self._chosen_logits(batch), batch.labels).sum() * weight
 
     @torch.no_grad()
     def statistics(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

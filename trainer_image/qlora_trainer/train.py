@@ -91,11 +91,13 @@ class Loop:
     def _accumulate(self, rows: Sequence[TokenRow], labels: int) -> float:
         """Add up the gradients of this process's micro-batches, and return its summed loss."""
         total, packing = 0.0, self.choices.packing
+        # With fp16's scale from the start: small gradients of the logits would be lost before a later one.
+        weight = self.scaler.scale(torch.ones((), device=self.tuned.device)) / labels
         for group in micro_batches(rows, self.schedule.micro_batch, packing=packing):
             batch = make_batch(group, self.tuned.device, packing=packing)
-            loss = self.tuned.loss_sum(batch)
-            torch.autograd.backward(self.scaler.scale(loss / labels))
-            total += float(loss.detach())
+            loss = self.tuned.loss_sum(batch, weight)
+            torch.autograd.backward(loss)
+            total += float(loss.detach() / weight)
         return total
 
     def _update(self, rate: float, max_norm: float) -> float:

@@ -24,6 +24,8 @@ from qlora_trainer.train import Schedule, check_finite, check_gradients
 from tests.unit.trainer.tiny import CPU, make_model, write_model
 from tests.unit.trainer.tuned import CHOICES, NF4, make_test_loop, make_tuned, run_steps, token_rows, weights_of
 
+ONE = torch.ones(())
+
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
@@ -44,7 +46,7 @@ def test_rows_in_a_batch_have_the_loss_they_have_alone(packing, spans):
             wanted = ids[0, start:end]
             expected += float(functional.cross_entropy(logits[start - 1 : end - 1], wanted, reduction="sum").detach())
     batch = make_batch(rows, CPU, packing=packing)
-    assert float(tuned.loss_sum(batch).detach()) == pytest.approx(expected, rel=1e-5)
+    assert float(tuned.loss_sum(batch, ONE).detach()) == pytest.approx(expected, rel=1e-5)
     assert float(tuned.statistics(batch)[0].sum()) == pytest.approx(expected, rel=1e-5)
 
 
@@ -70,9 +72,9 @@ def test_chunked_loss_and_gradients_equal_those_of_torch(chunk):
     head = torch.nn.Linear(16, 50).requires_grad_(False)
     expected = functional.cross_entropy(head(hidden), labels, reduction="sum")
     (wanted,) = torch.autograd.grad(expected / 3, hidden)
-    found = chunked_cross_entropy(hidden, labels, head, chunk)
-    (gradient,) = torch.autograd.grad(found / 3, hidden)
-    torch.testing.assert_close(found, expected.detach())
+    found = chunked_cross_entropy(hidden, labels, head, chunk, ONE / 6)
+    (gradient,) = torch.autograd.grad(found * 2, hidden)
+    torch.testing.assert_close(found, expected.detach() / 6)
     torch.testing.assert_close(gradient, wanted)
     losses, hits = chunked_statistics(hidden, labels, head, chunk)
     torch.testing.assert_close(losses.float(), functional.cross_entropy(head(hidden), labels, reduction="none"))
@@ -101,7 +103,19 @@ def test_a_model_that_changes_its_logits_keeps_its_own_head():
     assert not head_is_plain(Capped(make_model()))
     tuned, batch = make_tuned(), make_batch(token_rows(4), CPU, packing=True)
     own = dataclasses.replace(tuned, plain_head=False)
-    assert float(own.loss_sum(batch).detach()) == pytest.approx(float(tuned.loss_sum(batch).detach()), rel=1e-6)
+    torch.testing.assert_close(own.loss_sum(batch, ONE), tuned.loss_sum(batch, ONE))
+
+
+def test_in_16_bits_the_head_in_pieces_rounds_as_the_model_does(model_folder):
+    gradients = []
+    for plain_head in (True, False):
+        base = load_base(model_folder, NF4, torch.bfloat16, "sdpa", "cpu")
+        choices = dataclasses.replace(CHOICES, dtype=torch.bfloat16)
+        tuned = dataclasses.replace(tune(base, LoraSpec(rank=4, dropout=0.0), 1, choices), plain_head=plain_head)
+        tuned.peft.train()
+        tuned.loss_sum(make_batch(token_rows(6), CPU, packing=True), ONE / 77).backward()
+        gradients.append([parameter.grad for parameter in tuned.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
 
 
 @pytest.mark.parametrize("micro_batch", [1, 3, 8])
@@ -118,7 +132,7 @@ def test_micro_batches_do_not_change_a_step(micro_batch):
 def test_a_step_is_normalised_by_its_own_labels():
     tuned, rows = make_tuned(), token_rows(8)
     batch = make_batch(rows, CPU, packing=True)
-    expected = float(tuned.loss_sum(batch).detach()) / len(batch.labels)
+    expected = float(tuned.loss_sum(batch, ONE).detach()) / len(batch.labels)
     assert make_test_loop(tuned, rows).step(0).loss == pytest.approx(expected, rel=1e-5)
 
 
@@ -156,7 +170,7 @@ def gradients_after(folder, *, evaluate_between: bool) -> list[torch.Tensor]:
             evaluate(tuned, rows, 1, packing=True)
             tuned.causal(input_ids=torch.tensor([[5]]), use_cache=False)
     tuned.peft.train()
-    tuned.loss_sum(make_batch(rows, CPU, packing=True)).backward()
+    tuned.loss_sum(make_batch(rows, CPU, packing=True), ONE).backward()
     return [parameter.grad for parameter in tuned.parameters()]
 
 
