@@ -123,6 +123,7 @@ class Reason(StrEnum):
     S3_DENIED = "S3Denied"
     OUTPUT_EXISTS = "OutputExists"
     NON_FINITE_LOSS = "NonFiniteLoss"
+    GATE_FAILED = "GateFailed"
     CUDA_OUT_OF_MEMORY = "CudaOutOfMemory"
     HOST_OUT_OF_MEMORY = "HostOutOfMemory"
     DEADLINE_EXCEEDED = "DeadlineExceeded"
@@ -201,6 +202,11 @@ GUIDANCE: Final[dict[Reason, Guidance]] = {
     ),
     Reason.NON_FINITE_LOSS: Guidance(
         "The loss became NaN or infinite.", "Lower spec.training.learningRate, or check the dataset."
+    ),
+    Reason.GATE_FAILED: Guidance(
+        "The result breaks a rule of spec.evaluation.gate and was not published; the message has figure and bound.",
+        "Read the report under rejected/, then change data or recipe; or create the QLoRAJob anew with a gate that "
+        "the result passes, which publishes it without training again.",
     ),
     Reason.CUDA_OUT_OF_MEMORY: Guidance(
         "The GPU's memory did not suffice.",

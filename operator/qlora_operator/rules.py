@@ -45,6 +45,14 @@ def all_linear_stands_alone(spec: QLoRAJobSpec) -> str | None:
     return "spec.lora.targets lists all-linear beside other names; list it alone, or list module names without it"
 
 
+def gate_has_answers(spec: QLoRAJobSpec) -> str | None:
+    """A gate cannot look at answers that nobody asked for."""
+    gate = spec.evaluation.gate
+    if spec.evaluation.generations or (gate.min_exact_match is None and gate.min_rouge_l is None):
+        return None
+    return "spec.evaluation.generations is 0, but the gate looks at answers; set it to 1 or more"
+
+
 def uris_are_reachable(spec: QLoRAJobSpec) -> str | None:
     """A pod sees no file of the user's computer."""
     uris = {
@@ -63,7 +71,12 @@ def uris_are_reachable(spec: QLoRAJobSpec) -> str | None:
     )
 
 
-ANYWHERE: Final[tuple[Rule, ...]] = (method_fits_bits, micro_batch_divides_batch, all_linear_stands_alone)
+ANYWHERE: Final[tuple[Rule, ...]] = (
+    method_fits_bits,
+    micro_batch_divides_batch,
+    all_linear_stands_alone,
+    gate_has_answers,
+)
 """Rules for `qlora run` and for a cluster."""
 IN_CLUSTER: Final[tuple[Rule, ...]] = (*ANYWHERE, uris_are_reachable)
 

@@ -1,4 +1,4 @@
-"""The folder of a job's results, <output.uri>/<job>, and the manifests in it."""
+"""A result's place in the output: who is looking for one starts here."""
 
 import json
 from typing import Final
@@ -6,12 +6,16 @@ from typing import Final
 from qlora_api.report import Manifest
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer.snapshot import Places
-from qlora_trainer.store import OUTPUT, Store
+from qlora_trainer.store import OUTPUT, AlreadyThereError, Store
 
 MANIFEST: Final = "manifest.json"
-"""Written last, and only once: who finds it finds a complete result."""
+"""Written last and only once: who finds it finds a complete result."""
 LATEST: Final = "latest.json"
 """Points to the newest manifest of a job."""
+REJECTED: Final = "rejected"
+"""Folder of a result that its gate refused."""
+REJECTED_RECORD: Final = f"{REJECTED}/rejected.json"
+"""The manifest that such a result would have, written last as well."""
 
 
 def open_output(places: Places, spec: QLoRAJobSpec, job: str) -> Store:
@@ -21,8 +25,30 @@ def open_output(places: Places, spec: QLoRAJobSpec, job: str) -> Store:
 
 def find_manifest(output: Store, digest: str) -> Manifest | None:
     """Return the manifest of a published result."""
-    path = f"{digest}/{MANIFEST}"
+    return _find(output, f"{digest}/{MANIFEST}")
+
+
+def find_rejected(output: Store, digest: str) -> Manifest | None:
+    """Return the record of a result that a gate refused."""
+    return _find(output, f"{digest}/{REJECTED_RECORD}")
+
+
+def _find(output: Store, path: str) -> Manifest | None:
     return Manifest.model_validate_json(output.read(path)) if output.exists(path) else None
+
+
+def put_manifest(output: Store, manifest: Manifest) -> Manifest:
+    """Publish what the manifest lists, and return it, or that of somebody faster."""
+    try:
+        output.put(f"{manifest.digest}/{MANIFEST}", manifest_json(manifest), if_none_match=True)
+    except AlreadyThereError:
+        return find_manifest(output, manifest.digest) or manifest
+    return manifest
+
+
+def manifest_json(manifest: Manifest) -> bytes:
+    """Return a manifest as a file's content."""
+    return manifest.model_dump_json(by_alias=True, indent=2).encode()
 
 
 def point_latest(output: Store, digest: str, prefix: str) -> None:

@@ -8,11 +8,13 @@ from uuid import uuid4
 from qlora_api import __version__
 from qlora_api.names import Reason
 from qlora_api.prepared import Prepared
+from qlora_api.report import Manifest
 from qlora_api.runconfig import PrepareConfig
 from qlora_api.v1alpha1 import DataStatus, ModelStatus, QLoRAJobSpec
 from qlora_trainer.digest import result_digest
 from qlora_trainer.errors import RunError
-from qlora_trainer.output import find_manifest, open_output, point_latest
+from qlora_trainer.gate import can_judge, check_gate, describe_rejected
+from qlora_trainer.output import find_manifest, find_rejected, open_output, point_latest, put_manifest
 from qlora_trainer.rows import Example, RowFormat, digest_of, load_examples, split, without
 from qlora_trainer.secrets import Secrets, load_secrets
 from qlora_trainer.snapshot import Places, Snapshot, text_files, weight_files
@@ -127,13 +129,17 @@ def describe_rows(row_format: RowFormat, digest: str, learned: Tokenised, examin
 def _name_result(output: Store, spec: QLoRAJobSpec, model: ModelStatus, dataset: DataStatus) -> Prepared:
     digest = result_digest(spec, model, dataset)
     prefix = f"{output.root}/{digest}"
-    manifest = find_manifest(output, digest)
-    if manifest is not None and spec.output.if_exists == "Fail":
+    published = find_manifest(output, digest)
+    if published is not None and spec.output.if_exists == "Fail":
         raise RunError(
             Reason.OUTPUT_EXISTS,
-            f"spec.output.ifExists: {prefix} was published at {manifest.created_at:%Y-%m-%d %H:%M} UTC; set Skip to "
+            f"spec.output.ifExists: {prefix} was published at {published.created_at:%Y-%m-%d %H:%M} UTC; set Skip to "
             "use it, or change the seed to train again",
         )
+    if published is not None:
+        whereabouts = f"It was published as {published.result.adapter} by a run whose gate let it pass."
+        check_gate(spec.evaluation.gate, published.result.evaluation, whereabouts)
+    manifest = published or _accept_rejected(output, spec, digest)
     return Prepared(
         digest=digest,
         prefix=prefix,
@@ -142,6 +148,15 @@ def _name_result(output: Store, spec: QLoRAJobSpec, model: ModelStatus, dataset:
         trainer_version=__version__,
         published=manifest.result if manifest else None,
     )
+
+
+def _accept_rejected(output: Store, spec: QLoRAJobSpec, digest: str) -> Manifest | None:
+    """Publish what another gate refused and this one lets pass: nothing is trained twice."""
+    rejected = find_rejected(output, digest)
+    if rejected is None or not can_judge(spec.evaluation.gate, rejected.result.evaluation):
+        return None
+    check_gate(spec.evaluation.gate, rejected.result.evaluation, describe_rejected(rejected.result))
+    return put_manifest(output, rejected)
 
 
 def store_rows(output: Store, prepared: Prepared, learned: Tokenised, examined: Tokenised) -> None:

@@ -12,7 +12,14 @@ from qlora_api.result import Result
 from qlora_api.runconfig import RunConfig
 from qlora_trainer.chart import draw_loss
 from qlora_trainer.errors import RunError
-from qlora_trainer.output import MANIFEST, find_manifest, point_latest
+from qlora_trainer.output import (
+    REJECTED,
+    REJECTED_RECORD,
+    find_manifest,
+    manifest_json,
+    point_latest,
+    put_manifest,
+)
 from qlora_trainer.report import render_html
 from qlora_trainer.store import AlreadyThereError, Store, sha256_of
 
@@ -58,37 +65,43 @@ def write_report(report: RunReport, rows: Sequence[EvaluatedRow], folder: Path) 
 def publish(output: Store, config: RunConfig, result: Result, folder: Path, now: datetime) -> Result:
     """Upload a folder and then its manifest; whoever published this digest first is right."""
     digest = config.prepared.digest
-    published = find_manifest(output, digest) or _upload_all(output, config, result, folder, now)
+    published = find_manifest(output, digest)
+    if published is None:
+        result, files = _upload(output, config, result, folder)
+        published = put_manifest(output, build_manifest(config, result, files, now))
     point_latest(output, digest, config.prepared.prefix)
     return published.result
 
 
-def _upload_all(output: Store, config: RunConfig, result: Result, folder: Path, now: datetime) -> Manifest:
-    """Return the manifest that is there in the end: this publisher's, or that of somebody faster."""
-    files, digest = describe_files(folder), config.prepared.digest
-    if not _upload(output, digest, files, folder):
-        # A crashed attempt left other files there, or somebody is publishing right now: their manifest must stay true.
-        place = _own_place(files)
-        files, result = _moved_files(files, place), _moved_result(result, f"{config.prepared.prefix}/{place}")
-        if not _upload(output, digest, files, folder, place):
-            where = f"{config.prepared.prefix}/{place}"
-            raise RunError(
-                Reason.UPLOAD_FAILED, f"spec.output.uri: {where} holds files that nobody uploaded; remove it"
-            )
-    manifest = build_manifest(config, result, files, now)
-    try:
-        output.put(f"{digest}/{MANIFEST}", _json_of(manifest), if_none_match=True)
-    except AlreadyThereError:
-        return find_manifest(output, digest) or manifest
-    return manifest
+def keep_rejected(output: Store, config: RunConfig, result: Result, folder: Path, now: datetime) -> Result:
+    """Upload what the gate refused beside where it would be, with the manifest that it would have."""
+    result, files = _upload(output, config, result, folder, REJECTED)
+    record = build_manifest(config, result, files, now)
+    output.put(f"{config.prepared.digest}/{REJECTED_RECORD}", manifest_json(record))
+    return result
 
 
-def _upload(output: Store, digest: str, files: tuple[ManifestFile, ...], folder: Path, place: str = "") -> bool:
-    """Upload files without ever replacing one; False where there is one with another content."""
-    for file in files:
+def _upload(
+    output: Store, config: RunConfig, result: Result, folder: Path, place: str = ""
+) -> tuple[Result, tuple[ManifestFile, ...]]:
+    """Upload a folder without ever replacing a file; return the result and the files as they lie there."""
+    files, prepared = describe_files(folder), config.prepared
+    # A crashed attempt left other files there, or somebody is publishing right now: their manifest must stay true.
+    places = [place, f"{place}/{_own_place(files)}".removeprefix("/")]
+    for candidate in places:
+        moved = _moved_files(files, candidate) if candidate else files
+        if _put_files(output, prepared.digest, moved, [folder / file.path for file in files]):
+            return (_moved_result(result, f"{prepared.prefix}/{candidate}") if candidate else result), moved
+    where = f"{prepared.prefix}/{places[-1]}"
+    raise RunError(Reason.UPLOAD_FAILED, f"spec.output.uri: {where} holds files that nobody uploaded; remove it")
+
+
+def _put_files(output: Store, digest: str, files: Sequence[ManifestFile], sources: Sequence[Path]) -> bool:
+    """Return False where there is a file with another content."""
+    for file, source in zip(files, sources, strict=True):
         path = f"{digest}/{file.path}"
         try:
-            output.put(path, folder / file.path.removeprefix(f"{place}/"), if_none_match=True)
+            output.put(path, source, if_none_match=True)
         except AlreadyThereError:
             if output.sha256(path) != file.sha256:
                 return False
@@ -134,7 +147,3 @@ def build_manifest(config: RunConfig, result: Result, files: tuple[ManifestFile,
         result=result,
         files=files,
     )
-
-
-def _json_of(manifest: Manifest) -> bytes:
-    return manifest.model_dump_json(by_alias=True, indent=2).encode()

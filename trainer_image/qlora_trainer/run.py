@@ -56,4 +56,6 @@ def run(
     write_report(report, outcome.rows, files)
     del tuned
     stages.prove_loadable(check, files)
-    return publish(output, config, stages.build_result(config, report), files, datetime.now(UTC))
+    result = stages.build_result(config, report)
+    stages.pass_gate(output, config, result, files)
+    return publish(output, config, result, files, datetime.now(UTC))

@@ -20,11 +20,12 @@ from qlora_trainer.choices import Choices, decide
 from qlora_trainer.distributed import join_world
 from qlora_trainer.errors import RunError
 from qlora_trainer.evaluate import Examiner
+from qlora_trainer.gate import check_gate, describe_rejected, judge
 from qlora_trainer.hardware import observe_hardware, peak_memory_bytes
 from qlora_trainer.loading import CHECKED_ROWS, LoadingTask, load_in_fresh_process, rows_of_task
 from qlora_trainer.model import Tuned, joins_rows_exactly, load_base, load_text_config, tune
 from qlora_trainer.pace import time_and_tokens
-from qlora_trainer.publish import ADAPTER, REPORT
+from qlora_trainer.publish import ADAPTER, REPORT, keep_rejected
 from qlora_trainer.report import library_versions
 from qlora_trainer.snapshot import Places, text_files, weight_files
 from qlora_trainer.store import MODEL, Store
@@ -145,6 +146,14 @@ def build_result(config: RunConfig, report: RunReport) -> Result:
         steps=len(report.history),
         tokens_per_second=round(report.tokens_per_second, 1),
     )
+
+
+def pass_gate(output: Store, config: RunConfig, result: Result, files: Path) -> None:
+    """End the run where the gate refuses its result; no finished work is lost, so it is kept."""
+    gate = config.spec.evaluation.gate
+    if judge(gate, result.evaluation):
+        kept = keep_rejected(output, config, result, files, datetime.now(UTC))
+        check_gate(gate, kept.evaluation, describe_rejected(kept))
 
 
 @dataclass(frozen=True)

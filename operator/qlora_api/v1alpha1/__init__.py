@@ -1,7 +1,7 @@
 """The QLoRAJob resource: the only source of the CRD, its defaults, its bounds and its reference."""
 
 from qlora_api.v1alpha1.places import DatasetSpec, EvaluationSplit, ModelSpec, OutputSpec
-from qlora_api.v1alpha1.recipe import EvaluationSpec, LoraSpec, QuantizationSpec, TrainingSpec
+from qlora_api.v1alpha1.recipe import EvaluationSpec, GateSpec, LoraSpec, QuantizationSpec, TrainingSpec
 from qlora_api.v1alpha1.spec import MUTABLE_FIELDS, DeadlinesSpec, QLoRAJobSpec, ResourcesSpec, Toleration
 from qlora_api.v1alpha1.status import (
     Attempt,
@@ -30,6 +30,7 @@ __all__ = [
     "EvaluationSpec",
     "EvaluationSplit",
     "EvaluationStatus",
+    "GateSpec",
     "LoraSpec",
     "Metrics",
     "ModelSpec",

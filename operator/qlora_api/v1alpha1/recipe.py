@@ -92,8 +92,32 @@ class TrainingSpec(ApiModel):
     seed: int = Field(default=42, ge=0, le=4_294_967_295, description="Seed of data order, dropout and adapter.")
 
 
+class GateSpec(ApiModel):
+    """Rules that a result must pass to be published; one that is left out lets everything pass."""
+
+    max_loss_increase: float | None = Field(
+        default=None,
+        ge=-1,
+        le=10,
+        description=(
+            "By which share of the base's held-out loss the adapter's may be higher: 0 refuses an adapter that is "
+            "worse, -0.1 one that is not at least 10 % better."
+        ),
+    )
+    max_loss: float | None = Field(default=None, gt=0, le=1000, description="Highest held-out loss, in nats per token.")
+    min_exact_match: float | None = Field(default=None, ge=0, le=1, description="Lowest exactMatch of the adapter.")
+    min_rouge_l: float | None = Field(default=None, ge=0, le=1, description="Lowest rougeL of the adapter.")
+
+
 class EvaluationSpec(ApiModel):
     """How base model and adapter are compared, beside the held-out loss."""
+
+    model_config = cel(
+        (
+            "self.generations > 0 || (!has(self.gate.minExactMatch) && !has(self.gate.minRougeL))",
+            "gate.minExactMatch and gate.minRougeL need answers; set generations to 1 or more, or leave them out",
+        ),
+    )
 
     generations: int = Field(
         default=16,
@@ -106,4 +130,8 @@ class EvaluationSpec(ApiModel):
     )
     max_answer_tokens: int = Field(
         default=128, ge=1, le=4096, description="Longest answer; one that is longer is cut there."
+    )
+    gate: GateSpec = Field(
+        default=GateSpec(),
+        description="What a result must reach; one that does not is kept under rejected/ and never published.",
     )

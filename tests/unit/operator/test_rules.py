@@ -15,6 +15,9 @@ from tests.make import make_spec
         pytest.param({"method": "lora"}, "set spec.method to qlora", id="lora-4"),
         pytest.param({"training": {"microBatchSize": 3}}, "leave it out to let the plan choose", id="micro-batch"),
         pytest.param({"lora": {"targets": ["all-linear", "q_proj"]}}, "list it alone", id="all-linear"),
+        pytest.param(
+            {"evaluation": {"generations": 0, "gate": {"minRougeL": 0.1}}}, "set it to 1 or more", id="gate-answers"
+        ),
         pytest.param({"model": {"uri": "file:///m"}}, "spec.model.uri is file:///m", id="model"),
         pytest.param({"dataset": {"uri": "file:///d"}}, "spec.dataset.uri is file:///d", id="dataset"),
         pytest.param(
@@ -35,6 +38,7 @@ def test_violation(change: dict[str, Any], sentence: str) -> None:
         {"method": "lora", "quantization": {"bits": 16}},
         {"quantization": {"bits": 8}},
         {"training": {"microBatchSize": 4}},
+        {"evaluation": {"generations": 0, "gate": {"maxLoss": 3}}},
     ],
 )
 def test_no_violation(change: dict[str, Any]) -> None:

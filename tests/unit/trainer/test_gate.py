@@ -1,0 +1,126 @@
+"""The gate: what it refuses, with which words, and that refused work is kept and found again."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from qlora_api.names import Reason
+from qlora_api.report import Manifest
+from qlora_api.v1alpha1 import EvaluationStatus, GateSpec, Metrics, QLoRAJobSpec
+from qlora_trainer import stages
+from qlora_trainer.errors import RunError
+from qlora_trainer.gate import can_judge, judge
+from qlora_trainer.prepare import prepare
+from qlora_trainer.run import run
+from tests.unit.trainer.tiny import (
+    RecordingSink,
+    instruction_rows,
+    make_spec,
+    prepare_config,
+    run_config,
+    write_model,
+    write_rows,
+)
+
+
+def evaluation(base: float, adapter: float, **answers: float) -> EvaluationStatus:
+    return EvaluationStatus(
+        base=Metrics(loss=base, perplexity=1, token_accuracy=0),
+        adapter=Metrics(loss=adapter, perplexity=1, token_accuracy=0, **answers),
+        rows=1,
+        tokens=1,
+    )
+
+
+@pytest.mark.parametrize(
+    ("gate", "found", "complaints"),
+    [
+        ({}, evaluation(2, 9), ()),
+        ({"max_loss_increase": 0}, evaluation(2, 2), ()),
+        (
+            {"max_loss_increase": 0},
+            evaluation(2, 2.1),
+            (
+                "spec.evaluation.gate.maxLossIncrease: the held-out loss changed from the base's to the adapter's by "
+                "+5.00%, and at most +0.00% passes",
+            ),
+        ),
+        ({"max_loss_increase": 0.06}, evaluation(2, 2.1), ()),
+        ({"max_loss_increase": -0.25}, evaluation(2, 1.5), ()),
+        (
+            {"max_loss_increase": -0.1, "max_loss": 1.8},
+            evaluation(2, 1.9),
+            (
+                "spec.evaluation.gate.maxLossIncrease: the held-out loss changed from the base's to the adapter's by "
+                "-5.00%, and at most -10.00% passes",
+                "spec.evaluation.gate.maxLoss: the held-out loss is 1.9000, and at most 1.8000 passes",
+            ),
+        ),
+        ({"min_exact_match": 0.5, "min_rouge_l": 0.3}, evaluation(2, 3, exact_match=0.5, rouge_l=0.4), ()),
+        (
+            {"min_rouge_l": 0.5},
+            evaluation(2, 1, exact_match=0.5, rouge_l=0.4),
+            ("spec.evaluation.gate.minRougeL: the answers' mean ROUGE-L is 0.4000, and at least 0.5000 passes",),
+        ),
+        (
+            {"min_exact_match": 0.5},
+            evaluation(2, 1),
+            (
+                "spec.evaluation.gate.minExactMatch: no held-out row was answered, so there is no figure to compare "
+                "with 0.5",
+            ),
+        ),
+    ],
+)
+def test_judge(gate, found, complaints):
+    assert judge(GateSpec(**gate), found) == complaints
+
+
+def test_an_evaluation_without_answers_cannot_be_judged_by_them():
+    assert not can_judge(GateSpec(min_rouge_l=0.1), evaluation(2, 1))
+    assert can_judge(GateSpec(max_loss=0.1), evaluation(2, 1))
+
+
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory: pytest.TempPathFactory) -> QLoRAJobSpec:
+    folder = tmp_path_factory.mktemp("gate")
+    return make_spec(
+        write_model(folder / "model"),
+        write_rows(folder / "rows.jsonl", instruction_rows()),
+        f"file://{folder / 'output'}",
+        evaluation={"generations": 0, "gate": {"maxLoss": 0.001}},
+    )
+
+
+def with_gate(spec: QLoRAJobSpec, **gate: float) -> QLoRAJobSpec:
+    changed = spec.evaluation.model_copy(update={"gate": GateSpec(**gate)})
+    return spec.model_copy(update={"evaluation": changed})
+
+
+def test_refused_work_is_kept_and_published_later_without_training(spec, tmp_path, monkeypatch):
+    monkeypatch.setattr(stages, "load_in_fresh_process", lambda *_: None)
+    prepared = prepare(prepare_config(spec), work=tmp_path)
+    folder = Path(prepared.prefix.removeprefix("file://"))
+
+    with pytest.raises(RunError, match=r"gate\.maxLoss: the held-out loss is .*rejected/adapter; the same") as refused:
+        run(run_config(spec, prepared, total_steps=1), RecordingSink(), work=tmp_path)
+    assert refused.value.reason == Reason.GATE_FAILED
+    assert not (folder / "manifest.json").exists()
+    assert not (folder.parent / "latest.json").exists()
+
+    with pytest.raises(RunError, match=r"gate\.maxLoss: .*rejected/adapter; the same"):
+        prepare(prepare_config(spec), work=tmp_path)
+
+    # Nobody was asked for an answer, so a gate that looks at answers needs another run.
+    assert prepare(prepare_config(with_gate(spec, min_rouge_l=0.1)), work=tmp_path).published is None
+
+    accepted = prepare(prepare_config(with_gate(spec, max_loss=99)), work=tmp_path)
+    assert accepted.published is not None
+    assert accepted.published.adapter == f"{prepared.prefix}/rejected/adapter"
+    manifest = Manifest.model_validate_json((folder / "manifest.json").read_text())
+    for file in manifest.files:
+        assert hashlib.sha256((folder / file.path).read_bytes()).hexdigest() == file.sha256, file.path
+
+    with pytest.raises(RunError, match=r"maxLoss.*It was published as .* by a run whose gate let it pass"):
+        prepare(prepare_config(spec), work=tmp_path)
