@@ -53,6 +53,27 @@ def gate_has_answers(spec: QLoRAJobSpec) -> str | None:
     return "spec.evaluation.generations is 0, but the gate looks at answers; set it to 1 or more"
 
 
+def start_fits_base(spec: QLoRAJobSpec) -> str | None:
+    """PiSSA takes from the base's weights, LoftQ makes up for their 4 bits."""
+    start, bits = spec.lora.init, spec.quantization.bits
+    if start == "pissa" and bits != 16:
+        return (
+            "spec.lora.init is pissa, which takes singular vectors out of a 16-bit base, but spec.quantization.bits "
+            f"is {bits}; set spec.method to lora and spec.quantization.bits to 16, or spec.lora.init to loftq"
+        )
+    if start == "loftq" and bits != 4:
+        return f"spec.lora.init is loftq, which is for 4 bits, but spec.quantization.bits is {bits}; leave init out"
+    return None
+
+
+def start_fits_scale(spec: QLoRAJobSpec) -> str | None:
+    """What starts from the base's weights knows no magnitudes, and PiSSA's rank is doubled in the end."""
+    lora = spec.lora
+    if (lora.init in {"pissa", "loftq"} and lora.dora) or (lora.init == "pissa" and lora.rslora):
+        return f"spec.lora.init {lora.init} does not go with dora or rslora; leave those false, or leave init out"
+    return None
+
+
 def uris_are_reachable(spec: QLoRAJobSpec) -> str | None:
     """A pod sees no file of the user's computer."""
     uris = {
@@ -76,6 +97,8 @@ ANYWHERE: Final[tuple[Rule, ...]] = (
     micro_batch_divides_batch,
     all_linear_stands_alone,
     gate_has_answers,
+    start_fits_base,
+    start_fits_scale,
 )
 """Rules for `qlora run` and for a cluster."""
 IN_CLUSTER: Final[tuple[Rule, ...]] = (*ANYWHERE, uris_are_reachable)

@@ -64,6 +64,7 @@ def test_a_minimal_job_gets_every_default_and_counts_as_in_progress(created):
     job = created(MINIMAL)
     assert job["spec"]["lora"] == {
         "rank": 16, "alpha": 32, "dropout": 0.05, "targets": ["q_proj", "v_proj"], "dora": False, "rslora": False,
+        "init": "default", "rankPattern": {}, "alphaPattern": {}, "modulesToSave": [],
     }  # fmt: skip
     assert job["spec"]["deadlines"] == {"startup": "30m", "total": "24h"}
     assert job["status"] == {"observedGeneration": -1}
@@ -84,6 +85,8 @@ REFUSED = [
     ("spec.dataset.uri", "file:///data/x.jsonl", "file:// works with 'qlora run' only"),
     ("spec.lora.targets", ["all-linear", "q_proj"], "list it alone"),
     ("spec.lora.targets", [], "spec.lora.targets"),
+    ("spec.lora.init", "pissa", "takes singular vectors out of the base's weights"),
+    ("spec.lora.rankPattern", {"v_proj": 0}, "spec.lora.rankPattern"),
     ("spec.deadlines.total", "1 day", "spec.deadlines.total"),
     ("metadata.name", "a" * 53, "metadata.name may have 52 characters"),
     ("metadata.name", "support.bot", "metadata.name may not contain a dot"),
@@ -128,6 +131,6 @@ def test_short_names_and_columns(created, namespace):
 
 def test_explain_describes_every_field_of_lora(namespace):
     text = namespace.kubectl("explain", "qlorajob.spec.lora")
-    for field in ("alpha", "dora", "dropout", "rank", "rslora", "targets"):
+    for field in ("alpha", "dora", "dropout", "init", "modulesToSave", "rank", "rankPattern", "rslora", "targets"):
         assert f"  {field}\t" in text
     assert "updates are multiplied by alpha / rank" in text

@@ -1,6 +1,7 @@
 """What a model is, told from its configuration alone: class, weights, modules; no weight is loaded."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from qlora_api.names import Reason
-from qlora_api.v1alpha1 import LoraSpec
 from qlora_trainer.errors import RunError
-
-ALL_LINEAR = "all-linear"
 
 
 @dataclass(frozen=True)
@@ -21,9 +19,12 @@ class Architecture:
 
     name: str
     parameters: int
-    linear_modules: frozenset[str]
-    """Last components of the names of its linear modules, without the output layer."""
-    output_module: str
+    linears: Mapping[str, int]
+    """Names of its linear modules without the output layer, and the rank that each can have at most."""
+    weighted: frozenset[str]
+    """Names of all modules with weights of their own."""
+    tied: frozenset[str]
+    """Names of the embedding and the output layer where they are one weight."""
 
 
 def load_architecture(folder: Path, field: str = "spec.model.uri") -> Architecture:
@@ -51,33 +52,32 @@ def _why_not(folder: Path, error: Exception) -> str:
 
 
 def _describe(model: Any) -> Architecture:
-    output = model.get_output_embeddings()
-    names = {name: module for name, module in model.named_modules() if _is_linear(module)}
+    output, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    modules = dict(model.named_modules())
+    tied = output is not None and output.weight is embedding.weight
     return Architecture(
         name=type(model).__name__,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        linear_modules=frozenset(name.rpartition(".")[2] for name, module in names.items() if module is not output),
-        output_module=next((name for name, module in names.items() if module is output), ""),
+        linears={name: min(module.weight.shape) for name, module in linear_modules(model).items()},
+        weighted=weighted_modules(model),
+        tied=frozenset(name for name, module in modules.items() if tied and module in {output, embedding}),
     )
+
+
+def linear_modules(model: Any) -> dict[str, Any]:
+    """Return a model's linear modules by name, without its output layer."""
+    output = model.get_output_embeddings()
+    return {name: module for name, module in model.named_modules() if _is_linear(module) and module is not output}
+
+
+def weighted_modules(model: Any) -> frozenset[str]:
+    """Return the names of the modules that have weights of their own."""
+    return frozenset(name for name, module in model.named_modules() if any(True for _ in module.parameters(False)))
 
 
 def _is_linear(module: torch.nn.Module) -> bool:
     # GPT-2's Conv1D is a linear layer with its weight transposed.
     return isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D"
-
-
-def check_targets(architecture: Architecture, lora: LoraSpec) -> None:
-    """Refuse targets that the model does not have, and the output layer, which no server loads an adapter for."""
-    if lora.targets == (ALL_LINEAR,):
-        return
-    available = ", ".join(sorted(architecture.linear_modules))
-    unknown = [target for target in lora.targets if target.rpartition(".")[2] not in architecture.linear_modules]
-    if unknown:
-        raise RunError(
-            Reason.MODEL_UNSUPPORTED,
-            f"spec.lora.targets: {architecture.name} has no linear module {', '.join(unknown)} to adapt; choose among "
-            f"{available}, or write all-linear",
-        )
 
 
 def load_tokenizer(folder: Path, field: str = "spec.model.uri") -> Any:

@@ -1,22 +1,22 @@
 """The base model, quantised and frozen, and the adapter on it."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 from bitsandbytes.nn import Linear4bit
-from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_api.v1alpha1 import LoraSpec, QuantizationSpec
-from qlora_trainer.architecture import ALL_LINEAR
+from qlora_trainer.adapter import as_base, attach_adapter, starting_weights
 from qlora_trainer.batches import Batch
 from qlora_trainer.choices import Choices
 from qlora_trainer.loss import (
+    Head,
     chunked_cross_entropy,
     chunked_statistics,
     positions_per_chunk,
@@ -38,9 +38,11 @@ class Tuned:
     dtype: torch.dtype
     plain_head: bool
     """The output is the last hidden state through the output layer and nothing else, so it may be computed in parts."""
+    start: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """The adapter's first weights where they were taken out of the base; empty where the adapter started as nothing."""
 
     def parameters(self) -> list[torch.nn.Parameter]:
-        """Return the adapter's weights."""
+        """Return the weights that learn."""
         return [parameter for parameter in self.peft.parameters() if parameter.requires_grad]
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -51,7 +53,7 @@ class Tuned:
         """Return the summed cross-entropy of a batch's labels, times a weight."""
         with self.autocast():
             if self.plain_head:
-                return chunked_cross_entropy(self._states(batch), batch.labels, self._head, self._chunk, weight)
+                return chunked_cross_entropy(self._states(batch), batch.labels, self._head, weight)
             return token_losses(self._chosen_logits(batch), batch.labels).sum() * weight
 
     @torch.no_grad()
@@ -59,15 +61,16 @@ class Tuned:
         """Return the cross-entropy of each of a batch's labels, and whether it is the first choice."""
         with self.autocast():
             if self.plain_head:
-                return chunked_statistics(self._states(batch), batch.labels, self._head, self._chunk)
-            return chunked_statistics(self._chosen_logits(batch), batch.labels, lambda logits: logits, self._chunk)
+                return chunked_statistics(self._states(batch), batch.labels, self._head)
+            logits = self._chosen_logits(batch)
+            return chunked_statistics(logits, batch.labels, Head(_as_they_are, positions_per_chunk(logits.shape[-1])))
 
     @contextlib.contextmanager
     def evaluating(self, *, adapter: bool = True) -> Iterator[None]:
         """Evaluate without a trace: mode, adapter and random numbers are as before afterwards."""
         was_training = self.peft.training
         devices = [self.device] if self.device.type == "cuda" else []
-        without = contextlib.nullcontext() if adapter else self.peft.disable_adapter()
+        without = contextlib.nullcontext() if adapter else as_base(self.peft, self.start)
         with torch.random.fork_rng(devices=devices), torch.no_grad(), without:
             self.peft.eval()
             try:
@@ -76,12 +79,10 @@ class Tuned:
                 self.peft.train(was_training)
 
     @property
-    def _chunk(self) -> int:
-        return positions_per_chunk(self.causal.get_output_embeddings().weight.shape[0])
-
-    def _head(self, hidden: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.causal.get_output_embeddings()(hidden)
-        return logits
+    def _head(self) -> Head:
+        output = self.causal.get_output_embeddings()
+        learned = tuple(parameter for parameter in output.parameters() if parameter.requires_grad)
+        return Head(output, positions_per_chunk(output.weight.shape[0]), learned)
 
     def _states(self, batch: Batch) -> torch.Tensor:
         states: torch.Tensor = self.causal.base_model(**_inputs(batch)).last_hidden_state
@@ -90,6 +91,10 @@ class Tuned:
     def _chosen_logits(self, batch: Batch) -> torch.Tensor:
         logits: torch.Tensor = self.causal(**_inputs(batch)).logits
         return logits.flatten(0, 1)[batch.chosen]
+
+
+def _as_they_are(logits: torch.Tensor) -> torch.Tensor:
+    return logits
 
 
 def _inputs(batch: Batch) -> dict[str, Any]:
@@ -147,34 +152,15 @@ def keep_weights_unpacked(model: torch.nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def attach_adapter(base: Any, lora: LoraSpec, seed: int, *, checkpointing: bool) -> Any:
-    """Put a fresh fp32 adapter on the base; the same seed gives the same adapter."""
-    if checkpointing:
-        base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-        base.enable_input_require_grads()
-    torch.manual_seed(seed)
-    return get_peft_model(base, lora_config(lora))
-
-
-def lora_config(lora: LoraSpec) -> Any:
-    """Return peft's settings."""
-    return LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=ALL_LINEAR if lora.targets == (ALL_LINEAR,) else sorted(lora.targets),
-        use_dora=lora.dora,
-        use_rslora=lora.rslora,
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
-
-
 def tune(base: Any, lora: LoraSpec, seed: int, choices: Choices) -> Tuned:
     """Return the base with a fresh adapter."""
     plain = head_is_plain(base)
-    peft = attach_adapter(base, lora, seed, checkpointing=choices.checkpointing)
-    return Tuned(peft, peft.get_base_model(), base.device, choices.dtype, plain)
+    if choices.checkpointing:
+        base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        base.enable_input_require_grads()
+    peft = attach_adapter(base, lora, seed)
+    start = starting_weights(peft, lora)
+    return Tuned(peft, peft.get_base_model(), base.device, choices.dtype, plain, start)
 
 
 @torch.no_grad()

@@ -82,10 +82,11 @@ def inspect_model(spec: QLoRAJobSpec, snapshot: Snapshot, work: Path) -> tuple[M
         )
     folder = snapshot.fetch(text_files(snapshot.files), work)
     # torch and transformers take seconds to import; what fails before this line fails at once.
-    from qlora_trainer.architecture import check_targets, load_architecture, load_tokenizer  # noqa: PLC0415
+    from qlora_trainer.architecture import load_architecture, load_tokenizer  # noqa: PLC0415
+    from qlora_trainer.modules import check_modules  # noqa: PLC0415
 
     architecture = load_architecture(folder)
-    check_targets(architecture, spec.lora)
+    check_modules(architecture, spec)
     status = ModelStatus(
         uri=spec.model.uri,
         commit=snapshot.commit,

@@ -10,8 +10,10 @@ from qlora_api.names import Reason
 from qlora_api.report import EvaluatedRow, Manifest, ManifestFile, RunReport
 from qlora_api.result import Result
 from qlora_api.runconfig import RunConfig
+from qlora_trainer.adapter import restore_base
 from qlora_trainer.chart import draw_loss
 from qlora_trainer.errors import RunError
+from qlora_trainer.model import Tuned
 from qlora_trainer.output import (
     REJECTED,
     REJECTED_RECORD,
@@ -30,11 +32,13 @@ ROWS: Final = "report/evaluation.jsonl"
 PICTURE: Final = "report/loss.png"
 
 
-def write_adapter(peft: Any, tokenizer: Any, uri: str, commit: str, folder: Path) -> Path:
+def write_adapter(tuned: Tuned, tokenizer: Any, uri: str, commit: str, folder: Path) -> Path:
     """Write the adapter as peft and vLLM read it, with the tokenizer beside it."""
     target = folder / ADAPTER
     # With 'auto' peft would ask the hub whether the vocabulary was resized; it never is (peft#2898).
-    peft.save_pretrained(target, save_embedding_layers=False)
+    tuned.peft.save_pretrained(target, save_embedding_layers=False)
+    if tuned.start:
+        restore_base(target, tuned.start)
     tokenizer.save_pretrained(target)
     (target / "README.md").unlink(missing_ok=True)
     config = target / "adapter_config.json"
@@ -43,12 +47,13 @@ def write_adapter(peft: Any, tokenizer: Any, uri: str, commit: str, folder: Path
 
 
 def canonical_config(text: str, uri: str, commit: str) -> str:
-    """Name the base as the hub does and not by a path of this computer (vLLM compares names), and sort the targets."""
+    """Name the base as the hub does and not by a path of this computer (vLLM compares names), and sort modules."""
     config = json.loads(text)
     config["base_model_name_or_path"] = uri.removeprefix("hf://")
     config["revision"] = commit if uri.startswith("hf://") else None
-    if isinstance(config["target_modules"], list):
-        config["target_modules"] = sorted(config["target_modules"])
+    for field in ("target_modules", "modules_to_save"):
+        if isinstance(config.get(field), list):
+            config[field] = sorted(config[field])
     return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
 

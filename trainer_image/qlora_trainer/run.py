@@ -52,7 +52,7 @@ def run(
     outcome = stages.Outcome(history, compare(data.held_out, base, adapter))
     report = stages.build_report(config, choices, outcome, started)
     files = stages.empty_folder(work / "results" / config.prepared.digest)
-    write_adapter(tuned.peft, tokenizer, config.spec.model.uri, config.prepared.model.commit, files)
+    write_adapter(tuned, tokenizer, config.spec.model.uri, config.prepared.model.commit, files)
     write_report(report, outcome.rows, files)
     del tuned
     stages.prove_loadable(check, files)

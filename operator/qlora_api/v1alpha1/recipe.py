@@ -1,6 +1,6 @@
 """What decides the adapter beside model and dataset: quantisation, adapter, optimisation, evaluation."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import Field
 
@@ -18,6 +18,12 @@ class QuantizationSpec(ApiModel):
     double_quant: bool = Field(default=True, description="Quantise the 4-bit scales as well (0.37 bit a weight less).")
 
 
+MAX_PATTERNS: Final = 64
+"""Modules that may have a rank or a scale of their own."""
+Rank = Annotated[int, Field(ge=1, le=1024)]
+Alpha = Annotated[int, Field(ge=1, le=4096)]
+
+
 class LoraSpec(ApiModel):
     """The low-rank adapter."""
 
@@ -26,10 +32,21 @@ class LoraSpec(ApiModel):
             "!('all-linear' in self.targets) || size(self.targets) == 1",
             "all-linear means every linear module; list it alone, or list module names without it",
         ),
+        (
+            "!(self.init in ['pissa', 'loftq'] && self.dora) && !(self.init == 'pissa' && self.rslora)",
+            "init pissa and loftq do not go with dora, nor pissa with rslora; leave those false, or leave init out",
+        ),
     )
 
-    rank: int = Field(default=16, ge=1, le=1024, description="Rank r of the update matrices.")
-    alpha: int = Field(default=32, ge=1, le=4096, description="Scale: updates are multiplied by alpha / rank.")
+    rank: Rank = Field(default=16, description="Rank r of the update matrices.")
+    alpha: Alpha = Field(default=32, description="Scale: updates are multiplied by alpha / rank.")
+    rank_pattern: Annotated[dict[ModuleName, Rank], Field(max_length=MAX_PATTERNS)] = Field(
+        default={},
+        description="Ranks of single modules, by name (v_proj) or end of path (layers.0.self_attn.v_proj), which wins.",
+    )
+    alpha_pattern: Annotated[dict[ModuleName, Alpha], Field(max_length=MAX_PATTERNS)] = Field(
+        default={}, description="Alphas of single modules, named as in rankPattern."
+    )
     dropout: float = Field(default=0.05, ge=0, lt=1, description="Dropout on the adapter's input while training.")
     targets: Annotated[tuple[ModuleName, ...], Field(min_length=1, max_length=64)] = Field(
         default=("q_proj", "v_proj"),
@@ -37,6 +54,21 @@ class LoraSpec(ApiModel):
     )
     dora: bool = Field(default=False, description="Weight-decomposed LoRA; vLLM cannot serve it unmerged.")
     rslora: bool = Field(default=False, description="Scale by alpha / sqrt(rank) instead of alpha / rank.")
+    init: Literal["default", "gaussian", "pissa", "loftq"] = Field(
+        default="default",
+        description=(
+            "Start of the adapter. default, gaussian: it changes nothing yet. pissa: the largest singular vectors of a "
+            "16-bit base; published for the original base, with twice the rank. loftq: what 4-bit quantisation took "
+            "from the base; to be served on the same 4-bit base."
+        ),
+    )
+    modules_to_save: Annotated[tuple[ModuleName, ...], Field(max_length=16)] = Field(
+        default=(),
+        description=(
+            "Modules that are trained and saved whole beside the adapter, such as embed_tokens, lm_head or norm. vLLM "
+            "does not serve such an adapter unmerged."
+        ),
+    )
 
 
 class TrainingSpec(ApiModel):

@@ -68,6 +68,16 @@ class QLoRAJobSpec(ApiModel):
             "self.method != 'lora' || self.quantization.bits == 16",
             "method lora needs quantization.bits 16; for a quantised base set method to qlora",
         ),
+        (
+            "self.lora.init != 'pissa' || self.quantization.bits == 16",
+            "lora.init pissa takes singular vectors out of the base's weights, which 4 or 8 bits cannot hold; set "
+            "method to lora and quantization.bits to 16, or lora.init to loftq",
+        ),
+        (
+            "self.lora.init != 'loftq' || self.quantization.bits == 4",
+            "lora.init loftq makes good what 4-bit quantisation takes away; set quantization.bits to 4, or leave "
+            "init out",
+        ),
         *map(
             _immutable,
             ("method", "model", "dataset", "quantization", "lora", "training", "resources", "evaluation", "output"),

@@ -37,7 +37,8 @@ def validate(text: str) -> tuple[int, list[str]]:
             "rank: 16",
             "colour: red",
             11,
-            "spec.lora.colour: unknown field; known are rank, alpha, dropout, targets, dora, rslora",
+            "spec.lora.colour: unknown field; known are rank, alpha, rankPattern, alphaPattern, "
+            "dropout, targets, dora, rslora, init, modulesToSave",
         ),
         ("[q_proj, v_proj]", "q_proj", 12, 'spec.lora.targets: must be a list, got "q_proj"'),
         ("[q_proj, v_proj]", "[]", 12, "spec.lora.targets: must have 1 or more entries, got []"),

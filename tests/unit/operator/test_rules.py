@@ -18,6 +18,13 @@ from tests.make import make_spec
         pytest.param(
             {"evaluation": {"generations": 0, "gate": {"minRougeL": 0.1}}}, "set it to 1 or more", id="gate-answers"
         ),
+        pytest.param({"lora": {"init": "pissa"}}, "quantization.bits is 4; set spec.method to lora", id="pissa-4"),
+        pytest.param(
+            {"method": "lora", "quantization": {"bits": 16}, "lora": {"init": "pissa", "dora": True}},
+            "leave those false",
+            id="pissa-dora",
+        ),
+        pytest.param({"quantization": {"bits": 8}, "lora": {"init": "loftq"}}, "is for 4 bits", id="loftq-8"),
         pytest.param({"model": {"uri": "file:///m"}}, "spec.model.uri is file:///m", id="model"),
         pytest.param({"dataset": {"uri": "file:///d"}}, "spec.dataset.uri is file:///d", id="dataset"),
         pytest.param(
@@ -37,6 +44,8 @@ def test_violation(change: dict[str, Any], sentence: str) -> None:
         {},
         {"method": "lora", "quantization": {"bits": 16}},
         {"quantization": {"bits": 8}},
+        {"lora": {"init": "loftq", "rslora": True}},
+        {"method": "lora", "quantization": {"bits": 16}, "lora": {"init": "pissa"}},
         {"training": {"microBatchSize": 4}},
         {"evaluation": {"generations": 0, "gate": {"maxLoss": 3}}},
     ],

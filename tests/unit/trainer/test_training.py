@@ -17,7 +17,6 @@ from qlora_trainer.distributed import World
 from qlora_trainer.errors import RunError
 from qlora_trainer.evaluate import evaluate
 from qlora_trainer.interrupt import StopFlag
-from qlora_trainer.loss import chunked_cross_entropy, chunked_statistics
 from qlora_trainer.model import head_is_plain, joins_rows_exactly, load_base, tune
 from qlora_trainer.tokens import TokenRow
 from qlora_trainer.train import Schedule, check_finite, check_gradients
@@ -63,22 +62,6 @@ def test_the_first_token_of_a_joined_row_is_never_a_label():
 
 def test_joined_rows_are_checked_for_state_that_leaks():
     assert joins_rows_exactly(make_model())
-
-
-@pytest.mark.parametrize("chunk", [1, 7, 1000])
-def test_chunked_loss_and_gradients_equal_those_of_torch(chunk):
-    torch.manual_seed(0)
-    hidden, labels = torch.randn(23, 16, requires_grad=True), torch.randint(0, 50, (23,))
-    head = torch.nn.Linear(16, 50).requires_grad_(False)
-    expected = functional.cross_entropy(head(hidden), labels, reduction="sum")
-    (wanted,) = torch.autograd.grad(expected / 3, hidden)
-    found = chunked_cross_entropy(hidden, labels, head, chunk, ONE / 6)
-    (gradient,) = torch.autograd.grad(found * 2, hidden)
-    torch.testing.assert_close(found, expected.detach() / 6)
-    torch.testing.assert_close(gradient, wanted)
-    losses, hits = chunked_statistics(hidden, labels, head, chunk)
-    torch.testing.assert_close(losses.float(), functional.cross_entropy(head(hidden), labels, reduction="none"))
-    assert torch.equal(hits, head(hidden).argmax(-1) == labels)
 
 
 def test_a_model_that_changes_its_logits_keeps_its_own_head():

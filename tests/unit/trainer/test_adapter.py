@@ -1,0 +1,245 @@
+"""The adapter: its shape, its start, modules trained whole, and that it fits the base that its users have."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from qlora_api.names import Reason
+from qlora_api.v1alpha1 import LoraSpec, QuantizationSpec
+from qlora_trainer.architecture import load_architecture
+from qlora_trainer.batches import make_batch
+from qlora_trainer.errors import RunError
+from qlora_trainer.evaluate import evaluate
+from qlora_trainer.loftq import closest_product
+from qlora_trainer.model import Tuned, load_base, tune
+from qlora_trainer.modules import check_modules, numbers_of
+from qlora_trainer.publish import write_adapter
+from tests.unit.trainer.tiny import CPU, make_model, make_spec, make_tokenizer, write_model
+from tests.unit.trainer.tuned import CHOICES, NF4, make_test_loop, run_steps, token_rows, weights_of
+
+SIXTEEN_BITS = {"method": "lora", "quantization": {"bits": 16}}
+IDS = torch.tensor([[3, 141, 59, 26, 5, 35]])
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def folder(request, tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    write_model(path, tie_word_embeddings=request.param)
+    return path
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tied")
+    write_model(path)
+    return path
+
+
+def tuned_on(folder, lora: LoraSpec, bits: int = 16, dtype: torch.dtype = torch.float32) -> Tuned:
+    base = load_base(folder, QuantizationSpec(bits=bits), dtype, "sdpa", "cpu")
+    return tune(base, lora, 1, dataclasses.replace(CHOICES, dtype=dtype))
+
+
+def original(folder):
+    """The base as it is on disk."""
+    return load_base(folder, QuantizationSpec(bits=16), torch.float32, "sdpa", "cpu")
+
+
+def logits_of(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS, use_cache=False).logits
+
+
+def reload(tuned: Tuned, folder, target, dtype: torch.dtype = torch.float32):
+    """Publish the adapter, and load it as a stranger does, on the base as it is on disk."""
+    adapter = write_adapter(tuned, make_tokenizer(), f"file://{folder}", "c", target)
+    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), adapter)
+
+
+def test_patterns_give_modules_their_own_rank_and_scale(tied, tmp_path):
+    lora = LoraSpec(
+        rank=4,
+        alpha=8,
+        dropout=0,
+        targets=("all-linear",),
+        rank_pattern={"q_proj": 6, "layers.1.self_attn.q_proj": 2},
+        alpha_pattern={"v_proj": 32},
+    )
+    tuned = tuned_on(tied, lora)
+    first, second = (layer.self_attn for layer in tuned.causal.model.layers)
+    assert (first.q_proj.r["default"], second.q_proj.r["default"], first.k_proj.r["default"]) == (6, 2, 4)
+    assert (first.v_proj.scaling["default"], first.k_proj.scaling["default"]) == (8.0, 2.0)
+    run_steps(make_test_loop(tuned, token_rows(8)))
+    torch.testing.assert_close(logits_of(reload(tuned, tied, tmp_path)), logits_of(tuned.peft))
+
+
+def test_the_longer_of_two_words_counts():
+    modules = ["layers.0.q_proj", "layers.1.q_proj", "layers.11.q_proj"]
+    pattern = {"layers.1.q_proj": 2, "q_proj": 6}
+    assert numbers_of(modules, pattern) == {"layers.0.q_proj": 6, "layers.1.q_proj": 2, "layers.11.q_proj": 6}
+
+
+@pytest.mark.parametrize(
+    ("lora", "blocks", "sentence"),
+    [
+        ({"targets": ["q_prj"]}, {}, "spec.lora.targets: LlamaForCausalLM has no linear module q_prj to adapt"),
+        ({"targets": ["lm_head"]}, {}, "spec.lora.targets: LlamaForCausalLM has no linear module lm_head"),
+        ({"targets": ["mlp.q_proj"]}, {}, "spec.lora.targets: LlamaForCausalLM has no linear module mlp.q_proj"),
+        ({"rankPattern": {"k_proj": 2}}, {}, "spec.lora.rankPattern: no module with an adapter is named k_proj"),
+        ({"alphaPattern": {"layers.9.q_proj": 2}}, {}, "spec.lora.alphaPattern: no module with an adapter is named"),
+        ({"modulesToSave": ["wte"]}, {}, "spec.lora.modulesToSave: LlamaForCausalLM has no module wte with weights"),
+        ({"modulesToSave": ["mlp"]}, {}, "spec.lora.modulesToSave: LlamaForCausalLM has no module mlp with weights"),
+        ({"modulesToSave": ["v_proj"]}, {}, "model.layers.0.self_attn.v_proj has an adapter already"),
+        ({"modulesToSave": ["up_proj"]}, {}, "model.layers.0.mlp.up_proj is quantised and cannot be trained whole"),
+        ({"init": "loftq", "rank": 65}, {}, "loftq needs rank 64 or less for model.layers.0.self_attn.q_proj"),
+        ({"init": "pissa", "rankPattern": {"v_proj": 33}}, SIXTEEN_BITS, "pissa needs rank 32 or less for"),
+    ],
+)
+def test_names_that_the_model_does_not_have_are_refused(tied, lora, blocks, sentence):
+    spec = make_spec("file:///m", "file:///d", "file:///o", lora=lora, **blocks)
+    with pytest.raises(RunError, match=sentence) as caught:
+        check_modules(load_architecture(tied), spec)
+    assert caught.value.reason == Reason.MODEL_UNSUPPORTED
+
+
+@pytest.mark.parametrize(
+    ("lora", "blocks"),
+    [
+        ({"targets": ["all-linear"], "rankPattern": {"down_proj": 2}, "modulesToSave": ["embed_tokens", "norm"]}, {}),
+        ({"targets": ["layers.1.mlp.up_proj"], "modulesToSave": ["q_proj"]}, SIXTEEN_BITS),
+    ],
+)
+def test_names_that_the_model_has_are_fine(tied, lora, blocks):
+    check_modules(load_architecture(tied), make_spec("file:///m", "file:///d", "file:///o", lora=lora, **blocks))
+
+
+def test_a_tied_weight_that_peft_would_train_twice_is_refused(tied):
+    architecture = dataclasses.replace(
+        load_architecture(tied), weighted=frozenset({"wte", "head"}), tied=frozenset({"wte", "head"})
+    )
+    spec = make_spec("file:///m", "file:///d", "file:///o", lora={"modulesToSave": ["wte"]})
+    with pytest.raises(RunError, match="would train a copy; leave wte out"):
+        check_modules(architecture, spec)
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+@pytest.mark.parametrize("words", [("embed_tokens",), ("lm_head",), ("embed_tokens", "lm_head", "norm")])
+def test_modules_to_save_are_trained_in_fp32_and_come_back(folder, tmp_path, bits, words):
+    tuned = tuned_on(folder, LoraSpec(rank=2, dropout=0, modules_to_save=words), bits, torch.bfloat16)
+    assert {weight.dtype for weight in tuned.parameters()} == {torch.float32}
+    output, embedding = tuned.causal.get_output_embeddings(), tuned.causal.get_input_embeddings()
+    assert (output.weight is embedding.weight) == tuned.causal.config.tie_word_embeddings
+    before = weights_of(tuned)
+    run_steps(make_test_loop(tuned, token_rows(8)))
+    assert not any(torch.equal(one, other) for one, other in zip(before, weights_of(tuned), strict=True))
+    if bits == 16:
+        with tuned.autocast():
+            found, wanted = logits_of(reload(tuned, folder, tmp_path)), logits_of(tuned.peft).float()
+        assert float((found - wanted).norm() / wanted.norm()) < 0.05
+
+
+def test_norm_means_the_last_norm_alone(tied):
+    tuned = tuned_on(tied, LoraSpec(rank=2, modules_to_save=("norm",)))
+    whole = [name for name, weight in tuned.peft.named_parameters() if weight.requires_grad and "lora_" not in name]
+    assert whole == ["base_model.model.model.norm.modules_to_save.default.weight"]
+
+
+def test_a_trained_head_gets_the_gradients_that_torch_gives_it(folder):
+    tuned = tuned_on(folder, LoraSpec(rank=2, dropout=0, modules_to_save=("lm_head",)))
+    tuned.peft.train()
+    batch = make_batch(token_rows(5), CPU, packing=True)
+    gradients = []
+    for plain in (True, False):  # in chunks, or by torch's own cross-entropy of all logits
+        tuned.peft.zero_grad()
+        dataclasses.replace(tuned, plain_head=plain).loss_sum(batch, torch.ones(())).backward()
+        gradients.append([weight.grad.clone() for weight in tuned.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("start", ["default", "gaussian", "pissa"])
+def test_a_fresh_adapter_changes_nothing(tied, start):
+    wanted = logits_of(original(tied))
+    tuned = tuned_on(tied, LoraSpec(rank=4, init=start, targets=("all-linear",)))
+    torch.testing.assert_close(logits_of(tuned.peft), wanted, rtol=1e-3, atol=1e-3)
+    drawn = tuned.causal.model.layers[0].self_attn.q_proj.lora_A["default"].weight
+    assert float(drawn.detach().norm()) > 0
+
+
+def test_pissa_is_published_for_the_original_base(tied, tmp_path):
+    lora = LoraSpec(rank=4, alpha=12, dropout=0, init="pissa", targets=("all-linear",), rank_pattern={"q_proj": 2})
+    tuned, rows = tuned_on(tied, lora), token_rows(8)
+    with tuned.evaluating(adapter=False):
+        before = evaluate(tuned, rows, 4, packing=True)
+    run_steps(make_test_loop(tuned, rows))
+    with tuned.evaluating(adapter=False):
+        assert evaluate(tuned, rows, 4, packing=True) == before
+    model = reload(tuned, tied, tmp_path)
+    torch.testing.assert_close(logits_of(model), logits_of(tuned.peft), rtol=1e-3, atol=1e-3)
+    assert model.peft_config["default"].init_lora_weights is True
+    attention = model.get_base_model().model.layers[0].self_attn
+    assert (attention.q_proj.r["default"], attention.v_proj.r["default"]) == (4, 8)
+    with model.disable_adapter():
+        torch.testing.assert_close(logits_of(model), logits_of(original(tied)))
+
+
+@pytest.mark.parametrize("alpha", [8, 32])
+@torch.no_grad()
+def test_loftq_brings_a_4_bit_base_nearer_to_its_original(tied, alpha):
+    wanted = logits_of(original(tied))
+    tuned = tuned_on(tied, LoraSpec(rank=8, alpha=alpha, init="loftq", targets=("all-linear",)), bits=4)
+    with tuned.evaluating(adapter=False):
+        without = logits_of(tuned.peft)
+    distances = [float((logits - wanted).norm()) for logits in (without, logits_of(tuned.peft))]
+    assert distances[1] < 0.9 * distances[0]
+    layer = tuned.causal.model.layers[1].mlp.down_proj
+    lost = (
+        original(tied).model.layers[1].mlp.down_proj.weight
+        - dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
+    )
+    left, values, right = torch.linalg.svd(lost)
+    best = left[:, :8] @ torch.diag(values[:8]) @ right[:8]
+    assert float((lost - layer.get_delta_weight("default")).norm()) < 1.01 * float((lost - best).norm())
+
+
+def test_loftq_says_when_the_files_name_a_weight_otherwise(tied, tmp_path):
+    for file in tied.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    base = load_base(tied, NF4, torch.float32, "sdpa", "cpu")
+    weights = {name: weight for name, weight in load_file(tied / "model.safetensors").items() if "down" not in name}
+    make_model().save_pretrained(tmp_path, state_dict=weights)
+    base.name_or_path = str(tmp_path)
+    with pytest.raises(RunError, match=r"store model.layers.0.mlp.down_proj.weight under another name"):
+        tune(base, LoraSpec(rank=2, init="loftq", targets=("down_proj",)), 1, CHOICES)
+
+
+def test_the_closest_product_of_a_low_rank_matrix_is_itself():
+    torch.manual_seed(0)
+    matrix = torch.randn(20, 3) @ torch.randn(3, 30)
+    up, down = closest_product(matrix, 3)
+    torch.testing.assert_close(up @ down, matrix, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        LoraSpec(rank=4, alpha=4, rslora=True, dropout=0),
+        LoraSpec(rank=4, dora=True, dropout=0),
+        LoraSpec(rank=4, dropout=0, init="gaussian"),
+    ],
+    ids=["rslora", "dora", "gaussian"],
+)
+def test_forms_of_lora_come_back_as_they_were_trained(tied, tmp_path, lora):
+    tuned = tuned_on(tied, lora)
+    before = weights_of(tuned)
+    run_steps(make_test_loop(tuned, token_rows(8)))
+    assert not any(torch.equal(one, other) for one, other in zip(before, weights_of(tuned), strict=True))
+    torch.testing.assert_close(logits_of(reload(tuned, tied, tmp_path)), logits_of(tuned.peft))
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert (config["use_rslora"], config["use_dora"]) == (lora.rslora, lora.dora)
