@@ -93,6 +93,15 @@ def _padded(rows: Sequence[TokenRow], device: torch.device) -> Batch:
     )
 
 
+def row_lengths(batch: Batch) -> torch.Tensor:
+    """Return for each token of a batch how many its own row has, joined or not; padding belongs to no row."""
+    if batch.position_ids is None:
+        mask = torch.ones_like(batch.input_ids) if batch.attention_mask is None else batch.attention_mask
+        return mask * mask.sum(dim=1, keepdim=True)
+    row = (batch.position_ids[0] == 0).cumsum(dim=0) - 1
+    return torch.bincount(row)[row][None]
+
+
 def _predicting(row: TokenRow, offset: int) -> Iterator[int]:
     """Yield the positions whose next token is learned, in a batch where the row starts at an offset."""
     return (offset + position - 1 for start, end in row.learned for position in range(start, end))

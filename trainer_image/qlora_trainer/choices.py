@@ -5,13 +5,16 @@ from typing import Any, Final
 
 import torch
 
-from qlora_api.v1alpha1 import Plan, QLoRAJobSpec
+from qlora_api.v1alpha1 import LoraSpec, Plan, QLoRAJobSpec
+from qlora_trainer.attention import attention_facts, choose_attention
 from qlora_trainer.batches import PACK_TOKENS
 from qlora_trainer.hardware import Hardware
 from qlora_trainer.optimizer import Kind, choose_optimizer
 
 ACTIVATION_BYTES_PER_TOKEN_LAYER_WIDTH: Final = 34
 """Kept for backward without checkpointing, per token, layer and hidden unit, in 16 bits (Korthikanti et al. 2022)."""
+VLLM_RANK: Final = 16
+"""vLLM's default --max-lora-rank."""
 _SHARE_FOR_ACTIVATIONS: Final = 0.5
 """The rest of the free memory is for weights, the optimizer and what the estimate does not know."""
 
@@ -35,7 +38,7 @@ class Choices:
 def decide(spec: QLoRAJobSpec, plan: Plan, hardware: Hardware, model: Any, longest_row: int) -> Choices:
     """Decide everything from the model's configuration, before its weights are loaded."""
     dtype, dtype_reason = compute_dtype(hardware)
-    attention, attention_reason = attention_kernel(model)
+    attention, attention_reason = choose_attention(attention_facts(model), hardware)
     length = min(longest_row, spec.training.max_length)
     tokens = min(plan.micro_batch_size * length, max(PACK_TOKENS, length) if spec.training.packing else 1 << 62)
     checkpointing, checkpointing_reason = activation_checkpointing(hardware, model, tokens)
@@ -53,6 +56,7 @@ def decide(spec: QLoRAJobSpec, plan: Plan, hardware: Hardware, model: Any, longe
             "gradient checkpointing": f"{'on' if checkpointing else 'off'}: {checkpointing_reason}",
             "packing": "on: rows are joined without padding" if spec.training.packing else "off: spec.training.packing",
             "optimizer": f"{optimizer}: {optimizer_reason}",
+            "serving": serving(spec.lora),
         },
     )
 
@@ -69,14 +73,6 @@ def compute_dtype(hardware: Hardware) -> tuple[torch.dtype, str]:
     return torch.float32, "the CPU has no native bf16"
 
 
-def attention_kernel(model: Any) -> tuple[str, str]:
-    """Pick the attention kernel."""
-    # transformers passes a soft cap to eager attention only; SDPA would leave it out without a word.
-    if getattr(model, "attn_logit_softcapping", None):
-        return "eager", "the model caps attention scores, which SDPA cannot"
-    return "sdpa", "torch's own kernel, exact with joined rows"
-
-
 def activation_checkpointing(hardware: Hardware, model: Any, tokens: int) -> tuple[bool, str]:
     """Recompute activations only where they would not fit: it costs a forward pass a step."""
     needed = tokens * model.num_hidden_layers * model.hidden_size * ACTIVATION_BYTES_PER_TOKEN_LAYER_WIDTH
@@ -86,6 +82,18 @@ def activation_checkpointing(hardware: Hardware, model: Any, tokens: int) -> tup
         f"{tokens} tokens keep about {_gib(needed)} of activations, and half of the free memory is {_gib(offered)}"
     )
     return not fits, sentence
+
+
+def serving(lora: LoraSpec) -> str:
+    """Say what a server of the adapter must know."""
+    if lora.modules_to_save:
+        return "merge it first: vLLM serves no adapter with whole modules (spec.lora.modulesToSave)"
+    if lora.dora:
+        return "merge it first: vLLM serves no DoRA adapter (spec.lora.dora)"
+    if lora.init == "loftq":
+        return "on the same 4-bit base only: on another one what quantisation took would be added twice"
+    rank = max([lora.rank, *lora.rank_pattern.values()]) * (2 if lora.init == "pissa" else 1)
+    return f"rank {rank}; vLLM needs --max-lora-rank {rank}" if rank > VLLM_RANK else f"rank {rank}, as vLLM takes it"
 
 
 def _gib(size: int) -> str:

@@ -1,6 +1,7 @@
 """What this computer has: asked once, so that decisions can be pure."""
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Final, Literal
 
@@ -26,6 +27,8 @@ class Hardware:
     native_bf16: bool
     free_bytes: int
     name: str
+    flash_attention: bool = False
+    """The package is there; whether it fits the model is another question."""
 
 
 def observe_hardware(device: Literal["cpu", "cuda"]) -> Hardware:
@@ -40,7 +43,13 @@ def observe_hardware(device: Literal["cpu", "cuda"]) -> Hardware:
         )
     capability = torch.cuda.get_device_capability()
     free, _ = torch.cuda.mem_get_info()
-    return Hardware("cuda", capability, capability >= (8, 0), free, torch.cuda.get_device_name())
+    return Hardware(
+        "cuda", capability, capability >= (8, 0), free, torch.cuda.get_device_name(), _has_flash_attention()
+    )
+
+
+def _has_flash_attention() -> bool:
+    return find_spec("flash_attn") is not None
 
 
 def _free_host_bytes() -> int:

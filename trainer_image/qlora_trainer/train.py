@@ -16,6 +16,7 @@ from qlora_trainer.distributed import World
 from qlora_trainer.errors import RunError
 from qlora_trainer.interrupt import StopFlag, interrupted
 from qlora_trainer.model import Tuned
+from qlora_trainer.neftune import noisy_embeddings
 from qlora_trainer.optimizer import make_optimizer
 from qlora_trainer.tokens import TokenRow
 
@@ -95,7 +96,8 @@ class Loop:
         weight = self.scaler.scale(torch.ones((), device=self.tuned.device)) / labels
         for group in micro_batches(rows, self.schedule.micro_batch, packing=packing):
             batch = make_batch(group, self.tuned.device, packing=packing)
-            loss = self.tuned.loss_sum(batch, weight)
+            with noisy_embeddings(self.tuned.causal, self.schedule.training.neftune_alpha, batch):
+                loss = self.tuned.loss_sum(batch, weight)
             torch.autograd.backward(loss)
             total += float(loss.detach() / weight)
         return total

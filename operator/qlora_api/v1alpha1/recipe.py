@@ -121,6 +121,12 @@ class TrainingSpec(ApiModel):
     loss: Literal["completion", "all"] = Field(
         default="completion", description="Learn the answer's tokens only, or the prompt's as well."
     )
+    neftune_alpha: float = Field(
+        default=0.0,
+        ge=0,
+        le=100,
+        description="Noise on the embeddings while training (NEFTune): 5 is usual, 0 is none. Never in an evaluation.",
+    )
     seed: int = Field(default=42, ge=0, le=4_294_967_295, description="Seed of data order, dropout and adapter.")
 
 

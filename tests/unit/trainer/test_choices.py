@@ -1,0 +1,117 @@
+"""What the hardware and the model decide: dtype, attention, checkpointing, and what a server must know."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import Gemma2Config, GPT2Config, GPTNeoXConfig, LlamaConfig
+
+from qlora_api.v1alpha1 import LoraSpec, Plan
+from qlora_trainer.attention import FLASH, AttentionFacts, attention_facts, choose_attention
+from qlora_trainer.choices import activation_checkpointing, compute_dtype, decide, serving
+from qlora_trainer.hardware import Hardware, observe_hardware
+from qlora_trainer.optimizer import Kind
+from tests.unit.trainer.tiny import make_spec
+
+GIB = 1 << 30
+CPU = Hardware("cpu", None, native_bf16=False, free_bytes=8 * GIB, name="CPU, 2 threads")
+
+
+def gpu(*capability: int, flash: bool = True) -> Hardware:
+    major, minor = capability
+    return Hardware("cuda", (major, minor), (major, minor) >= (8, 0), 20 * GIB, "GPU", flash)
+
+
+@pytest.mark.parametrize(
+    ("hardware", "dtype", "reason"),
+    [
+        (gpu(9, 0), torch.bfloat16, "sm_90 has native bf16"),
+        (gpu(8, 0), torch.bfloat16, "sm_80 has native bf16"),
+        (gpu(7, 5), torch.float16, "sm_75 predates native bf16"),
+        (CPU, torch.float32, "the CPU has no native bf16"),
+        (Hardware("cpu", None, True, GIB, "CPU"), torch.bfloat16, "AVX512-BF16"),
+    ],
+)
+def test_dtype(hardware, dtype, reason):
+    found, why = compute_dtype(hardware)
+    assert (found, reason in why) == (dtype, True)
+
+
+PLAIN = {"capped": False, "head_size": 128, "sdpa": True, "flash": True}
+
+
+@pytest.mark.parametrize(
+    ("changes", "hardware", "kernel", "reason"),
+    [
+        ({}, gpu(8, 0), FLASH, "cost what they cost alone"),
+        ({"head_size": 256}, gpu(9, 0), FLASH, "cost what they cost alone"),
+        ({}, CPU, "sdpa", "the device is a CPU"),
+        ({}, gpu(7, 5), "sdpa", "sm_75 is older than sm_80"),
+        ({}, gpu(8, 0, flash=False), "sdpa", "flash_attn is not in the image"),
+        ({"flash": False}, gpu(8, 0), "sdpa", "does not support it"),
+        ({"head_size": 512}, gpu(9, 0), "sdpa", "heads of 512"),
+        ({"head_size": 100}, gpu(9, 0), "sdpa", "heads of 100"),
+        ({"capped": True}, gpu(9, 0), "eager", "caps attention scores"),
+        ({"sdpa": False, "flash": False}, gpu(9, 0), "eager", "no faster one"),
+    ],
+)
+def test_attention(changes, hardware, kernel, reason):
+    found, why = choose_attention(AttentionFacts(**PLAIN | changes), hardware)
+    assert (found, reason in why) == (kernel, True), why
+
+
+@pytest.mark.parametrize(
+    ("config", "facts"),
+    [
+        (LlamaConfig(hidden_size=64, num_attention_heads=4), AttentionFacts(False, 16, sdpa=True, flash=True)),
+        (Gemma2Config(head_dim=256), AttentionFacts(True, 256, sdpa=False, flash=True)),
+        (GPTNeoXConfig(hidden_size=512, num_attention_heads=8), AttentionFacts(False, 64, sdpa=True, flash=True)),
+        (GPT2Config(n_embd=96, n_head=4), AttentionFacts(False, 24, sdpa=True, flash=True)),
+    ],
+)
+def test_facts_of_architectures(config, facts):
+    assert attention_facts(config) == facts
+
+
+def test_checkpointing_is_on_where_activations_would_not_fit():
+    small, large = LlamaConfig(hidden_size=64, num_hidden_layers=2), LlamaConfig()
+    assert activation_checkpointing(CPU, small, 4096)[0] is False
+    on, why = activation_checkpointing(CPU, large, 4096)
+    assert on
+    assert why == "4096 tokens keep about 17.0 GiB of activations, and half of the free memory is 4.0 GiB"
+
+
+@pytest.mark.parametrize(
+    ("lora", "sentence"),
+    [
+        ({}, "rank 16, as vLLM takes it"),
+        ({"rank": 8, "rank_pattern": {"q_proj": 64}}, "rank 64; vLLM needs --max-lora-rank 64"),
+        ({"init": "pissa"}, "rank 32; vLLM needs --max-lora-rank 32"),
+        ({"dora": True}, "merge it first: vLLM serves no DoRA adapter"),
+        ({"modules_to_save": ("norm",)}, "merge it first: vLLM serves no adapter with whole modules"),
+        ({"init": "loftq"}, "on the same 4-bit base only"),
+    ],
+)
+def test_what_a_server_must_know(lora: dict[str, Any], sentence):
+    assert serving(LoraSpec(**lora)).startswith(sentence)
+
+
+def test_every_decision_has_its_reason():
+    spec = make_spec("hf://o/m", "s3://data/rows.jsonl", "s3://out/x", training={"optimizer": "pagedAdamw"})
+    plan = Plan(
+        device="cpu", nodes=1, gpus_per_node=0, micro_batch_size=4, gradient_accumulation=2, total_steps=4, reasons=()
+    )
+    model = LlamaConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
+    choices = decide(spec, plan, CPU, model, longest_row=100)
+    assert (choices.dtype, choices.attention, choices.optimizer) == (torch.float32, "sdpa", Kind.ADAMW)
+    assert list(choices.reasons) == [
+        "device", "dtype", "attention", "gradient checkpointing", "packing", "optimizer", "serving",
+    ]  # fmt: skip
+    assert choices.reasons["optimizer"].startswith("adamw: pagedAdamw without pages")
+    off = choices.with_packing_off("it leaks")
+    assert (off.packing, off.reasons["packing"]) == (False, "off: it leaks")
+
+
+def test_this_computer_has_a_cpu_with_memory():
+    hardware = observe_hardware("cpu")
+    assert (hardware.device, hardware.capability, hardware.free_bytes > 0) == ("cpu", None, True)

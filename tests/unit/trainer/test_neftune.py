@@ -1,0 +1,61 @@
+"""NEFTune: how much noise, where, and when."""
+
+from math import sqrt
+
+import pytest
+import torch
+
+from qlora_trainer.batches import make_batch, row_lengths
+from qlora_trainer.evaluate import evaluate
+from qlora_trainer.neftune import noise_for, noisy_embeddings
+from qlora_trainer.tokens import TokenRow
+from tests.unit.trainer.tiny import CPU, make_model
+from tests.unit.trainer.tuned import make_test_loop, make_tuned, run_steps, token_rows, weights_of
+
+ROWS = tuple(TokenRow(tuple(range(2, 2 + length)), ((1, length),)) for length in (4, 9, 16))
+
+
+def test_a_token_knows_the_length_of_its_own_row():
+    joined, filled = make_batch(ROWS, CPU, packing=True), make_batch(ROWS, CPU, packing=False)
+    assert row_lengths(joined).tolist() == [[4] * 4 + [9] * 9 + [16] * 16]
+    assert row_lengths(filled).tolist() == [[4] * 4 + [0] * 12, [9] * 9 + [0] * 7, [16] * 16]
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_noise_is_uniform_and_bounded_by_its_rows_length(packing):
+    torch.manual_seed(0)
+    batch = make_batch(ROWS, CPU, packing=packing)
+    embeddings = torch.zeros(*batch.input_ids.shape, 512)
+    lengths = row_lengths(batch)
+    noise = noise_for(embeddings, lengths, 5.0)
+    for length in (4, 9, 16):
+        bound, drawn = 5.0 / sqrt(length * 512), noise[lengths == length]
+        assert 0.99 * bound < float(drawn.abs().max()) <= bound
+        assert float(drawn.std()) == pytest.approx(bound / sqrt(3), rel=0.05)
+
+
+def test_noise_is_in_the_passes_inside_alone():
+    model, batch = make_model(), make_batch(ROWS, CPU, packing=True)
+    embed = model.get_input_embeddings()
+    plain = embed(batch.input_ids)
+    with noisy_embeddings(model, 5.0, batch):
+        assert not torch.equal(embed(batch.input_ids), plain)
+    assert torch.equal(embed(batch.input_ids), plain)
+    with noisy_embeddings(model, 0.0, batch):
+        assert torch.equal(embed(batch.input_ids), plain)
+
+
+def trained(alpha: float) -> tuple[list[torch.Tensor], float]:
+    tuned, rows = make_tuned(), token_rows(8)
+    loop = make_test_loop(tuned, rows, neftune_alpha=alpha)
+    loss = run_steps(loop)[0].loss
+    with tuned.evaluating():
+        assert evaluate(tuned, rows, 4, packing=True) == evaluate(tuned, rows, 4, packing=True)
+    return weights_of(tuned), loss
+
+
+def test_training_with_noise_repeats_itself_and_differs_from_training_without():
+    first, again, without = trained(5.0), trained(5.0), trained(0.0)
+    assert all(torch.equal(one, other) for one, other in zip(first[0], again[0], strict=True))
+    assert first[1] != without[1]
+    assert first[1] == pytest.approx(without[1], rel=0.2)
