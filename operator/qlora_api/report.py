@@ -9,7 +9,7 @@ from qlora_api.base import ApiModel
 from qlora_api.names import Reason
 from qlora_api.prepared import Prepared
 from qlora_api.result import Result
-from qlora_api.v1alpha1 import EvaluationStatus, Plan, QLoRAJobSpec
+from qlora_api.v1alpha1 import EvaluationStatus, Plan, QLoRAJobSpec, QuantizationSpec
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -90,6 +90,34 @@ class Confidence(ApiModel):
     """Adapter less base, both on the same resampled rows."""
 
 
+class ServingCheck(ApiModel):
+    """What vLLM would say to the adapter, by its rules; it never blocks publishing."""
+
+    vllm: bool
+    problems: tuple[str, ...] = ()
+    max_lora_rank: int | None
+    """The value for --max-lora-rank; None where vLLM has none that is high enough."""
+
+
+class AdapterRecord(ApiModel):
+    """qlora.json beside the adapter: what merging and asking need, and its weights do not say."""
+
+    job: str
+    digest: str
+    base: str
+    """URI of the base model."""
+    commit: str
+    method: str
+    quantization: QuantizationSpec
+    """How the base was stored in training."""
+    dtype: str
+    """What the base computed in."""
+    attention: str
+    """The attention kernel in use."""
+    format: str
+    """Format of the rows, and so of the prompts."""
+
+
 class StepRecord(ApiModel):
     """One optimizer step."""
 
@@ -117,6 +145,7 @@ class RunReport(ApiModel):
     evaluation: EvaluationStatus
     confidence: Confidence
     samples: tuple[Sample, ...]
+    serving: ServingCheck
     started_at: datetime
     finished_at: datetime
     training_seconds: float

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from qlora_api.names import Reason
-from qlora_api.report import EvaluatedRow, Manifest, ManifestFile, RunReport
+from qlora_api.report import AdapterRecord, EvaluatedRow, Manifest, ManifestFile, RunReport
 from qlora_api.result import Result
 from qlora_api.runconfig import RunConfig
 from qlora_trainer.adapter import restore_base
@@ -26,23 +26,25 @@ from qlora_trainer.report import render_html
 from qlora_trainer.store import AlreadyThereError, Store, sha256_of
 
 ADAPTER: Final = "adapter"
+RECORD: Final = "qlora.json"
+"""In the adapter's folder."""
 REPORT: Final = "report/report.json"
 PAGE: Final = "report/report.html"
 ROWS: Final = "report/evaluation.jsonl"
 PICTURE: Final = "report/loss.png"
 
 
-def write_adapter(tuned: Tuned, tokenizer: Any, uri: str, commit: str, folder: Path) -> Path:
-    """Write the adapter as peft and vLLM read it, with the tokenizer beside it."""
+def write_adapter(tuned: Tuned, tokenizer: Any, record: AdapterRecord, folder: Path) -> Path:
+    """Write the adapter as peft and vLLM read it, with the tokenizer and our own record beside it."""
     target = folder / ADAPTER
     # With 'auto' peft would ask the hub whether the vocabulary was resized; it never is (peft#2898).
     tuned.peft.save_pretrained(target, save_embedding_layers=False)
     if tuned.start:
         restore_base(target, tuned.start)
     tokenizer.save_pretrained(target)
-    (target / "README.md").unlink(missing_ok=True)
     config = target / "adapter_config.json"
-    config.write_text(canonical_config(config.read_text(), uri, commit))
+    config.write_text(canonical_config(config.read_text(), record.base, record.commit))
+    (target / RECORD).write_text(record.model_dump_json(by_alias=True, indent=2))
     return target
 
 

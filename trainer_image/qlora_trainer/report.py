@@ -97,17 +97,26 @@ def make_comparison(evaluation: EvaluationStatus) -> tuple[Comparison, ...]:
     )
 
 
-def make_tables(report: RunReport) -> tuple[Table, ...]:
-    """Return what the run was made of."""
-    spec, plan, data = report.spec, report.plan, report.prepared.dataset
-    lora, training = spec.lora, spec.training
-    recipe = (
+def make_recipe(report: RunReport) -> tuple[tuple[str, str], ...]:
+    """Return what decided the adapter beside model and data."""
+    spec, lora, training = report.spec, report.spec.lora, report.spec.training
+    kinds = [kind for kind, chosen in (("DoRA", lora.dora), ("rsLoRA", lora.rslora)) if chosen]
+    return (
         ("Method", f"{spec.method}, {spec.quantization.bits}-bit base"),
-        ("Adapter", f"rank {lora.rank}, alpha {lora.alpha}, dropout {lora.dropout} on {', '.join(lora.targets)}"),
+        (
+            "Adapter",
+            f"{' '.join([*kinds, 'rank'])} {lora.rank}, alpha {lora.alpha}, dropout {lora.dropout} on "
+            f"{', '.join(lora.targets)}",
+        ),
         ("Learning rate", f"{training.learning_rate:g}, {training.scheduler}, {training.warmup_ratio:.0%} warm-up"),
-        ("Global batch", f"{training.global_batch_size} rows, in micro-batches of {plan.micro_batch_size}"),
+        ("Global batch", f"{training.global_batch_size} rows, in micro-batches of {report.plan.micro_batch_size}"),
         ("Seed", str(training.seed)),
     )
+
+
+def make_tables(report: RunReport) -> tuple[Table, ...]:
+    """Return what the run was made of."""
+    plan, data, serving = report.plan, report.prepared.dataset, report.serving
     rows = (
         ("Format", data.format),
         ("Rows", f"{data.training_rows:,} to learn from, {data.evaluation_rows:,} held out"),
@@ -116,9 +125,13 @@ def make_tables(report: RunReport) -> tuple[Table, ...]:
         ("SHA-256", data.digest),
     )
     reasons = tuple((f"{number}", reason) for number, reason in enumerate(plan.reasons, start=1))
+    loads = (
+        f"yes, with --max-lora-rank {serving.max_lora_rank}" if serving.vllm else f"no: {'; '.join(serving.problems)}"
+    )
     return (
-        Table("Recipe", recipe),
+        Table("Recipe", make_recipe(report)),
         Table("Data", rows),
+        Table("Loading", (("PEFT", "yes, proven in a fresh process"), ("vLLM, by its rules", loads))),
         Table("Choices", tuple(report.choices.items())),
         *((Table("Plan", reasons),) if reasons else ()),
         Table("Versions", tuple(report.versions.items())),

@@ -8,6 +8,7 @@ from qlora_api.result import Result
 from qlora_api.runconfig import RunConfig
 from qlora_trainer import stages
 from qlora_trainer.architecture import load_tokenizer
+from qlora_trainer.card import write_card
 from qlora_trainer.evaluate import compare
 from qlora_trainer.interrupt import StopFlag
 from qlora_trainer.output import find_manifest, open_output, point_latest
@@ -15,6 +16,7 @@ from qlora_trainer.pace import Pace
 from qlora_trainer.progress import ProgressSink
 from qlora_trainer.publish import publish, write_adapter, write_report
 from qlora_trainer.secrets import Secrets, load_secrets
+from qlora_trainer.serving import check_serving
 from qlora_trainer.snapshot import Places
 from qlora_trainer.work import default_work
 
@@ -49,11 +51,12 @@ def run(
     adapter = examiner.examine(tuned)
     check = stages.make_loading_check(tuned, data.held_out, config, choices, folder)
     pace.enter(Phase.PUBLISHING)
-    outcome = stages.Outcome(history, compare(data.held_out, base, adapter))
-    report = stages.build_report(config, choices, outcome, started)
     files = stages.empty_folder(work / "results" / config.prepared.digest)
-    write_adapter(tuned, tokenizer, config.spec.model.uri, config.prepared.model.commit, files)
+    written = write_adapter(tuned, tokenizer, stages.build_record(config, choices), files)
+    outcome = stages.Outcome(history, compare(data.held_out, base, adapter), check_serving(written))
+    report = stages.build_report(config, choices, outcome, started)
     write_report(report, outcome.rows, files)
+    write_card(report, written)
     del tuned
     stages.prove_loadable(check, files)
     result = stages.build_result(config, report)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from qlora_api.names import Reason
-from qlora_api.report import EvaluatedRow, RunReport, Sample, StepRecord
+from qlora_api.report import AdapterRecord, EvaluatedRow, RunReport, Sample, ServingCheck, StepRecord
 from qlora_api.result import Result
 from qlora_api.runconfig import RunConfig
 from qlora_api.v1alpha1 import Metrics
@@ -96,12 +96,34 @@ def make_examiner(data: Data, tokenizer: Any, config: RunConfig, choices: Choice
     )
 
 
+def build_record(config: RunConfig, choices: Choices) -> AdapterRecord:
+    """Return what goes with the adapter wherever it goes."""
+    prepared = config.prepared
+    return AdapterRecord(
+        job=config.job,
+        digest=prepared.digest,
+        base=prepared.model.uri,
+        commit=prepared.model.commit,
+        method=config.spec.method,
+        quantization=config.spec.quantization,
+        dtype=name_of(choices.dtype),
+        attention=choices.attention,
+        format=prepared.dataset.format,
+    )
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """Return torch.bfloat16 as 'bfloat16'."""
+    return str(dtype).removeprefix("torch.")
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What a run found out."""
 
     history: tuple[StepRecord, ...]
     rows: tuple[EvaluatedRow, ...]
+    serving: ServingCheck
 
 
 def build_report(config: RunConfig, choices: Choices, outcome: Outcome, started: datetime) -> RunReport:
@@ -119,6 +141,7 @@ def build_report(config: RunConfig, choices: Choices, outcome: Outcome, started:
         evaluation=scores.summarise(outcome.rows),
         confidence=scores.estimate_confidence(outcome.rows),
         samples=collect_samples(outcome.rows),
+        serving=outcome.serving,
         started_at=started,
         finished_at=datetime.now(UTC),
         training_seconds=seconds,
@@ -173,7 +196,7 @@ def make_loading_check(
         base=str(folder),
         quantization=config.spec.quantization,
         device=config.plan.device,
-        dtype=str(choices.dtype).removeprefix("torch."),
+        dtype=name_of(choices.dtype),
         attention=choices.attention,
         rows=rows_of_task(rows),
     )

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from qlora_api.names import Phase
-from qlora_api.report import Manifest
+from qlora_api.report import Manifest, RunReport, ServingCheck
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer import stages
 from qlora_trainer.prepare import prepare
@@ -56,6 +57,8 @@ def test_everything_the_manifest_lists_is_there_and_intact(published):
         "adapter/adapter_model.safetensors",
         "adapter/adapter_config.json",
         "adapter/tokenizer.json",
+        "adapter/README.md",
+        "adapter/qlora.json",
         "report/report.json",
         "report/report.html",
         "report/evaluation.jsonl",
@@ -112,6 +115,23 @@ def test_the_recomputing_script_knows_nothing_of_us():
         "pyarrow",
         "transformers",
     }
+
+
+def test_the_card_has_the_figures_and_says_how_to_load(published, spec):
+    folder, _ = published
+    text = (folder / "adapter/README.md").read_text()
+    report = RunReport.model_validate_json((folder / "report/report.json").read_text())
+    front = yaml.safe_load(text.split("---")[1])
+    assert front == {
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "tags": ["lora", "qlora", "qlora-operator"],
+    }
+    change, sure = report.evaluation.adapter.loss - report.evaluation.base.loss, report.confidence.change.loss
+    assert f"| {change:+.3f} ({sure.low:+.3f} to {sure.high:+.3f}) |" in text
+    assert f"vllm serve {spec.model.uri} --enable-lora --max-lora-rank 8 --lora-modules colours=" in text
+    assert "### Instruction:" in text
+    assert report.serving == ServingCheck(vllm=True, problems=(), max_lora_rank=8)
 
 
 def test_progress_passes_through_the_phases_and_ends_at_100_percent(published):

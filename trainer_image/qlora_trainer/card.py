@@ -1,0 +1,78 @@
+"""The model card: README.md beside the adapter, in the hub's format."""
+
+from pathlib import Path
+from typing import Final
+
+from huggingface_hub import ModelCardData
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from qlora_api.report import Confidence, Interval, RunReport
+from qlora_trainer.report import make_recipe
+
+CARD: Final = "README.md"
+
+
+def write_card(report: RunReport, adapter: Path) -> None:
+    """Write the card; PEFT's own says nothing."""
+    (adapter / CARD).write_text(render_card(report), encoding="utf-8")
+
+
+def render_card(report: RunReport) -> str:
+    """Return the card; nothing in it comes from the rows themselves."""
+    environment = Environment(  # noqa: S701 (Markdown, and no text of a dataset)
+        loader=PackageLoader("qlora_trainer"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template("card.md.j2").render(
+        front_matter=front_matter(report).to_yaml(),
+        report=report,
+        base=report.spec.model.uri.removeprefix("hf://"),
+        rows=make_rows(report),
+        recipe=make_recipe(report),
+    )
+
+
+def front_matter(report: RunReport) -> ModelCardData:
+    """Return what the hub indexes; it knows models and datasets by their names on the hub only."""
+    model, dataset = report.spec.model.uri, report.spec.dataset.uri
+    names = [dataset.removeprefix("hf://datasets/")] if dataset.startswith("hf://datasets/") else []
+    return ModelCardData(
+        base_model=model.removeprefix("hf://") if model.startswith("hf://") else None,
+        library_name="peft",
+        pipeline_tag="text-generation",
+        tags=["lora", *(["qlora"] if report.spec.method == "qlora" else []), "qlora-operator"],
+        datasets=["/".join(name.split("@")[0].split("/")[:2]) for name in names] or None,
+    )
+
+
+def make_rows(report: RunReport) -> tuple[tuple[str, str, str, str], ...]:
+    """Return name, base, adapter and change of each metric, each with its interval."""
+    found, sure = report.evaluation, report.confidence
+    return tuple(
+        (
+            name,
+            _figure(getattr(found.base, field), sure, "base", field),
+            _figure(getattr(found.adapter, field), sure, "adapter", field),
+            _figure(getattr(found.adapter, field) - getattr(found.base, field), sure, "change", field, sign="+"),
+        )
+        for field, name in METRICS.items()
+        if getattr(found.base, field) is not None and getattr(found.adapter, field) is not None
+    )
+
+
+METRICS: Final = {
+    "loss": "loss, nats per token",
+    "perplexity": "perplexity",
+    "token_accuracy": "token accuracy",
+    "exact_match": "exact match",
+    "rouge_l": "ROUGE-L",
+}
+"""Names of the metrics' fields, and what they are called."""
+
+
+def _figure(value: float, sure: Confidence, side: str, field: str, sign: str = "") -> str:
+    interval: Interval = getattr(getattr(sure, side), field)
+    return f"{value:{sign}.3f} ({interval.low:{sign}.3f} to {interval.high:{sign}.3f})"
