@@ -5,7 +5,7 @@ from typing import Any, Final
 
 import torch
 
-from qlora_api.v1alpha1 import LoraSpec, Plan, QLoRAJobSpec
+from qlora_api.v1alpha1 import Plan, QLoRAJobSpec
 from qlora_trainer.attention import attention_facts, choose_attention
 from qlora_trainer.batches import PACK_TOKENS
 from qlora_trainer.hardware import Hardware
@@ -13,8 +13,13 @@ from qlora_trainer.optimizer import Kind, choose_optimizer
 
 ACTIVATION_BYTES_PER_TOKEN_LAYER_WIDTH: Final = 34
 """Kept for backward without checkpointing, per token, layer and hidden unit, in 16 bits (Korthikanti et al. 2022)."""
-VLLM_RANK: Final = 16
-"""vLLM's default --max-lora-rank."""
+STARTS: Final = {
+    "default": "the adapter changes nothing yet",
+    "gaussian": "the adapter changes nothing yet",
+    "pissa": "the base's largest singular vectors; published for the base as it is, with twice the rank",
+    "loftq": "what quantisation took from the base; use it on the same 4-bit base only, or that is added twice",
+}
+"""What spec.lora.init means for whoever uses the adapter."""
 _SHARE_FOR_ACTIVATIONS: Final = 0.5
 """The rest of the free memory is for weights, the optimizer and what the estimate does not know."""
 
@@ -56,7 +61,7 @@ def decide(spec: QLoRAJobSpec, plan: Plan, hardware: Hardware, model: Any, longe
             "gradient checkpointing": f"{'on' if checkpointing else 'off'}: {checkpointing_reason}",
             "packing": "on: rows are joined without padding" if spec.training.packing else "off: spec.training.packing",
             "optimizer": f"{optimizer}: {optimizer_reason}",
-            "serving": serving(spec.lora),
+            "start": STARTS[spec.lora.init],
         },
     )
 
@@ -82,18 +87,6 @@ def activation_checkpointing(hardware: Hardware, model: Any, tokens: int) -> tup
         f"{tokens} tokens keep about {_gib(needed)} of activations, and half of the free memory is {_gib(offered)}"
     )
     return not fits, sentence
-
-
-def serving(lora: LoraSpec) -> str:
-    """Say what a server of the adapter must know."""
-    if lora.modules_to_save:
-        return "merge it first: vLLM serves no adapter with whole modules (spec.lora.modulesToSave)"
-    if lora.dora:
-        return "merge it first: vLLM serves no DoRA adapter (spec.lora.dora)"
-    if lora.init == "loftq":
-        return "on the same 4-bit base only: on another one what quantisation took would be added twice"
-    rank = max([lora.rank, *lora.rank_pattern.values()]) * (2 if lora.init == "pissa" else 1)
-    return f"rank {rank}; vLLM needs --max-lora-rank {rank}" if rank > VLLM_RANK else f"rank {rank}, as vLLM takes it"
 
 
 def _gib(size: int) -> str:

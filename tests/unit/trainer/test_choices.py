@@ -1,14 +1,12 @@
 """What the hardware and the model decide: dtype, attention, checkpointing, and what a server must know."""
 
-from typing import Any
-
 import pytest
 import torch
 from transformers import Gemma2Config, GPT2Config, GPTNeoXConfig, LlamaConfig
 
-from qlora_api.v1alpha1 import LoraSpec, Plan
+from qlora_api.v1alpha1 import Plan
 from qlora_trainer.attention import FLASH, AttentionFacts, attention_facts, choose_attention
-from qlora_trainer.choices import activation_checkpointing, compute_dtype, decide, serving
+from qlora_trainer.choices import activation_checkpointing, compute_dtype, decide
 from qlora_trainer.hardware import Hardware, observe_hardware
 from qlora_trainer.optimizer import Kind
 from tests.unit.trainer.tiny import make_spec
@@ -81,21 +79,6 @@ def test_checkpointing_is_on_where_activations_would_not_fit():
     assert why == "4096 tokens keep about 17.0 GiB of activations, and half of the free memory is 4.0 GiB"
 
 
-@pytest.mark.parametrize(
-    ("lora", "sentence"),
-    [
-        ({}, "rank 16, as vLLM takes it"),
-        ({"rank": 8, "rank_pattern": {"q_proj": 64}}, "rank 64; vLLM needs --max-lora-rank 64"),
-        ({"init": "pissa"}, "rank 32; vLLM needs --max-lora-rank 32"),
-        ({"dora": True}, "merge it first: vLLM serves no DoRA adapter"),
-        ({"modules_to_save": ("norm",)}, "merge it first: vLLM serves no adapter with whole modules"),
-        ({"init": "loftq"}, "on the same 4-bit base only"),
-    ],
-)
-def test_what_a_server_must_know(lora: dict[str, Any], sentence):
-    assert serving(LoraSpec(**lora)).startswith(sentence)
-
-
 def test_every_decision_has_its_reason():
     spec = make_spec("hf://o/m", "s3://data/rows.jsonl", "s3://out/x", training={"optimizer": "pagedAdamw"})
     plan = Plan(
@@ -105,7 +88,7 @@ def test_every_decision_has_its_reason():
     choices = decide(spec, plan, CPU, model, longest_row=100)
     assert (choices.dtype, choices.attention, choices.optimizer) == (torch.float32, "sdpa", Kind.ADAMW)
     assert list(choices.reasons) == [
-        "device", "dtype", "attention", "gradient checkpointing", "packing", "optimizer", "serving",
+        "device", "dtype", "attention", "gradient checkpointing", "packing", "optimizer", "start",
     ]  # fmt: skip
     assert choices.reasons["optimizer"].startswith("adamw: pagedAdamw without pages")
     off = choices.with_packing_off("it leaks")
