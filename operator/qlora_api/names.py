@@ -53,6 +53,8 @@ PROGRESS_URL_ENV: Final = "KUBEFLOW_TRAINER_SERVER_URL"
 PROGRESS_TOKEN_ENV: Final = "KUBEFLOW_TRAINER_SERVER_TOKEN"  # noqa: S105 (a variable's name)
 """The path of the bearer token's file."""
 
+GRACE_SECONDS: Final = 60
+"""From SIGTERM to SIGKILL: enough to finish a step, write a checkpoint and leave a last word."""
 TERMINATION_MESSAGE_PATH: Final = "/dev/termination-log"
 TERMINATION_MESSAGE_BYTES: Final = 4096
 """The kubelet cuts a container's termination message here."""
@@ -241,9 +243,13 @@ GUIDANCE: Final[dict[Reason, Guidance]] = {
     Reason.HUB_RATE_LIMITED: Guidance("The model hub refuses more requests.", "Wait, use a token, or set up a mirror."),
     Reason.UPLOAD_FAILED: Guidance("A file could not be uploaded and verified.", "Check the object store."),
     Reason.INTERRUPTED: Guidance(
-        "The pod was asked to stop: a drain, an eviction or a deletion.", "Create the QLoRAJob anew."
+        "The pod was asked to stop: a drain, an eviction or a deletion.",
+        "Create the QLoRAJob anew, under the same name: it goes on from its last checkpoint.",
     ),
-    Reason.POD_LOST: Guidance("The pod vanished without a last word.", "Create the QLoRAJob anew."),
+    Reason.POD_LOST: Guidance(
+        "The pod vanished without a last word.",
+        "Create the QLoRAJob anew, under the same name: it goes on from its last checkpoint.",
+    ),
     Reason.TRAINER_ERROR: Guidance(
         "The trainer failed in a way it does not know.", "Read the pod's log, and report it with the message."
     ),

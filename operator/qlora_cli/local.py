@@ -16,13 +16,14 @@ from qlora_cli.quiet import quieten_libraries
 from qlora_operator.plan import make_plan
 
 ATTEMPT = 1
+STOPPING = "stopping after this step, with a checkpoint; press Ctrl-C again to stop at once"
 
 
 class Screen(Protocol):
     """Where a person watches the run."""
 
     def note(self, text: str) -> None:
-        """Show a sentence about the preparation."""
+        """Show a sentence about what is going on."""
 
     def show_plan(self, plan: Plan) -> None:
         """Show what was decided, and why."""
@@ -69,9 +70,12 @@ def _cuda_available() -> bool:
 
 
 def _run(config: RunConfig, screen: Screen) -> Result:
+    from qlora_trainer.interrupt import StopFlag  # noqa: PLC0415 (part of another installation)
     from qlora_trainer.run import run  # noqa: PLC0415 (takes seconds)
 
-    return run(config, screen)
+    stop = StopFlag()
+    with stop.listening_to_keyboard(lambda: screen.note(STOPPING)):
+        return run(config, screen, stop=stop)
 
 
 def run_locally(manifest: JobManifest, platform: Platform, trainer: Trainer, screen: Screen) -> LastWord:

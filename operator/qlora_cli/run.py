@@ -91,15 +91,22 @@ def run_watched(manifest: JobManifest, platform: Platform, console: Console) -> 
         with open_screen(console) as screen:
             return run_locally(manifest, platform, trainer, screen)
     except KeyboardInterrupt:
-        console.print("[yellow]stopped;[/] nothing was published")
-        raise typer.Exit(STOPPED) from None
+        end_stopped(console, "nothing was published")
     except (NoGpuError, NoTrainerError) as error:
         fail(console, Reason.ACCELERATOR_MISSING if isinstance(error, NoGpuError) else None, str(error))
     except Exception as error:
         known = explain(error)
+        if known.reason is Reason.INTERRUPTED:
+            end_stopped(console, f"step {known.step} is done; the same command goes on from its checkpoint")
         if known.reason is Reason.TRAINER_ERROR:
             raise  # a bug of ours: its traceback is what a report needs
         fail(console, known.reason, known.message)
+
+
+def end_stopped(console: Console, state: str) -> Never:
+    """Say where a stopped run stands, and end as a shell expects it."""
+    console.print(f"[yellow]stopped;[/] {state}", soft_wrap=True)
+    raise typer.Exit(STOPPED)
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> Never:

@@ -82,7 +82,7 @@ class LineScreen:
         self._done = False
 
     def note(self, text: str) -> None:
-        """Show a sentence about the preparation."""
+        """Show a sentence about what is going on."""
         self._print(text)
 
     def show_plan(self, plan: Plan) -> None:
@@ -113,7 +113,7 @@ class LiveScreen:
         self._task = self._start(PREPARING)
 
     def note(self, text: str) -> None:
-        """Show a sentence about the preparation above the bar."""
+        """Show a sentence about what is going on above the bar."""
         self._bar.console.print(f"[dim]{escape(text)}[/]", soft_wrap=True)
 
     def show_plan(self, plan: Plan) -> None:

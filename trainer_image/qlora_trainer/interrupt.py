@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Final
 
-from qlora_api.names import Reason
+from qlora_api.names import GRACE_SECONDS, Reason
 from qlora_trainer.errors import RunError
 
 EXIT_CODE: Final = 143
 """What a shell calls a process ended by SIGTERM: 128 + 15."""
-_OVERDUE_SECONDS: Final = 20.0
-"""A step that is still running then is abandoned: Kubernetes kills after 30 s by default."""
+_OVERDUE_SECONDS: Final = GRACE_SECONDS - 10.0
+"""A step or an upload that is still under way then is abandoned; the rest is for the last word."""
 
 
 def interrupted(step: int | None = None) -> RunError:
@@ -33,6 +33,23 @@ class StopFlag:
         """React to SIGTERM; `overdue` is called from a thread when nothing stopped in time, before the process ends."""
         self._overdue = overdue
         signal.signal(signal.SIGTERM, self._on_signal)
+
+    @contextlib.contextmanager
+    def listening_to_keyboard(self, announce: Callable[[], None]) -> Iterator[None]:
+        """Within, the first Ctrl-C lets a step under way finish and is announced; another one ends everything."""
+
+        def on_signal(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 (signal's signature)
+            if self.requested or not self._deferred:
+                raise KeyboardInterrupt
+            self.requested = True
+            announce()
+
+        before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:

@@ -18,6 +18,11 @@ class Pace:
         self._phase = Phase.TRAINING
         self._records: list[StepRecord] = []
 
+    def resume(self, records: Sequence[StepRecord]) -> None:
+        """Count the steps of an earlier attempt as done."""
+        self._records = list(records)
+        self._report()
+
     def enter(self, phase: Phase) -> None:
         """Report the start of a phase."""
         self._phase = phase

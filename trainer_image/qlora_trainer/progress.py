@@ -30,6 +30,9 @@ class ProgressSink(Protocol):
     def report(self, progress: Progress) -> None:
         """Take note of the progress; never raises, never waits."""
 
+    def note(self, text: str) -> None:
+        """Take note of something that a person should know; as careful."""
+
 
 class LogSink:
     """Writes progress to the log."""
@@ -37,6 +40,10 @@ class LogSink:
     def report(self, progress: Progress) -> None:
         """Log one line."""
         log.info("progress", **progress.model_dump(mode="json", by_alias=True, exclude_none=True))
+
+    def note(self, text: str) -> None:
+        """Log the sentence."""
+        log.info(text)
 
 
 class Sinks:
@@ -49,6 +56,11 @@ class Sinks:
         """Report to each."""
         for sink in self._sinks:
             sink.report(progress)
+
+    def note(self, text: str) -> None:
+        """Tell each."""
+        for sink in self._sinks:
+            sink.note(text)
 
 
 def to_body(progress: Progress) -> bytes:
@@ -99,6 +111,9 @@ class HttpSink:
         with self._news:
             self._waiting = progress
             self._news.notify()
+
+    def note(self, text: str) -> None:
+        """Leave sentences to the log: the protocol has numbers only."""
 
     def close(self) -> None:
         """Post what is still waiting, and end the thread."""

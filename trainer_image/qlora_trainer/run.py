@@ -9,6 +9,7 @@ from qlora_api.runconfig import RunConfig
 from qlora_trainer import stages
 from qlora_trainer.architecture import load_tokenizer
 from qlora_trainer.card import write_card
+from qlora_trainer.checkpoint import Checkpoints
 from qlora_trainer.evaluate import compare
 from qlora_trainer.interrupt import StopFlag
 from qlora_trainer.output import find_manifest, open_output, point_latest
@@ -46,7 +47,9 @@ def run(
     pace.enter(Phase.EVALUATING)
     base = examiner.examine(tuned, adapter=False)
     pace.enter(Phase.TRAINING)
-    history = stages.make_training(tuned, data.training, config, choices).run(stop, pace.note)
+    course = stages.make_course(config, data, choices)
+    checkpoints = Checkpoints(output, course, config.spec.checkpoint, started, sink.note)
+    history = stages.train(stages.make_training(tuned, data.training, config, choices), checkpoints, pace, stop)
     pace.enter(Phase.EVALUATING)
     adapter = examiner.examine(tuned)
     check = stages.make_loading_check(tuned, data.held_out, config, choices, folder)
@@ -54,11 +57,13 @@ def run(
     files = stages.empty_folder(work / "results" / config.prepared.digest)
     written = write_adapter(tuned, tokenizer, stages.build_record(config, choices), files)
     outcome = stages.Outcome(history, compare(data.held_out, base, adapter), check_serving(written))
-    report = stages.build_report(config, choices, outcome, started)
+    report = stages.build_report(config, choices, outcome, checkpoints.started_at)
     write_report(report, outcome.rows, files)
     write_card(report, written)
     del tuned
     stages.prove_loadable(check, files)
     result = stages.build_result(config, report)
-    stages.pass_gate(output, config, result, files)
-    return publish(output, config, result, files, datetime.now(UTC))
+    stages.pass_gate(output, config, result, files, checkpoints)
+    result = publish(output, config, result, files, datetime.now(UTC))
+    checkpoints.clear()
+    return result

@@ -16,21 +16,23 @@ from qlora_api.result import Result
 from qlora_api.runconfig import RunConfig
 from qlora_api.v1alpha1 import Metrics
 from qlora_trainer import evaluate, scores, shards
+from qlora_trainer.checkpoint import Checkpoints, Course
 from qlora_trainer.choices import Choices, decide
 from qlora_trainer.distributed import join_world
 from qlora_trainer.errors import RunError
 from qlora_trainer.evaluate import Examiner
 from qlora_trainer.gate import check_gate, describe_rejected, judge
 from qlora_trainer.hardware import observe_hardware, peak_memory_bytes
+from qlora_trainer.interrupt import StopFlag
 from qlora_trainer.loading import CHECKED_ROWS, LoadingTask, load_in_fresh_process, rows_of_task
 from qlora_trainer.model import Tuned, joins_rows_exactly, load_base, load_text_config, tune
-from qlora_trainer.pace import time_and_tokens
+from qlora_trainer.pace import Pace, time_and_tokens
 from qlora_trainer.publish import ADAPTER, REPORT, keep_rejected
 from qlora_trainer.report import library_versions
 from qlora_trainer.snapshot import Places, text_files, weight_files
 from qlora_trainer.store import MODEL, Store
 from qlora_trainer.tokens import TokenRow
-from qlora_trainer.train import Loop, Schedule, make_loop
+from qlora_trainer.train import Loop, Schedule, Watcher, make_loop
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,24 @@ def make_training(tuned: Tuned, rows: Sequence[TokenRow], config: RunConfig, cho
     """Return the training loop that the plan describes."""
     schedule = Schedule(config.spec.training, config.plan.micro_batch_size, config.plan.total_steps)
     return make_loop(tuned, rows, schedule, choices, join_world(config.plan.device))
+
+
+def make_course(config: RunConfig, data: Data, choices: Choices) -> Course:
+    """Return what a checkpoint must agree with."""
+    return Course(
+        digest=config.prepared.digest,
+        total_steps=config.plan.total_steps,
+        rows=len(data.training),
+        optimizer=choices.optimizer,
+    )
+
+
+def train(loop: Loop, checkpoints: Checkpoints, pace: Pace, stop: StopFlag) -> tuple[StepRecord, ...]:
+    """Train the adapter in place, on from the newest checkpoint if there is one."""
+    start = checkpoints.newest()
+    if start is not None:
+        pace.resume(start.history)
+    return loop.run(stop, Watcher(pace.note, checkpoints.offer), start)
 
 
 def make_examiner(data: Data, tokenizer: Any, config: RunConfig, choices: Choices) -> Examiner:
@@ -171,11 +191,12 @@ def build_result(config: RunConfig, report: RunReport) -> Result:
     )
 
 
-def pass_gate(output: Store, config: RunConfig, result: Result, files: Path) -> None:
+def pass_gate(output: Store, config: RunConfig, result: Result, files: Path, checkpoints: Checkpoints) -> None:
     """End the run where the gate refuses its result; no finished work is lost, so it is kept."""
     gate = config.spec.evaluation.gate
     if judge(gate, result.evaluation):
         kept = keep_rejected(output, config, result, files, datetime.now(UTC))
+        checkpoints.clear()
         check_gate(gate, kept.evaluation, describe_rejected(kept))
 
 

@@ -18,6 +18,7 @@ from qlora_trainer.interrupt import StopFlag, interrupted
 from qlora_trainer.model import Tuned
 from qlora_trainer.neftune import noisy_embeddings
 from qlora_trainer.optimizer import make_optimizer
+from qlora_trainer.state import TrainingState, copy_optimizer, copy_weights, put_optimizer, put_weights
 from qlora_trainer.tokens import TokenRow
 
 
@@ -40,6 +41,16 @@ class Schedule:
 
 
 @dataclass(frozen=True)
+class Watcher:
+    """Who is told about a training while it goes on."""
+
+    note: Callable[[StepRecord], None]
+    """Called with each finished step."""
+    offer: Callable[[int, Callable[[], TrainingState], bool], None]
+    """Called with the steps done, what captures the state after them, and whether this is the last occasion."""
+
+
+@dataclass(frozen=True)
 class Loop:
     """What every step of a run shares."""
 
@@ -51,19 +62,42 @@ class Loop:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
 
-    def run(self, stop: StopFlag, note: Callable[[StepRecord], None]) -> tuple[StepRecord, ...]:
-        """Train the adapter in place and return what happened at each step."""
+    def run(self, stop: StopFlag, watcher: Watcher, start: TrainingState | None = None) -> tuple[StepRecord, ...]:
+        """Train the adapter in place, on from a state if there is one, and return what happened at each step."""
+        history = self._restore(start) if start else []
         self.tuned.peft.train()
-        history = []
         with stop.deferred():
-            for step in range(self.schedule.total_steps):
-                record = self.step(step)
+            while len(history) < self.schedule.total_steps:
+                record = self.step(len(history))
                 check_finite(record, scaling=self.scaler.is_enabled())
                 history.append(record)
-                note(record)
-                if self.world.any(stop.requested):
-                    raise interrupted(step + 1)
+                watcher.note(record)
+                stopping = self.world.any(stop.requested)
+                self._offer(watcher, history, last=stopping)
+                if stopping:
+                    raise interrupted(len(history))
         return tuple(history)
+
+    def _restore(self, state: TrainingState) -> list[StepRecord]:
+        put_weights(self.tuned, state.weights)
+        put_optimizer(self.optimizer, state.optimizer)
+        if state.scaler:
+            self.scaler.load_state_dict(dict(state.scaler))
+        return list(state.history)
+
+    def _offer(self, watcher: Watcher, history: Sequence[StepRecord], *, last: bool) -> None:
+        """Let one process keep the state, which is the same in all of them."""
+        if self.world.rank == 0:
+            done = len(history) == self.schedule.total_steps
+            watcher.offer(len(history), lambda: self._capture(history), last or done)
+
+    def _capture(self, history: Sequence[StepRecord]) -> TrainingState:
+        return TrainingState(
+            history=tuple(history),
+            weights=copy_weights(self.tuned),
+            optimizer=copy_optimizer(self.optimizer),
+            scaler=self.scaler.state_dict(),
+        )
 
     def step(self, step: int) -> StepRecord:
         """Learn from one global batch; steps count from 0 here, and from 1 in the record."""

@@ -1,5 +1,6 @@
 """The QLoRAJob resource: the only source of the CRD, its defaults, its bounds and its reference."""
 
+from qlora_api.v1alpha1.checkpoint import CheckpointSpec
 from qlora_api.v1alpha1.places import DatasetSpec, EvaluationSplit, ModelSpec, OutputSpec
 from qlora_api.v1alpha1.recipe import EvaluationSpec, GateSpec, LoraSpec, QuantizationSpec, TrainingSpec
 from qlora_api.v1alpha1.spec import MUTABLE_FIELDS, DeadlinesSpec, QLoRAJobSpec, ResourcesSpec, Toleration
@@ -23,6 +24,7 @@ from qlora_api.v1alpha1.types import (
 __all__ = [
     "MUTABLE_FIELDS",
     "Attempt",
+    "CheckpointSpec",
     "Condition",
     "DataStatus",
     "DatasetSpec",

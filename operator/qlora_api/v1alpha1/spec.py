@@ -5,6 +5,7 @@ from typing import Annotated, Final, Literal
 from pydantic import Field
 
 from qlora_api.base import ApiModel
+from qlora_api.v1alpha1.checkpoint import CheckpointSpec
 from qlora_api.v1alpha1.places import DatasetSpec, ModelSpec, OutputSpec
 from qlora_api.v1alpha1.recipe import EvaluationSpec, LoraSpec, QuantizationSpec, TrainingSpec
 from qlora_api.v1alpha1.types import Duration, LabelKey, LabelValue, Quantity, cel
@@ -52,6 +53,20 @@ MUTABLE_FIELDS: Final = frozenset({"deadlines"})
 """Fields of the spec that may change after creation; every other block is immutable as a whole."""
 
 
+_IMMUTABLE_FIELDS: Final = (
+    "method",
+    "model",
+    "dataset",
+    "quantization",
+    "lora",
+    "training",
+    "resources",
+    "checkpoint",
+    "evaluation",
+    "output",
+)
+
+
 def _immutable(field: str) -> tuple[str, str]:
     return f"self.{field} == oldSelf.{field}", f"spec.{field} cannot change; create a QLoRAJob with another name"
 
@@ -78,10 +93,7 @@ class QLoRAJobSpec(ApiModel):
             "lora.init loftq makes good what 4-bit quantisation takes away; set quantization.bits to 4, or leave "
             "init out",
         ),
-        *map(
-            _immutable,
-            ("method", "model", "dataset", "quantization", "lora", "training", "resources", "evaluation", "output"),
-        ),
+        *map(_immutable, _IMMUTABLE_FIELDS),
     )
 
     method: Literal["qlora", "lora"] = Field(
@@ -93,6 +105,7 @@ class QLoRAJobSpec(ApiModel):
     lora: LoraSpec = Field(default=LoraSpec(), description="The low-rank adapter.")
     training: TrainingSpec = Field(default=TrainingSpec(), description="The optimisation.")
     resources: ResourcesSpec = Field(default=ResourcesSpec(), description="What the training pod asks for.")
+    checkpoint: CheckpointSpec = Field(default=CheckpointSpec(), description="How much of a run a stop may cost.")
     evaluation: EvaluationSpec = Field(default=EvaluationSpec(), description="What is reported beside the loss.")
     output: OutputSpec = Field(description="Where the result goes.")
     deadlines: DeadlinesSpec = Field(default=DeadlinesSpec(), description="When waiting ends. May be changed later.")

@@ -10,8 +10,6 @@ from qlora_operator.values import PREPARE_MEMORY, Manifest
 
 NON_ROOT: Final = 65532
 """User and group of the images."""
-GRACE_SECONDS: Final = 60
-"""From SIGTERM to SIGKILL: enough to finish a step and leave a last word."""
 TOKEN_SECONDS: Final = 3600
 """Lifetime of the progress token; the kubelet renews it."""
 GPU_RESOURCE: Final = "nvidia.com/gpu"
@@ -44,7 +42,7 @@ def _build(
         **({"serviceAccountName": account} if account else {}),
         **({"imagePullSecrets": pull_secrets} if pull_secrets else {}),
         "enableServiceLinks": False,
-        "terminationGracePeriodSeconds": GRACE_SECONDS,
+        "terminationGracePeriodSeconds": names.GRACE_SECONDS,
         "securityContext": {
             "runAsNonRoot": True,
             "runAsUser": NON_ROOT,

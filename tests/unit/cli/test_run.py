@@ -159,6 +159,13 @@ def test_an_interruption_ends_with_the_shells_exit_code(trainer, job):
     assert result.stderr.endswith("stopped; nothing was published\n")
 
 
+def test_a_stop_with_a_checkpoint_says_how_to_go_on(trainer, job):
+    trainer.error = RunError(Reason.INTERRUPTED, "stopped", step=3)
+    result = qlora(job)
+    assert result.exit_code == 130
+    assert result.stderr.endswith("stopped; step 3 is done; the same command goes on from its checkpoint\n")
+
+
 def test_a_bug_of_ours_is_not_dressed_up(trainer, job):
     trainer.error = ZeroDivisionError("ours")
     assert isinstance(qlora(job).exception, ZeroDivisionError)

@@ -121,6 +121,19 @@ def test_sigterm_within_a_step_only_raises_the_flag(stop):
     assert stop.requested
 
 
+def test_ctrl_c_lets_a_step_finish_and_a_second_one_does_not():
+    stop, announced, before = StopFlag(), [], signal.getsignal(signal.SIGINT)
+    with stop.listening_to_keyboard(lambda: announced.append("stopping")):
+        with stop.deferred():
+            os.kill(os.getpid(), signal.SIGINT)
+            assert (stop.requested, announced) == (True, ["stopping"])
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 def progress(step: int, phase: Phase = Phase.TRAINING) -> Progress:
     return Progress(
         percent=step,

@@ -114,10 +114,14 @@ def run_config(spec: QLoRAJobSpec, prepared: Prepared, job: str = "colours", **p
 
 
 class RecordingSink:
-    """Keeps every report."""
+    """Keeps every report and every sentence."""
 
     def __init__(self) -> None:
         self.seen: list[Progress] = []
+        self.notes: list[str] = []
 
     def report(self, progress: Progress) -> None:
         self.seen.append(progress)
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)

@@ -10,9 +10,10 @@ from qlora_trainer.interrupt import StopFlag
 from qlora_trainer.model import Tuned, tune
 from qlora_trainer.optimizer import Kind
 from qlora_trainer.tokens import TokenRow
-from qlora_trainer.train import Loop, Schedule, make_loop
+from qlora_trainer.train import Loop, Schedule, Watcher, make_loop
 from tests.unit.trainer.tiny import CPU, make_model
 
+DEAF = Watcher(lambda _: None, lambda *_: None)
 CHOICES = Choices(torch.float32, "sdpa", checkpointing=False, packing=True, optimizer=Kind.ADAMW, reasons={})
 NF4 = QuantizationSpec(bits=4)
 
@@ -45,4 +46,4 @@ def weights_of(tuned: Tuned) -> list[torch.Tensor]:
 
 
 def run_steps(loop: Loop) -> tuple[StepRecord, ...]:
-    return loop.run(StopFlag(), lambda _: None)
+    return loop.run(StopFlag(), DEAF)

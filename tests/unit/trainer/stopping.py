@@ -1,0 +1,52 @@
+"""Runs that are asked to stop after a step, each in a process of its own."""
+
+import multiprocessing
+from pathlib import Path
+from typing import Final
+
+from qlora_api.names import Reason
+from qlora_api.runconfig import RunConfig
+from qlora_trainer import stages
+from qlora_trainer.errors import RunError
+from qlora_trainer.interrupt import StopFlag
+from qlora_trainer.run import run
+from tests.unit.trainer.tiny import RecordingSink
+
+NEVER: Final = 0
+
+
+class StoppingSink(RecordingSink):
+    """Asks the run to stop after a step."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self.step, self.stop = step, StopFlag()
+
+    def report(self, progress) -> None:
+        self.stop.requested = self.step != NEVER and progress.step == self.step
+
+
+def run_until(config: RunConfig, step: int, work: Path) -> list[str]:
+    """Run until a step, or to the end, and return what was said."""
+    # The loading check starts a process with imports of its own each time; test_run.py has it.
+    stages.load_in_fresh_process = lambda *_: None
+    sink = StoppingSink(step)
+    try:
+        run(config, sink, work=work, stop=sink.stop)
+    except RunError as error:
+        if (error.reason, error.step) != (Reason.INTERRUPTED, step):
+            raise
+    return sink.notes
+
+
+class FreshProcesses:
+    """Processes that have imported the trainer, and done nothing else."""
+
+    def __init__(self) -> None:
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload([__name__])
+
+    def run_until(self, config: RunConfig, step: int, work: Path) -> list[str]:
+        """Do it in a new process."""
+        with self._context.Pool(1, maxtasksperchild=1) as pool:
+            return pool.apply(run_until, (config, step, work))

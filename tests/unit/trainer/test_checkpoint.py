@@ -1,0 +1,228 @@
+"""Checkpoints: what they hold, how a run goes on from one, and what happens to those that are broken."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from qlora_api.names import Reason
+from qlora_api.report import RunReport, StepRecord
+from qlora_api.runconfig import RunConfig
+from qlora_api.v1alpha1 import CheckpointSpec, LoraSpec, QuantizationSpec, TrainingSpec
+from qlora_trainer.checkpoint import Checkpoints, Course
+from qlora_trainer.distributed import World
+from qlora_trainer.errors import RunError
+from qlora_trainer.interrupt import StopFlag
+from qlora_trainer.model import load_base, tune
+from qlora_trainer.optimizer import Kind
+from qlora_trainer.prepare import prepare
+from qlora_trainer.state import TrainingState
+from qlora_trainer.store import OUTPUT, FileStore
+from qlora_trainer.train import Loop, Schedule, Watcher, make_loop
+from tests.unit.trainer.stopping import NEVER, FreshProcesses
+from tests.unit.trainer.tiny import (
+    CPU,
+    instruction_rows,
+    make_spec,
+    prepare_config,
+    run_config,
+    write_model,
+    write_rows,
+)
+from tests.unit.trainer.tuned import CHOICES, token_rows
+
+STEPS = 5
+COURSE = Course(digest="0123456789abcdef", total_steps=STEPS, rows=12, optimizer="AdamW")
+STARTED = datetime(2026, 1, 2, tzinfo=UTC)
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    write_model(folder)
+    return folder
+
+
+def make_nf4_loop(folder: Path, kind: Kind = Kind.ADAMW) -> Loop:
+    """A loop as a new process would make it, with packing and dropout on."""
+    base = load_base(folder, QuantizationSpec(bits=4), torch.float32, "sdpa", "cpu")
+    lora = LoraSpec(rank=4, alpha=8, dropout=0.2, targets=("q_proj", "v_proj"))
+    choices = dataclasses.replace(CHOICES, optimizer=kind)
+    training = TrainingSpec(global_batch_size=8, learning_rate=0.01, warmup_ratio=0.3, weight_decay=0.01)
+    return make_loop(tune(base, lora, 1, choices), token_rows(12), Schedule(training, 4, STEPS), choices, World(CPU))
+
+
+def make_checkpoints(folder: Path, course: Course = COURSE, **spec) -> tuple[Checkpoints, list[str]]:
+    notes: list[str] = []
+    store = FileStore(f"file://{folder}", OUTPUT)
+    return Checkpoints(store, course, CheckpointSpec(**{"steps": 1} | spec), STARTED, notes.append), notes
+
+
+def weights_of(loop: Loop) -> list[torch.Tensor]:
+    return [parameter.detach().clone() for parameter in loop.tuned.parameters()]
+
+
+def train(loop: Loop, checkpoints: Checkpoints, stop_after: int = 0) -> tuple[StepRecord, ...]:
+    stop = StopFlag()
+
+    def note(record: StepRecord) -> None:
+        stop.requested = record.step == stop_after
+
+    return loop.run(stop, Watcher(note, checkpoints.offer), checkpoints.newest())
+
+
+def without_seconds(history: tuple[StepRecord, ...]) -> list[StepRecord]:
+    return [record.model_copy(update={"seconds": 0.0}) for record in history]
+
+
+@pytest.mark.parametrize("kind", [Kind.ADAMW, Kind.ADAMW_8BIT])
+def test_a_run_stopped_after_any_step_ends_as_if_it_had_not_been(model_folder, tmp_path, kind):
+    whole = make_nf4_loop(model_folder, kind)
+    expected = train(whole, make_checkpoints(tmp_path / "whole")[0])
+    for step in range(1, STEPS):
+        checkpoints, _ = make_checkpoints(tmp_path / f"{step}", every="1h", steps=None)
+        with pytest.raises(RunError) as caught:
+            train(make_nf4_loop(model_folder, kind), checkpoints, stop_after=step)
+        assert (caught.value.reason, caught.value.step) == (Reason.INTERRUPTED, step)
+        resumed = make_nf4_loop(model_folder, kind)
+        found = train(resumed, make_checkpoints(tmp_path / f"{step}")[0])
+        assert without_seconds(found) == without_seconds(expected)
+        assert all(torch.equal(*pair) for pair in zip(weights_of(whole), weights_of(resumed), strict=True))
+
+
+@pytest.fixture(scope="module")
+def kept(model_folder, tmp_path_factory) -> Path:
+    """A folder with the checkpoints of steps 4 and 5."""
+    folder = tmp_path_factory.mktemp("kept")
+    train(make_nf4_loop(model_folder), make_checkpoints(folder)[0])
+    return folder
+
+
+def step_folders(folder: Path) -> list[str]:
+    return sorted(path.parent.name for path in folder.rglob("manifest.json"))
+
+
+def test_the_newest_are_kept_and_all_of_them_go_in_the_end(kept, tmp_path):
+    assert step_folders(kept) == ["step-000004", "step-000005"]
+    shutil.copytree(kept, tmp_path, dirs_exist_ok=True)
+    make_checkpoints(tmp_path)[0].clear()
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_a_checkpoint_is_due_by_time_or_by_steps_and_at_the_last_occasion(tmp_path):
+    def offered(last: bool = False, **spec) -> list[str]:
+        folder = tmp_path / json.dumps([spec, last])
+        checkpoints, _ = make_checkpoints(folder, **spec)
+        for step in (1, 2, 3):
+            checkpoints.offer(step, lambda step=step: make_state(step), last and step == 3)
+        return step_folders(folder)
+
+    assert offered(steps=2) == ["step-000002"]
+    assert offered(steps=None, every="1h") == []
+    assert offered(steps=None, every="1h", last=True) == ["step-000003"]
+
+
+def make_state(steps: int) -> TrainingState:
+    record = StepRecord(step=1, loss=1.0, learning_rate=0.1, grad_norm=1.0, tokens=1, seconds=1.0)
+    history = tuple(record.model_copy(update={"step": step + 1}) for step in range(steps))
+    return TrainingState(history, {"a": torch.ones(2)}, {"0/step": torch.tensor(1.0), "0/note": 3}, {})
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        pytest.param(lambda folder: (folder / "adapter.safetensors").write_bytes(b"cut"), id="cut"),
+        pytest.param(lambda folder: (folder / "optimizer.safetensors").unlink(), id="lost"),
+        pytest.param(lambda folder: (folder / "record.json").write_text("{}"), id="changed"),
+        pytest.param(lambda folder: (folder / "manifest.json").write_text("{"), id="half-a-manifest"),
+    ],
+)
+def test_a_broken_checkpoint_is_passed_over(kept, tmp_path, broken: Callable[[Path], object]):
+    shutil.copytree(kept, tmp_path, dirs_exist_ok=True)
+    broken(tmp_path / COURSE.digest / "checkpoints/step-000005")
+    checkpoints, notes = make_checkpoints(tmp_path)
+    state = checkpoints.newest()
+    assert state is not None
+    assert len(state.history) == 4
+    assert "step-000005 is passed over: " in notes[0]
+    assert notes[1].startswith("going on after step 4, from the checkpoint file://")
+
+
+def test_a_checkpoint_without_its_manifest_is_none(kept, tmp_path):
+    shutil.copytree(kept, tmp_path, dirs_exist_ok=True)
+    for manifest in tmp_path.rglob("manifest.json"):
+        manifest.unlink()
+    checkpoints, notes = make_checkpoints(tmp_path)
+    assert (checkpoints.newest(), notes) == (None, [])
+
+
+def test_trap_37_the_state_of_another_course_is_refused(kept):
+    checkpoints, notes = make_checkpoints(kept, COURSE.model_copy(update={"total_steps": 9}))
+    assert checkpoints.newest() is None
+    assert "it belongs to another course of training: totalSteps was 5 and is 9" in notes[0]
+
+
+def test_a_checkpoint_that_cannot_be_written_does_not_end_the_run(tmp_path):
+    (tmp_path / COURSE.digest).write_text("a file where the folder should be")
+    checkpoints, notes = make_checkpoints(tmp_path)
+    checkpoints.offer(1, lambda: make_state(1), False)
+    assert notes[0].startswith("no checkpoint of step 1 was written: ")
+
+
+@pytest.fixture(scope="module")
+def config(model_folder, tmp_path_factory) -> RunConfig:
+    folder = tmp_path_factory.mktemp("job")
+    rows = write_rows(folder / "rows.jsonl", instruction_rows())
+    spec = make_spec(f"file://{model_folder}", rows, f"file://{folder / 'output'}", evaluation={"generations": 0})
+    return run_config(spec, prepare(prepare_config(spec), work=folder / "work"), total_steps=STEPS)
+
+
+def moved(config: RunConfig, folder: Path) -> RunConfig:
+    """The same run with an output of its own."""
+    source = Path(config.prepared.prefix.removeprefix("file://"))
+    shutil.copytree(source, folder / "colours" / source.name)
+    output = config.spec.output.model_copy(update={"uri": f"file://{folder}"})
+    prepared = config.prepared.model_copy(update={"prefix": f"file://{folder}/colours/{source.name}"})
+    spec = config.spec.model_copy(update={"output": output})
+    return config.model_copy(update={"spec": spec, "prepared": prepared})
+
+
+def result_folder(config: RunConfig) -> Path:
+    return Path(config.prepared.prefix.removeprefix("file://"))
+
+
+def adapter_of(config: RunConfig) -> dict[str, torch.Tensor]:
+    return load_file(result_folder(config) / "adapter/adapter_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(config, tmp_path_factory) -> RunConfig:
+    whole = moved(config, tmp_path_factory.mktemp("whole"))
+    FreshProcesses().run_until(whole, NEVER, tmp_path_factory.mktemp("work"))
+    return whole
+
+
+@settings(max_examples=3, deadline=None, phases=[Phase.generate])
+@given(stops=st.sets(st.integers(1, STEPS - 1), min_size=1))
+def test_a_run_stopped_after_any_steps_goes_on_in_new_processes(stops, config, uninterrupted, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stopped")
+    stopped, processes, before = moved(config, folder / "output"), FreshProcesses(), None
+    for step in [*sorted(stops), NEVER]:
+        notes = processes.run_until(stopped, step, folder / "work")
+        going_on = [note.partition(",")[0] for note in notes if note.startswith("going on")]
+        assert going_on == ([f"going on after step {before}"] if before else [])
+        before = step
+    expected, found = adapter_of(uninterrupted), adapter_of(stopped)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    report = RunReport.model_validate_json((result_folder(stopped) / "report/report.json").read_text())
+    assert [record.step for record in report.history] == [1, 2, 3, 4, 5]
+    assert step_folders(result_folder(stopped) / "checkpoints") == []

@@ -1,0 +1,171 @@
+"""Checkpoints: the state of a training in the output, each complete or invisible, and the way back from one."""
+
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Final
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from qlora_api.base import ApiModel
+from qlora_api.report import ManifestFile, StepRecord
+from qlora_api.v1alpha1 import CheckpointSpec, to_timedelta
+from qlora_trainer.errors import RunError
+from qlora_trainer.output import MANIFEST
+from qlora_trainer.publish import describe_files
+from qlora_trainer.state import Flat, TrainingState
+from qlora_trainer.store import Store, sha256_of
+
+_ADAPTER: Final = "adapter.safetensors"
+_OPTIMIZER: Final = "optimizer.safetensors"
+_RECORD: Final = "record.json"
+
+
+class Course(ApiModel):
+    """What a checkpoint and the run that goes on from it must agree in."""
+
+    digest: str
+    """The result's: model, data, recipe, seed."""
+    total_steps: int
+    rows: int
+    """Training rows that are left after tokenisation."""
+    optimizer: str
+    """The kind, whose state another kind cannot read."""
+
+
+class Record(ApiModel):
+    """The part of a checkpoint that is no tensor."""
+
+    course: Course
+    started_at: datetime
+    """When the first attempt started."""
+    history: tuple[StepRecord, ...]
+    optimizer: dict[str, float | int | bool | None]
+    scaler: dict[str, float]
+
+
+class CheckpointManifest(ApiModel):
+    """manifest.json of a checkpoint, written last: who finds it finds every file."""
+
+    step: int
+    files: tuple[ManifestFile, ...]
+
+
+class Checkpoints:
+    """The checkpoints of one result, in <digest>/checkpoints/step-000123/."""
+
+    def __init__(
+        self, output: Store, course: Course, spec: CheckpointSpec, started: datetime, note: Callable[[str], None]
+    ) -> None:
+        self.started_at = started
+        """When the run started; that of the first attempt, once its checkpoint was found."""
+        self._output = output
+        self._course = course
+        self._spec = spec
+        self._note = note
+        self._folder = f"{course.digest}/checkpoints"
+        self._saved_step = 0
+        self._saved_at = time.monotonic()
+
+    def newest(self) -> TrainingState | None:
+        """Return the newest state that is whole and of this course; what is not is named and passed over."""
+        for place in reversed(self._places()):
+            try:
+                state = self._load(place)
+            except (RunError, ValidationError, SafetensorError, ValueError) as error:
+                self._note(f"the checkpoint {place} is passed over: {error}")
+                continue
+            self._saved_step = len(state.history)
+            self._note(f"going on after step {self._saved_step}, from the checkpoint {self._output.root}/{place}")
+            return state
+        return None
+
+    def offer(self, step: int, capture: Callable[[], TrainingState], last: bool) -> None:
+        """Save the state when it is time to, or when there will be no other occasion."""
+        if step == self._saved_step or not (last or self._is_due(step)):
+            return
+        try:
+            self._save(capture())
+        except RunError as error:
+            # The training is worth more than its insurance; the next occasion tries again.
+            self._note(f"no checkpoint of step {step} was written: {error}")
+
+    def clear(self) -> None:
+        """Remove every checkpoint; the published adapter has taken their place."""
+        self._remove(self._places())
+
+    def _is_due(self, step: int) -> bool:
+        if self._spec.steps is not None:
+            return step - self._saved_step >= self._spec.steps
+        return time.monotonic() - self._saved_at >= to_timedelta(self._spec.every).total_seconds()
+
+    def _places(self) -> tuple[str, ...]:
+        """Return the folder of each complete checkpoint, the newest last."""
+        entries = self._output.list(self._folder)
+        return tuple(entry.path.removesuffix(f"/{MANIFEST}") for entry in entries if entry.path.endswith(MANIFEST))
+
+    def _save(self, state: TrainingState) -> None:
+        step = len(state.history)
+        place = f"{self._folder}/step-{step:06}"
+        with tempfile.TemporaryDirectory() as folder:
+            self._write(state, Path(folder))
+            manifest = CheckpointManifest(step=step, files=describe_files(Path(folder)))
+            for file in manifest.files:
+                self._output.put(f"{place}/{file.path}", Path(folder, file.path))
+        self._output.put(f"{place}/{MANIFEST}", manifest.model_dump_json(by_alias=True).encode())
+        self._saved_step, self._saved_at = step, time.monotonic()
+        self._remove(self._places()[: -self._spec.keep])
+
+    def _write(self, state: TrainingState, folder: Path) -> None:
+        save_file(dict(state.weights), folder / _ADAPTER)
+        tensors = {name: value for name, value in state.optimizer.items() if isinstance(value, torch.Tensor)}
+        save_file(tensors, folder / _OPTIMIZER)
+        record = Record(
+            course=self._course,
+            started_at=self.started_at,
+            history=state.history,
+            optimizer={name: value for name, value in state.optimizer.items() if not isinstance(value, torch.Tensor)},
+            scaler=dict(state.scaler),
+        )
+        (folder / _RECORD).write_text(record.model_dump_json(by_alias=True))
+
+    def _load(self, place: str) -> TrainingState:
+        manifest = CheckpointManifest.model_validate_json(self._output.read(f"{place}/{MANIFEST}"))
+        with tempfile.TemporaryDirectory() as folder:
+            for file in manifest.files:
+                self._fetch(place, file, Path(folder))
+            record = Record.model_validate_json(Path(folder, _RECORD).read_bytes())
+            check_course(record.course, self._course)
+            optimizer: Flat = {**record.optimizer, **load_file(Path(folder, _OPTIMIZER))}
+            weights = load_file(Path(folder, _ADAPTER))
+        self.started_at = record.started_at
+        return TrainingState(record.history, weights, optimizer, record.scaler)
+
+    def _fetch(self, place: str, file: ManifestFile, folder: Path) -> None:
+        target = folder / file.path
+        self._output.download(f"{place}/{file.path}", target)
+        if sha256_of(target) != file.sha256:
+            raise ValueError(f"{file.path} is not what its manifest says")
+
+    def _remove(self, places: tuple[str, ...]) -> None:
+        """Remove the manifest first, so that no reader finds half a checkpoint."""
+        try:
+            for place in places:
+                self._output.delete(f"{place}/{MANIFEST}")
+                for entry in self._output.list(place):
+                    self._output.delete(entry.path)
+        except RunError as error:
+            self._note(f"old checkpoints stay in {self._output.root}/{self._folder}: {error}")
+
+
+def check_course(found: Course, wanted: Course) -> None:
+    """Refuse the state of another course: its learning rates and its rows would be none of this run's (trap 37)."""
+    was, now = found.model_dump(by_alias=True), wanted.model_dump(by_alias=True)
+    differing = [f"{name} was {was[name]} and is {now[name]}" for name in was if was[name] != now[name]]
+    if differing:
+        raise ValueError(f"it belongs to another course of training: {', '.join(differing)}")

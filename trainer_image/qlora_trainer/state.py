@@ -1,0 +1,76 @@
+"""What the next step depends on, as one value: everything else about a step follows from the seed and its number."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+
+from qlora_api.report import StepRecord
+from qlora_trainer.model import Tuned
+
+_NESTED: Final = "/"
+"""Separates the levels of an optimizer's state in a flat name; bitsandbytes nests its 8-bit states one deeper."""
+
+Flat = dict[str, torch.Tensor | float | int | bool | None]
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """A run between two steps."""
+
+    history: tuple[StepRecord, ...]
+    weights: Mapping[str, torch.Tensor]
+    """The adapter's, by name."""
+    optimizer: Flat
+    """The optimizer's state of each weight, flat; its settings are the schedule's."""
+    scaler: Mapping[str, float]
+    """The fp16 loss scaler's; empty where nothing is scaled."""
+
+
+def copy_weights(tuned: Tuned) -> dict[str, torch.Tensor]:
+    """Return a copy of the adapter's weights, by name."""
+    return {name: weight.detach().cpu().clone() for name, weight in _named_weights(tuned)}
+
+
+@torch.no_grad()
+def put_weights(tuned: Tuned, weights: Mapping[str, torch.Tensor]) -> None:
+    """Give the adapter these weights; there must be one for each."""
+    for name, weight in _named_weights(tuned):
+        weight.copy_(weights[name])
+
+
+def _named_weights(tuned: Tuned) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    return ((name, weight) for name, weight in tuned.peft.named_parameters() if weight.requires_grad)
+
+
+def copy_optimizer(optimizer: torch.optim.Optimizer) -> Flat:
+    """Return a copy of the optimizer's state."""
+    return dict(_flatten(optimizer.state_dict()["state"]))
+
+
+def put_optimizer(optimizer: torch.optim.Optimizer, state: Flat) -> None:
+    """Give a fresh optimizer this state; its settings stay its own."""
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": _unflatten(state), "param_groups": groups})
+
+
+def _flatten(state: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in state.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}{_NESTED}")
+        else:
+            # Cloned, because the next step writes into it, and because bitsandbytes shares one table among weights.
+            yield f"{prefix}{key}", value.detach().cpu().clone() if isinstance(value, torch.Tensor) else value
+
+
+def _unflatten(flat: Flat) -> dict[int, Any]:
+    """Return the nested form; the first level is the weight's number."""
+    state: dict[int, Any] = {}
+    for name, value in flat.items():
+        number, *path, last = name.split(_NESTED)
+        level = state.setdefault(int(number), {})
+        for key in path:
+            level = level.setdefault(key, {})
+        level[last] = value
+    return state
