@@ -5,8 +5,10 @@ from urllib.parse import unquote, urlparse
 
 
 def to_uri(text: str) -> str:
-    """Return a URI as it is, and a path of this computer as an absolute file:// URI."""
-    return text if "://" in text else Path(text).expanduser().resolve().as_uri()
+    """Return a URI as it is, and a path of this computer as an absolute file:// URI; '/' at the end means a folder."""
+    if "://" in text:
+        return text
+    return Path(text).expanduser().resolve().as_uri() + ("/" if text.endswith("/") else "")
 
 
 def to_place(uri: str) -> str:

@@ -74,12 +74,34 @@ def start_fits_scale(spec: QLoRAJobSpec) -> str | None:
     return None
 
 
+def rows_have_one_origin(spec: QLoRAJobSpec) -> str | None:
+    """Rows come from a uri or from sources; maxSamples and a template belong to what they fit."""
+    dataset = spec.dataset
+    if (dataset.uri is None) == (dataset.sources is None):
+        which = "neither uri nor sources" if dataset.uri is None else "both uri and sources"
+        return f"spec.dataset has {which}; give one of them"
+    if dataset.sources is not None and dataset.max_samples is not None:
+        return "spec.dataset.maxSamples stands beside sources; give each of them its own maxSamples"
+    if dataset.template is not None and dataset.format not in {"auto", "instruction"}:
+        return (
+            f"spec.dataset.template makes instruction rows, but spec.dataset.format is {dataset.format}; leave format "
+            "out, or remove the template"
+        )
+    return None
+
+
+def _dataset_uris(spec: QLoRAJobSpec) -> dict[str, str]:
+    held_out = spec.dataset.evaluation.uri
+    return {field: source.uri for field, source in spec.dataset.inputs} | (
+        {"spec.dataset.evaluation.uri": held_out} if held_out else {}
+    )
+
+
 def uris_are_reachable(spec: QLoRAJobSpec) -> str | None:
     """A pod sees no file of the user's computer."""
     uris = {
         "spec.model.uri": spec.model.uri,
-        "spec.dataset.uri": spec.dataset.uri,
-        "spec.dataset.evaluation.uri": spec.dataset.evaluation.uri or "",
+        **_dataset_uris(spec),
         "spec.output.uri": spec.output.uri,
     }
     return next(
@@ -99,6 +121,7 @@ ANYWHERE: Final[tuple[Rule, ...]] = (
     gate_has_answers,
     start_fits_base,
     start_fits_scale,
+    rows_have_one_origin,
 )
 """Rules for `qlora run` and for a cluster."""
 IN_CLUSTER: Final[tuple[Rule, ...]] = (*ANYWHERE, uris_are_reachable)

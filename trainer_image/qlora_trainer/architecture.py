@@ -80,8 +80,11 @@ def _is_linear(module: torch.nn.Module) -> bool:
     return isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D"
 
 
-def load_tokenizer(folder: Path, field: str = "spec.model.uri") -> Any:
-    """Load the tokenizer, which must have an end token: without one the adapter never learns to stop."""
+def load_tokenizer(folder: Path, chat_template: str | None = None, field: str = "spec.model.uri") -> Any:
+    """Load the tokenizer, which must have an end token: without one the adapter never learns to stop.
+
+    A chat template that is given replaces the model's own, here and in what is published.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -90,4 +93,6 @@ def load_tokenizer(folder: Path, field: str = "spec.model.uri") -> Any:
         ) from error
     if tokenizer.eos_token_id is None:
         raise RunError(Reason.MODEL_UNSUPPORTED, f"{field}: its tokenizer has no end-of-text token (eos_token)")
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
     return tokenizer

@@ -37,14 +37,14 @@ def render_card(report: RunReport) -> str:
 
 def front_matter(report: RunReport) -> ModelCardData:
     """Return what the hub indexes; it knows models and datasets by their names on the hub only."""
-    model, dataset = report.spec.model.uri, report.spec.dataset.uri
-    names = [dataset.removeprefix("hf://datasets/")] if dataset.startswith("hf://datasets/") else []
+    model, sources = report.spec.model.uri, [source.uri for _, source in report.spec.dataset.inputs]
+    names = [uri.removeprefix("hf://datasets/") for uri in sources if uri.startswith("hf://datasets/")]
     return ModelCardData(
         base_model=model.removeprefix("hf://") if model.startswith("hf://") else None,
         library_name="peft",
         pipeline_tag="text-generation",
         tags=["lora", *(["qlora"] if report.spec.method == "qlora" else []), "qlora-operator"],
-        datasets=["/".join(name.split("@")[0].split("/")[:2]) for name in names] or None,
+        datasets=list(dict.fromkeys("/".join(name.split("@")[0].split("/")[:2]) for name in names)) or None,
     )
 
 

@@ -14,11 +14,15 @@ def result_digest(spec: QLoRAJobSpec, model: ModelStatus, dataset: DataStatus) -
     """Return 16 hex digits; what does not change a result is left out.
 
     Output, resources, names and deadlines do not; where the held-out rows lie does not either, only which they are,
-    and the dataset's digest covers them.
+    and the dataset's digest covers them, as it does templates and weights: it is over rendered rows, as often as seen.
     """
     decisive = {
         "model": {"uri": model.uri, "commit": model.commit},
-        "dataset": {"digest": dataset.digest, "format": dataset.format},
+        "dataset": {
+            "digest": dataset.digest,
+            "format": dataset.format,
+            "chatTemplate": spec.dataset.chat_template,
+        },
         "method": spec.method,
         "quantization": spec.quantization.model_dump(mode="json"),
         "lora": spec.lora.model_dump(mode="json"),

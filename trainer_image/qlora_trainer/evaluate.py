@@ -69,7 +69,7 @@ def _sum_group(tuned: Tuned, rows: Sequence[TokenRow], *, packing: bool) -> Iter
 class Examiner:
     """The same questions for every model."""
 
-    rows: tuple[TokenRow, ...]
+    rows: Sequence[TokenRow]
     tokenizer: Any
     spec: EvaluationSpec
     micro_batch: int

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from qlora_api import __version__
@@ -11,16 +11,26 @@ from qlora_api.prepared import Prepared
 from qlora_api.report import Manifest
 from qlora_api.runconfig import PrepareConfig
 from qlora_api.v1alpha1 import DataStatus, ModelStatus, QLoRAJobSpec
+from qlora_trainer.dataset import (
+    Dataset,
+    Survey,
+    check_loss,
+    describe_lengths,
+    describe_sources,
+    open_dataset,
+    survey,
+)
 from qlora_trainer.digest import result_digest
 from qlora_trainer.errors import RunError
 from qlora_trainer.gate import can_judge, check_gate, describe_rejected
 from qlora_trainer.output import find_manifest, find_rejected, open_output, point_latest, put_manifest
-from qlora_trainer.rows import Example, RowFormat, digest_of, load_examples, split, without
 from qlora_trainer.secrets import Secrets, load_secrets
 from qlora_trainer.snapshot import Places, Snapshot, text_files, weight_files
-from qlora_trainer.store import DATASET, HELD_OUT, MODEL, Store
-from qlora_trainer.tokens import Tokenised, tokenise
+from qlora_trainer.store import MODEL, Store
 from qlora_trainer.work import default_work
+
+if TYPE_CHECKING:
+    from qlora_trainer.tokenised import Tokenised
 
 Note = Callable[[str], None]
 
@@ -38,19 +48,24 @@ def prepare(
     output = open_output(places, spec, config.job)
     prove_writable(output)
     note(f"{output.root} can be written")
-    row_format, training, held_out = load_rows(spec, places, work)
-    note(f"{len(training)} {row_format} rows to train on, {len(held_out)} held out")
+    dataset = open_dataset(spec, places, work)
+    for sentence in describe_sources(dataset):
+        note(sentence)
+    check_loss(spec.training.loss, dataset)
+    rows = survey(dataset, spec.dataset.evaluation.fraction)
+    note(f"{rows.training_rows:,} rows to train on, {rows.held_out_rows:,} held out")
     snapshot = places.resolve(spec.model.uri, spec.model.revision, MODEL)
     note(f"{spec.model.uri} is at {snapshot.commit}")
     model, tokenizer = inspect_model(spec, snapshot, work)
     note(f"{model.architecture} with {model.parameters:,} weights")
-    learned, examined = tokenise_rows(spec, tokenizer, training, held_out, note)
-    dataset = describe_rows(row_format, digest_of(training, held_out), learned, examined)
-    prepared = _name_result(output, spec, model, dataset)
-    if prepared.published is None:
-        store_rows(output, prepared, learned, examined)
-    else:
-        point_latest(output, prepared.digest, prepared.prefix)
+    with tokenise_rows(spec, dataset, rows, tokenizer, work) as tokenised:
+        for sentence in describe_lengths(tokenised.status, spec.training):
+            note(sentence)
+        prepared = _name_result(output, spec, model, tokenised.status)
+        if prepared.published is None:
+            store_rows(output, prepared, tokenised)
+        else:
+            point_latest(output, prepared.digest, prepared.prefix)
     note(f"prepared {prepared.prefix}")
     return prepared
 
@@ -60,17 +75,6 @@ def prove_writable(output: Store) -> None:
     probe = f".probe-{uuid4().hex}"
     output.put(probe, b"Written to prove that the output can be written.\n")
     output.delete(probe)
-
-
-def load_rows(spec: QLoRAJobSpec, places: Places, work: Path) -> tuple[RowFormat, list[Example], list[Example]]:
-    """Return the format, the rows to learn from and the held-out rows."""
-    file = places.one_file(spec.dataset.uri, DATASET, work)
-    row_format, examples = load_examples(file, DATASET, spec.dataset.format, spec.dataset.max_samples)
-    uri = spec.dataset.evaluation.uri
-    if uri is None:
-        return row_format, *split(examples, spec.dataset.evaluation.fraction, DATASET)
-    _, held_out = load_examples(places.one_file(uri, HELD_OUT, work), HELD_OUT, row_format, None)
-    return row_format, without(examples, held_out, DATASET), held_out
 
 
 def inspect_model(spec: QLoRAJobSpec, snapshot: Snapshot, work: Path) -> tuple[ModelStatus, Any]:
@@ -96,35 +100,15 @@ def inspect_model(spec: QLoRAJobSpec, snapshot: Snapshot, work: Path) -> tuple[M
     return status, load_tokenizer(folder)
 
 
-def tokenise_rows(
-    spec: QLoRAJobSpec, tokenizer: Any, training: list[Example], held_out: list[Example], note: Note
-) -> tuple[Tokenised, Tokenised]:
-    """Tokenise both sides; a side on which no answer survives the cut is refused."""
-    limit, loss = spec.training.max_length, spec.training.loss
-    sides = tokenise(training, tokenizer, limit, loss), tokenise(held_out, tokenizer, limit, loss)
-    for side, name in zip(sides, ("training", "held-out"), strict=True):
-        if side.dropped:
-            note(f"{side.dropped} {name} rows are left out: their prompt alone fills {limit} tokens")
-        if not side.rows:
-            raise RunError(
-                Reason.DATASET_EMPTY,
-                f"spec.training.maxLength: every {name} row's prompt alone fills {limit} tokens, so that nothing of "
-                f"an answer is left (the longest row has {side.longest}); raise maxLength or shorten the prompts",
-            )
-    return sides
+def tokenise_rows(spec: QLoRAJobSpec, dataset: Dataset, rows: Survey, tokenizer: Any, work: Path) -> "Tokenised":
+    """Write the tokens of all rows into files of this computer."""
+    from qlora_trainer.chat import load_chat_template  # noqa: PLC0415 (as above)
+    from qlora_trainer.encoding import Encoder  # noqa: PLC0415
+    from qlora_trainer.tokenised import tokenise  # noqa: PLC0415
 
-
-def describe_rows(row_format: RowFormat, digest: str, learned: Tokenised, examined: Tokenised) -> DataStatus:
-    """Return the facts of the dataset; the lengths are over both sides."""
-    return DataStatus(
-        digest=digest,
-        format=row_format,
-        training_rows=len(learned.rows),
-        evaluation_rows=len(examined.rows),
-        training_tokens=learned.tokens,
-        truncated_rows=learned.truncated + examined.truncated,
-        longest_row_tokens=max(learned.longest, examined.longest),
-    )
+    chats = any(source.row_format == "chat" for source in dataset.all_sources)
+    chat = load_chat_template(tokenizer, spec.dataset.chat_template) if chats else None
+    return tokenise(dataset, rows, Encoder(tokenizer, spec.training.loss, chat), spec.training, work)
 
 
 def _name_result(output: Store, spec: QLoRAJobSpec, model: ModelStatus, dataset: DataStatus) -> Prepared:
@@ -160,11 +144,11 @@ def _accept_rejected(output: Store, spec: QLoRAJobSpec, digest: str) -> Manifest
     return put_manifest(output, rejected)
 
 
-def store_rows(output: Store, prepared: Prepared, learned: Tokenised, examined: Tokenised) -> None:
+def store_rows(output: Store, prepared: Prepared, tokenised: "Tokenised") -> None:
     """Write the token rows, and the facts last."""
     from qlora_trainer import shards  # noqa: PLC0415 (pyarrow is slow to import)
 
-    output.put(f"{prepared.digest}/{shards.TRAINING}", shards.to_parquet(learned.rows, with_text=False))
-    output.put(f"{prepared.digest}/{shards.EVALUATION}", shards.to_parquet(examined.rows, with_text=True))
+    output.put(f"{prepared.digest}/{shards.TRAINING}", tokenised.training_file)
+    output.put(f"{prepared.digest}/{shards.EVALUATION}", tokenised.held_out_file)
     facts = prepared.model_dump_json(by_alias=True, indent=2)
     output.put(f"{prepared.digest}/{shards.FACTS}", facts.encode())

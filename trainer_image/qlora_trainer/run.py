@@ -39,10 +39,10 @@ def run(
         return published.result
     pace = Pace(sink, config.plan.total_steps)
     pace.enter(Phase.TRAINING)
-    data = stages.load_data(output, config)
+    data = stages.load_data(output, config, work)
     folder = stages.fetch_model(places, config, work)
     tuned, choices = stages.load_model(config, folder)
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, config.spec.dataset.chat_template)
     examiner = stages.make_examiner(data, tokenizer, config, choices)
     pace.enter(Phase.EVALUATING)
     base = examiner.examine(tuned, adapter=False)

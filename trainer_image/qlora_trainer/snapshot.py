@@ -12,7 +12,7 @@ from qlora_api.runconfig import Platform
 from qlora_trainer.errors import RunError
 from qlora_trainer.hub import Hub, Kind
 from qlora_trainer.secrets import Secrets
-from qlora_trainer.store import Entry, FileStore, MissingObjectError, Owner, Store, local_path, open_store, split_uri
+from qlora_trainer.store import Entry, FileStore, MissingObjectError, Owner, Store, open_store
 
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 _COMMIT_DIGITS: Final = 40
@@ -113,29 +113,6 @@ class Places:
                 f"{owner.field}: the hub's mirror {mirror} has no {name} at revision {revision}; synchronise it, or "
                 f"correct the URI or the revision",
             ) from error
-
-    def one_file(self, uri: str, owner: Owner, work: Path) -> Path:
-        """Return the local copy of one dataset file."""
-        if uri.startswith("hf://"):
-            return self._hub_file(uri, owner, work)
-        if uri.startswith("file://"):
-            return local_path(uri)
-        folder, name = split_uri(uri)
-        target = work / "datasets" / hashlib.sha256(uri.encode()).hexdigest()[:16] / name
-        self.store(folder, owner).download(name, target)
-        return target
-
-    def _hub_file(self, uri: str, owner: Owner, work: Path) -> Path:
-        match = re.fullmatch(r"hf://datasets/([^/@]+/[^/@]+)(?:@([^/]+))?/(.+)", uri)
-        if match is None:
-            raise RunError(
-                owner.not_found, f"{owner.field}: '{uri}' has no file; write hf://datasets/organisation/name/file.jsonl"
-            )
-        name, revision, file = match[1], match[2] or "main", match[3]
-        snapshot = self.resolve(f"hf://{name}", revision, owner, kind="dataset")
-        if file not in snapshot.files:
-            raise RunError(owner.not_found, f"{owner.field}: {name}@{snapshot.commit} has no file '{file}'")
-        return snapshot.fetch([file], work) / file
 
 
 def _mirrored_commit(store: Store, repository: str, revision: str) -> str:

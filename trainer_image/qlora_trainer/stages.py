@@ -39,17 +39,20 @@ from qlora_trainer.train import Loop, Schedule, Watcher, make_loop
 class Data:
     """The token rows that prepare left."""
 
-    training: tuple[TokenRow, ...]
-    held_out: tuple[TokenRow, ...]
+    training: Sequence[TokenRow]
+    held_out: Sequence[TokenRow]
 
 
-def load_data(output: Store, config: RunConfig) -> Data:
-    """Read the token rows from the output."""
+def load_data(output: Store, config: RunConfig, work: Path) -> Data:
+    """Bring the token rows onto this computer; they are read by number, not held in memory."""
     digest = config.prepared.digest
-    return Data(
-        training=shards.from_parquet(output.read(f"{digest}/{shards.TRAINING}")),
-        held_out=shards.from_parquet(output.read(f"{digest}/{shards.EVALUATION}")),
-    )
+
+    def load(name: str) -> Sequence[TokenRow]:
+        path = work / "rows" / digest / name
+        output.download(f"{digest}/{name}", path)
+        return shards.open_shard(path)
+
+    return Data(training=load(shards.TRAINING), held_out=load(shards.EVALUATION))
 
 
 def fetch_model(places: Places, config: RunConfig, work: Path) -> Path:

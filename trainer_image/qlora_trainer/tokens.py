@@ -1,14 +1,10 @@
-"""Examples to token rows: one pass of special tokens, the answer labelled up to its end, cut at the maximum."""
+"""Rows to token rows: one pass of special tokens, and which tokens are learned, up to the end token."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final, TypeAlias
+from typing import Any, TypeAlias
 
-from qlora_trainer.rows import Example
-
-_BATCH: Final = 1000
-"""Rows per call of the tokenizer; more saves no time, and fewer keep less in memory."""
-
+from qlora_trainer.rows import Example, Text
 
 Span: TypeAlias = tuple[int, int]
 """A half-open range of positions."""
@@ -16,13 +12,13 @@ Span: TypeAlias = tuple[int, int]
 
 @dataclass(frozen=True)
 class TokenRow:
-    """One example as tokens, and which of them are learned."""
+    """One row as tokens, and which of them are learned."""
 
     input_ids: tuple[int, ...]
     learned: tuple[Span, ...]
     """Positions of the tokens that are learned, in order; never 0, since nothing predicts a row's first token."""
     prompt_ids: tuple[int, ...] = ()
-    """What a model is asked for the answer: for held-out rows only, as are the two texts."""
+    """What a model is asked for the answer: for held-out rows only, as are the two texts; plain text has none."""
     prompt: str = ""
     reference: str = ""
 
@@ -33,50 +29,29 @@ class TokenRow:
 
     def cut(self, length: int) -> "TokenRow":
         """Return the row without what lies beyond a length."""
+        if len(self.input_ids) <= length:
+            return self
         learned = tuple((start, min(end, length)) for start, end in self.learned if start < length)
         return replace(self, input_ids=self.input_ids[:length], learned=learned)
 
 
-@dataclass(frozen=True)
-class Tokenised:
-    """The rows that can be learned from, and what happened to the others."""
-
-    rows: tuple[TokenRow, ...]
-    truncated: int
-    """Rows cut at the maximum."""
-    dropped: int
-    """Of those, rows whose prompt alone fills the maximum: nothing of the answer is left."""
-    longest: int
-    """Tokens of the longest row before any cut."""
-
-    @property
-    def tokens(self) -> int:
-        """Return the tokens of all rows."""
-        return sum(len(row.input_ids) for row in self.rows)
+def encode_examples(examples: Sequence[Example], tokenizer: Any, loss: str) -> list[TokenRow]:
+    """Turn prompts and answers into token rows; the answer and the end token are learned."""
+    prompts = prompt_ids([example.prompt for example in examples], tokenizer)
+    texts = prompt_ids([example.prompt + example.answer for example in examples], tokenizer)
+    rows = []
+    for example, prompt, text in zip(examples, prompts, texts, strict=True):
+        # Where a token spans the seam, prompt and whole differ before the prompt ends; that token is the answer's.
+        first = 1 if loss == "all" else max(common_prefix_length(prompt, text), 1)
+        ids = (*text, tokenizer.eos_token_id)
+        rows.append(TokenRow(ids, ((first, len(ids)),), tuple(prompt), example.prompt, example.answer))
+    return rows
 
 
-def tokenise(examples: Sequence[Example], tokenizer: Any, max_length: int, loss: str) -> Tokenised:
-    """Turn examples into token rows."""
-    full = list(_token_rows(examples, tokenizer, loss))
-    kept = tuple(row for row in (row.cut(max_length) for row in full) if row.label_count > 0)
-    return Tokenised(
-        rows=kept,
-        truncated=sum(len(row.input_ids) > max_length for row in full),
-        dropped=len(full) - len(kept),
-        longest=max((len(row.input_ids) for row in full), default=0),
-    )
-
-
-def _token_rows(examples: Sequence[Example], tokenizer: Any, loss: str) -> Iterator[TokenRow]:
-    for start in range(0, len(examples), _BATCH):
-        batch = examples[start : start + _BATCH]
-        prompts = prompt_ids([example.prompt for example in batch], tokenizer)
-        texts = prompt_ids([example.prompt + example.answer for example in batch], tokenizer)
-        for example, prompt, text in zip(batch, prompts, texts, strict=True):
-            # Where a token spans the seam, prompt and whole differ before the prompt ends; that token is the answer's.
-            first = 1 if loss == "all" else max(common_prefix_length(prompt, text), 1)
-            ids = tuple(_with_end(text, tokenizer))
-            yield TokenRow(ids, ((first, len(ids)),), tuple(prompt), example.prompt, example.answer)
+def encode_texts(texts: Sequence[Text], tokenizer: Any) -> list[TokenRow]:
+    """Turn plain texts into token rows; all of it is learned, and the end token."""
+    encoded = prompt_ids([text.text for text in texts], tokenizer)
+    return [TokenRow((*ids, tokenizer.eos_token_id), ((1, len(ids) + 1),)) for ids in encoded]
 
 
 def prompt_ids(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
@@ -92,10 +67,6 @@ def _single_start(ids: list[int], tokenizer: Any) -> list[int]:
 
 def _without_end(ids: list[int], tokenizer: Any) -> list[int]:
     return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
-
-
-def _with_end(ids: list[int], tokenizer: Any) -> list[int]:
-    return [*ids, tokenizer.eos_token_id]
 
 
 def common_prefix_length(one: Sequence[int], other: Sequence[int]) -> int:

@@ -1,7 +1,7 @@
 """The QLoRAJob resource: the only source of the CRD, its defaults, its bounds and its reference."""
 
 from qlora_api.v1alpha1.checkpoint import CheckpointSpec
-from qlora_api.v1alpha1.places import DatasetSpec, EvaluationSplit, ModelSpec, OutputSpec
+from qlora_api.v1alpha1.places import DatasetSpec, DataSource, EvaluationSplit, ModelSpec, OutputSpec, RowTemplate
 from qlora_api.v1alpha1.recipe import EvaluationSpec, GateSpec, LoraSpec, QuantizationSpec, TrainingSpec
 from qlora_api.v1alpha1.spec import MUTABLE_FIELDS, DeadlinesSpec, QLoRAJobSpec, ResourcesSpec, Toleration
 from qlora_api.v1alpha1.status import (
@@ -15,6 +15,7 @@ from qlora_api.v1alpha1.status import (
     Plan,
     Progress,
     QLoRAJobStatus,
+    RowLengths,
 )
 from qlora_api.v1alpha1.types import (
     SecretRef,
@@ -26,6 +27,7 @@ __all__ = [
     "Attempt",
     "CheckpointSpec",
     "Condition",
+    "DataSource",
     "DataStatus",
     "DatasetSpec",
     "DeadlinesSpec",
@@ -45,6 +47,8 @@ __all__ = [
     "QLoRAJobStatus",
     "QuantizationSpec",
     "ResourcesSpec",
+    "RowLengths",
+    "RowTemplate",
     "SecretRef",
     "Toleration",
     "TrainingSpec",

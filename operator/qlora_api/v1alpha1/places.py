@@ -1,11 +1,11 @@
 """What a run reads and where its result goes: model, dataset, output."""
 
-from typing import Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import Field
 
 from qlora_api.base import ApiModel
-from qlora_api.v1alpha1.types import IN_CLUSTER, S3_SHAPE, ObjectName, OutputUri, SecretRef, Uri, cel
+from qlora_api.v1alpha1.types import IN_CLUSTER, PLACEHOLDER, S3_SHAPE, ObjectName, OutputUri, SecretRef, Uri, cel
 
 
 class ModelSpec(ApiModel):
@@ -56,27 +56,93 @@ class EvaluationSplit(ApiModel):
         le=0.5,
         description="Share of the rows that is held out, chosen by a hash of each row. Unused where uri is set.",
     )
-    uri: Uri | None = Field(default=None, description="A dataset of held-out rows, in the format of the training rows.")
+    uri: Uri | None = Field(default=None, description="A dataset of held-out rows, read as the training rows are.")
+
+
+RowFormatName = Literal["auto", "instruction", "chat", "completion", "text"]
+
+_NO_FILE_URI: Final = "file:// works with 'qlora run' only; upload the dataset and use s3://"
+
+
+class RowTemplate(ApiModel):
+    """How a row becomes a prompt and an answer; {field} is replaced by the row's field."""
+
+    prompt: str = Field(
+        pattern=PLACEHOLDER, max_length=8192, description="What the model is asked.", examples=["Q: {question}\nA:"]
+    )
+    answer: str = Field(
+        pattern=PLACEHOLDER, max_length=8192, description="What it should answer.", examples=[" {answer}"]
+    )
+
+
+class DataSource(ApiModel):
+    """One of several places that rows come from."""
+
+    model_config = cel((IN_CLUSTER, _NO_FILE_URI), S3_SHAPE)
+
+    uri: Uri = Field(
+        description="One file of rows, or every one below a prefix that ends with '/', in the order of their names."
+    )
+    format: RowFormatName = Field(default="auto", description="What its rows are; see spec.dataset.format.")
+    weight: float = Field(
+        default=1.0,
+        gt=0,
+        le=100,
+        description=(
+            "How often an epoch sees each of its training rows: 2 is twice, 0.5 is the half with the lowest content "
+            "hashes. Held-out rows are not repeated."
+        ),
+    )
+    max_samples: int | None = Field(
+        default=None, ge=1, le=100_000_000, description="Use only its first rows, this many."
+    )
 
 
 class DatasetSpec(ApiModel):
     """The rows to learn from."""
 
     model_config = cel(
-        (IN_CLUSTER, "file:// works with 'qlora run' only; upload the dataset and use s3://"),
-        S3_SHAPE,
+        ("has(self.uri) != has(self.sources)", "give either uri or sources"),
+        (f"!has(self.uri) || {IN_CLUSTER}", _NO_FILE_URI),
+        (f"!has(self.uri) || {S3_SHAPE[0]}", S3_SHAPE[1]),
+        (
+            "!has(self.sources) || !has(self.maxSamples)",
+            "with sources, give each of them its own maxSamples",
+        ),
+        (
+            "!has(self.template) || self.format in ['auto', 'instruction']",
+            "a template makes instruction rows; leave format out, or remove the template",
+        ),
     )
 
-    uri: Uri = Field(
-        description="Object with one JSON object a line (.jsonl): s3://bucket/key, hf://datasets/name/file or file://.",
+    uri: Uri | None = Field(
+        default=None,
+        description=(
+            "One file of rows (.jsonl, .json, .csv, .tsv, also with .gz; .parquet; .arrow): s3://bucket/key, "
+            "hf://datasets/organisation/name/file or file://. With '/' at its end: every such file below it, in the "
+            "order of their names."
+        ),
         examples=["s3://data/support/train.jsonl"],
     )
-    format: Literal["auto", "instruction", "completion"] = Field(
+    sources: Annotated[tuple[DataSource, ...], Field(min_length=1, max_length=16)] | None = Field(
+        default=None, description="Several places instead of one uri, each with a weight."
+    )
+    format: RowFormatName = Field(
         default="auto",
         description=(
-            "instruction: fields instruction, input (optional) and output or response; completion: fields prompt and "
-            "completion; auto: told by the fields of the first row."
+            "instruction: fields instruction, input or context (optional) and output or response; chat: messages "
+            "(role, content) or conversations (from, value); completion: prompt and completion; text: text; auto: "
+            "told by the fields of the first row."
         ),
+    )
+    template: RowTemplate | None = Field(
+        default=None, description="Your own prompt and answer instead of the built-in one of instruction rows."
+    )
+    chat_template: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=32_768,
+        description="Jinja template for chat rows instead of the model's own; it is published with the adapter.",
     )
     secret_ref: SecretRef | None = Field(
         default=None, description="Secret with AWS_* keys or HF_TOKEN for the dataset. Default: output.secretRef."
@@ -85,6 +151,19 @@ class DatasetSpec(ApiModel):
     max_samples: int | None = Field(
         default=None, ge=2, le=100_000_000, description="Use only the first rows, this many: a quick trial of a run."
     )
+
+    @property
+    def inputs(self) -> tuple[tuple[str, DataSource], ...]:
+        """Return every source with the field that names it; a single uri is a source too."""
+        if self.uri is not None:
+            only = DataSource(uri=self.uri, format=self.format, max_samples=self.max_samples)
+            return (("spec.dataset.uri", only),)
+        return tuple((f"spec.dataset.sources[{place}].uri", source) for place, source in enumerate(self.sources or ()))
+
+    @property
+    def origin(self) -> str:
+        """Return where the rows come from, for people."""
+        return ", ".join(source.uri for _, source in self.inputs)
 
 
 class OutputSpec(ApiModel):

@@ -109,7 +109,10 @@ class TrainingSpec(ApiModel):
     )
     max_grad_norm: float = Field(default=1.0, gt=0, le=1000, description="Gradients are clipped to this global norm.")
     max_length: int = Field(
-        default=2048, ge=16, le=1_048_576, description="Tokens a row may have; a longer row is cut at its end."
+        default=2048,
+        ge=16,
+        le=1_048_576,
+        description="Tokens a row may have; see longRows.",
     )
     packing: bool = Field(
         default=True,
@@ -118,8 +121,18 @@ class TrainingSpec(ApiModel):
             "keeps its rows, so only the speed changes."
         ),
     )
-    loss: Literal["completion", "all"] = Field(
-        default="completion", description="Learn the answer's tokens only, or the prompt's as well."
+    loss: Literal["auto", "completion", "assistant", "all"] = Field(
+        default="auto",
+        description=(
+            "Which tokens are learned. completion: the answer, of a chat the last one; assistant: every answer of a "
+            "chat; all: the prompt too; auto: every answer of a chat, the answer of a prompt, and all of a text."
+        ),
+    )
+    long_rows: Literal["truncate", "drop", "refuse"] = Field(
+        default="truncate",
+        description=(
+            "What happens to rows with more than maxLength tokens: cut at their end, left out, or the run is refused."
+        ),
     )
     neftune_alpha: float = Field(
         default=0.0,

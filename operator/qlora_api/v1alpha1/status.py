@@ -30,16 +30,29 @@ class ModelStatus(ApiModel):
     parameters: int = Field(ge=0, description="Weights of the base model.")
 
 
+class RowLengths(ApiModel):
+    """How long the rows are, in tokens, before any cut."""
+
+    mean: float = Field(ge=0, description="Mean.")
+    p50: int = Field(ge=0, description="Half of the rows are at most this long.")
+    p95: int = Field(ge=0, description="95 of 100 rows are at most this long.")
+    p99: int = Field(ge=0, description="99 of 100 rows are at most this long.")
+
+
 class DataStatus(ApiModel):
     """What the dataset turned out to be."""
 
     digest: Annotated[str, Field(max_length=64)] = Field(description="SHA-256 over the rows in use, as hex digits.")
-    format: Annotated[str, Field(max_length=32)] = Field(description="Format of the rows.")
+    format: Annotated[str, Field(max_length=32)] = Field(description="Formats of the rows, joined by +.")
     training_rows: int = Field(ge=0, description="Rows to learn from.")
     evaluation_rows: int = Field(ge=0, description="Rows held out.")
     training_tokens: int = Field(ge=0, description="Tokens in the training rows.")
     truncated_rows: int = Field(ge=0, description="Rows that were cut at training.maxLength.")
+    dropped_rows: int = Field(
+        default=0, ge=0, description="Rows left out: too long (training.longRows), or with nothing left to learn."
+    )
     longest_row_tokens: int = Field(ge=0, description="Tokens of the longest row, before any cut.")
+    row_lengths: RowLengths | None = Field(default=None, description="Lengths of the training and held-out rows.")
 
 
 class Plan(ApiModel):

@@ -37,6 +37,9 @@ S3_SHAPE: Final = (
     "write s3://bucket/key; a bucket has 3 to 63 lower-case letters, digits, dots and hyphens",
 )
 
+PLACEHOLDER: Final = r"\{[^{}]+\}"
+"""A text with at least one {field}."""
+
 Duration = Annotated[
     str, Field(pattern=r"^[1-9][0-9]*(s|m|h|d)$", max_length=8, examples=["30m"]), AfterValidator(_validate_duration)
 ]

@@ -44,7 +44,7 @@ def test_facts_and_shards(places, tmp_path):
     assert prepared.model.parameters == 384 * 64 + 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128 + 2 * 64) + 64
     assert (prepared.dataset.training_rows, prepared.dataset.evaluation_rows) == (32, 8)
     folder = Path(prepared.prefix.removeprefix("file://"))
-    rows = shards.from_parquet((folder / shards.TRAINING).read_bytes())
+    rows = shards.read_rows(folder / shards.TRAINING)
     assert sum(len(row.input_ids) for row in rows) == prepared.dataset.training_tokens
     assert Prepared.model_validate_json((folder / shards.FACTS).read_text()) == prepared
     assert not list(folder.parent.glob(".probe*"))

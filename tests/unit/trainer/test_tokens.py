@@ -1,10 +1,11 @@
-"""Tokens: what is learned, what is masked, what is cut (traps 3 to 7)."""
+"""Tokens: what is learned and what is masked (traps 3 to 7)."""
 
 import pytest
 
 from qlora_trainer import shards
-from qlora_trainer.rows import Example, render_instruction
-from qlora_trainer.tokens import TokenRow, common_prefix_length, tokenise
+from qlora_trainer.formats import render_instruction
+from qlora_trainer.rows import Example, Text
+from qlora_trainer.tokens import TokenRow, common_prefix_length, encode_examples, encode_texts
 from tests.unit.trainer.tiny import make_tokenizer
 
 EXAMPLE = Example(render_instruction("What colour has the sky?"), "It is blue.")
@@ -15,8 +16,8 @@ def tokenizer():
     return make_tokenizer()
 
 
-def one_row(example: Example, tokenizer, loss: str = "completion") -> TokenRow:
-    (row,) = tokenise([example], tokenizer, 256, loss).rows
+def one_row(example: Example, tokenizer, loss: str = "auto") -> TokenRow:
+    (row,) = encode_examples([example], tokenizer, loss)
     return row
 
 
@@ -27,8 +28,9 @@ def test_the_end_token_is_learned_although_it_is_the_padding_token_too(tokenizer
     assert row.learned[-1][1] == len(row.input_ids)
 
 
-def test_learned_tokens_are_the_answer_and_the_end(tokenizer):
-    row = one_row(EXAMPLE, tokenizer)
+@pytest.mark.parametrize("loss", ["auto", "completion", "assistant"])
+def test_learned_tokens_are_the_answer_and_the_end(tokenizer, loss):
+    row = one_row(EXAMPLE, tokenizer, loss)
     ((start, end),) = row.learned
     assert tokenizer.decode(row.input_ids[start:end]) == "It is blue.</s>"
     assert tokenizer.decode(row.input_ids[:start]) == EXAMPLE.prompt
@@ -37,6 +39,12 @@ def test_learned_tokens_are_the_answer_and_the_end(tokenizer):
 def test_loss_on_all_tokens_leaves_out_only_the_first(tokenizer):
     row = one_row(EXAMPLE, tokenizer, loss="all")
     assert row.label_count == len(row.input_ids) - 1
+
+
+def test_of_a_text_everything_is_learned_and_nothing_is_asked(tokenizer):
+    (row,) = encode_texts([Text("It is blue.")], tokenizer)
+    assert tokenizer.decode(row.input_ids) == "It is blue.</s>"
+    assert (row.learned, row.prompt_ids, row.reference) == (((1, len(row.input_ids)),), (), "")
 
 
 @pytest.mark.parametrize("prompt", ["plain", "<s>it brings its own"])
@@ -63,19 +71,14 @@ def test_a_token_across_the_seam_belongs_to_the_answer():
     assert row.learned == ((1, 4),)
 
 
-def test_long_rows_are_cut_and_counted_and_rows_without_an_answer_left_dropped(tokenizer):
-    long_prompt = Example("word " * 200, "answer")
-    long_answer = Example("word", " answer" * 200)
-    done = tokenise([EXAMPLE, long_prompt, long_answer], tokenizer, 64, "completion")
-    assert (len(done.rows), done.truncated, done.dropped) == (2, 2, 1)
-    assert max(len(row.input_ids) for row in done.rows) == 64
-    assert done.rows[1].input_ids[-1] != tokenizer.eos_token_id
-    assert all(row.label_count > 0 for row in done.rows)
-    assert done.longest > 200
-
-
-def test_with_loss_on_all_tokens_a_long_prompt_is_kept(tokenizer):
-    assert tokenise([Example("word " * 200, "answer")], tokenizer, 64, "all").dropped == 0
+@pytest.mark.parametrize(
+    ("length", "learned"),
+    [(20, ((3, 5), (8, 10))), (9, ((3, 5), (8, 9))), (8, ((3, 5),)), (4, ((3, 4),)), (2, ())],
+)
+def test_a_cut_leaves_what_is_learned_before_it(length, learned):
+    row = TokenRow(tuple(range(10)), ((3, 5), (8, 10))).cut(length)
+    assert (len(row.input_ids), row.learned) == (min(length, 10), learned)
+    assert row.label_count == sum(end - start for start, end in learned)
 
 
 @pytest.mark.parametrize(("one", "other", "shared"), [([], [1], 0), ([1, 2], [1, 2, 3], 2), ([1, 9], [1, 2], 1)])
@@ -83,9 +86,34 @@ def test_common_prefix_length(one, other, shared):
     assert common_prefix_length(one, other) == shared
 
 
-def test_shards_give_back_what_they_got(tokenizer):
-    rows = tokenise([EXAMPLE, Example("ünïcode 🦙", "ja")], tokenizer, 256, "completion").rows
-    assert shards.from_parquet(shards.to_parquet(rows, with_text=True)) == rows
-    bare = shards.from_parquet(shards.to_parquet(rows, with_text=False))
+def write(path, rows, *, with_text):
+    with shards.ShardWriter(path, with_text=with_text) as file:
+        for row in rows:
+            file.add(row)
+    return path
+
+
+def test_shards_give_back_what_they_got(tokenizer, tmp_path):
+    rows = encode_examples([EXAMPLE, Example("ünïcode 🦙", "ja")], tokenizer, "auto")
+    path = write(tmp_path / "rows.parquet", rows, with_text=True)
+    assert list(shards.open_shard(path)) == list(shards.read_rows(path)) == rows
+    bare = shards.open_shard(write(tmp_path / "bare.parquet", rows, with_text=False))
     assert [row.input_ids for row in bare] == [row.input_ids for row in rows]
     assert {(row.prompt, row.prompt_ids) for row in bare} == {("", ())}
+
+
+def test_rows_are_found_by_number_across_groups(tmp_path):
+    rows = [TokenRow((number, 1, 2), ((1, 3),)) for number in range(2 * shards.GROUP_ROWS + 5)]
+    shard = shards.open_shard(write(tmp_path / "rows.parquet", rows, with_text=True))
+    assert len(shard) == len(rows)
+    for number in (0, shards.GROUP_ROWS - 1, shards.GROUP_ROWS, 2 * shards.GROUP_ROWS + 4, -1):
+        assert shard[number] == rows[number]
+    assert shard[998:1003] == tuple(rows[998:1003])
+    with pytest.raises(IndexError):
+        shard[len(rows)]
+    wanted = [3, 1000, 2004]
+    assert list(shards.read_rows(tmp_path / "rows.parquet", wanted)) == [rows[number] for number in wanted]
+
+
+def test_an_empty_shard_has_no_rows(tmp_path):
+    assert len(shards.open_shard(write(tmp_path / "rows.parquet", [], with_text=True))) == 0

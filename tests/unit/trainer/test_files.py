@@ -1,0 +1,152 @@
+"""Files of every form: the rows that they hold, and what is said of broken ones."""
+
+import gzip
+import json
+import tracemalloc
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.feather
+import pyarrow.parquet as pq
+import pytest
+
+from qlora_trainer import files
+from qlora_trainer.fields import RowError
+from qlora_trainer.files import FileError, FileRow, form_of, is_data_file, read_rows
+
+ROWS = [{"prompt": "1+1=", "completion": "2"}, {"prompt": 'say "a,\nb"', "completion": "ünïcode 🦙"}]
+CSV = 'prompt,completion\n1+1=,2\n"say ""a,\nb""",ünïcode 🦙\n'
+
+
+def write_parquet(path: Path) -> None:
+    pq.write_table(pa.Table.from_pylist(ROWS), path)
+
+
+def write_stream(path: Path) -> None:
+    table = pa.Table.from_pylist(ROWS)
+    with pa.ipc.new_stream(path, table.schema) as stream:
+        stream.write_table(table)
+
+
+WRITERS = {
+    "rows.jsonl": lambda path: path.write_text("".join(f"{json.dumps(row)}\n" for row in ROWS)),
+    "rows.ndjson": lambda path: path.write_text("\n\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS)),
+    "rows.json": lambda path: path.write_text(json.dumps(ROWS, indent=2)),
+    "rows.csv": lambda path: path.write_text(CSV),
+    "rows.tsv": lambda path: path.write_text(
+        CSV.replace("prompt,", "prompt\t").replace("=,", "=\t").replace('",', '"\t')
+    ),
+    "marked.csv": lambda path: path.write_text(CSV, encoding="utf-8-sig"),
+    "windows.csv": lambda path: path.write_bytes(CSV.replace("2\n", "2\r\n").encode()),
+    "rows.jsonl.gz": lambda path: path.write_bytes(gzip.compress("\n".join(map(json.dumps, ROWS)).encode())),
+    "rows.json.gz": lambda path: path.write_bytes(gzip.compress(json.dumps(ROWS).encode())),
+    "rows.csv.gz": lambda path: path.write_bytes(gzip.compress(CSV.encode())),
+    "rows.parquet": write_parquet,
+    "rows.feather": lambda path: pyarrow.feather.write_feather(pa.Table.from_pylist(ROWS), str(path)),
+    "rows.arrow": write_stream,
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_form_gives_the_same_rows(tmp_path, name):
+    WRITERS[name](tmp_path / name)
+    assert [row.content for row in read_rows(tmp_path / name)] == ROWS
+
+
+def read(tmp_path: Path, name: str, content: str | bytes) -> list[FileRow]:
+    path = tmp_path / name
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return list(read_rows(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "number", "words"),
+    [
+        pytest.param("x.jsonl", "{}\n\n{oops\n", 3, "broken JSON at column 2", id="jsonl"),
+        pytest.param("x.jsonl", "{}\n[1]\n", 2, "is a list, not an object", id="jsonl-list"),
+        pytest.param("x.jsonl", "null", 1, "is null, not an object", id="jsonl-null"),
+        pytest.param("x.jsonl", b'{"a": "\xff"}', 1, "byte 8 is not UTF-8", id="jsonl-encoding"),
+        pytest.param("x.jsonl", '{"a":' * 100_000, 1, "nested too deeply", id="jsonl-deep"),
+        pytest.param("x.json", '[{}, "text"]', 2, "is text, not an object", id="json-text"),
+        pytest.param("x.csv", "a,b\n1,2\n\n1,2,3\n", 4, "has 3 cells where the header has 2", id="csv-cells"),
+    ],
+)
+def test_a_broken_row_is_numbered_and_those_behind_it_are_read(tmp_path, name, content, number, words):
+    broken = {row.number: row.content for row in read(tmp_path, name, content) if isinstance(row.content, RowError)}
+    assert list(broken) == [number]
+    assert words in str(broken[number])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        pytest.param("x.json", '{"rows": []}', "is no array; write", id="json-object"),
+        pytest.param("x.json", '[{"a": 1}, {"a" 1}]', "row 2: broken JSON", id="json-broken"),
+        pytest.param("x.json", '[{"a": 1} {"a": 2}]', "row 1 is followed by '{'; write a comma", id="json-comma"),
+        pytest.param("x.json", '[{"a": 1}', "row 1 is followed by the end of the file", id="json-cut"),
+        pytest.param("x.json", '[{"a":' * 100_000, "row 1: the JSON is nested too deeply", id="json-deep"),
+        pytest.param("x.csv", "a,b,a\n1,2,3\n", "has two columns 'a'; rename one", id="csv-twice"),
+        pytest.param("x.csv", "a,,b\n1,2,3\n", "column 2 has no name", id="csv-nameless"),
+        pytest.param("x.csv", "prompt;completion\n1;2\n", "separate columns by commas, not by ';'", id="csv-semicolon"),
+        pytest.param("x.csv", 'a,b\n1,"2"3\n', "row 2: ", id="csv-quote"),
+        pytest.param("x.csv", "a,b\n1,2\n".encode("utf-16"), "is UTF-16; save it as UTF-8", id="utf-16"),
+        pytest.param("x.jsonl.gz", "{}\n", "is no complete gzip file", id="no-gzip"),
+        pytest.param("x.jsonl.gz", gzip.compress(b"{}\n" * 9)[:-9], "is no complete gzip file", id="cut-gzip"),
+        pytest.param("x.parquet", "{}\n", "is no readable parquet file", id="no-parquet"),
+        pytest.param("x.arrow", "{}\n", "is no readable arrow file", id="no-arrow"),
+        pytest.param("x.txt", "{}\n", "'x.txt' is of no known form; name it .jsonl, .json", id="unknown"),
+    ],
+)
+def test_a_broken_file_is_named_with_the_fix(tmp_path, name, content, words):
+    with pytest.raises(FileError) as caught:
+        read(tmp_path, name, content)
+    assert words in str(caught.value)
+
+
+def test_a_line_that_is_no_row_at_all_is_not_read_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "MAX_ROW_BYTES", 1 << 20)
+    with pytest.raises(FileError, match="row 1 has more than 1 MiB"):
+        read(tmp_path, "x.jsonl", "[" + " " * (2 << 20))
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x.csv", "x.jsonl.gz"])
+def test_an_empty_file_has_no_rows(tmp_path, name):
+    assert read(tmp_path, name, gzip.compress(b"\n") if name.endswith("gz") else "\n" * (name != "x.csv")) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [("a.JSONL", "jsonl"), ("a.ndjson", "jsonl"), ("a.b.csv.gz", "csv"), ("a.pq", "parquet"), ("a.feather", "arrow")],
+)
+def test_the_name_tells_the_form(name, form):
+    assert form_of(name) == form
+
+
+@pytest.mark.parametrize("name", ["a", "jsonl", "a.txt", "a.parquet.gz", "a.gz", ""])
+def test_a_name_that_tells_nothing(name):
+    with pytest.raises(FileError):
+        form_of(name)
+
+
+def test_what_lies_beside_the_data_is_not_read():
+    names = ["part/0.jsonl", ".0.jsonl.part", "_SUCCESS", "README.md", "part/.hidden.csv", "_metadata.parquet"]
+    assert [name for name in names if is_data_file(name)] == ["part/0.jsonl"]
+
+
+@pytest.mark.parametrize("name", ["many.jsonl", "many.json", "many.csv", "many.parquet"])
+def test_memory_does_not_grow_with_the_rows(tmp_path, name):
+    row = {"prompt": "p" * 400, "completion": "c"}
+    path = tmp_path / name
+    {
+        ".jsonl": lambda: path.write_text(f"{json.dumps(row)}\n" * 10_000),
+        ".json": lambda: path.write_text(f"[{','.join([json.dumps(row)] * 10_000)}]"),
+        ".csv": lambda: path.write_text("prompt,completion\n" + f"{row['prompt']},c\n" * 10_000),
+        ".parquet": lambda: pq.write_table(pa.Table.from_pylist([row] * 10_000), path, row_group_size=1000),
+    }[path.suffix]()
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in read_rows(path)) == 10_000
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 3 << 20, "the file's rows have 4 MB"

@@ -1,0 +1,112 @@
+"""Sources: what their rows are taken for, which are broken, and which files a URI means."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from qlora_api.names import Reason
+from qlora_api.runconfig import Platform
+from qlora_api.v1alpha1 import DataSource
+from qlora_trainer.datafiles import local_files
+from qlora_trainer.errors import RunError
+from qlora_trainer.rows import Example
+from qlora_trainer.secrets import environment_secrets
+from qlora_trainer.snapshot import Places
+from qlora_trainer.sources import make_source
+from qlora_trainer.store import DATASET
+
+GOOD = '{"instruction": "Say hi", "output": "hi"}'
+PLACES = Places(Platform(), environment_secrets())
+
+
+def load(path: Path, content: str, **settings):
+    path.write_text(content)
+    source = make_source(DATASET, (path,), DataSource(uri=f"file://{path}", **settings), None)
+    return source, [placed.row for placed in source.rows()]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        pytest.param(GOOD + "\n\n\n[1]\n", "1 of 2 rows cannot be used as instruction rows. row 4: is", id="one"),
+        pytest.param(GOOD + '\n{"instruction": "x"}', "row 2: field 'response' (or 'output') is missing", id="missing"),
+        pytest.param('{"x": "y"}', "row 1 has the fields x; write messages", id="unknown-format"),
+        pytest.param('{"prompt": "x"}', "row 1: field 'completion' is missing", id="completion"),
+        pytest.param("{oops\n" * 9, "9 of 9 rows cannot be used", id="all-broken"),
+    ],
+)
+def test_a_broken_row_is_named(tmp_path, content, words):
+    with pytest.raises(RunError, match=r"spec\.dataset\.uri") as caught:
+        load(tmp_path / "rows.jsonl", content)
+    assert caught.value.reason == Reason.DATASET_INVALID
+    assert words in caught.value.message
+
+
+def test_many_broken_rows_are_counted_and_the_first_ones_shown(tmp_path):
+    with pytest.raises(RunError) as caught:
+        load(tmp_path / "rows.jsonl", "\n".join([GOOD] + ["{}"] * 100))
+    assert "100 of 101 rows" in caught.value.message
+    assert caught.value.message.endswith("row 6: field 'instruction' is missing; add it; and 95 more")
+
+
+@pytest.mark.parametrize("content", ["", "\n\n", "\ufeff\n"])
+def test_no_rows(tmp_path, content):
+    with pytest.raises(RunError) as caught:
+        load(tmp_path / "rows.jsonl", content)
+    assert caught.value.reason == Reason.DATASET_EMPTY
+
+
+def test_no_file(tmp_path):
+    with pytest.raises(RunError) as caught:
+        make_source(DATASET, (tmp_path / "absent.jsonl",), DataSource(uri="file:///absent"), None)
+    assert caught.value.reason == Reason.DATASET_NOT_FOUND
+
+
+def test_the_format_is_told_and_said_and_a_limit_reads_no_further(tmp_path):
+    row = json.dumps({"prompt": "a", "completion": "b"})
+    source, rows = load(tmp_path / "rows.jsonl", f"{row}\n{row}\n{{broken", max_samples=2)
+    assert rows == [Example("a", "b")] * 2
+    assert (source.row_format, source.told_by) == ("completion", "told by the field 'prompt' of row 1")
+
+
+def test_a_given_format_is_used(tmp_path):
+    source, rows = load(tmp_path / "rows.csv", "prompt,completion,text\na,b,c\n", format="text")
+    assert (source.told_by, rows[0].text) == ("as the manifest says", "c")
+
+
+def test_a_slash_means_every_data_file_below_in_the_order_of_names(tmp_path):
+    for name in ("b.jsonl", "a/c.csv", "a/b.jsonl", "README.md", "_SUCCESS"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(GOOD)
+    files = local_files(PLACES, f"file://{tmp_path}/", DATASET, tmp_path)
+    assert [str(file.relative_to(tmp_path)) for file in files] == ["a/b.jsonl", "a/c.csv", "b.jsonl"]
+
+
+def test_a_row_of_several_files_is_named_with_its_file(tmp_path):
+    (tmp_path / "one.jsonl").write_text(GOOD)
+    (tmp_path / "two.jsonl").write_text(f"{GOOD}\n{{}}")
+    source = make_source(DATASET, (tmp_path / "one.jsonl", tmp_path / "two.jsonl"), DataSource(uri="file:///x/"), None)
+    with pytest.raises(RunError, match=r"two\.jsonl row 2: field 'instruction' is missing"):
+        list(source.rows())
+
+
+@pytest.mark.parametrize(
+    ("uri", "reason", "words"),
+    [
+        ("file:///data/rows.txt", Reason.DATASET_INVALID, "name it .jsonl, .json, .csv or .tsv (each also with .gz)"),
+        ("file:///data/rows", Reason.DATASET_INVALID, "or end the URI with '/' to read every file below it"),
+        ("hf://datasets/org/name", Reason.DATASET_NOT_FOUND, "write hf://datasets/organisation/name/file.jsonl"),
+    ],
+)
+def test_a_uri_that_means_no_file(tmp_path, uri, reason, words):
+    with pytest.raises(RunError) as caught:
+        local_files(PLACES, uri, DATASET, tmp_path)
+    assert (caught.value.reason, words in caught.value.message) == (reason, True), caught.value.message
+
+
+def test_a_folder_without_data(tmp_path):
+    (tmp_path / "README.md").write_text("nothing")
+    with pytest.raises(RunError, match="there is no file below") as caught:
+        local_files(PLACES, f"file://{tmp_path}/", DATASET, tmp_path)
+    assert caught.value.reason == Reason.DATASET_NOT_FOUND
