@@ -130,6 +130,13 @@ class StepRecord(ApiModel):
     seconds: float
 
 
+class Piece(ApiModel):
+    """A part of a training row, as the model sees it."""
+
+    text: str
+    learned: bool
+
+
 class RunReport(ApiModel):
     """report.json: everything that report.html shows."""
 
@@ -145,6 +152,8 @@ class RunReport(ApiModel):
     evaluation: EvaluationStatus
     confidence: Confidence
     samples: tuple[Sample, ...]
+    preview: tuple[tuple[Piece, ...], ...] = ()
+    """Some training rows."""
     serving: ServingCheck
     started_at: datetime
     finished_at: datetime

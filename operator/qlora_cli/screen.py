@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, SpinnerColumn, TaskID, TextColumn
 from rich.progress import Progress as Bar
+from rich.text import Text
 
 from qlora_api.names import Phase
 from qlora_api.v1alpha1 import Plan, Progress
@@ -17,6 +18,8 @@ from qlora_cli.local import Screen
 SECONDS_BETWEEN_LINES: Final = 10.0
 """A log stays readable, and still shows that the run is alive."""
 BAR_CHARACTERS: Final = 12
+LEARNED: Final = r"⟦[^⟧]*⟧"
+"""What prepare marks in the rows that it shows: the tokens that are learned."""
 PREPARING: Final = "Preparing"
 LOADING: Final = "Loading"
 
@@ -114,7 +117,9 @@ class LiveScreen:
 
     def note(self, text: str) -> None:
         """Show a sentence about what is going on above the bar."""
-        self._bar.console.print(f"[dim]{escape(text)}[/]", soft_wrap=True)
+        shown = Text(text, style="dim")
+        shown.highlight_regex(LEARNED, "not dim green")
+        self._bar.console.print(shown, soft_wrap=True)
 
     def show_plan(self, plan: Plan) -> None:
         """Show what was decided, and why."""

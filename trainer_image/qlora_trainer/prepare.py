@@ -1,6 +1,6 @@
 """Everything about a run that can be checked without a GPU, the cheapest check first."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -61,6 +61,8 @@ def prepare(
     with tokenise_rows(spec, dataset, rows, tokenizer, work) as tokenised:
         for sentence in describe_lengths(tokenised.status, spec.training):
             note(sentence)
+        for sentence in preview_rows(tokenised, tokenizer):
+            note(sentence)
         prepared = _name_result(output, spec, model, tokenised.status)
         if prepared.published is None:
             store_rows(output, prepared, tokenised)
@@ -109,6 +111,16 @@ def tokenise_rows(spec: QLoRAJobSpec, dataset: Dataset, rows: Survey, tokenizer:
     chats = any(source.row_format == "chat" for source in dataset.all_sources)
     chat = load_chat_template(tokenizer, spec.dataset.chat_template) if chats else None
     return tokenise(dataset, rows, Encoder(tokenizer, spec.training.loss, chat), spec.training, work)
+
+
+def preview_rows(tokenised: "Tokenised", tokenizer: Any) -> Iterator[str]:
+    """Yield some training rows as the model sees them."""
+    from qlora_trainer.preview import preview, shown_rows, write_preview  # noqa: PLC0415 (as above)
+    from qlora_trainer.shards import read_rows  # noqa: PLC0415
+
+    numbers = shown_rows(tokenised.status.training_rows)
+    for number, row in zip(numbers, read_rows(tokenised.training_file, numbers), strict=True):
+        yield f"training row {number + 1}, what is learned is in ⟦⟧:\n{write_preview(preview(row, tokenizer))}"
 
 
 def _name_result(output: Store, spec: QLoRAJobSpec, model: ModelStatus, dataset: DataStatus) -> Prepared:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from qlora_api.names import Reason
-from qlora_api.report import AdapterRecord, EvaluatedRow, RunReport, Sample, ServingCheck, StepRecord
+from qlora_api.report import AdapterRecord, EvaluatedRow, Piece, RunReport, Sample, ServingCheck, StepRecord
 from qlora_api.result import Result
 from qlora_api.runconfig import RunConfig
 from qlora_api.v1alpha1 import Metrics
@@ -27,6 +27,7 @@ from qlora_trainer.interrupt import StopFlag
 from qlora_trainer.loading import CHECKED_ROWS, LoadingTask, load_in_fresh_process, rows_of_task
 from qlora_trainer.model import Tuned, joins_rows_exactly, load_base, load_text_config, tune
 from qlora_trainer.pace import Pace, time_and_tokens
+from qlora_trainer.preview import preview, shown_rows
 from qlora_trainer.publish import ADAPTER, REPORT, keep_rejected
 from qlora_trainer.report import library_versions
 from qlora_trainer.snapshot import Places, text_files, weight_files
@@ -53,6 +54,11 @@ def load_data(output: Store, config: RunConfig, work: Path) -> Data:
         return shards.open_shard(path)
 
     return Data(training=load(shards.TRAINING), held_out=load(shards.EVALUATION))
+
+
+def make_preview(data: Data, tokenizer: Any) -> tuple[tuple[Piece, ...], ...]:
+    """Return some training rows, each in pieces that are learned and pieces that are not."""
+    return tuple(preview(data.training[number], tokenizer) for number in shown_rows(len(data.training)))
 
 
 def fetch_model(places: Places, config: RunConfig, work: Path) -> Path:
@@ -147,6 +153,7 @@ class Outcome:
     history: tuple[StepRecord, ...]
     rows: tuple[EvaluatedRow, ...]
     serving: ServingCheck
+    preview: tuple[tuple[Piece, ...], ...]
 
 
 def build_report(config: RunConfig, choices: Choices, outcome: Outcome, started: datetime) -> RunReport:
@@ -164,6 +171,7 @@ def build_report(config: RunConfig, choices: Choices, outcome: Outcome, started:
         evaluation=scores.summarise(outcome.rows),
         confidence=scores.estimate_confidence(outcome.rows),
         samples=collect_samples(outcome.rows),
+        preview=outcome.preview,
         serving=outcome.serving,
         started_at=started,
         finished_at=datetime.now(UTC),

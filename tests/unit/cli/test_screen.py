@@ -80,3 +80,12 @@ def test_a_terminal_gets_one_bar_per_phase_within_its_width():
     ]
     assert "100%  step 3/3  loss 3.250  225 tok/s" in last[2]
     assert max(map(len, last)) <= 80
+
+
+def test_a_terminal_colours_what_is_learned():
+    stream = io.StringIO()
+    with open_screen(
+        Console(file=stream, force_terminal=True, color_system="standard", legacy_windows=False)
+    ) as screen:
+        screen.note("Sky? ⟦Blue.</s>⟧")
+    assert "\x1b[2mSky? \x1b[0m\x1b[32m⟦Blue.</s>⟧\x1b[0m" in stream.getvalue()
