@@ -15,13 +15,13 @@ Rule = Callable[[QLoRAJobSpec], str | None]
 
 
 def method_fits_bits(spec: QLoRAJobSpec) -> str | None:
-    """Qlora is on a quantised base, lora is not."""
+    """Qlora is on a quantised base, the others are not."""
     quantised = spec.quantization.bits in {4, 8}
     if spec.method == "qlora" and not quantised:
         return "spec.quantization.bits is 16, but method qlora needs 4 or 8; for a 16-bit base set spec.method to lora"
-    if spec.method == "lora" and quantised:
+    if spec.method != "qlora" and quantised:
         return (
-            f"spec.quantization.bits is {spec.quantization.bits}, but method lora needs 16; "
+            f"spec.quantization.bits is {spec.quantization.bits}, but method {spec.method} needs 16; "
             "for a quantised base set spec.method to qlora"
         )
     return None

@@ -75,7 +75,7 @@ REFUSED = [
     ("spec.lora.rnak", 8, 'unknown field "spec.lora.rnak"'),
     ("spec.quantization.bits", 5, 'spec.quantization.bits: Unsupported value: 5: supported values: "4", "8", "16"'),
     ("spec.quantization.bits", 16, "method qlora needs quantization.bits 4 or 8"),
-    ("spec.method", "lora", "method lora needs quantization.bits 16"),
+    ("spec.method", "lora", "methods lora and full need quantization.bits 16"),
     ("spec.training.microBatchSize", 3, "microBatchSize must divide globalBatchSize"),
     ("spec.training.learningRate", 0, "spec.training.learningRate"),
     ("spec.model.uri", "meta-llama/Llama-3.2-3B", "spec.model.uri"),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from qlora_api.v1alpha1 import LoraSpec
@@ -77,6 +77,9 @@ def starting_weights(peft: Any, lora: LoraSpec) -> dict[str, torch.Tensor]:
 @contextlib.contextmanager
 def as_base(peft: Any, start: Mapping[str, torch.Tensor]) -> Iterator[None]:
     """Let the model be its base again: without its adapter, or as it was when that was taken out of the base."""
+    if not isinstance(peft, PeftModel):  # method full, which is its base until it is trained
+        yield
+        return
     if not start:
         with peft.disable_adapter():
             yield

@@ -10,6 +10,8 @@ from qlora_api.report import Confidence, Interval, RunReport
 from qlora_trainer.report import make_recipe
 
 CARD: Final = "README.md"
+TAGS: Final = {"qlora": ("lora", "qlora"), "lora": ("lora",), "full": ()}
+"""What the hub is told about a method."""
 
 
 def write_card(report: RunReport, adapter: Path) -> None:
@@ -29,6 +31,8 @@ def render_card(report: RunReport) -> str:
     return environment.get_template("card.md.j2").render(
         front_matter=front_matter(report).to_yaml(),
         report=report,
+        whole=report.spec.method == "full",
+        tuned="tuned model" if report.spec.method == "full" else "adapter",
         base=report.spec.model.uri.removeprefix("hf://"),
         rows=make_rows(report),
         recipe=make_recipe(report),
@@ -41,9 +45,9 @@ def front_matter(report: RunReport) -> ModelCardData:
     names = [uri.removeprefix("hf://datasets/") for uri in sources if uri.startswith("hf://datasets/")]
     return ModelCardData(
         base_model=model.removeprefix("hf://") if model.startswith("hf://") else None,
-        library_name="peft",
+        library_name="transformers" if report.spec.method == "full" else "peft",
         pipeline_tag="text-generation",
-        tags=["lora", *(["qlora"] if report.spec.method == "qlora" else []), "qlora-operator"],
+        tags=[*TAGS[report.spec.method], "qlora-operator"],
         datasets=list(dict.fromkeys("/".join(name.split("@")[0].split("/")[:2]) for name in names)) or None,
     )
 

@@ -5,11 +5,12 @@ from typing import Any, Final
 
 import torch
 
-from qlora_api.v1alpha1 import Plan, QLoRAJobSpec
+from qlora_api.runconfig import RunConfig
 from qlora_trainer.attention import attention_facts, choose_attention
 from qlora_trainer.batches import PACK_TOKENS
 from qlora_trainer.hardware import Hardware
 from qlora_trainer.optimizer import Kind, choose_optimizer
+from qlora_trainer.whole import bytes_for, choose_for_whole
 
 ACTIVATION_BYTES_PER_TOKEN_LAYER_WIDTH: Final = 34
 """Kept for backward without checkpointing, per token, layer and hidden unit, in 16 bits (Korthikanti et al. 2022)."""
@@ -40,14 +41,20 @@ class Choices:
         return replace(self, packing=False, reasons=self.reasons | {"packing": f"off: {reason}"})
 
 
-def decide(spec: QLoRAJobSpec, plan: Plan, hardware: Hardware, model: Any, longest_row: int) -> Choices:
+def decide(config: RunConfig, hardware: Hardware, model: Any) -> Choices:
     """Decide everything from the model's configuration, before its weights are loaded."""
+    spec, plan = config.spec, config.plan
     dtype, dtype_reason = compute_dtype(hardware)
     attention, attention_reason = choose_attention(attention_facts(model), hardware)
-    length = min(longest_row, spec.training.max_length)
+    length = min(config.prepared.dataset.longest_row_tokens, spec.training.max_length)
     tokens = min(plan.micro_batch_size * length, max(PACK_TOKENS, length) if spec.training.packing else 1 << 62)
+    asked, weights = spec.training.optimizer, config.prepared.model.parameters
+    if spec.method == "full":
+        optimizer, optimizer_reason = choose_for_whole(asked, hardware, weights)
+        hardware = replace(hardware, free_bytes=hardware.free_bytes - bytes_for(optimizer, weights))
+    else:
+        optimizer, optimizer_reason = choose_optimizer(asked, hardware.device)
     checkpointing, checkpointing_reason = activation_checkpointing(hardware, model, tokens)
-    optimizer, optimizer_reason = choose_optimizer(spec.training.optimizer, hardware.device)
     return Choices(
         dtype=dtype,
         attention=attention,
@@ -61,7 +68,7 @@ def decide(spec: QLoRAJobSpec, plan: Plan, hardware: Hardware, model: Any, longe
             "gradient checkpointing": f"{'on' if checkpointing else 'off'}: {checkpointing_reason}",
             "packing": "on: rows are joined without padding" if spec.training.packing else "off: spec.training.packing",
             "optimizer": f"{optimizer}: {optimizer_reason}",
-            "start": STARTS[spec.lora.init],
+            "start": "every weight as the base has it" if spec.method == "full" else STARTS[spec.lora.init],
         },
     )
 

@@ -25,7 +25,7 @@ def result_digest(spec: QLoRAJobSpec, model: ModelStatus, dataset: DataStatus) -
         },
         "method": spec.method,
         "quantization": spec.quantization.model_dump(mode="json"),
-        "lora": spec.lora.model_dump(mode="json"),
+        "lora": None if spec.method == "full" else spec.lora.model_dump(mode="json"),
         "training": spec.training.model_dump(mode="json"),
         "trainer": __version__,
     }

@@ -32,6 +32,7 @@ TaskRows: TypeAlias = tuple[tuple[tuple[int, ...], tuple[Span, ...]], ...]
 class LoadingTask(ApiModel):
     """What to load, and on which rows."""
 
+    method: str
     base: str
     quantization: QuantizationSpec
     device: Literal["cpu", "cuda"]
@@ -69,18 +70,20 @@ def load_in_fresh_process(task: LoadingTask, adapter: Path, expected_loss: float
 
 
 def loss_of(task: LoadingTask, adapter: Path) -> float:
-    """Load base and adapter with peft's public call, and return the mean loss on the rows."""
+    """Load what was published with the public call for it, and return the mean loss on the rows."""
     import torch  # noqa: PLC0415 (the parent imports this module as well)
     from peft import PeftModel  # noqa: PLC0415
 
     from qlora_trainer.evaluate import evaluate  # noqa: PLC0415
     from qlora_trainer.model import Tuned, head_is_plain, load_base  # noqa: PLC0415
 
-    dtype = getattr(torch, task.dtype)
-    base = load_base(Path(task.base), task.quantization, dtype, task.attention, task.device)
+    dtype, whole = getattr(torch, task.dtype), task.method == "full"
+    folder = adapter if whole else Path(task.base)
+    base = load_base(folder, task.quantization, dtype, task.attention, task.device)
     plain = head_is_plain(base)
-    peft = PeftModel.from_pretrained(base, adapter)
-    tuned = Tuned(peft, peft.get_base_model(), base.device, dtype, plain)
+    peft = base if whole else PeftModel.from_pretrained(base, adapter)
+    causal = base if whole else peft.get_base_model()
+    tuned = Tuned(peft, causal, base.device, dtype, plain)
     rows = [TokenRow(ids, learned) for ids, learned in task.rows]
     with tuned.evaluating():
         return evaluate(tuned, rows, micro_batch=1, packing=False).loss

@@ -29,9 +29,10 @@ _SAME_RESULT: Final = 0.05
 
 @dataclass(frozen=True)
 class Tuned:
-    """A frozen base with a trainable adapter, and how its loss is computed."""
+    """What is trained, and how its loss is computed."""
 
     peft: Any
+    """A frozen base with a trainable adapter, or the model itself with method full."""
     causal: Any
     """The transformers model inside, with the adapter's layers in place."""
     device: torch.device
@@ -41,13 +42,18 @@ class Tuned:
     start: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """The adapter's first weights where they were taken out of the base; empty where the adapter started as nothing."""
 
+    @property
+    def whole(self) -> bool:
+        """Return whether the model itself is trained."""
+        return self.peft is self.causal
+
     def parameters(self) -> list[torch.nn.Parameter]:
         """Return the weights that learn."""
         return [parameter for parameter in self.peft.parameters() if parameter.requires_grad]
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Compute in 16 bits where that is chosen: fp32 adapters would double every input otherwise."""
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        return computing_in(self.dtype, self.device)
 
     def loss_sum(self, batch: Batch, weight: torch.Tensor) -> torch.Tensor:
         """Return the summed cross-entropy of a batch's labels, times a weight."""
@@ -67,7 +73,10 @@ class Tuned:
 
     @contextlib.contextmanager
     def evaluating(self, *, adapter: bool = True) -> Iterator[None]:
-        """Evaluate without a trace: mode, adapter and random numbers are as before afterwards."""
+        """Evaluate without a trace: mode, adapter and random numbers are as before afterwards.
+
+        With method full the base is gone once a step was taken, so it is evaluated before.
+        """
         was_training = self.peft.training
         devices = [self.device] if self.device.type == "cuda" else []
         without = contextlib.nullcontext() if adapter else as_base(self.peft, self.start)
@@ -91,6 +100,11 @@ class Tuned:
     def _chosen_logits(self, batch: Batch) -> torch.Tensor:
         logits: torch.Tensor = self.causal(**_inputs(batch)).logits
         return logits.flatten(0, 1)[batch.chosen]
+
+
+def computing_in(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[Any]:
+    """Let matrices be multiplied in a dtype, whatever the weights are stored in."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 def _as_they_are(logits: torch.Tensor) -> torch.Tensor:
@@ -156,11 +170,25 @@ def tune(base: Any, lora: LoraSpec, seed: int, choices: Choices) -> Tuned:
     """Return the base with a fresh adapter."""
     plain = head_is_plain(base)
     if choices.checkpointing:
-        base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-        base.enable_input_require_grads()
+        _recompute_activations(base)
     peft = attach_adapter(base, lora, seed)
     start = starting_weights(peft, lora)
     return Tuned(peft, peft.get_base_model(), base.device, choices.dtype, plain, start)
+
+
+def tune_whole(base: Any, choices: Choices) -> Tuned:
+    """Return the base with all its weights free to learn."""
+    with computing_in(choices.dtype, base.device):
+        plain = head_is_plain(base)
+    if choices.checkpointing:
+        _recompute_activations(base)
+    base.requires_grad_(True)
+    return Tuned(base, base, base.device, choices.dtype, plain)
+
+
+def _recompute_activations(base: Any) -> None:
+    base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    base.enable_input_require_grads()
 
 
 @torch.no_grad()

@@ -90,9 +90,13 @@ def inspect_model(spec: QLoRAJobSpec, snapshot: Snapshot, work: Path) -> tuple[M
     # torch and transformers take seconds to import; what fails before this line fails at once.
     from qlora_trainer.architecture import load_architecture, load_tokenizer  # noqa: PLC0415
     from qlora_trainer.modules import check_modules  # noqa: PLC0415
+    from qlora_trainer.whole import check_size  # noqa: PLC0415
 
     architecture = load_architecture(folder)
-    check_modules(architecture, spec)
+    if spec.method == "full":
+        check_size(architecture.name, architecture.parameters)
+    else:
+        check_modules(architecture, spec)
     status = ModelStatus(
         uri=spec.model.uri,
         commit=snapshot.commit,

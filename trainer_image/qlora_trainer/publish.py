@@ -24,28 +24,38 @@ from qlora_trainer.output import (
 )
 from qlora_trainer.report import render_html
 from qlora_trainer.store import AlreadyThereError, Store, sha256_of
+from qlora_trainer.whole import save_whole
 
-ADAPTER: Final = "adapter"
+WEIGHTS: Final = {"qlora": "adapter", "lora": "adapter", "full": "model"}
+"""Folder of the result, by method."""
 RECORD: Final = "qlora.json"
-"""In the adapter's folder."""
+"""In that folder."""
 REPORT: Final = "report/report.json"
 PAGE: Final = "report/report.html"
 ROWS: Final = "report/evaluation.jsonl"
 PICTURE: Final = "report/loss.png"
 
 
-def write_adapter(tuned: Tuned, tokenizer: Any, record: AdapterRecord, folder: Path) -> Path:
-    """Write the adapter as peft and vLLM read it, with the tokenizer and our own record beside it."""
-    target = folder / ADAPTER
+def write_weights(tuned: Tuned, tokenizer: Any, record: AdapterRecord, folder: Path) -> Path:
+    """Write what was trained, with the tokenizer and our own record beside it."""
+    target = folder / WEIGHTS[record.method]
+    if tuned.whole:
+        save_whole(tuned.causal, record.base, target)
+    else:
+        save_adapter(tuned, record, target)
+    tokenizer.save_pretrained(target)
+    (target / RECORD).write_text(record.model_dump_json(by_alias=True, indent=2))
+    return target
+
+
+def save_adapter(tuned: Tuned, record: AdapterRecord, target: Path) -> None:
+    """Write the adapter as peft and vLLM read it."""
     # With 'auto' peft would ask the hub whether the vocabulary was resized; it never is (peft#2898).
     tuned.peft.save_pretrained(target, save_embedding_layers=False)
     if tuned.start:
         restore_base(target, tuned.start)
-    tokenizer.save_pretrained(target)
     config = target / "adapter_config.json"
     config.write_text(canonical_config(config.read_text(), record.base, record.commit))
-    (target / RECORD).write_text(record.model_dump_json(by_alias=True, indent=2))
-    return target
 
 
 def canonical_config(text: str, uri: str, commit: str) -> str:
@@ -126,7 +136,8 @@ def _moved_files(files: tuple[ManifestFile, ...], place: str) -> tuple[ManifestF
 
 
 def _moved_result(result: Result, prefix: str) -> Result:
-    return result.model_copy(update={"adapter": f"{prefix}/{ADAPTER}", "report": f"{prefix}/{REPORT}"})
+    folder = result.adapter.rpartition("/")[2]
+    return result.model_copy(update={"adapter": f"{prefix}/{folder}", "report": f"{prefix}/{REPORT}"})
 
 
 def describe_files(folder: Path) -> tuple[ManifestFile, ...]:

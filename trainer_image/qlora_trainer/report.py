@@ -9,7 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from qlora_api import __version__
 from qlora_api.report import RunReport
-from qlora_api.v1alpha1 import EvaluationStatus
+from qlora_api.v1alpha1 import EvaluationStatus, LoraSpec
 
 _LIBRARIES: Final = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
 
@@ -99,19 +99,24 @@ def make_comparison(evaluation: EvaluationStatus) -> tuple[Comparison, ...]:
 
 def make_recipe(report: RunReport) -> tuple[tuple[str, str], ...]:
     """Return what decided the adapter beside model and data."""
-    spec, lora, training = report.spec, report.spec.lora, report.spec.training
-    kinds = [kind for kind, chosen in (("DoRA", lora.dora), ("rsLoRA", lora.rslora)) if chosen]
+    spec, training = report.spec, report.spec.training
+    adapter = () if spec.method == "full" else (("Adapter", describe_adapter(spec.lora)),)
     return (
         ("Method", f"{spec.method}, {spec.quantization.bits}-bit base"),
-        (
-            "Adapter",
-            f"{' '.join([*kinds, 'rank'])} {lora.rank}, alpha {lora.alpha}, dropout {lora.dropout} on "
-            f"{', '.join(lora.targets)}",
-        ),
+        *adapter,
         ("Learning rate", f"{training.learning_rate:g}, {training.scheduler}, {training.warmup_ratio:.0%} warm-up"),
         ("Global batch", f"{training.global_batch_size} rows, in micro-batches of {report.plan.micro_batch_size}"),
         ("Seed", str(training.seed)),
     )
+
+
+def describe_adapter(lora: LoraSpec) -> str:
+    """Return an adapter's settings in a line."""
+    kinds = [kind for kind, chosen in (("DoRA", lora.dora), ("rsLoRA", lora.rslora)) if chosen]
+    start = [] if lora.init == "default" else [f"started by {lora.init}"]
+    whole = [f"with all of {', '.join(lora.modules_to_save)}"] if lora.modules_to_save else []
+    settings = f"{' '.join([*kinds, 'rank'])} {lora.rank}, alpha {lora.alpha}, dropout {lora.dropout}"
+    return " ".join([settings, "on", ", ".join(lora.targets), *whole, *start])
 
 
 def make_tables(report: RunReport) -> tuple[Table, ...]:
@@ -125,13 +130,13 @@ def make_tables(report: RunReport) -> tuple[Table, ...]:
         ("SHA-256", data.digest),
     )
     reasons = tuple((f"{number}", reason) for number, reason in enumerate(plan.reasons, start=1))
-    loads = (
-        f"yes, with --max-lora-rank {serving.max_lora_rank}" if serving.vllm else f"no: {'; '.join(serving.problems)}"
-    )
+    flag = f", with --max-lora-rank {serving.max_lora_rank}" if serving.max_lora_rank else ""
+    loads = f"yes{flag}" if serving.vllm else f"no: {'; '.join(serving.problems)}"
+    library = "transformers" if report.spec.method == "full" else "PEFT"
     return (
         Table("Recipe", make_recipe(report)),
         Table("Data", rows),
-        Table("Loading", (("PEFT", "yes, proven in a fresh process"), ("vLLM, by its rules", loads))),
+        Table("Loading", ((library, "yes, proven in a fresh process"), ("vLLM, by its rules", loads))),
         Table("Choices", tuple(report.choices.items())),
         *((Table("Plan", reasons),) if reasons else ()),
         Table("Versions", tuple(report.versions.items())),

@@ -15,7 +15,7 @@ from qlora_trainer.interrupt import StopFlag
 from qlora_trainer.output import find_manifest, open_output, point_latest
 from qlora_trainer.pace import Pace
 from qlora_trainer.progress import ProgressSink
-from qlora_trainer.publish import publish, write_adapter, write_report
+from qlora_trainer.publish import publish, write_report, write_weights
 from qlora_trainer.secrets import Secrets, load_secrets
 from qlora_trainer.serving import check_serving
 from qlora_trainer.snapshot import Places
@@ -55,7 +55,7 @@ def run(
     check = stages.make_loading_check(tuned, data.held_out, config, choices, folder)
     pace.enter(Phase.PUBLISHING)
     files = stages.empty_folder(work / "results" / config.prepared.digest)
-    written = write_adapter(tuned, tokenizer, stages.build_record(config, choices), files)
+    written = write_weights(tuned, tokenizer, stages.build_record(config, choices), files)
     compared, preview = compare(data.held_out, base, adapter), stages.make_preview(data, tokenizer)
     outcome = stages.Outcome(history, compared, check_serving(written), preview)
     report = stages.build_report(config, choices, outcome, checkpoints.started_at)

@@ -34,7 +34,9 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def check_serving(adapter: Path) -> ServingCheck:
-    """Judge the files of an adapter."""
+    """Judge the files of an adapter; a whole model is none, and vLLM serves it by itself."""
+    if not (adapter / "adapter_config.json").is_file():
+        return ServingCheck(vllm=True, max_lora_rank=None)
     config = json.loads((adapter / "adapter_config.json").read_text())
     with safe_open(adapter / "adapter_model.safetensors", framework="pt") as tensors:
         shapes = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118

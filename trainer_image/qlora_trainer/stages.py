@@ -25,10 +25,10 @@ from qlora_trainer.gate import check_gate, describe_rejected, judge
 from qlora_trainer.hardware import observe_hardware, peak_memory_bytes
 from qlora_trainer.interrupt import StopFlag
 from qlora_trainer.loading import CHECKED_ROWS, LoadingTask, load_in_fresh_process, rows_of_task
-from qlora_trainer.model import Tuned, joins_rows_exactly, load_base, load_text_config, tune
+from qlora_trainer.model import Tuned, computing_in, joins_rows_exactly, load_base, load_text_config, tune, tune_whole
 from qlora_trainer.pace import Pace, time_and_tokens
 from qlora_trainer.preview import preview, shown_rows
-from qlora_trainer.publish import ADAPTER, REPORT, keep_rejected
+from qlora_trainer.publish import REPORT, WEIGHTS, keep_rejected
 from qlora_trainer.report import library_versions
 from qlora_trainer.snapshot import Places, text_files, weight_files
 from qlora_trainer.store import MODEL, Store
@@ -75,14 +75,19 @@ def fetch_model(places: Places, config: RunConfig, work: Path) -> Path:
 
 
 def load_model(config: RunConfig, folder: Path) -> tuple[Tuned, Choices]:
-    """Load the base, put a fresh adapter on it, and say what was chosen and why."""
+    """Load the base, make what is trained of it, and say what was chosen and why."""
     spec, plan = config.spec, config.plan
     hardware = observe_hardware(plan.device)
-    longest = config.prepared.dataset.longest_row_tokens
-    choices = decide(spec, plan, hardware, load_text_config(folder), longest)
-    base = load_base(folder, spec.quantization, choices.dtype, choices.attention, plan.device)
-    if choices.packing and not joins_rows_exactly(base):
+    choices = decide(config, hardware, load_text_config(folder))
+    whole = spec.method == "full"
+    dtype = torch.float32 if whole else choices.dtype
+    base = load_base(folder, spec.quantization, dtype, choices.attention, plan.device)
+    with computing_in(choices.dtype, base.device):
+        exact = joins_rows_exactly(base)
+    if choices.packing and not exact:
         choices = choices.with_packing_off("this architecture carries state from one joined row into the next")
+    if whole:
+        return tune_whole(base, choices), choices
     return tune(base, spec.lora, spec.training.seed, choices), choices
 
 
@@ -194,7 +199,7 @@ def build_result(config: RunConfig, report: RunReport) -> Result:
     """Return the run in short."""
     prefix = config.prepared.prefix
     return Result(
-        adapter=f"{prefix}/{ADAPTER}",
+        adapter=f"{prefix}/{WEIGHTS[config.spec.method]}",
         report=f"{prefix}/{REPORT}",
         evaluation=report.evaluation,
         steps=len(report.history),
@@ -225,6 +230,7 @@ def make_loading_check(
     """Note what the adapter does now, so that a fresh process can be held to it."""
     rows = held_out[:CHECKED_ROWS]
     task = LoadingTask(
+        method=config.spec.method,
         base=str(folder),
         quantization=config.spec.quantization,
         device=config.plan.device,
@@ -240,7 +246,7 @@ def prove_loadable(check: LoadingCheck, files: Path) -> None:
     gc.collect()
     if check.task.device == "cuda":
         torch.cuda.empty_cache()
-    load_in_fresh_process(check.task, files / ADAPTER, check.expected_loss)
+    load_in_fresh_process(check.task, files / WEIGHTS[check.task.method], check.expected_loss)
 
 
 def empty_folder(folder: Path) -> Path:

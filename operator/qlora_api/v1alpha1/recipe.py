@@ -12,7 +12,7 @@ class QuantizationSpec(ApiModel):
     """How the frozen base weights are stored."""
 
     bits: Literal[4, 8, 16] = Field(
-        default=4, description="Bits per weight: 4 or 8 (bitsandbytes) for method qlora, 16 for method lora."
+        default=4, description="Bits per weight: 4 or 8 (bitsandbytes) for method qlora, 16 for lora and full."
     )
     type: Literal["nf4", "fp4"] = Field(default="nf4", description="4-bit data type.")
     double_quant: bool = Field(default=True, description="Quantise the 4-bit scales as well (0.37 bit a weight less).")

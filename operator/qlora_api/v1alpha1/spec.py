@@ -80,8 +80,8 @@ class QLoRAJobSpec(ApiModel):
             "method qlora needs quantization.bits 4 or 8; for a 16-bit base set method to lora",
         ),
         (
-            "self.method != 'lora' || self.quantization.bits == 16",
-            "method lora needs quantization.bits 16; for a quantised base set method to qlora",
+            "self.method == 'qlora' || self.quantization.bits == 16",
+            "methods lora and full need quantization.bits 16; for a quantised base set method to qlora",
         ),
         (
             "self.lora.init != 'pissa' || self.quantization.bits == 16",
@@ -96,8 +96,12 @@ class QLoRAJobSpec(ApiModel):
         *map(_immutable, _IMMUTABLE_FIELDS),
     )
 
-    method: Literal["qlora", "lora"] = Field(
-        default="qlora", description="qlora: adapter on a quantised base; lora: adapter on a 16-bit base."
+    method: Literal["qlora", "lora", "full"] = Field(
+        default="qlora",
+        description=(
+            "qlora: adapter on a quantised base; lora: adapter on a 16-bit base; full: all weights are trained, in "
+            "fp32, and the model itself is published (for small models; the block lora has no say)."
+        ),
     )
     model: ModelSpec = Field(description="The base model.")
     dataset: DatasetSpec = Field(description="The rows to learn from.")

@@ -13,6 +13,7 @@ from tests.make import make_spec
     [
         pytest.param({"quantization": {"bits": 16}}, "set spec.method to lora", id="qlora-16"),
         pytest.param({"method": "lora"}, "set spec.method to qlora", id="lora-4"),
+        pytest.param({"method": "full"}, "method full needs 16", id="full-4"),
         pytest.param({"training": {"microBatchSize": 3}}, "leave it out to let the plan choose", id="micro-batch"),
         pytest.param({"lora": {"targets": ["all-linear", "q_proj"]}}, "list it alone", id="all-linear"),
         pytest.param(
@@ -43,6 +44,7 @@ def test_violation(change: dict[str, Any], sentence: str) -> None:
     [
         {},
         {"method": "lora", "quantization": {"bits": 16}},
+        {"method": "full", "quantization": {"bits": 16}},
         {"quantization": {"bits": 8}},
         {"lora": {"init": "loftq", "rslora": True}},
         {"method": "lora", "quantization": {"bits": 16}, "lora": {"init": "pissa"}},

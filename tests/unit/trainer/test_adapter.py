@@ -19,9 +19,9 @@ from qlora_trainer.evaluate import evaluate
 from qlora_trainer.loftq import closest_product
 from qlora_trainer.model import Tuned, load_base, tune
 from qlora_trainer.modules import check_modules, numbers_of
-from qlora_trainer.publish import write_adapter
+from qlora_trainer.publish import write_weights
 from tests.unit.trainer.tiny import CPU, make_model, make_spec, make_tokenizer, write_model
-from tests.unit.trainer.tuned import CHOICES, NF4, make_test_loop, run_steps, token_rows, weights_of
+from tests.unit.trainer.tuned import CHOICES, NF4, make_record, make_test_loop, run_steps, token_rows, weights_of
 
 SIXTEEN_BITS = {"method": "lora", "quantization": {"bits": 16}}
 IDS = torch.tensor([[3, 141, 59, 26, 5, 35]])
@@ -58,7 +58,7 @@ def logits_of(model) -> torch.Tensor:
 
 def reload(tuned: Tuned, folder, target, dtype: torch.dtype = torch.float32):
     """Publish the adapter, and load it as a stranger does, on the base as it is on disk."""
-    adapter = write_adapter(tuned, make_tokenizer(), f"file://{folder}", "c", target)
+    adapter = write_weights(tuned, make_tokenizer(), make_record(folder), target)
     return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), adapter)
 
 

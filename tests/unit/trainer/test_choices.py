@@ -1,15 +1,21 @@
-"""What the hardware and the model decide: dtype, attention, checkpointing, and what a server must know."""
+"""What the hardware and the model decide: dtype, attention, checkpointing, optimizer."""
+
+from typing import Any
 
 import pytest
 import torch
 from transformers import Gemma2Config, GPT2Config, GPTNeoXConfig, LlamaConfig
 
-from qlora_api.v1alpha1 import Plan
+from qlora_api.names import Reason
+from qlora_api.runconfig import RunConfig
 from qlora_trainer.attention import FLASH, AttentionFacts, attention_facts, choose_attention
 from qlora_trainer.choices import activation_checkpointing, compute_dtype, decide
+from qlora_trainer.errors import RunError
 from qlora_trainer.hardware import Hardware, observe_hardware
 from qlora_trainer.optimizer import Kind
-from tests.unit.trainer.tiny import make_spec
+from qlora_trainer.whole import check_size, choose_for_whole
+from tests.make import make_prepared
+from tests.unit.trainer.tiny import make_spec, run_config
 
 GIB = 1 << 30
 CPU = Hardware("cpu", None, native_bf16=False, free_bytes=8 * GIB, name="CPU, 2 threads")
@@ -79,13 +85,16 @@ def test_checkpointing_is_on_where_activations_would_not_fit():
     assert why == "4096 tokens keep about 17.0 GiB of activations, and half of the free memory is 4.0 GiB"
 
 
+def config(**blocks: Any) -> RunConfig:
+    spec = make_spec("hf://o/m", "s3://data/rows.jsonl", "s3://out/x", **blocks)
+    return run_config(spec, make_prepared())
+
+
+MODEL = LlamaConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
+
+
 def test_every_decision_has_its_reason():
-    spec = make_spec("hf://o/m", "s3://data/rows.jsonl", "s3://out/x", training={"optimizer": "pagedAdamw"})
-    plan = Plan(
-        device="cpu", nodes=1, gpus_per_node=0, micro_batch_size=4, gradient_accumulation=2, total_steps=4, reasons=()
-    )
-    model = LlamaConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
-    choices = decide(spec, plan, CPU, model, longest_row=100)
+    choices = decide(config(training={"optimizer": "pagedAdamw"}), CPU, MODEL)
     assert (choices.dtype, choices.attention, choices.optimizer) == (torch.float32, "sdpa", Kind.ADAMW)
     assert list(choices.reasons) == [
         "device", "dtype", "attention", "gradient checkpointing", "packing", "optimizer", "start",
@@ -93,6 +102,40 @@ def test_every_decision_has_its_reason():
     assert choices.reasons["optimizer"].startswith("adamw: pagedAdamw without pages")
     off = choices.with_packing_off("it leaks")
     assert (off.packing, off.reasons["packing"]) == (False, "off: it leaks")
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "parameters", "kind", "reason"),
+    [
+        ("auto", gpu(8, 0), 10**9, Kind.ADAMW_FUSED, "its fp32 state fits; weights, gradients and state take 14.9 GiB"),
+        ("auto", gpu(8, 0), 1_500_000_000, Kind.ADAMW_8BIT, "with fp32 state the model would not fit"),
+        ("pagedAdamw8bit", gpu(8, 0), 2 * 10**9, Kind.PAGED_ADAMW_8BIT, "spec.training.optimizer"),
+        ("auto", CPU, 10**8, Kind.ADAMW, "its fp32 state fits"),
+    ],
+)
+def test_all_weights_get_the_optimizer_that_fits(asked, device, parameters, kind, reason):
+    found, why = choose_for_whole(asked, device, parameters)
+    assert (found, reason in why) == (kind, True), why
+
+
+@pytest.mark.parametrize(("asked", "parameters"), [("auto", 2 * 10**9), ("adamw", 1_500_000_000)])
+def test_what_cannot_be_afforded_ends_before_it_is_loaded(asked, parameters):
+    with pytest.raises(RunError, match=r"spec.method: full trains .* weights, which takes .* GiB") as caught:
+        choose_for_whole(asked, gpu(8, 0), parameters)
+    assert caught.value.reason == Reason.INVALID_SPEC
+
+
+def test_no_gpu_is_asked_for_what_no_gpu_can_hold():
+    check_size("LlamaForCausalLM", 7_000_000_000)
+    with pytest.raises(RunError, match="LlamaForCausalLM has 70,000,000,000 weights, and full trains 20,000,000,000"):
+        check_size("LlamaForCausalLM", 70_000_000_000)
+
+
+def test_the_weights_of_method_full_leave_less_for_activations():
+    spec = {"method": "full", "quantization": {"bits": 16}}
+    choices = decide(config(**spec), CPU, MODEL)
+    assert choices.reasons["start"] == "every weight as the base has it"
+    assert "half of the free memory is 3.0 GiB" in choices.reasons["gradient checkpointing"]
 
 
 def test_this_computer_has_a_cpu_with_memory():

@@ -44,7 +44,7 @@ class RecordingStore(FileStore):
 def result(loss: float) -> Result:
     metrics = Metrics(loss=loss, perplexity=1.0, token_accuracy=0.5)
     evaluation = EvaluationStatus(base=metrics, adapter=metrics, rows=1, tokens=1)
-    return Result(adapter="a", report="r", evaluation=evaluation, steps=1, tokens_per_second=1.0)
+    return Result(adapter="a/adapter", report="r", evaluation=evaluation, steps=1, tokens_per_second=1.0)
 
 
 def config(root: str) -> RunConfig:

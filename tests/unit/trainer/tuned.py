@@ -1,8 +1,10 @@
 """A tiny model with an adapter, rows of random tokens, and a loop over them."""
 
+from pathlib import Path
+
 import torch
 
-from qlora_api.report import StepRecord
+from qlora_api.report import AdapterRecord, StepRecord
 from qlora_api.v1alpha1 import LoraSpec, QuantizationSpec, TrainingSpec
 from qlora_trainer.choices import Choices
 from qlora_trainer.distributed import World
@@ -34,6 +36,21 @@ def token_rows(count: int = 16, seed: int = 0, spans: int = 1) -> tuple[TokenRow
 def make_tuned(dropout: float = 0.0, **changes) -> Tuned:
     lora = LoraSpec(rank=4, alpha=8, dropout=dropout, targets=("q_proj", "v_proj"))
     return tune(make_model(**changes).requires_grad_(False), lora, 1, CHOICES)
+
+
+def make_record(folder: Path, method: str = "lora") -> AdapterRecord:
+    """What goes with weights that were trained on a model's folder."""
+    return AdapterRecord(
+        job="colours",
+        digest="0123456789abcdef",
+        base=f"file://{folder}",
+        commit="c",
+        method=method,
+        quantization=QuantizationSpec(bits=16),
+        dtype="float32",
+        attention="sdpa",
+        format="instruction",
+    )
 
 
 def make_test_loop(tuned: Tuned, rows, micro_batch: int = 4, steps: int = 4, **training) -> Loop:

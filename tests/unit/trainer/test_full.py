@@ -1,0 +1,122 @@
+"""Method full: every weight is trained, in fp32, and the model itself is published and loads by itself."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from qlora_api.names import Reason
+from qlora_api.report import RunReport
+from qlora_api.v1alpha1 import QuantizationSpec
+from qlora_trainer.batches import make_batch
+from qlora_trainer.digest import result_digest
+from qlora_trainer.errors import RunError
+from qlora_trainer.evaluate import evaluate
+from qlora_trainer.model import load_base, tune_whole
+from qlora_trainer.optimizer import Kind
+from qlora_trainer.prepare import prepare
+from qlora_trainer.publish import write_weights
+from qlora_trainer.run import run
+from tests.unit.trainer.tiny import (
+    CPU,
+    RecordingSink,
+    instruction_rows,
+    make_spec,
+    make_tokenizer,
+    prepare_config,
+    run_config,
+    write_model,
+    write_rows,
+)
+from tests.unit.trainer.tuned import CHOICES, make_record, make_test_loop, run_steps, token_rows, weights_of
+
+FULL = {"method": "full", "quantization": {"bits": 16}, "training": {"learningRate": 0.001}}
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def folder(request, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    write_model(path, tie_word_embeddings=request.param)
+    return path
+
+
+def tuned_on(folder: Path, dtype: torch.dtype = torch.float32, *, checkpointing: bool = False):
+    base = load_base(folder, QuantizationSpec(bits=16), torch.float32, "sdpa", "cpu")
+    return tune_whole(base, dataclasses.replace(CHOICES, dtype=dtype, checkpointing=checkpointing))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_weight_learns_in_fp32_and_the_loss_falls(folder, dtype):
+    tuned, rows = tuned_on(folder, dtype), token_rows(16)
+    assert {weight.dtype for weight in tuned.parameters()} == {torch.float32}
+    assert len(tuned.parameters()) == len(list(tuned.causal.parameters()))
+    before = weights_of(tuned)
+    history = run_steps(make_test_loop(tuned, rows, steps=6, learning_rate=0.002))
+    assert history[-1].loss < history[0].loss
+    assert not any(torch.equal(one, other) for one, other in zip(before, weights_of(tuned), strict=True))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_are_those_of_the_model_alone(folder, checkpointing):
+    tuned, batch = tuned_on(folder, checkpointing=checkpointing), make_batch(token_rows(4), CPU, packing=True)
+    tuned.peft.train()
+    tuned.loss_sum(batch, torch.ones(())).backward()
+    alone = tuned_on(folder).causal
+    logits = alone(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits[0]
+    torch.nn.functional.cross_entropy(logits[batch.chosen], batch.labels, reduction="sum").backward()
+    for one, other in zip(tuned.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-3, atol=1e-4)
+
+
+def test_the_model_is_written_in_the_bases_dtype_and_says_what_it_came_from(folder, tmp_path):
+    tuned, rows = tuned_on(folder), token_rows(8)
+    run_steps(make_test_loop(tuned, rows, learning_rate=0.002))
+    with tuned.evaluating():
+        wanted = evaluate(tuned, rows, 4, packing=True).loss
+    target = write_weights(tuned, make_tokenizer(), make_record(folder, "full"), tmp_path)
+    assert target.name == "model"
+    stored = load_file(target / "model.safetensors")
+    assert {weight.dtype for weight in stored.values()} == {torch.bfloat16}
+    assert ("lm_head.weight" in stored) != tuned.causal.config.tie_word_embeddings
+    assert json.loads((target / "config.json").read_text())["_name_or_path"] == f"file://{folder}"
+    model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
+    again = dataclasses.replace(tuned, peft=model, causal=model)
+    with again.evaluating():
+        assert evaluate(again, rows, 4, packing=True).loss == pytest.approx(wanted, rel=0.01)
+
+
+def test_a_whole_run_publishes_a_model_that_loads_by_itself(tmp_path):
+    model, rows = write_model(tmp_path / "base"), write_rows(tmp_path / "rows.jsonl", instruction_rows())
+    spec = make_spec(model, rows, f"file://{tmp_path / 'output'}", **FULL)
+    prepared = prepare(prepare_config(spec), work=tmp_path / "work")
+    result = run(run_config(spec, prepared), RecordingSink(), work=tmp_path / "work")
+    assert result.adapter == f"{prepared.prefix}/model"
+    assert result.evaluation.adapter.loss < result.evaluation.base.loss
+    found = Path(result.adapter.removeprefix("file://"))
+    assert not (found / "adapter_config.json").exists()
+    assert "AutoModelForCausalLM.from_pretrained" in (found / "README.md").read_text()
+    report = RunReport.model_validate_json((found.parent / "report/report.json").read_text())
+    assert report.choices["optimizer"].startswith(f"{Kind.ADAMW}: its fp32 state fits")
+
+
+def test_the_adapters_settings_have_no_say_in_the_result(folder, tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl", instruction_rows())
+    specs = [
+        make_spec(f"file://{folder}", rows, f"file://{tmp_path}", **FULL | {"lora": {"rank": rank}}) for rank in (4, 8)
+    ]
+    facts = prepare(prepare_config(specs[0]), work=tmp_path / "work")
+    first, second = (result_digest(spec, facts.model, facts.dataset) for spec in specs)
+    assert first == second == facts.digest
+
+
+def test_a_model_that_no_gpu_can_hold_is_refused_by_prepare(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("qlora_trainer.whole.LARGEST", 1000)
+    rows = write_rows(tmp_path / "rows.jsonl", instruction_rows())
+    spec = make_spec(f"file://{folder}", rows, f"file://{tmp_path}", **FULL)
+    with pytest.raises(RunError, match="full trains 1,000 at most") as caught:
+        prepare(prepare_config(spec), work=tmp_path / "work")
+    assert caught.value.reason == Reason.INVALID_SPEC

@@ -1,0 +1,74 @@
+"""Method full: every weight is trained, in fp32, and the model itself is published; whether that can be afforded."""
+
+import json
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from transformers import AutoConfig
+
+from qlora_api.names import Reason
+from qlora_trainer.errors import RunError
+from qlora_trainer.hardware import Hardware
+from qlora_trainer.optimizer import Kind, choose_optimizer
+
+LARGEST: Final = 20_000_000_000
+"""Weights beyond which no single GPU suffices: 8 bytes each, with paged state, are 160 GB; a B200 has 192 GB."""
+_BYTES_PER_WEIGHT: Final = {
+    Kind.ADAMW: 4 + 4 + 8,
+    Kind.ADAMW_FUSED: 4 + 4 + 8,
+    Kind.ADAMW_8BIT: 4 + 4 + 2,
+    Kind.PAGED_ADAMW: 4 + 4,
+    Kind.PAGED_ADAMW_8BIT: 4 + 4,
+}
+"""Weight and gradient in fp32, and AdamW's two moments in fp32 or 8 bits; paged ones may leave the GPU."""
+_SHARE: Final = 0.8
+"""Of the free memory; the rest is for activations."""
+
+
+def check_size(name: str, parameters: int) -> None:
+    """Refuse what no GPU could train whole, before one is asked for."""
+    if parameters > LARGEST:
+        raise RunError(
+            Reason.INVALID_SPEC,
+            f"spec.method: {name} has {parameters:,} weights, and full trains {LARGEST:,} at most; use qlora or lora",
+        )
+
+
+def choose_for_whole(asked: str, hardware: Hardware, parameters: int) -> tuple[Kind, str]:
+    """Return the optimizer for all weights of a model: with fp32 state if that fits, else with 8-bit state."""
+    kind, reason = choose_optimizer(asked, hardware.device)
+    if asked == "auto":
+        reason = "its fp32 state fits"
+        if not _fits(kind, hardware, parameters):
+            kind, reason = Kind.ADAMW_8BIT, "with fp32 state the model would not fit"
+    if not _fits(kind, hardware, parameters):
+        raise RunError(
+            Reason.INVALID_SPEC,
+            f"spec.method: full trains {parameters:,} weights, which takes {_gib(bytes_for(kind, parameters))} with "
+            f"{kind} and leaves {_SHARE:.0%} of the {_gib(hardware.free_bytes)} that are free exceeded; use lora or "
+            "qlora, or a larger device",
+        )
+    return kind, f"{reason}; weights, gradients and state take {_gib(bytes_for(kind, parameters))}"
+
+
+def bytes_for(kind: Kind, parameters: int) -> int:
+    """Return the memory of weights, gradients and state on the device."""
+    return parameters * _BYTES_PER_WEIGHT[kind]
+
+
+def _fits(kind: Kind, hardware: Hardware, parameters: int) -> bool:
+    return bytes_for(kind, parameters) <= _SHARE * hardware.free_bytes
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB"
+
+
+def save_whole(model: Any, uri: str, target: Path) -> None:
+    """Write the model in the base's own dtype, and without a path of this computer."""
+    stored = AutoConfig.from_pretrained(model.name_or_path, trust_remote_code=False).dtype
+    model.to(stored or torch.float32).save_pretrained(target)
+    config = target / "config.json"
+    content = json.loads(config.read_text())
+    config.write_text(json.dumps(content | {"_name_or_path": uri.removeprefix("hf://")}, indent=2, sort_keys=True))
