@@ -44,6 +44,10 @@ SECRETS_MOUNT: Final = "/var/run/qlora/secrets"
 TOKEN_MOUNT: Final = "/var/run/qlora/token"  # noqa: S105 (a path)
 """The projected ServiceAccount token for the progress endpoint."""
 TOKEN_FILE: Final = f"{TOKEN_MOUNT}/token"
+CLAIM_SCHEME: Final = "pvc://"
+"""pvc://claim/path: a file or folder in a PersistentVolumeClaim of the QLoRAJob's namespace."""
+CLAIMS_MOUNT: Final = "/var/run/qlora/claims"
+"""One folder per claim that the spec reads from, read-only."""
 WORK_MOUNT: Final = "/work"
 """The only writable folder of a pod: an emptyDir with caches, weights and checkpoints in the making."""
 TOKEN_AUDIENCE: Final = "qlora-operator"  # noqa: S105 (an audience)

@@ -20,7 +20,7 @@ from qlora_cli.overrides import Override, OverrideError, override, parse_overrid
 from qlora_cli.screen import open_screen
 from qlora_cli.uris import to_uri
 from qlora_cli.validate import describe_read_error
-from qlora_operator.rules import ANYWHERE
+from qlora_operator.rules import ON_A_COMPUTER
 
 STOPPED = 130
 """The exit code of a shell's command that was interrupted."""
@@ -77,7 +77,7 @@ def parse_single(file: str, overrides: list[Override]) -> JobManifest:
     jobs = [document for document in read_documents(file) if is_qlorajob(document)]
     if len(jobs) != 1:
         raise YamlError(f"{file}: has {len(jobs)} QLoRAJobs; give a file with one")
-    return parse_manifest(override(jobs[0], overrides), ANYWHERE)
+    return parse_manifest(override(jobs[0], overrides), ON_A_COMPUTER)
 
 
 def run_watched(manifest: JobManifest, platform: Platform, console: Console) -> LastWord:

@@ -3,10 +3,10 @@
 Most are CEL rules of the CRD too; here they hold for objects that are older than the rule, and without a cluster.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Final
 
-from qlora_api.names import Reason
+from qlora_api.names import CLAIM_SCHEME, Reason
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_operator.values import Violation
 
@@ -90,28 +90,24 @@ def rows_have_one_origin(spec: QLoRAJobSpec) -> str | None:
     return None
 
 
-def _dataset_uris(spec: QLoRAJobSpec) -> dict[str, str]:
-    held_out = spec.dataset.evaluation.uri
-    return {field: source.uri for field, source in spec.dataset.inputs} | (
-        {"spec.dataset.evaluation.uri": held_out} if held_out else {}
-    )
-
-
 def uris_are_reachable(spec: QLoRAJobSpec) -> str | None:
     """A pod sees no file of the user's computer."""
-    uris = {
-        "spec.model.uri": spec.model.uri,
-        **_dataset_uris(spec),
-        "spec.output.uri": spec.output.uri,
-    }
-    return next(
-        (
-            f"{field} is {uri}, and file:// works with 'qlora run' only; upload it and use s3://"
-            for field, uri in uris.items()
-            if uri.startswith("file://")
-        ),
-        None,
+    return _first_with(
+        {**spec.input_uris, "spec.output.uri": spec.output.uri},
+        "file://",
+        "file:// works with 'qlora run' only; upload it and use s3://",
     )
+
+
+def claims_can_be_mounted(spec: QLoRAJobSpec) -> str | None:
+    """The user's computer sees no claim of a cluster."""
+    return _first_with(
+        spec.input_uris, CLAIM_SCHEME, "only a cluster can mount a claim; copy the files and give their path with --set"
+    )
+
+
+def _first_with(uris: Mapping[str, str], scheme: str, why: str) -> str | None:
+    return next((f"{field} is {uri}, and {why}" for field, uri in uris.items() if uri.startswith(scheme)), None)
 
 
 ANYWHERE: Final[tuple[Rule, ...]] = (
@@ -125,6 +121,7 @@ ANYWHERE: Final[tuple[Rule, ...]] = (
 )
 """Rules for `qlora run` and for a cluster."""
 IN_CLUSTER: Final[tuple[Rule, ...]] = (*ANYWHERE, uris_are_reachable)
+ON_A_COMPUTER: Final[tuple[Rule, ...]] = (*ANYWHERE, claims_can_be_mounted)
 
 
 def check(spec: QLoRAJobSpec, rules: tuple[Rule, ...] = IN_CLUSTER) -> tuple[Violation, ...]:

@@ -28,6 +28,10 @@ GPU: Final = make_spec(
     output={"secretRef": None, "serviceAccountName": "trainer"},
     deadlines={"total": "12h"},
 )
+CLAIMS: Final = make_spec(
+    model={"uri": "pvc://models/llama-3.2-3b"},
+    dataset={"uri": None, "sources": [{"uri": "pvc://rows.team-a/chats/"}, {"uri": "pvc://models/rows.csv"}]},
+)
 PRIVATE: Final = replace(INSTALLATION, pull_secrets=("registry", "mirror"))
 """An installation whose image needs credentials."""
 RUN: Final = Run(1, make_plan(CPU, make_prepared()), make_prepared())
@@ -35,6 +39,8 @@ RUN: Final = Run(1, make_plan(CPU, make_prepared()), make_prepared())
 CHILDREN: Final[dict[str, Callable[[], Manifest]]] = {
     "prepare-job-cpu": lambda: build_prepare_job(OWNER, CPU, INSTALLATION),
     "prepare-job-gpu": lambda: build_prepare_job(OWNER, GPU, PRIVATE),
+    "prepare-job-claims": lambda: build_prepare_job(OWNER, CLAIMS, INSTALLATION),
+    "train-job-claims": lambda: build_train_job(OWNER, CLAIMS, 1, INSTALLATION),
     "train-job-cpu": lambda: build_train_job(OWNER, CPU, 1, INSTALLATION),
     "train-job-gpu": lambda: build_train_job(OWNER, GPU, 2, PRIVATE),
     "prepare-config": lambda: build_prepare_config(OWNER, CPU, INSTALLATION),

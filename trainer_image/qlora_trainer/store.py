@@ -1,4 +1,4 @@
-"""One small interface over the places that hold data and results: s3:// and file://."""
+"""One small interface over the places that hold data and results: s3://, file://, and pvc:// for what is read."""
 
 import hashlib
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final, Protocol
 from urllib.parse import unquote, urlparse
 
-from qlora_api.names import Reason, SecretRole
+from qlora_api.names import CLAIM_SCHEME, CLAIMS_MOUNT, Reason, SecretRole
 from qlora_api.runconfig import S3Config
 from qlora_trainer.errors import RunError
 from qlora_trainer.secrets import Secrets
@@ -89,7 +89,7 @@ class Store(Protocol):
 
 def open_store(uri: str, owner: Owner, secrets: Secrets, s3: S3Config) -> Store:
     """Return the store behind a URI, with the credentials of its owner."""
-    if uri.startswith("file://"):
+    if uri.startswith(("file://", CLAIM_SCHEME)):
         return FileStore(uri, owner)
     from qlora_trainer.s3 import S3Store  # noqa: PLC0415 (boto3 takes a second to import)
 
@@ -103,7 +103,9 @@ def split_uri(uri: str) -> tuple[str, str]:
 
 
 def local_path(uri: str) -> Path:
-    """Return the path of a file:// URI."""
+    """Return the path of a file:// URI, or of a pvc:// URI in the pod that mounts its claim."""
+    if uri.startswith(CLAIM_SCHEME):
+        return Path(CLAIMS_MOUNT, uri.removeprefix(CLAIM_SCHEME))
     return Path(unquote(urlparse(uri).path))
 
 

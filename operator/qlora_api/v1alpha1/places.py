@@ -23,7 +23,8 @@ class ModelSpec(ApiModel):
     uri: Uri = Field(
         description=(
             "Where the base model is: hf://organisation/name (the hub, or its mirror where the platform has one), "
-            "s3://bucket/prefix (a folder in the Hugging Face format), or file:///folder (with `qlora run` only). "
+            "s3://bucket/prefix or pvc://claim/path (a folder in the Hugging Face format), or file:///folder (with "
+            "`qlora run` only). "
             "Weights must be safetensors."
         ),
         examples=["hf://HuggingFaceTB/SmolLM2-135M-Instruct"],
@@ -119,8 +120,8 @@ class DatasetSpec(ApiModel):
         default=None,
         description=(
             "One file of rows (.jsonl, .json, .csv, .tsv, also with .gz; .parquet; .arrow): s3://bucket/key, "
-            "hf://datasets/organisation/name/file or file://. With '/' at its end: every such file below it, in the "
-            "order of their names."
+            "hf://datasets/organisation/name/file, pvc://claim/path or file://. With '/' at its end: every such file "
+            "below it, in the order of their names."
         ),
         examples=["s3://data/support/train.jsonl"],
     )

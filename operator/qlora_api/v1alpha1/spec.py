@@ -113,3 +113,13 @@ class QLoRAJobSpec(ApiModel):
     evaluation: EvaluationSpec = Field(default=EvaluationSpec(), description="What is reported beside the loss.")
     output: OutputSpec = Field(description="Where the result goes.")
     deadlines: DeadlinesSpec = Field(default=DeadlinesSpec(), description="When waiting ends. May be changed later.")
+
+    @property
+    def input_uris(self) -> dict[str, str]:
+        """Return every URI that is read, by its field."""
+        held_out = self.dataset.evaluation.uri
+        return {
+            "spec.model.uri": self.model.uri,
+            **{field: source.uri for field, source in self.dataset.inputs},
+            **({"spec.dataset.evaluation.uri": held_out} if held_out else {}),
+        }

@@ -43,7 +43,9 @@ PLACEHOLDER: Final = r"\{[^{}]+\}"
 Duration = Annotated[
     str, Field(pattern=r"^[1-9][0-9]*(s|m|h|d)$", max_length=8, examples=["30m"]), AfterValidator(_validate_duration)
 ]
-Uri = Annotated[str, Field(pattern=r"^(hf|s3|file)://.+$", max_length=MAX_URI)]
+Uri = Annotated[
+    str, Field(pattern=r"^((hf|s3|file)://.+|pvc://[a-z0-9]([-a-z0-9.]*[a-z0-9])?/.*)$", max_length=MAX_URI)
+]
 OutputUri = Annotated[str, Field(pattern=r"^(s3|file)://.+$", max_length=MAX_URI)]
 ObjectName = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$", max_length=253)]
 Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?$", max_length=16)]

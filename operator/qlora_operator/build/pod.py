@@ -5,6 +5,7 @@ from typing import Any, Final
 from qlora_api import names
 from qlora_api.names import SecretRole
 from qlora_api.v1alpha1 import QLoRAJobSpec, ResourcesSpec, Toleration
+from qlora_operator.build.claims import build_claim_mounts, build_claim_volumes
 from qlora_operator.build.metadata import Installation, Workload
 from qlora_operator.values import PREPARE_MEMORY, Manifest
 
@@ -121,6 +122,7 @@ def _mounts(spec: QLoRAJobSpec, installation: Installation) -> list[dict[str, An
         {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108 (an emptyDir of the pod)
         *secrets,
         *token,
+        *build_claim_mounts(spec),
     ]
 
 
@@ -142,6 +144,7 @@ def _volumes(workload: Workload, spec: QLoRAJobSpec, installation: Installation)
         {"name": "tmp", "emptyDir": {}},
         *secrets,
         *(projected if installation.progress_url else []),
+        *build_claim_volumes(spec),
     ]
 
 

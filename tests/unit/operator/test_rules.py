@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from qlora_operator.rules import ANYWHERE, check
+from qlora_operator.rules import ANYWHERE, ON_A_COMPUTER, check
 from tests.make import make_spec
 
 
@@ -30,6 +30,25 @@ from tests.make import make_spec
         pytest.param({"dataset": {"uri": "file:///d"}}, "spec.dataset.uri is file:///d", id="dataset"),
         pytest.param(
             {"dataset": {"evaluation": {"uri": "file:///e"}}}, "spec.dataset.evaluation.uri is file:///e", id="held-out"
+        ),
+        pytest.param(
+            {"dataset": {"uri": None, "sources": [{"uri": "s3://data/a.csv"}, {"uri": "file:///b.csv"}]}},
+            "spec.dataset.sources[1].uri is file:///b.csv",
+            id="source",
+        ),
+        pytest.param({"dataset": {"uri": None}}, "spec.dataset has neither uri nor sources; give one", id="no-rows"),
+        pytest.param(
+            {"dataset": {"sources": [{"uri": "s3://data/a.csv"}]}}, "spec.dataset has both uri and sources", id="both"
+        ),
+        pytest.param(
+            {"dataset": {"uri": None, "sources": [{"uri": "s3://data/a.csv"}], "maxSamples": 9}},
+            "spec.dataset.maxSamples stands beside sources; give each of them its own",
+            id="samples",
+        ),
+        pytest.param(
+            {"dataset": {"format": "chat", "template": {"prompt": "{a}", "answer": "{b}"}}},
+            "spec.dataset.format is chat; leave format out, or remove the template",
+            id="template",
         ),
         pytest.param({"output": {"uri": "file:///o"}}, "spec.output.uri is file:///o", id="output"),
     ],
@@ -58,3 +77,12 @@ def test_no_violation(change: dict[str, Any]) -> None:
 
 def test_files_are_fine_without_a_cluster() -> None:
     assert check(make_spec(output={"uri": "file:///o"}), ANYWHERE) == ()
+
+
+def test_a_claim_is_for_a_cluster() -> None:
+    spec = make_spec(dataset={"uri": "pvc://rows/train.jsonl"})
+    assert check(spec) == ()
+    [violation] = check(spec, ON_A_COMPUTER)
+    assert violation.message.startswith(
+        "spec.dataset.uri is pvc://rows/train.jsonl, and only a cluster can mount a claim"
+    )

@@ -8,7 +8,7 @@ import pytest
 from qlora_api.names import Reason, SecretRole
 from qlora_api.prepared import Prepared
 from qlora_api.runconfig import Platform
-from qlora_trainer import shards
+from qlora_trainer import shards, store
 from qlora_trainer.errors import RunError
 from qlora_trainer.prepare import prepare
 from qlora_trainer.secrets import load_secrets
@@ -249,3 +249,17 @@ def test_what_a_mirror_lacks(places, tmp_path, mirror, name, revision):
     error = refused(spec, tmp_path, Platform(hub_mirror=mirror))
     assert error.reason == Reason.MODEL_NOT_FOUND
     assert f"has no {name} at revision {revision}" in error.message
+
+
+def test_model_and_rows_from_claims(places, tmp_path, model_folder, monkeypatch):
+    monkeypatch.setattr(store, "CLAIMS_MOUNT", str(tmp_path / "claims"))
+    (tmp_path / "claims/rows/parts").mkdir(parents=True)
+    (tmp_path / "claims/models").symlink_to(model_folder.parent, target_is_directory=True)
+    for part in ("b", "a"):
+        write_rows(tmp_path / f"claims/rows/parts/{part}.jsonl", instruction_rows(20))
+    spec = make_spec(f"pvc://models/{model_folder.name}", "pvc://rows/parts/", places[2])
+    prepared = prepare(prepare_config(spec), work=tmp_path / "work")
+    assert prepared.model.uri.startswith("pvc://models/")
+    assert (prepared.dataset.training_rows, prepared.dataset.evaluation_rows) == (32, 8)
+    error = refused(make_spec(spec.model.uri, "pvc://rows/none.jsonl", places[2]), tmp_path)
+    assert (error.reason, "none.jsonl" in error.message) == (Reason.DATASET_NOT_FOUND, True)
