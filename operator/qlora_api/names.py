@@ -130,6 +130,7 @@ class Reason(StrEnum):
     OUTPUT_EXISTS = "OutputExists"
     NON_FINITE_LOSS = "NonFiniteLoss"
     GATE_FAILED = "GateFailed"
+    LOSS_DIVERGED = "LossDiverged"
     CUDA_OUT_OF_MEMORY = "CudaOutOfMemory"
     HOST_OUT_OF_MEMORY = "HostOutOfMemory"
     DEADLINE_EXCEEDED = "DeadlineExceeded"
@@ -213,6 +214,10 @@ GUIDANCE: Final[dict[Reason, Guidance]] = {
         "The result breaks a rule of spec.evaluation.gate and was not published; the message has figure and bound.",
         "Read the report under rejected/, then change data or recipe; or create the QLoRAJob anew with a gate that "
         "the result passes, which publishes it without training again.",
+    ),
+    Reason.LOSS_DIVERGED: Guidance(
+        "The loss rose far above where it was, and stayed there.",
+        "Lower spec.training.learningRate, or raise warmupRatio or globalBatchSize.",
     ),
     Reason.CUDA_OUT_OF_MEMORY: Guidance(
         "The GPU's memory did not suffice.",

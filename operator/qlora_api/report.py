@@ -137,6 +137,16 @@ class Piece(ApiModel):
     learned: bool
 
 
+class HeldOutRecord(ApiModel):
+    """One look at the held-out rows while the training goes on."""
+
+    step: int
+    """Optimizer steps that were done."""
+    loss: float
+    token_accuracy: float
+    seconds: float
+
+
 class RunReport(ApiModel):
     """report.json: everything that report.html shows."""
 
@@ -149,6 +159,9 @@ class RunReport(ApiModel):
     choices: dict[str, str]
     """What the hardware decided (dtype, attention, …), each with its reason."""
     history: tuple[StepRecord, ...]
+    held_out: tuple[HeldOutRecord, ...] = ()
+    adapter_step: int
+    """The step whose adapter was published: the last one, or the best."""
     evaluation: EvaluationStatus
     confidence: Confidence
     samples: tuple[Sample, ...]

@@ -90,6 +90,17 @@ def rows_have_one_origin(spec: QLoRAJobSpec) -> str | None:
     return None
 
 
+def choice_has_losses(spec: QLoRAJobSpec) -> str | None:
+    """Early stopping, and the best adapter, are chosen by held-out losses."""
+    training = spec.training
+    if training.evaluate_every is not None or (training.early_stopping is None and training.keep == "last"):
+        return None
+    return (
+        "spec.training.earlyStopping and keep best need held-out losses; set spec.training.evaluateEvery to a number "
+        "of steps"
+    )
+
+
 def uris_are_reachable(spec: QLoRAJobSpec) -> str | None:
     """A pod sees no file of the user's computer."""
     return _first_with(
@@ -114,6 +125,7 @@ ANYWHERE: Final[tuple[Rule, ...]] = (
     method_fits_bits,
     micro_batch_divides_batch,
     all_linear_stands_alone,
+    choice_has_losses,
     gate_has_answers,
     start_fits_base,
     start_fits_scale,

@@ -77,6 +77,7 @@ REFUSED = [
     ("spec.quantization.bits", 16, "method qlora needs quantization.bits 4 or 8"),
     ("spec.method", "lora", "methods lora and full need quantization.bits 16"),
     ("spec.training.microBatchSize", 3, "microBatchSize must divide globalBatchSize"),
+    ("spec.training.keep", "best", "set evaluateEvery to a number of steps"),
     ("spec.training.learningRate", 0, "spec.training.learningRate"),
     ("spec.model.uri", "meta-llama/Llama-3.2-3B", "spec.model.uri"),
     ("spec.model.uri", "hf://Llama-3.2-3B", "write hf://organisation/name"),

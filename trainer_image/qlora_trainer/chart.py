@@ -7,8 +7,7 @@ from typing import Final
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from qlora_api.report import StepRecord
-from qlora_api.v1alpha1 import EvaluationStatus
+from qlora_api.report import RunReport
 
 _RAW: Final = "#a9c3ee"
 _SMOOTH: Final = "#2f6fde"
@@ -20,8 +19,9 @@ _SMOOTH_FROM_STEPS: Final = 20
 """Fewer steps are drawn as they are: a smoothed line would lag behind them."""
 
 
-def draw_loss(history: Sequence[StepRecord], evaluation: EvaluationStatus) -> bytes:
+def draw_loss(report: RunReport) -> bytes:
     """Return the picture as PNG."""
+    history, evaluation = report.history, report.evaluation
     figure = Figure(figsize=(9, 4.5), dpi=140, layout="constrained")
     axes = figure.add_subplot()
     steps, losses = [record.step for record in history], [record.loss for record in history]
@@ -30,6 +30,9 @@ def draw_loss(history: Sequence[StepRecord], evaluation: EvaluationStatus) -> by
     else:
         axes.plot(steps, losses, color=_RAW, linewidth=1, label="training, each step")
         axes.plot(steps, smoothed(losses), color=_SMOOTH, linewidth=2, label="training, smoothed")
+    if report.held_out:
+        looks = [record.step for record in report.held_out], [record.loss for record in report.held_out]
+        axes.plot(*looks, color=_ADAPTER, linewidth=1.6, marker="o", markersize=4, label="held out, while training")
     for metrics, name, colour in ((evaluation.base, "base", _BASE), (evaluation.adapter, "adapter", _ADAPTER)):
         label = f"held out, {name}: {metrics.loss:.3f}"
         axes.axhline(metrics.loss, color=colour, linewidth=1.6, linestyle="--", label=label)

@@ -13,15 +13,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from qlora_api.base import ApiModel
-from qlora_api.report import ManifestFile, StepRecord
+from qlora_api.report import HeldOutRecord, ManifestFile, StepRecord
 from qlora_api.v1alpha1 import CheckpointSpec, to_timedelta
 from qlora_trainer.errors import RunError
+from qlora_trainer.history import History
 from qlora_trainer.output import MANIFEST
 from qlora_trainer.publish import describe_files
 from qlora_trainer.state import Flat, TrainingState
 from qlora_trainer.store import Store, sha256_of
 
 _ADAPTER: Final = "adapter.safetensors"
+_BEST: Final = "best.safetensors"
 _OPTIMIZER: Final = "optimizer.safetensors"
 _RECORD: Final = "record.json"
 
@@ -44,7 +46,8 @@ class Record(ApiModel):
     course: Course
     started_at: datetime
     """When the first attempt started."""
-    history: tuple[StepRecord, ...]
+    steps: tuple[StepRecord, ...]
+    held_out: tuple[HeldOutRecord, ...]
     optimizer: dict[str, float | int | bool | None]
     scaler: dict[str, float]
 
@@ -80,7 +83,7 @@ class Checkpoints:
             except (RunError, ValidationError, SafetensorError, ValueError) as error:
                 self._note(f"the checkpoint {place} is passed over: {error}")
                 continue
-            self._saved_step = len(state.history)
+            self._saved_step = len(state.history.steps)
             self._note(f"going on after step {self._saved_step}, from the checkpoint {self._output.root}/{place}")
             return state
         return None
@@ -110,7 +113,7 @@ class Checkpoints:
         return tuple(entry.path.removesuffix(f"/{MANIFEST}") for entry in entries if entry.path.endswith(MANIFEST))
 
     def _save(self, state: TrainingState) -> None:
-        step = len(state.history)
+        step = len(state.history.steps)
         place = f"{self._folder}/step-{step:06}"
         with tempfile.TemporaryDirectory() as folder:
             self._write(state, Path(folder))
@@ -123,12 +126,14 @@ class Checkpoints:
 
     def _write(self, state: TrainingState, folder: Path) -> None:
         save_file(dict(state.weights), folder / _ADAPTER)
+        save_file(dict(state.best), folder / _BEST)
         tensors = {name: value for name, value in state.optimizer.items() if isinstance(value, torch.Tensor)}
         save_file(tensors, folder / _OPTIMIZER)
         record = Record(
             course=self._course,
             started_at=self.started_at,
-            history=state.history,
+            steps=state.history.steps,
+            held_out=state.history.held_out,
             optimizer={name: value for name, value in state.optimizer.items() if not isinstance(value, torch.Tensor)},
             scaler=dict(state.scaler),
         )
@@ -142,9 +147,9 @@ class Checkpoints:
             record = Record.model_validate_json(Path(folder, _RECORD).read_bytes())
             check_course(record.course, self._course)
             optimizer: Flat = {**record.optimizer, **load_file(Path(folder, _OPTIMIZER))}
-            weights = load_file(Path(folder, _ADAPTER))
+            weights, best = load_file(Path(folder, _ADAPTER)), load_file(Path(folder, _BEST))
         self.started_at = record.started_at
-        return TrainingState(record.history, weights, optimizer, record.scaler)
+        return TrainingState(History(record.steps, record.held_out), weights, optimizer, record.scaler, best)
 
     def _fetch(self, place: str, file: ManifestFile, folder: Path) -> None:
         target = folder / file.path

@@ -2,10 +2,10 @@
 
 import hashlib
 import json
-from typing import Final
+from typing import Any, Final
 
 from qlora_api import __version__
-from qlora_api.v1alpha1 import DataStatus, ModelStatus, QLoRAJobSpec
+from qlora_api.v1alpha1 import DataStatus, ModelStatus, QLoRAJobSpec, TrainingSpec
 
 _DIGITS: Final = 16
 
@@ -26,8 +26,14 @@ def result_digest(spec: QLoRAJobSpec, model: ModelStatus, dataset: DataStatus) -
         "method": spec.method,
         "quantization": spec.quantization.model_dump(mode="json"),
         "lora": None if spec.method == "full" else spec.lora.model_dump(mode="json"),
-        "training": spec.training.model_dump(mode="json"),
+        "training": _decisive(spec.training),
         "trainer": __version__,
     }
     canonical = json.dumps(decisive, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:_DIGITS]
+
+
+def _decisive(training: TrainingSpec) -> dict[str, Any]:
+    """Return the recipe; looks at the held-out rows change nothing unless something is chosen by them."""
+    looks_decide = training.early_stopping is not None or training.keep == "best"
+    return training.model_dump(mode="json", exclude=None if looks_decide else {"evaluate_every"})

@@ -1,12 +1,13 @@
 """How far a run is, and how long it will take: from step records to progress reports."""
 
+import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from qlora_api.names import Phase
 from qlora_api.report import StepRecord
 from qlora_api.v1alpha1 import Progress
-from qlora_trainer.progress import ProgressSink
+from qlora_trainer.progress import INTERVAL_SECONDS, ProgressSink
 
 
 class Pace:
@@ -17,6 +18,7 @@ class Pace:
         self._total = total_steps
         self._phase = Phase.TRAINING
         self._records: list[StepRecord] = []
+        self._reported_at = time.monotonic()
 
     def resume(self, records: Sequence[StepRecord]) -> None:
         """Count the steps of an earlier attempt as done."""
@@ -33,7 +35,17 @@ class Pace:
         self._records.append(record)
         self._report()
 
+    def alive(self) -> None:
+        """Report that the work goes on, with nothing new to say; a report that is young says it already."""
+        if time.monotonic() - self._reported_at >= INTERVAL_SECONDS:
+            self._report()
+
+    def finish(self) -> None:
+        """Count the steps that early stopping left out as done."""
+        self._total = len(self._records)
+
     def _report(self) -> None:
+        self._reported_at = time.monotonic()
         done = len(self._records)
         last = self._records[-1] if self._records else None
         seconds, tokens = time_and_tokens(self._records)

@@ -71,7 +71,7 @@ def canonical_config(text: str, uri: str, commit: str) -> str:
 
 def write_report(report: RunReport, rows: Sequence[EvaluatedRow], folder: Path) -> None:
     """Write the report as data, as a picture and as a page, and the rows that its figures come from."""
-    picture = draw_loss(report.history, report.evaluation)
+    picture = draw_loss(report)
     (folder / PICTURE).parent.mkdir(parents=True, exist_ok=True)
     (folder / REPORT).write_text(report.model_dump_json(by_alias=True, indent=2))
     (folder / ROWS).write_text("".join(f"{row.model_dump_json(by_alias=True)}\n" for row in rows), encoding="utf-8")

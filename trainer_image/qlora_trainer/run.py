@@ -49,7 +49,7 @@ def run(
     pace.enter(Phase.TRAINING)
     course = stages.make_course(config, data, choices)
     checkpoints = Checkpoints(output, course, config.spec.checkpoint, started, sink.note)
-    history = stages.train(stages.make_training(tuned, data.training, config, choices), checkpoints, pace, stop)
+    history = stages.train(stages.make_training(tuned, data, config, choices), checkpoints, pace, stop)
     pace.enter(Phase.EVALUATING)
     adapter = examiner.examine(tuned)
     check = stages.make_loading_check(tuned, data.held_out, config, choices, folder)

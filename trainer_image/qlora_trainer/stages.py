@@ -3,7 +3,7 @@
 import gc
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from qlora_api.names import Reason
-from qlora_api.report import AdapterRecord, EvaluatedRow, Piece, RunReport, Sample, ServingCheck, StepRecord
+from qlora_api.report import AdapterRecord, EvaluatedRow, Piece, RunReport, Sample, ServingCheck
 from qlora_api.result import Result
 from qlora_api.runconfig import RunConfig
 from qlora_api.v1alpha1 import Metrics
@@ -23,6 +23,7 @@ from qlora_trainer.errors import RunError
 from qlora_trainer.evaluate import Examiner
 from qlora_trainer.gate import check_gate, describe_rejected, judge
 from qlora_trainer.hardware import observe_hardware, peak_memory_bytes
+from qlora_trainer.history import History, kept_step
 from qlora_trainer.interrupt import StopFlag
 from qlora_trainer.loading import CHECKED_ROWS, LoadingTask, load_in_fresh_process, rows_of_task
 from qlora_trainer.model import Tuned, computing_in, joins_rows_exactly, load_base, load_text_config, tune, tune_whole
@@ -99,10 +100,11 @@ def measure(
         return evaluate.evaluate(tuned, rows, config.plan.micro_batch_size, packing=choices.packing)
 
 
-def make_training(tuned: Tuned, rows: Sequence[TokenRow], config: RunConfig, choices: Choices) -> Loop:
+def make_training(tuned: Tuned, data: Data, config: RunConfig, choices: Choices) -> Loop:
     """Return the training loop that the plan describes."""
     schedule = Schedule(config.spec.training, config.plan.micro_batch_size, config.plan.total_steps)
-    return make_loop(tuned, rows, schedule, choices, join_world(config.plan.device))
+    loop = make_loop(tuned, data.training, schedule, choices, join_world(config.plan.device))
+    return replace(loop, held_out=data.held_out)
 
 
 def make_course(config: RunConfig, data: Data, choices: Choices) -> Course:
@@ -115,12 +117,15 @@ def make_course(config: RunConfig, data: Data, choices: Choices) -> Course:
     )
 
 
-def train(loop: Loop, checkpoints: Checkpoints, pace: Pace, stop: StopFlag) -> tuple[StepRecord, ...]:
+def train(loop: Loop, checkpoints: Checkpoints, pace: Pace, stop: StopFlag) -> History:
     """Train the adapter in place, on from the newest checkpoint if there is one."""
     start = checkpoints.newest()
     if start is not None:
-        pace.resume(start.history)
-    return loop.run(stop, Watcher(pace.note, checkpoints.offer), start)
+        pace.resume(start.history.steps)
+    watcher = Watcher(pace.note, lambda _: None, pace.alive, checkpoints.offer)
+    history = loop.run(stop, watcher, start)
+    pace.finish()
+    return history
 
 
 def make_examiner(data: Data, tokenizer: Any, config: RunConfig, choices: Choices) -> Examiner:
@@ -155,7 +160,7 @@ def name_of(dtype: torch.dtype) -> str:
 class Outcome:
     """What a run found out."""
 
-    history: tuple[StepRecord, ...]
+    history: History
     rows: tuple[EvaluatedRow, ...]
     serving: ServingCheck
     preview: tuple[tuple[Piece, ...], ...]
@@ -163,7 +168,7 @@ class Outcome:
 
 def build_report(config: RunConfig, choices: Choices, outcome: Outcome, started: datetime) -> RunReport:
     """Return the report of a run."""
-    seconds, tokens = time_and_tokens(outcome.history)
+    seconds, tokens = time_and_tokens(outcome.history.steps)
     return RunReport(
         job=config.job,
         namespace=config.namespace,
@@ -172,7 +177,9 @@ def build_report(config: RunConfig, choices: Choices, outcome: Outcome, started:
         plan=config.plan,
         prepared=config.prepared,
         choices=choices.reasons,
-        history=outcome.history,
+        history=outcome.history.steps,
+        held_out=outcome.history.held_out,
+        adapter_step=kept_step(outcome.history, config.spec.training),
         evaluation=scores.summarise(outcome.rows),
         confidence=scores.estimate_confidence(outcome.rows),
         samples=collect_samples(outcome.rows),

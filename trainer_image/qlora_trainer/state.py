@@ -6,12 +6,14 @@ from typing import Any, Final
 
 import torch
 
-from qlora_api.report import StepRecord
+from qlora_trainer.history import History
 from qlora_trainer.model import Tuned
 
 _NESTED: Final = "/"
 """Separates the levels of an optimizer's state in a flat name; bitsandbytes nests its 8-bit states one deeper."""
 
+Weights = Mapping[str, torch.Tensor]
+"""The adapter's weights, by name."""
 Flat = dict[str, torch.Tensor | float | int | bool | None]
 
 
@@ -19,13 +21,14 @@ Flat = dict[str, torch.Tensor | float | int | bool | None]
 class TrainingState:
     """A run between two steps."""
 
-    history: tuple[StepRecord, ...]
-    weights: Mapping[str, torch.Tensor]
-    """The adapter's, by name."""
+    history: History
+    weights: Weights
     optimizer: Flat
     """The optimizer's state of each weight, flat; its settings are the schedule's."""
     scaler: Mapping[str, float]
     """The fp16 loss scaler's; empty where nothing is scaled."""
+    best: Weights
+    """The adapter's weights at the lowest held-out loss; empty where the last ones are kept."""
 
 
 def copy_weights(tuned: Tuned) -> dict[str, torch.Tensor]:
@@ -34,10 +37,11 @@ def copy_weights(tuned: Tuned) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def put_weights(tuned: Tuned, weights: Mapping[str, torch.Tensor]) -> None:
-    """Give the adapter these weights; there must be one for each."""
-    for name, weight in _named_weights(tuned):
-        weight.copy_(weights[name])
+def put_weights(tuned: Tuned, weights: Weights) -> None:
+    """Give the adapter these weights."""
+    own = dict(_named_weights(tuned))
+    for name, weight in weights.items():
+        own[name].copy_(weight)
 
 
 def _named_weights(tuned: Tuned) -> Iterator[tuple[str, torch.nn.Parameter]]:

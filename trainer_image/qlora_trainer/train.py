@@ -8,17 +8,27 @@ from dataclasses import dataclass
 import torch
 
 from qlora_api.names import Reason
-from qlora_api.report import StepRecord
+from qlora_api.report import HeldOutRecord, StepRecord
 from qlora_api.v1alpha1 import TrainingSpec
 from qlora_trainer.batches import make_batch, micro_batches, rows_of_step
 from qlora_trainer.choices import Choices
 from qlora_trainer.distributed import World
 from qlora_trainer.errors import RunError
+from qlora_trainer.held_out import HeldOut
+from qlora_trainer.history import (
+    DIVERGED_RISE,
+    DIVERGED_STEPS,
+    History,
+    best_of,
+    evaluation_is_due,
+    is_finished,
+    level_before_divergence,
+)
 from qlora_trainer.interrupt import StopFlag, interrupted
 from qlora_trainer.model import Tuned
 from qlora_trainer.neftune import noisy_embeddings
 from qlora_trainer.optimizer import make_optimizer
-from qlora_trainer.state import TrainingState, copy_optimizer, copy_weights, put_optimizer, put_weights
+from qlora_trainer.state import TrainingState, Weights, copy_optimizer, copy_weights, put_optimizer, put_weights
 from qlora_trainer.tokens import TokenRow
 
 
@@ -44,8 +54,12 @@ class Schedule:
 class Watcher:
     """Who is told about a training while it goes on."""
 
-    note: Callable[[StepRecord], None]
+    step: Callable[[StepRecord], None]
     """Called with each finished step."""
+    held_out: Callable[[HeldOutRecord], None]
+    """Called with each look at the held-out rows."""
+    alive: Callable[[], None]
+    """Called now and then while that takes its time."""
     offer: Callable[[int, Callable[[], TrainingState], bool], None]
     """Called with the steps done, what captures the state after them, and whether this is the last occasion."""
 
@@ -61,42 +75,73 @@ class Loop:
     world: World
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    held_out: Sequence[TokenRow] = ()
 
-    def run(self, stop: StopFlag, watcher: Watcher, start: TrainingState | None = None) -> tuple[StepRecord, ...]:
-        """Train the adapter in place, on from a state if there is one, and return what happened at each step."""
-        history = self._restore(start) if start else []
+    def run(self, stop: StopFlag, watcher: Watcher, start: TrainingState | None = None) -> History:
+        """Train the adapter in place, on from a state if there is one, and return what happened."""
+        training, total = self.schedule.training, self.schedule.total_steps
+        history, best = self._restore(start) if start else (History(), {})
         self.tuned.peft.train()
         with stop.deferred():
-            while len(history) < self.schedule.total_steps:
-                record = self.step(len(history))
-                check_finite(record, scaling=self.scaler.is_enabled())
-                history.append(record)
-                watcher.note(record)
+            while not is_finished(history, training, total):
+                if evaluation_is_due(history, training, total):
+                    history = self._look(history, stop, watcher)
+                    best = self._best(history, best)
+                else:
+                    history = self._advance(history, watcher)
                 stopping = self.world.any(stop.requested)
-                self._offer(watcher, history, last=stopping)
+                self._offer(watcher, history, best, last=stopping)
                 if stopping:
-                    raise interrupted(len(history))
-        return tuple(history)
+                    raise interrupted(len(history.steps))
+        put_weights(self.tuned, best)
+        return history
 
-    def _restore(self, state: TrainingState) -> list[StepRecord]:
+    def _advance(self, history: History, watcher: Watcher) -> History:
+        """Take a step, and refuse to go on when there is no point in it."""
+        record = self.step(len(history.steps))
+        check_finite(record, scaling=self.scaler.is_enabled())
+        watcher.step(record)
+        history = history.with_step(record)
+        check_level(history)
+        return history
+
+    def _look(self, history: History, stop: StopFlag, watcher: Watcher) -> History:
+        """Look at the held-out rows; a look that a stop cut short is as if it had not been."""
+        rows = HeldOut(self.held_out, self.schedule.micro_batch, self.world, packing=self.choices.packing)
+        look = rows.look(self.tuned, len(history.steps), stop, watcher.alive)
+        if look is None:
+            return history
+        watcher.held_out(look)
+        return history.with_held_out(look)
+
+    def _best(self, history: History, best: Weights) -> Weights:
+        """Return the weights to keep, after a look."""
+        looks = history.held_out
+        is_news = self.schedule.training.keep == "best" and looks and looks[-1] == best_of(looks)
+        return copy_weights(self.tuned) if is_news else best
+
+    def _restore(self, state: TrainingState) -> tuple[History, Weights]:
         put_weights(self.tuned, state.weights)
         put_optimizer(self.optimizer, state.optimizer)
         if state.scaler:
             self.scaler.load_state_dict(dict(state.scaler))
-        return list(state.history)
+        return state.history, state.best
 
-    def _offer(self, watcher: Watcher, history: Sequence[StepRecord], *, last: bool) -> None:
+    def _offer(self, watcher: Watcher, history: History, best: Weights, *, last: bool) -> None:
         """Let one process keep the state, which is the same in all of them."""
-        if self.world.rank == 0:
-            done = len(history) == self.schedule.total_steps
-            watcher.offer(len(history), lambda: self._capture(history), last or done)
+        training, total = self.schedule.training, self.schedule.total_steps
+        # A look that is due belongs to the state after its step.
+        if self.world.rank == 0 and (last or not evaluation_is_due(history, training, total)):
+            last = last or is_finished(history, training, total)
+            watcher.offer(len(history.steps), lambda: self._capture(history, best), last)
 
-    def _capture(self, history: Sequence[StepRecord]) -> TrainingState:
+    def _capture(self, history: History, best: Weights) -> TrainingState:
         return TrainingState(
-            history=tuple(history),
+            history=history,
             weights=copy_weights(self.tuned),
             optimizer=copy_optimizer(self.optimizer),
             scaler=self.scaler.state_dict(),
+            best=best,
         )
 
     def step(self, step: int) -> StepRecord:
@@ -184,3 +229,16 @@ def check_finite(record: StepRecord, *, scaling: bool) -> None:
         "spec.training.learningRate, or check the dataset",
         record.step,
     )
+
+
+def check_level(history: History) -> None:
+    """End a run whose loss left its level for good: what follows would cost time and help nobody."""
+    level = level_before_divergence(history.steps)
+    if level is not None:
+        last = history.steps[-1]
+        raise RunError(
+            Reason.LOSS_DIVERGED,
+            f"the loss was {level:.3f} and has been more than {DIVERGED_RISE} above that for {DIVERGED_STEPS} steps; "
+            f"it is {last.loss:.3f} at step {last.step}; lower spec.training.learningRate, or raise warmupRatio",
+            last.step,
+        )

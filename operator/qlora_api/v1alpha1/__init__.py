@@ -2,7 +2,14 @@
 
 from qlora_api.v1alpha1.checkpoint import CheckpointSpec
 from qlora_api.v1alpha1.places import DatasetSpec, DataSource, EvaluationSplit, ModelSpec, OutputSpec, RowTemplate
-from qlora_api.v1alpha1.recipe import EvaluationSpec, GateSpec, LoraSpec, QuantizationSpec, TrainingSpec
+from qlora_api.v1alpha1.recipe import (
+    EarlyStoppingSpec,
+    EvaluationSpec,
+    GateSpec,
+    LoraSpec,
+    QuantizationSpec,
+    TrainingSpec,
+)
 from qlora_api.v1alpha1.spec import MUTABLE_FIELDS, DeadlinesSpec, QLoRAJobSpec, ResourcesSpec, Toleration
 from qlora_api.v1alpha1.status import (
     Attempt,
@@ -31,6 +38,7 @@ __all__ = [
     "DataStatus",
     "DatasetSpec",
     "DeadlinesSpec",
+    "EarlyStoppingSpec",
     "EvaluationSpec",
     "EvaluationSplit",
     "EvaluationStatus",

@@ -71,6 +71,17 @@ class LoraSpec(ApiModel):
     )
 
 
+class EarlyStoppingSpec(ApiModel):
+    """When the training ends before its last step."""
+
+    patience: int = Field(
+        default=3, ge=1, le=1000, description="Looks at the held-out rows without a lower loss, after which it ends."
+    )
+    min_delta: float = Field(
+        default=0.0, ge=0, le=100, description="By how much a loss must be lower to count, in nats per token."
+    )
+
+
 class TrainingSpec(ApiModel):
     """The optimisation."""
 
@@ -78,6 +89,10 @@ class TrainingSpec(ApiModel):
         (
             "!has(self.microBatchSize) || self.globalBatchSize % self.microBatchSize == 0",
             "microBatchSize must divide globalBatchSize; leave it out to let the plan choose",
+        ),
+        (
+            "has(self.evaluateEvery) || (!has(self.earlyStopping) && self.keep == 'last')",
+            "earlyStopping and keep best need held-out losses; set evaluateEvery to a number of steps",
         ),
     )
 
@@ -139,6 +154,18 @@ class TrainingSpec(ApiModel):
         ge=0,
         le=100,
         description="Noise on the embeddings while training (NEFTune): 5 is usual, 0 is none. Never in an evaluation.",
+    )
+    evaluate_every: int | None = Field(
+        default=None,
+        ge=1,
+        le=10_000_000,
+        description="Look at the held-out loss each time this many steps are done. Default: before and after only.",
+    )
+    early_stopping: EarlyStoppingSpec | None = Field(
+        default=None, description="End when the held-out loss stays where it is. Default: take every step."
+    )
+    keep: Literal["last", "best"] = Field(
+        default="last", description="The adapter that is published: the last, or the one with the lowest held-out loss."
     )
     seed: int = Field(default=42, ge=0, le=4_294_967_295, description="Seed of data order, dropout and adapter.")
 

@@ -15,6 +15,8 @@ from tests.make import make_spec
         pytest.param({"method": "lora"}, "set spec.method to qlora", id="lora-4"),
         pytest.param({"method": "full"}, "method full needs 16", id="full-4"),
         pytest.param({"training": {"microBatchSize": 3}}, "leave it out to let the plan choose", id="micro-batch"),
+        pytest.param({"training": {"keep": "best"}}, "set spec.training.evaluateEvery", id="best-of-nothing"),
+        pytest.param({"training": {"earlyStopping": {}}}, "set spec.training.evaluateEvery", id="patience"),
         pytest.param({"lora": {"targets": ["all-linear", "q_proj"]}}, "list it alone", id="all-linear"),
         pytest.param(
             {"evaluation": {"generations": 0, "gate": {"minRougeL": 0.1}}}, "set it to 1 or more", id="gate-answers"
@@ -68,6 +70,7 @@ def test_violation(change: dict[str, Any], sentence: str) -> None:
         {"lora": {"init": "loftq", "rslora": True}},
         {"method": "lora", "quantization": {"bits": 16}, "lora": {"init": "pissa"}},
         {"training": {"microBatchSize": 4}},
+        {"training": {"evaluateEvery": 10, "keep": "best", "earlyStopping": {"patience": 2}}},
         {"evaluation": {"generations": 0, "gate": {"maxLoss": 3}}},
     ],
 )

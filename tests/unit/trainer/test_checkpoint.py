@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from qlora_api.names import Reason
-from qlora_api.report import RunReport, StepRecord
+from qlora_api.report import HeldOutRecord, RunReport, StepRecord
 from qlora_api.runconfig import RunConfig
-from qlora_api.v1alpha1 import CheckpointSpec, LoraSpec, QuantizationSpec, TrainingSpec
+from qlora_api.v1alpha1 import CheckpointSpec, EarlyStoppingSpec, LoraSpec, QuantizationSpec, TrainingSpec
 from qlora_trainer.checkpoint import Checkpoints, Course
 from qlora_trainer.distributed import World
 from qlora_trainer.errors import RunError
+from qlora_trainer.history import History
 from qlora_trainer.interrupt import StopFlag
 from qlora_trainer.model import load_base, tune
 from qlora_trainer.optimizer import Kind
@@ -41,6 +42,7 @@ from tests.unit.trainer.tuned import CHOICES, token_rows
 
 STEPS = 5
 COURSE = Course(digest="0123456789abcdef", total_steps=STEPS, rows=12, optimizer="AdamW")
+LOOKS = {"evaluate_every": 2, "keep": "best", "early_stopping": EarlyStoppingSpec(patience=9)}
 STARTED = datetime(2026, 1, 2, tzinfo=UTC)
 
 
@@ -56,8 +58,9 @@ def make_nf4_loop(folder: Path, kind: Kind = Kind.ADAMW) -> Loop:
     base = load_base(folder, QuantizationSpec(bits=4), torch.float32, "sdpa", "cpu")
     lora = LoraSpec(rank=4, alpha=8, dropout=0.2, targets=("q_proj", "v_proj"))
     choices = dataclasses.replace(CHOICES, optimizer=kind)
-    training = TrainingSpec(global_batch_size=8, learning_rate=0.01, warmup_ratio=0.3, weight_decay=0.01)
-    return make_loop(tune(base, lora, 1, choices), token_rows(12), Schedule(training, 4, STEPS), choices, World(CPU))
+    training = TrainingSpec(global_batch_size=8, learning_rate=0.01, warmup_ratio=0.3, weight_decay=0.01, **LOOKS)
+    loop = make_loop(tune(base, lora, 1, choices), token_rows(12), Schedule(training, 4, STEPS), choices, World(CPU))
+    return dataclasses.replace(loop, held_out=token_rows(6, seed=1))
 
 
 def make_checkpoints(folder: Path, course: Course = COURSE, **spec) -> tuple[Checkpoints, list[str]]:
@@ -70,17 +73,17 @@ def weights_of(loop: Loop) -> list[torch.Tensor]:
     return [parameter.detach().clone() for parameter in loop.tuned.parameters()]
 
 
-def train(loop: Loop, checkpoints: Checkpoints, stop_after: int = 0) -> tuple[StepRecord, ...]:
+def train(loop: Loop, checkpoints: Checkpoints, stop_after: int = 0) -> History:
     stop = StopFlag()
 
     def note(record: StepRecord) -> None:
         stop.requested = record.step == stop_after
 
-    return loop.run(stop, Watcher(note, checkpoints.offer), checkpoints.newest())
+    return loop.run(stop, Watcher(note, lambda _: None, lambda: None, checkpoints.offer), checkpoints.newest())
 
 
-def without_seconds(history: tuple[StepRecord, ...]) -> list[StepRecord]:
-    return [record.model_copy(update={"seconds": 0.0}) for record in history]
+def without_seconds(history: History) -> list[StepRecord | HeldOutRecord]:
+    return [record.model_copy(update={"seconds": 0.0}) for record in (*history.steps, *history.held_out)]
 
 
 @pytest.mark.parametrize("kind", [Kind.ADAMW, Kind.ADAMW_8BIT])
@@ -96,6 +99,20 @@ def test_a_run_stopped_after_any_step_ends_as_if_it_had_not_been(model_folder, t
         found = train(resumed, make_checkpoints(tmp_path / f"{step}")[0])
         assert without_seconds(found) == without_seconds(expected)
         assert all(torch.equal(*pair) for pair in zip(weights_of(whole), weights_of(resumed), strict=True))
+
+
+def test_a_look_that_was_cut_short_is_taken_again(model_folder, tmp_path):
+    stop, resumed = StopFlag(), make_nf4_loop(model_folder)
+
+    def interrupt() -> None:
+        stop.requested = True
+
+    watcher = Watcher(lambda _: None, lambda _: None, interrupt, make_checkpoints(tmp_path)[0].offer)
+    with pytest.raises(RunError) as caught:
+        make_nf4_loop(model_folder).run(stop, watcher)
+    assert caught.value.step == 2
+    history = train(resumed, make_checkpoints(tmp_path)[0])
+    assert [look.step for look in history.held_out] == [2, 4, 5]
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +150,7 @@ def test_a_checkpoint_is_due_by_time_or_by_steps_and_at_the_last_occasion(tmp_pa
 def make_state(steps: int) -> TrainingState:
     record = StepRecord(step=1, loss=1.0, learning_rate=0.1, grad_norm=1.0, tokens=1, seconds=1.0)
     history = tuple(record.model_copy(update={"step": step + 1}) for step in range(steps))
-    return TrainingState(history, {"a": torch.ones(2)}, {"0/step": torch.tensor(1.0), "0/note": 3}, {})
+    return TrainingState(History(history), {"a": torch.ones(2)}, {"0/step": torch.tensor(1.0), "0/note": 3}, {}, {})
 
 
 @pytest.mark.parametrize(
@@ -151,7 +168,7 @@ def test_a_broken_checkpoint_is_passed_over(kept, tmp_path, broken: Callable[[Pa
     checkpoints, notes = make_checkpoints(tmp_path)
     state = checkpoints.newest()
     assert state is not None
-    assert len(state.history) == 4
+    assert len(state.history.steps) == 4
     assert "step-000005 is passed over: " in notes[0]
     assert notes[1].startswith("going on after step 4, from the checkpoint file://")
 
@@ -181,7 +198,13 @@ def test_a_checkpoint_that_cannot_be_written_does_not_end_the_run(tmp_path):
 def config(model_folder, tmp_path_factory) -> RunConfig:
     folder = tmp_path_factory.mktemp("job")
     rows = write_rows(folder / "rows.jsonl", instruction_rows())
-    spec = make_spec(f"file://{model_folder}", rows, f"file://{folder / 'output'}", evaluation={"generations": 0})
+    spec = make_spec(
+        f"file://{model_folder}",
+        rows,
+        f"file://{folder / 'output'}",
+        evaluation={"generations": 0},
+        training={"evaluateEvery": 2},
+    )
     return run_config(spec, prepare(prepare_config(spec), work=folder / "work"), total_steps=STEPS)
 
 
@@ -225,4 +248,6 @@ def test_a_run_stopped_after_any_steps_goes_on_in_new_processes(stops, config, u
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     report = RunReport.model_validate_json((result_folder(stopped) / "report/report.json").read_text())
     assert [record.step for record in report.history] == [1, 2, 3, 4, 5]
+    assert [record.step for record in report.held_out] == [2, 4]
+    assert report.adapter_step == STEPS
     assert step_folders(result_folder(stopped) / "checkpoints") == []

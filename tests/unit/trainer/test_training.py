@@ -19,9 +19,9 @@ from qlora_trainer.evaluate import evaluate
 from qlora_trainer.interrupt import StopFlag
 from qlora_trainer.model import head_is_plain, joins_rows_exactly, load_base, tune
 from qlora_trainer.tokens import TokenRow
-from qlora_trainer.train import Schedule, Watcher, check_finite, check_gradients
+from qlora_trainer.train import Schedule, check_finite, check_gradients
 from tests.unit.trainer.tiny import CPU, make_model, write_model
-from tests.unit.trainer.tuned import CHOICES, NF4, make_test_loop, make_tuned, run_steps, token_rows, weights_of
+from tests.unit.trainer.tuned import CHOICES, DEAF, NF4, make_test_loop, make_tuned, run_steps, token_rows, weights_of
 
 ONE = torch.ones(())
 
@@ -269,7 +269,10 @@ def test_a_stop_takes_effect_after_the_step_and_its_state_can_be_kept():
         seen.append(record.step)
         stop.requested = record.step == 2
 
-    watcher = Watcher(note, lambda step, capture, last: kept.append((step, len(capture().history), last)))
+    def offer(step, capture, last) -> None:
+        kept.append((step, len(capture().history.steps), last))
+
+    watcher = dataclasses.replace(DEAF, step=note, offer=offer)
     with pytest.raises(RunError) as caught:
         make_test_loop(make_tuned(), token_rows(8)).run(stop, watcher)
     assert (caught.value.reason, caught.value.step, seen) == (Reason.INTERRUPTED, 2, [1, 2])

@@ -15,7 +15,7 @@ from qlora_trainer.tokens import TokenRow
 from qlora_trainer.train import Loop, Schedule, Watcher, make_loop
 from tests.unit.trainer.tiny import CPU, make_model
 
-DEAF = Watcher(lambda _: None, lambda *_: None)
+DEAF = Watcher(lambda _: None, lambda _: None, lambda: None, lambda *_: None)
 CHOICES = Choices(torch.float32, "sdpa", checkpointing=False, packing=True, optimizer=Kind.ADAMW, reasons={})
 NF4 = QuantizationSpec(bits=4)
 
@@ -63,4 +63,4 @@ def weights_of(tuned: Tuned) -> list[torch.Tensor]:
 
 
 def run_steps(loop: Loop) -> tuple[StepRecord, ...]:
-    return loop.run(StopFlag(), DEAF)
+    return loop.run(StopFlag(), DEAF).steps

@@ -1,0 +1,116 @@
+"""What follows from a history: when to look at the held-out rows, when to stop, what to keep, what has diverged."""
+
+import dataclasses
+import random
+
+import pytest
+
+from qlora_api.names import Reason
+from qlora_api.report import HeldOutRecord, StepRecord
+from qlora_api.v1alpha1 import EarlyStoppingSpec, TrainingSpec
+from qlora_trainer.errors import RunError
+from qlora_trainer.history import History, best_of, evaluation_is_due, is_exhausted, kept_step, level_before_divergence
+from qlora_trainer.interrupt import StopFlag
+from qlora_trainer.train import check_level
+from tests.unit.trainer.tuned import DEAF, make_test_loop, make_tuned, token_rows, weights_of
+
+
+def steps_of(*losses: float) -> tuple[StepRecord, ...]:
+    return tuple(
+        StepRecord(step=number, loss=loss, learning_rate=0.1, grad_norm=1.0, tokens=1, seconds=1.0)
+        for number, loss in enumerate(losses, start=1)
+    )
+
+
+def looks_of(*losses: float, every: int = 2) -> tuple[HeldOutRecord, ...]:
+    return tuple(
+        HeldOutRecord(step=number * every, loss=loss, token_accuracy=0.5, seconds=1.0)
+        for number, loss in enumerate(losses, start=1)
+    )
+
+
+@pytest.mark.parametrize(
+    ("done", "looks", "keep", "due"),
+    [
+        (0, 0, "last", False),
+        (1, 0, "last", False),
+        (2, 0, "last", True),
+        (2, 1, "last", False),
+        (5, 2, "last", False),
+        (5, 2, "best", True),
+    ],
+)
+def test_a_look_is_due_once_at_each_multiple_and_at_the_end_if_the_best_is_kept(done, looks, keep, due):
+    training = TrainingSpec(evaluate_every=2, keep=keep)
+    history = History(steps_of(*[1.0] * done), looks_of(*[1.0] * looks))
+    assert evaluation_is_due(history, training, total_steps=5) is due
+    assert not evaluation_is_due(history, TrainingSpec(), total_steps=5)
+
+
+@pytest.mark.parametrize(
+    ("losses", "patience", "min_delta", "exhausted"),
+    [
+        ((), 1, 0.0, False),
+        ((3.0, 2.0, 1.0), 1, 0.0, False),
+        ((3.0, 2.0, 2.0), 1, 0.0, True),
+        ((3.0, 2.0, 2.5, 1.9), 2, 0.0, False),
+        ((3.0, 2.0, 2.5, 2.1), 2, 0.0, True),
+        ((3.0, 2.95, 2.91), 2, 0.1, True),
+        ((3.0, 2.95, 2.89), 2, 0.1, False),
+    ],
+)
+def test_patience_ends_after_looks_that_are_no_better(losses, patience, min_delta, exhausted):
+    assert is_exhausted(looks_of(*losses), EarlyStoppingSpec(patience=patience, min_delta=min_delta)) is exhausted
+
+
+def test_the_best_is_the_earliest_of_the_lowest():
+    assert best_of(looks_of(3.0, 1.0, 2.0, 1.0)).step == 4
+    assert best_of(()) is None
+    history = History(steps_of(1.0, 1.0, 1.0, 1.0, 1.0), looks_of(1.0, 2.0))
+    assert kept_step(history, TrainingSpec(evaluate_every=2, keep="best")) == 2
+    assert kept_step(history, TrainingSpec(evaluate_every=2)) == 5
+
+
+@pytest.mark.parametrize(
+    ("losses", "level"),
+    [
+        pytest.param([2.0] * 40 + [9.0] * 20, 2.0, id="rises-and-stays"),
+        pytest.param([2.0] * 40 + [9.0] * 19, None, id="one-step-too-few"),
+        pytest.param([2.0] * 40 + [9.0] * 19 + [3.0] + [9.0] * 19, None, id="comes-back"),
+        pytest.param([6.0] * 20 + [1.0] * 20 + [3.0] * 20, 1.0, id="above-its-lowest-level"),
+        pytest.param([2.0] * 40 + [3.4] * 60, None, id="not-far-enough"),
+        pytest.param([9.0] * 100, None, id="never-low"),
+        pytest.param([], None, id="nothing"),
+    ],
+)
+def test_a_loss_that_leaves_its_level_for_good_is_found(losses, level):
+    assert level_before_divergence(steps_of(*losses)) == level
+
+
+def test_noise_of_one_nat_around_a_falling_loss_is_no_divergence():
+    chance = random.Random(0)
+    losses = [1.0 + 3.0 * 0.99**step + chance.gauss(0.0, 1.0) for step in range(3000)]
+    assert all(level_before_divergence(steps_of(*losses[:end])) is None for end in range(40, 3000, 41))
+
+
+def test_a_diverged_run_ends_with_its_reason():
+    with pytest.raises(RunError, match=r"the loss was 2\.000 and has been more than 1\.5 above that for 20") as caught:
+        check_level(History(steps_of(*[2.0] * 40, *[9.0] * 20)))
+    assert (caught.value.reason, caught.value.step) == (Reason.LOSS_DIVERGED, 60)
+
+
+def test_early_stopping_ends_the_loop_and_the_best_adapter_is_kept():
+    """With a learning rate that is far too high the first look is the best."""
+    looks, tuned = [], make_tuned()
+    training = {"evaluate_every": 1, "keep": "best", "early_stopping": EarlyStoppingSpec(patience=2)}
+    loop = make_test_loop(tuned, token_rows(8), steps=50, learning_rate=0.3, max_grad_norm=1000.0, **training)
+    loop = dataclasses.replace(loop, held_out=token_rows(8, seed=5))
+    history = loop.run(StopFlag(), dataclasses.replace(DEAF, held_out=looks.append))
+    assert tuple(looks) == history.held_out
+    best = best_of(looks)
+    assert len(history.steps) == best.step + 2 < 50
+    again = make_tuned()
+    until = make_test_loop(again, token_rows(8), steps=50, learning_rate=0.3, max_grad_norm=1000.0)
+    for step in range(best.step):
+        until.step(step)
+    assert all((one == other).all() for one, other in zip(weights_of(tuned), weights_of(again), strict=True))
