@@ -72,8 +72,8 @@ def _packed(rows: Sequence[TokenRow], device: torch.device) -> Batch:
         input_ids=torch.tensor([ids], device=device),
         position_ids=torch.tensor([positions], device=device),
         attention_mask=None,
-        chosen=torch.tensor(chosen, device=device),
-        labels=torch.tensor([ids[position + 1] for position in chosen], device=device),
+        chosen=torch.tensor(chosen, dtype=torch.long, device=device),
+        labels=torch.tensor([ids[position + 1] for position in chosen], dtype=torch.long, device=device),
     )
 
 
@@ -88,8 +88,8 @@ def _padded(rows: Sequence[TokenRow], device: torch.device) -> Batch:
         input_ids=torch.tensor(ids, device=device),
         position_ids=None,
         attention_mask=torch.tensor(mask, device=device),
-        chosen=torch.tensor(chosen, device=device),
-        labels=torch.tensor([flat[position + 1] for position in chosen], device=device),
+        chosen=torch.tensor(chosen, dtype=torch.long, device=device),
+        labels=torch.tensor([flat[position + 1] for position in chosen], dtype=torch.long, device=device),
     )
 
 

@@ -28,7 +28,8 @@ class World:
         """Add the gradients of all processes; adapters are megabytes, so one call for all of them is enough."""
         if self.size == 1:
             return
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        # An epoch's last step may have fewer rows than there are processes: who has none takes part with zeros.
+        gradients = [_gradient_of(parameter) for parameter in parameters]
         flat = torch.cat([gradient.flatten() for gradient in gradients])
         distributed.all_reduce(flat)
         parts = torch.split(flat, [gradient.numel() for gradient in gradients])
@@ -42,6 +43,12 @@ class World:
         cell = torch.tensor(number, dtype=torch.float64, device=self.device)
         distributed.all_reduce(cell)
         return float(cell)
+
+
+def _gradient_of(parameter: torch.nn.Parameter) -> torch.Tensor:
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
 
 
 def join_world(device: str) -> World:

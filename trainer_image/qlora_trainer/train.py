@@ -155,7 +155,7 @@ class Loop:
         labels = sum(row.label_count for row in window)
         mine = [window[place] for place in self.world.share(range(len(window)))]
         loss = self.world.total_of(self._accumulate(mine, labels)) / labels
-        if step == 0:
+        if step == 0 and mine:
             check_gradients(self.tuned)
         rate = self.schedule.learning_rate(step)
         norm = self._update(rate, training.max_grad_norm)

@@ -87,7 +87,7 @@ def without_seconds(history: History) -> list[StepRecord | HeldOutRecord]:
 
 
 @pytest.mark.parametrize("kind", [Kind.ADAMW, Kind.ADAMW_8BIT])
-def test_a_run_stopped_after_any_step_ends_as_if_it_had_not_been(model_folder, tmp_path, kind):
+def test_trap_30_a_run_stopped_after_any_step_ends_as_if_it_had_not_been(model_folder, tmp_path, kind):
     whole = make_nf4_loop(model_folder, kind)
     expected = train(whole, make_checkpoints(tmp_path / "whole")[0])
     for step in range(1, STEPS):
