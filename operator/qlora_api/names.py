@@ -70,6 +70,8 @@ class SecretRole(StrEnum):
     MODEL = "model"
     DATASET = "dataset"
     OUTPUT = "output"
+    WANDB = "wandb"
+    MLFLOW = "mlflow"
 
 
 class Phase(StrEnum):

@@ -19,6 +19,7 @@ from qlora_trainer.publish import publish, write_report, write_weights
 from qlora_trainer.secrets import Secrets, load_secrets
 from qlora_trainer.serving import check_serving
 from qlora_trainer.snapshot import Places
+from qlora_trainer.tracking import copy_board, open_trackers
 from qlora_trainer.work import default_work
 
 
@@ -32,7 +33,8 @@ def run(
 ) -> Result:
     """Fine-tune one adapter, compare it with its base, and publish it."""
     started, work, stop = datetime.now(UTC), work or default_work(), stop or StopFlag()
-    places = Places(config.platform, secrets or load_secrets(config.spec, config.namespace))
+    secrets = secrets or load_secrets(config.spec, config.namespace)
+    places = Places(config.platform, secrets)
     output = open_output(places, config.spec, config.job)
     if (published := find_manifest(output, config.prepared.digest)) is not None:
         point_latest(output, config.prepared.digest, config.prepared.prefix)
@@ -49,7 +51,8 @@ def run(
     pace.enter(Phase.TRAINING)
     course = stages.make_course(config, data, choices)
     checkpoints = Checkpoints(output, course, config.spec.checkpoint, started, sink.note)
-    history = stages.train(stages.make_training(tuned, data, config, choices), checkpoints, pace, stop)
+    news = stages.News(pace, open_trackers(config, secrets, work, sink.note))
+    history = stages.train(stages.make_training(tuned, data, config, choices), checkpoints, news, stop)
     pace.enter(Phase.EVALUATING)
     adapter = examiner.examine(tuned)
     check = stages.make_loading_check(tuned, data.held_out, config, choices, folder)
@@ -61,6 +64,7 @@ def run(
     report = stages.build_report(config, choices, outcome, checkpoints.started_at)
     write_report(report, outcome.rows, files)
     write_card(report, written)
+    copy_board(work, config, files)
     del tuned
     stages.prove_loadable(check, files)
     result = stages.build_result(config, report)

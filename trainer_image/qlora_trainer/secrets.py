@@ -9,7 +9,7 @@ from qlora_api.names import SECRETS_MOUNT, Reason, SecretRole
 from qlora_api.v1alpha1 import QLoRAJobSpec, SecretRef
 from qlora_trainer.errors import RunError
 
-_KEYS = (
+_PLACES = (
     "AWS_ACCESS_KEY_ID",
     "AWS_SECRET_ACCESS_KEY",
     "AWS_SESSION_TOKEN",
@@ -17,7 +17,15 @@ _KEYS = (
     "AWS_ENDPOINT_URL",
     "HF_TOKEN",
 )
+_KEYS = {
+    SecretRole.MODEL: _PLACES,
+    SecretRole.DATASET: _PLACES,
+    SecretRole.OUTPUT: _PLACES,
+    SecretRole.WANDB: ("WANDB_API_KEY",),
+    SecretRole.MLFLOW: ("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"),
+}
 """What is read of a Secret; its other keys are none of our business."""
+_TRACKERS = frozenset({SecretRole.WANDB, SecretRole.MLFLOW})
 
 
 @dataclass(frozen=True)
@@ -42,42 +50,33 @@ class Secrets:
         return self.by_role[role]
 
 
-def secret_references(spec: QLoRAJobSpec) -> dict[SecretRole, SecretRef | None]:
-    """Return the Secret that the spec names for each role."""
-    return {
-        SecretRole.MODEL: spec.model.secret_ref,
-        SecretRole.DATASET: spec.dataset.secret_ref,
-        SecretRole.OUTPUT: spec.output.secret_ref,
-    }
-
-
 def load_secrets(spec: QLoRAJobSpec, namespace: str, mount: Path = Path(SECRETS_MOUNT)) -> Secrets:
     """Read the mounted Secrets; without any mount (a local run) the environment is used."""
     if not mount.is_dir():
         return environment_secrets()
-    references = secret_references(spec)
-    output = _load_role(SecretRole.OUTPUT, references[SecretRole.OUTPUT], namespace, mount) or Credentials()
-    return Secrets(
-        {role: _load_role(role, reference, namespace, mount) or output for role, reference in references.items()}
-    )
+    found = {role: _load_role(role, reference, namespace, mount) for role, reference in spec.secret_refs.items()}
+    output = found[SecretRole.OUTPUT] or Credentials()
+    # The keys of the output are a default for what lies beside it, and nothing for a tracker to see.
+    return Secrets({role: keys or (Credentials() if role in _TRACKERS else output) for role, keys in found.items()})
 
 
 def environment_secrets() -> Secrets:
     """Return the process's own credentials for every role."""
     token = {"HF_TOKEN": os.environ["HF_TOKEN"]} if os.environ.get("HF_TOKEN") else {}
-    # The AWS_* keys stay with boto3, whose default chain also knows profiles, roles and refresh.
-    return Secrets(dict.fromkeys(SecretRole, Credentials(token)))
+    # The AWS_* keys stay with boto3, whose default chain also knows profiles, roles and refresh; so do the trackers'
+    # keys with their libraries.
+    return Secrets({role: Credentials({} if role in _TRACKERS else token) for role in SecretRole})
 
 
 def _load_role(role: SecretRole, reference: SecretRef | None, namespace: str, mount: Path) -> Credentials | None:
     if reference is None:
         return None
-    folder = mount / role
-    keys = {key: (folder / key).read_text().strip() for key in _KEYS if (folder / key).is_file()}
+    folder, field = mount / role, f"tracking.{role}" if role in _TRACKERS else role
+    keys = {key: (folder / key).read_text().strip() for key in _KEYS[role] if (folder / key).is_file()}
     if not keys:
         raise RunError(
             Reason.SECRET_NOT_FOUND,
-            f"spec.{role}.secretRef: Secret '{reference.name}' does not exist in namespace '{namespace}', or has none "
-            f"of the keys {', '.join(_KEYS)}; create it there, then create the QLoRAJob anew.",
+            f"spec.{field}.secretRef: Secret '{reference.name}' does not exist in namespace '{namespace}', or has none "
+            f"of the keys {', '.join(_KEYS[role])}; create it there, then create the QLoRAJob anew.",
         )
     return Credentials(keys)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from qlora_api.names import Reason
-from qlora_api.report import AdapterRecord, EvaluatedRow, Piece, RunReport, Sample, ServingCheck
+from qlora_api.report import AdapterRecord, EvaluatedRow, Piece, RunReport, Sample, ServingCheck, StepRecord
 from qlora_api.result import Result
 from qlora_api.runconfig import RunConfig
 from qlora_api.v1alpha1 import Metrics
@@ -34,6 +34,7 @@ from qlora_trainer.report import library_versions
 from qlora_trainer.snapshot import Places, text_files, weight_files
 from qlora_trainer.store import MODEL, Store
 from qlora_trainer.tokens import TokenRow
+from qlora_trainer.tracking import Trackers
 from qlora_trainer.train import Loop, Schedule, Watcher, make_loop
 
 
@@ -117,14 +118,35 @@ def make_course(config: RunConfig, data: Data, choices: Choices) -> Course:
     )
 
 
-def train(loop: Loop, checkpoints: Checkpoints, pace: Pace, stop: StopFlag) -> History:
+@dataclass(frozen=True)
+class News:
+    """Who is told how a training goes."""
+
+    pace: Pace
+    trackers: Trackers
+
+    def resume(self, history: History) -> None:
+        """Start from what an earlier attempt did."""
+        self.pace.resume(history.steps)
+        self.trackers.replay(history.steps, history.held_out)
+
+    def step(self, record: StepRecord) -> None:
+        """Tell of a finished step."""
+        self.pace.note(record)
+        self.trackers.step(record)
+
+
+def train(loop: Loop, checkpoints: Checkpoints, news: News, stop: StopFlag) -> History:
     """Train the adapter in place, on from the newest checkpoint if there is one."""
-    start = checkpoints.newest()
-    if start is not None:
-        pace.resume(start.history.steps)
-    watcher = Watcher(pace.note, lambda _: None, pace.alive, checkpoints.offer)
-    history = loop.run(stop, watcher, start)
-    pace.finish()
+    try:
+        start = checkpoints.newest()
+        if start is not None:
+            news.resume(start.history)
+        watcher = Watcher(news.step, news.trackers.held_out, news.pace.alive, checkpoints.offer)
+        history = loop.run(stop, watcher, start)
+    finally:
+        news.trackers.close()
+    news.pace.finish()
     return history
 
 

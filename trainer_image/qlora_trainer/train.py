@@ -52,7 +52,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Watcher:
-    """Who is told about a training while it goes on."""
+    """Who is told about a training while it goes on; one process speaks for all."""
 
     step: Callable[[StepRecord], None]
     """Called with each finished step."""
@@ -100,7 +100,8 @@ class Loop:
         """Take a step, and refuse to go on when there is no point in it."""
         record = self.step(len(history.steps))
         check_finite(record, scaling=self.scaler.is_enabled())
-        watcher.step(record)
+        if self.world.rank == 0:
+            watcher.step(record)
         history = history.with_step(record)
         check_level(history)
         return history
@@ -111,7 +112,8 @@ class Loop:
         look = rows.look(self.tuned, len(history.steps), stop, watcher.alive)
         if look is None:
             return history
-        watcher.held_out(look)
+        if self.world.rank == 0:
+            watcher.held_out(look)
         return history.with_held_out(look)
 
     def _best(self, history: History, best: Weights) -> Weights:

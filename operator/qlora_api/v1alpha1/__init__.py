@@ -24,6 +24,7 @@ from qlora_api.v1alpha1.status import (
     QLoRAJobStatus,
     RowLengths,
 )
+from qlora_api.v1alpha1.tracking import MlflowSpec, TrackingSpec, WandbSpec
 from qlora_api.v1alpha1.types import (
     SecretRef,
     to_timedelta,
@@ -45,6 +46,7 @@ __all__ = [
     "GateSpec",
     "LoraSpec",
     "Metrics",
+    "MlflowSpec",
     "ModelSpec",
     "ModelStatus",
     "OutputSpec",
@@ -59,6 +61,8 @@ __all__ = [
     "RowTemplate",
     "SecretRef",
     "Toleration",
+    "TrackingSpec",
     "TrainingSpec",
+    "WandbSpec",
     "to_timedelta",
 ]

@@ -5,10 +5,12 @@ from typing import Annotated, Final, Literal
 from pydantic import Field
 
 from qlora_api.base import ApiModel
+from qlora_api.names import SecretRole
 from qlora_api.v1alpha1.checkpoint import CheckpointSpec
 from qlora_api.v1alpha1.places import DatasetSpec, ModelSpec, OutputSpec
 from qlora_api.v1alpha1.recipe import EvaluationSpec, LoraSpec, QuantizationSpec, TrainingSpec
-from qlora_api.v1alpha1.types import Duration, LabelKey, LabelValue, Quantity, cel
+from qlora_api.v1alpha1.tracking import TrackingSpec
+from qlora_api.v1alpha1.types import Duration, LabelKey, LabelValue, Quantity, SecretRef, cel
 
 
 class Toleration(ApiModel):
@@ -62,6 +64,7 @@ _IMMUTABLE_FIELDS: Final = (
     "training",
     "resources",
     "checkpoint",
+    "tracking",
     "evaluation",
     "output",
 )
@@ -110,6 +113,7 @@ class QLoRAJobSpec(ApiModel):
     training: TrainingSpec = Field(default=TrainingSpec(), description="The optimisation.")
     resources: ResourcesSpec = Field(default=ResourcesSpec(), description="What the training pod asks for.")
     checkpoint: CheckpointSpec = Field(default=CheckpointSpec(), description="How much of a run a stop may cost.")
+    tracking: TrackingSpec = Field(default=TrackingSpec(), description="Where the course of the training is shown.")
     evaluation: EvaluationSpec = Field(default=EvaluationSpec(), description="What is reported beside the loss.")
     output: OutputSpec = Field(description="Where the result goes.")
     deadlines: DeadlinesSpec = Field(default=DeadlinesSpec(), description="When waiting ends. May be changed later.")
@@ -122,4 +126,16 @@ class QLoRAJobSpec(ApiModel):
             "spec.model.uri": self.model.uri,
             **{field: source.uri for field, source in self.dataset.inputs},
             **({"spec.dataset.evaluation.uri": held_out} if held_out else {}),
+        }
+
+    @property
+    def secret_refs(self) -> dict[SecretRole, SecretRef | None]:
+        """The Secret that each role of a pod is given."""
+        wandb, mlflow = self.tracking.wandb, self.tracking.mlflow
+        return {
+            SecretRole.MODEL: self.model.secret_ref,
+            SecretRole.DATASET: self.dataset.secret_ref,
+            SecretRole.OUTPUT: self.output.secret_ref,
+            SecretRole.WANDB: wandb.secret_ref if wandb else None,
+            SecretRole.MLFLOW: mlflow.secret_ref if mlflow else None,
         }

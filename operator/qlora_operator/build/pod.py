@@ -102,12 +102,7 @@ def _progress(workload: Workload, installation: Installation) -> dict[str, str]:
 
 
 def _secrets(spec: QLoRAJobSpec) -> dict[SecretRole, str]:
-    references = {
-        SecretRole.MODEL: spec.model.secret_ref,
-        SecretRole.DATASET: spec.dataset.secret_ref,
-        SecretRole.OUTPUT: spec.output.secret_ref,
-    }
-    return {role: reference.name for role, reference in references.items() if reference}
+    return {role: reference.name for role, reference in spec.secret_refs.items() if reference}
 
 
 def _mounts(spec: QLoRAJobSpec, installation: Installation) -> list[dict[str, Any]]:

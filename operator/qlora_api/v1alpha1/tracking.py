@@ -1,0 +1,46 @@
+"""Where the course of a training is shown while it goes on."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from qlora_api.base import ApiModel
+from qlora_api.v1alpha1.types import SecretRef
+
+TrackerName = Annotated[str, Field(min_length=1, max_length=128)]
+TrackerUrl = Annotated[str, Field(pattern=r"^https?://.+$", max_length=1024)]
+
+
+class WandbSpec(ApiModel):
+    """Weights & Biases."""
+
+    project: TrackerName = Field(description="Project of the run.")
+    entity: TrackerName | None = Field(default=None, description="User or team. Default: the key's own.")
+    base_url: TrackerUrl | None = Field(default=None, description="URL of an own server. Default: the public one.")
+    secret_ref: SecretRef | None = Field(
+        default=None, description="Secret with WANDB_API_KEY. `qlora run` takes the environment's."
+    )
+
+
+class MlflowSpec(ApiModel):
+    """MLflow."""
+
+    uri: TrackerUrl = Field(description="URL of the tracking server.")
+    experiment: TrackerName = Field(description="Experiment of the run; it is made where there is none.")
+    secret_ref: SecretRef | None = Field(
+        default=None,
+        description=(
+            "Secret with MLFLOW_TRACKING_TOKEN, or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD. `qlora run` "
+            "takes the environment's."
+        ),
+    )
+
+
+class TrackingSpec(ApiModel):
+    """The trackers; one that does not answer never fails or delays a run."""
+
+    tensorboard: bool = Field(
+        default=True, description="Write TensorBoard's event file, and publish it in report/tensorboard/."
+    )
+    wandb: WandbSpec | None = Field(default=None, description="Report to Weights & Biases. Default: no.")
+    mlflow: MlflowSpec | None = Field(default=None, description="Report to MLflow. Default: no.")
