@@ -109,7 +109,7 @@ def prepare_word(options: argparse.Namespace) -> LastWord:
 def train_word(options: argparse.Namespace, stop: StopFlag) -> LastWord:
     """Train, and return the result as the last word."""
     config = RunConfig.model_validate_json(options.config.read_text())
-    from qlora_trainer.progress import HttpSink, LogSink, ProgressSink, Sinks  # noqa: PLC0415 (as above)
+    from qlora_trainer.progress import Heartbeat, HttpSink, LogSink, ProgressSink, Sinks  # noqa: PLC0415 (as above)
     from qlora_trainer.run import run  # noqa: PLC0415 (as above)
 
     sinks: list[ProgressSink] = [LogSink()]
@@ -117,7 +117,8 @@ def train_word(options: argparse.Namespace, stop: StopFlag) -> LastWord:
     if http is not None:
         sinks.append(http)
     try:
-        result = run(config, Sinks(sinks), work=options.work, stop=stop)
+        with Heartbeat(Sinks(sinks)) as sink:
+            result = run(config, sink, work=options.work, stop=stop)
     finally:
         if http is not None:
             http.close()

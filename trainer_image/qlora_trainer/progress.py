@@ -6,12 +6,13 @@ import threading
 import time
 import urllib.request
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final, Protocol, Self
 
 import structlog
 
-from qlora_api.names import PROGRESS_TOKEN_ENV, PROGRESS_URL_ENV
+from qlora_api.names import PROGRESS_TOKEN_ENV, PROGRESS_URL_ENV, Phase
 from qlora_api.progress import Metric, ProgressReport, TrainerStatus
 from qlora_api.v1alpha1 import Progress
 
@@ -19,6 +20,8 @@ CA_ENV: Final = "KUBEFLOW_TRAINER_SERVER_CA_CERT"
 """The path of the certificate authority's file, for an https endpoint."""
 INTERVAL_SECONDS: Final = 5.0
 """Least time between two reports of one phase; transformers' KubeflowCallback keeps the same."""
+HEARTBEAT_SECONDS: Final = 30.0
+"""Time between two signs of life while there is no news."""
 _TIMEOUT_SECONDS: Final = 5.0
 
 log = structlog.get_logger()
@@ -61,6 +64,47 @@ class Sinks:
         """Tell each."""
         for sink in self._sinks:
             sink.note(text)
+
+
+class Heartbeat:
+    """Repeats the last progress while downloads, evaluations and uploads have no news of their own.
+
+    Between two steps it is silent: there news is due, and its absence is how a run that hangs is seen.
+    """
+
+    def __init__(self, sink: ProgressSink, seconds: float = HEARTBEAT_SECONDS) -> None:
+        self._sink = sink
+        self._seconds = seconds
+        self._latest: Progress | None = None
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="heartbeat", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closed.set()
+        self._thread.join()
+
+    def report(self, progress: Progress) -> None:
+        """Pass the progress on, and remember it."""
+        self._latest = progress
+        self._sink.report(progress)
+
+    def note(self, text: str) -> None:
+        """Pass the sentence on."""
+        self._sink.note(text)
+
+    def beat(self, now: datetime) -> None:
+        """Report the last progress again, unless steps are under way."""
+        latest = self._latest
+        if latest is not None and (latest.phase is not Phase.TRAINING or latest.loss is None):
+            self._sink.report(latest.model_copy(update={"updated_at": now}))
+
+    def _work(self) -> None:
+        while not self._closed.wait(self._seconds):
+            self.beat(datetime.now(UTC))
 
 
 def to_body(progress: Progress) -> bytes:

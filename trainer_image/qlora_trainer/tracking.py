@@ -77,6 +77,8 @@ class Wandb:
     """A run in Weights & Biases; a run that goes on after a stop is the same one there."""
 
     def __init__(self, spec: WandbSpec, credentials: Credentials, config: RunConfig, work: Path) -> None:
+        # Its settings come too late for the line that it prints when it takes a key.
+        os.environ.setdefault("WANDB_SILENT", "true")
         import wandb  # noqa: PLC0415 (takes seconds, and only where it is asked for)
 
         given = {"api_key": credentials.get("WANDB_API_KEY"), "base_url": spec.base_url}
@@ -151,10 +153,13 @@ class Background:
         if not self._waiting.full():
             self._waiting.put((metrics, step))
 
-    def close(self) -> None:
-        """Let the thread finish, for a while."""
+    def finish(self) -> None:
+        """Ask the thread to end once it has told everything."""
         if not self._waiting.full():
             self._waiting.put(None)
+
+    def wait(self) -> None:
+        """Wait for that, for a while."""
         self._thread.join(timeout=_CLOSE_SECONDS)
         if self._thread.is_alive():
             self._note(f"{self._name} has not taken everything in {_CLOSE_SECONDS:.0f} s; the run goes on without it")
@@ -200,7 +205,9 @@ class Trackers:
     def close(self) -> None:
         """End every tracker, whatever became of the run."""
         for tracker in self._all():
-            tracker.close()
+            tracker.finish()
+        for tracker in self._all():
+            tracker.wait()
 
     def _log(self, metrics: Metrics, step: int) -> None:
         for tracker in self._all():

@@ -20,7 +20,7 @@ from qlora_trainer.__main__ import main
 from qlora_trainer.errors import RunError, explain
 from qlora_trainer.interrupt import StopFlag
 from qlora_trainer.lastword import failure_word, to_line, write_last_word
-from qlora_trainer.progress import HttpSink, Sinks, to_body
+from qlora_trainer.progress import Heartbeat, HttpSink, Sinks, to_body
 from tests.unit.trainer.tiny import RecordingSink, make_spec, prepare_config
 
 
@@ -203,6 +203,38 @@ def test_progress_is_posted_rarely_but_phases_at_once(endpoint, tmp_path, monkey
     assert {"name": "phase", "value": "Publishing"} in [
         metric.model_dump() for metric in told[-1][1].trainer_status.metrics
     ]
+
+
+def test_a_heartbeat_repeats_the_last_report_but_not_between_steps():
+    later, sink = datetime(2026, 1, 3, tzinfo=UTC), RecordingSink()
+    heartbeat = Heartbeat(sink)
+    heartbeat.beat(later)
+    assert sink.seen == []
+    loading = progress(0).model_copy(update={"loss": None})
+    for news in (loading, progress(7), progress(100, Phase.EVALUATING)):
+        heartbeat.report(news)
+        heartbeat.beat(later)
+    assert [(seen.step, seen.phase, seen.updated_at == later) for seen in sink.seen] == [
+        (0, Phase.TRAINING, False),
+        (0, Phase.TRAINING, True),
+        (7, Phase.TRAINING, False),
+        (100, Phase.EVALUATING, False),
+        (100, Phase.EVALUATING, True),
+    ]
+
+
+def test_a_heartbeat_comes_from_a_thread_of_its_own():
+    beaten = threading.Event()
+
+    class Sink(RecordingSink):
+        def report(self, news: Progress) -> None:
+            super().report(news)
+            if len(self.seen) == 3:
+                beaten.set()
+
+    with Heartbeat(Sink(), seconds=0.01) as heartbeat:
+        heartbeat.report(progress(100, Phase.PUBLISHING))
+        assert beaten.wait(timeout=60)
 
 
 def test_without_an_endpoint_there_is_no_sink_and_a_dead_one_disturbs_nobody(monkeypatch):

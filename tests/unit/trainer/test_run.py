@@ -63,6 +63,7 @@ def test_everything_the_manifest_lists_is_there_and_intact(published):
         "report/report.html",
         "report/evaluation.jsonl",
         "report/loss.png",
+        "report/tensorboard/events.out.tfevents.qlora",
     }
     for file in manifest.files:
         content = (folder / file.path).read_bytes()

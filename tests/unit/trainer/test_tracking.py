@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -161,7 +162,8 @@ def test_a_slow_tracker_is_left_behind(monkeypatch):
 
     slow = Background("a tracker", connect, notes.append)
     slow.log({"train/loss": 1.0}, 1)
-    slow.close()
+    slow.finish()
+    slow.wait()
     assert notes[0].startswith("a tracker has not taken everything in 0 s")
     released.set()
     slow._thread.join()
@@ -174,6 +176,10 @@ def test_wandb_gets_the_run_under_the_digest(tmp_path, monkeypatch):
     (folder,) = (tmp_path / "wandb").glob("offline-run-*")
     (recorded,) = folder.glob("*.wandb")
     assert recorded.name == f"run-{config.prepared.digest}.wandb"
+    # wandb's own process writes the file, and may be a moment behind.
+    deadline = time.monotonic() + 60
+    while b"train/loss" not in recorded.read_bytes() and time.monotonic() < deadline:
+        time.sleep(0.1)
     assert b"train/loss" in recorded.read_bytes()
 
 
