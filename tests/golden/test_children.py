@@ -26,6 +26,7 @@ GPU: Final = make_spec(
         "tolerations": [{"key": "team", "value": "ml", "effect": "NoSchedule"}],
     },
     output={"secretRef": None, "serviceAccountName": "trainer"},
+    tracking={"wandb": {"project": "bots", "secretRef": {"name": "wandb-key"}}},
     deadlines={"total": "12h"},
 )
 CLAIMS: Final = make_spec(

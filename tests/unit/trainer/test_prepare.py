@@ -55,6 +55,9 @@ def test_facts_and_shards(places, tmp_path):
     ("changes", "same"),
     [
         pytest.param({"resources": {"memory": "32Gi"}, "deadlines": {"total": "1h"}}, True, id="resources"),
+        pytest.param({"checkpoint": {"steps": 1}, "tracking": {"tensorboard": False}}, True, id="upkeep"),
+        pytest.param({"training": {"evaluateEvery": 1}}, True, id="looks"),
+        pytest.param({"training": {"evaluateEvery": 1, "keep": "best"}}, False, id="looks-that-decide"),
         pytest.param({"training": {"seed": 1}}, False, id="seed"),
         pytest.param({"lora": {"rank": 8}}, False, id="lora"),
         pytest.param({"dataset": {"maxSamples": 30}}, False, id="data"),
