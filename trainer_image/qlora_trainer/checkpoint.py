@@ -2,7 +2,7 @@
 
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Final
@@ -109,8 +109,10 @@ class Checkpoints:
 
     def _places(self) -> tuple[str, ...]:
         """Return the folder of each complete checkpoint, the newest last."""
-        entries = self._output.list(self._folder)
-        return tuple(entry.path.removesuffix(f"/{MANIFEST}") for entry in entries if entry.path.endswith(MANIFEST))
+        paths = (entry.path for entry in self._output.list(self._folder))
+        return tuple(
+            sorted((path.removesuffix(f"/{MANIFEST}") for path in paths if path.endswith(MANIFEST)), key=_step_of)
+        )
 
     def _save(self, state: TrainingState) -> None:
         step = len(state.history.steps)
@@ -122,7 +124,9 @@ class Checkpoints:
                 self._output.put(f"{place}/{file.path}", Path(folder, file.path))
         self._output.put(f"{place}/{MANIFEST}", manifest.model_dump_json(by_alias=True).encode())
         self._saved_step, self._saved_at = step, time.monotonic()
-        self._remove(self._places()[: -self._spec.keep])
+        # Later ones are those that were passed over; they must not crowd out what this run can go on from.
+        usable = [found for found in self._places() if _step_of(found) <= step]
+        self._remove(usable[: -self._spec.keep])
 
     def _write(self, state: TrainingState, folder: Path) -> None:
         save_file(dict(state.weights), folder / _ADAPTER)
@@ -157,7 +161,7 @@ class Checkpoints:
         if sha256_of(target) != file.sha256:
             raise ValueError(f"{file.path} is not what its manifest says")
 
-    def _remove(self, places: tuple[str, ...]) -> None:
+    def _remove(self, places: Sequence[str]) -> None:
         """Remove the manifest first, so that no reader finds half a checkpoint."""
         try:
             for place in places:
@@ -166,6 +170,10 @@ class Checkpoints:
                     self._output.delete(entry.path)
         except RunError as error:
             self._note(f"old checkpoints stay in {self._output.root}/{self._folder}: {error}")
+
+
+def _step_of(place: str) -> int:
+    return int(place.rpartition("-")[2])
 
 
 def check_course(found: Course, wanted: Course) -> None:

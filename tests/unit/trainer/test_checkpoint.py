@@ -7,15 +7,17 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
+import boto3
 import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from moto import mock_aws
 from safetensors.torch import load_file
 
 from qlora_api.names import Reason
 from qlora_api.report import HeldOutRecord, RunReport, StepRecord
-from qlora_api.runconfig import RunConfig
+from qlora_api.runconfig import RunConfig, S3Config
 from qlora_api.v1alpha1 import CheckpointSpec, EarlyStoppingSpec, LoraSpec, QuantizationSpec, TrainingSpec
 from qlora_trainer.checkpoint import Checkpoints, Course
 from qlora_trainer.distributed import World
@@ -25,6 +27,8 @@ from qlora_trainer.interrupt import StopFlag
 from qlora_trainer.model import load_base, tune
 from qlora_trainer.optimizer import Kind
 from qlora_trainer.prepare import prepare
+from qlora_trainer.s3 import S3Store
+from qlora_trainer.secrets import Credentials
 from qlora_trainer.state import TrainingState
 from qlora_trainer.store import OUTPUT, FileStore
 from qlora_trainer.train import Loop, Schedule, Watcher, make_loop
@@ -151,6 +155,34 @@ def make_state(steps: int) -> TrainingState:
     record = StepRecord(step=1, loss=1.0, learning_rate=0.1, grad_norm=1.0, tokens=1, seconds=1.0)
     history = tuple(record.model_copy(update={"step": step + 1}) for step in range(steps))
     return TrainingState(History(history), {"a": torch.ones(2)}, {"0/step": torch.tensor(1.0), "0/note": 3}, {}, {})
+
+
+def test_a_broken_checkpoint_does_not_crowd_out_a_good_one(kept, tmp_path):
+    shutil.copytree(kept, tmp_path, dirs_exist_ok=True)
+    (tmp_path / COURSE.digest / "checkpoints/step-000005/adapter.safetensors").write_bytes(b"cut")
+    checkpoints, _ = make_checkpoints(tmp_path, keep=1)
+    checkpoints.offer(3, lambda: make_state(3), True)
+    assert step_folders(tmp_path) == ["step-000003", "step-000004", "step-000005"]
+    checkpoints.offer(4, lambda: make_state(4), True)
+    assert step_folders(tmp_path) == ["step-000004", "step-000005"]
+
+
+def test_checkpoints_in_s3_are_found_and_removed(monkeypatch):
+    monkeypatch.delenv("AWS_PROFILE", raising=False)
+    keys = Credentials({"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s", "AWS_REGION": "us-east-1"})
+    with mock_aws():
+        boto3.client("s3", region_name="us-east-1").create_bucket(Bucket="adapters")
+        store, notes = S3Store("s3://adapters/team-a/job", OUTPUT, keys, S3Config()), []
+        checkpoints = Checkpoints(store, COURSE, CheckpointSpec(steps=1, keep=1), STARTED, notes.append)
+        assert checkpoints.newest() is None
+        for step in (1, 2):
+            checkpoints.offer(step, lambda step=step: make_state(step), False)
+        found = Checkpoints(store, COURSE, CheckpointSpec(), STARTED, notes.append).newest()
+        assert (len(found.history.steps), found.optimizer["0/note"]) == (2, 3)
+        assert {entry.path.rsplit("/", 2)[1] for entry in store.list()} == {"step-000002"}
+        checkpoints.clear()
+        assert store.list() == ()
+        assert [note.partition(",")[0] for note in notes] == ["going on after step 2"]
 
 
 @pytest.mark.parametrize(
