@@ -9,7 +9,7 @@ from qlora_api.base import ApiModel
 from qlora_api.names import Reason
 from qlora_api.prepared import Prepared
 from qlora_api.result import Result
-from qlora_api.v1alpha1 import EvaluationStatus, Plan, QLoRAJobSpec, QuantizationSpec
+from qlora_api.v1alpha1 import EvaluationStatus, MergeBase, Plan, QLoRAJobSpec, QuantizationSpec
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -118,6 +118,31 @@ class AdapterRecord(ApiModel):
     """Format of the rows, and so of the prompts."""
 
 
+class MergeDifference(ApiModel):
+    """A merged model in bf16 against base and adapter as they were trained, on the same held-out rows."""
+
+    rows: int
+    tokens: int
+    """Supervised tokens in them, at which logits were compared."""
+    max_logit: float
+    """Largest absolute difference of a logit."""
+    relative: float
+    """Norm of all differences, over the norm of the unmerged model's logits."""
+    same_choice: float
+    """Share of tokens at which both have the same first choice."""
+    unmerged_loss: float
+    """In nats per token."""
+    merged_loss: float
+
+
+class MergeReport(ApiModel):
+    """merge.json beside a merged model."""
+
+    base: MergeBase
+    difference: MergeDifference | None = None
+    """None where there were no held-out rows to measure on."""
+
+
 class StepRecord(ApiModel):
     """One optimizer step."""
 
@@ -200,4 +225,19 @@ class Manifest(ApiModel):
     trainer_version: str
     created_at: datetime
     result: Result
+    files: tuple[ManifestFile, ...]
+
+
+class MergedManifest(ApiModel):
+    """manifest.json of a merged model, written last and only once, as the adapter's."""
+
+    digest: str
+    model: str
+    """URI of the merged model's folder."""
+    adapter: str
+    """URI of the adapter that was merged."""
+    base_model: str
+    base_commit: str
+    created_at: datetime
+    merge: MergeReport
     files: tuple[ManifestFile, ...]

@@ -11,6 +11,8 @@ class Result(ApiModel):
     """URI of the adapter's folder."""
     report: str
     """URI of report.json."""
+    merged: str | None = None
+    """URI of the merged model, where one was asked for."""
     evaluation: EvaluationStatus
     steps: int
     tokens_per_second: float

@@ -23,8 +23,10 @@ def show_outcome(word: LastWord, console: Console) -> None:
 
 def places(result: Result) -> dict[str, str]:
     """Return where the parts of a result are; files of this computer as paths."""
+    merged = {"merged": to_place(result.merged)} if result.merged else {}
     return {
         "adapter": to_place(result.adapter),
+        **merged,
         "report": to_place(result.report).removesuffix(".json") + ".html",
     }
 

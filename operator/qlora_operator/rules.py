@@ -101,6 +101,13 @@ def choice_has_losses(spec: QLoRAJobSpec) -> str | None:
     )
 
 
+def full_has_nothing_to_merge(spec: QLoRAJobSpec) -> str | None:
+    """Without an adapter the result is one model already."""
+    if spec.method != "full" or spec.output.merged == "none":
+        return None
+    return "spec.output.merged is for adapters, and method full trains the weights themselves; leave it out"
+
+
 def uris_are_reachable(spec: QLoRAJobSpec) -> str | None:
     """A pod sees no file of the user's computer."""
     return _first_with(
@@ -127,6 +134,7 @@ ANYWHERE: Final[tuple[Rule, ...]] = (
     all_linear_stands_alone,
     choice_has_losses,
     gate_has_answers,
+    full_has_nothing_to_merge,
     start_fits_base,
     start_fits_scale,
     rows_have_one_origin,

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any, Final
 
 import torch
@@ -36,8 +37,15 @@ def _answer_batch(tuned: Tuned, rows: Sequence[TokenRow], tokenizer: Any, longes
     settings = GenerationConfig(do_sample=False, max_new_tokens=longest, eos_token_id=stops, pad_token_id=stops[0])
     with tuned.autocast():
         made = tuned.causal.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
-    texts: list[str] = tokenizer.batch_decode(made[:, width:], skip_special_tokens=True)
+    texts: list[str] = tokenizer.batch_decode(
+        [until_stop(answer, stops) for answer in made[:, width:].tolist()], skip_special_tokens=True
+    )
     return texts
+
+
+def until_stop(tokens: Sequence[int], stops: Sequence[int]) -> list[int]:
+    """Return what comes before the first token that ends an answer; not every tokenizer knows it as special."""
+    return list(takewhile(lambda token: token not in stops, tokens))
 
 
 def stop_tokens(causal: Any, tokenizer: Any) -> list[int]:

@@ -3,8 +3,9 @@
 import json
 from typing import Final
 
-from qlora_api.report import Manifest
-from qlora_api.v1alpha1 import QLoRAJobSpec
+from qlora_api.report import Manifest, MergedManifest
+from qlora_api.result import Result
+from qlora_api.v1alpha1 import MergeBase, OutputSpec, QLoRAJobSpec
 from qlora_trainer.snapshot import Places
 from qlora_trainer.store import OUTPUT, AlreadyThereError, Store
 
@@ -33,6 +34,25 @@ def find_rejected(output: Store, digest: str) -> Manifest | None:
     return _find(output, f"{digest}/{REJECTED_RECORD}")
 
 
+def merged_place(base: MergeBase) -> str:
+    """Return the folder of a merged model, beside the adapter's."""
+    return f"merged/{base}"
+
+
+def find_merged(output: Store, digest: str, base: MergeBase) -> str | None:
+    """Return the URI of a merged model, if there is a complete one."""
+    path = f"{digest}/{merged_place(base)}/{MANIFEST}"
+    return MergedManifest.model_validate_json(output.read(path)).model if output.exists(path) else None
+
+
+def with_merged(output: Store, digest: str, spec: OutputSpec, result: Result) -> Result | None:
+    """Return a published result with the merged model that is asked for, or None where that is still missing."""
+    if spec.merged == "none":
+        return result
+    merged = find_merged(output, digest, spec.merge_base)
+    return result.model_copy(update={"merged": merged}) if merged else None
+
+
 def _find(output: Store, path: str) -> Manifest | None:
     return Manifest.model_validate_json(output.read(path)) if output.exists(path) else None
 
@@ -46,7 +66,7 @@ def put_manifest(output: Store, manifest: Manifest) -> Manifest:
     return manifest
 
 
-def manifest_json(manifest: Manifest) -> bytes:
+def manifest_json(manifest: Manifest | MergedManifest) -> bytes:
     """Return a manifest as a file's content."""
     return manifest.model_dump_json(by_alias=True, indent=2).encode()
 

@@ -23,7 +23,7 @@ from qlora_trainer.dataset import (
 from qlora_trainer.digest import result_digest
 from qlora_trainer.errors import RunError
 from qlora_trainer.gate import can_judge, check_gate, describe_rejected
-from qlora_trainer.output import find_manifest, find_rejected, open_output, point_latest, put_manifest
+from qlora_trainer.output import find_manifest, find_rejected, open_output, point_latest, put_manifest, with_merged
 from qlora_trainer.secrets import Secrets, load_secrets
 from qlora_trainer.snapshot import Places, Snapshot, text_files, weight_files
 from qlora_trainer.store import MODEL, Store
@@ -147,7 +147,7 @@ def _name_result(output: Store, spec: QLoRAJobSpec, model: ModelStatus, dataset:
         model=model,
         dataset=dataset,
         trainer_version=__version__,
-        published=manifest.result if manifest else None,
+        published=with_merged(output, digest, spec.output, manifest.result) if manifest else None,
     )
 
 

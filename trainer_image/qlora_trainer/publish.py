@@ -1,13 +1,16 @@
 """Adapter and report as files, uploaded and verified; the manifest last, and only once."""
 
+import contextlib
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
 from qlora_api.names import Reason
-from qlora_api.report import AdapterRecord, EvaluatedRow, Manifest, ManifestFile, RunReport
+from qlora_api.prepared import Prepared
+from qlora_api.report import AdapterRecord, EvaluatedRow, Manifest, ManifestFile, MergedManifest, MergeReport, RunReport
 from qlora_api.result import Result
 from qlora_api.runconfig import RunConfig
 from qlora_trainer.adapter import restore_base
@@ -15,10 +18,13 @@ from qlora_trainer.chart import draw_loss
 from qlora_trainer.errors import RunError
 from qlora_trainer.model import Tuned
 from qlora_trainer.output import (
+    MANIFEST,
     REJECTED,
     REJECTED_RECORD,
     find_manifest,
+    find_merged,
     manifest_json,
+    merged_place,
     point_latest,
     put_manifest,
 )
@@ -34,6 +40,14 @@ REPORT: Final = "report/report.json"
 PAGE: Final = "report/report.html"
 ROWS: Final = "report/evaluation.jsonl"
 PICTURE: Final = "report/loss.png"
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A merged model on this computer."""
+
+    folder: Path
+    report: MergeReport
 
 
 def write_weights(tuned: Tuned, tokenizer: Any, record: AdapterRecord, folder: Path) -> Path:
@@ -84,31 +98,52 @@ def publish(output: Store, config: RunConfig, result: Result, folder: Path, now:
     digest = config.prepared.digest
     published = find_manifest(output, digest)
     if published is None:
-        result, files = _upload(output, config, result, folder)
-        published = put_manifest(output, build_manifest(config, result, files, now))
+        place, files = _upload(output, config.prepared, folder)
+        moved = _moved_result(result, config.prepared.prefix, place)
+        published = put_manifest(output, build_manifest(config, moved, files, now))
     point_latest(output, digest, config.prepared.prefix)
     return published.result
 
 
 def keep_rejected(output: Store, config: RunConfig, result: Result, folder: Path, now: datetime) -> Result:
     """Upload what the gate refused beside where it would be, with the manifest that it would have."""
-    result, files = _upload(output, config, result, folder, REJECTED)
-    record = build_manifest(config, result, files, now)
+    place, files = _upload(output, config.prepared, folder, REJECTED)
+    kept = _moved_result(result, config.prepared.prefix, place)
+    record = build_manifest(config, kept, files, now)
     output.put(f"{config.prepared.digest}/{REJECTED_RECORD}", manifest_json(record))
-    return result
+    return kept
 
 
-def _upload(
-    output: Store, config: RunConfig, result: Result, folder: Path, place: str = ""
-) -> tuple[Result, tuple[ManifestFile, ...]]:
-    """Upload a folder without ever replacing a file; return the result and the files as they lie there."""
-    files, prepared = describe_files(folder), config.prepared
+def publish_merged(output: Store, config: RunConfig, adapter: str, merged: Merged, now: datetime) -> str:
+    """Upload a merged model and then its own manifest, and return its URI; the first one is right here as well."""
+    prepared, base = config.prepared, merged.report.base
+    if published := find_merged(output, prepared.digest, base):
+        return published
+    place, files = _upload(output, prepared, merged.folder, merged_place(base))
+    manifest = MergedManifest(
+        digest=prepared.digest,
+        model=f"{prepared.prefix}/{place}",
+        adapter=adapter,
+        base_model=prepared.model.uri,
+        base_commit=prepared.model.commit,
+        created_at=now,
+        merge=merged.report,
+        files=files,
+    )
+    with contextlib.suppress(AlreadyThereError):
+        output.put(f"{prepared.digest}/{merged_place(base)}/{MANIFEST}", manifest_json(manifest), if_none_match=True)
+    return find_merged(output, prepared.digest, base) or manifest.model
+
+
+def _upload(output: Store, prepared: Prepared, folder: Path, place: str = "") -> tuple[str, tuple[ManifestFile, ...]]:
+    """Upload a folder without ever replacing a file; return where it lies, and its files as they lie there."""
+    files = describe_files(folder)
     # A crashed attempt left other files there, or somebody is publishing right now: their manifest must stay true.
     places = [place, f"{place}/{_own_place(files)}".removeprefix("/")]
     for candidate in places:
         moved = _moved_files(files, candidate) if candidate else files
         if _put_files(output, prepared.digest, moved, [folder / file.path for file in files]):
-            return (_moved_result(result, f"{prepared.prefix}/{candidate}") if candidate else result), moved
+            return candidate, moved
     where = f"{prepared.prefix}/{places[-1]}"
     raise RunError(Reason.UPLOAD_FAILED, f"spec.output.uri: {where} holds files that nobody uploaded; remove it")
 
@@ -135,9 +170,11 @@ def _moved_files(files: tuple[ManifestFile, ...], place: str) -> tuple[ManifestF
     return tuple(file.model_copy(update={"path": f"{place}/{file.path}"}) for file in files)
 
 
-def _moved_result(result: Result, prefix: str) -> Result:
-    folder = result.adapter.rpartition("/")[2]
-    return result.model_copy(update={"adapter": f"{prefix}/{folder}", "report": f"{prefix}/{REPORT}"})
+def _moved_result(result: Result, prefix: str, place: str) -> Result:
+    if not place:
+        return result
+    folder, weights = f"{prefix}/{place}", result.adapter.rpartition("/")[2]
+    return result.model_copy(update={"adapter": f"{folder}/{weights}", "report": f"{folder}/{REPORT}"})
 
 
 def describe_files(folder: Path) -> tuple[ManifestFile, ...]:

@@ -12,6 +12,7 @@ from qlora_trainer.card import write_card
 from qlora_trainer.checkpoint import Checkpoints
 from qlora_trainer.evaluate import compare
 from qlora_trainer.interrupt import StopFlag
+from qlora_trainer.merging import add_merged
 from qlora_trainer.output import find_manifest, open_output, point_latest
 from qlora_trainer.pace import Pace
 from qlora_trainer.progress import ProgressSink
@@ -38,7 +39,7 @@ def run(
     output = open_output(places, config.spec, config.job)
     if (published := find_manifest(output, config.prepared.digest)) is not None:
         point_latest(output, config.prepared.digest, config.prepared.prefix)
-        return published.result
+        return add_merged(places, output, config, published.result, work)
     pace = Pace(sink, config.plan.total_steps)
     pace.enter(Phase.TRAINING)
     data = stages.load_data(output, config, work)
@@ -71,4 +72,4 @@ def run(
     stages.pass_gate(output, config, result, files, checkpoints)
     result = publish(output, config, result, files, datetime.now(UTC))
     checkpoints.clear()
-    return result
+    return add_merged(places, output, config, result, work)

@@ -26,6 +26,7 @@ from qlora_api.v1alpha1.status import (
 )
 from qlora_api.v1alpha1.tracking import MlflowSpec, TrackingSpec, WandbSpec
 from qlora_api.v1alpha1.types import (
+    MergeBase,
     SecretRef,
     to_timedelta,
 )
@@ -45,6 +46,7 @@ __all__ = [
     "EvaluationStatus",
     "GateSpec",
     "LoraSpec",
+    "MergeBase",
     "Metrics",
     "MlflowSpec",
     "ModelSpec",

@@ -5,7 +5,17 @@ from typing import Annotated, Final, Literal
 from pydantic import Field
 
 from qlora_api.base import ApiModel
-from qlora_api.v1alpha1.types import IN_CLUSTER, PLACEHOLDER, S3_SHAPE, ObjectName, OutputUri, SecretRef, Uri, cel
+from qlora_api.v1alpha1.types import (
+    IN_CLUSTER,
+    PLACEHOLDER,
+    S3_SHAPE,
+    MergeBase,
+    ObjectName,
+    OutputUri,
+    SecretRef,
+    Uri,
+    cel,
+)
 
 
 class ModelSpec(ApiModel):
@@ -188,4 +198,17 @@ class OutputSpec(ApiModel):
     )
     if_exists: Literal["Skip", "Fail"] = Field(
         default="Skip", description="When the same result is published already: succeed without a GPU, or fail."
+    )
+    merged: Literal["none", "bf16"] = Field(
+        default="none",
+        description=(
+            "bf16: also publish base and adapter as one model, in <prefix>/merged/<mergeBase>. It needs memory for the "
+            "base in bf16. Not part of the result's digest: asking later merges what was published."
+        ),
+    )
+    merge_base: MergeBase = Field(
+        default="original",
+        description=(
+            "What the adapter is merged into: the original weights, or dequantised: the ones that it was trained on."
+        ),
     )

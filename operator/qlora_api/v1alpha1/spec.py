@@ -96,6 +96,10 @@ class QLoRAJobSpec(ApiModel):
             "lora.init loftq makes good what 4-bit quantisation takes away; set quantization.bits to 4, or leave "
             "init out",
         ),
+        (
+            "self.method != 'full' || self.output.merged == 'none'",
+            "method full trains the weights themselves, so there is nothing to merge; leave output.merged out",
+        ),
         *map(_immutable, _IMMUTABLE_FIELDS),
     )
 

@@ -111,6 +111,7 @@ class OutputStatus(ApiModel):
     prefix: Annotated[str, Field(max_length=2048)] = Field(description="Prefix that holds everything of this result.")
     adapter: Annotated[str, Field(max_length=2048)] | None = Field(default=None, description="URI of the adapter.")
     report: Annotated[str, Field(max_length=2048)] | None = Field(default=None, description="URI of report.json.")
+    merged: Annotated[str, Field(max_length=2048)] | None = Field(default=None, description="URI of the merged model.")
 
 
 class Progress(ApiModel):

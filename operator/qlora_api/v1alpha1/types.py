@@ -2,7 +2,7 @@
 
 import re
 from datetime import timedelta
-from typing import Annotated, Final
+from typing import Annotated, Final, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, JsonValue
 
@@ -47,6 +47,7 @@ Uri = Annotated[
     str, Field(pattern=r"^((hf|s3|file)://.+|pvc://[a-z0-9]([-a-z0-9.]*[a-z0-9])?/.*)$", max_length=MAX_URI)
 ]
 OutputUri = Annotated[str, Field(pattern=r"^(s3|file)://.+$", max_length=MAX_URI)]
+MergeBase = Literal["original", "dequantised"]
 ObjectName = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$", max_length=253)]
 Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?$", max_length=16)]
 ModuleName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.\-]+$", max_length=128)]

@@ -83,7 +83,7 @@ def derive_output(
         return output
     prefix = result.adapter.rpartition("/")[0]
     output = output or OutputStatus(digest=prefix.rpartition("/")[2][:64], prefix=prefix)
-    return output.model_copy(update={"adapter": result.adapter, "report": result.report})
+    return output.model_copy(update={"adapter": result.adapter, "report": result.report, "merged": result.merged})
 
 
 def merge_attempt(attempts: tuple[Attempt, ...], attempt: Attempt | None) -> tuple[Attempt, ...]:

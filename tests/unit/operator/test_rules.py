@@ -28,6 +28,11 @@ from tests.make import make_spec
             id="pissa-dora",
         ),
         pytest.param({"quantization": {"bits": 8}, "lora": {"init": "loftq"}}, "is for 4 bits", id="loftq-8"),
+        pytest.param(
+            {"method": "full", "quantization": {"bits": 16}, "output": {"uri": "s3://a/b", "merged": "bf16"}},
+            "leave it out",
+            id="full-merged",
+        ),
         pytest.param({"model": {"uri": "file:///m"}}, "spec.model.uri is file:///m", id="model"),
         pytest.param({"dataset": {"uri": "file:///d"}}, "spec.dataset.uri is file:///d", id="dataset"),
         pytest.param(

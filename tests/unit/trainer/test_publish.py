@@ -18,7 +18,7 @@ from qlora_api.result import Result
 from qlora_api.runconfig import RunConfig, S3Config
 from qlora_api.v1alpha1 import DataStatus, EvaluationStatus, Metrics, ModelStatus
 from qlora_trainer.errors import RunError
-from qlora_trainer.publish import canonical_config, describe_files, publish
+from qlora_trainer.publish import describe_files, publish
 from qlora_trainer.s3 import S3Store
 from qlora_trainer.secrets import Credentials
 from qlora_trainer.store import DATASET, MODEL, OUTPUT, AlreadyThereError, FileStore, MissingObjectError, sha256_of
@@ -164,14 +164,6 @@ def test_a_published_result_is_not_touched(tmp_path, files):
     store.writes.clear()
     assert publish(store, config(store.root), result(2.0), files, NOW) == result(1.0)
     assert store.writes == ["latest.json"]
-
-
-def test_no_path_of_this_computer_gets_into_the_adapter():
-    text = json.dumps({"base_model_name_or_path": "/work/hub/x", "revision": None, "target_modules": ["v", "k", "q"]})
-    hub = json.loads(canonical_config(text, "hf://org/name", "abc"))
-    assert hub == {"base_model_name_or_path": "org/name", "revision": "abc", "target_modules": ["k", "q", "v"]}
-    bucket = json.loads(canonical_config(text, "s3://models/name", "abc"))
-    assert (bucket["base_model_name_or_path"], bucket["revision"]) == ("s3://models/name", None)
 
 
 @pytest.fixture

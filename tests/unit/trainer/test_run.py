@@ -13,7 +13,7 @@ import yaml
 from safetensors.torch import load_file
 
 from qlora_api.names import Phase
-from qlora_api.report import Manifest, RunReport, ServingCheck
+from qlora_api.report import Manifest, MergedManifest, RunReport, ServingCheck
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer import stages
 from qlora_trainer.prepare import prepare
@@ -160,3 +160,25 @@ def test_the_same_digest_gives_bit_identical_adapters(published, spec, tmp_path,
     second = load_file(tmp_path / "output/colours" / prepared.digest / "adapter/adapter_model.safetensors")
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_merged_model_that_is_asked_for_later_is_made_without_training(published, spec, tmp_path):
+    folder, _ = published
+    wanted = spec.output.model_copy(update={"merged": "bf16", "merge_base": "dequantised"})
+    asked = spec.model_copy(update={"output": wanted})
+    prepared = prepare(prepare_config(asked), work=tmp_path)
+    assert (prepared.digest, prepared.published) == (folder.name, None)
+
+    sink = RecordingSink()
+    result = run(run_config(asked, prepared), sink, work=tmp_path)
+    assert not [progress for progress in sink.seen if progress.loss is not None]
+    assert result.merged == f"{prepared.prefix}/merged/dequantised"
+
+    manifest = MergedManifest.model_validate_json((folder / "merged/dequantised/manifest.json").read_text())
+    assert manifest.merge.difference.relative < 0.03
+    assert {"merged/dequantised/model.safetensors", "merged/dequantised/merge.json"} <= {
+        file.path for file in manifest.files
+    }
+    for file in manifest.files:
+        assert hashlib.sha256((folder / file.path).read_bytes()).hexdigest() == file.sha256, file.path
+    assert prepare(prepare_config(asked), work=tmp_path).published == result

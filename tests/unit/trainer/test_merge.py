@@ -1,0 +1,54 @@
+"""Merging: the merged model is base and adapter, on either base, and the difference is measured."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from qlora_api.v1alpha1 import QuantizationSpec
+from qlora_trainer.merge import MergeTask, choose_rows, merge
+from qlora_trainer.tokens import TokenRow
+from tests.unit.trainer.trained import PLAIN, with_base, write_trained
+from tests.unit.trainer.tuned import NF4
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_the_dequantised_base_answers_as_it_was_trained_to(tmp_path, dora):
+    task = write_trained(tmp_path, PLAIN.model_copy(update={"dora": dora}), NF4)
+    exact = merge(with_base(task, "dequantised"), tmp_path / "exact").difference
+    other = merge(task, tmp_path / "other").difference
+    assert exact.tokens == sum(row.label_count for row in task.rows)
+    assert exact.relative < 0.02  # bf16 keeps 8 bits
+    assert exact.same_choice > 0.9
+    # The original base differs from what was trained on by all that four bits cannot hold.
+    assert other.relative > 3 * exact.relative
+    assert abs(exact.merged_loss - exact.unmerged_loss) < 0.05
+
+
+# LLM.int8 rounds what goes into a layer as well, which a merged model does not.
+@pytest.mark.parametrize(("bits", "bound"), [(8, 0.05), (16, 0.02)])
+def test_other_bases_merge_as_well(tmp_path, bits, bound):
+    task = write_trained(tmp_path, PLAIN, QuantizationSpec(bits=bits))
+    assert merge(with_base(task, "dequantised"), tmp_path / "merged").difference.relative < bound
+
+
+def test_what_was_measured_lies_beside_the_model(tmp_path):
+    task = write_trained(tmp_path, PLAIN, NF4)
+    report = merge(task, tmp_path / "merged")
+    assert json.loads((tmp_path / "merged/merge.json").read_text()) == json.loads(report.model_dump_json(by_alias=True))
+    assert (tmp_path / "merged/tokenizer.json").is_file()
+    assert AutoConfig.from_pretrained(tmp_path / "merged").dtype == torch.bfloat16
+
+
+def test_without_rows_nothing_is_measured(tmp_path):
+    task = write_trained(tmp_path, PLAIN, NF4)
+    report = merge(MergeTask(task.model, task.adapter, "original", task.record, ()), tmp_path / "merged")
+    assert report.difference is None
+
+
+def test_rows_are_measured_up_to_a_limit_but_one_at_least():
+    long, short = TokenRow(tuple(range(400)), ((1, 400),)), TokenRow(tuple(range(101)), ((1, 101),))
+    assert choose_rows([long, short]) == [long]
+    assert choose_rows([short, short, short]) == [short, short]
+    assert choose_rows([]) == []

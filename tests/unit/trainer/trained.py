@@ -1,0 +1,54 @@
+"""A tiny model on disk, and an adapter on it that changes its answers."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from qlora_api.report import AdapterRecord
+from qlora_api.v1alpha1 import LoraSpec, MergeBase, QuantizationSpec
+from qlora_trainer.choices import Choices
+from qlora_trainer.merge import MergeTask
+from qlora_trainer.model import Tuned, load_base, tune
+from qlora_trainer.publish import write_weights
+from tests.unit.trainer.tiny import make_tokenizer, write_model
+from tests.unit.trainer.tuned import CHOICES, token_rows
+
+PLAIN: Final = LoraSpec(rank=4, alpha=8, dropout=0.0, targets=("all-linear",))
+
+
+def make_record(quantization: QuantizationSpec, base: str = "hf://o/m") -> AdapterRecord:
+    return AdapterRecord(
+        job="colours",
+        digest="0123456789abcdef",
+        base=base,
+        commit="c0ffee",
+        method="qlora",
+        quantization=quantization,
+        dtype="float32",
+        attention="sdpa",
+        format="instruction",
+    )
+
+
+def tune_folder(folder: Path, lora: LoraSpec, quantization: QuantizationSpec, choices: Choices = CHOICES) -> Tuned:
+    """The model of a folder with an adapter whose weights are far from where they start."""
+    tuned = tune(load_base(folder, quantization, torch.float32, "sdpa", "cpu"), lora, 1, choices)
+    generator = torch.Generator().manual_seed(3)
+    for name, weight in tuned.peft.named_parameters():
+        if "lora_B" in name:
+            weight.data = torch.randn(weight.shape, generator=generator) * 0.05
+    return tuned
+
+
+def write_trained(folder: Path, lora: LoraSpec, quantization: QuantizationSpec, **model: Any) -> MergeTask:
+    """Model and adapter in folders, ready to be merged."""
+    uri = write_model(folder / "model", **model)
+    record = make_record(quantization, uri)
+    adapter = write_weights(tune_folder(folder / "model", lora, quantization), make_tokenizer(), record, folder)
+    return MergeTask(folder / "model", adapter, "original", record, token_rows(4))
+
+
+def with_base(task: MergeTask, base: MergeBase) -> MergeTask:
+    return replace(task, base=base)
