@@ -271,5 +271,6 @@ def test_a_server_that_does_not_answer(monkeypatch):
     assert caught.value.reason == Reason.S3_UNAVAILABLE
 
 
-def test_roles_have_names():
-    assert {owner.role for owner in (MODEL, DATASET, OUTPUT)} == set(SecretRole)
+def test_every_role_but_a_trackers_opens_a_store():
+    trackers = {SecretRole.WANDB, SecretRole.MLFLOW}
+    assert {owner.role for owner in (MODEL, DATASET, OUTPUT)} == set(SecretRole) - trackers
