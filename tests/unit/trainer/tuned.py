@@ -53,9 +53,11 @@ def make_record(folder: Path, method: str = "lora") -> AdapterRecord:
     )
 
 
-def make_test_loop(tuned: Tuned, rows, micro_batch: int = 4, steps: int = 4, **training) -> Loop:
+def make_test_loop(
+    tuned: Tuned, rows, micro_batch: int = 4, steps: int = 4, choices: Choices = CHOICES, **training
+) -> Loop:
     settings = TrainingSpec(**{"global_batch_size": 8, "learning_rate": 0.01, "warmup_ratio": 0.0} | training)
-    return make_loop(tuned, rows, Schedule(settings, micro_batch, steps), CHOICES, World(CPU))
+    return make_loop(tuned, rows, Schedule(settings, micro_batch, steps), choices, World(CPU))
 
 
 def weights_of(tuned: Tuned) -> list[torch.Tensor]:

@@ -1,0 +1,61 @@
+"""Tiny random models of the families that the trainer is held to, and what is special about each."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+SMALL: Final = {
+    "vocab_size": 384,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+}
+SEPARATE: Final = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"})
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture: how its tiny model is made, and what the trainer should find out about it."""
+
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    attention: str = "sdpa"
+    linears: frozenset[str] = SEPARATE
+    plain_head: bool = True
+    joins: bool = True
+    """Its rows may be joined; where they see each other, packing is switched off."""
+
+
+FAMILIES: Final[dict[str, Family]] = {
+    "llama": Family(),
+    "mistral": Family({"sliding_window": 8}),
+    "qwen2": Family(),
+    "qwen3": Family({"head_dim": 16}),
+    "gemma": Family({"head_dim": 16}),
+    "gemma2": Family(
+        {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8}, attention="eager", plain_head=False
+    ),
+    "gemma3_text": Family({"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8}),
+    "phi": Family(linears=frozenset({"q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"})),
+    "phi3": Family(linears=frozenset({"qkv_proj", "o_proj", "gate_up_proj", "down_proj"})),
+    "gpt_neox": Family(linears=frozenset({"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"})),
+    # transformers 5.23 makes Falcon's mask without the positions, so that joined rows see each other.
+    "falcon": Family(linears=frozenset({"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}), joins=False),
+}
+
+
+def write_family(name: str, folder: Path) -> None:
+    """Write a tiny random model of a family as the hub has it: weights in bf16."""
+    config = AutoConfig.for_model(name, **SMALL | dict(FAMILIES[name].settings))
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)

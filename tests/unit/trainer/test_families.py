@@ -1,0 +1,121 @@
+"""Every supported family trains, joins rows exactly, is published, loads again and merges."""
+
+import dataclasses
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from qlora_api.v1alpha1 import LoraSpec, QuantizationSpec
+from qlora_trainer.architecture import load_architecture
+from qlora_trainer.attention import attention_facts, choose_attention
+from qlora_trainer.batches import make_batch
+from qlora_trainer.choices import Choices
+from qlora_trainer.evaluate import sum_rows
+from qlora_trainer.hardware import Hardware
+from qlora_trainer.model import Tuned, head_is_plain, joins_rows_exactly, load_base, load_text_config, tune
+from qlora_trainer.publish import write_weights
+from tests.unit.trainer.families import FAMILIES, write_family
+from tests.unit.trainer.tiny import CPU, make_tokenizer
+from tests.unit.trainer.tuned import CHOICES, make_record, make_test_loop, run_steps, token_rows
+
+DEVICE = Hardware("cpu", None, native_bf16=False, free_bytes=1 << 33, name="CPU")
+ROWS = token_rows(8)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def folder(family, tmp_path_factory):
+    path = tmp_path_factory.mktemp(family)
+    write_family(family, path)
+    return path
+
+
+def settings(family: str) -> Choices:
+    """The choices for a family, with packing where it is exact."""
+    return dataclasses.replace(CHOICES, packing=FAMILIES[family].joins)
+
+
+def load(folder, bits: int = 16):
+    attention, _ = choose_attention(attention_facts(load_text_config(folder)), DEVICE)
+    return load_base(folder, QuantizationSpec(bits=bits), torch.float32, attention, "cpu")
+
+
+@pytest.fixture(scope="module")
+def trained(family, folder) -> Tuned:
+    """An adapter on every linear module after four steps."""
+    tuned = tune(load(folder), LoraSpec(rank=4, dropout=0, targets=("all-linear",)), 1, settings(family))
+    run_steps(make_test_loop(tuned, ROWS, choices=settings(family)))
+    return tuned
+
+
+def logits_of(model) -> torch.Tensor:
+    ids = torch.tensor([ROWS[0].input_ids])
+    with torch.no_grad():
+        return model.eval()(input_ids=ids, use_cache=False).logits
+
+
+def test_what_is_found_out_about_it(family, folder):
+    expected, base = FAMILIES[family], load(folder)
+    assert base.config._attn_implementation == expected.attention
+    assert {name.rpartition(".")[2] for name in load_architecture(folder).linears} == expected.linears
+    assert head_is_plain(base) == expected.plain_head
+    assert joins_rows_exactly(base) == expected.joins
+
+
+def layouts(family: str) -> tuple[bool, ...]:
+    """Whether rows are joined: both ways where the family allows it."""
+    return (True, False) if FAMILIES[family].joins else (False,)
+
+
+def test_rows_have_the_loss_that_they_have_alone(family, trained):
+    with trained.evaluating():
+        together = [sum_rows(trained, ROWS, 4, packing=packing) for packing in layouts(family)]
+        alone = sum_rows(trained, ROWS, 1, packing=False)
+    for found in together:
+        assert [row.loss for row in found] == pytest.approx([row.loss for row in alone], rel=1e-4)
+
+
+def gradients_of(tuned: Tuned, size: int, *, packing: bool) -> torch.Tensor:
+    """The gradient of four rows, in passes of a size."""
+    for weight in tuned.parameters():
+        weight.grad = None
+    for start in range(0, 4, size):
+        tuned.loss_sum(make_batch(ROWS[start : start + size], CPU, packing=packing), torch.ones(())).backward()
+    return torch.cat([weight.grad.flatten() for weight in tuned.parameters()])
+
+
+def test_rows_give_the_gradients_that_they_give_alone(family, folder):
+    tuned = tune(
+        load(folder), LoraSpec(rank=2, dropout=0, targets=("all-linear",), init="gaussian"), 1, settings(family)
+    )
+    alone = gradients_of(tuned, 1, packing=False)
+    for packing in layouts(family):
+        together = gradients_of(tuned, 4, packing=packing)
+        assert float((together - alone).norm()) < 1e-4 * float(alone.norm())
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+def test_it_learns_and_recomputing_activations_changes_nothing(family, folder, bits):
+    lora, choices = LoraSpec(rank=4, dropout=0, targets=("all-linear",)), settings(family)
+    tuned = tune(load(folder, bits), lora, 1, choices)
+    history = run_steps(make_test_loop(tuned, ROWS, steps=5, choices=choices))
+    assert history[-1].loss < history[0].loss
+    checkpointed = tune(load(folder, bits), lora, 1, dataclasses.replace(choices, checkpointing=True))
+    again = run_steps(make_test_loop(checkpointed, ROWS, steps=2, choices=choices))
+    assert [record.loss for record in again] == pytest.approx([record.loss for record in history[:2]], rel=1e-3)
+
+
+def test_its_adapter_loads_on_the_base_and_merges_into_it(folder, trained, tmp_path):
+    adapter = write_weights(trained, make_tokenizer(), make_record(folder), tmp_path)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), adapter)
+    wanted = logits_of(trained.peft)
+    torch.testing.assert_close(logits_of(model), wanted, rtol=1e-3, atol=1e-3)
+    with model.disable_adapter():
+        assert float((logits_of(model) - wanted).norm()) > 0.01 * float(wanted.norm())
+    torch.testing.assert_close(logits_of(model.merge_and_unload(safe_merge=True)), wanted, rtol=1e-3, atol=1e-3)
