@@ -1,7 +1,7 @@
 """The dataset of a run: its sources, its held-out rows, and what one pass over their content decides."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qlora_api.names import Reason
@@ -51,11 +51,12 @@ def open_dataset(spec: QLoRAJobSpec, places: Places, work: Path) -> Dataset:
     uri = dataset.evaluation.uri
     if uri is None:
         return Dataset(tuple(sources), None)
-    # Without a format of its own, a held-out file beside a single source is read as that source is.
-    wanted = sources[0].row_format if len(sources) == 1 else dataset.format
-    source = DataSource(uri=uri, format=wanted)
+    # Beside a single source, held-out rows are read as that source is; beside several, each tells its own format.
+    alike = len(sources) == 1
+    source = DataSource(uri=uri, format=sources[0].row_format if alike else dataset.format)
     held_out = make_source(HELD_OUT, local_files(places, uri, HELD_OUT, work), source, template)
-    return Dataset(tuple(sources), held_out)
+    told_by = f"read as {sources[0].owner.field} is" if alike else held_out.told_by
+    return Dataset(tuple(sources), replace(held_out, told_by=told_by))
 
 
 @dataclass(frozen=True)

@@ -179,3 +179,10 @@ def test_the_seeds_recipe_renders_as_before(tmp_path):
         (held_out,) = shards.read_rows(made.held_out_file)
     everything = {f"### Instruction:\nSay {number}\n\n### Response:\nIt is {number}.</s>" for number in range(4)}
     assert texts == everything - {tokenizer.decode(held_out.input_ids)}
+
+
+def test_held_out_rows_are_read_as_the_one_source_is(tmp_path):
+    spec = make_spec("file:///m", "", "file:///o", dataset=two_files(tmp_path))
+    assert list(describe_sources(open_dataset(spec, PLACES, tmp_path)))[1:] == [
+        "spec.dataset.evaluation.uri: held-out.jsonl: completion rows, read as spec.dataset.uri is"
+    ]
