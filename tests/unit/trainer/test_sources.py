@@ -3,7 +3,9 @@
 import json
 from pathlib import Path
 
+import boto3
 import pytest
+from moto import mock_aws
 
 from qlora_api.names import Reason
 from qlora_api.runconfig import Platform
@@ -110,3 +112,17 @@ def test_a_folder_without_data(tmp_path):
     with pytest.raises(RunError, match="there is no file below") as caught:
         local_files(PLACES, f"file://{tmp_path}/", DATASET, tmp_path)
     assert caught.value.reason == Reason.DATASET_NOT_FOUND
+
+
+def test_every_data_file_below_a_prefix_of_a_bucket(tmp_path, monkeypatch):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "test")
+    with mock_aws():
+        client = boto3.client("s3", region_name="us-east-1")
+        client.create_bucket(Bucket="rows")
+        for key in ("chats/b.jsonl", "chats/a.csv", "chats/_SUCCESS", "chats/", "other/c.jsonl"):
+            client.put_object(Bucket="rows", Key=key, Body=GOOD.encode())
+        files = local_files(PLACES, "s3://rows/chats/", DATASET, tmp_path)
+        (one,) = local_files(PLACES, "s3://rows/other/c.jsonl", DATASET, tmp_path)
+    assert [file.name for file in files] == ["a.csv", "b.jsonl"]
+    assert one.read_text() == files[1].read_text() == GOOD
