@@ -143,6 +143,19 @@ class MergeReport(ApiModel):
     """None where there were no held-out rows to measure on."""
 
 
+class TaskScore(ApiModel):
+    """One metric of one public benchmark, before and after."""
+
+    task: str
+    metric: str
+    """lm-evaluation-harness's name of it, with its filter where there is one."""
+    base: float
+    base_error: float | None
+    """Standard error, where the harness knows one."""
+    adapter: float
+    adapter_error: float | None
+
+
 class StepRecord(ApiModel):
     """One optimizer step."""
 
@@ -193,6 +206,8 @@ class RunReport(ApiModel):
     preview: tuple[tuple[Piece, ...], ...] = ()
     """Some training rows."""
     serving: ServingCheck
+    tasks: tuple[TaskScore, ...] = ()
+    """Public benchmarks, where spec.evaluation.tasks asks for any."""
     started_at: datetime
     finished_at: datetime
     training_seconds: float

@@ -12,6 +12,7 @@ from qlora_api.report import EvaluatedRow
 from qlora_api.v1alpha1 import EvaluationSpec, Metrics
 from qlora_trainer.answers import answer_rows, choose_asked
 from qlora_trainer.batches import make_batch, micro_batches
+from qlora_trainer.benchmarks import Battery, Figures
 from qlora_trainer.errors import RunError
 from qlora_trainer.model import Tuned
 from qlora_trainer.scores import perplexity, score
@@ -32,10 +33,11 @@ class RowSum:
 
 @dataclass(frozen=True)
 class Examination:
-    """A model on all held-out rows; an answer is None where none was asked for."""
+    """A model on all held-out rows, and on public benchmarks; an answer is None where none was asked for."""
 
     sums: tuple[RowSum, ...]
     answers: tuple[str | None, ...]
+    figures: Figures
 
 
 def evaluate(tuned: Tuned, rows: Sequence[TokenRow], micro_batch: int, *, packing: bool) -> Metrics:
@@ -74,12 +76,14 @@ class Examiner:
     spec: EvaluationSpec
     micro_batch: int
     packing: bool
+    battery: Battery | None = None
+    """Public benchmarks, where the spec asks for any."""
 
     def examine(self, tuned: Tuned, *, adapter: bool = True) -> Examination:
         """Measure the adapter, or the base below it, on every row, and let it answer some."""
         with tuned.evaluating(adapter=adapter):
             sums = sum_rows(tuned, self.rows, self.micro_batch, packing=self.packing)
-            return Examination(sums, self._ask(tuned))
+            return Examination(sums, self._ask(tuned), self.battery.examine(tuned) if self.battery else {})
 
     def _ask(self, tuned: Tuned) -> tuple[str | None, ...]:
         places = choose_asked(self.rows, self.spec.generations)

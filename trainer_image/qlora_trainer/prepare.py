@@ -58,6 +58,7 @@ def prepare(
     note(f"{spec.model.uri} is at {snapshot.commit}")
     model, tokenizer = inspect_model(spec, snapshot, work)
     note(f"{model.architecture} with {model.parameters:,} weights")
+    prove_benchmarks(spec, places, work)
     with tokenise_rows(spec, dataset, rows, tokenizer, work) as tokenised:
         for sentence in describe_lengths(tokenised.status, spec.training):
             note(sentence)
@@ -77,6 +78,14 @@ def prove_writable(output: Store) -> None:
     probe = f".probe-{uuid4().hex}"
     output.put(probe, b"Written to prove that the output can be written.\n")
     output.delete(probe)
+
+
+def prove_benchmarks(spec: QLoRAJobSpec, places: Places, work: Path) -> None:
+    """Load the public benchmarks that the spec asks for, so that a missing one shows now."""
+    if spec.evaluation.tasks:
+        from qlora_trainer.benchmarks import load_benchmarks  # noqa: PLC0415 (imports torch)
+
+        load_benchmarks(spec.evaluation.tasks, places, work)
 
 
 def inspect_model(spec: QLoRAJobSpec, snapshot: Snapshot, work: Path) -> tuple[ModelStatus, Any]:

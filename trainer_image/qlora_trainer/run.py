@@ -8,6 +8,7 @@ from qlora_api.result import Result
 from qlora_api.runconfig import RunConfig
 from qlora_trainer import stages
 from qlora_trainer.architecture import load_tokenizer
+from qlora_trainer.benchmarks import score_tasks
 from qlora_trainer.card import write_card
 from qlora_trainer.checkpoint import Checkpoints
 from qlora_trainer.evaluate import compare
@@ -46,7 +47,8 @@ def run(
     folder = stages.fetch_model(places, config, work)
     tuned, choices = stages.load_model(config, folder)
     tokenizer = load_tokenizer(folder, config.spec.dataset.chat_template)
-    examiner = stages.make_examiner(data, tokenizer, config, choices)
+    battery = stages.load_battery(places, tokenizer, config, work)
+    examiner = stages.make_examiner(data, tokenizer, config, choices, battery)
     pace.enter(Phase.EVALUATING)
     base = examiner.examine(tuned, adapter=False)
     pace.enter(Phase.TRAINING)
@@ -60,8 +62,8 @@ def run(
     pace.enter(Phase.PUBLISHING)
     files = stages.empty_folder(work / "results" / config.prepared.digest)
     written = write_weights(tuned, tokenizer, stages.build_record(config, choices), files)
-    compared, preview = compare(data.held_out, base, adapter), stages.make_preview(data, tokenizer)
-    outcome = stages.Outcome(history, compared, check_serving(written), preview)
+    rows, tasks = compare(data.held_out, base, adapter), score_tasks(base.figures, adapter.figures)
+    outcome = stages.Outcome(history, rows, tasks, check_serving(written), stages.make_preview(data, tokenizer))
     report = stages.build_report(config, choices, outcome, checkpoints.started_at)
     write_report(report, outcome.rows, files)
     write_card(report, written)

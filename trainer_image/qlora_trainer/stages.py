@@ -11,11 +11,12 @@ from typing import Any
 import torch
 
 from qlora_api.names import Reason
-from qlora_api.report import AdapterRecord, EvaluatedRow, Piece, RunReport, Sample, ServingCheck, StepRecord
+from qlora_api.report import AdapterRecord, EvaluatedRow, Piece, RunReport, Sample, ServingCheck, StepRecord, TaskScore
 from qlora_api.result import Result
 from qlora_api.runconfig import RunConfig
 from qlora_api.v1alpha1 import Metrics
 from qlora_trainer import evaluate, scores, shards
+from qlora_trainer.benchmarks import Battery, load_benchmarks
 from qlora_trainer.checkpoint import Checkpoints, Course
 from qlora_trainer.choices import Choices, decide
 from qlora_trainer.distributed import join_world
@@ -150,10 +151,19 @@ def train(loop: Loop, checkpoints: Checkpoints, news: News, stop: StopFlag) -> H
     return history
 
 
-def make_examiner(data: Data, tokenizer: Any, config: RunConfig, choices: Choices) -> Examiner:
+def make_examiner(data: Data, tokenizer: Any, config: RunConfig, choices: Choices, battery: Battery | None) -> Examiner:
     """Return what examines base and adapter alike."""
-    return Examiner(
-        data.held_out, tokenizer, config.spec.evaluation, config.plan.micro_batch_size, packing=choices.packing
+    micro_batch, spec = config.plan.micro_batch_size, config.spec.evaluation
+    return Examiner(data.held_out, tokenizer, spec, micro_batch, packing=choices.packing, battery=battery)
+
+
+def load_battery(places: Places, tokenizer: Any, config: RunConfig, work: Path) -> Battery | None:
+    """Return the public benchmarks that the spec asks for."""
+    spec = config.spec.evaluation
+    if not spec.tasks:
+        return None
+    return Battery(
+        load_benchmarks(spec.tasks, places, work), tokenizer, config.plan.micro_batch_size, spec.task_examples
     )
 
 
@@ -184,6 +194,7 @@ class Outcome:
 
     history: History
     rows: tuple[EvaluatedRow, ...]
+    tasks: tuple[TaskScore, ...]
     serving: ServingCheck
     preview: tuple[tuple[Piece, ...], ...]
 
@@ -206,6 +217,7 @@ def build_report(config: RunConfig, choices: Choices, outcome: Outcome, started:
         confidence=scores.estimate_confidence(outcome.rows),
         samples=collect_samples(outcome.rows),
         preview=outcome.preview,
+        tasks=outcome.tasks,
         serving=outcome.serving,
         started_at=started,
         finished_at=datetime.now(UTC),

@@ -5,7 +5,7 @@ from typing import Annotated, Final, Literal
 from pydantic import Field
 
 from qlora_api.base import ApiModel
-from qlora_api.v1alpha1.types import ModuleName, cel
+from qlora_api.v1alpha1.types import ModuleName, TaskName, cel
 
 
 class QuantizationSpec(ApiModel):
@@ -208,6 +208,17 @@ class EvaluationSpec(ApiModel):
     )
     max_answer_tokens: int = Field(
         default=128, ge=1, le=4096, description="Longest answer; one that is longer is cut there."
+    )
+    tasks: Annotated[tuple[TaskName, ...], Field(max_length=16)] = Field(
+        default=(),
+        description=(
+            "Public benchmarks for the report, by their names in lm-evaluation-harness (tasks, groups or tags): base "
+            "model and adapter take each. Their data comes from the hub or its mirror, with the model's token."
+        ),
+        examples=[["arc_easy"]],
+    )
+    task_examples: int | None = Field(
+        default=None, ge=1, le=1_000_000, description="Use only the first examples of each task, this many."
     )
     gate: GateSpec = Field(
         default=GateSpec(),
