@@ -108,6 +108,16 @@ def full_has_nothing_to_merge(spec: QLoRAJobSpec) -> str | None:
     return "spec.output.merged is for adapters, and method full trains the weights themselves; leave it out"
 
 
+def loftq_merges_into_its_base(spec: QLoRAJobSpec) -> str | None:
+    """What a LoftQ adapter adds for the 4-bit base, the original base has already."""
+    if spec.lora.init != "loftq" or spec.output.merged == "none" or spec.output.merge_base == "dequantised":
+        return None
+    return (
+        "spec.output.mergeBase is original, but with spec.lora.init loftq the adapter makes up for the 4-bit base, and "
+        "that would count twice; set it to dequantised"
+    )
+
+
 def uris_are_reachable(spec: QLoRAJobSpec) -> str | None:
     """A pod sees no file of the user's computer."""
     return _first_with(
@@ -135,6 +145,7 @@ ANYWHERE: Final[tuple[Rule, ...]] = (
     choice_has_losses,
     gate_has_answers,
     full_has_nothing_to_merge,
+    loftq_merges_into_its_base,
     start_fits_base,
     start_fits_scale,
     rows_have_one_origin,

@@ -100,6 +100,11 @@ class QLoRAJobSpec(ApiModel):
             "self.method != 'full' || self.output.merged == 'none'",
             "method full trains the weights themselves, so there is nothing to merge; leave output.merged out",
         ),
+        (
+            "self.lora.init != 'loftq' || self.output.merged == 'none' || self.output.mergeBase == 'dequantised'",
+            "a LoftQ adapter makes up for the 4-bit base, and on the original one that would count twice; set "
+            "output.mergeBase to dequantised",
+        ),
         *map(_immutable, _IMMUTABLE_FIELDS),
     )
 

@@ -33,6 +33,11 @@ from tests.make import make_spec
             "leave it out",
             id="full-merged",
         ),
+        pytest.param(
+            {"lora": {"init": "loftq"}, "output": {"uri": "s3://a/b", "merged": "bf16"}},
+            "would count twice; set it to dequantised",
+            id="loftq-merged",
+        ),
         pytest.param({"model": {"uri": "file:///m"}}, "spec.model.uri is file:///m", id="model"),
         pytest.param({"dataset": {"uri": "file:///d"}}, "spec.dataset.uri is file:///d", id="dataset"),
         pytest.param(

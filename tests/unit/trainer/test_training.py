@@ -1,23 +1,21 @@
-"""The numbers of training: packing, chunked loss, gradients, schedules (traps 8, 10 and 11)."""
+"""The numbers of training: heads, portions, stops, schedules."""
 
 import dataclasses
 import math
 
 import pytest
 import torch
-from bitsandbytes.nn import Linear4bit
-from torch.nn import functional
 
 from qlora_api.names import Reason
 from qlora_api.report import StepRecord
-from qlora_api.v1alpha1 import LoraSpec, QuantizationSpec, TrainingSpec
+from qlora_api.v1alpha1 import LoraSpec, TrainingSpec
 from qlora_trainer.batches import make_batch, micro_batches
 from qlora_trainer.errors import RunError
 from qlora_trainer.evaluate import evaluate
 from qlora_trainer.interrupt import StopFlag
-from qlora_trainer.model import head_is_plain, joins_rows_exactly, load_base, tune
+from qlora_trainer.model import head_is_plain, load_base, tune
 from qlora_trainer.tokens import TokenRow
-from qlora_trainer.train import Schedule, check_gradients
+from qlora_trainer.train import Schedule
 from tests.unit.trainer.tiny import CPU, make_model, write_model
 from tests.unit.trainer.tuned import CHOICES, DEAF, NF4, make_test_loop, make_tuned, run_steps, token_rows
 
@@ -29,37 +27,6 @@ def model_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     write_model(folder)
     return folder
-
-
-@pytest.mark.parametrize("spans", [1, 2])
-@pytest.mark.parametrize("packing", [True, False])
-def test_rows_in_a_batch_have_the_loss_they_have_alone(packing, spans):
-    tuned, rows = make_tuned(), token_rows(5, spans=spans)
-    expected = 0.0
-    for row in rows:
-        ids = torch.tensor([row.input_ids])
-        logits = tuned.causal(input_ids=ids).logits[0]
-        for start, end in row.learned:
-            wanted = ids[0, start:end]
-            expected += float(functional.cross_entropy(logits[start - 1 : end - 1], wanted, reduction="sum").detach())
-    batch = make_batch(rows, CPU, packing=packing)
-    assert float(tuned.loss_sum(batch, ONE).detach()) == pytest.approx(expected, rel=1e-5)
-    assert float(tuned.statistics(batch)[0].sum()) == pytest.approx(expected, rel=1e-5)
-
-
-def test_the_first_token_of_a_joined_row_is_never_a_label():
-    rows = token_rows(6, spans=2)
-    batch = make_batch(rows, CPU, packing=True)
-    starts, place = set(), 0
-    for row in rows:
-        starts.add(place)
-        place += len(row.input_ids)
-    assert not starts & {position + 1 for position in batch.chosen.tolist()}
-    assert len(batch.labels) == sum(row.label_count for row in rows)
-
-
-def test_joined_rows_are_checked_for_state_that_leaks():
-    assert joins_rows_exactly(make_model())
 
 
 def test_a_model_that_changes_its_logits_keeps_its_own_head():
@@ -106,17 +73,6 @@ def test_joined_rows_stay_below_the_limit_unless_one_row_is_longer():
     assert [len(group) for group in micro_batches([short] * 5, 2, packing=False)] == [2, 2, 1]
 
 
-@pytest.mark.parametrize(("bits", "kind"), [(4, "Linear4bit"), (8, "Linear8bitLt"), (16, "Linear")])
-def test_base_is_stored_as_asked_and_frozen_and_the_adapter_is_fp32(model_folder, bits, kind):
-    base = load_base(model_folder, QuantizationSpec(bits=bits), torch.bfloat16, "sdpa", "cpu")
-    assert type(base.model.layers[0].self_attn.q_proj).__name__ == kind
-    assert base.get_input_embeddings().weight.dtype == torch.bfloat16
-    tuned = tune(base, LoraSpec(), 1, dataclasses.replace(CHOICES, dtype=torch.bfloat16))
-    assert {parameter.dtype for parameter in tuned.parameters()} == {torch.float32}
-    assert all("lora_" in name for name, parameter in tuned.peft.named_parameters() if parameter.requires_grad)
-    assert not any(isinstance(part, Linear4bit) and part.support_avx512bf16_for_cpu for part in base.modules())
-
-
 def test_without_its_adapter_the_model_is_the_base():
     tuned, rows = make_tuned(), token_rows(8)
     with tuned.evaluating(adapter=False):
@@ -126,19 +82,6 @@ def test_without_its_adapter_the_model_is_the_base():
         assert evaluate(tuned, rows, 4, packing=True) == before
     with tuned.evaluating():
         assert evaluate(tuned, rows, 4, packing=True).loss < before.loss
-
-
-def test_missing_gradients_end_the_run():
-    tuned = make_tuned()
-    with pytest.raises(RunError, match="no gradient reaches 8 weights") as caught:
-        check_gradients(tuned)
-    assert caught.value.reason == Reason.TRAINER_ERROR
-
-
-def test_checkpointed_layers_still_get_gradients(model_folder):
-    base = load_base(model_folder, NF4, torch.float32, "sdpa", "cpu")
-    tuned = tune(base, LoraSpec(rank=4), 1, dataclasses.replace(CHOICES, checkpointing=True))
-    assert make_test_loop(tuned, token_rows(8)).step(0).grad_norm > 0
 
 
 def test_a_stop_takes_effect_after_the_step_and_its_state_can_be_kept():
