@@ -118,6 +118,13 @@ def loftq_merges_into_its_base(spec: QLoRAJobSpec) -> str | None:
     )
 
 
+def dora_fits_base(spec: QLoRAJobSpec) -> str | None:
+    """What peft 0.21 dequantises for DoRA, bitsandbytes 0.50 cannot use again in 8 bits."""
+    if not spec.lora.dora or spec.quantization.bits != 8:
+        return None
+    return "spec.lora.dora is true, which fails on a base of 8 bits; set spec.quantization.bits to 4, or leave dora out"
+
+
 def uris_are_reachable(spec: QLoRAJobSpec) -> str | None:
     """A pod sees no file of the user's computer."""
     return _first_with(
@@ -146,6 +153,7 @@ ANYWHERE: Final[tuple[Rule, ...]] = (
     gate_has_answers,
     full_has_nothing_to_merge,
     loftq_merges_into_its_base,
+    dora_fits_base,
     start_fits_base,
     start_fits_scale,
     rows_have_one_origin,

@@ -101,6 +101,10 @@ class QLoRAJobSpec(ApiModel):
             "method full trains the weights themselves, so there is nothing to merge; leave output.merged out",
         ),
         (
+            "!self.lora.dora || self.quantization.bits != 8",
+            "lora.dora fails on an 8-bit base, in the second step; set quantization.bits to 4, or leave dora out",
+        ),
+        (
             "self.lora.init != 'loftq' || self.output.merged == 'none' || self.output.mergeBase == 'dequantised'",
             "a LoftQ adapter makes up for the 4-bit base, and on the original one that would count twice; set "
             "output.mergeBase to dequantised",

@@ -33,6 +33,7 @@ from tests.make import make_spec
             "leave it out",
             id="full-merged",
         ),
+        pytest.param({"quantization": {"bits": 8}, "lora": {"dora": True}}, "fails on a base of 8 bits", id="dora-8"),
         pytest.param(
             {"lora": {"init": "loftq"}, "output": {"uri": "s3://a/b", "merged": "bf16"}},
             "would count twice; set it to dequantised",

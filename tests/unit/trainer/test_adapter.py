@@ -229,3 +229,17 @@ def test_forms_of_lora_come_back_as_they_were_trained(tied, tmp_path, lora):
     torch.testing.assert_close(logits_of(reload(tuned, tied, tmp_path)), logits_of(tuned.peft))
     config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
     assert (config["use_rslora"], config["use_dora"]) == (lora.rslora, lora.dora)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_8_bit_base_learns_on_a_cpu(tied, dtype, dora):
+    tuned, rows = (
+        tuned_on(tied, LoraSpec(rank=4, dropout=0, dora=dora, targets=("all-linear",)), 8, dtype),
+        token_rows(8),
+    )
+    choices = dataclasses.replace(CHOICES, dtype=dtype)
+    history = run_steps(make_test_loop(tuned, rows, choices=choices, steps=5))
+    assert history[-1].loss < history[0].loss
+    with tuned.evaluating(adapter=False):
+        assert evaluate(tuned, rows, 4, packing=True).loss == pytest.approx(history[0].loss, rel=0.05)
