@@ -102,7 +102,7 @@ class QLoRAJobSpec(ApiModel):
         ),
         (
             "!self.lora.dora || self.quantization.bits != 8",
-            "lora.dora fails on an 8-bit base, in the second step; set quantization.bits to 4, or leave dora out",
+            "lora.dora fails on an 8-bit base, in its second pass; set quantization.bits to 4, or leave dora out",
         ),
         (
             "self.lora.init != 'loftq' || self.output.merged == 'none' || self.output.mergeBase == 'dequantised'",
