@@ -74,6 +74,8 @@ def build_image(
     values = {"BASE": base or ensure_base_image(), **(arguments or {})}
     # What a build has made so far looks unused until it ends, so nobody may prune meanwhile.
     with lock(buildah.HOME / "build.lock"):
+        # A build that was killed leaves its container, which holds an image that could not be pruned.
+        buildah.buildah("rm", "--all")
         buildah.build(context, context / "Dockerfile", reference, target=target, arguments=values)
         prune_builds(reference)
     return reference
