@@ -17,8 +17,8 @@ from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_wi
 from qlora_api.v1alpha1 import LoraSpec, QuantizationSpec, TrainingSpec
 from qlora_trainer.choices import Choices
 from qlora_trainer.distributed import World
-from qlora_trainer.interrupt import StopFlag
 from qlora_trainer.model import Tuned, load_base, tune
+from qlora_trainer.optimizer import Kind
 from qlora_trainer.tokens import TokenRow
 from qlora_trainer.train import Schedule, make_loop
 from tests.unit.trainer.parity.oracles import (
@@ -28,6 +28,7 @@ from tests.unit.trainer.parity.oracles import (
     losses_of_trl_with_plain_head,
 )
 from tests.unit.trainer.tiny import CPU, write_model
+from tests.unit.trainer.tuned import run_steps
 
 Oracle: TypeAlias = Callable[..., list[float]]
 
@@ -64,7 +65,7 @@ def token_rows(count: int = 48) -> tuple[TokenRow, ...]:
 
 def make_tuned(folder: Path, base: str, *, packing: bool = False) -> tuple[Tuned, Choices]:
     quantization, dtype = BASES[base]
-    choices = Choices(dtype, "sdpa", checkpointing=False, packing=packing, optimizer="adamw", reasons={})
+    choices = Choices(dtype, "sdpa", checkpointing=False, packing=packing, optimizer=Kind.ADAMW, reasons={})
     return tune(load_base(folder, quantization, dtype, "sdpa", "cpu"), LORA, 1, choices), choices
 
 
@@ -78,7 +79,7 @@ def our_losses(folder: Path, base: str, course: Course, *, packing: bool = False
     tuned, choices = make_tuned(folder, base, packing=packing)
     schedule = Schedule(course.training, course.micro_batch, course.steps)
     loop = make_loop(tuned, token_rows(), schedule, choices, World(CPU))
-    return [record.loss for record in loop.run(StopFlag(), lambda _: None)]
+    return [record.loss for record in run_steps(loop)]
 
 
 @pytest.mark.parametrize(
