@@ -13,10 +13,11 @@ import yaml
 from safetensors.torch import load_file
 
 from qlora_api.names import Phase
-from qlora_api.report import Manifest, MergedManifest, RunReport, ServingCheck
+from qlora_api.report import Manifest, MergedManifest, RunReport, ServingCheck, TaskScore
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer import stages
 from qlora_trainer.prepare import prepare
+from qlora_trainer.report import render_html
 from qlora_trainer.run import run
 from tests.unit.trainer.tiny import (
     RecordingSink,
@@ -182,3 +183,13 @@ def test_a_merged_model_that_is_asked_for_later_is_made_without_training(publish
     for file in manifest.files:
         assert hashlib.sha256((folder / file.path).read_bytes()).hexdigest() == file.sha256, file.path
     assert prepare(prepare_config(asked), work=tmp_path).published == result
+
+
+def test_page_shows_public_benchmarks(published):
+    folder, _ = published
+    report = RunReport.model_validate_json((folder / "report/report.json").read_text())
+    score = TaskScore(task="arc_easy", metric="acc", base=0.25, base_error=0.125, adapter=0.5, adapter_error=None)
+    page = render_html(report.model_copy(update={"tasks": (score,)}), b"")
+    assert "<td>arc_easy</td><td>acc</td>" in page
+    assert [figure in page for figure in (">0.250 ± 0.125<", ">0.500<")] == [True, True]
+    assert "Public benchmarks" not in render_html(report, b"")
