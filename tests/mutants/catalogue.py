@@ -1,0 +1,307 @@
+"""The list: for every trap a fix to take out and the test that notices, or why the trap cannot happen here."""
+
+from typing import Final
+
+from tests.mutants.mutation import Mutation
+
+_TRAINER: Final = "trainer_image/qlora_trainer"
+_TESTS: Final = "tests/unit/trainer"
+
+MUTATIONS: Final = (
+    Mutation(
+        trap=1,
+        file=f"{_TRAINER}/train.py",
+        old="            torch.autograd.backward(loss)\n",
+        new="            torch.autograd.backward(loss * labels / len(batch.labels))\n",
+        test=f"{_TESTS}/parity/test_parity.py::test_gradient_accumulation_of_1_x_16_is_16_x_1",
+    ),
+    Mutation(
+        trap=1,
+        file=f"{_TRAINER}/train.py",
+        old="            torch.autograd.backward(loss)\n",
+        new="            torch.autograd.backward(loss * labels / len(batch.labels))\n",
+        test=f"{_TESTS}/test_traps_loop.py::test_trap_01_micro_batches_do_not_change_a_step",
+    ),
+    Mutation(
+        trap=2,
+        file=f"{_TRAINER}/train.py",
+        old="        labels = sum(row.label_count for row in window)\n",
+        new="        labels = sum(row.label_count for row in window[self.world.rank :: self.world.size])\n",
+        test=f"{_TESTS}/test_two_processes.py::test_trap_02_two_times_eight_rows_are_sixteen",
+    ),
+    Mutation(
+        trap=3,
+        file=f"{_TRAINER}/batches.py",
+        old="_predicting(row, number * width)]",
+        new="_predicting(row, number * width) if ids[number][position - number * width + 1] != 1]",
+        test=f"{_TESTS}/test_traps_data.py::test_trap_03_the_end_token_is_a_label_although_it_is_the_padding_token_too",
+    ),
+    Mutation(
+        trap=4,
+        file=f"{_TRAINER}/tokens.py",
+        old="rows.append(TokenRow(ids, ((first, len(ids)),)",
+        new="rows.append(TokenRow(ids, ((first, len(ids) - 1),)",
+        test=f"{_TESTS}/test_traps_data.py::test_trap_04_the_last_token_of_a_row_is_the_end_token_and_is_learned",
+    ),
+    Mutation(
+        trap=4,
+        file=f"{_TRAINER}/chat.py",
+        old="        if not self.stop:\n            return turn\n",
+        new="        if self.stop:\n            return turn\n",
+        test=f"{_TESTS}/test_traps_data.py::test_trap_04_each_turn_of_the_assistant_is_learned_up_to_its_stop_token",
+    ),
+    Mutation(
+        trap=4,
+        file=f"{_TRAINER}/answers.py",
+        old="    named = own if isinstance(own, list) else [own]\n",
+        new="    named: list[int] = []\n",
+        test=f"{_TESTS}/test_traps_result.py::test_trap_4_an_answer_ends_with_any_token_that_the_model_names",
+    ),
+    Mutation(
+        trap=5,
+        file=f"{_TRAINER}/tokens.py",
+        old="return ids[1:] if start is not None and ids[:2] == [start, start] else ids",
+        new="return ids",
+        test=f"{_TESTS}/test_traps_data.py::test_trap_05_a_row_has_one_start_token_if_its_text_brings_one_or_not",
+    ),
+    Mutation(
+        trap=6,
+        file=f"{_TRAINER}/tokens.py",
+        old="max(common_prefix_length(prompt, text), 1)",
+        new="len(prompt)",
+        test=f"{_TESTS}/test_traps_data.py::test_trap_06_a_token_across_the_seam_of_prompt_and_answer_is_learned",
+    ),
+    Mutation(
+        trap=7,
+        file=f"{_TRAINER}/encoding.py",
+        old=" or row.label_count == 0\n",
+        new="\n",
+        test=f"{_TESTS}/test_traps_data.py::test_trap_07_a_row_whose_answer_was_cut_off_is_left_out",
+    ),
+    Mutation(
+        trap=8,
+        file=f"{_TRAINER}/model.py",
+        old=', "use_cache": False}\n',
+        new="}\n",
+        test=f"{_TESTS}/test_traps_model.py::test_trap_08_rows_in_a_batch_have_the_loss_they_have_alone",
+    ),
+    Mutation(
+        trap=8,
+        file=f"{_TRAINER}/batches.py",
+        old="position_ids=torch.tensor([positions], device=device),",
+        new="position_ids=None,",
+        test=f"{_TESTS}/test_traps_model.py::test_trap_08_rows_in_a_batch_have_the_loss_they_have_alone",
+    ),
+    Mutation(
+        trap=10,
+        file=f"{_TRAINER}/model.py",
+        old="    model.requires_grad_(False)\n    return model\n",
+        new="    from peft import prepare_model_for_kbit_training\n    return prepare_model_for_kbit_training(model)\n",
+        test=f"{_TESTS}/test_traps_model.py::test_trap_10_nothing_of_the_base_is_made_larger_and_the_adapter_is_fp32",
+    ),
+    Mutation(
+        trap=11,
+        file=f"{_TRAINER}/model.py",
+        old='{"use_reentrant": False})\n    base.enable_input_require_grads()\n',
+        new='{"use_reentrant": True})\n',
+        test=f"{_TESTS}/test_traps_model.py::test_trap_11_recomputed_layers_get_the_gradients_of_kept_ones",
+        fails_with="UserWarning",  # torch's: none of the inputs require gradients
+    ),
+    Mutation(
+        trap=11,
+        file=f"{_TRAINER}/train.py",
+        old="    if missing or idle:\n",
+        new="    if missing and idle:\n",
+        test=f"{_TESTS}/test_traps_model.py::test_trap_11_missing_gradients_end_the_run",
+    ),
+    Mutation(
+        trap=12,
+        file=f"{_TRAINER}/model.py",
+        old='"use_reentrant": False',
+        new='"use_reentrant": True',
+        test=f"{_TESTS}/test_traps_model.py::test_trap_12_activations_are_recomputed_without_reentry",
+    ),
+    Mutation(
+        trap=13,
+        file=f"{_TRAINER}/model.py",
+        old="            bnb_4bit_quant_type=quantization.type,\n",
+        new="",
+        test=f"{_TESTS}/test_traps_model.py::test_trap_13_the_4_bit_weights_are_the_bases_and_stay_so",
+    ),
+    Mutation(
+        trap=17,
+        file=f"{_TRAINER}/merge.py",
+        old="exact.get(name, linear.weight.data).float()",
+        new="exact.get(name, linear.weight.data)",
+        test=f"{_TESTS}/test_traps_result.py::test_trap_17_a_small_update_survives_the_merge",
+    ),
+    Mutation(
+        trap=18,
+        file=f"{_TRAINER}/merge.py",
+        old="        merged.config.tie_word_embeddings = False\n",
+        new="        pass\n",
+        test=f"{_TESTS}/test_traps_result.py::test_trap_18_a_module_that_was_trained_whole_keeps_its_own_weight",
+    ),
+    Mutation(
+        trap=19,
+        file=f"{_TRAINER}/publish.py",
+        old="tuned.peft.save_pretrained(target, save_embedding_layers=False)",
+        new="tuned.peft.save_pretrained(target)",
+        test=f"{_TESTS}/test_traps_result.py::test_trap_19_saving_asks_no_hub_about_the_vocabulary",
+    ),
+    Mutation(
+        trap=20,
+        file=f"{_TRAINER}/publish.py",
+        old='    config["base_model_name_or_path"] = uri.removeprefix("hf://")\n',
+        new="",
+        test=f"{_TESTS}/test_traps_result.py::test_trap_20_no_path_of_this_computer_gets_into_the_adapter",
+    ),
+    Mutation(
+        trap=21,
+        file=f"{_TRAINER}/train.py",
+        old="enabled=choices.dtype == torch.float16)",
+        new="enabled=False)",
+        test=f"{_TESTS}/test_traps_model.py::test_trap_21_fp16_is_scaled_and_the_adapter_is_not_in_it",
+    ),
+    Mutation(
+        trap=22,
+        file=f"{_TRAINER}/train.py",
+        old="    if math.isfinite(record.loss) and (scaling or",
+        new="    if scaling or (math.isfinite(record.loss) and",
+        test=f"{_TESTS}/test_traps_model.py::test_trap_22_fp16_that_overflows_ends_the_run",
+    ),
+    Mutation(
+        trap=23,
+        file=f"{_TRAINER}/choices.py",
+        old="        if hardware.native_bf16:\n            return torch.bfloat16, f",
+        new="        if hardware.capability:\n            return torch.bfloat16, f",
+        test=f"{_TESTS}/test_traps_model.py::test_trap_23_a_t4_computes_in_fp16_with_sdpa",
+    ),
+    Mutation(
+        trap=24,
+        file=f"{_TRAINER}/adapter.py",
+        old="parameter.data = parameter.data.float()",
+        new="parameter.data = parameter.data.bfloat16()",
+        test=f"{_TESTS}/test_traps_model.py::test_trap_24_magnitudes_of_dora_learn_in_bf16",
+    ),
+    Mutation(
+        trap=25,
+        file=f"{_TRAINER}/adapter.py",
+        old="parameter.data = parameter.data.float()",
+        new="parameter.data = parameter.data.bfloat16()",
+        test=f"{_TESTS}/test_traps_model.py::test_trap_25_updates_far_below_the_precision_of_bf16_add_up",
+    ),
+    Mutation(
+        trap=26,
+        file=f"{_TRAINER}/train.py",
+        old="    if math.isfinite(record.loss) and (scaling or math.isfinite(record.grad_norm)):\n",
+        new="    if scaling or math.isfinite(record.grad_norm):\n",
+        test=f"{_TESTS}/test_traps_loop.py::test_trap_26_a_loss_that_is_no_number_ends_the_run_with_its_step",
+    ),
+    Mutation(
+        trap=27,
+        file=f"{_TRAINER}/batches.py",
+        old="    return list(groups)\n",
+        new="    return [[*group, *group[: size - len(group)]] for group in groups]\n",
+        test=f"{_TESTS}/test_traps_loop.py::test_trap_27_metrics_do_not_depend_on_batches",
+    ),
+    Mutation(
+        trap=28,
+        file=f"{_TRAINER}/batches.py",
+        old="generator = torch.Generator().manual_seed((seed << 20) + epoch)",
+        new="generator = None",
+        test=f"{_TESTS}/test_traps_loop.py::test_trap_28_order_is_a_function_of_seed_and_epoch",
+    ),
+    Mutation(
+        trap=29,
+        file=f"{_TRAINER}/model.py",
+        old="            module.support_avx512bf16_for_cpu = False\n",
+        new="            pass\n",
+        test=f"{_TESTS}/test_traps_loop.py::test_trap_29_an_evaluation_leaves_later_gradients_alone",
+        fails_with="UserWarning",  # torch's: the packed weights' kernel has no gradient
+        cpu="avx512_bf16",
+    ),
+    Mutation(
+        trap=29,
+        file=f"{_TRAINER}/model.py",
+        old="with torch.random.fork_rng(devices=devices), torch.no_grad(), without:",
+        new="with torch.no_grad(), without:",
+        test=f"{_TESTS}/test_traps_loop.py::test_trap_29_evaluating_restores_mode_and_random_numbers",
+    ),
+    Mutation(
+        trap=29,
+        file=f"{_TRAINER}/train.py",
+        old="        torch.manual_seed((training.seed << 30) + step * self.world.size + self.world.rank)\n",
+        new="",
+        test=f"{_TESTS}/test_traps_loop.py::test_trap_29_dropout_does_not_depend_on_what_ran_before",
+    ),
+    Mutation(
+        trap=30,
+        file=f"{_TRAINER}/train.py",
+        old="        put_optimizer(self.optimizer, state.optimizer)\n",
+        new="",
+        test=f"{_TESTS}/test_checkpoint.py::test_trap_30_a_run_stopped_after_any_step_ends_as_if_it_had_not_been",
+    ),
+    Mutation(
+        trap=31,
+        file=f"{_TRAINER}/publish.py",
+        old="save_embedding_layers=False)",
+        new="save_embedding_layers=False, state_dict=dict(list(tuned.peft.state_dict().items())[::2]))",
+        test=f"{_TESTS}/test_traps_result.py::test_trap_31_what_is_saved_is_what_was_trained",
+    ),
+    Mutation(
+        trap=32,
+        file=f"{_TRAINER}/model.py",
+        old="    return Tuned(peft, peft.get_base_model(),",
+        new="    return Tuned(torch.compile(peft), peft.get_base_model(),",
+        test=f"{_TESTS}/test_traps_model.py::test_trap_32_nothing_is_compiled",
+    ),
+    Mutation(
+        trap=34,
+        file=f"{_TRAINER}/attention.py",
+        old="    if facts.capped:\n",
+        new="    if facts.capped and not facts.flash:\n",
+        test=f"{_TESTS}/test_traps_model.py::test_trap_34_capped_scores_are_capped",
+    ),
+    Mutation(
+        trap=36,
+        file=f"{_TRAINER}/architecture.py",
+        old=" if _is_linear(module) and module is not output}",
+        new=" if _is_linear(module)}",
+        test=f"{_TESTS}/test_traps_model.py::test_trap_36_no_adapter_is_put_where_the_loss_would_pass_it_by",
+    ),
+    Mutation(
+        trap=36,
+        file=f"{_TRAINER}/model.py",
+        old="        learned = tuple(parameter for parameter in output.parameters() if parameter.requires_grad)\n",
+        new="        learned = ()\n",
+        test=f"{_TESTS}/test_traps_model.py::test_trap_36_a_trained_head_gets_the_gradients_that_torch_gives_it",
+        fails_with="AttributeError",  # a weight without a gradient
+    ),
+    Mutation(
+        trap=37,
+        file=f"{_TRAINER}/checkpoint.py",
+        old="            check_course(record.course, self._course)\n",
+        new="",
+        test=f"{_TESTS}/test_checkpoint.py::test_trap_37_the_state_of_another_course_is_refused",
+    ),
+    Mutation(
+        trap=38,
+        file="requirements/trainer.txt",
+        old="jinja2==",
+        new="kernels==0.11.1\njinja2==",
+        test="tests/contract/test_requirements.py::test_trap_38_nothing_of_the_image_downloads_kernels",
+    ),
+)
+
+_NO_SHARDING: Final = "no weight is sharded: there is neither FSDP nor ZeRO-3 yet"
+
+NOT_HERE: Final = {
+    9: "there is no context parallelism",
+    14: _NO_SHARDING,
+    15: _NO_SHARDING,
+    16: _NO_SHARDING,
+    33: "transformers 5.23, to which the trainer is pinned, quantises while it loads; test_trap_33 holds it to that",
+    35: "the loop is ours, and nothing in it makes a DataParallel; test_trap_35 looks",
+}
+"""Traps that no code here could fall into, so that there is no fix to take out."""

@@ -1,0 +1,122 @@
+"""Traps 3 to 7: which tokens a row has, and which of them are learned, seen in what prepare leaves."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qlora_trainer import shards
+from qlora_trainer.batches import make_batch
+from qlora_trainer.prepare import prepare
+from qlora_trainer.tokens import TokenRow
+from tests.unit.trainer.tiny import (
+    CPU,
+    instruction_rows,
+    make_spec,
+    make_tokenizer,
+    prepare_config,
+    write_model,
+    write_rows,
+)
+
+START, END = make_tokenizer().bos_token_id, make_tokenizer().eos_token_id
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, str]:
+    """A model whose tokenizer adds no start token, and one whose tokenizer does."""
+    folders = {bos: tmp_path_factory.mktemp("model") for bos in (False, True)}
+    uris = {bos: write_model(folder) for bos, folder in folders.items()}
+    for bos, folder in folders.items():
+        make_tokenizer(bos=bos).save_pretrained(folder)
+    return uris
+
+
+def prepared_rows(
+    model: str, rows: Sequence[Any], folder: Path, dataset: dict[str, Any] | None = None, **training: Any
+) -> tuple[TokenRow, ...]:
+    """Return the rows to learn from that prepare leaves."""
+    places = model, write_rows(folder / "rows.jsonl", rows), f"file://{folder / 'output'}"
+    spec = make_spec(*places, dataset=dataset or {}, training=training)
+    prefix = prepare(prepare_config(spec), work=folder).prefix.removeprefix("file://")
+    return tuple(shards.read_rows(Path(prefix) / shards.TRAINING))
+
+
+def completions(prompt: str, completion: str, count: int = 10) -> list[dict[str, str]]:
+    """Return distinct rows whose prompts end alike."""
+    return [{"prompt": f"{number} {prompt}", "completion": completion} for number in range(count)]
+
+
+def learned_text(row: TokenRow) -> str:
+    """Return the text of the tokens that are learned."""
+    ids = [token for start, end in row.learned for token in row.input_ids[start:end]]
+    return str(make_tokenizer().decode(ids))
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_trap_03_the_end_token_is_a_label_although_it_is_the_padding_token_too(models, tmp_path, packing):
+    rows = prepared_rows(models[False], instruction_rows(), tmp_path)
+    assert make_tokenizer().pad_token_id == END
+    labels = make_batch(rows, CPU, packing=packing).labels
+    assert int((labels == END).sum()) == len(rows)
+    assert len(labels) == sum(row.label_count for row in rows)
+
+
+def test_trap_03_padding_is_never_a_label(models, tmp_path):
+    rows = prepared_rows(models[False], instruction_rows(), tmp_path)
+    batch = make_batch(rows, CPU, packing=False)
+    width = batch.input_ids.shape[1]
+    lengths = torch.tensor([len(row.input_ids) for row in rows])
+    assert lengths.min() < width
+    assert bool((batch.chosen % width + 1 < lengths[batch.chosen // width]).all())
+
+
+@pytest.mark.parametrize("loss", ["completion", "all"])
+def test_trap_04_the_last_token_of_a_row_is_the_end_token_and_is_learned(models, tmp_path, loss):
+    for row in prepared_rows(models[False], instruction_rows(), tmp_path, loss=loss):
+        assert row.input_ids[-1] == END
+        assert row.learned[-1][1] == len(row.input_ids)
+
+
+def test_trap_04_each_turn_of_the_assistant_is_learned_up_to_its_stop_token(models, tmp_path):
+    template = "{% for message in messages %}{{ message.role }}:\n{{ message.content }}</s>\n{% endfor %}"
+    asking = "{% if add_generation_prompt %}assistant:\n{% endif %}"
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"Colour {number}?"},
+                {"role": "assistant", "content": "red"},
+                {"role": "user", "content": "Sure?"},
+                {"role": "assistant", "content": "yes, blue"},
+            ]
+        }
+        for number in range(10)
+    ]
+    for row in prepared_rows(models[False], rows, tmp_path, {"chatTemplate": template + asking}):
+        assert len(row.learned) == 2
+        assert learned_text(row) == "red</s>yes, blue</s>"
+
+
+def test_trap_05_a_row_has_one_start_token_if_its_text_brings_one_or_not(models, tmp_path):
+    rows = [*completions("sky", " blue"), *({**row, "prompt": f"<s>{row['prompt']}"} for row in completions("a", "b"))]
+    for row in prepared_rows(models[True], rows, tmp_path):
+        assert row.input_ids[0] == START
+        assert row.input_ids.count(START) == 1
+
+
+def test_trap_06_a_token_across_the_seam_of_prompt_and_answer_is_learned(models, tmp_path):
+    tokenizer = make_tokenizer()
+    prompt, whole = (tokenizer(text)["input_ids"] for text in ("What colour has the s", "What colour has the sky"))
+    assert whole[: len(prompt)] != prompt  # " sky" is one token: the prompt is no prefix
+    for row in prepared_rows(models[False], completions("colour has the s", "ky"), tmp_path):
+        assert learned_text(row) == " sky</s>"
+
+
+def test_trap_07_a_row_whose_answer_was_cut_off_is_left_out(models, tmp_path):
+    long = [{"instruction": f"{number} {'word ' * 100}", "output": "lost"} for number in range(20)]
+    rows = prepared_rows(models[False], [*instruction_rows(), *long], tmp_path)
+    assert all(row.label_count > 0 for row in rows)
+    assert not any("lost" in learned_text(row) for row in rows)
+    assert len(make_batch(rows, CPU, packing=True).labels) == sum(row.label_count for row in rows)
