@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_api.v1alpha1 import LoraSpec, QuantizationSpec
 from qlora_trainer.adapter import as_base, attach_adapter, starting_weights
+from qlora_trainer.apart import lay_rows_apart
 from qlora_trainer.batches import Batch
 from qlora_trainer.choices import Choices
 from qlora_trainer.loss import (
@@ -139,6 +140,7 @@ def load_base(folder: Path, quantization: QuantizationSpec, dtype: torch.dtype, 
         local_files_only=True,
     )
     keep_weights_unpacked(model)
+    lay_rows_apart(model)
     # prepare_model_for_kbit_training would make embeddings and output layer fp32, for gigabytes and no gain (peft#816).
     model.requires_grad_(False)
     return model

@@ -10,7 +10,7 @@ Device = Literal["cpu", "cuda"]
 
 MICRO_BATCH_CUDA: Final = 4
 """Rows per forward pass on a GPU: the usual QLoRA recipe for 24 GB cards and up."""
-MICRO_BATCH_CPU: Final = 8
+MICRO_BATCH_CPU: Final = 16
 """Rows per forward pass on a CPU: dequantising the base is paid per pass, so more rows share its cost."""
 
 EPOCH_DIGITS: Final = 6

@@ -21,7 +21,7 @@ def plan_of(rows: int = 950, gpus: int = 0, **training: object) -> tuple[int, in
     ("gpus", "training", "micro", "accumulation"),
     [
         pytest.param(1, {}, 4, 4, id="the-seed's-recipe"),
-        pytest.param(0, {}, 8, 2, id="cpu-shares-the-dequantisation"),
+        pytest.param(0, {}, 16, 1, id="cpu-shares-the-dequantisation"),
         pytest.param(1, {"globalBatchSize": 6}, 3, 2, id="largest-divisor"),
         pytest.param(1, {"globalBatchSize": 7}, 1, 7, id="prime"),
         pytest.param(1, {"globalBatchSize": 2}, 2, 1, id="small-batch"),
@@ -54,6 +54,6 @@ def test_steps(rows: int, training: dict[str, float], steps: int) -> None:
 def test_the_cpu_says_why() -> None:
     reasons = make_plan(make_spec(), make_prepared()).reasons
     assert reasons[1] == (
-        "micro-batch 8: the largest divisor of globalBatchSize 16 up to 8; "
+        "micro-batch 16: the largest divisor of globalBatchSize 16 up to 16; "
         "a CPU pays for dequantisation per forward pass, whatever its rows"
     )

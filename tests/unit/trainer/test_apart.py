@@ -1,0 +1,91 @@
+"""Rows beside each other: the attention of joined rows computes what one long masked sequence would."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from qlora_api.v1alpha1 import QuantizationSpec
+from qlora_trainer import apart
+from qlora_trainer.apart import APART, lay_out
+from qlora_trainer.batches import make_batch
+from qlora_trainer.model import load_base
+from tests.unit.trainer.families import FAMILIES, write_family
+from tests.unit.trainer.tiny import CPU
+from tests.unit.trainer.tuned import token_rows
+
+
+def positions(*lengths: int) -> torch.Tensor:
+    return torch.cat([torch.arange(length) for length in lengths])
+
+
+def test_a_layout_puts_each_row_on_a_line():
+    layout = lay_out(positions(2, 3))
+    assert layout is not None
+    assert layout.places.tolist() == [0, 1, 3, 4, 5]
+    assert layout.tokens.tolist() == [[0, 1, 1], [2, 3, 4]]
+    assert layout.filled.tolist() == [[True, True, False], [True, True, True]]
+    states = torch.randn(1, 2, 5, 4)
+    lines = layout.lay_apart(states)
+    assert torch.equal(lines[0, :, :2], states[0, :, :2])
+    assert not lines[0, :, 2].any()
+    assert torch.equal(layout.join(lines.transpose(1, 2)), states.transpose(1, 2))
+
+
+def test_a_mask_keeps_what_it_says_within_a_row_and_hides_what_is_behind_its_end():
+    seen = torch.ones(5, 5, dtype=torch.bool).tril()
+    seen[4, 2] = False  # a window: the third token of the second row does not see its first
+    layout = lay_out(positions(2, 3))
+    assert layout is not None
+    first, second = layout.mask_apart(seen[None, None])[:, 0].tolist()
+    assert first == [[True, False, False], [True, True, False], [True, True, False]]
+    assert second == [[True, False, False], [True, True, False], [False, True, True]]
+
+
+@pytest.mark.parametrize("lengths", [(7,), (9, 1, 1)])
+def test_there_is_no_layout_where_it_would_not_save_anything(lengths):
+    assert lay_out(positions(*lengths)) is None
+
+
+@pytest.mark.parametrize(("family", "found"), [("llama", APART), ("gemma2", "eager"), ("falcon", "sdpa")])
+def test_it_takes_the_place_of_sdpa_where_a_class_allows_that(family, found, tmp_path):
+    write_family(family, tmp_path)
+    base = load_base(tmp_path, QuantizationSpec(bits=16), torch.float32, FAMILIES[family].attention, "cpu")
+    assert base.config._attn_implementation == found
+    base.save_pretrained(tmp_path / "saved")
+    assert APART not in (tmp_path / "saved/config.json").read_text()
+
+
+@pytest.mark.parametrize("short", [0, 256], ids=["in-their-dtype", "in-fp32"])
+@pytest.mark.parametrize(
+    "family", [name for name, facts in FAMILIES.items() if facts.attention == "sdpa" and facts.joins]
+)
+def test_states_and_gradients_are_those_of_one_masked_sequence(family, short, tmp_path, monkeypatch):
+    monkeypatch.setattr(apart, "_SHORT", short)
+    write_family(family, tmp_path)
+    batch, found = make_batch(token_rows(5), CPU, packing=True), []
+    for attention in ("sdpa", APART):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=attention, dtype=torch.float32)
+        made = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
+        made.square().mean().backward()
+        found.append([made.detach(), *(weight.grad for weight in model.parameters() if weight.grad is not None)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_joined_rows_are_laid_apart_in_a_model(tmp_path, monkeypatch):
+    seen: list[tuple[int, ...]] = []
+    real = apart.sdpa_attention_forward
+
+    def watch(module, query, *rest, **settings):
+        seen.append(tuple(query.shape[::2]))
+        return real(module, query, *rest, **settings)
+
+    monkeypatch.setattr(apart, "sdpa_attention_forward", watch)
+    write_family("llama", tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=APART)
+    rows = token_rows(5)
+    batch = make_batch(rows, CPU, packing=True)
+    model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
+    model(input_ids=batch.input_ids, use_cache=False)
+    apart_shape, joined_shape = (5, max(len(row.input_ids) for row in rows)), (1, batch.input_ids.shape[1])
+    assert seen == [apart_shape] * (len(seen) // 2) + [joined_shape] * (len(seen) // 2)
