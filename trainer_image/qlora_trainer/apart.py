@@ -40,10 +40,10 @@ class Layout:
         """Turn [1, heads, tokens, size] into [rows, heads, width, size], with zeros behind the ends."""
         joined = states.transpose(1, 2)[0]
         lines = joined.new_zeros(self.filled.numel(), *joined.shape[1:]).index_copy(0, self.places, joined)
-        return lines.unflatten(0, self.filled.shape).transpose(1, 2)
+        return lines.view(*self.filled.shape, *joined.shape[1:]).transpose(1, 2)
 
     def mask_apart(self, mask: torch.Tensor) -> torch.Tensor:
-        """Turn a mask [1, 1, tokens, tokens] into [rows, 1, width, width], and let nothing see what is behind an end."""
+        """Turn a mask [1, 1, tokens, tokens] into [rows, 1, width, width]; nothing sees what is behind an end."""
         lines = mask[0, 0][self.tokens[:, :, None], self.tokens[:, None, :]]
         return (lines & self.filled[:, None, :])[:, None]
 
@@ -78,16 +78,22 @@ def attend(
     **settings: Any,
 ) -> tuple[torch.Tensor, None]:
     """Return what transformers' SDPA attention returns."""
-    positions = settings.get("position_ids")
-    joined = attention_mask is not None and positions is not None and query.shape[0] == 1 == positions.shape[0]
-    layout = lay_out(positions[0]) if joined and query.shape[2] == key.shape[2] == positions.shape[1] else None
+    layout = _layout_of(query, key, settings.get("position_ids"))
     if attention_mask is None or layout is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
+        made: tuple[torch.Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
+        return made
     dtype = torch.float32 if layout.filled.shape[1] <= _SHORT else query.dtype
     lines = [layout.lay_apart(states).to(dtype) for states in (query, key, value)]
     with torch.autocast(query.device.type, enabled=False):
         output, _ = sdpa_attention_forward(module, *lines, layout.mask_apart(attention_mask), **settings)
     return layout.join(output).to(query.dtype), None
+
+
+def _layout_of(query: torch.Tensor, key: torch.Tensor, position_ids: torch.Tensor | None) -> Layout | None:
+    """Return the layout of a batch that is one line of joined rows; a cache's keys would be more than its queries."""
+    if position_ids is None or position_ids.shape != (1, query.shape[2]) or query.shape[2] != key.shape[2]:
+        return None
+    return lay_out(position_ids[0]) if query.shape[0] == 1 else None
 
 
 AttentionInterface.register(APART, attend)
