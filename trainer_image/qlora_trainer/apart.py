@@ -5,6 +5,7 @@ SDPA computes every pair of positions of what it gets, whatever the mask says. S
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Final
 
 import torch
@@ -25,7 +26,7 @@ def lay_rows_apart(model: Any) -> None:
         model.set_attn_implementation(APART)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layout:
     """Where the tokens of joined rows go when each row gets a line of its own."""
 
@@ -42,6 +43,7 @@ class Layout:
         lines = joined.new_zeros(self.filled.numel(), *joined.shape[1:]).index_copy(0, self.places, joined)
         return lines.view(*self.filled.shape, *joined.shape[1:]).transpose(1, 2)
 
+    @lru_cache(maxsize=2)  # noqa: B019 (two batches at most are kept; full and sliding layers have a mask each)
     def mask_apart(self, mask: torch.Tensor) -> torch.Tensor:
         """Turn a mask [1, 1, tokens, tokens] into [rows, 1, width, width]; nothing sees what is behind an end."""
         lines = mask[0, 0][self.tokens[:, :, None], self.tokens[:, None, :]]
@@ -52,10 +54,14 @@ class Layout:
         return lines.flatten(0, 1).index_select(0, self.places)[None]
 
 
+@lru_cache(maxsize=1)
 def lay_out(position_ids: torch.Tensor) -> Layout | None:
-    """Return the layout of rows whose positions [tokens] start anew; None where it would not save anything."""
-    tokens = torch.arange(len(position_ids), device=position_ids.device)
-    starts = torch.nonzero(position_ids == 0).flatten()
+    """Return the layout of rows whose positions [1, tokens] start anew; None where it would not save anything.
+
+    All layers of a forward pass ask for the same tensor's, so that it is found once.
+    """
+    tokens = torch.arange(position_ids.shape[1], device=position_ids.device)
+    starts = torch.nonzero(position_ids[0] == 0).flatten()
     lengths = torch.diff(starts, append=starts.new_tensor([len(tokens)]))
     width = int(lengths.max()) if len(lengths) else 0
     if len(starts) * width**2 >= len(tokens) ** 2:
@@ -93,7 +99,7 @@ def _layout_of(query: torch.Tensor, key: torch.Tensor, position_ids: torch.Tenso
     """Return the layout of a batch that is one line of joined rows; a cache's keys would be more than its queries."""
     if position_ids is None or position_ids.shape != (1, query.shape[2]) or query.shape[2] != key.shape[2]:
         return None
-    return lay_out(position_ids[0]) if query.shape[0] == 1 else None
+    return lay_out(position_ids) if query.shape[0] == 1 else None
 
 
 AttentionInterface.register(APART, attend)

@@ -1,7 +1,7 @@
 """Public benchmarks for base and adapter, by lm-evaluation-harness; their data comes the way models do."""
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,7 +15,7 @@ from qlora_trainer.model import Tuned
 from qlora_trainer.snapshot import Places, Snapshot
 from qlora_trainer.store import Owner
 
-TASKS: Final = Owner(SecretRole.MODEL, "spec.evaluation.tasks")
+TASKS: Final = Owner(SecretRole.MODEL, "spec.evaluation.tasks", Reason.INVALID_SPEC)
 """Who asks for the data; its token is the model's, since both come from the hub."""
 _DATA: Final = (".parquet", ".jsonl", ".json", ".csv", ".tsv", ".arrow", ".jsonl.gz", ".json.gz", ".zst", ".txt")
 _CARD: Final = "README.md"
@@ -106,17 +106,13 @@ def _files_of(benchmark: Benchmark, snapshot: Snapshot) -> list[str]:
 
 def load_benchmarks(names: Sequence[str], places: Places, work: Path) -> Any:
     """Return the harness's tasks with their data, or raise RunError; it is the proof that they can be run."""
-    return load_tasks(fetch_benchmark(benchmark, places, work) for benchmark in find_benchmarks(names))
-
-
-def load_tasks(configs: Iterable[dict[str, Any]]) -> Any:
-    """Return the harness's tasks, or raise RunError where data does not fit a task."""
+    configs = [fetch_benchmark(benchmark, places, work) for benchmark in find_benchmarks(names)]
     with _quiet():
         from lm_eval.tasks import TaskManager  # noqa: PLC0415
 
         manager = TaskManager(include_defaults=False)
         try:
-            return manager.load(list(configs))
+            return manager.load(configs)
         except Exception as error:  # the harness and datasets raise whatever their readers raise
             raise _refused(
                 f"the data does not load: {type(error).__name__}: {str(error)[:300]}", "choose another task"

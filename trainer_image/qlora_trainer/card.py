@@ -6,8 +6,8 @@ from typing import Final
 from huggingface_hub import ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from qlora_api.report import Confidence, Interval, RunReport
-from qlora_trainer.report import make_recipe
+from qlora_api.report import RunReport
+from qlora_trainer.report import make_comparison, make_recipe
 
 CARD: Final = "README.md"
 TAGS: Final = {"qlora": ("lora", "qlora"), "lora": ("lora",), "full": ()}
@@ -34,7 +34,7 @@ def render_card(report: RunReport) -> str:
         whole=report.spec.method == "full",
         tuned="tuned model" if report.spec.method == "full" else "adapter",
         base=report.spec.model.uri.removeprefix("hf://"),
-        rows=make_rows(report),
+        comparison=make_comparison(report),
         recipe=make_recipe(report),
     )
 
@@ -50,33 +50,3 @@ def front_matter(report: RunReport) -> ModelCardData:
         tags=[*TAGS[report.spec.method], "qlora-operator"],
         datasets=list(dict.fromkeys("/".join(name.split("@")[0].split("/")[:2]) for name in names)) or None,
     )
-
-
-def make_rows(report: RunReport) -> tuple[tuple[str, str, str, str], ...]:
-    """Return name, base, adapter and change of each metric, each with its interval."""
-    found, sure = report.evaluation, report.confidence
-    return tuple(
-        (
-            name,
-            _figure(getattr(found.base, field), sure, "base", field),
-            _figure(getattr(found.adapter, field), sure, "adapter", field),
-            _figure(getattr(found.adapter, field) - getattr(found.base, field), sure, "change", field, sign="+"),
-        )
-        for field, name in METRICS.items()
-        if getattr(found.base, field) is not None and getattr(found.adapter, field) is not None
-    )
-
-
-METRICS: Final = {
-    "loss": "loss, nats per token",
-    "perplexity": "perplexity",
-    "token_accuracy": "token accuracy",
-    "exact_match": "exact match",
-    "rouge_l": "ROUGE-L",
-}
-"""Names of the metrics' fields, and what they are called."""
-
-
-def _figure(value: float, sure: Confidence, side: str, field: str, sign: str = "") -> str:
-    interval: Interval = getattr(getattr(sure, side), field)
-    return f"{value:{sign}.3f} ({interval.low:{sign}.3f} to {interval.high:{sign}.3f})"

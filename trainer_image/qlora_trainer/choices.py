@@ -36,6 +36,11 @@ class Choices:
     optimizer: Kind
     reasons: dict[str, str]
 
+    @property
+    def dtype_name(self) -> str:
+        """Return torch.bfloat16 as 'bfloat16'."""
+        return _name_of(self.dtype)
+
     def with_packing_off(self, reason: str) -> "Choices":
         """Return the choices for a model whose rows cannot be joined."""
         return replace(self, packing=False, reasons=self.reasons | {"packing": f"off: {reason}"})
@@ -63,7 +68,7 @@ def decide(config: RunConfig, hardware: Hardware, model: Any) -> Choices:
         optimizer=optimizer,
         reasons={
             "device": hardware.name,
-            "dtype": f"{str(dtype).removeprefix('torch.')}: {dtype_reason}",
+            "dtype": f"{_name_of(dtype)}: {dtype_reason}",
             "attention": f"{attention}: {attention_reason}",
             "gradient checkpointing": f"{'on' if checkpointing else 'off'}: {checkpointing_reason}",
             "packing": "on: rows are joined without padding" if spec.training.packing else "off: spec.training.packing",
@@ -94,6 +99,10 @@ def activation_checkpointing(hardware: Hardware, model: Any, tokens: int) -> tup
         f"{tokens} tokens keep about {_gib(needed)} of activations, and half of the free memory is {_gib(offered)}"
     )
     return not fits, sentence
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _gib(size: int) -> str:

@@ -10,6 +10,7 @@ from qlora_trainer import stages
 from qlora_trainer.merge import MergeTask, merge
 from qlora_trainer.output import with_merged
 from qlora_trainer.publish import RECORD, Merged, publish_merged
+from qlora_trainer.shards import EVALUATION
 from qlora_trainer.snapshot import Places
 from qlora_trainer.store import Store
 
@@ -26,7 +27,7 @@ def add_merged(places: Places, output: Store, config: RunConfig, result: Result,
         adapter=adapter,
         base=config.spec.output.merge_base,
         record=AdapterRecord.model_validate_json((adapter / RECORD).read_text()),
-        rows=stages.load_data(output, config, work).held_out,
+        rows=stages.load_rows(output, config, EVALUATION, work),
     )
     folder = stages.empty_folder(work / "merged" / digest)
     merged = Merged(folder, merge(task, folder))

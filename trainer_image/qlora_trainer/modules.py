@@ -25,12 +25,8 @@ def find(modules: Iterable[str], wanted: Iterable[str]) -> tuple[str, ...]:
 
 
 def adapted_modules(architecture: Architecture, lora: LoraSpec) -> tuple[str, ...]:
-    """Return the modules that get an adapter."""
-    return targeted(architecture.linears, lora)
-
-
-def targeted(linears: Iterable[str], lora: LoraSpec) -> tuple[str, ...]:
-    """Return those of the linear modules, without the output layer, that get an adapter."""
+    """Return the linear modules that get an adapter; the output layer is none of them."""
+    linears = architecture.linears
     return tuple(sorted(linears)) if lora.targets == (ALL_LINEAR,) else find(linears, lora.targets)
 
 

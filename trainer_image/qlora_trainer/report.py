@@ -3,13 +3,13 @@
 import base64
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Final
+from typing import Final, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from qlora_api import __version__
-from qlora_api.report import RunReport
-from qlora_api.v1alpha1 import EvaluationStatus, LoraSpec
+from qlora_api.report import Interval, RunReport
+from qlora_api.v1alpha1 import LoraSpec
 
 _LIBRARIES: Final = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
 
@@ -56,7 +56,7 @@ def render_html(report: RunReport, picture: bytes) -> str:
         report=report,
         picture=base64.b64encode(picture).decode(),
         tiles=make_tiles(report),
-        comparison=make_comparison(report.evaluation),
+        comparison=make_comparison(report),
         tables=make_tables(report),
     )
 
@@ -73,28 +73,45 @@ def make_tiles(report: RunReport) -> tuple[Tile, ...]:
     )
 
 
-def make_comparison(evaluation: EvaluationStatus) -> tuple[Comparison, ...]:
-    """Return the metrics side by side; less loss is better, and more accuracy."""
-    base, adapter = evaluation.base, evaluation.adapter
-    accuracy = adapter.token_accuracy - base.token_accuracy
-    loss, perplexity = adapter.loss - base.loss, adapter.perplexity - base.perplexity
-    return (
-        Comparison("Loss, nats per token", f"{base.loss:.4f}", f"{adapter.loss:.4f}", f"{loss:+.4f}", _tone(loss)),
-        Comparison(
-            "Perplexity",
-            f"{base.perplexity:,.2f}",
-            f"{adapter.perplexity:,.2f}",
-            f"{perplexity:+,.2f}",
-            _tone(perplexity),
-        ),
-        Comparison(
-            "Tokens predicted right",
-            f"{base.token_accuracy:.1%}",
-            f"{adapter.token_accuracy:.1%}",
-            f"{accuracy:+.1%}",
-            _tone(-accuracy),
-        ),
+class Metric(NamedTuple):
+    """One figure of an evaluation, and how it is shown."""
+
+    field: str
+    label: str
+    style: str
+    less_is_better: bool
+
+
+METRICS: Final = (
+    Metric("loss", "loss, nats per token", ".3f", less_is_better=True),
+    Metric("perplexity", "perplexity", ",.2f", less_is_better=True),
+    Metric("token_accuracy", "token accuracy", ".1%", less_is_better=False),
+    Metric("exact_match", "exact match", ".1%", less_is_better=False),
+    Metric("rouge_l", "ROUGE-L", ".1%", less_is_better=False),
+)
+
+
+def make_comparison(report: RunReport) -> tuple[Comparison, ...]:
+    """Return the metrics that were measured side by side, each with its interval."""
+    measured = [metric for metric in METRICS if getattr(report.confidence.base, metric.field) is not None]
+    return tuple(_compare(metric, report) for metric in measured)
+
+
+def _compare(metric: Metric, report: RunReport) -> Comparison:
+    found, sure, style = report.evaluation, report.confidence, metric.style
+    base, adapter = getattr(found.base, metric.field), getattr(found.adapter, metric.field)
+    change = adapter - base
+    return Comparison(
+        metric.label,
+        _figure(base, getattr(sure.base, metric.field), style),
+        _figure(adapter, getattr(sure.adapter, metric.field), style),
+        _figure(change, getattr(sure.change, metric.field), f"+{style}"),
+        _tone(change if metric.less_is_better else -change),
     )
+
+
+def _figure(value: float, interval: Interval, style: str) -> str:
+    return f"{value:{style}} ({interval.low:{style}} to {interval.high:{style}})"
 
 
 def make_recipe(report: RunReport) -> tuple[tuple[str, str], ...]:

@@ -57,7 +57,7 @@ def vllm_problems(config: Mapping[str, Any], shapes: Shapes) -> tuple[str, ...]:
 
 def _config_problems(config: Mapping[str, Any]) -> Iterator[str]:
     if config.get("use_dora"):
-        yield "it is a DoRA adapter, which vLLM does not load; merge it (spec.output.merged, or `qlora merge`)"
+        yield "it is a DoRA adapter, which vLLM does not load; merge it (spec.output.merged)"
     if config.get("modules_to_save"):
         yield f"it replaces whole modules ({', '.join(config['modules_to_save'])}), which vLLM does not load; merge it"
     if config.get("bias", "none") != "none" or config.get("lora_bias"):

@@ -48,15 +48,19 @@ class Data:
 
 
 def load_data(output: Store, config: RunConfig, work: Path) -> Data:
-    """Bring the token rows onto this computer; they are read by number, not held in memory."""
+    """Bring the token rows onto this computer."""
+    return Data(
+        training=load_rows(output, config, shards.TRAINING, work),
+        held_out=load_rows(output, config, shards.EVALUATION, work),
+    )
+
+
+def load_rows(output: Store, config: RunConfig, name: str, work: Path) -> Sequence[TokenRow]:
+    """Bring one file of token rows onto this computer; they are read by number, not held in memory."""
     digest = config.prepared.digest
-
-    def load(name: str) -> Sequence[TokenRow]:
-        path = work / "rows" / digest / name
-        output.download(f"{digest}/{name}", path)
-        return shards.open_shard(path)
-
-    return Data(training=load(shards.TRAINING), held_out=load(shards.EVALUATION))
+    path = work / "rows" / digest / name
+    output.download(f"{digest}/{name}", path)
+    return shards.open_shard(path)
 
 
 def make_preview(data: Data, tokenizer: Any) -> tuple[tuple[Piece, ...], ...]:
@@ -94,11 +98,9 @@ def load_model(config: RunConfig, folder: Path) -> tuple[Tuned, Choices]:
     return tune(base, spec.lora, spec.training.seed, choices), choices
 
 
-def measure(
-    tuned: Tuned, rows: Sequence[TokenRow], config: RunConfig, choices: Choices, *, adapter: bool = True
-) -> Metrics:
-    """Evaluate the adapter, or the base below it, on held-out rows."""
-    with tuned.evaluating(adapter=adapter):
+def measure(tuned: Tuned, rows: Sequence[TokenRow], config: RunConfig, choices: Choices) -> Metrics:
+    """Evaluate what was trained on held-out rows."""
+    with tuned.evaluating():
         return evaluate.evaluate(tuned, rows, config.plan.micro_batch_size, packing=choices.packing)
 
 
@@ -177,15 +179,10 @@ def build_record(config: RunConfig, choices: Choices) -> AdapterRecord:
         commit=prepared.model.commit,
         method=config.spec.method,
         quantization=config.spec.quantization,
-        dtype=name_of(choices.dtype),
+        dtype=choices.dtype_name,
         attention=choices.attention,
         format=prepared.dataset.format,
     )
-
-
-def name_of(dtype: torch.dtype) -> str:
-    """Return torch.bfloat16 as 'bfloat16'."""
-    return str(dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True)
@@ -275,7 +272,7 @@ def make_loading_check(
         base=str(folder),
         quantization=config.spec.quantization,
         device=config.plan.device,
-        dtype=name_of(choices.dtype),
+        dtype=choices.dtype_name,
         attention=choices.attention,
         rows=rows_of_task(rows),
     )

@@ -40,15 +40,20 @@ class Owner:
 
     role: SecretRole
     field: str
+    missing: Reason | None = None
+    """The reason for what is not there, where the role's own would name another field."""
 
     @property
     def not_found(self) -> Reason:
         """Return the reason for a missing object or bucket."""
-        return {
-            SecretRole.MODEL: Reason.MODEL_NOT_FOUND,
-            SecretRole.DATASET: Reason.DATASET_NOT_FOUND,
-            SecretRole.OUTPUT: Reason.INVALID_SPEC,
-        }[self.role]
+        return (
+            self.missing
+            or {
+                SecretRole.MODEL: Reason.MODEL_NOT_FOUND,
+                SecretRole.DATASET: Reason.DATASET_NOT_FOUND,
+                SecretRole.OUTPUT: Reason.INVALID_SPEC,
+            }[self.role]
+        )
 
 
 MODEL: Final = Owner(SecretRole.MODEL, "spec.model.uri")

@@ -188,11 +188,12 @@ class Trackers:
 
     def replay(self, steps: Sequence[StepRecord], held_out: Sequence[HeldOutRecord]) -> None:
         """Give a new event file what an earlier attempt saw; the servers know it already."""
-        for tracker in [self.board] if self.board else []:
-            for record in steps:
-                tracker.log(step_metrics(record), record.step)
-            for look in held_out:
-                tracker.log(held_out_metrics(look), look.step)
+        if self.board is None:
+            return
+        for record in steps:
+            self.board.log(step_metrics(record), record.step)
+        for look in held_out:
+            self.board.log(held_out_metrics(look), look.step)
 
     def step(self, record: StepRecord) -> None:
         """Report a finished step."""

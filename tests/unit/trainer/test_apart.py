@@ -15,7 +15,7 @@ from tests.unit.trainer.tuned import token_rows
 
 
 def positions(*lengths: int) -> torch.Tensor:
-    return torch.cat([torch.arange(length) for length in lengths])
+    return torch.cat([torch.arange(length) for length in lengths])[None]
 
 
 def test_a_layout_puts_each_row_on_a_line():
@@ -85,7 +85,11 @@ def test_joined_rows_are_laid_apart_in_a_model(tmp_path, monkeypatch):
     model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=APART)
     rows = token_rows(5)
     batch = make_batch(rows, CPU, packing=True)
+    layouts, masks = lay_out.cache_info().misses, apart.Layout.mask_apart.cache_info().misses
     model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
+    # Once for both layers: found anew in each of 30 it is 5 ms of a pass over 640 tokens (measured on 2 cores).
+    assert lay_out.cache_info().misses == layouts + 1
+    assert apart.Layout.mask_apart.cache_info().misses == masks + 1
     model(input_ids=batch.input_ids, use_cache=False)
     apart_shape, joined_shape = (5, max(len(row.input_ids) for row in rows)), (1, batch.input_ids.shape[1])
     assert seen == [apart_shape] * (len(seen) // 2) + [joined_shape] * (len(seen) // 2)

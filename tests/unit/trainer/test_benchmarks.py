@@ -99,4 +99,4 @@ def test_a_tag_stands_for_its_tasks(places, tmp_path):
     assert [benchmark.name for benchmark in found] == ["arc_challenge", "arc_easy"]
     with pytest.raises(RunError, match=r"the hub's mirror .* has no allenai/elsewhere") as caught:
         fetch_benchmark(dataclasses.replace(found[0], dataset="allenai/elsewhere"), places, tmp_path)
-    assert caught.value.reason == Reason.MODEL_NOT_FOUND
+    assert caught.value.reason == Reason.INVALID_SPEC

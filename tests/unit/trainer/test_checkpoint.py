@@ -35,12 +35,10 @@ from qlora_trainer.train import Loop, Schedule, Watcher, make_loop
 from tests.unit.trainer.stopping import NEVER, FreshProcesses
 from tests.unit.trainer.tiny import (
     CPU,
-    instruction_rows,
-    make_spec,
     prepare_config,
     run_config,
+    write_job,
     write_model,
-    write_rows,
 )
 from tests.unit.trainer.tuned import CHOICES, token_rows
 
@@ -227,16 +225,9 @@ def test_a_checkpoint_that_cannot_be_written_does_not_end_the_run(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def config(model_folder, tmp_path_factory) -> RunConfig:
+def config(tmp_path_factory) -> RunConfig:
     folder = tmp_path_factory.mktemp("job")
-    rows = write_rows(folder / "rows.jsonl", instruction_rows())
-    spec = make_spec(
-        f"file://{model_folder}",
-        rows,
-        f"file://{folder / 'output'}",
-        evaluation={"generations": 0},
-        training={"evaluateEvery": 2},
-    )
+    spec = write_job(folder, evaluation={"generations": 0}, training={"evaluateEvery": 2})
     return run_config(spec, prepare(prepare_config(spec), work=folder / "work"), total_steps=STEPS)
 
 

@@ -15,12 +15,9 @@ from qlora_trainer.prepare import prepare
 from qlora_trainer.run import run
 from tests.unit.trainer.tiny import (
     RecordingSink,
-    instruction_rows,
-    make_spec,
     prepare_config,
     run_config,
-    write_model,
-    write_rows,
+    write_job,
 )
 
 
@@ -84,13 +81,7 @@ def test_an_evaluation_without_answers_cannot_be_judged_by_them():
 
 @pytest.fixture(scope="module")
 def spec(tmp_path_factory: pytest.TempPathFactory) -> QLoRAJobSpec:
-    folder = tmp_path_factory.mktemp("gate")
-    return make_spec(
-        write_model(folder / "model"),
-        write_rows(folder / "rows.jsonl", instruction_rows()),
-        f"file://{folder / 'output'}",
-        evaluation={"generations": 0, "gate": {"maxLoss": 0.001}},
-    )
+    return write_job(tmp_path_factory.mktemp("gate"), evaluation={"generations": 0, "gate": {"maxLoss": 0.001}})
 
 
 def with_gate(spec: QLoRAJobSpec, **gate: float) -> QLoRAJobSpec:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 from datetime import UTC, datetime
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
@@ -21,7 +21,7 @@ from qlora_trainer.errors import RunError, explain
 from qlora_trainer.interrupt import StopFlag
 from qlora_trainer.lastword import failure_word, to_line, write_last_word
 from qlora_trainer.progress import Heartbeat, HttpSink, Sinks, to_body
-from tests.unit.trainer.tiny import RecordingSink, make_spec, prepare_config
+from tests.unit.trainer.tiny import RecordingSink, make_spec, prepare_config, serving
 
 
 @pytest.mark.parametrize(
@@ -177,13 +177,8 @@ def endpoint():
         def log_message(self, *_: object) -> None:
             """Be quiet."""
 
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_address[1]}/status", told
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with serving(Handler) as address:
+        yield f"{address}/status", told
 
 
 def test_progress_is_posted_rarely_but_phases_at_once(endpoint, tmp_path, monkeypatch):

@@ -21,12 +21,9 @@ from qlora_trainer.report import render_html
 from qlora_trainer.run import run
 from tests.unit.trainer.tiny import (
     RecordingSink,
-    instruction_rows,
-    make_spec,
     prepare_config,
     run_config,
-    write_model,
-    write_rows,
+    write_job,
 )
 
 RECOMPUTE = Path(__file__).with_name("recompute.py")
@@ -34,12 +31,7 @@ RECOMPUTE = Path(__file__).with_name("recompute.py")
 
 @pytest.fixture(scope="module")
 def spec(tmp_path_factory: pytest.TempPathFactory) -> QLoRAJobSpec:
-    folder = tmp_path_factory.mktemp("run")
-    return make_spec(
-        write_model(folder / "model"),
-        write_rows(folder / "rows.jsonl", instruction_rows()),
-        f"file://{folder / 'output'}",
-    )
+    return write_job(tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +175,17 @@ def test_a_merged_model_that_is_asked_for_later_is_made_without_training(publish
     for file in manifest.files:
         assert hashlib.sha256((folder / file.path).read_bytes()).hexdigest() == file.sha256, file.path
     assert prepare(prepare_config(asked), work=tmp_path).published == result
+
+
+def test_page_shows_each_figure_with_its_interval(published):
+    folder, _ = published
+    page = (folder / "report/report.html").read_text()
+    report = RunReport.model_validate_json((folder / "report/report.json").read_text())
+    loss, sure = report.evaluation.adapter.loss, report.confidence.adapter.loss
+    assert f">{loss:.3f} ({sure.low:.3f} to {sure.high:.3f})<" in page
+    answered = report.confidence.change.rouge_l
+    assert answered is not None
+    assert f"({answered.low:+.1%} to {answered.high:+.1%})" in page
 
 
 def test_page_shows_public_benchmarks(published):

@@ -4,7 +4,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,7 @@ from qlora_trainer.errors import RunError
 from qlora_trainer.secrets import Credentials, Secrets, load_secrets
 from qlora_trainer.tracking import BOARD, Background, copy_board, open_trackers
 from tests.make import make_prepared, make_spec
-from tests.unit.trainer.tiny import run_config
+from tests.unit.trainer.tiny import run_config, serving
 
 STEPS = tuple(
     StepRecord(step=step, loss=4.0 / step, learning_rate=0.1, grad_norm=1.0, tokens=50, seconds=0.5) for step in (1, 2)
@@ -108,13 +108,8 @@ def mlflow() -> Iterator[tuple[str, list[tuple[str, str | None, dict]]]]:
         def log_message(self, *_: object) -> None:
             """Be quiet."""
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_address[1]}", told
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with serving(Handler) as address:
+        yield address, told
 
 
 @pytest.fixture

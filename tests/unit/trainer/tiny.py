@@ -1,9 +1,12 @@
 """A tiny random model, its tokenizer, rows and configurations: everything a trainer test needs, without a network."""
 
+import contextlib
 import json
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -52,24 +55,26 @@ def make_tokenizer(*, bos: bool = False) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>")
 
 
+SMALL: Final[dict[str, Any]] = {
+    "vocab_size": 384,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+}
+"""Sizes of a model that takes a step in milliseconds."""
+
+
 def make_model(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
     """A Llama of two layers with random weights."""
-    settings = {
-        "vocab_size": 384,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 256,
-        "tie_word_embeddings": True,
-        "initializer_range": 0.2,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "pad_token_id": 1,
-    }
     torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(**settings | changes)).eval()
+    return LlamaForCausalLM(LlamaConfig(**SMALL | {"tie_word_embeddings": True} | changes)).eval()
 
 
 def write_model(folder: Path, **changes: Any) -> str:
@@ -92,6 +97,27 @@ def make_spec(model: str, dataset: str, output: str, /, **blocks: Any) -> QLoRAJ
     for name, block in blocks.items():
         spec[name] = {**spec.get(name, {}), **block} if isinstance(block, dict) else block
     return QLoRAJobSpec.model_validate(spec)
+
+
+@contextlib.contextmanager
+def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """Serve on localhost while the context is open, and yield the address."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def write_job(folder: Path, **blocks: Any) -> QLoRAJobSpec:
+    """Write model and rows into a folder, and return a spec that reads them and leaves its result beside them."""
+    model = write_model(folder / "model")
+    rows = write_rows(folder / "rows.jsonl", instruction_rows())
+    return make_spec(model, rows, f"file://{folder / 'output'}", **blocks)
 
 
 def prepare_config(spec: QLoRAJobSpec, job: str = "colours", platform: Platform | None = None) -> PrepareConfig:
