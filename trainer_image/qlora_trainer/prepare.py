@@ -1,6 +1,7 @@
 """Everything about a run that can be checked without a GPU, the cheapest check first."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -10,7 +11,7 @@ from qlora_api.names import Reason
 from qlora_api.prepared import Prepared
 from qlora_api.report import Manifest
 from qlora_api.runconfig import PrepareConfig
-from qlora_api.v1alpha1 import DataStatus, ModelStatus, QLoRAJobSpec
+from qlora_api.v1alpha1 import ModelStatus, QLoRAJobSpec
 from qlora_trainer.dataset import (
     Dataset,
     Survey,
@@ -20,7 +21,7 @@ from qlora_trainer.dataset import (
     open_dataset,
     survey,
 )
-from qlora_trainer.digest import result_digest
+from qlora_trainer.digest import Resolved, result_digest
 from qlora_trainer.errors import RunError
 from qlora_trainer.gate import can_judge, check_gate, describe_rejected
 from qlora_trainer.output import find_manifest, find_rejected, open_output, point_latest, put_manifest, with_merged
@@ -56,15 +57,15 @@ def prepare(
     note(f"{rows.training_rows:,} rows to train on, {rows.held_out_rows:,} held out")
     snapshot = places.resolve(spec.model.uri, spec.model.revision, MODEL)
     note(f"{spec.model.uri} is at {snapshot.commit}")
-    model, tokenizer = inspect_model(spec, snapshot, work)
-    note(f"{model.architecture} with {model.parameters:,} weights")
+    model = inspect_model(spec, snapshot, work)
+    note(f"{model.status.architecture} with {model.status.parameters:,} weights")
     prove_benchmarks(spec, places, work)
-    with tokenise_rows(spec, dataset, rows, tokenizer, work) as tokenised:
+    with tokenise_rows(spec, dataset, rows, model.tokenizer, work) as tokenised:
         for sentence in describe_lengths(tokenised.status, spec.training):
             note(sentence)
-        for sentence in preview_rows(tokenised, tokenizer):
+        for sentence in preview_rows(tokenised, model.tokenizer):
             note(sentence)
-        prepared = _name_result(output, spec, model, tokenised.status)
+        prepared = _name_result(output, spec, resolve(spec, model, tokenised))
         if prepared.published is None:
             store_rows(output, prepared, tokenised)
         else:
@@ -88,8 +89,18 @@ def prove_benchmarks(spec: QLoRAJobSpec, places: Places, work: Path) -> None:
         load_benchmarks(spec.evaluation.tasks, places, work)
 
 
-def inspect_model(spec: QLoRAJobSpec, snapshot: Snapshot, work: Path) -> tuple[ModelStatus, Any]:
-    """Return the model's facts and its tokenizer, from its small files alone."""
+@dataclass(frozen=True)
+class Inspected:
+    """A model as its small files tell of it."""
+
+    status: ModelStatus
+    tokenizer: Any
+    adapter: Mapping[str, Any]
+    """What spec.lora comes to for it."""
+
+
+def inspect_model(spec: QLoRAJobSpec, snapshot: Snapshot, work: Path) -> Inspected:
+    """Return the model's facts, from its small files alone."""
     weight_files(snapshot.files, MODEL)
     if "config.json" not in snapshot.files:
         raise RunError(
@@ -98,7 +109,7 @@ def inspect_model(spec: QLoRAJobSpec, snapshot: Snapshot, work: Path) -> tuple[M
     folder = snapshot.fetch(text_files(snapshot.files), work)
     # torch and transformers take seconds to import; what fails before this line fails at once.
     from qlora_trainer.architecture import load_architecture, load_tokenizer  # noqa: PLC0415
-    from qlora_trainer.modules import check_modules  # noqa: PLC0415
+    from qlora_trainer.modules import check_modules, resolve_adapter  # noqa: PLC0415
     from qlora_trainer.whole import check_size  # noqa: PLC0415
 
     architecture = load_architecture(folder)
@@ -112,7 +123,7 @@ def inspect_model(spec: QLoRAJobSpec, snapshot: Snapshot, work: Path) -> tuple[M
         architecture=architecture.name,
         parameters=architecture.parameters,
     )
-    return status, load_tokenizer(folder)
+    return Inspected(status, load_tokenizer(folder), resolve_adapter(architecture, spec.lora))
 
 
 def tokenise_rows(spec: QLoRAJobSpec, dataset: Dataset, rows: Survey, tokenizer: Any, work: Path) -> "Tokenised":
@@ -136,8 +147,20 @@ def preview_rows(tokenised: "Tokenised", tokenizer: Any) -> Iterator[str]:
         yield f"training row {number + 1}, what is learned is in ⟦⟧:\n{write_preview(preview(row, tokenizer))}"
 
 
-def _name_result(output: Store, spec: QLoRAJobSpec, model: ModelStatus, dataset: DataStatus) -> Prepared:
-    digest = result_digest(spec, model, dataset)
+def resolve(spec: QLoRAJobSpec, model: Inspected, tokenised: "Tokenised") -> Resolved:
+    """Return what the manifest's words came to; a chat template that is the model's own is as if it were not given."""
+    given = spec.dataset.chat_template
+    return Resolved(
+        model=model.status,
+        dataset=tokenised.status,
+        rows=tokenised.digest,
+        adapter=model.adapter,
+        chat_template=None if given == model.tokenizer.chat_template else given,
+    )
+
+
+def _name_result(output: Store, spec: QLoRAJobSpec, resolved: Resolved) -> Prepared:
+    digest = result_digest(spec, resolved)
     prefix = f"{output.root}/{digest}"
     published = find_manifest(output, digest)
     if published is not None and spec.output.if_exists == "Fail":
@@ -153,8 +176,8 @@ def _name_result(output: Store, spec: QLoRAJobSpec, model: ModelStatus, dataset:
     return Prepared(
         digest=digest,
         prefix=prefix,
-        model=model,
-        dataset=dataset,
+        model=resolved.model,
+        dataset=resolved.dataset,
         trainer_version=__version__,
         published=with_merged(output, digest, spec.output, manifest.result) if manifest else None,
     )

@@ -1,5 +1,6 @@
 """Token rows as parquet files in the result's prefix: what prepare leaves and training starts from."""
 
+import hashlib
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -38,6 +39,7 @@ class ShardWriter:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._with_text = with_text
         self._waiting: list[TokenRow] = []
+        self._content = hashlib.sha256()
         self._file = pq.ParquetWriter(path, _SCHEMA, compression="zstd")
 
     def __enter__(self) -> Self:
@@ -50,9 +52,17 @@ class ShardWriter:
             self._write_group()
         self._file.close()
 
+    @property
+    def digest(self) -> str:
+        """Return the SHA-256 of the rows so far: of what is in them, so that no compression changes it."""
+        return self._content.hexdigest()
+
     def add(self, row: TokenRow, times: int = 1) -> None:
         """Write a row, some times in a row."""
+        texts = (row.prompt_ids, row.prompt, row.reference) if self._with_text else ()
+        content = hashlib.sha256(repr((row.input_ids, row.learned, *texts)).encode()).digest()
         for _ in range(times):
+            self._content.update(content)
             self._waiting.append(row)
             if len(self._waiting) == GROUP_ROWS:
                 self._write_group()

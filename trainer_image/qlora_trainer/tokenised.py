@@ -15,6 +15,7 @@ from qlora_trainer import shards
 from qlora_trainer.dataset import Dataset, Survey
 from qlora_trainer.encoding import Encoder, Ruler, Tally, make_ruler
 from qlora_trainer.errors import RunError
+from qlora_trainer.store import sha256_of
 
 _TRAINING, _HELD_OUT = "train.parquet", "evaluation.parquet"
 _PERCENTILES: Final = (50, 95, 99)
@@ -26,6 +27,8 @@ class Tokenised:
 
     folder: Path
     status: DataStatus
+    digest: str
+    """SHA-256 of the token rows of both sides: whatever was asked for, this is what it came to."""
 
     @property
     def training_file(self) -> Path:
@@ -58,19 +61,20 @@ def tokenise(dataset: Dataset, survey: Survey, encoder: Encoder, training: Train
     """Read every row once more, and write its tokens to the side that it is on."""
     folder, tallies, ruler = work / "tokens" / uuid4().hex, _Tallies(), make_ruler(training)
     try:
-        _write(dataset, survey, encoder, ruler, folder, tallies)
+        digest = _write(dataset, survey, encoder, ruler, folder, tallies)
         ruler.check()
         _check_some_are_left(tallies.training, "training", training)
         _check_some_are_left(tallies.held_out, "held-out", training)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-    return Tokenised(folder, _describe(dataset, survey, tallies))
+    return Tokenised(folder, _describe(dataset, survey, tallies), digest)
 
 
 def _write(  # noqa: PLR0913, PLR0917 (where rows come from, what is done with them, where they go)
     dataset: Dataset, survey: Survey, encoder: Encoder, ruler: Ruler, folder: Path, tallies: _Tallies
-) -> None:
+) -> str:
+    """Return the digest of what was written."""
     with (
         shards.ShardWriter(folder / _TRAINING, with_text=False) as learned,
         shards.ShardWriter(folder / _HELD_OUT, with_text=True) as examined,
@@ -86,6 +90,7 @@ def _write(  # noqa: PLR0913, PLR0917 (where rows come from, what is done with t
         for encoded in encoder.rows(dataset.held_out) if dataset.held_out else ():
             if row := ruler.fit(encoded, tallies.held_out):
                 examined.add(row)
+        return sha256_of(f"{learned.digest} {examined.digest}".encode())
 
 
 def _check_some_are_left(tally: Tally, name: str, training: TrainingSpec) -> None:

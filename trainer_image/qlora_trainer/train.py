@@ -9,6 +9,7 @@ import torch
 
 from qlora_api.names import Reason
 from qlora_api.report import HeldOutRecord, StepRecord
+from qlora_api.steps import warmup_steps
 from qlora_api.v1alpha1 import TrainingSpec
 from qlora_trainer.batches import make_batch, micro_batches, rows_of_step
 from qlora_trainer.choices import Choices
@@ -42,7 +43,7 @@ class Schedule:
 
     def learning_rate(self, step: int) -> float:
         """Return the rate of a step, counted from 0: up in a line, then down along the chosen course."""
-        warmup = math.ceil(self.training.warmup_ratio * self.total_steps)
+        warmup = warmup_steps(self.training, self.total_steps)
         if step < warmup:
             return self.training.learning_rate * (step + 1) / warmup
         passed = (step - warmup) / max(self.total_steps - warmup, 1)

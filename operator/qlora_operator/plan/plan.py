@@ -1,9 +1,9 @@
 """How a run is executed, each choice with its reason."""
 
-from math import ceil
 from typing import Final, Literal, NamedTuple
 
 from qlora_api.prepared import Prepared
+from qlora_api.steps import steps_of_epochs, steps_per_epoch, total_steps
 from qlora_api.v1alpha1 import Plan, QLoRAJobSpec, TrainingSpec
 
 Device = Literal["cpu", "cuda"]
@@ -12,9 +12,6 @@ MICRO_BATCH_CUDA: Final = 4
 """Rows per forward pass on a GPU: the usual QLoRA recipe for 24 GB cards and up."""
 MICRO_BATCH_CPU: Final = 16
 """Rows per forward pass on a CPU: dequantising the base is paid per pass, so more rows share its cost."""
-
-EPOCH_DIGITS: Final = 6
-"""Digits of epochs x steps that count: 1.1 x 10 is 11.000000000000002 in floating point, and eleven steps to a user."""
 
 
 class MicroBatch(NamedTuple):
@@ -74,10 +71,9 @@ def largest_divisor(number: int, bound: int) -> int:
 
 
 def count_steps(training: TrainingSpec, rows: int) -> Steps:
-    """Count optimizer steps: the last batch of an epoch may be short, a started epoch's share is rounded up."""
-    per_epoch = max(1, ceil(rows / training.global_batch_size))
-    total = max(1, ceil(round(training.epochs * per_epoch, EPOCH_DIGITS)))
+    """Count optimizer steps."""
+    per_epoch, total = steps_per_epoch(training, rows), total_steps(training, rows)
     epochs = f"{training.epochs:g} epochs x {per_epoch} steps ({rows} rows / {training.global_batch_size})"
-    if training.max_steps is not None and training.max_steps < total:
-        return Steps(training.max_steps, f"steps {training.max_steps}: spec.training.maxSteps, before {epochs} end")
+    if total < steps_of_epochs(training, rows):
+        return Steps(total, f"steps {total}: spec.training.maxSteps, before {epochs} end")
     return Steps(total, f"steps {total}: {epochs}")

@@ -13,7 +13,8 @@ from qlora_trainer.errors import RunError
 from qlora_trainer.prepare import prepare
 from qlora_trainer.secrets import load_secrets
 from tests.hub import COMMIT, HubStandIn, Repository
-from tests.unit.trainer.tiny import instruction_rows, make_spec, prepare_config, write_model, write_rows
+from tests.unit.trainer.test_chat import BARE
+from tests.unit.trainer.tiny import instruction_rows, make_spec, make_tokenizer, prepare_config, write_model, write_rows
 
 HUB_MODEL = "hf://org/tiny"
 
@@ -61,6 +62,10 @@ def test_facts_and_shards(places, tmp_path):
         pytest.param({"training": {"seed": 1}}, False, id="seed"),
         pytest.param({"lora": {"rank": 8}}, False, id="lora"),
         pytest.param({"dataset": {"maxSamples": 30}}, False, id="data"),
+        pytest.param({"training": {"maxLength": 24}}, False, id="a-cut-that-cuts"),
+        pytest.param({"training": {"loss": "all"}}, False, id="loss"),
+        pytest.param({"training": {"maxSteps": 3}}, False, id="steps"),
+        pytest.param({"training": {"optimizer": "adamw8bit"}}, False, id="optimizer"),
         pytest.param({"quantization": {"bits": 8}}, False, id="quantization"),
     ],
 )
@@ -68,6 +73,57 @@ def test_digest_names_what_decides_the_result(places, tmp_path, changes, same):
     first = prepare(prepare_config(make_spec(*places)), work=tmp_path)
     second = prepare(prepare_config(make_spec(*places, **changes), job="other"), work=tmp_path)
     assert (first.digest == second.digest) is same
+
+
+ALL_BUT_ONE = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
+
+
+@pytest.mark.parametrize(
+    ("said", "meant"),
+    [
+        pytest.param({"training": {"loss": "auto"}}, {"training": {"loss": "completion"}}, id="loss-of-an-answer"),
+        pytest.param({"training": {"loss": "auto"}}, {"training": {"loss": "assistant"}}, id="the-same-loss-again"),
+        pytest.param({"dataset": {"format": "auto"}}, {"dataset": {"format": "instruction"}}, id="format"),
+        pytest.param({}, {"dataset": {"maxSamples": 40}}, id="as-many-samples-as-there-are"),
+        pytest.param({"training": {"optimizer": "auto"}}, {"training": {"optimizer": "adamw"}}, id="optimizer"),
+        pytest.param({}, {"training": {"microBatchSize": 2}}, id="micro-batch"),
+        pytest.param({}, {"training": {"packing": False}}, id="packing"),
+        pytest.param({}, {"training": {"maxSteps": 4}}, id="as-many-steps-as-an-epoch-has"),
+        pytest.param({"training": {"maxSteps": 3}}, {"training": {"maxSteps": 3, "epochs": 2}}, id="epochs-cut-short"),
+        pytest.param({}, {"training": {"warmupRatio": 0.2}}, id="one-warm-up-step-either-way"),
+        pytest.param({}, {"training": {"maxLength": 128, "longRows": "refuse"}}, id="a-limit-that-no-row-meets"),
+        pytest.param({"lora": {"targets": ["all-linear"]}}, {"lora": {"targets": ALL_BUT_ONE}}, id="all-linear"),
+        pytest.param({}, {"lora": {"targets": ["v_proj", "q_proj"]}}, id="order-of-targets"),
+        pytest.param({}, {"lora": {"rankPattern": {"v_proj": 4}}}, id="the-same-rank-again"),
+        pytest.param({}, {"lora": {"rank": 2, "rankPattern": {"v_proj": 4, "q_proj": 4}}}, id="ranks-one-by-one"),
+        pytest.param({"quantization": {"bits": 8}}, {"quantization": {"bits": 8, "type": "fp4"}}, id="type-of-4-bits"),
+    ],
+)
+def test_two_manifests_that_come_to_the_same_are_one_run(places, tmp_path, said, meant):
+    digests = {prepare(prepare_config(make_spec(*places, **spec)), work=tmp_path).digest for spec in (said, meant)}
+    assert len(digests) == 1
+
+
+def test_the_loss_of_conversations_and_their_own_template_are_one_run_however_they_are_said(tmp_path):
+    write_model(tmp_path / "model")
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = BARE
+    tokenizer.save_pretrained(tmp_path / "model")
+    turns = [{"role": role, "content": f"{role} says so"} for role in ("user", "assistant") * 2]
+    rows = write_rows(
+        tmp_path / "chats.jsonl",
+        [{"messages": [*turns[:3], {**turns[3], "content": f"{number}"}]} for number in range(8)],
+    )
+
+    def digest_of(loss: str, **dataset: str) -> str:
+        spec = make_spec(
+            f"file://{tmp_path}/model", rows, f"file://{tmp_path}/output", training={"loss": loss}, dataset=dataset
+        )
+        return prepare(prepare_config(spec), work=tmp_path / "work").digest
+
+    same = {digest_of("auto"), digest_of("assistant"), digest_of("auto", chatTemplate=BARE, format="chat")}
+    others = {digest_of("completion"), digest_of("all"), digest_of("auto", chatTemplate=BARE.replace(": ", "> "))}
+    assert (len(same), len(same | others)) == (1, 4)
 
 
 def test_a_copied_model_is_the_same_model(places, tmp_path, model_folder):
