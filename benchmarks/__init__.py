@@ -1,0 +1,1 @@
+"""What is measured and published with the machine that it was measured on."""

@@ -1,0 +1,84 @@
+"""Our trainer with the recipe's settings: the stages of a run, without its evaluation and its publishing."""
+
+import tempfile
+from pathlib import Path
+
+from qlora_trainer.__main__ import configure_libraries
+from qlora_trainer.work import default_work
+
+configure_libraries(default_work())  # as a pod does, before the libraries are imported
+
+from benchmarks.trainer import task  # noqa: E402
+from benchmarks.trainer.contenders.command import Order, read_order  # noqa: E402
+from benchmarks.trainer.exam import make_exam  # noqa: E402
+from benchmarks.trainer.measurement import Stopwatch  # noqa: E402
+from qlora_api.report import StepRecord  # noqa: E402
+from qlora_api.runconfig import PrepareConfig, RunConfig  # noqa: E402
+from qlora_api.v1alpha1 import QLoRAJobSpec  # noqa: E402
+from qlora_operator.plan import make_plan  # noqa: E402
+from qlora_trainer import stages  # noqa: E402
+from qlora_trainer.architecture import load_tokenizer  # noqa: E402
+from qlora_trainer.batches import rows_of_step  # noqa: E402
+from qlora_trainer.interrupt import StopFlag  # noqa: E402
+from qlora_trainer.output import open_output  # noqa: E402
+from qlora_trainer.prepare import prepare  # noqa: E402
+from qlora_trainer.secrets import load_secrets  # noqa: E402
+from qlora_trainer.snapshot import Places  # noqa: E402
+from qlora_trainer.train import Watcher  # noqa: E402
+
+
+def main(order: Order, work: Path) -> None:
+    """Train and measure."""
+    spec = write_spec(order, work)
+    prepared = prepare(PrepareConfig(namespace="benchmark", job="ours", spec=spec), work=work)
+    config = RunConfig(
+        namespace="benchmark", job="ours", attempt=1, spec=spec, plan=make_plan(spec, prepared), prepared=prepared
+    )
+    places = Places(config.platform, load_secrets(spec, config.namespace))
+    data = stages.load_data(open_output(places, spec, config.job), config, work)
+    folder = stages.fetch_model(places, config, work)
+    tuned, choices = stages.load_model(config, folder)
+    loop = stages.make_training(tuned, data, config, choices)
+    stopwatch = Stopwatch("ours", order.task.device, order.every)
+    stopwatch.examine = make_exam(order.task, tuned.peft, load_tokenizer(folder, None))
+
+    def note(record: StepRecord) -> None:
+        numbers = rows_of_step(record.step - 1, len(data.training), task.GLOBAL_BATCH, task.SEED)
+        rows = [data.training[number] for number in numbers]
+        stopwatch.end_step([(len(row.input_ids), row.label_count) for row in rows])
+
+    tuned.peft.train()
+    stopwatch.start()
+    loop.run(StopFlag(), Watcher(note, lambda _: None, lambda: None, lambda *_: None))
+    stopwatch.measurement.write(order.output)
+
+
+def write_spec(order: Order, work: Path) -> QLoRAJobSpec:
+    """Return the recipe's settings as a manifest's spec, with the rows as files."""
+    rows, held_out = work / "train.jsonl", work / "heldout.jsonl"
+    task.write_pairs(task.training_pairs(order.task), rows)
+    task.write_pairs(task.held_out_pairs(order.task) or task.training_pairs(order.task)[:1], held_out)
+    return QLoRAJobSpec.model_validate(
+        {
+            "model": {"uri": Path(order.task.model).as_uri()},
+            "dataset": {"uri": rows.as_uri(), "evaluation": {"uri": held_out.as_uri()}},
+            "lora": {"rank": task.RANK, "alpha": task.ALPHA, "dropout": task.DROPOUT, "targets": task.TARGETS},
+            "training": {
+                "maxSteps": order.steps,
+                "epochs": 1000,
+                "globalBatchSize": task.GLOBAL_BATCH,
+                "learningRate": task.LEARNING_RATE,
+                "scheduler": "constant",
+                "warmupRatio": 0,
+                "maxLength": order.task.max_length,
+                "seed": task.SEED,
+            },
+            "resources": {"gpusPerNode": int(order.task.device == "cuda")},
+            "output": {"uri": (work / "output").as_uri()},
+        }
+    )
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
+        main(read_order(), Path(folder))

@@ -1,0 +1,110 @@
+"""What a contender measures while it trains, and how it is written down."""
+
+import json
+import resource
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import psutil
+import torch
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step."""
+
+    seconds: float
+    cpu_seconds: float
+    """Of all threads: hardly moved by what else the machine does."""
+    useful_tokens: int
+    """Tokens of the rows that were learned from, without padding."""
+    learned_tokens: int
+    """Those of them that are labels."""
+
+
+@dataclass(frozen=True)
+class Examination:
+    """The loss on the answers of the held-out rows, between two steps."""
+
+    steps: int
+    training_seconds: float
+    loss: float
+
+
+@dataclass
+class Measurement:
+    """One run of one contender."""
+
+    contender: str
+    startup_seconds: float = 0.0
+    """From the start of the process to the start of the first step: imports, model, rows."""
+    steps: list[Step] = field(default_factory=list)
+    examinations: list[Examination] = field(default_factory=list)
+    peak_memory_bytes: int = 0
+    """The allocator's reservation on a GPU, the resident set on a CPU."""
+
+    @property
+    def training_seconds(self) -> float:
+        """Return the seconds of all steps."""
+        return sum(step.seconds for step in self.steps)
+
+    def write(self, path: Path) -> None:
+        """Write the measurement as JSON."""
+        path.write_text(json.dumps(asdict(self), indent=1))
+
+    @staticmethod
+    def read(path: Path) -> "Measurement":
+        """Return a measurement that was written."""
+        content = json.loads(path.read_text())
+        steps = [Step(**step) for step in content.pop("steps")]
+        examinations = [Examination(**examination) for examination in content.pop("examinations")]
+        return Measurement(**content, steps=steps, examinations=examinations)
+
+
+class Stopwatch:
+    """Times steps, and leaves out whatever happens between `end_step` and the return of its examination."""
+
+    def __init__(self, contender: str, device: str, every: int) -> None:
+        self.measurement = Measurement(contender)
+        self.examine: Callable[[], float] | None = None
+        """Returns the loss on the held-out rows; None where that says nothing."""
+        self._device = torch.device(device)
+        self._every = every
+        self._since, self._cpu_since = 0.0, 0.0
+
+    def start(self) -> None:
+        """Note that everything is ready for the first step."""
+        self._synchronise()
+        self.measurement.startup_seconds = time.time() - psutil.Process().create_time()
+        self._look()
+        self._resume()
+
+    def end_step(self, rows: Sequence[tuple[int, int]]) -> None:
+        """Note a finished step and its rows: useful and learned tokens of each."""
+        self._synchronise()
+        seconds, cpu_seconds = time.perf_counter() - self._since, time.process_time() - self._cpu_since
+        useful, learned = sum(useful for useful, _ in rows), sum(learned for _, learned in rows)
+        self.measurement.steps.append(Step(seconds, cpu_seconds, useful, learned))
+        self.measurement.peak_memory_bytes = self._peak()
+        if len(self.measurement.steps) % self._every == 0:
+            self._look()
+        self._resume()
+
+    def _resume(self) -> None:
+        self._since, self._cpu_since = time.perf_counter(), time.process_time()
+
+    def _look(self) -> None:
+        if self.examine is not None:
+            done = self.measurement
+            done.examinations.append(Examination(len(done.steps), done.training_seconds, self.examine()))
+
+    def _synchronise(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def _peak(self) -> int:
+        if self._device.type == "cuda":
+            return int(torch.cuda.max_memory_reserved())
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

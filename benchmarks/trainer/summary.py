@@ -1,0 +1,99 @@
+"""From measurements to figures: pure."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import median
+
+from benchmarks.trainer.measurement import Examination, Measurement
+
+
+@dataclass(frozen=True)
+class Figures:
+    """One contender over all rounds; each figure is the median of the rounds."""
+
+    contender: str
+    useful_per_second: float
+    learned_per_second: float
+    useful_per_cpu_second: float
+    startup_seconds: float
+    peak_memory_bytes: float
+    last_loss: float | None
+    last_training_seconds: float
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Us against another contender; each figure is the median of the rounds' ratios."""
+
+    other: str
+    speed: float
+    """Useful tokens per second, ours to theirs."""
+    time_to_loss: float | None
+    """Training seconds to the loss at which the other one ended, ours to theirs; None if we did not get there."""
+
+
+def summarise(runs: Sequence[Measurement]) -> Figures:
+    """Return the figures of the runs of one contender."""
+    losses = [run.examinations[-1].loss for run in runs if run.examinations]
+    return Figures(
+        contender=runs[0].contender,
+        useful_per_second=median(useful_speed(run) for run in runs),
+        learned_per_second=median(learned_speed(run) for run in runs),
+        useful_per_cpu_second=median(useful_thrift(run) for run in runs),
+        startup_seconds=median(run.startup_seconds for run in runs),
+        peak_memory_bytes=median(run.peak_memory_bytes for run in runs),
+        last_loss=median(losses) if losses else None,
+        last_training_seconds=median(run.training_seconds for run in runs),
+    )
+
+
+def useful_speed(run: Measurement) -> float:
+    """Return the useful tokens per second of a run."""
+    return _ratio([(step.useful_tokens, step.seconds) for step in run.steps])
+
+
+def learned_speed(run: Measurement) -> float:
+    """Return the learned tokens per second of a run."""
+    return _ratio([(step.learned_tokens, step.seconds) for step in run.steps])
+
+
+def useful_thrift(run: Measurement) -> float:
+    """Return the useful tokens per second of processor time of a run."""
+    return _ratio([(step.useful_tokens, step.cpu_seconds) for step in run.steps])
+
+
+def _ratio(steps: Sequence[tuple[int, float]]) -> float:
+    """Return tokens by seconds, without the first step, which warms up."""
+    counted = steps[1:] or steps
+    return sum(tokens for tokens, _ in counted) / sum(seconds for _, seconds in counted)
+
+
+def compare(ours: Sequence[Measurement], theirs: Sequence[Measurement]) -> Ratio:
+    """Return how we do against another contender, round by round: what disturbs the machine disturbs both."""
+    pairs = list(zip(ours, theirs, strict=True))
+    times = [time_to_loss(one, other) for one, other in pairs]
+    reached = [time for time in times if time is not None]
+    return Ratio(
+        other=theirs[0].contender,
+        speed=median(useful_speed(one) / useful_speed(other) for one, other in pairs),
+        time_to_loss=median(reached) if reached and len(reached) == len(times) else None,
+    )
+
+
+def time_to_loss(one: Measurement, other: Measurement) -> float | None:
+    """Return the training time to the other's last loss, as a share of the other's; None if it was not reached."""
+    if not other.examinations:
+        return None
+    last = other.examinations[-1]
+    reached = crossing(one.examinations, last.loss)
+    return None if reached is None else reached / last.training_seconds
+
+
+def crossing(examinations: Sequence[Examination], loss: float) -> float | None:
+    """Return when a loss was reached, on a line between the examinations before and after."""
+    for before, after in pairwise(examinations):
+        if after.loss <= loss < before.loss:
+            share = (before.loss - loss) / (before.loss - after.loss)
+            return before.training_seconds + share * (after.training_seconds - before.training_seconds)
+    return None
