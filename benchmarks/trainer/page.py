@@ -67,8 +67,14 @@ def _ratio_table(ratios: Sequence[Ratio]) -> list[str]:
     return [
         "| ours to | useful tokens per second | training time to the loss at which it ended |",
         "|---|---|---|",
-        *(f"| {row.other} | {row.speed:.2f} x | {_number(row.time_to_loss, '.2f')} x |" for row in ratios),
+        *(f"| {row.other} | {row.speed:.2f} x | {_time_to_loss(row)} |" for row in ratios),
     ]
+
+
+def _time_to_loss(ratio: Ratio) -> str:
+    if not ratio.learned:
+        return "it was no better than untrained when it ended"
+    return "not reached" if ratio.time_to_loss is None else f"{ratio.time_to_loss:.2f} x"
 
 
 def _machine_lines(machine: Machine) -> list[str]:
