@@ -67,7 +67,7 @@ async def reconcile(
     job = Job(ref, raw.uid, raw.generation, raw.created_at, spec, turn.previous)
     seen = await cluster.observe(raw)
     decision = await act(next_action(job, seen, turn.live, now), job, seen, cluster, installation)
-    return await publish(turn, decision, spec.resources.gpus_per_node, cluster)
+    return await publish(turn, decision, spec.resources.nodes * spec.resources.gpus_per_node, cluster)
 
 
 def of_this_job(live: Progress | None, raw: RawJob) -> Progress | None:

@@ -28,13 +28,35 @@ def method_fits_bits(spec: QLoRAJobSpec) -> str | None:
 
 
 def micro_batch_divides_batch(spec: QLoRAJobSpec) -> str | None:
-    """Accumulation is a whole number."""
-    micro, whole = spec.training.micro_batch_size, spec.training.global_batch_size
-    if micro is None or whole % micro == 0:
+    """Every process takes whole micro-batches."""
+    micro, whole, processes = spec.training.micro_batch_size, spec.training.global_batch_size, spec.resources.processes
+    if micro is None or whole % (micro * processes) == 0:
+        return None
+    unit = f"{micro} x {processes} processes" if processes > 1 else f"{micro}"
+    return (
+        f"spec.training.microBatchSize {unit} does not divide globalBatchSize {whole}; "
+        "leave it out to let the plan choose"
+    )
+
+
+def batch_reaches_every_process(spec: QLoRAJobSpec) -> str | None:
+    """A process without a row would hold its GPU for nothing."""
+    whole, processes = spec.training.global_batch_size, spec.resources.processes
+    if whole >= processes:
         return None
     return (
-        f"spec.training.microBatchSize {micro} does not divide globalBatchSize {whole}; "
-        "leave it out to let the plan choose"
+        f"spec.training.globalBatchSize {whole} is less than the {processes} processes of spec.resources; raise it, or "
+        "ask for fewer nodes or gpusPerNode"
+    )
+
+
+def division_has_parts(spec: QLoRAJobSpec) -> str | None:
+    """ZeRO divides among processes."""
+    if spec.distribution == "auto" or spec.resources.processes > 1:
+        return None
+    return (
+        f"spec.distribution is {spec.distribution}, but spec.resources asks for one process; leave it out, or raise "
+        "nodes or gpusPerNode"
     )
 
 
@@ -148,6 +170,8 @@ def _first_with(uris: Mapping[str, str], scheme: str, why: str) -> str | None:
 ANYWHERE: Final[tuple[Rule, ...]] = (
     method_fits_bits,
     micro_batch_divides_batch,
+    batch_reaches_every_process,
+    division_has_parts,
     all_linear_stands_alone,
     choice_has_losses,
     gate_has_answers,

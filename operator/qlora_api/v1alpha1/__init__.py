@@ -10,7 +10,14 @@ from qlora_api.v1alpha1.recipe import (
     QuantizationSpec,
     TrainingSpec,
 )
-from qlora_api.v1alpha1.spec import MUTABLE_FIELDS, DeadlinesSpec, QLoRAJobSpec, ResourcesSpec, Toleration
+from qlora_api.v1alpha1.spec import (
+    MUTABLE_FIELDS,
+    DeadlinesSpec,
+    Distribution,
+    QLoRAJobSpec,
+    ResourcesSpec,
+    Toleration,
+)
 from qlora_api.v1alpha1.status import (
     Attempt,
     Condition,
@@ -23,6 +30,7 @@ from qlora_api.v1alpha1.status import (
     Progress,
     QLoRAJobStatus,
     RowLengths,
+    Strategy,
 )
 from qlora_api.v1alpha1.tracking import MlflowSpec, TrackingSpec, WandbSpec
 from qlora_api.v1alpha1.types import (
@@ -40,6 +48,7 @@ __all__ = [
     "DataStatus",
     "DatasetSpec",
     "DeadlinesSpec",
+    "Distribution",
     "EarlyStoppingSpec",
     "EvaluationSpec",
     "EvaluationSplit",
@@ -62,6 +71,7 @@ __all__ = [
     "RowLengths",
     "RowTemplate",
     "SecretRef",
+    "Strategy",
     "Toleration",
     "TrackingSpec",
     "TrainingSpec",

@@ -12,6 +12,8 @@ from qlora_api.v1alpha1.recipe import EvaluationSpec, LoraSpec, QuantizationSpec
 from qlora_api.v1alpha1.tracking import TrackingSpec
 from qlora_api.v1alpha1.types import Duration, LabelKey, LabelValue, Quantity, SecretRef, cel
 
+Distribution = Literal["auto", "ddp", "zero2", "zero3"]
+
 
 class Toleration(ApiModel):
     """A Kubernetes toleration."""
@@ -26,20 +28,28 @@ class Toleration(ApiModel):
 
 
 class ResourcesSpec(ApiModel):
-    """What the training pod asks for."""
+    """What the training pods ask for."""
 
-    gpus_per_node: int = Field(default=1, ge=0, le=1, description="GPUs of the training pod; 0 trains on the CPU.")
+    nodes: int = Field(default=1, ge=1, le=1, description="Training pods, each on a node of its own.")
+    gpus_per_node: int = Field(
+        default=1, ge=0, le=1, description="GPUs of each training pod, one process each; 0 trains on the CPU."
+    )
     gpu_product: str = Field(
         default="", max_length=63, description="Required value of the node label nvidia.com/gpu.product; empty: any."
     )
-    cpu: Quantity = Field(default="2", description="CPU request of the training pod.")
-    memory: Quantity = Field(default="16Gi", description="Memory request and limit of the training pod.")
+    cpu: Quantity = Field(default="2", description="CPU request of each training pod.")
+    memory: Quantity = Field(default="16Gi", description="Memory request and limit of each training pod.")
     node_selector: Annotated[dict[LabelKey, LabelValue], Field(max_length=16)] = Field(
-        default={}, description="Labels that the node must have."
+        default={}, description="Labels that the nodes must have."
     )
     tolerations: Annotated[tuple[Toleration, ...], Field(max_length=16)] = Field(
-        default=(), description="Taints that the training pod tolerates; nvidia.com/gpu is tolerated anyway."
+        default=(), description="Taints that the training pods tolerate; nvidia.com/gpu is tolerated anyway."
     )
+
+    @property
+    def processes(self) -> int:
+        """Return the processes of a run: one per GPU, or one per node that uses all its cores."""
+        return self.nodes * max(self.gpus_per_node, 1)
 
 
 class DeadlinesSpec(ApiModel):
@@ -63,6 +73,7 @@ _IMMUTABLE_FIELDS: Final = (
     "lora",
     "training",
     "resources",
+    "distribution",
     "checkpoint",
     "tracking",
     "evaluation",
@@ -124,7 +135,14 @@ class QLoRAJobSpec(ApiModel):
     quantization: QuantizationSpec = Field(default=QuantizationSpec(), description="How the base weights are stored.")
     lora: LoraSpec = Field(default=LoraSpec(), description="The low-rank adapter.")
     training: TrainingSpec = Field(default=TrainingSpec(), description="The optimisation.")
-    resources: ResourcesSpec = Field(default=ResourcesSpec(), description="What the training pod asks for.")
+    resources: ResourcesSpec = Field(default=ResourcesSpec(), description="What the training pods ask for.")
+    distribution: Distribution = Field(
+        default="auto",
+        description=(
+            "How several processes share the work. ddp: each holds the whole model; zero2: optimizer and gradients are "
+            "divided (DeepSpeed); zero3: the weights as well, for a base that no GPU holds alone."
+        ),
+    )
     checkpoint: CheckpointSpec = Field(default=CheckpointSpec(), description="How much of a run a stop may cost.")
     tracking: TrackingSpec = Field(default=TrackingSpec(), description="Where the course of the training is shown.")
     evaluation: EvaluationSpec = Field(default=EvaluationSpec(), description="What is reported beside the loss.")

@@ -9,6 +9,8 @@ from qlora_api.base import ApiModel
 from qlora_api.names import ConditionType, Phase, Reason
 from qlora_api.v1alpha1.types import MAX_URI
 
+Strategy = Literal["single", "ddp", "zero2", "zero3"]
+
 
 class Condition(ApiModel):
     """A Kubernetes condition."""
@@ -61,12 +63,23 @@ class Plan(ApiModel):
     device: Literal["cpu", "cuda"] = Field(description="Where the training runs.")
     nodes: int = Field(ge=1, description="Pods, one per node.")
     gpus_per_node: int = Field(ge=0, description="GPUs of each pod.")
+    strategy: Strategy = Field(default="single", description="How the processes share the work.")
     micro_batch_size: int = Field(ge=1, description="Rows per forward pass.")
-    gradient_accumulation: int = Field(ge=1, description="Forward passes per optimizer step.")
+    gradient_accumulation: int = Field(ge=1, description="Forward passes of each process per optimizer step.")
     total_steps: int = Field(ge=1, description="Optimizer steps of the run.")
     reasons: Annotated[tuple[Annotated[str, Field(max_length=256)], ...], Field(max_length=32)] = Field(
         default=(), description="Why each choice was made."
     )
+
+    @property
+    def processes_per_node(self) -> int:
+        """Return the processes of each pod: one per GPU, or one that uses all cores."""
+        return max(self.gpus_per_node, 1)
+
+    @property
+    def processes(self) -> int:
+        """Return the processes of the run."""
+        return self.nodes * self.processes_per_node
 
 
 class Attempt(ApiModel):

@@ -1,10 +1,11 @@
 """How a run is executed, each choice with its reason."""
 
+from math import ceil
 from typing import Final, Literal, NamedTuple
 
 from qlora_api.prepared import Prepared
 from qlora_api.steps import steps_of_epochs, steps_per_epoch, total_steps
-from qlora_api.v1alpha1 import Plan, QLoRAJobSpec, TrainingSpec
+from qlora_api.v1alpha1 import Distribution, Plan, QLoRAJobSpec, Strategy, TrainingSpec
 
 Device = Literal["cpu", "cuda"]
 
@@ -21,6 +22,13 @@ class MicroBatch(NamedTuple):
     reason: str
 
 
+class ChosenStrategy(NamedTuple):
+    """How processes share the work, and why."""
+
+    name: Strategy
+    reason: str
+
+
 class Steps(NamedTuple):
     """Optimizer steps, and why."""
 
@@ -29,30 +37,44 @@ class Steps(NamedTuple):
 
 
 def make_plan(spec: QLoRAJobSpec, prepared: Prepared) -> Plan:
-    """Choose device, micro-batch and number of steps."""
-    device: Device = "cuda" if spec.resources.gpus_per_node else "cpu"
-    micro = choose_micro_batch(spec.training, device)
-    accumulation = spec.training.global_batch_size // micro.size
-    steps = count_steps(spec.training, prepared.dataset.training_rows)
+    """Choose device, strategy, micro-batch and number of steps."""
+    resources, training = spec.resources, spec.training
+    device: Device = "cuda" if resources.gpus_per_node else "cpu"
+    strategy = choose_strategy(spec.distribution, resources.processes)
+    share = ceil(training.global_batch_size / resources.processes)
+    micro = choose_micro_batch(training, share, device)
+    accumulation = ceil(share / micro.size)
+    steps = count_steps(training, prepared.dataset.training_rows)
     return Plan(
         device=device,
-        nodes=1,
-        gpus_per_node=spec.resources.gpus_per_node,
+        nodes=resources.nodes,
+        gpus_per_node=resources.gpus_per_node,
+        strategy=strategy.name,
         micro_batch_size=micro.size,
         gradient_accumulation=accumulation,
         total_steps=steps.total,
         reasons=(
-            f"device {device}: spec.resources.gpusPerNode is {spec.resources.gpus_per_node}",
+            f"device {device}: spec.resources.gpusPerNode is {resources.gpus_per_node}",
+            *([strategy.reason] if resources.processes > 1 else []),
             micro.reason,
-            f"gradient accumulation {accumulation}: {micro.size} x {accumulation} = globalBatchSize "
-            f"{spec.training.global_batch_size}",
+            describe_accumulation(training.global_batch_size, share, micro.size, resources.processes),
             steps.reason,
         ),
     )
 
 
-def choose_micro_batch(training: TrainingSpec, device: Device) -> MicroBatch:
-    """Take the given micro-batch, or the largest divisor of the global batch within the device's bound."""
+def choose_strategy(distribution: Distribution, processes: int) -> ChosenStrategy:
+    """Say how the processes share the work."""
+    if processes == 1:
+        return ChosenStrategy("single", "one process")
+    if distribution != "auto":
+        return ChosenStrategy(distribution, f"strategy {distribution}: spec.distribution, for {processes} processes")
+    why = "an adapter's gradients and optimizer are small, so dividing them gains nothing"
+    return ChosenStrategy("ddp", f"strategy ddp for {processes} processes: {why}")
+
+
+def choose_micro_batch(training: TrainingSpec, share: int, device: Device) -> MicroBatch:
+    """Take the given micro-batch, or the largest divisor of a process's rows within the device's bound."""
     if training.micro_batch_size is not None:
         return MicroBatch(training.micro_batch_size, f"micro-batch {training.micro_batch_size}: given in the spec")
     bound, why = (
@@ -60,9 +82,19 @@ def choose_micro_batch(training: TrainingSpec, device: Device) -> MicroBatch:
         if device == "cuda"
         else (MICRO_BATCH_CPU, "a CPU pays for dequantisation per forward pass, whatever its rows")
     )
+    size = largest_divisor(share, bound)
     whole = training.global_batch_size
-    size = largest_divisor(whole, bound)
-    return MicroBatch(size, f"micro-batch {size}: the largest divisor of globalBatchSize {whole} up to {bound}; {why}")
+    of_what = f"globalBatchSize {whole}" if share == whole else f"the {share} rows of a process"
+    return MicroBatch(size, f"micro-batch {size}: the largest divisor of {of_what} up to {bound}; {why}")
+
+
+def describe_accumulation(whole: int, share: int, micro: int, processes: int) -> str:
+    """Write the sentence for the passes of a step."""
+    passes = ceil(share / micro)
+    if processes == 1:
+        return f"gradient accumulation {passes}: {micro} x {passes} = globalBatchSize {whole}"
+    what = "=" if micro * passes * processes == whole else "for"
+    return f"gradient accumulation {passes}: {micro} x {passes} x {processes} processes {what} globalBatchSize {whole}"
 
 
 def largest_divisor(number: int, bound: int) -> int:

@@ -57,3 +57,30 @@ def test_the_cpu_says_why() -> None:
         "micro-batch 16: the largest divisor of globalBatchSize 16 up to 16; "
         "a CPU pays for dequantisation per forward pass, whatever its rows"
     )
+
+
+@pytest.mark.parametrize(
+    ("resources", "distribution", "whole", "expected"),
+    [
+        pytest.param({}, "auto", 16, ("single", 16, 1), id="alone"),
+        pytest.param({"nodes": 2}, "auto", 16, ("ddp", 8, 1), id="two-nodes"),
+        pytest.param({"nodes": 2}, "zero3", 16, ("zero3", 8, 1), id="as-asked"),
+        pytest.param({"nodes": 2, "gpusPerNode": 4}, "zero2", 64, ("zero2", 4, 2), id="eight-gpus"),
+        pytest.param({"nodes": 3}, "ddp", 16, ("ddp", 6, 1), id="uneven-shares"),
+    ],
+)
+def test_processes_share_a_global_batch(
+    resources: dict[str, int], distribution: str, whole: int, expected: tuple[str, int, int]
+) -> None:
+    spec = make_spec(training={"globalBatchSize": whole})
+    spec = spec.model_copy(
+        update={
+            "resources": spec.resources.model_copy(
+                update={"nodes": resources.get("nodes", 1), "gpus_per_node": resources.get("gpusPerNode", 0)}
+            ),
+            "distribution": distribution,
+        }
+    )
+    plan = make_plan(spec, make_prepared())
+    assert (plan.strategy, plan.micro_batch_size, plan.gradient_accumulation) == expected
+    assert plan.micro_batch_size * plan.gradient_accumulation * plan.processes >= whole
