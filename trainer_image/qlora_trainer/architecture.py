@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from qlora_api.names import Reason
 from qlora_trainer.errors import RunError
+from qlora_trainer.quantised import Quantisable, count_quantisable
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Architecture:
     """Names of all modules with weights of their own."""
     tied: frozenset[str]
     """Names of the embedding and the output layer where they are one weight."""
+    quantisable: Quantisable
 
 
 def load_architecture(folder: Path, field: str = "spec.model.uri") -> Architecture:
@@ -61,6 +63,7 @@ def _describe(model: Any) -> Architecture:
         linears={name: min(module.weight.shape) for name, module in linear_modules(model).items()},
         weighted=weighted_modules(model),
         tied=frozenset(name for name, module in modules.items() if tied and module in {output, embedding}),
+        quantisable=count_quantisable(model),
     )
 
 

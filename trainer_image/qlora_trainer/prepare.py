@@ -58,7 +58,8 @@ def prepare(
     snapshot = places.resolve(spec.model.uri, spec.model.revision, MODEL)
     note(f"{spec.model.uri} is at {snapshot.commit}")
     model = inspect_model(spec, snapshot, work)
-    note(f"{model.status.architecture} with {model.status.parameters:,} weights")
+    for sentence in model.sentences:
+        note(sentence)
     prove_benchmarks(spec, places, work)
     with tokenise_rows(spec, dataset, rows, model.tokenizer, work) as tokenised:
         for sentence in describe_lengths(tokenised.status, spec.training):
@@ -97,6 +98,8 @@ class Inspected:
     tokenizer: Any
     adapter: Mapping[str, Any]
     """What spec.lora comes to for it."""
+    sentences: tuple[str, ...]
+    """What there is to say about it."""
 
 
 def inspect_model(spec: QLoRAJobSpec, snapshot: Snapshot, work: Path) -> Inspected:
@@ -110,9 +113,11 @@ def inspect_model(spec: QLoRAJobSpec, snapshot: Snapshot, work: Path) -> Inspect
     # torch and transformers take seconds to import; what fails before this line fails at once.
     from qlora_trainer.architecture import load_architecture, load_tokenizer  # noqa: PLC0415
     from qlora_trainer.modules import check_modules, resolve_adapter  # noqa: PLC0415
+    from qlora_trainer.quantised import check_quantisable, describe_quantisable  # noqa: PLC0415
     from qlora_trainer.whole import check_size  # noqa: PLC0415
 
-    architecture = load_architecture(folder)
+    architecture, bits = load_architecture(folder), spec.quantization.bits
+    check_quantisable(architecture.name, architecture.quantisable, bits)
     if spec.method == "full":
         check_size(architecture.name, architecture.parameters)
     else:
@@ -123,7 +128,9 @@ def inspect_model(spec: QLoRAJobSpec, snapshot: Snapshot, work: Path) -> Inspect
         architecture=architecture.name,
         parameters=architecture.parameters,
     )
-    return Inspected(status, load_tokenizer(folder), resolve_adapter(architecture, spec.lora))
+    size = f"{architecture.name} with {architecture.parameters:,} weights"
+    sentences = (size, *describe_quantisable(architecture.quantisable, bits))
+    return Inspected(status, load_tokenizer(folder), resolve_adapter(architecture, spec.lora), sentences)
 
 
 def tokenise_rows(spec: QLoRAJobSpec, dataset: Dataset, rows: Survey, tokenizer: Any, work: Path) -> "Tokenised":

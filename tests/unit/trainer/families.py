@@ -23,6 +23,8 @@ class Family:
     plain_head: bool = True
     joins: bool = True
     """Its rows may be joined; where they see each other, packing is switched off."""
+    bits: tuple[int, ...] = (4, 16)
+    """How its base may be stored."""
 
 
 FAMILIES: Final[dict[str, Family]] = {
@@ -38,8 +40,11 @@ FAMILIES: Final[dict[str, Family]] = {
     "phi": Family(linears=frozenset({"q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"})),
     "phi3": Family(linears=frozenset({"qkv_proj", "o_proj", "gate_up_proj", "down_proj"})),
     "gpt_neox": Family(linears=frozenset({"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"})),
-    # transformers 5.23 makes Falcon's mask without the positions, so that joined rows see each other.
-    "falcon": Family(linears=frozenset({"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}), joins=False),
+    # transformers 5.23 makes Falcon's mask without the positions, so that joined rows see each other; and its layers
+    # are of a class of their own, which bitsandbytes leaves as they are.
+    "falcon": Family(
+        linears=frozenset({"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}), joins=False, bits=(16,)
+    ),
 }
 
 

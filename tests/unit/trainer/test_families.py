@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -100,15 +101,23 @@ def test_rows_give_the_gradients_that_they_give_alone(family, folder):
         assert float((together - alone).norm()) < 1e-4 * float(alone.norm())
 
 
-@pytest.mark.parametrize("bits", [4, 16])
-def test_it_learns_and_recomputing_activations_changes_nothing(family, folder, bits):
+def test_it_learns_and_recomputing_activations_changes_nothing(family, folder):
     lora, choices = LoraSpec(rank=4, dropout=0, targets=("all-linear",)), settings(family)
-    tuned = tune(load(folder, bits), lora, 1, choices)
-    history = run_steps(make_test_loop(tuned, ROWS, steps=5, choices=choices))
-    assert history[-1].loss < history[0].loss
-    checkpointed = tune(load(folder, bits), lora, 1, dataclasses.replace(choices, checkpointing=True))
-    again = run_steps(make_test_loop(checkpointed, ROWS, steps=2, choices=choices))
-    assert [record.loss for record in again] == pytest.approx([record.loss for record in history[:2]], rel=1e-3)
+    for bits in FAMILIES[family].bits:
+        tuned = tune(load(folder, bits), lora, 1, choices)
+        history = run_steps(make_test_loop(tuned, ROWS, steps=5, choices=choices))
+        assert history[-1].loss < history[0].loss
+        checkpointed = tune(load(folder, bits), lora, 1, dataclasses.replace(choices, checkpointing=True))
+        again = run_steps(make_test_loop(checkpointed, ROWS, steps=2, choices=choices))
+        assert [record.loss for record in again] == pytest.approx([record.loss for record in history[:2]], rel=1e-3)
+
+
+@pytest.mark.parametrize(("bits", "layer"), [(4, Linear4bit), (8, Linear8bitLt)])
+def test_prepare_knows_how_much_of_it_is_quantised(family, folder, bits, layer):
+    told = load_architecture(folder).quantisable
+    layers = [module for module in load(folder, bits).modules() if isinstance(module, layer)]
+    assert told.weights == sum(module.in_features * module.out_features for module in layers)
+    assert bool(told.weights) is (4 in FAMILIES[family].bits)
 
 
 def test_its_adapter_loads_on_the_base_and_merges_into_it(folder, trained, tmp_path):

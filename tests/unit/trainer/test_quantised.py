@@ -1,0 +1,75 @@
+"""What prepare says of a base that bitsandbytes makes less small than its bits promise."""
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
+from transformers import MixtralConfig, MixtralForCausalLM
+
+from qlora_api.names import Reason
+from qlora_api.v1alpha1 import QuantizationSpec
+from qlora_trainer.architecture import load_architecture
+from qlora_trainer.errors import RunError
+from qlora_trainer.model import load_base
+from qlora_trainer.prepare import prepare
+from qlora_trainer.quantised import Quantisable, describe_quantisable
+from tests.unit.trainer.families import write_family
+from tests.unit.trainer.tiny import SMALL, instruction_rows, make_spec, make_tokenizer, prepare_config, write_rows
+
+SIXTEEN = {"method": "lora", "quantization": {"bits": 16}}
+FALCONS = {"lora": {"targets": ["query_key_value"]}}
+
+
+def spec_of(folder, **blocks):
+    rows = write_rows(folder / "rows.jsonl", instruction_rows())
+    return make_spec(f"file://{folder}/model", rows, f"file://{folder}/output", **blocks)
+
+
+def write_mixtral(folder):
+    """Two of four experts speak, and all of them are one weight."""
+    torch.manual_seed(0)
+    config = MixtralConfig(**SMALL, num_local_experts=4)
+    MixtralForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_base_of_which_nothing_is_quantised_is_refused(tmp_path, bits):
+    write_family("falcon", tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    with pytest.raises(
+        RunError, match=rf"^spec\.quantization\.bits: FalconForCausalLM has no layer .* {bits} bits"
+    ) as caught:
+        prepare(prepare_config(spec_of(tmp_path, quantization={"bits": bits}, **FALCONS)), work=tmp_path / "work")
+    assert caught.value.reason == Reason.MODEL_UNSUPPORTED
+    assert "set spec.method to lora and spec.quantization.bits to 16" in caught.value.message
+    prepared = prepare(prepare_config(spec_of(tmp_path, **SIXTEEN, **FALCONS)), work=tmp_path / "work")
+    assert prepared.model.architecture == "FalconForCausalLM"
+
+
+def test_a_base_of_which_little_is_quantised_says_so(tmp_path):
+    write_mixtral(tmp_path / "model")
+    told, notes = load_architecture(tmp_path / "model").quantisable, []
+    base = load_base(tmp_path / "model", QuantizationSpec(bits=4), torch.float32, "sdpa", "cpu")
+    layers = [module for module in base.modules() if isinstance(module, Linear4bit)]
+    attention = 2 * (2 * 64 * 64 + 2 * 64 * 32)
+    router_and_experts = 2 * (4 * 64 + 4 * 3 * 64 * 128)
+    norms = 2 * 2 * 64 + 64
+    assert told == Quantisable(attention, attention + router_and_experts + norms)
+    assert told.weights == sum(layer.in_features * layer.out_features for layer in layers)
+    prepare(prepare_config(spec_of(tmp_path)), notes.append, work=tmp_path / "work")
+    (note,) = [note for note in notes if "stored in 4 bits" in note]
+    assert note.startswith("only 11% of the weights outside the embeddings are linear layers")
+
+
+@pytest.mark.parametrize(
+    ("found", "bits", "sentences"),
+    [
+        pytest.param(Quantisable(50, 100), 4, [], id="half"),
+        pytest.param(Quantisable(0, 100), 16, [], id="nothing-was-asked-for"),
+        pytest.param(Quantisable(1 << 30, 21 << 30), 8, ["takes 40.0 GiB"], id="little"),
+    ],
+)
+def test_only_what_surprises_is_told(found, bits, sentences):
+    told = list(describe_quantisable(found, bits))
+    assert len(told) == len(sentences)
+    assert all(words in sentence for words, sentence in zip(sentences, told, strict=True))
