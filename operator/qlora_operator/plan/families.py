@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from qlora_operator.plan.shapes import Attention, Block, Linear, Mlp, ModelShape, Module, UnknownModelError
+from qlora_operator.plan.shapes import Attention, Block, Linear, Mlp, ModelShape, Module, Stacked, UnknownModelError
 
 Count = Annotated[int, Field(gt=0)]
 Names = tuple[str, ...]
@@ -81,7 +81,11 @@ class _Decoder(_Config):
             vocabulary=self.vocab_size,
             tied=self.tie_word_embeddings,
             decoder=Block(
-                f"{self.root}.layers", self.num_hidden_layers, (*self.projections(), *self.mlp_linears()), self.others()
+                f"{self.root}.layers",
+                self.num_hidden_layers,
+                (*self.projections(), *self.mlp_linears()),
+                self.others(),
+                self.stacked(),
             ),
             attention=self.attention(),
             mlp=self.mlp(),
@@ -116,6 +120,9 @@ class _Decoder(_Config):
             *(Module(path, self.hidden_size) for path in self.norms),
             *(Module(path, self.size) for path in heads),
         )
+
+    def stacked(self) -> tuple[Stacked, ...]:
+        return ()
 
     def attention(self) -> Attention:
         window, layers = self.sliding
@@ -168,6 +175,14 @@ class _Mixtral(_Mistral):
             *super().others(),
             Module("mlp.gate", experts * hidden),
             Module("mlp.experts", experts * 3 * hidden * width),
+        )
+
+    def stacked(self) -> tuple[Stacked, ...]:
+        experts, hidden, width = self.num_local_experts, self.hidden_size, self.intermediate_size
+        return (
+            Stacked("mlp.gate", 1, hidden, experts),
+            Stacked("mlp.experts.gate_up_proj", experts, hidden, 2 * width, joined=2),
+            Stacked("mlp.experts.down_proj", experts, width, hidden),
         )
 
     def mlp(self) -> Mlp:

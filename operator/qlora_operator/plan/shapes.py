@@ -44,6 +44,18 @@ class Module:
 
 
 @dataclass(frozen=True)
+class Stacked:
+    """Matrices of a mixture of experts in one parameter: no linear layer, but peft's all-linear adapts it as one."""
+
+    path: str
+    count: int
+    inputs: int
+    outputs: int
+    joined: int = 1
+    """Projections in each matrix; peft gives it as many times the rank."""
+
+
+@dataclass(frozen=True)
 class Block:
     """A stack of equal layers."""
 
@@ -52,6 +64,8 @@ class Block:
     count: int
     linears: tuple[Linear, ...]
     others: tuple[Module, ...]
+    stacked: tuple[Stacked, ...] = ()
+    """Which of the others all-linear means too."""
 
     @property
     def parameters(self) -> int:
