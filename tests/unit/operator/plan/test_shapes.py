@@ -2,34 +2,22 @@
 
 import json
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from qlora_operator.plan.adapter import count_trainable
 from qlora_operator.plan.families import FAMILIES, read_shape
 from qlora_operator.plan.shapes import ModelShape, UnknownModelError
+from tests.make import make_spec
+from tests.unit.operator.plan.public import NAMES, build, load_config
 from tests.unit.trainer.families import FAMILIES as TINY
 from tests.unit.trainer.tiny import SMALL
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
-CONFIGS: Final = Path(__file__).parent / "configs"
-NAMES: Final = sorted(path.stem for path in CONFIGS.glob("*.json"))
-
-
-def load_config(name: str) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((CONFIGS / f"{name}.json").read_text())
-    return content
-
-
-def build(config: dict[str, Any]) -> Any:
-    """The class that the trainer would load, on the meta device."""
-    kind = AutoConfig.for_model(**config)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(kind)
 
 
 def weights_by_module(model: Any) -> dict[str, int]:
@@ -58,8 +46,8 @@ def test_every_module_of_a_public_model(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_all_linear_is_what_peft_finds(name: str) -> None:
     config = load_config(name)
-    ours = sum(8 * (linear.inputs + linear.outputs) for _, linear in read_shape(config).named_linears())
-    assert ours == adapted_by_peft(build(config), "all-linear")
+    ours = count_trainable(read_shape(config), make_spec(lora={"rank": 8, "targets": ["all-linear"]}))
+    assert ours.matrices == adapted_by_peft(build(config), "all-linear")
 
 
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"gemma3"}))
