@@ -21,3 +21,22 @@ class Prepared(ApiModel):
     trainer_version: str
     published: Result | None = None
     """The result, if a complete manifest of this digest exists already."""
+
+
+class PinnedTask(ApiModel):
+    """One leaf task of a public benchmark, and the state of its data that every attempt uses."""
+
+    name: str
+    file: str
+    """Its configuration, in the harness's folder of tasks."""
+    dataset: str
+    """Repository of its data on the hub."""
+    commit: str
+    part: str | None = None
+    """Configuration of the dataset, where it has several."""
+
+
+class PinnedTasks(ApiModel):
+    """prepared/tasks.json: beside the facts and not among them, since a pod's last word has no room for a hundred."""
+
+    tasks: tuple[PinnedTask, ...] = ()

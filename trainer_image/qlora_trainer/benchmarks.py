@@ -1,14 +1,15 @@
 """Public benchmarks for base and adapter, by lm-evaluation-harness; their data comes the way models do."""
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeAlias
 
 from qlora_api.names import Reason, SecretRole
+from qlora_api.prepared import PinnedTask, PinnedTasks
 from qlora_api.report import TaskScore
 from qlora_trainer.errors import RunError
 from qlora_trainer.model import Tuned
@@ -22,26 +23,17 @@ _CARD: Final = "README.md"
 """Says which files belong to which part of a dataset."""
 MAX_TASKS: Final = 128
 """Leaf tasks of one run: the largest public group, MMLU, has 57."""
+SHOWN_TASKS: Final = 4
+"""Tasks of one dataset that the log names; the others are counted."""
 
 
-@dataclass(frozen=True)
-class Benchmark:
-    """One leaf task: the file that configures it, and where its data is."""
-
-    name: str
-    path: Path
-    dataset: str
-    """Repository of the data on the hub."""
-    part: str | None = None
-    """Configuration of the dataset, where it has several."""
-
-
-def find_benchmarks(names: Sequence[str]) -> tuple[Benchmark, ...]:
-    """Return the leaf tasks of tasks, groups and tags that the harness knows, or raise RunError; reads no data."""
+def pin_benchmarks(names: Sequence[str], places: Places) -> PinnedTasks:
+    """Return the leaf tasks of tasks, groups and tags that the harness knows, each with the commit of its data."""
     leaves = tuple(dict.fromkeys(leaf for name in names for leaf in _leaves(name, _index())))
     if len(leaves) > MAX_TASKS:
         raise _refused(f"{len(leaves)} tasks are more than {MAX_TASKS}", "name smaller groups")
-    return tuple(_describe(name, _index()[name]) for name in leaves)
+    commit_of = cache(lambda dataset: _resolve(places, dataset, "main").commit)
+    return PinnedTasks(tasks=tuple(_pin(name, _index()[name], commit_of) for name in leaves))
 
 
 @lru_cache(maxsize=1)
@@ -70,7 +62,7 @@ def _leaves(name: str, index: Mapping[str, Any]) -> Iterator[str]:
         yield name
 
 
-def _describe(name: str, entry: Any) -> Benchmark:
+def _pin(name: str, entry: Any, commit_of: Callable[[str], str]) -> PinnedTask:
     dataset = str(entry.cfg.get("dataset_path", ""))
     if entry.kind.name != "TASK":
         raise _refused(f"task '{name}' is a program, not a configuration", "choose another task")
@@ -78,35 +70,63 @@ def _describe(name: str, entry: Any) -> Benchmark:
         raise _refused(f"the data of task '{name}' is not a repository of the hub ({dataset})", "choose another task")
     if entry.cfg.get("unsafe_code"):
         raise _refused(f"task '{name}' runs code that the model writes", "choose another task")
-    return Benchmark(name, entry.yaml_path, dataset, entry.cfg.get("dataset_name"))
+    file = Path(entry.yaml_path).relative_to(_folder()).as_posix()
+    return PinnedTask(
+        name=name, file=file, dataset=dataset, commit=commit_of(dataset), part=entry.cfg.get("dataset_name")
+    )
+
+
+def _folder() -> Path:
+    """Return where the harness keeps the configurations of its tasks."""
+    with _quiet():
+        from lm_eval import tasks  # noqa: PLC0415 (most runs have no tasks)
+
+    return Path(tasks.__file__).parent
+
+
+def _resolve(places: Places, dataset: str, revision: str) -> Snapshot:
+    return places.resolve(f"hf://{dataset}", revision, TASKS, kind="dataset")
+
+
+def describe_benchmarks(pinned: PinnedTasks) -> Iterator[str]:
+    """Yield a sentence for each dataset."""
+    names: dict[tuple[str, str], list[str]] = {}
+    for task in pinned.tasks:
+        names.setdefault((task.dataset, task.commit), []).append(task.name)
+    for (dataset, commit), tasks in names.items():
+        more = f" and {len(tasks) - SHOWN_TASKS} more" if len(tasks) > SHOWN_TASKS else ""
+        yield f"{', '.join(tasks[:SHOWN_TASKS])}{more}: {dataset} is at {commit}"
 
 
 def _refused(what: str, remedy: str) -> RunError:
     return RunError(Reason.INVALID_SPEC, f"{TASKS.field}: {what}; {remedy}")
 
 
-def fetch_benchmark(benchmark: Benchmark, places: Places, work: Path) -> dict[str, Any]:
-    """Bring a task's data here, from the hub or its mirror, and return the configuration that reads it."""
-    snapshot = places.resolve(f"hf://{benchmark.dataset}", "main", TASKS, kind="dataset")
-    folder = snapshot.fetch(_files_of(benchmark, snapshot), work)
+def fetch_benchmark(task: PinnedTask, snapshot: Snapshot, work: Path) -> dict[str, Any]:
+    """Bring a task's data here, and return the configuration that reads it."""
+    folder = snapshot.fetch(_files_of(task, snapshot), work)
     with _quiet():
         from lm_eval.tasks._yaml_loader import load_yaml  # noqa: PLC0415 (the only reader of the files' !function)
 
-        config = load_yaml(benchmark.path)
+        config = load_yaml(_folder() / task.file)
     reading = {**(config.get("dataset_kwargs") or {}), "cache_dir": str(work / "benchmarks")}
     return {**config, "dataset_path": str(folder), "dataset_kwargs": reading}
 
 
-def _files_of(benchmark: Benchmark, snapshot: Snapshot) -> list[str]:
+def _files_of(task: PinnedTask, snapshot: Snapshot) -> list[str]:
     """Return the card, and the data of the part where files are kept by part, else all data."""
     data = [name for name in snapshot.files if name.endswith(_DATA)]
-    own = [name for name in data if benchmark.part and benchmark.part in Path(name).parts]
+    own = [name for name in data if task.part and task.part in Path(name).parts]
     return [name for name in snapshot.files if name == _CARD] + (own or data)
 
 
-def load_benchmarks(names: Sequence[str], places: Places, work: Path) -> Any:
-    """Return the harness's tasks with their data, or raise RunError; it is the proof that they can be run."""
-    configs = [fetch_benchmark(benchmark, places, work) for benchmark in find_benchmarks(names)]
+def load_benchmarks(pinned: PinnedTasks, places: Places, work: Path) -> Any:
+    """Return the harness's tasks with their data, or raise RunError; it is the proof that they can be run.
+
+    Only these tasks' files are read, and not the harness's index of all, for which a GPU would wait.
+    """
+    snapshot_of = cache(lambda dataset, commit: _resolve(places, dataset, commit))
+    configs = [fetch_benchmark(task, snapshot_of(task.dataset, task.commit), work) for task in pinned.tasks]
     with _quiet():
         from lm_eval.tasks import TaskManager  # noqa: PLC0415
 

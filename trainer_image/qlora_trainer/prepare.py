@@ -8,7 +8,7 @@ from uuid import uuid4
 
 from qlora_api import __version__
 from qlora_api.names import Reason
-from qlora_api.prepared import Prepared
+from qlora_api.prepared import PinnedTasks, Prepared
 from qlora_api.report import Manifest
 from qlora_api.runconfig import PrepareConfig
 from qlora_api.v1alpha1 import ModelStatus, QLoRAJobSpec
@@ -60,7 +60,7 @@ def prepare(
     model = inspect_model(spec, snapshot, work)
     for sentence in model.sentences:
         note(sentence)
-    prove_benchmarks(spec, places, work)
+    tasks = prove_benchmarks(spec, places, work, note)
     with tokenise_rows(spec, dataset, rows, model.tokenizer, work) as tokenised:
         for sentence in describe_lengths(tokenised.status, spec.training):
             note(sentence)
@@ -68,7 +68,7 @@ def prepare(
             note(sentence)
         prepared = _name_result(output, spec, resolve(spec, model, tokenised))
         if prepared.published is None:
-            store_rows(output, prepared, tokenised)
+            store_prepared(output, prepared, tokenised, tasks)
         else:
             point_latest(output, prepared.digest, prepared.prefix)
     note(f"prepared {prepared.prefix}")
@@ -82,12 +82,21 @@ def prove_writable(output: Store) -> None:
     output.delete(probe)
 
 
-def prove_benchmarks(spec: QLoRAJobSpec, places: Places, work: Path) -> None:
-    """Load the public benchmarks that the spec asks for, so that a missing one shows now."""
-    if spec.evaluation.tasks:
-        from qlora_trainer.benchmarks import load_benchmarks  # noqa: PLC0415 (imports torch)
+def prove_benchmarks(spec: QLoRAJobSpec, places: Places, work: Path, note: Note) -> PinnedTasks:
+    """Load the public benchmarks that the spec asks for, so that a missing one shows now, and return what they are."""
+    if not spec.evaluation.tasks:
+        return PinnedTasks()
+    from qlora_trainer.benchmarks import (  # noqa: PLC0415 (imports torch)
+        describe_benchmarks,
+        load_benchmarks,
+        pin_benchmarks,
+    )
 
-        load_benchmarks(spec.evaluation.tasks, places, work)
+    tasks = pin_benchmarks(spec.evaluation.tasks, places)
+    for sentence in describe_benchmarks(tasks):
+        note(sentence)
+    load_benchmarks(tasks, places, work)
+    return tasks
 
 
 @dataclass(frozen=True)
@@ -199,11 +208,13 @@ def _accept_rejected(output: Store, spec: QLoRAJobSpec, digest: str) -> Manifest
     return put_manifest(output, rejected)
 
 
-def store_rows(output: Store, prepared: Prepared, tokenised: "Tokenised") -> None:
-    """Write the token rows, and the facts last."""
+def store_prepared(output: Store, prepared: Prepared, tokenised: "Tokenised", tasks: PinnedTasks) -> None:
+    """Write the token rows and the tasks of public benchmarks, and the facts last."""
     from qlora_trainer import shards  # noqa: PLC0415 (pyarrow is slow to import)
 
-    output.put(f"{prepared.digest}/{shards.TRAINING}", tokenised.training_file)
-    output.put(f"{prepared.digest}/{shards.EVALUATION}", tokenised.held_out_file)
-    facts = prepared.model_dump_json(by_alias=True, indent=2)
-    output.put(f"{prepared.digest}/{shards.FACTS}", facts.encode())
+    folder = prepared.digest
+    output.put(f"{folder}/{shards.TRAINING}", tokenised.training_file)
+    output.put(f"{folder}/{shards.EVALUATION}", tokenised.held_out_file)
+    if tasks.tasks:
+        output.put(f"{folder}/{shards.TASKS}", tasks.model_dump_json(by_alias=True, indent=2).encode())
+    output.put(f"{folder}/{shards.FACTS}", prepared.model_dump_json(by_alias=True, indent=2).encode())

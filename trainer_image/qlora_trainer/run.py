@@ -47,7 +47,7 @@ def run(
     folder = stages.fetch_model(places, config, work)
     tuned, choices = stages.load_model(config, folder)
     tokenizer = load_tokenizer(folder, config.spec.dataset.chat_template)
-    battery = stages.load_battery(places, tokenizer, config, work)
+    battery = stages.load_battery(places, output, tokenizer, config, work)
     examiner = stages.make_examiner(data, tokenizer, config, choices, battery)
     pace.enter(Phase.EVALUATING)
     base = examiner.examine(tuned, adapter=False)

@@ -16,6 +16,8 @@ from qlora_trainer.tokens import TokenRow
 TRAINING: Final = "prepared/train.parquet"
 EVALUATION: Final = "prepared/evaluation.parquet"
 FACTS: Final = "prepared/prepared.json"
+TASKS: Final = "prepared/tasks.json"
+"""The leaf tasks of public benchmarks, where any were asked for."""
 
 GROUP_ROWS: Final = 1000
 """Rows that are written, and read, at a time."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from qlora_api.names import Reason
+from qlora_api.prepared import PinnedTasks
 from qlora_api.report import AdapterRecord, EvaluatedRow, Piece, RunReport, Sample, ServingCheck, StepRecord, TaskScore
 from qlora_api.result import Result
 from qlora_api.runconfig import RunConfig
@@ -159,14 +160,14 @@ def make_examiner(data: Data, tokenizer: Any, config: RunConfig, choices: Choice
     return Examiner(data.held_out, tokenizer, spec, micro_batch, packing=choices.packing, battery=battery)
 
 
-def load_battery(places: Places, tokenizer: Any, config: RunConfig, work: Path) -> Battery | None:
-    """Return the public benchmarks that the spec asks for."""
+def load_battery(places: Places, output: Store, tokenizer: Any, config: RunConfig, work: Path) -> Battery | None:
+    """Return the public benchmarks that the spec asks for, as prepare found them."""
     spec = config.spec.evaluation
     if not spec.tasks:
         return None
-    return Battery(
-        load_benchmarks(spec.tasks, places, work), tokenizer, config.plan.micro_batch_size, spec.task_examples
-    )
+    pinned = PinnedTasks.model_validate_json(output.read(f"{config.prepared.digest}/{shards.TASKS}"))
+    tasks = load_benchmarks(pinned, places, work)
+    return Battery(tasks, tokenizer, config.plan.micro_batch_size, spec.task_examples)
 
 
 def build_record(config: RunConfig, choices: Choices) -> AdapterRecord:

@@ -1,20 +1,25 @@
 """Public benchmarks: real tasks of the harness on data from a mirror of the hub, without a network."""
 
-import dataclasses
 import io
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from qlora_api.names import Reason
-from qlora_api.runconfig import Platform
-from qlora_trainer.benchmarks import Battery, fetch_benchmark, find_benchmarks, load_benchmarks, score_tasks
+from qlora_api.prepared import PinnedTask, PinnedTasks
+from qlora_api.runconfig import Platform, PrepareConfig
+from qlora_trainer import benchmarks
+from qlora_trainer.benchmarks import Battery, describe_benchmarks, load_benchmarks, pin_benchmarks, score_tasks
 from qlora_trainer.errors import RunError
+from qlora_trainer.output import open_output
+from qlora_trainer.prepare import prepare
 from qlora_trainer.secrets import environment_secrets
 from qlora_trainer.snapshot import Places
+from qlora_trainer.stages import load_battery
 from tests.hub import COMMIT
-from tests.unit.trainer.tiny import make_tokenizer
+from tests.unit.trainer.tiny import make_tokenizer, run_config, write_job
 from tests.unit.trainer.tuned import make_tuned
 
 CARD = """---
@@ -41,27 +46,33 @@ def questions(count: int) -> bytes:
     return sink.getvalue()
 
 
-@pytest.fixture(scope="module")
-def places(tmp_path_factory) -> Places:
-    mirror = tmp_path_factory.mktemp("mirror")
+def commit_questions(mirror: Path, commit: str, count: int) -> None:
+    """Make a commit of the dataset the newest one of the mirror."""
     repository = mirror / "datasets--allenai--ai2_arc"
-    files = {f"ARC-Easy/{split}-00000-of-00001.parquet": questions(12) for split in ("train", "validation", "test")}
+    splits = ("train", "validation", "test")
+    files = {f"ARC-Easy/{split}-00000-of-00001.parquet": questions(count) for split in splits}
     for name, content in {**files, "README.md": CARD.encode(), "ARC-Challenge/test-0.parquet": b"not fetched"}.items():
-        path = repository / "snapshots" / COMMIT / name
+        path = repository / "snapshots" / commit / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-    (repository / "refs").mkdir()
-    (repository / "refs/main").write_text(COMMIT)
+    (repository / "refs").mkdir(exist_ok=True)
+    (repository / "refs/main").write_text(commit)
+
+
+def make_places(mirror: Path) -> Places:
+    commit_questions(mirror, COMMIT, 12)
     return Places(Platform(hub_mirror=f"file://{mirror}"), environment_secrets())
 
 
+@pytest.fixture(scope="module")
+def places(tmp_path_factory) -> Places:
+    return make_places(tmp_path_factory.mktemp("mirror"))
+
+
 def test_base_and_adapter_take_a_real_task(places, tmp_path):
-    (found,) = find_benchmarks(["arc_easy"])
-    assert (found.dataset, found.part) == ("allenai/ai2_arc", "ARC-Easy")
-    battery, tuned = (
-        Battery(load_benchmarks(["arc_easy"], places, tmp_path), make_tokenizer(), 4, examples=8),
-        make_tuned(),
-    )
+    pinned = pin_benchmarks(["arc_easy"], places)
+    battery = Battery(load_benchmarks(pinned, places, tmp_path), make_tokenizer(), 4, examples=8)
+    tuned = make_tuned()
     for parameter in tuned.parameters():
         parameter.data.normal_(std=0.5)
     with tuned.evaluating(adapter=False):
@@ -77,7 +88,7 @@ def test_base_and_adapter_take_a_real_task(places, tmp_path):
 
 def test_data_that_does_not_fit_its_task_is_refused_before_training(places, tmp_path):
     with pytest.raises(RunError, match=r"spec\.evaluation\.tasks: the data does not load") as caught:
-        load_benchmarks(["arc_challenge"], places, tmp_path)
+        load_benchmarks(pin_benchmarks(["arc_challenge"], places), places, tmp_path)
     assert caught.value.reason == Reason.INVALID_SPEC
 
 
@@ -88,15 +99,50 @@ def test_data_that_does_not_fit_its_task_is_refused_before_training(places, tmp_
         ("humaneval", "'humaneval' runs code that the model writes"),
     ],
 )
-def test_what_cannot_be_run_is_refused_by_name(name, message):
+def test_what_cannot_be_run_is_refused_by_name(places, name, message):
     with pytest.raises(RunError, match=message) as caught:
-        find_benchmarks([name])
+        pin_benchmarks([name], places)
     assert caught.value.reason == Reason.INVALID_SPEC
 
 
-def test_a_tag_stands_for_its_tasks(places, tmp_path):
-    found = find_benchmarks(["ai2_arc", "arc_easy"])
-    assert [benchmark.name for benchmark in found] == ["arc_challenge", "arc_easy"]
-    with pytest.raises(RunError, match=r"the hub's mirror .* has no allenai/elsewhere") as caught:
-        fetch_benchmark(dataclasses.replace(found[0], dataset="allenai/elsewhere"), places, tmp_path)
+def test_a_tag_stands_for_its_tasks(places):
+    found = pin_benchmarks(["ai2_arc", "arc_easy"], places)
+    assert found.tasks == (
+        PinnedTask(
+            name="arc_challenge",
+            file="arc/arc_challenge.yaml",
+            dataset="allenai/ai2_arc",
+            commit=COMMIT,
+            part="ARC-Challenge",
+        ),
+        PinnedTask(
+            name="arc_easy", file="arc/arc_easy.yaml", dataset="allenai/ai2_arc", commit=COMMIT, part="ARC-Easy"
+        ),
+    )
+    assert list(describe_benchmarks(found)) == [f"arc_challenge, arc_easy: allenai/ai2_arc is at {COMMIT}"]
+
+
+def test_many_tasks_of_one_dataset_are_one_sentence():
+    tasks = tuple(PinnedTask(name=f"t{number}", file="f", dataset="o/d", commit="c") for number in range(57))
+    assert list(describe_benchmarks(PinnedTasks(tasks=tasks))) == ["t0, t1, t2, t3 and 53 more: o/d is at c"]
+
+
+def test_data_that_nobody_has_is_refused(tmp_path):
+    (tmp_path / "mirror").mkdir()
+    empty = Places(Platform(hub_mirror=f"file://{tmp_path}/mirror"), environment_secrets())
+    with pytest.raises(RunError, match=r"the hub's mirror .* has no allenai/ai2_arc") as caught:
+        pin_benchmarks(["arc_easy"], empty)
     assert caught.value.reason == Reason.INVALID_SPEC
+
+
+def test_training_takes_the_tasks_that_prepare_found_and_does_not_look_for_them(tmp_path, monkeypatch):
+    """Between both, the data got a newer commit; and the index of all tasks takes seconds to read."""
+    places = make_places(tmp_path / "mirror")
+    job = write_job(tmp_path / "job", evaluation={"tasks": ["arc_easy"], "taskExamples": 40})
+    prepared = prepare(PrepareConfig(namespace="ml", job="colours", spec=job, platform=places.platform), work=tmp_path)
+    commit_questions(tmp_path / "mirror", "f" * 40, 40)
+    monkeypatch.setattr(benchmarks, "_index", None)
+    config = run_config(job, prepared).model_copy(update={"platform": places.platform})
+    battery = load_battery(places, open_output(places, job, "colours"), make_tokenizer(), config, tmp_path / "pod")
+    (task,) = battery.tasks["tasks"].values()
+    assert len(list(task.test_docs())) == 12
