@@ -1,6 +1,6 @@
 """Which weights learn, and how many: an adapter's matrices, DoRA's magnitudes, modules that are trained whole."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -12,37 +12,43 @@ ALL_LINEAR: Final = "all-linear"
 
 @dataclass(frozen=True)
 class Trainable:
-    """Weights that learn; all of them are fp32."""
+    """Sizes of the tensors that learn; all of them are fp32."""
 
-    matrices: int = 0
+    matrices: tuple[int, ...] = ()
     """A and B of every adapted layer."""
-    magnitudes: int = 0
-    """DoRA's, one for each output."""
-    whole: int = 0
-    """Of modules that are trained and saved whole; with method full, of the model."""
+    magnitudes: tuple[int, ...] = ()
+    """DoRA's, one for each output of a layer."""
+    whole: tuple[int, ...] = ()
+    """Modules that are trained and saved whole; with method full, all of the model."""
+
+    @property
+    def tensors(self) -> tuple[int, ...]:
+        """Return all sizes."""
+        return self.matrices + self.magnitudes + self.whole
 
     @property
     def adapter(self) -> int:
-        """Return what peft calls the adapter's parameters."""
-        return self.matrices + self.magnitudes
+        """Return how many weights the adapter has, without modules that are trained whole."""
+        return sum(self.matrices) + sum(self.magnitudes)
 
     @property
     def parameters(self) -> int:
-        """Return all of them."""
-        return self.adapter + self.whole
+        """Return how many weights learn."""
+        return sum(self.tensors)
 
 
-def count_trainable(shape: ModelShape, spec: QLoRAJobSpec) -> Trainable:
-    """Count what a run trains."""
+def find_trainable(shape: ModelShape, spec: QLoRAJobSpec) -> Trainable:
+    """Return what a run trains."""
     if spec.method == "full":
-        return Trainable(whole=shape.parameters)
-    ranks = _ranks(shape, spec.lora)
-    linears = {name: linear for name, linear in shape.named_linears() if name in ranks}
+        return Trainable(whole=tuple(size for size in _every_tensor(shape) if size))
+    ranks, linears = _ranks(shape, spec.lora), dict(shape.named_linears())
     return Trainable(
-        matrices=sum(rank * (linears[name].inputs + linears[name].outputs) for name, rank in ranks.items())
-        + _stacked(shape, spec.lora),
-        magnitudes=sum(linear.outputs for linear in linears.values()) if spec.lora.dora else 0,
-        whole=_count_whole(shape, spec.lora.modules_to_save),
+        matrices=(
+            *(rank * side for name, rank in ranks.items() for side in (linears[name].inputs, linears[name].outputs)),
+            *_stacked(shape, spec.lora),
+        ),
+        magnitudes=tuple(linears[name].outputs for name in ranks) if spec.lora.dora else (),
+        whole=tuple(size for size in _whole(shape, spec.lora.modules_to_save) if size),
     )
 
 
@@ -58,39 +64,45 @@ def ranks_of_layer(shape: ModelShape, lora: LoraSpec) -> dict[str, int]:
 
 def _ranks(shape: ModelShape, lora: LoraSpec) -> dict[str, int]:
     """Return the rank of every adapted layer; of two words that mean one, the longer counts."""
-    adapted = [name for name, _ in shape.named_linears() if _is_target(name, lora.targets)]
+    names = [name for name, _ in shape.named_linears()]
+    adapted = names if lora.targets == (ALL_LINEAR,) else _meant(names, lora.targets)
     ranks = dict.fromkeys(adapted, lora.rank)
     for word in sorted(lora.rank_pattern, key=len):
         ranks |= dict.fromkeys(_meant(adapted, [word]), lora.rank_pattern[word])
     return ranks
 
 
-def _is_target(name: str, targets: Iterable[str]) -> bool:
-    words = tuple(targets)
-    return words == (ALL_LINEAR,) or bool(_meant([name], words))
-
-
 def _meant(modules: Iterable[str], words: Iterable[str]) -> list[str]:
     """Return the modules that a manifest's words mean: names, or ends of paths."""
-    wanted = tuple(words)
-    return [name for name in modules if any(name == word or name.endswith(f".{word}") for word in wanted)]
+    ends = tuple(f".{word}" for word in words)
+    return [name for name in modules if f".{name}".endswith(ends)]
 
 
-def _stacked(shape: ModelShape, lora: LoraSpec) -> int:
-    """Count adapters on stacked experts, which peft makes for all-linear only."""
+def _stacked(shape: ModelShape, lora: LoraSpec) -> Iterator[int]:
+    """Yield the adapters on stacked experts, which peft makes for all-linear only."""
     if lora.targets != (ALL_LINEAR,):
-        return 0
-    return sum(
-        block.count * matrix.count * matrix.joined * lora.rank * (matrix.inputs + matrix.outputs)
-        for block in shape.blocks
-        for matrix in block.stacked
-    )
+        return
+    for block in shape.blocks:
+        for matrix in block.stacked * block.count:
+            rank = matrix.count * matrix.joined * lora.rank
+            yield from (rank * matrix.inputs, rank * matrix.outputs)
 
 
-def _count_whole(shape: ModelShape, words: Iterable[str]) -> int:
+def _whole(shape: ModelShape, words: Iterable[str]) -> Iterator[int]:
     sizes = dict(shape.named_modules())
     chosen = _meant(sizes, words)
-    ends = {shape.embedding.path, shape.head.path}
     # peft keeps a tied embedding and output layer one weight when either is trained.
-    twice = shape.head.weights if shape.tied and ends <= set(chosen) else 0
-    return sum(sizes[name] for name in chosen) - twice
+    twice = shape.tied and {shape.embedding.path, shape.head.path} <= set(chosen)
+    for name in chosen:
+        yield sizes[name] - (shape.head.weights if twice and name == shape.head.path else 0)
+
+
+def _every_tensor(shape: ModelShape) -> Iterator[int]:
+    yield shape.embedding.parameters
+    yield shape.head.parameters - (shape.head.weights if shape.tied else 0)
+    yield from (module.parameters for module in shape.outside)
+    for block in shape.blocks:
+        for linear in block.linears * block.count:
+            yield linear.weights
+            yield linear.parameters - linear.weights
+        yield from (module.parameters for module in block.others * block.count)

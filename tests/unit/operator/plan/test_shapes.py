@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from qlora_operator.plan.adapter import count_trainable
+from qlora_operator.plan.adapter import find_trainable
 from qlora_operator.plan.families import FAMILIES, read_shape
 from qlora_operator.plan.shapes import ModelShape, UnknownModelError
 from tests.make import make_spec
@@ -46,8 +46,8 @@ def test_every_module_of_a_public_model(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_all_linear_is_what_peft_finds(name: str) -> None:
     config = load_config(name)
-    ours = count_trainable(read_shape(config), make_spec(lora={"rank": 8, "targets": ["all-linear"]}))
-    assert ours.matrices == adapted_by_peft(build(config), "all-linear")
+    ours = find_trainable(read_shape(config), make_spec(lora={"rank": 8, "targets": ["all-linear"]}))
+    assert ours.adapter == adapted_by_peft(build(config), "all-linear")
 
 
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"gemma3"}))

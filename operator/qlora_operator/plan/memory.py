@@ -1,0 +1,82 @@
+"""What a run's weights take on a GPU: base, adapter, gradients, optimizer; every constant with its unit and source."""
+
+from dataclasses import dataclass
+from math import ceil
+from typing import Final, Literal
+
+from qlora_api.v1alpha1 import QuantizationSpec
+from qlora_operator.plan.adapter import Trainable
+from qlora_operator.plan.shapes import Linear, ModelShape
+
+FP32: Final = 4
+"""Bytes."""
+HALF: Final = 2
+"""Bytes of bf16 and fp16."""
+
+BLOCK_4BIT: Final = 64
+"""Weights with one scale (bitsandbytes 0.50, functional.quantize_4bit; QLoRA paper, section 3)."""
+BLOCK_OF_SCALES: Final = 256
+"""Scales with one fp32 scale under double quantisation (the same)."""
+CODEBOOKS_DOUBLE: Final = 16 * FP32 + 256 * FP32 + FP32
+"""Bytes of a matrix's code, of its scales' code and of their mean (the same: QuantState)."""
+CODEBOOK: Final = 16 * FP32
+"""Bytes of a matrix's code without double quantisation."""
+
+BLOCK_8BIT_STATE: Final = 256
+"""Numbers of 8-bit optimizer state with one fp32 scale (bitsandbytes 0.50, optim/optimizer.py)."""
+LEAST_8BIT_STATE: Final = 4096
+"""Numbers that a tensor needs for 8-bit state; less is kept in fp32 (the same: min_8bit_size)."""
+LEAST_PAGED_STATE: Final = 100_000
+"""Numbers that a tensor needs for paged state; less stays on the GPU (the same: get_state_buffer)."""
+MOMENTS: Final = 2
+"""Adam's moving averages, of the gradient and of its square."""
+
+Optimizer = Literal["adamw", "adamw8bit", "pagedAdamw", "pagedAdamw8bit"]
+
+
+@dataclass(frozen=True)
+class BaseBytes:
+    """The base's weights."""
+
+    weights: int
+    """As transformers counts them (get_memory_footprint)."""
+    constants: int
+    """Scales and codes of the quantisation, which it does not count."""
+
+    @property
+    def total(self) -> int:
+        """Return what the device holds."""
+        return self.weights + self.constants
+
+
+def base_bytes(shape: ModelShape, quantization: QuantizationSpec, width: int) -> BaseBytes:
+    """Return the size of a base whose other weights take `width` bytes each."""
+    bits = quantization.bits
+    if bits == 16:
+        return BaseBytes(shape.parameters * width, 0)
+    matrices = [(block.count, linear) for block in shape.blocks for linear in block.linears if linear.quantisable]
+    stored = sum(count * ceil(linear.weights * bits / 8) for count, linear in matrices)
+    constants = sum(count * constant_bytes(linear, quantization) for count, linear in matrices)
+    return BaseBytes(stored + (shape.parameters - shape.quantisable) * width, constants)
+
+
+def constant_bytes(linear: Linear, quantization: QuantizationSpec) -> int:
+    """Return the scales and codes of one quantised matrix."""
+    if quantization.bits == 8:
+        return linear.outputs * FP32
+    scales = ceil(linear.weights / BLOCK_4BIT)
+    if not quantization.double_quant:
+        return scales * FP32 + CODEBOOK
+    return scales + ceil(scales / BLOCK_OF_SCALES) * FP32 + CODEBOOKS_DOUBLE
+
+
+def optimizer_bytes(trainable: Trainable, optimizer: Optimizer) -> int:
+    """Return the state of AdamW that stays on the GPU."""
+    return sum(_state_bytes(size, optimizer) for size in trainable.tensors)
+
+
+def _state_bytes(size: int, optimizer: Optimizer) -> int:
+    paged = optimizer.startswith("paged") and size >= LEAST_PAGED_STATE
+    if optimizer.endswith("8bit") and size >= LEAST_8BIT_STATE:
+        return MOMENTS * ((0 if paged else size) + ceil(size / BLOCK_8BIT_STATE) * FP32)
+    return 0 if paged else MOMENTS * size * FP32
