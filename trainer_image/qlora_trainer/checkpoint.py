@@ -136,8 +136,8 @@ class Checkpoints:
         record = Record(
             course=self._course,
             started_at=self.started_at,
-            steps=state.history.steps,
-            held_out=state.history.held_out,
+            steps=tuple(state.history.steps),
+            held_out=tuple(state.history.held_out),
             optimizer={name: value for name, value in state.optimizer.items() if not isinstance(value, torch.Tensor)},
             scaler=dict(state.scaler),
         )

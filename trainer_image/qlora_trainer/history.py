@@ -1,8 +1,6 @@
-"""What happened in a training so far, and what follows from it: pure, so that a resumed run decides as any other."""
+"""What happened in a training so far, and what follows from that alone, so that a resumed run decides as any other."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from collections.abc import Iterable, Sequence
 from math import inf
 from statistics import median
 from typing import Final
@@ -16,20 +14,47 @@ DIVERGED_RISE: Final = 1.5
 """Nats per token above the level, which is 4.5 times its perplexity."""
 
 
-@dataclass(frozen=True)
 class History:
-    """The steps that were taken, and the looks at the held-out rows between them."""
+    """The steps that were taken, and the looks at the held-out rows between them; it only grows.
 
-    steps: tuple[StepRecord, ...] = ()
-    held_out: tuple[HeldOutRecord, ...] = ()
+    What follows from all of it is kept up to date, so that a step costs the same however many were before it.
+    """
 
-    def with_step(self, record: StepRecord) -> "History":
-        """Return the history one step later."""
-        return replace(self, steps=(*self.steps, record))
+    def __init__(self, steps: Iterable[StepRecord] = (), held_out: Iterable[HeldOutRecord] = ()) -> None:
+        self.steps: list[StepRecord] = []
+        self.held_out: list[HeldOutRecord] = list(held_out)
+        self._level = inf
+        for record in steps:
+            self.add_step(record)
 
-    def with_held_out(self, record: HeldOutRecord) -> "History":
-        """Return the history after a look at the held-out rows."""
-        return replace(self, held_out=(*self.held_out, record))
+    def add_step(self, record: StepRecord) -> None:
+        """Note a step."""
+        self.steps.append(record)
+        done = len(self.steps)
+        if done >= 2 * DIVERGED_STEPS and done % DIVERGED_STEPS == 0:
+            block = self.steps[done - 2 * DIVERGED_STEPS : done - DIVERGED_STEPS]
+            self._level = min(self._level, median(record.loss for record in block))
+
+    def add_look(self, record: HeldOutRecord) -> None:
+        """Note a look at the held-out rows."""
+        self.held_out.append(record)
+
+    def copy(self) -> "History":
+        """Return the history as it is now."""
+        return History(self.steps, self.held_out)
+
+    def level_before_divergence(self) -> float | None:
+        """Return the level that a diverged loss has left for good, or None while all is well.
+
+        The level is the lowest median of a block of DIVERGED_STEPS steps that the newest as many are not in. Normal
+        noise stays below: even where one row is a batch, and losses deviate by one nat from a steady mean, the lowest
+        of a thousand medians is 0.9 below the mean, so that one step is above the limit with a chance of 0.28, and
+        twenty in a row are with one of 8e-12. A loss that rises and comes back within the twenty does not end the run,
+        and neither does one that was never low.
+        """
+        recent = self.steps[-DIVERGED_STEPS:]
+        above = min((record.loss for record in recent), default=-inf) > self._level + DIVERGED_RISE
+        return self._level if above else None
 
 
 def evaluation_is_due(history: History, training: TrainingSpec, total_steps: int) -> bool:
@@ -67,18 +92,3 @@ def kept_step(history: History, training: TrainingSpec) -> int:
     """Return the step whose adapter is the result."""
     best = best_of(history.held_out) if training.keep == "best" else None
     return best.step if best else len(history.steps)
-
-
-def level_before_divergence(steps: Sequence[StepRecord]) -> float | None:
-    """Return the level that a diverged loss has left for good, or None while all is well.
-
-    The level is the lowest median of a block of DIVERGED_STEPS steps. Normal noise stays below: even where one row is a
-    batch, and losses deviate by one nat from a steady mean, the lowest of a thousand medians is 0.9 below the mean, so
-    that one step is above the limit with a chance of 0.28, and twenty in a row are with one of 8e-12. A loss that rises
-    and comes back within the twenty does not end the run, and neither does one that was never low.
-    """
-    losses = [record.loss for record in steps]
-    recent, before = losses[-DIVERGED_STEPS:], losses[:-DIVERGED_STEPS]
-    blocks = pairwise(range(0, len(before) + 1, DIVERGED_STEPS))
-    level = min((median(before[start:end]) for start, end in blocks), default=inf)
-    return level if min(recent, default=-inf) > level + DIVERGED_RISE else None

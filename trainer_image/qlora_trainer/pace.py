@@ -17,12 +17,15 @@ class Pace:
         self._sink = sink
         self._total = total_steps
         self._phase = Phase.TRAINING
-        self._records: list[StepRecord] = []
+        self._last: StepRecord | None = None
+        self._seconds = 0.0
+        self._tokens = 0
         self._reported_at = time.monotonic()
 
     def resume(self, records: Sequence[StepRecord]) -> None:
         """Count the steps of an earlier attempt as done."""
-        self._records = list(records)
+        for record in records:
+            self._count(record)
         self._report()
 
     def enter(self, phase: Phase) -> None:
@@ -32,7 +35,7 @@ class Pace:
 
     def note(self, record: StepRecord) -> None:
         """Report a finished step."""
-        self._records.append(record)
+        self._count(record)
         self._report()
 
     def alive(self) -> None:
@@ -42,13 +45,21 @@ class Pace:
 
     def finish(self) -> None:
         """Count the steps that early stopping left out as done."""
-        self._total = len(self._records)
+        self._total = self._done
+
+    @property
+    def _done(self) -> int:
+        return self._last.step if self._last else 0
+
+    def _count(self, record: StepRecord) -> None:
+        """Add a step to the sums, so that a report costs the same however many there were."""
+        self._last = record
+        self._seconds += record.seconds
+        self._tokens += record.tokens
 
     def _report(self) -> None:
         self._reported_at = time.monotonic()
-        done = len(self._records)
-        last = self._records[-1] if self._records else None
-        seconds, tokens = time_and_tokens(self._records)
+        done, last, seconds, tokens = self._done, self._last, self._seconds, self._tokens
         training = self._phase == Phase.TRAINING and last is not None
         self._sink.report(
             Progress(

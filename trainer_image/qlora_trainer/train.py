@@ -23,7 +23,6 @@ from qlora_trainer.history import (
     best_of,
     evaluation_is_due,
     is_finished,
-    level_before_divergence,
 )
 from qlora_trainer.interrupt import StopFlag, interrupted
 from qlora_trainer.model import Tuned
@@ -86,10 +85,10 @@ class Loop:
         with stop.deferred():
             while not is_finished(history, training, total):
                 if evaluation_is_due(history, training, total):
-                    history = self._look(history, stop, watcher)
+                    self._look(history, stop, watcher)
                     best = self._best(history, best)
                 else:
-                    history = self._advance(history, watcher)
+                    self._advance(history, watcher)
                 stopping = self.world.any(stop.requested)
                 self._offer(watcher, history, best, last=stopping)
                 if stopping:
@@ -97,25 +96,24 @@ class Loop:
         put_weights(self.tuned, best)
         return history
 
-    def _advance(self, history: History, watcher: Watcher) -> History:
+    def _advance(self, history: History, watcher: Watcher) -> None:
         """Take a step, and refuse to go on when there is no point in it."""
         record = self.step(len(history.steps))
         check_finite(record, scaling=self.scaler.is_enabled())
         if self.world.rank == 0:
             watcher.step(record)
-        history = history.with_step(record)
+        history.add_step(record)
         check_level(history)
-        return history
 
-    def _look(self, history: History, stop: StopFlag, watcher: Watcher) -> History:
+    def _look(self, history: History, stop: StopFlag, watcher: Watcher) -> None:
         """Look at the held-out rows; a look that a stop cut short is as if it had not been."""
         rows = HeldOut(self.held_out, self.schedule.micro_batch, self.world, packing=self.choices.packing)
         look = rows.look(self.tuned, len(history.steps), stop, watcher.alive)
         if look is None:
-            return history
+            return
         if self.world.rank == 0:
             watcher.held_out(look)
-        return history.with_held_out(look)
+        history.add_look(look)
 
     def _best(self, history: History, best: Weights) -> Weights:
         """Return the weights to keep, after a look."""
@@ -128,7 +126,7 @@ class Loop:
         put_optimizer(self.optimizer, state.optimizer)
         if state.scaler:
             self.scaler.load_state_dict(dict(state.scaler))
-        return state.history, state.best
+        return state.history.copy(), state.best
 
     def _offer(self, watcher: Watcher, history: History, best: Weights, *, last: bool) -> None:
         """Let one process keep the state, which is the same in all of them."""
@@ -140,7 +138,7 @@ class Loop:
 
     def _capture(self, history: History, best: Weights) -> TrainingState:
         return TrainingState(
-            history=history,
+            history=history.copy(),
             weights=copy_weights(self.tuned),
             optimizer=copy_optimizer(self.optimizer),
             scaler=self.scaler.state_dict(),
@@ -236,7 +234,7 @@ def check_finite(record: StepRecord, *, scaling: bool) -> None:
 
 def check_level(history: History) -> None:
     """End a run whose loss left its level for good: what follows would cost time and help nobody."""
-    level = level_before_divergence(history.steps)
+    level = history.level_before_divergence()
     if level is not None:
         last = history.steps[-1]
         raise RunError(

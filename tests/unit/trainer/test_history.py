@@ -1,15 +1,28 @@
 """What follows from a history: when to look at the held-out rows, when to stop, what to keep, what has diverged."""
 
 import dataclasses
+import math
 import random
+from itertools import pairwise
+from statistics import median
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from qlora_api.names import Reason
 from qlora_api.report import HeldOutRecord, StepRecord
 from qlora_api.v1alpha1 import EarlyStoppingSpec, TrainingSpec
 from qlora_trainer.errors import RunError
-from qlora_trainer.history import History, best_of, evaluation_is_due, is_exhausted, kept_step, level_before_divergence
+from qlora_trainer.history import (
+    DIVERGED_RISE,
+    DIVERGED_STEPS,
+    History,
+    best_of,
+    evaluation_is_due,
+    is_exhausted,
+    kept_step,
+)
 from qlora_trainer.interrupt import StopFlag
 from qlora_trainer.train import check_level
 from tests.unit.trainer.tuned import DEAF, make_test_loop, make_tuned, token_rows, weights_of
@@ -84,13 +97,60 @@ def test_the_best_is_the_earliest_of_the_lowest():
     ],
 )
 def test_a_loss_that_leaves_its_level_for_good_is_found(losses, level):
-    assert level_before_divergence(steps_of(*losses)) == level
+    assert History(steps_of(*losses)).level_before_divergence() == level
 
 
 def test_noise_of_one_nat_around_a_falling_loss_is_no_divergence():
-    chance = random.Random(0)
-    losses = [1.0 + 3.0 * 0.99**step + chance.gauss(0.0, 1.0) for step in range(3000)]
-    assert all(level_before_divergence(steps_of(*losses[:end])) is None for end in range(40, 3000, 41))
+    chance, history = random.Random(0), History()
+    for record in steps_of(*(1.0 + 3.0 * 0.99**step + chance.gauss(0.0, 1.0) for step in range(3000))):
+        history.add_step(record)
+        assert history.level_before_divergence() is None
+
+
+def level_by_definition(losses: list[float]) -> float | None:
+    """The same from all losses at once."""
+    recent, before = losses[-DIVERGED_STEPS:], losses[:-DIVERGED_STEPS]
+    blocks = pairwise(range(0, len(before) + 1, DIVERGED_STEPS))
+    level = min((median(before[start:end]) for start, end in blocks), default=math.inf)
+    return level if min(recent, default=-math.inf) > level + DIVERGED_RISE else None
+
+
+LEVELS = st.lists(st.tuples(st.floats(0, 12), st.integers(1, 70)), max_size=6)
+
+
+@given(LEVELS, st.randoms(use_true_random=False), st.integers(0, 200))
+@settings(max_examples=200, deadline=None)
+def test_a_history_that_grows_decides_at_each_step_as_its_losses_do_at_once(levels, chance, resumed_at):
+    """Losses stay around some levels, each for a while; a resumed history goes on as the one that was not."""
+    losses = [level + chance.gauss(0.0, 0.1) for level, steps in levels for _ in range(steps)]
+    records = steps_of(*losses)
+    history = History(records[:resumed_at])
+    for done in range(min(resumed_at, len(losses)), len(losses) + 1):
+        assert history.level_before_divergence() == level_by_definition(losses[:done])
+        if done < len(losses):
+            history.add_step(records[done])
+
+
+def test_a_step_costs_the_same_however_many_were_before_it():
+    """Of a hundred times as many records no more are looked at."""
+
+    class Counted(list):
+        seen = 0
+
+        def __getitem__(self, place):
+            found = super().__getitem__(place)
+            self.seen += len(found) if isinstance(place, slice) else 1
+            return found
+
+    costs = []
+    for steps in (200, 20_000):
+        history = History(steps_of(*[1.0] * steps))
+        history.steps = Counted(history.steps)
+        for record in steps_of(*[1.0] * DIVERGED_STEPS):
+            history.add_step(record)
+            history.level_before_divergence()
+        costs.append(history.steps.seen)
+    assert costs == [DIVERGED_STEPS * (DIVERGED_STEPS + 1)] * 2
 
 
 def test_a_diverged_run_ends_with_its_reason():
@@ -106,7 +166,7 @@ def test_early_stopping_ends_the_loop_and_the_best_adapter_is_kept():
     loop = make_test_loop(tuned, token_rows(8), steps=50, learning_rate=0.3, max_grad_norm=1000.0, **training)
     loop = dataclasses.replace(loop, held_out=token_rows(8, seed=5))
     history = loop.run(StopFlag(), dataclasses.replace(DEAF, held_out=looks.append))
-    assert tuple(looks) == history.held_out
+    assert looks == history.held_out
     best = best_of(looks)
     assert len(history.steps) == best.step + 2 < 50
     again = make_tuned()

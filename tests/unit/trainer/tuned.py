@@ -65,4 +65,4 @@ def weights_of(tuned: Tuned) -> list[torch.Tensor]:
 
 
 def run_steps(loop: Loop) -> tuple[StepRecord, ...]:
-    return loop.run(StopFlag(), DEAF).steps
+    return tuple(loop.run(StopFlag(), DEAF).steps)
