@@ -1,0 +1,110 @@
+"""What GPUs there are: read from node objects with the labels of NVIDIA's GPU feature discovery, or given by hand."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from qlora_api.v1alpha1 import ResourcesSpec, Toleration
+
+GPU: Final = "nvidia.com/gpu"
+"""Extended resource, and prefix of the labels."""
+RESERVED_SHARE: Final = 0.02
+"""Of the memory that the label and nvidia-smi show, what the driver keeps: a T4 of 15,360 MiB gives processes 14.75
+GiB (1.7 %), an RTX 4090 of 24,564 MiB 23.64 GiB (1.5 %), an A30 of 24,576 MiB 23.53 GiB (2.0 %), an A100 of 40,960
+MiB 39.50 GiB (1.3 %); read from torch's messages in hpcaitech/Open-Sora#697, 3DTopia/Phidias-Diffusion#8,
+google/RB-Modulation#5 and TianheWu/CoSeR#10."""
+
+_MEBIBYTE: Final = 1 << 20
+_UNITS: Final = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_BINARY: Final = {"Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30, "Ti": 1 << 40}
+_QUANTITY: Final = re.compile(r"([0-9]+(?:\.[0-9]+)?)(Ki|Mi|Gi|Ti|k|M|G|T)?")
+_KEEPS_OUT: Final = frozenset({"NoSchedule", "NoExecute"})
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Nodes with the same GPUs."""
+
+    product: str
+    """Value of the label nvidia.com/gpu.product; empty: any."""
+    memory: int
+    """Bytes of each GPU, as nvidia-smi shows them."""
+    gpus_per_node: int = 1
+    nodes: int = 1
+    capability: tuple[int, int] | None = None
+    """(8, 0) is sm_80; None: unknown."""
+
+    @property
+    def usable(self) -> int:
+        """Return the bytes that a process can have."""
+        return int(self.memory * (1 - RESERVED_SHARE))
+
+
+Offer = tuple[Pool, ...]
+
+
+def to_bytes(quantity: str) -> int:
+    """Return a Kubernetes quantity, as in 24Gi or 80G, in bytes; ValueError says what is wrong with it."""
+    found = _QUANTITY.fullmatch(quantity)
+    if found is None:
+        raise ValueError(f"'{quantity}' is no amount of memory; write a number and a unit, as in 24Gi or 80G")
+    return int(float(found[1]) * (_UNITS | _BINARY)[found[2] or ""])
+
+
+def memory_of_product(product: str) -> int | None:
+    """Return the bytes that a product's name tells, as NVIDIA-A100-SXM4-80GB does; cautiously in decimal units."""
+    found = re.search(r"(\d+)GB", product)
+    return int(found[1]) * 10**9 if found else None
+
+
+def read_offer(nodes: Iterable[Mapping[str, Any]], resources: ResourcesSpec) -> Offer:
+    """Return the GPUs that a run's pods may land on, smallest memory first."""
+    pools = Counter(pool for node in nodes if _takes(node, resources) and (pool := _read_node(node)))
+    found = (_with_nodes(pool, count) for pool, count in pools.items())
+    return tuple(sorted(found, key=lambda pool: (pool.memory, pool.gpus_per_node, pool.product)))
+
+
+def _with_nodes(pool: Pool, count: int) -> Pool:
+    return Pool(pool.product, pool.memory, pool.gpus_per_node, count, pool.capability)
+
+
+def _read_node(node: Mapping[str, Any]) -> Pool | None:
+    """Return a node's GPUs; None where it has none, or where nothing tells their memory."""
+    labels: Mapping[str, str] = node["metadata"].get("labels", {})
+    count = int(node.get("status", {}).get("allocatable", {}).get(GPU, "0"))
+    mebibytes = labels.get(f"{GPU}.memory", "")
+    if count == 0 or not mebibytes.isdigit():
+        return None
+    major, minor = labels.get(f"{GPU}.compute.major", ""), labels.get(f"{GPU}.compute.minor", "0")
+    capability = (int(major), int(minor)) if major.isdigit() and minor.isdigit() else None
+    return Pool(labels.get(f"{GPU}.product", ""), int(mebibytes) * _MEBIBYTE, count, 1, capability)
+
+
+def _takes(node: Mapping[str, Any], resources: ResourcesSpec) -> bool:
+    """Return whether the scheduler could put a training pod there, free or not."""
+    labels: Mapping[str, str] = node["metadata"].get("labels", {})
+    spec: Mapping[str, Any] = node.get("spec", {})
+    product = {f"{GPU}.product": resources.gpu_product} if resources.gpu_product else {}
+    wanted = {**resources.node_selector, **product}
+    return (
+        not spec.get("unschedulable", False)
+        and all(labels.get(key) == value for key, value in wanted.items())
+        and all(_is_tolerated(taint, resources.tolerations) for taint in spec.get("taints", ()))
+    )
+
+
+def _is_tolerated(taint: Mapping[str, str], tolerations: Iterable[Toleration]) -> bool:
+    if taint.get("effect") not in _KEEPS_OUT or taint["key"] == GPU:
+        return True
+    return any(_tolerates(toleration, taint) for toleration in tolerations)
+
+
+def _tolerates(toleration: Toleration, taint: Mapping[str, str]) -> bool:
+    """Return what Kubernetes would: an absent key or effect means every one."""
+    if toleration.effect not in {None, taint["effect"]} or toleration.key not in {None, taint["key"]}:
+        return False
+    if toleration.operator == "Exists":
+        return True
+    return toleration.key is not None and (toleration.value or "") == taint.get("value", "")

@@ -1,0 +1,107 @@
+"""Offers: node objects as GPU feature discovery labels them."""
+
+from typing import Any
+
+import pytest
+
+from qlora_api.v1alpha1 import ResourcesSpec
+from qlora_operator.plan.offer import Pool, memory_of_product, read_offer, to_bytes
+
+GIBIBYTE = 1 << 30
+
+
+def make_node(
+    product: str = "NVIDIA-A10", memory: str | None = "23028", gpus: str | None = "1", **spec: Any
+) -> dict[str, Any]:
+    """A node with GPUs; labels as gpu-feature-discovery writes them."""
+    labels = {"nvidia.com/gpu.product": product, "nvidia.com/gpu.compute.major": "8", "zone": "a"}
+    labels |= {"nvidia.com/gpu.compute.minor": "6"} | ({"nvidia.com/gpu.memory": memory} if memory else {})
+    allocatable = {"cpu": "8"} | ({"nvidia.com/gpu": gpus} if gpus else {})
+    return {"metadata": {"name": "n", "labels": labels}, "spec": spec, "status": {"allocatable": allocatable}}
+
+
+A10 = Pool("NVIDIA-A10", 23_028 << 20, 1, 1, (8, 6))
+
+
+def test_equal_nodes_are_one_pool_and_the_smallest_comes_first() -> None:
+    nodes = [make_node("NVIDIA-H100-80GB-HBM3", "81559", "8"), make_node(), make_node(), make_node(gpus="4")]
+    assert read_offer(nodes, ResourcesSpec()) == (
+        Pool("NVIDIA-A10", 23_028 << 20, 1, 2, (8, 6)),
+        Pool("NVIDIA-A10", 23_028 << 20, 4, 1, (8, 6)),
+        Pool("NVIDIA-H100-80GB-HBM3", 81_559 << 20, 8, 1, (8, 6)),
+    )
+
+
+@pytest.mark.parametrize(
+    "node",
+    [
+        pytest.param(make_node(gpus=None), id="labels-but-no-device-plugin"),
+        pytest.param(make_node(gpus="0"), id="all-unhealthy"),
+        pytest.param(make_node(memory=None), id="memory-unknown"),
+        pytest.param(make_node(unschedulable=True), id="cordoned"),
+        pytest.param(make_node(taints=[{"key": "team", "value": "b", "effect": "NoSchedule"}]), id="tainted"),
+        pytest.param({"metadata": {"name": "n"}, "status": {"allocatable": {"cpu": "8"}}}, id="no-gpus"),
+    ],
+)
+def test_nodes_that_offer_nothing(node: dict[str, Any]) -> None:
+    assert read_offer([node], ResourcesSpec()) == ()
+
+
+TEAM = {"key": "team", "value": "b", "effect": "NoSchedule"}
+
+
+@pytest.mark.parametrize(
+    ("taint", "tolerations", "offered"),
+    [
+        ({"key": "nvidia.com/gpu", "effect": "NoSchedule"}, [], True),
+        ({"key": "full", "effect": "PreferNoSchedule"}, [], True),
+        (TEAM, [{"key": "team", "value": "b"}], True),
+        (TEAM, [{"key": "team", "value": "c"}], False),
+        (TEAM, [{"key": "team", "operator": "Exists", "effect": "NoSchedule"}], True),
+        (TEAM, [{"key": "team", "operator": "Exists", "effect": "NoExecute"}], False),
+        (TEAM, [{"operator": "Exists"}], True),
+        (TEAM, [{"value": "b"}], False),
+    ],
+)
+def test_taints_are_tolerated_as_kubernetes_does(
+    taint: dict[str, str], tolerations: list[dict[str, str]], offered: bool
+) -> None:
+    resources = ResourcesSpec.model_validate({"tolerations": tolerations})
+    assert read_offer([make_node(taints=[taint])], resources) == ((A10,) if offered else ())
+
+
+@pytest.mark.parametrize(
+    ("resources", "offered"),
+    [
+        ({"gpuProduct": "NVIDIA-A10"}, True),
+        ({"gpuProduct": "Tesla-T4"}, False),
+        ({"nodeSelector": {"zone": "a"}}, True),
+        ({"nodeSelector": {"zone": "b"}}, False),
+    ],
+)
+def test_what_the_manifest_asks_for(resources: dict[str, Any], offered: bool) -> None:
+    assert read_offer([make_node()], ResourcesSpec.model_validate(resources)) == ((A10,) if offered else ())
+
+
+@pytest.mark.parametrize(
+    ("quantity", "size"),
+    [("24Gi", 24 * GIBIBYTE), ("1.5Gi", 3 * GIBIBYTE // 2), ("80G", 80 * 10**9), ("15360Mi", 15 * GIBIBYTE), ("7", 7)],
+)
+def test_quantities(quantity: str, size: int) -> None:
+    assert to_bytes(quantity) == size
+
+
+@pytest.mark.parametrize("quantity", ["24 Gi", "24GB", "", "-1Gi", "Gi"])
+def test_what_is_no_quantity(quantity: str) -> None:
+    with pytest.raises(ValueError, match="write a number and a unit, as in 24Gi"):
+        to_bytes(quantity)
+
+
+def test_a_products_name_may_tell_its_memory() -> None:
+    assert memory_of_product("NVIDIA-A100-SXM4-80GB") == 80 * 10**9
+    assert memory_of_product("Tesla-T4") is None
+
+
+def test_what_a_process_can_have_is_less_than_the_label_says() -> None:
+    t4 = Pool("Tesla-T4", 15_360 << 20)
+    assert 14.6 * GIBIBYTE < t4.usable <= 14.75 * GIBIBYTE
