@@ -1,5 +1,6 @@
 """Everything about a run that can be checked without a GPU, the cheapest check first."""
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from qlora_api import __version__
+from qlora_api.modelconfig import reduce_config
 from qlora_api.names import Reason
 from qlora_api.prepared import PinnedTasks, Prepared
 from qlora_api.report import Manifest
@@ -136,6 +138,7 @@ def inspect_model(spec: QLoRAJobSpec, snapshot: Snapshot, work: Path) -> Inspect
         commit=snapshot.commit,
         architecture=architecture.name,
         parameters=architecture.parameters,
+        config=reduce_config(json.loads((folder / "config.json").read_text())),
     )
     size = f"{architecture.name} with {architecture.parameters:,} weights"
     sentences = (size, *describe_quantisable(architecture.quantisable, bits))

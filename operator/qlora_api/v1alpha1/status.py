@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from qlora_api.base import ApiModel
+from qlora_api.modelconfig import MAX_CONFIG
 from qlora_api.names import ConditionType, Phase, Reason
 from qlora_api.v1alpha1.types import MAX_URI
 
@@ -30,6 +31,9 @@ class ModelStatus(ApiModel):
     commit: Annotated[str, Field(max_length=64)] = Field(description="Commit or content hash that is trained on.")
     architecture: Annotated[str, Field(max_length=128)] = Field(description="Class of the model.")
     parameters: int = Field(ge=0, description="Weights of the base model.")
+    config: Annotated[str, Field(max_length=MAX_CONFIG)] = Field(
+        default="", description="What decides the model's size, of its config.json, as JSON."
+    )
 
 
 class RowLengths(ApiModel):

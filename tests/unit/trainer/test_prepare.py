@@ -42,6 +42,7 @@ def test_facts_and_shards(places, tmp_path):
     notes: list[str] = []
     prepared = prepare(prepare_config(make_spec(*places)), notes.append, work=tmp_path / "work")
     assert prepared.model.architecture == "LlamaForCausalLM"
+    assert json.loads(prepared.model.config)["hidden_size"] == 64
     assert prepared.model.parameters == 384 * 64 + 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128 + 2 * 64) + 64
     assert (prepared.dataset.training_rows, prepared.dataset.evaluation_rows) == (32, 8)
     folder = Path(prepared.prefix.removeprefix("file://"))
