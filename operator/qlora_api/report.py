@@ -9,7 +9,7 @@ from qlora_api.base import ApiModel
 from qlora_api.names import Reason
 from qlora_api.prepared import Prepared
 from qlora_api.result import Result
-from qlora_api.v1alpha1 import EvaluationStatus, MergeBase, Plan, QLoRAJobSpec, QuantizationSpec
+from qlora_api.v1alpha1 import EvaluationStatus, MergeBase, Plan, QLoRAJobSpec, QuantizationSpec, RowTemplate
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -115,7 +115,14 @@ class AdapterRecord(ApiModel):
     attention: str
     """The attention kernel in use."""
     format: str
-    """Format of the rows, and so of the prompts."""
+    """Format of the rows, and so of the prompts; several are joined by '+'. Chats are rendered by the chat template of
+    the tokenizer beside the adapter."""
+    template: RowTemplate | None = None
+    """What made the prompts of instruction rows, where it was not the built-in one."""
+    init: str = "default"
+    """spec.lora.init: what the adapter started as."""
+    parameters: int | None = None
+    """Weights of the base."""
 
 
 class MergeDifference(ApiModel):

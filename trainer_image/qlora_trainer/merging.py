@@ -8,8 +8,8 @@ from qlora_api.result import Result
 from qlora_api.runconfig import RunConfig
 from qlora_trainer import stages
 from qlora_trainer.merge import MergeTask, merge
-from qlora_trainer.output import with_merged
-from qlora_trainer.publish import RECORD, Merged, publish_merged
+from qlora_trainer.output import RECORD, with_merged
+from qlora_trainer.publish import Merged, publish_merged
 from qlora_trainer.shards import EVALUATION
 from qlora_trainer.snapshot import Places
 from qlora_trainer.store import Store

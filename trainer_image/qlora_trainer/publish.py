@@ -19,6 +19,7 @@ from qlora_trainer.errors import RunError
 from qlora_trainer.model import Tuned
 from qlora_trainer.output import (
     MANIFEST,
+    RECORD,
     REJECTED,
     REJECTED_RECORD,
     find_manifest,
@@ -34,8 +35,6 @@ from qlora_trainer.whole import save_whole
 
 WEIGHTS: Final = {"qlora": "adapter", "lora": "adapter", "full": "model"}
 """Folder of the result, by method."""
-RECORD: Final = "qlora.json"
-"""In that folder."""
 REPORT: Final = "report/report.json"
 PAGE: Final = "report/report.html"
 ROWS: Final = "report/evaluation.jsonl"

@@ -183,6 +183,9 @@ def build_record(config: RunConfig, choices: Choices) -> AdapterRecord:
         dtype=choices.dtype_name,
         attention=choices.attention,
         format=prepared.dataset.format,
+        template=config.spec.dataset.template,
+        init=config.spec.lora.init,
+        parameters=prepared.model.parameters,
     )
 
 
