@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from qlora_api import __version__
+from qlora_cli.merge import merge
 from qlora_cli.run import run
 from qlora_cli.validate import validate
 
@@ -16,6 +17,7 @@ app = typer.Typer(
 )
 app.command()(validate)
 app.command()(run)
+app.command()(merge)
 
 
 def _show_version(wanted: bool) -> None:

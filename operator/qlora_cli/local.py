@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Protocol
 
 from qlora_api.names import Reason
@@ -11,8 +10,8 @@ from qlora_api.report import LastWord
 from qlora_api.result import Result
 from qlora_api.runconfig import Platform, PrepareConfig, RunConfig
 from qlora_api.v1alpha1 import Plan, Progress
+from qlora_cli.libraries import NoGpuError, cuda_available, set_up_libraries
 from qlora_cli.manifests import JobManifest
-from qlora_cli.quiet import quieten_libraries
 from qlora_operator.plan import make_plan
 
 ATTEMPT = 1
@@ -41,32 +40,12 @@ class Trainer:
     run: Callable[[RunConfig, Screen], Result]
 
 
-class NoTrainerError(Exception):
-    """The trainer's libraries are not installed."""
-
-
-class NoGpuError(Exception):
-    """The manifest asks for a GPU, and this computer has none."""
-
-
 def load_trainer() -> Trainer:
     """Return the trainer, with the same library settings as in a pod; each part is imported when it is needed."""
-    if missing := [name for name in ("torch", "transformers", "peft") if find_spec(name) is None]:
-        raise NoTrainerError(f"{', '.join(missing)} is not installed; run pip install 'qlora-operator[cli,trainer]'")
-    from qlora_trainer.__main__ import configure_libraries  # noqa: PLC0415 (part of another installation)
-    from qlora_trainer.work import default_work  # noqa: PLC0415 (as above)
-
-    quieten_libraries()
-    configure_libraries(default_work())
+    set_up_libraries()
     from qlora_trainer.prepare import prepare  # noqa: PLC0415 (its libraries read their settings when imported)
 
-    return Trainer(_cuda_available, prepare, _run)
-
-
-def _cuda_available() -> bool:
-    import torch  # noqa: PLC0415 (takes seconds)
-
-    return torch.cuda.is_available()
+    return Trainer(cuda_available, prepare, _run)
 
 
 def _run(config: RunConfig, screen: Screen) -> Result:

@@ -1,4 +1,4 @@
-"""Libraries talk to programmers; on the screen of `qlora run` only the run itself speaks."""
+"""Libraries talk to programmers; on the screen of `qlora` only the command itself speaks."""
 
 import logging
 import os
@@ -12,7 +12,12 @@ def quieten_libraries() -> None:
     """Turn off progress bars and warnings; errors still come as exceptions. Must be called before their import."""
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DS_LOG_LEVEL", "error")
     for name in _LOUD:
         logging.getLogger(name).setLevel(logging.ERROR)
+        # DeepSpeed sets its level anew when it is imported, and writes to standard output, where a result belongs.
+        logging.getLogger(name).addFilter(_is_error)
     warnings.simplefilter("ignore")
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR

@@ -30,14 +30,18 @@ class Architecture:
 
 
 def load_architecture(folder: Path, field: str = "spec.model.uri") -> Architecture:
-    """Build the model on the meta device and count."""
+    """Build the model without weights and count."""
+    return _describe(build_empty(folder, field))
+
+
+def build_empty(folder: Path, field: str) -> Any:
+    """Return the model on the meta device: all its modules and shapes, and no weight."""
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (OSError, ValueError, KeyError, AttributeError, ImportError) as error:
         raise RunError(Reason.MODEL_UNSUPPORTED, f"{field}: {_why_not(folder, error)}") from error
-    return _describe(model)
 
 
 def _why_not(folder: Path, error: Exception) -> str:

@@ -19,8 +19,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_api.report import AdapterRecord, MergeDifference, MergeReport
 from qlora_api.v1alpha1 import MergeBase, QuantizationSpec
+from qlora_trainer.attention import FLASH
 from qlora_trainer.loss import token_losses
 from qlora_trainer.model import load_base
+from qlora_trainer.notes import Note, silent
 from qlora_trainer.tokens import TokenRow
 
 MERGE_REPORT: Final = "merge.json"
@@ -43,6 +45,11 @@ class MergeTask:
     """Held-out rows to measure on; without any, nothing is measured."""
 
     @property
+    def attention(self) -> str:
+        """Return the kernel to compute with: merging is done on the CPU, where FlashAttention does not run."""
+        return "sdpa" if self.record.attention == FLASH else self.record.attention
+
+    @property
     def dtype(self) -> torch.dtype:
         """Return what the base computed in when the adapter was trained."""
         dtype: torch.dtype = getattr(torch, self.record.dtype)
@@ -59,13 +66,19 @@ class Outputs:
     """The tokens that follow."""
 
 
-def merge(task: MergeTask, target: Path) -> MergeReport:
+def merge(task: MergeTask, target: Path, note: Note = silent) -> MergeReport:
     """Write the merged model as anybody loads it, and return how far it is from adapter and base apart."""
     rows = choose_rows(task.rows)
+    note(
+        f"asking base and adapter apart: {len(rows)} held-out rows" if rows else "there are no held-out rows to compare"
+    )
     before = _unmerged_outputs(task, rows) if rows else None
     gc.collect()
+    note(f"merging into the {task.base} base, layer by layer")
     save_merged(task, target)
     gc.collect()
+    if rows:
+        note("asking the merged model")
     after = _merged_outputs(target, rows) if rows else None
     difference = compare(before, after, len(rows)) if before and after else None
     report = MergeReport(base=task.base, difference=difference)
@@ -96,7 +109,7 @@ def save_merged(task: MergeTask, target: Path) -> None:
 
 def _dequantised_weights(task: MergeTask) -> dict[str, torch.Tensor]:
     """Return the weights that the adapter was trained on, by the names of their modules."""
-    base = load_base(task.model, task.record.quantization, task.dtype, task.record.attention, "cpu")
+    base = load_base(task.model, task.record.quantization, task.dtype, task.attention, "cpu")
     return {
         name: dequantize_module_weight(module).detach()
         for name, module in base.named_modules()
@@ -120,7 +133,7 @@ def _merge_layers(peft: Any, exact: dict[str, torch.Tensor]) -> Any:
 
 
 def _unmerged_outputs(task: MergeTask, rows: Sequence[TokenRow]) -> Outputs:
-    base = load_base(task.model, task.record.quantization, task.dtype, task.record.attention, "cpu")
+    base = load_base(task.model, task.record.quantization, task.dtype, task.attention, "cpu")
     with torch.autocast("cpu", task.dtype, enabled=task.dtype == torch.bfloat16):
         return _outputs(PeftModel.from_pretrained(base, task.adapter).eval(), rows)
 

@@ -1,7 +1,7 @@
 """Everything about a run that can be checked without a GPU, the cheapest check first."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ from qlora_trainer.dataset import (
 from qlora_trainer.digest import Resolved, result_digest
 from qlora_trainer.errors import RunError
 from qlora_trainer.gate import can_judge, check_gate, describe_rejected
+from qlora_trainer.notes import Note, silent
 from qlora_trainer.output import find_manifest, find_rejected, open_output, point_latest, put_manifest, with_merged
 from qlora_trainer.secrets import Secrets, load_secrets
 from qlora_trainer.snapshot import Places, Snapshot, text_files, weight_files
@@ -35,15 +36,9 @@ from qlora_trainer.work import default_work
 if TYPE_CHECKING:
     from qlora_trainer.tokenised import Tokenised
 
-Note = Callable[[str], None]
-
-
-def _silent(_: str) -> None:
-    """Say nothing."""
-
 
 def prepare(
-    config: PrepareConfig, note: Note = _silent, *, secrets: Secrets | None = None, work: Path | None = None
+    config: PrepareConfig, note: Note = silent, *, secrets: Secrets | None = None, work: Path | None = None
 ) -> Prepared:
     """Check a run, leave its token rows in the output, and return the facts; RunError says what is wrong."""
     spec, work = config.spec, work or default_work()

@@ -38,10 +38,14 @@ def check_serving(adapter: Path) -> ServingCheck:
     if not (adapter / "adapter_config.json").is_file():
         return ServingCheck(vllm=True, max_lora_rank=None)
     config = json.loads((adapter / "adapter_config.json").read_text())
-    with safe_open(adapter / "adapter_model.safetensors", framework="pt") as tensors:
-        shapes = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
-    problems = vllm_problems(config, shapes)
+    problems = vllm_problems(config, read_shapes(adapter))
     return ServingCheck(vllm=not problems, problems=problems, max_lora_rank=needed_rank(int(config["r"])))
+
+
+def read_shapes(adapter: Path) -> Shapes:
+    """Return the shapes of an adapter's tensors; no weight is read."""
+    with safe_open(adapter / "adapter_model.safetensors", framework="pt") as tensors:
+        return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
 
 
 def needed_rank(rank: int) -> int | None:

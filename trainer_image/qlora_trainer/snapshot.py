@@ -139,7 +139,7 @@ def _content_hash(store: Store, entries: Iterable[Entry]) -> str:
 
 
 def _join(folder: str, name: str) -> str:
-    return f"{folder}/{name}" if folder else name
+    return "/".join(filter(None, (folder, name)))
 
 
 def weight_files(files: Iterable[str], owner: Owner) -> tuple[str, ...]:

@@ -27,6 +27,9 @@ JOB = textwrap.dedent("""\
         uri: s3://adapters/team-a
     """)
 
+BARS = ("Loading weights", "Writing model shards")
+"""Transformers' progress bars; `qlora` turns them off before their import, which in a test came earlier."""
+
 EVALUATION = EvaluationStatus(
     base=Metrics(loss=4.0, perplexity=54.6, token_accuracy=0.25),
     adapter=Metrics(loss=3.0, perplexity=20.1, token_accuracy=0.40),
@@ -72,3 +75,8 @@ def make_progress(step: int, phase: Phase = Phase.TRAINING) -> Progress:
         phase=phase,
         updated_at=datetime(2026, 1, 31, tzinfo=UTC),
     )
+
+
+def spoken(stderr: str) -> list[str]:
+    """What a command itself says while it works."""
+    return [line for line in stderr.splitlines() if line and not line.startswith(BARS)]

@@ -7,14 +7,19 @@ from typing import Any, Final
 import torch
 
 from qlora_api.report import AdapterRecord
+from qlora_api.runconfig import Platform
 from qlora_api.v1alpha1 import LoraSpec, MergeBase, QuantizationSpec
 from qlora_trainer.choices import Choices
 from qlora_trainer.merge import MergeTask
 from qlora_trainer.model import Tuned, load_base, tune
 from qlora_trainer.publish import write_weights
+from qlora_trainer.secrets import environment_secrets
+from qlora_trainer.snapshot import Places
+from qlora_trainer.store import MODEL
 from tests.unit.trainer.tiny import make_tokenizer, write_model
 from tests.unit.trainer.tuned import CHOICES, token_rows
 
+PLACES: Final = Places(Platform(), environment_secrets())
 PLAIN: Final = LoraSpec(rank=4, alpha=8, dropout=0.0, targets=("all-linear",))
 
 
@@ -32,14 +37,28 @@ def make_record(quantization: QuantizationSpec, base: str = "hf://o/m") -> Adapt
     )
 
 
-def tune_folder(folder: Path, lora: LoraSpec, quantization: QuantizationSpec, choices: Choices = CHOICES) -> Tuned:
+def tune_folder(
+    folder: Path, lora: LoraSpec, quantization: QuantizationSpec, choices: Choices = CHOICES, seed: int = 3
+) -> Tuned:
     """The model of a folder with an adapter whose weights are far from where they start."""
     tuned = tune(load_base(folder, quantization, torch.float32, "sdpa", "cpu"), lora, 1, choices)
-    generator = torch.Generator().manual_seed(3)
+    generator = torch.Generator().manual_seed(seed)
     for name, weight in tuned.peft.named_parameters():
         if "lora_B" in name:
             weight.data = torch.randn(weight.shape, generator=generator) * 0.05
+        if "modules_to_save" in name:
+            weight.data = weight.data + torch.randn(weight.shape, generator=generator) * 0.05
     return tuned
+
+
+def write_published(
+    folder: Path, model: Path, lora: LoraSpec, quantization: QuantizationSpec, seed: int = 3, **record: Any
+) -> Path:
+    """An adapter for the model of a folder, with a record that names that model as it lies there."""
+    base = f"file://{model}"
+    commit = PLACES.resolve(base, "main", MODEL).commit
+    made = make_record(quantization, base).model_copy(update={"commit": commit, **record})
+    return write_weights(tune_folder(model, lora, quantization, seed=seed), make_tokenizer(), made, folder)
 
 
 def write_trained(folder: Path, lora: LoraSpec, quantization: QuantizationSpec, **model: Any) -> MergeTask:

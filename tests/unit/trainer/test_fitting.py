@@ -1,0 +1,79 @@
+"""An adapter is put on the model that it was trained on, and on no other, however similar."""
+
+import pytest
+
+from qlora_api.names import Reason
+from qlora_trainer.architecture import load_architecture
+from qlora_trainer.errors import RunError
+from qlora_trainer.fitting import check_fits
+from qlora_trainer.published import open_adapter
+from tests.unit.trainer.tiny import write_model
+from tests.unit.trainer.trained import PLACES, PLAIN, write_published
+from tests.unit.trainer.tuned import NF4
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base") / "model"
+    write_model(folder)
+    return folder
+
+
+def published(tmp_path, model, **lora):
+    adapter = write_published(tmp_path, model, PLAIN.model_copy(update=lora), NF4)
+    return open_adapter(PLACES, f"file://{adapter}", "ADAPTER", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {},
+        {"dora": True},
+        {"rslora": True, "targets": ("q_proj", "v_proj"), "rank_pattern": {"v_proj": 2}},
+        {"modules_to_save": ("lm_head", "norm"), "init": "gaussian"},
+    ],
+    ids=["plain", "dora", "ranks", "whole-modules"],
+)
+def test_an_adapter_fits_the_base_that_it_was_trained_on(tmp_path, model, lora):
+    check_fits(published(tmp_path, model, **lora), model, "--base-model")
+
+
+@pytest.mark.parametrize(
+    ("changes", "difference"),
+    [
+        (
+            {"num_hidden_layers": 1},
+            "layers.1.mlp.down_proj.lora_A.weight is 4 x 128 in the adapter and would be missing",
+        ),
+        (
+            {"intermediate_size": 96},
+            "layers.0.mlp.down_proj.lora_A.weight is 4 x 128 in the adapter and would be 4 x 96",
+        ),
+    ],
+)
+def test_another_shape_is_refused_by_the_first_difference(tmp_path, model, changes, difference):
+    adapter = published(tmp_path, model)
+    write_model(tmp_path / "other", **changes)
+    with pytest.raises(RunError) as caught:
+        check_fits(adapter, tmp_path / "other", "--base-model")
+    assert caught.value.reason is Reason.MODEL_UNSUPPORTED
+    assert caught.value.message.startswith("--base-model: the adapter colours does not fit this model: ")
+    assert difference in caught.value.message
+    assert caught.value.message.endswith(f"give file://{model}, which it was trained on")
+
+
+def test_a_larger_model_that_has_all_these_modules_is_refused_by_its_size(tmp_path, model):
+    adapter = write_published(tmp_path, model, PLAIN, NF4, parameters=load_architecture(model).parameters)
+    found = open_adapter(PLACES, f"file://{adapter}", "ADAPTER", tmp_path)
+    check_fits(found, model, "--base-model")
+    write_model(tmp_path / "other", num_hidden_layers=3)
+    with pytest.raises(RunError, match="it has 135,616 weights, and the adapter's base 98,624; give file://"):
+        check_fits(found, tmp_path / "other", "--base-model")
+
+
+def test_a_model_without_such_modules_is_refused(tmp_path, model):
+    adapter = published(tmp_path, model, targets=("q_proj",))
+    settings = adapter.folder / "adapter_config.json"
+    settings.write_text(settings.read_text().replace('"q_proj"', '"c_attn"'))
+    with pytest.raises(RunError, match="does not fit this model"):
+        check_fits(adapter, model, "--base-model")

@@ -1,0 +1,161 @@
+"""A published adapter brought onto this computer, and its base found again; what is none of ours is told apart."""
+
+import json
+from datetime import UTC, datetime
+
+import boto3
+import pytest
+from moto import mock_aws
+
+from qlora_api.names import Reason
+from qlora_api.report import Manifest
+from qlora_api.v1alpha1 import RowTemplate
+from qlora_trainer.errors import RunError
+from qlora_trainer.output import manifest_json
+from qlora_trainer.published import fetch_base, open_adapter
+from qlora_trainer.stages import build_record
+from qlora_trainer.store import MODEL
+from tests.unit.cli.make import RESULT, make_prepared
+from tests.unit.trainer.tiny import make_spec, run_config, write_model
+from tests.unit.trainer.trained import PLACES, make_record
+from tests.unit.trainer.tuned import CHOICES, NF4
+
+TEMPLATE = RowTemplate(prompt="Q: {question}\nA:", answer=" {answer}")
+RECORD = make_record(NF4)
+
+
+def opened(uri: str, work):
+    return open_adapter(PLACES, uri, "ADAPTER", work)
+
+
+def write_record(folder, record=RECORD, **changes):
+    folder.mkdir(parents=True, exist_ok=True)
+    content = json.loads(record.model_dump_json(by_alias=True)) | changes
+    (folder / "qlora.json").write_text(json.dumps(content))
+    return f"file://{folder}"
+
+
+def test_a_folder_of_this_computer_is_used_where_it_is(tmp_path):
+    found = opened(write_record(tmp_path / "my adapter") + "/", tmp_path / "work")
+    assert (found.folder, found.record) == (tmp_path / "my adapter", RECORD)
+
+
+def test_a_record_of_an_older_release_is_read(tmp_path):
+    content = RECORD.model_dump_json(by_alias=True, exclude={"template", "init"})
+    (tmp_path / "qlora.json").write_text(content)
+    record = opened(f"file://{tmp_path}", tmp_path).record
+    assert (record.template, record.init) == (None, "default")
+
+
+def test_the_record_says_how_the_adapter_is_asked_and_what_it_started_as():
+    spec = make_spec("hf://o/m", "s3://d/rows.jsonl", "s3://o", lora={"init": "loftq", "dropout": 0})
+    spec = spec.model_copy(update={"dataset": spec.dataset.model_copy(update={"template": TEMPLATE})})
+    record = build_record(run_config(spec, make_prepared()), CHOICES)
+    assert (record.template, record.init, record.parameters) == (TEMPLATE, "loftq", 9)
+    assert (record.base, record.commit, record.format) == ("hf://organisation/name", "c" * 40, "instruction")
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(key, "testing")
+    with mock_aws():
+        client = boto3.client("s3", region_name="us-east-1")
+        client.create_bucket(Bucket="adapters")
+        yield client
+
+
+def test_an_adapter_in_s3_is_downloaded_and_a_changed_one_anew(bucket, tmp_path):
+    record = RECORD.model_dump_json(by_alias=True).encode()
+    bucket.put_object(Bucket="adapters", Key="bot/1/adapter/qlora.json", Body=record)
+    bucket.put_object(Bucket="adapters", Key="bot/1/adapter/weights", Body=b"old")
+    first = opened("s3://adapters/bot/1/adapter", tmp_path)
+    bucket.put_object(Bucket="adapters", Key="bot/1/adapter/weights", Body=b"new")
+    second = opened("s3://adapters/bot/1/adapter/", tmp_path)
+    assert [(one.folder / "weights").read_bytes() for one in (first, second)] == [b"old", b"new"]
+    assert opened("s3://adapters/bot/1/adapter", tmp_path).folder == second.folder
+
+
+def refusal(uri: str, work) -> str:
+    with pytest.raises(RunError) as caught:
+        opened(uri, work)
+    assert caught.value.reason is Reason.INVALID_SPEC
+    return caught.value.message
+
+
+def test_what_is_no_adapter_of_ours_is_refused_with_what_it_is(tmp_path):
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign/adapter_config.json").write_text("{}")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/notes.txt").write_text("")
+    where = f"file://{tmp_path}"
+    fix = "give the folder 'adapter' of a published result"
+    assert refusal(f"{where}/none", tmp_path) == f"ADAPTER: {where}/none holds no files; {fix}"
+    assert refusal(f"{where}/other", tmp_path) == f"ADAPTER: {where}/other has no qlora.json; {fix}"
+    assert "is an adapter without qlora.json, which says what it was trained on" in refusal(
+        f"{where}/foreign", tmp_path
+    )
+    assert refusal("hf://o/adapter", tmp_path).endswith(
+        "hf://o/adapter is no folder and no s3:// URI; download it first"
+    )
+
+
+def test_a_whole_result_is_told_from_its_adapter(tmp_path):
+    manifest = Manifest(
+        digest="0123456789abcdef",
+        job="colours",
+        namespace="ml",
+        base_model="hf://o/m",
+        base_commit="c",
+        dataset_uri="s3://d",
+        dataset_digest="d",
+        trainer_version="1",
+        created_at=datetime(2026, 1, 31, tzinfo=UTC),
+        result=RESULT,
+        files=(),
+    )
+    (tmp_path / "manifest.json").write_bytes(manifest_json(manifest))
+    assert refusal(f"file://{tmp_path}", tmp_path).endswith(f"is no adapter; that of this result is {RESULT.adapter}")
+
+
+def test_a_record_that_a_newer_release_wrote_is_refused_by_its_field(tmp_path):
+    uri = write_record(tmp_path, later=1)
+    assert refusal(uri, tmp_path) == (
+        f"ADAPTER: {uri}/qlora.json: later: Extra inputs are not permitted; use the release that wrote it, or a later "
+        "one"
+    )
+
+
+def test_a_model_that_was_trained_whole_is_no_adapter(tmp_path):
+    assert "was trained with method full and is one model already" in refusal(
+        write_record(tmp_path, method="full"), tmp_path
+    )
+
+
+def test_the_base_is_the_one_that_was_trained_on(tmp_path):
+    uri = write_model(tmp_path / "model")
+    other = write_model(tmp_path / "other", seed=1)
+    commit = PLACES.resolve(uri, "main", MODEL).commit
+    record = RECORD.model_copy(update={"base": uri, "commit": commit})
+    assert fetch_base(PLACES, record, None, tmp_path) == tmp_path / "model"
+    assert fetch_base(PLACES, record, other, tmp_path) == tmp_path / "other"
+    changed = record.model_copy(update={"commit": "0" * 40})
+    assert base_refusal(changed, tmp_path).startswith(
+        f"the files at {uri} are not those that the adapter was trained on"
+    )
+
+
+def test_a_base_that_cannot_be_reached_says_that_another_may_be_given(tmp_path):
+    missing = RECORD.model_copy(update={"base": f"file://{tmp_path}/gone"})
+    assert base_refusal(missing, tmp_path) == (
+        f"the adapter's base (--base-model gives another): file://{tmp_path}/gone holds no files"
+    )
+    claim = RECORD.model_copy(update={"base": "pvc://models/llama"})
+    assert base_refusal(claim, tmp_path).endswith("which only a cluster can mount; copy it and give --base-model")
+
+
+def base_refusal(record, work) -> str:
+    with pytest.raises(RunError) as caught:
+        fetch_base(PLACES, record, None, work)
+    assert caught.value.reason is Reason.MODEL_NOT_FOUND
+    return caught.value.message
