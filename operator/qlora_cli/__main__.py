@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from qlora_api import __version__
+from qlora_cli.chat import chat
 from qlora_cli.merge import merge
 from qlora_cli.run import run
 from qlora_cli.validate import validate
@@ -18,6 +19,7 @@ app = typer.Typer(
 app.command()(validate)
 app.command()(run)
 app.command()(merge)
+app.command()(chat)
 
 
 def _show_version(wanted: bool) -> None:

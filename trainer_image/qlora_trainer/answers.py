@@ -1,9 +1,9 @@
 """A model's own words: greedy answers to held-out prompts, in batches, each ended where its model ends it."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import takewhile
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from transformers import GenerationConfig
@@ -15,6 +15,17 @@ _ROOM: Final = 1.5
 """Answers may be this much longer than the longest reference, so that one that does not stop is seen."""
 
 
+_GREEDY: Final[Mapping[str, Any]] = {"do_sample": False}
+
+
+class Answer(NamedTuple):
+    """What a model says to a prompt."""
+
+    text: str
+    complete: bool
+    """It came to its end by itself, and not to the limit."""
+
+
 def choose_asked(rows: Sequence[TokenRow], count: int) -> list[int]:
     """Return the places of the first rows that have both a prompt to ask and a reference to compare with."""
     return [place for place, row in enumerate(rows) if row.prompt_ids and row.reference][:count]
@@ -24,23 +35,30 @@ def answer_rows(tuned: Tuned, rows: Sequence[TokenRow], tokenizer: Any, *, batch
     """Return the answers to the prompts of rows, each at most `limit` tokens long."""
     longest = longest_answer(rows, limit)
     groups = [rows[start : start + batch] for start in range(0, len(rows), batch)]
-    return tuple(text for group in groups for text in _answer_batch(tuned, group, tokenizer, longest))
+    prompts = [[row.prompt_ids for row in group] for group in groups]
+    return tuple(answer.text for group in prompts for answer in answer_prompts(tuned, group, tokenizer, longest))
 
 
-def _answer_batch(tuned: Tuned, rows: Sequence[TokenRow], tokenizer: Any, longest: int) -> list[str]:
-    prompts = [list(row.prompt_ids) for row in rows]
+def answer_prompts(
+    tuned: Tuned,
+    prompts: Sequence[Sequence[int]],
+    tokenizer: Any,
+    longest: int,
+    choice: Mapping[str, Any] = _GREEDY,
+) -> list[Answer]:
+    """Return the answers to prompts, all of one batch; choice is how transformers chooses among the next tokens."""
     # Padding is on the left, so that every answer starts where its prompt ends.
     width = max(len(prompt) for prompt in prompts)
     stops = stop_tokens(tuned.causal, tokenizer)
-    ids = torch.tensor([[stops[0]] * (width - len(prompt)) + prompt for prompt in prompts], device=tuned.device)
+    ids = torch.tensor([[stops[0]] * (width - len(prompt)) + [*prompt] for prompt in prompts], device=tuned.device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=tuned.device)
-    settings = GenerationConfig(do_sample=False, max_new_tokens=longest, eos_token_id=stops, pad_token_id=stops[0])
+    settings = GenerationConfig(max_new_tokens=longest, eos_token_id=stops, pad_token_id=stops[0], **choice)
     with tuned.autocast():
         made = tuned.causal.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
-    texts: list[str] = tokenizer.batch_decode(
-        [until_stop(answer, stops) for answer in made[:, width:].tolist()], skip_special_tokens=True
-    )
-    return texts
+    answers = made[:, width:].tolist()
+    texts = tokenizer.batch_decode([until_stop(answer, stops) for answer in answers], skip_special_tokens=True)
+    ended = [any(token in stops for token in answer) for answer in answers]
+    return [Answer(*pair) for pair in zip(texts, ended, strict=True)]
 
 
 def until_stop(tokens: Sequence[int], stops: Sequence[int]) -> list[int]:

@@ -19,6 +19,7 @@ _OPEN, _CLOSE = "\ue000", "\ue001"
 """Private-use characters that mark an answer while it passes through a template."""
 _GENERATION: Final = re.compile(r"\{%-?\s*generation\s*-?%\}")
 """The tag with which a template itself says what the assistant makes."""
+_ANY_CHAT: Final = Chat(())
 _QUESTION: Final[Message] = {"role": "user", "content": "Hello"}
 
 
@@ -46,10 +47,14 @@ class ChatTemplate:
     def render(self, chat: Chat) -> Rendered:
         """Return a conversation as the model sees it, or raise RowError."""
         text, tagged = self._apply(chat.messages, chat)
-        prompt, _ = self._apply(chat.messages[:-1], chat, ask=True)
+        prompt = self.ask(chat.messages[:-1], chat)
         answer = str(chat.messages[-1]["content"])
         turns = tagged if self.tags else self._turns(chat, text, prompt)
         return Rendered(text, tuple(self._up_to_stop(text, turn) for turn in turns), prompt, answer)
+
+    def ask(self, messages: Sequence[Message], chat: Chat = _ANY_CHAT) -> str:
+        """Return messages up to the words that ask for an answer, or raise RowError; chat has the tools."""
+        return self._apply(messages, chat, ask=True)[0]
 
     def _apply(self, messages: Sequence[Message], chat: Chat, *, ask: bool = False) -> tuple[str, list[Span]]:
         try:
@@ -116,7 +121,7 @@ def load_chat_template(tokenizer: Any, given: str | None) -> ChatTemplate:
     source = given or _own_template(tokenizer)
     template = ChatTemplate(tokenizer, source, tags=bool(_GENERATION.search(source)))
     try:
-        text, _ = template._apply((_QUESTION, {"role": "assistant", "content": _CLOSE}), Chat(()))
+        text, _ = template._apply((_QUESTION, {"role": "assistant", "content": _CLOSE}), _ANY_CHAT)
     except RowError as error:
         cause = error.__cause__
         line = f"line {cause.lineno}: " if isinstance(cause, TemplateSyntaxError) else ""
@@ -151,11 +156,16 @@ def encode_chats(chats: Sequence[Chat], template: ChatTemplate, loss: str) -> li
     good = [item for item in rendered if isinstance(item, Rendered)]
     # The template writes the special tokens, so the tokenizer must not add its own: two start tokens are one too many.
     tokens = iter(_tokenise(template.tokenizer, [item.text for item in good]))
-    prompts = iter(_tokenise(template.tokenizer, [item.prompt for item in good]))
+    prompts = iter(chat_prompt_ids([item.prompt for item in good], template.tokenizer))
     return [
-        item if isinstance(item, RowError) else _to_token_row(item, next(tokens), next(prompts).ids, template, loss)
+        item if isinstance(item, RowError) else _to_token_row(item, next(tokens), next(prompts), template, loss)
         for item in rendered
     ]
+
+
+def chat_prompt_ids(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
+    """Return the tokens of what a chat template rendered."""
+    return [tokens.ids for tokens in _tokenise(tokenizer, list(texts))]
 
 
 def _attempt(template: ChatTemplate, chat: Chat) -> Rendered | RowError:

@@ -36,17 +36,21 @@ def tell_format(fields: Mapping[str, Any]) -> tuple[RowFormat, str]:
 def parse_row(fields: Mapping[str, Any], row_format: RowFormat, template: RowTemplate | None = None) -> Row:
     """Turn the fields of a row into what they mean, or raise RowError with the field at fault."""
     if template is not None:
-        return Example(_filled(template.prompt, fields, "prompt"), _filled(template.answer, fields, "answer"))
+        return Example(fill(template.prompt, fields, "prompt"), fill(template.answer, fields, "answer"))
     return _PARSERS[row_format](fields)
 
 
 def _parse_instruction(fields: Mapping[str, Any]) -> Example:
-    instruction = text_of(fields, "instruction")
-    context = _one_of(fields, _CONTEXTS)
+    prompt = instruction_prompt(fields)
     answer = _one_of(fields, _ANSWERS)
     if answer is None:
         raise RowError("field 'response' (or 'output') is missing; add it")
-    return Example(render_instruction(instruction, _optional(fields, context)), text_of(fields, answer))
+    return Example(prompt, text_of(fields, answer))
+
+
+def instruction_prompt(fields: Mapping[str, Any]) -> str:
+    """Return the prompt of an instruction row, whose answer is not looked at."""
+    return render_instruction(text_of(fields, "instruction"), _optional(fields, _one_of(fields, _CONTEXTS)))
 
 
 def _one_of(fields: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
@@ -68,7 +72,12 @@ def render_instruction(instruction: str, context: str = "") -> str:
     return f"### Instruction:\n{instruction}\n\n{block}### Response:\n"
 
 
-def _filled(template: str, fields: Mapping[str, Any], part: str) -> str:
+def placeholders(template: str) -> tuple[str, ...]:
+    """Return the fields that a template asks for."""
+    return tuple(dict.fromkeys(_PLACEHOLDER.findall(template)))
+
+
+def fill(template: str, fields: Mapping[str, Any], part: str) -> str:
     """Put a row's fields into a template; a field may be empty, the whole may not."""
 
     def value(match: re.Match[str]) -> str:
