@@ -8,10 +8,14 @@ from typing import Any, Final
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import load_file, save_file
 
+from qlora_api.names import Reason
 from qlora_api.v1alpha1 import LoraSpec
 from qlora_trainer.architecture import linear_modules, weighted_modules
+from qlora_trainer.errors import RunError
 from qlora_trainer.loftq import ADAPTER, start_from_quantisation_error
 from qlora_trainer.modules import ALL_LINEAR, find, numbers_of
 
@@ -51,6 +55,33 @@ def lora_config(lora: LoraSpec, base: Any) -> Any:
         bias="none",
         task_type="CAUSAL_LM",
     )
+
+
+def resolve_adapter(empty: Any, lora: LoraSpec) -> dict[str, Any]:
+    """Return what peft makes of an adapter's settings on a model without weights: module by module, however written.
+
+    What it refuses ends here, and not when a GPU waits.
+    """
+    # Starts from the base's weights are checked by their own rules: here there is nothing to decompose.
+    config = lora_config(lora.model_copy(update={"init": "default"}), empty)
+    try:
+        modules = dict(get_peft_model(empty, config).named_modules())
+    except (ValueError, NotImplementedError) as error:
+        raise RunError(Reason.MODEL_UNSUPPORTED, _why_refused(type(empty).__name__, error)) from error
+    adapted = {name: module for name, module in modules.items() if isinstance(module, LoraLayer)}
+    return lora.model_dump(mode="json", include={"dropout", "dora", "rslora", "init"}) | {
+        "modules": {name: (module.r[ADAPTER], module.scaling[ADAPTER]) for name, module in adapted.items()},
+        "whole": [name for name, module in modules.items() if isinstance(module, ModulesToSaveWrapper)],
+    }
+
+
+def _why_refused(name: str, error: Exception) -> str:
+    if "lora_dropout" in str(error):
+        return (
+            f"spec.lora.dropout: all-linear means the experts of {name} too, which are stacked in one weight and take "
+            "no dropout; set it to 0, or name the linear modules in targets"
+        )
+    return f"spec.lora.targets: peft puts no adapter on these modules of {name}: {error}; choose others"
 
 
 def trains_tied_weight(base: Any, whole: tuple[str, ...]) -> bool:

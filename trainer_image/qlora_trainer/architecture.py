@@ -31,10 +31,10 @@ class Architecture:
 
 def load_architecture(folder: Path, field: str = "spec.model.uri") -> Architecture:
     """Build the model without weights and count."""
-    return _describe(build_empty(folder, field))
+    return describe(build_empty(folder, field))
 
 
-def build_empty(folder: Path, field: str) -> Any:
+def build_empty(folder: Path, field: str = "spec.model.uri") -> Any:
     """Return the model on the meta device: all its modules and shapes, and no weight."""
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -57,7 +57,8 @@ def _why_not(folder: Path, error: Exception) -> str:
     return f"the trainer's transformers release cannot build it: {type(error).__name__}: {str(error)[:500]}"
 
 
-def _describe(model: Any) -> Architecture:
+def describe(model: Any) -> Architecture:
+    """Return the facts of a model; its weights need not exist."""
     output, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     modules = dict(model.named_modules())
     tied = output is not None and output.weight is embedding.weight

@@ -28,7 +28,7 @@ class Resolved:
     rows: str
     """Digest of the token rows."""
     adapter: Mapping[str, Any]
-    """Rank and scale of each module, and what else makes an adapter."""
+    """Rank and scale of each module, and what else makes an adapter; empty with method full."""
     chat_template: str | None
     """What is published instead of the model's own."""
 
@@ -47,7 +47,7 @@ def result_digest(spec: QLoRAJobSpec, resolved: Resolved) -> str:
         "rows": resolved.rows,
         "method": spec.method,
         "quantization": _storage(spec.quantization),
-        "lora": None if spec.method == "full" else resolved.adapter,
+        "lora": resolved.adapter,
         "training": _recipe(spec, dataset.training_rows),
         "trainer": __version__,
     }

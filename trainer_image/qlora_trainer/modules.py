@@ -1,7 +1,7 @@
 """Which of a model's modules a manifest names, as its adapter's or to be trained whole; checked before any GPU."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Final
+from typing import Final
 
 from qlora_api.names import Reason
 from qlora_api.v1alpha1 import LoraSpec, QLoRAJobSpec
@@ -28,17 +28,6 @@ def adapted_modules(architecture: Architecture, lora: LoraSpec) -> tuple[str, ..
     """Return the linear modules that get an adapter; the output layer is none of them."""
     linears = architecture.linears
     return tuple(sorted(linears)) if lora.targets == (ALL_LINEAR,) else find(linears, lora.targets)
-
-
-def resolve_adapter(architecture: Architecture, lora: LoraSpec) -> dict[str, Any]:
-    """Return what an adapter's settings come to, module by module, however they are written."""
-    adapted = adapted_modules(architecture, lora)
-    ranks, alphas = numbers_of(adapted, lora.rank_pattern), numbers_of(adapted, lora.alpha_pattern)
-    spelled_out = {"targets", "rank", "alpha", "rank_pattern", "alpha_pattern", "modules_to_save"}
-    return lora.model_dump(mode="json", exclude=spelled_out) | {
-        "modules": {name: (ranks.get(name, lora.rank), alphas.get(name, lora.alpha)) for name in adapted},
-        "whole": find(architecture.weighted, lora.modules_to_save),
-    }
 
 
 def check_modules(architecture: Architecture, spec: QLoRAJobSpec) -> None:

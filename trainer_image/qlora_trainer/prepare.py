@@ -103,7 +103,7 @@ class Inspected:
     status: ModelStatus
     tokenizer: Any
     adapter: Mapping[str, Any]
-    """What spec.lora comes to for it."""
+    """What spec.lora comes to for it; nothing with method full."""
     sentences: tuple[str, ...]
     """What there is to say about it."""
 
@@ -117,17 +117,20 @@ def inspect_model(spec: QLoRAJobSpec, snapshot: Snapshot, work: Path) -> Inspect
         )
     folder = snapshot.fetch(text_files(snapshot.files), work)
     # torch and transformers take seconds to import; what fails before this line fails at once.
-    from qlora_trainer.architecture import load_architecture, load_tokenizer  # noqa: PLC0415
-    from qlora_trainer.modules import check_modules, resolve_adapter  # noqa: PLC0415
+    from qlora_trainer.adapter import resolve_adapter  # noqa: PLC0415
+    from qlora_trainer.architecture import build_empty, describe, load_tokenizer  # noqa: PLC0415
+    from qlora_trainer.modules import check_modules  # noqa: PLC0415
     from qlora_trainer.quantised import check_quantisable, describe_quantisable  # noqa: PLC0415
     from qlora_trainer.whole import check_size  # noqa: PLC0415
 
-    architecture, bits = load_architecture(folder), spec.quantization.bits
+    empty, bits = build_empty(folder), spec.quantization.bits
+    architecture = describe(empty)
     check_quantisable(architecture.name, architecture.quantisable, bits)
     if spec.method == "full":
         check_size(architecture.name, architecture.parameters)
     else:
         check_modules(architecture, spec)
+    adapter = {} if spec.method == "full" else resolve_adapter(empty, spec.lora)
     status = ModelStatus(
         uri=spec.model.uri,
         commit=snapshot.commit,
@@ -137,7 +140,7 @@ def inspect_model(spec: QLoRAJobSpec, snapshot: Snapshot, work: Path) -> Inspect
     )
     size = f"{architecture.name} with {architecture.parameters:,} weights"
     sentences = (size, *describe_quantisable(architecture.quantisable, bits))
-    return Inspected(status, load_tokenizer(folder), resolve_adapter(architecture, spec.lora), sentences)
+    return Inspected(status, load_tokenizer(folder), adapter, sentences)
 
 
 def tokenise_rows(spec: QLoRAJobSpec, dataset: Dataset, rows: Survey, tokenizer: Any, work: Path) -> "Tokenised":

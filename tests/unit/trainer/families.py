@@ -49,7 +49,8 @@ FAMILIES: Final[dict[str, Family]] = {
 
 
 def write_family(name: str, folder: Path) -> None:
-    """Write a tiny random model of a family as the hub has it: weights in bf16."""
-    config = AutoConfig.for_model(name, **SMALL | dict(FAMILIES[name].settings))
+    """Write a tiny random model of a family, or of another architecture, as the hub has it: weights in bf16."""
+    family = FAMILIES.get(name, Family())
+    config = AutoConfig.for_model(name, **SMALL | dict(family.settings))
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)

@@ -61,6 +61,33 @@ def test_a_base_of_which_little_is_quantised_says_so(tmp_path):
     assert note.startswith("only 11% of the weights outside the embeddings are linear layers")
 
 
+# peft names ranks of modules that Mixtral has in other releases of transformers.
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match:RuntimeWarning")
+def test_all_linear_means_experts_too_so_that_it_is_another_run_than_all_names(tmp_path):
+    write_mixtral(tmp_path / "model")
+    names = sorted({name.rpartition(".")[2] for name in load_architecture(tmp_path / "model").linears})
+    every, named = (
+        prepare(prepare_config(spec_of(tmp_path, lora={"dropout": 0, "targets": targets})), work=tmp_path / "work")
+        for targets in (["all-linear"], names)
+    )
+    assert every.digest != named.digest
+
+
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match:RuntimeWarning")
+def test_an_adapter_that_peft_refuses_is_refused_before_a_gpu_waits(tmp_path):
+    write_mixtral(tmp_path / "model")
+    with pytest.raises(RunError, match=r"^spec\.lora\.dropout: all-linear means the experts .* set it to 0") as caught:
+        prepare(prepare_config(spec_of(tmp_path, lora={"targets": ["all-linear"]})), work=tmp_path / "work")
+    assert caught.value.reason == Reason.MODEL_UNSUPPORTED
+
+
+def test_a_module_that_peft_knows_to_be_useless_is_refused_with_its_reason(tmp_path):
+    write_family("mamba", tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    with pytest.raises(RunError, match=r"^spec\.lora\.targets: peft puts no adapter .* 'out_proj' is incompatible"):
+        prepare(prepare_config(spec_of(tmp_path, lora={"targets": ["all-linear"]})), work=tmp_path / "work")
+
+
 @pytest.mark.parametrize(
     ("found", "bits", "sentences"),
     [
