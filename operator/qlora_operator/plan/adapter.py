@@ -10,6 +10,10 @@ from qlora_operator.plan.shapes import ModelShape
 ALL_LINEAR: Final = "all-linear"
 
 
+class TargetError(ValueError):
+    """The manifest names modules that the model does not have, or that cannot be adapted as asked."""
+
+
 @dataclass(frozen=True)
 class Trainable:
     """Sizes of the tensors that learn; all of them are fp32."""
@@ -41,6 +45,7 @@ def find_trainable(shape: ModelShape, spec: QLoRAJobSpec) -> Trainable:
     """Return what a run trains."""
     if spec.method == "full":
         return Trainable(whole=tuple(size for size in _every_tensor(shape) if size))
+    check_targets(shape, spec.lora)
     ranks, linears = _ranks(shape, spec.lora), dict(shape.named_linears())
     return Trainable(
         matrices=(
@@ -50,6 +55,24 @@ def find_trainable(shape: ModelShape, spec: QLoRAJobSpec) -> Trainable:
         magnitudes=tuple(linears[name].outputs for name in ranks) if spec.lora.dora else (),
         whole=tuple(size for size in _whole(shape, spec.lora.modules_to_save) if size),
     )
+
+
+def check_targets(shape: ModelShape, lora: LoraSpec) -> None:
+    """Refuse names that mean no module, as prepare does."""
+    names = [name for name, _ in shape.named_linears()]
+    if lora.targets != (ALL_LINEAR,):
+        unknown = ", ".join(word for word in lora.targets if not _meant(names, [word]))
+        if unknown:
+            available = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
+            raise TargetError(
+                f"spec.lora.targets: a model of type {shape.family} has no linear module {unknown} to adapt; choose "
+                f"among {available}, or write {ALL_LINEAR}"
+            )
+    elif lora.dropout and any(block.stacked for block in shape.blocks):
+        raise TargetError(
+            f"spec.lora.targets: {ALL_LINEAR} means the stacked experts of {shape.family} too, and peft has no dropout "
+            "for those; set spec.lora.dropout to 0, or name the projections of attention"
+        )
 
 
 def ranks_of_layer(shape: ModelShape, lora: LoraSpec) -> dict[str, int]:

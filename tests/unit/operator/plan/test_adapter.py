@@ -6,7 +6,7 @@ from typing import Any, Final
 import pytest
 
 from qlora_api.v1alpha1 import LoraSpec
-from qlora_operator.plan.adapter import Trainable, find_trainable, ranks_of_layer
+from qlora_operator.plan.adapter import TargetError, Trainable, find_trainable, ranks_of_layer
 from qlora_operator.plan.families import read_shape
 from qlora_trainer.adapter import attach_adapter
 from tests.make import make_spec
@@ -76,3 +76,28 @@ def test_ranks_of_a_layer_are_the_largest_of_all() -> None:
     shape = read_shape(load_config("llama-3.2-3b"))
     lora = LoraSpec(rank=8, targets=("q_proj", "v_proj"), rank_pattern={"layers.7.self_attn.v_proj": 64, "q_proj": 4})
     assert ranks_of_layer(shape, lora) == {"self_attn.q_proj": 4, "self_attn.v_proj": 64}
+
+
+@pytest.mark.parametrize(
+    ("name", "lora", "sentence"),
+    [
+        pytest.param(
+            "phi-3-mini-4k",
+            {"targets": ["q_proj", "o_proj"]},
+            "spec.lora.targets: a model of type phi3 has no linear module q_proj to adapt; choose among down_proj, "
+            "gate_up_proj, o_proj, qkv_proj, or write all-linear",
+            id="joined-projections",
+        ),
+        pytest.param(
+            "mixtral-8x7b-v0.1",
+            {"targets": ["all-linear"], "dropout": 0.05},
+            "spec.lora.targets: all-linear means the stacked experts of mixtral too, and peft has no dropout for "
+            "those; set spec.lora.dropout to 0, or name the projections of attention",
+            id="dropout-on-experts",
+        ),
+    ],
+)
+def test_what_cannot_be_adapted(name: str, lora: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(TargetError) as caught:
+        count(name, lora=lora)
+    assert str(caught.value) == sentence

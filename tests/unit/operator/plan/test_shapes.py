@@ -46,7 +46,7 @@ def test_every_module_of_a_public_model(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_all_linear_is_what_peft_finds(name: str) -> None:
     config = load_config(name)
-    ours = find_trainable(read_shape(config), make_spec(lora={"rank": 8, "targets": ["all-linear"]}))
+    ours = find_trainable(read_shape(config), make_spec(lora={"rank": 8, "dropout": 0, "targets": ["all-linear"]}))
     assert ours.adapter == adapted_by_peft(build(config), "all-linear")
 
 
