@@ -59,7 +59,11 @@ def decide(config: RunConfig, hardware: Hardware, model: Any) -> Choices:
         hardware = replace(hardware, free_bytes=hardware.free_bytes - bytes_for(optimizer, weights))
     else:
         optimizer, optimizer_reason = choose_optimizer(asked, hardware.device)
-    checkpointing, checkpointing_reason = activation_checkpointing(hardware, model, tokens)
+    checkpointing, checkpointing_reason = (
+        activation_checkpointing(hardware, model, tokens)
+        if plan.gradient_checkpointing is None
+        else (plan.gradient_checkpointing, "the plan, from the model's shape, the rows and the GPU's memory")
+    )
     return Choices(
         dtype=dtype,
         attention=attention,

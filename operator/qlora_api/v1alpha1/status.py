@@ -71,6 +71,10 @@ class Plan(ApiModel):
     micro_batch_size: int = Field(ge=1, description="Rows per forward pass.")
     gradient_accumulation: int = Field(ge=1, description="Forward passes of each process per optimizer step.")
     total_steps: int = Field(ge=1, description="Optimizer steps of the run.")
+    gradient_checkpointing: bool | None = Field(
+        default=None, description="Whether activations are recomputed in backward; absent: the trainer decides."
+    )
+    peak_bytes: int | None = Field(default=None, ge=0, description="Predicted peak of each GPU's memory, in bytes.")
     reasons: Annotated[tuple[Annotated[str, Field(max_length=256)], ...], Field(max_length=32)] = Field(
         default=(), description="Why each choice was made."
     )

@@ -104,6 +104,15 @@ def test_every_decision_has_its_reason():
     assert (off.packing, off.reasons["packing"]) == (False, "off: it leaks")
 
 
+@pytest.mark.parametrize(("planned", "word"), [(True, "on"), (False, "off")])
+def test_a_sized_plan_decides_on_checkpointing(planned, word):
+    sized = config()
+    sized = sized.model_copy(update={"plan": sized.plan.model_copy(update={"gradient_checkpointing": planned})})
+    choices = decide(sized, CPU, MODEL)
+    assert choices.checkpointing is planned
+    assert choices.reasons["gradient checkpointing"].startswith(f"{word}: the plan, from the model's shape")
+
+
 @pytest.mark.parametrize(
     ("asked", "device", "parameters", "kind", "reason"),
     [
