@@ -1,50 +1,210 @@
-"""The picture of a run: training loss over the steps, and what it meant for the held-out rows."""
+"""The pictures of a run: what was learned, what it meant for each held-out row, and how the training went.
+
+One of them is a file; all are on the page, as SVG in its own colours, so that they are sharp on any screen and as dark
+or light as it is.
+"""
 
 import io
-from collections.abc import Sequence
-from typing import Final
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
 
+import matplotlib as mpl
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from qlora_api.report import RunReport
+from qlora_api.report import EvaluatedRow, RunReport
 
-_RAW: Final = "#a9c3ee"
-_SMOOTH: Final = "#2f6fde"
+Item = TypeVar("Item")
+
+_RAW: Final = "#8fb0ea"
+_SMOOTH: Final = "#4a86e8"
 _BASE: Final = "#8a94a3"
-_ADAPTER: Final = "#1a7f4b"
+_ADAPTER: Final = "#2f9e62"
+"""Seen on white and on black alike."""
+_INK, _LINE = "#010203", "#030201"
+"""Stand for the page's own colours of text and lines, which are not known here."""
 _SMOOTHING: Final = 0.9
 """Weight of the past in the smoothed line; the raw one is drawn behind it."""
 _SMOOTH_FROM_STEPS: Final = 20
 """Fewer steps are drawn as they are: a smoothed line would lag behind them."""
+_DRAWN_POINTS: Final = 1000
+"""Of a scatter or a line: more make a page of megabytes and no other picture."""
+_CHART_INCHES: Final = (4.0, 2.7)
+"""A letter of 10 points has then 12 pixels on a phone, and 10 or 15 in one of three or two columns."""
+_STYLE: Final[dict[Any, Any]] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "qlora",
+    "text.color": _INK,
+    "axes.labelcolor": _INK,
+    "axes.edgecolor": _LINE,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "grid.color": _LINE,
+}
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A picture for the page."""
+
+    title: str
+    caption: str
+    svg: str
 
 
 def draw_loss(report: RunReport) -> bytes:
-    """Return the picture as PNG."""
-    history, evaluation = report.history, report.evaluation
+    """Return the loss over the steps as PNG."""
     figure = Figure(figsize=(9, 4.5), dpi=140, layout="constrained")
-    axes = figure.add_subplot()
-    steps, losses = [record.step for record in history], [record.loss for record in history]
-    if len(steps) < _SMOOTH_FROM_STEPS:
-        axes.plot(steps, losses, color=_SMOOTH, linewidth=2, marker="o", markersize=3, label="training")
-    else:
-        axes.plot(steps, losses, color=_RAW, linewidth=1, label="training, each step")
-        axes.plot(steps, smoothed(losses), color=_SMOOTH, linewidth=2, label="training, smoothed")
-    if report.held_out:
-        looks = [record.step for record in report.held_out], [record.loss for record in report.held_out]
-        axes.plot(*looks, color=_ADAPTER, linewidth=1.6, marker="o", markersize=4, label="held out, while training")
-    for metrics, name, colour in ((evaluation.base, "base", _BASE), (evaluation.adapter, "adapter", _ADAPTER)):
-        label = f"held out, {name}: {metrics.loss:.3f}"
-        axes.axhline(metrics.loss, color=colour, linewidth=1.6, linestyle="--", label=label)
-    axes.set(xlabel="optimizer step", ylabel="cross-entropy, nats per token")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(color="#e6eaf0", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    axes = _axes(figure)
+    axes.grid(color="#e6eaf0")
+    _plot_loss(axes, report)
     sink = io.BytesIO()
     figure.savefig(sink, format="png")
     return sink.getvalue()
+
+
+def draw_charts(report: RunReport, rows: Sequence[EvaluatedRow]) -> Iterator[Chart]:
+    """Yield the pictures of the page, each where there is something to see."""
+    base, adapter = report.evaluation.base, report.evaluation.adapter
+    yield _draw(
+        "Loss", f"Held out, it went from {base.loss:.3f} to {adapter.loss:.3f}.", lambda axes: _plot_loss(axes, report)
+    )
+    yield _draw("Each held-out row", describe_rows(rows), lambda axes: _plot_rows(axes, rows))
+    if report.held_out:
+        yield _draw("Held-out loss", _describe_looks(report), lambda axes: _plot_looks(axes, report))
+    yield _draw(
+        "Learning rate",
+        f"{report.spec.training.scheduler}, {report.spec.training.learning_rate:g} at its highest.",
+        lambda axes: _plot_steps(axes, report, [record.learning_rate for record in report.history]),
+    )
+    yield _draw("Gradient norm", _describe_norms(report), lambda axes: _plot_norms(axes, report))
+    speeds = [record.tokens / record.seconds for record in report.history if record.seconds]
+    if len(speeds) == len(report.history):
+        caption = f"{report.tokens_per_second:,.0f} tokens per second over all steps."
+        yield _draw("Tokens per second", caption, lambda axes: _plot_steps(axes, report, speeds))
+
+
+def _draw(title: str, caption: str, plot: Callable[[Axes], None]) -> Chart:
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=_CHART_INCHES, layout="constrained")
+        axes = _axes(figure)
+        plot(axes)
+        sink = io.StringIO()
+        figure.savefig(sink, format="svg", transparent=True, metadata={"Date": None})
+    return Chart(title, caption, for_page(sink.getvalue(), f"{title}. {caption}"))
+
+
+def for_page(svg: str, label: str) -> str:
+    """Return matplotlib's SVG as a part of a page: without a size, in the page's colours, and with what it shows."""
+    body = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    body = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", body)
+    body = body.replace(_INK, "currentColor").replace(_LINE, "var(--line)")
+    head, rest = body.split(">", 1)
+    (box,) = re.findall(r'viewBox="[^"]+"', head)
+    return f'<svg {box} xmlns:xlink="http://www.w3.org/1999/xlink" role="img" aria-label="{label}">{rest}'
+
+
+def _axes(figure: Figure) -> Axes:
+    axes = figure.add_subplot()
+    axes.grid(linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    return axes
+
+
+def _plot_loss(axes: Axes, report: RunReport) -> None:
+    steps, losses = [record.step for record in report.history], [record.loss for record in report.history]
+    if len(steps) < _SMOOTH_FROM_STEPS:
+        axes.plot(steps, losses, color=_SMOOTH, linewidth=2, marker="o", markersize=3, label="training")
+    else:
+        shown = thinned(range(len(steps)))
+        smooth = smoothed(losses)
+        at = [steps[place] for place in shown]
+        axes.plot(at, [losses[place] for place in shown], color=_RAW, linewidth=1, label="training, each step")
+        axes.plot(at, [smooth[place] for place in shown], color=_SMOOTH, linewidth=2, label="training, smoothed")
+    if report.held_out:
+        looks = [record.step for record in report.held_out], [record.loss for record in report.held_out]
+        axes.plot(*looks, color=_ADAPTER, linewidth=1.6, marker="o", markersize=4, label="held out, while training")
+    _plot_ends(axes, report)
+    _label_steps(axes, "nats per token")
+    axes.figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize="small")
+
+
+def _plot_ends(axes: Axes, report: RunReport) -> None:
+    """Draw where base and adapter stand on the held-out rows."""
+    found = report.evaluation
+    for metrics, name, colour in ((found.base, "base", _BASE), (found.adapter, "adapter", _ADAPTER)):
+        label = f"held out, {name}: {metrics.loss:.3f}"
+        axes.axhline(metrics.loss, color=colour, linewidth=1.6, linestyle="--", label=label)
+
+
+def _plot_looks(axes: Axes, report: RunReport) -> None:
+    looks = [record.step for record in report.held_out], [record.loss for record in report.held_out]
+    axes.plot(*looks, color=_ADAPTER, linewidth=2, marker="o", markersize=4, label="each look")
+    axes.axvline(report.adapter_step, color=_SMOOTH, linewidth=1.2, linestyle=":", label="the adapter")
+    _label_steps(axes, "nats per token")
+    axes.legend(frameon=False, fontsize="small")
+
+
+def _describe_looks(report: RunReport) -> str:
+    best = min(report.held_out, key=lambda record: record.loss)
+    kept = f"the adapter is that of step {report.adapter_step}"
+    return f"{len(report.held_out)} looks while training, the lowest {best.loss:.3f} after step {best.step}; {kept}."
+
+
+def _plot_rows(axes: Axes, rows: Sequence[EvaluatedRow]) -> None:
+    shown = thinned(rows)
+    base = [row.base.loss / row.tokens for row in shown]
+    adapter = [row.adapter.loss / row.tokens for row in shown]
+    top = max([*base, *adapter]) * 1.05
+    axes.plot([0, top], [0, top], color=_BASE, linewidth=1.4, linestyle="--", label="no change")
+    axes.scatter(base, adapter, s=14, color=_SMOOTH, alpha=0.6, linewidths=0, label="a row")
+    axes.set(xlim=(0, top), ylim=(0, top), xlabel="base, nats per token", ylabel="adapter, nats per token")
+    axes.legend(frameon=False, fontsize="small", loc="upper left")
+
+
+def describe_rows(rows: Sequence[EvaluatedRow]) -> str:
+    """Return how many rows the adapter made better."""
+    better = sum(row.adapter.loss < row.base.loss for row in rows)
+    shown = f" {len(thinned(rows)):,} of them are drawn." if len(rows) > _DRAWN_POINTS else ""
+    return f"{better:,} of {len(rows):,} rows ({better / len(rows):.0%}) have a lower loss, below the line.{shown}"
+
+
+def _plot_norms(axes: Axes, report: RunReport) -> None:
+    bound = report.spec.training.max_grad_norm
+    axes.axhline(bound, color=_BASE, linewidth=1.4, linestyle="--", label=f"clipped above {bound:g}")
+    _plot_steps(axes, report, [record.grad_norm for record in report.history])
+    axes.legend(frameon=False, fontsize="small")
+
+
+def _describe_norms(report: RunReport) -> str:
+    bound, history = report.spec.training.max_grad_norm, report.history
+    clipped = sum(record.grad_norm > bound for record in history)
+    return f"Before clipping; {clipped:,} of {len(history):,} steps ({clipped / len(history):.0%}) were clipped."
+
+
+def _plot_steps(axes: Axes, report: RunReport, values: Sequence[float]) -> None:
+    shown = thinned(range(len(values)))
+    axes.plot([report.history[place].step for place in shown], [values[place] for place in shown], color=_SMOOTH)
+    axes.set_ylim(bottom=0)
+    axes.ticklabel_format(axis="y", scilimits=(-3, 5))
+    _label_steps(axes, "")
+
+
+def _label_steps(axes: Axes, values: str) -> None:
+    axes.set(xlabel="optimizer step", ylabel=values)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def thinned(items: Sequence[Item]) -> list[Item]:
+    """Return at most _DRAWN_POINTS of the items, evenly, the last one among them."""
+    count = len(items)
+    if count <= _DRAWN_POINTS:
+        return list(items)
+    return [items[round(place * (count - 1) / (_DRAWN_POINTS - 1))] for place in range(_DRAWN_POINTS)]
 
 
 def smoothed(values: Sequence[float]) -> list[float]:

@@ -14,7 +14,7 @@ from qlora_api.report import AdapterRecord, EvaluatedRow, Manifest, ManifestFile
 from qlora_api.result import Result
 from qlora_api.runconfig import RunConfig
 from qlora_trainer.adapter import restore_base
-from qlora_trainer.chart import draw_loss
+from qlora_trainer.chart import draw_charts, draw_loss
 from qlora_trainer.errors import RunError
 from qlora_trainer.model import Tuned
 from qlora_trainer.output import (
@@ -83,13 +83,12 @@ def canonical_config(text: str, uri: str, commit: str) -> str:
 
 
 def write_report(report: RunReport, rows: Sequence[EvaluatedRow], folder: Path) -> None:
-    """Write the report as data, as a picture and as a page, and the rows that its figures come from."""
-    picture = draw_loss(report)
+    """Write the report as data and as a page, its first picture, and the rows that its figures come from."""
     (folder / PICTURE).parent.mkdir(parents=True, exist_ok=True)
     (folder / REPORT).write_text(report.model_dump_json(by_alias=True, indent=2))
     (folder / ROWS).write_text("".join(f"{row.model_dump_json(by_alias=True)}\n" for row in rows), encoding="utf-8")
-    (folder / PICTURE).write_bytes(picture)
-    (folder / PAGE).write_text(render_html(report, picture), encoding="utf-8")
+    (folder / PICTURE).write_bytes(draw_loss(report))
+    (folder / PAGE).write_text(render_html(report, draw_charts(report, rows)), encoding="utf-8")
 
 
 def publish(output: Store, config: RunConfig, result: Result, folder: Path, now: datetime) -> Result:

@@ -1,6 +1,6 @@
 """The report as a page: one file that opens offline, on any screen."""
 
-import base64
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Final, NamedTuple
@@ -10,6 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from qlora_api import __version__
 from qlora_api.report import Interval, RunReport
 from qlora_api.v1alpha1 import LoraSpec
+from qlora_trainer.chart import Chart
 
 _LIBRARIES: Final = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
 
@@ -47,14 +48,14 @@ class Table:
     rows: tuple[tuple[str, str], ...]
 
 
-def render_html(report: RunReport, picture: bytes) -> str:
+def render_html(report: RunReport, charts: Iterable[Chart] = ()) -> str:
     """Return the page; whatever comes from the dataset is escaped."""
     environment = Environment(
         loader=PackageLoader("qlora_trainer"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     return environment.get_template("report.html.j2").render(
         report=report,
-        picture=base64.b64encode(picture).decode(),
+        charts=tuple(charts),
         tiles=make_tiles(report),
         comparison=make_comparison(report),
         tables=make_tables(report),
@@ -154,10 +155,20 @@ def make_tables(report: RunReport) -> tuple[Table, ...]:
         Table("Recipe", make_recipe(report)),
         Table("Data", rows),
         Table("Loading", ((library, "yes, proven in a fresh process"), ("vLLM, by its rules", loads))),
+        *describe_merge(report),
         Table("Choices", tuple(report.choices.items())),
         *((Table("Plan", reasons),) if reasons else ()),
         Table("Versions", tuple(report.versions.items())),
     )
+
+
+def describe_merge(report: RunReport) -> tuple[Table, ...]:
+    """Return where the merged model's figures are: it is made once the adapter is safe, and this page with it."""
+    output = report.spec.output
+    if output.merged == "none":
+        return ()
+    place = f"merged/{output.merge_base} beside the adapter, made after this page"
+    return (Table("Merged model", (("Where", place), ("Difference to base and adapter apart", "its merge.json"))),)
 
 
 def _tone(change: float) -> str:

@@ -3,6 +3,7 @@
 import ast
 import hashlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +14,10 @@ import yaml
 from safetensors.torch import load_file
 
 from qlora_api.names import Phase
-from qlora_api.report import Manifest, MergedManifest, RunReport, ServingCheck, TaskScore
+from qlora_api.report import EvaluatedRow, HeldOutRecord, Manifest, MergedManifest, RunReport, ServingCheck, TaskScore
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer import stages
+from qlora_trainer.chart import draw_charts
 from qlora_trainer.prepare import prepare
 from qlora_trainer.report import render_html
 from qlora_trainer.run import run
@@ -188,11 +190,48 @@ def test_page_shows_each_figure_with_its_interval(published):
     assert f"({answered.low:+.1%} to {answered.high:+.1%})" in page
 
 
+def read_report(folder: Path) -> tuple[RunReport, list[EvaluatedRow]]:
+    lines = (folder / "report/evaluation.jsonl").read_text().splitlines()
+    report = RunReport.model_validate_json((folder / "report/report.json").read_text())
+    return report, [EvaluatedRow.model_validate_json(line) for line in lines]
+
+
+def test_page_opens_offline_and_has_a_picture_for_each_question(published):
+    folder, _ = published
+    page = (folder / "report/report.html").read_text()
+    report, rows = read_report(folder)
+    better = sum(row.adapter.loss < row.base.loss for row in rows)
+    titles = ["Loss", "Each held-out row", "Learning rate", "Gradient norm", "Tokens per second"]
+    assert [chart.title for chart in draw_charts(report, rows)] == titles
+    assert f"{better} of {len(rows)} rows ({better / len(rows):.0%}) have a lower loss" in page
+    assert page.count('<svg viewBox="') == len(titles)
+    assert not re.findall(r"(?:src|href)=\"(?!#)[^\"]*|url\((?!#)", page.replace('xlink:href="#', 'href="#'))
+
+
+def test_looks_while_training_have_a_picture_with_the_step_that_was_kept(published):
+    report, rows = read_report(published[0])
+    looks = tuple(
+        HeldOutRecord(step=step, loss=loss, token_accuracy=0, seconds=1)
+        for step, loss in ((1, 3.0), (2, 2.5), (3, 2.7))
+    )
+    looked = report.model_copy(update={"held_out": looks, "adapter_step": 2})
+    (chart,) = [chart for chart in draw_charts(looked, rows) if chart.title == "Held-out loss"]
+    assert chart.caption == "3 looks while training, the lowest 2.500 after step 2; the adapter is that of step 2."
+
+
+def test_page_says_where_a_merged_models_difference_is(published):
+    report, _ = read_report(published[0])
+    merged = report.spec.output.model_copy(update={"merged": "bf16", "merge_base": "dequantised"})
+    page = render_html(report.model_copy(update={"spec": report.spec.model_copy(update={"output": merged})}))
+    assert "merged/dequantised beside the adapter, made after this page" in page
+    assert "Merged model" not in render_html(report)
+
+
 def test_page_shows_public_benchmarks(published):
     folder, _ = published
     report = RunReport.model_validate_json((folder / "report/report.json").read_text())
     score = TaskScore(task="arc_easy", metric="acc", base=0.25, base_error=0.125, adapter=0.5, adapter_error=None)
-    page = render_html(report.model_copy(update={"tasks": (score,)}), b"")
+    page = render_html(report.model_copy(update={"tasks": (score,)}))
     assert "<td>arc_easy</td><td>acc</td>" in page
     assert [figure in page for figure in (">0.250 ± 0.125<", ">0.500<")] == [True, True]
-    assert "Public benchmarks" not in render_html(report, b"")
+    assert "Public benchmarks" not in render_html(report)
