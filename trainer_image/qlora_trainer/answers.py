@@ -8,6 +8,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from transformers import GenerationConfig
 
+from qlora_trainer.chat import end_of_turn
 from qlora_trainer.model import Tuned
 from qlora_trainer.tokens import TokenRow
 
@@ -67,10 +68,14 @@ def until_stop(tokens: Sequence[int], stops: Sequence[int]) -> list[int]:
 
 
 def stop_tokens(causal: Any, tokenizer: Any) -> list[int]:
-    """Return what ends an answer: the tokenizer's end token first, and those that the model itself names."""
+    """Return what ends an answer: the tokenizer's end token first, those that the model itself names, the template's.
+
+    A chat is taught to end with its template's token, which need not be among the others: Phi-3's <|end|> is not.
+    """
     own = getattr(causal.generation_config, "eos_token_id", None)
     named = own if isinstance(own, list) else [own]
-    return list(dict.fromkeys(token for token in (tokenizer.eos_token_id, *named) if token is not None))
+    ends = (tokenizer.eos_token_id, *named, end_of_turn(tokenizer))
+    return list(dict.fromkeys(token for token in ends if token is not None))
 
 
 def longest_answer(rows: Sequence[TokenRow], limit: int) -> int:

@@ -150,6 +150,18 @@ def _stop_of(tail: str, tokenizer: Any) -> str:
     return min(found)[2] if found else ""
 
 
+def end_of_turn(tokenizer: Any) -> int | None:
+    """Return the token that the tokenizer's own template puts behind an answer, if it has a template that does."""
+    if not tokenizer.chat_template:
+        return None
+    try:
+        stop = load_chat_template(tokenizer, None).stop
+    except RunError:  # a template that renders nothing: prepare refused it where rows are chats, and here are none
+        return None
+    token: int | None = tokenizer.convert_tokens_to_ids(stop) if stop else None
+    return token
+
+
 def encode_chats(chats: Sequence[Chat], template: ChatTemplate, loss: str) -> list[TokenRow | RowError]:
     """Turn conversations into token rows, those that the template refuses into errors."""
     rendered = [_attempt(template, chat) for chat in chats]

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_api.v1alpha1 import QuantizationSpec
-from qlora_trainer.answers import answer_rows, stop_tokens
+from qlora_trainer.answers import answer_prompts, answer_rows, stop_tokens
 from qlora_trainer.merge import merge
 from qlora_trainer.publish import canonical_config, write_weights
 from qlora_trainer.tokens import TokenRow
@@ -30,6 +30,37 @@ def test_trap_4_an_answer_ends_with_any_token_that_the_model_names():
     assert stop_tokens(tuned.causal, tokenizer) == [1, fourth]
     assert len(after) < len(before)
     assert before.startswith(after)
+
+
+PHI_3 = (  # of microsoft/Phi-3-mini-4k-instruct, whose tokenizer ends a text with another token
+    "{% for message in messages %}{% if message['role'] == 'system' %}{{'<|system|>\n' + message['content'] + "
+    "'<|end|>\n'}}{% elif message['role'] == 'user' %}{{'<|user|>\n' + message['content'] + '<|end|>\n'}}"
+    "{% elif message['role'] == 'assistant' %}{{'<|assistant|>\n' + message['content'] + '<|end|>\n'}}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
+)
+
+
+def test_trap_4_an_answer_ends_with_the_token_that_ends_a_turn_of_the_template():
+    tokenizer, tuned = make_tokenizer(), make_tuned(vocab_size=400)
+    before = answer_rows(tuned, ASKED[:1], tokenizer, batch=1, limit=8)[0]
+    first, second, third, fourth, *_ = tokenizer(before)["input_ids"]
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>", "<|end|>"]})
+    end = tokenizer.convert_tokens_to_ids("<|end|>")
+    weight = tuned.causal.get_input_embeddings().weight
+    with torch.no_grad():  # the model, which says the fourth token, says <|end|> instead
+        weight[[fourth, end]] = weight[[end, fourth]]
+    (endless,) = answer_prompts(tuned, [ASKED[0].prompt_ids], tokenizer, 8)
+    tokenizer.chat_template = PHI_3
+    (answer,) = answer_prompts(tuned, [ASKED[0].prompt_ids], tokenizer, 8)
+    assert stop_tokens(tuned.causal, tokenizer) == [1, end]
+    assert (endless.complete, answer) == (False, (tokenizer.decode([first, second, third]), True))
+
+
+@pytest.mark.parametrize("template", ["{{ raise_exception('never') }}", "{{ messages[-1].content }}"])
+def test_a_template_that_ends_no_turn_ends_no_answer(template):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = template
+    assert stop_tokens(make_tuned().causal, tokenizer) == [1]
 
 
 def test_trap_4_a_shorter_prompt_beside_a_longer_one_gets_the_answer_that_it_gets_alone():
