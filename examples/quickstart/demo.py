@@ -40,7 +40,8 @@ def main() -> None:
     console.print("\n[bold]3. The result[/]")
     show_outcome(word, console)
     show_samples(load_report(word).samples[:SHOWN_SAMPLES], console)
-    console.print("[bold]Next[/]: all rows once, or the same manifest in a cluster")
+    console.print("[bold]Next[/]: ask it yourself, train on all rows once, or apply the same manifest in a cluster")
+    console.print(Padding(question_command(word), (0, 0, 0, 3)))
     console.print(Padding(command([*changes, f"training.maxSteps={ALL_STEPS}"]), (0, 0, 0, 3)))
     console.print(Padding("kubectl apply -f examples/quickstart/job.yaml", (0, 0, 0, 3)))
 
@@ -52,11 +53,22 @@ def local_changes() -> list[str]:
     return [f"dataset.uri={data / TRAIN}", f"dataset.evaluation.uri={data / HELD_OUT}", f"output.uri={OUTPUT}"]
 
 
+def question_command(word: LastWord) -> str:
+    """Return what to type to ask the adapter."""
+    adapter = Path(to_place(word.result.adapter)) if word.result else Path()
+    place = adapter.relative_to(Path.cwd()) if adapter.is_relative_to(Path.cwd()) else adapter
+    return f"{program()} chat --hub-mirror {short(DEFAULT_MIRROR)} \\\n  --adapter {place}"
+
+
+def program() -> str:
+    """Return how `qlora` is called here."""
+    return "qlora" if shutil.which("qlora") else ".venv/bin/qlora"
+
+
 def command(changes: list[str]) -> str:
     """Return what to type for a run with these changes."""
     options = "".join(f" \\\n  --set {change}" for change in changes)
-    program = "qlora" if shutil.which("qlora") else ".venv/bin/qlora"
-    return f"{program} run examples/quickstart/job.yaml \\\n  --hub-mirror {short(DEFAULT_MIRROR)}{options}"
+    return f"{program()} run examples/quickstart/job.yaml \\\n  --hub-mirror {short(DEFAULT_MIRROR)}{options}"
 
 
 def short(path: Path) -> str:

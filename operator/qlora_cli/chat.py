@@ -44,9 +44,14 @@ def chat(  # noqa: PLR0913, PLR0917 (an option each)
     ],
     ask: Annotated[
         list[str] | None,
-        typer.Option(help="A question; may be given several times. Without any, they are read from standard input."),
+        typer.Option(
+            metavar="TEXT",
+            help="A question; may be given several times. Without any, they are read from standard input.",
+        ),
     ] = None,
-    system: Annotated[str, typer.Option(help="System message, for adapters that were trained on chats.")] = "",
+    system: Annotated[
+        str, typer.Option(metavar="TEXT", help="System message, for adapters that were trained on chats.")
+    ] = "",
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")] = LONGEST,
     temperature: Annotated[
         float, typer.Option(min=0, max=10, help="0 takes the likeliest token each time; higher values vary more.")
@@ -115,10 +120,12 @@ def typed_lines() -> Iterator[str]:
     """Yield what a person types, but blank lines."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401, PLC0415 (its import lets input() have arrow keys; absent on Windows)
-    with contextlib.suppress(EOFError):
+    try:
         while (line := input(PROMPT).strip()) != QUIT:
             if line:
                 yield line
+    except EOFError:
+        typer.echo(err=True)  # Ctrl-D leaves the cursor behind the prompt
 
 
 def answer(conversation: Any, question: str, console: Console) -> Exchange:

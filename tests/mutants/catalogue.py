@@ -136,6 +136,14 @@ MUTATIONS: Final = (
         fails_with="UserWarning",  # peft's: a tied weight would be trained as one of two
     ),
     Mutation(
+        trap=18,
+        file=f"{_TRAINER}/panel.py",
+        old="    if settings.ensure_weight_tying and ties:\n",
+        new="    if settings.ensure_weight_tying and ties and not ties:\n",
+        test=f"{_TESTS}/test_panel.py::test_each_answers_as_it_does_alone",
+        fails_with="UserWarning",  # peft's: it finds nothing that shares the embedding's weight
+    ),
+    Mutation(
         trap=19,
         file=f"{_TRAINER}/publish.py",
         old="tuned.peft.save_pretrained(target, save_embedding_layers=False)",

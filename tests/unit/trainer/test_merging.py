@@ -12,9 +12,12 @@ from qlora_trainer.errors import RunError
 from qlora_trainer.merge import MergeTask
 from qlora_trainer.merging import check_target, merge_published, parents
 from qlora_trainer.shards import EVALUATION, ShardWriter
+from tests.unit.trainer.test_published import bucket
 from tests.unit.trainer.tiny import instruction_rows, write_model
 from tests.unit.trainer.trained import PLACES, PLAIN, write_published
 from tests.unit.trainer.tuned import NF4, token_rows
+
+__all__ = ["bucket"]  # a fixture
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +56,16 @@ def test_an_adapter_becomes_one_model_and_the_difference_is_measured(adapter, tm
         "merging into the dequantised base, layer by layer",
         "asking the merged model",
     ]
+
+
+def test_an_adapter_in_s3_is_measured_on_the_rows_beside_it(adapter, tmp_path, bucket):
+    for file in adapter.iterdir():
+        bucket.upload_file(str(file), "adapters", f"bot/0123/adapter/{file.name}")
+    write_shard(tmp_path, token_rows(4))
+    bucket.upload_file(str(tmp_path / EVALUATION), "adapters", f"bot/0123/{EVALUATION}")
+    request = MergeRequest(adapter="s3://adapters/bot/0123/adapter/", target=str(tmp_path / "merged"))
+    found = merge_published(request, PLACES, tmp_path / "work")
+    assert (found.adapter, found.merge.difference.rows) == ("s3://adapters/bot/0123/adapter", 4)
 
 
 def test_rows_of_a_report_are_measured_where_there_are_no_others(adapter, tmp_path):
