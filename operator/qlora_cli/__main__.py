@@ -7,6 +7,7 @@ import typer
 from qlora_api import __version__
 from qlora_cli.chat import chat
 from qlora_cli.merge import merge
+from qlora_cli.plan import plan
 from qlora_cli.run import run
 from qlora_cli.validate import validate
 
@@ -17,6 +18,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 app.command()(validate)
+app.command()(plan)
 app.command()(run)
 app.command()(merge)
 app.command()(chat)

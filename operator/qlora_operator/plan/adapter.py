@@ -71,7 +71,7 @@ def check_targets(shape: ModelShape, lora: LoraSpec) -> None:
     elif lora.dropout and any(block.stacked for block in shape.blocks):
         raise TargetError(
             f"spec.lora.targets: {ALL_LINEAR} means the stacked experts of {shape.family} too, and peft has no dropout "
-            "for those; set spec.lora.dropout to 0, or name the projections of attention"
+            "for those; name the projections of attention instead, or set spec.lora.dropout to 0"
         )
 
 

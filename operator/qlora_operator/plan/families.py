@@ -8,14 +8,20 @@ from typing import Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from qlora_operator.plan.shapes import Attention, Block, Linear, Mlp, ModelShape, Module, Stacked, UnknownModelError
+from qlora_operator.plan.shapes import (
+    EXPLICITLY,
+    Attention,
+    Block,
+    Linear,
+    Mlp,
+    ModelShape,
+    Module,
+    Stacked,
+    UnknownModelError,
+)
 
 Count = Annotated[int, Field(gt=0)]
 Names = tuple[str, ...]
-
-_EXPLICITLY: Final = (
-    "give spec.resources.gpusPerNode and spec.training.microBatchSize yourself, and the run is not sized before"
-)
 
 
 class _Config(BaseModel):
@@ -609,10 +615,10 @@ def read_shape(config: Mapping[str, Any]) -> ModelShape:
     family = FAMILIES.get(str(kind))
     if family is None:
         known = ", ".join(sorted(FAMILIES))
-        raise UnknownModelError(f"the size of a model of type '{kind}' is not known (known are {known}); {_EXPLICITLY}")
+        raise UnknownModelError(f"the size of a model of type '{kind}' is not known (known are {known}); {EXPLICITLY}")
     try:
         return family.model_validate(config).shape()
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = ".".join(map(str, first["loc"]))
-        raise UnknownModelError(f"config.json: {field}: {first['msg']}; {_EXPLICITLY}") from None
+        raise UnknownModelError(f"config.json: {field}: {first['msg']}; {EXPLICITLY}") from None

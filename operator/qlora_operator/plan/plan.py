@@ -1,11 +1,19 @@
 """How a run is executed, each choice with its reason."""
 
+import json
 from math import ceil
 from typing import Final, Literal, NamedTuple
 
 from qlora_api.prepared import Prepared
 from qlora_api.steps import steps_of_epochs, steps_per_epoch, total_steps
-from qlora_api.v1alpha1 import Distribution, Plan, QLoRAJobSpec, Strategy, TrainingSpec
+from qlora_api.v1alpha1 import DataStatus, Distribution, Plan, QLoRAJobSpec, Strategy, TrainingSpec
+from qlora_operator.plan.estimate import Rows, Workload
+from qlora_operator.plan.explain import explain_sizing
+from qlora_operator.plan.families import read_shape
+from qlora_operator.plan.offer import Offer
+from qlora_operator.plan.remedy import describe_misfit
+from qlora_operator.plan.shapes import UnknownModelError
+from qlora_operator.plan.sizing import DoesNotFitError, Misfit, Sizing, size_run
 
 Device = Literal["cpu", "cuda"]
 
@@ -36,8 +44,61 @@ class Steps(NamedTuple):
     reason: str
 
 
-def make_plan(spec: QLoRAJobSpec, prepared: Prepared) -> Plan:
-    """Choose device, strategy, micro-batch and number of steps."""
+def make_plan(spec: QLoRAJobSpec, prepared: Prepared, offer: Offer = ()) -> Plan:
+    """Choose device, strategy, micro-batch and number of steps; sized where GPUs and model are known.
+
+    Raises DoesNotFitError where no GPU of the offer can hold the run.
+    """
+    if spec.resources.gpus_per_node and (sized := _size(spec, prepared, offer)) is not None:
+        return _plan_of(sized, spec, prepared)
+    return _usual_plan(spec, prepared)
+
+
+def _size(spec: QLoRAJobSpec, prepared: Prepared, offer: Offer) -> tuple[Workload, Sizing] | None:
+    """Return how a run fits the offer; None where model or offer are unknown, or too few GPUs are offered."""
+    try:
+        shape = read_shape(json.loads(prepared.model.config or "{}"))
+        work = Workload(spec, shape, rows_of(prepared.dataset, spec.training))
+        found = size_run(work, offer)
+    except UnknownModelError:
+        return None
+    if isinstance(found, Misfit):
+        raise DoesNotFitError(describe_misfit(work, offer, found))
+    return None if found is None else (work, found)
+
+
+def rows_of(dataset: DataStatus, training: TrainingSpec) -> Rows:
+    """Return the lengths of the rows as they are trained on."""
+    longest = max(1, min(dataset.longest_row_tokens, training.max_length))
+    mean = dataset.row_lengths.mean if dataset.row_lengths else longest
+    return Rows(longest, max(1.0, min(mean, longest)))
+
+
+def _plan_of(sized: tuple[Workload, Sizing], spec: QLoRAJobSpec, prepared: Prepared) -> Plan:
+    work, sizing = sized
+    room, layout = sizing.room, sizing.layout
+    share = ceil(spec.training.global_batch_size / room.processes)
+    steps = count_steps(spec.training, prepared.dataset.training_rows)
+    return Plan(
+        device="cuda",
+        nodes=room.nodes,
+        gpus_per_node=room.gpus_per_node,
+        strategy=layout.strategy,
+        micro_batch_size=layout.micro_batch,
+        gradient_accumulation=ceil(share / layout.micro_batch),
+        total_steps=steps.total,
+        gradient_checkpointing=layout.checkpointing,
+        peak_bytes=sizing.estimate.peak,
+        reasons=(
+            *explain_sizing(work, sizing),
+            describe_accumulation(spec.training.global_batch_size, share, layout.micro_batch, room.processes),
+            steps.reason,
+        ),
+    )
+
+
+def _usual_plan(spec: QLoRAJobSpec, prepared: Prepared) -> Plan:
+    """Choose by the usual recipe, without sizes."""
     resources, training = spec.resources, spec.training
     device: Device = "cuda" if resources.gpus_per_node else "cpu"
     strategy = choose_strategy(spec.distribution, resources.processes)

@@ -5,7 +5,12 @@ Parameters are exact: the sum is what transformers counts in the class that it b
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
+
+EXPLICITLY: Final = (
+    "set spec.resources.gpusPerNode and spec.training.microBatchSize yourself; the run is then not sized in advance"
+)
+"""What to do about a model or an adapter whose size is not known."""
 
 
 class UnknownModelError(ValueError):

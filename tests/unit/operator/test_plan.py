@@ -1,8 +1,18 @@
 """The plan: numbers that can be checked by hand."""
 
+import json
+from pathlib import Path
+
 import pytest
 
+from qlora_api.modelconfig import reduce_config
+from qlora_api.prepared import Prepared
+from qlora_api.v1alpha1 import RowLengths
 from qlora_operator.plan import make_plan
+from qlora_operator.plan.estimate import Rows
+from qlora_operator.plan.offer import Pool
+from qlora_operator.plan.plan import rows_of
+from qlora_operator.plan.sizing import DoesNotFitError
 from tests.make import make_prepared, make_spec
 
 
@@ -84,3 +94,73 @@ def test_processes_share_a_global_batch(
     plan = make_plan(spec, make_prepared())
     assert (plan.strategy, plan.micro_batch_size, plan.gradient_accumulation) == expected
     assert plan.micro_batch_size * plan.gradient_accumulation * plan.processes >= whole
+
+
+CONFIGS = Path(__file__).parent / "plan" / "configs"
+A10 = Pool("NVIDIA-A10", 23_028 << 20, 1, 4, (8, 6))
+GPU = {"resources": {"gpusPerNode": 1}}
+
+
+def prepared_for(name: str | None = "llama-3.2-3b") -> Prepared:
+    prepared = make_prepared()
+    config = "" if name is None else reduce_config(json.loads((CONFIGS / f"{name}.json").read_text()))
+    lengths = RowLengths(mean=37.0, p50=30, p95=90, p99=150)
+    return prepared.model_copy(
+        update={
+            "model": prepared.model.model_copy(update={"config": config}),
+            "dataset": prepared.dataset.model_copy(update={"row_lengths": lengths}),
+        }
+    )
+
+
+def test_a_plan_is_sized_by_rows_model_and_gpus() -> None:
+    plan = make_plan(make_spec(**GPU), prepared_for(), (A10,))
+    assert plan.peak_bytes is not None
+    assert 2.2e9 < plan.peak_bytes < A10.usable
+    assert (plan.device, plan.strategy, plan.gradient_checkpointing) == ("cuda", "single", False)
+    assert (plan.micro_batch_size, plan.gradient_accumulation, plan.total_steps) == (16, 1, 180)
+    assert plan.reasons[0] == "1 x NVIDIA-A10 on 1 node: as spec.resources asks"
+    assert plan.reasons[-2:] == (
+        "gradient accumulation 1: 16 x 1 = globalBatchSize 16",
+        "steps 180: 3 epochs x 60 steps (950 rows / 16)",
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "offer", "blocks"),
+    [
+        pytest.param("llama-3.2-3b", (), GPU, id="no-gpu-is-known"),
+        pytest.param(None, (A10,), GPU, id="prepared-by-an-older-release"),
+        pytest.param("llama-3.2-3b", (A10,), {}, id="cpu"),
+        pytest.param("llama-3.2-3b", (Pool("NVIDIA-A10", 23_028 << 20, 1, 0),), GPU, id="fewer-nodes-than-asked-for"),
+    ],
+)
+def test_a_plan_without_sizes_is_the_usual_one(
+    model: str | None, offer: tuple[Pool, ...], blocks: dict[str, object]
+) -> None:
+    spec = make_spec(**blocks)
+    plan = make_plan(spec, prepared_for(model), offer)
+    assert plan == make_plan(spec, make_prepared())
+    assert plan.peak_bytes is None
+
+
+def test_what_does_not_fit_is_no_plan() -> None:
+    with pytest.raises(
+        DoesNotFitError, match=r"needs .* GiB more than the 22\.0 GiB that a process has on a NVIDIA-A10"
+    ):
+        make_plan(make_spec(**GPU), prepared_for("llama-2-70b"), (A10,))
+
+
+@pytest.mark.parametrize(
+    ("longest", "mean", "rows"),
+    [
+        pytest.param(212, 37.0, Rows(212, 37.0), id="as-they-are"),
+        pytest.param(9000, 3000.0, Rows(2048, 2048), id="cut-at-maxLength"),
+        pytest.param(212, None, Rows(212, 212), id="mean-unknown"),
+        pytest.param(0, 0.0, Rows(1, 1.0), id="empty"),
+    ],
+)
+def test_lengths_of_the_rows(longest: int, mean: float | None, rows: Rows) -> None:
+    lengths = None if mean is None else RowLengths(mean=mean, p50=1, p95=1, p99=1)
+    dataset = make_prepared().dataset.model_copy(update={"longest_row_tokens": longest, "row_lengths": lengths})
+    assert rows_of(dataset, make_spec().training) == rows

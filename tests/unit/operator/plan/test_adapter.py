@@ -92,7 +92,7 @@ def test_ranks_of_a_layer_are_the_largest_of_all() -> None:
             "mixtral-8x7b-v0.1",
             {"targets": ["all-linear"], "dropout": 0.05},
             "spec.lora.targets: all-linear means the stacked experts of mixtral too, and peft has no dropout for "
-            "those; set spec.lora.dropout to 0, or name the projections of attention",
+            "those; name the projections of attention instead, or set spec.lora.dropout to 0",
             id="dropout-on-experts",
         ),
     ],

@@ -1,0 +1,66 @@
+"""Where a model's config.json is on this computer: beside --config, in its folder, or in a hub cache."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from qlora_api.v1alpha1 import ModelSpec
+from qlora_cli.uris import to_place
+
+_HUB: Final = "hf://"
+_CONFIG: Final = "config.json"
+
+
+class NoConfigError(Exception):
+    """The model's config.json is not here; the message says how to give it."""
+
+
+def load_config(model: ModelSpec, given: str | None, mirror: str | None) -> Mapping[str, Any]:
+    """Return the configuration of a model, without a network."""
+    path = Path(given) if given else find_config(model, mirror)
+    try:
+        content: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise NoConfigError(f"{path}: {error.strerror}") from error
+    except ValueError as error:
+        raise NoConfigError(f"{path}: {error}") from error
+    return content
+
+
+def find_config(model: ModelSpec, mirror: str | None) -> Path:
+    """Return the path of a model's config.json."""
+    if model.uri.startswith("file://"):
+        return Path(to_place(model.uri)) / _CONFIG
+    if not model.uri.startswith(_HUB):
+        raise NoConfigError(f"spec.model.uri is {model.uri}, which is not on this computer; give --config config.json")
+    name = model.uri.removeprefix(_HUB)
+    for cache in hub_caches(mirror):
+        if (path := _in_cache(cache, name, model.revision)) is not None:
+            return path
+    places = " or ".join(map(str, hub_caches(mirror)))
+    raise NoConfigError(
+        f"spec.model.uri: {_CONFIG} of {name} at {model.revision} is not in {places}; "
+        f"run 'hf download {name} {_CONFIG}', or give --config {_CONFIG}"
+    )
+
+
+def hub_caches(mirror: str | None) -> tuple[Path, ...]:
+    """Return the folders in the form of a hub cache: the mirror, or what huggingface_hub itself would use."""
+    if mirror:
+        return (Path(to_place(mirror)).expanduser(),)
+    home = os.environ.get("HF_HOME", "~/.cache/huggingface")
+    return (Path(os.environ.get("HF_HUB_CACHE", f"{home}/hub")).expanduser(),)
+
+
+def _in_cache(cache: Path, name: str, revision: str) -> Path | None:
+    """Look a file up in the cache's documented form, so that huggingface_hub need not be installed."""
+    repository = cache / f"models--{name.replace('/', '--')}"
+    return next((path for path in _candidates(repository, revision) if path.is_file()), None)
+
+
+def _candidates(repository: Path, revision: str) -> Iterator[Path]:
+    reference = repository / "refs" / revision
+    commit = reference.read_text().strip() if reference.is_file() else revision
+    yield repository / "snapshots" / commit / _CONFIG

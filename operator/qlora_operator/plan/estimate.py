@@ -1,0 +1,220 @@
+"""The peak of a run's memory on one GPU: weights and what learns, activations, communication, context, slack."""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import ceil
+from typing import Final, Literal
+
+from qlora_api.v1alpha1 import QLoRAJobSpec, Strategy
+from qlora_operator.plan.activations import Activations, estimate_activations
+from qlora_operator.plan.adapter import Trainable, find_trainable, ranks_of_layer
+from qlora_operator.plan.memory import FP32, HALF, BaseBytes, Optimizer, base_bytes, optimizer_bytes
+from qlora_operator.plan.setting import Kernel, Lines, Setting
+from qlora_operator.plan.shapes import Linear, ModelShape
+
+CONTEXT: Final = 500 << 20
+"""Bytes of a process's CUDA context, torch's and bitsandbytes' kernels in it: 0.49 GiB on an A100 (TianheWu/CoSeR#10)
+and on an RTX 4090 (3DTopia/Phidias-Diffusion#8), as torch's messages count what is not its own."""
+WORKSPACE: Final = 32 << 20
+"""Bytes that cuBLAS works in on sm_90 (pytorch#182669); elsewhere it is 8."""
+NCCL: Final = 688 << 20
+"""Bytes of NCCL's buffers between more than two GPUs with NVLink, the most of its default settings (nccl#964)."""
+SLACK: Final = 0.07
+"""Of what is allocated, what torch's allocator holds beyond it: 7.0 % on one GPU, 5.4 % with data parallelism and
+6.9 % with FSDP in AgileRL's calibration."""
+BUCKET: Final = 50_000_000 * FP32
+"""Bytes in which DeepSpeed collects gradients: qlora_api.launch sets so many numbers."""
+LIVE: Final = 1_000_000_000
+"""Numbers that ZeRO-3 keeps collected at most (DeepSpeed 0.19: stage3_max_live_parameters)."""
+PACK_TOKENS: Final = 4096
+"""Tokens joined into one sequence at most, unless one row is longer: qlora_trainer.batches.PACK_TOKENS."""
+
+Device = Literal["cpu", "cuda"]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How long the rows are, in tokens, as they are trained on."""
+
+    longest: int
+    mean: float
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a run is laid out over its processes."""
+
+    processes: int = 1
+    strategy: Strategy = "single"
+    micro_batch: int = 1
+    checkpointing: bool = False
+    optimizer: Optimizer = "adamw"
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes on the fullest GPU."""
+
+    base: BaseBytes
+    """Of one process's share."""
+    adapter: int
+    """What learns beside the base, in fp32, and the fp32 copy of a divided optimizer."""
+    gradients: int
+    optimizer: int
+    activations: int
+    """At the peak of forward and backward: kept tensors, logits, dequantised matrices."""
+    collected: int
+    """Gradients or weights of several processes, gathered or added up."""
+    loading: int
+    """The base while it is loaded, before anything is divided."""
+    outside: int
+    """What torch's allocator does not know: context and NCCL."""
+
+    @property
+    def training(self) -> int:
+        """Return what tensors take while a step is taken."""
+        return sum((self.base.total, self.adapter, self.gradients, self.optimizer, self.activations, self.collected))
+
+    @property
+    def loads_more_than_it_trains(self) -> bool:
+        """Return whether the peak is before the first step."""
+        return self.loading > self.training
+
+    @property
+    def allocated(self) -> int:
+        """Return the most that tensors take at any time."""
+        return max(self.loading, self.training)
+
+    @property
+    def peak(self) -> int:
+        """Return what the GPU must have."""
+        return ceil(self.allocated * (1 + SLACK)) + self.outside if self.outside else self.allocated
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A model, what a spec makes of it, and the rows."""
+
+    spec: QLoRAJobSpec
+    shape: ModelShape
+    rows: Rows
+    device: Device = "cuda"
+
+    @property
+    def whole(self) -> bool:
+        """Return whether the model itself is trained."""
+        return self.spec.method == "full"
+
+    @property
+    def width(self) -> int:
+        """Return the bytes of a weight that is not quantised; on a CPU without bf16, which is the worse case, 4."""
+        return FP32 if self.whole or self.device == "cpu" else HALF
+
+    @property
+    def attention(self) -> Kernel:
+        """Return the kernel that the trainer takes where FlashAttention is not installed."""
+        return "eager" if self.shape.attention.capped else "sdpa"
+
+    @cached_property
+    def trainable(self) -> Trainable:
+        """Return what learns."""
+        return find_trainable(self.shape, self.spec)
+
+    @cached_property
+    def base(self) -> BaseBytes:
+        """Return the base as one device holds it."""
+        return base_bytes(self.shape, self.spec.quantization, self.width)
+
+    @cached_property
+    def ranks(self) -> dict[str, int]:
+        """Return the ranks of a layer's adapters."""
+        return {} if self.whole else ranks_of_layer(self.shape, self.spec.lora)
+
+    def lines(self, micro_batch: int) -> Lines:
+        """Return the longest pass that the rows can make."""
+        packing, longest = self.spec.training.packing, self.rows.longest
+        most = max(PACK_TOKENS, longest) // longest if packing else micro_batch
+        rows = min(micro_batch, most)
+        # Whatever the loss is taken of, some row may be nearly all answer.
+        return Lines(rows, longest, rows * longest, rows * longest, packing, even=True)
+
+    def activations(self, micro_batch: int, *, checkpointing: bool) -> Activations:
+        """Return what a forward and a backward pass take."""
+        lora = self.spec.lora
+        setting = Setting(
+            lines=self.lines(micro_batch),
+            device=self.device,
+            attention=self.attention,
+            compute=FP32 if self.device == "cpu" else HALF,
+            bits=self.spec.quantization.bits,
+            ranks=self.ranks,
+            dropout=lora.dropout > 0 and not self.whole,
+            dora=lora.dora and not self.whole,
+            whole=self.whole,
+            checkpointing=checkpointing,
+            noise=self.spec.training.neftune_alpha > 0,
+        )
+        return estimate_activations(as_dense(self.shape), setting)
+
+
+def as_dense(shape: ModelShape) -> ModelShape:
+    """Return a mixture of experts as a model whose MLP is as wide as the experts that a token goes through.
+
+    That is what its tensors are as large as; copies of the experts' inputs and the router's scores are not counted, and
+    nothing of it was measured.
+    """
+    mlp, hidden = shape.mlp, shape.hidden
+    if mlp.experts == 1:
+        return shape
+    width = mlp.chosen * mlp.intermediate
+    sides = (("gate_proj", hidden, width), ("up_proj", hidden, width), ("down_proj", width, hidden))
+    fed = tuple(Linear(f"mlp.{name}", inputs, outputs, quantisable=False) for name, inputs, outputs in sides)
+    decoder = replace(shape.decoder, linears=(*shape.decoder.linears, *fed), stacked=())
+    return replace(shape, decoder=decoder, mlp=replace(mlp, intermediate=width, experts=1, chosen=1))
+
+
+def estimate_memory(work: Workload, layout: Layout) -> MemoryEstimate:
+    """Return what the fullest GPU holds at its peak."""
+    learned = work.trainable.parameters * FP32
+    parts = layout.processes if layout.strategy in {"zero2", "zero3"} else 1
+    weights_parts = layout.processes if layout.strategy == "zero3" else 1
+    base = BaseBytes(ceil(work.base.weights / weights_parts), work.base.constants)
+    return MemoryEstimate(
+        base=base,
+        adapter=_adapter_bytes(work, learned, parts, weights_parts),
+        gradients=ceil(learned / parts),
+        optimizer=ceil(optimizer_bytes(work.trainable, layout.optimizer) / parts),
+        activations=work.activations(layout.micro_batch, checkpointing=layout.checkpointing).peak,
+        collected=_collected_bytes(work, layout, learned),
+        loading=work.base.total + max(work.shape.embedding.parameters, work.shape.head.weights) * work.width,
+        outside=_outside_bytes(work, layout),
+    )
+
+
+def _adapter_bytes(work: Workload, learned: int, parts: int, weights_parts: int) -> int:
+    own = 0 if work.whole else ceil(learned / weights_parts)
+    # DeepSpeed steps on a flat fp32 copy of its part, whatever the weights are.
+    copy = ceil(learned / parts) if parts > 1 else 0
+    # PiSSA's first matrices stay beside the ones that learn, since the base is without them.
+    start = sum(work.trainable.matrices) * FP32 if work.spec.lora.init == "pissa" and not work.whole else 0
+    return own + copy + start
+
+
+def _collected_bytes(work: Workload, layout: Layout, learned: int) -> int:
+    """Return what processes exchange at once: one flat tensor of all gradients, or DeepSpeed's buckets."""
+    if layout.strategy == "single":
+        return 0
+    if layout.strategy == "ddp":
+        return learned
+    if layout.strategy == "zero2":
+        return BUCKET
+    shape = work.shape
+    largest = max(shape.embedding.parameters, shape.head.weights) * work.width
+    mean = work.base.weights / shape.parameters
+    return BUCKET + largest + min(work.base.weights, ceil(LIVE * mean))
+
+
+def _outside_bytes(work: Workload, layout: Layout) -> int:
+    if work.device == "cpu":
+        return 0
+    return CONTEXT + WORKSPACE + (NCCL if layout.processes > 1 else 0)
