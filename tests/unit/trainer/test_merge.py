@@ -1,12 +1,14 @@
 """Merging: the merged model is base and adapter, on either base, and the difference is measured."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import AutoConfig
 
 from qlora_api.v1alpha1 import QuantizationSpec
+from qlora_trainer.attention import FLASH
 from qlora_trainer.merge import MergeTask, choose_rows, merge
 from qlora_trainer.tokens import TokenRow
 from tests.unit.trainer.trained import PLAIN, with_base, write_trained
@@ -31,6 +33,13 @@ def test_the_dequantised_base_answers_as_it_was_trained_to(tmp_path, dora):
 def test_other_bases_merge_as_well(tmp_path, bits, bound):
     task = write_trained(tmp_path, PLAIN, QuantizationSpec(bits=bits))
     assert merge(with_base(task, "dequantised"), tmp_path / "merged").difference.relative < bound
+
+
+def test_an_adapter_that_was_trained_with_flash_attention_is_merged_on_a_cpu(tmp_path):
+    task = write_trained(tmp_path, PLAIN, NF4)
+    plain = merge(with_base(task, "dequantised"), tmp_path / "plain").difference
+    flash = replace(task, base="dequantised", record=task.record.model_copy(update={"attention": FLASH}))
+    assert merge(flash, tmp_path / "flash").difference == plain
 
 
 def test_what_was_measured_lies_beside_the_model(tmp_path):
