@@ -8,7 +8,7 @@ BIN := .venv/bin
 UV_VERSION := 0.13.9
 LOCKS := requirements/operator.txt requirements/trainer.txt requirements/cli.txt requirements/dev.txt
 
-.PHONY: help setup lock generate check test unit integration e2e mutants bench-trainer gpu demo cluster cluster-down
+.PHONY: help setup lock generate check test unit integration e2e mutants bench-trainer bench-plan gpu demo cluster cluster-down
 
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -52,6 +52,9 @@ e2e: setup ## the tests on a real node (root on Debian, or QLORA_TEST_KUBECONFIG
 
 mutants: setup ## take out the fix of every trap in turn and show that its test fails (minutes); TRAPS="8 29" chooses
 	$(BIN)/python -m tests.mutants $(TRAPS)
+
+bench-plan: setup ## how long `qlora plan` takes on 20 public models (10 seconds)
+	$(BIN)/python -m benchmarks.plan
 
 bench-trainer: setup ## the trainer against TRL and the copied recipe on this CPU (9 minutes; nothing else should run)
 	$(BIN)/python -m benchmarks.trainer

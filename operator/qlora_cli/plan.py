@@ -16,11 +16,10 @@ from qlora_cli.modelfiles import NoConfigError, load_config
 from qlora_cli.options import HubMirror, Output, OutputForm
 from qlora_cli.overrides import OverrideError, override, parse_override
 from qlora_cli.validate import describe_read_error
-from qlora_operator.plan.adapter import TargetError
 from qlora_operator.plan.estimate import SLACK
 from qlora_operator.plan.offer import to_bytes
 from qlora_operator.plan.outlook import Outlook, make_outlook, to_json
-from qlora_operator.plan.shapes import UnknownModelError
+from qlora_operator.plan.shapes import MismatchError, UnknownModelError
 from qlora_operator.plan.sizing import DoesNotFitError, Room
 from qlora_operator.rules import ANYWHERE
 
@@ -68,7 +67,7 @@ def plan(  # noqa: PLR0913, PLR0917 (an option each)
             make_outlook(job.spec, load_config(job.spec.model, config, hub_mirror), gpu_memory, gpus_per_node)
             for job in jobs
         ]
-    except (OverrideError, YamlError, ManifestError, NoConfigError, UnknownModelError, TargetError) as error:
+    except (OverrideError, YamlError, ManifestError, NoConfigError, UnknownModelError, MismatchError) as error:
         fail_without_manifest(console, None, str(error))
     except DoesNotFitError as error:
         fail_without_manifest(console, None, f"does not fit: {error}")

@@ -4,14 +4,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from qlora_api.v1alpha1 import LoraSpec, QLoRAJobSpec
-from qlora_operator.plan.shapes import ModelShape
+from qlora_api.v1alpha1 import LoraSpec, QLoRAJobSpec, QuantizationSpec
+from qlora_operator.plan.shapes import MismatchError, ModelShape
 
 ALL_LINEAR: Final = "all-linear"
-
-
-class TargetError(ValueError):
-    """The manifest names modules that the model does not have, or that cannot be adapted as asked."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +53,15 @@ def find_trainable(shape: ModelShape, spec: QLoRAJobSpec) -> Trainable:
     )
 
 
+def check_base(shape: ModelShape, quantization: QuantizationSpec) -> None:
+    """Refuse a quantised base of which nothing is quantised, as prepare does."""
+    if quantization.bits != 16 and not shape.quantisable:
+        raise MismatchError(
+            f"spec.quantization.bits: a model of type {shape.family} has no layer that bitsandbytes can store in "
+            f"{quantization.bits} bits; set spec.method to lora and spec.quantization.bits to 16"
+        )
+
+
 def check_targets(shape: ModelShape, lora: LoraSpec) -> None:
     """Refuse names that mean no module, as prepare does."""
     names = [name for name, _ in shape.named_linears()]
@@ -64,12 +69,12 @@ def check_targets(shape: ModelShape, lora: LoraSpec) -> None:
         unknown = ", ".join(word for word in lora.targets if not _meant(names, [word]))
         if unknown:
             available = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
-            raise TargetError(
+            raise MismatchError(
                 f"spec.lora.targets: a model of type {shape.family} has no linear module {unknown} to adapt; choose "
                 f"among {available}, or write {ALL_LINEAR}"
             )
     elif lora.dropout and any(block.stacked for block in shape.blocks):
-        raise TargetError(
+        raise MismatchError(
             f"spec.lora.targets: {ALL_LINEAR} means the stacked experts of {shape.family} too, and peft has no dropout "
             "for those; name the projections of attention instead, or set spec.lora.dropout to 0"
         )

@@ -132,16 +132,27 @@ class Workload:
 
     def lines(self, micro_batch: int) -> Lines:
         """Return the longest pass that the rows can make."""
-        packing, longest = self.spec.training.packing, self.rows.longest
+        packing, longest = self.spec.training.packing and self.shape.joins, self.rows.longest
         most = max(PACK_TOKENS, longest) // longest if packing else micro_batch
         rows = min(micro_batch, most)
         # Whatever the loss is taken of, some row may be nearly all answer.
         return Lines(rows, longest, rows * longest, rows * longest, packing, even=True)
 
+    @cached_property
+    def _known(self) -> dict[tuple[int, bool], Activations]:
+        """What was estimated: GPUs and strategies differ in other things."""
+        return {}
+
     def activations(self, micro_batch: int, *, checkpointing: bool) -> Activations:
         """Return what a forward and a backward pass take."""
+        key = (micro_batch, checkpointing)
+        if key not in self._known:
+            self._known[key] = estimate_activations(as_dense(self.shape), self._setting(*key))
+        return self._known[key]
+
+    def _setting(self, micro_batch: int, checkpointing: bool) -> Setting:
         lora = self.spec.lora
-        setting = Setting(
+        return Setting(
             lines=self.lines(micro_batch),
             device=self.device,
             attention=self.attention,
@@ -154,7 +165,6 @@ class Workload:
             checkpointing=checkpointing,
             noise=self.spec.training.neftune_alpha > 0,
         )
-        return estimate_activations(as_dense(self.shape), setting)
 
 
 def as_dense(shape: ModelShape) -> ModelShape:

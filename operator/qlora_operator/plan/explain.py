@@ -8,6 +8,8 @@ from qlora_operator.plan.offer import Pool
 from qlora_operator.plan.sizing import BUSY_TOKENS, Sizing, micro_batches, pass_tokens
 
 GIBIBYTE: Final = 1 << 30
+LITTLE: Final = 0.5
+"""Share of a base's layers that is quantised, below which it is worth a sentence (as in prepare)."""
 NATIVE_BF16: Final = (8, 0)
 """Compute capability from which GPUs multiply bf16 (NVIDIA: Ampere)."""
 
@@ -18,6 +20,7 @@ def explain_sizing(work: Workload, sizing: Sizing, *, flexible: bool = False) ->
         _explain_gpus(sizing, flexible=flexible),
         *([_explain_strategy(work, sizing)] if sizing.room.processes > 1 else []),
         explain_dtype(sizing.room.pool),
+        *_explain_base(work),
         _explain_attention(work),
         _explain_optimizer(work, sizing),
         _explain_micro_batch(work, sizing),
@@ -54,6 +57,19 @@ def explain_dtype(pool: Pool) -> str:
     if pool.capability >= NATIVE_BF16:
         return f"dtype bfloat16: {sm} has native bf16"
     return f"dtype float16: {sm} predates native bf16"
+
+
+def _explain_base(work: Workload) -> tuple[str, ...]:
+    """Say so where a quantised base takes far more memory than its name tells."""
+    shape, bits = work.shape, work.spec.quantization.bits
+    body = shape.parameters - shape.embedding.parameters - (0 if shape.tied else shape.head.weights)
+    if bits == 16 or shape.quantisable > LITTLE * body:
+        return ()
+    left = (body - shape.quantisable) * work.width
+    return (
+        f"base: only {shape.quantisable / body:.0%} of its layers' weights can be stored in {bits} bits; the rest, "
+        f"such as stacked experts, takes {_gib(left)} in 16",
+    )
 
 
 def _explain_attention(work: Workload) -> str:

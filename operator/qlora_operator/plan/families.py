@@ -556,6 +556,8 @@ class _Falcon(_Config):
             head=Linear("lm_head", hidden, self.vocab_size, quantisable=False),
             outside=(Module("transformer.ln_f", 2 * hidden),),
             parallel=self.new_decoder_architecture or self.parallel_attn,
+            # transformers 5.23 makes its mask without the positions.
+            joins=False,
         )
 
     def _kv_heads(self) -> int:

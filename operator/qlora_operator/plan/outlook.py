@@ -6,6 +6,7 @@ from math import ceil
 from typing import Any, Final
 
 from qlora_api.v1alpha1 import QLoRAJobSpec
+from qlora_operator.plan.adapter import check_base
 from qlora_operator.plan.estimate import Layout, MemoryEstimate, Rows, Workload, estimate_memory
 from qlora_operator.plan.explain import explain_sizing
 from qlora_operator.plan.families import read_shape
@@ -41,7 +42,9 @@ def make_outlook(
 ) -> Outlook:
     """Size a run whose rows are not known: as if all of them were maxLength tokens long."""
     longest = spec.training.max_length
-    work = Workload(spec, read_shape(config), Rows(longest, longest), "cuda" if _gpus(spec, gpus_per_node) else "cpu")
+    shape = read_shape(config)
+    check_base(shape, spec.quantization)
+    work = Workload(spec, shape, Rows(longest, longest), "cuda" if _gpus(spec, gpus_per_node) else "cpu")
     if work.device == "cpu":
         return _on_cpu(work)
     offer, flexible = _offer(spec, gpu_memory, gpus_per_node), gpus_per_node is not None

@@ -17,6 +17,10 @@ class UnknownModelError(ValueError):
     """The size of this kind of model is not known; the user must ask for GPUs explicitly."""
 
 
+class MismatchError(ValueError):
+    """The manifest asks for what this model does not have."""
+
+
 @dataclass(frozen=True)
 class Linear:
     """A linear layer, [outputs, inputs], that an adapter may be put on."""
@@ -144,6 +148,8 @@ class ModelShape:
     """Attention and MLP read the same input, and their outputs are added (GPT-NeoX, Phi-2, Falcon)."""
     plain_head: bool = True
     """Logits are the output layer's; Gemma 2 caps them, so that they cannot be computed in parts."""
+    joins: bool = True
+    """Its rows may be joined in one sequence; where they would see each other, the trainer pads them."""
     tower: Block | None = None
     """Layers that no text goes through, but which lie in memory and get adapters like the others."""
 

@@ -151,6 +151,12 @@ def test_a_hub_cache_is_looked_into(tmp_path: Path, reference: bool, monkeypatch
             id="targets",
         ),
         pytest.param(
+            ["--config", config_of("falcon-7b"), "--set", "lora.targets=[all-linear]"],
+            "error: spec.quantization.bits: a model of type falcon has no layer that bitsandbytes can store in 4 bits; "
+            "set spec.method to lora and spec.quantization.bits to 16",
+            id="nothing-to-quantise",
+        ),
+        pytest.param(
             ["--config", config_of("llama-2-70b"), "--gpu-memory", "24Gi"],
             "more than the 23.5 GiB that a process has on a GPU of 24.0 GiB; it fits on a GPU with ",
             id="does-not-fit",

@@ -6,8 +6,9 @@ from typing import Any, Final
 import pytest
 
 from qlora_api.v1alpha1 import LoraSpec
-from qlora_operator.plan.adapter import TargetError, Trainable, find_trainable, ranks_of_layer
+from qlora_operator.plan.adapter import Trainable, find_trainable, ranks_of_layer
 from qlora_operator.plan.families import read_shape
+from qlora_operator.plan.shapes import MismatchError
 from qlora_trainer.adapter import attach_adapter
 from tests.make import make_spec
 from tests.unit.operator.plan.public import build, load_config
@@ -98,6 +99,6 @@ def test_ranks_of_a_layer_are_the_largest_of_all() -> None:
     ],
 )
 def test_what_cannot_be_adapted(name: str, lora: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(TargetError) as caught:
+    with pytest.raises(MismatchError) as caught:
         count(name, lora=lora)
     assert str(caught.value) == sentence

@@ -266,3 +266,16 @@ def test_adapters_on_stacked_experts_are_not_sized() -> None:
     work = make_work("mixtral-8x7b-v0.1", lora={"dropout": 0, **ALL})
     with pytest.raises(UnknownModelError, match="stacked experts of mixtral is not known; name the projections"):
         size_run(work, (pool(141),))
+
+
+def test_a_base_of_which_little_is_quantised_says_so() -> None:
+    mixtral = make_work("mixtral-8x7b-v0.1")
+    reasons = explain_sizing(mixtral, sized(mixtral, pool(141)))
+    assert any(reason.startswith("base: only 3% of its layers' weights can be stored in 4 bits") for reason in reasons)
+
+
+def test_rows_that_must_not_see_each_other_are_padded() -> None:
+    blocks = {"method": "lora", "quantization": {"bits": 16}, "lora": ALL}
+    falcon, phi = (make_work(name, Rows(100, 50), **blocks) for name in ("falcon-7b", "phi-2"))
+    assert (falcon.lines(64).tokens, falcon.lines(64).packing) == (6400, False)
+    assert (phi.lines(64).tokens, phi.lines(64).packing) == (4000, True)
