@@ -29,7 +29,7 @@ class Rendered(NamedTuple):
     text: str
     turns: tuple[Span, ...]
     prompt: str
-    """Everything before the last answer, up to the words that ask for it."""
+    """Everything before the last answer, up to the words that ask for it; empty where nobody needed it."""
     answer: str
 
 
@@ -44,10 +44,11 @@ class ChatTemplate:
     stop: str = ""
     """Text of the special token behind an answer; empty if the template puts none there."""
 
-    def render(self, chat: Chat) -> Rendered:
-        """Return a conversation as the model sees it, or raise RowError."""
+    def render(self, chat: Chat, *, asked: bool = True) -> Rendered:
+        """Return a conversation as the model sees it, or raise RowError; one that is learned from is not asked."""
         text, tagged = self._apply(chat.messages, chat)
-        prompt = self.ask(chat.messages[:-1], chat)
+        # Without tags the prompt tells where the last answer starts.
+        prompt = self.ask(chat.messages[:-1], chat) if asked or not self.tags else ""
         answer = str(chat.messages[-1]["content"])
         turns = tagged if self.tags else self._turns(chat, text, prompt)
         return Rendered(text, tuple(self._up_to_stop(text, turn) for turn in turns), prompt, answer)
@@ -162,16 +163,24 @@ def end_of_turn(tokenizer: Any) -> int | None:
     return token
 
 
-def encode_chats(chats: Sequence[Chat], template: ChatTemplate, loss: str) -> list[TokenRow | RowError]:
-    """Turn conversations into token rows, those that the template refuses into errors."""
-    rendered = [_attempt(template, chat) for chat in chats]
-    good = [item for item in rendered if isinstance(item, Rendered)]
+def encode_chats(
+    chats: Sequence[Chat], template: ChatTemplate, loss: str, asked: Sequence[bool] | None = None
+) -> list[TokenRow | RowError]:
+    """Turn conversations into token rows, those that the template refuses into errors.
+
+    Only those that are asked get a prompt: half of the tokens, for the few rows that are held out.
+    """
+    wanted = asked or [True] * len(chats)
+    rendered = [_attempt(template, chat, asked=ask) for chat, ask in zip(chats, wanted, strict=True)]
+    good = [(item, ask) for item, ask in zip(rendered, wanted, strict=True) if isinstance(item, Rendered)]
     # The template writes the special tokens, so the tokenizer must not add its own: two start tokens are one too many.
-    tokens = iter(_tokenise(template.tokenizer, [item.text for item in good]))
-    prompts = iter(chat_prompt_ids([item.prompt for item in good], template.tokenizer))
+    tokens = iter(_tokenise(template.tokenizer, [item.text for item, _ in good]))
+    prompts = iter(chat_prompt_ids([item.prompt for item, ask in good if ask], template.tokenizer))
     return [
-        item if isinstance(item, RowError) else _to_token_row(item, next(tokens), next(prompts), template, loss)
-        for item in rendered
+        item
+        if isinstance(item, RowError)
+        else _to_token_row(item, next(tokens), next(prompts) if ask else None, template, loss)
+        for item, ask in zip(rendered, wanted, strict=True)
     ]
 
 
@@ -180,9 +189,9 @@ def chat_prompt_ids(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
     return [tokens.ids for tokens in _tokenise(tokenizer, list(texts))]
 
 
-def _attempt(template: ChatTemplate, chat: Chat) -> Rendered | RowError:
+def _attempt(template: ChatTemplate, chat: Chat, *, asked: bool) -> Rendered | RowError:
     try:
-        return template.render(chat)
+        return template.render(chat, asked=asked)
     except RowError as error:
         return error
 
@@ -201,13 +210,15 @@ def _tokenise(tokenizer: Any, texts: list[str]) -> list[_Tokens]:
 
 
 def _to_token_row(
-    rendered: Rendered, tokens: _Tokens, prompt: list[int], template: ChatTemplate, loss: str
+    rendered: Rendered, tokens: _Tokens, prompt: list[int] | None, template: ChatTemplate, loss: str
 ) -> TokenRow:
     turns = [_token_span(tokens.offsets, turn) for turn in rendered.turns]
     if loss == "completion":
         turns = turns[-1:]
     ids, turns = _with_stop(tokens.ids, turns, template)
     learned = [(1, len(ids))] if loss == "all" else turns
+    if prompt is None:
+        return TokenRow(tuple(ids), tuple(learned))
     return TokenRow(tuple(ids), tuple(learned), tuple(prompt), rendered.prompt, rendered.answer)
 
 

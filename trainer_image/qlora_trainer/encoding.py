@@ -1,7 +1,7 @@
 """Rows to token rows, a batch at a time: each format's way, and what happens to rows that are too long."""
 
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Final, NamedTuple, TypeVar, cast
@@ -38,11 +38,14 @@ class Encoder:
     chat: ChatTemplate | None
     """None where there are no chats."""
 
-    def rows(self, source: Source) -> Iterator[EncodedRow]:
-        """Yield the token rows of a source; when they are through, refuse what its chat template refused."""
+    def rows(self, source: Source, asked: Callable[[bytes], bool]) -> Iterator[EncodedRow]:
+        """Yield the token rows of a source; when they are through, refuse what its chat template refused.
+
+        `asked` tells by a row's hash whether it is held out, so that its prompt is needed.
+        """
         problems = Problems()
         for batch in batched(source.rows(), BATCH_ROWS):
-            encoded = self._encode([placed.row for placed in batch], source.row_format)
+            encoded = self._encode([placed.row for placed in batch], source.row_format, asked)
             for placed, row in zip(batch, encoded, strict=True):
                 if isinstance(row, RowError):
                     problems.add(placed.place, row)
@@ -51,9 +54,12 @@ class Encoder:
         if problems.total:
             raise RunError(Reason.DATASET_INVALID, f"{source.owner.field}: {problems}")
 
-    def _encode(self, rows: Sequence[Row], row_format: RowFormat) -> Sequence[TokenRow | RowError]:
+    def _encode(
+        self, rows: Sequence[Row], row_format: RowFormat, asked: Callable[[bytes], bool]
+    ) -> Sequence[TokenRow | RowError]:
         if row_format == "chat" and self.chat is not None:
-            return encode_chats(cast("Sequence[Chat]", rows), self.chat, self.loss)
+            chats = cast("Sequence[Chat]", rows)
+            return encode_chats(chats, self.chat, self.loss, [asked(row.digest) for row in chats])
         if row_format == "text":
             return encode_texts(cast("Sequence[Text]", rows), self.tokenizer)
         return encode_examples(cast("Sequence[Example]", rows), self.tokenizer, self.loss)

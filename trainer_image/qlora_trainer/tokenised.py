@@ -80,14 +80,14 @@ def _write(  # noqa: PLR0913, PLR0917 (where rows come from, what is done with t
         shards.ShardWriter(folder / _HELD_OUT, with_text=True) as examined,
     ):
         for source, portion in zip(dataset.sources, survey.portions, strict=True):
-            for encoded in encoder.rows(source):
+            examined_here = portion.held_out if dataset.held_out is None else frozenset[bytes]()
+            for encoded in encoder.rows(source, examined_here.__contains__):
                 times = portion.times(encoded.digest)
                 if times and (row := ruler.fit(encoded, tallies.training, times)):
                     learned.add(row, times)
-                held_out = dataset.held_out is None and encoded.digest in portion.held_out
-                if held_out and (row := ruler.fit(encoded, tallies.held_out)):
+                if encoded.digest in examined_here and (row := ruler.fit(encoded, tallies.held_out)):
                     examined.add(row)
-        for encoded in encoder.rows(dataset.held_out) if dataset.held_out else ():
+        for encoded in encoder.rows(dataset.held_out, lambda _: True) if dataset.held_out else ():
             if row := ruler.fit(encoded, tallies.held_out):
                 examined.add(row)
         return sha256_of(f"{learned.digest} {examined.digest}".encode())

@@ -177,6 +177,25 @@ def test_a_template_that_forgets_answers_must_mark_them_itself(tokenizer):
     assert "put {% generation %} around the answer" in str(row)
 
 
+@pytest.mark.parametrize("source", [CHATML, LLAMA3, THINKING, MISTRAL, TAGGED, BARE])
+def test_a_row_that_is_learned_from_has_the_same_tokens_and_no_prompt(tokenizer, source):
+    template = load_chat_template(tokenizer, source)
+    learned_from, asked = encode_chats([LONG, LONG], template, "auto", [False, True])
+    assert isinstance(asked, TokenRow)
+    assert learned_from == TokenRow(asked.input_ids, asked.learned)
+    assert asked == encode(tokenizer, source, LONG)
+    assert asked.prompt_ids
+
+
+def test_tagged_rows_that_are_learned_from_are_rendered_once(tokenizer):
+    """The template that asks is the one that refuses: nobody asks a row that is learned from."""
+    once = "{% if add_generation_prompt %}{{ raise_exception('asked') }}{% endif %}" + TAGGED
+    template = load_chat_template(tokenizer, once)
+    learned_from, asked = encode_chats([LONG, LONG], template, "auto", [False, True])
+    assert isinstance(learned_from, TokenRow)
+    assert isinstance(asked, RowError)
+
+
 def test_a_model_without_a_template_needs_one(tokenizer):
     with pytest.raises(RunError, match=r"give spec\.dataset\.chatTemplate") as caught:
         load_chat_template(tokenizer, None)
