@@ -24,6 +24,8 @@ from qlora_operator.plan.sizing import DoesNotFitError, Room
 from qlora_operator.rules import ANYWHERE
 
 GIBIBYTE: Final = 1 << 30
+_PEAK: Final = "peak "
+"""How the reason begins that the table tells in full."""
 
 
 def check_memory(quantity: str | None) -> str | None:
@@ -96,7 +98,8 @@ def show(jobs: list[JobManifest], outlooks: list[Outlook], output: Output) -> No
     for job, outlook in zip(jobs, outlooks, strict=True):
         console.print(tabulate(job, outlook))
         for reason in outlook.reasons:
-            console.print(escape(reason), soft_wrap=True)
+            if not reason.startswith(_PEAK):
+                console.print(escape(reason), soft_wrap=True)
 
 
 def tabulate(job: JobManifest, outlook: Outlook) -> Table:

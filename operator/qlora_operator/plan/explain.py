@@ -95,7 +95,8 @@ def _explain_micro_batch(work: Workload, sizing: Sizing) -> str:
     share = ceil(work.spec.training.global_batch_size / sizing.room.processes)
     largest = micro_batches(work, sizing.room.processes)[0]
     if size < largest:
-        return f"micro-batch {size}: the largest divisor of a GPU's {share} rows that fits"
+        how = "" if sizing.layout.checkpointing else " without recomputing"
+        return f"micro-batch {size}: the largest divisor of a GPU's {share} rows that fits{how}"
     if size < share:
         return f"micro-batch {size}: rows of {work.rows.mean:.0f} tokens on average fill a pass of 4,096"
     return f"micro-batch {size}: all rows of a GPU's step in one pass"

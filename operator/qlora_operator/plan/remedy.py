@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from math import ceil
 from typing import Final
 
 from pydantic import BaseModel
@@ -46,8 +47,8 @@ def find_remedy(work: Workload, offer: Offer, misfit: Misfit) -> str:
     others = (change.sentence for change in find_changes(work) if _fits(change, offer))
     if (found := next(fits, None) or _more_gpus(work, offer) or next(others, None)) is not None:
         return f"it fits with {found}"
-    needed = misfit.nearest.estimate.peak / (1 - RESERVED_SHARE) / GIBIBYTE
-    return f"it fits on a GPU with {needed:.0f} GiB or more"
+    needed = ceil(misfit.nearest.estimate.peak / (1 - RESERVED_SHARE) / GIBIBYTE)
+    return f"it fits on a GPU with {needed} GiB or more"
 
 
 def _fits(change: Change, offer: Offer) -> bool:
