@@ -58,7 +58,7 @@ class MemoryEstimate:
     base: BaseBytes
     """Of one process's share."""
     adapter: int
-    """What learns beside the base, in fp32, and the fp32 copy of a divided optimizer."""
+    """What learns beside the base, in fp32, and ZeRO-2's copy of it."""
     gradients: int
     optimizer: int
     activations: int
@@ -191,7 +191,7 @@ def estimate_memory(work: Workload, layout: Layout) -> MemoryEstimate:
     base = BaseBytes(ceil(work.base.weights / weights_parts), work.base.constants)
     return MemoryEstimate(
         base=base,
-        adapter=_adapter_bytes(work, learned, parts, weights_parts),
+        adapter=_adapter_bytes(work, layout, learned),
         gradients=ceil(learned / parts),
         optimizer=ceil(optimizer_bytes(work.trainable, layout.optimizer) / parts),
         activations=work.activations(layout.micro_batch, checkpointing=layout.checkpointing).peak,
@@ -201,10 +201,11 @@ def estimate_memory(work: Workload, layout: Layout) -> MemoryEstimate:
     )
 
 
-def _adapter_bytes(work: Workload, learned: int, parts: int, weights_parts: int) -> int:
-    own = 0 if work.whole else ceil(learned / weights_parts)
-    # DeepSpeed steps on a flat fp32 copy of its part, whatever the weights are.
-    copy = ceil(learned / parts) if parts > 1 else 0
+def _adapter_bytes(work: Workload, layout: Layout, learned: int) -> int:
+    """Return the weights that learn beside the base; with method full they are the base."""
+    own = 0 if work.whole else ceil(learned / (layout.processes if layout.strategy == "zero3" else 1))
+    # ZeRO-2 steps on a flat copy of its part; ZeRO-3 on the parts themselves, which are fp32 already.
+    copy = ceil(learned / layout.processes) if layout.strategy == "zero2" else 0
     # PiSSA's first matrices stay beside the ones that learn, since the base is without them.
     start = sum(work.trainable.matrices) * FP32 if work.spec.lora.init == "pissa" and not work.whole else 0
     return own + copy + start

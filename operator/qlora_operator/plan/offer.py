@@ -20,6 +20,7 @@ _MEBIBYTE: Final = 1 << 20
 _UNITS: Final = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY: Final = {"Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30, "Ti": 1 << 40}
 _QUANTITY: Final = re.compile(r"([0-9]+(?:\.[0-9]+)?)(Ki|Mi|Gi|Ti|k|M|G|T)?")
+_NOT_SHARED: Final = frozenset({"0", "1"})
 _KEEPS_OUT: Final = frozenset({"NoSchedule", "NoExecute"})
 
 
@@ -75,7 +76,9 @@ def _read_node(node: Mapping[str, Any]) -> Pool | None:
     labels: Mapping[str, str] = node["metadata"].get("labels", {})
     count = int(node.get("status", {}).get("allocatable", {}).get(GPU, "0"))
     mebibytes = labels.get(f"{GPU}.memory", "")
-    if count == 0 or not mebibytes.isdigit():
+    # A GPU that is sliced by time is counted several times, and its memory belongs to all of them.
+    shared = labels.get(f"{GPU}.replicas", "1") not in _NOT_SHARED
+    if count == 0 or shared or not mebibytes.isdigit():
         return None
     major, minor = labels.get(f"{GPU}.compute.major", ""), labels.get(f"{GPU}.compute.minor", "0")
     capability = (int(major), int(minor)) if major.isdigit() and minor.isdigit() else None

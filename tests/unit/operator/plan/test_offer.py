@@ -11,10 +11,15 @@ GIBIBYTE = 1 << 30
 
 
 def make_node(
-    product: str = "NVIDIA-A10", memory: str | None = "23028", gpus: str | None = "1", **spec: Any
+    product: str = "NVIDIA-A10",
+    memory: str | None = "23028",
+    gpus: str | None = "1",
+    replicas: str = "1",
+    **spec: Any,
 ) -> dict[str, Any]:
     """A node with GPUs; labels as gpu-feature-discovery writes them."""
     labels = {"nvidia.com/gpu.product": product, "nvidia.com/gpu.compute.major": "8", "zone": "a"}
+    labels |= {"nvidia.com/gpu.replicas": replicas}
     labels |= {"nvidia.com/gpu.compute.minor": "6"} | ({"nvidia.com/gpu.memory": memory} if memory else {})
     allocatable = {"cpu": "8"} | ({"nvidia.com/gpu": gpus} if gpus else {})
     return {"metadata": {"name": "n", "labels": labels}, "spec": spec, "status": {"allocatable": allocatable}}
@@ -39,6 +44,7 @@ def test_equal_nodes_are_one_pool_and_the_smallest_comes_first() -> None:
         pytest.param(make_node(gpus="0"), id="all-unhealthy"),
         pytest.param(make_node(memory=None), id="memory-unknown"),
         pytest.param(make_node(unschedulable=True), id="cordoned"),
+        pytest.param(make_node(replicas="4", gpus="4"), id="sliced-by-time"),
         pytest.param(make_node(taints=[{"key": "team", "value": "b", "effect": "NoSchedule"}]), id="tainted"),
         pytest.param({"metadata": {"name": "n"}, "status": {"allocatable": {"cpu": "8"}}}, id="no-gpus"),
     ],
