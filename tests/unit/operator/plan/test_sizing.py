@@ -77,7 +77,7 @@ def test_the_smallest_gpu_that_fits_is_taken() -> None:
 def test_a_run_that_may_choose_takes_the_fewest_gpus() -> None:
     full = make_work("llama-3.2-3b", **FULL)
     eight = sized(full, pool(40, gpus=8), flexible=True)
-    assert (eight.room.gpus_per_node, eight.layout.strategy) == (4, "zero2")
+    assert (eight.room.gpus_per_node, eight.layout.strategy) == (2, "zero3")
     assert sized(make_work("llama-3.2-3b"), pool(24, gpus=8), flexible=True).room.gpus_per_node == 1
 
 
@@ -181,7 +181,7 @@ def test_more_gpus_are_named_before_another_method() -> None:
     offer = (pool(40, gpus=8),)
     found = size_run(work, offer)
     assert isinstance(found, Misfit)
-    assert describe_misfit(work, offer, found).endswith("it fits with spec.resources.gpusPerNode 4")
+    assert describe_misfit(work, offer, found).endswith("it fits with spec.resources.gpusPerNode 2")
 
 
 def test_a_strategy_that_was_asked_for_may_have_to_go() -> None:
@@ -191,7 +191,7 @@ def test_a_strategy_that_was_asked_for_may_have_to_go() -> None:
     work, offer = Workload(asked, shape_of("llama-3.2-3b"), Rows(2048, 2048)), (pool(40, gpus=8),)
     found = size_run(work, offer)
     assert isinstance(found, Misfit)
-    sentence = "it fits with spec.resources.gpusPerNode 4 and spec.distribution zero2"
+    sentence = "it fits with spec.resources.gpusPerNode 2 and spec.distribution zero3"
     assert describe_misfit(work, offer, found).endswith(sentence)
 
 
