@@ -58,6 +58,13 @@ MUTATIONS: Final = (
         test=f"{_TESTS}/test_traps_result.py::test_trap_4_an_answer_ends_with_any_token_that_the_model_names",
     ),
     Mutation(
+        trap=4,
+        file=f"{_TRAINER}/answers.py",
+        old=", *named, end_of_turn(tokenizer))",
+        new=", *named)",
+        test=f"{_TESTS}/test_traps_result.py::test_trap_4_an_answer_ends_with_the_token_that_ends_a_turn_of_the_template",
+    ),
+    Mutation(
         trap=5,
         file=f"{_TRAINER}/tokens.py",
         old="return ids[1:] if start is not None and ids[:2] == [start, start] else ids",
