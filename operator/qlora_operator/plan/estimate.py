@@ -86,8 +86,13 @@ class MemoryEstimate:
         return max(self.loading, self.training)
 
     @property
+    def least(self) -> int:
+        """Return what the GPU must have if torch's allocator wastes nothing."""
+        return self.allocated + self.outside
+
+    @property
     def peak(self) -> int:
-        """Return what the GPU must have."""
+        """Return what the GPU should have."""
         return ceil(self.allocated * (1 + SLACK)) + self.outside if self.outside else self.allocated
 
 

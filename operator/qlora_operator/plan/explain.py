@@ -121,8 +121,9 @@ def explain_peak(sizing: Sizing) -> str:
         "exchange": found.collected,
         "context": found.outside,
     }
+    verdict = "; tight: it fits if torch's allocator needs less than that slack" if sizing.tight else ""
     shown = ", ".join(f"{name} {size / GIBIBYTE:.2f}" for name, size in parts.items() if size)
-    return f"peak {_gib(found.peak)} of {_gib(sizing.room.pool.usable)} per GPU: {shown}, slack 7 %"
+    return f"peak {_gib(found.peak)} of {_gib(sizing.room.pool.usable)} per GPU: {shown}, slack 7 %{verdict}"
 
 
 def _gib(size: int) -> str:

@@ -52,7 +52,11 @@ def find_remedy(work: Workload, offer: Offer, misfit: Misfit) -> str:
 
 
 def _fits(change: Change, offer: Offer) -> bool:
-    return isinstance(size_run(change.work, offer), Sizing)
+    return _does_fit(size_run(change.work, offer))
+
+
+def _does_fit(found: Sizing | Misfit | None) -> bool:
+    return isinstance(found, Sizing) and not found.tight
 
 
 def find_harmless(work: Workload, misfit: Misfit) -> Iterator[Change]:
@@ -105,7 +109,7 @@ def _more_gpus(work: Workload, offer: Offer) -> str | None:
     """Return how many GPUs of the offer would do, where several divide what one cannot hold."""
     change = _changed(work.spec, "resources", nodes=1).model_copy(update={"distribution": "auto"})
     sized = size_run(replace(work, spec=change), offer, flexible=True)
-    if sized is None or isinstance(sized, Misfit):
+    if not isinstance(sized, Sizing) or sized.tight:
         return None
     gpus, asked = sized.room.gpus_per_node, work.spec.distribution
     divided = "" if asked in {"auto", sized.layout.strategy} else f" and spec.distribution {sized.layout.strategy}"

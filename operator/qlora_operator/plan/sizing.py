@@ -37,11 +37,21 @@ class Room:
 
 @dataclass(frozen=True)
 class Sizing:
-    """A way to run that fits."""
+    """A way to run."""
 
     room: Room
     layout: Layout
     estimate: MemoryEstimate
+
+    @property
+    def tight(self) -> bool:
+        """Return whether it fits only if torch's allocator holds less beyond its tensors than it usually does."""
+        return self.estimate.peak > self.room.pool.usable
+
+    @property
+    def hopeless(self) -> bool:
+        """Return whether the tensors alone do not fit."""
+        return self.estimate.least > self.room.pool.usable
 
 
 @dataclass(frozen=True)
@@ -65,7 +75,7 @@ def size_run(work: Workload, offer: Offer, *, flexible: bool = False) -> Sizing 
     tried = [_size_room(work, room) for room in find_rooms(work, offer, flexible=flexible)]
     fitting = [sizing for sizing in tried if isinstance(sizing, Sizing)]
     if fitting:
-        return min(fitting, key=lambda sizing: (_cost(sizing.room), sizing.room.processes))
+        return min(fitting, key=lambda sizing: (sizing.tight, _cost(sizing.room), sizing.room.processes))
     misfits = [sizing for sizing in tried if isinstance(sizing, Misfit)]
     return min(misfits, key=lambda misfit: misfit.missing, default=None)
 
@@ -102,7 +112,7 @@ def _cost(room: Room) -> int:
 
 
 def _size_room(work: Workload, room: Room) -> Sizing | Misfit:
-    """Take the first of the ways, the simplest first, that fits."""
+    """Take the first of the ways, the simplest first, that fits; else the smallest, if it may."""
     nearest: Sizing | None = None
     for layout in find_layouts(work, room.processes):
         fastest = _fastest(work, room, layout)
@@ -111,7 +121,8 @@ def _size_room(work: Workload, room: Room) -> Sizing | Misfit:
         if nearest is None or fastest.nearest.estimate.peak < nearest.estimate.peak:
             nearest = fastest.nearest
     assert nearest is not None  # noqa: S101 (there is always a layout)
-    return Misfit(nearest)
+    # An estimate that may be too large must not refuse what could run; a training that runs out of memory says so.
+    return Misfit(nearest) if nearest.hopeless else nearest
 
 
 def find_layouts(work: Workload, processes: int) -> Iterator[Layout]:

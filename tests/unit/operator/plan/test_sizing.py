@@ -13,7 +13,7 @@ from qlora_operator.plan.estimate import SLACK, Layout, Rows, Workload, as_dense
 from qlora_operator.plan.explain import explain_sizing
 from qlora_operator.plan.families import read_shape
 from qlora_operator.plan.offer import Pool
-from qlora_operator.plan.remedy import describe_misfit, find_changes, find_harmless
+from qlora_operator.plan.remedy import describe_misfit, find_changes, find_harmless, find_remedy
 from qlora_operator.plan.shapes import ModelShape, UnknownModelError
 from qlora_operator.plan.sizing import Misfit, Sizing, find_rooms, size_run
 from tests.make import make_spec
@@ -49,8 +49,14 @@ def pool(gibibytes: float, gpus: int = 1, nodes: int = 1, name: str = "") -> Poo
 def sized(work: Workload, *pools: Pool, flexible: bool = False) -> Sizing:
     found = size_run(work, pools, flexible=flexible)
     assert isinstance(found, Sizing), found
-    assert found.estimate.peak <= found.room.pool.usable
+    assert not found.tight
     return found
+
+
+def nearest_of(work: Workload, offer: tuple[Pool, ...]) -> Sizing:
+    found = size_run(work, offer)
+    assert found is not None
+    return found.nearest if isinstance(found, Misfit) else found
 
 
 @pytest.mark.parametrize(
@@ -165,15 +171,25 @@ RANK_512 = {"rank": 512, **ALL}
 def test_the_cheapest_change_that_fits(before: dict[str, Any], after: dict[str, Any], remedy: str) -> None:
     work = make_work("llama-3.1-8b", **before)
     offer = (Pool("", least(make_work("llama-3.1-8b", **after))),)
-    found = size_run(work, offer)
-    assert isinstance(found, Misfit)
-    assert describe_misfit(work, offer, found).endswith(f"it fits with {remedy}")
-    tried = [*find_harmless(work, found), *find_changes(work)]
+    nearest = Misfit(nearest_of(work, offer))
+    assert find_remedy(work, offer, nearest) == f"it fits with {remedy}"
+    tried = [*find_harmless(work, nearest), *find_changes(work)]
     place = next(number for number, change in enumerate(tried) if change.sentence == remedy)
-    assert [isinstance(size_run(change.work, offer), Sizing) for change in tried[: place + 1]] == [
-        *[False] * place,
-        True,
-    ]
+    fits = [not nearest_of(change.work, offer).tight for change in tried[: place + 1]]
+    assert fits == [*[False] * place, True]
+
+
+def test_what_may_fit_is_tried_and_what_cannot_is_refused() -> None:
+    work = make_work("llama-3.1-8b", lora=ALL)
+    smallest = nearest_of(work, (pool(0.001),)).estimate
+    tight = size_run(work, (Pool("", ceil(smallest.least / 0.98) + 1),))
+    assert isinstance(tight, Sizing)
+    assert (tight.tight, tight.layout.micro_batch, tight.layout.checkpointing) == (True, 1, True)
+    assert explain_sizing(work, tight)[-1].endswith("; tight: it fits if torch's allocator needs less than that slack")
+    assert isinstance(size_run(work, (Pool("", int(smallest.least / 0.98) - 1),)), Misfit)
+    roomy = size_run(work, (tight.room.pool, pool(80)))
+    assert isinstance(roomy, Sizing)
+    assert roomy.room.pool.memory == 80 * GIBIBYTE
 
 
 def test_more_gpus_are_named_before_another_method() -> None:
