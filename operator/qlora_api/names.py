@@ -125,6 +125,7 @@ class Reason(StrEnum):
     GATED_MODEL_NO_ACCESS = "GatedModelNoAccess"
     UNSAFE_MODEL_FORMAT = "UnsafeModelFormat"
     MODEL_UNSUPPORTED = "ModelUnsupported"
+    DOES_NOT_FIT = "DoesNotFit"
     DATASET_NOT_FOUND = "DatasetNotFound"
     DATASET_INVALID = "DatasetInvalid"
     DATASET_EMPTY = "DatasetEmpty"
@@ -195,6 +196,10 @@ GUIDANCE: Final[dict[Reason, Guidance]] = {
     ),
     Reason.MODEL_UNSUPPORTED: Guidance(
         "The model's architecture, tokenizer or modules do not fit the manifest.", "See the message for what fits."
+    ),
+    Reason.DOES_NOT_FIT: Guidance(
+        "The run needs more memory than any GPU that it may have; none was asked for.",
+        "Make the change that the message names, or add a larger GPU; then create the QLoRAJob anew.",
     ),
     Reason.DATASET_NOT_FOUND: Guidance("No object was found at a dataset's URI.", "Correct spec.dataset.uri."),
     Reason.DATASET_INVALID: Guidance(

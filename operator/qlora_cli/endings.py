@@ -2,9 +2,9 @@
 
 import contextlib
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
-from typing import Never
+from typing import Final, Never
 
 import typer
 from rich.console import Console
@@ -12,7 +12,12 @@ from rich.markup import escape
 
 from qlora_api.names import GUIDANCE, Reason
 from qlora_cli.libraries import NoGpuError, NoTrainerError
+from qlora_operator.plan.sizing import DoesNotFitError
 
+_REASONS: Final[Mapping[type[Exception], Reason]] = {
+    NoGpuError: Reason.ACCELERATOR_MISSING,
+    DoesNotFitError: Reason.DOES_NOT_FIT,
+}
 STOPPED = 130
 """The exit code of a shell's command that was interrupted."""
 
@@ -30,8 +35,8 @@ def ending(console: Console, stopped: str, refuse: Callable[[Console, Reason | N
         raise
     except KeyboardInterrupt:
         end_stopped(console, stopped)
-    except (NoGpuError, NoTrainerError) as error:
-        refuse(console, Reason.ACCELERATOR_MISSING if isinstance(error, NoGpuError) else None, str(error))
+    except (NoGpuError, NoTrainerError, DoesNotFitError) as error:
+        refuse(console, _REASONS.get(type(error)), str(error))
     except Exception as error:
         known = explain(error)
         if known.reason is Reason.INTERRUPTED:

@@ -1,11 +1,13 @@
 """The trainer's libraries, which come with torch: looked for first, set up once, imported late."""
 
 from importlib.util import find_spec
+from math import ceil
 from pathlib import Path
 from typing import Any
 
 from qlora_api.runconfig import Platform
 from qlora_cli.quiet import quieten_libraries
+from qlora_operator.plan.offer import RESERVED_SHARE, Offer, Pool
 
 
 class NoTrainerError(Exception):
@@ -39,6 +41,18 @@ def open_places(platform: Platform) -> tuple[Any, Path]:
     from qlora_trainer.snapshot import Places  # noqa: PLC0415 (as above)
 
     return Places(platform, environment_secrets()), work
+
+
+def find_gpus() -> Offer:
+    """Return the GPUs of this computer as torch sees them; the first one's kind stands for all."""
+    import torch  # noqa: PLC0415 (takes seconds)
+
+    if not torch.cuda.is_available():
+        return ()
+    first = torch.cuda.get_device_properties(0)
+    # torch leaves out what the driver keeps, and an offer has it in.
+    memory = ceil(first.total_memory / (1 - RESERVED_SHARE))
+    return (Pool(first.name, memory, torch.cuda.device_count(), 1, (first.major, first.minor)),)
 
 
 def cuda_available() -> bool:

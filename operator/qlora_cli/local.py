@@ -10,9 +10,10 @@ from qlora_api.report import LastWord
 from qlora_api.result import Result
 from qlora_api.runconfig import Platform, PrepareConfig, RunConfig
 from qlora_api.v1alpha1 import Plan, Progress
-from qlora_cli.libraries import NoGpuError, cuda_available, set_up_libraries
+from qlora_cli.libraries import NoGpuError, find_gpus, set_up_libraries
 from qlora_cli.manifests import JobManifest
 from qlora_operator.plan import make_plan
+from qlora_operator.plan.offer import Offer
 
 ATTEMPT = 1
 STOPPING = "stopping after this step, with a checkpoint; press Ctrl-C again to stop at once"
@@ -35,7 +36,7 @@ class Screen(Protocol):
 class Trainer:
     """The parts of the trainer that a run needs; they come with torch, so they are loaded late."""
 
-    cuda_available: Callable[[], bool]
+    find_gpus: Callable[[], Offer]
     prepare: Callable[[PrepareConfig, Callable[[str], None]], Prepared]
     run: Callable[[RunConfig, Screen], Result]
 
@@ -45,7 +46,7 @@ def load_trainer() -> Trainer:
     set_up_libraries()
     from qlora_trainer.prepare import prepare  # noqa: PLC0415 (its libraries read their settings when imported)
 
-    return Trainer(cuda_available, prepare, _run)
+    return Trainer(find_gpus, prepare, _run)
 
 
 def _run(config: RunConfig, screen: Screen) -> Result:
@@ -59,12 +60,12 @@ def _run(config: RunConfig, screen: Screen) -> Result:
 
 def run_locally(manifest: JobManifest, platform: Platform, trainer: Trainer, screen: Screen) -> LastWord:
     """Prepare, plan, train, evaluate and publish; what was published before is not done again."""
-    check_device(manifest, trainer)
+    offer = find_offer(manifest, trainer)
     job, namespace, spec = manifest.metadata.name, manifest.metadata.namespace, manifest.spec
     prepared = trainer.prepare(PrepareConfig(namespace=namespace, job=job, spec=spec, platform=platform), screen.note)
     if prepared.published is not None:
         return LastWord(reason=Reason.ALREADY_PUBLISHED, prepared=prepared, result=prepared.published)
-    plan = make_plan(spec, prepared)
+    plan = make_plan(spec, prepared, offer)
     screen.show_plan(plan)
     config = RunConfig(
         namespace=namespace, job=job, attempt=ATTEMPT, spec=spec, plan=plan, prepared=prepared, platform=platform
@@ -73,11 +74,13 @@ def run_locally(manifest: JobManifest, platform: Platform, trainer: Trainer, scr
     return LastWord(reason=Reason.PUBLISHED, step=result.steps, prepared=prepared, result=result)
 
 
-def check_device(manifest: JobManifest, trainer: Trainer) -> None:
-    """Refuse at once what could only fail after the preparation."""
+def find_offer(manifest: JobManifest, trainer: Trainer) -> Offer:
+    """Return the GPUs of this computer where a run wants any; refuse at once what could only fail later."""
     wanted = manifest.spec.resources.gpus_per_node
-    if wanted and not trainer.cuda_available():
+    offer = trainer.find_gpus() if wanted else ()
+    if wanted and not offer:
         raise NoGpuError(
             f"spec.resources.gpusPerNode is {wanted}, and PyTorch finds no CUDA device on this computer; "
             "to train on the CPU add --set resources.gpusPerNode=0"
         )
+    return offer

@@ -7,6 +7,7 @@ import pytest
 from typer.testing import CliRunner
 from typer.testing import Result as Invocation
 
+from qlora_api.modelconfig import reduce_config
 from qlora_api.names import Phase, Reason
 from qlora_api.report import LastWord
 from qlora_api.runconfig import Platform, PrepareConfig, RunConfig, S3Config
@@ -16,9 +17,12 @@ from qlora_cli.documents import parse_documents
 from qlora_cli.local import Trainer
 from qlora_cli.manifests import parse_manifest
 from qlora_operator.plan import make_plan
+from qlora_operator.plan.offer import Pool
 from qlora_operator.rules import ANYWHERE
 from qlora_trainer.errors import RunError
 from tests.unit.cli.make import JOB, RESULT, make_prepared, make_progress
+
+CONFIGS = Path(__file__).parents[1] / "operator" / "plan" / "configs"
 
 
 @dataclass
@@ -27,14 +31,16 @@ class FakeTrainer:
 
     error: BaseException | None = None
     published: bool = False
-    cuda: bool = False
+    gpus: tuple[Pool, ...] = ()
+    config: str = ""
     prepares: list[PrepareConfig] = field(default_factory=list)
     runs: list[RunConfig] = field(default_factory=list)
 
     def prepare(self, config, note):
         self.prepares.append(config)
         note("24 rows [checked]")
-        return make_prepared(RESULT if self.published else None)
+        prepared = make_prepared(RESULT if self.published else None)
+        return prepared.model_copy(update={"model": prepared.model.model_copy(update={"config": self.config})})
 
     def run(self, config, sink):
         self.runs.append(config)
@@ -46,7 +52,7 @@ class FakeTrainer:
         return RESULT
 
     def load(self):
-        return Trainer(lambda: self.cuda, self.prepare, self.run)
+        return Trainer(lambda: self.gpus, self.prepare, self.run)
 
 
 @pytest.fixture
@@ -179,9 +185,25 @@ def test_a_gpu_that_this_computer_lacks_is_refused_before_anything_is_done(train
 
 
 def test_a_gpu_that_this_computer_has_is_used(trainer, job):
-    trainer.cuda = True
+    trainer.gpus = (Pool("NVIDIA L4", 24 << 30, 1, 1, (8, 9)),)
     assert qlora(job, "--set", "resources.gpusPerNode=1").exit_code == 0
     assert trainer.runs[0].plan.device == "cuda"
+    assert trainer.runs[0].plan.peak_bytes is None
+
+
+def test_a_run_is_sized_by_the_gpu_of_this_computer(trainer, job):
+    trainer.gpus = (Pool("NVIDIA L4", 24 << 30, 1, 1, (8, 9)),)
+    trainer.config = reduce_config(json.loads((CONFIGS / "llama-3.2-3b.json").read_text()))
+    assert qlora(job, "--set", "resources.gpusPerNode=1").exit_code == 0
+    plan = trainer.runs[0].plan
+    assert plan.peak_bytes < 24 << 30
+    assert plan.reasons[0] == "1 x NVIDIA L4 on 1 node: as spec.resources asks"
+    trainer.config = reduce_config(json.loads((CONFIGS / "llama-2-70b.json").read_text()))
+    result = qlora(job, "--set", "resources.gpusPerNode=1")
+    assert (result.exit_code, len(trainer.runs)) == (1, 1)
+    assert "error: DoesNotFit" in result.stderr
+    assert "GiB more than the 23.5 GiB that a process has on a NVIDIA L4" in result.stderr
+    assert "what to do: Make the change that the message names" in result.stderr
 
 
 @pytest.mark.parametrize(
