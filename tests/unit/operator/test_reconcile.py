@@ -90,7 +90,7 @@ async def test_the_training_pod_gets_plan_and_facts(cluster: FakeCluster) -> Non
     await live_to_the_end(cluster)
     config = RunConfig.model_validate_json(cluster.children["ConfigMap", TRAIN]["data"][names.RUN_CONFIG_FILE])
     assert config.prepared == make_prepared()
-    assert config.plan.model_dump(mode="json", by_alias=True) == cluster.status["plan"] | {
+    assert config.plan.model_dump(mode="json", by_alias=True, exclude_none=True) == cluster.status["plan"] | {
         "reasons": list(config.plan.reasons)
     }
 
