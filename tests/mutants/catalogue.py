@@ -11,15 +11,15 @@ MUTATIONS: Final = (
     Mutation(
         trap=1,
         file=f"{_TRAINER}/train.py",
-        old="            torch.autograd.backward(loss)\n",
-        new="            torch.autograd.backward(loss * labels / len(batch.labels))\n",
+        old="        torch.autograd.backward(loss)\n",
+        new="        torch.autograd.backward(loss / weight / len(batch.labels))\n",
         test=f"{_TESTS}/parity/test_parity.py::test_gradient_accumulation_of_1_x_16_is_16_x_1",
     ),
     Mutation(
         trap=1,
         file=f"{_TRAINER}/train.py",
-        old="            torch.autograd.backward(loss)\n",
-        new="            torch.autograd.backward(loss * labels / len(batch.labels))\n",
+        old="        torch.autograd.backward(loss)\n",
+        new="        torch.autograd.backward(loss / weight / len(batch.labels))\n",
         test=f"{_TESTS}/test_traps_loop.py::test_trap_01_micro_batches_do_not_change_a_step",
     ),
     Mutation(

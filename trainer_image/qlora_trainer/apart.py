@@ -4,7 +4,7 @@ SDPA computes every pair of positions of what it gets, whatever the mask says. S
 410,000 pairs; beside each other they are 26,000.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Final
 
@@ -36,6 +36,8 @@ class Layout:
     """Token at each place of the lines [rows, width]; a row's last token again where the row has ended."""
     filled: torch.Tensor
     """Whether the row has not ended there [rows, width]."""
+    masks: dict[torch.Tensor, torch.Tensor] = field(default_factory=dict)
+    """Masks laid apart, by what they were made of: full and sliding layers have one each. They go with the layout."""
 
     def lay_apart(self, states: torch.Tensor) -> torch.Tensor:
         """Turn [1, heads, tokens, size] into [rows, heads, width, size], with zeros behind the ends."""
@@ -43,11 +45,12 @@ class Layout:
         lines = joined.new_zeros(self.filled.numel(), *joined.shape[1:]).index_copy(0, self.places, joined)
         return lines.view(*self.filled.shape, *joined.shape[1:]).transpose(1, 2)
 
-    @lru_cache(maxsize=2)  # noqa: B019 (two batches at most are kept; full and sliding layers have a mask each)
     def mask_apart(self, mask: torch.Tensor) -> torch.Tensor:
         """Turn a mask [1, 1, tokens, tokens] into [rows, 1, width, width]; nothing sees what is behind an end."""
-        lines = mask[0, 0][self.tokens[:, :, None], self.tokens[:, None, :]]
-        return (lines & self.filled[:, None, :])[:, None]
+        if mask not in self.masks:
+            lines = mask[0, 0][self.tokens[:, :, None], self.tokens[:, None, :]]
+            self.masks[mask] = (lines & self.filled[:, None, :])[:, None]
+        return self.masks[mask]
 
     def join(self, lines: torch.Tensor) -> torch.Tensor:
         """Turn [rows, width, heads, size] into [1, tokens, heads, size]."""

@@ -171,16 +171,22 @@ class Loop:
 
     def _accumulate(self, rows: Sequence[TokenRow], labels: int) -> float:
         """Add up the gradients of this process's micro-batches, and return its summed loss."""
-        total, packing = 0.0, self.choices.packing
         # With fp16's scale from the start: small gradients of the logits would be lost before a later one.
         weight = self.scaler.scale(torch.ones((), device=self.tuned.device)) / labels
-        for group in micro_batches(rows, self.schedule.micro_batch, packing=packing):
-            batch = make_batch(group, self.tuned.device, packing=packing)
-            with noisy_embeddings(self.tuned.causal, self.schedule.training.neftune_alpha, batch):
-                loss = self.tuned.loss_sum(batch, weight)
-            torch.autograd.backward(loss)
-            total += float(loss.detach() / weight)
-        return total
+        groups = micro_batches(rows, self.schedule.micro_batch, packing=self.choices.packing)
+        return sum((self._learn(group, weight) for group in groups), 0.0)
+
+    def _learn(self, rows: Sequence[TokenRow], weight: torch.Tensor) -> float:
+        """Add the gradients of one micro-batch, and return its summed loss.
+
+        The graph goes with this call. While a variable holds it, checkpoints hold their inputs and bitsandbytes' 8-bit
+        layers all of theirs, beside those of the next micro-batch.
+        """
+        batch = make_batch(rows, self.tuned.device, packing=self.choices.packing)
+        with noisy_embeddings(self.tuned.causal, self.schedule.training.neftune_alpha, batch):
+            loss = self.tuned.loss_sum(batch, weight)
+        torch.autograd.backward(loss)
+        return float(loss.detach() / weight)
 
     def _update(self, rate: float, max_norm: float) -> float:
         """Clip, step and clear; return the norm before clipping."""

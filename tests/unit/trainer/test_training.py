@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import weakref
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from qlora_trainer.batches import make_batch, micro_batches
 from qlora_trainer.errors import RunError
 from qlora_trainer.evaluate import evaluate
 from qlora_trainer.interrupt import StopFlag
-from qlora_trainer.model import head_is_plain, load_base, tune
+from qlora_trainer.model import Tuned, head_is_plain, load_base, tune
 from qlora_trainer.tokens import TokenRow
 from qlora_trainer.train import Schedule
 from tests.unit.trainer.tiny import CPU, make_model, write_model
@@ -112,3 +113,19 @@ def test_a_stop_takes_effect_after_the_step_and_its_state_can_be_kept():
 def test_learning_rate(scheduler, expected):
     schedule = Schedule(TrainingSpec(learning_rate=1.0, warmup_ratio=0.3, scheduler=scheduler), 1, 6)
     assert [schedule.learning_rate(step) for step in range(6)] == pytest.approx(expected)
+
+
+def test_a_micro_batch_is_forgotten_before_the_next_one(monkeypatch):
+    """Its graph holds checkpoints' inputs, and with 8-bit layers every activation."""
+    losses: list[weakref.ref] = []
+    real = Tuned.loss_sum
+
+    def watch(tuned, batch, weight):
+        assert not [loss for loss in losses if loss() is not None]
+        loss = real(tuned, batch, weight)
+        losses.append(weakref.ref(loss))
+        return loss
+
+    monkeypatch.setattr(Tuned, "loss_sum", watch)
+    run_steps(make_test_loop(make_tuned(), token_rows(16), micro_batch=2, steps=1))
+    assert len(losses) == 4
