@@ -88,20 +88,25 @@ class Attending:
         record, mask = self.record, None
         sums = record.made(query.elements // self.attention.head_dim, FP32)
         if self.setting.attention == "sdpa" and self.masked:
-            key, value = self._repeat(key), self._repeat(value)  # no kernel shares heads and has a mask
+            # No kernel shares heads and has a mask.
+            key, value = self._repeat(key, query.elements), self._repeat(value, query.elements)
             mask = record.made(self._pairs, query.width)  # every layer makes numbers of the booleans anew
         record.made(query.elements, query.width, [query, key, value], [query, key, value, sums, mask])
         return record.saving_output()
 
-    def _repeat(self, x: Tensor) -> Tensor:
-        """Copy keys or values for each query head."""
-        groups = self.attention.heads // self.attention.kv_heads
-        return x if groups == 1 else self.record.made(x.elements * groups, x.width, [x])
+    def _repeat(self, x: Tensor, elements: int) -> Tensor:
+        """Copy keys or values for each query head; of a single head, every copy can be the same memory."""
+        if x.elements == elements:
+            return x
+        if self.attention.kv_heads == 1:
+            return self.record.view(x, elements, learns=x.learns)
+        return self.record.made(elements, x.width, [x])
 
     def _eager(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Step by step, every matrix of scores written out."""
         record, width = self.record, self.setting.compute
-        query, key, value = (record.cast(each, width) for each in (query, self._repeat(key), self._repeat(value)))
+        key, value = self._repeat(key, query.elements), self._repeat(value, query.elements)
+        query, key, value = (record.cast(each, width) for each in (query, key, value))
         scores = record.scale(record.product(query, key, self._pairs * self.attention.heads))
         if self.attention.capped:
             scores = record.scale(record.from_output(record.scale(scores)))

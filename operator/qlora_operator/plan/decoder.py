@@ -1,6 +1,6 @@
 """The layers of a decoder, operation by operation, as transformers 5.23 computes them."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from qlora_operator.plan.attention import Attending
@@ -41,7 +41,10 @@ class Decoder:
             states = record.view(states, states.elements, learns=True)
         angles = [record.made(tokens * shape.attention.rotary, states.width) for _ in ("cos", "sin")]
         # The embeddings as well: the model's forward function has a variable for them.
-        return record.cut(states, states, *angles, *self.attending.masks())
+        masks = self.attending.masks()
+        segment = record.cut(states, states, *angles, *masks)
+        # Masks that are laid apart stay with their layout until the next one (qlora_trainer.apart).
+        return replace(segment, lasting=tuple(masks)) if self.attending.laid_apart else segment
 
     def layer(self, states: Tensor) -> Segment:
         """Write down one layer."""
@@ -90,10 +93,14 @@ class Decoder:
         if self._has("q_proj"):
             return self._linear(x, "q_proj"), self._linear(x, "k_proj"), self._linear(x, "v_proj")
         joint, attention = self._linear(x, "qkv_proj", "query_key_value"), self.shape.attention
-        size = self.setting.lines.tokens * attention.head_dim
-        query, key, value = (
-            self.record.part(joint, size * heads) for heads in (attention.heads, attention.kv_heads, attention.kv_heads)
-        )
+        size, copies = self.setting.lines.tokens * attention.head_dim, self.shape.family == "falcon"
+        # Falcon picks keys and values out of it by index, which copies, and with groups once for each query head.
+        kv_heads = attention.heads if copies and attention.kv_heads > 1 else attention.kv_heads
+        query = self.record.part(joint, size * attention.heads)
+        if copies:
+            key, value = (self.record.made(size * kv_heads, joint.width, [joint]) for _ in "kv")
+        else:
+            key, value = (self.record.part(joint, size * kv_heads) for _ in "kv")
         return query, key, value
 
     def _mlp(self, x: Tensor) -> Tensor:

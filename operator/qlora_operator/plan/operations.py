@@ -44,7 +44,7 @@ class Recorder:
 
     def cut(self, output: Tensor, *shared: Tensor) -> Segment:
         """Return what was written down since the last cut."""
-        segment = Segment(tuple(self.operations), output, shared, tuple(self.cached))
+        segment = Segment(tuple(self.operations), output, shared, cached=tuple(self.cached))
         self.operations, self.cached = [], []
         return segment
 

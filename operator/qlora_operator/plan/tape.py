@@ -58,6 +58,8 @@ class Segment:
     output: Tensor
     shared: tuple[Tensor, ...] = ()
     """What is held until the last segment beside its output: masks, tables. Checkpoints hold it for good."""
+    lasting: tuple[Tensor, ...] = ()
+    """What of it is held until the end of the pass."""
     cached: tuple[Tensor, ...] = ()
     """Casts of weights, which autocast holds until the end of the forward pass, or of the recomputation."""
 
@@ -193,7 +195,7 @@ def play(segments: Sequence[Segment], *, recompute: Sequence[bool]) -> Played:
 def _all_forward(segments: Sequence[Segment], recompute: Sequence[bool], memory: Memory) -> None:
     for number, segment in enumerate(segments):
         if number == len(segments) - 1 and not any(recompute):
-            memory.drop(tensor for segment in segments for tensor in segment.shared)
+            memory.drop(tensor for segment in segments for tensor in segment.shared if tensor not in segment.lasting)
         play_forward(segment.operations, memory, leaves=segment.left, keeps=not recompute[number])
         if number and not recompute[number]:
             memory.drop([segments[number - 1].output])
