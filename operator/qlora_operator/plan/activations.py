@@ -14,8 +14,8 @@ from qlora_operator.plan.tape import Played, Segment, Tensor, play
 
 LOGITS_PER_CHUNK: Final = 1 << 25
 """Logits alive at once: qlora_trainer.loss.LOGITS_PER_CHUNK."""
-_PLAYED_LAYERS: Final = 3
-"""First, middle and last: each further one adds what the middle one adds."""
+_PLAYED: Final = 3
+"""Layers of a kind that are played: first, middle and last; each further one adds what the middle one adds."""
 
 
 @dataclass(frozen=True)
@@ -30,26 +30,34 @@ class Activations:
 
 def estimate_activations(shape: ModelShape, setting: Setting) -> Activations:
     """Return what one micro-batch takes beside weights, gradients and optimizer state."""
-    few = min(shape.layers, _PLAYED_LAYERS)
-    last = _play(shape, setting, few)
-    if few == shape.layers:
-        return Activations(last.kept, last.peak)
-    before = _play(shape, setting, few - 1)
-    more = shape.layers - few
-    return Activations(
-        kept=last.kept + more * (last.kept - before.kept),
-        peak=last.peak + more * (last.peak - before.peak),
-    )
+    slide = shape.attention.sliding_layers
+    # Where both kinds are there, the last layer is taken as one that slides, which has a mask more often.
+    kinds = {False: shape.layers - slide, True: slide}
+    layers = [sliding for sliding, number in kinds.items() for _ in range(min(number, _PLAYED))]
+    played = _play(shape, setting, layers)
+    kept, peak = played.kept, played.peak
+    for sliding, number in kinds.items():
+        if number > _PLAYED:
+            fewer = _play(shape, setting, _without_one(layers, sliding))
+            kept += (number - _PLAYED) * (played.kept - fewer.kept)
+            peak += (number - _PLAYED) * (played.peak - fewer.peak)
+    return Activations(kept, peak)
 
 
-def _play(shape: ModelShape, setting: Setting, layers: int) -> Played:
+def _without_one(layers: list[bool], sliding: bool) -> list[bool]:
+    """Leave out one layer of a kind, neither the first nor the last."""
+    middle = layers.index(sliding) + 1
+    return layers[:middle] + layers[middle + 1 :]
+
+
+def _play(shape: ModelShape, setting: Setting, layers: list[bool]) -> Played:
     decoder = Decoder(shape, setting)
     segments = [decoder.embed()]
-    for _ in range(layers):
-        segments.append(decoder.layer(segments[-1].output))
+    for sliding in layers:
+        segments.append(decoder.layer(segments[-1].output, sliding=sliding))
     segments.append(decoder.choose(segments[-1].output))
     segments.append(_loss(decoder, segments[-1].output))
-    return play(segments, recompute=[False, *[setting.checkpointing] * layers, False, False])
+    return play(segments, recompute=[False, *[setting.checkpointing] * len(layers), False, False])
 
 
 def _loss(decoder: Decoder, chosen: Tensor) -> Segment:
@@ -81,6 +89,10 @@ def _chunk_bytes(shape: ModelShape, setting: Setting) -> int:
     forward = logits * ((setting.compute if setting.autocast else 0) + 2 * FP32)
     # Their log-softmax, its gradient, and theirs.
     backward = logits * 3 * FP32
-    # Their gradient as they are multiplied, and that of a head that learns as it is multiplied and in fp32.
-    learned = logits * setting.compute + shape.head.weights * (setting.compute + FP32) if setting.whole else 0
-    return max(forward, backward, learned)
+    return max(forward, backward, _head_gradient_bytes(shape, setting, logits) if setting.whole else 0)
+
+
+def _head_gradient_bytes(shape: ModelShape, setting: Setting, logits: int) -> int:
+    """Return what a head that learns takes at most: its gradient beside that of the logits, then cast to fp32."""
+    multiplied = shape.head.weights * setting.compute
+    return max(multiplied + logits * setting.compute, multiplied + shape.head.weights * FP32 if setting.autocast else 0)

@@ -27,18 +27,17 @@ class Attending:
         saves = lines.rows * lines.longest**2 < lines.tokens**2
         return lines.packing and setting.device == "cpu" and setting.attention == "sdpa" and saves
 
-    @property
-    def masked(self) -> bool:
+    def masked(self, *, sliding: bool) -> bool:
         """Return whether a mask is written out; a causal one alone is left to the kernel."""
         lines, window = self.setting.lines, self.attention.window
         if self.setting.attention != "sdpa":
             return self.setting.attention == "eager"
-        slides = window is not None and lines.longest > window
-        return slides or (lines.rows > 1 and (lines.packing or not lines.even))
+        narrow = sliding and window is not None and lines.longest > window
+        return narrow or (lines.rows > 1 and (lines.packing or not lines.even))
 
-    def masks(self) -> list[Tensor]:
-        """Write down the masks that all layers share: booleans for SDPA, numbers for eager attention."""
-        if not self.masked:
+    def masks(self, *, sliding: bool) -> list[Tensor]:
+        """Write down the masks that layers of a kind share: booleans for SDPA, numbers for eager attention."""
+        if not self.masked(sliding=sliding):
             return []
         lines, numbers = self.setting.lines, self.setting.attention == "eager"
         pairs = lines.tokens**2 if lines.packing else lines.rows * lines.longest**2
@@ -63,17 +62,17 @@ class Attending:
         turned = record.add(record.multiply(given, table), record.multiply(swapped, table))
         return turned if size == x.elements else record.join(turned, record.part(x, x.elements - size))
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, *, sliding: bool) -> Tensor:
         """Let tokens look at each other."""
         if self.setting.attention == "eager":
             return self._eager(query, key, value)
         if self.laid_apart:
-            return self._apart(query, key, value)
-        return self._fused(query, key, value)
+            return self._apart(query, key, value, sliding=sliding)
+        return self._fused(query, key, value, sliding=sliding)
 
-    def _apart(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def _apart(self, query: Tensor, key: Tensor, value: Tensor, *, sliding: bool) -> Tensor:
         lines = [self._lay_apart(each) for each in (query, key, value)]
-        output = self._fused(*lines)
+        output = self._fused(*lines, sliding=sliding)
         return self.record.cast(self.record.made(query.elements, output.width, [output]), query.width)
 
     def _lay_apart(self, x: Tensor) -> Tensor:
@@ -83,11 +82,11 @@ class Attending:
         apart = self.record.made(elements, x.width, [x], [x])  # index_copy saves what it copies
         return self.record.cast(apart, FP32 if lines.longest <= SHORT else x.width)
 
-    def _fused(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def _fused(self, query: Tensor, key: Tensor, value: Tensor, *, sliding: bool) -> Tensor:
         """One kernel, which keeps its inputs, its output and the logarithm of each softmax's sum."""
         record, mask = self.record, None
         sums = record.made(query.elements // self.attention.head_dim, FP32)
-        if self.setting.attention == "sdpa" and self.masked:
+        if self.masked(sliding=sliding):
             # No kernel shares heads and has a mask.
             key, value = self._repeat(key, query.elements), self._repeat(value, query.elements)
             mask = record.made(self._pairs, query.width)  # every layer makes numbers of the booleans anew

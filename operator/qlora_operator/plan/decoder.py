@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Final
 
 from qlora_operator.plan.attention import Attending
 from qlora_operator.plan.linears import Layers
@@ -9,6 +10,9 @@ from qlora_operator.plan.operations import Recorder
 from qlora_operator.plan.setting import FP32, Setting
 from qlora_operator.plan.shapes import Linear, ModelShape
 from qlora_operator.plan.tape import Segment, Tensor
+
+_RANDOM_STATE: Final = 5056
+"""Bytes of torch.get_rng_state(); of a GPU's generator it is 16."""
 
 
 @dataclass
@@ -41,22 +45,33 @@ class Decoder:
             states = record.view(states, states.elements, learns=True)
         angles = [record.made(tokens * shape.attention.rotary, states.width) for _ in ("cos", "sin")]
         # The embeddings as well: the model's forward function has a variable for them.
-        masks = self.attending.masks()
+        slide = shape.attention.sliding_layers
+        kinds = ([False] if slide < shape.layers else []) + ([True] if slide else [])
+        masks = [mask for sliding in kinds for mask in self.attending.masks(sliding=sliding)]
         segment = record.cut(states, states, *angles, *masks)
         # Masks that are laid apart stay with their layout until the next one (qlora_trainer.apart).
         return replace(segment, lasting=tuple(masks)) if self.attending.laid_apart else segment
 
-    def layer(self, states: Tensor) -> Segment:
-        """Write down one layer."""
-        record, norm, after = self.record, self.layers.norm, self._norms == 4
+    def layer(self, states: Tensor, *, sliding: bool) -> Segment:
+        """Write down one layer, and the state of the random numbers that its recomputation starts from."""
+        setting, record = self.setting, self.record
+        kept = [record.made(_RANDOM_STATE, 1)] if setting.checkpointing and setting.device == "cpu" else []
+        output = self._parallel(states, sliding) if self.shape.parallel else self._sequential(states, sliding)
+        return record.cut(output, *kept)
+
+    def _parallel(self, states: Tensor, sliding: bool) -> Tensor:
+        norm = self.layers.norm
         inside = norm(states)
-        attended = self._attention(inside)
-        if self.shape.parallel:
-            fed = self._mlp(norm(states) if self._norms == 2 else inside)
-            return record.cut(record.add(record.add(attended, fed), states))
-        between = record.add(states, norm(attended) if after else attended)
+        attended = self._attention(inside, sliding)
+        fed = self._mlp(norm(states) if self._norms == 2 else inside)
+        return self.record.add(self.record.add(attended, fed), states)
+
+    def _sequential(self, states: Tensor, sliding: bool) -> Tensor:
+        norm, after = self.layers.norm, self._norms == 4
+        attended = self._attention(norm(states), sliding)
+        between = self.record.add(states, norm(attended) if after else attended)
         fed = self._mlp(norm(between))
-        return record.cut(record.add(between, norm(fed) if after else fed))
+        return self.record.add(between, norm(fed) if after else fed)
 
     def choose(self, states: Tensor) -> Segment:
         """Write down the last states of the positions that are learned, or their logits if those are no plain product.
@@ -78,14 +93,15 @@ class Decoder:
         names = [module.path for module in self.shape.decoder.others if "." not in module.path]
         return sum("norm" in name or name.startswith("ln_") for name in names)
 
-    def _attention(self, x: Tensor) -> Tensor:
+    def _attention(self, x: Tensor, sliding: bool) -> Tensor:
         attention, attending, norm = self.shape.attention, self.attending, self.layers.norm
         query, key, value = self._projections(x)
         if attention.normed:
             query, key = norm(query, attention.head_dim), norm(key, attention.head_dim)
         if attention.rotary:
             query, key = attending.rotate(query), attending.rotate(key)
-        output = self._linear(attending.attend(query, key, value), "o_proj", "dense")
+        attended = attending.attend(query, key, value, sliding=sliding)
+        output = self._linear(attended, "o_proj", "dense")
         self.record.until_here(x, query, key, value)
         return output
 

@@ -81,7 +81,9 @@ class Layers:
 
     def _low_rank(self, x: Tensor, linear: Linear, rank: int) -> Tensor:
         down, up = (Tensor(rank * side, FP32, learns=True, lasting=True) for side in (linear.inputs, linear.outputs))
-        return self._multiplied(self._multiplied(x, down, rank), up, linear.outputs)
+        inside = self._multiplied(x, down, rank)
+        self.record.until_here(x)
+        return self._multiplied(inside, up, linear.outputs)
 
     def _dropped(self, x: Tensor) -> Tensor:
         """Drop out: on CUDA in one kernel that keeps a byte per element, on a CPU by a product with random numbers."""

@@ -49,9 +49,10 @@ def test_layers_that_are_not_played_add_what_a_layer_adds(device, checkpointing)
     setting = replace(ORDINARY, device=device, checkpointing=checkpointing)
     three, four, five = (peak(setting, layers) for layers in (3, 4, 5))
     assert five - four == four - three
-    if checkpointing:  # its input, and the 16-bit copies of its adapters that autocast holds
+    if checkpointing:  # its input, the 16-bit copies of its adapters that autocast holds, and on a CPU a random state
         adapters = 16 * (LLAMA.hidden + 3072 + LLAMA.hidden + 1024)
-        assert four - three == LINES.tokens * LLAMA.hidden * HALF + adapters * HALF
+        state = 5056 if device == "cpu" else 0
+        assert four - three == LINES.tokens * LLAMA.hidden * HALF + adapters * HALF + state
 
 
 @pytest.mark.parametrize(
