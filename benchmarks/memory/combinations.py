@@ -1,0 +1,118 @@
+"""What is measured: model shapes of several families, laid out and trained in different ways."""
+
+import random
+from dataclasses import dataclass, fields
+from typing import Any, Final
+
+SEPARATE: Final = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi"})
+"""Families whose layers have a q_proj and a v_proj."""
+EVERYTHING: Final = ("all-linear",)
+
+
+@dataclass(frozen=True)
+class Combination:
+    """A model, rows and settings of one measured step."""
+
+    family: str = "llama"
+    hidden: int = 256
+    intermediate: int = 688
+    layers: int = 4
+    heads: int = 8
+    kv_heads: int = 4
+    head_dim: int | None = None
+    vocabulary: int = 1024
+    tied: bool = True
+    rows: int = 2
+    tokens: int = 256
+    """Of the longest row."""
+    shortest: float = 1.0
+    """Length of the shortest row as a share of the longest; the others lie evenly between them."""
+    packing: bool = False
+    learned: float = 1.0
+    """Share of a row's tokens, counted from its end, that are learned."""
+    method: str = "qlora"
+    bits: int = 4
+    dtype: str = "bfloat16"
+    targets: tuple[str, ...] = ("q_proj", "v_proj")
+    rank: int = 8
+    dropout: float = 0.0
+    dora: bool = False
+    checkpointing: bool = False
+
+    def lengths(self) -> tuple[int, ...]:
+        """Return the tokens of each row."""
+        step = (1 - self.shortest) / max(self.rows - 1, 1)
+        return tuple(max(2, round(self.tokens * (1 - step * number))) for number in range(self.rows))
+
+    @property
+    def model(self) -> str:
+        """Return the model in short: family, layers x hidden / intermediate, heads, vocabulary."""
+        heads = f"{self.heads}/{self.kv_heads}" + (f"x{self.head_dim}" if self.head_dim else "")
+        return f"{self.family} {self.layers}x{self.hidden}/{self.intermediate} h{heads} v{self.vocabulary}"
+
+    @property
+    def layout(self) -> str:
+        """Return the rows in short."""
+        span = f"{self.rows}x{self.tokens}" + (f"..{min(self.lengths())}" if self.shortest < 1 else "")
+        return " ".join([span, "joined" if self.packing else "padded", f"learn {self.learned:.0%}"])
+
+    @property
+    def training(self) -> str:
+        """Return how it is trained in short."""
+        words = [self.method, f"{self.bits} bit", self.dtype]
+        if self.method != "full":
+            words += [",".join(self.targets), f"r{self.rank}"]
+        words += [f"dropout {self.dropout}"] if self.dropout else []
+        return " ".join([*words, *(word for word in ("dora", "checkpointing") if getattr(self, word))])
+
+    def changes(self) -> dict[str, Any]:
+        """Return what is different from the ordinary one."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {field.name: values[field.name] for field in fields(self) if values[field.name] != field.default}
+
+
+def draw(number: int, seed: int) -> tuple[Combination, ...]:
+    """Draw combinations from everything that the trainer does on a CPU."""
+    chance = random.Random(seed)  # noqa: S311 (a sample, no secret)
+    return tuple(_draw(chance) for _ in range(number))
+
+
+def _draw(chance: random.Random) -> Combination:
+    method, bits, dtype = chance.choice(
+        [
+            *[("qlora", 4, "bfloat16")] * 4,
+            ("qlora", 4, "float32"),
+            ("qlora", 8, "bfloat16"),
+            ("lora", 16, "bfloat16"),
+            ("lora", 16, "float32"),
+            ("full", 16, "bfloat16"),
+        ]
+    )
+    # bitsandbytes quantises nothing of Falcon, and prepare refuses that.
+    family = chance.choice(sorted(SEPARATE) + ["phi3", "gpt_neox"] + (["falcon"] if bits == 16 else []))
+    heads = chance.choice([4, 8])
+    grouped = family not in {"gpt_neox", "falcon", "phi"}
+    return Combination(
+        family=family,
+        hidden=chance.choice([64, 128, 256, 384, 512]),
+        intermediate=chance.choice([256, 512, 688, 1024]),
+        layers=chance.randint(2, 8),
+        heads=heads,
+        kv_heads=chance.choice([heads, heads // 2, heads // 4]) if grouped else heads,
+        head_dim=chance.choice([32, 64]) if family in {"qwen3", "gemma", "gemma2", "gemma3_text"} else None,
+        vocabulary=chance.choice([1024, 4096, 16_384, 32_768]),
+        tied=chance.random() < 0.5,
+        rows=chance.choice([1, 2, 4, 8]),
+        tokens=chance.choice([64, 128, 200, 256, 384, 512]),
+        shortest=chance.choice([1.0, 0.7, 0.3]),
+        packing=chance.random() < 0.5 and family != "falcon",
+        learned=chance.choice([1.0, 0.5, 0.2]),
+        method=method,
+        bits=bits,
+        dtype=dtype,
+        targets=EVERYTHING if family not in SEPARATE or chance.random() < 0.5 else ("q_proj", "v_proj"),
+        rank=chance.choice([4, 8, 16, 64]),
+        dropout=chance.choice([0.0, 0.05]) if method != "full" else 0.0,
+        dora=method != "full" and bits != 8 and chance.random() < 0.15,
+        checkpointing=chance.random() < 0.35,
+    )

@@ -1,0 +1,132 @@
+"""Random models of a combination's shape, loaded and prepared by the trainer's own code."""
+
+from collections.abc import Mapping, Sequence
+from itertools import count
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from benchmarks.memory.combinations import Combination
+from qlora_api.v1alpha1 import LoraSpec, QuantizationSpec, TrainingSpec
+from qlora_trainer.batches import micro_batches, rows_of_step
+from qlora_trainer.choices import Choices
+from qlora_trainer.distributed import World
+from qlora_trainer.model import Tuned, load_base, tune, tune_whole
+from qlora_trainer.optimizer import Kind
+from qlora_trainer.tokens import TokenRow
+from qlora_trainer.train import Loop, Schedule, make_loop
+
+CPU: Final = torch.device("cpu")
+EAGER: Final = frozenset({"gemma2"})
+"""Families that cap attention scores, which SDPA cannot (qlora_trainer.attention)."""
+_EXTRA: Final[Mapping[str, Mapping[str, Any]]] = {
+    "gemma2": {"sliding_window": 64, "query_pre_attn_scalar": 64, "initializer_range": 0.2},
+    "gemma3_text": {"sliding_window": 64, "query_pre_attn_scalar": 64},
+    "mistral": {"sliding_window": 64},
+}
+ACCUMULATION: Final = 2
+"""Micro-batches of a step: in the second one the gradients are there already, as they are in most."""
+
+
+def model_config(combination: Combination) -> dict[str, Any]:
+    """Return the config.json of a combination's model."""
+    made = AutoConfig.for_model(combination.family, **_settings(combination))
+    settings: dict[str, Any] = made.to_dict()
+    return settings
+
+
+def _settings(combination: Combination) -> dict[str, Any]:
+    own = {"head_dim": combination.head_dim} if combination.head_dim else {}
+    return {
+        "vocab_size": combination.vocabulary,
+        "hidden_size": combination.hidden,
+        "intermediate_size": combination.intermediate,
+        "num_hidden_layers": combination.layers,
+        "num_attention_heads": combination.heads,
+        "num_key_value_heads": combination.kv_heads,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": combination.tied,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 1,
+        **own,
+        **_EXTRA.get(combination.family, {}),
+    }
+
+
+def write_model(combination: Combination, folder: Path) -> None:
+    """Write it as the hub has it: weights in bf16."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(combination.family, **_settings(combination))
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+
+
+def choices_of(combination: Combination) -> Choices:
+    """Return what the trainer would have chosen."""
+    return Choices(
+        dtype=getattr(torch, combination.dtype),
+        attention="eager" if combination.family in EAGER else "sdpa",
+        checkpointing=combination.checkpointing,
+        packing=combination.packing,
+        optimizer=Kind.ADAMW,
+        reasons={},
+    )
+
+
+def load_tuned(combination: Combination, folder: Path) -> Tuned:
+    """Load the model and make what is trained of it, as qlora_trainer.stages does."""
+    choices, whole = choices_of(combination), combination.method == "full"
+    dtype = torch.float32 if whole else choices.dtype
+    base = load_base(folder, QuantizationSpec(bits=combination.bits), dtype, choices.attention, "cpu")
+    if whole:
+        return tune_whole(base, choices)
+    lora = LoraSpec(
+        rank=combination.rank, dropout=combination.dropout, targets=combination.targets, dora=combination.dora
+    )
+    return tune(base, lora, 1, choices)
+
+
+def token_rows(combination: Combination) -> tuple[TokenRow, ...]:
+    """Return the rows of one micro-batch."""
+    generator = torch.Generator().manual_seed(0)
+    return tuple(_token_row(combination, length, generator) for length in combination.lengths())
+
+
+def _token_row(combination: Combination, length: int, generator: torch.Generator) -> TokenRow:
+    ids = torch.randint(2, combination.vocabulary, (length,), generator=generator).tolist()
+    first = max(1, length - round(length * combination.learned))
+    return TokenRow(tuple(ids), ((first, length),))
+
+
+def rows_of_steps(combination: Combination) -> tuple[TokenRow, ...]:
+    """Return the rows of a step: those of a micro-batch, as often as micro-batches are accumulated."""
+    return token_rows(combination) * ACCUMULATION
+
+
+def measured_step(combination: Combination) -> int:
+    """Return the first step, but the very first, whose last micro-batch is its largest: there its gradients are."""
+
+    def size(rows: Sequence[TokenRow]) -> tuple[int, int]:
+        tokens = sum(len(row.input_ids) for row in rows)
+        width = len(rows) * max(len(row.input_ids) for row in rows)
+        return (tokens if combination.packing else width, sum(row.label_count for row in rows))
+
+    steps = ((step, [size(rows) for rows in micro_batches_of_step(combination, step)]) for step in count(1))
+    return next(step for step, sizes in steps if sizes[-1] == max(sizes))
+
+
+def micro_batches_of_step(combination: Combination, step: int) -> list[Sequence[TokenRow]]:
+    """Return the micro-batches into which the trainer divides a step's rows, after it has shuffled them."""
+    rows = rows_of_steps(combination)
+    order = rows_of_step(step, len(rows), len(rows), TrainingSpec().seed)
+    return micro_batches([rows[number] for number in order], combination.rows, packing=combination.packing)
+
+
+def make_measured_loop(combination: Combination, tuned: Tuned) -> Loop:
+    """Return the trainer's own loop."""
+    rows = rows_of_steps(combination)
+    training = TrainingSpec(global_batch_size=len(rows), learning_rate=1e-4, warmup_ratio=0.0)
+    tuned.peft.train()
+    return make_loop(tuned, rows, Schedule(training, combination.rows, 8), choices_of(combination), World(CPU))

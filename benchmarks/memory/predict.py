@@ -1,0 +1,68 @@
+"""What plan/activations.py says of a combination."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from benchmarks.memory.combinations import Combination
+from benchmarks.memory.models import EAGER, measured_step, micro_batches_of_step, model_config, token_rows
+from qlora_operator.plan.activations import estimate_activations
+from qlora_operator.plan.families import read_shape
+from qlora_operator.plan.setting import FP32, HALF, Lines, Setting
+from qlora_operator.plan.shapes import ModelShape
+from qlora_trainer.tokens import TokenRow
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """Bytes, named as they are measured."""
+
+    kept: int
+    peak: int
+    step: int
+    """Without gradients."""
+
+
+def predict(combination: Combination) -> Predicted:
+    """Return the bytes that are predicted."""
+    shape = read_shape(model_config(combination))
+    rows = token_rows(combination)
+    one = estimate_activations(shape, setting_of(combination, shape, rows))
+    passes = [
+        setting_of(combination, shape, group)
+        for group in micro_batches_of_step(combination, measured_step(combination))
+    ]
+    return Predicted(one.kept, one.peak, max(estimate_activations(shape, each).peak for each in passes))
+
+
+def setting_of(combination: Combination, shape: ModelShape, rows: Sequence[TokenRow]) -> Setting:
+    """Return the setting in which some rows are measured."""
+    return Setting(
+        lines=_lines_of(rows, packing=combination.packing),
+        device="cpu",
+        attention="eager" if combination.family in EAGER else "sdpa",
+        compute=FP32 if combination.dtype == "float32" else HALF,
+        bits=combination.bits,
+        ranks={} if combination.method == "full" else _ranks(combination, shape),
+        dropout=combination.dropout > 0,
+        dora=combination.dora,
+        whole=combination.method == "full",
+        checkpointing=combination.checkpointing,
+    )
+
+
+def _ranks(combination: Combination, shape: ModelShape) -> dict[str, int]:
+    everything = combination.targets == ("all-linear",)
+    paths = [linear.path for linear in shape.decoder.linears]
+    return {path: combination.rank for path in paths if everything or path.rpartition(".")[2] in combination.targets}
+
+
+def _lines_of(rows: Sequence[TokenRow], *, packing: bool) -> Lines:
+    lengths = [len(row.input_ids) for row in rows]
+    return Lines(
+        rows=len(rows),
+        longest=max(lengths),
+        tokens=sum(lengths) if packing else len(rows) * max(lengths),
+        labels=sum(row.label_count for row in rows),
+        packing=packing,
+        even=len(set(lengths)) == 1,
+    )
