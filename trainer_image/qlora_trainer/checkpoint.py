@@ -46,6 +46,8 @@ class Record(ApiModel):
     course: Course
     started_at: datetime
     """When the first attempt started."""
+    peak_memory_bytes: int = 0
+    """The highest of all attempts so far."""
     steps: tuple[StepRecord, ...]
     held_out: tuple[HeldOutRecord, ...]
     optimizer: dict[str, float | int | bool | None]
@@ -67,6 +69,8 @@ class Checkpoints:
     ) -> None:
         self.started_at = started
         """When the run started; that of the first attempt, once its checkpoint was found."""
+        self.peak_memory_bytes = 0
+        """The highest of earlier attempts, once their checkpoint was found."""
         self._output = output
         self._course = course
         self._spec = spec
@@ -136,6 +140,7 @@ class Checkpoints:
         record = Record(
             course=self._course,
             started_at=self.started_at,
+            peak_memory_bytes=max(self.peak_memory_bytes, state.peak_memory_bytes),
             steps=tuple(state.history.steps),
             held_out=tuple(state.history.held_out),
             optimizer={name: value for name, value in state.optimizer.items() if not isinstance(value, torch.Tensor)},
@@ -152,7 +157,7 @@ class Checkpoints:
             check_course(record.course, self._course)
             optimizer: Flat = {**record.optimizer, **load_file(Path(folder, _OPTIMIZER))}
             weights, best = load_file(Path(folder, _ADAPTER)), load_file(Path(folder, _BEST))
-        self.started_at = record.started_at
+        self.started_at, self.peak_memory_bytes = record.started_at, record.peak_memory_bytes
         return TrainingState(History(record.steps, record.held_out), weights, optimizer, record.scaler, best)
 
     def _fetch(self, place: str, file: ManifestFile, folder: Path) -> None:

@@ -62,6 +62,7 @@ class Findings:
     adapter: Examination
     started: datetime
     """Of the first attempt."""
+    earlier_peak_bytes: int
 
 
 def run(
@@ -91,7 +92,8 @@ def run(
     loop = stages.make_training(subject.tuned, data, config, subject.choices)
     history = stages.train(loop, checkpoints, news, stop)
     pace.enter(Phase.EVALUATING)
-    findings = Findings(history, base, examiner.examine(subject.tuned), checkpoints.started_at)
+    adapter = examiner.examine(subject.tuned)
+    findings = Findings(history, base, adapter, checkpoints.started_at, checkpoints.peak_memory_bytes)
     check = stages.make_loading_check(subject.tuned, data.held_out, config, subject.choices, subject.folder)
     pace.enter(Phase.PUBLISHING)
     files, result = write_result(site, subject, data, findings)
@@ -144,6 +146,7 @@ def write_result(site: Site, subject: Subject, data: stages.Data, findings: Find
         tasks=score_tasks(findings.base.figures, findings.adapter.figures),
         serving=check_serving(written),
         preview=stages.make_preview(data, tokenizer),
+        earlier_peak_bytes=findings.earlier_peak_bytes,
     )
     report = stages.build_report(config, choices, outcome, findings.started)
     write_report(report, outcome.rows, files)

@@ -198,6 +198,8 @@ class Outcome:
     tasks: tuple[TaskScore, ...]
     serving: ServingCheck
     preview: tuple[tuple[Piece, ...], ...]
+    earlier_peak_bytes: int
+    """Peak of the memory in earlier attempts: the last one may only have had to evaluate."""
 
 
 def build_report(config: RunConfig, choices: Choices, outcome: Outcome, started: datetime) -> RunReport:
@@ -224,7 +226,7 @@ def build_report(config: RunConfig, choices: Choices, outcome: Outcome, started:
         finished_at=datetime.now(UTC),
         training_seconds=seconds,
         tokens_per_second=tokens / seconds,
-        peak_memory_bytes=peak_memory_bytes(torch.device(config.plan.device)),
+        peak_memory_bytes=max(outcome.earlier_peak_bytes, peak_memory_bytes(torch.device(config.plan.device))),
         versions=library_versions(),
     )
 

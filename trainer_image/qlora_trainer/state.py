@@ -29,6 +29,8 @@ class TrainingState:
     """The fp16 loss scaler's; empty where nothing is scaled."""
     best: Weights
     """The adapter's weights at the lowest held-out loss; empty where the last ones are kept."""
+    peak_memory_bytes: int = 0
+    """Of the process that came here; it decides nothing, and the report shows the highest of all attempts."""
 
 
 def copy_weights(tuned: Tuned) -> dict[str, torch.Tensor]:

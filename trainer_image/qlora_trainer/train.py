@@ -15,6 +15,7 @@ from qlora_trainer.batches import make_batch, micro_batches, rows_of_step
 from qlora_trainer.choices import Choices
 from qlora_trainer.distributed import World
 from qlora_trainer.errors import RunError
+from qlora_trainer.hardware import peak_memory_bytes
 from qlora_trainer.held_out import HeldOut
 from qlora_trainer.history import (
     DIVERGED_RISE,
@@ -143,6 +144,7 @@ class Loop:
             optimizer=copy_optimizer(self.optimizer),
             scaler=self.scaler.state_dict(),
             best=best,
+            peak_memory_bytes=peak_memory_bytes(self.tuned.device),
         )
 
     def step(self, step: int) -> StepRecord:

@@ -40,7 +40,7 @@ from tests.unit.trainer.tiny import (
     write_job,
     write_model,
 )
-from tests.unit.trainer.tuned import CHOICES, token_rows
+from tests.unit.trainer.tuned import CHOICES, DEAF, make_test_loop, make_tuned, token_rows
 
 STEPS = 5
 COURSE = Course(digest="0123456789abcdef", total_steps=STEPS, rows=12, optimizer="AdamW")
@@ -153,6 +153,25 @@ def make_state(steps: int) -> TrainingState:
     record = StepRecord(step=1, loss=1.0, learning_rate=0.1, grad_norm=1.0, tokens=1, seconds=1.0)
     history = tuple(record.model_copy(update={"step": step + 1}) for step in range(steps))
     return TrainingState(History(history), {"a": torch.ones(2)}, {"0/step": torch.tensor(1.0), "0/note": 3}, {}, {})
+
+
+def test_the_peak_memory_is_that_of_all_attempts(tmp_path):
+    """The first attempt needed 9 bytes, the second, which goes on from there, 5."""
+    for step, peak in ((1, 9), (2, 5)):
+        checkpoints, _ = make_checkpoints(tmp_path)
+        checkpoints.newest()
+        state = dataclasses.replace(make_state(step), peak_memory_bytes=peak)
+        checkpoints.offer(step, lambda state=state: state, True)
+    third, _ = make_checkpoints(tmp_path)
+    assert (third.newest().peak_memory_bytes, third.peak_memory_bytes) == (0, 9)
+
+
+def test_a_state_knows_the_memory_that_its_training_took():
+    captured = []
+    loop = make_test_loop(make_tuned(), token_rows(8), steps=1)
+    watcher = dataclasses.replace(DEAF, offer=lambda _step, capture, _last: captured.append(capture()))
+    loop.run(StopFlag(), watcher)
+    assert captured[-1].peak_memory_bytes > 1 << 26  # torch alone takes more
 
 
 def test_a_broken_checkpoint_does_not_crowd_out_a_good_one(kept, tmp_path):
