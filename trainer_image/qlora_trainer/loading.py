@@ -5,6 +5,7 @@
 
 import math
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -60,13 +61,25 @@ def load_in_fresh_process(task: LoadingTask, adapter: Path, expected_loss: float
         check=False,
     )
     if done.returncode != 0:
-        raise RunError(Reason.TRAINER_ERROR, f"the adapter does not load in a fresh process: {done.stderr[-1000:]}")
+        raise RunError(
+            Reason.TRAINER_ERROR,
+            f"the adapter does not load in a fresh process, which ended {describe_end(done.returncode)}: "
+            f"{done.stderr[-1000:]}",
+        )
     found = float(done.stdout.split()[-1])
     if not math.isfinite(found) or abs(found - expected_loss) > _TOLERANCE * max(expected_loss, 1.0):
         raise RunError(
             Reason.TRAINER_ERROR,
             f"the adapter, loaded in a fresh process, has a loss of {found:.4f} where training had {expected_loss:.4f}",
         )
+
+
+def describe_end(code: int) -> str:
+    """Return how a process ended; a killed one leaves no words of its own."""
+    if code >= 0:
+        return f"with exit code {code}"
+    name = signal.Signals(-code).name
+    return f"by {name}, as where memory runs out" if name == "SIGKILL" else f"by {name}"
 
 
 def loss_of(task: LoadingTask, adapter: Path) -> float:

@@ -1,0 +1,41 @@
+"""An adapter that does not load ends the run, with what the process that tried said or how it ended."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from qlora_api.names import Reason
+from qlora_api.v1alpha1 import QuantizationSpec
+from qlora_trainer.errors import RunError
+from qlora_trainer.loading import LoadingTask, load_in_fresh_process
+
+TASK = LoadingTask(
+    method="lora",
+    base="/nowhere",
+    quantization=QuantizationSpec(bits=16),
+    device="cpu",
+    dtype="float32",
+    attention="sdpa",
+    rows=(((1, 2), ((1, 2),)),),
+)
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        ("kill -KILL $$", r"ended by SIGKILL, as where memory runs out: $"),
+        ("kill -TERM $$", r"ended by SIGTERM: $"),
+        ("echo no such folder >&2; exit 3", r"ended with exit code 3: no such folder\n$"),
+        ("echo 2.5", r"has a loss of 2\.5000 where training had 1\.0000"),
+    ],
+)
+def test_how_it_ended_is_in_the_message(tmp_path, monkeypatch, script, words):
+    """The interpreter is a stand-in that does nothing but end."""
+    interpreter = tmp_path / "python"
+    interpreter.write_text(f"#!/bin/sh\n{script}\n")
+    interpreter.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(interpreter))
+    with pytest.raises(RunError, match=words) as caught:
+        load_in_fresh_process(TASK, Path("/nowhere"), 1.0)
+    assert caught.value.reason == Reason.TRAINER_ERROR
