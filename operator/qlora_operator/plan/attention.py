@@ -10,12 +10,15 @@ from qlora_operator.plan.tape import Tensor
 
 SHORT: Final = 256
 """Tokens up to which joined rows are laid apart in fp32: qlora_trainer.apart."""
+_HEADS_FIRST: Final = frozenset({"phi", "phi3", "gpt_neox", "falcon"})
+"""Families that copy queries into memory of their own, head by head: the others' lie as the projection left them."""
 
 
 @dataclass(frozen=True)
 class Attending:
     """Writes down what happens between the projections of an attention layer."""
 
+    family: str
     attention: Attention
     setting: Setting
     record: Recorder
@@ -68,7 +71,10 @@ class Attending:
             return self._eager(query, key, value)
         if self.laid_apart:
             return self._apart(query, key, value, sliding=sliding)
-        return self._fused(query, key, value, sliding=sliding)
+        output = self._fused(query, key, value, sliding=sliding)
+        # The CPU's kernel lays its output out as the queries are, and what follows wants it token by token.
+        copied = self.setting.device == "cpu" and self.family in _HEADS_FIRST
+        return self.record.copy(output) if copied else output
 
     def _apart(self, query: Tensor, key: Tensor, value: Tensor, *, sliding: bool) -> Tensor:
         lines = [self._lay_apart(each) for each in (query, key, value)]
@@ -111,4 +117,4 @@ class Attending:
             scores = record.scale(record.from_output(record.scale(scores)))
         masked = record.add(scores, Tensor(0, width, lasting=True))
         shares = record.cast(record.softmax(masked), width)
-        return record.product(shares, value, query.elements)
+        return record.copy(record.product(shares, value, query.elements))  # token by token

@@ -31,7 +31,7 @@ class Decoder:
     @cached_property
     def attending(self) -> Attending:
         """Return what writes down attention."""
-        return Attending(self.shape.attention, self.setting, self.record)
+        return Attending(self.shape.family, self.shape.attention, self.setting, self.record)
 
     def embed(self) -> Segment:
         """Write down the embedding, and what all layers share."""

@@ -59,20 +59,19 @@ class Layers:
         scales = 2 * linear.weights // _BLOCK * FP32 if bits == 4 else 0
         # CUDA's forward kernel dequantises in registers (bitsandbytes 0.50, gemm_4bit), its backward does not.
         forward = matrix + scales if self.setting.device == "cpu" else scales
-        return record.cast(record.amend(forward_work=forward, backward_work=matrix + scales), x.width)
+        # MatMul8bitFp and MatMul8bitLt hold on to their input, which no gradient needs (bitsandbytes 0.50).
+        clung = (inside,) if bits == 8 else ()
+        return record.cast(record.amend(clung=clung, forward_work=forward, backward_work=matrix + scales), x.width)
 
     def _adapted(self, x: Tensor, result: Tensor, linear: Linear, rank: int) -> Tensor:
         """Add peft's B(A(dropout(x))) * scale."""
         record, setting, width = self.record, self.setting, result.width
         given = record.cast(x, FP32) if setting.adapters_cast_up else x
         inside = self._dropped(given) if setting.dropout else given
-        update = self._low_rank(inside, linear, rank)
         if setting.dora:
-            self._weight_norm(linear)
-            base = self._base_of_dropped(inside, linear) if setting.dropout else result
-            update = self._with_magnitude(base, update, linear)
+            update = self._with_magnitude(inside, result, linear, rank)
         else:
-            update = record.scale(update)
+            update = record.scale(self._low_rank(inside, linear, rank))
         if setting.bits < 16:
             update = record.cast(update, width)
         result = record.cast(record.add(result, update), width)
@@ -91,13 +90,14 @@ class Layers:
             return self.record.made(x.elements, x.width, [x], [self.record.made(x.elements, 1)])
         return self.record.multiply(x, self.record.made(x.elements, x.width))
 
-    def _weight_norm(self, linear: Linear) -> None:
-        """Find DoRA's norm of base plus update; nothing of it is kept (peft 0.21, tuners/lora/dora.py)."""
-        # In fp32 and as they are multiplied: the identity that is sent through A and B. In fp32: what comes out, the
-        # base's weight, the scaled update, and the sum.
-        identity = linear.inputs**2 * (FP32 + self.setting.compute)
-        self.record.made(1, FP32)
-        self.record.amend(forward_work=identity + 4 * linear.weights * FP32)
+    def _weight_norm(self, linear: Linear) -> Tensor:
+        """Find DoRA's norm of base plus update (peft 0.21, tuners/lora/dora.py); return what variables hold of that."""
+        identity, weights = linear.inputs**2 * self.setting.compute, linear.weights * FP32
+        # The identity that is sent through A and B, what comes out in fp32, and the base's weight in fp32.
+        held = self.record.made(identity + 2 * weights, 1)
+        # Beside them, to take the norm: the scaled update, and its sum with the weight.
+        self.record.amend(forward_work=2 * weights)
+        return held
 
     def _base_of_dropped(self, x: Tensor, linear: Linear) -> Tensor:
         """Apply the base to the input of the adapter; the dequantised weight is kept for backward."""
@@ -105,15 +105,18 @@ class Layers:
         inside, weight = self.record.cast(x, width), self.record.made(linear.weights, width)
         return self.record.product(inside, weight, x.elements // linear.inputs * linear.outputs)
 
-    def _with_magnitude(self, base: Tensor, update: Tensor, linear: Linear) -> Tensor:
-        """(m - 1) * base + m * update * scale, with m = magnitude / norm."""
-        record = self.record
-        magnitude = Tensor(linear.outputs, FP32, learns=True, lasting=True)
-        factor = record.made(linear.outputs, FP32, [magnitude])
-        if linear.bias and not self.setting.dropout:
-            base = record.scale(base)
+    def _with_magnitude(self, x: Tensor, result: Tensor, linear: Linear, rank: int) -> Tensor:
+        """(m - 1) * base + m * B(A(x)) * scale, with m = magnitude / norm."""
+        record, dropout = self.record, self.setting.dropout
+        held = self._weight_norm(linear)
+        factor = record.made(linear.outputs, FP32, [Tensor(linear.outputs, FP32, learns=True, lasting=True)])
+        update = self._low_rank(x, linear, rank)
+        base = self._base_of_dropped(x, linear) if dropout else result
+        base = record.scale(base) if linear.bias and not dropout else base  # without its bias
         kept = record.multiply(record.scale(factor), base)
-        return record.add(kept, record.scale(record.multiply(factor, update)))
+        made = record.add(kept, record.scale(record.multiply(factor, update)))
+        record.until_here(held)
+        return made
 
     def norm(self, x: Tensor, size: int = 0) -> Tensor:
         """Normalise vectors of a size, the hidden one if none is given."""

@@ -43,6 +43,8 @@ class Operation:
     inputs: tuple[Tensor, ...]
     saved: tuple[Tensor, ...] = ()
     """What its backward needs."""
+    clung: tuple[Tensor, ...] = ()
+    """What its node holds by itself: a checkpoint does not let it go, and it stays as long as the graph."""
     passes: tuple[Tensor, ...] = ()
     """Inputs whose gradient is the gradient of its output, not new memory."""
     forward_work: int = 0
@@ -121,15 +123,16 @@ def play_forward(
         memory.touch(step.forward_work)
         if keeps and step.output.learns:
             memory.hold(step.saved)
+            memory.hold(step.clung)
         gone = {tensor.memory for tensor in (*step.inputs, step.output) if last.get(tensor.memory, -1) <= number}
         memory.drop(gone & made)
         made -= gone
     memory.drop(made - {tensor.memory for tensor in leaves})
 
 
-def play_backward(segment: Segment, memory: Memory, gradients: dict[Tensor, Tensor]) -> None:
-    """Run a segment's backward; gradients of its results come in, those of its inputs go out, all of them held."""
-    for step in reversed(segment.operations):
+def play_backward(operations: Sequence[Operation], memory: Memory, gradients: dict[Tensor, Tensor]) -> None:
+    """Run backward; gradients of results come in, those of inputs go out, all of them held."""
+    for step in reversed(operations):
         gradient = gradients.pop(step.output, None)
         made = _gradients_of_inputs(step, gradient)
         memory.hold(each for _, each in made)
@@ -185,10 +188,10 @@ def play(segments: Sequence[Segment], *, recompute: Sequence[bool]) -> Played:
     memory.hold(gradients.values())
     for number in reversed(range(len(segments))):
         if recompute[number]:
-            _recompute(segments[number], memory)
-        play_backward(segments[number], memory, gradients)
-        if recompute[number]:  # the checkpoint's input
-            memory.drop([segments[number - 1].output])
+            _backward_again(segments[number], memory, gradients)
+            memory.drop([segments[number - 1].output])  # the checkpoint's input
+        else:
+            play_backward(segments[number].operations, memory, gradients)
     return Played(kept, memory.peak)
 
 
@@ -197,13 +200,24 @@ def _all_forward(segments: Sequence[Segment], recompute: Sequence[bool], memory:
         if number == len(segments) - 1 and not any(recompute):
             memory.drop(tensor for segment in segments for tensor in segment.shared if tensor not in segment.lasting)
         play_forward(segment.operations, memory, leaves=segment.left, keeps=not recompute[number])
-        if number and not recompute[number]:
+        if recompute[number]:
+            memory.hold(_left_by_checkpoint(segment))
+        elif number:
             memory.drop([segments[number - 1].output])
     memory.drop(tensor for segment in segments for tensor in segment.cached)
 
 
-def _recompute(segment: Segment, memory: Memory) -> None:
-    """Run it again, until everything that backward needs is there."""
-    needed = max((number for number, step in enumerate(segment.operations) if step.saved), default=-1)
-    play_forward(segment.operations, memory, leaves=segment.cached, keeps=True, until=needed + 1)
+def _left_by_checkpoint(segment: Segment) -> list[Tensor]:
+    """Return what nodes hold by themselves; recomputed tensors are others, so that these are stand-ins."""
+    clung = {tensor.memory for step in segment.operations if step.output.learns for tensor in step.clung}
+    return [Tensor(tensor.elements, tensor.width) for tensor in clung]
+
+
+def _backward_again(segment: Segment, memory: Memory, gradients: dict[Tensor, Tensor]) -> None:
+    """Run backward to where something saved is needed, then forward again until all of that is there, then go on."""
+    last = max((number for number, step in enumerate(segment.operations) if step.saved), default=-1) + 1
+    play_backward(segment.operations[last:], memory, gradients)
+    play_forward(segment.operations, memory, leaves=segment.cached, keeps=True, until=last)
     memory.drop(segment.cached)
+    memory.drop(tensor for step in segment.operations[:last] if step.output.learns for tensor in step.clung)
+    play_backward(segment.operations[:last], memory, gradients)
