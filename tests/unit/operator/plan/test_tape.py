@@ -83,3 +83,32 @@ def test_a_recomputed_layer_keeps_its_input_only(layers: int):
     again = play(segments, recompute=[False] + [True] * layers)
     assert again.kept == (layers + 1) * 10 * 4
     assert again.peak < (4 * layers + 1) * 10 * 4 or layers == 2
+
+
+def test_a_checkpoint_does_not_let_go_what_a_node_holds_by_itself():
+    """As bitsandbytes' 8-bit layers do with their inputs; recomputed ones are held besides, until backward goes on."""
+    kept, peaks = [], []
+    for clings in (False, True):
+        record = Recorder()
+        start = record.cut(record.view(given(record, learns=False), 10, learns=True))
+        wide = record.from_input(record.made(1000, 4, [start.output]))
+        record.made(10, 4, [wide])
+        layer = record.cut(record.amend(clung=(wide,) if clings else ()))
+        made = play([start, layer], recompute=[False, True])
+        kept.append(made.kept)
+        peaks.append(made.peak)
+    assert kept[1] - kept[0] == 1000 * 4
+    assert peaks[1] - peaks[0] >= 1000 * 4
+
+
+def test_gradients_that_wait_are_there_while_a_layer_is_recomputed():
+    peaks = []
+    for scales in (False, True):
+        record = Recorder()
+        start = record.cut(record.view(given(record, learns=False), 10, learns=True))
+        record.from_input(start.output)
+        last = record.amend(forward_work=10_000)
+        output = record.add(record.scale(last) if scales else last, start.output)
+        peaks.append(play([start, record.cut(output)], recompute=[False, True]).peak)
+    # The gradient of what is scaled, beside that of the sum, which waits for the other summand.
+    assert peaks[1] - peaks[0] == 10 * 4
