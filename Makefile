@@ -59,6 +59,9 @@ bench-plan: setup ## how long `qlora plan` takes on 20 public models (10 seconds
 bench-trainer: setup ## the trainer against TRL and the copied recipe on this CPU (9 minutes; nothing else should run)
 	$(BIN)/python -m benchmarks.trainer
 
+bench-memory: setup ## predicted against measured memory of training steps on this CPU (5 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.memory
+
 gpu: setup ## the same on a GPU, with the shapes of Llama-3.2-3B and Llama-3.1-8B at random weights
 	$(BIN)/python -m benchmarks.trainer --device cuda
 

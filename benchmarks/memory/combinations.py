@@ -53,7 +53,7 @@ class Combination:
     @property
     def layout(self) -> str:
         """Return the rows in short."""
-        span = f"{self.rows}x{self.tokens}" + (f"..{min(self.lengths())}" if self.shortest < 1 else "")
+        span = f"{self.rows}x{self.tokens}" + (f"..{min(self.lengths())}" if min(self.lengths()) < self.tokens else "")
         return " ".join([span, "joined" if self.packing else "padded", f"learn {self.learned:.0%}"])
 
     @property
@@ -116,3 +116,53 @@ def _draw(chance: random.Random) -> Combination:
         dora=method != "full" and bits != 8 and chance.random() < 0.15,
         checkpointing=chance.random() < 0.35,
     )
+
+
+_HEADS: Final[dict[str, dict[str, Any]]] = {
+    "qwen3": {"head_dim": 32},
+    "gemma": {"head_dim": 64},
+    "gemma2": {"head_dim": 64},
+}
+UNEVEN: Final[dict[str, Any]] = {"rows": 4, "shortest": 0.4}
+JOINED: Final[dict[str, Any]] = {"rows": 4, "shortest": 0.4, "packing": True}
+CHOSEN: Final = (
+    Combination(),
+    # Shapes of every family that the plan knows, padded and joined.
+    *(Combination(family=family, **_HEADS.get(family, {}), **UNEVEN) for family in sorted(SEPARATE - {"llama"})),
+    *(Combination(family=family, targets=EVERYTHING, **JOINED) for family in ("phi3", "gpt_neox")),
+    Combination(family="falcon", method="lora", bits=16, kv_heads=8, targets=EVERYTHING, **UNEVEN),
+    # Rows: few and long, many and short, one; joined and padded; answers alone.
+    Combination(tokens=1024, rows=1),
+    Combination(tokens=64, rows=16),
+    Combination(tokens=1024, rows=1, packing=True),
+    Combination(**JOINED),
+    Combination(**JOINED, tokens=512),
+    Combination(**JOINED, learned=0.25),
+    Combination(**UNEVEN, learned=0.25),
+    # A vocabulary whose logits are most of it, in one chunk and in several.
+    Combination(vocabulary=32_000),
+    Combination(vocabulary=32_000, rows=8, tokens=256, tied=False),
+    Combination(vocabulary=32_000, family="gemma2", head_dim=32),
+    # Adapters.
+    Combination(targets=EVERYTHING),
+    Combination(targets=EVERYTHING, rank=128),
+    Combination(targets=EVERYTHING, dropout=0.05),
+    Combination(targets=("o_proj", "down_proj"), dropout=0.05),
+    Combination(dora=True, targets=EVERYTHING),
+    Combination(dora=True, dropout=0.05),
+    # How the base is stored and computed.
+    Combination(dtype="float32"),
+    Combination(bits=8),
+    Combination(method="lora", bits=16, targets=EVERYTHING),
+    Combination(method="lora", bits=16, dtype="float32"),
+    Combination(method="full", bits=16),
+    Combination(method="full", bits=16, checkpointing=True, tied=False, vocabulary=8192),
+    # Recomputation.
+    Combination(checkpointing=True, layers=8),
+    Combination(checkpointing=True, **JOINED),
+    Combination(checkpointing=True, targets=EVERYTHING, dropout=0.05),
+    Combination(checkpointing=True, bits=8, targets=EVERYTHING),
+    Combination(checkpointing=True, family="gemma3_text", head_dim=64, **UNEVEN),
+    Combination(checkpointing=True, hidden=512, intermediate=1536, layers=6, tokens=512, targets=EVERYTHING),
+)
+"""Chosen so that one thing after the other changes; the formula was written while looking at some of them."""

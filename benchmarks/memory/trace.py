@@ -18,16 +18,16 @@ class Trace:
     @property
     def left(self) -> int:
         """Return the bytes that are there at the end and were not at the start."""
-        return sum(event.nbytes() for event in self._blocks)
+        return sum(self._sizes)
 
     @property
     def peak(self) -> int:
         """Return the most bytes above the start at any time."""
-        return max(accumulate((event.nbytes() for event in self._blocks), initial=0))
+        return max(accumulate(self._sizes, initial=0))
 
     @property
-    def _blocks(self) -> list[Any]:
-        return [event for event in self.events if event.name() == "[memory]"]
+    def _sizes(self) -> list[int]:
+        return [int(event.nbytes()) for event in self.events if event.name() == "[memory]"]
 
 
 @contextmanager

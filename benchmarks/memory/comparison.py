@@ -1,0 +1,52 @@
+"""Predicted beside measured bytes, and how far they are apart."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Final
+
+from benchmarks.memory.combinations import Combination
+from benchmarks.memory.measure import Measured
+from benchmarks.memory.predict import Predicted
+
+MEDIAN: Final = 0.03
+WORST: Final = 0.10
+"""How far a prediction of a step's peak may be off, in the middle and at worst."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One combination."""
+
+    combination: Combination
+    measured: Measured
+    predicted: Predicted
+
+    @property
+    def step_error(self) -> float:
+        """Return the relative error of a step's peak."""
+        return self.predicted.step / self.measured.step - 1
+
+    @property
+    def kept_error(self) -> float:
+        """Return the relative error of what a forward pass leaves."""
+        return self.predicted.kept / self.measured.kept - 1
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Of several predictions, without their signs."""
+
+    median: float
+    worst: float
+
+    @property
+    def holds(self) -> bool:
+        """Return whether they are within the bounds."""
+        return self.median <= MEDIAN and self.worst <= WORST
+
+
+def errors(values: Sequence[float]) -> Errors:
+    """Sum up relative errors."""
+    sizes = [abs(value) for value in values]
+    return Errors(median(sizes), max(sizes))
