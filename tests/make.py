@@ -147,7 +147,7 @@ def make_pending_pod(**change: Any) -> Pod:
 
 
 def make_child(role: Role = Role.TRAIN, attempt: int = 1, **change: Any) -> ChildJob:
-    """A child Job with a running pod."""
+    """A child Job with a running pod; `pod` is its only one, `pods` are several."""
     train = role is Role.TRAIN
     values: dict[str, Any] = {
         "name": names.train_job_name(REF.name, attempt) if train else names.prepare_job_name(REF.name),
@@ -156,8 +156,9 @@ def make_child(role: Role = Role.TRAIN, attempt: int = 1, **change: Any) -> Chil
         "created_at": NOW - timedelta(minutes=5),
         "deadline_seconds": 86_400 if train else 3600,
         "pod": make_pod(),
-    }
-    return ChildJob(**{**values, **change})
+    } | change
+    pod = values.pop("pod")
+    return ChildJob(**{"pods": (pod,) if pod else (), **values})
 
 
 def make_prepared_child(word: str = PREPARED_WORD, **change: Any) -> ChildJob:

@@ -39,6 +39,13 @@ PREPARE_CONFIG_FILE: Final = "prepare.json"
 """A PrepareConfig, in CONFIG_MOUNT of the prepare pod."""
 RUN_CONFIG_FILE: Final = "run.json"
 """A RunConfig, in CONFIG_MOUNT of a training pod."""
+ACCELERATE_CONFIG_FILE: Final = "accelerate.yaml"
+"""What `accelerate launch` reads, in CONFIG_MOUNT of a training pod with other processes beside it."""
+DEEPSPEED_CONFIG_FILE: Final = "deepspeed.json"
+"""DeepSpeed's settings, in CONFIG_MOUNT where it divides the work."""
+DEEPSPEED_FILE: Final = f"{CONFIG_MOUNT}/{DEEPSPEED_CONFIG_FILE}"
+MAIN_ADDRESS_ENV: Final = "QLORA_MAIN_ADDRESS"
+"""The name of the pod with the first process, where there are several pods."""
 SECRETS_MOUNT: Final = "/var/run/qlora/secrets"
 """One folder per SecretRole, one file per key. The volumes are optional: the trainer names what is missing."""
 TOKEN_MOUNT: Final = "/var/run/qlora/token"  # noqa: S105 (a path)
@@ -148,6 +155,7 @@ class Reason(StrEnum):
     UPLOAD_FAILED = "UploadFailed"
     INTERRUPTED = "Interrupted"
     POD_LOST = "PodLost"
+    COLLECTIVE_TIMEOUT = "CollectiveTimeout"
     # we act
     TRAINER_ERROR = "TrainerError"
 
@@ -265,6 +273,11 @@ GUIDANCE: Final[dict[Reason, Guidance]] = {
     Reason.POD_LOST: Guidance(
         "The pod vanished without a last word.",
         "Create the QLoRAJob anew, under the same name: it goes on from its last checkpoint.",
+    ),
+    Reason.COLLECTIVE_TIMEOUT: Guidance(
+        "A process waited in vain for the others of its run, or lost its connection to them.",
+        "See which pod ended first, and check the network between the nodes; NetworkPolicies must let the pods of a "
+        "run reach each other.",
     ),
     Reason.TRAINER_ERROR: Guidance(
         "The trainer failed in a way it does not know.", "Read the pod's log, and report it with the message."

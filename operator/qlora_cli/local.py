@@ -55,7 +55,9 @@ def _run(config: RunConfig, screen: Screen) -> Result:
 
     stop = StopFlag()
     with stop.listening_to_keyboard(lambda: screen.note(STOPPING)):
-        return run(config, screen, stop=stop)
+        result = run(config, screen, stop=stop)
+    assert result is not None  # noqa: S101 (a computer's run is one process, which has the result)
+    return result
 
 
 def run_locally(manifest: JobManifest, platform: Platform, trainer: Trainer, screen: Screen) -> LastWord:

@@ -16,6 +16,7 @@ from qlora_operator.build import (
     build_prepare_config,
     build_prepare_job,
     build_run_config,
+    build_service,
     build_train_job,
 )
 from qlora_operator.cluster.ports import Cluster, NameTakenError, RefusedError
@@ -125,6 +126,7 @@ def build_children(decision: Decision, job: Job, installation: Installation) -> 
         run = Run(decision.attempt.number, decision.plan, decision.prepared)
         return (
             build_run_config(owner, job.spec, run, installation),
+            *([build_service(owner, run.attempt)] if run.plan.nodes > 1 else []),
             build_train_job(owner, job.spec, run.attempt, installation),
         )
     return ()

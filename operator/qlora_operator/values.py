@@ -94,6 +94,8 @@ class Pod:
     reason: str = ""
     """The kubelet's reason for refusing or evicting the whole pod."""
     message: str = ""
+    index: int = 0
+    """Its number among the pods of its Job."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ class JobFailure:
 
 @dataclass(frozen=True)
 class ChildJob:
-    """A batch/v1 Job that belongs to the QLoRAJob, with its pod."""
+    """A batch/v1 Job that belongs to the QLoRAJob, with its pods."""
 
     name: str
     role: Role
@@ -120,7 +122,15 @@ class ChildJob:
     failure: JobFailure | None = None
     overdue: bool = False
     """Its deadline has passed; Kubernetes is ending its pod, or has ended it."""
-    pod: Pod | None = None
+    wanted: int = 1
+    """Pods that it is to have."""
+    pods: tuple[Pod, ...] = ()
+    """Those that it has, by their index; of two with one index the newer."""
+
+    @property
+    def pod(self) -> Pod | None:
+        """The first pod, which speaks for the run while all goes well."""
+        return next((pod for pod in self.pods if pod.index == 0), None)
 
     @property
     def finished(self) -> bool:
@@ -130,7 +140,8 @@ class ChildJob:
     @property
     def holds_resources(self) -> bool:
         """Whether a node or the scheduler is still busy with it."""
-        return not self.finished and (self.pod is None or self.pod.exit is None)
+        ended = [pod for pod in self.pods if pod.exit is not None]
+        return not self.finished and len(ended) < self.wanted
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,14 @@ _TESTS: Final = "tests/unit/trainer"
 MUTATIONS: Final = (
     Mutation(
         trap=1,
-        file=f"{_TRAINER}/train.py",
+        file=f"{_TRAINER}/engine.py",
         old="        torch.autograd.backward(loss)\n",
         new="        torch.autograd.backward(loss / weight / len(batch.labels))\n",
         test=f"{_TESTS}/parity/test_parity.py::test_gradient_accumulation_of_1_x_16_is_16_x_1",
     ),
     Mutation(
         trap=1,
-        file=f"{_TRAINER}/train.py",
+        file=f"{_TRAINER}/engine.py",
         old="        torch.autograd.backward(loss)\n",
         new="        torch.autograd.backward(loss / weight / len(batch.labels))\n",
         test=f"{_TESTS}/test_traps_loop.py::test_trap_01_micro_batches_do_not_change_a_step",
@@ -109,8 +109,8 @@ MUTATIONS: Final = (
     Mutation(
         trap=11,
         file=f"{_TRAINER}/train.py",
-        old="    if missing or idle:\n",
-        new="    if missing and idle:\n",
+        old="if gradient is None or (",
+        new="if gradient is not None and (",
         test=f"{_TESTS}/test_traps_model.py::test_trap_11_missing_gradients_end_the_run",
     ),
     Mutation(
@@ -153,8 +153,8 @@ MUTATIONS: Final = (
     Mutation(
         trap=19,
         file=f"{_TRAINER}/publish.py",
-        old="tuned.peft.save_pretrained(target, save_embedding_layers=False)",
-        new="tuned.peft.save_pretrained(target)",
+        old="tuned.peft.save_pretrained(target, save_embedding_layers=False, **whole)",
+        new="tuned.peft.save_pretrained(target, **whole)",
         test=f"{_TESTS}/test_traps_result.py::test_trap_19_saving_asks_no_hub_about_the_vocabulary",
     ),
     Mutation(
@@ -166,7 +166,7 @@ MUTATIONS: Final = (
     ),
     Mutation(
         trap=21,
-        file=f"{_TRAINER}/train.py",
+        file=f"{_TRAINER}/engine.py",
         old="enabled=choices.dtype == torch.float16)",
         new="enabled=False)",
         test=f"{_TESTS}/test_traps_model.py::test_trap_21_fp16_is_scaled_and_the_adapter_is_not_in_it",
@@ -245,15 +245,15 @@ MUTATIONS: Final = (
     ),
     Mutation(
         trap=30,
-        file=f"{_TRAINER}/train.py",
-        old="        put_optimizer(self.optimizer, state.optimizer)\n",
+        file=f"{_TRAINER}/engine.py",
+        old="        put_optimizer(self._optimizer, state.optimizer)\n",
         new="",
         test=f"{_TESTS}/test_checkpoint.py::test_trap_30_a_run_stopped_after_any_step_ends_as_if_it_had_not_been",
     ),
     Mutation(
         trap=31,
         file=f"{_TRAINER}/publish.py",
-        old="save_embedding_layers=False)",
+        old="save_embedding_layers=False, **whole)",
         new="save_embedding_layers=False, state_dict=dict(list(tuned.peft.state_dict().items())[::2]))",
         test=f"{_TESTS}/test_traps_result.py::test_trap_31_what_is_saved_is_what_was_trained",
     ),

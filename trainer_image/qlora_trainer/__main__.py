@@ -1,10 +1,12 @@
-"""The trainer as a pod runs it: `python -m qlora_trainer prepare|train --config FILE`."""
+"""The trainer as a pod runs it: `python -m qlora_trainer prepare|train|launch --config FILE`."""
 
 import argparse
 import logging
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Final
 
 import structlog
 
@@ -21,6 +23,7 @@ from qlora_api.runconfig import PrepareConfig, RunConfig
 from qlora_trainer.errors import explain
 from qlora_trainer.interrupt import EXIT_CODE, StopFlag, interrupted
 from qlora_trainer.lastword import failure_word, write_last_word
+from qlora_trainer.ranks import DONE, path_of_process, rank_of_process
 from qlora_trainer.work import default_work
 
 log = structlog.get_logger()
@@ -31,25 +34,34 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     configure_log()
     configure_libraries(options.work)
-    stop = StopFlag()
-    stop.listen(lambda: write_last_word(failure_word(interrupted()), options.termination_message))
+    place, stop = path_of_process(options.termination_message), StopFlag()
+    stop.listen(lambda: write_last_word(failure_word(interrupted()), place))
     try:
-        word = prepare_word(options) if options.command == "prepare" else train_word(options, stop)
+        word = COMMANDS[options.command](options, stop)
     except BaseException as error:
         known = explain(error)
         log.exception("the run failed", reason=known.reason, step=known.step)
-        write_last_word(failure_word(known), options.termination_message)
-        return EXIT_CODE if known.reason == Reason.INTERRUPTED else 1
-    write_last_word(word, options.termination_message)
+        write_last_word(failure_word(known), place)
+        return EXIT_CODES.get(known.reason, 1)
+    return leave(word, place)
+
+
+def leave(word: LastWord | None, place: Path) -> int:
+    """Leave the last word, or a note that another process has it, and return the exit code."""
+    if word is None:
+        place.with_suffix(DONE).touch()
+        log.info("done", reason="another process has the last word")
+        return 0
+    write_last_word(word, place)
     log.info("done", reason=word.reason)
-    return 0
+    return EXIT_CODES.get(word.reason, 1)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="qlora_trainer", description="Prepare or train one QLoRAJob.")
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, file in (("prepare", PREPARE_CONFIG_FILE), ("train", RUN_CONFIG_FILE)):
+    for name, file in (("prepare", PREPARE_CONFIG_FILE), ("train", RUN_CONFIG_FILE), ("launch", RUN_CONFIG_FILE)):
         command = commands.add_parser(name)
         command.add_argument("--config", type=Path, default=Path(CONFIG_MOUNT, file), help="what to do, as JSON")
         command.add_argument("--work", type=Path, default=pod_work(), help="folder for downloads and results")
@@ -67,6 +79,7 @@ def configure_log() -> None:
     """Write one JSON object a line to standard output."""
     structlog.configure(
         processors=[
+            structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso"),
             structlog.processors.format_exc_info,
@@ -74,6 +87,8 @@ def configure_log() -> None:
         ],
         logger_factory=structlog.PrintLoggerFactory(sys.stdout),
     )
+    if (rank := rank_of_process()) is not None:
+        structlog.contextvars.bind_contextvars(rank=rank)
     logging.basicConfig(level=logging.WARNING, stream=sys.stdout)
 
 
@@ -96,7 +111,7 @@ def configure_libraries(work: Path) -> None:
         os.environ.setdefault(name, value)
 
 
-def prepare_word(options: argparse.Namespace) -> LastWord:
+def prepare_word(options: argparse.Namespace, _: StopFlag) -> LastWord:
     """Prepare, and return the facts as the last word."""
     from qlora_trainer.prepare import prepare  # noqa: PLC0415 (after configure_libraries)
 
@@ -106,8 +121,8 @@ def prepare_word(options: argparse.Namespace) -> LastWord:
     return LastWord(reason=reason, message="", prepared=prepared, result=prepared.published)
 
 
-def train_word(options: argparse.Namespace, stop: StopFlag) -> LastWord:
-    """Train, and return the result as the last word."""
+def train_word(options: argparse.Namespace, stop: StopFlag) -> LastWord | None:
+    """Train, and return the result as the last word; another process may have it."""
     config = RunConfig.model_validate_json(options.config.read_text())
     from qlora_trainer.progress import Heartbeat, HttpSink, LogSink, ProgressSink, Sinks  # noqa: PLC0415 (as above)
     from qlora_trainer.run import run  # noqa: PLC0415 (as above)
@@ -122,7 +137,27 @@ def train_word(options: argparse.Namespace, stop: StopFlag) -> LastWord:
     finally:
         if http is not None:
             http.close()
-    return LastWord(reason=Reason.PUBLISHED, message="", step=result.steps, result=result)
+    return LastWord(reason=Reason.PUBLISHED, message="", step=result.steps, result=result) if result else None
+
+
+def launch_word(options: argparse.Namespace, stop: StopFlag) -> LastWord | None:
+    """Let this pod's processes train, and return what explains their end."""
+    from qlora_trainer.launch import launch, observe_node  # noqa: PLC0415 (as above)
+
+    config = RunConfig.model_validate_json(options.config.read_text())
+    return launch(config, observe_node(config.plan, options.config, options.work), stop)
+
+
+COMMANDS: Final[dict[str, Callable[[argparse.Namespace, StopFlag], LastWord | None]]] = {
+    "prepare": prepare_word,
+    "train": train_word,
+    "launch": launch_word,
+}
+EXIT_CODES: Final = {
+    Reason.INTERRUPTED: EXIT_CODE,
+    **dict.fromkeys((Reason.PREPARED, Reason.ALREADY_PUBLISHED, Reason.PUBLISHED), 0),
+}
+"""By the reason of a last word; 1 for all others."""
 
 
 if __name__ == "__main__":

@@ -34,10 +34,9 @@ def choose_asked(rows: Sequence[TokenRow], count: int) -> list[int]:
 
 def answer_rows(tuned: Tuned, rows: Sequence[TokenRow], tokenizer: Any, *, batch: int, limit: int) -> tuple[str, ...]:
     """Return the answers to the prompts of rows, each at most `limit` tokens long."""
-    longest = longest_answer(rows, limit)
     groups = [rows[start : start + batch] for start in range(0, len(rows), batch)]
     prompts = [[row.prompt_ids for row in group] for group in groups]
-    return tuple(answer.text for group in prompts for answer in answer_prompts(tuned, group, tokenizer, longest))
+    return tuple(answer.text for group in prompts for answer in answer_prompts(tuned, group, tokenizer, limit))
 
 
 def answer_prompts(

@@ -54,6 +54,11 @@ def micro_batches(rows: Sequence[TokenRow], size: int, *, packing: bool) -> list
     return list(groups)
 
 
+def fill_up(groups: list[Sequence[TokenRow]], passes: int, filler: TokenRow) -> list[tuple[Sequence[TokenRow], bool]]:
+    """Return each pass's rows and whether they count, filled up with a row that does not: passes are made in step."""
+    return [(group, True) for group in groups] + [([filler], False)] * (passes - len(groups))
+
+
 def make_batch(rows: Sequence[TokenRow], device: torch.device, *, packing: bool) -> Batch:
     """Lay rows out for one forward pass."""
     return _packed(rows, device) if packing else _padded(rows, device)

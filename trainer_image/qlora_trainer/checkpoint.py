@@ -38,6 +38,8 @@ class Course(ApiModel):
     """Training rows that are left after tokenisation."""
     optimizer: str
     """The kind, whose state another kind cannot read."""
+    division: str = ""
+    """Strategy and number of the processes that the optimizer's state is divided among; empty where it is whole."""
 
 
 class Record(ApiModel):
@@ -92,15 +94,21 @@ class Checkpoints:
             return state
         return None
 
-    def offer(self, step: int, capture: Callable[[], TrainingState], last: bool) -> None:
-        """Save the state when it is time to, or when there will be no other occasion."""
-        if step == self._saved_step or not (last or self._is_due(step)):
-            return
+    def at(self, step: int) -> TrainingState:
+        """Return the state after a step that another process found."""
+        return self._load(f"{self._folder}/step-{step:06}")
+
+    def wants(self, step: int, last: bool) -> bool:
+        """Return whether to keep the state after a step: it is time to, or there will be no other occasion."""
+        return step != self._saved_step and (last or self._is_due(step))
+
+    def keep(self, state: TrainingState) -> None:
+        """Save a state."""
         try:
-            self._save(capture())
+            self._save(state)
         except RunError as error:
             # The training is worth more than its insurance; the next occasion tries again.
-            self._note(f"no checkpoint of step {step} was written: {error}")
+            self._note(f"no checkpoint of step {len(state.history.steps)} was written: {error}")
 
     def clear(self) -> None:
         """Remove every checkpoint; the published adapter has taken their place."""

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,9 +11,10 @@ import torch
 from qlora_api.names import Reason
 from qlora_api.report import EvaluatedRow
 from qlora_api.v1alpha1 import EvaluationSpec, Metrics
-from qlora_trainer.answers import answer_rows, choose_asked
+from qlora_trainer.answers import answer_rows, choose_asked, longest_answer
 from qlora_trainer.batches import make_batch, micro_batches
 from qlora_trainer.benchmarks import Battery, Figures
+from qlora_trainer.distributed import World
 from qlora_trainer.errors import RunError
 from qlora_trainer.model import Tuned
 from qlora_trainer.scores import perplexity, score
@@ -76,19 +78,25 @@ class Examiner:
     spec: EvaluationSpec
     micro_batch: int
     packing: bool
+    world: World
     battery: Battery | None = None
     """Public benchmarks, where the spec asks for any."""
 
     def examine(self, tuned: Tuned, *, adapter: bool = True) -> Examination:
         """Measure the adapter, or the base below it, on every row, and let it answer some."""
         with tuned.evaluating(adapter=adapter):
-            sums = sum_rows(tuned, self.rows, self.micro_batch, packing=self.packing)
+            sums = self.world.spread(
+                self.rows, partial(sum_rows, tuned, micro_batch=self.micro_batch, packing=self.packing)
+            )
             return Examination(sums, self._ask(tuned), self.battery.examine(tuned) if self.battery else {})
 
     def _ask(self, tuned: Tuned) -> tuple[str | None, ...]:
         places = choose_asked(self.rows, self.spec.generations)
-        asked, limit = [self.rows[place] for place in places], self.spec.max_answer_tokens
-        texts = answer_rows(tuned, asked, self.tokenizer, batch=self.micro_batch, limit=limit)
+        asked = [self.rows[place] for place in places]
+        # Of all rows, so that an answer does not depend on which process is asked.
+        limit = longest_answer(asked, self.spec.max_answer_tokens)
+        ask = partial(answer_rows, tuned, tokenizer=self.tokenizer, batch=self.micro_batch, limit=limit)
+        texts = self.world.spread(asked, ask)
         said = dict(zip(places, texts, strict=True))
         return tuple(said.get(place) for place in range(len(self.rows)))
 

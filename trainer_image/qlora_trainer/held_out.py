@@ -21,8 +21,9 @@ class HeldOut:
         self._micro_batch = micro_batch
         self._packing = packing
         self._world = world
-        # Each row is in one process: with rows repeated to fill a last batch some would count twice (trap 27).
-        self._mine = [rows[place] for place in world.share(range(len(rows)))]
+        # Each row is in one process: with rows repeated to fill a last batch some would count twice (trap 27). Where
+        # passes are made in step, shares of different lengths would wait for ever, so that each process takes all rows.
+        self._mine = rows if world.moves_in_step else [rows[place] for place in world.share(range(len(rows)))]
 
     def look(self, tuned: Tuned, step: int, stop: StopFlag, alive: Callable[[], None]) -> HeldOutRecord | None:
         """Return the loss after a step; None when the process was asked to stop meanwhile."""
@@ -30,8 +31,8 @@ class HeldOut:
         with tuned.evaluating():
             sums = self._sum(tuned, stop, alive)
         # The sums are added up even when they are worthless: all processes must make the same calls.
-        loss, correct, tokens = (self._world.total_of(number) for number in sums)
-        if self._world.any(stop.requested):
+        loss, correct, tokens = sums if self._world.moves_in_step else map(self._world.total_of, sums)
+        if self._world.any(stop.requested)[0]:
             return None
         check_finite_loss(loss, step)
         seconds = time.perf_counter() - started
@@ -41,7 +42,7 @@ class HeldOut:
         """Return the summed loss, the hits and the tokens of this process's rows."""
         loss, correct, tokens = 0.0, 0.0, 0.0
         for group in micro_batches(self._mine, self._micro_batch, packing=self._packing):
-            if stop.requested:
+            if stop.requested and not self._world.moves_in_step:
                 break
             losses, hits = tuned.statistics(make_batch(group, tuned.device, packing=self._packing))
             loss, correct, tokens = loss + float(losses.sum()), correct + float(hits.sum()), tokens + len(losses)

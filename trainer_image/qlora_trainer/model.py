@@ -50,7 +50,11 @@ class Tuned:
 
     def parameters(self) -> list[torch.nn.Parameter]:
         """Return the weights that learn."""
-        return [parameter for parameter in self.peft.parameters() if parameter.requires_grad]
+        return [parameter for _, parameter in self.named_parameters()]
+
+    def named_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
+        """Return the weights that learn, with their names."""
+        return [(name, weight) for name, weight in self.peft.named_parameters() if weight.requires_grad]
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Compute in 16 bits where that is chosen: fp32 adapters would double every input otherwise."""
@@ -92,7 +96,8 @@ class Tuned:
     def _head(self) -> Head:
         output = self.causal.get_output_embeddings()
         learned = tuple(parameter for parameter in output.parameters() if parameter.requires_grad)
-        return Head(output, positions_per_chunk(output.weight.shape[0]), learned)
+        # Not the weight's shape: under ZeRO-3 a weight that nobody collected has none.
+        return Head(output, positions_per_chunk(self.causal.config.get_text_config().vocab_size), learned)
 
     def _states(self, batch: Batch) -> torch.Tensor:
         states: torch.Tensor = self.causal.base_model(**_inputs(batch)).last_hidden_state
@@ -134,7 +139,7 @@ def load_base(folder: Path, quantization: QuantizationSpec, dtype: torch.dtype, 
         dtype=dtype,
         quantization_config=quantization_config(quantization, dtype),
         attn_implementation=attention,
-        device_map={"": "cuda:0" if device == "cuda" else "cpu"},
+        device_map={"": torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else "cpu"},
         use_safetensors=True,
         trust_remote_code=False,
         local_files_only=True,

@@ -30,6 +30,7 @@ from qlora_trainer.output import (
     put_manifest,
 )
 from qlora_trainer.report import render_html
+from qlora_trainer.state import Weights
 from qlora_trainer.store import AlreadyThereError, Store, sha256_of
 from qlora_trainer.whole import save_whole
 
@@ -49,22 +50,28 @@ class Merged:
     report: MergeReport
 
 
-def write_weights(tuned: Tuned, tokenizer: Any, record: AdapterRecord, folder: Path) -> Path:
-    """Write what was trained, with the tokenizer and our own record beside it."""
+def write_weights(
+    tuned: Tuned, tokenizer: Any, record: AdapterRecord, folder: Path, weights: Weights | None = None
+) -> Path:
+    """Write what was trained, with the tokenizer and our own record beside it.
+
+    `weights` are the adapter's where the model does not have them whole (ZeRO-3).
+    """
     target = folder / WEIGHTS[record.method]
     if tuned.whole:
         save_whole(tuned.causal, record.base, target)
     else:
-        save_adapter(tuned, record, target)
+        save_adapter(tuned, record, target, weights)
     tokenizer.save_pretrained(target)
     (target / RECORD).write_text(record.model_dump_json(by_alias=True, indent=2))
     return target
 
 
-def save_adapter(tuned: Tuned, record: AdapterRecord, target: Path) -> None:
+def save_adapter(tuned: Tuned, record: AdapterRecord, target: Path, weights: Weights | None) -> None:
     """Write the adapter as peft and vLLM read it."""
+    whole = {"state_dict": tuned.peft.state_dict() | dict(weights)} if weights else {}
     # With 'auto' peft would ask the hub whether the vocabulary was resized; it never is (peft#2898).
-    tuned.peft.save_pretrained(target, save_embedding_layers=False)
+    tuned.peft.save_pretrained(target, save_embedding_layers=False, **whole)
     if tuned.start:
         restore_base(target, tuned.start)
     config = target / "adapter_config.json"

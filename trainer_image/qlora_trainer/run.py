@@ -1,6 +1,6 @@
 """The story of a run, from checked facts to a published adapter."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,15 @@ from qlora_trainer.benchmarks import score_tasks
 from qlora_trainer.card import write_card
 from qlora_trainer.checkpoint import Checkpoints
 from qlora_trainer.choices import Choices
-from qlora_trainer.evaluate import Examination, Examiner, compare
+from qlora_trainer.distributed import World, join_planned_world
+from qlora_trainer.evaluate import Examination, compare
 from qlora_trainer.history import History
 from qlora_trainer.interrupt import StopFlag
 from qlora_trainer.merging import add_merged
-from qlora_trainer.model import Tuned
 from qlora_trainer.output import find_manifest, open_output, point_latest
 from qlora_trainer.pace import Pace
-from qlora_trainer.progress import ProgressSink
-from qlora_trainer.publish import publish, write_report, write_weights
+from qlora_trainer.progress import ProgressSink, Sinks
+from qlora_trainer.publish import WEIGHTS, publish, write_report
 from qlora_trainer.secrets import Secrets, load_secrets
 from qlora_trainer.serving import check_serving
 from qlora_trainer.snapshot import Places
@@ -32,37 +32,34 @@ from qlora_trainer.work import default_work
 
 
 @dataclass(frozen=True)
-class Site:
-    """Where a run works, and with which keys."""
+class Desk:
+    """What every part of a run works with."""
 
     config: RunConfig
-    secrets: Secrets
+    world: World
     places: Places
     output: Store
+    pace: Pace
+    sink: ProgressSink
     work: Path
+    stop: StopFlag
+    started: datetime = field(default_factory=lambda: datetime.now(UTC))
 
 
 @dataclass(frozen=True)
-class Subject:
-    """The model that is examined, tuned and published."""
+class Learned:
+    """What the processes found out together."""
 
-    folder: Path
-    """The base's files."""
-    tuned: Tuned
-    choices: Choices
+    data: stages.Data
     tokenizer: Any
-
-
-@dataclass(frozen=True)
-class Findings:
-    """What training and evaluations brought."""
-
+    choices: Choices
     history: History
     base: Examination
     adapter: Examination
-    started: datetime
-    """Of the first attempt."""
-    earlier_peak_bytes: int
+    check: stages.LoadingCheck
+    checkpoints: Checkpoints
+    files: Path
+    """The trained weights, as they will be published."""
 
 
 def run(
@@ -72,89 +69,76 @@ def run(
     secrets: Secrets | None = None,
     work: Path | None = None,
     stop: StopFlag | None = None,
-) -> Result:
-    """Fine-tune one adapter, compare it with its base, and publish it."""
-    started, stop = datetime.now(UTC), stop or StopFlag()
-    site = open_site(config, secrets, work or default_work())
-    if (published := find_published(site)) is not None:
-        return finish(site, published)
-    pace = Pace(sink, config.plan.total_steps)
-    pace.enter(Phase.TRAINING)
-    data = stages.load_data(site.output, config, site.work)
-    subject = load_subject(site)
-    examiner = make_examiner(site, subject, data)
-    pace.enter(Phase.EVALUATING)
-    base = examiner.examine(subject.tuned, adapter=False)
-    pace.enter(Phase.TRAINING)
-    course = stages.make_course(config, data, subject.choices)
-    checkpoints = Checkpoints(site.output, course, config.spec.checkpoint, started, sink.note)
-    news = stages.News(pace, open_trackers(config, site.secrets, site.work, sink.note))
-    loop = stages.make_training(subject.tuned, data, config, subject.choices)
-    history = stages.train(loop, checkpoints, news, stop)
-    pace.enter(Phase.EVALUATING)
-    adapter = examiner.examine(subject.tuned)
-    findings = Findings(history, base, adapter, checkpoints.started_at, checkpoints.peak_memory_bytes)
-    check = stages.make_loading_check(subject.tuned, data.held_out, config, subject.choices, subject.folder)
-    pace.enter(Phase.PUBLISHING)
-    files, result = write_result(site, subject, data, findings)
-    del subject, loop
-    stages.prove_loadable(check, files)
-    stages.pass_gate(site.output, config, result, files, checkpoints)
-    result = publish(site.output, config, result, files, datetime.now(UTC))
-    checkpoints.clear()
-    return finish(site, result)
-
-
-def open_site(config: RunConfig, secrets: Secrets | None, work: Path) -> Site:
-    """Return the places of a run."""
+) -> Result | None:
+    """Fine-tune one adapter, compare it with its base, and publish it; None in a process that only helps another."""
+    world, work, stop = join_planned_world(config.plan), work or default_work(), stop or StopFlag()
     secrets = secrets or load_secrets(config.spec, config.namespace)
-    places = Places(config.platform, secrets)
-    return Site(config, secrets, places, open_output(places, config.spec, config.job), work)
+    places, sink = Places(config.platform, secrets), sink if world.leads else Sinks(())
+    output = open_output(places, config.spec, config.job)
+    desk = Desk(config, world, places, output, Pace(sink, config.plan.total_steps), sink, work, stop)
+    result = _find_published(desk)
+    if result is None:
+        learned = _learn(desk, secrets)
+        if world.leads:
+            result = _publish(desk, learned)
+    return add_merged(places, output, config, result, work) if world.leads and result else None
 
 
-def find_published(site: Site) -> Result | None:
-    """Return the result if it is complete already, as the newest one of its job."""
-    prepared = site.config.prepared
-    published = find_manifest(site.output, prepared.digest)
-    if published is None:
-        return None
-    point_latest(site.output, prepared.digest, prepared.prefix)
-    return published.result
+def _find_published(desk: Desk) -> Result | None:
+    """Return the result, where somebody published it since it was prepared; one process looks for all of them."""
+    digest, prefix = desk.config.prepared.digest, desk.config.prepared.prefix
+    published = desk.world.told(find_manifest(desk.output, digest) if desk.world.leads else None)
+    if published is not None and desk.world.leads:
+        point_latest(desk.output, digest, prefix)
+    return published.result if published else None
 
 
-def load_subject(site: Site) -> Subject:
-    """Return the base with what is trained of it, and its tokenizer."""
-    folder = stages.fetch_model(site.places, site.config, site.work)
-    tuned, choices = stages.load_model(site.config, folder)
-    return Subject(folder, tuned, choices, load_tokenizer(folder, site.config.spec.dataset.chat_template))
+def _learn(desk: Desk, secrets: Secrets) -> Learned:
+    """Train, and examine base and adapter: the part of a run in which every process takes part."""
+    config, world, pace, work = desk.config, desk.world, desk.pace, desk.work
+    pace.enter(Phase.TRAINING)
+    with world.one_per_node_first():
+        data = stages.load_data(desk.output, config, work)
+        folder = stages.fetch_model(desk.places, config, work)
+        tokenizer = load_tokenizer(folder, config.spec.dataset.chat_template)
+        battery = stages.load_battery(desk.places, desk.output, tokenizer, config, work)
+    tuned, choices = stages.load_model(config, folder, world)
+    examiner = stages.make_examiner(data, tokenizer, config, choices, battery, world)
+    loop = stages.make_training(tuned, data, config, choices, world)
+    course = stages.make_course(config, data, choices, world)
+    checkpoints = Checkpoints(desk.output, course, config.spec.checkpoint, desk.started, desk.sink.note)
+    start = stages.find_start(checkpoints, world)
+    if world.moves_in_step:
+        loop.engine.start(start)  # no device holds the base whole, so that it is divided before it is examined
+    pace.enter(Phase.EVALUATING)
+    base = examiner.examine(tuned, adapter=False)
+    pace.enter(Phase.TRAINING)
+    trackers = open_trackers(config, secrets, work, desk.sink.note) if world.leads else stages.NO_TRACKERS
+    history = stages.train(loop, checkpoints, start, stages.News(pace, trackers), desk.stop)
+    pace.enter(Phase.EVALUATING)
+    adapter = examiner.examine(tuned)
+    check = stages.make_loading_check(tuned, data.held_out, config, choices, folder)
+    files = stages.write_trained(loop, tokenizer, config, work)
+    return Learned(data, tokenizer, choices, history, base, adapter, check, checkpoints, files)
 
 
-def make_examiner(site: Site, subject: Subject, data: stages.Data) -> Examiner:
-    """Return what examines base and adapter alike, public benchmarks included."""
-    battery = stages.load_battery(site.places, site.output, subject.tokenizer, site.config, site.work)
-    return stages.make_examiner(data, subject.tokenizer, site.config, subject.choices, battery)
-
-
-def write_result(site: Site, subject: Subject, data: stages.Data, findings: Findings) -> tuple[Path, Result]:
-    """Write all that is published into a folder, and return that with the result in short."""
-    config, choices, tokenizer = site.config, subject.choices, subject.tokenizer
-    files = stages.empty_folder(site.work / "results" / config.prepared.digest)
-    written = write_weights(subject.tuned, tokenizer, stages.build_record(config, choices), files)
-    outcome = stages.Outcome(
-        history=findings.history,
-        rows=compare(data.held_out, findings.base, findings.adapter),
-        tasks=score_tasks(findings.base.figures, findings.adapter.figures),
-        serving=check_serving(written),
-        preview=stages.make_preview(data, tokenizer),
-        earlier_peak_bytes=findings.earlier_peak_bytes,
-    )
-    report = stages.build_report(config, choices, outcome, findings.started)
+def _publish(desk: Desk, learned: Learned) -> Result:
+    """Write and prove the result and upload it: one process does it, and the others are free to go."""
+    config, files = desk.config, learned.files
+    desk.pace.enter(Phase.PUBLISHING)
+    written = files / WEIGHTS[config.spec.method]
+    rows = compare(learned.data.held_out, learned.base, learned.adapter)
+    tasks = score_tasks(learned.base.figures, learned.adapter.figures)
+    preview = stages.make_preview(learned.data, learned.tokenizer)
+    earlier = learned.checkpoints.peak_memory_bytes
+    outcome = stages.Outcome(learned.history, rows, tasks, check_serving(written), preview, earlier)
+    report = stages.build_report(config, learned.choices, outcome, learned.checkpoints.started_at)
     write_report(report, outcome.rows, files)
     write_card(report, written)
-    copy_board(site.work, config, files)
-    return files, stages.build_result(config, report)
-
-
-def finish(site: Site, result: Result) -> Result:
-    """Add the merged model, where one is asked for."""
-    return add_merged(site.places, site.output, site.config, result, site.work)
+    copy_board(desk.work, config, files)
+    stages.prove_loadable(learned.check, files)
+    result = stages.build_result(config, report)
+    stages.pass_gate(desk.output, config, result, files, learned.checkpoints)
+    result = publish(desk.output, config, result, files, datetime.now(UTC))
+    learned.checkpoints.clear()
+    return result

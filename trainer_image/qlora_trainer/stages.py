@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -20,7 +20,7 @@ from qlora_trainer import evaluate, scores, shards
 from qlora_trainer.benchmarks import Battery, load_benchmarks
 from qlora_trainer.checkpoint import Checkpoints, Course
 from qlora_trainer.choices import Choices, decide
-from qlora_trainer.distributed import join_world
+from qlora_trainer.distributed import World
 from qlora_trainer.errors import RunError
 from qlora_trainer.evaluate import Examiner
 from qlora_trainer.gate import check_gate, describe_rejected, judge
@@ -31,9 +31,10 @@ from qlora_trainer.loading import CHECKED_ROWS, LoadingTask, load_in_fresh_proce
 from qlora_trainer.model import Tuned, computing_in, joins_rows_exactly, load_base, load_text_config, tune, tune_whole
 from qlora_trainer.pace import Pace, time_and_tokens
 from qlora_trainer.preview import preview, shown_rows
-from qlora_trainer.publish import REPORT, WEIGHTS, keep_rejected
+from qlora_trainer.publish import REPORT, WEIGHTS, keep_rejected, write_weights
 from qlora_trainer.report import library_versions
 from qlora_trainer.snapshot import Places, text_files, weight_files
+from qlora_trainer.state import TrainingState
 from qlora_trainer.store import MODEL, Store
 from qlora_trainer.tokens import TokenRow
 from qlora_trainer.tracking import Trackers
@@ -82,21 +83,23 @@ def fetch_model(places: Places, config: RunConfig, work: Path) -> Path:
     return snapshot.fetch([*text_files(snapshot.files), *weight_files(snapshot.files, MODEL)], work)
 
 
-def load_model(config: RunConfig, folder: Path) -> tuple[Tuned, Choices]:
+def load_model(config: RunConfig, folder: Path, world: World) -> tuple[Tuned, Choices]:
     """Load the base, make what is trained of it, and say what was chosen and why."""
     spec, plan = config.spec, config.plan
     hardware = observe_hardware(plan.device)
     choices = decide(config, hardware, load_text_config(folder))
     whole = spec.method == "full"
     dtype = torch.float32 if whole else choices.dtype
-    base = load_base(folder, spec.quantization, dtype, choices.attention, plan.device)
+    # A base that is to be divided may not fit into any device whole.
+    place = "cpu" if world.moves_in_step else plan.device
+    base = load_base(folder, spec.quantization, dtype, choices.attention, place)
     with computing_in(choices.dtype, base.device):
         exact = joins_rows_exactly(base)
     if choices.packing and not exact:
         choices = choices.with_packing_off("this architecture carries state from one joined row into the next")
     if whole:
         return tune_whole(base, choices), choices
-    return tune(base, spec.lora, spec.training.seed, choices), choices
+    return replace(tune(base, spec.lora, spec.training.seed, choices), device=world.device), choices
 
 
 def measure(tuned: Tuned, rows: Sequence[TokenRow], config: RunConfig, choices: Choices) -> Metrics:
@@ -105,21 +108,26 @@ def measure(tuned: Tuned, rows: Sequence[TokenRow], config: RunConfig, choices: 
         return evaluate.evaluate(tuned, rows, config.plan.micro_batch_size, packing=choices.packing)
 
 
-def make_training(tuned: Tuned, data: Data, config: RunConfig, choices: Choices) -> Loop:
+def make_training(tuned: Tuned, data: Data, config: RunConfig, choices: Choices, world: World) -> Loop:
     """Return the training loop that the plan describes."""
     schedule = Schedule(config.spec.training, config.plan.micro_batch_size, config.plan.total_steps)
-    loop = make_loop(tuned, data.training, schedule, choices, join_world(config.plan.device))
+    loop = make_loop(tuned, data.training, schedule, choices, world)
     return replace(loop, held_out=data.held_out)
 
 
-def make_course(config: RunConfig, data: Data, choices: Choices) -> Course:
+def make_course(config: RunConfig, data: Data, choices: Choices, world: World) -> Course:
     """Return what a checkpoint must agree with."""
     return Course(
         digest=config.prepared.digest,
         total_steps=config.plan.total_steps,
         rows=len(data.training),
         optimizer=choices.optimizer,
+        division=f"{world.strategy} x {world.size}" if world.learns_in_step else "",
     )
+
+
+NO_TRACKERS: Final = Trackers(None, ())
+"""What a process reports to that does not speak for the run."""
 
 
 @dataclass(frozen=True)
@@ -140,13 +148,21 @@ class News:
         self.trackers.step(record)
 
 
-def train(loop: Loop, checkpoints: Checkpoints, news: News, stop: StopFlag) -> History:
-    """Train the adapter in place, on from the newest checkpoint if there is one."""
+def find_start(checkpoints: Checkpoints, world: World) -> TrainingState | None:
+    """Return the state to go on from: one process chooses, so that all of them go on from the same."""
+    found = checkpoints.newest() if world.leads else None
+    step = world.told(len(found.history.steps) if found else None)
+    return found if step is None or world.leads else checkpoints.at(step)
+
+
+def train(loop: Loop, checkpoints: Checkpoints, start: TrainingState | None, news: News, stop: StopFlag) -> History:
+    """Train the adapter in place, on from a state if there is one, and tell of it."""
     try:
-        start = checkpoints.newest()
         if start is not None:
             news.resume(start.history)
-        watcher = Watcher(news.step, news.trackers.held_out, news.pace.alive, checkpoints.offer)
+        watcher = Watcher(
+            news.step, news.trackers.held_out, news.pace.alive, wants=checkpoints.wants, keep=checkpoints.keep
+        )
         history = loop.run(stop, watcher, start)
     finally:
         news.trackers.close()
@@ -154,10 +170,21 @@ def train(loop: Loop, checkpoints: Checkpoints, news: News, stop: StopFlag) -> H
     return history
 
 
-def make_examiner(data: Data, tokenizer: Any, config: RunConfig, choices: Choices, battery: Battery | None) -> Examiner:
+def write_trained(loop: Loop, tokenizer: Any, config: RunConfig, work: Path) -> Path:
+    """Return a folder with the trained weights; only one process writes, but all have parts of what is divided."""
+    weights = loop.engine.weights() if loop.world.moves_in_step else None
+    folder = work / "results" / config.prepared.digest
+    if loop.world.leads:
+        write_weights(loop.tuned, tokenizer, build_record(config, loop.choices), empty_folder(folder), weights)
+    return folder
+
+
+def make_examiner(  # noqa: PLR0913, PLR0917 (all that decides what a model is asked)
+    data: Data, tokenizer: Any, config: RunConfig, choices: Choices, battery: Battery | None, world: World
+) -> Examiner:
     """Return what examines base and adapter alike."""
     micro_batch, spec = config.plan.micro_batch_size, config.spec.evaluation
-    return Examiner(data.held_out, tokenizer, spec, micro_batch, packing=choices.packing, battery=battery)
+    return Examiner(data.held_out, tokenizer, spec, micro_batch, packing=choices.packing, world=world, battery=battery)
 
 
 def load_battery(places: Places, output: Store, tokenizer: Any, config: RunConfig, work: Path) -> Battery | None:

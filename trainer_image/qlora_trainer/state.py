@@ -35,42 +35,39 @@ class TrainingState:
 
 def copy_weights(tuned: Tuned) -> dict[str, torch.Tensor]:
     """Return a copy of the adapter's weights, by name."""
-    return {name: weight.detach().cpu().clone() for name, weight in _named_weights(tuned)}
+    return {name: weight.detach().cpu().clone() for name, weight in tuned.named_parameters()}
 
 
 @torch.no_grad()
 def put_weights(tuned: Tuned, weights: Weights) -> None:
     """Give the adapter these weights."""
-    own = dict(_named_weights(tuned))
+    own = dict(tuned.named_parameters())
     for name, weight in weights.items():
         own[name].copy_(weight)
 
 
-def _named_weights(tuned: Tuned) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    return ((name, weight) for name, weight in tuned.peft.named_parameters() if weight.requires_grad)
-
-
 def copy_optimizer(optimizer: torch.optim.Optimizer) -> Flat:
     """Return a copy of the optimizer's state."""
-    return dict(_flatten(optimizer.state_dict()["state"]))
+    return dict(flatten(optimizer.state_dict()["state"]))
 
 
 def put_optimizer(optimizer: torch.optim.Optimizer, state: Flat) -> None:
     """Give a fresh optimizer this state; its settings stay its own."""
     groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": _unflatten(state), "param_groups": groups})
+    optimizer.load_state_dict({"state": unflatten(state), "param_groups": groups})
 
 
-def _flatten(state: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(state: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield copies of all values, on the CPU, each with the path to it as its name."""
     for key, value in state.items():
         if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}{_NESTED}")
+            yield from flatten(value, f"{prefix}{key}{_NESTED}")
         else:
             # Cloned, because the next step writes into it, and because bitsandbytes shares one table among weights.
             yield f"{prefix}{key}", value.detach().cpu().clone() if isinstance(value, torch.Tensor) else value
 
 
-def _unflatten(flat: Flat) -> dict[int, Any]:
+def unflatten(flat: Flat) -> dict[int, Any]:
     """Return the nested form; the first level is the weight's number."""
     state: dict[int, Any] = {}
     for name, value in flat.items():

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,9 +11,10 @@ from qlora_api.names import Reason
 from qlora_api.report import HeldOutRecord, StepRecord
 from qlora_api.steps import warmup_steps
 from qlora_api.v1alpha1 import TrainingSpec
-from qlora_trainer.batches import make_batch, micro_batches, rows_of_step
+from qlora_trainer.batches import fill_up, make_batch, micro_batches, rows_of_step
 from qlora_trainer.choices import Choices
 from qlora_trainer.distributed import World
+from qlora_trainer.engine import Engine, make_engine
 from qlora_trainer.errors import RunError
 from qlora_trainer.hardware import peak_memory_bytes
 from qlora_trainer.held_out import HeldOut
@@ -28,8 +29,7 @@ from qlora_trainer.history import (
 from qlora_trainer.interrupt import StopFlag, interrupted
 from qlora_trainer.model import Tuned
 from qlora_trainer.neftune import noisy_embeddings
-from qlora_trainer.optimizer import make_optimizer
-from qlora_trainer.state import TrainingState, Weights, copy_optimizer, copy_weights, put_optimizer, put_weights
+from qlora_trainer.state import TrainingState, Weights
 from qlora_trainer.tokens import TokenRow
 
 
@@ -61,8 +61,10 @@ class Watcher:
     """Called with each look at the held-out rows."""
     alive: Callable[[], None]
     """Called now and then while that takes its time."""
-    offer: Callable[[int, Callable[[], TrainingState], bool], None]
-    """Called with the steps done, what captures the state after them, and whether this is the last occasion."""
+    wants: Callable[[int, bool], bool]
+    """Asked with the steps done whether to keep the state after them, and told whether this is the last occasion."""
+    keep: Callable[[TrainingState], None]
+    """Called with the state to keep."""
 
 
 @dataclass(frozen=True)
@@ -74,14 +76,14 @@ class Loop:
     schedule: Schedule
     choices: Choices
     world: World
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
+    engine: Engine
     held_out: Sequence[TokenRow] = ()
 
     def run(self, stop: StopFlag, watcher: Watcher, start: TrainingState | None = None) -> History:
         """Train the adapter in place, on from a state if there is one, and return what happened."""
         training, total = self.schedule.training, self.schedule.total_steps
-        history, best = self._restore(start) if start else (History(), {})
+        history, best = (start.history.copy(), start.best) if start else (History(), {})
+        self.engine.start(start)
         self.tuned.peft.train()
         with stop.deferred():
             while not is_finished(history, training, total):
@@ -90,18 +92,16 @@ class Loop:
                     best = self._best(history, best)
                 else:
                     self._advance(history, watcher)
-                stopping = self.world.any(stop.requested)
-                self._offer(watcher, history, best, last=stopping)
-                if stopping:
+                if self._offer(watcher, history, best, stop):
                     raise interrupted(len(history.steps))
-        put_weights(self.tuned, best)
+        self.engine.put(best)
         return history
 
     def _advance(self, history: History, watcher: Watcher) -> None:
         """Take a step, and refuse to go on when there is no point in it."""
         record = self.step(len(history.steps))
-        check_finite(record, scaling=self.scaler.is_enabled())
-        if self.world.rank == 0:
+        check_finite(record, scaling=self.choices.dtype == torch.float16)
+        if self.world.leads:
             watcher.step(record)
         history.add_step(record)
         check_level(history)
@@ -112,7 +112,7 @@ class Loop:
         look = rows.look(self.tuned, len(history.steps), stop, watcher.alive)
         if look is None:
             return
-        if self.world.rank == 0:
+        if self.world.leads:
             watcher.held_out(look)
         history.add_look(look)
 
@@ -120,29 +120,30 @@ class Loop:
         """Return the weights to keep, after a look."""
         looks = history.held_out
         is_news = self.schedule.training.keep == "best" and looks and looks[-1] == best_of(looks)
-        return copy_weights(self.tuned) if is_news else best
+        return self.engine.weights() if is_news else best
 
-    def _restore(self, state: TrainingState) -> tuple[History, Weights]:
-        put_weights(self.tuned, state.weights)
-        put_optimizer(self.optimizer, state.optimizer)
-        if state.scaler:
-            self.scaler.load_state_dict(dict(state.scaler))
-        return state.history.copy(), state.best
-
-    def _offer(self, watcher: Watcher, history: History, best: Weights, *, last: bool) -> None:
-        """Let one process keep the state, which is the same in all of them."""
-        training, total = self.schedule.training, self.schedule.total_steps
+    def _offer(self, watcher: Watcher, history: History, best: Weights, stop: StopFlag) -> bool:
+        """Let one process keep the state, and return whether all of them have to stop."""
+        training, total, step = self.schedule.training, self.schedule.total_steps, len(history.steps)
+        (stopping,) = self.world.any(stop.requested)
+        last = stopping or is_finished(history, training, total)
         # A look that is due belongs to the state after its step.
-        if self.world.rank == 0 and (last or not evaluation_is_due(history, training, total)):
-            last = last or is_finished(history, training, total)
-            watcher.offer(len(history.steps), lambda: self._capture(history, best), last)
+        ready = self.world.leads and (stopping or not evaluation_is_due(history, training, total))
+        (wanted,) = self.world.any(ready and watcher.wants(step, last))
+        if wanted:
+            state = self._capture(history, best)
+            if self.world.leads:
+                watcher.keep(state)
+        if stopping:
+            self.world.wait()  # who ends first would take the saving process with it
+        return stopping
 
     def _capture(self, history: History, best: Weights) -> TrainingState:
         return TrainingState(
             history=history.copy(),
-            weights=copy_weights(self.tuned),
-            optimizer=copy_optimizer(self.optimizer),
-            scaler=self.scaler.state_dict(),
+            weights=self.engine.weights(),
+            optimizer=self.engine.optimizer_state(),
+            scaler=self.engine.scaler_state(),
             best=best,
             peak_memory_bytes=peak_memory_bytes(self.tuned.device),
         )
@@ -156,12 +157,11 @@ class Loop:
         window = [self.rows[number] for number in numbers]
         # One divisor for the whole step: a mean of micro-batches' means weighs short rows more (transformers#34191).
         labels = sum(row.label_count for row in window)
-        mine = [window[place] for place in self.world.share(range(len(window)))]
-        loss = self.world.total_of(self._accumulate(mine, labels)) / labels
-        if step == 0 and mine:
-            check_gradients(self.tuned)
+        loss = self.world.total_of(self._accumulate(window, labels)) / labels
+        if step == 0 and (self.world.learns_in_step or self.world.share(window)):
+            check_gradients(self.engine.gradients())
         rate = self.schedule.learning_rate(step)
-        norm = self._update(rate, training.max_grad_norm)
+        norm = self.engine.update(rate)
         return StepRecord(
             step=step + 1,
             loss=loss,
@@ -171,60 +171,44 @@ class Loop:
             seconds=time.perf_counter() - started,
         )
 
-    def _accumulate(self, rows: Sequence[TokenRow], labels: int) -> float:
+    def _accumulate(self, window: Sequence[TokenRow], labels: int) -> float:
         """Add up the gradients of this process's micro-batches, and return its summed loss."""
-        # With fp16's scale from the start: small gradients of the logits would be lost before a later one.
-        weight = self.scaler.scale(torch.ones((), device=self.tuned.device)) / labels
-        groups = micro_batches(rows, self.schedule.micro_batch, packing=self.choices.packing)
-        return sum((self._learn(group, weight) for group in groups), 0.0)
+        passes = self._passes(window)
+        weights = [1 / labels if counts else 0.0 for _, counts in passes]
+        lasts = [number == len(passes) for number in range(1, len(passes) + 1)]
+        groups = [group for group, _ in passes]
+        return sum(map(self._learn, groups, weights, lasts), 0.0)
 
-    def _learn(self, rows: Sequence[TokenRow], weight: torch.Tensor) -> float:
-        """Add the gradients of one micro-batch, and return its summed loss.
-
-        The graph goes with this call. While a variable holds it, checkpoints hold their inputs and bitsandbytes' 8-bit
-        layers all of theirs, beside those of the next micro-batch.
-        """
+    def _learn(self, rows: Sequence[TokenRow], weight: float, last: bool) -> float:
+        """Add the gradients of one micro-batch, and return its summed loss."""
         batch = make_batch(rows, self.tuned.device, packing=self.choices.packing)
         with noisy_embeddings(self.tuned.causal, self.schedule.training.neftune_alpha, batch):
-            loss = self.tuned.loss_sum(batch, weight)
-        torch.autograd.backward(loss)
-        return float(loss.detach() / weight)
+            return self.engine.learn(batch, weight, last=last)
 
-    def _update(self, rate: float, max_norm: float) -> float:
-        """Clip, step and clear; return the norm before clipping."""
-        parameters = self.tuned.parameters()
-        self.world.sum_gradients(parameters)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.scaler.unscale_(self.optimizer)
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
-        if math.isfinite(norm):
-            self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        return norm
+    def _passes(self, window: Sequence[TokenRow]) -> list[tuple[Sequence[TokenRow], bool]]:
+        """Return this process's passes over its share; where they are made in step, as many as any process has."""
+        ranks = range(self.world.size) if self.world.learns_in_step else [self.world.rank]
+        groups = {
+            rank: micro_batches(self.world.share(window, rank), self.schedule.micro_batch, packing=self.choices.packing)
+            for rank in ranks
+        }
+        return fill_up(groups[self.world.rank], max(map(len, groups.values())), window[0])
 
 
 def make_loop(tuned: Tuned, rows: Sequence[TokenRow], schedule: Schedule, choices: Choices, world: World) -> Loop:
     """Return a loop with fresh optimizer state."""
-    optimizer = make_optimizer(tuned.parameters(), schedule.training, choices.optimizer)
-    # Only fp16 needs its loss scaled; elsewhere the scaler passes everything through.
-    scaler = torch.amp.GradScaler(tuned.device.type, enabled=choices.dtype == torch.float16)
-    return Loop(tuned, rows, schedule, choices, world, optimizer, scaler)
+    return Loop(tuned, rows, schedule, choices, world, make_engine(tuned, schedule.training, choices, world))
 
 
-def check_gradients(tuned: Tuned) -> None:
+def check_gradients(gradients: Mapping[str, torch.Tensor | None]) -> None:
     """Refuse to go on when a part of the adapter gets no gradient: it would never learn, and nothing would say so."""
-    weights = [(name, parameter.grad) for name, parameter in tuned.peft.named_parameters() if parameter.requires_grad]
-    missing = [name for name, gradient in weights if gradient is None]
     # B starts at zero, so that in the first step A's gradient is zero and only B's can tell.
-    idle = [name for name, gradient in weights if "lora_B" in name and gradient is not None and not gradient.any()]
-    if missing or idle:
-        raise RunError(
-            Reason.TRAINER_ERROR,
-            f"no gradient reaches {len(missing + idle)} weights of the adapter, such as {(missing + idle)[0]}",
-            step=1,
-        )
+    idle = [
+        name for name, gradient in gradients.items() if gradient is None or ("lora_B" in name and not gradient.any())
+    ]
+    if idle:
+        what = f"no gradient reaches {len(idle)} weights of the adapter, such as {idle[0]}"
+        raise RunError(Reason.TRAINER_ERROR, what, step=1)
 
 
 def check_finite(record: StepRecord, *, scaling: bool) -> None:

@@ -19,6 +19,7 @@ from qlora_operator.plan import make_plan  # noqa: E402
 from qlora_trainer import stages  # noqa: E402
 from qlora_trainer.architecture import load_tokenizer  # noqa: E402
 from qlora_trainer.batches import rows_of_step  # noqa: E402
+from qlora_trainer.distributed import join_planned_world  # noqa: E402
 from qlora_trainer.interrupt import StopFlag  # noqa: E402
 from qlora_trainer.output import open_output  # noqa: E402
 from qlora_trainer.prepare import prepare  # noqa: E402
@@ -37,8 +38,9 @@ def main(order: Order, work: Path) -> None:
     places = Places(config.platform, load_secrets(spec, config.namespace))
     data = stages.load_data(open_output(places, spec, config.job), config, work)
     folder = stages.fetch_model(places, config, work)
-    tuned, choices = stages.load_model(config, folder)
-    loop = stages.make_training(tuned, data, config, choices)
+    world = join_planned_world(config.plan)
+    tuned, choices = stages.load_model(config, folder, world)
+    loop = stages.make_training(tuned, data, config, choices, world)
     stopwatch = Stopwatch("ours", order.task.device, order.every)
     stopwatch.examine = make_exam(order.task, tuned.peft, load_tokenizer(folder, None))
 
@@ -49,7 +51,7 @@ def main(order: Order, work: Path) -> None:
 
     tuned.peft.train()
     stopwatch.start()
-    loop.run(StopFlag(), Watcher(note, lambda _: None, lambda: None, lambda *_: None))
+    loop.run(StopFlag(), Watcher(note, lambda _: None, lambda: None, lambda *_: False, lambda _: None))
     stopwatch.measurement.write(order.output)
 
 

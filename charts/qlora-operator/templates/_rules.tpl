@@ -42,6 +42,14 @@
 - apiGroups:
   - ''
   resources:
+  - services
+  verbs:
+  - get
+  - create
+  - patch
+- apiGroups:
+  - ''
+  resources:
   - pods
   verbs:
   - get

@@ -16,6 +16,7 @@ from qlora_api.v1alpha1.spec import (
     Distribution,
     QLoRAJobSpec,
     ResourcesSpec,
+    RetriesSpec,
     Toleration,
 )
 from qlora_api.v1alpha1.status import (
@@ -68,6 +69,7 @@ __all__ = [
     "QLoRAJobStatus",
     "QuantizationSpec",
     "ResourcesSpec",
+    "RetriesSpec",
     "RowLengths",
     "RowTemplate",
     "SecretRef",

@@ -30,9 +30,9 @@ class Toleration(ApiModel):
 class ResourcesSpec(ApiModel):
     """What the training pods ask for."""
 
-    nodes: int = Field(default=1, ge=1, le=1, description="Training pods, each on a node of its own.")
+    nodes: int = Field(default=1, ge=1, le=64, description="Training pods, on a node each where there are as many.")
     gpus_per_node: int = Field(
-        default=1, ge=0, le=1, description="GPUs of each training pod, one process each; 0 trains on the CPU."
+        default=1, ge=0, le=16, description="GPUs of each training pod, one process each; 0 trains on the CPU."
     )
     gpu_product: str = Field(
         default="", max_length=63, description="Required value of the node label nvidia.com/gpu.product; empty: any."
@@ -52,6 +52,20 @@ class ResourcesSpec(ApiModel):
         return self.nodes * max(self.gpus_per_node, 1)
 
 
+class RetriesSpec(ApiModel):
+    """How often a training may be tried."""
+
+    max_attempts: int = Field(
+        default=5,
+        ge=1,
+        le=50,
+        description=(
+            "Training attempts in all; each goes on from the last checkpoint. Only what another attempt can mend is "
+            "tried again, and an attempt that a drain, an eviction or a lost node ended does not count."
+        ),
+    )
+
+
 class DeadlinesSpec(ApiModel):
     """When waiting ends."""
 
@@ -61,7 +75,7 @@ class DeadlinesSpec(ApiModel):
     total: Duration = Field(default="24h", description="Longest time that the training attempt may take.")
 
 
-MUTABLE_FIELDS: Final = frozenset({"deadlines"})
+MUTABLE_FIELDS: Final = frozenset({"deadlines", "retries"})
 """Fields of the spec that may change after creation; every other block is immutable as a whole."""
 
 
@@ -147,6 +161,7 @@ class QLoRAJobSpec(ApiModel):
     tracking: TrackingSpec = Field(default=TrackingSpec(), description="Where the course of the training is shown.")
     evaluation: EvaluationSpec = Field(default=EvaluationSpec(), description="What is reported beside the loss.")
     output: OutputSpec = Field(description="Where the result goes.")
+    retries: RetriesSpec = Field(default=RetriesSpec(), description="How often it is tried. May be changed later.")
     deadlines: DeadlinesSpec = Field(default=DeadlinesSpec(), description="When waiting ends. May be changed later.")
 
     @property

@@ -97,6 +97,7 @@ class Attempt(ApiModel):
     job: Annotated[str, Field(max_length=63)] = Field(description="Name of the batch/v1 Job.")
     reason: Reason | None = Field(default=None, description="How it ended; absent while it runs.")
     message: Annotated[str, Field(max_length=4096)] = Field(default="", description="How it ended, in a sentence.")
+    micro_batch_size: int | None = Field(default=None, ge=1, description="Rows per forward pass.")
     started_at: datetime | None = Field(default=None, description="When its container started.")
     finished_at: datetime | None = Field(default=None, description="When it ended.")
 

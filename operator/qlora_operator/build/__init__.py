@@ -4,6 +4,7 @@ from qlora_operator.build.config_map import build_prepare_config, build_run_conf
 from qlora_operator.build.event import build_event
 from qlora_operator.build.job import build_deadline, build_prepare_job, build_train_job
 from qlora_operator.build.metadata import Installation, Owner
+from qlora_operator.build.service import build_service
 
 __all__ = [
     "Installation",
@@ -13,5 +14,6 @@ __all__ = [
     "build_prepare_config",
     "build_prepare_job",
     "build_run_config",
+    "build_service",
     "build_train_job",
 ]

@@ -1,8 +1,12 @@
 """The ConfigMap with the one JSON file that a pod validates with one model."""
 
+import json
+
 from qlora_api.base import ApiModel
+from qlora_api.launch import DIVIDING, accelerate_config, deepspeed_config
+from qlora_api.names import ACCELERATE_CONFIG_FILE, DEEPSPEED_CONFIG_FILE
 from qlora_api.runconfig import PrepareConfig, RunConfig
-from qlora_api.v1alpha1 import QLoRAJobSpec
+from qlora_api.v1alpha1 import Plan, QLoRAJobSpec
 from qlora_operator.build.metadata import (
     Installation,
     Owner,
@@ -31,13 +35,26 @@ def build_run_config(owner: Owner, spec: QLoRAJobSpec, run: Run, installation: I
         prepared=run.prepared,
         platform=installation.platform,
     )
-    return _build(train_workload(owner, run.attempt), config)
+    return _build(train_workload(owner, run.attempt), config, _launch_files(spec, run.plan))
 
 
-def _build(workload: Workload, config: ApiModel) -> Manifest:
+def _launch_files(spec: QLoRAJobSpec, plan: Plan) -> dict[str, str]:
+    """Return what the launcher of several processes reads; JSON is YAML too."""
+    if plan.processes == 1:
+        return {}
+    files = {ACCELERATE_CONFIG_FILE: accelerate_config(plan)}
+    if plan.strategy in DIVIDING:
+        files[DEEPSPEED_CONFIG_FILE] = deepspeed_config(plan.strategy, spec.training.max_grad_norm)
+    return {name: json.dumps(content, indent=1) for name, content in files.items()}
+
+
+def _build(workload: Workload, config: ApiModel, others: dict[str, str] | None = None) -> Manifest:
     return {
         "apiVersion": "v1",
         "kind": "ConfigMap",
         "metadata": build_metadata(workload),
-        "data": {workload.config_file: config.model_dump_json(by_alias=True, exclude_none=True, indent=1)},
+        "data": {
+            workload.config_file: config.model_dump_json(by_alias=True, exclude_none=True, indent=1),
+            **(others or {}),
+        },
     }

@@ -23,9 +23,9 @@ def build_prepare_job(owner: Owner, spec: QLoRAJobSpec, installation: Installati
 
 
 def build_train_job(owner: Owner, spec: QLoRAJobSpec, attempt: int, installation: Installation) -> Manifest:
-    """Return the Job of one training attempt."""
-    workload = train_workload(owner, attempt)
-    return _build(workload, build_train_pod(workload, spec, installation), to_timedelta(spec.deadlines.total))
+    """Return the Job of one training attempt: a pod per node, which live and die together."""
+    workload, nodes = train_workload(owner, attempt), spec.resources.nodes
+    return _build(workload, build_train_pod(workload, spec, installation), to_timedelta(spec.deadlines.total), nodes)
 
 
 def build_deadline(ref: JobRef, name: str, seconds: int) -> Manifest:
@@ -38,16 +38,16 @@ def build_deadline(ref: JobRef, name: str, seconds: int) -> Manifest:
     }
 
 
-def _build(workload: Workload, pod: Manifest, deadline: timedelta) -> Manifest:
-    """One pod that is never restarted: the operator, not the Job controller, decides what a failure means."""
+def _build(workload: Workload, pod: Manifest, deadline: timedelta, pods: int = 1) -> Manifest:
+    """Pods that are never restarted: the operator, not the Job controller, decides what a failure means."""
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
         "metadata": build_metadata(workload),
         "spec": {
             "completionMode": "Indexed",
-            "completions": 1,
-            "parallelism": 1,
+            "completions": pods,
+            "parallelism": pods,
             "backoffLimit": 0,
             "podReplacementPolicy": "Failed",
             "activeDeadlineSeconds": int(deadline.total_seconds()),

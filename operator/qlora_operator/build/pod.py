@@ -6,13 +6,15 @@ from qlora_api import names
 from qlora_api.names import SecretRole
 from qlora_api.v1alpha1 import QLoRAJobSpec, ResourcesSpec, Toleration
 from qlora_operator.build.claims import build_claim_mounts, build_claim_volumes
-from qlora_operator.build.metadata import Installation, Workload
+from qlora_operator.build.metadata import Installation, Workload, build_labels
 from qlora_operator.values import PREPARE_MEMORY, Manifest
 
 NON_ROOT: Final = 65532
 """User and group of the images."""
 TOKEN_SECONDS: Final = 3600
 """Lifetime of the progress token; the kubelet renews it."""
+LAUNCH: Final = "launch"
+"""The trainer's command for several processes."""
 GPU_RESOURCE: Final = "nvidia.com/gpu"
 GPU_PRODUCT_LABEL: Final = "nvidia.com/gpu.product"
 PREPARE_RESOURCES: Final = {"requests": {"cpu": "500m", "memory": "1Gi"}, "limits": {"memory": PREPARE_MEMORY}}
@@ -24,8 +26,34 @@ def build_prepare_pod(workload: Workload, spec: QLoRAJobSpec, installation: Inst
 
 
 def build_train_pod(workload: Workload, spec: QLoRAJobSpec, installation: Installation) -> Manifest:
-    """Return the pod that trains."""
-    return _build(workload, spec, installation, _train_resources(spec.resources), _placement(spec.resources))
+    """Return the pod that trains, alone or with others."""
+    resources = spec.resources
+    pod = _build(workload, spec, installation, _train_resources(resources), _placement(resources))
+    if resources.processes > 1:
+        _let_processes_meet(pod, workload, resources)
+    return pod
+
+
+def _let_processes_meet(pod: Manifest, workload: Workload, resources: ResourcesSpec) -> None:
+    """Start the launcher instead of the one process, and give it the first pod's name and memory to share."""
+    container = pod["containers"][0]
+    container["args"][0] = LAUNCH
+    if resources.nodes > 1:
+        pod["subdomain"] = workload.name
+        main = {"name": names.MAIN_ADDRESS_ENV, "value": f"{workload.name}-0.{workload.name}"}
+        container["env"].append(main)
+        pod["affinity"] = _apart(workload)
+    if resources.gpus_per_node > 1:
+        # NCCL moves tensors between the GPUs of a node through shared memory; a container's own has 64 MiB.
+        container["volumeMounts"].append({"name": "shm", "mountPath": "/dev/shm"})  # noqa: S108 (an emptyDir)
+        pod["volumes"].append({"name": "shm", "emptyDir": {"medium": "Memory"}})
+
+
+def _apart(workload: Workload) -> Manifest:
+    """Prefer a node for each pod: two on one would share its network and its cores."""
+    term = {"labelSelector": {"matchLabels": build_labels(workload)}, "topologyKey": "kubernetes.io/hostname"}
+    weighted = {"weight": 100, "podAffinityTerm": term}
+    return {"podAntiAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": [weighted]}}
 
 
 def _build(

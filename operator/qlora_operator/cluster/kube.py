@@ -17,7 +17,7 @@ _log = logging.getLogger(__name__)
 INVALID: Final = 422
 """The HTTP status for an object that can never be taken; quotas and policies answer otherwise."""
 _PREFIX: Final = {"v1": "/api/v1", "batch/v1": "/apis/batch/v1", "events.k8s.io/v1": "/apis/events.k8s.io/v1"}
-_PLURAL: Final = {"ConfigMap": "configmaps", "Job": "jobs", "Event": "events"}
+_PLURAL: Final = {"ConfigMap": "configmaps", "Service": "services", "Job": "jobs", "Event": "events"}
 _MANAGER: Final = {"fieldManager": names.FIELD_MANAGER}
 _ACCOUNT_PREFIX: Final = "system:serviceaccount:"
 _POD_NAME: Final = "authentication.kubernetes.io/pod-name"

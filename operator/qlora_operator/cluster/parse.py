@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from datetime import datetime
+from itertools import groupby
 from typing import Any, Final
 
 from qlora_api import names
@@ -9,6 +10,9 @@ from qlora_api.names import Role
 from qlora_operator.values import ChildJob, Exit, JobFailure, JobRef, Observation, Pod, RawJob, Waiting
 
 Json = Mapping[str, Any]
+
+_INDEX: Final = "batch.kubernetes.io/job-completion-index"
+"""Annotation of a pod of an Indexed Job."""
 
 _FAILING: Final = ("FailureTarget", "Failed")
 """Conditions of a Job whose pods are being ended, and of one whose pods have ended."""
@@ -47,17 +51,23 @@ def controller_uid(item: Json) -> str | None:
 
 def parse_observation(job: RawJob, jobs: Iterable[Json], pods: Iterable[Json]) -> Observation:
     """Put together what belongs to this QLoRAJob; a namesake's children do not."""
-    newest_pod = {controller_uid(pod): parse_pod(pod) for pod in sorted(pods, key=_created)}
+    newest = {(controller_uid(pod) or "", _index_of(pod)): parse_pod(pod) for pod in sorted(pods, key=_created)}
+    gangs = {uid: tuple(newest[key] for key in keys) for uid, keys in groupby(sorted(newest), key=lambda key: key[0])}
     return Observation(
         tuple(
-            parse_child(child, newest_pod.get(child["metadata"]["uid"]))
+            parse_child(child, gangs.get(child["metadata"]["uid"], ()))
             for child in jobs
             if controller_uid(child) == job.uid and names.ROLE_LABEL in child["metadata"].get("labels", {})
         )
     )
 
 
-def parse_child(item: Json, pod: Pod | None) -> ChildJob:
+def _index_of(pod: Json) -> int:
+    """Return a pod's number in an Indexed Job."""
+    return int(pod["metadata"].get("annotations", {}).get(_INDEX, 0))
+
+
+def parse_child(item: Json, pods: tuple[Pod, ...]) -> ChildJob:
     """Read a batch/v1 Job of ours."""
     metadata, conditions = item["metadata"], _conditions(item)
     failed = conditions.get("Failed")
@@ -71,7 +81,8 @@ def parse_child(item: Json, pod: Pod | None) -> ChildJob:
         complete="Complete" in conditions,
         failure=_failure(failed) if failed else None,
         overdue=any(conditions.get(kind, {}).get("reason") == "DeadlineExceeded" for kind in _FAILING),
-        pod=pod,
+        wanted=item["spec"].get("completions", 1),
+        pods=pods,
     )
 
 
@@ -99,6 +110,7 @@ def parse_pod(item: Json) -> Pod:
     return Pod(
         name=metadata["name"],
         uid=metadata["uid"],
+        index=_index_of(item),
         phase=status.get("phase", "Pending"),
         node=item["spec"].get("nodeName", ""),
         created_at=_created(item),

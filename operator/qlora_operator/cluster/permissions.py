@@ -34,6 +34,7 @@ NAMESPACED: Final = (
         "Run prepare and training; delete a Job that holds a GPU in vain.",
     ),
     Permission("", "configmaps", ("get", "create", "patch"), "Hand its configuration to a pod."),
+    Permission("", "services", ("get", "create", "patch"), "Give the pods of a run with several nodes their names."),
     Permission("", "pods", ("get", "list", "watch"), "See why a pod waits, and read its last word."),
     Permission("events.k8s.io", "events", ("create",), "Tell the user what happened, in `kubectl describe`."),
 )

@@ -1,4 +1,4 @@
-"""From what Kubernetes shows of a child Job to a reason of our closed list; the first match wins."""
+"""From what Kubernetes shows of a pod to a reason of our closed list; the first match wins."""
 
 from collections.abc import Callable
 from datetime import datetime, timedelta
@@ -91,39 +91,27 @@ def cause_of_exit(child: ChildJob, pod: Pod, end: Exit) -> Cause:
     return next(cause for find in _CAUSES if (cause := find(child, pod, end)))
 
 
-def judge(child: ChildJob, startup: timedelta, now: datetime) -> Verdict:
-    """Say how far a child Job is, and why it ended if it did."""
-    if child.pod is not None and child.pod.exit is not None:
-        return _judge_exit(child, child.pod, child.pod.exit)
-    if child.pod is not None and child.pod.phase == "Failed":
-        return _judge_refusal(child.pod)
-    if child.overdue and child.finished:
-        return _ended(Reason.DEADLINE_EXCEEDED, _deadline_message(child))
-    if child.finished:
-        return Verdict(Stage.LOST, Reason.POD_LOST, f"the pod of Job {child.name} is gone, and with it its last word")
-    if child.pod is None:
-        return _judge_missing_pod(child, startup, now)
-    return _judge_unfinished(child.pod, child.role, startup, now)
-
-
-def _ended(reason: Reason, message: str) -> Verdict:
+def ended(reason: Reason, message: str) -> Verdict:
+    """Return the verdict on what is over."""
     return Verdict(Stage.ENDED, reason, message)
 
 
-def _judge_exit(child: ChildJob, pod: Pod, end: Exit) -> Verdict:
+def judge_exit(child: ChildJob, pod: Pod, end: Exit) -> Verdict:
+    """Say why a container ended."""
     cause = cause_of_exit(child, pod, end)
     if child.overdue and cause.reason is Reason.INTERRUPTED:
-        return _ended(Reason.DEADLINE_EXCEEDED, _deadline_message(child))
+        return ended(Reason.DEADLINE_EXCEEDED, deadline_message(child))
     return Verdict(Stage.ENDED, cause.reason, cause.message, read_last_word(end.message))
 
 
-def _judge_refusal(pod: Pod) -> Verdict:
+def judge_refusal(pod: Pod) -> Verdict:
     """The kubelet ended the pod before its container ran."""
     message = pod.message or pod.disrupted or f"pod {pod.name} failed before its container ran"
-    return _ended(Reason.INTERRUPTED if pod.disrupted else Reason.POD_REJECTED, message)
+    return ended(Reason.INTERRUPTED if pod.disrupted else Reason.POD_REJECTED, message)
 
 
-def _deadline_message(child: ChildJob) -> str:
+def deadline_message(child: ChildJob) -> str:
+    """Write the sentence for a Job that took too long."""
     limit = f"{child.deadline_seconds} seconds" if child.deadline_seconds else "its deadline"
     source = "which is fixed for a prepare pod" if child.role is Role.PREPARE else "spec.deadlines.total"
     return f"Job {child.name} took longer than {limit} ({source})"
@@ -138,20 +126,21 @@ def describe_missing_pod(job: str) -> str:
     return f"Job {job} has no pod yet"
 
 
-def _judge_missing_pod(child: ChildJob, startup: timedelta, now: datetime) -> Verdict:
+def judge_missing_pod(child: ChildJob, startup: timedelta, now: datetime) -> Verdict:
     """The Job controller needs a moment; a quota or a policy refuses for ever."""
     deadline = child.created_at + startup
     if now < deadline:
         message = describe_missing_pod(child.name)
         return Verdict(Stage.WAITING, _stage_reason(child.role), message, recheck_at=deadline)
-    return _ended(
+    return ended(
         Reason.POD_REJECTED,
-        f"Job {child.name} got no pod within {_seconds(startup)} (spec.deadlines.startup): a quota or an admission "
+        f"Job {child.name} got no pod within {seconds(startup)} (spec.deadlines.startup): a quota or an admission "
         f"policy refuses it; `kubectl describe job {child.name}` has its sentence",
     )
 
 
-def _judge_unfinished(pod: Pod, role: Role, startup: timedelta, now: datetime) -> Verdict:
+def judge_unfinished(pod: Pod, role: Role, startup: timedelta, now: datetime) -> Verdict:
+    """Say how far a pod is whose container has not ended."""
     if pod.started_at is not None:
         return Verdict(Stage.RUNNING, Reason.PREPARING if role is Role.PREPARE else Reason.TRAINING)
     if pod.scheduled_at is None:
@@ -168,9 +157,9 @@ def _judge_startup(pod: Pod, role: Role, deadline: datetime, startup: timedelta,
     if now < deadline:
         reason = Reason.IMAGE_PULL_FAILED if image else _stage_reason(role)
         return Verdict(Stage.WAITING, reason, f"pod {pod.name} on node {pod.node}: {trouble}", recheck_at=deadline)
-    return _ended(
+    return ended(
         Reason.IMAGE_PULL_FAILED if image else Reason.STARTUP_DEADLINE_EXCEEDED,
-        f"pod {pod.name} did not start on node {pod.node} within {_seconds(startup)} (spec.deadlines.startup): "
+        f"pod {pod.name} did not start on node {pod.node} within {seconds(startup)} (spec.deadlines.startup): "
         f"{trouble}",
     )
 
@@ -181,5 +170,6 @@ def _describe_waiting(pod: Pod) -> str:
     return ": ".join(filter(None, (pod.waiting.reason, pod.waiting.message)))
 
 
-def _seconds(duration: timedelta) -> str:
+def seconds(duration: timedelta) -> str:
+    """Write a duration in seconds."""
     return f"{duration.total_seconds():g} s"

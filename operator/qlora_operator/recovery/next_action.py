@@ -12,7 +12,9 @@ from qlora_api.names import TERMINAL, Phase, Reason, Role, prepare_job_name, tra
 from qlora_api.prepared import Prepared
 from qlora_api.v1alpha1 import Attempt, Plan, Progress, QLoRAJobStatus, to_timedelta
 from qlora_operator.plan import make_plan
-from qlora_operator.recovery.causes import describe_missing_pod, judge
+from qlora_operator.recovery.causes import describe_missing_pod
+from qlora_operator.recovery.gang import judge
+from qlora_operator.recovery.retries import MOST_ATTEMPTS, Remedy, choose_remedy, retry_at, shrink, used_attempts
 from qlora_operator.rules import check
 from qlora_operator.values import Action, ChildJob, Decision, Job, Observation, Stage, Verdict, Violation
 
@@ -51,8 +53,20 @@ def next_action(job: Job, seen: Observation, live: Progress | None, now: datetim
     if train := seen.train(number):
         return _follow_training(job, train, live, now)
     if _vanished(job.status, number):
-        return _lose(Attempt(number=number, job=train_job_name(job.ref.name, number)), now)
+        return _lose(_attempt(job, number), now)
+    if decision := _hold_back(job.status, seen, number, now):
+        return decision
     return _follow_preparation(job, seen.prepare, number, now)
+
+
+def _attempt(job: Job, number: int) -> Attempt:
+    """Return an attempt that follows the plan on record."""
+    plan = job.status.plan
+    return Attempt(
+        number=number,
+        job=train_job_name(job.ref.name, number),
+        micro_batch_size=plan.micro_batch_size if plan else None,
+    )
 
 
 def _clear_away(status: QLoRAJobStatus, seen: Observation) -> Decision | None:
@@ -64,7 +78,7 @@ def _clear_away(status: QLoRAJobStatus, seen: Observation) -> Decision | None:
 
 
 def _is_stale(child: ChildJob, status: QLoRAJobStatus) -> bool:
-    lost = [attempt for attempt in status.attempts if attempt.reason]
+    lost = [attempt for attempt in status.attempts if attempt.reason is Reason.POD_LOST]
     if child.role is Role.TRAIN:
         return child.deleting or any(attempt.number == child.attempt for attempt in lost)
     return child.deleting or any(attempt.finished_at and child.created_at <= attempt.finished_at for attempt in lost)
@@ -83,6 +97,15 @@ def _lose(attempt: Attempt, now: datetime) -> Decision:
         return Decision(Phase.FAILED, Reason.POD_LOST, again, attempt=lost)
     message = f"{message}; the run is prepared again"
     return Decision(Phase.PREPARING, Reason.POD_LOST, message, attempt=lost, retry_after=AT_ONCE)
+
+
+def _hold_back(status: QLoRAJobStatus, seen: Observation, number: int, now: datetime) -> Decision | None:
+    """Let the pods of the attempt before end first, and a service recover."""
+    reason, message = status.reason or Reason.SCHEDULING, status.message or ""
+    if any(child.role is Role.TRAIN and child.attempt < number and not child.finished for child in seen.jobs):
+        return Decision(Phase.SCHEDULING, reason, message)
+    at = retry_at(status.attempts)
+    return Decision(Phase.SCHEDULING, reason, message, recheck_at=at) if at is not None and now < at else None
 
 
 def _follow_preparation(job: Job, prepare: ChildJob | None, number: int, now: datetime) -> Decision:
@@ -123,7 +146,7 @@ def _after_preparation(job: Job, prepared: Prepared, number: int) -> Decision:
     if job.status.plan != plan or job.status.output is None:
         message = "model, dataset and output were checked"
         return Decision(Phase.SCHEDULING, Reason.PREPARED, message, plan=plan, prepared=prepared, retry_after=AT_ONCE)
-    attempt = Attempt(number=number, job=train_job_name(job.ref.name, number))
+    attempt = Attempt(number=number, job=train_job_name(job.ref.name, number), micro_batch_size=plan.micro_batch_size)
     return Decision(
         Phase.SCHEDULING,
         Reason.SCHEDULING,
@@ -145,7 +168,7 @@ def _keep_plan(job: Job, prepared: Prepared) -> Plan:
 
 def _follow_training(job: Job, train: ChildJob, live: Progress | None, now: datetime) -> Decision:
     verdict = judge(train, startup_of(job), now)
-    attempt = _record(train)
+    attempt = _record(job, train)
     if verdict.stage is Stage.LOST:
         return _lose(attempt, now)
     if verdict.stage is Stage.WAITING:
@@ -154,25 +177,27 @@ def _follow_training(job: Job, train: ChildJob, live: Progress | None, now: date
         )
     if verdict.stage is Stage.RUNNING:
         phase = live.phase if live and live.phase in _LIVE else Phase.TRAINING
-        return Decision(phase, _LIVE[phase], _describe_run(train), attempt=attempt)
-    return _end_training(verdict, attempt, _ended_at(train, now))
+        return Decision(phase, _LIVE[phase], verdict.message or _describe_run(train), attempt=attempt)
+    return _end_training(job, verdict, attempt, _ended_at(train, now))
 
 
-def _record(train: ChildJob) -> Attempt:
+def _record(job: Job, train: ChildJob) -> Attempt:
     pod = train.pod
-    return Attempt(number=train.attempt, job=train.name, started_at=pod.started_at if pod else None)
+    return _attempt(job, train.attempt).model_copy(update={"started_at": pod.started_at if pod else None})
 
 
 def _describe_run(train: ChildJob) -> str:
+    if len(train.pods) > 1:
+        return f"{len(train.pods)} pods run on {len({pod.node for pod in train.pods})} nodes"
     return f"pod {train.pod.name} runs on node {train.pod.node}" if train.pod else f"Job {train.name} runs"
 
 
 def _ended_at(train: ChildJob, now: datetime) -> datetime:
-    end = train.pod.exit if train.pod else None
-    return (end.finished_at if end else None) or now
+    ends = [pod.exit.finished_at for pod in train.pods if pod.exit and pod.exit.finished_at]
+    return min(ends, default=now)
 
 
-def _end_training(verdict: Verdict, attempt: Attempt, at: datetime) -> Decision:
+def _end_training(job: Job, verdict: Verdict, attempt: Attempt, at: datetime) -> Decision:
     result = verdict.word.result if verdict.word else None
     if verdict.reason is Reason.PUBLISHED and result is not None:
         message = f"the adapter is published as {result.adapter}"
@@ -182,7 +207,22 @@ def _end_training(verdict: Verdict, attempt: Attempt, at: datetime) -> Decision:
     ended = attempt.model_copy(
         update={"reason": failed.reason, "message": failed.message[:MAX_ATTEMPT_MESSAGE], "finished_at": at}
     )
-    return Decision(failed.phase, failed.reason, failed.message, attempt=ended)
+    return _try_again(job, verdict, ended) or Decision(failed.phase, failed.reason, failed.message, attempt=ended)
+
+
+def _try_again(job: Job, verdict: Verdict, ended: Attempt) -> Decision | None:
+    """Start another attempt where that can mend the failure; it goes on from the last checkpoint."""
+    plan, attempts = job.status.plan, (*job.status.attempts[: ended.number - 1], ended)
+    remedy = choose_remedy(verdict, plan) if plan else None
+    if remedy is None or plan is None or not _may_try(job, attempts):
+        return None
+    plan = shrink(plan, ended.number) if remedy is Remedy.SHRINK else plan
+    message = f"attempt {ended.number} ended: {verdict.message}; the next one goes on from the last checkpoint"
+    return Decision(Phase.SCHEDULING, verdict.reason, message, plan=plan, attempt=ended, retry_after=AT_ONCE)
+
+
+def _may_try(job: Job, attempts: tuple[Attempt, ...]) -> bool:
+    return used_attempts(attempts) < job.spec.retries.max_attempts and len(attempts) < MOST_ATTEMPTS
 
 
 def is_terminal(status: QLoRAJobStatus) -> bool:

@@ -87,13 +87,13 @@ def derive_output(
 
 
 def merge_attempt(attempts: tuple[Attempt, ...], attempt: Attempt | None) -> tuple[Attempt, ...]:
-    """Put an attempt in the place of the one with its number; a known start is kept."""
+    """Put an attempt in the place of the one with its number; what was known of it before is kept."""
     if attempt is None:
         return attempts
     known = {entry.number: entry for entry in attempts}
-    before = known.get(attempt.number)
-    started_at = attempt.started_at or (before.started_at if before else None)
-    known[attempt.number] = attempt.model_copy(update={"started_at": started_at})
+    before = known.get(attempt.number, attempt)
+    kept = {name: getattr(before, name) for name in ("started_at", "micro_batch_size") if not getattr(attempt, name)}
+    known[attempt.number] = attempt.model_copy(update=kept)
     return tuple(known[number] for number in sorted(known))
 
 

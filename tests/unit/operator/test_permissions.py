@@ -10,6 +10,7 @@ def test_the_operator_may_do_this_and_nothing_else() -> None:
         "qlora.dev/qlorajobs/finalizers": "update",
         "batch/jobs": "get list watch create patch delete",
         "/configmaps": "get create patch",
+        "/services": "get create patch",
         "/pods": "get list watch",
         "events.k8s.io/events": "create",
         "authentication.k8s.io/tokenreviews": "create",

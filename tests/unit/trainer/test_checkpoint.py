@@ -75,13 +75,25 @@ def weights_of(loop: Loop) -> list[torch.Tensor]:
     return [parameter.detach().clone() for parameter in loop.tuned.parameters()]
 
 
+def watch(checkpoints: Checkpoints, **heard) -> Watcher:
+    """Hear some of what happens, and keep what is due."""
+    nothing = {"step": lambda _: None, "held_out": lambda _: None, "alive": lambda: None}
+    return Watcher(**nothing | heard, wants=checkpoints.wants, keep=checkpoints.keep)
+
+
+def offer(checkpoints: Checkpoints, step: int, *, last: bool) -> None:
+    """Do as the loop does after a step."""
+    if checkpoints.wants(step, last):
+        checkpoints.keep(make_state(step))
+
+
 def train(loop: Loop, checkpoints: Checkpoints, stop_after: int = 0) -> History:
     stop = StopFlag()
 
     def note(record: StepRecord) -> None:
         stop.requested = record.step == stop_after
 
-    return loop.run(stop, Watcher(note, lambda _: None, lambda: None, checkpoints.offer), checkpoints.newest())
+    return loop.run(stop, watch(checkpoints, step=note), checkpoints.newest())
 
 
 def without_seconds(history: History) -> list[StepRecord | HeldOutRecord]:
@@ -109,7 +121,7 @@ def test_a_look_that_was_cut_short_is_taken_again(model_folder, tmp_path):
     def interrupt() -> None:
         stop.requested = True
 
-    watcher = Watcher(lambda _: None, lambda _: None, interrupt, make_checkpoints(tmp_path)[0].offer)
+    watcher = watch(make_checkpoints(tmp_path)[0], alive=interrupt)
     with pytest.raises(RunError) as caught:
         make_nf4_loop(model_folder).run(stop, watcher)
     assert caught.value.step == 2
@@ -141,7 +153,7 @@ def test_a_checkpoint_is_due_by_time_or_by_steps_and_at_the_last_occasion(tmp_pa
         folder = tmp_path / json.dumps([spec, last])
         checkpoints, _ = make_checkpoints(folder, **spec)
         for step in (1, 2, 3):
-            checkpoints.offer(step, lambda step=step: make_state(step), last and step == 3)
+            offer(checkpoints, step, last=last and step == 3)
         return step_folders(folder)
 
     assert offered(steps=2) == ["step-000002"]
@@ -178,9 +190,9 @@ def test_a_broken_checkpoint_does_not_crowd_out_a_good_one(kept, tmp_path):
     shutil.copytree(kept, tmp_path, dirs_exist_ok=True)
     (tmp_path / COURSE.digest / "checkpoints/step-000005/adapter.safetensors").write_bytes(b"cut")
     checkpoints, _ = make_checkpoints(tmp_path, keep=1)
-    checkpoints.offer(3, lambda: make_state(3), True)
+    offer(checkpoints, 3, last=True)
     assert step_folders(tmp_path) == ["step-000003", "step-000004", "step-000005"]
-    checkpoints.offer(4, lambda: make_state(4), True)
+    offer(checkpoints, 4, last=True)
     assert step_folders(tmp_path) == ["step-000004", "step-000005"]
 
 
@@ -193,7 +205,7 @@ def test_checkpoints_in_s3_are_found_and_removed(monkeypatch):
         checkpoints = Checkpoints(store, COURSE, CheckpointSpec(steps=1, keep=1), STARTED, notes.append)
         assert checkpoints.newest() is None
         for step in (1, 2):
-            checkpoints.offer(step, lambda step=step: make_state(step), False)
+            offer(checkpoints, step, last=False)
         found = Checkpoints(store, COURSE, CheckpointSpec(), STARTED, notes.append).newest()
         assert (len(found.history.steps), found.optimizer["0/note"]) == (2, 3)
         assert {entry.path.rsplit("/", 2)[1] for entry in store.list()} == {"step-000002"}
@@ -239,7 +251,7 @@ def test_trap_37_the_state_of_another_course_is_refused(kept):
 def test_a_checkpoint_that_cannot_be_written_does_not_end_the_run(tmp_path):
     (tmp_path / COURSE.digest).write_text("a file where the folder should be")
     checkpoints, notes = make_checkpoints(tmp_path)
-    checkpoints.offer(1, lambda: make_state(1), False)
+    offer(checkpoints, 1, last=False)
     assert notes[0].startswith("no checkpoint of step 1 was written: ")
 
 

@@ -149,7 +149,7 @@ def test_trap_21_fp16_is_scaled_and_the_adapter_is_not_in_it(model_folder):
     tuned = tuned_in(torch.float16, model_folder)
     choices = dataclasses.replace(CHOICES, dtype=torch.float16)
     loop = make_test_loop(tuned, token_rows(8), choices=choices, steps=3)
-    assert loop.scaler.is_enabled()
+    assert loop.engine.scaler.is_enabled()
     before = weights_of(tuned)
     run_steps(loop)
     assert {weight.dtype for weight in tuned.parameters()} == {torch.float32}

@@ -15,9 +15,10 @@ from qlora_trainer.tokens import TokenRow
 from qlora_trainer.train import Loop, Schedule, Watcher, make_loop
 from tests.unit.trainer.tiny import CPU, make_model
 
-DEAF = Watcher(lambda _: None, lambda _: None, lambda: None, lambda *_: None)
+DEAF = Watcher(lambda _: None, lambda _: None, lambda: None, lambda *_: False, lambda _: None)
 CHOICES = Choices(torch.float32, "sdpa", checkpointing=False, packing=True, optimizer=Kind.ADAMW, reasons={})
 NF4 = QuantizationSpec(bits=4)
+ALONE = World(CPU)
 
 
 def token_rows(count: int = 16, seed: int = 0, spans: int = 1) -> tuple[TokenRow, ...]:
@@ -53,11 +54,17 @@ def make_record(folder: Path, method: str = "lora") -> AdapterRecord:
     )
 
 
-def make_test_loop(
-    tuned: Tuned, rows, micro_batch: int = 4, steps: int = 4, choices: Choices = CHOICES, **training
+def make_test_loop(  # noqa: PLR0917 (all that a step depends on)
+    tuned: Tuned,
+    rows,
+    micro_batch: int = 4,
+    steps: int = 4,
+    choices: Choices = CHOICES,
+    world: World = ALONE,
+    **training,
 ) -> Loop:
     settings = TrainingSpec(**{"global_batch_size": 8, "learning_rate": 0.01, "warmup_ratio": 0.0} | training)
-    return make_loop(tuned, rows, Schedule(settings, micro_batch, steps), choices, World(CPU))
+    return make_loop(tuned, rows, Schedule(settings, micro_batch, steps), choices, world)
 
 
 def weights_of(tuned: Tuned) -> list[torch.Tensor]:

@@ -1,0 +1,92 @@
+"""From the pods of a child Job to one verdict: they live and die together, and the first speaks while all goes well."""
+
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from typing import Final
+
+from qlora_api.names import Reason
+from qlora_operator.recovery.causes import (
+    deadline_message,
+    ended,
+    judge_exit,
+    judge_missing_pod,
+    judge_refusal,
+    judge_unfinished,
+    read_last_word,
+    seconds,
+)
+from qlora_operator.values import ChildJob, Pod, Stage, Verdict
+
+CONSEQUENCES: Final = (Reason.INTERRUPTED, Reason.COLLECTIVE_TIMEOUT)
+"""How a pod ends when something happened to another one; the earlier in this list, the better it explains a run."""
+
+
+def judge(child: ChildJob, startup: timedelta, now: datetime) -> Verdict:
+    """Say how far a child Job is, and why it ended if it did."""
+    first = child.pod
+    if first is not None and first.exit is not None and _ended_well(first):
+        return judge_exit(child, first, first.exit)
+    if failures := [pod for pod in child.pods if _failed(pod)]:
+        return _judge_failures(child, failures)
+    if child.finished and child.overdue:
+        return ended(Reason.DEADLINE_EXCEEDED, deadline_message(child))
+    if child.finished:
+        return Verdict(Stage.LOST, Reason.POD_LOST, f"the pod of Job {child.name} is gone, and with it its last word")
+    if len(child.pods) < child.wanted:
+        return judge_missing_pod(child, startup, now)
+    return _judge_unfinished(child, startup, now)
+
+
+def _ended_well(pod: Pod) -> bool:
+    """Return whether a pod ended as it should, or published before it was stopped."""
+    if pod.exit is None:
+        return False
+    word = read_last_word(pod.exit.message)
+    return pod.exit.code == 0 or (word is not None and word.reason is Reason.PUBLISHED)
+
+
+def _failed(pod: Pod) -> bool:
+    return pod.exit.code != 0 if pod.exit is not None else pod.phase == "Failed"
+
+
+def _judge_failures(child: ChildJob, failures: Sequence[Pod]) -> Verdict:
+    """Take the best explanation; a consequence may come before its cause, so that it waits for the other pods' ends."""
+    verdict = min((_judge_failure(child, pod) for pod in _by_time(failures)), key=_remoteness)
+    if child.wanted == 1 or child.finished or verdict.reason not in CONSEQUENCES:
+        return verdict
+    message = f"pod {failures[0].name} ended, and the others of the run are being stopped: {verdict.message}"
+    return Verdict(Stage.RUNNING, Reason.TRAINING, message)
+
+
+def _judge_failure(child: ChildJob, pod: Pod) -> Verdict:
+    return judge_exit(child, pod, pod.exit) if pod.exit is not None else judge_refusal(pod)
+
+
+def _by_time(pods: Sequence[Pod]) -> list[Pod]:
+    """Return pods in the order in which they ended; one whose container never ran is first."""
+    return sorted(pods, key=lambda pod: pod.exit.finished_at.timestamp() if pod.exit and pod.exit.finished_at else 0.0)
+
+
+def _remoteness(verdict: Verdict) -> int:
+    """Return how far a verdict is from the cause."""
+    return CONSEQUENCES.index(verdict.reason) + 1 if verdict.reason in CONSEQUENCES else 0
+
+
+def _judge_unfinished(child: ChildJob, startup: timedelta, now: datetime) -> Verdict:
+    """Wait until all pods run; those that have a node hold it for the others, and not for ever."""
+    verdicts = [judge_unfinished(pod, child.role, startup, now) for pod in child.pods if pod.exit is None]
+    waiting = [verdict for verdict in verdicts if verdict.stage is not Stage.RUNNING]
+    if not waiting:
+        return verdicts[0]
+    worst = next((verdict for verdict in waiting if verdict.stage is Stage.ENDED), waiting[0])
+    placed = [pod.scheduled_at for pod in child.pods if pod.scheduled_at is not None]
+    if worst.recheck_at is not None or worst.stage is Stage.ENDED or not placed:
+        return worst
+    deadline = min(placed) + startup
+    if now < deadline:
+        return Verdict(worst.stage, worst.reason, worst.message, recheck_at=deadline)
+    return ended(
+        Reason.STARTUP_DEADLINE_EXCEEDED,
+        f"only {len(placed)} of {child.wanted} pods got a node within {seconds(startup)} (spec.deadlines.startup): "
+        f"{worst.message}",
+    )

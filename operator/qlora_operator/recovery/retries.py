@@ -1,0 +1,82 @@
+"""After a failed attempt: whether another one can mend it, with what, and when; a pure table."""
+
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from enum import StrEnum
+from typing import Final
+
+from qlora_api.names import Reason
+from qlora_api.v1alpha1 import Attempt, Plan
+from qlora_operator.values import Verdict
+
+
+class Remedy(StrEnum):
+    """What the next attempt does differently."""
+
+    RESUME = "resume"
+    """Nothing: what went wrong lies outside."""
+    SHRINK = "shrink"
+    """Half the rows per forward pass, and twice the passes."""
+
+
+REMEDIES: Final = {
+    Reason.INTERRUPTED: Remedy.RESUME,
+    Reason.COLLECTIVE_TIMEOUT: Remedy.RESUME,
+    Reason.S3_UNAVAILABLE: Remedy.RESUME,
+    Reason.UPLOAD_FAILED: Remedy.RESUME,
+    Reason.HUB_UNAVAILABLE: Remedy.RESUME,
+    Reason.HUB_RATE_LIMITED: Remedy.RESUME,
+    Reason.CUDA_OUT_OF_MEMORY: Remedy.SHRINK,
+    Reason.HOST_OUT_OF_MEMORY: Remedy.SHRINK,
+}
+"""Reasons that are not in here are for somebody to correct first."""
+DISRUPTIONS: Final = frozenset({Reason.INTERRUPTED, Reason.POD_LOST})
+"""Ends that say nothing about the run: they do not use up spec.retries.maxAttempts."""
+MOST_ATTEMPTS: Final = 100
+"""Entries that status.attempts may have."""
+_SERVICES: Final = frozenset(
+    {Reason.S3_UNAVAILABLE, Reason.UPLOAD_FAILED, Reason.HUB_UNAVAILABLE, Reason.HUB_RATE_LIMITED}
+)
+"""What needs time to recover."""
+_FIRST_PAUSE: Final = timedelta(seconds=10)
+_LONGEST_PAUSE: Final = timedelta(minutes=5)
+
+
+def used_attempts(attempts: Sequence[Attempt]) -> int:
+    """Return how many attempts count."""
+    return sum(attempt.reason is not None and attempt.reason not in DISRUPTIONS for attempt in attempts)
+
+
+def choose_remedy(verdict: Verdict, plan: Plan) -> Remedy | None:
+    """Return what could mend a failure; None where nothing can but a person."""
+    remedy = REMEDIES.get(verdict.reason)
+    if verdict.reason is Reason.HOST_OUT_OF_MEMORY and plan.device == "cuda":
+        return None  # the host's memory holds the rows and the model while it is loaded, whatever the micro-batch
+    return remedy if remedy is not Remedy.SHRINK or plan.micro_batch_size > 1 else None
+
+
+def shrink(plan: Plan, attempt: int) -> Plan:
+    """Return the plan with half the rows per forward pass: the same global batch, and the same result but rounding."""
+    rows, passes = plan.micro_batch_size, plan.gradient_accumulation
+    smaller = rows // 2
+    more = -(-rows * passes // smaller)
+    reason = (
+        f"micro-batch {smaller}, gradient accumulation {more}: attempt {attempt} ran out of memory with {rows} rows"
+    )
+    return plan.model_copy(
+        update={
+            "micro_batch_size": smaller,
+            "gradient_accumulation": more,
+            "reasons": (*plan.reasons, reason),
+        }
+    )
+
+
+def retry_at(attempts: Sequence[Attempt]) -> datetime | None:
+    """Return when the next attempt may start; None: at once."""
+    last = attempts[-1] if attempts else None
+    if last is None or last.finished_at is None or last.reason not in _SERVICES:
+        return None
+    doublings = used_attempts(attempts) - 1
+    pause = min(_FIRST_PAUSE.total_seconds() * 2.0**doublings, _LONGEST_PAUSE.total_seconds())
+    return last.finished_at + timedelta(seconds=pause)

@@ -1,0 +1,21 @@
+"""Which process of its run this one is, before anything is imported: the only reader of RANK."""
+
+import os
+from pathlib import Path
+from typing import Final
+
+RANK: Final = "{rank}"
+"""Stands for the process's number in a path."""
+DONE: Final = ".done"
+"""Suffix of the empty file that a process leaves instead of a last word when another one has it."""
+
+
+def rank_of_process() -> int | None:
+    """Return this process's number in its run; None without a launcher."""
+    rank = os.environ.get("RANK")
+    return int(rank) if rank else None
+
+
+def path_of_process(path: Path) -> Path:
+    """Return a path of this process's own, where the path asks for one."""
+    return Path(str(path).replace(RANK, str(rank_of_process() or 0)))
