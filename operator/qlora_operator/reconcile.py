@@ -127,7 +127,7 @@ def build_children(decision: Decision, job: Job, installation: Installation) -> 
         return (
             build_run_config(owner, job.spec, run, installation),
             *([build_service(owner, run.attempt)] if run.plan.nodes > 1 else []),
-            build_train_job(owner, job.spec, run.attempt, installation),
+            build_train_job(owner, job.spec, run, installation),
         )
     return ()
 

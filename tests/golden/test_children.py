@@ -9,7 +9,14 @@ from typing import Final
 import pytest
 import yaml
 
-from qlora_operator.build import build_prepare_config, build_prepare_job, build_run_config, build_train_job
+from qlora_api.v1alpha1 import QLoRAJobSpec
+from qlora_operator.build import (
+    build_prepare_config,
+    build_prepare_job,
+    build_run_config,
+    build_service,
+    build_train_job,
+)
 from qlora_operator.plan import make_plan
 from qlora_operator.values import Manifest, Run
 from tests.make import INSTALLATION, OWNER, make_prepared, make_spec
@@ -35,17 +42,30 @@ CLAIMS: Final = make_spec(
 )
 PRIVATE: Final = replace(INSTALLATION, pull_secrets=("registry", "mirror"))
 """An installation whose image needs credentials."""
-RUN: Final = Run(1, make_plan(CPU, make_prepared()), make_prepared())
+GANG: Final = make_spec(
+    resources={"nodes": 2, "gpusPerNode": 4}, distribution="zero3", training={"globalBatchSize": 64}
+)
+"""Two pods with four processes each."""
+
+
+def run_of(spec: QLoRAJobSpec, attempt: int = 1) -> Run:
+    return Run(attempt, make_plan(spec, make_prepared()), make_prepared())
+
+
+RUN: Final = run_of(CPU)
 
 CHILDREN: Final[dict[str, Callable[[], Manifest]]] = {
     "prepare-job-cpu": lambda: build_prepare_job(OWNER, CPU, INSTALLATION),
     "prepare-job-gpu": lambda: build_prepare_job(OWNER, GPU, PRIVATE),
     "prepare-job-claims": lambda: build_prepare_job(OWNER, CLAIMS, INSTALLATION),
-    "train-job-claims": lambda: build_train_job(OWNER, CLAIMS, 1, INSTALLATION),
-    "train-job-cpu": lambda: build_train_job(OWNER, CPU, 1, INSTALLATION),
-    "train-job-gpu": lambda: build_train_job(OWNER, GPU, 2, PRIVATE),
+    "train-job-claims": lambda: build_train_job(OWNER, CLAIMS, run_of(CLAIMS), INSTALLATION),
+    "train-job-cpu": lambda: build_train_job(OWNER, CPU, RUN, INSTALLATION),
+    "train-job-gpu": lambda: build_train_job(OWNER, GPU, run_of(GPU, 2), PRIVATE),
     "prepare-config": lambda: build_prepare_config(OWNER, CPU, INSTALLATION),
     "run-config": lambda: build_run_config(OWNER, CPU, RUN, INSTALLATION),
+    "train-job-gang": lambda: build_train_job(OWNER, GANG, run_of(GANG), INSTALLATION),
+    "run-config-gang": lambda: build_run_config(OWNER, GANG, run_of(GANG), INSTALLATION),
+    "service-gang": lambda: build_service(OWNER, 1),
 }
 
 

@@ -148,7 +148,7 @@ def _wait(process: subprocess.Popen[bytes], node: Node, stop: StopFlag) -> int:
             asked = True
             _ask_to_stop(process.pid)
         if all_done(node):
-            # torch's launcher would wait 300 seconds for the pod that publishes, and hold this one's GPUs.
+            # torch's launcher would wait 300 seconds for the other pods, and hold this one's GPUs.
             process.kill()
             process.wait()
             return 0
@@ -157,8 +157,9 @@ def _wait(process: subprocess.Popen[bytes], node: Node, stop: StopFlag) -> int:
 
 
 def all_done(node: Node) -> bool:
-    """Return whether every process of this pod ended well and leaves the last word to another pod."""
-    return len(list(node.words.glob(f"*{DONE}"))) == node.plan.processes_per_node
+    """Return whether every process of this pod ended well: it published, or leaves the last word to another one."""
+    published = [word for word in read_words(node.words).values() if word.reason is Reason.PUBLISHED]
+    return len(published) + len(list(node.words.glob(f"*{DONE}"))) == node.plan.processes_per_node
 
 
 def _ask_to_stop(launcher: int) -> None:

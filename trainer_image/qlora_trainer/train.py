@@ -53,7 +53,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Watcher:
-    """Who is told about a training while it goes on; one process speaks for all."""
+    """Who is told about a training while it goes on; every process tells its own, and only one's passes it on."""
 
     step: Callable[[StepRecord], None]
     """Called with each finished step."""
@@ -101,8 +101,7 @@ class Loop:
         """Take a step, and refuse to go on when there is no point in it."""
         record = self.step(len(history.steps))
         check_finite(record, scaling=self.choices.dtype == torch.float16)
-        if self.world.leads:
-            watcher.step(record)
+        watcher.step(record)
         history.add_step(record)
         check_level(history)
 
@@ -112,8 +111,7 @@ class Loop:
         look = rows.look(self.tuned, len(history.steps), stop, watcher.alive)
         if look is None:
             return
-        if self.world.leads:
-            watcher.held_out(look)
+        watcher.held_out(look)
         history.add_look(look)
 
     def _best(self, history: History, best: Weights) -> Weights:
@@ -173,13 +171,12 @@ class Loop:
 
     def _accumulate(self, window: Sequence[TokenRow], labels: int) -> float:
         """Add up the gradients of this process's micro-batches, and return its summed loss."""
-        passes = self._passes(window)
-        weights = [1 / labels if counts else 0.0 for _, counts in passes]
-        lasts = [number == len(passes) for number in range(1, len(passes) + 1)]
-        groups = [group for group, _ in passes]
-        return sum(map(self._learn, groups, weights, lasts), 0.0)
+        total, passes = 0.0, self._passes(window)
+        for number, (rows, counts) in enumerate(passes, start=1):
+            total += self._learn(rows, 1 / labels if counts else 0.0, last=number == len(passes))
+        return total
 
-    def _learn(self, rows: Sequence[TokenRow], weight: float, last: bool) -> float:
+    def _learn(self, rows: Sequence[TokenRow], weight: float, *, last: bool) -> float:
         """Add the gradients of one micro-batch, and return its summed loss."""
         batch = make_batch(rows, self.tuned.device, packing=self.choices.packing)
         with noisy_embeddings(self.tuned.causal, self.schedule.training.neftune_alpha, batch):

@@ -13,7 +13,7 @@ from qlora_operator.build.metadata import (
     train_workload,
 )
 from qlora_operator.build.pod import build_prepare_pod, build_train_pod
-from qlora_operator.values import PREPARE_DEADLINE, JobRef, Manifest
+from qlora_operator.values import PREPARE_DEADLINE, JobRef, Manifest, Run
 
 
 def build_prepare_job(owner: Owner, spec: QLoRAJobSpec, installation: Installation) -> Manifest:
@@ -22,10 +22,11 @@ def build_prepare_job(owner: Owner, spec: QLoRAJobSpec, installation: Installati
     return _build(workload, build_prepare_pod(workload, spec, installation), PREPARE_DEADLINE)
 
 
-def build_train_job(owner: Owner, spec: QLoRAJobSpec, attempt: int, installation: Installation) -> Manifest:
+def build_train_job(owner: Owner, spec: QLoRAJobSpec, run: Run, installation: Installation) -> Manifest:
     """Return the Job of one training attempt: a pod per node, which live and die together."""
-    workload, nodes = train_workload(owner, attempt), spec.resources.nodes
-    return _build(workload, build_train_pod(workload, spec, installation), to_timedelta(spec.deadlines.total), nodes)
+    workload, plan = train_workload(owner, run.attempt), run.plan
+    pod = build_train_pod(workload, spec, plan, installation)
+    return _build(workload, pod, to_timedelta(spec.deadlines.total), plan.nodes)
 
 
 def build_deadline(ref: JobRef, name: str, seconds: int) -> Manifest:

@@ -4,7 +4,7 @@ from typing import Any, Final
 
 from qlora_api import names
 from qlora_api.names import SecretRole
-from qlora_api.v1alpha1 import QLoRAJobSpec, ResourcesSpec, Toleration
+from qlora_api.v1alpha1 import Plan, QLoRAJobSpec, ResourcesSpec, Toleration
 from qlora_operator.build.claims import build_claim_mounts, build_claim_volumes
 from qlora_operator.build.metadata import Installation, Workload, build_labels
 from qlora_operator.values import PREPARE_MEMORY, Manifest
@@ -25,25 +25,24 @@ def build_prepare_pod(workload: Workload, spec: QLoRAJobSpec, installation: Inst
     return _build(workload, spec, installation, PREPARE_RESOURCES, {})
 
 
-def build_train_pod(workload: Workload, spec: QLoRAJobSpec, installation: Installation) -> Manifest:
+def build_train_pod(workload: Workload, spec: QLoRAJobSpec, plan: Plan, installation: Installation) -> Manifest:
     """Return the pod that trains, alone or with others."""
-    resources = spec.resources
-    pod = _build(workload, spec, installation, _train_resources(resources), _placement(resources))
-    if resources.processes > 1:
-        _let_processes_meet(pod, workload, resources)
+    pod = _build(workload, spec, installation, _train_resources(spec.resources, plan), _placement(spec.resources, plan))
+    if plan.processes > 1:
+        _let_processes_meet(pod, workload, plan)
     return pod
 
 
-def _let_processes_meet(pod: Manifest, workload: Workload, resources: ResourcesSpec) -> None:
+def _let_processes_meet(pod: Manifest, workload: Workload, plan: Plan) -> None:
     """Start the launcher instead of the one process, and give it the first pod's name and memory to share."""
     container = pod["containers"][0]
     container["args"][0] = LAUNCH
-    if resources.nodes > 1:
+    if plan.nodes > 1:
         pod["subdomain"] = workload.name
         main = {"name": names.MAIN_ADDRESS_ENV, "value": f"{workload.name}-0.{workload.name}"}
         container["env"].append(main)
         pod["affinity"] = _apart(workload)
-    if resources.gpus_per_node > 1:
+    if plan.gpus_per_node > 1:
         # NCCL moves tensors between the GPUs of a node through shared memory; a container's own has 64 MiB.
         container["volumeMounts"].append({"name": "shm", "mountPath": "/dev/shm"})  # noqa: S108 (an emptyDir)
         pod["volumes"].append({"name": "shm", "emptyDir": {"medium": "Memory"}})
@@ -171,20 +170,20 @@ def _volumes(workload: Workload, spec: QLoRAJobSpec, installation: Installation)
     ]
 
 
-def _train_resources(resources: ResourcesSpec) -> dict[str, Any]:
-    gpus = {GPU_RESOURCE: resources.gpus_per_node} if resources.gpus_per_node else {}
+def _train_resources(resources: ResourcesSpec, plan: Plan) -> dict[str, Any]:
+    gpus = {GPU_RESOURCE: plan.gpus_per_node} if plan.gpus_per_node else {}
     return {
         "requests": {"cpu": resources.cpu, "memory": resources.memory},
         "limits": {"memory": resources.memory, **gpus},
     }
 
 
-def _placement(resources: ResourcesSpec) -> dict[str, Any]:
+def _placement(resources: ResourcesSpec, plan: Plan) -> dict[str, Any]:
     """Choose nodes as the spec says; a GPU pod also tolerates the taint that keeps others off GPU nodes."""
     product = {GPU_PRODUCT_LABEL: resources.gpu_product} if resources.gpu_product else {}
     selector = {**resources.node_selector, **product}
     tolerations = [_toleration(toleration) for toleration in resources.tolerations]
-    if resources.gpus_per_node:
+    if plan.gpus_per_node:
         tolerations.append({"key": GPU_RESOURCE, "operator": "Exists", "effect": "NoSchedule"})
     return {
         **({"nodeSelector": selector} if selector else {}),

@@ -58,7 +58,7 @@ def train_in_two_parts(world: World, folder: Path) -> None:
     stop = StopFlag()
 
     def note(record) -> None:
-        stop.requested = record.step == 2
+        stop.requested = record.step == 2 and world.rank == 1
 
     checkpoints = checkpoints_of(world, folder)
     watcher = Watcher(note, lambda _: None, lambda: None, wants=checkpoints.wants, keep=checkpoints.keep)

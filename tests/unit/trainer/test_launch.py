@@ -1,0 +1,196 @@
+"""Several pods on this computer: their launchers find each other, train one adapter, and leave one last word."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from qlora_api.launch import accelerate_config
+from qlora_api.names import ACCELERATE_CONFIG_FILE, Phase, Reason
+from qlora_api.report import LastWord
+from qlora_api.runconfig import RunConfig
+from qlora_api.v1alpha1 import Plan
+from qlora_trainer.errors import RunError
+from qlora_trainer.interrupt import StopFlag
+from qlora_trainer.launch import INDEX_ENV, Node, choose_word, is_worker, launch_command, wait_for_address
+from qlora_trainer.prepare import prepare
+from qlora_trainer.run import run
+from tests.unit.trainer.tiny import RecordingSink, prepare_config, run_config, write_job
+
+STEPS = 6
+
+
+def word(reason: Reason, message: str = "") -> LastWord:
+    return LastWord(reason=reason, message=message)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        pytest.param([word(Reason.PUBLISHED)], "Published: ", id="published"),
+        pytest.param(
+            [word(Reason.COLLECTIVE_TIMEOUT, "peer"), word(Reason.CUDA_OUT_OF_MEMORY, "24 GiB")],
+            "CudaOutOfMemory: rank 1: 24 GiB",
+            id="the-cause-is-told-after-its-consequence",
+        ),
+        pytest.param(
+            [word(Reason.S3_DENIED, "a"), word(Reason.NON_FINITE_LOSS, "b")], "S3Denied: rank 0: a", id="the-first"
+        ),
+        pytest.param(
+            [word(Reason.COLLECTIVE_TIMEOUT, "peer"), word(Reason.INTERRUPTED, "stop")],
+            "Interrupted: rank 1: stop",
+            id="a-stop-explains-a-lost-peer",
+        ),
+        pytest.param([word(Reason.COLLECTIVE_TIMEOUT, "peer")], "CollectiveTimeout: rank 0: peer", id="only-that"),
+    ],
+)
+def test_one_word_explains_all(words: list[LastWord], expected: str) -> None:
+    chosen = choose_word(dict(enumerate(words)), 1, 0)
+    assert chosen is not None
+    assert f"{chosen.reason}: {chosen.message}" == expected
+
+
+def test_processes_without_a_word_are_explained_by_their_end() -> None:
+    assert choose_word({}, 0, 0) is None
+    killed, crashed = choose_word({}, 1, 1), choose_word({}, -11, 0)
+    assert killed is not None
+    assert killed.reason is Reason.HOST_OUT_OF_MEMORY
+    assert crashed is not None
+    assert (crashed.reason, "exit code -11" in crashed.message) == (Reason.TRAINER_ERROR, True)
+
+
+def test_an_address_that_never_comes_is_told() -> None:
+    with pytest.raises(RunError, match=r"nobody\.invalid, got no address within 0 s \(spec\.deadlines\.startup\)"):
+        wait_for_address("nobody.invalid", 0, StopFlag())
+
+
+def test_a_stop_ends_the_wait_for_an_address() -> None:
+    stop = StopFlag()
+    stop.requested = True
+    with pytest.raises(RunError, match="asked to stop"):
+        wait_for_address("nobody.invalid", 60, stop)
+
+
+def test_the_launcher_is_no_worker(tmp_path: Path) -> None:
+    node = Node(plan_of("zero2"), 1, "10.0.0.1", tmp_path / "run.json", tmp_path)
+    assert not is_worker(launch_command(node))
+    assert is_worker([sys.executable, "-u", "-m", "qlora_trainer", "train", "--config", "run.json"])
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """A prepared run of four-bit rows, with looks and checkpoints."""
+    folder = tmp_path_factory.mktemp("job")
+    blocks = {"training": {"evaluateEvery": 3}, "evaluation": {"generations": 3}, "lora": {"dropout": 0}}
+    spec = write_job(folder, checkpoint={"steps": 2}, **blocks)
+    return run_config(spec, prepare(prepare_config(spec), work=folder / "work"), total_steps=STEPS)
+
+
+def plan_of(strategy: str) -> Plan:
+    return Plan(
+        device="cpu",
+        nodes=2,
+        gpus_per_node=0,
+        strategy=strategy,
+        micro_batch_size=4,
+        gradient_accumulation=1,
+        total_steps=STEPS,
+    )
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+class Pods:
+    """Two launchers with works of their own and one output."""
+
+    def __init__(self, config: RunConfig, strategy: str, folder: Path) -> None:
+        self.folder = folder
+        output = config.spec.output.model_copy(update={"uri": f"file://{folder}/output"})
+        source = Path(config.prepared.prefix.removeprefix("file://"))
+        prefix = f"file://{folder}/output/{config.job}/{source.name}"
+        subprocess.run(["cp", "-r", source.parent.parent, f"{folder}/output"], check=True)
+        self.config = config.model_copy(
+            update={
+                "plan": plan_of(strategy),
+                "spec": config.spec.model_copy(update={"output": output}),
+                "prepared": config.prepared.model_copy(update={"prefix": prefix}),
+            }
+        )
+        (folder / "run.json").write_text(self.config.model_dump_json(by_alias=True))
+        accelerate = accelerate_config(self.config.plan) | {"main_process_port": free_port()}
+        if "deepspeed_config" in accelerate:
+            accelerate["deepspeed_config"]["deepspeed_config_file"] = str(folder / "deepspeed.json")
+            (folder / "deepspeed.json").write_text("{}")
+        (folder / ACCELERATE_CONFIG_FILE).write_text(json.dumps(accelerate))
+        self.processes = [self._start(index) for index in (0, 1)]
+
+    def _start(self, index: int) -> subprocess.Popen[bytes]:
+        environment = {INDEX_ENV: str(index), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+        paths = ["--config", self.folder / "run.json", "--work", self.folder / f"work-{index}"]
+        word = ["--termination-message", self.folder / f"word-{index}.json"]
+        command = [sys.executable, "-m", "qlora_trainer", "launch", *paths, *word]
+        with (self.folder / f"log-{index}").open("w") as log:
+            return subprocess.Popen(command, env=os.environ | environment, stdout=log, stderr=subprocess.STDOUT)
+
+    def wait(self) -> list[int]:
+        try:
+            return [process.wait(timeout=600) for process in self.processes]
+        finally:
+            for process in self.processes:
+                process.kill()
+                process.wait()
+
+    def word(self, index: int) -> LastWord | None:
+        path = self.folder / f"word-{index}.json"
+        return LastWord.model_validate_json(path.read_text()) if path.exists() else None
+
+    def log(self, index: int) -> str:
+        return (self.folder / f"log-{index}").read_text()
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero3"])
+def test_two_pods_publish_what_one_process_does(config: RunConfig, strategy: str, tmp_path: Path) -> None:
+    pods = Pods(config, strategy, tmp_path)
+    codes = pods.wait()
+    assert codes == [0, 0], pods.log(0)[-3000:] + pods.log(1)[-3000:]
+    told = pods.word(0)
+    assert told is not None
+    assert told.result is not None
+    assert told.reason is Reason.PUBLISHED
+    assert pods.word(1) is None, "the second pod only helped"
+    alone = run(config, RecordingSink(), work=tmp_path / "alone")
+    assert alone is not None
+    assert told.result.evaluation.adapter.loss == pytest.approx(alone.evaluation.adapter.loss, abs=1e-2)
+    assert told.result.evaluation.base.loss == pytest.approx(alone.evaluation.base.loss, abs=1e-4)
+    shapes = [
+        {name: tensor.shape for name, tensor in load_file(Path(uri[7:], "adapter_model.safetensors")).items()}
+        for uri in (told.result.adapter, alone.adapter)
+    ]
+    assert shapes[0] == shapes[1]
+    lines = [json.loads(line) for line in pods.log(0).splitlines() if line.startswith("{")]
+    assert {line.get("rank") for line in lines} == {0, None}, "each line of a training process has its rank"
+    assert [line["phase"] for line in lines if line.get("phase")][-1] == Phase.PUBLISHING
+
+
+def test_a_stop_of_one_pod_keeps_a_checkpoint_and_ends_both(config: RunConfig, tmp_path: Path) -> None:
+    pods = Pods(config, "zero2", tmp_path)
+    while '"step": 1' not in pods.log(0):
+        assert pods.processes[0].poll() is None, pods.log(0)[-3000:]
+        time.sleep(0.1)
+    pods.processes[1].send_signal(signal.SIGTERM)
+    assert pods.wait() == [143, 143], pods.log(0)[-3000:] + pods.log(1)[-3000:]
+    reasons = [told.reason if (told := pods.word(index)) else None for index in (0, 1)]
+    assert reasons == [Reason.INTERRUPTED, Reason.INTERRUPTED]
+    assert list(tmp_path.rglob("checkpoints/step-*/manifest.json"))
