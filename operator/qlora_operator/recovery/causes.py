@@ -13,6 +13,7 @@ from qlora_operator.values import PREPARE_MEMORY, ChildJob, Exit, Pod, Stage, Ve
 IMAGE_TROUBLE: Final = frozenset({"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull"})
 NEVER_RAN: Final = frozenset({"StartError", "ContainerCannotRun", "CreateContainerError"})
 SIGTERM_EXIT: Final = 128 + 15
+SIGKILL_EXIT: Final = 128 + 9
 MAX_LOG_LINE: Final = 1000
 """Characters of a log line that a status message quotes."""
 
@@ -60,6 +61,12 @@ def _interrupted(_: ChildJob, pod: Pod, end: Exit) -> Cause | None:
     return Cause(Reason.INTERRUPTED, pod.disrupted or f"pod {pod.name} was asked to stop")
 
 
+def _killed(_: ChildJob, pod: Pod, end: Exit) -> Cause | None:
+    if end.code != SIGKILL_EXIT:
+        return None
+    return Cause(Reason.INTERRUPTED, f"pod {pod.name} was killed, and the kubelet does not say by whom")
+
+
 def _node_lost(_: ChildJob, pod: Pod, end: Exit) -> Cause | None:
     if end.reason != "ContainerStatusUnknown":
         return None
@@ -82,6 +89,7 @@ _CAUSES: Final[tuple[Callable[[ChildJob, Pod, Exit], Cause | None], ...]] = (
     _node_lost,
     _never_ran,
     _interrupted,
+    _killed,
     _unknown,
 )
 

@@ -63,7 +63,7 @@ def ended(end: Exit, **pod: Any) -> ChildJob:
             id="disrupted",
         ),
         pytest.param(ended(make_exit(137), deleting=True), Reason.INTERRUPTED, "asked to stop", id="grace-ran-out"),
-        pytest.param(ended(make_exit(137)), Reason.TRAINER_ERROR, "exit code 137", id="killed-by-whom"),
+        pytest.param(ended(make_exit(137)), Reason.INTERRUPTED, "does not say by whom", id="killed-by-whom"),
         pytest.param(ended(make_exit(137, "", "ContainerStatusUnknown")), Reason.POD_LOST, "node-1", id="node-lost"),
         pytest.param(
             ended(make_exit(128, "exec format error", "StartError")), Reason.POD_REJECTED, "exec format", id="no-start"

@@ -1,0 +1,118 @@
+"""Two pods with a process each train one adapter on the real node: DDP, ZeRO-2 and ZeRO-3, and one of them dies."""
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+from tests.e2e.conftest import Installation, manifest_of, wait_for
+from tests.e2e.test_operator_killed import read_process
+
+NAMESPACE: Final = "gang"
+SECONDS: Final = 600
+"""For one run, on two cores that also run the cluster."""
+STRATEGIES: Final = ("ddp", "zero2", "zero3")
+LONGEST_GOODBYE: Final = 60.0
+"""Seconds from the death of one pod to the end of the other one."""
+
+
+def gang_manifest(name: str, nodes: int, distribution: str, **blocks: dict[str, Any]) -> dict[str, Any]:
+    """A short run with NF4, whose result does not depend on who draws random numbers."""
+    manifest = manifest_of(
+        name,
+        NAMESPACE,
+        **{
+            "dataset": {"maxSamples": 120, "evaluation": {"fraction": 0.2}},
+            "lora": {"dropout": 0},
+            "training": {"maxSteps": 4, "globalBatchSize": 16},
+            "resources": {"nodes": nodes, "cpu": "300m", "memory": "5Gi"},
+            "evaluation": {"generations": 0},
+            **blocks,
+        },
+    )
+    manifest["spec"]["distribution"] = distribution
+    return manifest
+
+
+@pytest.fixture(scope="module")
+def runs(installation: Installation) -> dict[str, dict[str, Any]]:
+    """The finished QLoRAJobs by strategy, one after the other: all at once would only wait for each other."""
+    installation.make_namespace(NAMESPACE)
+    found = {}
+    for strategy in ("single", *STRATEGIES):
+        alone = strategy == "single"
+        installation.submit(gang_manifest(strategy, 1 if alone else 2, "auto" if alone else strategy))
+        found[strategy] = installation.wait_until_finished(strategy, NAMESPACE, SECONDS)
+    return found
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_each_strategy_learns_what_one_process_does(runs: dict[str, dict[str, Any]], strategy: str) -> None:
+    status, alone = runs[strategy]["status"], runs["single"]["status"]
+    assert (status["phase"], status["reason"]) == ("Succeeded", "Published")
+    assert (status["plan"]["nodes"], status["plan"]["strategy"]) == (2, strategy)
+    losses = [job["evaluation"]["adapter"]["loss"] for job in (status, alone)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-2)
+    assert status["evaluation"]["base"]["loss"] == pytest.approx(alone["evaluation"]["base"]["loss"], abs=1e-2)
+    assert losses[0] < status["evaluation"]["base"]["loss"] - 0.05, "four steps are seen in the loss"
+    assert status["evaluation"]["rows"] == alone["evaluation"]["rows"]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_pods_trained_it(installation: Installation, runs: dict[str, dict[str, Any]], strategy: str) -> None:
+    assert len(runs[strategy]["status"]["attempts"]) == 1
+    pods = [
+        pod
+        for pod in installation.children("pods", strategy, NAMESPACE)
+        if pod["metadata"]["labels"]["qlora.dev/role"] == "train"
+    ]
+    assert sorted(pod["spec"]["hostname"] for pod in pods) == [f"{strategy}-1-0", f"{strategy}-1-1"]
+    assert {pod["status"]["phase"] for pod in pods} == {"Succeeded"}
+
+
+def test_the_death_of_one_pod_restarts_both_once_from_the_last_checkpoint(installation: Installation) -> None:
+    installation.make_namespace(NAMESPACE)
+    name = "mourner"
+    training = {"maxSteps": 24, "globalBatchSize": 8}
+    installation.submit(gang_manifest(name, 2, "ddp", training=training, checkpoint={"steps": 4}))
+    wait_for("a checkpoint", lambda: step_of(installation, name) >= 6, SECONDS)
+    victim, survivor = processes_of(f"{name}-1-1"), processes_of(f"{name}-1-0")
+    assert victim
+    assert survivor
+    for process in victim:
+        os.kill(process, signal.SIGKILL)
+    died = time.monotonic()
+    wait_for("the end of the other pod", lambda: not alive(survivor), LONGEST_GOODBYE)
+    print(f"the other pod was gone after {time.monotonic() - died:.0f} s")
+    job = installation.wait_until_finished(name, NAMESPACE, SECONDS)
+    status = job["status"]
+    assert (status["phase"], status["step"]) == ("Succeeded", "24/24")
+    assert [attempt["reason"] for attempt in status["attempts"]] == ["Interrupted", "Published"]
+    assert "was killed" in status["attempts"][0]["message"]
+    jobs = {job["metadata"]["name"] for job in installation.children("jobs", name, NAMESPACE)}
+    assert jobs == {f"{name}-prepare", f"{name}-1", f"{name}-2"}
+    log = installation.cluster.kubectl("logs", f"--namespace={NAMESPACE}", f"job/{name}-2", "--container=trainer")
+    assert "going on after step" in log
+
+
+def step_of(installation: Installation, name: str) -> int:
+    step = str(installation.job(name, NAMESPACE)["status"].get("step", "0/0"))
+    return int(step.partition("/")[0])
+
+
+def processes_of(hostname: str) -> list[int]:
+    """Ids, on the host, of the processes of a training pod."""
+    return [
+        int(path.parent.name)
+        for path in Path("/proc").glob("[0-9]*/environ")
+        if f"HOSTNAME={hostname}".encode() in read_process(path).split(b"\0")
+    ]
+
+
+def alive(processes: list[int]) -> bool:
+    """Whether any of them still runs; one that its parent has not waited for does not."""
+    states = (read_process(Path(f"/proc/{process}/stat")).rpartition(b")")[2].split()[:1] for process in processes)
+    return any(state and state != [b"Z"] for state in states)
