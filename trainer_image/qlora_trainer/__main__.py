@@ -47,9 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def leave(word: LastWord | None, place: Path) -> int:
-    """Leave the last word, or a note that another process has it, and return the exit code."""
+    """Leave the last word, where it is not another process's, and return the exit code."""
     if word is None:
-        place.with_suffix(DONE).touch()
         log.info("done", reason="another process has the last word")
         return 0
     write_last_word(word, place)
@@ -137,7 +136,10 @@ def train_word(options: argparse.Namespace, stop: StopFlag) -> LastWord | None:
     finally:
         if http is not None:
             http.close()
-    return LastWord(reason=Reason.PUBLISHED, message="", step=result.steps, result=result) if result else None
+    if result is None:
+        path_of_process(options.termination_message).with_suffix(DONE).touch()  # the launcher looks for it
+        return None
+    return LastWord(reason=Reason.PUBLISHED, message="", step=result.steps, result=result)
 
 
 def launch_word(options: argparse.Namespace, stop: StopFlag) -> LastWord | None:

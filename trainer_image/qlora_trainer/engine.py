@@ -159,6 +159,8 @@ class DividedEngine:
         if state is not None:
             put_weights(self._tuned, state.weights)
         optimizer = make_optimizer(self._tuned.parameters(), self._training, self._choices.optimizer)
+        # On a CPU it would compile an operator for processes of one host, and an image has no compiler.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self._engine, *_ = deepspeed.initialize(
             model=_Root(self._tuned.peft),
             optimizer=optimizer,
