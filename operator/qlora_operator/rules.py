@@ -6,6 +6,7 @@ Most are CEL rules of the CRD too; here they hold for objects that are older tha
 from collections.abc import Callable, Mapping
 from typing import Final
 
+from qlora_api.launch import DIVIDING
 from qlora_api.names import CLAIM_SCHEME, Reason
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_operator.values import Violation
@@ -57,6 +58,34 @@ def division_has_parts(spec: QLoRAJobSpec) -> str | None:
     return (
         f"spec.distribution is {spec.distribution}, but spec.resources asks for one process; leave it out, or raise "
         "nodes or gpusPerNode"
+    )
+
+
+def weights_can_be_divided(spec: QLoRAJobSpec) -> str | None:
+    """ZeRO-3 has no weight whole in any process, and some things need one."""
+    if spec.distribution != "zero3":
+        return None
+    if spec.method == "full":
+        what = "spec.method full publishes the whole model"
+    elif spec.lora.modules_to_save:
+        what = "spec.lora.modulesToSave trains whole modules"
+    elif spec.lora.init == "pissa":
+        what = "spec.lora.init pissa compares with the base by changing the weights back"
+    elif spec.lora.dora and spec.quantization.bits == 4:
+        what = "spec.lora.dora takes the norm of whole 4-bit weights"
+    else:
+        return None
+    return f"{what}, and spec.distribution zero3 leaves no process a whole weight; set it to zero2"
+
+
+def optimizer_can_be_divided(spec: QLoRAJobSpec) -> str | None:
+    """DeepSpeed divides what would be 8-bit or paged otherwise."""
+    optimizer = spec.training.optimizer
+    if spec.distribution not in DIVIDING or optimizer in {"auto", "adamw"}:
+        return None
+    return (
+        f"spec.training.optimizer is {optimizer}, but spec.distribution {spec.distribution} divides the state of AdamW "
+        "among the processes; leave the optimizer out, or set distribution to ddp"
     )
 
 
@@ -147,6 +176,17 @@ def dora_fits_base(spec: QLoRAJobSpec) -> str | None:
     return "spec.lora.dora is true, which fails on a base of 8 bits; set spec.quantization.bits to 4, or leave dora out"
 
 
+def one_process_is_enough(spec: QLoRAJobSpec) -> str | None:
+    """Several processes need a launcher, which pods have."""
+    processes = spec.resources.processes
+    if processes == 1:
+        return None
+    return (
+        f"spec.resources asks for {processes} processes, and 'qlora run' trains in one; add --set resources.nodes=1 "
+        "--set resources.gpusPerNode=1, or apply the manifest to a cluster"
+    )
+
+
 def uris_are_reachable(spec: QLoRAJobSpec) -> str | None:
     """A pod sees no file of the user's computer."""
     return _first_with(
@@ -180,11 +220,13 @@ ANYWHERE: Final[tuple[Rule, ...]] = (
     dora_fits_base,
     start_fits_base,
     start_fits_scale,
+    weights_can_be_divided,
+    optimizer_can_be_divided,
     rows_have_one_origin,
 )
 """Rules for `qlora run` and for a cluster."""
 IN_CLUSTER: Final[tuple[Rule, ...]] = (*ANYWHERE, uris_are_reachable)
-ON_A_COMPUTER: Final[tuple[Rule, ...]] = (*ANYWHERE, claims_can_be_mounted)
+ON_A_COMPUTER: Final[tuple[Rule, ...]] = (*ANYWHERE, claims_can_be_mounted, one_process_is_enough)
 
 
 def check(spec: QLoRAJobSpec, rules: tuple[Rule, ...] = IN_CLUSTER) -> tuple[Violation, ...]:

@@ -64,13 +64,19 @@ def test_each_strategy_learns_what_one_process_does(runs: dict[str, dict[str, An
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_two_pods_trained_it(installation: Installation, runs: dict[str, dict[str, Any]], strategy: str) -> None:
     assert len(runs[strategy]["status"]["attempts"]) == 1
-    pods = [
-        pod
-        for pod in installation.children("pods", strategy, NAMESPACE)
-        if pod["metadata"]["labels"]["qlora.dev/role"] == "train"
-    ]
-    assert sorted(pod["spec"]["hostname"] for pod in pods) == [f"{strategy}-1-0", f"{strategy}-1-1"]
-    assert {pod["status"]["phase"] for pod in pods} == {"Succeeded"}
+    hosts = {pod["spec"]["hostname"] for pod in training_pods(installation, strategy)}
+    assert hosts == {f"{strategy}-1-0", f"{strategy}-1-1"}
+    # The word that ends the run comes a moment before the process that said it.
+    wait_for("the end of both", lambda: phases_of(installation, strategy) == {"Succeeded"}, 60)
+
+
+def training_pods(installation: Installation, name: str) -> list[dict[str, Any]]:
+    pods = installation.children("pods", name, NAMESPACE)
+    return [pod for pod in pods if pod["metadata"]["labels"]["qlora.dev/role"] == "train"]
+
+
+def phases_of(installation: Installation, name: str) -> set[str]:
+    return {pod["status"]["phase"] for pod in training_pods(installation, name)}
 
 
 def test_the_death_of_one_pod_restarts_both_once_from_the_last_checkpoint(installation: Installation) -> None:

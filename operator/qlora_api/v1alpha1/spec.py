@@ -134,6 +134,22 @@ class QLoRAJobSpec(ApiModel):
             "a LoftQ adapter makes up for the 4-bit base, and on the original one that would count twice; set "
             "output.mergeBase to dequantised",
         ),
+        (
+            "self.distribution == 'auto' || self.resources.nodes > 1 || self.resources.gpusPerNode > 1",
+            "distribution says how several processes share the work, and resources asks for one; leave it out, or "
+            "raise nodes or gpusPerNode",
+        ),
+        (
+            "self.distribution != 'zero3' || (self.method != 'full' && self.lora.init != 'pissa' && "
+            "size(self.lora.modulesToSave) == 0 && !(self.lora.dora && self.quantization.bits == 4))",
+            "distribution zero3 leaves no process a whole weight, which method full, lora.modulesToSave, lora.init "
+            "pissa and dora on 4 bits need; set it to zero2",
+        ),
+        (
+            "!(self.distribution in ['zero2', 'zero3']) || self.training.optimizer in ['auto', 'adamw']",
+            "distribution zero2 and zero3 divide the state of AdamW; leave training.optimizer out, or set distribution "
+            "to ddp",
+        ),
         *map(_immutable, _IMMUTABLE_FIELDS),
     )
 

@@ -86,20 +86,23 @@ def test_without_its_adapter_the_model_is_the_base():
 
 
 def test_a_stop_takes_effect_after_the_step_and_its_state_can_be_kept():
-    stop, seen, kept = StopFlag(), [], []
+    stop, seen, asked, kept = StopFlag(), [], [], []
 
     def note(record: StepRecord) -> None:
         seen.append(record.step)
         stop.requested = record.step == 2
 
-    def offer(step, capture, last) -> None:
-        kept.append((step, len(capture().history.steps), last))
+    def wants(step, last) -> bool:
+        asked.append((step, last))
+        return True
 
-    watcher = dataclasses.replace(DEAF, step=note, offer=offer)
+    watcher = dataclasses.replace(
+        DEAF, step=note, wants=wants, keep=lambda state: kept.append(len(state.history.steps))
+    )
     with pytest.raises(RunError) as caught:
         make_test_loop(make_tuned(), token_rows(8)).run(stop, watcher)
     assert (caught.value.reason, caught.value.step, seen) == (Reason.INTERRUPTED, 2, [1, 2])
-    assert kept == [(1, 1, False), (2, 2, True)]
+    assert (asked, kept) == ([(1, False), (2, True)], [1, 2])
 
 
 @pytest.mark.parametrize(

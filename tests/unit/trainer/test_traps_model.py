@@ -103,7 +103,7 @@ def test_trap_10_nothing_of_the_base_is_made_larger_and_the_adapter_is_fp32(mode
 def test_trap_11_missing_gradients_end_the_run():
     tuned = make_tuned()
     with pytest.raises(RunError, match="no gradient reaches 8 weights") as caught:
-        check_gradients(tuned)
+        check_gradients(make_test_loop(tuned, token_rows(8)).engine.gradients())
     assert caught.value.reason == Reason.TRAINER_ERROR
 
 
@@ -154,7 +154,7 @@ def test_trap_21_fp16_is_scaled_and_the_adapter_is_not_in_it(model_folder):
     run_steps(loop)
     assert {weight.dtype for weight in tuned.parameters()} == {torch.float32}
     assert not any(torch.equal(one, other) for one, other in zip(before, weights_of(tuned), strict=True))
-    assert not make_test_loop(tuned_in(torch.bfloat16, model_folder), token_rows(8)).scaler.is_enabled()
+    assert not make_test_loop(tuned_in(torch.bfloat16, model_folder), token_rows(8)).engine.scaler.is_enabled()
 
 
 def test_trap_22_fp16_that_overflows_ends_the_run(model_folder, monkeypatch):

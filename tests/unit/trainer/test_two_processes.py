@@ -1,8 +1,5 @@
 """Two real processes, connected by gloo, learn what one process does, whatever they divide (traps 1, 2 and 27)."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,26 +8,16 @@ from safetensors.torch import load_file
 
 from qlora_trainer.evaluate import sum_rows
 from qlora_trainer.interrupt import StopFlag
+from tests.unit.trainer.processes import run_two
 from tests.unit.trainer.tuned import DEAF, token_rows
 from tests.unit.trainer.two_processes import STRATEGIES, make_shared_loop
-
-ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory) -> Path:
     """The folder with what two processes with eight rows each left."""
     folder = tmp_path_factory.mktemp("shared")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*launcher, "-m", "tests.unit.trainer.two_processes", folder],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-5000:]
+    run_two("tests.unit.trainer.two_processes", folder)
     return folder
 
 

@@ -1,0 +1,59 @@
+"""Every cell of docs/reference/distribution.md: what is allowed learns what DDP does, what is refused says why."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from qlora_api.names import Reason
+from qlora_api.v1alpha1 import TrainingSpec
+from qlora_operator.validity import Cell, cells
+from qlora_trainer.distributed import World
+from qlora_trainer.engine import make_engine
+from qlora_trainer.errors import RunError
+from tests.unit.trainer.processes import run_two
+from tests.unit.trainer.sharing import STEPS, key_of
+from tests.unit.trainer.tiny import CPU
+from tests.unit.trainer.tuned import CHOICES, make_tuned
+
+CELLS = tuple(cells())
+ALLOWED = tuple(cell for cell in CELLS if cell.refusal is None)
+REFUSED = tuple(cell for cell in CELLS if cell.refusal is not None)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
+    folder: Path = tmp_path_factory.mktemp("sharing")
+    run_two("tests.unit.trainer.sharing", folder)
+    losses: dict[str, list[float]] = json.loads((folder / "found.json").read_text())
+    return losses
+
+
+@pytest.mark.parametrize("cell", ALLOWED, ids=key_of)
+def test_what_is_allowed_learns_what_ddp_does(found: dict[str, list[float]], cell: Cell) -> None:
+    losses = found[key_of(cell)]
+    assert losses == pytest.approx(found[key_of(Cell(cell.base, cell.way, "ddp"))], rel=2e-3)
+    assert losses[STEPS - 1] < losses[0], "the second step is seen"
+
+
+@pytest.mark.parametrize("cell", REFUSED, ids=key_of)
+def test_what_is_refused_names_field_and_way_out(cell: Cell) -> None:
+    assert cell.refusal is not None
+    assert cell.refusal.startswith("spec.")
+    assert any(word in cell.refusal for word in ("set ", "leave "))
+
+
+def test_the_table_has_both_kinds_for_every_strategy() -> None:
+    for strategy in ("ddp", "zero2", "zero3"):
+        assert any(cell.strategy == strategy for cell in ALLOWED)
+        assert any(cell.strategy == strategy for cell in REFUSED)
+
+
+@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+def test_fp16_is_not_divided(strategy: str) -> None:
+    tuned, choices = make_tuned(), dataclasses.replace(CHOICES, dtype=torch.float16)
+    with pytest.raises(RunError, match="set it to ddp") as caught:
+        make_engine(tuned, TrainingSpec(), choices, World(CPU, size=2, strategy=strategy))
+    assert caught.value.reason is Reason.INVALID_SPEC
