@@ -40,9 +40,12 @@ class Layout:
     """Masks laid apart, by what they were made of: full and sliding layers have one each. They go with the layout."""
 
     def lay_apart(self, states: torch.Tensor) -> torch.Tensor:
-        """Turn [1, heads, tokens, size] into [rows, heads, width, size], with zeros behind the ends."""
+        """Turn [1, heads, tokens, size] into [rows, heads, width, size]; a row's last token stands behind its end.
+
+        Picking tokens keeps their numbers only for backward, where copying them into zeros keeps the tokens too.
+        """
         joined = states.transpose(1, 2)[0]
-        lines = joined.new_zeros(self.filled.numel(), *joined.shape[1:]).index_copy(0, self.places, joined)
+        lines = joined.index_select(0, self.tokens.flatten())
         return lines.view(*self.filled.shape, *joined.shape[1:]).transpose(1, 2)
 
     def mask_apart(self, mask: torch.Tensor) -> torch.Tensor:

@@ -82,10 +82,10 @@ class Attending:
         return self.record.cast(self.record.made(query.elements, output.width, [output]), query.width)
 
     def _lay_apart(self, x: Tensor) -> Tensor:
-        """Copy rows into lines as long as the longest, in fp32 if that is short."""
+        """Pick tokens into lines as long as the longest row, in fp32 if that is short."""
         lines = self.setting.lines
         elements = x.elements // lines.tokens * lines.rows * lines.longest
-        apart = self.record.made(elements, x.width, [x], [x])  # index_copy saves what it copies
+        apart = self.record.made(elements, x.width, [x])
         return self.record.cast(apart, FP32 if lines.longest <= SHORT else x.width)
 
     def _fused(self, query: Tensor, key: Tensor, value: Tensor, *, sliding: bool) -> Tensor:
