@@ -31,6 +31,8 @@ class FakeCluster:
         self.events: dict[str, Manifest] = {}
         self.writes: list[Write] = []
         self.created: list[str] = []
+        self.nodes: list[Manifest] = []
+        self.looks_at_nodes = 0
         self.refusal: RefusedError | None = None
         self.crash_after: Callable[[int], bool] = lambda _: False
         self._versions = count(1)
@@ -101,6 +103,10 @@ class FakeCluster:
     async def observe(self, job: RawJob) -> Observation:
         jobs = [child for (kind, _), child in self.children.items() if kind == "Job"]
         return parse_observation(job, copy.deepcopy(jobs), copy.deepcopy(list(self.pods.values())))
+
+    async def find_gpu_nodes(self) -> tuple[Manifest, ...]:
+        self.looks_at_nodes += 1
+        return tuple(copy.deepcopy(self.nodes))
 
     async def ensure(self, child: Manifest) -> None:
         key = (child["kind"], child["metadata"]["name"])

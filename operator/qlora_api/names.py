@@ -64,6 +64,11 @@ PROGRESS_URL_ENV: Final = "KUBEFLOW_TRAINER_SERVER_URL"
 PROGRESS_TOKEN_ENV: Final = "KUBEFLOW_TRAINER_SERVER_TOKEN"  # noqa: S105 (a variable's name)
 """The path of the bearer token's file."""
 
+GPU_RESOURCE: Final = "nvidia.com/gpu"
+"""What a pod asks for, and the prefix of the labels of NVIDIA's GPU feature discovery."""
+GPU_MEMORY_LABEL: Final = f"{GPU_RESOURCE}.memory"
+"""MiB of each GPU of a node."""
+
 GRACE_SECONDS: Final = 60
 """From SIGTERM to SIGKILL: enough to finish a step, write a checkpoint and leave a last word."""
 TERMINATION_MESSAGE_PATH: Final = "/dev/termination-log"

@@ -1,6 +1,6 @@
 """The story of one QLoRAJob: read, observe, decide, act, derive, write once."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Final
 
@@ -20,7 +20,7 @@ from qlora_operator.build import (
     build_train_job,
 )
 from qlora_operator.cluster.ports import Cluster, NameTakenError, RefusedError
-from qlora_operator.recovery import is_terminal, next_action, rejected
+from qlora_operator.recovery import is_terminal, next_action, plans_for_gpus, rejected
 from qlora_operator.status import acknowledge, derive_status, to_wire
 from qlora_operator.values import Action, Decision, Job, JobRef, Manifest, Observation, RawJob, Run, Violation
 
@@ -66,9 +66,15 @@ async def reconcile(
     if isinstance(spec, Violation):
         return await publish(turn, rejected((spec,)), None, cluster)
     job = Job(ref, raw.uid, raw.generation, raw.created_at, spec, turn.previous)
-    seen = await cluster.observe(raw)
+    seen = await look(job, raw, cluster)
     decision = await act(next_action(job, seen, turn.live, now), job, seen, cluster, installation)
     return await publish(turn, decision, spec.resources.nodes * spec.resources.gpus_per_node, cluster)
+
+
+async def look(job: Job, raw: RawJob, cluster: Cluster) -> Observation:
+    """Look at the children, and at the cluster's GPUs where a plan depends on them."""
+    seen = await cluster.observe(raw)
+    return replace(seen, gpu_nodes=await cluster.find_gpu_nodes()) if plans_for_gpus(job, seen) else seen
 
 
 def of_this_job(live: Progress | None, raw: RawJob) -> Progress | None:

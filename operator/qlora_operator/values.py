@@ -146,9 +146,11 @@ class ChildJob:
 
 @dataclass(frozen=True)
 class Observation:
-    """Every child of one QLoRAJob."""
+    """Every child of one QLoRAJob, and what a plan for it needs to know."""
 
     jobs: tuple[ChildJob, ...] = ()
+    gpu_nodes: tuple[Manifest, ...] = ()
+    """Nodes with GPUs; looked at only where a run is about to be planned."""
 
     @property
     def prepare(self) -> ChildJob | None:

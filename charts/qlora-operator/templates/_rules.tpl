@@ -70,4 +70,10 @@
   - tokenreviews
   verbs:
   - create
+- apiGroups:
+  - ''
+  resources:
+  - nodes
+  verbs:
+  - list
 {{- end }}

@@ -74,6 +74,9 @@ class Plan(ApiModel):
     gradient_checkpointing: bool | None = Field(
         default=None, description="Whether activations are recomputed in backward; absent: the trainer decides."
     )
+    gpu_product: Annotated[str, Field(max_length=63)] | None = Field(
+        default=None, description="Value of nvidia.com/gpu.product that the run was sized for; absent: any."
+    )
     peak_bytes: int | None = Field(default=None, ge=0, description="Predicted peak of each GPU's memory, in bytes.")
     reasons: Annotated[tuple[Annotated[str, Field(max_length=256)], ...], Field(max_length=32)] = Field(
         default=(), description="Why each choice was made."

@@ -65,6 +65,17 @@ class KubeCluster:
         )
         return parse_observation(job, jobs["items"], pods["items"])
 
+    async def find_gpu_nodes(self) -> tuple[Manifest, ...]:
+        """Return the nodes that say what GPUs they have; none where the operator may not look."""
+        # Any version will do: the API server answers from its cache.
+        query = {"labelSelector": names.GPU_MEMORY_LABEL, "resourceVersion": "0"}
+        try:
+            answer = await self._api.request("GET", "/api/v1/nodes", query=query)
+        except ApiError as error:
+            _log.warning("runs are not sized, since nodes cannot be listed: %s", error)
+            return ()
+        return tuple(answer["items"])
+
     async def ensure(self, child: Manifest) -> None:
         """Create a child, or bring a ConfigMap of ours up to date; what belongs to something else is never adopted."""
         try:

@@ -42,8 +42,9 @@ NAMESPACED: Final = (
 
 CLUSTER: Final = (
     Permission("authentication.k8s.io", "tokenreviews", ("create",), "Ask who posts progress: the pod of which job."),
+    Permission("", "nodes", ("list",), "See what GPUs there are, to size a run before it asks for one."),
 )
-"""TokenReviews have no namespace."""
+"""TokenReviews and nodes have no namespace."""
 
 
 def _to_rules(permissions: tuple[Permission, ...]) -> list[dict[str, Any]]:

@@ -54,6 +54,9 @@ class Cluster(Protocol):
     async def observe(self, job: RawJob) -> Observation:
         """Return the children that belong to exactly this QLoRAJob."""
 
+    async def find_gpu_nodes(self) -> tuple[Manifest, ...]:
+        """Return the nodes that say what GPUs they have; none where the operator may not look."""
+
     async def ensure(self, child: Manifest) -> None:
         """Create a child, or bring a ConfigMap of ours up to date; NameTakenError or RefusedError when it cannot be."""
 

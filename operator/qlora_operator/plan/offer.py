@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from qlora_api.names import GPU_MEMORY_LABEL
+from qlora_api.names import GPU_RESOURCE as GPU
 from qlora_api.v1alpha1 import ResourcesSpec, Toleration
 
-GPU: Final = "nvidia.com/gpu"
-"""Extended resource, and prefix of the labels."""
 RESERVED_SHARE: Final = 0.02
 """Of the memory that the label and nvidia-smi show, what the driver keeps: a T4 of 15,360 MiB gives processes 14.75
 GiB (1.7 %), an RTX 4090 of 24,564 MiB 23.64 GiB (1.5 %), an A30 of 24,576 MiB 23.53 GiB (2.0 %), an A100 of 40,960
@@ -75,7 +75,7 @@ def _read_node(node: Mapping[str, Any]) -> Pool | None:
     """Return a node's GPUs; None where it has none, or where nothing tells their memory."""
     labels: Mapping[str, str] = node["metadata"].get("labels", {})
     count = int(node.get("status", {}).get("allocatable", {}).get(GPU, "0"))
-    mebibytes = labels.get(f"{GPU}.memory", "")
+    mebibytes = labels.get(GPU_MEMORY_LABEL, "")
     # A GPU that is sliced by time is counted several times, and its memory belongs to all of them.
     shared = labels.get(f"{GPU}.replicas", "1") not in _NOT_SHARED
     if count == 0 or shared or not mebibytes.isdigit():

@@ -88,6 +88,7 @@ def _plan_of(sized: tuple[Workload, Sizing], spec: QLoRAJobSpec, prepared: Prepa
         gradient_accumulation=ceil(share / layout.micro_batch),
         total_steps=steps.total,
         gradient_checkpointing=layout.checkpointing,
+        gpu_product=room.pool.product or None,
         peak_bytes=sizing.estimate.peak,
         reasons=(
             *explain_sizing(work, sizing),

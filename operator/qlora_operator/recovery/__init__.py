@@ -2,6 +2,6 @@
 
 from qlora_operator.recovery.causes import cause_of_exit
 from qlora_operator.recovery.gang import judge
-from qlora_operator.recovery.next_action import is_terminal, next_action, rejected
+from qlora_operator.recovery.next_action import is_terminal, next_action, plans_for_gpus, rejected
 
-__all__ = ["cause_of_exit", "is_terminal", "judge", "next_action", "rejected"]
+__all__ = ["cause_of_exit", "is_terminal", "judge", "next_action", "plans_for_gpus", "rejected"]

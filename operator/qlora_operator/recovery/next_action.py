@@ -12,11 +12,13 @@ from qlora_api.names import TERMINAL, Phase, Reason, Role, prepare_job_name, tra
 from qlora_api.prepared import Prepared
 from qlora_api.v1alpha1 import Attempt, Plan, Progress, QLoRAJobStatus, to_timedelta
 from qlora_operator.plan import make_plan
+from qlora_operator.plan.offer import read_offer
+from qlora_operator.plan.sizing import DoesNotFitError
 from qlora_operator.recovery.causes import describe_missing_pod
 from qlora_operator.recovery.gang import judge
 from qlora_operator.recovery.retries import MOST_ATTEMPTS, Remedy, choose_remedy, retry_at, shrink, used_attempts
 from qlora_operator.rules import check
-from qlora_operator.values import Action, ChildJob, Decision, Job, Observation, Stage, Verdict, Violation
+from qlora_operator.values import Action, ChildJob, Decision, Job, Manifest, Observation, Stage, Verdict, Violation
 
 MAX_LOST_ATTEMPTS: Final = 3
 """After this many training Jobs that ended without a last word, something removes them: give up."""
@@ -56,7 +58,14 @@ def next_action(job: Job, seen: Observation, live: Progress | None, now: datetim
         return _lose(_attempt(job, number), now)
     if decision := _hold_back(job.status, seen, number, now):
         return decision
-    return _follow_preparation(job, seen.prepare, number, now)
+    return _follow_preparation(job, seen, number, now)
+
+
+def plans_for_gpus(job: Job, seen: Observation) -> bool:
+    """Return whether the next decision may be a plan that depends on the cluster's GPUs."""
+    prepared = seen.prepare is not None and seen.prepare.complete
+    trains = any(child.role is Role.TRAIN for child in seen.jobs)
+    return bool(job.spec.resources.gpus_per_node) and prepared and not trains
 
 
 def _attempt(job: Job, number: int) -> Attempt:
@@ -108,7 +117,8 @@ def _hold_back(status: QLoRAJobStatus, seen: Observation, number: int, now: date
     return Decision(Phase.SCHEDULING, reason, message, recheck_at=at) if at is not None and now < at else None
 
 
-def _follow_preparation(job: Job, prepare: ChildJob | None, number: int, now: datetime) -> Decision:
+def _follow_preparation(job: Job, seen: Observation, number: int, now: datetime) -> Decision:
+    prepare = seen.prepare
     if prepare is None:
         message = describe_missing_pod(prepare_job_name(job.ref.name))
         return Decision(Phase.PREPARING, Reason.PREPARING, message, Action.PREPARE)
@@ -121,7 +131,7 @@ def _follow_preparation(job: Job, prepare: ChildJob | None, number: int, now: da
     prepared = verdict.word.prepared if verdict.word else None
     if verdict.reason not in _PREPARATION_DONE or prepared is None:
         return _fail(verdict)
-    return _after_preparation(job, prepared, number)
+    return _after_preparation(job, prepared, seen.gpu_nodes, number)
 
 
 def startup_of(job: Job) -> timedelta:
@@ -136,13 +146,17 @@ def _fail(verdict: Verdict) -> Decision:
     return Decision(Phase.FAILED, verdict.reason, verdict.message)
 
 
-def _after_preparation(job: Job, prepared: Prepared, number: int) -> Decision:
+def _after_preparation(job: Job, prepared: Prepared, gpu_nodes: tuple[Manifest, ...], number: int) -> Decision:
     if prepared.published is not None:
         message = f"the same result was published before as {prepared.published.adapter}"
         return Decision(
             Phase.SUCCEEDED, Reason.ALREADY_PUBLISHED, message, prepared=prepared, result=prepared.published
         )
-    plan = _keep_plan(job, prepared)
+    try:
+        plan = _keep_plan(job, prepared, gpu_nodes)
+    except DoesNotFitError as error:
+        message = f"spec.model.uri: {prepared.model.architecture} {error}"
+        return Decision(Phase.FAILED, Reason.DOES_NOT_FIT, message, prepared=prepared)
     if job.status.plan != plan or job.status.output is None:
         message = "model, dataset and output were checked"
         return Decision(Phase.SCHEDULING, Reason.PREPARED, message, plan=plan, prepared=prepared, retry_after=AT_ONCE)
@@ -158,12 +172,12 @@ def _after_preparation(job: Job, prepared: Prepared, number: int) -> Decision:
     )
 
 
-def _keep_plan(job: Job, prepared: Prepared) -> Plan:
-    """Keep a plan on record, so that a newer operator does not change a run halfway."""
+def _keep_plan(job: Job, prepared: Prepared, gpu_nodes: tuple[Manifest, ...]) -> Plan:
+    """Keep a plan on record, so that neither a newer operator nor other nodes change a run halfway."""
     output = job.status.output
     if job.status.plan is not None and output is not None and output.digest == prepared.digest:
         return job.status.plan
-    return make_plan(job.spec, prepared)
+    return make_plan(job.spec, prepared, read_offer(gpu_nodes, job.spec.resources))
 
 
 def _follow_training(job: Job, train: ChildJob, live: Progress | None, now: datetime) -> Decision:

@@ -14,6 +14,7 @@ def test_the_operator_may_do_this_and_nothing_else() -> None:
         "/pods": "get list watch",
         "events.k8s.io/events": "create",
         "authentication.k8s.io/tokenreviews": "create",
+        "/nodes": "list",
     }
 
 

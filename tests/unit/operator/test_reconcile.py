@@ -2,16 +2,19 @@
 
 import json
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from qlora_api import names
+from qlora_api.modelconfig import reduce_config
 from qlora_api.names import Phase, Reason
 from qlora_api.runconfig import RunConfig
 from qlora_api.v1alpha1 import Progress
 from qlora_operator.cluster.ports import ClusterBusyError, RefusedError
 from qlora_operator.reconcile import NAME_TAKEN_RETRY, REFUSED_RETRY, Outcome, reconcile
+from qlora_operator.values import Manifest
 from tests.fakes import CrashError, FakeCluster
 from tests.make import (
     INSTALLATION,
@@ -27,6 +30,7 @@ from tests.make import (
 PREPARE = names.prepare_job_name(REF.name)
 TRAIN = names.train_job_name(REF.name, 1)
 SECOND = names.train_job_name(REF.name, 2)
+CONFIGS = Path(__file__).parent / "plan" / "configs"
 
 
 @pytest.fixture
@@ -316,3 +320,53 @@ async def test_a_report_of_a_deleted_namesake_is_ignored(cluster: FakeCluster) -
 async def test_a_plain_pod_reports_before_there_is_a_job(cluster: FakeCluster) -> None:
     await settle(cluster, Progress(percent=7, updated_at=cluster.now))
     assert (cluster.status["phase"], cluster.status["progress"]) == ("Preparing", "7%")
+
+
+def gpu_node(product: str, mebibytes: int) -> Manifest:
+    labels = {"nvidia.com/gpu.product": product, names.GPU_MEMORY_LABEL: str(mebibytes)}
+    return {"metadata": {"name": product, "labels": labels}, "status": {"allocatable": {names.GPU_RESOURCE: "1"}}}
+
+
+def prepared_word(model: str) -> str:
+    config = json.loads((CONFIGS / f"{model}.json").read_text())
+    prepared = make_prepared()
+    known = prepared.model.model_copy(update={"config": reduce_config(config)})
+    return make_word(Reason.PREPARED, prepared=prepared.model_copy(update={"model": known}))
+
+
+async def prepare_for_gpus(cluster: FakeCluster, model: str) -> None:
+    cluster.submit(make_manifest(resources={"gpusPerNode": 1}))
+    cluster.nodes = [gpu_node("Tesla-T4", 15_360), gpu_node("NVIDIA-A10", 23_028)]
+    await settle(cluster)
+    cluster.end_pod(PREPARE, 0, prepared_word(model))
+    await settle(cluster)
+
+
+async def test_a_run_is_sized_by_the_clusters_gpus_before_it_asks_for_one() -> None:
+    cluster = FakeCluster()
+    await prepare_for_gpus(cluster, "llama-3.2-3b")
+    plan = cluster.status["plan"]
+    assert plan["gpuProduct"] == "Tesla-T4"
+    assert 0 < plan["peakBytes"] < 15_360 << 20
+    assert TRAIN in cluster.created
+    seen = cluster.looks_at_nodes
+    cluster.nodes = []
+    cluster.start_pod(TRAIN)
+    await settle(cluster)
+    assert (cluster.status["plan"], cluster.looks_at_nodes) == (plan, seen)
+
+
+async def test_a_run_that_cannot_fit_asks_for_no_gpu() -> None:
+    cluster = FakeCluster()
+    await prepare_for_gpus(cluster, "llama-2-70b")
+    assert (cluster.status["phase"], cluster.status["reason"]) == (Phase.FAILED, Reason.DOES_NOT_FIT)
+    assert (
+        "more than the 22.0 GiB that a process has on a NVIDIA-A10; it fits on a GPU with" in cluster.status["message"]
+    )
+    assert cluster.created == [PREPARE, PREPARE]
+    assert "plan" not in cluster.status
+
+
+async def test_nodes_are_not_looked_at_for_a_run_on_cpus(cluster: FakeCluster) -> None:
+    await live_to_the_end(cluster)
+    assert cluster.looks_at_nodes == 0
