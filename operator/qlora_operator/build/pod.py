@@ -179,9 +179,12 @@ def _train_resources(resources: ResourcesSpec, plan: Plan) -> dict[str, Any]:
 
 
 def _placement(resources: ResourcesSpec, plan: Plan) -> dict[str, Any]:
-    """Choose nodes as the spec says; a GPU pod also tolerates the taint that keeps others off GPU nodes."""
-    product = {GPU_PRODUCT_LABEL: resources.gpu_product} if resources.gpu_product else {}
-    selector = {**resources.node_selector, **product}
+    """Choose nodes as the spec says; a GPU pod also tolerates the taint that keeps others off GPU nodes.
+
+    What was sized for a GPU must land on no smaller one.
+    """
+    product = resources.gpu_product or plan.gpu_product
+    selector = {**resources.node_selector, **({GPU_PRODUCT_LABEL: product} if product else {})}
     tolerations = [_toleration(toleration) for toleration in resources.tolerations]
     if plan.gpus_per_node:
         tolerations.append({"key": GPU_RESOURCE, "operator": "Exists", "effect": "NoSchedule"})

@@ -348,7 +348,8 @@ async def test_a_run_is_sized_by_the_clusters_gpus_before_it_asks_for_one() -> N
     plan = cluster.status["plan"]
     assert plan["gpuProduct"] == "Tesla-T4"
     assert 0 < plan["peakBytes"] < 15_360 << 20
-    assert TRAIN in cluster.created
+    pod = cluster.children["Job", TRAIN]["spec"]["template"]["spec"]
+    assert pod["nodeSelector"] == {"nvidia.com/gpu.product": "Tesla-T4"}
     seen = cluster.looks_at_nodes
     cluster.nodes = []
     cluster.start_pod(TRAIN)
