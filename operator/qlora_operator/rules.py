@@ -9,6 +9,7 @@ from typing import Final
 from qlora_api.launch import DIVIDING
 from qlora_api.names import CLAIM_SCHEME, Reason
 from qlora_api.v1alpha1 import QLoRAJobSpec
+from qlora_operator.plan.division import has_plain_optimizer, needs_whole_weights
 from qlora_operator.values import Violation
 
 Rule = Callable[[QLoRAJobSpec], str | None]
@@ -63,26 +64,17 @@ def division_has_parts(spec: QLoRAJobSpec) -> str | None:
 
 def weights_can_be_divided(spec: QLoRAJobSpec) -> str | None:
     """ZeRO-3 has no weight whole in any process, and some things need one."""
-    if spec.distribution != "zero3":
-        return None
-    if spec.method == "full":
-        what = "spec.method full publishes the whole model"
-    elif spec.lora.modules_to_save:
-        what = "spec.lora.modulesToSave trains whole modules"
-    elif spec.lora.init == "pissa":
-        what = "spec.lora.init pissa compares with the base by changing the weights back"
-    elif spec.lora.dora and spec.quantization.bits == 4:
-        what = "spec.lora.dora takes the norm of whole 4-bit weights"
-    else:
+    what = needs_whole_weights(spec)
+    if spec.distribution != "zero3" or what is None:
         return None
     return f"{what}, and spec.distribution zero3 leaves no process a whole weight; set it to zero2"
 
 
 def optimizer_can_be_divided(spec: QLoRAJobSpec) -> str | None:
     """DeepSpeed divides what would be 8-bit or paged otherwise."""
-    optimizer = spec.training.optimizer
-    if spec.distribution not in DIVIDING or optimizer in {"auto", "adamw"}:
+    if spec.distribution not in DIVIDING or has_plain_optimizer(spec):
         return None
+    optimizer = spec.training.optimizer
     return (
         f"spec.training.optimizer is {optimizer}, but spec.distribution {spec.distribution} divides the state of AdamW "
         "among the processes; leave the optimizer out, or set distribution to ddp"

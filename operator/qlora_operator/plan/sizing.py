@@ -5,8 +5,10 @@ from dataclasses import dataclass, replace
 from math import ceil
 from typing import Final
 
+from qlora_api.launch import DIVIDING
 from qlora_api.v1alpha1 import Strategy
 from qlora_operator.plan.adapter import ALL_LINEAR
+from qlora_operator.plan.division import can_be_shared
 from qlora_operator.plan.estimate import PACK_TOKENS, Layout, MemoryEstimate, Workload, estimate_memory
 from qlora_operator.plan.memory import Optimizer
 from qlora_operator.plan.offer import Offer, Pool
@@ -128,7 +130,7 @@ def _size_room(work: Workload, room: Room) -> Sizing | Misfit:
 def find_layouts(work: Workload, processes: int) -> Iterator[Layout]:
     """Yield ways to share the work and to keep the optimizer's state, the simplest first."""
     for strategy in find_strategies(work, processes):
-        for optimizer in find_optimizers(work):
+        for optimizer in find_optimizers(work, strategy):
             yield Layout(processes, strategy, 1, False, optimizer)
 
 
@@ -137,15 +139,18 @@ def find_strategies(work: Workload, processes: int) -> tuple[Strategy, ...]:
     if processes == 1:
         return ("single",)
     asked = work.spec.distribution
-    return ("ddp", "zero2", "zero3") if asked == "auto" else (asked,)
+    if asked != "auto":
+        return (asked,)
+    ways: tuple[Strategy, ...] = ("ddp", "zero2", "zero3")
+    return tuple(strategy for strategy in ways if can_be_shared(work.spec, strategy))
 
 
-def find_optimizers(work: Workload) -> tuple[Optimizer, ...]:
+def find_optimizers(work: Workload, strategy: Strategy) -> tuple[Optimizer, ...]:
     """Return the optimizers that the trainer may take: with method full it falls back to 8-bit state by itself."""
     asked = work.spec.training.optimizer
     if asked != "auto":
         return (asked,)
-    return ("adamw", "adamw8bit") if work.whole else ("adamw",)
+    return ("adamw", "adamw8bit") if work.whole and strategy not in DIVIDING else ("adamw",)
 
 
 def _fastest(work: Workload, room: Room, layout: Layout) -> Sizing | Misfit:

@@ -61,8 +61,8 @@ def test_figures_of_the_seeds_run() -> None:
 def test_as_few_gpus_of_a_node_as_suffice() -> None:
     full = ["--set", "method=full", "--set", "quantization.bits=16"]
     found = figures("--config", config_of("llama-3.2-3b"), "--gpu-memory", "40Gi", "--gpus-per-node", "8", *full)
-    assert (found["gpus"], found["strategy"]) == (2, "zero3")
-    assert found["reasons"][0] == "2 x GPU of 40.0 GiB on 1 node: the fewest that fit"
+    assert (found["gpus"], found["strategy"]) == (4, "zero2")
+    assert found["reasons"][0] == "4 x GPU of 40.0 GiB on 1 node: the fewest that fit"
     assert (found["adapterParameters"], found["weightsBytes"]) == (0, 4 * 3_212_749_824)
 
 

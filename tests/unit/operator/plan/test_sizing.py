@@ -83,8 +83,21 @@ def test_the_smallest_gpu_that_fits_is_taken() -> None:
 def test_a_run_that_may_choose_takes_the_fewest_gpus() -> None:
     full = make_work("llama-3.2-3b", **FULL)
     eight = sized(full, pool(40, gpus=8), flexible=True)
-    assert (eight.room.gpus_per_node, eight.layout.strategy) == (2, "zero3")
+    assert (eight.room.gpus_per_node, eight.layout.strategy) == (4, "zero2")
     assert sized(make_work("llama-3.2-3b"), pool(24, gpus=8), flexible=True).room.gpus_per_node == 1
+
+
+def test_a_base_that_no_gpu_holds_alone_is_divided_where_that_is_possible() -> None:
+    offer = (pool(24, gpus=8),)
+    found = sized(make_work("llama-2-70b"), *offer, flexible=True)
+    assert (found.layout.strategy, found.layout.optimizer) == ("zero3", "adamw")
+    assert found.room.gpus_per_node > 1
+    for blocks in (
+        {"training": {"optimizer": "adamw8bit"}},
+        {"lora": {"modulesToSave": ["norm"]}},
+        {"lora": {"dora": True}},
+    ):
+        assert isinstance(size_run(make_work("llama-2-70b", **blocks), offer, flexible=True), Misfit)
 
 
 def test_several_gpus_share_the_rows_and_divide_only_what_does_not_fit() -> None:
@@ -197,7 +210,7 @@ def test_more_gpus_are_named_before_another_method() -> None:
     offer = (pool(40, gpus=8),)
     found = size_run(work, offer)
     assert isinstance(found, Misfit)
-    assert describe_misfit(work, offer, found).endswith("it fits with spec.resources.gpusPerNode 2")
+    assert describe_misfit(work, offer, found).endswith("it fits with spec.resources.gpusPerNode 4")
 
 
 def test_a_strategy_that_was_asked_for_may_have_to_go() -> None:
@@ -207,7 +220,7 @@ def test_a_strategy_that_was_asked_for_may_have_to_go() -> None:
     work, offer = Workload(asked, shape_of("llama-3.2-3b"), Rows(2048, 2048)), (pool(40, gpus=8),)
     found = size_run(work, offer)
     assert isinstance(found, Misfit)
-    sentence = "it fits with spec.resources.gpusPerNode 2 and spec.distribution zero3"
+    sentence = "it fits with spec.resources.gpusPerNode 4 and spec.distribution zero2"
     assert describe_misfit(work, offer, found).endswith(sentence)
 
 
@@ -233,8 +246,9 @@ def test_dividing_takes_from_each_gpu_what_the_stage_divides() -> None:
     assert whole.gradients == weights == 4 * zero2.gradients
     assert whole.base.weights == zero2.base.weights == 4 * zero3.base.weights
     assert zero3.training < zero2.training < whole.training
-    # Every process loads the whole base, and divides it afterwards.
-    assert zero3.loading > weights
+    # ZeRO-3 loads the base into the host's memory.
+    assert zero3.loading == 0
+    assert zero2.loading > weights
 
 
 def test_the_peak_is_the_sum_of_its_parts() -> None:

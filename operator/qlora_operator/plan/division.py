@@ -1,0 +1,29 @@
+"""What cannot be divided among processes: the rules refuse it, and the plan does not choose it."""
+
+from qlora_api.launch import DIVIDING
+from qlora_api.v1alpha1 import QLoRAJobSpec, Strategy
+
+
+def needs_whole_weights(spec: QLoRAJobSpec) -> str | None:
+    """Say what of a spec needs weights that ZeRO-3 leaves whole in no process."""
+    if spec.method == "full":
+        return "spec.method full publishes the whole model"
+    if spec.lora.modules_to_save:
+        return "spec.lora.modulesToSave trains whole modules"
+    if spec.lora.init == "pissa":
+        return "spec.lora.init pissa compares with the base by changing the weights back"
+    if spec.lora.dora and spec.quantization.bits == 4:
+        return "spec.lora.dora takes the norm of whole 4-bit weights"
+    return None
+
+
+def has_plain_optimizer(spec: QLoRAJobSpec) -> bool:
+    """Return whether DeepSpeed can divide the optimizer's state: AdamW's in fp32, and no other."""
+    return spec.training.optimizer in {"auto", "adamw"}
+
+
+def can_be_shared(spec: QLoRAJobSpec, strategy: Strategy) -> bool:
+    """Return whether processes can share a run by a strategy."""
+    if strategy in DIVIDING and not has_plain_optimizer(spec):
+        return False
+    return strategy != "zero3" or needs_whole_weights(spec) is None
