@@ -86,6 +86,19 @@ def upload_folder(cluster: Cluster, folder: Path, bucket: str, prefix: str) -> N
     client.close()
 
 
+def download(installation: Installation, uri: str, folder: Path) -> Path:
+    """Fetch everything below a URI, as a reader without our code would."""
+    bucket, _, prefix = uri.removeprefix("s3://").partition("/")
+    client = installation.cluster.s3.client()
+    for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=f"{prefix}/"):
+        for item in page["Contents"]:
+            target = folder / item["Key"].removeprefix(f"{prefix}/")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            client.download_file(bucket, item["Key"], str(target))
+    client.close()
+    return folder
+
+
 def manifest_of(name: str, namespace: str, **blocks: dict[str, Any]) -> dict[str, Any]:
     """The quickstart's manifest under another name, with some fields of some blocks changed."""
     manifest = yaml.safe_load((QUICKSTART / "job.yaml").read_text(encoding="utf-8"))

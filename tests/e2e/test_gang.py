@@ -1,14 +1,18 @@
 """Two pods with a process each train one adapter on the real node: DDP, ZeRO-2 and ZeRO-3, and one of them dies."""
 
+import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
 
-from tests.e2e.conftest import Installation, manifest_of, wait_for
+from examples.quickstart.make_model import make_model
+from tests.e2e.conftest import QUICKSTART, Installation, download, manifest_of, wait_for
 from tests.e2e.test_operator_killed import read_process
 
 NAMESPACE: Final = "gang"
@@ -68,6 +72,23 @@ def test_two_pods_trained_it(installation: Installation, runs: dict[str, dict[st
     assert hosts == {f"{strategy}-1-0", f"{strategy}-1-1"}
     # The word that ends the run comes a moment before the process that said it.
     wait_for("the end of both", lambda: phases_of(installation, strategy) == {"Succeeded"}, 60)
+
+
+def test_the_divided_adapter_loads_as_any_other(
+    installation: Installation, runs: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    """By a script that knows peft and nothing of ours, on rows of its own choice."""
+    losses = {}
+    for strategy in ("single", "zero3"):
+        adapter = download(installation, runs[strategy]["status"]["output"]["adapter"], tmp_path / strategy)
+        script = Path(__file__).with_name("plain_peft.py")
+        rows = tmp_path / "rows.jsonl"
+        rows.write_text("".join((QUICKSTART / "data/heldout.jsonl").read_text().splitlines(keepends=True)[:24]))
+        command = [sys.executable, script, make_model(), adapter, rows]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        losses[strategy] = json.loads(done.stdout.splitlines()[-1])
+    assert losses["zero3"]["adapter"] < losses["zero3"]["base"]
+    assert losses["zero3"]["adapter"] == pytest.approx(losses["single"]["adapter"], abs=1e-2)
 
 
 def training_pods(installation: Installation, name: str) -> list[dict[str, Any]]:

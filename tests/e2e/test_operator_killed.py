@@ -26,10 +26,10 @@ def operator_processes() -> list[int]:
 
 
 def read_process(path: Path) -> bytes:
-    """What /proc says of a process that may have ended by now."""
+    """What /proc says of a process; nothing where it has ended by now, or is nobody's business."""
     try:
         return path.read_bytes()
-    except (FileNotFoundError, ProcessLookupError):
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
         return b""
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from examples.quickstart.make_model import make_model
 from tests.cluster.binaries import binary
-from tests.e2e.conftest import QUICKSTART, TRANSCRIPT, Installation, wait_for
+from tests.e2e.conftest import QUICKSTART, TRANSCRIPT, Installation, download, wait_for
 
 NAMESPACE: Final = "ml"
 NAME: Final = "quickstart"
@@ -67,16 +67,8 @@ def write_transcript(installation: Installation) -> None:
 @pytest.fixture(scope="module")
 def downloaded(installation: Installation, finished: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Everything below the result's prefix, as a reader without our code would fetch it."""
-    folder: Path = tmp_path_factory.mktemp("result")
-    bucket, _, prefix = finished["status"]["output"]["prefix"].removeprefix("s3://").partition("/")
-    client = installation.cluster.s3.client()
-    for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=f"{prefix}/"):
-        for item in page["Contents"]:
-            target = folder / item["Key"].removeprefix(f"{prefix}/")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            client.download_file(bucket, item["Key"], str(target))
-    client.close()
-    return folder
+    prefix = finished["status"]["output"]["prefix"]
+    return download(installation, prefix, tmp_path_factory.mktemp("result"))
 
 
 def condition(job: dict[str, Any], kind: str) -> tuple[str, str]:

@@ -102,14 +102,14 @@ def _learn(desk: Desk, secrets: Secrets) -> Learned:
         folder = stages.fetch_model(desk.places, config, work)
         tokenizer = load_tokenizer(folder, config.spec.dataset.chat_template)
         battery = stages.load_battery(desk.places, desk.output, tokenizer, config, work)
-    tuned, choices = stages.load_model(config, folder, world)
+    tuned, choices = stages.load_model(config, folder)
     examiner = stages.make_examiner(data, tokenizer, config, choices, battery, world)
     loop = stages.make_training(tuned, data, config, choices, world)
     course = stages.make_course(config, data, choices, world)
     checkpoints = Checkpoints(desk.output, course, config.spec.checkpoint, desk.started, desk.sink.note)
     start = stages.find_start(checkpoints, world)
     if world.moves_in_step:
-        loop.engine.start(start)  # no device holds the base whole, so that it is divided before it is examined
+        loop.engine.start(start)  # the base is divided as early as can be, before it is examined
     pace.enter(Phase.EVALUATING)
     base = examiner.examine(tuned, adapter=False)
     pace.enter(Phase.TRAINING)

@@ -83,23 +83,21 @@ def fetch_model(places: Places, config: RunConfig, work: Path) -> Path:
     return snapshot.fetch([*text_files(snapshot.files), *weight_files(snapshot.files, MODEL)], work)
 
 
-def load_model(config: RunConfig, folder: Path, world: World) -> tuple[Tuned, Choices]:
+def load_model(config: RunConfig, folder: Path) -> tuple[Tuned, Choices]:
     """Load the base, make what is trained of it, and say what was chosen and why."""
     spec, plan = config.spec, config.plan
     hardware = observe_hardware(plan.device)
     choices = decide(config, hardware, load_text_config(folder))
     whole = spec.method == "full"
     dtype = torch.float32 if whole else choices.dtype
-    # A base that is to be divided may not fit into any device whole.
-    place = "cpu" if world.moves_in_step else plan.device
-    base = load_base(folder, spec.quantization, dtype, choices.attention, place)
+    base = load_base(folder, spec.quantization, dtype, choices.attention, plan.device)
     with computing_in(choices.dtype, base.device):
         exact = joins_rows_exactly(base)
     if choices.packing and not exact:
         choices = choices.with_packing_off("this architecture carries state from one joined row into the next")
     if whole:
         return tune_whole(base, choices), choices
-    return replace(tune(base, spec.lora, spec.training.seed, choices), device=world.device), choices
+    return tune(base, spec.lora, spec.training.seed, choices), choices
 
 
 def measure(tuned: Tuned, rows: Sequence[TokenRow], config: RunConfig, choices: Choices) -> Metrics:

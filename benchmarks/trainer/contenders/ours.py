@@ -39,7 +39,7 @@ def main(order: Order, work: Path) -> None:
     data = stages.load_data(open_output(places, spec, config.job), config, work)
     folder = stages.fetch_model(places, config, work)
     world = join_planned_world(config.plan)
-    tuned, choices = stages.load_model(config, folder, world)
+    tuned, choices = stages.load_model(config, folder)
     loop = stages.make_training(tuned, data, config, choices, world)
     stopwatch = Stopwatch("ours", order.task.device, order.every)
     stopwatch.examine = make_exam(order.task, tuned.peft, load_tokenizer(folder, None))

@@ -170,7 +170,7 @@ class QLoRAJobSpec(ApiModel):
         default="auto",
         description=(
             "How several processes share the work. ddp: each holds the whole model; zero2: optimizer and gradients are "
-            "divided (DeepSpeed); zero3: the weights as well, for a base that no GPU holds alone."
+            "divided (DeepSpeed); zero3: the weights as well, once they are loaded."
         ),
     )
     checkpoint: CheckpointSpec = Field(default=CheckpointSpec(), description="How much of a run a stop may cost.")
