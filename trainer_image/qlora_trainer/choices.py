@@ -55,8 +55,9 @@ def decide(config: RunConfig, hardware: Hardware, model: Any) -> Choices:
     tokens = min(plan.micro_batch_size * length, max(PACK_TOKENS, length) if spec.training.packing else 1 << 62)
     asked, weights = spec.training.optimizer, config.prepared.model.parameters
     if spec.method == "full":
-        optimizer, optimizer_reason = choose_for_whole(asked, hardware, weights)
-        hardware = replace(hardware, free_bytes=hardware.free_bytes - bytes_for(optimizer, weights))
+        parts = plan.processes if plan.strategy == "zero2" else 1
+        optimizer, optimizer_reason = choose_for_whole(asked, hardware, weights, parts)
+        hardware = replace(hardware, free_bytes=hardware.free_bytes - bytes_for(optimizer, weights, parts))
     else:
         optimizer, optimizer_reason = choose_optimizer(asked, hardware.device)
     checkpointing, checkpointing_reason = (

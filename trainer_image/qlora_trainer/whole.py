@@ -22,6 +22,10 @@ _BYTES_PER_WEIGHT: Final = {
     Kind.PAGED_ADAMW_8BIT: 4 + 4,
 }
 """Weight and gradient in fp32, and AdamW's two moments in fp32 or 8 bits; paged ones may leave the GPU."""
+_WEIGHT: Final = 4
+"""Bytes of a weight that every process has under ZeRO-2."""
+_DIVIDED: Final = 4 + 4 + 8
+"""Bytes a weight of what ZeRO-2 divides: gradient, a copy of the weight, AdamW's two moments."""
 _SHARE: Final = 0.8
 """Of the free memory; the rest is for activations."""
 
@@ -35,30 +39,33 @@ def check_size(name: str, parameters: int) -> None:
         )
 
 
-def choose_for_whole(asked: str, hardware: Hardware, parameters: int) -> tuple[Kind, str]:
-    """Return the optimizer for all weights of a model: with fp32 state if that fits, else with 8-bit state."""
+def choose_for_whole(asked: str, hardware: Hardware, parameters: int, parts: int = 1) -> tuple[Kind, str]:
+    """Return the optimizer for all weights of a model: with fp32 state if that fits or is divided, else 8-bit state."""
     kind, reason = choose_optimizer(asked, hardware.device)
     if asked == "auto":
         reason = "its fp32 state fits"
-        if not _fits(kind, hardware, parameters):
+        if parts == 1 and not _fits(kind, hardware, parameters):
             kind, reason = Kind.ADAMW_8BIT, "with fp32 state the model would not fit"
-    if not _fits(kind, hardware, parameters):
+    if not _fits(kind, hardware, parameters, parts):
+        needed = _gib(bytes_for(kind, parameters, parts))
         raise RunError(
             Reason.INVALID_SPEC,
-            f"spec.method: full trains {parameters:,} weights, which takes {_gib(bytes_for(kind, parameters))} with "
-            f"{kind} and leaves {_SHARE:.0%} of the {_gib(hardware.free_bytes)} that are free exceeded; use lora or "
-            "qlora, or a larger device",
+            f"spec.method: full trains {parameters:,} weights, which takes {needed} with {kind} and leaves "
+            f"{_SHARE:.0%} of the {_gib(hardware.free_bytes)} that are free exceeded; use lora or qlora, or "
+            "a larger device",
         )
-    return kind, f"{reason}; weights, gradients and state take {_gib(bytes_for(kind, parameters))}"
+    return kind, f"{reason}; weights, gradients and state take {_gib(bytes_for(kind, parameters, parts))}"
 
 
-def bytes_for(kind: Kind, parameters: int) -> int:
-    """Return the memory of weights, gradients and state on the device."""
+def bytes_for(kind: Kind, parameters: int, parts: int = 1) -> int:
+    """Return the memory of weights, gradients and state on one device, of as many as ZeRO-2 divides them among."""
+    if parts > 1:
+        return parameters * _WEIGHT + parameters * _DIVIDED // parts
     return parameters * _BYTES_PER_WEIGHT[kind]
 
 
-def _fits(kind: Kind, hardware: Hardware, parameters: int) -> bool:
-    return bytes_for(kind, parameters) <= _SHARE * hardware.free_bytes
+def _fits(kind: Kind, hardware: Hardware, parameters: int, parts: int = 1) -> bool:
+    return bytes_for(kind, parameters, parts) <= _SHARE * hardware.free_bytes
 
 
 def _gib(size: float) -> str:

@@ -134,6 +134,16 @@ def test_what_cannot_be_afforded_ends_before_it_is_loaded(asked, parameters):
     assert caught.value.reason == Reason.INVALID_SPEC
 
 
+def test_zero2_divides_what_learns_beside_the_weights():
+    with pytest.raises(RunError):
+        choose_for_whole("adamw", gpu(8, 0), 2 * 10**9)
+    found, why = choose_for_whole("auto", gpu(8, 0), 2 * 10**9, parts=4)
+    assert found is Kind.ADAMW_FUSED
+    assert why == "its fp32 state fits; weights, gradients and state take 14.9 GiB"
+    with pytest.raises(RunError, match=r"takes 29\.8 GiB with adamw_fused"):
+        choose_for_whole("auto", gpu(8, 0), 4 * 10**9, parts=4)
+
+
 def test_no_gpu_is_asked_for_what_no_gpu_can_hold():
     check_size("LlamaForCausalLM", 7_000_000_000)
     with pytest.raises(RunError, match="LlamaForCausalLM has 70,000,000,000 weights, and full trains 20,000,000,000"):
