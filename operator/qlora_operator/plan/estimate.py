@@ -66,7 +66,7 @@ class MemoryEstimate:
     collected: int
     """Gradients or weights of several processes, gathered or added up."""
     loading: int
-    """The base while it is loaded."""
+    """The base while it is loaded, before anything is divided."""
     outside: int
     """What torch's allocator does not know: context and NCCL."""
 
@@ -74,6 +74,11 @@ class MemoryEstimate:
     def training(self) -> int:
         """Return what tensors take while a step is taken."""
         return sum((self.base.total, self.adapter, self.gradients, self.optimizer, self.activations, self.collected))
+
+    @property
+    def loads_more_than_it_trains(self) -> bool:
+        """Return whether the peak is before the first step."""
+        return self.loading > self.training
 
     @property
     def allocated(self) -> int:
@@ -196,15 +201,13 @@ def estimate_memory(work: Workload, layout: Layout) -> MemoryEstimate:
         optimizer=ceil(optimizer_bytes(work.trainable, layout.optimizer) / parts),
         activations=work.activations(layout.micro_batch, checkpointing=layout.checkpointing).peak,
         collected=_collected_bytes(work, layout, learned),
-        loading=_loading_bytes(work, layout),
+        loading=_loading_bytes(work),
         outside=_outside_bytes(work, layout),
     )
 
 
-def _loading_bytes(work: Workload, layout: Layout) -> int:
-    """Return the base with its largest tensor once more; for ZeRO-3 it is loaded into the host's memory."""
-    if layout.strategy == "zero3":
-        return 0
+def _loading_bytes(work: Workload) -> int:
+    """Return the whole base, which every process loads and ZeRO-3 divides afterwards, with its largest tensor twice."""
     return work.base.total + max(work.shape.embedding.parameters, work.shape.head.weights) * work.width
 
 

@@ -33,6 +33,8 @@ def describe_misfit(work: Workload, offer: Offer, misfit: Misfit) -> str:
     pool, layout = nearest.room.pool, nearest.layout
     gpu = pool.product or f"GPU of {pool.memory / GIBIBYTE:.1f} GiB"
     how = f"with micro-batch {layout.micro_batch}{' and gradient checkpointing' if layout.checkpointing else ''}"
+    if nearest.estimate.loads_more_than_it_trains:
+        how = "while the base is loaded, which every process does whole"
     return (
         f"needs {_gib(nearest.estimate.peak)} per GPU {how}, {_gib(misfit.missing)} more than the "
         f"{_gib(pool.usable)} that a process has on a {gpu}; {find_remedy(work, offer, misfit)}"
