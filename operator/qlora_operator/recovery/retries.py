@@ -52,12 +52,20 @@ def choose_remedy(verdict: Verdict, plan: Plan) -> Remedy | None:
     remedy = REMEDIES.get(verdict.reason)
     if verdict.reason is Reason.HOST_OUT_OF_MEMORY and plan.device == "cuda":
         return None  # the host's memory holds the rows and the model while it is loaded, whatever the micro-batch
-    return remedy if remedy is not Remedy.SHRINK or plan.micro_batch_size > 1 else None
+    return remedy if remedy is not Remedy.SHRINK or can_shrink(plan) else None
+
+
+def can_shrink(plan: Plan) -> bool:
+    """Return whether a pass can do with less memory; where the trainer decides on checkpointing, it saw that memory."""
+    return plan.micro_batch_size > 1 or plan.gradient_checkpointing is False
 
 
 def shrink(plan: Plan, attempt: int) -> Plan:
-    """Return the plan with half the rows per forward pass: the same global batch, and the same result but rounding."""
+    """Return the plan with half the rows per forward pass, or a single row recomputed: the same result but rounding."""
     rows, passes = plan.micro_batch_size, plan.gradient_accumulation
+    if rows == 1:
+        reason = f"gradient checkpointing on: attempt {attempt} ran out of memory with 1 row"
+        return plan.model_copy(update={"gradient_checkpointing": True, "reasons": (*plan.reasons, reason)})
     smaller = rows // 2
     more = -(-rows * passes // smaller)
     reason = (

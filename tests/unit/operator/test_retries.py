@@ -46,6 +46,17 @@ def test_a_gpus_micro_batch_is_no_remedy_for_the_hosts_memory() -> None:
 def test_a_single_row_cannot_be_halved() -> None:
     verdict = Verdict(Stage.ENDED, Reason.CUDA_OUT_OF_MEMORY)
     assert choose_remedy(verdict, plan_of(micro_batch_size=1)) is None
+    assert choose_remedy(verdict, plan_of(micro_batch_size=1, gradient_checkpointing=True)) is None
+
+
+def test_a_single_row_is_recomputed_where_the_plan_said_otherwise() -> None:
+    verdict = Verdict(Stage.ENDED, Reason.CUDA_OUT_OF_MEMORY)
+    plan = plan_of(micro_batch_size=1, gradient_checkpointing=False)
+    assert choose_remedy(verdict, plan) is Remedy.SHRINK
+    smaller = shrink(plan, 3)
+    assert smaller.gradient_checkpointing is True
+    assert (smaller.micro_batch_size, smaller.gradient_accumulation) == (1, plan.gradient_accumulation)
+    assert smaller.reasons[-1] == "gradient checkpointing on: attempt 3 ran out of memory with 1 row"
 
 
 @pytest.mark.parametrize(
