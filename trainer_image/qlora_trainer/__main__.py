@@ -102,9 +102,10 @@ def configure_libraries(work: Path) -> None:
         "TOKENIZERS_PARALLELISM": "false",
         # cuBLAS is deterministic only with a workspace of fixed size (torch.use_deterministic_algorithms).
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
-        # Threads that spin while they wait for each other starve whatever shares their cores: beside one busy process
-        # on two cores 53 tokens/s became 131; alone it costs 191 -> 162 (SmolLM2-135M, NF4).
-        "OMP_WAIT_POLICY": "PASSIVE",
+        # How often libgomp's threads look again before they sleep. Alone on two cores 1,000 looks give 622 tokens/s, no
+        # look 505 and its own 300,000 (3 ms) 700; beside one busy process, which they starve, 311, 421 and 100
+        # (SmolLM2-135M, NF4, 16 rows a pass).
+        "GOMP_SPINCOUNT": "1000",
     }
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
