@@ -7,6 +7,7 @@ from typing import Final, Literal, NamedTuple
 from qlora_api.prepared import Prepared
 from qlora_api.steps import steps_of_epochs, steps_per_epoch, total_steps
 from qlora_api.v1alpha1 import DataStatus, Distribution, Plan, QLoRAJobSpec, Strategy, TrainingSpec
+from qlora_operator.plan.duration import explain_duration
 from qlora_operator.plan.estimate import Rows, Workload
 from qlora_operator.plan.explain import explain_sizing
 from qlora_operator.plan.families import read_shape
@@ -94,8 +95,19 @@ def _plan_of(sized: tuple[Workload, Sizing], spec: QLoRAJobSpec, prepared: Prepa
             *explain_sizing(work, sizing),
             describe_accumulation(spec.training.global_batch_size, share, layout.micro_batch, room.processes),
             steps.reason,
+            *_explain_duration(work, sizing, steps.total),
         ),
     )
+
+
+def _explain_duration(work: Workload, sizing: Sizing, steps: int) -> tuple[str, ...]:
+    """Say about how long it takes; what is known is known of adapters on a frozen base."""
+    if work.spec.method == "full":
+        return ()
+    room, weights = sizing.room, work.shape.parameters - work.shape.embedding.parameters
+    tokens = steps * work.spec.training.global_batch_size * work.rows.mean
+    recomputed = bool(sizing.layout.checkpointing)
+    return explain_duration(room.pool.product, room.processes, weights, tokens, recomputed=recomputed)
 
 
 def _usual_plan(spec: QLoRAJobSpec, prepared: Prepared) -> Plan:

@@ -34,6 +34,7 @@ DISRUPTIONS: Final = frozenset({Reason.INTERRUPTED, Reason.POD_LOST})
 """Ends that say nothing about the run: they do not use up spec.retries.maxAttempts."""
 MOST_ATTEMPTS: Final = 100
 """Entries that status.attempts may have."""
+GIBIBYTE: Final = 1 << 30
 _SERVICES: Final = frozenset(
     {Reason.S3_UNAVAILABLE, Reason.UPLOAD_FAILED, Reason.HUB_UNAVAILABLE, Reason.HUB_RATE_LIMITED}
 )
@@ -65,19 +66,19 @@ def shrink(plan: Plan, attempt: int) -> Plan:
     rows, passes = plan.micro_batch_size, plan.gradient_accumulation
     if rows == 1:
         reason = f"gradient checkpointing on: attempt {attempt} ran out of memory with 1 row"
-        return plan.model_copy(update={"gradient_checkpointing": True, "reasons": (*plan.reasons, reason)})
+        return _corrected(plan, reason, gradient_checkpointing=True)
     smaller = rows // 2
     more = -(-rows * passes // smaller)
     reason = (
         f"micro-batch {smaller}, gradient accumulation {more}: attempt {attempt} ran out of memory with {rows} rows"
     )
-    return plan.model_copy(
-        update={
-            "micro_batch_size": smaller,
-            "gradient_accumulation": more,
-            "reasons": (*plan.reasons, reason),
-        }
-    )
+    return _corrected(plan, reason, micro_batch_size=smaller, gradient_accumulation=more)
+
+
+def _corrected(plan: Plan, reason: str, **change: int | bool) -> Plan:
+    """Return the plan with a change and without the estimate that proved too low, which the reason keeps."""
+    estimate = f", where {plan.peak_bytes / GIBIBYTE:.1f} GiB were predicted" if plan.peak_bytes else ""
+    return plan.model_copy(update={**change, "peak_bytes": None, "reasons": (*plan.reasons, f"{reason}{estimate}")})
 
 
 def retry_at(attempts: Sequence[Attempt]) -> datetime | None:

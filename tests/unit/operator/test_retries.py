@@ -69,6 +69,12 @@ def test_half_the_rows_take_enough_passes(rows: int, passes: int, expected: tupl
     assert smaller.reasons[-1].endswith(f"attempt 1 ran out of memory with {rows} rows")
 
 
+def test_an_estimate_that_proved_too_low_is_told_and_not_kept() -> None:
+    smaller = shrink(plan_of(micro_batch_size=8, peak_bytes=20 << 30), 1)
+    assert smaller.peak_bytes is None
+    assert smaller.reasons[-1].endswith("ran out of memory with 8 rows, where 20.0 GiB were predicted")
+
+
 def test_services_get_time_to_recover_and_nothing_else_waits() -> None:
     pauses = []
     for count in range(1, 8):

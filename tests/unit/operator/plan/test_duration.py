@@ -1,0 +1,54 @@
+"""The time to expect, held to the runs that it comes from."""
+
+import pytest
+
+from qlora_operator.plan.duration import explain_duration, peak_of, to_text
+
+LLAMA_8B = 8_030_261_248
+
+
+@pytest.mark.parametrize(
+    ("product", "tera"),
+    [
+        ("Tesla-T4", 65),
+        ("NVIDIA-A10", 125),
+        ("NVIDIA-A100-SXM4-80GB", 312),
+        ("NVIDIA-L4", 121),
+        ("NVIDIA-L40", 181),
+        ("NVIDIA-L40S", 362),
+        ("NVIDIA-H100-PCIe", 756),
+        ("NVIDIA-H100-80GB-HBM3", 989),
+        ("NVIDIA-GeForce-RTX-4090", 165),
+        ("NVIDIA-A10G", None),
+        ("", None),
+    ],
+)
+def test_a_peak_is_known_by_the_products_name(product: str, tera: int | None) -> None:
+    assert peak_of(product) == (tera * 10**12 if tera else None)
+
+
+def test_a_published_run_is_within_its_range() -> None:
+    """torchtune's README: Llama-3.1-8B, QLoRA, one RTX 4090, 2,413 tokens a second; an hour of that."""
+    (sentence,) = explain_duration("NVIDIA-GeForce-RTX-4090", 1, LLAMA_8B, 2413 * 3600, recomputed=False)
+    assert sentence.startswith("training about 60 min to 2.1 h: 8.7e+06 tokens at 22% to 47% of 165 TFLOP/s")
+
+
+def test_more_gpus_take_less_and_recomputation_more() -> None:
+    def first(gpus: int, recomputed: bool) -> str:
+        return explain_duration("NVIDIA-A100-SXM4-40GB", gpus, LLAMA_8B, 1e8, recomputed=recomputed)[0].split(" to ")[0]
+
+    assert first(1, False) == "training about 6.1 h"
+    assert first(4, False) == "training about 91 min"
+    assert first(1, True) == "training about 9.1 h"
+
+
+def test_nothing_is_said_of_a_gpu_that_nobody_knows() -> None:
+    assert explain_duration("AMD-Instinct", 1, LLAMA_8B, 1e6, recomputed=False) == ()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.2, "1 s"), (119.4, "119 s"), (120, "2 min"), (7199, "120 min"), (7200, "2 h"), (1e5, "28 h")],
+)
+def test_a_duration_is_as_rough_as_it_is_known(seconds: float, text: str) -> None:
+    assert to_text(seconds) == text
