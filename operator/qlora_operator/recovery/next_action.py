@@ -16,7 +16,15 @@ from qlora_operator.plan.offer import read_offer
 from qlora_operator.plan.sizing import DoesNotFitError
 from qlora_operator.recovery.causes import describe_missing_pod
 from qlora_operator.recovery.gang import judge
-from qlora_operator.recovery.retries import MOST_ATTEMPTS, Remedy, choose_remedy, retry_at, shrink, used_attempts
+from qlora_operator.recovery.retries import (
+    MOST_ATTEMPTS,
+    REMEDIES,
+    Remedy,
+    choose_remedy,
+    retry_at,
+    shrink,
+    used_attempts,
+)
 from qlora_operator.rules import check
 from qlora_operator.values import Action, ChildJob, Decision, Job, Manifest, Observation, Stage, Verdict, Violation
 
@@ -24,6 +32,8 @@ MAX_LOST_ATTEMPTS: Final = 3
 """After this many training Jobs that ended without a last word, something removes them: give up."""
 LONGEST_WAIT: Final = timedelta(days=3650)
 """9999999d is a valid duration, and ends after the last date there is."""
+PREPARE_PAUSE: Final = timedelta(seconds=15)
+"""Between two preparations, where an object store or a hub did not answer."""
 MAX_ATTEMPT_MESSAGE: Final = 4096
 """Bound of status.attempts[].message."""
 
@@ -130,8 +140,19 @@ def _follow_preparation(job: Job, seen: Observation, number: int, now: datetime)
         return Decision(Phase.PREPARING, verdict.reason, message, recheck_at=verdict.recheck_at)
     prepared = verdict.word.prepared if verdict.word else None
     if verdict.reason not in _PREPARATION_DONE or prepared is None:
-        return _fail(verdict)
+        return _prepare_again(job, prepare, verdict, now) or _fail(verdict)
     return _after_preparation(job, prepared, seen.gpu_nodes, number)
+
+
+def _prepare_again(job: Job, prepare: ChildJob, verdict: Verdict, now: datetime) -> Decision | None:
+    """Give what recovers by itself some time, and prepare anew; it holds no GPU, and ends with deadlines.startup."""
+    if REMEDIES.get(verdict.reason) is not Remedy.RESUME or now >= job.created_at + startup_of(job):
+        return None
+    again = _ended_at(prepare, now) + PREPARE_PAUSE
+    message = f"{verdict.message}; it is prepared again"
+    if now < again:
+        return Decision(Phase.PREPARING, verdict.reason, message, recheck_at=again)
+    return Decision(Phase.PREPARING, verdict.reason, message, Action.START_OVER)
 
 
 def startup_of(job: Job) -> timedelta:

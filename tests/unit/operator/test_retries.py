@@ -166,3 +166,26 @@ async def test_the_pods_of_an_attempt_end_before_the_next_one_starts(cluster: Fa
     cluster.finish_job(TRAIN, "Failed")
     await settle(cluster)
     assert ("Job", SECOND) in cluster.children
+
+
+async def test_a_preparation_that_a_service_spoiled_is_made_again(cluster: FakeCluster) -> None:
+    await settle(cluster)
+    cluster.end_pod(PREPARE, 1, make_word(Reason.S3_UNAVAILABLE, "connect timeout"))
+    await settle(cluster)
+    assert (cluster.status["phase"], cluster.status["reason"]) == (Phase.PREPARING, Reason.S3_UNAVAILABLE)
+    assert cluster.status["message"] == "connect timeout; it is prepared again"
+    assert cluster.created.count(PREPARE) == 2, "the Job and its ConfigMap, once"
+    cluster.pass_time(timedelta(seconds=15))
+    await settle(cluster)
+    assert cluster.created.count(PREPARE) == 3, "the Job again"
+    cluster.end_pod(PREPARE, 0, PREPARED_WORD)
+    await settle(cluster)
+    assert ("Job", TRAIN) in cluster.children
+
+
+async def test_a_service_that_stays_away_ends_the_preparation(cluster: FakeCluster) -> None:
+    await settle(cluster)
+    cluster.pass_time(timedelta(minutes=31))
+    cluster.end_pod(PREPARE, 1, make_word(Reason.S3_UNAVAILABLE, "connect timeout"))
+    await settle(cluster)
+    assert (cluster.status["phase"], cluster.status["reason"]) == (Phase.FAILED, Reason.S3_UNAVAILABLE)
