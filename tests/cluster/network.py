@@ -15,6 +15,8 @@ from tests.cluster.paths import ensure_folder
 from tests.cluster.processes import Processes
 
 BRIDGE: Final = "cni0"
+BRIDGE_MAC: Final = "02:00:0a:f4:00:01"
+"""Locally administered; the last four bytes are GATEWAY."""
 GATEWAY: Final = "10.244.0.1"
 """The bridge's own address: what listens here on the host is reachable from every pod."""
 
@@ -41,7 +43,9 @@ BRIDGED_TRAFFIC: Final = Path("/proc/sys/net/bridge/bridge-nf-call-iptables")
 def start_bridge() -> None:
     """Make the bridge before the first pod would, because DNS and S3 listen on its address."""
     remove_network()
-    run(["ip", "link", "add", BRIDGE, "type", "bridge"])
+    # With an address of its own: else it takes the lowest of its pods', which changes when that one ends, and the
+    # others send to the old one until they ask again.
+    run(["ip", "link", "add", BRIDGE, "address", BRIDGE_MAC, "type", "bridge"])
     run(["ip", "address", "add", f"{GATEWAY}/24", "dev", BRIDGE])
     run(["ip", "link", "set", BRIDGE, "up"])
     Path("/proc/sys/net/ipv4/ip_forward").write_text("1")
