@@ -124,6 +124,7 @@ def prepare_word(options: argparse.Namespace, _: StopFlag) -> LastWord:
 def train_word(options: argparse.Namespace, stop: StopFlag) -> LastWord | None:
     """Train, and return the result as the last word; another process may have it."""
     config = RunConfig.model_validate_json(options.config.read_text())
+    from qlora_trainer.distributed import leave_world  # noqa: PLC0415 (as above)
     from qlora_trainer.progress import Heartbeat, HttpSink, LogSink, ProgressSink, Sinks  # noqa: PLC0415 (as above)
     from qlora_trainer.run import run  # noqa: PLC0415 (as above)
 
@@ -137,6 +138,7 @@ def train_word(options: argparse.Namespace, stop: StopFlag) -> LastWord | None:
     finally:
         if http is not None:
             http.close()
+    leave_world()
     if result is None:
         path_of_process(options.termination_message).with_suffix(DONE).touch()  # the launcher looks for it
         return None

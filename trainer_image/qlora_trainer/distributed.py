@@ -136,3 +136,9 @@ def join_planned_world(plan: Plan) -> World:
     if world.size != plan.processes:
         raise RuntimeError(f"the plan has {plan.processes} processes, and {world.size} were started")
     return world
+
+
+def leave_world() -> None:
+    """End this process's part: torch's threads may abort a process that ends without."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()

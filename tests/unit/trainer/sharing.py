@@ -9,7 +9,7 @@ from typing import Final
 import torch
 
 from qlora_operator.validity import Cell, cells
-from qlora_trainer.distributed import World, join_world
+from qlora_trainer.distributed import World, join_world, leave_world
 from qlora_trainer.evaluate import sum_rows
 from qlora_trainer.interrupt import StopFlag
 from qlora_trainer.model import Tuned, load_base, tune, tune_whole
@@ -60,6 +60,7 @@ def main(folder: Path) -> None:
     found = {key_of(cell): learn(cell, join_world("cpu", cell.strategy), folder / "model") for cell in allowed}
     if world.leads:
         (folder / "found.json").write_text(json.dumps(found))
+    leave_world()
 
 
 if __name__ == "__main__":

@@ -173,7 +173,7 @@ def test_the_peak_memory_is_that_of_all_attempts(tmp_path):
         checkpoints, _ = make_checkpoints(tmp_path)
         checkpoints.newest()
         state = dataclasses.replace(make_state(step), peak_memory_bytes=peak)
-        checkpoints.offer(step, lambda state=state: state, True)
+        checkpoints.keep(state)
     third, _ = make_checkpoints(tmp_path)
     assert (third.newest().peak_memory_bytes, third.peak_memory_bytes) == (0, 9)
 
@@ -181,7 +181,7 @@ def test_the_peak_memory_is_that_of_all_attempts(tmp_path):
 def test_a_state_knows_the_memory_that_its_training_took():
     captured = []
     loop = make_test_loop(make_tuned(), token_rows(8), steps=1)
-    watcher = dataclasses.replace(DEAF, offer=lambda _step, capture, _last: captured.append(capture()))
+    watcher = dataclasses.replace(DEAF, wants=lambda *_: True, keep=captured.append)
     loop.run(StopFlag(), watcher)
     assert captured[-1].peak_memory_bytes > 1 << 26  # torch alone takes more
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from qlora_trainer.checkpoint import Checkpoints, Course
-from qlora_trainer.distributed import World, join_world
+from qlora_trainer.distributed import World, join_world, leave_world
 from qlora_trainer.errors import RunError
 from qlora_trainer.evaluate import sum_rows
 from qlora_trainer.interrupt import StopFlag
@@ -79,6 +79,7 @@ def main(folder: Path) -> None:
         world = join_world("cpu", strategy)
         train_whole(world, folder)
         train_in_two_parts(world, folder)
+    leave_world()
 
 
 if __name__ == "__main__":
