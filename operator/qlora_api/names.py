@@ -165,6 +165,15 @@ class Reason(StrEnum):
     TRAINER_ERROR = "TrainerError"
 
 
+_CONSEQUENCES: Final = (Reason.INTERRUPTED, Reason.COLLECTIVE_TIMEOUT)
+"""How a process or a pod ends when something happened to another one; the earlier explains a run better."""
+
+
+def distance_from_cause(reason: Reason) -> int:
+    """Return 0 for what explains the end of a run by itself, and more for what only follows from it."""
+    return _CONSEQUENCES.index(reason) + 1 if reason in _CONSEQUENCES else 0
+
+
 class Guidance(NamedTuple):
     """What a reason means, and what to do next."""
 

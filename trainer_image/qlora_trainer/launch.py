@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -20,7 +20,7 @@ import structlog
 from pydantic import ValidationError
 
 from qlora_api.launch import MAIN_PORT
-from qlora_api.names import ACCELERATE_CONFIG_FILE, MAIN_ADDRESS_ENV, Reason
+from qlora_api.names import ACCELERATE_CONFIG_FILE, MAIN_ADDRESS_ENV, Reason, distance_from_cause
 from qlora_api.report import LastWord
 from qlora_api.runconfig import RunConfig
 from qlora_api.v1alpha1 import Plan, to_timedelta
@@ -36,8 +36,6 @@ _TRAINER: Final = "qlora_trainer"
 _OOM_COUNTS: Final = (Path("/sys/fs/cgroup/memory.events"), Path("/sys/fs/cgroup/memory/memory.oom_control"))
 """Where the kernel counts the processes of this container that it killed for memory (cgroup v2 and v1)."""
 _LOOK_SECONDS: Final = 1.0
-_CONSEQUENCES: Final = (Reason.INTERRUPTED, Reason.COLLECTIVE_TIMEOUT)
-"""What a process says when something happened to another one; the first of them is the better explanation."""
 
 log = structlog.get_logger()
 
@@ -188,9 +186,8 @@ def read_words(folder: Path) -> dict[int, LastWord]:
 
 def choose_word(words: Mapping[int, LastWord], code: int, killed: int) -> LastWord | None:
     """Return what explains how a pod's processes ended; None where they ended well and another pod speaks."""
-    for explains in _EXPLANATIONS:
-        if told := next(((rank, word) for rank, word in words.items() if explains(word)), None):
-            return _with_rank(*told)
+    if words:
+        return _with_rank(*min(words.items(), key=lambda told: _distance(told[1])))
     if killed:
         why = "spec.resources.memory is too low: the kernel ended a process of the pod"
         return failure_word(RunError(Reason.HOST_OUT_OF_MEMORY, why))
@@ -201,20 +198,16 @@ def choose_word(words: Mapping[int, LastWord], code: int, killed: int) -> LastWo
     )
 
 
+def _distance(word: LastWord) -> int:
+    """Return how far a word is from what decided the run; a publication decides it, whatever else was said."""
+    return -1 if word.reason is Reason.PUBLISHED else distance_from_cause(word.reason)
+
+
 def _with_rank(rank: int, word: LastWord) -> LastWord:
     """Say whose word it is, where it is about a failure."""
     if word.reason is Reason.PUBLISHED:
         return word
     return word.model_copy(update={"message": f"rank {rank}: {word.message}"})
-
-
-_EXPLANATIONS: Final[tuple[Callable[[LastWord], bool], ...]] = (
-    lambda word: word.reason is Reason.PUBLISHED,
-    lambda word: word.reason not in _CONSEQUENCES,
-    lambda word: word.reason is Reason.INTERRUPTED,
-    lambda _: True,
-)
-"""The better explanation first."""
 
 
 def killed_for_memory() -> int:

@@ -2,9 +2,8 @@
 
 from collections.abc import Sequence
 from datetime import datetime, timedelta
-from typing import Final
 
-from qlora_api.names import Reason
+from qlora_api.names import Reason, distance_from_cause
 from qlora_operator.recovery.causes import (
     deadline_message,
     ended,
@@ -16,9 +15,6 @@ from qlora_operator.recovery.causes import (
     seconds,
 )
 from qlora_operator.values import ChildJob, Pod, Stage, Verdict
-
-CONSEQUENCES: Final = (Reason.INTERRUPTED, Reason.COLLECTIVE_TIMEOUT)
-"""How a pod ends when something happened to another one; the earlier in this list, the better it explains a run."""
 
 
 def judge(child: ChildJob, startup: timedelta, now: datetime) -> Verdict:
@@ -51,8 +47,9 @@ def _failed(pod: Pod) -> bool:
 
 def _judge_failures(child: ChildJob, failures: Sequence[Pod]) -> Verdict:
     """Take the best explanation; a consequence may come before its cause, so that it waits for the other pods' ends."""
-    verdict = min((_judge_failure(child, pod) for pod in _by_time(failures)), key=_remoteness)
-    if child.wanted == 1 or child.finished or verdict.reason not in CONSEQUENCES:
+    verdicts = [_judge_failure(child, pod) for pod in _by_time(failures)]
+    verdict = min(verdicts, key=lambda verdict: distance_from_cause(verdict.reason))
+    if child.wanted == 1 or child.finished or distance_from_cause(verdict.reason) == 0:
         return verdict
     message = f"pod {failures[0].name} ended, and the others of the run are being stopped: {verdict.message}"
     return Verdict(Stage.RUNNING, Reason.TRAINING, message)
@@ -65,11 +62,6 @@ def _judge_failure(child: ChildJob, pod: Pod) -> Verdict:
 def _by_time(pods: Sequence[Pod]) -> list[Pod]:
     """Return pods in the order in which they ended; one whose container never ran is first."""
     return sorted(pods, key=lambda pod: pod.exit.finished_at.timestamp() if pod.exit and pod.exit.finished_at else 0.0)
-
-
-def _remoteness(verdict: Verdict) -> int:
-    """Return how far a verdict is from the cause."""
-    return CONSEQUENCES.index(verdict.reason) + 1 if verdict.reason in CONSEQUENCES else 0
 
 
 def _judge_unfinished(child: ChildJob, startup: timedelta, now: datetime) -> Verdict:
