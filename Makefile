@@ -8,7 +8,7 @@ BIN := .venv/bin
 UV_VERSION := 0.13.9
 LOCKS := requirements/operator.txt requirements/trainer.txt requirements/cli.txt requirements/dev.txt
 
-.PHONY: help setup lock generate check test unit integration e2e mutants bench-trainer bench-plan gpu demo cluster cluster-down
+.PHONY: help setup lock generate check test unit integration e2e chaos mutants bench-trainer bench-plan gpu demo cluster cluster-down
 
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -49,6 +49,10 @@ integration: setup ## the tests on a real control plane
 e2e: setup ## the tests on a real node (root on Debian, or QLORA_TEST_KUBECONFIG)
 	$(BIN)/python -m tests.cluster build --node
 	$(BIN)/pytest tests/e2e
+
+chaos: setup ## every fault of docs/reliability.md in full, and the page's table from it (up to an hour)
+	$(BIN)/python -m tests.cluster build --node
+	$(BIN)/pytest tests/chaos --chaos full
 
 mutants: setup ## take out the fix of every trap in turn and show that its test fails (minutes); TRAPS="8 29" chooses
 	$(BIN)/python -m tests.mutants $(TRAPS)
