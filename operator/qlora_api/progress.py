@@ -14,10 +14,10 @@ class _WireModel(BaseModel):
 
 
 class Metric(_WireModel):
-    """A number, as a string: the protocol's choice."""
+    """A number or a name, as a string: the protocol's choice."""
 
     name: Annotated[str, Field(max_length=128)]
-    value: Annotated[str, Field(max_length=128)]
+    value: Annotated[str, Field(max_length=2048)]
 
 
 class TrainerStatus(_WireModel):

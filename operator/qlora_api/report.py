@@ -9,7 +9,15 @@ from qlora_api.base import ApiModel
 from qlora_api.names import Reason
 from qlora_api.prepared import Prepared
 from qlora_api.result import Result
-from qlora_api.v1alpha1 import EvaluationStatus, MergeBase, Plan, QLoRAJobSpec, QuantizationSpec, RowTemplate
+from qlora_api.v1alpha1 import (
+    Checkpoint,
+    EvaluationStatus,
+    MergeBase,
+    Plan,
+    QLoRAJobSpec,
+    QuantizationSpec,
+    RowTemplate,
+)
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -23,6 +31,8 @@ class LastWord(ApiModel):
     """Optimizer steps that were done."""
     prepared: Prepared | None = None
     result: Result | None = None
+    checkpoint: Checkpoint | None = None
+    """The newest complete one, where the run did not end well."""
 
 
 class Sample(ApiModel):

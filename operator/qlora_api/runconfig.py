@@ -33,6 +33,8 @@ class PrepareConfig(ApiModel):
 
     namespace: str
     job: str
+    uid: str = ""
+    """Of the QLoRAJob; empty without a cluster."""
     spec: QLoRAJobSpec
     platform: Platform = Platform()
 
@@ -42,6 +44,8 @@ class RunConfig(ApiModel):
 
     namespace: str
     job: str
+    uid: str = ""
+    """Of the QLoRAJob; empty without a cluster."""
     attempt: int
     spec: QLoRAJobSpec
     plan: Plan

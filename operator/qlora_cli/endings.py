@@ -10,7 +10,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from qlora_api.names import GUIDANCE, Reason
+from qlora_api.guidance import GUIDANCE
+from qlora_api.names import Reason
 from qlora_cli.libraries import NoGpuError, NoTrainerError
 from qlora_operator.plan.sizing import DoesNotFitError
 

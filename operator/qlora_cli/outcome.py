@@ -4,7 +4,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from qlora_api.names import GUIDANCE
+from qlora_api.guidance import GUIDANCE
 from qlora_api.report import LastWord
 from qlora_api.result import Result
 from qlora_api.v1alpha1 import EvaluationStatus

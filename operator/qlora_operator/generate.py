@@ -12,7 +12,8 @@ from typing import Any, Final
 import yaml
 
 from qlora_api import crd
-from qlora_api.names import GUIDANCE, KIND
+from qlora_api.guidance import GUIDANCE
+from qlora_api.names import KIND
 from qlora_operator.cluster.permissions import build_cluster_rules, build_rules
 from qlora_operator.validity import render_table
 

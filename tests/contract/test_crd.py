@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
-from qlora_api import crd, names
+from qlora_api import crd
+from qlora_api.guidance import GUIDANCE
+from qlora_api.names import Reason
 from qlora_api.v1alpha1 import MUTABLE_FIELDS, QLoRAJobSpec
 from qlora_operator.generate import stale_files
 
@@ -84,9 +86,9 @@ def defaulted(value: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
     return filled
 
 
-@pytest.mark.parametrize("reason", names.Reason)
-def test_every_reason_has_a_sentence_and_a_remedy(reason: names.Reason):
-    sentence, remedy = names.GUIDANCE[reason]
+@pytest.mark.parametrize("reason", Reason)
+def test_every_reason_has_a_sentence_and_a_remedy(reason: Reason):
+    sentence, remedy = GUIDANCE[reason]
     assert sentence.endswith(".")
     assert remedy.endswith(".")
 

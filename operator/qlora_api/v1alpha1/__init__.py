@@ -15,12 +15,14 @@ from qlora_api.v1alpha1.spec import (
     DeadlinesSpec,
     Distribution,
     QLoRAJobSpec,
+    QueueSpec,
     ResourcesSpec,
     RetriesSpec,
     Toleration,
 )
 from qlora_api.v1alpha1.status import (
     Attempt,
+    Checkpoint,
     Condition,
     DataStatus,
     EvaluationStatus,
@@ -43,6 +45,7 @@ from qlora_api.v1alpha1.types import (
 __all__ = [
     "MUTABLE_FIELDS",
     "Attempt",
+    "Checkpoint",
     "CheckpointSpec",
     "Condition",
     "DataSource",
@@ -68,6 +71,7 @@ __all__ = [
     "QLoRAJobSpec",
     "QLoRAJobStatus",
     "QuantizationSpec",
+    "QueueSpec",
     "ResourcesSpec",
     "RetriesSpec",
     "RowLengths",

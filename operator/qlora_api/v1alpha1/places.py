@@ -196,8 +196,11 @@ class OutputSpec(ApiModel):
     service_account_name: ObjectName | None = Field(
         default=None, description="ServiceAccount of the pods, for workload identity instead of a Secret."
     )
-    if_exists: Literal["Skip", "Fail"] = Field(
-        default="Skip", description="When the same result is published already: succeed without a GPU, or fail."
+    if_exists: Literal["Skip", "Fail", "Overwrite"] = Field(
+        default="Skip",
+        description=(
+            "When the same result is published already: succeed without a GPU, fail, or train again and replace it."
+        ),
     )
     merged: Literal["none", "bf16"] = Field(
         default="none",

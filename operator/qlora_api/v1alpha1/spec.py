@@ -72,10 +72,28 @@ class DeadlinesSpec(ApiModel):
     startup: Duration = Field(
         default="30m", description="Longest time from a pod's placement on a node to its first breath."
     )
-    total: Duration = Field(default="24h", description="Longest time that the training attempt may take.")
+    total: Duration = Field(default="24h", description="Longest time that all training attempts may take together.")
+    heartbeat: Duration = Field(
+        default="10m",
+        description=(
+            "Longest time of a training pod without a sign of life: a step, a part of an evaluation, of a download or "
+            "of an upload. Then its stacks are kept in hangs/ of the output, and another attempt is made."
+        ),
+    )
 
 
-MUTABLE_FIELDS: Final = frozenset({"deadlines", "retries"})
+class QueueSpec(ApiModel):
+    """A queue of Kueue, which lets the training Job start when there is room."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$", max_length=63)] = Field(
+        description="Name of a LocalQueue in the QLoRAJob's namespace."
+    )
+    priority_class: Annotated[str, Field(pattern=r"^([a-z0-9]([-a-z0-9.]*[a-z0-9])?)?$", max_length=63)] = Field(
+        default="", description="Name of a WorkloadPriorityClass; empty: the queue's default."
+    )
+
+
+MUTABLE_FIELDS: Final = frozenset({"deadlines", "queue", "retries", "suspend", "ttl"})
 """Fields of the spec that may change after creation; every other block is immutable as a whole."""
 
 
@@ -179,6 +197,23 @@ class QLoRAJobSpec(ApiModel):
     output: OutputSpec = Field(description="Where the result goes.")
     retries: RetriesSpec = Field(default=RetriesSpec(), description="How often it is tried. May be changed later.")
     deadlines: DeadlinesSpec = Field(default=DeadlinesSpec(), description="When waiting ends. May be changed later.")
+    queue: QueueSpec | None = Field(
+        default=None, description="Queue that training attempts wait in. May be changed later, for the next attempt."
+    )
+    suspend: bool = Field(
+        default=False,
+        description=(
+            "True: no pod runs; a training under way writes a checkpoint and ends. False again: it goes on from there. "
+            "May be changed later."
+        ),
+    )
+    ttl: Duration | None = Field(
+        default=None,
+        description=(
+            "Time after the end until Jobs and pods are deleted; the QLoRAJob itself stays. Absent: they stay with it. "
+            "May be changed later."
+        ),
+    )
 
     @property
     def input_uris(self) -> dict[str, str]:

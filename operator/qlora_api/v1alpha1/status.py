@@ -93,6 +93,15 @@ class Plan(ApiModel):
         return self.nodes * self.processes_per_node
 
 
+class Checkpoint(ApiModel):
+    """A state of the training in the output, from which another attempt goes on."""
+
+    step: int = Field(ge=0, description="Optimizer steps that are in it.")
+    uri: Annotated[str, Field(max_length=2048)] = Field(description="Folder with its files and their manifest.")
+    time: datetime = Field(description="When it was complete.")
+    verified: bool = Field(default=False, description="Whether the store confirmed the SHA-256 of every file.")
+
+
 class Attempt(ApiModel):
     """One training Job."""
 
@@ -101,6 +110,9 @@ class Attempt(ApiModel):
     reason: Reason | None = Field(default=None, description="How it ended; absent while it runs.")
     message: Annotated[str, Field(max_length=4096)] = Field(default="", description="How it ended, in a sentence.")
     micro_batch_size: int | None = Field(default=None, ge=1, description="Rows per forward pass.")
+    node: Annotated[str, Field(max_length=253)] = Field(
+        default="", description="Node of the pod that ended it; of the first pod while it runs."
+    )
     started_at: datetime | None = Field(default=None, description="When its container started.")
     finished_at: datetime | None = Field(default=None, description="When it ended.")
 
@@ -149,6 +161,7 @@ class Progress(ApiModel):
     loss: float | None = Field(default=None, description="Latest training loss, in nats per token.")
     tokens_per_second: float | None = Field(default=None, ge=0, description="Non-padding tokens per second.")
     phase: Phase | None = Field(default=None, description="Training, Evaluating or Publishing.")
+    checkpoint: Checkpoint | None = Field(default=None, description="The newest complete checkpoint.")
     updated_at: datetime = Field(description="When the pod reported.")
 
 
@@ -176,6 +189,9 @@ class QLoRAJobStatus(ApiModel):
     last_report: Progress | None = Field(default=None, description="The last report of the running pod.")
     attempts: Annotated[tuple[Attempt, ...], Field(max_length=100)] = Field(
         default=(), description="Training attempts, oldest first."
+    )
+    checkpoint: Checkpoint | None = Field(
+        default=None, description="What the next attempt goes on from; absent before the first, and once published."
     )
     evaluation: EvaluationStatus | None = Field(default=None, description="Base model and adapter compared.")
     output: OutputStatus | None = Field(default=None, description="Where the result is.")

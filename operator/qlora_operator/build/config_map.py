@@ -20,7 +20,13 @@ from qlora_operator.values import Manifest, Run
 
 def build_prepare_config(owner: Owner, spec: QLoRAJobSpec, installation: Installation) -> Manifest:
     """Return what the prepare pod starts from."""
-    config = PrepareConfig(namespace=owner.ref.namespace, job=owner.ref.name, spec=spec, platform=installation.platform)
+    config = PrepareConfig(
+        namespace=owner.ref.namespace,
+        job=owner.ref.name,
+        uid=owner.uid,
+        spec=spec,
+        platform=installation.platform,
+    )
     return _build(prepare_workload(owner), config)
 
 
@@ -29,6 +35,7 @@ def build_run_config(owner: Owner, spec: QLoRAJobSpec, run: Run, installation: I
     config = RunConfig(
         namespace=owner.ref.namespace,
         job=owner.ref.name,
+        uid=owner.uid,
         attempt=run.attempt,
         spec=spec,
         plan=run.plan,

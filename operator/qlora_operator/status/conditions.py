@@ -13,7 +13,9 @@ Truth = Literal["True", "False", "Unknown"]
 _SCHEDULED: Final[dict[Phase, Truth]] = {
     Phase.PENDING: "Unknown",
     Phase.PREPARING: "Unknown",
+    Phase.QUEUED: "False",
     Phase.SCHEDULING: "False",
+    Phase.SUSPENDED: "False",
     Phase.SUCCEEDED: "False",
     Phase.FAILED: "False",
 }
@@ -65,6 +67,7 @@ def _outcome(phase: Phase, reason: Reason, message: str) -> Iterator[Claim]:
     yield Claim(ConditionType.FINISHED, _truth(finished), reason, message)
     yield Claim(ConditionType.SUCCEEDED, outcome, reason, message)
     yield Claim(ConditionType.PUBLISHED, outcome, reason, message)
+    yield Claim(ConditionType.SUSPENDED, _truth(phase is Phase.SUSPENDED), reason, message)
 
 
 def _prepared(phase: Phase, reason: Reason, status: QLoRAJobStatus) -> Claim:

@@ -3,7 +3,8 @@
 from datetime import datetime
 from typing import Any
 
-from qlora_api.names import GUIDANCE, TERMINAL, Phase
+from qlora_api.guidance import GUIDANCE
+from qlora_api.names import TERMINAL, Phase
 from qlora_api.prepared import Prepared
 from qlora_api.result import Result
 from qlora_api.v1alpha1 import Attempt, OutputStatus, Plan, Progress, QLoRAJobStatus

@@ -15,10 +15,12 @@ from tests.make import NOW, make_plan_status, make_prepared, make_result
 REASONS = {
     Phase.PENDING: Reason.ACCEPTED,
     Phase.PREPARING: Reason.PREPARING,
+    Phase.QUEUED: Reason.QUEUED,
     Phase.SCHEDULING: Reason.UNSCHEDULABLE,
     Phase.TRAINING: Reason.TRAINING,
     Phase.EVALUATING: Reason.EVALUATING,
     Phase.PUBLISHING: Reason.PUBLISHING,
+    Phase.SUSPENDED: Reason.SUSPENDED_BY_USER,
     Phase.SUCCEEDED: Reason.PUBLISHED,
     Phase.FAILED: Reason.CUDA_OUT_OF_MEMORY,
 }
@@ -61,6 +63,7 @@ def test_conditions(phase: Phase) -> None:
     assert conditions[ConditionType.FINISHED] == str(finished)
     assert conditions[ConditionType.RECONCILING] == str(not finished)
     assert conditions[ConditionType.STALLED] == str(phase is Phase.FAILED)
+    assert conditions[ConditionType.SUSPENDED] == str(phase is Phase.SUSPENDED)
     assert conditions[ConditionType.READY] == str(phase is Phase.SUCCEEDED)
     assert conditions[ConditionType.SUCCEEDED] == (str(phase is Phase.SUCCEEDED) if finished else "Unknown")
 
