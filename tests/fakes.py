@@ -33,6 +33,8 @@ class FakeCluster:
         self.created: list[str] = []
         self.nodes: list[Manifest] = []
         self.looks_at_nodes = 0
+        self.looks = 0
+        self._told: tuple[list[Manifest], list[Manifest]] | None = None
         self.refusal: RefusedError | None = None
         self.crash_after: Callable[[int], bool] = lambda _: False
         self._versions = count(1)
@@ -93,6 +95,16 @@ class FakeCluster:
         condition = {"type": kind, "status": "True", "reason": reason, "lastTransitionTime": _wire(self.now)}
         self.children["Job", job]["status"] = {"conditions": [condition]}
 
+    # What the watches do
+
+    def hold_events(self, *, lose_all: bool = False) -> None:
+        """From now on nothing more is told; what was told before is remembered, or not even that."""
+        self._told = ([], []) if lose_all else self._there()
+
+    def deliver_events(self) -> None:
+        """Everything is told, and will be."""
+        self._told = None
+
     # The Cluster port
 
     async def read_job(self, ref: JobRef) -> RawJob | None:
@@ -100,9 +112,16 @@ class FakeCluster:
             return None
         return parse_job(copy.deepcopy(self.job))
 
+    def glimpse(self, job: RawJob) -> Observation:
+        return parse_observation(job, *(self._told or self._there()))
+
     async def observe(self, job: RawJob) -> Observation:
+        self.looks += 1
+        return parse_observation(job, *self._there())
+
+    def _there(self) -> tuple[list[Manifest], list[Manifest]]:
         jobs = [child for (kind, _), child in self.children.items() if kind == "Job"]
-        return parse_observation(job, copy.deepcopy(jobs), copy.deepcopy(list(self.pods.values())))
+        return copy.deepcopy(jobs), copy.deepcopy(list(self.pods.values()))
 
     async def find_gpu_nodes(self) -> tuple[Manifest, ...]:
         self.looks_at_nodes += 1

@@ -10,6 +10,7 @@ import kopf
 from kubernetes.aio import client
 
 from qlora_api import names
+from qlora_operator.cluster.kube import PAGE
 from qlora_operator.runtime import Runtime
 from qlora_operator.settings import Settings
 from qlora_operator.values import JobRef
@@ -59,11 +60,15 @@ async def on_job_event(event: kopf.RawEvent, namespace: str | None, name: str, m
 
 
 @kopf.on.event(*JOBS)
+async def on_child_job_event(event: kopf.RawEvent, memo: kopf.Memo, **_: Any) -> None:
+    """A Job of a QLoRAJob has changed; its label names the QLoRAJob."""
+    memo.runtime.saw_child(memo.runtime.children.jobs, event["type"], event["object"])
+
+
 @kopf.on.event(*PODS)
-async def on_child_event(namespace: str | None, labels: kopf.Labels, memo: kopf.Memo, **_: Any) -> None:
-    """A child has changed; its label names the QLoRAJob."""
-    if name := labels.get(names.JOB_LABEL):
-        memo.runtime.queue.add(JobRef(namespace or "", name))
+async def on_pod_event(event: kopf.RawEvent, memo: kopf.Memo, **_: Any) -> None:
+    """A pod of such a Job has changed."""
+    memo.runtime.saw_child(memo.runtime.children.pods, event["type"], event["object"])
 
 
 def configure(settings: kopf.OperatorSettings) -> None:
@@ -73,6 +78,7 @@ def configure(settings: kopf.OperatorSettings) -> None:
     settings.posting.loggers = False
     settings.queueing.worker_limit = None
     settings.queueing.idle_timeout = 1.0
+    settings.watching.chunk_size = PAGE
     settings.process.ultimate_exiting_timeout = EXIT_SECONDS
     managed = f"{names.MANAGED_BY_LABEL}={names.FIELD_MANAGER}"
     settings.watching.label_selectors[JOBS] = managed

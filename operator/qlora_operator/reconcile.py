@@ -66,9 +66,35 @@ async def reconcile(
     if isinstance(spec, Violation):
         return await publish(turn, rejected((spec,)), None, cluster)
     job = Job(ref, raw.uid, raw.generation, raw.created_at, spec, turn.previous)
-    seen = await look(job, raw, cluster)
-    decision = await act(next_action(job, seen, turn.live, now), job, seen, cluster, installation)
+    seen, decision = await decide(job, turn, cluster)
+    decision = await act(decision, job, seen, cluster, installation)
     return await publish(turn, decision, spec.resources.nodes * spec.resources.gpus_per_node, cluster)
+
+
+async def decide(job: Job, turn: Turn, cluster: Cluster) -> tuple[Observation, Decision]:
+    """Say what comes next; what is more than on record already is decided by what is there now."""
+    seen = cluster.glimpse(turn.raw)
+    decision = next_action(job, seen, turn.live, turn.now)
+    if begins(decision, job) or confirms(decision, job, seen):
+        return seen, decision
+    seen = await look(job, turn.raw, cluster)
+    return seen, next_action(job, seen, turn.live, turn.now)
+
+
+def begins(decision: Decision, job: Job) -> bool:
+    """Whether a run takes its first step; children have derived names, so that a step taken before is taken once."""
+    return decision.action is Action.PREPARE and job.status.phase is None
+
+
+def confirms(decision: Decision, job: Job, seen: Observation) -> bool:
+    """Whether a decision does nothing, ends nothing and learns nothing, so that a late view cannot spoil it."""
+    facts = (decision.plan, decision.prepared, decision.result, decision.attempt and decision.attempt.reason)
+    return (
+        decision.action is Action.NONE
+        and (decision.phase, decision.reason) == (job.status.phase, job.status.reason)
+        and not any(facts)
+        and not outdated_deadlines(job, seen)
+    )
 
 
 async def look(job: Job, raw: RawJob, cluster: Cluster) -> Observation:
@@ -93,13 +119,16 @@ def parse(raw: RawJob) -> QLoRAJobSpec | Violation:
 
 async def settle(raw: RawJob, previous: QLoRAJobStatus, cluster: Cluster) -> Outcome:
     """Nothing starts again after the end; a Job that still holds a node is removed."""
-    if previous.phase is Phase.FAILED:
-        seen = await cluster.observe(raw)
-        for child in seen.jobs:
-            if child.holds_resources and not child.deleting:
-                await cluster.delete_job(raw.ref, child.name)
+    if previous.phase is Phase.FAILED and held_in_vain(cluster.glimpse(raw)):
+        for name in held_in_vain(await cluster.observe(raw)):
+            await cluster.delete_job(raw.ref, name)
     status = acknowledge(previous, raw.generation)
     return Outcome(written=await _write(raw, previous, status, cluster), status=status)
+
+
+def held_in_vain(seen: Observation) -> list[str]:
+    """Return the Jobs of a failed run that keep a node or the scheduler busy."""
+    return [child.name for child in seen.jobs if child.holds_resources and not child.deleting]
 
 
 async def act(
@@ -116,7 +145,8 @@ async def act(
     if decision.action is Action.START_OVER:
         await start_over(job, seen, cluster)
     if decision.action is Action.NONE:
-        await adjust_deadline(job, seen, cluster)
+        for deadline in outdated_deadlines(job, seen):
+            await cluster.patch(deadline)
     return decision
 
 
@@ -159,12 +189,14 @@ async def start_over(job: Job, seen: Observation, cluster: Cluster) -> None:
             await cluster.delete_job(job.ref, child.name)
 
 
-async def adjust_deadline(job: Job, seen: Observation, cluster: Cluster) -> None:
-    """Follow a change of spec.deadlines.total on a running training Job."""
+def outdated_deadlines(job: Job, seen: Observation) -> list[Manifest]:
+    """Return what running training Jobs lack after a change of spec.deadlines.total."""
     seconds = int(to_timedelta(job.spec.deadlines.total).total_seconds())
-    for child in seen.jobs:
-        if child.role is Role.TRAIN and not child.finished and child.deadline_seconds != seconds:
-            await cluster.patch(build_deadline(job.ref, child.name, seconds))
+    return [
+        build_deadline(job.ref, child.name, seconds)
+        for child in seen.jobs
+        if child.role is Role.TRAIN and not child.finished and child.deadline_seconds != seconds
+    ]
 
 
 async def publish(turn: Turn, decision: Decision, gpus: int | None, cluster: Cluster) -> Outcome:

@@ -10,7 +10,9 @@ from typing import Final
 from aiohttp import web
 
 from qlora_operator.cluster.api import Api, ApiError, NotFoundError
+from qlora_operator.cluster.children import Children, Shelf
 from qlora_operator.cluster.kube import KubeCluster
+from qlora_operator.cluster.parse import Child, Json
 from qlora_operator.cluster.ports import ClusterBusyError
 from qlora_operator.metrics import Metrics
 from qlora_operator.progress import Gate, ProgressEndpoint, Reports, utc_now
@@ -42,7 +44,8 @@ class Runtime:
         self.watch = WatchProof(asyncio.get_running_loop().time)
         self.queue: WorkQueue[JobRef] = WorkQueue(self._reconcile, settings.workers)
         self._api = api
-        self._cluster = KubeCluster(api)
+        self.children = Children()
+        self._cluster = KubeCluster(api, self.children)
         self._clock = clock
         self._reports = Reports()
         self._written: dict[JobRef, str] = {}
@@ -50,8 +53,9 @@ class Runtime:
         self._server: web.AppRunner | None = None
 
     async def start(self) -> None:
-        """Wait for the CRD, then start everything."""
+        """Wait for the CRD, look at every child, then start everything."""
         await self._wait_for_crd()
+        await self._cluster.refresh(self.settings.namespaces)
         self.queue.start()
         self._resync = asyncio.create_task(self._resync_forever(), name="resync")
         self._server = await self._serve()
@@ -78,6 +82,12 @@ class Runtime:
         """An event of a QLoRAJob arrived; our own write needs no second look."""
         self.watch.saw(ref, version)
         if self._written.get(ref) != version:
+            self.queue.add(ref)
+
+    def saw_child(self, shelf: Shelf[Child], change: str | None, item: Json) -> None:
+        """An event of a Job or a pod arrived; what tells nothing new needs no look."""
+        ref = shelf.drop(item) if change == "DELETED" else shelf.put(item)
+        if ref is not None:
             self.queue.add(ref)
 
     def forget(self, ref: JobRef) -> None:
@@ -107,7 +117,7 @@ class Runtime:
         deadline = self._clock() + CRD_PATIENCE
         while True:
             try:
-                await self._cluster.list_jobs(self.settings.namespaces)
+                await self._cluster.reach(self.settings.namespaces)
             except (ClusterBusyError, NotFoundError) as error:
                 if self._clock() > deadline:
                     raise
@@ -125,7 +135,9 @@ class Runtime:
                 _log.warning("the resync has to wait: %s", error)
 
     async def resync(self) -> None:
-        """Look at every unfinished job again, and at whether the watch knows of it."""
+        """Look at every unfinished job again, at all children, and at whether the watches told of them."""
+        for ref in await self._cluster.refresh(self.settings.namespaces):
+            self.queue.add(ref)
         for job in await self._cluster.list_jobs(self.settings.namespaces):
             self.watch.expect(job.ref, job.resource_version)
             if not job.settled:

@@ -2,13 +2,14 @@
 
 import asyncio
 import logging
-from collections.abc import Collection
+from collections.abc import AsyncIterator, Collection, Mapping
 from typing import Any, Final
 
 from qlora_api import names
 from qlora_api.names import TERMINAL
 from qlora_operator.cluster.api import APPLY, Api, ApiError, ConflictError, NotFoundError
-from qlora_operator.cluster.parse import controller_uid, parse_job, parse_observation
+from qlora_operator.cluster.children import Children, Shelf
+from qlora_operator.cluster.parse import Child, controller_uid, parse_job, parse_observation
 from qlora_operator.cluster.ports import ClusterBusyError, JobVersion, NameTakenError, PodIdentity, RefusedError
 from qlora_operator.values import JobRef, Manifest, Observation, RawJob
 
@@ -18,6 +19,9 @@ INVALID: Final = 422
 """The HTTP status for an object that can never be taken; quotas and policies answer otherwise."""
 _PREFIX: Final = {"v1": "/api/v1", "batch/v1": "/apis/batch/v1", "events.k8s.io/v1": "/apis/events.k8s.io/v1"}
 _PLURAL: Final = {"ConfigMap": "configmaps", "Service": "services", "Job": "jobs", "Event": "events"}
+PAGE: Final = 500
+"""Objects of one answer: ten thousand QLoRAJobs at once would be 100 MB of JSON."""
+_MANAGED: Final = f"{names.MANAGED_BY_LABEL}={names.FIELD_MANAGER}"
 _MANAGER: Final = {"fieldManager": names.FIELD_MANAGER}
 _ACCOUNT_PREFIX: Final = "system:serviceaccount:"
 _POD_NAME: Final = "authentication.kubernetes.io/pod-name"
@@ -41,8 +45,9 @@ def _path(manifest: Manifest) -> str:
 class KubeCluster:
     """Reads and writes through one API connection."""
 
-    def __init__(self, api: Api) -> None:
+    def __init__(self, api: Api, children: Children) -> None:
         self._api = api
+        self._children = children
 
     async def read_job(self, ref: JobRef) -> RawJob | None:
         """Return a QLoRAJob, or nothing when it is gone."""
@@ -51,10 +56,54 @@ class KubeCluster:
         except NotFoundError:
             return None
 
+    async def reach(self, namespaces: Collection[str]) -> None:
+        """Ask for QLoRAJobs; NotFoundError while the API server does not know what that is."""
+        for namespace in namespaces or ("",):
+            await self._api.request("GET", _jobs_path(namespace), query={"limit": "1"})
+
     async def list_jobs(self, namespaces: Collection[str]) -> list[JobVersion]:
         """Return every QLoRAJob of some namespaces, or of all when none is given."""
-        answers = [await self._api.request("GET", _jobs_path(namespace)) for namespace in namespaces or ("",)]
-        return [_version(item) for answer in answers for item in answer["items"]]
+        return [
+            _version(item)
+            for namespace in namespaces or ("",)
+            async for page in self._pages(_jobs_path(namespace))
+            for item in page["items"]
+        ]
+
+    async def refresh(self, namespaces: Collection[str]) -> set[JobRef]:
+        """List all children, and return whose were not as the watches had told."""
+        changed: set[JobRef] = set()
+        for namespace in namespaces or ("",):
+            place = f"namespaces/{namespace}/" if namespace else ""
+            changed |= await self._refresh(self._children.jobs, f"/apis/batch/v1/{place}jobs", namespace)
+            changed |= await self._refresh(self._children.pods, f"/api/v1/{place}pods", namespace)
+        return changed
+
+    async def _refresh(self, shelf: Shelf[Child], path: str, namespace: str) -> set[JobRef]:
+        """Replace what is known of one kind by a complete list, but for what is newer."""
+        listed: set[str] = set()
+        changed: set[JobRef] = set()
+        version = 0
+        async for page in self._pages(path, {"labelSelector": _MANAGED}):
+            listed |= {item["metadata"]["uid"] for item in page["items"]}
+            changed |= {ref for item in page["items"] if (ref := shelf.put(item))}
+            version = int(page["metadata"]["resourceVersion"])
+        return changed | shelf.drop_missing(namespace, listed, version)
+
+    async def _pages(self, path: str, query: Mapping[str, str] | None = None) -> AsyncIterator[dict[str, Any]]:
+        """Yield a complete list, all of one version, in pages."""
+        token = ""
+        while True:
+            paging = {"limit": str(PAGE)} | ({"continue": token} if token else {})
+            page = await self._api.request("GET", path, query={**(query or {}), **paging})
+            yield page
+            token = page["metadata"].get("continue", "")
+            if not token:
+                return
+
+    def glimpse(self, job: RawJob) -> Observation:
+        """Return what the watches have told of its children: free of cost, and perhaps late."""
+        return self._children.of(job)
 
     async def observe(self, job: RawJob) -> Observation:
         """Return the children that belong to exactly this QLoRAJob."""

@@ -1,15 +1,16 @@
 """From the API server's JSON to our values: the only place that knows its field names."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from datetime import datetime
-from itertools import groupby
-from typing import Any, Final
+from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 from qlora_api import names
 from qlora_api.names import Role
 from qlora_operator.values import ChildJob, Exit, JobFailure, JobRef, Observation, Pod, RawJob, Waiting
 
 Json = Mapping[str, Any]
+Child = TypeVar("Child", ChildJob, Pod)
 
 _INDEX: Final = "batch.kubernetes.io/job-completion-index"
 """Annotation of a pod of an Indexed Job."""
@@ -49,17 +50,48 @@ def controller_uid(item: Json) -> str | None:
     )
 
 
+class Sighting(NamedTuple, Generic[Child]):
+    """A Job or a pod as it was at one version."""
+
+    uid: str
+    owner: str
+    """The uid of what controls it: the QLoRAJob for a Job, the Job for a pod."""
+    version: int
+    what: Child
+
+
+def sight_job(item: Json) -> Sighting[ChildJob] | None:
+    """Read a batch/v1 Job; nothing if it is not one of ours."""
+    return _sight(item, parse_child(item, ())) if names.ROLE_LABEL in item["metadata"].get("labels", {}) else None
+
+
+def sight_pod(item: Json) -> Sighting[Pod]:
+    """Read a pod."""
+    return _sight(item, parse_pod(item))
+
+
+def _sight(item: Json, what: Child) -> Sighting[Child]:
+    metadata = item["metadata"]
+    return Sighting(metadata["uid"], controller_uid(item) or "", int(metadata.get("resourceVersion", 0)), what)
+
+
 def parse_observation(job: RawJob, jobs: Iterable[Json], pods: Iterable[Json]) -> Observation:
+    """Put together what belongs to this QLoRAJob."""
+    return assemble(job, filter(None, map(sight_job, jobs)), map(sight_pod, pods))
+
+
+def assemble(job: RawJob, jobs: Iterable[Sighting[ChildJob]], pods: Iterable[Sighting[Pod]]) -> Observation:
     """Put together what belongs to this QLoRAJob; a namesake's children do not."""
-    newest = {(controller_uid(pod) or "", _index_of(pod)): parse_pod(pod) for pod in sorted(pods, key=_created)}
-    gangs = {uid: tuple(newest[key] for key in keys) for uid, keys in groupby(sorted(newest), key=lambda key: key[0])}
+    gangs: dict[str, dict[int, Pod]] = {}
+    for pod in sorted(pods, key=lambda pod: pod.what.created_at or job.created_at):
+        gangs.setdefault(pod.owner, {})[pod.what.index] = pod.what
     return Observation(
-        tuple(
-            parse_child(child, gangs.get(child["metadata"]["uid"], ()))
-            for child in jobs
-            if controller_uid(child) == job.uid and names.ROLE_LABEL in child["metadata"].get("labels", {})
-        )
+        tuple(replace(child.what, pods=_by_index(gangs.get(child.uid, {}))) for child in jobs if child.owner == job.uid)
     )
+
+
+def _by_index(gang: Mapping[int, Pod]) -> tuple[Pod, ...]:
+    return tuple(gang[index] for index in sorted(gang))
 
 
 def _index_of(pod: Json) -> int:

@@ -51,8 +51,11 @@ class Cluster(Protocol):
     async def read_job(self, ref: JobRef) -> RawJob | None:
         """Return a QLoRAJob, or nothing when it is gone."""
 
+    def glimpse(self, job: RawJob) -> Observation:
+        """Return what the watches have told of its children: free of cost, and perhaps late."""
+
     async def observe(self, job: RawJob) -> Observation:
-        """Return the children that belong to exactly this QLoRAJob."""
+        """Look at the children that belong to exactly this QLoRAJob."""
 
     async def find_gpu_nodes(self) -> tuple[Manifest, ...]:
         """Return the nodes that say what GPUs they have; none where the operator may not look."""
@@ -78,6 +81,9 @@ class Listing(Protocol):
 
     async def list_jobs(self, namespaces: Collection[str]) -> list[JobVersion]:
         """Return every QLoRAJob of some namespaces, or of all when none is given."""
+
+    async def refresh(self, namespaces: Collection[str]) -> set[JobRef]:
+        """List all children, and return whose were not as the watches had told."""
 
 
 class Identities(Protocol):

@@ -2,7 +2,7 @@
 
 import asyncio
 from datetime import timedelta
-from typing import cast
+from typing import Any, cast
 
 import kopf
 import pytest
@@ -13,7 +13,7 @@ from qlora_operator.cluster.api import Api
 from qlora_operator.runtime import STUCK_SECONDS, Runtime
 from qlora_operator.settings import Settings
 from qlora_operator.watch import OVERDUE_SECONDS
-from tests.make import REF
+from tests.make import REF, UID
 
 
 @pytest.fixture
@@ -62,11 +62,33 @@ async def test_our_own_write_needs_no_second_look(runtime: Runtime) -> None:
 
 
 async def test_a_child_s_event_is_its_owner_s_key(runtime: Runtime) -> None:
-    memo = kopf.Memo(runtime=runtime)
-    await handlers.on_child_event(namespace=REF.namespace, labels={"qlora.dev/job": REF.name}, memo=memo)
-    await handlers.on_child_event(namespace=REF.namespace, labels={}, memo=memo)
+    event = {"type": "ADDED", "object": make_child_item("1")}
+    await handlers.on_child_job_event(event=event, memo=kopf.Memo(runtime=runtime))
     assert runtime.queue.depth == 1
     await runtime.queue.drain(timedelta(0))
+
+
+async def test_an_event_that_tells_nothing_new_is_no_work(runtime: Runtime) -> None:
+    runtime.children.pods.put(make_child_item("1"))
+    event = {"type": "MODIFIED", "object": make_child_item("2")}
+    await handlers.on_pod_event(event=event, memo=kopf.Memo(runtime=runtime))
+    assert runtime.queue.depth == 0
+
+
+async def test_a_deleted_child_is_work(runtime: Runtime) -> None:
+    event = {"type": "DELETED", "object": make_child_item("1")}
+    await handlers.on_pod_event(event=event, memo=kopf.Memo(runtime=runtime))
+    assert runtime.queue.depth == 1
+    await runtime.queue.drain(timedelta(0))
+
+
+def make_child_item(version: str) -> dict[str, Any]:
+    metadata = {
+        "name": "child", "uid": "u", "namespace": REF.namespace, "resourceVersion": version,
+        "creationTimestamp": "2026-03-01T12:00:00Z", "labels": {"qlora.dev/job": REF.name, "qlora.dev/role": "train"},
+        "ownerReferences": [{"uid": UID, "controller": True}],
+    }  # fmt: skip
+    return {"metadata": metadata, "spec": {}}
 
 
 def test_kopf_patches_posts_and_scans_nothing() -> None:

@@ -3,7 +3,6 @@
 import json
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -12,23 +11,20 @@ from qlora_api.modelconfig import reduce_config
 from qlora_api.names import Phase, Reason
 from qlora_api.runconfig import RunConfig
 from qlora_api.v1alpha1 import Progress
-from qlora_operator.cluster.ports import ClusterBusyError, RefusedError
-from qlora_operator.reconcile import NAME_TAKEN_RETRY, REFUSED_RETRY, Outcome, reconcile
+from qlora_operator.cluster.ports import RefusedError
+from qlora_operator.reconcile import NAME_TAKEN_RETRY, REFUSED_RETRY
 from qlora_operator.values import Manifest
-from tests.fakes import CrashError, FakeCluster
+from tests.fakes import FakeCluster
 from tests.make import (
-    INSTALLATION,
     PREPARED_WORD,
-    PUBLISHED_WORD,
     REF,
     make_manifest,
     make_prepared,
     make_result,
     make_word,
 )
+from tests.unit.operator.life import PREPARE, TRAIN, live_to_the_end, once, settle, without_times
 
-PREPARE = names.prepare_job_name(REF.name)
-TRAIN = names.train_job_name(REF.name, 1)
 SECOND = names.train_job_name(REF.name, 2)
 CONFIGS = Path(__file__).parent / "plan" / "configs"
 
@@ -38,36 +34,6 @@ def cluster() -> FakeCluster:
     fake = FakeCluster()
     fake.submit(make_manifest())
     return fake
-
-
-async def once(cluster: FakeCluster, live: Progress | None = None) -> Outcome:
-    return await reconcile(REF, cluster, INSTALLATION, live, cluster.now)
-
-
-async def settle(cluster: FakeCluster, live: Progress | None = None) -> None:
-    """Reconcile until nothing is written, restarting the operator when it dies."""
-    for _ in range(20):
-        before = len(cluster.writes)
-        cluster.pass_time(timedelta(seconds=1))
-        try:
-            await once(cluster, live)
-        except (CrashError, ClusterBusyError):
-            continue
-        if len(cluster.writes) == before:
-            return
-    raise AssertionError(f"never settles: {cluster.writes}")
-
-
-async def live_to_the_end(cluster: FakeCluster) -> None:
-    await settle(cluster)
-    cluster.end_pod(PREPARE, 0, PREPARED_WORD)
-    cluster.pass_time(timedelta(minutes=1))
-    await settle(cluster)
-    cluster.start_pod(TRAIN)
-    await settle(cluster)
-    cluster.pass_time(timedelta(minutes=10))
-    cluster.end_pod(TRAIN, 0, PUBLISHED_WORD)
-    await settle(cluster)
 
 
 async def test_the_whole_life(cluster: FakeCluster) -> None:
@@ -97,17 +63,6 @@ async def test_the_training_pod_gets_plan_and_facts(cluster: FakeCluster) -> Non
     assert config.plan.model_dump(mode="json", by_alias=True, exclude_none=True) == cluster.status["plan"] | {
         "reasons": list(config.plan.reasons)
     }
-
-
-def without_times(status: dict[str, Any]) -> str:
-    times = {"lastTransitionTime", "startedAt", "finishedAt"}
-    return json.dumps(status, sort_keys=True, default=str) if not times else json.dumps(_strip(status, times))
-
-
-def _strip(value: Any, keys: set[str]) -> Any:
-    if isinstance(value, dict):
-        return {key: _strip(item, keys) for key, item in sorted(value.items()) if key not in keys}
-    return [_strip(item, keys) for item in value] if isinstance(value, list) else value
 
 
 @pytest.mark.parametrize("write", range(1, 20))

@@ -1,0 +1,56 @@
+"""Passes over the QLoRAJob of a cluster in memory, from its submission to its end."""
+
+import json
+from datetime import timedelta
+from typing import Any, Final
+
+from qlora_api import names
+from qlora_api.v1alpha1 import Progress
+from qlora_operator.cluster.ports import ClusterBusyError
+from qlora_operator.reconcile import Outcome, reconcile
+from tests.fakes import CrashError, FakeCluster
+from tests.make import INSTALLATION, PREPARED_WORD, PUBLISHED_WORD, REF
+
+PREPARE: Final = names.prepare_job_name(REF.name)
+TRAIN: Final = names.train_job_name(REF.name, 1)
+
+
+async def once(cluster: FakeCluster, live: Progress | None = None) -> Outcome:
+    return await reconcile(REF, cluster, INSTALLATION, live, cluster.now)
+
+
+async def settle(cluster: FakeCluster, live: Progress | None = None) -> None:
+    """Reconcile until nothing is written, restarting the operator when it dies."""
+    for _ in range(20):
+        before = len(cluster.writes)
+        cluster.pass_time(timedelta(seconds=1))
+        try:
+            await once(cluster, live)
+        except (CrashError, ClusterBusyError):
+            continue
+        if len(cluster.writes) == before:
+            return
+    raise AssertionError(f"never settles: {cluster.writes}")
+
+
+async def live_to_the_end(cluster: FakeCluster) -> None:
+    await settle(cluster)
+    cluster.end_pod(PREPARE, 0, PREPARED_WORD)
+    cluster.pass_time(timedelta(minutes=1))
+    await settle(cluster)
+    cluster.start_pod(TRAIN)
+    await settle(cluster)
+    cluster.pass_time(timedelta(minutes=10))
+    cluster.end_pod(TRAIN, 0, PUBLISHED_WORD)
+    await settle(cluster)
+
+
+def without_times(status: dict[str, Any]) -> str:
+    """A status that can be compared with another life's."""
+    return json.dumps(_strip(status, {"lastTransitionTime", "startedAt", "finishedAt"}))
+
+
+def _strip(value: Any, keys: set[str]) -> Any:
+    if isinstance(value, dict):
+        return {key: _strip(item, keys) for key, item in sorted(value.items()) if key not in keys}
+    return [_strip(item, keys) for item in value] if isinstance(value, list) else value
