@@ -16,6 +16,8 @@ JOB_LABEL: Final = "qlora.dev/job"
 """On every child; the value is the QLoRAJob's name. observe() selects by it."""
 ROLE_LABEL: Final = "qlora.dev/role"
 """On every child: a Role."""
+LEADER_LABEL: Final = "qlora.dev/leader"
+"""On the pod of the operator that works; the progress Service selects by it."""
 ATTEMPT_LABEL: Final = "qlora.dev/attempt"
 """On the children of a training attempt; the value is its number, from 1."""
 

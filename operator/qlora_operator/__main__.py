@@ -1,20 +1,48 @@
-"""Starts the operator: kopf, the work queue and the progress server in one event loop."""
+"""Starts the operator: health, election, then kopf, the work queue and the progress server in one event loop."""
 
 import asyncio
+import contextlib
 import os
+import signal
 import sys
 
+from kubernetes.aio import client
+
 from qlora_operator.cluster.api import Api, load_configuration
+from qlora_operator.cluster.lease import KubeLeases
+from qlora_operator.election import Election, leading
 from qlora_operator.handlers import serve
+from qlora_operator.health import serve_health
 from qlora_operator.logs import configure_logs
+from qlora_operator.progress import utc_now
 from qlora_operator.runtime import Runtime
 from qlora_operator.settings import Settings, SettingsError, read_settings
 
 
 async def run(settings: Settings) -> None:
     """Run one operator until it is told to stop."""
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    if task is not None:
+        # Until kopf takes the signal over: a container's first process has no default for it.
+        loop.add_signal_handler(signal.SIGTERM, task.cancel)
     configuration = await load_configuration(settings.kubeconfig)
-    await serve(settings, configuration, Runtime(settings, Api(configuration)))
+    election = make_election(settings, configuration, loop)
+    api = Api(configuration, election.holds) if election else Api(configuration)
+    runtime = Runtime(settings, api)
+    async with serve_health(settings.health_port, runtime.ailment), leading(election):
+        await serve(settings, configuration, runtime)
+
+
+def make_election(
+    settings: Settings, configuration: client.Configuration, loop: asyncio.AbstractEventLoop
+) -> Election | None:
+    """Return this replica's part in the election; outside a cluster there is nobody to agree with."""
+    home = settings.home
+    if home is None:
+        return None
+    # A connection of its own: a renewal must not wait behind other calls.
+    leases = KubeLeases(Api(configuration), home.namespace, home.lease, home.pod)
+    return Election(leases, home.pod, loop.time, utc_now)
 
 
 def main() -> int:
@@ -25,7 +53,8 @@ def main() -> int:
         sys.stderr.write(f"{error}\n")
         return 2
     configure_logs(settings.log_level)
-    asyncio.run(run(settings))
+    with contextlib.suppress(asyncio.CancelledError):
+        asyncio.run(run(settings))
     return 0
 
 

@@ -14,7 +14,7 @@ import yaml
 from qlora_api import crd
 from qlora_api.guidance import GUIDANCE
 from qlora_api.names import KIND
-from qlora_operator.cluster.permissions import build_cluster_rules, build_rules
+from qlora_operator.cluster.permissions import build_cluster_rules, build_home_rules, build_rules
 from qlora_operator.validity import render_table
 
 CHART: Final = "charts/qlora-operator"
@@ -48,8 +48,8 @@ def chart_crd_file() -> str:
 
 
 def chart_rules_file() -> str:
-    """The operator's RBAC rules: those of QLoRAJobs' namespaces, and those of the cluster."""
-    defined = {"rules": build_rules(), "clusterRules": build_cluster_rules()}
+    """The operator's RBAC rules: those of QLoRAJobs' namespaces, of the cluster, and of its own namespace."""
+    defined = {"rules": build_rules(), "clusterRules": build_cluster_rules(), "homeRules": build_home_rules()}
     return f"{{{{- /* {_NOTE} */ -}}}}\n" + "\n".join(
         f'{{{{- define "qlora-operator.{name}" -}}}}\n{_to_yaml(rules)}{{{{- end }}}}\n'
         for name, rules in defined.items()

@@ -41,14 +41,6 @@ async def on_cleanup(memo: kopf.Memo, **_: Any) -> None:
     await memo.runtime.stop()
 
 
-@kopf.on.probe(id="operator")
-async def on_probe(memo: kopf.Memo, **_: Any) -> str:
-    """Answer /healthz; only a permanent error answers 500 at once."""
-    if ailment := memo.runtime.ailment():
-        raise kopf.PermanentError(ailment)
-    return "ok"
-
-
 @kopf.on.event(*QLORAJOBS)
 async def on_job_event(event: kopf.RawEvent, namespace: str | None, name: str, memo: kopf.Memo, **_: Any) -> None:
     """A QLoRAJob has changed, or is gone."""
@@ -104,6 +96,5 @@ async def serve(settings: Settings, configuration: client.Configuration, runtime
         standalone=True,
         clusterwide=not settings.namespaces,
         namespaces=settings.namespaces,
-        liveness_endpoint=f"http://0.0.0.0:{settings.health_port}/healthz",
         memo=kopf.Memo(runtime=runtime, configuration=configuration),
     )

@@ -70,7 +70,9 @@ class Runtime:
         await self._api.close()
 
     def ailment(self) -> str | None:
-        """Say what only a restart can cure."""
+        """Say what only a restart can cure; a replica that waits to lead is well."""
+        if self._server is None:
+            return None
         if not self.queue.alive() or self._resync is None or self._resync.done():
             return "a worker has ended"
         if overdue := self.watch.overdue():

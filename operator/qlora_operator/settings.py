@@ -6,6 +6,7 @@ from typing import Final
 
 from pydantic import ValidationError
 
+from qlora_api import names
 from qlora_api.runconfig import Platform, S3Config
 from qlora_operator.build import Installation
 
@@ -17,6 +18,15 @@ MAX_WORKERS: Final = 256
 
 class SettingsError(Exception):
     """Whoever installed the operator must change an environment variable."""
+
+
+@dataclass(frozen=True)
+class Home:
+    """Where this replica runs, and the Lease by which it agrees with the others."""
+
+    namespace: str
+    pod: str
+    lease: str
 
 
 @dataclass(frozen=True)
@@ -32,6 +42,8 @@ class Settings:
     log_level: str = "info"
     kubeconfig: str = ""
     """Empty means the pod's own account."""
+    home: Home | None = None
+    """None outside a cluster, where there is no other replica."""
 
 
 def read_settings(environment: Mapping[str, str]) -> Settings:
@@ -53,7 +65,17 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
         health_port=_number(environment, "QLORA_HEALTH_PORT", 8081, MAX_PORT),
         log_level=_choice(environment, "QLORA_LOG_LEVEL", LOG_LEVELS, "info"),
         kubeconfig=environment.get("KUBECONFIG", ""),
+        home=_home(environment),
     )
+
+
+def _home(environment: Mapping[str, str]) -> Home | None:
+    namespace, pod = environment.get("POD_NAMESPACE", ""), environment.get("POD_NAME", "")
+    if not namespace:
+        return None
+    if not pod:
+        raise SettingsError("POD_NAME is not set, and POD_NAMESPACE is: replicas agree by their names on who leads")
+    return Home(namespace, pod, environment.get("QLORA_LEASE") or names.FIELD_MANAGER)
 
 
 def _platform(environment: Mapping[str, str]) -> Platform:

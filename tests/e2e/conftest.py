@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from examples.quickstart.make_model import DEFAULT_MIRROR, make_model
+from qlora_api.names import LEADER_LABEL
 from tests.cluster.cluster import Cluster
 from tests.cluster.commands import wait_until
 from tests.cluster.images import build_image
@@ -19,6 +20,8 @@ TRANSCRIPT: Final = ROOT / "out/e2e"
 """What a user would have seen; the README's outputs are taken from here."""
 OPERATOR_NAMESPACE: Final = "qlora-system"
 RELEASE: Final = "qlora-operator"
+REPLICAS: Final = 2
+"""The chart's own number."""
 RESTRICTED: Final = {"pod-security.kubernetes.io/enforce": "restricted"}
 SECRET: Final = "s3-credentials"
 BUCKETS: Final = ("models", "quickstart", "adapters")
@@ -61,8 +64,14 @@ class Installation:
         return self.cluster.get("pods", f"--namespace={OPERATOR_NAMESPACE}", selector)["items"]
 
     def configure(self, values: dict[str, str]) -> None:
-        """Change values of the chart, and wait until the operator runs with them."""
+        """Change values of the chart, and wait until an operator with them leads."""
         self.cluster.helm("upgrade", RELEASE, ROOT / "charts/qlora-operator", *release_flags(values))
+        wait_for("the end of the replicas before", lambda: len(self.operator_pods()) == REPLICAS, 60)
+        wait_for("a leader", self.leaders, 60)
+
+    def leaders(self) -> list[dict[str, Any]]:
+        """The pods that the progress Service leads to."""
+        return [pod for pod in self.operator_pods() if LEADER_LABEL in pod["metadata"]["labels"]]
 
 
 def namespace_manifest(name: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Final
 
-from tests.e2e.conftest import OPERATOR_NAMESPACE, Installation, manifest_of, wait_for
+from tests.e2e.conftest import OPERATOR_NAMESPACE, RELEASE, Installation, manifest_of, wait_for
 
 NAMESPACE: Final = "killed"
 NAME: Final = "survivor"
@@ -43,6 +43,8 @@ def kill_operator(installation: Installation) -> None:
         name = pod["metadata"]["name"]
         flags = [f"--namespace={OPERATOR_NAMESPACE}", "--grace-period=0", "--force", "--ignore-not-found"]
         installation.cluster.kubectl("delete", "pod", name, *flags)
+    # The pods come back under other names, which would have to wait for the Lease of the dead one.
+    installation.cluster.kubectl("delete", "lease", RELEASE, f"--namespace={OPERATOR_NAMESPACE}", "--ignore-not-found")
     wait_for("the death of the operator", lambda: not set(victims) & set(operator_processes()), 30)
 
 

@@ -98,7 +98,7 @@ def test_a_pod_cannot_speak_for_another_job(waiting: Installation):
     token = waiting.cluster.kubectl(
         "exec", f"--namespace={NAMESPACE}", "speaker", "--", "cat", "/var/run/progress/token"
     )
-    address = waiting.operator_pods()[0]["status"]["podIP"]
+    address = waiting.leaders()[0]["status"]["podIP"]
     assert post(progress_url("scripted", address), token) == 200
     assert post(progress_url("neighbour", address), token) == 403
     assert post(progress_url("scripted", address), "nonsense") == 401

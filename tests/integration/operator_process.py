@@ -2,11 +2,14 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,7 +18,7 @@ from typing import Any, Final
 import yaml
 
 from qlora_api import names
-from qlora_operator.cluster.permissions import build_cluster_rules, build_rules
+from qlora_operator.cluster.permissions import build_cluster_rules, build_home_rules, build_rules
 from tests.cluster.addresses import free_ports
 from tests.cluster.cluster import Cluster
 from tests.cluster.commands import wait_until
@@ -33,20 +36,24 @@ def install(cluster: Cluster) -> None:
     """Install the CRD, and an account with the operator's permissions and nothing else."""
     cluster.kubectl("apply", "-f", ROOT / "crds/qlorajobs.qlora.dev.yaml")
     cluster.kubectl("wait", "--for=condition=Established", "crd/qlorajobs.qlora.dev", "--timeout=30s")
-    role = {"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRole", "metadata": {"name": ACCOUNT}}
-    binding = {
-        "apiVersion": "rbac.authorization.k8s.io/v1",
-        "kind": "ClusterRoleBinding",
-        "metadata": {"name": ACCOUNT},
-        "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": ACCOUNT},
-        "subjects": [{"kind": "ServiceAccount", "name": ACCOUNT, "namespace": HOME}],
-    }
     cluster.apply(
         {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": HOME}},
         {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": ACCOUNT, "namespace": HOME}},
-        {**role, "rules": build_rules() + build_cluster_rules()},
-        binding,
+        *build_rights("ClusterRole", build_rules() + build_cluster_rules(), {"name": ACCOUNT}),
+        *build_rights("Role", build_home_rules(), {"name": ACCOUNT, "namespace": HOME}),
     )
+
+
+def build_rights(kind: str, rules: list[dict[str, Any]], metadata: dict[str, str]) -> tuple[dict[str, Any], ...]:
+    """Some rules, and their binding to the operator's account."""
+    group = "rbac.authorization.k8s.io"
+    subject = {"kind": "ServiceAccount", "name": ACCOUNT, "namespace": HOME}
+    role = {"apiVersion": f"{group}/v1", "kind": kind, "metadata": metadata, "rules": rules}
+    binding = {
+        "apiVersion": f"{group}/v1", "kind": f"{kind}Binding", "metadata": metadata,
+        "roleRef": {"apiGroup": group, "kind": kind, "name": ACCOUNT}, "subjects": [subject],
+    }  # fmt: skip
+    return role, binding
 
 
 def write_kubeconfig(cluster: Cluster, path: Path) -> Path:
@@ -62,7 +69,7 @@ def write_kubeconfig(cluster: Cluster, path: Path) -> Path:
 class Operator:
     """One operator process."""
 
-    def __init__(self, cluster: Cluster, folder: Path, namespaces: str = "") -> None:
+    def __init__(self, cluster: Cluster, folder: Path, namespaces: str = "", **environment: str) -> None:
         self.progress_port, self.health_port = free_ports(2)
         self.log = folder / "operator.log"
         self._environment = {
@@ -73,6 +80,7 @@ class Operator:
             "QLORA_PROGRESS_PORT": str(self.progress_port),
             "QLORA_HEALTH_PORT": str(self.health_port),
             "QLORA_NAMESPACES": namespaces,
+            **environment,
         }
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -240,6 +248,16 @@ class Place:
             "create", "token", "default", f"--audience={audience}", "--bound-object-kind=Pod",
             f"--bound-object-name={pod}", f"--bound-object-uid={uid}",
         ).strip()  # fmt: skip
+
+
+@contextmanager
+def open_place(cluster: Cluster, title: str) -> Iterator[Place]:
+    """A namespace of its own, named after a test."""
+    namespace = re.sub(r"[^a-z0-9]+", "-", title.lower())[:50].strip("-")
+    cluster.kubectl("create", "namespace", namespace)
+    wait_until("account", lambda: bool(cluster.get("serviceaccounts", f"--namespace={namespace}")["items"]))
+    yield Place(cluster, namespace)
+    cluster.kubectl("delete", "namespace", namespace, "--wait=false")
 
 
 def wire_now() -> str:

@@ -13,7 +13,7 @@ import yaml
 from qlora_api import names
 from tests.cluster.cluster import Cluster
 from tests.cluster.commands import wait_until
-from tests.integration.operator_process import NAME, PREPARE, ROOT, TRAIN, Operator, Place, install
+from tests.integration.operator_process import NAME, PREPARE, ROOT, TRAIN, Operator, Place, install, open_place
 from tests.make import PREPARED_WORD, PUBLISHED_WORD, make_prepared, make_result, make_word
 
 COLLECTED: Final = 90.0
@@ -29,11 +29,8 @@ def installed(control_plane: Cluster) -> Cluster:
 @pytest.fixture
 def place(installed: Cluster, request: pytest.FixtureRequest) -> Iterator[Place]:
     """A namespace of its own for every test."""
-    namespace = re.sub(r"[^a-z0-9]+", "-", request.node.name.lower())[:50].strip("-")
-    installed.kubectl("create", "namespace", namespace)
-    wait_until("account", lambda: bool(installed.get("serviceaccounts", f"--namespace={namespace}")["items"]))
-    yield Place(installed, namespace)
-    installed.kubectl("delete", "namespace", namespace, "--wait=false")
+    with open_place(installed, request.node.name) as place:
+        yield place
 
 
 @pytest.fixture

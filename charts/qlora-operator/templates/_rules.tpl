@@ -77,3 +77,20 @@
   verbs:
   - list
 {{- end }}
+
+{{- define "qlora-operator.homeRules" -}}
+- apiGroups:
+  - coordination.k8s.io
+  resources:
+  - leases
+  verbs:
+  - get
+  - create
+  - update
+- apiGroups:
+  - ''
+  resources:
+  - pods
+  verbs:
+  - patch
+{{- end }}

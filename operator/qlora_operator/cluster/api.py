@@ -1,7 +1,7 @@
 """One way to call the API server: a path and a body in, JSON or one of three errors out."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import aiohttp
@@ -12,6 +12,7 @@ from qlora_operator.cluster.ports import ClusterBusyError
 REQUEST_SECONDS: Final = 30
 """Longest time for one call; a slower API server is as good as away."""
 APPLY: Final = "application/apply-patch+yaml"
+MERGE: Final = "application/merge-patch+json"
 _BUSY: Final = frozenset({408, 429, 500, 502, 503, 504})
 
 
@@ -48,8 +49,9 @@ async def load_configuration(kubeconfig: str) -> client.Configuration:
 class Api:
     """A connection to the API server."""
 
-    def __init__(self, configuration: client.Configuration) -> None:
+    def __init__(self, configuration: client.Configuration, may_write: Callable[[], bool] = lambda: True) -> None:
         self._client = client.ApiClient(configuration)
+        self._may_write = may_write
 
     async def close(self) -> None:
         """Close the connections."""
@@ -65,6 +67,8 @@ class Api:
         content_type: str = "application/json",
     ) -> dict[str, Any]:
         """Make one call and return its JSON."""
+        if method != "GET" and not self._may_write():
+            raise ClusterBusyError("this replica no longer leads, and writes nothing")
         call = await self._client.param_serialize(
             method,
             path,

@@ -46,6 +46,12 @@ CLUSTER: Final = (
 )
 """TokenReviews and nodes have no namespace."""
 
+HOME: Final = (
+    Permission("coordination.k8s.io", "leases", ("get", "create", "update"), "Agree on which replica works."),
+    Permission("", "pods", ("patch",), "Label the leader's pod, so that the progress Service leads to it."),
+)
+"""In the operator's own namespace."""
+
 
 def _to_rules(permissions: tuple[Permission, ...]) -> list[dict[str, Any]]:
     return [
@@ -62,3 +68,8 @@ def build_rules() -> list[dict[str, Any]]:
 def build_cluster_rules() -> list[dict[str, Any]]:
     """Return the rules that only a ClusterRole can hold."""
     return _to_rules(CLUSTER)
+
+
+def build_home_rules() -> list[dict[str, Any]]:
+    """Return the rules of the Role in the operator's own namespace."""
+    return _to_rules(HOME)

@@ -1,6 +1,13 @@
 """Least privilege, as a table that only this test may widen."""
 
-from qlora_operator.cluster.permissions import CLUSTER, NAMESPACED, build_cluster_rules, build_rules
+from qlora_operator.cluster.permissions import (
+    CLUSTER,
+    HOME,
+    NAMESPACED,
+    build_cluster_rules,
+    build_home_rules,
+    build_rules,
+)
 
 
 def test_the_operator_may_do_this_and_nothing_else() -> None:
@@ -18,6 +25,14 @@ def test_the_operator_may_do_this_and_nothing_else() -> None:
     }
 
 
+def test_in_its_own_namespace_it_may_lead() -> None:
+    assert {f"{entry.group}/{entry.resource}": " ".join(entry.verbs) for entry in HOME} == {
+        "coordination.k8s.io/leases": "get create update",
+        "/pods": "patch",
+    }
+
+
 def test_rules_have_no_wildcard_and_no_secret() -> None:
-    words = {word for rule in build_rules() + build_cluster_rules() for values in rule.values() for word in values}
+    rules = build_rules() + build_cluster_rules() + build_home_rules()
+    words = {word for rule in rules for values in rule.values() for word in values}
     assert not words & {"*", "secrets", "pods/exec", "impersonate", "escalate", "bind"}

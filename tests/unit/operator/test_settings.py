@@ -4,7 +4,7 @@ import pytest
 
 from qlora_api.runconfig import Platform, S3Config
 from qlora_operator.build import Installation
-from qlora_operator.settings import Settings, SettingsError, read_settings
+from qlora_operator.settings import Home, Settings, SettingsError, read_settings
 
 IMAGE = {"QLORA_TRAINER_IMAGE": "trainer:1"}
 
@@ -23,14 +23,20 @@ def test_everything() -> None:
             "QLORA_S3_ENDPOINT": "http://s3", "QLORA_S3_REGION": "eu", "QLORA_S3_ADDRESSING": "path",
             "QLORA_S3_CHECKSUMS": "when_required", "QLORA_LOG_LEVEL": "debug",
             "QLORA_IMAGE_PULL_SECRETS": "registry, mirror", "KUBECONFIG": "/kube",
+            "POD_NAMESPACE": "qlora", "POD_NAME": "operator-x7b", "QLORA_LEASE": "my-release",
         }
     )  # fmt: skip
     s3 = S3Config(endpoint="http://s3", region="eu", addressing="path", checksums="when_required")
     platform = Platform(s3=s3, hub_endpoint="https://hub", hub_mirror="s3://hub")
     assert settings == Settings(
         Installation("trainer:1", "Always", "http://operator:8080", platform, ("registry", "mirror")),
-        ("ml", "research"), 4, 9000, 9001, "debug", "/kube",
+        ("ml", "research"), 4, 9000, 9001, "debug", "/kube", Home("qlora", "operator-x7b", "my-release"),
     )  # fmt: skip
+
+
+def test_a_pod_without_a_name_cannot_agree_with_others() -> None:
+    with pytest.raises(SettingsError, match="POD_NAME"):
+        read_settings(IMAGE | {"POD_NAMESPACE": "qlora"})
 
 
 def test_empty_values_of_the_chart_are_defaults() -> None:

@@ -1,0 +1,25 @@
+"""What the kubelet's probe is answered, from the first moment of the process to its last."""
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+from aiohttp import web
+
+
+@asynccontextmanager
+async def serve_health(port: int, ailment: Callable[[], str | None]) -> AsyncIterator[None]:
+    """Answer /healthz with 200, or with 500 and the ailment, while the block runs."""
+
+    async def answer(_: web.Request) -> web.Response:
+        illness = ailment()
+        return web.Response(text=illness or "ok", status=500 if illness else 200)
+
+    app = web.Application()
+    app.router.add_get("/healthz", answer)
+    runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=1)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, port=port).start()
+        yield
+    finally:
+        await runner.cleanup()
