@@ -1,6 +1,7 @@
 """The cluster's programs, built once from pinned Go modules into the cache."""
 
 import hashlib
+import json
 import shutil
 import time
 from collections.abc import Iterable
@@ -57,6 +58,8 @@ PROGRAMS: Final = {
     "coredns": Program("coredns", "github.com/coredns/coredns", 155),
     "registry": Program("registry", "github.com/distribution/distribution/v3/cmd/registry", 105),
     "kwok": Program("kwok", "sigs.k8s.io/kwok/cmd/kwok", 120),
+    "jobset": Program("jobset", "sigs.k8s.io/jobset", 95),
+    "kueue": Program("kueue", "sigs.k8s.io/kueue/cmd/kueue", 265),
 }
 """Another program is one line here and one folder under modules/ (`go get -tool PACKAGE@VERSION`)."""
 
@@ -71,6 +74,9 @@ CONTROL_PLANE_PROGRAMS: Final = (
     "kube-scheduler",
     "versitygw",
 )
+
+CONTROLLERS: Final = ("kwok", "jobset", "kueue")
+"""What the benchmark of scale and the tests with Kueue add: simulated nodes, and other projects' controllers."""
 
 NODE_PROGRAMS: Final = ("kubelet", "kube-proxy", "coredns", "registry")
 """What a real node adds to the control plane's."""
@@ -111,6 +117,13 @@ def compile_program(program: Program, path: Path) -> None:
     argv = [go_program(), "build", "-trimpath", "-ldflags", flags, "-o", partial, program.package]
     run(argv, env=go_environment(), cwd=MODULES / program.module)
     partial.rename(path)
+
+
+def source(name: str) -> Path:
+    """Return the folder of the module that a program comes from, fetched if the cache does not have it."""
+    program = PROGRAMS[name]
+    download = [go_program(), "mod", "download", "-json", f"sigs.k8s.io/{program.module}"]
+    return Path(json.loads(run(download, env=go_environment(), cwd=MODULES / program.module))["Dir"])
 
 
 def build_programs(names: Iterable[str]) -> None:

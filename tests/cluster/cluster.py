@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -12,7 +13,7 @@ from tests.cluster import images, kwok
 from tests.cluster.binaries import binary
 from tests.cluster.commands import run, succeeds, wait_until
 from tests.cluster.containers import Containerd
-from tests.cluster.control_plane import start_control_plane
+from tests.cluster.control_plane import ControlPlane, start_control_plane
 from tests.cluster.network import GATEWAY, start_bridge
 from tests.cluster.node import NODE, ensure_node_possible, start_node
 from tests.cluster.paths import lock
@@ -38,9 +39,19 @@ class Cluster:
     processes: Processes | None = None
     containerd: Containerd | None = None
     s3_server: S3 | None = None
+    plane: ControlPlane | None = None
 
     @classmethod
-    def start(cls, name: str | None = None, *, node: bool = False, kwok_nodes: int = 0, s3: bool = True) -> "Cluster":
+    def start(
+        cls,
+        name: str | None = None,
+        *,
+        node: bool = False,
+        kwok_nodes: int = 0,
+        stages: str = "",
+        s3: bool = True,
+        api_server_flags: Sequence[str] = (),
+    ) -> "Cluster":
         """Start a cluster that ends with this process unless it is detached; use it in a `with` statement."""
         state = find_state(name or f"session-{os.getpid()}")
         with lock(START_LOCK):
@@ -51,28 +62,32 @@ class Cluster:
                 )
             state.claim()
         try:
-            return cls.build(state, node=node, kwok_nodes=kwok_nodes, s3=s3)
+            return cls.build(
+                state, node=node, kwok_nodes=kwok_nodes, stages=stages, s3=s3, api_server_flags=api_server_flags
+            )
         except BaseException:
             state.stop()
             raise
 
     @classmethod
-    def build(cls, state: State, *, node: bool, kwok_nodes: int, s3: bool) -> "Cluster":
+    def build(
+        cls, state: State, *, node: bool, kwok_nodes: int, stages: str, s3: bool, api_server_flags: Sequence[str]
+    ) -> "Cluster":
         """Bring up the parts in the order in which they need each other."""
         if node:
             ensure_node_possible()
             claim_node(state)
         processes, started = Processes(state.folder), time.monotonic()
         say(f"starting {state.name}")
-        plane = start_control_plane(state.folder, processes)
-        cluster = cls(plane.kubeconfig, state, processes)
+        plane = start_control_plane(state.folder, processes, api_server_flags)
+        cluster = cls(plane.kubeconfig, state, processes, plane=plane)
         if s3:
             cluster.s3_server = start_s3(state.folder, processes, GATEWAY if node else "127.0.0.1")
             state.remember_s3(cluster.s3_server)
         if node:
             cluster.containerd = start_node(plane, processes)
         if kwok_nodes:
-            kwok.start_simulator(plane, processes)
+            kwok.start_simulator(plane, processes, stages)
             cluster.add_simulated_nodes(kwok_nodes)
         cluster.wait_until_usable()
         say(f"{state.name} is ready after {time.monotonic() - started:.0f} s")

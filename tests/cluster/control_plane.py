@@ -3,6 +3,7 @@
 import ssl
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -51,7 +52,7 @@ class ControlPlane:
         return self.authority.kubeconfig(self.folder / f"{name}.kubeconfig", self.server, client)
 
 
-def start_control_plane(folder: Path, processes: Processes) -> ControlPlane:
+def start_control_plane(folder: Path, processes: Processes, api_server_flags: Sequence[str] = ()) -> ControlPlane:
     """Start the four programs and return when the API server is ready."""
     etcd_port, peer_port, api_port = free_ports(3)
     plane = ControlPlane(folder, host_address(), api_port, make_authority(folder / "pki"))
@@ -60,7 +61,7 @@ def start_control_plane(folder: Path, processes: Processes) -> ControlPlane:
     plane.authority.kubeconfig(plane.kubeconfig, plane.server, admin)
     sign_server(plane)
     processes.wait_for_port("etcd", "127.0.0.1", etcd_port)
-    processes.start("kube-apiserver", api_server_command(plane, etcd_port))
+    processes.start("kube-apiserver", [*api_server_command(plane, etcd_port), *api_server_flags])
     controller_manager = controller_manager_command(plane)
     scheduler = scheduler_command(plane)
     wait_until_ready(plane, processes)

@@ -2,11 +2,10 @@
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 from tests.cluster.addresses import free_ports
-from tests.cluster.binaries import binary
+from tests.cluster.binaries import binary, source
 from tests.cluster.control_plane import ControlPlane
 from tests.cluster.processes import Processes
 
@@ -66,9 +65,17 @@ def build_nodes(count: int, product: GpuProduct, gpus: int, prefix: str) -> str:
     return json.dumps({"apiVersion": "v1", "kind": "List", "items": items})
 
 
-def start_simulator(plane: ControlPlane, processes: Processes, stages: Path | None = None) -> None:
+def pods_that_run() -> str:
+    """Return the stages of pods that run until a test or a further stage ends them."""
+    folder = source("kwok") / "kustomize/stage/pod/fast"
+    return "\n---\n".join((folder / f"pod-{stage}.yaml").read_text() for stage in ("ready", "delete"))
+
+
+def start_simulator(plane: ControlPlane, processes: Processes, stages: str = "") -> None:
     """Start KWOK; its pods run at once, and those of Jobs succeed at once, unless stages say otherwise."""
     [port] = free_ports(1)
+    config = plane.folder / "stages.yaml"
+    config.write_text(stages)
     argv = [
         binary("kwok"),
         f"--kubeconfig={plane.kubeconfig}",
@@ -76,5 +83,5 @@ def start_simulator(plane: ControlPlane, processes: Processes, stages: Path | No
         f"--server-address=127.0.0.1:{port}",
         "--node-lease-duration-seconds=40",
     ]
-    processes.start("kwok", [*argv, *([f"--config={stages}"] if stages else [])])
+    processes.start("kwok", [*argv, *([f"--config={config}"] if stages else [])])
     processes.wait_for_port("kwok", "127.0.0.1", port)

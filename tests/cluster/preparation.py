@@ -2,18 +2,24 @@
 
 import os
 
-from tests.cluster.binaries import CLIENT_PROGRAMS, CONTROL_PLANE_PROGRAMS, NODE_PROGRAMS, build_programs
+from tests.cluster.binaries import (
+    CLIENT_PROGRAMS,
+    CONTROL_PLANE_PROGRAMS,
+    CONTROLLERS,
+    NODE_PROGRAMS,
+    build_programs,
+)
 from tests.cluster.images import build_own_image, named_image
 from tests.cluster.node import ensure_node_possible
 from tests.cluster.progress import Unavailable, say
 
 
-def prepare(*, node: bool) -> None:
+def prepare(*, node: bool, controllers: bool = False) -> None:
     """Make what a cluster needs that is not there yet; without what a node needs where there can be none."""
     if os.environ.get("QLORA_TEST_KUBECONFIG"):
         build_programs(CLIENT_PROGRAMS)
         return
-    build_programs(CONTROL_PLANE_PROGRAMS)
+    build_programs((*CONTROL_PLANE_PROGRAMS, *(CONTROLLERS if controllers else ())))
     if node:
         try:
             prepare_node()
