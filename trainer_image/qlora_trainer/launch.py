@@ -4,6 +4,7 @@ The pod's own process runs this. Signals go to the training processes themselves
 them 30 seconds, and a checkpoint may need the pod's whole grace period.
 """
 
+import contextlib
 import os
 import signal
 import socket
@@ -161,10 +162,22 @@ def all_done(node: Node) -> bool:
 
 
 def _ask_to_stop(launcher: int) -> None:
-    parent = psutil.Process(launcher)
-    workers = [child for child in parent.children(recursive=True) if is_worker(child.cmdline())]
-    for process in workers or [parent]:
-        process.send_signal(signal.SIGTERM)
+    for process in workers_of(launcher) or [psutil.Process(launcher)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.send_signal(signal.SIGTERM)
+
+
+def workers_of(launcher: int) -> list[psutil.Process]:
+    """Return the training processes of a launcher that still run."""
+    return [child for child in psutil.Process(launcher).children(recursive=True) if is_worker(_command_of(child))]
+
+
+def _command_of(process: psutil.Process) -> list[str]:
+    """Return a process's command line; one that has ended and was not waited for has none any more."""
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:
+        return []
 
 
 def is_worker(command: Iterable[str]) -> bool:

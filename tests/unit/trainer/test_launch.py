@@ -23,7 +23,7 @@ from qlora_api.runconfig import RunConfig
 from qlora_api.v1alpha1 import Plan
 from qlora_trainer.errors import RunError
 from qlora_trainer.interrupt import StopFlag
-from qlora_trainer.launch import INDEX_ENV, Node, choose_word, is_worker, launch_command, wait_for_address
+from qlora_trainer.launch import INDEX_ENV, Node, choose_word, is_worker, launch_command, wait_for_address, workers_of
 from qlora_trainer.prepare import prepare
 from tests.unit.trainer.tiny import prepare_config, run_config, write_job
 
@@ -85,6 +85,28 @@ def test_the_launcher_is_no_worker(tmp_path: Path) -> None:
     node = Node(plan_of("zero2"), 1, "10.0.0.1", tmp_path / "run.json", tmp_path)
     assert not is_worker(launch_command(node))
     assert is_worker([sys.executable, "-u", "-m", "qlora_trainer", "train", "--config", "run.json"])
+
+
+LAUNCHER = """
+import subprocess, sys, time
+ended = subprocess.Popen([sys.executable, "-c", "", "qlora_trainer"])
+runs = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "qlora_trainer"])
+while open(f"/proc/{ended.pid}/stat").read().split()[2] != "Z":
+    time.sleep(0.01)
+print(runs.pid, flush=True)
+time.sleep(60)
+"""
+"""Has one process that it did not wait for, and one that runs."""
+
+
+def test_a_worker_that_has_ended_is_not_asked_to_stop() -> None:
+    with subprocess.Popen([sys.executable, "-c", LAUNCHER], stdout=subprocess.PIPE, text=True) as launcher:
+        assert launcher.stdout
+        running = int(launcher.stdout.readline())
+        found = workers_of(launcher.pid)
+        for process in (*found, launcher):
+            process.kill()
+    assert [process.pid for process in found] == [running]
 
 
 @pytest.fixture
