@@ -25,6 +25,7 @@ class FakeCluster:
 
     def __init__(self) -> None:
         self.now: datetime = NOW
+        self.listening_since: datetime = NOW
         self.job: Manifest | None = None
         self.children: dict[tuple[str, str], Manifest] = {}
         self.pods: dict[str, Manifest] = {}
@@ -35,6 +36,8 @@ class FakeCluster:
         self.looks_at_nodes = 0
         self.looks = 0
         self._told: tuple[list[Manifest], list[Manifest]] | None = None
+        self.lingers = False
+        """Whether a Job that is deleted stays while its pod ends."""
         self.refusal: RefusedError | None = None
         self.crash_after: Callable[[int], bool] = lambda _: False
         self._versions = count(1)
@@ -84,11 +87,21 @@ class FakeCluster:
         """The container runs."""
         self.set_pod(job, "Running", {"running": {"startedAt": _wire(self.now)}})
 
-    def end_pod(self, job: str, code: int, message: str) -> None:
-        """The container ended, and its Job with it."""
-        ended = {"exitCode": code, "message": message, "startedAt": _wire(self.now), "finishedAt": _wire(self.now)}
+    def delete_pod(self, job: str, grace: timedelta, disruption: str) -> None:
+        """Somebody deletes a pod; what its kubelet does is another matter."""
+        pod = self.pods[job]
+        pod["metadata"]["deletionTimestamp"] = _wire(self.now + grace)
+        pod["status"]["conditions"].append({"type": "DisruptionTarget", "status": "True", "reason": disruption})
+
+    def end_pod(self, job: str, code: int, message: str, *, keep_start: bool = False) -> None:
+        """The container ended, and its Job with it; it ran no time, or since it was started."""
+        started = self._started(job) if keep_start else _wire(self.now)
+        ended = {"exitCode": code, "message": message, "startedAt": started, "finishedAt": _wire(self.now)}
         self.set_pod(job, "Failed" if code else "Succeeded", {"terminated": ended})
         self.finish_job(job, "Failed" if code else "Complete")
+
+    def _started(self, job: str) -> str:
+        return str(self.pods[job]["status"]["containerStatuses"][0]["state"]["running"]["startedAt"])
 
     def finish_job(self, job: str, kind: str, reason: str = "BackoffLimitExceeded") -> None:
         """The Job controller gives its verdict."""
@@ -146,7 +159,10 @@ class FakeCluster:
         self._wrote("patch", child["metadata"]["name"])
 
     async def delete_job(self, ref: JobRef, name: str) -> None:  # noqa: ARG002 (the port's signature)
-        self.remove(name)
+        if self.lingers:
+            self.children["Job", name]["metadata"]["deletionTimestamp"] = _wire(self.now)
+        else:
+            self.remove(name)
         self._wrote("delete", name)
 
     async def write_status(self, job: RawJob, status: Manifest) -> str:

@@ -7,7 +7,7 @@ from typing import Final
 from pydantic import ValidationError
 
 from qlora_api.names import Phase, Reason, Role
-from qlora_api.v1alpha1 import Progress, QLoRAJobSpec, QLoRAJobStatus, to_timedelta
+from qlora_api.v1alpha1 import QLoRAJobSpec, QLoRAJobStatus, to_timedelta
 from qlora_operator.build import (
     Installation,
     Owner,
@@ -20,7 +20,16 @@ from qlora_operator.build import (
     build_train_job,
 )
 from qlora_operator.cluster.ports import Cluster, NameTakenError, RefusedError
-from qlora_operator.recovery import is_terminal, next_action, plans_for_gpus, rejected
+from qlora_operator.recovery import (
+    Watch,
+    avoided_nodes,
+    is_terminal,
+    next_action,
+    plans_for_gpus,
+    rejected,
+    time_left,
+)
+from qlora_operator.recovery.retries import LONGEST_WAIT
 from qlora_operator.status import acknowledge, derive_status, to_wire
 from qlora_operator.values import Action, Decision, Job, JobRef, Manifest, Observation, RawJob, Run, Violation
 
@@ -48,20 +57,17 @@ class Turn:
 
     raw: RawJob
     previous: QLoRAJobStatus
-    live: Progress | None
-    now: datetime
+    watch: Watch
 
 
-async def reconcile(
-    ref: JobRef, cluster: Cluster, installation: Installation, live: Progress | None, now: datetime
-) -> Outcome:
+async def reconcile(ref: JobRef, cluster: Cluster, installation: Installation, watch: Watch) -> Outcome:
     """Bring the cluster to the spec, and tell the user where the run stands."""
     raw = await cluster.read_job(ref)
     if raw is None or raw.deleting:
         return Outcome()
-    turn = Turn(raw, QLoRAJobStatus.model_validate(raw.status), of_this_job(live, raw), now)
+    turn = Turn(raw, QLoRAJobStatus.model_validate(raw.status), of_this_job(watch, raw))
     if is_terminal(turn.previous):
-        return await settle(raw, turn.previous, cluster)
+        return await settle(turn, cluster)
     spec = parse(raw)
     if isinstance(spec, Violation):
         return await publish(turn, rejected((spec,)), None, cluster)
@@ -74,11 +80,11 @@ async def reconcile(
 async def decide(job: Job, turn: Turn, cluster: Cluster) -> tuple[Observation, Decision]:
     """Say what comes next; what is more than on record already is decided by what is there now."""
     seen = cluster.glimpse(turn.raw)
-    decision = next_action(job, seen, turn.live, turn.now)
+    decision = next_action(job, seen, turn.watch)
     if begins(decision, job) or confirms(decision, job, seen):
         return seen, decision
     seen = await look(job, turn.raw, cluster)
-    return seen, next_action(job, seen, turn.live, turn.now)
+    return seen, next_action(job, seen, turn.watch)
 
 
 def begins(decision: Decision, job: Job) -> bool:
@@ -103,9 +109,9 @@ async def look(job: Job, raw: RawJob, cluster: Cluster) -> Observation:
     return replace(seen, gpu_nodes=await cluster.find_gpu_nodes()) if plans_for_gpus(job, seen) else seen
 
 
-def of_this_job(live: Progress | None, raw: RawJob) -> Progress | None:
+def of_this_job(watch: Watch, raw: RawJob) -> Watch:
     """Leave out a report that was meant for a deleted namesake."""
-    return live if live is not None and live.updated_at >= raw.created_at else None
+    return replace(watch, live=None) if watch.live and watch.live.updated_at < raw.created_at else watch
 
 
 def parse(raw: RawJob) -> QLoRAJobSpec | Violation:
@@ -117,18 +123,31 @@ def parse(raw: RawJob) -> QLoRAJobSpec | Violation:
         return Violation(Reason.INVALID_SPEC, "; ".join(sentences))
 
 
-async def settle(raw: RawJob, previous: QLoRAJobStatus, cluster: Cluster) -> Outcome:
-    """Nothing starts again after the end; a Job that still holds a node is removed."""
-    if previous.phase is Phase.FAILED and held_in_vain(cluster.glimpse(raw)):
-        for name in held_in_vain(await cluster.observe(raw)):
+async def settle(turn: Turn, cluster: Cluster) -> Outcome:
+    """Nothing starts again after the end; a Job that still holds a node is removed, and in the end every one."""
+    raw, previous, now = turn.raw, turn.previous, turn.watch.now
+    expires = expires_at(raw, previous)
+    expired = expires is not None and now >= expires
+    if superfluous(cluster.glimpse(raw), previous, expired=expired):
+        for name in superfluous(await cluster.observe(raw), previous, expired=expired):
             await cluster.delete_job(raw.ref, name)
     status = acknowledge(previous, raw.generation)
-    return Outcome(written=await _write(raw, previous, status, cluster), status=status)
+    wait = expires - now if expires is not None and not expired else None
+    return Outcome(wait, await _write(raw, previous, status, cluster), status)
 
 
-def held_in_vain(seen: Observation) -> list[str]:
-    """Return the Jobs of a failed run that keep a node or the scheduler busy."""
-    return [child.name for child in seen.jobs if child.holds_resources and not child.deleting]
+def expires_at(raw: RawJob, status: QLoRAJobStatus) -> datetime | None:
+    """Return when the children of a finished run are removed; None for a spec without spec.ttl, or an invalid one."""
+    spec = parse(raw)
+    if isinstance(spec, Violation) or spec.ttl is None or status.finished_at is None:
+        return None
+    return status.finished_at + min(to_timedelta(spec.ttl), LONGEST_WAIT)
+
+
+def superfluous(seen: Observation, status: QLoRAJobStatus, *, expired: bool) -> list[str]:
+    """Return the Jobs of a finished run to delete: all once they expired, before only what a failed run still holds."""
+    failed = status.phase is Phase.FAILED
+    return [child.name for child in seen.jobs if (expired or (failed and child.holds_resources)) and not child.deleting]
 
 
 async def act(
@@ -144,6 +163,8 @@ async def act(
         return refused(error)
     if decision.action is Action.START_OVER:
         await start_over(job, seen, cluster)
+    if decision.action is Action.STOP:
+        await stop(job, seen, cluster)
     if decision.action is Action.NONE:
         for deadline in outdated_deadlines(job, seen):
             await cluster.patch(deadline)
@@ -159,7 +180,13 @@ def build_children(decision: Decision, job: Job, installation: Installation) -> 
             build_prepare_job(owner, job.spec, installation),
         )
     if decision.action is Action.TRAIN and decision.plan and decision.prepared and decision.attempt:
-        run = Run(decision.attempt.number, decision.plan, decision.prepared)
+        run = Run(
+            decision.attempt.number,
+            decision.plan,
+            decision.prepared,
+            seconds_left=seconds_left(job),
+            avoided_nodes=avoided_nodes(job.status.attempts),
+        )
         return (
             build_run_config(owner, job.spec, run, installation),
             *([build_service(owner, run.attempt)] if run.plan.nodes > 1 else []),
@@ -182,6 +209,13 @@ def refused(error: RefusedError) -> Decision:
     return Decision(Phase.PENDING, Reason.POD_REJECTED, str(error), retry_after=REFUSED_RETRY)
 
 
+async def stop(job: Job, seen: Observation, cluster: Cluster) -> None:
+    """Delete the Jobs that still run; their pods are given the time to write a checkpoint."""
+    for child in seen.jobs:
+        if not child.finished and not child.deleting:
+            await cluster.delete_job(job.ref, child.name)
+
+
 async def start_over(job: Job, seen: Observation, cluster: Cluster) -> None:
     """Delete every child Job; prepare goes first, so that a crash in between leaves the training Job as the reason."""
     for child in sorted(seen.jobs, key=lambda child: child.attempt):
@@ -191,22 +225,29 @@ async def start_over(job: Job, seen: Observation, cluster: Cluster) -> None:
 
 def outdated_deadlines(job: Job, seen: Observation) -> list[Manifest]:
     """Return what running training Jobs lack after a change of spec.deadlines.total."""
-    seconds = int(to_timedelta(job.spec.deadlines.total).total_seconds())
+    seconds = seconds_left(job)
     return [
         build_deadline(job.ref, child.name, seconds)
         for child in seen.jobs
-        if child.role is Role.TRAIN and not child.finished and child.deadline_seconds != seconds
+        if child.role is Role.TRAIN and not (child.finished or child.deleting) and child.deadline_seconds != seconds
     ]
+
+
+def seconds_left(job: Job) -> int:
+    """Return what ended attempts left of spec.deadlines.total, for the one under way; Kubernetes wants one at least."""
+    ended = [attempt for attempt in job.status.attempts if attempt.reason]
+    return max(int(time_left(job.spec.deadlines, ended).total_seconds()), 1)
 
 
 async def publish(turn: Turn, decision: Decision, gpus: int | None, cluster: Cluster) -> Outcome:
     """Tell of a transition, and write the status if it differs."""
     raw, previous = turn.raw, turn.previous
-    status = derive_status(previous, decision, turn.live, gpus=gpus, generation=raw.generation, now=turn.now)
+    live, now = turn.watch.live, turn.watch.now
+    status = derive_status(previous, decision, live, gpus=gpus, generation=raw.generation, now=now)
     if (status.phase, status.reason) != (previous.phase, previous.reason):
-        await cluster.tell(build_event(Owner(raw.ref, raw.uid), raw.resource_version, status, turn.now))
+        await cluster.tell(build_event(Owner(raw.ref, raw.uid), raw.resource_version, status, now))
     written = await _write(raw, previous, status, cluster)
-    return Outcome(_wait(decision, turn.now), written, status)
+    return Outcome(_wait(decision, now), written, status)
 
 
 def _wait(decision: Decision, now: datetime) -> timedelta | None:

@@ -18,7 +18,7 @@ from qlora_operator.metrics import Metrics
 from qlora_operator.progress import Gate, ProgressEndpoint, Reports, utc_now
 from qlora_operator.queue import WorkQueue
 from qlora_operator.reconcile import reconcile
-from qlora_operator.recovery import is_terminal
+from qlora_operator.recovery import Watch, is_terminal
 from qlora_operator.settings import Settings
 from qlora_operator.values import JobRef
 from qlora_operator.watch import WatchProof
@@ -49,6 +49,7 @@ class Runtime:
         self._clock = clock
         self._reports = Reports()
         self._written: dict[JobRef, str] = {}
+        self._listening_since: datetime | None = None
         self._resync: asyncio.Task[None] | None = None
         self._server: web.AppRunner | None = None
 
@@ -59,6 +60,7 @@ class Runtime:
         self.queue.start()
         self._resync = asyncio.create_task(self._resync_forever(), name="resync")
         self._server = await self._serve()
+        self._listening_since = self._clock()
 
     async def stop(self) -> None:
         """Take no more reports and keys, finish the work at hand, and leave."""
@@ -101,9 +103,8 @@ class Runtime:
 
     async def _reconcile(self, ref: JobRef) -> timedelta | None:
         with self.metrics.measure():
-            outcome = await reconcile(
-                ref, self._cluster, self.settings.installation, self._reports.get(ref), self._clock()
-            )
+            watch = Watch(self._clock(), self._reports.get(ref), self._listening_since)
+            outcome = await reconcile(ref, self._cluster, self.settings.installation, watch)
         self.metrics.depth.set(self.queue.depth)
         self.metrics.saw(ref, outcome.status.phase if outcome.status else None)
         if outcome.written is not None and outcome.status is not None:

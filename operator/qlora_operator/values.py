@@ -10,7 +10,7 @@ from qlora_api.names import Phase, Reason, Role
 from qlora_api.prepared import Prepared
 from qlora_api.report import LastWord
 from qlora_api.result import Result
-from qlora_api.v1alpha1 import Attempt, Plan, QLoRAJobSpec, QLoRAJobStatus
+from qlora_api.v1alpha1 import Attempt, Checkpoint, Plan, QLoRAJobSpec, QLoRAJobStatus
 
 PREPARE_MEMORY: Final = "4Gi"
 """Memory limit of a prepare pod: it tokenises in one process and holds one dataset in memory."""
@@ -83,6 +83,8 @@ class Pod:
     node: str = ""
     created_at: datetime | None = None
     deleting: bool = False
+    gone_after: datetime | None = None
+    """When a pod that is being deleted has used up its grace period."""
     scheduled_at: datetime | None = None
     unschedulable: str = ""
     """The scheduler's sentence, while no node fits."""
@@ -91,6 +93,8 @@ class Pod:
     exit: Exit | None = None
     disrupted: str = ""
     """Message of the DisruptionTarget condition: preemption, eviction, drain."""
+    disruption: str = ""
+    """Reason of that condition."""
     reason: str = ""
     """The kubelet's reason for refusing or evicting the whole pod."""
     message: str = ""
@@ -118,6 +122,8 @@ class ChildJob:
     created_at: datetime
     deadline_seconds: int | None = None
     deleting: bool = False
+    suspended: bool = False
+    """Whoever admits it (a queue) has not done so, or has taken it back."""
     complete: bool = False
     failure: JobFailure | None = None
     overdue: bool = False
@@ -136,6 +142,11 @@ class ChildJob:
     def finished(self) -> bool:
         """Whether Kubernetes will start nothing more for it."""
         return self.complete or self.failure is not None
+
+    def ended_at(self, now: datetime) -> datetime:
+        """Return when its first pod ended; now, where nobody knows."""
+        ends = [pod.exit.finished_at for pod in self.pods if pod.exit and pod.exit.finished_at]
+        return min(ends, default=now)
 
     @property
     def holds_resources(self) -> bool:
@@ -191,6 +202,10 @@ class Run:
     attempt: int
     plan: Plan
     prepared: Prepared
+    seconds_left: int
+    """What earlier attempts have left of spec.deadlines.total."""
+    avoided_nodes: tuple[str, ...] = ()
+    """Nodes that cannot do what they promise."""
 
 
 class Action(StrEnum):
@@ -199,6 +214,8 @@ class Action(StrEnum):
     NONE = "none"
     PREPARE = "prepare"
     TRAIN = "train"
+    STOP = "stop"
+    """Delete the Jobs that still run."""
     START_OVER = "start over"
     """Delete all child Jobs; what was published meanwhile is found by the next prepare."""
 
@@ -216,6 +233,8 @@ class Decision:
     result: Result | None = None
     attempt: Attempt | None = None
     """The attempt as it is now known; it replaces the one with its number."""
+    checkpoint: Checkpoint | None = None
+    """What an ended attempt told of last."""
     recheck_at: datetime | None = None
     retry_after: timedelta | None = None
 

@@ -9,7 +9,7 @@ from typing import Final
 import pytest
 import yaml
 
-from qlora_api.v1alpha1 import QLoRAJobSpec
+from qlora_api.v1alpha1 import QLoRAJobSpec, to_timedelta
 from qlora_operator.build import (
     build_prepare_config,
     build_prepare_job,
@@ -48,8 +48,12 @@ GANG: Final = make_spec(
 """Two pods with four processes each."""
 
 
-def run_of(spec: QLoRAJobSpec, attempt: int = 1) -> Run:
-    return Run(attempt, make_plan(spec, make_prepared()), make_prepared())
+QUEUED: Final = make_spec(queue={"name": "gpus", "priorityClass": "nightly"})
+
+
+def run_of(spec: QLoRAJobSpec, attempt: int = 1, avoided: tuple[str, ...] = ()) -> Run:
+    seconds = int(to_timedelta(spec.deadlines.total).total_seconds())
+    return Run(attempt, make_plan(spec, make_prepared()), make_prepared(), seconds, avoided)
 
 
 RUN: Final = run_of(CPU)
@@ -63,6 +67,8 @@ CHILDREN: Final[dict[str, Callable[[], Manifest]]] = {
     "train-job-gpu": lambda: build_train_job(OWNER, GPU, run_of(GPU, 2), PRIVATE),
     "prepare-config": lambda: build_prepare_config(OWNER, CPU, INSTALLATION),
     "run-config": lambda: build_run_config(OWNER, CPU, RUN, INSTALLATION),
+    "train-job-queued": lambda: build_train_job(OWNER, QUEUED, run_of(QUEUED), INSTALLATION),
+    "train-job-elsewhere": lambda: build_train_job(OWNER, GANG, run_of(GANG, 2, ("gpu-1", "gpu-7")), INSTALLATION),
     "train-job-gang": lambda: build_train_job(OWNER, GANG, run_of(GANG), INSTALLATION),
     "run-config-gang": lambda: build_run_config(OWNER, GANG, run_of(GANG), INSTALLATION),
     "service-gang": lambda: build_service(OWNER, 1),

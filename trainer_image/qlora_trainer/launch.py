@@ -175,7 +175,7 @@ def workers_of(launcher: int) -> list[psutil.Process]:
 def _command_of(process: psutil.Process) -> list[str]:
     """Return a process's command line; one that has ended and was not waited for has none any more."""
     try:
-        return process.cmdline()
+        return list(process.cmdline())
     except psutil.NoSuchProcess:
         return []
 

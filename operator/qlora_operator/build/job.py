@@ -2,7 +2,8 @@
 
 from datetime import timedelta
 
-from qlora_api.v1alpha1 import QLoRAJobSpec, to_timedelta
+from qlora_api import names
+from qlora_api.v1alpha1 import QLoRAJobSpec, QueueSpec
 from qlora_operator.build.metadata import (
     Installation,
     Owner,
@@ -25,8 +26,18 @@ def build_prepare_job(owner: Owner, spec: QLoRAJobSpec, installation: Installati
 def build_train_job(owner: Owner, spec: QLoRAJobSpec, run: Run, installation: Installation) -> Manifest:
     """Return the Job of one training attempt: a pod per node, which live and die together."""
     workload, plan = train_workload(owner, run.attempt), run.plan
-    pod = build_train_pod(workload, spec, plan, installation)
-    return _build(workload, pod, to_timedelta(spec.deadlines.total), plan.nodes)
+    pod = build_train_pod(workload, spec, run, installation)
+    job = _build(workload, pod, timedelta(seconds=run.seconds_left), plan.nodes)
+    return _queue(job, spec.queue) if spec.queue else job
+
+
+def _queue(job: Manifest, queue: QueueSpec) -> Manifest:
+    """Return a Job that waits until its queue lets it start; without a queue controller it waits, and holds nothing."""
+    labels = {names.QUEUE_LABEL: queue.name}
+    if queue.priority_class:
+        labels[names.PRIORITY_CLASS_LABEL] = queue.priority_class
+    metadata = {**job["metadata"], "labels": {**job["metadata"]["labels"], **labels}}
+    return {**job, "metadata": metadata, "spec": {"suspend": True, **job["spec"]}}
 
 
 def build_deadline(ref: JobRef, name: str, seconds: int) -> Manifest:

@@ -7,12 +7,24 @@ from qlora_api.names import SecretRole
 from qlora_api.v1alpha1 import Plan, QLoRAJobSpec, ResourcesSpec, Toleration
 from qlora_operator.build.claims import build_claim_mounts, build_claim_volumes
 from qlora_operator.build.metadata import Installation, Workload, build_labels
-from qlora_operator.values import PREPARE_MEMORY, Manifest
+from qlora_operator.values import PREPARE_MEMORY, Manifest, Run
 
 NON_ROOT: Final = 65532
 """User and group of the images."""
 TOKEN_SECONDS: Final = 3600
 """Lifetime of the progress token; the kubelet renews it."""
+UNREACHABLE_SECONDS: Final = 60
+"""After a node was found unreachable (50 s without a sign of its kubelet), its pods are given up after so long: the
+others of a run wait for them and hold their GPUs. Kubernetes' own default is 300 s."""
+_PATIENCE: Final = tuple(
+    {
+        "key": f"node.kubernetes.io/{state}",
+        "operator": "Exists",
+        "effect": "NoExecute",
+        "tolerationSeconds": UNREACHABLE_SECONDS,
+    }
+    for state in ("not-ready", "unreachable")
+)
 LAUNCH: Final = "launch"
 """The trainer's command for several processes."""
 GPU_RESOURCE: Final = "nvidia.com/gpu"
@@ -25,12 +37,22 @@ def build_prepare_pod(workload: Workload, spec: QLoRAJobSpec, installation: Inst
     return _build(workload, spec, installation, PREPARE_RESOURCES, {})
 
 
-def build_train_pod(workload: Workload, spec: QLoRAJobSpec, plan: Plan, installation: Installation) -> Manifest:
+def build_train_pod(workload: Workload, spec: QLoRAJobSpec, run: Run, installation: Installation) -> Manifest:
     """Return the pod that trains, alone or with others."""
-    pod = _build(workload, spec, installation, _train_resources(spec.resources, plan), _placement(spec.resources, plan))
+    plan, resources = run.plan, spec.resources
+    pod = _build(workload, spec, installation, _train_resources(resources, plan), _placement(resources, plan))
+    pod["tolerations"] = [*pod.get("tolerations", ()), *_PATIENCE]
+    if run.avoided_nodes:
+        pod.setdefault("affinity", {})["nodeAffinity"] = _elsewhere(run.avoided_nodes)
     if plan.processes > 1:
         _let_processes_meet(pod, workload, plan)
     return pod
+
+
+def _elsewhere(nodes: tuple[str, ...]) -> Manifest:
+    """Keep a pod off some nodes."""
+    fields = [{"key": "metadata.name", "operator": "NotIn", "values": [node]} for node in nodes]
+    return {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [{"matchFields": fields}]}}
 
 
 def _let_processes_meet(pod: Manifest, workload: Workload, plan: Plan) -> None:
@@ -41,7 +63,7 @@ def _let_processes_meet(pod: Manifest, workload: Workload, plan: Plan) -> None:
         pod["subdomain"] = workload.name
         main = {"name": names.MAIN_ADDRESS_ENV, "value": f"{workload.name}-0.{workload.name}"}
         container["env"].append(main)
-        pod["affinity"] = _apart(workload)
+        pod.setdefault("affinity", {}).update(_apart(workload))
     if plan.gpus_per_node > 1:
         # NCCL moves tensors between the GPUs of a node through shared memory; a container's own has 64 MiB.
         container["volumeMounts"].append({"name": "shm", "mountPath": "/dev/shm"})  # noqa: S108 (an emptyDir)

@@ -100,8 +100,9 @@ def _index_of(pod: Json) -> int:
 
 
 def parse_child(item: Json, pods: tuple[Pod, ...]) -> ChildJob:
-    """Read a batch/v1 Job of ours."""
+    """Read a batch/v1 Job of ours; pods from before it was suspended speak for it no more."""
     metadata, conditions = item["metadata"], _conditions(item)
+    started = parse_time(item.get("status", {}).get("startTime"))
     failed = conditions.get("Failed")
     return ChildJob(
         name=metadata["name"],
@@ -110,12 +111,18 @@ def parse_child(item: Json, pods: tuple[Pod, ...]) -> ChildJob:
         created_at=_created(item),
         deadline_seconds=item["spec"].get("activeDeadlineSeconds"),
         deleting="deletionTimestamp" in metadata,
+        suspended=item["spec"].get("suspend", False),
         complete="Complete" in conditions,
         failure=_failure(failed) if failed else None,
         overdue=any(conditions.get(kind, {}).get("reason") == "DeadlineExceeded" for kind in _FAILING),
         wanted=item["spec"].get("completions", 1),
-        pods=pods,
+        pods=tuple(pod for pod in pods if not _is_of_earlier_start(pod, started)),
     )
+
+
+def _is_of_earlier_start(pod: Pod, started: datetime | None) -> bool:
+    """Whether a pod is on its way out since its Job was suspended, and the Job has been resumed."""
+    return pod.deleting and started is not None and pod.created_at is not None and pod.created_at < started
 
 
 def _conditions(item: Json) -> dict[str, Json]:
@@ -137,6 +144,7 @@ def parse_pod(item: Json) -> Pod:
     """Read a pod of a child Job."""
     metadata, status = item["metadata"], item.get("status", {})
     holds = _conditions(item)
+    disruption = holds.get("DisruptionTarget", {})
     state = _container_state(status)
     ran = state.get("running") or state.get("terminated") or {}
     return Pod(
@@ -147,12 +155,14 @@ def parse_pod(item: Json) -> Pod:
         node=item["spec"].get("nodeName", ""),
         created_at=_created(item),
         deleting="deletionTimestamp" in metadata,
+        gone_after=parse_time(metadata.get("deletionTimestamp")),
         scheduled_at=_scheduled_at(item, holds),
         unschedulable=_unschedulable(status),
         started_at=parse_time(ran.get("startedAt")),
         waiting=_waiting(state.get("waiting")),
         exit=_exit(state.get("terminated")),
-        disrupted=holds.get("DisruptionTarget", {}).get("message", ""),
+        disrupted=disruption.get("message", ""),
+        disruption=disruption.get("reason", ""),
         reason=status.get("reason", ""),
         message=status.get("message", ""),
     )

@@ -14,8 +14,20 @@ IMAGE_TROUBLE: Final = frozenset({"ErrImagePull", "ImagePullBackOff", "InvalidIm
 NEVER_RAN: Final = frozenset({"StartError", "ContainerCannotRun", "CreateContainerError"})
 SIGTERM_EXIT: Final = 128 + 15
 SIGKILL_EXIT: Final = 128 + 9
-MAX_LOG_LINE: Final = 1000
-"""Characters of a log line that a status message quotes."""
+EVICTED: Final = "Evicted"
+"""status.reason of a pod that the kubelet stopped because its node ran short of something."""
+DISRUPTION_REASONS: Final = {
+    "PreemptionByScheduler": Reason.PREEMPTED,
+    "DeletionByTaintManager": Reason.NODE_LOST,
+    "DeletionByPodGC": Reason.NODE_LOST,
+}
+"""By the reason of the condition DisruptionTarget (Kubernetes' documentation of disruptions); a drain is the rest."""
+NODE_PATIENCE: Final = timedelta(seconds=30)
+"""A living kubelet ends a pod within its grace period; this is for its report."""
+LOG_LINES: Final = 5
+"""Last lines of a log that a status message quotes."""
+MAX_LOG: Final = 1000
+"""Characters of them."""
 
 
 class Cause(NamedTuple):
@@ -35,10 +47,14 @@ def read_last_word(text: str) -> LastWord | None:
     return None
 
 
-def _said_by_trainer(_: ChildJob, __: Pod, end: Exit) -> Cause | None:
+def _said_by_trainer(_: ChildJob, pod: Pod, end: Exit) -> Cause | None:
     """A last word is true whatever the exit code: a SIGTERM after the publication takes nothing back."""
     word = read_last_word(end.message)
-    return Cause(word.reason, word.message) if word else None
+    if word is None:
+        return None
+    # The trainer knows that it was asked to stop, and the cluster by whom.
+    known = cause_of_disruption(pod) if word.reason is Reason.INTERRUPTED else None
+    return known or Cause(word.reason, word.message)
 
 
 def _out_of_memory(child: ChildJob, _: Pod, end: Exit) -> Cause | None:
@@ -55,10 +71,24 @@ def _describe_role(role: Role) -> str:
     return "prepare" if role is Role.PREPARE else "training"
 
 
-def _interrupted(_: ChildJob, pod: Pod, end: Exit) -> Cause | None:
-    if not (pod.disrupted or pod.deleting or end.code == SIGTERM_EXIT):
+def cause_of_disruption(pod: Pod) -> Cause | None:
+    """Say who took a pod away, where the cluster tells."""
+    if pod.reason == EVICTED:
+        return Cause(Reason.EVICTED, f"pod {pod.name} was evicted from node {pod.node}: {pod.message}")
+    if not pod.disruption:
         return None
-    return Cause(Reason.INTERRUPTED, pod.disrupted or f"pod {pod.name} was asked to stop")
+    reason = DISRUPTION_REASONS.get(pod.disruption, Reason.INTERRUPTED)
+    return Cause(reason, f"pod {pod.name} on node {pod.node}: {pod.disrupted or pod.disruption}")
+
+
+def _disrupted(_: ChildJob, pod: Pod, __: Exit) -> Cause | None:
+    return cause_of_disruption(pod)
+
+
+def _interrupted(_: ChildJob, pod: Pod, end: Exit) -> Cause | None:
+    if not (pod.deleting or end.code == SIGTERM_EXIT):
+        return None
+    return Cause(Reason.INTERRUPTED, f"pod {pod.name} was asked to stop")
 
 
 def _killed(_: ChildJob, pod: Pod, end: Exit) -> Cause | None:
@@ -70,7 +100,7 @@ def _killed(_: ChildJob, pod: Pod, end: Exit) -> Cause | None:
 def _node_lost(_: ChildJob, pod: Pod, end: Exit) -> Cause | None:
     if end.reason != "ContainerStatusUnknown":
         return None
-    return Cause(Reason.POD_LOST, pod.message or f"node {pod.node} lost the container of pod {pod.name}")
+    return Cause(Reason.NODE_LOST, pod.message or f"node {pod.node} lost the container of pod {pod.name}")
 
 
 def _never_ran(_: ChildJob, __: Pod, end: Exit) -> Cause | None:
@@ -78,14 +108,17 @@ def _never_ran(_: ChildJob, __: Pod, end: Exit) -> Cause | None:
 
 
 def _unknown(_: ChildJob, pod: Pod, end: Exit) -> Cause:
-    last_line = end.message.strip().rpartition("\n")[2][:MAX_LOG_LINE]
-    said = f"its last line was: {last_line}" if last_line else f"see `kubectl logs {pod.name}`"
-    return Cause(Reason.TRAINER_ERROR, f"the container ended with exit code {end.code} without a last word; {said}")
+    last_lines = "\n".join(end.message.strip().splitlines()[-LOG_LINES:])[-MAX_LOG:]
+    said = f"its last lines were: {last_lines}" if last_lines else f"see `kubectl logs {pod.name}`"
+    return Cause(
+        Reason.TRAINER_ERROR, f"pod {pod.name} ended with exit code {end.code} and without a last word; {said}"
+    )
 
 
 _CAUSES: Final[tuple[Callable[[ChildJob, Pod, Exit], Cause | None], ...]] = (
     _said_by_trainer,
     _out_of_memory,
+    _disrupted,
     _node_lost,
     _never_ran,
     _interrupted,
@@ -114,14 +147,26 @@ def judge_exit(child: ChildJob, pod: Pod, end: Exit) -> Verdict:
 
 def judge_refusal(pod: Pod) -> Verdict:
     """The kubelet ended the pod before its container ran."""
-    message = pod.message or pod.disrupted or f"pod {pod.name} failed before its container ran"
-    return ended(Reason.INTERRUPTED if pod.disrupted else Reason.POD_REJECTED, message)
+    if cause := cause_of_disruption(pod):
+        return ended(*cause)
+    return ended(Reason.POD_REJECTED, pod.message or f"pod {pod.name} failed before its container ran")
+
+
+def is_abandoned(pod: Pod, now: datetime) -> bool:
+    """Return whether a pod should be gone, and its node does not say so: the node is cut off or dead."""
+    return pod.exit is None and pod.gone_after is not None and now >= pod.gone_after + NODE_PATIENCE
+
+
+def judge_abandoned(pod: Pod) -> Verdict:
+    """The node of a pod does not answer."""
+    return ended(Reason.NODE_LOST, f"node {pod.node} does not answer: pod {pod.name} is being deleted and does not end")
 
 
 def deadline_message(child: ChildJob) -> str:
     """Write the sentence for a Job that took too long."""
     limit = f"{child.deadline_seconds} seconds" if child.deadline_seconds else "its deadline"
-    source = "which is fixed for a prepare pod" if child.role is Role.PREPARE else "spec.deadlines.total"
+    fixed = child.role is Role.PREPARE
+    source = "which is fixed for a prepare pod" if fixed else "what was left of spec.deadlines.total"
     return f"Job {child.name} took longer than {limit} ({source})"
 
 

@@ -1,12 +1,16 @@
 """From the pods of a child Job to one verdict: they live and die together, and the first speaks while all goes well."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime, timedelta
 
 from qlora_api.names import Reason, distance_from_cause
 from qlora_operator.recovery.causes import (
+    NODE_PATIENCE,
     deadline_message,
     ended,
+    is_abandoned,
+    judge_abandoned,
     judge_exit,
     judge_missing_pod,
     judge_refusal,
@@ -22,15 +26,39 @@ def judge(child: ChildJob, startup: timedelta, now: datetime) -> Verdict:
     first = child.pod
     if first is not None and first.exit is not None and _ended_well(first):
         return judge_exit(child, first, first.exit)
-    if failures := [pod for pod in child.pods if _failed(pod)]:
+    if child.suspended and not child.finished:
+        return Verdict(Stage.WAITING, Reason.QUEUED, f"Job {child.name} is suspended until its queue admits it")
+    if failures := [pod for pod in child.pods if _failed(pod) or is_abandoned(pod, now)]:
         return _judge_failures(child, failures)
-    if child.finished and child.overdue:
-        return ended(Reason.DEADLINE_EXCEEDED, deadline_message(child))
     if child.finished:
-        return Verdict(Stage.LOST, Reason.POD_LOST, f"the pod of Job {child.name} is gone, and with it its last word")
+        return _judge_silent_end(child)
     if len(child.pods) < child.wanted:
         return judge_missing_pod(child, startup, now)
-    return _judge_unfinished(child, startup, now)
+    return _with_patience(child, _judge_unfinished(child, startup, now))
+
+
+def _judge_silent_end(child: ChildJob) -> Verdict:
+    """A Job is over, and no pod of it is left to say why."""
+    if child.overdue:
+        return ended(Reason.DEADLINE_EXCEEDED, deadline_message(child))
+    return Verdict(Stage.LOST, Reason.POD_LOST, f"the pod of Job {child.name} is gone, and with it its last word")
+
+
+def is_busy(child: ChildJob, now: datetime) -> bool:
+    """Return whether a pod of a Job may still hold a node."""
+    return not child.finished and any(pod.exit is None and not is_abandoned(pod, now) for pod in child.pods)
+
+
+def patience_with(child: ChildJob) -> datetime | None:
+    """Return when the last pod that is being deleted should have ended."""
+    ends = [pod.gone_after + NODE_PATIENCE for pod in child.pods if pod.exit is None and pod.gone_after is not None]
+    return max(ends, default=None)
+
+
+def _with_patience(child: ChildJob, verdict: Verdict) -> Verdict:
+    """Look again when a pod that is being deleted should have ended."""
+    moments = [moment for moment in (patience_with(child), verdict.recheck_at) if moment is not None]
+    return replace(verdict, recheck_at=min(moments, default=None))
 
 
 def _ended_well(pod: Pod) -> bool:
@@ -56,7 +84,9 @@ def _judge_failures(child: ChildJob, failures: Sequence[Pod]) -> Verdict:
 
 
 def _judge_failure(child: ChildJob, pod: Pod) -> Verdict:
-    return judge_exit(child, pod, pod.exit) if pod.exit is not None else judge_refusal(pod)
+    if pod.exit is not None:
+        return judge_exit(child, pod, pod.exit)
+    return judge_refusal(pod) if pod.phase == "Failed" else judge_abandoned(pod)
 
 
 def _by_time(pods: Sequence[Pod]) -> list[Pod]:

@@ -6,7 +6,7 @@ from enum import StrEnum
 from typing import Final
 
 from qlora_api.names import Reason
-from qlora_api.v1alpha1 import Attempt, Plan
+from qlora_api.v1alpha1 import Attempt, DeadlinesSpec, Plan, to_timedelta
 from qlora_operator.values import Verdict
 
 
@@ -15,12 +15,19 @@ class Remedy(StrEnum):
 
     RESUME = "resume"
     """Nothing: what went wrong lies outside."""
+    ELSEWHERE = "elsewhere"
+    """It avoids the node."""
     SHRINK = "shrink"
     """Half the rows per forward pass, and twice the passes."""
 
 
 REMEDIES: Final = {
     Reason.INTERRUPTED: Remedy.RESUME,
+    Reason.PREEMPTED: Remedy.RESUME,
+    Reason.EVICTED: Remedy.RESUME,
+    Reason.NODE_LOST: Remedy.RESUME,
+    Reason.HEARTBEAT_LOST: Remedy.RESUME,
+    Reason.ACCELERATOR_MISSING: Remedy.ELSEWHERE,
     Reason.COLLECTIVE_TIMEOUT: Remedy.RESUME,
     Reason.S3_UNAVAILABLE: Remedy.RESUME,
     Reason.UPLOAD_FAILED: Remedy.RESUME,
@@ -30,11 +37,18 @@ REMEDIES: Final = {
     Reason.HOST_OUT_OF_MEMORY: Remedy.SHRINK,
 }
 """Reasons that are not in here are for somebody to correct first."""
-DISRUPTIONS: Final = frozenset({Reason.INTERRUPTED, Reason.POD_LOST})
+DISRUPTIONS: Final = frozenset(
+    {Reason.INTERRUPTED, Reason.PREEMPTED, Reason.NODE_LOST, Reason.POD_LOST, Reason.SUSPENDED_BY_USER}
+)
 """Ends that say nothing about the run: they do not use up spec.retries.maxAttempts."""
 MOST_ATTEMPTS: Final = 100
 """Entries that status.attempts may have."""
+AT_ONCE: Final = timedelta(0)
+"""The next step waits for nothing but this one's record."""
 GIBIBYTE: Final = 1 << 30
+LONGEST_WAIT: Final = timedelta(days=3650)
+"""9999999d is a valid duration, and ends after the last date there is."""
+_AVOIDING: Final = frozenset(reason for reason, remedy in REMEDIES.items() if remedy is Remedy.ELSEWHERE)
 _SERVICES: Final = frozenset(
     {Reason.S3_UNAVAILABLE, Reason.UPLOAD_FAILED, Reason.HUB_UNAVAILABLE, Reason.HUB_RATE_LIMITED}
 )
@@ -46,6 +60,20 @@ _LONGEST_PAUSE: Final = timedelta(minutes=5)
 def used_attempts(attempts: Sequence[Attempt]) -> int:
     """Return how many attempts count."""
     return sum(attempt.reason is not None and attempt.reason not in DISRUPTIONS for attempt in attempts)
+
+
+def avoided_nodes(attempts: Sequence[Attempt]) -> tuple[str, ...]:
+    """Return the nodes that did not have what they promise."""
+    failed = (attempt.node for attempt in attempts if attempt.reason in _AVOIDING and attempt.node)
+    return tuple(dict.fromkeys(failed))
+
+
+def time_left(deadlines: DeadlinesSpec, attempts: Sequence[Attempt]) -> timedelta:
+    """Return what ended attempts left of spec.deadlines.total; negative where nothing is."""
+    spent = (
+        attempt.finished_at - attempt.started_at for attempt in attempts if attempt.started_at and attempt.finished_at
+    )
+    return min(to_timedelta(deadlines.total), LONGEST_WAIT) - sum(spent, timedelta(0))
 
 
 def choose_remedy(verdict: Verdict, plan: Plan) -> Remedy | None:

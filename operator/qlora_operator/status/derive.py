@@ -1,16 +1,19 @@
 """From the last status and a decision to the next status; written once, and only if it differs."""
 
 from datetime import datetime
-from typing import Any
+from typing import Any, Final
 
 from qlora_api.guidance import GUIDANCE
 from qlora_api.names import TERMINAL, Phase
 from qlora_api.prepared import Prepared
 from qlora_api.result import Result
-from qlora_api.v1alpha1 import Attempt, OutputStatus, Plan, Progress, QLoRAJobStatus
+from qlora_api.v1alpha1 import Attempt, Checkpoint, OutputStatus, Plan, Progress, QLoRAJobStatus
 from qlora_operator.status.columns import format_eta, format_number, format_step
 from qlora_operator.status.conditions import derive_conditions
 from qlora_operator.values import Decision
+
+_KEPT: Final = ("started_at", "micro_batch_size", "node")
+"""What an attempt is known by once, although its pods may be gone."""
 
 
 def derive_status(  # noqa: PLR0913 (everything that a status depends on)
@@ -41,6 +44,7 @@ def derive_status(  # noqa: PLR0913 (everything that a status depends on)
             "dataset": prepared.dataset if prepared else previous.dataset,
             "plan": plan,
             "attempts": attempts,
+            "checkpoint": derive_checkpoint(previous, decision, live),
             "evaluation": result.evaluation if result else previous.evaluation,
             "output": derive_output(previous.output, prepared, result),
             **derive_progress(live or previous.last_report, decision.phase, plan),
@@ -75,6 +79,13 @@ def derive_progress(report: Progress | None, phase: Phase, plan: Plan | None) ->
     }
 
 
+def derive_checkpoint(previous: QLoRAJobStatus, decision: Decision, live: Progress | None) -> Checkpoint | None:
+    """Say what another attempt would go on from; a published adapter has taken its place."""
+    if decision.phase is Phase.SUCCEEDED:
+        return None
+    return decision.checkpoint or (live.checkpoint if live else None) or previous.checkpoint
+
+
 def derive_output(
     previous: OutputStatus | None, prepared: Prepared | None, result: Result | None
 ) -> OutputStatus | None:
@@ -93,7 +104,7 @@ def merge_attempt(attempts: tuple[Attempt, ...], attempt: Attempt | None) -> tup
         return attempts
     known = {entry.number: entry for entry in attempts}
     before = known.get(attempt.number, attempt)
-    kept = {name: getattr(before, name) for name in ("started_at", "micro_batch_size") if not getattr(attempt, name)}
+    kept = {name: getattr(before, name) for name in _KEPT if not getattr(attempt, name)}
     known[attempt.number] = attempt.model_copy(update=kept)
     return tuple(known[number] for number in sorted(known))
 

@@ -8,6 +8,7 @@ from qlora_api import names
 from qlora_api.v1alpha1 import Progress
 from qlora_operator.cluster.ports import ClusterBusyError
 from qlora_operator.reconcile import Outcome, reconcile
+from qlora_operator.recovery import Watch
 from tests.fakes import CrashError, FakeCluster
 from tests.make import INSTALLATION, PREPARED_WORD, PUBLISHED_WORD, REF
 
@@ -16,7 +17,7 @@ TRAIN: Final = names.train_job_name(REF.name, 1)
 
 
 async def once(cluster: FakeCluster, live: Progress | None = None) -> Outcome:
-    return await reconcile(REF, cluster, INSTALLATION, live, cluster.now)
+    return await reconcile(REF, cluster, INSTALLATION, Watch(cluster.now, live, cluster.listening_since))
 
 
 async def settle(cluster: FakeCluster, live: Progress | None = None) -> None:

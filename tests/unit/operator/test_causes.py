@@ -7,6 +7,7 @@ import pytest
 
 from qlora_api.names import Reason, Role
 from qlora_operator.recovery import judge
+from qlora_operator.recovery.causes import NODE_PATIENCE
 from qlora_operator.values import ChildJob, Exit, JobFailure, Stage, Waiting
 from tests.make import NOW, PREPARED_WORD, PUBLISHED_WORD, make_child, make_exit, make_pending_pod, make_pod, make_word
 
@@ -57,14 +58,52 @@ def ended(end: Exit, **pod: Any) -> ChildJob:
         ),
         pytest.param(ended(make_exit(143)), Reason.INTERRUPTED, "asked to stop", id="sigterm"),
         pytest.param(
-            ended(make_exit(1), disrupted="preempting to accommodate a higher priority pod"),
-            Reason.INTERRUPTED,
+            ended(make_exit(1), disrupted="preempting to accommodate", disruption="PreemptionByScheduler"),
+            Reason.PREEMPTED,
             "preempting",
-            id="disrupted",
+            id="preempted",
+        ),
+        pytest.param(
+            ended(make_exit(143, make_word(Reason.INTERRUPTED, "asked to stop")), disruption="EvictionByEvictionAPI"),
+            Reason.INTERRUPTED,
+            "EvictionByEvictionAPI",
+            id="drained",
+        ),
+        pytest.param(
+            ended(make_exit(143, make_word(Reason.INTERRUPTED, "stop")), disruption="PreemptionByScheduler"),
+            Reason.PREEMPTED,
+            "node-1",
+            id="preempted-with-a-word",
+        ),
+        pytest.param(
+            ended(make_exit(1, make_word(Reason.S3_DENIED, "no")), disruption="PreemptionByScheduler"),
+            Reason.S3_DENIED,
+            "no",
+            id="failed-before-it-was-preempted",
+        ),
+        pytest.param(
+            ended(
+                make_exit(137), disruption="TerminationByKubelet", reason="Evicted", message="low on ephemeral-storage"
+            ),
+            Reason.EVICTED,
+            "low on disk",
+            id="evicted",
+        ),
+        pytest.param(
+            make_child(pod=make_pod(phase="Failed", reason="Evicted", message="low on memory", started_at=None)),
+            Reason.EVICTED,
+            "low on memory",
+            id="evicted-before-it-ran",
+        ),
+        pytest.param(
+            make_child(pod=make_pod(deleting=True, gone_after=NOW - NODE_PATIENCE)),
+            Reason.NODE_LOST,
+            "node node-1 does not answer",
+            id="node-does-not-answer",
         ),
         pytest.param(ended(make_exit(137), deleting=True), Reason.INTERRUPTED, "asked to stop", id="grace-ran-out"),
         pytest.param(ended(make_exit(137)), Reason.INTERRUPTED, "does not say by whom", id="killed-by-whom"),
-        pytest.param(ended(make_exit(137, "", "ContainerStatusUnknown")), Reason.POD_LOST, "node-1", id="node-lost"),
+        pytest.param(ended(make_exit(137, "", "ContainerStatusUnknown")), Reason.NODE_LOST, "node-1", id="node-lost"),
         pytest.param(
             ended(make_exit(128, "exec format error", "StartError")), Reason.POD_REJECTED, "exec format", id="no-start"
         ),
@@ -80,7 +119,7 @@ def ended(end: Exit, **pod: Any) -> ChildJob:
         pytest.param(
             make_child(pod=None, failure=JobFailure("DeadlineExceeded", "too long"), overdue=True),
             Reason.DEADLINE_EXCEEDED,
-            "86400 seconds (spec.deadlines.total)",
+            "86400 seconds (what was left of spec.deadlines.total)",
             id="deadline",
         ),
         pytest.param(
@@ -142,6 +181,16 @@ def test_an_end(child: ChildJob, reason: Reason, said: str) -> None:
             id="image-may-still-come",
         ),
         pytest.param(make_child(), Stage.RUNNING, Reason.TRAINING, id="running"),
+        pytest.param(make_child(pod=None, suspended=True), Stage.WAITING, Reason.QUEUED, id="queued"),
+        pytest.param(
+            make_child(pod=make_pod(phase="Failed", exit=make_exit(143)), suspended=True),
+            Stage.WAITING,
+            Reason.QUEUED,
+            id="taken-back-by-its-queue",
+        ),
+        pytest.param(
+            make_child(pod=make_pod(deleting=True, gone_after=NOW)), Stage.RUNNING, Reason.TRAINING, id="still-ending"
+        ),
         pytest.param(make_child(pod=None, failure=FAILED), Stage.LOST, Reason.POD_LOST, id="failed-and-gone"),
         pytest.param(make_child(pod=None, complete=True), Stage.LOST, Reason.POD_LOST, id="complete-and-gone"),
     ],

@@ -84,7 +84,7 @@ def make_raw_child(owner: str = UID, conditions: tuple[dict[str, Any], ...] = ()
 
 def test_a_job_whose_deadline_has_passed_but_whose_pod_still_ends() -> None:
     target = {"type": "FailureTarget", "status": "True", "reason": "DeadlineExceeded"}
-    child = parse_child(make_raw_child(conditions=(target,)), None)
+    child = parse_child(make_raw_child(conditions=(target,)), ())
     assert (child.role, child.attempt, child.overdue, child.finished) == (Role.TRAIN, 2, True, False)
 
 
@@ -96,7 +96,7 @@ def test_a_failed_job() -> None:
         "message": "m",
         "lastTransitionTime": BORN,
     }
-    child = parse_child(make_raw_child(conditions=(failed,)), None)
+    child = parse_child(make_raw_child(conditions=(failed,)), ())
     assert (child.failure, child.overdue) == (JobFailure("BackoffLimitExceeded", "m", NOW), False)
 
 

@@ -124,8 +124,10 @@ async def test_the_last_attempt_fails_the_run(cluster: FakeCluster) -> None:
         cluster.start_pod(job)
         cluster.end_pod(job, 1, make_word(Reason.CUDA_OUT_OF_MEMORY, "24 GiB are too few"))
         await settle(cluster)
-    assert (cluster.status["phase"], cluster.status["reason"]) == (Phase.FAILED, Reason.CUDA_OUT_OF_MEMORY)
-    assert "24 GiB are too few" in cluster.status["message"]
+    assert (cluster.status["phase"], cluster.status["reason"]) == (Phase.FAILED, Reason.RETRIES_EXHAUSTED)
+    assert cluster.status["message"].startswith(
+        "2 of 2 attempts (spec.retries.maxAttempts) ended with CudaOutOfMemory; the last one: 24 GiB are too few"
+    )
     assert ("Job", THIRD) not in cluster.children
 
 

@@ -1,0 +1,39 @@
+"""spec.suspend: what runs is stopped, after its last checkpoint, and nothing is started."""
+
+from typing import Final
+
+from qlora_api.names import Phase, Reason
+from qlora_operator.recovery.gang import judge
+from qlora_operator.recovery.retries import AT_ONCE
+from qlora_operator.recovery.training import record
+from qlora_operator.recovery.watch import Watch, startup_of
+from qlora_operator.values import Action, Decision, Job, Observation, Stage
+
+_RUNNING: Final = frozenset({Stage.WAITING, Stage.RUNNING})
+
+
+def suspend(job: Job, seen: Observation, number: int, watch: Watch) -> Decision | None:
+    """Stop what runs, where the spec asks for it; an end that came first is told first."""
+    if not job.spec.suspend:
+        return None
+    train = seen.train(number)
+    if train is not None and not train.deleting:
+        if judge(train, startup_of(job), watch.now).stage not in _RUNNING:
+            return None
+        message = "it is being stopped: it writes a checkpoint and ends"
+        ended = record(job, train).model_copy(
+            update={"reason": Reason.SUSPENDED_BY_USER, "message": message, "finished_at": watch.now}
+        )
+        return Decision(Phase.SUSPENDED, Reason.SUSPENDED_BY_USER, message, attempt=ended, retry_after=AT_ONCE)
+    if train is not None or any(attempt.number == number for attempt in job.status.attempts):
+        return None
+    unfinished = any(not child.finished for child in seen.jobs)
+    return Decision(
+        Phase.SUSPENDED, Reason.SUSPENDED_BY_USER, _describe(job), Action.STOP if unfinished else Action.NONE
+    )
+
+
+def _describe(job: Job) -> str:
+    checkpoint = job.status.checkpoint
+    kept = f"what was trained up to step {checkpoint.step} is in {checkpoint.uri}; " if checkpoint else ""
+    return f"spec.suspend is true: no pod runs; {kept}set it to false to go on"

@@ -1,0 +1,39 @@
+"""What a decision depends on beside the cluster: the time, and what the run's pods have told."""
+
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from qlora_api.v1alpha1 import Attempt, Progress, to_timedelta
+from qlora_operator.recovery.retries import LONGEST_WAIT
+from qlora_operator.values import Job
+
+
+@dataclass(frozen=True)
+class Watch:
+    """The time, and the reports until then."""
+
+    now: datetime
+    live: Progress | None = None
+    """The last report that this operator took."""
+    listening_since: datetime | None = None
+    """Since when this operator takes reports; none: it does not."""
+
+
+def startup_of(job: Job) -> timedelta:
+    """Return spec.deadlines.startup, within what a calendar can add."""
+    return min(to_timedelta(job.spec.deadlines.startup), LONGEST_WAIT)
+
+
+def silent_until(job: Job, attempt: Attempt, watch: Watch) -> datetime | None:
+    """Return when the silence of a running attempt has lasted too long; None where it has never spoken.
+
+    A pod that cannot reach the operator loses its reports and nothing else, so only who spoke once is expected to go
+    on. The trainer watches itself and ends after one heartbeat; the second one is for that.
+    """
+    report = watch.live or job.status.last_report
+    if report is None or watch.listening_since is None or attempt.started_at is None:
+        return None
+    if report.updated_at < attempt.started_at:
+        return None
+    patience = min(2 * to_timedelta(job.spec.deadlines.heartbeat), LONGEST_WAIT)
+    return max(report.updated_at, watch.listening_since) + patience

@@ -1,0 +1,228 @@
+"""What takes a training away and gives it back: suspension, queues, hangs, dead nodes, missing GPUs, the clock."""
+
+from datetime import timedelta
+
+import pytest
+
+from qlora_api.names import Phase, Reason
+from qlora_api.v1alpha1 import Checkpoint, Progress
+from tests.fakes import FakeCluster
+from tests.make import NOW, PREPARED_WORD, PUBLISHED_WORD, make_manifest, make_word
+from tests.unit.operator.life import PREPARE, TRAIN, live_to_the_end, once, settle
+
+SECOND = "support-bot-2"
+CHECKPOINT = Checkpoint(step=50, uri="s3://adapters/x/checkpoints/step-000050-a1", time=NOW, verified=True)
+
+
+@pytest.fixture
+def cluster() -> FakeCluster:
+    fake = FakeCluster()
+    fake.submit(make_manifest())
+    return fake
+
+
+async def start(cluster: FakeCluster) -> None:
+    await settle(cluster)
+    cluster.end_pod(PREPARE, 0, PREPARED_WORD)
+    await settle(cluster)
+    cluster.start_pod(TRAIN)
+    await settle(cluster)
+
+
+def report(cluster: FakeCluster) -> Progress:
+    return Progress(percent=20, step=50, updated_at=cluster.now, phase=Phase.TRAINING, checkpoint=CHECKPOINT)
+
+
+def outcome(cluster: FakeCluster) -> tuple[str, str]:
+    return cluster.status["phase"], cluster.status["reason"]
+
+
+def ends(cluster: FakeCluster) -> list[str | None]:
+    return [attempt.get("reason") for attempt in cluster.status["attempts"]]
+
+
+async def test_a_suspended_job_starts_nothing() -> None:
+    cluster = FakeCluster()
+    cluster.submit(make_manifest(suspend=True))
+    await settle(cluster)
+    assert outcome(cluster) == ("Suspended", "SuspendedByUser")
+    assert (cluster.created, cluster.condition("Suspended"), cluster.condition("Finished")) == ([], "True", "False")
+    cluster.change(suspend=False)
+    await live_to_the_end(cluster)
+    assert outcome(cluster) == ("Succeeded", "Published")
+
+
+async def test_a_training_is_stopped_and_goes_on_as_another_attempt(cluster: FakeCluster) -> None:
+    await start(cluster)
+    await settle(cluster, report(cluster))
+    cluster.change(suspend=True)
+    await settle(cluster)
+    assert outcome(cluster) == ("Suspended", "SuspendedByUser")
+    assert ("Job", TRAIN) not in cluster.children
+    assert "what was trained up to step 50 is in s3://adapters/x/checkpoints/" in cluster.status["message"]
+    cluster.change(suspend=False)
+    await settle(cluster)
+    assert (cluster.status["phase"], cluster.status["attempt"]) == (Phase.SCHEDULING, 2)
+    cluster.start_pod(SECOND)
+    cluster.end_pod(SECOND, 0, PUBLISHED_WORD)
+    await settle(cluster)
+    assert (outcome(cluster), ends(cluster)) == (("Succeeded", "Published"), ["SuspendedByUser", "Published"])
+    assert "checkpoint" not in cluster.status
+
+
+async def test_a_preparation_is_stopped_and_made_again(cluster: FakeCluster) -> None:
+    await settle(cluster)
+    cluster.start_pod(PREPARE)
+    cluster.change(suspend=True)
+    await settle(cluster)
+    assert outcome(cluster) == ("Suspended", "SuspendedByUser")
+    assert ("Job", PREPARE) not in cluster.children
+    cluster.change(suspend=False)
+    await live_to_the_end(cluster)
+    assert outcome(cluster) == ("Succeeded", "Published")
+
+
+async def test_what_is_published_while_it_is_stopped_counts(cluster: FakeCluster) -> None:
+    await start(cluster)
+    cluster.lingers = True
+    cluster.change(suspend=True)
+    await settle(cluster)
+    cluster.end_pod(TRAIN, 0, PUBLISHED_WORD)
+    await settle(cluster)
+    assert (outcome(cluster), ends(cluster)) == (("Succeeded", "Published"), ["Published"])
+
+
+async def test_an_end_that_came_before_the_suspension_is_told(cluster: FakeCluster) -> None:
+    await start(cluster)
+    cluster.end_pod(TRAIN, 1, make_word(Reason.NON_FINITE_LOSS, "loss nan"))
+    cluster.change(suspend=True)
+    await settle(cluster)
+    assert outcome(cluster) == ("Failed", "NonFiniteLoss")
+
+
+async def test_the_next_attempt_waits_until_the_stopped_pods_are_gone(cluster: FakeCluster) -> None:
+    await start(cluster)
+    cluster.lingers = True
+    cluster.change(suspend=True)
+    await settle(cluster)
+    cluster.change(suspend=False)
+    await settle(cluster)
+    assert ("Job", SECOND) not in cluster.children
+    cluster.remove(TRAIN)
+    await settle(cluster)
+    assert ("Job", SECOND) in cluster.children
+
+
+async def test_a_queue_holds_the_job_and_takes_it_back(cluster: FakeCluster) -> None:
+    cluster.submit(make_manifest(queue={"name": "gpus"}))
+    await settle(cluster)
+    cluster.end_pod(PREPARE, 0, PREPARED_WORD)
+    await settle(cluster)
+    assert outcome(cluster) == ("Queued", "Queued")
+    cluster.children["Job", TRAIN]["spec"]["suspend"] = False
+    cluster.start_pod(TRAIN)
+    await settle(cluster)
+    assert cluster.status["phase"] == Phase.TRAINING
+    cluster.children["Job", TRAIN]["spec"]["suspend"] = True
+    cluster.pods.clear()
+    await settle(cluster)
+    assert outcome(cluster) == ("Queued", "Queued")
+    assert ends(cluster) == [None]
+
+
+async def test_a_silent_pod_is_stopped_and_another_attempt_made(cluster: FakeCluster) -> None:
+    await start(cluster)
+    live = report(cluster)
+    await settle(cluster, live)
+    assert (await once(cluster, live)).requeue is not None
+    cluster.pass_time(timedelta(minutes=19))
+    await settle(cluster, live)
+    assert cluster.status["phase"] == Phase.TRAINING
+    cluster.pass_time(timedelta(minutes=1))
+    await settle(cluster, live)
+    assert ends(cluster) == ["HeartbeatLost", None]
+    assert ("Job", TRAIN) not in cluster.children
+    assert ("Job", SECOND) in cluster.children
+    assert "has not reported since 2026-03-01 12:00" in cluster.status["attempts"][0]["message"]
+
+
+async def test_an_operator_that_was_away_listens_first(cluster: FakeCluster) -> None:
+    await start(cluster)
+    await settle(cluster, report(cluster))
+    cluster.pass_time(timedelta(hours=3))
+    cluster.listening_since = cluster.now
+    await settle(cluster)
+    assert cluster.status["phase"] == Phase.TRAINING
+    cluster.pass_time(timedelta(minutes=20))
+    await settle(cluster)
+    assert ends(cluster) == ["HeartbeatLost", None]
+
+
+async def test_a_pod_that_never_reported_is_not_expected_to(cluster: FakeCluster) -> None:
+    await start(cluster)
+    cluster.pass_time(timedelta(hours=3))
+    await settle(cluster)
+    assert cluster.status["phase"] == Phase.TRAINING
+
+
+async def test_a_dead_node_is_left_behind(cluster: FakeCluster) -> None:
+    """Its pod stays for ever; the next attempt goes on elsewhere."""
+    await start(cluster)
+    cluster.lingers = True
+    cluster.delete_pod(TRAIN, grace=timedelta(seconds=60), disruption="DeletionByTaintManager")
+    await settle(cluster)
+    assert cluster.status["phase"] == Phase.TRAINING
+    assert (await once(cluster)).requeue is not None
+    cluster.pass_time(timedelta(seconds=90))
+    await settle(cluster)
+    assert ends(cluster) == ["NodeLost", None]
+    assert "deletionTimestamp" in cluster.children["Job", TRAIN]["metadata"]
+    cluster.start_pod(SECOND)
+    cluster.end_pod(SECOND, 0, PUBLISHED_WORD)
+    await settle(cluster)
+    assert outcome(cluster) == ("Succeeded", "Published")
+
+
+async def test_a_node_without_its_gpu_is_avoided(cluster: FakeCluster) -> None:
+    await start(cluster)
+    cluster.end_pod(TRAIN, 1, make_word(Reason.ACCELERATOR_MISSING, "no CUDA device"))
+    await settle(cluster)
+    pod = cluster.children["Job", SECOND]["spec"]["template"]["spec"]
+    terms = pod["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]["nodeSelectorTerms"]
+    assert terms == [{"matchFields": [{"key": "metadata.name", "operator": "NotIn", "values": ["node-1"]}]}]
+    assert cluster.status["attempts"][0]["node"] == "node-1"
+
+
+async def test_attempts_share_one_deadline(cluster: FakeCluster) -> None:
+    await start(cluster)
+    cluster.pass_time(timedelta(hours=20))
+    cluster.end_pod(TRAIN, 143, make_word(Reason.INTERRUPTED, "asked to stop"), keep_start=True)
+    await settle(cluster)
+    left = cluster.children["Job", SECOND]["spec"]["activeDeadlineSeconds"]
+    assert 4 * 3600 - 60 < left <= 4 * 3600
+    cluster.start_pod(SECOND)
+    cluster.pass_time(timedelta(hours=5))
+    cluster.end_pod(SECOND, 143, make_word(Reason.INTERRUPTED, "asked to stop"), keep_start=True)
+    await settle(cluster)
+    assert outcome(cluster) == ("Failed", "DeadlineExceeded")
+
+
+async def test_the_last_word_tells_of_the_checkpoint(cluster: FakeCluster) -> None:
+    await start(cluster)
+    cluster.end_pod(TRAIN, 143, make_word(Reason.INTERRUPTED, "asked to stop", checkpoint=CHECKPOINT))
+    await settle(cluster)
+    assert Checkpoint.model_validate(cluster.status["checkpoint"]) == CHECKPOINT
+
+
+async def test_children_go_when_their_time_is_over(cluster: FakeCluster) -> None:
+    cluster.submit(make_manifest(ttl="24h"))
+    await live_to_the_end(cluster)
+    outcome_then = await once(cluster)
+    assert outcome_then.requeue is not None
+    assert timedelta(hours=23) < outcome_then.requeue <= timedelta(hours=24)
+    assert ("Job", TRAIN) in cluster.children
+    before = cluster.status
+    cluster.pass_time(timedelta(hours=24))
+    await settle(cluster)
+    assert [name for kind, name in cluster.children if kind == "Job"] == []
+    assert cluster.status == before
