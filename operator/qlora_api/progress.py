@@ -24,7 +24,7 @@ class TrainerStatus(_WireModel):
     """One report of a running pod.
 
     transformers' KubeflowCallback sends the metrics current_step, total_steps and loss;
-    our trainer adds phase and tokens_per_second.
+    our trainer adds phase, tokens_per_second, and checkpoint_step, _uri, _time and _verified of its newest checkpoint.
     """
 
     progress_percentage: int | None = Field(default=None, ge=0, le=100)

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from qlora_api import names
 from qlora_api.names import Phase
 from qlora_api.progress import ProgressReport
-from qlora_api.v1alpha1 import Progress
+from qlora_api.v1alpha1 import Checkpoint, Progress
 from qlora_operator.cluster.ports import ClusterBusyError, Identities
 from qlora_operator.values import JobRef
 
@@ -72,6 +72,7 @@ def read_report(report: ProgressReport, now: datetime) -> Progress:
         loss=_to_float(metrics, "loss"),
         tokens_per_second=speed if speed is not None and speed >= 0 else None,
         phase=Phase(phase) if phase in REPORTED_PHASES else None,
+        checkpoint=_to_checkpoint(metrics),
         updated_at=now.replace(microsecond=0),
     )
 
@@ -87,6 +88,16 @@ def _to_float(metrics: Mapping[str, str], name: str) -> float | None:
 def _to_int(metrics: Mapping[str, str], name: str) -> int | None:
     number = _to_float(metrics, name)
     return int(number) if number is not None and number >= 0 else None
+
+
+def _to_checkpoint(metrics: Mapping[str, str]) -> Checkpoint | None:
+    told = {name: value for name in Checkpoint.model_fields if (value := metrics.get(f"checkpoint_{name}")) is not None}
+    try:
+        checkpoint = Checkpoint.model_validate(told)
+    except ValidationError:
+        return None
+    # A time without its zone could be any.
+    return checkpoint if checkpoint.time.tzinfo else None
 
 
 class Gate:

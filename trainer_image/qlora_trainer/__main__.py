@@ -22,7 +22,7 @@ from qlora_api.report import LastWord
 from qlora_api.runconfig import PrepareConfig, RunConfig
 from qlora_trainer.errors import explain
 from qlora_trainer.interrupt import EXIT_CODE, StopFlag, interrupted
-from qlora_trainer.lastword import failure_word, write_last_word
+from qlora_trainer.lastword import Farewell
 from qlora_trainer.ranks import DONE, path_of_process, rank_of_process
 from qlora_trainer.work import default_work
 
@@ -34,24 +34,24 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     configure_log()
     configure_libraries(options.work)
-    place, stop = path_of_process(options.termination_message), StopFlag()
-    stop.listen(lambda: write_last_word(failure_word(interrupted()), place))
+    farewell, stop = Farewell(path_of_process(options.termination_message)), StopFlag()
+    stop.listen(lambda: farewell.fail(interrupted()))
     try:
-        word = COMMANDS[options.command](options, stop)
+        word = COMMANDS[options.command](options, stop, farewell)
     except BaseException as error:
         known = explain(error)
         log.exception("the run failed", reason=known.reason, step=known.step)
-        write_last_word(failure_word(known), place)
+        farewell.fail(known)
         return EXIT_CODES.get(known.reason, 1)
-    return leave(word, place)
+    return leave(word, farewell)
 
 
-def leave(word: LastWord | None, place: Path) -> int:
+def leave(word: LastWord | None, farewell: Farewell) -> int:
     """Leave the last word, where it is not another process's, and return the exit code."""
     if word is None:
         log.info("done", reason="another process has the last word")
         return 0
-    write_last_word(word, place)
+    farewell.say(word)
     log.info("done", reason=word.reason)
     return EXIT_CODES.get(word.reason, 1)
 
@@ -111,7 +111,7 @@ def configure_libraries(work: Path) -> None:
         os.environ.setdefault(name, value)
 
 
-def prepare_word(options: argparse.Namespace, _: StopFlag) -> LastWord:
+def prepare_word(options: argparse.Namespace, _: StopFlag, __: Farewell) -> LastWord:
     """Prepare, and return the facts as the last word."""
     from qlora_trainer.prepare import prepare  # noqa: PLC0415 (after configure_libraries)
 
@@ -121,14 +121,14 @@ def prepare_word(options: argparse.Namespace, _: StopFlag) -> LastWord:
     return LastWord(reason=reason, message="", prepared=prepared, result=prepared.published)
 
 
-def train_word(options: argparse.Namespace, stop: StopFlag) -> LastWord | None:
+def train_word(options: argparse.Namespace, stop: StopFlag, farewell: Farewell) -> LastWord | None:
     """Train, and return the result as the last word; another process may have it."""
     config = RunConfig.model_validate_json(options.config.read_text())
     from qlora_trainer.distributed import leave_world  # noqa: PLC0415 (as above)
     from qlora_trainer.progress import Heartbeat, HttpSink, LogSink, ProgressSink, Sinks  # noqa: PLC0415 (as above)
     from qlora_trainer.run import run  # noqa: PLC0415 (as above)
 
-    sinks: list[ProgressSink] = [LogSink()]
+    sinks: list[ProgressSink] = [LogSink(), farewell]
     http = HttpSink.from_environment()
     if http is not None:
         sinks.append(http)
@@ -145,7 +145,7 @@ def train_word(options: argparse.Namespace, stop: StopFlag) -> LastWord | None:
     return LastWord(reason=Reason.PUBLISHED, message="", step=result.steps, result=result)
 
 
-def launch_word(options: argparse.Namespace, stop: StopFlag) -> LastWord | None:
+def launch_word(options: argparse.Namespace, stop: StopFlag, _: Farewell) -> LastWord | None:
     """Let this pod's processes train, and return what explains their end."""
     from qlora_trainer.launch import launch, observe_node  # noqa: PLC0415 (as above)
 
@@ -153,7 +153,7 @@ def launch_word(options: argparse.Namespace, stop: StopFlag) -> LastWord | None:
     return launch(config, observe_node(config.plan, options.config, options.work), stop)
 
 
-COMMANDS: Final[dict[str, Callable[[argparse.Namespace, StopFlag], LastWord | None]]] = {
+COMMANDS: Final[dict[str, Callable[[argparse.Namespace, StopFlag, Farewell], LastWord | None]]] = {
     "prepare": prepare_word,
     "train": train_word,
     "launch": launch_word,

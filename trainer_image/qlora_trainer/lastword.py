@@ -1,18 +1,51 @@
 """The pod's final word: one line of JSON that the kubelet hands to the operator."""
 
 import contextlib
+import threading
 from pathlib import Path
 
 from qlora_api.names import TERMINATION_MESSAGE_BYTES
 from qlora_api.report import LastWord
+from qlora_api.v1alpha1 import Checkpoint, Progress
 from qlora_trainer.errors import RunError
 
 _ELLIPSIS = "…"
 
 
-def failure_word(error: RunError) -> LastWord:
+def failure_word(error: RunError, checkpoint: Checkpoint | None = None) -> LastWord:
     """Return what is said about a failed run."""
-    return LastWord(reason=error.reason, message=error.message, step=error.step)
+    return LastWord(reason=error.reason, message=error.message, step=error.step, checkpoint=checkpoint)
+
+
+class Farewell:
+    """The last word of a process, said once: what several threads notice of one end must not take turns.
+
+    It hears the progress as any sink does, so that it knows the newest checkpoint of a run that did not end well.
+    """
+
+    def __init__(self, place: Path) -> None:
+        self._place = place
+        self._checkpoint: Checkpoint | None = None
+        self._lock = threading.Lock()
+        self._said = False
+
+    def report(self, progress: Progress) -> None:
+        """Remember the newest checkpoint."""
+        self._checkpoint = progress.checkpoint
+
+    def note(self, text: str) -> None:
+        """Leave sentences to the log."""
+
+    def fail(self, error: RunError) -> None:
+        """Say why the run failed."""
+        self.say(failure_word(error, self._checkpoint))
+
+    def say(self, word: LastWord) -> None:
+        """Write the word, unless there is one."""
+        with self._lock:
+            if not self._said:
+                self._said = True
+                write_last_word(word, self._place)
 
 
 def to_line(word: LastWord, limit: int = TERMINATION_MESSAGE_BYTES) -> str:

@@ -200,7 +200,8 @@ def read_words(folder: Path) -> dict[int, LastWord]:
 def choose_word(words: Mapping[int, LastWord], code: int, killed: int) -> LastWord | None:
     """Return what explains how a pod's processes ended; None where they ended well and another pod speaks."""
     if words:
-        return _with_rank(*min(words.items(), key=lambda told: _distance(told[1])))
+        rank, word = min(words.items(), key=lambda told: _distance(told[1]))
+        return _with_checkpoint(_with_rank(rank, word), words.values())
     if killed:
         why = "spec.resources.memory is too low: the kernel ended a process of the pod"
         return failure_word(RunError(Reason.HOST_OUT_OF_MEMORY, why))
@@ -221,6 +222,12 @@ def _with_rank(rank: int, word: LastWord) -> LastWord:
     if word.reason is Reason.PUBLISHED:
         return word
     return word.model_copy(update={"message": f"rank {rank}: {word.message}"})
+
+
+def _with_checkpoint(word: LastWord, words: Iterable[LastWord]) -> LastWord:
+    """Add the checkpoint that only the process knows that wrote it."""
+    known = [told.checkpoint for told in words if told.checkpoint is not None]
+    return word if word.reason is Reason.PUBLISHED or not known else word.model_copy(update={"checkpoint": known[0]})
 
 
 def killed_for_memory() -> int:

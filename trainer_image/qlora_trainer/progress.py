@@ -14,7 +14,7 @@ import structlog
 
 from qlora_api.names import PROGRESS_TOKEN_ENV, PROGRESS_URL_ENV, Phase
 from qlora_api.progress import Metric, ProgressReport, TrainerStatus
-from qlora_api.v1alpha1 import Progress
+from qlora_api.v1alpha1 import Checkpoint, Progress
 
 CA_ENV: Final = "KUBEFLOW_TRAINER_SERVER_CA_CERT"
 """The path of the certificate authority's file, for an https endpoint."""
@@ -115,6 +115,7 @@ def to_body(progress: Progress) -> bytes:
         "loss": progress.loss,
         "tokens_per_second": progress.tokens_per_second,
         "phase": progress.phase,
+        **_checkpoint_metrics(progress.checkpoint),
     }
     status = TrainerStatus(
         progress_percentage=progress.percent,
@@ -124,6 +125,12 @@ def to_body(progress: Progress) -> bytes:
     )
     report = ProgressReport(trainer_status=status)
     return report.model_dump_json(by_alias=True, exclude_none=True).encode()
+
+
+def _checkpoint_metrics(checkpoint: Checkpoint | None) -> dict[str, object]:
+    if checkpoint is None:
+        return {}
+    return {f"checkpoint_{name}": value for name, value in checkpoint.model_dump(mode="json").items()}
 
 
 class HttpSink:

@@ -12,12 +12,13 @@ from qlora_trainer import stages
 from qlora_trainer.architecture import load_tokenizer
 from qlora_trainer.benchmarks import score_tasks
 from qlora_trainer.card import write_card
-from qlora_trainer.checkpoint import Checkpoints
+from qlora_trainer.checkpoint import Checkpoints, Witness
 from qlora_trainer.choices import Choices
 from qlora_trainer.distributed import World, join_planned_world
 from qlora_trainer.evaluate import Examination, compare
 from qlora_trainer.history import History
 from qlora_trainer.interrupt import StopFlag
+from qlora_trainer.keeper import Keeper
 from qlora_trainer.merging import add_merged
 from qlora_trainer.output import find_manifest, open_output, point_latest
 from qlora_trainer.pace import Pace
@@ -106,15 +107,18 @@ def _learn(desk: Desk, secrets: Secrets) -> Learned:
     examiner = stages.make_examiner(data, tokenizer, config, choices, battery, world)
     loop = stages.make_training(tuned, data, config, choices, world)
     course = stages.make_course(config, data, choices, world)
-    checkpoints = Checkpoints(desk.output, course, config.spec.checkpoint, desk.started, desk.sink.note)
+    checkpoints = Checkpoints(
+        desk.output, course, config.attempt, desk.started, Witness(desk.sink.note, pace.completed)
+    )
     start = stages.find_start(checkpoints, world)
+    keeper = Keeper(checkpoints, config.spec.checkpoint, desk.sink.note, start.step if start else 0)
     if world.moves_in_step:
         loop.engine.start(start)  # the base is divided as early as can be, before it is examined
     pace.enter(Phase.EVALUATING)
     base = examiner.examine(tuned, adapter=False)
     pace.enter(Phase.TRAINING)
     trackers = open_trackers(config, secrets, work, desk.sink.note) if world.leads else stages.NO_TRACKERS
-    history = stages.train(loop, checkpoints, start, stages.News(pace, trackers), desk.stop)
+    history = stages.train(loop, keeper, start, stages.News(pace, trackers), desk.stop)
     pace.enter(Phase.EVALUATING)
     adapter = examiner.examine(tuned)
     check = stages.make_loading_check(tuned, data.held_out, config, choices, folder)

@@ -92,13 +92,13 @@ class S3Store:
         with self._translated(path):
             self._client.download_file(self._bucket, self._key(path), str(target))
 
-    def put(self, path: str, source: Path | bytes, *, if_none_match: bool = False) -> None:
+    def put(self, path: str, source: Path | bytes, *, if_none_match: bool = False) -> bool:
         """Upload with a SHA-256, then read size and digest back."""
         digest = sha256_of(source)
         size = len(source) if isinstance(source, bytes) else source.stat().st_size
         with self._translated(path):
             self._upload(path, source, digest, if_none_match)
-            self._verify(path, size, digest)
+            return self._verify(path, size, digest)
 
     def _upload(self, path: str, source: Path | bytes, digest: str, if_none_match: bool) -> None:
         extra: dict[str, Any] = {"IfNoneMatch": "*"} if if_none_match else {}
@@ -123,7 +123,8 @@ class S3Store:
             else:
                 return
 
-    def _verify(self, path: str, size: int, digest: str) -> None:
+    def _verify(self, path: str, size: int, digest: str) -> bool:
+        """Compare what the store has with what was sent, and return whether it knows the content's SHA-256."""
         mode = {"ChecksumMode": "ENABLED"} if self._sends_checksums else {}
         head = self._client.head_object(Bucket=self._bucket, Key=self._key(path), **mode)
         stored = head.get("ChecksumSHA256", _base64_of(digest))
@@ -134,6 +135,7 @@ class S3Store:
                 f"{self._owner.field}: {self.root}/{path} reads back different from what was sent "
                 f"({head['ContentLength']} of {size} bytes); check the object store",
             )
+        return "ChecksumSHA256" in head
 
     def exists(self, path: str) -> bool:
         """Return whether there is such an object."""

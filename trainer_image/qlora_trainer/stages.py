@@ -27,6 +27,7 @@ from qlora_trainer.gate import check_gate, describe_rejected, judge
 from qlora_trainer.hardware import observe_hardware, peak_memory_bytes
 from qlora_trainer.history import History, kept_step
 from qlora_trainer.interrupt import StopFlag
+from qlora_trainer.keeper import Keeper
 from qlora_trainer.loading import CHECKED_ROWS, LoadingTask, load_in_fresh_process, rows_of_task
 from qlora_trainer.model import Tuned, computing_in, joins_rows_exactly, load_base, load_text_config, tune, tune_whole
 from qlora_trainer.pace import Pace, time_and_tokens
@@ -149,19 +150,22 @@ class News:
 def find_start(checkpoints: Checkpoints, world: World) -> TrainingState | None:
     """Return the state to go on from: one process chooses, so that all of them go on from the same."""
     found = checkpoints.newest() if world.leads else None
-    step = world.told(len(found.history.steps) if found else None)
-    return found if step is None or world.leads else checkpoints.at(step)
+    place = world.told(found.place if found else None)
+    if found is not None or place is None:
+        return found.state if found else None
+    return checkpoints.at(place)
 
 
-def train(loop: Loop, checkpoints: Checkpoints, start: TrainingState | None, news: News, stop: StopFlag) -> History:
+def train(loop: Loop, keeper: Keeper, start: TrainingState | None, news: News, stop: StopFlag) -> History:
     """Train the adapter in place, on from a state if there is one, and tell of it."""
     try:
         if start is not None:
             news.resume(start.history)
-        watcher = Watcher(
-            news.step, news.trackers.held_out, news.pace.alive, wants=checkpoints.wants, keep=checkpoints.keep
-        )
+        watcher = Watcher(news.step, news.trackers.held_out, news.pace.alive, wants=keeper.wants, keep=keeper.keep)
         history = loop.run(stop, watcher, start)
+    except Exception:
+        keeper.close()
+        raise
     finally:
         news.trackers.close()
     news.pace.finish()

@@ -32,6 +32,11 @@ class TrainingState:
     peak_memory_bytes: int = 0
     """Of the process that came here; it decides nothing, and the report shows the highest of all attempts."""
 
+    @property
+    def step(self) -> int:
+        """Return how many steps were done."""
+        return len(self.history.steps)
+
 
 def copy_weights(tuned: Tuned) -> dict[str, torch.Tensor]:
     """Return a copy of the adapter's weights, by name."""

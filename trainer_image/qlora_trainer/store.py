@@ -79,8 +79,11 @@ class Store(Protocol):
     def download(self, path: str, target: Path) -> None:
         """Copy an object into a file, or raise MissingObjectError."""
 
-    def put(self, path: str, source: Path | bytes, *, if_none_match: bool = False) -> None:
-        """Write an object and verify it; with if_none_match raise AlreadyThereError when there is one."""
+    def put(self, path: str, source: Path | bytes, *, if_none_match: bool = False) -> bool:
+        """Write an object and verify it; with if_none_match raise AlreadyThereError when there is one.
+
+        Return whether the store said what SHA-256 it has; some can only repeat what they were told.
+        """
 
     def exists(self, path: str) -> bool:
         """Return whether there is such an object."""
@@ -158,7 +161,7 @@ class FileStore:
         except FileNotFoundError as error:
             raise self._missing(path) from error
 
-    def put(self, path: str, source: Path | bytes, *, if_none_match: bool = False) -> None:
+    def put(self, path: str, source: Path | bytes, *, if_none_match: bool = False) -> bool:
         """Write a file atomically; a hard link is the conditional form, because it fails where a file exists."""
         target = self.folder / path
         try:
@@ -168,6 +171,7 @@ class FileStore:
             raise RunError(
                 Reason.S3_DENIED, f"{self._owner.field}: cannot write {target}: {error.strerror}; choose another folder"
             ) from error
+        confirmed = sha256_of(temporary) == sha256_of(source)
         try:
             if if_none_match:
                 os.link(temporary, target)
@@ -183,6 +187,7 @@ class FileStore:
             ) from error
         finally:
             temporary.unlink(missing_ok=True)
+        return confirmed
 
     @staticmethod
     def _write_beside(target: Path, source: Path | bytes) -> Path:

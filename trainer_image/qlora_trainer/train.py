@@ -63,8 +63,8 @@ class Watcher:
     """Called now and then while that takes its time."""
     wants: Callable[[int, bool], bool]
     """Asked with the steps done whether to keep the state after them, and told whether this is the last occasion."""
-    keep: Callable[[TrainingState], None]
-    """Called with the state to keep."""
+    keep: Callable[[TrainingState, bool], None]
+    """Called with the state to keep, and whether this is the last occasion: then it is kept when the call returns."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class Loop:
         if wanted:
             state = self._capture(history, best)
             if self.world.leads:
-                watcher.keep(state)
+                watcher.keep(state, last)
         if stopping:
             self.world.wait()  # who ends first would take the saving process with it
         return stopping

@@ -51,7 +51,7 @@ def main(order: Order, work: Path) -> None:
 
     tuned.peft.train()
     stopwatch.start()
-    loop.run(StopFlag(), Watcher(note, lambda _: None, lambda: None, lambda *_: False, lambda _: None))
+    loop.run(StopFlag(), Watcher(note, lambda _: None, lambda: None, lambda *_: False, lambda *_: None))
     stopwatch.measurement.write(order.output)
 
 

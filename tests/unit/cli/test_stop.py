@@ -37,11 +37,12 @@ def manifest(tmp_path):
 def test_a_run_stopped_with_ctrl_c_goes_on_from_its_checkpoint(manifest, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr("qlora_trainer.stages.load_in_fresh_process", lambda *_: None)  # test_run.py has it
-    report = LineScreen.report
+    report, pressed = LineScreen.report, []
 
     def interrupt(screen, progress):
         report(screen, progress)
-        if progress.step == 2:
+        if progress.step == 2 and not pressed:
+            pressed.append("Ctrl-C")
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(LineScreen, "report", interrupt)

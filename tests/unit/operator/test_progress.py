@@ -10,6 +10,7 @@ from aiohttp.test_utils import TestClient, TestServer
 from qlora_api import names
 from qlora_api.names import Phase
 from qlora_api.progress import ProgressReport
+from qlora_api.v1alpha1 import Checkpoint
 from qlora_operator.cluster.ports import PodIdentity
 from qlora_operator.progress import MAX_BODY, STATUS_EVERY, TRUST_SECONDS, Gate, ProgressEndpoint, Reports, read_report
 from qlora_operator.values import JobRef
@@ -147,3 +148,33 @@ def test_what_cannot_be_read_is_left_out() -> None:
     metrics = {"current_step": "-1", "loss": "nan", "tokens_per_second": "fast", "phase": "Succeeded"}
     report = read_report(ProgressReport.model_validate(make_report(metrics)), NOW)
     assert report.model_dump(exclude_none=True) == {"percent": 42, "updated_at": NOW}
+
+
+CHECKPOINT = {
+    "checkpoint_step": "100",
+    "checkpoint_uri": "s3://adapters/team-a/support-bot/0123456789abcdef/checkpoints/step-000100-a1",
+    "checkpoint_time": "2026-03-01T11:59:00Z",
+    "checkpoint_verified": "True",
+}
+
+
+def test_the_newest_checkpoint_of_a_report() -> None:
+    report = read_report(ProgressReport.model_validate(make_report(CHECKPOINT)), NOW)
+    assert report.checkpoint == Checkpoint(
+        step=100, uri=CHECKPOINT["checkpoint_uri"], time=NOW - timedelta(minutes=1), verified=True
+    )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param({"checkpoint_step": "-1"}, id="before-the-first-step"),
+        pytest.param({"checkpoint_time": "yesterday"}, id="no-time"),
+        pytest.param({"checkpoint_time": "2026-03-01T11:59:00"}, id="a-time-without-a-zone"),
+        pytest.param({"checkpoint_verified": "perhaps"}, id="neither-yes-nor-no"),
+        pytest.param({"checkpoint_uri": None}, id="nowhere"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_read_is_left_out(change: dict[str, str | None]) -> None:
+    metrics = {name: value for name, value in (CHECKPOINT | change).items() if value is not None}
+    assert read_report(ProgressReport.model_validate(make_report(metrics)), NOW).checkpoint is None

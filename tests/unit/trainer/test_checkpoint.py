@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import threading
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,12 +19,13 @@ from safetensors.torch import load_file
 from qlora_api.names import Reason
 from qlora_api.report import HeldOutRecord, RunReport, StepRecord
 from qlora_api.runconfig import RunConfig, S3Config
-from qlora_api.v1alpha1 import CheckpointSpec, EarlyStoppingSpec, LoraSpec, QuantizationSpec, TrainingSpec
-from qlora_trainer.checkpoint import Checkpoints, Course
+from qlora_api.v1alpha1 import Checkpoint, CheckpointSpec, EarlyStoppingSpec, LoraSpec, QuantizationSpec, TrainingSpec
+from qlora_trainer.checkpoint import Checkpoints, Course, Witness
 from qlora_trainer.distributed import World
 from qlora_trainer.errors import RunError
 from qlora_trainer.history import History
 from qlora_trainer.interrupt import StopFlag
+from qlora_trainer.keeper import Keeper
 from qlora_trainer.model import load_base, tune
 from qlora_trainer.optimizer import Kind
 from qlora_trainer.prepare import prepare
@@ -65,35 +67,49 @@ def make_nf4_loop(folder: Path, kind: Kind = Kind.ADAMW) -> Loop:
     return dataclasses.replace(loop, held_out=token_rows(6, seed=1))
 
 
-def make_checkpoints(folder: Path, course: Course = COURSE, **spec) -> tuple[Checkpoints, list[str]]:
+def make_checkpoints(
+    folder: Path, course: Course = COURSE, attempt: int = 1, told: list[Checkpoint] | None = None
+) -> tuple[Checkpoints, list[str]]:
     notes: list[str] = []
-    store = FileStore(f"file://{folder}", OUTPUT)
-    return Checkpoints(store, course, CheckpointSpec(**{"steps": 1} | spec), STARTED, notes.append), notes
+    witness = Witness(notes.append, (told if told is not None else []).append)
+    return Checkpoints(FileStore(f"file://{folder}", OUTPUT), course, attempt, STARTED, witness), notes
+
+
+def make_keeper(checkpoints: Checkpoints, step: int = 0, notes: list[str] | None = None, **spec) -> Keeper:
+    """Keeps each step, and waits for each checkpoint: a training of milliseconds would be over before the first."""
+
+    class Waiting(Keeper):
+        def keep(self, state: TrainingState, last: bool) -> None:  # noqa: ARG002 (Keeper's signature)
+            super().keep(state, last=True)
+
+    note = (notes if notes is not None else []).append
+    return Waiting(checkpoints, CheckpointSpec(**{"steps": 1} | spec), note, step)
 
 
 def weights_of(loop: Loop) -> list[torch.Tensor]:
     return [parameter.detach().clone() for parameter in loop.tuned.parameters()]
 
 
-def watch(checkpoints: Checkpoints, **heard) -> Watcher:
+def watch(keeper: Keeper, **heard) -> Watcher:
     """Hear some of what happens, and keep what is due."""
     nothing = {"step": lambda _: None, "held_out": lambda _: None, "alive": lambda: None}
-    return Watcher(**nothing | heard, wants=checkpoints.wants, keep=checkpoints.keep)
+    return Watcher(**nothing | heard, wants=keeper.wants, keep=keeper.keep)
 
 
-def offer(checkpoints: Checkpoints, step: int, *, last: bool) -> None:
+def offer(keeper: Keeper, step: int, *, last: bool) -> None:
     """Do as the loop does after a step."""
-    if checkpoints.wants(step, last):
-        checkpoints.keep(make_state(step))
+    if keeper.wants(step, last):
+        keeper.keep(make_state(step), last)
 
 
-def train(loop: Loop, checkpoints: Checkpoints, stop_after: int = 0) -> History:
-    stop = StopFlag()
+def train(loop: Loop, checkpoints: Checkpoints, stop_after: int = 0, **spec) -> History:
+    stop, found = StopFlag(), checkpoints.newest()
 
     def note(record: StepRecord) -> None:
         stop.requested = record.step == stop_after
 
-    return loop.run(stop, watch(checkpoints, step=note), checkpoints.newest())
+    keeper = make_keeper(checkpoints, found.place.step if found else 0, **spec)
+    return loop.run(stop, watch(keeper, step=note), found.state if found else None)
 
 
 def without_seconds(history: History) -> list[StepRecord | HeldOutRecord]:
@@ -105,9 +121,9 @@ def test_trap_30_a_run_stopped_after_any_step_ends_as_if_it_had_not_been(model_f
     whole = make_nf4_loop(model_folder, kind)
     expected = train(whole, make_checkpoints(tmp_path / "whole")[0])
     for step in range(1, STEPS):
-        checkpoints, _ = make_checkpoints(tmp_path / f"{step}", every="1h", steps=None)
+        checkpoints, _ = make_checkpoints(tmp_path / f"{step}")
         with pytest.raises(RunError) as caught:
-            train(make_nf4_loop(model_folder, kind), checkpoints, stop_after=step)
+            train(make_nf4_loop(model_folder, kind), checkpoints, stop_after=step, every="1h", steps=None)
         assert (caught.value.reason, caught.value.step) == (Reason.INTERRUPTED, step)
         resumed = make_nf4_loop(model_folder, kind)
         found = train(resumed, make_checkpoints(tmp_path / f"{step}")[0])
@@ -121,7 +137,7 @@ def test_a_look_that_was_cut_short_is_taken_again(model_folder, tmp_path):
     def interrupt() -> None:
         stop.requested = True
 
-    watcher = watch(make_checkpoints(tmp_path)[0], alive=interrupt)
+    watcher = watch(make_keeper(make_checkpoints(tmp_path)[0]), alive=interrupt)
     with pytest.raises(RunError) as caught:
         make_nf4_loop(model_folder).run(stop, watcher)
     assert caught.value.step == 2
@@ -142,7 +158,7 @@ def step_folders(folder: Path) -> list[str]:
 
 
 def test_the_newest_are_kept_and_all_of_them_go_in_the_end(kept, tmp_path):
-    assert step_folders(kept) == ["step-000004", "step-000005"]
+    assert step_folders(kept) == ["step-000004-a1", "step-000005-a1"]
     shutil.copytree(kept, tmp_path, dirs_exist_ok=True)
     make_checkpoints(tmp_path)[0].clear()
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
@@ -151,14 +167,14 @@ def test_the_newest_are_kept_and_all_of_them_go_in_the_end(kept, tmp_path):
 def test_a_checkpoint_is_due_by_time_or_by_steps_and_at_the_last_occasion(tmp_path):
     def offered(last: bool = False, **spec) -> list[str]:
         folder = tmp_path / json.dumps([spec, last])
-        checkpoints, _ = make_checkpoints(folder, **spec)
+        keeper = make_keeper(make_checkpoints(folder)[0], **spec)
         for step in (1, 2, 3):
-            offer(checkpoints, step, last=last and step == 3)
+            offer(keeper, step, last=last and step == 3)
         return step_folders(folder)
 
-    assert offered(steps=2) == ["step-000002"]
+    assert offered(steps=2) == ["step-000002-a1"]
     assert offered(steps=None, every="1h") == []
-    assert offered(steps=None, every="1h", last=True) == ["step-000003"]
+    assert offered(steps=None, every="1h", last=True) == ["step-000003-a1"]
 
 
 def make_state(steps: int) -> TrainingState:
@@ -173,45 +189,152 @@ def test_the_peak_memory_is_that_of_all_attempts(tmp_path):
         checkpoints, _ = make_checkpoints(tmp_path)
         checkpoints.newest()
         state = dataclasses.replace(make_state(step), peak_memory_bytes=peak)
-        checkpoints.keep(state)
+        checkpoints.save(state, keep=2)
     third, _ = make_checkpoints(tmp_path)
-    assert (third.newest().peak_memory_bytes, third.peak_memory_bytes) == (0, 9)
+    assert (third.newest().state.peak_memory_bytes, third.peak_memory_bytes) == (0, 9)
 
 
 def test_a_state_knows_the_memory_that_its_training_took():
     captured = []
     loop = make_test_loop(make_tuned(), token_rows(8), steps=1)
-    watcher = dataclasses.replace(DEAF, wants=lambda *_: True, keep=captured.append)
+    watcher = dataclasses.replace(DEAF, wants=lambda *_: True, keep=lambda state, _: captured.append(state))
     loop.run(StopFlag(), watcher)
     assert captured[-1].peak_memory_bytes > 1 << 26  # torch alone takes more
 
 
 def test_a_broken_checkpoint_does_not_crowd_out_a_good_one(kept, tmp_path):
     shutil.copytree(kept, tmp_path, dirs_exist_ok=True)
-    (tmp_path / COURSE.digest / "checkpoints/step-000005/adapter.safetensors").write_bytes(b"cut")
-    checkpoints, _ = make_checkpoints(tmp_path, keep=1)
-    offer(checkpoints, 3, last=True)
-    assert step_folders(tmp_path) == ["step-000003", "step-000004", "step-000005"]
-    offer(checkpoints, 4, last=True)
-    assert step_folders(tmp_path) == ["step-000004", "step-000005"]
+    (tmp_path / COURSE.digest / "checkpoints/step-000005-a1/adapter.safetensors").write_bytes(b"cut")
+    checkpoints, _ = make_checkpoints(tmp_path)
+    keeper = make_keeper(checkpoints, keep=1)
+    offer(keeper, 3, last=True)
+    assert step_folders(tmp_path) == ["step-000003-a1", "step-000004-a1", "step-000005-a1"]
+    offer(keeper, 4, last=True)
+    assert step_folders(tmp_path) == ["step-000004-a1", "step-000005-a1"]
+
+
+class Gated(FileStore):
+    """A slow store: an upload waits until it is let through."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(f"file://{folder}", OUTPUT)
+        self.opened, self.fault = threading.Event(), None
+
+    def put(self, path: str, source: Path | bytes, *, if_none_match: bool = False) -> bool:
+        assert self.opened.wait(30)
+        if self.fault is not None:
+            raise self.fault
+        return super().put(path, source, if_none_match=if_none_match)
+
+
+@pytest.fixture
+def gated(tmp_path) -> Gated:
+    return Gated(tmp_path)
+
+
+def slow_keeper(store: Gated, notes: list[str]) -> Keeper:
+    checkpoints = Checkpoints(store, COURSE, 1, STARTED, Witness(notes.append, lambda _: None))
+    return Keeper(checkpoints, CheckpointSpec(steps=1), notes.append, 0)
+
+
+def test_the_training_goes_on_while_a_checkpoint_is_under_way_and_the_last_one_waits_for_it(gated, tmp_path):
+    keeper = slow_keeper(gated, [])
+    for step in (1, 2, 3):
+        offer(keeper, step, last=False)
+    assert step_folders(tmp_path) == []
+    threading.Timer(0.1, gated.opened.set).start()
+    offer(keeper, 4, last=True)
+    assert step_folders(tmp_path) == ["step-000001-a1", "step-000004-a1"]
+
+
+def test_a_step_that_is_being_kept_is_not_kept_twice_at_the_last_occasion(gated, tmp_path):
+    keeper = slow_keeper(gated, [])
+    offer(keeper, 1, last=False)
+    gated.opened.set()
+    assert not keeper.wants(1, last=True)
+    assert step_folders(tmp_path) == ["step-000001-a1"]
+
+
+@pytest.mark.parametrize(
+    "fault", [RunError(Reason.S3_UNAVAILABLE, "away"), MemoryError("away")], ids=["the-store-is-away", "a-crash"]
+)
+def test_a_checkpoint_that_fails_is_told_and_tried_again_at_the_next_occasion(gated, tmp_path, fault):
+    notes: list[str] = []
+    keeper = slow_keeper(gated, notes)
+    gated.fault = fault
+    gated.opened.set()
+    offer(keeper, 1, last=False)
+    keeper.close()
+    assert notes == ["no checkpoint of step 1 was written: away"]
+    gated.fault = None
+    assert keeper.wants(1, last=False)
+    offer(keeper, 2, last=True)
+    assert step_folders(tmp_path) == ["step-000002-a1"]
+
+
+def test_attempts_that_overlap_write_folders_of_their_own_and_the_later_one_is_the_newer(tmp_path):
+    first, second = make_checkpoints(tmp_path, attempt=1)[0], make_checkpoints(tmp_path, attempt=2)[0]
+    for checkpoints in (first, second, first):
+        checkpoints.save(make_state(3), keep=9)
+    assert step_folders(tmp_path) == ["step-000003-a1", "step-000003-a2"]
+    assert make_checkpoints(tmp_path)[0].newest().place.attempt == 2
+
+
+@pytest.mark.parametrize(
+    ("here", "attempt", "writes"),
+    [
+        pytest.param([], 1, "step-000009-a1", id="the-first"),
+        pytest.param(["step-000004-a1"], 2, "step-000009-a2", id="the-next"),
+        pytest.param(["step-000004-a1"], 1, "step-000009-a2", id="without-a-number-of-its-own"),
+        pytest.param(["step-000004-a3"], 5, "step-000009-a5", id="after-attempts-that-left-nothing"),
+    ],
+)
+def test_an_attempt_writes_where_no_other_one_did(tmp_path, here, attempt, writes):
+    for name in here:
+        (tmp_path / COURSE.digest / "checkpoints" / name).mkdir(parents=True)
+        (tmp_path / COURSE.digest / "checkpoints" / name / "record.json").write_text("{}")
+    checkpoints, _ = make_checkpoints(tmp_path, attempt=attempt)
+    assert checkpoints.newest() is None
+    checkpoints.save(make_state(9), keep=9)
+    assert step_folders(tmp_path) == [writes]
+
+
+def test_a_checkpoint_is_told_of_once_it_is_complete_and_when_it_is_found(tmp_path):
+    told: list[Checkpoint] = []
+    make_checkpoints(tmp_path, told=told)[0].save(make_state(3), keep=2)
+    make_checkpoints(tmp_path, told=told, attempt=2)[0].newest()
+    assert told[0] == told[1]
+    uri = f"file://{tmp_path}/{COURSE.digest}/checkpoints/step-000003-a1"
+    assert (told[0].step, told[0].uri, told[0].verified) == (3, uri, True)
+
+
+def make_bucket() -> S3Store:
+    keys = Credentials({"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s", "AWS_REGION": "us-east-1"})
+    boto3.client("s3", region_name="us-east-1").create_bucket(Bucket="adapters")
+    return S3Store("s3://adapters/team-a/job", OUTPUT, keys, S3Config())
+
+
+def in_bucket(store: S3Store, told: list[Checkpoint], notes: list[str]) -> Checkpoints:
+    return Checkpoints(store, COURSE, 1, STARTED, Witness(notes.append, told.append))
 
 
 def test_checkpoints_in_s3_are_found_and_removed(monkeypatch):
     monkeypatch.delenv("AWS_PROFILE", raising=False)
-    keys = Credentials({"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s", "AWS_REGION": "us-east-1"})
+    told, notes = [], []
     with mock_aws():
-        boto3.client("s3", region_name="us-east-1").create_bucket(Bucket="adapters")
-        store, notes = S3Store("s3://adapters/team-a/job", OUTPUT, keys, S3Config()), []
-        checkpoints = Checkpoints(store, COURSE, CheckpointSpec(steps=1, keep=1), STARTED, notes.append)
+        store = make_bucket()
+        checkpoints = in_bucket(store, told, notes)
         assert checkpoints.newest() is None
         for step in (1, 2):
-            offer(checkpoints, step, last=False)
-        found = Checkpoints(store, COURSE, CheckpointSpec(), STARTED, notes.append).newest()
-        assert (len(found.history.steps), found.optimizer["0/note"]) == (2, 3)
-        assert {entry.path.rsplit("/", 2)[1] for entry in store.list()} == {"step-000002"}
+            checkpoints.save(make_state(step), keep=1)
+        found = in_bucket(store, told, notes).newest()
+        assert (found.place.step, found.state.optimizer["0/note"]) == (2, 3)
+        assert {entry.path.rsplit("/", 2)[1] for entry in store.list()} == {"step-000002-a1"}
         checkpoints.clear()
         assert store.list() == ()
-        assert [note.partition(",")[0] for note in notes] == ["going on after step 2"]
+    # moto repeats the digest that it was told, and has none of its own: nothing is verified by that.
+    assert [(checkpoint.step, checkpoint.verified) for checkpoint in told] == [(1, False), (2, False), (2, False)]
+    assert [note.partition(",")[0] for note in notes] == ["going on after step 2"]
 
 
 @pytest.mark.parametrize(
@@ -225,21 +348,37 @@ def test_checkpoints_in_s3_are_found_and_removed(monkeypatch):
 )
 def test_a_broken_checkpoint_is_passed_over(kept, tmp_path, broken: Callable[[Path], object]):
     shutil.copytree(kept, tmp_path, dirs_exist_ok=True)
-    broken(tmp_path / COURSE.digest / "checkpoints/step-000005")
+    broken(tmp_path / COURSE.digest / "checkpoints/step-000005-a1")
     checkpoints, notes = make_checkpoints(tmp_path)
-    state = checkpoints.newest()
-    assert state is not None
-    assert len(state.history.steps) == 4
-    assert "step-000005 is passed over: " in notes[0]
+    found = checkpoints.newest()
+    assert found is not None
+    assert found.place.step == found.state.step == 4
+    assert "step-000005-a1 is passed over: " in notes[0]
     assert notes[1].startswith("going on after step 4, from the checkpoint file://")
 
 
-def test_a_checkpoint_without_its_manifest_is_none(kept, tmp_path):
+def test_what_is_no_checkpoint_is_named_and_passed_over(kept, tmp_path):
     shutil.copytree(kept, tmp_path, dirs_exist_ok=True)
-    for manifest in tmp_path.rglob("manifest.json"):
-        manifest.unlink()
+    folder = tmp_path / COURSE.digest / "checkpoints"
+    (folder / "step-000005-a1/manifest.json").unlink()
+    (folder / "step-000004-a1").rename(folder / "step-four")
     checkpoints, notes = make_checkpoints(tmp_path)
-    assert (checkpoints.newest(), notes) == (None, [])
+    assert checkpoints.newest() is None
+    assert notes == [
+        f"the checkpoint {COURSE.digest}/checkpoints/step-000005-a1 is passed over: it has no manifest, so that it "
+        "was never complete",
+        f"the checkpoint {COURSE.digest}/checkpoints/step-four is passed over: it is none of this program's",
+    ]
+
+
+def test_what_an_earlier_attempt_left_incomplete_goes_with_the_next_checkpoint(tmp_path):
+    folder = tmp_path / COURSE.digest / "checkpoints"
+    for name in ("step-000002-a1", "step-000009-a1", "step-000002-a3"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "record.json").write_text("{}")
+    make_checkpoints(tmp_path, attempt=2)[0].save(make_state(3), keep=2)
+    left = sorted(path.parent.name for path in folder.glob("*/record.json"))
+    assert left == ["step-000002-a3", "step-000003-a2", "step-000009-a1"]
 
 
 def test_trap_37_the_state_of_another_course_is_refused(kept):
@@ -250,8 +389,8 @@ def test_trap_37_the_state_of_another_course_is_refused(kept):
 
 def test_a_checkpoint_that_cannot_be_written_does_not_end_the_run(tmp_path):
     (tmp_path / COURSE.digest).write_text("a file where the folder should be")
-    checkpoints, notes = make_checkpoints(tmp_path)
-    offer(checkpoints, 1, last=False)
+    notes: list[str] = []
+    offer(make_keeper(make_checkpoints(tmp_path)[0], notes=notes), 1, last=False)
     assert notes[0].startswith("no checkpoint of step 1 was written: ")
 
 

@@ -15,11 +15,11 @@ import pytest
 from qlora_api.names import PROGRESS_TOKEN_ENV, PROGRESS_URL_ENV, TERMINATION_MESSAGE_BYTES, Phase, Reason
 from qlora_api.progress import ProgressReport
 from qlora_api.report import LastWord
-from qlora_api.v1alpha1 import Progress
+from qlora_api.v1alpha1 import Checkpoint, Progress
 from qlora_trainer.__main__ import main
 from qlora_trainer.errors import RunError, explain
 from qlora_trainer.interrupt import StopFlag
-from qlora_trainer.lastword import failure_word, to_line, write_last_word
+from qlora_trainer.lastword import Farewell, failure_word, to_line, write_last_word
 from qlora_trainer.progress import Heartbeat, HttpSink, Sinks, to_body
 from tests.unit.trainer.tiny import RecordingSink, make_spec, prepare_config, serving
 
@@ -160,6 +160,30 @@ def test_the_body_is_kubeflow_trainers():
         ],
         "lastUpdatedTime": "2026-01-02T00:00:00Z",
     }
+
+
+CHECKPOINT = Checkpoint(
+    step=5, uri="s3://b/job/d/checkpoints/step-000005-a1", time=datetime(2026, 1, 2, tzinfo=UTC), verified=True
+)
+
+
+def test_the_body_tells_of_the_newest_checkpoint():
+    body = to_body(progress(7).model_copy(update={"checkpoint": CHECKPOINT}))
+    assert json.loads(body)["trainerStatus"]["metrics"][5:] == [
+        {"name": "checkpoint_step", "value": "5"},
+        {"name": "checkpoint_uri", "value": "s3://b/job/d/checkpoints/step-000005-a1"},
+        {"name": "checkpoint_time", "value": "2026-01-02T00:00:00Z"},
+        {"name": "checkpoint_verified", "value": "True"},
+    ]
+
+
+def test_a_failure_is_told_once_and_with_the_newest_checkpoint(tmp_path):
+    farewell = Farewell(tmp_path / "word")
+    farewell.report(progress(7).model_copy(update={"checkpoint": CHECKPOINT}))
+    farewell.fail(RunError(Reason.HEARTBEAT_LOST, "no sign of life", step=7))
+    farewell.fail(RunError(Reason.INTERRUPTED, "asked to stop", step=7))
+    word = LastWord.model_validate_json((tmp_path / "word").read_text())
+    assert word == LastWord(reason=Reason.HEARTBEAT_LOST, message="no sign of life", step=7, checkpoint=CHECKPOINT)
 
 
 @pytest.fixture

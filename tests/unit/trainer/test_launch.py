@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from qlora_api.launch import accelerate_config
 from qlora_api.names import ACCELERATE_CONFIG_FILE, Reason
 from qlora_api.report import LastWord
 from qlora_api.runconfig import RunConfig
-from qlora_api.v1alpha1 import Plan
+from qlora_api.v1alpha1 import Checkpoint, Plan
 from qlora_trainer.errors import RunError
 from qlora_trainer.interrupt import StopFlag
 from qlora_trainer.launch import INDEX_ENV, Node, choose_word, is_worker, launch_command, wait_for_address, workers_of
@@ -58,6 +59,14 @@ def test_one_word_explains_all(words: list[LastWord], expected: str) -> None:
     chosen = choose_word(dict(enumerate(words)), 1, 0)
     assert chosen is not None
     assert f"{chosen.reason}: {chosen.message}" == expected
+
+
+def test_the_word_of_a_process_has_the_checkpoint_that_another_one_wrote() -> None:
+    checkpoint = Checkpoint(step=4, uri="s3://b/c", time=datetime(2026, 1, 2, tzinfo=UTC))
+    first = word(Reason.COLLECTIVE_TIMEOUT).model_copy(update={"checkpoint": checkpoint})
+    chosen = choose_word({0: first, 1: word(Reason.CUDA_OUT_OF_MEMORY)}, 1, 0)
+    assert chosen is not None
+    assert (chosen.reason, chosen.checkpoint) == (Reason.CUDA_OUT_OF_MEMORY, checkpoint)
 
 
 def test_processes_without_a_word_are_explained_by_their_end() -> None:

@@ -15,7 +15,7 @@ from qlora_trainer.tokens import TokenRow
 from qlora_trainer.train import Loop, Schedule, Watcher, make_loop
 from tests.unit.trainer.tiny import CPU, make_model
 
-DEAF = Watcher(lambda _: None, lambda _: None, lambda: None, lambda *_: False, lambda _: None)
+DEAF = Watcher(lambda _: None, lambda _: None, lambda: None, lambda *_: False, lambda *_: None)
 CHOICES = Choices(torch.float32, "sdpa", checkpointing=False, packing=True, optimizer=Kind.ADAMW, reasons={})
 NF4 = QuantizationSpec(bits=4)
 ALONE = World(CPU)

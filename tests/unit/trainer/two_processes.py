@@ -14,7 +14,7 @@ from qlora_trainer.evaluate import sum_rows
 from qlora_trainer.interrupt import StopFlag
 from qlora_trainer.stages import find_start
 from qlora_trainer.train import Loop, Watcher
-from tests.unit.trainer.test_checkpoint import make_checkpoints
+from tests.unit.trainer.test_checkpoint import make_checkpoints, make_keeper
 from tests.unit.trainer.tuned import ALONE, DEAF, make_test_loop, make_tuned, token_rows
 
 STEPS = 4
@@ -60,8 +60,8 @@ def train_in_two_parts(world: World, folder: Path) -> None:
     def note(record) -> None:
         stop.requested = record.step == 2 and world.rank == 1
 
-    checkpoints = checkpoints_of(world, folder)
-    watcher = Watcher(note, lambda _: None, lambda: None, wants=checkpoints.wants, keep=checkpoints.keep)
+    keeper = make_keeper(checkpoints_of(world, folder))
+    watcher = Watcher(note, lambda _: None, lambda: None, wants=keeper.wants, keep=keeper.keep)
     try:
         make_shared_loop(micro_batch=3, world=world).run(stop, watcher)
     except RunError as error:
