@@ -13,8 +13,9 @@ import yaml
 
 from qlora_api import crd
 from qlora_api.guidance import GUIDANCE
-from qlora_api.names import KIND
+from qlora_api.names import KIND, Reason
 from qlora_operator.cluster.permissions import build_cluster_rules, build_home_rules, build_rules
+from qlora_operator.recovery.retries import DISRUPTIONS, REMEDIES, REMEDY_SENTENCES
 from qlora_operator.validity import render_table
 
 CHART: Final = "charts/qlora-operator"
@@ -153,8 +154,15 @@ def reason_reference_file() -> str:
     """Every reason of a condition, with what to do."""
     lines = [f"<!-- {_NOTE} -->", "# Reasons", "", "The `reason` of a condition, and of `status.reason`.", ""]
     for reason, (sentence, remedy) in GUIDANCE.items():
-        lines += [f"## {reason}", "", sentence, "", f"**What to do:** {remedy}", ""]
+        then = [f"**After an attempt:** {what_follows(reason)}", ""] if reason in REMEDIES else []
+        lines += [f"## {reason}", "", sentence, "", *then, f"**What to do:** {remedy}", ""]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def what_follows(reason: Reason) -> str:
+    """Say what becomes of a run whose attempt ended so."""
+    counts = "it does not count" if reason in DISRUPTIONS else "it counts"
+    return f"{REMEDY_SENTENCES[REMEDIES[reason]]}; {counts} against `spec.retries.maxAttempts`."
 
 
 def validity_file() -> str:

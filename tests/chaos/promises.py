@@ -85,7 +85,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Know the marker, and begin a ledger."""
     config.addinivalue_line("markers", "promise(fault, promise, how): the row of docs/reliability.md that a test fills")
+    config.addinivalue_line("markers", "full_dose: takes minutes, and runs with --chaos full only")
     config.stash[LEDGER] = Ledger(config.getoption("--chaos"))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what only the full dose has."""
+    if config.stash[LEDGER].mode == "full":
+        return
+    left_out = [item for item in items if item.get_closest_marker("full_dose")]
+    items[:] = [item for item in items if item not in left_out]
+    config.hook.pytest_deselected(items=left_out)
 
 
 @pytest.hookimpl(wrapper=True)

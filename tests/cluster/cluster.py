@@ -187,6 +187,10 @@ class Cluster:
             raise Unavailable("this cluster's node is not ours: push the images to a registry that it pulls from")
         return images.load_image(self.containerd, self.processes, reference)
 
+    def wait_until_served(self) -> None:
+        """Return when every CRD is served; `kubectl wait` fails on one that has no condition yet."""
+        wait_until("every CRD", lambda: all(holds(crd, "Established") for crd in self.get("crd")["items"]), 60)
+
     def wait_until_usable(self) -> None:
         """Return when pods can be created and every node is Ready."""
         account = [binary("kubectl"), f"--kubeconfig={self.kubeconfig}", "get", "serviceaccount", "default"]
@@ -197,8 +201,13 @@ class Cluster:
 
 def is_ready(node: dict[str, Any]) -> bool:
     """Say whether a node reports that it takes pods."""
-    conditions = node["status"].get("conditions", [])
-    return any(condition["type"] == "Ready" and condition["status"] == "True" for condition in conditions)
+    return holds(node, "Ready")
+
+
+def holds(item: dict[str, Any], kind: str) -> bool:
+    """Say whether an object reports a condition; a new one reports none at all."""
+    conditions = item.get("status", {}).get("conditions") or ()
+    return any(condition["type"] == kind and condition["status"] == "True" for condition in conditions)
 
 
 def claim_node(state: State) -> None:

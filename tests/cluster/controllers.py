@@ -45,7 +45,7 @@ def start_controller(cluster: Cluster, name: str, config: dict[str, Any]) -> int
     """Install a controller's CRDs and account, start it, and return the port of its webhooks."""
     plane = plane_of(cluster)
     cluster.kubectl("apply", "--server-side", f"--filename={source(name) / 'config/components/crd/bases'}")
-    cluster.kubectl("wait", "--for=condition=Established", "crd", "--all", "--timeout=60s")
+    cluster.wait_until_served()
     port, health = free_ports(2)
     whole = {
         "kind": "Configuration",

@@ -7,7 +7,7 @@ import pytest
 from tests.cluster.addresses import free_ports
 from tests.cluster.binaries import binary
 from tests.cluster.network import GATEWAY
-from tests.e2e.conftest import TRANSCRIPT, Installation, manifest_of
+from tests.e2e.installation import TRANSCRIPT, Installation, manifest_of
 from tests.hub import HubStandIn, Repository
 
 NAMESPACE: Final = "bad-input"

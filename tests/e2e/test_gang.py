@@ -12,7 +12,7 @@ from typing import Any, Final
 import pytest
 
 from examples.quickstart.make_model import make_model
-from tests.e2e.conftest import QUICKSTART, Installation, download, manifest_of, wait_for
+from tests.e2e.installation import QUICKSTART, Installation, download, manifest_of, wait_for
 from tests.e2e.test_operator_killed import read_process
 
 NAMESPACE: Final = "gang"

@@ -7,7 +7,7 @@ import pytest
 
 from tests.cluster import buildah
 from tests.cluster.images import ensure_base_image, local_images
-from tests.e2e.conftest import Installation
+from tests.e2e.installation import Installation
 
 MAX_ADDED_BYTES: Final = 150 * 10**6
 """What the operator may add to its base."""

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Final
 
-from tests.e2e.conftest import OPERATOR_NAMESPACE, RELEASE, Installation, manifest_of, wait_for
+from tests.e2e.installation import OPERATOR_NAMESPACE, RELEASE, Installation, manifest_of, wait_for
 
 NAMESPACE: Final = "killed"
 NAME: Final = "survivor"

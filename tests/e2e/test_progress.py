@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import pytest
 
-from tests.e2e.conftest import OPERATOR_NAMESPACE, RELEASE, Installation, manifest_of, wait_for
+from tests.e2e.installation import OPERATOR_NAMESPACE, RELEASE, Installation, manifest_of, wait_for
 
 NAMESPACE: Final = "scripts"
 JOBS: Final = ("scripted", "neighbour")

@@ -13,7 +13,7 @@ import pytest
 
 from examples.quickstart.make_model import make_model
 from tests.cluster.binaries import binary
-from tests.e2e.conftest import QUICKSTART, TRANSCRIPT, Installation, download, wait_for
+from tests.e2e.installation import QUICKSTART, TRANSCRIPT, Installation, download, wait_for
 
 NAMESPACE: Final = "ml"
 NAME: Final = "quickstart"

@@ -35,7 +35,7 @@ TRAIN: Final = names.train_job_name(NAME, 1)
 def install(cluster: Cluster) -> None:
     """Install the CRD, and an account with the operator's permissions and nothing else."""
     cluster.kubectl("apply", "-f", ROOT / "crds/qlorajobs.qlora.dev.yaml")
-    cluster.kubectl("wait", "--for=condition=Established", "crd/qlorajobs.qlora.dev", "--timeout=30s")
+    cluster.wait_until_served()
     cluster.apply(
         {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": HOME}},
         {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": ACCOUNT, "namespace": HOME}},

@@ -28,7 +28,7 @@ MINIMAL: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def namespace(control_plane: Cluster) -> Cluster:
     control_plane.kubectl("apply", "-f", str(ROOT / "crds/qlorajobs.qlora.dev.yaml"))
-    control_plane.kubectl("wait", "--for=condition=Established", "crd/qlorajobs.qlora.dev", "--timeout=30s")
+    control_plane.wait_until_served()
     control_plane.kubectl("create", "namespace", "crd")
     return control_plane
 

@@ -50,7 +50,7 @@ def test_a_whole_life(place: Place) -> None:
     conditions = {entry["type"]: entry["status"] for entry in status["conditions"]}
     assert conditions == {
         "Ready": "True", "Reconciling": "False", "Stalled": "False", "Finished": "True", "Succeeded": "True",
-        "Published": "True", "Prepared": "True", "Scheduled": "True",
+        "Published": "True", "Prepared": "True", "Scheduled": "True", "Suspended": "False",
     }  # fmt: skip
     assert status["output"]["adapter"] == make_result().adapter
     place.kubectl("wait", "--for=condition=Finished", f"qlorajob/{NAME}", "--timeout=1s")

@@ -21,6 +21,13 @@ class Remedy(StrEnum):
     """Half the rows per forward pass, and twice the passes."""
 
 
+REMEDY_SENTENCES: Final = {
+    Remedy.RESUME: "another one goes on from the last checkpoint",
+    Remedy.ELSEWHERE: "another one goes on from the last checkpoint, on another node",
+    Remedy.SHRINK: "another one goes on with half the micro-batch and twice the accumulation",
+}
+"""For the reference of reasons."""
+
 REMEDIES: Final = {
     Reason.INTERRUPTED: Remedy.RESUME,
     Reason.PREEMPTED: Remedy.RESUME,

@@ -141,7 +141,7 @@ def installation(cluster: Cluster) -> Installation:
         "platform.hub.mirror": "s3://models/hub",
     }
     cluster.helm("upgrade", "--install", RELEASE, ROOT / "charts/qlora-operator", *release_flags(values))
-    cluster.kubectl("wait", "--for=condition=Established", "crd/qlorajobs.qlora.dev", "--timeout=30s")
+    cluster.wait_until_served()
     return Installation(cluster, operator, trainer)
 
 

@@ -1,0 +1,326 @@
+"""Whatever ends a run or keeps it from starting, provoked on a real node: its reason, and what is decided."""
+
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import pytest
+
+from tests.chaos.promises import promise
+from tests.cluster.network import GATEWAY
+from tests.cluster.node import NODE
+from tests.e2e.installation import Installation, manifest_of, wait_for
+from tests.e2e.test_gang import processes_of
+from tests.hub import HubStandIn, Repository
+
+NAMESPACE: Final = "exit-causes"
+SMALL_DISK: Final = "small-disk"
+"""A namespace whose pods may write 64 MiB."""
+SECONDS: Final = 300
+STEPS: Final = 16
+INTERVAL: Final = 2
+"""Steps between two checkpoints."""
+SHORT: Final = {
+    "dataset": {"maxSamples": 100, "evaluation": {"fraction": 0.1}},
+    "training": {"maxSteps": STEPS, "globalBatchSize": 4, "packing": False},
+    "evaluation": {"generations": 0},
+    "checkpoint": {"steps": INTERVAL},
+    "resources": {"cpu": "300m", "memory": "5Gi"},
+}
+"""A run of about half a minute."""
+
+
+def run_manifest(name: str, namespace: str = NAMESPACE, **change: Any) -> dict[str, Any]:
+    manifest = manifest_of(name, namespace, **SHORT)
+    for block, value in change.items():
+        both = isinstance(value, dict) and isinstance(manifest["spec"].get(block), dict)
+        manifest["spec"][block] = {**manifest["spec"][block], **value} if both else value
+    return manifest
+
+
+@dataclass(frozen=True)
+class Run:
+    """A QLoRAJob of this file, and what is done to it."""
+
+    installation: Installation
+    name: str
+    namespace: str = NAMESPACE
+
+    def status(self) -> dict[str, Any]:
+        return dict(self.installation.job(self.name, self.namespace)["status"])
+
+    def kubectl(self, *args: str, stdin: str | None = None) -> str:
+        return self.installation.cluster.kubectl(f"--namespace={self.namespace}", *args, stdin=stdin)
+
+    def change(self, **spec: Any) -> None:
+        self.kubectl("patch", "qlj", self.name, "--type=merge", f"--patch={json.dumps({'spec': spec})}")
+
+    def wait_for_step(self, step: int) -> None:
+        wait_for(f"{self.name}: step {step}", lambda: self.step() >= step, SECONDS)
+
+    def step(self) -> int:
+        return int(str(self.status().get("step", "0/0")).partition("/")[0])
+
+    def pod(self, attempt: int = 1) -> str:
+        selector = f"--selector=batch.kubernetes.io/job-name={self.name}-{attempt}"
+        return self.kubectl("get", "pods", selector, "--output=jsonpath={.items[0].metadata.name}")
+
+    def finished(self) -> dict[str, Any]:
+        return dict(self.installation.wait_until_finished(self.name, self.namespace, SECONDS)["status"])
+
+    def reasons(self) -> list[str | None]:
+        return [attempt.get("reason") for attempt in self.status().get("attempts", ())]
+
+
+@dataclass(frozen=True)
+class Start:
+    """Something that keeps a run from training."""
+
+    reason: str
+    said: tuple[str, ...]
+    blocks: dict[str, Any] = field(default_factory=dict)
+    waits: bool = False
+    """Whether it is waited for; else the run has failed."""
+    is_slow: bool = False
+    """Whether it is left to the full dose."""
+
+
+NO_S3: Final = "closed-port"
+STARTS: Final = {
+    "no-such-node": Start(
+        "Unschedulable",
+        ("didn't match Pod's node affinity/selector",),
+        {"resources": {"nodeSelector": {"pool": "none"}}},
+        waits=True,
+    ),
+    "no-s3": Start(
+        "S3Unavailable",
+        ("spec.output",),
+        {"output": {"secretRef": {"name": NO_S3}}, "deadlines": {"startup": "10s"}},
+    ),
+    "no-volume": Start(
+        "StartupDeadlineExceeded",
+        ("did not start", "spec.deadlines.startup"),
+        {"dataset": {"uri": "pvc://broken/rows.jsonl"}, "deadlines": {"startup": "10s"}},
+    ),
+    "two-pods-apart": Start(
+        "CollectiveTimeout",
+        ("got no address within",),
+        {"resources": {"nodes": 2}, "deadlines": {"startup": "20s"}, "retries": {"maxAttempts": 1}},
+        is_slow=True,
+    ),
+    "rate-that-explodes": Start(
+        "NonFiniteLoss",
+        ("spec.training.learningRate",),
+        {"training": {"learningRate": 1, "maxGradNorm": 1000, "warmupRatio": 0}},
+        is_slow=True,
+    ),
+    "too-short-a-deadline": Start(
+        "DeadlineExceeded", ("spec.deadlines.total",), {"deadlines": {"total": "15s"}}, is_slow=True
+    ),
+    "gpu-that-is-none": Start(
+        "Unschedulable",
+        ("didn't match Pod's node affinity/selector",),
+        {"resources": {"gpusPerNode": 1}},
+        waits=True,
+        is_slow=True,
+    ),
+}
+
+
+def in_dose(name: str, *, slow: bool) -> Any:
+    """Return a case by its name, for every day or for the full dose."""
+    return pytest.param(name, marks=[pytest.mark.full_dose] if slow else [])
+
+
+@pytest.fixture(scope="module")
+def place(installation: Installation) -> Installation:
+    installation.make_namespace(NAMESPACE)
+    keys = {**installation.cluster.s3.environment(), "AWS_ENDPOINT_URL": f"http://{GATEWAY}:9"}
+    secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": NO_S3, "namespace": NAMESPACE}}
+    installation.cluster.apply({**secret, "stringData": keys}, *broken_claim())
+    return installation
+
+
+def broken_claim() -> tuple[dict[str, Any], ...]:
+    """A claim whose volume is a folder that the node does not have."""
+    capacity = {"storage": "1Gi"}
+    shared = {"accessModes": ["ReadWriteOnce"], "storageClassName": ""}
+    volume = {"capacity": capacity, "hostPath": {"path": "/nowhere/at/all", "type": "Directory"}, **shared}
+    claim = {"resources": {"requests": capacity}, "volumeName": "broken", **shared}
+    return (
+        {"apiVersion": "v1", "kind": "PersistentVolume", "metadata": {"name": "broken"}, "spec": volume},
+        {
+            "apiVersion": "v1",
+            "kind": "PersistentVolumeClaim",
+            "metadata": {"name": "broken", "namespace": NAMESPACE},
+            "spec": claim,
+        },
+    )
+
+
+@pytest.fixture
+def gpu_on_paper(place: Installation) -> Iterator[None]:
+    """The node claims a GPU that no container finds."""
+    set_gpus(place, "1")
+    yield
+    set_gpus(place, "0")
+
+
+def set_gpus(installation: Installation, number: str) -> None:
+    patch = json.dumps({"status": {part: {"nvidia.com/gpu": number} for part in ("capacity", "allocatable")}})
+    installation.cluster.kubectl("patch", "node", NODE, "--subresource=status", "--type=merge", f"--patch={patch}")
+
+
+def keep_pods_apart(run: Run) -> None:
+    """Take away the names by which the pods of a run find each other."""
+    wait_for("its Service", lambda: bool(run.installation.children("service", run.name, run.namespace)), SECONDS)
+    run.kubectl("delete", "service", f"{run.name}-1")
+
+
+@promise(
+    fault="a run cannot start, or fails for good",
+    promise="its status has the cause in one word and in a sentence, and it holds no node",
+    how="jobs that ask for what the node, the object store, the network or the clock does not give",
+)
+@pytest.mark.parametrize("start", [in_dose(name, slow=case.is_slow) for name, case in STARTS.items()])
+@pytest.mark.usefixtures("gpu_on_paper")
+def test_what_keeps_a_run_from_training(place: Installation, start: str, outcome: Callable[[str], None]) -> None:
+    case, run = STARTS[start], Run(place, start)
+    place.submit(run_manifest(start, **case.blocks))
+    if start == "two-pods-apart":
+        keep_pods_apart(run)
+    if case.waits:
+        wait_for(case.reason, lambda: run.status().get("reason") == case.reason, SECONDS)
+        status = run.status()
+        assert status["phase"] == "Scheduling"
+    else:
+        status = run.finished()
+        assert status["phase"] == "Failed"
+        wait_for("nothing running", lambda: not running_pods(run), 90)
+    told = {status["reason"], *(attempt.get("reason") for attempt in status.get("attempts", ()))}
+    assert case.reason in told, status
+    for fragment in case.said:
+        assert fragment in status["message"]
+    if start == "gpu-that-is-none":
+        assert run.reasons() == ["AcceleratorMissing", None]
+    run.kubectl("delete", "qlj", start, "--wait=false")
+    outcome(f"{case.reason}")
+
+
+def running_pods(run: Run) -> list[str]:
+    pods = run.installation.children("pods", run.name, run.namespace)
+    return [pod["metadata"]["name"] for pod in pods if pod["status"]["phase"] in {"Pending", "Running"}]
+
+
+@pytest.mark.full_dose
+def test_the_hub_is_busy(place: Installation, outcome: Callable[[str], None]) -> None:
+    """429 is waited out for spec.deadlines.startup, then told."""
+    with HubStandIn({"example/busy": Repository(status=429)}, GATEWAY) as hub:
+        place.configure({"platform.hub.mirror": "", "platform.hub.endpoint": hub.endpoint})
+        try:
+            run = Run(place, "busy-hub")
+            place.submit(run_manifest(run.name, model={"uri": "hf://example/busy"}, deadlines={"startup": "10s"}))
+            assert run.finished()["reason"] == "HubRateLimited"
+        finally:
+            place.configure({"platform.hub.mirror": "s3://models/hub", "platform.hub.endpoint": ""})
+    outcome("HubRateLimited")
+
+
+def evict(run: Run) -> None:
+    """As `kubectl drain` does."""
+    pod = run.pod()
+    eviction = {"apiVersion": "policy/v1", "kind": "Eviction", "metadata": {"name": pod, "namespace": run.namespace}}
+    path = f"/api/v1/namespaces/{run.namespace}/pods/{pod}/eviction"
+    run.installation.cluster.kubectl("create", f"--raw={path}", "--filename=-", stdin=json.dumps(eviction))
+
+
+def preempt(run: Run) -> None:
+    """A more important pod takes the node's CPU."""
+    important = {"apiVersion": "scheduling.k8s.io/v1", "kind": "PriorityClass", "metadata": {"name": "important"}}
+    [node] = run.installation.cluster.get("nodes")["items"]
+    cpu = int(node["status"]["allocatable"]["cpu"]) * 1000 - 200 * len(run.installation.operator_pods()) - 100
+    container = {"name": "sleep", "image": run.installation.operator_image, "imagePullPolicy": "Never"}
+    container |= {"command": ["sleep", "20"], "resources": {"requests": {"cpu": f"{cpu}m"}}}
+    container |= {"securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}}
+    context = {"runAsNonRoot": True, "runAsUser": 65532, "seccompProfile": {"type": "RuntimeDefault"}}
+    spec = {"priorityClassName": "important", "restartPolicy": "Never", "securityContext": context}
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "important", "namespace": run.namespace}}
+    run.installation.cluster.apply({**important, "value": 1000}, {**pod, "spec": {**spec, "containers": [container]}})
+
+
+def kill(run: Run) -> None:
+    for process in processes_of(f"{run.name}-1-0"):
+        os.kill(process, signal.SIGKILL)
+
+
+def freeze(run: Run) -> None:
+    """Every thread stands still, so that not even the trainer's own watch sees it."""
+    processes = processes_of(f"{run.name}-1-0")
+    assert processes
+    for process in processes:
+        os.kill(process, signal.SIGSTOP)
+
+
+def pause(run: Run) -> None:
+    """Suspend it, see that nothing runs, and let it go on."""
+    run.change(suspend=True)
+    wait_for("suspension", lambda: run.status()["phase"] == "Suspended" and not running_pods(run), 90)
+    assert run.status()["checkpoint"]["step"] >= run.step() - 1
+    run.change(suspend=False)
+
+
+INTERRUPTIONS: Final[dict[str, tuple[str, Callable[[Run], None], dict[str, Any]]]] = {
+    "paused": ("SuspendedByUser", pause, {}),
+    "drained": ("Interrupted", evict, {}),
+    "preempted": ("Preempted", preempt, {}),
+    "killed": ("Interrupted", kill, {}),
+    "frozen": ("HeartbeatLost", freeze, {"deadlines": {"heartbeat": "10s"}}),
+}
+
+
+@promise(
+    fault="a training pod is drained, preempted, killed, frozen or suspended",
+    promise="the cause is on record, and one further attempt ends the run from the last checkpoint",
+    how="eviction API, a pod of a higher priority, SIGKILL, SIGSTOP, spec.suspend on a real node",
+)
+@pytest.mark.parametrize("name", [in_dose(name, slow=name != "paused") for name in INTERRUPTIONS])
+def test_what_is_taken_away_goes_on(place: Installation, name: str, outcome: Callable[[str], None]) -> None:
+    reason, provoke, blocks = INTERRUPTIONS[name]
+    run = Run(place, name)
+    place.submit(run_manifest(name, **blocks))
+    run.wait_for_step(4)
+    reached = run.step()
+    provoke(run)
+    status = run.finished()
+    assert (status["phase"], status["step"]) == ("Succeeded", f"{STEPS}/{STEPS}"), status["message"]
+    assert run.reasons() == [reason, "Published"]
+    log = run.kubectl("logs", f"job/{name}-2", "--container=trainer")
+    assert "going on after step" in log
+    went_on = int(log.split("going on after step ")[1].split(",")[0])
+    assert went_on >= reached - INTERVAL
+    outcome(f"{reason}: stopped after step {reached} or later, went on after {went_on}")
+
+
+@promise(
+    fault="the node's disk or the container's memory is too small",
+    promise="the run says so; what a smaller micro-batch mends is mended, and attempts are bounded",
+    how="limits of ephemeral storage and memory, enforced by the kubelet and the kernel",
+)
+@pytest.mark.full_dose
+def test_too_small_a_disk(place: Installation, outcome: Callable[[str], None]) -> None:
+    place.make_namespace(SMALL_DISK)
+    limit = {"type": "Container", "default": {"ephemeral-storage": "64Mi"}}
+    metadata = {"name": "disk", "namespace": SMALL_DISK}
+    limits = {"apiVersion": "v1", "kind": "LimitRange", "metadata": metadata, "spec": {"limits": [limit]}}
+    place.cluster.apply(limits)
+    run = Run(place, "small-disk", SMALL_DISK)
+    place.submit(run_manifest(run.name, SMALL_DISK, retries={"maxAttempts": 1}))
+    status = run.finished()
+    assert (status["phase"], status["reason"]) == ("Failed", "RetriesExhausted"), status["message"]
+    assert [attempt["reason"] for attempt in status["attempts"]] == ["Evicted"]
+    assert "ephemeral" in status["message"]
+    outcome("Evicted, then RetriesExhausted")

@@ -1,0 +1,134 @@
+"""Runs for GPUs on simulated nodes with the labels of GPU feature discovery: sized, placed, and left by a dead node."""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+from qlora_api.modelconfig import reduce_config
+from qlora_api.names import Reason
+from tests.chaos.promises import promise
+from tests.cluster.cluster import Cluster
+from tests.cluster.commands import wait_until
+from tests.cluster.kwok import A100, T4, pods_that_run
+from tests.integration.operator_process import PREPARE, TRAIN, Operator, Place, install, open_place
+from tests.make import PUBLISHED_WORD, make_prepared, make_word
+
+CONFIGS: Final = Path(__file__).parents[1] / "unit/operator/plan/configs"
+SECOND: Final = "support-bot-2"
+GPU: Final = {"gpusPerNode": 1}
+LONGEST_LOSS: Final = 400.0
+"""Seconds until a dead node is left: Kubernetes' 50, and the 150 of docs/attempts.md, on a busy machine."""
+
+
+@pytest.fixture(scope="module")
+def simulated() -> Iterator[Cluster]:
+    """One node with a small GPU and two with eight large ones."""
+    with Cluster.start(f"gpus-{os.getpid()}", kwok_nodes=2, stages=pods_that_run(), s3=False) as cluster:
+        cluster.add_simulated_nodes(1, T4, 1, "small")
+        install(cluster)
+        yield cluster
+
+
+@pytest.fixture
+def place(simulated: Cluster, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Place]:
+    """A namespace of its own, with an operator."""
+    with open_place(simulated, request.node.name) as place:
+        operator = Operator(simulated, tmp_path, place.namespace).start()
+        yield place
+        operator.stop()
+        assert "Traceback" not in operator.log.read_text()
+
+
+def prepared_word(model: str) -> str:
+    """What preparation tells of a public model."""
+    prepared, config = make_prepared(), json.loads((CONFIGS / f"{model}.json").read_text())
+    known = prepared.model.model_copy(update={"config": reduce_config(config)})
+    return make_word(Reason.PREPARED, prepared=prepared.model_copy(update={"model": known}))
+
+
+def prepare(place: Place, model: str, **resources: Any) -> None:
+    place.submit(resources=GPU | resources)
+    place.end_pod(PREPARE, 0, prepared_word(model))
+
+
+def node_of(place: Place, job: str) -> str:
+    """Wait until the scheduler has placed a Job's pod, and return where."""
+    pod = place.pod_of(job)
+
+    def found() -> str:
+        return str(place.cluster.get("pod", pod, f"--namespace={place.namespace}")["spec"].get("nodeName", ""))
+
+    wait_until(f"node of {pod}", lambda: bool(found()))
+    return found()
+
+
+def test_a_small_run_goes_to_the_smallest_gpu_that_holds_it(place: Place) -> None:
+    prepare(place, "llama-3.2-3b")
+    status = place.wait_for("Training")
+    assert status["plan"]["gpuProduct"] == T4.name
+    assert 0 < status["plan"]["peakBytes"] < T4.memory_mib << 20
+    assert node_of(place, TRAIN) == "small-0"
+
+
+def test_a_large_run_goes_to_a_large_gpu(place: Place) -> None:
+    prepare(place, "llama-2-70b")
+    assert place.wait_for("Training")["plan"]["gpuProduct"] == A100.name
+    assert node_of(place, TRAIN).startswith("gpu-")
+
+
+def test_what_fits_nowhere_asks_for_no_gpu(place: Place) -> None:
+    prepare(place, "llama-2-70b", gpuProduct=T4.name)
+    status = place.wait_for("Failed", "DoesNotFit")
+    assert "more than the" in status["message"]
+    assert sorted(place.jobs()) == [PREPARE]
+
+
+def test_memory_that_did_not_suffice_is_asked_for_less(place: Place) -> None:
+    """The word is what a trainer on a GPU says; pods and nodes are simulated."""
+    prepare(place, "llama-3.2-3b")
+    before = place.wait_for("Training")["plan"]
+    place.end_pod(TRAIN, 1, make_word(Reason.CUDA_OUT_OF_MEMORY, "the GPU has too little memory"))
+    wait_until("second attempt", lambda: SECOND in place.jobs())
+    place.start_pod(SECOND)
+    status = place.wait_for("Training")
+    assert status["plan"]["microBatchSize"] == before["microBatchSize"] // 2
+    assert status["plan"]["gradientAccumulation"] == before["gradientAccumulation"] * 2
+    assert [attempt["microBatchSize"] for attempt in status["attempts"]] == [
+        before["microBatchSize"],
+        before["microBatchSize"] // 2,
+    ]
+    config = json.loads(place.cluster.get("configmap", SECOND, f"--namespace={place.namespace}")["data"]["run.json"])
+    assert config["plan"]["microBatchSize"] == before["microBatchSize"] // 2
+
+
+@promise(
+    fault="a node dies with a training on it",
+    promise="the run goes on elsewhere after minutes, although the dead pod never ends",
+    how="a simulated node whose kubelet falls silent",
+)
+@pytest.mark.full_dose
+def test_a_dead_node_is_left(place: Place, outcome: Callable[[str], None]) -> None:
+    prepare(place, "llama-2-70b")
+    place.wait_for("Training")
+    node = node_of(place, TRAIN)
+    silence = json.dumps({"metadata": {"annotations": {"kwok.x-k8s.io/node": None}}})
+    place.cluster.kubectl("patch", "node", node, "--type=merge", f"--patch={silence}")
+    wait_until("second attempt", lambda: SECOND in place.jobs(), timeout=LONGEST_LOSS)
+    assert node_of(place, SECOND) != node
+    place.wait_for("Training")
+    place.end_pod(SECOND, 0, PUBLISHED_WORD)
+    status = place.wait_for("Succeeded")
+    assert [attempt["reason"] for attempt in status["attempts"]] == ["NodeLost", "Published"]
+    assert status["attempts"][0]["node"] == node
+    outcome(f"the next attempt ran {time_between(status).total_seconds():.0f} s after the first one")
+
+
+def time_between(status: dict[str, Any]) -> timedelta:
+    """Return the time from the start of the first attempt to that of the second."""
+    first, second = (datetime.fromisoformat(attempt["startedAt"]) for attempt in status["attempts"])
+    return second - first
