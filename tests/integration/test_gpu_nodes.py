@@ -77,7 +77,8 @@ def test_a_small_run_goes_to_the_smallest_gpu_that_holds_it(place: Place) -> Non
 
 def test_a_large_run_goes_to_a_large_gpu(place: Place) -> None:
     prepare(place, "llama-2-70b")
-    assert place.wait_for("Training")["plan"]["gpuProduct"] == A100.name
+    status = place.wait_for("Training")
+    assert status["plan"]["gpuProduct"] == A100.name
     assert node_of(place, TRAIN).startswith("gpu-")
 
 

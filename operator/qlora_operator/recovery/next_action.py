@@ -45,7 +45,8 @@ def next_action(job: Job, seen: Observation, watch: Watch) -> Decision:
 
 def plans_for_gpus(job: Job, seen: Observation) -> bool:
     """Return whether the next decision may be a plan that depends on the cluster's GPUs."""
-    prepared = seen.prepare is not None and seen.prepare.complete
+    # The end of a pod is seen before its Job's.
+    prepared = seen.prepare is not None and not seen.prepare.holds_resources
     trains = any(child.role is Role.TRAIN for child in seen.jobs)
     return bool(job.spec.resources.gpus_per_node) and prepared and not trains
 

@@ -312,6 +312,17 @@ async def test_a_run_is_sized_by_the_clusters_gpus_before_it_asks_for_one() -> N
     assert (cluster.status["plan"], cluster.looks_at_nodes) == (plan, seen)
 
 
+async def test_a_run_is_sized_although_its_prepare_job_is_not_complete_yet() -> None:
+    cluster = FakeCluster()
+    cluster.submit(make_manifest(resources={"gpusPerNode": 1}))
+    cluster.nodes = [gpu_node("Tesla-T4", 15_360)]
+    await settle(cluster)
+    cluster.end_pod(PREPARE, 0, prepared_word("llama-3.2-3b"))
+    cluster.children["Job", PREPARE]["status"] = {}
+    await settle(cluster)
+    assert cluster.status["plan"]["gpuProduct"] == "Tesla-T4"
+
+
 async def test_a_run_that_cannot_fit_asks_for_no_gpu() -> None:
     cluster = FakeCluster()
     await prepare_for_gpus(cluster, "llama-2-70b")
