@@ -23,7 +23,7 @@ SECONDS: Final = 300
 STEPS: Final = 16
 INTERVAL: Final = 2
 """Steps between two checkpoints."""
-SHORT: Final = {
+SHORT: Final[dict[str, dict[str, Any]]] = {
     "dataset": {"maxSamples": 100, "evaluation": {"fraction": 0.1}},
     "training": {"maxSteps": STEPS, "globalBatchSize": 4, "packing": False},
     "evaluation": {"generations": 0},
@@ -243,13 +243,14 @@ def preempt(run: Run) -> None:
     important = {"apiVersion": "scheduling.k8s.io/v1", "kind": "PriorityClass", "metadata": {"name": "important"}}
     [node] = run.installation.cluster.get("nodes")["items"]
     cpu = int(node["status"]["allocatable"]["cpu"]) * 1000 - 200 * len(run.installation.operator_pods()) - 100
-    container = {"name": "sleep", "image": run.installation.operator_image, "imagePullPolicy": "Never"}
-    container |= {"command": ["sleep", "20"], "resources": {"requests": {"cpu": f"{cpu}m"}}}
-    container |= {"securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}}
+    container: dict[str, Any] = {"name": "sleep", "image": run.installation.operator_image, "imagePullPolicy": "Never"}
+    rights = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+    work = {"command": ["sleep", "20"], "resources": {"requests": {"cpu": f"{cpu}m"}}, "securityContext": rights}
     context = {"runAsNonRoot": True, "runAsUser": 65532, "seccompProfile": {"type": "RuntimeDefault"}}
-    spec = {"priorityClassName": "important", "restartPolicy": "Never", "securityContext": context}
+    spec: dict[str, Any] = {"priorityClassName": "important", "restartPolicy": "Never", "securityContext": context}
+    spec["containers"] = [container | work]
     pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "important", "namespace": run.namespace}}
-    run.installation.cluster.apply({**important, "value": 1000}, {**pod, "spec": {**spec, "containers": [container]}})
+    run.installation.cluster.apply({**important, "value": 1000}, {**pod, "spec": spec})
 
 
 def kill(run: Run) -> None:

@@ -1,6 +1,7 @@
 """The installation that the end-to-end tests share: both images, the chart, the model and the data, on a real node."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -47,7 +48,7 @@ class Installation:
         self.cluster.apply(manifest)
 
     def job(self, name: str, namespace: str) -> dict[str, Any]:
-        return self.cluster.get("qlorajob", name, f"--namespace={namespace}")
+        return dict(self.cluster.get("qlorajob", name, f"--namespace={namespace}"))
 
     def wait_until_finished(self, name: str, namespace: str, seconds: int) -> dict[str, Any]:
         """Wait as a user would, and return the QLoRAJob."""
@@ -57,11 +58,11 @@ class Installation:
         return self.job(name, namespace)
 
     def children(self, kind: str, name: str, namespace: str) -> list[dict[str, Any]]:
-        return self.cluster.get(kind, f"--namespace={namespace}", f"--selector=qlora.dev/job={name}")["items"]
+        return list(self.cluster.get(kind, f"--namespace={namespace}", f"--selector=qlora.dev/job={name}")["items"])
 
     def operator_pods(self) -> list[dict[str, Any]]:
         selector = f"--selector=app.kubernetes.io/instance={RELEASE}"
-        return self.cluster.get("pods", f"--namespace={OPERATOR_NAMESPACE}", selector)["items"]
+        return list(self.cluster.get("pods", f"--namespace={OPERATOR_NAMESPACE}", selector)["items"])
 
     def configure(self, values: dict[str, str]) -> None:
         """Change values of the chart, and wait until an operator with them leads."""
@@ -108,13 +109,13 @@ def download(installation: Installation, uri: str, folder: Path) -> Path:
     return folder
 
 
-def manifest_of(name: str, namespace: str, **blocks: dict[str, Any]) -> dict[str, Any]:
+def manifest_of(name: str, namespace: str, **blocks: Mapping[str, Any]) -> dict[str, Any]:
     """The quickstart's manifest under another name, with some fields of some blocks changed."""
     manifest = yaml.safe_load((QUICKSTART / "job.yaml").read_text(encoding="utf-8"))
     manifest["metadata"] = {"name": name, "namespace": namespace}
     for block, fields in blocks.items():
         manifest["spec"][block] = {**manifest["spec"].get(block, {}), **fields}
-    return json.loads(json.dumps(manifest))
+    return dict(json.loads(json.dumps(manifest)))
 
 
 @pytest.fixture(scope="session")

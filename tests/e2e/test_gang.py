@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,20 +24,16 @@ LONGEST_GOODBYE: Final = 60.0
 """Seconds from the death of one pod to the end of the other one."""
 
 
-def gang_manifest(name: str, nodes: int, distribution: str, **blocks: dict[str, Any]) -> dict[str, Any]:
+def gang_manifest(name: str, nodes: int, distribution: str, **blocks: Mapping[str, Any]) -> dict[str, Any]:
     """A short run with NF4, whose result does not depend on who draws random numbers."""
-    manifest = manifest_of(
-        name,
-        NAMESPACE,
-        **{
-            "dataset": {"maxSamples": 120, "evaluation": {"fraction": 0.2}},
-            "lora": {"dropout": 0},
-            "training": {"maxSteps": 4, "globalBatchSize": 16},
-            "resources": {"nodes": nodes, "cpu": "300m", "memory": "5Gi"},
-            "evaluation": {"generations": 0},
-            **blocks,
-        },
-    )
+    defaults: dict[str, Mapping[str, Any]] = {
+        "dataset": {"maxSamples": 120, "evaluation": {"fraction": 0.2}},
+        "lora": {"dropout": 0},
+        "training": {"maxSteps": 4, "globalBatchSize": 16},
+        "resources": {"nodes": nodes, "cpu": "300m", "memory": "5Gi"},
+        "evaluation": {"generations": 0},
+    }
+    manifest = manifest_of(name, NAMESPACE, **{**defaults, **blocks})
     manifest["spec"]["distribution"] = distribution
     return manifest
 
@@ -84,7 +81,7 @@ def test_the_divided_adapter_loads_as_any_other(
         script = Path(__file__).with_name("plain_peft.py")
         rows = tmp_path / "rows.jsonl"
         rows.write_text("".join((QUICKSTART / "data/heldout.jsonl").read_text().splitlines(keepends=True)[:24]))
-        command = [sys.executable, script, make_model(), adapter, rows]
+        command = [sys.executable, *map(str, (script, make_model(), adapter, rows))]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         losses[strategy] = json.loads(done.stdout.splitlines()[-1])
     assert losses["zero3"]["adapter"] < losses["zero3"]["base"]

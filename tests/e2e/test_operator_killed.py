@@ -48,7 +48,7 @@ def kill_operator(installation: Installation) -> None:
     wait_for("the death of the operator", lambda: not set(victims) & set(operator_processes()), 30)
 
 
-def test_a_job_survives_every_kill_of_the_operator(installation: Installation):
+def test_a_job_survives_every_kill_of_the_operator(installation: Installation) -> None:
     """It is killed at random moments until the job has finished: while it prepares, trains, evaluates and publishes."""
     installation.make_namespace(NAMESPACE)
     training = {"maxSteps": 32, "globalBatchSize": 8}
