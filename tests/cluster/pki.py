@@ -94,3 +94,8 @@ def build_kubeconfig(server: str, ca: Path, client: KeyPair) -> dict[str, object
 def encode(path: Path) -> str:
     """Return a file in base64."""
     return base64.b64encode(path.read_bytes()).decode()
+
+
+def decode(text: str) -> str:
+    """Return what encode() made of a file."""
+    return base64.b64decode(text).decode()

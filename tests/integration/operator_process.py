@@ -56,12 +56,14 @@ def build_rights(kind: str, rules: list[dict[str, Any]], metadata: dict[str, str
     return role, binding
 
 
-def write_kubeconfig(cluster: Cluster, path: Path) -> Path:
-    """Write a kubeconfig with the token of the operator's account."""
+def write_kubeconfig(cluster: Cluster, path: Path, server: str = "") -> Path:
+    """Write a kubeconfig with the token of the operator's account, for the API server or for a proxy before it."""
     config = yaml.safe_load(cluster.kubeconfig.read_text())
     token = cluster.kubectl("create", "token", ACCOUNT, f"--namespace={HOME}").strip()
     config["users"] = [{"name": ACCOUNT, "user": {"token": token}}]
     config["contexts"][0]["context"]["user"] = ACCOUNT
+    if server:
+        config["clusters"][0]["cluster"] = {"server": server}
     path.write_text(yaml.safe_dump(config))
     return path
 
@@ -69,11 +71,13 @@ def write_kubeconfig(cluster: Cluster, path: Path) -> Path:
 class Operator:
     """One operator process."""
 
-    def __init__(self, cluster: Cluster, folder: Path, namespaces: str = "", **environment: str) -> None:
+    def __init__(
+        self, cluster: Cluster, folder: Path, namespaces: str = "", server: str = "", **environment: str
+    ) -> None:
         self.progress_port, self.health_port = free_ports(2)
         self.log = folder / "operator.log"
         self._environment = {
-            "KUBECONFIG": str(write_kubeconfig(cluster, folder / "kubeconfig")),
+            "KUBECONFIG": str(write_kubeconfig(cluster, folder / "kubeconfig", server)),
             "PATH": os.environ["PATH"],
             "QLORA_TRAINER_IMAGE": "trainer:test",
             "QLORA_PROGRESS_URL": f"http://127.0.0.1:{self.progress_port}",
@@ -90,7 +94,7 @@ class Operator:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "qlora_operator"], env=self._environment, stderr=log, stdout=log
             )
-        wait_until(f"healthy operator, see {self.log}", self.healthy, timeout=60)
+        wait_until(f"healthy operator, see {self.log}", self.healthy, timeout=60, interval=0.05)
         return self
 
     def healthy(self) -> bool:
@@ -172,12 +176,12 @@ class Place:
         """Return the uid of every Job by its name."""
         return {job["metadata"]["name"]: job["metadata"]["uid"] for job in self.items("jobs")}
 
-    def pod_of(self, job: str) -> str:
-        """Wait for the pod of the Job that has this name now, and return the pod's name."""
+    def pod_of(self, job: str, index: int = 0) -> str:
+        """Wait for a pod of the Job that has this name now, and return the pod's name."""
         found: list[str] = []
 
         def appeared() -> bool:
-            found[:] = self.pods_of(job)
+            found[:] = [pod for pod in self.pods_of(job) if pod.startswith(f"{job}-{index}-")]
             return bool(found)
 
         wait_until(f"pod of {job}", appeared, timeout=30)
@@ -207,26 +211,28 @@ class Place:
         path = f"/api/v1/namespaces/{self.namespace}/pods/{pod}/binding"
         self.cluster.kubectl("create", f"--raw={path}", "--filename=-", stdin=json.dumps(binding))
 
-    def set_pod(self, job: str, phase: str, state: dict[str, Any]) -> None:
+    def set_pod(self, job: str, phase: str, state: dict[str, Any], index: int = 0) -> None:
         """Play the kubelet: write what a container does."""
         container = {
             "name": names.CONTAINER, "state": state, "image": "trainer:test", "imageID": "", "ready": False,
             "restartCount": 0,
         }  # fmt: skip
         patch = json.dumps({"status": {"phase": phase, "containerStatuses": [container]}})
-        self.kubectl("patch", "pod", self.pod_of(job), "--subresource=status", "--type=merge", f"--patch={patch}")
+        self.kubectl(
+            "patch", "pod", self.pod_of(job, index), "--subresource=status", "--type=merge", f"--patch={patch}"
+        )
 
-    def start_pod(self, job: str) -> None:
+    def start_pod(self, job: str, index: int = 0) -> None:
         """The container runs."""
-        self.set_pod(job, "Running", {"running": {"startedAt": wire_now()}})
+        self.set_pod(job, "Running", {"running": {"startedAt": wire_now()}}, index)
 
-    def end_pod(self, job: str, code: int, message: str) -> None:
+    def end_pod(self, job: str, code: int, message: str, index: int = 0) -> None:
         """The container has ended."""
         ended = {
             "exitCode": code, "message": message, "reason": "Error" if code else "Completed",
             "startedAt": wire_now(), "finishedAt": wire_now(),
         }  # fmt: skip
-        self.set_pod(job, "Failed" if code else "Succeeded", {"terminated": ended})
+        self.set_pod(job, "Failed" if code else "Succeeded", {"terminated": ended}, index)
 
     def live_to_training(self) -> None:
         """Submit, prepare, and start the training pod."""

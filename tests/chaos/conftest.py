@@ -1,0 +1,44 @@
+"""An operator behind a proxy, on a real control plane."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.chaos.proxy import Proxy, Upstream
+from tests.cluster.cluster import Cluster
+from tests.integration.operator_process import Operator, Place, install, open_place
+
+
+@pytest.fixture(scope="session")
+def installed(control_plane: Cluster) -> Cluster:
+    """The CRD and the operator's account."""
+    install(control_plane)
+    return control_plane
+
+
+@pytest.fixture
+def place(installed: Cluster, request: pytest.FixtureRequest) -> Iterator[Place]:
+    """A namespace of its own for every test."""
+    with open_place(installed, request.node.name) as place:
+        yield place
+
+
+@pytest.fixture
+def proxy(installed: Cluster) -> Iterator[Proxy]:
+    """A proxy that does no harm yet."""
+    proxy = Proxy(Upstream.of(installed)).start()
+    yield proxy
+    proxy.stop()
+
+
+@pytest.fixture
+def operator(installed: Cluster, proxy: Proxy, tmp_path: Path) -> Iterator[Operator]:
+    """An operator that sees the API server through the proxy; it is not started yet, and serves every namespace."""
+    operator = Operator(installed, tmp_path, server=proxy.server)
+    yield operator
+    operator.stop()
+    log = operator.log.read_text() if operator.log.exists() else ""
+    assert not re.search("serviceaccount:[^ ]+ cannot", log)
+    assert "Traceback" not in log

@@ -1,0 +1,61 @@
+"""What a story leaves in its namespace, without what differs between two runs of the same story."""
+
+import difflib
+import json
+import re
+from typing import Any, Final
+
+from tests.integration.operator_process import Place
+
+KINDS: Final = "qlorajobs,jobs,configmaps,services,events.events.k8s.io"
+PASSING: Final = frozenset({"Preparing", "Scheduling", "Unschedulable"})
+"""What a pod waits for is told only when somebody is there to see it; every other Event tells of a step."""
+_RANDOM_KEYS: Final = frozenset({"uid", "resourceVersion", "managedFields", "clusterIP", "clusterIPs"})
+_MASKS: Final = (
+    (re.compile(r"\b\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z"), "<time>"),
+    (re.compile(r"\b[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\b"), "<uid>"),
+    (re.compile(r"(?<=-\d)-[a-z0-9]{5}\b"), "-<suffix>"),
+)
+
+
+def take_snapshot(place: Place) -> dict[str, Any]:
+    """Return the QLoRAJob, its children without what Kubernetes's own controllers write, and what was told of it."""
+    items = place.items(KINDS)
+    objects = {f"{item['kind']}/{item['metadata']['name']}": item for item in items if _is_ours(item)}
+    reasons = sorted({event["reason"] for event in items if event["kind"] == "Event" and _tells_of_a_step(event)})
+    return {"told": reasons, **{name: mask(_own_part(item), place.namespace) for name, item in objects.items()}}
+
+
+def _is_ours(item: dict[str, Any]) -> bool:
+    return str(item["kind"]) != "Event" and str(item["metadata"]["name"]) != "kube-root-ca.crt"
+
+
+def _tells_of_a_step(event: dict[str, Any]) -> bool:
+    return event["regarding"]["kind"] == "QLoRAJob" and event["reason"] not in PASSING
+
+
+def _own_part(item: dict[str, Any]) -> dict[str, Any]:
+    """A Job's status is its controller's, and may still change."""
+    return {key: value for key, value in item.items() if key != "status" or item["kind"] == "QLoRAJob"}
+
+
+def mask(value: Any, namespace: str) -> Any:
+    """Replace times, uids, names of pods and the namespace."""
+    if isinstance(value, dict):
+        return {key: mask(entry, namespace) for key, entry in value.items() if key not in _RANDOM_KEYS}
+    if isinstance(value, list):
+        return [mask(entry, namespace) for entry in value]
+    if not isinstance(value, str):
+        return value
+    text = value.replace(namespace, "<namespace>")
+    for pattern, replacement in _MASKS:
+        text = pattern.sub(replacement, text)
+    return text
+
+
+def compare(expected: dict[str, Any], left: dict[str, Any]) -> list[str]:
+    """Return the lines in which two snapshots differ."""
+    texts = [json.dumps(snapshot, indent=1, sort_keys=True).splitlines() for snapshot in (expected, left)]
+    return [
+        line for line in difflib.unified_diff(*texts, n=0, lineterm="") if not line.startswith(("---", "+++", "@@"))
+    ]
