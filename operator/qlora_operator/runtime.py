@@ -25,8 +25,6 @@ from qlora_operator.watch import WatchProof
 
 _log = logging.getLogger(__name__)
 
-RESYNC: Final = timedelta(minutes=10)
-"""Everything is looked at so often, though nothing happened: what an event should have told is not lost for ever."""
 CRD_PATIENCE: Final = timedelta(seconds=30)
 """A release installs CRD and operator at once; the API server serves the CRD a moment later."""
 DRAIN: Final = timedelta(seconds=8)
@@ -131,7 +129,7 @@ class Runtime:
 
     async def _resync_forever(self) -> None:
         while True:
-            await asyncio.sleep(RESYNC.total_seconds() * random.uniform(0.9, 1.1))  # noqa: S311 (no secret)
+            await asyncio.sleep(self.settings.resync.total_seconds() * random.uniform(0.9, 1.1))  # noqa: S311 (no secret)
             try:
                 await self.resync()
             except (ClusterBusyError, ApiError) as error:

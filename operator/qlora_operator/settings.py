@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Final
 
 from pydantic import ValidationError
@@ -14,6 +15,8 @@ LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 PULL_POLICIES: Final = ("Always", "IfNotPresent", "Never")
 MAX_PORT: Final = 65_535
 MAX_WORKERS: Final = 256
+MAX_RESYNC: Final = 86_400
+"""Seconds; rarer than once a day it would be of no use."""
 
 
 class SettingsError(Exception):
@@ -42,6 +45,8 @@ class Settings:
     log_level: str = "info"
     kubeconfig: str = ""
     """Empty means the pod's own account."""
+    resync: timedelta = timedelta(minutes=10)
+    """How often everything is looked at, though nothing happened: what a lost event should have told comes with it."""
     home: Home | None = None
     """None outside a cluster, where there is no other replica."""
 
@@ -65,6 +70,7 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
         health_port=_number(environment, "QLORA_HEALTH_PORT", 8081, MAX_PORT),
         log_level=_choice(environment, "QLORA_LOG_LEVEL", LOG_LEVELS, "info"),
         kubeconfig=environment.get("KUBECONFIG", ""),
+        resync=timedelta(seconds=_number(environment, "QLORA_RESYNC_SECONDS", 600, MAX_RESYNC)),
         home=_home(environment),
     )
 

@@ -22,8 +22,8 @@ class WatchProof:
         self._expected: dict[JobRef, tuple[int, float]] = {}
 
     def saw(self, ref: JobRef, version: str) -> None:
-        """An event with this version arrived."""
-        self._seen[ref] = int(version)
+        """An event with this version arrived; one that is told again takes nothing back."""
+        self._seen[ref] = max(int(version), self._seen.get(ref, -1))
         expected = self._expected.get(ref)
         if expected is not None and expected[0] <= int(version):
             del self._expected[ref]

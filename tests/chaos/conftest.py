@@ -3,12 +3,17 @@
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Final
 
 import pytest
 
 from tests.chaos.proxy import Proxy, Upstream
+from tests.chaos.stage import Stage
 from tests.cluster.cluster import Cluster
 from tests.integration.operator_process import Operator, Place, install, open_place
+
+RESYNC: Final = 5
+"""Seconds, instead of ten minutes: what a lost event should have told comes with it."""
 
 
 @pytest.fixture(scope="session")
@@ -36,9 +41,15 @@ def proxy(installed: Cluster) -> Iterator[Proxy]:
 @pytest.fixture
 def operator(installed: Cluster, proxy: Proxy, tmp_path: Path) -> Iterator[Operator]:
     """An operator that sees the API server through the proxy; it is not started yet, and serves every namespace."""
-    operator = Operator(installed, tmp_path, server=proxy.server)
+    operator = Operator(installed, tmp_path, server=proxy.server, QLORA_RESYNC_SECONDS=str(RESYNC))
     yield operator
     operator.stop()
     log = operator.log.read_text() if operator.log.exists() else ""
     assert not re.search("serviceaccount:[^ ]+ cannot", log)
     assert "Traceback" not in log
+
+
+@pytest.fixture
+def stage(installed: Cluster, proxy: Proxy, operator: Operator) -> Stage:
+    """A stage with the operator on it."""
+    return Stage(installed, proxy, operator.start())

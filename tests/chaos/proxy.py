@@ -58,6 +58,16 @@ class Call:
         return f"/apis/{names.GROUP}/" in self.path
 
 
+@dataclass(frozen=True)
+class Event:
+    """One event of a watch, as the API server wrote it."""
+
+    call: Call
+    line: bytes
+    came_at: float
+    """By the monotonic clock."""
+
+
 class Cut(Exception):  # noqa: N818 (nothing is wrong with the proxy)
     """The connection ends here, without an answer."""
 
@@ -72,10 +82,12 @@ class Fault:
     async def after(self, call: Call, status: int) -> None:
         """See that the API server has done it, before the operator learns that."""
 
-    async def tell(self, call: Call, event: bytes, came_at: float) -> AsyncIterator[bytes]:
+    async def finish(self) -> None:
+        """Wait for what the fault has still under way, when the story is over."""
+
+    async def tell(self, event: Event) -> AsyncIterator[bytes]:
         """Return what the operator is told of one event of a watch."""
-        del call, came_at
-        yield event
+        yield event.line
 
 
 @dataclass(frozen=True)
@@ -171,14 +183,14 @@ class Proxy:
             response.set_status(answer.status)
             response.content_type = answer.content_type
             await response.prepare(request)
-            async for event, came_at in _events(answer.content):
-                async for told in self.fault.tell(call, event, came_at):
+            async for line, came_at in _lines(answer.content):
+                async for told in self.fault.tell(Event(call, line, came_at)):
                     await response.write(told)
         return response
 
 
-async def _events(content: aiohttp.StreamReader) -> AsyncIterator[tuple[bytes, float]]:
-    """Yield each event with the time at which it came, though whoever reads them is slow."""
+async def _lines(content: aiohttp.StreamReader) -> AsyncIterator[tuple[bytes, float]]:
+    """Yield each line with the time at which it came, though whoever reads them is slow."""
     queue: asyncio.Queue[tuple[bytes, float] | None] = asyncio.Queue()
     reader = asyncio.create_task(_read(content, queue))
     try:

@@ -55,7 +55,6 @@ def mask(value: Any, namespace: str) -> Any:
 
 def compare(expected: dict[str, Any], left: dict[str, Any]) -> list[str]:
     """Return the lines in which two snapshots differ."""
-    texts = [json.dumps(snapshot, indent=1, sort_keys=True).splitlines() for snapshot in (expected, left)]
-    return [
-        line for line in difflib.unified_diff(*texts, n=0, lineterm="") if not line.startswith(("---", "+++", "@@"))
-    ]
+    before, after = (json.dumps(entry, indent=1, sort_keys=True).splitlines() for entry in (expected, left))
+    lines = difflib.unified_diff(before, after, n=0, lineterm="")
+    return [line for line in lines if not line.startswith(("---", "+++", "@@"))]

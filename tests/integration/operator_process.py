@@ -145,6 +145,8 @@ class Place:
 
     cluster: Cluster
     namespace: str
+    patience: float = 30
+    """Seconds that one step of the operator, or of Kubernetes's controllers, may take."""
 
     def kubectl(self, *args: str, stdin: str | None = None) -> str:
         """Run kubectl in this namespace."""
@@ -165,7 +167,7 @@ class Place:
             status = self.status(name)
             return status.get("phase") == phase and reason in {"", status.get("reason")}
 
-        wait_until(f"{name} {phase} {reason}", reached, timeout=30)
+        wait_until(f"{name} {phase} {reason}", reached, timeout=self.patience)
         return self.status(name)
 
     def items(self, kind: str) -> list[dict[str, Any]]:
@@ -184,7 +186,7 @@ class Place:
             found[:] = [pod for pod in self.pods_of(job) if pod.startswith(f"{job}-{index}-")]
             return bool(found)
 
-        wait_until(f"pod of {job}", appeared, timeout=30)
+        wait_until(f"pod of {job}", appeared, timeout=self.patience)
         return found[0]
 
     def pods_of(self, job: str) -> list[str]:
@@ -257,12 +259,12 @@ class Place:
 
 
 @contextmanager
-def open_place(cluster: Cluster, title: str) -> Iterator[Place]:
+def open_place(cluster: Cluster, title: str, patience: float = 30) -> Iterator[Place]:
     """A namespace of its own, named after a test."""
     namespace = re.sub(r"[^a-z0-9]+", "-", title.lower())[:50].strip("-")
     cluster.kubectl("create", "namespace", namespace)
     wait_until("account", lambda: bool(cluster.get("serviceaccounts", f"--namespace={namespace}")["items"]))
-    yield Place(cluster, namespace)
+    yield Place(cluster, namespace, patience)
     cluster.kubectl("delete", "namespace", namespace, "--wait=false")
 
 

@@ -13,7 +13,8 @@ REQUEST_SECONDS: Final = 30
 """Longest time for one call; a slower API server is as good as away."""
 APPLY: Final = "application/apply-patch+yaml"
 MERGE: Final = "application/merge-patch+json"
-_BUSY: Final = frozenset({408, 429, 500, 502, 503, 504})
+_BUSY: Final = frozenset({401, 408, 429, 500, 502, 503, 504})
+"""What passes; an expired token among it, because the kubelet writes a new one."""
 
 
 class ApiError(Exception):
@@ -82,10 +83,10 @@ class Api:
             text = await response.read()
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
             raise ClusterBusyError(f"the API server does not answer: {error!r}") from error
-        return _read(response.status, text)
+        return _read(response.status, text, response.headers.get("Retry-After", ""))
 
 
-def _read(status: int, text: bytes) -> dict[str, Any]:
+def _read(status: int, text: bytes, retry_after: str = "") -> dict[str, Any]:
     try:
         answer = json.loads(text)
     except ValueError:
@@ -94,6 +95,6 @@ def _read(status: int, text: bytes) -> dict[str, Any]:
         return dict(answer)
     message = f"{status} {answer.get('reason', '')}: {answer.get('message', '')}"
     if status in _BUSY:
-        raise ClusterBusyError(message)
+        raise ClusterBusyError(message, seconds=float(retry_after) if retry_after.isdecimal() else 0.0)
     kind = {404: NotFoundError, 409: ConflictError}.get(status, ApiError)
     raise kind(status, answer.get("reason", ""), message)

@@ -1,5 +1,7 @@
 """The environment, read once."""
 
+from datetime import timedelta
+
 import pytest
 
 from qlora_api.runconfig import Platform, S3Config
@@ -24,13 +26,15 @@ def test_everything() -> None:
             "QLORA_S3_CHECKSUMS": "when_required", "QLORA_LOG_LEVEL": "debug",
             "QLORA_IMAGE_PULL_SECRETS": "registry, mirror", "KUBECONFIG": "/kube",
             "POD_NAMESPACE": "qlora", "POD_NAME": "operator-x7b", "QLORA_LEASE": "my-release",
+            "QLORA_RESYNC_SECONDS": "30",
         }
     )  # fmt: skip
     s3 = S3Config(endpoint="http://s3", region="eu", addressing="path", checksums="when_required")
     platform = Platform(s3=s3, hub_endpoint="https://hub", hub_mirror="s3://hub")
     assert settings == Settings(
         Installation("trainer:1", "Always", "http://operator:8080", platform, ("registry", "mirror")),
-        ("ml", "research"), 4, 9000, 9001, "debug", "/kube", Home("qlora", "operator-x7b", "my-release"),
+        ("ml", "research"), 4, 9000, 9001, "debug", "/kube", timedelta(seconds=30),
+        Home("qlora", "operator-x7b", "my-release"),
     )  # fmt: skip
 
 
@@ -49,7 +53,7 @@ def test_empty_values_of_the_chart_are_defaults() -> None:
     [
         ("QLORA_TRAINER_IMAGE", ""), ("QLORA_WORKERS", "0"), ("QLORA_WORKERS", "many"),
         ("QLORA_HEALTH_PORT", "70000"), ("QLORA_LOG_LEVEL", "loud"), ("QLORA_IMAGE_PULL_POLICY", "Sometimes"),
-        ("QLORA_S3_ADDRESSING", "sideways"), ("QLORA_S3_CHECKSUMS", "never"),
+        ("QLORA_RESYNC_SECONDS", "0"), ("QLORA_S3_ADDRESSING", "sideways"), ("QLORA_S3_CHECKSUMS", "never"),
     ],
 )  # fmt: skip
 def test_an_error_names_the_variable(variable: str, value: str) -> None:

@@ -45,6 +45,15 @@ def test_an_event_that_came_before_the_answer_counts(clock: Clock) -> None:
     assert proof.overdue() == ()
 
 
+def test_an_old_event_that_is_told_again_takes_nothing_back(clock: Clock) -> None:
+    proof = WatchProof(clock)
+    proof.saw(REF, "10")
+    proof.saw(REF, "7")
+    proof.expect(REF, "10")
+    clock.now = OVERDUE_SECONDS + 1
+    assert proof.overdue() == ()
+
+
 def test_further_writes_do_not_reset_the_clock(clock: Clock) -> None:
     proof = WatchProof(clock)
     for second in range(0, int(OVERDUE_SECONDS) + 2, 10):

@@ -1,0 +1,79 @@
+"""Where stories are played: a control plane, an operator, and a proxy between them."""
+
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any
+
+from aiohttp import web
+
+from tests.chaos.proxy import Call, Fault, Proxy
+from tests.chaos.snapshot import compare, take_snapshot
+from tests.chaos.stories import STORIES
+from tests.cluster.cluster import Cluster
+from tests.integration.operator_process import Operator, open_place
+
+
+class Witness(Fault):
+    """Notes what an operator writes to one namespace."""
+
+    def __init__(self) -> None:
+        self.namespace = ""
+        self.writes: list[str] = []
+        self.created: Counter[str] = Counter()
+        """How often the API server made a Job, by name."""
+
+    def concerns(self, call: Call) -> bool:
+        """Whether a request belongs to the story."""
+        return call.namespace == self.namespace
+
+    async def before(self, call: Call) -> web.Response | None:
+        if call.writes and self.concerns(call):
+            self.writes.append(describe(call))
+        return None
+
+    async def after(self, call: Call, status: int) -> None:
+        if self.concerns(call) and call.method == "POST" and call.path.endswith("/jobs") and status == 201:
+            self.created[json.loads(call.body)["metadata"]["name"]] += 1
+
+
+def describe(call: Call) -> str:
+    """Name a write as a person would."""
+    body = json.loads(call.body)
+    what = call.path.rpartition("/")[2] if call.method == "POST" else "/".join(call.path.rsplit("/", 3)[1:])
+    status = body.get("status", {})
+    name = body.get("reason") if body.get("kind") == "Event" else body.get("metadata", {}).get("name")
+    return " ".join(filter(None, (call.method, what, name, status.get("phase"), status.get("reason"))))
+
+
+@dataclass(frozen=True)
+class Ending:
+    """What a story leaves, without what differs between two runs of it."""
+
+    left: dict[str, Any]
+    created: Counter[str]
+
+    def differences(self, other: "Ending") -> list[str]:
+        """Return the lines in which another ending differs."""
+        return compare({**self.left, "created": self.created}, {**other.left, "created": other.created})
+
+
+@dataclass
+class Stage:
+    """Plays stories, with whatever fault the proxy is told."""
+
+    cluster: Cluster
+    proxy: Proxy
+    operator: Operator
+    patience: float = 30
+    _number: Any = field(default_factory=count)
+
+    def play(self, title: str, witness: Witness) -> Ending:
+        """Play a story to its end, in a namespace of its own."""
+        with open_place(self.cluster, f"{title}-{next(self._number)}-{self.proxy.port}", self.patience) as place:
+            witness.namespace = place.namespace
+            self.proxy.fault = witness
+            STORIES[title](place)
+            self.proxy.run(witness.finish())
+            return Ending(take_snapshot(place), witness.created)

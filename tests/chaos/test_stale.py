@@ -1,0 +1,116 @@
+"""What the watches tell comes late, not at all, or twice: the method of Sieve's stale and missed views."""
+
+import asyncio
+import random
+import time
+from collections import defaultdict, deque
+from collections.abc import AsyncIterator, Callable
+from typing import Final
+
+import pytest
+
+from tests.chaos.promises import Dose, promise
+from tests.chaos.proxy import Event
+from tests.chaos.stage import Stage, Witness
+
+STEPS: Final = 8
+"""Most events that a step of a story waits for, one after the other."""
+LOSS: Final = 0.5
+"""Share of the events that get lost."""
+
+
+class Late(Witness):
+    """Every event is told later than it came."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self._seconds = seconds
+
+    async def tell(self, event: Event) -> AsyncIterator[bytes]:
+        await asyncio.sleep(max(event.came_at + self._seconds - time.monotonic(), 0))
+        yield event.line
+
+
+class Lossy(Witness):
+    """Half of the events are never told; bookmarks are, so that nobody misses the others."""
+
+    def __init__(self, chance: random.Random) -> None:
+        super().__init__()
+        self.lost = 0
+        self._chance = chance
+
+    async def tell(self, event: Event) -> AsyncIterator[bytes]:
+        if b'"BOOKMARK"' not in event.line and self._chance.random() < LOSS:
+            self.lost += 1
+        else:
+            yield event.line
+
+
+class Repeating(Witness):
+    """After every event, some that came before it are told again."""
+
+    def __init__(self, chance: random.Random) -> None:
+        super().__init__()
+        self.repeated = 0
+        self._chance = chance
+        self._told: dict[str, deque[bytes]] = defaultdict(lambda: deque(maxlen=20))
+
+    async def tell(self, event: Event) -> AsyncIterator[bytes]:
+        yield event.line
+        told = self._told[event.call.path]
+        for old in self._chance.sample(list(told), min(len(told), 3)):
+            self.repeated += 1
+            yield old
+        told.append(event.line)
+
+
+@promise(
+    fault="Watch events come 30 seconds late",
+    promise="The run ends as it does otherwise, only later; no Job is created twice.",
+    how="The proxy holds back every event of every watch (3 seconds in the short dose).",
+)
+@pytest.mark.timeout(1800)
+def test_late_events(stage: Stage, dose: Dose, outcome: Callable[[str], None]) -> None:
+    titles = ["interrupted"] if dose(short=0, full=1) else ["published"]
+    seconds = dose(short=3, full=30)
+    for title in titles:
+        reference = stage.play(title, Witness())
+        stage.patience = STEPS * seconds
+        late = stage.play(title, Late(seconds))
+        assert reference.differences(late) == []
+        outcome(f"{title}: {seconds} s late, {sum(late.created.values())} Jobs as in the reference")
+
+
+@promise(
+    fault="Half of all watch events are lost",
+    promise="The run ends as it does otherwise, with the next resync at the latest; no Job is created twice.",
+    how="The proxy drops events at random; the resync comes every 5 seconds instead of 10 minutes.",
+)
+@pytest.mark.timeout(1800)
+def test_lost_events(stage: Stage, dose: Dose, outcome: Callable[[str], None]) -> None:
+    reference = stage.play("interrupted", Witness())
+    stage.patience = 60
+    lost = 0
+    for seed in range(dose(short=1, full=10)):
+        lossy = Lossy(random.Random(seed))
+        assert reference.differences(stage.play("interrupted", lossy)) == []
+        lost += lossy.lost
+    outcome(f"{lost} events lost in {seed + 1} runs")
+    assert lost > 0
+
+
+@promise(
+    fault="Watch events are told again, old ones after new ones",
+    promise="The run ends as it does otherwise; no Job is created twice, and nothing that is over begins again.",
+    how="After every event the proxy tells up to three of the last twenty of the same watch once more.",
+)
+@pytest.mark.timeout(1800)
+def test_repeated_events(stage: Stage, dose: Dose, outcome: Callable[[str], None]) -> None:
+    reference = stage.play("interrupted", Witness())
+    repeated = 0
+    for seed in range(dose(short=1, full=10)):
+        repeating = Repeating(random.Random(seed))
+        assert reference.differences(stage.play("interrupted", repeating)) == []
+        repeated += repeating.repeated
+    outcome(f"{repeated} events told again in {seed + 1} runs")
+    assert repeated > 0
