@@ -21,6 +21,8 @@ SMALL_DISK: Final = "small-disk"
 """A namespace whose pods may write 64 MiB."""
 SECONDS: Final = 300
 STEPS: Final = 16
+ROWS: Final = 128
+"""Rows of a pass that 3 GiB do not hold."""
 INTERVAL: Final = 2
 """Steps between two checkpoints."""
 SHORT: Final[dict[str, dict[str, Any]]] = {
@@ -325,3 +327,43 @@ def test_too_small_a_disk(place: Installation, outcome: Callable[[str], None]) -
     assert [attempt["reason"] for attempt in status["attempts"]] == ["Evicted"]
     assert "ephemeral" in status["message"]
     outcome("Evicted, then RetriesExhausted")
+
+
+@pytest.mark.full_dose
+@promise(
+    fault="the node's disk or the container's memory is too small",
+    promise="the run says so; what a smaller micro-batch mends is mended, and attempts are bounded",
+    how="limits of ephemeral storage and memory, enforced by the kubelet and the kernel",
+)
+def test_too_little_memory_is_asked_for_less(place: Installation, outcome: Callable[[str], None]) -> None:
+    run = Run(place, "small-memory")
+    training = {"maxSteps": 3, "globalBatchSize": ROWS, "microBatchSize": ROWS, "packing": True}
+    data = {"maxSamples": 400, "evaluation": {"fraction": 0.05}}
+    place.submit(run_manifest(run.name, dataset=data, training=training, resources={"memory": "3Gi"}))
+    status = run.finished()
+    assert status["phase"] == "Succeeded", status["message"]
+    *killed, last = status["attempts"]
+    assert {attempt["reason"] for attempt in killed} == {"HostOutOfMemory"}
+    rows = [attempt["microBatchSize"] for attempt in status["attempts"]]
+    assert rows == [ROWS >> power for power in range(len(rows))]
+    assert len(rows) > 1
+    assert last["reason"] == "Published"
+    assert status["plan"]["microBatchSize"] * status["plan"]["gradientAccumulation"] == ROWS
+    outcome(f"HostOutOfMemory, then published with micro-batches of {' > '.join(map(str, rows))} rows")
+
+
+@pytest.mark.full_dose
+@promise(
+    fault="the operator is upgraded while a run trains",
+    promise="the run does not notice",
+    how="`helm upgrade` with other values, which replaces both replicas",
+)
+def test_an_upgrade_is_not_noticed(place: Installation, outcome: Callable[[str], None]) -> None:
+    run = Run(place, "upgraded")
+    place.submit(run_manifest(run.name))
+    run.wait_for_step(2)
+    place.configure({"logLevel": "debug"})
+    status = run.finished()
+    place.configure({"logLevel": "info"})
+    assert (status["phase"], run.reasons()) == ("Succeeded", ["Published"])
+    outcome("one attempt, Published")
