@@ -101,7 +101,7 @@ class Runtime:
 
     async def _reconcile(self, ref: JobRef) -> timedelta | None:
         with self.metrics.measure():
-            watch = Watch(self._clock(), self._reports.get(ref), self._listening_since)
+            watch = Watch(self._clock().replace(microsecond=0), self._reports.get(ref), self._listening_since)
             outcome = await reconcile(ref, self._cluster, self.settings.installation, watch)
         self.metrics.depth.set(self.queue.depth)
         self.metrics.saw(ref, outcome.status.phase if outcome.status else None)

@@ -243,8 +243,7 @@ def evict(run: Run) -> None:
 def preempt(run: Run) -> None:
     """A more important pod takes the node's CPU."""
     important = {"apiVersion": "scheduling.k8s.io/v1", "kind": "PriorityClass", "metadata": {"name": "important"}}
-    [node] = run.installation.cluster.get("nodes")["items"]
-    cpu = int(node["status"]["allocatable"]["cpu"]) * 1000 - 200 * len(run.installation.operator_pods()) - 100
+    cpu = free_millicores(run.installation) + 50
     container: dict[str, Any] = {"name": "sleep", "image": run.installation.operator_image, "imagePullPolicy": "Never"}
     rights = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
     work = {"command": ["sleep", "20"], "resources": {"requests": {"cpu": f"{cpu}m"}}, "securityContext": rights}
@@ -253,6 +252,19 @@ def preempt(run: Run) -> None:
     spec["containers"] = [container | work]
     pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "important", "namespace": run.namespace}}
     run.installation.cluster.apply({**important, "value": 1000}, {**pod, "spec": spec})
+
+
+def free_millicores(installation: Installation) -> int:
+    """What no pod of the node has asked for."""
+    [node] = installation.cluster.get("nodes")["items"]
+    pods = installation.cluster.get("pods", "--all-namespaces")["items"]
+    running = [pod for pod in pods if pod["status"]["phase"] in {"Pending", "Running"}]
+    asked = [pod["spec"]["containers"][0]["resources"].get("requests", {}).get("cpu", "0m") for pod in running]
+    return millicores(node["status"]["allocatable"]["cpu"]) - sum(map(millicores, asked))
+
+
+def millicores(quantity: str) -> int:
+    return int(quantity[:-1]) if quantity.endswith("m") else int(quantity) * 1000
 
 
 def kill(run: Run) -> None:
