@@ -20,8 +20,7 @@ from qlora_api.names import (
 )
 from qlora_api.report import LastWord
 from qlora_api.runconfig import PrepareConfig, RunConfig
-from qlora_trainer.errors import explain
-from qlora_trainer.interrupt import EXIT_CODE, StopFlag, interrupted
+from qlora_trainer.interrupt import EXIT_CODE, StopFlag, explain_end, interrupted
 from qlora_trainer.lastword import Farewell
 from qlora_trainer.ranks import DONE, path_of_process, rank_of_process
 from qlora_trainer.work import default_work
@@ -39,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         word = COMMANDS[options.command](options, stop, farewell)
     except BaseException as error:
-        known = explain(error)
+        known = explain_end(error, stopped=stop.requested)
         log.exception("the run failed", reason=known.reason, step=known.step)
         farewell.fail(known)
         return EXIT_CODES.get(known.reason, 1)

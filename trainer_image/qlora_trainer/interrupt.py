@@ -9,7 +9,7 @@ from types import FrameType
 from typing import Final
 
 from qlora_api.names import GRACE_SECONDS, Reason
-from qlora_trainer.errors import RunError
+from qlora_trainer.errors import RunError, explain
 
 EXIT_CODE: Final = 143
 """What a shell calls a process ended by SIGTERM: 128 + 15."""
@@ -20,6 +20,12 @@ _OVERDUE_SECONDS: Final = GRACE_SECONDS - 10.0
 def interrupted(step: int | None = None) -> RunError:
     """Return what is raised once the process was asked to stop."""
     return RunError(Reason.INTERRUPTED, "the pod was asked to stop before the run was published", step)
+
+
+def explain_end(error: BaseException, *, stopped: bool) -> RunError:
+    """Say what ended a run: a library that meets the stop in its own work wraps it in an error of its own."""
+    known = explain(error)
+    return interrupted(known.step) if stopped and known.reason is Reason.TRAINER_ERROR else known
 
 
 class StopFlag:

@@ -18,7 +18,7 @@ from qlora_api.report import LastWord
 from qlora_api.v1alpha1 import Checkpoint, Progress
 from qlora_trainer.__main__ import main
 from qlora_trainer.errors import RunError, explain
-from qlora_trainer.interrupt import StopFlag
+from qlora_trainer.interrupt import StopFlag, explain_end, interrupted
 from qlora_trainer.lastword import Farewell, failure_word, to_line, write_last_word
 from qlora_trainer.progress import Heartbeat, HttpSink, Sinks, to_body
 from tests.unit.trainer.tiny import RecordingSink, make_spec, prepare_config, serving
@@ -262,3 +262,16 @@ def test_without_an_endpoint_there_is_no_sink_and_a_dead_one_disturbs_nobody(mon
     sink = HttpSink("http://127.0.0.1:9/status", None)
     sink.report(progress(1))
     sink.close()
+
+
+@pytest.mark.parametrize(
+    ("error", "stopped", "reason"),
+    [
+        pytest.param(RuntimeError("issues during conversion"), True, Reason.INTERRUPTED, id="wrapped-by-a-library"),
+        pytest.param(RuntimeError("issues during conversion"), False, Reason.TRAINER_ERROR, id="nobody-asked-to-stop"),
+        pytest.param(RunError(Reason.S3_DENIED, "no"), True, Reason.S3_DENIED, id="known-cause"),
+        pytest.param(interrupted(7), True, Reason.INTERRUPTED, id="the-stop-itself"),
+    ],
+)
+def test_an_error_in_a_library_that_was_stopped_is_the_stop(error: Exception, stopped: bool, reason: Reason) -> None:
+    assert explain_end(error, stopped=stopped).reason is reason
