@@ -250,6 +250,8 @@ class Manifest(ApiModel):
     digest: str
     job: str
     namespace: str
+    run: str = ""
+    """Uid of the QLoRAJob that published it; empty without a cluster."""
     base_model: str
     base_commit: str
     dataset_uri: str

@@ -126,13 +126,14 @@ def train_word(options: argparse.Namespace, stop: StopFlag, farewell: Farewell) 
     from qlora_trainer.distributed import leave_world  # noqa: PLC0415 (as above)
     from qlora_trainer.progress import Heartbeat, HttpSink, LogSink, ProgressSink, Sinks  # noqa: PLC0415 (as above)
     from qlora_trainer.run import run  # noqa: PLC0415 (as above)
+    from qlora_trainer.watchdog import watch_run  # noqa: PLC0415 (as above)
 
     sinks: list[ProgressSink] = [LogSink(), farewell]
     http = HttpSink.from_environment()
     if http is not None:
         sinks.append(http)
     try:
-        with Heartbeat(Sinks(sinks)) as sink:
+        with watch_run(config, farewell), Heartbeat(Sinks(sinks)) as sink:
             result = run(config, sink, work=options.work, stop=stop)
     finally:
         if http is not None:

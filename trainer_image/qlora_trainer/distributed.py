@@ -11,6 +11,7 @@ from accelerate import PartialState
 from torch import distributed
 
 from qlora_api.v1alpha1 import Plan, Strategy
+from qlora_trainer.pulse import PULSE
 
 COLLECTIVE_TIMEOUT: Final = timedelta(minutes=30)
 """Longest wait of a process for the others: the slowest download or evaluation of one of them; a hang is seen before,
@@ -72,7 +73,9 @@ class World:
         if self.size == 1:
             return value
         values = [value]
-        distributed.broadcast_object_list(values, src=0)
+        # The first process may take its time for what it tells, and is watched itself.
+        with contextlib.nullcontext() if self.leads else PULSE.resting():
+            distributed.broadcast_object_list(values, src=0)
         return values[0]
 
     def gather(self, value: Found) -> tuple[Found, ...]:
@@ -86,7 +89,8 @@ class World:
     def wait(self) -> None:
         """Wait until every process is here."""
         if self.size > 1:
-            distributed.barrier()
+            with contextlib.nullcontext() if self.leads else PULSE.resting():
+                distributed.barrier()
 
     @contextlib.contextmanager
     def one_per_node_first(self) -> Iterator[None]:
@@ -94,7 +98,9 @@ class World:
         if self.size == 1:
             yield
             return
-        with PartialState().local_main_process_first():
+        state = PartialState()
+        resting = contextlib.nullcontext() if state.is_local_main_process else PULSE.resting()
+        with resting, state.local_main_process_first():
             yield
 
     def sum_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
@@ -126,7 +132,8 @@ def _gradient_of(parameter: torch.nn.Parameter) -> torch.Tensor:
 
 def join_world(device: str, strategy: Strategy = "single") -> World:
     """Join the processes that the launcher started; without a launcher there is one."""
-    state = PartialState(cpu=device == "cpu", timeout=COLLECTIVE_TIMEOUT)
+    with PULSE.resting():  # the others' pods may start later
+        state = PartialState(cpu=device == "cpu", timeout=COLLECTIVE_TIMEOUT)
     return World(state.device, state.process_index, state.num_processes, strategy)
 
 

@@ -17,15 +17,26 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils.tqdm import tqdm
 
 from qlora_api.names import Reason
 from qlora_trainer.errors import RunError
+from qlora_trainer.pulse import PULSE
 from qlora_trainer.store import Owner
 
 Kind: TypeAlias = Literal["model", "dataset"]
 
 _TIMEOUT_SECONDS: Final = 20.0
 PUBLIC_HUB: Final = "https://huggingface.co"
+
+
+class _Bar(tqdm):
+    """A progress bar whose every move is a sign of life; the library moves it whether it is shown or not."""
+
+    def update(self, n: float | None = 1) -> None:
+        """Take note of a part."""
+        PULSE.beat()
+        super().update(n)
 
 
 @dataclass(frozen=True)
@@ -56,6 +67,7 @@ class Hub:
                 cache_dir=cache,
                 endpoint=self.endpoint,
                 token=self._token,
+                tqdm_class=_Bar,
             )
         return Path(str(path))
 

@@ -26,19 +26,21 @@ class Farewell:
     def __init__(self, place: Path) -> None:
         self._place = place
         self._checkpoint: Checkpoint | None = None
+        self._step: int | None = None
         self._lock = threading.Lock()
         self._said = False
 
     def report(self, progress: Progress) -> None:
-        """Remember the newest checkpoint."""
-        self._checkpoint = progress.checkpoint
+        """Remember how far the run is."""
+        self._checkpoint, self._step = progress.checkpoint, progress.step
 
     def note(self, text: str) -> None:
         """Leave sentences to the log."""
 
     def fail(self, error: RunError) -> None:
         """Say why the run failed."""
-        self.say(failure_word(error, self._checkpoint))
+        word = failure_word(error, self._checkpoint)
+        self.say(word if word.step is not None else word.model_copy(update={"step": self._step}))
 
     def say(self, word: LastWord) -> None:
         """Write the word, unless there is one."""

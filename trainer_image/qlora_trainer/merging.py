@@ -23,6 +23,7 @@ from qlora_trainer.notes import Note, silent
 from qlora_trainer.output import RECORD, with_merged
 from qlora_trainer.publish import ROWS, Merged, publish_merged
 from qlora_trainer.published import Published, fetch, fetch_base, open_adapter
+from qlora_trainer.pulse import PULSE
 from qlora_trainer.rows import Example
 from qlora_trainer.shards import EVALUATION, open_shard
 from qlora_trainer.snapshot import Places
@@ -49,7 +50,8 @@ def add_merged(places: Places, output: Store, config: RunConfig, result: Result,
         rows=stages.load_rows(output, config, EVALUATION, work),
     )
     folder = stages.empty_folder(work / "merged" / digest)
-    merged = Merged(folder, merge(task, folder))
+    with PULSE.resting():  # the adapter is published, no GPU is computing, and a layer may take minutes
+        merged = Merged(folder, merge(task, folder))
     uri = publish_merged(output, config, result.adapter, merged, datetime.now(UTC))
     return result.model_copy(update={"merged": uri})
 

@@ -1,7 +1,7 @@
 """A result's place in the output: who is looking for one starts here."""
 
 import json
-from typing import Final
+from typing import Final, Literal, TypeAlias
 
 from qlora_api.report import Manifest, MergedManifest
 from qlora_api.result import Result
@@ -10,7 +10,9 @@ from qlora_trainer.snapshot import Places
 from qlora_trainer.store import OUTPUT, AlreadyThereError, Store
 
 MANIFEST: Final = "manifest.json"
-"""Written last and only once: who finds it finds a complete result."""
+"""Written last and as one object: who finds it finds a complete result."""
+IfExists: TypeAlias = Literal["Skip", "Fail", "Overwrite"]
+"""spec.output.ifExists."""
 LATEST: Final = "latest.json"
 """Points to the newest manifest of a job."""
 RECORD: Final = "qlora.json"
@@ -31,6 +33,17 @@ def find_manifest(output: Store, digest: str) -> Manifest | None:
     return _find(output, f"{digest}/{MANIFEST}")
 
 
+def find_final(output: Store, digest: str, if_exists: IfExists, run: str) -> Manifest | None:
+    """Return the manifest after which there is nothing to train: with Overwrite only a run's own."""
+    found = find_manifest(output, digest)
+    return found if found is not None and is_final(found, if_exists, run) else None
+
+
+def is_final(manifest: Manifest, if_exists: IfExists, run: str) -> bool:
+    """Return whether a result stands: with Overwrite only that of this very run does, and without a name none is."""
+    return if_exists != "Overwrite" or (run != "" and manifest.run == run)
+
+
 def find_rejected(output: Store, digest: str) -> Manifest | None:
     """Return the record of a result that a gate refused."""
     return _find(output, f"{digest}/{REJECTED_RECORD}")
@@ -41,17 +54,20 @@ def merged_place(base: MergeBase) -> str:
     return f"merged/{base}"
 
 
-def find_merged(output: Store, digest: str, base: MergeBase) -> str | None:
-    """Return the URI of a merged model, if there is a complete one."""
+def find_merged(output: Store, digest: str, base: MergeBase, adapter: str) -> str | None:
+    """Return the URI of an adapter's merged model, if there is a complete one; a replaced adapter's is none."""
     path = f"{digest}/{merged_place(base)}/{MANIFEST}"
-    return MergedManifest.model_validate_json(output.read(path)).model if output.exists(path) else None
+    if not output.exists(path):
+        return None
+    found = MergedManifest.model_validate_json(output.read(path))
+    return found.model if found.adapter == adapter else None
 
 
 def with_merged(output: Store, digest: str, spec: OutputSpec, result: Result) -> Result | None:
     """Return a published result with the merged model that is asked for, or None where that is still missing."""
     if spec.merged == "none":
         return result
-    merged = find_merged(output, digest, spec.merge_base)
+    merged = find_merged(output, digest, spec.merge_base, result.adapter)
     return result.model_copy(update={"merged": merged}) if merged else None
 
 
@@ -66,6 +82,25 @@ def put_manifest(output: Store, manifest: Manifest) -> Manifest:
     except AlreadyThereError:
         return find_manifest(output, manifest.digest) or manifest
     return manifest
+
+
+def replace_manifest(output: Store, manifest: Manifest) -> None:
+    """Publish what the manifest lists in the place of an earlier result: one object, so that readers see either."""
+    output.put(f"{manifest.digest}/{MANIFEST}", manifest_json(manifest))
+
+
+def remove_replaced(output: Store, former: Manifest) -> None:
+    """Remove the files that only a replaced manifest listed, and models that were merged from its adapter."""
+    standing = find_manifest(output, former.digest) or former
+    listed = {file.path for file in standing.files}
+    for file in former.files:
+        if file.path not in listed:
+            output.delete(f"{former.digest}/{file.path}")
+    if former.result.adapter != standing.result.adapter:
+        # The manifests of merged models come after their files in a listing, and must go first.
+        entries = output.list(f"{former.digest}/merged")
+        for entry in sorted(entries, key=lambda entry: not entry.path.endswith(f"/{MANIFEST}")):
+            output.delete(entry.path)
 
 
 def manifest_json(manifest: Manifest | MergedManifest) -> bytes:

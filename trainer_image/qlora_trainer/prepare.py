@@ -27,7 +27,15 @@ from qlora_trainer.digest import Resolved, result_digest
 from qlora_trainer.errors import RunError
 from qlora_trainer.gate import can_judge, check_gate, describe_rejected
 from qlora_trainer.notes import Note, silent
-from qlora_trainer.output import find_manifest, find_rejected, open_output, point_latest, put_manifest, with_merged
+from qlora_trainer.output import (
+    find_final,
+    find_rejected,
+    is_final,
+    open_output,
+    point_latest,
+    put_manifest,
+    with_merged,
+)
 from qlora_trainer.secrets import Secrets, load_secrets
 from qlora_trainer.snapshot import Places, Snapshot, text_files, weight_files
 from qlora_trainer.store import MODEL, Store
@@ -63,7 +71,7 @@ def prepare(
             note(sentence)
         for sentence in preview_rows(tokenised, model.tokenizer):
             note(sentence)
-        prepared = _name_result(output, spec, resolve(spec, model, tokenised))
+        prepared = _name_result(output, config, resolve(spec, model, tokenised))
         if prepared.published is None:
             store_prepared(output, prepared, tokenised, tasks)
         else:
@@ -176,10 +184,11 @@ def resolve(spec: QLoRAJobSpec, model: Inspected, tokenised: "Tokenised") -> Res
     )
 
 
-def _name_result(output: Store, spec: QLoRAJobSpec, resolved: Resolved) -> Prepared:
+def _name_result(output: Store, config: PrepareConfig, resolved: Resolved) -> Prepared:
+    spec = config.spec
     digest = result_digest(spec, resolved)
     prefix = f"{output.root}/{digest}"
-    published = find_manifest(output, digest)
+    published = find_final(output, digest, spec.output.if_exists, config.uid)
     if published is not None and spec.output.if_exists == "Fail":
         raise RunError(
             Reason.OUTPUT_EXISTS,
@@ -189,7 +198,7 @@ def _name_result(output: Store, spec: QLoRAJobSpec, resolved: Resolved) -> Prepa
     if published is not None:
         whereabouts = f"It was published as {published.result.adapter} by a run whose gate let it pass."
         check_gate(spec.evaluation.gate, published.result.evaluation, whereabouts)
-    manifest = published or _accept_rejected(output, spec, digest)
+    manifest = published or _accept_rejected(output, config, digest)
     return Prepared(
         digest=digest,
         prefix=prefix,
@@ -200,10 +209,12 @@ def _name_result(output: Store, spec: QLoRAJobSpec, resolved: Resolved) -> Prepa
     )
 
 
-def _accept_rejected(output: Store, spec: QLoRAJobSpec, digest: str) -> Manifest | None:
+def _accept_rejected(output: Store, config: PrepareConfig, digest: str) -> Manifest | None:
     """Publish what another gate refused and this one lets pass: nothing is trained twice."""
-    rejected = find_rejected(output, digest)
+    spec, rejected = config.spec, find_rejected(output, digest)
     if rejected is None or not can_judge(spec.evaluation.gate, rejected.result.evaluation):
+        return None
+    if not is_final(rejected, spec.output.if_exists, config.uid):
         return None
     check_gate(spec.evaluation.gate, rejected.result.evaluation, describe_rejected(rejected.result))
     return put_manifest(output, rejected)

@@ -24,10 +24,13 @@ from qlora_trainer.output import (
     REJECTED_RECORD,
     find_manifest,
     find_merged,
+    is_final,
     manifest_json,
     merged_place,
     point_latest,
     put_manifest,
+    remove_replaced,
+    replace_manifest,
 )
 from qlora_trainer.report import render_html
 from qlora_trainer.state import Weights
@@ -99,15 +102,24 @@ def write_report(report: RunReport, rows: Sequence[EvaluatedRow], folder: Path) 
 
 
 def publish(output: Store, config: RunConfig, result: Result, folder: Path, now: datetime) -> Result:
-    """Upload a folder and then its manifest; whoever published this digest first is right."""
-    digest = config.prepared.digest
+    """Upload a folder and then its manifest; whoever published first is right, unless that is to be replaced."""
+    digest, if_exists = config.prepared.digest, config.spec.output.if_exists
     published = find_manifest(output, digest)
-    if published is None:
+    if published is None or not is_final(published, if_exists, config.uid):
         place, files = _upload(output, config.prepared, folder)
         moved = _moved_result(result, config.prepared.prefix, place)
-        published = put_manifest(output, build_manifest(config, moved, files, now))
+        published = _put(output, build_manifest(config, moved, files, now), published)
     point_latest(output, digest, config.prepared.prefix)
     return published.result
+
+
+def _put(output: Store, manifest: Manifest, former: Manifest | None) -> Manifest:
+    """Publish a manifest, and return the one that stands."""
+    if former is None:
+        return put_manifest(output, manifest)
+    replace_manifest(output, manifest)
+    remove_replaced(output, former)
+    return manifest
 
 
 def keep_rejected(output: Store, config: RunConfig, result: Result, folder: Path, now: datetime) -> Result:
@@ -122,7 +134,7 @@ def keep_rejected(output: Store, config: RunConfig, result: Result, folder: Path
 def publish_merged(output: Store, config: RunConfig, adapter: str, merged: Merged, now: datetime) -> str:
     """Upload a merged model and then its own manifest, and return its URI; the first one is right here as well."""
     prepared, base = config.prepared, merged.report.base
-    if published := find_merged(output, prepared.digest, base):
+    if published := find_merged(output, prepared.digest, base, adapter):
         return published
     place, files = _upload(output, prepared, merged.folder, merged_place(base))
     manifest = MergedManifest(
@@ -137,7 +149,7 @@ def publish_merged(output: Store, config: RunConfig, adapter: str, merged: Merge
     )
     with contextlib.suppress(AlreadyThereError):
         output.put(f"{prepared.digest}/{merged_place(base)}/{MANIFEST}", manifest_json(manifest), if_none_match=True)
-    return find_merged(output, prepared.digest, base) or manifest.model
+    return find_merged(output, prepared.digest, base, adapter) or manifest.model
 
 
 def _upload(output: Store, prepared: Prepared, folder: Path, place: str = "") -> tuple[str, tuple[ManifestFile, ...]]:
@@ -198,6 +210,7 @@ def build_manifest(config: RunConfig, result: Result, files: tuple[ManifestFile,
         digest=prepared.digest,
         job=config.job,
         namespace=config.namespace,
+        run=config.uid,
         base_model=prepared.model.uri,
         base_commit=prepared.model.commit,
         dataset_uri=config.spec.dataset.origin,

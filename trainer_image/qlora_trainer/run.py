@@ -20,7 +20,7 @@ from qlora_trainer.history import History
 from qlora_trainer.interrupt import StopFlag
 from qlora_trainer.keeper import Keeper
 from qlora_trainer.merging import add_merged
-from qlora_trainer.output import find_manifest, open_output, point_latest
+from qlora_trainer.output import find_final, open_output, point_latest
 from qlora_trainer.pace import Pace
 from qlora_trainer.progress import ProgressSink, Sinks
 from qlora_trainer.publish import WEIGHTS, publish, write_report
@@ -88,7 +88,9 @@ def run(
 def _find_published(desk: Desk) -> Result | None:
     """Return the result, where somebody published it since it was prepared; one process looks for all of them."""
     digest, prefix = desk.config.prepared.digest, desk.config.prepared.prefix
-    published = desk.world.told(find_manifest(desk.output, digest) if desk.world.leads else None)
+    if_exists = desk.config.spec.output.if_exists
+    found = find_final(desk.output, digest, if_exists, desk.config.uid) if desk.world.leads else None
+    published = desk.world.told(found)
     if published is not None and desk.world.leads:
         point_latest(desk.output, digest, prefix)
     return published.result if published else None

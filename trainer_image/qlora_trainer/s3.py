@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import io
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, 
 from qlora_api.names import Reason
 from qlora_api.runconfig import S3Config
 from qlora_trainer.errors import RunError
+from qlora_trainer.pulse import PULSE
 from qlora_trainer.secrets import Credentials
 from qlora_trainer.store import AlreadyThereError, Entry, MissingObjectError, Owner, sha256_of
 
@@ -90,7 +92,7 @@ class S3Store:
         """Copy an object into a file."""
         target.parent.mkdir(parents=True, exist_ok=True)
         with self._translated(path):
-            self._client.download_file(self._bucket, self._key(path), str(target))
+            self._client.download_file(self._bucket, self._key(path), str(target), Callback=lambda _: PULSE.beat())
 
     def put(self, path: str, source: Path | bytes, *, if_none_match: bool = False) -> bool:
         """Upload with a SHA-256, then read size and digest back."""
@@ -204,10 +206,19 @@ def _base64_of(digest: str) -> str:
     return base64.b64encode(bytes.fromhex(digest)).decode()
 
 
+class _Upload(io.FileIO):
+    """A file whose every part that is sent is a sign of life."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Return the next part."""
+        PULSE.beat()
+        return super().read(-1 if size is None else size)
+
+
 @contextlib.contextmanager
 def _opened(source: Path | bytes) -> Iterator[Any]:
     if isinstance(source, bytes):
         yield source
         return
-    with source.open("rb") as stream:
+    with _Upload(source) as stream:
         yield stream

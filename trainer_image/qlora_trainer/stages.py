@@ -33,6 +33,7 @@ from qlora_trainer.model import Tuned, computing_in, joins_rows_exactly, load_ba
 from qlora_trainer.pace import Pace, time_and_tokens
 from qlora_trainer.preview import preview, shown_rows
 from qlora_trainer.publish import REPORT, WEIGHTS, keep_rejected, write_weights
+from qlora_trainer.pulse import PULSE
 from qlora_trainer.report import library_versions
 from qlora_trainer.snapshot import Places, text_files, weight_files
 from qlora_trainer.state import TrainingState
@@ -91,7 +92,9 @@ def load_model(config: RunConfig, folder: Path) -> tuple[Tuned, Choices]:
     choices = decide(config, hardware, load_text_config(folder))
     whole = spec.method == "full"
     dtype = torch.float32 if whole else choices.dtype
-    base = load_base(folder, spec.quantization, dtype, choices.attention, plan.device)
+    with PULSE.resting():  # transformers gives no sign while it reads weights
+        base = load_base(folder, spec.quantization, dtype, choices.attention, plan.device)
+    base.get_input_embeddings().register_forward_hook(lambda *_: PULSE.beat())  # every pass starts there
     with computing_in(choices.dtype, base.device):
         exact = joins_rows_exactly(base)
     if choices.packing and not exact:
@@ -319,7 +322,8 @@ def prove_loadable(check: LoadingCheck, files: Path) -> None:
     gc.collect()
     if check.task.device == "cuda":
         torch.cuda.empty_cache()
-    load_in_fresh_process(check.task, files / WEIGHTS[check.task.method], check.expected_loss)
+    with PULSE.resting():  # it ends the other process itself where that takes too long
+        load_in_fresh_process(check.task, files / WEIGHTS[check.task.method], check.expected_loss)
 
 
 def empty_folder(folder: Path) -> Path:

@@ -13,11 +13,12 @@ from moto import mock_aws
 
 from qlora_api.names import Reason, SecretRole
 from qlora_api.prepared import Prepared
-from qlora_api.report import Manifest
+from qlora_api.report import Manifest, MergedManifest, MergeReport
 from qlora_api.result import Result
 from qlora_api.runconfig import RunConfig, S3Config
 from qlora_api.v1alpha1 import DataStatus, EvaluationStatus, Metrics, ModelStatus
 from qlora_trainer.errors import RunError
+from qlora_trainer.output import find_merged
 from qlora_trainer.publish import describe_files, publish
 from qlora_trainer.s3 import S3Store
 from qlora_trainer.secrets import Credentials
@@ -149,6 +150,58 @@ def test_files_of_a_crashed_attempt_are_never_replaced(tmp_path, files, kind):
     assert (folder.split("/")[0], folder.split("/")[-1], folder.count("/")) == (DIGEST, "adapter", 2)
     assert store.read(f"{folder}/adapter_model.safetensors") == b"weights"
     assert found.report == found.adapter.removesuffix("adapter") + "report/report.json"
+
+
+def overwriting(root: str, run: str) -> RunConfig:
+    """The run of a QLoRAJob that replaces what others published."""
+    given = config(root)
+    output = given.spec.output.model_copy(update={"if_exists": "Overwrite"})
+    return given.model_copy(update={"spec": given.spec.model_copy(update={"output": output}), "uid": run})
+
+
+def published_paths(store: FileStore | S3Store) -> set[str]:
+    return {entry.path.removeprefix(f"{DIGEST}/") for entry in store.list() if entry.path.startswith(DIGEST)}
+
+
+@pytest.mark.usefixtures("bucket")
+@pytest.mark.parametrize("kind", ["file", "s3"])
+def test_a_result_that_is_overwritten_is_complete_at_any_time_and_leaves_nothing(tmp_path, files, kind):
+    store = s3_store() if kind == "s3" else RecordingStore(tmp_path / "output")
+    publish(store, config(store.root), result(1.0), files, NOW)
+    store.put(f"{DIGEST}/merged/original/model.safetensors", b"merged from the first")
+    (files / "adapter/adapter_model.safetensors").write_bytes(b"other weights")
+    found = publish(store, overwriting(store.root, "second"), result(2.0), files, NOW)
+    manifest = assert_true(store)
+    assert (manifest.run, manifest.result, found.evaluation.base.loss) == ("second", found, 2.0)
+    assert published_paths(store) == {"manifest.json", *(file.path for file in manifest.files)}
+    third = publish(store, overwriting(store.root, "third"), result(3.0), files, NOW)
+    assert (assert_true(store).run, third.evaluation.base.loss) == ("third", 3.0)
+
+
+@pytest.mark.parametrize(
+    ("run", "loss"),
+    [
+        pytest.param("first", 1.0, id="its-own-result-stands"),
+        pytest.param("second", 2.0, id="that-of-another-run-does-not"),
+        pytest.param("", 2.0, id="without-a-name-none-does"),
+    ],
+)
+def test_what_overwrite_replaces(tmp_path, files, run, loss):
+    store = RecordingStore(tmp_path / "output")
+    publish(store, overwriting(store.root, "first"), result(1.0), files, NOW)
+    assert publish(store, overwriting(store.root, run), result(2.0), files, NOW).evaluation.base.loss == loss
+
+
+def test_a_merged_model_of_a_replaced_adapter_is_none(tmp_path, files):
+    store = RecordingStore(tmp_path / "output")
+    first = publish(store, config(store.root), result(1.0), files, NOW)
+    manifest = MergedManifest(
+        digest=DIGEST, model="m", adapter=first.adapter, base_model="hf://o/m", base_commit="c", created_at=NOW,
+        merge=MergeReport(base="original"), files=(),
+    )  # fmt: skip
+    store.put(f"{DIGEST}/merged/original/manifest.json", manifest.model_dump_json(by_alias=True).encode())
+    assert find_merged(store, DIGEST, "original", first.adapter) == "m"
+    assert find_merged(store, DIGEST, "original", f"{first.adapter}-of-another-run") is None
 
 
 def test_equal_files_of_a_crashed_attempt_are_used(tmp_path, files):

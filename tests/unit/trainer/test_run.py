@@ -144,6 +144,17 @@ def test_a_second_prepare_finds_the_result(published, spec, tmp_path):
     assert prepared.published == Manifest.model_validate_json((folder / "manifest.json").read_text()).result
 
 
+def test_a_second_prepare_that_overwrites_finds_its_own_result_only(published, spec, tmp_path):
+    folder, _ = published
+    given = spec.model_copy(update={"output": spec.output.model_copy(update={"if_exists": "Overwrite"})})
+    wanted = prepare_config(given).model_copy(update={"uid": "uid-2"})
+    assert prepare(wanted, work=tmp_path).published is None
+    path = folder / "manifest.json"
+    manifest = Manifest.model_validate_json(path.read_text())
+    path.write_text(manifest.model_copy(update={"run": "uid-2"}).model_dump_json(by_alias=True, indent=2))
+    assert prepare(wanted, work=tmp_path).published == manifest.result
+
+
 def test_the_same_digest_gives_bit_identical_adapters(published, spec, tmp_path, monkeypatch):
     folder, _ = published
     monkeypatch.setattr(stages, "load_in_fresh_process", lambda *_: None)  # the first run was checked

@@ -1,0 +1,107 @@
+"""Ends a process that gives no sign of life, so that it holds no GPU, and leaves what its threads were doing."""
+
+import contextlib
+import faulthandler
+import os
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Final
+
+from qlora_api.names import Reason
+from qlora_api.runconfig import RunConfig
+from qlora_api.v1alpha1 import to_timedelta
+from qlora_trainer.errors import RunError
+from qlora_trainer.lastword import Farewell
+from qlora_trainer.output import open_output
+from qlora_trainer.pulse import PULSE, Pulse
+from qlora_trainer.ranks import rank_of_process
+from qlora_trainer.secrets import load_secrets
+from qlora_trainer.snapshot import Places
+
+HANGS: Final = "hangs"
+"""Folder of a result with the stacks of processes that were ended."""
+_LOOK_SECONDS: Final = 5.0
+"""Longest time between two looks; a tenth of the limit where that is shorter."""
+_UPLOAD_SECONDS: Final = 30.0
+"""Longest wait for the upload: the object store may be what the process hangs on."""
+_PEERS_SECONDS: Final = 20.0
+"""How long a process that is not alone stays: the launcher ends all of them with the first one, and each has stacks."""
+_LAST_SECONDS: Final = _UPLOAD_SECONDS + _PEERS_SECONDS + 30.0
+"""When the C-level timer strikes after the limit: later than everything that this module does by itself."""
+
+
+@contextlib.contextmanager
+def watched(pulse: Pulse, limit: float, end: Callable[[], None]) -> Iterator[None]:
+    """Within, a silence longer than so many seconds is the end."""
+    closed = threading.Event()
+    thread = threading.Thread(target=_watch, args=(pulse, limit, end, closed), name="watchdog", daemon=True)
+    pulse.beat()
+    thread.start()
+    try:
+        yield
+    finally:
+        closed.set()
+        thread.join()
+        faulthandler.cancel_dump_traceback_later()
+
+
+def _watch(pulse: Pulse, limit: float, end: Callable[[], None], closed: threading.Event) -> None:
+    while not closed.wait(min(_LOOK_SECONDS, limit / 10)):
+        # Native code that keeps Python's lock stops this thread as well; a timer that needs no lock is the second line.
+        faulthandler.dump_traceback_later(limit + _LAST_SECONDS, exit=True)
+        if pulse.silence() > limit:
+            end()
+            return
+
+
+def watch_run(config: RunConfig, farewell: Farewell) -> contextlib.AbstractContextManager[None]:
+    """Return what ends this process of a run after spec.deadlines.heartbeat without a sign of life."""
+    limit = to_timedelta(config.spec.deadlines.heartbeat).total_seconds()
+    return watched(PULSE, limit, lambda: end_silent(config, farewell))
+
+
+def end_silent(config: RunConfig, farewell: Farewell) -> None:
+    """Leave the stacks and the last word, and end the process without asking any other thread."""
+    stacks = dump_stacks()
+    sys.stderr.write(stacks)
+    where = upload_stacks(config, stacks) or "this container's log: they could not be uploaded"
+    farewell.fail(
+        RunError(
+            Reason.HEARTBEAT_LOST,
+            f"no sign of life for {config.spec.deadlines.heartbeat} (spec.deadlines.heartbeat); the stacks of all "
+            f"threads are in {where}",
+        )
+    )
+    if config.plan.processes > 1:
+        time.sleep(_PEERS_SECONDS)
+    os._exit(1)
+
+
+def dump_stacks() -> str:
+    """Return the stack of each thread of this process."""
+    with tempfile.TemporaryFile("w+") as file:
+        faulthandler.dump_traceback(file, all_threads=True)
+        file.seek(0)
+        return file.read()
+
+
+def upload_stacks(config: RunConfig, stacks: str) -> str | None:
+    """Return the URI of the uploaded stacks; None where that failed or took too long."""
+    path = f"{config.prepared.digest}/{HANGS}/attempt-{config.attempt}-rank-{rank_of_process() or 0}.txt"
+    done: list[str] = []
+
+    def upload() -> None:
+        # A store of its own: the other threads may hang within theirs.
+        output = open_output(
+            Places(config.platform, load_secrets(config.spec, config.namespace)), config.spec, config.job
+        )
+        output.put(path, stacks.encode())
+        done.append(f"{output.root}/{path}")
+
+    thread = threading.Thread(target=upload, name="stacks", daemon=True)
+    thread.start()
+    thread.join(_UPLOAD_SECONDS)
+    return done[0] if done else None
