@@ -57,6 +57,7 @@ PROGRAMS: Final = {
     "helm": Program("helm", "helm.sh/helm/v4/cmd/helm", 130, ("helm.sh/helm/v4/internal/version.version=v4.3.1",)),
     "coredns": Program("coredns", "github.com/coredns/coredns", 155),
     "registry": Program("registry", "github.com/distribution/distribution/v3/cmd/registry", 105),
+    "toxiproxy": Program("toxiproxy", "github.com/Shopify/toxiproxy/v2/cmd/server", 8),
     "kwok": Program("kwok", "sigs.k8s.io/kwok/cmd/kwok", 120),
     "jobset": Program("jobset", "sigs.k8s.io/jobset", 95),
     "kueue": Program("kueue", "sigs.k8s.io/kueue/cmd/kueue", 265),
@@ -73,6 +74,7 @@ CONTROL_PLANE_PROGRAMS: Final = (
     "kube-controller-manager",
     "kube-scheduler",
     "versitygw",
+    "toxiproxy",
 )
 
 CONTROLLERS: Final = ("kwok", "jobset", "kueue")

@@ -1,0 +1,1 @@
+"""Breaks what a training stands on: its process, its neighbours, its object store."""
