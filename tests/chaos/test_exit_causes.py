@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 import pytest
+from safetensors.torch import load_file, save
 
+from examples.quickstart.make_model import DEFAULT_MIRROR, make_model
 from tests.chaos.promises import promise
 from tests.cluster.network import GATEWAY
 from tests.cluster.node import NODE
@@ -19,6 +21,7 @@ from tests.hub import HubStandIn, Repository
 NAMESPACE: Final = "exit-causes"
 SMALL_DISK: Final = "small-disk"
 """A namespace whose pods may write 64 MiB."""
+COMMIT: Final = "2" * 40
 SECONDS: Final = 300
 STEPS: Final = 16
 ROWS: Final = 128
@@ -114,11 +117,8 @@ STARTS: Final = {
         {"resources": {"nodes": 2}, "deadlines": {"startup": "20s"}, "retries": {"maxAttempts": 1}},
         is_slow=True,
     ),
-    "rate-that-explodes": Start(
-        "NonFiniteLoss",
-        ("spec.training.learningRate",),
-        {"training": {"learningRate": 1, "maxGradNorm": 1000, "warmupRatio": 0}},
-        is_slow=True,
+    "broken-weights": Start(
+        "NonFiniteLoss", ("step 1 has loss nan",), {"model": {"uri": "hf://example/broken"}}, is_slow=True
     ),
     "too-short-a-deadline": Start(
         "DeadlineExceeded", ("spec.deadlines.total",), {"deadlines": {"total": "15s"}}, is_slow=True
@@ -177,6 +177,19 @@ def set_gpus(installation: Installation, number: str) -> None:
     installation.cluster.kubectl("patch", "node", NODE, "--subresource=status", "--type=merge", f"--patch={patch}")
 
 
+def upload_broken_model(installation: Installation) -> None:
+    """Put the quickstart's model into the mirror, with a weight that is no number."""
+    folder, client = make_model(DEFAULT_MIRROR), installation.cluster.s3.client()
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    prefix = "hub/models--example--broken"
+    client.put_object(Bucket="models", Key=f"{prefix}/refs/main", Body=COMMIT.encode())
+    for name, content in {**files, "model.safetensors": save(weights, {"format": "pt"})}.items():
+        client.put_object(Bucket="models", Key=f"{prefix}/snapshots/{COMMIT}/{name}", Body=content)
+    client.close()
+
+
 def keep_pods_apart(run: Run) -> None:
     """Take away the names by which the pods of a run find each other."""
     wait_for("its Service", lambda: bool(run.installation.children("service", run.name, run.namespace)), SECONDS)
@@ -192,6 +205,8 @@ def keep_pods_apart(run: Run) -> None:
 @pytest.mark.usefixtures("gpu_on_paper")
 def test_what_keeps_a_run_from_training(place: Installation, start: str, outcome: Callable[[str], None]) -> None:
     case, run = STARTS[start], Run(place, start)
+    if start == "broken-weights":
+        upload_broken_model(place)
     place.submit(run_manifest(start, **case.blocks))
     if start == "two-pods-apart":
         keep_pods_apart(run)
