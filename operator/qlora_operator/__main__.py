@@ -5,10 +5,9 @@ import contextlib
 import os
 import signal
 import sys
+from functools import partial
 
-from kubernetes.aio import client
-
-from qlora_operator.cluster.api import Api, load_configuration
+from qlora_operator.cluster.api import Api, load_configuration, read_credentials
 from qlora_operator.cluster.lease import KubeLeases
 from qlora_operator.election import Election, leading
 from qlora_operator.handlers import serve
@@ -26,22 +25,25 @@ async def run(settings: Settings) -> None:
         # Until kopf takes the signal over: a container's first process has no default for it.
         loop.add_signal_handler(signal.SIGTERM, task.cancel)
     configuration = await load_configuration(settings.kubeconfig)
-    election = make_election(settings, configuration, loop)
-    api = Api(configuration, election.holds) if election else Api(configuration)
-    runtime = Runtime(settings, api)
+    renew = partial(read_credentials, configuration, settings.kubeconfig)
+    # A connection of its own: a renewal of the Lease must not wait behind other calls.
+    election = make_election(settings, Api(configuration, renew_credentials=renew), loop)
+    runtime = Runtime(settings, Api(configuration, election.holds if election else always, renew))
     async with serve_health(settings.health_port, runtime.ailment), leading(election):
         await serve(settings, configuration, runtime)
 
 
-def make_election(
-    settings: Settings, configuration: client.Configuration, loop: asyncio.AbstractEventLoop
-) -> Election | None:
+def always() -> bool:
+    """Say that there is nobody else who could lead."""
+    return True
+
+
+def make_election(settings: Settings, api: Api, loop: asyncio.AbstractEventLoop) -> Election | None:
     """Return this replica's part in the election; outside a cluster there is nobody to agree with."""
     home = settings.home
     if home is None:
         return None
-    # A connection of its own: a renewal must not wait behind other calls.
-    leases = KubeLeases(Api(configuration), home.namespace, home.lease, home.pod)
+    leases = KubeLeases(api, home.namespace, home.lease, home.pod)
     return Election(leases, home.pod, loop.time, utc_now)
 
 

@@ -10,6 +10,7 @@ import kopf
 from kubernetes.aio import client
 
 from qlora_api import names
+from qlora_operator.cluster.api import read_credentials
 from qlora_operator.cluster.kube import PAGE
 from qlora_operator.runtime import Runtime
 from qlora_operator.settings import Settings
@@ -24,7 +25,8 @@ EXIT_SECONDS: Final = 25.0
 
 @kopf.on.login()
 async def on_login(memo: kopf.Memo, **_: Any) -> kopf.ConnectionInfo:
-    """Use the same API server and the same, current token as the rest of the operator."""
+    """Use the same API server as the rest of the operator, and the token that is in the file now."""
+    await read_credentials(memo.configuration, memo.runtime.settings.kubeconfig)
     return await connection_info(memo.configuration)
 
 

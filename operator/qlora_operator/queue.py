@@ -123,16 +123,14 @@ class WorkQueue(Generic[Key]):
 
     async def _attempt(self, key: Key) -> timedelta | None:
         """Do the work; any error is counted, told, and repeated later."""
-        asked = 0.0
         try:
             delay = await self._work(key)
         except ClusterBusyError as error:
             _log.info("%s: %s", key, error)
-            asked = error.seconds
         except Exception:
             _log.exception("%s failed", key)
         else:
             del self._failures[key]
             return delay
         self._failures[key] += 1
-        return timedelta(seconds=max(backoff_seconds(self._failures[key], self._jitter()), asked))
+        return timedelta(seconds=backoff_seconds(self._failures[key], self._jitter()))

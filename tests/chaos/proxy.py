@@ -36,6 +36,7 @@ class Call:
     path: str
     query: dict[str, str]
     body: bytes
+    token: str = ""
 
     @property
     def watches(self) -> bool:
@@ -155,7 +156,7 @@ class Proxy:
         await asyncio.gather(*rest, return_exceptions=True)
 
     async def _answer(self, request: web.Request) -> web.StreamResponse:
-        call = Call(request.method, request.path, dict(request.query), await request.read())
+        call = Call(request.method, request.path, dict(request.query), await request.read(), _token(request))
         try:
             answer = await self.fault.before(call)
             if answer is not None:
@@ -187,6 +188,10 @@ class Proxy:
                 async for told in self.fault.tell(Event(call, line, came_at)):
                     await response.write(told)
         return response
+
+
+def _token(request: web.Request) -> str:
+    return request.headers.get("Authorization", "").rpartition(" ")[2]
 
 
 async def _lines(content: aiohttp.StreamReader) -> AsyncIterator[tuple[bytes, float]]:

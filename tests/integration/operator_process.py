@@ -76,8 +76,11 @@ class Operator:
     ) -> None:
         self.progress_port, self.health_port = free_ports(2)
         self.log = folder / "operator.log"
+        self.cluster = cluster
+        self.server = server
+        self.kubeconfig = write_kubeconfig(cluster, folder / "kubeconfig", server)
         self._environment = {
-            "KUBECONFIG": str(write_kubeconfig(cluster, folder / "kubeconfig", server)),
+            "KUBECONFIG": str(self.kubeconfig),
             "PATH": os.environ["PATH"],
             "QLORA_TRAINER_IMAGE": "trainer:test",
             "QLORA_PROGRESS_URL": f"http://127.0.0.1:{self.progress_port}",
@@ -90,12 +93,16 @@ class Operator:
 
     def start(self) -> "Operator":
         """Start, and return when it is healthy."""
+        self.spawn()
+        wait_until(f"healthy operator, see {self.log}", self.healthy, timeout=60, interval=0.05)
+        return self
+
+    def spawn(self) -> None:
+        """Start, and wait for nothing."""
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "qlora_operator"], env=self._environment, stderr=log, stdout=log
             )
-        wait_until(f"healthy operator, see {self.log}", self.healthy, timeout=60, interval=0.05)
-        return self
 
     def healthy(self) -> bool:
         """Whether /healthz answers 200; a dead process is told at once."""

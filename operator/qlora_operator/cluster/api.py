@@ -1,7 +1,8 @@
 """One way to call the API server: a path and a body in, JSON or one of three errors out."""
 
+import asyncio
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final
 
 import aiohttp
@@ -13,7 +14,11 @@ REQUEST_SECONDS: Final = 30
 """Longest time for one call; a slower API server is as good as away."""
 APPLY: Final = "application/apply-patch+yaml"
 MERGE: Final = "application/merge-patch+json"
-_BUSY: Final = frozenset({401, 408, 429, 500, 502, 503, 504})
+UNAUTHORIZED: Final = 401
+TOO_MANY_REQUESTS: Final = 429
+LONGEST_QUIET: Final = 60.0
+"""Seconds that one Retry-After may hold everything up."""
+_BUSY: Final = frozenset({UNAUTHORIZED, 408, TOO_MANY_REQUESTS, 500, 502, 503, 504})
 """What passes; an expired token among it, because the kubelet writes a new one."""
 
 
@@ -37,22 +42,38 @@ class ConflictError(ApiError):
 async def load_configuration(kubeconfig: str) -> client.Configuration:
     """Find the API server: a named kubeconfig, the pod's own account, or the user's kubeconfig."""
     configuration = client.Configuration()
+    await read_credentials(configuration, kubeconfig)
+    return configuration
+
+
+async def read_credentials(configuration: client.Configuration, kubeconfig: str) -> None:
+    """Read the file anew: a token that is refused has a successor there."""
     if kubeconfig:
         await config.load_kube_config(kubeconfig, client_configuration=configuration)
-        return configuration
+        return
     try:
         config.load_incluster_config(client_configuration=configuration)
     except config.ConfigException:
         await config.load_kube_config(client_configuration=configuration)
-    return configuration
+
+
+async def _keep_credentials() -> None:
+    """Have nothing to read anew."""
 
 
 class Api:
     """A connection to the API server."""
 
-    def __init__(self, configuration: client.Configuration, may_write: Callable[[], bool] = lambda: True) -> None:
+    def __init__(
+        self,
+        configuration: client.Configuration,
+        may_write: Callable[[], bool] = lambda: True,
+        renew_credentials: Callable[[], Awaitable[None]] = _keep_credentials,
+    ) -> None:
         self._client = client.ApiClient(configuration)
         self._may_write = may_write
+        self._renew_credentials = renew_credentials
+        self._quiet_until = 0.0
 
     async def close(self) -> None:
         """Close the connections."""
@@ -68,6 +89,7 @@ class Api:
         content_type: str = "application/json",
     ) -> dict[str, Any]:
         """Make one call and return its JSON."""
+        await asyncio.sleep(self._quiet_until - asyncio.get_running_loop().time())
         if method != "GET" and not self._may_write():
             raise ClusterBusyError("this replica no longer leads, and writes nothing")
         call = await self._client.param_serialize(
@@ -83,10 +105,19 @@ class Api:
             text = await response.read()
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
             raise ClusterBusyError(f"the API server does not answer: {error!r}") from error
-        return _read(response.status, text, response.headers.get("Retry-After", ""))
+        await self._heed(response.status, response.headers.get("Retry-After", ""))
+        return _read(response.status, text)
+
+    async def _heed(self, status: int, retry_after: str) -> None:
+        """Keep quiet as long as an overloaded API server asks, and read a token anew that it refuses."""
+        if status == TOO_MANY_REQUESTS and retry_after.isdecimal():
+            quiet = min(float(retry_after), LONGEST_QUIET)
+            self._quiet_until = asyncio.get_running_loop().time() + quiet
+        if status == UNAUTHORIZED:
+            await self._renew_credentials()
 
 
-def _read(status: int, text: bytes, retry_after: str = "") -> dict[str, Any]:
+def _read(status: int, text: bytes) -> dict[str, Any]:
     try:
         answer = json.loads(text)
     except ValueError:
@@ -95,6 +126,6 @@ def _read(status: int, text: bytes, retry_after: str = "") -> dict[str, Any]:
         return dict(answer)
     message = f"{status} {answer.get('reason', '')}: {answer.get('message', '')}"
     if status in _BUSY:
-        raise ClusterBusyError(message, seconds=float(retry_after) if retry_after.isdecimal() else 0.0)
+        raise ClusterBusyError(message)
     kind = {404: NotFoundError, 409: ConflictError}.get(status, ApiError)
     raise kind(status, answer.get("reason", ""), message)

@@ -15,6 +15,8 @@ from qlora_operator.values import JobRef, Manifest, Observation, RawJob
 
 _log = logging.getLogger(__name__)
 
+EXISTS: Final = "AlreadyExists"
+"""The reason of a conflict that says that it was done before; others, of a quota for one, say that it was not."""
 INVALID: Final = 422
 """The HTTP status for an object that can never be taken; quotas and policies answer otherwise."""
 _PREFIX: Final = {"v1": "/api/v1", "batch/v1": "/apis/batch/v1", "events.k8s.io/v1": "/apis/events.k8s.io/v1"}
@@ -148,7 +150,11 @@ class KubeCluster:
 
     async def patch(self, child: Manifest) -> None:
         """Server-side apply some fields of a child that exists."""
-        await self._api.request("PATCH", _path(child), child, query=_MANAGER | {"force": "true"}, content_type=APPLY)
+        query = _MANAGER | {"force": "true"}
+        try:
+            await self._api.request("PATCH", _path(child), child, query=query, content_type=APPLY)
+        except ConflictError as error:
+            raise ClusterBusyError(f"{child['metadata']['name']} has changed since it was read") from error
 
     async def delete_job(self, ref: JobRef, name: str) -> None:
         """Delete a child Job after its pods; no error when it is gone."""
@@ -183,8 +189,9 @@ class KubeCluster:
         """Create a Kubernetes Event; a repeat is a no-op, and a refusal holds nothing up."""
         try:
             await self._api.request("POST", _folder(event), event)
-        except ConflictError:
-            return
+        except ConflictError as error:
+            if error.reason != EXISTS:
+                raise ClusterBusyError(f"event {event['reason']} met a conflict: {error}") from error
         except ApiError as error:
             _log.warning("event %s was refused: %s", event["reason"], error)
 

@@ -9,11 +9,6 @@ from qlora_operator.values import JobRef, Manifest, Observation, RawJob
 class ClusterBusyError(Exception):
     """Time will help: the API server is away, overloaded, or somebody else wrote first."""
 
-    def __init__(self, message: str, *, seconds: float = 0.0) -> None:
-        super().__init__(message)
-        self.seconds = seconds
-        """How long the API server asked to wait, at least."""
-
 
 class NameTakenError(Exception):
     """A child's name belongs to something else, which is never adopted."""

@@ -1,0 +1,45 @@
+"""What a Deployment does for the operator: whenever its process ends, it starts again."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Final
+
+from tests.integration.operator_process import Operator
+
+LOOK: Final = 0.2
+"""Seconds between two looks at the process."""
+
+
+@dataclass
+class Supervisor:
+    """Watches one operator."""
+
+    operator: Operator
+    restarts: int = 0
+    _over: threading.Event = field(default_factory=threading.Event)
+
+    def run(self) -> None:
+        """Start the operator as often as it ends, until it is told to leave it."""
+        while not self._over.wait(LOOK):
+            if self.operator.process and self.operator.process.poll() is not None:
+                self.restarts += 1
+                self.operator.spawn()
+
+    def leave(self) -> None:
+        """Start it no more."""
+        self._over.set()
+
+
+@contextmanager
+def supervised(operator: Operator) -> Iterator[Supervisor]:
+    """Keep an operator running during the block."""
+    supervisor = Supervisor(operator)
+    thread = threading.Thread(target=supervisor.run, name="supervisor")
+    thread.start()
+    try:
+        yield supervisor
+    finally:
+        supervisor.leave()
+        thread.join()

@@ -1,0 +1,259 @@
+"""An API server that is away, slow, overloaded, forgetful or silent: runs take longer, and end as they do otherwise."""
+
+import asyncio
+import json
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from typing import Final
+
+import pytest
+from aiohttp import web
+
+from tests.chaos.promises import Dose, promise
+from tests.chaos.proxy import Call, Cut, Event
+from tests.chaos.stage import Stage, Witness
+from tests.chaos.supervision import supervised
+from tests.integration.operator_process import Operator, write_kubeconfig
+
+GONE: Final = {"kind": "Status", "apiVersion": "v1", "status": "Failure", "reason": "Expired", "code": 410}
+
+
+class Harm(Witness):
+    """Counts how often it did something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.harm = 0
+
+
+class Away(Harm):
+    """From the first write on, nothing is answered for a while, and watches end."""
+
+    def __init__(self, seconds: int) -> None:
+        super().__init__()
+        self._seconds = seconds
+        self._until = 0.0
+
+    async def before(self, call: Call) -> web.Response | None:
+        await super().before(call)
+        if self.writes and not self._until:
+            self._until = time.monotonic() + self._seconds
+        if time.monotonic() < self._until:
+            self.harm += 1
+            raise Cut
+        return None
+
+    async def tell(self, event: Event) -> AsyncIterator[bytes]:
+        if time.monotonic() < self._until:
+            raise Cut
+        yield event.line
+
+
+class Slow(Harm):
+    """Every answer takes its time."""
+
+    def __init__(self, seconds: int) -> None:
+        super().__init__()
+        self._seconds = seconds
+
+    async def before(self, call: Call) -> web.Response | None:
+        await super().before(call)
+        if not call.watches:
+            self.harm += 1
+            await asyncio.sleep(self._seconds)
+        return None
+
+
+class Overloaded(Harm):
+    """Every write is refused so many times before it is taken, and the operator is asked to wait."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.too_early = 0
+        self._times = times
+        self._refused: Counter[str] = Counter()
+        self._last: dict[str, float] = {}
+
+    async def before(self, call: Call) -> web.Response | None:
+        await super().before(call)
+        if not (call.writes and self.concerns(call)):
+            return None
+        self.too_early += time.monotonic() - self._last.get(call.path, 0.0) < 1.0
+        if self._refused[call.path] >= self._times:
+            self._refused[call.path] = 0
+            self._last.pop(call.path, None)
+            return None
+        self.harm += 1
+        self._refused[call.path] += 1
+        self._last[call.path] = time.monotonic()
+        return web.json_response({"reason": "TooManyRequests"}, status=429, headers={"Retry-After": "1"})
+
+
+class Contested(Harm):
+    """Every first try of a write meets a conflict, as if somebody else had been faster."""
+
+    def __init__(self, _: int) -> None:
+        super().__init__()
+        self._met: set[tuple[str, str, str]] = set()
+
+    async def before(self, call: Call) -> web.Response | None:
+        await super().before(call)
+        if not (call.writes and self.concerns(call)):
+            return None
+        name = json.loads(call.body)["metadata"]["name"] if call.method == "POST" else ""
+        key = (call.method, call.path, name)
+        if key in self._met:
+            if call.method != "POST":  # the next one to this path is another write
+                self._met.discard(key)
+            return None
+        self.harm += 1
+        self._met.add(key)
+        return web.json_response({"reason": "Conflict", "message": "the object has been modified"}, status=409)
+
+
+class Forgetful(Harm):
+    """Watches end after a few events because their version is too old, in the stream or at once."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self._limit = limit
+        self._asked: Counter[str] = Counter()
+        self._told: Counter[str] = Counter()
+
+    async def before(self, call: Call) -> web.Response | None:
+        await super().before(call)
+        self._asked[call.path] += call.watches
+        if call.watches and self._asked[call.path] % 3 == 2:
+            self.harm += 1
+            return web.json_response(GONE, status=410)
+        return None
+
+    async def tell(self, event: Event) -> AsyncIterator[bytes]:
+        self._told[event.call.path] += 1
+        if self._told[event.call.path] % self._limit:
+            yield event.line
+        else:
+            self.harm += 1
+            yield json.dumps({"type": "ERROR", "object": GONE}).encode() + b"\n"
+            raise Cut
+
+
+class Silent(Harm):
+    """Watches stay open, and tell nothing for a while."""
+
+    def __init__(self, seconds: int) -> None:
+        super().__init__()
+        self._until = time.monotonic() + seconds
+
+    async def tell(self, event: Event) -> AsyncIterator[bytes]:
+        if time.monotonic() >= self._until:
+            yield event.line
+        else:
+            self.harm += 1
+
+
+CASES = [
+    pytest.param(
+        Away, (5, 60), id="away",
+        marks=promise(
+            fault="The API server is away for a minute",
+            promise="Nothing is lost: the operator goes on when it is back, and the run ends as it does otherwise.",
+            how="The proxy cuts every request and every watch (for 5 seconds in the short dose).",
+        ),
+    ),
+    pytest.param(
+        Slow, (1, 3), id="slow",
+        marks=promise(
+            fault="The API server takes 3 seconds for every answer",
+            promise="The run takes longer, and ends as it does otherwise.",
+            how="The proxy holds every answer back (for 1 second in the short dose).",
+        ),
+    ),
+    pytest.param(
+        Overloaded, (1, 2), id="overloaded",
+        marks=promise(
+            fault="The API server refuses writes with 429 and Retry-After",
+            promise="The operator waits as long as it is asked to, and the run ends as it does otherwise.",
+            how="The proxy refuses each write twice (once in the short dose).",
+        ),
+    ),
+    pytest.param(
+        Contested, (1, 1), id="contested",
+        marks=promise(
+            fault="Every write meets a conflict (409)",
+            promise="The operator looks again and repeats it; no Job is created twice.",
+            how="The proxy answers 409 to the first try of each write.",
+        ),
+    ),
+    pytest.param(
+        Forgetful, (3, 3), id="forgetful",
+        marks=promise(
+            fault="Watches end with 410 Gone, in the stream and at once",
+            promise="The operator lists anew, if need be in a new process; the run ends as it does otherwise.",
+            how="The proxy ends every watch after 3 events, and refuses every third one.",
+        ),
+    ),
+    pytest.param(
+        Silent, (10, 90), id="silent",
+        marks=promise(
+            fault="Watches stay open and tell nothing",
+            promise="The resync sees what they should have told, and the run ends as it does otherwise.",
+            how="The proxy swallows every event for 90 seconds (10 in the short dose), with a resync every 5 seconds.",
+        ),
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(("fault", "doses"), CASES)
+def test_a_bad_api_server(
+    fault: Callable[[int], Harm], doses: tuple[int, int], stage: Stage, dose: Dose, outcome: Callable[[str], None]
+) -> None:
+    title = ["refused", "interrupted"][dose(short=0, full=1)]
+    reference = stage.play(title, Witness())
+    stage.patience = 180
+    start = time.monotonic()
+    witness = fault(dose(short=doses[0], full=doses[1]))
+    with supervised(stage.operator) as supervisor:
+        assert reference.differences(stage.play(title, witness)) == []
+    seconds = time.monotonic() - start
+    assert witness.harm > 0
+    if isinstance(witness, Overloaded):
+        assert witness.too_early == 0
+    outcome(f"{title} in {seconds:.0f} s, {witness.harm} times harmed, {supervisor.restarts} restarts of the operator")
+
+
+class Expired(Witness):
+    """The token with which the story began is refused from some write on."""
+
+    def __init__(self, operator: Operator, number: int) -> None:
+        super().__init__()
+        self.refused = 0
+        self._operator = operator
+        self._number = number
+        self._old = ""
+
+    async def before(self, call: Call) -> web.Response | None:
+        await super().before(call)
+        if len(self.writes) >= self._number and not self._old:
+            self._old = call.token
+            write_kubeconfig(self._operator.cluster, self._operator.kubeconfig, self._operator.server)
+        if call.token != self._old:
+            return None
+        self.refused += 1
+        return web.json_response({"reason": "Unauthorized"}, status=401)
+
+
+@promise(
+    fault="The operator's token expires in the middle of a run",
+    promise="The operator reads the new one, if need be in a new process; the run ends as it does otherwise.",
+    how="The proxy refuses the old token with 401 from the sixth write on; the file has a new one.",
+)
+def test_an_expired_token(stage: Stage, outcome: Callable[[str], None]) -> None:
+    reference = stage.play("published", Witness())
+    expired = Expired(stage.operator, 6)
+    with supervised(stage.operator) as supervisor:
+        assert reference.differences(stage.play("published", expired)) == []
+    assert expired.refused > 0
+    outcome(f"{expired.refused} requests refused, {supervisor.restarts} restarts of the operator")
