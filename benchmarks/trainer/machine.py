@@ -1,6 +1,7 @@
 """The machine and the libraries of a comparison."""
 
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -27,8 +28,8 @@ class Machine:
     """Processes that wanted to run in the last minute before the comparison: above 0.5 somebody else was at work."""
 
 
-def observe_machine() -> Machine:
-    """Look at this machine."""
+def observe_machine(libraries: Sequence[str] = _LIBRARIES) -> Machine:
+    """Look at this machine, and at the versions of what matters on it."""
     cuda = torch.cuda.is_available()
     return Machine(
         processor=_processor(),
@@ -36,7 +37,7 @@ def observe_machine() -> Machine:
         memory_gib=round(psutil.virtual_memory().total / _GIB, 1),
         gpu=torch.cuda.get_device_name() if cuda else "",
         system=f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
-        libraries={name: version(name) for name in _LIBRARIES},
+        libraries={name: version(name) for name in libraries},
         load=round(psutil.getloadavg()[0], 2),
     )
 

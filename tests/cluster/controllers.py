@@ -1,6 +1,7 @@
 """Other projects' controllers as processes of this machine: JobSet to compare with, Kueue to work with."""
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,28 +22,48 @@ WEBHOOKS_OF_KUEUE: Final = ("batch-v1-job", "kueue-x-k8s-io")
 """Parts of the paths that are served; the rest is for kinds that this cluster does not have."""
 
 
-def start_jobset(cluster: Cluster) -> None:
-    """Start JobSet without its webhooks: manifests that spell out what these would fill in need none."""
-    start_controller(cluster, "jobset", {"apiVersion": "config.jobset.x-k8s.io/v1alpha1"})
+@dataclass(frozen=True)
+class Controller:
+    """A controller that is installed and may be started."""
+
+    cluster: Cluster
+    name: str
+    port: int
+    """Of its webhooks."""
+
+    def start(self) -> None:
+        """Start it, and return when it serves."""
+        folder, processes = plane_of(self.cluster).folder, processes_of(self.cluster)
+        kubeconfig = {"KUBECONFIG": str(folder / f"{self.name}.kubeconfig")}
+        processes.start(self.name, [binary(self.name), f"--config={folder / f'{self.name}.yaml'}"], kubeconfig)
+        processes.wait_for_port(self.name, "127.0.0.1", self.port)
+
+    @property
+    def pid(self) -> int:
+        """The process that was started last."""
+        return processes_of(self.cluster).identify(self.name).pid
+
+
+def install_jobset(cluster: Cluster) -> Controller:
+    """Install JobSet without its webhooks: manifests that spell out what these would fill in need none."""
+    return install(cluster, "jobset", {"apiVersion": "config.jobset.x-k8s.io/v1alpha1"})
 
 
 def start_kueue(cluster: Cluster) -> None:
     """Start Kueue for Jobs that name a queue, with the webhooks that hold such Jobs back."""
-    port = start_controller(
-        cluster,
-        "kueue",
-        {
-            "apiVersion": "config.kueue.x-k8s.io/v1beta1",
-            "integrations": {"frameworks": ["batch/job"]},
-            # It needs certificates at a fixed place, and nobody asks for it here.
-            "featureGates": {"VisibilityOnDemand": False},
-        },
-    )
-    cluster.apply(*build_webhooks(plane_of(cluster), port))
+    config = {
+        "apiVersion": "config.kueue.x-k8s.io/v1beta1",
+        "integrations": {"frameworks": ["batch/job"]},
+        # It needs certificates at a fixed place, and nobody asks for it here.
+        "featureGates": {"VisibilityOnDemand": False},
+    }
+    controller = install(cluster, "kueue", config)
+    controller.start()
+    cluster.apply(*build_webhooks(plane_of(cluster), controller.port))
 
 
-def start_controller(cluster: Cluster, name: str, config: dict[str, Any]) -> int:
-    """Install a controller's CRDs and account, start it, and return the port of its webhooks."""
+def install(cluster: Cluster, name: str, config: dict[str, Any]) -> Controller:
+    """Install a controller's CRDs, account, certificate and configuration."""
     plane = plane_of(cluster)
     cluster.kubectl("apply", "--server-side", f"--filename={source(name) / 'config/components/crd/bases'}")
     cluster.wait_until_served()
@@ -57,13 +78,9 @@ def start_controller(cluster: Cluster, name: str, config: dict[str, Any]) -> int
         "health": {"healthProbeBindAddress": f"127.0.0.1:{health}"},
         **config,
     }
-    file = plane.folder / f"{name}.yaml"
-    file.write_text(yaml.safe_dump(whole))
-    kubeconfig = {"KUBECONFIG": str(write_account(cluster, name))}
-    processes = processes_of(cluster)
-    processes.start(name, [binary(name), f"--config={file}"], kubeconfig)
-    processes.wait_for_port(name, "127.0.0.1", port)
-    return port
+    (plane.folder / f"{name}.yaml").write_text(yaml.safe_dump(whole))
+    write_account(cluster, name)
+    return Controller(cluster, name, port)
 
 
 def write_certificate(plane: ControlPlane, name: str) -> Path:
@@ -75,8 +92,8 @@ def write_certificate(plane: ControlPlane, name: str) -> Path:
     return folder
 
 
-def write_account(cluster: Cluster, name: str) -> Path:
-    """Make the controller an account that may do everything, and return a kubeconfig with its token."""
+def write_account(cluster: Cluster, name: str) -> None:
+    """Make the controller an account that may do everything, and write a kubeconfig with its token."""
     namespace = f"{name}-system"
     subject = {"kind": "ServiceAccount", "name": name, "namespace": namespace}
     role = {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "cluster-admin"}
@@ -93,9 +110,7 @@ def write_account(cluster: Cluster, name: str) -> Path:
     )
     config = yaml.safe_load(cluster.kubeconfig.read_text())
     config["users"][0]["user"] = {"token": cluster.kubectl("create", "token", name, f"--namespace={namespace}").strip()}
-    path = plane_of(cluster).folder / f"{name}.kubeconfig"
-    path.write_text(yaml.safe_dump(config))
-    return path
+    (plane_of(cluster).folder / f"{name}.kubeconfig").write_text(yaml.safe_dump(config))
 
 
 def build_webhooks(plane: ControlPlane, port: int) -> list[dict[str, Any]]:

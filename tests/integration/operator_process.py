@@ -114,6 +114,12 @@ class Operator:
         except (urllib.error.URLError, OSError):
             return False
 
+    @property
+    def pid(self) -> int:
+        """The process that was started last."""
+        assert self.process
+        return self.process.pid
+
     def kill(self) -> None:
         """End it without warning."""
         assert self.process

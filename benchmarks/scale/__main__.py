@@ -1,0 +1,128 @@
+"""`make bench-scale`: both contenders in turn, each on a control plane of its own, then the page."""
+
+import argparse
+import asyncio
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Final
+
+from benchmarks.scale.audit import Audit
+from benchmarks.scale.page import write_page
+from benchmarks.scale.results import Results
+from benchmarks.scale.trial import (
+    FirstChildren,
+    Lives,
+    Restart,
+    connect,
+    create,
+    measure_first_children,
+    measure_lives,
+    measure_restart,
+)
+from benchmarks.scale.workload import JOBSETS, NAMESPACE, QLORAJOBS, build_ends, build_jobset, build_qlorajob
+from benchmarks.trainer.machine import observe_machine
+from tests.cluster.cluster import Cluster
+from tests.cluster.controllers import install_jobset
+from tests.cluster.kwok import pods_that_run
+from tests.integration.operator_process import ACCOUNT, HOME, Operator, install
+
+RESULTS: Final = Path(__file__).parents[1] / "results"
+NODES: Final = 100
+"""Simulated nodes with eight GPUs each."""
+SETTLE_SECONDS: Final = 30
+"""After the last first child, so that pods have begun to run and every status says so."""
+LIBRARIES: Final = ("kopf", "kubernetes", "pydantic", "aiohttp")
+ACCOUNTS: Final = (f"{HOME}:{ACCOUNT}", "jobset-system:jobset")
+
+
+def main() -> int:
+    """Run everything and write it down."""
+    options = parse()
+    machine = observe_machine(LIBRARIES)
+    results = asyncio.run(measure(options.jobs, options.lives))
+    page = write_page(results, machine)
+    RESULTS.joinpath("scale.md").write_text(page)
+    RESULTS.joinpath("scale.json").write_text(json.dumps(asdict(results), indent=1) + "\n")
+    print(page)
+    return 0
+
+
+def parse() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog="benchmarks.scale", description=__doc__)
+    parser.add_argument("--jobs", type=int, default=10_000)
+    parser.add_argument("--lives", type=int, default=2_000)
+    return parser.parse_args()
+
+
+async def measure(jobs: int, lives: int) -> Results:
+    """Measure both contenders, and then what only we promise."""
+    jobset = await measure_jobset(jobs)
+    ours, restart = await measure_operator(jobs)
+    return Results(jobs, lives, ours, jobset, restart, await measure_simulation(lives))
+
+
+async def measure_jobset(jobs: int) -> FirstChildren:
+    """JobSet makes the Jobs of JobSets that are there."""
+    print(f"JobSet and {jobs} JobSets", flush=True)
+    with open_cluster(pods_that_run()) as (cluster, audit):
+        controller = install_jobset(cluster)
+        async with connect(cluster) as api:
+            await create(api, JOBSETS, build_jobset, jobs)
+            return await measure_first_children(api, controller, audit, jobs)
+
+
+async def measure_operator(jobs: int) -> tuple[FirstChildren, Restart]:
+    """The operator makes the first Jobs of QLoRAJobs that are there, and is restarted among them."""
+    print(f"the operator and {jobs} QLoRAJobs", flush=True)
+    with open_cluster(pods_that_run()) as (cluster, audit), install_operator(cluster, audit) as operator:
+        async with connect(cluster) as api:
+            await create(api, QLORAJOBS, build_qlorajob, jobs)
+            first = await measure_first_children(api, operator, audit, jobs)
+            await asyncio.sleep(SETTLE_SECONDS)
+        operator.terminate()
+        return first, await measure_restart(operator, audit, jobs)
+
+
+async def measure_simulation(lives: int) -> Lives:
+    """Runs live from their creation to their end."""
+    print(f"the lives of {lives} QLoRAJobs", flush=True)
+    stages = "\n---\n".join((pods_that_run(), build_ends()))
+    with open_cluster(stages) as (cluster, audit), install_operator(cluster, audit) as operator:
+        operator.start()
+        async with connect(cluster) as api:
+            return await measure_lives(api, operator, audit, build_qlorajob, lives)
+
+
+@contextmanager
+def install_operator(cluster: Cluster, audit: Audit) -> Iterator[Operator]:
+    """Install an operator that may be started, and end it at the latest with this block."""
+    folder = audit.folder / "operator"
+    folder.mkdir()
+    operator = Operator(cluster, folder)
+    try:
+        yield operator
+    finally:
+        operator.stop()
+
+
+@contextmanager
+def open_cluster(stages: str) -> Iterator[tuple[Cluster, Audit]]:
+    """Start a control plane that records writes, with simulated GPU nodes and both kinds of objects."""
+    with tempfile.TemporaryDirectory() as folder:
+        audit = Audit(Path(folder))
+        with Cluster.start(
+            kwok_nodes=NODES, stages=stages, s3=False, api_server_flags=audit.flags(*ACCOUNTS)
+        ) as cluster:
+            install(cluster)
+            cluster.kubectl("create", "namespace", NAMESPACE)
+            yield cluster, audit
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,17 @@
+"""One run of the benchmark, as it is written down."""
+
+from dataclasses import dataclass
+
+from benchmarks.scale.trial import FirstChildren, Lives, Restart
+
+
+@dataclass(frozen=True)
+class Results:
+    """Everything that was measured."""
+
+    jobs: int
+    lives: int
+    ours: FirstChildren
+    jobset: FirstChildren
+    restart: Restart
+    whole_lives: Lives

@@ -1,0 +1,104 @@
+"""Ten thousand of the same: a QLoRAJob and a JobSet that ask for one pod, and pods that KWOK plays."""
+
+import json
+from pathlib import Path
+from typing import Any, Final
+
+from qlora_api import names
+from qlora_api.modelconfig import reduce_config
+from qlora_api.names import Reason, Role
+from tests.make import PUBLISHED_WORD, make_manifest, make_prepared, make_word
+
+Manifest = dict[str, Any]
+
+NAMESPACE: Final = "scale"
+QLORAJOBS: Final = f"/apis/{names.GROUP}/{names.VERSION}/namespaces/{NAMESPACE}/{names.PLURAL}"
+JOBSETS: Final = f"/apis/jobset.x-k8s.io/v1alpha2/namespaces/{NAMESPACE}/jobsets"
+JOBS: Final = f"/apis/batch/v1/namespaces/{NAMESPACE}/jobs"
+
+
+MODEL: Final = Path(__file__).parents[2] / "tests/unit/operator/plan/configs/llama-3.2-3b.json"
+"""The configuration from which the simulated runs are sized."""
+
+
+def build_qlorajob(number: int) -> Manifest:
+    """One run on one GPU; its first child is the Job that prepares it."""
+    return make_manifest(f"run-{number:05}", NAMESPACE, resources={"gpusPerNode": 1})
+
+
+def build_jobset(number: int) -> Manifest:
+    """One Job of one pod; everything that JobSet's webhook would fill in is written out, and it makes no Service."""
+    container = {
+        "name": "trainer",
+        "image": "trainer:test",
+        "resources": {"requests": {"cpu": "500m", "memory": "1Gi"}, "limits": {"memory": "4Gi"}},
+    }
+    job = {
+        "backoffLimit": 0,
+        "completionMode": "Indexed",
+        "completions": 1,
+        "parallelism": 1,
+        "template": {"spec": {"restartPolicy": "Never", "containers": [container]}},
+    }
+    return {
+        "apiVersion": "jobset.x-k8s.io/v1alpha2",
+        "kind": "JobSet",
+        "metadata": {"name": f"run-{number:05}", "namespace": NAMESPACE},
+        "spec": {
+            "network": {"enableDNSHostnames": False},
+            "successPolicy": {"operator": "All", "targetReplicatedJobs": []},
+            "startupPolicy": {"startupPolicyOrder": "AnyOrder"},
+            "replicatedJobs": [{"name": "train", "replicas": 1, "template": {"spec": job}}],
+        },
+    }
+
+
+def build_ends() -> str:
+    """Return the stages of pods that end a second after they began to run, each with its trainer's last word."""
+    return "\n---\n".join((_build_end(Role.PREPARE, _prepared_word()), _build_end(Role.TRAIN, PUBLISHED_WORD)))
+
+
+def _prepared_word() -> str:
+    prepared = make_prepared()
+    model = prepared.model.model_copy(update={"config": reduce_config(json.loads(MODEL.read_text()))})
+    return make_word(Reason.PREPARED, prepared=prepared.model_copy(update={"model": model}))
+
+
+def _build_end(role: Role, word: str) -> str:
+    """JSON is YAML, and the quotes of the word are escaped once for the template's own YAML."""
+    status = f"""
+{{{{ $now := Now }}}}
+phase: Succeeded
+containerStatuses:
+{{{{ range .spec.containers }}}}
+- name: {{{{ .name | Quote }}}}
+  image: {{{{ .image | Quote }}}}
+  ready: false
+  restartCount: 0
+  state:
+    terminated:
+      exitCode: 0
+      reason: Completed
+      startedAt: {{{{ $now | Quote }}}}
+      finishedAt: {{{{ $now | Quote }}}}
+      message: {json.dumps(word)}
+{{{{ end }}}}
+"""
+    stage = {
+        "apiVersion": "kwok.x-k8s.io/v1alpha1",
+        "kind": "Stage",
+        "metadata": {"name": f"pod-end-{role}"},
+        "spec": {
+            "resourceRef": {"apiGroup": "v1", "kind": "Pod"},
+            "selector": {
+                "matchLabels": {names.ROLE_LABEL: role.value},
+                "matchExpressions": [
+                    {"key": ".metadata.deletionTimestamp", "operator": "DoesNotExist"},
+                    {"key": ".status.phase", "operator": "In", "values": ["Running"]},
+                ],
+            },
+            "delay": {"durationMilliseconds": 1000},
+            "next": {"statusTemplate": status},
+        },
+    }
+    return json.dumps(stage)
