@@ -12,6 +12,7 @@ from kubernetes.aio import client
 from qlora_api import names
 from qlora_operator.cluster.api import read_credentials
 from qlora_operator.cluster.kube import PAGE
+from qlora_operator.memoryless import NoEssence, NoProgress
 from qlora_operator.runtime import Runtime
 from qlora_operator.settings import Settings
 from qlora_operator.values import JobRef
@@ -73,6 +74,8 @@ def configure(settings: kopf.OperatorSettings) -> None:
     settings.queueing.worker_limit = None
     settings.queueing.idle_timeout = 1.0
     settings.watching.chunk_size = PAGE
+    settings.persistence.diffbase_storage = NoEssence()
+    settings.persistence.progress_storage = NoProgress()
     settings.process.ultimate_exiting_timeout = EXIT_SECONDS
     managed = f"{names.MANAGED_BY_LABEL}={names.FIELD_MANAGER}"
     settings.watching.label_selectors[JOBS] = managed

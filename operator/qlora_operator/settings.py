@@ -39,7 +39,8 @@ class Settings:
     installation: Installation
     namespaces: tuple[str, ...] = ()
     """Empty means the whole cluster."""
-    workers: int = 16
+    workers: int = 64
+    """Passes at once: each waits for the API server most of its time."""
     progress_port: int = 8080
     health_port: int = 8081
     log_level: str = "info"
@@ -65,7 +66,7 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
             pull_secrets=_names(environment.get("QLORA_IMAGE_PULL_SECRETS", "")),
         ),
         namespaces=_names(environment.get("QLORA_NAMESPACES", "")),
-        workers=_number(environment, "QLORA_WORKERS", 16, MAX_WORKERS),
+        workers=_number(environment, "QLORA_WORKERS", 64, MAX_WORKERS),
         progress_port=_number(environment, "QLORA_PROGRESS_PORT", 8080, MAX_PORT),
         health_port=_number(environment, "QLORA_HEALTH_PORT", 8081, MAX_PORT),
         log_level=_choice(environment, "QLORA_LOG_LEVEL", LOG_LEVELS, "info"),

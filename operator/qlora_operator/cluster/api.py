@@ -42,6 +42,9 @@ class ConflictError(ApiError):
 async def load_configuration(kubeconfig: str) -> client.Configuration:
     """Find the API server: a named kubeconfig, the pod's own account, or the user's kubeconfig."""
     configuration = client.Configuration()
+    # Otherwise every call reads ~/.netrc and the proxies of the environment, which kopf's watches do not heed either;
+    # a proxy-url of the kubeconfig counts.
+    configuration.client_session_kwargs = {"trust_env": False}
     await read_credentials(configuration, kubeconfig)
     return configuration
 
