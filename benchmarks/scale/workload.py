@@ -22,8 +22,10 @@ MODEL: Final = Path(__file__).parents[2] / "tests/unit/operator/plan/configs/lla
 
 
 def build_qlorajob(number: int) -> Manifest:
-    """One run on one GPU; its first child is the Job that prepares it."""
-    return make_manifest(f"run-{number:05}", NAMESPACE, resources={"gpusPerNode": 1})
+    """One run on one GPU, with the note that `kubectl apply` adds; its first child is the Job that prepares it."""
+    manifest = make_manifest(f"run-{number:05}", NAMESPACE, resources={"gpusPerNode": 1})
+    manifest["metadata"]["annotations"] = {"kubectl.kubernetes.io/last-applied-configuration": json.dumps(manifest)}
+    return manifest
 
 
 def build_jobset(number: int) -> Manifest:
