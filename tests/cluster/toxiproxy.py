@@ -20,9 +20,10 @@ class Toxiproxy:
     address: str
     """HOST:PORT that clients use instead of the server's."""
 
-    def spoil(self, kind: str, share: float = 1.0, stream: str = "downstream", **attributes: int) -> None:
+    def spoil(self, kind: str, attributes: dict[str, int], share: float = 1.0, stream: str = "downstream") -> None:
         """Add a toxic to a share of the connections that are made from now on."""
-        self._post("/proxies/way/toxics", {"type": kind, "stream": stream, "toxicity": share, "attributes": attributes})
+        toxic = {"name": kind, "type": kind, "stream": stream, "toxicity": share, "attributes": attributes}
+        self._post("/proxies/way/toxics", toxic)
 
     def heal(self) -> None:
         """Remove every toxic."""

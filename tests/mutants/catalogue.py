@@ -302,6 +302,27 @@ MUTATIONS: Final = (
         new="kernels==0.11.1\njinja2==",
         test="tests/contract/test_requirements.py::test_trap_38_nothing_of_the_image_downloads_kernels",
     ),
+    Mutation(
+        trap=39,
+        file=f"{_TRAINER}/checkpoint.py",
+        old='        return f"step-{self.step:06}-a{self.attempt}"\n',
+        new='        return f"step-{self.step:06}-a1"\n',
+        test=f"{_TESTS}/test_checkpoint.py::test_trap_39_attempts_that_overlap_write_folders_of_their_own",
+    ),
+    Mutation(
+        trap=40,
+        file=f"{_TRAINER}/watchdog.py",
+        old="        if pulse.silence() > limit:\n",
+        new="        if pulse.silence() < 0:\n",
+        test=f"{_TESTS}/test_watchdog.py::test_trap_40_a_silent_process_is_ended_once",
+    ),
+    Mutation(
+        trap=41,
+        file=f"{_TRAINER}/publish.py",
+        old="            output.put(path, source, if_none_match=True)\n",
+        new="            output.put(path, source)\n",
+        test=f"{_TESTS}/test_publish.py::test_trap_41_files_of_a_result_that_is_overwritten_are_never_replaced",
+    ),
 )
 
 _NO_SHARDING: Final = "no weight is sharded: there is neither FSDP nor ZeRO-3 yet"

@@ -41,4 +41,7 @@ TRAPS: Final = {
     36: "a fused loss ignores the adapter of the output layer",
     37: "the schedule of a resumed run is another one",
     38: "a kernel is downloaded at run time",
+    39: "two attempts that overlap write the same checkpoint",
+    40: "a process that hangs holds its GPU for hours (pytorch's collectives wait for half an hour)",
+    41: "a result that is trained again is replaced file by file, so that readers mix two of them",
 }

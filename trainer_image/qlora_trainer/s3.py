@@ -24,8 +24,9 @@ _MISSING: Final = {"404", "NoSuchKey", "NoSuchBucket", "NotFound"}
 _CONFLICTS: Final = 5
 """Tries of a conditional put that meets 409: S3 answers it while another conditional put of the key is under way."""
 _CONFLICT_WAIT_SECONDS: Final = 0.5
-_ATTEMPTS: Final = 4
-"""Tries of one request; with boto3's back-off an unreachable endpoint is given up after about 20 s."""
+_ATTEMPTS: Final = 8
+"""Tries of one request. A run makes hundreds of them: where 30 % fail, four tries lose one in a hundred, and eight one
+in 10,000. With boto3's back-off an unreachable endpoint is given up after about a minute."""
 _DIGEST_METADATA: Final = "sha256"
 """User metadata with our own digest, for servers that keep no checksums."""
 

@@ -102,7 +102,7 @@ def test_a_stop_during_a_slow_upload(
     life = course.start(overdue, f"http://{toxic.address}")
     life.wait_until(lambda life: any(line.get("checkpoint") for line in life.progress))
     complete = {line["checkpoint"]["step"] for line in life.progress if line.get("checkpoint")}
-    toxic.spoil("bandwidth", stream="upstream", rate=1)
+    toxic.spoil("bandwidth", {"rate": 1}, stream="upstream")
     life.wait_until(lambda life: life.step >= min(max(complete) + INTERVAL + 1, STEPS))
     asked = time.monotonic()
     life.process.terminate()

@@ -34,6 +34,7 @@ from qlora_trainer.secrets import Credentials
 from qlora_trainer.state import TrainingState
 from qlora_trainer.store import OUTPUT, FileStore
 from qlora_trainer.train import Loop, Schedule, Watcher, make_loop
+from tests.unit.trainer.states import COURSE, STEPS, make_state
 from tests.unit.trainer.stopping import NEVER, FreshProcesses
 from tests.unit.trainer.tiny import (
     CPU,
@@ -44,8 +45,6 @@ from tests.unit.trainer.tiny import (
 )
 from tests.unit.trainer.tuned import CHOICES, DEAF, make_test_loop, make_tuned, token_rows
 
-STEPS = 5
-COURSE = Course(digest="0123456789abcdef", total_steps=STEPS, rows=12, optimizer="AdamW")
 LOOKS = {"evaluate_every": 2, "keep": "best", "early_stopping": EarlyStoppingSpec(patience=9)}
 STARTED = datetime(2026, 1, 2, tzinfo=UTC)
 
@@ -177,12 +176,6 @@ def test_a_checkpoint_is_due_by_time_or_by_steps_and_at_the_last_occasion(tmp_pa
     assert offered(steps=None, every="1h", last=True) == ["step-000003-a1"]
 
 
-def make_state(steps: int) -> TrainingState:
-    record = StepRecord(step=1, loss=1.0, learning_rate=0.1, grad_norm=1.0, tokens=1, seconds=1.0)
-    history = tuple(record.model_copy(update={"step": step + 1}) for step in range(steps))
-    return TrainingState(History(history), {"a": torch.ones(2)}, {"0/step": torch.tensor(1.0), "0/note": 3}, {}, {})
-
-
 def test_the_peak_memory_is_that_of_all_attempts(tmp_path):
     """The first attempt needed 9 bytes, the second, which goes on from there, 5."""
     for step, peak in ((1, 9), (2, 5)):
@@ -272,7 +265,7 @@ def test_a_checkpoint_that_fails_is_told_and_tried_again_at_the_next_occasion(ga
     assert step_folders(tmp_path) == ["step-000002-a1"]
 
 
-def test_attempts_that_overlap_write_folders_of_their_own_and_the_later_one_is_the_newer(tmp_path):
+def test_trap_39_attempts_that_overlap_write_folders_of_their_own(tmp_path):
     first, second = make_checkpoints(tmp_path, attempt=1)[0], make_checkpoints(tmp_path, attempt=2)[0]
     for checkpoints in (first, second, first):
         checkpoints.save(make_state(3), keep=9)

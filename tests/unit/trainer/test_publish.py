@@ -12,21 +12,17 @@ from botocore.exceptions import ClientError
 from moto import mock_aws
 
 from qlora_api.names import Reason, SecretRole
-from qlora_api.prepared import Prepared
 from qlora_api.report import Manifest, MergedManifest, MergeReport
-from qlora_api.result import Result
 from qlora_api.runconfig import RunConfig, S3Config
-from qlora_api.v1alpha1 import DataStatus, EvaluationStatus, Metrics, ModelStatus
 from qlora_trainer.errors import RunError
 from qlora_trainer.output import find_merged
 from qlora_trainer.publish import describe_files, publish
 from qlora_trainer.s3 import S3Store
 from qlora_trainer.secrets import Credentials
 from qlora_trainer.store import DATASET, MODEL, OUTPUT, AlreadyThereError, FileStore, MissingObjectError, sha256_of
-from tests.unit.trainer.tiny import make_spec, run_config
+from tests.unit.trainer.results import DIGEST, config, result
 
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
-DIGEST = "0123456789abcdef"
 KEYS = Credentials({"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_REGION": "us-east-1"})
 
 
@@ -40,31 +36,6 @@ class RecordingStore(FileStore):
     def put(self, path: str, source: Path | bytes, *, if_none_match: bool = False) -> None:
         super().put(path, source, if_none_match=if_none_match)
         self.writes.append(path)
-
-
-def result(loss: float) -> Result:
-    metrics = Metrics(loss=loss, perplexity=1.0, token_accuracy=0.5)
-    evaluation = EvaluationStatus(base=metrics, adapter=metrics, rows=1, tokens=1)
-    return Result(adapter="a/adapter", report="r", evaluation=evaluation, steps=1, tokens_per_second=1.0)
-
-
-def config(root: str) -> RunConfig:
-    prepared = Prepared(
-        digest=DIGEST,
-        prefix=f"{root}/{DIGEST}",
-        model=ModelStatus(uri="hf://o/m", commit="c", architecture="A", parameters=1),
-        dataset=DataStatus(
-            digest="d",
-            format="instruction",
-            training_rows=1,
-            evaluation_rows=1,
-            training_tokens=1,
-            truncated_rows=0,
-            longest_row_tokens=1,
-        ),
-        trainer_version="1",
-    )
-    return run_config(make_spec("hf://o/m", "s3://data/rows.jsonl", root), prepared)
 
 
 @pytest.fixture
@@ -176,6 +147,16 @@ def test_a_result_that_is_overwritten_is_complete_at_any_time_and_leaves_nothing
     assert published_paths(store) == {"manifest.json", *(file.path for file in manifest.files)}
     third = publish(store, overwriting(store.root, "third"), result(3.0), files, NOW)
     assert (assert_true(store).run, third.evaluation.base.loss) == ("third", 3.0)
+
+
+def test_trap_41_files_of_a_result_that_is_overwritten_are_never_replaced(tmp_path, files):
+    store = RecordingStore(tmp_path / "output")
+    publish(store, config(store.root), result(1.0), files, NOW)
+    first = {path for path in store.writes if path.startswith(f"{DIGEST}/adapter/")}
+    store.writes.clear()
+    (files / "adapter/adapter_model.safetensors").write_bytes(b"other weights")
+    publish(store, overwriting(store.root, "second"), result(2.0), files, NOW)
+    assert not first & set(store.writes)
 
 
 @pytest.mark.parametrize(

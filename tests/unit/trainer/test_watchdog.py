@@ -46,7 +46,7 @@ def test_silence_is_the_time_without_a_sign_of_life(resting, beats, silence):
     assert pulse.silence() == 2.0
 
 
-def test_a_silent_process_is_ended_once():
+def test_trap_40_a_silent_process_is_ended_once():
     clock, ends, ended = Clock(), [], threading.Event()
     pulse = Pulse(clock)
 

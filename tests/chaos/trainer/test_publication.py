@@ -1,0 +1,79 @@
+"""Publishers are killed at any moment, or many of them publish at once: readers see one complete result, or none."""
+
+import random
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from qlora_api.result import Result
+from tests.chaos.promises import Dose, promise
+from tests.chaos.trainer.lives import CONTEXT
+from tests.chaos.trainer.publishers import Reader, check_published, open_store, publish_files, write_files
+from tests.cluster.s3 import S3
+
+PUBLICATION_SECONDS = 0.4
+"""Somewhat longer than a publication of these files takes."""
+
+
+def kill_while_publishing(root: str, s3: S3, folder: Path, author: int, after: float) -> bool:
+    """Start a publisher, kill it after so many seconds, and return whether it was still at work."""
+    here, there = CONTEXT.Pipe()
+    process = CONTEXT.Process(target=publish_files, args=(root, s3.environment(), folder, author, there))
+    process.start()
+    assert here.poll(60)
+    process.join(after)
+    killed = process.exitcode is None
+    process.kill()
+    process.join()
+    assert killed or process.exitcode == 0
+    return killed
+
+
+@promise(
+    fault="a publisher is killed",
+    promise="no reader ever sees a manifest whose files are not all there and as it says",
+    how="SIGKILL at random moments of a publication, while a reader polls the bucket and checks every digest",
+)
+def test_kills_while_publishing(s3: S3, tmp_path: Path, dose: Dose, outcome: Callable[[str], None]) -> None:
+    wanted, killed, published, chance = dose(short=20, full=1000), 0, 0, random.Random(3)
+    client, bucket = s3.client(), s3.make_bucket("killed")
+    with Reader(s3.client()) as reader:
+        while killed < wanted:
+            reader.root = root = f"s3://{bucket}/result-{published}"
+            attempt = 0
+            while check_published(client, root) is None:
+                attempt += 1
+                folder = write_files(tmp_path / f"{published}-{attempt}", attempt)
+                killed += kill_while_publishing(root, s3, folder, attempt, chance.uniform(0, PUBLICATION_SECONDS))
+            published += 1
+        time.sleep(0.1)
+    assert reader.faults == []
+    assert reader.complete > 0
+    outcome(f"{killed} kills, {published} results published; {reader.looks} looks, none at an incomplete result")
+
+
+@promise(
+    fault="several publishers at once",
+    promise="there is exactly one manifest, and the files that it lists are intact",
+    how="publishers with different files start at the same moment",
+)
+def test_publishers_at_once(s3: S3, tmp_path: Path, dose: Dose, outcome: Callable[[str], None]) -> None:
+    count = dose(short=10, full=100)
+    root = f"s3://{s3.make_bucket('crowded')}/result"
+    barrier = threading.Barrier(count)
+
+    def publish_together(author: int) -> Result:
+        folder = write_files(tmp_path / str(author), author)
+        barrier.wait()
+        return publish_files(root, s3.environment(), folder, author, None)
+
+    with ThreadPoolExecutor(count) as pool:
+        found = list(pool.map(publish_together, range(1, count + 1)))
+    manifest = check_published(s3.client(), root)
+    assert manifest is not None
+    assert set(map(Result.model_dump_json, found)) == {manifest.result.model_dump_json()}
+    manifests = [entry.path for entry in open_store(root, s3.environment()).list() if "manifest" in entry.path]
+    assert len(manifests) == 1
+    outcome(f"{count} publishers, one manifest, every digest as it says")

@@ -1,0 +1,133 @@
+"""The object store is slow, drops connections or says no: checkpoints and results come through, and are intact."""
+
+import dataclasses
+import http.client
+import random
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_api.runconfig import S3Config
+from qlora_trainer.checkpoint import Checkpoints, Witness
+from qlora_trainer.s3 import S3Store
+from qlora_trainer.secrets import Credentials
+from qlora_trainer.store import OUTPUT
+from tests.chaos.promises import Dose, promise
+from tests.chaos.trainer.publishers import check_published, publish_files, write_files
+from tests.cluster.s3 import S3
+from tests.cluster.toxiproxy import Toxiproxy
+from tests.unit.trainer.states import COURSE, make_state
+from tests.unit.trainer.tiny import serving
+
+REFUSED = 0.3
+"""Share of the requests that get 503."""
+FILE_BYTES = 20_000
+
+
+def come_through(address: str, s3: S3, bucket: str, folder: Path, repeats: int) -> float:
+    """Save and find checkpoints and publish a result by way of an address, check all of it, and return the seconds."""
+    keys = s3.environment() | {"AWS_ENDPOINT_URL": address}
+    started = time.monotonic()
+    for number in range(repeats):
+        root = f"s3://{s3.make_bucket(f'{bucket}-{number}')}/result"
+        notes: list[str] = []
+        store = S3Store(root, OUTPUT, Credentials(keys), S3Config())
+        checkpoints = Checkpoints(store, COURSE, 1, datetime.now(UTC), Witness(notes.append, lambda _: None))
+        for step in (1, 2):
+            checkpoints.save(make_state(step), keep=1)
+        found = checkpoints.newest()
+        assert found is not None
+        assert (found.place.step, [note for note in notes if "passed over" in note]) == (2, [])
+        publish_files(root, keys, write_files(folder / str(number), number, FILE_BYTES), number, None)
+        assert check_published(s3.client(), root) is not None
+    return time.monotonic() - started
+
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    """A toxic of a share of the connections, and how much of it a short run takes and a full one."""
+
+    kind: str
+    attribute: str
+    short: int
+    full: int
+    share: float = 1.0
+    repeats: int = 1
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param(Fault("reset_peer", "timeout", 0, 0, share=0.3, repeats=3), id="resets"),
+        pytest.param(Fault("latency", "latency", 200, 5000), id="latency"),
+        pytest.param(Fault("bandwidth", "rate", 200, 50), id="bandwidth"),
+        pytest.param(Fault("timeout", "timeout", 300, 3000, share=0.3, repeats=3), id="time-outs"),
+    ],
+)
+@promise(
+    fault="S3 resets connections, answers late or not at all, or is slow",
+    promise="checkpoints and results come through, and every digest is as the manifests say",
+    how="toxiproxy: 30 % of the connections reset, 5 s latency, 50 kB/s, 30 % of the connections cut after 3 s",
+)
+def test_bad_connections(  # noqa: PLR0917 (fixtures and a table)
+    fault: Fault, s3: S3, toxic: Toxiproxy, tmp_path: Path, dose: Dose, outcome: Callable[[str], None]
+) -> None:
+    amount = dose(short=fault.short, full=fault.full)
+    toxic.spoil(fault.kind, {fault.attribute: amount}, fault.share)
+    took = come_through(f"http://{toxic.address}", s3, fault.kind.replace("_", "-"), tmp_path, fault.repeats)
+    outcome(f"{fault.kind} {amount or ''}: complete after {took:.0f} s".replace("  ", " "))
+
+
+def make_refusing(upstream: str, chance: random.Random, refused: list[str]) -> type[BaseHTTPRequestHandler]:
+    """Make a server that passes requests on, and answers some of them with S3's word for too many."""
+
+    class Refusing(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def answer(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            if chance.random() < REFUSED:
+                refused.append(self.path)
+                return self.reply(503, {}, b"<Error><Code>SlowDown</Code></Error>")
+            backend = http.client.HTTPConnection(upstream)
+            headers = {name: value for name, value in self.headers.items() if name.lower() != "expect"}
+            backend.request(self.command, self.path, body, headers)
+            found = backend.getresponse()
+            content = found.read()
+            kept = {n: v for n, v in found.getheaders() if n.lower() not in {"transfer-encoding", "connection"}}
+            backend.close()
+            return self.reply(found.status, kept, content)
+
+        def reply(self, status: int, headers: dict[str, str], content: bytes) -> None:
+            self.send_response_only(status)
+            length = headers.get("Content-Length", str(len(content)))
+            for name, value in {**headers, "Content-Length": length}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(content)
+
+        def log_message(self, *_: Any) -> None:
+            """Be quiet."""
+
+        do_GET = do_PUT = do_HEAD = do_DELETE = answer  # noqa: N815 (http.server's names)
+
+    return Refusing
+
+
+@promise(
+    fault="S3 refuses a third of the requests",
+    promise="checkpoints and results come through, and every digest is as the manifests say",
+    how="a proxy that answers 30 % of all requests with 503 SlowDown",
+)
+def test_refused_requests(s3: S3, tmp_path: Path, dose: Dose, outcome: Callable[[str], None]) -> None:
+    repeats, refused = dose(short=1, full=5), list[str]()
+    with serving(make_refusing(s3.endpoint.removeprefix("http://"), random.Random(4), refused)) as address:
+        took = come_through(address, s3, "refusing", tmp_path, repeats)
+    assert len(refused) > repeats
+    outcome(f"{len(refused)} requests refused; {repeats} of {repeats} complete after {took:.0f} s")

@@ -1,0 +1,20 @@
+"""States of a training that never was, and their course."""
+
+from typing import Final
+
+import torch
+
+from qlora_api.report import StepRecord
+from qlora_trainer.checkpoint import Course
+from qlora_trainer.history import History
+from qlora_trainer.state import TrainingState
+
+STEPS: Final = 5
+COURSE: Final = Course(digest="0123456789abcdef", total_steps=STEPS, rows=12, optimizer="AdamW")
+
+
+def make_state(steps: int) -> TrainingState:
+    """The state after so many steps."""
+    record = StepRecord(step=1, loss=1.0, learning_rate=0.1, grad_norm=1.0, tokens=1, seconds=1.0)
+    history = tuple(record.model_copy(update={"step": step + 1}) for step in range(steps))
+    return TrainingState(History(history), {"a": torch.ones(2)}, {"0/step": torch.tensor(1.0), "0/note": 3}, {}, {})
