@@ -133,6 +133,18 @@ STARTS: Final = {
 }
 
 
+NEVER_STARTS: Final = promise(
+    fault="a run cannot start, or fails for good",
+    promise="its status has the cause in one word and in a sentence, and it holds no node",
+    how="jobs that ask for what the node, the object store, the network or the clock does not give",
+)
+TOO_SMALL: Final = promise(
+    fault="the node's disk or the container's memory is too small",
+    promise="the run says so; what a smaller micro-batch mends is mended, and attempts are bounded",
+    how="limits of ephemeral storage and memory, enforced by the kubelet and the kernel",
+)
+
+
 def in_dose(name: str, *, slow: bool) -> Any:
     """Return a case by its name, for every day or for the full dose."""
     return pytest.param(name, marks=[pytest.mark.full_dose] if slow else [])
@@ -196,11 +208,7 @@ def keep_pods_apart(run: Run) -> None:
     run.kubectl("delete", "service", f"{run.name}-1")
 
 
-@promise(
-    fault="a run cannot start, or fails for good",
-    promise="its status has the cause in one word and in a sentence, and it holds no node",
-    how="jobs that ask for what the node, the object store, the network or the clock does not give",
-)
+@NEVER_STARTS
 @pytest.mark.parametrize("start", [in_dose(name, slow=case.is_slow) for name, case in STARTS.items()])
 @pytest.mark.usefixtures("gpu_on_paper")
 def test_what_keeps_a_run_from_training(place: Installation, start: str, outcome: Callable[[str], None]) -> None:
@@ -233,6 +241,7 @@ def running_pods(run: Run) -> list[str]:
     return [pod["metadata"]["name"] for pod in pods if pod["status"]["phase"] in {"Pending", "Running"}]
 
 
+@NEVER_STARTS
 @pytest.mark.full_dose
 def test_the_hub_is_busy(place: Installation, outcome: Callable[[str], None]) -> None:
     """429 is waited out for spec.deadlines.startup, then told."""
@@ -335,11 +344,7 @@ def test_what_is_taken_away_goes_on(place: Installation, name: str, outcome: Cal
     outcome(f"{reason}: stopped after step {reached} or later, went on after {went_on}")
 
 
-@promise(
-    fault="the node's disk or the container's memory is too small",
-    promise="the run says so; what a smaller micro-batch mends is mended, and attempts are bounded",
-    how="limits of ephemeral storage and memory, enforced by the kubelet and the kernel",
-)
+@TOO_SMALL
 @pytest.mark.full_dose
 def test_too_small_a_disk(place: Installation, outcome: Callable[[str], None]) -> None:
     place.make_namespace(SMALL_DISK)
@@ -357,11 +362,7 @@ def test_too_small_a_disk(place: Installation, outcome: Callable[[str], None]) -
 
 
 @pytest.mark.full_dose
-@promise(
-    fault="the node's disk or the container's memory is too small",
-    promise="the run says so; what a smaller micro-batch mends is mended, and attempts are bounded",
-    how="limits of ephemeral storage and memory, enforced by the kubelet and the kernel",
-)
+@TOO_SMALL
 def test_too_little_memory_is_asked_for_less(place: Installation, outcome: Callable[[str], None]) -> None:
     run = Run(place, "small-memory")
     training = {"maxSteps": 3, "globalBatchSize": ROWS, "microBatchSize": ROWS, "packing": True}
