@@ -74,7 +74,8 @@ GUIDANCE: Final[dict[Reason, Guidance]] = {
         "Set spec.output.ifExists to Skip or Overwrite, or choose another spec.output.uri.",
     ),
     Reason.NON_FINITE_LOSS: Guidance(
-        "The loss became NaN or infinite.", "Lower spec.training.learningRate, or check the dataset."
+        "The loss became NaN or infinite.",
+        "See the message; usually a lower spec.training.learningRate, or a correction of the dataset.",
     ),
     Reason.GATE_FAILED: Guidance(
         "The result breaks a rule of spec.evaluation.gate and was not published; the message has figure and bound.",

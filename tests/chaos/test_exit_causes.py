@@ -118,7 +118,10 @@ STARTS: Final = {
         is_slow=True,
     ),
     "broken-weights": Start(
-        "NonFiniteLoss", ("step 1 has loss nan",), {"model": {"uri": "hf://example/broken"}}, is_slow=True
+        "NonFiniteLoss",
+        ("nothing is trained yet", "spec.model.uri"),
+        {"model": {"uri": "hf://example/broken"}},
+        is_slow=True,
     ),
     "too-short-a-deadline": Start(
         "DeadlineExceeded", ("spec.deadlines.total",), {"deadlines": {"total": "15s"}}, is_slow=True

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -33,6 +33,12 @@ class RowSum:
     """Those that are the model's first choice."""
 
 
+LEARNED_WRONG: Final = "lower spec.training.learningRate, or check the dataset"
+BROKEN_BASE: Final = (
+    "nothing is trained yet, so spec.model.uri has weights that are no numbers, or too large ones for the dtype in use"
+)
+
+
 @dataclass(frozen=True)
 class Examination:
     """A model on all held-out rows, and on public benchmarks; an answer is None where none was asked for."""
@@ -50,15 +56,14 @@ def evaluate(tuned: Tuned, rows: Sequence[TokenRow], micro_batch: int, *, packin
     return Metrics(loss=loss, perplexity=perplexity(loss), token_accuracy=sum(row.correct for row in sums) / tokens)
 
 
-def sum_rows(tuned: Tuned, rows: Sequence[TokenRow], micro_batch: int, *, packing: bool) -> tuple[RowSum, ...]:
-    """Return each row's sums, in the order of the rows."""
+def sum_rows(
+    tuned: Tuned, rows: Sequence[TokenRow], micro_batch: int, *, packing: bool, remedy: str = LEARNED_WRONG
+) -> tuple[RowSum, ...]:
+    """Return each row's sums, in the order of the rows; the remedy is for sums that are no numbers."""
     groups = micro_batches(rows, micro_batch, packing=packing)
     sums = tuple(found for group in groups for found in _sum_group(tuned, group, packing=packing))
     if not math.isfinite(total := math.fsum(row.loss for row in sums)):
-        raise RunError(
-            Reason.NON_FINITE_LOSS,
-            f"the loss on the held-out rows is {total}; lower spec.training.learningRate, or check the dataset",
-        )
+        raise RunError(Reason.NON_FINITE_LOSS, f"the loss on the held-out rows is {total}; {remedy}")
     return sums
 
 
@@ -85,9 +90,9 @@ class Examiner:
     def examine(self, tuned: Tuned, *, adapter: bool = True) -> Examination:
         """Measure the adapter, or the base below it, on every row, and let it answer some."""
         with tuned.evaluating(adapter=adapter):
-            sums = self.world.spread(
-                self.rows, partial(sum_rows, tuned, micro_batch=self.micro_batch, packing=self.packing)
-            )
+            remedy = LEARNED_WRONG if adapter else BROKEN_BASE
+            count = partial(sum_rows, tuned, micro_batch=self.micro_batch, packing=self.packing, remedy=remedy)
+            sums = self.world.spread(self.rows, count)
             return Examination(sums, self._ask(tuned), self.battery.examine(tuned) if self.battery else {})
 
     def _ask(self, tuned: Tuned) -> tuple[str | None, ...]:
