@@ -36,14 +36,14 @@ check: setup ## lint, types, import rules, generated files: under a minute
 	$(BIN)/python -m qlora_operator.generate --check
 
 test: setup ## every test: unit, integration (real control plane), e2e (real node)
-	$(BIN)/python -m tests.cluster build --node
+	$(BIN)/python -m tests.cluster build --node --controllers
 	$(BIN)/pytest tests
 
 unit: setup ## the tests that need no cluster
 	$(BIN)/pytest tests/unit tests/golden tests/contract
 
 integration: setup ## the tests on a real control plane
-	$(BIN)/python -m tests.cluster build
+	$(BIN)/python -m tests.cluster build --controllers
 	$(BIN)/pytest tests/integration
 
 e2e: setup ## the tests on a real node (root on Debian, or QLORA_TEST_KUBECONFIG)
@@ -67,7 +67,6 @@ bench-memory: setup ## predicted against measured memory of training steps on th
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.memory
 
 bench-scale: setup ## 10,000 QLoRAJobs and JobSet beside them on a real control plane (20 minutes; nothing else should run)
-	$(BIN)/python -m tests.cluster build --controllers
 	$(BIN)/python -m benchmarks.scale
 
 gpu: setup ## the same on a GPU, with the shapes of Llama-3.2-3B and Llama-3.1-8B at random weights

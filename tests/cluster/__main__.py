@@ -36,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     down.add_argument("--name", help="only this one; all detached ones and what crashed ones left otherwise")
     build = commands.add_parser("build", help="build now what the first start would build")
     build.add_argument("--node", action="store_true", help="and what a node and the end-to-end tests need")
-    build.add_argument("--controllers", action="store_true", help="and KWOK, Kueue and JobSet")
+    build.add_argument("--controllers", action="store_true", help="and KWOK and Kueue")
     image = commands.add_parser("image", help="build a target of the Dockerfile and load it into the cluster")
     image.add_argument("target")
     image.add_argument("tag")

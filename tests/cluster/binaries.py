@@ -77,8 +77,8 @@ CONTROL_PLANE_PROGRAMS: Final = (
     "toxiproxy",
 )
 
-CONTROLLERS: Final = ("kwok", "jobset", "kueue")
-"""What the benchmark of scale and the tests with Kueue add: simulated nodes, and other projects' controllers."""
+CONTROLLERS: Final = ("kwok", "kueue")
+"""What tests of scheduling and queues add: simulated nodes, and Kueue. JobSet is for a benchmark only."""
 
 NODE_PROGRAMS: Final = ("kubelet", "kube-proxy", "coredns", "registry")
 """What a real node adds to the control plane's."""

@@ -1,6 +1,8 @@
 """Other projects' controllers as processes of this machine: JobSet to compare with, Kueue to work with."""
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -11,13 +13,15 @@ from tests.cluster.addresses import free_ports
 from tests.cluster.binaries import binary, source
 from tests.cluster.cluster import Cluster
 from tests.cluster.control_plane import ControlPlane
-from tests.cluster.paths import ensure_folder
+from tests.cluster.paths import CACHE, ensure_folder, lock
 from tests.cluster.pki import encode
 from tests.cluster.processes import Processes
 from tests.cluster.progress import Unavailable
 
 FAST: Final = {"qps": 500, "burst": 500}
 """Calls per second that a controller may make: JobSet's own default; Kueue's is a tenth."""
+KUEUE_METRICS: Final = Path("/etc/kueue/metrics/certs")
+METRICS_LOCK: Final = CACHE / "kueue.lock"
 WEBHOOKS_OF_KUEUE: Final = ("batch-v1-job", "kueue-x-k8s-io")
 """Parts of the paths that are served; the rest is for kinds that this cluster does not have."""
 
@@ -58,8 +62,26 @@ def start_kueue(cluster: Cluster) -> None:
         "featureGates": {"VisibilityOnDemand": False},
     }
     controller = install(cluster, "kueue", config)
-    controller.start()
+    with metrics_certificate(plane_of(cluster)):
+        controller.start()
     cluster.apply(*build_webhooks(plane_of(cluster), controller.port))
+
+
+@contextmanager
+def metrics_certificate(plane: ControlPlane) -> Iterator[None]:
+    """Put a certificate where Kueue looks for one at its start, and take it away: no setting moves that place."""
+    with lock(METRICS_LOCK):
+        if KUEUE_METRICS.exists():
+            yield
+            return
+        try:
+            shutil.copytree(plane.folder / "kueue-certificate", KUEUE_METRICS)
+        except PermissionError as error:
+            raise Unavailable(f"Kueue reads a certificate from {KUEUE_METRICS}, where only root may write") from error
+        try:
+            yield
+        finally:
+            shutil.rmtree(KUEUE_METRICS.parents[1])
 
 
 def install(cluster: Cluster, name: str, config: dict[str, Any]) -> Controller:

@@ -1,0 +1,134 @@
+"""Runs that wait in a queue of the real Kueue: queued, admitted, preempted, resumed, and finished."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+from qlora_api import names
+from tests.chaos.promises import promise
+from tests.cluster.cluster import Cluster
+from tests.cluster.commands import wait_until
+from tests.cluster.controllers import start_kueue
+from tests.cluster.kwok import pods_that_run
+from tests.cluster.progress import Unavailable
+from tests.integration.operator_process import Operator, Place, install, open_place
+from tests.make import PREPARED_WORD, PUBLISHED_WORD
+
+QUEUE: Final = "gpu-queue"
+KUEUE: Final = "kueue.x-k8s.io/v1beta1"
+PREEMPTED: Final = 60.0
+"""Seconds for Kueue to stop a run and to start another, on a busy machine."""
+
+
+@pytest.fixture(scope="module")
+def with_kueue() -> Iterator[Cluster]:
+    """A simulated node with eight GPUs, of which Kueue lends one."""
+    with Cluster.start(f"kueue-{os.getpid()}", kwok_nodes=1, stages=pods_that_run(), s3=False) as cluster:
+        install(cluster)
+        try:
+            start_kueue(cluster)
+        except Unavailable as reason:
+            pytest.skip(str(reason))
+        yield cluster
+
+
+@pytest.fixture
+def place(with_kueue: Cluster, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Place]:
+    """A namespace with a queue and an operator."""
+    with open_place(with_kueue, request.node.name) as place:
+        with_kueue.apply(*build_queue(place.namespace))
+        operator = Operator(with_kueue, tmp_path, place.namespace).start()
+        yield place
+        operator.stop()
+        assert "Traceback" not in operator.log.read_text()
+
+
+def build_queue(namespace: str) -> list[dict[str, Any]]:
+    """One GPU for a namespace; whoever is more important takes it away."""
+    offer = {"nvidia.com/gpu": "1", "cpu": "64", "memory": "512Gi"}
+    group = {
+        "coveredResources": list(offer),
+        "flavors": [
+            {"name": "any", "resources": [{"name": name, "nominalQuota": quota} for name, quota in offer.items()]}
+        ],
+    }
+    quota = {
+        "namespaceSelector": {},
+        "preemption": {"withinClusterQueue": "LowerPriority"},
+        "resourceGroups": [group],
+    }
+    return [
+        {"apiVersion": KUEUE, "kind": "ResourceFlavor", "metadata": {"name": "any"}, "spec": {}},
+        {"apiVersion": KUEUE, "kind": "ClusterQueue", "metadata": {"name": namespace}, "spec": quota},
+        {
+            "apiVersion": KUEUE, "kind": "LocalQueue", "metadata": {"name": QUEUE, "namespace": namespace},
+            "spec": {"clusterQueue": namespace},
+        },
+        *(
+            {"apiVersion": KUEUE, "kind": "WorkloadPriorityClass", "metadata": {"name": name}, "value": value}
+            for name, value in (("ordinary", 1), ("urgent", 1000))
+        ),
+    ]  # fmt: skip
+
+
+def submit(place: Place, name: str, priority: str = "ordinary") -> str:
+    """Bring a run to where it asks for a GPU, and return the name of the Job that asks."""
+    place.submit(name, resources={"gpusPerNode": 1}, queue={"name": QUEUE, "priorityClass": priority})
+    place.end_pod(names.prepare_job_name(name), 0, PREPARED_WORD)
+    return names.train_job_name(name, 1)
+
+
+def finish(place: Place, name: str) -> None:
+    """End a run's training pod, once it runs, with a published adapter."""
+    wait_for(place, name, "Training")
+    place.end_pod(names.train_job_name(name, 1), 0, PUBLISHED_WORD)
+    wait_for(place, name, "Succeeded", "Published")
+
+
+def wait_for(place: Place, name: str, phase: str, reason: str = "") -> dict[str, Any]:
+    """Wait until a run stands somewhere, and return its status."""
+
+    def reached() -> bool:
+        status = place.status(name)
+        return status.get("phase") == phase and reason in {"", status.get("reason")}
+
+    wait_until(f"{name} {phase} {reason}", reached, timeout=PREEMPTED)
+    return place.status(name)
+
+
+def test_a_run_waits_for_its_turn(place: Place) -> None:
+    submit(place, "first")
+    wait_for(place, "first", "Training")
+    job = submit(place, "second")
+    status = wait_for(place, "second", "Queued")
+    assert status["message"] == f"Job {job} is suspended until its queue admits it"
+    assert place.pods_of(job) == []
+    finish(place, "first")
+    finish(place, "second")
+    assert place.status("second")["attempt"] == 1
+
+
+@promise(
+    fault="Kueue takes the GPU away for a more important run",
+    promise="the run waits as Queued and goes on with the same attempt and the same Job",
+    how="the real Kueue, a quota of one GPU, two priorities",
+)
+def test_a_preempted_run_goes_on_with_the_same_attempt(place: Place) -> None:
+    job = submit(place, "ordinary")
+    wait_for(place, "ordinary", "Training")
+    before = place.jobs()[job]
+    [pod] = place.pods_of(job)
+    submit(place, "urgent", "urgent")
+    wait_for(place, "urgent", "Training")
+    status = wait_for(place, "ordinary", "Queued")
+    assert [attempt.get("reason") for attempt in status["attempts"]] == [None]
+    wait_until("the pod has left its GPU", lambda: place.pods_of(job) == [], timeout=PREEMPTED)
+    finish(place, "urgent")
+    wait_for(place, "ordinary", "Training")
+    assert place.pods_of(job) != [pod]
+    finish(place, "ordinary")
+    assert len(place.jobs()) == 4
+    assert (place.jobs()[job], place.status("ordinary")["attempt"]) == (before, 1)
