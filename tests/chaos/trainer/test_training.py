@@ -43,9 +43,12 @@ def test_kills(courses: Courses, undisturbed: tuple[str, float], dose: Dose, out
             life.process.kill()
             life.end()
             phases[life.phase] += 1
+            # One that was killed before its first report, or that found the result published, repeated nothing.
+            if life.step:
+                lost.append(before - life.resumed)
+                before = life.step
+        if life.step:
             lost.append(before - life.resumed)
-            before = life.step
-        lost.append(before - life.resumed)
         assert course.verified_adapter() == adapter
         published += 1
     # A checkpoint is uploaded beside the next step, so that the one before it may be what is left.
@@ -73,18 +76,22 @@ def test_stops(courses: Courses, undisturbed: tuple[str, float], dose: Dose, out
             life.process.terminate()
             code, word = life.end(), life.word
             durations.append(time.monotonic() - asked)
-            assert (code, word and word.reason) == (143, Reason.INTERRUPTED)
             assert word is not None
-            assert (word.checkpoint.step if word.checkpoint else 0) == life.step
-            assert word.checkpoint is None or word.checkpoint.verified
-        assert life.resumed == before
-        before = life.step
+            # A stop that comes when the result is published already changes nothing.
+            assert (code, word.reason) in {(143, Reason.INTERRUPTED), (0, Reason.PUBLISHED)}
+            if code:
+                assert (word.checkpoint.step if word.checkpoint else 0) == life.step
+                assert word.checkpoint is None or word.checkpoint.verified
+        if life.step:
+            assert life.resumed == before
+            before = life.step
         if life.process.exitcode == 0:
             assert course.verified_adapter() == adapter
             course, before = courses.make(), 0
     last = course.start()
     assert last.end() == 0
-    assert (last.resumed, course.verified_adapter()) == (before, adapter)
+    assert course.verified_adapter() == adapter
+    assert last.resumed == before or not last.step  # it may find the result published
     assert max(durations) < STOP_SECONDS
     outcome(f"{stops} stops, no step repeated; the longest took {max(durations):.1f} s")
 
