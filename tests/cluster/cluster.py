@@ -175,10 +175,15 @@ class Cluster:
         self.kubectl("label", "node", node, "--overwrite", *labels)
 
     def add_simulated_nodes(
-        self, count: int, product: kwok.GpuProduct = kwok.A100, gpus: int = 8, prefix: str = "gpu"
+        self,
+        count: int,
+        product: kwok.GpuProduct = kwok.A100,
+        gpus: int = 8,
+        prefix: str = "gpu",
+        simulator: str = kwok.SIMULATOR,
     ) -> None:
         """Add nodes that only KWOK plays; it must run, which `kwok_nodes` at the start takes care of."""
-        nodes = kwok.build_nodes(count, product, gpus, prefix)
+        nodes = kwok.build_nodes(count, product, gpus, prefix, simulator)
         self.kubectl("create", "--filename=-", stdin=nodes)
 
     def load_image(self, reference: str) -> str:

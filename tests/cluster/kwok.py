@@ -9,8 +9,10 @@ from tests.cluster.binaries import binary, source
 from tests.cluster.control_plane import ControlPlane
 from tests.cluster.processes import Processes
 
-SIMULATED: Final = {"kwok.x-k8s.io/node": "fake"}
-"""The annotation by which the simulator knows its own nodes."""
+SIMULATED: Final = "kwok.x-k8s.io/node"
+"""The annotation by which a simulator knows its own nodes; the value is the simulator's name."""
+SIMULATOR: Final = "kwok"
+"""The one of every cluster with simulated nodes."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ def build_gpu_labels(product: GpuProduct, count: int) -> dict[str, str]:
     }
 
 
-def build_node(name: str, product: GpuProduct, gpus: int) -> dict[str, object]:
+def build_node(name: str, product: GpuProduct, gpus: int, simulator: str = SIMULATOR) -> dict[str, object]:
     """One simulated node with GPUs."""
     offer = {"cpu": "64", "memory": "512Gi", "ephemeral-storage": "1Ti", "pods": "256", "nvidia.com/gpu": str(gpus)}
     labels = {
@@ -54,14 +56,14 @@ def build_node(name: str, product: GpuProduct, gpus: int) -> dict[str, object]:
     return {
         "apiVersion": "v1",
         "kind": "Node",
-        "metadata": {"name": name, "annotations": SIMULATED, "labels": labels},
+        "metadata": {"name": name, "annotations": {SIMULATED: simulator}, "labels": labels},
         "status": {"capacity": offer, "allocatable": offer},
     }
 
 
-def build_nodes(count: int, product: GpuProduct, gpus: int, prefix: str) -> str:
+def build_nodes(count: int, product: GpuProduct, gpus: int, prefix: str, simulator: str = SIMULATOR) -> str:
     """Return the manifests of several nodes as one list."""
-    items = [build_node(f"{prefix}-{index}", product, gpus) for index in range(count)]
+    items = [build_node(f"{prefix}-{index}", product, gpus, simulator) for index in range(count)]
     return json.dumps({"apiVersion": "v1", "kind": "List", "items": items})
 
 
@@ -71,17 +73,17 @@ def pods_that_run() -> str:
     return "\n---\n".join((folder / f"pod-{stage}.yaml").read_text() for stage in ("ready", "delete"))
 
 
-def start_simulator(plane: ControlPlane, processes: Processes, stages: str = "") -> None:
-    """Start KWOK; its pods run at once, and those of Jobs succeed at once, unless stages say otherwise."""
+def start_simulator(plane: ControlPlane, processes: Processes, stages: str = "", name: str = SIMULATOR) -> None:
+    """Start KWOK for its own nodes; their pods run at once, and those of Jobs succeed, unless stages say otherwise."""
     [port] = free_ports(1)
     config = plane.folder / "stages.yaml"
     config.write_text(stages)
     argv = [
         binary("kwok"),
         f"--kubeconfig={plane.kubeconfig}",
-        f"--manage-nodes-with-annotation-selector={'='.join(*SIMULATED.items())}",
+        f"--manage-nodes-with-annotation-selector={SIMULATED}={name}",
         f"--server-address=127.0.0.1:{port}",
         "--node-lease-duration-seconds=40",
     ]
-    processes.start("kwok", [*argv, *([f"--config={config}"] if stages else [])])
-    processes.wait_for_port("kwok", "127.0.0.1", port)
+    processes.start(name, [*argv, *([f"--config={config}"] if stages else [])])
+    processes.wait_for_port(name, "127.0.0.1", port)

@@ -14,13 +14,17 @@ from qlora_api.names import Reason
 from tests.chaos.promises import promise
 from tests.cluster.cluster import Cluster
 from tests.cluster.commands import wait_until
-from tests.cluster.kwok import A100, T4, pods_that_run
+from tests.cluster.kwok import A100, T4, GpuProduct, pods_that_run, start_simulator
 from tests.integration.operator_process import PREPARE, TRAIN, Operator, Place, install, open_place
 from tests.make import PUBLISHED_WORD, make_prepared, make_word
 
 CONFIGS: Final = Path(__file__).parents[1] / "unit/operator/plan/configs"
 SECOND: Final = "support-bot-2"
 GPU: Final = {"gpusPerNode": 1}
+MEDIUM: Final = GpuProduct("NVIDIA-L4", 23_034, (8, 9), "ada-lovelace")
+"""A product that only the test of a dead node has nodes of."""
+MORTAL: Final = "mortal"
+"""Name of the simulator that dies."""
 LONGEST_LOSS: Final = 400.0
 """Seconds until a dead node is left: Kubernetes' 50, and the 150 of docs/attempts.md, on a busy machine."""
 
@@ -114,11 +118,18 @@ def test_memory_that_did_not_suffice_is_asked_for_less(place: Place) -> None:
 )
 @pytest.mark.full_dose
 def test_a_dead_node_is_left(place: Place, outcome: Callable[[str], None]) -> None:
-    prepare(place, "llama-2-70b")
+    cluster = place.cluster
+    assert cluster.plane
+    assert cluster.processes
+    # Its nodes are silent as soon as the process is gone.
+    start_simulator(cluster.plane, cluster.processes, pods_that_run(), MORTAL)
+    cluster.add_simulated_nodes(1, MEDIUM, 1, "mortal", MORTAL)
+    prepare(place, "llama-3.2-3b", gpuProduct=MEDIUM.name)
     place.wait_for("Training")
     node = node_of(place, TRAIN)
-    silence = json.dumps({"metadata": {"annotations": {"kwok.x-k8s.io/node": None}}})
-    place.cluster.kubectl("patch", "node", node, "--type=merge", f"--patch={silence}")
+    assert node == "mortal-0"
+    cluster.add_simulated_nodes(1, MEDIUM, 1, "medium")
+    cluster.processes.stop(MORTAL)
     wait_until("second attempt", lambda: SECOND in place.jobs(), timeout=LONGEST_LOSS)
     assert node_of(place, SECOND) != node
     place.wait_for("Training")
