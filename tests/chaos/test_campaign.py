@@ -1,0 +1,141 @@
+"""Whatever manifest is applied, it is refused, or its run ends or waits in a state that has a name.
+
+The method is Acto's (Gu et al., SOSP 2023): manifests are made from the schema, and what is looked at is not a test's
+expectation of each of them but what must hold for all.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+from qlora_api import names
+from qlora_api.names import Role
+from tests.chaos.admin import Admin
+from tests.chaos.mutations import Mutation, random_mutations, systematic
+from tests.chaos.promises import Dose, promise
+from tests.cluster.cluster import Cluster
+from tests.cluster.commands import wait_until
+from tests.integration.operator_process import Operator, Place, open_place, wire_now
+from tests.make import PREPARED_WORD, PUBLISHED_WORD
+
+REFUSALS: Final = frozenset({400, 413, 422})
+WAITING: Final = frozenset({"Suspended", "Queued"})
+"""Phases that only a person or a queue ends."""
+JOBS: Final = f"/apis/{names.GROUP}/{names.VERSION}/namespaces/{{namespace}}/{names.PLURAL}"
+
+
+class Campaign:
+    """Applies manifests, plays their pods, and looks at what becomes of them."""
+
+    def __init__(self, admin: Admin, namespace: str) -> None:
+        self.admin = admin
+        self.path = JOBS.format(namespace=namespace)
+        self.pods = f"/api/v1/namespaces/{namespace}/pods"
+        self.namespace = namespace
+        self.accepted: dict[str, Mutation] = {}
+        self.refusals: list[str] = []
+        self._ended: set[str] = set()
+
+    def submit(self, number: int, mutation: Mutation) -> None:
+        """Apply one manifest; the API server may refuse it, but not fail on it."""
+        name = f"m-{number}"
+        code, answer = self.admin.ask("POST", self.path, mutation.manifest(name, self.namespace))
+        if code == 201:
+            self.accepted[name] = mutation
+        else:
+            assert code in REFUSALS, (mutation, code, answer)
+            self.refusals.append(f"{mutation.what}: {answer['message']}")
+
+    def settled(self) -> bool:
+        """Play what pods there are, and say whether every run has ended or waits for somebody."""
+        for pod in self.admin.items(self.pods):
+            if pod["metadata"]["name"] not in self._ended:
+                self._end(pod)
+        return all(is_settled(job) for job in self.jobs())
+
+    def _end(self, pod: dict[str, Any]) -> None:
+        name = pod["metadata"]["name"]
+        role = pod["metadata"]["labels"].get(names.ROLE_LABEL)
+        word = PREPARED_WORD if role == Role.PREPARE else PUBLISHED_WORD
+        ended = {
+            "exitCode": 0,
+            "message": word,
+            "reason": "Completed",
+            "startedAt": wire_now(),
+            "finishedAt": wire_now(),
+        }
+        container = {
+            "name": names.CONTAINER, "state": {"terminated": ended}, "image": "trainer:test", "imageID": "",
+            "ready": False, "restartCount": 0,
+        }  # fmt: skip
+        self.admin.patch_status(f"{self.pods}/{name}", {"phase": "Succeeded", "containerStatuses": [container]})
+        self._ended.add(name)
+
+    def jobs(self) -> list[dict[str, Any]]:
+        """Return every QLoRAJob."""
+        return self.admin.items(self.path)
+
+
+def conditions_of(job: dict[str, Any]) -> dict[str, str]:
+    """Return the conditions by type."""
+    return {entry["type"]: entry["status"] for entry in job["status"].get("conditions", ())}
+
+
+def is_settled(job: dict[str, Any]) -> bool:
+    """Whether nothing but a person changes this run, and the operator has said so of its newest generation."""
+    holds, status = conditions_of(job), job["status"]
+    ended = "True" in {holds.get("Ready"), holds.get("Stalled")}
+    waits = status.get("phase") in WAITING and holds.get("Ready") == "False"
+    return bool(status["observedGeneration"] == job["metadata"]["generation"]) and (ended or waits)
+
+
+@pytest.fixture
+def place(installed: Cluster, request: pytest.FixtureRequest) -> Iterator[Place]:
+    with open_place(installed, request.node.name) as place:
+        yield place
+
+
+@pytest.fixture
+def campaign(installed: Cluster, place: Place, tmp_path: Path) -> Iterator[Campaign]:
+    """An operator for one namespace, whose log shows no traceback in the end."""
+    operator = Operator(installed, tmp_path, place.namespace).start()
+    admin = Admin(installed, tmp_path)
+    yield Campaign(admin, place.namespace)
+    admin.close()
+    operator.stop()
+    assert not re.search("Traceback|serviceaccount:[^ ]+ cannot", operator.log.read_text())
+
+
+@promise(
+    fault="Manifests with any value in any field",
+    promise="Each is refused by the API server, or its run ends Ready or Stalled, or waits for a person or a queue, "
+    "with status.observedGeneration up to date; the operator's log has no traceback.",
+    how="Every bound and type of the CRD's schema, and combinations by hypothesis; pods report success.",
+)
+@pytest.mark.timeout(1800)
+def test_every_manifest_comes_to_a_state_with_a_name(
+    campaign: Campaign, dose: Dose, outcome: Callable[[str], None]
+) -> None:
+    edges = list(systematic())
+    chosen = edges[:: max(len(edges) // dose(short=30, full=800), 1)]
+    mutations = [*chosen, *random_mutations(dose(short=20, full=400))]
+    for number, mutation in enumerate(mutations):
+        campaign.submit(number, mutation)
+    try:
+        wait_until("settled runs", campaign.settled, timeout=dose(short=120, full=600), interval=1)
+    finally:
+        unsettled = {
+            campaign.accepted[name].what: job["status"]
+            for job in campaign.jobs()
+            if not is_settled(job) and (name := job["metadata"]["name"])
+        }
+        print(unsettled)
+    phases = Counter(job["status"]["phase"] for job in campaign.jobs())
+    told = ", ".join(f"{count} {phase}" for phase, count in sorted(phases.items()))
+    print("refused:", *campaign.refusals, sep="\n  ")
+    outcome(f"{len(mutations)} manifests: {len(campaign.refusals)} refused, {told}")
+    assert sum(phases.values()) == len(campaign.accepted) > 0

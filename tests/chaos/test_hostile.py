@@ -1,0 +1,121 @@
+"""Somebody writes nonsense into the status: nothing begins again, nothing is done twice, and the operator lives on."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+from qlora_api import names
+from tests.chaos.admin import Admin
+from tests.chaos.promises import promise
+from tests.cluster.cluster import Cluster
+from tests.cluster.commands import wait_until
+from tests.integration.operator_process import NAME, PREPARE, TRAIN, Operator, Place, open_place
+from tests.make import PUBLISHED_WORD
+
+LONG_AGO: Final = "2001-01-01T00:00:00Z"
+LOST: Final = {"number": 1, "job": TRAIN, "reason": "PodLost", "message": "", "finishedAt": LONG_AGO}
+EDITS: Final[dict[str, Any]] = {
+    "no-status": None,
+    "succeeded": {"phase": "Succeeded", "reason": "Published"},
+    "failed": {"phase": "Failed", "reason": "DatasetInvalid"},
+    "pending": {"phase": "Pending", "reason": "Accepted"},
+    "no-attempts": {"attempts": []},
+    "no-plan": {"plan": None},
+    "no-output": {"output": None, "model": None, "dataset": None},
+    "lost-attempt": {"attempts": [LOST]},
+    "attempt-99": {"attempts": [{"number": 99, "job": "elsewhere", "message": ""}]},
+    "ended-attempt-7": {"attempts": [{"number": 7, "job": "elsewhere", "reason": "Interrupted", "message": ""}]},
+    "other-plan": {
+        "plan": {
+            "device": "cuda", "nodes": 64, "gpusPerNode": 16, "microBatchSize": 1, "gradientAccumulation": 1,
+            "totalSteps": 1, "reasons": [],
+        }
+    },
+    "from-the-future": {"observedGeneration": 2**40, "startedAt": "2999-01-01T00:00:00Z", "finishedAt": LONG_AGO},
+    "no-conditions": {"conditions": []},
+}  # fmt: skip
+"""What somebody with rights to the status may write; the API server takes all of it."""
+
+Scene = tuple[Place, Operator, Admin]
+
+
+@pytest.fixture
+def scene(
+    installed: Cluster, request: pytest.FixtureRequest, tmp_path: Path
+) -> Iterator[tuple[Place, Operator, Admin]]:
+    """A namespace, its operator, and an administrator."""
+    with open_place(installed, request.node.name) as place:
+        operator, admin = Operator(installed, tmp_path, place.namespace).start(), Admin(installed, tmp_path)
+        yield place, operator, admin
+        admin.close()
+        operator.stop()
+        assert not re.search("Traceback|serviceaccount:[^ ]+ cannot", operator.log.read_text())
+
+
+def edit(place: Place, admin: Admin, status: Any) -> None:
+    """Write into the status, as `kubectl edit --subresource=status` would."""
+    path = f"/apis/{names.GROUP}/{names.VERSION}/namespaces/{place.namespace}/{names.PLURAL}/{NAME}"
+    if status is None:
+        job = admin.ask("GET", path)[1]
+        code, answer = admin.ask("PUT", f"{path}/status", {key: job[key] for key in job if key != "status"})
+    else:
+        code, answer = admin.patch_status(path, status)
+    assert code == 200, answer
+
+
+def look_again(place: Place) -> None:
+    """Have the operator work on the run, and return when it has."""
+    generation = int(place.metadata("qlorajob", NAME)["generation"]) + 1
+    change = json.dumps({"spec": {"retries": {"maxAttempts": generation + 1}}})
+    place.kubectl("patch", "qlorajob", NAME, "--type=merge", f"--patch={change}")
+    wait_until("a look", lambda: place.status().get("observedGeneration") == generation, timeout=20)
+
+
+@promise(
+    fault="Somebody edits the status of a finished run",
+    promise="Nothing is trained again: no Job is made, and a status that was wiped is found again from the children.",
+    how="Thirteen edits that the schema allows, one by one, each after a publication.",
+)
+@pytest.mark.parametrize("name", EDITS)
+def test_a_finished_run_is_not_started_again(name: str, scene: Scene) -> None:
+    place, _, admin = scene
+    place.live_to_the_end()
+    before = place.jobs()
+    edit(place, admin, EDITS[name])
+    look_again(place)
+    wait_until("an end", lambda: place.status().get("phase") in {"Succeeded", "Failed"}, timeout=20)
+    assert place.jobs() == before
+
+
+@promise(
+    fault="Somebody edits the status of a run that trains",
+    promise="Its training Job is never beside another one that runs, and the operator goes on.",
+    how="Thirteen edits that the schema allows, one by one, each during the training.",
+)
+@pytest.mark.parametrize("name", EDITS)
+def test_a_running_run_is_not_doubled(name: str, scene: Scene) -> None:
+    place, operator, admin = scene
+    place.live_to_training()
+    edit(place, admin, EDITS[name])
+    look_again(place)
+    assert len(running(place)) <= 1
+    if TRAIN in place.jobs() and "deletionTimestamp" not in place.metadata("job", TRAIN):
+        place.end_pod(TRAIN, 0, PUBLISHED_WORD)
+        look_again(place)
+    assert len(running(place)) <= 1
+    assert operator.healthy()
+
+
+def running(place: Place) -> list[str]:
+    """Names of training Jobs that have not ended, and are not about to."""
+    return [
+        job["metadata"]["name"]
+        for job in place.items("jobs")
+        if job["metadata"]["name"] != PREPARE
+        and "deletionTimestamp" not in job["metadata"]
+        and not any(entry["status"] == "True" for entry in job["status"].get("conditions", ()))
+    ]
