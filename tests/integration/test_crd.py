@@ -66,7 +66,7 @@ def test_a_minimal_job_gets_every_default_and_counts_as_in_progress(created):
         "rank": 16, "alpha": 32, "dropout": 0.05, "targets": ["q_proj", "v_proj"], "dora": False, "rslora": False,
         "init": "default", "rankPattern": {}, "alphaPattern": {}, "modulesToSave": [],
     }  # fmt: skip
-    assert job["spec"]["deadlines"] == {"startup": "30m", "total": "24h"}
+    assert job["spec"]["deadlines"] == {"heartbeat": "10m", "startup": "30m", "total": "24h"}
     assert job["status"] == {"observedGeneration": -1}
 
 

@@ -86,7 +86,7 @@ def ended(end: Exit, **pod: Any) -> ChildJob:
                 make_exit(137), disruption="TerminationByKubelet", reason="Evicted", message="low on ephemeral-storage"
             ),
             Reason.EVICTED,
-            "low on disk",
+            "low on ephemeral-storage",
             id="evicted",
         ),
         pytest.param(

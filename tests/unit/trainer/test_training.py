@@ -97,7 +97,7 @@ def test_a_stop_takes_effect_after_the_step_and_its_state_can_be_kept():
         return True
 
     watcher = dataclasses.replace(
-        DEAF, step=note, wants=wants, keep=lambda state: kept.append(len(state.history.steps))
+        DEAF, step=note, wants=wants, keep=lambda state, _: kept.append(len(state.history.steps))
     )
     with pytest.raises(RunError) as caught:
         make_test_loop(make_tuned(), token_rows(8)).run(stop, watcher)
