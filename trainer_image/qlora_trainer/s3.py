@@ -11,10 +11,12 @@ from typing import Any, Final
 import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
+from s3transfer.utils import S3_RETRYABLE_DOWNLOAD_ERRORS
 
 from qlora_api.names import Reason
 from qlora_api.runconfig import S3Config
 from qlora_trainer.errors import RunError
+from qlora_trainer.multipart import SINGLE_PUT_BYTES, upload_in_parts
 from qlora_trainer.pulse import PULSE
 from qlora_trainer.secrets import Credentials
 from qlora_trainer.store import AlreadyThereError, Entry, MissingObjectError, Owner, sha256_of
@@ -27,6 +29,8 @@ _CONFLICT_WAIT_SECONDS: Final = 0.5
 _ATTEMPTS: Final = 8
 """Tries of one request. A run makes hundreds of them: where 30 % fail, four tries lose one in a hundred, and eight one
 in 10,000. With boto3's back-off an unreachable endpoint is given up after about a minute."""
+_BODIES: Final = 5
+"""Tries of an object whose content breaks off, as many as boto3's own downloads take."""
 _DIGEST_METADATA: Final = "sha256"
 """User metadata with our own digest, for servers that keep no checksums."""
 
@@ -86,7 +90,13 @@ class S3Store:
     def read(self, path: str) -> bytes:
         """Return an object's content."""
         with self._translated(path):
-            content: bytes = self._client.get_object(Bucket=self._bucket, Key=self._key(path))["Body"].read()
+            for _ in range(_BODIES - 1):
+                with contextlib.suppress(*S3_RETRYABLE_DOWNLOAD_ERRORS):
+                    return self._content(path)
+            return self._content(path)
+
+    def _content(self, path: str) -> bytes:
+        content: bytes = self._client.get_object(**self._target(path))["Body"].read()
         return content
 
     def download(self, path: str, target: Path) -> None:
@@ -104,19 +114,10 @@ class S3Store:
             return self._verify(path, size, digest)
 
     def _upload(self, path: str, source: Path | bytes, digest: str, if_none_match: bool) -> None:
-        extra: dict[str, Any] = {"IfNoneMatch": "*"} if if_none_match else {}
-        if self._sends_checksums:
-            extra["ChecksumSHA256"] = _base64_of(digest)
+        condition: dict[str, Any] = {"IfNoneMatch": "*"} if if_none_match else {}
         for attempt in range(1, _CONFLICTS + 1):
             try:
-                with _opened(source) as body:
-                    self._client.put_object(
-                        Bucket=self._bucket,
-                        Key=self._key(path),
-                        Body=body,
-                        Metadata={_DIGEST_METADATA: digest},
-                        **extra,
-                    )
+                self._send(path, source, digest, condition)
             except ClientError as error:
                 if _code(error) in {"412", "PreconditionFailed"}:
                     raise AlreadyThereError(path) from error
@@ -126,11 +127,23 @@ class S3Store:
             else:
                 return
 
+    def _send(self, path: str, source: Path | bytes, digest: str, condition: dict[str, Any]) -> None:
+        target, metadata = self._target(path), {"Metadata": {_DIGEST_METADATA: digest}}
+        if isinstance(source, Path) and source.stat().st_size > SINGLE_PUT_BYTES:
+            checksum = {"ChecksumAlgorithm": "SHA256"} if self._sends_checksums else {}
+            upload_in_parts(self._client, source, target, start=metadata | checksum, end=condition)
+            return
+        checksum = {"ChecksumSHA256": _base64_of(digest)} if self._sends_checksums else {}
+        with _opened(source) as body:
+            self._client.put_object(**target, **metadata, **checksum, **condition, Body=body)
+
     def _verify(self, path: str, size: int, digest: str) -> bool:
         """Compare what the store has with what was sent, and return whether it knows the content's SHA-256."""
         mode = {"ChecksumMode": "ENABLED"} if self._sends_checksums else {}
-        head = self._client.head_object(Bucket=self._bucket, Key=self._key(path), **mode)
-        stored = head.get("ChecksumSHA256", _base64_of(digest))
+        head = self._client.head_object(**self._target(path), **mode)
+        known = head.get("ChecksumSHA256", "")
+        # Of what was sent in parts S3 keeps the checksum of the parts' checksums, "…-3", and compared each of them.
+        stored = known if known and "-" not in known else _base64_of(digest)
         noted = head.get("Metadata", {}).get(_DIGEST_METADATA, digest)
         if (head["ContentLength"], stored, noted) != (size, _base64_of(digest), digest):
             raise RunError(
@@ -138,13 +151,13 @@ class S3Store:
                 f"{self._owner.field}: {self.root}/{path} reads back different from what was sent "
                 f"({head['ContentLength']} of {size} bytes); check the object store",
             )
-        return "ChecksumSHA256" in head
+        return bool(known)
 
     def exists(self, path: str) -> bool:
         """Return whether there is such an object."""
         try:
             with self._translated(path):
-                self._client.head_object(Bucket=self._bucket, Key=self._key(path))
+                self._client.head_object(**self._target(path))
         except MissingObjectError:
             return False
         return True
@@ -152,13 +165,16 @@ class S3Store:
     def sha256(self, path: str) -> str:
         """Return the SHA-256 that an object was written with, empty where the server kept none."""
         with self._translated(path):
-            head = self._client.head_object(Bucket=self._bucket, Key=self._key(path))
+            head = self._client.head_object(**self._target(path))
         return str(head.get("Metadata", {}).get(_DIGEST_METADATA, ""))
 
     def delete(self, path: str) -> None:
         """Remove an object."""
         with self._translated(path):
-            self._client.delete_object(Bucket=self._bucket, Key=self._key(path))
+            self._client.delete_object(**self._target(path))
+
+    def _target(self, path: str) -> dict[str, str]:
+        return {"Bucket": self._bucket, "Key": self._key(path)}
 
     def _key(self, path: str) -> str:
         return f"{self._prefix}{path}" if path else self._prefix.rstrip("/")

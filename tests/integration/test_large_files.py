@@ -1,0 +1,86 @@
+"""Files beyond what S3 takes in one request, and content that breaks off on its way, with a real S3 server."""
+
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+
+import pytest
+
+from qlora_api.runconfig import S3Config
+from qlora_trainer import multipart, s3
+from qlora_trainer.errors import RunError
+from qlora_trainer.s3 import S3Store
+from qlora_trainer.secrets import Credentials
+from qlora_trainer.store import OUTPUT, AlreadyThereError
+from tests.cluster.s3 import S3
+from tests.unit.trainer.tiny import serving
+
+PART_BYTES = 5 * 1024**2
+"""S3's smallest part."""
+
+
+@pytest.fixture
+def store(s3: S3, monkeypatch: pytest.MonkeyPatch) -> S3Store:
+    """A store for which anything beyond a part is large."""
+    monkeypatch.setattr("qlora_trainer.s3.SINGLE_PUT_BYTES", PART_BYTES)
+    monkeypatch.setattr(multipart, "_PART_BYTES", PART_BYTES)
+    return S3Store(f"s3://{s3.make_bucket('large')}/result", OUTPUT, Credentials(s3.environment()), S3Config())
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> Path:
+    """A file of three parts."""
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(bytes(range(251)) * (2 * PART_BYTES // 251 + 1000))
+    return path
+
+
+def uploads_under_way(store: S3Store) -> list[str]:
+    found = store._client.list_multipart_uploads(Bucket=store._bucket)
+    return [upload["Key"] for upload in found.get("Uploads", ())]
+
+
+def test_a_large_file_goes_in_parts_and_comes_back_whole(store: S3Store, large: Path, tmp_path: Path) -> None:
+    store.put("model.safetensors", large, if_none_match=True)
+    etag = store.list()[0].etag
+    assert etag.endswith("-3")
+    store.download("model.safetensors", tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == large.read_bytes()
+    assert uploads_under_way(store) == []
+
+
+def test_a_large_file_is_not_replaced_and_leaves_no_parts(store: S3Store, large: Path) -> None:
+    store.put("model.safetensors", b"somebody else's")
+    with pytest.raises(AlreadyThereError):
+        store.put("model.safetensors", large, if_none_match=True)
+    assert store.read("model.safetensors") == b"somebody else's"
+    assert uploads_under_way(store) == []
+
+
+class Breaking(BaseHTTPRequestHandler):
+    """Promises ten bytes, and sends four of them until its patience is over."""
+
+    breaks = 0
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", "10")
+        self.end_headers()
+        broken = type(self).breaks > 0
+        type(self).breaks -= 1
+        self.wfile.write(b"0123" if broken else b"0123456789")
+
+    def log_message(self, *_: object) -> None:
+        """Be quiet."""
+
+
+@pytest.mark.parametrize("breaks", [s3._BODIES - 1, s3._BODIES])
+def test_content_that_breaks_off_is_read_again(breaks: int) -> None:
+    server = type("Server", (Breaking,), {"breaks": breaks})
+    with serving(server) as address:
+        keys = Credentials({"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_ENDPOINT_URL": address})
+        store = S3Store("s3://adapters/result", OUTPUT, keys, S3Config())
+        if breaks < s3._BODIES:
+            assert store.read("manifest.json") == b"0123456789"
+        else:
+            with pytest.raises(RunError, match="check the object store"):
+                store.read("manifest.json")
