@@ -14,6 +14,7 @@ import yaml
 from qlora_api import crd
 from qlora_api.guidance import GUIDANCE
 from qlora_api.names import KIND, Reason
+from qlora_operator.chart import build_values_schema, read_values, render_values_table
 from qlora_operator.cluster.permissions import build_cluster_rules, build_home_rules, build_rules
 from qlora_operator.recovery.retries import DISRUPTIONS, REMEDIES, REMEDY_SENTENCES
 from qlora_operator.validity import render_table
@@ -55,6 +56,43 @@ def chart_rules_file() -> str:
         f'{{{{- define "qlora-operator.{name}" -}}}}\n{_to_yaml(rules)}{{{{- end }}}}\n'
         for name, rules in defined.items()
     )
+
+
+def _chart_file(name: str) -> str:
+    return (Path(CHART) / name).read_text(encoding="utf-8")
+
+
+def chart_values_schema_file() -> str:
+    """What `helm install` accepts as values."""
+    schema = build_values_schema(read_values(_chart_file("values.yaml")))
+    return json.dumps({"$comment": _NOTE, **schema}, indent=1, ensure_ascii=False) + "\n"
+
+
+def chart_readme_file() -> str:
+    """The chart's page, with every value."""
+    chart = yaml.safe_load(_chart_file("Chart.yaml"))
+    lines = [
+        f"<!-- {_NOTE} -->",
+        f"# {chart['name']}",
+        "",
+        f"Version {chart['version']}, of operator {chart['appVersion']}, for Kubernetes {chart['kubeVersion']}.",
+        "",
+        chart["description"],
+        "",
+        "```console",
+        f"$ helm upgrade --install {chart['name']} {CHART} --namespace qlora-system --create-namespace",
+        "```",
+        "",
+        "An upgrade keeps your values with `--reset-then-reuse-values`; `--reuse-values` would hide the new version's",
+        "defaults. [Running the operator](../../docs/operations.md) tells what the values do together.",
+        "",
+        "## Values",
+        "",
+        "A value that is not in this table, or of another type, is refused before anything is installed.",
+        "",
+        *render_values_table(read_values(_chart_file("values.yaml"))),
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def editor_schema_file() -> str:
@@ -190,6 +228,8 @@ FILES: Final[dict[str, Callable[[], str]]] = {
     "crds/qlorajob.schema.json": editor_schema_file,
     f"{CHART}/templates/crd.yaml": chart_crd_file,
     f"{CHART}/templates/_rules.tpl": chart_rules_file,
+    f"{CHART}/values.schema.json": chart_values_schema_file,
+    f"{CHART}/README.md": chart_readme_file,
     "docs/reference/fields.md": field_reference_file,
     "docs/reference/reasons.md": reason_reference_file,
     "docs/reference/distribution.md": validity_file,

@@ -1,0 +1,120 @@
+"""What is generated from the comments of the chart's values.yaml: the values' schema, and their table in the README.
+
+`# -- ` starts the description of the value below it, as in helm-docs; `# @schema {…}` adds JSON Schema to what its
+default tells. A mapping in block style is a group of values, one in flow style is a value.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import yaml
+
+_COMMENT: Final = re.compile(r"^ *# ?(?P<text>.*)$")
+_KEY: Final = re.compile(r"^(?P<indent> *)(?P<key>[A-Za-z]\w*):(?P<rest>.*)$")
+_DESCRIPTION: Final = "-- "
+_SCHEMA: Final = "@schema "
+_TYPES: Final = {bool: "boolean", int: "integer", str: "string", list: "array", dict: "object"}
+
+
+class ValuesError(Exception):
+    """Whoever wrote values.yaml must change a comment."""
+
+
+@dataclass(frozen=True)
+class Value:
+    """One key of values.yaml that a user may set."""
+
+    path: tuple[str, ...]
+    default: Any
+    description: str
+    schema: Mapping[str, Any]
+
+
+@dataclass
+class _Comments:
+    """What stands above a key."""
+
+    description: list[str] = field(default_factory=list)
+    schema: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, text: str) -> None:
+        if text.startswith(_SCHEMA):
+            self.schema |= yaml.safe_load(text.removeprefix(_SCHEMA))
+        elif text.startswith(_DESCRIPTION):
+            self.description = [text.removeprefix(_DESCRIPTION)]
+        elif self.description:
+            self.description.append(text)
+
+
+def read_values(text: str) -> Iterator[Value]:
+    """Return every value, in the order of the file; one without a description is an error."""
+    defaults = yaml.safe_load(text)
+    comments, path = _Comments(), [""] * 0
+    for line in text.splitlines():
+        if comment := _COMMENT.match(line):
+            comments.add(comment["text"])
+            continue
+        if key := _KEY.match(line):
+            path = [*path[: len(key["indent"]) // 2], key["key"]]
+            default = _look_up(defaults, path)
+            if key["rest"].strip() or not isinstance(default, dict):
+                yield _make_value(tuple(path), default, comments)
+        comments = _Comments()
+
+
+def _look_up(defaults: Any, path: list[str]) -> Any:
+    for key in path:
+        defaults = defaults[key]
+    return defaults
+
+
+def _make_value(path: tuple[str, ...], default: Any, comments: _Comments) -> Value:
+    if not comments.description:
+        raise ValuesError(f"{'.'.join(path)} has no description: write `# -- …` above it")
+    return Value(path, default, " ".join(comments.description), comments.schema)
+
+
+def build_values_schema(values: Iterator[Value]) -> dict[str, Any]:
+    """Return a schema that refuses every value that the chart does not read; `global` is Helm's."""
+    root = _group()
+    for value in values:
+        group = root
+        for key in value.path[:-1]:
+            group = group["properties"].setdefault(key, _group())
+        group["properties"][value.path[-1]] = _leaf(value)
+    root["properties"]["global"] = {"type": "object"}
+    return {"$schema": "http://json-schema.org/draft-07/schema#", "title": "Values of qlora-operator", **root}
+
+
+def _group() -> dict[str, Any]:
+    return {"type": "object", "additionalProperties": False, "properties": {}}
+
+
+def _leaf(value: Value) -> dict[str, Any]:
+    told = {"type": _TYPES[type(value.default)]} if value.default is not None else {}
+    leaf = {"description": value.description, "default": value.default, **told, **value.schema}
+    if "type" not in leaf:
+        raise ValuesError(f"{'.'.join(value.path)} has no default: write its type into `# @schema {{…}}`")
+    return leaf
+
+
+def render_values_table(values: Iterator[Value]) -> Iterator[str]:
+    """Return the table of helm-docs."""
+    yield "| Key | Type | Default | Description |"
+    yield "|-----|------|---------|-------------|"
+    for value in values:
+        leaf = _leaf(value)
+        default = json.dumps(value.default, ensure_ascii=False)
+        choices = f" One of {', '.join(f'`{choice}`' for choice in leaf['enum'])}." if "enum" in leaf else ""
+        cells = (".".join(value.path), _kind_of(leaf), f"`{default}`", value.description + choices)
+        yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+
+def _kind_of(leaf: Mapping[str, Any]) -> str:
+    """Return helm-docs's word for a type."""
+    words = {"boolean": "bool", "integer": "int", "array": "list"}
+    kinds = [leaf["type"]] if isinstance(leaf["type"], str) else leaf["type"]
+    return " or ".join(words.get(kind, kind) for kind in kinds)
