@@ -15,7 +15,13 @@ from qlora_api import crd
 from qlora_api.guidance import GUIDANCE
 from qlora_api.names import KIND, Reason
 from qlora_operator.chart import build_values_schema, read_values, render_values_table
-from qlora_operator.cluster.permissions import build_cluster_rules, build_home_rules, build_rules
+from qlora_operator.cluster.permissions import (
+    build_cluster_rules,
+    build_edit_rules,
+    build_home_rules,
+    build_rules,
+    build_view_rules,
+)
 from qlora_operator.recovery.retries import DISRUPTIONS, REMEDIES, REMEDY_SENTENCES
 from qlora_operator.validity import render_table
 
@@ -50,8 +56,14 @@ def chart_crd_file() -> str:
 
 
 def chart_rules_file() -> str:
-    """The operator's RBAC rules: those of QLoRAJobs' namespaces, of the cluster, and of its own namespace."""
-    defined = {"rules": build_rules(), "clusterRules": build_cluster_rules(), "homeRules": build_home_rules()}
+    """The RBAC rules: the operator's where QLoRAJobs are, in the cluster and in its own namespace, and its users'."""
+    defined = {
+        "rules": build_rules(),
+        "clusterRules": build_cluster_rules(),
+        "homeRules": build_home_rules(),
+        "viewRules": build_view_rules(),
+        "editRules": build_edit_rules(),
+    }
     return f"{{{{- /* {_NOTE} */ -}}}}\n" + "\n".join(
         f'{{{{- define "qlora-operator.{name}" -}}}}\n{_to_yaml(rules)}{{{{- end }}}}\n'
         for name, rules in defined.items()

@@ -29,3 +29,15 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- printf "%s:%s" .image.repository (.image.tag | default .chart.AppVersion) -}}
 {{- end -}}
 {{- end -}}
+
+{{- define "qlora-operator.account" -}}
+{{- if .Values.serviceAccount.create -}}
+{{- .Values.serviceAccount.name | default (include "qlora-operator.fullname" .) -}}
+{{- else -}}
+{{- required "serviceAccount.name must name an account of the release's namespace where serviceAccount.create is false" .Values.serviceAccount.name -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "qlora-operator.subjects" -}}
+- {kind: ServiceAccount, name: {{ include "qlora-operator.account" . }}, namespace: {{ .Release.Namespace }}}
+{{- end -}}

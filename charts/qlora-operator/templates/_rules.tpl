@@ -94,3 +94,27 @@
   verbs:
   - patch
 {{- end }}
+
+{{- define "qlora-operator.viewRules" -}}
+- apiGroups:
+  - qlora.dev
+  resources:
+  - qlorajobs
+  verbs:
+  - get
+  - list
+  - watch
+{{- end }}
+
+{{- define "qlora-operator.editRules" -}}
+- apiGroups:
+  - qlora.dev
+  resources:
+  - qlorajobs
+  verbs:
+  - create
+  - update
+  - patch
+  - delete
+  - deletecollection
+{{- end }}

@@ -1,4 +1,4 @@
-"""What the operator may do, as data: the chart's RBAC rules are generated from it.
+"""What the operator and its users may do, as data: the chart's RBAC rules are generated from it.
 
 There is no verb on secrets, none on pods/exec, and no wildcard; a test keeps it so. kopf needs nothing beyond the
 watches below: scanning, peering and event posting are off.
@@ -52,6 +52,19 @@ HOME: Final = (
 )
 """In the operator's own namespace."""
 
+VIEW: Final = (Permission(names.GROUP, names.PLURAL, ("get", "list", "watch"), "Follow the runs of a namespace."),)
+"""What the chart adds to Kubernetes's ClusterRole `view`, and thereby to edit and admin."""
+
+EDIT: Final = (
+    Permission(
+        names.GROUP,
+        names.PLURAL,
+        ("create", "update", "patch", "delete", "deletecollection"),
+        "Start, suspend and delete runs; their status is the operator's alone.",
+    ),
+)
+"""What it adds to `edit` and `admin`."""
+
 
 def _to_rules(permissions: tuple[Permission, ...]) -> list[dict[str, Any]]:
     return [
@@ -73,3 +86,13 @@ def build_cluster_rules() -> list[dict[str, Any]]:
 def build_home_rules() -> list[dict[str, Any]]:
     """Return the rules of the Role in the operator's own namespace."""
     return _to_rules(HOME)
+
+
+def build_view_rules() -> list[dict[str, Any]]:
+    """Return the rules of people who look at runs."""
+    return _to_rules(VIEW)
+
+
+def build_edit_rules() -> list[dict[str, Any]]:
+    """Return the rules of people who make runs."""
+    return _to_rules(EDIT)

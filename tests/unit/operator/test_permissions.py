@@ -2,11 +2,15 @@
 
 from qlora_operator.cluster.permissions import (
     CLUSTER,
+    EDIT,
     HOME,
     NAMESPACED,
+    VIEW,
     build_cluster_rules,
+    build_edit_rules,
     build_home_rules,
     build_rules,
+    build_view_rules,
 )
 
 
@@ -32,7 +36,17 @@ def test_in_its_own_namespace_it_may_lead() -> None:
     }
 
 
+def test_users_read_and_write_runs_and_leave_the_status_to_the_operator() -> None:
+    assert {f"{entry.group}/{entry.resource}": " ".join(entry.verbs) for entry in VIEW} == {
+        "qlora.dev/qlorajobs": "get list watch",
+    }
+    assert {f"{entry.group}/{entry.resource}": " ".join(entry.verbs) for entry in EDIT} == {
+        "qlora.dev/qlorajobs": "create update patch delete deletecollection",
+    }
+
+
 def test_rules_have_no_wildcard_and_no_secret() -> None:
-    rules = build_rules() + build_cluster_rules() + build_home_rules()
+    operator = build_rules() + build_cluster_rules() + build_home_rules()
+    rules = operator + build_view_rules() + build_edit_rules()
     words = {word for rule in rules for values in rule.values() for word in values}
     assert not words & {"*", "secrets", "pods/exec", "impersonate", "escalate", "bind"}
