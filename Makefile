@@ -8,7 +8,7 @@ BIN := .venv/bin
 UV_VERSION := 0.13.9
 LOCKS := requirements/operator.txt requirements/trainer.txt requirements/cli.txt requirements/dev.txt
 
-.PHONY: help setup lock generate check test unit integration e2e chaos mutants bench-trainer bench-plan bench-memory bench-scale gpu demo cluster cluster-down
+.PHONY: help setup lock generate check test unit integration e2e chaos mutants bench-trainer bench-plan bench-memory bench-checkpoints bench-scale gpu demo cluster cluster-down
 
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -65,6 +65,9 @@ bench-trainer: setup ## the trainer against TRL and the copied recipe on this CP
 
 bench-memory: setup ## predicted against measured memory of training steps on this CPU (5 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.memory
+
+bench-checkpoints: setup ## how long a training waits for its checkpoints in S3 (5 minutes)
+	$(BIN)/python -m benchmarks.checkpoints
 
 bench-scale: setup ## 10,000 QLoRAJobs and JobSet beside them on a real control plane (20 minutes; nothing else should run)
 	$(BIN)/python -m benchmarks.scale

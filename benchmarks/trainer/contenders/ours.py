@@ -12,46 +12,29 @@ from benchmarks.trainer import task  # noqa: E402
 from benchmarks.trainer.contenders.command import Order, read_order  # noqa: E402
 from benchmarks.trainer.exam import make_exam  # noqa: E402
 from benchmarks.trainer.measurement import Stopwatch  # noqa: E402
+from benchmarks.trainer.ready import make_ready  # noqa: E402
 from qlora_api.report import StepRecord  # noqa: E402
-from qlora_api.runconfig import PrepareConfig, RunConfig  # noqa: E402
 from qlora_api.v1alpha1 import QLoRAJobSpec  # noqa: E402
-from qlora_operator.plan import make_plan  # noqa: E402
-from qlora_trainer import stages  # noqa: E402
 from qlora_trainer.architecture import load_tokenizer  # noqa: E402
 from qlora_trainer.batches import rows_of_step  # noqa: E402
-from qlora_trainer.distributed import join_planned_world  # noqa: E402
 from qlora_trainer.interrupt import StopFlag  # noqa: E402
-from qlora_trainer.output import open_output  # noqa: E402
-from qlora_trainer.prepare import prepare  # noqa: E402
-from qlora_trainer.secrets import load_secrets  # noqa: E402
-from qlora_trainer.snapshot import Places  # noqa: E402
 from qlora_trainer.train import Watcher  # noqa: E402
 
 
 def main(order: Order, work: Path) -> None:
     """Train and measure."""
-    spec = write_spec(order, work)
-    prepared = prepare(PrepareConfig(namespace="benchmark", job="ours", spec=spec), work=work)
-    config = RunConfig(
-        namespace="benchmark", job="ours", attempt=1, spec=spec, plan=make_plan(spec, prepared), prepared=prepared
-    )
-    places = Places(config.platform, load_secrets(spec, config.namespace))
-    data = stages.load_data(open_output(places, spec, config.job), config, work)
-    folder = stages.fetch_model(places, config, work)
-    world = join_planned_world(config.plan)
-    tuned, choices = stages.load_model(config, folder)
-    loop = stages.make_training(tuned, data, config, choices, world)
+    ready = make_ready(write_spec(order, work), work)
     stopwatch = Stopwatch("ours", order.task.device, order.every)
-    stopwatch.examine = make_exam(order.task, tuned.peft, load_tokenizer(folder, None))
+    stopwatch.examine = make_exam(order.task, ready.tuned.peft, load_tokenizer(ready.folder, None))
 
     def note(record: StepRecord) -> None:
-        numbers = rows_of_step(record.step - 1, len(data.training), task.GLOBAL_BATCH, task.SEED)
-        rows = [data.training[number] for number in numbers]
+        numbers = rows_of_step(record.step - 1, len(ready.data.training), task.GLOBAL_BATCH, task.SEED)
+        rows = [ready.data.training[number] for number in numbers]
         stopwatch.end_step([(len(row.input_ids), row.label_count) for row in rows])
 
-    tuned.peft.train()
+    ready.tuned.peft.train()
     stopwatch.start()
-    loop.run(StopFlag(), Watcher(note, lambda _: None, lambda: None, lambda *_: False, lambda *_: None))
+    ready.loop.run(StopFlag(), Watcher(note, lambda _: None, lambda: None, lambda *_: False, lambda *_: None))
     stopwatch.measurement.write(order.output)
 
 

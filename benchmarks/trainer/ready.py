@@ -1,0 +1,48 @@
+"""A run as far as its first step, through the stages that a pod goes through; import it after configure_libraries."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from qlora_api.runconfig import PrepareConfig, RunConfig
+from qlora_api.v1alpha1 import QLoRAJobSpec
+from qlora_operator.plan import make_plan
+from qlora_trainer import stages
+from qlora_trainer.choices import Choices
+from qlora_trainer.distributed import World, join_planned_world
+from qlora_trainer.model import Tuned
+from qlora_trainer.output import open_output
+from qlora_trainer.prepare import prepare
+from qlora_trainer.secrets import load_secrets
+from qlora_trainer.snapshot import Places
+from qlora_trainer.store import Store
+from qlora_trainer.train import Loop
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What a run has when its training begins."""
+
+    config: RunConfig
+    output: Store
+    folder: Path
+    data: stages.Data
+    tuned: Tuned
+    choices: Choices
+    world: World
+    loop: Loop
+
+
+def make_ready(spec: QLoRAJobSpec, work: Path) -> Ready:
+    """Prepare, plan and load a job."""
+    prepared = prepare(PrepareConfig(namespace="benchmark", job="ours", spec=spec), work=work)
+    config = RunConfig(
+        namespace="benchmark", job="ours", attempt=1, spec=spec, plan=make_plan(spec, prepared), prepared=prepared
+    )
+    places = Places(config.platform, load_secrets(spec, config.namespace))
+    output = open_output(places, spec, config.job)
+    data = stages.load_data(output, config, work)
+    folder = stages.fetch_model(places, config, work)
+    world = join_planned_world(config.plan)
+    tuned, choices = stages.load_model(config, folder)
+    loop = stages.make_training(tuned, data, config, choices, world)
+    return Ready(config, output, folder, data, tuned, choices, world, loop)
