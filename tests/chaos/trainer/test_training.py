@@ -25,8 +25,8 @@ def start_and_wait(course: Course, chance: random.Random, seconds: float) -> Lif
 
 @promise(
     fault="a training pod is killed",
-    promise="every run is published with the adapter of an undisturbed one, and repeats at most an interval of steps and "
-    "those that were taken while its checkpoint was on its way",
+    promise="every run is published with the adapter of an undisturbed one, and repeats at most an interval of steps "
+    "and those that were taken while its checkpoint was on its way",
     how="SIGKILL of the training process at random moments, the publication included",
 )
 def test_kills(courses: Courses, undisturbed: tuple[str, float], dose: Dose, outcome: Callable[[str], None]) -> None:
