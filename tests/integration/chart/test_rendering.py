@@ -8,11 +8,21 @@ import pytest
 import yaml
 
 from qlora_api.v1alpha1 import QLoRAJobSpec
-from tests.integration.chart.rendering import names_of, notes_of, render
+from tests.cluster.commands import CommandError
+from tests.integration.chart.rendering import RELEASE, names_of, notes_of, render
 
 FOLDER: Final = Path(__file__).parent / "golden"
 GENERATED: Final = {"CustomResourceDefinition"}
 """Compared with the code by `make check`."""
+
+POLICY: Final = {
+    "models": ["hf://meta-llama/", "s3://models/llama-3.2-3b"],
+    "outputs": ["s3://adapters/{namespace}/"],
+    "images": ["qlora-trainer", "registry.example/ml/"],
+    "maxGpusPerJob": 8,
+    "maxGpusPerNamespace": {"team-a": 16},
+    "namespaceSelector": {"matchLabels": {"policy": "yes"}},
+}
 
 VALUES: Final[dict[str, dict[str, Any]]] = {
     "defaults": {},
@@ -43,6 +53,15 @@ VALUES: Final[dict[str, dict[str, Any]]] = {
         "serviceAccount": {"create": False, "name": "ours"},
         "rbac": {"create": False},
         "podDisruptionBudget": {"enabled": False},
+    },
+    "closed": {
+        "watchNamespaces": ["team-a"],
+        "platform": {"s3": {"endpoint": "http://minio.storage:9000"}},
+        "networkPolicy": {
+            "operator": {"enabled": True},
+            "trainer": {"enabled": True, "extraEgress": [{"ports": [{"port": 5000}]}]},
+        },
+        "policy": POLICY,
     },
 }
 """The sets of values that are looked at whole."""
@@ -115,3 +134,35 @@ def test_the_first_run_of_the_notes_is_a_valid_one() -> None:
     assert "--namespace team-a" in notes
     manifest = notes.split("<<EOF\n")[1].split("EOF\n")[0]
     assert QLoRAJobSpec.model_validate(yaml.safe_load(manifest)["spec"]).lora.rank == 16
+
+
+def policies_of(values: dict[str, Any]) -> set[str]:
+    """Names of the NetworkPolicies for pods of QLoRAJobs, without the release's."""
+    prefix = f"NetworkPolicy/{RELEASE}-trainer-"
+    return {name.removeprefix(prefix) for name in names_of(render(values)) if name.startswith(prefix)}
+
+
+def test_pods_of_runs_reach_only_what_has_a_name() -> None:
+    closed = {"networkPolicy": {"trainer": {"enabled": True, "namespaces": ["ml"]}}}
+    assert policies_of(closed) == {"deny", "dns", "s3", "hub", "operator", "gang"}
+    assert policies_of({**closed, "platform": {"hub": {"mirror": "s3://models/hub"}}}) == {
+        "deny", "dns", "s3", "operator", "gang",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "port"),
+    [("", 443), ("https://s3.example", 443), ("http://minio", 80), ("http://10.0.0.1:9000/", 9000)],
+)
+def test_the_port_of_s3_is_that_of_its_endpoint(endpoint: str, port: int) -> None:
+    values = {
+        "networkPolicy": {"trainer": {"enabled": True, "namespaces": ["ml"]}},
+        "platform": {"s3": {"endpoint": endpoint}},
+    }
+    [policy] = [item for item in render(values) if item["metadata"]["name"] == f"{RELEASE}-trainer-s3"]
+    assert policy["spec"]["egress"][0]["ports"] == [{"protocol": "TCP", "port": port}]
+
+
+def test_closing_pods_of_runs_needs_a_namespace_to_close_them_in() -> None:
+    with pytest.raises(CommandError, match=r"needs networkPolicy\.trainer\.namespaces, or watchNamespaces"):
+        render({"networkPolicy": {"trainer": {"enabled": True}}})

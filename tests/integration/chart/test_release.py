@@ -1,0 +1,204 @@
+"""The chart on a real API server: what it takes of what is rendered, whom it lets do what, and what policy refuses."""
+
+import json
+from collections.abc import Iterator
+from typing import Any, Final
+
+import pytest
+
+from qlora_operator.build import build_train_job
+from tests.cluster.cluster import Cluster
+from tests.cluster.commands import CommandError, run, wait_until
+from tests.golden.test_children import CPU, INSTALLATION, OWNER, RUN
+from tests.integration.chart.rendering import NAMESPACE, RELEASE, helm, render
+from tests.integration.chart.test_rendering import POLICY, VALUES
+from tests.make import make_manifest
+
+BAD_MODEL: Final = {"model": {"uri": "hf://elsewhere/model"}}
+
+
+@pytest.fixture(scope="module")
+def release(plane: Cluster) -> Iterator[Cluster]:
+    """The chart with organisation policy for the namespaces labelled so."""
+    plane.kubectl("label", "namespace", "team-a", "--overwrite", "policy=yes")
+    command = [*helm("upgrade"), "--install", f"--kubeconfig={plane.kubeconfig}", "--values=-"]
+    run(command, stdin=json.dumps({"policy": POLICY}))
+    plane.wait_until_served()
+    # The API server's own plugin notices a new policy a moment later.
+    wait_until("the policy", lambda: not accepts(plane, run_of(BAD_MODEL)), 30, 0.3)
+    yield plane
+    plane.helm("uninstall", RELEASE, f"--namespace={NAMESPACE}")
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_the_api_server_takes_everything_that_is_rendered(release: Cluster, name: str) -> None:
+    items = [place(manifest) for manifest in render(VALUES[name])]
+    release.kubectl(
+        "apply", "--server-side", "--dry-run=server", "--validate=strict", "--force-conflicts", "--filename=-",
+        stdin=json.dumps({"apiVersion": "v1", "kind": "List", "items": items}),
+    )  # fmt: skip
+
+
+def place(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Say where an object goes, as Helm does when it sends one without a namespace."""
+    return {**manifest, "metadata": {"namespace": NAMESPACE, **manifest["metadata"]}}
+
+
+ACCOUNT: Final = f"--as=system:serviceaccount:{NAMESPACE}:{RELEASE}"
+VIEWER: Final = "--as=viewer"
+EDITOR: Final = "--as=editor"
+
+
+@pytest.fixture(scope="module")
+def people(release: Cluster) -> Cluster:
+    """Somebody with `view` and somebody with `edit`, in one namespace."""
+    for role, name in (("view", "viewer"), ("edit", "editor")):
+        release.kubectl("create", "rolebinding", name, f"--clusterrole={role}", f"--user={name}", "--namespace=team-a")
+    # The controller manager aggregates roles a moment later.
+    wait_until("aggregated roles", lambda: allowed(release, EDITOR, "create", "qlorajobs"), 30, 0.3)
+    return release
+
+
+def allowed(cluster: Cluster, who: str, verb: str, resource: str) -> bool:
+    kind, _, subresource = resource.partition("/")
+    try:
+        cluster.kubectl(
+            "auth", "can-i", verb, kind, f"--subresource={subresource}", who, "--namespace=team-a", "--quiet"
+        )
+    except CommandError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    ("who", "verb", "resource", "may"),
+    [
+        (VIEWER, "list", "qlorajobs", True),
+        (VIEWER, "create", "qlorajobs", False),
+        (EDITOR, "get", "qlorajobs", True),
+        (EDITOR, "delete", "qlorajobs", True),
+        (EDITOR, "update", "qlorajobs/status", False),
+        (ACCOUNT, "update", "qlorajobs/status", True),
+        (ACCOUNT, "create", "jobs", True),
+        (ACCOUNT, "update", "qlorajobs", False),
+        (ACCOUNT, "get", "secrets", False),
+        (ACCOUNT, "create", "pods/exec", False),
+    ],
+)
+def test_who_may_do_what(people: Cluster, who: str, verb: str, resource: str, may: bool) -> None:
+    assert allowed(people, who, verb, resource) is may
+
+
+def run_of(blocks: dict[str, Any], namespace: str = "team-a") -> dict[str, Any]:
+    """A QLoRAJob that policy allows, with some fields of some blocks changed."""
+    manifest = make_manifest(**{"model": {"uri": "hf://meta-llama/Llama-3.2-3B"}, **blocks})
+    manifest["metadata"] = {"name": "policy", "namespace": namespace}
+    if "output" not in blocks:
+        manifest["spec"]["output"]["uri"] = f"s3://adapters/{namespace}/bots"
+    return manifest
+
+
+def create(cluster: Cluster, manifest: dict[str, Any]) -> None:
+    """What the API server would make of a new object; nothing is stored."""
+    cluster.kubectl("create", "--dry-run=server", "--filename=-", stdin=json.dumps(manifest))
+
+
+def accepts(cluster: Cluster, manifest: dict[str, Any]) -> bool:
+    try:
+        create(cluster, manifest)
+    except CommandError:
+        return False
+    return True
+
+
+def refusal_of(cluster: Cluster, manifest: dict[str, Any]) -> str:
+    with pytest.raises(CommandError) as refusal:
+        create(cluster, manifest)
+    return str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "blocks",
+    [
+        pytest.param({}, id="below-a-prefix"),
+        pytest.param({"model": {"uri": "s3://models/llama-3.2-3b"}}, id="the-very-uri"),
+        pytest.param({"model": {"uri": "s3://models/llama-3.2-3b/4bit"}}, id="below-a-uri"),
+        pytest.param({"resources": {"nodes": 2, "gpusPerNode": 4}}, id="the-last-gpu"),
+    ],
+)
+def test_policy_lets_in_what_is_allowed(release: Cluster, blocks: dict[str, Any]) -> None:
+    create(release, run_of(blocks))
+
+
+@pytest.mark.parametrize(
+    ("blocks", "sentence"),
+    [
+        pytest.param(
+            BAD_MODEL,
+            "spec.model.uri: hf://elsewhere/model is not allowed here: use a model of hf://meta-llama/, "
+            "s3://models/llama-3.2-3b, or have it added to policy.models",
+            id="model",
+        ),
+        pytest.param(
+            {"model": {"uri": "hf://meta-llama-2/x"}}, "spec.model.uri: hf://meta-llama-2/x", id="like-a-name"
+        ),
+        pytest.param({"model": {"uri": "s3://models/llama-3.2-3b-x"}}, "spec.model.uri: s3://models", id="like-a-uri"),
+        pytest.param(
+            {"model": {"uri": "s3://models/llama-3.2-3b/../secret"}}, "spec.model.uri: s3://models", id="upwards"
+        ),
+        pytest.param(
+            {"output": {"uri": "s3://adapters/team-b/bots"}},
+            "spec.output.uri: s3://adapters/team-b/bots is not allowed here: choose a place below "
+            "s3://adapters/team-a/, or have it added to policy.outputs",
+            id="output-of-another-team",
+        ),
+        pytest.param({"output": {"uri": "s3://adapters/team-a-x"}}, "spec.output.uri", id="output-like-a-prefix"),
+        pytest.param(
+            {"resources": {"nodes": 3, "gpusPerNode": 4}},
+            "spec.resources: 12 GPUs (nodes x gpusPerNode) are more than the 8 of policy.maxGpusPerJob: ask for fewer",
+            id="gpus",
+        ),
+    ],
+)
+def test_policy_refuses_with_field_reason_and_fix(release: Cluster, blocks: dict[str, Any], sentence: str) -> None:
+    refusal = refusal_of(release, run_of(blocks))
+    assert sentence in refusal
+    assert "(Forbidden)" in refusal
+
+
+def test_policy_holds_in_the_namespaces_that_are_chosen(release: Cluster) -> None:
+    create(release, run_of({**BAD_MODEL, "output": {"uri": "s3://anywhere/at-all"}}, namespace="team-b"))
+
+
+def job_with(image: str) -> dict[str, Any]:
+    """A training Job as the operator makes it, with an image."""
+    job = build_train_job(OWNER, CPU, RUN, INSTALLATION)
+    job["metadata"]["namespace"] = "team-a"
+    job["spec"]["template"]["spec"]["containers"][0]["image"] = image
+    return job
+
+
+def pod_with(image: str) -> dict[str, Any]:
+    """Its pod, made by hand."""
+    template = job_with(image)["spec"]["template"]
+    metadata = {"name": "impostor", "namespace": "team-a", **template["metadata"]}
+    return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": template["spec"]}
+
+
+@pytest.mark.parametrize("build", [job_with, pod_with], ids=["job", "pod"])
+def test_only_allowed_images_run_under_the_label_of_a_run(release: Cluster, build: Any) -> None:
+    for image in ("qlora-trainer:0.1.0", "registry.example/ml/trainer@sha256:" + "a" * 64):
+        create(release, build(image))
+    for image in ("qlora-trainer-evil:1", "registry.example/mlx/trainer:1", "busybox"):
+        assert f"image: {image} may not run under the label qlora.dev/job" in refusal_of(release, build(image))
+
+
+def test_pods_without_the_label_are_nobodys_business(release: Cluster) -> None:
+    pod = pod_with("busybox")
+    del pod["metadata"]["labels"]
+    create(release, pod)
+
+
+def test_gpus_of_a_namespace_are_a_quota(release: Cluster) -> None:
+    quota = release.get("resourcequota", f"{RELEASE}-gpus", "--namespace=team-a")
+    assert quota["spec"]["hard"] == {"requests.nvidia.com/gpu": "16"}
