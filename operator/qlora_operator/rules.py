@@ -9,6 +9,7 @@ from typing import Final
 from qlora_api.launch import DIVIDING
 from qlora_api.names import CLAIM_SCHEME, Reason
 from qlora_api.v1alpha1 import QLoRAJobSpec
+from qlora_api.v1alpha1.shapes import LOOPBACK
 from qlora_operator.plan.division import has_plain_optimizer, needs_whole_weights
 from qlora_operator.values import Violation
 
@@ -188,6 +189,18 @@ def uris_are_reachable(spec: QLoRAJobSpec) -> str | None:
     )
 
 
+def trackers_are_elsewhere(spec: QLoRAJobSpec) -> str | None:
+    """A pod's own address leads to no tracking server."""
+    return next(
+        (
+            f"{field} is {url}, and {LOOPBACK.message}"
+            for field, url in spec.tracker_urls.items()
+            if not LOOPBACK.fits(url)
+        ),
+        None,
+    )
+
+
 def claims_can_be_mounted(spec: QLoRAJobSpec) -> str | None:
     """The user's computer sees no claim of a cluster."""
     return _first_with(
@@ -217,7 +230,7 @@ ANYWHERE: Final[tuple[Rule, ...]] = (
     rows_have_one_origin,
 )
 """Rules for `qlora run` and for a cluster."""
-IN_CLUSTER: Final[tuple[Rule, ...]] = (*ANYWHERE, uris_are_reachable)
+IN_CLUSTER: Final[tuple[Rule, ...]] = (*ANYWHERE, uris_are_reachable, trackers_are_elsewhere)
 ON_A_COMPUTER: Final[tuple[Rule, ...]] = (*ANYWHERE, claims_can_be_mounted, one_process_is_enough)
 
 

@@ -19,6 +19,10 @@ _OPEN, _CLOSE = "\ue000", "\ue001"
 """Private-use characters that mark an answer while it passes through a template."""
 _GENERATION: Final = re.compile(r"\{%-?\s*generation\s*-?%\}")
 """The tag with which a template itself says what the assistant makes."""
+_TEMPLATE_ERRORS: Final = (
+    TemplateError, TypeError, ValueError, KeyError, AttributeError, ArithmeticError, RecursionError,
+)  # fmt: skip
+"""What a template can end with; its sandbox calls a range too large an OverflowError."""
 _ANY_CHAT: Final = Chat(())
 _QUESTION: Final[Message] = {"role": "user", "content": "Hello"}
 
@@ -67,7 +71,7 @@ class ChatTemplate:
                 add_generation_prompt=ask,
                 **self.tokenizer.special_tokens_map,
             )
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        except _TEMPLATE_ERRORS as error:
             raise RowError(f"the chat template refuses it: {error}; correct the row or the template") from error
         return text, list(spans[0]) if self.tags else []
 

@@ -62,7 +62,7 @@ def _chosen(name: str, names: Iterable[str], uri: str, owner: Owner) -> tuple[st
 def _local_copy(store: Store, name: str, work: Path) -> Path:
     """Return where a file is; those of this computer are read in place."""
     if isinstance(store, FileStore):
-        return store.folder / name
+        return store.place(name)
     target = work / "datasets" / hashlib.sha256(store.root.encode()).hexdigest()[:16] / name
     store.download(name, target)
     return target

@@ -19,7 +19,7 @@ from qlora_trainer.errors import RunError
 from qlora_trainer.multipart import SINGLE_PUT_BYTES, upload_in_parts
 from qlora_trainer.pulse import PULSE
 from qlora_trainer.secrets import Credentials
-from qlora_trainer.store import AlreadyThereError, Entry, MissingObjectError, Owner, sha256_of
+from qlora_trainer.store import AlreadyThereError, Entry, MissingObjectError, Owner, leads_out, sha256_of
 
 _DENIED: Final = {"403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"}
 _MISSING: Final = {"404", "NoSuchKey", "NoSuchBucket", "NotFound"}
@@ -76,11 +76,17 @@ class S3Store:
         with self._translated(prefix):
             pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=folder)
             objects = [found for page in pages for found in page.get("Contents", ())]
-        entries = (
+        entries = [
             Entry(found["Key"].removeprefix(self._prefix), found["Size"], found["ETag"].strip('"'))
             for found in objects
             if not found["Key"].endswith("/")
-        )
+        ]
+        if escape := next((entry.path for entry in entries if leads_out(entry.path)), None):
+            raise RunError(
+                self._owner.not_found,
+                f"{self._owner.field}: an object below {self.root} is named '{escape}', which leads out of the folder "
+                "that it would be copied to; rename it",
+            )
         return tuple(sorted(entries, key=lambda entry: entry.path))
 
     def fingerprint(self, entry: Entry) -> str:

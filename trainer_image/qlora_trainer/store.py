@@ -117,6 +117,18 @@ def local_path(uri: str) -> Path:
     return Path(unquote(urlparse(uri).path))
 
 
+def claim_folder(uri: str) -> Path | None:
+    """Return where the claim of a pvc:// URI is mounted."""
+    if not uri.startswith(CLAIM_SCHEME):
+        return None
+    return Path(CLAIMS_MOUNT, uri.removeprefix(CLAIM_SCHEME).partition("/")[0])
+
+
+def leads_out(path: str) -> bool:
+    """Whether a name, which anybody who writes to a bucket may choose, leads out of the folder it is copied to."""
+    return path.startswith("/") or ".." in path.split("/")
+
+
 def sha256_of(source: Path | bytes) -> str:
     """Return the SHA-256 of a file or of bytes, as hex digits."""
     digest = hashlib.sha256()
@@ -136,20 +148,31 @@ class FileStore:
         self.root = uri.rstrip("/")
         self.folder = local_path(uri)
         self._owner = owner
+        self._claim = claim_folder(uri)
 
     def list(self, prefix: str = "") -> tuple[Entry, ...]:
         """Return every file under a folder, in order of its path."""
         files = sorted(path for path in (self.folder / prefix).rglob("*") if path.is_file())
-        return tuple(Entry(path.relative_to(self.folder).as_posix(), path.stat().st_size) for path in files)
+        names = [path.relative_to(self.folder).as_posix() for path in files]
+        return tuple(Entry(name, self.place(name).stat().st_size) for name in names)
+
+    def place(self, path: str) -> Path:
+        """Return where a file is; a link in a claim must not lead to what else the pod has, such as its Secrets."""
+        place = self.folder / path
+        if self._claim is not None and not place.resolve().is_relative_to(self._claim.resolve()):
+            raise RunError(
+                self._owner.not_found, f"{self._owner.field}: {place} leads out of its claim; put the file itself there"
+            )
+        return place
 
     def fingerprint(self, entry: Entry) -> str:
         """Return the file's SHA-256; its times change with every copy."""
-        return sha256_of(self.folder / entry.path)
+        return sha256_of(self.place(entry.path))
 
     def read(self, path: str) -> bytes:
         """Return a file's content."""
         try:
-            return (self.folder / path).read_bytes()
+            return self.place(path).read_bytes()
         except FileNotFoundError as error:
             raise self._missing(path) from error
 
@@ -157,7 +180,7 @@ class FileStore:
         """Copy a file."""
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            shutil.copyfile(self.folder / path, target)
+            shutil.copyfile(self.place(path), target)
         except FileNotFoundError as error:
             raise self._missing(path) from error
 

@@ -1,19 +1,19 @@
 """What a run reads and where its result goes: model, dataset, output."""
 
-from typing import Annotated, Final, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from qlora_api.base import ApiModel
+from qlora_api.v1alpha1.shapes import REVISION
 from qlora_api.v1alpha1.types import (
-    IN_CLUSTER,
     PLACEHOLDER,
-    S3_SHAPE,
+    DatasetUri,
     MergeBase,
+    ModelUri,
     ObjectName,
     OutputUri,
     SecretRef,
-    Uri,
     cel,
 )
 
@@ -21,16 +21,7 @@ from qlora_api.v1alpha1.types import (
 class ModelSpec(ApiModel):
     """The base model."""
 
-    model_config = cel(
-        (IN_CLUSTER, "file:// works with 'qlora run' only; upload the model and use s3://, or use hf://"),
-        (
-            "!self.uri.startsWith('hf://') || self.uri.matches('^hf://[A-Za-z0-9._-]+/[A-Za-z0-9._-]+$')",
-            "write hf://organisation/name; the revision goes into spec.model.revision",
-        ),
-        S3_SHAPE,
-    )
-
-    uri: Uri = Field(
+    uri: ModelUri = Field(
         description=(
             "Where the base model is: hf://organisation/name (the hub, or its mirror where the platform has one), "
             "s3://bucket/prefix or pvc://claim/path (a folder in the Hugging Face format), or file:///folder (with "
@@ -39,7 +30,7 @@ class ModelSpec(ApiModel):
         ),
         examples=["hf://HuggingFaceTB/SmolLM2-135M-Instruct"],
     )
-    revision: str = Field(
+    revision: Annotated[str, REVISION] = Field(
         default="main",
         min_length=1,
         max_length=255,
@@ -54,25 +45,18 @@ class ModelSpec(ApiModel):
 class EvaluationSplit(ApiModel):
     """The held-out rows, on which base model and adapter are compared."""
 
-    model_config = cel(
-        (
-            "!has(self.uri) || !self.uri.startsWith('file://')",
-            "file:// works with 'qlora run' only; upload the rows and use s3://",
-        ),
-    )
-
     fraction: float = Field(
         default=0.05,
         gt=0,
         le=0.5,
         description="Share of the rows that is held out, chosen by a hash of each row. Unused where uri is set.",
     )
-    uri: Uri | None = Field(default=None, description="A dataset of held-out rows, read as the training rows are.")
+    uri: DatasetUri | None = Field(
+        default=None, description="A dataset of held-out rows, read as the training rows are."
+    )
 
 
 RowFormatName = Literal["auto", "instruction", "chat", "completion", "text"]
-
-_NO_FILE_URI: Final = "file:// works with 'qlora run' only; upload the dataset and use s3://"
 
 
 class RowTemplate(ApiModel):
@@ -89,9 +73,7 @@ class RowTemplate(ApiModel):
 class DataSource(ApiModel):
     """One of several places that rows come from."""
 
-    model_config = cel((IN_CLUSTER, _NO_FILE_URI), S3_SHAPE)
-
-    uri: Uri = Field(
+    uri: DatasetUri = Field(
         description="One file of rows, or every one below a prefix that ends with '/', in the order of their names."
     )
     format: RowFormatName = Field(default="auto", description="What its rows are; see spec.dataset.format.")
@@ -114,8 +96,6 @@ class DatasetSpec(ApiModel):
 
     model_config = cel(
         ("has(self.uri) != has(self.sources)", "give either uri or sources"),
-        (f"!has(self.uri) || {IN_CLUSTER}", _NO_FILE_URI),
-        (f"!has(self.uri) || {S3_SHAPE[0]}", S3_SHAPE[1]),
         (
             "!has(self.sources) || !has(self.maxSamples)",
             "with sources, give each of them its own maxSamples",
@@ -126,7 +106,7 @@ class DatasetSpec(ApiModel):
         ),
     )
 
-    uri: Uri | None = Field(
+    uri: DatasetUri | None = Field(
         default=None,
         description=(
             "One file of rows (.jsonl, .json, .csv, .tsv, also with .gz; .parquet; .arrow): s3://bucket/key, "
@@ -179,11 +159,6 @@ class DatasetSpec(ApiModel):
 
 class OutputSpec(ApiModel):
     """Where the result goes."""
-
-    model_config = cel(
-        (IN_CLUSTER, "file:// works with 'qlora run' only; use s3://bucket/prefix"),
-        S3_SHAPE,
-    )
 
     uri: OutputUri = Field(
         description="Prefix for the result, s3://bucket/prefix; the adapter lands in <uri>/<name>/<digest>/adapter.",

@@ -34,8 +34,8 @@ class ResourcesSpec(ApiModel):
     gpus_per_node: int = Field(
         default=1, ge=0, le=16, description="GPUs of each training pod, one process each; 0 trains on the CPU."
     )
-    gpu_product: str = Field(
-        default="", max_length=63, description="Required value of the node label nvidia.com/gpu.product; empty: any."
+    gpu_product: LabelValue = Field(
+        default="", description="Required value of the node label nvidia.com/gpu.product; empty: any."
     )
     cpu: Quantity = Field(default="2", description="CPU request of each training pod.")
     memory: Quantity = Field(default="16Gi", description="Memory request and limit of each training pod.")
@@ -223,6 +223,15 @@ class QLoRAJobSpec(ApiModel):
             "spec.model.uri": self.model.uri,
             **{field: source.uri for field, source in self.dataset.inputs},
             **({"spec.dataset.evaluation.uri": held_out} if held_out else {}),
+        }
+
+    @property
+    def tracker_urls(self) -> dict[str, str]:
+        """Return every tracking server, by its field."""
+        wandb, mlflow = self.tracking.wandb, self.tracking.mlflow
+        return {
+            **({"spec.tracking.wandb.baseUrl": wandb.base_url} if wandb and wandb.base_url else {}),
+            **({"spec.tracking.mlflow.uri": mlflow.uri} if mlflow else {}),
         }
 
     @property

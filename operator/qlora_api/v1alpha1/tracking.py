@@ -5,10 +5,11 @@ from typing import Annotated
 from pydantic import Field
 
 from qlora_api.base import ApiModel
+from qlora_api.v1alpha1.shapes import LOOPBACK, NO_METADATA, PRINTABLE, SERVER
 from qlora_api.v1alpha1.types import SecretRef
 
-TrackerName = Annotated[str, Field(min_length=1, max_length=128)]
-TrackerUrl = Annotated[str, Field(pattern=r"^https?://.+$", max_length=1024)]
+TrackerName = Annotated[str, Field(min_length=1, max_length=128), PRINTABLE]
+TrackerUrl = Annotated[str, Field(max_length=1024), PRINTABLE, SERVER, NO_METADATA, LOOPBACK.rule]
 
 
 class WandbSpec(ApiModel):

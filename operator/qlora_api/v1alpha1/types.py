@@ -7,6 +7,18 @@ from typing import Annotated, Final, Literal
 from pydantic import AfterValidator, ConfigDict, Field, JsonValue
 
 from qlora_api.base import ApiModel
+from qlora_api.v1alpha1.shapes import (
+    BUCKET,
+    BUCKET_IS_NO_ADDRESS,
+    HUB_DATASET,
+    HUB_MODEL,
+    IN_CLUSTER,
+    LABEL,
+    LABEL_KEY,
+    PRINTABLE,
+    STAYS_BELOW,
+    VALIDATIONS,
+)
 
 MAX_URI: Final = 1024
 """Longest object key that S3 stores."""
@@ -28,14 +40,8 @@ def to_timedelta(duration: str) -> timedelta:
 def cel(*rules: tuple[str, str]) -> ConfigDict:
     """Attach rules for the API server, (expression that must hold, what to do), to a model."""
     validations: list[JsonValue] = [{"rule": rule, "message": message} for rule, message in rules]
-    return ConfigDict(json_schema_extra={"x-kubernetes-validations": validations})
+    return ConfigDict(json_schema_extra={VALIDATIONS: validations})
 
-
-IN_CLUSTER: Final = "!self.uri.startsWith('file://')"
-S3_SHAPE: Final = (
-    "!self.uri.startsWith('s3://') || self.uri.matches('^s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/.*)?$')",
-    "write s3://bucket/key; a bucket has 3 to 63 lower-case letters, digits, dots and hyphens",
-)
 
 PLACEHOLDER: Final = r"\{[^{}]+\}"
 """A text with at least one {field}."""
@@ -43,17 +49,33 @@ PLACEHOLDER: Final = r"\{[^{}]+\}"
 Duration = Annotated[
     str, Field(pattern=r"^[1-9][0-9]*(s|m|h|d)$", max_length=8, examples=["30m"]), AfterValidator(_validate_duration)
 ]
-Uri = Annotated[
-    str, Field(pattern=r"^((hf|s3|file)://.+|pvc://[a-z0-9]([-a-z0-9.]*[a-z0-9])?/.*)$", max_length=MAX_URI)
+_Uri = Annotated[
+    str,
+    Field(pattern=r"^((hf|s3|file)://.+|pvc://[a-z0-9]([-a-z0-9.]*[a-z0-9])?/.*)$", max_length=MAX_URI),
+    PRINTABLE,
+    STAYS_BELOW,
+    BUCKET,
+    BUCKET_IS_NO_ADDRESS,
+    IN_CLUSTER,
 ]
-OutputUri = Annotated[str, Field(pattern=r"^(s3|file)://.+$", max_length=MAX_URI)]
+ModelUri = Annotated[_Uri, HUB_MODEL]
+DatasetUri = Annotated[_Uri, HUB_DATASET]
+OutputUri = Annotated[
+    str,
+    Field(pattern=r"^(s3|file)://.+$", max_length=MAX_URI),
+    PRINTABLE,
+    STAYS_BELOW,
+    BUCKET,
+    BUCKET_IS_NO_ADDRESS,
+    IN_CLUSTER,
+]
 MergeBase = Literal["original", "dequantised"]
 ObjectName = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$", max_length=253)]
 Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?$", max_length=16)]
 ModuleName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.\-]+$", max_length=128)]
 TaskName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.:\-]*$", max_length=128)]
-LabelKey = Annotated[str, Field(max_length=317)]
-LabelValue = Annotated[str, Field(max_length=63)]
+LabelKey = Annotated[str, Field(max_length=317), LABEL_KEY]
+LabelValue = Annotated[str, Field(max_length=63), LABEL]
 
 
 class SecretRef(ApiModel):

@@ -29,13 +29,13 @@ from tests.make import make_spec
         ),
         pytest.param({"quantization": {"bits": 8}, "lora": {"init": "loftq"}}, "is for 4 bits", id="loftq-8"),
         pytest.param(
-            {"method": "full", "quantization": {"bits": 16}, "output": {"uri": "s3://a/b", "merged": "bf16"}},
+            {"method": "full", "quantization": {"bits": 16}, "output": {"uri": "s3://adapters/b", "merged": "bf16"}},
             "leave it out",
             id="full-merged",
         ),
         pytest.param({"quantization": {"bits": 8}, "lora": {"dora": True}}, "fails on a base of 8 bits", id="dora-8"),
         pytest.param(
-            {"lora": {"init": "loftq"}, "output": {"uri": "s3://a/b", "merged": "bf16"}},
+            {"lora": {"init": "loftq"}, "output": {"uri": "s3://adapters/b", "merged": "bf16"}},
             "would count twice; set it to dequantised",
             id="loftq-merged",
         ),

@@ -161,10 +161,10 @@ BROKEN_CONFIGURATION: dict[str, tuple[dict[str, Any], str, str]] = {
     "bad-claim": ({"dataset": {"uri": "pvc://Rows/x.csv"}}, "spec.dataset.uri", "must look like s3://"),
     "local-file": ({"dataset": {"uri": "file:///x.csv"}}, "spec.dataset.uri is file:///x.csv", "upload it and use s3://"),
     "no-rows": ({"dataset": {"uri": None}}, "spec.dataset has neither uri nor sources", "give one of them"),
-    "two-origins": ({"dataset": {"sources": [{"uri": "s3://d/x.csv"}]}}, "both uri and sources", "give one of them"),
+    "two-origins": ({"dataset": {"sources": [{"uri": "s3://data/x.csv"}]}}, "both uri and sources", "give one of them"),
     "no-source": ({"dataset": {"uri": None, "sources": []}}, "spec.dataset.sources", "must have 1 or more entries"),
     "weight-0": (
-        {"dataset": {"uri": None, "sources": [{"uri": "s3://d/x.csv", "weight": 0}]}},
+        {"dataset": {"uri": None, "sources": [{"uri": "s3://data/x.csv", "weight": 0}]}},
         "spec.dataset.sources[0].weight", "must be > 0, got 0",
     ),
     "no-placeholder": (

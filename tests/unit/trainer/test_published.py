@@ -48,7 +48,7 @@ def test_a_record_of_an_older_release_is_read(tmp_path):
 
 
 def test_the_record_says_how_the_adapter_is_asked_and_what_it_started_as():
-    spec = make_spec("hf://o/m", "s3://d/rows.jsonl", "s3://o", lora={"init": "loftq", "dropout": 0})
+    spec = make_spec("hf://o/m", "s3://data/rows.jsonl", "s3://out", lora={"init": "loftq", "dropout": 0})
     spec = spec.model_copy(update={"dataset": spec.dataset.model_copy(update={"template": TEMPLATE})})
     record = build_record(run_config(spec, make_prepared()), CHOICES)
     assert (record.template, record.init, record.parameters) == (TEMPLATE, "loftq", 9)

@@ -1,0 +1,147 @@
+r"""What the texts of a spec may look like: each shape is told once, to pydantic and to the API server.
+
+A pattern is written in what Python's `re` and the API server's RE2 share: no look-ahead, no \d, no \p.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, core_schema
+
+VALIDATIONS: Final = "x-kubernetes-validations"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A condition for the API server alone, on the field that it annotates."""
+
+    expression: str
+    message: str
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """Add the rule to those of the field."""
+        described = handler(schema)
+        return {**described, VALIDATIONS: [*described.get(VALIDATIONS, ()), self._written()]}
+
+    def _written(self) -> dict[str, str]:
+        return {"rule": self.expression, "message": self.message}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A pattern that a text must match as a whole, or must not hold, and what to write instead."""
+
+    pattern: str
+    message: str
+    forbidden: bool = False
+
+    def fits(self, text: str) -> bool:
+        """Whether a text has this shape."""
+        if self.forbidden:
+            return re.search(self.pattern, text) is None
+        return re.fullmatch(self.pattern, text) is not None
+
+    @property
+    def rule(self) -> Rule:
+        """The same in CEL; a JSON string is a CEL string too."""
+        if self.forbidden:
+            return Rule(f"!self.matches({json.dumps(self.pattern)})", self.message)
+        return Rule(f"self.matches({json.dumps(f'^(?:{self.pattern})$')})", self.message)
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """Let pydantic ask as well."""
+        return core_schema.no_info_after_validator_function(self._check, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """Let the API server ask as well."""
+        return self.rule.__get_pydantic_json_schema__(schema, handler)
+
+    def _check(self, text: str) -> str:
+        if not self.fits(text):
+            raise ValueError(self.message)
+        return text
+
+
+def _any_of(patterns: Sequence[str]) -> str:
+    return f"({'|'.join(patterns)})"
+
+
+PRINTABLE: Final = Shape(
+    "[\x00-\x1f\x7f-\x9f\u00ad\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]",
+    "it has a control character or an invisible one, which shows something else than what is used; remove it",
+    forbidden=True,
+)
+
+_SEGMENT: Final = r"[A-Za-z0-9_][A-Za-z0-9._-]*"
+"""One name on the hub."""
+ELSEWHERE: Final = "(s3|file|pvc)://.*"
+"""URIs that say nothing of the hub."""
+
+STAYS_BELOW: Final = Shape(
+    r"^(hf|s3|pvc)://(.*/)?\.\.?(/|$)",
+    "a step of its path is '.' or '..', which leads elsewhere than it seems; write the path that is meant",
+    forbidden=True,
+)
+BUCKET: Final = Shape(
+    r"(hf|file|pvc)://.*|s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/.*)?",
+    "write s3://bucket/key; a bucket has 3 to 63 lower-case letters, digits, dots and hyphens",
+)
+BUCKET_IS_NO_ADDRESS: Final = Shape(
+    r"^s3://([0-9]+(\.[0-9]+){3}|[^/]*\.\.[^/]*)(/|$)",
+    "a bucket's name is no IP address, and has no two dots in a row; correct the bucket",
+    forbidden=True,
+)
+HUB_MODEL: Final = Shape(
+    f"{ELSEWHERE}|hf://{_SEGMENT}/{_SEGMENT}",
+    "write hf://organisation/name; the revision goes into spec.model.revision",
+)
+HUB_DATASET: Final = Shape(
+    f"{ELSEWHERE}|hf://datasets/{_SEGMENT}/{_SEGMENT}(@[A-Za-z0-9_][A-Za-z0-9._-]*)?/.*",
+    "write hf://datasets/organisation/name/file.jsonl, with @revision behind the name if needed",
+)
+REVISION: Final = Shape(
+    r"[A-Za-z0-9_][A-Za-z0-9_.+-]*(/[A-Za-z0-9_][A-Za-z0-9_.+-]*)*", "write the name of a branch or tag, or a commit"
+)
+
+_OCTET: Final = "(25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"
+_HOST: Final = rf"(({_OCTET}\.){{3}}{_OCTET}|([A-Za-z0-9-]+\.)*[A-Za-z][A-Za-z0-9-]*)"
+"""A name, or an IPv4 address as it is usually written: an address can be spelled in ways that no list would know."""
+_WITH_CREDENTIALS: Final = (
+    r"169\.254\.[0-9.]+",
+    r"0\.[0-9.]+",
+    r"100\.100\.100\.200",
+    r"168\.63\.129\.16",
+    r"metadata(\.google\.internal|\.goog)?",
+    r"instance-data(\.ec2\.internal)?",
+)
+"""Where clouds give a machine its credentials, and where link-local and unspecified addresses lead."""
+SERVER: Final = Shape(
+    rf"https?://{_HOST}(:[0-9]{{1,5}})?(/[^?#]*)?",
+    "write https://host/path: a name or an IPv4 address, no user, no password (they go into secretRef), no query",
+)
+NO_METADATA: Final = Shape(
+    rf"(?i)^https?://{_any_of(_WITH_CREDENTIALS)}(:[0-9]*)?(/|$)",
+    "there a cloud hands out a machine's credentials, and nothing is tracked; write the tracking server's host",
+    forbidden=True,
+)
+LOOPBACK: Final = Shape(
+    r"(?i)^https?://(localhost|127\.[0-9.]+)(:[0-9]*)?(/|$)",
+    "in a pod this is the pod itself; write a host that the cluster reaches",
+    forbidden=True,
+)
+"""For a cluster only: `qlora run` may well report to a server on the same computer."""
+LABEL: Final = Shape(
+    "(([A-Za-z0-9][A-Za-z0-9_.-]*)?[A-Za-z0-9])?",
+    "write a label's value: letters, digits, '-', '_' and '.', with a letter or digit at both ends",
+)
+LABEL_KEY: Final = Shape(
+    "([a-z0-9]([a-z0-9.-]*[a-z0-9])?/)?[A-Za-z0-9]([A-Za-z0-9_.-]*[A-Za-z0-9])?",
+    "write a label's key, such as topology.kubernetes.io/zone",
+)
+IN_CLUSTER: Final = Rule("!self.startsWith('file://')", "file:// works with 'qlora run' only; upload it and use s3://")
+"""For a cluster only; for the operator it is in rules.py."""

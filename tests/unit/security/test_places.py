@@ -1,0 +1,75 @@
+"""What lies in a bucket or a claim was named by somebody else, and leads nowhere but below its folder."""
+
+from pathlib import Path
+
+import boto3
+import pytest
+from jinja2.exceptions import SecurityError
+from moto import mock_aws
+
+from qlora_api.runconfig import S3Config
+from qlora_trainer import store
+from qlora_trainer.chat import ChatTemplate
+from qlora_trainer.errors import RunError
+from qlora_trainer.fields import RowError
+from qlora_trainer.rows import Chat
+from qlora_trainer.s3 import S3Store
+from qlora_trainer.secrets import Credentials
+from qlora_trainer.store import DATASET, FileStore
+from tests.unit.trainer.tiny import make_tokenizer
+
+
+@pytest.mark.parametrize("key", ["rows/../../../work/x.jsonl", "rows//etc/x.jsonl", "rows/a/../../x.jsonl"])
+def test_a_key_of_a_bucket_never_leaves_the_folder_it_is_copied_to(key: str) -> None:
+    keys = Credentials({"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"})
+    with mock_aws():
+        client = boto3.client("s3", region_name="us-east-1", aws_access_key_id="test", aws_secret_access_key="test")
+        client.create_bucket(Bucket="data")
+        client.put_object(Bucket="data", Key=key, Body=b"{}")
+        with pytest.raises(RunError, match=r"spec\.dataset\.uri: an object below s3://data/rows .*; rename it"):
+            S3Store("s3://data/rows/", DATASET, keys, S3Config()).list()
+
+
+@pytest.fixture
+def claim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A claim beside a Secret, as in a pod."""
+    monkeypatch.setattr(store, "CLAIMS_MOUNT", str(tmp_path / "claims"))
+    (tmp_path / "claims/rows/data").mkdir(parents=True)
+    (tmp_path / "secrets").mkdir()
+    (tmp_path / "secrets/key").write_text("hush")
+    return tmp_path / "claims/rows"
+
+
+@pytest.mark.parametrize("target", ["../../../secrets/key", "/etc/hostname"])
+def test_a_link_in_a_claim_never_leads_to_what_else_a_pod_has(claim: Path, target: str) -> None:
+    (claim / "data/x.jsonl").symlink_to(target)
+    for read in (lambda rows: rows.list(), lambda rows: rows.read("x.jsonl"), lambda rows: rows.place("x.jsonl")):
+        with pytest.raises(RunError, match=r"x\.jsonl leads out of its claim; put the file itself there"):
+            read(FileStore("pvc://rows/data/", DATASET))
+
+
+def test_a_link_within_a_claim_is_followed(claim: Path) -> None:
+    """A hub's cache is made of them."""
+    (claim / "blob").write_text("{}")
+    (claim / "data/x.jsonl").symlink_to("../blob")
+    rows = FileStore("pvc://rows/data/", DATASET)
+    assert [entry.path for entry in rows.list()] == ["x.jsonl"]
+    assert rows.read("x.jsonl") == b"{}"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.append(1) }}",
+        "{{ self.__init__.__globals__ }}",
+        "{{ cycler.__init__.__globals__.os.popen('id').read() }}",
+        "{% for n in range(999999999) %}{% endfor %}",
+        "{% macro deeper() %}{{ deeper() }}{% endmacro %}{{ deeper() }}",
+    ],
+)
+def test_a_chat_template_stays_in_its_sandbox(source: str) -> None:
+    template = ChatTemplate(make_tokenizer(), source, tags=False)
+    with pytest.raises(RowError, match="the chat template refuses it") as refusal:
+        template.ask([{"role": "user", "content": "Hello"}], Chat(()))
+    assert isinstance(refusal.value.__cause__, SecurityError | OverflowError | RecursionError)
