@@ -161,7 +161,7 @@ async def measure_lives(
 
     async def ended() -> bool:
         metrics = await asyncio.to_thread(read_metrics, operator)
-        return metrics.get('qlora_operator_jobs{phase="Succeeded"}') == jobs
+        return metrics.get('qlora_jobs{phase="Succeeded"}') == jobs
 
     await create(api, QLORAJOBS, build, jobs)
     await wait_for(f"{jobs} runs have succeeded", ended)
@@ -178,7 +178,7 @@ async def measure_lives(
 def read_metrics(operator: Operator) -> dict[str, float]:
     """Read the operator's own metrics; none before it serves them."""
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{operator.progress_port}/metrics", timeout=30) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{operator.health_port}/metrics", timeout=30) as answer:
             lines = answer.read().decode().splitlines()
     except OSError:
         return {}

@@ -13,6 +13,7 @@ from qlora_operator.election import Election, leading
 from qlora_operator.handlers import serve
 from qlora_operator.health import serve_health
 from qlora_operator.logs import configure_logs
+from qlora_operator.metrics import Metrics
 from qlora_operator.progress import utc_now
 from qlora_operator.runtime import Runtime
 from qlora_operator.settings import Settings, SettingsError, read_settings
@@ -28,8 +29,10 @@ async def run(settings: Settings) -> None:
     renew = partial(read_credentials, configuration, settings.kubeconfig)
     # A connection of its own: a renewal of the Lease must not wait behind other calls.
     election = make_election(settings, Api(configuration, renew_credentials=renew), loop)
-    runtime = Runtime(settings, Api(configuration, election.holds if election else always, renew))
-    async with serve_health(settings.health_port, runtime.ailment), leading(election):
+    leads = election.holds if election else always
+    metrics = Metrics(leads)
+    runtime = Runtime(settings, Api(configuration, leads, renew, metrics.called), metrics)
+    async with serve_health(settings.health_port, runtime.ailment, metrics.render), leading(election):
         await serve(settings, configuration, runtime)
 
 

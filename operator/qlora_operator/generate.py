@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import yaml
 
-from qlora_api import crd
+from qlora_api import crd, metrics
 from qlora_api.guidance import GUIDANCE
 from qlora_api.names import KIND, Reason
 from qlora_operator.chart import build_values_schema, read_values, render_values_table
@@ -235,6 +235,39 @@ def validity_file() -> str:
     )
 
 
+def metric_reference_file() -> str:
+    """Every metric of operator and trainer."""
+    return "\n".join(
+        [
+            f"<!-- {_NOTE} -->",
+            "# Metrics",
+            "",
+            "What they are for, and how they are scraped: [metrics](../metrics.md).",
+            "",
+            "## Operator",
+            "",
+            f"Every replica, `{metrics.PATH}` on port `health` (8081). A replica that waits tells of no QLoRAJob.",
+            "",
+            *_metric_table(metrics.OPERATOR),
+            "",
+            "## Training pods",
+            "",
+            f"The first process of each training pod, `{metrics.PATH}` on port `{metrics.PORT_NAME}` ({metrics.PORT}).",
+            "",
+            *_metric_table(metrics.TRAINER),
+            "",
+        ]
+    )
+
+
+def _metric_table(listed: tuple[metrics.Metric, ...]) -> Iterator[str]:
+    yield "| metric | type | labels | at most | meaning |"
+    yield "|---|---|---|---|---|"
+    for metric in listed:
+        labels = ", ".join(f"`{label}`" for label in metric.labels)
+        yield f"| `{metric.name}` | {metric.kind} | {labels} | {metric.series} | {metric.help} |"
+
+
 FILES: Final[dict[str, Callable[[], str]]] = {
     "crds/qlorajobs.qlora.dev.yaml": crd_file,
     "crds/qlorajob.schema.json": editor_schema_file,
@@ -245,6 +278,7 @@ FILES: Final[dict[str, Callable[[], str]]] = {
     "docs/reference/fields.md": field_reference_file,
     "docs/reference/reasons.md": reason_reference_file,
     "docs/reference/distribution.md": validity_file,
+    "docs/reference/metrics.md": metric_reference_file,
 }
 
 

@@ -40,6 +40,15 @@ NAME_TAKEN_RETRY: Final = timedelta(seconds=5)
 
 
 @dataclass(frozen=True)
+class Turn:
+    """One pass over one QLoRAJob: what it starts from."""
+
+    raw: RawJob
+    previous: QLoRAJobStatus
+    watch: Watch
+
+
+@dataclass(frozen=True)
 class Outcome:
     """What a pass leaves to its caller."""
 
@@ -49,15 +58,8 @@ class Outcome:
     """The resourceVersion of the status, if one was written."""
     status: QLoRAJobStatus | None = None
     """The status as it stands; nothing when the QLoRAJob is gone."""
-
-
-@dataclass(frozen=True)
-class Turn:
-    """One pass over one QLoRAJob: what it starts from."""
-
-    raw: RawJob
-    previous: QLoRAJobStatus
-    watch: Watch
+    turn: Turn | None = None
+    """What the pass started from; nothing where the run had ended before."""
 
 
 async def reconcile(ref: JobRef, cluster: Cluster, installation: Installation, watch: Watch) -> Outcome:
@@ -247,7 +249,7 @@ async def publish(turn: Turn, decision: Decision, gpus: int | None, cluster: Clu
     if (status.phase, status.reason) != (previous.phase, previous.reason):
         await cluster.tell(build_event(Owner(raw.ref, raw.uid), raw.resource_version, status, now))
     written = await _write(raw, previous, status, cluster)
-    return Outcome(_wait(decision, now), written, status)
+    return Outcome(_wait(decision, now), written, status, turn)
 
 
 def _wait(decision: Decision, now: datetime) -> timedelta | None:

@@ -36,11 +36,12 @@ STUCK_SECONDS: Final = 300.0
 class Runtime:
     """One operator in one event loop."""
 
-    def __init__(self, settings: Settings, api: Api, clock: Callable[[], datetime] = utc_now) -> None:
+    def __init__(self, settings: Settings, api: Api, metrics: Metrics, clock: Callable[[], datetime] = utc_now) -> None:
         self.settings = settings
-        self.metrics = Metrics()
+        self.metrics = metrics
         self.watch = WatchProof(asyncio.get_running_loop().time)
         self.queue: WorkQueue[JobRef] = WorkQueue(self._reconcile, settings.workers)
+        metrics.watch_queue(lambda: self.queue.depth, self.queue.oldest_age)
         self._api = api
         self.children = Children()
         self._cluster = KubeCluster(api, self.children)
@@ -55,6 +56,7 @@ class Runtime:
         """Wait for the CRD, look at every child, then start everything."""
         await self._wait_for_crd()
         await self._cluster.refresh(self.settings.namespaces)
+        self.metrics.jobs.lead(self._reports.get)
         self.queue.start()
         self._resync = asyncio.create_task(self._resync_forever(), name="resync")
         self._server = await self._serve()
@@ -96,15 +98,14 @@ class Runtime:
         """A QLoRAJob is gone."""
         self._written.pop(ref, None)
         self.watch.forget(ref)
-        self.metrics.saw(ref, None)
+        self.metrics.jobs.saw(ref, None)
         self._reports.forget(ref)
 
     async def _reconcile(self, ref: JobRef) -> timedelta | None:
         with self.metrics.measure():
             watch = Watch(self._clock().replace(microsecond=0), self._reports.get(ref), self._listening_since)
             outcome = await reconcile(ref, self._cluster, self.settings.installation, watch)
-        self.metrics.depth.set(self.queue.depth)
-        self.metrics.saw(ref, outcome.status.phase if outcome.status else None)
+        self.metrics.passed(ref, outcome)
         if outcome.written is not None and outcome.status is not None:
             self._written[ref] = outcome.written
             self.watch.expect(ref, outcome.written)
@@ -147,11 +148,7 @@ class Runtime:
     async def _serve(self) -> web.AppRunner:
         gate = Gate(self._cluster, asyncio.get_running_loop().time)
         app = ProgressEndpoint(gate, self._reports, self.queue.add_after, self._clock).application()
-        app.router.add_get("/metrics", self._render_metrics)
         runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=1)
         await runner.setup()
         await web.TCPSite(runner, port=self.settings.progress_port).start()
         return runner
-
-    async def _render_metrics(self, _: web.Request) -> web.Response:
-        return web.Response(body=self.metrics.render(), content_type="text/plain", charset="utf-8")

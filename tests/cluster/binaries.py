@@ -61,6 +61,7 @@ PROGRAMS: Final = {
     "kwok": Program("kwok", "sigs.k8s.io/kwok/cmd/kwok", 120),
     "jobset": Program("jobset", "sigs.k8s.io/jobset", 95),
     "kueue": Program("kueue", "sigs.k8s.io/kueue/cmd/kueue", 265),
+    "promlint": Program("promlint", ".", 20),
 }
 """Another program is one line here and one folder under modules/ (`go get -tool PACKAGE@VERSION`)."""
 
@@ -75,6 +76,7 @@ CONTROL_PLANE_PROGRAMS: Final = (
     "kube-scheduler",
     "versitygw",
     "toxiproxy",
+    "promlint",
 )
 
 CONTROLLERS: Final = ("kwok", "kueue")

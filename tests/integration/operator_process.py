@@ -151,6 +151,11 @@ class Operator:
             with refusal:
                 return refusal.code, json.load(refusal)
 
+    def metrics(self) -> str:
+        """Return what Prometheus is answered."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.health_port}/metrics", timeout=10) as answer:
+            return str(answer.read().decode())
+
 
 @dataclass
 class Place:

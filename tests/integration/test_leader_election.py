@@ -94,6 +94,9 @@ def test_the_other_takes_over_from_a_dead_leader(replicas: Replicas, place: Plac
     place.wait_for("Training")
     before = place.jobs()
     assert waiting.healthy()
+    assert "qlora_operator_leader 1.0" in leader.metrics()
+    assert "qlora_operator_leader 0.0" in waiting.metrics()
+    assert "qlora_jobs{" not in waiting.metrics()
     leader.kill()
     assert seconds_to_first_write(place, "meanwhile") < FAIL_OVER
     assert replicas.marked() == sorted(replicas.operators)  # the dead one's pod keeps its label until it starts again

@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import Awaitable, Callable, Mapping
+from time import perf_counter
 from typing import Any, Final
 
 import aiohttp
@@ -64,6 +65,14 @@ async def _keep_credentials() -> None:
     """Have nothing to read anew."""
 
 
+Observe = Callable[[str, int | None, float], None]
+"""Called after each call with its verb, the HTTP status or None, and the seconds that it took."""
+
+
+def _count_nothing(_: str, __: int | None, ___: float) -> None:
+    """Have nobody who wants to know."""
+
+
 class Api:
     """A connection to the API server."""
 
@@ -72,10 +81,12 @@ class Api:
         configuration: client.Configuration,
         may_write: Callable[[], bool] = lambda: True,
         renew_credentials: Callable[[], Awaitable[None]] = _keep_credentials,
+        observe: Observe = _count_nothing,
     ) -> None:
         self._client = client.ApiClient(configuration)
         self._may_write = may_write
         self._renew_credentials = renew_credentials
+        self._observe = observe
         self._quiet_until = 0.0
 
     async def close(self) -> None:
@@ -103,11 +114,15 @@ class Api:
             body=body,
             auth_settings=["BearerToken"],
         )
+        start, status = perf_counter(), None
         try:
             response = await self._client.call_api(*call, _request_timeout=aiohttp.ClientTimeout(REQUEST_SECONDS))
             text = await response.read()
+            status = response.status
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
             raise ClusterBusyError(f"the API server does not answer: {error!r}") from error
+        finally:
+            self._observe(method, status, perf_counter() - start)
         await self._heed(response.status, response.headers.get("Retry-After", ""))
         return _read(response.status, text)
 

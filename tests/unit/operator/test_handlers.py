@@ -11,6 +11,7 @@ from aiohttp import web
 from qlora_operator import handlers
 from qlora_operator.build import Installation
 from qlora_operator.cluster.api import Api
+from qlora_operator.metrics import Metrics
 from qlora_operator.runtime import STUCK_SECONDS, Runtime
 from qlora_operator.settings import Settings
 from qlora_operator.watch import OVERDUE_SECONDS
@@ -20,7 +21,7 @@ from tests.make import REF, UID
 @pytest.fixture
 async def runtime(monkeypatch: pytest.MonkeyPatch) -> Runtime:
     """A runtime whose parts run, without a cluster."""
-    runtime = Runtime(Settings(Installation("trainer:1")), cast("Api", None))
+    runtime = Runtime(Settings(Installation("trainer:1")), cast("Api", None), Metrics(lambda: True))
     monkeypatch.setattr(runtime.queue, "alive", lambda: True)
     monkeypatch.setattr(runtime, "_server", web.AppRunner(web.Application()))
     monkeypatch.setattr(runtime, "_resync", asyncio.get_running_loop().create_future())
@@ -32,7 +33,7 @@ async def test_a_healthy_operator(runtime: Runtime) -> None:
 
 
 async def test_a_replica_that_waits_is_healthy() -> None:
-    assert Runtime(Settings(Installation("trainer:1")), cast("Api", None)).ailment() is None
+    assert Runtime(Settings(Installation("trainer:1")), cast("Api", None), Metrics(lambda: True)).ailment() is None
 
 
 async def test_a_dead_watch_is_told(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:

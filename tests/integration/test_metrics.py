@@ -1,0 +1,72 @@
+"""The metrics of a real operator, by the linter of Prometheus and over the life of a QLoRAJob."""
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.cluster.binaries import binary
+from tests.cluster.cluster import Cluster
+from tests.cluster.commands import wait_until
+from tests.integration.operator_process import NAME, TRAIN, Operator, Place, install, open_place
+from tests.integration.test_operator_progress import KUBEFLOW
+from tests.make import PUBLISHED_WORD
+
+
+def lint(text: str) -> str:
+    """Return what `promtool check metrics` would find."""
+    done = subprocess.run([binary("promlint")], input=text, capture_output=True, text=True, check=False, timeout=30)
+    assert done.returncode in {0, 3}, done.stderr
+    return done.stdout
+
+
+def value(operator: Operator, name: str, **labels: str) -> float | None:
+    """Return the value of one series now."""
+    for family in text_string_to_metric_families(operator.metrics()):
+        for sample in family.samples:
+            if sample.name == name and sample.labels == labels:
+                return sample.value
+    return None
+
+
+@pytest.fixture
+def place(control_plane: Cluster, request: pytest.FixtureRequest) -> Iterator[Place]:
+    install(control_plane)
+    with open_place(control_plane, request.node.name) as place:
+        yield place
+
+
+@pytest.fixture
+def operator(place: Place, tmp_path: Path) -> Iterator[Operator]:
+    operator = Operator(place.cluster, tmp_path, place.namespace).start()
+    yield operator
+    operator.stop()
+
+
+def test_the_linter_finds_what_breaks_the_conventions() -> None:
+    assert 'counter metrics should have "_total" suffix' in lint(
+        "# HELP passes Passes.\n# TYPE passes counter\npasses 1\n"
+    )
+
+
+def loss_series(operator: Operator) -> list[str]:
+    """Return the lines of the one metric that only a running QLoRAJob has."""
+    return [line for line in operator.metrics().splitlines() if line.startswith("qlora_job_loss{")]
+
+
+def test_a_life_in_metrics(operator: Operator, place: Place) -> None:
+    place.live_to_training()
+    assert value(operator, "qlora_jobs", phase="Training") == 1
+    assert operator.post(place.namespace, NAME, place.token(place.pod_of(TRAIN)), KUBEFLOW)[0] == 200
+    assert loss_series(operator) == [f'qlora_job_loss{{name="{NAME}",namespace="{place.namespace}"}} 2.8312']
+    assert lint(operator.metrics()) == ""
+    assert (value(operator, "qlora_operator_api_requests_total", verb="PUT", code="200") or 0) >= 4
+
+    place.end_pod(TRAIN, 0, PUBLISHED_WORD)
+    place.wait_for("Succeeded")
+    wait_until("the job's series to end", lambda: not loss_series(operator), timeout=20)
+    assert value(operator, "qlora_jobs_finished_total", phase="Succeeded", reason="Published") == 1
+    assert value(operator, "qlora_job_wait_duration_seconds_count") == 1
+    assert lint(operator.metrics()) == ""

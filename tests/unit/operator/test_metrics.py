@@ -1,0 +1,196 @@
+"""The operator's metrics over whole lives of QLoRAJobs in memory."""
+
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Final
+
+import pytest
+from aiohttp import ClientSession
+from prometheus_client.parser import text_string_to_metric_families
+
+from qlora_api import __version__, metrics
+from qlora_api.names import Phase
+from qlora_api.v1alpha1 import Progress
+from qlora_operator.cluster.ports import ClusterBusyError
+from qlora_operator.health import serve_health
+from qlora_operator.metrics import Metrics, progress_ratio
+from qlora_operator.progress import Reports
+from qlora_operator.values import JobRef
+from tests.cluster.addresses import free_ports
+from tests.fakes import FakeCluster
+from tests.make import NOW, PREPARED_WORD, PUBLISHED_WORD, REF, make_manifest
+from tests.unit.operator.life import PREPARE, TRAIN, once
+
+FINISHED: Final = ("qlora_jobs_finished_total", "qlora_job_attempts_ended_total")
+JOB: Final = {"namespace": REF.namespace, "name": REF.name}
+
+
+class Told:
+    """A leader's metrics, and what they say."""
+
+    def __init__(self) -> None:
+        self.reports = Reports()
+        self.metrics = Metrics(lambda: True)
+        self.metrics.jobs.lead(self.reports.get)
+
+    def samples(self) -> Iterator[tuple[str, tuple[tuple[str, str], ...], float]]:
+        for family in text_string_to_metric_families(self.metrics.render().decode()):
+            for sample in family.samples:
+                yield sample.name, tuple(sorted(sample.labels.items())), sample.value
+
+    def value(self, name: str, /, **labels: str) -> float | None:
+        wanted = tuple(sorted(labels.items()))
+        return next((value for known, given, value in self.samples() if (known, given) == (name, wanted)), None)
+
+    async def settle(self, cluster: FakeCluster) -> None:
+        """Pass until nothing is written."""
+        while True:
+            before = len(cluster.writes)
+            cluster.pass_time(timedelta(seconds=1))
+            self.metrics.passed(REF, await once(cluster, self.reports.get(REF)))
+            if len(cluster.writes) == before:
+                return
+
+
+@pytest.fixture
+def told() -> Told:
+    return Told()
+
+
+@pytest.fixture
+def cluster() -> FakeCluster:
+    fake = FakeCluster()
+    fake.submit(make_manifest())
+    return fake
+
+
+def make_report(**change: object) -> Progress:
+    known = {"percent": 41, "step": 126, "total_steps": 300, "remaining_seconds": 190, "loss": 2.83}
+    return Progress.model_validate({**known, "phase": Phase.TRAINING, "updated_at": NOW} | change)
+
+
+async def live_to_training(told: Told, cluster: FakeCluster) -> None:
+    await told.settle(cluster)
+    cluster.end_pod(PREPARE, 0, PREPARED_WORD)
+    await told.settle(cluster)
+    cluster.pass_time(timedelta(minutes=3))
+    cluster.start_pod(TRAIN)
+    await told.settle(cluster)
+
+
+async def test_the_whole_life(told: Told, cluster: FakeCluster) -> None:
+    await live_to_training(told, cluster)
+    assert told.value("qlora_jobs", phase="Training") == 1
+    assert told.value("qlora_job_wait_duration_seconds_count") == 1
+    assert 180 < (told.value("qlora_job_wait_duration_seconds_sum") or 0) < 200
+    assert told.value("qlora_jobs_finished_total", phase="Succeeded", reason="Published") is None
+
+    cluster.pass_time(timedelta(minutes=10))
+    cluster.end_pod(TRAIN, 0, PUBLISHED_WORD, keep_start=True)
+    await told.settle(cluster)
+    assert told.value("qlora_jobs", phase="Training") == 0
+    assert told.value("qlora_jobs", phase="Succeeded") == 1
+    assert told.value("qlora_jobs_finished_total", phase="Succeeded", reason="Published") == 1
+    assert told.value("qlora_job_attempts_ended_total", reason="Published") == 1
+    assert 600 <= (told.value("qlora_job_run_duration_seconds_sum", phase="Succeeded") or 0) < 620
+
+
+async def test_what_ended_before_the_operator_started_is_not_counted_again(told: Told, cluster: FakeCluster) -> None:
+    await live_to_training(told, cluster)
+    cluster.end_pod(TRAIN, 0, PUBLISHED_WORD)
+    await told.settle(cluster)
+    next_operator = Told()
+    await next_operator.settle(cluster)
+    assert next_operator.value("qlora_jobs", phase="Succeeded") == 1
+    counted = [sample for sample in next_operator.samples() if sample[0] in FINISHED]
+    assert counted == []
+    assert next_operator.value("qlora_job_wait_duration_seconds_count") == 0
+
+
+async def test_a_job_that_runs_has_figures_of_its_own(told: Told, cluster: FakeCluster) -> None:
+    await live_to_training(told, cluster)
+    assert told.value("qlora_job_progress_ratio", **JOB) is None
+    told.reports.keep(REF, make_report())
+    assert told.value("qlora_job_progress_ratio", **JOB) == pytest.approx(0.42)
+    assert told.value("qlora_job_eta_seconds", **JOB) == 190
+    assert told.value("qlora_job_loss", **JOB) == 2.83
+
+
+async def test_they_go_when_it_stops_to_run(told: Told, cluster: FakeCluster) -> None:
+    await live_to_training(told, cluster)
+    told.reports.keep(REF, make_report())
+    cluster.change(suspend=True)
+    await told.settle(cluster)
+    assert told.value("qlora_jobs", phase="Suspended") == 1
+    assert [sample for sample in told.samples() if dict(sample[1]).get("name")] == []
+
+
+async def test_they_go_with_the_job(told: Told, cluster: FakeCluster) -> None:
+    await live_to_training(told, cluster)
+    told.reports.keep(REF, make_report())
+    told.metrics.jobs.saw(REF, None)
+    assert told.value("qlora_jobs", phase="Training") == 0
+    assert [sample for sample in told.samples() if dict(sample[1]).get("name")] == []
+
+
+@pytest.mark.parametrize(
+    ("report", "ratio"),
+    [
+        pytest.param(make_report(), 0.42, id="steps"),
+        pytest.param(make_report(step=None), 0.41, id="percentage"),
+        pytest.param(make_report(total_steps=0), 0.41, id="no-steps"),
+        pytest.param(make_report(step=301), 1.0, id="more-than-all"),
+    ],
+)
+def test_the_share_that_is_done(report: Progress, ratio: float) -> None:
+    assert progress_ratio(report) == pytest.approx(ratio)
+
+
+def test_a_replica_that_waits_tells_of_no_job() -> None:
+    waiting = Told.__new__(Told)
+    waiting.metrics = Metrics(lambda: False)
+    assert waiting.value("qlora_operator_leader") == 0
+    assert waiting.value("qlora_operator_build_info", version=__version__) == 1
+    assert [name for name, labels, _ in waiting.samples() if "phase" in dict(labels)] == []
+
+
+def test_passes_are_told_apart_by_what_became_of_them(told: Told) -> None:
+    with told.metrics.measure():
+        pass
+    with pytest.raises(ClusterBusyError), told.metrics.measure():
+        raise ClusterBusyError("later")
+    with pytest.raises(KeyError), told.metrics.measure():
+        raise KeyError("a fault")
+    for result in ("success", "busy", "error"):
+        assert told.value("qlora_operator_reconcile_total", result=result) == 1
+    assert told.value("qlora_operator_reconcile_duration_seconds_count") == 3
+
+
+def test_calls_are_counted_by_their_answer(told: Told) -> None:
+    told.metrics.called("GET", 200, 0.01)
+    told.metrics.called("GET", None, 30.0)
+    assert told.value("qlora_operator_api_requests_total", verb="GET", code="200") == 1
+    assert told.value("qlora_operator_api_requests_total", verb="GET", code="none") == 1
+    assert told.value("qlora_operator_api_request_duration_seconds_sum", verb="GET") == pytest.approx(30.01)
+
+
+def test_every_metric_is_in_the_reference_and_no_other(told: Told) -> None:
+    exposed = {family.name for family in told.metrics.registry.collect()}
+    assert exposed == {metric.name.removesuffix("_total") for metric in metrics.OPERATOR}
+
+
+def test_ten_thousand_jobs_that_wait_are_ten_series(told: Told) -> None:
+    for number in range(10_000):
+        told.metrics.jobs.saw(JobRef("ml", f"job-{number}"), Phase.QUEUED)
+    assert told.value("qlora_jobs", phase="Queued") == 10_000
+    assert len(told.metrics.render()) < 16_384
+
+
+async def test_prometheus_is_answered_where_the_probe_is(told: Told) -> None:
+    (port,) = free_ports(1)
+    async with serve_health(port, lambda: None, told.metrics.render), ClientSession() as session:
+        async with session.get(f"http://127.0.0.1:{port}/metrics") as answer:
+            assert answer.headers["Content-Type"].startswith("text/plain; version=")
+            assert "qlora_operator_leader 1.0" in await answer.text()
+        async with session.get(f"http://127.0.0.1:{port}/healthz") as answer:
+            assert (answer.status, await answer.text()) == (200, "ok")
