@@ -125,9 +125,14 @@ def compile_program(program: Program, path: Path) -> None:
 
 def source(name: str) -> Path:
     """Return the folder of the module that a program comes from, fetched if the cache does not have it."""
-    program = PROGRAMS[name]
-    download = [go_program(), "mod", "download", "-json", f"sigs.k8s.io/{program.module}"]
-    return Path(json.loads(run(download, env=go_environment(), cwd=MODULES / program.module))["Dir"])
+    module = PROGRAMS[name].module
+    return fetch_source(module, f"sigs.k8s.io/{module}")
+
+
+def fetch_source(module: str, path: str) -> Path:
+    """Return the folder of a Go module at the version that one of ours pins, fetched if the cache does not have it."""
+    download = [go_program(), "mod", "download", "-json", path]
+    return Path(json.loads(run(download, env=go_environment(), cwd=MODULES / module))["Dir"])
 
 
 def build_programs(names: Iterable[str]) -> None:

@@ -20,4 +20,10 @@ WARNING: crds.keep is false: helm uninstall deletes the CRD, and with it every Q
 {{- if not .Values.rbac.create }}
 WARNING: rbac.create is false: until you bind the rules of docs/operations.md to {{ include "qlora-operator.account" . }}, the operator waits.
 {{- end }}
+{{- range $key, $kind := dict "serviceMonitor" "ServiceMonitor" "podMonitor" "PodMonitor" "prometheusRule" "PrometheusRule" }}
+{{- $settings := index $.Values.monitoring $key }}
+{{- if and $settings.enabled (not (include "qlora-operator.monitored" (dict "root" $ "settings" $settings "kind" $kind))) }}
+WARNING: monitoring.{{ $key }} was left out: the cluster serves no {{ $kind }}. Install the Prometheus operator and upgrade the release.
+{{- end }}
+{{- end }}
 {{- end -}}

@@ -2,13 +2,17 @@
 
 import os
 from collections.abc import Iterator
+from typing import Any, Final
 
 import pytest
+import yaml
 
+from tests.cluster.binaries import fetch_source
 from tests.cluster.cluster import Cluster
 from tests.cluster.progress import Unavailable
 
-NAMESPACES = ("qlora-system", "team-a", "team-b", "elsewhere")
+NAMESPACES: Final = ("qlora-system", "team-a", "team-b", "monitoring")
+MONITORING_CRDS: Final = ("servicemonitors", "podmonitors", "prometheusrules")
 
 
 @pytest.fixture(scope="session")
@@ -20,5 +24,14 @@ def plane() -> Iterator[Cluster]:
     with cluster:
         cluster.apply(
             *({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}} for name in NAMESPACES),
+            *monitoring_crds(),
         )
         yield cluster
+
+
+def monitoring_crds() -> Iterator[dict[str, Any]]:
+    """The Prometheus operator's own, so that monitors and alert rules meet the schemas that they are written for."""
+    source = fetch_source("prometheus", "github.com/prometheus-operator/prometheus-operator")
+    for plural in MONITORING_CRDS:
+        path = source / f"example/prometheus-operator-crd/monitoring.coreos.com_{plural}.yaml"
+        yield yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.CSafeLoader)

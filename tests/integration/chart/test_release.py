@@ -11,7 +11,7 @@ from tests.cluster.cluster import Cluster
 from tests.cluster.commands import CommandError, run, wait_until
 from tests.golden.test_children import CPU, INSTALLATION, OWNER, RUN
 from tests.integration.chart.rendering import NAMESPACE, RELEASE, helm, render
-from tests.integration.chart.test_rendering import POLICY, VALUES
+from tests.integration.chart.test_rendering import MONITORING, POLICY, VALUES
 from tests.make import make_manifest
 
 BAD_MODEL: Final = {"model": {"uri": "hf://elsewhere/model"}}
@@ -19,10 +19,10 @@ BAD_MODEL: Final = {"model": {"uri": "hf://elsewhere/model"}}
 
 @pytest.fixture(scope="module")
 def release(plane: Cluster) -> Iterator[Cluster]:
-    """The chart with organisation policy for the namespaces labelled so."""
+    """The chart with organisation policy for the namespaces labelled so, and with monitors."""
     plane.kubectl("label", "namespace", "team-a", "--overwrite", "policy=yes")
     command = [*helm("upgrade"), "--install", f"--kubeconfig={plane.kubeconfig}", "--values=-"]
-    run(command, stdin=json.dumps({"policy": POLICY}))
+    run(command, stdin=json.dumps({"policy": POLICY, "monitoring": VALUES["monitored"]["monitoring"]}))
     plane.wait_until_served()
     # The API server's own plugin notices a new policy a moment later.
     wait_until("the policy", lambda: not accepts(plane, run_of(BAD_MODEL)), 30, 0.3)
@@ -32,7 +32,7 @@ def release(plane: Cluster) -> Iterator[Cluster]:
 
 @pytest.mark.parametrize("name", VALUES)
 def test_the_api_server_takes_everything_that_is_rendered(release: Cluster, name: str) -> None:
-    items = [place(manifest) for manifest in render(VALUES[name])]
+    items = [place(manifest) for manifest in render(VALUES[name], apis=MONITORING)]
     release.kubectl(
         "apply", "--server-side", "--dry-run=server", "--validate=strict", "--force-conflicts", "--filename=-",
         stdin=json.dumps({"apiVersion": "v1", "kind": "List", "items": items}),
@@ -42,6 +42,11 @@ def test_the_api_server_takes_everything_that_is_rendered(release: Cluster, name
 def place(manifest: dict[str, Any]) -> dict[str, Any]:
     """Say where an object goes, as Helm does when it sends one without a namespace."""
     return {**manifest, "metadata": {"namespace": NAMESPACE, **manifest["metadata"]}}
+
+
+def test_helm_finds_that_monitors_are_served(release: Cluster) -> None:
+    for kind, name in (("servicemonitor", RELEASE), ("podmonitor", f"{RELEASE}-trainer"), ("prometheusrule", RELEASE)):
+        assert release.get(kind, name, f"--namespace={NAMESPACE}")["metadata"]["labels"]["helm.sh/chart"]
 
 
 ACCOUNT: Final = f"--as=system:serviceaccount:{NAMESPACE}:{RELEASE}"

@@ -14,6 +14,10 @@ from tests.integration.chart.rendering import RELEASE, names_of, notes_of, rende
 FOLDER: Final = Path(__file__).parent / "golden"
 GENERATED: Final = {"CustomResourceDefinition"}
 """Compared with the code by `make check`."""
+MONITORING: Final = tuple(
+    f"monitoring.coreos.com/v1/{kind}" for kind in ("ServiceMonitor", "PodMonitor", "PrometheusRule")
+)
+"""What a cluster with the Prometheus operator serves."""
 
 POLICY: Final = {
     "models": ["hf://meta-llama/", "s3://models/llama-3.2-3b"],
@@ -63,13 +67,26 @@ VALUES: Final[dict[str, dict[str, Any]]] = {
         },
         "policy": POLICY,
     },
+    "monitored": {
+        "crds": {"enabled": False},
+        "monitoring": {
+            "serviceMonitor": {"enabled": True, "interval": "15s", "labels": {"release": "prometheus"}},
+            "podMonitor": {"enabled": True, "renderMode": "failIfMissing"},
+            "prometheusRule": {
+                "enabled": True,
+                "runbookUrl": "https://runbooks.example",
+                "disabled": ["QLoRAJobsWaiting"],
+            },
+            "dashboard": {"enabled": True, "annotations": {"grafana_folder": "ML"}, "namespace": "monitoring"},
+        },
+    },
 }
 """The sets of values that are looked at whole."""
 
 
 @pytest.mark.parametrize("name", VALUES)
 def test_what_is_sent(name: str) -> None:
-    manifests = [manifest for manifest in render(VALUES[name]) if manifest["kind"] not in GENERATED]
+    manifests = [manifest for manifest in render(VALUES[name], apis=MONITORING) if manifest["kind"] not in GENERATED]
     text = yaml.safe_dump_all(manifests, sort_keys=False, width=120)
     path = FOLDER / f"{name}.yaml"
     if os.environ.get("QLORA_WRITE_GOLDEN"):
@@ -85,9 +102,32 @@ def test_nothing_of_a_namespaced_installation_gives_rights_on_runs_elsewhere() -
     }
 
 
+@pytest.mark.parametrize(
+    ("mode", "apis", "rendered"),
+    [
+        ("skipIfMissing", (), False),
+        ("skipIfMissing", MONITORING, True),
+        ("failIfMissing", MONITORING, True),
+        ("alwaysRender", (), True),
+    ],
+)
+def test_monitors_are_rendered_where_they_are_served(mode: str, apis: tuple[str, ...], rendered: bool) -> None:
+    settings = {"enabled": True, "renderMode": mode}
+    values = {"monitoring": {"serviceMonitor": settings, "podMonitor": settings, "prometheusRule": settings}}
+    monitors = {"ServiceMonitor", "PodMonitor", "PrometheusRule"}
+    kinds = {manifest["kind"] for manifest in render(values, apis=apis)}
+    assert kinds & monitors == (monitors if rendered else set())
+
+
+@pytest.mark.parametrize("key", ["serviceMonitor", "podMonitor", "prometheusRule"])
+def test_what_must_be_monitored_and_cannot_be_is_refused(key: str) -> None:
+    with pytest.raises(CommandError, match=rf"or set monitoring\.{key}\.renderMode to skipIfMissing"):
+        render({"monitoring": {key: {"enabled": True, "renderMode": "failIfMissing"}}})
+
+
 @pytest.mark.parametrize("name", VALUES)
 def test_no_rule_has_a_wildcard_or_reads_secrets(name: str) -> None:
-    rules = [rule for manifest in render(VALUES[name]) for rule in manifest.get("rules", ())]
+    rules = [rule for manifest in render(VALUES[name], apis=MONITORING) for rule in manifest.get("rules", ())]
     words = {word for rule in rules for values in rule.values() for word in values}
     assert not words & {"*", "secrets", "pods/exec", "impersonate", "escalate", "bind"}
 
@@ -99,6 +139,11 @@ def test_no_rule_has_a_wildcard_or_reads_secrets(name: str) -> None:
         pytest.param({}, ("NOTE: models come from the public hub",), id="defaults"),
         pytest.param(VALUES["namespaced"], ("NOTE: models come from the public hub",), id="namespaced"),
         pytest.param(VALUES["private"], (), id="private"),
+        pytest.param(
+            {"monitoring": {"podMonitor": {"enabled": True}}},
+            ("NOTE: models come", "WARNING: monitoring.podMonitor was left out: the cluster serves no PodMonitor"),
+            id="not-monitored",
+        ),
         pytest.param(
             VALUES["bare"],
             (
