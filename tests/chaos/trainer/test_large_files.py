@@ -19,11 +19,12 @@ PART_BYTES = 5 * 1024**2
 
 
 @pytest.fixture
-def store(s3: S3, monkeypatch: pytest.MonkeyPatch) -> S3Store:
+def store(s3: S3, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> S3Store:
     """A store for which anything beyond a part is large."""
     monkeypatch.setattr("qlora_trainer.s3.SINGLE_PUT_BYTES", PART_BYTES)
     monkeypatch.setattr(multipart, "_PART_BYTES", PART_BYTES)
-    return S3Store(f"s3://{s3.make_bucket('large')}/result", OUTPUT, Credentials(s3.environment()), S3Config())
+    bucket = s3.make_bucket(tmp_path.name.replace("_", "-"))
+    return S3Store(f"s3://{bucket}/result", OUTPUT, Credentials(s3.environment()), S3Config())
 
 
 @pytest.fixture
