@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from qlora_api.report import StepRecord
+from qlora_trainer.metrics import Meter
 from tests.cluster.binaries import binary
 from tests.cluster.cluster import Cluster
 from tests.cluster.commands import wait_until
@@ -49,6 +51,12 @@ def test_the_linter_finds_what_breaks_the_conventions() -> None:
     assert 'counter metrics should have "_total" suffix' in lint(
         "# HELP passes Passes.\n# TYPE passes counter\npasses 1\n"
     )
+
+
+def test_what_a_training_pod_serves_keeps_to_the_conventions() -> None:
+    meter = Meter()
+    meter.step(StepRecord(step=1, loss=2.5, learning_rate=2e-4, grad_norm=0.75, tokens=900, seconds=1.5))
+    assert lint(meter.render().decode()) == ""
 
 
 def loss_series(operator: Operator) -> list[str]:

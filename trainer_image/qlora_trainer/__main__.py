@@ -1,6 +1,7 @@
 """The trainer as a pod runs it: `python -m qlora_trainer prepare|train|launch --config FILE`."""
 
 import argparse
+import contextlib
 import logging
 import os
 import sys
@@ -22,7 +23,7 @@ from qlora_api.report import LastWord
 from qlora_api.runconfig import PrepareConfig, RunConfig
 from qlora_trainer.interrupt import EXIT_CODE, StopFlag, explain_end, interrupted
 from qlora_trainer.lastword import Farewell
-from qlora_trainer.ranks import DONE, path_of_process, rank_of_process
+from qlora_trainer.ranks import DONE, is_first_of_pod, path_of_process, rank_of_process
 from qlora_trainer.work import default_work
 
 log = structlog.get_logger()
@@ -133,7 +134,7 @@ def train_word(options: argparse.Namespace, stop: StopFlag, farewell: Farewell) 
     if http is not None:
         sinks.append(http)
     try:
-        with watch_run(config, farewell), Heartbeat(Sinks(sinks)) as sink:
+        with served_metrics(), watch_run(config, farewell), Heartbeat(Sinks(sinks)) as sink:
             result = run(config, sink, work=options.work, stop=stop)
     finally:
         if http is not None:
@@ -143,6 +144,13 @@ def train_word(options: argparse.Namespace, stop: StopFlag, farewell: Farewell) 
         path_of_process(options.termination_message).with_suffix(DONE).touch()  # the launcher looks for it
         return None
     return LastWord(reason=Reason.PUBLISHED, message="", step=result.steps, result=result)
+
+
+def served_metrics() -> contextlib.AbstractContextManager[None]:
+    """Serve metrics from the first process of the pod, which has one port."""
+    from qlora_trainer.metrics import serve_metrics  # noqa: PLC0415 (as above)
+
+    return serve_metrics(log.info) if is_first_of_pod() else contextlib.nullcontext()
 
 
 def launch_word(options: argparse.Namespace, stop: StopFlag, _: Farewell) -> LastWord | None:

@@ -7,6 +7,7 @@ from typing import Final
 
 from qlora_api.v1alpha1 import CheckpointSpec, to_timedelta
 from qlora_trainer.checkpoint import Checkpoints
+from qlora_trainer.metrics import METER
 from qlora_trainer.state import TrainingState
 
 _CLOSE_SECONDS: Final = 20.0
@@ -51,6 +52,7 @@ class Keeper:
             self._note(f"no checkpoint of step {state.step} was written: {error}")
         else:
             self._saved_step, self._saved_at = state.step, captured_at
+            METER.checkpoint(time.monotonic() - captured_at)
 
     def _is_due(self, step: int) -> bool:
         if self._spec.steps is not None:

@@ -16,6 +16,11 @@ def rank_of_process() -> int | None:
     return int(rank) if rank else None
 
 
+def is_first_of_pod() -> bool:
+    """Return whether this process is the only one or the first one of its pod."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 def path_of_process(path: Path) -> Path:
     """Return a path of this process's own, where the path asks for one."""
     return Path(str(path).replace(RANK, str(rank_of_process() or 0)))

@@ -16,6 +16,7 @@ from s3transfer.utils import S3_RETRYABLE_DOWNLOAD_ERRORS
 from qlora_api.names import Reason
 from qlora_api.runconfig import S3Config
 from qlora_trainer.errors import RunError
+from qlora_trainer.metrics import METER
 from qlora_trainer.multipart import SINGLE_PUT_BYTES, upload_in_parts
 from qlora_trainer.pulse import PULSE
 from qlora_trainer.secrets import Credentials
@@ -115,7 +116,7 @@ class S3Store:
         """Upload with a SHA-256, then read size and digest back."""
         digest = sha256_of(source)
         size = len(source) if isinstance(source, bytes) else source.stat().st_size
-        with self._translated(path):
+        with self._translated(path), METER.upload(size):
             self._upload(path, source, digest, if_none_match)
             return self._verify(path, size, digest)
 

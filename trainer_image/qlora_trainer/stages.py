@@ -12,7 +12,17 @@ import torch
 
 from qlora_api.names import Reason
 from qlora_api.prepared import PinnedTasks
-from qlora_api.report import AdapterRecord, EvaluatedRow, Piece, RunReport, Sample, ServingCheck, StepRecord, TaskScore
+from qlora_api.report import (
+    AdapterRecord,
+    EvaluatedRow,
+    HeldOutRecord,
+    Piece,
+    RunReport,
+    Sample,
+    ServingCheck,
+    StepRecord,
+    TaskScore,
+)
 from qlora_api.result import Result
 from qlora_api.runconfig import RunConfig
 from qlora_api.v1alpha1 import Metrics
@@ -29,6 +39,7 @@ from qlora_trainer.history import History, kept_step
 from qlora_trainer.interrupt import StopFlag
 from qlora_trainer.keeper import Keeper
 from qlora_trainer.loading import CHECKED_ROWS, LoadingTask, load_in_fresh_process, rows_of_task
+from qlora_trainer.metrics import METER
 from qlora_trainer.model import Tuned, computing_in, joins_rows_exactly, load_base, load_text_config, tune, tune_whole
 from qlora_trainer.pace import Pace, time_and_tokens
 from qlora_trainer.preview import preview, shown_rows
@@ -146,8 +157,14 @@ class News:
 
     def step(self, record: StepRecord) -> None:
         """Tell of a finished step."""
+        METER.step(record)
         self.pace.note(record)
         self.trackers.step(record)
+
+    def held_out(self, record: HeldOutRecord) -> None:
+        """Tell of a look at the held-out rows."""
+        METER.held_out(record)
+        self.trackers.held_out(record)
 
 
 def find_start(checkpoints: Checkpoints, world: World) -> TrainingState | None:
@@ -161,10 +178,12 @@ def find_start(checkpoints: Checkpoints, world: World) -> TrainingState | None:
 
 def train(loop: Loop, keeper: Keeper, start: TrainingState | None, news: News, stop: StopFlag) -> History:
     """Train the adapter in place, on from a state if there is one, and tell of it."""
+    device = loop.tuned.device  # the model itself must be free to go
+    METER.start(start.step if start else 0, loop.schedule.total_steps, lambda: peak_memory_bytes(device))
     try:
         if start is not None:
             news.resume(start.history)
-        watcher = Watcher(news.step, news.trackers.held_out, news.pace.alive, wants=keeper.wants, keep=keeper.keep)
+        watcher = Watcher(news.step, news.held_out, news.pace.alive, wants=keeper.wants, keep=keeper.keep)
         history = loop.run(stop, watcher, start)
     except Exception:
         keeper.close()

@@ -2,8 +2,8 @@
 
 from typing import Any, Final
 
-from qlora_api import names
-from qlora_api.names import SecretRole
+from qlora_api import metrics, names
+from qlora_api.names import Role, SecretRole
 from qlora_api.v1alpha1 import Plan, QLoRAJobSpec, ResourcesSpec, Toleration
 from qlora_operator.build.claims import build_claim_mounts, build_claim_volumes
 from qlora_operator.build.metadata import Installation, Workload, build_labels
@@ -29,6 +29,7 @@ LAUNCH: Final = "launch"
 """The trainer's command for several processes."""
 GPU_RESOURCE: Final = "nvidia.com/gpu"
 GPU_PRODUCT_LABEL: Final = "nvidia.com/gpu.product"
+_METRICS: Final = {"name": metrics.PORT_NAME, "containerPort": metrics.PORT}
 PREPARE_RESOURCES: Final = {"requests": {"cpu": "500m", "memory": "1Gi"}, "limits": {"memory": PREPARE_MEMORY}}
 
 
@@ -115,6 +116,7 @@ def _container(
         "imagePullPolicy": installation.pull_policy,
         "args": [workload.role.value, "--config", f"{names.CONFIG_MOUNT}/{workload.config_file}"],
         "env": _environment(workload, installation),
+        **({"ports": [_METRICS]} if workload.role is Role.TRAIN else {}),
         "resources": resources,
         "securityContext": {
             "allowPrivilegeEscalation": False,

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from prometheus_client.parser import text_string_to_metric_families
 from safetensors.torch import load_file
 
 from qlora_api.names import Phase
@@ -18,6 +19,7 @@ from qlora_api.report import EvaluatedRow, HeldOutRecord, Manifest, MergedManife
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer import stages
 from qlora_trainer.chart import draw_charts
+from qlora_trainer.metrics import METER
 from qlora_trainer.prepare import prepare
 from qlora_trainer.report import render_html
 from qlora_trainer.run import run
@@ -42,6 +44,7 @@ def published(spec: QLoRAJobSpec, tmp_path_factory: pytest.TempPathFactory) -> t
     prepared = prepare(prepare_config(spec), work=work)
     sink = RecordingSink()
     run(run_config(spec, prepared), sink, work=work)
+    sink.metrics = METER.render().decode()
     return Path(prepared.prefix.removeprefix("file://")), sink
 
 
@@ -136,6 +139,24 @@ def test_progress_passes_through_the_phases_and_ends_at_100_percent(published):
     assert phases == [Phase.TRAINING, Phase.EVALUATING, Phase.PUBLISHING]
     assert [progress.percent for progress in sink.seen if progress.phase == Phase.TRAINING][-1] == 100
     assert sink.seen[-1].step == 4
+
+
+def test_prometheus_is_told_what_the_report_says(published):
+    folder, sink = published
+    last = RunReport.model_validate_json((folder / "report/report.json").read_text()).history[-1]
+    told = {
+        sample.name: sample.value
+        for family in text_string_to_metric_families(sink.metrics)
+        for sample in family.samples
+        if not sample.labels
+    }
+    assert (told["qlora_trainer_step"], told["qlora_trainer_planned_steps"]) == (4, 4)
+    assert told["qlora_trainer_loss"] == last.loss
+    assert told["qlora_trainer_learning_rate"] == last.learning_rate
+    assert told["qlora_trainer_gradient_norm"] == last.grad_norm
+    assert told["qlora_trainer_tokens_per_second"] == pytest.approx(last.tokens / last.seconds)
+    assert told["qlora_trainer_peak_memory_bytes"] > 50e6
+    assert told["qlora_trainer_step_duration_seconds_count"] >= 4
 
 
 def test_a_second_prepare_finds_the_result(published, spec, tmp_path):

@@ -145,6 +145,8 @@ class RecordingSink:
     def __init__(self) -> None:
         self.seen: list[Progress] = []
         self.notes: list[str] = []
+        self.metrics = ""
+        """What Prometheus would have been told, where a test keeps it."""
 
     def report(self, progress: Progress) -> None:
         self.seen.append(progress)

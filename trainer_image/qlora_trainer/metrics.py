@@ -1,0 +1,115 @@
+"""Metrics of this process for Prometheus: who does a piece of work counts it, and a thread answers who asks.
+
+Nothing here can fail or delay a training: a step sets some numbers, and a port that is taken is left to its owner.
+"""
+
+import math
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Final
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+    start_http_server,
+)
+
+from qlora_api import metrics
+from qlora_api.report import HeldOutRecord, StepRecord
+
+disable_created_metrics()  # type: ignore[no-untyped-call]
+
+
+class Meter:
+    """What a process has measured of its run."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        self._step = Gauge(*metrics.STEP.what, registry=registry)
+        self._steps = Gauge(*metrics.STEPS.what, registry=registry)
+        self._loss = _unknown(metrics.TRAINING_LOSS, registry)
+        self._held_out_loss = _unknown(metrics.HELD_OUT_LOSS, registry)
+        self._learning_rate = _unknown(metrics.LEARNING_RATE, registry)
+        self._gradient_norm = _unknown(metrics.GRADIENT_NORM, registry)
+        self._tokens = Counter(*metrics.TOKENS.what, registry=registry)
+        self._token_rate = _unknown(metrics.TOKEN_RATE, registry)
+        self._step_seconds = _histogram(metrics.STEP_SECONDS, registry)
+        self._peak_memory = Gauge(*metrics.PEAK_MEMORY.what, registry=registry)
+        self._checkpoint_seconds = _histogram(metrics.CHECKPOINT_SECONDS, registry)
+        self._upload_seconds = _histogram(metrics.UPLOAD_SECONDS, registry)
+        self._uploaded = Counter(*metrics.UPLOADED.what, registry=registry)
+
+    def start(self, done: int, total: int, peak_memory: Callable[[], float]) -> None:
+        """A training goes on after so many steps; its memory is asked for when somebody asks for the metrics."""
+        self._step.set(done)
+        self._steps.set(total)
+        self._peak_memory.set_function(peak_memory)
+
+    def step(self, record: StepRecord) -> None:
+        """A step is done."""
+        self._step.set(record.step)
+        self._loss.set(record.loss)
+        self._learning_rate.set(record.learning_rate)
+        self._gradient_norm.set(record.grad_norm)
+        self._tokens.inc(record.tokens)
+        self._token_rate.set(record.tokens / record.seconds if record.seconds else 0.0)
+        self._step_seconds.observe(record.seconds)
+
+    def held_out(self, record: HeldOutRecord) -> None:
+        """The held-out rows were looked at."""
+        self._held_out_loss.set(record.loss)
+
+    def checkpoint(self, seconds: float) -> None:
+        """A checkpoint is complete."""
+        self._checkpoint_seconds.observe(seconds)
+
+    @contextmanager
+    def upload(self, size: int) -> Iterator[None]:
+        """Count and time an upload that succeeds."""
+        start = time.perf_counter()
+        yield
+        self._upload_seconds.observe(time.perf_counter() - start)
+        self._uploaded.inc(size)
+
+    def render(self) -> bytes:
+        """Return the exposition format."""
+        return generate_latest(self.registry)
+
+
+def _unknown(metric: metrics.Metric, registry: CollectorRegistry) -> Gauge:
+    """Return a gauge that is no number until it is known: 0 would be a very good loss."""
+    gauge = Gauge(*metric.what, registry=registry)
+    gauge.set(math.nan)
+    return gauge
+
+
+def _histogram(metric: metrics.Metric, registry: CollectorRegistry) -> Histogram:
+    return Histogram(*metric.what, buckets=metric.buckets, registry=registry)
+
+
+METER: Final = Meter()
+"""This process's, as PULSE is: there is one run in it."""
+
+
+@contextmanager
+def serve_metrics(note: Callable[[str], None], port: int = metrics.PORT, meter: Meter = METER) -> Iterator[None]:
+    """Answer Prometheus while the block runs; where that cannot be, say so and go on."""
+    everywhere = "::" if socket.has_dualstack_ipv6() else "0.0.0.0"  # noqa: S104 (Prometheus comes from outside)
+    try:
+        server, thread = start_http_server(port, everywhere, meter.registry)
+    except OSError as error:
+        note(f"no metrics are served: port {port}: {error}")
+        yield
+        return
+    try:
+        yield
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
