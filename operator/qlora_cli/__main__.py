@@ -6,10 +6,18 @@ import typer
 
 from qlora_api import __version__
 from qlora_cli.chat import chat
+from qlora_cli.events import events
+from qlora_cli.listing import list_jobs
+from qlora_cli.logs import logs
 from qlora_cli.merge import merge
 from qlora_cli.plan import plan
+from qlora_cli.rerun import rerun
 from qlora_cli.run import run
+from qlora_cli.status import status
+from qlora_cli.submit import submit
+from qlora_cli.suspension import resume, suspend
 from qlora_cli.validate import validate
+from qlora_cli.waiting import wait
 
 app = typer.Typer(
     name="qlora",
@@ -22,6 +30,15 @@ app.command()(plan)
 app.command()(run)
 app.command()(merge)
 app.command()(chat)
+app.command()(submit)
+app.command("list")(list_jobs)
+app.command()(status)
+app.command()(wait)
+app.command()(logs)
+app.command()(events)
+app.command()(suspend)
+app.command()(resume)
+app.command()(rerun)
 
 
 def _show_version(wanted: bool) -> None:

@@ -16,7 +16,16 @@ from qlora_api.runconfig import Platform
 from qlora_api.using import Exchange, Manner, PanelRequest
 from qlora_cli.endings import ending, fail_without_manifest
 from qlora_cli.libraries import NoGpuError, cuda_available, open_places
-from qlora_cli.options import BaseModel, HubEndpoint, HubMirror, Output, OutputForm, S3Endpoint, make_platform
+from qlora_cli.options import (
+    BaseModel,
+    HubEndpoint,
+    HubMirror,
+    Output,
+    OutputForm,
+    S3Endpoint,
+    make_platform,
+    print_data,
+)
 from qlora_cli.uris import to_uri
 
 QUIT: Final = "/quit"
@@ -69,7 +78,8 @@ def chat(  # noqa: PLR0913, PLR0917 (an option each)
     platform = make_platform(hub_mirror, hub_endpoint, s3_endpoint)
     manner = Manner(longest=max_tokens, temperature=temperature, seed=seed, system=system)
     talking = not ask and sys.stdin.isatty()
-    show = print_json if output is Output.JSON else Printer(Console(highlight=False), questions=not talking).show
+    printers = {Output.JSON: print_json, Output.YAML: print_yaml}
+    show = printers.get(output) or Printer(Console(highlight=False), questions=not talking).show
     with ending(console, "no more questions are answered", fail_without_manifest):
         panel = load_panel(adapter, device, base_model, platform, console)
         conversation = panel.start(manner, keeps=talking)
@@ -138,6 +148,12 @@ def answer(conversation: Any, question: str, console: Console) -> Exchange:
 def print_json(exchange: Exchange) -> None:
     """Print an exchange as one line."""
     typer.echo(exchange.model_dump_json(by_alias=True))
+
+
+def print_yaml(exchange: Exchange) -> None:
+    """Print an exchange as a document of its own."""
+    typer.echo("---")
+    print_data(exchange.model_dump(mode="json", by_alias=True), Output.YAML)
 
 
 class Printer:

@@ -14,7 +14,16 @@ from qlora_api.runconfig import Platform
 from qlora_api.using import MergedFolder, MergeRequest
 from qlora_cli.endings import ending, fail_without_manifest
 from qlora_cli.libraries import open_places
-from qlora_cli.options import BaseModel, HubEndpoint, HubMirror, Output, OutputForm, S3Endpoint, make_platform
+from qlora_cli.options import (
+    BaseModel,
+    HubEndpoint,
+    HubMirror,
+    Output,
+    OutputForm,
+    S3Endpoint,
+    make_platform,
+    print_data,
+)
 from qlora_cli.outcome import relative
 from qlora_cli.uris import to_uri
 
@@ -45,8 +54,8 @@ def merge(  # noqa: PLR0913, PLR0917 (an option each)
     request = MergeRequest(adapter=to_uri(adapter), target=str(to), base=base.value, model=model)
     with ending(console, "nothing was written", fail_without_manifest):
         merged = run_merge(request, platform, console)
-    if output is Output.JSON:
-        typer.echo(merged.model_dump_json(by_alias=True, exclude_none=True, indent=2))
+    if output is not Output.TABLE:
+        print_data(merged.model_dump(mode="json", by_alias=True, exclude_none=True), output)
     else:
         show_merged(merged, Console(highlight=False))
 

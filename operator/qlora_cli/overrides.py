@@ -49,6 +49,11 @@ def override(document: Document, overrides: Iterable[Override]) -> Document:
     return replace(document, value=value, places=places)
 
 
+def override_value(value: dict[str, Any], overrides: Iterable[Override]) -> dict[str, Any]:
+    """Return a manifest that has no file with the fields changed."""
+    return dict(override(Document("", value, {}), overrides).value)
+
+
 def _set(value: Any, change: Override) -> None:
     *parents, last = change.location
     for depth, name in enumerate(parents, start=1):

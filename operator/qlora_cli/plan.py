@@ -1,6 +1,5 @@
 """`qlora plan`: what a run will take and how it will be executed, told offline."""
 
-import json
 from collections.abc import Iterator
 from typing import Annotated, Final
 
@@ -13,7 +12,7 @@ from qlora_cli.documents import YamlError, read_documents
 from qlora_cli.endings import fail_without_manifest
 from qlora_cli.manifests import JobManifest, ManifestError, is_qlorajob, parse_manifest
 from qlora_cli.modelfiles import NoConfigError, load_config
-from qlora_cli.options import HubMirror, Output, OutputForm
+from qlora_cli.options import HubMirror, Output, OutputForm, print_data
 from qlora_cli.overrides import OverrideError, override, parse_override
 from qlora_cli.validate import describe_read_error
 from qlora_operator.plan.estimate import SLACK
@@ -89,10 +88,10 @@ def read_jobs(file: str, changes: list[str]) -> Iterator[JobManifest]:
 
 
 def show(jobs: list[JobManifest], outlooks: list[Outlook], output: Output) -> None:
-    """Print tables, or one JSON object, or a list of them where there are several QLoRAJobs."""
-    if output is Output.JSON:
+    """Print tables, or one object, or a list of them where there are several QLoRAJobs."""
+    if output is not Output.TABLE:
         found = [to_json(outlook) for outlook in outlooks]
-        typer.echo(json.dumps(found[0] if len(found) == 1 else found, indent=2, ensure_ascii=False))
+        print_data(found[0] if len(found) == 1 else found, output)
         return
     console = Console(highlight=False)
     for job, outlook in zip(jobs, outlooks, strict=True):

@@ -12,7 +12,7 @@ from qlora_cli.documents import YamlError, read_documents
 from qlora_cli.endings import ending, fail
 from qlora_cli.local import load_trainer, run_locally
 from qlora_cli.manifests import JobManifest, ManifestError, is_qlorajob, parse_manifest
-from qlora_cli.options import HubEndpoint, HubMirror, Output, OutputForm, S3Endpoint, make_platform
+from qlora_cli.options import HubEndpoint, HubMirror, Output, OutputForm, S3Endpoint, make_platform, print_data
 from qlora_cli.outcome import show_outcome
 from qlora_cli.overrides import Override, OverrideError, override, parse_override
 from qlora_cli.screen import open_screen
@@ -35,8 +35,8 @@ def run(  # noqa: PLR0913, PLR0917 (an option each)
     console = Console(stderr=True, highlight=False)
     manifest = load_manifest(file, changes or [], console)
     word = run_watched(manifest, make_platform(hub_mirror, hub_endpoint, s3_endpoint), console)
-    if output is Output.JSON:
-        typer.echo(word.model_dump_json(by_alias=True, exclude_none=True, indent=2))
+    if output is not Output.TABLE:
+        print_data(word.model_dump(mode="json", by_alias=True, exclude_none=True), output)
     else:
         show_outcome(word, Console(highlight=False))
 

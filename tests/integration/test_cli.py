@@ -1,0 +1,208 @@
+"""The command line as a process, against the real API server and the real operator."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+import yaml
+from click.testing import Result
+from typer.testing import CliRunner
+
+from qlora_api.names import Reason
+from qlora_cli.__main__ import app
+from tests.cluster.binaries import binary
+from tests.cluster.cluster import Cluster
+from tests.integration.operator_process import NAME, PREPARE, TRAIN, Operator, Place, install, open_place
+from tests.make import PREPARED_WORD, PUBLISHED_WORD, make_manifest, make_word
+
+QLORA: Final = Path(sys.executable).with_name("qlora")
+
+
+@dataclass(frozen=True)
+class Shell:
+    """A user's shell, in a namespace."""
+
+    kubeconfig: Path
+    namespace: str
+
+    def qlora(self, *args: str, stdin: str = "") -> Result:
+        """Run a command in this process: the client takes long to import."""
+        return CliRunner().invoke(app, [*args, *self._place(args)], input=stdin, catch_exceptions=False)
+
+    def start(self, *args: str) -> subprocess.Popen[str]:
+        """Start a command as a process of its own."""
+        return subprocess.Popen([QLORA, *args, *self._place(args)], stderr=subprocess.PIPE, text=True)
+
+    def _place(self, args: tuple[str, ...]) -> tuple[str, ...]:
+        kubeconfig = () if "--kubeconfig" in args else ("--kubeconfig", str(self.kubeconfig))
+        return (*kubeconfig, "--namespace", self.namespace)
+
+
+@pytest.fixture(scope="module")
+def installed(control_plane: Cluster) -> Cluster:
+    install(control_plane)
+    return control_plane
+
+
+@pytest.fixture(scope="module")
+def place(installed: Cluster, request: pytest.FixtureRequest) -> Iterator[Place]:
+    """One namespace for all."""
+    with open_place(installed, request.node.name) as place:
+        yield place
+
+
+@pytest.fixture(scope="module")
+def _operator(installed: Cluster, place: Place, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """An operator that serves the namespace."""
+    operator = Operator(installed, tmp_path_factory.mktemp("operator"), place.namespace).start()
+    yield
+    operator.stop()
+
+
+@pytest.fixture
+def shell(installed: Cluster, place: Place) -> Shell:
+    """The shell of somebody who may do everything."""
+    return Shell(installed.kubeconfig, place.namespace)
+
+
+def manifest(name: str = NAME, **change: Any) -> str:
+    """A manifest without a namespace, as text."""
+    made = make_manifest(name, **change)
+    del made["metadata"]["namespace"]
+    return yaml.safe_dump(made)
+
+
+@pytest.mark.usefixtures("_operator")
+def test_the_life_of_a_run(shell: Shell, place: Place) -> None:
+    submitted = shell.qlora("submit", "-", "--set", "lora.rank=8", stdin=manifest())
+    assert (submitted.exit_code, submitted.stdout) == (0, f"QLoRAJob {place.namespace}/{NAME} was submitted\n")
+    again = shell.qlora("submit", "-", stdin=manifest())
+    assert (again.exit_code, f"qlora rerun {NAME}" in again.stderr) == (1, True)
+
+    waiting = shell.start("wait", NAME)
+    place.end_pod(PREPARE, 0, PREPARED_WORD)
+    place.start_pod(TRAIN)
+    place.wait_for("Training")
+    status = shell.qlora("status", NAME)
+    assert re.search(r"^support-bot in \S+  Training  attempt 1  \d+s$", status.stdout, re.MULTILINE)
+    assert re.search(r"^plan +1 x CPU, single, micro-batch", status.stdout, re.MULTILINE)
+    whole = json.loads(shell.qlora("status", NAME, "-o", "json").stdout)
+    assert (whole["spec"]["lora"]["rank"], "managedFields" in whole["metadata"]) == (8, False)
+
+    assert shell.qlora("suspend", NAME).exit_code == 0
+    rests = shell.qlora("suspend", NAME, "--wait", "--timeout", "30s")
+    assert rests.stdout == f"QLoRAJob {place.namespace}/{NAME} is suspended\n"
+    assert shell.qlora("resume", NAME).stdout == f"QLoRAJob {place.namespace}/{NAME} goes on\n"
+    place.start_pod(f"{NAME}-2")
+    place.wait_for("Training")
+    assert shell.qlora("rerun", NAME).stderr.startswith(f"error: {NAME} is Training; wait for its end")
+    place.end_pod(f"{NAME}-2", 0, PUBLISHED_WORD)
+
+    said = waiting.communicate(timeout=60)[1].splitlines()
+    assert waiting.returncode == 0
+    assert said[-1].startswith(f"{NAME} Succeeded (Published): ")
+
+    finished = shell.qlora("suspend", NAME)
+    assert (finished.exit_code, "has succeeded; qlora rerun" in finished.stderr) == (1, True)
+    told = shell.qlora("events", NAME).stdout
+    for happened in (r"QLoRAJob support-bot +Training", rf"Job {TRAIN} ", "SuspendedByUser", "Published"):
+        assert re.search(happened, told), told
+    rerun_a_published_run(shell, place)
+
+
+def rerun_a_published_run(shell: Shell, place: Place) -> None:
+    """The same manifest, with another uid and what was changed."""
+    place.kubectl("label", f"qlorajob/{NAME}", "team=support")
+    before = place.metadata("qlorajob", NAME)
+    anew = shell.qlora("rerun", NAME, "--overwrite")
+    assert (anew.exit_code, anew.stdout) == (0, f"QLoRAJob {place.namespace}/{NAME} was submitted anew\n")
+    after = place.cluster.get("qlorajob", NAME, f"--namespace={place.namespace}")
+    assert after["metadata"]["uid"] != before["uid"]
+    assert after["metadata"]["labels"] == {"team": "support"}
+    assert (after["spec"]["output"]["ifExists"], after["spec"]["lora"]["rank"]) == ("Overwrite", 8)
+    place.wait_for("Preparing")
+    assert NAME in shell.qlora("list", "-l", "team=support").stdout
+
+
+@pytest.mark.usefixtures("_operator")
+def test_a_run_that_fails_is_told_by_the_exit_code(shell: Shell, place: Place) -> None:
+    shell.qlora("submit", "-", stdin=manifest("broken"))
+    place.end_pod("broken-prepare", 1, make_word(Reason.DATASET_EMPTY, "no rows"))
+    ended = shell.qlora("wait", "broken")
+    assert (ended.exit_code, "broken Failed (DatasetEmpty): no rows. What to do: " in ended.stderr) == (3, True)
+    assert "broken" in shell.qlora("list", "--phase", "Failed").stdout
+    gone = shell.qlora("logs", "broken", "--attempt", "3")
+    assert "broken is Failed and has no pods" in gone.stderr
+
+
+def test_a_wait_that_takes_too_long(shell: Shell, place: Place) -> None:
+    shell.qlora("submit", "-", stdin=manifest("unseen", suspend=True))
+    assert shell.qlora("wait", "unseen", "--timeout", "1s").exit_code == 124
+    listed = yaml.safe_load(shell.qlora("list", "-o", "yaml").stdout)
+    assert "unseen" in [item["metadata"]["name"] for item in listed["items"]]
+    place.kubectl("delete", "qlorajob", "unseen")
+
+
+def test_the_api_server_checks_a_dry_run(shell: Shell) -> None:
+    checked = shell.qlora("submit", "-", "--dry-run", stdin=manifest("only-checked"))
+    assert checked.stdout.endswith("only-checked would be accepted\n")
+    assert shell.qlora("status", "only-checked").exit_code == 1
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        pytest.param(("status", "absent"), 'error: qlorajobs.qlora.dev "absent" not found', id="no such run"),
+        pytest.param(("list", "--context", "absent"), "error: no cluster is configured: ", id="no such context"),
+        pytest.param(("list", "--kubeconfig", "/absent"), "error: no cluster is configured: ", id="no kubeconfig"),
+        pytest.param(("wait", "a", "--timeout", "soon"), "Usage: ", id="no duration"),
+    ],
+)
+def test_a_mistake_is_explained(shell: Shell, args: tuple[str, ...], message: str) -> None:
+    ended = shell.qlora(*args)
+    assert ended.exit_code in {1, 2}
+    assert ended.stderr.startswith(message)
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_namespace_that_is_missing(installed: Cluster) -> None:
+    ended = Shell(installed.kubeconfig, "absent").qlora("submit", "-", stdin=manifest())
+    assert ended.stderr == ('error: namespaces "absent" not found; create it with kubectl create namespace absent\n')
+
+
+def test_an_api_server_that_is_away(installed: Cluster, tmp_path: Path) -> None:
+    config = yaml.safe_load(installed.kubeconfig.read_text())
+    config["clusters"][0]["cluster"]["server"] = "https://127.0.0.1:9"
+    (tmp_path / "kubeconfig").write_text(yaml.safe_dump(config))
+    ended = Shell(tmp_path / "kubeconfig", "default").qlora("list")
+    assert ended.exit_code == 1
+    assert ended.stderr.startswith("error: the API server at https://127.0.0.1:9 does not answer: ")
+    assert "Connection refused; check the network or VPN" in ended.stderr
+
+
+def test_a_right_that_is_missing(installed: Cluster, place: Place, tmp_path: Path) -> None:
+    config = yaml.safe_load(installed.kubeconfig.read_text())
+    token = place.kubectl("create", "token", "default").strip()
+    config["users"][0]["user"] = {"token": token}
+    (tmp_path / "kubeconfig").write_text(yaml.safe_dump(config))
+    ended = Shell(tmp_path / "kubeconfig", place.namespace).qlora("list")
+    assert ended.exit_code == 1
+    assert "cannot list resource" in ended.stderr
+    assert "ask whoever runs the cluster for that right" in ended.stderr
+
+
+def test_kubectl_finds_the_plugin(installed: Cluster, place: Place) -> None:
+    shell = Shell(installed.kubeconfig, place.namespace)
+    path = f"{QLORA.parent}{os.pathsep}{os.environ['PATH']}"
+    called = subprocess.run(
+        [binary("kubectl"), "qlora", "list", "--namespace", shell.namespace, "-o", "json"],
+        env={"PATH": path, "KUBECONFIG": str(shell.kubeconfig)}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert json.loads(called.stdout)["kind"] == "List"

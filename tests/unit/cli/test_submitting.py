@@ -1,0 +1,97 @@
+"""`qlora submit`, `suspend`, `resume` and `rerun`, and what they write."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from qlora_cli import rerun, submit, suspension
+from qlora_cli.cluster import AlreadyExistsError, ClusterError
+from qlora_cli.connection import Connection
+from qlora_cli.jobs import parse_job
+from tests.make import REF, UID
+from tests.unit.cli.fake_cluster import (
+    FAILED,
+    SUCCEEDED,
+    FakeCluster,
+    FakeTime,
+    Paper,
+    make_job,
+    make_raw,
+    make_training,
+)
+
+
+def test_a_manifest_goes_where_it_says_or_where_the_user_says():
+    connection = Connection(FakeCluster(), "mine")
+    bare = {"metadata": {"name": "a"}}
+    assert submit.place(bare, None, connection)["metadata"] == {"name": "a", "namespace": "mine"}
+    own = {"metadata": {"name": "a", "namespace": "theirs"}}
+    assert submit.place(own, None, connection) == own
+    with pytest.raises(ClusterError, match="names namespace theirs, and --namespace mine; leave one out"):
+        submit.place(own, "mine", connection)
+
+
+def test_a_name_that_is_taken_says_what_else_there_is():
+    with pytest.raises(AlreadyExistsError, match=r"ml/taken exists already; give .* with qlora rerun taken$"):
+        submit.create(FakeCluster(), make_raw("taken"), dry_run=False)
+
+
+def test_suspending_writes_one_field():
+    cluster = FakeCluster(make_raw(status=make_training(1)))
+    assert suspension.set_suspended(cluster, REF, True).suspended
+    assert cluster.writes == [("patch", {"spec": {"suspend": True}})]
+
+
+def test_what_has_ended_cannot_rest():
+    cluster = FakeCluster(make_raw(status=FAILED))
+    with pytest.raises(ClusterError, match="ml/support-bot has failed; qlora rerun starts it anew"):
+        suspension.set_suspended(cluster, REF, True)
+    assert cluster.writes == []
+
+
+def test_rerun_keeps_what_the_user_wrote():
+    raw = {**make_raw(status=FAILED), "metadata": {**make_raw()["metadata"], "labels": {"team": "a"}}}
+    cluster, paper = FakeCluster(raw), Paper()
+    manifest = rerun.make_manifest(parse_job(raw), ["output.ifExists=Overwrite"])
+    rerun.replace(cluster, parse_job(raw), manifest, FakeTime().clock, paper.console)
+    output = {**raw["spec"]["output"], "ifExists": "Overwrite"}
+    assert manifest == {
+        "apiVersion": raw["apiVersion"], "kind": raw["kind"],
+        "metadata": {"name": "support-bot", "namespace": "ml", "labels": {"team": "a"}},
+        "spec": {**raw["spec"], "output": output},
+    }  # fmt: skip
+    assert [verb for verb, _ in cluster.writes] == ["check", "delete", "create"]
+    assert cluster.writes[1][1] == ("support-bot", UID)
+    assert cluster.writes[2][1] == manifest
+    assert "status" not in manifest
+
+
+def test_a_run_under_way_is_not_stopped_by_mistake():
+    running = make_job(make_training(1))
+    with pytest.raises(ClusterError, match=r"support-bot is Training; wait for its end .* or stop it with --force"):
+        rerun.check_rerun(running, force=False)
+    rerun.check_rerun(running, force=True)
+
+
+def test_a_manifest_that_cannot_be_created_again_is_kept():
+    cluster = FakeCluster(make_raw("taken", FAILED))
+    job = parse_job(make_raw("taken", FAILED))
+    manifest = rerun.make_manifest(job, [])
+    with pytest.raises(ClusterError, match="the former run is deleted, and its manifest kept in") as error:
+        rerun.replace(cluster, job, manifest, FakeTime().clock, Paper().console)
+    kept = Path(str(error.value).rpartition(" ")[2])
+    assert yaml.safe_load(kept.read_text()) == manifest
+    kept.unlink()
+
+
+def test_somebody_elses_run_of_that_name_is_left_alone():
+    other = make_raw(status=SUCCEEDED)
+    other = {**other, "metadata": {**other["metadata"], "uid": "another"}}
+    with pytest.raises(ClusterError, match="somebody else created QLoRAJob ml/support-bot"):
+        rerun.wait_until_gone(FakeCluster(other), REF, UID, FakeTime().clock)
+
+
+def test_a_run_that_will_not_go_is_given_up():
+    with pytest.raises(ClusterError, match="is still being deleted after 5 minutes"):
+        rerun.wait_until_gone(FakeCluster(make_raw(status=FAILED)), REF, UID, FakeTime().clock)

@@ -1,0 +1,178 @@
+"""`qlora list`, `status` and `wait` on what a cluster answers; tests/integration/test_cli.py has a real one."""
+
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import typer
+
+from qlora_api.names import Phase, Reason
+from qlora_api.v1alpha1 import Attempt, OutputStatus
+from qlora_cli import listing, status, waiting
+from qlora_cli.cluster import ClusterError, UnreachableError
+from qlora_cli.dashboard import Course, describe_progress, draw
+from qlora_cli.jobs import parse_job, strip_managed_fields
+from qlora_cli.polling import PATIENCE_SECONDS, look
+from qlora_cli.sparkline import sparkline
+from tests.make import DIGEST, NOW, REF, make_plan_status, make_prepared, make_result
+from tests.unit.cli.fake_cluster import (
+    FAILED,
+    SUCCEEDED,
+    SUSPENDED,
+    FakeCluster,
+    FakeTime,
+    Paper,
+    make_job,
+    make_raw,
+    make_training,
+    printed,
+    raws,
+)
+
+
+def test_list_has_the_youngest_last_and_cuts_nothing():
+    long = "a-name-that-is-as-long-as-a-name-may-be-or-nearly-so"
+    jobs = [parse_job(make_raw(long, make_training(40), age=60)), parse_job(make_raw("old", SUCCEEDED, age=90_000))]
+    assert printed(listing.tabulate(listing.choose(jobs, list(Phase)), NOW, namespaces=True)) == [
+        f"{'NAMESPACE':<12}{'NAME':<55}PHASE       PROGRESS   ETA   LOSS   GPUS   ATTEMPT   REASON      AGE",
+        f"{'ml':<12}{'old':<55}Succeeded   100%                           1         Published   1d01h",
+        f"{'ml':<12}{long:<55}Training    40%                            1         Training    1m00s",
+    ]
+
+
+def test_list_shows_the_phases_that_are_asked_for():
+    jobs = [make_job(SUCCEEDED), make_job(FAILED), make_job()]
+    assert [job.phase for job in listing.choose(jobs, [Phase.FAILED, Phase.PENDING])] == ["Failed", "Pending"]
+
+
+def test_a_run_that_nobody_has_seen_is_no_riddle():
+    lines = printed(draw(make_job(), Course(), NOW, details=True))
+    assert lines[0] == "support-bot in ml  Pending  10m00s"
+    assert lines[1].startswith("unseen  no operator has taken it up yet; if that lasts, see whether one runs")
+
+
+def test_status_tells_all_of_a_run():
+    attempt = Attempt(
+        number=1, job="support-bot-1", reason=Reason.EVICTED, message="low on memory", node="node-1",
+        started_at=NOW, finished_at=NOW + timedelta(minutes=3),
+    )  # fmt: skip
+    prepared, result = make_prepared(), make_result()
+    output = OutputStatus(digest=DIGEST, prefix=prepared.prefix, adapter=result.adapter, report=result.report)
+    done = SUCCEEDED.model_copy(
+        update={
+            "model": prepared.model, "dataset": prepared.dataset, "plan": make_plan_status(), "attempts": (attempt,),
+            "output": output, "evaluation": result.evaluation, "finished_at": NOW,
+        }
+    )  # fmt: skip
+    lines = printed(draw(make_job(done), Course(), NOW, details=True))
+    assert lines[:10] == [
+        "support-bot in ml  Succeeded  attempt 1  10m00s",
+        "Published   Published it is",
+        "what to do  Use status.output.adapter.",
+        "model       hf://HuggingFaceTB/SmolLM2-135M-Instruct at aaaaaaaaaaaa, 134,515,008 weights",
+        "data        950 rows to learn from, 50 held out, instruction",
+        "plan        1 x CPU, single, micro-batch 8 x 2, 180 steps",
+        f"adapter     {prepared.prefix}/adapter",
+        f"report      {prepared.prefix}/report/report.html",
+        "ATTEMPT   ENDED WITH   NODE     TOOK    MESSAGE",
+        "1         Evicted      node-1   3m00s   low on memory",
+    ]
+    assert lines[10].startswith("50 held-out rows")
+
+
+def test_the_time_left_shrinks_between_two_reports():
+    report = make_training(25).last_report
+    assert report
+    later = NOW + timedelta(seconds=30)
+    assert list(describe_progress(report, later)) == ["25%", "step 25/100", "2:00 left", "350 tok/s"]
+    assert "0:00 left" in list(describe_progress(report, NOW + timedelta(hours=1)))
+
+
+def test_the_losses_of_a_watched_run_become_a_line():
+    course = Course()
+    for step, loss in ((1, 4.0), (1, 4.0), (2, 3.0), (3, 2.0)):
+        course = course.extend(make_job(make_training(step, loss)))
+    assert course.losses == (4.0, 3.0, 2.0)
+    assert "█▅▁  loss 2.000" in printed(draw(make_job(make_training(3, 2.0)), course, NOW, details=False))
+
+
+@pytest.mark.parametrize(
+    ("numbers", "width", "line"),
+    [([], 8, ""), ([2.0], 8, "▁"), ([1, 1, 1], 8, "▁▁▁"), (range(8), 8, "▁▂▃▄▅▆▇█"), (range(16), 4, "▁▃▆█")],
+)
+def test_a_sparkline(numbers: Any, width: int, line: str):
+    assert sparkline(list(numbers), width) == line
+
+
+def test_without_a_terminal_each_change_is_a_line():
+    cluster = FakeCluster(*raws(None, make_training(1), make_training(1), make_training(2), SUCCEEDED))
+    paper = Paper()
+    status.watch_job(cluster, REF, paper.console, FakeTime().clock)
+    assert paper.lines == [
+        "Pending",
+        "Training      1%  step 1/100  loss 3.000  350 tok/s  3:18 left",
+        "Training      2%  step 2/100  loss 3.000  350 tok/s  3:16 left",
+        "Succeeded   Published",
+    ]
+
+
+def test_programs_get_the_object_without_its_bookkeeping():
+    raw = make_raw()
+    assert strip_managed_fields(raw) == {**raw, "metadata": {**raw["metadata"], "managedFields": None}} | {
+        "metadata": {key: value for key, value in raw["metadata"].items() if key != "managedFields"}
+    }
+
+
+def test_a_newer_operator_may_add_fields_but_not_reasons():
+    newer = {**make_raw(status=SUCCEEDED), "status": {"phase": "Succeeded", "mood": "good"}}
+    assert parse_job(newer).succeeded
+    with pytest.raises(ClusterError, match=r"written by another version \(reason: .*install the operator's"):
+        parse_job({**newer, "status": {"reason": "Bored"}})
+
+
+@pytest.mark.parametrize(("end", "code"), [(SUCCEEDED, 0), (FAILED, 3)])
+def test_wait_ends_as_the_run_did(end: Any, code: int):
+    paper = Paper()
+    cluster = FakeCluster(*raws(None, make_training(1), make_training(2), SUSPENDED, end))
+    assert waiting.wait_for_all(cluster, [REF], None, FakeTime().clock, paper.console) == code
+    assert paper.lines[:3] == ["support-bot Pending", "support-bot Training", "support-bot Suspended"]
+    assert paper.lines[3:] == [f"support-bot {end.phase} ({end.reason}): {end.reason} it is"]
+
+
+def test_one_failure_among_several_counts():
+    cluster = FakeCluster(*raws(FAILED, SUCCEEDED))
+    assert waiting.wait_for_all(cluster, [REF, REF], None, FakeTime().clock, Paper().console) == 3
+
+
+def test_wait_has_a_limit():
+    time, paper = FakeTime(), Paper()
+    cluster = FakeCluster(make_raw(status=make_training(1)))
+    assert waiting.wait_for_all(cluster, [REF, REF], 90.0, time.clock, paper.console) == 124
+    assert time.seconds == 90
+    assert paper.lines[-1] == "support-bot is Training still"
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90", 90), ("90s", 90), ("1.5m", 90), ("2h", 7200), ("1d", 86_400)])
+def test_durations(text: str, seconds: float):
+    assert waiting.parse_seconds(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "soon", "m", "5 weeks"])
+def test_what_is_no_duration_is_refused(text: str):
+    with pytest.raises(typer.BadParameter, match="write a number and a unit"):
+        waiting.parse_seconds(text)
+
+
+def test_an_api_server_that_is_away_is_waited_for_and_named_once():
+    away = UnreachableError("nobody answers")
+    notes: list[str] = []
+    found = look(FakeCluster(away, away, make_raw(status=SUCCEEDED)), REF, FakeTime().clock, notes.append)
+    assert next(found).succeeded
+    assert notes == ["nobody answers; trying again for 5 minutes"]
+
+
+def test_an_api_server_that_stays_away_is_given_up():
+    time = FakeTime()
+    with pytest.raises(UnreachableError, match="nobody answers"):
+        next(look(FakeCluster(UnreachableError("nobody answers")), REF, time.clock, lambda _: None))
+    assert PATIENCE_SECONDS < time.seconds < PATIENCE_SECONDS + 5
