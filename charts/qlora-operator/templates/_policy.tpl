@@ -5,9 +5,9 @@
 {{ toJson . }}.map(uri, uri.replace('{namespace}', object.metadata.namespace))
 {{- end -}}
 
-{{- /* Whether a URI is one of those allowed, or below one; no step upwards leads out again. */ -}}
+{{- /* Whether a URI is one of those allowed, or below one; the CRD refuses steps upwards. */ -}}
 {{- define "qlora-operator.isAmong" -}}
-!{{ .value }}.split('/').exists(part, part == '..') && {{ .allowed }}.exists(allowed, {{ .value }} == allowed || {{ .value }}.startsWith(allowed.endsWith('/') ? allowed : allowed + '/'))
+{{ .allowed }}.exists(allowed, {{ .value }} == allowed || {{ .value }}.startsWith(allowed.endsWith('/') ? allowed : allowed + '/'))
 {{- end -}}
 
 {{- define "qlora-operator.policyBinding" }}
@@ -23,4 +23,18 @@ spec:
   matchResources:
     namespaceSelector: {{- toYaml . | nindent 6 }}
   {{- end }}
+{{- end -}}
+
+{{- /* Policy that refuses the trainer's own image would keep every run from starting. */ -}}
+{{- define "qlora-operator.checkImages" -}}
+{{- $image := include "qlora-operator.image" (dict "image" .Values.trainerImage "chart" .Chart) -}}
+{{- $allowed := false -}}
+{{- range .Values.policy.images -}}
+{{- if or (eq $image .) (hasPrefix . $image | and (hasSuffix "/" .)) (regexMatch (printf "^%s[/:@]" (regexQuoteMeta .)) $image) -}}
+{{- $allowed = true -}}
+{{- end -}}
+{{- end -}}
+{{- if not $allowed -}}
+{{- fail (printf "policy.images does not allow %s, the trainer's own image: no run could start" $image) -}}
+{{- end -}}
 {{- end -}}

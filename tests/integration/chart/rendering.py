@@ -33,7 +33,8 @@ def _template(values: str, apis: tuple[str, ...]) -> str:
 
 def render(values: Mapping[str, Any], *, apis: Sequence[str] = ()) -> list[dict[str, Any]]:
     """What Helm would send."""
-    return [manifest for manifest in yaml.safe_load_all(render_text(values, apis=apis)) if manifest]
+    text = render_text(values, apis=apis)
+    return [manifest for manifest in yaml.load_all(text, Loader=yaml.CSafeLoader) if manifest]
 
 
 def helm(verb: str) -> list[object]:

@@ -211,3 +211,16 @@ def test_the_port_of_s3_is_that_of_its_endpoint(endpoint: str, port: int) -> Non
 def test_closing_pods_of_runs_needs_a_namespace_to_close_them_in() -> None:
     with pytest.raises(CommandError, match=r"needs networkPolicy\.trainer\.namespaces, or watchNamespaces"):
         render({"networkPolicy": {"trainer": {"enabled": True}}})
+
+
+@pytest.mark.parametrize("allowed", ["registry.example/ml/", "registry.example/ml", "registry.example/ml/trainer"])
+def test_policy_that_allows_the_trainers_image_is_rendered(allowed: str) -> None:
+    values = {"trainerImage": {"repository": "registry.example/ml/trainer"}, "policy": {"images": [allowed]}}
+    assert f"ValidatingAdmissionPolicy/{RELEASE}-images-of-pods" in names_of(render(values))
+
+
+@pytest.mark.parametrize("allowed", ["registry.example/m", "registry.example/ml/train", "registryxexample/ml/trainer"])
+def test_policy_that_refuses_the_trainers_image_is_refused(allowed: str) -> None:
+    values = {"trainerImage": {"repository": "registry.example/ml/trainer"}, "policy": {"images": [allowed]}}
+    with pytest.raises(CommandError, match=r"policy\.images does not allow registry\.example/ml/trainer:0\.1\.0"):
+        render(values)
