@@ -11,8 +11,10 @@ from qlora_cli.listing import list_jobs
 from qlora_cli.logs import logs
 from qlora_cli.merge import merge
 from qlora_cli.plan import plan
+from qlora_cli.report import report
 from qlora_cli.rerun import rerun
 from qlora_cli.run import run
+from qlora_cli.snippets import serve_snippet
 from qlora_cli.status import status
 from qlora_cli.submit import submit
 from qlora_cli.suspension import resume, suspend
@@ -39,6 +41,8 @@ app.command()(events)
 app.command()(suspend)
 app.command()(resume)
 app.command()(rerun)
+app.command()(report)
+app.command()(serve_snippet)
 
 
 def _show_version(wanted: bool) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Final, Protocol
 
 from qlora_api.names import Reason
@@ -34,6 +35,9 @@ class Output(Protocol):
 
     def read(self, path: str) -> bytes:
         """Return a file's content."""
+
+    def download(self, path: str, target: Path) -> None:
+        """Copy a file to this computer."""
 
 
 @contextlib.contextmanager

@@ -16,11 +16,13 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from qlora_api.names import Reason
+from qlora_api.v1alpha1 import OutputStatus, QLoRAJobStatus
 from qlora_cli.__main__ import app
+from qlora_operator.status.derive import to_wire
 from tests.cluster.binaries import binary
 from tests.cluster.cluster import Cluster
 from tests.integration.operator_process import NAME, PREPARE, TRAIN, Operator, Place, install, open_place
-from tests.make import PREPARED_WORD, PUBLISHED_WORD, make_manifest, make_word
+from tests.make import PREPARED_WORD, PUBLISHED_WORD, make_manifest, make_result, make_word
 
 QLORA: Final = Path(sys.executable).with_name("qlora")
 
@@ -170,6 +172,37 @@ def test_a_mistake_is_explained(shell: Shell, args: tuple[str, ...], message: st
     assert ended.exit_code in {1, 2}
     assert ended.stderr.startswith(message)
     assert "Traceback" not in ended.stderr
+
+
+def test_a_report_comes_from_the_object_store(
+    installed: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket = installed.s3.make_bucket("cli-report")
+    result = make_result().model_copy(update={"report": f"s3://{bucket}/a/report/report.json"})
+    client = installed.s3.client()
+    for name in ("report.html", "report.json", "evaluation.jsonl"):
+        client.put_object(Bucket=bucket, Key=f"a/report/{name}", Body=b'{"digest": "a"}')
+    client.close()
+    output = OutputStatus(digest="a", prefix=f"s3://{bucket}/a", adapter=result.adapter, report=result.report)
+    status = to_wire(QLoRAJobStatus(phase="Succeeded", reason="Published", output=output))
+    with open_place(installed, "cli-report") as place:
+        place.submit()
+        patch = json.dumps({"status": status})
+        place.kubectl("patch", "qlorajob", NAME, "--subresource=status", "--type=merge", f"--patch={patch}")
+        shell = Shell(installed.kubeconfig, place.namespace)
+        command = ("report", NAME, "--to", str(tmp_path / "here"), "--no-open")
+        for name in installed.s3.environment():
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/dev/null")
+        monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        refused = shell.qlora(*command, "--s3-endpoint", installed.s3.endpoint)
+        assert refused.exit_code == 1
+        assert "Unable to locate credentials; boto3 looks for credentials on this computer" in refused.stderr
+        for name, value in installed.s3.environment().items():
+            monkeypatch.setenv(name, value)
+        assert shell.qlora(*command).stdout == f"report  {tmp_path}/here/report.html\n"
+        assert json.loads(shell.qlora("report", NAME, "-o", "json").stdout) == {"digest": "a"}
+    assert len(list((tmp_path / "here").iterdir())) == 3
 
 
 def test_a_namespace_that_is_missing(installed: Cluster) -> None:

@@ -11,9 +11,8 @@ from typing import Any, Final
 from safetensors import safe_open
 
 from qlora_api.report import ServingCheck
+from qlora_api.serving import VLLM_RANKS, needed_rank
 
-VLLM_RANKS: Final = (8, 16, 32, 64, 128, 256, 320, 512)
-"""Values that --max-lora-rank takes; an adapter of a lower rank is padded."""
 VLLM_DEFAULT_RANK: Final = 16
 VLLM_MODULES: Final = (
     # Llama and most since, with their own names or packed as vLLM does
@@ -46,11 +45,6 @@ def read_shapes(adapter: Path) -> Shapes:
     """Return the shapes of an adapter's tensors; no weight is read."""
     with safe_open(adapter / "adapter_model.safetensors", framework="pt") as tensors:
         return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
-
-
-def needed_rank(rank: int) -> int | None:
-    """Return the lowest --max-lora-rank that fits, or None where none does."""
-    return next((allowed for allowed in VLLM_RANKS if rank <= allowed), None)
 
 
 def vllm_problems(config: Mapping[str, Any], shapes: Shapes) -> tuple[str, ...]:

@@ -1,0 +1,11 @@
+"""What vLLM's command line takes for an adapter."""
+
+from typing import Final
+
+VLLM_RANKS: Final = (8, 16, 32, 64, 128, 256, 320, 512)
+"""Values that --max-lora-rank takes; an adapter of a lower rank is padded."""
+
+
+def needed_rank(rank: int) -> int | None:
+    """Return the lowest --max-lora-rank that fits, or None where none does."""
+    return next((allowed for allowed in VLLM_RANKS if rank <= allowed), None)

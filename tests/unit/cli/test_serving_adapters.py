@@ -1,0 +1,123 @@
+"""`qlora serve-snippet` and `qlora report`: what becomes of a published run elsewhere."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from qlora_api.v1alpha1 import OutputStatus
+from qlora_cli import report, snippets
+from qlora_cli.cluster import ClusterError
+from qlora_cli.jobs import ClusterJob
+from qlora_cli.results import OutputError
+from qlora_cli.serving import find_served
+from tests.make import DIGEST, make_prepared, make_result
+from tests.unit.cli.fake_cluster import SUCCEEDED, make_job, make_training
+
+ADAPTER = make_result().adapter
+MERGED = f"{ADAPTER.removesuffix('/adapter')}/merged/original"
+COMMIT = "a" * 40
+
+
+def published(merged: str | None = None, **change: Any) -> ClusterJob:
+    prepared, result = make_prepared(), make_result()
+    output = OutputStatus(
+        digest=DIGEST, prefix=prepared.prefix, adapter=result.adapter, report=result.report, merged=merged
+    )
+    return make_job(SUCCEEDED.model_copy(update={"output": output, "model": prepared.model}), **change)
+
+
+@pytest.mark.parametrize(
+    ("lora", "rank"), [({}, 16), ({"rank": 4}, 8), ({"rank": 33}, 64), ({"rank": 16, "init": "pissa"}, 32)]
+)
+def test_the_rank_is_one_that_vllm_takes_and_that_fits(lora: dict[str, Any], rank: int):
+    assert find_served(published(lora=lora)).max_rank == rank
+
+
+def test_vllm_gets_the_base_at_its_commit_and_the_adapter_from_a_folder():
+    assert snippets.write_vllm(find_served(published())) == (
+        f"aws s3 sync {ADAPTER} ./support-bot\n"
+        "vllm serve \\\n"
+        "  HuggingFaceTB/SmolLM2-135M-Instruct \\\n"
+        f"  --revision {COMMIT} \\\n"
+        "  --enable-lora \\\n"
+        "  --max-lora-rank 16 \\\n"
+        "  --lora-modules support-bot=./support-bot\n"
+    )
+
+
+def test_vllm_gets_what_else_an_adapter_needs():
+    job = published(
+        model={"uri": "s3://models/base"}, lora={"init": "loftq"}, dataset={"chatTemplate": "{{ messages }}"}
+    )
+    written = snippets.write_vllm(find_served(job))
+    assert written.startswith("aws s3 sync s3://models/base ./model\naws s3 sync ")
+    assert "--revision" not in written
+    assert "--chat-template ./support-bot/chat_template.jinja" in written
+    assert written.endswith("--quantization=bitsandbytes\n")
+
+
+def test_kserve_gets_a_service_with_the_adapter():
+    service = yaml.safe_load(snippets.write_kserve(find_served(published(lora={"rank": 64}))))
+    assert service["spec"]["model"] == {
+        "uri": f"hf://HuggingFaceTB/SmolLM2-135M-Instruct:{COMMIT}",
+        "name": "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "lora": {"adapters": [{"name": "support-bot", "uri": ADAPTER}], "maxRank": 64},
+    }
+
+
+def test_kubeai_gets_a_model_with_the_adapter():
+    model = yaml.safe_load(snippets.write_kubeai(find_served(published())))
+    assert model["metadata"] == {"name": "support-bot-base"}
+    assert model["spec"]["adapters"] == [{"name": "support-bot", "url": ADAPTER}]
+    assert model["spec"]["args"] == ["--enable-lora", "--max-lora-rank=16", f"--revision={COMMIT}"]
+
+
+@pytest.mark.parametrize("server", snippets.Server)
+def test_a_whole_model_is_served_by_itself(server: snippets.Server):
+    full = published(method="full", quantization={"bits": 16})
+    written = snippets.WRITERS[server](find_served(full))
+    assert ADAPTER in written
+    assert "lora" not in written
+
+
+@pytest.mark.parametrize(
+    ("lora", "why"),
+    [
+        ({"dora": True}, "it is a DoRA adapter"),
+        ({"modulesToSave": ["lm_head"]}, "it replaces whole modules"),
+        ({"rankPattern": {"q_proj": 8}}, "its modules differ in rank or alpha"),
+        ({"rank": 1024}, "its rank is above 512"),
+    ],
+)
+def test_what_vllm_does_not_load_is_served_merged(lora: dict[str, Any], why: str):
+    with pytest.raises(ClusterError, match=f"{why}.*qlora merge {ADAPTER}"):
+        find_served(published(lora=lora))
+    assert find_served(published(MERGED, lora=lora)).model == MERGED
+
+
+def test_what_is_not_published_is_not_served():
+    with pytest.raises(ClusterError, match="support-bot is Training and has published nothing"):
+        find_served(make_job(make_training(5)))
+
+
+def test_a_report_is_copied_whole(tmp_path: Path):
+    (tmp_path / "there").mkdir()
+    for name in ("report.html", "report.json", "evaluation.jsonl"):
+        (tmp_path / "there" / name).write_text('{"job": "support-bot"}')
+    there = (tmp_path / "there").as_uri()
+    assert report.read_figures(there, None) == {"job": "support-bot"}
+    here = report.download_report(there, tmp_path / "here", None)
+    assert sorted(path.name for path in here.iterdir()) == ["evaluation.jsonl", "report.html", "report.json"]
+
+
+def test_a_report_that_is_gone_is_no_success(tmp_path: Path):
+    with pytest.raises(OutputError, match=r"has no report\.html"):
+        report.download_report(tmp_path.as_uri(), tmp_path / "here", None)
+
+
+def test_a_run_without_a_report_says_why():
+    assert report.find_report(published()) == f"{ADAPTER.removesuffix('/adapter')}/report"
+    with pytest.raises(ClusterError, match="support-bot is Training and has no report: Training it is"):
+        report.find_report(make_job(make_training(5)))
