@@ -94,6 +94,15 @@ def test_who_may_do_what(people: Cluster, who: str, verb: str, resource: str, ma
     assert allowed(people, who, verb, resource) is may
 
 
+def test_the_expressions_of_policy_have_the_types_that_the_api_server_expects(release: Cluster) -> None:
+    def checked() -> list[dict[str, Any]]:
+        policies = release.get("validatingadmissionpolicies")["items"]
+        return [policy.get("status", {}) for policy in policies]
+
+    wait_until("types to be checked", lambda: all("observedGeneration" in status for status in checked()), 30, 0.3)
+    assert [status["typeChecking"] for status in checked()] == [{}] * 3
+
+
 def run_of(blocks: dict[str, Any], namespace: str = "team-a") -> dict[str, Any]:
     """A QLoRAJob that policy allows, with some fields of some blocks changed."""
     manifest = make_manifest(**{"model": {"uri": "hf://meta-llama/Llama-3.2-3B"}, **blocks})

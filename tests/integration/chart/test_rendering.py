@@ -1,5 +1,6 @@
 """What Helm would send, byte for byte; `QLORA_WRITE_GOLDEN=1` writes the files anew."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any, Final
@@ -8,8 +9,9 @@ import pytest
 import yaml
 
 from qlora_api.v1alpha1 import QLoRAJobSpec
-from tests.cluster.commands import CommandError
-from tests.integration.chart.rendering import RELEASE, names_of, notes_of, render
+from tests.cluster.binaries import binary
+from tests.cluster.commands import CommandError, run
+from tests.integration.chart.rendering import CHART, RELEASE, names_of, notes_of, render
 
 FOLDER: Final = Path(__file__).parent / "golden"
 GENERATED: Final = {"CustomResourceDefinition"}
@@ -92,6 +94,13 @@ def test_what_is_sent(name: str) -> None:
     if os.environ.get("QLORA_WRITE_GOLDEN"):
         path.write_text(text, encoding="utf-8")
     assert text == path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_helm_finds_nothing_to_complain_about(name: str, tmp_path: Path) -> None:
+    values = tmp_path / "values.json"
+    values.write_text(json.dumps(VALUES[name]), encoding="utf-8")
+    assert "0 chart(s) failed" in run([binary("helm"), "lint", "--strict", CHART, f"--values={values}"])
 
 
 def test_nothing_of_a_namespaced_installation_gives_rights_on_runs_elsewhere() -> None:
