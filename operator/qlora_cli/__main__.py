@@ -1,5 +1,7 @@
 """`qlora`, the command line: one file per command."""
 
+import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -7,6 +9,7 @@ import typer
 from qlora_api import __version__
 from qlora_cli.chat import chat
 from qlora_cli.events import events
+from qlora_cli.init import init
 from qlora_cli.listing import list_jobs
 from qlora_cli.logs import logs
 from qlora_cli.merge import merge
@@ -27,6 +30,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
 )
+app.command()(init)
 app.command()(validate)
 app.command()(plan)
 app.command()(run)
@@ -60,5 +64,10 @@ def main(
     """QLoRA fine-tuning from a QLoRAJob manifest."""
 
 
+def run_app() -> None:
+    """Run under the name that the user typed: `qlora`, or `kubectl qlora`."""
+    app(prog_name="kubectl qlora" if Path(sys.argv[0]).stem == "kubectl-qlora" else "qlora")
+
+
 if __name__ == "__main__":
-    app(prog_name="qlora")
+    run_app()

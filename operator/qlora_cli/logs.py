@@ -33,7 +33,7 @@ def logs(  # noqa: PLR0913, PLR0917 (an option each)
         int | None, typer.Option(min=0, help="Only the pod of this node, counted from 0; default: all.")
     ] = None,
     tail: Annotated[int | None, typer.Option(min=0, help="Only so many of the last lines of each pod.")] = None,
-    timestamps: Annotated[bool, typer.Option(help="Show when each line was written.")] = False,
+    timestamps: Annotated[bool, typer.Option("--timestamps", help="Show when each line was written.")] = False,
     prefix: Annotated[bool, typer.Option(help="Put the pod before each line.")] = True,
     s3_endpoint: S3Endpoint = None,
     namespace: Namespace = None,

@@ -118,10 +118,15 @@ def _paths(model: type[BaseModel], prefix: tuple[str, ...] = ()) -> Iterator[tup
             yield from _paths(child, (*prefix, name))
 
 
+def field_at(location: Location, root: type[BaseModel]) -> FieldInfo | None:
+    """Return what is known of a field, by its path."""
+    parent = _model_at(location[:-1], root)
+    return _fields(parent).get(str(location[-1])) if parent else None
+
+
 def _example(location: Location, root: type[BaseModel]) -> str | None:
     """Return a value of the right form: the field's example, or its default."""
-    parent = _model_at(location[:-1], root)
-    field = _fields(parent).get(str(location[-1])) if parent else None
+    field = field_at(location, root)
     if field is None:
         return None
     if field.examples:

@@ -26,12 +26,13 @@ _KEPT: Final = ("name", "namespace", "labels", "annotations")
 def rerun(  # noqa: PLR0913, PLR0917 (an option each)
     name: JobName,
     overwrite: Annotated[
-        bool, typer.Option(help="Train again although the result is published, and replace it (output.ifExists).")
+        bool,
+        typer.Option("--overwrite", help="Train again, and replace the published result."),
     ] = False,
     changes: Annotated[
         list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Change a field, such as lora.rank=8.")
     ] = None,
-    force: Annotated[bool, typer.Option(help="Also a run that has not ended: it is stopped first.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Also a run that has not ended: it is stopped first.")] = False,
     namespace: Namespace = None,
     context: Context = None,
     kubeconfig: Kubeconfig = None,

@@ -26,7 +26,7 @@ def submit(  # noqa: PLR0913, PLR0917 (an option each)
     changes: Annotated[
         list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Change a field, such as lora.rank=8.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option(help="Have the API server check the manifests, and create nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Have the API server check, and create nothing.")] = False,
     watch: Annotated[
         bool, typer.Option("--watch", "-w", help="Stay, and show each change until the end; exit code as of wait.")
     ] = False,

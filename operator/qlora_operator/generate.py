@@ -14,6 +14,7 @@ import yaml
 from qlora_api import crd, metrics
 from qlora_api.guidance import GUIDANCE
 from qlora_api.names import KIND, Reason
+from qlora_cli.reference import command_reference
 from qlora_operator.chart import build_values_schema, read_values, render_values_table
 from qlora_operator.cluster.permissions import (
     build_cluster_rules,
@@ -268,6 +269,11 @@ def _metric_table(listed: tuple[metrics.Metric, ...]) -> Iterator[str]:
         yield f"| `{metric.name}` | {metric.kind} | {labels} | {metric.series} | {metric.help} |"
 
 
+def command_reference_file() -> str:
+    """Every command of `qlora`."""
+    return f"<!-- {_NOTE} -->\n{command_reference()}"
+
+
 FILES: Final[dict[str, Callable[[], str]]] = {
     "crds/qlorajobs.qlora.dev.yaml": crd_file,
     "crds/qlorajob.schema.json": editor_schema_file,
@@ -275,6 +281,7 @@ FILES: Final[dict[str, Callable[[], str]]] = {
     f"{CHART}/templates/_rules.tpl": chart_rules_file,
     f"{CHART}/values.schema.json": chart_values_schema_file,
     f"{CHART}/README.md": chart_readme_file,
+    "docs/reference/cli.md": command_reference_file,
     "docs/reference/fields.md": field_reference_file,
     "docs/reference/reasons.md": reason_reference_file,
     "docs/reference/distribution.md": validity_file,

@@ -1,0 +1,69 @@
+"""`qlora init`, completion behind kubectl, and the name that a user typed."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from qlora_api.v1alpha1 import QLoRAJobSpec
+from qlora_cli.__main__ import app
+from qlora_cli.completion import completions
+from qlora_cli.init import SHOWN, default_of, write_manifest
+
+
+def test_a_first_manifest_is_valid_and_complete(tmp_path: Path):
+    path = tmp_path / "job.yaml"
+    made = CliRunner().invoke(app, ["init", str(path), "--name", "bot", "--gpus", "0", "--model", "hf://a/b"])
+    assert (made.exit_code, made.stdout) == (0, "")
+    assert made.stderr.endswith(f"job.yaml is written; next: qlora plan {path}, then qlora submit {path}\n")
+    manifest = yaml.safe_load(path.read_text())
+    spec = QLoRAJobSpec.model_validate(manifest["spec"])
+    assert (manifest["metadata"]["name"], spec.model.uri, spec.resources.gpus_per_node) == ("bot", "hf://a/b", 0)
+    assert CliRunner().invoke(app, ["validate", str(path)]).exit_code == 0
+
+
+def test_every_field_of_a_first_manifest_has_its_meaning_and_its_default():
+    text = write_manifest("bot", {"model.uri": "hf://a/b", "output.secretRef.name": "keys"})
+    assert text.count("#") > len(SHOWN)
+    assert "    # Rank r of the update matrices.\n    rank: 16\n" in text
+    assert default_of("training.learningRate") == 2e-4
+
+
+def test_a_file_is_not_replaced_by_mistake(tmp_path: Path):
+    path = tmp_path / "job.yaml"
+    path.write_text("mine")
+    refused = CliRunner().invoke(app, ["init", str(path)])
+    assert (refused.exit_code, path.read_text()) == (1, "mine")
+    assert "exists; give another name, or --force" in refused.stderr
+    assert CliRunner().invoke(app, ["init", str(path), "--force"]).exit_code == 0
+
+
+def test_what_cannot_be_right_is_not_written(tmp_path: Path):
+    refused = CliRunner().invoke(app, ["init", str(tmp_path / "job.yaml"), "--name", "Not.A.Name"])
+    assert refused.exit_code == 1
+    assert 'metadata.name: must look like support-bot, got "Not.A.Name"' in refused.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (["sus"], ["suspend\tLet a run write a checkpoint and give back...", ":4"]),
+        (["status", "--watc"], ["--watch\tStay, and show each change until the end.", ":4"]),
+        (["list", "-o", ""], ["table", "json", "yaml", ":4"]),
+        (["submit", ""], [":0"]),
+    ],
+)
+def test_kubectl_completes(words: list[str], found: list[str]):
+    assert list(completions(words)) == found
+
+
+@pytest.mark.parametrize(("program", "name"), [("qlora", "qlora"), ("kubectl-qlora", "kubectl qlora")])
+def test_help_speaks_as_the_user_does(program: str, name: str):
+    told = subprocess.run(
+        [Path(sys.executable).with_name(program), "status", "--help"], capture_output=True, text=True, check=True
+    )
+    assert f"Usage: {name} status [OPTIONS]" in told.stdout
