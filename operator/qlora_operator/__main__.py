@@ -2,21 +2,26 @@
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import sys
 from functools import partial
+from typing import Final
 
+from qlora_api.logs import configure_logs
 from qlora_operator.cluster.api import Api, load_configuration, read_credentials
 from qlora_operator.cluster.lease import KubeLeases
 from qlora_operator.election import Election, leading
 from qlora_operator.handlers import serve
 from qlora_operator.health import serve_health
-from qlora_operator.logs import configure_logs
 from qlora_operator.metrics import Metrics
 from qlora_operator.progress import utc_now
 from qlora_operator.runtime import Runtime
 from qlora_operator.settings import Settings, SettingsError, read_settings
+
+CHATTY: Final = ("kopf.objects", "kopf.activities.probe", "aiohttp.access")
+"""Loggers of libraries that tell what is normal."""
 
 
 async def run(settings: Settings) -> None:
@@ -57,7 +62,9 @@ def main() -> int:
     except SettingsError as error:
         sys.stderr.write(f"{error}\n")
         return 2
-    configure_logs(settings.log_level)
+    configure_logs(settings.log_format, settings.log_level, sys.stderr)
+    for chatty in CHATTY:
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     with contextlib.suppress(asyncio.CancelledError):
         asyncio.run(run(settings))
     return 0

@@ -126,9 +126,9 @@ class WorkQueue(Generic[Key]):
         try:
             delay = await self._work(key)
         except ClusterBusyError as error:
-            _log.info("%s: %s", key, error)
+            _log.info("%s", error)
         except Exception:
-            _log.exception("%s failed", key)
+            _log.exception("the work on %s failed", key)
         else:
             del self._failures[key]
             return delay

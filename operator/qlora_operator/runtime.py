@@ -9,6 +9,7 @@ from typing import Final
 
 from aiohttp import web
 
+from qlora_api.logs import fields, log_with
 from qlora_operator.cluster.api import Api, ApiError, NotFoundError
 from qlora_operator.cluster.children import Children, Shelf
 from qlora_operator.cluster.kube import KubeCluster
@@ -102,6 +103,7 @@ class Runtime:
         self._reports.forget(ref)
 
     async def _reconcile(self, ref: JobRef) -> timedelta | None:
+        log_with(namespace=ref.namespace, job=ref.name)
         with self.metrics.measure():
             watch = Watch(self._clock().replace(microsecond=0), self._reports.get(ref), self._listening_since)
             outcome = await reconcile(ref, self._cluster, self.settings.installation, watch)
@@ -109,7 +111,8 @@ class Runtime:
         if outcome.written is not None and outcome.status is not None:
             self._written[ref] = outcome.written
             self.watch.expect(ref, outcome.written)
-            _log.info("%s: %s: %s", "/".join(ref), outcome.status.reason, outcome.status.message)
+            told = fields(phase=outcome.status.phase, reason=outcome.status.reason, attempt=outcome.status.attempt)
+            _log.info("%s: %s", outcome.status.reason, outcome.status.message, extra=told)
         if outcome.status is not None and is_terminal(outcome.status):
             self._reports.forget(ref)
         return outcome.requeue

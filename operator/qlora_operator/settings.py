@@ -8,6 +8,7 @@ from typing import Final
 from pydantic import ValidationError
 
 from qlora_api import names
+from qlora_api.logs import FORMAT_ENV, Format
 from qlora_api.runconfig import Platform, S3Config
 from qlora_operator.build import Installation
 
@@ -44,6 +45,7 @@ class Settings:
     progress_port: int = 8080
     health_port: int = 8081
     log_level: str = "info"
+    log_format: Format = Format.JSON
     kubeconfig: str = ""
     """Empty means the pod's own account."""
     resync: timedelta = timedelta(minutes=10)
@@ -70,6 +72,7 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
         progress_port=_number(environment, "QLORA_PROGRESS_PORT", 8080, MAX_PORT),
         health_port=_number(environment, "QLORA_HEALTH_PORT", 8081, MAX_PORT),
         log_level=_choice(environment, "QLORA_LOG_LEVEL", LOG_LEVELS, "info"),
+        log_format=Format(_choice(environment, FORMAT_ENV, tuple(Format), Format.JSON)),
         kubeconfig=environment.get("KUBECONFIG", ""),
         resync=timedelta(seconds=_number(environment, "QLORA_RESYNC_SECONDS", 600, MAX_RESYNC)),
         home=_home(environment),

@@ -1,5 +1,6 @@
 """The metrics of a real operator, by the linter of Prometheus and over the life of a QLoRAJob."""
 
+import json
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -78,3 +79,8 @@ def test_a_life_in_metrics(operator: Operator, place: Place) -> None:
     assert value(operator, "qlora_jobs_finished_total", phase="Succeeded", reason="Published") == 1
     assert value(operator, "qlora_job_wait_duration_seconds_count") == 1
     assert lint(operator.metrics()) == ""
+
+    lines = [json.loads(line) for line in operator.log.read_text().splitlines()]
+    assert all(set(line) >= {"time", "level", "logger", "message"} for line in lines)
+    of_job = [line for line in lines if (line.get("namespace"), line.get("job")) == (place.namespace, NAME)]
+    assert [line["reason"] for line in of_job if "reason" in line][-1] == "Published"

@@ -7,10 +7,9 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
-import structlog
-
+from qlora_api.logs import configure_logs, fields, format_of_process, log_always_with
 from qlora_api.names import (
     CONFIG_MOUNT,
     PREPARE_CONFIG_FILE,
@@ -26,7 +25,8 @@ from qlora_trainer.lastword import Farewell
 from qlora_trainer.ranks import DONE, is_first_of_pod, path_of_process, rank_of_process
 from qlora_trainer.work import default_work
 
-log = structlog.get_logger()
+log = logging.getLogger("qlora_trainer")
+Config = TypeVar("Config", PrepareConfig, RunConfig)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
         word = COMMANDS[options.command](options, stop, farewell)
     except BaseException as error:
         known = explain_end(error, stopped=stop.requested)
-        log.exception("the run failed", reason=known.reason, step=known.step)
+        log.exception("the run failed", extra=fields(reason=known.reason, step=known.step))
         farewell.fail(known)
         return EXIT_CODES.get(known.reason, 1)
     return leave(word, farewell)
@@ -49,10 +49,10 @@ def main(arguments: list[str] | None = None) -> int:
 def leave(word: LastWord | None, farewell: Farewell) -> int:
     """Leave the last word, where it is not another process's, and return the exit code."""
     if word is None:
-        log.info("done", reason="another process has the last word")
+        log.info("done: another process has the last word")
         return 0
     farewell.say(word)
-    log.info("done", reason=word.reason)
+    log.info("done", extra=fields(reason=word.reason))
     return EXIT_CODES.get(word.reason, 1)
 
 
@@ -75,20 +75,20 @@ def pod_work() -> Path:
 
 
 def configure_log() -> None:
-    """Write one JSON object a line to standard output."""
-    structlog.configure(
-        processors=[
-            structlog.contextvars.merge_contextvars,
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso"),
-            structlog.processors.format_exc_info,
-            structlog.processors.JSONRenderer(),
-        ],
-        logger_factory=structlog.PrintLoggerFactory(sys.stdout),
-    )
+    """Write one JSON object a line to standard output: all that we say, and what libraries warn of."""
+    configure_logs(format_of_process(), "warning", sys.stdout)
+    log.setLevel(logging.INFO)
     if (rank := rank_of_process()) is not None:
-        structlog.contextvars.bind_contextvars(rank=rank)
-    logging.basicConfig(level=logging.WARNING, stream=sys.stdout)
+        log_always_with(rank=rank)
+
+
+def read_config(path: Path, kind: type[Config]) -> Config:
+    """Read what to do; from now on every line says for which run."""
+    config = kind.model_validate_json(path.read_text())
+    log_always_with(namespace=config.namespace, job=config.job)
+    if isinstance(config, RunConfig):
+        log_always_with(attempt=config.attempt)
+    return config
 
 
 def configure_libraries(work: Path) -> None:
@@ -115,7 +115,7 @@ def prepare_word(options: argparse.Namespace, _: StopFlag, __: Farewell) -> Last
     """Prepare, and return the facts as the last word."""
     from qlora_trainer.prepare import prepare  # noqa: PLC0415 (after configure_libraries)
 
-    config = PrepareConfig.model_validate_json(options.config.read_text())
+    config = read_config(options.config, PrepareConfig)
     prepared = prepare(config, log.info, work=options.work)
     reason = Reason.ALREADY_PUBLISHED if prepared.published else Reason.PREPARED
     return LastWord(reason=reason, message="", prepared=prepared, result=prepared.published)
@@ -123,7 +123,7 @@ def prepare_word(options: argparse.Namespace, _: StopFlag, __: Farewell) -> Last
 
 def train_word(options: argparse.Namespace, stop: StopFlag, farewell: Farewell) -> LastWord | None:
     """Train, and return the result as the last word; another process may have it."""
-    config = RunConfig.model_validate_json(options.config.read_text())
+    config = read_config(options.config, RunConfig)
     from qlora_trainer.distributed import leave_world  # noqa: PLC0415 (as above)
     from qlora_trainer.progress import Heartbeat, HttpSink, LogSink, ProgressSink, Sinks  # noqa: PLC0415 (as above)
     from qlora_trainer.run import run  # noqa: PLC0415 (as above)
@@ -157,7 +157,7 @@ def launch_word(options: argparse.Namespace, stop: StopFlag, _: Farewell) -> Las
     """Let this pod's processes train, and return what explains their end."""
     from qlora_trainer.launch import launch, observe_node  # noqa: PLC0415 (as above)
 
-    config = RunConfig.model_validate_json(options.config.read_text())
+    config = read_config(options.config, RunConfig)
     return launch(config, observe_node(config.plan, options.config, options.work), stop)
 
 

@@ -5,6 +5,7 @@ import threading
 from pathlib import Path
 
 from qlora_api.names import TERMINATION_MESSAGE_BYTES
+from qlora_api.redaction import REDACTOR
 from qlora_api.report import LastWord
 from qlora_api.v1alpha1 import Checkpoint, Progress
 from qlora_trainer.errors import RunError
@@ -78,5 +79,5 @@ def _shortened(word: LastWord, characters: int) -> LastWord:
 
 def _dump(word: LastWord) -> str:
     # A lone surrogate (from an undecodable file name, say) has no UTF-8 form and would end the last word itself.
-    clean = word.message.encode("utf-8", "replace").decode("utf-8")
+    clean = REDACTOR.text(word.message).encode("utf-8", "replace").decode("utf-8")
     return word.model_copy(update={"message": clean}).model_dump_json(by_alias=True, exclude_none=True)

@@ -5,6 +5,7 @@ them 30 seconds, and a checkpoint may need the pod's whole grace period.
 """
 
 import contextlib
+import logging
 import os
 import signal
 import socket
@@ -17,10 +18,10 @@ from pathlib import Path
 from typing import Final
 
 import psutil
-import structlog
 from pydantic import ValidationError
 
 from qlora_api.launch import MAIN_PORT
+from qlora_api.logs import fields
 from qlora_api.names import ACCELERATE_CONFIG_FILE, MAIN_ADDRESS_ENV, Reason, distance_from_cause
 from qlora_api.report import LastWord
 from qlora_api.runconfig import RunConfig
@@ -38,7 +39,7 @@ _OOM_COUNTS: Final = (Path("/sys/fs/cgroup/memory.events"), Path("/sys/fs/cgroup
 """Where the kernel counts the processes of this container that it killed for memory (cgroup v2 and v1)."""
 _LOOK_SECONDS: Final = 1.0
 
-log = structlog.get_logger()
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def wait_for_address(address: str, seconds: float, stop: StopFlag) -> None:
                 Reason.COLLECTIVE_TIMEOUT,
                 f"the first pod of the run, {address}, got no address within {seconds:g} s (spec.deadlines.startup)",
             )
-        log.info("waiting for the first pod", address=address)
+        log.info("waiting for the first pod", extra=fields(address=address))
         time.sleep(_LOOK_SECONDS)
 
 

@@ -1,5 +1,6 @@
 """Progress reports: to the operator over HTTP, to the log, or to both; a lost report never disturbs a step."""
 
+import logging
 import os
 import ssl
 import threading
@@ -10,8 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final, Protocol, Self
 
-import structlog
-
+from qlora_api.logs import fields
 from qlora_api.names import PROGRESS_TOKEN_ENV, PROGRESS_URL_ENV, Phase
 from qlora_api.progress import Metric, ProgressReport, TrainerStatus
 from qlora_api.v1alpha1 import Checkpoint, Progress
@@ -24,7 +24,7 @@ HEARTBEAT_SECONDS: Final = 30.0
 """Time between two signs of life while there is no news."""
 _TIMEOUT_SECONDS: Final = 5.0
 
-log = structlog.get_logger()
+log = logging.getLogger(__name__)
 
 
 class ProgressSink(Protocol):
@@ -42,7 +42,7 @@ class LogSink:
 
     def report(self, progress: Progress) -> None:
         """Log one line."""
-        log.info("progress", **progress.model_dump(mode="json", by_alias=True, exclude_none=True))
+        log.info("progress", extra=fields(**progress.model_dump(mode="json", by_alias=True, exclude_none=True)))
 
     def note(self, text: str) -> None:
         """Log the sentence."""
@@ -202,4 +202,4 @@ class HttpSink:
             with urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS, context=self._context):  # noqa: S310
                 pass
         except (OSError, ValueError) as error:
-            log.info("progress was not delivered", error=str(error))
+            log.info("progress was not delivered", extra=fields(error=str(error)))

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from qlora_api.names import SECRETS_MOUNT, Reason, SecretRole
+from qlora_api.redaction import REDACTOR
 from qlora_api.v1alpha1 import QLoRAJobSpec, SecretRef
 from qlora_trainer.errors import RunError
 
@@ -25,6 +26,8 @@ _KEYS = {
     SecretRole.MLFLOW: ("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"),
 }
 """What is read of a Secret; its other keys are none of our business."""
+_CONFIDENTIAL = frozenset({key for keys in _KEYS.values() for key in keys} - {"AWS_REGION", "AWS_ENDPOINT_URL"})
+"""What must not be in a log line, whoever writes it."""
 _TRACKERS = frozenset({SecretRole.WANDB, SecretRole.MLFLOW})
 
 
@@ -62,6 +65,7 @@ def load_secrets(spec: QLoRAJobSpec, namespace: str, mount: Path = Path(SECRETS_
 
 def environment_secrets() -> Secrets:
     """Return the process's own credentials for every role."""
+    REDACTOR.learn(value for key in _CONFIDENTIAL if (value := os.environ.get(key)))
     token = {"HF_TOKEN": os.environ["HF_TOKEN"]} if os.environ.get("HF_TOKEN") else {}
     # The AWS_* keys stay with boto3, whose default chain also knows profiles, roles and refresh; so do the trackers'
     # keys with their libraries.
@@ -79,4 +83,5 @@ def _load_role(role: SecretRole, reference: SecretRef | None, namespace: str, mo
             f"spec.{field}.secretRef: Secret '{reference.name}' does not exist in namespace '{namespace}', or has none "
             f"of the keys {', '.join(_KEYS[role])}; create it there, then create the QLoRAJob anew.",
         )
+    REDACTOR.learn(value for key, value in keys.items() if key in _CONFIDENTIAL)
     return Credentials(keys)

@@ -72,7 +72,7 @@ class Life:
     @property
     def progress(self) -> list[dict[str, Any]]:
         """What it reported."""
-        return [line for line in self.lines if line["event"] == "progress"]
+        return [line for line in self.lines if line["message"] == "progress"]
 
     @property
     def step(self) -> int:
@@ -82,7 +82,7 @@ class Life:
     @property
     def resumed(self) -> int:
         """The step of the checkpoint that it went on from."""
-        found = [line["event"] for line in self.lines if line["event"].startswith("going on after step")]
+        found = [line["message"] for line in self.lines if line["message"].startswith("going on after step")]
         return int(found[0].split()[4].rstrip(",")) if found else 0
 
     @property

@@ -4,6 +4,7 @@ from datetime import timedelta
 
 import pytest
 
+from qlora_api.logs import Format
 from qlora_api.runconfig import Platform, S3Config
 from qlora_operator.build import Installation
 from qlora_operator.settings import Home, Settings, SettingsError, read_settings
@@ -23,7 +24,7 @@ def test_everything() -> None:
             "QLORA_PROGRESS_PORT": "9000", "QLORA_HEALTH_PORT": "9001", "QLORA_NAMESPACES": "ml, research,",
             "QLORA_WORKERS": "4", "QLORA_HUB_MIRROR": "s3://hub", "QLORA_HUB_ENDPOINT": "https://hub",
             "QLORA_S3_ENDPOINT": "http://s3", "QLORA_S3_REGION": "eu", "QLORA_S3_ADDRESSING": "path",
-            "QLORA_S3_CHECKSUMS": "when_required", "QLORA_LOG_LEVEL": "debug",
+            "QLORA_S3_CHECKSUMS": "when_required", "QLORA_LOG_LEVEL": "debug", "QLORA_LOG_FORMAT": "text",
             "QLORA_IMAGE_PULL_SECRETS": "registry, mirror", "KUBECONFIG": "/kube",
             "POD_NAMESPACE": "qlora", "POD_NAME": "operator-x7b", "QLORA_LEASE": "my-release",
             "QLORA_RESYNC_SECONDS": "30",
@@ -33,7 +34,7 @@ def test_everything() -> None:
     platform = Platform(s3=s3, hub_endpoint="https://hub", hub_mirror="s3://hub")
     assert settings == Settings(
         Installation("trainer:1", "Always", "http://operator:8080", platform, ("registry", "mirror")),
-        ("ml", "research"), 4, 9000, 9001, "debug", "/kube", timedelta(seconds=30),
+        ("ml", "research"), 4, 9000, 9001, "debug", Format.TEXT, "/kube", timedelta(seconds=30),
         Home("qlora", "operator-x7b", "my-release"),
     )  # fmt: skip
 
@@ -52,7 +53,8 @@ def test_empty_values_of_the_chart_are_defaults() -> None:
     ("variable", "value"),
     [
         ("QLORA_TRAINER_IMAGE", ""), ("QLORA_WORKERS", "0"), ("QLORA_WORKERS", "many"),
-        ("QLORA_HEALTH_PORT", "70000"), ("QLORA_LOG_LEVEL", "loud"), ("QLORA_IMAGE_PULL_POLICY", "Sometimes"),
+        ("QLORA_HEALTH_PORT", "70000"), ("QLORA_LOG_LEVEL", "loud"),
+        ("QLORA_LOG_FORMAT", "xml"), ("QLORA_IMAGE_PULL_POLICY", "Sometimes"),
         ("QLORA_RESYNC_SECONDS", "0"), ("QLORA_S3_ADDRESSING", "sideways"), ("QLORA_S3_CHECKSUMS", "never"),
     ],
 )  # fmt: skip

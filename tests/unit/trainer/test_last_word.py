@@ -16,11 +16,12 @@ from qlora_api.names import PROGRESS_TOKEN_ENV, PROGRESS_URL_ENV, TERMINATION_ME
 from qlora_api.progress import ProgressReport
 from qlora_api.report import LastWord
 from qlora_api.v1alpha1 import Checkpoint, Progress
-from qlora_trainer.__main__ import main
+from qlora_trainer.__main__ import COMMANDS, main
 from qlora_trainer.errors import RunError, explain
 from qlora_trainer.interrupt import StopFlag, explain_end, interrupted
 from qlora_trainer.lastword import Farewell, failure_word, to_line, write_last_word
 from qlora_trainer.progress import Heartbeat, HttpSink, Sinks, to_body
+from qlora_trainer.secrets import load_secrets
 from tests.unit.trainer.tiny import RecordingSink, make_spec, prepare_config, serving
 
 
@@ -68,6 +69,31 @@ def test_every_end_has_a_reason(error, reason):
 def arguments(command: str, folder: Path) -> list[str]:
     settings = {"config": folder / "config.json", "work": folder / "work", "termination-message": folder / "word"}
     return [command, *(f"--{name}={path}" for name, path in settings.items())]
+
+
+def test_a_secret_is_in_neither_the_last_word_nor_the_log(tmp_path, monkeypatch, capsys):
+    """Whatever a library puts into its exception."""
+    mount = tmp_path / "secrets"
+    (mount / "output").mkdir(parents=True)
+    (mount / "output" / "AWS_SECRET_ACCESS_KEY").write_text("c4n4ry/of+the/output\n")
+    spec = make_spec("file:///nowhere", "file:///nowhere.jsonl", "s3://adapters", output={"secretRef": {"name": "s3"}})
+
+    def fail(*_):
+        load_secrets(spec, "ml", mount)
+        raise RuntimeError("c4n4ry/of+the/output does not open https://u:c4n4ry-of-a-url@s3.example")
+
+    monkeypatch.setitem(COMMANDS, "prepare", fail)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert main(arguments("prepare", tmp_path)) == 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    (line,) = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert (line["level"], line["message"], line["reason"]) == ("error", "the run failed", "TrainerError")
+    assert "RuntimeError: [redacted] does not open https://[redacted]@s3.example" in line["exception"]
+    word = (tmp_path / "word").read_text()
+    assert "[redacted] does not open" in word
+    assert "c4n4ry" not in word + line["exception"]
 
 
 def test_a_failed_prepare_exits_1_with_reason_and_field(tmp_path):

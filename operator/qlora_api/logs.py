@@ -1,0 +1,101 @@
+"""One form of log lines for operator and trainer: a JSON object each, or text for a terminal (docs/logs.md)."""
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from contextvars import ContextVar
+from datetime import UTC, datetime
+from enum import StrEnum
+from types import MappingProxyType
+from typing import Any, Final, TextIO
+
+from qlora_api.redaction import REDACTOR
+
+FORMAT_ENV: Final = "QLORA_LOG_FORMAT"
+"""A Format, for the operator and for a trainer alike."""
+
+
+class Format(StrEnum):
+    """How a line is written."""
+
+    JSON = "json"
+    TEXT = "text"
+
+
+_NOTHING: Final[Mapping[str, object]] = MappingProxyType({})
+_task: ContextVar[Mapping[str, object]] = ContextVar("fields of log lines", default=_NOTHING)
+_process: dict[str, object] = {}
+
+
+def fields(**values: object) -> dict[str, object]:
+    """Return the `extra` of a log call that adds these fields to its line."""
+    return {"fields": values}
+
+
+def log_with(**values: object) -> None:
+    """Add fields to every further line of the running task; the next call replaces them."""
+    _task.set(MappingProxyType(values))
+
+
+def log_always_with(**values: object) -> None:
+    """Add fields to every further line of this process, whichever thread writes it."""
+    _process.update(values)
+
+
+def describe(record: logging.LogRecord) -> dict[str, Any]:
+    """Return the fields of a record without secrets; what everybody asks for comes first, and is never replaced."""
+    told: dict[str, Any] = {
+        "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+        "level": record.levelname.lower(),
+        "logger": record.name,
+        "message": record.getMessage(),
+    }
+    for more in (_process, _task.get(), getattr(record, "fields", _NOTHING)):
+        for name, value in more.items():
+            told.setdefault(name, value)
+    if record.exc_info:
+        told["exception"] = logging.Formatter().formatException(record.exc_info)
+    return {name: REDACTOR.value(value, name) for name, value in told.items()}
+
+
+def to_text(told: Mapping[str, Any]) -> str:
+    """Return a line for people: time, level and message, then the other fields, then the traceback."""
+    said = {"time", "level", "logger", "message", "exception"}
+    rest = " ".join(f"{name}={_short(value)}" for name, value in told.items() if name not in said)
+    line = f"{told.get('time', '')} {told.get('level', ''):7} {told.get('message', '')}"
+    return "\n".join(filter(None, (f"{line}  {rest}".rstrip(), told.get("exception"))))
+
+
+def _short(value: Any) -> str:
+    return value if isinstance(value, str) and " " not in value else json.dumps(value, ensure_ascii=False)
+
+
+class JsonLines(logging.Formatter):
+    """A record as one line of JSON."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line."""
+        return json.dumps(describe(record), ensure_ascii=False)
+
+
+class TextLines(logging.Formatter):
+    """A record for a terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line, or more of them for a traceback."""
+        return to_text(describe(record))
+
+
+def configure_logs(form: Format, level: str, stream: TextIO) -> None:
+    """Send every record of this process, of our code and of libraries, and Python's warnings to a stream."""
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(JsonLines() if form is Format.JSON else TextLines())
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    logging.captureWarnings(True)
+
+
+def format_of_process() -> Format:
+    """Return the form that the environment asks for; JSON where it says nothing that is known."""
+    asked = os.environ.get(FORMAT_ENV, "")
+    return Format(asked) if asked in set(Format) else Format.JSON
