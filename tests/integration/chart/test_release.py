@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Final
 
 import pytest
@@ -12,6 +13,7 @@ from tests.cluster.commands import CommandError, run, wait_until
 from tests.golden.test_children import CPU, INSTALLATION, OWNER, RUN
 from tests.integration.chart.rendering import NAMESPACE, RELEASE, helm, render
 from tests.integration.chart.test_rendering import MONITORING, POLICY, VALUES
+from tests.integration.operator_process import Operator, Place
 from tests.make import make_manifest
 
 BAD_MODEL: Final = {"model": {"uri": "hf://elsewhere/model"}}
@@ -206,6 +208,33 @@ def test_only_allowed_images_run_under_the_label_of_a_run(release: Cluster, buil
         create(release, build(image))
     for image in ("qlora-trainer-evil:1", "registry.example/mlx/trainer:1", "busybox"):
         assert f"image: {image} may not run under the label qlora.dev/job" in refusal_of(release, build(image))
+
+
+@pytest.fixture
+def operator(release: Cluster, tmp_path: Path) -> Iterator[Operator]:
+    """The operator with the rights that the chart gives it, in the place of one of the pods that the chart makes."""
+    selector = f"--selector=app.kubernetes.io/instance={RELEASE}"
+    [pod, *_] = release.get("pods", f"--namespace={NAMESPACE}", selector)["items"]
+    process = Operator(release, tmp_path, POD_NAMESPACE=NAMESPACE, POD_NAME=pod["metadata"]["name"])
+    yield process.start()
+    process.stop()
+
+
+def test_the_charts_rights_are_enough_and_what_policy_refuses_is_in_the_status(
+    release: Cluster, operator: Operator
+) -> None:
+    allowed, refused = Place(release, "team-b"), Place(release, "team-a")
+    for place in (allowed, refused):
+        place.kubectl("create", "--filename=-", stdin=json.dumps(run_of({}, place.namespace)))
+    allowed.wait_for("Preparing", name="policy")
+    status = refused.wait_for("Pending", "PodRejected", name="policy")
+    assert "image: trainer:test may not run under the label qlora.dev/job" in status["message"]
+    leader = release.get("pods", f"--namespace={NAMESPACE}", "--selector=qlora.dev/leader=true")["items"]
+    assert len(leader) == 1
+    # RBAC names whom it refuses.
+    assert f"system:serviceaccount:{NAMESPACE}" not in operator.log.read_text()
+    for place in (allowed, refused):
+        place.kubectl("delete", "qlj", "policy")
 
 
 def test_pods_without_the_label_are_nobodys_business(release: Cluster) -> None:
