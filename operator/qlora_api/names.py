@@ -182,6 +182,23 @@ class Reason(StrEnum):
     TRAINER_ERROR = "TrainerError"
 
 
+UNTROUBLED: Final = frozenset(
+    {
+        Reason.ACCEPTED,
+        Reason.PREPARING,
+        Reason.PREPARED,
+        Reason.QUEUED,
+        Reason.SUSPENDED_BY_USER,
+        Reason.SCHEDULING,
+        Reason.TRAINING,
+        Reason.EVALUATING,
+        Reason.PUBLISHING,
+        Reason.PUBLISHED,
+        Reason.ALREADY_PUBLISHED,
+    }
+)
+"""Reasons of a run that goes as it should; every other one is somebody's concern, even where it mends itself."""
+
 _CONSEQUENCES: Final = (Reason.INTERRUPTED, Reason.COLLECTIVE_TIMEOUT)
 """How a process or a pod ends when something happened to another one; the earlier explains a run better."""
 

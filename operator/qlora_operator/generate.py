@@ -13,8 +13,9 @@ import yaml
 
 from qlora_api import crd, metrics
 from qlora_api.guidance import GUIDANCE
-from qlora_api.names import KIND, Reason
+from qlora_api.names import FIELD_MANAGER, GROUP, KIND, Reason
 from qlora_cli.reference import command_reference
+from qlora_operator.build.event import ACTIONS, event_type
 from qlora_operator.chart import build_values_schema, read_values, render_values_table
 from qlora_operator.cluster.permissions import (
     build_cluster_rules,
@@ -210,6 +211,35 @@ def reason_reference_file() -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+def event_reference_file() -> str:
+    """Every Event that the operator makes."""
+    actions = ", ".join(f"{verb} ({phase})" for phase, verb in ACTIONS.items())
+    rows = (
+        f"| [{reason}](reasons.md#{reason.lower()}) | {event_type(reason)} | {GUIDANCE[reason][0]} |"
+        for reason in Reason
+    )
+    return "\n".join(
+        [
+            f"<!-- {_NOTE} -->",
+            "# Events",
+            "",
+            "The operator makes one Event for each change of a QLoRAJob's phase or reason, before it writes the",
+            "status: `kubectl describe qlj NAME`, `kubectl events --for qlorajob/NAME`, `qlora events NAME`. Progress",
+            "makes none. An operator that is restarted halfway tells of nothing twice, since the name of an Event",
+            "follows from its transition. Kubernetes keeps Events for an hour; the status keeps what matters.",
+            "",
+            f"`reportingController` is `{GROUP}/{FIELD_MANAGER}`, `note` is the status's message, `reason` its",
+            "reason. `type` is Warning for what ends a run badly, and for what hinders one although it goes on.",
+            f"`action` is a verb for the phase: {actions}.",
+            "",
+            "| reason | type | meaning |",
+            "|---|---|---|",
+            *rows,
+            "",
+        ]
+    )
+
+
 def what_follows(reason: Reason) -> str:
     """Say what becomes of a run whose attempt ended so."""
     counts = "it does not count" if reason in DISRUPTIONS else "it counts"
@@ -286,6 +316,7 @@ FILES: Final[dict[str, Callable[[], str]]] = {
     "docs/reference/reasons.md": reason_reference_file,
     "docs/reference/distribution.md": validity_file,
     "docs/reference/metrics.md": metric_reference_file,
+    "docs/reference/events.md": event_reference_file,
 }
 
 

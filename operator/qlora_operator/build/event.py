@@ -5,15 +5,31 @@ from hashlib import sha256
 from typing import Final
 
 from qlora_api import names
-from qlora_api.names import Phase, Reason
+from qlora_api.names import UNTROUBLED, Phase, Reason
 from qlora_api.v1alpha1 import QLoRAJobStatus
 from qlora_operator.build.metadata import Owner
 from qlora_operator.values import Manifest
 
 MAX_NOTE: Final = 1024
 """Bytes that an Event's note may have."""
-ACTIONS: Final = {Phase.PREPARING: "Prepare", Phase.SCHEDULING: "Schedule", Phase.FAILED: "Fail"}
-"""The verb of an Event; 'Run' for the rest."""
+ACTIONS: Final = {
+    Phase.PENDING: "Accept",
+    Phase.PREPARING: "Prepare",
+    Phase.QUEUED: "Queue",
+    Phase.SCHEDULING: "Schedule",
+    Phase.TRAINING: "Train",
+    Phase.EVALUATING: "Evaluate",
+    Phase.PUBLISHING: "Publish",
+    Phase.SUSPENDED: "Suspend",
+    Phase.SUCCEEDED: "Succeed",
+    Phase.FAILED: "Fail",
+}
+"""What the operator did or found being done when it told of a phase."""
+
+
+def event_type(reason: Reason) -> str:
+    """Return Warning for what ends a run badly, and for what hinders one although it goes on."""
+    return "Normal" if reason in UNTROUBLED else "Warning"
 
 
 def build_event(owner: Owner, resource_version: str, status: QLoRAJobStatus, now: datetime) -> Manifest:
@@ -30,9 +46,9 @@ def build_event(owner: Owner, resource_version: str, status: QLoRAJobStatus, now
         "eventTime": now.strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
         "reportingController": f"{names.GROUP}/{names.FIELD_MANAGER}",
         "reportingInstance": names.FIELD_MANAGER,
-        "action": ACTIONS.get(phase, "Run"),
+        "action": ACTIONS[phase],
         "reason": reason.value,
-        "type": "Warning" if phase is Phase.FAILED else "Normal",
+        "type": event_type(reason),
         "note": (status.message or "").encode()[:MAX_NOTE].decode(errors="ignore"),
         "regarding": {
             "apiVersion": names.API_VERSION,

@@ -1,0 +1,125 @@
+"""The Events of transitions: their words, and that each transition has one."""
+
+from datetime import timedelta
+from typing import Final
+
+import pytest
+
+from qlora_api.guidance import GUIDANCE
+from qlora_api.names import Phase, Reason
+from qlora_api.v1alpha1 import QLoRAJobStatus
+from qlora_operator.build import Owner, build_event
+from qlora_operator.build.event import ACTIONS, MAX_NOTE, event_type
+from tests.fakes import FakeCluster
+from tests.make import NOW, PREPARED_WORD, PUBLISHED_WORD, REF, UID, make_manifest, make_word
+from tests.unit.operator.life import PREPARE, TRAIN, live_to_the_end, settle
+
+OWNER: Final = Owner(REF, UID)
+
+
+def make_status(phase: Phase = Phase.TRAINING, reason: Reason = Reason.TRAINING, message: str = "") -> QLoRAJobStatus:
+    return QLoRAJobStatus(phase=phase, reason=reason, message=message)
+
+
+def told(cluster: FakeCluster) -> list[tuple[str, str, str]]:
+    """What the Events of a QLoRAJob say, in their order."""
+    return [(event["action"], event["reason"], event["type"]) for event in cluster.events.values()]
+
+
+def test_the_whole_event() -> None:
+    event = build_event(OWNER, "17", make_status(message="pod x runs on node y"), NOW)
+    name = event["metadata"].pop("name")
+    assert name.startswith(f"{REF.name}.")
+    assert event == {
+        "apiVersion": "events.k8s.io/v1",
+        "kind": "Event",
+        "metadata": {"namespace": REF.namespace},
+        "eventTime": NOW.strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
+        "reportingController": "qlora.dev/qlora-operator",
+        "reportingInstance": "qlora-operator",
+        "action": "Train",
+        "reason": "Training",
+        "type": "Normal",
+        "note": "pod x runs on node y",
+        "regarding": {
+            "apiVersion": "qlora.dev/v1alpha1", "kind": "QLoRAJob", "name": REF.name, "namespace": REF.namespace,
+            "uid": UID,
+        },
+    }  # fmt: skip
+
+
+def test_a_repeat_has_the_same_name_and_another_transition_has_not() -> None:
+    names = [
+        build_event(OWNER, version, make_status(reason=reason), NOW + timedelta(seconds=seconds))["metadata"]["name"]
+        for version, reason, seconds in [
+            ("17", Reason.TRAINING, 0), ("17", Reason.TRAINING, 9), ("18", Reason.TRAINING, 9),
+            ("17", Reason.EVALUATING, 9),
+        ]
+    ]  # fmt: skip
+    assert names[0] == names[1]
+    assert len(set(names)) == 3
+
+
+@pytest.mark.parametrize("message", ["x" * 5000, "ü" * 2000, "🦙" * 1000])
+def test_a_long_message_is_cut_where_a_character_ends(message: str) -> None:
+    note = build_event(OWNER, "1", make_status(message=message), NOW)["note"]
+    assert MAX_NOTE - 4 < len(note.encode()) <= MAX_NOTE
+    assert message.startswith(note)
+
+
+@pytest.mark.parametrize("phase", Phase)
+def test_every_phase_has_a_verb_that_the_api_server_takes(phase: Phase) -> None:
+    assert 0 < len(ACTIONS[phase]) <= 128
+
+
+@pytest.mark.parametrize("reason", Reason)
+def test_a_warning_is_what_somebody_may_have_to_act_on(reason: Reason) -> None:
+    # Nothing is asked of anybody where the remedy says so, and what is done is no warning.
+    nothing_to_do = GUIDANCE[reason].remedy == "Nothing to do." or reason in {
+        Reason.PUBLISHED, Reason.ALREADY_PUBLISHED, Reason.SUSPENDED_BY_USER
+    }  # fmt: skip
+    assert event_type(reason) == ("Normal" if nothing_to_do else "Warning")
+
+
+async def test_a_good_life() -> None:
+    cluster = FakeCluster()
+    cluster.submit(make_manifest())
+    await live_to_the_end(cluster)
+    assert told(cluster) == [
+        ("Prepare", "Preparing", "Normal"),
+        ("Schedule", "Prepared", "Normal"),
+        ("Schedule", "Scheduling", "Normal"),
+        ("Train", "Training", "Normal"),
+        ("Succeed", "Published", "Normal"),
+    ]
+
+
+async def test_an_interrupted_and_suspended_life() -> None:
+    cluster = FakeCluster()
+    cluster.submit(make_manifest())
+    await settle(cluster)
+    cluster.end_pod(PREPARE, 0, PREPARED_WORD)
+    await settle(cluster)
+    for attempt in (1, 2):
+        cluster.start_pod(TRAIN.replace("-1", f"-{attempt}"))
+        await settle(cluster)
+        cluster.end_pod(TRAIN.replace("-1", f"-{attempt}"), 1, make_word(Reason.INTERRUPTED))
+        await settle(cluster)
+    cluster.change(suspend=True)
+    await settle(cluster)
+    cluster.change(suspend=False)
+    await settle(cluster)
+    cluster.start_pod(TRAIN.replace("-1", "-4"))
+    await settle(cluster)
+    cluster.end_pod(TRAIN.replace("-1", "-4"), 0, PUBLISHED_WORD)
+    await settle(cluster)
+    interrupted = [("Train", "Training", "Normal"), ("Schedule", "Interrupted", "Warning")]
+    assert told(cluster)[2:] == [
+        ("Schedule", "Scheduling", "Normal"), *interrupted,
+        ("Schedule", "Scheduling", "Normal"), *interrupted,
+        ("Schedule", "Scheduling", "Normal"),
+        ("Suspend", "SuspendedByUser", "Normal"),
+        ("Schedule", "Scheduling", "Normal"),
+        ("Train", "Training", "Normal"),
+        ("Succeed", "Published", "Normal"),
+    ]  # fmt: skip
