@@ -223,9 +223,9 @@ class Place:
         """Return an object's metadata."""
         return dict(self.cluster.get(kind, name, f"--namespace={self.namespace}")["metadata"])
 
-    def bind_pod(self, job: str) -> None:
+    def bind_pod(self, job: str, index: int = 0) -> None:
         """Play the scheduler: give the pod a node, which nobody has to own."""
-        pod = self.pod_of(job)
+        pod = self.pod_of(job, index)
         target = {"apiVersion": "v1", "kind": "Node", "name": "nowhere"}
         binding = {"apiVersion": "v1", "kind": "Binding", "metadata": {"name": pod}, "target": target}
         path = f"/api/v1/namespaces/{self.namespace}/pods/{pod}/binding"

@@ -21,6 +21,8 @@ from qlora_cli.__main__ import app
 from qlora_operator.status.derive import to_wire
 from tests.cluster.binaries import binary
 from tests.cluster.cluster import Cluster
+from tests.cluster.commands import wait_until
+from tests.integration.kubelet import serve_logs
 from tests.integration.operator_process import NAME, PREPARE, TRAIN, Operator, Place, install, open_place
 from tests.make import PREPARED_WORD, PUBLISHED_WORD, make_manifest, make_result, make_word
 
@@ -40,7 +42,8 @@ class Shell:
 
     def start(self, *args: str) -> subprocess.Popen[str]:
         """Start a command as a process of its own."""
-        return subprocess.Popen([QLORA, *args, *self._place(args)], stderr=subprocess.PIPE, text=True)
+        pipe = subprocess.PIPE
+        return subprocess.Popen([QLORA, *args, *self._place(args)], stdout=pipe, stderr=pipe, text=True)
 
     def _place(self, args: tuple[str, ...]) -> tuple[str, ...]:
         kubeconfig = () if "--kubeconfig" in args else ("--kubeconfig", str(self.kubeconfig))
@@ -142,6 +145,26 @@ def test_a_run_that_fails_is_told_by_the_exit_code(shell: Shell, place: Place) -
     assert "broken" in shell.qlora("list", "--phase", "Failed").stdout
     gone = shell.qlora("logs", "broken", "--attempt", "3")
     assert "broken is Failed and has no pods" in gone.stderr
+
+
+@pytest.mark.usefixtures("_operator")
+def test_logs_of_all_pods_come_as_they_are_written(shell: Shell, place: Place, tmp_path: Path) -> None:
+    shell.qlora("submit", "-", "--set", "resources.nodes=2", stdin=manifest("pair"))
+    place.end_pod("pair-prepare", 0, PREPARED_WORD)
+    pods = [place.pod_of("pair-1", index) for index in range(2)]
+    with serve_logs(place, "nowhere", tmp_path) as kubelet:
+        kubelet.lines.update({pods[0]: ["zero", "first"], pods[1]: ["[other]"]})
+        for index in range(2):
+            place.bind_pod("pair-1", index)
+            place.start_pod("pair-1", index)
+        assert shell.qlora("logs", "pair", "--tail", "1").stdout == "1-0 | first\n1-1 | [other]\n"
+        following = shell.start("logs", "pair", "--follow", "--node", "0")
+        wait_until("a reader", lambda: len(kubelet.readers) == 3, timeout=30)
+        kubelet.lines[pods[0]].append("second")
+        kubelet.ended.update(pods)
+        for index in range(2):
+            place.end_pod("pair-1", 0, PUBLISHED_WORD, index)
+        assert following.communicate(timeout=60)[0] == "1-0 | zero\n1-0 | first\n1-0 | second\n"
 
 
 def test_a_wait_that_takes_too_long(shell: Shell, place: Place) -> None:
