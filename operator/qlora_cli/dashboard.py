@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qlora_api.guidance import GUIDANCE
-from qlora_api.names import Phase
+from qlora_api.names import TERMINAL, Phase
 from qlora_api.v1alpha1 import Attempt, Progress, QLoRAJobStatus
 from qlora_cli.columns import columns
 from qlora_cli.jobs import ClusterJob
@@ -91,13 +91,10 @@ def _losses(course: Course) -> list[RenderableType]:
     return [Text.assemble((line, "cyan"), f"  loss {course.losses[-1]:.3f}")]
 
 
-def _facts(job: ClusterJob) -> Table:
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    for name, fact in _describe(job):
-        table.add_row(name, Text(fact))
-    return table
+def _facts(job: ClusterJob) -> Group:
+    facts = list(_describe(job))
+    width = max(len(name) for name, _ in facts)
+    return Group(*(Text.assemble((f"{name:<{width}}", "bold"), f"  {fact}") for name, fact in facts))
 
 
 def _describe(job: ClusterJob) -> Iterator[tuple[str, str]]:
@@ -122,7 +119,7 @@ def _reason(status: QLoRAJobStatus) -> Iterator[tuple[str, str]]:
         return
     guidance = GUIDANCE[status.reason]
     yield status.reason, status.message or guidance.sentence
-    if status.phase is not Phase.FAILED and guidance.remedy != _NOTHING_TO_DO:
+    if status.phase not in TERMINAL and guidance.remedy != _NOTHING_TO_DO:
         yield "what to do", guidance.remedy
 
 

@@ -99,7 +99,10 @@ def print_logs(cluster: Cluster, ref: JobRef, choice: Choice, query: Mapping[str
     found = find_pods(cluster, ref)
     pods = choice.of(found, latest_attempt(found))
     for pod in pods:
-        for line in cluster.log(ref.namespace, pod.name, query) if pod.started else ():
+        if not pod.started:
+            printer.note(f"{pod.label} has written nothing yet: its container has not started")
+            continue
+        for line in cluster.log(ref.namespace, pod.name, query):
             printer.show(pod, line)
     return bool(pods)
 

@@ -38,7 +38,7 @@ def serve_snippet(
 def write_vllm(served: Served) -> str:
     """Return commands for a shell: vLLM reads files of its own computer."""
     model, fetched = _local(served.model, "model")
-    command = ["vllm serve", shlex.quote(model)]
+    command = [f"vllm serve {shlex.quote(model)}"]
     command += [f"--revision {served.revision}"] if served.revision else []
     if served.adapter:
         folder, adapter = _local(served.adapter, served.name)

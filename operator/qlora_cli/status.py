@@ -48,7 +48,7 @@ def show_once(connection: Connection, name: str, output: Output) -> None:
     if output is not Output.TABLE:
         print_data(strip_managed_fields(job.raw), output)
     else:
-        Console(highlight=False).print(draw(job, Course(), datetime.now(UTC), details=True))
+        Console(highlight=False).print(draw(job, Course(), datetime.now(UTC), details=True), soft_wrap=True)
 
 
 def watch_job(cluster: Cluster, ref: JobRef, console: Console, clock: Clock) -> None:

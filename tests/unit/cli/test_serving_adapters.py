@@ -38,8 +38,7 @@ def test_the_rank_is_one_that_vllm_takes_and_that_fits(lora: dict[str, Any], ran
 def test_vllm_gets_the_base_at_its_commit_and_the_adapter_from_a_folder():
     assert snippets.write_vllm(find_served(published())) == (
         f"aws s3 sync {ADAPTER} ./support-bot\n"
-        "vllm serve \\\n"
-        "  HuggingFaceTB/SmolLM2-135M-Instruct \\\n"
+        "vllm serve HuggingFaceTB/SmolLM2-135M-Instruct \\\n"
         f"  --revision {COMMIT} \\\n"
         "  --enable-lora \\\n"
         "  --max-lora-rank 16 \\\n"

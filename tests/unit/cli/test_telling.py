@@ -33,7 +33,7 @@ def printer() -> tuple[Paper, logs.Printer]:
     return paper, logs.Printer(prefix=True, console=paper.console)
 
 
-def test_logs_are_those_of_all_nodes_of_the_latest_attempt():
+def test_logs_are_those_of_all_nodes_of_the_latest_attempt(capsys: pytest.CaptureFixture[str]):
     cluster = FakeCluster(make_raw(status=make_training(1)))
     cluster.pods_found = [make_pod(2, 1), make_pod(2, 0), make_pod(1), make_pod(0), make_pod(2, 2, started=False)]
     cluster.logs = {"support-bot-2-0-abcde": ["[a] b", "c"], "support-bot-2-1-abcde": ["d"]}
@@ -41,6 +41,7 @@ def test_logs_are_those_of_all_nodes_of_the_latest_attempt():
     assert logs.print_logs(cluster, REF, logs.Choice(), {"tailLines": "2"}, out)
     assert paper.lines == ["2-0 | [a] b", "2-0 | c", "2-1 | d"]
     assert cluster.queries == [(pod, {"tailLines": "2"}) for pod in cluster.logs]
+    assert capsys.readouterr().err == "2-2 has written nothing yet: its container has not started\n"
 
 
 @pytest.mark.parametrize(

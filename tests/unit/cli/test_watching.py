@@ -65,19 +65,18 @@ def test_status_tells_all_of_a_run():
         }
     )  # fmt: skip
     lines = printed(draw(make_job(done), Course(), NOW, details=True))
-    assert lines[:10] == [
+    assert lines[:9] == [
         "support-bot in ml  Succeeded  attempt 1  10m00s",
-        "Published   Published it is",
-        "what to do  Use status.output.adapter.",
-        "model       hf://HuggingFaceTB/SmolLM2-135M-Instruct at aaaaaaaaaaaa, 134,515,008 weights",
-        "data        950 rows to learn from, 50 held out, instruction",
-        "plan        1 x CPU, single, micro-batch 8 x 2, 180 steps",
-        f"adapter     {prepared.prefix}/adapter",
-        f"report      {prepared.prefix}/report/report.html",
+        "Published  Published it is",
+        "model      hf://HuggingFaceTB/SmolLM2-135M-Instruct at aaaaaaaaaaaa, 134,515,008 weights",
+        "data       950 rows to learn from, 50 held out, instruction",
+        "plan       1 x CPU, single, micro-batch 8 x 2, 180 steps",
+        f"adapter    {prepared.prefix}/adapter",
+        f"report     {prepared.prefix}/report/report.html",
         "ATTEMPT   ENDED WITH   NODE     TOOK    MESSAGE",
         "1         Evicted      node-1   3m00s   low on memory",
     ]
-    assert lines[10].startswith("50 held-out rows")
+    assert lines[9].startswith("50 held-out rows")
 
 
 def test_the_time_left_shrinks_between_two_reports():
