@@ -53,8 +53,9 @@ class Secrets:
         return self.by_role[role]
 
 
-def load_secrets(spec: QLoRAJobSpec, namespace: str, mount: Path = Path(SECRETS_MOUNT)) -> Secrets:
+def load_secrets(spec: QLoRAJobSpec, namespace: str, mount: Path | None = None) -> Secrets:
     """Read the mounted Secrets; without any mount (a local run) the environment is used."""
+    mount = mount or Path(SECRETS_MOUNT)
     if not mount.is_dir():
         return environment_secrets()
     found = {role: _load_role(role, reference, namespace, mount) for role, reference in spec.secret_refs.items()}
