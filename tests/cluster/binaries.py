@@ -60,6 +60,7 @@ PROGRAMS: Final = {
     "toxiproxy": Program("toxiproxy", "github.com/Shopify/toxiproxy/v2/cmd/server", 8),
     "kwok": Program("kwok", "sigs.k8s.io/kwok/cmd/kwok", 120),
     "jobset": Program("jobset", "sigs.k8s.io/jobset", 95),
+    "kstatus": Program("kstatus", ".", 40),
     "kueue": Program("kueue", "sigs.k8s.io/kueue/cmd/kueue", 265),
     "promlint": Program("promlint", ".", 20),
 }

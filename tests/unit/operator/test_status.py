@@ -27,15 +27,14 @@ REASONS = {
 
 
 def kstatus(generation: int, status: dict[str, Any]) -> str:
-    """The generic rules of cli-utils: what Flux, Helm and `kubectl apply --wait`-like tools conclude."""
-    conditions = {entry["type"]: entry["status"] for entry in status.get("conditions", ())}
+    """The generic rules of cli-utils, held against the library itself in tests/integration/test_kstatus.py."""
     if status.get("observedGeneration", generation) != generation:
         return "InProgress"
-    if conditions.get("Stalled") == "True":
-        return "Failed"
-    if conditions.get("Reconciling") == "True" or conditions.get("Ready", "True") != "True":
-        return "InProgress"
-    return "Current"
+    conditions = {entry["type"]: entry["status"] for entry in status.get("conditions", ())}
+    abnormal = [kind for kind in conditions if kind in {"Reconciling", "Stalled"} and conditions[kind] == "True"]
+    if abnormal:
+        return {"Reconciling": "InProgress", "Stalled": "Failed"}[abnormal[0]]
+    return "Current" if conditions.get("Ready", "True") == "True" else "InProgress"
 
 
 def status_in(phase: Phase, previous: QLoRAJobStatus | None = None, **change: Any) -> QLoRAJobStatus:
