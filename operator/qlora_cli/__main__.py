@@ -14,6 +14,7 @@ from qlora_cli.listing import list_jobs
 from qlora_cli.logs import logs
 from qlora_cli.merge import merge
 from qlora_cli.plan import plan
+from qlora_cli.render import render
 from qlora_cli.report import report
 from qlora_cli.rerun import rerun
 from qlora_cli.run import run
@@ -33,6 +34,7 @@ app = typer.Typer(
 app.command()(init)
 app.command()(validate)
 app.command()(plan)
+app.command()(render)
 app.command()(run)
 app.command()(merge)
 app.command()(chat)

@@ -24,8 +24,8 @@ from qlora_cli.options import (
     OutputForm,
     S3Endpoint,
     make_platform,
-    print_data,
 )
+from qlora_cli.printing import print_data
 from qlora_cli.uris import to_uri
 
 QUIT: Final = "/quit"

@@ -17,8 +17,9 @@ from qlora_cli.columns import columns
 from qlora_cli.connection import Context, JobName, Kubeconfig, Namespace, open_connection, reporting_errors
 from qlora_cli.jobs import get_job, strip_managed_fields
 from qlora_cli.listing import format_age
-from qlora_cli.options import Output, OutputForm, print_data
+from qlora_cli.options import Output, OutputForm
 from qlora_cli.polling import Clock, look
+from qlora_cli.printing import print_data
 from qlora_operator.values import JobRef
 
 

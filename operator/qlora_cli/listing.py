@@ -12,7 +12,8 @@ from qlora_api.names import Phase
 from qlora_cli.columns import Cell, columns
 from qlora_cli.connection import Context, Kubeconfig, Namespace, open_connection, reporting_errors
 from qlora_cli.jobs import ClusterJob, parse_job, strip_managed_fields
-from qlora_cli.options import Output, OutputForm, print_data
+from qlora_cli.options import Output, OutputForm
+from qlora_cli.printing import print_data
 from qlora_operator.status.columns import format_eta
 
 STYLES: Final = {Phase.SUCCEEDED: "green", Phase.FAILED: "red", Phase.SUSPENDED: "yellow", Phase.TRAINING: "cyan"}

@@ -22,9 +22,9 @@ from qlora_cli.options import (
     OutputForm,
     S3Endpoint,
     make_platform,
-    print_data,
 )
 from qlora_cli.outcome import relative
+from qlora_cli.printing import print_data
 from qlora_cli.uris import to_uri
 
 

@@ -1,11 +1,9 @@
 """Options that several commands have, and what becomes of them."""
 
-import json
 from enum import StrEnum
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, TypeAlias
 
 import typer
-import yaml
 
 from qlora_api.runconfig import Platform, S3Config
 from qlora_cli.uris import to_uri
@@ -38,11 +36,3 @@ def make_platform(hub_mirror: str | None, hub_endpoint: str | None, s3_endpoint:
         hub_endpoint=hub_endpoint,
         hub_mirror=to_uri(hub_mirror) if hub_mirror else None,
     )
-
-
-def print_data(value: Any, output: Output) -> None:
-    """Print a value for programs, in the form that was asked for."""
-    if output is Output.YAML:
-        typer.echo(yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=120), nl=False)
-    else:
-        typer.echo(json.dumps(value, indent=2, ensure_ascii=False))

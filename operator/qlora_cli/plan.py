@@ -12,8 +12,9 @@ from qlora_cli.documents import YamlError, read_documents
 from qlora_cli.endings import fail_without_manifest
 from qlora_cli.manifests import JobManifest, ManifestError, is_qlorajob, parse_manifest
 from qlora_cli.modelfiles import NoConfigError, load_config
-from qlora_cli.options import HubMirror, Output, OutputForm, print_data
+from qlora_cli.options import HubMirror, Output, OutputForm
 from qlora_cli.overrides import OverrideError, override, parse_override
+from qlora_cli.printing import print_data
 from qlora_cli.validate import describe_read_error
 from qlora_operator.plan.estimate import SLACK
 from qlora_operator.plan.offer import to_bytes

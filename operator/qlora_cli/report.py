@@ -13,8 +13,9 @@ from qlora_cli.cluster import ClusterError
 from qlora_cli.connection import Context, JobName, Kubeconfig, Namespace, open_connection, reporting_errors
 from qlora_cli.endings import fail_without_manifest
 from qlora_cli.jobs import ClusterJob, get_job
-from qlora_cli.options import Output, OutputForm, S3Endpoint, print_data
+from qlora_cli.options import Output, OutputForm, S3Endpoint
 from qlora_cli.outcome import compare
+from qlora_cli.printing import print_data
 from qlora_cli.results import OutputError, open_output
 
 PAGE = "report.html"

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
-import yaml
 from rich.console import Console
 from rich.markup import escape
 
@@ -15,6 +14,7 @@ from qlora_cli.connection import Context, JobName, Kubeconfig, Namespace, open_c
 from qlora_cli.jobs import ClusterJob, get_job, parse_job
 from qlora_cli.overrides import OverrideError, override_value, parse_override
 from qlora_cli.polling import Clock
+from qlora_cli.printing import to_yaml
 from qlora_operator.values import JobRef
 
 DELETION_SECONDS: Final = 300.0
@@ -111,5 +111,5 @@ def keep(manifest: Mapping[str, Any]) -> Path:
     with tempfile.NamedTemporaryFile(
         "w", prefix=f"{manifest['metadata']['name']}-", suffix=".yaml", delete=False, encoding="utf-8"
     ) as file:
-        yaml.safe_dump(dict(manifest), file, sort_keys=False, allow_unicode=True)
+        file.write(to_yaml(dict(manifest)))
     return Path(file.name)

@@ -12,9 +12,10 @@ from qlora_cli.documents import YamlError, read_documents
 from qlora_cli.endings import ending, fail
 from qlora_cli.local import load_trainer, run_locally
 from qlora_cli.manifests import JobManifest, ManifestError, is_qlorajob, parse_manifest
-from qlora_cli.options import HubEndpoint, HubMirror, Output, OutputForm, S3Endpoint, make_platform, print_data
+from qlora_cli.options import HubEndpoint, HubMirror, Output, OutputForm, S3Endpoint, make_platform
 from qlora_cli.outcome import show_outcome
 from qlora_cli.overrides import Override, OverrideError, override, parse_override
+from qlora_cli.printing import print_data
 from qlora_cli.screen import open_screen
 from qlora_cli.validate import describe_read_error
 from qlora_operator.rules import ON_A_COMPUTER

@@ -3,13 +3,13 @@
 import shlex
 from collections.abc import Callable, Mapping
 from enum import StrEnum
-from typing import Annotated, Any, Final
+from typing import Annotated, Final
 
 import typer
-import yaml
 
 from qlora_cli.connection import Context, JobName, Kubeconfig, Namespace, open_connection, reporting_errors
 from qlora_cli.jobs import get_job
+from qlora_cli.printing import to_yaml
 from qlora_cli.serving import Served, find_served
 
 
@@ -63,7 +63,7 @@ def write_kserve(served: Served) -> str:
     revision = f":{served.revision}" if served.revision else ""
     arguments = {"env": [{"name": "VLLM_ADDITIONAL_ARGS", "value": " ".join(served.arguments)}]}
     main = {"name": "main", "resources": {"limits": {"nvidia.com/gpu": "1"}}}
-    return _dump(
+    return to_yaml(
         {
             "apiVersion": "serving.kserve.io/v1alpha2",
             "kind": "LLMInferenceService",
@@ -86,7 +86,7 @@ def write_kubeai(served: Served) -> str:
     """Return a Model; an adapter is asked for as MODEL_ADAPTER."""
     ranks = ["--enable-lora", f"--max-lora-rank={served.max_rank}"] if served.adapter else []
     arguments = [*ranks, *served.arguments, *([f"--revision={served.revision}"] if served.revision else [])]
-    return _dump(
+    return to_yaml(
         {
             "apiVersion": "kubeai.org/v1",
             "kind": "Model",
@@ -102,10 +102,6 @@ def write_kubeai(served: Served) -> str:
             },
         }
     )
-
-
-def _dump(manifest: Mapping[str, Any]) -> str:
-    return yaml.safe_dump(dict(manifest), sort_keys=False, width=200)
 
 
 WRITERS: Final[Mapping[Server, Callable[[Served], str]]] = {

@@ -20,8 +20,9 @@ from qlora_cli.connection import (
 )
 from qlora_cli.dashboard import Course, draw
 from qlora_cli.jobs import ClusterJob, get_job, strip_managed_fields
-from qlora_cli.options import Output, OutputForm, print_data
+from qlora_cli.options import Output, OutputForm
 from qlora_cli.polling import Clock, look
+from qlora_cli.printing import print_data
 from qlora_cli.screen import describe
 from qlora_operator.values import JobRef
 

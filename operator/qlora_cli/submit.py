@@ -12,9 +12,10 @@ from qlora_cli.documents import Document, YamlError, read_documents
 from qlora_cli.endings import fail_without_manifest
 from qlora_cli.jobs import ClusterJob, parse_job, strip_managed_fields
 from qlora_cli.manifests import ManifestError, is_qlorajob, parse_manifest
-from qlora_cli.options import Output, OutputForm, print_data
+from qlora_cli.options import Output, OutputForm
 from qlora_cli.overrides import OverrideError, override, parse_override
 from qlora_cli.polling import Clock
+from qlora_cli.printing import print_data
 from qlora_cli.status import watch_job
 from qlora_cli.validate import describe_read_error
 from qlora_cli.waiting import wait_for_all

@@ -181,6 +181,16 @@ def test_the_api_server_checks_a_dry_run(shell: Shell) -> None:
     assert shell.qlora("status", "only-checked").exit_code == 1
 
 
+def test_what_is_rendered_is_what_the_api_server_makes_of_it(shell: Shell, place: Place) -> None:
+    text = manifest("rendered", resources={"nodes": 2})
+    printed = CliRunner().invoke(app, ["render", "-"], input=text, catch_exceptions=False).stdout
+    rendered, *children = yaml.safe_load_all(printed)
+    stored = json.loads(shell.qlora("submit", "-", "--dry-run", "-o", "json", stdin=text).stdout)
+    assert rendered["spec"] == stored["spec"]
+    made = place.cluster.kubectl("create", "--dry-run=server", "-f", "-", stdin=yaml.safe_dump_all(children))
+    assert made.count("created (server dry run)") == len(children) == 5
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
