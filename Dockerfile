@@ -24,6 +24,8 @@ RUN python3 -m venv --without-pip /opt/qlora \
 FROM operator-packages AS operator
 COPY operator/qlora_api /opt/qlora-operator/qlora_api
 COPY operator/qlora_operator /opt/qlora-operator/qlora_operator
+COPY requirements/sbom.py /opt/sbom.py
+RUN /opt/qlora/bin/python3 /opt/sbom.py qlora-operator > /opt/qlora-operator/sbom.cdx.json
 # USER: kopf asks for a user's name, and an arbitrary uid has none in /etc/passwd.
 ENV PATH=/opt/qlora/bin:$PATH PYTHONPATH=/opt/qlora-operator PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 USER=qlora
 USER 65532:65532
@@ -32,6 +34,8 @@ ENTRYPOINT ["python3", "-m", "qlora_operator"]
 FROM trainer-packages AS trainer
 COPY operator/qlora_api /opt/qlora-operator/qlora_api
 COPY trainer_image/qlora_trainer /opt/qlora-operator/qlora_trainer
+COPY requirements/sbom.py /opt/sbom.py
+RUN /opt/qlora/bin/python3 /opt/sbom.py qlora-trainer > /opt/qlora-operator/sbom.cdx.json
 # Writable paths are the pod's: a training pod has a read-only root and an emptyDir at /work. USER: torch names its
 # caches after the user, and an arbitrary uid has no name in /etc/passwd.
 ENV PATH=/opt/qlora/bin:$PATH PYTHONPATH=/opt/qlora-operator PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
