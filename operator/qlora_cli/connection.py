@@ -42,7 +42,7 @@ def open_connection(namespace: str | None, context: str | None, kubeconfig: str 
 
 
 @contextlib.contextmanager
-def reporting_errors(stopped: str = "the cluster goes on") -> Iterator[Console]:
+def reporting_errors(stopped: str = "what runs in the cluster goes on") -> Iterator[Console]:
     """Turn what the cluster refuses into a sentence and exit code 1; `stopped` says where things stand after Ctrl-C."""
     console = Console(stderr=True, highlight=False)
     try:

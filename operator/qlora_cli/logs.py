@@ -1,5 +1,6 @@
 """`qlora logs`: what the pods of a run write, all at once; and what remains when they are gone."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Final
@@ -11,6 +12,7 @@ from rich.markup import escape
 from qlora_cli.cluster import Cluster
 from qlora_cli.connection import Context, JobName, Kubeconfig, Namespace, open_connection, reporting_errors
 from qlora_cli.jobs import get_job
+from qlora_cli.loglines import LogLine, read_line
 from qlora_cli.options import S3Endpoint
 from qlora_cli.pods import PREPARATION, TrainerPod, find_pods, latest_attempt
 from qlora_cli.polling import Clock, look
@@ -35,18 +37,22 @@ def logs(  # noqa: PLR0913, PLR0917 (an option each)
     tail: Annotated[int | None, typer.Option(min=0, help="Only so many of the last lines of each pod.")] = None,
     timestamps: Annotated[bool, typer.Option("--timestamps", help="Show when each line was written.")] = False,
     prefix: Annotated[bool, typer.Option(help="Put the pod before each line.")] = True,
+    raw: Annotated[
+        bool | None,
+        typer.Option("--raw/--text", help="Lines as they are, or written for people; default: text on a terminal."),
+    ] = None,
     s3_endpoint: S3Endpoint = None,
     namespace: Namespace = None,
     context: Context = None,
     kubeconfig: Kubeconfig = None,
 ) -> None:
-    """Print the logs of all pods of an attempt, each line with its pod; what remains where the pods are gone."""
+    """Print the logs of all pods of an attempt, each line with its pod and process, or what remains of them."""
     query = {"timestamps": "true"} if timestamps else {}
     query |= {"tailLines": str(tail)} if tail is not None else {}
     with reporting_errors() as console:
         connection = open_connection(namespace, context, kubeconfig)
         cluster, ref = connection.cluster, connection.ref(name)
-        printer = Printer(prefix=prefix)
+        printer = Printer(prefix=prefix, raw=not sys.stdout.isatty() if raw is None else raw)
         choice = Choice(attempt, node)
         if follow:
             found = follow_logs(cluster, ref, choice, query, printer, Clock())
@@ -74,18 +80,21 @@ class Choice:
 
 
 class Printer:
-    """Writes lines of several pods to standard output, each pod in a colour of its own."""
+    """Writes lines of several pods to standard output, each pod in a colour of its own, and each process of a pod."""
 
-    def __init__(self, *, prefix: bool, console: Console | None = None) -> None:
+    def __init__(self, *, prefix: bool, raw: bool, console: Console | None = None) -> None:
         self._console = console or Console(highlight=False)
         self._prefix = prefix
+        self._raw = raw
         self._styles: dict[str, str] = {}
 
     def show(self, pod: TrainerPod, line: str) -> None:
         """Write one line."""
-        style = self._styles.setdefault(pod.label, STYLES[len(self._styles) % len(STYLES)])
-        before = f"[{style}]{escape(pod.label)} |[/] " if self._prefix else ""
-        self._console.print(before + escape(line), soft_wrap=True)
+        rank, text = LogLine(None, line) if self._raw else read_line(line)
+        label = pod.label if rank is None else f"{pod.label}/{rank}"
+        style = self._styles.setdefault(label, STYLES[len(self._styles) % len(STYLES)])
+        before = f"[{style}]{escape(label)} |[/] " if self._prefix else ""
+        self._console.print(before + escape(text), soft_wrap=True)
 
     @staticmethod
     def note(text: str) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -167,12 +168,19 @@ def test_logs_of_all_pods_come_as_they_are_written(shell: Shell, place: Place, t
         assert following.communicate(timeout=60)[0] == "1-0 | zero\n1-0 | first\n1-0 | second\n"
 
 
-def test_a_wait_that_takes_too_long(shell: Shell, place: Place) -> None:
-    shell.qlora("submit", "-", stdin=manifest("unseen", suspend=True))
-    assert shell.qlora("wait", "unseen", "--timeout", "1s").exit_code == 124
+@pytest.mark.usefixtures("_operator")
+def test_a_wait_that_takes_too_long_or_is_stopped(shell: Shell, place: Place) -> None:
+    shell.qlora("submit", "-", stdin=manifest("resting", suspend=True))
+    place.wait_for("Suspended", name="resting")
+    assert shell.qlora("wait", "resting", "--timeout", "1s").exit_code == 124
     listed = yaml.safe_load(shell.qlora("list", "-o", "yaml").stdout)
-    assert "unseen" in [item["metadata"]["name"] for item in listed["items"]]
-    place.kubectl("delete", "qlorajob", "unseen")
+    assert "resting" in [item["metadata"]["name"] for item in listed["items"]]
+    with shell.start("wait", "resting") as waiting:
+        assert waiting.stderr
+        assert waiting.stderr.readline() == "resting Suspended\n"
+        waiting.send_signal(signal.SIGINT)
+        assert waiting.stderr.read().endswith("stopped; what runs in the cluster goes on\n")
+    assert waiting.returncode == 130
 
 
 def test_the_api_server_checks_a_dry_run(shell: Shell) -> None:

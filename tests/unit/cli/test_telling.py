@@ -1,5 +1,6 @@
 """`qlora logs` and `events` on what a cluster answers."""
 
+import json
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from tests.unit.cli.fake_cluster import (
 
 def printer() -> tuple[Paper, logs.Printer]:
     paper = Paper()
-    return paper, logs.Printer(prefix=True, console=paper.console)
+    return paper, logs.Printer(prefix=True, raw=False, console=paper.console)
 
 
 def test_logs_are_those_of_all_nodes_of_the_latest_attempt(capsys: pytest.CaptureFixture[str]):
@@ -42,6 +43,27 @@ def test_logs_are_those_of_all_nodes_of_the_latest_attempt(capsys: pytest.Captur
     assert paper.lines == ["2-0 | [a] b", "2-0 | c", "2-1 | d"]
     assert cluster.queries == [(pod, {"tailLines": "2"}) for pod in cluster.logs]
     assert capsys.readouterr().err == "2-2 has written nothing yet: its container has not started\n"
+
+
+def test_a_line_of_json_is_told_with_the_process_that_wrote_it():
+    line = json.dumps(
+        {
+            "time": "2026-03-01T12:00:07Z", "level": "info", "logger": "x", "message": "progress", "job": "support-bot",
+            "rank": 3, "step": 7, "loss": 2.5,
+        }
+    )  # fmt: skip
+    pod = TrainerPod(1, 0, "support-bot-1-0-abcde", True)
+    paper, out = printer()
+    for each in (line, '{"no": "message"}', "Traceback [most recent]"):
+        out.show(pod, each)
+    assert paper.lines == [
+        "1-0/3 | 2026-03-01T12:00:07Z info    progress  step=7 loss=2.5",
+        '1-0 | {"no": "message"}',
+        "1-0 | Traceback [most recent]",
+    ]
+    as_it_is = Paper()
+    logs.Printer(prefix=False, raw=True, console=as_it_is.console).show(pod, line)
+    assert as_it_is.lines == [line]
 
 
 @pytest.mark.parametrize(
