@@ -31,6 +31,7 @@ class Program:
     package: str
     seconds: int
     defines: tuple[str, ...] = ()
+    tags: str = ""
 
 
 def kubernetes(command: str, seconds: int) -> Program:
@@ -63,6 +64,8 @@ PROGRAMS: Final = {
     "kstatus": Program("kstatus", ".", 40),
     "kueue": Program("kueue", "sigs.k8s.io/kueue/cmd/kueue", 265),
     "promlint": Program("promlint", ".", 20),
+    # Without service discovery, which would bring the libraries of every cloud.
+    "promtool": Program("promtool", "github.com/prometheus/prometheus/cmd/promtool", 130, tags="remove_all_sd"),
 }
 """Another program is one line here and one folder under modules/ (`go get -tool PACKAGE@VERSION`)."""
 
@@ -78,6 +81,7 @@ CONTROL_PLANE_PROGRAMS: Final = (
     "versitygw",
     "toxiproxy",
     "promlint",
+    "promtool",
 )
 
 CONTROLLERS: Final = ("kwok", "kueue")
@@ -119,7 +123,8 @@ def compile_program(program: Program, path: Path) -> None:
     """Write the program to its place, all of it or nothing."""
     partial = ensure_folder(path.parent) / f"{path.name}.partial"
     flags = " ".join(["-s -w", *(f"-X {define}" for define in program.defines)])
-    argv = [go_program(), "build", "-trimpath", "-ldflags", flags, "-o", partial, program.package]
+    options = ["-trimpath", f"-tags={program.tags}", "-ldflags", flags]
+    argv = [go_program(), "build", *options, "-o", partial, program.package]
     run(argv, env=go_environment(), cwd=MODULES / program.module)
     partial.rename(path)
 

@@ -13,7 +13,7 @@ from tests.cluster.commands import CommandError, run
 from tests.cluster.paths import CACHE
 from tests.cluster.progress import say
 
-MINIMUM: Final = (1, 26)
+MINIMUM: Final = (1, 26, 7)
 """What the modules' go lines ask for."""
 
 REQUIREMENTS: Final = Path(__file__).with_name("go.txt")
@@ -32,14 +32,14 @@ def go_program() -> Path:
     return fetched_go()
 
 
-def go_version(go: Path) -> tuple[int, int]:
-    """Return the toolchain's major and minor version, or zeros if it does not even answer."""
+def go_version(go: Path) -> tuple[int, int, int]:
+    """Return the toolchain's major, minor and patch version, or zeros if it does not even answer."""
     try:
         answer = run([go, "env", "GOVERSION"], timeout=30)
     except (CommandError, OSError, subprocess.TimeoutExpired):
-        return (0, 0)
-    match = re.match(r"go(\d+)\.(\d+)", answer)
-    return (int(match[1]), int(match[2])) if match else (0, 0)
+        return (0, 0, 0)
+    match = re.match(r"go(\d+)\.(\d+)(?:\.(\d+))?", answer)
+    return (int(match[1]), int(match[2]), int(match[3] or 0)) if match else (0, 0, 0)
 
 
 def fetched_go() -> Path:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any, Final
 
@@ -233,3 +234,10 @@ def test_policy_that_refuses_the_trainers_image_is_refused(allowed: str) -> None
     values = {"trainerImage": {"repository": "registry.example/ml/trainer"}, "policy": {"images": [allowed]}}
     with pytest.raises(CommandError, match=r"policy\.images does not allow registry\.example/ml/trainer:0\.1\.0"):
         render(values)
+
+
+def test_the_policy_that_the_docs_show_is_one() -> None:
+    page = (CHART.parents[1] / "docs/operations.md").read_text(encoding="utf-8")
+    [block] = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    kinds = {manifest["kind"] for manifest in render(yaml.safe_load(block))}
+    assert kinds >= {"ValidatingAdmissionPolicy", "ValidatingAdmissionPolicyBinding", "ResourceQuota"}
