@@ -259,6 +259,24 @@ def test_page_says_where_a_merged_models_difference_is(published):
     assert "Merged model" not in render_html(report)
 
 
+def test_page_shows_hostile_rows_and_uris_as_text(published):
+    report, _ = read_report(published[0])
+    script = "<script>alert(1)</script><img src=x onerror=alert(1)>"
+    samples = tuple(
+        sample.model_copy(update={name: script for name, value in sample if isinstance(value, str)})
+        for sample in report.samples
+    )
+    preview = tuple(tuple(piece.model_copy(update={"text": script}) for piece in row) for row in report.preview)
+    dataset = report.spec.dataset.model_copy(update={"uri": f"s3://data/{script}.jsonl"})
+    spec = report.spec.model_copy(update={"dataset": dataset})
+    page = render_html(report.model_copy(update={"samples": samples, "preview": preview, "spec": spec}))
+    assert samples
+    assert preview
+    assert "<script" not in page
+    assert "<img" not in page
+    assert page.count("&lt;script&gt;") >= len(samples) + len(preview)
+
+
 def test_page_shows_public_benchmarks(published):
     folder, _ = published
     report = RunReport.model_validate_json((folder / "report/report.json").read_text())
