@@ -22,6 +22,8 @@ from tests.cluster.progress import Unavailable, say
 from tests.cluster.s3 import S3, start_s3
 from tests.cluster.state import START_LOCK, State, all_states, find_state, remove_abandoned
 
+RESTRICTED: Final = {"pod-security.kubernetes.io/enforce": "restricted"}
+"""Labels of a namespace that accepts nothing but pods under the restricted profile."""
 NODE_WAIT: Final = 600.0
 """Seconds to wait for another test run to give this machine's one node back."""
 
@@ -147,6 +149,11 @@ class Cluster:
         """Apply whole objects, server side."""
         items = json.dumps({"apiVersion": "v1", "kind": "List", "items": manifests})
         self.kubectl("apply", "--server-side", "--force-conflicts", "--filename=-", stdin=items)
+
+    def create_namespace(self, name: str) -> None:
+        """Create a namespace as a cautious administrator would."""
+        manifest = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": RESTRICTED}}
+        self.kubectl("create", "--filename=-", stdin=json.dumps(manifest))
 
     def run_pod(self, pod: dict[str, Any], timeout: float = 120) -> str:
         """Run a pod to its end and return its log; raise with the log if it failed."""

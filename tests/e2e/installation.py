@@ -11,7 +11,7 @@ import yaml
 
 from examples.quickstart.make_model import DEFAULT_MIRROR, make_model
 from qlora_api.names import LEADER_LABEL
-from tests.cluster.cluster import Cluster
+from tests.cluster.cluster import RESTRICTED, Cluster
 from tests.cluster.commands import wait_until
 from tests.cluster.images import build_image
 
@@ -23,7 +23,6 @@ OPERATOR_NAMESPACE: Final = "qlora-system"
 RELEASE: Final = "qlora-operator"
 REPLICAS: Final = 2
 """The chart's own number."""
-RESTRICTED: Final = {"pod-security.kubernetes.io/enforce": "restricted"}
 SECRET: Final = "s3-credentials"
 BUCKETS: Final = ("models", "quickstart", "adapters")
 

@@ -67,8 +67,7 @@ def image(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def namespace(cluster: Cluster) -> Iterator[str]:
     """A namespace that accepts nothing but pods under the restricted profile."""
-    labels = {"pod-security.kubernetes.io/enforce": "restricted"}
-    cluster.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE, "labels": labels}})
+    cluster.create_namespace(NAMESPACE)
     cluster.kubectl("wait", "--for=create", f"--namespace={NAMESPACE}", "serviceaccount", "default")
     yield NAMESPACE
     cluster.kubectl("delete", "namespace", NAMESPACE)

@@ -280,7 +280,7 @@ class Place:
 def open_place(cluster: Cluster, title: str, patience: float = 30) -> Iterator[Place]:
     """A namespace of its own, named after a test."""
     namespace = re.sub(r"[^a-z0-9]+", "-", title.lower())[:50].strip("-")
-    cluster.kubectl("create", "namespace", namespace)
+    cluster.create_namespace(namespace)
     wait_until("account", lambda: bool(cluster.get("serviceaccounts", f"--namespace={namespace}")["items"]))
     yield Place(cluster, namespace, patience)
     cluster.kubectl("delete", "namespace", namespace, "--wait=false")

@@ -44,7 +44,7 @@ def place(installed: Cluster, request: pytest.FixtureRequest) -> Iterator[Place]
 def test_the_example_runs_are_valid(installed: Cluster, overlay: str) -> None:
     rendered = render(overlay)
     assert rendered
-    installed.kubectl("create", "namespace", f"ml-{overlay}")
+    installed.create_namespace(f"ml-{overlay}")
     for manifest in rendered:
         parse_manifest(Document(overlay, manifest, {}), IN_CLUSTER)
         assert manifest["metadata"]["namespace"] == f"ml-{overlay}"

@@ -17,7 +17,7 @@ def answers(control_plane: Cluster) -> list[str]:
     """What the API server says of each, in one call; nothing is stored."""
     control_plane.kubectl("apply", "-f", str(ROOT / "crds/qlorajobs.qlora.dev.yaml"))
     control_plane.wait_until_served()
-    control_plane.kubectl("create", "namespace", NAMESPACE)
+    control_plane.create_namespace(NAMESPACE)
     bundle = "\n".join(json.dumps(named(key, case)) for key, case in CORPUS.items())
     with pytest.raises(CommandError) as refusals:
         control_plane.kubectl("create", "--dry-run=server", "-f", "-", stdin=bundle)

@@ -37,7 +37,7 @@ class Right(NamedTuple):
 @pytest.fixture(scope="module")
 def lists(control_plane: Cluster) -> dict[str, str]:
     install(control_plane)
-    control_plane.kubectl("create", "namespace", RUNS)
+    control_plane.create_namespace(RUNS)
     return {name: rights_of(control_plane, *account) for name, account in ACCOUNTS.items()}
 
 
