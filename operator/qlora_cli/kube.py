@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Final, Never
 
 import urllib3
+import yaml
 from kubernetes import client, config
 from kubernetes.config.config_exception import ConfigException
 
@@ -33,7 +34,7 @@ def connect(kubeconfig: str | None, context: str | None) -> tuple["KubeCluster",
         namespace = _configure(configuration, kubeconfig, context)
     except ConfigException as error:
         raise ClusterError(_NO_KUBECONFIG.format(error=str(error).rstrip("."))) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise ClusterError(f"{kubeconfig or 'the kubeconfig'} cannot be read: {error}") from error
     return KubeCluster(client.ApiClient(configuration)), namespace
 

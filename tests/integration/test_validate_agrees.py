@@ -1,0 +1,140 @@
+"""`qlora validate` and the API server say the same of a manifest, for each rule that the CRD has in CEL."""
+
+import json
+from collections.abc import Iterator
+from typing import Any, Final
+
+import pytest
+
+from qlora_api import crd
+from qlora_cli.cluster import ClusterError
+from qlora_cli.documents import parse_documents
+from qlora_cli.kube import KubeCluster, connect
+from qlora_cli.manifests import ManifestError, parse_manifest
+from qlora_cli.overrides import Override, override_value
+from qlora_operator.rules import IN_CLUSTER
+from tests.cluster.cluster import Cluster
+from tests.integration.operator_process import install
+from tests.make import make_manifest
+
+Change = dict[str, Any]
+INVISIBLE: Final = "\u200b"
+BAD_PLACES: Final = ("s3://bucket/a/../b", "s3://B/a", "s3://10.0.0.1/a", "file:///a", f"s3://bucket/a{INVISIBLE}b")
+BAD_URLS: Final = (
+    "https://user@host/",
+    "http://169.254.169.254/",
+    "http://localhost:5000/",
+    f"https://host/{INVISIBLE}",
+)
+SOURCES: Final = "spec.dataset.sources"
+PLACES: Final = ("model.uri", "dataset.uri", "dataset.evaluation.uri", "output.uri")
+
+REFUSED: Final[tuple[Change, ...]] = (
+    {"metadata.name": "x" * 53},
+    {"metadata.name": "support.bot"},
+    *({f"spec.{field}": place} for field in PLACES for place in BAD_PLACES),
+    *({SOURCES: [{"uri": place}], "spec.dataset.uri": None} for place in BAD_PLACES),
+    {"spec.model.uri": "hf://name"},
+    {"spec.model.revision": "../main"},
+    {"spec.dataset.uri": "hf://datasets/name"},
+    {SOURCES: [{"uri": "s3://bucket/a"}]},
+    {"spec.dataset.uri": None},
+    {SOURCES: [{"uri": "s3://bucket/a"}], "spec.dataset.uri": None, "spec.dataset.maxSamples": 5},
+    {"spec.dataset.template": {"prompt": "{q}", "answer": "{a}"}, "spec.dataset.format": "chat"},
+    {"spec.quantization.bits": 16},
+    {"spec.method": "lora"},
+    {"spec.method": "full", "spec.quantization.bits": 16, "spec.output.merged": "bf16"},
+    {"spec.lora.init": "pissa"},
+    {"spec.lora.init": "loftq", "spec.quantization.bits": 8},
+    {"spec.lora.init": "loftq", "spec.output.merged": "bf16"},
+    {"spec.lora.init": "loftq", "spec.lora.dora": True},
+    {"spec.lora.dora": True, "spec.quantization.bits": 8},
+    {"spec.lora.targets": ["all-linear", "q_proj"]},
+    {"spec.distribution": "ddp"},
+    {"spec.distribution": "zero3", "spec.resources.nodes": 2, "spec.lora.modulesToSave": ["lm_head"]},
+    {"spec.distribution": "zero2", "spec.resources.nodes": 2, "spec.training.optimizer": "adamw8bit"},
+    {"spec.training.microBatchSize": 3},
+    {"spec.training.keep": "best"},
+    {"spec.evaluation.generations": 0, "spec.evaluation.gate.minRougeL": 0.1},
+    {"spec.resources.gpuProduct": "a b"},
+    {"spec.resources.nodeSelector": {"zone": "-a"}},
+    {"spec.resources.tolerations": [{"key": "a b", "operator": "Exists"}]},
+    {"spec.resources.tolerations": [{"key": "a", "value": "a b"}]},
+    *({"spec.tracking.mlflow": {"uri": url, "experiment": "a"}} for url in BAD_URLS),
+    {"spec.lora.rank": 0},
+    {"spec.lora.rnak": 8},
+    {"spec.lora.rank": "8"},
+    {"spec.ttl": "1 day"},
+)
+ACCEPTED: Final[tuple[Change, ...]] = (
+    {},
+    {"spec.method": "lora", "spec.quantization.bits": 16, "spec.lora.init": "pissa"},
+    {SOURCES: [{"uri": "s3://bucket/a", "weight": 2}, {"uri": "pvc://claim/a"}], "spec.dataset.uri": None},
+    {"spec.distribution": "zero2", "spec.resources.nodes": 2},
+    {"spec.lora.init": "loftq", "spec.output.merged": "bf16", "spec.output.mergeBase": "dequantised"},
+    {"spec.tracking.mlflow": {"uri": "http://mlflow.ml.svc:5000", "experiment": "a"}},
+)
+
+
+@pytest.fixture(scope="module")
+def cluster(control_plane: Cluster) -> KubeCluster:
+    install(control_plane)
+    return connect(str(control_plane.kubeconfig), None)[0]
+
+
+def manifest(change: Change) -> dict[str, Any]:
+    """A manifest with fields changed, or removed where they are None."""
+    made = make_manifest(namespace="default")
+    for path, value in change.items():
+        if value is None:
+            del made["spec"]["dataset"]["uri"]
+        else:
+            made = override_value(made, [Override(tuple(path.split(".")), value)])
+    return made
+
+
+def validated(made: dict[str, Any]) -> str:
+    """What is wrong, as `qlora validate` says."""
+    [document] = parse_documents(json.dumps(made), "manifest")
+    try:
+        parse_manifest(document, IN_CLUSTER)
+    except ManifestError as error:
+        return str(error)
+    return ""
+
+
+def refused(cluster: KubeCluster, made: dict[str, Any]) -> str:
+    """What is wrong, as the API server says."""
+    try:
+        cluster.create(made, dry_run=True)
+    except ClusterError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("change", REFUSED, ids=",".join)
+def test_what_the_api_server_refuses_is_not_valid(cluster: KubeCluster, change: Change) -> None:
+    made = manifest(change)
+    assert (bool(refused(cluster, made)), bool(validated(made))) == (True, True)
+
+
+@pytest.mark.parametrize("change", ACCEPTED, ids=",".join)
+def test_what_the_api_server_takes_is_valid(cluster: KubeCluster, change: Change) -> None:
+    made = manifest(change)
+    assert (refused(cluster, made), validated(made)) == ("", "")
+
+
+def test_no_rule_of_the_crd_is_left_out(cluster: KubeCluster) -> None:
+    said = "\n".join(refused(cluster, manifest(change)) for change in REFUSED)
+    assert [message for message in rules(crd.root_schema()) if message not in said] == []
+
+
+def rules(schema: dict[str, Any]) -> Iterator[str]:
+    """Yield what a schema says where one of its rules does not hold, but for those on changes."""
+    for rule in schema.get("x-kubernetes-validations", ()):
+        if "oldSelf" not in rule["rule"]:
+            yield rule["message"]
+    children = (*schema.get("properties", {}).values(), schema.get("items"), schema.get("additionalProperties"))
+    for child in children:
+        if isinstance(child, dict):
+            yield from rules(child)
