@@ -116,7 +116,7 @@ CORPUS: Final[dict[str, Hostile]] = {
     "tracker-pod-itself": mlflow("http://127.0.0.1:8080/", "write a host that the cluster reaches"),
     "tracker-scheme": Hostile(
         {"tracking": {"wandb": {"project": "bots", "baseUrl": "file:///etc"}}},
-        "spec.tracking.wandb.baseUrl", _HOST,
+        "spec.tracking.wandb.baseUrl", "must look like", "should match '^https?://.+$'",
     ),
     # looks like another
     "homoglyph-model": model("hf://mеta-llama/Llama-3.2-3B", _HUB),  # noqa: RUF001 (a Cyrillic letter)

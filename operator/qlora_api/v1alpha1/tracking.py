@@ -9,7 +9,9 @@ from qlora_api.v1alpha1.shapes import LOOPBACK, NO_METADATA, PRINTABLE, SERVER
 from qlora_api.v1alpha1.types import SecretRef
 
 TrackerName = Annotated[str, Field(min_length=1, max_length=128), PRINTABLE]
-TrackerUrl = Annotated[str, Field(max_length=1024), PRINTABLE, SERVER, NO_METADATA, LOOPBACK.rule]
+TrackerUrl = Annotated[
+    str, Field(pattern=r"^https?://.+$", max_length=1024), PRINTABLE, SERVER, NO_METADATA, LOOPBACK.rule
+]
 
 
 class WandbSpec(ApiModel):
