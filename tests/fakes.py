@@ -140,7 +140,7 @@ class FakeCluster:
         self.looks_at_nodes += 1
         return tuple(copy.deepcopy(self.nodes))
 
-    async def ensure(self, child: Manifest) -> None:
+    async def ensure(self, child: Manifest) -> bool:
         key = (child["kind"], child["metadata"]["name"])
         if self.refusal is not None:
             raise self.refusal
@@ -153,6 +153,7 @@ class FakeCluster:
             self.children[key] = copy.deepcopy(child)
             self.children[key]["metadata"] |= self._birth()
         self._wrote("ensure", f"{key[0]}/{key[1]}")
+        return existing is None
 
     async def patch(self, child: Manifest) -> None:
         self.children[child["kind"], child["metadata"]["name"]]["spec"] |= child["spec"]

@@ -51,7 +51,7 @@ async def on_job_event(event: kopf.RawEvent, namespace: str | None, name: str, m
     if event["type"] == "DELETED":
         memo.runtime.forget(ref)
     else:
-        memo.runtime.saw(ref, event["object"]["metadata"]["resourceVersion"])
+        memo.runtime.saw(ref, event["object"])
 
 
 @kopf.on.event(*JOBS)

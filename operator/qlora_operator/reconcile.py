@@ -29,7 +29,7 @@ from qlora_operator.recovery import (
     rejected,
     time_left,
 )
-from qlora_operator.recovery.retries import LONGEST_WAIT
+from qlora_operator.recovery.retries import AT_ONCE, LONGEST_WAIT
 from qlora_operator.status import acknowledge, derive_status, to_wire
 from qlora_operator.values import Action, Decision, Job, JobRef, Manifest, Observation, RawJob, Run, Violation
 
@@ -57,14 +57,20 @@ class Outcome:
     written: str | None = None
     """The resourceVersion of the status, if one was written."""
     status: QLoRAJobStatus | None = None
-    """The status as it stands; nothing when the QLoRAJob is gone."""
+    """The status as it stands; nothing when the QLoRAJob is gone, or has not been told of its first step."""
     turn: Turn | None = None
     """What the pass started from; nothing where the run had ended before."""
 
 
-async def reconcile(ref: JobRef, cluster: Cluster, installation: Installation, watch: Watch) -> Outcome:
-    """Bring the cluster to the spec, and tell the user where the run stands."""
-    raw = await cluster.read_job(ref)
+async def reconcile(
+    ref: JobRef, cluster: Cluster, installation: Installation, watch: Watch, newcomer: RawJob | None = None
+) -> Outcome:
+    """Bring the cluster to the spec, and tell the user where the run stands.
+
+    A newcomer is the QLoRAJob as the watch told of it, where nobody has worked on it yet. It may be late, but the first
+    step is the same whenever it is taken, and a status is written to what was read only.
+    """
+    raw = newcomer if newcomer and not cluster.glimpse(newcomer).jobs else await cluster.read_job(ref)
     if raw is None or raw.deleting:
         return Outcome()
     turn = Turn(raw, QLoRAJobStatus.model_validate(raw.status), of_this_job(watch, raw))
@@ -75,7 +81,9 @@ async def reconcile(ref: JobRef, cluster: Cluster, installation: Installation, w
         return await publish(turn, rejected((spec,)), None, cluster)
     job = Job(ref, raw.uid, raw.generation, raw.created_at, spec, turn.previous)
     seen, decision = await decide(job, turn, cluster)
-    decision = await act(decision, job, seen, cluster, installation)
+    decision, created = await act(decision, job, seen, cluster, installation)
+    if created and begins(decision, job):
+        return Outcome(AT_ONCE)  # it is told when all who wait for their first step have taken it
     return await publish(turn, decision, spec.resources.nodes * spec.resources.gpus_per_node, cluster)
 
 
@@ -91,7 +99,8 @@ async def decide(job: Job, turn: Turn, cluster: Cluster) -> tuple[Observation, D
 
 def begins(decision: Decision, job: Job) -> bool:
     """Whether a run takes its first step; children have derived names, so that a step taken before is taken once."""
-    return decision.action is Action.PREPARE and job.status.phase is None
+    step = decision.action in {Action.PREPARE, Action.NONE} and decision.phase is Phase.PREPARING
+    return step and job.status.phase is None
 
 
 def confirms(decision: Decision, job: Job, seen: Observation) -> bool:
@@ -154,15 +163,16 @@ def superfluous(seen: Observation, status: QLoRAJobStatus, *, expired: bool) -> 
 
 async def act(
     decision: Decision, job: Job, seen: Observation, cluster: Cluster, installation: Installation
-) -> Decision:
-    """Do what was decided; a name that belongs to something else changes the decision."""
+) -> tuple[Decision, bool]:
+    """Do what was decided, and say whether something was created; a name that is taken changes the decision."""
+    created = False
     try:
         for child in build_children(decision, job, installation):
-            await cluster.ensure(child)
+            created |= await cluster.ensure(child)
     except NameTakenError as error:
-        return blocked(error)
+        return blocked(error), created
     except RefusedError as error:
-        return refused(error)
+        return refused(error), created
     if decision.action is Action.START_OVER:
         await start_over(job, seen, cluster)
     if decision.action is Action.STOP:
@@ -170,7 +180,7 @@ async def act(
     if decision.action is Action.NONE:
         for deadline in outdated_deadlines(job, seen):
             await cluster.patch(deadline)
-    return decision
+    return decision, created
 
 
 def build_children(decision: Decision, job: Job, installation: Installation) -> tuple[Manifest, ...]:

@@ -13,6 +13,7 @@ from qlora_api.logs import fields, log_with
 from qlora_operator.cluster.api import Api, ApiError, NotFoundError
 from qlora_operator.cluster.children import Children, Shelf
 from qlora_operator.cluster.kube import KubeCluster
+from qlora_operator.cluster.newcomers import Newcomers
 from qlora_operator.cluster.parse import Child, Json
 from qlora_operator.cluster.ports import ClusterBusyError
 from qlora_operator.metrics import Metrics
@@ -47,6 +48,7 @@ class Runtime:
         self.children = Children()
         self._cluster = KubeCluster(api, self.children)
         self._clock = clock
+        self._newcomers = Newcomers()
         self._reports = Reports()
         self._written: dict[JobRef, str] = {}
         self._listening_since: datetime | None = None
@@ -83,10 +85,12 @@ class Runtime:
         age = self.queue.oldest_age()
         return f"work is stuck for {age:.0f} seconds" if age > STUCK_SECONDS else None
 
-    def saw(self, ref: JobRef, version: str) -> None:
+    def saw(self, ref: JobRef, item: Json) -> None:
         """An event of a QLoRAJob arrived; our own write needs no second look."""
+        version = item["metadata"]["resourceVersion"]
         self.watch.saw(ref, version)
         if self._written.get(ref) != version:
+            self._newcomers.saw(ref, item)
             self.queue.add(ref)
 
     def saw_child(self, shelf: Shelf[Child], change: str | None, item: Json) -> None:
@@ -98,6 +102,7 @@ class Runtime:
     def forget(self, ref: JobRef) -> None:
         """A QLoRAJob is gone."""
         self._written.pop(ref, None)
+        self._newcomers.forget(ref)
         self.watch.forget(ref)
         self.metrics.jobs.saw(ref, None)
         self._reports.forget(ref)
@@ -106,7 +111,8 @@ class Runtime:
         log_with(namespace=ref.namespace, job=ref.name)
         with self.metrics.measure():
             watch = Watch(self._clock().replace(microsecond=0), self._reports.get(ref), self._listening_since)
-            outcome = await reconcile(ref, self._cluster, self.settings.installation, watch)
+            newcomer = self._newcomers.take(ref)
+            outcome = await reconcile(ref, self._cluster, self.settings.installation, watch, newcomer)
         self.metrics.passed(ref, outcome)
         if outcome.written is not None and outcome.status is not None:
             self._written[ref] = outcome.written

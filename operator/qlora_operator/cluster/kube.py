@@ -127,15 +127,17 @@ class KubeCluster:
             return ()
         return tuple(answer["items"])
 
-    async def ensure(self, child: Manifest) -> None:
+    async def ensure(self, child: Manifest) -> bool:
         """Create a child, or bring a ConfigMap of ours up to date; what belongs to something else is never adopted."""
         try:
             await self._api.request("POST", _folder(child), child, query=_MANAGER)
         except ConflictError:
             await self._meet(child)
+            return False
         except ApiError as error:
             what = f"{child['kind']} {child['metadata']['name']} was refused: {error}"
             raise RefusedError(what, final=error.status == INVALID) from error
+        return True
 
     async def _meet(self, child: Manifest) -> None:
         """Look at what has the child's name already."""

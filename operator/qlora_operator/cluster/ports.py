@@ -60,8 +60,11 @@ class Cluster(Protocol):
     async def find_gpu_nodes(self) -> tuple[Manifest, ...]:
         """Return the nodes that say what GPUs they have; none where the operator may not look."""
 
-    async def ensure(self, child: Manifest) -> None:
-        """Create a child, or bring a ConfigMap of ours up to date; NameTakenError or RefusedError when it cannot be."""
+    async def ensure(self, child: Manifest) -> bool:
+        """Create a child, or bring a ConfigMap of ours up to date, and say whether it was created.
+
+        Raises NameTakenError or RefusedError when it cannot be.
+        """
 
     async def patch(self, child: Manifest) -> None:
         """Server-side apply some fields of a child that exists."""

@@ -55,9 +55,9 @@ async def test_a_dead_worker_is_told(runtime: Runtime, monkeypatch: pytest.Monke
 
 async def test_our_own_write_needs_no_second_look(runtime: Runtime) -> None:
     runtime._written[REF] = "10"
-    runtime.saw(REF, "10")
+    runtime.saw(REF, {"metadata": {"resourceVersion": "10"}})
     assert runtime.queue.depth == 0
-    runtime.saw(REF, "11")
+    runtime.saw(REF, {"metadata": {"resourceVersion": "11"}})
     assert runtime.queue.depth == 1
 
 

@@ -4,9 +4,13 @@ from datetime import timedelta
 
 import pytest
 
-from qlora_api.names import Reason
+from qlora_api.names import Phase, Reason
+from qlora_operator.cluster.newcomers import Newcomers
+from qlora_operator.cluster.parse import parse_job
+from qlora_operator.reconcile import reconcile
+from qlora_operator.recovery import Watch
 from tests.fakes import FakeCluster
-from tests.make import PREPARED_WORD, PUBLISHED_WORD, make_manifest
+from tests.make import INSTALLATION, PREPARED_WORD, PUBLISHED_WORD, REF, make_manifest
 from tests.unit.operator.life import PREPARE, TRAIN, live_to_the_end, once, settle, without_times
 
 
@@ -28,6 +32,32 @@ async def live_to_training(cluster: FakeCluster) -> None:
 async def test_the_first_child_costs_no_look(cluster: FakeCluster) -> None:
     await once(cluster)
     assert (cluster.looks, cluster.created) == (0, [PREPARE, PREPARE])
+
+
+async def test_a_newcomer_is_not_read_again(cluster: FakeCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    newcomer = await cluster.read_job(REF)
+    monkeypatch.setattr(cluster, "read_job", None)
+    await reconcile(REF, cluster, INSTALLATION, Watch(cluster.now, None, None), newcomer)
+    assert cluster.created == [PREPARE, PREPARE]
+
+
+async def test_a_newcomer_with_children_is_read_as_it_is_now(cluster: FakeCluster) -> None:
+    newcomer = await cluster.read_job(REF)
+    await live_to_the_end(cluster)
+    outcome = await reconcile(REF, cluster, INSTALLATION, Watch(cluster.now, None, None), newcomer)
+    assert outcome.status
+    assert outcome.status.phase is Phase.SUCCEEDED
+
+
+def test_what_the_watch_told_of_a_newcomer_is_taken_once(cluster: FakeCluster) -> None:
+    newcomers, item = Newcomers(), cluster.job
+    assert item
+    newcomers.saw(REF, item)
+    assert newcomers.take(REF) == parse_job(item)
+    assert newcomers.take(REF) is None
+    newcomers.saw(REF, item)
+    newcomers.saw(REF, {**item, "status": {"phase": "Training"}})
+    assert newcomers.take(REF) is None
 
 
 async def test_what_changes_nothing_costs_no_look(cluster: FakeCluster) -> None:

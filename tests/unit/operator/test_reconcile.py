@@ -51,9 +51,13 @@ async def test_the_whole_life(cluster: FakeCluster) -> None:
     ]
 
 
-async def test_a_child_is_made_with_at_most_four_writes(cluster: FakeCluster) -> None:
+async def test_children_are_made_first_and_told_when_others_have_theirs(cluster: FakeCluster) -> None:
+    outcome = await once(cluster)
+    assert (outcome.requeue, outcome.status) == (timedelta(0), None)
+    assert [verb for verb, _ in cluster.writes] == ["ensure", "ensure"]
     await once(cluster)
     assert [verb for verb, _ in cluster.writes] == ["ensure", "ensure", "tell", "status"]
+    assert (cluster.status["phase"], cluster.looks) == (Phase.PREPARING, 0)
 
 
 async def test_the_training_pod_gets_plan_and_facts(cluster: FakeCluster) -> None:
