@@ -208,9 +208,9 @@ def test_a_foreign_job_is_not_adopted(place: Place) -> None:
 
 @pytest.mark.usefixtures("operator")
 def test_a_child_that_the_api_server_refuses_is_shown(place: Place) -> None:
-    place.submit(resources={"nodeSelector": {"not a label": "x"}})
+    place.submit(resources={"tolerations": [{"key": "team", "operator": "Exists", "value": "ml"}]})
     place.end_pod(PREPARE, 0, PREPARED_WORD)
-    assert "not a label" in place.wait_for("Failed", "InvalidSpec")["message"]
+    assert "value must be empty" in place.wait_for("Failed", "InvalidSpec")["message"]
 
 
 @pytest.mark.usefixtures("operator")
