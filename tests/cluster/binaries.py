@@ -63,7 +63,6 @@ PROGRAMS: Final = {
     "jobset": Program("jobset", "sigs.k8s.io/jobset", 95),
     "kstatus": Program("kstatus", ".", 40),
     "kueue": Program("kueue", "sigs.k8s.io/kueue/cmd/kueue", 265),
-    "promlint": Program("promlint", ".", 20),
     # Without service discovery, which would bring the libraries of every cloud.
     "promtool": Program("promtool", "github.com/prometheus/prometheus/cmd/promtool", 130, tags="remove_all_sd"),
 }
@@ -80,7 +79,6 @@ CONTROL_PLANE_PROGRAMS: Final = (
     "kube-scheduler",
     "versitygw",
     "toxiproxy",
-    "promlint",
     "promtool",
 )
 
