@@ -7,6 +7,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
+
 from qlora_api.result import Result
 from tests.chaos.promises import Dose, promise
 from tests.chaos.trainer.lives import CONTEXT
@@ -36,6 +38,7 @@ def kill_while_publishing(root: str, s3: S3, folder: Path, author: int, after: f
     promise="no reader ever sees a manifest whose files are not all there and as it says",
     how="SIGKILL at random moments of a publication, while a reader polls the bucket and checks every digest",
 )
+@pytest.mark.timeout(2400)
 def test_kills_while_publishing(s3: S3, tmp_path: Path, dose: Dose, outcome: Callable[[str], None]) -> None:
     wanted, killed, published, chance = dose(short=20, full=1000), 0, 0, random.Random(3)
     client, bucket = s3.client(), s3.make_bucket("killed")

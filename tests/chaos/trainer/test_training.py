@@ -6,6 +6,8 @@ import time
 from collections import Counter
 from collections.abc import Callable
 
+import pytest
+
 from qlora_api.names import GRACE_SECONDS, Reason
 from tests.chaos.promises import Dose, promise
 from tests.chaos.trainer.lives import INTERVAL, STEPS, Course, Courses, Life
@@ -29,6 +31,7 @@ def start_and_wait(course: Course, chance: random.Random, seconds: float) -> Lif
     "and those that were taken while its checkpoint was on its way",
     how="SIGKILL of the training process at random moments, the publication included",
 )
+@pytest.mark.timeout(2400)
 def test_kills(courses: Courses, undisturbed: tuple[str, float], dose: Dose, outcome: Callable[[str], None]) -> None:
     kills, chance, (adapter, seconds) = dose(short=3, full=50), random.Random(1), undisturbed
     phases: Counter[str] = Counter()
