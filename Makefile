@@ -37,7 +37,7 @@ check: setup ## lint, types, import rules, generated files: under a minute
 
 test: setup ## every test: unit, integration (real control plane), e2e (real node)
 	$(BIN)/python -m tests.cluster build --node --controllers
-	$(BIN)/pytest tests
+	$(BIN)/pytest tests --durations=40
 
 unit: setup ## the tests that need no cluster
 	$(BIN)/pytest tests/unit tests/golden tests/contract
