@@ -1,6 +1,8 @@
 """Canary credentials through a whole run: they reach the servers that they are for, and nothing that anybody keeps."""
 
 import json
+import logging
+import os
 import signal
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -10,9 +12,9 @@ from typing import Any
 
 import boto3
 import pytest
-import structlog
 from moto import mock_aws
 
+from qlora_api import logs
 from qlora_api.names import PROGRESS_TOKEN_ENV, PROGRESS_URL_ENV, SecretRole
 from qlora_api.report import LastWord
 from qlora_api.runconfig import Platform
@@ -96,7 +98,22 @@ class Pod:
 
 
 @pytest.fixture
-def pod(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pod]:
+def process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What the trainer configures for its whole process is undone, since this one goes on."""
+    root, before, stop = logging.getLogger(), list(logging.getLogger().handlers), signal.getsignal(signal.SIGTERM)
+    level, environment = root.level, dict(os.environ)
+    monkeypatch.setattr(logs, "_process", {})
+    yield
+    root.handlers[:] = before
+    root.setLevel(level)
+    logging.captureWarnings(False)
+    signal.signal(signal.SIGTERM, stop)
+    os.environ.clear()
+    os.environ.update(environment)
+
+
+@pytest.fixture
+def pod(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, process: None) -> Iterator[Pod]:  # noqa: ARG001 (a fixture)
     mount = tmp_path / "secrets"
     keys: Mapping[SecretRole, tuple[str, ...]] = {
         SecretRole.MODEL: ("HF_TOKEN",),
@@ -111,7 +128,6 @@ def pod(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pod]:
     (mount / "token").write_text(CANARIES["progress"])
     monkeypatch.setattr(secrets, "SECRETS_MOUNT", str(mount))
     server = Server()
-    before = signal.getsignal(signal.SIGTERM)
     with mock_aws(), serving(server.handler()) as url:
         monkeypatch.setenv(PROGRESS_URL_ENV, f"{url}/progress")
         monkeypatch.setenv(PROGRESS_TOKEN_ENV, str(mount / "token"))
@@ -120,8 +136,6 @@ def pod(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pod]:
         rows = "".join(f"{json.dumps(row)}\n" for row in instruction_rows())
         client.put_object(Bucket="adapters", Key="rows.jsonl", Body=rows.encode())
         yield Pod(tmp_path, client, server, url)
-    signal.signal(signal.SIGTERM, before)
-    structlog.reset_defaults()
 
 
 def make_canary_spec(url: str, **blocks: Any) -> QLoRAJobSpec:
