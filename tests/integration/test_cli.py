@@ -43,8 +43,9 @@ class Shell:
 
     def start(self, *args: str) -> subprocess.Popen[str]:
         """Start a command as a process of its own."""
-        pipe = subprocess.PIPE
-        return subprocess.Popen([QLORA, *args, *self._place(args)], stdout=pipe, stderr=pipe, text=True)
+        # Whatever runs in the background of a script ignores Ctrl-C, and so do its children.
+        command = ["env", "--default-signal=INT", QLORA, *args, *self._place(args)]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     def _place(self, args: tuple[str, ...]) -> tuple[str, ...]:
         kubeconfig = () if "--kubeconfig" in args else ("--kubeconfig", str(self.kubeconfig))
