@@ -23,6 +23,7 @@ from benchmarks.scale.trial import (
     measure_first_children,
     measure_lives,
     measure_restart,
+    wait_for_quiet,
 )
 from benchmarks.scale.workload import JOBSETS, NAMESPACE, QLORAJOBS, build_ends, build_jobset, build_qlorajob
 from benchmarks.trainer.machine import observe_machine
@@ -34,8 +35,6 @@ from tests.integration.operator_process import ACCOUNT, HOME, Operator, install
 RESULTS: Final = Path(__file__).parents[1] / "results"
 NODES: Final = 100
 """Simulated nodes with eight GPUs each."""
-SETTLE_SECONDS: Final = 30
-"""After the last first child, so that pods have begun to run and every status says so."""
 LIBRARIES: Final = ("kopf", "kubernetes", "pydantic", "aiohttp")
 ACCOUNTS: Final = (f"{HOME}:{ACCOUNT}", "jobset-system:jobset")
 
@@ -84,7 +83,7 @@ async def measure_operator(jobs: int) -> tuple[FirstChildren, Restart]:
         async with connect(cluster) as api:
             await create(api, QLORAJOBS, build_qlorajob, jobs)
             first = await measure_first_children(api, operator, audit, jobs)
-            await asyncio.sleep(SETTLE_SECONDS)
+            await wait_for_quiet(audit)
         operator.terminate()
         return first, await measure_restart(operator, audit, jobs)
 

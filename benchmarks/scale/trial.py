@@ -22,6 +22,8 @@ CLIENTS: Final = 32
 """Objects that are created at once."""
 PAGE: Final = 500
 POLL_SECONDS: Final = 0.25
+QUIET_SECONDS: Final = 10
+"""Without a write, after which what was under way has been told."""
 IDLE_SECONDS: Final = 120
 """How long an operator with nothing to do is watched."""
 PATIENCE: Final = 1800.0
@@ -135,6 +137,19 @@ async def measure_first_children(api: Api, contender: Contender, audit: Audit, j
     await wait_for(f"{jobs} Jobs are there", made)
     seconds = time.monotonic() - start
     return FirstChildren(seconds, usage_of(contender.pid), audit.writes_since(before))
+
+
+async def wait_for_quiet(audit: Audit) -> None:
+    """Return when pods have begun to run, and every status says so: when nothing more is written."""
+    before = audit.count()
+
+    async def quiet() -> bool:
+        nonlocal before
+        await asyncio.sleep(QUIET_SECONDS)
+        writes, before = audit.writes_since(before), audit.count()
+        return without_lease(writes) == 0
+
+    await wait_for("nothing more is written", quiet)
 
 
 async def measure_restart(operator: Operator, audit: Audit, jobs: int) -> Restart:
