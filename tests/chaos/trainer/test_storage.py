@@ -80,7 +80,7 @@ def test_bad_connections(  # noqa: PLR0917 (fixtures and a table)
     amount = dose(short=fault.short, full=fault.full)
     toxic.spoil(fault.kind, {fault.attribute: amount}, fault.share)
     took = come_through(f"http://{toxic.address}", s3, fault.kind.replace("_", "-"), tmp_path, fault.repeats)
-    outcome(f"{fault.kind} {amount or ''}: complete after {took:.0f} s".replace("  ", " "))
+    outcome(f"{fault.kind}{f' {amount}' if amount else ''}: complete after {took:.0f} s")
 
 
 def make_refusing(upstream: str, chance: random.Random, refused: list[str]) -> type[BaseHTTPRequestHandler]:
