@@ -66,7 +66,7 @@ bench-trainer: setup ## the trainer against TRL and the copied recipe on this CP
 bench-memory: setup ## predicted against measured memory of training steps on this CPU (5 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.memory
 
-bench-checkpoints: setup ## how long a training waits for its checkpoints in S3 (5 minutes)
+bench-checkpoints: setup ## how long a training waits for its checkpoints in S3 (3 minutes)
 	$(BIN)/python -m benchmarks.checkpoints
 
 bench-scale: setup ## 10,000 QLoRAJobs and JobSet beside them on a real control plane (20 minutes; nothing else should run)

@@ -30,8 +30,8 @@ from tests.cluster.processes import Processes  # noqa: E402
 from tests.cluster.s3 import start_s3  # noqa: E402
 
 RESULT: Final = Path(__file__).parents[1] / "results" / "checkpoints.json"
-STEPS: Final = 60
-INTERVALS: Final = (20, 5, 1)
+STEPS: Final = 30
+INTERVALS: Final = (10, 2)
 """Steps from one checkpoint to the next. The default, ten minutes, is hundreds of such steps."""
 
 
