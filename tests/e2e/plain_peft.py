@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-BATCH = 8
+BATCH = 4
 base_folder, adapter_folder, held_out = sys.argv[1:]
 tokenizer = AutoTokenizer.from_pretrained(base_folder)
 quantization = BitsAndBytesConfig(

@@ -125,7 +125,7 @@ def test_anybody_can_load_it_and_measures_what_the_report_says(downloaded, finis
     assert measured["tokens"] == reported["tokens"]
     # Another batch shape rounds in bf16 another way: with 1, 4, 8 and 16 rows a batch, plain PEFT itself finds from
     # 2.6240 to 2.6274 for one adapter, and from 4.0778 to 4.0823 for its base.
-    assert measured["adapter"] == pytest.approx(reported["adapter"]["loss"], abs=5e-3)
+    assert measured["adapter"] == pytest.approx(reported["adapter"]["loss"], abs=1e-3)
     assert measured["base"] == pytest.approx(reported["base"]["loss"], abs=5e-3)
     assert reported["adapter"]["loss"] <= 0.75 * reported["base"]["loss"]
     assert finished["status"]["evaluation"]["adapter"]["loss"] == pytest.approx(reported["adapter"]["loss"], rel=1e-6)

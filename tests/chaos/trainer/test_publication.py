@@ -40,7 +40,7 @@ def kill_while_publishing(root: str, s3: S3, folder: Path, author: int, after: f
 )
 @pytest.mark.timeout(2400)
 def test_kills_while_publishing(s3: S3, tmp_path: Path, dose: Dose, outcome: Callable[[str], None]) -> None:
-    wanted, killed, published, chance = dose(short=8, full=1000), 0, 0, random.Random(3)
+    wanted, killed, published, chance = dose(short=20, full=1000), 0, 0, random.Random(3)
     client, bucket = s3.client(), s3.make_bucket("killed")
     with Reader(s3.client()) as reader:
         while killed < wanted:
