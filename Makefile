@@ -8,7 +8,7 @@ BIN := .venv/bin
 UV_VERSION := 0.13.9
 LOCKS := requirements/operator.txt requirements/trainer.txt requirements/cli.txt requirements/dev.txt
 
-.PHONY: help setup lock generate check test unit integration e2e chaos mutants bench-trainer bench-plan bench-memory bench-checkpoints bench-scale gpu demo cluster cluster-down
+.PHONY: help setup lock generate check test unit integration e2e chaos mutants bench-trainer bench-plan bench-memory bench-checkpoints bench-scale gpu docs demo cluster cluster-down
 
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -74,6 +74,9 @@ bench-scale: setup ## 10,000 QLoRAJobs and JobSet beside them on a real control 
 
 gpu: setup ## the same on a GPU, with the shapes of Llama-3.2-3B and Llama-3.1-8B at random weights
 	$(BIN)/python -m benchmarks.trainer --device cuda
+
+docs: setup ## build the site of docs/ into out/site, without a warning (seconds)
+	$(BIN)/python -m docs.site
 
 demo: setup ## train, evaluate and publish the quickstart's adapter on this computer
 	$(BIN)/python -m examples.quickstart.demo

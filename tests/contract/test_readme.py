@@ -1,28 +1,19 @@
-"""The README is true: what it shows is what the commands print, and its links lead somewhere."""
+"""The README is true: what it shows is what the commands print."""
 
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import yaml
 
 from qlora_api.v1alpha1 import QLoRAJobSpec
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").rglob("README.md")]
 
 
 def test_nothing_is_left_to_be_filled_in():
     assert re.findall(r"@[A-Z]+@", (ROOT / "README.md").read_text(encoding="utf-8")) == []
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_links_lead_somewhere(page: Path):
-    targets = re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8"))
-    local = [target for target in targets if not target.startswith("http")]
-    assert [target for target in local if not (page.parent / target).exists()] == []
 
 
 def test_validate_prints_what_the_readme_shows():

@@ -1,0 +1,1 @@
+"""The documentation as a site: sources of the repository, staged for the generator, which is Zensical."""
