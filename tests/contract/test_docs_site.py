@@ -14,11 +14,9 @@ import pytest
 from docs.site.__main__ import build, write_sources
 from docs.site.links import is_outside, links, prose, relink
 from docs.site.sources import pages, place
+from tests.contract.blocks import PAGES, ROOT
 
-ROOT: Final = Path(__file__).parents[2]
 CONFIGURATION: Final = ROOT / "docs/site/zensical.toml"
-FOLDERS: Final = ("docs", "charts", "examples", "benchmarks", "tests")
-PAGES: Final = [ROOT / "README.md", *(page for folder in FOLDERS for page in sorted((ROOT / folder).rglob("*.md")))]
 
 
 def anchors(page: Path) -> set[str]:

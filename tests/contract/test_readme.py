@@ -5,10 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import yaml
-
-from qlora_api.v1alpha1 import QLoRAJobSpec
-
 ROOT = Path(__file__).parents[2]
 
 
@@ -24,11 +20,3 @@ def test_validate_prints_what_the_readme_shows():
     lines = (printed.stdout + printed.stderr).splitlines()
     assert [line for line in lines if line not in shown] == []
     assert len(lines) == 2
-
-
-def test_the_first_manifest_is_valid():
-    block = re.search(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    assert block
-    manifest = yaml.safe_load(block[1])
-    spec = QLoRAJobSpec.model_validate(manifest["spec"])
-    assert spec.lora.targets == ("all-linear",)

@@ -1,0 +1,137 @@
+"""Every YAML and JSON block of a page, and every manifest in examples/, is what somebody can use as it stands."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import jsonschema
+import pytest
+from kubernetes import client
+
+from qlora_api import names
+from qlora_cli.documents import Document, parse_documents, read_documents
+from qlora_cli.manifests import JobManifest, ManifestError, parse_manifest
+from qlora_operator.rules import IN_CLUSTER
+from tests.contract.blocks import ROOT, Block, blocks
+from tests.make import make_manifest, merge
+
+VALUES_SCHEMA: Final = json.loads((ROOT / "charts/qlora-operator/values.schema.json").read_text(encoding="utf-8"))
+JOB_SCHEMA: Final = json.loads((ROOT / "crds/qlorajob.schema.json").read_text(encoding="utf-8"))
+SPEC_FIELDS: Final = frozenset(JOB_SCHEMA["properties"]["spec"]["properties"])
+BUILT_IN: Final = frozenset({"v1", "apps/v1", "batch/v1"})
+OTHERS: Final = {"Application": "argoproj.io/v1alpha1", "Kustomization": "kustomize.toolkit.fluxcd.io/v1"}
+"""Kinds of Argo CD and Flux; what of them is ours is the path that they apply."""
+RENDERED: Final = "kustomize.config.k8s.io/v1beta1"
+"""Rendered by kubectl and applied in tests/integration/test_gitops.py."""
+MISTAKEN: Final = "examples/broken.yaml"
+"""Shows what `qlora validate` says; tests/contract/test_readme.py has its sentences."""
+MANIFESTS: Final = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "examples").rglob("*.yaml"))]
+
+
+def check_job(document: Document) -> None:
+    """As the API server does, in both forms in which its schema is published, with the rules that are CEL there."""
+    assert isinstance(parse_manifest(document, IN_CLUSTER), JobManifest)
+    jsonschema.validate(document.value, JOB_SCHEMA)
+
+
+def check_fragment(spec: Mapping[str, Any]) -> None:
+    """Part of a spec: the smallest QLoRAJob accepts it."""
+    manifest = make_manifest()
+    if "sources" in spec.get("dataset", {}):
+        del manifest["spec"]["dataset"]["uri"]
+    check_job(Document("fragment", {**manifest, "spec": merge(manifest["spec"], spec)}, {}))
+
+
+def check_values(values: Mapping[str, Any]) -> None:
+    """As `helm install` does."""
+    jsonschema.validate(values, VALUES_SCHEMA)
+
+
+def check_built_in(value: Any, kind: str) -> None:
+    """Every field is one that Kubernetes's client knows, so that a typing mistake is none that the server drops."""
+    if listed := re.fullmatch(r"[Ll]ist\[(.+)\]", kind):
+        for item in value:
+            check_built_in(item, listed[1])
+    elif model := getattr(client, kind, None):
+        fields = {outside: model.openapi_types[inside] for inside, outside in model.attribute_map.items()}
+        assert set(value) <= set(fields), f"{kind} has no {set(value) - set(fields)}"
+        for name, part in value.items():
+            check_built_in(part, fields[name])
+
+
+def check_document(document: Document) -> str:
+    """Check a document as what it is, and return that; a document of no known class fails."""
+    value = document.value
+    group, kind = value.get("apiVersion"), value.get("kind")
+    if group == names.API_VERSION:
+        check_job(document)
+        return names.KIND
+    if group in BUILT_IN:
+        check_built_in(value, f"V1{kind}")
+        return str(kind)
+    if group == RENDERED or (kind in OTHERS and OTHERS[kind] == group):
+        path = value["spec"].get("path") or value["spec"]["source"]["path"] if "spec" in value else "."
+        assert (ROOT / path).is_dir()
+        return str(kind)
+    assert (group, kind) == (None, None), f"{document.file}: no test knows {group} {kind}"
+    if "containers" in value.get("spec", {}):
+        check_built_in(value, "V1Pod")
+        return "part of a pod"
+    if set(value) == {"spec"} or set(value) <= SPEC_FIELDS:
+        check_fragment(value.get("spec", value))
+        return "part of a spec"
+    check_values(value)
+    return "values"
+
+
+@pytest.mark.parametrize("block", blocks("yaml"), ids=lambda block: block.place)
+def test_yaml_of_pages(block: Block) -> None:
+    assert [check_document(document) for document in parse_documents(block.text, block.place)]
+
+
+@pytest.mark.parametrize("file", [file for file in MANIFESTS if file != MISTAKEN])
+def test_manifests_of_examples(file: str) -> None:
+    assert [check_document(document) for document in read_documents(str(ROOT / file))]
+
+
+def test_the_mistaken_manifest_is_refused() -> None:
+    [document] = read_documents(str(ROOT / MISTAKEN))
+    with pytest.raises(ManifestError):
+        check_document(document)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param("spec: {lora: {rnk: 8}}", id="unknown field"),
+        pytest.param("spec: {lora: {rank: 0}}", id="out of bounds"),
+        pytest.param("lora: {dora: true, init: pissa, targets: [all-linear, q_proj]}", id="a rule of the CRD"),
+        pytest.param("spec: {containers: [{name: a, imagePull: Always}]}", id="no field of a container"),
+        pytest.param("trainerImage: {repo: a}", id="no value of the chart"),
+        pytest.param("apiVersion: example.com/v1\nkind: Thing", id="unknown kind"),
+    ],
+)
+def test_a_mistake_is_found(text: str) -> None:
+    [document] = parse_documents(text, "page")
+    with pytest.raises((ManifestError, AssertionError, jsonschema.ValidationError)):
+        check_document(document)
+
+
+@pytest.mark.parametrize("block", blocks("json"), ids=lambda block: block.place)
+def test_json_of_pages(block: Block) -> None:
+    """One object, or one a line."""
+    try:
+        found = [json.loads(block.text)]
+    except json.JSONDecodeError:
+        found = [json.loads(line) for line in block.text.splitlines()]
+    assert [type(value) for value in found] == [dict] * len(found)
+
+
+def test_every_language_is_named() -> None:
+    """A block without a language would escape every test of its kind."""
+    for page in {block.page for language in ("yaml", "console", "text") for block in blocks(language)}:
+        fences = re.findall(r"^```(.*)$", Path(ROOT / page).read_text(encoding="utf-8"), re.MULTILINE)
+        assert all(fences[::2]), page
+        assert not any(fences[1::2]), page
