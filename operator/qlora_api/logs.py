@@ -43,10 +43,15 @@ def log_always_with(**values: object) -> None:
     _process.update(values)
 
 
+def to_time(seconds: float) -> str:
+    """Return a moment, in seconds since 1970, as lines have it."""
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
 def describe(record: logging.LogRecord) -> dict[str, Any]:
     """Return the fields of a record without secrets; what everybody asks for comes first, and is never replaced."""
     told: dict[str, Any] = {
-        "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+        "time": to_time(record.created),
         "level": record.levelname.lower(),
         "logger": record.name,
         "message": record.getMessage(),

@@ -2,13 +2,16 @@
 
 import argparse
 import contextlib
+import functools
 import logging
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, TypeVar
 
+from qlora_api.logfiles import PREPARATION, LogFile, log_folder
 from qlora_api.logs import configure_logs, fields, format_of_process, log_always_with
 from qlora_api.names import (
     CONFIG_MOUNT,
@@ -20,39 +23,89 @@ from qlora_api.names import (
 )
 from qlora_api.report import LastWord
 from qlora_api.runconfig import PrepareConfig, RunConfig
+from qlora_trainer.errors import RunError
 from qlora_trainer.interrupt import EXIT_CODE, StopFlag, explain_end, interrupted
 from qlora_trainer.lastword import Farewell
+from qlora_trainer.logbook import Logbook
 from qlora_trainer.ranks import DONE, is_first_of_pod, path_of_process, rank_of_process
 from qlora_trainer.work import default_work
 
 log = logging.getLogger("qlora_trainer")
 Config = TypeVar("Config", PrepareConfig, RunConfig)
+_ABANDON_SECONDS: Final = 3.0
+"""Longest wait for the log's end where the grace period is nearly over: the object store may be what took so long."""
+
+
+@dataclass(frozen=True)
+class Process:
+    """Who notices the end of this process, and who tells of it."""
+
+    farewell: Farewell
+    stop: StopFlag = field(default_factory=StopFlag)
+    logbook: Logbook = field(default_factory=Logbook)
+
+    def abandon(self) -> None:
+        """End in the middle of what took too long after a request to stop."""
+        self.farewell.fail(interrupted())
+        self.logbook.finish(_ABANDON_SECONDS)
+
+    def keep_log(self, config: PrepareConfig | RunConfig, file: LogFile) -> None:
+        """Keep the log in the output from now on."""
+        from qlora_trainer.output import open_own_output  # noqa: PLC0415 (after configure_libraries)
+
+        output = functools.cache(lambda: open_own_output(config))
+        self.logbook.open(lambda text: output().put(f"{log_folder(config.uid)}/{file.name}", text))
+
+    def finish_log(self) -> None:
+        """Have all of the log in the output; a stop that comes now changes nothing any more."""
+        with self.stop.deferred():
+            self.logbook.finish()
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Prepare or train, leave the last word, and return the exit code."""
     options = parse(arguments)
-    configure_log()
+    process = Process(Farewell(path_of_process(options.termination_message)))
+    configure_log(process.logbook)
     configure_libraries(options.work)
-    farewell, stop = Farewell(path_of_process(options.termination_message)), StopFlag()
-    stop.listen(lambda: farewell.fail(interrupted()))
+    process.stop.listen(process.abandon)
     try:
-        word = COMMANDS[options.command](options, stop, farewell)
+        word = COMMANDS[options.command](options, process)
     except BaseException as error:
-        known = explain_end(error, stopped=stop.requested)
-        log.exception("the run failed", extra=fields(reason=known.reason, step=known.step))
-        farewell.fail(known)
-        return EXIT_CODES.get(known.reason, 1)
-    return leave(word, farewell)
+        return end_badly(explain_end(error, stopped=process.stop.requested), process)
+    return leave(word, process, options.termination_message)
 
 
-def leave(word: LastWord | None, farewell: Farewell) -> int:
-    """Leave the last word, where it is not another process's, and return the exit code."""
+def end_badly(known: RunError, process: Process) -> int:
+    """Say what ended the run, and return the exit code; called where the exception is known."""
+    log.exception("the run failed", extra=fields(reason=known.reason, step=known.step))
+    process.farewell.fail(known)
+    if not is_about_output(known):
+        process.finish_log()
+    return EXIT_CODES.get(known.reason, 1)
+
+
+def is_about_output(error: RunError) -> bool:
+    """Return whether the run ended because its output cannot be used: then the log could only wait for it in vain."""
+    from qlora_trainer.store import OUTPUT  # noqa: PLC0415 (after configure_libraries)
+
+    return error.message.startswith(OUTPUT.field)
+
+
+def leave(word: LastWord | None, process: Process, place: Path) -> int:
+    """Leave the last word, where it is not another process's, and return the exit code.
+
+    It comes after the log: the launcher ends the processes of a pod once all of them have said that they are done.
+    """
     if word is None:
         log.info("done: another process has the last word")
+        process.finish_log()
+        if rank_of_process() is not None:
+            path_of_process(place).with_suffix(DONE).touch()  # the launcher looks for it
         return 0
-    farewell.say(word)
     log.info("done", extra=fields(reason=word.reason))
+    process.finish_log()
+    process.farewell.say(word)
     return EXIT_CODES.get(word.reason, 1)
 
 
@@ -74,9 +127,10 @@ def pod_work() -> Path:
     return mount if mount.is_dir() and os.access(mount, os.W_OK) else default_work()
 
 
-def configure_log() -> None:
-    """Write one JSON object a line to standard output: all that we say, and what libraries warn of."""
+def configure_log(logbook: Logbook) -> None:
+    """Write one JSON object a line to standard output: all that we say, and what libraries warn of; and keep it."""
     configure_logs(format_of_process(), "warning", sys.stdout)
+    logging.getLogger().addHandler(logbook)
     log.setLevel(logging.INFO)
     if (rank := rank_of_process()) is not None:
         log_always_with(rank=rank)
@@ -111,37 +165,40 @@ def configure_libraries(work: Path) -> None:
         os.environ.setdefault(name, value)
 
 
-def prepare_word(options: argparse.Namespace, _: StopFlag, __: Farewell) -> LastWord:
+def prepare_word(options: argparse.Namespace, process: Process) -> LastWord:
     """Prepare, and return the facts as the last word."""
     from qlora_trainer.prepare import prepare  # noqa: PLC0415 (after configure_libraries)
 
     config = read_config(options.config, PrepareConfig)
+    process.keep_log(config, LogFile(PREPARATION))
     prepared = prepare(config, log.info, work=options.work)
     reason = Reason.ALREADY_PUBLISHED if prepared.published else Reason.PREPARED
     return LastWord(reason=reason, message="", prepared=prepared, result=prepared.published)
 
 
-def train_word(options: argparse.Namespace, stop: StopFlag, farewell: Farewell) -> LastWord | None:
+def train_word(options: argparse.Namespace, process: Process) -> LastWord | None:
     """Train, and return the result as the last word; another process may have it."""
     config = read_config(options.config, RunConfig)
+    rank = rank_of_process() or 0
+    process.keep_log(config, LogFile(config.attempt, rank // config.plan.processes_per_node, rank))
     from qlora_trainer.distributed import leave_world  # noqa: PLC0415 (as above)
     from qlora_trainer.progress import Heartbeat, HttpSink, LogSink, ProgressSink, Sinks  # noqa: PLC0415 (as above)
     from qlora_trainer.run import run  # noqa: PLC0415 (as above)
     from qlora_trainer.watchdog import watch_run  # noqa: PLC0415 (as above)
 
-    sinks: list[ProgressSink] = [LogSink(), farewell]
+    sinks: list[ProgressSink] = [LogSink(), process.farewell, process.logbook]
     http = HttpSink.from_environment()
     if http is not None:
         sinks.append(http)
     try:
-        with served_metrics(), watch_run(config, farewell), Heartbeat(Sinks(sinks)) as sink:
-            result = run(config, sink, work=options.work, stop=stop)
+        watch = watch_run(config, process.farewell, process.logbook)
+        with served_metrics(), watch, Heartbeat(Sinks(sinks)) as sink:
+            result = run(config, sink, work=options.work, stop=process.stop)
     finally:
         if http is not None:
             http.close()
     leave_world()
     if result is None:
-        path_of_process(options.termination_message).with_suffix(DONE).touch()  # the launcher looks for it
         return None
     return LastWord(reason=Reason.PUBLISHED, message="", step=result.steps, result=result)
 
@@ -153,15 +210,17 @@ def served_metrics() -> contextlib.AbstractContextManager[None]:
     return serve_metrics(log.info) if is_first_of_pod() else contextlib.nullcontext()
 
 
-def launch_word(options: argparse.Namespace, stop: StopFlag, _: Farewell) -> LastWord | None:
+def launch_word(options: argparse.Namespace, process: Process) -> LastWord | None:
     """Let this pod's processes train, and return what explains their end."""
     from qlora_trainer.launch import launch, observe_node  # noqa: PLC0415 (as above)
 
     config = read_config(options.config, RunConfig)
-    return launch(config, observe_node(config.plan, options.config, options.work), stop)
+    node = observe_node(config.plan, options.config, options.work)
+    process.keep_log(config, LogFile(config.attempt, node.index))
+    return launch(config, node, process.stop)
 
 
-COMMANDS: Final[dict[str, Callable[[argparse.Namespace, StopFlag, Farewell], LastWord | None]]] = {
+COMMANDS: Final[dict[str, Callable[[argparse.Namespace, Process], LastWord | None]]] = {
     "prepare": prepare_word,
     "train": train_word,
     "launch": launch_word,

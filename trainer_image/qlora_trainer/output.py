@@ -5,7 +5,9 @@ from typing import Final, Literal, TypeAlias
 
 from qlora_api.report import Manifest, MergedManifest
 from qlora_api.result import Result
+from qlora_api.runconfig import PrepareConfig, RunConfig
 from qlora_api.v1alpha1 import MergeBase, OutputSpec, QLoRAJobSpec
+from qlora_trainer.secrets import load_secrets
 from qlora_trainer.snapshot import Places
 from qlora_trainer.store import OUTPUT, AlreadyThereError, Store
 
@@ -26,6 +28,12 @@ REJECTED_RECORD: Final = f"{REJECTED}/rejected.json"
 def open_output(places: Places, spec: QLoRAJobSpec, job: str) -> Store:
     """Return the folder of a job's results; paths in it start with a digest."""
     return places.store(f"{spec.output.uri.rstrip('/')}/{job}", OUTPUT)
+
+
+def open_own_output(config: PrepareConfig | RunConfig) -> Store:
+    """Return the same folder for a thread that must not depend on what the others do, or hang in."""
+    places = Places(config.platform, load_secrets(config.spec, config.namespace))
+    return open_output(places, config.spec, config.job)
 
 
 def find_manifest(output: Store, digest: str) -> Manifest | None:

@@ -15,11 +15,10 @@ from qlora_api.runconfig import RunConfig
 from qlora_api.v1alpha1 import to_timedelta
 from qlora_trainer.errors import RunError
 from qlora_trainer.lastword import Farewell
-from qlora_trainer.output import open_output
+from qlora_trainer.logbook import LAST_SECONDS, Logbook
+from qlora_trainer.output import open_own_output
 from qlora_trainer.pulse import PULSE, Pulse
 from qlora_trainer.ranks import rank_of_process
-from qlora_trainer.secrets import load_secrets
-from qlora_trainer.snapshot import Places
 
 HANGS: Final = "hangs"
 """Folder of a result with the stacks of processes that were ended."""
@@ -29,7 +28,7 @@ _UPLOAD_SECONDS: Final = 30.0
 """Longest wait for the upload: the object store may be what the process hangs on."""
 _PEERS_SECONDS: Final = 20.0
 """How long a process that is not alone stays: the launcher ends all of them with the first one, and each has stacks."""
-_LAST_SECONDS: Final = _UPLOAD_SECONDS + _PEERS_SECONDS + 30.0
+_LAST_SECONDS: Final = _UPLOAD_SECONDS + LAST_SECONDS + _PEERS_SECONDS + 30.0
 """When the C-level timer strikes after the limit: later than everything that this module does by itself."""
 
 
@@ -57,17 +56,18 @@ def _watch(pulse: Pulse, limit: float, end: Callable[[], None], closed: threadin
             return
 
 
-def watch_run(config: RunConfig, farewell: Farewell) -> contextlib.AbstractContextManager[None]:
+def watch_run(config: RunConfig, farewell: Farewell, logbook: Logbook) -> contextlib.AbstractContextManager[None]:
     """Return what ends this process of a run after spec.deadlines.heartbeat without a sign of life."""
     limit = to_timedelta(config.spec.deadlines.heartbeat).total_seconds()
-    return watched(PULSE, limit, lambda: end_silent(config, farewell))
+    return watched(PULSE, limit, lambda: end_silent(config, farewell, logbook))
 
 
-def end_silent(config: RunConfig, farewell: Farewell) -> None:
-    """Leave the stacks and the last word, and end the process without asking any other thread."""
+def end_silent(config: RunConfig, farewell: Farewell, logbook: Logbook) -> None:
+    """Leave the stacks, the last word and the log, and end the process without asking any other thread."""
     stacks = dump_stacks()
     sys.stderr.write(stacks)
-    where = upload_stacks(config, stacks) or "this container's log: they could not be uploaded"
+    uploaded = upload_stacks(config, stacks)
+    where = uploaded or "this container's log: they could not be uploaded"
     farewell.fail(
         RunError(
             Reason.HEARTBEAT_LOST,
@@ -75,6 +75,8 @@ def end_silent(config: RunConfig, farewell: Farewell) -> None:
             f"threads are in {where}",
         )
     )
+    if uploaded:
+        logbook.finish()
     if config.plan.processes > 1:
         time.sleep(_PEERS_SECONDS)
     os._exit(1)
@@ -94,10 +96,7 @@ def upload_stacks(config: RunConfig, stacks: str) -> str | None:
     done: list[str] = []
 
     def upload() -> None:
-        # A store of its own: the other threads may hang within theirs.
-        output = open_output(
-            Places(config.platform, load_secrets(config.spec, config.namespace)), config.spec, config.job
-        )
+        output = open_own_output(config)
         output.put(path, stacks.encode())
         done.append(f"{output.root}/{path}")
 

@@ -177,6 +177,10 @@ def test_no_credential_is_left_by_a_run(pod: Pod, capfd: pytest.CaptureFixture[s
     assert word.reason == "Published", word.message
     pod.output = "".join(capfd.readouterr())
     assert "MLflow is given up" in pod.output
+    logs_left = dict(found for found in pod.left() if found[0].startswith("s3 results/colours/logs/"))
+    assert [place.rpartition("/")[2] for place in logs_left] == ["attempt-1-node-0-rank-0.jsonl", "prepare.jsonl"]
+    assert all(b'"message": "done"' in text for text in logs_left.values())
+    assert b"MLflow is given up" in logs_left["s3 results/colours/logs/attempt-1-node-0-rank-0.jsonl"]
     assert {CANARIES["MLFLOW_TRACKING_TOKEN"], CANARIES["progress"]} <= pod.server.tokens, "they were used"
     assert found_in(pod.left()) == []
 
@@ -196,6 +200,8 @@ def test_no_credential_is_in_the_words_of_a_failure(
         word = pod.run("prepare", prepare_config(spec, platform=Platform(hub_endpoint=hub.endpoint)))
     pod.output = "".join(capfd.readouterr())
     assert word.message.startswith("spec.")
+    assert "the run failed" in pod.output
+    assert any("the run failed" in text.decode(errors="replace") for place, text in pod.left() if "/logs/" in place)
     assert found_in(pod.left()) == []
 
 

@@ -1,0 +1,289 @@
+"""The log in the output: bounded in size and in time, and nothing that a run depends on."""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_api.logfiles import LogFile, log_folder
+from qlora_api.names import Phase, Reason
+from qlora_api.redaction import MASK, REDACTOR
+from qlora_api.report import LastWord
+from qlora_api.v1alpha1 import Checkpoint, Progress
+from qlora_trainer.__main__ import Process, end_badly, leave
+from qlora_trainer.errors import RunError
+from qlora_trainer.lastword import Farewell
+from qlora_trainer.logbook import FIELD_CHARACTERS, Kept, Logbook, shorten
+from tests.unit.trainer.processes import ROOT
+from tests.unit.trainer.tiny import prepare_config, write_job
+
+NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
+SOON = 10.0
+"""Seconds for what a thread does at once."""
+
+
+@pytest.fixture
+def book() -> Iterator[Logbook]:
+    """A logbook that hears one logger, and uploads for a checkpoint or at the end only."""
+    book, logger = Logbook(interval=3600), logging.getLogger("qlora_trainer")
+    level = logger.level
+    logger.addHandler(book)
+    logger.setLevel(logging.INFO)
+    yield book
+    logger.removeHandler(book)
+    logger.setLevel(level)
+
+
+def say(text: str, **told: Any) -> None:
+    logging.getLogger("qlora_trainer").info(text, extra={"fields": told})
+
+
+def messages(raw: bytes) -> list[str]:
+    return [json.loads(line)["message"] for line in raw.splitlines()]
+
+
+def report(step: int) -> Progress:
+    checkpoint = Checkpoint(step=step, uri=f"s3://a/{step}", time=NOW) if step else None
+    return Progress(phase=Phase.TRAINING, checkpoint=checkpoint, updated_at=NOW)
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        (LogFile(0), "prepare.jsonl"),
+        (LogFile(1, 0, 0), "attempt-1-node-0-rank-0.jsonl"),
+        (LogFile(12, 3, 31), "attempt-12-node-3-rank-31.jsonl"),
+        (LogFile(2, 1), "attempt-2-node-1.jsonl"),
+    ],
+)
+def test_a_name_says_whose_log_it_is(file: LogFile, name: str) -> None:
+    assert (file.name, LogFile.read(name)) == (name, file)
+
+
+@pytest.mark.parametrize(
+    "name", ["attempt-1.jsonl", "attempt-1-node-0-rank-0.jsonl.part", "attempt-x-node-0.jsonl", ""]
+)
+def test_other_names_are_nobodys(name: str) -> None:
+    assert LogFile.read(name) is None
+
+
+def test_logs_are_kept_apart_by_qlorajob() -> None:
+    assert (log_folder("0a1b"), log_folder("")) == ("logs/0a1b", "logs")
+
+
+def test_a_short_log_is_kept_whole() -> None:
+    kept = Kept(first_bytes=8, last_bytes=8)
+    for line in ("one", "two", "three"):
+        kept.add(line, 0.0)
+    assert kept.text() == b"one\ntwo\nthree\n"
+
+
+def test_of_a_long_log_the_beginning_and_the_end_are_kept_and_the_gap_is_told() -> None:
+    kept, lines = Kept(first_bytes=500, last_bytes=500), [f'{{"message": "{number:04}"}}' for number in range(1000)]
+    for number, line in enumerate(lines):
+        kept.add(line, 1000.0 + number)
+    told = kept.text().decode().splitlines()
+    size = len(lines[0]) + 1
+    each = 500 // size
+    assert told[:each] == lines[:each]
+    assert told[each + 1 :] == lines[-each:]
+    gap, left_out = json.loads(told[each]), 1000 - 2 * each
+    assert gap["message"].startswith(f"{left_out} lines ({left_out * size:,} bytes) are left out here")
+    assert (each, gap["time"]) == (25, "1970-01-01T00:32:54.000Z"), "when the last of them was said"
+    assert kept.count == 1000
+
+
+def test_the_memory_is_bounded_whatever_is_said() -> None:
+    kept = Kept(first_bytes=1000, last_bytes=1000)
+    for line in ("x" * 5000, "é" * 600, "short", "\ud800 alone"):
+        kept.add(line, 0.0)
+    text = kept.text()
+    assert len(text) < 1000 + 1000 + 400
+    assert text.endswith(b"short\n? alone\n")
+
+
+def test_a_line_without_end_keeps_its_beginning_and_its_end() -> None:
+    long = "first " + "x" * 10 * FIELD_CHARACTERS + " last"
+    line = shorten(json.dumps({"message": "it failed", "exception": long, "deep": [long], "step": 3}))
+    told = json.loads(line)
+    assert (told["message"], told["step"]) == ("it failed", 3)
+    for name in ("exception", "deep"):
+        assert "first" in told[name][:10]
+        assert "last" in told[name][-10:]
+        assert "characters are left out" in told[name]
+        assert len(told[name]) < FIELD_CHARACTERS + 100
+    assert shorten('{"message": "short"}') == '{"message": "short"}'
+
+
+def test_all_that_was_said_is_uploaded_with_a_checkpoint_and_at_the_end(book: Logbook) -> None:
+    uploads: list[bytes] = []
+    happened = threading.Condition()
+
+    def put(text: bytes) -> None:
+        with happened:
+            uploads.append(text)
+            happened.notify()
+
+    say("before the output was known")
+    book.open(put)
+    with happened:
+        for step in (0, 2, 2):
+            say(f"after step {step}")
+            book.report(report(step))
+        assert happened.wait_for(lambda: uploads, SOON)
+    assert messages(uploads[-1])[:3] == ["before the output was known", "after step 0", "after step 2"]
+    say("the end")
+    book.finish()
+    assert messages(uploads[-1]) == ["before the output was known", *(f"after step {n}" for n in (0, 2, 2)), "the end"]
+    before = len(uploads)
+    book.finish()
+    assert len(uploads) == before, "nothing new was said"
+
+
+def test_an_upload_comes_from_time_to_time() -> None:
+    uploaded = threading.Event()
+    book = Logbook(interval=0.05)
+    book.open(lambda _: uploaded.set())
+    book.handle(logging.LogRecord("a", logging.INFO, "f", 1, "said", (), None))
+    assert uploaded.wait(SOON)
+    book.finish()
+
+
+def test_a_failing_upload_is_told_once_and_nothing_else(book: Logbook, caplog: pytest.LogCaptureFixture) -> None:
+    tries: list[bytes] = []
+
+    def refuse(text: bytes) -> None:
+        tries.append(text)
+        raise RunError(Reason.S3_DENIED, "spec.output.uri: PutObject is refused")
+
+    book.open(refuse)
+    for step in (1, 2, 3):
+        say("a step")
+        book.report(report(step))
+        ends = time.monotonic() + SOON
+        while len(tries) < step and time.monotonic() < ends:
+            time.sleep(0.01)
+    book.finish()
+    assert len(tries) >= 3
+    told = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert told == ["the log is not in the output: spec.output.uri: PutObject is refused"]
+
+
+def test_an_upload_that_hangs_delays_the_end_by_its_bound_and_the_run_not_at_all(
+    book: Logbook, caplog: pytest.LogCaptureFixture
+) -> None:
+    go_on, entered = threading.Event(), threading.Event()
+
+    def hang(_: bytes) -> None:
+        entered.set()
+        go_on.wait()
+
+    book.open(hang)
+    say("a step")
+    started = time.monotonic()
+    book.report(report(1))
+    assert entered.wait(SOON)
+    for step in range(2, 100):
+        say("a step")
+        book.report(report(step))
+    assert time.monotonic() - started < 1
+    started = time.monotonic()
+    book.finish(0.3)
+    assert 0.3 <= time.monotonic() - started < 2
+    go_on.set()
+    assert caplog.messages[-1] == "the end of the log is not in the output: it could not be written within 0.3 s"
+
+
+def test_no_secret_is_uploaded(book: Logbook, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(REDACTOR, "_values", set())
+    monkeypatch.setattr(REDACTOR, "_known", None)
+    REDACTOR.learn(["c4n4ry/of+the/output"])
+    uploads: list[bytes] = []
+    book.open(uploads.append)
+    say(
+        "c4n4ry/of+the/output",
+        url="https://u:c4n4ry-of-a-url@s3",
+        long=["c4n4ry/of+the/output " * 2000],
+        token="c4n4ry",
+    )
+    book.finish()
+    assert MASK.encode() in uploads[-1]
+    assert b"c4n4ry" not in uploads[-1]
+
+
+@pytest.fixture
+def process(book: Logbook, tmp_path: Path) -> Process:
+    return Process(Farewell(tmp_path / "word"), logbook=book)
+
+
+def test_the_log_has_the_reason_of_a_failure(process: Process) -> None:
+    uploads: list[bytes] = []
+    process.logbook.open(uploads.append)
+    assert end_badly(RunError(Reason.LOSS_DIVERGED, "loss 80"), process) == 1
+    last = json.loads(uploads[-1].splitlines()[-1])
+    assert (last["message"], last["reason"]) == ("the run failed", "LossDiverged")
+
+
+def test_nothing_waits_for_an_output_that_cannot_be_written(process: Process) -> None:
+    uploads: list[bytes] = []
+    process.logbook.open(uploads.append)
+    end_badly(RunError(Reason.S3_DENIED, "spec.output.uri: s3://a/b: PutObject is refused"), process)
+    assert uploads == []
+
+
+def test_a_process_says_that_it_is_done_once_its_log_is_written(
+    process: Process, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The launcher ends the others of its pod then."""
+    seen: list[list[str]] = []
+    process.logbook.open(lambda _: seen.append(sorted(path.name for path in tmp_path.iterdir())))
+    assert leave(LastWord(reason=Reason.PUBLISHED), process, tmp_path / "word") == 0
+    assert (seen, (tmp_path / "word").exists()) == ([[]], True)
+    monkeypatch.setenv("RANK", "1")
+    other = Process(Farewell(tmp_path / "1.json"))
+    other.logbook.open(lambda _: seen.append(sorted(path.name for path in tmp_path.iterdir())))
+    other.logbook.handle(logging.LogRecord("a", logging.INFO, "f", 1, "said", (), None))
+    assert leave(None, other, tmp_path / "{rank}.json") == 0
+    assert (seen[1], (tmp_path / "1.done").exists()) == (["word"], True)
+
+
+def test_a_stop_while_the_log_is_written_changes_nothing(process: Process) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    process.stop.listen(lambda: None)
+    try:
+        process.logbook.open(lambda _: os.kill(os.getpid(), signal.SIGTERM))
+        assert leave(LastWord(reason=Reason.PUBLISHED), process, Path("word")) == 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        for thread in threading.enumerate():
+            if isinstance(thread, threading.Timer):
+                thread.cancel()
+    assert process.stop.requested
+
+
+def test_the_log_of_a_preparation_is_beside_the_results(tmp_path: Path) -> None:
+    spec = write_job(tmp_path, dataset={"uri": f"file://{tmp_path}/absent.jsonl"})
+    config = prepare_config(spec).model_copy(update={"uid": "0a1b"})
+    (tmp_path / "config.json").write_text(config.model_dump_json(by_alias=True))
+    options = {"config": tmp_path / "config.json", "work": tmp_path / "work", "termination-message": tmp_path / "word"}
+    command = [
+        sys.executable,
+        "-m",
+        "qlora_trainer",
+        "prepare",
+        *(f"--{name}={path}" for name, path in options.items()),
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    kept = (tmp_path / "output" / "colours" / "logs" / "0a1b" / "prepare.jsonl").read_text()
+    assert kept == done.stdout
+    assert json.loads(kept.splitlines()[-1])["reason"] == "DatasetNotFound"

@@ -1,0 +1,171 @@
+"""What a process said, kept in the output for those who look when its pod is gone; it never fails or delays a run."""
+
+import json
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Final
+
+from qlora_api.logs import JsonLines, to_time
+from qlora_api.v1alpha1 import Checkpoint, Progress
+
+FIRST_BYTES: Final = 1 << 20
+"""What is kept of the beginning: how the run was set up, and some 2,500 steps."""
+LAST_BYTES: Final = 4 << 20
+"""What is kept of the end: some 10,000 steps, and how it ended."""
+FIELD_CHARACTERS: Final = 16_384
+"""Longest field of a line; a longer one, such as an endless traceback, keeps its beginning and its end."""
+INTERVAL_SECONDS: Final = 300.0
+"""How long a line waits for the next upload where no checkpoint brings one."""
+LAST_SECONDS: Final = 10.0
+"""Longest wait for the last upload; with the last word it is within what torch's launcher gives the other processes."""
+
+log = logging.getLogger(__name__)
+
+
+class Kept:
+    """The first and the last lines, in bounded memory."""
+
+    def __init__(self, first_bytes: int = FIRST_BYTES, last_bytes: int = LAST_BYTES) -> None:
+        self.count = 0
+        """Lines so far, with those that were left out."""
+        self._room = first_bytes
+        self._limit = last_bytes
+        self._first: list[bytes] = []
+        self._last: deque[tuple[float, bytes]] = deque()
+        self._last_bytes = 0
+        self._left_out, self._left_out_bytes, self._left_out_at = 0, 0, 0.0
+        self._lock = threading.Lock()
+
+    def add(self, line: str, created: float) -> None:
+        """Keep a line, written at a time; of those in the middle the oldest goes."""
+        raw = line.encode(errors="replace") + b"\n"
+        with self._lock:
+            self.count += 1
+            if len(raw) <= self._room:
+                self._first.append(raw)
+                self._room -= len(raw)
+                return
+            self._room = 0
+            self._last.append((created, raw))
+            self._last_bytes += len(raw)
+            while self._last_bytes > self._limit:
+                self._leave_out(*self._last.popleft())
+
+    def _leave_out(self, created: float, raw: bytes) -> None:
+        self._left_out += 1
+        self._left_out_bytes += len(raw)
+        self._left_out_at = created
+        self._last_bytes -= len(raw)
+
+    def text(self) -> bytes:
+        """Return the lines, with one that tells how many are left out."""
+        with self._lock:
+            return b"".join([*self._first, *self._gap(), *(raw for _, raw in self._last)])
+
+    def _gap(self) -> list[bytes]:
+        if not self._left_out:
+            return []
+        told = {
+            "time": to_time(self._left_out_at),
+            "level": "warning",
+            "logger": __name__,
+            "message": f"{self._left_out:,} lines ({self._left_out_bytes:,} bytes) are left out here: of a long log "
+            "the output has the beginning and the end",
+        }
+        return [json.dumps(told).encode() + b"\n"]
+
+
+def shorten(line: str) -> str:
+    """Return a line of JSON whose fields have a bounded length."""
+    if len(line) <= FIELD_CHARACTERS:
+        return line
+    return json.dumps({name: _shortened(value) for name, value in json.loads(line).items()}, ensure_ascii=False)
+
+
+def _shortened(value: Any) -> Any:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    if len(text) <= FIELD_CHARACTERS:
+        return value
+    half = FIELD_CHARACTERS // 2
+    return f"{text[:half]} … {len(text) - 2 * half:,} characters are left out … {text[-half:]}"
+
+
+class Logbook(logging.Handler):
+    """Collects every line of this process, and uploads them from a thread of its own.
+
+    It hears the progress as any sink does: what was said before a checkpoint is to be as safe as the checkpoint.
+    """
+
+    def __init__(self, interval: float = INTERVAL_SECONDS) -> None:
+        super().__init__()
+        self.setFormatter(JsonLines())
+        self._kept = Kept()
+        self._interval = interval
+        self._put: Callable[[bytes], object] | None = None
+        self._thread: threading.Thread | None = None
+        self._news = threading.Condition()
+        self._due = self._over = self._told = False
+        self._uploaded = 0
+        self._checkpoint: Checkpoint | None = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep a line; what it says is free of secrets already, as on standard output."""
+        try:
+            self._kept.add(shorten(self.format(record)), record.created)
+        except Exception:
+            self.handleError(record)
+
+    def open(self, put: Callable[[bytes], object]) -> None:
+        """From now on, write all that was said so far into the output from time to time."""
+        self._put = put
+        self._thread = threading.Thread(target=self._work, name="logbook", daemon=True)
+        self._thread.start()
+
+    def report(self, progress: Progress) -> None:
+        """Upload beside the run when there is a new checkpoint."""
+        if progress.checkpoint is not None and progress.checkpoint != self._checkpoint:
+            self._checkpoint = progress.checkpoint
+            with self._news:
+                self._due = True
+                self._news.notify()
+
+    def note(self, text: str) -> None:
+        """Leave sentences to the log."""
+
+    def finish(self, seconds: float = LAST_SECONDS) -> None:
+        """Upload what is left, in bounded time; the process ends after this."""
+        if self._thread is None:
+            return
+        with self._news:
+            self._over = True
+            self._news.notify()
+        self._thread.join(seconds)
+        if self._thread.is_alive():
+            self._tell(f"the end of the log is not in the output: it could not be written within {seconds:g} s")
+
+    def _work(self) -> None:
+        over = False
+        while not over:
+            with self._news:
+                self._news.wait_for(lambda: self._due or self._over, self._interval)
+                self._due, over = False, self._over
+            self._upload()
+
+    def _upload(self) -> None:
+        count = self._kept.count
+        if self._put is None or count == self._uploaded:
+            return
+        try:
+            self._put(self._kept.text())
+        except Exception as error:
+            # Whatever it is: the run is worth more than its log, which standard output has as well.
+            self._tell(f"the log is not in the output: {error}")
+        else:
+            self._uploaded = count
+
+    def _tell(self, text: str) -> None:
+        if not self._told:
+            self._told = True
+            log.warning(text)
