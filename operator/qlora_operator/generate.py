@@ -12,10 +12,8 @@ from typing import Any, Final
 import yaml
 
 from qlora_api import crd, metrics
-from qlora_api.guidance import GUIDANCE
-from qlora_api.names import FIELD_MANAGER, GROUP, KIND, Reason
+from qlora_api.names import KIND
 from qlora_cli.reference import command_reference
-from qlora_operator.build.event import ACTIONS, event_type
 from qlora_operator.chart import build_values_schema, read_values, render_values_table
 from qlora_operator.cluster.permissions import (
     build_cluster_rules,
@@ -24,7 +22,7 @@ from qlora_operator.cluster.permissions import (
     build_rules,
     build_view_rules,
 )
-from qlora_operator.recovery.retries import DISRUPTIONS, REMEDIES, REMEDY_SENTENCES
+from qlora_operator.reason_reference import render_events, render_reasons
 from qlora_operator.validity import render_table
 
 CHART: Final = "charts/qlora-operator"
@@ -202,48 +200,8 @@ def field_reference_file() -> str:
     return "\n".join(lines) + "\n"
 
 
-def reason_reference_file() -> str:
-    """Every reason of a condition, with what to do."""
-    lines = [f"<!-- {_NOTE} -->", "# Reasons", "", "The `reason` of a condition, and of `status.reason`.", ""]
-    for reason, (sentence, remedy) in GUIDANCE.items():
-        then = [f"**After an attempt:** {what_follows(reason)}", ""] if reason in REMEDIES else []
-        lines += [f"## {reason}", "", sentence, "", *then, f"**What to do:** {remedy}", ""]
-    return "\n".join(lines).rstrip() + "\n"
-
-
-def event_reference_file() -> str:
-    """Every Event that the operator makes."""
-    actions = ", ".join(f"{verb} ({phase})" for phase, verb in ACTIONS.items())
-    rows = (
-        f"| [{reason}](reasons.md#{reason.lower()}) | {event_type(reason)} | {GUIDANCE[reason][0]} |"
-        for reason in Reason
-    )
-    return "\n".join(
-        [
-            f"<!-- {_NOTE} -->",
-            "# Events",
-            "",
-            "The operator makes one Event for each change of a QLoRAJob's phase or reason, before it writes the",
-            "status: `kubectl describe qlj NAME`, `kubectl events --for qlorajob/NAME`, `qlora events NAME`. Progress",
-            "makes none. An operator that is restarted halfway tells of nothing twice, since the name of an Event",
-            "follows from its transition. Kubernetes keeps Events for an hour; the status keeps what matters.",
-            "",
-            f"`reportingController` is `{GROUP}/{FIELD_MANAGER}`, `note` is the status's message, `reason` its",
-            "reason. `type` is Warning for what ends a run badly, and for what hinders one although it goes on.",
-            f"`action` is a verb for the phase: {actions}.",
-            "",
-            "| reason | type | meaning |",
-            "|---|---|---|",
-            *rows,
-            "",
-        ]
-    )
-
-
-def what_follows(reason: Reason) -> str:
-    """Say what becomes of a run whose attempt ended so."""
-    counts = "it does not count" if reason in DISRUPTIONS else "it counts"
-    return f"{REMEDY_SENTENCES[REMEDIES[reason]]}; {counts} against `spec.retries.maxAttempts`."
+def _noted(page: str) -> str:
+    return f"<!-- {_NOTE} -->\n{page}"
 
 
 def validity_file() -> str:
@@ -299,11 +257,6 @@ def _metric_table(listed: tuple[metrics.Metric, ...]) -> Iterator[str]:
         yield f"| `{metric.name}` | {metric.kind} | {labels} | {metric.series} | {metric.help} |"
 
 
-def command_reference_file() -> str:
-    """Every command of `qlora`."""
-    return f"<!-- {_NOTE} -->\n{command_reference()}"
-
-
 FILES: Final[dict[str, Callable[[], str]]] = {
     "crds/qlorajobs.qlora.dev.yaml": crd_file,
     "crds/qlorajob.schema.json": editor_schema_file,
@@ -311,12 +264,12 @@ FILES: Final[dict[str, Callable[[], str]]] = {
     f"{CHART}/templates/_rules.tpl": chart_rules_file,
     f"{CHART}/values.schema.json": chart_values_schema_file,
     f"{CHART}/README.md": chart_readme_file,
-    "docs/reference/cli.md": command_reference_file,
+    "docs/reference/cli.md": lambda: _noted(command_reference()),
     "docs/reference/fields.md": field_reference_file,
-    "docs/reference/reasons.md": reason_reference_file,
+    "docs/reference/reasons.md": lambda: _noted(render_reasons()),
     "docs/reference/distribution.md": validity_file,
     "docs/reference/metrics.md": metric_reference_file,
-    "docs/reference/events.md": event_reference_file,
+    "docs/reference/events.md": lambda: _noted(render_events()),
 }
 
 

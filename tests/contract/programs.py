@@ -37,6 +37,7 @@ _KUBECTL: Final[Mapping[str, frozenset[str]]] = {
     "get": frozenset({"--watch"}),
     "kustomize": frozenset(),
     "logs": frozenset({"--previous"}),
+    "patch": frozenset({"--type", "-p"}),
     "port-forward": frozenset(),
     "rollout": frozenset({"--timeout"}),
     "wait": frozenset({"--for", "--timeout"}),
@@ -166,6 +167,9 @@ def check_kubectl(words: Sequence[str]) -> None:
     for word in rest:
         if re.fullmatch(r"(qlj|[a-z]+)/[\w.-]+", word) and verb in {"logs", "rollout", "wait", "port-forward"}:
             _check_resource(word)
+    for patch in values_of("-p", rest):
+        for block, change in json.loads(patch).items():
+            assert all(check_field(f"{block}.{name}") is None for name in change)
     if verb == "explain":
         _check_resource(rest[0].partition(".")[0])
         check_field(rest[0].partition(".")[2])
