@@ -35,7 +35,7 @@ check: setup ## lint, types, import rules, generated files: under a minute
 	$(BIN)/mypy
 	$(BIN)/python -m qlora_operator.generate --check
 
-test: setup ## every test: unit, integration (real control plane), e2e (real node)
+test: setup ## every test: unit, browser (Chromium), integration (real control plane), e2e (real node)
 	$(BIN)/python -m tests.cluster build --node --controllers
 	$(BIN)/pytest tests --durations=40
 

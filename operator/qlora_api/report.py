@@ -207,6 +207,10 @@ class RunReport(ApiModel):
 
     job: str
     namespace: str
+    run: str = ""
+    """Uid of the QLoRAJob; empty without a cluster."""
+    attempt: int = 1
+    """The attempt that published; earlier ones may have done a part of the steps."""
     digest: str
     spec: QLoRAJobSpec
     plan: Plan

@@ -1,4 +1,4 @@
-"""The Debian packages that a node and the image builds need, installed when they are missing."""
+"""The Debian packages that a node, the image builds and tests of pages need, installed when they are missing."""
 
 import os
 import shutil
@@ -18,6 +18,7 @@ COMMANDS: Final = {
     "openssl": "openssl",
     "/usr/lib/cni/bridge": "containernetworking-plugins",
     "/bin/busybox": "busybox-static",
+    "chromium": "chromium",
 }
 """A command that proves that its package is there."""
 

@@ -7,7 +7,8 @@ from huggingface_hub import ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from qlora_api.report import RunReport
-from qlora_trainer.report import make_comparison, make_recipe
+from qlora_trainer.recipe import make_recipe
+from qlora_trainer.report import make_comparison
 
 CARD: Final = "README.md"
 TAGS: Final = {"qlora": ("lora", "qlora"), "lora": ("lora",), "full": ()}

@@ -32,11 +32,16 @@ _SMOOTH_FROM_STEPS: Final = 20
 """Fewer steps are drawn as they are: a smoothed line would lag behind them."""
 _DRAWN_POINTS: Final = 1000
 """Of a scatter or a line: more make a page of megabytes and no other picture."""
-_CHART_INCHES: Final = (4.0, 2.7)
-"""A letter of 10 points has then 12 pixels on a phone, and 10 or 15 in one of three or two columns."""
+_CHART_INCHES: Final = (4.0, 3.0)
+_TALL_INCHES: Final = (4.0, 3.9)
+"""Of the first two, one of which has a long legend."""
+_LETTER_POINTS: Final = 12.5
+"""14 pixels on a phone of 390, and 12 or 19 in one of three or two columns."""
 _STYLE: Final[dict[Any, Any]] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "qlora",
+    "font.size": _LETTER_POINTS,
+    "legend.fontsize": "medium",
     "text.color": _INK,
     "axes.labelcolor": _INK,
     "axes.edgecolor": _LINE,
@@ -60,7 +65,7 @@ def draw_loss(report: RunReport) -> bytes:
     figure = Figure(figsize=(9, 4.5), dpi=140, layout="constrained")
     axes = _axes(figure)
     axes.grid(color="#e6eaf0")
-    _plot_loss(axes, report)
+    _plot_loss(axes, report, legend_columns=2)
     sink = io.BytesIO()
     figure.savefig(sink, format="png")
     return sink.getvalue()
@@ -69,10 +74,9 @@ def draw_loss(report: RunReport) -> bytes:
 def draw_charts(report: RunReport, rows: Sequence[EvaluatedRow]) -> Iterator[Chart]:
     """Yield the pictures of the page, each where there is something to see."""
     base, adapter = report.evaluation.base, report.evaluation.adapter
-    yield _draw(
-        "Loss", f"Held out, it went from {base.loss:.3f} to {adapter.loss:.3f}.", lambda axes: _plot_loss(axes, report)
-    )
-    yield _draw("Each held-out row", describe_rows(rows), lambda axes: _plot_rows(axes, rows))
+    course = f"Held out, it went from {base.loss:.3f} to {adapter.loss:.3f}."
+    yield _draw("Loss", course, lambda axes: _plot_loss(axes, report), _TALL_INCHES)
+    yield _draw("Each held-out row", describe_rows(rows), lambda axes: _plot_rows(axes, rows), _TALL_INCHES)
     if report.held_out:
         yield _draw("Held-out loss", _describe_looks(report), lambda axes: _plot_looks(axes, report))
     yield _draw(
@@ -87,9 +91,9 @@ def draw_charts(report: RunReport, rows: Sequence[EvaluatedRow]) -> Iterator[Cha
         yield _draw("Tokens per second", caption, lambda axes: _plot_steps(axes, report, speeds))
 
 
-def _draw(title: str, caption: str, plot: Callable[[Axes], None]) -> Chart:
+def _draw(title: str, caption: str, plot: Callable[[Axes], None], inches: tuple[float, float] = _CHART_INCHES) -> Chart:
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=_CHART_INCHES, layout="constrained")
+        figure = Figure(figsize=inches, layout="constrained")
         axes = _axes(figure)
         plot(axes)
         sink = io.StringIO()
@@ -101,7 +105,7 @@ def for_page(svg: str, label: str) -> str:
     """Return matplotlib's SVG as a part of a page: without a size, in the page's colours, and with what it shows."""
     body = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     body = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", body)
-    body = body.replace(_INK, "currentColor").replace(_LINE, "var(--line)")
+    body = body.replace(_INK, "currentColor").replace(_LINE, "var(--line)").replace(_RAW, "var(--raw)")
     head, rest = body.split(">", 1)
     (box,) = re.findall(r'viewBox="[^"]+"', head)
     return f'<svg {box} xmlns:xlink="http://www.w3.org/1999/xlink" role="img" aria-label="{label}">{rest}'
@@ -115,7 +119,7 @@ def _axes(figure: Figure) -> Axes:
     return axes
 
 
-def _plot_loss(axes: Axes, report: RunReport) -> None:
+def _plot_loss(axes: Axes, report: RunReport, legend_columns: int = 1) -> None:
     steps, losses = [record.step for record in report.history], [record.loss for record in report.history]
     if len(steps) < _SMOOTH_FROM_STEPS:
         axes.plot(steps, losses, color=_SMOOTH, linewidth=2, marker="o", markersize=3, label="training")
@@ -130,7 +134,7 @@ def _plot_loss(axes: Axes, report: RunReport) -> None:
         axes.plot(*looks, color=_ADAPTER, linewidth=1.6, marker="o", markersize=4, label="held out, while training")
     _plot_ends(axes, report)
     _label_steps(axes, "nats per token")
-    axes.figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize="small")
+    axes.figure.legend(loc="outside lower center", ncols=legend_columns, frameon=False)
 
 
 def _plot_ends(axes: Axes, report: RunReport) -> None:
@@ -146,7 +150,7 @@ def _plot_looks(axes: Axes, report: RunReport) -> None:
     axes.plot(*looks, color=_ADAPTER, linewidth=2, marker="o", markersize=4, label="each look")
     axes.axvline(report.adapter_step, color=_SMOOTH, linewidth=1.2, linestyle=":", label="the adapter")
     _label_steps(axes, "nats per token")
-    axes.legend(frameon=False, fontsize="small")
+    axes.legend(frameon=False)
 
 
 def _describe_looks(report: RunReport) -> str:
@@ -163,7 +167,7 @@ def _plot_rows(axes: Axes, rows: Sequence[EvaluatedRow]) -> None:
     axes.plot([0, top], [0, top], color=_BASE, linewidth=1.4, linestyle="--", label="no change")
     axes.scatter(base, adapter, s=14, color=_SMOOTH, alpha=0.6, linewidths=0, label="a row")
     axes.set(xlim=(0, top), ylim=(0, top), xlabel="base, nats per token", ylabel="adapter, nats per token")
-    axes.legend(frameon=False, fontsize="small", loc="upper left")
+    axes.legend(frameon=False, loc="upper left")
 
 
 def describe_rows(rows: Sequence[EvaluatedRow]) -> str:
@@ -177,7 +181,7 @@ def _plot_norms(axes: Axes, report: RunReport) -> None:
     bound = report.spec.training.max_grad_norm
     axes.axhline(bound, color=_BASE, linewidth=1.4, linestyle="--", label=f"clipped above {bound:g}")
     _plot_steps(axes, report, [record.grad_norm for record in report.history])
-    axes.legend(frameon=False, fontsize="small")
+    axes.legend(frameon=False)
 
 
 def _describe_norms(report: RunReport) -> str:

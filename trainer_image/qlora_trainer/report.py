@@ -9,8 +9,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from qlora_api import __version__
 from qlora_api.report import Interval, RunReport
-from qlora_api.v1alpha1 import LoraSpec
 from qlora_trainer.chart import Chart
+from qlora_trainer.footprint import gibibytes, make_footprint
+from qlora_trainer.lineage import make_lineage
+from qlora_trainer.recipe import make_recipe
 
 _LIBRARIES: Final = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
 
@@ -30,13 +32,24 @@ class Tile:
 
 
 @dataclass(frozen=True)
+class Figure:
+    """A figure and the range that it would probably stay in."""
+
+    value: str
+    interval: str
+
+    def __str__(self) -> str:
+        return f"{self.value} {self.interval}"
+
+
+@dataclass(frozen=True)
 class Comparison:
     """One metric of base and adapter."""
 
     label: str
-    base: str
-    adapter: str
-    change: str
+    base: Figure
+    adapter: Figure
+    change: Figure
     tone: str
 
 
@@ -58,19 +71,22 @@ def render_html(report: RunReport, charts: Iterable[Chart] = ()) -> str:
         charts=tuple(charts),
         tiles=make_tiles(report),
         comparison=make_comparison(report),
+        plan=make_plan_rows(report),
+        footprint=make_footprint(report.plan, report.spec.resources.memory, report.peak_memory_bytes),
         tables=make_tables(report),
     )
 
 
 def make_tiles(report: RunReport) -> tuple[Tile, ...]:
     """Return the figures at the top."""
-    base, adapter = report.evaluation.base, report.evaluation.adapter
+    base, adapter, predicted = report.evaluation.base, report.evaluation.adapter, report.plan.peak_bytes
+    expected = f", {gibibytes(predicted)} predicted" if predicted is not None else ""
     return (
         Tile("held-out loss", f"{base.loss:.3f} → {adapter.loss:.3f}", _tone(adapter.loss - base.loss)),
         Tile("optimizer steps", f"{len(report.history)}"),
         Tile("training time", duration(report.training_seconds)),
         Tile("tokens per second", f"{report.tokens_per_second:,.0f}"),
-        Tile("peak memory", f"{report.peak_memory_bytes / 2**30:.1f} GiB"),
+        Tile(f"peak memory{expected}", gibibytes(report.peak_memory_bytes)),
     )
 
 
@@ -111,53 +127,52 @@ def _compare(metric: Metric, report: RunReport) -> Comparison:
     )
 
 
-def _figure(value: float, interval: Interval, style: str) -> str:
-    return f"{value:{style}} ({interval.low:{style}} to {interval.high:{style}})"
+def _figure(value: float, interval: Interval, style: str) -> Figure:
+    return Figure(f"{value:{style}}", f"({interval.low:{style}} to {interval.high:{style}})")
 
 
-def make_recipe(report: RunReport) -> tuple[tuple[str, str], ...]:
-    """Return what decided the adapter beside model and data."""
-    spec, training = report.spec, report.spec.training
-    adapter = () if spec.method == "full" else (("Adapter", describe_adapter(spec.lora)),)
+def make_plan_rows(report: RunReport) -> tuple[tuple[str, str], ...]:
+    """Return how the run was executed."""
+    plan, training = report.plan, report.spec.training
+    gpus = f"{plan.gpus_per_node} x {plan.gpu_product or 'GPU'}" if plan.gpus_per_node else "no GPU"
     return (
-        ("Method", f"{spec.method}, {spec.quantization.bits}-bit base"),
-        *adapter,
-        ("Learning rate", f"{training.learning_rate:g}, {training.scheduler}, {training.warmup_ratio:.0%} warm-up"),
-        ("Global batch", f"{training.global_batch_size} rows, in micro-batches of {report.plan.micro_batch_size}"),
-        ("Seed", str(training.seed)),
+        ("Device", f"{plan.device}: {plan.nodes} node{'s' if plan.nodes > 1 else ''}, each with {gpus}"),
+        ("Strategy", f"{plan.strategy}, {plan.processes} process{'es' if plan.processes > 1 else ''}"),
+        ("Batch", f"{training.global_batch_size} rows a step, {plan.micro_batch_size} a pass in each process"),
+        ("Steps", f"{len(report.history):,} of {plan.total_steps:,}; the adapter is of step {report.adapter_step:,}"),
     )
 
 
-def describe_adapter(lora: LoraSpec) -> str:
-    """Return an adapter's settings in a line."""
-    kinds = [kind for kind, chosen in (("DoRA", lora.dora), ("rsLoRA", lora.rslora)) if chosen]
-    start = [] if lora.init == "default" else [f"started by {lora.init}"]
-    whole = [f"with all of {', '.join(lora.modules_to_save)}"] if lora.modules_to_save else []
-    settings = f"{' '.join([*kinds, 'rank'])} {lora.rank}, alpha {lora.alpha}, dropout {lora.dropout}"
-    return " ".join([settings, "on", ", ".join(lora.targets), *whole, *start])
-
-
-def make_tables(report: RunReport) -> tuple[Table, ...]:
-    """Return what the run was made of."""
-    plan, data, serving = report.plan, report.prepared.dataset, report.serving
-    rows = (
+def make_data_rows(report: RunReport) -> tuple[tuple[str, str], ...]:
+    """Return what there was to learn from."""
+    data = report.prepared.dataset
+    return (
         ("Format", data.format),
         ("Rows", f"{data.training_rows:,} to learn from, {data.evaluation_rows:,} held out"),
         ("Tokens", f"{data.training_tokens:,}, the longest row {data.longest_row_tokens:,}"),
         ("Cut at maxLength", f"{data.truncated_rows:,} rows"),
-        ("SHA-256", data.digest),
+        ("Left out", f"{data.dropped_rows:,} rows"),
     )
-    reasons = tuple((f"{number}", reason) for number, reason in enumerate(plan.reasons, start=1))
+
+
+def make_loading_rows(report: RunReport) -> tuple[tuple[str, str], ...]:
+    """Return who can load the result."""
+    serving = report.serving
     flag = f", with --max-lora-rank {serving.max_lora_rank}" if serving.max_lora_rank else ""
     loads = f"yes{flag}" if serving.vllm else f"no: {'; '.join(serving.problems)}"
     library = "transformers" if report.spec.method == "full" else "PEFT"
+    return ((library, "yes, proven in a fresh process"), ("vLLM, by its rules", loads))
+
+
+def make_tables(report: RunReport) -> tuple[Table, ...]:
+    """Return what the run was made of."""
     return (
+        Table("Choices by model and hardware", tuple(report.choices.items())),
         Table("Recipe", make_recipe(report)),
-        Table("Data", rows),
-        Table("Loading", ((library, "yes, proven in a fresh process"), ("vLLM, by its rules", loads))),
+        Table("Data", make_data_rows(report)),
+        Table("Loading", make_loading_rows(report)),
         *describe_merge(report),
-        Table("Choices", tuple(report.choices.items())),
-        *((Table("Plan", reasons),) if reasons else ()),
+        Table("Lineage", make_lineage(report)),
         Table("Versions", tuple(report.versions.items())),
     )
 

@@ -259,6 +259,8 @@ def build_report(config: RunConfig, choices: Choices, outcome: Outcome, started:
     return RunReport(
         job=config.job,
         namespace=config.namespace,
+        run=config.uid,
+        attempt=config.attempt,
         digest=config.prepared.digest,
         spec=config.spec,
         plan=config.plan,

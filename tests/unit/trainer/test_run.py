@@ -216,7 +216,7 @@ def test_page_shows_each_figure_with_its_interval(published):
     page = (folder / "report/report.html").read_text()
     report = RunReport.model_validate_json((folder / "report/report.json").read_text())
     loss, sure = report.evaluation.adapter.loss, report.confidence.adapter.loss
-    assert f">{loss:.3f} ({sure.low:.3f} to {sure.high:.3f})<" in page
+    assert f">{loss:.3f} <span>({sure.low:.3f} to {sure.high:.3f})</span><" in page
     answered = report.confidence.change.rouge_l
     assert answered is not None
     assert f"({answered.low:+.1%} to {answered.high:+.1%})" in page
@@ -251,6 +251,32 @@ def test_looks_while_training_have_a_picture_with_the_step_that_was_kept(publish
     assert chart.caption == "3 looks while training, the lowest 2.500 after step 2; the adapter is that of step 2."
 
 
+def test_page_says_where_the_result_comes_from(published, spec):
+    folder, _ = published
+    page = (folder / "report/report.html").read_text()
+    report, _ = read_report(folder)
+    lineage = page[page.index("<h2>Lineage</h2>") :]
+    for part in (
+        spec.model.uri,
+        report.prepared.model.commit,
+        spec.dataset.uri,
+        report.prepared.dataset.digest,
+        report.prepared.prefix,
+        report.digest,
+        ">ml/colours, attempt 1<",
+        ">20% of them, chosen by a hash of each row<",
+    ):
+        assert part in lineage, part
+
+
+def test_page_says_how_the_run_was_executed_and_why(published):
+    page = (published[0] / "report/report.html").read_text()
+    assert ">cpu: 1 node, each with no GPU<" in page
+    assert ">8 rows a step, 4 a pass in each process<" in page
+    assert ">4 of 4; the adapter is of step 4<" in page
+    assert "<li>a test</li>" in page
+
+
 def test_page_says_where_a_merged_models_difference_is(published):
     report, _ = read_report(published[0])
     merged = report.spec.output.model_copy(update={"merged": "bf16", "merge_base": "dequantised"})
@@ -282,6 +308,6 @@ def test_page_shows_public_benchmarks(published):
     report = RunReport.model_validate_json((folder / "report/report.json").read_text())
     score = TaskScore(task="arc_easy", metric="acc", base=0.25, base_error=0.125, adapter=0.5, adapter_error=None)
     page = render_html(report.model_copy(update={"tasks": (score,)}))
-    assert "<td>arc_easy</td><td>acc</td>" in page
+    assert re.search(r">arc_easy</th><td[^>]*>acc</td>", page)
     assert [figure in page for figure in (">0.250 ± 0.125<", ">0.500<")] == [True, True]
     assert "Public benchmarks" not in render_html(report)

@@ -1,0 +1,54 @@
+"""Predicted and measured memory, side by side, and what each of them is of."""
+
+import pytest
+
+from qlora_api.v1alpha1 import Plan
+from qlora_trainer.footprint import Amount, make_footprint
+
+GIBIBYTE = 1 << 30
+
+
+def plan(**changes: object) -> Plan:
+    given = {"device": "cuda", "nodes": 1, "gpus_per_node": 1, "micro_batch_size": 1, "gradient_accumulation": 8}
+    return Plan.model_validate(given | {"total_steps": 4} | changes)
+
+
+@pytest.mark.parametrize(
+    ("predicted", "measured", "amounts", "difference"),
+    [
+        pytest.param(
+            8 * GIBIBYTE,
+            6 * GIBIBYTE,
+            (Amount("predicted", "8.00 GiB", 1.0), Amount("measured", "6.00 GiB", 0.75)),
+            "It took 25.0% less than predicted.",
+            id="less",
+        ),
+        pytest.param(
+            8 * GIBIBYTE,
+            10 * GIBIBYTE,
+            (Amount("predicted", "8.00 GiB", 0.8), Amount("measured", "10.00 GiB", 1.0)),
+            "It took 25.0% more than predicted.",
+            id="more",
+        ),
+        pytest.param(
+            8 * GIBIBYTE,
+            8 * GIBIBYTE,
+            (Amount("predicted", "8.00 GiB", 1.0), Amount("measured", "8.00 GiB", 1.0)),
+            "It took what was predicted.",
+            id="equal",
+        ),
+        pytest.param(
+            None, 3 * GIBIBYTE, (Amount("measured", "3.00 GiB", 1.0),), "The plan predicts none", id="not-predicted"
+        ),
+    ],
+)
+def test_what_was_measured_stands_beside_what_was_predicted(predicted, measured, amounts, difference):
+    found = make_footprint(plan(peak_bytes=predicted), "16Gi", measured)
+    assert found.amounts == amounts
+    assert found.note.startswith(difference)
+    assert found.note.endswith("its parts are among the plan's reasons.")
+
+
+def test_on_a_cpu_the_process_is_measured_and_its_pod_has_a_limit():
+    found = make_footprint(plan(device="cpu", gpus_per_node=0), "6Gi", 3 * GIBIBYTE)
+    assert found.note.endswith("the most of the process's resident set, libraries included; the pod's memory is 6Gi.")
