@@ -13,7 +13,7 @@ _TYPED: Final = re.compile(r"^\$ ((?:.*\\\n)*.*)$", re.MULTILINE)
 _INLINE: Final = re.compile(
     r"(?<!`)`((?:[a-z./]*/)?(?:aws|docker|helm|kind|kubectl|make|python|qlora)(?: [^`\n]+))`(?!`)"
 )
-_SEPARATORS: Final = frozenset({"|", "||", "&&", ";"})
+_SEPARATORS: Final = frozenset({"|", "||", "&&", ";", "&"})
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ def split(line: str) -> Iterator[tuple[str, ...]]:
             words = []
         else:
             words.append(word)
-    yield tuple(words)
+    if words:
+        yield tuple(words)
 
 
 def commands() -> list[Command]:

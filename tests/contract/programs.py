@@ -45,7 +45,9 @@ _KUBECTL: Final[Mapping[str, frozenset[str]]] = {
 """Options of kubectl 1.36 that pages use, per command."""
 _HELM: Final[Mapping[str, frozenset[str]]] = {
     "install": frozenset({"--namespace", "--create-namespace", "--set", "--wait"}),
-    "upgrade": frozenset({"--install", "--namespace", "--create-namespace", "--set", "--reset-then-reuse-values"}),
+    "upgrade": frozenset(
+        {"--install", "--namespace", "--create-namespace", "--set", "--wait", "--reset-then-reuse-values"}
+    ),
     "template": frozenset({"--show-only"}),
     "test": frozenset({"--namespace"}),
     "uninstall": frozenset({"--namespace"}),
@@ -188,6 +190,12 @@ def check_docker(words: Sequence[str]) -> None:
     stages = re.findall(r"^FROM .* AS (\S+)$", (ROOT / "Dockerfile").read_text(encoding="utf-8"), re.MULTILINE)
     assert set(values_of("--target", words)) <= set(stages)
     assert words[0] in {"build", "run", "pull", "tag", "push"}
+
+
+def check_kind(words: Sequence[str]) -> None:
+    """The commands of kind that pages use."""
+    assert tuple(words[:2]) in {("create", "cluster"), ("delete", "cluster"), ("load", "docker-image")}
+    assert options_of(words) <= {"--name"}
 
 
 def check_aws(words: Sequence[str]) -> None:

@@ -12,6 +12,7 @@ from tests.contract.programs import (
     check_aws,
     check_docker,
     check_helm,
+    check_kind,
     check_kubectl,
     check_make,
     check_paths,
@@ -24,13 +25,14 @@ PROGRAMS: Final[Mapping[str, Callable[[Sequence[str]], None]]] = {
     "aws": check_aws,
     "docker": check_docker,
     "helm": check_helm,
+    "kind": check_kind,
     "kubectl": check_kubectl,
     "make": check_make,
     "pip": check_pip,
     "python": check_python,
 }
-ELSEWHERE: Final = frozenset({"echo", "grep", "jq", "kyverno"})
-"""Programs that do something with what ours print."""
+ELSEWHERE: Final = frozenset({"echo", "export", "grep", "jq", "kyverno"})
+"""Programs that do something with what ours print, and words of the shell."""
 
 
 def check(command: Command) -> None:
