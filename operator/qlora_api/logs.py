@@ -43,15 +43,10 @@ def log_always_with(**values: object) -> None:
     _process.update(values)
 
 
-def to_time(seconds: float) -> str:
-    """Return a moment, in seconds since 1970, as lines have it."""
-    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-
 def describe(record: logging.LogRecord) -> dict[str, Any]:
     """Return the fields of a record without secrets; what everybody asks for comes first, and is never replaced."""
     told: dict[str, Any] = {
-        "time": to_time(record.created),
+        "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
         "level": record.levelname.lower(),
         "logger": record.name,
         "message": record.getMessage(),
@@ -62,6 +57,14 @@ def describe(record: logging.LogRecord) -> dict[str, Any]:
     if record.exc_info:
         told["exception"] = logging.Formatter().formatException(record.exc_info)
     return {name: REDACTOR.value(value, name) for name, value in told.items()}
+
+
+def time_of(line: str) -> str:
+    """Return the time of a line of JSON, nothing for any other line; times in UTC sort as text."""
+    try:
+        return str(json.loads(line)["time"])
+    except (ValueError, KeyError, TypeError):
+        return ""
 
 
 def to_text(told: Mapping[str, Any]) -> str:

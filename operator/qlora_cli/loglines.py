@@ -3,10 +3,17 @@
 import json
 from typing import Final, NamedTuple
 
+import typer
+from rich.console import Console
+from rich.markup import escape
+
 from qlora_api.logs import to_text
+from qlora_cli.pods import TrainerPod
 
 _KNOWN: Final = frozenset({"namespace", "job", "attempt", "rank", "updatedAt"})
 """Fields that the prefix says already, or the time does."""
+
+STYLES: Final = ("cyan", "green", "magenta", "yellow", "blue", "red")
 
 
 class LogLine(NamedTuple):
@@ -25,3 +32,26 @@ def read_line(line: str) -> LogLine:
     if not isinstance(told, dict) or "message" not in told:
         return LogLine(None, line)
     return LogLine(told.get("rank"), to_text({name: value for name, value in told.items() if name not in _KNOWN}))
+
+
+class Printer:
+    """Writes lines of several pods to standard output, each pod in a colour of its own, and each process of a pod."""
+
+    def __init__(self, *, prefix: bool, raw: bool, console: Console | None = None) -> None:
+        self._console = console or Console(highlight=False)
+        self._prefix = prefix
+        self._raw = raw
+        self._styles: dict[str, str] = {}
+
+    def show(self, pod: TrainerPod, line: str) -> None:
+        """Write one line."""
+        rank, text = LogLine(None, line) if self._raw else read_line(line)
+        label = pod.label if rank is None else f"{pod.label}/{rank}"
+        style = self._styles.setdefault(label, STYLES[len(self._styles) % len(STYLES)])
+        before = f"[{style}]{escape(label)} |[/] " if self._prefix else ""
+        self._console.print(before + escape(text), soft_wrap=True)
+
+    @staticmethod
+    def note(text: str) -> None:
+        """Write a sentence of the command's own."""
+        typer.echo(text, err=True)

@@ -3,24 +3,22 @@
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Final
+from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
-from qlora_cli.cluster import Cluster
+from qlora_api.logfiles import PREPARATION
+from qlora_cli.cluster import Cluster, ClusterError
 from qlora_cli.connection import Context, JobName, Kubeconfig, Namespace, open_connection, reporting_errors
-from qlora_cli.jobs import get_job
-from qlora_cli.loglines import LogLine, read_line
+from qlora_cli.jobs import ClusterJob, get_job
+from qlora_cli.keptlogs import Missing, latest_started
+from qlora_cli.loglines import Printer
 from qlora_cli.options import S3Endpoint
-from qlora_cli.pods import PREPARATION, TrainerPod, find_pods, latest_attempt
+from qlora_cli.pods import TrainerPod, find_pods, latest_attempt
 from qlora_cli.polling import Clock, look
-from qlora_cli.remains import show_remains
+from qlora_cli.remains import Wish, show_remains
 from qlora_cli.streams import Streams
 from qlora_operator.values import JobRef
-
-STYLES: Final = ("cyan", "green", "magenta", "yellow", "blue", "red")
 
 
 def logs(  # noqa: PLR0913, PLR0917 (an option each)
@@ -46,7 +44,7 @@ def logs(  # noqa: PLR0913, PLR0917 (an option each)
     context: Context = None,
     kubeconfig: Kubeconfig = None,
 ) -> None:
-    """Print the logs of all pods of an attempt, each line with its pod and process, or what remains of them."""
+    """Print the logs of all pods of an attempt, each line with its pod; from the output once they are gone."""
     query = {"timestamps": "true"} if timestamps else {}
     query |= {"tailLines": str(tail)} if tail is not None else {}
     with reporting_errors() as console:
@@ -55,11 +53,12 @@ def logs(  # noqa: PLR0913, PLR0917 (an option each)
         printer = Printer(prefix=prefix, raw=not sys.stdout.isatty() if raw is None else raw)
         choice = Choice(attempt, node)
         if follow:
-            found = follow_logs(cluster, ref, choice, query, printer, Clock())
+            missing = follow_logs(cluster, ref, choice, query, printer, Clock())
         else:
-            found = print_logs(cluster, ref, choice, query, printer)
-        if not found:
-            show_remains(get_job(cluster, ref), attempt, s3_endpoint, console)
+            missing = print_logs(cluster, ref, choice, query, printer)
+        if missing is not None:
+            wish = Wish(attempt, tail, timestamps, s3_endpoint)
+            show_remains(get_job(cluster, ref), missing, wish, printer, console)
 
 
 @dataclass(frozen=True)
@@ -78,57 +77,60 @@ class Choice:
             and self.node in {None, pod.node}
         ]
 
-
-class Printer:
-    """Writes lines of several pods to standard output, each pod in a colour of its own, and each process of a pod."""
-
-    def __init__(self, *, prefix: bool, raw: bool, console: Console | None = None) -> None:
-        self._console = console or Console(highlight=False)
-        self._prefix = prefix
-        self._raw = raw
-        self._styles: dict[str, str] = {}
-
-    def show(self, pod: TrainerPod, line: str) -> None:
-        """Write one line."""
-        rank, text = LogLine(None, line) if self._raw else read_line(line)
-        label = pod.label if rank is None else f"{pod.label}/{rank}"
-        style = self._styles.setdefault(label, STYLES[len(self._styles) % len(STYLES)])
-        before = f"[{style}]{escape(label)} |[/] " if self._prefix else ""
-        self._console.print(before + escape(text), soft_wrap=True)
-
-    @staticmethod
-    def note(text: str) -> None:
-        """Write a sentence of the command's own."""
-        typer.echo(text, err=True)
+    def missing(self, latest: int) -> Missing:
+        """Return what is meant, where no pod is left of it."""
+        nodes = None if self.node is None else frozenset({self.node})
+        return Missing(latest if self.attempt is None else self.attempt, nodes)
 
 
-def print_logs(cluster: Cluster, ref: JobRef, choice: Choice, query: Mapping[str, str], printer: Printer) -> bool:
-    """Print what was written until now, pod after pod; return whether there was a pod."""
-    get_job(cluster, ref)  # a name that is mistyped is an error, and not a run without pods
+def latest_of(job: ClusterJob, pods: Sequence[TrainerPod]) -> int:
+    """Return the latest attempt that has pods, or has had any."""
+    return max(latest_attempt(pods), latest_started(job))
+
+
+def print_logs(
+    cluster: Cluster, ref: JobRef, choice: Choice, query: Mapping[str, str], printer: Printer
+) -> Missing | None:
+    """Print what was written until now, pod after pod; return what the pods cannot tell."""
+    job = get_job(cluster, ref)  # a name that is mistyped is an error, and not a run without pods
     found = find_pods(cluster, ref)
-    pods = choice.of(found, latest_attempt(found))
-    for pod in pods:
-        if not pod.started:
-            printer.note(f"{pod.label} has written nothing yet: its container has not started")
-            continue
+    latest = latest_of(job, found)
+    pods = choice.of(found, latest)
+    lost = {pod.node for pod in pods if not print_pod(cluster, ref, pod, query, printer)}
+    if not pods:
+        return choice.missing(latest)
+    return Missing(pods[-1].attempt, frozenset(lost)) if lost else None
+
+
+def print_pod(cluster: Cluster, ref: JobRef, pod: TrainerPod, query: Mapping[str, str], printer: Printer) -> bool:
+    """Print what a pod has written; return whether it could be read, which ends with its node."""
+    if not pod.started:
+        printer.note(f"{pod.label} has written nothing yet: its container has not started")
+        return True
+    try:
         for line in cluster.log(ref.namespace, pod.name, query):
             printer.show(pod, line)
-    return bool(pods)
+    except ClusterError as error:
+        printer.note(f"{pod.label} cannot be read: {error}")
+        return False
+    return True
 
 
 def follow_logs(  # noqa: PLR0913, PLR0917 (what to print, how, and when)
     cluster: Cluster, ref: JobRef, choice: Choice, query: Mapping[str, str], printer: Printer, clock: Clock
-) -> bool:
-    """Print lines as they come, of this attempt and of those that follow; return whether there was a pod."""
+) -> Missing | None:
+    """Print lines as they come, of this attempt and of those that follow; return what the pods cannot tell."""
     streams = Streams(cluster, ref.namespace, {**query, "follow": "true"})
     first: int | None = None
+    latest = PREPARATION
     for job in look(cluster, ref, clock, printer.note):
         found = find_pods(cluster, ref)
+        latest = latest_of(job, found)
         if first is None and found:
-            first = latest_attempt(found)
+            first = latest
         streams.open(pod for pod in choice.of(found, first or PREPARATION) if pod.started)
         ended = job.finished and not streams.running
         streams.drain(printer.show)
         if ended:
             break
-    return streams.opened
+    return None if streams.opened else choice.missing(latest)

@@ -5,11 +5,10 @@ from dataclasses import dataclass
 from typing import Final
 
 from qlora_api import names
+from qlora_api.logfiles import PREPARATION
 from qlora_cli.cluster import Cluster, Object
 from qlora_operator.values import JobRef
 
-PREPARATION: Final = 0
-"""The number of the preparation, where an attempt is asked for."""
 _INDEX: Final = "batch.kubernetes.io/job-completion-index"
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import functools
 import logging
 import os
 import sys
@@ -11,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, TypeVar
 
-from qlora_api.logfiles import PREPARATION, LogFile, log_folder
+from qlora_api.logfiles import PREPARATION, LogFile
 from qlora_api.logs import configure_logs, fields, format_of_process, log_always_with
 from qlora_api.names import (
     CONFIG_MOUNT,
@@ -51,10 +50,9 @@ class Process:
 
     def keep_log(self, config: PrepareConfig | RunConfig, file: LogFile) -> None:
         """Keep the log in the output from now on."""
-        from qlora_trainer.output import open_own_output  # noqa: PLC0415 (after configure_libraries)
+        from qlora_trainer.logplace import LogPlace  # noqa: PLC0415 (after configure_libraries)
 
-        output = functools.cache(lambda: open_own_output(config))
-        self.logbook.open(lambda text: output().put(f"{log_folder(config.uid)}/{file.name}", text))
+        self.logbook.open(LogPlace(config, file))
 
     def finish_log(self) -> None:
         """Have all of the log in the output; a stop that comes now changes nothing any more."""

@@ -4,10 +4,9 @@ import json
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
-from qlora_api.logs import JsonLines, to_time
+from qlora_api.logs import JsonLines, time_of
 from qlora_api.v1alpha1 import Checkpoint, Progress
 
 FIRST_BYTES: Final = 1 << 20
@@ -30,45 +29,59 @@ class Kept:
     def __init__(self, first_bytes: int = FIRST_BYTES, last_bytes: int = LAST_BYTES) -> None:
         self.count = 0
         """Lines so far, with those that were left out."""
-        self._room = first_bytes
+        self._first_bytes = first_bytes
         self._limit = last_bytes
-        self._first: list[bytes] = []
-        self._last: deque[tuple[float, bytes]] = deque()
-        self._last_bytes = 0
-        self._left_out, self._left_out_bytes, self._left_out_at = 0, 0, 0.0
+        self._left_out, self._left_out_bytes, self._left_out_last = 0, 0, b""
         self._lock = threading.Lock()
+        self._clear()
 
-    def add(self, line: str, created: float) -> None:
-        """Keep a line, written at a time; of those in the middle the oldest goes."""
-        raw = line.encode(errors="replace") + b"\n"
+    def _clear(self) -> None:
+        self._room = self._first_bytes
+        self._first: list[bytes] = []
+        self._last: deque[bytes] = deque()
+        self._last_bytes = 0
+
+    def add(self, line: str) -> None:
+        """Keep a line; of those in the middle the oldest goes."""
         with self._lock:
             self.count += 1
-            if len(raw) <= self._room:
-                self._first.append(raw)
-                self._room -= len(raw)
-                return
-            self._room = 0
-            self._last.append((created, raw))
-            self._last_bytes += len(raw)
-            while self._last_bytes > self._limit:
-                self._leave_out(*self._last.popleft())
+            self._add(line.encode(errors="replace") + b"\n")
 
-    def _leave_out(self, created: float, raw: bytes) -> None:
+    def precede(self, earlier: bytes) -> None:
+        """Put an earlier log before all that was said so far."""
+        with self._lock:
+            said = [*self._first, *self._last]
+            self._clear()
+            for raw in [*earlier.splitlines(keepends=True), *said]:
+                self._add(raw)
+
+    def _add(self, raw: bytes) -> None:
+        if len(raw) <= self._room:
+            self._first.append(raw)
+            self._room -= len(raw)
+            return
+        self._room = 0
+        self._last.append(raw)
+        self._last_bytes += len(raw)
+        while self._last_bytes > self._limit:
+            self._leave_out(self._last.popleft())
+
+    def _leave_out(self, raw: bytes) -> None:
         self._left_out += 1
         self._left_out_bytes += len(raw)
-        self._left_out_at = created
+        self._left_out_last = raw
         self._last_bytes -= len(raw)
 
     def text(self) -> bytes:
         """Return the lines, with one that tells how many are left out."""
         with self._lock:
-            return b"".join([*self._first, *self._gap(), *(raw for _, raw in self._last)])
+            return b"".join([*self._first, *self._gap(), *self._last])
 
     def _gap(self) -> list[bytes]:
         if not self._left_out:
             return []
         told = {
-            "time": to_time(self._left_out_at),
+            "time": time_of(self._left_out_last.decode(errors="replace")),
             "level": "warning",
             "logger": __name__,
             "message": f"{self._left_out:,} lines ({self._left_out_bytes:,} bytes) are left out here: of a long log "
@@ -92,6 +105,16 @@ def _shortened(value: Any) -> Any:
     return f"{text[:half]} … {len(text) - 2 * half:,} characters are left out … {text[-half:]}"
 
 
+class Place(Protocol):
+    """One object of the output."""
+
+    def earlier(self) -> bytes:
+        """Return what is there: a queue may stop an attempt and start it again, and its second pod goes on there."""
+
+    def put(self, text: bytes) -> object:
+        """Write the object."""
+
+
 class Logbook(logging.Handler):
     """Collects every line of this process, and uploads them from a thread of its own.
 
@@ -103,23 +126,23 @@ class Logbook(logging.Handler):
         self.setFormatter(JsonLines())
         self._kept = Kept()
         self._interval = interval
-        self._put: Callable[[bytes], object] | None = None
+        self._place: Place | None = None
         self._thread: threading.Thread | None = None
         self._news = threading.Condition()
-        self._due = self._over = self._told = False
+        self._due = self._over = self._told = self._recalled = False
         self._uploaded = 0
         self._checkpoint: Checkpoint | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
         """Keep a line; what it says is free of secrets already, as on standard output."""
         try:
-            self._kept.add(shorten(self.format(record)), record.created)
+            self._kept.add(shorten(self.format(record)))
         except Exception:
             self.handleError(record)
 
-    def open(self, put: Callable[[bytes], object]) -> None:
+    def open(self, place: Place) -> None:
         """From now on, write all that was said so far into the output from time to time."""
-        self._put = put
+        self._place = place
         self._thread = threading.Thread(target=self._work, name="logbook", daemon=True)
         self._thread.start()
 
@@ -155,10 +178,13 @@ class Logbook(logging.Handler):
 
     def _upload(self) -> None:
         count = self._kept.count
-        if self._put is None or count == self._uploaded:
+        if self._place is None or count == self._uploaded:
             return
         try:
-            self._put(self._kept.text())
+            if not self._recalled:
+                self._kept.precede(self._place.earlier())
+                self._recalled = True
+            self._place.put(self._kept.text())
         except Exception as error:
             # Whatever it is: the run is worth more than its log, which standard output has as well.
             self._tell(f"the log is not in the output: {error}")

@@ -150,6 +150,18 @@ class Course:
         found = self._client.list_objects_v2(Bucket=bucket, Prefix=f"{key}/").get("Contents", [])
         return [entry["Key"].removeprefix(f"{key}/") for entry in found]
 
+    def kept_log(self, attempt: int) -> list[dict[str, Any]]:
+        """Return what the output has of the log of an attempt, line by line."""
+        bucket, key = self.prefix
+        name = f"{key.rpartition('/')[0]}/logs/attempt-{attempt}-node-0-rank-0.jsonl"
+        if name not in [
+            entry["Key"] for entry in self._client.list_objects_v2(Bucket=bucket, Prefix=name).get("Contents", [])
+        ]:
+            return []
+        return [
+            json.loads(line) for line in self._client.get_object(Bucket=bucket, Key=name)["Body"].read().splitlines()
+        ]
+
     def verified_adapter(self) -> str:
         """Return the SHA-256 of the published adapter, after every file was compared with the manifest."""
         manifest = Manifest.model_validate_json(self.read("manifest.json"))

@@ -46,6 +46,8 @@ def test_kills(courses: Courses, undisturbed: tuple[str, float], dose: Dose, out
                 break
             life.process.kill()
             life.end()
+            kept = course.kept_log(course.attempts)
+            assert kept == life.lines[: len(kept)]
             phases[life.phase] += 1
             # One that was killed before its first report, or that found the result published, repeated nothing.
             if life.step:
@@ -81,6 +83,7 @@ def test_stops(courses: Courses, undisturbed: tuple[str, float], dose: Dose, out
             code, word = life.end(), life.word
             durations.append(time.monotonic() - asked)
             assert word is not None
+            assert course.kept_log(course.attempts) == life.lines
             # A stop that comes when the result is published already changes nothing.
             assert (code, word.reason) in {(143, Reason.INTERRUPTED), (0, Reason.PUBLISHED)}
             if code:

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from qlora_api import names
 from qlora_api.names import Phase, Reason
-from qlora_api.v1alpha1 import Progress, QLoRAJobStatus
+from qlora_api.v1alpha1 import Attempt, Progress, QLoRAJobStatus
 from qlora_cli.cluster import AlreadyExistsError, NotFoundError, Object
 from qlora_cli.jobs import ClusterJob, parse_job
 from qlora_cli.polling import Clock
@@ -115,6 +115,11 @@ def make_training(step: int, loss: float = 3.0) -> QLoRAJobStatus:
 SUCCEEDED = make_status(Phase.SUCCEEDED, Reason.PUBLISHED, attempt=1, progress="100%")
 FAILED = make_status(Phase.FAILED, Reason.DATASET_EMPTY)
 SUSPENDED = make_status(Phase.SUSPENDED, Reason.SUSPENDED_BY_USER)
+
+
+def make_ended(number: int, reason: Reason = Reason.NODE_LOST, message: str = "gone") -> Attempt:
+    """An attempt that is over."""
+    return Attempt(number=number, job=f"{REF.name}-{number}", reason=reason, message=message, node="node-1")
 
 
 def make_pod(attempt: int, node: int = 0, *, started: bool = True) -> Object:

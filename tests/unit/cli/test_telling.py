@@ -2,25 +2,24 @@
 
 import json
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from qlora_api.names import Reason
-from qlora_api.v1alpha1 import Attempt, OutputStatus
-from qlora_cli import events, logs, remains
-from qlora_cli.cluster import NotFoundError
+from qlora_cli import events, logs
+from qlora_cli.cluster import NotFoundError, UnreachableError
+from qlora_cli.keptlogs import Missing
+from qlora_cli.loglines import Printer
 from qlora_cli.pods import TrainerPod
-from tests.make import DIGEST, NOW, REF
+from tests.make import NOW, REF
 from tests.unit.cli.fake_cluster import (
     FAILED,
     SUCCEEDED,
     FakeCluster,
     FakeTime,
     Paper,
+    make_ended,
     make_event,
-    make_job,
     make_pod,
     make_raw,
     make_training,
@@ -29,9 +28,9 @@ from tests.unit.cli.fake_cluster import (
 )
 
 
-def printer() -> tuple[Paper, logs.Printer]:
+def printer() -> tuple[Paper, Printer]:
     paper = Paper()
-    return paper, logs.Printer(prefix=True, raw=False, console=paper.console)
+    return paper, Printer(prefix=True, raw=False, console=paper.console)
 
 
 def test_logs_are_those_of_all_nodes_of_the_latest_attempt(capsys: pytest.CaptureFixture[str]):
@@ -39,7 +38,7 @@ def test_logs_are_those_of_all_nodes_of_the_latest_attempt(capsys: pytest.Captur
     cluster.pods_found = [make_pod(2, 1), make_pod(2, 0), make_pod(1), make_pod(0), make_pod(2, 2, started=False)]
     cluster.logs = {"support-bot-2-0-abcde": ["[a] b", "c"], "support-bot-2-1-abcde": ["d"]}
     paper, out = printer()
-    assert logs.print_logs(cluster, REF, logs.Choice(), {"tailLines": "2"}, out)
+    assert logs.print_logs(cluster, REF, logs.Choice(), {"tailLines": "2"}, out) is None
     assert paper.lines == ["2-0 | [a] b", "2-0 | c", "2-1 | d"]
     assert cluster.queries == [(pod, {"tailLines": "2"}) for pod in cluster.logs]
     assert capsys.readouterr().err == "2-2 has written nothing yet: its container has not started\n"
@@ -62,7 +61,7 @@ def test_a_line_of_json_is_told_with_the_process_that_wrote_it():
         "1-0 | Traceback [most recent]",
     ]
     as_it_is = Paper()
-    logs.Printer(prefix=False, raw=True, console=as_it_is.console).show(pod, line)
+    Printer(prefix=False, raw=True, console=as_it_is.console).show(pod, line)
     assert as_it_is.lines == [line]
 
 
@@ -88,34 +87,43 @@ def test_followed_logs_go_on_with_the_next_attempt():
     both = [make_pod(1), make_pod(2)]
     cluster.pods = lambda _: next(pods, both)  # type: ignore[method-assign]
     paper, out = printer()
-    assert logs.follow_logs(cluster, REF, logs.Choice(), {}, out, FakeTime().clock)
+    assert logs.follow_logs(cluster, REF, logs.Choice(), {}, out, FakeTime().clock) is None
     assert paper.lines == ["1-0 | one", "2-0 | two"]
     assert all(query == {"follow": "true"} for _, query in cluster.queries)
 
 
-def test_when_the_pods_are_gone_the_last_words_remain(capsys: pytest.CaptureFixture[str]):
-    attempt = Attempt(number=1, job="support-bot-1", reason=Reason.LOSS_DIVERGED, message="loss 80", node="node-1")
-    paper = Paper()
-    remains.show_remains(make_job(change_status(FAILED, attempts=(attempt,))), None, None, paper.console)
-    assert paper.lines[0].startswith("the pods of support-bot are gone, and their logs with them: spec.ttl removes")
-    assert capsys.readouterr().out == "attempt 1 on node-1: LossDiverged  loss 80\n"
+@pytest.mark.parametrize(
+    ("pods", "choice", "missing"),
+    [
+        pytest.param([], logs.Choice(), Missing(2), id="the-latest-that-ran"),
+        pytest.param([make_pod(0)], logs.Choice(), Missing(2), id="the-preparation-is-still-there"),
+        pytest.param([make_pod(2)], logs.Choice(attempt=1), Missing(1), id="an-earlier-one"),
+        pytest.param([make_pod(2)], logs.Choice(node=1), Missing(2, frozenset({1})), id="a-node"),
+        pytest.param([], logs.Choice(attempt=0), Missing(0), id="the-preparation"),
+        pytest.param([make_pod(2), make_pod(3)], logs.Choice(), None, id="all-is-there"),
+    ],
+)
+def test_what_no_pod_tells_is_looked_for_elsewhere(pods: Any, choice: logs.Choice, missing: Missing | None):
+    cluster = FakeCluster(make_raw(status=FAILED.model_copy(update={"attempts": (make_ended(1), make_ended(2))})))
+    cluster.pods_found, cluster.logs = pods, {pod["metadata"]["name"]: [] for pod in pods}
+    assert logs.print_logs(cluster, REF, choice, {}, printer()[1]) == missing
+    assert logs.follow_logs(cluster, REF, choice, {}, printer()[1], FakeTime().clock) == missing
 
 
-def test_stacks_of_a_hang_are_read_from_the_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    (tmp_path / "hangs").mkdir()
-    for name in ("attempt-1-rank-0.txt", "attempt-2-rank-0.txt"):
-        (tmp_path / "hangs" / name).write_text(f"File {name}\n")
-    attempt = Attempt(number=2, job="support-bot-2", reason=Reason.HEARTBEAT_LOST, message="the stacks are in …")
-    output = OutputStatus(digest=DIGEST, prefix=tmp_path.as_uri())
-    job = make_job(change_status(FAILED, attempts=(attempt,), output=output))
-    remains.show_remains(job, 2, None, Paper().console)
-    assert capsys.readouterr().out.splitlines()[1:] == [
-        f"{tmp_path.as_uri()}/hangs/attempt-2-rank-0.txt", "File attempt-2-rank-0.txt", "",
-    ]  # fmt: skip
+def test_the_log_of_a_pod_whose_node_does_not_answer_is_missing(capsys: pytest.CaptureFixture[str]):
+    cluster = FakeCluster(make_raw(status=make_training(1)))
+    cluster.pods_found = [make_pod(1, 0), make_pod(1, 1)]
 
+    def log(_: str, pod: str, __: Any) -> Any:
+        if pod == "support-bot-1-1-abcde":
+            raise UnreachableError("the API server is busy (503): dial tcp: no route to host")
+        yield "zero"
 
-def change_status(found: Any, **facts: Any) -> Any:
-    return found.model_copy(update=facts)
+    cluster.log = log  # type: ignore[method-assign]
+    paper, out = printer()
+    assert logs.print_logs(cluster, REF, logs.Choice(), {}, out) == Missing(1, frozenset({1}))
+    assert paper.lines == ["1-0 | zero"]
+    assert capsys.readouterr().err == "1-1 cannot be read: the API server is busy (503): dial tcp: no route to host\n"
 
 
 @pytest.mark.parametrize(

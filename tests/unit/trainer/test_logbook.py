@@ -8,7 +8,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,25 @@ from qlora_api.v1alpha1 import Checkpoint, Progress
 from qlora_trainer.__main__ import Process, end_badly, leave
 from qlora_trainer.errors import RunError
 from qlora_trainer.lastword import Farewell
-from qlora_trainer.logbook import FIELD_CHARACTERS, Kept, Logbook, shorten
+from qlora_trainer.logbook import FIELD_CHARACTERS, FIRST_BYTES, LAST_BYTES, Kept, Logbook, shorten
+from qlora_trainer.logplace import LogPlace
 from tests.unit.trainer.processes import ROOT
 from tests.unit.trainer.tiny import prepare_config, write_job
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 SOON = 10.0
 """Seconds for what a thread does at once."""
+
+
+@dataclass
+class Spot:
+    """A place that a test watches."""
+
+    put: Callable[[bytes], object]
+    found: bytes = b""
+
+    def earlier(self) -> bytes:
+        return self.found
 
 
 @pytest.fixture
@@ -84,14 +97,14 @@ def test_logs_are_kept_apart_by_qlorajob() -> None:
 def test_a_short_log_is_kept_whole() -> None:
     kept = Kept(first_bytes=8, last_bytes=8)
     for line in ("one", "two", "three"):
-        kept.add(line, 0.0)
+        kept.add(line)
     assert kept.text() == b"one\ntwo\nthree\n"
 
 
 def test_of_a_long_log_the_beginning_and_the_end_are_kept_and_the_gap_is_told() -> None:
-    kept, lines = Kept(first_bytes=500, last_bytes=500), [f'{{"message": "{number:04}"}}' for number in range(1000)]
-    for number, line in enumerate(lines):
-        kept.add(line, 1000.0 + number)
+    kept, lines = Kept(first_bytes=500, last_bytes=500), [f'{{"time": "00:{number:04}"}}' for number in range(1000)]
+    for line in lines:
+        kept.add(line)
     told = kept.text().decode().splitlines()
     size = len(lines[0]) + 1
     each = 500 // size
@@ -99,14 +112,14 @@ def test_of_a_long_log_the_beginning_and_the_end_are_kept_and_the_gap_is_told() 
     assert told[each + 1 :] == lines[-each:]
     gap, left_out = json.loads(told[each]), 1000 - 2 * each
     assert gap["message"].startswith(f"{left_out} lines ({left_out * size:,} bytes) are left out here")
-    assert (each, gap["time"]) == (25, "1970-01-01T00:32:54.000Z"), "when the last of them was said"
+    assert (each, gap["time"]) == (25, "00:0974"), "when the last of them was said"
     assert kept.count == 1000
 
 
 def test_the_memory_is_bounded_whatever_is_said() -> None:
     kept = Kept(first_bytes=1000, last_bytes=1000)
     for line in ("x" * 5000, "é" * 600, "short", "\ud800 alone"):
-        kept.add(line, 0.0)
+        kept.add(line)
     text = kept.text()
     assert len(text) < 1000 + 1000 + 400
     assert text.endswith(b"short\n? alone\n")
@@ -135,7 +148,7 @@ def test_all_that_was_said_is_uploaded_with_a_checkpoint_and_at_the_end(book: Lo
             happened.notify()
 
     say("before the output was known")
-    book.open(put)
+    book.open(Spot(put))
     with happened:
         for step in (0, 2, 2):
             say(f"after step {step}")
@@ -150,10 +163,30 @@ def test_all_that_was_said_is_uploaded_with_a_checkpoint_and_at_the_end(book: Lo
     assert len(uploads) == before, "nothing new was said"
 
 
+def test_an_attempt_that_a_queue_starts_again_goes_on_in_its_log(book: Logbook) -> None:
+    uploads: list[bytes] = []
+    say("again")
+    book.open(Spot(uploads.append, b'{"message": "the first pod"}\n'))
+    book.report(report(2))
+    say("the end")
+    book.finish()
+    assert messages(uploads[-1]) == ["the first pod", "again", "the end"]
+
+
+def test_an_earlier_log_is_bounded_like_any_other() -> None:
+    kept = Kept(first_bytes=10, last_bytes=10)
+    for line in ("five", "six"):
+        kept.add(line)
+    kept.precede(b"one\ntwo\nthree\nfour\n")
+    first, second, gap, *last = kept.text().splitlines()
+    assert [first, second, *last] == [b"one", b"two", b"five", b"six"]
+    assert json.loads(gap)["message"].startswith("2 lines (11 bytes)")
+
+
 def test_an_upload_comes_from_time_to_time() -> None:
     uploaded = threading.Event()
     book = Logbook(interval=0.05)
-    book.open(lambda _: uploaded.set())
+    book.open(Spot(lambda _: uploaded.set()))
     book.handle(logging.LogRecord("a", logging.INFO, "f", 1, "said", (), None))
     assert uploaded.wait(SOON)
     book.finish()
@@ -166,7 +199,7 @@ def test_a_failing_upload_is_told_once_and_nothing_else(book: Logbook, caplog: p
         tries.append(text)
         raise RunError(Reason.S3_DENIED, "spec.output.uri: PutObject is refused")
 
-    book.open(refuse)
+    book.open(Spot(refuse))
     for step in (1, 2, 3):
         say("a step")
         book.report(report(step))
@@ -188,7 +221,7 @@ def test_an_upload_that_hangs_delays_the_end_by_its_bound_and_the_run_not_at_all
         entered.set()
         go_on.wait()
 
-    book.open(hang)
+    book.open(Spot(hang))
     say("a step")
     started = time.monotonic()
     book.report(report(1))
@@ -209,7 +242,7 @@ def test_no_secret_is_uploaded(book: Logbook, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(REDACTOR, "_known", None)
     REDACTOR.learn(["c4n4ry/of+the/output"])
     uploads: list[bytes] = []
-    book.open(uploads.append)
+    book.open(Spot(uploads.append))
     say(
         "c4n4ry/of+the/output",
         url="https://u:c4n4ry-of-a-url@s3",
@@ -228,7 +261,7 @@ def process(book: Logbook, tmp_path: Path) -> Process:
 
 def test_the_log_has_the_reason_of_a_failure(process: Process) -> None:
     uploads: list[bytes] = []
-    process.logbook.open(uploads.append)
+    process.logbook.open(Spot(uploads.append))
     assert end_badly(RunError(Reason.LOSS_DIVERGED, "loss 80"), process) == 1
     last = json.loads(uploads[-1].splitlines()[-1])
     assert (last["message"], last["reason"]) == ("the run failed", "LossDiverged")
@@ -236,7 +269,7 @@ def test_the_log_has_the_reason_of_a_failure(process: Process) -> None:
 
 def test_nothing_waits_for_an_output_that_cannot_be_written(process: Process) -> None:
     uploads: list[bytes] = []
-    process.logbook.open(uploads.append)
+    process.logbook.open(Spot(uploads.append))
     end_badly(RunError(Reason.S3_DENIED, "spec.output.uri: s3://a/b: PutObject is refused"), process)
     assert uploads == []
 
@@ -246,12 +279,12 @@ def test_a_process_says_that_it_is_done_once_its_log_is_written(
 ) -> None:
     """The launcher ends the others of its pod then."""
     seen: list[list[str]] = []
-    process.logbook.open(lambda _: seen.append(sorted(path.name for path in tmp_path.iterdir())))
+    process.logbook.open(Spot(lambda _: seen.append(sorted(path.name for path in tmp_path.iterdir()))))
     assert leave(LastWord(reason=Reason.PUBLISHED), process, tmp_path / "word") == 0
     assert (seen, (tmp_path / "word").exists()) == ([[]], True)
     monkeypatch.setenv("RANK", "1")
     other = Process(Farewell(tmp_path / "1.json"))
-    other.logbook.open(lambda _: seen.append(sorted(path.name for path in tmp_path.iterdir())))
+    other.logbook.open(Spot(lambda _: seen.append(sorted(path.name for path in tmp_path.iterdir()))))
     other.logbook.handle(logging.LogRecord("a", logging.INFO, "f", 1, "said", (), None))
     assert leave(None, other, tmp_path / "{rank}.json") == 0
     assert (seen[1], (tmp_path / "1.done").exists()) == (["word"], True)
@@ -261,7 +294,7 @@ def test_a_stop_while_the_log_is_written_changes_nothing(process: Process) -> No
     before = signal.getsignal(signal.SIGTERM)
     process.stop.listen(lambda: None)
     try:
-        process.logbook.open(lambda _: os.kill(os.getpid(), signal.SIGTERM))
+        process.logbook.open(Spot(lambda _: os.kill(os.getpid(), signal.SIGTERM)))
         assert leave(LastWord(reason=Reason.PUBLISHED), process, Path("word")) == 0
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -284,6 +317,11 @@ def test_the_log_of_a_preparation_is_beside_the_results(tmp_path: Path) -> None:
         *(f"--{name}={path}" for name, path in options.items()),
     ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    kept = (tmp_path / "output" / "colours" / "logs" / "0a1b" / "prepare.jsonl").read_text()
-    assert kept == done.stdout
-    assert json.loads(kept.splitlines()[-1])["reason"] == "DatasetNotFound"
+    kept = tmp_path / "output" / "colours" / "logs" / "0a1b" / "prepare.jsonl"
+    assert kept.read_text() == done.stdout
+    assert json.loads(kept.read_text().splitlines()[-1])["reason"] == "DatasetNotFound"
+    place = LogPlace(config, LogFile(0))
+    assert (place.earlier(), LogPlace(config, LogFile(1)).earlier()) == (done.stdout.encode(), b"")
+    with kept.open("ab") as file:
+        file.truncate(2 * (FIRST_BYTES + LAST_BYTES) + 1)
+    assert place.earlier() == b"", "none of ours is so large"

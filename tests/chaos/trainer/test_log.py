@@ -1,0 +1,49 @@
+"""What a training pod said is in the output when the pod is gone."""
+
+import time
+from collections.abc import Callable
+
+from tests.chaos.promises import promise
+from tests.chaos.trainer.lives import Course, Courses, Life
+from tests.cluster.commands import wait_until
+
+
+def has_checkpoint(lines: list[dict[str, object]]) -> bool:
+    """Whether a line tells of a checkpoint."""
+    return any(line.get("checkpoint") for line in lines)
+
+
+def start_and_keep_a_checkpoint(course: Course) -> Life:
+    """Start an attempt, and return when it has a checkpoint."""
+    life = course.start()
+    life.wait_until(lambda life: has_checkpoint(life.lines))
+    return life
+
+
+@promise(
+    fault="a training pod is gone with its node",
+    promise="its log is in the output: all of it after a stop, and up to its last checkpoint after a kill",
+    how="SIGKILL once a checkpoint is complete, SIGTERM, and the end",
+)
+def test_logs_outlive_their_pods(courses: Courses, outcome: Callable[[str], None]) -> None:
+    course = courses.make()
+    killed = start_and_keep_a_checkpoint(course)
+    complete = time.monotonic()
+    wait_until("the log", lambda: has_checkpoint(course.kept_log(1)), timeout=30)
+    waited = time.monotonic() - complete
+    killed.process.kill()
+    killed.end()
+    stopped = start_and_keep_a_checkpoint(course)
+    stopped.process.terminate()
+    assert stopped.end() in {143, 0}  # it may have been done already
+    last = course.start()
+    assert last.end() == 0
+    after_kill = course.kept_log(1)
+    assert after_kill == killed.lines[: len(after_kill)]
+    assert has_checkpoint(after_kill)
+    assert [course.kept_log(2), course.kept_log(3)] == [stopped.lines, last.lines]
+    course.verified_adapter()
+    outcome(
+        f"{len(after_kill)} of {len(killed.lines)} lines after a kill, the log being there {waited:.1f} s after its "
+        f"checkpoint; all {len(stopped.lines)} and {len(last.lines)} after a stop and at the end"
+    )

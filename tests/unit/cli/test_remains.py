@@ -1,0 +1,130 @@
+"""`qlora logs` of pods that are gone: what the output and the status have of them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_api.names import Reason
+from qlora_api.v1alpha1 import Attempt, OutputStatus
+from qlora_cli import remains
+from qlora_cli.cluster import ClusterError
+from qlora_cli.jobs import ClusterJob
+from qlora_cli.keptlogs import Missing
+from qlora_cli.loglines import Printer
+from tests.make import DIGEST, UID
+from tests.unit.cli.fake_cluster import FAILED, Paper, make_ended, make_job
+
+
+def printer() -> tuple[Paper, Printer]:
+    paper = Paper()
+    return paper, Printer(prefix=True, raw=False, console=paper.console)
+
+
+def make_left(folder: Path, *attempts: Attempt) -> ClusterJob:
+    """A run that has ended, with an output on this computer."""
+    output = OutputStatus(digest=DIGEST, prefix=f"{folder.as_uri()}/support-bot/{DIGEST}")
+    return make_job(FAILED.model_copy(update={"attempts": attempts, "output": output}), output={"uri": folder.as_uri()})
+
+
+def leave_log(folder: Path, name: str, *lines: tuple[int, str] | str, uid: str = UID) -> None:
+    """What a process left there: lines with the second at which they were written, or without."""
+    path = folder / "support-bot" / "logs" / uid / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{line if isinstance(line, str) else write_line(*line)}\n" for line in lines))
+
+
+def write_line(second: int, message: str) -> str:
+    return json.dumps({"time": f"2026-03-01T12:00:{second:02}.000Z", "level": "info", "message": message})
+
+
+WISH = remains.Wish(attempt=None, tail=None, timestamps=False, s3_endpoint=None)
+
+
+def test_logs_of_pods_that_are_gone_are_read_from_the_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    leave_log(tmp_path, "attempt-1-node-0-rank-0.jsonl", (1, "an earlier attempt"))
+    leave_log(tmp_path, "attempt-2-node-0-rank-0.jsonl", (1, "zero"), (5, "zero again"), "text", (9, "the end"))
+    leave_log(tmp_path, "attempt-2-node-1-rank-1.jsonl", (2, "[one]"), (6, "one again"))
+    leave_log(tmp_path, "attempt-2-node-1.jsonl", (3, "the launcher"))
+    leave_log(tmp_path, "attempt-2-node-0-rank-0.jsonl", (1, "of another QLoRAJob"), uid="another")
+    job, (paper, out), notes = make_left(tmp_path, make_ended(1), make_ended(2)), printer(), Paper()
+    remains.show_remains(job, Missing(2), WISH, out, notes.console)
+    assert [line.replace("2026-03-01T12:00:0", "").replace(".000Z info    ", " ") for line in paper.lines] == [
+        "2-0 | 1 zero", "2-1 | 2 [one]", "2-1 | 3 the launcher", "2-0 | 5 zero again", "2-0 | text",
+        "2-1 | 6 one again", "2-0 | 9 the end",
+    ]  # fmt: skip
+    assert "".join(notes.lines) == (
+        f"no pod tells of attempt 2 any more; from {tmp_path.as_uri()}/support-bot/logs/{UID}/:"
+        "attempt 1 on node-1: NodeLost  goneattempt 2 on node-1: NodeLost  gone"
+    )
+    assert capsys.readouterr().out == "", "what is no log line must not be among them"
+
+
+def test_lines_from_the_output_are_chosen_as_those_of_pods(tmp_path: Path):
+    leave_log(tmp_path, "attempt-1-node-0-rank-0.jsonl", (1, "a"), (2, "b"), (4, "c"))
+    leave_log(tmp_path, "attempt-1-node-1-rank-1.jsonl", (3, "d"))
+    leave_log(tmp_path, "prepare.jsonl", (0, "checked"))
+    job = make_left(tmp_path, make_ended(1))
+
+    def shown(missing: Missing, **wish: Any) -> list[str]:
+        paper = Paper()
+        out = Printer(prefix=True, raw=True, console=paper.console)
+        remains.show_remains(job, missing, remains.Wish(**{**vars(WISH), **wish}), out, Paper().console)
+        return [line.partition('"message": ')[0][:6] + line.partition('"message": ')[2] for line in paper.lines]
+
+    assert shown(Missing(1), tail=1) == ['1-1 | "d"}', '1-0 | "c"}']
+    assert shown(Missing(1), tail=0) == []
+    assert shown(Missing(1, frozenset({1}))) == ['1-1 | "d"}']
+    assert shown(Missing(0)) == ['prepar"checked"}']
+
+
+def test_each_line_tells_its_process(tmp_path: Path):
+    raw = json.dumps({"time": "2026-03-01T12:00:01Z", "level": "info", "message": "a step", "rank": 3})
+    leave_log(tmp_path, "attempt-1-node-1-rank-3.jsonl", raw)
+    paper, out = printer()
+    remains.show_remains(make_left(tmp_path, make_ended(1)), Missing(1), WISH, out, Paper().console)
+    assert paper.lines == ["1-1/3 | 2026-03-01T12:00:01Z info    a step"]
+
+
+def test_where_no_log_is_left_the_last_words_are_told_and_what_was_looked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    job = make_left(tmp_path, make_ended(1, Reason.LOSS_DIVERGED, "loss 80"))
+    with pytest.raises(ClusterError) as caught:
+        remains.show_remains(job, Missing(1), WISH, printer()[1], Paper().console)
+    assert capsys.readouterr().out == "attempt 1 on node-1: LossDiverged  loss 80\n"
+    assert str(caught.value) == (
+        "there is no log of attempt 1 of support-bot: its pods are gone (spec.ttl removes them after the end, and so "
+        f"does a deletion, or the loss of their node), and {tmp_path.as_uri()}/support-bot/logs/{UID}/ has none "
+        "either: it was removed there, or the process ended before it could write any; a log collector of the cluster "
+        "may have it"
+    )
+
+
+def test_an_output_that_cannot_be_read_is_named_with_what_to_do(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("qlora_cli.results.find_spec", lambda _: None)
+    job = make_job(FAILED.model_copy(update={"attempts": (make_ended(1),)}), output={"uri": "s3://adapters"})
+    with pytest.raises(ClusterError, match=r"of support-bot: its pods are gone .* and boto3 is not installed; run pip"):
+        remains.show_remains(job, Missing(1), WISH, printer()[1], Paper().console)
+
+
+def test_nothing_is_looked_for_where_nothing_ran():
+    with pytest.raises(ClusterError, match="support-bot is Failed and has no pods of attempt 3: DatasetEmpty it is"):
+        remains.show_remains(make_job(FAILED), Missing(3), WISH, printer()[1], Paper().console)
+    with pytest.raises(ClusterError, match="support-bot is Pending and has no pods of the preparation: no operator"):
+        remains.show_remains(make_job(), Missing(0), WISH, printer()[1], Paper().console)
+
+
+def test_stacks_of_a_hang_are_read_from_the_output(tmp_path: Path):
+    hangs = tmp_path / "support-bot" / DIGEST / "hangs"
+    hangs.mkdir(parents=True)
+    for name in ("attempt-1-rank-0.txt", "attempt-2-rank-0.txt"):
+        (hangs / name).write_text(f"File {name}\n")
+    leave_log(tmp_path, "attempt-2-node-0-rank-0.jsonl", (1, "zero"))
+    job, notes = make_left(tmp_path, make_ended(2, Reason.HEARTBEAT_LOST, "the stacks are in …")), Paper()
+    wish = remains.Wish(**{**vars(WISH), "attempt": 2})
+    remains.show_remains(job, Missing(2), wish, printer()[1], notes.console)
+    assert notes.lines[-3:] == [
+        f"{tmp_path.as_uri()}/support-bot/{DIGEST}/hangs/attempt-2-rank-0.txt", "File attempt-2-rank-0.txt", "",
+    ]  # fmt: skip
