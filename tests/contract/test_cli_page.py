@@ -7,12 +7,18 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from qlora_api.v1alpha1 import OutputStatus
+from qlora_cli import snippets
 from qlora_cli.__main__ import app
+from qlora_cli.connection import Connection
 from tests.contract.commands import commands
+from tests.make import DIGEST, make_prepared, make_result
+from tests.unit.cli.fake_cluster import SUCCEEDED, FakeCluster, make_raw
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/cli.md").read_text(encoding="utf-8")
 REFERENCE = (ROOT / "docs/reference/cli.md").read_text(encoding="utf-8")
+TYPED = [command.words[1:] for command in commands() if command.place.startswith("docs/cli.md:")]
 SECTIONS = dict(re.findall(r"^## `qlora ([a-z-]+)`\n(.*?)(?=^## |\Z)", REFERENCE, re.MULTILINE | re.DOTALL))
 
 
@@ -22,10 +28,24 @@ def test_every_command_is_on_the_page():
 
 def test_init_and_render_do_what_the_page_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    typed = {command.words[1]: command.words[1:] for command in commands() if command.place.startswith("docs/cli.md:")}
+    typed = {line[0]: line for line in TYPED if line}
     written = CliRunner().invoke(app, typed["init"])
     assert (written.exit_code, written.output.strip() in PAGE) == (0, True), written.output
     rendered = CliRunner().invoke(app, typed["render"])
     assert rendered.exit_code == 0, rendered.output
     children = {(child["kind"], child["metadata"]["name"]) for child in yaml.safe_load_all(rendered.output)}
     assert {("QLoRAJob", "support-bot"), ("Job", "support-bot-prepare"), ("Job", "support-bot-1")} <= children
+
+
+@pytest.mark.parametrize("line", [line for line in TYPED if line[:1] == ("serve-snippet",)], ids=" ".join)
+def test_serve_snippet_prints_what_the_page_shows(line: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    commit = re.search(r"--revision (\w+)", PAGE)
+    assert commit
+    model = make_prepared().model.model_copy(update={"commit": commit[1]})
+    output = OutputStatus(digest=DIGEST, prefix=make_prepared().prefix, adapter=make_result().adapter)
+    raw = make_raw(status=SUCCEEDED.model_copy(update={"model": model, "output": output}))
+    monkeypatch.setattr(snippets, "open_connection", lambda *_: Connection(FakeCluster(raw), "ml"))
+    printed = CliRunner().invoke(app, line)
+    assert printed.exit_code == 0, printed.output
+    assert (printed.output in PAGE) == ("--for" not in line)
+    assert make_result().adapter in printed.output
