@@ -15,6 +15,7 @@ class Moment(StrEnum):
 
     MANIFEST = "Before any pod is made"
     PREPARATION = "In the preparation"
+    PLANNING = "Between preparation and training"
     WAITING = "While the pod has no node"
     STARTING = "While the pod starts on its node"
     TRAINING = "In a training attempt"
@@ -24,6 +25,7 @@ class Moment(StrEnum):
 MOMENTS: Final = {
     Moment.MANIFEST: "no GPU is held. See `qlora status NAME`; `qlora validate FILE` needs no cluster.",
     Moment.PREPARATION: "no GPU is held, since the prepare pod asks for none. See `qlora logs NAME --attempt 0`.",
+    Moment.PLANNING: "no GPU is held. See `qlora status NAME`.",
     Moment.WAITING: "no GPU is held. See `qlora events NAME`.",
     Moment.STARTING: "a training pod holds its GPUs, for `spec.deadlines.startup` at most. See `qlora events NAME`.",
     Moment.TRAINING: "its GPUs are held until its pods end; between attempts none is held. See `qlora logs NAME`.",
@@ -56,7 +58,7 @@ CIRCUMSTANCES: Final[dict[Reason, Circumstances]] = {
         "written to the output. The message says when the pod itself does not start.",
     ),
     Reason.PREPARED: Circumstances(
-        (Moment.WAITING,),
+        (Moment.PLANNING,),
         "What was found is in `status.model` and `status.dataset`, what follows from it in `status.plan`.",
     ),
     Reason.SCHEDULING: Circumstances(
@@ -122,7 +124,7 @@ CIRCUMSTANCES: Final[dict[Reason, Circumstances]] = {
         "cannot take.",
     ),
     Reason.DOES_NOT_FIT: Circumstances(
-        _BEFORE,
+        (Moment.PLANNING,),
         "The peak is computed from the shapes of the model and the lengths of the rows; [`qlora plan`](../plan.md) "
         "tells the same offline, part by part.",
     ),
