@@ -60,6 +60,8 @@ SECTIONS: Final = [
     "Versions",
 ]
 STEPS: Final = 24
+ANSWERED: Final = 6
+"""Held-out rows with an answer: more than are seen at once."""
 PREDICTED: Final = 2 << 30
 """Bytes that the plan is made to predict; plans for a CPU have none."""
 ENDLESS: Final = "unbroken" * 40
@@ -70,7 +72,7 @@ ENDLESS: Final = "unbroken" * 40
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The page of a run on a tiny model, with what only a GPU and the hub would add, and a word without an end."""
     folder = tmp_path_factory.mktemp("page")
-    spec = write_job(folder, training={"evaluateEvery": 8, "epochs": STEPS / 4})
+    spec = write_job(folder, training={"evaluateEvery": 8, "epochs": STEPS / 4}, evaluation={"generations": ANSWERED})
     prepared = prepare(prepare_config(spec), work=folder)
     reasons = ("micro-batch 4: a reason", "peak 2.0 GiB of 15.7 per GPU: base 1.20, context 0.52, slack 7 %")
     run(
@@ -183,9 +185,21 @@ def test_bars_are_as_long_as_what_they_stand_for(look: Look):
     assert math.isclose(ratio, figures[1] / figures[0], rel_tol=0.05)
 
 
-def test_it_is_printed_dark_on_white(look: Look):
+def test_further_answers_unfold(look: Look):
+    last = look.page.get_by_text(f"Prompt {ANSWERED}", exact=True)
+    assert not last.is_visible()
+    look.page.get_by_text("2 more", exact=True).click()
+    try:
+        assert last.is_visible()
+        assert look.evaluate("document.documentElement.scrollWidth") <= look.screen.width
+    finally:
+        look.page.get_by_text("2 more", exact=True).click()
+
+
+def test_it_is_printed_whole_and_dark_on_white(look: Look):
     look.page.emulate_media(media="print")
     try:
+        assert look.page.get_by_text(f"Prompt {ANSWERED}", exact=True).is_visible()
         colours = "[getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor]"
         assert look.evaluate(colours) == ["rgb(28, 36, 48)", "rgba(0, 0, 0, 0)"]
     finally:

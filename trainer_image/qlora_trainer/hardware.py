@@ -35,7 +35,8 @@ def observe_hardware(device: Literal["cpu", "cuda"]) -> Hardware:
     """Look at the device that the plan names, or say that it is not there."""
     if device == "cpu":
         bf16 = bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
-        return Hardware("cpu", None, bf16, _free_host_bytes(), f"CPU, {torch.get_num_threads()} threads")
+        threads = torch.get_num_threads()
+        return Hardware("cpu", None, bf16, _free_host_bytes(), f"CPU, {threads} thread{'s' if threads > 1 else ''}")
     if not torch.cuda.is_available():
         raise RunError(
             Reason.ACCELERATOR_MISSING,

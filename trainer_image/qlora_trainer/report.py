@@ -14,6 +14,8 @@ from qlora_trainer.footprint import gibibytes, make_footprint
 from qlora_trainer.lineage import make_lineage
 from qlora_trainer.recipe import make_recipe
 
+_OPEN_SAMPLES: Final = 4
+"""Prompts whose answers are seen at once; the others unfold."""
 _LIBRARIES: Final = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
 
 
@@ -72,6 +74,7 @@ def render_html(report: RunReport, charts: Iterable[Chart] = ()) -> str:
         tiles=make_tiles(report),
         comparison=make_comparison(report),
         plan=make_plan_rows(report),
+        open_samples=_OPEN_SAMPLES,
         footprint=make_footprint(report.plan, report.spec.resources.memory, report.peak_memory_bytes),
         tables=make_tables(report),
     )
@@ -134,9 +137,9 @@ def _figure(value: float, interval: Interval, style: str) -> Figure:
 def make_plan_rows(report: RunReport) -> tuple[tuple[str, str], ...]:
     """Return how the run was executed."""
     plan, training = report.plan, report.spec.training
-    gpus = f"{plan.gpus_per_node} x {plan.gpu_product or 'GPU'}" if plan.gpus_per_node else "no GPU"
+    gpus = f", {plan.gpus_per_node} x {plan.gpu_product or 'GPU'} each" if plan.gpus_per_node else ""
     return (
-        ("Device", f"{plan.device}: {plan.nodes} node{'s' if plan.nodes > 1 else ''}, each with {gpus}"),
+        ("Device", f"{plan.device}: {plan.nodes} node{'s' if plan.nodes > 1 else ''}{gpus}"),
         ("Strategy", f"{plan.strategy}, {plan.processes} process{'es' if plan.processes > 1 else ''}"),
         ("Batch", f"{training.global_batch_size} rows a step, {plan.micro_batch_size} a pass in each process"),
         ("Steps", f"{len(report.history):,} of {plan.total_steps:,}; the adapter is of step {report.adapter_step:,}"),

@@ -267,14 +267,21 @@ def test_page_says_where_the_result_comes_from(published, spec):
         ">20% of them, chosen by a hash of each row<",
     ):
         assert part in lineage, part
+    again = report.model_copy(update={"run": "uid-7", "attempt": 3})
+    assert ">ml/colours, uid uid-7, attempt 3<" in render_html(again)
 
 
 def test_page_says_how_the_run_was_executed_and_why(published):
     page = (published[0] / "report/report.html").read_text()
-    assert ">cpu: 1 node, each with no GPU<" in page
+    assert ">cpu: 1 node<" in page
     assert ">8 rows a step, 4 a pass in each process<" in page
     assert ">4 of 4; the adapter is of step 4<" in page
     assert "<li>a test</li>" in page
+    report, _ = read_report(published[0])
+    gpus = {"device": "cuda", "nodes": 2, "gpus_per_node": 4, "gpu_product": "NVIDIA-A10", "peak_bytes": 3 << 30}
+    planned = render_html(report.model_copy(update={"plan": report.plan.model_copy(update=gpus)}))
+    assert ">cuda: 2 nodes, 4 x NVIDIA-A10 each<" in planned
+    assert ">peak memory, 3.00 GiB predicted<" in planned
 
 
 def test_page_says_where_a_merged_models_difference_is(published):
