@@ -63,38 +63,45 @@ class Outcome:
 
 
 async def reconcile(
-    ref: JobRef, cluster: Cluster, installation: Installation, watch: Watch, newcomer: RawJob | None = None
+    ref: JobRef, cluster: Cluster, installation: Installation, watch: Watch, told: RawJob | None = None
 ) -> Outcome:
     """Bring the cluster to the spec, and tell the user where the run stands.
 
-    A newcomer is the QLoRAJob as the watch told of it, where nobody has worked on it yet. It may be late, but the first
-    step is the same whenever it is taken, and a status is written to what was read only.
+    What the watch has just told of the QLoRAJob may be late. It is enough for the first step, which is the same
+    whenever it is taken, and to see that nothing is to be done; for anything else the QLoRAJob is read.
     """
-    raw = newcomer if newcomer and not cluster.glimpse(newcomer).jobs else await cluster.read_job(ref)
-    if raw is None or raw.deleting:
+    outcome = await pass_over(told, cluster, installation, watch, late=True) if told is not None else None
+    if outcome is not None:
+        return outcome
+    raw = await cluster.read_job(ref)
+    return (await pass_over(raw, cluster, installation, watch, late=False) if raw is not None else None) or Outcome()
+
+
+async def pass_over(
+    raw: RawJob, cluster: Cluster, installation: Installation, watch: Watch, *, late: bool
+) -> Outcome | None:
+    """Work on a QLoRAJob as it is, or may have been; nothing is done where that is late and something is to change."""
+    if raw.deleting:
         return Outcome()
     turn = Turn(raw, QLoRAJobStatus.model_validate(raw.status), of_this_job(watch, raw))
     if is_terminal(turn.previous):
         return await settle(turn, cluster)
     spec = parse(raw)
     if isinstance(spec, Violation):
-        return await publish(turn, rejected((spec,)), None, cluster)
-    job = Job(ref, raw.uid, raw.generation, raw.created_at, spec, turn.previous)
-    seen, decision = await decide(job, turn, cluster)
+        return None if late else await publish(turn, rejected((spec,)), None, cluster)
+    job = Job(raw.ref, raw.uid, raw.generation, raw.created_at, spec, turn.previous)
+    seen = cluster.glimpse(raw)
+    decision = next_action(job, seen, turn.watch)
+    stands = confirms(decision, job, seen) or (begins(decision, job) and not (late and seen.jobs))
+    if late and not stands:
+        return None
+    if not stands:
+        seen = await look(job, raw, cluster)
+        decision = next_action(job, seen, turn.watch)
     decision, created = await act(decision, job, seen, cluster, installation)
     if created and begins(decision, job):
         return Outcome(AT_ONCE)  # it is told when all who wait for their first step have taken it
     return await publish(turn, decision, spec.resources.nodes * spec.resources.gpus_per_node, cluster)
-
-
-async def decide(job: Job, turn: Turn, cluster: Cluster) -> tuple[Observation, Decision]:
-    """Say what comes next; what is more than on record already is decided by what is there now."""
-    seen = cluster.glimpse(turn.raw)
-    decision = next_action(job, seen, turn.watch)
-    if begins(decision, job) or confirms(decision, job, seen):
-        return seen, decision
-    seen = await look(job, turn.raw, cluster)
-    return seen, next_action(job, seen, turn.watch)
 
 
 def begins(decision: Decision, job: Job) -> bool:

@@ -13,9 +13,9 @@ from qlora_api.logs import fields, log_with
 from qlora_operator.cluster.api import Api, ApiError, NotFoundError
 from qlora_operator.cluster.children import Children, Shelf
 from qlora_operator.cluster.kube import KubeCluster
-from qlora_operator.cluster.newcomers import Newcomers
 from qlora_operator.cluster.parse import Child, Json
 from qlora_operator.cluster.ports import ClusterBusyError
+from qlora_operator.cluster.told import Told
 from qlora_operator.metrics import Metrics
 from qlora_operator.progress import Gate, ProgressEndpoint, Reports, utc_now
 from qlora_operator.queue import WorkQueue
@@ -48,7 +48,7 @@ class Runtime:
         self.children = Children()
         self._cluster = KubeCluster(api, self.children)
         self._clock = clock
-        self._newcomers = Newcomers()
+        self._told = Told()
         self._reports = Reports()
         self._written: dict[JobRef, str] = {}
         self._listening_since: datetime | None = None
@@ -88,9 +88,10 @@ class Runtime:
     def saw(self, ref: JobRef, item: Json) -> None:
         """An event of a QLoRAJob arrived; our own write needs no second look."""
         version = item["metadata"]["resourceVersion"]
-        self.watch.saw(ref, version)
+        newest = self.watch.saw(ref, version)
         if self._written.get(ref) != version:
-            self._newcomers.saw(ref, item)
+            if newest:
+                self._told.saw(ref, item)
             self.queue.add(ref)
 
     def saw_child(self, shelf: Shelf[Child], change: str | None, item: Json) -> None:
@@ -102,7 +103,7 @@ class Runtime:
     def forget(self, ref: JobRef) -> None:
         """A QLoRAJob is gone."""
         self._written.pop(ref, None)
-        self._newcomers.forget(ref)
+        self._told.forget(ref)
         self.watch.forget(ref)
         self.metrics.jobs.saw(ref, None)
         self._reports.forget(ref)
@@ -111,14 +112,14 @@ class Runtime:
         log_with(namespace=ref.namespace, job=ref.name)
         with self.metrics.measure():
             watch = Watch(self._clock().replace(microsecond=0), self._reports.get(ref), self._listening_since)
-            newcomer = self._newcomers.take(ref)
-            outcome = await reconcile(ref, self._cluster, self.settings.installation, watch, newcomer)
+            told = self._told.take(ref)
+            outcome = await reconcile(ref, self._cluster, self.settings.installation, watch, told)
         self.metrics.passed(ref, outcome)
         if outcome.written is not None and outcome.status is not None:
             self._written[ref] = outcome.written
             self.watch.expect(ref, outcome.written)
-            told = fields(phase=outcome.status.phase, reason=outcome.status.reason, attempt=outcome.status.attempt)
-            _log.info("%s: %s", outcome.status.reason, outcome.status.message, extra=told)
+            summary = fields(phase=outcome.status.phase, reason=outcome.status.reason, attempt=outcome.status.attempt)
+            _log.info("%s: %s", outcome.status.reason, outcome.status.message, extra=summary)
         if outcome.status is not None and is_terminal(outcome.status):
             self._reports.forget(ref)
         return outcome.requeue

@@ -21,12 +21,14 @@ class WatchProof:
         self._seen: dict[JobRef, int] = {}
         self._expected: dict[JobRef, tuple[int, float]] = {}
 
-    def saw(self, ref: JobRef, version: str) -> None:
-        """An event with this version arrived; one that is told again takes nothing back."""
-        self._seen[ref] = max(int(version), self._seen.get(ref, -1))
-        expected = self._expected.get(ref)
-        if expected is not None and expected[0] <= int(version):
+    def saw(self, ref: JobRef, version: str) -> bool:
+        """An event with this version arrived; one that is told again takes nothing back. Say if none newer is known."""
+        told, seen = int(version), self._seen.get(ref, -1)
+        expected, _ = self._expected.get(ref, (-1, 0.0))
+        self._seen[ref] = max(told, seen)
+        if 0 <= expected <= told:
             del self._expected[ref]
+        return told >= max(seen, expected)
 
     def forget(self, ref: JobRef) -> None:
         """The QLoRAJob is gone."""

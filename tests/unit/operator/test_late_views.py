@@ -1,12 +1,14 @@
 """What the watches tell may be late, lost, or told twice: no Job is made twice for it, and none is lost."""
 
+import contextlib
 from datetime import timedelta
 
 import pytest
 
 from qlora_api.names import Phase, Reason
-from qlora_operator.cluster.newcomers import Newcomers
 from qlora_operator.cluster.parse import parse_job
+from qlora_operator.cluster.ports import ClusterBusyError
+from qlora_operator.cluster.told import Told
 from qlora_operator.reconcile import reconcile
 from qlora_operator.recovery import Watch
 from tests.fakes import FakeCluster
@@ -49,15 +51,55 @@ async def test_a_newcomer_with_children_is_read_as_it_is_now(cluster: FakeCluste
     assert outcome.status.phase is Phase.SUCCEEDED
 
 
-def test_what_the_watch_told_of_a_newcomer_is_taken_once(cluster: FakeCluster) -> None:
-    newcomers, item = Newcomers(), cluster.job
+def test_what_the_watch_told_is_taken_once(cluster: FakeCluster) -> None:
+    told, item = Told(), cluster.job
     assert item
-    newcomers.saw(REF, item)
-    assert newcomers.take(REF) == parse_job(item)
-    assert newcomers.take(REF) is None
-    newcomers.saw(REF, item)
-    newcomers.saw(REF, {**item, "status": {"phase": "Training"}})
-    assert newcomers.take(REF) is None
+    told.saw(REF, {**item, "status": {"phase": "Preparing"}})
+    told.saw(REF, item)
+    assert told.take(REF) == parse_job(item)
+    assert told.take(REF) is None
+    told.saw(REF, item)
+    told.forget(REF)
+    assert told.take(REF) is None
+
+
+async def test_what_is_under_way_or_over_is_not_read_again(
+    cluster: FakeCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await live_to_training(cluster)
+    under_way = await cluster.read_job(REF)
+    assert under_way
+    with monkeypatch.context() as patch:
+        patch.setattr(cluster, "read_job", None)
+        outcome = await reconcile(REF, cluster, INSTALLATION, Watch(cluster.now, None, None), under_way)
+        assert outcome.status
+        assert outcome.status.phase is Phase.TRAINING
+    await end_training(cluster)
+    await settle(cluster)
+    over, writes = await cluster.read_job(REF), len(cluster.writes)
+    monkeypatch.setattr(cluster, "read_job", None)
+    outcome = await reconcile(REF, cluster, INSTALLATION, Watch(cluster.now, None, None), over)
+    assert outcome.status
+    assert (outcome.status.phase, len(cluster.writes)) == (Phase.SUCCEEDED, writes)
+
+
+@pytest.mark.parametrize("steps", range(4))
+async def test_a_qlorajob_told_late_delays_and_does_nothing_else(steps: int, cluster: FakeCluster) -> None:
+    quiet = FakeCluster()
+    quiet.submit(make_manifest())
+    for fake in (quiet, cluster):
+        if fake is cluster:
+            told = await fake.read_job(REF)
+        await settle(fake)
+        for number, step in enumerate(STEPS):
+            if fake is cluster and number == steps:
+                told = await fake.read_job(REF)
+            await step(fake)
+            await settle(fake)
+    with contextlib.suppress(ClusterBusyError):
+        await reconcile(REF, cluster, INSTALLATION, Watch(cluster.now, None, None), told)
+    assert cluster.status == quiet.status
+    assert cluster.created == quiet.created
 
 
 async def test_what_changes_nothing_costs_no_look(cluster: FakeCluster) -> None:
