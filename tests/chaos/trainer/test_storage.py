@@ -8,16 +8,18 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
+from qlora_api.names import Reason
 from qlora_api.runconfig import S3Config
 from qlora_trainer.checkpoint import Checkpoints, Witness
 from qlora_trainer.s3 import S3Store
 from qlora_trainer.secrets import Credentials
 from qlora_trainer.store import OUTPUT
 from tests.chaos.promises import Dose, promise
+from tests.chaos.trainer.lives import ADAPTER, STEPS, Courses
 from tests.chaos.trainer.publishers import check_published, publish_files, write_files
 from tests.cluster.s3 import S3
 from tests.cluster.toxiproxy import Toxiproxy
@@ -83,41 +85,67 @@ def test_bad_connections(  # noqa: PLR0917 (fixtures and a table)
     outcome(f"{fault.kind}{f' {amount}' if amount else ''}: complete after {took:.0f} s")
 
 
-def make_refusing(upstream: str, chance: random.Random, refused: list[str]) -> type[BaseHTTPRequestHandler]:
-    """Make a server that passes requests on, and answers some of them with S3's word for too many."""
+class Passing(BaseHTTPRequestHandler):
+    """A server that passes every request on to an object store."""
 
-    class Refusing(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+    protocol_version = "HTTP/1.1"
+    upstream: ClassVar[str]
 
-        def answer(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            if chance.random() < REFUSED:
-                refused.append(self.path)
-                return self.reply(503, {}, b"<Error><Code>SlowDown</Code></Error>")
-            backend = http.client.HTTPConnection(upstream)
-            headers = {name: value for name, value in self.headers.items() if name.lower() != "expect"}
-            backend.request(self.command, self.path, body, headers)
-            found = backend.getresponse()
-            content = found.read()
-            kept = {n: v for n, v in found.getheaders() if n.lower() not in {"transfer-encoding", "connection"}}
-            backend.close()
-            return self.reply(found.status, kept, content)
+    def answer(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        backend = http.client.HTTPConnection(self.upstream)
+        headers = {name: value for name, value in self.headers.items() if name.lower() != "expect"}
+        backend.request(self.command, self.path, body, headers)
+        found = backend.getresponse()
+        content = found.read()
+        kept = {n: v for n, v in found.getheaders() if n.lower() not in {"transfer-encoding", "connection"}}
+        backend.close()
+        self.reply(found.status, kept, content)
 
-        def reply(self, status: int, headers: dict[str, str], content: bytes) -> None:
-            self.send_response_only(status)
-            length = headers.get("Content-Length", str(len(content)))
-            for name, value in {**headers, "Content-Length": length}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(content)
+    def reply(self, status: int, headers: dict[str, str], content: bytes) -> None:
+        self.send_response_only(status)
+        length = headers.get("Content-Length", str(len(content)))
+        for name, value in {**headers, "Content-Length": length}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
 
-        def log_message(self, *_: Any) -> None:
-            """Be quiet."""
+    def log_message(self, *_: Any) -> None:
+        """Be quiet."""
 
-        do_GET = do_PUT = do_HEAD = do_DELETE = answer  # noqa: N815 (http.server's names)
+    def do_GET(self) -> None:
+        self.answer()
 
-    return Refusing
+    do_PUT = do_HEAD = do_DELETE = do_GET  # noqa: N815 (http.server's names)
+
+
+class Refusing(Passing):
+    """Answers some of the requests with S3's word for too many."""
+
+    chance: ClassVar[random.Random]
+    refused: ClassVar[list[str]]
+
+    def answer(self) -> None:
+        if self.chance.random() >= REFUSED:
+            return super().answer()
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.refused.append(self.path)
+        return self.reply(503, {}, b"<Error><Code>SlowDown</Code></Error>")
+
+
+class Losing(Passing):
+    """Says of every adapter that a byte of it is missing."""
+
+    def reply(self, status: int, headers: dict[str, str], content: bytes) -> None:
+        if self.command == "HEAD" and self.path.endswith(ADAPTER) and "Content-Length" in headers:
+            headers = {**headers, "Content-Length": str(int(headers["Content-Length"]) - 1)}
+        super().reply(status, headers, content)
+
+
+def make_server(kind: type[Passing], s3: S3, **attributes: Any) -> type[Passing]:
+    """Make a server of this kind before a store."""
+    return type(kind.__name__, (kind,), {"upstream": s3.endpoint.removeprefix("http://"), **attributes})
 
 
 @promise(
@@ -127,7 +155,28 @@ def make_refusing(upstream: str, chance: random.Random, refused: list[str]) -> t
 )
 def test_refused_requests(s3: S3, tmp_path: Path, dose: Dose, outcome: Callable[[str], None]) -> None:
     repeats, refused = dose(short=1, full=5), list[str]()
-    with serving(make_refusing(s3.endpoint.removeprefix("http://"), random.Random(4), refused)) as address:
+    with serving(make_server(Refusing, s3, chance=random.Random(4), refused=refused)) as address:
         took = come_through(address, s3, "refusing", tmp_path, repeats)
     assert len(refused) > repeats
     outcome(f"{len(refused)} requests refused; {repeats} of {repeats} complete after {took:.0f} s")
+
+
+@promise(
+    fault="S3 keeps something else than it was sent",
+    promise="nothing is published, the run says UploadFailed, and the next attempt publishes what was trained",
+    how="a proxy that tells of the adapter one byte less than was uploaded",
+)
+def test_a_store_that_loses_a_byte(courses: Courses, s3: S3, outcome: Callable[[str], None]) -> None:
+    course = courses.make()
+    with serving(make_server(Losing, s3)) as address:
+        life = course.start(endpoint=address)
+        assert life.end() != 0
+    word = life.word
+    assert word is not None
+    assert (word.reason, "reads back different from what was sent" in word.message) == (Reason.UPLOAD_FAILED, True)
+    assert check_published(s3.client(), course.config.prepared.prefix) is None
+    again = course.start()
+    assert again.end() == 0
+    assert course.verified_adapter()
+    assert again.resumed == STEPS
+    outcome(f"UploadFailed, and published from the checkpoint of step {again.resumed}")

@@ -1,6 +1,9 @@
 """The watchdog: what counts as silence, and what is left of a process that gave no sign of life."""
 
+import subprocess
+import sys
 import threading
+import time
 
 import pytest
 
@@ -59,6 +62,31 @@ def test_trap_40_a_silent_process_is_ended_once():
         assert ended.wait(10)
         clock.now += 1.5
     assert ends == [101.5]
+
+
+HOLDS_PYTHONS_LOCK = """
+import ctypes, time
+from qlora_trainer import watchdog
+from qlora_trainer.pulse import Pulse
+
+watchdog._LAST_SECONDS = 0.5
+
+def computes_for_ever():
+    ctypes.PyDLL(None).sleep(60)  # unlike CDLL it does not let other threads run
+
+with watchdog.watched(Pulse(), 1.0, lambda: None):
+    time.sleep(0.5)  # for the first look
+    computes_for_ever()
+"""
+
+
+def test_a_process_whose_native_code_lets_no_thread_run_is_ended_as_well():
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", HOLDS_PYTHONS_LOCK], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert time.monotonic() - started < 50
+    assert "Timeout" in done.stderr
+    assert "in computes_for_ever" in done.stderr
 
 
 def test_the_stacks_are_those_of_every_thread():
