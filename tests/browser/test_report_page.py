@@ -1,6 +1,5 @@
 """The report of a run, as a browser shows it: on a desktop and on a phone, in light and in dark."""
 
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -10,6 +9,8 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser
 
 from qlora_api.report import EvaluatedRow, RunReport, TaskScore
+from qlora_operator.plan import make_plan
+from qlora_operator.plan.offer import Pool
 from qlora_trainer.chart import draw_charts
 from qlora_trainer.prepare import prepare
 from qlora_trainer.report import render_html
@@ -62,24 +63,19 @@ SECTIONS: Final = [
 STEPS: Final = 24
 ANSWERED: Final = 6
 """Held-out rows with an answer: more than are seen at once."""
-PREDICTED: Final = 2 << 30
-"""Bytes that the plan is made to predict; plans for a CPU have none."""
 ENDLESS: Final = "unbroken" * 40
 """Wider than any screen."""
 
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The page of a run on a tiny model, with what only a GPU and the hub would add, and a word without an end."""
+    """The page of a run on a tiny model, with what a plan says for a GPU, a benchmark, and a word without an end."""
     folder = tmp_path_factory.mktemp("page")
     spec = write_job(folder, training={"evaluateEvery": 8, "epochs": STEPS / 4}, evaluation={"generations": ANSWERED})
     prepared = prepare(prepare_config(spec), work=folder)
-    reasons = ("micro-batch 4: a reason", "peak 2.0 GiB of 15.7 per GPU: base 1.20, context 0.52, slack 7 %")
-    run(
-        run_config(spec, prepared, total_steps=STEPS, peak_bytes=PREDICTED, reasons=reasons),
-        RecordingSink(),
-        work=folder,
-    )
+    sized = make_plan(spec, prepared, (Pool("NVIDIA-A10", memory=23_028 << 20, capability=(8, 6)),))
+    said = {"total_steps": STEPS, "peak_bytes": sized.peak_bytes, "reasons": sized.reasons}
+    run(run_config(spec, prepared, **said), RecordingSink(), work=folder)
     place = Path(prepared.prefix.removeprefix("file://")) / "report"
     report = RunReport.model_validate_json((place / "report.json").read_text())
     rows = [EvaluatedRow.model_validate_json(line) for line in (place / "evaluation.jsonl").read_text().splitlines()]
@@ -175,14 +171,17 @@ def test_tables_stay_tables_where_they_are_stacked(look: Look):
 
 
 def test_bars_are_as_long_as_what_they_stand_for(look: Look):
-    predicted, measured = (bar.bounding_box() for bar in look.page.locator(".bar").all())
-    assert predicted is not None
-    assert measured is not None
+    lengths = [box["width"] for bar in look.page.locator(".bar").all() if (box := bar.bounding_box())]
     assert look.page.locator(".bars th").all_inner_texts() == ["predicted", "measured"]
     figures = [float(text.split()[0]) for text in look.page.locator(".bars td:nth-child(2)").all_inner_texts()]
-    assert figures[0] == PREDICTED / 2**30
-    ratio = measured["width"] / predicted["width"]
-    assert math.isclose(ratio, figures[1] / figures[0], rel_tol=0.05)
+    assert lengths[1] / lengths[0] == pytest.approx(figures[1] / figures[0], rel=0.05)
+
+
+def test_the_plan_says_why(look: Look):
+    plan = look.page.locator("section", has=look.page.get_by_role("heading", name="Plan", exact=True))
+    reasons = plan.get_by_role("listitem").all_inner_texts()
+    assert reasons[0] == "1 x NVIDIA-A10 on 1 node: as spec.resources asks"
+    assert [reason for reason in reasons if reason.startswith("peak ") and "context 0.5" in reason]
 
 
 def test_further_answers_unfold(look: Look):
