@@ -2,6 +2,7 @@
 
 import contextlib
 import faulthandler
+import logging
 import os
 import sys
 import tempfile
@@ -10,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Final
 
+from qlora_api.logs import fields
 from qlora_api.names import Reason
 from qlora_api.runconfig import RunConfig
 from qlora_api.v1alpha1 import to_timedelta
@@ -30,6 +32,8 @@ _PEERS_SECONDS: Final = 20.0
 """How long a process that is not alone stays: the launcher ends all of them with the first one, and each has stacks."""
 _LAST_SECONDS: Final = _UPLOAD_SECONDS + LAST_SECONDS + _PEERS_SECONDS + 30.0
 """When the C-level timer strikes after the limit: later than everything that this module does by itself."""
+
+log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -68,13 +72,13 @@ def end_silent(config: RunConfig, farewell: Farewell, logbook: Logbook) -> None:
     sys.stderr.write(stacks)
     uploaded = upload_stacks(config, stacks)
     where = uploaded or "this container's log: they could not be uploaded"
-    farewell.fail(
-        RunError(
-            Reason.HEARTBEAT_LOST,
-            f"no sign of life for {config.spec.deadlines.heartbeat} (spec.deadlines.heartbeat); the stacks of all "
-            f"threads are in {where}",
-        )
+    known = RunError(
+        Reason.HEARTBEAT_LOST,
+        f"no sign of life for {config.spec.deadlines.heartbeat} (spec.deadlines.heartbeat); the stacks of all threads "
+        f"are in {where}",
     )
+    farewell.fail(known)
+    log.error("the run failed: %s", known.message, extra=fields(reason=known.reason))
     if uploaded:
         logbook.finish()
     if config.plan.processes > 1:

@@ -150,13 +150,13 @@ class Course:
         found = self._client.list_objects_v2(Bucket=bucket, Prefix=f"{key}/").get("Contents", [])
         return [entry["Key"].removeprefix(f"{key}/") for entry in found]
 
-    def kept_log(self, attempt: int) -> list[dict[str, Any]]:
-        """Return what the output has of the log of an attempt, line by line."""
+    def kept_log(self, attempt: int, rank: int = 0) -> list[dict[str, Any]]:
+        """Return what the output has of the log of a process, line by line; each has a node of its own."""
         bucket, key = self.prefix
-        name = f"{key.rpartition('/')[0]}/logs/attempt-{attempt}-node-0-rank-0.jsonl"
-        if name not in [
-            entry["Key"] for entry in self._client.list_objects_v2(Bucket=bucket, Prefix=name).get("Contents", [])
-        ]:
+        folder = f"{key.rpartition('/')[0]}/logs/"
+        name = f"{folder}attempt-{attempt}-node-{rank}-rank-{rank}.jsonl"
+        listed = self._client.list_objects_v2(Bucket=bucket, Prefix=folder).get("Contents", [])
+        if name not in [entry["Key"] for entry in listed]:
             return []
         return [
             json.loads(line) for line in self._client.get_object(Bucket=bucket, Key=name)["Body"].read().splitlines()

@@ -43,6 +43,8 @@ def test_a_process_that_sleeps_for_ever(
         assert word.message.endswith(f"{config.prepared.prefix}/{path}")
     waits, sleeps = (course.read(path).decode() for path in paths)
     assert ["in all_reduce" in stacks for stacks in (waits, sleeps)] == [True, False]
+    ends = [course.kept_log(1, rank)[-1] for rank in (0, 1)]
+    assert [end["message"] for end in ends] == [f"the run failed: {word.message}" for word in words]
     assert words[0].checkpoint is not None
     assert words[0].checkpoint.step == 2
     outcome("both processes ended as HeartbeatLost, and the stacks show which one slept and where the other waited")

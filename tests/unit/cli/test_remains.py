@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import boto3
 import pytest
+from moto import mock_aws
 
 from qlora_api.names import Reason
 from qlora_api.v1alpha1 import Attempt, OutputStatus
@@ -77,6 +79,20 @@ def test_lines_from_the_output_are_chosen_as_those_of_pods(tmp_path: Path):
     assert shown(Missing(1), tail=0) == []
     assert shown(Missing(1, frozenset({1}))) == ['1-1 | "d"}']
     assert shown(Missing(0)) == ['prepar"checked"}']
+
+
+def test_logs_are_read_from_s3_with_the_keys_of_this_computer(monkeypatch: pytest.MonkeyPatch):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "testing")
+    job = make_job(FAILED.model_copy(update={"attempts": (make_ended(1),)}), output={"uri": "s3://adapters/team-a/"})
+    key = f"team-a/support-bot/logs/{UID}/attempt-1-node-0-rank-0.jsonl"
+    with mock_aws():
+        client = boto3.client("s3", region_name="us-east-1")
+        client.create_bucket(Bucket="adapters")
+        client.put_object(Bucket="adapters", Key=key, Body=write_line(1, "from S3").encode())
+        paper, out = printer()
+        remains.show_remains(job, Missing(1), WISH, out, Paper().console)
+    assert paper.lines == ["1-0 | 2026-03-01T12:00:01.000Z info    from S3"]
 
 
 def test_each_line_tells_its_process(tmp_path: Path):
