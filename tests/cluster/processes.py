@@ -106,6 +106,9 @@ class Processes:
         process = self.identify(name)
         wait_until(f"end of {name}", lambda: not process.alive(), timeout, interval=0.02)
         for child in self.children:
+            if child.pid == process.pid:
+                # Its first thread may be gone, as /proc has it, while others of it still end.
+                child.wait(timeout)
             child.poll()
 
     def identify(self, name: str) -> ProcessId:
