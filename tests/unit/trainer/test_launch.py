@@ -26,6 +26,7 @@ from qlora_trainer.errors import RunError
 from qlora_trainer.interrupt import StopFlag
 from qlora_trainer.launch import INDEX_ENV, Node, choose_word, is_worker, launch_command, wait_for_address, workers_of
 from qlora_trainer.prepare import prepare
+from qlora_trainer.store import local_path
 from tests.unit.trainer.tiny import prepare_config, run_config, write_job
 
 STEPS = 6
@@ -185,6 +186,12 @@ class Pods:
     def log(self, index: int) -> str:
         return (self.folder / f"log-{index}").read_text()
 
+    def kept_lines(self, index: int) -> list[str]:
+        """What the output has of the log of a pod: of its launcher, and of its training process."""
+        folder = local_path(self.config.spec.output.uri) / self.config.job / "logs"
+        names = [f"attempt-1-node-{index}.jsonl", f"attempt-1-node-{index}-rank-{index}.jsonl"]
+        return sorted(line for name in names for line in (folder / name).read_text().splitlines())
+
 
 def test_a_stop_of_one_pod_keeps_a_checkpoint_and_ends_both(config: RunConfig, tmp_path: Path) -> None:
     pods = Pods(config, plan_of("zero2", steps=2000), tmp_path)
@@ -197,3 +204,5 @@ def test_a_stop_of_one_pod_keeps_a_checkpoint_and_ends_both(config: RunConfig, t
     lines = [json.loads(line) for line in pods.log(0).splitlines() if line.startswith("{")]
     assert {line.get("rank") for line in lines} == {0, None}, "each line of a training process has its rank"
     assert list(tmp_path.rglob("checkpoints/step-*/manifest.json"))
+    for index in (0, 1):
+        assert pods.kept_lines(index) == sorted(line for line in pods.log(index).splitlines() if line.startswith("{"))
