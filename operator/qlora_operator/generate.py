@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import yaml
 
-from qlora_api import crd, metrics
+from qlora_api import crd
 from qlora_api.names import KIND
 from qlora_cli.reference import command_reference
 from qlora_operator.chart import build_values_schema, read_values, render_values_table
@@ -22,6 +22,7 @@ from qlora_operator.cluster.permissions import (
     build_rules,
     build_view_rules,
 )
+from qlora_operator.metric_reference import render_metrics
 from qlora_operator.reason_reference import render_events, render_reasons
 from qlora_operator.validity import render_table
 
@@ -226,35 +227,7 @@ def validity_file() -> str:
 
 def metric_reference_file() -> str:
     """Every metric of operator and trainer."""
-    return "\n".join(
-        [
-            f"<!-- {_NOTE} -->",
-            "# Metrics",
-            "",
-            "What they are for, and how they are scraped: [metrics](../metrics.md).",
-            "",
-            "## Operator",
-            "",
-            f"Every replica, `{metrics.PATH}` on port `health` (8081). A replica that waits tells of no QLoRAJob.",
-            "",
-            *_metric_table(metrics.OPERATOR),
-            "",
-            "## Training pods",
-            "",
-            f"The first process of each training pod, `{metrics.PATH}` on port `{metrics.PORT_NAME}` ({metrics.PORT}).",
-            "",
-            *_metric_table(metrics.TRAINER),
-            "",
-        ]
-    )
-
-
-def _metric_table(listed: tuple[metrics.Metric, ...]) -> Iterator[str]:
-    yield "| metric | type | labels | at most | meaning |"
-    yield "|---|---|---|---|---|"
-    for metric in listed:
-        labels = ", ".join(f"`{label}`" for label in metric.labels)
-        yield f"| `{metric.name}` | {metric.kind} | {labels} | {metric.series} | {metric.help} |"
+    return f"<!-- {_NOTE} -->\n{render_metrics()}"
 
 
 FILES: Final[dict[str, Callable[[], str]]] = {

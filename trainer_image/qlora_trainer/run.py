@@ -20,6 +20,7 @@ from qlora_trainer.history import History
 from qlora_trainer.interrupt import StopFlag
 from qlora_trainer.keeper import Keeper
 from qlora_trainer.merging import add_merged
+from qlora_trainer.outcome import Outcome, build_report, build_result
 from qlora_trainer.output import find_final, open_output, point_latest
 from qlora_trainer.pace import Pace
 from qlora_trainer.progress import ProgressSink, Sinks
@@ -137,13 +138,13 @@ def _publish(desk: Desk, learned: Learned) -> Result:
     tasks = score_tasks(learned.base.figures, learned.adapter.figures)
     preview = stages.make_preview(learned.data, learned.tokenizer)
     earlier = learned.checkpoints.peak_memory_bytes
-    outcome = stages.Outcome(learned.history, rows, tasks, check_serving(written), preview, earlier)
-    report = stages.build_report(config, learned.choices, outcome, learned.checkpoints.started_at)
+    outcome = Outcome(learned.history, rows, tasks, check_serving(written), preview, earlier)
+    report = build_report(config, learned.choices, outcome, learned.checkpoints.started_at)
     write_report(report, outcome.rows, files)
     write_card(report, written)
     copy_board(desk.work, config, files)
     stages.prove_loadable(learned.check, files)
-    result = stages.build_result(config, report)
+    result = build_result(config, report)
     stages.pass_gate(desk.output, config, result, files, learned.checkpoints)
     result = publish(desk.output, config, result, files, datetime.now(UTC))
     learned.checkpoints.clear()

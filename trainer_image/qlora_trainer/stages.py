@@ -14,19 +14,14 @@ from qlora_api.names import Reason
 from qlora_api.prepared import PinnedTasks
 from qlora_api.report import (
     AdapterRecord,
-    EvaluatedRow,
     HeldOutRecord,
     Piece,
-    RunReport,
-    Sample,
-    ServingCheck,
     StepRecord,
-    TaskScore,
 )
 from qlora_api.result import Result
 from qlora_api.runconfig import RunConfig
 from qlora_api.v1alpha1 import Metrics
-from qlora_trainer import evaluate, scores, shards
+from qlora_trainer import evaluate, shards
 from qlora_trainer.benchmarks import Battery, load_benchmarks
 from qlora_trainer.checkpoint import Checkpoints, Course
 from qlora_trainer.choices import Choices, decide
@@ -35,17 +30,16 @@ from qlora_trainer.errors import RunError
 from qlora_trainer.evaluate import Examiner
 from qlora_trainer.gate import check_gate, describe_rejected, judge
 from qlora_trainer.hardware import observe_hardware, peak_memory_bytes
-from qlora_trainer.history import History, kept_step
+from qlora_trainer.history import History
 from qlora_trainer.interrupt import StopFlag
 from qlora_trainer.keeper import Keeper
 from qlora_trainer.loading import CHECKED_ROWS, LoadingTask, load_in_fresh_process, rows_of_task
 from qlora_trainer.metrics import METER
 from qlora_trainer.model import Tuned, computing_in, joins_rows_exactly, load_base, load_text_config, tune, tune_whole
-from qlora_trainer.pace import Pace, time_and_tokens
+from qlora_trainer.pace import Pace
 from qlora_trainer.preview import preview, shown_rows
-from qlora_trainer.publish import REPORT, WEIGHTS, keep_rejected, write_weights
+from qlora_trainer.publish import WEIGHTS, keep_rejected, write_weights
 from qlora_trainer.pulse import PULSE
-from qlora_trainer.report import library_versions
 from qlora_trainer.snapshot import Places, text_files, weight_files
 from qlora_trainer.state import TrainingState
 from qlora_trainer.store import MODEL, Store
@@ -237,70 +231,6 @@ def build_record(config: RunConfig, choices: Choices) -> AdapterRecord:
         template=config.spec.dataset.template,
         init=config.spec.lora.init,
         parameters=prepared.model.parameters,
-    )
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a run found out."""
-
-    history: History
-    rows: tuple[EvaluatedRow, ...]
-    tasks: tuple[TaskScore, ...]
-    serving: ServingCheck
-    preview: tuple[tuple[Piece, ...], ...]
-    earlier_peak_bytes: int
-    """Peak of the memory in earlier attempts: the last one may only have had to evaluate."""
-
-
-def build_report(config: RunConfig, choices: Choices, outcome: Outcome, started: datetime) -> RunReport:
-    """Return the report of a run."""
-    seconds, tokens = time_and_tokens(outcome.history.steps)
-    return RunReport(
-        job=config.job,
-        namespace=config.namespace,
-        run=config.uid,
-        attempt=config.attempt,
-        digest=config.prepared.digest,
-        spec=config.spec,
-        plan=config.plan,
-        prepared=config.prepared,
-        choices=choices.reasons,
-        history=tuple(outcome.history.steps),
-        held_out=tuple(outcome.history.held_out),
-        adapter_step=kept_step(outcome.history, config.spec.training),
-        evaluation=scores.summarise(outcome.rows),
-        confidence=scores.estimate_confidence(outcome.rows),
-        samples=collect_samples(outcome.rows),
-        preview=outcome.preview,
-        tasks=outcome.tasks,
-        serving=outcome.serving,
-        started_at=started,
-        finished_at=datetime.now(UTC),
-        training_seconds=seconds,
-        tokens_per_second=tokens / seconds,
-        peak_memory_bytes=max(outcome.earlier_peak_bytes, peak_memory_bytes(torch.device(config.plan.device))),
-        versions=library_versions(),
-    )
-
-
-def collect_samples(rows: Sequence[EvaluatedRow]) -> tuple[Sample, ...]:
-    """Return the answers side by side."""
-    return tuple(
-        Sample(prompt=row.prompt, reference=row.reference, base=row.base.answer or "", adapter=row.adapter.answer or "")
-        for row in scores.answered(rows)
-    )
-
-
-def build_result(config: RunConfig, report: RunReport) -> Result:
-    """Return the run in short."""
-    prefix = config.prepared.prefix
-    return Result(
-        adapter=f"{prefix}/{WEIGHTS[config.spec.method]}",
-        report=f"{prefix}/{REPORT}",
-        evaluation=report.evaluation,
-        steps=len(report.history),
-        tokens_per_second=round(report.tokens_per_second, 1),
     )
 
 
