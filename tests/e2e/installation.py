@@ -14,6 +14,7 @@ from qlora_api.names import LEADER_LABEL
 from tests.cluster.cluster import RESTRICTED, Cluster
 from tests.cluster.commands import wait_until
 from tests.cluster.images import build_image
+from tests.e2e.recording import Recording
 
 ROOT: Final = Path(__file__).parents[2]
 QUICKSTART: Final = ROOT / "examples/quickstart"
@@ -24,6 +25,7 @@ RELEASE: Final = "qlora-operator"
 REPLICAS: Final = 2
 """The chart's own number."""
 SECRET: Final = "s3-credentials"
+VALUES: Final = "values.yaml"
 BUCKETS: Final = ("models", "quickstart", "adapters")
 
 
@@ -34,6 +36,8 @@ class Installation:
     cluster: Cluster
     operator_image: str
     trainer_image: str
+    recording: Recording
+    """Of what a user would type: the installation, and the quickstart."""
 
     def make_namespace(self, name: str) -> str:
         """A namespace for QLoRAJobs: restricted pods only, and the credentials of the S3 server."""
@@ -118,7 +122,7 @@ def manifest_of(name: str, namespace: str, **blocks: Mapping[str, Any]) -> dict[
 
 
 @pytest.fixture(scope="session")
-def installation(cluster: Cluster) -> Installation:
+def installation(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Installation:
     """Build and load the images, fill the S3 server, and install the chart as a user would."""
     operator = cluster.load_image(build_image("operator", "qlora-operator:e2e"))
     trainer = cluster.load_image(build_image("trainer", "qlora-trainer:e2e"))
@@ -140,9 +144,30 @@ def installation(cluster: Cluster) -> Installation:
         "platform.s3.addressing": "path",
         "platform.hub.mirror": "s3://models/hub",
     }
-    cluster.helm("upgrade", "--install", RELEASE, ROOT / "charts/qlora-operator", *release_flags(values))
+    recording = record(cluster, tmp_path_factory.mktemp("session"), values)
+    recording.run("cat", VALUES)
+    recording.run(
+        *("helm", "upgrade", "--install", RELEASE, "charts/qlora-operator"),
+        *(f"--namespace={OPERATOR_NAMESPACE}", f"--values={VALUES}", "--wait", "--timeout=3m"),
+    )
     cluster.wait_until_served()
-    return Installation(cluster, operator, trainer)
+    return Installation(cluster, operator, trainer, recording)
+
+
+def record(cluster: Cluster, folder: Path, values: dict[str, str]) -> Recording:
+    """Open a terminal where a user's files are: the repository's, and values for the chart."""
+    for name in ("charts", "examples"):
+        (folder / name).symlink_to(ROOT / name)
+    nested: dict[str, Any] = {}
+    for key, value in values.items():
+        *parents, last = key.split(".")
+        block = nested
+        for parent in parents:
+            block = block.setdefault(parent, {})
+        block[last] = value
+    (folder / VALUES).write_text(yaml.safe_dump(nested, sort_keys=False), encoding="utf-8")
+    environment = {**cluster.s3.environment(), "KUBECONFIG": str(cluster.kubeconfig)}
+    return Recording(TRANSCRIPT / "session.cast", folder, environment)
 
 
 @pytest.fixture(autouse=True)

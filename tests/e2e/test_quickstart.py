@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,15 +21,17 @@ NAME: Final = "quickstart"
 TRAINING_SECONDS: Final = 800
 """Four times what the job takes on two cores."""
 WATCH: Final = TRANSCRIPT / "get-watch.txt"
+SESSION: Final = TRANSCRIPT / "session.cast"
 
 
 @pytest.fixture(scope="module")
 def finished(installation: Installation) -> dict[str, Any]:
     """The quickstart's QLoRAJob after its end, watched on the way as a user would."""
     installation.make_namespace(NAMESPACE)
-    kubectl = installation.cluster.kubectl
+    record = installation.recording.run
     with watched(installation):
-        kubectl("apply", f"--namespace={NAMESPACE}", "--filename", str(QUICKSTART / "job.yaml"))
+        record("kubectl", "apply", f"--namespace={NAMESPACE}", "--filename=examples/quickstart/job.yaml")
+        record("kubectl", "qlora", "status", NAME, f"--namespace={NAMESPACE}", "--watch")
         job = installation.wait_until_finished(NAME, NAMESPACE, TRAINING_SECONDS)
         wait_for("the watch to see the end", lambda: "Succeeded" in read_watch() or "Failed" in read_watch(), 20)
     write_transcript(installation)
@@ -92,6 +95,18 @@ def test_the_user_saw_it_move():
     percents = [int(word[:-1]) for word in seen.split() if word.endswith("%")]
     assert percents == sorted(percents)
     assert len(set(percents)) > 5
+
+
+def test_the_command_line_shows_it_move_and_brings_its_report(installation, finished):
+    session = [json.loads(line) for line in SESSION.read_text(encoding="utf-8").splitlines()[1:]]
+    shown = "".join(text for _, _, text in session)
+    steps = [int(step) for step in re.findall(rf"step (\d+)/{finished['status']['plan']['totalSteps']}", shown)]
+    assert steps == sorted(steps)
+    assert len(set(steps)) > 5
+    installation.recording.run("kubectl", "qlora", "list", f"--namespace={NAMESPACE}")
+    installation.recording.run("kubectl", "qlora", "report", NAME, f"--namespace={NAMESPACE}", "--no-open")
+    page = (installation.recording.folder / f"{NAME}-report/report.html").read_text(encoding="utf-8")
+    assert "</html>" in page
 
 
 def test_one_job_for_each_purpose(installation, finished):
