@@ -23,7 +23,19 @@ from tests.make import merge
 TREE: Final = re.compile(r"^(?:benchmarks|charts|crds|docs|examples|operator|requirements|tests|trainer_image)/")
 """How a path of the repository begins; others are the reader's own."""
 _EAGER: Final = frozenset({"--help", "--version", "--install-completion", "--show-completion"})
-_COMMON: Final = {"-n", "--namespace", "-A", "--all-namespaces", "-o", "--output", "-l", "-f", "--as", "--context"}
+_COMMON: Final = {
+    "-n",
+    "--namespace",
+    "-A",
+    "--all-namespaces",
+    "-o",
+    "--output",
+    "-l",
+    "-f",
+    "--filename",
+    "--as",
+    "--context",
+}
 _KUBECTL: Final[Mapping[str, frozenset[str]]] = {
     "apply": frozenset({"--server-side"}),
     "auth": frozenset({"--list"}),
@@ -46,7 +58,16 @@ _KUBECTL: Final[Mapping[str, frozenset[str]]] = {
 _HELM: Final[Mapping[str, frozenset[str]]] = {
     "install": frozenset({"--namespace", "--create-namespace", "--set", "--wait"}),
     "upgrade": frozenset(
-        {"--install", "--namespace", "--create-namespace", "--set", "--wait", "--reset-then-reuse-values"}
+        {
+            "--install",
+            "--namespace",
+            "--create-namespace",
+            "--set",
+            "--values",
+            "--wait",
+            "--timeout",
+            "--reset-then-reuse-values",
+        }
     ),
     "template": frozenset({"--show-only"}),
     "test": frozenset({"--namespace"}),
