@@ -83,7 +83,7 @@ async def measure_operator(jobs: int) -> tuple[FirstChildren, Restart]:
         async with connect(cluster) as api:
             await create(api, QLORAJOBS, build_qlorajob, jobs)
             first = await measure_first_children(api, operator, audit, jobs)
-            await wait_for_quiet(audit)
+            await wait_for_quiet(api, audit)
         operator.terminate()
         return first, await measure_restart(operator, audit, jobs)
 

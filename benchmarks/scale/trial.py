@@ -13,7 +13,7 @@ from typing import Any, Final, Protocol
 
 from benchmarks.scale.audit import Audit
 from benchmarks.scale.resources import Usage, usage_of
-from benchmarks.scale.workload import JOBS, QLORAJOBS, Manifest
+from benchmarks.scale.workload import JOBS, PODS, QLORAJOBS, Manifest
 from qlora_operator.cluster.api import Api, load_configuration
 from tests.cluster.cluster import Cluster
 from tests.integration.operator_process import Operator
@@ -139,9 +139,14 @@ async def measure_first_children(api: Api, contender: Contender, audit: Audit, j
     return FirstChildren(seconds, usage_of(contender.pid), audit.writes_since(before))
 
 
-async def wait_for_quiet(audit: Audit) -> None:
-    """Return when pods have begun to run, and every status says so: when nothing more is written."""
+async def wait_for_quiet(api: Api, audit: Audit) -> None:
+    """Return when every pod runs, and every status says so: when nothing more is written."""
     before = audit.count()
+
+    async def run() -> bool:
+        query = {"fieldSelector": "status.phase!=Running", "limit": "1"}
+        waiting = await api.request("GET", PODS, query=query)
+        return not waiting["items"] and await count(api, PODS) >= await count(api, JOBS)
 
     async def quiet() -> bool:
         nonlocal before
@@ -149,6 +154,7 @@ async def wait_for_quiet(audit: Audit) -> None:
         writes, before = audit.writes_since(before), audit.count()
         return without_lease(writes) == 0
 
+    await wait_for("every pod runs", run)
     await wait_for("nothing more is written", quiet)
 
 

@@ -15,6 +15,7 @@ NAMESPACE: Final = "scale"
 QLORAJOBS: Final = f"/apis/{names.GROUP}/{names.VERSION}/namespaces/{NAMESPACE}/{names.PLURAL}"
 JOBSETS: Final = f"/apis/jobset.x-k8s.io/v1alpha2/namespaces/{NAMESPACE}/jobsets"
 JOBS: Final = f"/apis/batch/v1/namespaces/{NAMESPACE}/jobs"
+PODS: Final = f"/api/v1/namespaces/{NAMESPACE}/pods"
 
 
 MODEL: Final = Path(__file__).parents[2] / "tests/unit/operator/plan/configs/llama-3.2-3b.json"
