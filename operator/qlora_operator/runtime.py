@@ -88,10 +88,9 @@ class Runtime:
     def saw(self, ref: JobRef, item: Json) -> None:
         """An event of a QLoRAJob arrived; our own write needs no second look."""
         version = item["metadata"]["resourceVersion"]
-        newest = self.watch.saw(ref, version)
+        self.watch.saw(ref, version)
         if self._written.get(ref) != version:
-            if newest:
-                self._told.saw(ref, item)
+            self._told.saw(ref, item)
             self.queue.add(ref)
 
     def saw_child(self, shelf: Shelf[Child], change: str | None, item: Json) -> None:
@@ -113,6 +112,8 @@ class Runtime:
         with self.metrics.measure():
             watch = Watch(self._clock().replace(microsecond=0), self._reports.get(ref), self._listening_since)
             told = self._told.take(ref)
+            if told is not None and self.watch.knows_newer(ref, told.resource_version):
+                told = None
             outcome = await reconcile(ref, self._cluster, self.settings.installation, watch, told)
         self.metrics.passed(ref, outcome)
         if outcome.written is not None and outcome.status is not None:

@@ -21,14 +21,17 @@ class WatchProof:
         self._seen: dict[JobRef, int] = {}
         self._expected: dict[JobRef, tuple[int, float]] = {}
 
-    def saw(self, ref: JobRef, version: str) -> bool:
-        """An event with this version arrived; one that is told again takes nothing back. Say if none newer is known."""
-        told, seen = int(version), self._seen.get(ref, -1)
-        expected, _ = self._expected.get(ref, (-1, 0.0))
-        self._seen[ref] = max(told, seen)
-        if 0 <= expected <= told:
+    def saw(self, ref: JobRef, version: str) -> None:
+        """An event with this version arrived; one that is told again takes nothing back."""
+        self._seen[ref] = max(int(version), self._seen.get(ref, -1))
+        expected = self._expected.get(ref)
+        if expected is not None and expected[0] <= int(version):
             del self._expected[ref]
-        return told >= max(seen, expected)
+
+    def knows_newer(self, ref: JobRef, version: str) -> bool:
+        """Whether a later version was written, listed or told."""
+        expected, _ = self._expected.get(ref, (-1, 0.0))
+        return int(version) < max(self._seen.get(ref, -1), expected)
 
     def forget(self, ref: JobRef) -> None:
         """The QLoRAJob is gone."""

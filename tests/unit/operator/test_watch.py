@@ -54,14 +54,15 @@ def test_an_old_event_that_is_told_again_takes_nothing_back(clock: Clock) -> Non
     assert proof.overdue() == ()
 
 
-def test_what_is_older_than_any_that_is_known_is_not_the_newest(clock: Clock) -> None:
+def test_what_was_told_is_compared_with_what_is_known(clock: Clock) -> None:
     proof = WatchProof(clock)
-    assert proof.saw(REF, "10")
-    assert proof.saw(REF, "10")
-    assert not proof.saw(REF, "7")
+    assert not proof.knows_newer(REF, "10")
+    proof.saw(REF, "10")
+    assert not proof.knows_newer(REF, "10")
+    assert proof.knows_newer(REF, "7")
     proof.expect(REF, "20")
-    assert not proof.saw(REF, "15")
-    assert proof.saw(REF, "20")
+    assert proof.knows_newer(REF, "15")
+    assert not proof.knows_newer(REF, "20")
 
 
 def test_further_writes_do_not_reset_the_clock(clock: Clock) -> None:
