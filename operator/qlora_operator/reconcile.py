@@ -229,9 +229,12 @@ def refused(error: RefusedError) -> Decision:
 
 
 async def stop(job: Job, seen: Observation, cluster: Cluster) -> None:
-    """Delete the Jobs that still run; their pods are given the time to write a checkpoint."""
+    """Delete the Jobs that still run; their pods are given the time to write a checkpoint.
+
+    One whose pods have ended is left alone, although it is not marked as finished yet: it may have what was prepared.
+    """
     for child in seen.jobs:
-        if not child.finished and not child.deleting:
+        if child.holds_resources and not child.deleting:
             await cluster.delete_job(job.ref, child.name)
 
 

@@ -9,6 +9,7 @@ from qlora_operator.recovery.training import record
 from qlora_operator.recovery.watch import Watch, startup_of
 from qlora_operator.values import Action, Decision, Job, Observation, Stage
 
+_STOPPING: Final = "it is being stopped: it writes a checkpoint and ends"
 _RUNNING: Final = frozenset({Stage.WAITING, Stage.RUNNING})
 
 
@@ -20,17 +21,15 @@ def suspend(job: Job, seen: Observation, number: int, watch: Watch) -> Decision 
     if train is not None and not train.deleting:
         if judge(train, startup_of(job), watch.now).stage not in _RUNNING:
             return None
-        message = "it is being stopped: it writes a checkpoint and ends"
         ended = record(job, train).model_copy(
-            update={"reason": Reason.SUSPENDED_BY_USER, "message": message, "finished_at": watch.now}
+            update={"reason": Reason.SUSPENDED_BY_USER, "message": _STOPPING, "finished_at": watch.now}
         )
-        return Decision(Phase.SUSPENDED, Reason.SUSPENDED_BY_USER, message, attempt=ended, retry_after=AT_ONCE)
+        return Decision(Phase.SUSPENDED, Reason.SUSPENDED_BY_USER, _STOPPING, attempt=ended, retry_after=AT_ONCE)
     if train is not None or any(attempt.number == number for attempt in job.status.attempts):
         return None
-    unfinished = any(not child.finished for child in seen.jobs)
-    return Decision(
-        Phase.SUSPENDED, Reason.SUSPENDED_BY_USER, _describe(job), Action.STOP if unfinished else Action.NONE
-    )
+    if any(child.holds_resources for child in seen.jobs):
+        return Decision(Phase.SUSPENDED, Reason.SUSPENDED_BY_USER, _STOPPING, Action.STOP)
+    return Decision(Phase.SUSPENDED, Reason.SUSPENDED_BY_USER, _describe(job))
 
 
 def _describe(job: Job) -> str:

@@ -82,6 +82,28 @@ async def test_a_preparation_is_stopped_and_made_again(cluster: FakeCluster) -> 
     assert outcome(cluster) == ("Succeeded", "Published")
 
 
+async def test_a_preparation_whose_pod_has_ended_is_not_made_again(cluster: FakeCluster) -> None:
+    await start(cluster)
+    cluster.children["Job", PREPARE]["status"] = {}  # the Job controller is seconds behind its pods
+    cluster.change(suspend=True)
+    await settle(cluster)
+    cluster.change(suspend=False)
+    await settle(cluster)
+    assert ("Job", SECOND) in cluster.children
+    assert cluster.created.count(PREPARE) == 2  # its configuration and its Job, once
+
+
+async def test_it_is_said_when_no_pod_runs_any_more(cluster: FakeCluster) -> None:
+    await start(cluster)
+    cluster.lingers = True
+    cluster.change(suspend=True)
+    await settle(cluster)
+    assert cluster.status["message"] == "it is being stopped: it writes a checkpoint and ends"
+    cluster.remove(TRAIN)
+    await settle(cluster)
+    assert cluster.status["message"].startswith("spec.suspend is true: no pod runs")
+
+
 async def test_what_is_published_while_it_is_stopped_counts(cluster: FakeCluster) -> None:
     await start(cluster)
     cluster.lingers = True
