@@ -48,6 +48,11 @@ def parse_pod(raw: Object) -> TrainerPod:
     )
 
 
+def is_alive(raw: Object) -> bool:
+    """Whether a pod has not come to its end."""
+    return raw.get("status", {}).get("phase") not in {"Succeeded", "Failed"}
+
+
 def latest_attempt(pods: Sequence[TrainerPod]) -> int:
     """Return the latest attempt that has pods; the preparation before the first one."""
     return max((pod.attempt for pod in pods), default=PREPARATION)

@@ -10,6 +10,7 @@ from qlora_api.names import Phase
 from qlora_cli.cluster import Cluster, ClusterError
 from qlora_cli.connection import Context, JobName, Kubeconfig, Namespace, open_connection, reporting_errors
 from qlora_cli.jobs import ClusterJob, get_job, parse_job
+from qlora_cli.pods import is_alive
 from qlora_cli.polling import Clock
 from qlora_cli.waiting import TIMED_OUT, TimedOutError, Timeout, wait_until
 from qlora_operator.values import JobRef
@@ -53,12 +54,14 @@ def _wait_for_rest(cluster: Cluster, ref: JobRef, timeout: float | None, console
     clock = Clock()
     deadline = None if timeout is None else clock.now() + timeout
     try:
-        return wait_until(_rests, cluster, ref, deadline, clock, lambda text: console.print(escape(text)))
+        return wait_until(
+            lambda job: rests(job, cluster), cluster, ref, deadline, clock, lambda text: console.print(escape(text))
+        )
     except TimedOutError as error:
         console.print(escape(str(error)), soft_wrap=True)
         raise typer.Exit(TIMED_OUT) from None
 
 
-def _rests(job: ClusterJob) -> bool:
-    """Whether nothing runs: it rests, or it came to its end first."""
-    return job.phase is Phase.SUSPENDED or job.finished
+def rests(job: ClusterJob, cluster: Cluster) -> bool:
+    """Whether nothing runs: it came to its end first, or is told to rest and its pods have done what they had to."""
+    return job.finished or (job.phase is Phase.SUSPENDED and not any(map(is_alive, cluster.pods(job.ref))))

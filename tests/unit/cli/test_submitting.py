@@ -13,6 +13,7 @@ from tests.make import REF, UID
 from tests.unit.cli.fake_cluster import (
     FAILED,
     SUCCEEDED,
+    SUSPENDED,
     FakeCluster,
     FakeTime,
     Paper,
@@ -41,6 +42,15 @@ def test_suspending_writes_one_field():
     cluster = FakeCluster(make_raw(status=make_training(1)))
     assert suspension.set_suspended(cluster, REF, True).suspended
     assert cluster.writes == [("patch", {"spec": {"suspend": True}})]
+
+
+@pytest.mark.parametrize(("phase", "rest"), [("Running", False), ("Pending", False), ("Succeeded", True)])
+def test_it_rests_when_no_pod_runs_any_more(phase: str, rest: bool):
+    raw = make_raw(status=SUSPENDED)
+    cluster, job = FakeCluster(raw), parse_job(raw)
+    assert suspension.rests(job, cluster)
+    cluster.pods_found = [{"metadata": {"name": "a"}, "status": {"phase": phase}}]
+    assert suspension.rests(job, cluster) is rest
 
 
 def test_what_has_ended_cannot_rest():
