@@ -24,8 +24,8 @@ from qlora_operator.settings import Settings, SettingsError, read_settings
 CHATTY: Final = ("kopf.objects", "kopf.activities.probe", "aiohttp.access")
 """Loggers of libraries that tell what is normal."""
 COLLECT_AFTER: Final = 20_000
-"""New objects after which Python looks for cycles. A page of a list is ten times as many objects without any; with the
-default of 700 the looks take more than half of the time in which it is read."""
+"""New objects after which Python looks for cycles. A page of a list has many more, and none of them is in a cycle: with
+the default of 700 the looks take more than half of the time in which a page is read."""
 
 
 async def run(settings: Settings) -> None:

@@ -112,7 +112,8 @@ def test_a_death_at_any_write_changes_nothing(
         else:
             missed.append(moment)
     died = len(cases) - len(missed)
-    outcome(f"{title}: {died - len(differences)} of {died} deaths at {len(writes)} writes")
+    never = f", {len(missed)} moments did not come again" if missed else ""
+    outcome(f"{title}: {died - len(differences)} of {died} deaths at {len(writes)} writes{never}")
     assert differences == {}
     assert [moment for moment in missed if moment.count <= steady[moment.write]] == []
 
