@@ -95,12 +95,17 @@ class TextLines(logging.Formatter):
         return to_text(describe(record))
 
 
-def configure_logs(form: Format, level: str, stream: TextIO) -> None:
-    """Send every record of this process, of our code and of libraries, and Python's warnings to a stream."""
-    handler = logging.StreamHandler(stream)
-    handler.setFormatter(JsonLines() if form is Format.JSON else TextLines())
+def configure_logs(handler: logging.Handler, level: str) -> None:
+    """Send every record of this process, of our code and of libraries, and Python's warnings to a handler."""
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.captureWarnings(True)
+
+
+def handler_for(form: Format, stream: TextIO) -> logging.Handler:
+    """Return what writes each record to a stream."""
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(JsonLines() if form is Format.JSON else TextLines())
+    return handler
 
 
 def format_of_process() -> Format:

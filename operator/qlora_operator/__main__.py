@@ -10,7 +10,7 @@ import sys
 from functools import partial
 from typing import Final
 
-from qlora_api.logs import configure_logs
+from qlora_api.logs import configure_logs, handler_for
 from qlora_operator.cluster.api import Api, load_configuration, read_credentials
 from qlora_operator.cluster.lease import KubeLeases
 from qlora_operator.election import Election, leading
@@ -66,7 +66,7 @@ def main() -> int:
     except SettingsError as error:
         sys.stderr.write(f"{error}\n")
         return 2
-    configure_logs(settings.log_format, settings.log_level, sys.stderr)
+    configure_logs(handler_for(settings.log_format, sys.stderr), settings.log_level)
     gc.freeze()  # what is imported stays
     gc.set_threshold(COLLECT_AFTER)
     for chatty in CHATTY:

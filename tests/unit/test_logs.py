@@ -117,8 +117,8 @@ def test_the_environment_chooses(monkeypatch: pytest.MonkeyPatch, asked: str, fo
 
 SCRIPT = """
 import logging, sys, warnings
-from qlora_api.logs import Format, configure_logs
-configure_logs(Format.JSON, "info", sys.stdout)
+from qlora_api.logs import Format, configure_logs, handler_for
+configure_logs(handler_for(Format.JSON, sys.stdout), "info")
 logging.getLogger("a.library").info("multi\\nline")
 warnings.warn("old", FutureWarning)
 """

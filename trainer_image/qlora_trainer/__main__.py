@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 from qlora_api.logfiles import PREPARATION, LogFile
-from qlora_api.logs import configure_logs, fields, format_of_process, log_always_with
+from qlora_api.logs import configure_logs, fields, format_of_process, handler_for, log_always_with
 from qlora_api.names import (
     CONFIG_MOUNT,
     PREPARE_CONFIG_FILE,
@@ -25,7 +25,7 @@ from qlora_api.runconfig import PrepareConfig, RunConfig
 from qlora_trainer.errors import RunError
 from qlora_trainer.interrupt import EXIT_CODE, StopFlag, explain_end, interrupted
 from qlora_trainer.lastword import Farewell
-from qlora_trainer.logbook import Logbook
+from qlora_trainer.logbook import Lines, Logbook
 from qlora_trainer.ranks import DONE, is_first_of_pod, path_of_process, rank_of_process
 from qlora_trainer.work import default_work
 
@@ -54,32 +54,29 @@ class Process:
 
         self.logbook.open(LogPlace(config, file))
 
-    def finish_log(self) -> None:
-        """Have all of the log in the output; a stop that comes now changes nothing any more."""
-        with self.stop.deferred():
-            self.logbook.finish()
-
 
 def main(arguments: list[str] | None = None) -> int:
     """Prepare or train, leave the last word, and return the exit code."""
     options = parse(arguments)
     process = Process(Farewell(path_of_process(options.termination_message)))
-    configure_log(process.logbook)
+    configure_log(process)
     configure_libraries(options.work)
     process.stop.listen(process.abandon)
     try:
         word = COMMANDS[options.command](options, process)
     except BaseException as error:
-        return end_badly(explain_end(error, stopped=process.stop.requested), process)
-    return leave(word, process, options.termination_message)
+        with process.stop.deferred():
+            return end_badly(explain_end(error, stopped=process.stop.requested), process)
+    with process.stop.deferred():
+        return leave(word, process, options.termination_message)
 
 
 def end_badly(known: RunError, process: Process) -> int:
-    """Say what ended the run, and return the exit code; called where the exception is known."""
+    """Say what ended the run, and return the exit code; called where the exception is known, and no stop is heard."""
     log.exception("the run failed", extra=fields(reason=known.reason, step=known.step))
     process.farewell.fail(known)
     if not is_about_output(known):
-        process.finish_log()
+        process.logbook.finish()
     return EXIT_CODES.get(known.reason, 1)
 
 
@@ -91,18 +88,18 @@ def is_about_output(error: RunError) -> bool:
 
 
 def leave(word: LastWord | None, process: Process, place: Path) -> int:
-    """Leave the last word, where it is not another process's, and return the exit code.
+    """Leave the last word, where it is not another process's, and return the exit code; called where no stop is heard.
 
     It comes after the log: the launcher ends the processes of a pod once all of them have said that they are done.
     """
     if word is None:
         log.info("done: another process has the last word")
-        process.finish_log()
+        process.logbook.finish()
         if rank_of_process() is not None:
             path_of_process(place).with_suffix(DONE).touch()  # the launcher looks for it
         return 0
     log.info("done", extra=fields(reason=word.reason))
-    process.finish_log()
+    process.logbook.finish()
     process.farewell.say(word)
     return EXIT_CODES.get(word.reason, 1)
 
@@ -125,10 +122,9 @@ def pod_work() -> Path:
     return mount if mount.is_dir() and os.access(mount, os.W_OK) else default_work()
 
 
-def configure_log(logbook: Logbook) -> None:
+def configure_log(process: Process) -> None:
     """Write one JSON object a line to standard output: all that we say, and what libraries warn of; and keep it."""
-    configure_logs(format_of_process(), "warning", sys.stdout)
-    logging.getLogger().addHandler(logbook)
+    configure_logs(Lines(handler_for(format_of_process(), sys.stdout), process.logbook, process.stop), "warning")
     log.setLevel(logging.INFO)
     if (rank := rank_of_process()) is not None:
         log_always_with(rank=rank)

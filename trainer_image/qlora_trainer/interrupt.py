@@ -60,11 +60,23 @@ class StopFlag:
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
         """Within, a signal only raises the flag."""
-        self._deferred = True
+        before, self._deferred = self._deferred, True
         try:
             yield
         finally:
-            self._deferred = False
+            self._deferred = before
+
+    @contextlib.contextmanager
+    def put_off(self) -> Iterator[None]:
+        """Within, a signal waits: it comes at the end of what is not to be done by halves."""
+        if self._deferred or threading.current_thread() is not threading.main_thread():  # the thread that hears signals
+            yield
+            return
+        before = self.requested
+        with self.deferred():
+            yield
+        if self.requested and not before:
+            raise interrupted()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 (signal's signature)
         if self.requested:

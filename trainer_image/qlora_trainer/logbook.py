@@ -8,6 +8,7 @@ from typing import Any, Final, Protocol
 
 from qlora_api.logs import JsonLines, time_of
 from qlora_api.v1alpha1 import Checkpoint, Progress
+from qlora_trainer.interrupt import StopFlag
 
 FIRST_BYTES: Final = 1 << 20
 """What is kept of the beginning: how the run was set up, and some 2,500 steps."""
@@ -103,6 +104,28 @@ def _shortened(value: Any) -> Any:
         return value
     half = FIELD_CHARACTERS // 2
     return f"{text[:half]} … {len(text) - 2 * half:,} characters are left out … {text[-half:]}"
+
+
+class Lines(logging.Handler):
+    """Writes every line to standard output and into the logbook: in one order, and to both though a stop comes between.
+
+    A stop that is raised in the middle of a handler would be taken for the handler's own error, and forgotten.
+    """
+
+    def __init__(self, output: logging.Handler, logbook: "Logbook", stop: StopFlag) -> None:
+        super().__init__()
+        self._handlers = (output, logbook)
+        self._stop = stop
+
+    def handle(self, record: logging.LogRecord) -> bool:
+        """Write a line; the handler's lock is for one thread at a time."""
+        with self._stop.put_off():
+            return super().handle(record)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Hand the line on."""
+        for handler in self._handlers:
+            handler.handle(record)
 
 
 class Place(Protocol):

@@ -1,5 +1,6 @@
 """The log in the output: bounded in size and in time, and nothing that a run depends on."""
 
+import io
 import json
 import logging
 import os
@@ -17,14 +18,16 @@ from typing import Any
 import pytest
 
 from qlora_api.logfiles import LogFile, log_folder
+from qlora_api.logs import Format, handler_for
 from qlora_api.names import Phase, Reason
 from qlora_api.redaction import MASK, REDACTOR
 from qlora_api.report import LastWord
 from qlora_api.v1alpha1 import Checkpoint, Progress
 from qlora_trainer.__main__ import Process, end_badly, leave
 from qlora_trainer.errors import RunError
+from qlora_trainer.interrupt import StopFlag
 from qlora_trainer.lastword import Farewell
-from qlora_trainer.logbook import FIELD_CHARACTERS, FIRST_BYTES, LAST_BYTES, Kept, Logbook, shorten
+from qlora_trainer.logbook import FIELD_CHARACTERS, FIRST_BYTES, LAST_BYTES, Kept, Lines, Logbook, shorten
 from qlora_trainer.logplace import LogPlace
 from tests.unit.trainer.processes import ROOT
 from tests.unit.trainer.tiny import prepare_config, write_job
@@ -290,18 +293,103 @@ def test_a_process_says_that_it_is_done_once_its_log_is_written(
     assert (seen[1], (tmp_path / "1.done").exists()) == (["word"], True)
 
 
-def test_a_stop_while_the_log_is_written_changes_nothing(process: Process) -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    process.stop.listen(lambda: None)
+def test_a_stop_while_the_log_is_written_changes_nothing(tmp_path: Path) -> None:
+    script = """
+import os, signal, sys
+from types import SimpleNamespace
+from qlora_api.names import Reason
+from qlora_api.report import LastWord
+from qlora_trainer.__main__ import COMMANDS, main
+
+def train(options, process):
+    put = lambda text: os.kill(os.getpid(), signal.SIGTERM)
+    process.logbook.open(SimpleNamespace(earlier=bytes, put=put))
+    return LastWord(reason=Reason.PUBLISHED)
+
+COMMANDS["train"] = train
+sys.exit(main(["train", "--work", sys.argv[1], "--termination-message", sys.argv[1] + "/word"]))
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+    assert LastWord.model_validate_json((tmp_path / "word").read_text()).reason == Reason.PUBLISHED
+
+
+@pytest.fixture
+def stop() -> Iterator[StopFlag]:
+    before, flag = signal.getsignal(signal.SIGTERM), StopFlag()
+    flag.listen(lambda: None)
+    yield flag
+    signal.signal(signal.SIGTERM, before)
+    for thread in threading.enumerate():
+        if isinstance(thread, threading.Timer):
+            thread.cancel()
+
+
+class Asked(logging.Handler):
+    """An output in the middle of which the process is asked to stop."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except Exception:
+            self.handleError(record)  # as logging's own handlers take whatever is raised within them
+
+
+def record(text: str) -> logging.LogRecord:
+    return logging.LogRecord("a", logging.INFO, "f", 1, text, (), None)
+
+
+def test_a_stop_in_the_middle_of_a_line_comes_after_it(stop: StopFlag) -> None:
+    book = Logbook()
+    lines, uploads = Lines(Asked(), book, stop), list[bytes]()
+    with pytest.raises(RunError, match="asked to stop"):
+        lines.handle(record("said"))
+    lines.handle(record("the end"))
+    book.open(Spot(uploads.append))
+    book.finish()
+    assert messages(uploads[-1]) == ["said", "the end"]
+
+
+def test_a_line_of_another_thread_does_not_put_a_stop_off(stop: StopFlag) -> None:
+    inside, over = threading.Event(), threading.Event()
+
+    class Slow(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:  # noqa: ARG002 (logging's signature)
+            inside.set()
+            assert over.wait(SOON)
+
+    thread = threading.Thread(target=Lines(Slow(), Logbook(), stop).handle, args=(record("said"),))
+    thread.start()
     try:
-        process.logbook.open(Spot(lambda _: os.kill(os.getpid(), signal.SIGTERM)))
-        assert leave(LastWord(reason=Reason.PUBLISHED), process, Path("word")) == 0
+        assert inside.wait(SOON)
+        with pytest.raises(RunError, match="asked to stop"):
+            os.kill(os.getpid(), signal.SIGTERM)
     finally:
-        signal.signal(signal.SIGTERM, before)
-        for thread in threading.enumerate():
-            if isinstance(thread, threading.Timer):
-                thread.cancel()
-    assert process.stop.requested
+        over.set()
+        thread.join()
+
+
+def test_the_log_has_the_lines_of_many_threads_in_the_order_of_standard_output() -> None:
+    written, book, uploads = io.StringIO(), Logbook(), list[bytes]()
+    lines = Lines(handler_for(Format.JSON, written), book, StopFlag())
+
+    def say_much(name: int) -> None:
+        for number in range(300):
+            lines.handle(record(f"{name} says {number}"))
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=say_much, args=(name,)) for name in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    book.open(Spot(uploads.append))
+    book.finish()
+    assert uploads[-1].decode() == written.getvalue()
 
 
 def test_the_log_of_a_preparation_is_beside_the_results(tmp_path: Path) -> None:
