@@ -69,7 +69,7 @@ bench-memory: setup ## predicted against measured memory of training steps on th
 bench-checkpoints: setup ## how long a training waits for its checkpoints in S3 (3 minutes)
 	$(BIN)/python -m benchmarks.checkpoints
 
-bench-scale: setup ## 10,000 QLoRAJobs and JobSet beside them on a real control plane (20 minutes; nothing else should run)
+bench-scale: setup ## 10,000 QLoRAJobs and JobSet beside them on a real control plane (26 minutes; nothing else should run)
 	$(BIN)/python -m benchmarks.scale
 
 gpu: setup ## the same on a GPU, with the shapes of Llama-3.2-3B and Llama-3.1-8B at random weights

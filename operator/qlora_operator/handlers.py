@@ -20,6 +20,9 @@ from qlora_operator.values import JobRef
 QLORAJOBS: Final = (names.GROUP, names.VERSION, names.PLURAL)
 JOBS: Final = ("batch", "v1", "jobs")
 PODS: Final = ("", "v1", "pods")
+IDLE_SECONDS: Final = 0.1
+"""How long kopf keeps an object, with all that it has read of it, after its last event: with a second, 5,000 objects of
+each kind make a peak of 251 MiB in place of 196."""
 EXIT_SECONDS: Final = 25.0
 """Under the 30 seconds that Kubernetes gives a pod to end."""
 
@@ -72,7 +75,7 @@ def configure(settings: kopf.OperatorSettings) -> None:
     settings.posting.enabled = False
     settings.posting.loggers = False
     settings.queueing.worker_limit = None
-    settings.queueing.idle_timeout = 1.0
+    settings.queueing.idle_timeout = IDLE_SECONDS
     settings.watching.chunk_size = PAGE
     settings.persistence.diffbase_storage = NoEssence()
     settings.persistence.progress_storage = NoProgress()
