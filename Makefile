@@ -7,6 +7,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 UV_VERSION := 0.13.9
 LOCKS := requirements/operator.txt requirements/trainer.txt requirements/cli.txt requirements/dev.txt
+# One file at a time on every core, and one thread for torch: more would only wait for each other.
+UNIT := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist loadfile \
+  tests/unit tests/golden tests/contract
 
 .PHONY: help setup lock generate check test unit integration e2e chaos mutants bench-trainer bench-plan bench-memory bench-checkpoints bench-scale gpu docs demo cluster cluster-down
 
@@ -37,10 +40,11 @@ check: setup ## lint, types, import rules, generated files: under a minute
 
 test: setup ## every test: unit, browser (Chromium), integration (real control plane), e2e (real node)
 	$(BIN)/python -m tests.cluster build --node --controllers
-	$(BIN)/pytest tests --durations=40
+	$(UNIT) tests/browser --durations=20
+	$(BIN)/pytest tests/integration tests/chaos tests/e2e --durations=30
 
 unit: setup ## the tests that need no cluster
-	$(BIN)/pytest tests/unit tests/golden tests/contract
+	$(UNIT)
 
 integration: setup ## the tests on a real control plane
 	$(BIN)/python -m tests.cluster build --controllers
