@@ -21,6 +21,8 @@ from qlora_operator.progress import utc_now
 from qlora_operator.runtime import Runtime
 from qlora_operator.settings import Settings, SettingsError, read_settings
 
+_log = logging.getLogger("qlora_operator")
+
 CHATTY: Final = ("kopf.objects", "kopf.activities.probe", "aiohttp.access")
 """Loggers of libraries that tell what is normal."""
 COLLECT_AFTER: Final = 20_000
@@ -60,7 +62,7 @@ def make_election(settings: Settings, api: Api, loop: asyncio.AbstractEventLoop)
 
 
 def main() -> int:
-    """Return 0 after SIGTERM, 2 for a wrong setting; anything else is raised, and ends the process with 1."""
+    """Return 0 after SIGTERM, 2 for a wrong setting, and 1 after anything else, which the log tells of."""
     try:
         settings = read_settings(os.environ)
     except SettingsError as error:
@@ -71,8 +73,14 @@ def main() -> int:
     gc.set_threshold(COLLECT_AFTER)
     for chatty in CHATTY:
         logging.getLogger(chatty).setLevel(logging.WARNING)
-    with contextlib.suppress(asyncio.CancelledError):
-        asyncio.run(run(settings))
+    try:
+        with contextlib.suppress(asyncio.CancelledError):
+            asyncio.run(run(settings))
+    except Exception as error:
+        _log.error("the operator ends, and has to be started again: %s", error, exc_info=True)
+        # What one dead watch is to kopf ends the others as well; their tasks would say so after the log was closed.
+        logging.getLogger("asyncio").disabled = True
+        return 1
     return 0
 
 

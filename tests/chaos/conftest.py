@@ -38,6 +38,11 @@ def proxy(installed: Cluster) -> Iterator[Proxy]:
     proxy.stop()
 
 
+def tells_of_a_lost_watch(line: str) -> bool:
+    """Whether a line of the log is about a watch that the API server ended for good: a new process makes new ones."""
+    return line.startswith("{") and "'reason': 'Expired', 'code': 410" in line
+
+
 @pytest.fixture
 def operator(installed: Cluster, proxy: Proxy, tmp_path: Path) -> Iterator[Operator]:
     """An operator that sees the API server through the proxy; it is not started yet, and serves every namespace."""
@@ -46,7 +51,7 @@ def operator(installed: Cluster, proxy: Proxy, tmp_path: Path) -> Iterator[Opera
     operator.stop()
     log = operator.log.read_text() if operator.log.exists() else ""
     assert not re.search("serviceaccount:[^ ]+ cannot", log)
-    assert "Traceback" not in log
+    assert [line for line in log.splitlines() if "Traceback" in line and not tells_of_a_lost_watch(line)] == []
 
 
 @pytest.fixture
