@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,16 +16,27 @@ from tests.chaos.trainer.lives import CONTEXT
 from tests.chaos.trainer.publishers import Reader, check_published, open_store, publish_files, write_files
 from tests.cluster.s3 import S3
 
-PUBLICATION_SECONDS = 0.4
-"""Somewhat longer than a publication of these files takes."""
 
-
-def kill_while_publishing(root: str, s3: S3, folder: Path, author: int, after: float) -> bool:
-    """Start a publisher, kill it after so many seconds, and return whether it was still at work."""
+def start_publisher(root: str, s3: S3, folder: Path, author: int) -> Any:
+    """Start a publisher, and return its process when it begins."""
     here, there = CONTEXT.Pipe()
     process = CONTEXT.Process(target=publish_files, args=(root, s3.environment(), folder, author, there))
     process.start()
     assert here.poll(60)
+    return process
+
+
+def measure_publication(root: str, s3: S3, folder: Path) -> float:
+    """Return how many seconds a publisher takes that nobody kills."""
+    process, start = start_publisher(root, s3, folder, 1), time.monotonic()
+    process.join(60)
+    assert process.exitcode == 0
+    return time.monotonic() - start
+
+
+def kill_while_publishing(root: str, s3: S3, folder: Path, author: int, after: float) -> bool:
+    """Start a publisher, kill it after so many seconds, and return whether it was still at work."""
+    process = start_publisher(root, s3, folder, author)
     process.join(after)
     killed = process.exitcode is None
     process.kill()
@@ -42,6 +54,8 @@ def kill_while_publishing(root: str, s3: S3, folder: Path, author: int, after: f
 def test_kills_while_publishing(s3: S3, tmp_path: Path, dose: Dose, outcome: Callable[[str], None]) -> None:
     wanted, killed, published, chance = dose(short=20, full=1000), 0, 0, random.Random(3)
     client, bucket = s3.client(), s3.make_bucket("killed")
+    folders = [write_files(tmp_path / f"undisturbed-{number}", 1) for number in range(3)]
+    seconds = max(measure_publication(f"s3://{bucket}/{folder.name}", s3, folder) for folder in folders)
     with Reader(s3.client()) as reader:
         while killed < wanted:
             reader.root = root = f"s3://{bucket}/result-{published}"
@@ -49,12 +63,15 @@ def test_kills_while_publishing(s3: S3, tmp_path: Path, dose: Dose, outcome: Cal
             while check_published(client, root) is None:
                 attempt += 1
                 folder = write_files(tmp_path / f"{published}-{attempt}", attempt)
-                killed += kill_while_publishing(root, s3, folder, attempt, chance.uniform(0, PUBLICATION_SECONDS))
+                killed += kill_while_publishing(root, s3, folder, attempt, chance.uniform(0, seconds))
             published += 1
         time.sleep(0.1)
     assert reader.faults == []
     assert reader.complete > 0
-    outcome(f"{killed} kills, {published} results published; {reader.looks} looks, none at an incomplete result")
+    outcome(
+        f"{killed} kills within {seconds:.2f} s, {published} results published; "
+        f"{reader.looks} looks, none at an incomplete result"
+    )
 
 
 @promise(
