@@ -9,9 +9,11 @@ import yaml
 
 from tests.cluster.binaries import fetch_source
 from tests.cluster.cluster import Cluster
+from tests.cluster.commands import wait_until
 from tests.cluster.progress import Unavailable
 
 NAMESPACES: Final = ("qlora-system", "team-a", "team-b", "monitoring")
+MONITORING: Final = "monitoring.coreos.com"
 MONITORING_CRDS: Final = ("servicemonitors", "podmonitors", "prometheusrules")
 
 
@@ -26,12 +28,19 @@ def plane() -> Iterator[Cluster]:
             *({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}} for name in NAMESPACES),
             *monitoring_crds(),
         )
+        # Helm asks the API server what it serves, and a new kind is told of a moment later.
+        wait_until("monitors", lambda: len(served_monitors(cluster)) == len(MONITORING_CRDS), 60)
         yield cluster
+
+
+def served_monitors(cluster: Cluster) -> list[str]:
+    """The kinds of the Prometheus operator that the API server tells of."""
+    return cluster.kubectl("api-resources", f"--api-group={MONITORING}", "--output=name", "--cached=false").split()
 
 
 def monitoring_crds() -> Iterator[dict[str, Any]]:
     """The Prometheus operator's own, so that monitors and alert rules meet the schemas that they are written for."""
     source = fetch_source("prometheus", "github.com/prometheus-operator/prometheus-operator")
     for plural in MONITORING_CRDS:
-        path = source / f"example/prometheus-operator-crd/monitoring.coreos.com_{plural}.yaml"
+        path = source / f"example/prometheus-operator-crd/{MONITORING}_{plural}.yaml"
         yield yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.CSafeLoader)
