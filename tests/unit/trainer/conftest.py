@@ -1,9 +1,14 @@
-"""Warnings of the libraries themselves, about their own code; everything else stays an error."""
+"""Warnings of the libraries themselves, about their own code, while everything else stays an error; and a stop."""
 
+import signal
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
 import pytest
+
+from qlora_trainer.interrupt import StopFlag
 
 FOREIGN: Final = (
     # peft 0.21 reads transformers' old name of is_activation_checkpointing.
@@ -17,3 +22,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if here in item.path.parents:
             for warning in FOREIGN:
                 item.add_marker(pytest.mark.filterwarnings(warning))
+
+
+@pytest.fixture
+def stop() -> Iterator[StopFlag]:
+    """A flag that SIGTERM raises, without an end for this process."""
+    before, flag = signal.getsignal(signal.SIGTERM), StopFlag()
+    flag.listen(lambda: None)
+    yield flag
+    signal.signal(signal.SIGTERM, before)
+    for thread in threading.enumerate():
+        if isinstance(thread, threading.Timer):
+            thread.cancel()

@@ -122,18 +122,6 @@ def test_an_unreadable_configuration_is_our_fault(tmp_path):
     assert "ValidationError" in json.loads(done.stdout.splitlines()[-1])["exception"]
 
 
-@pytest.fixture
-def stop():
-    before = signal.getsignal(signal.SIGTERM)
-    flag = StopFlag()
-    flag.listen(lambda: None)
-    yield flag
-    signal.signal(signal.SIGTERM, before)
-    for thread in threading.enumerate():
-        if isinstance(thread, threading.Timer):
-            thread.cancel()
-
-
 @pytest.mark.usefixtures("stop")
 def test_sigterm_between_steps_stops_at_once():
     with pytest.raises(RunError) as caught:

@@ -314,17 +314,6 @@ sys.exit(main(["train", "--work", sys.argv[1], "--termination-message", sys.argv
     assert LastWord.model_validate_json((tmp_path / "word").read_text()).reason == Reason.PUBLISHED
 
 
-@pytest.fixture
-def stop() -> Iterator[StopFlag]:
-    before, flag = signal.getsignal(signal.SIGTERM), StopFlag()
-    flag.listen(lambda: None)
-    yield flag
-    signal.signal(signal.SIGTERM, before)
-    for thread in threading.enumerate():
-        if isinstance(thread, threading.Timer):
-            thread.cancel()
-
-
 class Asked(logging.Handler):
     """An output in the middle of which the process is asked to stop."""
 
