@@ -14,11 +14,12 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 from safetensors.torch import load_file
 
-from qlora_api.names import Phase
+from qlora_api.names import Phase, Reason
 from qlora_api.report import EvaluatedRow, HeldOutRecord, Manifest, MergedManifest, RunReport, ServingCheck, TaskScore
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer import stages
 from qlora_trainer.chart import draw_charts
+from qlora_trainer.errors import RunError
 from qlora_trainer.metrics import METER
 from qlora_trainer.prepare import prepare
 from qlora_trainer.report import render_html
@@ -163,6 +164,16 @@ def test_a_second_prepare_finds_the_result(published, spec, tmp_path):
     folder, _ = published
     prepared = prepare(prepare_config(spec), work=tmp_path)
     assert prepared.published == Manifest.model_validate_json((folder / "manifest.json").read_text()).result
+
+
+def test_a_second_prepare_that_must_not_find_a_result_fails(published, spec, tmp_path):
+    folder, _ = published
+    given = spec.model_copy(update={"output": spec.output.model_copy(update={"if_exists": "Fail"})})
+    before = (folder / "manifest.json").read_bytes()
+    with pytest.raises(RunError, match=r"spec\.output\.ifExists: .* was published at .* change the seed") as caught:
+        prepare(prepare_config(given), work=tmp_path)
+    assert caught.value.reason == Reason.OUTPUT_EXISTS
+    assert (folder / "manifest.json").read_bytes() == before
 
 
 def test_a_second_prepare_that_overwrites_finds_its_own_result_only(published, spec, tmp_path):
