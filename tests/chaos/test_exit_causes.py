@@ -14,7 +14,7 @@ from examples.quickstart.make_model import DEFAULT_MIRROR, make_model
 from tests.chaos.promises import promise
 from tests.cluster.network import GATEWAY
 from tests.cluster.node import NODE
-from tests.e2e.installation import Installation, manifest_of, wait_for
+from tests.e2e.installation import Installation, manifest_of, split_reference, wait_for
 from tests.e2e.test_gang import processes_of
 from tests.hub import HubStandIn, Repository
 
@@ -257,6 +257,46 @@ def test_the_hub_is_busy(place: Installation, outcome: Callable[[str], None]) ->
         finally:
             place.configure({"platform.hub.mirror": "s3://models/hub", "platform.hub.endpoint": ""})
     outcome("HubRateLimited")
+
+
+@promise(
+    fault="the trainer's image is not there",
+    promise="the run says ImagePullFailed with the kubelet's own words, and ends with spec.deadlines.startup",
+    how="an operator whose trainer image has a tag that the node lacks",
+)
+@pytest.mark.full_dose
+def test_the_image_is_not_there(place: Installation, outcome: Callable[[str], None]) -> None:
+    place.configure({"trainerImage.tag": "never-built"})
+    try:
+        run = Run(place, "no-image")
+        place.submit(run_manifest(run.name, deadlines={"startup": "10s"}))
+        status = run.finished()
+    finally:
+        place.configure({"trainerImage.tag": split_reference(place.trainer_image)[1]})
+    assert (status["phase"], status["reason"]) == ("Failed", "ImagePullFailed")
+    assert "never-built" in status["message"]
+    wait_for("nothing running", lambda: not running_pods(run), 90)
+    outcome(status["message"].partition(": ")[2].partition(":")[0])
+
+
+@promise(
+    fault="a run is to write what was published before, and must not",
+    promise="the run says OutputExists before it trains, and what was published is untouched",
+    how="the same run under the same name, with spec.output.ifExists Fail",
+)
+@pytest.mark.full_dose
+def test_the_output_is_there_already(place: Installation, outcome: Callable[[str], None]) -> None:
+    run = Run(place, "twice")
+    place.submit(run_manifest(run.name))
+    first = run.finished()
+    run.kubectl("delete", "qlj", run.name, "--wait")
+    place.submit(run_manifest(run.name, output={"ifExists": "Fail"}))
+    status = run.finished()
+    assert (first["reason"], status["phase"], status["reason"]) == ("Published", "Failed", "OutputExists")
+    assert first["output"]["prefix"] in status["message"]
+    jobs = {job["metadata"]["name"] for job in run.installation.children("jobs", run.name, run.namespace)}
+    assert jobs <= {"twice-prepare"}
+    outcome("OutputExists, and no training Job")
 
 
 def evict(run: Run) -> None:
