@@ -76,6 +76,9 @@ class Cut(Exception):  # noqa: N818 (nothing is wrong with the proxy)
 class Fault:
     """Does no harm; a test's own overrides what it needs."""
 
+    refuses_watches = False
+    """Whether it ends watches for good, and the operator with them; the log tells of each with a traceback."""
+
     async def before(self, call: Call) -> web.Response | None:  # noqa: ARG002 (for those who override it)
         """See a request before the API server does; an answer keeps it from there."""
         return None

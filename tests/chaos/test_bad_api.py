@@ -115,6 +115,8 @@ class Contested(Harm):
 class Forgetful(Harm):
     """Watches end after a few events because their version is too old, in the stream or at once."""
 
+    refuses_watches = True
+
     def __init__(self, limit: int) -> None:
         super().__init__()
         self._limit = limit

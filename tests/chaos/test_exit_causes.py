@@ -289,6 +289,7 @@ def test_the_output_is_there_already(place: Installation, outcome: Callable[[str
     run = Run(place, "twice")
     place.submit(run_manifest(run.name))
     first = run.finished()
+    published = objects_below(place, first["output"]["prefix"])
     run.kubectl("delete", "qlj", run.name, "--wait")
     place.submit(run_manifest(run.name, output={"ifExists": "Fail"}))
     status = run.finished()
@@ -296,7 +297,18 @@ def test_the_output_is_there_already(place: Installation, outcome: Callable[[str
     assert first["output"]["prefix"] in status["message"]
     jobs = {job["metadata"]["name"] for job in run.installation.children("jobs", run.name, run.namespace)}
     assert jobs <= {"twice-prepare"}
-    outcome("OutputExists, and no training Job")
+    assert published
+    assert objects_below(place, first["output"]["prefix"]) == published
+    outcome(f"OutputExists, no training Job, and {len(published)} objects as they were")
+
+
+def objects_below(installation: Installation, uri: str) -> dict[str, tuple[Any, Any]]:
+    """Digest and time of every object below a URI."""
+    bucket, _, prefix = uri.removeprefix("s3://").partition("/")
+    client = installation.cluster.s3.client()
+    listed = client.list_objects_v2(Bucket=bucket, Prefix=f"{prefix}/")["Contents"]
+    client.close()
+    return {entry["Key"]: (entry["ETag"], entry["LastModified"]) for entry in listed}
 
 
 def evict(run: Run) -> None:

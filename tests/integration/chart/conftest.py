@@ -13,7 +13,7 @@ from tests.cluster.commands import wait_until
 from tests.cluster.progress import Unavailable
 
 NAMESPACES: Final = ("qlora-system", "team-a", "team-b", "monitoring")
-MONITORING: Final = "monitoring.coreos.com"
+MONITORING_GROUP: Final = "monitoring.coreos.com"
 MONITORING_CRDS: Final = ("servicemonitors", "podmonitors", "prometheusrules")
 
 
@@ -35,12 +35,14 @@ def plane() -> Iterator[Cluster]:
 
 def served_monitors(cluster: Cluster) -> list[str]:
     """The kinds of the Prometheus operator that the API server tells of."""
-    return cluster.kubectl("api-resources", f"--api-group={MONITORING}", "--output=name", "--cached=false").split()
+    return cluster.kubectl(
+        "api-resources", f"--api-group={MONITORING_GROUP}", "--output=name", "--cached=false"
+    ).split()
 
 
 def monitoring_crds() -> Iterator[dict[str, Any]]:
     """The Prometheus operator's own, so that monitors and alert rules meet the schemas that they are written for."""
     source = fetch_source("prometheus", "github.com/prometheus-operator/prometheus-operator")
     for plural in MONITORING_CRDS:
-        path = source / f"example/prometheus-operator-crd/{MONITORING}_{plural}.yaml"
+        path = source / f"example/prometheus-operator-crd/{MONITORING_GROUP}_{plural}.yaml"
         yield yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.CSafeLoader)
