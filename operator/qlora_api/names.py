@@ -9,7 +9,7 @@ API_VERSION: Final = f"{GROUP}/{VERSION}"
 KIND: Final = "QLoRAJob"
 PLURAL: Final = "qlorajobs"
 FIELD_MANAGER: Final = "qlora-operator"
-"""The server-side apply field manager, and the `app.kubernetes.io/managed-by` of every child."""
+"""The manager of every field that the operator writes, and the `app.kubernetes.io/managed-by` of every child."""
 
 MANAGED_BY_LABEL: Final = "app.kubernetes.io/managed-by"
 JOB_LABEL: Final = "qlora.dev/job"

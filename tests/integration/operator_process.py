@@ -8,7 +8,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -28,6 +28,8 @@ ROOT: Final = Path(__file__).parents[2]
 ACCOUNT: Final = "qlora-operator"
 HOME: Final = "qlora-system"
 NAME: Final = "support-bot"
+AMISS: Final = re.compile(r"Traceback|serviceaccount:\S+ cannot")
+"""What an operator's log must not have: an error that nobody foresaw, or a right that it lacks."""
 PREPARE: Final = names.prepare_job_name(NAME)
 TRAIN: Final = names.train_job_name(NAME, 1)
 
@@ -136,6 +138,13 @@ class Operator:
         """Make sure that it is gone."""
         if self.process and self.process.poll() is None:
             self.kill()
+
+    def dismiss(self, allowed: Callable[[str], bool] = lambda _: False) -> None:
+        """Make sure that it is gone, and that its log has nothing amiss but for lines that are allowed."""
+        self.stop()
+        lines = self.log.read_text().splitlines() if self.log.exists() else []
+        amiss = [line for line in lines if AMISS.search(line) and not allowed(line)]
+        assert not amiss, "\n".join(amiss).replace("\\n", "\n")
 
     def post(self, namespace: str, job: str, token: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         """Report progress as a pod would."""

@@ -44,8 +44,7 @@ def place(simulated: Cluster, tmp_path: Path, request: pytest.FixtureRequest) ->
     with open_place(simulated, request.node.name) as place:
         operator = Operator(simulated, tmp_path, place.namespace).start()
         yield place
-        operator.stop()
-        assert "Traceback" not in operator.log.read_text()
+        operator.dismiss()
 
 
 def prepared_word(model: str) -> str:

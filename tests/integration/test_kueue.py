@@ -42,8 +42,7 @@ def place(with_kueue: Cluster, tmp_path: Path, request: pytest.FixtureRequest) -
         with_kueue.apply(*build_queue(place.namespace))
         operator = Operator(with_kueue, tmp_path, place.namespace).start()
         yield place
-        operator.stop()
-        assert "Traceback" not in operator.log.read_text()
+        operator.dismiss()
 
 
 def build_queue(namespace: str) -> list[dict[str, Any]]:

@@ -1,7 +1,6 @@
 """The real operator on a real control plane: its life, its death, and what it may do."""
 
 import json
-import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,9 +37,7 @@ def operator(installed: Cluster, place: Place, tmp_path: Path) -> Iterator[Opera
     """An operator that serves the test's namespace; a permission that it lacks fails the test."""
     operator = Operator(installed, tmp_path, place.namespace).start()
     yield operator
-    operator.stop()
-    assert not re.search("system:serviceaccount:[^ ]+ cannot", operator.log.read_text())
-    assert "Traceback" not in operator.log.read_text()
+    operator.dismiss()
 
 
 @pytest.mark.usefixtures("operator")
@@ -166,6 +163,20 @@ def test_a_job_without_its_last_word_is_prepared_again(place: Place) -> None:
     place.start_pod(second)
     place.end_pod(second, 0, PUBLISHED_WORD)
     assert place.wait_for("Succeeded", "Published")["attempt"] == 2
+
+
+@pytest.mark.usefixtures("operator")
+def test_a_manifest_with_any_letters_is_prepared_again(place: Place) -> None:
+    """The second preparation finds the ConfigMap of the first, and brings it up to date."""
+    place.submit(dataset={"template": {"prompt": "\U0001f600 \u2028\x7f {question}", "answer": "{answer}"}})
+    place.end_pod(PREPARE, 0, PREPARED_WORD)
+    place.start_pod(TRAIN)
+    place.wait_for("Training")
+    place.kubectl("delete", "job", TRAIN, PREPARE)
+    wait_until("PodLost on record", lambda: "PodLost" in ends_of_attempts(place), timeout=30)
+    place.end_pod(PREPARE, 0, PREPARED_WORD)
+    place.start_pod(names.train_job_name(NAME, 2))
+    assert place.wait_for("Training")["attempt"] == 2
 
 
 @pytest.mark.usefixtures("operator")

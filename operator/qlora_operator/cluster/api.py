@@ -13,8 +13,9 @@ from qlora_operator.cluster.ports import ClusterBusyError
 
 REQUEST_SECONDS: Final = 30
 """Longest time for one call; a slower API server is as good as away."""
-APPLY: Final = "application/apply-patch+yaml"
 MERGE: Final = "application/merge-patch+json"
+"""Patches are merged, not applied: the client sends an applied patch as JSON, which the API server reads as YAML, and
+YAML knows no pairs of surrogates, so that an emoji in a manifest would be refused."""
 UNAUTHORIZED: Final = 401
 TOO_MANY_REQUESTS: Final = 429
 LONGEST_QUIET: Final = 60.0

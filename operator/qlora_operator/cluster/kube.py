@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from qlora_api import names
 from qlora_api.names import TERMINAL
-from qlora_operator.cluster.api import APPLY, Api, ApiError, ConflictError, NotFoundError
+from qlora_operator.cluster.api import MERGE, Api, ApiError, ConflictError, NotFoundError
 from qlora_operator.cluster.children import Children, Shelf
 from qlora_operator.cluster.parse import Child, controller_uid, parse_job, parse_observation
 from qlora_operator.cluster.ports import ClusterBusyError, JobVersion, NameTakenError, PodIdentity, RefusedError
@@ -131,13 +131,17 @@ class KubeCluster:
     async def ensure(self, child: Manifest) -> bool:
         """Create a child, or bring a ConfigMap of ours up to date; what belongs to something else is never adopted."""
         try:
+            return await self._create(child)
+        except ApiError as error:
+            what = f"{child['kind']} {child['metadata']['name']} was refused: {error}"
+            raise RefusedError(what, final=error.status == INVALID) from error
+
+    async def _create(self, child: Manifest) -> bool:
+        try:
             await self._api.request("POST", _folder(child), child, query=_MANAGER)
         except ConflictError:
             await self._meet(child)
             return False
-        except ApiError as error:
-            what = f"{child['kind']} {child['metadata']['name']} was refused: {error}"
-            raise RefusedError(what, final=error.status == INVALID) from error
         return True
 
     async def _meet(self, child: Manifest) -> None:
@@ -149,14 +153,14 @@ class KubeCluster:
         if controller_uid(existing) != controller_uid(child) or "deletionTimestamp" in existing["metadata"]:
             raise _name_taken(child, existing)
         if child["kind"] == "ConfigMap":
-            await self.patch({**child, "metadata": {**child["metadata"], "uid": existing["metadata"]["uid"]}})
+            seen = {"resourceVersion": existing["metadata"]["resourceVersion"]}
+            await self.patch({**child, "metadata": {**child["metadata"], **seen}})
 
     async def patch(self, child: Manifest) -> None:
-        """Server-side apply some fields of a child that exists."""
-        query = _MANAGER | {"force": "true"}
+        """Change some fields of a child that exists."""
         try:
-            await self._api.request("PATCH", _path(child), child, query=query, content_type=APPLY)
-        except ConflictError as error:
+            await self._api.request("PATCH", _path(child), child, query=_MANAGER, content_type=MERGE)
+        except (ConflictError, NotFoundError) as error:
             raise ClusterBusyError(f"{child['metadata']['name']} has changed since it was read") from error
 
     async def delete_job(self, ref: JobRef, name: str) -> None:

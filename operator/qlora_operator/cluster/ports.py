@@ -67,7 +67,7 @@ class Cluster(Protocol):
         """
 
     async def patch(self, child: Manifest) -> None:
-        """Server-side apply some fields of a child that exists."""
+        """Change some fields of a child that exists."""
 
     async def delete_job(self, ref: JobRef, name: str) -> None:
         """Delete a child Job after its pods; no error when it is gone."""
