@@ -1,17 +1,19 @@
-"""What a conflict means for a write, by an API server that answers every call with one."""
+"""What a conflict or a refusal means for a write, by API servers that answer with one."""
 
+from collections.abc import AsyncIterator
 from typing import Any, NoReturn
 
 import pytest
 from kubernetes.aio import client
 
-from qlora_operator.cluster.api import Api, ConflictError
+from qlora_operator.cluster.api import Api, ApiError, ConflictError, NotFoundError
 from qlora_operator.cluster.children import Children
 from qlora_operator.cluster.kube import KubeCluster
-from qlora_operator.cluster.ports import ClusterBusyError
+from qlora_operator.cluster.ports import ClusterBusyError, RefusedError
 
 EVENT = {"apiVersion": "events.k8s.io/v1", "kind": "Event", "reason": "Prepared", "metadata": {"namespace": "ml"}}
 DEADLINE = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"namespace": "ml", "name": "bot-1"}}
+CONFIG = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"namespace": "ml", "name": "bot-1"}}
 
 
 class ConflictingApi(Api):
@@ -45,3 +47,39 @@ async def test_an_event_that_met_another_conflict_is_told_later(conflicting: Kub
 async def test_a_child_that_changed_is_looked_at_again(conflicting: KubeCluster) -> None:
     with pytest.raises(ClusterBusyError):
         await conflicting.patch(DEADLINE)
+
+
+class ConfigMapThatExists(Api):
+    """The ConfigMap is there already, and the change of it meets an error."""
+
+    def __init__(self, error: ApiError) -> None:
+        super().__init__(client.Configuration())
+        self._error = error
+
+    async def request(self, method: str, *_: Any, **__: Any) -> dict[str, Any]:
+        if method == "POST":
+            raise ConflictError(409, "AlreadyExists", "409")
+        if method == "PATCH":
+            raise self._error
+        return {"metadata": {"resourceVersion": "7"}}
+
+
+@pytest.fixture
+async def outdated(request: pytest.FixtureRequest) -> AsyncIterator[KubeCluster]:
+    api = ConfigMapThatExists(request.param)
+    yield KubeCluster(api, Children())
+    await api.close()
+
+
+@pytest.mark.parametrize("outdated", [ApiError(403, "Forbidden", "a policy says no")], indirect=True)
+async def test_a_refused_change_is_told_like_a_refused_child(outdated: KubeCluster) -> None:
+    with pytest.raises(RefusedError, match="ConfigMap bot-1 was refused: a policy says no"):
+        await outdated.ensure(CONFIG)
+
+
+@pytest.mark.parametrize(
+    "outdated", [ConflictError(409, "Conflict", "409"), NotFoundError(404, "NotFound", "404")], indirect=True
+)
+async def test_a_child_that_changed_or_went_meanwhile_is_looked_at_again(outdated: KubeCluster) -> None:
+    with pytest.raises(ClusterBusyError):
+        await outdated.ensure(CONFIG)
