@@ -56,7 +56,7 @@ e2e: setup ## the tests on a real node (root on Debian, or QLORA_TEST_KUBECONFIG
 
 chaos: setup ## every fault of docs/reliability.md in full, and the page's table from it (up to an hour)
 	$(BIN)/python -m tests.cluster build --node
-	$(BIN)/pytest tests/chaos --chaos full
+	$(BIN)/pytest tests/chaos --chaos full --durations=0 --durations-min=5
 
 mutants: setup ## take out the fix of every trap in turn and show that its test fails (minutes); TRAPS="8 29" chooses
 	$(BIN)/python -m tests.mutants $(TRAPS)

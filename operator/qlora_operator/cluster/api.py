@@ -4,7 +4,7 @@ import asyncio
 import json
 from collections.abc import Awaitable, Callable, Mapping
 from time import perf_counter
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import aiohttp
 from kubernetes.aio import client, config
@@ -20,6 +20,9 @@ UNAUTHORIZED: Final = 401
 TOO_MANY_REQUESTS: Final = 429
 LONGEST_QUIET: Final = 60.0
 """Seconds that one Retry-After may hold everything up."""
+TRIES: Final = 5
+"""Calls that one request may take, each after the pause that the answer before asked for. A pass makes several writes:
+if it gave up at the first refusal, its back-off would grow with each, and hold a run up for minutes."""
 _BUSY: Final = frozenset({UNAUTHORIZED, 408, TOO_MANY_REQUESTS, 500, 502, 503, 504})
 """What passes; an expired token among it, because the kubelet writes a new one."""
 
@@ -74,6 +77,16 @@ def _count_nothing(_: str, __: int | None, ___: float) -> None:
     """Have nobody who wants to know."""
 
 
+class Answer(NamedTuple):
+    """What came back from one call."""
+
+    status: int
+    """Of HTTP."""
+    retry_after: str
+    """How many seconds to wait, if that is said."""
+    text: bytes
+
+
 class Api:
     """A connection to the API server."""
 
@@ -103,7 +116,16 @@ class Api:
         query: Mapping[str, str] | None = None,
         content_type: str = "application/json",
     ) -> dict[str, Any]:
-        """Make one call and return its JSON."""
+        """Make a call, once more after each pause that an overloaded API server asks for, and return its JSON."""
+        for _ in range(TRIES):
+            answer = await self._call(method, path, body, query, content_type)
+            if not await self._heed(answer):
+                break
+        return _read(answer)
+
+    async def _call(
+        self, method: str, path: str, body: Mapping[str, Any] | None, query: Mapping[str, str] | None, content_type: str
+    ) -> Answer:
         await asyncio.sleep(self._quiet_until - asyncio.get_running_loop().time())
         if method != "GET" and not self._may_write():
             raise ClusterBusyError("this replica no longer leads, and writes nothing")
@@ -124,27 +146,28 @@ class Api:
             raise ClusterBusyError(f"the API server does not answer: {error!r}") from error
         finally:
             self._observe(method, status, perf_counter() - start)
-        await self._heed(response.status, response.headers.get("Retry-After", ""))
-        return _read(response.status, text)
+        return Answer(response.status, response.headers.get("Retry-After", ""), text)
 
-    async def _heed(self, status: int, retry_after: str) -> None:
-        """Keep quiet as long as an overloaded API server asks, and read a token anew that it refuses."""
-        if status == TOO_MANY_REQUESTS and retry_after.isdecimal():
-            quiet = min(float(retry_after), LONGEST_QUIET)
-            self._quiet_until = asyncio.get_running_loop().time() + quiet
-        if status == UNAUTHORIZED:
+    async def _heed(self, answer: Answer) -> bool:
+        """Keep quiet as long as an overloaded API server asks, and say so; read a token anew that it refuses."""
+        if answer.status == UNAUTHORIZED:
             await self._renew_credentials()
+        if answer.status != TOO_MANY_REQUESTS or not answer.retry_after.isdecimal():
+            return False
+        quiet = min(float(answer.retry_after), LONGEST_QUIET)
+        self._quiet_until = asyncio.get_running_loop().time() + quiet
+        return True
 
 
-def _read(status: int, text: bytes) -> dict[str, Any]:
+def _read(answer: Answer) -> dict[str, Any]:
     try:
-        answer = json.loads(text)
+        told = json.loads(answer.text)
     except ValueError:
-        answer = {"message": text[:200].decode(errors="replace")}
-    if status < 400:
-        return dict(answer)
-    message = f"{status} {answer.get('reason', '')}: {answer.get('message', '')}"
-    if status in _BUSY:
+        told = {"message": answer.text[:200].decode(errors="replace")}
+    if answer.status < 400:
+        return dict(told)
+    message = f"{answer.status} {told.get('reason', '')}: {told.get('message', '')}"
+    if answer.status in _BUSY:
         raise ClusterBusyError(message)
-    kind = {404: NotFoundError, 409: ConflictError}.get(status, ApiError)
-    raise kind(status, answer.get("reason", ""), message)
+    kind = {404: NotFoundError, 409: ConflictError}.get(answer.status, ApiError)
+    raise kind(answer.status, told.get("reason", ""), message)

@@ -2,24 +2,35 @@
 
 import time
 from collections.abc import AsyncIterator
+from itertools import pairwise
 
 import pytest
 from aiohttp import web
 from kubernetes.aio import client
 
-from qlora_operator.cluster.api import Api, ApiError, ConflictError, NotFoundError
+from qlora_operator.cluster.api import TRIES, Api, ApiError, ConflictError, NotFoundError
 from qlora_operator.cluster.ports import ClusterBusyError
 
 
 @pytest.fixture
-async def api() -> AsyncIterator[Api]:
-    """Answers /<status>, and asks for a second."""
+def calls() -> list[float]:
+    """When the API server was asked, in seconds."""
+    return []
+
+
+@pytest.fixture
+async def api(calls: list[float]) -> AsyncIterator[Api]:
+    """Answers /<status>, and /busy/<times> with 429 at first; it asks for a second."""
 
     async def answer(request: web.Request) -> web.Response:
-        return web.json_response({"reason": "Any"}, status=int(request.path[1:]), headers={"Retry-After": "1"})
+        calls.append(time.monotonic())
+        busy = len(calls) <= int(request.match_info.get("busy", 0))
+        status = 429 if busy else int(request.match_info.get("status", 200))
+        return web.json_response({"reason": "Any"}, status=status, headers={"Retry-After": "1"})
 
     app = web.Application()
     app.router.add_get("/{status}", answer)
+    app.router.add_get("/busy/{busy}", answer)
     runner = web.AppRunner(app)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
@@ -46,12 +57,19 @@ async def test_what_passes_by_itself_is_told_from_what_does_not(api: Api, status
     assert type(refusal.value) is kind
 
 
-async def test_an_overloaded_api_server_is_left_alone_as_long_as_it_asks(api: Api) -> None:
-    with pytest.raises(ClusterBusyError):
+@pytest.mark.parametrize("busy", [1, TRIES - 1])
+async def test_an_overloaded_api_server_is_asked_again_when_it_says(busy: int, api: Api, calls: list[float]) -> None:
+    assert await api.request("GET", f"/busy/{busy}") == {"reason": "Any"}
+    assert len(calls) == busy + 1
+    assert all(later - earlier > 0.9 for earlier, later in pairwise(calls))
+
+
+async def test_an_api_server_that_stays_overloaded_is_left_alone(api: Api, calls: list[float]) -> None:
+    with pytest.raises(ClusterBusyError, match="429"):
         await api.request("GET", "/429")
-    start = time.monotonic()
+    assert len(calls) == TRIES
     assert await api.request("GET", "/200") == {"reason": "Any"}
-    assert time.monotonic() - start > 0.9
+    assert calls[-1] - calls[-2] > 0.9, "the last pause is kept by whoever calls next"
 
 
 async def test_a_refused_token_is_read_anew(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
