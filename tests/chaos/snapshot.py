@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from tests.integration.operator_process import Place
 
-KINDS: Final = "qlorajobs,jobs,configmaps,services,events.events.k8s.io"
+KINDS: Final = ("qlorajobs", "jobs", "configmaps", "services", "events")
 PASSING: Final = frozenset({"Preparing", "Scheduling", "Unschedulable"})
 """What a pod waits for is told only when somebody is there to see it; every other Event tells of a step."""
 _RANDOM_KEYS: Final = frozenset({"uid", "resourceVersion", "managedFields", "clusterIP", "clusterIPs"})
@@ -20,7 +20,7 @@ _MASKS: Final = (
 
 def take_snapshot(place: Place) -> dict[str, Any]:
     """Return the QLoRAJob, its children without what Kubernetes's own controllers write, and what was told of it."""
-    items = place.items(KINDS)
+    items = [item for kind in KINDS for item in place.items(kind)]
     objects = {f"{item['kind']}/{item['metadata']['name']}": item for item in items if _is_ours(item)}
     reasons = sorted({event["reason"] for event in items if event["kind"] == "Event" and _tells_of_a_step(event)})
     return {"told": reasons, **{name: mask(_own_part(item), place.namespace) for name, item in objects.items()}}

@@ -13,9 +13,9 @@ import pytest
 
 from qlora_api import names
 from qlora_api.names import Role
-from tests.chaos.admin import Admin
 from tests.chaos.mutations import Mutation, random_mutations, systematic
 from tests.chaos.promises import Dose, promise
+from tests.cluster.admin import Admin
 from tests.cluster.cluster import Cluster
 from tests.cluster.commands import wait_until
 from tests.integration.operator_process import Operator, Place, open_place, wire_now
@@ -102,9 +102,7 @@ def place(installed: Cluster, request: pytest.FixtureRequest) -> Iterator[Place]
 def campaign(installed: Cluster, place: Place, tmp_path: Path) -> Iterator[Campaign]:
     """An operator for one namespace, whose log shows no traceback in the end."""
     operator = Operator(installed, tmp_path, place.namespace).start()
-    admin = Admin(installed, tmp_path)
-    yield Campaign(admin, place.namespace)
-    admin.close()
+    yield Campaign(installed.admin, place.namespace)
     operator.dismiss()
 
 

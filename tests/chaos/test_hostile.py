@@ -9,8 +9,8 @@ from typing import Any, Final
 import pytest
 
 from qlora_api import names
-from tests.chaos.admin import Admin
 from tests.chaos.promises import Dose, promise
+from tests.cluster.admin import Admin
 from tests.cluster.cluster import Cluster
 from tests.cluster.commands import wait_until
 from tests.integration.operator_process import NAME, PREPARE, TRAIN, Operator, Place, open_place
@@ -64,9 +64,8 @@ class Scene:
 @pytest.fixture
 def scene(installed: Cluster, tmp_path: Path) -> Iterator[Scene]:
     """The operator's log shows no traceback in the end."""
-    scene = Scene(installed, Operator(installed, tmp_path).start(), Admin(installed, tmp_path))
+    scene = Scene(installed, Operator(installed, tmp_path).start(), installed.admin)
     yield scene
-    scene.admin.close()
     scene.operator.dismiss()
 
 
@@ -89,7 +88,7 @@ def edit(place: Place, admin: Admin, status: Any) -> None:
 
 def look_again(place: Place) -> None:
     """Have the operator work on the run, and return when it has."""
-    generation = int(place.metadata("qlorajob", NAME)["generation"]) + 1
+    generation = int(place.metadata("qlorajobs", NAME)["generation"]) + 1
     change = json.dumps({"spec": {"retries": {"maxAttempts": generation + 1}}})
     place.kubectl("patch", "qlorajob", NAME, "--type=merge", f"--patch={change}")
     wait_until("a look", lambda: place.status().get("observedGeneration") == generation, timeout=20)
@@ -126,7 +125,7 @@ def test_a_running_run_is_not_doubled(scene: Scene, chosen: list[str], outcome: 
         edit(place, scene.admin, EDITS[name])
         look_again(place)
         assert len(running(place)) <= 1
-        if TRAIN in place.jobs() and "deletionTimestamp" not in place.metadata("job", TRAIN):
+        if TRAIN in place.jobs() and "deletionTimestamp" not in place.metadata("jobs", TRAIN):
             place.end_pod(TRAIN, 0, PUBLISHED_WORD)
             look_again(place)
         assert len(running(place)) <= 1

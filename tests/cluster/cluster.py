@@ -5,11 +5,13 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
 from tests.cluster import images, kwok
+from tests.cluster.admin import Admin
 from tests.cluster.binaries import binary
 from tests.cluster.commands import run, succeeds, wait_until
 from tests.cluster.containers import Containerd
@@ -137,6 +139,11 @@ class Cluster:
             raise Unavailable("this cluster has no S3 server: set QLORA_TEST_S3_ENDPOINT and the AWS_ keys")
         return self.s3_server
 
+    @cached_property
+    def admin(self) -> Admin:
+        """The API server, for many small questions."""
+        return Admin(self.kubeconfig)
+
     def kubectl(self, *args: str | Path, stdin: str | None = None) -> str:
         """Run kubectl as administrator and return what it prints."""
         return run([binary("kubectl"), f"--kubeconfig={self.kubeconfig}", *args], stdin=stdin)
@@ -153,7 +160,7 @@ class Cluster:
     def create_namespace(self, name: str) -> None:
         """Create a namespace as a cautious administrator would."""
         manifest = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": RESTRICTED}}
-        self.kubectl("create", "--filename=-", stdin=json.dumps(manifest))
+        self.admin.create("/api/v1/namespaces", manifest)
 
     def run_pod(self, pod: dict[str, Any], timeout: float = 120) -> str:
         """Run a pod to its end and return its log; raise with the log if it failed."""

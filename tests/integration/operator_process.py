@@ -28,6 +28,13 @@ ROOT: Final = Path(__file__).parents[2]
 ACCOUNT: Final = "qlora-operator"
 HOME: Final = "qlora-system"
 NAME: Final = "support-bot"
+FOLDERS: Final = {
+    "qlorajobs": f"/apis/{names.GROUP}/{names.VERSION}",
+    "jobs": "/apis/batch/v1",
+    "events": "/apis/events.k8s.io/v1",
+    **dict.fromkeys(("configmaps", "pods", "resourcequotas", "serviceaccounts", "services"), "/api/v1"),
+}
+"""Where the API server has a kind."""
 AMISS: Final = re.compile(r"Traceback|serviceaccount:\S+ cannot")
 """What an operator's log must not have: an error that nobody foresaw, or a right that it lacks."""
 PREPARE: Final = names.prepare_job_name(NAME)
@@ -181,11 +188,11 @@ class Place:
 
     def submit(self, name: str = NAME, **change: Any) -> None:
         """Create a QLoRAJob."""
-        self.kubectl("create", "-f", "-", stdin=json.dumps(make_manifest(name, self.namespace, **change)))
+        self.cluster.admin.create(self.path("qlorajobs"), make_manifest(name, self.namespace, **change))
 
     def status(self, name: str = NAME) -> dict[str, Any]:
         """Return its status."""
-        return dict(self.cluster.get("qlorajob", name, f"--namespace={self.namespace}").get("status", {}))
+        return dict(self.cluster.admin.get(f"{self.path('qlorajobs')}/{name}").get("status", {}))
 
     def wait_for(self, phase: str, reason: str = "", name: str = NAME) -> dict[str, Any]:
         """Wait for a phase, and for a reason if one is given; return the status."""
@@ -199,7 +206,11 @@ class Place:
 
     def items(self, kind: str) -> list[dict[str, Any]]:
         """Return every object of a kind."""
-        return list(self.cluster.get(kind, f"--namespace={self.namespace}")["items"])
+        return self.cluster.admin.items(self.path(kind))
+
+    def path(self, kind: str) -> str:
+        """Return where the API server has a kind in this namespace."""
+        return f"{FOLDERS[kind]}/namespaces/{self.namespace}/{kind}"
 
     def jobs(self) -> dict[str, str]:
         """Return the uid of every Job by its name."""
@@ -219,26 +230,25 @@ class Place:
     def pods_of(self, job: str) -> list[str]:
         """Return the pods of the Job that has this name now; those of an earlier namesake may still be ending."""
         uid = self.jobs().get(job)
-        selector = f"--selector=batch.kubernetes.io/controller-uid={uid}"
-        pods = self.cluster.get("pods", f"--namespace={self.namespace}", selector)["items"] if uid else []
+        selector = f"batch.kubernetes.io/controller-uid={uid}"
+        pods = self.cluster.admin.items(self.path("pods"), selector) if uid else []
         return [pod["metadata"]["name"] for pod in pods if "deletionTimestamp" not in pod["metadata"]]
 
     def pod_name(self, job: str) -> str:
         """Return the name of a Job's pod, whether it ends or not."""
-        selector = f"--selector=batch.kubernetes.io/job-name={job}"
-        return self.kubectl("get", "pods", selector, "--output=jsonpath={.items[0].metadata.name}")
+        pods = self.cluster.admin.items(self.path("pods"), f"batch.kubernetes.io/job-name={job}")
+        return str(pods[0]["metadata"]["name"])
 
     def metadata(self, kind: str, name: str) -> dict[str, Any]:
         """Return an object's metadata."""
-        return dict(self.cluster.get(kind, name, f"--namespace={self.namespace}")["metadata"])
+        return dict(self.cluster.admin.get(f"{self.path(kind)}/{name}")["metadata"])
 
     def bind_pod(self, job: str, index: int = 0) -> None:
         """Play the scheduler: give the pod a node, which nobody has to own."""
         pod = self.pod_of(job, index)
         target = {"apiVersion": "v1", "kind": "Node", "name": "nowhere"}
         binding = {"apiVersion": "v1", "kind": "Binding", "metadata": {"name": pod}, "target": target}
-        path = f"/api/v1/namespaces/{self.namespace}/pods/{pod}/binding"
-        self.cluster.kubectl("create", f"--raw={path}", "--filename=-", stdin=json.dumps(binding))
+        self.cluster.admin.create(f"{self.path('pods')}/{pod}/binding", binding)
 
     def set_pod(self, job: str, phase: str, state: dict[str, Any], index: int = 0) -> None:
         """Play the kubelet: write what a container does."""
@@ -246,10 +256,9 @@ class Place:
             "name": names.CONTAINER, "state": state, "image": "trainer:test", "imageID": "", "ready": False,
             "restartCount": 0,
         }  # fmt: skip
-        patch = json.dumps({"status": {"phase": phase, "containerStatuses": [container]}})
-        self.kubectl(
-            "patch", "pod", self.pod_of(job, index), "--subresource=status", "--type=merge", f"--patch={patch}"
-        )
+        path = f"{self.path('pods')}/{self.pod_of(job, index)}"
+        code, answer = self.cluster.admin.patch_status(path, {"phase": phase, "containerStatuses": [container]})
+        assert code == 200, answer
 
     def start_pod(self, job: str, index: int = 0) -> None:
         """The container runs."""
@@ -290,9 +299,10 @@ def open_place(cluster: Cluster, title: str, patience: float = 30) -> Iterator[P
     """A namespace of its own, named after a test."""
     namespace = re.sub(r"[^a-z0-9]+", "-", title.lower())[:50].strip("-")
     cluster.create_namespace(namespace)
-    wait_until("account", lambda: bool(cluster.get("serviceaccounts", f"--namespace={namespace}")["items"]))
-    yield Place(cluster, namespace, patience)
-    cluster.kubectl("delete", "namespace", namespace, "--wait=false")
+    place = Place(cluster, namespace, patience)
+    wait_until("account", lambda: bool(place.items("serviceaccounts")))
+    yield place
+    cluster.admin.delete(f"/api/v1/namespaces/{namespace}")
 
 
 def wire_now() -> str:

@@ -127,7 +127,7 @@ def test_the_life_of_a_run(shell: Shell, place: Place) -> None:
 def rerun_a_published_run(shell: Shell, place: Place) -> None:
     """The same manifest, with another uid and what was changed."""
     place.kubectl("label", f"qlorajob/{NAME}", "team=support")
-    before = place.metadata("qlorajob", NAME)
+    before = place.metadata("qlorajobs", NAME)
     anew = shell.qlora("rerun", NAME, "--overwrite")
     assert (anew.exit_code, anew.stdout) == (0, f"QLoRAJob {place.namespace}/{NAME} was submitted anew\n")
     after = place.cluster.get("qlorajob", NAME, f"--namespace={place.namespace}")

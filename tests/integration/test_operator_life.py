@@ -52,9 +52,7 @@ def test_a_whole_life(place: Place) -> None:
     assert status["output"]["adapter"] == make_result().adapter
     place.kubectl("wait", "--for=condition=Finished", f"qlorajob/{NAME}", "--timeout=1s")
     assert sorted(place.jobs()) == [TRAIN, PREPARE]
-    events = {
-        event["reason"] for event in place.items("events.events.k8s.io") if event["regarding"]["kind"] == "QLoRAJob"
-    }
+    events = {event["reason"] for event in place.items("events") if event["regarding"]["kind"] == "QLoRAJob"}
     assert {"Prepared", "Training", "Published"} <= events
 
 
@@ -204,7 +202,7 @@ def test_a_pod_that_never_starts_gives_its_node_back(place: Place) -> None:
     place.wait_for("Scheduling", "ImagePullFailed")
     assert "denied" in place.wait_for("Failed", "ImagePullFailed")["message"]
     pod = place.pod_name(TRAIN)
-    wait_until("the pod is told to end", lambda: "deletionTimestamp" in place.metadata("pod", pod), timeout=20)
+    wait_until("the pod is told to end", lambda: "deletionTimestamp" in place.metadata("pods", pod), timeout=20)
 
 
 @pytest.mark.usefixtures("operator")
