@@ -5,13 +5,14 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final
 
 import pytest
 from safetensors.torch import load_file, save
 
 from examples.quickstart.make_model import DEFAULT_MIRROR, make_model
-from tests.chaos.promises import promise
+from tests.chaos.promises import Dose, promise
 from tests.cluster.network import GATEWAY
 from tests.cluster.node import NODE
 from tests.e2e.installation import Installation, manifest_of, split_reference, wait_for
@@ -69,8 +70,20 @@ class Run:
     def step(self) -> int:
         return int(str(self.status().get("step", "0/0")).partition("/")[0])
 
-    def pod(self, attempt: int = 1) -> str:
-        selector = f"--selector=batch.kubernetes.io/job-name={self.name}-{attempt}"
+    def attempt(self) -> int:
+        return int(self.status()["attempt"])
+
+    def trains(self, attempt: int) -> bool:
+        """Whether an attempt has reported by itself: what is told before is the one before's."""
+        status = self.status()
+        *_, last = status.get("attempts") or [{}]
+        report = status.get("lastReport", {}).get("updatedAt", "")
+        return (last.get("number"), status["phase"]) == (attempt, "Training") and "" < last.get(
+            "startedAt", ""
+        ) < report
+
+    def pod(self) -> str:
+        selector = f"--selector=batch.kubernetes.io/job-name={self.name}-{self.attempt()}"
         return self.kubectl("get", "pods", selector, "--output=jsonpath={.items[0].metadata.name}")
 
     def finished(self) -> dict[str, Any]:
@@ -347,16 +360,20 @@ def millicores(quantity: str) -> int:
 
 
 def kill(run: Run) -> None:
-    for process in processes_of(f"{run.name}-1-0"):
-        os.kill(process, signal.SIGKILL)
+    """End the process, and not the pod."""
+    strike(run, signal.SIGKILL)
 
 
 def freeze(run: Run) -> None:
     """Every thread stands still, so that not even the trainer's own watch sees it."""
-    processes = processes_of(f"{run.name}-1-0")
+    strike(run, signal.SIGSTOP)
+
+
+def strike(run: Run, signal_: signal.Signals) -> None:
+    processes = processes_of(f"{run.name}-{run.attempt()}-0")
     assert processes
     for process in processes:
-        os.kill(process, signal.SIGSTOP)
+        os.kill(process, signal_)
 
 
 def pause(run: Run) -> None:
@@ -367,36 +384,49 @@ def pause(run: Run) -> None:
     run.change(suspend=False)
 
 
-INTERRUPTIONS: Final[dict[str, tuple[str, Callable[[Run], None], dict[str, Any]]]] = {
-    "paused": ("SuspendedByUser", pause, {}),
-    "drained": ("Interrupted", evict, {}),
-    "preempted": ("Preempted", preempt, {}),
-    "killed": ("Interrupted", kill, {}),
-    "frozen": ("HeartbeatLost", freeze, {"deadlines": {"heartbeat": "10s"}}),
-}
+INTERRUPTIONS: Final[tuple[tuple[str, Callable[[Run], None]], ...]] = (
+    ("SuspendedByUser", pause),
+    ("Interrupted", evict),
+    ("Preempted", preempt),
+    ("Interrupted", kill),
+    ("HeartbeatLost", freeze),
+)
+"""What happens to one run, one after the other, and what it is called."""
 
 
 @promise(
-    fault="a training pod is drained, preempted, killed, frozen or suspended",
-    promise="the cause is on record, and one further attempt ends the run from the last checkpoint",
-    how="eviction API, a pod of a higher priority, SIGKILL, SIGSTOP, spec.suspend on a real node",
+    fault="a training pod is suspended, drained, preempted, killed and frozen",
+    promise="each cause is on record, and each time one further attempt goes on from the last checkpoint, to the end",
+    how="spec.suspend, eviction API, a pod of a higher priority, SIGKILL, SIGSTOP: on a real node, to one run "
+    "(the first of them in the short dose)",
 )
-@pytest.mark.parametrize("name", [in_dose(name, slow=name != "paused") for name in INTERRUPTIONS])
-def test_what_is_taken_away_goes_on(place: Installation, name: str, outcome: Callable[[str], None]) -> None:
-    reason, provoke, blocks = INTERRUPTIONS[name]
-    run = Run(place, name)
-    place.submit(run_manifest(name, **blocks))
-    run.wait_for_step(4)
-    reached = run.step()
-    provoke(run)
+def test_what_is_taken_away_goes_on(place: Installation, dose: Dose, outcome: Callable[[str], None]) -> None:
+    interruptions = INTERRUPTIONS[: dose(short=1, full=len(INTERRUPTIONS))]
+    reasons = [reason for reason, _ in interruptions]
+    run = Run(place, "beset")
+    place.submit(run_manifest(run.name, deadlines={"heartbeat": "10s"}))
+    reached: list[int] = []
+    resumed: list[int] = []
+    for number, (_, provoke) in enumerate(interruptions, start=1):
+        wait_for(f"a report of attempt {number}", partial(run.trains, number), SECONDS)
+        run.wait_for_step(reached[-1] + 1 if reached else 2 * INTERVAL)
+        resumed += [went_on_after(run, number)] if reached else []
+        reached.append(run.step())
+        provoke(run)
     status = run.finished()
+    resumed.append(went_on_after(run, len(reasons) + 1))
     assert (status["phase"], status["step"]) == ("Succeeded", f"{STEPS}/{STEPS}"), status["message"]
-    assert run.reasons() == [reason, "Published"]
-    log = run.kubectl("logs", f"job/{name}-2", "--container=trainer")
+    assert run.reasons() == [*reasons, "Published"]
+    steps = list(zip(reasons, reached, resumed, strict=True))
+    assert all(after >= before - INTERVAL for _, before, after in steps)
+    outcome("; ".join(f"{reason} after step {before} or later, on after {after}" for reason, before, after in steps))
+
+
+def went_on_after(run: Run, attempt: int) -> int:
+    """Return the step of the checkpoint that an attempt began with, by its own word."""
+    log = run.kubectl("logs", f"job/{run.name}-{attempt}", "--container=trainer")
     assert "going on after step" in log
-    went_on = int(log.split("going on after step ")[1].split(",")[0])
-    assert went_on >= reached - INTERVAL
-    outcome(f"{reason}: stopped after step {reached} or later, went on after {went_on}")
+    return int(log.split("going on after step ")[1].split(",")[0])
 
 
 @TOO_SMALL
