@@ -26,6 +26,8 @@ class FakeCluster:
     def __init__(self) -> None:
         self.now: datetime = NOW
         self.listening_since: datetime = NOW
+        self.ahead = timedelta(0)
+        """How far the operator's clock is ahead of the API server's."""
         self.job: Manifest | None = None
         self.children: dict[tuple[str, str], Manifest] = {}
         self.pods: dict[str, Manifest] = {}

@@ -184,6 +184,8 @@ async def act(
         await start_over(job, seen, cluster)
     if decision.action is Action.STOP:
         await stop(job, seen, cluster)
+    if decision.action is Action.FORGET and seen.prepare is not None and not seen.prepare.deleting:
+        await cluster.delete_job(job.ref, seen.prepare.name)
     if decision.action is Action.NONE:
         for deadline in outdated_deadlines(job, seen):
             await cluster.patch(deadline)

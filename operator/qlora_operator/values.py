@@ -216,6 +216,8 @@ class Action(StrEnum):
     TRAIN = "train"
     STOP = "stop"
     """Delete the Jobs that still run."""
+    FORGET = "forget"
+    """Delete the prepare Job: what it found is no longer so."""
     START_OVER = "start over"
     """Delete all child Jobs; what was published meanwhile is found by the next prepare."""
 

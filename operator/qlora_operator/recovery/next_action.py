@@ -1,8 +1,10 @@
 """From the spec, the last status and the children to where the run stands and what comes next.
 
 Facts reach the status before anything relies on them, so a crash between any two writes loses nothing: a training Job
-is created only when model, output and plan are on record, and a Job whose last word is lost is first recorded as lost,
-then deleted, then prepared anew. That next prepare finds the manifest if the result was published.
+is created only when model, output and plan are on record. When a Job's last word is lost, the prepare Job is deleted,
+then the loss recorded, then the Job deleted, then prepared anew: what prepare Job is there once the loss is on
+record was made after it, which no comparison of the clocks of two machines could tell. That next prepare finds the
+manifest if the result was published.
 """
 
 from dataclasses import replace
@@ -36,7 +38,7 @@ def next_action(job: Job, seen: Observation, watch: Watch) -> Decision:
     return (
         _published_late(job, seen, number, watch)
         or suspend(job, seen, number, watch)
-        or _clear_away(job.status, seen)
+        or _clear_away(job.status, seen, number)
         or _train(job, seen, number, watch)
         or _hold_back(job.status, seen, number, watch)
         or follow_preparation(job, seen, number, watch.now)
@@ -66,20 +68,22 @@ def _published_late(job: Job, seen: Observation, number: int, watch: Watch) -> D
     return None
 
 
-def _clear_away(status: QLoRAJobStatus, seen: Observation) -> Decision | None:
-    """Delete Jobs that speak of a lost attempt, or that are being deleted; wait until they are gone."""
-    if not any(_is_stale(child, status) for child in seen.jobs):
+def _clear_away(status: QLoRAJobStatus, seen: Observation, number: int) -> Decision | None:
+    """Delete Jobs that speak of a lost attempt, or that are being deleted; wait until they are gone.
+
+    Whoever trains needs its prepare Job no more, so that anybody may delete that.
+    """
+    leaving = seen.prepare is not None and seen.prepare.deleting and seen.train(number) is None
+    if not leaving and not any(_is_lost(child, status) for child in seen.jobs if child.role is Role.TRAIN):
         return None
     message = "Jobs were deleted or lost without a last word; the run is prepared again, and finds what was published"
     return Decision(Phase.PREPARING, Reason.PREPARING, message, Action.START_OVER)
 
 
-def _is_stale(child: ChildJob, status: QLoRAJobStatus) -> bool:
-    lost = [attempt for attempt in status.attempts if attempt.reason is Reason.POD_LOST]
-    if child.role is Role.TRAIN:
-        over = any(attempt.number == child.attempt and attempt.reason for attempt in status.attempts)
-        return (child.deleting and not over) or any(attempt.number == child.attempt for attempt in lost)
-    return child.deleting or any(attempt.finished_at and child.created_at <= attempt.finished_at for attempt in lost)
+def _is_lost(train: ChildJob, status: QLoRAJobStatus) -> bool:
+    ends = {attempt.number: attempt.reason for attempt in status.attempts if attempt.reason}
+    end = ends.get(train.attempt)
+    return end is Reason.POD_LOST or (train.deleting and end is None)
 
 
 def _train(job: Job, seen: Observation, number: int, watch: Watch) -> Decision | None:

@@ -17,7 +17,7 @@ from qlora_operator.recovery.retries import (
     used_attempts,
 )
 from qlora_operator.recovery.watch import Watch, silent_until, startup_of
-from qlora_operator.values import ChildJob, Decision, Job, Pod, Stage, Verdict, Violation
+from qlora_operator.values import Action, ChildJob, Decision, Job, Pod, Stage, Verdict, Violation
 
 MAX_LOST_ATTEMPTS: Final = 3
 """After this many training Jobs that ended without a last word, something removes them: give up."""
@@ -122,7 +122,7 @@ def lose(attempt: Attempt, now: datetime) -> Decision:
         again = f"{message}, as were {lost.number - 1} before it; see what deletes Jobs or pods in this namespace"
         return Decision(Phase.FAILED, Reason.POD_LOST, again, attempt=lost)
     message = f"{message}; the run is prepared again"
-    return Decision(Phase.PREPARING, Reason.POD_LOST, message, attempt=lost, retry_after=AT_ONCE)
+    return Decision(Phase.PREPARING, Reason.POD_LOST, message, Action.FORGET, attempt=lost, retry_after=AT_ONCE)
 
 
 def _end_training(job: Job, verdict: Verdict, attempt: Attempt, at: datetime) -> Decision:

@@ -17,7 +17,8 @@ TRAIN: Final = names.train_job_name(REF.name, 1)
 
 
 async def once(cluster: FakeCluster, live: Progress | None = None) -> Outcome:
-    return await reconcile(REF, cluster, INSTALLATION, Watch(cluster.now, live, cluster.listening_since))
+    watch = Watch(cluster.now + cluster.ahead, live, cluster.listening_since)
+    return await reconcile(REF, cluster, INSTALLATION, watch)
 
 
 async def settle(cluster: FakeCluster, live: Progress | None = None) -> None:

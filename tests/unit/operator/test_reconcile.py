@@ -113,6 +113,30 @@ async def test_a_crash_while_recovering_changes_nothing(write: int) -> None:
     assert SECOND not in crashing.created
 
 
+async def test_training_goes_on_while_its_prepare_job_is_deleted(cluster: FakeCluster) -> None:
+    await settle(cluster)
+    cluster.end_pod(PREPARE, 0, PREPARED_WORD)
+    await settle(cluster)
+    cluster.start_pod(TRAIN)
+    await settle(cluster)
+    cluster.lingers = True
+    await cluster.delete_job(REF, PREPARE)
+    await settle(cluster)
+    cluster.remove(PREPARE)
+    await settle(cluster)
+    assert (cluster.status["phase"], cluster.writes.count(("delete", TRAIN))) == ("Training", 0)
+
+
+@pytest.mark.parametrize("minutes", [-5, 0, 5])
+async def test_a_lost_attempt_is_prepared_again_once_whatever_the_clocks_say(
+    cluster: FakeCluster, minutes: int
+) -> None:
+    cluster.ahead = timedelta(minutes=minutes)
+    await lose_and_recover(cluster)
+    assert (cluster.status["phase"], cluster.status["reason"]) == ("Succeeded", "AlreadyPublished")
+    assert cluster.created == [PREPARE, PREPARE, TRAIN, TRAIN, PREPARE]
+
+
 async def test_an_impossible_child_fails_the_run(cluster: FakeCluster) -> None:
     cluster.refusal = RefusedError("Job support-bot-prepare was refused: 422 Invalid", final=True)
     await settle(cluster)
