@@ -28,6 +28,8 @@ class FakeCluster:
         self.listening_since: datetime = NOW
         self.ahead = timedelta(0)
         """How far the operator's clock is ahead of the API server's."""
+        self.node_ahead = timedelta(0)
+        """How far the nodes' clocks are ahead of it."""
         self.job: Manifest | None = None
         self.children: dict[tuple[str, str], Manifest] = {}
         self.pods: dict[str, Manifest] = {}
@@ -87,7 +89,7 @@ class FakeCluster:
 
     def start_pod(self, job: str) -> None:
         """The container runs."""
-        self.set_pod(job, "Running", {"running": {"startedAt": _wire(self.now)}})
+        self.set_pod(job, "Running", {"running": {"startedAt": self._node_time()}})
 
     def delete_pod(self, job: str, grace: timedelta, disruption: str) -> None:
         """Somebody deletes a pod; what its kubelet does is another matter."""
@@ -97,10 +99,13 @@ class FakeCluster:
 
     def end_pod(self, job: str, code: int, message: str, *, keep_start: bool = False) -> None:
         """The container ended, and its Job with it; it ran no time, or since it was started."""
-        started = self._started(job) if keep_start else _wire(self.now)
-        ended = {"exitCode": code, "message": message, "startedAt": started, "finishedAt": _wire(self.now)}
+        started = self._started(job) if keep_start else self._node_time()
+        ended = {"exitCode": code, "message": message, "startedAt": started, "finishedAt": self._node_time()}
         self.set_pod(job, "Failed" if code else "Succeeded", {"terminated": ended})
         self.finish_job(job, "Failed" if code else "Complete")
+
+    def _node_time(self) -> str:
+        return _wire(self.now + self.node_ahead)
 
     def _started(self, job: str) -> str:
         return str(self.pods[job]["status"]["containerStatuses"][0]["state"]["running"]["startedAt"])

@@ -12,12 +12,12 @@ from typing import Final
 
 from qlora_api.logs import configure_logs, handler_for
 from qlora_operator.cluster.api import Api, load_configuration, read_credentials
+from qlora_operator.cluster.clock import ClusterClock, utc_now
 from qlora_operator.cluster.lease import KubeLeases
 from qlora_operator.election import Election, leading
 from qlora_operator.handlers import serve
 from qlora_operator.health import serve_health
 from qlora_operator.metrics import Metrics
-from qlora_operator.progress import utc_now
 from qlora_operator.runtime import Runtime
 from qlora_operator.settings import Settings, SettingsError, read_settings
 
@@ -41,8 +41,9 @@ async def run(settings: Settings) -> None:
     # A connection of its own: a renewal of the Lease must not wait behind other calls.
     election = make_election(settings, Api(configuration, renew_credentials=renew), loop)
     leads = election.holds if election else always
-    metrics = Metrics(leads)
-    runtime = Runtime(settings, Api(configuration, leads, renew, metrics.called), metrics)
+    metrics, clock = Metrics(leads), ClusterClock()
+    api = Api(configuration, leads, renew, metrics.called, clock.heard)
+    runtime = Runtime(settings, api, metrics, clock.now)
     async with serve_health(settings.health_port, runtime.ailment, metrics.render), leading(election):
         await serve(settings, configuration, runtime)
 

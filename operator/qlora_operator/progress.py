@@ -6,7 +6,7 @@ the endpoint, never fails a run.
 
 import math
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from hashlib import sha256
 from typing import Final
 
@@ -176,8 +176,3 @@ class ProgressEndpoint:
         self._reports.keep(ref, read_report(report, now))
         age = now - before.updated_at if before else STATUS_EVERY
         self._notify(ref, max(STATUS_EVERY - age, timedelta(0)))
-
-
-def utc_now() -> datetime:
-    """Return the time, with its zone."""
-    return datetime.now(UTC)

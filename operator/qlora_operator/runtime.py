@@ -12,12 +12,13 @@ from aiohttp import web
 from qlora_api.logs import fields, log_with
 from qlora_operator.cluster.api import Api, ApiError, NotFoundError
 from qlora_operator.cluster.children import Children, Shelf
+from qlora_operator.cluster.clock import utc_now
 from qlora_operator.cluster.kube import KubeCluster
 from qlora_operator.cluster.parse import Child, Json
 from qlora_operator.cluster.ports import ClusterBusyError
 from qlora_operator.cluster.told import Told
 from qlora_operator.metrics import Metrics
-from qlora_operator.progress import Gate, ProgressEndpoint, Reports, utc_now
+from qlora_operator.progress import Gate, ProgressEndpoint, Reports
 from qlora_operator.queue import WorkQueue
 from qlora_operator.reconcile import reconcile
 from qlora_operator.recovery import Watch, is_terminal
@@ -127,12 +128,13 @@ class Runtime:
 
     async def _wait_for_crd(self) -> None:
         """An operator that starts before its CRD would watch nothing, and look healthy."""
-        deadline = self._clock() + CRD_PATIENCE
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + CRD_PATIENCE.total_seconds()
         while True:
             try:
                 await self._cluster.reach(self.settings.namespaces)
             except (ClusterBusyError, NotFoundError) as error:
-                if self._clock() > deadline:
+                if loop.time() > deadline:
                     raise
                 _log.info("waiting for the QLoRAJob API: %s", error)
                 await asyncio.sleep(1)

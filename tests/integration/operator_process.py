@@ -98,6 +98,8 @@ class Operator:
             "QLORA_NAMESPACES": namespaces,
             **environment,
         }
+        self.command: tuple[str, ...] = ("qlora_operator",)
+        """Module and arguments."""
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> "Operator":
@@ -110,7 +112,7 @@ class Operator:
         """Start, and wait for nothing."""
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "qlora_operator"], env=self._environment, stderr=log, stdout=log
+                [sys.executable, "-m", *self.command], env=self._environment, cwd=ROOT, stderr=log, stdout=log
             )
 
     def healthy(self) -> bool:

@@ -77,6 +77,10 @@ def _count_nothing(_: str, __: int | None, ___: float) -> None:
     """Have nobody who wants to know."""
 
 
+def _hear_nothing(_: str) -> None:
+    """Have nobody who wants to know the time."""
+
+
 class Answer(NamedTuple):
     """What came back from one call."""
 
@@ -96,11 +100,13 @@ class Api:
         may_write: Callable[[], bool] = lambda: True,
         renew_credentials: Callable[[], Awaitable[None]] = _keep_credentials,
         observe: Observe = _count_nothing,
+        hear: Callable[[str], None] = _hear_nothing,
     ) -> None:
         self._client = client.ApiClient(configuration)
         self._may_write = may_write
         self._renew_credentials = renew_credentials
         self._observe = observe
+        self._hear = hear
         self._quiet_until = 0.0
 
     async def close(self) -> None:
@@ -146,6 +152,7 @@ class Api:
             raise ClusterBusyError(f"the API server does not answer: {error!r}") from error
         finally:
             self._observe(method, status, perf_counter() - start)
+        self._hear(response.headers.get("Date", ""))
         return Answer(response.status, response.headers.get("Retry-After", ""), text)
 
     async def _heed(self, answer: Answer) -> bool:

@@ -71,11 +71,12 @@ def follow_training(job: Job, train: ChildJob, watch: Watch) -> Decision:
         return Decision(phase, verdict.reason, verdict.message, attempt=attempt, recheck_at=verdict.recheck_at)
     if verdict.stage is Stage.RUNNING:
         return _follow_running(job, train, verdict, attempt, watch)
-    return _end_training(job, verdict, attempt, train.ended_at(watch.now))
+    # The clock of a node may be ahead, and the next attempt must not wait for it.
+    return _end_training(job, verdict, attempt, min(train.ended_at(watch.now), watch.now))
 
 
 def _follow_running(job: Job, train: ChildJob, verdict: Verdict, attempt: Attempt, watch: Watch) -> Decision:
-    silent = silent_until(job, attempt, watch)
+    silent = silent_until(job, train, watch)
     if silent is not None and watch.now >= silent:
         message = f"pod {train.pod.name if train.pod else train.name} has not reported since {_last_report(job, watch)}"
         return _end_training(job, Verdict(Stage.ENDED, Reason.HEARTBEAT_LOST, message), attempt, watch.now)

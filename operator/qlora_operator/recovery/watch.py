@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from qlora_api.v1alpha1 import Attempt, Progress, to_timedelta
+from qlora_api.v1alpha1 import Progress, to_timedelta
 from qlora_operator.recovery.retries import LONGEST_WAIT
-from qlora_operator.values import Job
+from qlora_operator.values import ChildJob, Job
 
 
 @dataclass(frozen=True)
@@ -24,16 +24,16 @@ def startup_of(job: Job) -> timedelta:
     return min(to_timedelta(job.spec.deadlines.startup), LONGEST_WAIT)
 
 
-def silent_until(job: Job, attempt: Attempt, watch: Watch) -> datetime | None:
+def silent_until(job: Job, train: ChildJob, watch: Watch) -> datetime | None:
     """Return when the silence of a running attempt has lasted too long; None where it has never spoken.
 
     A pod that cannot reach the operator loses its reports and nothing else, so only who spoke once is expected to go
     on. The trainer watches itself and ends after one heartbeat; the second one is for that.
     """
     report = watch.live or job.status.last_report
-    if report is None or watch.listening_since is None or attempt.started_at is None:
-        return None
-    if report.updated_at < attempt.started_at:
+    # Not when they started: that is told by the clocks of their nodes.
+    created = [pod.created_at for pod in train.pods if pod.created_at is not None]
+    if report is None or watch.listening_since is None or not created or report.updated_at < max(created):
         return None
     patience = min(2 * to_timedelta(job.spec.deadlines.heartbeat), LONGEST_WAIT)
     return max(report.updated_at, watch.listening_since) + patience

@@ -2,6 +2,8 @@
 
 import time
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
 from itertools import pairwise
 
 import pytest
@@ -83,3 +85,14 @@ async def test_a_refused_token_is_read_anew(api: Api, monkeypatch: pytest.Monkey
         await api.request("GET", "/401")
     assert await api.request("GET", "/200") == {"reason": "Any"}
     assert reads == ["read"]
+
+
+async def test_the_time_of_every_answer_is_heard(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    dates: list[str] = []
+    monkeypatch.setattr(api, "_hear", dates.append)
+    await api.request("GET", "/200")
+    with pytest.raises(NotFoundError):
+        await api.request("GET", "/404")
+    heard = [parsedate_to_datetime(date) for date in dates]
+    assert len(heard) == 2
+    assert all(abs(datetime.now(UTC) - date) < timedelta(seconds=10) for date in heard)

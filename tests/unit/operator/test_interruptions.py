@@ -152,7 +152,9 @@ async def test_a_queue_holds_the_job_and_takes_it_back(cluster: FakeCluster) -> 
     assert ends(cluster) == [None]
 
 
-async def test_a_silent_pod_is_stopped_and_another_attempt_made(cluster: FakeCluster) -> None:
+@pytest.mark.parametrize("node_ahead", [-30, 0, 30])
+async def test_a_silent_pod_is_stopped_and_another_attempt_made(cluster: FakeCluster, node_ahead: int) -> None:
+    cluster.node_ahead = timedelta(minutes=node_ahead)
     await start(cluster)
     live = report(cluster)
     await settle(cluster, live)
@@ -166,6 +168,21 @@ async def test_a_silent_pod_is_stopped_and_another_attempt_made(cluster: FakeClu
     assert ("Job", TRAIN) not in cluster.children
     assert ("Job", SECOND) in cluster.children
     assert "has not reported since 2026-03-01 12:00" in cluster.status["attempts"][0]["message"]
+
+
+@pytest.mark.parametrize("node_ahead", [-60, 0, 60])
+async def test_the_reports_of_an_attempt_say_nothing_of_the_next_one(cluster: FakeCluster, node_ahead: int) -> None:
+    await start(cluster)
+    live = report(cluster)
+    await settle(cluster, live)
+    cluster.end_pod(TRAIN, 143, make_word(Reason.INTERRUPTED, "asked to stop"))
+    cluster.node_ahead = timedelta(minutes=node_ahead)
+    await settle(cluster, live)
+    cluster.start_pod(SECOND)
+    await settle(cluster, live)
+    cluster.pass_time(timedelta(minutes=30))
+    await settle(cluster, live)
+    assert (cluster.status["phase"], ends(cluster)) == ("Training", ["Interrupted", None])
 
 
 async def test_an_operator_that_was_away_listens_first(cluster: FakeCluster) -> None:

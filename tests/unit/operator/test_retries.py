@@ -148,7 +148,9 @@ async def test_what_nobody_can_mend_is_not_tried_again(cluster: FakeCluster) -> 
     assert (cluster.status["phase"], cluster.status["reason"]) == (Phase.FAILED, Reason.NON_FINITE_LOSS)
 
 
-async def test_a_service_is_given_time(cluster: FakeCluster) -> None:
+@pytest.mark.parametrize("node_ahead", [0, 30])
+async def test_a_service_is_given_time(cluster: FakeCluster, node_ahead: int) -> None:
+    cluster.node_ahead = timedelta(minutes=node_ahead)
     await start(cluster)
     cluster.end_pod(TRAIN, 1, make_word(Reason.S3_UNAVAILABLE, "503"))
     await settle(cluster)

@@ -1,0 +1,45 @@
+"""What time it is for the API server, whatever the operator's own clock says.
+
+Deadlines count from times that the control plane wrote. A node whose clock is half an hour ahead would end every run
+before it has started; one that is behind would leave a GPU to a pod that hangs.
+"""
+
+import logging
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
+from typing import Final
+
+_log = logging.getLogger(__name__)
+
+TOLERANCE: Final = timedelta(seconds=5)
+"""A smaller difference is not told from the way of an answer, whose header has whole seconds."""
+
+
+def utc_now() -> datetime:
+    """Return this machine's time, with its zone."""
+    return datetime.now(UTC)
+
+
+class ClusterClock:
+    """The clock of this machine, put right by the Date of the API server's answers where it is off."""
+
+    def __init__(self, local: Callable[[], datetime] = utc_now) -> None:
+        self._local = local
+        self._ahead = timedelta(0)
+
+    def now(self) -> datetime:
+        """Return the time, with its zone."""
+        return self._local() - self._ahead
+
+    def heard(self, date: str) -> None:
+        """Compare with an answer's header Date (RFC 9110); one that is missing or unreadable tells nothing."""
+        try:
+            ahead = self._local() - parsedate_to_datetime(date)
+        except (TypeError, ValueError):
+            return
+        if abs(ahead - self._ahead) < TOLERANCE:
+            return
+        self._ahead = ahead if abs(ahead) >= TOLERANCE else timedelta(0)
+        seconds = self._ahead.total_seconds()
+        _log.warning("this machine's clock is %+.0f s off the API server's, which counts", seconds)

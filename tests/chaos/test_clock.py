@@ -1,0 +1,32 @@
+"""An operator whose clock is off: deadlines count from times that others wrote."""
+
+import re
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Final
+
+import pytest
+
+from qlora_operator.cluster.clock import TOLERANCE
+from tests.chaos.promises import promise
+from tests.chaos.stage import Stage, Witness
+
+HOUR: Final = timedelta(hours=1)
+"""Twice spec.deadlines.startup."""
+
+
+@promise(
+    fault="The operator's clock is an hour ahead, or an hour behind",
+    promise="The run ends as it does otherwise, in the same time: the API server's clock counts.",
+    how="The operator runs with another system time.",
+)
+@pytest.mark.parametrize("ahead", [HOUR, -HOUR], ids=["ahead", "behind"])
+def test_another_time(stage: Stage, ahead: timedelta, outcome: Callable[[str], None]) -> None:
+    reference = stage.play("interrupted", Witness())
+    stage.operator.kill()
+    stage.operator.command = ("tests.chaos.skewed", str(ahead.total_seconds()))
+    stage.operator.start()
+    assert reference.differences(stage.play("interrupted", Witness())) == []
+    [told] = re.findall(r"clock is ([-+]\d+) s off", stage.operator.log.read_text())
+    assert float(told) == pytest.approx(ahead.total_seconds(), abs=TOLERANCE.total_seconds())
+    outcome(f"interrupted with {ahead.total_seconds() / 3600:+.0f} h")
