@@ -2,7 +2,7 @@
 
 from typing import Final
 
-from qlora_api.names import Phase, Reason
+from qlora_api.names import Phase, Reason, Role
 from qlora_operator.recovery.gang import judge
 from qlora_operator.recovery.retries import AT_ONCE
 from qlora_operator.recovery.training import record
@@ -10,6 +10,7 @@ from qlora_operator.recovery.watch import Watch, startup_of
 from qlora_operator.values import Action, Decision, Job, Observation, Stage
 
 _STOPPING: Final = "it is being stopped: it writes a checkpoint and ends"
+_STOPPING_PREPARATION: Final = "its preparation is being stopped"
 _RUNNING: Final = frozenset({Stage.WAITING, Stage.RUNNING})
 
 
@@ -27,8 +28,9 @@ def suspend(job: Job, seen: Observation, number: int, watch: Watch) -> Decision 
         return Decision(Phase.SUSPENDED, Reason.SUSPENDED_BY_USER, _STOPPING, attempt=ended, retry_after=AT_ONCE)
     if train is not None or any(attempt.number == number for attempt in job.status.attempts):
         return None
-    if any(child.holds_resources for child in seen.jobs):
-        return Decision(Phase.SUSPENDED, Reason.SUSPENDED_BY_USER, _STOPPING, Action.STOP)
+    if running := {child.role for child in seen.jobs if child.holds_resources}:
+        message = _STOPPING if Role.TRAIN in running else _STOPPING_PREPARATION
+        return Decision(Phase.SUSPENDED, Reason.SUSPENDED_BY_USER, message, Action.STOP)
     return Decision(Phase.SUSPENDED, Reason.SUSPENDED_BY_USER, _describe(job))
 
 

@@ -104,6 +104,20 @@ async def test_it_is_said_when_no_pod_runs_any_more(cluster: FakeCluster) -> Non
     assert cluster.status["message"].startswith("spec.suspend is true: no pod runs")
 
 
+async def test_a_preparation_that_is_stopped_has_no_checkpoint_to_write(cluster: FakeCluster) -> None:
+    await settle(cluster)
+    cluster.set_pod(PREPARE, "Running", {"running": {}})
+    cluster.lingers = True
+    cluster.change(suspend=True)
+    await settle(cluster)
+    assert (outcome(cluster), cluster.status["message"]) == (
+        ("Suspended", "SuspendedByUser"), "its preparation is being stopped"
+    )  # fmt: skip
+    cluster.remove(PREPARE)
+    await settle(cluster)
+    assert cluster.status["message"] == "spec.suspend is true: no pod runs; set it to false to go on"
+
+
 async def test_what_is_published_while_it_is_stopped_counts(cluster: FakeCluster) -> None:
     await start(cluster)
     cluster.lingers = True
