@@ -5,6 +5,8 @@ import contextlib
 import io
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,6 +26,9 @@ from qlora_trainer.store import AlreadyThereError, Entry, MissingObjectError, Ow
 
 _DENIED: Final = {"403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"}
 _MISSING: Final = {"404", "NoSuchKey", "NoSuchBucket", "NotFound"}
+_SKEWED: Final = "RequestTimeTooSkewed"
+_LONGEST_SKEW: Final = timedelta(minutes=15)
+"""Between a request's signature and the server's clock (Amazon S3, Signature Version 4)."""
 _CONFLICTS: Final = 5
 """Tries of a conditional put that meets 409: S3 answers it while another conditional put of the key is under way."""
 _CONFLICT_WAIT_SECONDS: Final = 0.5
@@ -212,6 +217,12 @@ class S3Store:
             return MissingObjectError(self._owner.not_found, message)
         if code in _MISSING:
             return MissingObjectError(self._owner.not_found, f"{where}: there is no such object; correct the URI")
+        if code == _SKEWED or (code in _DENIED and _skew(error) > _LONGEST_SKEW):
+            return RunError(
+                Reason.S3_UNAVAILABLE,
+                f"{where}: {error.operation_name} is refused because the clock of this node is more than 15 minutes "
+                "off the object store's; set the node's clock",
+            )
         if code in _DENIED:
             return RunError(
                 Reason.S3_DENIED,
@@ -224,6 +235,15 @@ class S3Store:
 
 def _code(error: ClientError) -> str:
     return str(error.response.get("Error", {}).get("Code", "unknown"))
+
+
+def _skew(error: ClientError) -> timedelta:
+    """Return how far our clock is off a server's; the answer to a HEAD has no body that could name the cause."""
+    date = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("date", "")
+    try:
+        return abs(datetime.now(UTC) - parsedate_to_datetime(date))
+    except (TypeError, ValueError):
+        return timedelta(0)
 
 
 def _base64_of(digest: str) -> str:

@@ -5,16 +5,18 @@ import http.client
 import random
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+import time_machine
 
 from qlora_api.names import Reason
 from qlora_api.runconfig import S3Config
 from qlora_trainer.checkpoint import Checkpoints, Witness
+from qlora_trainer.errors import RunError
 from qlora_trainer.s3 import S3Store
 from qlora_trainer.secrets import Credentials
 from qlora_trainer.store import OUTPUT
@@ -180,3 +182,30 @@ def test_a_store_that_loses_a_byte(courses: Courses, s3: S3, outcome: Callable[[
     assert course.verified_adapter()
     assert again.resumed == STEPS
     outcome(f"UploadFailed, and published from the checkpoint of step {again.resumed}")
+
+
+@promise(
+    fault="the clock of a node is an hour off",
+    promise="the run says that, and not that its credentials are refused",
+    how="reads, writes and looks of a process with another system time",
+)
+@pytest.mark.parametrize("hours", [-1, 1])
+@pytest.mark.parametrize(
+    "ask",
+    [
+        pytest.param(lambda store: store.read("x"), id="read"),
+        pytest.param(lambda store: store.put("y", b"content"), id="write"),
+        pytest.param(lambda store: store.exists("x"), id="look"),
+    ],
+)
+def test_a_clock_that_is_off(s3: S3, ask: Callable[[S3Store], object], hours: int, tmp_path: Path) -> None:
+    root = f"s3://{s3.make_bucket(tmp_path.name.replace('_', '-'))}/result"
+    store = S3Store(root, OUTPUT, Credentials(s3.environment()), S3Config())
+    store.put("x", b"content")
+    ask(store)
+    with (
+        time_machine.travel(datetime.now(UTC) + timedelta(hours=hours), tick=True),
+        pytest.raises(RunError, match="the clock of this node is more than 15 minutes off") as refusal,
+    ):
+        ask(store)
+    assert refusal.value.reason is Reason.S3_UNAVAILABLE

@@ -258,6 +258,7 @@ def test_a_missing_bucket_is_the_fault_of_whoever_named_it(owner, reason):
         ("SignatureDoesNotMatch", Reason.S3_DENIED),
         ("NoSuchKey", Reason.INVALID_SPEC),
         ("SlowDown", Reason.S3_UNAVAILABLE),
+        ("RequestTimeTooSkewed", Reason.S3_UNAVAILABLE),
     ],
 )
 def test_answers_of_s3(monkeypatch, code, reason):
