@@ -25,7 +25,7 @@ SMALL_DISK: Final = "small-disk"
 COMMIT: Final = "2" * 40
 SECONDS: Final = 300
 STEPS: Final = 16
-ROWS: Final = 128
+ROWS: Final = 64
 """Rows of a pass that 3 GiB do not hold."""
 INTERVAL: Final = 2
 """Steps between two checkpoints."""
@@ -450,7 +450,8 @@ def test_too_small_a_disk(place: Installation, outcome: Callable[[str], None]) -
 @TOO_SMALL
 def test_too_little_memory_is_asked_for_less(place: Installation, outcome: Callable[[str], None]) -> None:
     run = Run(place, "small-memory")
-    training = {"maxSteps": 3, "globalBatchSize": ROWS, "microBatchSize": ROWS, "packing": True}
+    # One step has the memory of all.
+    training = {"maxSteps": 1, "globalBatchSize": ROWS, "microBatchSize": ROWS, "packing": True}
     data = {"maxSamples": 400, "evaluation": {"fraction": 0.05}}
     place.submit(run_manifest(run.name, dataset=data, training=training, resources={"memory": "3Gi"}))
     status = run.finished()
