@@ -1,7 +1,7 @@
 """A training attempt, from its Job to its end, and whether another one follows."""
 
 from dataclasses import replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Final
 
 from qlora_api.names import Phase, Reason, train_job_name
@@ -71,8 +71,16 @@ def follow_training(job: Job, train: ChildJob, watch: Watch) -> Decision:
         return Decision(phase, verdict.reason, verdict.message, attempt=attempt, recheck_at=verdict.recheck_at)
     if verdict.stage is Stage.RUNNING:
         return _follow_running(job, train, verdict, attempt, watch)
-    # The clock of a node may be ahead, and the next attempt must not wait for it.
-    return _end_training(job, verdict, attempt, min(train.ended_at(watch.now), watch.now))
+    return _end_training(job, verdict, *_put_back(attempt, train.ended_at(watch.now), watch.now))
+
+
+def _put_back(attempt: Attempt, end: datetime, now: datetime) -> tuple[Attempt, datetime]:
+    """Return an attempt and its end as they are by our clock, where a node's is ahead: the next one must not wait."""
+    ahead = end - now
+    if ahead <= timedelta(0):
+        return attempt, end
+    start = attempt.started_at - ahead if attempt.started_at else None
+    return attempt.model_copy(update={"started_at": start}), now
 
 
 def _follow_running(job: Job, train: ChildJob, verdict: Verdict, attempt: Attempt, watch: Watch) -> Decision:

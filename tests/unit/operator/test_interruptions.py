@@ -246,7 +246,9 @@ async def test_a_node_without_its_gpu_is_avoided(cluster: FakeCluster) -> None:
     assert cluster.status["attempts"][0]["node"] == "node-1"
 
 
-async def test_attempts_share_one_deadline(cluster: FakeCluster) -> None:
+@pytest.mark.parametrize("node_ahead", [-60, 0, 60])
+async def test_attempts_share_one_deadline(cluster: FakeCluster, node_ahead: int) -> None:
+    cluster.node_ahead = timedelta(minutes=node_ahead)
     await start(cluster)
     cluster.pass_time(timedelta(hours=20))
     cluster.end_pod(TRAIN, 143, make_word(Reason.INTERRUPTED, "asked to stop"), keep_start=True)
