@@ -78,7 +78,7 @@ class Run:
         status = self.status()
         *_, last = status.get("attempts") or [{}]
         report = status.get("lastReport", {}).get("updatedAt", "")
-        begun = (last.get("number"), status["phase"]) == (attempt, "Training")
+        begun = (last.get("number"), status.get("phase")) == (attempt, "Training")
         return begun and "" < last.get("startedAt", "") < report
 
     def pod(self) -> str:

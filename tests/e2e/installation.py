@@ -1,6 +1,8 @@
 """The installation that the end-to-end tests share: both images, the chart, the model and the data, on a real node."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,6 +112,14 @@ def download(installation: Installation, uri: str, folder: Path) -> Path:
             client.download_file(bucket, item["Key"], str(target))
     client.close()
     return folder
+
+
+def measure(rows: Path, *adapters: Path) -> dict[str, Any]:
+    """Losses of adapters and of their base on these rows, by a script that knows peft and nothing of ours."""
+    script = Path(__file__).with_name("plain_peft.py")
+    command = [sys.executable, *map(str, (script, make_model(), rows, *adapters))]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
 def manifest_of(name: str, namespace: str, **blocks: Mapping[str, Any]) -> dict[str, Any]:

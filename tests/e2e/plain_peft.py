@@ -1,6 +1,6 @@
-"""Loads a published adapter as any reader would, and computes its held-out loss; imports nothing of ours.
+"""Loads published adapters as any reader would, and computes their held-out losses; imports nothing of ours.
 
-Usage: plain_peft.py BASE_FOLDER ADAPTER_FOLDER HELD_OUT_JSONL; prints one line of JSON.
+Usage: plain_peft.py BASE_FOLDER HELD_OUT_JSONL ADAPTER_FOLDER...; prints one line of JSON.
 """
 
 import json
@@ -13,7 +13,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 BATCH = 4
-base_folder, adapter_folder, held_out = sys.argv[1:]
+base_folder, held_out, *adapter_folders = sys.argv[1:]
 tokenizer = AutoTokenizer.from_pretrained(base_folder)
 quantization = BitsAndBytesConfig(
     load_in_4bit=True,
@@ -26,7 +26,11 @@ for module in base.modules():
     if isinstance(module, bnb.nn.Linear4bit):
         # The CPU's repacked weights round the scales to bf16: another model by about 1e-3.
         module.support_avx512bf16_for_cpu = False
-model = PeftModel.from_pretrained(base, adapter_folder).eval()
+first, *others = enumerate(adapter_folders)
+model = PeftModel.from_pretrained(base, first[1], adapter_name=str(first[0]))
+for number, folder in others:
+    model.load_adapter(folder, adapter_name=str(number))
+model.eval()
 
 
 def to_tokens(row: dict[str, str]) -> tuple[list[int], list[int]]:
@@ -55,7 +59,10 @@ def held_out_loss() -> tuple[float, int]:
     return total / count, count
 
 
-adapter_loss, tokens = held_out_loss()
 with model.disable_adapter():
-    base_loss, _ = held_out_loss()
-print(json.dumps({"adapter": adapter_loss, "base": base_loss, "tokens": tokens}))
+    base_loss, tokens = held_out_loss()
+losses = []
+for number in range(len(adapter_folders)):
+    model.set_adapter(str(number))
+    losses.append(held_out_loss()[0])
+print(json.dumps({"adapters": losses, "base": base_loss, "tokens": tokens}))
