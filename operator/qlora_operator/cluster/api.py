@@ -77,7 +77,11 @@ def _count_nothing(_: str, __: int | None, ___: float) -> None:
     """Have nobody who wants to know."""
 
 
-def _hear_nothing(_: str) -> None:
+Hear = Callable[[str, float], None]
+"""Called with the header Date of each answer, and the seconds that it took."""
+
+
+def _hear_nothing(_: str, __: float) -> None:
     """Have nobody who wants to know the time."""
 
 
@@ -100,7 +104,7 @@ class Api:
         may_write: Callable[[], bool] = lambda: True,
         renew_credentials: Callable[[], Awaitable[None]] = _keep_credentials,
         observe: Observe = _count_nothing,
-        hear: Callable[[str], None] = _hear_nothing,
+        hear: Hear = _hear_nothing,
     ) -> None:
         self._client = client.ApiClient(configuration)
         self._may_write = may_write
@@ -151,8 +155,9 @@ class Api:
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
             raise ClusterBusyError(f"the API server does not answer: {error!r}") from error
         finally:
-            self._observe(method, status, perf_counter() - start)
-        self._hear(response.headers.get("Date", ""))
+            took = perf_counter() - start
+            self._observe(method, status, took)
+        self._hear(response.headers.get("Date", ""), took)
         return Answer(response.status, response.headers.get("Retry-After", ""), text)
 
     async def _heed(self, answer: Answer) -> bool:

@@ -13,7 +13,7 @@ from typing import Final
 _log = logging.getLogger(__name__)
 
 TOLERANCE: Final = timedelta(seconds=5)
-"""A smaller difference is not told from the way of an answer, whose header has whole seconds."""
+"""A smaller difference spoils no deadline, and the header has whole seconds."""
 
 
 def utc_now() -> datetime:
@@ -32,14 +32,19 @@ class ClusterClock:
         """Return the time, with its zone."""
         return self._local() - self._ahead
 
-    def heard(self, date: str) -> None:
-        """Compare with an answer's header Date (RFC 9110); one that is missing or unreadable tells nothing."""
+    def heard(self, date: str, took: float) -> None:
+        """Compare with the header Date (RFC 9110) of an answer that has just come, and took so many seconds.
+
+        It was dated some time between question and answer. A header that is missing or unreadable tells nothing.
+        """
+        half = timedelta(seconds=took / 2)
         try:
-            ahead = self._local() - parsedate_to_datetime(date)
+            ahead = self._local() - half - parsedate_to_datetime(date)
         except (TypeError, ValueError):
             return
-        if abs(ahead - self._ahead) < TOLERANCE:
+        tolerance = TOLERANCE + half
+        if abs(ahead - self._ahead) < tolerance:
             return
-        self._ahead = ahead if abs(ahead) >= TOLERANCE else timedelta(0)
+        self._ahead = ahead if abs(ahead) >= tolerance else timedelta(0)
         seconds = self._ahead.total_seconds()
         _log.warning("this machine's clock is %+.0f s off the API server's, which counts", seconds)

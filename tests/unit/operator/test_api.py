@@ -89,7 +89,7 @@ async def test_a_refused_token_is_read_anew(api: Api, monkeypatch: pytest.Monkey
 
 async def test_the_time_of_every_answer_is_heard(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     dates: list[str] = []
-    monkeypatch.setattr(api, "_hear", dates.append)
+    monkeypatch.setattr(api, "_hear", lambda date, _: dates.append(date))
     await api.request("GET", "/200")
     with pytest.raises(NotFoundError):
         await api.request("GET", "/404")
