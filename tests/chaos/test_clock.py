@@ -17,7 +17,7 @@ HOUR: Final = timedelta(hours=1)
 
 @promise(
     fault="The operator's clock is an hour ahead, or an hour behind",
-    promise="The run ends as it does otherwise, in the same time: the API server's clock counts.",
+    promise="The run ends as it does otherwise: the API server's clock counts.",
     how="The operator runs with another system time.",
 )
 @pytest.mark.parametrize("ahead", [HOUR, -HOUR], ids=["ahead", "behind"])

@@ -1,7 +1,7 @@
 """What time it is for the API server, whatever the operator's own clock says.
 
-Deadlines count from times that the control plane wrote. A node whose clock is half an hour ahead would end every run
-before it has started; one that is behind would leave a GPU to a pod that hangs.
+Deadlines count from times that the control plane wrote. An operator whose clock is half an hour ahead would end every
+run before it has started; one that is behind would leave a GPU to a pod that never starts.
 """
 
 import logging

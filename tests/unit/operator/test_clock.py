@@ -31,7 +31,7 @@ def test_the_api_servers_time_counts(minutes: int) -> None:
 
 
 @pytest.mark.parametrize("seconds", [-4, 0, 4])
-def test_what_an_answer_takes_is_no_difference(seconds: int) -> None:
+def test_a_small_difference_is_none(seconds: int) -> None:
     clock = ClusterClock(Local(timedelta(seconds=seconds)))
     clock.heard(answer_at(NOW), 0.0)
     assert clock.now() == NOW + timedelta(seconds=seconds)
