@@ -25,20 +25,34 @@ FROM operator-packages AS operator
 COPY operator/qlora_api /opt/qlora-operator/qlora_api
 COPY operator/qlora_operator /opt/qlora-operator/qlora_operator
 COPY requirements/sbom.py /opt/sbom.py
+COPY LICENSE /opt/qlora-operator/LICENSE
 RUN /opt/qlora/bin/python3 /opt/sbom.py qlora-operator > /opt/qlora-operator/sbom.cdx.json
 # USER: kopf asks for a user's name, and an arbitrary uid has none in /etc/passwd.
 ENV PATH=/opt/qlora/bin:$PATH PYTHONPATH=/opt/qlora-operator PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 USER=qlora
 USER 65532:65532
+ARG VERSION=0.1.0
+LABEL org.opencontainers.image.title="qlora-operator" \
+      org.opencontainers.image.description="Kubernetes operator that runs QLoRAJobs: it prepares, plans, trains, evaluates and publishes adapters." \
+      org.opencontainers.image.authors="qlora-operator contributors" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="${VERSION}"
 ENTRYPOINT ["python3", "-m", "qlora_operator"]
 
 FROM trainer-packages AS trainer
 COPY operator/qlora_api /opt/qlora-operator/qlora_api
 COPY trainer_image/qlora_trainer /opt/qlora-operator/qlora_trainer
 COPY requirements/sbom.py /opt/sbom.py
+COPY LICENSE /opt/qlora-operator/LICENSE
 RUN /opt/qlora/bin/python3 /opt/sbom.py qlora-trainer > /opt/qlora-operator/sbom.cdx.json
 # Writable paths are the pod's: a training pod has a read-only root and an emptyDir at /work. USER: torch names its
 # caches after the user, and an arbitrary uid has no name in /etc/passwd.
 ENV PATH=/opt/qlora/bin:$PATH PYTHONPATH=/opt/qlora-operator PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
     HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false USER=qlora
 USER 65532:65532
+ARG VERSION=0.1.0
+LABEL org.opencontainers.image.title="qlora-trainer" \
+      org.opencontainers.image.description="Prepares, trains, evaluates and publishes one QLoRA adapter; started by qlora-operator." \
+      org.opencontainers.image.authors="qlora-operator contributors" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="${VERSION}"
 ENTRYPOINT ["python3", "-m", "qlora_trainer"]
