@@ -65,6 +65,7 @@ PROGRAMS: Final = {
     "kueue": Program("kueue", "sigs.k8s.io/kueue/cmd/kueue", 265),
     # Without service discovery, which would bring the libraries of every cloud.
     "promtool": Program("promtool", "github.com/prometheus/prometheus/cmd/promtool", 130, tags="remove_all_sd"),
+    "actionlint": Program("actionlint", "github.com/rhysd/actionlint/cmd/actionlint", 30),
 }
 """Another program is one line here and one folder under modules/ (`go get -tool PACKAGE@VERSION`)."""
 
