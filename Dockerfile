@@ -4,7 +4,9 @@ ARG BASE=python:3.12-slim-bookworm
 
 # Packages in one layer, uv gone at its end: a second stage would only store 6 GB of them twice.
 # Importing writes bytecode for what is used; all of the Kubernetes client's would add 50 MB.
+# UV_NO_CACHE: uv's cache would stay in the layer beside what is installed from it; a build that mounts it says false.
 FROM ${BASE} AS operator-packages
+ARG UV_NO_CACHE=true
 COPY requirements/operator.txt /opt/requirements.txt
 RUN python3 -m venv --without-pip /opt/qlora \
  && python3 -m venv /opt/uv && /opt/uv/bin/pip install --no-cache-dir --quiet uv==0.13.9 \
@@ -14,6 +16,7 @@ RUN python3 -m venv --without-pip /opt/qlora \
  && /opt/qlora/bin/python3 -c "import aiohttp.web, kopf, kubernetes.aio.client, kubernetes.aio.dynamic, prometheus_client"
 
 FROM ${BASE} AS trainer-packages
+ARG UV_NO_CACHE=true
 COPY requirements/trainer.txt /opt/requirements.txt
 RUN python3 -m venv --without-pip /opt/qlora \
  && python3 -m venv /opt/uv && /opt/uv/bin/pip install --no-cache-dir --quiet uv==0.13.9 \

@@ -71,7 +71,7 @@ def build_image(
 ) -> str:
     """Build one target of the Dockerfile and return its full reference, `localhost/` in front if it names no host."""
     reference = tag if tag.startswith("localhost/") else f"localhost/{tag}"
-    values = {"BASE": base or ensure_base_image(), **(arguments or {})}
+    values = {"BASE": base or ensure_base_image(), "UV_NO_CACHE": "false", **(arguments or {})}
     # What a build has made so far looks unused until it ends, so nobody may prune meanwhile.
     with lock(buildah.HOME / "build.lock"):
         # A build that was killed leaves its container, which holds an image that could not be pruned.
