@@ -9,8 +9,13 @@ from typing import Final
 ROOT: Final = Path(__file__).parents[2]
 GENERATED: Final = ROOT / "docs/reference"
 """Written from the code, which `make check` compares."""
-FOLDERS: Final = ("docs", "charts", "examples", "benchmarks", "tests")
-PAGES: Final = [ROOT / "README.md", *(page for folder in FOLDERS for page in sorted((ROOT / folder).rglob("*.md")))]
+FOLDERS: Final = (".github", "docs", "charts", "examples", "benchmarks", "tests")
+PAGES: Final = [
+    ROOT / "README.md",
+    ROOT / "CHANGELOG.md",
+    *(page for folder in FOLDERS for page in sorted((ROOT / folder).rglob("*.md"))),
+    *sorted((ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml")),
+]
 _BLOCK: Final = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
