@@ -15,7 +15,9 @@ _LANGUAGES: Final = {".py": "python", ".yaml": "yaml", ".json": "json", ".jsonl"
 _LONGEST_LISTING: Final = 64 * 1024
 """Bytes of a file that is shown as a page; a longer one is handed over as it is."""
 _NOT_SEARCHED: Final = "---\nsearch:\n  exclude: true\n---\n\n"
-"""Source code would bury the words of the pages."""
+"""Front matter of pages that would bury the others in the search, whose ranking cannot be weighted: source code, and
+the decision records, which name every symptom; their index stays in it."""
+_DECISIONS: Final = PurePosixPath("docs/decisions")
 _FENCE: Final = "`" * 6
 """Longer than any fence in what it encloses."""
 
@@ -41,12 +43,13 @@ def stage(root: Path) -> dict[PurePosixPath, bytes]:
 
 
 def place(root: Path, source: PurePosixPath) -> PurePosixPath:
-    """Return where a file or folder of the repository lies in the site's source."""
+    """Return where a file or folder lies in the site's source; the generator skips names that begin with a dot."""
+    there = PurePosixPath(*(part.removeprefix(".") for part in source.parts))
     if (root / source).is_dir():
-        return source / "index.md"
+        return there / "index.md"
     if source.name == "README.md":
-        return source.with_name("index.md")
-    return source.with_name(f"{source.name}.md") if _is_listing(root, source) else source
+        return there.with_name("index.md")
+    return there.with_name(f"{there.name}.md") if _is_listing(root, source) else there
 
 
 def _is_listing(root: Path, source: PurePosixPath) -> bool:
@@ -75,7 +78,9 @@ def _content(root: Path, source: PurePosixPath) -> bytes:
         listed = "".join(f"- `{name}`\n" for name in names)
         return f"{_NOT_SEARCHED}# {source}/\n\nA folder of the repository, with\n\n{listed}".encode()
     if source.suffix == ".md":
-        return relink(path.read_text(encoding="utf-8"), lambda target: _moved(root, source, target)).encode()
+        text = relink(path.read_text(encoding="utf-8"), lambda target: _moved(root, source, target))
+        is_decision = source.parent == _DECISIONS and source.name != "README.md"
+        return f"{_NOT_SEARCHED if is_decision else ''}{text}".encode()
     if _is_listing(root, source):
         text = path.read_text(encoding="utf-8").rstrip()
         language = _LANGUAGES[source.suffix]

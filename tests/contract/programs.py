@@ -232,10 +232,11 @@ def check_python(words: Sequence[str]) -> None:
 
 
 def check_pip(words: Sequence[str]) -> None:
-    """The extras are those of pyproject.toml."""
+    """The extras are those of pyproject.toml, and the package is installed from a checkout: no registry has it."""
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     for wanted in re.findall(r"\[(.+)\]", " ".join(words)):
         assert set(wanted.split(",")) <= set(extras)
+    assert [word for word in words if word.startswith("qlora")] == []
 
 
 def check_paths(words: Iterable[str]) -> None:

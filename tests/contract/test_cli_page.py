@@ -37,6 +37,17 @@ def test_init_and_render_do_what_the_page_shows(tmp_path: Path, monkeypatch: pyt
     assert {("QLoRAJob", "support-bot"), ("Job", "support-bot-prepare"), ("Job", "support-bot-1")} <= children
 
 
+@pytest.mark.parametrize("page", ["docs/cli.md", "docs/quickstart.md"])
+def test_validate_prints_what_the_page_shows(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    printed = CliRunner().invoke(app, ["validate", "examples/broken.yaml"])
+    assert printed.exit_code == 1
+    shown = (ROOT / page).read_text(encoding="utf-8").splitlines()
+    lines = printed.output.splitlines()
+    assert [line for line in lines if line not in shown] == []
+    assert len(lines) == 2
+
+
 @pytest.mark.parametrize("line", [line for line in TYPED if line[:1] == ("serve-snippet",)], ids=" ".join)
 def test_serve_snippet_prints_what_the_page_shows(line: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     commit = re.search(r"--revision (\w+)", PAGE)

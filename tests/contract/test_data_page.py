@@ -4,7 +4,7 @@ import json
 import re
 from pathlib import Path
 
-from qlora_trainer.formats import parse_row, tell_format
+from qlora_trainer.formats import instruction_prompt, parse_row, tell_format
 
 PAGE = (Path(__file__).parents[2] / "docs/data.md").read_text(encoding="utf-8")
 
@@ -19,3 +19,10 @@ def test_rows_are_what_the_page_calls_them():
     for block in blocks("json"):
         for row in map(json.loads, block.splitlines()):
             parse_row(row, tell_format(row)[0])
+
+
+def test_the_prompt_of_instruction_rows_is_the_page_s():
+    row = json.loads(blocks("json")[0])
+    prompt = instruction_prompt(row)
+    assert f"```text\n{prompt}```" in PAGE
+    assert instruction_prompt({**row, "input": ""}) == prompt.replace(f"### Input:\n{row['input']}\n\n", "")

@@ -80,7 +80,8 @@ def test_most_programs_are_started_somewhere() -> None:
         ("kubectl wait --for=jsonpath='{.status.fase}'=Succeeded qlj/a", "fase"),
         ("docker build --target oprator .", "oprator"),
         ("python -m tests.none", "tests.none"),
-        ("pip install 'qlora-operator[cly]'", "cly"),
+        ("pip install '.[cly]'", "cly"),
+        ("pip install 'qlora-operator[cli]'", "qlora-operator"),
         ("sudo rm", "sudo"),
     ],
 )

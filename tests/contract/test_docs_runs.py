@@ -38,7 +38,7 @@ RUN_BY: Final = {
     "qlora serve-snippet": "tests/contract/test_cli_page.py",
     "qlora status": "tests/integration/test_cli.py",
     "qlora submit": "tests/integration/test_cli.py",
-    "qlora validate": "tests/contract/test_readme.py",
+    "qlora validate": "tests/contract/test_cli_page.py",
     "qlora wait": "tests/integration/test_cli.py",
 }
 """The test that runs it, with arguments of its own: it has the verb among the words that it gives to a program."""
@@ -47,7 +47,7 @@ NOT_RUN: Final = {
     "docker build": "buildah builds the same Dockerfile in tests/e2e/installation.py",
     "kind": "needs Docker",
     "kubectl port-forward": "the S3 server of the tests listens where they are",
-    "make": "starts what developers start: the tests themselves among it; `make demo` is timed in the README",
+    "make": "starts what developers start: the tests themselves among it; `make demo` is timed in docs/quickstart.md",
     "pip install": "the package is on no index yet",
     "python -m examples.quickstart.make_model": "tests/e2e/installation.py calls it",
     "python -m tests.cluster": "every test with a cluster calls it",

@@ -1,5 +1,6 @@
 """The pages link to what exists, on a code host and on the site; the site builds without a warning, and is complete."""
 
+import json
 import re
 import shutil
 import tomllib
@@ -96,6 +97,14 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, Page]:
 def test_every_page_is_built(site: dict[Path, Page]) -> None:
     built = {str(path).rpartition("/site/")[2] for path in site}
     assert {str(place(ROOT, page).with_suffix(".html")) for page in pages(ROOT)} - built == set()
+
+
+def test_the_search_has_the_reasons_and_not_the_decisions(site: dict[Path, Page]) -> None:
+    [index] = {path.parent for path in site if (path.parent / "search.json").is_file()}
+    items = json.loads((index / "search.json").read_text(encoding="utf-8"))["items"]
+    found = {item["location"].partition("#")[0] for item in items}
+    assert {"index.html", "docs/reference/reasons.html", "docs/troubleshooting.html"} - found == set()
+    assert {page for page in found if page.startswith("docs/decisions/")} == {"docs/decisions/index.html"}
 
 
 def test_links_of_the_site_lead_somewhere(site: dict[Path, Page]) -> None:

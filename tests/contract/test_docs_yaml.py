@@ -25,7 +25,7 @@ OTHERS: Final = {"Application": "argoproj.io/v1alpha1", "Kustomization": "kustom
 RENDERED: Final = "kustomize.config.k8s.io/v1beta1"
 """Rendered by kubectl and applied in tests/integration/test_gitops.py."""
 MISTAKEN: Final = "examples/broken.yaml"
-"""Shows what `qlora validate` says; tests/contract/test_readme.py has its sentences."""
+"""Shows what `qlora validate` says; tests/contract/test_cli_page.py has its sentences."""
 MANIFESTS: Final = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "examples").rglob("*.yaml"))]
 
 
