@@ -97,11 +97,11 @@ def chart_readme_file() -> str:
         "```",
         "",
         "An upgrade keeps your values with `--reset-then-reuse-values`; `--reuse-values` would hide the new version's",
-        "defaults. [Running the operator](../../docs/operations.md) tells what the values do together.",
+        "defaults. [Running the operator](../../docs/operations.md) explains how they work together.",
         "",
         "## Values",
         "",
-        "A value that is not in this table, or of another type, is refused before anything is installed.",
+        "A value that is not in this table, or of another type, is rejected before anything is installed.",
         "",
         *render_values_table(read_values(_chart_file("values.yaml"))),
     ]
