@@ -1,4 +1,4 @@
-{{- /* CEL for organisation policy. */ -}}
+{{- /* CEL for organization policy. */ -}}
 
 {{- /* A list of URIs as a CEL list; {namespace} is the QLoRAJob's. */ -}}
 {{- define "qlora-operator.allowed" -}}

@@ -49,7 +49,7 @@ class DataStatus(ApiModel):
     """What preparation found in the dataset."""
 
     digest: Annotated[str, Field(max_length=64)] = Field(description="SHA-256 over the rows in use, in hex.")
-    format: Annotated[str, Field(max_length=32)] = Field(description="Formats of the rows, joined by +.")
+    format: Annotated[str, Field(max_length=32)] = Field(description="Formats of the rows, separated by +.")
     training_rows: int = Field(ge=0, description="Training rows.")
     evaluation_rows: int = Field(ge=0, description="Held-out rows.")
     training_tokens: int = Field(ge=0, description="Tokens in the training rows.")
