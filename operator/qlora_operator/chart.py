@@ -1,7 +1,7 @@
 """What is generated from the comments of the chart's values.yaml: the values' schema, and their table in the README.
 
-`# -- ` starts the description of the value below it, as in helm-docs; `# @schema {…}` adds JSON Schema to what its
-default tells. A mapping in block style is a group of values, one in flow style is a value.
+`# -- ` starts the description of the value below it, as in helm-docs; `# @schema {…}` adds JSON Schema to the
+type of its default. A mapping in block style is a group of values, one in flow style is a value.
 """
 
 import json

@@ -25,7 +25,7 @@ def method_fits_bits(spec: QLoRAJobSpec) -> str | None:
     if spec.method != "qlora" and quantised:
         return (
             f"spec.quantization.bits is {spec.quantization.bits}, but method {spec.method} needs 16; "
-            "for a quantised base set spec.method to qlora"
+            "for a quantized base set spec.method to qlora"
         )
     return None
 
@@ -58,8 +58,8 @@ def division_has_parts(spec: QLoRAJobSpec) -> str | None:
     if spec.distribution == "auto" or spec.resources.processes > 1:
         return None
     return (
-        f"spec.distribution is {spec.distribution}, but spec.resources asks for one process; leave it out, or raise "
-        "nodes or gpusPerNode"
+        f"spec.distribution is {spec.distribution}, but spec.resources requests only one process; leave it out, or "
+        "raise nodes or gpusPerNode"
     )
 
 
@@ -68,7 +68,7 @@ def weights_can_be_divided(spec: QLoRAJobSpec) -> str | None:
     what = needs_whole_weights(spec)
     if spec.distribution != "zero3" or what is None:
         return None
-    return f"{what}, and spec.distribution zero3 leaves no process a whole weight; set it to zero2"
+    return f"{what}, and spec.distribution zero3 shards every weight; set it to zero2"
 
 
 def optimizer_can_be_divided(spec: QLoRAJobSpec) -> str | None:
@@ -77,8 +77,8 @@ def optimizer_can_be_divided(spec: QLoRAJobSpec) -> str | None:
         return None
     optimizer = spec.training.optimizer
     return (
-        f"spec.training.optimizer is {optimizer}, but spec.distribution {spec.distribution} divides the state of AdamW "
-        "among the processes; leave the optimizer out, or set distribution to ddp"
+        f"spec.training.optimizer is {optimizer}, but spec.distribution {spec.distribution} can only shard the state "
+        "of AdamW; leave the optimizer out, or set distribution to ddp"
     )
 
 
@@ -86,7 +86,7 @@ def all_linear_stands_alone(spec: QLoRAJobSpec) -> str | None:
     """The word all-linear names every module already."""
     if "all-linear" not in spec.lora.targets or len(spec.lora.targets) == 1:
         return None
-    return "spec.lora.targets lists all-linear beside other names; list it alone, or list module names without it"
+    return "spec.lora.targets lists all-linear with other names; list it alone, or list module names without it"
 
 
 def gate_has_answers(spec: QLoRAJobSpec) -> str | None:
@@ -94,7 +94,7 @@ def gate_has_answers(spec: QLoRAJobSpec) -> str | None:
     gate = spec.evaluation.gate
     if spec.evaluation.generations or (gate.min_exact_match is None and gate.min_rouge_l is None):
         return None
-    return "spec.evaluation.generations is 0, but the gate looks at answers; set it to 1 or more"
+    return "spec.evaluation.generations is 0, but the gate needs answers; set it to 1 or more"
 
 
 def start_fits_base(spec: QLoRAJobSpec) -> str | None:
@@ -102,7 +102,7 @@ def start_fits_base(spec: QLoRAJobSpec) -> str | None:
     start, bits = spec.lora.init, spec.quantization.bits
     if start == "pissa" and bits != 16:
         return (
-            "spec.lora.init is pissa, which takes singular vectors out of a 16-bit base, but spec.quantization.bits "
+            "spec.lora.init is pissa, which subtracts singular vectors from a 16-bit base, but spec.quantization.bits "
             f"is {bits}; set spec.method to lora and spec.quantization.bits to 16, or spec.lora.init to loftq"
         )
     if start == "loftq" and bits != 4:
@@ -114,7 +114,7 @@ def start_fits_scale(spec: QLoRAJobSpec) -> str | None:
     """What starts from the base's weights knows no magnitudes, and PiSSA's rank is doubled in the end."""
     lora = spec.lora
     if (lora.init in {"pissa", "loftq"} and lora.dora) or (lora.init == "pissa" and lora.rslora):
-        return f"spec.lora.init {lora.init} does not go with dora or rslora; leave those false, or leave init out"
+        return f"spec.lora.init {lora.init} does not work with dora or rslora; leave those false, or leave init out"
     return None
 
 
@@ -125,11 +125,11 @@ def rows_have_one_origin(spec: QLoRAJobSpec) -> str | None:
         which = "neither uri nor sources" if dataset.uri is None else "both uri and sources"
         return f"spec.dataset has {which}; give one of them"
     if dataset.sources is not None and dataset.max_samples is not None:
-        return "spec.dataset.maxSamples stands beside sources; give each of them its own maxSamples"
+        return "spec.dataset.maxSamples cannot be combined with sources; set maxSamples in each source instead"
     if dataset.template is not None and dataset.format not in {"auto", "instruction"}:
         return (
-            f"spec.dataset.template makes instruction rows, but spec.dataset.format is {dataset.format}; leave format "
-            "out, or remove the template"
+            f"spec.dataset.template produces instruction rows, but spec.dataset.format is {dataset.format}; leave "
+            "format out, or remove the template"
         )
     return None
 
@@ -157,8 +157,8 @@ def loftq_merges_into_its_base(spec: QLoRAJobSpec) -> str | None:
     if spec.lora.init != "loftq" or spec.output.merged == "none" or spec.output.merge_base == "dequantised":
         return None
     return (
-        "spec.output.mergeBase is original, but with spec.lora.init loftq the adapter makes up for the 4-bit base, and "
-        "that would count twice; set it to dequantised"
+        "spec.output.mergeBase is original, but with spec.lora.init loftq the adapter compensates the error of the "
+        "4-bit base, which the original base does not have; set it to dequantised"
     )
 
 
@@ -166,7 +166,7 @@ def dora_fits_base(spec: QLoRAJobSpec) -> str | None:
     """What peft 0.21 dequantises for DoRA, bitsandbytes 0.50 cannot use again in 8 bits."""
     if not spec.lora.dora or spec.quantization.bits != 8:
         return None
-    return "spec.lora.dora is true, which fails on a base of 8 bits; set spec.quantization.bits to 4, or leave dora out"
+    return "spec.lora.dora is true, which fails on an 8-bit base; set spec.quantization.bits to 4, or leave dora out"
 
 
 def one_process_is_enough(spec: QLoRAJobSpec) -> str | None:
@@ -175,7 +175,7 @@ def one_process_is_enough(spec: QLoRAJobSpec) -> str | None:
     if processes == 1:
         return None
     return (
-        f"spec.resources asks for {processes} processes, and 'qlora run' trains in one; add --set resources.nodes=1 "
+        f"spec.resources requests {processes} processes, and 'qlora run' trains in one; add --set resources.nodes=1 "
         "--set resources.gpusPerNode=1, or apply the manifest to a cluster"
     )
 
@@ -204,7 +204,7 @@ def trackers_are_elsewhere(spec: QLoRAJobSpec) -> str | None:
 def claims_can_be_mounted(spec: QLoRAJobSpec) -> str | None:
     """The user's computer sees no claim of a cluster."""
     return _first_with(
-        spec.input_uris, CLAIM_SCHEME, "only a cluster can mount a claim; copy the files and give their path with --set"
+        spec.input_uris, CLAIM_SCHEME, "only a cluster can mount a PVC; copy the files and give their path with --set"
     )
 
 

@@ -159,49 +159,49 @@ CASES = [
     pytest.param(
         Away, (5, 60), id="away",
         marks=promise(
-            fault="The API server is away for a minute",
-            promise="Nothing is lost: the operator goes on when it is back, and the run ends as it does otherwise.",
-            how="The proxy cuts every request and every watch (for 5 seconds in the short dose).",
+            fault="The API server is down for a minute",
+            promise="Nothing is lost: the operator continues when it is back, and the run ends normally.",
+            how="The proxy cuts every request and every watch (for 5 seconds in `make test`).",
         ),
     ),
     pytest.param(
         Slow, (1, 3), id="slow",
         marks=promise(
-            fault="The API server takes 3 seconds for every answer",
-            promise="The run takes longer, and ends as it does otherwise.",
-            how="The proxy holds every answer back (for 1 second in the short dose).",
+            fault="The API server takes 3 seconds for every response",
+            promise="The run takes longer, and ends normally.",
+            how="The proxy delays every response (by 1 second in `make test`).",
         ),
     ),
     pytest.param(
         Overloaded, (1, 2), id="overloaded",
         marks=promise(
-            fault="The API server refuses writes with 429 and Retry-After",
-            promise="The operator waits as long as it is asked to, and the run ends as it does otherwise.",
-            how="The proxy refuses each write twice (once in the short dose).",
+            fault="The API server rejects writes with 429 and Retry-After",
+            promise="The operator honors Retry-After, and the run ends normally.",
+            how="The proxy rejects each write twice (once in `make test`).",
         ),
     ),
     pytest.param(
         Contested, (1, 1), id="contested",
         marks=promise(
-            fault="Every write meets a conflict (409)",
-            promise="The operator looks again and repeats it; no Job is created twice.",
-            how="The proxy answers 409 to the first try of each write.",
+            fault="Every write gets a conflict (409)",
+            promise="The operator reads again and retries; no Job is created twice.",
+            how="The proxy answers 409 to the first attempt of each write.",
         ),
     ),
     pytest.param(
         Forgetful, (3, 3), id="forgetful",
         marks=promise(
-            fault="Watches end with 410 Gone, in the stream and at once",
-            promise="The operator lists anew, if need be in a new process; the run ends as it does otherwise.",
-            how="The proxy ends every watch after 3 events, and refuses every third one.",
+            fault="Watches end with 410 Gone, in the stream or on connect",
+            promise="The operator lists again, after a restart if necessary; the run ends normally.",
+            how="The proxy ends every watch after 3 events, and rejects every third one.",
         ),
     ),
     pytest.param(
         Silent, (10, 90), id="silent",
         marks=promise(
-            fault="Watches stay open and tell nothing",
-            promise="The resync sees what they should have told, and the run ends as it does otherwise.",
-            how="The proxy swallows every event for 90 seconds (10 in the short dose), with a resync every 5 seconds.",
+            fault="Watches stay open and deliver nothing",
+            promise="The resync finds what they missed, and the run ends normally.",
+            how="The proxy swallows every event for 90 seconds (10 in `make test`), with a resync every 5 seconds.",
         ),
     ),
 ]  # fmt: skip
@@ -223,7 +223,9 @@ def test_a_bad_api_server(
     assert witness.harm > 0
     if isinstance(witness, Overloaded):
         assert witness.too_early == 0
-    outcome(f"{title} in {seconds:.0f} s, {witness.harm} times harmed, {supervisor.restarts} restarts of the operator")
+    outcome(
+        f"{title} in {seconds:.0f} s, {witness.harm} faults injected, {supervisor.restarts} restarts of the operator"
+    )
 
 
 class Expired(Witness):
@@ -248,9 +250,9 @@ class Expired(Witness):
 
 
 @promise(
-    fault="The operator's token expires in the middle of a run",
-    promise="The operator reads the new one, if need be in a new process; the run ends as it does otherwise.",
-    how="The proxy refuses the old token with 401 from the sixth write on; the file has a new one.",
+    fault="The operator's token expires during a run",
+    promise="The operator reads the new one, after a restart if necessary; the run ends normally.",
+    how="The proxy rejects the old token with 401 from the sixth write on; the file has a new one.",
 )
 def test_an_expired_token(stage: Stage, outcome: Callable[[str], None]) -> None:
     reference = stage.play("published", Witness())
@@ -258,4 +260,4 @@ def test_an_expired_token(stage: Stage, outcome: Callable[[str], None]) -> None:
     with supervised(stage.operator) as supervisor:
         assert reference.differences(stage.play("published", expired)) == []
     assert expired.refused > 0
-    outcome(f"{expired.refused} requests refused, {supervisor.restarts} restarts of the operator")
+    outcome(f"{expired.refused} requests rejected, {supervisor.restarts} restarts of the operator")

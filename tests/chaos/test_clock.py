@@ -17,8 +17,8 @@ HOUR: Final = timedelta(hours=1)
 
 @promise(
     fault="The operator's clock is an hour ahead, or an hour behind",
-    promise="The run ends as it does otherwise: the API server's clock counts.",
-    how="The operator runs with another system time.",
+    promise="The run ends normally: the API server's clock is authoritative.",
+    how="The operator runs with a different system time.",
 )
 @pytest.mark.parametrize("ahead", [HOUR, -HOUR], ids=["ahead", "behind"])
 def test_another_time(stage: Stage, ahead: timedelta, outcome: Callable[[str], None]) -> None:

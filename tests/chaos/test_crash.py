@@ -82,9 +82,9 @@ class Death(Witness):
 
 
 @promise(
-    fault="The operator is killed at any of its writes",
-    promise="The run ends as if nothing had happened: the same status and children, no Event and no Job twice.",
-    how="A proxy numbers the writes of a whole life; for each, SIGKILL before and after the API server has it.",
+    fault="The operator is killed at any of its API writes",
+    promise="The run ends as if nothing had happened: the same status and children, no duplicate Event or Job.",
+    how="A proxy numbers all writes of a run; for each, SIGKILL before and after it reaches the API server.",
 )
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("title", STORIES)
@@ -112,8 +112,8 @@ def test_a_death_at_any_write_changes_nothing(
         else:
             missed.append(moment)
     died = len(cases) - len(missed)
-    never = f", {len(missed)} moments did not come again" if missed else ""
-    outcome(f"{title}: {died - len(differences)} of {died} deaths at {len(writes)} writes{never}")
+    never = f", {len(missed)} moments did not recur" if missed else ""
+    outcome(f"{title}: {died - len(differences)} of {died} kills at {len(writes)} writes{never}")
     assert differences == {}
     assert [moment for moment in missed if moment.count <= steady[moment.write]] == []
 

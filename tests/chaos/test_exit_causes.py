@@ -150,12 +150,12 @@ STARTS: Final = {
 
 NEVER_STARTS: Final = promise(
     fault="a run cannot start, or fails for good",
-    promise="its status has the cause in one word and in a sentence, and it holds no node",
-    how="jobs that ask for what the node, the object store, the network or the clock does not give",
+    promise="its status has the cause as a reason and a message, and it holds no node",
+    how="jobs that the node, the object store, the network or the clock cannot satisfy",
 )
 TOO_SMALL: Final = promise(
     fault="the node's disk or the container's memory is too small",
-    promise="the run says so; what a smaller micro-batch mends is mended, and attempts are bounded",
+    promise="the run says so; it is retried with a smaller micro-batch if that helps, a bounded number of times",
     how="limits of ephemeral storage and memory, enforced by the kubelet and the kernel",
 )
 
@@ -272,9 +272,9 @@ def test_the_hub_is_busy(place: Installation, outcome: Callable[[str], None]) ->
 
 
 @promise(
-    fault="the trainer's image is not there",
-    promise="the run says ImagePullFailed with the kubelet's own words, and ends with spec.deadlines.startup",
-    how="an operator whose trainer image has a tag that the node lacks",
+    fault="the trainer image does not exist",
+    promise="the run says ImagePullFailed with the kubelet's message, and fails after spec.deadlines.startup",
+    how="the operator's trainer image has a tag that the node does not have",
 )
 @pytest.mark.full_dose
 def test_the_image_is_not_there(place: Installation, outcome: Callable[[str], None]) -> None:
@@ -292,9 +292,9 @@ def test_the_image_is_not_there(place: Installation, outcome: Callable[[str], No
 
 
 @promise(
-    fault="a run is to write what was published before, and must not",
-    promise="the run says OutputExists before it trains, and what was published is untouched",
-    how="the same run under the same name, with spec.output.ifExists Fail",
+    fault="a run's result already exists, and it must not overwrite it",
+    promise="the run fails with OutputExists before it trains, and the published result is untouched",
+    how="the same run with the same name, with spec.output.ifExists Fail",
 )
 @pytest.mark.full_dose
 def test_the_output_is_there_already(place: Installation, outcome: Callable[[str], None]) -> None:
@@ -311,7 +311,7 @@ def test_the_output_is_there_already(place: Installation, outcome: Callable[[str
     assert jobs <= {"twice-prepare"}
     assert published
     assert objects_below(place, first["output"]["prefix"]) == published
-    outcome(f"OutputExists, no training Job, and {len(published)} objects as they were")
+    outcome(f"OutputExists, no training Job, and {len(published)} objects unchanged")
 
 
 def objects_below(installation: Installation, uri: str) -> dict[str, tuple[Any, Any]]:
@@ -395,9 +395,10 @@ INTERRUPTIONS: Final[tuple[tuple[str, Callable[[Run], None]], ...]] = (
 
 @promise(
     fault="a training pod is suspended, drained, preempted, killed and frozen",
-    promise="each cause is on record, and each time one further attempt goes on from the last checkpoint, to the end",
-    how="spec.suspend, eviction API, a pod of a higher priority, SIGKILL, SIGSTOP: on a real node, to one run "
-    "(the first of them in the short dose)",
+    promise="each cause is recorded, and each time exactly one new attempt resumes from the last checkpoint, until "
+    "the run is done",
+    how="spec.suspend, eviction API, a pod of higher priority, SIGKILL, SIGSTOP, on a real node, to one run "
+    "(only the first in `make test`)",
 )
 def test_what_is_taken_away_goes_on(place: Installation, dose: Dose, outcome: Callable[[str], None]) -> None:
     interruptions = INTERRUPTIONS[: dose(short=1, full=len(INTERRUPTIONS))]
@@ -419,7 +420,9 @@ def test_what_is_taken_away_goes_on(place: Installation, dose: Dose, outcome: Ca
     assert run.reasons() == [*reasons, "Published"]
     steps = list(zip(reasons, reached, resumed, strict=True))
     assert all(after >= before - INTERVAL for _, before, after in steps)
-    outcome("; ".join(f"{reason} after step {before} or later, on after {after}" for reason, before, after in steps))
+    outcome(
+        "; ".join(f"{reason} after step {before} or later, resumed after {after}" for reason, before, after in steps)
+    )
 
 
 def went_on_after(run: Run, attempt: int) -> int:
@@ -469,7 +472,7 @@ def test_too_little_memory_is_asked_for_less(place: Installation, outcome: Calla
 @pytest.mark.full_dose
 @promise(
     fault="the operator is upgraded while a run trains",
-    promise="the run does not notice",
+    promise="the run is not affected",
     how="`helm upgrade` with other values, which replaces both replicas",
 )
 def test_an_upgrade_is_not_noticed(place: Installation, outcome: Callable[[str], None]) -> None:

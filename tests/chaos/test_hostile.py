@@ -96,8 +96,8 @@ def look_again(place: Place) -> None:
 
 @promise(
     fault="Somebody edits the status of a finished run",
-    promise="Nothing is trained again: no Job is made, and a status that was wiped is found again from the children.",
-    how="Edits that the schema allows, one by one, each after a publication.",
+    promise="Nothing is trained again: no Job is created, and an erased status is rebuilt from the children.",
+    how="Edits that the schema allows, one at a time, each after publication.",
 )
 @pytest.mark.timeout(600)
 def test_a_finished_run_is_not_started_again(scene: Scene, chosen: list[str], outcome: Callable[[str], None]) -> None:
@@ -114,9 +114,9 @@ def test_a_finished_run_is_not_started_again(scene: Scene, chosen: list[str], ou
 
 
 @promise(
-    fault="Somebody edits the status of a run that trains",
-    promise="Its training Job is never beside another one that runs, and the operator goes on.",
-    how="Edits that the schema allows, one by one, each during the training.",
+    fault="Somebody edits the status of a training run",
+    promise="There are never two running training Jobs, and the operator keeps working.",
+    how="Edits that the schema allows, one at a time, each during training.",
 )
 @pytest.mark.timeout(600)
 def test_a_running_run_is_not_doubled(scene: Scene, chosen: list[str], outcome: Callable[[str], None]) -> None:

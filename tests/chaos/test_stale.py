@@ -47,7 +47,7 @@ class Lossy(Witness):
 
 
 class Repeating(Witness):
-    """After every event, some that came before it are told again."""
+    """After every event, some that came before it are replayed."""
 
     def __init__(self, chance: random.Random) -> None:
         super().__init__()
@@ -66,8 +66,8 @@ class Repeating(Witness):
 
 @promise(
     fault="Watch events come 30 seconds late",
-    promise="The run ends as it does otherwise, only later; no Job is created twice.",
-    how="The proxy holds back every event of every watch (3 seconds in the short dose).",
+    promise="The run ends normally, only later; no Job is created twice.",
+    how="The proxy delays every event of every watch (3 seconds in `make test`).",
 )
 @pytest.mark.timeout(1800)
 def test_late_events(stage: Stage, dose: Dose, outcome: Callable[[str], None]) -> None:
@@ -83,8 +83,8 @@ def test_late_events(stage: Stage, dose: Dose, outcome: Callable[[str], None]) -
 
 @promise(
     fault="Half of all watch events are lost",
-    promise="The run ends as it does otherwise, with the next resync at the latest; no Job is created twice.",
-    how="The proxy drops events at random; the resync comes every 5 seconds instead of 10 minutes.",
+    promise="The run ends normally, with the next resync at the latest; no Job is created twice.",
+    how="The proxy drops events at random; resync every 5 seconds instead of 10 minutes.",
 )
 @pytest.mark.timeout(1800)
 def test_lost_events(stage: Stage, dose: Dose, outcome: Callable[[str], None]) -> None:
@@ -100,9 +100,9 @@ def test_lost_events(stage: Stage, dose: Dose, outcome: Callable[[str], None]) -
 
 
 @promise(
-    fault="Watch events are told again, old ones after new ones",
-    promise="The run ends as it does otherwise; no Job is created twice, and nothing that is over begins again.",
-    how="After every event the proxy tells up to three of the last twenty of the same watch once more.",
+    fault="Watch events are replayed, old ones after new ones",
+    promise="The run ends normally; no Job is created twice, and nothing that has ended starts again.",
+    how="After every event the proxy replays up to three of the last twenty of the same watch.",
 )
 @pytest.mark.timeout(1800)
 def test_repeated_events(stage: Stage, dose: Dose, outcome: Callable[[str], None]) -> None:
@@ -112,5 +112,5 @@ def test_repeated_events(stage: Stage, dose: Dose, outcome: Callable[[str], None
         repeating = Repeating(random.Random(seed))
         assert reference.differences(stage.play("interrupted", repeating)) == []
         repeated += repeating.repeated
-    outcome(f"{repeated} events told again in {seed + 1} runs")
+    outcome(f"{repeated} events replayed in {seed + 1} runs")
     assert repeated > 0

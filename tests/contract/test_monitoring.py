@@ -16,6 +16,7 @@ from qlora_api.names import Phase, Reason
 ROOT: Final = Path(__file__).parents[2]
 FILES: Final = ROOT / "charts/qlora-operator/files"
 RUNBOOKS: Final = ROOT / "docs/runbooks"
+SECTIONS: Final = ("Meaning", "Diagnosis", "Mitigation")
 CLOSED_LABELS: Final = {"phase": {phase.value for phase in Phase}, "reason": {reason.value for reason in Reason}}
 """Labels whose values are a closed list."""
 
@@ -84,7 +85,7 @@ def test_every_alert_says_what_it_is_and_what_to_do(alert: dict[str, Any]) -> No
     assert alert["labels"]["severity"] in {"critical", "warning", "info"}
     assert alert["annotations"].keys() == {"summary", "description"}
     runbook = (RUNBOOKS / f"{alert['alert']}.md").read_text(encoding="utf-8")
-    assert re.findall(r"^(?:# |\*\*)(\w+)", runbook, re.MULTILINE) == [alert["alert"], "Means", "Look", "Do"]
+    assert re.findall(r"^(?:# |\*\*)(\w+)", runbook, re.MULTILINE) == [alert["alert"], *SECTIONS]
 
 
 def test_no_runbook_is_left_of_an_alert_that_is_gone() -> None:

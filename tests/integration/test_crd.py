@@ -86,7 +86,7 @@ REFUSED = [
     ("spec.dataset.uri", "file:///data/x.jsonl", "file:// works with 'qlora run' only"),
     ("spec.lora.targets", ["all-linear", "q_proj"], "list it alone"),
     ("spec.lora.targets", [], "spec.lora.targets"),
-    ("spec.lora.init", "pissa", "takes singular vectors out of the base's weights"),
+    ("spec.lora.init", "pissa", "subtracts singular vectors from the base weights"),
     ("spec.lora.rankPattern", {"v_proj": 0}, "spec.lora.rankPattern"),
     ("spec.deadlines.total", "1 day", "spec.deadlines.total"),
     ("metadata.name", "a" * 53, "metadata.name may have 52 characters"),

@@ -112,8 +112,8 @@ def test_memory_that_did_not_suffice_is_asked_for_less(place: Place) -> None:
 
 @promise(
     fault="a node dies with a training on it",
-    promise="the run goes on elsewhere after minutes, although the dead pod never ends",
-    how="a simulated node whose kubelet falls silent",
+    promise="the run resumes on another node within minutes, although the dead pod never terminates",
+    how="a simulated node whose kubelet stops reporting",
 )
 @pytest.mark.full_dose
 def test_a_dead_node_is_left(place: Place, outcome: Callable[[str], None]) -> None:
@@ -136,7 +136,7 @@ def test_a_dead_node_is_left(place: Place, outcome: Callable[[str], None]) -> No
     status = place.wait_for("Succeeded")
     assert [attempt["reason"] for attempt in status["attempts"]] == ["NodeLost", "Published"]
     assert status["attempts"][0]["node"] == node
-    outcome(f"the next attempt ran {time_between(status).total_seconds():.0f} s after the first one")
+    outcome(f"the next attempt ran {time_between(status).total_seconds():.0f} s after the first")
 
 
 def time_between(status: dict[str, Any]) -> timedelta:

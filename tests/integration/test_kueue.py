@@ -111,8 +111,8 @@ def test_a_run_waits_for_its_turn(place: Place) -> None:
 
 
 @promise(
-    fault="Kueue takes the GPU away for a more important run",
-    promise="the run waits as Queued and goes on with the same attempt and the same Job",
+    fault="Kueue preempts a run for a more important one",
+    promise="the run waits as Queued and resumes with the same attempt and the same Job",
     how="the real Kueue, a quota of one GPU, two priorities",
 )
 def test_a_preempted_run_goes_on_with_the_same_attempt(place: Place) -> None:

@@ -5,6 +5,6 @@
 {{- else if or $served (eq .settings.renderMode "alwaysRender") -}}
 true
 {{- else if eq .settings.renderMode "failIfMissing" -}}
-{{- fail (printf "the cluster serves no %s (monitoring.coreos.com/v1): install the Prometheus operator, or set monitoring.%s.renderMode to skipIfMissing" .kind (untitle .kind)) -}}
+{{- fail (printf "the cluster has no %s CRD (monitoring.coreos.com/v1): install the Prometheus operator, or set monitoring.%s.renderMode to skipIfMissing" .kind (untitle .kind)) -}}
 {{- end -}}
 {{- end -}}

@@ -1,4 +1,4 @@
-{{- /* CEL for organisation policy. */ -}}
+{{- /* CEL for organization policy. */ -}}
 
 {{- /* A list of URIs as a CEL list; {namespace} is the QLoRAJob's. */ -}}
 {{- define "qlora-operator.allowed" -}}
@@ -35,6 +35,6 @@ spec:
 {{- end -}}
 {{- end -}}
 {{- if not $allowed -}}
-{{- fail (printf "policy.images does not allow %s, the trainer's own image: no run could start" $image) -}}
+{{- fail (printf "policy.images does not allow %s, the trainer image, so no run could start; add it" $image) -}}
 {{- end -}}
 {{- end -}}

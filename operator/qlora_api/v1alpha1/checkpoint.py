@@ -7,15 +7,18 @@ from qlora_api.v1alpha1.types import Duration
 
 
 class CheckpointSpec(ApiModel):
-    """When the state of the training is kept in the output, so that a stopped run goes on from there."""
+    """When the training state is saved to the output, so that a stopped run resumes from there."""
 
     every: Duration = Field(
         default="10m",
-        description="Longest time of training between two checkpoints; one is also written when the pod must stop.",
+        description="Longest training time between two checkpoints; one is also written when the pod is asked to stop.",
     )
     steps: int | None = Field(
-        default=None, ge=1, le=10_000_000, description="Write one each time this many steps are done, instead of every."
+        default=None, ge=1, le=10_000_000, description="Write one every this many optimizer steps, instead of every."
     )
     keep: int = Field(
-        default=2, ge=1, le=100, description="Newest checkpoints that are kept; all go once the adapter is published."
+        default=2,
+        ge=1,
+        le=100,
+        description="How many of the newest checkpoints to keep; all are deleted once published.",
     )

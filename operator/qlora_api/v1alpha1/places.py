@@ -23,7 +23,7 @@ class ModelSpec(ApiModel):
 
     uri: ModelUri = Field(
         description=(
-            "Where the base model is: hf://organisation/name (the hub, or its mirror where the platform has one), "
+            "Where the base model is: hf://organisation/name (the hub, or the platform's mirror of it), "
             "s3://bucket/prefix or pvc://claim/path (a folder in the Hugging Face format), or file:///folder (with "
             "`qlora run` only). "
             "Weights must be safetensors."
@@ -34,7 +34,7 @@ class ModelSpec(ApiModel):
         default="main",
         min_length=1,
         max_length=255,
-        description="Branch, tag or commit of an hf:// model; status.model.commit has what it was resolved to.",
+        description="Branch, tag or commit of an hf:// model; status.model.commit has the resolved commit.",
     )
     secret_ref: SecretRef | None = Field(
         default=None,
@@ -49,10 +49,10 @@ class EvaluationSplit(ApiModel):
         default=0.05,
         gt=0,
         le=0.5,
-        description="Share of the rows that is held out, chosen by a hash of each row. Unused where uri is set.",
+        description="Share of the rows to hold out, chosen by a hash of each row. Ignored if uri is set.",
     )
     uri: DatasetUri | None = Field(
-        default=None, description="A dataset of held-out rows, read as the training rows are."
+        default=None, description="A separate dataset of held-out rows, read like the training rows."
     )
 
 
@@ -63,84 +63,84 @@ class RowTemplate(ApiModel):
     """How a row becomes a prompt and an answer; {field} is replaced by the row's field."""
 
     prompt: str = Field(
-        pattern=PLACEHOLDER, max_length=8192, description="What the model is asked.", examples=["Q: {question}\nA:"]
+        pattern=PLACEHOLDER, max_length=8192, description="Prompt for the model.", examples=["Q: {question}\nA:"]
     )
     answer: str = Field(
-        pattern=PLACEHOLDER, max_length=8192, description="What it should answer.", examples=[" {answer}"]
+        pattern=PLACEHOLDER, max_length=8192, description="Answer that it learns to give.", examples=[" {answer}"]
     )
 
 
 class DataSource(ApiModel):
-    """One of several places that rows come from."""
+    """One of several datasets."""
 
     uri: DatasetUri = Field(
-        description="One file of rows, or every one below a prefix that ends with '/', in the order of their names."
+        description="One data file, or a prefix that ends with '/': every data file below it, sorted by name."
     )
-    format: RowFormatName = Field(default="auto", description="What its rows are; see spec.dataset.format.")
+    format: RowFormatName = Field(default="auto", description="Format of its rows; see spec.dataset.format.")
     weight: float = Field(
         default=1.0,
         gt=0,
         le=100,
         description=(
-            "How often an epoch sees each of its training rows: 2 is twice, 0.5 is the half with the lowest content "
+            "How often each training row occurs per epoch: 2 is twice; 0.5 uses the half with the lowest content "
             "hashes. Held-out rows are not repeated."
         ),
     )
     max_samples: int | None = Field(
-        default=None, ge=1, le=100_000_000, description="Use only its first rows, this many."
+        default=None, ge=1, le=100_000_000, description="Use only this many rows, the first ones."
     )
 
 
 class DatasetSpec(ApiModel):
-    """The rows to learn from."""
+    """The training data."""
 
     model_config = cel(
         ("has(self.uri) != has(self.sources)", "give either uri or sources"),
         (
             "!has(self.sources) || !has(self.maxSamples)",
-            "with sources, give each of them its own maxSamples",
+            "with sources, set maxSamples in each source instead",
         ),
         (
             "!has(self.template) || self.format in ['auto', 'instruction']",
-            "a template makes instruction rows; leave format out, or remove the template",
+            "a template produces instruction rows; leave format out, or remove the template",
         ),
     )
 
     uri: DatasetUri | None = Field(
         default=None,
         description=(
-            "One file of rows (.jsonl, .json, .csv, .tsv, also with .gz; .parquet; .arrow): s3://bucket/key, "
-            "hf://datasets/organisation/name/file, pvc://claim/path or file://. With '/' at its end: every such file "
-            "below it, in the order of their names."
+            "One data file (.jsonl, .json, .csv, .tsv, also with .gz; .parquet; .arrow): s3://bucket/key, "
+            "hf://datasets/organisation/name/file, pvc://claim/path or file://. With a trailing '/': every such file "
+            "below it, sorted by name."
         ),
         examples=["s3://data/support/train.jsonl"],
     )
     sources: Annotated[tuple[DataSource, ...], Field(min_length=1, max_length=16)] | None = Field(
-        default=None, description="Several places instead of one uri, each with a weight."
+        default=None, description="Several datasets instead of one uri, each with a weight."
     )
     format: RowFormatName = Field(
         default="auto",
         description=(
             "instruction: fields instruction, input or context (optional) and output or response; chat: messages "
             "(role, content) or conversations (from, value); completion: prompt and completion; text: text; auto: "
-            "told by the fields of the first row."
+            "detected from the fields of the first row."
         ),
     )
     template: RowTemplate | None = Field(
-        default=None, description="Your own prompt and answer instead of the built-in one of instruction rows."
+        default=None, description="Custom prompt and answer instead of the built-in ones for instruction rows."
     )
     chat_template: str | None = Field(
         default=None,
         min_length=1,
         max_length=32_768,
-        description="Jinja template for chat rows instead of the model's own; it is published with the adapter.",
+        description="Jinja chat template to use instead of the model's own; published with the adapter.",
     )
     secret_ref: SecretRef | None = Field(
         default=None, description="Secret with AWS_* keys or HF_TOKEN for the dataset. Default: output.secretRef."
     )
     evaluation: EvaluationSplit = Field(default=EvaluationSplit(), description="The held-out rows.")
     max_samples: int | None = Field(
-        default=None, ge=2, le=100_000_000, description="Use only the first rows, this many: a quick trial of a run."
+        default=None, ge=2, le=100_000_000, description="Use only this many rows, the first ones: for a quick trial."
     )
 
     @property
@@ -161,7 +161,7 @@ class OutputSpec(ApiModel):
     """Where the result goes."""
 
     uri: OutputUri = Field(
-        description="Prefix for the result, s3://bucket/prefix; the adapter lands in <uri>/<name>/<digest>/adapter.",
+        description="Prefix for the result, s3://bucket/prefix; the adapter is in <uri>/<name>/<digest>/adapter.",
         examples=["s3://adapters/team-a"],
     )
     secret_ref: SecretRef | None = Field(
@@ -174,19 +174,19 @@ class OutputSpec(ApiModel):
     if_exists: Literal["Skip", "Fail", "Overwrite"] = Field(
         default="Skip",
         description=(
-            "When the same result is published already: succeed without a GPU, fail, or train again and replace it."
+            "If the same result is already published: succeed without a GPU, fail, or train again and replace it."
         ),
     )
     merged: Literal["none", "bf16"] = Field(
         default="none",
         description=(
-            "bf16: also publish base and adapter as one model, in <prefix>/merged/<mergeBase>. It needs memory for the "
-            "base in bf16. Not part of the result's digest: asking later merges what was published."
+            "bf16: also publish the merged model, in <prefix>/merged/<mergeBase>. Needs memory for the base in bf16. "
+            "Not part of the result's digest: if set later, the published adapter is merged."
         ),
     )
     merge_base: MergeBase = Field(
         default="original",
         description=(
-            "What the adapter is merged into: the original weights, or dequantised: the ones that it was trained on."
+            "What the adapter is merged into: original weights, or dequantised: the quantized ones it was trained on."
         ),
     )

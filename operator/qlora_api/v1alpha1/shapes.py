@@ -1,4 +1,4 @@
-r"""What the texts of a spec may look like: each shape is told once, to pydantic and to the API server.
+r"""Patterns for the strings of a spec: each is defined once, for pydantic and for the API server.
 
 A pattern is written in what Python's `re` and the API server's RE2 share: no look-ahead, no \d, no \p.
 """
@@ -18,13 +18,13 @@ VALIDATIONS: Final = "x-kubernetes-validations"
 
 @dataclass(frozen=True)
 class Rule:
-    """A condition for the API server alone, on the field that it annotates."""
+    """A CEL rule for the API server only, on the field that it annotates."""
 
     expression: str
     message: str
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        """Add the rule to those of the field."""
+        """Add the rule to the field's."""
         described = handler(schema)
         return {**described, VALIDATIONS: [*described.get(VALIDATIONS, ()), self._written()]}
 
@@ -34,7 +34,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Shape:
-    """A pattern that a text must match as a whole, or must not hold, and what to write instead."""
+    """A pattern that a text must match in full, or must not contain, and what to write instead."""
 
     pattern: str
     message: str
@@ -54,11 +54,11 @@ class Shape:
         return Rule(f"self.matches({json.dumps(f'^(?:{self.pattern})$')})", self.message)
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        """Let pydantic ask as well."""
+        """Check it in pydantic as well."""
         return core_schema.no_info_after_validator_function(self._check, handler(source))
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        """Let the API server ask as well."""
+        """Check it in the API server as well."""
         return self.rule.__get_pydantic_json_schema__(schema, handler)
 
     def _check(self, text: str) -> str:
@@ -73,18 +73,18 @@ def _any_of(patterns: Sequence[str]) -> str:
 
 PRINTABLE: Final = Shape(
     "[\x00-\x1f\x7f-\x9f\u00ad\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]",
-    "it has a control character or an invisible one, which shows something else than what is used; remove it",
+    "it contains a control or invisible character, so it is not what it looks like; remove it",
     forbidden=True,
 )
 
 _SEGMENT: Final = r"[A-Za-z0-9_][A-Za-z0-9._-]*"
 """One name on the hub."""
 ELSEWHERE: Final = "(s3|file|pvc)://.*"
-"""URIs that say nothing of the hub."""
+"""URIs that are not on the hub."""
 
 STAYS_BELOW: Final = Shape(
     r"^(hf|s3|pvc)://(.*/)?\.\.?(/|$)",
-    "a step of its path is '.' or '..', which leads elsewhere than it seems; write the path that is meant",
+    "its path contains '.' or '..', so it points elsewhere than it seems; write the path that is meant",
     forbidden=True,
 )
 BUCKET: Final = Shape(
@@ -93,7 +93,7 @@ BUCKET: Final = Shape(
 )
 BUCKET_IS_NO_ADDRESS: Final = Shape(
     r"^s3://([0-9]+(\.[0-9]+){3}|[^/]*\.\.[^/]*)(/|$)",
-    "a bucket's name is no IP address, and has no two dots in a row; correct the bucket",
+    "a bucket name must not be an IP address or contain two dots in a row; correct the bucket",
     forbidden=True,
 )
 HUB_MODEL: Final = Shape(
@@ -110,7 +110,7 @@ REVISION: Final = Shape(
 
 _OCTET: Final = "(25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"
 _HOST: Final = rf"(({_OCTET}\.){{3}}{_OCTET}|([A-Za-z0-9-]+\.)*[A-Za-z][A-Za-z0-9-]*)"
-"""A name, or an IPv4 address as it is usually written: an address can be spelled in ways that no list would know."""
+"""A name, or an IPv4 address in its usual spelling: other spellings of an address would escape any list."""
 _WITH_CREDENTIALS: Final = (
     r"169\.254\.[0-9.]+",
     r"0\.[0-9.]+",
@@ -119,14 +119,14 @@ _WITH_CREDENTIALS: Final = (
     r"metadata(\.google\.internal|\.goog)?",
     r"instance-data(\.ec2\.internal)?",
 )
-"""Where clouds give a machine its credentials, and where link-local and unspecified addresses lead."""
+"""Metadata services, where clouds serve machine credentials, and link-local and unspecified addresses."""
 SERVER: Final = Shape(
     rf"https?://{_HOST}(:[0-9]{{1,5}})?(/[^?#]*)?",
     "write https://host/path: a name or an IPv4 address, no user, no password (they go into secretRef), no query",
 )
 NO_METADATA: Final = Shape(
     rf"(?i)^https?://{_any_of(_WITH_CREDENTIALS)}(:[0-9]*)?(/|$)",
-    "there a cloud hands out a machine's credentials, and nothing is tracked; write the tracking server's host",
+    "this is a cloud metadata address, which hands out credentials; write the tracking server's host",
     forbidden=True,
 )
 LOOPBACK: Final = Shape(
@@ -134,7 +134,7 @@ LOOPBACK: Final = Shape(
     "in a pod this is the pod itself; write a host that the cluster reaches",
     forbidden=True,
 )
-"""For a cluster only: `qlora run` may well report to a server on the same computer."""
+"""For clusters only: `qlora run` may report to a server on the same computer."""
 LABEL: Final = Shape(
     "(([A-Za-z0-9][A-Za-z0-9_.-]*)?[A-Za-z0-9])?",
     "write a label's value: letters, digits, '-', '_' and '.', with a letter or digit at both ends",
@@ -144,4 +144,4 @@ LABEL_KEY: Final = Shape(
     "write a label's key, such as topology.kubernetes.io/zone",
 )
 IN_CLUSTER: Final = Rule("!self.startsWith('file://')", "file:// works with 'qlora run' only; upload it and use s3://")
-"""For a cluster only; for the operator it is in rules.py."""
+"""For clusters only; for the operator it is in rules.py."""

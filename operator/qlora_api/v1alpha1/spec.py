@@ -18,21 +18,23 @@ Distribution = Literal["auto", "ddp", "zero2", "zero3"]
 class Toleration(ApiModel):
     """A Kubernetes toleration."""
 
-    key: LabelKey | None = Field(default=None, description="Taint key; none with operator Exists tolerates all.")
-    operator: Literal["Exists", "Equal"] = Field(default="Equal", description="How the value is compared.")
+    key: LabelKey | None = Field(default=None, description="Taint key; absent with operator Exists: all taints.")
+    operator: Literal["Exists", "Equal"] = Field(default="Equal", description="How the value is matched.")
     value: LabelValue | None = Field(default=None, description="Taint value.")
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = Field(
-        default=None, description="Taint effect; none means every effect."
+        default=None, description="Taint effect; absent: every effect."
     )
-    toleration_seconds: int | None = Field(default=None, ge=0, le=31_536_000, description="Seconds, for NoExecute.")
+    toleration_seconds: int | None = Field(
+        default=None, ge=0, le=31_536_000, description="Seconds until eviction, for NoExecute."
+    )
 
 
 class ResourcesSpec(ApiModel):
-    """What the training pods ask for."""
+    """What the training pods request."""
 
-    nodes: int = Field(default=1, ge=1, le=64, description="Training pods, on a node each where there are as many.")
+    nodes: int = Field(default=1, ge=1, le=64, description="Training pods, each on its own node if there are enough.")
     gpus_per_node: int = Field(
-        default=1, ge=0, le=16, description="GPUs of each training pod, one process each; 0 trains on the CPU."
+        default=1, ge=0, le=16, description="GPUs per training pod, one process per GPU; 0 trains on the CPU."
     )
     gpu_product: LabelValue = Field(
         default="", description="Required value of the node label nvidia.com/gpu.product; empty: any."
@@ -43,7 +45,7 @@ class ResourcesSpec(ApiModel):
         default={}, description="Labels that the nodes must have."
     )
     tolerations: Annotated[tuple[Toleration, ...], Field(max_length=16)] = Field(
-        default=(), description="Taints that the training pods tolerate; nvidia.com/gpu is tolerated anyway."
+        default=(), description="Taints that the training pods tolerate; nvidia.com/gpu is always tolerated."
     )
 
     @property
@@ -53,37 +55,37 @@ class ResourcesSpec(ApiModel):
 
 
 class RetriesSpec(ApiModel):
-    """How often a training may be tried."""
+    """The retry budget."""
 
     max_attempts: int = Field(
         default=5,
         ge=1,
         le=50,
         description=(
-            "Training attempts in all; each goes on from the last checkpoint. Only what another attempt can mend is "
-            "tried again, and an attempt that a drain, an eviction or a lost node ended does not count."
+            "Maximum number of training attempts; each resumes from the last checkpoint. Only failures that another "
+            "attempt can fix are retried. Attempts that a drain, a preemption or a lost node ended do not count."
         ),
     )
 
 
 class DeadlinesSpec(ApiModel):
-    """When waiting ends."""
+    """Time limits."""
 
     startup: Duration = Field(
-        default="30m", description="Longest time from a pod's placement on a node to its first breath."
+        default="30m", description="Longest time from a pod being scheduled to a node until its container starts."
     )
-    total: Duration = Field(default="24h", description="Longest time that all training attempts may take together.")
+    total: Duration = Field(default="24h", description="Longest time that all training attempts together may take.")
     heartbeat: Duration = Field(
         default="10m",
         description=(
-            "Longest time of a training pod without a sign of life: a step, a part of an evaluation, of a download or "
-            "of an upload. Then its stacks are kept in hangs/ of the output, and another attempt is made."
+            "Longest time a training pod may go without a heartbeat: a step, or a part of an evaluation, a download or "
+            "an upload. Then its stacks are written to hangs/ in the output, and the attempt is retried."
         ),
     )
 
 
 class QueueSpec(ApiModel):
-    """A queue of Kueue, which lets the training Job start when there is room."""
+    """A Kueue queue, which starts the training Job when there is room."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$", max_length=63)] = Field(
         description="Name of a LocalQueue in the QLoRAJob's namespace."
@@ -94,7 +96,7 @@ class QueueSpec(ApiModel):
 
 
 MUTABLE_FIELDS: Final = frozenset({"deadlines", "queue", "retries", "suspend", "ttl"})
-"""Fields of the spec that may change after creation; every other block is immutable as a whole."""
+"""Fields of the spec that may change after creation; every other block is immutable."""
 
 
 _IMMUTABLE_FIELDS: Final = (
@@ -118,7 +120,7 @@ def _immutable(field: str) -> tuple[str, str]:
 
 
 class QLoRAJobSpec(ApiModel):
-    """What to fine-tune, on what, how, and where the adapter goes."""
+    """What to fine-tune, on which data, how, and where the adapter goes."""
 
     model_config = cel(
         (
@@ -127,16 +129,16 @@ class QLoRAJobSpec(ApiModel):
         ),
         (
             "self.method == 'qlora' || self.quantization.bits == 16",
-            "methods lora and full need quantization.bits 16; for a quantised base set method to qlora",
+            "methods lora and full need quantization.bits 16; for a quantized base set method to qlora",
         ),
         (
             "self.lora.init != 'pissa' || self.quantization.bits == 16",
-            "lora.init pissa takes singular vectors out of the base's weights, which 4 or 8 bits cannot hold; set "
+            "lora.init pissa subtracts singular vectors from the base weights, which 4 or 8 bits cannot hold; set "
             "method to lora and quantization.bits to 16, or lora.init to loftq",
         ),
         (
             "self.lora.init != 'loftq' || self.quantization.bits == 4",
-            "lora.init loftq makes good what 4-bit quantisation takes away; set quantization.bits to 4, or leave "
+            "lora.init loftq compensates the error of 4-bit quantization; set quantization.bits to 4, or leave "
             "init out",
         ),
         (
@@ -145,28 +147,29 @@ class QLoRAJobSpec(ApiModel):
         ),
         (
             "!self.lora.dora || self.quantization.bits != 8",
-            "lora.dora fails on an 8-bit base, in its second pass; set quantization.bits to 4, or leave dora out",
+            "lora.dora fails on an 8-bit base, in the second forward pass; set quantization.bits to 4, or leave dora "
+            "out",
         ),
         (
             "self.lora.init != 'loftq' || self.output.merged == 'none' || self.output.mergeBase == 'dequantised'",
-            "a LoftQ adapter makes up for the 4-bit base, and on the original one that would count twice; set "
+            "a LoftQ adapter compensates the error of the 4-bit base, which the original base does not have; set "
             "output.mergeBase to dequantised",
         ),
         (
             "self.distribution == 'auto' || self.resources.nodes > 1 || self.resources.gpusPerNode > 1",
-            "distribution says how several processes share the work, and resources asks for one; leave it out, or "
+            "distribution is for several processes, and resources requests only one; leave it out, or "
             "raise nodes or gpusPerNode",
         ),
         (
             "self.distribution != 'zero3' || (self.method != 'full' && self.lora.init != 'pissa' && "
             "size(self.lora.modulesToSave) == 0 && !(self.lora.dora && self.quantization.bits == 4))",
-            "distribution zero3 leaves no process a whole weight, which method full, lora.modulesToSave, lora.init "
-            "pissa and dora on 4 bits need; set it to zero2",
+            "distribution zero3 shards every weight, but method full, lora.modulesToSave, lora.init pissa and dora "
+            "on 4 bits need unsharded ones; set it to zero2",
         ),
         (
             "!(self.distribution in ['zero2', 'zero3']) || self.training.optimizer in ['auto', 'adamw']",
-            "distribution zero2 and zero3 divide the state of AdamW; leave training.optimizer out, or set distribution "
-            "to ddp",
+            "distribution zero2 and zero3 can only shard the state of AdamW; leave training.optimizer out, or set "
+            "distribution to ddp",
         ),
         *map(_immutable, _IMMUTABLE_FIELDS),
     )
@@ -174,44 +177,44 @@ class QLoRAJobSpec(ApiModel):
     method: Literal["qlora", "lora", "full"] = Field(
         default="qlora",
         description=(
-            "qlora: adapter on a quantised base; lora: adapter on a 16-bit base; full: all weights are trained, in "
-            "fp32, and the model itself is published (for small models; the block lora has no say)."
+            "qlora: adapter on a quantized base; lora: adapter on a 16-bit base; full: full fine-tuning of all weights "
+            "in fp32, which publishes the model itself (for small models; spec.lora is ignored)."
         ),
     )
     model: ModelSpec = Field(description="The base model.")
-    dataset: DatasetSpec = Field(description="The rows to learn from.")
+    dataset: DatasetSpec = Field(description="The training data.")
     quantization: QuantizationSpec = Field(default=QuantizationSpec(), description="How the base weights are stored.")
     lora: LoraSpec = Field(default=LoraSpec(), description="The low-rank adapter.")
-    training: TrainingSpec = Field(default=TrainingSpec(), description="The optimisation.")
-    resources: ResourcesSpec = Field(default=ResourcesSpec(), description="What the training pods ask for.")
+    training: TrainingSpec = Field(default=TrainingSpec(), description="Training hyperparameters.")
+    resources: ResourcesSpec = Field(default=ResourcesSpec(), description="What the training pods request.")
     distribution: Distribution = Field(
         default="auto",
         description=(
-            "How several processes share the work. ddp: each holds the whole model; zero2: optimizer and gradients are "
-            "divided (DeepSpeed); zero3: the weights as well, once they are loaded."
+            "How training is distributed over several processes. ddp: each holds the full model; zero2: optimizer "
+            "state and gradients are sharded (DeepSpeed); zero3: weights as well, once they are loaded."
         ),
     )
-    checkpoint: CheckpointSpec = Field(default=CheckpointSpec(), description="How much of a run a stop may cost.")
-    tracking: TrackingSpec = Field(default=TrackingSpec(), description="Where the course of the training is shown.")
-    evaluation: EvaluationSpec = Field(default=EvaluationSpec(), description="What is reported beside the loss.")
+    checkpoint: CheckpointSpec = Field(default=CheckpointSpec(), description="When to write checkpoints.")
+    tracking: TrackingSpec = Field(default=TrackingSpec(), description="Experiment trackers to report to.")
+    evaluation: EvaluationSpec = Field(default=EvaluationSpec(), description="What is evaluated besides the loss.")
     output: OutputSpec = Field(description="Where the result goes.")
-    retries: RetriesSpec = Field(default=RetriesSpec(), description="How often it is tried. May be changed later.")
-    deadlines: DeadlinesSpec = Field(default=DeadlinesSpec(), description="When waiting ends. May be changed later.")
+    retries: RetriesSpec = Field(default=RetriesSpec(), description="The retry budget. Mutable.")
+    deadlines: DeadlinesSpec = Field(default=DeadlinesSpec(), description="Time limits. Mutable.")
     queue: QueueSpec | None = Field(
-        default=None, description="Queue that training attempts wait in. May be changed later, for the next attempt."
+        default=None, description="Queue that training attempts wait in. Mutable; a change applies to the next attempt."
     )
     suspend: bool = Field(
         default=False,
         description=(
-            "True: no pod runs; a training under way writes a checkpoint and ends. False again: it goes on from there. "
-            "May be changed later."
+            "true: no pod runs; a running training writes a checkpoint and stops. Set to false, it resumes from there. "
+            "Mutable."
         ),
     )
     ttl: Duration | None = Field(
         default=None,
         description=(
-            "Time after the end until Jobs and pods are deleted; the QLoRAJob itself stays. Absent: they stay with it. "
-            "May be changed later."
+            "How long after the run has ended Jobs and pods are deleted; the QLoRAJob itself stays. Absent: they are "
+            "kept until it is deleted. Mutable."
         ),
     )
 

@@ -1,4 +1,4 @@
-"""Where the course of a training is shown while it goes on."""
+"""Where the progress of a training is reported while it runs."""
 
 from typing import Annotated
 
@@ -19,9 +19,11 @@ class WandbSpec(ApiModel):
 
     project: TrackerName = Field(description="Project of the run.")
     entity: TrackerName | None = Field(default=None, description="User or team. Default: the key's own.")
-    base_url: TrackerUrl | None = Field(default=None, description="URL of an own server. Default: the public one.")
+    base_url: TrackerUrl | None = Field(
+        default=None, description="URL of a self-hosted server. Default: the public one."
+    )
     secret_ref: SecretRef | None = Field(
-        default=None, description="Secret with WANDB_API_KEY. `qlora run` takes the environment's."
+        default=None, description="Secret with WANDB_API_KEY. `qlora run` uses the environment."
     )
 
 
@@ -29,21 +31,21 @@ class MlflowSpec(ApiModel):
     """MLflow."""
 
     uri: TrackerUrl = Field(description="URL of the tracking server.")
-    experiment: TrackerName = Field(description="Experiment of the run; it is made where there is none.")
+    experiment: TrackerName = Field(description="Experiment of the run; created if it does not exist.")
     secret_ref: SecretRef | None = Field(
         default=None,
         description=(
             "Secret with MLFLOW_TRACKING_TOKEN, or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD. `qlora run` "
-            "takes the environment's."
+            "uses the environment."
         ),
     )
 
 
 class TrackingSpec(ApiModel):
-    """The trackers; one that does not answer never fails or delays a run."""
+    """Experiment trackers; one that does not answer never fails or delays a run."""
 
     tensorboard: bool = Field(
-        default=True, description="Write TensorBoard's event file, and publish it in report/tensorboard/."
+        default=True, description="Write a TensorBoard event file, and publish it in report/tensorboard/."
     )
     wandb: WandbSpec | None = Field(default=None, description="Report to Weights & Biases. Default: no.")
     mlflow: MlflowSpec | None = Field(default=None, description="Report to MLflow. Default: no.")

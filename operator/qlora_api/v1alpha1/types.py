@@ -1,4 +1,4 @@
-"""What the fields of the resource are made of: bounded strings, rules for the API server, a Secret's name."""
+"""Types of the resource's fields: bounded strings, CEL rules for the API server, references to Secrets."""
 
 import re
 from datetime import timedelta
@@ -38,7 +38,7 @@ def to_timedelta(duration: str) -> timedelta:
 
 
 def cel(*rules: tuple[str, str]) -> ConfigDict:
-    """Attach rules for the API server, (expression that must hold, what to do), to a model."""
+    """Attach CEL rules (expression that must hold, how to fix it) to a model."""
     validations: list[JsonValue] = [{"rule": rule, "message": message} for rule, message in rules]
     return ConfigDict(json_schema_extra={VALIDATIONS: validations})
 
@@ -79,6 +79,6 @@ LabelValue = Annotated[str, Field(max_length=63), LABEL]
 
 
 class SecretRef(ApiModel):
-    """A Secret in the QLoRAJob's own namespace; it is mounted into pods, and the operator never reads it."""
+    """A Secret in the QLoRAJob's namespace; it is mounted into pods, and the operator never reads it."""
 
     name: ObjectName = Field(description="Name of the Secret.")

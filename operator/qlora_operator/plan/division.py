@@ -7,13 +7,13 @@ from qlora_api.v1alpha1 import QLoRAJobSpec, Strategy
 def needs_whole_weights(spec: QLoRAJobSpec) -> str | None:
     """Say what of a spec needs weights that ZeRO-3 leaves whole in no process."""
     if spec.method == "full":
-        return "spec.method full publishes the whole model"
+        return "spec.method full publishes the full model"
     if spec.lora.modules_to_save:
-        return "spec.lora.modulesToSave trains whole modules"
+        return "spec.lora.modulesToSave trains full modules"
     if spec.lora.init == "pissa":
-        return "spec.lora.init pissa compares with the base by changing the weights back"
+        return "spec.lora.init pissa restores the base weights to compare with the base"
     if spec.lora.dora and spec.quantization.bits == 4:
-        return "spec.lora.dora takes the norm of whole 4-bit weights"
+        return "spec.lora.dora needs the norms of unsharded 4-bit weights"
     return None
 
 

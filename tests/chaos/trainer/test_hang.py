@@ -24,7 +24,7 @@ PLAN = Plan(
 @promise(
     fault="a training process hangs",
     promise="every process of the run ends as HeartbeatLost, its stacks are in the output, and no GPU is held",
-    how="one of two processes sleeps for ever inside a step",
+    how="one of two processes sleeps forever inside a step",
 )
 def test_a_process_that_sleeps_for_ever(
     courses: Courses, s3: S3, tmp_path: Path, outcome: Callable[[str], None]

@@ -22,9 +22,9 @@ def start_and_keep_a_checkpoint(course: Course) -> Life:
 
 
 @promise(
-    fault="a training pod is gone with its node",
-    promise="its log is in the output: all of it after a stop, and up to its last checkpoint after a kill",
-    how="SIGKILL once a checkpoint is complete, SIGTERM, and the end",
+    fault="a training pod is lost with its node",
+    promise="its log is in the output: all of it after a SIGTERM, and up to the last checkpoint after a SIGKILL",
+    how="SIGKILL once a checkpoint is complete, SIGTERM, and a normal exit",
 )
 def test_logs_outlive_their_pods(courses: Courses, outcome: Callable[[str], None]) -> None:
     course = courses.make()
@@ -47,6 +47,6 @@ def test_logs_outlive_their_pods(courses: Courses, outcome: Callable[[str], None
         assert [pair for pair in pairs if pair[0] != pair[1]][:3] == [], f"attempt {attempt}: kept, and said"
     course.verified_adapter()
     outcome(
-        f"{len(after_kill)} of {len(killed.lines)} lines after a kill, the log being there {waited:.1f} s after its "
-        f"checkpoint; all {len(stopped.lines)} and {len(last.lines)} after a stop and at the end"
+        f"{len(after_kill)} of {len(killed.lines)} lines after SIGKILL, uploaded {waited:.1f} s after the checkpoint; "
+        f"all {len(stopped.lines)} after SIGTERM and all {len(last.lines)} after a normal exit"
     )

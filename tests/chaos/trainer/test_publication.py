@@ -47,8 +47,8 @@ def kill_while_publishing(root: str, s3: S3, folder: Path, author: int, after: f
 
 @promise(
     fault="a publisher is killed",
-    promise="no reader ever sees a manifest whose files are not all there and as it says",
-    how="SIGKILL at random moments of a publication, while a reader polls the bucket and checks every digest",
+    promise="no reader ever sees a manifest with a missing or different file",
+    how="SIGKILL at random times during publication, while a reader polls the bucket and checks every digest",
 )
 @pytest.mark.timeout(2400)
 def test_kills_while_publishing(s3: S3, tmp_path: Path, dose: Dose, outcome: Callable[[str], None]) -> None:
@@ -70,14 +70,14 @@ def test_kills_while_publishing(s3: S3, tmp_path: Path, dose: Dose, outcome: Cal
     assert reader.complete > 0
     outcome(
         f"{killed} kills within {seconds:.2f} s, {published} results published; "
-        f"{reader.looks} looks, none at an incomplete result"
+        f"{reader.looks} reads, none of an incomplete result"
     )
 
 
 @promise(
     fault="several publishers at once",
-    promise="there is exactly one manifest, and the files that it lists are intact",
-    how="publishers with different files start at the same moment",
+    promise="there is exactly one manifest, and the files it lists are intact",
+    how="publishers with different files start at the same time",
 )
 def test_publishers_at_once(s3: S3, tmp_path: Path, dose: Dose, outcome: Callable[[str], None]) -> None:
     count = dose(short=10, full=100)
@@ -96,4 +96,4 @@ def test_publishers_at_once(s3: S3, tmp_path: Path, dose: Dose, outcome: Callabl
     assert set(map(Result.model_dump_json, found)) == {manifest.result.model_dump_json()}
     manifests = [entry.path for entry in open_store(root, s3.environment()).list() if "manifest" in entry.path]
     assert len(manifests) == 1
-    outcome(f"{count} publishers, one manifest, every digest as it says")
+    outcome(f"{count} publishers, one manifest, every digest matches")

@@ -74,8 +74,8 @@ class Fault:
     ],
 )
 @promise(
-    fault="S3 resets connections, answers late or not at all, or is slow",
-    promise="checkpoints and results come through, and every digest is as the manifests say",
+    fault="S3 resets connections, responds late or not at all, or is slow",
+    promise="checkpoints and results are uploaded, and every digest matches its manifest",
     how="toxiproxy: 30 % of the connections reset, 5 s latency, 50 kB/s, 30 % of the connections cut after 3 s",
 )
 def test_bad_connections(  # noqa: PLR0917 (fixtures and a table)
@@ -151,22 +151,22 @@ def make_server(kind: type[Passing], s3: S3, **attributes: Any) -> type[Passing]
 
 
 @promise(
-    fault="S3 refuses a third of the requests",
-    promise="checkpoints and results come through, and every digest is as the manifests say",
-    how="a proxy that answers 30 % of all requests with 503 SlowDown",
+    fault="S3 rejects a third of the requests",
+    promise="checkpoints and results are uploaded, and every digest matches its manifest",
+    how="a proxy answers 30 % of all requests with 503 SlowDown",
 )
 def test_refused_requests(s3: S3, tmp_path: Path, dose: Dose, outcome: Callable[[str], None]) -> None:
     repeats, refused = dose(short=1, full=5), list[str]()
     with serving(make_server(Refusing, s3, chance=random.Random(4), refused=refused)) as address:
         took = come_through(address, s3, "refusing", tmp_path, repeats)
     assert len(refused) > repeats
-    outcome(f"{len(refused)} requests refused; {repeats} of {repeats} complete after {took:.0f} s")
+    outcome(f"{len(refused)} requests rejected; {repeats} of {repeats} complete after {took:.0f} s")
 
 
 @promise(
-    fault="S3 keeps something else than it was sent",
-    promise="nothing is published, the run says UploadFailed, and the next attempt publishes what was trained",
-    how="a proxy that tells of the adapter one byte less than was uploaded",
+    fault="S3 stores something other than what was sent",
+    promise="nothing is published, the attempt ends with UploadFailed, and the next attempt publishes what was trained",
+    how="a proxy reports the adapter as one byte shorter than uploaded",
 )
 def test_a_store_that_loses_a_byte(courses: Courses, s3: S3, outcome: Callable[[str], None]) -> None:
     course = courses.make()
@@ -185,9 +185,9 @@ def test_a_store_that_loses_a_byte(courses: Courses, s3: S3, outcome: Callable[[
 
 
 @promise(
-    fault="the clock of a node is an hour off",
-    promise="the run says that, and not that its credentials are refused",
-    how="reads, writes and looks of a process with another system time",
+    fault="a node's clock is an hour off",
+    promise="the run blames the clock, not its credentials",
+    how="reads, writes and listings by a process with a different system time",
 )
 @pytest.mark.parametrize("hours", [-1, 1])
 @pytest.mark.parametrize(

@@ -27,9 +27,9 @@ def start_and_wait(course: Course, chance: random.Random, seconds: float) -> Lif
 
 @promise(
     fault="a training pod is killed",
-    promise="every run is published with the adapter of an undisturbed one, and repeats at most an interval of steps "
-    "and those that were taken while its checkpoint was on its way",
-    how="SIGKILL of the training process at random moments, the publication included",
+    promise="every run publishes the same adapter as an uninterrupted one, and repeats at most one checkpoint interval "
+    "and the steps taken while its checkpoint was being uploaded",
+    how="SIGKILL of the training process at random times, publication included",
 )
 @pytest.mark.timeout(2400)
 def test_kills(courses: Courses, undisturbed: tuple[str, float], dose: Dose, outcome: Callable[[str], None]) -> None:
@@ -61,15 +61,15 @@ def test_kills(courses: Courses, undisturbed: tuple[str, float], dose: Dose, out
     assert max(lost) <= INTERVAL + 1
     outcome(
         f"{sum(phases.values())} kills ({', '.join(f'{count} while {phase}' for phase, count in phases.items())}), "
-        f"{published} of {published} runs published, bit for bit the same adapter; at most {max(lost)} steps repeated "
-        f"with a checkpoint each {INTERVAL}"
+        f"{published} of {published} runs published, bit for bit the same adapter; at most {max(lost)} steps repeated, "
+        f"with a checkpoint every {INTERVAL}"
     )
 
 
 @promise(
     fault="a training pod is asked to stop",
-    promise="nothing is lost but the step under way",
-    how="SIGTERM of the training process at random moments",
+    promise="at most the current step is lost",
+    how="SIGTERM to the training process at random times",
 )
 def test_stops(courses: Courses, undisturbed: tuple[str, float], dose: Dose, outcome: Callable[[str], None]) -> None:
     stops, chance, (adapter, seconds) = dose(short=2, full=10), random.Random(2), undisturbed
@@ -105,8 +105,8 @@ def test_stops(courses: Courses, undisturbed: tuple[str, float], dose: Dose, out
 
 @promise(
     fault="a training pod is asked to stop while S3 is slow",
-    promise="it ends inside its grace period with a last word that names the newest complete checkpoint",
-    how="SIGTERM while a checkpoint is uploaded with 1 kB/s (toxiproxy)",
+    promise="it exits within its grace period, with a termination message that names the newest complete checkpoint",
+    how="SIGTERM while a checkpoint is uploaded at 1 kB/s (toxiproxy)",
 )
 def test_a_stop_during_a_slow_upload(
     courses: Courses, toxic: Toxiproxy, dose: Dose, outcome: Callable[[str], None]
@@ -128,4 +128,4 @@ def test_a_stop_during_a_slow_upload(
     name = word.checkpoint.uri.rpartition("/")[2]
     assert f"checkpoints/{name}/manifest.json" in course.paths()
     assert took < overdue + 5
-    outcome(f"ended after {took:.0f} s; the last word names {name}, which is complete")
+    outcome(f"ended after {took:.0f} s; the termination message names {name}, which is complete")

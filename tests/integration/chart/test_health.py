@@ -59,10 +59,10 @@ def test_one_that_is_not_fails_with_what_it_says(ailment: str) -> None:
     with answering(500, ailment) as port:
         result = run_test(port)
     assert result.returncode == 1
-    assert f"the operator is not well: {ailment}" in result.stderr
+    assert f"the operator is unhealthy: {ailment}" in result.stderr
 
 
 def test_a_service_without_a_leader_fails_in_the_end() -> None:
     result = run_test(*free_ports(1), patience=1)
     assert result.returncode == 1
-    assert "no replica leads" in result.stderr
+    assert "no replica is the leader" in result.stderr

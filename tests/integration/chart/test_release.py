@@ -151,8 +151,8 @@ def test_policy_lets_in_what_is_allowed(release: Cluster, blocks: dict[str, Any]
     [
         pytest.param(
             BAD_MODEL,
-            "spec.model.uri: hf://elsewhere/model is not allowed here: use a model of hf://meta-llama/, "
-            "s3://models/llama-3.2-3b, or have it added to policy.models",
+            "spec.model.uri: hf://elsewhere/model is not allowed: use a model from hf://meta-llama/, "
+            "s3://models/llama-3.2-3b, or ask an administrator to add it to policy.models",
             id="model",
         ),
         pytest.param(
@@ -161,14 +161,14 @@ def test_policy_lets_in_what_is_allowed(release: Cluster, blocks: dict[str, Any]
         pytest.param({"model": {"uri": "s3://models/llama-3.2-3b-x"}}, "spec.model.uri: s3://models", id="like-a-uri"),
         pytest.param(
             {"output": {"uri": "s3://adapters/team-b/bots"}},
-            "spec.output.uri: s3://adapters/team-b/bots is not allowed here: choose a place below "
-            "s3://adapters/team-a/, or have it added to policy.outputs",
+            "spec.output.uri: s3://adapters/team-b/bots is not allowed: choose a prefix below "
+            "s3://adapters/team-a/, or ask an administrator to add it to policy.outputs",
             id="output-of-another-team",
         ),
         pytest.param({"output": {"uri": "s3://adapters/team-a-x"}}, "spec.output.uri", id="output-like-a-prefix"),
         pytest.param(
             {"resources": {"nodes": 3, "gpusPerNode": 4}},
-            "spec.resources: 12 GPUs (nodes x gpusPerNode) are more than the 8 of policy.maxGpusPerJob: ask for fewer",
+            "spec.resources: 12 GPUs (nodes x gpusPerNode) exceed the limit of 8 (policy.maxGpusPerJob): request fewer",
             id="gpus",
         ),
     ],
@@ -207,7 +207,9 @@ def test_only_allowed_images_run_under_the_label_of_a_run(release: Cluster, buil
     for image in ("qlora-trainer:0.1.0", "registry.example/ml/trainer@sha256:" + "a" * 64):
         create(release, build(image))
     for image in ("qlora-trainer-evil:1", "registry.example/mlx/trainer:1", "busybox"):
-        assert f"image: {image} may not run under the label qlora.dev/job" in refusal_of(release, build(image))
+        assert f"image: {image} is not allowed in a pod with the label qlora.dev/job" in refusal_of(
+            release, build(image)
+        )
 
 
 @pytest.fixture
@@ -228,7 +230,7 @@ def test_the_charts_rights_are_enough_and_what_policy_refuses_is_in_the_status(
         place.kubectl("create", "--filename=-", stdin=json.dumps(run_of({}, place.namespace)))
     allowed.wait_for("Preparing", name="policy")
     status = refused.wait_for("Pending", "PodRejected", name="policy")
-    assert "image: trainer:test may not run under the label qlora.dev/job" in status["message"]
+    assert "image: trainer:test is not allowed in a pod with the label qlora.dev/job" in status["message"]
     leader = release.get("pods", f"--namespace={NAMESPACE}", "--selector=qlora.dev/leader=true")["items"]
     assert len(leader) == 1
     # RBAC names whom it refuses.

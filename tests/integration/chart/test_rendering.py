@@ -146,19 +146,24 @@ def test_no_rule_has_a_wildcard_or_reads_secrets(name: str) -> None:
     ("values", "starts"),
     [
         pytest.param({"platform": {"hub": {"endpoint": "https://hub.example"}}}, (), id="nothing"),
-        pytest.param({}, ("NOTE: models come from the public hub",), id="defaults"),
-        pytest.param(VALUES["namespaced"], ("NOTE: models come from the public hub",), id="namespaced"),
+        pytest.param({}, ("NOTE: models are downloaded from the public Hugging Face hub",), id="defaults"),
+        pytest.param(
+            VALUES["namespaced"], ("NOTE: models are downloaded from the public Hugging Face hub",), id="namespaced"
+        ),
         pytest.param(VALUES["private"], (), id="private"),
         pytest.param(
             {"monitoring": {"podMonitor": {"enabled": True}}},
-            ("NOTE: models come", "WARNING: monitoring.podMonitor was left out: the cluster serves no PodMonitor"),
+            (
+                "NOTE: models are downloaded",
+                "WARNING: monitoring.podMonitor was left out: the cluster has no PodMonitor CRD",
+            ),
             id="not-monitored",
         ),
         pytest.param(
             VALUES["bare"],
             (
                 "WARNING: replicas is 1",
-                "NOTE: models come",
+                "NOTE: models are downloaded",
                 "WARNING: crds.keep is false",
                 "WARNING: rbac.create is false",
             ),
@@ -166,7 +171,7 @@ def test_no_rule_has_a_wildcard_or_reads_secrets(name: str) -> None:
         ),
         pytest.param(
             {"image": {"tag": "latest"}, "platform": {"hub": {"mirror": "s3://models/hub"}}},
-            ("WARNING: image.tag latest moves", "WARNING: platform.hub.mirror is for clusters without a way out"),
+            ("WARNING: image.tag latest is mutable", "WARNING: platform.hub.mirror is for air-gapped clusters"),
             id="moving-and-air-gapped",
         ),
         pytest.param(

@@ -62,7 +62,7 @@ def validate(text: str) -> tuple[int, list[str]]:
             "[q_proj, v_proj]",
             "[q_proj, all-linear]",
             12,
-            "spec.lora.targets lists all-linear beside other names; list it alone, or list module names without it",
+            "spec.lora.targets lists all-linear with other names; list it alone, or list module names without it",
         ),
         ("rank: 16", "rank: 16\n    rank: 8", 12, "'rank' is given twice"),
     ],

@@ -33,10 +33,10 @@ from tests.make import make_spec
             "leave it out",
             id="full-merged",
         ),
-        pytest.param({"quantization": {"bits": 8}, "lora": {"dora": True}}, "fails on a base of 8 bits", id="dora-8"),
+        pytest.param({"quantization": {"bits": 8}, "lora": {"dora": True}}, "fails on an 8-bit base", id="dora-8"),
         pytest.param(
             {"lora": {"init": "loftq"}, "output": {"uri": "s3://adapters/b", "merged": "bf16"}},
-            "would count twice; set it to dequantised",
+            "the original base does not have; set it to dequantised",
             id="loftq-merged",
         ),
         pytest.param({"model": {"uri": "file:///m"}}, "spec.model.uri is file:///m", id="model"),
@@ -55,7 +55,7 @@ from tests.make import make_spec
         ),
         pytest.param(
             {"dataset": {"uri": None, "sources": [{"uri": "s3://data/a.csv"}], "maxSamples": 9}},
-            "spec.dataset.maxSamples stands beside sources; give each of them its own",
+            "spec.dataset.maxSamples cannot be combined with sources; set maxSamples in each source",
             id="samples",
         ),
         pytest.param(
@@ -98,5 +98,5 @@ def test_a_claim_is_for_a_cluster() -> None:
     assert check(spec) == ()
     [violation] = check(spec, ON_A_COMPUTER)
     assert violation.message.startswith(
-        "spec.dataset.uri is pvc://rows/train.jsonl, and only a cluster can mount a claim"
+        "spec.dataset.uri is pvc://rows/train.jsonl, and only a cluster can mount a PVC"
     )

@@ -173,7 +173,7 @@ BROKEN_CONFIGURATION: dict[str, tuple[dict[str, Any], str, str]] = {
     ),
     "template-of-chats": (
         {"dataset": {"format": "chat", "template": {"prompt": "{a}", "answer": "{b}"}}},
-        "spec.dataset.template makes instruction rows", "leave format out, or remove the template",
+        "spec.dataset.template produces instruction rows", "leave format out, or remove the template",
     ),
     "half-held-out": ({"dataset": {"evaluation": {"fraction": 0.9}}}, "dataset.evaluation.fraction", "must be ≤ 0.5"),
 }  # fmt: skip
