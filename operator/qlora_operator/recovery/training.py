@@ -4,13 +4,13 @@ from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Final
 
-from qlora_api.names import Phase, Reason, train_job_name
+from qlora_api.names import Phase, train_job_name
+from qlora_api.reasons import Reason, RetryAction
 from qlora_api.v1alpha1 import Attempt
 from qlora_operator.recovery.gang import judge
 from qlora_operator.recovery.retries import (
     AT_ONCE,
     MOST_ATTEMPTS,
-    Remedy,
     choose_remedy,
     shrink,
     time_left,
@@ -153,7 +153,7 @@ def _try_again(job: Job, verdict: Verdict, ended: Attempt) -> Decision | None:
         return None
     if exhausted := _exhausted(job, attempts):
         return Decision(Phase.FAILED, exhausted.reason, f"{exhausted.message}; the last one: {verdict.message}")
-    plan = shrink(plan, ended.number) if remedy is Remedy.SHRINK else plan
+    plan = shrink(plan, ended.number) if remedy is RetryAction.SHRINK_MICRO_BATCH else plan
     message = f"attempt {ended.number} ended: {verdict.message}; the next one goes on from the last checkpoint"
     return Decision(Phase.SCHEDULING, verdict.reason, message, plan=plan, retry_after=AT_ONCE)
 
