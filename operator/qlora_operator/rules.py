@@ -94,7 +94,7 @@ def gate_has_answers(spec: QLoRAJobSpec) -> str | None:
     gate = spec.evaluation.gate
     if spec.evaluation.generations or (gate.min_exact_match is None and gate.min_rouge_l is None):
         return None
-    return "spec.evaluation.generations is 0, but the gate looks at answers; set it to 1 or more"
+    return "spec.evaluation.generations is 0, but spec.evaluation.gate checks generated answers; set it to 1 or more"
 
 
 def start_fits_base(spec: QLoRAJobSpec) -> str | None:
@@ -114,7 +114,9 @@ def start_fits_scale(spec: QLoRAJobSpec) -> str | None:
     """What starts from the base's weights knows no magnitudes, and PiSSA's rank is doubled in the end."""
     lora = spec.lora
     if (lora.init in {"pissa", "loftq"} and lora.dora) or (lora.init == "pissa" and lora.rslora):
-        return f"spec.lora.init {lora.init} does not go with dora or rslora; leave those false, or leave init out"
+        return (
+            f"spec.lora.init {lora.init} cannot be combined with dora or rslora; leave those false, or leave init out"
+        )
     return None
 
 
@@ -125,7 +127,7 @@ def rows_have_one_origin(spec: QLoRAJobSpec) -> str | None:
         which = "neither uri nor sources" if dataset.uri is None else "both uri and sources"
         return f"spec.dataset has {which}; give one of them"
     if dataset.sources is not None and dataset.max_samples is not None:
-        return "spec.dataset.maxSamples stands beside sources; give each of them its own maxSamples"
+        return "spec.dataset.maxSamples is set together with sources; set maxSamples in each source instead"
     if dataset.template is not None and dataset.format not in {"auto", "instruction"}:
         return (
             f"spec.dataset.template makes instruction rows, but spec.dataset.format is {dataset.format}; leave format "

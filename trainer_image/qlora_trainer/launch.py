@@ -210,7 +210,7 @@ def choose_word(words: Mapping[int, LastWord], code: int, killed: int) -> LastWo
     if code == 0:
         return None
     return failure_word(
-        RunError(Reason.TRAINER_ERROR, f"the processes ended with exit code {code} without a last word")
+        RunError(Reason.TRAINER_ERROR, f"the processes exited with code {code} and wrote no termination message")
     )
 
 

@@ -41,7 +41,9 @@ def _judge_silent_end(child: ChildJob) -> Verdict:
     """A Job is over, and no pod of it is left to say why."""
     if child.overdue:
         return ended(Reason.DEADLINE_EXCEEDED, deadline_message(child))
-    return Verdict(Stage.LOST, Reason.POD_LOST, f"the pod of Job {child.name} is gone, and with it its last word")
+    return Verdict(
+        Stage.LOST, Reason.POD_LOST, f"the pod of Job {child.name} disappeared, and its termination message with it"
+    )
 
 
 def is_busy(child: ChildJob, now: datetime) -> bool:
@@ -79,7 +81,7 @@ def _judge_failures(child: ChildJob, failures: Sequence[Pod]) -> Verdict:
     verdict = min(verdicts, key=lambda verdict: REASONS[verdict.reason].consequence_rank)
     if child.wanted == 1 or child.finished or REASONS[verdict.reason].consequence_rank == 0:
         return verdict
-    message = f"pod {failures[0].name} ended, and the others of the run are being stopped: {verdict.message}"
+    message = f"pod {failures[0].name} ended, and the other pods of the run are being stopped: {verdict.message}"
     return Verdict(Stage.RUNNING, Reason.TRAINING, message)
 
 

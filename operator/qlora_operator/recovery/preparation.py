@@ -40,11 +40,11 @@ def follow_preparation(job: Job, seen: Observation, number: int, now: datetime) 
 
 
 def _prepare_again(job: Job, prepare: ChildJob, verdict: Verdict, now: datetime) -> Decision | None:
-    """Give what recovers by itself some time, and prepare anew; it holds no GPU, and ends with deadlines.startup."""
+    """Give what recovers by itself some time, and prepare again; it holds no GPU, and ends with deadlines.startup."""
     if REASONS[verdict.reason].retry is not RetryAction.RESUME or now >= job.created_at + startup_of(job):
         return None
     again = prepare.ended_at(now) + PREPARE_PAUSE
-    message = f"{verdict.message}; it is prepared again"
+    message = f"{verdict.message}; preparation is retried"
     if now < again:
         return Decision(Phase.PREPARING, verdict.reason, message, recheck_at=again)
     return Decision(Phase.PREPARING, verdict.reason, message, Action.START_OVER)

@@ -159,7 +159,7 @@ async def test_the_last_attempt_fails_the_run(cluster: FakeCluster) -> None:
         await settle(cluster)
     assert (cluster.status["phase"], cluster.status["reason"]) == (Phase.FAILED, Reason.RETRIES_EXHAUSTED)
     assert cluster.status["message"].startswith(
-        "2 of 2 attempts (spec.retries.maxAttempts) ended with CudaOutOfMemory; the last one: 24 GiB are too few"
+        "2 of 2 attempts (spec.retries.maxAttempts) failed; the last one ended with CudaOutOfMemory: 24 GiB are too few"
     )
     assert ("Job", THIRD) not in cluster.children
 
@@ -188,7 +188,7 @@ async def test_a_service_is_given_time(cluster: FakeCluster, node_ahead: int) ->
     cluster.end_pod(TRAIN, 1, make_word(Reason.S3_UNAVAILABLE, "503"))
     await settle(cluster)
     assert ("Job", SECOND) not in cluster.children
-    assert cluster.status["message"] == "attempt 1 ended: 503; the next one goes on from the last checkpoint"
+    assert cluster.status["message"] == "attempt 1 ended: 503; the next one resumes from the last checkpoint"
     cluster.pass_time(timedelta(seconds=10))
     await settle(cluster)
     assert ("Job", SECOND) in cluster.children
@@ -210,7 +210,7 @@ async def test_a_preparation_that_a_service_spoiled_is_made_again(cluster: FakeC
     cluster.end_pod(PREPARE, 1, make_word(Reason.S3_UNAVAILABLE, "connect timeout"))
     await settle(cluster)
     assert (cluster.status["phase"], cluster.status["reason"]) == (Phase.PREPARING, Reason.S3_UNAVAILABLE)
-    assert cluster.status["message"] == "connect timeout; it is prepared again"
+    assert cluster.status["message"] == "connect timeout; preparation is retried"
     assert cluster.created.count(PREPARE) == 2, "the Job and its ConfigMap, once"
     cluster.pass_time(timedelta(seconds=15))
     await settle(cluster)

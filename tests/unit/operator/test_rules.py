@@ -55,7 +55,7 @@ from tests.make import make_spec
         ),
         pytest.param(
             {"dataset": {"uri": None, "sources": [{"uri": "s3://data/a.csv"}], "maxSamples": 9}},
-            "spec.dataset.maxSamples stands beside sources; give each of them its own",
+            "spec.dataset.maxSamples is set together with sources; set maxSamples in each source instead",
             id="samples",
         ),
         pytest.param(
