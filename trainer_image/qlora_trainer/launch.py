@@ -210,7 +210,7 @@ def choose_word(words: Mapping[int, LastWord], code: int, killed: int) -> LastWo
     if code == 0:
         return None
     return failure_word(
-        RunError(Reason.TRAINER_ERROR, f"the processes exited with code {code} and wrote no termination message")
+        RunError(Reason.TRAINER_ERROR, f"the processes failed with exit code {code} and wrote no termination message")
     )
 
 
