@@ -3,6 +3,8 @@
 from enum import StrEnum
 from typing import Final
 
+from qlora_api.reasons import Reason as Reason  # noqa: PLC0414 (re-exported)
+
 GROUP: Final = "qlora.dev"
 VERSION: Final = "v1alpha1"
 API_VERSION: Final = f"{GROUP}/{VERSION}"
@@ -123,89 +125,6 @@ class ConditionType(StrEnum):
     SCHEDULED = "Scheduled"
     PUBLISHED = "Published"
     SUSPENDED = "Suspended"
-
-
-class Reason(StrEnum):
-    """The closed list of condition reasons; guidance.py has the sentence and the remedy of each."""
-
-    # on the way
-    ACCEPTED = "Accepted"
-    PREPARING = "Preparing"
-    PREPARED = "Prepared"
-    QUEUED = "Queued"
-    SUSPENDED_BY_USER = "SuspendedByUser"
-    SCHEDULING = "Scheduling"
-    UNSCHEDULABLE = "Unschedulable"
-    TRAINING = "Training"
-    EVALUATING = "Evaluating"
-    PUBLISHING = "Publishing"
-    # done
-    PUBLISHED = "Published"
-    ALREADY_PUBLISHED = "AlreadyPublished"
-    # the user acts
-    INVALID_SPEC = "InvalidSpec"
-    SECRET_NOT_FOUND = "SecretNotFound"  # noqa: S105 (a reason)
-    MODEL_NOT_FOUND = "ModelNotFound"
-    GATED_MODEL_NO_ACCESS = "GatedModelNoAccess"
-    UNSAFE_MODEL_FORMAT = "UnsafeModelFormat"
-    MODEL_UNSUPPORTED = "ModelUnsupported"
-    DOES_NOT_FIT = "DoesNotFit"
-    DATASET_NOT_FOUND = "DatasetNotFound"
-    DATASET_INVALID = "DatasetInvalid"
-    DATASET_EMPTY = "DatasetEmpty"
-    S3_DENIED = "S3Denied"
-    OUTPUT_EXISTS = "OutputExists"
-    NON_FINITE_LOSS = "NonFiniteLoss"
-    GATE_FAILED = "GateFailed"
-    LOSS_DIVERGED = "LossDiverged"
-    CUDA_OUT_OF_MEMORY = "CudaOutOfMemory"
-    HOST_OUT_OF_MEMORY = "HostOutOfMemory"
-    DEADLINE_EXCEEDED = "DeadlineExceeded"
-    STARTUP_DEADLINE_EXCEEDED = "StartupDeadlineExceeded"
-    RETRIES_EXHAUSTED = "RetriesExhausted"
-    # whoever runs the cluster acts
-    IMAGE_PULL_FAILED = "ImagePullFailed"
-    POD_REJECTED = "PodRejected"
-    ACCELERATOR_MISSING = "AcceleratorMissing"
-    S3_UNAVAILABLE = "S3Unavailable"
-    HUB_UNAVAILABLE = "HubUnavailable"
-    HUB_RATE_LIMITED = "HubRateLimited"
-    UPLOAD_FAILED = "UploadFailed"
-    INTERRUPTED = "Interrupted"
-    PREEMPTED = "Preempted"
-    EVICTED = "Evicted"
-    NODE_LOST = "NodeLost"
-    POD_LOST = "PodLost"
-    HEARTBEAT_LOST = "HeartbeatLost"
-    COLLECTIVE_TIMEOUT = "CollectiveTimeout"
-    # we act
-    TRAINER_ERROR = "TrainerError"
-
-
-UNTROUBLED: Final = frozenset(
-    {
-        Reason.ACCEPTED,
-        Reason.PREPARING,
-        Reason.PREPARED,
-        Reason.QUEUED,
-        Reason.SUSPENDED_BY_USER,
-        Reason.SCHEDULING,
-        Reason.TRAINING,
-        Reason.EVALUATING,
-        Reason.PUBLISHING,
-        Reason.PUBLISHED,
-        Reason.ALREADY_PUBLISHED,
-    }
-)
-"""Reasons of a run that goes as it should; every other one is somebody's concern, even where it mends itself."""
-
-_CONSEQUENCES: Final = (Reason.INTERRUPTED, Reason.COLLECTIVE_TIMEOUT)
-"""How a process or a pod ends when something happened to another one; the earlier explains a run better."""
-
-
-def distance_from_cause(reason: Reason) -> int:
-    """Return 0 for what explains the end of a run by itself, and more for what only follows from it."""
-    return _CONSEQUENCES.index(reason) + 1 if reason in _CONSEQUENCES else 0
 
 
 def prepare_job_name(job: str) -> str:

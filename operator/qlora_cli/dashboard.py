@@ -10,8 +10,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from qlora_api.guidance import GUIDANCE
 from qlora_api.names import TERMINAL, Phase
+from qlora_api.reasons import NOTHING_TO_DO, REASONS
 from qlora_api.v1alpha1 import Attempt, Progress, QLoRAJobStatus
 from qlora_cli.columns import columns
 from qlora_cli.jobs import ClusterJob
@@ -25,7 +25,6 @@ LOOK_FOR_OPERATOR: Final = (
     "see whether one runs: kubectl get pods --all-namespaces -l app.kubernetes.io/name=qlora-operator"
 )
 _RUNNING: Final = frozenset({Phase.TRAINING, Phase.EVALUATING, Phase.PUBLISHING})
-_NOTHING_TO_DO: Final = GUIDANCE[next(iter(GUIDANCE))].remedy
 
 
 @dataclass(frozen=True)
@@ -117,10 +116,10 @@ def _reason(status: QLoRAJobStatus) -> Iterator[tuple[str, str]]:
     if status.reason is None:
         yield "unseen", f"no operator has taken it up yet; if that lasts, {LOOK_FOR_OPERATOR}"
         return
-    guidance = GUIDANCE[status.reason]
-    yield status.reason, status.message or guidance.sentence
-    if status.phase not in TERMINAL and guidance.remedy != _NOTHING_TO_DO:
-        yield "what to do", guidance.remedy
+    record = REASONS[status.reason]
+    yield status.reason, status.message or record.sentence
+    if status.phase not in TERMINAL and record.remedy != NOTHING_TO_DO:
+        yield "what to do", record.remedy
 
 
 def _describe_plan(status: QLoRAJobStatus) -> str:

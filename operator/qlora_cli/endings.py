@@ -10,8 +10,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from qlora_api.guidance import GUIDANCE
-from qlora_api.names import Reason
+from qlora_api.reasons import REASONS, Reason
 from qlora_cli.libraries import NoGpuError, NoTrainerError
 from qlora_operator.plan.sizing import DoesNotFitError
 
@@ -61,8 +60,8 @@ def fail(console: Console, reason: Reason | None, message: str) -> Never:
     """Say what is wrong and what to do about it, and end with exit code 1."""
     console.print(f"[bold red]error:[/] {f'[bold]{reason}[/]' if reason else ''}", soft_wrap=True)
     console.print(escape(message), soft_wrap=True)
-    if reason in GUIDANCE and reason not in {Reason.INVALID_SPEC, Reason.ACCELERATOR_MISSING}:
-        console.print(f"[bold]what to do:[/] {escape(GUIDANCE[reason].remedy)}", soft_wrap=True)
+    if reason is not None and reason not in {Reason.INVALID_SPEC, Reason.ACCELERATOR_MISSING}:
+        console.print(f"[bold]what to do:[/] {escape(REASONS[reason].remedy)}", soft_wrap=True)
     raise typer.Exit(1)
 
 

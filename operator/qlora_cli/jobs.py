@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from qlora_api import __version__
-from qlora_api.guidance import GUIDANCE
 from qlora_api.names import TERMINAL, Phase
+from qlora_api.reasons import REASONS
 from qlora_api.v1alpha1 import QLoRAJobSpec, QLoRAJobStatus
 from qlora_cli.cluster import Cluster, ClusterError, Object
 from qlora_operator.values import JobRef
@@ -46,7 +46,7 @@ class ClusterJob:
     def why(self) -> str:
         """Return the reason of its phase, in a sentence."""
         reason, message = self.status.reason, self.status.message
-        return message or (GUIDANCE[reason].sentence if reason else "no operator has taken it up yet")
+        return message or (REASONS[reason].sentence if reason else "no operator has taken it up yet")
 
     @property
     def suspended(self) -> bool:

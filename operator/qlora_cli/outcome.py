@@ -4,7 +4,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from qlora_api.guidance import GUIDANCE
+from qlora_api.reasons import REASONS
 from qlora_api.report import LastWord
 from qlora_api.result import Result
 from qlora_api.v1alpha1 import EvaluationStatus
@@ -13,7 +13,7 @@ from qlora_cli.uris import to_place
 
 def show_outcome(word: LastWord, console: Console) -> None:
     """Print reason, comparison and places."""
-    console.print(f"[bold green]{word.reason}[/]: {GUIDANCE[word.reason].sentence}")
+    console.print(f"[bold green]{word.reason}[/]: {REASONS[word.reason].sentence}")
     if word.result is None:
         return
     console.print(compare(word.result.evaluation))

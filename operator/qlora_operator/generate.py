@@ -4,6 +4,7 @@ Run it from the root of the repository: `make generate`, or `make check` for the
 """
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,7 +24,14 @@ from qlora_operator.cluster.permissions import (
     build_view_rules,
 )
 from qlora_operator.metric_reference import render_metrics
-from qlora_operator.reason_reference import render_events, render_reasons
+from qlora_operator.reason_reference import (
+    TOPICS,
+    render_cluster_faults,
+    render_events,
+    render_next_attempts,
+    render_reasons,
+    render_topics,
+)
 from qlora_operator.validity import render_table
 
 CHART: Final = "charts/qlora-operator"
@@ -231,6 +239,34 @@ def metric_reference_file() -> str:
     return f"<!-- {_NOTE} -->\n{render_metrics()}"
 
 
+def fill_tables(page: str, tables: dict[str, str]) -> str:
+    """Return a page with its generated tables; each stands between two comments that name it."""
+    for name, table in tables.items():
+        begin, end = f"<!-- Generated: {name} -->\n", f"<!-- End: {name} -->"
+        before, rest = page.split(begin)
+        page = f"{before}{begin}{table}\n{end}{rest.split(end)[1]}"
+    return page
+
+
+def troubleshooting_file() -> str:
+    """The page about troubleshooting, with the reasons of each topic."""
+    page = Path("docs/troubleshooting.md").read_text(encoding="utf-8")
+    return fill_tables(page, {name: render_topics(name) for name in TOPICS})
+
+
+def attempts_file() -> str:
+    """The page about attempts, with what follows each end."""
+    page = Path("docs/attempts.md").read_text(encoding="utf-8")
+    return fill_tables(page, {"next attempts": render_next_attempts()})
+
+
+def alerts_file() -> str:
+    """The alerts, of which one counts the attempts that a fault of the cluster ended."""
+    return re.sub(
+        r'(attempts_ended_total\{reason=~")[^"]*', rf"\g<1>{render_cluster_faults()}", _chart_file("files/alerts.yaml")
+    )
+
+
 FILES: Final[dict[str, Callable[[], str]]] = {
     "crds/qlorajobs.qlora.dev.yaml": crd_file,
     "crds/qlorajob.schema.json": editor_schema_file,
@@ -244,6 +280,9 @@ FILES: Final[dict[str, Callable[[], str]]] = {
     "docs/reference/distribution.md": validity_file,
     "docs/reference/metrics.md": metric_reference_file,
     "docs/reference/events.md": lambda: _noted(render_events()),
+    "docs/troubleshooting.md": troubleshooting_file,
+    "docs/attempts.md": attempts_file,
+    f"{CHART}/files/alerts.yaml": alerts_file,
 }
 
 

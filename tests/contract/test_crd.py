@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 
 from qlora_api import crd
-from qlora_api.guidance import GUIDANCE
-from qlora_api.names import Reason
+from qlora_api.reasons import REASONS, Reason
 from qlora_api.v1alpha1 import MUTABLE_FIELDS, QLoRAJobSpec
 from qlora_operator.generate import stale_files
 
@@ -89,9 +88,8 @@ def defaulted(value: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("reason", Reason)
 def test_every_reason_has_a_sentence_and_a_remedy(reason: Reason):
-    sentence, remedy = GUIDANCE[reason]
-    assert sentence.endswith(".")
-    assert remedy.endswith(".")
+    assert REASONS[reason].sentence.endswith(".")
+    assert REASONS[reason].remedy.endswith(".")
 
 
 def test_generated_files_are_current():

@@ -1,15 +1,14 @@
-"""Every reason has one section: what happened, where to look, what becomes of GPUs and of the run; pages agree."""
+"""Every reason has one section: what happened, where to look, what to do, and the words people search for."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
 import pytest
 
-from qlora_api.guidance import GUIDANCE
-from qlora_api.names import UNTROUBLED, Reason
-from qlora_operator.circumstances import CIRCUMSTANCES, MOMENTS, Moment, follows
-from qlora_operator.recovery.retries import DISRUPTIONS, REMEDIES
+from qlora_api.reasons import NORMAL_REASONS, REASONS, Moment, Reason, ReasonRecord, Topic
+from qlora_operator.reason_reference import MOMENTS, TOPICS, describe, describe_outcome
 
 DOCS: Final = Path(__file__).parents[2] / "docs"
 SECTIONS: Final = re.findall(
@@ -18,7 +17,56 @@ SECTIONS: Final = re.findall(
     re.MULTILINE | re.DOTALL,
 )
 SHORTEST: Final = 40
-"""Characters below which a sentence about what lies behind a reason says nothing."""
+"""Characters below which a sentence about the cause of a reason says nothing."""
+SEARCHES: Final = {
+    "OOMKilled": Reason.HOST_OUT_OF_MEMORY,
+    "exit code 137": Reason.HOST_OUT_OF_MEMORY,
+    "MemoryError": Reason.HOST_OUT_OF_MEMORY,
+    "CUDA out of memory": Reason.CUDA_OUT_OF_MEMORY,
+    "torch.OutOfMemoryError": Reason.CUDA_OUT_OF_MEMORY,
+    "CrashLoopBackOff": Reason.RETRIES_EXHAUSTED,
+    "ImagePullBackOff": Reason.IMAGE_PULL_FAILED,
+    "ErrImagePull": Reason.IMAGE_PULL_FAILED,
+    "pod stuck in Pending": Reason.SCHEDULING,
+    "FailedScheduling": Reason.UNSCHEDULABLE,
+    "Insufficient nvidia.com/gpu": Reason.UNSCHEDULABLE,
+    "FailedMount": Reason.STARTUP_DEADLINE_EXCEEDED,
+    "exceeded quota": Reason.POD_REJECTED,
+    "NCCL timeout": Reason.COLLECTIVE_TIMEOUT,
+    "watchdog caught collective operation timeout": Reason.COLLECTIVE_TIMEOUT,
+    "training hangs": Reason.HEARTBEAT_LOST,
+    "403 AccessDenied": Reason.S3_DENIED,
+    "SignatureDoesNotMatch": Reason.S3_DENIED,
+    "401 GatedRepoError": Reason.GATED_MODEL_NO_ACCESS,
+    "NoSuchBucket": Reason.DATASET_NOT_FOUND,
+    "RepositoryNotFoundError": Reason.MODEL_NOT_FOUND,
+    "SlowDown": Reason.S3_UNAVAILABLE,
+    "429 Too Many Requests": Reason.HUB_RATE_LIMITED,
+    "air-gapped": Reason.HUB_UNAVAILABLE,
+    "HF_HUB_OFFLINE": Reason.HUB_UNAVAILABLE,
+    "exit code 143": Reason.INTERRUPTED,
+    "SIGTERM": Reason.INTERRUPTED,
+    "spot interruption": Reason.INTERRUPTED,
+    "kubectl drain": Reason.INTERRUPTED,
+    "DiskPressure": Reason.EVICTED,
+    "NodeNotReady": Reason.NODE_LOST,
+    "No CUDA GPUs are available": Reason.ACCELERATOR_MISSING,
+    "NaN loss": Reason.NON_FINITE_LOSS,
+    "loss diverged": Reason.LOSS_DIVERGED,
+    "resume training": Reason.SUSPENDED_BY_USER,
+    "target_modules not found": Reason.MODEL_UNSUPPORTED,
+    "invalid JSONL": Reason.DATASET_INVALID,
+}
+"""What people search for at night, and where it has to lead."""
+
+
+def _of(name: str) -> ReasonRecord:
+    return REASONS[Reason(name)]
+
+
+def test_every_reason_has_one_record() -> None:
+    assert list(REASONS) != []
+    assert set(REASONS) == set(Reason)
 
 
 def test_every_reason_has_one_section() -> None:
@@ -27,23 +75,58 @@ def test_every_reason_has_one_section() -> None:
 
 @pytest.mark.parametrize(("name", "section"), SECTIONS, ids=[name for name, _ in SECTIONS])
 def test_a_section_has_all_parts(name: str, section: str) -> None:
-    reason = Reason(name)
-    sentence, remedy = GUIDANCE[reason]
-    moments, behind = CIRCUMSTANCES[reason]
-    assert len(behind) > SHORTEST
-    assert behind.endswith(".")
-    assert moments
-    lines = [f"{sentence} {behind}", *(f"- **{moment}:** {MOMENTS[moment]}" for moment in moments)]
-    lines += [f"- **Tried again:** {follows(reason)}", f"- **What to do:** {remedy}"]
+    record = _of(name)
+    assert len(record.background) > SHORTEST
+    assert record.background.endswith(".")
+    assert record.moments
+    lines = [
+        describe(record),
+        *_aliases(record),
+        *(f"- **{moment}:** {MOMENTS[moment]}" for moment in record.moments),
+        f"- **Retried:** {describe_outcome(record)}",
+        f"- **What to do:** {record.remedy}",
+    ]
     assert [line for line in section.splitlines() if line] == lines
 
 
+def _aliases(record: ReasonRecord) -> Iterator[str]:
+    if record.also_known_as:
+        yield f"Also known as: {', '.join(f'`{words}`' for words in record.also_known_as)}."
+
+
+def test_figures_of_the_operator_are_filled_in() -> None:
+    assert [name for name, section in SECTIONS if re.search(r"[{}]", section)] == []
+
+
+@pytest.mark.parametrize(("search", "reason"), SEARCHES.items())
+def test_a_search_finds_the_section_of_one_reason(search: str, reason: Reason) -> None:
+    words = re.compile(rf"(?<!\w){re.escape(search.lower())}(?!\w)")
+    assert [name for name, section in SECTIONS if words.search(_searchable(name, section))] == [reason]
+
+
+def _searchable(name: str, section: str) -> str:
+    """The line of other words, and not what a section says about other reasons."""
+    known = re.search(r"^Also known as: .*$", section, re.MULTILINE)
+    return f"{name} {known[0] if known else ''}".lower()
+
+
+def test_words_that_people_search_belong_to_one_reason() -> None:
+    words = [alias.lower() for record in REASONS.values() for alias in record.also_known_as]
+    assert sorted({alias for alias in words if words.count(alias) > 1}) == []
+
+
+def test_every_trouble_can_be_searched_by_other_words() -> None:
+    assert [reason for reason in set(Reason) - NORMAL_REASONS if not REASONS[reason].also_known_as] == []
+
+
 @pytest.mark.parametrize("reason", Reason)
-def test_what_follows_is_what_the_operator_does(reason: Reason) -> None:
-    told = follows(reason)
-    assert ("somebody has to act" in told) == (reason not in {*REMEDIES, *UNTROUBLED, Reason.POD_LOST, *_WAITS})
-    assert ("not count against" in told) == (reason in DISRUPTIONS)
-    assert reason not in REMEDIES or Moment.TRAINING in CIRCUMSTANCES[reason].moments
+def test_the_outcome_is_what_the_operator_does(reason: Reason) -> None:
+    record = REASONS[reason]
+    outcome = describe_outcome(record)
+    goes_on = record.retry is not None or record.normal or reason in {Reason.POD_LOST, *_WAITS}
+    assert ("somebody has to fix" in outcome) == (not goes_on)
+    assert ("not count against" in outcome) == (not record.counts_against_retries)
+    assert record.retry is None or Moment.TRAINING in record.moments
 
 
 _WAITS: Final = {Reason.UNSCHEDULABLE, Reason.POD_REJECTED}
@@ -54,9 +137,15 @@ def test_troubleshooting_leads_to_every_trouble() -> None:
     page = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
     linked = set(re.findall(r"\[`(\w+)`\]\(reference/reasons\.md#(\w+)\)", page))
     assert [name for name, anchor in linked if name.lower() != anchor] == []
-    assert set(Reason) - UNTROUBLED - {name for name, _ in linked} == set()
+    assert set(Reason) - NORMAL_REASONS - {name for name, _ in linked} == set()
+
+
+def test_every_topic_has_its_row() -> None:
+    assert sorted(topic for topics in TOPICS.values() for topic in topics) == sorted(Topic)
+    assert {record.topic for record in REASONS.values()} - {None} == set(Topic)
 
 
 def test_the_page_about_attempts_names_every_end_that_another_attempt_follows() -> None:
     page = (DOCS / "attempts.md").read_text(encoding="utf-8")
-    assert [reason for reason in {*REMEDIES, *DISRUPTIONS} if f"`{reason}`" not in page] == []
+    followed = [reason for reason, record in REASONS.items() if record.retry or not record.counts_against_retries]
+    assert [reason for reason in followed if f"`{reason}`" not in page] == []

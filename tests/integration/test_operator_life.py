@@ -190,7 +190,7 @@ def test_a_failure_names_its_reason_and_its_remedy(place: Place) -> None:
 def test_the_deadline_of_the_whole_run(place: Place) -> None:
     place.submit(deadlines={"total": "1s"})
     place.end_pod(PREPARE, 0, PREPARED_WORD)
-    assert "longer than 1 seconds" in place.wait_for("Failed", "DeadlineExceeded")["message"]
+    assert "exceeded its deadline of 1 seconds" in place.wait_for("Failed", "DeadlineExceeded")["message"]
 
 
 @pytest.mark.usefixtures("operator")

@@ -22,7 +22,8 @@ from pydantic import ValidationError
 
 from qlora_api.launch import MAIN_PORT
 from qlora_api.logs import fields
-from qlora_api.names import ACCELERATE_CONFIG_FILE, MAIN_ADDRESS_ENV, Reason, distance_from_cause
+from qlora_api.names import ACCELERATE_CONFIG_FILE, MAIN_ADDRESS_ENV
+from qlora_api.reasons import REASONS, Reason
 from qlora_api.report import LastWord
 from qlora_api.runconfig import RunConfig
 from qlora_api.v1alpha1 import Plan, to_timedelta
@@ -209,13 +210,13 @@ def choose_word(words: Mapping[int, LastWord], code: int, killed: int) -> LastWo
     if code == 0:
         return None
     return failure_word(
-        RunError(Reason.TRAINER_ERROR, f"the processes ended with exit code {code} without a last word")
+        RunError(Reason.TRAINER_ERROR, f"the processes failed with exit code {code} and wrote no termination message")
     )
 
 
 def _distance(word: LastWord) -> int:
     """Return how far a word is from what decided the run; a publication decides it, whatever else was said."""
-    return -1 if word.reason is Reason.PUBLISHED else distance_from_cause(word.reason)
+    return -1 if word.reason is Reason.PUBLISHED else REASONS[word.reason].consequence_rank
 
 
 def _with_rank(rank: int, word: LastWord) -> LastWord:

@@ -5,7 +5,8 @@ from hashlib import sha256
 from typing import Final
 
 from qlora_api import names
-from qlora_api.names import UNTROUBLED, Phase, Reason
+from qlora_api.names import Phase
+from qlora_api.reasons import NORMAL_REASONS, Reason
 from qlora_api.v1alpha1 import QLoRAJobStatus
 from qlora_operator.build.metadata import Owner
 from qlora_operator.values import Manifest
@@ -29,7 +30,7 @@ ACTIONS: Final = {
 
 def event_type(reason: Reason) -> str:
     """Return Warning for what ends a run badly, and for what hinders one although it goes on."""
-    return "Normal" if reason in UNTROUBLED else "Warning"
+    return "Normal" if reason in NORMAL_REASONS else "Warning"
 
 
 def build_event(owner: Owner, resource_version: str, status: QLoRAJobStatus, now: datetime) -> Manifest:

@@ -48,7 +48,7 @@ def read_last_word(text: str) -> LastWord | None:
 
 
 def _said_by_trainer(_: ChildJob, pod: Pod, end: Exit) -> Cause | None:
-    """A last word is true whatever the exit code: a SIGTERM after the publication takes nothing back."""
+    """A termination message holds whatever the exit code: a SIGTERM after the publication takes nothing back."""
     word = read_last_word(end.message)
     if word is None:
         return None
@@ -60,11 +60,13 @@ def _said_by_trainer(_: ChildJob, pod: Pod, end: Exit) -> Cause | None:
 def _out_of_memory(child: ChildJob, _: Pod, end: Exit) -> Cause | None:
     if end.reason != "OOMKilled":
         return None
-    return Cause(Reason.HOST_OUT_OF_MEMORY, f"the {_describe_role(child.role)} pod used more than {_memory(child)}")
+    return Cause(
+        Reason.HOST_OUT_OF_MEMORY, f"the {_describe_role(child.role)} pod exceeded its memory limit ({_memory(child)})"
+    )
 
 
 def _memory(child: ChildJob) -> str:
-    return f"its fixed {PREPARE_MEMORY}" if child.role is Role.PREPARE else "spec.resources.memory allows"
+    return f"{PREPARE_MEMORY}, fixed for a prepare pod" if child.role is Role.PREPARE else "spec.resources.memory"
 
 
 def _describe_role(role: Role) -> str:
@@ -88,13 +90,16 @@ def _disrupted(_: ChildJob, pod: Pod, __: Exit) -> Cause | None:
 def _interrupted(_: ChildJob, pod: Pod, end: Exit) -> Cause | None:
     if not (pod.deleting or end.code == SIGTERM_EXIT):
         return None
-    return Cause(Reason.INTERRUPTED, f"pod {pod.name} was asked to stop")
+    how = "deleted" if pod.deleting else "stopped by SIGTERM"
+    return Cause(Reason.INTERRUPTED, f"pod {pod.name} was {how} (exit code {end.code})")
 
 
 def _killed(_: ChildJob, pod: Pod, end: Exit) -> Cause | None:
     if end.code != SIGKILL_EXIT:
         return None
-    return Cause(Reason.INTERRUPTED, f"pod {pod.name} was killed, and the kubelet does not say by whom")
+    return Cause(
+        Reason.INTERRUPTED, f"pod {pod.name} was killed by SIGKILL (exit code {end.code}); the kubelet reports no cause"
+    )
 
 
 def _node_lost(_: ChildJob, pod: Pod, end: Exit) -> Cause | None:
@@ -109,9 +114,9 @@ def _never_ran(_: ChildJob, __: Pod, end: Exit) -> Cause | None:
 
 def _unknown(_: ChildJob, pod: Pod, end: Exit) -> Cause:
     last_lines = "\n".join(end.message.strip().splitlines()[-LOG_LINES:])[-MAX_LOG:]
-    said = f"its last lines were: {last_lines}" if last_lines else f"see `kubectl logs {pod.name}`"
+    details = f"its last log lines: {last_lines}" if last_lines else f"see `kubectl logs {pod.name}`"
     return Cause(
-        Reason.TRAINER_ERROR, f"pod {pod.name} ended with exit code {end.code} and without a last word; {said}"
+        Reason.TRAINER_ERROR, f"pod {pod.name} exited with code {end.code} and wrote no termination message; {details}"
     )
 
 
@@ -159,15 +164,17 @@ def is_abandoned(pod: Pod, now: datetime) -> bool:
 
 def judge_abandoned(pod: Pod) -> Verdict:
     """The node of a pod does not answer."""
-    return ended(Reason.NODE_LOST, f"node {pod.node} does not answer: pod {pod.name} is being deleted and does not end")
+    return ended(
+        Reason.NODE_LOST, f"node {pod.node} does not respond: pod {pod.name} is being deleted and does not terminate"
+    )
 
 
 def deadline_message(child: ChildJob) -> str:
     """Write the sentence for a Job that took too long."""
-    limit = f"{child.deadline_seconds} seconds" if child.deadline_seconds else "its deadline"
+    limit = f" of {child.deadline_seconds} seconds" if child.deadline_seconds else ""
     fixed = child.role is Role.PREPARE
-    source = "which is fixed for a prepare pod" if fixed else "what was left of spec.deadlines.total"
-    return f"Job {child.name} took longer than {limit} ({source})"
+    source = "fixed for a prepare pod" if fixed else "what was left of spec.deadlines.total"
+    return f"Job {child.name} exceeded its deadline{limit} ({source})"
 
 
 def _stage_reason(role: Role) -> Reason:
@@ -188,7 +195,7 @@ def judge_missing_pod(child: ChildJob, startup: timedelta, now: datetime) -> Ver
     return ended(
         Reason.POD_REJECTED,
         f"Job {child.name} got no pod within {seconds(startup)} (spec.deadlines.startup): a quota or an admission "
-        f"policy refuses it; `kubectl describe job {child.name}` has its sentence",
+        f"policy rejects it; `kubectl describe job {child.name}` shows its message",
     )
 
 
@@ -199,7 +206,7 @@ def judge_unfinished(pod: Pod, role: Role, startup: timedelta, now: datetime) ->
     if pod.scheduled_at is None:
         if pod.unschedulable:
             return Verdict(Stage.WAITING, Reason.UNSCHEDULABLE, pod.unschedulable)
-        return Verdict(Stage.WAITING, _stage_reason(role), f"pod {pod.name} waits for a node")
+        return Verdict(Stage.WAITING, _stage_reason(role), f"pod {pod.name} is waiting for a node")
     return _judge_startup(pod, role, pod.scheduled_at + startup, startup, now)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
 
-from qlora_api.names import Reason, distance_from_cause
+from qlora_api.reasons import REASONS, Reason
 from qlora_operator.recovery.causes import (
     NODE_PATIENCE,
     deadline_message,
@@ -41,7 +41,9 @@ def _judge_silent_end(child: ChildJob) -> Verdict:
     """A Job is over, and no pod of it is left to say why."""
     if child.overdue:
         return ended(Reason.DEADLINE_EXCEEDED, deadline_message(child))
-    return Verdict(Stage.LOST, Reason.POD_LOST, f"the pod of Job {child.name} is gone, and with it its last word")
+    return Verdict(
+        Stage.LOST, Reason.POD_LOST, f"the pod of Job {child.name} disappeared, and its termination message with it"
+    )
 
 
 def is_busy(child: ChildJob, now: datetime) -> bool:
@@ -76,10 +78,10 @@ def _failed(pod: Pod) -> bool:
 def _judge_failures(child: ChildJob, failures: Sequence[Pod]) -> Verdict:
     """Take the best explanation; a consequence may come before its cause, so that it waits for the other pods' ends."""
     verdicts = [_judge_failure(child, pod) for pod in _by_time(failures)]
-    verdict = min(verdicts, key=lambda verdict: distance_from_cause(verdict.reason))
-    if child.wanted == 1 or child.finished or distance_from_cause(verdict.reason) == 0:
+    verdict = min(verdicts, key=lambda verdict: REASONS[verdict.reason].consequence_rank)
+    if child.wanted == 1 or child.finished or REASONS[verdict.reason].consequence_rank == 0:
         return verdict
-    message = f"pod {failures[0].name} ended, and the others of the run are being stopped: {verdict.message}"
+    message = f"pod {failures[0].name} ended, and the other pods of the run are being stopped: {verdict.message}"
     return Verdict(Stage.RUNNING, Reason.TRAINING, message)
 
 

@@ -1,10 +1,10 @@
 """From the spec, the last status and the children to where the run stands and what comes next.
 
 Facts reach the status before anything relies on them, so a crash between any two writes loses nothing: a training Job
-is created only when model, output and plan are on record. When a Job's last word is lost, the prepare Job is deleted,
-then the loss recorded, then the Job deleted, then prepared anew: what prepare Job is there once the loss is on
-record was made after it, which no comparison of the clocks of two machines could tell. That next prepare finds the
-manifest if the result was published.
+is created only when model, output and plan are on record. When a Job's termination message is lost, the prepare Job
+is deleted, then the loss recorded, then the Job deleted, then prepared again: what prepare Job is there once the loss
+is on record was made after it, which no comparison of the clocks of two machines could tell. That next prepare finds
+the manifest if the result was published.
 """
 
 from dataclasses import replace
@@ -76,7 +76,9 @@ def _clear_away(status: QLoRAJobStatus, seen: Observation, number: int) -> Decis
     leaving = seen.prepare is not None and seen.prepare.deleting and seen.train(number) is None
     if not leaving and not any(_is_lost(child, status) for child in seen.jobs if child.role is Role.TRAIN):
         return None
-    message = "Jobs were deleted or lost without a last word; the run is prepared again, and finds what was published"
+    message = (
+        "Jobs were deleted, or lost without a termination message; preparation runs again and finds what was published"
+    )
     return Decision(Phase.PREPARING, Reason.PREPARING, message, Action.START_OVER)
 
 

@@ -3,15 +3,16 @@
 from datetime import datetime, timedelta
 from typing import Final
 
-from qlora_api.names import Phase, Reason, prepare_job_name
+from qlora_api.names import Phase, prepare_job_name
 from qlora_api.prepared import Prepared
+from qlora_api.reasons import REASONS, Reason, RetryAction
 from qlora_api.v1alpha1 import Plan
 from qlora_operator.plan import make_plan
 from qlora_operator.plan.offer import read_offer
 from qlora_operator.plan.sizing import DoesNotFitError
 from qlora_operator.recovery.causes import describe_missing_pod
 from qlora_operator.recovery.gang import judge
-from qlora_operator.recovery.retries import AT_ONCE, REMEDIES, Remedy
+from qlora_operator.recovery.retries import AT_ONCE
 from qlora_operator.recovery.training import PREPARATION_DONE, fail, make_attempt
 from qlora_operator.recovery.watch import startup_of
 from qlora_operator.values import Action, ChildJob, Decision, Job, Manifest, Observation, Stage, Verdict
@@ -39,11 +40,11 @@ def follow_preparation(job: Job, seen: Observation, number: int, now: datetime) 
 
 
 def _prepare_again(job: Job, prepare: ChildJob, verdict: Verdict, now: datetime) -> Decision | None:
-    """Give what recovers by itself some time, and prepare anew; it holds no GPU, and ends with deadlines.startup."""
-    if REMEDIES.get(verdict.reason) is not Remedy.RESUME or now >= job.created_at + startup_of(job):
+    """Give what recovers by itself some time, and prepare again; it holds no GPU, and ends with deadlines.startup."""
+    if REASONS[verdict.reason].retry is not RetryAction.RESUME or now >= job.created_at + startup_of(job):
         return None
     again = prepare.ended_at(now) + PREPARE_PAUSE
-    message = f"{verdict.message}; it is prepared again"
+    message = f"{verdict.message}; preparation is retried"
     if now < again:
         return Decision(Phase.PREPARING, verdict.reason, message, recheck_at=again)
     return Decision(Phase.PREPARING, verdict.reason, message, Action.START_OVER)

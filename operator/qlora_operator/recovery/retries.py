@@ -1,53 +1,13 @@
-"""After a failed attempt: whether another one can mend it, with what, and when; a pure table."""
+"""After a failed attempt: whether another one can fix it, with what change, and when."""
 
 from collections.abc import Sequence
 from datetime import datetime, timedelta
-from enum import StrEnum
 from typing import Final
 
-from qlora_api.names import Reason
+from qlora_api.reasons import REASONS, Reason, RetryAction
 from qlora_api.v1alpha1 import Attempt, DeadlinesSpec, Plan, to_timedelta
 from qlora_operator.values import Verdict
 
-
-class Remedy(StrEnum):
-    """What the next attempt does differently."""
-
-    RESUME = "resume"
-    """Nothing: what went wrong lies outside."""
-    ELSEWHERE = "elsewhere"
-    """It avoids the node."""
-    SHRINK = "shrink"
-    """Half the rows per forward pass, and twice the passes."""
-
-
-REMEDY_SENTENCES: Final = {
-    Remedy.RESUME: "another one goes on from the last checkpoint",
-    Remedy.ELSEWHERE: "another one goes on from the last checkpoint, on another node",
-    Remedy.SHRINK: "another one goes on with half the micro-batch and twice the accumulation",
-}
-"""For the reference of reasons."""
-
-REMEDIES: Final = {
-    Reason.INTERRUPTED: Remedy.RESUME,
-    Reason.PREEMPTED: Remedy.RESUME,
-    Reason.EVICTED: Remedy.RESUME,
-    Reason.NODE_LOST: Remedy.RESUME,
-    Reason.HEARTBEAT_LOST: Remedy.RESUME,
-    Reason.ACCELERATOR_MISSING: Remedy.ELSEWHERE,
-    Reason.COLLECTIVE_TIMEOUT: Remedy.RESUME,
-    Reason.S3_UNAVAILABLE: Remedy.RESUME,
-    Reason.UPLOAD_FAILED: Remedy.RESUME,
-    Reason.HUB_UNAVAILABLE: Remedy.RESUME,
-    Reason.HUB_RATE_LIMITED: Remedy.RESUME,
-    Reason.CUDA_OUT_OF_MEMORY: Remedy.SHRINK,
-    Reason.HOST_OUT_OF_MEMORY: Remedy.SHRINK,
-}
-"""Reasons that are not in here are for somebody to correct first."""
-DISRUPTIONS: Final = frozenset(
-    {Reason.INTERRUPTED, Reason.PREEMPTED, Reason.NODE_LOST, Reason.POD_LOST, Reason.SUSPENDED_BY_USER}
-)
-"""Ends that say nothing about the run: they do not use up spec.retries.maxAttempts."""
 MOST_ATTEMPTS: Final = 100
 """Entries that status.attempts may have."""
 AT_ONCE: Final = timedelta(0)
@@ -55,24 +15,23 @@ AT_ONCE: Final = timedelta(0)
 GIBIBYTE: Final = 1 << 30
 LONGEST_WAIT: Final = timedelta(days=3650)
 """9999999d is a valid duration, and ends after the last date there is."""
-_AVOIDING: Final = frozenset(reason for reason, remedy in REMEDIES.items() if remedy is Remedy.ELSEWHERE)
-_SERVICES: Final = frozenset(
-    {Reason.S3_UNAVAILABLE, Reason.UPLOAD_FAILED, Reason.HUB_UNAVAILABLE, Reason.HUB_RATE_LIMITED}
-)
-"""What needs time to recover."""
-_FIRST_PAUSE: Final = timedelta(seconds=10)
-_LONGEST_PAUSE: Final = timedelta(minutes=5)
+FIRST_PAUSE: Final = timedelta(seconds=10)
+LONGEST_PAUSE: Final = timedelta(minutes=5)
 
 
 def used_attempts(attempts: Sequence[Attempt]) -> int:
     """Return how many attempts count."""
-    return sum(attempt.reason is not None and attempt.reason not in DISRUPTIONS for attempt in attempts)
+    ends = (attempt.reason for attempt in attempts if attempt.reason is not None)
+    return sum(REASONS[reason].counts_against_retries for reason in ends)
 
 
 def avoided_nodes(attempts: Sequence[Attempt]) -> tuple[str, ...]:
     """Return the nodes that did not have what they promise."""
-    failed = (attempt.node for attempt in attempts if attempt.reason in _AVOIDING and attempt.node)
-    return tuple(dict.fromkeys(failed))
+    return tuple(dict.fromkeys(attempt.node for attempt in attempts if attempt.node and _blames_node(attempt)))
+
+
+def _blames_node(attempt: Attempt) -> bool:
+    return attempt.reason is not None and REASONS[attempt.reason].retry is RetryAction.OTHER_NODE
 
 
 def time_left(deadlines: DeadlinesSpec, attempts: Sequence[Attempt]) -> timedelta:
@@ -83,12 +42,12 @@ def time_left(deadlines: DeadlinesSpec, attempts: Sequence[Attempt]) -> timedelt
     return min(to_timedelta(deadlines.total), LONGEST_WAIT) - sum(spent, timedelta(0))
 
 
-def choose_remedy(verdict: Verdict, plan: Plan) -> Remedy | None:
-    """Return what could mend a failure; None where nothing can but a person."""
-    remedy = REMEDIES.get(verdict.reason)
+def choose_remedy(verdict: Verdict, plan: Plan) -> RetryAction | None:
+    """Return what another attempt would do differently; None where somebody has to fix the cause first."""
+    remedy = REASONS[verdict.reason].retry
     if verdict.reason is Reason.HOST_OUT_OF_MEMORY and plan.device == "cuda":
         return None  # the host's memory holds the rows and the model while it is loaded, whatever the micro-batch
-    return remedy if remedy is not Remedy.SHRINK or can_shrink(plan) else None
+    return remedy if remedy is not RetryAction.SHRINK_MICRO_BATCH or can_shrink(plan) else None
 
 
 def can_shrink(plan: Plan) -> bool:
@@ -119,8 +78,8 @@ def _corrected(plan: Plan, reason: str, **change: int | bool) -> Plan:
 def retry_at(attempts: Sequence[Attempt]) -> datetime | None:
     """Return when the next attempt may start; None: at once."""
     last = attempts[-1] if attempts else None
-    if last is None or last.finished_at is None or last.reason not in _SERVICES:
+    if last is None or last.finished_at is None or last.reason is None or not REASONS[last.reason].needs_time:
         return None
     doublings = used_attempts(attempts) - 1
-    pause = min(_FIRST_PAUSE.total_seconds() * 2.0**doublings, _LONGEST_PAUSE.total_seconds())
+    pause = min(FIRST_PAUSE.total_seconds() * 2.0**doublings, LONGEST_PAUSE.total_seconds())
     return last.finished_at + timedelta(seconds=pause)

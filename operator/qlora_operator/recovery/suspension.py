@@ -9,8 +9,8 @@ from qlora_operator.recovery.training import record
 from qlora_operator.recovery.watch import Watch, startup_of
 from qlora_operator.values import Action, Decision, Job, Observation, Stage
 
-_STOPPING: Final = "it is being stopped: it writes a checkpoint and ends"
-_STOPPING_PREPARATION: Final = "its preparation is being stopped"
+_STOPPING: Final = "training is being stopped: it writes a checkpoint and ends"
+_STOPPING_PREPARATION: Final = "preparation is being stopped"
 _RUNNING: Final = frozenset({Stage.WAITING, Stage.RUNNING})
 
 
@@ -36,5 +36,5 @@ def suspend(job: Job, seen: Observation, number: int, watch: Watch) -> Decision 
 
 def _describe(job: Job) -> str:
     checkpoint = job.status.checkpoint
-    kept = f"what was trained up to step {checkpoint.step} is in {checkpoint.uri}; " if checkpoint else ""
-    return f"spec.suspend is true: no pod runs; {kept}set it to false to go on"
+    kept = f"the checkpoint of step {checkpoint.step} is in {checkpoint.uri}; " if checkpoint else ""
+    return f"spec.suspend is true: no pod runs; {kept}set it to false to resume"

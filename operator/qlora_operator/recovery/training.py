@@ -4,13 +4,13 @@ from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Final
 
-from qlora_api.names import Phase, Reason, train_job_name
+from qlora_api.names import Phase, train_job_name
+from qlora_api.reasons import Reason, RetryAction
 from qlora_api.v1alpha1 import Attempt
 from qlora_operator.recovery.gang import judge
 from qlora_operator.recovery.retries import (
     AT_ONCE,
     MOST_ATTEMPTS,
-    Remedy,
     choose_remedy,
     shrink,
     time_left,
@@ -20,11 +20,11 @@ from qlora_operator.recovery.watch import Watch, silent_until, startup_of
 from qlora_operator.values import Action, ChildJob, Decision, Job, Pod, Stage, Verdict, Violation
 
 MAX_LOST_ATTEMPTS: Final = 3
-"""After this many training Jobs that ended without a last word, something removes them: give up."""
+"""After this many training Jobs that ended without a termination message, something removes them: give up."""
 MAX_ATTEMPT_MESSAGE: Final = 4096
 """Bound of status.attempts[].message."""
 PREPARATION_DONE: Final = frozenset({Reason.PREPARED, Reason.ALREADY_PUBLISHED})
-"""Last words with which a preparation succeeds."""
+"""Reasons of a termination message with which a preparation succeeds."""
 _LIVE: Final = {
     Phase.TRAINING: Reason.TRAINING,
     Phase.EVALUATING: Reason.EVALUATING,
@@ -119,18 +119,19 @@ def published(verdict: Verdict, attempt: Attempt, at: datetime) -> Decision | No
 def fail(verdict: Verdict) -> Decision:
     """End the run; a good reason without its facts is the trainer's mistake."""
     if verdict.reason in {*PREPARATION_DONE, Reason.PUBLISHED}:
-        return Decision(Phase.FAILED, Reason.TRAINER_ERROR, f"the last word {verdict.reason} came without its facts")
+        message = f"the termination message says {verdict.reason}, but lacks the details that belong to it"
+        return Decision(Phase.FAILED, Reason.TRAINER_ERROR, message)
     return Decision(Phase.FAILED, verdict.reason, verdict.message)
 
 
 def lose(attempt: Attempt, now: datetime) -> Decision:
     """Record an attempt of which nobody can say how it ended; what it published is found by another preparation."""
-    message = f"Job {attempt.job} is gone without a last word"
+    message = f"Job {attempt.job} disappeared without a termination message"
     lost = attempt.model_copy(update={"reason": Reason.POD_LOST, "message": message, "finished_at": now})
     if lost.number >= MAX_LOST_ATTEMPTS:
-        again = f"{message}, as were {lost.number - 1} before it; see what deletes Jobs or pods in this namespace"
+        again = f"{message}, as did {lost.number - 1} before it; find out what deletes Jobs or pods in this namespace"
         return Decision(Phase.FAILED, Reason.POD_LOST, again, attempt=lost)
-    message = f"{message}; the run is prepared again"
+    message = f"{message}; preparation runs again"
     return Decision(Phase.PREPARING, Reason.POD_LOST, message, Action.FORGET, attempt=lost, retry_after=AT_ONCE)
 
 
@@ -146,15 +147,16 @@ def _end_training(job: Job, verdict: Verdict, attempt: Attempt, at: datetime) ->
 
 
 def _try_again(job: Job, verdict: Verdict, ended: Attempt) -> Decision | None:
-    """Start another attempt where that can mend the failure; it goes on from the last checkpoint."""
+    """Start another attempt where that can fix the failure; it resumes from the last checkpoint."""
     plan, attempts = job.status.plan, (*job.status.attempts[: ended.number - 1], ended)
     remedy = choose_remedy(verdict, plan) if plan else None
     if remedy is None or plan is None:
         return None
     if exhausted := _exhausted(job, attempts):
-        return Decision(Phase.FAILED, exhausted.reason, f"{exhausted.message}; the last one: {verdict.message}")
-    plan = shrink(plan, ended.number) if remedy is Remedy.SHRINK else plan
-    message = f"attempt {ended.number} ended: {verdict.message}; the next one goes on from the last checkpoint"
+        message = f"{exhausted.message}; the last one ended with {ended.reason}: {verdict.message}"
+        return Decision(Phase.FAILED, exhausted.reason, message)
+    plan = shrink(plan, ended.number) if remedy is RetryAction.SHRINK_MICRO_BATCH else plan
+    message = f"attempt {ended.number} ended: {verdict.message}; the next one resumes from the last checkpoint"
     return Decision(Phase.SCHEDULING, verdict.reason, message, plan=plan, retry_after=AT_ONCE)
 
 
@@ -162,11 +164,10 @@ def _exhausted(job: Job, attempts: tuple[Attempt, ...]) -> Violation | None:
     """Say which bound of the spec another attempt would break."""
     most = job.spec.retries.max_attempts
     if (used := used_attempts(attempts)) >= most:
-        told = f"{used} of {most} attempts (spec.retries.maxAttempts) ended with {attempts[-1].reason}"
-        return Violation(Reason.RETRIES_EXHAUSTED, told)
+        return Violation(Reason.RETRIES_EXHAUSTED, f"{used} of {most} attempts (spec.retries.maxAttempts) failed")
     if len(attempts) >= MOST_ATTEMPTS:
-        return Violation(Reason.RETRIES_EXHAUSTED, f"{len(attempts)} attempts were made, most of them disrupted")
+        return Violation(Reason.RETRIES_EXHAUSTED, f"{len(attempts)} attempts ended, most of them by disruptions")
     if time_left(job.spec.deadlines, attempts) <= AT_ONCE:
-        told = f"all attempts together took longer than {job.spec.deadlines.total} (spec.deadlines.total)"
-        return Violation(Reason.DEADLINE_EXCEEDED, told)
+        message = f"all attempts together exceeded {job.spec.deadlines.total} (spec.deadlines.total)"
+        return Violation(Reason.DEADLINE_EXCEEDED, message)
     return None

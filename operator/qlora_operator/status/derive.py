@@ -3,9 +3,9 @@
 from datetime import datetime
 from typing import Any, Final
 
-from qlora_api.guidance import GUIDANCE
 from qlora_api.names import TERMINAL, Phase
 from qlora_api.prepared import Prepared
+from qlora_api.reasons import REASONS
 from qlora_api.result import Result
 from qlora_api.v1alpha1 import Attempt, Checkpoint, OutputStatus, Plan, Progress, QLoRAJobStatus
 from qlora_operator.status.columns import format_eta, format_number, format_step
@@ -55,9 +55,9 @@ def derive_status(  # noqa: PLR0913 (everything that a status depends on)
 
 def describe(decision: Decision) -> str:
     """Write the sentence of a decision; a failure also says what to do."""
-    sentence, remedy = GUIDANCE[decision.reason]
-    message = decision.message or sentence
-    return f"{message}. What to do: {remedy}" if decision.phase is Phase.FAILED else message
+    record = REASONS[decision.reason]
+    message = decision.message or record.sentence
+    return f"{message}. What to do: {record.remedy}" if decision.phase is Phase.FAILED else message
 
 
 def derive_progress(report: Progress | None, phase: Phase, plan: Plan | None) -> dict[str, Any]:

@@ -146,7 +146,7 @@ def test_a_run_error_is_shown_with_reason_message_and_remedy(trainer, job):
     assert result.stderr.splitlines()[-3:] == [
         "error: NonFiniteLoss",
         "the loss of step 3 is [nan]",
-        "what to do: See the message; usually a lower spec.training.learningRate, or a correction of the dataset.",
+        "what to do: See the message; usually lower spec.training.learningRate or correct the dataset.",
     ]
 
 

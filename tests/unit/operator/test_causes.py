@@ -35,11 +35,16 @@ def ended(end: Exit, **pod: Any) -> ChildJob:
             id="word-in-log",
         ),
         pytest.param(ended(make_exit(143, PUBLISHED_WORD)), Reason.PUBLISHED, "", id="stopped-after-the-publication"),
-        pytest.param(ended(make_exit(0, "")), Reason.TRAINER_ERROR, "without a last word", id="good-exit-no-word"),
+        pytest.param(
+            ended(make_exit(0, "")),
+            Reason.TRAINER_ERROR,
+            "exited with code 0 and wrote no termination message",
+            id="good-exit-no-word",
+        ),
         pytest.param(
             ended(make_exit(137, "", "OOMKilled")),
             Reason.HOST_OUT_OF_MEMORY,
-            "more than spec.resources.memory allows",
+            "exceeded its memory limit (spec.resources.memory)",
             id="oom",
         ),
         pytest.param(
@@ -47,16 +52,16 @@ def ended(end: Exit, **pod: Any) -> ChildJob:
                 Role.PREPARE, pod=make_pod(phase="Failed", exit=make_exit(137, "", "OOMKilled")), failure=FAILED
             ),
             Reason.HOST_OUT_OF_MEMORY,
-            "the prepare pod used more than its fixed 4Gi",
+            "the prepare pod exceeded its memory limit (4Gi, fixed for a prepare pod)",
             id="oom-of-prepare",
         ),
         pytest.param(
             make_child(Role.PREPARE, pod=None, failure=JobFailure("DeadlineExceeded", "too long"), overdue=True),
             Reason.DEADLINE_EXCEEDED,
-            "3600 seconds (which is fixed for a prepare pod)",
+            "exceeded its deadline of 3600 seconds (fixed for a prepare pod)",
             id="deadline-of-prepare",
         ),
-        pytest.param(ended(make_exit(143)), Reason.INTERRUPTED, "asked to stop", id="sigterm"),
+        pytest.param(ended(make_exit(143)), Reason.INTERRUPTED, "stopped by SIGTERM (exit code 143)", id="sigterm"),
         pytest.param(
             ended(make_exit(1), disrupted="preempting to accommodate", disruption="PreemptionByScheduler"),
             Reason.PREEMPTED,
@@ -98,11 +103,15 @@ def ended(end: Exit, **pod: Any) -> ChildJob:
         pytest.param(
             make_child(pod=make_pod(deleting=True, gone_after=NOW - NODE_PATIENCE)),
             Reason.NODE_LOST,
-            "node node-1 does not answer",
+            "node node-1 does not respond",
             id="node-does-not-answer",
         ),
-        pytest.param(ended(make_exit(137), deleting=True), Reason.INTERRUPTED, "asked to stop", id="grace-ran-out"),
-        pytest.param(ended(make_exit(137)), Reason.INTERRUPTED, "does not say by whom", id="killed-by-whom"),
+        pytest.param(
+            ended(make_exit(137), deleting=True), Reason.INTERRUPTED, "deleted (exit code 137)", id="grace-ran-out"
+        ),
+        pytest.param(
+            ended(make_exit(137)), Reason.INTERRUPTED, "killed by SIGKILL (exit code 137)", id="killed-by-whom"
+        ),
         pytest.param(ended(make_exit(137, "", "ContainerStatusUnknown")), Reason.NODE_LOST, "node-1", id="node-lost"),
         pytest.param(
             ended(make_exit(128, "exec format error", "StartError")), Reason.POD_REJECTED, "exec format", id="no-start"

@@ -5,8 +5,8 @@ from typing import Final
 
 import pytest
 
-from qlora_api.guidance import GUIDANCE
-from qlora_api.names import Phase, Reason
+from qlora_api.names import Phase
+from qlora_api.reasons import REASONS, Reason
 from qlora_api.v1alpha1 import QLoRAJobStatus
 from qlora_operator.build import Owner, build_event
 from qlora_operator.build.event import ACTIONS, MAX_NOTE, event_type
@@ -75,7 +75,7 @@ def test_every_phase_has_a_verb_that_the_api_server_takes(phase: Phase) -> None:
 @pytest.mark.parametrize("reason", Reason)
 def test_a_warning_is_what_somebody_may_have_to_act_on(reason: Reason) -> None:
     # Nothing is asked of anybody where the remedy says so, and what is done is no warning.
-    nothing_to_do = GUIDANCE[reason].remedy == "Nothing to do." or reason in {
+    nothing_to_do = REASONS[reason].remedy == "Nothing to do." or reason in {
         Reason.PUBLISHED, Reason.ALREADY_PUBLISHED, Reason.SUSPENDED_BY_USER
     }  # fmt: skip
     assert event_type(reason) == ("Normal" if nothing_to_do else "Warning")

@@ -54,7 +54,7 @@ def test_a_consequence_waits_for_its_cause() -> None:
     lost = pod_of(0, make_exit(1, PEER))
     waiting = judge(gang(lost, pod_of(1)), STARTUP, NOW)
     assert waiting.stage is Stage.RUNNING
-    assert "bot-1-0 ended, and the others of the run are being stopped" in waiting.message
+    assert "bot-1-0 ended, and the other pods of the run are being stopped" in waiting.message
     known = judge(gang(lost, pod_of(1, later(make_exit(1, MEMORY), 9))), STARTUP, NOW)
     assert (known.stage, known.reason) == (Stage.ENDED, Reason.CUDA_OUT_OF_MEMORY)
 

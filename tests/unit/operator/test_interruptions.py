@@ -59,7 +59,7 @@ async def test_a_training_is_stopped_and_goes_on_as_another_attempt(cluster: Fak
     await settle(cluster)
     assert outcome(cluster) == ("Suspended", "SuspendedByUser")
     assert ("Job", TRAIN) not in cluster.children
-    assert "what was trained up to step 50 is in s3://adapters/x/checkpoints/" in cluster.status["message"]
+    assert "the checkpoint of step 50 is in s3://adapters/x/checkpoints/" in cluster.status["message"]
     cluster.change(suspend=False)
     await settle(cluster)
     assert (cluster.status["phase"], cluster.status["attempt"]) == (Phase.SCHEDULING, 2)
@@ -98,7 +98,7 @@ async def test_it_is_said_when_no_pod_runs_any_more(cluster: FakeCluster) -> Non
     cluster.lingers = True
     cluster.change(suspend=True)
     await settle(cluster)
-    assert cluster.status["message"] == "it is being stopped: it writes a checkpoint and ends"
+    assert cluster.status["message"] == "training is being stopped: it writes a checkpoint and ends"
     cluster.remove(TRAIN)
     await settle(cluster)
     assert cluster.status["message"].startswith("spec.suspend is true: no pod runs")
@@ -111,11 +111,11 @@ async def test_a_preparation_that_is_stopped_has_no_checkpoint_to_write(cluster:
     cluster.change(suspend=True)
     await settle(cluster)
     assert (outcome(cluster), cluster.status["message"]) == (
-        ("Suspended", "SuspendedByUser"), "its preparation is being stopped"
+        ("Suspended", "SuspendedByUser"), "preparation is being stopped"
     )  # fmt: skip
     cluster.remove(PREPARE)
     await settle(cluster)
-    assert cluster.status["message"] == "spec.suspend is true: no pod runs; set it to false to go on"
+    assert cluster.status["message"] == "spec.suspend is true: no pod runs; set it to false to resume"
 
 
 async def test_what_is_published_while_it_is_stopped_counts(cluster: FakeCluster) -> None:

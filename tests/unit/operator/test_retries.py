@@ -5,15 +5,39 @@ from typing import Any
 
 import pytest
 
-from qlora_api.names import Phase, Reason
+from qlora_api.names import Phase
+from qlora_api.reasons import Reason, RetryAction
 from qlora_api.v1alpha1 import Attempt, Plan
-from qlora_operator.recovery.retries import REMEDIES, Remedy, choose_remedy, retry_at, shrink, used_attempts
+from qlora_operator.recovery.retries import avoided_nodes, choose_remedy, retry_at, shrink, used_attempts
 from qlora_operator.values import Stage, Verdict
 from tests.fakes import FakeCluster
 from tests.make import NOW, PREPARED_WORD, PUBLISHED_WORD, make_manifest, make_plan_status, make_word
 from tests.unit.operator.test_reconcile import PREPARE, SECOND, TRAIN, settle
 
 THIRD = "support-bot-3"
+RETRIED = {
+    Reason.INTERRUPTED: RetryAction.RESUME,
+    Reason.PREEMPTED: RetryAction.RESUME,
+    Reason.EVICTED: RetryAction.RESUME,
+    Reason.NODE_LOST: RetryAction.RESUME,
+    Reason.HEARTBEAT_LOST: RetryAction.RESUME,
+    Reason.COLLECTIVE_TIMEOUT: RetryAction.RESUME,
+    Reason.S3_UNAVAILABLE: RetryAction.RESUME,
+    Reason.UPLOAD_FAILED: RetryAction.RESUME,
+    Reason.HUB_UNAVAILABLE: RetryAction.RESUME,
+    Reason.HUB_RATE_LIMITED: RetryAction.RESUME,
+    Reason.ACCELERATOR_MISSING: RetryAction.OTHER_NODE,
+    Reason.CUDA_OUT_OF_MEMORY: RetryAction.SHRINK_MICRO_BATCH,
+    Reason.HOST_OUT_OF_MEMORY: RetryAction.SHRINK_MICRO_BATCH,
+}
+NOT_COUNTED = {
+    Reason.INTERRUPTED,
+    Reason.PREEMPTED,
+    Reason.NODE_LOST,
+    Reason.POD_LOST,
+    Reason.SUSPENDED_BY_USER,
+}
+DELAYED = {Reason.S3_UNAVAILABLE, Reason.UPLOAD_FAILED, Reason.HUB_UNAVAILABLE, Reason.HUB_RATE_LIMITED}
 
 
 def attempts_of(*reasons: Reason) -> tuple[Attempt, ...]:
@@ -32,14 +56,23 @@ def test_disruptions_use_nothing_up() -> None:
 
 
 @pytest.mark.parametrize("reason", Reason)
-def test_only_what_another_attempt_can_mend_is_tried_again(reason: Reason) -> None:
+def test_what_an_end_does_to_the_next_attempt(reason: Reason) -> None:
+    ended = attempts_of(reason)
+    assert used_attempts(ended) == (reason not in NOT_COUNTED)
+    assert (retry_at(ended) is not None) == (reason in DELAYED)
+    on_node = tuple(attempt.model_copy(update={"node": "node-1"}) for attempt in ended)
+    assert avoided_nodes(on_node) == (("node-1",) if reason is Reason.ACCELERATOR_MISSING else ())
+
+
+@pytest.mark.parametrize("reason", Reason)
+def test_only_what_another_attempt_can_fix_is_retried(reason: Reason) -> None:
     remedy = choose_remedy(Verdict(Stage.ENDED, reason), plan_of())
-    assert remedy == REMEDIES.get(reason)
+    assert remedy == RETRIED.get(reason)
 
 
 def test_a_gpus_micro_batch_is_no_remedy_for_the_hosts_memory() -> None:
     verdict = Verdict(Stage.ENDED, Reason.HOST_OUT_OF_MEMORY)
-    assert choose_remedy(verdict, plan_of(device="cpu")) is Remedy.SHRINK
+    assert choose_remedy(verdict, plan_of(device="cpu")) is RetryAction.SHRINK_MICRO_BATCH
     assert choose_remedy(verdict, plan_of(device="cuda")) is None
 
 
@@ -52,7 +85,7 @@ def test_a_single_row_cannot_be_halved() -> None:
 def test_a_single_row_is_recomputed_where_the_plan_said_otherwise() -> None:
     verdict = Verdict(Stage.ENDED, Reason.CUDA_OUT_OF_MEMORY)
     plan = plan_of(micro_batch_size=1, gradient_checkpointing=False)
-    assert choose_remedy(verdict, plan) is Remedy.SHRINK
+    assert choose_remedy(verdict, plan) is RetryAction.SHRINK_MICRO_BATCH
     smaller = shrink(plan, 3)
     assert smaller.gradient_checkpointing is True
     assert (smaller.micro_batch_size, smaller.gradient_accumulation) == (1, plan.gradient_accumulation)
@@ -126,7 +159,7 @@ async def test_the_last_attempt_fails_the_run(cluster: FakeCluster) -> None:
         await settle(cluster)
     assert (cluster.status["phase"], cluster.status["reason"]) == (Phase.FAILED, Reason.RETRIES_EXHAUSTED)
     assert cluster.status["message"].startswith(
-        "2 of 2 attempts (spec.retries.maxAttempts) ended with CudaOutOfMemory; the last one: 24 GiB are too few"
+        "2 of 2 attempts (spec.retries.maxAttempts) failed; the last one ended with CudaOutOfMemory: 24 GiB are too few"
     )
     assert ("Job", THIRD) not in cluster.children
 
@@ -155,7 +188,7 @@ async def test_a_service_is_given_time(cluster: FakeCluster, node_ahead: int) ->
     cluster.end_pod(TRAIN, 1, make_word(Reason.S3_UNAVAILABLE, "503"))
     await settle(cluster)
     assert ("Job", SECOND) not in cluster.children
-    assert cluster.status["message"] == "attempt 1 ended: 503; the next one goes on from the last checkpoint"
+    assert cluster.status["message"] == "attempt 1 ended: 503; the next one resumes from the last checkpoint"
     cluster.pass_time(timedelta(seconds=10))
     await settle(cluster)
     assert ("Job", SECOND) in cluster.children
@@ -177,7 +210,7 @@ async def test_a_preparation_that_a_service_spoiled_is_made_again(cluster: FakeC
     cluster.end_pod(PREPARE, 1, make_word(Reason.S3_UNAVAILABLE, "connect timeout"))
     await settle(cluster)
     assert (cluster.status["phase"], cluster.status["reason"]) == (Phase.PREPARING, Reason.S3_UNAVAILABLE)
-    assert cluster.status["message"] == "connect timeout; it is prepared again"
+    assert cluster.status["message"] == "connect timeout; preparation is retried"
     assert cluster.created.count(PREPARE) == 2, "the Job and its ConfigMap, once"
     cluster.pass_time(timedelta(seconds=15))
     await settle(cluster)
