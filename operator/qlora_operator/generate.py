@@ -13,6 +13,7 @@ import yaml
 
 from qlora_api import crd
 from qlora_api.names import KIND
+from qlora_api.strategies import DDP, SHARDING_OPTIMIZER
 from qlora_cli.reference import command_reference
 from qlora_operator.chart import build_values_schema, read_values, render_values_table
 from qlora_operator.cluster.permissions import (
@@ -207,6 +208,7 @@ def _noted(page: str) -> str:
 
 def validity_file() -> str:
     """What several processes may share."""
+    sharding = " and ".join(SHARDING_OPTIMIZER)
     return "\n".join(
         [
             f"<!-- {_NOTE} -->",
@@ -218,8 +220,8 @@ def validity_file() -> str:
             "",
             render_table(),
             "",
-            "Whatever the table says, zero2 and zero3 compute in bf16 or fp32: on a GPU before sm_80, whose fast dtype",
-            "is fp16, the training ends at once and names ddp.",
+            f"Whatever the table says, {sharding} compute in bf16 or fp32: on a GPU before sm_80, whose fast dtype",
+            f"is fp16, the training ends at once and names {DDP.name}.",
             "",
         ]
     )

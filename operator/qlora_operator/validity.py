@@ -4,10 +4,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from qlora_api.strategies import FOR_SEVERAL
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_operator.rules import check
 
-STRATEGIES: Final = ("ddp", "zero2", "zero3")
+STRATEGIES: Final = tuple(strategy.name for strategy in FOR_SEVERAL)
 BASES: Final[Mapping[str, Mapping[str, Any]]] = {
     "qlora, 4 bits": {"method": "qlora", "quantization": {"bits": 4}},
     "qlora, 8 bits": {"method": "qlora", "quantization": {"bits": 8}},

@@ -6,6 +6,7 @@ from typing import Any, Final
 import torch
 
 from qlora_api.runconfig import RunConfig
+from qlora_api.strategies import STRATEGIES
 from qlora_trainer.attention import attention_facts, choose_attention
 from qlora_trainer.batches import PACK_TOKENS
 from qlora_trainer.hardware import Hardware
@@ -55,7 +56,7 @@ def decide(config: RunConfig, hardware: Hardware, model: Any) -> Choices:
     tokens = min(plan.micro_batch_size * length, max(PACK_TOKENS, length) if spec.training.packing else 1 << 62)
     asked, weights = spec.training.optimizer, config.prepared.model.parameters
     if spec.method == "full":
-        parts = plan.processes if plan.strategy == "zero2" else 1
+        parts = plan.processes if STRATEGIES[plan.strategy].shards_optimizer else 1
         optimizer, optimizer_reason = choose_for_whole(asked, hardware, weights, parts)
         hardware = replace(hardware, free_bytes=hardware.free_bytes - bytes_for(optimizer, weights, parts))
     else:

@@ -13,7 +13,6 @@ from qlora_api.v1alpha1.recipe import (
 from qlora_api.v1alpha1.spec import (
     MUTABLE_FIELDS,
     DeadlinesSpec,
-    Distribution,
     QLoRAJobSpec,
     QueueSpec,
     ResourcesSpec,
@@ -33,7 +32,6 @@ from qlora_api.v1alpha1.status import (
     Progress,
     QLoRAJobStatus,
     RowLengths,
-    Strategy,
 )
 from qlora_api.v1alpha1.tracking import MlflowSpec, TrackingSpec, WandbSpec
 from qlora_api.v1alpha1.types import (
@@ -52,7 +50,6 @@ __all__ = [
     "DataStatus",
     "DatasetSpec",
     "DeadlinesSpec",
-    "Distribution",
     "EarlyStoppingSpec",
     "EvaluationSpec",
     "EvaluationSplit",
@@ -77,7 +74,6 @@ __all__ = [
     "RowLengths",
     "RowTemplate",
     "SecretRef",
-    "Strategy",
     "Toleration",
     "TrackingSpec",
     "TrainingSpec",

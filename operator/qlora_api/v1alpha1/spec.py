@@ -6,13 +6,12 @@ from pydantic import Field
 
 from qlora_api.base import ApiModel
 from qlora_api.names import SecretRole
+from qlora_api.strategies import DDP, FOR_SEVERAL, SHARDING_OPTIMIZER, SHARDING_WEIGHTS, ZERO2, Distribution
 from qlora_api.v1alpha1.checkpoint import CheckpointSpec
 from qlora_api.v1alpha1.places import DatasetSpec, ModelSpec, OutputSpec
 from qlora_api.v1alpha1.recipe import EvaluationSpec, LoraSpec, QuantizationSpec, TrainingSpec
 from qlora_api.v1alpha1.tracking import TrackingSpec
 from qlora_api.v1alpha1.types import Duration, LabelKey, LabelValue, Quantity, SecretRef, cel
-
-Distribution = Literal["auto", "ddp", "zero2", "zero3"]
 
 
 class Toleration(ApiModel):
@@ -158,15 +157,15 @@ class QLoRAJobSpec(ApiModel):
             "raise nodes or gpusPerNode",
         ),
         (
-            "self.distribution != 'zero3' || (self.method != 'full' && self.lora.init != 'pissa' && "
-            "size(self.lora.modulesToSave) == 0 && !(self.lora.dora && self.quantization.bits == 4))",
-            "distribution zero3 leaves no process a whole weight, which method full, lora.modulesToSave, lora.init "
-            "pissa and dora on 4 bits need; set it to zero2",
+            f"!(self.distribution in {list(SHARDING_WEIGHTS)}) || (self.method != 'full' && self.lora.init != 'pissa' "
+            "&& size(self.lora.modulesToSave) == 0 && !(self.lora.dora && self.quantization.bits == 4))",
+            f"distribution {' and '.join(SHARDING_WEIGHTS)} leaves no process a whole weight, which method full, "
+            f"lora.modulesToSave, lora.init pissa and dora on 4 bits need; set it to {ZERO2.name}",
         ),
         (
-            "!(self.distribution in ['zero2', 'zero3']) || self.training.optimizer in ['auto', 'adamw']",
-            "distribution zero2 and zero3 divide the state of AdamW; leave training.optimizer out, or set distribution "
-            "to ddp",
+            f"!(self.distribution in {list(SHARDING_OPTIMIZER)}) || self.training.optimizer in ['auto', 'adamw']",
+            f"distribution {' and '.join(SHARDING_OPTIMIZER)} divide the state of AdamW; leave training.optimizer out, "
+            f"or set distribution to {DDP.name}",
         ),
         *map(_immutable, _IMMUTABLE_FIELDS),
     )
@@ -187,8 +186,8 @@ class QLoRAJobSpec(ApiModel):
     distribution: Distribution = Field(
         default="auto",
         description=(
-            "How several processes share the work. ddp: each holds the whole model; zero2: optimizer and gradients are "
-            "divided (DeepSpeed); zero3: the weights as well, once they are loaded."
+            "How several processes share the work. "
+            f"{'; '.join(f'{strategy.name}: {strategy.summary}' for strategy in FOR_SEVERAL)}."
         ),
     )
     checkpoint: CheckpointSpec = Field(default=CheckpointSpec(), description="How much of a run a stop may cost.")

@@ -8,9 +8,8 @@ from pydantic import Field
 from qlora_api.base import ApiModel
 from qlora_api.modelconfig import MAX_CONFIG
 from qlora_api.names import ConditionType, Phase, Reason
+from qlora_api.strategies import SINGLE, StrategyName
 from qlora_api.v1alpha1.types import MAX_URI
-
-Strategy = Literal["single", "ddp", "zero2", "zero3"]
 
 
 class Condition(ApiModel):
@@ -67,7 +66,7 @@ class Plan(ApiModel):
     device: Literal["cpu", "cuda"] = Field(description="Where the training runs.")
     nodes: int = Field(ge=1, description="Pods, one per node.")
     gpus_per_node: int = Field(ge=0, description="GPUs of each pod.")
-    strategy: Strategy = Field(default="single", description="How the processes share the work.")
+    strategy: StrategyName = Field(default=SINGLE.name, description="How the processes share the work.")
     micro_batch_size: int = Field(ge=1, description="Rows per forward pass.")
     gradient_accumulation: int = Field(ge=1, description="Forward passes of each process per optimizer step.")
     total_steps: int = Field(ge=1, description="Optimizer steps of the run.")

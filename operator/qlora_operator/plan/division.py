@@ -1,11 +1,11 @@
 """What cannot be divided among processes: the rules refuse it, and the plan does not choose it."""
 
-from qlora_api.launch import DIVIDING
-from qlora_api.v1alpha1 import QLoRAJobSpec, Strategy
+from qlora_api.strategies import Strategy
+from qlora_api.v1alpha1 import QLoRAJobSpec
 
 
 def needs_whole_weights(spec: QLoRAJobSpec) -> str | None:
-    """Say what of a spec needs weights that ZeRO-3 leaves whole in no process."""
+    """Say what of a spec needs weights that no process has whole once they are divided."""
     if spec.method == "full":
         return "spec.method full publishes the whole model"
     if spec.lora.modules_to_save:
@@ -24,6 +24,6 @@ def has_plain_optimizer(spec: QLoRAJobSpec) -> bool:
 
 def can_be_shared(spec: QLoRAJobSpec, strategy: Strategy) -> bool:
     """Return whether processes can share a run by a strategy."""
-    if strategy in DIVIDING and not has_plain_optimizer(spec):
+    if strategy.shards_optimizer and not has_plain_optimizer(spec):
         return False
-    return strategy != "zero3" or needs_whole_weights(spec) is None
+    return not strategy.shards_weights or needs_whole_weights(spec) is None

@@ -41,12 +41,7 @@ def _explain_strategy(work: Workload, sizing: Sizing) -> str:
     strategy = sizing.layout.strategy
     if work.spec.distribution != "auto":
         return f"strategy {strategy}: spec.distribution"
-    why = {
-        "ddp": "the model fits each GPU, so that dividing it would only cost time",
-        "zero2": "gradients and optimizer fit only if they are divided",
-        "zero3": "the weights fit only if they are divided as well",
-    }
-    return f"strategy {strategy}: {why[strategy]}"
+    return f"strategy {strategy}: {sizing.layout.sharing.chosen_because}"
 
 
 def explain_dtype(pool: Pool) -> str:

@@ -6,7 +6,8 @@ from typing import Final, Literal, NamedTuple
 
 from qlora_api.prepared import Prepared
 from qlora_api.steps import steps_of_epochs, steps_per_epoch, total_steps
-from qlora_api.v1alpha1 import DataStatus, Distribution, Plan, QLoRAJobSpec, Strategy, TrainingSpec
+from qlora_api.strategies import DDP, SINGLE, Distribution, StrategyName
+from qlora_api.v1alpha1 import DataStatus, Plan, QLoRAJobSpec, TrainingSpec
 from qlora_operator.plan.duration import explain_duration
 from qlora_operator.plan.estimate import Rows, Workload
 from qlora_operator.plan.explain import explain_sizing
@@ -34,7 +35,7 @@ class MicroBatch(NamedTuple):
 class ChosenStrategy(NamedTuple):
     """How processes share the work, and why."""
 
-    name: Strategy
+    name: StrategyName
     reason: str
 
 
@@ -140,11 +141,11 @@ def _usual_plan(spec: QLoRAJobSpec, prepared: Prepared) -> Plan:
 def choose_strategy(distribution: Distribution, processes: int) -> ChosenStrategy:
     """Say how the processes share the work."""
     if processes == 1:
-        return ChosenStrategy("single", "one process")
+        return ChosenStrategy(SINGLE.name, SINGLE.summary)
     if distribution != "auto":
         return ChosenStrategy(distribution, f"strategy {distribution}: spec.distribution, for {processes} processes")
     why = "an adapter's gradients and optimizer are small, so dividing them gains nothing"
-    return ChosenStrategy("ddp", f"strategy ddp for {processes} processes: {why}")
+    return ChosenStrategy(DDP.name, f"strategy {DDP.name} for {processes} processes: {why}")
 
 
 def choose_micro_batch(training: TrainingSpec, share: int, device: Device) -> MicroBatch:
