@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from qlora_api import __version__
+from qlora_api.optimizers import ADAMW
 from qlora_api.steps import total_steps, warmup_steps
 from qlora_api.v1alpha1 import DataStatus, ModelStatus, QLoRAJobSpec
 
@@ -117,5 +118,5 @@ def _recipe(spec: QLoRAJobSpec, training: dict[str, Any], rows: int) -> dict[str
     looks_decide = spec.training.early_stopping is not None or spec.training.keep == "best"
     settings = {name: value for name, value in training.items() if looks_decide or name != "evaluate_every"}
     # For an adapter auto is AdamW on every device; with method full it depends on the memory that is free there.
-    chosen = {"optimizer": "adamw"} if spec.training.optimizer == "auto" and spec.method != "full" else {}
+    chosen = {"optimizer": ADAMW.name} if spec.training.optimizer == "auto" and spec.method != "full" else {}
     return settings | chosen | {"steps": total, "warmup_steps": warmup_steps(spec.training, total)}

@@ -14,18 +14,10 @@ from qlora_trainer.optimizer import Kind, choose_optimizer
 
 LARGEST: Final = 20_000_000_000
 """Weights beyond which no single GPU suffices: 8 bytes each, with paged state, are 160 GB; a B200 has 192 GB."""
-_BYTES_PER_WEIGHT: Final = {
-    Kind.ADAMW: 4 + 4 + 8,
-    Kind.ADAMW_FUSED: 4 + 4 + 8,
-    Kind.ADAMW_8BIT: 4 + 4 + 2,
-    Kind.PAGED_ADAMW: 4 + 4,
-    Kind.PAGED_ADAMW_8BIT: 4 + 4,
-}
-"""Weight and gradient in fp32, and AdamW's two moments in fp32 or 8 bits; paged ones may leave the GPU."""
 _WEIGHT: Final = 4
-"""Bytes of a weight that every process has under ZeRO-2."""
-_DIVIDED: Final = 4 + 4 + 8
-"""Bytes a weight of what ZeRO-2 divides: gradient, a copy of the weight, AdamW's two moments."""
+"""Bytes of a weight in fp32, and of its gradient."""
+_DIVIDED: Final = 4 + 4
+"""Bytes a weight of what ZeRO-2 divides, beside the optimizer's state: gradient and a copy of the weight."""
 _SHARE: Final = 0.8
 """Of the free memory; the rest is for activations."""
 
@@ -59,9 +51,10 @@ def choose_for_whole(asked: str, hardware: Hardware, parameters: int, parts: int
 
 def bytes_for(kind: Kind, parameters: int, parts: int = 1) -> int:
     """Return the memory of weights, gradients and state on one device, of as many as ZeRO-2 divides them among."""
+    state = kind.optimizer.state_bytes_per_weight
     if parts > 1:
-        return parameters * _WEIGHT + parameters * _DIVIDED // parts
-    return parameters * _BYTES_PER_WEIGHT[kind]
+        return parameters * _WEIGHT + parameters * (_DIVIDED + state) // parts
+    return parameters * (_WEIGHT + _WEIGHT + state)
 
 
 def _fits(kind: Kind, hardware: Hardware, parameters: int, parts: int = 1) -> bool:

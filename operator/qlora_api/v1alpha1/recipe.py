@@ -5,6 +5,7 @@ from typing import Annotated, Final, Literal
 from pydantic import Field
 
 from qlora_api.base import ApiModel
+from qlora_api.optimizers import AskedOptimizer
 from qlora_api.v1alpha1.types import ModuleName, TaskName, cel
 
 
@@ -112,7 +113,7 @@ class TrainingSpec(ApiModel):
         default="cosine", description="Course of the learning rate after the warm-up."
     )
     warmup_ratio: float = Field(default=0.03, ge=0, le=1, description="Share of the steps with a rising learning rate.")
-    optimizer: Literal["auto", "adamw", "adamw8bit", "pagedAdamw", "pagedAdamw8bit"] = Field(
+    optimizer: AskedOptimizer = Field(
         default="auto",
         description=(
             "AdamW with fp32 or 8-bit state; paged state moves to host memory when the GPU's runs out. auto: chosen "

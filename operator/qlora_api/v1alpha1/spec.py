@@ -6,6 +6,7 @@ from pydantic import Field
 
 from qlora_api.base import ApiModel
 from qlora_api.names import SecretRole
+from qlora_api.optimizers import SHARDABLE
 from qlora_api.strategies import DDP, FOR_SEVERAL, SHARDING_OPTIMIZER, SHARDING_WEIGHTS, ZERO2, Distribution
 from qlora_api.v1alpha1.checkpoint import CheckpointSpec
 from qlora_api.v1alpha1.places import DatasetSpec, ModelSpec, OutputSpec
@@ -163,7 +164,7 @@ class QLoRAJobSpec(ApiModel):
             f"lora.modulesToSave, lora.init pissa and dora on 4 bits need; set it to {ZERO2.name}",
         ),
         (
-            f"!(self.distribution in {list(SHARDING_OPTIMIZER)}) || self.training.optimizer in ['auto', 'adamw']",
+            f"!(self.distribution in {list(SHARDING_OPTIMIZER)}) || self.training.optimizer in {['auto', *SHARDABLE]}",
             f"distribution {' and '.join(SHARDING_OPTIMIZER)} divide the state of AdamW; leave training.optimizer out, "
             f"or set distribution to {DDP.name}",
         ),

@@ -1,5 +1,6 @@
 """What cannot be divided among processes: the rules refuse it, and the plan does not choose it."""
 
+from qlora_api.optimizers import SHARDABLE
 from qlora_api.strategies import Strategy
 from qlora_api.v1alpha1 import QLoRAJobSpec
 
@@ -19,7 +20,7 @@ def needs_whole_weights(spec: QLoRAJobSpec) -> str | None:
 
 def has_plain_optimizer(spec: QLoRAJobSpec) -> bool:
     """Return whether DeepSpeed can divide the optimizer's state: AdamW's in fp32, and no other."""
-    return spec.training.optimizer in {"auto", "adamw"}
+    return spec.training.optimizer in {"auto", *SHARDABLE}
 
 
 def can_be_shared(spec: QLoRAJobSpec, strategy: Strategy) -> bool:

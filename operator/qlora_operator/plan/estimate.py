@@ -5,11 +5,12 @@ from functools import cached_property
 from math import ceil
 from typing import Final, Literal
 
+from qlora_api.optimizers import ADAMW, OptimizerName
 from qlora_api.strategies import SINGLE, STRATEGIES, Strategy, StrategyName
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_operator.plan.activations import Activations, estimate_activations
 from qlora_operator.plan.adapter import Trainable, find_trainable, ranks_of_layer
-from qlora_operator.plan.memory import FP32, HALF, BaseBytes, Optimizer, base_bytes, optimizer_bytes
+from qlora_operator.plan.memory import FP32, HALF, BaseBytes, base_bytes, optimizer_bytes
 from qlora_operator.plan.setting import Kernel, Lines, Setting
 from qlora_operator.plan.shapes import Linear, ModelShape
 
@@ -49,7 +50,7 @@ class Layout:
     strategy: StrategyName = SINGLE.name
     micro_batch: int = 1
     checkpointing: bool = False
-    optimizer: Optimizer = "adamw"
+    optimizer: OptimizerName = ADAMW.name
 
     @property
     def sharing(self) -> Strategy:

@@ -3,6 +3,7 @@
 from math import ceil
 from typing import Final
 
+from qlora_api.optimizers import ADAMW
 from qlora_operator.plan.estimate import Workload
 from qlora_operator.plan.offer import Pool
 from qlora_operator.plan.sizing import BUSY_TOKENS, Sizing, micro_batches, pass_tokens
@@ -77,10 +78,10 @@ def _explain_optimizer(work: Workload, sizing: Sizing) -> str:
     optimizer = sizing.layout.optimizer
     if work.spec.training.optimizer != "auto":
         return f"optimizer {optimizer}: spec.training.optimizer"
-    if optimizer == "adamw8bit":
-        return "optimizer adamw8bit: with fp32 state the model would not fit"
+    if optimizer != ADAMW.name:
+        return f"optimizer {optimizer}: with fp32 state the model would not fit"
     state = "all weights" if work.whole else "an adapter"
-    return f"optimizer adamw: the fp32 state of {state} fits, in {_gib(sizing.estimate.optimizer)}"
+    return f"optimizer {optimizer}: the fp32 state of {state} fits, in {_gib(sizing.estimate.optimizer)}"
 
 
 def _explain_micro_batch(work: Workload, sizing: Sizing) -> str:

@@ -7,6 +7,7 @@ from typing import Final
 
 from pydantic import BaseModel
 
+from qlora_api.optimizers import ADAMW, ADAMW_8BIT
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_operator.plan.estimate import Workload
 from qlora_operator.plan.offer import RESERVED_SHARE, Offer
@@ -68,9 +69,9 @@ def find_harmless(work: Workload, misfit: Misfit) -> Iterator[Change]:
     if spec.quantization.bits == 4 and not spec.quantization.double_quant:
         change = _changed(spec, "quantization", double_quant=True)
         yield Change("spec.quantization.doubleQuant true", replace(work, spec=change))
-    if misfit.nearest.layout.optimizer == "adamw":
-        change = _changed(spec, "training", optimizer="adamw8bit")
-        yield Change("spec.training.optimizer adamw8bit", replace(work, spec=change))
+    if misfit.nearest.layout.optimizer == ADAMW.name:
+        change = _changed(spec, "training", optimizer=ADAMW_8BIT.name)
+        yield Change(f"spec.training.optimizer {ADAMW_8BIT.name}", replace(work, spec=change))
 
 
 def find_changes(work: Workload) -> Iterator[Change]:

@@ -5,11 +5,11 @@ from dataclasses import dataclass, replace
 from math import ceil
 from typing import Final
 
+from qlora_api.optimizers import ADAMW, ADAMW_8BIT, OptimizerName
 from qlora_api.strategies import FOR_SEVERAL, SINGLE, STRATEGIES, Strategy
 from qlora_operator.plan.adapter import ALL_LINEAR
 from qlora_operator.plan.division import can_be_shared
 from qlora_operator.plan.estimate import PACK_TOKENS, Layout, MemoryEstimate, Workload, estimate_memory
-from qlora_operator.plan.memory import Optimizer
 from qlora_operator.plan.offer import Offer, Pool
 from qlora_operator.plan.shapes import EXPLICITLY, UnknownModelError
 
@@ -143,12 +143,12 @@ def find_strategies(work: Workload, processes: int) -> tuple[Strategy, ...]:
     return tuple(strategy for strategy in FOR_SEVERAL if can_be_shared(work.spec, strategy))
 
 
-def find_optimizers(work: Workload, strategy: Strategy) -> tuple[Optimizer, ...]:
+def find_optimizers(work: Workload, strategy: Strategy) -> tuple[OptimizerName, ...]:
     """Return the optimizers that the trainer may take: with method full it falls back to 8-bit state by itself."""
     asked = work.spec.training.optimizer
     if asked != "auto":
         return (asked,)
-    return ("adamw", "adamw8bit") if work.whole and not strategy.shards_optimizer else ("adamw",)
+    return (ADAMW.name, ADAMW_8BIT.name) if work.whole and not strategy.shards_optimizer else (ADAMW.name,)
 
 
 def _fastest(work: Workload, room: Room, layout: Layout) -> Sizing | Misfit:
