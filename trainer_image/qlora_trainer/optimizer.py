@@ -35,7 +35,7 @@ _BITSANDBYTES: Final[dict[Kind, Any]] = {
 
 def choose_optimizer(asked: str, device: str) -> tuple[Kind, str]:
     """Return the optimizer for spec.training.optimizer on a device, and why."""
-    plain = Kind.ADAMW_FUSED if device == "cuda" else Kind.ADAMW
+    plain = Kind.ADAMW if device == "cpu" else Kind.ADAMW_FUSED
     if asked == "auto":
         return plain, "an adapter's state is small, so nothing is gained by storing it in 8 bits"
     optimizer = OPTIMIZERS[asked]

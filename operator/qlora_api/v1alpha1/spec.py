@@ -4,6 +4,7 @@ from typing import Annotated, Final, Literal
 
 from pydantic import Field
 
+from qlora_api.accelerators import NVIDIA
 from qlora_api.base import ApiModel
 from qlora_api.names import SecretRole
 from qlora_api.optimizers import SHARDABLE
@@ -35,7 +36,7 @@ class ResourcesSpec(ApiModel):
         default=1, ge=0, le=16, description="GPUs of each training pod, one process each; 0 trains on the CPU."
     )
     gpu_product: LabelValue = Field(
-        default="", description="Required value of the node label nvidia.com/gpu.product; empty: any."
+        default="", description=f"Required value of the node label {NVIDIA.product_label}; empty: any."
     )
     cpu: Quantity = Field(default="2", description="CPU request of each training pod.")
     memory: Quantity = Field(default="16Gi", description="Memory request and limit of each training pod.")
@@ -43,7 +44,7 @@ class ResourcesSpec(ApiModel):
         default={}, description="Labels that the nodes must have."
     )
     tolerations: Annotated[tuple[Toleration, ...], Field(max_length=16)] = Field(
-        default=(), description="Taints that the training pods tolerate; nvidia.com/gpu is tolerated anyway."
+        default=(), description=f"Taints that the training pods tolerate; {NVIDIA.resource} is tolerated anyway."
     )
 
     @property

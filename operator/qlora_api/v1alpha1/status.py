@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from qlora_api.accelerators import NVIDIA, DeviceName
 from qlora_api.base import ApiModel
 from qlora_api.modelconfig import MAX_CONFIG
 from qlora_api.names import ConditionType, Phase, Reason
@@ -63,7 +64,7 @@ class DataStatus(ApiModel):
 class Plan(ApiModel):
     """How the run is executed: chosen by the operator, recorded in status, followed by the trainer."""
 
-    device: Literal["cpu", "cuda"] = Field(description="Where the training runs.")
+    device: DeviceName = Field(description="Where the training runs.")
     nodes: int = Field(ge=1, description="Pods, one per node.")
     gpus_per_node: int = Field(ge=0, description="GPUs of each pod.")
     strategy: StrategyName = Field(default=SINGLE.name, description="How the processes share the work.")
@@ -74,7 +75,7 @@ class Plan(ApiModel):
         default=None, description="Whether activations are recomputed in backward; absent: the trainer decides."
     )
     gpu_product: Annotated[str, Field(max_length=63)] | None = Field(
-        default=None, description="Value of nvidia.com/gpu.product that the run was sized for; absent: any."
+        default=None, description=f"Value of {NVIDIA.product_label} that the run was sized for; absent: any."
     )
     peak_bytes: int | None = Field(default=None, ge=0, description="Predicted peak of each GPU's memory, in bytes.")
     reasons: Annotated[tuple[Annotated[str, Field(max_length=256)], ...], Field(max_length=32)] = Field(

@@ -3,8 +3,9 @@
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import ceil
-from typing import Final, Literal
+from typing import Final
 
+from qlora_api.accelerators import NVIDIA, DeviceName
 from qlora_api.optimizers import ADAMW, OptimizerName
 from qlora_api.strategies import SINGLE, STRATEGIES, Strategy, StrategyName
 from qlora_api.v1alpha1 import QLoRAJobSpec
@@ -30,8 +31,6 @@ LIVE: Final = 1_000_000_000
 """Numbers that ZeRO-3 keeps collected at most (DeepSpeed 0.19: stage3_max_live_parameters)."""
 PACK_TOKENS: Final = 4096
 """Tokens joined into one sequence at most, unless one row is longer: qlora_trainer.batches.PACK_TOKENS."""
-
-Device = Literal["cpu", "cuda"]
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ class Workload:
     spec: QLoRAJobSpec
     shape: ModelShape
     rows: Rows
-    device: Device = "cuda"
+    device: DeviceName = NVIDIA.device
 
     @property
     def whole(self) -> bool:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any, Final
 
+from qlora_api.accelerators import usual_device
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_operator.plan.adapter import check_base
 from qlora_operator.plan.estimate import Layout, MemoryEstimate, Rows, Workload, estimate_memory
@@ -44,7 +45,7 @@ def make_outlook(
     longest = spec.training.max_length
     shape = read_shape(config)
     check_base(shape, spec.quantization)
-    work = Workload(spec, shape, Rows(longest, longest), "cuda" if _gpus(spec, gpus_per_node) else "cpu")
+    work = Workload(spec, shape, Rows(longest, longest), usual_device(_gpus(spec, gpus_per_node)))
     if work.device == "cpu":
         return _on_cpu(work)
     offer, flexible = _offer(spec, gpu_memory, gpus_per_node), gpus_per_node is not None

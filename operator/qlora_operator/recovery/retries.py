@@ -86,7 +86,7 @@ def time_left(deadlines: DeadlinesSpec, attempts: Sequence[Attempt]) -> timedelt
 def choose_remedy(verdict: Verdict, plan: Plan) -> Remedy | None:
     """Return what could mend a failure; None where nothing can but a person."""
     remedy = REMEDIES.get(verdict.reason)
-    if verdict.reason is Reason.HOST_OUT_OF_MEMORY and plan.device == "cuda":
+    if verdict.reason is Reason.HOST_OUT_OF_MEMORY and plan.device != "cpu":
         return None  # the host's memory holds the rows and the model while it is loaded, whatever the micro-batch
     return remedy if remedy is not Remedy.SHRINK or can_shrink(plan) else None
 
