@@ -9,12 +9,13 @@ import torch
 
 from qlora_api.accelerators import DeviceName
 from qlora_api.names import Reason
+from qlora_api.units import GIB, KIB
 from qlora_trainer.errors import RunError
 
 _MEMORY: Final = Path("/proc/meminfo")
 _CGROUP_LIMIT: Final = Path("/sys/fs/cgroup/memory.max")
 _CGROUP_USAGE: Final = Path("/sys/fs/cgroup/memory.current")
-_UNKNOWN_BYTES: Final = 8 << 30
+_UNKNOWN_BYTES: Final = 8 * GIB
 """Assumed where the system does not say (macOS)."""
 
 
@@ -70,7 +71,7 @@ def _free_host_bytes() -> int:
 def _available_bytes(meminfo: str) -> int:
     """Return MemAvailable, which the kernel gives in KiB."""
     fields = dict(line.split(":", 1) for line in meminfo.splitlines() if ":" in line)
-    return int(fields["MemAvailable"].split()[0]) * 1024
+    return int(fields["MemAvailable"].split()[0]) * KIB
 
 
 def torch_device(device: DeviceName) -> torch.device:
@@ -90,4 +91,4 @@ def peak_memory_bytes(device: torch.device) -> int:
         return int(torch.cuda.max_memory_reserved(device))
     import resource  # noqa: PLC0415 (absent on Windows, where nothing else of this module is wrong)
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoConfig
 
 from qlora_api.names import Reason
+from qlora_api.units import format_gib
 from qlora_trainer.errors import RunError
 from qlora_trainer.hardware import Hardware
 from qlora_trainer.optimizer import Kind, choose_optimizer
@@ -39,14 +40,14 @@ def choose_for_whole(asked: str, hardware: Hardware, parameters: int, parts: int
         if parts == 1 and not _fits(kind, hardware, parameters):
             kind, reason = Kind.ADAMW_8BIT, "with fp32 state the model would not fit"
     if not _fits(kind, hardware, parameters, parts):
-        needed = _gib(bytes_for(kind, parameters, parts))
+        needed = format_gib(bytes_for(kind, parameters, parts))
         raise RunError(
             Reason.INVALID_SPEC,
             f"spec.method: full trains {parameters:,} weights, which takes {needed} with {kind} and leaves "
-            f"{_SHARE:.0%} of the {_gib(hardware.free_bytes)} that are free exceeded; use lora or qlora, or "
+            f"{_SHARE:.0%} of the {format_gib(hardware.free_bytes)} that are free exceeded; use lora or qlora, or "
             "a larger device",
         )
-    return kind, f"{reason}; weights, gradients and state take {_gib(bytes_for(kind, parameters, parts))}"
+    return kind, f"{reason}; weights, gradients and state take {format_gib(bytes_for(kind, parameters, parts))}"
 
 
 def bytes_for(kind: Kind, parameters: int, parts: int = 1) -> int:
@@ -59,10 +60,6 @@ def bytes_for(kind: Kind, parameters: int, parts: int = 1) -> int:
 
 def _fits(kind: Kind, hardware: Hardware, parameters: int, parts: int = 1) -> bool:
     return bytes_for(kind, parameters, parts) <= _SHARE * hardware.free_bytes
-
-
-def _gib(size: float) -> str:
-    return f"{size / 2**30:.1f} GiB"
 
 
 def save_whole(model: Any, uri: str, target: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Final
 from qlora_api.accelerators import NVIDIA, DeviceName
 from qlora_api.optimizers import ADAMW, OptimizerName
 from qlora_api.strategies import SINGLE, STRATEGIES, Strategy, StrategyName
+from qlora_api.units import MIB
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_operator.plan.activations import Activations, estimate_activations
 from qlora_operator.plan.adapter import Trainable, find_trainable, ranks_of_layer
@@ -15,12 +16,12 @@ from qlora_operator.plan.memory import FP32, HALF, BaseBytes, base_bytes, optimi
 from qlora_operator.plan.setting import Kernel, Lines, Setting
 from qlora_operator.plan.shapes import Linear, ModelShape
 
-CONTEXT: Final = 500 << 20
+CONTEXT: Final = 500 * MIB
 """Bytes of a process's CUDA context, torch's and bitsandbytes' kernels in it: 0.49 GiB on an A100 (TianheWu/CoSeR#10)
 and on an RTX 4090 (3DTopia/Phidias-Diffusion#8), as torch's messages count what is not its own."""
-WORKSPACE: Final = 32 << 20
+WORKSPACE: Final = 32 * MIB
 """Bytes that cuBLAS works in on sm_90 (pytorch#182669); elsewhere it is 8."""
-NCCL: Final = 688 << 20
+NCCL: Final = 688 * MIB
 """Bytes of NCCL's buffers between more than two GPUs with NVLink, the most of its default settings (nccl#964)."""
 SLACK: Final = 0.07
 """Of what is allocated, what torch's allocator holds beyond it: 7.0 % on one GPU, 5.4 % with data parallelism and

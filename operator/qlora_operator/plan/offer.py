@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from qlora_api.accelerators import ACCELERATORS, NVIDIA, Accelerator
+from qlora_api.units import GIB, KIB, MIB, TIB
 from qlora_api.v1alpha1 import ResourcesSpec, Toleration
 
 RESERVED_SHARE: Final = 0.02
@@ -15,9 +16,8 @@ GiB (1.7 %), an RTX 4090 of 24,564 MiB 23.64 GiB (1.5 %), an A30 of 24,576 MiB 2
 MiB 39.50 GiB (1.3 %); read from torch's messages in hpcaitech/Open-Sora#697, 3DTopia/Phidias-Diffusion#8,
 google/RB-Modulation#5 and TianheWu/CoSeR#10."""
 
-_MEBIBYTE: Final = 1 << 20
 _UNITS: Final = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-_BINARY: Final = {"Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30, "Ti": 1 << 40}
+_BINARY: Final = {"Ki": KIB, "Mi": MIB, "Gi": GIB, "Ti": TIB}
 _QUANTITY: Final = re.compile(r"([0-9]+(?:\.[0-9]+)?)(Ki|Mi|Gi|Ti|k|M|G|T)?")
 _NOT_SHARED: Final = frozenset({"0", "1"})
 _KEEPS_OUT: Final = frozenset({"NoSchedule", "NoExecute"})
@@ -89,7 +89,7 @@ def _read_node(node: Mapping[str, Any], accelerator: Accelerator) -> Pool | None
     major, minor = labels.get(major_label, ""), labels.get(minor_label, "0")
     capability = (int(major), int(minor)) if major.isdigit() and minor.isdigit() else None
     product = labels.get(accelerator.product_label, "")
-    return Pool(product, int(mebibytes) * _MEBIBYTE, count, 1, capability, accelerator)
+    return Pool(product, int(mebibytes) * MIB, count, 1, capability, accelerator)
 
 
 def _takes(node: Mapping[str, Any], resources: ResourcesSpec, accelerator: Accelerator) -> bool:

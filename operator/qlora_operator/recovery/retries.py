@@ -6,6 +6,7 @@ from enum import StrEnum
 from typing import Final
 
 from qlora_api.names import Reason
+from qlora_api.units import format_gib
 from qlora_api.v1alpha1 import Attempt, DeadlinesSpec, Plan, to_timedelta
 from qlora_operator.values import Verdict
 
@@ -52,7 +53,6 @@ MOST_ATTEMPTS: Final = 100
 """Entries that status.attempts may have."""
 AT_ONCE: Final = timedelta(0)
 """The next step waits for nothing but this one's record."""
-GIBIBYTE: Final = 1 << 30
 LONGEST_WAIT: Final = timedelta(days=3650)
 """9999999d is a valid duration, and ends after the last date there is."""
 _AVOIDING: Final = frozenset(reason for reason, remedy in REMEDIES.items() if remedy is Remedy.ELSEWHERE)
@@ -112,7 +112,7 @@ def shrink(plan: Plan, attempt: int) -> Plan:
 
 def _corrected(plan: Plan, reason: str, **change: int | bool) -> Plan:
     """Return the plan with a change and without the estimate that proved too low, which the reason keeps."""
-    estimate = f", where {plan.peak_bytes / GIBIBYTE:.1f} GiB were predicted" if plan.peak_bytes else ""
+    estimate = f", where {format_gib(plan.peak_bytes)} were predicted" if plan.peak_bytes else ""
     return plan.model_copy(update={**change, "peak_bytes": None, "reasons": (*plan.reasons, f"{reason}{estimate}")})
 
 
