@@ -1,7 +1,16 @@
 """The QLoRAJob resource: the only source of the CRD, its defaults, its bounds and its reference."""
 
 from qlora_api.v1alpha1.checkpoint import CheckpointSpec
-from qlora_api.v1alpha1.places import DatasetSpec, DataSource, EvaluationSplit, ModelSpec, OutputSpec, RowTemplate
+from qlora_api.v1alpha1.places import (
+    DatasetSpec,
+    DataSource,
+    EvaluationSplit,
+    ModelSpec,
+    OutputSpec,
+    RowFormat,
+    RowFormatName,
+    RowTemplate,
+)
 from qlora_api.v1alpha1.recipe import (
     EarlyStoppingSpec,
     EvaluationSpec,
@@ -71,6 +80,8 @@ __all__ = [
     "QueueSpec",
     "ResourcesSpec",
     "RetriesSpec",
+    "RowFormat",
+    "RowFormatName",
     "RowLengths",
     "RowTemplate",
     "SecretRef",
