@@ -62,4 +62,6 @@ _ALL: Final = (
     Optimizer("pagedAdamw8bit", state_bits=8, paged_form_of="adamw8bit"),
 )
 OPTIMIZERS: Final[Mapping[str, Optimizer]] = {optimizer.name: optimizer for optimizer in _ALL}
+SUMMARY: Final = "AdamW with fp32 or 8-bit state; paged state moves to host memory when the GPU's runs out."
+"""What there is, for the field's description."""
 SHARDABLE: Final = tuple(optimizer.name for optimizer in _ALL if optimizer.can_be_sharded)

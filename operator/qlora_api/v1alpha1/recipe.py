@@ -5,7 +5,7 @@ from typing import Annotated, Final, Literal
 from pydantic import Field
 
 from qlora_api.base import ApiModel
-from qlora_api.optimizers import AskedOptimizer
+from qlora_api.optimizers import SUMMARY, AskedOptimizer
 from qlora_api.v1alpha1.types import ModuleName, TaskName, cel
 
 
@@ -115,10 +115,7 @@ class TrainingSpec(ApiModel):
     warmup_ratio: float = Field(default=0.03, ge=0, le=1, description="Share of the steps with a rising learning rate.")
     optimizer: AskedOptimizer = Field(
         default="auto",
-        description=(
-            "AdamW with fp32 or 8-bit state; paged state moves to host memory when the GPU's runs out. auto: chosen "
-            "from what is trained, with its reason in the report."
-        ),
+        description=f"{SUMMARY} auto: chosen from what is trained, with its reason in the report.",
     )
     weight_decay: float = Field(
         default=0.0, ge=0, le=1, description="Decoupled weight decay of AdamW, on matrices and not on norms or biases."
