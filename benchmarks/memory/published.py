@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from qlora_api.optimizers import OptimizerName
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_operator.plan.estimate import Layout, MemoryEstimate, Rows, Workload, estimate_memory
 from qlora_operator.plan.families import read_shape
-from qlora_operator.plan.memory import Optimizer
 
 _CONFIGS: Final = Path(__file__).parents[2] / "tests/unit/operator/plan/configs"
 _GIB: Final = 2**30
@@ -35,7 +35,7 @@ class Published:
     method: str = "qlora"
     lora: Mapping[str, Any] = field(default_factory=dict)
     checkpointing: bool = True
-    optimizer: Optimizer = "adamw"
+    optimizer: OptimizerName = "adamw"
     why: str = ""
 
     def ours(self) -> MemoryEstimate:

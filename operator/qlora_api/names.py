@@ -73,11 +73,6 @@ QUEUE_LABEL: Final = "kueue.x-k8s.io/queue-name"
 PRIORITY_CLASS_LABEL: Final = "kueue.x-k8s.io/priority-class"
 """Beside QUEUE_LABEL; the value is spec.queue.priorityClass."""
 
-GPU_RESOURCE: Final = "nvidia.com/gpu"
-"""What a pod asks for, and the prefix of the labels of NVIDIA's GPU feature discovery."""
-GPU_MEMORY_LABEL: Final = f"{GPU_RESOURCE}.memory"
-"""MiB of each GPU of a node."""
-
 GRACE_SECONDS: Final = 60
 """From SIGTERM to SIGKILL: enough to finish a step, write a checkpoint and leave a last word."""
 TERMINATION_MESSAGE_PATH: Final = "/dev/termination-log"

@@ -1,7 +1,6 @@
 """What a person asks of a published adapter on a computer, and what comes back: `qlora merge` and `qlora chat`."""
 
-from typing import Literal
-
+from qlora_api.accelerators import DeviceName
 from qlora_api.base import ApiModel
 from qlora_api.report import MergeReport
 from qlora_api.v1alpha1 import MergeBase
@@ -36,7 +35,7 @@ class PanelRequest(ApiModel):
 
     adapters: tuple[str, ...]
     """URIs of published adapters."""
-    device: Literal["cpu", "cuda"]
+    device: DeviceName
     model: str | None = None
     """URI of the base, where it is not the one that the adapters name."""
 

@@ -4,7 +4,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from enum import StrEnum
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final
 
 import typer
 from rich.console import Console
@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from qlora_api.accelerators import DeviceName
 from qlora_api.runconfig import Platform
 from qlora_api.using import Exchange, Manner, PanelRequest
 from qlora_cli.endings import ending, fail_without_manifest
@@ -104,7 +105,7 @@ def load_panel(adapters: list[str], device: Device, model: str | None, platform:
         return open_panel(request, places, work, lambda text: console.print(escape(text), soft_wrap=True))
 
 
-def choose_device(device: Device) -> Literal["cpu", "cuda"]:
+def choose_device(device: Device) -> DeviceName:
     """Return where to compute, or refuse a GPU that is not there."""
     if device is Device.CUDA and not cuda_available():
         raise NoGpuError("--device is cuda, and PyTorch finds no CUDA device on this computer; give --device cpu")

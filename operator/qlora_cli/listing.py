@@ -9,12 +9,12 @@ from rich.console import Console, Group
 from rich.text import Text
 
 from qlora_api.names import Phase
+from qlora_api.units import format_duration
 from qlora_cli.columns import Cell, columns
 from qlora_cli.connection import Context, Kubeconfig, Namespace, open_connection, reporting_errors
 from qlora_cli.jobs import ClusterJob, parse_job, strip_managed_fields
 from qlora_cli.options import Output, OutputForm
 from qlora_cli.printing import print_data
-from qlora_operator.status.columns import format_eta
 
 STYLES: Final = {Phase.SUCCEEDED: "green", Phase.FAILED: "red", Phase.SUSPENDED: "yellow", Phase.TRAINING: "cyan"}
 
@@ -74,4 +74,4 @@ def _row(job: ClusterJob, now: datetime) -> tuple[Cell, ...]:
 
 def format_age(then: datetime, now: datetime) -> str:
     """Return the time since then, in its two largest units."""
-    return format_eta(max(int((now - then).total_seconds()), 0))
+    return format_duration(max(int((now - then).total_seconds()), 0))

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from qlora_api.units import GIB
 from qlora_cli.documents import YamlError, read_documents
 from qlora_cli.endings import fail_without_manifest
 from qlora_cli.manifests import JobManifest, ManifestError, is_qlorajob, parse_manifest
@@ -23,7 +24,6 @@ from qlora_operator.plan.shapes import MismatchError, UnknownModelError
 from qlora_operator.plan.sizing import DoesNotFitError, Room
 from qlora_operator.rules import ANYWHERE
 
-GIBIBYTE: Final = 1 << 30
 _PEAK: Final = "peak "
 """How the reason begins that the table tells in full."""
 
@@ -114,7 +114,7 @@ def tabulate(job: JobManifest, outlook: Outlook) -> Table:
     rows = rows_of(outlook)
     for number, (name, size, note) in enumerate(rows):
         if size or name == "peak":
-            table.add_row(name, f"{size / GIBIBYTE:.2f}", note, end_section=number == len(rows) - 2)
+            table.add_row(name, f"{size / GIB:.2f}", note, end_section=number == len(rows) - 2)
     return table
 
 
@@ -142,6 +142,6 @@ def rows_of(outlook: Outlook) -> list[tuple[str, int, str]]:
 def describe_room(room: Room) -> str:
     """Say how much there is."""
     if not room.gpus_per_node:
-        return f"of {room.pool.memory / GIBIBYTE:.4g}, spec.resources.memory"
-    name = room.pool.product or f"GPU of {room.pool.memory / GIBIBYTE:.4g} GiB"
-    return f"of {room.pool.usable / GIBIBYTE:.2f} that a process has on a {name}"
+        return f"of {room.pool.memory / GIB:.4g}, spec.resources.memory"
+    name = room.pool.product or f"GPU of {room.pool.memory / GIB:.4g} GiB"
+    return f"of {room.pool.usable / GIB:.2f} that a process has on a {name}"

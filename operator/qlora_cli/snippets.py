@@ -7,6 +7,7 @@ from typing import Annotated, Final
 
 import typer
 
+from qlora_api.accelerators import NVIDIA
 from qlora_cli.connection import Context, JobName, Kubeconfig, Namespace, open_connection, reporting_errors
 from qlora_cli.jobs import get_job
 from qlora_cli.printing import to_yaml
@@ -62,7 +63,7 @@ def write_kserve(served: Served) -> str:
     adapters = {"adapters": [{"name": served.name, "uri": served.adapter}], "maxRank": served.max_rank}
     revision = f":{served.revision}" if served.revision else ""
     arguments = {"env": [{"name": "VLLM_ADDITIONAL_ARGS", "value": " ".join(served.arguments)}]}
-    main = {"name": "main", "resources": {"limits": {"nvidia.com/gpu": "1"}}}
+    main = {"name": "main", "resources": {"limits": {NVIDIA.resource: "1"}}}
     return to_yaml(
         {
             "apiVersion": "serving.kserve.io/v1alpha2",

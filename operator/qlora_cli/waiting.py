@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from qlora_api.names import Phase
+from qlora_api.units import SECONDS
 from qlora_cli.cluster import Cluster
 from qlora_cli.connection import Context, Kubeconfig, Namespace, complete_names, open_connection, reporting_errors
 from qlora_cli.jobs import ClusterJob
@@ -18,7 +19,6 @@ FAILED: Final = 3
 """Exit code: a run has ended, and not well."""
 TIMED_OUT: Final = 124
 """Exit code: a run goes on, and --timeout is over; as of timeout(1)."""
-_UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 
 class TimedOutError(Exception):
@@ -27,7 +27,7 @@ class TimedOutError(Exception):
 
 def parse_seconds(text: str) -> float:
     """Read 90, 90s, 30m, 24h or 7d."""
-    number, unit = (text[:-1], _UNITS[text[-1]]) if text[-1:] in _UNITS else (text, 1)
+    number, unit = (text[:-1], SECONDS[text[-1]]) if text[-1:] in SECONDS else (text, 1)
     try:
         return float(number) * unit
     except ValueError:

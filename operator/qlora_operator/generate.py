@@ -14,6 +14,7 @@ import yaml
 
 from qlora_api import crd
 from qlora_api.names import KIND
+from qlora_api.strategies import DDP, SHARDING_OPTIMIZER
 from qlora_cli.reference import command_reference
 from qlora_operator.chart import build_values_schema, read_values, render_values_table
 from qlora_operator.cluster.permissions import (
@@ -215,6 +216,7 @@ def _noted(page: str) -> str:
 
 def validity_file() -> str:
     """What several processes may share."""
+    sharding = " and ".join(SHARDING_OPTIMIZER)
     return "\n".join(
         [
             f"<!-- {_NOTE} -->",
@@ -227,8 +229,8 @@ def validity_file() -> str:
             "",
             render_table(),
             "",
-            "In all cases, zero2 and zero3 compute in bf16 or fp32: on a GPU before sm_80, whose fast dtype is",
-            "fp16, the training fails at once with a message that suggests ddp.",
+            f"In all cases, {sharding} compute in bf16 or fp32: on a GPU before sm_80, whose fast dtype is",
+            f"fp16, the training fails at once with a message that suggests {DDP.name}.",
             "",
         ]
     )

@@ -16,12 +16,13 @@ from pydantic import ValidationError
 from qlora_api import names
 from qlora_api.names import Phase
 from qlora_api.progress import ProgressReport
+from qlora_api.units import KIB
 from qlora_api.v1alpha1 import Checkpoint, Progress
 from qlora_operator.cluster.ports import ClusterBusyError, Identities
 from qlora_operator.values import JobRef
 
-MAX_BODY: Final = 64 * 1024
-MAX_TOKEN: Final = 16 * 1024
+MAX_BODY: Final = 64 * KIB
+MAX_TOKEN: Final = 16 * KIB
 TRUST_SECONDS: Final = 60.0
 """For so long a reviewed token is not reviewed again."""
 MAX_TRUSTED: Final = 10_000

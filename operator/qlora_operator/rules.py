@@ -6,8 +6,8 @@ Most are CEL rules of the CRD too; here they hold for objects that are older tha
 from collections.abc import Callable, Mapping
 from typing import Final
 
-from qlora_api.launch import DIVIDING
 from qlora_api.names import CLAIM_SCHEME, Reason
+from qlora_api.strategies import DDP, SHARDING_OPTIMIZER, SHARDING_WEIGHTS, ZERO2
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_api.v1alpha1.shapes import LOOPBACK
 from qlora_operator.plan.division import has_plain_optimizer, needs_whole_weights
@@ -65,20 +65,20 @@ def division_has_parts(spec: QLoRAJobSpec) -> str | None:
 
 def weights_can_be_divided(spec: QLoRAJobSpec) -> str | None:
     """ZeRO-3 has no weight whole in any process, and some things need one."""
-    what = needs_whole_weights(spec)
-    if spec.distribution != "zero3" or what is None:
+    what, asked = needs_whole_weights(spec), spec.distribution
+    if asked not in SHARDING_WEIGHTS or what is None:
         return None
-    return f"{what}, and spec.distribution zero3 shards every weight; set it to zero2"
+    return f"{what}, and spec.distribution {asked} shards every weight; set it to {ZERO2.name}"
 
 
 def optimizer_can_be_divided(spec: QLoRAJobSpec) -> str | None:
     """DeepSpeed divides what would be 8-bit or paged otherwise."""
-    if spec.distribution not in DIVIDING or has_plain_optimizer(spec):
+    if spec.distribution not in SHARDING_OPTIMIZER or has_plain_optimizer(spec):
         return None
     optimizer = spec.training.optimizer
     return (
         f"spec.training.optimizer is {optimizer}, but spec.distribution {spec.distribution} can only shard the state "
-        "of AdamW; leave the optimizer out, or set distribution to ddp"
+        f"of AdamW; leave the optimizer out, or set distribution to {DDP.name}"
     )
 
 

@@ -4,10 +4,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from qlora_api.optimizers import ADAMW_8BIT
+from qlora_api.strategies import FOR_SEVERAL
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_operator.rules import check
 
-STRATEGIES: Final = ("ddp", "zero2", "zero3")
+STRATEGIES: Final = tuple(strategy.name for strategy in FOR_SEVERAL)
 BASES: Final[Mapping[str, Mapping[str, Any]]] = {
     "qlora, 4 bits": {"method": "qlora", "quantization": {"bits": 4}},
     "qlora, 8 bits": {"method": "qlora", "quantization": {"bits": 8}},
@@ -23,7 +25,7 @@ WAYS: Final[Mapping[str, Mapping[str, Any]]] = {
     "LoftQ": {"lora": {"init": "loftq"}},
     "modulesToSave": {"lora": {"modulesToSave": ["lm_head"]}},
     "NEFTune": {"training": {"neftuneAlpha": 5}},
-    "8-bit AdamW": {"training": {"optimizer": "adamw8bit"}},
+    "8-bit AdamW": {"training": {"optimizer": ADAMW_8BIT.name}},
     "padded rows": {"training": {"packing": False}},
 }
 _FOR_ADAPTERS: Final = frozenset({"dropout", "rsLoRA", "DoRA", "PiSSA", "LoftQ", "modulesToSave"})

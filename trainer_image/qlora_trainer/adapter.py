@@ -69,7 +69,7 @@ def resolve_adapter(empty: Any, lora: LoraSpec) -> dict[str, Any]:
     except (ValueError, NotImplementedError) as error:
         raise RunError(Reason.MODEL_UNSUPPORTED, _why_refused(type(empty).__name__, error)) from error
     adapted = {name: module for name, module in modules.items() if isinstance(module, LoraLayer)}
-    return lora.model_dump(mode="json", include={"dropout", "dora", "rslora", "init"}) | {
+    return {
         "modules": {name: (module.r[ADAPTER], module.scaling[ADAPTER]) for name, module in adapted.items()},
         "whole": [name for name, module in modules.items() if isinstance(module, ModulesToSaveWrapper)],
     }

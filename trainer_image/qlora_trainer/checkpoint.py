@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Final
+from typing import Annotated, Final
 
 import torch
-from pydantic import ValidationError
+from pydantic import AfterValidator, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -27,6 +27,8 @@ _ADAPTER: Final = "adapter.safetensors"
 _BEST: Final = "best.safetensors"
 _OPTIMIZER: Final = "optimizer.safetensors"
 _RECORD: Final = "record.json"
+_FORMER_OPTIMIZERS: Final = {"paged_adamw": "pagedAdamw", "paged_adamw8bit": "pagedAdamw8bit"}
+"""Names in checkpoints that were written before the trainer spelled optimizers as the manifest does."""
 _NAME: Final = re.compile(r"step-(?P<step>\d{6,})-a(?P<attempt>\d+)")
 
 
@@ -38,7 +40,7 @@ class Course(ApiModel):
     total_steps: int
     rows: int
     """Training rows that are left after tokenisation."""
-    optimizer: str
+    optimizer: Annotated[str, AfterValidator(lambda name: _FORMER_OPTIMIZERS.get(name, name))]
     """The kind, whose state another kind cannot read."""
     division: str = ""
     """Strategy and number of the processes that the optimizer's state is divided among; empty where it is whole."""

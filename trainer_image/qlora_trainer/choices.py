@@ -6,6 +6,8 @@ from typing import Any, Final
 import torch
 
 from qlora_api.runconfig import RunConfig
+from qlora_api.strategies import STRATEGIES
+from qlora_api.units import format_gib
 from qlora_trainer.attention import attention_facts, choose_attention
 from qlora_trainer.batches import PACK_TOKENS
 from qlora_trainer.hardware import Hardware
@@ -55,7 +57,7 @@ def decide(config: RunConfig, hardware: Hardware, model: Any) -> Choices:
     tokens = min(plan.micro_batch_size * length, max(PACK_TOKENS, length) if spec.training.packing else 1 << 62)
     asked, weights = spec.training.optimizer, config.prepared.model.parameters
     if spec.method == "full":
-        parts = plan.processes if plan.strategy == "zero2" else 1
+        parts = plan.processes if STRATEGIES[plan.strategy].shards_optimizer else 1
         optimizer, optimizer_reason = choose_for_whole(asked, hardware, weights, parts)
         hardware = replace(hardware, free_bytes=hardware.free_bytes - bytes_for(optimizer, weights, parts))
     else:
@@ -101,14 +103,11 @@ def activation_checkpointing(hardware: Hardware, model: Any, tokens: int) -> tup
     offered = round(hardware.free_bytes * _SHARE_FOR_ACTIVATIONS)
     fits = needed <= offered
     sentence = (
-        f"{tokens} tokens keep about {_gib(needed)} of activations, and half of the free memory is {_gib(offered)}"
+        f"{tokens} tokens keep about {format_gib(needed)} of activations, and half of the free memory is "
+        f"{format_gib(offered)}"
     )
     return not fits, sentence
 
 
 def _name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.1f} GiB"

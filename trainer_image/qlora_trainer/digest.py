@@ -7,16 +7,57 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from qlora_api import __version__
+from qlora_api.optimizers import ADAMW
 from qlora_api.steps import total_steps, warmup_steps
-from qlora_api.v1alpha1 import DataStatus, ModelStatus, QLoRAJobSpec, QuantizationSpec
+from qlora_api.v1alpha1 import DataStatus, ModelStatus, QLoRAJobSpec
 
 _DIGITS: Final = 16
-_IN_THE_ROWS: Final = frozenset({"loss", "max_length", "long_rows"})
-"""Settings that have done their work once there are token rows."""
-_IN_THE_STEPS: Final = frozenset({"epochs", "max_steps", "warmup_ratio"})
-"""Settings that only say how many steps there are."""
-_DIVISION: Final = frozenset({"micro_batch_size", "packing"})
-"""How a step's rows are divided into passes: a step is the same rows with the same weights, on any device."""
+_IN_THE_ROWS: Final = "the digest of the token rows has what it does"
+_IN_THE_STEPS: Final = "it only says how many steps there are, and the number of steps is in the digest"
+_IN_THE_MODULES: Final = "rank and scale of each module are in the digest, however they are written"
+_DIVISION: Final = "a step is the same rows with the same weights, however it is divided into passes and processes"
+_ACCESS: Final = "it opens a source, and what is read there is in the digest"
+LEFT_OUT: Final[Mapping[str, str]] = {
+    "model.revision": "the commit that it was resolved to is in the digest",
+    "model.secret_ref": _ACCESS,
+    "dataset.uri": _IN_THE_ROWS,
+    "dataset.sources": _IN_THE_ROWS,
+    "dataset.format": "the format that the rows turned out to have is in the digest",
+    "dataset.template": _IN_THE_ROWS,
+    "dataset.chat_template": "it is in the digest unless it is the model's own",
+    "dataset.secret_ref": _ACCESS,
+    "dataset.evaluation": _IN_THE_ROWS,
+    "dataset.max_samples": _IN_THE_ROWS,
+    "lora.rank": _IN_THE_MODULES,
+    "lora.alpha": _IN_THE_MODULES,
+    "lora.rank_pattern": _IN_THE_MODULES,
+    "lora.alpha_pattern": _IN_THE_MODULES,
+    "lora.targets": _IN_THE_MODULES,
+    "lora.modules_to_save": "the modules that it names are in the digest, by their paths",
+    "training.epochs": _IN_THE_STEPS,
+    "training.max_steps": _IN_THE_STEPS,
+    "training.warmup_ratio": _IN_THE_STEPS,
+    "training.micro_batch_size": _DIVISION,
+    "training.packing": _DIVISION,
+    "training.loss": _IN_THE_ROWS,
+    "training.max_length": _IN_THE_ROWS,
+    "training.long_rows": _IN_THE_ROWS,
+    "resources": _DIVISION,
+    "distribution": _DIVISION,
+    "checkpoint": "a resumed run takes the same steps",
+    "tracking": "it shows a run and does not change it",
+    "evaluation": "it judges a result and does not change it",
+    "output": "it says where a result goes",
+    "retries": "a resumed run takes the same steps",
+    "deadlines": "a run ends in time, or has no result",
+    "queue": "it says when a run starts",
+    "suspend": "a resumed run takes the same steps",
+    "ttl": "it says when pods are deleted",
+}
+"""Fields of the spec that are not in the digest, each with its reason; every other field is, a new one too."""
+
+_OF_4_BITS: Final = frozenset({"type", "double_quant"})
+"""Fields of the block quantization that say nothing about 8 or 16 bits."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +69,7 @@ class Resolved:
     rows: str
     """Digest of the token rows."""
     adapter: Mapping[str, Any]
-    """Rank and scale of each module, and what else makes an adapter; empty with method full."""
+    """Rank and scale of each module, and the modules that are trained whole; empty with method full."""
     chat_template: str | None
     """What is published instead of the model's own."""
 
@@ -41,31 +82,41 @@ def result_digest(spec: QLoRAJobSpec, resolved: Resolved) -> str:
     often as they are seen, and that of the token rows over what of them is learned and asked.
     """
     model, dataset = resolved.model, resolved.dataset
-    decisive = {
-        "model": {"uri": model.uri, "commit": model.commit},
-        "dataset": {"digest": dataset.digest, "format": dataset.format, "chatTemplate": resolved.chat_template},
+    fields = _fields(spec)
+    decisive = fields | {
+        "model": fields["model"] | {"commit": model.commit},
+        "dataset": fields["dataset"]
+        | {"digest": dataset.digest, "format": dataset.format, "chatTemplate": resolved.chat_template},
         "rows": resolved.rows,
-        "method": spec.method,
-        "quantization": _storage(spec.quantization),
-        "lora": resolved.adapter,
-        "training": _recipe(spec, dataset.training_rows),
+        "quantization": _storage(fields["quantization"]),
+        "lora": {} if spec.method == "full" else fields["lora"] | resolved.adapter,
+        "training": _recipe(spec, fields["training"], dataset.training_rows),
         "trainer": __version__,
     }
     canonical = json.dumps(decisive, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:_DIGITS]
 
 
-def _storage(quantization: QuantizationSpec) -> dict[str, Any]:
+def _fields(spec: QLoRAJobSpec) -> dict[str, Any]:
+    """Return every field that is not left out."""
+    fields = spec.model_dump(mode="json")
+    for path in LEFT_OUT:
+        block, _, field = path.rpartition(".")
+        del (fields[block] if block else fields)[field]
+    return fields
+
+
+def _storage(quantization: dict[str, Any]) -> dict[str, Any]:
     """Return how the base is stored; the data type and the scales are those of 4 bits."""
-    return quantization.model_dump(mode="json", include=None if quantization.bits == 4 else {"bits"})
+    four_bits = quantization["bits"] == 4
+    return {name: value for name, value in quantization.items() if four_bits or name not in _OF_4_BITS}
 
 
-def _recipe(spec: QLoRAJobSpec, rows: int) -> dict[str, Any]:
+def _recipe(spec: QLoRAJobSpec, training: dict[str, Any], rows: int) -> dict[str, Any]:
     """Return the recipe; looks at the held-out rows change nothing unless something is chosen by them."""
-    training, total = spec.training, total_steps(spec.training, rows)
-    looks_decide = training.early_stopping is not None or training.keep == "best"
-    idle = frozenset() if looks_decide else frozenset({"evaluate_every"})
-    settings = training.model_dump(mode="json", exclude={*_IN_THE_ROWS, *_IN_THE_STEPS, *_DIVISION, *idle})
+    total = total_steps(spec.training, rows)
+    looks_decide = spec.training.early_stopping is not None or spec.training.keep == "best"
+    settings = {name: value for name, value in training.items() if looks_decide or name != "evaluate_every"}
     # For an adapter auto is AdamW on every device; with method full it depends on the memory that is free there.
-    chosen = {"optimizer": "adamw"} if training.optimizer == "auto" and spec.method != "full" else {}
-    return settings | chosen | {"steps": total, "warmup_steps": warmup_steps(training, total)}
+    chosen = {"optimizer": ADAMW.name} if spec.training.optimizer == "auto" and spec.method != "full" else {}
+    return settings | chosen | {"steps": total, "warmup_steps": warmup_steps(spec.training, total)}

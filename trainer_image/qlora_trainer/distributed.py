@@ -10,7 +10,8 @@ import torch
 from accelerate import PartialState
 from torch import distributed
 
-from qlora_api.v1alpha1 import Plan, Strategy
+from qlora_api.strategies import SINGLE, STRATEGIES, Strategy, StrategyName
+from qlora_api.v1alpha1 import Plan
 from qlora_trainer.pulse import PULSE
 
 COLLECTIVE_TIMEOUT: Final = timedelta(minutes=30)
@@ -28,7 +29,7 @@ class World:
     device: torch.device
     rank: int = 0
     size: int = 1
-    strategy: Strategy = "single"
+    strategy: StrategyName = SINGLE.name
 
     @property
     def leads(self) -> bool:
@@ -36,14 +37,19 @@ class World:
         return self.rank == 0
 
     @property
+    def sharing(self) -> Strategy:
+        """Return what the strategy divides, and when it needs all processes at once."""
+        return STRATEGIES[self.strategy]
+
+    @property
     def learns_in_step(self) -> bool:
         """Return whether every backward pass is made by all processes at once: DeepSpeed adds up gradients in it."""
-        return self.strategy in {"zero2", "zero3"}
+        return self.sharing.collective_backward
 
     @property
     def moves_in_step(self) -> bool:
         """Return whether forward passes are too: ZeRO-3 collects each layer's weights from all processes."""
-        return self.strategy == "zero3"
+        return self.sharing.collective_forward
 
     def share(self, rows: Sequence[Item], rank: int | None = None) -> Sequence[Item]:
         """Return the part of the rows that is this process's, or another one's."""
@@ -130,7 +136,7 @@ def _gradient_of(parameter: torch.nn.Parameter) -> torch.Tensor:
     return parameter.grad
 
 
-def join_world(device: str, strategy: Strategy = "single") -> World:
+def join_world(device: str, strategy: StrategyName = SINGLE.name) -> World:
     """Join the processes that the launcher started; without a launcher there is one."""
     with PULSE.resting():  # the others' pods may start later
         state = PartialState(cpu=device == "cpu", timeout=COLLECTIVE_TIMEOUT)

@@ -7,11 +7,11 @@ from itertools import islice
 from typing import Any, Final, NamedTuple, TypeVar, cast
 
 from qlora_api.names import Reason
-from qlora_api.v1alpha1 import TrainingSpec
+from qlora_api.v1alpha1 import RowFormat, TrainingSpec
 from qlora_trainer.chat import ChatTemplate, encode_chats
 from qlora_trainer.errors import RunError
 from qlora_trainer.fields import RowError
-from qlora_trainer.rows import Chat, Example, Row, RowFormat, Text
+from qlora_trainer.rows import Chat, Example, Row, Text
 from qlora_trainer.sources import Problems, Source
 from qlora_trainer.tokens import TokenRow, encode_examples, encode_texts
 

@@ -11,6 +11,7 @@ from torch.nn import Module
 
 from qlora_api.launch import deepspeed_config
 from qlora_api.names import Reason
+from qlora_api.strategies import DDP
 from qlora_api.v1alpha1 import TrainingSpec
 from qlora_trainer.batches import Batch
 from qlora_trainer.choices import Choices
@@ -183,7 +184,7 @@ class DividedEngine:
         Its state_dict would not do: between two steps ZeRO-3 leaves its groups empty.
         """
         divided = self._engine.optimizer
-        flat = divided.fp32_partitioned_groups_flat if self._world.moves_in_step else None
+        flat = divided.fp32_partitioned_groups_flat if self._world.sharing.shards_weights else None
         parts: Sequence[torch.Tensor] = flat or divided.single_partition_of_fp32_groups
         return parts
 
@@ -221,9 +222,8 @@ class DividedEngine:
         """See Engine."""
         import deepspeed  # noqa: PLC0415 (as above)
 
-        named = dict(self._tuned.named_parameters())
+        named, divided = dict(self._tuned.named_parameters()), self._world.sharing.shards_weights
         for name, weight in weights.items():
-            divided = self._world.strategy == "zero3"
             with deepspeed.zero.GatheredParameters([named[name]], modifier_rank=0, enabled=divided), torch.no_grad():
                 named[name].copy_(weight)
 
@@ -240,13 +240,13 @@ class DividedEngine:
 
 def make_engine(tuned: Tuned, training: TrainingSpec, choices: Choices, world: World) -> Engine:
     """Return the engine of the world's strategy, with fresh optimizer state."""
-    if not world.learns_in_step:
+    if world.sharing.launcher != "deepspeed":
         return WholeEngine(tuned, training, choices, world)
     if choices.dtype == torch.float16:
         raise RunError(
             Reason.INVALID_SPEC,
             f"spec.distribution {world.strategy} computes in bf16 or fp32, and this device has fast fp16 only; set it "
-            "to ddp, or choose a GPU of sm_80 or later",
+            f"to {DDP.name}, or choose a GPU of sm_80 or later",
         )
     return DividedEngine(tuned, training, choices, world)
 

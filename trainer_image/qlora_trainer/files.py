@@ -13,9 +13,10 @@ from itertools import count
 from pathlib import Path
 from typing import IO, Any, Final, NamedTuple, TextIO, cast
 
+from qlora_api.units import MIB
 from qlora_trainer.fields import RowError, kind_of
 
-MAX_ROW_BYTES: Final = 64 << 20
+MAX_ROW_BYTES: Final = 64 * MIB
 """Longest row that is read: a million tokens have some 4 MiB, so more is a file of another form."""
 _CHUNK_CHARACTERS: Final = 1 << 18
 _BATCH_ROWS: Final = 256
@@ -71,7 +72,7 @@ def _read_jsonl(path: Path) -> Iterator[FileRow]:
             if not line:
                 return
             if len(line) > MAX_ROW_BYTES:
-                raise FileError(f"row {number} has more than {MAX_ROW_BYTES >> 20} MiB; write one JSON object a line")
+                raise FileError(f"row {number} has more than {MAX_ROW_BYTES // MIB} MiB; write one JSON object a line")
             content = line.removeprefix(b"\xef\xbb\xbf").strip()
             if content:
                 yield FileRow(number, _attempt(parse_line, content))

@@ -1,11 +1,9 @@
 """The memory of a run, as it was predicted and as it was measured."""
 
 from dataclasses import dataclass
-from typing import Final
 
+from qlora_api.units import format_gib
 from qlora_api.v1alpha1 import Plan
-
-GIBIBYTE: Final = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -31,13 +29,8 @@ def make_footprint(plan: Plan, limit: str, measured: int) -> Footprint:
     predicted = plan.peak_bytes
     largest = max(predicted or 0, measured)
     named = [("measured", measured)] if predicted is None else [("predicted", predicted), ("measured", measured)]
-    amounts = tuple(Amount(label, gibibytes(size), size / largest) for label, size in named)
+    amounts = tuple(Amount(label, format_gib(size, 2), size / largest) for label, size in named)
     return Footprint(amounts, f"{_describe_difference(predicted, measured)} {_describe_measure(plan, limit)}")
-
-
-def gibibytes(size: int) -> str:
-    """Return bytes for people."""
-    return f"{size / GIBIBYTE:.2f} GiB"
 
 
 def _describe_difference(predicted: int | None, measured: int) -> str:

@@ -4,10 +4,10 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from qlora_api.v1alpha1 import RowTemplate
+from qlora_api.v1alpha1 import RowFormat, RowTemplate
 from qlora_trainer.fields import RowError, text_of
 from qlora_trainer.messages import parse_chat
-from qlora_trainer.rows import Example, Row, RowFormat, Text
+from qlora_trainer.rows import Example, Row, Text
 
 _TELLING: Final[tuple[tuple[str, RowFormat], ...]] = (
     ("messages", "chat"),

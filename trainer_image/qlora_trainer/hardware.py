@@ -3,17 +3,19 @@
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final
 
 import torch
 
+from qlora_api.accelerators import DeviceName
 from qlora_api.names import Reason
+from qlora_api.units import GIB, KIB
 from qlora_trainer.errors import RunError
 
 _MEMORY: Final = Path("/proc/meminfo")
 _CGROUP_LIMIT: Final = Path("/sys/fs/cgroup/memory.max")
 _CGROUP_USAGE: Final = Path("/sys/fs/cgroup/memory.current")
-_UNKNOWN_BYTES: Final = 8 << 30
+_UNKNOWN_BYTES: Final = 8 * GIB
 """Assumed where the system does not say (macOS)."""
 
 
@@ -21,7 +23,7 @@ _UNKNOWN_BYTES: Final = 8 << 30
 class Hardware:
     """The device of a run."""
 
-    device: Literal["cpu", "cuda"]
+    device: DeviceName
     capability: tuple[int, int] | None
     """Of a CUDA device: (8, 0) is sm_80."""
     native_bf16: bool
@@ -31,7 +33,7 @@ class Hardware:
     """The package is there; whether it fits the model is another question."""
 
 
-def observe_hardware(device: Literal["cpu", "cuda"]) -> Hardware:
+def observe_hardware(device: DeviceName) -> Hardware:
     """Look at the device that the plan names, or say that it is not there."""
     if device == "cpu":
         bf16 = bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
@@ -45,7 +47,7 @@ def observe_hardware(device: Literal["cpu", "cuda"]) -> Hardware:
     capability = torch.cuda.get_device_capability()
     free, _ = torch.cuda.mem_get_info()
     return Hardware(
-        "cuda", capability, capability >= (8, 0), free, torch.cuda.get_device_name(), _has_flash_attention()
+        device, capability, capability >= (8, 0), free, torch.cuda.get_device_name(), _has_flash_attention()
     )
 
 
@@ -69,13 +71,24 @@ def _free_host_bytes() -> int:
 def _available_bytes(meminfo: str) -> int:
     """Return MemAvailable, which the kernel gives in KiB."""
     fields = dict(line.split(":", 1) for line in meminfo.splitlines() if ":" in line)
-    return int(fields["MemAvailable"].split()[0]) * 1024
+    return int(fields["MemAvailable"].split()[0]) * KIB
+
+
+def torch_device(device: DeviceName) -> torch.device:
+    """Return this process's device."""
+    return torch.device("cpu") if device == "cpu" else torch.device(device, torch.cuda.current_device())
+
+
+def release_cached_memory(device: DeviceName) -> None:
+    """Give back what torch's allocator holds for later, so that another process can have it."""
+    if device != "cpu":
+        torch.cuda.empty_cache()
 
 
 def peak_memory_bytes(device: torch.device) -> int:
     """Return the peak so far: the allocator's on a GPU, the resident set on a CPU."""
-    if device.type == "cuda":
+    if device.type != "cpu":
         return int(torch.cuda.max_memory_reserved(device))
     import resource  # noqa: PLC0415 (absent on Windows, where nothing else of this module is wrong)
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB

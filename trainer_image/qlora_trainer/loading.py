@@ -10,8 +10,9 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final, Literal, TypeAlias
+from typing import Final, TypeAlias
 
+from qlora_api.accelerators import DeviceName
 from qlora_api.base import ApiModel
 from qlora_api.names import Reason
 from qlora_api.v1alpha1 import QuantizationSpec
@@ -36,7 +37,7 @@ class LoadingTask(ApiModel):
     method: str
     base: str
     quantization: QuantizationSpec
-    device: Literal["cpu", "cuda"]
+    device: DeviceName
     dtype: str
     attention: str
     rows: TaskRows

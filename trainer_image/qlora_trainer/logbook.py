@@ -7,12 +7,13 @@ from collections import deque
 from typing import Any, Final, Protocol
 
 from qlora_api.logs import JsonLines, time_of
+from qlora_api.units import MIB
 from qlora_api.v1alpha1 import Checkpoint, Progress
 from qlora_trainer.interrupt import StopFlag
 
-FIRST_BYTES: Final = 1 << 20
+FIRST_BYTES: Final = MIB
 """What is kept of the beginning: how the run was set up, and some 2,500 steps."""
-LAST_BYTES: Final = 4 << 20
+LAST_BYTES: Final = 4 * MIB
 """What is kept of the end: some 10,000 steps, and how it ended."""
 FIELD_CHARACTERS: Final = 16_384
 """Longest field of a line; a longer one, such as an endless traceback, keeps its beginning and its end."""

@@ -11,11 +11,13 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
+from qlora_api.accelerators import DeviceName
 from qlora_api.v1alpha1 import LoraSpec, QuantizationSpec
 from qlora_trainer.adapter import as_base, attach_adapter, starting_weights
 from qlora_trainer.apart import lay_rows_apart
 from qlora_trainer.batches import Batch
 from qlora_trainer.choices import Choices
+from qlora_trainer.hardware import torch_device
 from qlora_trainer.loss import (
     Head,
     chunked_cross_entropy,
@@ -83,7 +85,7 @@ class Tuned:
         With method full the base is gone once a step was taken, so it is evaluated before.
         """
         was_training = self.peft.training
-        devices = [self.device] if self.device.type == "cuda" else []
+        devices = [] if self.device.type == "cpu" else [self.device]
         without = contextlib.nullcontext() if adapter else as_base(self.peft, self.start)
         with torch.random.fork_rng(devices=devices), torch.no_grad(), without:
             self.peft.eval()
@@ -132,14 +134,16 @@ def load_text_config(folder: Path) -> Any:
     return AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
 
 
-def load_base(folder: Path, quantization: QuantizationSpec, dtype: torch.dtype, attention: str, device: str) -> Any:
+def load_base(
+    folder: Path, quantization: QuantizationSpec, dtype: torch.dtype, attention: str, device: DeviceName
+) -> Any:
     """Load the base, quantised on the way in; safetensors only, and no code of its repository."""
     model = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=dtype,
         quantization_config=quantization_config(quantization, dtype),
         attn_implementation=attention,
-        device_map={"": torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else "cpu"},
+        device_map={"": torch_device(device)},
         use_safetensors=True,
         trust_remote_code=False,
         local_files_only=True,

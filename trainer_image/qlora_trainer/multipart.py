@@ -7,11 +7,12 @@ from typing import Any, Final
 
 from s3transfer.utils import ReadFileChunk
 
+from qlora_api.units import GIB, MIB
 from qlora_trainer.pulse import PULSE
 
-SINGLE_PUT_BYTES: Final = 4 * 1024**3
+SINGLE_PUT_BYTES: Final = 4 * GIB
 """Largest file that is sent in one request; S3 takes up to 5 GiB."""
-_PART_BYTES: Final = 64 * 1024**2
+_PART_BYTES: Final = 64 * MIB
 """What is sent again when a request fails; S3 wants 5 MiB at least."""
 _MOST_PARTS: Final = 10_000
 """S3's limit."""

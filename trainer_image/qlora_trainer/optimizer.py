@@ -7,17 +7,23 @@ from typing import Any, Final
 import bitsandbytes
 import torch
 
+from qlora_api.optimizers import ADAMW, OPTIMIZERS, Optimizer
 from qlora_api.v1alpha1 import TrainingSpec
 
 
 class Kind(StrEnum):
-    """Which implementation takes the steps."""
+    """Which implementation takes the steps: an optimizer's by its name, and torch's fused one."""
 
     ADAMW = "adamw"
     ADAMW_FUSED = "adamw_fused"
     ADAMW_8BIT = "adamw8bit"
-    PAGED_ADAMW = "paged_adamw"
-    PAGED_ADAMW_8BIT = "paged_adamw8bit"
+    PAGED_ADAMW = "pagedAdamw"
+    PAGED_ADAMW_8BIT = "pagedAdamw8bit"
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """Return the optimizer that this implements; torch's has a fused kernel."""
+        return OPTIMIZERS[ADAMW.name if self is Kind.ADAMW_FUSED else self.value]
 
 
 _BITSANDBYTES: Final[dict[Kind, Any]] = {
@@ -26,23 +32,16 @@ _BITSANDBYTES: Final[dict[Kind, Any]] = {
     Kind.PAGED_ADAMW_8BIT: bitsandbytes.optim.PagedAdamW8bit,
 }
 
-_ASKED: Final[dict[str, Kind]] = {
-    "adamw8bit": Kind.ADAMW_8BIT,
-    "pagedAdamw": Kind.PAGED_ADAMW,
-    "pagedAdamw8bit": Kind.PAGED_ADAMW_8BIT,
-}
-_UNPAGED: Final = {Kind.PAGED_ADAMW: Kind.ADAMW, Kind.PAGED_ADAMW_8BIT: Kind.ADAMW_8BIT}
-
 
 def choose_optimizer(asked: str, device: str) -> tuple[Kind, str]:
     """Return the optimizer for spec.training.optimizer on a device, and why."""
-    plain = Kind.ADAMW_FUSED if device == "cuda" else Kind.ADAMW
+    plain = Kind.ADAMW if device == "cpu" else Kind.ADAMW_FUSED
     if asked == "auto":
         return plain, "an adapter's state is small, so nothing is gained by storing it in 8 bits"
-    kind = _ASKED.get(asked, plain)
-    if device == "cpu" and kind in _UNPAGED:
-        return _UNPAGED[kind], f"{asked} without pages: its state is in host memory anyway"
-    return kind, "spec.training.optimizer"
+    optimizer = OPTIMIZERS[asked]
+    if device == "cpu" and optimizer.paged_form_of:
+        return Kind(optimizer.paged_form_of), f"{asked} without pages: its state is in host memory anyway"
+    return plain if optimizer == ADAMW else Kind(optimizer.name), "spec.training.optimizer"
 
 
 def make_optimizer(

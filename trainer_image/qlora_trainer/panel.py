@@ -6,11 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import torch
 from peft import PeftConfig, PeftModel
 
+from qlora_api.accelerators import DeviceName
 from qlora_api.names import Reason
 from qlora_api.using import Exchange, Manner, PanelRequest, Reply
 from qlora_api.v1alpha1 import QuantizationSpec
@@ -209,7 +210,7 @@ def _modules(published: Published) -> _Modules:
     )
 
 
-def _load(adapters: Mapping[str, Published], folder: Path, device: Literal["cpu", "cuda"]) -> Panel:
+def _load(adapters: Mapping[str, Published], folder: Path, device: DeviceName) -> Panel:
     """Load the base as it was trained on, and every adapter on it."""
     hardware = observe_hardware(device)
     dtype, _ = compute_dtype(hardware)

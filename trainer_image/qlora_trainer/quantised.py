@@ -9,6 +9,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from qlora_api.names import Reason
+from qlora_api.units import GIB
 from qlora_trainer.errors import RunError
 
 _LITTLE: Final = 0.5
@@ -59,7 +60,7 @@ def describe_quantisable(found: Quantisable, bits: int) -> Iterator[str]:
     """Yield a sentence where a quantised base takes far more memory than its name says."""
     share = found.weights / max(found.body, 1)
     if bits != 16 and share < _LITTLE:
-        left = (found.body - found.weights) * _BYTES_LEFT_AS_THEY_ARE / 2**30
+        left = (found.body - found.weights) * _BYTES_LEFT_AS_THEY_ARE / GIB
         yield (
             f"only {share:.0%} of the weights outside the embeddings are linear layers, which alone are stored in "
             f"{bits} bits: the rest, such as experts stacked in one weight, stays in 16 and takes {left:,.1f} GiB"

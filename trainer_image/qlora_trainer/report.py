@@ -9,8 +9,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from qlora_api import __version__
 from qlora_api.report import Interval, RunReport
+from qlora_api.units import format_gib
 from qlora_trainer.chart import Chart
-from qlora_trainer.footprint import gibibytes, make_footprint
+from qlora_trainer.footprint import make_footprint
 from qlora_trainer.lineage import make_lineage
 from qlora_trainer.recipe import make_recipe
 
@@ -83,13 +84,13 @@ def render_html(report: RunReport, charts: Iterable[Chart] = ()) -> str:
 def make_tiles(report: RunReport) -> tuple[Tile, ...]:
     """Return the figures at the top."""
     base, adapter, predicted = report.evaluation.base, report.evaluation.adapter, report.plan.peak_bytes
-    expected = f", {gibibytes(predicted)} predicted" if predicted is not None else ""
+    expected = f", {format_gib(predicted, 2)} predicted" if predicted is not None else ""
     return (
         Tile("held-out loss", f"{base.loss:.3f} → {adapter.loss:.3f}", _tone(adapter.loss - base.loss)),
         Tile("optimizer steps", f"{len(report.history)}"),
         Tile("training time", duration(report.training_seconds)),
         Tile("tokens per second", f"{report.tokens_per_second:,.0f}"),
-        Tile(f"peak memory{expected}", gibibytes(report.peak_memory_bytes)),
+        Tile(f"peak memory{expected}", format_gib(report.peak_memory_bytes, 2)),
     )
 
 

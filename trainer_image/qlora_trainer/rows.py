@@ -4,9 +4,8 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
-RowFormat: TypeAlias = Literal["instruction", "chat", "completion", "text"]
 Message: TypeAlias = Mapping[str, Any]
 """role and content, as a chat template reads them; also tool_calls and the like."""
 

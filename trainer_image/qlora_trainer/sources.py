@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from qlora_api.names import Reason
-from qlora_api.v1alpha1 import DataSource, RowTemplate
+from qlora_api.v1alpha1 import DataSource, RowFormat, RowFormatName, RowTemplate
 from qlora_trainer.errors import RunError
 from qlora_trainer.fields import RowError
 from qlora_trainer.files import FileError, read_rows
 from qlora_trainer.formats import parse_row, tell_format
-from qlora_trainer.rows import Row, RowFormat
+from qlora_trainer.rows import Row
 from qlora_trainer.store import Owner
 
 SHOWN_PROBLEMS: Final = 5
@@ -86,11 +86,13 @@ def make_source(owner: Owner, files: tuple[Path, ...], source: DataSource, templ
     return Source(owner, files, row_format, told_by, template, source.max_samples, source.weight)
 
 
-def _tell(owner: Owner, files: tuple[Path, ...], wanted: str, template: RowTemplate | None) -> tuple[RowFormat, str]:
+def _tell(
+    owner: Owner, files: tuple[Path, ...], wanted: RowFormatName, template: RowTemplate | None
+) -> tuple[RowFormat, str]:
     if template is not None:
         return "instruction", "as spec.dataset.template renders them"
     if wanted != "auto":
-        return _as_format(wanted), "as the manifest says"
+        return wanted, "as the manifest says"
     for place, found in _placed(files, owner):
         if not isinstance(found, RowError):
             try:
@@ -99,11 +101,6 @@ def _tell(owner: Owner, files: tuple[Path, ...], wanted: str, template: RowTempl
                 raise RunError(Reason.DATASET_INVALID, f"{owner.field}: {place} {error}") from error
             return row_format, f"told by the field '{name}' of {place}"
     return "instruction", "since no row can be read"
-
-
-def _as_format(name: str) -> RowFormat:
-    names: dict[str, RowFormat] = {"chat": "chat", "completion": "completion", "text": "text"}
-    return names.get(name, "instruction")
 
 
 def _placed(files: tuple[Path, ...], owner: Owner) -> Iterator[tuple[str, Mapping[str, Any] | RowError]]:

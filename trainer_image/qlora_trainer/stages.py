@@ -29,7 +29,7 @@ from qlora_trainer.distributed import World
 from qlora_trainer.errors import RunError
 from qlora_trainer.evaluate import Examiner
 from qlora_trainer.gate import check_gate, describe_rejected, judge
-from qlora_trainer.hardware import observe_hardware, peak_memory_bytes
+from qlora_trainer.hardware import observe_hardware, peak_memory_bytes, release_cached_memory
 from qlora_trainer.history import History
 from qlora_trainer.interrupt import StopFlag
 from qlora_trainer.keeper import Keeper
@@ -271,8 +271,7 @@ def make_loading_check(
 def prove_loadable(check: LoadingCheck, files: Path) -> None:
     """Load the adapter in a fresh process; the model in this one must be gone, two may not fit."""
     gc.collect()
-    if check.task.device == "cuda":
-        torch.cuda.empty_cache()
+    release_cached_memory(check.task.device)
     with PULSE.resting():  # it ends the other process itself where that takes too long
         load_in_fresh_process(check.task, files / WEIGHTS[check.task.method], check.expected_loss)
 

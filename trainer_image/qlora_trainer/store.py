@@ -11,10 +11,11 @@ from urllib.parse import unquote, urlparse
 
 from qlora_api.names import CLAIM_SCHEME, CLAIMS_MOUNT, Reason, SecretRole
 from qlora_api.runconfig import S3Config
+from qlora_api.units import MIB
 from qlora_trainer.errors import RunError
 from qlora_trainer.secrets import Secrets
 
-_CHUNK_BYTES: Final = 1 << 20
+_CHUNK_BYTES: Final = MIB
 
 
 class AlreadyThereError(Exception):

@@ -8,24 +8,17 @@ import torch
 from transformers import AutoConfig
 
 from qlora_api.names import Reason
+from qlora_api.units import format_gib
 from qlora_trainer.errors import RunError
 from qlora_trainer.hardware import Hardware
 from qlora_trainer.optimizer import Kind, choose_optimizer
 
 LARGEST: Final = 20_000_000_000
 """Weights beyond which no single GPU suffices: 8 bytes each, with paged state, are 160 GB; a B200 has 192 GB."""
-_BYTES_PER_WEIGHT: Final = {
-    Kind.ADAMW: 4 + 4 + 8,
-    Kind.ADAMW_FUSED: 4 + 4 + 8,
-    Kind.ADAMW_8BIT: 4 + 4 + 2,
-    Kind.PAGED_ADAMW: 4 + 4,
-    Kind.PAGED_ADAMW_8BIT: 4 + 4,
-}
-"""Weight and gradient in fp32, and AdamW's two moments in fp32 or 8 bits; paged ones may leave the GPU."""
 _WEIGHT: Final = 4
-"""Bytes of a weight that every process has under ZeRO-2."""
-_DIVIDED: Final = 4 + 4 + 8
-"""Bytes a weight of what ZeRO-2 divides: gradient, a copy of the weight, AdamW's two moments."""
+"""Bytes of a weight in fp32, and of its gradient."""
+_DIVIDED: Final = 4 + 4
+"""Bytes a weight of what ZeRO-2 divides, beside the optimizer's state: gradient and a copy of the weight."""
 _SHARE: Final = 0.8
 """Of the free memory; the rest is for activations."""
 
@@ -47,29 +40,26 @@ def choose_for_whole(asked: str, hardware: Hardware, parameters: int, parts: int
         if parts == 1 and not _fits(kind, hardware, parameters):
             kind, reason = Kind.ADAMW_8BIT, "with fp32 state the model would not fit"
     if not _fits(kind, hardware, parameters, parts):
-        needed = _gib(bytes_for(kind, parameters, parts))
+        needed = format_gib(bytes_for(kind, parameters, parts))
         raise RunError(
             Reason.INVALID_SPEC,
             f"spec.method: full trains {parameters:,} weights, which takes {needed} with {kind} and leaves "
-            f"{_SHARE:.0%} of the {_gib(hardware.free_bytes)} that are free exceeded; use lora or qlora, or "
+            f"{_SHARE:.0%} of the {format_gib(hardware.free_bytes)} that are free exceeded; use lora or qlora, or "
             "a larger device",
         )
-    return kind, f"{reason}; weights, gradients and state take {_gib(bytes_for(kind, parameters, parts))}"
+    return kind, f"{reason}; weights, gradients and state take {format_gib(bytes_for(kind, parameters, parts))}"
 
 
 def bytes_for(kind: Kind, parameters: int, parts: int = 1) -> int:
     """Return the memory of weights, gradients and state on one device, of as many as ZeRO-2 divides them among."""
+    state = kind.optimizer.state_bytes_per_weight
     if parts > 1:
-        return parameters * _WEIGHT + parameters * _DIVIDED // parts
-    return parameters * _BYTES_PER_WEIGHT[kind]
+        return parameters * _WEIGHT + parameters * (_DIVIDED + state) // parts
+    return parameters * (_WEIGHT + _WEIGHT + state)
 
 
 def _fits(kind: Kind, hardware: Hardware, parameters: int, parts: int = 1) -> bool:
     return bytes_for(kind, parameters, parts) <= _SHARE * hardware.free_bytes
-
-
-def _gib(size: float) -> str:
-    return f"{size / 2**30:.1f} GiB"
 
 
 def save_whole(model: Any, uri: str, target: Path) -> None:

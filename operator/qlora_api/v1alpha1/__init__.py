@@ -1,7 +1,16 @@
 """The QLoRAJob resource: the only source of the CRD, its defaults, its bounds and its reference."""
 
 from qlora_api.v1alpha1.checkpoint import CheckpointSpec
-from qlora_api.v1alpha1.places import DatasetSpec, DataSource, EvaluationSplit, ModelSpec, OutputSpec, RowTemplate
+from qlora_api.v1alpha1.places import (
+    DatasetSpec,
+    DataSource,
+    EvaluationSplit,
+    ModelSpec,
+    OutputSpec,
+    RowFormat,
+    RowFormatName,
+    RowTemplate,
+)
 from qlora_api.v1alpha1.recipe import (
     EarlyStoppingSpec,
     EvaluationSpec,
@@ -13,7 +22,6 @@ from qlora_api.v1alpha1.recipe import (
 from qlora_api.v1alpha1.spec import (
     MUTABLE_FIELDS,
     DeadlinesSpec,
-    Distribution,
     QLoRAJobSpec,
     QueueSpec,
     ResourcesSpec,
@@ -33,7 +41,6 @@ from qlora_api.v1alpha1.status import (
     Progress,
     QLoRAJobStatus,
     RowLengths,
-    Strategy,
 )
 from qlora_api.v1alpha1.tracking import MlflowSpec, TrackingSpec, WandbSpec
 from qlora_api.v1alpha1.types import (
@@ -52,7 +59,6 @@ __all__ = [
     "DataStatus",
     "DatasetSpec",
     "DeadlinesSpec",
-    "Distribution",
     "EarlyStoppingSpec",
     "EvaluationSpec",
     "EvaluationSplit",
@@ -74,10 +80,11 @@ __all__ = [
     "QueueSpec",
     "ResourcesSpec",
     "RetriesSpec",
+    "RowFormat",
+    "RowFormatName",
     "RowLengths",
     "RowTemplate",
     "SecretRef",
-    "Strategy",
     "Toleration",
     "TrackingSpec",
     "TrainingSpec",

@@ -56,7 +56,9 @@ class EvaluationSplit(ApiModel):
     )
 
 
-RowFormatName = Literal["auto", "instruction", "chat", "completion", "text"]
+RowFormat = Literal["instruction", "chat", "completion", "text"]
+"""What rows may be; qlora_trainer.formats has the fields that tell each, and its parser."""
+RowFormatName = Literal["auto", RowFormat]
 
 
 class RowTemplate(ApiModel):

@@ -5,6 +5,7 @@ from typing import Annotated, Final, Literal
 from pydantic import Field
 
 from qlora_api.base import ApiModel
+from qlora_api.optimizers import SUMMARY, AskedOptimizer
 from qlora_api.v1alpha1.types import ModuleName, TaskName, cel
 
 
@@ -121,12 +122,9 @@ class TrainingSpec(ApiModel):
     warmup_ratio: float = Field(
         default=0.03, ge=0, le=1, description="Share of the steps that warm up the learning rate."
     )
-    optimizer: Literal["auto", "adamw", "adamw8bit", "pagedAdamw", "pagedAdamw8bit"] = Field(
+    optimizer: AskedOptimizer = Field(
         default="auto",
-        description=(
-            "AdamW with fp32 or 8-bit state; paged state moves to host memory when GPU memory runs out. auto: chosen "
-            "from what is trained; the report has the reason."
-        ),
+        description=f"{SUMMARY} auto: chosen from what is trained; the report has the reason.",
     )
     weight_decay: float = Field(
         default=0.0,

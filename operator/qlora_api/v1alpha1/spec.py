@@ -4,15 +4,16 @@ from typing import Annotated, Final, Literal
 
 from pydantic import Field
 
+from qlora_api.accelerators import NVIDIA
 from qlora_api.base import ApiModel
 from qlora_api.names import SecretRole
+from qlora_api.optimizers import SHARDABLE
+from qlora_api.strategies import DDP, FOR_SEVERAL, SHARDING_OPTIMIZER, SHARDING_WEIGHTS, ZERO2, Distribution
 from qlora_api.v1alpha1.checkpoint import CheckpointSpec
 from qlora_api.v1alpha1.places import DatasetSpec, ModelSpec, OutputSpec
 from qlora_api.v1alpha1.recipe import EvaluationSpec, LoraSpec, QuantizationSpec, TrainingSpec
 from qlora_api.v1alpha1.tracking import TrackingSpec
 from qlora_api.v1alpha1.types import Duration, LabelKey, LabelValue, Quantity, SecretRef, cel
-
-Distribution = Literal["auto", "ddp", "zero2", "zero3"]
 
 
 class Toleration(ApiModel):
@@ -37,7 +38,7 @@ class ResourcesSpec(ApiModel):
         default=1, ge=0, le=16, description="GPUs per training pod, one process per GPU; 0 trains on the CPU."
     )
     gpu_product: LabelValue = Field(
-        default="", description="Required value of the node label nvidia.com/gpu.product; empty: any."
+        default="", description=f"Required value of the node label {NVIDIA.product_label}; empty: any."
     )
     cpu: Quantity = Field(default="2", description="CPU request of each training pod.")
     memory: Quantity = Field(default="16Gi", description="Memory request and limit of each training pod.")
@@ -45,7 +46,7 @@ class ResourcesSpec(ApiModel):
         default={}, description="Labels that the nodes must have."
     )
     tolerations: Annotated[tuple[Toleration, ...], Field(max_length=16)] = Field(
-        default=(), description="Taints that the training pods tolerate; nvidia.com/gpu is always tolerated."
+        default=(), description=f"Taints that the training pods tolerate; {NVIDIA.resource} is always tolerated."
     )
 
     @property
@@ -161,15 +162,15 @@ class QLoRAJobSpec(ApiModel):
             "raise nodes or gpusPerNode",
         ),
         (
-            "self.distribution != 'zero3' || (self.method != 'full' && self.lora.init != 'pissa' && "
-            "size(self.lora.modulesToSave) == 0 && !(self.lora.dora && self.quantization.bits == 4))",
-            "distribution zero3 shards every weight, but method full, lora.modulesToSave, lora.init pissa and dora "
-            "on 4 bits need unsharded ones; set it to zero2",
+            f"!(self.distribution in {list(SHARDING_WEIGHTS)}) || (self.method != 'full' && self.lora.init != 'pissa' "
+            "&& size(self.lora.modulesToSave) == 0 && !(self.lora.dora && self.quantization.bits == 4))",
+            f"distribution {' and '.join(SHARDING_WEIGHTS)} shards every weight, but method full, lora.modulesToSave, "
+            f"lora.init pissa and dora on 4 bits need unsharded ones; set it to {ZERO2.name}",
         ),
         (
-            "!(self.distribution in ['zero2', 'zero3']) || self.training.optimizer in ['auto', 'adamw']",
-            "distribution zero2 and zero3 can only shard the state of AdamW; leave training.optimizer out, or set "
-            "distribution to ddp",
+            f"!(self.distribution in {list(SHARDING_OPTIMIZER)}) || self.training.optimizer in {['auto', *SHARDABLE]}",
+            f"distribution {' and '.join(SHARDING_OPTIMIZER)} can only shard the state of AdamW; leave "
+            f"training.optimizer out, or set distribution to {DDP.name}",
         ),
         *map(_immutable, _IMMUTABLE_FIELDS),
     )
@@ -190,8 +191,8 @@ class QLoRAJobSpec(ApiModel):
     distribution: Distribution = Field(
         default="auto",
         description=(
-            "How training is distributed over several processes. ddp: each holds the full model; zero2: optimizer "
-            "state and gradients are sharded (DeepSpeed); zero3: weights as well, once they are loaded."
+            "How training is distributed over several processes. "
+            f"{'; '.join(f'{strategy.name}: {strategy.summary}' for strategy in FOR_SEVERAL)}."
         ),
     )
     checkpoint: CheckpointSpec = Field(default=CheckpointSpec(), description="When to write checkpoints.")

@@ -5,12 +5,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from qlora_api.accelerators import NVIDIA, DeviceName
 from qlora_api.base import ApiModel
 from qlora_api.modelconfig import MAX_CONFIG
 from qlora_api.names import ConditionType, Phase, Reason
+from qlora_api.strategies import SINGLE, StrategyName
 from qlora_api.v1alpha1.types import MAX_URI
-
-Strategy = Literal["single", "ddp", "zero2", "zero3"]
 
 
 class Condition(ApiModel):
@@ -64,10 +64,10 @@ class DataStatus(ApiModel):
 class Plan(ApiModel):
     """How the run is executed: chosen by the operator, recorded in status, followed by the trainer."""
 
-    device: Literal["cpu", "cuda"] = Field(description="Device to train on.")
+    device: DeviceName = Field(description="Device to train on.")
     nodes: int = Field(ge=1, description="Pods, one per node.")
     gpus_per_node: int = Field(ge=0, description="GPUs per pod.")
-    strategy: Strategy = Field(default="single", description="How training is distributed over the processes.")
+    strategy: StrategyName = Field(default=SINGLE.name, description="How training is distributed over the processes.")
     micro_batch_size: int = Field(ge=1, description="Rows per forward pass.")
     gradient_accumulation: int = Field(ge=1, description="Forward passes per optimizer step in each process.")
     total_steps: int = Field(ge=1, description="Optimizer steps of the run.")
@@ -76,7 +76,7 @@ class Plan(ApiModel):
         description="Whether activations are recomputed in the backward pass; absent: the trainer decides.",
     )
     gpu_product: Annotated[str, Field(max_length=63)] | None = Field(
-        default=None, description="Value of nvidia.com/gpu.product that the run was sized for; absent: any."
+        default=None, description=f"Value of {NVIDIA.product_label} that the run was sized for; absent: any."
     )
     peak_bytes: int | None = Field(default=None, ge=0, description="Estimated peak memory per GPU, in bytes.")
     reasons: Annotated[tuple[Annotated[str, Field(max_length=256)], ...], Field(max_length=32)] = Field(

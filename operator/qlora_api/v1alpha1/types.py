@@ -7,6 +7,7 @@ from typing import Annotated, Final, Literal
 from pydantic import AfterValidator, ConfigDict, Field, JsonValue
 
 from qlora_api.base import ApiModel
+from qlora_api.units import SECONDS
 from qlora_api.v1alpha1.shapes import (
     BUCKET,
     BUCKET_IS_NO_ADDRESS,
@@ -23,8 +24,6 @@ from qlora_api.v1alpha1.shapes import (
 MAX_URI: Final = 1024
 """Longest object key that S3 stores."""
 
-_SECONDS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-
 
 def _validate_duration(text: str) -> str:
     if not re.fullmatch(r"[1-9][0-9]*(s|m|h|d)", text):
@@ -34,7 +33,7 @@ def _validate_duration(text: str) -> str:
 
 def to_timedelta(duration: str) -> timedelta:
     """Turn '30m' into 30 minutes."""
-    return timedelta(seconds=int(duration[:-1]) * _SECONDS[duration[-1]])
+    return timedelta(seconds=int(duration[:-1]) * SECONDS[duration[-1]])
 
 
 def cel(*rules: tuple[str, str]) -> ConfigDict:

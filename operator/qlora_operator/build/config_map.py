@@ -3,9 +3,10 @@
 import json
 
 from qlora_api.base import ApiModel
-from qlora_api.launch import DIVIDING, accelerate_config, deepspeed_config
+from qlora_api.launch import accelerate_config, deepspeed_config
 from qlora_api.names import ACCELERATE_CONFIG_FILE, DEEPSPEED_CONFIG_FILE
 from qlora_api.runconfig import PrepareConfig, RunConfig
+from qlora_api.strategies import STRATEGIES
 from qlora_api.v1alpha1 import Plan, QLoRAJobSpec
 from qlora_operator.build.metadata import (
     Installation,
@@ -50,7 +51,7 @@ def _launch_files(spec: QLoRAJobSpec, plan: Plan) -> dict[str, str]:
     if plan.processes == 1:
         return {}
     files = {ACCELERATE_CONFIG_FILE: accelerate_config(plan)}
-    if plan.strategy in DIVIDING:
+    if STRATEGIES[plan.strategy].launcher == "deepspeed":
         files[DEEPSPEED_CONFIG_FILE] = deepspeed_config(plan.strategy, spec.training.max_grad_norm)
     return {name: json.dumps(content, indent=1) for name, content in files.items()}
 

@@ -3,6 +3,7 @@
 from typing import Any, Final
 
 from qlora_api import metrics, names
+from qlora_api.accelerators import accelerator_of
 from qlora_api.names import Role, SecretRole
 from qlora_api.v1alpha1 import Plan, QLoRAJobSpec, ResourcesSpec, Toleration
 from qlora_operator.build.claims import build_claim_mounts, build_claim_volumes
@@ -27,8 +28,6 @@ _PATIENCE: Final = tuple(
 )
 LAUNCH: Final = "launch"
 """The trainer's command for several processes."""
-GPU_RESOURCE: Final = "nvidia.com/gpu"
-GPU_PRODUCT_LABEL: Final = "nvidia.com/gpu.product"
 _METRICS: Final = {"name": metrics.PORT_NAME, "containerPort": metrics.PORT}
 PREPARE_RESOURCES: Final = {"requests": {"cpu": "500m", "memory": "1Gi"}, "limits": {"memory": PREPARE_MEMORY}}
 
@@ -195,7 +194,7 @@ def _volumes(workload: Workload, spec: QLoRAJobSpec, installation: Installation)
 
 
 def _train_resources(resources: ResourcesSpec, plan: Plan) -> dict[str, Any]:
-    gpus = {GPU_RESOURCE: plan.gpus_per_node} if plan.gpus_per_node else {}
+    gpus = {accelerator_of(plan.device).resource: plan.gpus_per_node} if plan.gpus_per_node else {}
     return {
         "requests": {"cpu": resources.cpu, "memory": resources.memory},
         "limits": {"memory": resources.memory, **gpus},
@@ -207,11 +206,11 @@ def _placement(resources: ResourcesSpec, plan: Plan) -> dict[str, Any]:
 
     What was sized for a GPU must land on no smaller one.
     """
-    product = resources.gpu_product or plan.gpu_product
-    selector = {**resources.node_selector, **({GPU_PRODUCT_LABEL: product} if product else {})}
+    product, accelerator = resources.gpu_product or plan.gpu_product, accelerator_of(plan.device)
+    selector = {**resources.node_selector, **({accelerator.product_label: product} if product else {})}
     tolerations = [_toleration(toleration) for toleration in resources.tolerations]
     if plan.gpus_per_node:
-        tolerations.append({"key": GPU_RESOURCE, "operator": "Exists", "effect": "NoSchedule"})
+        tolerations.append({"key": accelerator.resource, "operator": "Exists", "effect": "NoSchedule"})
     return {
         **({"nodeSelector": selector} if selector else {}),
         **({"tolerations": tolerations} if tolerations else {}),

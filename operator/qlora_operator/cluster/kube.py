@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Collection, Mapping
 from typing import Any, Final
 
 from qlora_api import names
+from qlora_api.accelerators import ACCELERATORS
 from qlora_api.names import TERMINAL
 from qlora_operator.cluster.api import MERGE, Api, ApiError, ConflictError, NotFoundError
 from qlora_operator.cluster.children import Children, Shelf
@@ -120,13 +121,13 @@ class KubeCluster:
     async def find_gpu_nodes(self) -> tuple[Manifest, ...]:
         """Return the nodes that say what GPUs they have; none where the operator may not look."""
         # Any version will do: the API server answers from its cache.
-        query = {"labelSelector": names.GPU_MEMORY_LABEL, "resourceVersion": "0"}
+        queries = [{"labelSelector": kind.memory_label, "resourceVersion": "0"} for kind in ACCELERATORS]
         try:
-            answer = await self._api.request("GET", "/api/v1/nodes", query=query)
+            answers = [await self._api.request("GET", "/api/v1/nodes", query=query) for query in queries]
         except ApiError as error:
             _log.warning("runs are not sized, since nodes cannot be listed: %s", error)
             return ()
-        return tuple(answer["items"])
+        return tuple(node for answer in answers for node in answer["items"])
 
     async def ensure(self, child: Manifest) -> bool:
         """Create a child, or bring a ConfigMap of ours up to date; what belongs to something else is never adopted."""

@@ -143,7 +143,7 @@ class Decoder:
             return record.from_input(x)
         # 0.5 * x * (1 + tanh(c * (x + 0.044715 * x ** 3))), written out in Python,
         # in which CUDA's autocast has powers in fp32, and so what follows.
-        powered = record.cast(x, FP32) if self.setting.device == "cuda" and self.setting.autocast else x
+        powered = record.cast(x, FP32) if self.setting.device != "cpu" and self.setting.autocast else x
         inner = record.scale(record.add(x, record.scale(record.power(powered))))
         return record.multiply(record.scale(x), record.scale(record.from_output(inner)))
 

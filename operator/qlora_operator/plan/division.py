@@ -1,11 +1,12 @@
 """What cannot be divided among processes: the rules refuse it, and the plan does not choose it."""
 
-from qlora_api.launch import DIVIDING
-from qlora_api.v1alpha1 import QLoRAJobSpec, Strategy
+from qlora_api.optimizers import SHARDABLE
+from qlora_api.strategies import Strategy
+from qlora_api.v1alpha1 import QLoRAJobSpec
 
 
 def needs_whole_weights(spec: QLoRAJobSpec) -> str | None:
-    """Say what of a spec needs weights that ZeRO-3 leaves whole in no process."""
+    """Say what of a spec needs weights that no process has whole once they are divided."""
     if spec.method == "full":
         return "spec.method full publishes the full model"
     if spec.lora.modules_to_save:
@@ -19,11 +20,11 @@ def needs_whole_weights(spec: QLoRAJobSpec) -> str | None:
 
 def has_plain_optimizer(spec: QLoRAJobSpec) -> bool:
     """Return whether DeepSpeed can divide the optimizer's state: AdamW's in fp32, and no other."""
-    return spec.training.optimizer in {"auto", "adamw"}
+    return spec.training.optimizer in {"auto", *SHARDABLE}
 
 
 def can_be_shared(spec: QLoRAJobSpec, strategy: Strategy) -> bool:
     """Return whether processes can share a run by a strategy."""
-    if strategy in DIVIDING and not has_plain_optimizer(spec):
+    if strategy.shards_optimizer and not has_plain_optimizer(spec):
         return False
-    return strategy != "zero3" or needs_whole_weights(spec) is None
+    return not strategy.shards_weights or needs_whole_weights(spec) is None

@@ -3,21 +3,25 @@
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import ceil
-from typing import Final, Literal
+from typing import Final
 
-from qlora_api.v1alpha1 import QLoRAJobSpec, Strategy
+from qlora_api.accelerators import NVIDIA, DeviceName
+from qlora_api.optimizers import ADAMW, OptimizerName
+from qlora_api.strategies import SINGLE, STRATEGIES, Strategy, StrategyName
+from qlora_api.units import MIB
+from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_operator.plan.activations import Activations, estimate_activations
 from qlora_operator.plan.adapter import Trainable, find_trainable, ranks_of_layer
-from qlora_operator.plan.memory import FP32, HALF, BaseBytes, Optimizer, base_bytes, optimizer_bytes
+from qlora_operator.plan.memory import FP32, HALF, BaseBytes, base_bytes, optimizer_bytes
 from qlora_operator.plan.setting import Kernel, Lines, Setting
 from qlora_operator.plan.shapes import Linear, ModelShape
 
-CONTEXT: Final = 500 << 20
+CONTEXT: Final = 500 * MIB
 """Bytes of a process's CUDA context, torch's and bitsandbytes' kernels in it: 0.49 GiB on an A100 (TianheWu/CoSeR#10)
 and on an RTX 4090 (3DTopia/Phidias-Diffusion#8), as torch's messages count what is not its own."""
-WORKSPACE: Final = 32 << 20
+WORKSPACE: Final = 32 * MIB
 """Bytes that cuBLAS works in on sm_90 (pytorch#182669); elsewhere it is 8."""
-NCCL: Final = 688 << 20
+NCCL: Final = 688 * MIB
 """Bytes of NCCL's buffers between more than two GPUs with NVLink, the most of its default settings (nccl#964)."""
 SLACK: Final = 0.07
 """Of what is allocated, what torch's allocator holds beyond it: 7.0 % on one GPU, 5.4 % with data parallelism and
@@ -28,8 +32,6 @@ LIVE: Final = 1_000_000_000
 """Numbers that ZeRO-3 keeps collected at most (DeepSpeed 0.19: stage3_max_live_parameters)."""
 PACK_TOKENS: Final = 4096
 """Tokens joined into one sequence at most, unless one row is longer: qlora_trainer.batches.PACK_TOKENS."""
-
-Device = Literal["cpu", "cuda"]
 
 
 @dataclass(frozen=True)
@@ -45,10 +47,15 @@ class Layout:
     """How a run is laid out over its processes."""
 
     processes: int = 1
-    strategy: Strategy = "single"
+    strategy: StrategyName = SINGLE.name
     micro_batch: int = 1
     checkpointing: bool = False
-    optimizer: Optimizer = "adamw"
+    optimizer: OptimizerName = ADAMW.name
+
+    @property
+    def sharing(self) -> Strategy:
+        """Return what the strategy divides."""
+        return STRATEGIES[self.strategy]
 
 
 @dataclass(frozen=True)
@@ -103,7 +110,7 @@ class Workload:
     spec: QLoRAJobSpec
     shape: ModelShape
     rows: Rows
-    device: Device = "cuda"
+    device: DeviceName = NVIDIA.device
 
     @property
     def whole(self) -> bool:
@@ -191,8 +198,8 @@ def as_dense(shape: ModelShape) -> ModelShape:
 def estimate_memory(work: Workload, layout: Layout) -> MemoryEstimate:
     """Return what the fullest GPU holds at its peak."""
     learned = work.trainable.parameters * FP32
-    parts = layout.processes if layout.strategy in {"zero2", "zero3"} else 1
-    weights_parts = layout.processes if layout.strategy == "zero3" else 1
+    parts = layout.processes if layout.sharing.shards_optimizer else 1
+    weights_parts = layout.processes if layout.sharing.shards_weights else 1
     base = BaseBytes(ceil(work.base.weights / weights_parts), work.base.constants)
     return MemoryEstimate(
         base=base,
@@ -213,9 +220,10 @@ def _loading_bytes(work: Workload) -> int:
 
 def _adapter_bytes(work: Workload, layout: Layout, learned: int) -> int:
     """Return the weights that learn beside the base; with method full they are the base."""
-    own = 0 if work.whole else ceil(learned / (layout.processes if layout.strategy == "zero3" else 1))
+    own = 0 if work.whole else ceil(learned / (layout.processes if layout.sharing.shards_weights else 1))
     # ZeRO-2 steps on a flat copy of its part; ZeRO-3 on the parts themselves, which are fp32 already.
-    copy = ceil(learned / layout.processes) if layout.strategy == "zero2" else 0
+    copies = layout.sharing.shards_optimizer and not layout.sharing.shards_weights
+    copy = ceil(learned / layout.processes) if copies else 0
     # PiSSA's first matrices stay beside the ones that learn, since the base is without them.
     start = sum(work.trainable.matrices) * FP32 if work.spec.lora.init == "pissa" and not work.whole else 0
     return own + copy + start
@@ -223,11 +231,11 @@ def _adapter_bytes(work: Workload, layout: Layout, learned: int) -> int:
 
 def _collected_bytes(work: Workload, layout: Layout, learned: int) -> int:
     """Return what processes exchange at once: one flat tensor of all gradients, or DeepSpeed's buckets."""
-    if layout.strategy == "single":
+    if layout.processes == 1:
         return 0
-    if layout.strategy == "ddp":
+    if not layout.sharing.shards_optimizer:
         return learned
-    if layout.strategy == "zero2":
+    if not layout.sharing.shards_weights:
         return BUCKET
     shape = work.shape
     largest = max(shape.embedding.parameters, shape.head.weights) * work.width

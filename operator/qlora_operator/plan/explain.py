@@ -3,11 +3,12 @@
 from math import ceil
 from typing import Final
 
+from qlora_api.optimizers import ADAMW
+from qlora_api.units import GIB, format_gib
 from qlora_operator.plan.estimate import Workload
 from qlora_operator.plan.offer import Pool
 from qlora_operator.plan.sizing import BUSY_TOKENS, Sizing, micro_batches, pass_tokens
 
-GIBIBYTE: Final = 1 << 30
 LITTLE: Final = 0.5
 """Share of a base's layers that is quantised, below which it is worth a sentence (as in prepare)."""
 NATIVE_BF16: Final = (8, 0)
@@ -31,7 +32,7 @@ def explain_sizing(work: Workload, sizing: Sizing, *, flexible: bool = False) ->
 
 def _explain_gpus(sizing: Sizing, *, flexible: bool) -> str:
     room = sizing.room
-    what = room.pool.product or f"GPU of {_gib(room.pool.memory)}"
+    what = room.pool.product or f"GPU of {format_gib(room.pool.memory)}"
     nodes = f"{room.nodes} node{'s' if room.nodes > 1 else ''}"
     why = "the fewest that fit" if flexible else "as spec.resources asks"
     return f"{room.gpus_per_node} x {what} on {nodes}: {why}"
@@ -41,12 +42,7 @@ def _explain_strategy(work: Workload, sizing: Sizing) -> str:
     strategy = sizing.layout.strategy
     if work.spec.distribution != "auto":
         return f"strategy {strategy}: spec.distribution"
-    why = {
-        "ddp": "the model fits each GPU, so that dividing it would only cost time",
-        "zero2": "gradients and optimizer fit only if they are divided",
-        "zero3": "the weights fit only if they are divided as well",
-    }
-    return f"strategy {strategy}: {why[strategy]}"
+    return f"strategy {strategy}: {sizing.layout.sharing.chosen_because}"
 
 
 def explain_dtype(pool: Pool) -> str:
@@ -68,7 +64,7 @@ def _explain_base(work: Workload) -> tuple[str, ...]:
     left = (body - shape.quantisable) * work.width
     return (
         f"base: only {shape.quantisable / body:.0%} of its layers' weights can be stored in {bits} bits; the rest, "
-        f"such as stacked experts, takes {_gib(left)} in 16",
+        f"such as stacked experts, takes {format_gib(left)} in 16",
     )
 
 
@@ -82,10 +78,10 @@ def _explain_optimizer(work: Workload, sizing: Sizing) -> str:
     optimizer = sizing.layout.optimizer
     if work.spec.training.optimizer != "auto":
         return f"optimizer {optimizer}: spec.training.optimizer"
-    if optimizer == "adamw8bit":
-        return "optimizer adamw8bit: with fp32 state the model would not fit"
+    if optimizer != ADAMW.name:
+        return f"optimizer {optimizer}: with fp32 state the model would not fit"
     state = "all weights" if work.whole else "an adapter"
-    return f"optimizer adamw: the fp32 state of {state} fits, in {_gib(sizing.estimate.optimizer)}"
+    return f"optimizer {optimizer}: the fp32 state of {state} fits, in {format_gib(sizing.estimate.optimizer)}"
 
 
 def _explain_micro_batch(work: Workload, sizing: Sizing) -> str:
@@ -122,9 +118,7 @@ def explain_peak(sizing: Sizing) -> str:
         "context": found.outside,
     }
     verdict = "; tight: it fits if torch's allocator needs less than that slack" if sizing.tight else ""
-    shown = ", ".join(f"{name} {size / GIBIBYTE:.2f}" for name, size in parts.items() if size)
-    return f"peak {_gib(found.peak)} of {_gib(sizing.room.pool.usable)} per GPU: {shown}, slack 7 %{verdict}"
-
-
-def _gib(size: int) -> str:
-    return f"{size / GIBIBYTE:.1f} GiB"
+    shown = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items() if size)
+    return (
+        f"peak {format_gib(found.peak)} of {format_gib(sizing.room.pool.usable)} per GPU: {shown}, slack 7 %{verdict}"
+    )

@@ -86,7 +86,7 @@ class Layers:
 
     def _dropped(self, x: Tensor) -> Tensor:
         """Drop out: on CUDA in one kernel that keeps a byte per element, on a CPU by a product with random numbers."""
-        if self.setting.device == "cuda":
+        if self.setting.device != "cpu":
             return self.record.made(x.elements, x.width, [x], [self.record.made(x.elements, 1)])
         return self.record.multiply(x, self.record.made(x.elements, x.width))
 
@@ -126,7 +126,7 @@ class Layers:
     def _layer_norm(self, x: Tensor, size: int) -> Tensor:
         """One kernel, which keeps its input, mean and deviation; CUDA's autocast has it in fp32."""
         record, setting = self.record, self.setting
-        x = record.cast(x, FP32) if setting.device == "cuda" and setting.autocast else x
+        x = record.cast(x, FP32) if setting.device != "cpu" and setting.autocast else x
         weight, moments = self.weight(size), record.made(2 * x.elements // size, FP32)
         return record.made(x.elements, x.width, [x, weight], [x, moments])
 

@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 from math import ceil
-from typing import Final, Literal
+from typing import Final
 
+from qlora_api.optimizers import OPTIMIZERS, OptimizerName
 from qlora_api.v1alpha1 import QuantizationSpec
 from qlora_operator.plan.adapter import Trainable
 from qlora_operator.plan.shapes import Linear, ModelShape
@@ -21,17 +22,6 @@ CODEBOOKS_DOUBLE: Final = 16 * FP32 + 256 * FP32 + FP32
 """Bytes of a matrix's code, of its scales' code and of their mean (the same: QuantState)."""
 CODEBOOK: Final = 16 * FP32
 """Bytes of a matrix's code without double quantisation."""
-
-BLOCK_8BIT_STATE: Final = 256
-"""Numbers of 8-bit optimizer state with one fp32 scale (bitsandbytes 0.50, optim/optimizer.py)."""
-LEAST_8BIT_STATE: Final = 4096
-"""Numbers that a tensor needs for 8-bit state; less is kept in fp32 (the same: min_8bit_size)."""
-LEAST_PAGED_STATE: Final = 100_000
-"""Numbers that a tensor needs for paged state; less stays on the GPU (the same: get_state_buffer)."""
-MOMENTS: Final = 2
-"""Adam's moving averages, of the gradient and of its square."""
-
-Optimizer = Literal["adamw", "adamw8bit", "pagedAdamw", "pagedAdamw8bit"]
 
 
 @dataclass(frozen=True)
@@ -70,13 +60,6 @@ def constant_bytes(linear: Linear, quantization: QuantizationSpec) -> int:
     return scales + ceil(scales / BLOCK_OF_SCALES) * FP32 + CODEBOOKS_DOUBLE
 
 
-def optimizer_bytes(trainable: Trainable, optimizer: Optimizer) -> int:
-    """Return the state of AdamW that stays on the GPU."""
-    return sum(_state_bytes(size, optimizer) for size in trainable.tensors)
-
-
-def _state_bytes(size: int, optimizer: Optimizer) -> int:
-    paged = optimizer.startswith("paged") and size >= LEAST_PAGED_STATE
-    if optimizer.endswith("8bit") and size >= LEAST_8BIT_STATE:
-        return MOMENTS * ((0 if paged else size) + ceil(size / BLOCK_8BIT_STATE) * FP32)
-    return 0 if paged else MOMENTS * size * FP32
+def optimizer_bytes(trainable: Trainable, optimizer: OptimizerName) -> int:
+    """Return the state of an optimizer that stays on the GPU."""
+    return sum(OPTIMIZERS[optimizer].state_bytes(size) for size in trainable.tensors)

@@ -1,13 +1,13 @@
-"""What GPUs there are: read from node objects with the labels of NVIDIA's GPU feature discovery, or given by hand."""
+"""What GPUs there are: read from node objects with the labels of their accelerators, or given by hand."""
 
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from qlora_api.names import GPU_MEMORY_LABEL
-from qlora_api.names import GPU_RESOURCE as GPU
+from qlora_api.accelerators import ACCELERATORS, NVIDIA, Accelerator
+from qlora_api.units import GIB, KIB, MIB, TIB
 from qlora_api.v1alpha1 import ResourcesSpec, Toleration
 
 RESERVED_SHARE: Final = 0.02
@@ -16,9 +16,8 @@ GiB (1.7 %), an RTX 4090 of 24,564 MiB 23.64 GiB (1.5 %), an A30 of 24,576 MiB 2
 MiB 39.50 GiB (1.3 %); read from torch's messages in hpcaitech/Open-Sora#697, 3DTopia/Phidias-Diffusion#8,
 google/RB-Modulation#5 and TianheWu/CoSeR#10."""
 
-_MEBIBYTE: Final = 1 << 20
 _UNITS: Final = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-_BINARY: Final = {"Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30, "Ti": 1 << 40}
+_BINARY: Final = {"Ki": KIB, "Mi": MIB, "Gi": GIB, "Ti": TIB}
 _QUANTITY: Final = re.compile(r"([0-9]+(?:\.[0-9]+)?)(Ki|Mi|Gi|Ti|k|M|G|T)?")
 _NOT_SHARED: Final = frozenset({"0", "1"})
 _KEEPS_OUT: Final = frozenset({"NoSchedule", "NoExecute"})
@@ -29,13 +28,14 @@ class Pool:
     """Nodes with the same GPUs."""
 
     product: str
-    """Value of the label nvidia.com/gpu.product; empty: any."""
+    """Value of the accelerator's product label; empty: any."""
     memory: int
     """Bytes of each GPU, as nvidia-smi shows them."""
     gpus_per_node: int = 1
     nodes: int = 1
     capability: tuple[int, int] | None = None
     """(8, 0) is sm_80; None: unknown."""
+    accelerator: Accelerator = NVIDIA
 
     @property
     def usable(self) -> int:
@@ -62,44 +62,51 @@ def memory_of_product(product: str) -> int | None:
 
 def read_offer(nodes: Iterable[Mapping[str, Any]], resources: ResourcesSpec) -> Offer:
     """Return the GPUs that a run's pods may land on, smallest memory first."""
-    pools = Counter(pool for node in nodes if _takes(node, resources) and (pool := _read_node(node)))
+    pools = Counter(
+        pool
+        for node in nodes
+        for accelerator in ACCELERATORS
+        if _takes(node, resources, accelerator) and (pool := _read_node(node, accelerator))
+    )
     found = (_with_nodes(pool, count) for pool, count in pools.items())
     return tuple(sorted(found, key=lambda pool: (pool.memory, pool.gpus_per_node, pool.product)))
 
 
 def _with_nodes(pool: Pool, count: int) -> Pool:
-    return Pool(pool.product, pool.memory, pool.gpus_per_node, count, pool.capability)
+    return replace(pool, nodes=count)
 
 
-def _read_node(node: Mapping[str, Any]) -> Pool | None:
+def _read_node(node: Mapping[str, Any], accelerator: Accelerator) -> Pool | None:
     """Return a node's GPUs; None where it has none, or where nothing tells their memory."""
     labels: Mapping[str, str] = node["metadata"].get("labels", {})
-    count = int(node.get("status", {}).get("allocatable", {}).get(GPU, "0"))
-    mebibytes = labels.get(GPU_MEMORY_LABEL, "")
+    count = int(node.get("status", {}).get("allocatable", {}).get(accelerator.resource, "0"))
+    mebibytes = labels.get(accelerator.memory_label, "")
     # A GPU that is sliced by time is counted several times, and its memory belongs to all of them.
-    shared = labels.get(f"{GPU}.replicas", "1") not in _NOT_SHARED
+    shared = labels.get(accelerator.replicas_label, "1") not in _NOT_SHARED
     if count == 0 or shared or not mebibytes.isdigit():
         return None
-    major, minor = labels.get(f"{GPU}.compute.major", ""), labels.get(f"{GPU}.compute.minor", "0")
+    major_label, minor_label = accelerator.capability_labels
+    major, minor = labels.get(major_label, ""), labels.get(minor_label, "0")
     capability = (int(major), int(minor)) if major.isdigit() and minor.isdigit() else None
-    return Pool(labels.get(f"{GPU}.product", ""), int(mebibytes) * _MEBIBYTE, count, 1, capability)
+    product = labels.get(accelerator.product_label, "")
+    return Pool(product, int(mebibytes) * MIB, count, 1, capability, accelerator)
 
 
-def _takes(node: Mapping[str, Any], resources: ResourcesSpec) -> bool:
+def _takes(node: Mapping[str, Any], resources: ResourcesSpec, accelerator: Accelerator) -> bool:
     """Return whether the scheduler could put a training pod there, free or not."""
     labels: Mapping[str, str] = node["metadata"].get("labels", {})
     spec: Mapping[str, Any] = node.get("spec", {})
-    product = {f"{GPU}.product": resources.gpu_product} if resources.gpu_product else {}
+    product = {accelerator.product_label: resources.gpu_product} if resources.gpu_product else {}
     wanted = {**resources.node_selector, **product}
     return (
         not spec.get("unschedulable", False)
         and all(labels.get(key) == value for key, value in wanted.items())
-        and all(_is_tolerated(taint, resources.tolerations) for taint in spec.get("taints", ()))
+        and all(_is_tolerated(taint, resources.tolerations, accelerator) for taint in spec.get("taints", ()))
     )
 
 
-def _is_tolerated(taint: Mapping[str, str], tolerations: Iterable[Toleration]) -> bool:
-    if taint.get("effect") not in _KEEPS_OUT or taint["key"] == GPU:
+def _is_tolerated(taint: Mapping[str, str], tolerations: Iterable[Toleration], accelerator: Accelerator) -> bool:
+    if taint.get("effect") not in _KEEPS_OUT or taint["key"] == accelerator.resource:
         return True
     return any(_tolerates(toleration, taint) for toleration in tolerations)
 

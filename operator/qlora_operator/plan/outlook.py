@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any, Final
 
+from qlora_api.accelerators import usual_device
+from qlora_api.units import MIB, format_gib
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_operator.plan.adapter import check_base
 from qlora_operator.plan.estimate import Layout, MemoryEstimate, Rows, Workload, estimate_memory
@@ -25,7 +27,6 @@ _COMMON: Final = (
     ("141 GB GPU (H200)", 143_771),
 )
 """Usual GPUs and their MiB, as nvidia-smi shows them."""
-_MEBIBYTE: Final = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def make_outlook(
     longest = spec.training.max_length
     shape = read_shape(config)
     check_base(shape, spec.quantization)
-    work = Workload(spec, shape, Rows(longest, longest), "cuda" if _gpus(spec, gpus_per_node) else "cpu")
+    work = Workload(spec, shape, Rows(longest, longest), usual_device(_gpus(spec, gpus_per_node)))
     if work.device == "cpu":
         return _on_cpu(work)
     offer, flexible = _offer(spec, gpu_memory, gpus_per_node), gpus_per_node is not None
@@ -67,7 +68,7 @@ def _offer(spec: QLoRAJobSpec, gpu_memory: str | None, gpus_per_node: int | None
         return (Pool(product, to_bytes(gpu_memory), count, nodes),)
     if (memory := memory_of_product(product)) is not None:
         return (Pool(product, memory, count, nodes),)
-    return tuple(Pool(name, mebibytes * _MEBIBYTE, count, nodes) for name, mebibytes in _COMMON)
+    return tuple(Pool(name, mebibytes * MIB, count, nodes) for name, mebibytes in _COMMON)
 
 
 def _on_cpu(work: Workload) -> Outlook:
@@ -94,7 +95,7 @@ def _explain_host_memory(sizing: Sizing, memory: str) -> tuple[str, ...]:
     verdict = "within" if peak <= sizing.room.pool.memory else "more than"
     return (
         f"gradient checkpointing {'on' if sizing.layout.checkpointing else 'off'}: the trainer decides by free memory",
-        f"peak {peak / (1 << 30):.1f} GiB of tensors if the CPU has no bf16, {verdict} spec.resources.memory {memory}",
+        f"peak {format_gib(peak)} of tensors if the CPU has no bf16, {verdict} spec.resources.memory {memory}",
     )
 
 

@@ -2,11 +2,13 @@
 
 import json
 from math import ceil
-from typing import Final, Literal, NamedTuple
+from typing import Final, NamedTuple
 
+from qlora_api.accelerators import DeviceName, usual_device
 from qlora_api.prepared import Prepared
 from qlora_api.steps import steps_of_epochs, steps_per_epoch, total_steps
-from qlora_api.v1alpha1 import DataStatus, Distribution, Plan, QLoRAJobSpec, Strategy, TrainingSpec
+from qlora_api.strategies import DDP, SINGLE, Distribution, StrategyName
+from qlora_api.v1alpha1 import DataStatus, Plan, QLoRAJobSpec, TrainingSpec
 from qlora_operator.plan.duration import explain_duration
 from qlora_operator.plan.estimate import Rows, Workload
 from qlora_operator.plan.explain import explain_sizing
@@ -16,9 +18,7 @@ from qlora_operator.plan.remedy import describe_misfit
 from qlora_operator.plan.shapes import UnknownModelError
 from qlora_operator.plan.sizing import DoesNotFitError, Misfit, Sizing, size_run
 
-Device = Literal["cpu", "cuda"]
-
-MICRO_BATCH_CUDA: Final = 4
+MICRO_BATCH_GPU: Final = 4
 """Rows per forward pass on a GPU: the usual QLoRA recipe for 24 GB cards and up."""
 MICRO_BATCH_CPU: Final = 16
 """Rows per forward pass on a CPU: dequantising the base is paid per pass, so more rows share its cost."""
@@ -34,7 +34,7 @@ class MicroBatch(NamedTuple):
 class ChosenStrategy(NamedTuple):
     """How processes share the work, and why."""
 
-    name: Strategy
+    name: StrategyName
     reason: str
 
 
@@ -81,7 +81,7 @@ def _plan_of(sized: tuple[Workload, Sizing], spec: QLoRAJobSpec, prepared: Prepa
     share = ceil(spec.training.global_batch_size / room.processes)
     steps = count_steps(spec.training, prepared.dataset.training_rows)
     return Plan(
-        device="cuda",
+        device=room.pool.accelerator.device,
         nodes=room.nodes,
         gpus_per_node=room.gpus_per_node,
         strategy=layout.strategy,
@@ -113,7 +113,7 @@ def _explain_duration(work: Workload, sizing: Sizing, steps: int) -> tuple[str, 
 def _usual_plan(spec: QLoRAJobSpec, prepared: Prepared) -> Plan:
     """Choose by the usual recipe, without sizes."""
     resources, training = spec.resources, spec.training
-    device: Device = "cuda" if resources.gpus_per_node else "cpu"
+    device = usual_device(resources.gpus_per_node)
     strategy = choose_strategy(spec.distribution, resources.processes)
     share = ceil(training.global_batch_size / resources.processes)
     micro = choose_micro_batch(training, share, device)
@@ -140,21 +140,21 @@ def _usual_plan(spec: QLoRAJobSpec, prepared: Prepared) -> Plan:
 def choose_strategy(distribution: Distribution, processes: int) -> ChosenStrategy:
     """Say how the processes share the work."""
     if processes == 1:
-        return ChosenStrategy("single", "one process")
+        return ChosenStrategy(SINGLE.name, SINGLE.summary)
     if distribution != "auto":
         return ChosenStrategy(distribution, f"strategy {distribution}: spec.distribution, for {processes} processes")
     why = "an adapter's gradients and optimizer are small, so dividing them gains nothing"
-    return ChosenStrategy("ddp", f"strategy ddp for {processes} processes: {why}")
+    return ChosenStrategy(DDP.name, f"strategy {DDP.name} for {processes} processes: {why}")
 
 
-def choose_micro_batch(training: TrainingSpec, share: int, device: Device) -> MicroBatch:
+def choose_micro_batch(training: TrainingSpec, share: int, device: DeviceName) -> MicroBatch:
     """Take the given micro-batch, or the largest divisor of a process's rows within the device's bound."""
     if training.micro_batch_size is not None:
         return MicroBatch(training.micro_batch_size, f"micro-batch {training.micro_batch_size}: given in the spec")
     bound, why = (
-        (MICRO_BATCH_CUDA, "the usual recipe")
-        if device == "cuda"
-        else (MICRO_BATCH_CPU, "a CPU pays for dequantisation per forward pass, whatever its rows")
+        (MICRO_BATCH_CPU, "a CPU pays for dequantisation per forward pass, whatever its rows")
+        if device == "cpu"
+        else (MICRO_BATCH_GPU, "the usual recipe")
     )
     size = largest_divisor(share, bound)
     whole = training.global_batch_size

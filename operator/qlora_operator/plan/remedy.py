@@ -7,6 +7,8 @@ from typing import Final
 
 from pydantic import BaseModel
 
+from qlora_api.optimizers import ADAMW, ADAMW_8BIT
+from qlora_api.units import GIB, format_gib
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_operator.plan.estimate import Workload
 from qlora_operator.plan.offer import RESERVED_SHARE, Offer
@@ -16,7 +18,6 @@ LEAST_RANK: Final = 4
 """Below it, fewer adapter weights save next to nothing."""
 LEAST_LENGTH: Final = 128
 """Tokens; rows that are cut shorter hardly teach."""
-GIBIBYTE: Final = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -31,13 +32,13 @@ def describe_misfit(work: Workload, offer: Offer, misfit: Misfit) -> str:
     """Say by how much a run does not fit, and the cheapest change that would fit."""
     nearest = misfit.nearest
     pool, layout = nearest.room.pool, nearest.layout
-    gpu = pool.product or f"GPU of {pool.memory / GIBIBYTE:.1f} GiB"
+    gpu = pool.product or f"GPU of {format_gib(pool.memory)}"
     how = f"with micro-batch {layout.micro_batch}{' and gradient checkpointing' if layout.checkpointing else ''}"
     if nearest.estimate.loads_more_than_it_trains:
         how = "while the base is loaded, which every process does whole"
     return (
-        f"needs {_gib(nearest.estimate.peak)} per GPU {how}, {_gib(misfit.missing)} more than the "
-        f"{_gib(pool.usable)} that a process has on a {gpu}; {find_remedy(work, offer, misfit)}"
+        f"needs {format_gib(nearest.estimate.peak)} per GPU {how}, {format_gib(misfit.missing)} more than the "
+        f"{format_gib(pool.usable)} that a process has on a {gpu}; {find_remedy(work, offer, misfit)}"
     )
 
 
@@ -47,7 +48,7 @@ def find_remedy(work: Workload, offer: Offer, misfit: Misfit) -> str:
     others = (change.sentence for change in find_changes(work) if _fits(change, offer))
     if (found := next(fits, None) or _more_gpus(work, offer) or next(others, None)) is not None:
         return f"it fits with {found}"
-    needed = ceil(misfit.nearest.estimate.peak / (1 - RESERVED_SHARE) / GIBIBYTE)
+    needed = ceil(misfit.nearest.estimate.peak / (1 - RESERVED_SHARE) / GIB)
     return f"it fits on a GPU with {needed} GiB or more"
 
 
@@ -68,9 +69,9 @@ def find_harmless(work: Workload, misfit: Misfit) -> Iterator[Change]:
     if spec.quantization.bits == 4 and not spec.quantization.double_quant:
         change = _changed(spec, "quantization", double_quant=True)
         yield Change("spec.quantization.doubleQuant true", replace(work, spec=change))
-    if misfit.nearest.layout.optimizer == "adamw":
-        change = _changed(spec, "training", optimizer="adamw8bit")
-        yield Change("spec.training.optimizer adamw8bit", replace(work, spec=change))
+    if misfit.nearest.layout.optimizer == ADAMW.name:
+        change = _changed(spec, "training", optimizer=ADAMW_8BIT.name)
+        yield Change(f"spec.training.optimizer {ADAMW_8BIT.name}", replace(work, spec=change))
 
 
 def find_changes(work: Workload) -> Iterator[Change]:
@@ -119,7 +120,3 @@ def _more_gpus(work: Workload, offer: Offer) -> str | None:
 def _changed(spec: QLoRAJobSpec, block: str, **fields: object) -> QLoRAJobSpec:
     inner: BaseModel = getattr(spec, block)
     return spec.model_copy(update={block: inner.model_copy(update=fields)})
-
-
-def _gib(size: int) -> str:
-    return f"{size / GIBIBYTE:.1f} GiB"

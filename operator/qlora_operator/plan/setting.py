@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
+from qlora_api.accelerators import NVIDIA, DeviceName
+
 FP32: Final = 4
 """Bytes per element, as is HALF."""
 HALF: Final = 2
@@ -32,7 +34,7 @@ class Setting:
     """How it computes."""
 
     lines: Lines
-    device: Literal["cpu", "cuda"] = "cuda"
+    device: DeviceName = NVIDIA.device
     attention: Kernel = "sdpa"
     compute: int = HALF
     """Bytes per element of what is multiplied: 16 bits under autocast, or fp32."""

@@ -5,12 +5,11 @@ from dataclasses import dataclass, replace
 from math import ceil
 from typing import Final
 
-from qlora_api.launch import DIVIDING
-from qlora_api.v1alpha1 import Strategy
+from qlora_api.optimizers import ADAMW, ADAMW_8BIT, OptimizerName
+from qlora_api.strategies import FOR_SEVERAL, SINGLE, STRATEGIES, Strategy
 from qlora_operator.plan.adapter import ALL_LINEAR
 from qlora_operator.plan.division import can_be_shared
 from qlora_operator.plan.estimate import PACK_TOKENS, Layout, MemoryEstimate, Workload, estimate_memory
-from qlora_operator.plan.memory import Optimizer
 from qlora_operator.plan.offer import Offer, Pool
 from qlora_operator.plan.shapes import EXPLICITLY, UnknownModelError
 
@@ -131,26 +130,25 @@ def find_layouts(work: Workload, processes: int) -> Iterator[Layout]:
     """Yield ways to share the work and to keep the optimizer's state, the simplest first."""
     for strategy in find_strategies(work, processes):
         for optimizer in find_optimizers(work, strategy):
-            yield Layout(processes, strategy, 1, False, optimizer)
+            yield Layout(processes, strategy.name, 1, False, optimizer)
 
 
 def find_strategies(work: Workload, processes: int) -> tuple[Strategy, ...]:
     """Return how processes may share the work: as asked for, else what divides least."""
     if processes == 1:
-        return ("single",)
+        return (SINGLE,)
     asked = work.spec.distribution
     if asked != "auto":
-        return (asked,)
-    ways: tuple[Strategy, ...] = ("ddp", "zero2", "zero3")
-    return tuple(strategy for strategy in ways if can_be_shared(work.spec, strategy))
+        return (STRATEGIES[asked],)
+    return tuple(strategy for strategy in FOR_SEVERAL if can_be_shared(work.spec, strategy))
 
 
-def find_optimizers(work: Workload, strategy: Strategy) -> tuple[Optimizer, ...]:
+def find_optimizers(work: Workload, strategy: Strategy) -> tuple[OptimizerName, ...]:
     """Return the optimizers that the trainer may take: with method full it falls back to 8-bit state by itself."""
     asked = work.spec.training.optimizer
     if asked != "auto":
         return (asked,)
-    return ("adamw", "adamw8bit") if work.whole and strategy not in DIVIDING else ("adamw",)
+    return (ADAMW.name, ADAMW_8BIT.name) if work.whole and not strategy.shards_optimizer else (ADAMW.name,)
 
 
 def _fastest(work: Workload, room: Room, layout: Layout) -> Sizing | Misfit:

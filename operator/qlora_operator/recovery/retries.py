@@ -5,6 +5,7 @@ from datetime import datetime, timedelta
 from typing import Final
 
 from qlora_api.reasons import REASONS, Reason, RetryAction
+from qlora_api.units import format_gib
 from qlora_api.v1alpha1 import Attempt, DeadlinesSpec, Plan, to_timedelta
 from qlora_operator.values import Verdict
 
@@ -12,7 +13,6 @@ MOST_ATTEMPTS: Final = 100
 """Entries that status.attempts may have."""
 AT_ONCE: Final = timedelta(0)
 """The next step waits for nothing but this one's record."""
-GIBIBYTE: Final = 1 << 30
 LONGEST_WAIT: Final = timedelta(days=3650)
 """9999999d is a valid duration, and ends after the last date there is."""
 FIRST_PAUSE: Final = timedelta(seconds=10)
@@ -45,7 +45,7 @@ def time_left(deadlines: DeadlinesSpec, attempts: Sequence[Attempt]) -> timedelt
 def choose_remedy(verdict: Verdict, plan: Plan) -> RetryAction | None:
     """Return what another attempt would do differently; None where somebody has to fix the cause first."""
     remedy = REASONS[verdict.reason].retry
-    if verdict.reason is Reason.HOST_OUT_OF_MEMORY and plan.device == "cuda":
+    if verdict.reason is Reason.HOST_OUT_OF_MEMORY and plan.device != "cpu":
         return None  # the host's memory holds the rows and the model while it is loaded, whatever the micro-batch
     return remedy if remedy is not RetryAction.SHRINK_MICRO_BATCH or can_shrink(plan) else None
 
@@ -71,7 +71,7 @@ def shrink(plan: Plan, attempt: int) -> Plan:
 
 def _corrected(plan: Plan, reason: str, **change: int | bool) -> Plan:
     """Return the plan with a change and without the estimate that proved too low, which the reason keeps."""
-    estimate = f", where {plan.peak_bytes / GIBIBYTE:.1f} GiB were predicted" if plan.peak_bytes else ""
+    estimate = f", where {format_gib(plan.peak_bytes)} were predicted" if plan.peak_bytes else ""
     return plan.model_copy(update={**change, "peak_bytes": None, "reasons": (*plan.reasons, f"{reason}{estimate}")})
 
 

@@ -7,8 +7,9 @@ from qlora_api.names import TERMINAL, Phase
 from qlora_api.prepared import Prepared
 from qlora_api.reasons import REASONS
 from qlora_api.result import Result
+from qlora_api.units import format_duration
 from qlora_api.v1alpha1 import Attempt, Checkpoint, OutputStatus, Plan, Progress, QLoRAJobStatus
-from qlora_operator.status.columns import format_eta, format_number, format_step
+from qlora_operator.status.columns import format_number, format_step
 from qlora_operator.status.conditions import derive_conditions
 from qlora_operator.values import Decision
 
@@ -72,7 +73,7 @@ def derive_progress(report: Progress | None, phase: Phase, plan: Plan | None) ->
     return {
         "last_report": report,
         "progress": "100%" if phase is Phase.SUCCEEDED else f"{report.percent}%",
-        "eta": format_eta(remaining) if remaining is not None else None,
+        "eta": format_duration(remaining) if remaining is not None else None,
         "loss": format_number(report.loss, 3) if report.loss is not None else None,
         "step": format_step(report.step, total),
         "tokens_per_second": format_number(speed, 0) if speed is not None else None,

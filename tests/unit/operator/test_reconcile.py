@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from qlora_api import names
+from qlora_api.accelerators import NVIDIA
 from qlora_api.modelconfig import reduce_config
 from qlora_api.names import Phase, Reason
 from qlora_api.runconfig import RunConfig
@@ -306,8 +307,8 @@ async def test_a_plain_pod_reports_before_there_is_a_job(cluster: FakeCluster) -
 
 
 def gpu_node(product: str, mebibytes: int) -> Manifest:
-    labels = {"nvidia.com/gpu.product": product, names.GPU_MEMORY_LABEL: str(mebibytes)}
-    return {"metadata": {"name": product, "labels": labels}, "status": {"allocatable": {names.GPU_RESOURCE: "1"}}}
+    labels = {NVIDIA.product_label: product, NVIDIA.memory_label: str(mebibytes)}
+    return {"metadata": {"name": product, "labels": labels}, "status": {"allocatable": {NVIDIA.resource: "1"}}}
 
 
 def prepared_word(model: str) -> str:

@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 
 from qlora_api.names import TERMINAL, ConditionType, Phase, Reason
+from qlora_api.units import format_duration
 from qlora_api.v1alpha1 import Attempt, Progress, QLoRAJobStatus
 from qlora_operator.status import acknowledge, derive_status, to_wire
-from qlora_operator.status.columns import format_eta, format_number, format_step
+from qlora_operator.status.columns import format_number, format_step
 from qlora_operator.values import Decision
 from tests.make import NOW, make_plan_status, make_prepared, make_result
 
@@ -137,7 +138,7 @@ def test_the_columns_of_a_report() -> None:
     [(0, "0s"), (59, "59s"), (60, "1m00s"), (190, "3m10s"), (3600, "1h00m"), (7500, "2h05m"), (93_600, "1d02h")],
 )
 def test_eta(seconds: int, text: str) -> None:
-    assert format_eta(seconds) == text
+    assert format_duration(seconds) == text
 
 
 def test_numbers_fit_their_columns() -> None:

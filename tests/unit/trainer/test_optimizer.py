@@ -5,7 +5,9 @@ import copy
 import pytest
 import torch
 
+from qlora_api.optimizers import OPTIMIZERS
 from qlora_api.v1alpha1 import TrainingSpec
+from qlora_trainer.checkpoint import Course
 from qlora_trainer.optimizer import Kind, choose_optimizer, make_optimizer, parameter_groups
 
 ON_A_CPU = (Kind.ADAMW, Kind.ADAMW_8BIT)
@@ -72,3 +74,14 @@ def test_norms_and_biases_are_not_decayed():
     groups = parameter_groups([matrix, vector], 0.1)
     assert [(group["params"][0] is matrix, group["weight_decay"]) for group in groups] == [(True, 0.1), (False, 0.0)]
     assert len(parameter_groups([matrix], 0.1)) == 1
+
+
+@pytest.mark.parametrize("kind", Kind)
+def test_a_checkpoint_with_the_former_name_of_an_optimizer_is_resumed(kind):
+    former = kind.value.replace("pagedAdamw", "paged_adamw")
+    stored = {"digest": "0" * 16, "totalSteps": 4, "rows": 12, "optimizer": former}
+    assert Course.model_validate(stored) == Course.model_validate(stored | {"optimizer": kind.value})
+
+
+def test_every_optimizer_is_implemented():
+    assert {kind.optimizer.name for kind in Kind} == set(OPTIMIZERS)
