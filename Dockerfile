@@ -26,6 +26,7 @@ RUN python3 -m venv --without-pip /opt/qlora \
 
 FROM operator-packages AS operator
 COPY operator/qlora_api /opt/qlora-operator/qlora_api
+COPY operator/qlora_planner /opt/qlora-operator/qlora_planner
 COPY operator/qlora_operator /opt/qlora-operator/qlora_operator
 COPY requirements/sbom.py /opt/sbom.py
 COPY LICENSE /opt/qlora-operator/LICENSE

@@ -29,14 +29,14 @@ lock: ## compile the hashed requirement files anew; UPGRADE=--upgrade takes newe
 	$(BIN)/python requirements/compile.py $(UPGRADE)
 
 generate: setup ## write the CRD, its copy in the chart, the RBAC rules and the references from the code
-	$(BIN)/python -m qlora_operator.generate
+	$(BIN)/python -m qlora_codegen
 
 check: setup ## lint, types, import rules, generated files: under a minute
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
-	$(BIN)/python -m qlora_operator.generate --check
+	$(BIN)/python -m qlora_codegen --check
 
 test: setup ## every test: unit, browser (Chromium), integration (real control plane), e2e (real node)
 	$(BIN)/python -m tests.cluster build --node --controllers

@@ -7,9 +7,10 @@ from itertools import count
 from typing import Any
 
 from qlora_api import names
+from qlora_api.job_ref import JobRef
+from qlora_operator.cluster.interface import ClusterBusyError, NameTakenError, PodIdentity, RefusedError
 from qlora_operator.cluster.parse import controller_uid, parse_job, parse_observation
-from qlora_operator.cluster.ports import ClusterBusyError, NameTakenError, PodIdentity, RefusedError
-from qlora_operator.values import JobRef, Manifest, Observation, RawJob
+from qlora_operator.models import Manifest, Observation, RawJob
 from tests.make import NOW
 
 Write = tuple[str, str]

@@ -5,6 +5,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
 from qlora_api import names
+from qlora_api.job_ref import JobRef
 from qlora_api.names import Reason, Role
 from qlora_api.prepared import Prepared
 from qlora_api.report import LastWord
@@ -18,8 +19,8 @@ from qlora_api.v1alpha1 import (
     QLoRAJobSpec,
     QLoRAJobStatus,
 )
-from qlora_operator.build import Installation, Owner
-from qlora_operator.values import ChildJob, Exit, Job, JobRef, Observation, Pod
+from qlora_operator.models import ChildJob, Exit, Job, Observation, Pod
+from qlora_operator.resources import Installation, Owner
 
 NOW: Final = datetime(2026, 3, 1, 12, 0, 0, tzinfo=UTC)
 UID: Final = "5f0c1b5e-0000-4000-8000-000000000001"

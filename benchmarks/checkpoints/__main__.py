@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from qlora_trainer.__main__ import configure_libraries
-from qlora_trainer.work import default_work
+from qlora_trainer.runtime.rank import default_work
 
 configure_libraries(default_work())  # as a pod does, before the libraries are imported
 
@@ -20,12 +20,12 @@ from examples.quickstart.make_data import DATA, HELD_OUT, TRAIN  # noqa: E402
 from examples.quickstart.make_model import DEFAULT_MIRROR, make_model  # noqa: E402
 from qlora_api.v1alpha1 import QLoRAJobSpec  # noqa: E402
 from qlora_trainer import stages  # noqa: E402
-from qlora_trainer.checkpoint import Checkpoints, Witness  # noqa: E402
-from qlora_trainer.interrupt import StopFlag  # noqa: E402
-from qlora_trainer.keeper import Keeper  # noqa: E402
-from qlora_trainer.output import MANIFEST  # noqa: E402
-from qlora_trainer.state import TrainingState  # noqa: E402
-from qlora_trainer.train import Watcher  # noqa: E402
+from qlora_trainer.runtime.shutdown import StopFlag  # noqa: E402
+from qlora_trainer.storage.results import MANIFEST  # noqa: E402
+from qlora_trainer.training.async_checkpointer import Keeper  # noqa: E402
+from qlora_trainer.training.checkpoint_store import Checkpoints, Witness  # noqa: E402
+from qlora_trainer.training.loop import Watcher  # noqa: E402
+from qlora_trainer.training.state import TrainingState  # noqa: E402
 from tests.cluster.processes import Processes  # noqa: E402
 from tests.cluster.s3 import start_s3  # noqa: E402
 

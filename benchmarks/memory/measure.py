@@ -10,9 +10,9 @@ import torch
 from benchmarks.memory.combinations import Combination
 from benchmarks.memory.models import load_tuned, make_measured_loop, measured_step, token_rows, write_model
 from benchmarks.memory.trace import traced
-from qlora_trainer.apart import lay_out
-from qlora_trainer.batches import make_batch
-from qlora_trainer.train import Loop
+from qlora_trainer.data.batching import make_batch
+from qlora_trainer.model.unpacked_attention import lay_out
+from qlora_trainer.training.loop import Loop
 
 
 @dataclass(frozen=True)

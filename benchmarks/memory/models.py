@@ -10,17 +10,17 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.memory.combinations import Combination
 from qlora_api.v1alpha1 import LoraSpec, QuantizationSpec, TrainingSpec
-from qlora_trainer.batches import micro_batches, rows_of_step
-from qlora_trainer.choices import Choices
-from qlora_trainer.distributed import World
-from qlora_trainer.model import Tuned, load_base, tune, tune_whole
-from qlora_trainer.optimizer import Kind
-from qlora_trainer.tokens import TokenRow
-from qlora_trainer.train import Loop, Schedule, make_loop
+from qlora_trainer.data.batching import micro_batches, rows_of_step
+from qlora_trainer.data.tokenization import TokenRow
+from qlora_trainer.distributed.world import World
+from qlora_trainer.model.base_model import Tuned, load_base, tune, tune_whole
+from qlora_trainer.model.optimizer import Kind
+from qlora_trainer.model.runtime_settings import Choices
+from qlora_trainer.training.loop import Loop, Schedule, make_loop
 
 CPU: Final = torch.device("cpu")
 EAGER: Final = frozenset({"gemma2"})
-"""Families that cap attention scores, which SDPA cannot (qlora_trainer.attention)."""
+"""Families that cap attention scores, which SDPA cannot (qlora_trainer.model.attention)."""
 _EXTRA: Final[Mapping[str, Mapping[str, Any]]] = {
     "gemma2": {"sliding_window": 64, "query_pre_attn_scalar": 64, "initializer_range": 0.2},
     "gemma3_text": {"sliding_window": 64, "query_pre_attn_scalar": 64},

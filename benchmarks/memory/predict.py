@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 from benchmarks.memory.combinations import Combination
 from benchmarks.memory.models import EAGER, measured_step, micro_batches_of_step, model_config, token_rows
-from qlora_operator.plan.activations import estimate_activations
-from qlora_operator.plan.families import read_shape
-from qlora_operator.plan.setting import FP32, HALF, Lines, Setting
-from qlora_operator.plan.shapes import ModelShape
-from qlora_trainer.tokens import TokenRow
+from qlora_planner.memory.activations import estimate_activations
+from qlora_planner.memory.forward_config import FP32, HALF, Lines, Setting
+from qlora_planner.models.families import read_shape
+from qlora_planner.models.shapes import ModelShape
+from qlora_trainer.data.tokenization import TokenRow
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import Any, Final
 
 from qlora_api.optimizers import OptimizerName
 from qlora_api.v1alpha1 import QLoRAJobSpec
-from qlora_operator.plan.estimate import Layout, MemoryEstimate, Rows, Workload, estimate_memory
-from qlora_operator.plan.families import read_shape
+from qlora_planner.memory.estimate import Layout, MemoryEstimate, Rows, Workload, estimate_memory
+from qlora_planner.models.families import read_shape
 
 _CONFIGS: Final = Path(__file__).parents[2] / "tests/unit/operator/plan/configs"
 _GIB: Final = 2**30

@@ -14,7 +14,7 @@ from typing import Any, Final, Protocol
 from benchmarks.scale.audit import Audit
 from benchmarks.scale.resources import Usage, usage_of
 from benchmarks.scale.workload import JOBS, PODS, QLORAJOBS, Manifest
-from qlora_operator.cluster.api import Api, load_configuration
+from qlora_operator.cluster.http import Api, load_configuration
 from tests.cluster.cluster import Cluster
 from tests.integration.operator_process import Operator
 

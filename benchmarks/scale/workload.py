@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from qlora_api import names
-from qlora_api.modelconfig import reduce_config
+from qlora_api.model_config import reduce_config
 from qlora_api.names import Reason, Role
 from tests.make import PUBLISHED_WORD, make_manifest, make_prepared, make_word
 

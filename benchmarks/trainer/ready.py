@@ -5,17 +5,17 @@ from pathlib import Path
 
 from qlora_api.runconfig import PrepareConfig, RunConfig
 from qlora_api.v1alpha1 import QLoRAJobSpec
-from qlora_operator.plan import make_plan
+from qlora_planner import make_plan
 from qlora_trainer import stages
-from qlora_trainer.choices import Choices
-from qlora_trainer.distributed import World, join_planned_world
-from qlora_trainer.model import Tuned
-from qlora_trainer.output import open_output
+from qlora_trainer.distributed.world import World, join_planned_world
+from qlora_trainer.model.base_model import Tuned
+from qlora_trainer.model.runtime_settings import Choices
 from qlora_trainer.prepare import prepare
-from qlora_trainer.secrets import load_secrets
-from qlora_trainer.snapshot import Places
-from qlora_trainer.store import Store
-from qlora_trainer.train import Loop
+from qlora_trainer.storage.credentials import load_secrets
+from qlora_trainer.storage.results import open_output
+from qlora_trainer.storage.snapshots import Places
+from qlora_trainer.storage.store import Store
+from qlora_trainer.training.loop import Loop
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from examples.quickstart.make_data import DATA, HELD_OUT, TRAIN
 from examples.quickstart.make_model import DEFAULT_MIRROR, make_model
 from qlora_api.report import LastWord, RunReport, Sample
 from qlora_api.runconfig import Platform
-from qlora_cli.outcome import show_outcome
-from qlora_cli.run import load_manifest, run_watched
+from qlora_cli.commands.run import load_manifest, run_watched
+from qlora_cli.display.result import show_outcome
 from qlora_cli.uris import to_place
 
 HERE: Final = Path(__file__).parent

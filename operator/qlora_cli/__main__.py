@@ -7,23 +7,23 @@ from typing import Annotated
 import typer
 
 from qlora_api import __version__
-from qlora_cli.chat import chat
-from qlora_cli.events import events
-from qlora_cli.init import init
-from qlora_cli.listing import list_jobs
-from qlora_cli.logs import logs
-from qlora_cli.merge import merge
-from qlora_cli.plan import plan
-from qlora_cli.render import render
-from qlora_cli.report import report
-from qlora_cli.rerun import rerun
-from qlora_cli.run import run
-from qlora_cli.snippets import serve_snippet
-from qlora_cli.status import status
-from qlora_cli.submit import submit
-from qlora_cli.suspension import resume, suspend
-from qlora_cli.validate import validate
-from qlora_cli.waiting import wait
+from qlora_cli.commands.chat import chat
+from qlora_cli.commands.events import events
+from qlora_cli.commands.init import init
+from qlora_cli.commands.list import list_jobs
+from qlora_cli.commands.logs import logs
+from qlora_cli.commands.merge import merge
+from qlora_cli.commands.plan import plan
+from qlora_cli.commands.render import render
+from qlora_cli.commands.report import report
+from qlora_cli.commands.rerun import rerun
+from qlora_cli.commands.run import run
+from qlora_cli.commands.serve_snippet import serve_snippet
+from qlora_cli.commands.status import status
+from qlora_cli.commands.submit import submit
+from qlora_cli.commands.suspend import resume, suspend
+from qlora_cli.commands.validate import validate
+from qlora_cli.commands.wait import wait
 
 app = typer.Typer(
     name="qlora",

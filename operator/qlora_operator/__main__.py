@@ -11,14 +11,14 @@ from functools import partial
 from typing import Final
 
 from qlora_api.logs import configure_logs, handler_for
-from qlora_operator.cluster.api import Api, load_configuration, read_credentials
-from qlora_operator.cluster.clock import ClusterClock, utc_now
-from qlora_operator.cluster.lease import KubeLeases
-from qlora_operator.election import Election, leading
-from qlora_operator.handlers import serve
-from qlora_operator.health import serve_health
-from qlora_operator.metrics import Metrics
-from qlora_operator.runtime import Runtime
+from qlora_operator.cluster.http import Api, load_configuration, read_credentials
+from qlora_operator.cluster.server_clock import ClusterClock, utc_now
+from qlora_operator.controller.controller import Runtime
+from qlora_operator.controller.handlers import serve
+from qlora_operator.controller.metrics import Metrics
+from qlora_operator.health_server import serve_health
+from qlora_operator.leader_election.election import Election, leading
+from qlora_operator.leader_election.lease_client import KubeLeases
 from qlora_operator.settings import Settings, SettingsError, read_settings
 
 _log = logging.getLogger("qlora_operator")

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from qlora_api import names
 from qlora_api.logs import FORMAT_ENV, Format
 from qlora_api.runconfig import Platform, S3Config
-from qlora_operator.build import Installation
+from qlora_operator.resources import Installation
 
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 PULL_POLICIES: Final = ("Always", "IfNotPresent", "Never")

@@ -9,11 +9,11 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser
 
 from qlora_api.report import EvaluatedRow, RunReport, TaskScore
-from qlora_operator.plan import make_plan
-from qlora_operator.plan.offer import Pool
-from qlora_trainer.chart import draw_charts
+from qlora_planner import make_plan
+from qlora_planner.gpu_inventory import Pool
 from qlora_trainer.prepare import prepare
-from qlora_trainer.report import render_html
+from qlora_trainer.publishing.html_report import render_html
+from qlora_trainer.publishing.plots import draw_charts
 from qlora_trainer.run import run
 from tests.browser.browser import Look, Screen, look_at, open_browser
 from tests.unit.trainer.conftest import FOREIGN

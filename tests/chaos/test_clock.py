@@ -7,7 +7,7 @@ from typing import Final
 
 import pytest
 
-from qlora_operator.cluster.clock import TOLERANCE
+from qlora_operator.cluster.server_clock import TOLERANCE
 from tests.chaos.promises import promise
 from tests.chaos.stage import Stage, Witness
 

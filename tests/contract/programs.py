@@ -13,10 +13,10 @@ from typer.main import get_command
 from qlora_api import names
 from qlora_api.crd import build_crd, root_schema
 from qlora_cli.__main__ import app
-from qlora_cli.documents import parse_value
-from qlora_cli.manifests import JobManifest
-from qlora_cli.overrides import parse_override
-from qlora_cli.problems import field_at
+from qlora_cli.manifests.loader import JobManifest
+from qlora_cli.manifests.overrides import parse_override
+from qlora_cli.manifests.validation_messages import field_at
+from qlora_cli.manifests.yaml_documents import parse_value
 from tests.contract.blocks import ROOT
 from tests.make import merge
 

@@ -8,9 +8,9 @@ import yaml
 from typer.testing import CliRunner
 
 from qlora_api.v1alpha1 import OutputStatus
-from qlora_cli import snippets
 from qlora_cli.__main__ import app
-from qlora_cli.connection import Connection
+from qlora_cli.cluster.connection import Connection
+from qlora_cli.commands import serve_snippet
 from tests.contract.commands import commands
 from tests.make import DIGEST, make_prepared, make_result
 from tests.unit.cli.fake_cluster import SUCCEEDED, FakeCluster, make_raw
@@ -55,7 +55,7 @@ def test_serve_snippet_prints_what_the_page_shows(line: tuple[str, ...], monkeyp
     model = make_prepared().model.model_copy(update={"commit": commit[1]})
     output = OutputStatus(digest=DIGEST, prefix=make_prepared().prefix, adapter=make_result().adapter)
     raw = make_raw(status=SUCCEEDED.model_copy(update={"model": model, "output": output}))
-    monkeypatch.setattr(snippets, "open_connection", lambda *_: Connection(FakeCluster(raw), "ml"))
+    monkeypatch.setattr(serve_snippet, "open_connection", lambda *_: Connection(FakeCluster(raw), "ml"))
     printed = CliRunner().invoke(app, line)
     assert printed.exit_code == 0, printed.output
     assert (printed.output in PAGE) == ("--for" not in line)

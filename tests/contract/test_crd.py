@@ -9,7 +9,7 @@ import pytest
 from qlora_api import crd
 from qlora_api.reasons import REASONS, Reason
 from qlora_api.v1alpha1 import MUTABLE_FIELDS, QLoRAJobSpec
-from qlora_operator.generate import stale_files
+from qlora_codegen.__main__ import stale_files
 
 ROOT = Path(__file__).parents[2]
 NOT_STRUCTURAL = {"$ref", "$defs", "anyOf", "oneOf", "allOf", "const", "title", "examples", "propertyNames"}

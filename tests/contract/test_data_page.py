@@ -4,7 +4,7 @@ import json
 import re
 from pathlib import Path
 
-from qlora_trainer.formats import instruction_prompt, parse_row, tell_format
+from qlora_trainer.data.row_formats import instruction_prompt, parse_row, tell_format
 
 PAGE = (Path(__file__).parents[2] / "docs/data.md").read_text(encoding="utf-8")
 

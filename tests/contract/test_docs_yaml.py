@@ -10,9 +10,9 @@ import pytest
 from kubernetes import client
 
 from qlora_api import names
-from qlora_cli.documents import Document, parse_documents, read_documents
-from qlora_cli.manifests import JobManifest, ManifestError, parse_manifest
-from qlora_operator.rules import IN_CLUSTER
+from qlora_cli.manifests.loader import JobManifest, ManifestError, parse_manifest
+from qlora_cli.manifests.yaml_documents import Document, parse_documents, read_documents
+from qlora_planner.validation import IN_CLUSTER
 from tests.contract.blocks import PAGES, ROOT, Block, blocks
 from tests.make import make_manifest, merge
 

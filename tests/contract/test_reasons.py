@@ -8,7 +8,7 @@ from typing import Final
 import pytest
 
 from qlora_api.reasons import NORMAL_REASONS, REASONS, Moment, Reason, ReasonRecord, Topic
-from qlora_operator.reason_reference import MOMENTS, TOPICS, describe, describe_outcome
+from qlora_codegen.references import MOMENTS, TOPICS, describe, describe_outcome
 
 DOCS: Final = Path(__file__).parents[2] / "docs"
 SECTIONS: Final = re.findall(

@@ -10,15 +10,15 @@ import pytest
 import yaml
 
 from qlora_api.v1alpha1 import QLoRAJobSpec, to_timedelta
-from qlora_operator.build import (
+from qlora_operator.models import Manifest, Run
+from qlora_operator.resources import (
     build_prepare_config,
     build_prepare_job,
     build_run_config,
     build_service,
     build_train_job,
 )
-from qlora_operator.plan import make_plan
-from qlora_operator.values import Manifest, Run
+from qlora_planner import make_plan
 from tests.make import INSTALLATION, OWNER, make_prepared, make_spec
 
 FOLDER: Final = Path(__file__).parent

@@ -18,7 +18,7 @@ from typing import Any, Final
 import yaml
 
 from qlora_api import names
-from qlora_operator.cluster.permissions import build_cluster_rules, build_home_rules, build_rules
+from qlora_operator.cluster.rbac import build_cluster_rules, build_home_rules, build_rules
 from tests.cluster.addresses import free_ports
 from tests.cluster.cluster import Cluster
 from tests.cluster.commands import wait_until

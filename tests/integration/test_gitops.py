@@ -9,9 +9,9 @@ import pytest
 import yaml
 
 from qlora_api.names import Reason
-from qlora_cli.documents import Document
-from qlora_cli.manifests import parse_manifest
-from qlora_operator.rules import IN_CLUSTER
+from qlora_cli.manifests.loader import parse_manifest
+from qlora_cli.manifests.yaml_documents import Document
+from qlora_planner.validation import IN_CLUSTER
 from tests.cluster.binaries import binary
 from tests.cluster.cluster import Cluster
 from tests.cluster.commands import CommandError, run, wait_until

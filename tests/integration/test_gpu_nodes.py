@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import pytest
 
-from qlora_api.modelconfig import reduce_config
+from qlora_api.model_config import reduce_config
 from qlora_api.names import Reason
 from tests.chaos.promises import promise
 from tests.cluster.cluster import Cluster

@@ -10,7 +10,7 @@ from typing import Final
 import pytest
 
 from qlora_api import names
-from qlora_operator.lease import LEASE_DURATION, RENEW_DEADLINE
+from qlora_operator.leader_election.lease import LEASE_DURATION, RENEW_DEADLINE
 from tests.cluster.cluster import Cluster
 from tests.cluster.commands import wait_until
 from tests.integration.operator_process import ACCOUNT, HOME, NAME, PREPARE, TRAIN, Operator, Place, install, open_place

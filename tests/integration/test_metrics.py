@@ -9,7 +9,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from qlora_api.report import StepRecord
-from qlora_trainer.metrics import Meter
+from qlora_trainer.runtime.metrics import Meter
 from tests.cluster.binaries import binary
 from tests.cluster.cluster import Cluster
 from tests.cluster.commands import wait_until

@@ -7,12 +7,12 @@ from typing import Any, Final
 import pytest
 
 from qlora_api import crd
-from qlora_cli.cluster import ClusterError
-from qlora_cli.documents import parse_documents
-from qlora_cli.kube import KubeCluster, connect
-from qlora_cli.manifests import ManifestError, parse_manifest
-from qlora_cli.overrides import Override, override_value
-from qlora_operator.rules import IN_CLUSTER
+from qlora_cli.cluster.client import ClusterError
+from qlora_cli.cluster.kube_client import KubeCluster, connect
+from qlora_cli.manifests.loader import ManifestError, parse_manifest
+from qlora_cli.manifests.overrides import Override, override_value
+from qlora_cli.manifests.yaml_documents import parse_documents
+from qlora_planner.validation import IN_CLUSTER
 from tests.cluster.cluster import Cluster
 from tests.integration.operator_process import install
 from tests.make import make_manifest

@@ -23,11 +23,10 @@ from qlora_api.names import (
 from qlora_api.report import LastWord
 from qlora_api.runconfig import PrepareConfig, RunConfig
 from qlora_trainer.errors import RunError
-from qlora_trainer.interrupt import EXIT_CODE, StopFlag, explain_end, interrupted
-from qlora_trainer.lastword import Farewell
-from qlora_trainer.logbook import Lines, Logbook
-from qlora_trainer.ranks import DONE, is_first_of_pod, path_of_process, rank_of_process
-from qlora_trainer.work import default_work
+from qlora_trainer.observability.log_upload import Lines, Logbook
+from qlora_trainer.runtime.rank import DONE, default_work, is_first_of_pod, path_of_process, rank_of_process
+from qlora_trainer.runtime.shutdown import EXIT_CODE, StopFlag, explain_end, interrupted
+from qlora_trainer.runtime.termination_message import Farewell
 
 log = logging.getLogger("qlora_trainer")
 Config = TypeVar("Config", PrepareConfig, RunConfig)
@@ -50,7 +49,7 @@ class Process:
 
     def keep_log(self, config: PrepareConfig | RunConfig, file: LogFile) -> None:
         """Keep the log in the output from now on."""
-        from qlora_trainer.logplace import LogPlace  # noqa: PLC0415 (after configure_libraries)
+        from qlora_trainer.observability.log_object import LogPlace  # noqa: PLC0415 (after configure_libraries)
 
         self.logbook.open(LogPlace(config, file))
 
@@ -82,7 +81,7 @@ def end_badly(known: RunError, process: Process) -> int:
 
 def is_about_output(error: RunError) -> bool:
     """Return whether the run ended because its output cannot be used: then the log could only wait for it in vain."""
-    from qlora_trainer.store import OUTPUT  # noqa: PLC0415 (after configure_libraries)
+    from qlora_trainer.storage.store import OUTPUT  # noqa: PLC0415 (after configure_libraries)
 
     return error.message.startswith(OUTPUT.field)
 
@@ -175,8 +174,8 @@ def train_word(options: argparse.Namespace, process: Process) -> LastWord | None
     config = read_config(options.config, RunConfig)
     rank = rank_of_process() or 0
     process.keep_log(config, LogFile(config.attempt, rank // config.plan.processes_per_node, rank))
-    from qlora_trainer.distributed import leave_world  # noqa: PLC0415 (as above)
-    from qlora_trainer.progress import Heartbeat, HttpSink, LogSink, ProgressSink, Sinks  # noqa: PLC0415 (as above)
+    from qlora_trainer.distributed.world import leave_world  # noqa: PLC0415 (as above)
+    from qlora_trainer.observability.progress import Heartbeat, HttpSink, LogSink, ProgressSink, Sinks  # noqa: PLC0415 (as above)
     from qlora_trainer.run import run  # noqa: PLC0415 (as above)
     from qlora_trainer.watchdog import watch_run  # noqa: PLC0415 (as above)
 
@@ -199,14 +198,14 @@ def train_word(options: argparse.Namespace, process: Process) -> LastWord | None
 
 def served_metrics() -> contextlib.AbstractContextManager[None]:
     """Serve metrics from the first process of the pod, which has one port."""
-    from qlora_trainer.metrics import serve_metrics  # noqa: PLC0415 (as above)
+    from qlora_trainer.runtime.metrics import serve_metrics  # noqa: PLC0415 (as above)
 
     return serve_metrics(log.info) if is_first_of_pod() else contextlib.nullcontext()
 
 
 def launch_word(options: argparse.Namespace, process: Process) -> LastWord | None:
     """Let this pod's processes train, and return what explains their end."""
-    from qlora_trainer.launch import launch, observe_node  # noqa: PLC0415 (as above)
+    from qlora_trainer.distributed.launcher import launch, observe_node  # noqa: PLC0415 (as above)
 
     config = read_config(options.config, RunConfig)
     node = observe_node(config.plan, options.config, options.work)

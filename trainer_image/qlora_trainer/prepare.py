@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from qlora_api import __version__
-from qlora_api.modelconfig import reduce_config
+from qlora_api.model_config import reduce_config
 from qlora_api.names import Reason
 from qlora_api.prepared import PinnedTasks, Prepared
 from qlora_api.report import Manifest
 from qlora_api.runconfig import PrepareConfig
 from qlora_api.v1alpha1 import ModelStatus, QLoRAJobSpec
-from qlora_trainer.dataset import (
+from qlora_trainer.data.dataset import (
     Dataset,
     Survey,
     check_loss,
@@ -23,11 +23,13 @@ from qlora_trainer.dataset import (
     open_dataset,
     survey,
 )
-from qlora_trainer.digest import Resolved, result_digest
 from qlora_trainer.errors import RunError
-from qlora_trainer.gate import can_judge, check_gate, describe_rejected
-from qlora_trainer.notes import Note, silent
-from qlora_trainer.output import (
+from qlora_trainer.observability.progress import Note, silent
+from qlora_trainer.publishing.gate import can_judge, check_gate, describe_rejected
+from qlora_trainer.result_digest import Resolved, result_digest
+from qlora_trainer.runtime.rank import default_work
+from qlora_trainer.storage.credentials import Secrets, load_secrets
+from qlora_trainer.storage.results import (
     find_final,
     find_rejected,
     is_final,
@@ -36,13 +38,11 @@ from qlora_trainer.output import (
     put_manifest,
     with_merged,
 )
-from qlora_trainer.secrets import Secrets, load_secrets
-from qlora_trainer.snapshot import Places, Snapshot, text_files, weight_files
-from qlora_trainer.store import MODEL, Store
-from qlora_trainer.work import default_work
+from qlora_trainer.storage.snapshots import Places, Snapshot, text_files, weight_files
+from qlora_trainer.storage.store import MODEL, Store
 
 if TYPE_CHECKING:
-    from qlora_trainer.tokenised import Tokenised
+    from qlora_trainer.data.tokenized_dataset import Tokenised
 
 
 def prepare(
@@ -91,7 +91,7 @@ def prove_benchmarks(spec: QLoRAJobSpec, places: Places, work: Path, note: Note)
     """Load the public benchmarks that the spec asks for, so that a missing one shows now, and return what they are."""
     if not spec.evaluation.tasks:
         return PinnedTasks()
-    from qlora_trainer.benchmarks import (  # noqa: PLC0415 (imports torch)
+    from qlora_trainer.evaluation.lm_eval_tasks import (  # noqa: PLC0415 (imports torch)
         describe_benchmarks,
         load_benchmarks,
         pin_benchmarks,
@@ -125,11 +125,11 @@ def inspect_model(spec: QLoRAJobSpec, snapshot: Snapshot, work: Path) -> Inspect
         )
     folder = snapshot.fetch(text_files(snapshot.files), work)
     # torch and transformers take seconds to import; what fails before this line fails at once.
-    from qlora_trainer.adapter import resolve_adapter  # noqa: PLC0415
-    from qlora_trainer.architecture import build_empty, describe, load_tokenizer  # noqa: PLC0415
-    from qlora_trainer.modules import check_modules  # noqa: PLC0415
-    from qlora_trainer.quantised import check_quantisable, describe_quantisable  # noqa: PLC0415
-    from qlora_trainer.whole import check_size  # noqa: PLC0415
+    from qlora_trainer.model.adapter import resolve_adapter  # noqa: PLC0415
+    from qlora_trainer.model.architecture import build_empty, describe, load_tokenizer  # noqa: PLC0415
+    from qlora_trainer.model.full_finetune import check_size  # noqa: PLC0415
+    from qlora_trainer.model.quantization import check_quantisable, describe_quantisable  # noqa: PLC0415
+    from qlora_trainer.model.target_modules import check_modules  # noqa: PLC0415
 
     empty, bits = build_empty(folder), spec.quantization.bits
     architecture = describe(empty)
@@ -153,9 +153,9 @@ def inspect_model(spec: QLoRAJobSpec, snapshot: Snapshot, work: Path) -> Inspect
 
 def tokenise_rows(spec: QLoRAJobSpec, dataset: Dataset, rows: Survey, tokenizer: Any, work: Path) -> "Tokenised":
     """Write the tokens of all rows into files of this computer."""
-    from qlora_trainer.chat import load_chat_template  # noqa: PLC0415 (as above)
-    from qlora_trainer.encoding import Encoder  # noqa: PLC0415
-    from qlora_trainer.tokenised import tokenise  # noqa: PLC0415
+    from qlora_trainer.data.chat_template import load_chat_template  # noqa: PLC0415 (as above)
+    from qlora_trainer.data.row_encoder import Encoder  # noqa: PLC0415
+    from qlora_trainer.data.tokenized_dataset import tokenise  # noqa: PLC0415
 
     chats = any(source.row_format == "chat" for source in dataset.all_sources)
     chat = load_chat_template(tokenizer, spec.dataset.chat_template) if chats else None
@@ -164,8 +164,8 @@ def tokenise_rows(spec: QLoRAJobSpec, dataset: Dataset, rows: Survey, tokenizer:
 
 def preview_rows(tokenised: "Tokenised", tokenizer: Any) -> Iterator[str]:
     """Yield some training rows as the model sees them."""
-    from qlora_trainer.preview import preview, shown_rows, write_preview  # noqa: PLC0415 (as above)
-    from qlora_trainer.shards import read_rows  # noqa: PLC0415
+    from qlora_trainer.data.preview import preview, shown_rows, write_preview  # noqa: PLC0415 (as above)
+    from qlora_trainer.data.shards import read_rows  # noqa: PLC0415
 
     numbers = shown_rows(tokenised.status.training_rows)
     for number, row in zip(numbers, read_rows(tokenised.training_file, numbers), strict=True):
@@ -222,7 +222,7 @@ def _accept_rejected(output: Store, config: PrepareConfig, digest: str) -> Manif
 
 def store_prepared(output: Store, prepared: Prepared, tokenised: "Tokenised", tasks: PinnedTasks) -> None:
     """Write the token rows and the tasks of public benchmarks, and the facts last."""
-    from qlora_trainer import shards  # noqa: PLC0415 (pyarrow is slow to import)
+    from qlora_trainer.data import shards  # noqa: PLC0415 (pyarrow is slow to import)
 
     folder = prepared.digest
     output.put(f"{folder}/{shards.TRAINING}", tokenised.training_file)

@@ -9,28 +9,28 @@ from qlora_api.names import Phase
 from qlora_api.result import Result
 from qlora_api.runconfig import RunConfig
 from qlora_trainer import stages
-from qlora_trainer.architecture import load_tokenizer
-from qlora_trainer.benchmarks import score_tasks
-from qlora_trainer.card import write_card
-from qlora_trainer.checkpoint import Checkpoints, Witness
-from qlora_trainer.choices import Choices
-from qlora_trainer.distributed import World, join_planned_world
-from qlora_trainer.evaluate import Examination, compare
-from qlora_trainer.history import History
-from qlora_trainer.interrupt import StopFlag
-from qlora_trainer.keeper import Keeper
-from qlora_trainer.merging import add_merged
-from qlora_trainer.outcome import Outcome, build_report, build_result
-from qlora_trainer.output import find_final, open_output, point_latest
-from qlora_trainer.pace import Pace
-from qlora_trainer.progress import ProgressSink, Sinks
-from qlora_trainer.publish import WEIGHTS, publish, write_report
-from qlora_trainer.secrets import Secrets, load_secrets
-from qlora_trainer.serving import check_serving
-from qlora_trainer.snapshot import Places
-from qlora_trainer.store import Store
-from qlora_trainer.tracking import copy_board, open_trackers
-from qlora_trainer.work import default_work
+from qlora_trainer.distributed.world import World, join_planned_world
+from qlora_trainer.evaluation.evaluator import Examination, compare
+from qlora_trainer.evaluation.lm_eval_tasks import score_tasks
+from qlora_trainer.inference.vllm_limits import check_serving
+from qlora_trainer.merge_job import add_merged
+from qlora_trainer.model.architecture import load_tokenizer
+from qlora_trainer.model.runtime_settings import Choices
+from qlora_trainer.observability.progress import ProgressSink, Sinks
+from qlora_trainer.observability.progress_tracker import Pace
+from qlora_trainer.observability.trackers import copy_board, open_trackers
+from qlora_trainer.publishing.model_card import write_card
+from qlora_trainer.publishing.publish import WEIGHTS, publish, write_report
+from qlora_trainer.publishing.report_builder import Outcome, build_report, build_result
+from qlora_trainer.runtime.rank import default_work
+from qlora_trainer.runtime.shutdown import StopFlag
+from qlora_trainer.storage.credentials import Secrets, load_secrets
+from qlora_trainer.storage.results import find_final, open_output, point_latest
+from qlora_trainer.storage.snapshots import Places
+from qlora_trainer.storage.store import Store
+from qlora_trainer.training.async_checkpointer import Keeper
+from qlora_trainer.training.checkpoint_store import Checkpoints, Witness
+from qlora_trainer.training.state import History
 
 
 @dataclass(frozen=True)

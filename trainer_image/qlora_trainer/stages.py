@@ -21,31 +21,39 @@ from qlora_api.report import (
 from qlora_api.result import Result
 from qlora_api.runconfig import RunConfig
 from qlora_api.v1alpha1 import Metrics
-from qlora_trainer import evaluate, shards
-from qlora_trainer.benchmarks import Battery, load_benchmarks
-from qlora_trainer.checkpoint import Checkpoints, Course
-from qlora_trainer.choices import Choices, decide
-from qlora_trainer.distributed import World
+from qlora_trainer.data import shards
+from qlora_trainer.data.preview import preview, shown_rows
+from qlora_trainer.data.tokenization import TokenRow
+from qlora_trainer.distributed.world import World
 from qlora_trainer.errors import RunError
-from qlora_trainer.evaluate import Examiner
-from qlora_trainer.gate import check_gate, describe_rejected, judge
-from qlora_trainer.hardware import observe_hardware, peak_memory_bytes, release_cached_memory
-from qlora_trainer.history import History
-from qlora_trainer.interrupt import StopFlag
-from qlora_trainer.keeper import Keeper
-from qlora_trainer.loading import CHECKED_ROWS, LoadingTask, load_in_fresh_process, rows_of_task
-from qlora_trainer.metrics import METER
-from qlora_trainer.model import Tuned, computing_in, joins_rows_exactly, load_base, load_text_config, tune, tune_whole
-from qlora_trainer.pace import Pace
-from qlora_trainer.preview import preview, shown_rows
-from qlora_trainer.publish import WEIGHTS, keep_rejected, write_weights
-from qlora_trainer.pulse import PULSE
-from qlora_trainer.snapshot import Places, text_files, weight_files
-from qlora_trainer.state import TrainingState
-from qlora_trainer.store import MODEL, Store
-from qlora_trainer.tokens import TokenRow
-from qlora_trainer.tracking import Trackers
-from qlora_trainer.train import Loop, Schedule, Watcher, make_loop
+from qlora_trainer.evaluation import evaluator
+from qlora_trainer.evaluation.evaluator import Examiner
+from qlora_trainer.evaluation.lm_eval_tasks import Battery, load_benchmarks
+from qlora_trainer.model.base_model import (
+    Tuned,
+    computing_in,
+    joins_rows_exactly,
+    load_base,
+    load_text_config,
+    tune,
+    tune_whole,
+)
+from qlora_trainer.model.hardware import observe_hardware, peak_memory_bytes, release_cached_memory
+from qlora_trainer.model.runtime_settings import Choices, decide
+from qlora_trainer.observability.progress_tracker import Pace
+from qlora_trainer.observability.trackers import Trackers
+from qlora_trainer.publishing.gate import check_gate, describe_rejected, judge
+from qlora_trainer.publishing.load_check import CHECKED_ROWS, LoadingTask, load_in_fresh_process, rows_of_task
+from qlora_trainer.publishing.publish import WEIGHTS, keep_rejected, write_weights
+from qlora_trainer.runtime.liveness import PULSE
+from qlora_trainer.runtime.metrics import METER
+from qlora_trainer.runtime.shutdown import StopFlag
+from qlora_trainer.storage.snapshots import Places, text_files, weight_files
+from qlora_trainer.storage.store import MODEL, Store
+from qlora_trainer.training.async_checkpointer import Keeper
+from qlora_trainer.training.checkpoint_store import Checkpoints, Course
+from qlora_trainer.training.loop import Loop, Schedule, Watcher, make_loop
+from qlora_trainer.training.state import History, TrainingState
 
 
 @dataclass(frozen=True)
@@ -112,7 +120,7 @@ def load_model(config: RunConfig, folder: Path) -> tuple[Tuned, Choices]:
 def measure(tuned: Tuned, rows: Sequence[TokenRow], config: RunConfig, choices: Choices) -> Metrics:
     """Evaluate what was trained on held-out rows."""
     with tuned.evaluating():
-        return evaluate.evaluate(tuned, rows, config.plan.micro_batch_size, packing=choices.packing)
+        return evaluator.evaluate(tuned, rows, config.plan.micro_batch_size, packing=choices.packing)
 
 
 def make_training(tuned: Tuned, data: Data, config: RunConfig, choices: Choices, world: World) -> Loop:

@@ -16,11 +16,11 @@ from qlora_api.names import Reason
 from qlora_api.runconfig import RunConfig
 from qlora_api.v1alpha1 import to_timedelta
 from qlora_trainer.errors import RunError
-from qlora_trainer.lastword import Farewell
-from qlora_trainer.logbook import LAST_SECONDS, Logbook
-from qlora_trainer.output import open_own_output
-from qlora_trainer.pulse import PULSE, Pulse
-from qlora_trainer.ranks import rank_of_process
+from qlora_trainer.observability.log_upload import LAST_SECONDS, Logbook
+from qlora_trainer.runtime.liveness import PULSE, Pulse
+from qlora_trainer.runtime.rank import rank_of_process
+from qlora_trainer.runtime.termination_message import Farewell
+from qlora_trainer.storage.results import open_own_output
 
 HANGS: Final = "hangs"
 """Folder of a result with the stacks of processes that were ended."""

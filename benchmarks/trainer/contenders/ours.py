@@ -4,7 +4,7 @@ import tempfile
 from pathlib import Path
 
 from qlora_trainer.__main__ import configure_libraries
-from qlora_trainer.work import default_work
+from qlora_trainer.runtime.rank import default_work
 
 configure_libraries(default_work())  # as a pod does, before the libraries are imported
 
@@ -15,10 +15,10 @@ from benchmarks.trainer.measurement import Stopwatch  # noqa: E402
 from benchmarks.trainer.ready import make_ready  # noqa: E402
 from qlora_api.report import StepRecord  # noqa: E402
 from qlora_api.v1alpha1 import QLoRAJobSpec  # noqa: E402
-from qlora_trainer.architecture import load_tokenizer  # noqa: E402
-from qlora_trainer.batches import rows_of_step  # noqa: E402
-from qlora_trainer.interrupt import StopFlag  # noqa: E402
-from qlora_trainer.train import Watcher  # noqa: E402
+from qlora_trainer.data.batching import rows_of_step  # noqa: E402
+from qlora_trainer.model.architecture import load_tokenizer  # noqa: E402
+from qlora_trainer.runtime.shutdown import StopFlag  # noqa: E402
+from qlora_trainer.training.loop import Watcher  # noqa: E402
 
 
 def main(order: Order, work: Path) -> None:

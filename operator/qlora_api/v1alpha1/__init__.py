@@ -1,7 +1,7 @@
 """The QLoRAJob resource: the only source of the CRD, its defaults, its bounds and its reference."""
 
 from qlora_api.v1alpha1.checkpoint import CheckpointSpec
-from qlora_api.v1alpha1.places import (
+from qlora_api.v1alpha1.data import (
     DatasetSpec,
     DataSource,
     EvaluationSplit,
@@ -10,14 +10,6 @@ from qlora_api.v1alpha1.places import (
     RowFormat,
     RowFormatName,
     RowTemplate,
-)
-from qlora_api.v1alpha1.recipe import (
-    EarlyStoppingSpec,
-    EvaluationSpec,
-    GateSpec,
-    LoraSpec,
-    QuantizationSpec,
-    TrainingSpec,
 )
 from qlora_api.v1alpha1.spec import (
     MUTABLE_FIELDS,
@@ -43,6 +35,14 @@ from qlora_api.v1alpha1.status import (
     RowLengths,
 )
 from qlora_api.v1alpha1.tracking import MlflowSpec, TrackingSpec, WandbSpec
+from qlora_api.v1alpha1.training import (
+    EarlyStoppingSpec,
+    EvaluationSpec,
+    GateSpec,
+    LoraSpec,
+    QuantizationSpec,
+    TrainingSpec,
+)
 from qlora_api.v1alpha1.types import (
     MergeBase,
     SecretRef,

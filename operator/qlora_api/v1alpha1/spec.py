@@ -10,9 +10,9 @@ from qlora_api.names import SecretRole
 from qlora_api.optimizers import SHARDABLE
 from qlora_api.strategies import DDP, FOR_SEVERAL, SHARDING_OPTIMIZER, SHARDING_WEIGHTS, ZERO2, Distribution
 from qlora_api.v1alpha1.checkpoint import CheckpointSpec
-from qlora_api.v1alpha1.places import DatasetSpec, ModelSpec, OutputSpec
-from qlora_api.v1alpha1.recipe import EvaluationSpec, LoraSpec, QuantizationSpec, TrainingSpec
+from qlora_api.v1alpha1.data import DatasetSpec, ModelSpec, OutputSpec
 from qlora_api.v1alpha1.tracking import TrackingSpec
+from qlora_api.v1alpha1.training import EvaluationSpec, LoraSpec, QuantizationSpec, TrainingSpec
 from qlora_api.v1alpha1.types import Duration, LabelKey, LabelValue, Quantity, SecretRef, cel
 
 

@@ -5,7 +5,7 @@ from typing import Annotated
 from pydantic import Field
 
 from qlora_api.base import ApiModel
-from qlora_api.v1alpha1.shapes import LOOPBACK, NO_METADATA, PRINTABLE, SERVER
+from qlora_api.v1alpha1.patterns import LOOPBACK, NO_METADATA, PRINTABLE, SERVER
 from qlora_api.v1alpha1.types import SecretRef
 
 TrackerName = Annotated[str, Field(min_length=1, max_length=128), PRINTABLE]

@@ -8,7 +8,7 @@ from pydantic import AfterValidator, ConfigDict, Field, JsonValue
 
 from qlora_api.base import ApiModel
 from qlora_api.units import SECONDS
-from qlora_api.v1alpha1.shapes import (
+from qlora_api.v1alpha1.patterns import (
     BUCKET,
     BUCKET_IS_NO_ADDRESS,
     HUB_DATASET,

@@ -6,8 +6,9 @@ from datetime import datetime
 from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 from qlora_api import names
+from qlora_api.job_ref import JobRef
 from qlora_api.names import Role
-from qlora_operator.values import ChildJob, Exit, JobFailure, JobRef, Observation, Pod, RawJob, Waiting
+from qlora_operator.models import ChildJob, Exit, JobFailure, Observation, Pod, RawJob, Waiting
 
 Json = Mapping[str, Any]
 Child = TypeVar("Child", ChildJob, Pod)

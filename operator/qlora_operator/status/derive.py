@@ -9,9 +9,9 @@ from qlora_api.reasons import REASONS
 from qlora_api.result import Result
 from qlora_api.units import format_duration
 from qlora_api.v1alpha1 import Attempt, Checkpoint, OutputStatus, Plan, Progress, QLoRAJobStatus
-from qlora_operator.status.columns import format_number, format_step
+from qlora_operator.models import Decision
 from qlora_operator.status.conditions import derive_conditions
-from qlora_operator.values import Decision
+from qlora_operator.status.formatting import format_number, format_step
 
 _KEPT: Final = ("started_at", "micro_batch_size", "node")
 """What an attempt is known by once, although its pods may be gone."""

@@ -8,7 +8,7 @@ from unittest.mock import patch
 
 from qlora_api.report import StepRecord
 from qlora_trainer.__main__ import main
-from qlora_trainer.train import Loop
+from qlora_trainer.training.loop import Loop
 
 STEP = 2
 learn = Loop.step

@@ -18,9 +18,10 @@ import torch
 from qlora_api.names import Phase
 from qlora_api.report import LastWord, Manifest
 from qlora_api.runconfig import RunConfig
-from qlora_trainer import interrupt, stages
+from qlora_trainer import stages
 from qlora_trainer.__main__ import main
 from qlora_trainer.prepare import prepare
+from qlora_trainer.runtime import shutdown
 from tests.cluster.s3 import S3
 from tests.unit.trainer.tiny import prepare_config, run_config, write_job
 
@@ -45,7 +46,7 @@ def live(config: RunConfig, folder: Path, environment: Mapping[str, str], overdu
     torch.set_num_threads(1)
     # It starts a process with imports of its own each time; tests/unit/trainer/test_run.py has it.
     patch.object(stages, "load_in_fresh_process", lambda *_: None).start()
-    patch.object(interrupt, "_OVERDUE_SECONDS", overdue).start()
+    patch.object(shutdown, "_OVERDUE_SECONDS", overdue).start()
     (folder / "run.json").write_text(config.model_dump_json(by_alias=True))
     words = {"config": folder / "run.json", "work": folder / "work", "termination-message": folder / "word"}
     sys.exit(main(["train", *(f"--{name}={path}" for name, path in words.items())]))

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Final, Self
 from qlora_api.report import Manifest
 from qlora_api.result import Result
 from qlora_api.runconfig import S3Config
-from qlora_trainer.publish import publish
-from qlora_trainer.s3 import S3Store
-from qlora_trainer.secrets import Credentials
-from qlora_trainer.store import OUTPUT
+from qlora_trainer.publishing.publish import publish
+from qlora_trainer.storage.credentials import Credentials
+from qlora_trainer.storage.s3 import S3Store
+from qlora_trainer.storage.store import OUTPUT
 from tests.unit.trainer.results import DIGEST, config, result
 
 if TYPE_CHECKING:

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from qlora_api.runconfig import S3Config
-from qlora_trainer import multipart, s3
 from qlora_trainer.errors import RunError
-from qlora_trainer.s3 import S3Store
-from qlora_trainer.secrets import Credentials
-from qlora_trainer.store import OUTPUT, AlreadyThereError
+from qlora_trainer.storage import s3, s3_multipart
+from qlora_trainer.storage.credentials import Credentials
+from qlora_trainer.storage.s3 import S3Store
+from qlora_trainer.storage.store import OUTPUT, AlreadyThereError
 from tests.cluster.s3 import S3
 from tests.unit.trainer.tiny import serving
 
@@ -21,8 +21,8 @@ PART_BYTES = 5 * 1024**2
 @pytest.fixture
 def store(s3: S3, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> S3Store:
     """A store for which anything beyond a part is large."""
-    monkeypatch.setattr("qlora_trainer.s3.SINGLE_PUT_BYTES", PART_BYTES)
-    monkeypatch.setattr(multipart, "_PART_BYTES", PART_BYTES)
+    monkeypatch.setattr("qlora_trainer.storage.s3.SINGLE_PUT_BYTES", PART_BYTES)
+    monkeypatch.setattr(s3_multipart, "_PART_BYTES", PART_BYTES)
     bucket = s3.make_bucket(tmp_path.name.replace("_", "-"))
     return S3Store(f"s3://{bucket}/result", OUTPUT, Credentials(s3.environment()), S3Config())
 

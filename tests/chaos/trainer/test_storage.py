@@ -15,11 +15,11 @@ import time_machine
 
 from qlora_api.names import Reason
 from qlora_api.runconfig import S3Config
-from qlora_trainer.checkpoint import Checkpoints, Witness
 from qlora_trainer.errors import RunError
-from qlora_trainer.s3 import S3Store
-from qlora_trainer.secrets import Credentials
-from qlora_trainer.store import OUTPUT
+from qlora_trainer.storage.credentials import Credentials
+from qlora_trainer.storage.s3 import S3Store
+from qlora_trainer.storage.store import OUTPUT
+from qlora_trainer.training.checkpoint_store import Checkpoints, Witness
 from tests.chaos.promises import Dose, promise
 from tests.chaos.trainer.lives import ADAPTER, STEPS, Courses
 from tests.chaos.trainer.publishers import check_published, publish_files, write_files

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import pytest
 
-from qlora_operator.build import build_train_job
+from qlora_operator.resources import build_train_job
 from tests.cluster.cluster import Cluster
 from tests.cluster.commands import CommandError, run, wait_until
 from tests.golden.test_children import CPU, INSTALLATION, OWNER, RUN

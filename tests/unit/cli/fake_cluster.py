@@ -8,13 +8,13 @@ from typing import Any
 from rich.console import Console
 
 from qlora_api import names
+from qlora_api.job_ref import JobRef
 from qlora_api.names import Phase, Reason
 from qlora_api.v1alpha1 import Attempt, Progress, QLoRAJobStatus
-from qlora_cli.cluster import AlreadyExistsError, NotFoundError, Object
-from qlora_cli.jobs import ClusterJob, parse_job
-from qlora_cli.polling import Clock
+from qlora_cli.cluster.client import AlreadyExistsError, NotFoundError, Object
+from qlora_cli.cluster.jobs import ClusterJob, parse_job
+from qlora_cli.cluster.polling import Clock
 from qlora_operator.status.derive import to_wire
-from qlora_operator.values import JobRef
 from tests.make import NOW, REF, UID, make_manifest, make_spec_manifest, merge
 
 Answer = Object | Exception

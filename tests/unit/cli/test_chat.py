@@ -6,9 +6,9 @@ import pytest
 from typer.testing import CliRunner
 from typer.testing import Result as Invocation
 
-from qlora_api.using import Exchange, Reply
-from qlora_cli import chat
+from qlora_api.local_requests import Exchange, Reply
 from qlora_cli.__main__ import app
+from qlora_cli.commands import chat
 from tests.unit.cli.make import spoken
 from tests.unit.trainer.test_chat import CHATML
 from tests.unit.trainer.tiny import write_model

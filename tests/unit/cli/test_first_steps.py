@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_cli.__main__ import app
+from qlora_cli.commands.init import SHOWN, default_of, write_manifest
 from qlora_cli.completion import completions
-from qlora_cli.init import SHOWN, default_of, write_manifest
 
 
 def test_a_first_manifest_is_valid_and_complete(tmp_path: Path):

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from qlora_cli.cluster import AlreadyExistsError, ClusterError, NotFoundError, UnreachableError
-from qlora_cli.kube import KubeCluster, connect
+from qlora_cli.cluster.client import AlreadyExistsError, ClusterError, NotFoundError, UnreachableError
+from qlora_cli.cluster.kube_client import KubeCluster, connect
 from tests.make import REF, make_manifest
 
 

@@ -4,9 +4,9 @@ import pytest
 from typer.testing import CliRunner
 from typer.testing import Result as Invocation
 
-from qlora_api.using import MergedFolder
+from qlora_api.local_requests import MergedFolder
 from qlora_cli.__main__ import app
-from qlora_trainer import merging
+from qlora_trainer import merge_job
 from tests.unit.cli.make import spoken
 from tests.unit.trainer.test_merging import write_shard
 from tests.unit.trainer.tiny import write_model
@@ -80,7 +80,7 @@ def test_ctrl_c_leaves_nothing(adapter, tmp_path, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(merging, "merge", interrupt)
+    monkeypatch.setattr(merge_job, "merge", interrupt)
     result = qlora(adapter, "--to", tmp_path / "merged")
     assert result.exit_code == 130
     assert result.stderr.endswith("stopped; nothing was written\n")

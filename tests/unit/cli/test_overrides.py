@@ -2,10 +2,10 @@ from pathlib import Path
 
 import pytest
 
-from qlora_cli.documents import YamlError, parse_documents
-from qlora_cli.manifests import ManifestError, parse_manifest
-from qlora_cli.overrides import Override, OverrideError, override, parse_override
-from qlora_operator.rules import ANYWHERE
+from qlora_cli.manifests.loader import ManifestError, parse_manifest
+from qlora_cli.manifests.overrides import Override, OverrideError, override, parse_override
+from qlora_cli.manifests.yaml_documents import YamlError, parse_documents
+from qlora_planner.validation import ANYWHERE
 from tests.unit.cli.make import JOB
 
 HERE = Path.cwd()

@@ -10,11 +10,11 @@ from moto import mock_aws
 
 from qlora_api.names import Reason
 from qlora_api.v1alpha1 import Attempt, OutputStatus
-from qlora_cli import remains
-from qlora_cli.cluster import ClusterError
-from qlora_cli.jobs import ClusterJob
-from qlora_cli.keptlogs import Missing
-from qlora_cli.loglines import Printer
+from qlora_cli.cluster.client import ClusterError
+from qlora_cli.cluster.jobs import ClusterJob
+from qlora_cli.podlogs import archived
+from qlora_cli.podlogs.archived import Missing
+from qlora_cli.podlogs.lines import Printer
 from tests.make import DIGEST, UID
 from tests.unit.cli.fake_cluster import FAILED, Paper, make_ended, make_job
 
@@ -41,7 +41,7 @@ def write_line(second: int, message: str) -> str:
     return json.dumps({"time": f"2026-03-01T12:00:{second:02}.000Z", "level": "info", "message": message})
 
 
-WISH = remains.Wish(attempt=None, tail=None, timestamps=False, s3_endpoint=None)
+WISH = archived.Wish(attempt=None, tail=None, timestamps=False, s3_endpoint=None)
 
 
 def test_logs_of_pods_that_are_gone_are_read_from_the_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -51,7 +51,7 @@ def test_logs_of_pods_that_are_gone_are_read_from_the_output(tmp_path: Path, cap
     leave_log(tmp_path, "attempt-2-node-1.jsonl", (3, "the launcher"))
     leave_log(tmp_path, "attempt-2-node-0-rank-0.jsonl", (1, "of another QLoRAJob"), uid="another")
     job, (paper, out), notes = make_left(tmp_path, make_ended(1), make_ended(2)), printer(), Paper()
-    remains.show_remains(job, Missing(2), WISH, out, notes.console)
+    archived.show_remains(job, Missing(2), WISH, out, notes.console)
     assert [line.replace("2026-03-01T12:00:0", "").replace(".000Z info    ", " ") for line in paper.lines] == [
         "2-0 | 1 zero", "2-1 | 2 [one]", "2-1 | 3 the launcher", "2-0 | 5 zero again", "2-0 | text",
         "2-1 | 6 one again", "2-0 | 9 the end",
@@ -72,7 +72,7 @@ def test_lines_from_the_output_are_chosen_as_those_of_pods(tmp_path: Path):
     def shown(missing: Missing, **wish: Any) -> list[str]:
         paper = Paper()
         out = Printer(prefix=True, raw=True, console=paper.console)
-        remains.show_remains(job, missing, remains.Wish(**{**vars(WISH), **wish}), out, Paper().console)
+        archived.show_remains(job, missing, archived.Wish(**{**vars(WISH), **wish}), out, Paper().console)
         return [line.partition('"message": ')[0][:6] + line.partition('"message": ')[2] for line in paper.lines]
 
     assert shown(Missing(1), tail=1) == ['1-1 | "d"}', '1-0 | "c"}']
@@ -91,7 +91,7 @@ def test_logs_are_read_from_s3_with_the_keys_of_this_computer(monkeypatch: pytes
         client.create_bucket(Bucket="adapters")
         client.put_object(Bucket="adapters", Key=key, Body=write_line(1, "from S3").encode())
         paper, out = printer()
-        remains.show_remains(job, Missing(1), WISH, out, Paper().console)
+        archived.show_remains(job, Missing(1), WISH, out, Paper().console)
     assert paper.lines == ["1-0 | 2026-03-01T12:00:01.000Z info    from S3"]
 
 
@@ -99,7 +99,7 @@ def test_each_line_tells_its_process(tmp_path: Path):
     raw = json.dumps({"time": "2026-03-01T12:00:01Z", "level": "info", "message": "a step", "rank": 3})
     leave_log(tmp_path, "attempt-1-node-1-rank-3.jsonl", raw)
     paper, out = printer()
-    remains.show_remains(make_left(tmp_path, make_ended(1)), Missing(1), WISH, out, Paper().console)
+    archived.show_remains(make_left(tmp_path, make_ended(1)), Missing(1), WISH, out, Paper().console)
     assert paper.lines == ["1-1/3 | 2026-03-01T12:00:01Z info    a step"]
 
 
@@ -108,7 +108,7 @@ def test_where_no_log_is_left_the_last_words_are_told_and_what_was_looked_for(
 ):
     job = make_left(tmp_path, make_ended(1, Reason.LOSS_DIVERGED, "loss 80"))
     with pytest.raises(ClusterError) as caught:
-        remains.show_remains(job, Missing(1), WISH, printer()[1], Paper().console)
+        archived.show_remains(job, Missing(1), WISH, printer()[1], Paper().console)
     assert capsys.readouterr().out == "attempt 1 on node-1: LossDiverged  loss 80\n"
     assert str(caught.value) == (
         "there is no log of attempt 1 of support-bot: its pods are gone (spec.ttl removes them after the end, and so "
@@ -119,17 +119,17 @@ def test_where_no_log_is_left_the_last_words_are_told_and_what_was_looked_for(
 
 
 def test_an_output_that_cannot_be_read_is_named_with_what_to_do(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("qlora_cli.results.find_spec", lambda _: None)
+    monkeypatch.setattr("qlora_cli.local.output_store.find_spec", lambda _: None)
     job = make_job(FAILED.model_copy(update={"attempts": (make_ended(1),)}), output={"uri": "s3://adapters"})
     with pytest.raises(ClusterError, match=r"of support-bot: its pods are gone .* and boto3 is not installed; run pip"):
-        remains.show_remains(job, Missing(1), WISH, printer()[1], Paper().console)
+        archived.show_remains(job, Missing(1), WISH, printer()[1], Paper().console)
 
 
 def test_nothing_is_looked_for_where_nothing_ran():
     with pytest.raises(ClusterError, match="support-bot is Failed and has no pods of attempt 3: DatasetEmpty it is"):
-        remains.show_remains(make_job(FAILED), Missing(3), WISH, printer()[1], Paper().console)
+        archived.show_remains(make_job(FAILED), Missing(3), WISH, printer()[1], Paper().console)
     with pytest.raises(ClusterError, match="support-bot is Pending and has no pods of the preparation: no operator"):
-        remains.show_remains(make_job(), Missing(0), WISH, printer()[1], Paper().console)
+        archived.show_remains(make_job(), Missing(0), WISH, printer()[1], Paper().console)
 
 
 def test_stacks_of_a_hang_are_read_from_the_output(tmp_path: Path):
@@ -139,8 +139,8 @@ def test_stacks_of_a_hang_are_read_from_the_output(tmp_path: Path):
         (hangs / name).write_text(f"File {name}\n")
     leave_log(tmp_path, "attempt-2-node-0-rank-0.jsonl", (1, "zero"))
     job, notes = make_left(tmp_path, make_ended(2, Reason.HEARTBEAT_LOST, "the stacks are in …")), Paper()
-    wish = remains.Wish(**{**vars(WISH), "attempt": 2})
-    remains.show_remains(job, Missing(2), wish, printer()[1], notes.console)
+    wish = archived.Wish(**{**vars(WISH), "attempt": 2})
+    archived.show_remains(job, Missing(2), wish, printer()[1], notes.console)
     assert notes.lines[-3:] == [
         f"{tmp_path.as_uri()}/support-bot/{DIGEST}/hangs/attempt-2-rank-0.txt", "File attempt-2-rank-0.txt", "",
     ]  # fmt: skip

@@ -5,7 +5,7 @@ import yaml
 from typer.testing import CliRunner
 
 from qlora_cli.__main__ import app
-from qlora_cli.printing import to_yaml
+from qlora_cli.display.formats import to_yaml
 from tests.unit.cli.make import JOB
 
 

@@ -7,18 +7,18 @@ import pytest
 from typer.testing import CliRunner
 from typer.testing import Result as Invocation
 
-from qlora_api.modelconfig import reduce_config
+from qlora_api.model_config import reduce_config
 from qlora_api.names import Phase, Reason
 from qlora_api.report import LastWord
 from qlora_api.runconfig import Platform, PrepareConfig, RunConfig, S3Config
-from qlora_cli import run
 from qlora_cli.__main__ import app
-from qlora_cli.documents import parse_documents
-from qlora_cli.local import Trainer
-from qlora_cli.manifests import parse_manifest
-from qlora_operator.plan import make_plan
-from qlora_operator.plan.offer import Pool
-from qlora_operator.rules import ANYWHERE
+from qlora_cli.commands import run
+from qlora_cli.local.runner import Trainer
+from qlora_cli.manifests.loader import parse_manifest
+from qlora_cli.manifests.yaml_documents import parse_documents
+from qlora_planner import make_plan
+from qlora_planner.gpu_inventory import Pool
+from qlora_planner.validation import ANYWHERE
 from qlora_trainer.errors import RunError
 from tests.unit.cli.make import JOB, RESULT, make_prepared, make_progress
 

@@ -5,7 +5,7 @@ import pytest
 from rich.console import Console
 
 from qlora_api.names import Phase
-from qlora_cli.screen import PREPARING, LineScreen, clock_time, describe, name_stage, open_screen
+from qlora_cli.display.progress import PREPARING, LineScreen, clock_time, describe, name_stage, open_screen
 from tests.unit.cli.make import make_progress
 
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")

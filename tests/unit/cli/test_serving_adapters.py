@@ -7,11 +7,11 @@ import pytest
 import yaml
 
 from qlora_api.v1alpha1 import OutputStatus
-from qlora_cli import report, snippets
-from qlora_cli.cluster import ClusterError
-from qlora_cli.jobs import ClusterJob
-from qlora_cli.results import OutputError
-from qlora_cli.serving import find_served
+from qlora_cli.cluster.client import ClusterError
+from qlora_cli.cluster.jobs import ClusterJob
+from qlora_cli.commands import report, serve_snippet
+from qlora_cli.commands.serve_snippet import find_served
+from qlora_cli.local.output_store import OutputError
 from tests.make import DIGEST, make_prepared, make_result
 from tests.unit.cli.fake_cluster import SUCCEEDED, make_job, make_training
 
@@ -36,7 +36,7 @@ def test_the_rank_is_one_that_vllm_takes_and_that_fits(lora: dict[str, Any], ran
 
 
 def test_vllm_gets_the_base_at_its_commit_and_the_adapter_from_a_folder():
-    assert snippets.write_vllm(find_served(published())) == (
+    assert serve_snippet.write_vllm(find_served(published())) == (
         f"aws s3 sync {ADAPTER} ./support-bot\n"
         "vllm serve HuggingFaceTB/SmolLM2-135M-Instruct \\\n"
         f"  --revision {COMMIT} \\\n"
@@ -50,7 +50,7 @@ def test_vllm_gets_what_else_an_adapter_needs():
     job = published(
         model={"uri": "s3://models/base"}, lora={"init": "loftq"}, dataset={"chatTemplate": "{{ messages }}"}
     )
-    written = snippets.write_vllm(find_served(job))
+    written = serve_snippet.write_vllm(find_served(job))
     assert written.startswith("aws s3 sync s3://models/base ./model\naws s3 sync ")
     assert "--revision" not in written
     assert "--chat-template ./support-bot/chat_template.jinja" in written
@@ -58,7 +58,7 @@ def test_vllm_gets_what_else_an_adapter_needs():
 
 
 def test_kserve_gets_a_service_with_the_adapter():
-    service = yaml.safe_load(snippets.write_kserve(find_served(published(lora={"rank": 64}))))
+    service = yaml.safe_load(serve_snippet.write_kserve(find_served(published(lora={"rank": 64}))))
     assert service["spec"]["model"] == {
         "uri": f"hf://HuggingFaceTB/SmolLM2-135M-Instruct:{COMMIT}",
         "name": "HuggingFaceTB/SmolLM2-135M-Instruct",
@@ -67,16 +67,16 @@ def test_kserve_gets_a_service_with_the_adapter():
 
 
 def test_kubeai_gets_a_model_with_the_adapter():
-    model = yaml.safe_load(snippets.write_kubeai(find_served(published())))
+    model = yaml.safe_load(serve_snippet.write_kubeai(find_served(published())))
     assert model["metadata"] == {"name": "support-bot-base"}
     assert model["spec"]["adapters"] == [{"name": "support-bot", "url": ADAPTER}]
     assert model["spec"]["args"] == ["--enable-lora", "--max-lora-rank=16", f"--revision={COMMIT}"]
 
 
-@pytest.mark.parametrize("server", snippets.Server)
-def test_a_whole_model_is_served_by_itself(server: snippets.Server):
+@pytest.mark.parametrize("server", serve_snippet.Server)
+def test_a_whole_model_is_served_by_itself(server: serve_snippet.Server):
     full = published(method="full", quantization={"bits": 16})
-    written = snippets.WRITERS[server](find_served(full))
+    written = serve_snippet.WRITERS[server](find_served(full))
     assert ADAPTER in written
     assert "lora" not in written
 

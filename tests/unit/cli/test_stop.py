@@ -8,7 +8,7 @@ import yaml
 from typer.testing import CliRunner
 
 from qlora_cli.__main__ import app
-from qlora_cli.screen import LineScreen
+from qlora_cli.display.progress import LineScreen
 from tests.unit.trainer.tiny import instruction_rows, write_model, write_rows
 
 # peft 0.21 reads transformers' old name of is_activation_checkpointing.

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from qlora_cli import rerun, submit, suspension
-from qlora_cli.cluster import AlreadyExistsError, ClusterError
-from qlora_cli.connection import Connection
-from qlora_cli.jobs import parse_job
+from qlora_cli.cluster.client import AlreadyExistsError, ClusterError
+from qlora_cli.cluster.connection import Connection
+from qlora_cli.cluster.jobs import parse_job
+from qlora_cli.commands import rerun, submit, suspend
 from tests.make import REF, UID
 from tests.unit.cli.fake_cluster import (
     FAILED,
@@ -40,7 +40,7 @@ def test_a_name_that_is_taken_says_what_else_there_is():
 
 def test_suspending_writes_one_field():
     cluster = FakeCluster(make_raw(status=make_training(1)))
-    assert suspension.set_suspended(cluster, REF, True).suspended
+    assert suspend.set_suspended(cluster, REF, True).suspended
     assert cluster.writes == [("patch", {"spec": {"suspend": True}})]
 
 
@@ -48,15 +48,15 @@ def test_suspending_writes_one_field():
 def test_it_rests_when_no_pod_runs_any_more(phase: str, rest: bool):
     raw = make_raw(status=SUSPENDED)
     cluster, job = FakeCluster(raw), parse_job(raw)
-    assert suspension.rests(job, cluster)
+    assert suspend.rests(job, cluster)
     cluster.pods_found = [{"metadata": {"name": "a"}, "status": {"phase": phase}}]
-    assert suspension.rests(job, cluster) is rest
+    assert suspend.rests(job, cluster) is rest
 
 
 def test_what_has_ended_cannot_rest():
     cluster = FakeCluster(make_raw(status=FAILED))
     with pytest.raises(ClusterError, match="ml/support-bot has failed; qlora rerun starts it anew"):
-        suspension.set_suspended(cluster, REF, True)
+        suspend.set_suspended(cluster, REF, True)
     assert cluster.writes == []
 
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from qlora_cli import events, logs
-from qlora_cli.cluster import NotFoundError, UnreachableError
-from qlora_cli.keptlogs import Missing
-from qlora_cli.loglines import Printer
-from qlora_cli.pods import TrainerPod
+from qlora_cli.cluster.client import NotFoundError, UnreachableError
+from qlora_cli.cluster.pods import TrainerPod
+from qlora_cli.commands import events, logs
+from qlora_cli.podlogs.archived import Missing
+from qlora_cli.podlogs.lines import Printer
 from tests.make import NOW, REF
 from tests.unit.cli.fake_cluster import (
     FAILED,

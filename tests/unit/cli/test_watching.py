@@ -8,12 +8,13 @@ import typer
 
 from qlora_api.names import Phase, Reason
 from qlora_api.v1alpha1 import Attempt, OutputStatus
-from qlora_cli import listing, status, waiting
-from qlora_cli.cluster import ClusterError, UnreachableError
-from qlora_cli.dashboard import Course, describe_progress, draw
-from qlora_cli.jobs import parse_job, strip_managed_fields
-from qlora_cli.polling import PATIENCE_SECONDS, look
-from qlora_cli.sparkline import sparkline
+from qlora_cli.cluster.client import ClusterError, UnreachableError
+from qlora_cli.cluster.jobs import parse_job, strip_managed_fields
+from qlora_cli.cluster.polling import PATIENCE_SECONDS, look
+from qlora_cli.commands import list as listing
+from qlora_cli.commands import status, wait
+from qlora_cli.display.dashboard import Course, describe_progress, draw
+from qlora_cli.display.sparkline import sparkline
 from tests.make import DIGEST, NOW, REF, make_plan_status, make_prepared, make_result
 from tests.unit.cli.fake_cluster import (
     FAILED,
@@ -133,33 +134,33 @@ def test_a_newer_operator_may_add_fields_but_not_reasons():
 def test_wait_ends_as_the_run_did(end: Any, code: int):
     paper = Paper()
     cluster = FakeCluster(*raws(None, make_training(1), make_training(2), SUSPENDED, end))
-    assert waiting.wait_for_all(cluster, [REF], None, FakeTime().clock, paper.console) == code
+    assert wait.wait_for_all(cluster, [REF], None, FakeTime().clock, paper.console) == code
     assert paper.lines[:3] == ["support-bot Pending", "support-bot Training", "support-bot Suspended"]
     assert paper.lines[3:] == [f"support-bot {end.phase} ({end.reason}): {end.reason} it is"]
 
 
 def test_one_failure_among_several_counts():
     cluster = FakeCluster(*raws(FAILED, SUCCEEDED))
-    assert waiting.wait_for_all(cluster, [REF, REF], None, FakeTime().clock, Paper().console) == 3
+    assert wait.wait_for_all(cluster, [REF, REF], None, FakeTime().clock, Paper().console) == 3
 
 
 def test_wait_has_a_limit():
     time, paper = FakeTime(), Paper()
     cluster = FakeCluster(make_raw(status=make_training(1)))
-    assert waiting.wait_for_all(cluster, [REF, REF], 90.0, time.clock, paper.console) == 124
+    assert wait.wait_for_all(cluster, [REF, REF], 90.0, time.clock, paper.console) == 124
     assert time.seconds == 90
     assert paper.lines[-1] == "support-bot is Training still"
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("90", 90), ("90s", 90), ("1.5m", 90), ("2h", 7200), ("1d", 86_400)])
 def test_durations(text: str, seconds: float):
-    assert waiting.parse_seconds(text) == seconds
+    assert wait.parse_seconds(text) == seconds
 
 
 @pytest.mark.parametrize("text", ["", "soon", "m", "5 weeks"])
 def test_what_is_no_duration_is_refused(text: str):
     with pytest.raises(typer.BadParameter, match="write a number and a unit"):
-        waiting.parse_seconds(text)
+        wait.parse_seconds(text)
 
 
 def test_an_api_server_that_is_away_is_waited_for_and_named_once():

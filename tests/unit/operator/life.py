@@ -6,9 +6,9 @@ from typing import Any, Final
 
 from qlora_api import names
 from qlora_api.v1alpha1 import Progress
-from qlora_operator.cluster.ports import ClusterBusyError
-from qlora_operator.reconcile import Outcome, reconcile
-from qlora_operator.recovery import Watch
+from qlora_operator.cluster.interface import ClusterBusyError
+from qlora_operator.controller.reconcile import Outcome, reconcile
+from qlora_operator.lifecycle import Watch
 from tests.fakes import CrashError, FakeCluster
 from tests.make import INSTALLATION, PREPARED_WORD, PUBLISHED_WORD, REF
 

@@ -10,8 +10,8 @@ import pytest
 from aiohttp import web
 from kubernetes.aio import client
 
-from qlora_operator.cluster.api import TRIES, Api, ApiError, ConflictError, NotFoundError
-from qlora_operator.cluster.ports import ClusterBusyError
+from qlora_operator.cluster.http import TRIES, Api, ApiError, ConflictError, NotFoundError
+from qlora_operator.cluster.interface import ClusterBusyError
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ from typing import Any, Final
 import pytest
 
 from qlora_api.names import Reason, Role
-from qlora_operator.recovery import judge
-from qlora_operator.recovery.causes import NODE_PATIENCE
-from qlora_operator.values import ChildJob, Exit, JobFailure, Stage, Waiting
+from qlora_operator.lifecycle import judge
+from qlora_operator.lifecycle.exit_reasons import NODE_PATIENCE
+from qlora_operator.models import ChildJob, Exit, JobFailure, Stage, Waiting
 from tests.make import NOW, PREPARED_WORD, PUBLISHED_WORD, make_child, make_exit, make_pending_pod, make_pod, make_word
 
 STARTUP: Final = timedelta(minutes=30)

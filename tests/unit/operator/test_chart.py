@@ -2,7 +2,7 @@
 
 import pytest
 
-from qlora_operator.chart import ValuesError, build_values_schema, read_values, render_values_table
+from qlora_codegen.helm_values import ValuesError, build_values_schema, read_values, render_values_table
 
 VALUES = """\
 # A remark on the file.

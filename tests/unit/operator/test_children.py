@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 
+from qlora_api.job_ref import JobRef
 from qlora_api.names import Role
-from qlora_operator.cluster.api import Api
-from qlora_operator.cluster.children import Children
-from qlora_operator.cluster.kube import KubeCluster
-from qlora_operator.values import ChildJob, JobRef, RawJob
+from qlora_operator.cluster.cache import Children
+from qlora_operator.cluster.http import Api
+from qlora_operator.cluster.kube_cluster import KubeCluster
+from qlora_operator.models import ChildJob, RawJob
 from tests.make import NOW, REF, UID
 
 Json = dict[str, Any]

@@ -5,7 +5,7 @@ from email.utils import format_datetime
 
 import pytest
 
-from qlora_operator.cluster.clock import ClusterClock
+from qlora_operator.cluster.server_clock import ClusterClock
 from tests.make import NOW
 
 

@@ -8,10 +8,10 @@ from itertools import count
 import pytest
 from kubernetes.aio import client
 
-from qlora_operator.cluster.api import Api
-from qlora_operator.cluster.ports import ClusterBusyError
-from qlora_operator.election import Election, LeadershipLostError
-from qlora_operator.lease import LEASE_DURATION, RELEASED, RENEW_DEADLINE, RETRY, Candidate, Lease
+from qlora_operator.cluster.http import Api
+from qlora_operator.cluster.interface import ClusterBusyError
+from qlora_operator.leader_election.election import Election, LeadershipLostError
+from qlora_operator.leader_election.lease import LEASE_DURATION, RELEASED, RENEW_DEADLINE, RETRY, Candidate, Lease
 from tests.make import NOW
 
 DURATION = LEASE_DURATION.total_seconds()

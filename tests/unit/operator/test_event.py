@@ -8,8 +8,8 @@ import pytest
 from qlora_api.names import Phase
 from qlora_api.reasons import REASONS, Reason
 from qlora_api.v1alpha1 import QLoRAJobStatus
-from qlora_operator.build import Owner, build_event
-from qlora_operator.build.event import ACTIONS, MAX_NOTE, event_type
+from qlora_operator.resources import Owner, build_event
+from qlora_operator.resources.event import ACTIONS, MAX_NOTE, event_type
 from tests.fakes import FakeCluster
 from tests.make import NOW, PREPARED_WORD, PUBLISHED_WORD, REF, UID, make_manifest, make_word
 from tests.unit.operator.life import PREPARE, TRAIN, live_to_the_end, settle

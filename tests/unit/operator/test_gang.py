@@ -7,8 +7,8 @@ from typing import Any, Final
 import pytest
 
 from qlora_api.names import Reason
-from qlora_operator.recovery import judge
-from qlora_operator.values import ChildJob, Exit, JobFailure, Pod, Stage
+from qlora_operator.lifecycle import judge
+from qlora_operator.models import ChildJob, Exit, JobFailure, Pod, Stage
 from tests.make import NOW, PUBLISHED_WORD, make_child, make_exit, make_pending_pod, make_pod, make_word
 
 STARTUP: Final = timedelta(minutes=30)

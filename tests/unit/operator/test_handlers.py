@@ -8,13 +8,13 @@ import kopf
 import pytest
 from aiohttp import web
 
-from qlora_operator import handlers
-from qlora_operator.build import Installation
-from qlora_operator.cluster.api import Api
-from qlora_operator.metrics import Metrics
-from qlora_operator.runtime import STUCK_SECONDS, Runtime
+from qlora_operator.cluster.http import Api
+from qlora_operator.controller import handlers
+from qlora_operator.controller.controller import STUCK_SECONDS, Runtime
+from qlora_operator.controller.metrics import Metrics
+from qlora_operator.controller.watch_health import OVERDUE_SECONDS
+from qlora_operator.resources import Installation
 from qlora_operator.settings import Settings
-from qlora_operator.watch import OVERDUE_SECONDS
 from tests.make import REF, UID
 
 

@@ -6,10 +6,10 @@ from typing import Any, NoReturn
 import pytest
 from kubernetes.aio import client
 
-from qlora_operator.cluster.api import Api, ApiError, ConflictError, NotFoundError
-from qlora_operator.cluster.children import Children
-from qlora_operator.cluster.kube import KubeCluster
-from qlora_operator.cluster.ports import ClusterBusyError, RefusedError
+from qlora_operator.cluster.cache import Children
+from qlora_operator.cluster.http import Api, ApiError, ConflictError, NotFoundError
+from qlora_operator.cluster.interface import ClusterBusyError, RefusedError
+from qlora_operator.cluster.kube_cluster import KubeCluster
 
 EVENT = {"apiVersion": "events.k8s.io/v1", "kind": "Event", "reason": "Prepared", "metadata": {"namespace": "ml"}}
 DEADLINE = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"namespace": "ml", "name": "bot-1"}}

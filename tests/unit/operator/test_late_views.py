@@ -6,11 +6,11 @@ from datetime import timedelta
 import pytest
 
 from qlora_api.names import Phase, Reason
+from qlora_operator.cluster.cache import Told
+from qlora_operator.cluster.interface import ClusterBusyError
 from qlora_operator.cluster.parse import parse_job
-from qlora_operator.cluster.ports import ClusterBusyError
-from qlora_operator.cluster.told import Told
-from qlora_operator.reconcile import reconcile
-from qlora_operator.recovery import Watch
+from qlora_operator.controller.reconcile import reconcile
+from qlora_operator.lifecycle import Watch
 from tests.fakes import FakeCluster
 from tests.make import INSTALLATION, PREPARED_WORD, PUBLISHED_WORD, REF, make_manifest
 from tests.unit.operator.life import PREPARE, TRAIN, live_to_the_end, once, settle, without_times

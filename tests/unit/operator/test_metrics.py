@@ -9,13 +9,13 @@ from aiohttp import ClientSession
 from prometheus_client.parser import text_string_to_metric_families
 
 from qlora_api import __version__, metrics
+from qlora_api.job_ref import JobRef
 from qlora_api.names import Phase
 from qlora_api.v1alpha1 import Progress
-from qlora_operator.cluster.ports import ClusterBusyError
-from qlora_operator.health import serve_health
-from qlora_operator.metrics import Metrics, progress_ratio
-from qlora_operator.progress import Reports
-from qlora_operator.values import JobRef
+from qlora_operator.cluster.interface import ClusterBusyError
+from qlora_operator.controller.metrics import Metrics, progress_ratio
+from qlora_operator.health_server import serve_health
+from qlora_operator.progress_server import Reports
 from tests.cluster.addresses import free_ports
 from tests.fakes import FakeCluster
 from tests.make import NOW, PREPARED_WORD, PUBLISHED_WORD, REF, make_manifest

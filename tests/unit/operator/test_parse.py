@@ -7,7 +7,7 @@ import pytest
 
 from qlora_api.names import Role
 from qlora_operator.cluster.parse import parse_child, parse_observation, parse_pod
-from qlora_operator.values import Exit, JobFailure, Pod, RawJob, Waiting
+from qlora_operator.models import Exit, JobFailure, Pod, RawJob, Waiting
 from tests.make import NOW, REF, UID
 
 BORN = "2026-03-01T12:00:00Z"

@@ -1,6 +1,6 @@
 """Least privilege, as a table that only this test may widen."""
 
-from qlora_operator.cluster.permissions import (
+from qlora_operator.cluster.rbac import (
     CLUSTER,
     EDIT,
     HOME,

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from qlora_api.modelconfig import reduce_config
+from qlora_api.model_config import reduce_config
 from qlora_api.prepared import Prepared
 from qlora_api.v1alpha1 import RowLengths
-from qlora_operator.plan import make_plan
-from qlora_operator.plan.estimate import Rows
-from qlora_operator.plan.offer import Pool
-from qlora_operator.plan.plan import rows_of
-from qlora_operator.plan.sizing import DoesNotFitError
+from qlora_planner import make_plan
+from qlora_planner.gpu_inventory import Pool
+from qlora_planner.memory.estimate import Rows
+from qlora_planner.plan import rows_of
+from qlora_planner.sizing import DoesNotFitError
 from tests.make import make_prepared, make_spec
 
 

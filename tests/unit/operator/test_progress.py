@@ -8,12 +8,20 @@ import pytest
 from aiohttp.test_utils import TestClient, TestServer
 
 from qlora_api import names
+from qlora_api.job_ref import JobRef
 from qlora_api.names import Phase
 from qlora_api.progress import ProgressReport
 from qlora_api.v1alpha1 import Checkpoint
-from qlora_operator.cluster.ports import PodIdentity
-from qlora_operator.progress import MAX_BODY, STATUS_EVERY, TRUST_SECONDS, Gate, ProgressEndpoint, Reports, read_report
-from qlora_operator.values import JobRef
+from qlora_operator.cluster.interface import PodIdentity
+from qlora_operator.progress_server import (
+    MAX_BODY,
+    STATUS_EVERY,
+    TRUST_SECONDS,
+    Gate,
+    ProgressEndpoint,
+    Reports,
+    read_report,
+)
 from tests.fakes import FakeIdentities
 from tests.make import NOW, REF
 

@@ -7,8 +7,8 @@ from datetime import timedelta
 
 import pytest
 
-from qlora_operator.cluster.ports import ClusterBusyError
-from qlora_operator.queue import LAST_BACKOFF, WorkQueue, backoff_seconds
+from qlora_operator.cluster.interface import ClusterBusyError
+from qlora_operator.controller.workqueue import LAST_BACKOFF, WorkQueue, backoff_seconds
 
 Work = Callable[[str], Awaitable[timedelta | None]]
 

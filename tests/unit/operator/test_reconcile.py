@@ -8,13 +8,13 @@ import pytest
 
 from qlora_api import names
 from qlora_api.accelerators import NVIDIA
-from qlora_api.modelconfig import reduce_config
+from qlora_api.model_config import reduce_config
 from qlora_api.names import Phase, Reason
 from qlora_api.runconfig import RunConfig
 from qlora_api.v1alpha1 import Progress
-from qlora_operator.cluster.ports import RefusedError
-from qlora_operator.reconcile import NAME_TAKEN_RETRY, REFUSED_RETRY
-from qlora_operator.values import Manifest
+from qlora_operator.cluster.interface import RefusedError
+from qlora_operator.controller.reconcile import NAME_TAKEN_RETRY, REFUSED_RETRY
+from qlora_operator.models import Manifest
 from tests.fakes import FakeCluster
 from tests.make import (
     PREPARED_WORD,

@@ -8,8 +8,8 @@ import pytest
 from qlora_api.names import Phase
 from qlora_api.reasons import Reason, RetryAction
 from qlora_api.v1alpha1 import Attempt, Plan
-from qlora_operator.recovery.retries import avoided_nodes, choose_remedy, retry_at, shrink, used_attempts
-from qlora_operator.values import Stage, Verdict
+from qlora_operator.lifecycle.retry_policy import avoided_nodes, choose_remedy, retry_at, shrink, used_attempts
+from qlora_operator.models import Stage, Verdict
 from tests.fakes import FakeCluster
 from tests.make import NOW, PREPARED_WORD, PUBLISHED_WORD, make_manifest, make_plan_status, make_word
 from tests.unit.operator.test_reconcile import PREPARE, SECOND, TRAIN, settle

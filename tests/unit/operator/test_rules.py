@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from qlora_operator.rules import ANYWHERE, ON_A_COMPUTER, check
+from qlora_planner.validation import ANYWHERE, ON_A_COMPUTER, check
 from tests.make import make_spec
 
 

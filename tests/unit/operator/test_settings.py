@@ -6,7 +6,7 @@ import pytest
 
 from qlora_api.logs import Format
 from qlora_api.runconfig import Platform, S3Config
-from qlora_operator.build import Installation
+from qlora_operator.resources import Installation
 from qlora_operator.settings import Home, Settings, SettingsError, read_settings
 
 IMAGE = {"QLORA_TRAINER_IMAGE": "trainer:1"}

@@ -8,9 +8,9 @@ import pytest
 from qlora_api.names import TERMINAL, ConditionType, Phase, Reason
 from qlora_api.units import format_duration
 from qlora_api.v1alpha1 import Attempt, Progress, QLoRAJobStatus
+from qlora_operator.models import Decision
 from qlora_operator.status import acknowledge, derive_status, to_wire
-from qlora_operator.status.columns import format_number, format_step
-from qlora_operator.values import Decision
+from qlora_operator.status.formatting import format_number, format_step
 from tests.make import NOW, make_plan_status, make_prepared, make_result
 
 REASONS = {

@@ -2,7 +2,7 @@
 
 import pytest
 
-from qlora_operator.watch import OVERDUE_SECONDS, WatchProof
+from qlora_operator.controller.watch_health import OVERDUE_SECONDS, WatchProof
 from tests.make import REF
 
 

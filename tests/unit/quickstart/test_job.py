@@ -1,9 +1,9 @@
 from pathlib import Path
 
 from examples.quickstart import demo, make_data, make_model
-from qlora_cli.documents import read_documents
-from qlora_cli.manifests import parse_manifest
-from qlora_operator.rules import IN_CLUSTER
+from qlora_cli.manifests.loader import parse_manifest
+from qlora_cli.manifests.yaml_documents import read_documents
+from qlora_planner.validation import IN_CLUSTER
 
 JOB = Path(demo.__file__).with_name("job.yaml")
 

@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 
 from qlora_api.v1alpha1 import QLoRAJobSpec
-from qlora_cli.documents import Document
-from qlora_cli.manifests import ManifestError, parse_manifest
-from qlora_operator.build import build_prepare_config, build_prepare_job, build_run_config, build_train_job
+from qlora_cli.manifests.loader import ManifestError, parse_manifest
+from qlora_cli.manifests.yaml_documents import Document
 from qlora_operator.cluster.parse import parse_job
-from qlora_operator.plan import make_plan
-from qlora_operator.reconcile import parse
-from qlora_operator.rules import IN_CLUSTER, check
-from qlora_operator.values import Manifest, Run, Violation
+from qlora_operator.controller.reconcile import parse
+from qlora_operator.models import Manifest, Run
+from qlora_operator.resources import build_prepare_config, build_prepare_job, build_run_config, build_train_job
+from qlora_planner import make_plan
+from qlora_planner.validation import IN_CLUSTER, Violation, check
 from tests.hostile import CORPUS, HARMLESS, REFUSED, Hostile
 from tests.make import INSTALLATION, NOW, OWNER, UID, make_prepared, make_spec
 

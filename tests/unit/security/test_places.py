@@ -8,14 +8,14 @@ from jinja2.exceptions import SecurityError
 from moto import mock_aws
 
 from qlora_api.runconfig import S3Config
-from qlora_trainer import store
-from qlora_trainer.chat import ChatTemplate
+from qlora_trainer.data.chat_template import ChatTemplate
+from qlora_trainer.data.rows import Chat, RowError
 from qlora_trainer.errors import RunError
-from qlora_trainer.fields import RowError
-from qlora_trainer.rows import Chat
-from qlora_trainer.s3 import S3Store
-from qlora_trainer.secrets import Credentials
-from qlora_trainer.store import DATASET, FileStore
+from qlora_trainer.storage import store
+from qlora_trainer.storage.credentials import Credentials
+from qlora_trainer.storage.local_store import FileStore
+from qlora_trainer.storage.s3 import S3Store
+from qlora_trainer.storage.store import DATASET
 from tests.unit.trainer.tiny import make_tokenizer
 
 

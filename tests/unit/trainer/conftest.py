@@ -8,7 +8,7 @@ from typing import Final
 
 import pytest
 
-from qlora_trainer.interrupt import StopFlag
+from qlora_trainer.runtime.shutdown import StopFlag
 
 FOREIGN: Final = (
     # peft 0.21 reads transformers' old name of is_activation_checkpointing.

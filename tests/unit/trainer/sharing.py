@@ -8,12 +8,12 @@ from typing import Final
 
 import torch
 
-from qlora_operator.validity import Cell, cells
-from qlora_trainer.distributed import World, join_world, leave_world
-from qlora_trainer.evaluate import sum_rows
-from qlora_trainer.interrupt import StopFlag
-from qlora_trainer.model import Tuned, load_base, tune, tune_whole
-from qlora_trainer.optimizer import choose_optimizer
+from qlora_codegen.distribution_matrix import Cell, cells
+from qlora_trainer.distributed.world import World, join_world, leave_world
+from qlora_trainer.evaluation.evaluator import sum_rows
+from qlora_trainer.model.base_model import Tuned, load_base, tune, tune_whole
+from qlora_trainer.model.optimizer import choose_optimizer
+from qlora_trainer.runtime.shutdown import StopFlag
 from tests.unit.trainer.tiny import write_model
 from tests.unit.trainer.tuned import CHOICES, DEAF, make_test_loop, token_rows
 

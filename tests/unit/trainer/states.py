@@ -5,9 +5,8 @@ from typing import Final
 import torch
 
 from qlora_api.report import StepRecord
-from qlora_trainer.checkpoint import Course
-from qlora_trainer.history import History
-from qlora_trainer.state import TrainingState
+from qlora_trainer.training.checkpoint_store import Course
+from qlora_trainer.training.state import History, TrainingState
 
 STEPS: Final = 5
 COURSE: Final = Course(digest="0123456789abcdef", total_steps=STEPS, rows=12, optimizer="AdamW")

@@ -8,8 +8,8 @@ from qlora_api.names import Reason
 from qlora_api.runconfig import RunConfig
 from qlora_trainer import stages
 from qlora_trainer.errors import RunError
-from qlora_trainer.interrupt import StopFlag
 from qlora_trainer.run import run
+from qlora_trainer.runtime.shutdown import StopFlag
 from tests.unit.trainer.tiny import RecordingSink
 
 NEVER: Final = 0

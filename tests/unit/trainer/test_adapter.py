@@ -12,13 +12,13 @@ from transformers import AutoModelForCausalLM
 
 from qlora_api.names import Reason
 from qlora_api.v1alpha1 import LoraSpec, QuantizationSpec
-from qlora_trainer.architecture import load_architecture
 from qlora_trainer.errors import RunError
-from qlora_trainer.evaluate import evaluate
-from qlora_trainer.loftq import closest_product
-from qlora_trainer.model import Tuned, load_base, tune
-from qlora_trainer.modules import check_modules, numbers_of
-from qlora_trainer.publish import write_weights
+from qlora_trainer.evaluation.evaluator import evaluate
+from qlora_trainer.model.architecture import load_architecture
+from qlora_trainer.model.base_model import Tuned, load_base, tune
+from qlora_trainer.model.loftq import closest_product
+from qlora_trainer.model.target_modules import check_modules, numbers_of
+from qlora_trainer.publishing.publish import write_weights
 from tests.unit.trainer.tiny import make_model, make_spec, make_tokenizer, write_model
 from tests.unit.trainer.tuned import CHOICES, NF4, make_record, make_test_loop, run_steps, token_rows, weights_of
 

@@ -5,10 +5,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from qlora_api.v1alpha1 import QuantizationSpec
-from qlora_trainer import apart
-from qlora_trainer.apart import APART, lay_out
-from qlora_trainer.batches import make_batch
-from qlora_trainer.model import load_base
+from qlora_trainer.data.batching import make_batch
+from qlora_trainer.model import unpacked_attention
+from qlora_trainer.model.base_model import load_base
+from qlora_trainer.model.unpacked_attention import APART, lay_out
 from tests.unit.trainer.families import FAMILIES, write_family
 from tests.unit.trainer.tiny import CPU
 from tests.unit.trainer.tuned import token_rows
@@ -60,7 +60,7 @@ def test_it_takes_the_place_of_sdpa_where_a_class_allows_that(family, found, tmp
     "family", [name for name, facts in FAMILIES.items() if facts.attention == "sdpa" and facts.joins]
 )
 def test_states_and_gradients_are_those_of_one_masked_sequence(family, short, tmp_path, monkeypatch):
-    monkeypatch.setattr(apart, "_SHORT", short)
+    monkeypatch.setattr(unpacked_attention, "_SHORT", short)
     write_family(family, tmp_path)
     batch, found = make_batch(token_rows(5), CPU, packing=True), []
     for attention in ("sdpa", APART):
@@ -74,13 +74,13 @@ def test_states_and_gradients_are_those_of_one_masked_sequence(family, short, tm
 
 def test_joined_rows_are_laid_apart_in_a_model(tmp_path, monkeypatch):
     seen: list[tuple[int, ...]] = []
-    real = apart.sdpa_attention_forward
+    real = unpacked_attention.sdpa_attention_forward
 
     def watch(module, query, *rest, **settings):
         seen.append(tuple(query.shape[::2]))
         return real(module, query, *rest, **settings)
 
-    monkeypatch.setattr(apart, "sdpa_attention_forward", watch)
+    monkeypatch.setattr(unpacked_attention, "sdpa_attention_forward", watch)
     write_family("llama", tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=APART)
     rows = token_rows(5)

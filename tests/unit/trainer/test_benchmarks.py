@@ -10,14 +10,20 @@ import pytest
 from qlora_api.names import Reason
 from qlora_api.prepared import PinnedTask, PinnedTasks
 from qlora_api.runconfig import Platform, PrepareConfig
-from qlora_trainer import benchmarks
-from qlora_trainer.benchmarks import Battery, describe_benchmarks, load_benchmarks, pin_benchmarks, score_tasks
 from qlora_trainer.errors import RunError
-from qlora_trainer.output import open_output
+from qlora_trainer.evaluation import lm_eval_tasks
+from qlora_trainer.evaluation.lm_eval_tasks import (
+    Battery,
+    describe_benchmarks,
+    load_benchmarks,
+    pin_benchmarks,
+    score_tasks,
+)
 from qlora_trainer.prepare import prepare
-from qlora_trainer.secrets import environment_secrets
-from qlora_trainer.snapshot import Places
 from qlora_trainer.stages import load_battery
+from qlora_trainer.storage.credentials import environment_secrets
+from qlora_trainer.storage.results import open_output
+from qlora_trainer.storage.snapshots import Places
 from tests.hub import COMMIT
 from tests.unit.trainer.tiny import make_tokenizer, run_config, write_job
 from tests.unit.trainer.tuned import make_tuned
@@ -141,7 +147,7 @@ def test_training_takes_the_tasks_that_prepare_found_and_does_not_look_for_them(
     job = write_job(tmp_path / "job", evaluation={"tasks": ["arc_easy"], "taskExamples": 40})
     prepared = prepare(PrepareConfig(namespace="ml", job="colours", spec=job, platform=places.platform), work=tmp_path)
     commit_questions(tmp_path / "mirror", "f" * 40, 40)
-    monkeypatch.setattr(benchmarks, "_index", None)
+    monkeypatch.setattr(lm_eval_tasks, "_index", None)
     config = run_config(job, prepared).model_copy(update={"platform": places.platform})
     battery = load_battery(places, open_output(places, job, "colours"), make_tokenizer(), config, tmp_path / "pod")
     (task,) = battery.tasks["tasks"].values()

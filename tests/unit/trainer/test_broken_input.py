@@ -11,9 +11,9 @@ import pytest
 import yaml
 
 from qlora_api.names import Reason
-from qlora_cli.documents import read_documents
-from qlora_cli.manifests import ManifestError, parse_manifest
-from qlora_operator.rules import IN_CLUSTER
+from qlora_cli.manifests.loader import ManifestError, parse_manifest
+from qlora_cli.manifests.yaml_documents import read_documents
+from qlora_planner.validation import IN_CLUSTER
 from qlora_trainer.errors import RunError
 from qlora_trainer.prepare import prepare
 from tests.make import make_manifest

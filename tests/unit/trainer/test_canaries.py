@@ -19,11 +19,11 @@ from qlora_api.names import PROGRESS_TOKEN_ENV, PROGRESS_URL_ENV, SecretRole
 from qlora_api.report import LastWord
 from qlora_api.runconfig import Platform
 from qlora_api.v1alpha1 import QLoRAJobSpec
-from qlora_operator.build import build_prepare_config, build_prepare_job, build_train_job
-from qlora_operator.plan import make_plan
-from qlora_operator.values import Run
-from qlora_trainer import secrets
+from qlora_operator.models import Run
+from qlora_operator.resources import build_prepare_config, build_prepare_job, build_train_job
+from qlora_planner import make_plan
 from qlora_trainer.__main__ import main
+from qlora_trainer.storage import credentials
 from tests.hub import HubStandIn, Repository
 from tests.make import INSTALLATION, OWNER, make_prepared
 from tests.unit.trainer.tiny import instruction_rows, make_spec, prepare_config, run_config, serving, write_model
@@ -126,7 +126,7 @@ def pod(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, process: None) -> Itera
             (mount / role / name).write_text(CANARIES[name])
     (mount / SecretRole.OUTPUT / "AWS_ACCESS_KEY_ID").write_text("AKIAIOSFODNN7EXAMPLE")
     (mount / "token").write_text(CANARIES["progress"])
-    monkeypatch.setattr(secrets, "SECRETS_MOUNT", str(mount))
+    monkeypatch.setattr(credentials, "SECRETS_MOUNT", str(mount))
     server = Server()
     with mock_aws(), serving(server.handler()) as url:
         monkeypatch.setenv(PROGRESS_URL_ENV, f"{url}/progress")

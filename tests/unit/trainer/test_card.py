@@ -10,7 +10,7 @@ from huggingface_hub.utils import validate_repo_id
 from qlora_api.prepared import Prepared
 from qlora_api.report import Confidence, Interval, Intervals, RunReport, ServingCheck
 from qlora_api.v1alpha1 import DataStatus, ModelStatus, Plan
-from qlora_trainer.card import CARD, write_card
+from qlora_trainer.publishing.model_card import CARD, write_card
 from tests.make import DIGEST, NOW, make_result, make_spec
 
 HUB_FILE = "hf://datasets/org/questions/train.jsonl"

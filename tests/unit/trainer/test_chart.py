@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 import pytest
 
 from qlora_api.report import EvaluatedRow, RowScore
-from qlora_trainer.chart import describe_rows, for_page, smoothed, thinned
+from qlora_trainer.publishing.plots import describe_rows, for_page, smoothed, thinned
 
 SVG = """<?xml version="1.0" encoding="utf-8" standalone="no"?>
 <!DOCTYPE svg PUBLIC "-//W3C//DTD SVG 1.1//EN" "http://www.w3.org/Graphics/SVG/1.1/DTD/svg11.dtd">

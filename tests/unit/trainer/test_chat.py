@@ -3,11 +3,10 @@
 import pytest
 
 from qlora_api.names import Reason
-from qlora_trainer.chat import encode_chats, load_chat_template
+from qlora_trainer.data.chat_template import encode_chats, load_chat_template
+from qlora_trainer.data.rows import Chat, RowError
+from qlora_trainer.data.tokenization import TokenRow
 from qlora_trainer.errors import RunError
-from qlora_trainer.fields import RowError
-from qlora_trainer.rows import Chat
-from qlora_trainer.tokens import TokenRow
 from tests.unit.trainer.tiny import make_tokenizer
 
 CHATML = (

@@ -20,20 +20,20 @@ from qlora_api.names import Reason
 from qlora_api.report import HeldOutRecord, RunReport, StepRecord
 from qlora_api.runconfig import RunConfig, S3Config
 from qlora_api.v1alpha1 import Checkpoint, CheckpointSpec, EarlyStoppingSpec, LoraSpec, QuantizationSpec, TrainingSpec
-from qlora_trainer.checkpoint import Checkpoints, Course, Witness
-from qlora_trainer.distributed import World
+from qlora_trainer.distributed.world import World
 from qlora_trainer.errors import RunError
-from qlora_trainer.history import History
-from qlora_trainer.interrupt import StopFlag
-from qlora_trainer.keeper import Keeper
-from qlora_trainer.model import load_base, tune
-from qlora_trainer.optimizer import Kind
+from qlora_trainer.model.base_model import load_base, tune
+from qlora_trainer.model.optimizer import Kind
 from qlora_trainer.prepare import prepare
-from qlora_trainer.s3 import S3Store
-from qlora_trainer.secrets import Credentials
-from qlora_trainer.state import TrainingState
-from qlora_trainer.store import OUTPUT, FileStore
-from qlora_trainer.train import Loop, Schedule, Watcher, make_loop
+from qlora_trainer.runtime.shutdown import StopFlag
+from qlora_trainer.storage.credentials import Credentials
+from qlora_trainer.storage.local_store import FileStore
+from qlora_trainer.storage.s3 import S3Store
+from qlora_trainer.storage.store import OUTPUT
+from qlora_trainer.training.async_checkpointer import Keeper
+from qlora_trainer.training.checkpoint_store import Checkpoints, Course, Witness
+from qlora_trainer.training.loop import Loop, Schedule, Watcher, make_loop
+from qlora_trainer.training.state import History, TrainingState
 from tests.unit.trainer.states import COURSE, STEPS, make_state
 from tests.unit.trainer.stopping import NEVER, FreshProcesses
 from tests.unit.trainer.tiny import (

@@ -8,12 +8,12 @@ from transformers import Gemma2Config, GPT2Config, GPTNeoXConfig, LlamaConfig
 
 from qlora_api.names import Reason
 from qlora_api.runconfig import RunConfig
-from qlora_trainer.attention import FLASH, AttentionFacts, attention_facts, choose_attention
-from qlora_trainer.choices import activation_checkpointing, compute_dtype, decide
 from qlora_trainer.errors import RunError
-from qlora_trainer.hardware import Hardware, observe_hardware
-from qlora_trainer.optimizer import Kind
-from qlora_trainer.whole import check_size, choose_for_whole
+from qlora_trainer.model.attention import FLASH, AttentionFacts, attention_facts, choose_attention
+from qlora_trainer.model.full_finetune import check_size, choose_for_whole
+from qlora_trainer.model.hardware import Hardware, observe_hardware
+from qlora_trainer.model.optimizer import Kind
+from qlora_trainer.model.runtime_settings import activation_checkpointing, compute_dtype, decide
 from tests.make import make_prepared
 from tests.unit.trainer.tiny import make_spec, run_config
 

@@ -8,10 +8,10 @@ import pytest
 from pydantic import BaseModel
 
 from qlora_api.v1alpha1 import DataStatus, ModelStatus, QLoRAJobSpec
-from qlora_trainer import digest
-from qlora_trainer.adapter import resolve_adapter
-from qlora_trainer.architecture import build_empty
-from qlora_trainer.digest import LEFT_OUT, Resolved, result_digest
+from qlora_trainer import result_digest as digest
+from qlora_trainer.model.adapter import resolve_adapter
+from qlora_trainer.model.architecture import build_empty
+from qlora_trainer.result_digest import LEFT_OUT, Resolved, result_digest
 from tests.make import make_spec
 from tests.unit.trainer.tiny import write_model
 

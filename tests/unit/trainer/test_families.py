@@ -9,14 +9,14 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from qlora_api.v1alpha1 import LoraSpec, QuantizationSpec
-from qlora_trainer.architecture import load_architecture
-from qlora_trainer.attention import attention_facts, choose_attention
-from qlora_trainer.batches import make_batch
-from qlora_trainer.choices import Choices
-from qlora_trainer.evaluate import sum_rows
-from qlora_trainer.hardware import Hardware
-from qlora_trainer.model import Tuned, head_is_plain, joins_rows_exactly, load_base, load_text_config, tune
-from qlora_trainer.publish import write_weights
+from qlora_trainer.data.batching import make_batch
+from qlora_trainer.evaluation.evaluator import sum_rows
+from qlora_trainer.model.architecture import load_architecture
+from qlora_trainer.model.attention import attention_facts, choose_attention
+from qlora_trainer.model.base_model import Tuned, head_is_plain, joins_rows_exactly, load_base, load_text_config, tune
+from qlora_trainer.model.hardware import Hardware
+from qlora_trainer.model.runtime_settings import Choices
+from qlora_trainer.publishing.publish import write_weights
 from tests.unit.trainer.families import FAMILIES, write_family
 from tests.unit.trainer.tiny import CPU, make_tokenizer
 from tests.unit.trainer.tuned import CHOICES, make_record, make_test_loop, run_steps, token_rows

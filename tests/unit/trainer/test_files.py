@@ -10,9 +10,9 @@ import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
 
-from qlora_trainer import files
-from qlora_trainer.fields import RowError
-from qlora_trainer.files import FileError, FileRow, form_of, is_data_file, read_rows
+from qlora_trainer.data import file_readers
+from qlora_trainer.data.file_readers import FileError, FileRow, form_of, is_data_file, read_rows
+from qlora_trainer.data.rows import RowError
 
 ROWS = [{"prompt": "1+1=", "completion": "2"}, {"prompt": 'say "a,\nb"', "completion": "ünïcode 🦙"}]
 CSV = 'prompt,completion\n1+1=,2\n"say ""a,\nb""",ünïcode 🦙\n'
@@ -104,7 +104,7 @@ def test_a_broken_file_is_named_with_the_fix(tmp_path, name, content, words):
 
 
 def test_a_line_that_is_no_row_at_all_is_not_read_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "MAX_ROW_BYTES", 1 << 20)
+    monkeypatch.setattr(file_readers, "MAX_ROW_BYTES", 1 << 20)
     with pytest.raises(FileError, match="row 1 has more than 1 MiB"):
         read(tmp_path, "x.jsonl", "[" + " " * (2 << 20))
 

@@ -3,10 +3,10 @@
 import pytest
 
 from qlora_api.names import Reason
-from qlora_trainer.architecture import load_architecture
 from qlora_trainer.errors import RunError
-from qlora_trainer.fitting import check_fits
-from qlora_trainer.published import open_adapter
+from qlora_trainer.inference.compatibility import check_fits
+from qlora_trainer.inference.published_adapter import open_adapter
+from qlora_trainer.model.architecture import load_architecture
 from tests.unit.trainer.tiny import write_model
 from tests.unit.trainer.trained import PLACES, PLAIN, write_published
 from tests.unit.trainer.tuned import NF4

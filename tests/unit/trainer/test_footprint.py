@@ -3,7 +3,7 @@
 import pytest
 
 from qlora_api.v1alpha1 import Plan
-from qlora_trainer.footprint import Amount, make_footprint
+from qlora_trainer.publishing.report_sections import Amount, make_footprint
 
 GIBIBYTE = 1 << 30
 

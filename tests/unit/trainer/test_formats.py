@@ -3,9 +3,8 @@
 import pytest
 
 from qlora_api.v1alpha1 import RowTemplate
-from qlora_trainer.fields import RowError
-from qlora_trainer.formats import parse_row, tell_format
-from qlora_trainer.rows import Chat, Example, Text
+from qlora_trainer.data.row_formats import parse_row, tell_format
+from qlora_trainer.data.rows import Chat, Example, RowError, Text
 
 ASK, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
 

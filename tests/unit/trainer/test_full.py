@@ -12,13 +12,13 @@ from transformers import AutoModelForCausalLM
 from qlora_api.names import Reason
 from qlora_api.report import RunReport
 from qlora_api.v1alpha1 import QuantizationSpec
-from qlora_trainer.batches import make_batch
+from qlora_trainer.data.batching import make_batch
 from qlora_trainer.errors import RunError
-from qlora_trainer.evaluate import evaluate
-from qlora_trainer.model import load_base, tune_whole
-from qlora_trainer.optimizer import Kind
+from qlora_trainer.evaluation.evaluator import evaluate
+from qlora_trainer.model.base_model import load_base, tune_whole
+from qlora_trainer.model.optimizer import Kind
 from qlora_trainer.prepare import prepare
-from qlora_trainer.publish import write_weights
+from qlora_trainer.publishing.publish import write_weights
 from qlora_trainer.run import run
 from tests.unit.trainer.tiny import (
     CPU,
@@ -112,7 +112,7 @@ def test_the_adapters_settings_have_no_say_in_the_result(folder, tmp_path):
 
 
 def test_a_model_that_no_gpu_can_hold_is_refused_by_prepare(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("qlora_trainer.whole.LARGEST", 1000)
+    monkeypatch.setattr("qlora_trainer.model.full_finetune.LARGEST", 1000)
     rows = write_rows(tmp_path / "rows.jsonl", instruction_rows())
     spec = make_spec(f"file://{folder}", rows, f"file://{tmp_path}", **FULL)
     with pytest.raises(RunError, match="full trains 1,000 at most") as caught:

@@ -10,8 +10,8 @@ from qlora_api.report import Manifest
 from qlora_api.v1alpha1 import EvaluationStatus, GateSpec, Metrics, QLoRAJobSpec
 from qlora_trainer import stages
 from qlora_trainer.errors import RunError
-from qlora_trainer.gate import can_judge, judge
 from qlora_trainer.prepare import prepare
+from qlora_trainer.publishing.gate import can_judge, judge
 from qlora_trainer.run import run
 from tests.unit.trainer.tiny import (
     RecordingSink,

@@ -14,7 +14,9 @@ from qlora_api.names import Reason
 from qlora_api.report import HeldOutRecord, StepRecord
 from qlora_api.v1alpha1 import EarlyStoppingSpec, TrainingSpec
 from qlora_trainer.errors import RunError
-from qlora_trainer.history import (
+from qlora_trainer.runtime.shutdown import StopFlag
+from qlora_trainer.training.loop import check_level
+from qlora_trainer.training.state import (
     DIVERGED_RISE,
     DIVERGED_STEPS,
     History,
@@ -23,8 +25,6 @@ from qlora_trainer.history import (
     is_exhausted,
     kept_step,
 )
-from qlora_trainer.interrupt import StopFlag
-from qlora_trainer.train import check_level
 from tests.unit.trainer.tuned import DEAF, make_test_loop, make_tuned, token_rows, weights_of
 
 

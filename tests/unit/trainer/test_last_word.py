@@ -18,10 +18,10 @@ from qlora_api.report import LastWord
 from qlora_api.v1alpha1 import Checkpoint, Progress
 from qlora_trainer.__main__ import COMMANDS, main
 from qlora_trainer.errors import RunError, explain
-from qlora_trainer.interrupt import StopFlag, explain_end, interrupted
-from qlora_trainer.lastword import Farewell, failure_word, to_line, write_last_word
-from qlora_trainer.progress import Heartbeat, HttpSink, Sinks, to_body
-from qlora_trainer.secrets import load_secrets
+from qlora_trainer.observability.progress import Heartbeat, HttpSink, Sinks, to_body
+from qlora_trainer.runtime.shutdown import StopFlag, explain_end, interrupted
+from qlora_trainer.runtime.termination_message import Farewell, failure_word, to_line, write_last_word
+from qlora_trainer.storage.credentials import load_secrets
 from tests.unit.trainer.tiny import RecordingSink, make_spec, prepare_config, serving
 
 

@@ -17,16 +17,24 @@ from pathlib import Path
 
 import pytest
 
-from qlora_api.launch import accelerate_config
+from qlora_api.launcher_config import accelerate_config
 from qlora_api.names import ACCELERATE_CONFIG_FILE, Reason
 from qlora_api.report import LastWord
 from qlora_api.runconfig import RunConfig
 from qlora_api.v1alpha1 import Checkpoint, Plan
+from qlora_trainer.distributed.launcher import (
+    INDEX_ENV,
+    Node,
+    choose_word,
+    is_worker,
+    launch_command,
+    wait_for_address,
+    workers_of,
+)
 from qlora_trainer.errors import RunError
-from qlora_trainer.interrupt import StopFlag
-from qlora_trainer.launch import INDEX_ENV, Node, choose_word, is_worker, launch_command, wait_for_address, workers_of
 from qlora_trainer.prepare import prepare
-from qlora_trainer.store import local_path
+from qlora_trainer.runtime.shutdown import StopFlag
+from qlora_trainer.storage.store import local_path
 from tests.unit.trainer.tiny import prepare_config, run_config, write_job
 
 STEPS = 6

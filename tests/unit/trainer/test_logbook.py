@@ -25,10 +25,18 @@ from qlora_api.report import LastWord
 from qlora_api.v1alpha1 import Checkpoint, Progress
 from qlora_trainer.__main__ import Process, end_badly, leave
 from qlora_trainer.errors import RunError
-from qlora_trainer.interrupt import StopFlag
-from qlora_trainer.lastword import Farewell
-from qlora_trainer.logbook import FIELD_CHARACTERS, FIRST_BYTES, LAST_BYTES, Kept, Lines, Logbook, shorten
-from qlora_trainer.logplace import LogPlace
+from qlora_trainer.observability.log_object import LogPlace
+from qlora_trainer.observability.log_upload import (
+    FIELD_CHARACTERS,
+    FIRST_BYTES,
+    LAST_BYTES,
+    Kept,
+    Lines,
+    Logbook,
+    shorten,
+)
+from qlora_trainer.runtime.shutdown import StopFlag
+from qlora_trainer.runtime.termination_message import Farewell
 from tests.unit.trainer.processes import ROOT
 from tests.unit.trainer.tiny import prepare_config, write_job
 

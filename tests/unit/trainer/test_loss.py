@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from qlora_trainer.loss import Head, chunked_cross_entropy, chunked_statistics
+from qlora_trainer.model.loss import Head, chunked_cross_entropy, chunked_statistics
 
 
 @pytest.mark.parametrize("learns", [False, True])

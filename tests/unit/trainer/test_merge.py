@@ -8,9 +8,9 @@ import torch
 from transformers import AutoConfig
 
 from qlora_api.v1alpha1 import QuantizationSpec
-from qlora_trainer.attention import FLASH
-from qlora_trainer.merge import MergeTask, choose_rows, merge
-from qlora_trainer.tokens import TokenRow
+from qlora_trainer.data.tokenization import TokenRow
+from qlora_trainer.model.attention import FLASH
+from qlora_trainer.publishing.merge_weights import MergeTask, choose_rows, merge
 from tests.unit.trainer.trained import PLAIN, with_base, write_trained
 from tests.unit.trainer.tuned import NF4
 

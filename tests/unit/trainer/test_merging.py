@@ -4,14 +4,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from qlora_api.local_requests import MergedFolder, MergeRequest
 from qlora_api.names import Reason
 from qlora_api.report import EvaluatedRow, RowScore
-from qlora_api.using import MergedFolder, MergeRequest
-from qlora_trainer import merging
+from qlora_trainer import merge_job
+from qlora_trainer.data.shards import EVALUATION, ShardWriter
 from qlora_trainer.errors import RunError
-from qlora_trainer.merge import MergeTask
-from qlora_trainer.merging import check_target, merge_published, parents
-from qlora_trainer.shards import EVALUATION, ShardWriter
+from qlora_trainer.merge_job import check_target, merge_published, parents
+from qlora_trainer.publishing.merge_weights import MergeTask
 from tests.unit.trainer.test_published import bucket
 from tests.unit.trainer.tiny import instruction_rows, write_model
 from tests.unit.trainer.trained import PLACES, PLAIN, write_published
@@ -103,7 +103,7 @@ def test_an_interrupted_merge_leaves_nothing(adapter, tmp_path, monkeypatch, err
         (folder / "config.json").write_text("{}")
         raise error
 
-    monkeypatch.setattr(merging, "merge", interrupt)
+    monkeypatch.setattr(merge_job, "merge", interrupt)
     with pytest.raises(type(error) if isinstance(error, Exception) else error):
         merged(adapter, tmp_path / "out/merged", tmp_path)
     assert list((tmp_path / "out").iterdir()) == []

@@ -14,11 +14,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from qlora_api import metrics
 from qlora_api.report import HeldOutRecord, StepRecord
 from qlora_api.runconfig import S3Config
-from qlora_trainer.metrics import METER, Meter, serve_metrics
-from qlora_trainer.ranks import is_first_of_pod
-from qlora_trainer.s3 import S3Store
-from qlora_trainer.secrets import Credentials
-from qlora_trainer.store import OUTPUT
+from qlora_trainer.runtime.metrics import METER, Meter, serve_metrics
+from qlora_trainer.runtime.rank import is_first_of_pod
+from qlora_trainer.storage.credentials import Credentials
+from qlora_trainer.storage.s3 import S3Store
+from qlora_trainer.storage.store import OUTPUT
 from tests.cluster.addresses import free_ports
 
 

@@ -5,10 +5,10 @@ from math import sqrt
 import pytest
 import torch
 
-from qlora_trainer.batches import make_batch, row_lengths
-from qlora_trainer.evaluate import evaluate
-from qlora_trainer.neftune import noise_for, noisy_embeddings
-from qlora_trainer.tokens import TokenRow
+from qlora_trainer.data.batching import make_batch, row_lengths
+from qlora_trainer.data.tokenization import TokenRow
+from qlora_trainer.evaluation.evaluator import evaluate
+from qlora_trainer.model.neftune import noise_for, noisy_embeddings
 from tests.unit.trainer.tiny import CPU, make_model
 from tests.unit.trainer.tuned import make_test_loop, make_tuned, run_steps, token_rows, weights_of
 

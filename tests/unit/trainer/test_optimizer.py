@@ -7,8 +7,8 @@ import torch
 
 from qlora_api.optimizers import OPTIMIZERS
 from qlora_api.v1alpha1 import TrainingSpec
-from qlora_trainer.checkpoint import Course
-from qlora_trainer.optimizer import Kind, choose_optimizer, make_optimizer, parameter_groups
+from qlora_trainer.model.optimizer import Kind, choose_optimizer, make_optimizer, parameter_groups
+from qlora_trainer.training.checkpoint_store import Course
 
 ON_A_CPU = (Kind.ADAMW, Kind.ADAMW_8BIT)
 

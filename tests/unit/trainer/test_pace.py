@@ -4,7 +4,7 @@ import pytest
 
 from qlora_api.names import Phase
 from qlora_api.report import StepRecord
-from qlora_trainer.pace import Pace, time_and_tokens
+from qlora_trainer.observability.progress_tracker import Pace, time_and_tokens
 from tests.unit.trainer.tiny import RecordingSink
 
 STEPS = tuple(

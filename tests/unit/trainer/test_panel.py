@@ -4,16 +4,16 @@ import pytest
 import torch
 from peft import PeftModel
 
+from qlora_api.local_requests import Manner, PanelRequest
 from qlora_api.names import Reason
-from qlora_api.using import Manner, PanelRequest
 from qlora_api.v1alpha1 import QuantizationSpec
-from qlora_trainer.answers import answer_prompts
-from qlora_trainer.choices import compute_dtype
 from qlora_trainer.errors import RunError
-from qlora_trainer.hardware import observe_hardware
-from qlora_trainer.model import Tuned, load_base
-from qlora_trainer.panel import open_panel
-from qlora_trainer.store import MODEL
+from qlora_trainer.evaluation.generation import answer_prompts
+from qlora_trainer.inference.multi_adapter_chat import open_panel
+from qlora_trainer.model.base_model import Tuned, load_base
+from qlora_trainer.model.hardware import observe_hardware
+from qlora_trainer.model.runtime_settings import compute_dtype
+from qlora_trainer.storage.store import MODEL
 from tests.unit.trainer.test_chat import CHATML
 from tests.unit.trainer.tiny import make_tokenizer, write_model
 from tests.unit.trainer.trained import PLACES, PLAIN, write_published

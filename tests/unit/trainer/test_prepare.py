@@ -8,10 +8,11 @@ import pytest
 from qlora_api.names import Reason, SecretRole
 from qlora_api.prepared import Prepared
 from qlora_api.runconfig import Platform
-from qlora_trainer import shards, store
+from qlora_trainer.data import shards
 from qlora_trainer.errors import RunError
 from qlora_trainer.prepare import prepare
-from qlora_trainer.secrets import load_secrets
+from qlora_trainer.storage import store
+from qlora_trainer.storage.credentials import load_secrets
 from tests.hub import COMMIT, HubStandIn, Repository
 from tests.unit.trainer.test_chat import BARE
 from tests.unit.trainer.tiny import instruction_rows, make_spec, make_tokenizer, prepare_config, write_model, write_rows

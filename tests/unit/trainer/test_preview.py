@@ -1,9 +1,9 @@
 """Rows as the model sees them, in the log and in the report."""
 
 from qlora_api.report import Piece
-from qlora_trainer.preview import preview, shown_rows, write_preview
-from qlora_trainer.rows import Example
-from qlora_trainer.tokens import TokenRow, encode_examples
+from qlora_trainer.data.preview import preview, shown_rows, write_preview
+from qlora_trainer.data.rows import Example
+from qlora_trainer.data.tokenization import TokenRow, encode_examples
 from tests.unit.trainer.tiny import make_tokenizer
 
 

@@ -5,11 +5,11 @@ import json
 import pytest
 
 from qlora_api.v1alpha1 import RowTemplate
-from qlora_trainer.chat import encode_chats, load_chat_template
+from qlora_trainer.data.chat_template import encode_chats, load_chat_template
+from qlora_trainer.data.row_formats import parse_row
+from qlora_trainer.data.tokenization import encode_examples
 from qlora_trainer.errors import RunError
-from qlora_trainer.formats import parse_row
-from qlora_trainer.prompts import make_asker
-from qlora_trainer.tokens import encode_examples
+from qlora_trainer.inference.prompts import make_asker
 from tests.unit.trainer.test_chat import LLAMA3, MISTRAL, SPECIAL, chat
 from tests.unit.trainer.tiny import make_tokenizer
 from tests.unit.trainer.trained import make_record

@@ -15,11 +15,12 @@ from qlora_api.names import Reason, SecretRole
 from qlora_api.report import Manifest, MergedManifest, MergeReport
 from qlora_api.runconfig import RunConfig, S3Config
 from qlora_trainer.errors import RunError
-from qlora_trainer.output import find_merged
-from qlora_trainer.publish import describe_files, publish
-from qlora_trainer.s3 import S3Store
-from qlora_trainer.secrets import Credentials
-from qlora_trainer.store import DATASET, MODEL, OUTPUT, AlreadyThereError, FileStore, MissingObjectError, sha256_of
+from qlora_trainer.publishing.publish import publish
+from qlora_trainer.storage.credentials import Credentials
+from qlora_trainer.storage.local_store import FileStore
+from qlora_trainer.storage.results import describe_files, find_merged
+from qlora_trainer.storage.s3 import S3Store
+from qlora_trainer.storage.store import DATASET, MODEL, OUTPUT, AlreadyThereError, MissingObjectError, sha256_of
 from tests.unit.trainer.results import DIGEST, config, result
 
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
@@ -300,7 +301,7 @@ def test_an_upload_that_reads_back_different_fails(monkeypatch):
 
 
 def test_a_server_that_does_not_answer(monkeypatch):
-    monkeypatch.setattr("qlora_trainer.s3._ATTEMPTS", 1)
+    monkeypatch.setattr("qlora_trainer.storage.s3._ATTEMPTS", 1)
     with pytest.raises(RunError) as caught:
         s3_store(endpoint="http://127.0.0.1:9").read("x")
     assert caught.value.reason == Reason.S3_UNAVAILABLE

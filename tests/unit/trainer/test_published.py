@@ -11,10 +11,10 @@ from qlora_api.names import Reason
 from qlora_api.report import Manifest
 from qlora_api.v1alpha1 import RowTemplate
 from qlora_trainer.errors import RunError
-from qlora_trainer.output import manifest_json
-from qlora_trainer.published import fetch_base, open_adapter
+from qlora_trainer.inference.published_adapter import fetch_base, open_adapter
 from qlora_trainer.stages import build_record
-from qlora_trainer.store import MODEL
+from qlora_trainer.storage.results import manifest_json
+from qlora_trainer.storage.store import MODEL
 from tests.unit.cli.make import RESULT, make_prepared
 from tests.unit.trainer.tiny import make_spec, run_config, write_model
 from tests.unit.trainer.trained import PLACES, make_record

@@ -7,11 +7,11 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from qlora_api.names import Reason
 from qlora_api.v1alpha1 import QuantizationSpec
-from qlora_trainer.architecture import load_architecture
 from qlora_trainer.errors import RunError
-from qlora_trainer.model import load_base
+from qlora_trainer.model.architecture import load_architecture
+from qlora_trainer.model.base_model import load_base
+from qlora_trainer.model.quantization import Quantisable, describe_quantisable
 from qlora_trainer.prepare import prepare
-from qlora_trainer.quantised import Quantisable, describe_quantisable
 from tests.unit.trainer.families import write_family
 from tests.unit.trainer.tiny import SMALL, instruction_rows, make_spec, make_tokenizer, prepare_config, write_rows
 

@@ -18,12 +18,12 @@ from qlora_api.names import Phase, Reason
 from qlora_api.report import EvaluatedRow, HeldOutRecord, Manifest, MergedManifest, RunReport, ServingCheck, TaskScore
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer import stages
-from qlora_trainer.chart import draw_charts
 from qlora_trainer.errors import RunError
-from qlora_trainer.metrics import METER
 from qlora_trainer.prepare import prepare
-from qlora_trainer.report import render_html
+from qlora_trainer.publishing.html_report import render_html
+from qlora_trainer.publishing.plots import draw_charts
 from qlora_trainer.run import run
+from qlora_trainer.runtime.metrics import METER
 from tests.unit.trainer.tiny import (
     RecordingSink,
     prepare_config,

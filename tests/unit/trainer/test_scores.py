@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from qlora_api.report import EvaluatedRow, RowScore
-from qlora_trainer import scores
-from qlora_trainer.scores import estimate_confidence, exact_match, rouge_l, summarise
+from qlora_trainer.evaluation import scoring
+from qlora_trainer.evaluation.scoring import estimate_confidence, exact_match, rouge_l, summarise
 
 
 @pytest.mark.parametrize(
@@ -91,4 +91,4 @@ def test_a_constant_gain_is_certain_although_both_losses_are_not():
 
 def test_intervals_are_the_same_each_time():
     assert estimate_confidence(make_rows(20)) == estimate_confidence(make_rows(20))
-    assert (scores.RESAMPLES, scores.CONFIDENCE) == (2000, 0.95)
+    assert (scoring.RESAMPLES, scoring.CONFIDENCE) == (2000, 0.95)

@@ -3,10 +3,10 @@
 import pytest
 
 from qlora_api.names import Reason
+from qlora_trainer.data.rows import Example
+from qlora_trainer.data.splits import check_some_are_left, digest_of, hold_out, learned_from, portion
 from qlora_trainer.errors import RunError
-from qlora_trainer.rows import Example
-from qlora_trainer.selection import check_some_are_left, digest_of, hold_out, learned_from, portion
-from qlora_trainer.store import DATASET
+from qlora_trainer.storage.store import DATASET
 
 NOTHING = frozenset()
 

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from qlora_api.serving import needed_rank
-from qlora_trainer.serving import vllm_problems
+from qlora_api.vllm import needed_rank
+from qlora_trainer.inference.vllm_limits import vllm_problems
 
 LAYER = "base_model.model.model.layers.0.self_attn.q_proj"
 

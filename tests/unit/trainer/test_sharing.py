@@ -9,10 +9,10 @@ import torch
 
 from qlora_api.names import Reason
 from qlora_api.v1alpha1 import TrainingSpec
-from qlora_operator.validity import Cell, cells
-from qlora_trainer.distributed import World
-from qlora_trainer.engine import make_engine
+from qlora_codegen.distribution_matrix import Cell, cells
+from qlora_trainer.distributed.world import World
 from qlora_trainer.errors import RunError
+from qlora_trainer.training.engine import make_engine
 from tests.unit.trainer.processes import run_two
 from tests.unit.trainer.sharing import STEPS, key_of
 from tests.unit.trainer.tiny import CPU

@@ -10,13 +10,12 @@ from moto import mock_aws
 from qlora_api.names import Reason
 from qlora_api.runconfig import Platform
 from qlora_api.v1alpha1 import DataSource
-from qlora_trainer.datafiles import local_files
+from qlora_trainer.data.rows import Example
+from qlora_trainer.data.sources import local_files, make_source
 from qlora_trainer.errors import RunError
-from qlora_trainer.rows import Example
-from qlora_trainer.secrets import environment_secrets
-from qlora_trainer.snapshot import Places
-from qlora_trainer.sources import make_source
-from qlora_trainer.store import DATASET
+from qlora_trainer.storage.credentials import environment_secrets
+from qlora_trainer.storage.snapshots import Places
+from qlora_trainer.storage.store import DATASET
 
 GOOD = '{"instruction": "Say hi", "output": "hi"}'
 PLACES = Places(Platform(), environment_secrets())

@@ -10,14 +10,14 @@ import pytest
 from qlora_api.names import Reason
 from qlora_api.runconfig import Platform
 from qlora_api.v1alpha1 import RowLengths
-from qlora_trainer import encoding, shards
-from qlora_trainer.dataset import check_loss, describe_lengths, describe_sources, open_dataset, survey
-from qlora_trainer.encoding import Encoder
+from qlora_trainer.data import row_encoder, shards
+from qlora_trainer.data.dataset import check_loss, describe_lengths, describe_sources, open_dataset, survey
+from qlora_trainer.data.row_encoder import Encoder
+from qlora_trainer.data.rows import Example
+from qlora_trainer.data.tokenized_dataset import Tokenised, tokenise
 from qlora_trainer.errors import RunError
-from qlora_trainer.rows import Example
-from qlora_trainer.secrets import environment_secrets
-from qlora_trainer.snapshot import Places
-from qlora_trainer.tokenised import Tokenised, tokenise
+from qlora_trainer.storage.credentials import environment_secrets
+from qlora_trainer.storage.snapshots import Places
 from tests.unit.trainer.tiny import make_spec, make_tokenizer, write_rows
 
 PLACES = Places(Platform(), environment_secrets())
@@ -154,7 +154,7 @@ def test_broken_rows_of_a_source_are_named_with_its_field(tmp_path):
 
 
 def test_only_a_batch_of_rows_is_in_memory_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(encoding, "BATCH_ROWS", 50)
+    monkeypatch.setattr(row_encoder, "BATCH_ROWS", 50)
     monkeypatch.setattr(shards, "GROUP_ROWS", 50)
     alive: list[int] = []
 

@@ -2,10 +2,10 @@
 
 import pytest
 
-from qlora_trainer import shards
-from qlora_trainer.formats import render_instruction
-from qlora_trainer.rows import Example, Text
-from qlora_trainer.tokens import TokenRow, common_prefix_length, encode_examples, encode_texts
+from qlora_trainer.data import shards
+from qlora_trainer.data.row_formats import render_instruction
+from qlora_trainer.data.rows import Example, Text
+from qlora_trainer.data.tokenization import TokenRow, common_prefix_length, encode_examples, encode_texts
 from tests.unit.trainer.tiny import make_tokenizer
 
 EXAMPLE = Example(render_instruction("What colour has the sky?"), "It is blue.")

@@ -13,10 +13,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from qlora_api.names import Reason, SecretRole
 from qlora_api.report import HeldOutRecord, StepRecord
 from qlora_api.runconfig import RunConfig
-from qlora_trainer import tracking
 from qlora_trainer.errors import RunError
-from qlora_trainer.secrets import Credentials, Secrets, load_secrets
-from qlora_trainer.tracking import BOARD, Background, copy_board, open_trackers
+from qlora_trainer.observability import trackers as tracking
+from qlora_trainer.observability.trackers import BOARD, Background, copy_board, open_trackers
+from qlora_trainer.storage.credentials import Credentials, Secrets, load_secrets
 from tests.make import make_prepared, make_spec
 from tests.unit.trainer.tiny import run_config, serving
 

@@ -10,13 +10,13 @@ import torch
 from qlora_api.names import Reason
 from qlora_api.report import StepRecord
 from qlora_api.v1alpha1 import LoraSpec, TrainingSpec
-from qlora_trainer.batches import make_batch, micro_batches
+from qlora_trainer.data.batching import make_batch, micro_batches
+from qlora_trainer.data.tokenization import TokenRow
 from qlora_trainer.errors import RunError
-from qlora_trainer.evaluate import evaluate
-from qlora_trainer.interrupt import StopFlag
-from qlora_trainer.model import Tuned, head_is_plain, load_base, tune
-from qlora_trainer.tokens import TokenRow
-from qlora_trainer.train import Schedule
+from qlora_trainer.evaluation.evaluator import evaluate
+from qlora_trainer.model.base_model import Tuned, head_is_plain, load_base, tune
+from qlora_trainer.runtime.shutdown import StopFlag
+from qlora_trainer.training.loop import Schedule
 from tests.unit.trainer.tiny import CPU, make_model, write_model
 from tests.unit.trainer.tuned import CHOICES, DEAF, NF4, make_test_loop, make_tuned, run_steps, token_rows
 

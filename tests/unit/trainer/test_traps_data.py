@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from qlora_trainer import shards
-from qlora_trainer.batches import make_batch
+from qlora_trainer.data import shards
+from qlora_trainer.data.batching import make_batch
+from qlora_trainer.data.tokenization import TokenRow
 from qlora_trainer.prepare import prepare
-from qlora_trainer.tokens import TokenRow
 from tests.unit.trainer.tiny import (
     CPU,
     instruction_rows,

@@ -9,14 +9,14 @@ import torch
 from qlora_api.names import Reason
 from qlora_api.report import StepRecord
 from qlora_api.v1alpha1 import LoraSpec
-from qlora_trainer import model as model_module
-from qlora_trainer.batches import make_batch, order_of, rows_of_step
-from qlora_trainer.distributed import World
+from qlora_trainer.data.batching import make_batch, order_of, rows_of_step
+from qlora_trainer.data.tokenization import TokenRow
+from qlora_trainer.distributed.world import World
 from qlora_trainer.errors import RunError
-from qlora_trainer.evaluate import evaluate
-from qlora_trainer.model import load_base, tune
-from qlora_trainer.tokens import TokenRow
-from qlora_trainer.train import check_finite
+from qlora_trainer.evaluation.evaluator import evaluate
+from qlora_trainer.model import base_model as model_module
+from qlora_trainer.model.base_model import load_base, tune
+from qlora_trainer.training.loop import check_finite
 from tests.unit.trainer.tiny import CPU, write_model
 from tests.unit.trainer.tuned import CHOICES, NF4, make_test_loop, make_tuned, run_steps, token_rows, weights_of
 

@@ -12,16 +12,16 @@ from torch.nn import functional
 
 from qlora_api.names import Reason
 from qlora_api.v1alpha1 import LoraSpec, QuantizationSpec
-from qlora_trainer.architecture import load_architecture
-from qlora_trainer.attention import attention_facts, choose_attention
-from qlora_trainer.batches import make_batch
-from qlora_trainer.choices import compute_dtype
-from qlora_trainer.distributed import join_world
+from qlora_trainer.data.batching import make_batch
+from qlora_trainer.distributed.world import join_world
 from qlora_trainer.errors import RunError
-from qlora_trainer.hardware import Hardware
-from qlora_trainer.model import Tuned, joins_rows_exactly, load_base, load_text_config, tune
-from qlora_trainer.modules import check_modules
-from qlora_trainer.train import check_gradients
+from qlora_trainer.model.architecture import load_architecture
+from qlora_trainer.model.attention import attention_facts, choose_attention
+from qlora_trainer.model.base_model import Tuned, joins_rows_exactly, load_base, load_text_config, tune
+from qlora_trainer.model.hardware import Hardware
+from qlora_trainer.model.runtime_settings import compute_dtype
+from qlora_trainer.model.target_modules import check_modules
+from qlora_trainer.training.loop import check_gradients
 from tests.unit.trainer.families import write_family
 from tests.unit.trainer.tiny import CPU, make_model, make_spec, write_model
 from tests.unit.trainer.tuned import CHOICES, NF4, make_test_loop, make_tuned, run_steps, token_rows, weights_of

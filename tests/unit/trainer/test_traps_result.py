@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_api.v1alpha1 import QuantizationSpec
-from qlora_trainer.answers import answer_prompts, answer_rows, stop_tokens
-from qlora_trainer.merge import merge
-from qlora_trainer.publish import canonical_config, write_weights
-from qlora_trainer.tokens import TokenRow
+from qlora_trainer.data.tokenization import TokenRow
+from qlora_trainer.evaluation.generation import answer_prompts, answer_rows, stop_tokens
+from qlora_trainer.publishing.merge_weights import merge
+from qlora_trainer.publishing.publish import canonical_config, write_weights
 from tests.unit.trainer.tiny import make_tokenizer, write_model
 from tests.unit.trainer.trained import PLAIN, make_record, tune_folder, with_base, write_trained
 from tests.unit.trainer.tuned import NF4, make_tuned

@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qlora_trainer.evaluate import sum_rows
-from qlora_trainer.interrupt import StopFlag
+from qlora_trainer.evaluation.evaluator import sum_rows
+from qlora_trainer.runtime.shutdown import StopFlag
 from tests.unit.trainer.processes import run_two
 from tests.unit.trainer.tuned import DEAF, token_rows
 from tests.unit.trainer.two_processes import STRATEGIES, make_shared_loop

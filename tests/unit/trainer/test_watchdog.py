@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from qlora_trainer.pulse import Pulse
+from qlora_trainer.runtime.liveness import Pulse
 from qlora_trainer.watchdog import dump_stacks, watched
 
 
@@ -67,7 +67,7 @@ def test_trap_40_a_silent_process_is_ended_once():
 HOLDS_PYTHONS_LOCK = """
 import ctypes, time
 from qlora_trainer import watchdog
-from qlora_trainer.pulse import Pulse
+from qlora_trainer.runtime.liveness import Pulse
 
 watchdog._LAST_SECONDS = 0.5
 

@@ -9,13 +9,13 @@ import torch
 from qlora_api.report import AdapterRecord
 from qlora_api.runconfig import Platform
 from qlora_api.v1alpha1 import LoraSpec, MergeBase, QuantizationSpec
-from qlora_trainer.choices import Choices
-from qlora_trainer.merge import MergeTask
-from qlora_trainer.model import Tuned, load_base, tune
-from qlora_trainer.publish import write_weights
-from qlora_trainer.secrets import environment_secrets
-from qlora_trainer.snapshot import Places
-from qlora_trainer.store import MODEL
+from qlora_trainer.model.base_model import Tuned, load_base, tune
+from qlora_trainer.model.runtime_settings import Choices
+from qlora_trainer.publishing.merge_weights import MergeTask
+from qlora_trainer.publishing.publish import write_weights
+from qlora_trainer.storage.credentials import environment_secrets
+from qlora_trainer.storage.snapshots import Places
+from qlora_trainer.storage.store import MODEL
 from tests.unit.trainer.tiny import make_tokenizer, write_model
 from tests.unit.trainer.tuned import CHOICES, token_rows
 

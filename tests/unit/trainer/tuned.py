@@ -6,13 +6,13 @@ import torch
 
 from qlora_api.report import AdapterRecord, StepRecord
 from qlora_api.v1alpha1 import LoraSpec, QuantizationSpec, TrainingSpec
-from qlora_trainer.choices import Choices
-from qlora_trainer.distributed import World
-from qlora_trainer.interrupt import StopFlag
-from qlora_trainer.model import Tuned, tune
-from qlora_trainer.optimizer import Kind
-from qlora_trainer.tokens import TokenRow
-from qlora_trainer.train import Loop, Schedule, Watcher, make_loop
+from qlora_trainer.data.tokenization import TokenRow
+from qlora_trainer.distributed.world import World
+from qlora_trainer.model.base_model import Tuned, tune
+from qlora_trainer.model.optimizer import Kind
+from qlora_trainer.model.runtime_settings import Choices
+from qlora_trainer.runtime.shutdown import StopFlag
+from qlora_trainer.training.loop import Loop, Schedule, Watcher, make_loop
 from tests.unit.trainer.tiny import CPU, make_model
 
 DEAF = Watcher(lambda _: None, lambda _: None, lambda: None, lambda *_: False, lambda *_: None)

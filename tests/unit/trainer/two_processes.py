@@ -7,13 +7,13 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from qlora_trainer.checkpoint import Checkpoints, Course
-from qlora_trainer.distributed import World, join_world, leave_world
+from qlora_trainer.distributed.world import World, join_world, leave_world
 from qlora_trainer.errors import RunError
-from qlora_trainer.evaluate import sum_rows
-from qlora_trainer.interrupt import StopFlag
+from qlora_trainer.evaluation.evaluator import sum_rows
+from qlora_trainer.runtime.shutdown import StopFlag
 from qlora_trainer.stages import find_start
-from qlora_trainer.train import Loop, Watcher
+from qlora_trainer.training.checkpoint_store import Checkpoints, Course
+from qlora_trainer.training.loop import Loop, Watcher
 from tests.unit.trainer.test_checkpoint import make_checkpoints, make_keeper
 from tests.unit.trainer.tuned import ALONE, DEAF, make_test_loop, make_tuned, token_rows
 

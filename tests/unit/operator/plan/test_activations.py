@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_operator.plan.activations import estimate_activations
-from qlora_operator.plan.families import read_shape
-from qlora_operator.plan.setting import FP32, HALF, Lines, Setting
+from qlora_planner.memory.activations import estimate_activations
+from qlora_planner.memory.forward_config import FP32, HALF, Lines, Setting
+from qlora_planner.models.families import read_shape
 
 CONFIGS = Path(__file__).parent / "configs"
 LLAMA = read_shape(json.loads((CONFIGS / "llama-3.2-3b.json").read_text()))

@@ -6,10 +6,10 @@ from typing import Any, Final
 import pytest
 
 from qlora_api.v1alpha1 import LoraSpec
-from qlora_operator.plan.adapter import Trainable, find_trainable, ranks_of_layer
-from qlora_operator.plan.families import read_shape
-from qlora_operator.plan.shapes import MismatchError
-from qlora_trainer.adapter import attach_adapter
+from qlora_planner.memory.adapter import Trainable, find_trainable, ranks_of_layer
+from qlora_planner.models.families import read_shape
+from qlora_planner.models.shapes import MismatchError
+from qlora_trainer.model.adapter import attach_adapter
 from tests.make import make_spec
 from tests.unit.operator.plan.public import build, load_config
 

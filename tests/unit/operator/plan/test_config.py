@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from qlora_api.modelconfig import MAX_CONFIG, SIZE_KEYS, reduce_config
-from qlora_operator.plan.families import FAMILIES, read_shape
+from qlora_api.model_config import MAX_CONFIG, SIZE_KEYS, reduce_config
+from qlora_planner.models.families import FAMILIES, read_shape
 from tests.unit.operator.plan.public import NAMES, load_config
 
 

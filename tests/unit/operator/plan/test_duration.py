@@ -2,7 +2,7 @@
 
 import pytest
 
-from qlora_operator.plan.duration import explain_duration, peak_of, to_text
+from qlora_planner.time_estimate import explain_duration, peak_of, to_text
 
 LLAMA_8B = 8_030_261_248
 

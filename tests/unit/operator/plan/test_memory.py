@@ -10,11 +10,11 @@ from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from qlora_api.v1alpha1 import LoraSpec, QuantizationSpec
-from qlora_operator.plan.adapter import Trainable, find_trainable
-from qlora_operator.plan.families import read_shape
-from qlora_operator.plan.memory import FP32, HALF, BaseBytes, base_bytes, constant_bytes, optimizer_bytes
-from qlora_operator.plan.shapes import Linear
-from qlora_trainer.model import quantization_config
+from qlora_planner.memory.adapter import Trainable, find_trainable
+from qlora_planner.memory.weights import FP32, HALF, BaseBytes, base_bytes, constant_bytes, optimizer_bytes
+from qlora_planner.models.families import read_shape
+from qlora_planner.models.shapes import Linear
+from qlora_trainer.model.base_model import quantization_config
 from tests.make import make_spec
 from tests.unit.operator.plan.public import NAMES, build, load_config
 

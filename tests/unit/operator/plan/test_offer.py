@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from qlora_api.v1alpha1 import ResourcesSpec
-from qlora_operator.plan.offer import Pool, memory_of_product, read_offer, to_bytes
+from qlora_planner.gpu_inventory import Pool, memory_of_product, read_offer, to_bytes
 
 GIBIBYTE = 1 << 30
 

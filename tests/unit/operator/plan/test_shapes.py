@@ -9,9 +9,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from qlora_operator.plan.adapter import find_trainable
-from qlora_operator.plan.families import FAMILIES, read_shape
-from qlora_operator.plan.shapes import ModelShape, UnknownModelError
+from qlora_planner.memory.adapter import find_trainable
+from qlora_planner.models.families import FAMILIES, read_shape
+from qlora_planner.models.shapes import ModelShape, UnknownModelError
 from tests.make import make_spec
 from tests.unit.operator.plan.public import NAMES, build, load_config
 from tests.unit.trainer.families import FAMILIES as TINY

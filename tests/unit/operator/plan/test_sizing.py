@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_operator.plan.estimate import SLACK, Layout, Rows, Workload, as_dense, estimate_memory
-from qlora_operator.plan.explain import explain_sizing
-from qlora_operator.plan.families import read_shape
-from qlora_operator.plan.offer import Pool
-from qlora_operator.plan.remedy import describe_misfit, find_changes, find_harmless, find_remedy
-from qlora_operator.plan.shapes import ModelShape, UnknownModelError
-from qlora_operator.plan.sizing import Misfit, Sizing, find_rooms, size_run
+from qlora_planner.explain import explain_sizing
+from qlora_planner.gpu_inventory import Pool
+from qlora_planner.memory.estimate import SLACK, Layout, Rows, Workload, as_dense, estimate_memory
+from qlora_planner.models.families import read_shape
+from qlora_planner.models.shapes import ModelShape, UnknownModelError
+from qlora_planner.sizing import Misfit, Sizing, find_rooms, size_run
+from qlora_planner.suggestions import describe_misfit, find_changes, find_harmless, find_remedy
 from tests.make import make_spec
 from tests.unit.operator.plan.public import load_config
 

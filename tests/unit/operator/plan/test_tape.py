@@ -2,8 +2,8 @@
 
 import pytest
 
-from qlora_operator.plan.operations import Recorder
-from qlora_operator.plan.tape import Played, Tensor, play
+from qlora_planner.memory.autograd_tape import Played, Tensor, play
+from qlora_planner.memory.torch_ops import Recorder
 
 WEIGHT = 100
 LEARNED = Tensor(WEIGHT, 4, learns=True, lasting=True)

@@ -14,9 +14,9 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, default_da
 from trl import SFTConfig, SFTTrainer
 
 from qlora_api.v1alpha1 import TrainingSpec
-from qlora_trainer.batches import rows_of_step
-from qlora_trainer.model import Tuned
-from qlora_trainer.tokens import TokenRow
+from qlora_trainer.data.batching import rows_of_step
+from qlora_trainer.data.tokenization import TokenRow
+from qlora_trainer.model.base_model import Tuned
 from tests.unit.trainer.tiny import make_tokenizer
 
 IGNORED: Final = -100

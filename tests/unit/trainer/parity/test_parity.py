@@ -15,12 +15,12 @@ import torch
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
 from qlora_api.v1alpha1 import LoraSpec, QuantizationSpec, TrainingSpec
-from qlora_trainer.choices import Choices
-from qlora_trainer.distributed import World
-from qlora_trainer.model import Tuned, load_base, tune
-from qlora_trainer.optimizer import Kind
-from qlora_trainer.tokens import TokenRow
-from qlora_trainer.train import Schedule, make_loop
+from qlora_trainer.data.tokenization import TokenRow
+from qlora_trainer.distributed.world import World
+from qlora_trainer.model.base_model import Tuned, load_base, tune
+from qlora_trainer.model.optimizer import Kind
+from qlora_trainer.model.runtime_settings import Choices
+from qlora_trainer.training.loop import Schedule, make_loop
 from tests.unit.trainer.parity.oracles import (
     Course,
     losses_of_transformers,

@@ -1,0 +1,10 @@
+"""The namespace and name of a QLoRAJob."""
+
+from typing import NamedTuple
+
+
+class JobRef(NamedTuple):
+    """Which QLoRAJob; the key of the work queue."""
+
+    namespace: str
+    name: str

@@ -1,0 +1,65 @@
+"""What of a model's config.json decides its size: prepare keeps it, and the plan reads it."""
+
+import json
+from collections.abc import Mapping
+from typing import Any, Final
+
+SIZE_KEYS: Final = frozenset(
+    {
+        "activation",
+        "alibi",
+        "attention_bias",
+        "attn_logit_softcapping",
+        "bias",
+        "ffn_hidden_size",
+        "final_logit_softcapping",
+        "head_dim",
+        "hidden_act",
+        "hidden_activation",
+        "hidden_size",
+        "image_size",
+        "intermediate_size",
+        "max_window_layers",
+        "mlp_bias",
+        "model_type",
+        "multi_query",
+        "new_decoder_architecture",
+        "num_attention_heads",
+        "num_channels",
+        "num_experts_per_tok",
+        "num_hidden_layers",
+        "num_key_value_heads",
+        "num_kv_heads",
+        "num_ln_in_parallel_attn",
+        "num_local_experts",
+        "parallel_attn",
+        "partial_rotary_factor",
+        "patch_size",
+        "qk_layernorm",
+        "rope_parameters",
+        "rotary_pct",
+        "sliding_window",
+        "sliding_window_pattern",
+        "text_config",
+        "tie_word_embeddings",
+        "use_parallel_residual",
+        "use_sliding_window",
+        "vision_config",
+        "vision_use_head",
+        "vocab_size",
+    }
+)
+"""Keys that qlora_planner.models.families reads; layer_types is left to its default, since it may be kilobytes long."""
+MAX_CONFIG: Final = 2048
+"""Characters that a reduced config.json may have: it travels in a pod's last word, which has 4,096 bytes."""
+
+
+def reduce_config(config: Mapping[str, Any]) -> str:
+    """Return the part of a config.json that decides the size, as JSON; empty where even that is too long."""
+    text = json.dumps(_reduced(config), separators=(",", ":"), sort_keys=True)
+    return text if len(text) <= MAX_CONFIG else ""
+
+
+def _reduced(config: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in config.items() if key in SIZE_KEYS and value != {}}
+    return {key: _reduced(value) if isinstance(value, Mapping) else value for key, value in kept.items()}

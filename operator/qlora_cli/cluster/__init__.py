@@ -1,0 +1,1 @@
+"""Reading and writing QLoRAJobs and their children in a cluster."""

@@ -1,0 +1,53 @@
+"""What the command line needs of a cluster, and how that can fail; knows no client."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol, TypeAlias
+
+from qlora_api.job_ref import JobRef
+
+Object: TypeAlias = Mapping[str, Any]
+"""An object of Kubernetes, as JSON."""
+
+
+class ClusterError(Exception):
+    """The cluster cannot or will not do it; the message is a sentence, and says what to do."""
+
+
+class NotFoundError(ClusterError):
+    """There is no such object."""
+
+
+class AlreadyExistsError(ClusterError):
+    """There is such an object already."""
+
+
+class UnreachableError(ClusterError):
+    """The API server does not answer now; it may later."""
+
+
+class Cluster(Protocol):
+    """A Kubernetes with QLoRAJobs, seen with the rights of the user."""
+
+    def get(self, ref: JobRef) -> Object:
+        """Return a QLoRAJob, or raise NotFoundError."""
+
+    def find(self, namespace: str, selector: str = "") -> list[Object]:
+        """Return the QLoRAJobs of a namespace, or of all namespaces where it is empty."""
+
+    def create(self, manifest: Object, *, dry_run: bool = False) -> Object:
+        """Create a QLoRAJob, or raise AlreadyExistsError; a dry run has the API server check it, and no more."""
+
+    def patch(self, ref: JobRef, change: Object) -> Object:
+        """Merge a change into a QLoRAJob."""
+
+    def delete(self, ref: JobRef, uid: str) -> None:
+        """Begin to delete this very QLoRAJob, and its children before it."""
+
+    def events(self, namespace: str) -> list[Object]:
+        """Return the Events of a namespace, as core/v1 has them."""
+
+    def pods(self, ref: JobRef) -> list[Object]:
+        """Return the pods that belong to a QLoRAJob."""
+
+    def log(self, namespace: str, pod: str, query: Mapping[str, str]) -> Iterator[str]:
+        """Yield the lines that a pod has written; with follow=true also those that it will write."""

@@ -1,0 +1,68 @@
+"""Which cluster and namespace a command speaks to, and how it ends where that fails."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, TypeAlias
+
+import typer
+from rich.console import Console
+
+from qlora_api.job_ref import JobRef
+from qlora_cli.cluster.client import Cluster, ClusterError
+from qlora_cli.errors import end_stopped, fail_without_manifest
+
+Namespace: TypeAlias = Annotated[
+    str | None, typer.Option("--namespace", "-n", help="Namespace; default: the one of the kubeconfig's context.")
+]
+Context: TypeAlias = Annotated[str | None, typer.Option(help="Context of the kubeconfig; default: the current one.")]
+Kubeconfig: TypeAlias = Annotated[
+    str | None, typer.Option(help="Path of the kubeconfig; default: $KUBECONFIG or ~/.kube/config.")
+]
+
+
+@dataclass(frozen=True)
+class Connection:
+    """A cluster, and the namespace that is meant where none is named."""
+
+    cluster: Cluster
+    namespace: str
+
+    def ref(self, name: str) -> JobRef:
+        """Return the QLoRAJob of that name."""
+        return JobRef(self.namespace, name)
+
+
+def open_connection(namespace: str | None, context: str | None, kubeconfig: str | None) -> Connection:
+    """Connect with the user's rights."""
+    from qlora_cli.cluster.kube_client import connect  # noqa: PLC0415 (its client takes a second)
+
+    cluster, default = connect(kubeconfig, context)
+    return Connection(cluster, namespace or default)
+
+
+@contextlib.contextmanager
+def reporting_errors(stopped: str = "what runs in the cluster goes on") -> Iterator[Console]:
+    """Turn what the cluster refuses into a sentence and exit code 1; `stopped` says where things stand after Ctrl-C."""
+    console = Console(stderr=True, highlight=False)
+    try:
+        yield console
+    except ClusterError as error:
+        fail_without_manifest(console, None, str(error))
+    except KeyboardInterrupt:
+        end_stopped(console, stopped)
+
+
+def complete_names(context: typer.Context, incomplete: str) -> list[str]:
+    """Return the names of QLoRAJobs for the shell; nothing where no cluster answers."""
+    given = {key: context.params.get(key) for key in ("namespace", "context", "kubeconfig")}
+    with contextlib.suppress(Exception):
+        connection = open_connection(**given)
+        found = connection.cluster.find(connection.namespace)
+        return [name for item in found if (name := item["metadata"]["name"]).startswith(incomplete)]
+    return []
+
+
+JobName: TypeAlias = Annotated[
+    str, typer.Argument(metavar="NAME", help="Name of a QLoRAJob.", autocompletion=complete_names)
+]

@@ -1,0 +1,206 @@
+"""The cluster of a kubeconfig, through the official client; importing that takes a second, so this is imported late."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final, Never
+
+import urllib3
+import yaml
+from kubernetes import client, config
+from kubernetes.config.config_exception import ConfigException
+
+from qlora_api import names
+from qlora_api.job_ref import JobRef
+from qlora_cli.cluster.client import AlreadyExistsError, ClusterError, NotFoundError, Object, UnreachableError
+
+CONNECT_SECONDS: Final = 10
+READ_SECONDS: Final = 30
+PAGE: Final = 500
+"""Objects of one answer."""
+MERGE: Final = "application/merge-patch+json"
+_BUSY: Final = frozenset({429, 500, 502, 503, 504})
+_IN_POD: Final = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
+_NO_KUBECONFIG: Final = "no cluster is configured: {error}; set KUBECONFIG or give --kubeconfig"
+
+
+def connect(kubeconfig: str | None, context: str | None) -> tuple["KubeCluster", str]:
+    """Return the cluster of a kubeconfig, or of the pod that this runs in, and its namespace."""
+    configuration = client.Configuration()
+    # One try: whoever waits tries again by itself, and whoever does not wants to know.
+    configuration.retries = False
+    try:
+        namespace = _configure(configuration, kubeconfig, context)
+    except ConfigException as error:
+        raise ClusterError(_NO_KUBECONFIG.format(error=str(error).rstrip("."))) from error
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ClusterError(f"{kubeconfig or 'the kubeconfig'} cannot be read: {error}") from error
+    return KubeCluster(client.ApiClient(configuration)), namespace
+
+
+def _configure(configuration: Any, kubeconfig: str | None, context: str | None) -> str:
+    if not (kubeconfig or context or os.environ.get("KUBECONFIG")) and _IN_POD.is_file():
+        config.load_incluster_config(client_configuration=configuration)
+        return _IN_POD.read_text(encoding="utf-8").strip()
+    config.load_kube_config(kubeconfig, context=context, client_configuration=configuration)
+    contexts, active = config.list_kube_config_contexts(kubeconfig)
+    chosen = next((found for found in contexts if found["name"] == context), active)
+    return str(chosen["context"].get("namespace") or "default")
+
+
+class KubeCluster:
+    """Speaks to one API server."""
+
+    def __init__(self, api: Any) -> None:
+        self._api = api
+
+    def get(self, ref: JobRef) -> Object:
+        """Return a QLoRAJob."""
+        return self._call("GET", _path(ref))
+
+    def find(self, namespace: str, selector: str = "") -> list[Object]:
+        """Return the QLoRAJobs of a namespace, or of all."""
+        return self._pages(_folder(namespace), {"labelSelector": selector} if selector else {})
+
+    def create(self, manifest: Object, *, dry_run: bool = False) -> Object:
+        """Create a QLoRAJob."""
+        query = {"fieldManager": "qlora", "fieldValidation": "Strict"} | ({"dryRun": "All"} if dry_run else {})
+        return self._call("POST", _folder(manifest["metadata"]["namespace"]), query, manifest)
+
+    def patch(self, ref: JobRef, change: Object) -> Object:
+        """Merge a change into a QLoRAJob."""
+        return self._call("PATCH", _path(ref), {"fieldManager": "qlora"}, change, MERGE)
+
+    def delete(self, ref: JobRef, uid: str) -> None:
+        """Begin to delete a QLoRAJob after its children."""
+        self._call("DELETE", _path(ref), {}, {"propagationPolicy": "Foreground", "preconditions": {"uid": uid}})
+
+    def events(self, namespace: str) -> list[Object]:
+        """Return the Events of a namespace."""
+        return self._pages(f"/api/v1/namespaces/{namespace}/events", {})
+
+    def pods(self, ref: JobRef) -> list[Object]:
+        """Return the pods of a QLoRAJob."""
+        return self._pages(
+            f"/api/v1/namespaces/{ref.namespace}/pods", {"labelSelector": f"{names.JOB_LABEL}={ref.name}"}
+        )
+
+    def log(self, namespace: str, pod: str, query: Mapping[str, str]) -> Iterator[str]:
+        """Yield the lines of a pod's log as they come."""
+        path = f"/api/v1/namespaces/{namespace}/pods/{pod}/log"
+        response = self._send("GET", path, {"container": names.CONTAINER, **query}, None, "", None)
+        if response.status >= 400:
+            _refuse(response.status, response.read(), path)
+        yield from _lines(response.response)
+
+    def _pages(self, path: str, query: Mapping[str, str]) -> list[Object]:
+        items: list[Object] = []
+        token = ""
+        while True:
+            page = self._call("GET", path, {**query, "limit": str(PAGE)} | ({"continue": token} if token else {}))
+            items += page["items"]
+            token = page["metadata"].get("continue", "")
+            if not token:
+                return items
+
+    def _call(
+        self,
+        method: str,
+        path: str,
+        query: Mapping[str, str] | None = None,
+        body: Object | None = None,
+        content_type: str = "application/json",
+    ) -> dict[str, Any]:
+        response = self._send(method, path, query or {}, body, content_type, READ_SECONDS)
+        text = response.read()
+        if response.status >= 400:
+            _refuse(response.status, text, path)
+        return dict(json.loads(text))
+
+    def _send(  # noqa: PLR0913, PLR0917 (what an HTTP request has)
+        self,
+        method: str,
+        path: str,
+        query: Mapping[str, str],
+        body: Object | None,
+        content_type: str,
+        read_seconds: float | None,
+    ) -> Any:
+        headers = {"Accept": "application/json, */*"} | ({"Content-Type": content_type} if content_type else {})
+        call = self._api.param_serialize(
+            method,
+            path,
+            query_params=list(query.items()),
+            header_params=headers,
+            body=body,
+            auth_settings=["BearerToken"],
+        )
+        try:
+            return self._api.call_api(*call, _request_timeout=(CONNECT_SECONDS, read_seconds))
+        except (urllib3.exceptions.HTTPError, OSError) as error:
+            host = self._api.configuration.host
+            raise UnreachableError(
+                f"the API server at {host} does not answer: {_cause(error)}; "
+                "check the network or VPN, or choose another cluster with --context"
+            ) from error
+
+
+def _folder(namespace: str) -> str:
+    place = f"namespaces/{namespace}/" if namespace else ""
+    return f"/apis/{names.API_VERSION}/{place}{names.PLURAL}"
+
+
+def _path(ref: JobRef) -> str:
+    return f"{_folder(ref.namespace)}/{ref.name}"
+
+
+def _lines(response: Any) -> Iterator[str]:
+    rest = b""
+    try:
+        for part in response.stream(1 << 16):
+            *whole, rest = (rest + part).split(b"\n")
+            yield from (line.decode(errors="replace") for line in whole)
+    except urllib3.exceptions.HTTPError as error:
+        raise UnreachableError(f"the log broke off: {_cause(error)}") from error
+    if rest:
+        yield rest.decode(errors="replace")
+
+
+def _cause(error: BaseException) -> str:
+    """Name the innermost reason, without the addresses of Python objects."""
+    reason = getattr(error, "reason", None) or error
+    return str(reason).rpartition(">: ")[2] or type(reason).__name__
+
+
+def _refuse(status: int, text: bytes, path: str) -> Never:
+    """Turn an answer of the API server into a sentence with what to do."""
+    try:
+        answer = json.loads(text)
+        message, reason = str(answer["message"]), str(answer.get("reason", ""))
+    except (ValueError, KeyError, TypeError):
+        message, reason = text.decode(errors="replace").strip(), ""
+    if status == 404 and not reason:
+        raise ClusterError(
+            f"the cluster knows no {names.PLURAL}.{names.GROUP}; install the chart qlora-operator, or its CRD "
+            "with kubectl apply --server-side -f crds/"
+        )
+    if status == 404:
+        raise NotFoundError(_missing(message, path))
+    if status == 409 and reason == "AlreadyExists":
+        raise AlreadyExistsError(message)
+    if status == 401:
+        raise ClusterError("the API server refuses these credentials; log in again, or choose another --context")
+    if status == 403:
+        raise ClusterError(f"{message}; ask whoever runs the cluster for that right (kubectl auth can-i --list)")
+    if status in _BUSY:
+        raise UnreachableError(f"the API server is busy ({status}): {message}")
+    raise ClusterError(message)
+
+
+def _missing(message: str, path: str) -> str:
+    """Say where to look for what exists, with the namespace that was asked."""
+    namespace = path.partition("/namespaces/")[2].partition("/")[0]
+    if message.startswith("namespaces "):
+        return f"{message}; create it with kubectl create namespace {namespace}"
+    return f"{message} in namespace {namespace}; qlora list --all-namespaces shows what there is"

@@ -1,0 +1,58 @@
+"""The pods of a run: which attempt and node each is, and whether it has begun to write."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from qlora_api import names
+from qlora_api.job_ref import JobRef
+from qlora_api.logfiles import PREPARATION
+from qlora_cli.cluster.client import Cluster, Object
+
+_INDEX: Final = "batch.kubernetes.io/job-completion-index"
+
+
+@dataclass(frozen=True, order=True)
+class TrainerPod:
+    """A pod of a run."""
+
+    attempt: int
+    """0 for the preparation."""
+    node: int
+    """Its place among the pods of the attempt."""
+    name: str
+    started: bool
+    """Whether its container has run; before that there is no log."""
+
+    @property
+    def label(self) -> str:
+        """Return attempt and node, as they stand before each line."""
+        return "prepare" if self.attempt == PREPARATION else f"{self.attempt}-{self.node}"
+
+
+def find_pods(cluster: Cluster, ref: JobRef) -> list[TrainerPod]:
+    """Return the pods of a QLoRAJob in the order of attempts and nodes."""
+    return sorted(map(parse_pod, cluster.pods(ref)))
+
+
+def parse_pod(raw: Object) -> TrainerPod:
+    """Read a pod."""
+    metadata = raw["metadata"]
+    labels = metadata.get("labels", {})
+    states = [status.get("state", {}) for status in raw.get("status", {}).get("containerStatuses", ())]
+    return TrainerPod(
+        attempt=int(labels.get(names.ATTEMPT_LABEL, PREPARATION)),
+        node=int(metadata.get("annotations", {}).get(_INDEX, 0)),
+        name=metadata["name"],
+        started=any("running" in state or "terminated" in state for state in states),
+    )
+
+
+def is_alive(raw: Object) -> bool:
+    """Whether a pod has not come to its end."""
+    return raw.get("status", {}).get("phase") not in {"Succeeded", "Failed"}
+
+
+def latest_attempt(pods: Sequence[TrainerPod]) -> int:
+    """Return the latest attempt that has pods; the preparation before the first one."""
+    return max((pod.attempt for pod in pods), default=PREPARATION)

@@ -1,0 +1,1 @@
+"""The commands of `qlora`: one file each, named as the command."""

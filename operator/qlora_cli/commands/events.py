@@ -1,0 +1,125 @@
+"""`qlora events`: what happened to a run, to its Jobs and to its pods, in one list."""
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Annotated
+
+import typer
+from rich.console import Console, Group
+from rich.markup import escape
+from rich.text import Text
+
+from qlora_api.job_ref import JobRef
+from qlora_api.names import KIND, prepare_job_name
+from qlora_cli.cluster.client import Cluster, Object
+from qlora_cli.cluster.connection import Context, JobName, Kubeconfig, Namespace, open_connection, reporting_errors
+from qlora_cli.cluster.jobs import get_job, strip_managed_fields
+from qlora_cli.cluster.polling import Clock, look
+from qlora_cli.display.formats import columns, format_age, print_data
+from qlora_cli.options import Output, OutputForm
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened; several times where it was the same."""
+
+    uid: str
+    time: datetime
+    type: str
+    subject: str
+    reason: str
+    message: str
+    raw: Object
+
+
+def events(  # noqa: PLR0913, PLR0917 (an option each)
+    name: JobName,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Stay, and show new ones until the end.")] = False,
+    namespace: Namespace = None,
+    context: Context = None,
+    kubeconfig: Kubeconfig = None,
+    output: OutputForm = Output.TABLE,
+) -> None:
+    """Show the Events of a run, its Jobs and its pods, the youngest last; Kubernetes keeps them for an hour."""
+    with reporting_errors() as console:
+        connection = open_connection(namespace, context, kubeconfig)
+        ref = connection.ref(name)
+        if follow:
+            follow_events(connection.cluster, ref, console, Clock())
+            return
+        get_job(connection.cluster, ref)  # a name that is mistyped is an error, and not an empty list
+        found = find_events(connection.cluster, ref)
+    if output is not Output.TABLE:
+        items = [strip_managed_fields(event.raw) for event in found]
+        print_data({"apiVersion": "v1", "kind": "List", "items": items}, output)
+    else:
+        Console(highlight=False).print(tabulate(found, datetime.now(UTC)), soft_wrap=True)
+
+
+def find_events(cluster: Cluster, ref: JobRef) -> list[Event]:
+    """Return what was told of a QLoRAJob and its children, the youngest last."""
+    found = (parse_event(raw) for raw in cluster.events(ref.namespace) if concerns(raw["involvedObject"], ref.name))
+    return sorted(found, key=lambda event: (event.time, event.uid))
+
+
+def concerns(subject: Object, job: str) -> bool:
+    """Whether an object is the QLoRAJob, or has the name of one of its Jobs or pods, which may be gone."""
+    kind, name = subject.get("kind"), subject.get("name", "")
+    if kind == KIND:
+        return bool(name == job)
+    work = rf"(?:{re.escape(prepare_job_name(job))}|{re.escape(job)}-[1-9][0-9]*)"
+    forms = {"Job": work, "Workload": rf"job-{work}-[0-9a-f]+", "Pod": rf"{work}-[0-9]+-[a-z0-9]{{5}}"}
+    return kind in forms and bool(re.fullmatch(forms[kind], name))
+
+
+def parse_event(raw: Object) -> Event:
+    """Read an Event, of the old or of the new API."""
+    subject = raw["involvedObject"]
+    series = (raw.get("series") or {}).get("lastObservedTime")
+    time = series or raw.get("lastTimestamp") or raw.get("eventTime") or raw["metadata"]["creationTimestamp"]
+    return Event(
+        uid=raw["metadata"]["uid"],
+        time=datetime.fromisoformat(time),
+        type=raw.get("type", ""),
+        subject=f"{subject['kind']} {subject['name']}",
+        reason=raw.get("reason", ""),
+        message=raw.get("message", ""),
+        raw=raw,
+    )
+
+
+def tabulate(found: Iterable[Event], now: datetime) -> Group:
+    """Return the columns of `kubectl get events`."""
+    return columns(
+        ("AGE", "TYPE", "OBJECT", "REASON", "MESSAGE"),
+        [
+            (
+                format_age(event.time, now),
+                Text(event.type, "yellow" if event.type == "Warning" else ""),
+                *(event.subject, event.reason, event.message),
+            )
+            for event in found
+        ],
+    )
+
+
+def follow_events(cluster: Cluster, ref: JobRef, console: Console, clock: Clock) -> None:
+    """Print each event when it comes, until the run has ended."""
+    shown: set[str] = set()
+    out = Console(highlight=False)
+    for job in look(cluster, ref, clock, lambda text: console.print(escape(text), soft_wrap=True)):
+        for event in fresh(find_events(cluster, ref), shown):
+            line = f"{event.time:%H:%M:%S}  {event.type:<7}  {event.subject}  {event.reason}  {event.message}"
+            out.print(escape(line), soft_wrap=True)
+        if job.finished:
+            return
+
+
+def fresh(found: Iterable[Event], shown: set[str]) -> Iterator[Event]:
+    """Yield the events that were not shown, and remember them."""
+    for event in found:
+        if event.uid not in shown:
+            shown.add(event.uid)
+            yield event

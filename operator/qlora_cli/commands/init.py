@@ -1,0 +1,114 @@
+"""`qlora init`: a first manifest, with what there is to decide and what each field means."""
+
+import json
+import textwrap
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import typer
+from rich.console import Console
+
+from qlora_api import names
+from qlora_api.v1alpha1 import QLoRAJobSpec
+from qlora_cli.errors import fail_without_manifest
+from qlora_cli.manifests.loader import JobManifest, ManifestError, parse_manifest
+from qlora_cli.manifests.validation_messages import field_at
+from qlora_cli.manifests.yaml_documents import STDIN, parse_documents
+from qlora_planner.validation import ANYWHERE
+
+SHOWN: Final = (
+    "model.uri",
+    "dataset.uri",
+    "lora.rank",
+    "lora.alpha",
+    "lora.targets",
+    "training.epochs",
+    "training.globalBatchSize",
+    "training.learningRate",
+    "training.maxLength",
+    "resources.gpusPerNode",
+    "resources.memory",
+    "output.uri",
+    "output.secretRef.name",
+)
+"""Fields that somebody decides in a first run; all others have defaults that serve."""
+WIDTH: Final = 100
+REFERENCE: Final = "kubectl explain qlorajob.spec shows every field; qlora validate and qlora plan check this file."
+
+
+def init(  # noqa: PLR0913, PLR0917 (an option each)
+    file: Annotated[str, typer.Argument(help="The new manifest; - writes to standard output.")] = "job.yaml",
+    name: Annotated[str, typer.Option(help="Name of the QLoRAJob.")] = "my-adapter",
+    model: Annotated[str, typer.Option(help="URI of the base model.")] = "hf://HuggingFaceTB/SmolLM2-135M-Instruct",
+    dataset: Annotated[str, typer.Option(help="URI of the rows to learn from.")] = "s3://my-bucket/train.jsonl",
+    to: Annotated[str, typer.Option("--to", help="URI of the prefix for the result.")] = "s3://my-bucket/adapters",
+    secret: Annotated[str, typer.Option(help="Name of the Secret with the keys for S3.")] = "s3-credentials",  # noqa: S107 (a name)
+    gpus: Annotated[int, typer.Option(min=0, max=16, help="GPUs of the training pod; 0 trains on the CPU.")] = 1,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that exists.")] = False,
+) -> None:
+    """Write a first manifest, each field with its meaning."""
+    console = Console(stderr=True, highlight=False)
+    chosen = {
+        "model.uri": model, "dataset.uri": dataset, "output.uri": to, "output.secretRef.name": secret,
+        "resources.gpusPerNode": gpus,
+    }  # fmt: skip
+    text = write_manifest(name, chosen)
+    try:
+        [document] = parse_documents(text, "the new manifest")
+        parse_manifest(document, ANYWHERE)
+    except ManifestError as error:
+        fail_without_manifest(console, None, str(error))
+    if file == STDIN:
+        typer.echo(text, nl=False)
+        return
+    if Path(file).exists() and not force:
+        fail_without_manifest(console, None, f"{file} exists; give another name, or --force")
+    Path(file).write_text(text, encoding="utf-8")
+    console.print(f"{file} is written; next: qlora plan {file}, then qlora submit {file}", soft_wrap=True)
+
+
+def write_manifest(name: str, chosen: Mapping[str, Any]) -> str:
+    """Return a manifest with the fields that are chosen, and the defaults of the others."""
+    lines = [f"apiVersion: {names.API_VERSION}", f"kind: {names.KIND}", "metadata:", f"  name: {_scalar(name)}"]
+    return "\n".join((f"# {REFERENCE}", *lines, "spec:", *_fields(chosen))) + "\n"
+
+
+def _fields(chosen: Mapping[str, Any]) -> Iterator[str]:
+    parents: tuple[str, ...] = ()
+    for path in SHOWN:
+        *above, last = path.split(".")
+        shared = next((depth for depth, (a, b) in enumerate(zip(parents, above, strict=False)) if a != b), len(parents))
+        for depth, parent in enumerate(above):
+            if depth >= shared:
+                yield f"{_indent(depth)}{parent}:"
+        parents = tuple(above)
+        yield from _comment(path, _indent(len(above)))
+        yield f"{_indent(len(above))}{last}: {_scalar(chosen[path] if path in chosen else default_of(path))}"
+
+
+def _indent(depth: int) -> str:
+    return "  " * (depth + 1)
+
+
+def _comment(path: str, indent: str) -> Iterator[str]:
+    field = field_at(("spec", *path.split(".")), JobManifest)
+    for line in textwrap.wrap(field.description or "" if field else "", WIDTH - len(indent) - 2):
+        yield f"{indent}# {line}"
+
+
+def default_of(path: str) -> Any:
+    """Return the default of a field of the spec, as JSON has it."""
+    value: Any = QLoRAJobSpec.model_validate(
+        {"model": {"uri": "hf://a/b"}, "dataset": {"uri": "s3://abc/d"}, "output": {"uri": "s3://abc/d"}}
+    ).model_dump(mode="json", by_alias=True)
+    for part in path.split("."):
+        value = value[part]
+    return value
+
+
+def _scalar(value: Any) -> str:
+    """Write one value as YAML in one line."""
+    if isinstance(value, str) and value.replace("-", "").replace("_", "").isalnum() and not value[0].isdigit():
+        return value
+    return json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,68 @@
+"""`qlora list`: the QLoRAJobs of a cluster."""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Annotated
+
+import typer
+from rich.console import Console, Group
+from rich.text import Text
+
+from qlora_api.names import Phase
+from qlora_cli.cluster.connection import Context, Kubeconfig, Namespace, open_connection, reporting_errors
+from qlora_cli.cluster.jobs import ClusterJob, parse_job, strip_managed_fields
+from qlora_cli.display.formats import STYLES, Cell, columns, format_age, print_data
+from qlora_cli.options import Output, OutputForm
+
+
+def list_jobs(  # noqa: PLR0913, PLR0917 (an option each)
+    all_namespaces: Annotated[bool, typer.Option("--all-namespaces", "-A", help="Those of every namespace.")] = False,
+    phases: Annotated[
+        list[Phase] | None, typer.Option("--phase", help="Only those in this phase; may be given several times.")
+    ] = None,
+    selector: Annotated[str, typer.Option("--selector", "-l", help="Only those with these labels.")] = "",
+    namespace: Namespace = None,
+    context: Context = None,
+    kubeconfig: Kubeconfig = None,
+    output: OutputForm = Output.TABLE,
+) -> None:
+    """List QLoRAJobs, the youngest last."""
+    with reporting_errors():
+        connection = open_connection(namespace, context, kubeconfig)
+        found = connection.cluster.find("" if all_namespaces else connection.namespace, selector)
+        jobs = choose([parse_job(item) for item in found], phases or list(Phase))
+    if output is not Output.TABLE:
+        items = [strip_managed_fields(job.raw) for job in jobs]
+        print_data({"apiVersion": "v1", "kind": "List", "items": items}, output)
+    elif jobs:
+        Console(highlight=False).print(tabulate(jobs, datetime.now(UTC), namespaces=all_namespaces), soft_wrap=True)
+    else:
+        place = "any namespace" if all_namespaces else f"namespace {connection.namespace}"
+        typer.echo(f"there is no such QLoRAJob in {place}", err=True)
+
+
+def choose(jobs: Sequence[ClusterJob], phases: Sequence[Phase]) -> list[ClusterJob]:
+    """Return the jobs in some phases, the youngest last."""
+    return sorted((job for job in jobs if job.phase in phases), key=lambda job: (job.created_at, job.ref))
+
+
+def tabulate(jobs: Sequence[ClusterJob], now: datetime, *, namespaces: bool) -> Group:
+    """Return the columns of `kubectl get qlj`, and what a person asks next."""
+    headings = ("NAME", "PHASE", "PROGRESS", "ETA", "LOSS", "GPUS", "ATTEMPT", "REASON", "AGE")
+    rows = [_row(job, now) for job in jobs]
+    if namespaces:
+        places = [job.ref.namespace for job in jobs]
+        return columns(("NAMESPACE", *headings), [(place, *row) for place, row in zip(places, rows, strict=True)])
+    return columns(headings, rows)
+
+
+def _row(job: ClusterJob, now: datetime) -> tuple[Cell, ...]:
+    status = job.status
+    return (
+        job.ref.name,
+        Text(job.phase, STYLES.get(job.phase, "")),
+        *(status.progress or "", status.eta or "", status.loss or ""),
+        *("" if value is None else str(value) for value in (status.gpus, status.attempt)),
+        status.reason or "",
+        format_age(job.created_at, now),
+    )

@@ -1,0 +1,134 @@
+"""`qlora logs`: what the pods of a run write, all at once; and what remains when they are gone."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import typer
+
+from qlora_api.job_ref import JobRef
+from qlora_api.logfiles import PREPARATION
+from qlora_cli.cluster.client import Cluster, ClusterError
+from qlora_cli.cluster.connection import Context, JobName, Kubeconfig, Namespace, open_connection, reporting_errors
+from qlora_cli.cluster.jobs import ClusterJob, get_job
+from qlora_cli.cluster.pods import TrainerPod, find_pods, latest_attempt
+from qlora_cli.cluster.polling import Clock, look
+from qlora_cli.options import S3Endpoint
+from qlora_cli.podlogs.archived import Missing, Wish, latest_started, show_remains
+from qlora_cli.podlogs.lines import Printer, Streams
+
+
+def logs(  # noqa: PLR0913, PLR0917 (an option each)
+    name: JobName,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Stay, through further attempts, until the run has ended.")
+    ] = False,
+    attempt: Annotated[
+        int | None, typer.Option(min=PREPARATION, help="Number of an attempt; 0: the preparation. Default: the latest.")
+    ] = None,
+    node: Annotated[
+        int | None, typer.Option(min=0, help="Only the pod of this node, counted from 0; default: all.")
+    ] = None,
+    tail: Annotated[int | None, typer.Option(min=0, help="Only so many of the last lines of each pod.")] = None,
+    timestamps: Annotated[bool, typer.Option("--timestamps", help="Show when each line was written.")] = False,
+    prefix: Annotated[bool, typer.Option(help="Put the pod before each line.")] = True,
+    raw: Annotated[
+        bool | None,
+        typer.Option("--raw/--text", help="Lines as they are, or written for people; default: text on a terminal."),
+    ] = None,
+    s3_endpoint: S3Endpoint = None,
+    namespace: Namespace = None,
+    context: Context = None,
+    kubeconfig: Kubeconfig = None,
+) -> None:
+    """Print the logs of all pods of an attempt, each line with its pod; from the output once they are gone."""
+    query = {"timestamps": "true"} if timestamps else {}
+    query |= {"tailLines": str(tail)} if tail is not None else {}
+    with reporting_errors() as console:
+        connection = open_connection(namespace, context, kubeconfig)
+        cluster, ref = connection.cluster, connection.ref(name)
+        printer = Printer(prefix=prefix, raw=not sys.stdout.isatty() if raw is None else raw)
+        choice = Choice(attempt, node)
+        if follow:
+            missing = follow_logs(cluster, ref, choice, query, printer, Clock())
+        else:
+            missing = print_logs(cluster, ref, choice, query, printer)
+        if missing is not None:
+            wish = Wish(attempt, tail, timestamps, s3_endpoint)
+            show_remains(get_job(cluster, ref), missing, wish, printer, console)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which pods are meant: of one attempt, or of the latest and those after it; of one node, or of all."""
+
+    attempt: int | None = None
+    node: int | None = None
+
+    def of(self, pods: Sequence[TrainerPod], since: int) -> list[TrainerPod]:
+        """Return the pods that are meant; attempts before `since` only where one is asked for."""
+        return [
+            pod
+            for pod in pods
+            if (pod.attempt >= since if self.attempt is None else pod.attempt == self.attempt)
+            and self.node in {None, pod.node}
+        ]
+
+    def missing(self, latest: int) -> Missing:
+        """Return what is meant, where no pod is left of it."""
+        nodes = None if self.node is None else frozenset({self.node})
+        return Missing(latest if self.attempt is None else self.attempt, nodes)
+
+
+def latest_of(job: ClusterJob, pods: Sequence[TrainerPod]) -> int:
+    """Return the latest attempt that has pods, or has had any."""
+    return max(latest_attempt(pods), latest_started(job))
+
+
+def print_logs(
+    cluster: Cluster, ref: JobRef, choice: Choice, query: Mapping[str, str], printer: Printer
+) -> Missing | None:
+    """Print what was written until now, pod after pod; return what the pods cannot tell."""
+    job = get_job(cluster, ref)  # a name that is mistyped is an error, and not a run without pods
+    found = find_pods(cluster, ref)
+    latest = latest_of(job, found)
+    pods = choice.of(found, latest)
+    lost = {pod.node for pod in pods if not print_pod(cluster, ref, pod, query, printer)}
+    if not pods:
+        return choice.missing(latest)
+    return Missing(pods[-1].attempt, frozenset(lost)) if lost else None
+
+
+def print_pod(cluster: Cluster, ref: JobRef, pod: TrainerPod, query: Mapping[str, str], printer: Printer) -> bool:
+    """Print what a pod has written; return whether it could be read, which ends with its node."""
+    if not pod.started:
+        printer.note(f"{pod.label} has written nothing yet: its container has not started")
+        return True
+    try:
+        for line in cluster.log(ref.namespace, pod.name, query):
+            printer.show(pod, line)
+    except ClusterError as error:
+        printer.note(f"{pod.label} cannot be read: {error}")
+        return False
+    return True
+
+
+def follow_logs(  # noqa: PLR0913, PLR0917 (what to print, how, and when)
+    cluster: Cluster, ref: JobRef, choice: Choice, query: Mapping[str, str], printer: Printer, clock: Clock
+) -> Missing | None:
+    """Print lines as they come, of this attempt and of those that follow; return what the pods cannot tell."""
+    streams = Streams(cluster, ref.namespace, {**query, "follow": "true"})
+    first: int | None = None
+    latest = PREPARATION
+    for job in look(cluster, ref, clock, printer.note):
+        found = find_pods(cluster, ref)
+        latest = latest_of(job, found)
+        if first is None and found:
+            first = latest
+        streams.open(pod for pod in choice.of(found, first or PREPARATION) if pod.started)
+        ended = job.finished and not streams.running
+        streams.drain(printer.show)
+        if ended:
+            break
+    return None if streams.opened else choice.missing(latest)

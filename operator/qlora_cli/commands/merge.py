@@ -1,0 +1,91 @@
+"""`qlora merge`: a published adapter and its base as one model on this computer."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from qlora_api.local_requests import MergedFolder, MergeRequest
+from qlora_api.report import MergeDifference
+from qlora_api.runconfig import Platform
+from qlora_cli.display.formats import print_data
+from qlora_cli.display.result import relative
+from qlora_cli.errors import ending, fail_without_manifest
+from qlora_cli.local.trainer_libraries import open_places
+from qlora_cli.options import (
+    BaseModel,
+    HubEndpoint,
+    HubMirror,
+    Output,
+    OutputForm,
+    S3Endpoint,
+    make_platform,
+)
+from qlora_cli.uris import to_uri
+
+
+class Base(StrEnum):
+    """What an adapter is merged into."""
+
+    ORIGINAL = "original"
+    DEQUANTISED = "dequantised"
+
+
+def merge(  # noqa: PLR0913, PLR0917 (an option each)
+    adapter: Annotated[str, typer.Argument(help="Folder or s3:// URI of a published adapter.", metavar="ADAPTER")],
+    to: Annotated[Path, typer.Option("--to", help="Folder for the merged model; new or empty.", metavar="FOLDER")],
+    base: Annotated[
+        Base, typer.Option(help="The base as its publisher has it, or the 4-bit one that was trained on, dequantised.")
+    ] = Base.ORIGINAL,
+    base_model: BaseModel = None,
+    hub_mirror: HubMirror = None,
+    hub_endpoint: HubEndpoint = None,
+    s3_endpoint: S3Endpoint = None,
+    output: OutputForm = Output.TABLE,
+) -> None:
+    """Merge an adapter with its base into one bf16 model, and measure what that changes."""
+    console = Console(stderr=True, highlight=False)
+    platform = make_platform(hub_mirror, hub_endpoint, s3_endpoint)
+    model = to_uri(base_model) if base_model else None
+    request = MergeRequest(adapter=to_uri(adapter), target=str(to), base=base.value, model=model)
+    with ending(console, "nothing was written", fail_without_manifest):
+        merged = run_merge(request, platform, console)
+    if output is not Output.TABLE:
+        print_data(merged.model_dump(mode="json", by_alias=True, exclude_none=True), output)
+    else:
+        show_merged(merged, Console(highlight=False))
+
+
+def run_merge(request: MergeRequest, platform: Platform, console: Console) -> MergedFolder:
+    """Merge with sentences about what is going on."""
+    places, work = open_places(platform)
+    from qlora_trainer.merge_job import merge_published  # noqa: PLC0415 (comes with torch)
+
+    return merge_published(request, places, work, lambda text: console.print(escape(text), soft_wrap=True))
+
+
+def show_merged(merged: MergedFolder, console: Console) -> None:
+    """Print what merging changed, and where the model is."""
+    difference = merged.merge.difference
+    if difference is None:
+        console.print("nothing was measured: no held-out rows lie beside the adapter")
+    else:
+        console.print(compare(difference))
+    console.print(f"[bold]merged[/]  {escape(merged.folder)}", soft_wrap=True)
+
+
+def compare(difference: MergeDifference) -> Table:
+    """Return the merged model beside base and adapter apart."""
+    table = Table(title=f"{difference.rows} held-out rows, {difference.tokens} answer tokens", title_justify="left")
+    table.add_column("")
+    for heading in ("base and adapter", "merged", "change"):
+        table.add_column(heading, justify="right")
+    before, after = difference.unmerged_loss, difference.merged_loss
+    table.add_row("loss", f"{before:.3f}", f"{after:.3f}", relative(before, after))
+    table.add_row("logits", "", "", f"{difference.relative:.1%}, at most {difference.max_logit:.2f}")
+    table.add_row("first choice", "", "", f"{difference.same_choice:.1%} the same")
+    return table

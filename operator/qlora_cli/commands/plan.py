@@ -1,0 +1,147 @@
+"""`qlora plan`: what a run will take and how it will be executed, told offline."""
+
+from collections.abc import Iterator
+from typing import Annotated, Final
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from qlora_api.units import GIB
+from qlora_cli.commands.validate import describe_read_error
+from qlora_cli.display.formats import print_data
+from qlora_cli.errors import fail_without_manifest
+from qlora_cli.manifests.loader import JobManifest, ManifestError, is_qlorajob, parse_manifest
+from qlora_cli.manifests.model_config import NoConfigError, load_config
+from qlora_cli.manifests.overrides import OverrideError, override, parse_override
+from qlora_cli.manifests.yaml_documents import YamlError, read_documents
+from qlora_cli.options import HubMirror, Output, OutputForm
+from qlora_planner.gpu_inventory import to_bytes
+from qlora_planner.memory.estimate import SLACK
+from qlora_planner.models.shapes import MismatchError, UnknownModelError
+from qlora_planner.offline import Outlook, make_outlook, to_json
+from qlora_planner.sizing import DoesNotFitError, Room
+from qlora_planner.validation import ANYWHERE
+
+_PEAK: Final = "peak "
+"""How the reason begins that the table tells in full."""
+
+
+def check_memory(quantity: str | None) -> str | None:
+    """Refuse what is no amount of memory, where the option is."""
+    try:
+        if quantity is not None:
+            to_bytes(quantity)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    return quantity
+
+
+def plan(  # noqa: PLR0913, PLR0917 (an option each)
+    files: Annotated[list[str], typer.Argument(help="Manifests; - reads standard input.", metavar="FILE...")],
+    config: Annotated[
+        str | None, typer.Option(help="The model's config.json, instead of looking it up in the hub cache.")
+    ] = None,
+    gpu_memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="QUANTITY",
+            callback=check_memory,
+            help="Memory of a GPU, such as 24Gi. Default: the smallest of the usual GPUs that fits.",
+        ),
+    ] = None,
+    gpus_per_node: Annotated[
+        int | None,
+        typer.Option(min=1, help="GPUs of a node, of which as few as suffice are taken. Default: as in the manifest."),
+    ] = None,
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Change a field, such as lora.rank=8.")
+    ] = None,
+    hub_mirror: HubMirror = None,
+    output: OutputForm = Output.TABLE,
+) -> None:
+    """Tell what runs will take and how they will be executed, without a cluster, a GPU or a network."""
+    console = Console(stderr=True, highlight=False)
+    try:
+        jobs = [job for file in files for job in read_jobs(file, changes or [])]
+        outlooks = [
+            make_outlook(job.spec, load_config(job.spec.model, config, hub_mirror), gpu_memory, gpus_per_node)
+            for job in jobs
+        ]
+    except (OverrideError, YamlError, ManifestError, NoConfigError, UnknownModelError, MismatchError) as error:
+        fail_without_manifest(console, None, str(error))
+    except DoesNotFitError as error:
+        fail_without_manifest(console, None, f"does not fit: {error}")
+    show(jobs, outlooks, output)
+
+
+def read_jobs(file: str, changes: list[str]) -> Iterator[JobManifest]:
+    """Yield the QLoRAJobs of a file, with the changes applied."""
+    overrides = [parse_override(change) for change in changes]
+    try:
+        documents = [document for document in read_documents(file) if is_qlorajob(document)]
+    except (OSError, UnicodeDecodeError) as error:
+        raise YamlError(describe_read_error(file, error)) from error
+    if not documents:
+        raise YamlError(f"{file}: there is no QLoRAJob")
+    yield from (parse_manifest(override(document, overrides), ANYWHERE) for document in documents)
+
+
+def show(jobs: list[JobManifest], outlooks: list[Outlook], output: Output) -> None:
+    """Print tables, or one object, or a list of them where there are several QLoRAJobs."""
+    if output is not Output.TABLE:
+        found = [to_json(outlook) for outlook in outlooks]
+        print_data(found[0] if len(found) == 1 else found, output)
+        return
+    console = Console(highlight=False)
+    for job, outlook in zip(jobs, outlooks, strict=True):
+        console.print(tabulate(job, outlook))
+        for reason in outlook.reasons:
+            if not reason.startswith(_PEAK):
+                console.print(escape(reason), soft_wrap=True)
+
+
+def tabulate(job: JobManifest, outlook: Outlook) -> Table:
+    """Return what fills a GPU, from the base to the sum."""
+    spec, weights = job.spec, outlook.work.shape.parameters
+    bits = f", {spec.quantization.bits} bits" if spec.method == "qlora" else ""
+    title = f"{job.metadata.name}: {spec.model.uri}, {weights:,} weights, {spec.method}{bits}"
+    table = Table(title=escape(title), title_justify="left")
+    table.add_column("on each GPU" if outlook.sizing.room.gpus_per_node else "in host memory")
+    table.add_column("GiB", justify="right")
+    table.add_column("")
+    rows = rows_of(outlook)
+    for number, (name, size, note) in enumerate(rows):
+        if size or name == "peak":
+            table.add_row(name, f"{size / GIB:.2f}", note, end_section=number == len(rows) - 2)
+    return table
+
+
+def rows_of(outlook: Outlook) -> list[tuple[str, int, str]]:
+    """Return the parts of the peak: name, bytes, and what there is to say."""
+    work, found, room = outlook.work, outlook.sizing.estimate, outlook.sizing.room
+    layout = outlook.sizing.layout
+    learned = f"{work.trainable.parameters:,} weights in fp32"
+    recomputed = "recomputed in backward" if layout.checkpointing else "kept for backward"
+    passes = f"micro-batch {layout.micro_batch}, {recomputed}; logits and dequantised weights too"
+    return [
+        ("base", found.base.weights, f"{work.base.weights / 1e9:.2f} GB in all, as get_memory_footprint() counts"),
+        ("scales", found.base.constants, "of the quantisation"),
+        ("adapter", found.adapter, learned),
+        ("gradients", found.gradients, learned if work.whole else ""),
+        ("optimizer", found.optimizer, layout.optimizer),
+        ("activations", found.activations, passes),
+        ("exchange", found.collected, f"between {layout.processes} processes, {layout.strategy}"),
+        ("slack", found.peak - found.allocated - found.outside, f"of torch's allocator, {SLACK:.0%}"),
+        ("context", found.outside, "of CUDA, cuBLAS and NCCL"),
+        ("peak", found.peak, describe_room(room)),
+    ]
+
+
+def describe_room(room: Room) -> str:
+    """Say how much there is."""
+    if not room.gpus_per_node:
+        return f"of {room.pool.memory / GIB:.4g}, spec.resources.memory"
+    name = room.pool.product or f"GPU of {room.pool.memory / GIB:.4g} GiB"
+    return f"of {room.pool.usable / GIB:.2f} that a process has on a {name}"

@@ -1,0 +1,183 @@
+"""`qlora serve-snippet`: a published adapter as a command of vLLM, or as a manifest of KServe or KubeAI."""
+
+import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Annotated, Final
+
+import typer
+
+from qlora_api.accelerators import NVIDIA
+from qlora_api.v1alpha1 import LoraSpec, QLoRAJobSpec
+from qlora_api.vllm import VLLM_RANKS, needed_rank
+from qlora_cli.cluster.client import ClusterError
+from qlora_cli.cluster.connection import Context, JobName, Kubeconfig, Namespace, open_connection, reporting_errors
+from qlora_cli.cluster.jobs import ClusterJob, get_job
+from qlora_cli.display.formats import to_yaml
+
+
+@dataclass(frozen=True)
+class Served:
+    """A base with an adapter on it, or a whole model."""
+
+    name: str
+    """What clients ask for."""
+    model: str
+    """URI of the base, or of the whole model."""
+    revision: str | None
+    """Commit of a base on the hub."""
+    adapter: str | None
+    """URI of the adapter; None for a whole model."""
+    max_rank: int | None
+    """For --max-lora-rank."""
+    arguments: tuple[str, ...] = ()
+    """What else vLLM must be told."""
+    chat_template: bool = False
+    """Whether chats follow a template of the adapter's own."""
+
+
+def find_served(job: ClusterJob) -> Served:
+    """Return how a published run is served: its adapter, or its merged model where vLLM cannot load the adapter."""
+    output, spec = job.status.output, job.spec()
+    if output is None or output.adapter is None:
+        raise ClusterError(f"{job.ref.name} is {job.phase} and has published nothing: {job.why}")
+    if spec.method == "full":
+        return Served(job.ref.name, output.adapter, None, None, None)
+    obstacle = find_obstacle(spec.lora)
+    if obstacle and output.merged:
+        return Served(job.ref.name, output.merged, None, None, None)
+    if obstacle:
+        raise ClusterError(
+            f"vLLM does not load this adapter: {obstacle}; serve it merged with its base: "
+            f"qlora merge {output.adapter} --to FOLDER"
+        )
+    commit = job.status.model.commit if job.status.model and spec.model.uri.startswith("hf://") else None
+    return Served(
+        name=job.ref.name,
+        model=spec.model.uri,
+        revision=commit,
+        adapter=output.adapter,
+        max_rank=needed_rank(published_rank(spec.lora)),
+        arguments=base_arguments(spec),
+        chat_template=spec.dataset.chat_template is not None,
+    )
+
+
+def published_rank(lora: LoraSpec) -> int:
+    """Return the rank of the published matrices; PiSSA's hold the start as well, so that they fit the original base."""
+    return lora.rank * 2 if lora.init == "pissa" else lora.rank
+
+
+def find_obstacle(lora: LoraSpec) -> str | None:
+    """Say for which field of the spec vLLM would refuse the adapter, or serve it wrongly."""
+    obstacles = (
+        (lora.dora, "it is a DoRA adapter (spec.lora.dora)"),
+        (bool(lora.modules_to_save), "it replaces whole modules (spec.lora.modulesToSave)"),
+        (bool(lora.rank_pattern or lora.alpha_pattern), "its modules differ in rank or alpha (spec.lora.*Pattern)"),
+        (needed_rank(published_rank(lora)) is None, f"its rank is above {VLLM_RANKS[-1]} (spec.lora.rank)"),
+    )
+    return next((sentence for found, sentence in obstacles if found), None)
+
+
+def base_arguments(spec: QLoRAJobSpec) -> tuple[str, ...]:
+    """Return how the base is to be loaded: a LoftQ adapter makes up for what 4 bits take away, and needs them."""
+    return ("--quantization=bitsandbytes",) if spec.lora.init == "loftq" else ()
+
+
+class Server(StrEnum):
+    """What serves the adapter."""
+
+    VLLM = "vllm"
+    KSERVE = "kserve"
+    KUBEAI = "kubeai"
+
+
+def serve_snippet(
+    name: JobName,
+    server: Annotated[Server, typer.Option("--for", help="What serves it.")] = Server.VLLM,
+    namespace: Namespace = None,
+    context: Context = None,
+    kubeconfig: Kubeconfig = None,
+) -> None:
+    """Print how to serve a published run: its base at the commit it was trained on, and a --max-lora-rank that fits."""
+    with reporting_errors():
+        connection = open_connection(namespace, context, kubeconfig)
+        served = find_served(get_job(connection.cluster, connection.ref(name)))
+    typer.echo(WRITERS[server](served), nl=False)
+
+
+def write_vllm(served: Served) -> str:
+    """Return commands for a shell: vLLM reads files of its own computer."""
+    model, fetched = _local(served.model, "model")
+    command = [f"vllm serve {shlex.quote(model)}"]
+    command += [f"--revision {served.revision}"] if served.revision else []
+    if served.adapter:
+        folder, adapter = _local(served.adapter, served.name)
+        fetched += adapter
+        command += ["--enable-lora", f"--max-lora-rank {served.max_rank}", f"--lora-modules {served.name}={folder}"]
+        command += [f"--chat-template {folder}/chat_template.jinja"] if served.chat_template else []
+    else:
+        command += [f"--served-model-name {served.name}"]
+    return "".join(f"{line}\n" for line in (*fetched, " \\\n  ".join((*command, *served.arguments))))
+
+
+def _local(uri: str, folder: str) -> tuple[str, list[str]]:
+    """Return what vLLM calls a model, and the command that brings it here."""
+    if uri.startswith("s3://"):
+        return f"./{folder}", [f"aws s3 sync {shlex.quote(uri)} ./{folder}"]
+    return uri.removeprefix("hf://"), []
+
+
+def write_kserve(served: Served) -> str:
+    """Return an LLMInferenceService, whose storage initializer fetches both."""
+    adapters = {"adapters": [{"name": served.name, "uri": served.adapter}], "maxRank": served.max_rank}
+    revision = f":{served.revision}" if served.revision else ""
+    arguments = {"env": [{"name": "VLLM_ADDITIONAL_ARGS", "value": " ".join(served.arguments)}]}
+    main = {"name": "main", "resources": {"limits": {NVIDIA.resource: "1"}}}
+    return to_yaml(
+        {
+            "apiVersion": "serving.kserve.io/v1alpha2",
+            "kind": "LLMInferenceService",
+            "metadata": {"name": served.name},
+            "spec": {
+                "model": {
+                    "uri": served.model + revision,
+                    "name": served.model.removeprefix("hf://") if served.adapter else served.name,
+                    **({"lora": adapters} if served.adapter else {}),
+                },
+                "replicas": 1,
+                "router": {"scheduler": {}, "route": {}, "gateway": {}},
+                "template": {"containers": [main | (arguments if served.arguments else {})]},
+            },
+        }
+    )
+
+
+def write_kubeai(served: Served) -> str:
+    """Return a Model; an adapter is asked for as MODEL_ADAPTER."""
+    ranks = ["--enable-lora", f"--max-lora-rank={served.max_rank}"] if served.adapter else []
+    arguments = [*ranks, *served.arguments, *([f"--revision={served.revision}"] if served.revision else [])]
+    return to_yaml(
+        {
+            "apiVersion": "kubeai.org/v1",
+            "kind": "Model",
+            "metadata": {"name": f"{served.name}-base" if served.adapter else served.name},
+            "spec": {
+                "features": ["TextGeneration"],
+                "engine": "VLLM",
+                "url": served.model,
+                **({"adapters": [{"name": served.name, "url": served.adapter}]} if served.adapter else {}),
+                **({"args": arguments} if arguments else {}),
+                "resourceProfile": "nvidia-gpu-l4:1",
+                "minReplicas": 1,
+            },
+        }
+    )
+
+
+WRITERS: Final[Mapping[Server, Callable[[Served], str]]] = {
+    Server.VLLM: write_vllm,
+    Server.KSERVE: write_kserve,
+    Server.KUBEAI: write_kubeai,
+}

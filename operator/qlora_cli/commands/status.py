@@ -1,0 +1,86 @@
+"""`qlora status`: where a run stands, once or live."""
+
+from datetime import UTC, datetime
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.live import Live
+from rich.markup import escape
+
+from qlora_api.job_ref import JobRef
+from qlora_cli.cluster.client import Cluster
+from qlora_cli.cluster.connection import (
+    Connection,
+    Context,
+    JobName,
+    Kubeconfig,
+    Namespace,
+    open_connection,
+    reporting_errors,
+)
+from qlora_cli.cluster.jobs import ClusterJob, get_job, strip_managed_fields
+from qlora_cli.cluster.polling import Clock, look
+from qlora_cli.display.dashboard import Course, draw
+from qlora_cli.display.formats import print_data
+from qlora_cli.display.progress import describe
+from qlora_cli.options import Output, OutputForm
+
+
+def status(  # noqa: PLR0913, PLR0917 (an option each)
+    name: JobName,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Stay, and show each change until the end.")] = False,
+    namespace: Namespace = None,
+    context: Context = None,
+    kubeconfig: Kubeconfig = None,
+    output: OutputForm = Output.TABLE,
+) -> None:
+    """Show where a run stands, why, and what to do; with --watch a live bar, the time left and the loss."""
+    with reporting_errors(f"the run goes on: qlora status --watch {name}") as console:
+        connection = open_connection(namespace, context, kubeconfig)
+        if watch:
+            watch_job(connection.cluster, connection.ref(name), console, Clock())
+        show_once(connection, name, output)
+
+
+def show_once(connection: Connection, name: str, output: Output) -> None:
+    """Print a QLoRAJob as a page, or whole for programs."""
+    job = get_job(connection.cluster, connection.ref(name))
+    if output is not Output.TABLE:
+        print_data(strip_managed_fields(job.raw), output)
+    else:
+        Console(highlight=False).print(draw(job, Course(), datetime.now(UTC), details=True), soft_wrap=True)
+
+
+def watch_job(cluster: Cluster, ref: JobRef, console: Console, clock: Clock) -> None:
+    """Show a QLoRAJob until it has ended: live on a terminal, a line for each change elsewhere."""
+    if console.is_terminal:
+        _watch_live(cluster, ref, console, clock)
+    else:
+        _watch_lines(cluster, ref, console, clock)
+
+
+def _watch_live(cluster: Cluster, ref: JobRef, console: Console, clock: Clock) -> None:
+    course = Course()
+    with Live(console=console, auto_refresh=False, transient=True) as live:
+        for job in look(cluster, ref, clock, lambda text: console.print(escape(text), soft_wrap=True)):
+            if job.finished:
+                return
+            course = course.extend(job)
+            live.update(draw(job, course, datetime.now(UTC), details=False), refresh=True)
+
+
+def _watch_lines(cluster: Cluster, ref: JobRef, console: Console, clock: Clock) -> None:
+    last = ""
+    for job in look(cluster, ref, clock, lambda text: console.print(escape(text), soft_wrap=True)):
+        if (line := describe_job(job)) != last:
+            console.print(escape(line), soft_wrap=True)
+            last = line
+        if job.finished:
+            return
+
+
+def describe_job(job: ClusterJob) -> str:
+    """Return phase and progress in a line."""
+    report = job.status.last_report
+    return f"{job.phase:<10}  {describe(report) if report and not job.finished else job.status.reason or ''}".rstrip()

@@ -1,0 +1,45 @@
+"""`qlora validate`: what the API server and the operator would refuse, found without either."""
+
+from typing import Annotated
+
+import typer
+
+from qlora_cli.manifests.loader import ManifestError, is_qlorajob, parse_manifest
+from qlora_cli.manifests.yaml_documents import YamlError, read_documents
+from qlora_planner.validation import IN_CLUSTER
+
+
+def validate(
+    files: Annotated[list[str], typer.Argument(help="Manifests; - reads standard input.", metavar="FILE...")],
+) -> None:
+    """Check manifests offline; other kinds in a file are left alone."""
+    outcomes = [validate_file(file) for file in files]
+    if not all(outcomes):
+        raise typer.Exit(1)
+
+
+def validate_file(file: str) -> bool:
+    """Print a line for each QLoRAJob and each mistake; return whether all is well."""
+    try:
+        jobs = [document for document in read_documents(file) if is_qlorajob(document)]
+    except (YamlError, OSError, UnicodeDecodeError) as error:
+        typer.echo(describe_read_error(file, error), err=True)
+        return False
+    if not jobs:
+        typer.echo(f"{file}: there is no QLoRAJob", err=True)
+    valid = True
+    for job in jobs:
+        try:
+            manifest = parse_manifest(job, IN_CLUSTER)
+            typer.echo(f"{job.place_of(())}: QLoRAJob {manifest.metadata.name} is valid")
+        except ManifestError as error:
+            typer.echo(str(error), err=True)
+            valid = False
+    return valid and bool(jobs)
+
+
+def describe_read_error(file: str, error: Exception) -> str:
+    """Say why a file could not be read."""
+    if isinstance(error, OSError):
+        return f"{file}: {error.strerror}"
+    return f"{file}: not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)

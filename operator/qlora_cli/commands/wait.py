@@ -1,0 +1,117 @@
+"""`qlora wait`: until runs have ended, with an exit code that says how."""
+
+from collections.abc import Callable, Iterable
+from typing import Annotated, Final
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from qlora_api.job_ref import JobRef
+from qlora_api.names import Phase
+from qlora_api.units import SECONDS
+from qlora_cli.cluster.client import Cluster
+from qlora_cli.cluster.connection import (
+    Context,
+    Kubeconfig,
+    Namespace,
+    complete_names,
+    open_connection,
+    reporting_errors,
+)
+from qlora_cli.cluster.jobs import ClusterJob
+from qlora_cli.cluster.polling import Clock, look
+
+FAILED: Final = 3
+"""Exit code: a run has ended, and not well."""
+TIMED_OUT: Final = 124
+"""Exit code: a run goes on, and --timeout is over; as of timeout(1)."""
+
+
+class TimedOutError(Exception):
+    """A run goes on, and the time is over."""
+
+
+def parse_seconds(text: str) -> float:
+    """Read 90, 90s, 30m, 24h or 7d."""
+    number, unit = (text[:-1], SECONDS[text[-1]]) if text[-1:] in SECONDS else (text, 1)
+    try:
+        return float(number) * unit
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is no duration; write a number and a unit: 90s, 30m, 24h or 7d") from None
+
+
+Timeout = Annotated[
+    float | None,
+    typer.Option(parser=parse_seconds, metavar="DURATION", help="Longest wait, such as 30m; default: for ever."),
+]
+
+
+def wait(
+    jobs: Annotated[
+        list[str], typer.Argument(metavar="NAME...", help="Names of QLoRAJobs.", autocompletion=complete_names)
+    ],
+    timeout: Timeout = None,
+    namespace: Namespace = None,
+    context: Context = None,
+    kubeconfig: Kubeconfig = None,
+) -> None:
+    """Wait until runs have ended. Exit code 0: all succeeded; 3: one failed; 124: the time is over; 1: an error."""
+    with reporting_errors() as console:
+        connection = open_connection(namespace, context, kubeconfig)
+        refs = [connection.ref(name) for name in jobs]
+        raise typer.Exit(wait_for_all(connection.cluster, refs, timeout, Clock(), console))
+
+
+def wait_for_all(
+    cluster: Cluster, refs: Iterable[JobRef], timeout: float | None, clock: Clock, console: Console
+) -> int:
+    """Wait for each, tell how it ended, and return the exit code."""
+    deadline = None if timeout is None else clock.now() + timeout
+    code = 0
+    for ref in refs:
+        try:
+            job = wait_for_end(cluster, ref, deadline, clock, lambda text: _say(console, text))
+        except TimedOutError as error:
+            _say(console, str(error))
+            return TIMED_OUT
+        _say(console, describe_end(job))
+        code = code if job.succeeded else FAILED
+    return code
+
+
+def wait_for_end(
+    cluster: Cluster, ref: JobRef, deadline: float | None, clock: Clock, note: Callable[[str], None]
+) -> ClusterJob:
+    """Return a QLoRAJob once it has ended; say each phase that it passes."""
+    return wait_until(lambda job: job.finished, cluster, ref, deadline, clock, note)
+
+
+def wait_until(  # noqa: PLR0913, PLR0917 (what to wait for, where, how long, and how)
+    reached: Callable[[ClusterJob], bool],
+    cluster: Cluster,
+    ref: JobRef,
+    deadline: float | None,
+    clock: Clock,
+    note: Callable[[str], None],
+) -> ClusterJob:
+    """Return a QLoRAJob once something holds; say each phase that it passes."""
+    phase: Phase | None = None
+    for job in look(cluster, ref, clock, note):
+        if reached(job):
+            return job
+        if job.phase is not phase:
+            phase = job.phase
+            note(f"{ref.name} {phase}")
+        if deadline is not None and clock.now() >= deadline:
+            raise TimedOutError(f"{ref.name} is {phase} still")
+    raise AssertionError  # the loop has no other end
+
+
+def describe_end(job: ClusterJob) -> str:
+    """Say how a run ended, and what to do where it failed."""
+    return f"{job.ref.name} {job.phase} ({job.status.reason}): {job.why}"
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(escape(text), soft_wrap=True)

@@ -1,0 +1,147 @@
+"""A QLoRAJob on a screen: bar, loss, what is known of model, data and plan, attempts, comparison, places."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import Final
+
+from rich.console import Group, RenderableType
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from qlora_api.names import TERMINAL, Phase
+from qlora_api.reasons import NOTHING_TO_DO, REASONS
+from qlora_api.v1alpha1 import Attempt, Progress, QLoRAJobStatus
+from qlora_cli.cluster.jobs import ClusterJob
+from qlora_cli.display.formats import STYLES, columns, format_age
+from qlora_cli.display.progress import clock_time
+from qlora_cli.display.result import compare
+from qlora_cli.display.sparkline import sparkline
+
+BAR_CHARACTERS: Final = 40
+LOOK_FOR_OPERATOR: Final = (
+    "see whether one runs: kubectl get pods --all-namespaces -l app.kubernetes.io/name=qlora-operator"
+)
+_RUNNING: Final = frozenset({Phase.TRAINING, Phase.EVALUATING, Phase.PUBLISHING})
+
+
+@dataclass(frozen=True)
+class Course:
+    """The losses that were seen while somebody watched: one per step that was reported."""
+
+    losses: tuple[float, ...] = ()
+    step: int = -1
+
+    def extend(self, job: ClusterJob) -> "Course":
+        """Add the last report, if it is new; a run that goes on from a checkpoint repeats steps."""
+        report = job.status.last_report
+        if report is None or report.loss is None or report.step is None or report.step == self.step:
+            return self
+        return replace(self, losses=(*self.losses, report.loss), step=report.step)
+
+
+def draw(job: ClusterJob, course: Course, now: datetime, *, details: bool) -> RenderableType:
+    """Return all that there is to see; without details what changes while it runs."""
+    parts: list[RenderableType] = [_headline(job, now)]
+    if job.phase in _RUNNING and job.status.last_report:
+        parts += [_bar(job.status.last_report, now), *_losses(course)]
+    parts.append(_facts(job))
+    if details and job.status.attempts:
+        parts.append(_attempts(job.status.attempts))
+    if details and job.status.evaluation:
+        parts.append(compare(job.status.evaluation))
+    return Group(*parts)
+
+
+def _headline(job: ClusterJob, now: datetime) -> Text:
+    status = job.status
+    began = f"  {format_age(job.created_at, status.finished_at or now)}"
+    attempt = f"  attempt {status.attempt}" if status.attempt else ""
+    return Text.assemble(
+        (job.ref.name, "bold"), f" in {job.ref.namespace}  ", (job.phase, f"bold {STYLES.get(job.phase, '')}"),
+        attempt, began,
+    )  # fmt: skip
+
+
+def _bar(report: Progress, now: datetime) -> RenderableType:
+    row = Table.grid(padding=(0, 2))
+    row.add_row(ProgressBar(completed=report.percent, width=BAR_CHARACTERS), *describe_progress(report, now))
+    return row
+
+
+def describe_progress(report: Progress, now: datetime) -> Iterator[str]:
+    """Yield percent, step, time left and speed; the time left shrinks between two reports."""
+    yield f"{report.percent}%"
+    if report.step is not None and report.total_steps:
+        yield f"step {report.step}/{report.total_steps}"
+    if report.remaining_seconds:
+        passed = (now - report.updated_at).total_seconds()
+        yield f"{clock_time(max(int(report.remaining_seconds - max(passed, 0)), 0))} left"
+    if report.tokens_per_second is not None:
+        yield f"{report.tokens_per_second:.0f} tok/s"
+
+
+def _losses(course: Course) -> list[RenderableType]:
+    if not course.losses:
+        return []
+    line = sparkline(course.losses, BAR_CHARACTERS)
+    return [Text.assemble((line, "cyan"), f"  loss {course.losses[-1]:.3f}")]
+
+
+def _facts(job: ClusterJob) -> Group:
+    facts = list(_describe(job))
+    width = max(len(name) for name, _ in facts)
+    return Group(*(Text.assemble((f"{name:<{width}}", "bold"), f"  {fact}") for name, fact in facts))
+
+
+def _describe(job: ClusterJob) -> Iterator[tuple[str, str]]:
+    status = job.status
+    yield from _reason(status)
+    if status.model:
+        yield "model", f"{status.model.uri} at {status.model.commit[:12]}, {status.model.parameters:,} weights"
+    if status.dataset:
+        data = status.dataset
+        yield "data", f"{data.training_rows:,} rows to learn from, {data.evaluation_rows:,} held out, {data.format}"
+    if status.plan:
+        yield "plan", _describe_plan(status)
+    if status.checkpoint:
+        yield "checkpoint", f"step {status.checkpoint.step}, {status.checkpoint.uri}"
+    if status.output and status.output.adapter:
+        yield from _places(status.output.adapter, status.output.merged, status.output.report)
+
+
+def _reason(status: QLoRAJobStatus) -> Iterator[tuple[str, str]]:
+    if status.reason is None:
+        yield "unseen", f"no operator has taken it up yet; if that lasts, {LOOK_FOR_OPERATOR}"
+        return
+    record = REASONS[status.reason]
+    yield status.reason, status.message or record.sentence
+    if status.phase not in TERMINAL and record.remedy != NOTHING_TO_DO:
+        yield "what to do", record.remedy
+
+
+def _describe_plan(status: QLoRAJobStatus) -> str:
+    plan = status.plan
+    if plan is None:
+        return ""
+    devices = f"{plan.nodes} x {plan.gpus_per_node} GPUs" if plan.gpus_per_node else f"{plan.nodes} x CPU"
+    batch = f"micro-batch {plan.micro_batch_size} x {plan.gradient_accumulation}"
+    return f"{devices}, {plan.strategy}, {batch}, {plan.total_steps} steps"
+
+
+def _places(adapter: str, merged: str | None, report: str | None) -> Iterator[tuple[str, str]]:
+    yield "adapter", adapter
+    if merged:
+        yield "merged", merged
+    if report:
+        yield "report", report.removesuffix(".json") + ".html"
+
+
+def _attempts(attempts: tuple[Attempt, ...]) -> Group:
+    return columns(("ATTEMPT", "ENDED WITH", "NODE", "TOOK", "MESSAGE"), map(_row, attempts))
+
+
+def _row(attempt: Attempt) -> tuple[str, ...]:
+    took = format_age(attempt.started_at, attempt.finished_at) if attempt.started_at and attempt.finished_at else ""
+    return str(attempt.number), attempt.reason or "", attempt.node, took, attempt.message

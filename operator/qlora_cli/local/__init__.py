@@ -1,0 +1,1 @@
+"""Runs on this computer: the trainer's libraries, and its output folder."""

@@ -1,0 +1,1 @@
+"""Manifest files: YAML, overrides, and what is wrong with them."""

@@ -1,0 +1,89 @@
+"""Documents as QLoRAJobs: parsed once, each mistake named with its place, its field and what would be right."""
+
+import json
+from collections.abc import Iterable
+from typing import Annotated, Any, Final
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic.alias_generators import to_camel
+from pydantic_core import ErrorDetails
+
+from qlora_api import names
+from qlora_api.v1alpha1 import QLoRAJobSpec
+from qlora_cli.manifests.validation_messages import Problem, explain, write_location
+from qlora_cli.manifests.yaml_documents import Document
+from qlora_planner.validation import Rule, check
+
+
+def _expect(word: str) -> AfterValidator:
+    def compare(text: str) -> str:
+        if text != word:
+            raise ValueError(f"must be {word}")
+        return text
+
+    return AfterValidator(compare)
+
+
+class Metadata(BaseModel):
+    """What `qlora` reads of Kubernetes's metadata."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    name: Annotated[
+        str, Field(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", max_length=names.MAX_JOB_NAME, examples=["support-bot"])
+    ]
+    namespace: str = "default"
+
+
+class JobManifest(BaseModel):
+    """A whole QLoRAJob; its status is not looked at."""
+
+    model_config = ConfigDict(alias_generator=to_camel, extra="forbid", frozen=True)
+
+    api_version: Annotated[str, _expect(names.API_VERSION)]
+    kind: Annotated[str, _expect(names.KIND)]
+    metadata: Metadata
+    spec: QLoRAJobSpec
+    status: Any = None
+
+
+class ManifestError(Exception):
+    """The user must change the manifest; every problem is named."""
+
+    def __init__(self, problems: Iterable[Problem]) -> None:
+        self.problems: Final = tuple(problems)
+        super().__init__("\n".join(map(str, self.problems)))
+
+
+def is_qlorajob(document: Document) -> bool:
+    """Whether a document is meant to be ours: other kinds may share a file."""
+    if not isinstance(document.value, dict):
+        return True
+    group = str(document.value.get("apiVersion", "")).split("/")[0]
+    return group == names.GROUP or str(document.value.get("kind", "")).lower() == names.KIND.lower()
+
+
+def parse_manifest(document: Document, rules: tuple[Rule, ...]) -> JobManifest:
+    """Return the QLoRAJob of a document, or raise ManifestError with all that is wrong."""
+    try:
+        # Strict, and in JSON: what the API server refuses ("8" for 8, snake_case) is refused here too.
+        manifest = JobManifest.model_validate_json(
+            json.dumps(document.value), strict=True, by_alias=True, by_name=False
+        )
+    except ValidationError as error:
+        details = sorted(error.errors(include_url=False), key=lambda detail: document.order_of(detail["loc"]))
+        raise ManifestError(_problem(document, detail) for detail in details) from None
+    if violations := check(manifest.spec, rules):
+        raise ManifestError(Problem(_place_of_sentence(document, found.message), found.message) for found in violations)
+    return manifest
+
+
+def _problem(document: Document, detail: ErrorDetails) -> Problem:
+    location = detail["loc"]
+    path = write_location(location) or "a QLoRAJob"
+    return Problem(document.place_of(location), f"{path}: {explain(detail, JobManifest)}")
+
+
+def _place_of_sentence(document: Document, sentence: str) -> str:
+    """A rule's sentence starts with the path of its field."""
+    return document.place_of(tuple(sentence.split(maxsplit=1)[0].split(".")))

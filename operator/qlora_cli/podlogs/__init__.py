@@ -1,0 +1,1 @@
+"""Logs of pods, live or archived in the output."""

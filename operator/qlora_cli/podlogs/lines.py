@@ -1,0 +1,103 @@
+"""Lines of a pod's log for people: the trainer writes JSON (docs/logs.md), its libraries' launchers write text."""
+
+import json
+import queue
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from typing import Final, NamedTuple
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from qlora_api.logs import to_text
+from qlora_cli.cluster.client import Cluster, ClusterError
+from qlora_cli.cluster.pods import TrainerPod
+
+
+class Streams:
+    """Follows pods; lines of one pod keep their order."""
+
+    def __init__(self, cluster: Cluster, namespace: str, query: Mapping[str, str]) -> None:
+        self._cluster = cluster
+        self._namespace = namespace
+        self._query = query
+        self._threads: dict[str, threading.Thread] = {}
+        self._lines: queue.Queue[tuple[TrainerPod, str]] = queue.Queue()
+
+    @property
+    def running(self) -> bool:
+        """Whether a pod may have more to say."""
+        return any(thread.is_alive() for thread in self._threads.values())
+
+    @property
+    def opened(self) -> bool:
+        """Whether there was a pod to follow."""
+        return bool(self._threads)
+
+    def open(self, pods: Iterable[TrainerPod]) -> None:
+        """Follow these pods, unless they are followed already."""
+        for pod in pods:
+            if pod.name not in self._threads:
+                thread = threading.Thread(target=self._read, args=(pod,), name=pod.name, daemon=True)
+                self._threads[pod.name] = thread
+                thread.start()
+
+    def drain(self, show: Callable[[TrainerPod, str], None]) -> None:
+        """Show what has come in."""
+        while not self._lines.empty():
+            show(*self._lines.get())
+
+    def _read(self, pod: TrainerPod) -> None:
+        try:
+            for line in self._cluster.log(self._namespace, pod.name, self._query):
+                self._lines.put((pod, line))
+        except ClusterError as error:
+            self._lines.put((pod, f"(the log ends here: {error})"))
+
+
+_KNOWN: Final = frozenset({"namespace", "job", "attempt", "rank", "updatedAt"})
+"""Fields that the prefix says already, or the time does."""
+
+STYLES: Final = ("cyan", "green", "magenta", "yellow", "blue", "red")
+
+
+class LogLine(NamedTuple):
+    """A line, and the process that wrote it, where it says so."""
+
+    rank: int | None
+    text: str
+
+
+def read_line(line: str) -> LogLine:
+    """Return a line of JSON as a sentence with its fields, and any other as it is."""
+    try:
+        told = json.loads(line)
+    except ValueError:
+        return LogLine(None, line)
+    if not isinstance(told, dict) or "message" not in told:
+        return LogLine(None, line)
+    return LogLine(told.get("rank"), to_text({name: value for name, value in told.items() if name not in _KNOWN}))
+
+
+class Printer:
+    """Writes lines of several pods to standard output, each pod in a colour of its own, and each process of a pod."""
+
+    def __init__(self, *, prefix: bool, raw: bool, console: Console | None = None) -> None:
+        self._console = console or Console(highlight=False)
+        self._prefix = prefix
+        self._raw = raw
+        self._styles: dict[str, str] = {}
+
+    def show(self, pod: TrainerPod, line: str) -> None:
+        """Write one line."""
+        rank, text = LogLine(None, line) if self._raw else read_line(line)
+        label = pod.label if rank is None else f"{pod.label}/{rank}"
+        style = self._styles.setdefault(label, STYLES[len(self._styles) % len(STYLES)])
+        before = f"[{style}]{escape(label)} |[/] " if self._prefix else ""
+        self._console.print(before + escape(text), soft_wrap=True)
+
+    @staticmethod
+    def note(text: str) -> None:
+        """Write a sentence of the command's own."""
+        typer.echo(text, err=True)

@@ -1,0 +1,1 @@
+"""Writes every generated file: CRD, RBAC, chart values, references. In no image."""

@@ -1,0 +1,199 @@
+"""The references of reasons and of Events, written from the records that the operator works with."""
+
+from collections.abc import Iterable, Iterator
+from typing import Final
+
+from qlora_api import metrics
+from qlora_api.names import FIELD_MANAGER, GROUP
+from qlora_api.reasons import REASONS, Moment, Reason, ReasonRecord, RetryAction, Topic
+from qlora_operator.lifecycle.prepare_phase import PREPARE_PAUSE
+from qlora_operator.lifecycle.retry_policy import FIRST_PAUSE, LONGEST_PAUSE, MOST_ATTEMPTS
+from qlora_operator.lifecycle.train_phase import MAX_LOST_ATTEMPTS
+from qlora_operator.models import PREPARE_DEADLINE, PREPARE_MEMORY
+from qlora_operator.resources.event import ACTIONS, event_type
+
+MOMENTS: Final = {
+    Moment.MANIFEST: "no GPU is held. See `qlora status NAME`; `qlora validate FILE` needs no cluster.",
+    Moment.PREPARATION: "no GPU is held, since the prepare pod requests none. See `qlora logs NAME --attempt 0`.",
+    Moment.PLANNING: "no GPU is held. See `qlora status NAME`.",
+    Moment.WAITING: "no GPU is held. See `qlora events NAME`.",
+    Moment.STARTING: "a training pod holds its GPUs, for `spec.deadlines.startup` at most. See `qlora events NAME`.",
+    Moment.TRAINING: "its GPUs are held until its pods end; between attempts none is held. See `qlora logs NAME`.",
+    Moment.OVER: "no GPU is held any more. See `qlora status NAME`.",
+}
+"""Whether GPUs are held, and where to look; the message of the status is everywhere the first thing to read."""
+NEXT_ATTEMPTS: Final = {
+    RetryAction.RESUME: "resumes from the last checkpoint",
+    RetryAction.OTHER_NODE: "resumes from the last checkpoint, on another node",
+    RetryAction.SHRINK_MICRO_BATCH: "resumes with half the micro-batch and twice the gradient accumulation",
+}
+"""What the next attempt does."""
+FIGURES: Final = {
+    "prepare_memory": PREPARE_MEMORY,
+    "prepare_hours": f"{PREPARE_DEADLINE.total_seconds() / 3600:g}",
+    "most_attempts": MOST_ATTEMPTS,
+    "most_lost": MAX_LOST_ATTEMPTS,
+}
+"""What a record names in braces."""
+TOPICS: Final = {
+    "failed before training": (Topic.MANIFEST, Topic.CREDENTIALS, Topic.MODEL, Topic.DATASET, Topic.CLUSTER),
+    "failed during training": (
+        Topic.RECIPE,
+        Topic.RESULT,
+        Topic.MEMORY,
+        Topic.TIME,
+        Topic.RETRIES,
+        Topic.VANISHED,
+        Topic.TRAINER,
+    ),
+    "retried": (Topic.DISRUPTION, Topic.HANG, Topic.SERVICE),
+}
+"""The tables of the page about troubleshooting, by their names there."""
+
+
+def render_reasons() -> str:
+    """Return a section for each reason: what happened, where to look, what happens to GPUs and run, what to do."""
+    return "\n".join(
+        [
+            "# Reasons",
+            "",
+            "The `reason` of a condition, of an attempt, and of `status.reason`. The message beside it says more:",
+            "`kubectl get qlj NAME -o jsonpath='{.status.message}'`. To start from what you see instead of from the",
+            "reason, use [troubleshooting](../troubleshooting.md). What is retried, and how often:",
+            "[attempts](../attempts.md).",
+            "",
+            *(line for reason, record in REASONS.items() for line in _section(reason, record)),
+        ]
+    )
+
+
+def _section(reason: Reason, record: ReasonRecord) -> Iterator[str]:
+    yield from (f"## {reason}", "", describe(record), "")
+    if record.also_known_as:
+        yield from (f"Also known as: {', '.join(f'`{words}`' for words in record.also_known_as)}.", "")
+    yield from (f"- **{moment}:** {MOMENTS[moment]}" for moment in record.moments)
+    yield f"- **Retried:** {describe_outcome(record)}"
+    yield f"- **What to do:** {record.remedy}"
+    yield ""
+
+
+def describe(record: ReasonRecord) -> str:
+    """Say what happened and what usually causes it."""
+    return f"{record.sentence} {record.background.format(**FIGURES)}"
+
+
+def describe_outcome(record: ReasonRecord) -> str:
+    """Say what happens to a run that met a reason."""
+    if record.outcome:
+        return record.outcome.format(**FIGURES)
+    if record.normal:
+        return "Not needed: the run continues."
+    if record.retry is None:
+        return "No. The run has ended, and somebody has to fix the cause first."
+    counts = "counts" if record.counts_against_retries else "does not count"
+    sentences = [f"The next attempt {NEXT_ATTEMPTS[record.retry]}; it {counts} against `spec.retries.maxAttempts`."]
+    if record.retry is RetryAction.RESUME and Moment.PREPARATION in record.moments:
+        sentences.append(
+            f"Preparation is retried after {PREPARE_PAUSE.total_seconds():g} s, until `spec.deadlines.startup` "
+            "has passed since the QLoRAJob was created."
+        )
+    return " ".join(sentences)
+
+
+def render_topics(table: str) -> str:
+    """Return a table of the page about troubleshooting: the reasons of each topic."""
+    rows = (
+        f"| {topic} | {_links(reason for reason, record in REASONS.items() if record.topic is topic)} |"
+        for topic in TOPICS[table]
+    )
+    return "\n".join(["| about | reasons |", "|---|---|", *rows])
+
+
+def _links(reasons: Iterable[Reason]) -> str:
+    return ", ".join(f"[`{reason}`](reference/reasons.md#{reason.lower()})" for reason in reasons)
+
+
+def render_next_attempts() -> str:
+    """Return the table of the page about attempts: what follows each end of an attempt."""
+    ends: dict[tuple[str, str], list[Reason]] = {}
+    for reason, record in REASONS.items():
+        if record.retry is not None or not record.counts_against_retries:
+            ends.setdefault(_next_attempt(record), []).append(reason)
+    rows = (
+        f"| {', '.join(f'`{reason}`' for reason in reasons)} | {attempt} | {counts} |"
+        for (attempt, counts), reasons in ends.items()
+    )
+    none = "| anything else | none: somebody has to fix the cause first | |"
+    return "\n".join(["| ended with | the next attempt | counts |", "|---|---|---|", *rows, none])
+
+
+def _next_attempt(record: ReasonRecord) -> tuple[str, str]:
+    attempt = NEXT_ATTEMPTS[record.retry or RetryAction.RESUME]
+    pauses = f"{FIRST_PAUSE.total_seconds():g} s, {2 * FIRST_PAUSE.total_seconds():g} s, … "
+    delay = f", after {pauses}{LONGEST_PAUSE.total_seconds() / 60:g} min" if record.needs_time else ""
+    return f"{attempt}{delay}", "yes" if record.counts_against_retries else "no"
+
+
+def render_cluster_faults() -> str:
+    """Return the reasons that the alert about lost attempts counts, as a regular expression of Prometheus."""
+    return "|".join(sorted(reason for reason, record in REASONS.items() if record.cluster_fault))
+
+
+def render_events() -> str:
+    """Return the list of every Event that the operator makes."""
+    actions = ", ".join(f"{verb} ({phase})" for phase, verb in ACTIONS.items())
+    rows = (
+        f"| [{reason}](reasons.md#{reason.lower()}) | {event_type(reason)} | {REASONS[reason].sentence} |"
+        for reason in Reason
+    )
+    return "\n".join(
+        [
+            "# Events",
+            "",
+            "The operator records one Event for each change of a QLoRAJob's phase or reason, before it writes the",
+            "status: `kubectl describe qlj NAME`, `kubectl events --for qlorajob/NAME`, `qlora events NAME`. Progress",
+            "makes no Events. An operator that is restarted halfway records nothing twice, since the name of an Event",
+            "is derived from its transition. Kubernetes keeps Events for an hour; the status keeps what matters.",
+            "",
+            f"`reportingController` is `{GROUP}/{FIELD_MANAGER}`, `note` is the status's message, `reason` its",
+            "reason. `type` is Warning for what fails a run, and for what hinders one that continues.",
+            f"`action` is a verb for the phase: {actions}.",
+            "",
+            "| reason | type | meaning |",
+            "|---|---|---|",
+            *rows,
+            "",
+        ]
+    )
+
+
+def render_metrics() -> str:
+    """Return a table of the operator's metrics, and one of a training pod's."""
+    return "\n".join(
+        [
+            "# Metrics",
+            "",
+            "What they are for, and how they are scraped: [metrics](../metrics.md).",
+            "",
+            "## Operator",
+            "",
+            f"Every replica, `{metrics.PATH}` on port `health` (8081). A replica that waits tells of no QLoRAJob.",
+            "",
+            *_metric_table(metrics.OPERATOR),
+            "",
+            "## Training pods",
+            "",
+            f"The first process of each training pod, `{metrics.PATH}` on port `{metrics.PORT_NAME}` ({metrics.PORT}).",
+            "",
+            *_metric_table(metrics.TRAINER),
+            "",
+        ]
+    )
+
+
+def _metric_table(listed: tuple[metrics.Metric, ...]) -> Iterator[str]:
+    yield "| metric | type | labels | at most | meaning |"
+    yield "|---|---|---|---|---|"
+    for metric in listed:
+        labels = ", ".join(f"`{label}`" for label in metric.labels)
+        yield f"| `{metric.name}` | {metric.kind} | {labels} | {metric.series} | {metric.help} |"

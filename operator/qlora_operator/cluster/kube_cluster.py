@@ -1,0 +1,257 @@
+"""The ports on a real API server."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Collection, Mapping
+from typing import Any, Final
+
+from qlora_api import names
+from qlora_api.accelerators import ACCELERATORS
+from qlora_api.job_ref import JobRef
+from qlora_api.names import TERMINAL
+from qlora_operator.cluster.cache import Children, Shelf
+from qlora_operator.cluster.http import MERGE, Api, ApiError, ConflictError, NotFoundError
+from qlora_operator.cluster.interface import ClusterBusyError, JobVersion, NameTakenError, PodIdentity, RefusedError
+from qlora_operator.cluster.parse import Child, controller_uid, parse_job, parse_observation
+from qlora_operator.models import Manifest, Observation, RawJob
+
+_log = logging.getLogger(__name__)
+
+EXISTS: Final = "AlreadyExists"
+"""The reason of a conflict that says that it was done before; others, of a quota for one, say that it was not."""
+INVALID: Final = 422
+"""The HTTP status for an object that can never be taken; quotas and policies answer otherwise."""
+_PREFIX: Final = {"v1": "/api/v1", "batch/v1": "/apis/batch/v1", "events.k8s.io/v1": "/apis/events.k8s.io/v1"}
+_PLURAL: Final = {"ConfigMap": "configmaps", "Service": "services", "Job": "jobs", "Event": "events"}
+PAGE: Final = 250
+"""Objects of one answer: ten thousand QLoRAJobs at once would be 100 MB of JSON. Three kinds are listed at a time, and
+5,000 of each were read with a peak of 196 MiB in pages of 500, and of 162 MiB in these, as fast."""
+_MANAGED: Final = f"{names.MANAGED_BY_LABEL}={names.FIELD_MANAGER}"
+_MANAGER: Final = {"fieldManager": names.FIELD_MANAGER}
+_ACCOUNT_PREFIX: Final = "system:serviceaccount:"
+_POD_NAME: Final = "authentication.kubernetes.io/pod-name"
+_POD_UID: Final = "authentication.kubernetes.io/pod-uid"
+
+
+def _jobs_path(namespace: str = "") -> str:
+    place = f"namespaces/{namespace}/" if namespace else ""
+    return f"/apis/{names.GROUP}/{names.VERSION}/{place}{names.PLURAL}"
+
+
+def _folder(manifest: Manifest) -> str:
+    prefix, plural = _PREFIX[manifest["apiVersion"]], _PLURAL[manifest["kind"]]
+    return f"{prefix}/namespaces/{manifest['metadata']['namespace']}/{plural}"
+
+
+def _path(manifest: Manifest) -> str:
+    return f"{_folder(manifest)}/{manifest['metadata']['name']}"
+
+
+class KubeCluster:
+    """Reads and writes through one API connection."""
+
+    def __init__(self, api: Api, children: Children) -> None:
+        self._api = api
+        self._children = children
+
+    async def read_job(self, ref: JobRef) -> RawJob | None:
+        """Return a QLoRAJob, or nothing when it is gone."""
+        try:
+            return parse_job(await self._api.request("GET", f"{_jobs_path(ref.namespace)}/{ref.name}"))
+        except NotFoundError:
+            return None
+
+    async def reach(self, namespaces: Collection[str]) -> None:
+        """Ask for QLoRAJobs; NotFoundError while the API server does not know what that is."""
+        for namespace in namespaces or ("",):
+            await self._api.request("GET", _jobs_path(namespace), query={"limit": "1"})
+
+    async def list_jobs(self, namespaces: Collection[str]) -> list[JobVersion]:
+        """Return every QLoRAJob of some namespaces, or of all when none is given."""
+        return [
+            _version(item)
+            for namespace in namespaces or ("",)
+            async for page in self._pages(_jobs_path(namespace))
+            for item in page["items"]
+        ]
+
+    async def refresh(self, namespaces: Collection[str]) -> set[JobRef]:
+        """List all children, and return whose were not as the watches had told."""
+        changed: set[JobRef] = set()
+        for namespace in namespaces or ("",):
+            place = f"namespaces/{namespace}/" if namespace else ""
+            changed |= await self._refresh(self._children.jobs, f"/apis/batch/v1/{place}jobs", namespace)
+            changed |= await self._refresh(self._children.pods, f"/api/v1/{place}pods", namespace)
+        return changed
+
+    async def _refresh(self, shelf: Shelf[Child], path: str, namespace: str) -> set[JobRef]:
+        """Replace what is known of one kind by a complete list, but for what is newer."""
+        listed: set[str] = set()
+        changed: set[JobRef] = set()
+        version = 0
+        async for page in self._pages(path, {"labelSelector": _MANAGED}):
+            listed |= {item["metadata"]["uid"] for item in page["items"]}
+            changed |= {ref for item in page["items"] if (ref := shelf.put(item))}
+            version = int(page["metadata"]["resourceVersion"])
+        return changed | shelf.drop_missing(namespace, listed, version)
+
+    async def _pages(self, path: str, query: Mapping[str, str] | None = None) -> AsyncIterator[dict[str, Any]]:
+        """Yield a complete list, all of one version, in pages."""
+        token = ""
+        while True:
+            paging = {"limit": str(PAGE)} | ({"continue": token} if token else {})
+            page = await self._api.request("GET", path, query={**(query or {}), **paging})
+            yield page
+            token = page["metadata"].get("continue", "")
+            if not token:
+                return
+
+    def glimpse(self, job: RawJob) -> Observation:
+        """Return what the watches have told of its children: free of cost, and perhaps late."""
+        return self._children.of(job)
+
+    async def observe(self, job: RawJob) -> Observation:
+        """Return the children that belong to exactly this QLoRAJob."""
+        selector = {"labelSelector": f"{names.JOB_LABEL}={job.ref.name}"}
+        jobs, pods = await asyncio.gather(
+            self._api.request("GET", f"/apis/batch/v1/namespaces/{job.ref.namespace}/jobs", query=selector),
+            self._api.request("GET", f"/api/v1/namespaces/{job.ref.namespace}/pods", query=selector),
+        )
+        return parse_observation(job, jobs["items"], pods["items"])
+
+    async def find_gpu_nodes(self) -> tuple[Manifest, ...]:
+        """Return the nodes that say what GPUs they have; none where the operator may not look."""
+        # Any version will do: the API server answers from its cache.
+        queries = [{"labelSelector": kind.memory_label, "resourceVersion": "0"} for kind in ACCELERATORS]
+        try:
+            answers = [await self._api.request("GET", "/api/v1/nodes", query=query) for query in queries]
+        except ApiError as error:
+            _log.warning("runs are not sized, since nodes cannot be listed: %s", error)
+            return ()
+        return tuple(node for answer in answers for node in answer["items"])
+
+    async def ensure(self, child: Manifest) -> bool:
+        """Create a child, or bring a ConfigMap of ours up to date; what belongs to something else is never adopted."""
+        try:
+            return await self._create(child)
+        except ApiError as error:
+            what = f"{child['kind']} {child['metadata']['name']} was refused: {error}"
+            raise RefusedError(what, final=error.status == INVALID) from error
+
+    async def _create(self, child: Manifest) -> bool:
+        try:
+            await self._api.request("POST", _folder(child), child, query=_MANAGER)
+        except ConflictError:
+            await self._meet(child)
+            return False
+        return True
+
+    async def _meet(self, child: Manifest) -> None:
+        """Look at what has the child's name already."""
+        try:
+            existing = await self._api.request("GET", _path(child))
+        except NotFoundError as error:
+            raise ClusterBusyError(f"{child['metadata']['name']} came and went") from error
+        if controller_uid(existing) != controller_uid(child) or "deletionTimestamp" in existing["metadata"]:
+            raise _name_taken(child, existing)
+        if child["kind"] == "ConfigMap":
+            seen = {"resourceVersion": existing["metadata"]["resourceVersion"]}
+            await self.patch({**child, "metadata": {**child["metadata"], **seen}})
+
+    async def patch(self, child: Manifest) -> None:
+        """Change some fields of a child that exists."""
+        try:
+            await self._api.request("PATCH", _path(child), child, query=_MANAGER, content_type=MERGE)
+        except (ConflictError, NotFoundError) as error:
+            raise ClusterBusyError(f"{child['metadata']['name']} has changed since it was read") from error
+
+    async def delete_job(self, ref: JobRef, name: str) -> None:
+        """Delete a child Job after its pods; no error when it is gone."""
+        body = {"apiVersion": "v1", "kind": "DeleteOptions", "propagationPolicy": "Foreground"}
+        try:
+            await self._api.request("DELETE", f"/apis/batch/v1/namespaces/{ref.namespace}/jobs/{name}", body)
+        except NotFoundError:
+            return
+
+    async def write_status(self, job: RawJob, status: Manifest) -> str:
+        """Replace the status if nobody else wrote since it was read, and return the new version."""
+        body = {
+            "apiVersion": names.API_VERSION,
+            "kind": names.KIND,
+            "metadata": {
+                "namespace": job.ref.namespace,
+                "name": job.ref.name,
+                "uid": job.uid,
+                "resourceVersion": job.resource_version,
+            },
+            "spec": job.spec,
+            "status": status,
+        }
+        path = f"{_jobs_path(job.ref.namespace)}/{job.ref.name}/status"
+        try:
+            answer = await self._api.request("PUT", path, body, query=_MANAGER)
+        except (ConflictError, NotFoundError) as error:
+            raise ClusterBusyError(f"{job.ref} has changed since it was read") from error
+        return str(answer["metadata"]["resourceVersion"])
+
+    async def tell(self, event: Manifest) -> None:
+        """Create a Kubernetes Event; a repeat is a no-op, and a refusal holds nothing up."""
+        try:
+            await self._api.request("POST", _folder(event), event)
+        except ConflictError as error:
+            if error.reason != EXISTS:
+                raise ClusterBusyError(f"event {event['reason']} met a conflict: {error}") from error
+        except ApiError as error:
+            _log.warning("event %s was refused: %s", event["reason"], error)
+
+    async def review_token(self, token: str) -> PodIdentity | None:
+        """Return the pod that a token of our audience is bound to."""
+        body = {
+            "apiVersion": "authentication.k8s.io/v1",
+            "kind": "TokenReview",
+            "spec": {"token": token, "audiences": [names.TOKEN_AUDIENCE]},
+        }
+        answer = await self._api.request("POST", "/apis/authentication.k8s.io/v1/tokenreviews", body)
+        return _identity(answer.get("status", {}))
+
+    async def job_of_pod(self, pod: PodIdentity) -> str | None:
+        """Return the QLoRAJob that a pod is labelled with, if the pod still exists."""
+        try:
+            answer = await self._api.request("GET", f"/api/v1/namespaces/{pod.namespace}/pods/{pod.name}")
+        except NotFoundError:
+            return None
+        metadata = answer["metadata"]
+        label = metadata.get("labels", {}).get(names.JOB_LABEL)
+        return str(label) if label and metadata["uid"] == pod.uid else None
+
+
+def _version(item: dict[str, Any]) -> JobVersion:
+    job = parse_job(item)
+    settled = job.status.get("phase") in TERMINAL and job.status.get("observedGeneration") == job.generation
+    return JobVersion(job.ref, job.resource_version, settled)
+
+
+def _name_taken(child: Manifest, existing: dict[str, Any]) -> NameTakenError:
+    """A former QLoRAJob of the same name leaves its children to the garbage collector."""
+    wanted = child["metadata"]["ownerReferences"][0]
+    owners = existing["metadata"].get("ownerReferences", ())
+    former = any(owner["kind"] == names.KIND and owner["name"] == wanted["name"] for owner in owners)
+    what = f"{child['kind']} {child['metadata']['name']}"
+    if former or "deletionTimestamp" in existing["metadata"]:
+        return NameTakenError(f"{what} of an earlier run is still being deleted", leaving=True)
+    return NameTakenError(
+        f"metadata.name: {what} exists already and belongs to something else; delete it or choose another name",
+        leaving=False,
+    )
+
+
+def _identity(status: dict[str, Any]) -> PodIdentity | None:
+    """Read a TokenReview; a token without a pod, or for another audience, speaks for nobody."""
+    user = status.get("user", {})
+    extra, username = user.get("extra", {}), user.get("username", "")
+    if not status.get("authenticated") or names.TOKEN_AUDIENCE not in status.get("audiences", ()):
+        return None
+    if not username.startswith(_ACCOUNT_PREFIX) or _POD_NAME not in extra or _POD_UID not in extra:
+        return None
+    namespace = username.removeprefix(_ACCOUNT_PREFIX).partition(":")[0]
+    return PodIdentity(namespace, extra[_POD_NAME][0], extra[_POD_UID][0])

@@ -1,0 +1,1 @@
+"""The control loop: kopf handlers, work queue, reconcile."""

@@ -1,0 +1,175 @@
+"""The operator's metrics for Prometheus: what it does, what its QLoRAJobs do, and how far the running ones are.
+
+Whatever belongs to one QLoRAJob is read, when somebody asks, from the reports that are there anyway: a job that does
+not run costs nothing, and one that has ended is gone from the answer.
+"""
+
+from collections import Counter as Tally
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime, timedelta
+from time import perf_counter
+from typing import Final
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from qlora_api import __version__, metrics
+from qlora_api.job_ref import JobRef
+from qlora_api.names import TERMINAL, Phase
+from qlora_api.v1alpha1 import Progress, QLoRAJobStatus
+from qlora_operator.cluster.interface import ClusterBusyError
+from qlora_operator.controller.reconcile import Outcome
+
+RUNNING: Final = frozenset({Phase.TRAINING, Phase.EVALUATING, Phase.PUBLISHING})
+"""Phases in which a report speaks of what is going on."""
+
+disable_created_metrics()  # type: ignore[no-untyped-call]
+
+
+class Jobs(Collector):
+    """The QLoRAJobs by phase, and the reports of those that run; nothing while another replica leads."""
+
+    def __init__(self) -> None:
+        self.report_of: Callable[[JobRef], Progress | None] = _no_report
+        self._phases: dict[JobRef, Phase] = {}
+        self._leads = False
+
+    def lead(self, report_of: Callable[[JobRef], Progress | None]) -> None:
+        """From now on this replica knows all there are, and what they report."""
+        self._leads, self.report_of = True, report_of
+
+    def saw(self, ref: JobRef, phase: Phase | None) -> None:
+        """A job is in a phase; none means that it is gone."""
+        if phase is None:
+            self._phases.pop(ref, None)
+        else:
+            self._phases[ref] = phase
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """Yield what there is now."""
+        jobs = _family(metrics.JOBS)
+        tally = Tally(self._phases.values())
+        for phase in Phase if self._leads else ():
+            jobs.add_metric([phase.value], tally[phase])
+        yield jobs
+        yield from self._collect_reports()
+
+    def _collect_reports(self) -> Iterator[GaugeMetricFamily]:
+        running = [(ref, self.report_of(ref)) for ref, phase in self._phases.items() if phase in RUNNING]
+        for metric, read in _READ.items():
+            family = _family(metric)
+            for ref, report in running:
+                value = read(report) if report else None
+                if value is not None:
+                    family.add_metric(list(ref), value)
+            yield family
+
+
+def _family(metric: metrics.Metric) -> GaugeMetricFamily:
+    return GaugeMetricFamily(metric.name, metric.help, labels=metric.labels)
+
+
+def _no_report(_: JobRef) -> None:
+    """Know nothing: nobody reports to a replica that waits."""
+
+
+def progress_ratio(report: Progress) -> float:
+    """Return the share of steps done: exact where they are reported, else by the percentage."""
+    if report.step is not None and report.total_steps:
+        return min(report.step / report.total_steps, 1.0)
+    return report.percent / 100
+
+
+_READ: Final[dict[metrics.Metric, Callable[[Progress], float | None]]] = {
+    metrics.PROGRESS: progress_ratio,
+    metrics.ETA: lambda report: report.remaining_seconds,
+    metrics.LOSS: lambda report: report.loss,
+}
+
+
+class Metrics:
+    """What one operator counts; one registry per process."""
+
+    def __init__(self, leads: Callable[[], bool]) -> None:
+        self.registry = registry = CollectorRegistry()
+        self.jobs = Jobs()
+        registry.register(self.jobs)
+        Gauge(*metrics.BUILD.what, registry=registry).labels(__version__).set(1)
+        Gauge(*metrics.LEADER.what, registry=registry).set_function(leads)
+        self._passes = Counter(*metrics.RECONCILES.what, registry=registry)
+        self._pass_seconds = _histogram(metrics.RECONCILE_SECONDS, registry)
+        self._calls = Counter(*metrics.API_REQUESTS.what, registry=registry)
+        self._call_seconds = _histogram(metrics.API_SECONDS, registry)
+        self._queue_depth = Gauge(*metrics.QUEUE_DEPTH.what, registry=registry)
+        self._queue_age = Gauge(*metrics.QUEUE_AGE.what, registry=registry)
+        self._finished = Counter(*metrics.FINISHED.what, registry=registry)
+        self._attempts = Counter(*metrics.ATTEMPTS.what, registry=registry)
+        self._waited = _histogram(metrics.WAITED, registry)
+        self._ran = _histogram(metrics.RAN, registry)
+        for result in ("success", "busy", "error"):
+            self._passes.labels(result)
+
+    def watch_queue(self, depth: Callable[[], float], oldest_age: Callable[[], float]) -> None:
+        """Ask a queue whenever somebody asks for the metrics."""
+        self._queue_depth.set_function(depth)
+        self._queue_age.set_function(oldest_age)
+
+    @contextmanager
+    def measure(self) -> Iterator[None]:
+        """Count and time one pass."""
+        start, result = perf_counter(), "error"
+        try:
+            yield
+            result = "success"
+        except ClusterBusyError:
+            result = "busy"
+            raise
+        finally:
+            self._passes.labels(result).inc()
+            self._pass_seconds.observe(perf_counter() - start)
+
+    def called(self, verb: str, code: int | None, seconds: float) -> None:
+        """Count a call to the API server; no code where it did not answer."""
+        self._calls.labels(verb, str(code) if code else "none").inc()
+        self._call_seconds.labels(verb).observe(seconds)
+
+    def passed(self, ref: JobRef, outcome: Outcome) -> None:
+        """Count what a pass found, and what it was the first to write down."""
+        status, turn = outcome.status, outcome.turn
+        self.jobs.saw(ref, status.phase if status else None)
+        if status is None or turn is None or outcome.written is None:
+            return
+        self._count_attempts(turn.previous, status)
+        start, before = started_training(status), started_training(turn.previous)
+        if start is not None and before is None:
+            self._waited.observe(_seconds(start - turn.raw.created_at))
+        if status.phase in TERMINAL and status.finished_at and status.reason:
+            self._finished.labels(status.phase.value, status.reason.value).inc()
+            if start is not None:
+                self._ran.labels(status.phase.value).observe(_seconds(status.finished_at - start))
+
+    def _count_attempts(self, before: QLoRAJobStatus, after: QLoRAJobStatus) -> None:
+        ended = {attempt.number for attempt in before.attempts if attempt.reason}
+        for attempt in after.attempts:
+            if attempt.reason and attempt.number not in ended:
+                self._attempts.labels(attempt.reason.value).inc()
+
+    def render(self) -> bytes:
+        """Return the exposition format."""
+        return generate_latest(self.registry)
+
+
+def started_training(status: QLoRAJobStatus) -> datetime | None:
+    """Return when the first container of a training started."""
+    return min((attempt.started_at for attempt in status.attempts if attempt.started_at), default=None)
+
+
+def _histogram(metric: metrics.Metric, registry: CollectorRegistry) -> Histogram:
+    return Histogram(*metric.what, buckets=metric.buckets, registry=registry)
+
+
+def _seconds(duration: timedelta) -> float:
+    """Return a duration; clocks of two machines may differ, and none lasts less than nothing."""
+    return max(duration.total_seconds(), 0.0)

@@ -1,0 +1,136 @@
+"""A work queue: every key once, one worker per key, delayed repeats, back-off on errors.
+
+An event that arrives while its key is being worked on is not lost: the key is worked on once more.
+"""
+
+import asyncio
+import contextlib
+import logging
+import random
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from datetime import timedelta
+from typing import Final, Generic, TypeVar
+
+from qlora_operator.cluster.interface import ClusterBusyError
+
+Key = TypeVar("Key")
+Work = Callable[[Key], Awaitable[timedelta | None]]
+"""Does the work of a key, and says when to repeat it although nothing has happened."""
+
+_log = logging.getLogger(__name__)
+
+FIRST_BACKOFF: Final = 0.5
+"""Seconds after the first error; doubled with each further one."""
+LAST_BACKOFF: Final = 300.0
+"""Seconds that back-off never exceeds."""
+
+
+def backoff_seconds(failures: int, jitter: float) -> float:
+    """Return the delay after so many errors; jitter, from 0 to 1, spreads it over half to one and a half."""
+    return min(FIRST_BACKOFF * 2.0 ** min(failures - 1, 20), LAST_BACKOFF) * (0.5 + jitter)
+
+
+class WorkQueue(Generic[Key]):
+    """Runs the work of added keys on a bounded number of workers."""
+
+    def __init__(self, work: Work[Key], workers: int, jitter: Callable[[], float] = random.random) -> None:
+        self._work = work
+        self._count = workers
+        self._jitter = jitter
+        self._ready: asyncio.Queue[Key] = asyncio.Queue()
+        self._since: dict[Key, float] = {}
+        self._active: dict[Key, float] = {}
+        self._timers: dict[Key, asyncio.TimerHandle] = {}
+        self._failures: Counter[Key] = Counter()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._closed = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @property
+    def depth(self) -> int:
+        """Keys that wait for a worker."""
+        return self._ready.qsize()
+
+    def add(self, key: Key) -> None:
+        """Work on a key soon."""
+        if self._closed or key in self._since:
+            return
+        self._since[key] = asyncio.get_running_loop().time()
+        if key not in self._active:
+            self._ready.put_nowait(key)
+
+    def add_after(self, key: Key, delay: timedelta) -> None:
+        """Work on a key later; an earlier appointment stands."""
+        loop = asyncio.get_running_loop()
+        due = loop.time() + delay.total_seconds()
+        timer = self._timers.get(key)
+        if self._closed or (timer is not None and timer.when() <= due):
+            return
+        if timer is not None:
+            timer.cancel()
+        self._timers[key] = loop.call_at(due, self._ring, key)
+
+    def oldest_age(self) -> float:
+        """Return for how many seconds the longest waiting key has waited, while worked on or not."""
+        now = asyncio.get_running_loop().time()
+        return max((now - since for since in (*self._since.values(), *self._active.values())), default=0.0)
+
+    def start(self) -> None:
+        """Start the workers."""
+        self._tasks = [asyncio.create_task(self._run(), name=f"worker {number}") for number in range(self._count)]
+
+    def alive(self) -> bool:
+        """Whether every worker runs."""
+        return bool(self._tasks) and not any(task.done() for task in self._tasks)
+
+    async def drain(self, grace: timedelta) -> None:
+        """Take no more keys, let the workers finish what they are at, then end them."""
+        self._closed = True
+        for timer in self._timers.values():
+            timer.cancel()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), grace.total_seconds())
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _ring(self, key: Key) -> None:
+        del self._timers[key]
+        self.add(key)
+
+    async def _run(self) -> None:
+        while True:
+            key = await self._ready.get()
+            if self._closed:
+                continue
+            await self._work_on(key)
+
+    async def _work_on(self, key: Key) -> None:
+        self._active[key] = self._since.pop(key)
+        self._idle.clear()
+        try:
+            delay = await self._attempt(key)
+        finally:
+            del self._active[key]
+            if not self._active:
+                self._idle.set()
+        if delay is not None:
+            self.add_after(key, delay)
+        if key in self._since:
+            self._ready.put_nowait(key)
+
+    async def _attempt(self, key: Key) -> timedelta | None:
+        """Do the work; any error is counted, told, and repeated later."""
+        try:
+            delay = await self._work(key)
+        except ClusterBusyError as error:
+            _log.info("%s", error)
+        except Exception:
+            _log.exception("the work on %s failed", key)
+        else:
+            del self._failures[key]
+            return delay
+        self._failures[key] += 1
+        return timedelta(seconds=backoff_seconds(self._failures[key], self._jitter()))

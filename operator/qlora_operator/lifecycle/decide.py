@@ -1,0 +1,110 @@
+"""From the spec, the last status and the children to where the run stands and what comes next.
+
+Facts reach the status before anything relies on them, so a crash between any two writes loses nothing: a training Job
+is created only when model, output and plan are on record. When a Job's termination message is lost, the prepare Job
+is deleted, then the loss recorded, then the Job deleted, then prepared again: what prepare Job is there once the loss
+is on record was made after it, which no comparison of the clocks of two machines could tell. That next prepare finds
+the manifest if the result was published.
+"""
+
+from dataclasses import replace
+from typing import Final
+
+from qlora_api.names import TERMINAL, Phase, Reason, Role
+from qlora_api.v1alpha1 import QLoRAJobStatus
+from qlora_operator.lifecycle.context import Watch, startup_of
+from qlora_operator.lifecycle.gang import is_busy, judge, patience_with
+from qlora_operator.lifecycle.prepare_phase import follow_preparation
+from qlora_operator.lifecycle.retry_policy import retry_at
+from qlora_operator.lifecycle.suspend import suspend
+from qlora_operator.lifecycle.train_phase import follow_training, lose, make_attempt, published
+from qlora_operator.models import Action, ChildJob, Decision, Job, Observation
+from qlora_planner.validation import Violation, check
+
+_ENDED_FROM_HERE: Final = frozenset({Reason.HEARTBEAT_LOST, Reason.NODE_LOST, Reason.SUSPENDED_BY_USER})
+"""Ends that the operator saw, and not Kubernetes, which may still run pods of such an attempt."""
+
+
+def rejected(violations: tuple[Violation, ...]) -> Decision:
+    """Fail for what only the user can correct."""
+    return Decision(Phase.FAILED, violations[0].reason, "; ".join(violation.message for violation in violations))
+
+
+def next_action(job: Job, seen: Observation, watch: Watch) -> Decision:
+    """Say where the run stands and what comes next."""
+    if violations := check(job.spec):
+        return rejected(violations)
+    number = 1 + max((attempt.number for attempt in job.status.attempts if attempt.reason), default=0)
+    return (
+        _published_late(job, seen, number, watch)
+        or suspend(job, seen, number, watch)
+        or _clear_away(job.status, seen, number)
+        or _train(job, seen, number, watch)
+        or _hold_back(job.status, seen, number, watch)
+        or follow_preparation(job, seen, number, watch.now)
+    )
+
+
+def plans_for_gpus(job: Job, seen: Observation) -> bool:
+    """Return whether the next decision may be a plan that depends on the cluster's GPUs."""
+    # The end of a pod is seen before its Job's.
+    prepared = seen.prepare is not None and not seen.prepare.holds_resources
+    trains = any(child.role is Role.TRAIN for child in seen.jobs)
+    return bool(job.spec.resources.gpus_per_node) and prepared and not trains
+
+
+def is_terminal(status: QLoRAJobStatus) -> bool:
+    """Whether the run is over for ever."""
+    return status.phase in TERMINAL
+
+
+def _published_late(job: Job, seen: Observation, number: int, watch: Watch) -> Decision | None:
+    """An attempt that was given up may publish before it ends."""
+    for child in seen.jobs:
+        if child.role is Role.TRAIN and child.attempt < number:
+            verdict = judge(child, startup_of(job), watch.now)
+            if decision := published(verdict, make_attempt(job, child.attempt), watch.now):
+                return decision
+    return None
+
+
+def _clear_away(status: QLoRAJobStatus, seen: Observation, number: int) -> Decision | None:
+    """Delete Jobs that speak of a lost attempt, or that are being deleted; wait until they are gone.
+
+    Whoever trains needs its prepare Job no more, so that anybody may delete that.
+    """
+    leaving = seen.prepare is not None and seen.prepare.deleting and seen.train(number) is None
+    if not leaving and not any(_is_lost(child, status) for child in seen.jobs if child.role is Role.TRAIN):
+        return None
+    message = (
+        "Jobs were deleted, or lost without a termination message; preparation runs again and finds what was published"
+    )
+    return Decision(Phase.PREPARING, Reason.PREPARING, message, Action.START_OVER)
+
+
+def _is_lost(train: ChildJob, status: QLoRAJobStatus) -> bool:
+    ends = {attempt.number: attempt.reason for attempt in status.attempts if attempt.reason}
+    end = ends.get(train.attempt)
+    return end is Reason.POD_LOST or (train.deleting and end is None)
+
+
+def _train(job: Job, seen: Observation, number: int, watch: Watch) -> Decision | None:
+    """Follow the attempt under way; it is lost if it is on record as running, and nobody sees its Job."""
+    if train := seen.train(number):
+        return follow_training(job, train, watch)
+    on_record = any(attempt.number == number for attempt in job.status.attempts)
+    return lose(make_attempt(job, number), watch.now) if on_record else None
+
+
+def _hold_back(status: QLoRAJobStatus, seen: Observation, number: int, watch: Watch) -> Decision | None:
+    """Let the pods of the attempts before end first, and a service recover."""
+    given_up = {attempt.number for attempt in status.attempts if attempt.reason in _ENDED_FROM_HERE}
+    earlier = [child for child in seen.jobs if child.role is Role.TRAIN and child.attempt < number]
+    unfinished = [child for child in earlier if not child.finished]
+    waiting = Decision(Phase.SCHEDULING, status.reason or Reason.SCHEDULING, status.message or "")
+    if any(child.attempt in given_up and not child.deleting for child in unfinished):
+        return replace(waiting, action=Action.STOP)
+    if any(child.attempt not in given_up or is_busy(child, watch.now) for child in unfinished):
+        return replace(waiting, recheck_at=max(filter(None, map(patience_with, unfinished)), default=None))
+    at = retry_at(status.attempts)
+    return replace(waiting, recheck_at=at) if at is not None and watch.now < at else None

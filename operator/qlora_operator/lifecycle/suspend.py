@@ -1,0 +1,40 @@
+"""spec.suspend: what runs is stopped, after its last checkpoint, and nothing is started."""
+
+from typing import Final
+
+from qlora_api.names import Phase, Reason, Role
+from qlora_operator.lifecycle.context import Watch, startup_of
+from qlora_operator.lifecycle.gang import judge
+from qlora_operator.lifecycle.retry_policy import AT_ONCE
+from qlora_operator.lifecycle.train_phase import record
+from qlora_operator.models import Action, Decision, Job, Observation, Stage
+
+_STOPPING: Final = "training is being stopped: it writes a checkpoint and ends"
+_STOPPING_PREPARATION: Final = "preparation is being stopped"
+_RUNNING: Final = frozenset({Stage.WAITING, Stage.RUNNING})
+
+
+def suspend(job: Job, seen: Observation, number: int, watch: Watch) -> Decision | None:
+    """Stop what runs, where the spec asks for it; an end that came first is told first."""
+    if not job.spec.suspend:
+        return None
+    train = seen.train(number)
+    if train is not None and not train.deleting:
+        if judge(train, startup_of(job), watch.now).stage not in _RUNNING:
+            return None
+        ended = record(job, train).model_copy(
+            update={"reason": Reason.SUSPENDED_BY_USER, "message": _STOPPING, "finished_at": watch.now}
+        )
+        return Decision(Phase.SUSPENDED, Reason.SUSPENDED_BY_USER, _STOPPING, attempt=ended, retry_after=AT_ONCE)
+    if train is not None or any(attempt.number == number for attempt in job.status.attempts):
+        return None
+    if running := {child.role for child in seen.jobs if child.holds_resources}:
+        message = _STOPPING if Role.TRAIN in running else _STOPPING_PREPARATION
+        return Decision(Phase.SUSPENDED, Reason.SUSPENDED_BY_USER, message, Action.STOP)
+    return Decision(Phase.SUSPENDED, Reason.SUSPENDED_BY_USER, _describe(job))
+
+
+def _describe(job: Job) -> str:
+    checkpoint = job.status.checkpoint
+    kept = f"the checkpoint of step {checkpoint.step} is in {checkpoint.uri}; " if checkpoint else ""
+    return f"spec.suspend is true: no pod runs; {kept}set it to false to resume"

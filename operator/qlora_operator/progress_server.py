@@ -1,0 +1,179 @@
+"""The endpoint that running pods post their progress to: Kubeflow Trainer's status protocol.
+
+A pod proves who it is with a token that is bound to it; it can speak for its own QLoRAJob only. Losing a report, or
+the endpoint, never fails a run.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from datetime import datetime, timedelta
+from hashlib import sha256
+from typing import Final
+
+from aiohttp import web
+from pydantic import ValidationError
+
+from qlora_api import names
+from qlora_api.job_ref import JobRef
+from qlora_api.names import Phase
+from qlora_api.progress import ProgressReport
+from qlora_api.units import KIB
+from qlora_api.v1alpha1 import Checkpoint, Progress
+from qlora_operator.cluster.interface import ClusterBusyError, Identities
+
+MAX_BODY: Final = 64 * KIB
+MAX_TOKEN: Final = 16 * KIB
+TRUST_SECONDS: Final = 60.0
+"""For so long a reviewed token is not reviewed again."""
+MAX_TRUSTED: Final = 10_000
+"""Tokens that are remembered; more pods than that just cost more reviews."""
+STATUS_EVERY: Final = timedelta(seconds=5)
+"""Progress alone changes a status at most so often."""
+REPORTED_PHASES: Final = frozenset({Phase.TRAINING, Phase.EVALUATING, Phase.PUBLISHING})
+
+
+class RefusedError(Exception):
+    """The caller must change something; becomes an HTTP status with a sentence."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class Reports:
+    """The last report of every running job, in memory."""
+
+    def __init__(self) -> None:
+        self._last: dict[JobRef, Progress] = {}
+
+    def get(self, ref: JobRef) -> Progress | None:
+        """Return the last report."""
+        return self._last.get(ref)
+
+    def keep(self, ref: JobRef, report: Progress) -> None:
+        """Replace the last report."""
+        self._last[ref] = report
+
+    def forget(self, ref: JobRef) -> None:
+        """The run is over."""
+        self._last.pop(ref, None)
+
+
+def read_report(report: ProgressReport, now: datetime) -> Progress:
+    """Turn the wire's report, whose numbers are strings, into ours; what cannot be read is left out."""
+    status = report.trainer_status
+    metrics = {metric.name: metric.value for metric in status.metrics}
+    speed = _to_float(metrics, "tokens_per_second")
+    phase = metrics.get("phase")
+    return Progress(
+        percent=status.progress_percentage or 0,
+        step=_to_int(metrics, "current_step"),
+        total_steps=_to_int(metrics, "total_steps"),
+        remaining_seconds=status.estimated_remaining_seconds,
+        loss=_to_float(metrics, "loss"),
+        tokens_per_second=speed if speed is not None and speed >= 0 else None,
+        phase=Phase(phase) if phase in REPORTED_PHASES else None,
+        checkpoint=_to_checkpoint(metrics),
+        updated_at=now.replace(microsecond=0),
+    )
+
+
+def _to_float(metrics: Mapping[str, str], name: str) -> float | None:
+    try:
+        number = float(metrics[name])
+    except (KeyError, ValueError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _to_int(metrics: Mapping[str, str], name: str) -> int | None:
+    number = _to_float(metrics, name)
+    return int(number) if number is not None and number >= 0 else None
+
+
+def _to_checkpoint(metrics: Mapping[str, str]) -> Checkpoint | None:
+    told = {name: value for name in Checkpoint.model_fields if (value := metrics.get(f"checkpoint_{name}")) is not None}
+    try:
+        checkpoint = Checkpoint.model_validate(told)
+    except ValidationError:
+        return None
+    # A time without its zone could be any.
+    return checkpoint if checkpoint.time.tzinfo else None
+
+
+class Gate:
+    """Says which pod a token speaks for, and whether it may speak for a job."""
+
+    def __init__(self, identities: Identities, clock: Callable[[], float]) -> None:
+        self._identities = identities
+        self._clock = clock
+        self._trusted_until: dict[tuple[str, JobRef], float] = {}
+
+    async def admit(self, authorization: str, ref: JobRef) -> None:
+        """Return when the token's pod belongs to the job; RefusedError otherwise."""
+        scheme, _, token = authorization.partition(" ")
+        if scheme.lower() != "bearer" or not 0 < len(token) <= MAX_TOKEN:
+            raise RefusedError(401, "send the pod's token: Authorization: Bearer <token>")
+        key = (sha256(token.encode()).hexdigest(), ref)
+        if self._trusted_until.get(key, -math.inf) < self._clock():
+            await self._ask(token, ref)
+            self._trust(key)
+
+    def _trust(self, key: tuple[str, JobRef]) -> None:
+        if len(self._trusted_until) >= MAX_TRUSTED:
+            self._trusted_until.clear()
+        self._trusted_until[key] = self._clock() + TRUST_SECONDS
+
+    async def _ask(self, token: str, ref: JobRef) -> None:
+        pod = await self._identities.review_token(token)
+        if pod is None:
+            raise RefusedError(401, f"the token is not a pod's, has expired, or lacks audience {names.TOKEN_AUDIENCE}")
+        job = await self._identities.job_of_pod(pod) if pod.namespace == ref.namespace else None
+        if job != ref.name:
+            raise RefusedError(403, f"pod {pod.namespace}/{pod.name} does not belong to {names.KIND} {'/'.join(ref)}")
+        if await self._identities.read_job(ref) is None:
+            raise RefusedError(404, f"there is no {names.KIND} {'/'.join(ref)}")
+
+
+Notify = Callable[[JobRef, timedelta], None]
+"""Called with a job whose report is new, and how long its status may wait."""
+
+
+class ProgressEndpoint:
+    """Takes reports."""
+
+    def __init__(self, gate: Gate, reports: Reports, notify: Notify, clock: Callable[[], datetime]) -> None:
+        self._gate = gate
+        self._reports = reports
+        self._notify = notify
+        self._clock = clock
+
+    def application(self) -> web.Application:
+        """Return the web application."""
+        app = web.Application(client_max_size=MAX_BODY)
+        app.router.add_post(names.progress_path("{namespace}", "{job}"), self.post)
+        return app
+
+    async def post(self, request: web.Request) -> web.Response:
+        """Take one report."""
+        ref = JobRef(request.match_info["namespace"], request.match_info["job"])
+        try:
+            await self._gate.admit(request.headers.get("Authorization", ""), ref)
+            await self._take(ref, request)
+        except RefusedError as error:
+            return web.json_response({"message": str(error)}, status=error.status)
+        except ClusterBusyError as error:
+            return web.json_response({"message": str(error)}, status=503)
+        return web.json_response({})
+
+    async def _take(self, ref: JobRef, request: web.Request) -> None:
+        try:
+            report = ProgressReport.model_validate_json(await request.read())
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "body"
+            raise RefusedError(400, f"{where}: {first['msg']}") from error
+        now, before = self._clock(), self._reports.get(ref)
+        self._reports.keep(ref, read_report(report, now))
+        age = now - before.updated_at if before else STATUS_EVERY
+        self._notify(ref, max(STATUS_EVERY - age, timedelta(0)))

@@ -1,0 +1,68 @@
+"""The ConfigMap with the one JSON file that a pod validates with one model."""
+
+import json
+
+from qlora_api.base import ApiModel
+from qlora_api.launcher_config import accelerate_config, deepspeed_config
+from qlora_api.names import ACCELERATE_CONFIG_FILE, DEEPSPEED_CONFIG_FILE
+from qlora_api.runconfig import PrepareConfig, RunConfig
+from qlora_api.strategies import STRATEGIES
+from qlora_api.v1alpha1 import Plan, QLoRAJobSpec
+from qlora_operator.models import Manifest, Run
+from qlora_operator.resources.metadata import (
+    Installation,
+    Owner,
+    Workload,
+    build_metadata,
+    prepare_workload,
+    train_workload,
+)
+
+
+def build_prepare_config(owner: Owner, spec: QLoRAJobSpec, installation: Installation) -> Manifest:
+    """Return what the prepare pod starts from."""
+    config = PrepareConfig(
+        namespace=owner.ref.namespace,
+        job=owner.ref.name,
+        uid=owner.uid,
+        spec=spec,
+        platform=installation.platform,
+    )
+    return _build(prepare_workload(owner), config)
+
+
+def build_run_config(owner: Owner, spec: QLoRAJobSpec, run: Run, installation: Installation) -> Manifest:
+    """Return what the pod of a training attempt starts from."""
+    config = RunConfig(
+        namespace=owner.ref.namespace,
+        job=owner.ref.name,
+        uid=owner.uid,
+        attempt=run.attempt,
+        spec=spec,
+        plan=run.plan,
+        prepared=run.prepared,
+        platform=installation.platform,
+    )
+    return _build(train_workload(owner, run.attempt), config, _launch_files(spec, run.plan))
+
+
+def _launch_files(spec: QLoRAJobSpec, plan: Plan) -> dict[str, str]:
+    """Return what the launcher of several processes reads; JSON is YAML too."""
+    if plan.processes == 1:
+        return {}
+    files = {ACCELERATE_CONFIG_FILE: accelerate_config(plan)}
+    if STRATEGIES[plan.strategy].launcher == "deepspeed":
+        files[DEEPSPEED_CONFIG_FILE] = deepspeed_config(plan.strategy, spec.training.max_grad_norm)
+    return {name: json.dumps(content, indent=1) for name, content in files.items()}
+
+
+def _build(workload: Workload, config: ApiModel, others: dict[str, str] | None = None) -> Manifest:
+    return {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": build_metadata(workload),
+        "data": {
+            workload.config_file: config.model_dump_json(by_alias=True, exclude_none=True, indent=1),
+            **(others or {}),
+        },
+    }

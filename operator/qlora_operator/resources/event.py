@@ -1,0 +1,61 @@
+"""The Kubernetes Event of a transition, for `kubectl describe`."""
+
+from datetime import datetime
+from hashlib import sha256
+from typing import Final
+
+from qlora_api import names
+from qlora_api.names import Phase
+from qlora_api.reasons import NORMAL_REASONS, Reason
+from qlora_api.v1alpha1 import QLoRAJobStatus
+from qlora_operator.models import Manifest
+from qlora_operator.resources.metadata import Owner
+
+MAX_NOTE: Final = 1024
+"""Bytes that an Event's note may have."""
+ACTIONS: Final = {
+    Phase.PENDING: "Accept",
+    Phase.PREPARING: "Prepare",
+    Phase.QUEUED: "Queue",
+    Phase.SCHEDULING: "Schedule",
+    Phase.TRAINING: "Train",
+    Phase.EVALUATING: "Evaluate",
+    Phase.PUBLISHING: "Publish",
+    Phase.SUSPENDED: "Suspend",
+    Phase.SUCCEEDED: "Succeed",
+    Phase.FAILED: "Fail",
+}
+"""What the operator did or found being done when it told of a phase."""
+
+
+def event_type(reason: Reason) -> str:
+    """Return Warning for what ends a run badly, and for what hinders one although it goes on."""
+    return "Normal" if reason in NORMAL_REASONS else "Warning"
+
+
+def build_event(owner: Owner, resource_version: str, status: QLoRAJobStatus, now: datetime) -> Manifest:
+    """Return the Event that tells of a transition; its name follows from the transition, so a repeat is a no-op."""
+    phase, reason = status.phase or Phase.PENDING, status.reason or Reason.ACCEPTED
+    identity = "/".join((owner.uid, resource_version, phase, reason))
+    return {
+        "apiVersion": "events.k8s.io/v1",
+        "kind": "Event",
+        "metadata": {
+            "name": f"{owner.ref.name}.{sha256(identity.encode()).hexdigest()[:16]}",
+            "namespace": owner.ref.namespace,
+        },
+        "eventTime": now.strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
+        "reportingController": f"{names.GROUP}/{names.FIELD_MANAGER}",
+        "reportingInstance": names.FIELD_MANAGER,
+        "action": ACTIONS[phase],
+        "reason": reason.value,
+        "type": event_type(reason),
+        "note": (status.message or "").encode()[:MAX_NOTE].decode(errors="ignore"),
+        "regarding": {
+            "apiVersion": names.API_VERSION,
+            "kind": names.KIND,
+            "name": owner.ref.name,
+            "namespace": owner.ref.namespace,
+            "uid": owner.uid,
+        },
+    }

@@ -1,0 +1,72 @@
+"""The batch/v1 Jobs: one that prepares, one per training attempt."""
+
+from datetime import timedelta
+
+from qlora_api import names
+from qlora_api.job_ref import JobRef
+from qlora_api.v1alpha1 import QLoRAJobSpec, QueueSpec
+from qlora_operator.models import PREPARE_DEADLINE, Manifest, Run
+from qlora_operator.resources.metadata import (
+    Installation,
+    Owner,
+    Workload,
+    build_labels,
+    build_metadata,
+    prepare_workload,
+    train_workload,
+)
+from qlora_operator.resources.pod import build_prepare_pod, build_train_pod
+
+
+def build_prepare_job(owner: Owner, spec: QLoRAJobSpec, installation: Installation) -> Manifest:
+    """Return the Job that checks model, dataset and output without a GPU."""
+    workload = prepare_workload(owner)
+    return _build(workload, build_prepare_pod(workload, spec, installation), PREPARE_DEADLINE)
+
+
+def build_train_job(owner: Owner, spec: QLoRAJobSpec, run: Run, installation: Installation) -> Manifest:
+    """Return the Job of one training attempt: a pod per node, which live and die together."""
+    workload, plan = train_workload(owner, run.attempt), run.plan
+    pod = build_train_pod(workload, spec, run, installation)
+    job = _build(workload, pod, timedelta(seconds=run.seconds_left), plan.nodes)
+    return _queue(job, spec.queue) if spec.queue else job
+
+
+def _queue(job: Manifest, queue: QueueSpec) -> Manifest:
+    """Return a Job that waits until its queue lets it start; without a queue controller it waits, and holds nothing."""
+    labels = {names.QUEUE_LABEL: queue.name}
+    if queue.priority_class:
+        labels[names.PRIORITY_CLASS_LABEL] = queue.priority_class
+    metadata = {**job["metadata"], "labels": {**job["metadata"]["labels"], **labels}}
+    return {**job, "metadata": metadata, "spec": {"suspend": True, **job["spec"]}}
+
+
+def build_deadline(ref: JobRef, name: str, seconds: int) -> Manifest:
+    """Return the one field of a running Job that follows the spec."""
+    return {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": {"name": name, "namespace": ref.namespace},
+        "spec": {"activeDeadlineSeconds": seconds},
+    }
+
+
+def _build(workload: Workload, pod: Manifest, deadline: timedelta, pods: int = 1) -> Manifest:
+    """Pods that are never restarted: the operator, not the Job controller, decides what a failure means."""
+    return {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": build_metadata(workload),
+        "spec": {
+            "completionMode": "Indexed",
+            "completions": pods,
+            "parallelism": pods,
+            "backoffLimit": 0,
+            "podReplacementPolicy": "Failed",
+            "activeDeadlineSeconds": int(deadline.total_seconds()),
+            "template": {
+                "metadata": {"labels": build_labels(workload)},
+                "spec": pod,
+            },
+        },
+    }

@@ -1,0 +1,81 @@
+"""What every child shares: labels, the owner reference, and what the installation decides."""
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from qlora_api import names
+from qlora_api.job_ref import JobRef
+from qlora_api.names import Role
+from qlora_api.runconfig import Platform
+
+
+@dataclass(frozen=True)
+class Installation:
+    """What is the same for every child of an installation."""
+
+    image: str
+    pull_policy: str = "IfNotPresent"
+    progress_url: str = ""
+    """Base URL that pods post progress to; empty switches progress off."""
+    platform: Platform = field(default_factory=Platform)
+    pull_secrets: tuple[str, ...] = ()
+    """Names of Secrets for the image's registry, in the QLoRAJob's namespace."""
+
+
+class Owner(NamedTuple):
+    """The QLoRAJob that children belong to."""
+
+    ref: JobRef
+    uid: str
+
+
+class Workload(NamedTuple):
+    """What a Job and its ConfigMap are for."""
+
+    owner: Owner
+    role: Role
+    attempt: int
+    """0 for prepare."""
+    name: str
+    """Of the Job and of the ConfigMap."""
+    config_file: str
+
+
+def prepare_workload(owner: Owner) -> Workload:
+    """Return the work that needs no GPU."""
+    return Workload(owner, Role.PREPARE, 0, names.prepare_job_name(owner.ref.name), names.PREPARE_CONFIG_FILE)
+
+
+def train_workload(owner: Owner, attempt: int) -> Workload:
+    """Return the work of one training attempt."""
+    return Workload(owner, Role.TRAIN, attempt, names.train_job_name(owner.ref.name, attempt), names.RUN_CONFIG_FILE)
+
+
+def build_labels(workload: Workload) -> dict[str, str]:
+    """Return the labels of a child and of its pods."""
+    labels = {
+        names.MANAGED_BY_LABEL: names.FIELD_MANAGER,
+        names.JOB_LABEL: workload.owner.ref.name,
+        names.ROLE_LABEL: workload.role.value,
+    }
+    return labels | ({names.ATTEMPT_LABEL: str(workload.attempt)} if workload.attempt else {})
+
+
+def build_metadata(workload: Workload) -> dict[str, Any]:
+    """Return the metadata of a child; the garbage collector deletes it with its owner."""
+    owner = workload.owner
+    return {
+        "name": workload.name,
+        "namespace": owner.ref.namespace,
+        "labels": build_labels(workload),
+        "ownerReferences": [
+            {
+                "apiVersion": names.API_VERSION,
+                "kind": names.KIND,
+                "name": owner.ref.name,
+                "uid": owner.uid,
+                "controller": True,
+                "blockOwnerDeletion": True,
+            }
+        ],
+    }

@@ -1,0 +1,221 @@
+"""The pods, under Pod Security `restricted`: no API token, no root, no writable root file system."""
+
+from typing import Any, Final
+
+from qlora_api import metrics, names
+from qlora_api.accelerators import accelerator_of
+from qlora_api.names import Role, SecretRole
+from qlora_api.v1alpha1 import Plan, QLoRAJobSpec, ResourcesSpec, Toleration
+from qlora_operator.models import PREPARE_MEMORY, Manifest, Run
+from qlora_operator.resources.claims import build_claim_mounts, build_claim_volumes
+from qlora_operator.resources.metadata import Installation, Workload, build_labels
+
+NON_ROOT: Final = 65532
+"""User and group of the images."""
+TOKEN_SECONDS: Final = 3600
+"""Lifetime of the progress token; the kubelet renews it."""
+UNREACHABLE_SECONDS: Final = 60
+"""After a node was found unreachable (50 s without a sign of its kubelet), its pods are given up after so long: the
+others of a run wait for them and hold their GPUs. Kubernetes' own default is 300 s."""
+_PATIENCE: Final = tuple(
+    {
+        "key": f"node.kubernetes.io/{state}",
+        "operator": "Exists",
+        "effect": "NoExecute",
+        "tolerationSeconds": UNREACHABLE_SECONDS,
+    }
+    for state in ("not-ready", "unreachable")
+)
+LAUNCH: Final = "launch"
+"""The trainer's command for several processes."""
+_METRICS: Final = {"name": metrics.PORT_NAME, "containerPort": metrics.PORT}
+PREPARE_RESOURCES: Final = {"requests": {"cpu": "500m", "memory": "1Gi"}, "limits": {"memory": PREPARE_MEMORY}}
+
+
+def build_prepare_pod(workload: Workload, spec: QLoRAJobSpec, installation: Installation) -> Manifest:
+    """Return the pod that prepares: never on a GPU, and not drawn to GPU nodes."""
+    return _build(workload, spec, installation, PREPARE_RESOURCES, {})
+
+
+def build_train_pod(workload: Workload, spec: QLoRAJobSpec, run: Run, installation: Installation) -> Manifest:
+    """Return the pod that trains, alone or with others."""
+    plan, resources = run.plan, spec.resources
+    pod = _build(workload, spec, installation, _train_resources(resources, plan), _placement(resources, plan))
+    pod["tolerations"] = [*pod.get("tolerations", ()), *_PATIENCE]
+    if run.avoided_nodes:
+        pod.setdefault("affinity", {})["nodeAffinity"] = _elsewhere(run.avoided_nodes)
+    if plan.processes > 1:
+        _let_processes_meet(pod, workload, plan)
+    return pod
+
+
+def _elsewhere(nodes: tuple[str, ...]) -> Manifest:
+    """Keep a pod off some nodes."""
+    fields = [{"key": "metadata.name", "operator": "NotIn", "values": [node]} for node in nodes]
+    return {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [{"matchFields": fields}]}}
+
+
+def _let_processes_meet(pod: Manifest, workload: Workload, plan: Plan) -> None:
+    """Start the launcher instead of the one process, and give it the first pod's name and memory to share."""
+    container = pod["containers"][0]
+    container["args"][0] = LAUNCH
+    if plan.nodes > 1:
+        pod["subdomain"] = workload.name
+        main = {"name": names.MAIN_ADDRESS_ENV, "value": f"{workload.name}-0.{workload.name}"}
+        container["env"].append(main)
+        pod.setdefault("affinity", {}).update(_apart(workload))
+    if plan.gpus_per_node > 1:
+        # NCCL moves tensors between the GPUs of a node through shared memory; a container's own has 64 MiB.
+        container["volumeMounts"].append({"name": "shm", "mountPath": "/dev/shm"})  # noqa: S108 (an emptyDir)
+        pod["volumes"].append({"name": "shm", "emptyDir": {"medium": "Memory"}})
+
+
+def _apart(workload: Workload) -> Manifest:
+    """Prefer a node for each pod: two on one would share its network and its cores."""
+    term = {"labelSelector": {"matchLabels": build_labels(workload)}, "topologyKey": "kubernetes.io/hostname"}
+    weighted = {"weight": 100, "podAffinityTerm": term}
+    return {"podAntiAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": [weighted]}}
+
+
+def _build(
+    workload: Workload,
+    spec: QLoRAJobSpec,
+    installation: Installation,
+    resources: dict[str, Any],
+    placement: dict[str, Any],
+) -> Manifest:
+    account = spec.output.service_account_name
+    pull_secrets = [{"name": name} for name in installation.pull_secrets]
+    return {
+        "restartPolicy": "Never",
+        "automountServiceAccountToken": False,
+        **({"serviceAccountName": account} if account else {}),
+        **({"imagePullSecrets": pull_secrets} if pull_secrets else {}),
+        "enableServiceLinks": False,
+        "terminationGracePeriodSeconds": names.GRACE_SECONDS,
+        "securityContext": {
+            "runAsNonRoot": True,
+            "runAsUser": NON_ROOT,
+            "runAsGroup": NON_ROOT,
+            "fsGroup": NON_ROOT,
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
+        **placement,
+        "containers": [_container(workload, spec, installation, resources)],
+        "volumes": _volumes(workload, spec, installation),
+    }
+
+
+def _container(
+    workload: Workload, spec: QLoRAJobSpec, installation: Installation, resources: dict[str, Any]
+) -> Manifest:
+    return {
+        "name": names.CONTAINER,
+        "image": installation.image,
+        "imagePullPolicy": installation.pull_policy,
+        "args": [workload.role.value, "--config", f"{names.CONFIG_MOUNT}/{workload.config_file}"],
+        "env": _environment(workload, installation),
+        **({"ports": [_METRICS]} if workload.role is Role.TRAIN else {}),
+        "resources": resources,
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        },
+        "terminationMessagePath": names.TERMINATION_MESSAGE_PATH,
+        "terminationMessagePolicy": "FallbackToLogsOnError",
+        "volumeMounts": _mounts(spec, installation),
+    }
+
+
+def _environment(workload: Workload, installation: Installation) -> list[dict[str, str]]:
+    """Point every cache at the writable folder, and the trainer at the progress endpoint."""
+    folders = {
+        "HOME": names.WORK_MOUNT,
+        "HF_HOME": f"{names.WORK_MOUNT}/huggingface",
+        "XDG_CACHE_HOME": f"{names.WORK_MOUNT}/cache",
+        "MPLCONFIGDIR": f"{names.WORK_MOUNT}/matplotlib",
+        "TRITON_CACHE_DIR": f"{names.WORK_MOUNT}/triton",
+        "TMPDIR": "/tmp",  # noqa: S108 (an emptyDir of the pod)
+    }
+    return [{"name": name, "value": value} for name, value in (folders | _progress(workload, installation)).items()]
+
+
+def _progress(workload: Workload, installation: Installation) -> dict[str, str]:
+    if not installation.progress_url:
+        return {}
+    path = names.progress_path(workload.owner.ref.namespace, workload.owner.ref.name)
+    return {
+        names.PROGRESS_URL_ENV: f"{installation.progress_url.rstrip('/')}{path}",
+        names.PROGRESS_TOKEN_ENV: names.TOKEN_FILE,
+    }
+
+
+def _secrets(spec: QLoRAJobSpec) -> dict[SecretRole, str]:
+    return {role: reference.name for role, reference in spec.secret_refs.items() if reference}
+
+
+def _mounts(spec: QLoRAJobSpec, installation: Installation) -> list[dict[str, Any]]:
+    secrets = [
+        {"name": f"secret-{role}", "mountPath": f"{names.SECRETS_MOUNT}/{role}", "readOnly": True}
+        for role in _secrets(spec)
+    ]
+    token = [{"name": "token", "mountPath": names.TOKEN_MOUNT, "readOnly": True}] if installation.progress_url else []
+    return [
+        {"name": "config", "mountPath": names.CONFIG_MOUNT, "readOnly": True},
+        {"name": "work", "mountPath": names.WORK_MOUNT},
+        {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108 (an emptyDir of the pod)
+        *secrets,
+        *token,
+        *build_claim_mounts(spec),
+    ]
+
+
+def _volumes(workload: Workload, spec: QLoRAJobSpec, installation: Installation) -> list[dict[str, Any]]:
+    """Secrets are optional: a pod that waits for a missing one would hold its GPU, so the trainer names it instead."""
+    secrets = [
+        {"name": f"secret-{role}", "secret": {"secretName": name, "optional": True}}
+        for role, name in _secrets(spec).items()
+    ]
+    token = {
+        "path": names.TOKEN_FILE.rpartition("/")[2],
+        "audience": names.TOKEN_AUDIENCE,
+        "expirationSeconds": TOKEN_SECONDS,
+    }
+    projected = [{"name": "token", "projected": {"sources": [{"serviceAccountToken": token}]}}]
+    return [
+        {"name": "config", "configMap": {"name": workload.name}},
+        {"name": "work", "emptyDir": {}},
+        {"name": "tmp", "emptyDir": {}},
+        *secrets,
+        *(projected if installation.progress_url else []),
+        *build_claim_volumes(spec),
+    ]
+
+
+def _train_resources(resources: ResourcesSpec, plan: Plan) -> dict[str, Any]:
+    gpus = {accelerator_of(plan.device).resource: plan.gpus_per_node} if plan.gpus_per_node else {}
+    return {
+        "requests": {"cpu": resources.cpu, "memory": resources.memory},
+        "limits": {"memory": resources.memory, **gpus},
+    }
+
+
+def _placement(resources: ResourcesSpec, plan: Plan) -> dict[str, Any]:
+    """Choose nodes as the spec says; a GPU pod also tolerates the taint that keeps others off GPU nodes.
+
+    What was sized for a GPU must land on no smaller one.
+    """
+    product, accelerator = resources.gpu_product or plan.gpu_product, accelerator_of(plan.device)
+    selector = {**resources.node_selector, **({accelerator.product_label: product} if product else {})}
+    tolerations = [_toleration(toleration) for toleration in resources.tolerations]
+    if plan.gpus_per_node:
+        tolerations.append({"key": accelerator.resource, "operator": "Exists", "effect": "NoSchedule"})
+    return {
+        **({"nodeSelector": selector} if selector else {}),
+        **({"tolerations": tolerations} if tolerations else {}),
+    }
+
+
+def _toleration(toleration: Toleration) -> dict[str, Any]:
+    return toleration.model_dump(by_alias=True, exclude_none=True)

@@ -1,0 +1,22 @@
+"""The headless Service that gives the pods of a training attempt names, before they are ready."""
+
+from qlora_api.launcher_config import MAIN_PORT
+from qlora_operator.models import Manifest
+from qlora_operator.resources.metadata import Owner, build_labels, build_metadata, train_workload
+
+
+def build_service(owner: Owner, attempt: int) -> Manifest:
+    """Return the Service of an attempt with several pods."""
+    workload = train_workload(owner, attempt)
+    return {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": build_metadata(workload),
+        "spec": {
+            "clusterIP": "None",
+            # The processes must find each other before any of them is ready.
+            "publishNotReadyAddresses": True,
+            "selector": build_labels(workload),
+            "ports": [{"name": "rendezvous", "port": MAIN_PORT}],
+        },
+    }

@@ -1,0 +1,5 @@
+"""Turns a valid spec into a plan: pure numbers and rules, for the operator and the command line."""
+
+from qlora_planner.plan import make_plan
+
+__all__ = ["make_plan"]

@@ -1,0 +1,1 @@
+"""GPU memory of a training step, computed tensor by tensor."""

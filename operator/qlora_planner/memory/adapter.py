@@ -1,0 +1,136 @@
+"""Which weights learn, and how many: an adapter's matrices, DoRA's magnitudes, modules that are trained whole."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from qlora_api.v1alpha1 import LoraSpec, QLoRAJobSpec, QuantizationSpec
+from qlora_planner.models.shapes import MismatchError, ModelShape
+
+ALL_LINEAR: Final = "all-linear"
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """Sizes of the tensors that learn; all of them are fp32."""
+
+    matrices: tuple[int, ...] = ()
+    """A and B of every adapted layer."""
+    magnitudes: tuple[int, ...] = ()
+    """DoRA's, one for each output of a layer."""
+    whole: tuple[int, ...] = ()
+    """Modules that are trained and saved whole; with method full, all of the model."""
+
+    @property
+    def tensors(self) -> tuple[int, ...]:
+        """Return all sizes."""
+        return self.matrices + self.magnitudes + self.whole
+
+    @property
+    def adapter(self) -> int:
+        """Return how many weights the adapter has, without modules that are trained whole."""
+        return sum(self.matrices) + sum(self.magnitudes)
+
+    @property
+    def parameters(self) -> int:
+        """Return how many weights learn."""
+        return sum(self.tensors)
+
+
+def find_trainable(shape: ModelShape, spec: QLoRAJobSpec) -> Trainable:
+    """Return what a run trains."""
+    if spec.method == "full":
+        return Trainable(whole=tuple(size for size in _every_tensor(shape) if size))
+    check_targets(shape, spec.lora)
+    ranks, linears = _ranks(shape, spec.lora), dict(shape.named_linears())
+    return Trainable(
+        matrices=(
+            *(rank * side for name, rank in ranks.items() for side in (linears[name].inputs, linears[name].outputs)),
+            *_stacked(shape, spec.lora),
+        ),
+        magnitudes=tuple(linears[name].outputs for name in ranks) if spec.lora.dora else (),
+        whole=tuple(size for size in _whole(shape, spec.lora.modules_to_save) if size),
+    )
+
+
+def check_base(shape: ModelShape, quantization: QuantizationSpec) -> None:
+    """Refuse a quantised base of which nothing is quantised, as prepare does."""
+    if quantization.bits != 16 and not shape.quantisable:
+        raise MismatchError(
+            f"spec.quantization.bits: a model of type {shape.family} has no layer that bitsandbytes can store in "
+            f"{quantization.bits} bits; set spec.method to lora and spec.quantization.bits to 16"
+        )
+
+
+def check_targets(shape: ModelShape, lora: LoraSpec) -> None:
+    """Refuse names that mean no module, as prepare does."""
+    names = [name for name, _ in shape.named_linears()]
+    if lora.targets != (ALL_LINEAR,):
+        unknown = ", ".join(word for word in lora.targets if not _meant(names, [word]))
+        if unknown:
+            available = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
+            raise MismatchError(
+                f"spec.lora.targets: a model of type {shape.family} has no linear module {unknown} to adapt; choose "
+                f"among {available}, or write {ALL_LINEAR}"
+            )
+    elif lora.dropout and any(block.stacked for block in shape.blocks):
+        raise MismatchError(
+            f"spec.lora.targets: {ALL_LINEAR} means the stacked experts of {shape.family} too, and peft has no dropout "
+            "for those; name the projections of attention instead, or set spec.lora.dropout to 0"
+        )
+
+
+def ranks_of_layer(shape: ModelShape, lora: LoraSpec) -> dict[str, int]:
+    """Return each adapted layer's rank by its path below its block; of layers that differ, the largest."""
+    found: dict[str, int] = {}
+    ranks = _ranks(shape, lora)
+    for name, linear in shape.decoder.named_linears():
+        if name in ranks:
+            found[linear.path] = max(found.get(linear.path, 0), ranks[name])
+    return found
+
+
+def _ranks(shape: ModelShape, lora: LoraSpec) -> dict[str, int]:
+    """Return the rank of every adapted layer; of two words that mean one, the longer counts."""
+    names = [name for name, _ in shape.named_linears()]
+    adapted = names if lora.targets == (ALL_LINEAR,) else _meant(names, lora.targets)
+    ranks = dict.fromkeys(adapted, lora.rank)
+    for word in sorted(lora.rank_pattern, key=len):
+        ranks |= dict.fromkeys(_meant(adapted, [word]), lora.rank_pattern[word])
+    return ranks
+
+
+def _meant(modules: Iterable[str], words: Iterable[str]) -> list[str]:
+    """Return the modules that a manifest's words mean: names, or ends of paths."""
+    ends = tuple(f".{word}" for word in words)
+    return [name for name in modules if f".{name}".endswith(ends)]
+
+
+def _stacked(shape: ModelShape, lora: LoraSpec) -> Iterator[int]:
+    """Yield the adapters on stacked experts, which peft makes for all-linear only."""
+    if lora.targets != (ALL_LINEAR,):
+        return
+    for block in shape.blocks:
+        for matrix in block.stacked * block.count:
+            rank = matrix.count * matrix.joined * lora.rank
+            yield from (rank * matrix.inputs, rank * matrix.outputs)
+
+
+def _whole(shape: ModelShape, words: Iterable[str]) -> Iterator[int]:
+    sizes = dict(shape.named_modules())
+    chosen = _meant(sizes, words)
+    # peft keeps a tied embedding and output layer one weight when either is trained.
+    twice = shape.tied and {shape.embedding.path, shape.head.path} <= set(chosen)
+    for name in chosen:
+        yield sizes[name] - (shape.head.weights if twice and name == shape.head.path else 0)
+
+
+def _every_tensor(shape: ModelShape) -> Iterator[int]:
+    yield shape.embedding.parameters
+    yield shape.head.parameters - (shape.head.weights if shape.tied else 0)
+    yield from (module.parameters for module in shape.outside)
+    for block in shape.blocks:
+        for linear in block.linears * block.count:
+            yield linear.weights
+            yield linear.parameters - linear.weights
+        yield from (module.parameters for module in block.others * block.count)

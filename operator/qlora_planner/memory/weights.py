@@ -1,0 +1,65 @@
+"""What a run's weights take on a GPU: base, adapter, gradients, optimizer; every constant with its unit and source."""
+
+from dataclasses import dataclass
+from math import ceil
+from typing import Final
+
+from qlora_api.optimizers import OPTIMIZERS, OptimizerName
+from qlora_api.v1alpha1 import QuantizationSpec
+from qlora_planner.memory.adapter import Trainable
+from qlora_planner.models.shapes import Linear, ModelShape
+
+FP32: Final = 4
+"""Bytes."""
+HALF: Final = 2
+"""Bytes of bf16 and fp16."""
+
+BLOCK_4BIT: Final = 64
+"""Weights with one scale (bitsandbytes 0.50, functional.quantize_4bit; QLoRA paper, section 3)."""
+BLOCK_OF_SCALES: Final = 256
+"""Scales with one fp32 scale under double quantisation (the same)."""
+CODEBOOKS_DOUBLE: Final = 16 * FP32 + 256 * FP32 + FP32
+"""Bytes of a matrix's code, of its scales' code and of their mean (the same: QuantState)."""
+CODEBOOK: Final = 16 * FP32
+"""Bytes of a matrix's code without double quantisation."""
+
+
+@dataclass(frozen=True)
+class BaseBytes:
+    """The base's weights."""
+
+    weights: int
+    """As transformers counts them (get_memory_footprint)."""
+    constants: int
+    """Scales and codes of the quantisation, which it does not count."""
+
+    @property
+    def total(self) -> int:
+        """Return what the device holds."""
+        return self.weights + self.constants
+
+
+def base_bytes(shape: ModelShape, quantization: QuantizationSpec, width: int) -> BaseBytes:
+    """Return the size of a base whose other weights take `width` bytes each."""
+    bits = quantization.bits
+    if bits == 16:
+        return BaseBytes(shape.parameters * width, 0)
+    matrices = [(block.count, linear) for block in shape.blocks for linear in block.linears if linear.quantisable]
+    stored = sum(count * ceil(linear.weights * bits / 8) for count, linear in matrices)
+    constants = sum(count * constant_bytes(linear, quantization) for count, linear in matrices)
+    return BaseBytes(stored + (shape.parameters - shape.quantisable) * width, constants)
+
+
+def constant_bytes(linear: Linear, quantization: QuantizationSpec) -> int:
+    """Return the scales and codes of one quantised matrix."""
+    if quantization.bits == 8:
+        return linear.outputs * FP32
+    scales = ceil(linear.weights / BLOCK_4BIT)
+    if not quantization.double_quant:
+        return scales * FP32 + CODEBOOK
+    return scales + ceil(scales / BLOCK_OF_SCALES) * FP32 + CODEBOOKS_DOUBLE
+
+
+def optimizer_bytes(trainable: Trainable, optimizer: OptimizerName) -> int:
+    """Return the state of an optimizer that stays on the GPU."""
+    return sum(OPTIMIZERS[optimizer].state_bytes(size) for size in trainable.tensors)

@@ -1,0 +1,1 @@
+"""Shapes of model architectures, from their config.json."""

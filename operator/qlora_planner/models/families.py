@@ -1,0 +1,626 @@
+"""Reads the shape of a model from its config.json: one class for each family, with the defaults that transformers has.
+
+A key that a config.json leaves out means the default of its class in transformers 5.23, not a guess.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from qlora_planner.models.shapes import (
+    EXPLICITLY,
+    Attention,
+    Block,
+    Linear,
+    Mlp,
+    ModelShape,
+    Module,
+    Stacked,
+    UnknownModelError,
+)
+
+Count = Annotated[int, Field(gt=0)]
+Names = tuple[str, ...]
+
+
+class _Config(BaseModel):
+    """The keys of a config.json that decide a size."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class _Rope(_Config):
+    """Rotary positions; absent keys are in the configuration itself (transformers 4) or have a default."""
+
+    partial_rotary_factor: float | None = None
+
+
+class _Decoder(_Config):
+    """Llama, and what is common to its descendants: separate projections, a gated MLP, RMS norms."""
+
+    family: ClassVar[str] = "llama"
+    norms: ClassVar[Names] = ("input_layernorm", "post_attention_layernorm")
+    normed: ClassVar[bool] = False
+    root: ClassVar[str] = "model"
+
+    vocab_size: Count = 32_000
+    hidden_size: Count = 4096
+    intermediate_size: Count = 11_008
+    num_hidden_layers: Count = 32
+    num_attention_heads: Count = 32
+    num_key_value_heads: Count | None = None
+    head_dim: Count | None = None
+    hidden_act: str = "silu"
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    tie_word_embeddings: bool = False
+
+    @property
+    def size(self) -> int:
+        """Width of a head."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_key_value_heads or self.num_attention_heads
+
+    @property
+    def activation(self) -> str:
+        return self.hidden_act
+
+    @property
+    def biases(self) -> tuple[bool, bool]:
+        """Whether query, key and value have biases, and whether their output has."""
+        return self.attention_bias, self.attention_bias
+
+    @property
+    def sliding(self) -> tuple[int | None, int]:
+        """How far sliding layers look back, and how many slide."""
+        return None, 0
+
+    def shape(self) -> ModelShape:
+        hidden = self.hidden_size
+        return ModelShape(
+            family=self.family,
+            hidden=hidden,
+            vocabulary=self.vocab_size,
+            tied=self.tie_word_embeddings,
+            decoder=Block(
+                f"{self.root}.layers",
+                self.num_hidden_layers,
+                (*self.projections(), *self.mlp_linears()),
+                self.others(),
+                self.stacked(),
+            ),
+            attention=self.attention(),
+            mlp=self.mlp(),
+            norm="rms",
+            embedding=Module(f"{self.root}.embed_tokens", self.vocab_size * hidden),
+            head=Linear("lm_head", hidden, self.vocab_size, quantisable=False),
+            outside=(Module(f"{self.root}.norm", hidden),),
+            plain_head=self.plain_head(),
+        )
+
+    def projections(self) -> tuple[Linear, ...]:
+        hidden, queries, keys = self.hidden_size, self.num_attention_heads * self.size, self.kv_heads * self.size
+        bias, output_bias = self.biases
+        return (
+            Linear("self_attn.q_proj", hidden, queries, bias),
+            Linear("self_attn.k_proj", hidden, keys, bias),
+            Linear("self_attn.v_proj", hidden, keys, bias),
+            Linear("self_attn.o_proj", queries, hidden, output_bias),
+        )
+
+    def mlp_linears(self) -> tuple[Linear, ...]:
+        hidden, width = self.hidden_size, self.intermediate_size
+        return (
+            Linear("mlp.gate_proj", hidden, width, self.mlp_bias),
+            Linear("mlp.up_proj", hidden, width, self.mlp_bias),
+            Linear("mlp.down_proj", width, hidden, self.mlp_bias),
+        )
+
+    def others(self) -> tuple[Module, ...]:
+        heads = ("self_attn.q_norm", "self_attn.k_norm") if self.normed else ()
+        return (
+            *(Module(path, self.hidden_size) for path in self.norms),
+            *(Module(path, self.size) for path in heads),
+        )
+
+    def stacked(self) -> tuple[Stacked, ...]:
+        return ()
+
+    def attention(self) -> Attention:
+        window, layers = self.sliding
+        return Attention(
+            self.num_attention_heads,
+            self.kv_heads,
+            self.size,
+            rotary=self.size,
+            normed=self.normed,
+            window=window,
+            sliding_layers=layers,
+        )
+
+    def mlp(self) -> Mlp:
+        return Mlp(self.intermediate_size, gated=True, activation=self.activation)
+
+    def plain_head(self) -> bool:
+        return True
+
+
+class _Mistral(_Decoder):
+    family = "mistral"
+
+    intermediate_size: Count = 14_336
+    num_key_value_heads: Count | None = 8
+    sliding_window: Count | None = 4096
+    # The class knows no biases, whatever a config.json says.
+    attention_bias: Literal[False] = False
+    mlp_bias: Literal[False] = False
+
+    @property
+    def sliding(self) -> tuple[int | None, int]:
+        return self.sliding_window, self.num_hidden_layers if self.sliding_window else 0
+
+
+class _Mixtral(_Mistral):
+    family = "mixtral"
+
+    sliding_window: Count | None = None
+    num_local_experts: Count = 8
+    num_experts_per_tok: Count = 2
+
+    def mlp_linears(self) -> tuple[Linear, ...]:
+        return ()
+
+    def others(self) -> tuple[Module, ...]:
+        experts, hidden, width = self.num_local_experts, self.hidden_size, self.intermediate_size
+        # transformers 5 stacks the experts in one parameter, which is no module that bitsandbytes would replace.
+        return (
+            *super().others(),
+            Module("mlp.gate", experts * hidden),
+            Module("mlp.experts", experts * 3 * hidden * width),
+        )
+
+    def stacked(self) -> tuple[Stacked, ...]:
+        experts, hidden, width = self.num_local_experts, self.hidden_size, self.intermediate_size
+        return (
+            Stacked("mlp.gate", 1, hidden, experts),
+            Stacked("mlp.experts.gate_up_proj", experts, hidden, 2 * width, joined=2),
+            Stacked("mlp.experts.down_proj", experts, width, hidden),
+        )
+
+    def mlp(self) -> Mlp:
+        return Mlp(self.intermediate_size, True, self.activation, self.num_local_experts, self.num_experts_per_tok)
+
+
+class _Qwen2(_Decoder):
+    family = "qwen2"
+
+    vocab_size: Count = 151_936
+    intermediate_size: Count = 22_016
+    num_key_value_heads: Count | None = 32
+    use_sliding_window: bool = False
+    sliding_window: Count | None = 4096
+    max_window_layers: int = 28
+    mlp_bias: Literal[False] = False
+
+    @property
+    def biases(self) -> tuple[bool, bool]:
+        return True, False
+
+    @property
+    def sliding(self) -> tuple[int | None, int]:
+        layers = max(0, self.num_hidden_layers - self.max_window_layers)
+        if not self.use_sliding_window or self.sliding_window is None or layers == 0:
+            return None, 0
+        return self.sliding_window, layers
+
+
+class _Qwen3(_Qwen2):
+    family = "qwen3"
+    normed = True
+
+    head_dim: Count | None = 128
+
+    @property
+    def biases(self) -> tuple[bool, bool]:
+        return self.attention_bias, self.attention_bias
+
+
+class _Gemma(_Decoder):
+    family = "gemma"
+
+    vocab_size: Count = 256_000
+    hidden_size: Count = 3072
+    intermediate_size: Count = 24_576
+    num_hidden_layers: Count = 28
+    num_attention_heads: Count = 16
+    num_key_value_heads: Count | None = 16
+    head_dim: Count | None = 256
+    hidden_act: str = "gelu_pytorch_tanh"
+    mlp_bias: Literal[False] = False
+    tie_word_embeddings: bool = True
+
+    @property
+    def activation(self) -> str:
+        # Old releases say gelu and mean its approximation.
+        return "gelu_pytorch_tanh" if self.hidden_act == "gelu" else self.hidden_act
+
+
+class _Gemma2(_Gemma):
+    family = "gemma2"
+    norms = (
+        "input_layernorm",
+        "post_attention_layernorm",
+        "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+    )
+    slides: ClassVar[int] = 2
+    """One layer of so many looks at everything."""
+
+    hidden_size: Count = 2304
+    intermediate_size: Count = 9216
+    num_hidden_layers: Count = 26
+    num_attention_heads: Count = 8
+    num_key_value_heads: Count | None = 4
+    hidden_activation: str = "gelu_pytorch_tanh"
+    sliding_window: Count | None = 4096
+    attn_logit_softcapping: float | None = 50.0
+    final_logit_softcapping: float | None = 30.0
+    layer_types: tuple[str, ...] | None = None
+
+    @property
+    def activation(self) -> str:
+        return self.hidden_activation
+
+    @property
+    def sliding(self) -> tuple[int | None, int]:
+        if self.sliding_window is None:
+            return None, 0
+        if self.layer_types is not None:
+            return self.sliding_window, self.layer_types.count("sliding_attention")
+        return self.sliding_window, self.num_hidden_layers - self.num_hidden_layers // self.pattern
+
+    @property
+    def pattern(self) -> int:
+        return self.slides
+
+    def attention(self) -> Attention:
+        window, layers = self.sliding
+        return Attention(
+            self.num_attention_heads,
+            self.kv_heads,
+            self.size,
+            rotary=self.size,
+            normed=self.normed,
+            capped=self.attn_logit_softcapping is not None,
+            window=window,
+            sliding_layers=layers,
+        )
+
+    def plain_head(self) -> bool:
+        return self.final_logit_softcapping is None
+
+
+class _Gemma3Text(_Gemma2):
+    family = "gemma3_text"
+    normed = True
+
+    vocab_size: Count = 262_208
+    attn_logit_softcapping: float | None = None
+    final_logit_softcapping: float | None = None
+    sliding_window_pattern: Count = 6
+
+    @property
+    def pattern(self) -> int:
+        return self.sliding_window_pattern
+
+
+class _Gemma3Language(_Gemma3Text):
+    """The language part of a model that also sees."""
+
+    root = "model.language_model"
+
+
+class _Siglip(_Config):
+    """The vision tower of Gemma 3."""
+
+    model_type: Literal["siglip_vision_model"] = "siglip_vision_model"
+    hidden_size: Count = 768
+    intermediate_size: Count = 3072
+    num_hidden_layers: Count = 12
+    num_channels: Count = 3
+    image_size: Count = 224
+    patch_size: Count = 16
+    vision_use_head: Literal[False]
+    """Its attention pool is not modelled; no Gemma 3 has one, and transformers' default is to have it."""
+
+    def block(self) -> Block:
+        hidden, width = self.hidden_size, self.intermediate_size
+        attention = (Linear(f"self_attn.{name}", hidden, hidden, True) for name in _SIGLIP_PROJECTIONS)
+        mlp = (Linear("mlp.fc1", hidden, width, True), Linear("mlp.fc2", width, hidden, True))
+        norms = (Module("layer_norm1", 2 * hidden), Module("layer_norm2", 2 * hidden))
+        return Block("model.vision_tower.encoder.layers", self.num_hidden_layers, (*attention, *mlp), norms)
+
+    def outside(self) -> tuple[Module, ...]:
+        hidden, patches = self.hidden_size, (self.image_size // self.patch_size) ** 2
+        pixels = self.num_channels * self.patch_size**2
+        return (
+            Module("model.vision_tower.embeddings.patch_embedding", (pixels + 1) * hidden),
+            Module("model.vision_tower.embeddings.position_embedding", patches * hidden),
+            Module("model.vision_tower.post_layernorm", 2 * hidden),
+        )
+
+
+_SIGLIP_PROJECTIONS: Final = ("k_proj", "v_proj", "q_proj", "out_proj")
+
+
+class _Gemma3(_Config):
+    """Gemma 3 that also sees; text alone goes through its language part."""
+
+    text_config: _Gemma3Language = _Gemma3Language()
+    vision_config: _Siglip
+    tie_word_embeddings: bool = True
+
+    def shape(self) -> ModelShape:
+        language, vision = self.text_config.shape(), self.vision_config
+        joint = (
+            Module("model.multi_modal_projector", vision.hidden_size * language.hidden),
+            Module("model.multi_modal_projector.mm_soft_emb_norm", vision.hidden_size),
+        )
+        return ModelShape(
+            **vars(language)
+            | {
+                "family": "gemma3",
+                "tied": self.tie_word_embeddings,
+                "outside": (*language.outside, *vision.outside(), *joint),
+                "tower": vision.block(),
+            }
+        )
+
+
+class _Phi(_Config):
+    """Phi-1 and Phi-2: attention beside the MLP, biases everywhere, layer norms."""
+
+    vocab_size: Count = 51_200
+    hidden_size: Count = 2048
+    intermediate_size: Count = 8192
+    num_hidden_layers: Count = 24
+    num_attention_heads: Count = 32
+    num_key_value_heads: Count | None = None
+    head_dim: Count | None = None
+    hidden_act: str = "gelu_new"
+    qk_layernorm: bool = False
+    partial_rotary_factor: float = 0.5
+    rope_parameters: _Rope | None = None
+    tie_word_embeddings: bool = False
+
+    def shape(self) -> ModelShape:
+        hidden, size = self.hidden_size, self.head_dim or self.hidden_size // self.num_attention_heads
+        kv_heads = self.num_key_value_heads or self.num_attention_heads
+        share = _rotated(self.rope_parameters, self.partial_rotary_factor)
+        return ModelShape(
+            family="phi",
+            hidden=hidden,
+            vocabulary=self.vocab_size,
+            tied=self.tie_word_embeddings,
+            decoder=Block("model.layers", self.num_hidden_layers, self._linears(size, kv_heads), self._norms(hidden)),
+            attention=Attention(
+                self.num_attention_heads, kv_heads, size, rotary=int(size * share), normed=self.qk_layernorm
+            ),
+            mlp=Mlp(self.intermediate_size, gated=False, activation=self.hidden_act),
+            norm="layer",
+            embedding=Module("model.embed_tokens", self.vocab_size * hidden),
+            head=Linear("lm_head", hidden, self.vocab_size, bias=True, quantisable=False),
+            outside=(Module("model.final_layernorm", 2 * hidden),),
+            parallel=True,
+        )
+
+    def _linears(self, size: int, kv_heads: int) -> tuple[Linear, ...]:
+        hidden, width, queries = self.hidden_size, self.intermediate_size, self.num_attention_heads * size
+        return (
+            Linear("self_attn.q_proj", hidden, queries, True),
+            Linear("self_attn.k_proj", hidden, kv_heads * size, True),
+            Linear("self_attn.v_proj", hidden, kv_heads * size, True),
+            Linear("self_attn.dense", queries, hidden, True),
+            Linear("mlp.fc1", hidden, width, True),
+            Linear("mlp.fc2", width, hidden, True),
+        )
+
+    def _norms(self, hidden: int) -> tuple[Module, ...]:
+        paths = ("self_attn.q_layernorm", "self_attn.k_layernorm") if self.qk_layernorm else ()
+        width = hidden // self.num_attention_heads
+        return (Module("input_layernorm", 2 * hidden), *(Module(path, 2 * width) for path in paths))
+
+
+class _Phi3(_Decoder):
+    """Phi-3 and Phi-4: projections joined."""
+
+    family = "phi3"
+
+    vocab_size: Count = 32_064
+    hidden_size: Count = 3072
+    intermediate_size: Count = 8192
+    sliding_window: Count | None = None
+    partial_rotary_factor: float = 1.0
+    rope_parameters: _Rope | None = None
+
+    @property
+    def sliding(self) -> tuple[int | None, int]:
+        return self.sliding_window, self.num_hidden_layers if self.sliding_window else 0
+
+    def projections(self) -> tuple[Linear, ...]:
+        queries, keys = self.num_attention_heads * self.size, self.kv_heads * self.size
+        return (
+            Linear("self_attn.o_proj", queries, self.hidden_size),
+            Linear("self_attn.qkv_proj", self.hidden_size, queries + 2 * keys),
+        )
+
+    def mlp_linears(self) -> tuple[Linear, ...]:
+        hidden, width = self.hidden_size, self.intermediate_size
+        return (Linear("mlp.gate_up_proj", hidden, 2 * width), Linear("mlp.down_proj", width, hidden))
+
+    def attention(self) -> Attention:
+        window, layers = self.sliding
+        share = _rotated(self.rope_parameters, self.partial_rotary_factor)
+        return Attention(
+            self.num_attention_heads,
+            self.kv_heads,
+            self.size,
+            rotary=int(self.size * share),
+            window=window,
+            sliding_layers=layers,
+        )
+
+
+class _GptNeoX(_Config):
+    """GPT-NeoX and Pythia: joined projections, layer norms."""
+
+    vocab_size: Count = 50_432
+    hidden_size: Count = 6144
+    intermediate_size: Count = 24_576
+    num_hidden_layers: Count = 44
+    num_attention_heads: Count = 64
+    hidden_act: str = "gelu"
+    attention_bias: bool = True
+    use_parallel_residual: bool = True
+    rotary_pct: float = 0.25
+    rope_parameters: _Rope | None = None
+    tie_word_embeddings: bool = False
+
+    def shape(self) -> ModelShape:
+        hidden, size = self.hidden_size, self.hidden_size // self.num_attention_heads
+        share = _rotated(self.rope_parameters, self.rotary_pct)
+        return ModelShape(
+            family="gpt_neox",
+            hidden=hidden,
+            vocabulary=self.vocab_size,
+            tied=self.tie_word_embeddings,
+            decoder=Block(
+                "gpt_neox.layers",
+                self.num_hidden_layers,
+                self._linears(),
+                (Module("input_layernorm", 2 * hidden), Module("post_attention_layernorm", 2 * hidden)),
+            ),
+            attention=Attention(self.num_attention_heads, self.num_attention_heads, size, rotary=int(size * share)),
+            mlp=Mlp(self.intermediate_size, gated=False, activation=self.hidden_act),
+            norm="layer",
+            embedding=Module("gpt_neox.embed_in", self.vocab_size * hidden),
+            head=Linear("lm_head", hidden, self.vocab_size, quantisable=False),
+            outside=(Module("gpt_neox.final_layer_norm", 2 * hidden),),
+            parallel=self.use_parallel_residual,
+        )
+
+    def _linears(self) -> tuple[Linear, ...]:
+        hidden, width = self.hidden_size, self.intermediate_size
+        return (
+            Linear("attention.query_key_value", hidden, 3 * hidden, self.attention_bias),
+            Linear("attention.dense", hidden, hidden, self.attention_bias),
+            Linear("mlp.dense_h_to_4h", hidden, width, True),
+            Linear("mlp.dense_4h_to_h", width, hidden, True),
+        )
+
+
+class _Falcon(_Config):
+    """Falcon: keys and values shared by heads, and linear layers of a class of its own, which stay as they are."""
+
+    vocab_size: Count = 65_024
+    hidden_size: Count = 4544
+    num_hidden_layers: Count = 32
+    num_attention_heads: Count = 71
+    num_kv_heads: Count | None = None
+    ffn_hidden_size: Count | None = None
+    num_ln_in_parallel_attn: int | None = None
+    new_decoder_architecture: bool = False
+    multi_query: bool = True
+    parallel_attn: bool = True
+    bias: bool = False
+    alibi: bool = False
+    activation: str = "gelu"
+    tie_word_embeddings: bool = True
+
+    def shape(self) -> ModelShape:
+        hidden, size = self.hidden_size, self.hidden_size // self.num_attention_heads
+        return ModelShape(
+            family="falcon",
+            hidden=hidden,
+            vocabulary=self.vocab_size,
+            tied=self.tie_word_embeddings,
+            decoder=Block("transformer.h", self.num_hidden_layers, self._linears(size), self._norms()),
+            attention=Attention(self.num_attention_heads, self._kv_heads(), size, rotary=0 if self.alibi else size),
+            mlp=Mlp(self.ffn_hidden_size or 4 * hidden, gated=False, activation=self.activation),
+            norm="layer",
+            embedding=Module("transformer.word_embeddings", self.vocab_size * hidden),
+            head=Linear("lm_head", hidden, self.vocab_size, quantisable=False),
+            outside=(Module("transformer.ln_f", 2 * hidden),),
+            parallel=self.new_decoder_architecture or self.parallel_attn,
+            # transformers 5.23 makes its mask without the positions.
+            joins=False,
+        )
+
+    def _kv_heads(self) -> int:
+        if self.new_decoder_architecture or not self.multi_query:
+            return self.num_kv_heads or self.num_attention_heads
+        return 1
+
+    def _linears(self, size: int) -> tuple[Linear, ...]:
+        hidden, width = self.hidden_size, self.ffn_hidden_size or 4 * self.hidden_size
+        joined = (self.num_attention_heads + 2 * self._kv_heads()) * size
+        layers = (
+            ("self_attention.query_key_value", hidden, joined),
+            ("self_attention.dense", hidden, hidden),
+            ("mlp.dense_h_to_4h", hidden, width),
+            ("mlp.dense_4h_to_h", width, hidden),
+        )
+        return tuple(Linear(*layer, bias=self.bias, quantisable=False) for layer in layers)
+
+    def _norms(self) -> tuple[Module, ...]:
+        count = 2 if self.new_decoder_architecture else 1
+        two = (count if self.num_ln_in_parallel_attn is None else self.num_ln_in_parallel_attn) == 2
+        if not self.parallel_attn:
+            paths: Names = ("post_attention_layernorm", "input_layernorm")
+        else:
+            paths = ("ln_attn", "ln_mlp") if two else ("input_layernorm",)
+        return tuple(Module(path, 2 * self.hidden_size) for path in paths)
+
+
+def _rotated(rope: _Rope | None, otherwise: float) -> float:
+    """Return the share of a head that is rotated by position."""
+    given = None if rope is None else rope.partial_rotary_factor
+    return otherwise if given is None else given
+
+
+_Family = _Decoder | _Gemma3 | _Phi | _GptNeoX | _Falcon
+FAMILIES: Final[Mapping[str, type[_Family]]] = {
+    "llama": _Decoder,
+    "mistral": _Mistral,
+    "mixtral": _Mixtral,
+    "qwen2": _Qwen2,
+    "qwen3": _Qwen3,
+    "gemma": _Gemma,
+    "gemma2": _Gemma2,
+    "gemma3_text": _Gemma3Text,
+    "gemma3": _Gemma3,
+    "phi": _Phi,
+    "phi3": _Phi3,
+    "gpt_neox": _GptNeoX,
+    "falcon": _Falcon,
+}
+"""By model type; DeepSeek's dense models (deepseek-coder, deepseek-llm) and many others are llama's."""
+
+
+def read_shape(config: Mapping[str, Any]) -> ModelShape:
+    """Return the shape of the model that a config.json describes, or raise UnknownModelError."""
+    kind = config.get("model_type")
+    family = FAMILIES.get(str(kind))
+    if family is None:
+        known = ", ".join(sorted(FAMILIES))
+        raise UnknownModelError(f"the size of a model of type '{kind}' is not known (known are {known}); {EXPLICITLY}")
+    try:
+        return family.model_validate(config).shape()
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(map(str, first["loc"]))
+        raise UnknownModelError(f"config.json: {field}: {first['msg']}; {EXPLICITLY}") from None

@@ -1,0 +1,1 @@
+"""From files to token batches: readers, row formats, chat templates, tokenization, collation."""

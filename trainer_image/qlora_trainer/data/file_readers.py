@@ -1,0 +1,285 @@
+"""Rows of a data file, one after the other: told by the file's name, never the whole file in memory."""
+
+import contextlib
+import csv
+import gzip
+import io
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import IO, Any, Final, NamedTuple, TextIO, cast
+
+from qlora_api.units import MIB
+from qlora_trainer.data.rows import RowError, kind_of
+
+MAX_ROW_BYTES: Final = 64 * MIB
+"""Longest row that is read: a million tokens have some 4 MiB, so more is a file of another form."""
+_CHUNK_CHARACTERS: Final = 1 << 18
+_BATCH_ROWS: Final = 256
+"""Rows of a columnar file that become Python objects at a time."""
+_UTF16_MARKS: Final = (b"\xff\xfe", b"\xfe\xff")
+_SPACE: Final = re.compile(r"\s*")
+_DECODER: Final = json.JSONDecoder()
+
+
+class FileError(ValueError):
+    """A file cannot be read, or not on; the message is the reason and the fix."""
+
+
+class FileRow(NamedTuple):
+    """One row of a file."""
+
+    number: int
+    """Counts from 1: lines of .jsonl, blank ones too; lines of .csv, the header too; elements and rows of the rest."""
+    content: Mapping[str, Any] | RowError
+
+
+def read_rows(path: Path) -> Iterator[FileRow]:
+    """Yield every row of a file, the broken ones as errors; FileError where it cannot be read on."""
+    try:
+        yield from _READERS[form_of(path.name)](path)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise FileError(f"is no complete gzip file ({error}); compress it anew") from error
+
+
+def form_of(name: str) -> str:
+    """Return the form of a file by its name: jsonl, json, csv, tsv, parquet or arrow."""
+    plain = name.lower().removesuffix(".gz")
+    packed = len(plain) < len(name)
+    ending = plain.rpartition(".")[2] if "." in plain else ""
+    form = _ENDINGS.get(ending)
+    if form is None or (packed and form in _COLUMNAR):
+        raise FileError(f"'{name}' is of no known form; name it {KNOWN_NAMES}")
+    return form
+
+
+def is_data_file(path: str) -> bool:
+    """Return whether a file of a folder is meant to be read; hidden ones and what lies beside the data are not."""
+    name = path.rpartition("/")[2]
+    with contextlib.suppress(FileError):
+        return not name.startswith((".", "_")) and bool(form_of(name))
+    return False
+
+
+def _read_jsonl(path: Path) -> Iterator[FileRow]:
+    with _open_bytes(path) as stream:
+        for number in count(1):
+            line = stream.readline(MAX_ROW_BYTES + 1)
+            if not line:
+                return
+            if len(line) > MAX_ROW_BYTES:
+                raise FileError(f"row {number} has more than {MAX_ROW_BYTES // MIB} MiB; write one JSON object a line")
+            content = line.removeprefix(b"\xef\xbb\xbf").strip()
+            if content:
+                yield FileRow(number, _attempt(parse_line, content))
+
+
+def parse_line(content: bytes) -> Mapping[str, Any]:
+    """Turn a line into an object, or raise RowError."""
+    try:
+        return _as_object(json.loads(content.decode("utf-8")))
+    except UnicodeDecodeError as error:
+        raise RowError(f"byte {error.start + 1} is not UTF-8; save the file as UTF-8") from error
+    except json.JSONDecodeError as error:
+        raise RowError(f"broken JSON at column {error.colno}: {error.msg}") from error
+    except RecursionError as error:
+        raise RowError("the JSON is nested too deeply; write a flat object") from error
+
+
+def _as_object(value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        raise RowError(f"is {kind_of(value)}, not an object; write {{…}}")
+    return value
+
+
+def _attempt(parse: Callable[[Any], Mapping[str, Any]], value: Any) -> Mapping[str, Any] | RowError:
+    try:
+        return parse(value)
+    except RowError as error:
+        return error
+
+
+@dataclass
+class _Window:
+    """The part of a stream that is being looked at; what was read lies before the position."""
+
+    stream: TextIO
+    text: str = ""
+    position: int = 0
+
+    def peek(self) -> str:
+        """Return the next character that is no white space; none at the end."""
+        while True:
+            found = _SPACE.match(self.text, self.position)
+            self.position = found.end() if found else self.position
+            if self.position < len(self.text):
+                return self.text[self.position]
+            if not self._grow():
+                return ""
+
+    def take(self) -> Any:
+        """Return the next JSON value."""
+        while True:
+            try:
+                value, self.position = _DECODER.raw_decode(self.text, self.position)
+            except json.JSONDecodeError:
+                # It may just go on behind the window: only more text can tell.
+                if len(self.text) - self.position > MAX_ROW_BYTES or not self._grow():
+                    raise
+            else:
+                return value
+
+    def _grow(self) -> bool:
+        rest = self.text[self.position :]
+        more = self.stream.read(max(_CHUNK_CHARACTERS, len(rest)))
+        self.text, self.position = rest + more, 0
+        return bool(more)
+
+
+def _read_json(path: Path) -> Iterator[FileRow]:
+    """Yield the elements of one array; behind a broken one nothing can be told apart."""
+    with _open_text(path) as stream:
+        window = _Window(stream)
+        if not (first := window.peek()):
+            return
+        if first != "[":
+            raise FileError("is no array; write [{…}, {…}], or one object a line in a file named .jsonl")
+        window.position += 1
+        for number in count(1):
+            if window.peek() == "]":
+                return
+            yield FileRow(number, _attempt(_as_object, _element(window, number)))
+            if (separator := window.peek()) not in {",", "]"}:
+                found = f"{separator!r}" if separator else "the end of the file"
+                raise FileError(f"row {number} is followed by {found}; write a comma, or ] after the last row")
+            window.position += separator == ","
+
+
+def _element(window: _Window, number: int) -> Any:
+    try:
+        return window.take()
+    except json.JSONDecodeError as error:
+        raise FileError(f"row {number}: broken JSON: {error.msg}; rows behind it are not read") from error
+    except RecursionError as error:
+        raise FileError(f"row {number}: the JSON is nested too deeply; write flat objects") from error
+
+
+def _read_csv(path: Path, delimiter: str) -> Iterator[FileRow]:
+    csv.field_size_limit(MAX_ROW_BYTES)
+    with _open_text(path) as stream:
+        lines = csv.reader(stream, delimiter=delimiter, strict=True)
+        number = 0
+        try:
+            header = next(lines, None)
+            if header is None:
+                return
+            _check_header(header)
+            number = 1
+            for number, cells in enumerate(lines, start=2):
+                if cells:
+                    yield FileRow(number, _to_fields(header, cells))
+        except csv.Error as error:
+            raise FileError(f'row {number + 1}: {error}; quote cells with " and double the quotes in them') from error
+
+
+def _to_fields(header: Sequence[str], cells: Sequence[str]) -> Mapping[str, Any] | RowError:
+    if len(cells) != len(header):
+        return RowError(
+            f"has {len(cells)} cells where the header has {len(header)}; quote cells that hold the separator"
+        )
+    return dict(zip(header, cells, strict=True))
+
+
+def _check_header(names: Sequence[str]) -> None:
+    twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
+    if twice:
+        raise FileError(f"has two columns '{twice[0]}'; rename one")
+    if "" in names:
+        raise FileError(f"column {names.index('') + 1} has no name; name it in the header")
+    if len(names) == 1 and (separator := next((mark for mark in ";\t|" if mark in names[0]), None)):
+        raise FileError(f"its header has one column '{names[0]}'; separate columns by commas, not by {separator!r}")
+
+
+def _read_parquet(path: Path) -> Iterator[FileRow]:
+    import pyarrow as pa  # noqa: PLC0415 (slow to import)
+    import pyarrow.parquet as pq  # noqa: PLC0415
+
+    try:
+        with pq.ParquetFile(path, memory_map=True) as file:
+            _check_header(file.schema_arrow.names)
+            yield from _numbered(file.iter_batches(batch_size=_BATCH_ROWS))
+    except (pa.ArrowException, OSError) as error:
+        raise FileError(f"is no readable parquet file ({_first_line(error)}); write it anew") from error
+
+
+def _read_arrow(path: Path) -> Iterator[FileRow]:
+    import pyarrow as pa  # noqa: PLC0415 (slow to import)
+
+    try:
+        with pa.memory_map(str(path)) as source, _open_ipc(source) as batches:
+            _check_header(batches.schema.names)
+            yield from _numbered(_record_batches(batches))
+    except (pa.ArrowException, OSError) as error:
+        raise FileError(f"is no readable arrow file ({_first_line(error)}); write it anew") from error
+
+
+def _open_ipc(source: Any) -> Any:
+    """Open either form: the file with its footer, or the stream that the datasets library writes."""
+    import pyarrow as pa  # noqa: PLC0415 (slow to import)
+
+    try:
+        return pa.ipc.open_file(source)
+    except pa.ArrowInvalid:
+        source.seek(0)
+        return pa.ipc.open_stream(source)
+
+
+def _record_batches(reader: Any) -> Iterator[Any]:
+    if hasattr(reader, "num_record_batches"):
+        return (reader.get_batch(number) for number in range(reader.num_record_batches))
+    return iter(reader)
+
+
+def _numbered(batches: Iterator[Any]) -> Iterator[FileRow]:
+    number = 0
+    for batch in batches:
+        for start in range(0, batch.num_rows, _BATCH_ROWS):
+            for row in batch.slice(start, _BATCH_ROWS).to_pylist():
+                number += 1
+                yield FileRow(number, row)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
+
+
+@contextlib.contextmanager
+def _open_bytes(path: Path) -> Iterator[IO[bytes]]:
+    with gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as stream:
+        if stream.peek(2)[:2] in _UTF16_MARKS:
+            raise FileError("is UTF-16; save it as UTF-8")
+        yield cast("IO[bytes]", stream)
+
+
+@contextlib.contextmanager
+def _open_text(path: Path) -> Iterator[TextIO]:
+    """Open as text; bytes that are not UTF-8 become halves of characters, which the row's fields are checked for."""
+    with _open_bytes(path) as stream:
+        yield io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
+
+
+_READERS: Final[dict[str, Callable[[Path], Iterator[FileRow]]]] = {
+    "jsonl": _read_jsonl,
+    "json": _read_json,
+    "csv": lambda path: _read_csv(path, ","),
+    "tsv": lambda path: _read_csv(path, "\t"),
+    "parquet": _read_parquet,
+    "arrow": _read_arrow,
+}
+_ENDINGS: Final = {form: form for form in _READERS} | {"ndjson": "jsonl", "feather": "arrow", "pq": "parquet"}
+_COLUMNAR: Final = ("parquet", "arrow")
+KNOWN_NAMES: Final = ".jsonl, .json, .csv or .tsv (each also with .gz), .parquet or .arrow"

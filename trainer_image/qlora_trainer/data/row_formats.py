@@ -1,0 +1,102 @@
+"""The formats of rows: told by a row's fields, and turned into prompts, answers, conversations or text."""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from qlora_api.v1alpha1 import RowFormat, RowTemplate
+from qlora_trainer.data.chat_messages import parse_chat
+from qlora_trainer.data.rows import Example, Row, RowError, Text, text_of
+
+_TELLING: Final[tuple[tuple[str, RowFormat], ...]] = (
+    ("messages", "chat"),
+    ("conversations", "chat"),
+    ("instruction", "instruction"),
+    ("prompt", "completion"),
+    ("text", "text"),
+)
+"""A field, and the format it stands for; the first that a row has decides."""
+_ANSWERS: Final = ("output", "response")
+_CONTEXTS: Final = ("input", "context")
+_PLACEHOLDER: Final = re.compile(r"\{([^{}]+)\}")
+
+
+def tell_format(fields: Mapping[str, Any]) -> tuple[RowFormat, str]:
+    """Return the format of a row and the field that tells it, or raise RowError."""
+    found = next(((row_format, field) for field, row_format in _TELLING if field in fields), None)
+    if found is None:
+        raise RowError(
+            f"has the fields {', '.join(map(str, fields)) or '(none)'}; write messages (or conversations), instruction "
+            "and output (or response), prompt and completion, or text; or give spec.dataset.template"
+        )
+    return found
+
+
+def parse_row(fields: Mapping[str, Any], row_format: RowFormat, template: RowTemplate | None = None) -> Row:
+    """Turn the fields of a row into what they mean, or raise RowError with the field at fault."""
+    if template is not None:
+        return Example(fill(template.prompt, fields, "prompt"), fill(template.answer, fields, "answer"))
+    return _PARSERS[row_format](fields)
+
+
+def _parse_instruction(fields: Mapping[str, Any]) -> Example:
+    prompt = instruction_prompt(fields)
+    answer = _one_of(fields, _ANSWERS)
+    if answer is None:
+        raise RowError("field 'response' (or 'output') is missing; add it")
+    return Example(prompt, text_of(fields, answer))
+
+
+def instruction_prompt(fields: Mapping[str, Any]) -> str:
+    """Return the prompt of an instruction row, whose answer is not looked at."""
+    return render_instruction(text_of(fields, "instruction"), _optional(fields, _one_of(fields, _CONTEXTS)))
+
+
+def _one_of(fields: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
+    present = [name for name in names if name in fields]
+    if len(present) > 1:
+        raise RowError(f"has both '{present[0]}' and '{present[1]}'; keep one")
+    return present[0] if present else None
+
+
+def _optional(fields: Mapping[str, Any], name: str | None) -> str:
+    if name is None or fields[name] is None or fields[name] == "":
+        return ""
+    return text_of(fields, name, blank=True).strip() and fields[name]
+
+
+def render_instruction(instruction: str, context: str = "") -> str:
+    """Return the prompt of an instruction row."""
+    block = f"### Input:\n{context}\n\n" if context else ""
+    return f"### Instruction:\n{instruction}\n\n{block}### Response:\n"
+
+
+def placeholders(template: str) -> tuple[str, ...]:
+    """Return the fields that a template asks for."""
+    return tuple(dict.fromkeys(_PLACEHOLDER.findall(template)))
+
+
+def fill(template: str, fields: Mapping[str, Any], part: str) -> str:
+    """Put a row's fields into a template; a field may be empty, the whole may not."""
+
+    def value(match: re.Match[str]) -> str:
+        name = match[1]
+        if name not in fields:
+            known = ", ".join(map(str, fields))
+            raise RowError(
+                f"spec.dataset.template.{part} asks for a field '{name}', and the row has {known}; correct one"
+            )
+        return text_of(fields, name, blank=True)
+
+    filled = _PLACEHOLDER.sub(value, template)
+    if not filled.strip():
+        raise RowError(f"spec.dataset.template.{part} becomes empty; fill its fields")
+    return filled
+
+
+_PARSERS: Final[dict[RowFormat, Callable[[Mapping[str, Any]], Row]]] = {
+    "instruction": _parse_instruction,
+    "chat": parse_chat,
+    "completion": lambda fields: Example(text_of(fields, "prompt"), text_of(fields, "completion")),
+    "text": lambda fields: Text(text_of(fields, "text")),
+}

@@ -1,0 +1,95 @@
+"""Fields of a row: what they hold, in a user's words, and text where text is needed."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+
+class RowError(ValueError):
+    """One row cannot be used; the message is the reason and the fix."""
+
+
+def kind_of(value: Any) -> str:
+    """Return what a value is, in a user's words."""
+    if value is None:
+        return "null"
+    names = {bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
+    return names.get(type(value), f"a {type(value).__name__}")
+
+
+def text_of(fields: Mapping[str, Any], name: str, *, blank: bool = False, within: str = "") -> str:
+    """Return a field that must be text, and not blank unless it may be."""
+    label = f"{within}.{name}" if within else f"field '{name}'"
+    if name not in fields:
+        raise RowError(f"{label} is missing; add it")
+    value = fields[name]
+    if value is None and blank:
+        return ""
+    if not isinstance(value, str):
+        shown = f" ({value})" if isinstance(value, (int, float)) else ""
+        raise RowError(f"{label} is {kind_of(value)}{shown}, not text; write a string")
+    if not blank and not value.strip():
+        raise RowError(f"{label} is empty; fill it, or remove the row")
+    if not _is_unicode(value):
+        raise RowError(f"{label} holds bytes that are not UTF-8, or half a character; save the file as UTF-8")
+    return value
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+Message: TypeAlias = Mapping[str, Any]
+"""role and content, as a chat template reads them; also tool_calls and the like."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt as the model sees it, and the answer it should give."""
+
+    prompt: str
+    answer: str
+
+    @property
+    def digest(self) -> bytes:
+        """Return the SHA-256 of the content; equal rows have equal digests."""
+        return _sha256([self.prompt, self.answer])
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A conversation that ends with the assistant."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[Mapping[str, Any], ...] = ()
+    """JSON schemas of the tools that the assistant may call."""
+
+    @property
+    def digest(self) -> bytes:
+        """Return the SHA-256 of the content."""
+        return _sha256({"messages": self.messages, "tools": self.tools})
+
+
+@dataclass(frozen=True)
+class Text:
+    """Text to continue."""
+
+    text: str
+
+    @property
+    def digest(self) -> bytes:
+        """Return the SHA-256 of the content."""
+        return _sha256({"text": self.text})
+
+
+Row: TypeAlias = Example | Chat | Text
+
+
+def _sha256(content: Any) -> bytes:
+    return hashlib.sha256(json.dumps(content, default=str).encode()).digest()

@@ -1,0 +1,148 @@
+"""Token rows as parquet files in the result's prefix: what prepare leaves and training starts from."""
+
+import hashlib
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self, overload
+from uuid import uuid4
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from qlora_trainer.data.tokenization import TokenRow
+
+TRAINING: Final = "prepared/train.parquet"
+EVALUATION: Final = "prepared/evaluation.parquet"
+FACTS: Final = "prepared/prepared.json"
+TASKS: Final = "prepared/tasks.json"
+"""The leaf tasks of public benchmarks, where any were asked for."""
+
+GROUP_ROWS: Final = 1000
+"""Rows that are written, and read, at a time."""
+
+_SCHEMA: Final = pa.schema(
+    [
+        ("input_ids", pa.list_(pa.int32())),
+        ("learned", pa.list_(pa.int32())),
+        ("prompt_ids", pa.list_(pa.int32())),
+        ("prompt", pa.string()),
+        ("reference", pa.string()),
+    ]
+)
+
+
+class ShardWriter:
+    """Writes rows into a parquet file, one group at a time."""
+
+    def __init__(self, path: Path, *, with_text: bool) -> None:
+        """Create the file; what is asked and expected is needed for held-out rows only."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._with_text = with_text
+        self._waiting: list[TokenRow] = []
+        self._content = hashlib.sha256()
+        self._file = pq.ParquetWriter(path, _SCHEMA, compression="zstd")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self._write_group()
+        self._file.close()
+
+    @property
+    def digest(self) -> str:
+        """Return the SHA-256 of the rows so far: of what is in them, so that no compression changes it."""
+        return self._content.hexdigest()
+
+    def add(self, row: TokenRow, times: int = 1) -> None:
+        """Write a row, some times in a row."""
+        texts = (row.prompt_ids, row.prompt, row.reference) if self._with_text else ()
+        content = hashlib.sha256(repr((row.input_ids, row.learned, *texts)).encode()).digest()
+        for _ in range(times):
+            self._content.update(content)
+            self._waiting.append(row)
+            if len(self._waiting) == GROUP_ROWS:
+                self._write_group()
+
+    def _write_group(self) -> None:
+        rows, self._waiting = self._waiting, []
+        if rows:
+            self._file.write_table(_to_table(rows, with_text=self._with_text))
+
+
+def _to_table(rows: Sequence[TokenRow], *, with_text: bool) -> pa.Table:
+    columns = {
+        "input_ids": [row.input_ids for row in rows],
+        "learned": [[position for span in row.learned for position in span] for row in rows],
+        "prompt_ids": [row.prompt_ids if with_text else () for row in rows],
+        "prompt": [row.prompt if with_text else "" for row in rows],
+        "reference": [row.reference if with_text else "" for row in rows],
+    }
+    return pa.table(columns, schema=_SCHEMA)
+
+
+def _to_row(fields: dict[str, Any]) -> TokenRow:
+    return TokenRow(
+        tuple(fields["input_ids"]),
+        tuple(zip(fields["learned"][::2], fields["learned"][1::2], strict=True)),
+        tuple(fields["prompt_ids"]),
+        fields["prompt"],
+        fields["reference"],
+    )
+
+
+class Shard(Sequence[TokenRow]):
+    """The rows of a file, by number; the operating system brings the pages that are read, and no others."""
+
+    def __init__(self, path: Path) -> None:
+        """Map an arrow file that open_shard made."""
+        self._reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        self._starts = [0]
+        for number in range(self._reader.num_record_batches):
+            self._starts.append(self._starts[-1] + self._reader.get_batch(number).num_rows)
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    @overload
+    def __getitem__(self, place: int) -> TokenRow: ...
+    @overload
+    def __getitem__(self, place: slice) -> tuple[TokenRow, ...]: ...
+    def __getitem__(self, place: int | slice) -> TokenRow | tuple[TokenRow, ...]:
+        """Return one row, or some."""
+        numbers = range(len(self))[place]
+        return self._row(numbers) if isinstance(numbers, int) else tuple(self._row(number) for number in numbers)
+
+    def _row(self, number: int) -> TokenRow:
+        batch = bisect_right(self._starts, number) - 1
+        (fields,) = self._reader.get_batch(batch).slice(number - self._starts[batch], 1).to_pylist()
+        return _to_row(fields)
+
+
+def open_shard(path: Path) -> Shard:
+    """Return the rows of a parquet file; beside it an uncompressed copy is laid, in which a row is found at once."""
+    copy = path.with_suffix(".arrow")
+    # Processes of one node share the folder: each writes its own, and the last rename wins.
+    partial = path.with_suffix(f".{uuid4().hex}.part")
+    with pq.ParquetFile(path) as source, pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as file:
+        for batch in source.iter_batches(batch_size=GROUP_ROWS):
+            file.write_batch(batch)
+    partial.replace(copy)
+    return Shard(copy)
+
+
+def read_rows(path: Path, numbers: Sequence[int] | None = None) -> Iterator[TokenRow]:
+    """Yield the rows of a parquet file, or those with some numbers, in the file's order."""
+    start = 0
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=GROUP_ROWS):
+            here = range(batch.num_rows) if numbers is None else sorted(number - start for number in numbers)
+            for place in here:
+                if 0 <= place < batch.num_rows:
+                    yield _to_row(batch.slice(place, 1).to_pylist()[0])
+            start += batch.num_rows

@@ -1,0 +1,1 @@
+"""Validation loss, generated answers, scores and benchmark tasks."""

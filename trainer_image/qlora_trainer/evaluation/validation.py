@@ -1,0 +1,61 @@
+"""The held-out rows while a training goes on: the same loss as in the evaluation, shared among the processes."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+
+from qlora_api.names import Reason
+from qlora_api.report import HeldOutRecord
+from qlora_trainer.data.batching import make_batch, micro_batches
+from qlora_trainer.data.tokenization import TokenRow
+from qlora_trainer.distributed.world import World
+from qlora_trainer.errors import RunError
+from qlora_trainer.model.base_model import Tuned
+from qlora_trainer.runtime.shutdown import StopFlag
+
+
+class HeldOut:
+    """Held-out rows, and who looks at them."""
+
+    def __init__(self, rows: Sequence[TokenRow], micro_batch: int, world: World, *, packing: bool) -> None:
+        self._micro_batch = micro_batch
+        self._packing = packing
+        self._world = world
+        # Each row is in one process: with rows repeated to fill a last batch some would count twice (trap 27). Where
+        # passes are made in step, shares of different lengths would wait for ever, so that each process takes all rows.
+        self._mine = rows if world.moves_in_step else [rows[place] for place in world.share(range(len(rows)))]
+
+    def look(self, tuned: Tuned, step: int, stop: StopFlag, alive: Callable[[], None]) -> HeldOutRecord | None:
+        """Return the loss after a step; None when the process was asked to stop meanwhile."""
+        started = time.perf_counter()
+        with tuned.evaluating():
+            sums = self._sum(tuned, stop, alive)
+        # The sums are added up even when they are worthless: all processes must make the same calls.
+        loss, correct, tokens = sums if self._world.moves_in_step else map(self._world.total_of, sums)
+        if self._world.any(stop.requested)[0]:
+            return None
+        check_finite_loss(loss, step)
+        seconds = time.perf_counter() - started
+        return HeldOutRecord(step=step, loss=loss / tokens, token_accuracy=correct / tokens, seconds=seconds)
+
+    def _sum(self, tuned: Tuned, stop: StopFlag, alive: Callable[[], None]) -> tuple[float, float, float]:
+        """Return the summed loss, the hits and the tokens of this process's rows."""
+        loss, correct, tokens = 0.0, 0.0, 0.0
+        for group in micro_batches(self._mine, self._micro_batch, packing=self._packing):
+            if stop.requested and not self._world.moves_in_step:
+                break
+            losses, hits = tuned.statistics(make_batch(group, tuned.device, packing=self._packing))
+            loss, correct, tokens = loss + float(losses.sum()), correct + float(hits.sum()), tokens + len(losses)
+            alive()
+        return loss, correct, tokens
+
+
+def check_finite_loss(loss: float, step: int) -> None:
+    """End a run whose adapter can no longer be measured."""
+    if not math.isfinite(loss):
+        raise RunError(
+            Reason.NON_FINITE_LOSS,
+            f"the loss on the held-out rows is {loss} after step {step}; lower spec.training.learningRate, or check "
+            "the dataset",
+            step,
+        )

@@ -1,0 +1,1 @@
+"""Published adapters: loading, chat, serving limits."""

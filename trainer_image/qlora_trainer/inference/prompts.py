@@ -1,0 +1,69 @@
+"""What an adapter is asked: a question as its training rows had it."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qlora_api.names import Reason
+from qlora_api.report import AdapterRecord
+from qlora_api.v1alpha1 import RowTemplate
+from qlora_trainer.data.chat_template import ChatTemplate, chat_prompt_ids, load_chat_template
+from qlora_trainer.data.row_formats import fill, instruction_prompt, placeholders, render_instruction
+from qlora_trainer.data.rows import Message, RowError
+from qlora_trainer.data.tokenization import prompt_ids
+from qlora_trainer.errors import RunError
+
+
+@dataclass(frozen=True)
+class Asker:
+    """The way in which one adapter was asked when it was trained."""
+
+    tokenizer: Any
+    formats: frozenset[str]
+    template: RowTemplate | None
+    chat: ChatTemplate | None
+    """None where no row was a chat: then every question stands alone."""
+
+    def ask(self, messages: Sequence[Message]) -> list[int]:
+        """Return the tokens of a prompt for an answer to the last message, or raise RunError."""
+        try:
+            if self.chat is not None:
+                return chat_prompt_ids([self.chat.ask(messages)], self.tokenizer)[0]
+            return prompt_ids([self._render(str(messages[-1]["content"]))], self.tokenizer)[0]
+        except RowError as error:
+            raise RunError(Reason.INVALID_SPEC, f"the question: {error}") from error
+
+    def _render(self, question: str) -> str:
+        """Return a question as a prompt; a JSON object is taken for a row where it has the fields of one."""
+        fields = _as_fields(question)
+        if self.template is not None:
+            return _fill_template(self.template.prompt, question, fields)
+        if "instruction" in self.formats:
+            return instruction_prompt(fields) if "instruction" in fields else render_instruction(question)
+        return question
+
+
+def make_asker(record: AdapterRecord, tokenizer: Any) -> Asker:
+    """Return the way that an adapter's record tells; rows of several formats are asked as chats where some were."""
+    formats = frozenset(record.format.split("+"))
+    chat = load_chat_template(tokenizer, None) if "chat" in formats else None
+    return Asker(tokenizer, formats, record.template, chat)
+
+
+def _as_fields(question: str) -> Mapping[str, Any]:
+    try:
+        content = json.loads(question)
+    except (ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _fill_template(template: str, question: str, fields: Mapping[str, Any]) -> str:
+    names = placeholders(template)
+    if set(names) <= set(fields):
+        return fill(template, fields, "prompt")
+    if len(names) > 1:
+        example = json.dumps(dict.fromkeys(names, "…"), ensure_ascii=False)
+        raise RowError(f"the prompts of this adapter have the fields {', '.join(names)}; ask with {example}")
+    return fill(template, {names[0]: question}, "prompt")

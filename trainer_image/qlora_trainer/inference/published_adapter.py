@@ -1,0 +1,117 @@
+"""A published adapter on this computer, and its base found again: where merging and asking start."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from pydantic import ValidationError
+
+from qlora_api.names import CLAIM_SCHEME, Reason, SecretRole
+from qlora_api.report import AdapterRecord
+from qlora_trainer.errors import RunError
+from qlora_trainer.storage.local_store import FileStore
+from qlora_trainer.storage.results import MANIFEST, RECORD
+from qlora_trainer.storage.snapshots import Places, Snapshot, text_files, weight_files
+from qlora_trainer.storage.store import Owner, Store, sha256_of
+
+_READABLE: Final = ("file://", "s3://")
+_SETTINGS: Final = "adapter_config.json"
+"""By which peft knows an adapter."""
+_BASE: Final = Owner(SecretRole.MODEL, "the adapter's base (--base-model gives another)")
+_GIVEN_BASE: Final = Owner(SecretRole.MODEL, "--base-model")
+
+
+@dataclass(frozen=True)
+class Published:
+    """An adapter's files, and how it was made."""
+
+    uri: str
+    folder: Path
+    record: AdapterRecord
+
+
+def open_adapter(places: Places, uri: str, field: str, work: Path) -> Published:
+    """Bring an adapter onto this computer, or say why it is none of ours; field is where its URI was given."""
+    if not uri.startswith(_READABLE):
+        raise RunError(Reason.INVALID_SPEC, f"{field}: {uri} is no folder and no s3:// URI; download it first")
+    store = places.store(uri, Owner(SecretRole.OUTPUT, field))
+    record = _read_record(store, field)
+    if record.method == "full":
+        raise RunError(
+            Reason.INVALID_SPEC,
+            f"{field}: {store.root} was trained with method full and is one model already; load it as any other",
+        )
+    return Published(store.root, fetch(store, "", work), record)
+
+
+def _read_record(store: Store, field: str) -> AdapterRecord:
+    if not store.exists(RECORD):
+        raise RunError(Reason.INVALID_SPEC, f"{field}: {_why_none(store)}")
+    try:
+        return AdapterRecord.model_validate_json(store.read(RECORD))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"])) or "content"
+        raise RunError(
+            Reason.INVALID_SPEC,
+            f"{field}: {store.root}/{RECORD}: {place}: {first['msg']}; use the release that wrote it, or a later one",
+        ) from error
+
+
+def _why_none(store: Store) -> str:
+    """Say what a place is that holds no record, and what to give instead."""
+    if not store.list():
+        return f"{store.root} holds no files; give the folder 'adapter' of a published result"
+    if store.exists(MANIFEST):
+        content = json.loads(store.read(MANIFEST))
+        return f"{store.root} is no adapter; that of this result is {(content.get('result') or content)['adapter']}"
+    if store.exists(_SETTINGS):
+        return (
+            f"{store.root} is an adapter without {RECORD}, which says what it was trained on and how; use peft itself"
+        )
+    return f"{store.root} has no {RECORD}; give the folder 'adapter' of a published result"
+
+
+def fetch(store: Store, path: str, work: Path) -> Path:
+    """Return a folder with all files below a path; those of this computer are used where they are."""
+    if isinstance(store, FileStore):
+        return store.folder / path
+    entries = store.list(path)
+    listing = "\n".join(f"{entry.path} {entry.size} {store.fingerprint(entry)}" for entry in entries)
+    target = work / "adapters" / sha256_of(listing.encode())[:16]
+    for entry in entries:
+        file = target / entry.path.removeprefix(f"{path}/" if path else "")
+        if not file.is_file():
+            partial = file.with_name(f"{file.name}.part")
+            store.download(entry.path, partial)
+            partial.replace(file)
+    return target
+
+
+def fetch_base(places: Places, record: AdapterRecord, given: str | None, work: Path) -> Path:
+    """Return the folder of the model that an adapter was trained on, or of the one that is given in its place."""
+    owner = _GIVEN_BASE if given else _BASE
+    snapshot = _resolve_given(places, given) if given else _resolve_recorded(places, record)
+    return snapshot.fetch([*text_files(snapshot.files), *weight_files(snapshot.files, owner)], work)
+
+
+def _resolve_given(places: Places, uri: str) -> Snapshot:
+    name, _, revision = uri.partition("@") if uri.startswith("hf://") else (uri, "", "")
+    return places.resolve(name, revision or "main", _GIVEN_BASE)
+
+
+def _resolve_recorded(places: Places, record: AdapterRecord) -> Snapshot:
+    if record.base.startswith(CLAIM_SCHEME):
+        raise RunError(
+            Reason.MODEL_NOT_FOUND,
+            f"the adapter's base is {record.base}, which only a cluster can mount; copy it and give --base-model",
+        )
+    snapshot = places.resolve(record.base, record.commit, _BASE)
+    if snapshot.commit != record.commit:
+        raise RunError(
+            Reason.MODEL_NOT_FOUND,
+            f"the files at {record.base} are not those that the adapter was trained on any more; restore them, or give "
+            "--base-model to use them as they are",
+        )
+    return snapshot

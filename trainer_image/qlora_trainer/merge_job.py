@@ -1,0 +1,145 @@
+"""The merged model of a published adapter: made after the adapter is safe, or later when somebody asks for it."""
+
+import contextlib
+import shutil
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from itertools import islice
+from pathlib import Path
+from uuid import uuid4
+
+from qlora_api.local_requests import MergedFolder, MergeRequest
+from qlora_api.names import Reason, SecretRole
+from qlora_api.report import AdapterRecord, EvaluatedRow
+from qlora_api.result import Result
+from qlora_api.runconfig import RunConfig
+from qlora_api.v1alpha1 import MergeBase
+from qlora_trainer import stages
+from qlora_trainer.data.rows import Example
+from qlora_trainer.data.shards import EVALUATION, open_shard
+from qlora_trainer.data.tokenization import TokenRow, encode_examples
+from qlora_trainer.errors import RunError
+from qlora_trainer.inference.compatibility import check_fits
+from qlora_trainer.inference.published_adapter import Published, fetch, fetch_base, open_adapter
+from qlora_trainer.model.architecture import load_tokenizer
+from qlora_trainer.observability.progress import Note, silent
+from qlora_trainer.publishing.merge_weights import MEASURED_TOKENS, MergeTask, merge
+from qlora_trainer.publishing.publish import ROWS, Merged, publish_merged
+from qlora_trainer.runtime.liveness import PULSE
+from qlora_trainer.storage.results import RECORD, with_merged
+from qlora_trainer.storage.snapshots import Places
+from qlora_trainer.storage.store import Owner, Store, sha256_of
+
+ADAPTER_FIELD = "ADAPTER"
+"""Where `qlora merge` is told the adapter."""
+TARGET_FIELD = "--to"
+
+
+def add_merged(places: Places, output: Store, config: RunConfig, result: Result, work: Path) -> Result:
+    """Return the result with the merged model that the spec asks for; what is there already is not made again."""
+    digest = config.prepared.digest
+    complete = with_merged(output, digest, config.spec.output, result)
+    if complete is not None:
+        return complete
+    adapter = fetch(output, result.adapter.removeprefix(f"{output.root}/"), work)
+    task = MergeTask(
+        model=stages.fetch_model(places, config, work),
+        adapter=adapter,
+        base=config.spec.output.merge_base,
+        record=AdapterRecord.model_validate_json((adapter / RECORD).read_text()),
+        rows=stages.load_rows(output, config, EVALUATION, work),
+    )
+    folder = stages.empty_folder(work / "merged" / digest)
+    with PULSE.resting():  # the adapter is published, no GPU is computing, and a layer may take minutes
+        merged = Merged(folder, merge(task, folder))
+    uri = publish_merged(output, config, result.adapter, merged, datetime.now(UTC))
+    return result.model_copy(update={"merged": uri})
+
+
+def merge_published(request: MergeRequest, places: Places, work: Path, note: Note = silent) -> MergedFolder:
+    """Merge an adapter with its base into a folder, which is there only when it is complete."""
+    target = Path(request.target)
+    check_target(target)
+    published = open_adapter(places, request.adapter, ADAPTER_FIELD, work)
+    record = published.record
+    check_start(record, request.base)
+    note(f"{record.job}: an adapter for {record.base} at {record.commit}")
+    model = fetch_base(places, record, request.model, work)
+    check_fits(published, model, "--base-model" if request.model else "the adapter's base")
+    task = MergeTask(model, published.folder, request.base, record, find_rows(places, published, work))
+    with completed(target) as partial:
+        report = merge(task, partial, note)
+    return MergedFolder(
+        folder=request.target,
+        adapter=published.uri,
+        base_model=request.model or record.base,
+        base_commit=None if request.model else record.commit,
+        merge=report,
+    )
+
+
+def check_target(target: Path) -> None:
+    """Refuse to write where something lies already."""
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise RunError(Reason.OUTPUT_EXISTS, f"{TARGET_FIELD}: {target} is not an empty folder; choose another one")
+
+
+def check_start(record: AdapterRecord, base: MergeBase) -> None:
+    """Refuse what would count twice: a LoftQ adapter gives back what 4 bits took, and the original base has it."""
+    if record.init == "loftq" and base == "original":
+        raise RunError(
+            Reason.INVALID_SPEC,
+            "--base: the adapter started with loftq and makes up for the 4-bit base, which would count twice on the "
+            "original one; give --base dequantised",
+        )
+
+
+@contextlib.contextmanager
+def completed(target: Path) -> Iterator[Path]:
+    """Yield a folder beside the target that takes its place in the end, or is removed."""
+    partial = target.with_name(f".{target.name}.{uuid4().hex}.part")
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise RunError(
+            Reason.INVALID_SPEC, f"{TARGET_FIELD}: cannot write {target}: {error.strerror}; choose another folder"
+        ) from error
+    try:
+        yield partial
+        partial.replace(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def find_rows(places: Places, published: Published, work: Path) -> Sequence[TokenRow]:
+    """Return held-out rows that lie beside an adapter: as they were measured, or as the report has them; or none."""
+    for parent in parents(published.uri):
+        store = places.store(parent, Owner(SecretRole.OUTPUT, ADAPTER_FIELD))
+        # Whoever may read an adapter may not always read what lies beside it; nothing depends on it but a figure.
+        with contextlib.suppress(RunError):
+            if store.exists(EVALUATION):
+                return _prepared_rows(store, work)
+            if store.exists(ROWS):
+                return _reported_rows(store, published)
+    return ()
+
+
+def parents(uri: str) -> tuple[str, ...]:
+    """Return the folders that a result's adapter may lie below: its prefix, or a folder in that."""
+    scheme, _, path = uri.partition("://")
+    folders = path.split("/")
+    return tuple(f"{scheme}://{'/'.join(folders[:-up])}" for up in (1, 2) if any(folders[:-up]))
+
+
+def _prepared_rows(store: Store, work: Path) -> Sequence[TokenRow]:
+    path = work / "rows" / sha256_of(store.root.encode())[:16] / EVALUATION
+    store.download(EVALUATION, path)
+    return open_shard(path)
+
+
+def _reported_rows(store: Store, published: Published) -> Sequence[TokenRow]:
+    """Make token rows of the first prompts and references of a report; a row of plain text has neither."""
+    lines = store.read(ROWS).decode().splitlines()
+    rows = (EvaluatedRow.model_validate_json(line) for line in lines)
+    asked = islice((Example(row.prompt, row.reference) for row in rows if row.prompt), MEASURED_TOKENS)
+    return encode_examples(list(asked), load_tokenizer(published.folder, field=ADAPTER_FIELD), "completion")

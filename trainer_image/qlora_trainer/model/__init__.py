@@ -1,0 +1,1 @@
+"""Base model, quantization, adapters, attention, loss and optimizer."""

@@ -1,0 +1,106 @@
+"""What a model is, told from its configuration alone: class, weights, modules; no weight is loaded."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from qlora_api.names import Reason
+from qlora_trainer.errors import RunError
+from qlora_trainer.model.quantization import Quantisable, count_quantisable
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Facts of a model's class."""
+
+    name: str
+    parameters: int
+    linears: Mapping[str, int]
+    """Names of its linear modules without the output layer, and the rank that each can have at most."""
+    weighted: frozenset[str]
+    """Names of all modules with weights of their own."""
+    tied: frozenset[str]
+    """Names of the embedding and the output layer where they are one weight."""
+    quantisable: Quantisable
+
+
+def load_architecture(folder: Path, field: str = "spec.model.uri") -> Architecture:
+    """Build the model without weights and count."""
+    return describe(build_empty(folder, field))
+
+
+def build_empty(folder: Path, field: str = "spec.model.uri") -> Any:
+    """Return the model on the meta device: all its modules and shapes, and no weight."""
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, AttributeError, ImportError) as error:
+        raise RunError(Reason.MODEL_UNSUPPORTED, f"{field}: {_why_not(folder, error)}") from error
+
+
+def _why_not(folder: Path, error: Exception) -> str:
+    config = folder / "config.json"
+    if not config.is_file():
+        return "there is no config.json; give the folder of a model in the Hugging Face format"
+    content = json.loads(config.read_text())
+    if "auto_map" in content:
+        return (
+            f"model type '{content.get('model_type')}' needs code from its repository (auto_map), which is never run; "
+            "choose an architecture that the trainer's transformers release knows"
+        )
+    return f"the trainer's transformers release cannot build it: {type(error).__name__}: {str(error)[:500]}"
+
+
+def describe(model: Any) -> Architecture:
+    """Return the facts of a model; its weights need not exist."""
+    output, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    modules = dict(model.named_modules())
+    tied = output is not None and output.weight is embedding.weight
+    return Architecture(
+        name=type(model).__name__,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        linears={name: min(module.weight.shape) for name, module in linear_modules(model).items()},
+        weighted=weighted_modules(model),
+        tied=frozenset(name for name, module in modules.items() if tied and module in {output, embedding}),
+        quantisable=count_quantisable(model),
+    )
+
+
+def linear_modules(model: Any) -> dict[str, Any]:
+    """Return a model's linear modules by name, without its output layer."""
+    output = model.get_output_embeddings()
+    return {name: module for name, module in model.named_modules() if _is_linear(module) and module is not output}
+
+
+def weighted_modules(model: Any) -> frozenset[str]:
+    """Return the names of the modules that have weights of their own."""
+    return frozenset(name for name, module in model.named_modules() if any(True for _ in module.parameters(False)))
+
+
+def _is_linear(module: torch.nn.Module) -> bool:
+    # GPT-2's Conv1D is a linear layer with its weight transposed.
+    return isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def load_tokenizer(folder: Path, chat_template: str | None = None, field: str = "spec.model.uri") -> Any:
+    """Load the tokenizer, which must have an end token: without one the adapter never learns to stop.
+
+    A chat template that is given replaces the model's own, here and in what is published.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise RunError(
+            Reason.MODEL_UNSUPPORTED, f"{field}: its tokenizer cannot be loaded: {str(error)[:500]}"
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise RunError(Reason.MODEL_UNSUPPORTED, f"{field}: its tokenizer has no end-of-text token (eos_token)")
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+    return tokenizer

@@ -1,0 +1,235 @@
+"""The base model, quantised and frozen, and the adapter on it."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from bitsandbytes.nn import Linear4bit
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+
+from qlora_api.accelerators import DeviceName
+from qlora_api.v1alpha1 import LoraSpec, QuantizationSpec
+from qlora_trainer.data.batching import Batch
+from qlora_trainer.model.adapter import as_base, attach_adapter, starting_weights
+from qlora_trainer.model.hardware import torch_device
+from qlora_trainer.model.loss import (
+    Head,
+    chunked_cross_entropy,
+    chunked_statistics,
+    positions_per_chunk,
+    token_losses,
+)
+from qlora_trainer.model.runtime_settings import Choices
+from qlora_trainer.model.unpacked_attention import lay_rows_apart
+
+_SAME_RESULT: Final = 0.05
+"""Relative distance that 16-bit rounding explains; joined rows that see each other are far above (0.3 and more)."""
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What is trained, and how its loss is computed."""
+
+    peft: Any
+    """A frozen base with a trainable adapter, or the model itself with method full."""
+    causal: Any
+    """The transformers model inside, with the adapter's layers in place."""
+    device: torch.device
+    dtype: torch.dtype
+    plain_head: bool
+    """The output is the last hidden state through the output layer and nothing else, so it may be computed in parts."""
+    start: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """The adapter's first weights where they were taken out of the base; empty where the adapter started as nothing."""
+
+    @property
+    def whole(self) -> bool:
+        """Return whether the model itself is trained."""
+        return self.peft is self.causal
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """Return the weights that learn."""
+        return [parameter for _, parameter in self.named_parameters()]
+
+    def named_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
+        """Return the weights that learn, with their names."""
+        return [(name, weight) for name, weight in self.peft.named_parameters() if weight.requires_grad]
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Compute in 16 bits where that is chosen: fp32 adapters would double every input otherwise."""
+        return computing_in(self.dtype, self.device)
+
+    def loss_sum(self, batch: Batch, weight: torch.Tensor) -> torch.Tensor:
+        """Return the summed cross-entropy of a batch's labels, times a weight."""
+        with self.autocast():
+            if self.plain_head:
+                return chunked_cross_entropy(self._states(batch), batch.labels, self._head, weight)
+            return token_losses(self._chosen_logits(batch), batch.labels).sum() * weight
+
+    @torch.no_grad()
+    def statistics(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the cross-entropy of each of a batch's labels, and whether it is the first choice."""
+        with self.autocast():
+            if self.plain_head:
+                return chunked_statistics(self._states(batch), batch.labels, self._head)
+            logits = self._chosen_logits(batch)
+            return chunked_statistics(logits, batch.labels, Head(_as_they_are, positions_per_chunk(logits.shape[-1])))
+
+    @contextlib.contextmanager
+    def evaluating(self, *, adapter: bool = True) -> Iterator[None]:
+        """Evaluate without a trace: mode, adapter and random numbers are as before afterwards.
+
+        With method full the base is gone once a step was taken, so it is evaluated before.
+        """
+        was_training = self.peft.training
+        devices = [] if self.device.type == "cpu" else [self.device]
+        without = contextlib.nullcontext() if adapter else as_base(self.peft, self.start)
+        with torch.random.fork_rng(devices=devices), torch.no_grad(), without:
+            self.peft.eval()
+            try:
+                yield
+            finally:
+                self.peft.train(was_training)
+
+    @property
+    def _head(self) -> Head:
+        output = self.causal.get_output_embeddings()
+        learned = tuple(parameter for parameter in output.parameters() if parameter.requires_grad)
+        # Not the weight's shape: under ZeRO-3 a weight that nobody collected has none.
+        return Head(output, positions_per_chunk(self.causal.config.get_text_config().vocab_size), learned)
+
+    def _states(self, batch: Batch) -> torch.Tensor:
+        states: torch.Tensor = self.causal.base_model(**_inputs(batch)).last_hidden_state
+        return states.flatten(0, 1)[batch.chosen]
+
+    def _chosen_logits(self, batch: Batch) -> torch.Tensor:
+        logits: torch.Tensor = self.causal(**_inputs(batch)).logits
+        return logits.flatten(0, 1)[batch.chosen]
+
+
+def computing_in(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[Any]:
+    """Let matrices be multiplied in a dtype, whatever the weights are stored in."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def _as_they_are(logits: torch.Tensor) -> torch.Tensor:
+    return logits
+
+
+def _inputs(batch: Batch) -> dict[str, Any]:
+    # A cache or a mask, even one of ones, switches off the separation of joined rows (transformers#46634).
+    inputs = {"input_ids": batch.input_ids, "use_cache": False}
+    if batch.position_ids is not None:
+        inputs["position_ids"] = batch.position_ids
+    if batch.attention_mask is not None:
+        inputs["attention_mask"] = batch.attention_mask
+    return inputs
+
+
+def load_text_config(folder: Path) -> Any:
+    """Return the configuration of the language part."""
+    return AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
+
+
+def load_base(
+    folder: Path, quantization: QuantizationSpec, dtype: torch.dtype, attention: str, device: DeviceName
+) -> Any:
+    """Load the base, quantised on the way in; safetensors only, and no code of its repository."""
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=dtype,
+        quantization_config=quantization_config(quantization, dtype),
+        attn_implementation=attention,
+        device_map={"": torch_device(device)},
+        use_safetensors=True,
+        trust_remote_code=False,
+        local_files_only=True,
+    )
+    keep_weights_unpacked(model)
+    lay_rows_apart(model)
+    # prepare_model_for_kbit_training would make embeddings and output layer fp32, for gigabytes and no gain (peft#816).
+    model.requires_grad_(False)
+    return model
+
+
+def quantization_config(quantization: QuantizationSpec, dtype: torch.dtype) -> Any:
+    """Return bitsandbytes' settings; None is a 16-bit base."""
+    if quantization.bits == 4:
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=quantization.type,
+            bnb_4bit_use_double_quant=quantization.double_quant,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    return BitsAndBytesConfig(load_in_8bit=True) if quantization.bits == 8 else None
+
+
+def keep_weights_unpacked(model: torch.nn.Module) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights in the first evaluation on a CPU.
+
+    The packed form is never undone and has no gradient for its input, so every later training step would be wrong.
+    """
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def tune(base: Any, lora: LoraSpec, seed: int, choices: Choices) -> Tuned:
+    """Return the base with a fresh adapter."""
+    plain = head_is_plain(base)
+    if choices.checkpointing:
+        _recompute_activations(base)
+    peft = attach_adapter(base, lora, seed)
+    start = starting_weights(peft, lora)
+    return Tuned(peft, peft.get_base_model(), base.device, choices.dtype, plain, start)
+
+
+def tune_whole(base: Any, choices: Choices) -> Tuned:
+    """Return the base with all its weights free to learn."""
+    with computing_in(choices.dtype, base.device):
+        plain = head_is_plain(base)
+    if choices.checkpointing:
+        _recompute_activations(base)
+    base.requires_grad_(True)
+    return Tuned(base, base, base.device, choices.dtype, plain)
+
+
+def _recompute_activations(base: Any) -> None:
+    base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    base.enable_input_require_grads()
+
+
+@torch.no_grad()
+def head_is_plain(base: Any) -> bool:
+    """Return whether the logits are the output layer's; Gemma 2 caps them, Granite and Cohere scale them."""
+    ids = _some_tokens(base, 8)
+    states = base.base_model(input_ids=ids, use_cache=False)
+    head = base.get_output_embeddings()
+    if head is None or not hasattr(states, "last_hidden_state"):
+        return False
+    return relative_distance(head(states.last_hidden_state), base(input_ids=ids, use_cache=False).logits) < 1e-3
+
+
+@torch.no_grad()
+def joins_rows_exactly(base: Any) -> bool:
+    """Return whether joined rows come out as they do alone; recurrent layers, for one, carry a state across."""
+    first, second = _some_tokens(base, 7), _some_tokens(base, 5, start=11)
+    positions = torch.cat([torch.arange(7), torch.arange(5)]).to(base.device)[None]
+    joined = base(input_ids=torch.cat([first, second], dim=1), position_ids=positions, use_cache=False).logits[0, 7:]
+    alone = base(input_ids=second, use_cache=False).logits[0]
+    return relative_distance(joined, alone) < _SAME_RESULT
+
+
+def relative_distance(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Return |one - other| / |other|."""
+    return float((one.float() - other.float()).norm() / other.float().norm().clamp_min(1e-12))
+
+
+def _some_tokens(base: Any, count: int, start: int = 1) -> torch.Tensor:
+    """Return arbitrary, different tokens."""
+    vocabulary = base.get_input_embeddings().weight.shape[0]
+    tokens: torch.Tensor = (torch.arange(count) * 37 + start) % vocabulary
+    return tokens[None].to(base.device)

@@ -1,0 +1,113 @@
+"""What the hardware and the model decide, each with its reason: for the log and the report."""
+
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+import torch
+
+from qlora_api.runconfig import RunConfig
+from qlora_api.strategies import STRATEGIES
+from qlora_api.units import format_gib
+from qlora_trainer.data.batching import PACK_TOKENS
+from qlora_trainer.model.attention import attention_facts, choose_attention
+from qlora_trainer.model.full_finetune import bytes_for, choose_for_whole
+from qlora_trainer.model.hardware import Hardware
+from qlora_trainer.model.optimizer import Kind, choose_optimizer
+
+ACTIVATION_BYTES_PER_TOKEN_LAYER_WIDTH: Final = 34
+"""Kept for backward without checkpointing, per token, layer and hidden unit, in 16 bits (Korthikanti et al. 2022)."""
+STARTS: Final = {
+    "default": "the adapter changes nothing yet",
+    "gaussian": "the adapter changes nothing yet",
+    "pissa": "the base's largest singular vectors; published for the base as it is, with twice the rank",
+    "loftq": "what quantisation took from the base; use it on the same 4-bit base only, or that is added twice",
+}
+"""What spec.lora.init means for whoever uses the adapter."""
+_SHARE_FOR_ACTIVATIONS: Final = 0.5
+"""The rest of the free memory is for weights, the optimizer and what the estimate does not know."""
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The decisions; `reasons` has one sentence for each."""
+
+    dtype: torch.dtype
+    attention: str
+    checkpointing: bool
+    packing: bool
+    optimizer: Kind
+    reasons: dict[str, str]
+
+    @property
+    def dtype_name(self) -> str:
+        """Return torch.bfloat16 as 'bfloat16'."""
+        return _name_of(self.dtype)
+
+    def with_packing_off(self, reason: str) -> "Choices":
+        """Return the choices for a model whose rows cannot be joined."""
+        return replace(self, packing=False, reasons=self.reasons | {"packing": f"off: {reason}"})
+
+
+def decide(config: RunConfig, hardware: Hardware, model: Any) -> Choices:
+    """Decide everything from the model's configuration, before its weights are loaded."""
+    spec, plan = config.spec, config.plan
+    dtype, dtype_reason = compute_dtype(hardware)
+    attention, attention_reason = choose_attention(attention_facts(model), hardware)
+    length = min(config.prepared.dataset.longest_row_tokens, spec.training.max_length)
+    tokens = min(plan.micro_batch_size * length, max(PACK_TOKENS, length) if spec.training.packing else 1 << 62)
+    asked, weights = spec.training.optimizer, config.prepared.model.parameters
+    if spec.method == "full":
+        parts = plan.processes if STRATEGIES[plan.strategy].shards_optimizer else 1
+        optimizer, optimizer_reason = choose_for_whole(asked, hardware, weights, parts)
+        hardware = replace(hardware, free_bytes=hardware.free_bytes - bytes_for(optimizer, weights, parts))
+    else:
+        optimizer, optimizer_reason = choose_optimizer(asked, hardware.device)
+    checkpointing, checkpointing_reason = (
+        activation_checkpointing(hardware, model, tokens)
+        if plan.gradient_checkpointing is None
+        else (plan.gradient_checkpointing, "the plan, from the model's shape, the rows and the GPU's memory")
+    )
+    return Choices(
+        dtype=dtype,
+        attention=attention,
+        checkpointing=checkpointing,
+        packing=spec.training.packing,
+        optimizer=optimizer,
+        reasons={
+            "device": hardware.name,
+            "dtype": f"{_name_of(dtype)}: {dtype_reason}",
+            "attention": f"{attention}: {attention_reason}",
+            "gradient checkpointing": f"{'on' if checkpointing else 'off'}: {checkpointing_reason}",
+            "packing": "on: rows are joined without padding" if spec.training.packing else "off: spec.training.packing",
+            "optimizer": f"{optimizer}: {optimizer_reason}",
+            "start": "every weight as the base has it" if spec.method == "full" else STARTS[spec.lora.init],
+        },
+    )
+
+
+def compute_dtype(hardware: Hardware) -> tuple[torch.dtype, str]:
+    """Pick the dtype of the base's computation; adapters are fp32 in any case."""
+    if hardware.capability is not None:
+        sm = f"sm_{hardware.capability[0]}{hardware.capability[1]}"
+        if hardware.native_bf16:
+            return torch.bfloat16, f"{sm} has native bf16"
+        return torch.float16, f"{sm} predates native bf16"
+    if hardware.native_bf16:
+        return torch.bfloat16, "the CPU has AVX512-BF16, which is about twice as fast as fp32"
+    return torch.float32, "the CPU has no native bf16"
+
+
+def activation_checkpointing(hardware: Hardware, model: Any, tokens: int) -> tuple[bool, str]:
+    """Recompute activations only where they would not fit: it costs a forward pass a step."""
+    needed = tokens * model.num_hidden_layers * model.hidden_size * ACTIVATION_BYTES_PER_TOKEN_LAYER_WIDTH
+    offered = round(hardware.free_bytes * _SHARE_FOR_ACTIVATIONS)
+    fits = needed <= offered
+    sentence = (
+        f"{tokens} tokens keep about {format_gib(needed)} of activations, and half of the free memory is "
+        f"{format_gib(offered)}"
+    )
+    return not fits, sentence
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,1 @@
+"""Progress reports, logs and experiment trackers."""

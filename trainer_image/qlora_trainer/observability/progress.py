@@ -1,0 +1,212 @@
+"""Progress reports: to the operator over HTTP, to the log, or to both; a lost report never disturbs a step."""
+
+import logging
+import os
+import ssl
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final, Protocol, Self
+
+from qlora_api.logs import fields
+from qlora_api.names import PROGRESS_TOKEN_ENV, PROGRESS_URL_ENV, Phase
+from qlora_api.progress import Metric, ProgressReport, TrainerStatus
+from qlora_api.v1alpha1 import Checkpoint, Progress
+
+Note = Callable[[str], None]
+
+
+def silent(_: str) -> None:
+    """Say nothing."""
+
+
+CA_ENV: Final = "KUBEFLOW_TRAINER_SERVER_CA_CERT"
+"""The path of the certificate authority's file, for an https endpoint."""
+INTERVAL_SECONDS: Final = 5.0
+"""Least time between two reports of one phase; transformers' KubeflowCallback keeps the same."""
+HEARTBEAT_SECONDS: Final = 30.0
+"""Time between two signs of life while there is no news."""
+_TIMEOUT_SECONDS: Final = 5.0
+
+log = logging.getLogger(__name__)
+
+
+class ProgressSink(Protocol):
+    """Whoever wants to know how far the run is."""
+
+    def report(self, progress: Progress) -> None:
+        """Take note of the progress; never raises, never waits."""
+
+    def note(self, text: str) -> None:
+        """Take note of something that a person should know; as careful."""
+
+
+class LogSink:
+    """Writes progress to the log."""
+
+    def report(self, progress: Progress) -> None:
+        """Log one line."""
+        log.info("progress", extra=fields(**progress.model_dump(mode="json", by_alias=True, exclude_none=True)))
+
+    def note(self, text: str) -> None:
+        """Log the sentence."""
+        log.info(text)
+
+
+class Sinks:
+    """Passes progress on to several."""
+
+    def __init__(self, sinks: Sequence[ProgressSink]) -> None:
+        self._sinks = tuple(sinks)
+
+    def report(self, progress: Progress) -> None:
+        """Report to each."""
+        for sink in self._sinks:
+            sink.report(progress)
+
+    def note(self, text: str) -> None:
+        """Tell each."""
+        for sink in self._sinks:
+            sink.note(text)
+
+
+class Heartbeat:
+    """Repeats the last progress while downloads, evaluations and uploads have no news of their own.
+
+    Between two steps it is silent: there news is due, and its absence is how a run that hangs is seen.
+    """
+
+    def __init__(self, sink: ProgressSink, seconds: float = HEARTBEAT_SECONDS) -> None:
+        self._sink = sink
+        self._seconds = seconds
+        self._latest: Progress | None = None
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="heartbeat", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closed.set()
+        self._thread.join()
+
+    def report(self, progress: Progress) -> None:
+        """Pass the progress on, and remember it."""
+        self._latest = progress
+        self._sink.report(progress)
+
+    def note(self, text: str) -> None:
+        """Pass the sentence on."""
+        self._sink.note(text)
+
+    def beat(self, now: datetime) -> None:
+        """Report the last progress again, unless steps are under way."""
+        latest = self._latest
+        if latest is not None and (latest.phase is not Phase.TRAINING or latest.loss is None):
+            self._sink.report(latest.model_copy(update={"updated_at": now}))
+
+    def _work(self) -> None:
+        while not self._closed.wait(self._seconds):
+            self.beat(datetime.now(UTC))
+
+
+def to_body(progress: Progress) -> bytes:
+    """Return the body of Kubeflow Trainer's status protocol; its numbers are strings."""
+    values = {
+        "current_step": progress.step,
+        "total_steps": progress.total_steps,
+        "loss": progress.loss,
+        "tokens_per_second": progress.tokens_per_second,
+        "phase": progress.phase,
+        **_checkpoint_metrics(progress.checkpoint),
+    }
+    status = TrainerStatus(
+        progress_percentage=progress.percent,
+        estimated_remaining_seconds=progress.remaining_seconds,
+        metrics=tuple(Metric(name=name, value=str(value)) for name, value in values.items() if value is not None),
+        last_updated_time=progress.updated_at,
+    )
+    report = ProgressReport(trainer_status=status)
+    return report.model_dump_json(by_alias=True, exclude_none=True).encode()
+
+
+def _checkpoint_metrics(checkpoint: Checkpoint | None) -> dict[str, object]:
+    if checkpoint is None:
+        return {}
+    return {f"checkpoint_{name}": value for name, value in checkpoint.model_dump(mode="json").items()}
+
+
+class HttpSink:
+    """Posts the latest progress from a thread of its own."""
+
+    def __init__(self, url: str, token_file: Path | None, ca_file: Path | None = None) -> None:
+        self._url = url
+        self._token_file = token_file
+        self._context = ssl.create_default_context(cafile=ca_file) if ca_file else None
+        self._waiting: Progress | None = None
+        self._phase: str | None = None
+        self._next = 0.0
+        self._closed = False
+        self._news = threading.Condition()
+        self._thread = threading.Thread(target=self._work, name="progress", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def from_environment(cls) -> "HttpSink | None":
+        """Return the sink that the pod's environment describes; without a URL there is none."""
+        url = os.environ.get(PROGRESS_URL_ENV)
+        if not url:
+            return None
+        token, authority = os.environ.get(PROGRESS_TOKEN_ENV), os.environ.get(CA_ENV)
+        return cls(url, Path(token) if token else None, Path(authority) if authority else None)
+
+    def report(self, progress: Progress) -> None:
+        """Keep the progress for the next post; an older one that is still waiting is replaced."""
+        with self._news:
+            self._waiting = progress
+            self._news.notify()
+
+    def note(self, text: str) -> None:
+        """Leave sentences to the log: the protocol has numbers only."""
+
+    def close(self) -> None:
+        """Post what is still waiting, and end the thread."""
+        with self._news:
+            self._closed = True
+            self._news.notify()
+        self._thread.join(timeout=2 * _TIMEOUT_SECONDS)
+
+    def _work(self) -> None:
+        while (progress := self._take()) is not None:
+            self._post(progress)
+
+    def _take(self) -> Progress | None:
+        """Wait until there is something to post and it is time to; None when closed."""
+        with self._news:
+            while True:
+                left = self._next - time.monotonic()
+                waiting = self._waiting
+                if waiting is not None and (left <= 0 or self._closed or waiting.phase != self._phase):
+                    self._waiting, self._phase = None, waiting.phase
+                    self._next = time.monotonic() + INTERVAL_SECONDS
+                    return waiting
+                if self._closed:
+                    return None
+                self._news.wait(left if waiting is not None else None)
+
+    def _post(self, progress: Progress) -> None:
+        headers = {"Content-Type": "application/json"}
+        try:
+            if self._token_file is not None:
+                # Read each time: the kubelet replaces the token well before it expires.
+                headers["Authorization"] = f"Bearer {self._token_file.read_text().strip()}"
+            # The URL is the operator's, from the pod's own environment.
+            request = urllib.request.Request(self._url, data=to_body(progress), headers=headers, method="POST")  # noqa: S310
+            with urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS, context=self._context):  # noqa: S310
+                pass
+        except (OSError, ValueError) as error:
+            log.info("progress was not delivered", extra=fields(error=str(error)))

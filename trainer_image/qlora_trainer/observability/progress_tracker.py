@@ -1,0 +1,93 @@
+"""How far a run is, and how long it will take: from step records to progress reports."""
+
+import threading
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+
+from qlora_api.names import Phase
+from qlora_api.report import StepRecord
+from qlora_api.v1alpha1 import Checkpoint, Progress
+from qlora_trainer.observability.progress import INTERVAL_SECONDS, ProgressSink
+
+
+class Pace:
+    """Reports every phase and every step of a run."""
+
+    def __init__(self, sink: ProgressSink, total_steps: int) -> None:
+        self._sink = sink
+        self._total = total_steps
+        self._phase = Phase.TRAINING
+        self._last: StepRecord | None = None
+        self._seconds = 0.0
+        self._tokens = 0
+        self._checkpoint: Checkpoint | None = None
+        self._reported_at = time.monotonic()
+        self._lock = threading.Lock()
+
+    def resume(self, records: Sequence[StepRecord]) -> None:
+        """Count the steps of an earlier attempt as done."""
+        for record in records:
+            self._count(record)
+        self._report()
+
+    def enter(self, phase: Phase) -> None:
+        """Report the start of a phase."""
+        self._phase = phase
+        self._report()
+
+    def note(self, record: StepRecord) -> None:
+        """Report a finished step."""
+        self._count(record)
+        self._report()
+
+    def completed(self, checkpoint: Checkpoint) -> None:
+        """Report a checkpoint; called from the thread that wrote it."""
+        self._checkpoint = checkpoint
+        self._report()
+
+    def alive(self) -> None:
+        """Report that the work goes on, with nothing new to say; a report that is young says it already."""
+        if time.monotonic() - self._reported_at >= INTERVAL_SECONDS:
+            self._report()
+
+    def finish(self) -> None:
+        """Count the steps that early stopping left out as done."""
+        self._total = self._done
+
+    @property
+    def _done(self) -> int:
+        return self._last.step if self._last else 0
+
+    def _count(self, record: StepRecord) -> None:
+        """Add a step to the sums, so that a report costs the same however many there were."""
+        with self._lock:
+            self._last = record
+            self._seconds += record.seconds
+            self._tokens += record.tokens
+
+    def _report(self) -> None:
+        # Two threads report, and the sink must hear the later report last.
+        with self._lock:
+            self._reported_at = time.monotonic()
+            self._sink.report(self._describe())
+
+    def _describe(self) -> Progress:
+        done, last, seconds, tokens = self._done, self._last, self._seconds, self._tokens
+        training = self._phase == Phase.TRAINING and last is not None
+        return Progress(
+            percent=100 * done // self._total,
+            step=done,
+            total_steps=self._total,
+            remaining_seconds=round(seconds / done * (self._total - done)) if training else None,
+            loss=last.loss if last else None,
+            tokens_per_second=round(tokens / seconds, 1) if last and seconds else None,
+            phase=self._phase,
+            checkpoint=self._checkpoint,
+            updated_at=datetime.now(UTC),
+        )
+
+
+def time_and_tokens(records: Sequence[StepRecord]) -> tuple[float, int]:
+    """Return the seconds and the tokens of steps."""
+    return sum(record.seconds for record in records), sum(record.tokens for record in records)

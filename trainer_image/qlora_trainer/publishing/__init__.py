@@ -1,0 +1,1 @@
+"""Everything about a result: report, model card, merge, upload, gate."""

@@ -1,0 +1,1 @@
+"""The process itself: rank, shutdown, liveness, metrics, termination message."""

@@ -1,0 +1,1 @@
+"""S3, local folders, the model hub, credentials, snapshots and results."""

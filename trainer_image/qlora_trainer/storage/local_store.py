@@ -1,0 +1,120 @@
+"""Objects in a folder: file://, and pvc:// for what is read."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from qlora_api.names import Reason
+from qlora_trainer.errors import RunError
+from qlora_trainer.storage.store import (
+    AlreadyThereError,
+    Entry,
+    MissingObjectError,
+    Owner,
+    claim_folder,
+    local_path,
+    sha256_of,
+)
+
+
+class FileStore:
+    """A folder of this computer."""
+
+    def __init__(self, uri: str, owner: Owner) -> None:
+        self.root = uri.rstrip("/")
+        self.folder = local_path(uri)
+        self._owner = owner
+        self._claim = claim_folder(uri)
+
+    def list(self, prefix: str = "") -> tuple[Entry, ...]:
+        """Return every file under a folder, in order of its path."""
+        files = sorted(path for path in (self.folder / prefix).rglob("*") if path.is_file())
+        names = [path.relative_to(self.folder).as_posix() for path in files]
+        return tuple(Entry(name, self.place(name).stat().st_size) for name in names)
+
+    def place(self, path: str) -> Path:
+        """Return where a file is; a link in a claim must not lead to what else the pod has, such as its Secrets."""
+        place = self.folder / path
+        if self._claim is not None and not place.resolve().is_relative_to(self._claim.resolve()):
+            raise RunError(
+                self._owner.not_found, f"{self._owner.field}: {place} leads out of its claim; put the file itself there"
+            )
+        return place
+
+    def fingerprint(self, entry: Entry) -> str:
+        """Return the file's SHA-256; its times change with every copy."""
+        return sha256_of(self.place(entry.path))
+
+    def read(self, path: str) -> bytes:
+        """Return a file's content."""
+        try:
+            return self.place(path).read_bytes()
+        except FileNotFoundError as error:
+            raise self._missing(path) from error
+
+    def download(self, path: str, target: Path) -> None:
+        """Copy a file."""
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            shutil.copyfile(self.place(path), target)
+        except FileNotFoundError as error:
+            raise self._missing(path) from error
+
+    def put(self, path: str, source: Path | bytes, *, if_none_match: bool = False) -> bool:
+        """Write a file atomically; a hard link is the conditional form, because it fails where a file exists."""
+        target = self.folder / path
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            temporary = self._write_beside(target, source)
+        except OSError as error:
+            raise RunError(
+                Reason.S3_DENIED, f"{self._owner.field}: cannot write {target}: {error.strerror}; choose another folder"
+            ) from error
+        confirmed = sha256_of(temporary) == sha256_of(source)
+        try:
+            if if_none_match:
+                os.link(temporary, target)
+            else:
+                temporary.replace(target)
+        except FileExistsError as error:
+            raise AlreadyThereError(path) from error
+        except OSError as error:
+            raise RunError(
+                Reason.S3_DENIED,
+                f"{self._owner.field}: cannot put {target} in place: {error.strerror}; choose a folder on "
+                "a file system with hard links",
+            ) from error
+        finally:
+            temporary.unlink(missing_ok=True)
+        return confirmed
+
+    @staticmethod
+    def _write_beside(target: Path, source: Path | bytes) -> Path:
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=".part-")
+        with os.fdopen(handle, "wb") as stream:
+            if isinstance(source, bytes):
+                stream.write(source)
+            else:
+                with source.open("rb") as original:
+                    shutil.copyfileobj(original, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        return Path(name)
+
+    def exists(self, path: str) -> bool:
+        """Return whether there is such a file."""
+        return (self.folder / path).is_file()
+
+    def sha256(self, path: str) -> str:
+        """Return the SHA-256 of a file."""
+        return sha256_of(self.folder / path)
+
+    def delete(self, path: str) -> None:
+        """Remove a file."""
+        (self.folder / path).unlink(missing_ok=True)
+
+    def _missing(self, path: str) -> MissingObjectError:
+        return MissingObjectError(
+            self._owner.not_found, f"{self._owner.field}: there is no {self.folder / path}; correct the URI"
+        )

@@ -1,0 +1,268 @@
+"""The s3:// store: checksummed and verified writes, and boto3's exceptions turned into reasons."""
+
+import base64
+import contextlib
+import io
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from typing import Any, Final
+
+import boto3
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
+from s3transfer.utils import S3_RETRYABLE_DOWNLOAD_ERRORS
+
+from qlora_api.names import Reason
+from qlora_api.runconfig import S3Config
+from qlora_trainer.errors import RunError
+from qlora_trainer.runtime.liveness import PULSE
+from qlora_trainer.runtime.metrics import METER
+from qlora_trainer.storage.credentials import Credentials
+from qlora_trainer.storage.s3_multipart import SINGLE_PUT_BYTES, upload_in_parts
+from qlora_trainer.storage.store import AlreadyThereError, Entry, MissingObjectError, Owner, leads_out, sha256_of
+
+_DENIED: Final = {"403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"}
+_MISSING: Final = {"404", "NoSuchKey", "NoSuchBucket", "NotFound"}
+_SKEWED: Final = "RequestTimeTooSkewed"
+_LONGEST_SKEW: Final = timedelta(minutes=15)
+"""Between a request's signature and the server's clock (Amazon S3, Signature Version 4)."""
+_CONFLICTS: Final = 5
+"""Tries of a conditional put that meets 409: S3 answers it while another conditional put of the key is under way."""
+_CONFLICT_WAIT_SECONDS: Final = 0.5
+_ATTEMPTS: Final = 8
+"""Tries of one request. A run makes hundreds of them: where 30 % fail, four tries lose one in a hundred, and eight one
+in 10,000. With boto3's back-off an unreachable endpoint is given up after about a minute."""
+_BODIES: Final = 5
+"""Tries of an object whose content breaks off, as many as boto3's own downloads take."""
+_DIGEST_METADATA: Final = "sha256"
+"""User metadata with our own digest, for servers that keep no checksums."""
+
+
+def make_client(credentials: Credentials, config: S3Config) -> Any:
+    """Return a client; keys of the Secret come before the platform's settings, and those before boto3's own."""
+    session = boto3.session.Session(
+        aws_access_key_id=credentials.get("AWS_ACCESS_KEY_ID"),
+        aws_secret_access_key=credentials.get("AWS_SECRET_ACCESS_KEY"),
+        aws_session_token=credentials.get("AWS_SESSION_TOKEN"),
+    )
+    endpoint = credentials.get("AWS_ENDPOINT_URL") or config.endpoint
+    return session.client(
+        "s3",
+        endpoint_url=endpoint,
+        region_name=credentials.get("AWS_REGION") or config.region or session.region_name or "us-east-1",
+        config=Config(
+            s3={"addressing_style": config.addressing},
+            retries={"mode": "standard", "total_max_attempts": _ATTEMPTS},
+            connect_timeout=5,
+            read_timeout=60,
+            request_checksum_calculation=config.checksums,
+            response_checksum_validation=config.checksums,
+        ),
+    )
+
+
+class S3Store:
+    """A prefix of a bucket."""
+
+    def __init__(self, uri: str, owner: Owner, credentials: Credentials, config: S3Config) -> None:
+        self.root = uri.rstrip("/")
+        self._bucket, _, prefix = self.root.removeprefix("s3://").partition("/")
+        self._prefix = f"{prefix}/" if prefix else ""
+        self._owner = owner
+        self._sends_checksums = config.checksums == "when_supported"
+        with self._translated(""):
+            self._client = make_client(credentials, config)
+
+    def list(self, prefix: str = "") -> tuple[Entry, ...]:
+        """Return every object under a folder, in order of its path."""
+        folder = f"{self._key(prefix).rstrip('/')}/" if prefix else self._prefix
+        with self._translated(prefix):
+            pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=folder)
+            objects = [found for page in pages for found in page.get("Contents", ())]
+        entries = [
+            Entry(found["Key"].removeprefix(self._prefix), found["Size"], found["ETag"].strip('"'))
+            for found in objects
+            if not found["Key"].endswith("/")
+        ]
+        if escape := next((entry.path for entry in entries if leads_out(entry.path)), None):
+            raise RunError(
+                self._owner.not_found,
+                f"{self._owner.field}: an object below {self.root} is named '{escape}', which leads out of the folder "
+                "that it would be copied to; rename it",
+            )
+        return tuple(sorted(entries, key=lambda entry: entry.path))
+
+    def fingerprint(self, entry: Entry) -> str:
+        """Return the ETag of the listing."""
+        return entry.etag
+
+    def read(self, path: str) -> bytes:
+        """Return an object's content."""
+        with self._translated(path):
+            for _ in range(_BODIES - 1):
+                with contextlib.suppress(*S3_RETRYABLE_DOWNLOAD_ERRORS):
+                    return self._content(path)
+            return self._content(path)
+
+    def _content(self, path: str) -> bytes:
+        content: bytes = self._client.get_object(**self._target(path))["Body"].read()
+        return content
+
+    def download(self, path: str, target: Path) -> None:
+        """Copy an object into a file."""
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with self._translated(path):
+            self._client.download_file(self._bucket, self._key(path), str(target), Callback=lambda _: PULSE.beat())
+
+    def put(self, path: str, source: Path | bytes, *, if_none_match: bool = False) -> bool:
+        """Upload with a SHA-256, then read size and digest back."""
+        digest = sha256_of(source)
+        size = len(source) if isinstance(source, bytes) else source.stat().st_size
+        with self._translated(path), METER.upload(size):
+            self._upload(path, source, digest, if_none_match)
+            return self._verify(path, size, digest)
+
+    def _upload(self, path: str, source: Path | bytes, digest: str, if_none_match: bool) -> None:
+        condition: dict[str, Any] = {"IfNoneMatch": "*"} if if_none_match else {}
+        for attempt in range(1, _CONFLICTS + 1):
+            try:
+                self._send(path, source, digest, condition)
+            except ClientError as error:
+                if _code(error) in {"412", "PreconditionFailed"}:
+                    raise AlreadyThereError(path) from error
+                if _code(error) not in {"409", "ConditionalRequestConflict"} or attempt == _CONFLICTS:
+                    raise
+                time.sleep(_CONFLICT_WAIT_SECONDS * attempt)
+            else:
+                return
+
+    def _send(self, path: str, source: Path | bytes, digest: str, condition: dict[str, Any]) -> None:
+        target, metadata = self._target(path), {"Metadata": {_DIGEST_METADATA: digest}}
+        if isinstance(source, Path) and source.stat().st_size > SINGLE_PUT_BYTES:
+            checksum = {"ChecksumAlgorithm": "SHA256"} if self._sends_checksums else {}
+            upload_in_parts(self._client, source, target, start=metadata | checksum, end=condition)
+            return
+        checksum = {"ChecksumSHA256": _base64_of(digest)} if self._sends_checksums else {}
+        with _opened(source) as body:
+            self._client.put_object(**target, **metadata, **checksum, **condition, Body=body)
+
+    def _verify(self, path: str, size: int, digest: str) -> bool:
+        """Compare what the store has with what was sent, and return whether it knows the content's SHA-256."""
+        mode = {"ChecksumMode": "ENABLED"} if self._sends_checksums else {}
+        head = self._client.head_object(**self._target(path), **mode)
+        known = head.get("ChecksumSHA256", "")
+        # Of what was sent in parts S3 keeps the checksum of the parts' checksums, "…-3", and compared each of them.
+        stored = known if known and "-" not in known else _base64_of(digest)
+        noted = head.get("Metadata", {}).get(_DIGEST_METADATA, digest)
+        if (head["ContentLength"], stored, noted) != (size, _base64_of(digest), digest):
+            raise RunError(
+                Reason.UPLOAD_FAILED,
+                f"{self._owner.field}: {self.root}/{path} reads back different from what was sent "
+                f"({head['ContentLength']} of {size} bytes); check the object store",
+            )
+        return bool(known)
+
+    def exists(self, path: str) -> bool:
+        """Return whether there is such an object."""
+        try:
+            with self._translated(path):
+                self._client.head_object(**self._target(path))
+        except MissingObjectError:
+            return False
+        return True
+
+    def sha256(self, path: str) -> str:
+        """Return the SHA-256 that an object was written with, empty where the server kept none."""
+        with self._translated(path):
+            head = self._client.head_object(**self._target(path))
+        return str(head.get("Metadata", {}).get(_DIGEST_METADATA, ""))
+
+    def delete(self, path: str) -> None:
+        """Remove an object."""
+        with self._translated(path):
+            self._client.delete_object(**self._target(path))
+
+    def _target(self, path: str) -> dict[str, str]:
+        return {"Bucket": self._bucket, "Key": self._key(path)}
+
+    def _key(self, path: str) -> str:
+        return f"{self._prefix}{path}" if path else self._prefix.rstrip("/")
+
+    @contextlib.contextmanager
+    def _translated(self, path: str) -> Iterator[None]:
+        """Turn boto3's exceptions into reasons that name the field."""
+        where = f"{self._owner.field}: {self.root}/{path}".rstrip("/")
+        try:
+            yield
+        except ClientError as error:
+            raise self._explained(where, error) from error
+        except (NoCredentialsError, PartialCredentialsError) as error:
+            raise RunError(
+                Reason.S3_DENIED,
+                f"{where}: there are no credentials; name a Secret with AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY "
+                f"in spec.{self._owner.role}.secretRef",
+            ) from error
+        except BotoCoreError as error:
+            raise RunError(
+                Reason.S3_UNAVAILABLE, f"{where}: {error}; check the object store's endpoint and the network"
+            ) from error
+
+    def _explained(self, where: str, error: ClientError) -> RunError:
+        code = _code(error)
+        if code == "NoSuchBucket":
+            message = f"{where}: bucket '{self._bucket}' does not exist; create it or correct the URI"
+            return MissingObjectError(self._owner.not_found, message)
+        if code in _MISSING:
+            return MissingObjectError(self._owner.not_found, f"{where}: there is no such object; correct the URI")
+        if code == _SKEWED or (code in _DENIED and _skew(error) > _LONGEST_SKEW):
+            return RunError(
+                Reason.S3_UNAVAILABLE,
+                f"{where}: {error.operation_name} is refused because the clock of this node is more than 15 minutes "
+                "off the object store's; set the node's clock",
+            )
+        if code in _DENIED:
+            return RunError(
+                Reason.S3_DENIED,
+                f"{where}: {error.operation_name} is refused ({code}); grant the credentials access to this prefix",
+            )
+        return RunError(
+            Reason.S3_UNAVAILABLE, f"{where}: {error.operation_name} fails with {code}; check the object store"
+        )
+
+
+def _code(error: ClientError) -> str:
+    return str(error.response.get("Error", {}).get("Code", "unknown"))
+
+
+def _skew(error: ClientError) -> timedelta:
+    """Return how far our clock is off a server's; the answer to a HEAD has no body that could name the cause."""
+    date = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("date", "")
+    try:
+        return abs(datetime.now(UTC) - parsedate_to_datetime(date))
+    except (TypeError, ValueError):
+        return timedelta(0)
+
+
+def _base64_of(digest: str) -> str:
+    return base64.b64encode(bytes.fromhex(digest)).decode()
+
+
+class _Upload(io.FileIO):
+    """A file whose every part that is sent is a sign of life."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Return the next part."""
+        PULSE.beat()
+        return super().read(-1 if size is None else size)
+
+
+@contextlib.contextmanager
+def _opened(source: Path | bytes) -> Iterator[Any]:
+    if isinstance(source, bytes):
+        yield source
+        return
+    with _Upload(source) as stream:
+        yield stream

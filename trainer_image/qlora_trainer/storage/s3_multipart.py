@@ -1,0 +1,48 @@
+"""Uploads of files that are too large for one request."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from s3transfer.utils import ReadFileChunk
+
+from qlora_api.units import GIB, MIB
+from qlora_trainer.runtime.liveness import PULSE
+
+SINGLE_PUT_BYTES: Final = 4 * GIB
+"""Largest file that is sent in one request; S3 takes up to 5 GiB."""
+_PART_BYTES: Final = 64 * MIB
+"""What is sent again when a request fails; S3 wants 5 MiB at least."""
+_MOST_PARTS: Final = 10_000
+"""S3's limit."""
+
+
+def upload_in_parts(
+    client: Any, source: Path, target: Mapping[str, str], *, start: Mapping[str, Any], end: Mapping[str, Any]
+) -> None:
+    """Upload a file part by part, as boto3's upload_file would if it knew If-None-Match.
+
+    Args:
+        client: boto3's client for S3.
+        source: The file.
+        target: Bucket and Key.
+        start: Further arguments of the first request, such as Metadata and ChecksumAlgorithm.
+        end: Further arguments of the last one, which makes the object appear, such as IfNoneMatch.
+
+    """
+    size = source.stat().st_size
+    part_bytes = max(_PART_BYTES, math.ceil(size / _MOST_PARTS))
+    upload = {**target, "UploadId": client.create_multipart_upload(**target, **start)["UploadId"]}
+    checksum = {name: value for name, value in start.items() if name == "ChecksumAlgorithm"}
+    try:
+        parts = []
+        for number, first in enumerate(range(0, size, part_bytes), start=1):
+            with ReadFileChunk.from_filename(str(source), first, part_bytes, [lambda **_: PULSE.beat()]) as body:
+                answer = client.upload_part(**upload, **checksum, PartNumber=number, Body=body)
+            sums = {name: value for name, value in answer.items() if name in {"ETag", "ChecksumSHA256"}}
+            parts.append({"PartNumber": number, **sums})
+        client.complete_multipart_upload(**upload, MultipartUpload={"Parts": parts}, **end)
+    except BaseException:
+        client.abort_multipart_upload(**upload)
+        raise
