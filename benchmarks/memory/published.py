@@ -11,7 +11,7 @@ from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_planner.memory.estimate import Layout, MemoryEstimate, Rows, Workload, estimate_memory
 from qlora_planner.models.families import read_shape
 
-_CONFIGS: Final = Path(__file__).parents[2] / "tests/unit/operator/plan/configs"
+_CONFIGS: Final = Path(__file__).parents[2] / "tests/unit/planner/configs"
 _GIB: Final = 2**30
 _GB: Final = 10**9
 _TORCHTUNE: Final = "[torchtune](https://github.com/pytorch/torchtune#memory-and-training-speed)"

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
-CONFIGS: Final = Path(__file__).parents[2] / "tests" / "unit" / "operator" / "plan" / "configs"
+CONFIGS: Final = Path(__file__).parents[2] / "tests" / "unit" / "planner" / "configs"
 MODELS: Final = 20
 ROUNDS: Final = 5
 ATTENTION_ONLY: Final = ("mixtral",)

@@ -18,7 +18,7 @@ JOBS: Final = f"/apis/batch/v1/namespaces/{NAMESPACE}/jobs"
 PODS: Final = f"/api/v1/namespaces/{NAMESPACE}/pods"
 
 
-MODEL: Final = Path(__file__).parents[2] / "tests/unit/operator/plan/configs/llama-3.2-3b.json"
+MODEL: Final = Path(__file__).parents[2] / "tests/unit/planner/configs/llama-3.2-3b.json"
 """The configuration from which the simulated runs are sized."""
 
 

@@ -18,7 +18,7 @@ from tests.cluster.kwok import A100, T4, GpuProduct, pods_that_run, start_simula
 from tests.integration.operator_process import PREPARE, TRAIN, Operator, Place, install, open_place
 from tests.make import PUBLISHED_WORD, make_prepared, make_word
 
-CONFIGS: Final = Path(__file__).parents[1] / "unit/operator/plan/configs"
+CONFIGS: Final = Path(__file__).parents[1] / "unit/planner/configs"
 SECOND: Final = "support-bot-2"
 GPU: Final = {"gpusPerNode": 1}
 MEDIUM: Final = GpuProduct("NVIDIA-L4", 23_034, (8, 9), "ada-lovelace")

@@ -9,7 +9,7 @@ from qlora_operator.status import acknowledge, to_wire
 from tests.cluster.binaries import binary
 from tests.cluster.commands import run
 from tests.make import make_manifest
-from tests.unit.operator.test_status import kstatus, status_in
+from tests.unit.operator.status.test_derive import kstatus, status_in
 
 EXPECTED: Final = {Phase.SUCCEEDED: "Current", Phase.FAILED: "Failed"}
 

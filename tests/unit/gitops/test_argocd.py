@@ -16,7 +16,7 @@ from lupa.lua51 import LuaRuntime, lua_type
 from qlora_api.names import TERMINAL, ConditionType, Phase
 from qlora_operator.status import to_wire
 from tests.make import make_manifest
-from tests.unit.operator.test_status import status_in
+from tests.unit.operator.status.test_derive import status_in
 
 FOLDER: Final = Path(__file__).parents[3] / "examples/gitops/argocd"
 CONFIG: Final = FOLDER / "argocd-cm.yaml"

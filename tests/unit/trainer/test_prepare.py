@@ -14,7 +14,7 @@ from qlora_trainer.prepare import prepare
 from qlora_trainer.storage import store
 from qlora_trainer.storage.credentials import load_secrets
 from tests.hub import COMMIT, HubStandIn, Repository
-from tests.unit.trainer.test_chat import BARE
+from tests.unit.trainer.data.test_chat_template import BARE
 from tests.unit.trainer.tiny import instruction_rows, make_spec, make_tokenizer, prepare_config, write_model, write_rows
 
 HUB_MODEL = "hf://org/tiny"

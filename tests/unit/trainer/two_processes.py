@@ -14,7 +14,7 @@ from qlora_trainer.runtime.shutdown import StopFlag
 from qlora_trainer.stages import find_start
 from qlora_trainer.training.checkpoint_store import Checkpoints, Course
 from qlora_trainer.training.loop import Loop, Watcher
-from tests.unit.trainer.test_checkpoint import make_checkpoints, make_keeper
+from tests.unit.trainer.training.test_checkpoint_store import make_checkpoints, make_keeper
 from tests.unit.trainer.tuned import ALONE, DEAF, make_test_loop, make_tuned, token_rows
 
 STEPS = 4

@@ -1,0 +1,168 @@
+"""The plan: numbers that can be checked by hand."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from qlora_api.model_config import reduce_config
+from qlora_api.prepared import Prepared
+from qlora_api.v1alpha1 import RowLengths
+from qlora_planner import make_plan
+from qlora_planner.gpu_inventory import Pool
+from qlora_planner.memory.estimate import Rows
+from qlora_planner.plan import rows_of
+from qlora_planner.sizing import DoesNotFitError
+from tests.make import make_prepared, make_spec
+
+
+def plan_of(rows: int = 950, gpus: int = 0, **training: object) -> tuple[int, int, int]:
+    prepared = make_prepared()
+    dataset = prepared.dataset.model_copy(update={"training_rows": rows})
+    plan = make_plan(
+        make_spec(training=training, resources={"gpusPerNode": gpus}), prepared.model_copy(update={"dataset": dataset})
+    )
+    assert len(plan.reasons) == 4
+    assert plan.micro_batch_size * plan.gradient_accumulation == make_spec(training=training).training.global_batch_size
+    return plan.micro_batch_size, plan.gradient_accumulation, plan.total_steps
+
+
+@pytest.mark.parametrize(
+    ("gpus", "training", "micro", "accumulation"),
+    [
+        pytest.param(1, {}, 4, 4, id="the-seed's-recipe"),
+        pytest.param(0, {}, 16, 1, id="cpu-shares-the-dequantisation"),
+        pytest.param(1, {"globalBatchSize": 6}, 3, 2, id="largest-divisor"),
+        pytest.param(1, {"globalBatchSize": 7}, 1, 7, id="prime"),
+        pytest.param(1, {"globalBatchSize": 2}, 2, 1, id="small-batch"),
+        pytest.param(1, {"microBatchSize": 16}, 16, 1, id="given"),
+        pytest.param(0, {"microBatchSize": 1}, 1, 16, id="given-on-cpu"),
+    ],
+)
+def test_micro_batch(gpus: int, training: dict[str, int], micro: int, accumulation: int) -> None:
+    assert plan_of(gpus=gpus, **training)[:2] == (micro, accumulation)
+
+
+@pytest.mark.parametrize(
+    ("rows", "training", "steps"),
+    [
+        pytest.param(950, {}, 180, id="3-epochs-of-60-steps"),
+        pytest.param(960, {}, 180, id="exact"),
+        pytest.param(961, {}, 183, id="one-row-more"),
+        pytest.param(950, {"epochs": 0.5}, 30, id="half-an-epoch"),
+        pytest.param(950, {"epochs": 0.51}, 31, id="rounded-up"),
+        pytest.param(160, {"epochs": 1.1}, 11, id="floating-point"),
+        pytest.param(5, {"epochs": 0.01}, 1, id="at-least-one"),
+        pytest.param(950, {"maxSteps": 100}, 100, id="capped"),
+        pytest.param(950, {"maxSteps": 1000}, 180, id="cap-not-reached"),
+    ],
+)
+def test_steps(rows: int, training: dict[str, float], steps: int) -> None:
+    assert plan_of(rows=rows, **training)[2] == steps
+
+
+def test_the_cpu_says_why() -> None:
+    reasons = make_plan(make_spec(), make_prepared()).reasons
+    assert reasons[1] == (
+        "micro-batch 16: the largest divisor of globalBatchSize 16 up to 16; "
+        "a CPU pays for dequantisation per forward pass, whatever its rows"
+    )
+
+
+@pytest.mark.parametrize(
+    ("resources", "distribution", "whole", "expected"),
+    [
+        pytest.param({}, "auto", 16, ("single", 16, 1), id="alone"),
+        pytest.param({"nodes": 2}, "auto", 16, ("ddp", 8, 1), id="two-nodes"),
+        pytest.param({"nodes": 2}, "zero3", 16, ("zero3", 8, 1), id="as-asked"),
+        pytest.param({"nodes": 2, "gpusPerNode": 4}, "zero2", 64, ("zero2", 4, 2), id="eight-gpus"),
+        pytest.param({"nodes": 3}, "ddp", 16, ("ddp", 6, 1), id="uneven-shares"),
+    ],
+)
+def test_processes_share_a_global_batch(
+    resources: dict[str, int], distribution: str, whole: int, expected: tuple[str, int, int]
+) -> None:
+    spec = make_spec(training={"globalBatchSize": whole})
+    spec = spec.model_copy(
+        update={
+            "resources": spec.resources.model_copy(
+                update={"nodes": resources.get("nodes", 1), "gpus_per_node": resources.get("gpusPerNode", 0)}
+            ),
+            "distribution": distribution,
+        }
+    )
+    plan = make_plan(spec, make_prepared())
+    assert (plan.strategy, plan.micro_batch_size, plan.gradient_accumulation) == expected
+    assert plan.micro_batch_size * plan.gradient_accumulation * plan.processes >= whole
+
+
+CONFIGS = Path(__file__).parent / "configs"
+A10 = Pool("NVIDIA-A10", 23_028 << 20, 1, 4, (8, 6))
+GPU = {"resources": {"gpusPerNode": 1}}
+
+
+def prepared_for(name: str | None = "llama-3.2-3b") -> Prepared:
+    prepared = make_prepared()
+    config = "" if name is None else reduce_config(json.loads((CONFIGS / f"{name}.json").read_text()))
+    lengths = RowLengths(mean=37.0, p50=30, p95=90, p99=150)
+    return prepared.model_copy(
+        update={
+            "model": prepared.model.model_copy(update={"config": config}),
+            "dataset": prepared.dataset.model_copy(update={"row_lengths": lengths}),
+        }
+    )
+
+
+def test_a_plan_is_sized_by_rows_model_and_gpus() -> None:
+    plan = make_plan(make_spec(**GPU), prepared_for(), (A10,))
+    assert plan.peak_bytes is not None
+    assert 2.2e9 < plan.peak_bytes < A10.usable
+    assert (plan.device, plan.strategy, plan.gradient_checkpointing) == ("cuda", "single", False)
+    assert (plan.micro_batch_size, plan.gradient_accumulation, plan.total_steps) == (16, 1, 180)
+    assert plan.reasons[0] == "1 x NVIDIA-A10 on 1 node: as spec.resources asks"
+    assert plan.reasons[-3:] == (
+        "gradient accumulation 1: 16 x 1 = globalBatchSize 16",
+        "steps 180: 3 epochs x 60 steps (950 rows / 16)",
+        "training about 20 s to 44 s: 1.1e+05 tokens at 22% to 47% of 125 TFLOP/s, as published runs reached; "
+        "evaluation and upload not counted",
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "offer", "blocks"),
+    [
+        pytest.param("llama-3.2-3b", (), GPU, id="no-gpu-is-known"),
+        pytest.param(None, (A10,), GPU, id="prepared-by-an-older-release"),
+        pytest.param("llama-3.2-3b", (A10,), {}, id="cpu"),
+        pytest.param("llama-3.2-3b", (Pool("NVIDIA-A10", 23_028 << 20, 1, 0),), GPU, id="fewer-nodes-than-asked-for"),
+    ],
+)
+def test_a_plan_without_sizes_is_the_usual_one(
+    model: str | None, offer: tuple[Pool, ...], blocks: dict[str, object]
+) -> None:
+    spec = make_spec(**blocks)
+    plan = make_plan(spec, prepared_for(model), offer)
+    assert plan == make_plan(spec, make_prepared())
+    assert plan.peak_bytes is None
+
+
+def test_what_does_not_fit_is_no_plan() -> None:
+    with pytest.raises(
+        DoesNotFitError, match=r"needs .* GiB more than the 22\.0 GiB that a process has on a NVIDIA-A10"
+    ):
+        make_plan(make_spec(**GPU), prepared_for("llama-2-70b"), (A10,))
+
+
+@pytest.mark.parametrize(
+    ("longest", "mean", "rows"),
+    [
+        pytest.param(212, 37.0, Rows(212, 37.0), id="as-they-are"),
+        pytest.param(9000, 3000.0, Rows(2048, 2048), id="cut-at-maxLength"),
+        pytest.param(212, None, Rows(212, 212), id="mean-unknown"),
+        pytest.param(0, 0.0, Rows(1, 1.0), id="empty"),
+    ],
+)
+def test_lengths_of_the_rows(longest: int, mean: float | None, rows: Rows) -> None:
+    lengths = None if mean is None else RowLengths(mean=mean, p50=1, p95=1, p99=1)
+    dataset = make_prepared().dataset.model_copy(update={"longest_row_tokens": longest, "row_lengths": lengths})
+    assert rows_of(dataset, make_spec().training) == rows

@@ -1,0 +1,313 @@
+"""Sizing: which GPUs, and how they are used; decisions that can be told from the models' sizes alone."""
+
+from dataclasses import replace
+from functools import cache
+from math import ceil
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qlora_planner.explain import explain_sizing
+from qlora_planner.gpu_inventory import Pool
+from qlora_planner.memory.estimate import SLACK, Layout, Rows, Workload, as_dense, estimate_memory
+from qlora_planner.models.families import read_shape
+from qlora_planner.models.shapes import ModelShape, UnknownModelError
+from qlora_planner.sizing import Misfit, Sizing, find_rooms, size_run
+from qlora_planner.suggestions import describe_misfit, find_changes, find_harmless, find_remedy
+from tests.make import make_spec
+from tests.unit.planner.public import load_config
+
+GIBIBYTE = 1 << 30
+FULL = {"method": "full", "quantization": {"bits": 16}}
+ALL = {"targets": ["all-linear"]}
+
+
+@cache
+def shape_of(name: str) -> ModelShape:
+    return read_shape(load_config(name))
+
+
+def make_work(name: str = "llama-3.2-3b", rows: Rows | None = None, **blocks: Any) -> Workload:
+    spec = make_spec(**{"resources": {"gpusPerNode": 1}} | blocks)
+    length = spec.training.max_length
+    return Workload(spec, shape_of(name), rows or Rows(length, length))
+
+
+def least(work: Workload) -> int:
+    """Bytes of the smallest GPU that it fits on."""
+    found = size_run(work, (pool(0.001),))
+    assert isinstance(found, Misfit)
+    return ceil(found.nearest.estimate.peak / 0.98) + 1
+
+
+def pool(gibibytes: float, gpus: int = 1, nodes: int = 1, name: str = "") -> Pool:
+    return Pool(name, int(gibibytes * GIBIBYTE), gpus, nodes)
+
+
+def sized(work: Workload, *pools: Pool, flexible: bool = False) -> Sizing:
+    found = size_run(work, pools, flexible=flexible)
+    assert isinstance(found, Sizing), found
+    assert not found.tight
+    return found
+
+
+def nearest_of(work: Workload, offer: tuple[Pool, ...], *, flexible: bool = False) -> Sizing:
+    found = size_run(work, offer, flexible=flexible)
+    assert found is not None
+    return found.nearest if isinstance(found, Misfit) else found
+
+
+@pytest.mark.parametrize(
+    ("name", "memory", "checkpointing"),
+    [
+        pytest.param("smollm2-135m", 16, False, id="small-model"),
+        pytest.param("llama-3.2-3b", 24, False, id="3b-on-24"),
+        pytest.param("llama-3.2-3b", 8, True, id="3b-on-8"),
+        pytest.param("llama-3.1-8b", 16, True, id="8b-on-a-t4"),
+        pytest.param("llama-3.1-8b", 80, False, id="8b-on-80"),
+        pytest.param("llama-2-70b", 80, True, id="70b-on-80"),
+    ],
+)
+def test_checkpointing_only_where_activations_would_not_fit(name: str, memory: int, checkpointing: bool) -> None:
+    assert sized(make_work(name, lora=ALL), pool(memory)).layout.checkpointing is checkpointing
+
+
+def test_the_smallest_gpu_that_fits_is_taken() -> None:
+    offer = (pool(80, name="large"), pool(24, name="middle"), pool(6, name="small"))
+    assert sized(make_work("llama-3.1-8b"), *offer).room.pool.product == "middle"
+    assert sized(make_work("llama-2-70b"), *offer).room.pool.product == "large"
+
+
+def test_a_run_that_may_choose_takes_the_fewest_gpus() -> None:
+    full = make_work("llama-3.2-3b", **FULL)
+    eight = sized(full, pool(40, gpus=8), flexible=True)
+    assert (eight.room.gpus_per_node, eight.layout.strategy) == (4, "zero2")
+    assert sized(make_work("llama-3.2-3b"), pool(24, gpus=8), flexible=True).room.gpus_per_node == 1
+
+
+def test_what_one_gpu_loads_but_cannot_train_is_divided_where_that_is_possible() -> None:
+    offer = (pool(40, gpus=8),)
+    found = sized(make_work("llama-2-70b", lora=ALL), *offer, flexible=True)
+    assert (found.layout.strategy, found.layout.optimizer) == ("zero3", "adamw")
+    assert found.room.gpus_per_node > 1
+    for lora in (ALL | {"modulesToSave": ["norm"]}, ALL | {"dora": True}):
+        assert nearest_of(make_work("llama-2-70b", lora=lora), offer, flexible=True).layout.strategy != "zero3"
+
+
+def test_a_base_that_no_gpu_can_load_does_not_fit_however_many_there_are() -> None:
+    work, offer = make_work("llama-2-70b"), (pool(24, gpus=8),)
+    found = size_run(work, offer, flexible=True)
+    assert isinstance(found, Misfit)
+    assert "per GPU while the base is loaded, which every process does whole, " in describe_misfit(work, offer, found)
+
+
+def test_several_gpus_share_the_rows_and_divide_only_what_does_not_fit() -> None:
+    # Rules about how many GPUs a manifest may ask for are the rules' business.
+    spec = make_spec(resources={"gpusPerNode": 1}, lora=ALL)
+    two = spec.model_copy(update={"resources": spec.resources.model_copy(update={"gpus_per_node": 2})})
+    found = sized(Workload(two, shape_of("llama-3.1-8b"), Rows(512, 512)), pool(24, gpus=2))
+    assert (found.layout.strategy, found.layout.processes) == ("ddp", 2)
+    assert 16 % (found.layout.micro_batch * 2) == 0
+
+
+def test_an_offer_with_too_few_gpus_is_no_misfit() -> None:
+    spec = make_spec(resources={"gpusPerNode": 1})
+    four = spec.model_copy(update={"resources": spec.resources.model_copy(update={"gpus_per_node": 4})})
+    work = Workload(four, shape_of("smollm2-135m"), Rows(64, 64))
+    assert size_run(work, (pool(80, gpus=2),)) is None
+    assert size_run(work, ()) is None
+
+
+def test_a_run_never_has_more_gpus_than_rows() -> None:
+    work = make_work(training={"globalBatchSize": 3})
+    assert [room.processes for room in find_rooms(work, (pool(24, gpus=8),), flexible=True)] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("training", "rows", "micro"),
+    [
+        pytest.param({"microBatchSize": 2}, Rows(100, 50), 2, id="given"),
+        pytest.param({}, Rows(100, 50), 16, id="all-rows-at-once"),
+        pytest.param({"globalBatchSize": 512}, Rows(200, 100), 32, id="a-pass-is-full"),
+        pytest.param({"globalBatchSize": 7}, Rows(2048, 1024), 1, id="prime"),
+        pytest.param({"maxLength": 8192}, Rows(8192, 5000), 1, id="a-row-longer-than-a-pass"),
+    ],
+)
+def test_micro_batch(training: dict[str, int], rows: Rows, micro: int) -> None:
+    assert sized(make_work("smollm2-135m", rows, training=training), pool(80)).layout.micro_batch == micro
+
+
+def test_by_how_much_it_does_not_fit_and_what_would() -> None:
+    work = make_work("llama-2-70b", lora=ALL)
+    found = size_run(work, (pool(24, name="NVIDIA-A10"),))
+    assert isinstance(found, Misfit)
+    sentence = describe_misfit(work, (pool(24, name="NVIDIA-A10"),), found)
+    needed = found.nearest.estimate.peak / GIBIBYTE
+    assert sentence.startswith(f"needs {needed:.1f} GiB per GPU with micro-batch 1 and gradient checkpointing, ")
+    assert f"{needed - 24 * 0.98:.1f} GiB more than the 23.5 GiB that a process has on a NVIDIA-A10; " in sentence
+    assert sentence.endswith(f"it fits on a GPU with {ceil(needed / 0.98)} GiB or more")
+
+
+RANK_512 = {"rank": 512, **ALL}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "remedy"),
+    [
+        pytest.param(
+            {"training": {"microBatchSize": 2}}, {}, "spec.training.microBatchSize left out", id="micro-batch"
+        ),
+        pytest.param(
+            {"quantization": {"doubleQuant": False}}, {}, "spec.quantization.doubleQuant true", id="double-quantisation"
+        ),
+        pytest.param(
+            {"lora": RANK_512},
+            {"lora": RANK_512, "training": {"optimizer": "adamw8bit"}},
+            "spec.training.optimizer adamw8bit",
+            id="optimizer",
+        ),
+        pytest.param({"quantization": {"bits": 8}}, {}, "spec.quantization.bits 4 instead of 8", id="bits"),
+        pytest.param(FULL, {}, "spec.method qlora and spec.quantization.bits 4 instead of 16", id="method-full"),
+        pytest.param(
+            {"lora": RANK_512, "training": {"optimizer": "adamw8bit"}},
+            {"lora": RANK_512 | {"rank": 128}, "training": {"optimizer": "adamw8bit"}},
+            "spec.lora.rank 128 instead of 512",
+            id="rank",
+        ),
+        pytest.param(
+            {"lora": {"rank": 4}, "training": {"maxLength": 4096}},
+            {"lora": {"rank": 4}, "training": {"maxLength": 1024}},
+            "spec.training.maxLength 1024 instead of 4096",
+            id="shorter-rows",
+        ),
+    ],
+)
+def test_the_cheapest_change_that_fits(before: dict[str, Any], after: dict[str, Any], remedy: str) -> None:
+    work = make_work("llama-3.1-8b", **before)
+    offer = (Pool("", least(make_work("llama-3.1-8b", **after))),)
+    nearest = Misfit(nearest_of(work, offer))
+    assert find_remedy(work, offer, nearest) == f"it fits with {remedy}"
+    tried = [*find_harmless(work, nearest), *find_changes(work)]
+    place = next(number for number, change in enumerate(tried) if change.sentence == remedy)
+    fits = [not nearest_of(change.work, offer).tight for change in tried[: place + 1]]
+    assert fits == [*[False] * place, True]
+
+
+def test_what_may_fit_is_tried_and_what_cannot_is_refused() -> None:
+    work = make_work("llama-3.1-8b", lora=ALL)
+    smallest = nearest_of(work, (pool(0.001),)).estimate
+    tight = size_run(work, (Pool("", ceil(smallest.least / 0.98) + 1),))
+    assert isinstance(tight, Sizing)
+    assert (tight.tight, tight.layout.micro_batch, tight.layout.checkpointing) == (True, 1, True)
+    assert explain_sizing(work, tight)[-1].endswith("; tight: it fits if torch's allocator needs less than that slack")
+    assert isinstance(size_run(work, (Pool("", int(smallest.least / 0.98) - 1),)), Misfit)
+    roomy = size_run(work, (tight.room.pool, pool(80)))
+    assert isinstance(roomy, Sizing)
+    assert roomy.room.pool.memory == 80 * GIBIBYTE
+
+
+def test_more_gpus_are_named_before_another_method() -> None:
+    work = make_work("llama-3.2-3b", **FULL)
+    offer = (pool(40, gpus=8),)
+    found = size_run(work, offer)
+    assert isinstance(found, Misfit)
+    assert describe_misfit(work, offer, found).endswith("it fits with spec.resources.gpusPerNode 4")
+
+
+def test_a_strategy_that_was_asked_for_may_have_to_go() -> None:
+    spec = make_work("llama-3.2-3b", **FULL).spec
+    resources = spec.resources.model_copy(update={"gpus_per_node": 2})
+    asked = spec.model_copy(update={"resources": resources, "distribution": "ddp"})
+    work, offer = Workload(asked, shape_of("llama-3.2-3b"), Rows(2048, 2048)), (pool(40, gpus=8),)
+    found = size_run(work, offer)
+    assert isinstance(found, Misfit)
+    sentence = "it fits with spec.resources.gpusPerNode 4 and spec.distribution zero2"
+    assert describe_misfit(work, offer, found).endswith(sentence)
+
+
+@settings(deadline=None)  # other tests run beside it
+@given(micro=st.integers(1, 64), longer=st.integers(1, 4096), rank=st.sampled_from([4, 16, 64]))
+def test_more_work_takes_more_memory(micro: int, longer: int, rank: int) -> None:
+    work = make_work("smollm2-135m", Rows(longer, longer), lora={"rank": rank, **ALL})
+    less = estimate_memory(work, Layout(micro_batch=micro)).peak
+    assert estimate_memory(work, Layout(micro_batch=micro + 1)).peak >= less
+    assert estimate_memory(replace(work, rows=Rows(longer + 1, longer)), Layout(micro_batch=1)).peak >= (
+        estimate_memory(work, Layout(micro_batch=1)).peak
+    )
+    assert estimate_memory(work, Layout(micro_batch=micro, optimizer="adamw8bit")).peak <= less
+
+
+def test_dividing_takes_from_each_gpu_what_the_stage_divides() -> None:
+    work = make_work("llama-3.1-8b", **FULL)
+    whole, zero2, zero3 = (
+        estimate_memory(work, Layout(4, strategy, 1, checkpointing=True)) for strategy in ("ddp", "zero2", "zero3")
+    )
+    weights = 4 * shape_of("llama-3.1-8b").parameters
+    assert whole.optimizer == 2 * weights == 4 * zero2.optimizer == 4 * zero3.optimizer
+    assert whole.gradients == weights == 4 * zero2.gradients
+    assert whole.base.weights == zero2.base.weights == 4 * zero3.base.weights
+    assert zero3.training < zero2.training < whole.training
+    # Every process loads the whole base, and ZeRO-3 divides it afterwards.
+    assert zero3.loading > weights
+
+
+def test_the_peak_is_the_sum_of_its_parts() -> None:
+    found = sized(make_work(lora=ALL), pool(24)).estimate
+    parts = found.base.total + found.adapter + found.gradients + found.optimizer + found.activations
+    assert found.peak == pytest.approx(parts * (1 + SLACK) + found.outside, abs=1)
+    assert found.adapter == found.gradients == found.optimizer // 2 == 24_313_856 * 4
+
+
+def test_pissa_keeps_its_start() -> None:
+    lora = {"method": "lora", "quantization": {"bits": 16}}
+    plain, pissa = (make_work(**lora, lora=block) for block in ({}, {"init": "pissa"}))
+    assert estimate_memory(pissa, Layout()).adapter == 2 * estimate_memory(plain, Layout()).adapter
+
+
+def test_every_choice_has_its_reason_and_none_is_too_long_for_the_status() -> None:
+    work = make_work("llama-3.1-8b", lora=ALL)
+    reasons = explain_sizing(work, sized(work, Pool("NVIDIA-A10", 23_028 << 20, 1, 1, (8, 6))))
+    assert [reason.split()[0] for reason in reasons] == [
+        "1",
+        "dtype",
+        "attention",
+        "optimizer",
+        "micro-batch",
+        "gradient",
+        "peak",
+    ]
+    assert reasons[:3] == (
+        "1 x NVIDIA-A10 on 1 node: as spec.resources asks",
+        "dtype bfloat16: sm_86 has native bf16",
+        "attention sdpa: exact with joined rows; FlashAttention, where the image has it, takes less",
+    )
+    assert max(map(len, reasons)) <= 256
+
+
+def test_a_mixture_of_experts_is_as_wide_as_the_experts_of_a_token() -> None:
+    mixtral = make_work("mixtral-8x7b-v0.1", Rows(512, 512))
+    fed = {linear.path: (linear.inputs, linear.outputs) for linear in as_dense(mixtral.shape).decoder.linears[4:]}
+    assert fed == {"mlp.gate_proj": (4096, 28_672), "mlp.up_proj": (4096, 28_672), "mlp.down_proj": (28_672, 4096)}
+    assert as_dense(shape_of("llama-3.2-3b")) is shape_of("llama-3.2-3b")
+    assert sized(mixtral, pool(141)).estimate.base.weights > 90e9
+
+
+def test_adapters_on_stacked_experts_are_not_sized() -> None:
+    work = make_work("mixtral-8x7b-v0.1", lora={"dropout": 0, **ALL})
+    with pytest.raises(UnknownModelError, match="stacked experts of mixtral is not known; name the projections"):
+        size_run(work, (pool(141),))
+
+
+def test_a_base_of_which_little_is_quantised_says_so() -> None:
+    mixtral = make_work("mixtral-8x7b-v0.1")
+    reasons = explain_sizing(mixtral, sized(mixtral, pool(141)))
+    assert any(reason.startswith("base: only 3% of its layers' weights can be stored in 4 bits") for reason in reasons)
+
+
+def test_rows_that_must_not_see_each_other_are_padded() -> None:
+    blocks = {"method": "lora", "quantization": {"bits": 16}, "lora": ALL}
+    falcon, phi = (make_work(name, Rows(100, 50), **blocks) for name in ("falcon-7b", "phi-2"))
+    assert (falcon.lines(64).tokens, falcon.lines(64).packing) == (6400, False)
+    assert (phi.lines(64).tokens, phi.lines(64).packing) == (4000, True)

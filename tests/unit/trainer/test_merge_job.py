@@ -1,0 +1,148 @@
+"""A published adapter merged into a folder of a computer: measured where it can be, and there only when complete."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from qlora_api.local_requests import MergedFolder, MergeRequest
+from qlora_api.names import Reason
+from qlora_api.report import EvaluatedRow, RowScore
+from qlora_trainer import merge_job
+from qlora_trainer.data.shards import EVALUATION, ShardWriter
+from qlora_trainer.errors import RunError
+from qlora_trainer.merge_job import check_target, merge_published, parents
+from qlora_trainer.publishing.merge_weights import MergeTask
+from tests.unit.trainer.inference.test_published_adapter import bucket
+from tests.unit.trainer.tiny import instruction_rows, write_model
+from tests.unit.trainer.trained import PLACES, PLAIN, write_published
+from tests.unit.trainer.tuned import NF4, token_rows
+
+__all__ = ["bucket"]  # a fixture
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("result")
+    write_model(folder / "model")
+    return write_published(folder / "0123", folder / "model", PLAIN, NF4)
+
+
+def write_shard(folder, rows):
+    with ShardWriter(folder / EVALUATION, with_text=True) as writer:
+        for row in rows:
+            writer.add(row)
+
+
+def merged(adapter, target, tmp_path, notes=None, **request) -> MergedFolder:
+    asked = MergeRequest(adapter=f"file://{adapter}", target=str(target), **request)
+    return merge_published(asked, PLACES, tmp_path / "work", (notes if notes is not None else []).append)
+
+
+def test_an_adapter_becomes_one_model_and_the_difference_is_measured(adapter, tmp_path):
+    rows, notes = token_rows(4), []
+    write_shard(adapter.parent, rows)
+    try:
+        found = merged(adapter, tmp_path / "out/merged", tmp_path, notes, base="dequantised")
+    finally:
+        (adapter.parent / EVALUATION).unlink()
+    assert found.merge.difference.tokens == sum(row.label_count for row in rows)
+    assert found.merge.difference.relative < 0.02
+    assert (found.folder, found.adapter) == (str(tmp_path / "out/merged"), f"file://{adapter}")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out/merged").dtype == torch.bfloat16
+    assert (tmp_path / "out/merged/merge.json").is_file()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["merged"]
+    assert notes[1:] == [
+        "asking base and adapter apart: 4 held-out rows",
+        "merging into the dequantised base, layer by layer",
+        "asking the merged model",
+    ]
+
+
+def test_an_adapter_in_s3_is_measured_on_the_rows_beside_it(adapter, tmp_path, bucket):
+    for file in adapter.iterdir():
+        bucket.upload_file(str(file), "adapters", f"bot/0123/adapter/{file.name}")
+    write_shard(tmp_path, token_rows(4))
+    bucket.upload_file(str(tmp_path / EVALUATION), "adapters", f"bot/0123/{EVALUATION}")
+    request = MergeRequest(adapter="s3://adapters/bot/0123/adapter/", target=str(tmp_path / "merged"))
+    found = merge_published(request, PLACES, tmp_path / "work")
+    assert (found.adapter, found.merge.difference.rows) == ("s3://adapters/bot/0123/adapter", 4)
+
+
+def test_rows_of_a_report_are_measured_where_there_are_no_others(adapter, tmp_path):
+    score = RowScore(loss=1.0, correct=1)
+    rows = [
+        EvaluatedRow(tokens=5, prompt=row["instruction"], reference=row["output"], base=score, adapter=score)
+        for row in instruction_rows(3)
+    ]
+    report = adapter.parent / "report/evaluation.jsonl"
+    report.parent.mkdir()
+    without = EvaluatedRow(tokens=5, prompt="", reference="", base=score, adapter=score)
+    report.write_text("".join(f"{row.model_dump_json(by_alias=True)}\n" for row in (without, *rows)))
+    try:
+        found = merged(adapter, tmp_path / "merged", tmp_path)
+    finally:
+        report.unlink()
+        report.parent.rmdir()
+    assert found.merge.difference.rows == 3
+
+
+def test_without_rows_nothing_is_measured_and_the_base_may_be_elsewhere(adapter, tmp_path):
+    (adapter.parent.parent / "model").rename(tmp_path / "moved")
+    try:
+        (tmp_path / "empty").mkdir()
+        found = merged(adapter, tmp_path / "empty", tmp_path, model=f"file://{tmp_path}/moved")
+    finally:
+        (tmp_path / "moved").rename(adapter.parent.parent / "model")
+    assert found.merge.difference is None
+    assert (found.base_model, found.base_commit) == (f"file://{tmp_path}/moved", None)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("No space left on device")])
+def test_an_interrupted_merge_leaves_nothing(adapter, tmp_path, monkeypatch, error):
+    def interrupt(_task: MergeTask, folder, _note):
+        (folder / "config.json").write_text("{}")
+        raise error
+
+    monkeypatch.setattr(merge_job, "merge", interrupt)
+    with pytest.raises(type(error) if isinstance(error, Exception) else error):
+        merged(adapter, tmp_path / "out/merged", tmp_path)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_loftq_adapter_is_not_merged_into_the_original_base(tmp_path):
+    write_model(tmp_path / "model")
+    adapter = write_published(tmp_path / "0123", tmp_path / "model", PLAIN, NF4, init="loftq")
+    with pytest.raises(RunError, match="give --base dequantised") as caught:
+        merged(adapter, tmp_path / "merged", tmp_path)
+    assert caught.value.reason is Reason.INVALID_SPEC
+    assert merged(adapter, tmp_path / "merged", tmp_path, base="dequantised").merge.base == "dequantised"
+
+
+def test_nothing_is_written_over(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/model.safetensors").write_text("")
+    for taken in ("file", "full"):
+        with pytest.raises(RunError, match=f"--to: {tmp_path}/{taken} is not an empty folder; choose another one"):
+            check_target(tmp_path / taken)
+    check_target(tmp_path / "new")
+
+
+def test_a_folder_that_cannot_be_written_is_said(adapter, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match=f"--to: cannot write {tmp_path}/file/merged: Not a directory; choose another"):
+        merged(adapter, tmp_path / "file/merged", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("uri", "expected"),
+    [
+        ("s3://bucket/team/bot/0123/adapter", ("s3://bucket/team/bot/0123", "s3://bucket/team/bot")),
+        ("s3://bucket/adapter", ("s3://bucket",)),
+        ("s3://bucket", ()),
+        ("file:///adapter", ()),
+        ("file:///out/0123/rejected/adapter", ("file:///out/0123/rejected", "file:///out/0123")),
+    ],
+)
+def test_a_result_lies_above_its_adapter(uri, expected):
+    assert parents(uri) == expected
