@@ -8,7 +8,7 @@ from typing import Any
 
 from qlora_api import names
 from qlora_api.job_ref import JobRef
-from qlora_operator.cluster.interface import ClusterBusyError, NameTakenError, PodIdentity, RefusedError
+from qlora_operator.cluster.interface import AdmissionDeniedError, ClusterBusyError, NameConflictError, PodIdentity
 from qlora_operator.cluster.parse import controller_uid, parse_job, parse_observation
 from qlora_operator.models import Manifest, Observation, RawJob
 from tests.make import NOW
@@ -26,10 +26,10 @@ class FakeCluster:
 
     def __init__(self) -> None:
         self.now: datetime = NOW
-        self.listening_since: datetime = NOW
-        self.ahead = timedelta(0)
+        self.reports_since: datetime = NOW
+        self.clock_skew = timedelta(0)
         """How far the operator's clock is ahead of the API server's."""
-        self.node_ahead = timedelta(0)
+        self.node_clock_skew = timedelta(0)
         """How far the nodes' clocks are ahead of it."""
         self.job: Manifest | None = None
         self.children: dict[tuple[str, str], Manifest] = {}
@@ -38,12 +38,12 @@ class FakeCluster:
         self.writes: list[Write] = []
         self.created: list[str] = []
         self.nodes: list[Manifest] = []
-        self.looks_at_nodes = 0
-        self.looks = 0
-        self._told: tuple[list[Manifest], list[Manifest]] | None = None
-        self.lingers = False
+        self.node_lists = 0
+        self.child_lists = 0
+        self._cached: tuple[list[Manifest], list[Manifest]] | None = None
+        self.foreground_deletion = False
         """Whether a Job that is deleted stays while its pod ends."""
-        self.refusal: RefusedError | None = None
+        self.admission_error: AdmissionDeniedError | None = None
         self.crash_after: Callable[[int], bool] = lambda _: False
         self._versions = count(1)
         self._uids = count(1)
@@ -53,7 +53,7 @@ class FakeCluster:
     def submit(self, manifest: Manifest) -> None:
         """Create the QLoRAJob."""
         self.job = {**copy.deepcopy(manifest), "status": {"observedGeneration": -1}}
-        self.job["metadata"] |= self._birth() | {"generation": 1, "resourceVersion": self._version()}
+        self.job["metadata"] |= self._new_metadata() | {"generation": 1, "resourceVersion": self._version()}
 
     def change(self, **spec: Any) -> None:
         """Edit the spec."""
@@ -106,7 +106,7 @@ class FakeCluster:
         self.finish_job(job, "Failed" if code else "Complete")
 
     def _node_time(self) -> str:
-        return _wire(self.now + self.node_ahead)
+        return _wire(self.now + self.node_clock_skew)
 
     def _started(self, job: str) -> str:
         return str(self.pods[job]["status"]["containerStatuses"][0]["state"]["running"]["startedAt"])
@@ -118,13 +118,13 @@ class FakeCluster:
 
     # What the watches do
 
-    def hold_events(self, *, lose_all: bool = False) -> None:
+    def pause_watches(self, *, lose_all: bool = False) -> None:
         """From now on nothing more is told; what was told before is remembered, or not even that."""
-        self._told = ([], []) if lose_all else self._there()
+        self._cached = ([], []) if lose_all else self._live_children()
 
-    def deliver_events(self) -> None:
+    def resume_watches(self) -> None:
         """Everything is told, and will be."""
-        self._told = None
+        self._cached = None
 
     # The Cluster port
 
@@ -133,33 +133,33 @@ class FakeCluster:
             return None
         return parse_job(copy.deepcopy(self.job))
 
-    def glimpse(self, job: RawJob) -> Observation:
-        return parse_observation(job, *(self._told or self._there()))
+    def children_from_cache(self, job: RawJob) -> Observation:
+        return parse_observation(job, *(self._cached or self._live_children()))
 
-    async def observe(self, job: RawJob) -> Observation:
-        self.looks += 1
-        return parse_observation(job, *self._there())
+    async def list_children(self, job: RawJob) -> Observation:
+        self.child_lists += 1
+        return parse_observation(job, *self._live_children())
 
-    def _there(self) -> tuple[list[Manifest], list[Manifest]]:
+    def _live_children(self) -> tuple[list[Manifest], list[Manifest]]:
         jobs = [child for (kind, _), child in self.children.items() if kind == "Job"]
         return copy.deepcopy(jobs), copy.deepcopy(list(self.pods.values()))
 
     async def find_gpu_nodes(self) -> tuple[Manifest, ...]:
-        self.looks_at_nodes += 1
+        self.node_lists += 1
         return tuple(copy.deepcopy(self.nodes))
 
     async def ensure(self, child: Manifest) -> bool:
         key = (child["kind"], child["metadata"]["name"])
-        if self.refusal is not None:
-            raise self.refusal
+        if self.admission_error is not None:
+            raise self.admission_error
         existing = self.children.get(key)
         if existing is not None and controller_uid(existing) != controller_uid(child):
             former = any(owner["kind"] == names.KIND for owner in existing["metadata"].get("ownerReferences", ()))
-            raise NameTakenError(f"{key[1]} is taken", leaving=former)
+            raise NameConflictError(f"{key[1]} is taken", being_deleted=former)
         if existing is None:
             self.created.append(key[1])
             self.children[key] = copy.deepcopy(child)
-            self.children[key]["metadata"] |= self._birth()
+            self.children[key]["metadata"] |= self._new_metadata()
         self._wrote("ensure", f"{key[0]}/{key[1]}")
         return existing is None
 
@@ -168,7 +168,7 @@ class FakeCluster:
         self._wrote("patch", child["metadata"]["name"])
 
     async def delete_job(self, ref: JobRef, name: str) -> None:  # noqa: ARG002 (the port's signature)
-        if self.lingers:
+        if self.foreground_deletion:
             self.children["Job", name]["metadata"]["deletionTimestamp"] = _wire(self.now)
         else:
             self.remove(name)
@@ -183,7 +183,7 @@ class FakeCluster:
         self._wrote("status", status["phase"])
         return str(self.job["metadata"]["resourceVersion"])
 
-    async def tell(self, event: Manifest) -> None:
+    async def record_event(self, event: Manifest) -> None:
         self.events.setdefault(event["metadata"]["name"], event)
         self._wrote("tell", event["reason"])
 
@@ -195,12 +195,12 @@ class FakeCluster:
     def _version(self) -> str:
         return str(next(self._versions))
 
-    def _birth(self) -> Manifest:
+    def _new_metadata(self) -> Manifest:
         return {"uid": f"uid-{next(self._uids)}", "creationTimestamp": _wire(self.now)}
 
     def _make_pod(self, job: Manifest) -> Manifest:
         owner = {"kind": "Job", "name": job["metadata"]["name"], "uid": job["metadata"]["uid"], "controller": True}
-        metadata = {"name": f"{job['metadata']['name']}-0-abcde", "ownerReferences": [owner], **self._birth()}
+        metadata = {"name": f"{job['metadata']['name']}-0-abcde", "ownerReferences": [owner], **self._new_metadata()}
         return {"metadata": metadata, "spec": {}}
 
     def pass_time(self, duration: timedelta) -> None:
@@ -208,7 +208,7 @@ class FakeCluster:
         self.now += duration
 
 
-class FakeIdentities:
+class FakeTokenReviewer:
     """Tokens and the pods they are bound to; counts how often it is asked."""
 
     def __init__(self, tokens: dict[str, PodIdentity], jobs: dict[PodIdentity, str], known: set[JobRef]) -> None:

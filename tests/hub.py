@@ -26,7 +26,7 @@ class Repository:
     """Answered to everything, for a hub in trouble: 429, 503."""
 
 
-class HubStandIn:
+class FakeHub:
     """Serves repositories under the hub's own paths while the context is open.
 
     Models have ids like `organisation/name`; data sets `datasets/organisation/name`.

@@ -8,7 +8,7 @@ from qlora_api import names
 from qlora_api.job_ref import JobRef
 from qlora_api.names import Reason, Role
 from qlora_api.prepared import Prepared
-from qlora_api.report import LastWord
+from qlora_api.report import TerminationMessage
 from qlora_api.result import Result
 from qlora_api.v1alpha1 import (
     DataStatus,
@@ -114,13 +114,13 @@ def make_plan_status() -> Plan:
     )
 
 
-def make_word(reason: Reason, message: str = "", **facts: Any) -> str:
+def make_termination_message(reason: Reason, message: str = "", **facts: Any) -> str:
     """A termination message."""
-    return LastWord(reason=reason, message=message, **facts).model_dump_json(by_alias=True, exclude_none=True)
+    return TerminationMessage(reason=reason, message=message, **facts).model_dump_json(by_alias=True, exclude_none=True)
 
 
-PREPARED_WORD: Final = make_word(Reason.PREPARED, prepared=make_prepared())
-PUBLISHED_WORD: Final = make_word(Reason.PUBLISHED, result=make_result())
+PREPARED_MESSAGE: Final = make_termination_message(Reason.PREPARED, prepared=make_prepared())
+PUBLISHED_MESSAGE: Final = make_termination_message(Reason.PUBLISHED, result=make_result())
 
 
 def make_exit(code: int = 0, message: str = "", reason: str = "") -> Exit:
@@ -162,9 +162,9 @@ def make_child(role: Role = Role.TRAIN, attempt: int = 1, **change: Any) -> Chil
     return ChildJob(**{"pods": (pod,) if pod else (), **values})
 
 
-def make_prepared_child(word: str = PREPARED_WORD, **change: Any) -> ChildJob:
+def make_prepared_child(message: str = PREPARED_MESSAGE, **change: Any) -> ChildJob:
     """A prepare Job that is through."""
-    pod = make_pod(phase="Succeeded", exit=make_exit(0, word))
+    pod = make_pod(phase="Succeeded", exit=make_exit(0, message))
     return make_child(Role.PREPARE, **{"complete": True, "pod": pod, **change})
 
 

@@ -15,16 +15,16 @@ from qlora_trainer.runtime.rank import default_work
 configure_libraries(default_work())  # as a pod does, before the libraries are imported
 
 from benchmarks.trainer.machine import observe_machine  # noqa: E402
-from benchmarks.trainer.ready import Ready, make_ready  # noqa: E402
+from benchmarks.trainer.ready import PreparedRun, prepare_run  # noqa: E402
 from examples.quickstart.make_data import DATA, HELD_OUT, TRAIN  # noqa: E402
 from examples.quickstart.make_model import DEFAULT_MIRROR, make_model  # noqa: E402
 from qlora_api.v1alpha1 import QLoRAJobSpec  # noqa: E402
 from qlora_trainer import stages  # noqa: E402
 from qlora_trainer.runtime.shutdown import StopFlag  # noqa: E402
 from qlora_trainer.storage.results import MANIFEST  # noqa: E402
-from qlora_trainer.training.async_checkpointer import Keeper  # noqa: E402
-from qlora_trainer.training.checkpoint_store import Checkpoints, Witness  # noqa: E402
-from qlora_trainer.training.loop import Watcher  # noqa: E402
+from qlora_trainer.training.async_checkpointer import AsyncCheckpointer  # noqa: E402
+from qlora_trainer.training.checkpoint_store import CheckpointCallbacks, CheckpointStore  # noqa: E402
+from qlora_trainer.training.loop import TrainingCallbacks  # noqa: E402
 from qlora_trainer.training.state import TrainingState  # noqa: E402
 from tests.cluster.processes import Processes  # noqa: E402
 from tests.cluster.s3 import start_s3  # noqa: E402
@@ -36,28 +36,28 @@ INTERVALS: Final = (10, 2)
 
 
 @dataclass
-class Waiting:
+class TimedCheckpointer:
     """A keeper with a stopwatch: what passes between the end of a step and the next step's begin."""
 
-    keeper: Keeper
+    checkpointer: AsyncCheckpointer
     seconds: float = 0.0
     last_seconds: float = 0.0
     """Of that, for the checkpoint at the end, which is complete before the adapter is examined."""
-    checkpoints: int = 0
+    count: int = 0
     _asked_at: float = field(default=0.0, init=False)
 
-    def wants(self, step: int, last: bool) -> bool:
+    def should_checkpoint(self, step: int, last: bool) -> bool:
         """Ask the keeper; the state is captured between its yes and the call of keep."""
         self._asked_at = time.perf_counter()
-        wanted = self.keeper.wants(step, last)
+        wanted = self.checkpointer.should_checkpoint(step, last)
         if not wanted:
             self._add(last)
         return wanted
 
-    def keep(self, state: TrainingState, last: bool) -> None:
+    def checkpoint(self, state: TrainingState, last: bool) -> None:
         """Let it be kept."""
-        self.keeper.keep(state, last)
-        self.checkpoints += 1
+        self.checkpointer.checkpoint(state, last)
+        self.count += 1
         self._add(last)
 
     def _add(self, last: bool) -> None:
@@ -107,26 +107,30 @@ def measure(interval: int, model: Path, work: Path) -> Measurement:
     s3 = start_s3(work, processes, "127.0.0.1")
     try:
         os.environ.update(s3.environment())
-        ready = make_ready(write_spec(interval, model, s3.make_bucket("adapters")), work)
+        ready = prepare_run(write_spec(interval, model, s3.make_bucket("adapters")), work)
         return train(ready, interval)
     finally:
         processes.stop_all()
 
 
-def train(ready: Ready, interval: int) -> Measurement:
+def train(ready: PreparedRun, interval: int) -> Measurement:
     """Train with checkpoints."""
-    course = stages.make_course(ready.config, ready.data, ready.choices, ready.world)
-    checkpoints = Checkpoints(ready.output, course, 1, datetime.now(UTC), Witness(print, lambda _: None))
-    waiting = Waiting(Keeper(checkpoints, ready.config.spec.checkpoint, print, 0))
-    ready.tuned.peft.train()
-    watcher = Watcher(lambda _: None, lambda _: None, lambda: None, waiting.wants, waiting.keep)
+    course = stages.make_fingerprint(ready.config, ready.data, ready.settings, ready.world)
+    checkpoints = CheckpointStore(
+        ready.output, course, 1, datetime.now(UTC), CheckpointCallbacks(print, lambda _: None)
+    )
+    waiting = TimedCheckpointer(AsyncCheckpointer(checkpoints, ready.config.spec.checkpoint, print, 0))
+    ready.trainable.wrapped.train()
+    watcher = TrainingCallbacks(
+        lambda _: None, lambda _: None, lambda: None, waiting.should_checkpoint, waiting.checkpoint
+    )
     started = time.perf_counter()
     ready.loop.run(StopFlag(), watcher)
     seconds = time.perf_counter() - started
     entries = ready.output.list(f"{ready.config.prepared.digest}/checkpoints")
     kept = sum(entry.path.endswith(f"/{MANIFEST}") for entry in entries)
     size = sum(entry.size for entry in entries) // kept
-    return Measurement(interval, waiting.checkpoints, size, seconds, waiting.seconds, waiting.last_seconds)
+    return Measurement(interval, waiting.count, size, seconds, waiting.seconds, waiting.last_seconds)
 
 
 def write_spec(interval: int, model: Path, bucket: str) -> QLoRAJobSpec:

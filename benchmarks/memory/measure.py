@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 
 from benchmarks.memory.combinations import Combination
-from benchmarks.memory.models import load_tuned, make_measured_loop, measured_step, token_rows, write_model
+from benchmarks.memory.models import load_trainable, make_measured_loop, measured_step, token_rows, write_model
 from benchmarks.memory.trace import traced
-from qlora_trainer.data.batching import make_batch
-from qlora_trainer.model.unpacked_attention import lay_out
-from qlora_trainer.training.loop import Loop
+from qlora_trainer.data.batching import collate
+from qlora_trainer.model.unpacked_attention import packed_layout
+from qlora_trainer.training.loop import TrainingLoop
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ def measure(combination: Combination) -> Measured:
     """Take three steps of the trainer's own loop, and trace what follows the first."""
     with tempfile.TemporaryDirectory() as folder:
         write_model(combination, Path(folder))
-        tuned = load_tuned(combination, Path(folder))
+        tuned = load_trainable(combination, Path(folder))
     loop = make_measured_loop(combination, tuned)
     loop.step(0)  # the optimizer's state is made
     _forget()
@@ -40,15 +40,15 @@ def measure(combination: Combination) -> Measured:
     return _micro_batch(loop, combination, whole.peak)
 
 
-def _micro_batch(loop: Loop, combination: Combination, whole: int) -> Measured:
+def _micro_batch(loop: TrainingLoop, combination: Combination, whole: int) -> Measured:
     rows = token_rows(combination)
-    batch = make_batch(rows, loop.tuned.device, packing=combination.packing)
+    batch = collate(rows, loop.trainable.device, packing=combination.packing)
     weight = torch.ones(()) / sum(row.label_count for row in rows)
-    torch.autograd.backward(loop.tuned.loss_sum(batch, weight))
-    gradients = sum(parameter.grad.nbytes for parameter in loop.tuned.parameters() if parameter.grad is not None)
+    torch.autograd.backward(loop.trainable.loss_sum(batch, weight))
+    gradients = sum(parameter.grad.nbytes for parameter in loop.trainable.parameters() if parameter.grad is not None)
     _forget()
     with traced() as forward:
-        loss = loop.tuned.loss_sum(batch, weight)
+        loss = loop.trainable.loss_sum(batch, weight)
     with traced() as backward:
         torch.autograd.backward(loss)
     peak = max(forward.peak, forward.left + backward.peak)
@@ -57,5 +57,5 @@ def _micro_batch(loop: Loop, combination: Combination, whole: int) -> Measured:
 
 def _forget() -> None:
     """Free what earlier passes left: a trace knows only what is taken while it runs."""
-    lay_out.cache_clear()
+    packed_layout.cache_clear()
     gc.collect()

@@ -10,13 +10,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.memory.combinations import Combination
 from qlora_api.v1alpha1 import LoraSpec, QuantizationSpec, TrainingSpec
-from qlora_trainer.data.batching import micro_batches, rows_of_step
+from qlora_trainer.data.batching import sample_step, split_micro_batches
 from qlora_trainer.data.tokenization import TokenRow
 from qlora_trainer.distributed.world import World
-from qlora_trainer.model.base_model import Tuned, load_base, tune, tune_whole
-from qlora_trainer.model.optimizer import Kind
-from qlora_trainer.model.runtime_settings import Choices
-from qlora_trainer.training.loop import Loop, Schedule, make_loop
+from qlora_trainer.model.base_model import TrainableModel, attach_lora, load_base, prepare_full_finetune
+from qlora_trainer.model.optimizer import OptimizerKind
+from qlora_trainer.model.runtime_settings import RuntimeSettings
+from qlora_trainer.training.loop import Schedule, TrainingLoop, make_loop
 
 CPU: Final = torch.device("cpu")
 EAGER: Final = frozenset({"gemma2"})
@@ -63,29 +63,29 @@ def write_model(combination: Combination, folder: Path) -> None:
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
 
 
-def choices_of(combination: Combination) -> Choices:
+def settings_of(combination: Combination) -> RuntimeSettings:
     """Return what the trainer would have chosen."""
-    return Choices(
+    return RuntimeSettings(
         dtype=getattr(torch, combination.dtype),
         attention="eager" if combination.family in EAGER else "sdpa",
-        checkpointing=combination.checkpointing,
+        gradient_checkpointing=combination.checkpointing,
         packing=combination.packing,
-        optimizer=Kind.ADAMW,
+        optimizer=OptimizerKind.ADAMW,
         reasons={},
     )
 
 
-def load_tuned(combination: Combination, folder: Path) -> Tuned:
+def load_trainable(combination: Combination, folder: Path) -> TrainableModel:
     """Load the model and make what is trained of it, as qlora_trainer.stages does."""
-    choices, whole = choices_of(combination), combination.method == "full"
+    choices, whole = settings_of(combination), combination.method == "full"
     dtype = torch.float32 if whole else choices.dtype
     base = load_base(folder, QuantizationSpec(bits=combination.bits), dtype, choices.attention, "cpu")
     if whole:
-        return tune_whole(base, choices)
+        return prepare_full_finetune(base, choices)
     lora = LoraSpec(
         rank=combination.rank, dropout=combination.dropout, targets=combination.targets, dora=combination.dora
     )
-    return tune(base, lora, 1, choices)
+    return attach_lora(base, lora, 1, choices)
 
 
 def token_rows(combination: Combination) -> tuple[TokenRow, ...]:
@@ -120,13 +120,13 @@ def measured_step(combination: Combination) -> int:
 def micro_batches_of_step(combination: Combination, step: int) -> list[Sequence[TokenRow]]:
     """Return the micro-batches into which the trainer divides a step's rows, after it has shuffled them."""
     rows = rows_of_steps(combination)
-    order = rows_of_step(step, len(rows), len(rows), TrainingSpec().seed)
-    return micro_batches([rows[number] for number in order], combination.rows, packing=combination.packing)
+    order = sample_step(step, len(rows), len(rows), TrainingSpec().seed)
+    return split_micro_batches([rows[number] for number in order], combination.rows, packing=combination.packing)
 
 
-def make_measured_loop(combination: Combination, tuned: Tuned) -> Loop:
+def make_measured_loop(combination: Combination, trainable: TrainableModel) -> TrainingLoop:
     """Return the trainer's own loop."""
     rows = rows_of_steps(combination)
     training = TrainingSpec(global_batch_size=len(rows), learning_rate=1e-4, warmup_ratio=0.0)
-    tuned.peft.train()
-    return make_loop(tuned, rows, Schedule(training, combination.rows, 8), choices_of(combination), World(CPU))
+    trainable.wrapped.train()
+    return make_loop(trainable, rows, Schedule(training, combination.rows, 8), settings_of(combination), World(CPU))

@@ -11,7 +11,7 @@ from benchmarks.trainer.machine import Machine
 
 _MIB: Final = 2**20
 _COLUMNS: Final = ("model", "rows", "training", "forward keeps", "predicted", "step's peak", "predicted", "error")
-_COLOURS: Final = ("#2b6cb0", "#d98c3f")
+_COLORS: Final = ("#2b6cb0", "#d98c3f")
 
 Samples = Mapping[str, Sequence[Comparison]]
 """Comparisons by what they are: chosen, drawn."""
@@ -74,7 +74,7 @@ def draw_picture(samples: Samples, path: Path) -> None:
     """Draw predicted against measured peaks, and the errors below."""
     figure = Figure(figsize=(7, 7), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    for colour, (name, comparisons) in zip(_COLOURS, samples.items(), strict=False):
+    for colour, (name, comparisons) in zip(_COLORS, samples.items(), strict=False):
         measured = [each.measured.step / _MIB for each in comparisons]
         above.scatter(measured, [each.predicted.step / _MIB for each in comparisons], s=18, color=colour, label=name)
         below.scatter(measured, [100 * each.step_error for each in comparisons], s=18, color=colour)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from benchmarks.memory.combinations import Combination
 from benchmarks.memory.models import EAGER, measured_step, micro_batches_of_step, model_config, token_rows
 from qlora_planner.memory.activations import estimate_activations
-from qlora_planner.memory.forward_config import FP32, HALF, Lines, Setting
+from qlora_planner.memory.forward_config import FP32, HALF, BatchShape, ForwardConfig
 from qlora_planner.models.families import read_shape
 from qlora_planner.models.shapes import ModelShape
 from qlora_trainer.data.tokenization import TokenRow
@@ -31,13 +31,13 @@ def predict(combination: Combination) -> Predicted:
         setting_of(combination, shape, group)
         for group in micro_batches_of_step(combination, measured_step(combination))
     ]
-    return Predicted(one.kept, one.peak, max(estimate_activations(shape, each).peak for each in passes))
+    return Predicted(one.saved, one.peak, max(estimate_activations(shape, each).peak for each in passes))
 
 
-def setting_of(combination: Combination, shape: ModelShape, rows: Sequence[TokenRow]) -> Setting:
+def setting_of(combination: Combination, shape: ModelShape, rows: Sequence[TokenRow]) -> ForwardConfig:
     """Return the setting in which some rows are measured."""
-    return Setting(
-        lines=_lines_of(rows, packing=combination.packing),
+    return ForwardConfig(
+        batch=_lines_of(rows, packing=combination.packing),
         device="cpu",
         attention="eager" if combination.family in EAGER else "sdpa",
         compute=FP32 if combination.dtype == "float32" else HALF,
@@ -45,7 +45,7 @@ def setting_of(combination: Combination, shape: ModelShape, rows: Sequence[Token
         ranks={} if combination.method == "full" else _ranks(combination, shape),
         dropout=combination.dropout > 0,
         dora=combination.dora,
-        whole=combination.method == "full",
+        full_finetune=combination.method == "full",
         checkpointing=combination.checkpointing,
     )
 
@@ -56,13 +56,13 @@ def _ranks(combination: Combination, shape: ModelShape) -> dict[str, int]:
     return {path: combination.rank for path in paths if everything or path.rpartition(".")[2] in combination.targets}
 
 
-def _lines_of(rows: Sequence[TokenRow], *, packing: bool) -> Lines:
+def _lines_of(rows: Sequence[TokenRow], *, packing: bool) -> BatchShape:
     lengths = [len(row.input_ids) for row in rows]
-    return Lines(
+    return BatchShape(
         rows=len(rows),
         longest=max(lengths),
         tokens=sum(lengths) if packing else len(rows) * max(lengths),
         labels=sum(row.label_count for row in rows),
         packing=packing,
-        even=len(set(lengths)) == 1,
+        equal_length=len(set(lengths)) == 1,
     )

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from qlora_api.optimizers import OptimizerName
 from qlora_api.v1alpha1 import QLoRAJobSpec
-from qlora_planner.memory.estimate import Layout, MemoryEstimate, Rows, Workload, estimate_memory
+from qlora_planner.memory.estimate import Layout, MemoryEstimate, SequenceLengths, TrainingWorkload, estimate_memory
 from qlora_planner.models.families import read_shape
 
 _CONFIGS: Final = Path(__file__).parents[2] / "tests/unit/planner/configs"
@@ -51,7 +51,7 @@ class Published:
                 "training": {"maxLength": self.tokens, "packing": False, "globalBatchSize": self.rows},
             }
         )
-        work = Workload(spec, read_shape(_config(self.config)), Rows(self.tokens, self.tokens))
+        work = TrainingWorkload(spec, read_shape(_config(self.config)), SequenceLengths(self.tokens, self.tokens))
         return estimate_memory(
             work, Layout(micro_batch=self.rows, checkpointing=self.checkpointing, optimizer=self.optimizer)
         )

@@ -17,7 +17,7 @@ MODELS: Final = 20
 ROUNDS: Final = 5
 ATTENTION_ONLY: Final = ("mixtral",)
 """Adapters on stacked experts are not sized."""
-UNQUANTISED: Final = ("falcon",)
+UNQUANTIZED: Final = ("falcon",)
 """bitsandbytes knows no layer of theirs."""
 
 
@@ -58,7 +58,7 @@ def write_jobs(folder: Path) -> Path:
 def make_manifest(model: str) -> str:
     """Return a QLoRAJob; JSON is YAML."""
     targets = ["q_proj", "v_proj"] if model.startswith(ATTENTION_ONLY) else ["all-linear"]
-    whole = {"method": "lora", "quantization": {"bits": 16}} if model.startswith(UNQUANTISED) else {}
+    whole = {"method": "lora", "quantization": {"bits": 16}} if model.startswith(UNQUANTIZED) else {}
     spec = {
         "model": {"uri": f"hf://public/{model}"},
         "dataset": {"uri": "s3://data/train.jsonl"},

@@ -15,13 +15,13 @@ from benchmarks.scale.audit import Audit
 from benchmarks.scale.page import write_page
 from benchmarks.scale.results import Results
 from benchmarks.scale.trial import (
+    CompletedRuns,
     FirstChildren,
-    Lives,
     Restart,
     connect,
     create,
+    measure_completed_runs,
     measure_first_children,
-    measure_lives,
     measure_restart,
     wait_for_quiet,
 )
@@ -30,13 +30,13 @@ from benchmarks.trainer.machine import observe_machine
 from tests.cluster.cluster import Cluster
 from tests.cluster.controllers import install_jobset
 from tests.cluster.kwok import pods_that_run
-from tests.integration.operator_process import ACCOUNT, HOME, Operator, install
+from tests.integration.operator_process import ACCOUNT, OPERATOR_NAMESPACE, Operator, install
 
 RESULTS: Final = Path(__file__).parents[1] / "results"
 NODES: Final = 100
 """Simulated nodes with eight GPUs each."""
 LIBRARIES: Final = ("kopf", "kubernetes", "pydantic", "aiohttp")
-ACCOUNTS: Final = (f"{HOME}:{ACCOUNT}", "jobset-system:jobset")
+ACCOUNTS: Final = (f"{OPERATOR_NAMESPACE}:{ACCOUNT}", "jobset-system:jobset")
 
 
 def main() -> int:
@@ -88,14 +88,14 @@ async def measure_operator(jobs: int) -> tuple[FirstChildren, Restart]:
         return first, await measure_restart(operator, audit, jobs)
 
 
-async def measure_simulation(lives: int) -> Lives:
+async def measure_simulation(lives: int) -> CompletedRuns:
     """Runs live from their creation to their end."""
     print(f"the lives of {lives} QLoRAJobs", flush=True)
     stages = "\n---\n".join((pods_that_run(), build_ends()))
     with open_cluster(stages) as (cluster, audit), install_operator(cluster, audit) as operator:
         operator.start()
         async with connect(cluster) as api:
-            return await measure_lives(api, operator, audit, build_qlorajob, lives)
+            return await measure_completed_runs(api, operator, audit, build_qlorajob, lives)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from benchmarks.scale.trial import FirstChildren, Lives, Restart
+from benchmarks.scale.trial import CompletedRuns, FirstChildren, Restart
 
 
 @dataclass(frozen=True)
@@ -14,4 +14,4 @@ class Results:
     ours: FirstChildren
     jobset: FirstChildren
     restart: Restart
-    whole_lives: Lives
+    whole_lives: CompletedRuns

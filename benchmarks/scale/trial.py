@@ -26,7 +26,7 @@ QUIET_SECONDS: Final = 10
 """Without a write, after which what was under way has been told."""
 IDLE_SECONDS: Final = 120
 """How long an operator with nothing to do is watched."""
-PATIENCE: Final = 1800.0
+TIMEOUT_SECONDS: Final = 1800.0
 """Seconds after which a contender will never be done."""
 LEASE: Final = "leases"
 """Renewed every few seconds by design, whatever there is to do; counted apart."""
@@ -66,7 +66,7 @@ class Restart:
 
 
 @dataclass(frozen=True)
-class Lives:
+class CompletedRuns:
     """How runs were created, prepared, trained and published, with pods that last a second."""
 
     seconds: float
@@ -118,10 +118,10 @@ async def read_all(api: Api, path: str) -> AsyncIterator[dict[str, Any]]:
 
 async def wait_for(what: str, reached: Callable[[], Awaitable[bool]]) -> None:
     """Ask again and again, and give up after a time that nothing takes."""
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + TIMEOUT_SECONDS
     while not await reached():
         if time.monotonic() > deadline:
-            raise SystemExit(f"not within {PATIENCE:.0f} s: {what}")
+            raise SystemExit(f"not within {TIMEOUT_SECONDS:.0f} s: {what}")
         await asyncio.sleep(POLL_SECONDS)
     print(what, flush=True)
 
@@ -164,7 +164,7 @@ async def measure_restart(operator: Operator, audit: Audit, jobs: int) -> Restar
 
     async def looked() -> bool:
         metrics = await asyncio.to_thread(read_metrics, operator)
-        return passes(metrics) >= jobs and metrics.get("qlora_operator_queue_depth") == 0
+        return reconcile_count(metrics) >= jobs and metrics.get("qlora_operator_queue_depth") == 0
 
     await asyncio.to_thread(operator.start)
     await wait_for(f"{jobs} QLoRAJobs were looked at", looked)
@@ -174,9 +174,9 @@ async def measure_restart(operator: Operator, audit: Audit, jobs: int) -> Restar
     return Restart(seconds, usage_of(operator.pid).peak_mib, writes, audit.writes_since(quiet))
 
 
-async def measure_lives(
+async def measure_completed_runs(
     api: Api, operator: Operator, audit: Audit, build: Callable[[int], Manifest], jobs: int
-) -> Lives:
+) -> CompletedRuns:
     """Create runs under a running operator, wait until all have ended, and make sure how."""
     before, start = audit.count(), time.monotonic()
 
@@ -193,7 +193,7 @@ async def measure_lives(
     if reasons != {"Published": jobs} or made != 2 * jobs:
         raise SystemExit(f"{jobs} runs ended as {dict(reasons)} with {made} Jobs")
     largest = max(len(json.dumps(item, separators=(",", ":"))) for item in finished)
-    return Lives(seconds, usage_of(operator.pid), audit.writes_since(before), largest)
+    return CompletedRuns(seconds, usage_of(operator.pid), audit.writes_since(before), largest)
 
 
 def read_metrics(operator: Operator) -> dict[str, float]:
@@ -207,7 +207,7 @@ def read_metrics(operator: Operator) -> dict[str, float]:
     return {match[1]: float(match[2]) for match in found if match}
 
 
-def passes(metrics: dict[str, float]) -> float:
+def reconcile_count(metrics: dict[str, float]) -> float:
     """Return how many passes have ended."""
     return sum(value for name, value in metrics.items() if name.startswith("qlora_operator_reconcile_total"))
 

@@ -7,7 +7,7 @@ from typing import Any, Final
 from qlora_api import names
 from qlora_api.model_config import reduce_config
 from qlora_api.names import Reason, Role
-from tests.make import PUBLISHED_WORD, make_manifest, make_prepared, make_word
+from tests.make import PUBLISHED_MESSAGE, make_manifest, make_prepared, make_termination_message
 
 Manifest = dict[str, Any]
 
@@ -58,16 +58,16 @@ def build_jobset(number: int) -> Manifest:
 
 def build_ends() -> str:
     """Return the stages of pods that end a second after they began to run, each with its trainer's last word."""
-    return "\n---\n".join((_build_end(Role.PREPARE, _prepared_word()), _build_end(Role.TRAIN, PUBLISHED_WORD)))
+    return "\n---\n".join((_build_end(Role.PREPARE, _prepared_message()), _build_end(Role.TRAIN, PUBLISHED_MESSAGE)))
 
 
-def _prepared_word() -> str:
+def _prepared_message() -> str:
     prepared = make_prepared()
     model = prepared.model.model_copy(update={"config": reduce_config(json.loads(MODEL.read_text()))})
-    return make_word(Reason.PREPARED, prepared=prepared.model_copy(update={"model": model}))
+    return make_termination_message(Reason.PREPARED, prepared=prepared.model_copy(update={"model": model}))
 
 
-def _build_end(role: Role, word: str) -> str:
+def _build_end(role: Role, message: str) -> str:
     """JSON is YAML, and the quotes of the word are escaped once for the template's own YAML."""
     status = f"""
 {{{{ $now := Now }}}}
@@ -84,7 +84,7 @@ containerStatuses:
       reason: Completed
       startedAt: {{{{ $now | Quote }}}}
       finishedAt: {{{{ $now | Quote }}}}
-      message: {json.dumps(word)}
+      message: {json.dumps(message)}
 {{{{ end }}}}
 """
     stage = {

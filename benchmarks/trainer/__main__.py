@@ -28,7 +28,7 @@ CONTENDERS: Final = {
 }
 STEPS: Final = {"cpu": {"recipe": 4, "trl": 8, "trl-fastest": 12, "ours": 20}, "cuda": dict.fromkeys(CONTENDERS, 12)}
 """Steps of each contender: about equal shares of time. The learning rate is constant, so that none has an advantage."""
-LOOKS: Final = 4
+EVALUATIONS: Final = 4
 """Looks at the held-out rows that a contender takes while it trains."""
 RECIPE_LENGTH: Final = {"cpu": 256, "cuda": 1024}
 """Tokens to which the recipe pads: what tutorials write for short and for long answers."""
@@ -61,7 +61,7 @@ def make_tasks(device: str) -> dict[str, Task]:
         return {"SmolLM2-135M": Task(str(small), "cpu", RECIPE_LENGTH["cpu"])}
     models = {name: make_random_model(name, small) for name in SHAPES}
     return {
-        name: Task(str(folder), "cuda", RECIPE_LENGTH["cuda"], long_rows=True, examined_rows=0)
+        name: Task(str(folder), "cuda", RECIPE_LENGTH["cuda"], long_rows=True, evaluation_rows=0)
         for name, folder in models.items()
     }
 
@@ -82,7 +82,7 @@ def run(name: str, task: Task, rounds: int, contenders: Sequence[str]) -> None:
 def run_contender(contender: str, task: Task, output: Path) -> Measurement:
     """Run a contender in a process of its own."""
     steps = STEPS[task.device][contender]
-    order = ["--task", task.to_json(), "--steps", str(steps), "--every", str(max(steps // LOOKS, 1))]
+    order = ["--task", task.to_json(), "--steps", str(steps), "--every", str(max(steps // EVALUATIONS, 1))]
     module, *switches = CONTENDERS[contender]
     command = [sys.executable, "-W", "ignore", "-m", module, *switches, *order, "--output", str(output)]
     log = output.with_suffix(".log")

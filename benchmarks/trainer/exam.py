@@ -12,7 +12,7 @@ from benchmarks.trainer.task import Task, held_out_pairs
 _BATCH: Final = 16
 
 
-def make_exam(task: Task, model: Any, tokenizer: Any) -> Callable[[], float] | None:
+def make_evaluation(task: Task, model: Any, tokenizer: Any) -> Callable[[], float] | None:
     """Return what examines the model, or None where there is nothing to examine."""
     rows = [_tokens(pair.prompt, pair.answer, tokenizer) for pair in held_out_pairs(task)]
     return (lambda: _mean_loss(model, rows)) if rows else None

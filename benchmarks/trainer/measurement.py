@@ -25,7 +25,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Examination:
+class Evaluation:
     """The loss on the answers of the held-out rows, between two steps."""
 
     steps: int
@@ -41,7 +41,7 @@ class Measurement:
     startup_seconds: float = 0.0
     """From the start of the process to the start of the first step: imports, model, rows."""
     steps: list[Step] = field(default_factory=list)
-    examinations: list[Examination] = field(default_factory=list)
+    examinations: list[Evaluation] = field(default_factory=list)
     peak_memory_bytes: int = 0
     """The allocator's reservation on a GPU, the resident set on a CPU."""
 
@@ -59,7 +59,7 @@ class Measurement:
         """Return a measurement that was written."""
         content = json.loads(path.read_text())
         steps = [Step(**step) for step in content.pop("steps")]
-        examinations = [Examination(**examination) for examination in content.pop("examinations")]
+        examinations = [Evaluation(**examination) for examination in content.pop("examinations")]
         return Measurement(**content, steps=steps, examinations=examinations)
 
 
@@ -68,7 +68,7 @@ class Stopwatch:
 
     def __init__(self, contender: str, device: str, every: int) -> None:
         self.measurement = Measurement(contender)
-        self.examine: Callable[[], float] | None = None
+        self.evaluate: Callable[[], float] | None = None
         """Returns the loss on the held-out rows; None where that says nothing."""
         self._device = torch.device(device)
         self._every = every
@@ -76,31 +76,31 @@ class Stopwatch:
 
     def start(self) -> None:
         """Note that everything is ready for the first step."""
-        self._synchronise()
+        self._synchronize()
         self.measurement.startup_seconds = time.time() - psutil.Process().create_time()
-        self._look()
+        self._evaluate()
         self._resume()
 
     def end_step(self, rows: Sequence[tuple[int, int]]) -> None:
         """Note a finished step and its rows: useful and learned tokens of each."""
-        self._synchronise()
+        self._synchronize()
         seconds, cpu_seconds = time.perf_counter() - self._since, time.process_time() - self._cpu_since
         useful, learned = sum(useful for useful, _ in rows), sum(learned for _, learned in rows)
         self.measurement.steps.append(Step(seconds, cpu_seconds, useful, learned))
         self.measurement.peak_memory_bytes = self._peak()
         if len(self.measurement.steps) % self._every == 0:
-            self._look()
+            self._evaluate()
         self._resume()
 
     def _resume(self) -> None:
         self._since, self._cpu_since = time.perf_counter(), time.process_time()
 
-    def _look(self) -> None:
-        if self.examine is not None:
+    def _evaluate(self) -> None:
+        if self.evaluate is not None:
             done = self.measurement
-            done.examinations.append(Examination(len(done.steps), done.training_seconds, self.examine()))
+            done.examinations.append(Evaluation(len(done.steps), done.training_seconds, self.evaluate()))
 
-    def _synchronise(self) -> None:
+    def _synchronize(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.synchronize()
 

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.trainer.machine import Machine
 from benchmarks.trainer.measurement import Measurement
-from benchmarks.trainer.summary import Figures, Ratio, compare, summarise
+from benchmarks.trainer.summary import Figures, Ratio, compare, summarize
 
 OURS: Final = "ours"
 _GIB: Final = 2**30
@@ -23,7 +23,7 @@ _COLUMNS: Final = (
     "trained",
     "held-out loss then",
 )
-_COLOURS: Final = {"recipe": "#999999", "trl": "#d98c3f", "trl-fastest": "#b5541c", OURS: "#2b6cb0"}
+_COLORS: Final = {"recipe": "#999999", "trl": "#d98c3f", "trl-fastest": "#b5541c", OURS: "#2b6cb0"}
 
 Runs = Mapping[str, Sequence[Measurement]]
 """The runs of each contender, in the order of the rounds."""
@@ -31,7 +31,7 @@ Runs = Mapping[str, Sequence[Measurement]]
 
 def write_page(title: str, runs: Runs, machine: Machine) -> str:
     """Return the table in Markdown."""
-    figures = [summarise(measurements) for measurements in runs.values()]
+    figures = [summarize(measurements) for measurements in runs.values()]
     ratios = [compare(runs[OURS], theirs) for name, theirs in runs.items() if name != OURS]
     rounds = len(runs[OURS])
     return "\n".join(
@@ -97,8 +97,8 @@ def draw(title: str, runs: Runs, path: Path) -> None:
     figure = Figure(figsize=(10 if examined else 5, 4), layout="constrained")
     axes = figure.subplots(1, 2 if examined else 1, squeeze=False)[0]
     figure.suptitle(title)
-    speeds = {name: summarise(measurements).useful_per_second for name, measurements in runs.items()}
-    bars = axes[0].barh(list(speeds), list(speeds.values()), color=[_COLOURS[name] for name in speeds])
+    speeds = {name: summarize(measurements).useful_per_second for name, measurements in runs.items()}
+    bars = axes[0].barh(list(speeds), list(speeds.values()), color=[_COLORS[name] for name in speeds])
     axes[0].bar_label(bars, fmt="%.0f", padding=3)
     axes[0].margins(x=0.15)
     axes[0].set_xlabel("useful tokens per second")
@@ -113,7 +113,7 @@ def _draw_losses(axis: Axes, runs: Runs) -> None:
         for number, run in enumerate(measurements):
             seconds = [examination.training_seconds for examination in run.examinations]
             losses = [examination.loss for examination in run.examinations]
-            axis.plot(seconds, losses, color=_COLOURS[name], marker=".", label=None if number else name)
+            axis.plot(seconds, losses, color=_COLORS[name], marker=".", label=None if number else name)
     axis.set_xlabel("training time (s)")
     axis.set_ylabel("held-out loss")
     axis.legend()

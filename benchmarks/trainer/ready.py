@@ -8,41 +8,41 @@ from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_planner import make_plan
 from qlora_trainer import stages
 from qlora_trainer.distributed.world import World, join_planned_world
-from qlora_trainer.model.base_model import Tuned
-from qlora_trainer.model.runtime_settings import Choices
+from qlora_trainer.model.base_model import TrainableModel
+from qlora_trainer.model.runtime_settings import RuntimeSettings
 from qlora_trainer.prepare import prepare
 from qlora_trainer.storage.credentials import load_secrets
 from qlora_trainer.storage.results import open_output
-from qlora_trainer.storage.snapshots import Places
+from qlora_trainer.storage.snapshots import SourceResolver
 from qlora_trainer.storage.store import Store
-from qlora_trainer.training.loop import Loop
+from qlora_trainer.training.loop import TrainingLoop
 
 
 @dataclass(frozen=True)
-class Ready:
+class PreparedRun:
     """What a run has when its training begins."""
 
     config: RunConfig
     output: Store
     folder: Path
     data: stages.Data
-    tuned: Tuned
-    choices: Choices
+    trainable: TrainableModel
+    settings: RuntimeSettings
     world: World
-    loop: Loop
+    loop: TrainingLoop
 
 
-def make_ready(spec: QLoRAJobSpec, work: Path) -> Ready:
+def prepare_run(spec: QLoRAJobSpec, work: Path) -> PreparedRun:
     """Prepare, plan and load a job."""
     prepared = prepare(PrepareConfig(namespace="benchmark", job="ours", spec=spec), work=work)
     config = RunConfig(
         namespace="benchmark", job="ours", attempt=1, spec=spec, plan=make_plan(spec, prepared), prepared=prepared
     )
-    places = Places(config.platform, load_secrets(spec, config.namespace))
+    places = SourceResolver(config.platform, load_secrets(spec, config.namespace))
     output = open_output(places, spec, config.job)
     data = stages.load_data(output, config, work)
     folder = stages.fetch_model(places, config, work)
     world = join_planned_world(config.plan)
     tuned, choices = stages.load_model(config, folder)
-    loop = stages.make_training(tuned, data, config, choices, world)
-    return Ready(config, output, folder, data, tuned, choices, world, loop)
+    loop = stages.make_training_loop(tuned, data, config, choices, world)
+    return PreparedRun(config, output, folder, data, tuned, choices, world, loop)

@@ -6,7 +6,7 @@ from itertools import pairwise
 from statistics import median
 from typing import Final
 
-from benchmarks.trainer.measurement import Examination, Measurement
+from benchmarks.trainer.measurement import Evaluation, Measurement
 
 LEAST_GAIN: Final = 0.02
 """Nats per token: below it, rounding explains a difference (the same adapter gave 4.246 and 4.248)."""
@@ -39,14 +39,14 @@ class Ratio:
     """Whether the other one ended below the loss at which it started, by more than LEAST_GAIN, in every round."""
 
 
-def summarise(runs: Sequence[Measurement]) -> Figures:
+def summarize(runs: Sequence[Measurement]) -> Figures:
     """Return the figures of the runs of one contender."""
     losses = [run.examinations[-1].loss for run in runs if run.examinations]
     return Figures(
         contender=runs[0].contender,
         useful_per_second=median(useful_speed(run) for run in runs),
         learned_per_second=median(learned_speed(run) for run in runs),
-        useful_per_cpu_second=median(useful_thrift(run) for run in runs),
+        useful_per_cpu_second=median(useful_tokens_per_cpu_second(run) for run in runs),
         startup_seconds=median(run.startup_seconds for run in runs),
         peak_memory_bytes=median(run.peak_memory_bytes for run in runs),
         last_loss=median(losses) if losses else None,
@@ -64,7 +64,7 @@ def learned_speed(run: Measurement) -> float:
     return _ratio([(step.learned_tokens, step.seconds) for step in run.steps])
 
 
-def useful_thrift(run: Measurement) -> float:
+def useful_tokens_per_cpu_second(run: Measurement) -> float:
     """Return the useful tokens per second of processor time of a run."""
     return _ratio([(step.useful_tokens, step.cpu_seconds) for step in run.steps])
 
@@ -103,7 +103,7 @@ def time_to_loss(one: Measurement, other: Measurement) -> float | None:
     return None if reached is None else reached / last.training_seconds
 
 
-def crossing(examinations: Sequence[Examination], loss: float) -> float | None:
+def crossing(examinations: Sequence[Evaluation], loss: float) -> float | None:
     """Return when a loss was reached, on a line between the examinations before and after."""
     for before, after in pairwise(examinations):
         if after.loss <= loss < before.loss:

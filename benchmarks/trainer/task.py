@@ -34,7 +34,7 @@ class Task:
     max_length: int
     """Tokens to which the recipe pads and at which nothing is cut."""
     long_rows: bool = False
-    examined_rows: int = 48
+    evaluation_rows: int = 48
     """Held-out rows of which the loss is taken; 0 for a random model, whose loss says nothing."""
 
     def to_json(self) -> str:
@@ -63,7 +63,7 @@ def training_pairs(task: Task) -> list[Pair]:
 
 def held_out_pairs(task: Task) -> list[Pair]:
     """Return the rows that are examined."""
-    return _read(DATA / HELD_OUT)[: task.examined_rows]
+    return _read(DATA / HELD_OUT)[: task.evaluation_rows]
 
 
 def _read(path: Path) -> list[Pair]:

@@ -12,11 +12,11 @@ from rich.table import Table
 
 from examples.quickstart.make_data import DATA, HELD_OUT, TRAIN
 from examples.quickstart.make_model import DEFAULT_MIRROR, make_model
-from qlora_api.report import LastWord, RunReport, Sample
+from qlora_api.report import RunReport, Sample, TerminationMessage
 from qlora_api.runconfig import Platform
-from qlora_cli.commands.run import load_manifest, run_watched
-from qlora_cli.display.result import show_outcome
-from qlora_cli.uris import to_place
+from qlora_cli.commands.run import load_manifest, run_with_progress
+from qlora_cli.display.result import show_result
+from qlora_cli.uris import to_display_path
 
 HERE: Final = Path(__file__).parent
 OUTPUT: Final = Path("out/quickstart")
@@ -38,7 +38,7 @@ def main() -> None:
     console.print(Padding(command(changes), (0, 0, 0, 3)))
     word = run_local(changes, console)
     console.print("\n[bold]3. The result[/]")
-    show_outcome(word, console)
+    show_result(word, console)
     show_samples(load_report(word).samples[:SHOWN_SAMPLES], console)
     console.print("[bold]Next[/]: ask it yourself, train on all rows once, or apply the same manifest in a cluster")
     console.print(Padding(question_command(word), (0, 0, 0, 3)))
@@ -53,9 +53,9 @@ def local_changes() -> list[str]:
     return [f"dataset.uri={data / TRAIN}", f"dataset.evaluation.uri={data / HELD_OUT}", f"output.uri={OUTPUT}"]
 
 
-def question_command(word: LastWord) -> str:
+def question_command(word: TerminationMessage) -> str:
     """Return what to type to ask the adapter."""
-    adapter = Path(to_place(word.result.adapter)) if word.result else Path()
+    adapter = Path(to_display_path(word.result.adapter)) if word.result else Path()
     place = adapter.relative_to(Path.cwd()) if adapter.is_relative_to(Path.cwd()) else adapter
     return f"{program()} chat --hub-mirror {short(DEFAULT_MIRROR)} \\\n  --adapter {place}"
 
@@ -76,17 +76,17 @@ def short(path: Path) -> str:
     return f"~/{path.relative_to(Path.home())}" if path.is_relative_to(Path.home()) else str(path)
 
 
-def run_local(changes: list[str], console: Console) -> LastWord:
+def run_local(changes: list[str], console: Console) -> TerminationMessage:
     """Run the manifest in this process."""
     manifest = load_manifest(str(HERE / "job.yaml"), changes, console)
-    return run_watched(manifest, Platform(hub_mirror=DEFAULT_MIRROR.as_uri()), console)
+    return run_with_progress(manifest, Platform(hub_mirror=DEFAULT_MIRROR.as_uri()), console)
 
 
-def load_report(word: LastWord) -> RunReport:
+def load_report(word: TerminationMessage) -> RunReport:
     """Read the published report."""
     if word.result is None:
         raise ValueError("the run has no result")
-    return RunReport.model_validate_json(Path(to_place(word.result.report)).read_text())
+    return RunReport.model_validate_json(Path(to_display_path(word.result.report)).read_text())
 
 
 def show_samples(samples: tuple[Sample, ...], console: Console) -> None:

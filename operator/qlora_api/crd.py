@@ -12,7 +12,7 @@ from qlora_api.v1alpha1 import QLoRAJobSpec, QLoRAJobStatus
 
 Schema = dict[str, Any]
 
-_KEPT: Final = (
+_STRUCTURAL_KEYS: Final = (
     "description", "type", "format", "enum", "pattern", "minLength", "maxLength", "minimum", "maximum", "minItems",
     "maxItems", "maxProperties", "x-kubernetes-validations",
 )  # fmt: skip
@@ -20,7 +20,7 @@ _LIST_KEYS: Final = {"conditions": "type", "attempts": "number"}
 """Lists of the status, with the field that tells their entries apart."""
 MAX_INT32: Final = 2_147_483_647
 
-COLUMNS: Final = (
+PRINTER_COLUMNS: Final = (
     ("Phase", "string", ".status.phase", 0),
     ("Progress", "string", ".status.progress", 0),
     ("ETA", "string", ".status.eta", 0),
@@ -74,7 +74,7 @@ def _default(schema: Schema) -> Schema:
 def to_structural(schema: Schema, definitions: Schema) -> Schema:
     """Return the structural form of one JSON schema."""
     schema = _resolve(schema, definitions)
-    result = {key: schema[key] for key in _KEPT if key in schema} | _bounds(schema) | _default(schema)
+    result = {key: schema[key] for key in _STRUCTURAL_KEYS if key in schema} | _bounds(schema) | _default(schema)
     if "items" in schema:
         result["items"] = to_structural(schema["items"], definitions)
     if isinstance(schema.get("additionalProperties"), dict):
@@ -145,7 +145,7 @@ def root_schema() -> Schema:
     }
 
 
-def _columns(columns: Iterable[tuple[str, str, str, int]]) -> list[Schema]:
+def _printer_columns(columns: Iterable[tuple[str, str, str, int]]) -> list[Schema]:
     return [
         {"name": name, "type": kind, "jsonPath": path} | ({"priority": priority} if priority else {})
         for name, kind, path, priority in columns
@@ -175,7 +175,7 @@ def build_crd() -> Schema:
                     "served": True,
                     "storage": True,
                     "subresources": {"status": {}},
-                    "additionalPrinterColumns": _columns(COLUMNS),
+                    "additionalPrinterColumns": _printer_columns(PRINTER_COLUMNS),
                     "schema": {"openAPIV3Schema": root_schema()},
                 }
             ],

@@ -30,7 +30,7 @@ class MergedFolder(ApiModel):
     merge: MergeReport
 
 
-class PanelRequest(ApiModel):
+class ChatRequest(ApiModel):
     """Adapters to be asked."""
 
     adapters: tuple[str, ...]
@@ -40,10 +40,10 @@ class PanelRequest(ApiModel):
     """URI of the base, where it is not the one that the adapters name."""
 
 
-class Manner(ApiModel):
+class GenerationConfig(ApiModel):
     """How answers are made."""
 
-    longest: int
+    max_new_tokens: int
     """Tokens of an answer at most."""
     temperature: float = 0.0
     """0 takes the likeliest token each time."""
@@ -61,7 +61,7 @@ class Reply(ApiModel):
     """It came to its end by itself, and not to the longest that is allowed."""
 
 
-class Exchange(ApiModel):
+class ChatTurn(ApiModel):
     """One question, answered by all: a line of `qlora chat -o json`."""
 
     question: str

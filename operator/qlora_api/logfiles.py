@@ -4,11 +4,11 @@ import re
 from dataclasses import dataclass
 from typing import Final, Self
 
-PREPARATION: Final = 0
+PREPARE_ATTEMPT: Final = 0
 """The number of the preparation among the attempts, which count from 1."""
 _FOLDER: Final = "logs"
 _PREPARE: Final = "prepare.jsonl"
-_NAME: Final = re.compile(r"attempt-(?P<attempt>\d+)-node-(?P<node>\d+)(-rank-(?P<rank>\d+))?\.jsonl")
+_LOG_NAME: Final = re.compile(r"attempt-(?P<attempt>\d+)-node-(?P<node>\d+)(-rank-(?P<rank>\d+))?\.jsonl")
 
 
 def log_folder(uid: str) -> str:
@@ -30,17 +30,17 @@ class LogFile:
     @property
     def name(self) -> str:
         """Return the object's name."""
-        if self.attempt == PREPARATION:
+        if self.attempt == PREPARE_ATTEMPT:
             return _PREPARE
         process = "" if self.rank is None else f"-rank-{self.rank}"
         return f"attempt-{self.attempt}-node-{self.node}{process}.jsonl"
 
     @classmethod
-    def read(cls, name: str) -> Self | None:
+    def parse(cls, name: str) -> Self | None:
         """Return whose log a name stands for; None where it is none of ours."""
         if name == _PREPARE:
-            return cls(PREPARATION)
-        if not (match := _NAME.fullmatch(name)):
+            return cls(PREPARE_ATTEMPT)
+        if not (match := _LOG_NAME.fullmatch(name)):
             return None
         rank = match["rank"]
         return cls(int(match["attempt"]), int(match["node"]), int(rank) if rank else None)

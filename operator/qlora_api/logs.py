@@ -28,22 +28,22 @@ _task: ContextVar[Mapping[str, object]] = ContextVar("fields of log lines", defa
 _process: dict[str, object] = {}
 
 
-def fields(**values: object) -> dict[str, object]:
+def log_fields(**values: object) -> dict[str, object]:
     """Return the `extra` of a log call that adds these fields to its line."""
     return {"fields": values}
 
 
-def log_with(**values: object) -> None:
+def bind_task_fields(**values: object) -> None:
     """Add fields to every further line of the running task; the next call replaces them."""
     _task.set(MappingProxyType(values))
 
 
-def log_always_with(**values: object) -> None:
+def bind_process_fields(**values: object) -> None:
     """Add fields to every further line of this process, whichever thread writes it."""
     _process.update(values)
 
 
-def describe(record: logging.LogRecord) -> dict[str, Any]:
+def record_to_dict(record: logging.LogRecord) -> dict[str, Any]:
     """Return the fields of a record without secrets; what everybody asks for comes first, and is never replaced."""
     told: dict[str, Any] = {
         "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
@@ -56,7 +56,7 @@ def describe(record: logging.LogRecord) -> dict[str, Any]:
             told.setdefault(name, value)
     if record.exc_info:
         told["exception"] = logging.Formatter().formatException(record.exc_info)
-    return {name: REDACTOR.value(value, name) for name, value in told.items()}
+    return {name: REDACTOR.redact_value(value, name) for name, value in told.items()}
 
 
 def time_of(line: str) -> str:
@@ -67,32 +67,32 @@ def time_of(line: str) -> str:
         return ""
 
 
-def to_text(told: Mapping[str, Any]) -> str:
+def to_text(entry: Mapping[str, Any]) -> str:
     """Return a line for people: time, level and message, then the other fields, then the traceback."""
     said = {"time", "level", "logger", "message", "exception"}
-    rest = " ".join(f"{name}={_short(value)}" for name, value in told.items() if name not in said)
-    line = f"{told.get('time', '')} {told.get('level', ''):7} {told.get('message', '')}"
-    return "\n".join(filter(None, (f"{line}  {rest}".rstrip(), told.get("exception"))))
+    rest = " ".join(f"{name}={_short(value)}" for name, value in entry.items() if name not in said)
+    line = f"{entry.get('time', '')} {entry.get('level', ''):7} {entry.get('message', '')}"
+    return "\n".join(filter(None, (f"{line}  {rest}".rstrip(), entry.get("exception"))))
 
 
 def _short(value: Any) -> str:
     return value if isinstance(value, str) and " " not in value else json.dumps(value, ensure_ascii=False)
 
 
-class JsonLines(logging.Formatter):
+class JsonFormatter(logging.Formatter):
     """A record as one line of JSON."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""
-        return json.dumps(describe(record), ensure_ascii=False)
+        return json.dumps(record_to_dict(record), ensure_ascii=False)
 
 
-class TextLines(logging.Formatter):
+class TextFormatter(logging.Formatter):
     """A record for a terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line, or more of them for a traceback."""
-        return to_text(describe(record))
+        return to_text(record_to_dict(record))
 
 
 def configure_logs(handler: logging.Handler, level: str) -> None:
@@ -104,11 +104,11 @@ def configure_logs(handler: logging.Handler, level: str) -> None:
 def handler_for(form: Format, stream: TextIO) -> logging.Handler:
     """Return what writes each record to a stream."""
     handler = logging.StreamHandler(stream)
-    handler.setFormatter(JsonLines() if form is Format.JSON else TextLines())
+    handler.setFormatter(JsonFormatter() if form is Format.JSON else TextFormatter())
     return handler
 
 
-def format_of_process() -> Format:
+def format_from_environment() -> Format:
     """Return the form that the environment asks for; JSON where it says nothing that is known."""
     asked = os.environ.get(FORMAT_ENV, "")
     return Format(asked) if asked in set(Format) else Format.JSON

@@ -15,7 +15,7 @@ PORT_NAME: Final = "metrics"
 PATH: Final = "/metrics"
 
 
-class Kind(StrEnum):
+class MetricType(StrEnum):
     """What may be done with the values."""
 
     COUNTER = "counter"
@@ -28,7 +28,7 @@ class Metric:
     """One metric."""
 
     name: str
-    kind: Kind
+    kind: MetricType
     help: str
     labels: tuple[str, ...] = ()
     series: str = "1"
@@ -37,154 +37,163 @@ class Metric:
     """Upper bounds of a histogram, in seconds."""
 
     @property
-    def what(self) -> tuple[str, str, tuple[str, ...]]:
+    def constructor_args(self) -> tuple[str, str, tuple[str, ...]]:
         """Return what every client of Prometheus asks for first."""
         return self.name, self.help, self.labels
 
 
-_CALLS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
-_STEPS: Final = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
-_UPLOADS: Final = (0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 900.0)
-_WAITS: Final = (10.0, 30.0, 60.0, 300.0, 900.0, 1800.0, 3600.0, 14_400.0, 43_200.0, 86_400.0, 604_800.0)
-_RUNS: Final = (60.0, 300.0, 900.0, 1800.0, 3600.0, 7200.0, 14_400.0, 28_800.0, 86_400.0, 259_200.0, 604_800.0)
+_CALL_BUCKETS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+_STEP_BUCKETS: Final = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+_UPLOAD_BUCKETS: Final = (0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 900.0)
+_WAIT_BUCKETS: Final = (10.0, 30.0, 60.0, 300.0, 900.0, 1800.0, 3600.0, 14_400.0, 43_200.0, 86_400.0, 604_800.0)
+_RUN_BUCKETS: Final = (60.0, 300.0, 900.0, 1800.0, 3600.0, 7200.0, 14_400.0, 28_800.0, 86_400.0, 259_200.0, 604_800.0)
 
 BUILD: Final = Metric(
-    "qlora_operator_build_info", Kind.GAUGE, "The operator's version, as a label; always 1.", ("version",)
+    "qlora_operator_build_info", MetricType.GAUGE, "The operator's version, as a label; always 1.", ("version",)
 )
 LEADER: Final = Metric(
-    "qlora_operator_leader", Kind.GAUGE, "1 in the replica that works, 0 in those that wait for its Lease."
+    "qlora_operator_leader", MetricType.GAUGE, "1 in the replica that works, 0 in those that wait for its Lease."
 )
 RECONCILES: Final = Metric(
     "qlora_operator_reconcile_total",
-    Kind.COUNTER,
+    MetricType.COUNTER,
     "Passes over a QLoRAJob: success; busy, where time will help; error, which is a fault of the operator.",
     ("result",),
     "3",
 )
 RECONCILE_SECONDS: Final = Metric(
-    "qlora_operator_reconcile_duration_seconds", Kind.HISTOGRAM, "Time of a pass over a QLoRAJob.", buckets=_CALLS
+    "qlora_operator_reconcile_duration_seconds",
+    MetricType.HISTOGRAM,
+    "Time of a pass over a QLoRAJob.",
+    buckets=_CALL_BUCKETS,
 )
 API_REQUESTS: Final = Metric(
     "qlora_operator_api_requests_total",
-    Kind.COUNTER,
+    MetricType.COUNTER,
     "Calls to the API server, by HTTP status; none where it did not answer. Watches are not counted.",
     ("verb", "code"),
     "5 verbs x the statuses that occur, about 30",
 )
 API_SECONDS: Final = Metric(
     "qlora_operator_api_request_duration_seconds",
-    Kind.HISTOGRAM,
+    MetricType.HISTOGRAM,
     "Time of a call to the API server.",
     ("verb",),
     "5",
-    _CALLS,
+    _CALL_BUCKETS,
 )
-QUEUE_DEPTH: Final = Metric("qlora_operator_queue_depth", Kind.GAUGE, "QLoRAJobs that wait for a worker.")
+QUEUE_DEPTH: Final = Metric("qlora_operator_queue_depth", MetricType.GAUGE, "QLoRAJobs that wait for a worker.")
 QUEUE_AGE: Final = Metric(
     "qlora_operator_queue_oldest_age_seconds",
-    Kind.GAUGE,
+    MetricType.GAUGE,
     "How long the QLoRAJob has waited that waits longest, while it is worked on or before.",
 )
-JOBS: Final = Metric("qlora_jobs", Kind.GAUGE, "QLoRAJobs that exist, by phase.", ("phase",), "10 phases")
-FINISHED: Final = Metric(
+JOBS: Final = Metric("qlora_jobs", MetricType.GAUGE, "QLoRAJobs that exist, by phase.", ("phase",), "10 phases")
+JOBS_FINISHED: Final = Metric(
     "qlora_jobs_finished_total",
-    Kind.COUNTER,
+    MetricType.COUNTER,
     "QLoRAJobs that ended while this operator led, by phase (Succeeded, Failed) and reason.",
     ("phase", "reason"),
     "the reasons that occur, about 40",
 )
 ATTEMPTS: Final = Metric(
     "qlora_job_attempts_ended_total",
-    Kind.COUNTER,
+    MetricType.COUNTER,
     "Training attempts that ended while this operator led, by reason.",
     ("reason",),
     "the reasons that occur, about 30",
 )
-WAITED: Final = Metric(
+JOB_WAIT_SECONDS: Final = Metric(
     "qlora_job_wait_duration_seconds",
-    Kind.HISTOGRAM,
+    MetricType.HISTOGRAM,
     "From the creation of a QLoRAJob to the first start of its training: preparation, queue and scheduling.",
-    buckets=_WAITS,
+    buckets=_WAIT_BUCKETS,
 )
-RAN: Final = Metric(
+JOB_RUN_SECONDS: Final = Metric(
     "qlora_job_run_duration_seconds",
-    Kind.HISTOGRAM,
+    MetricType.HISTOGRAM,
     "From the first start of the training of a QLoRAJob to its end, by phase (Succeeded, Failed).",
     ("phase",),
     "2",
-    _RUNS,
+    _RUN_BUCKETS,
 )
 _RUNNING: Final = "QLoRAJobs that train, evaluate or publish"
 PROGRESS: Final = Metric(
     "qlora_job_progress_ratio",
-    Kind.GAUGE,
+    MetricType.GAUGE,
     "Share of the optimizer steps that are done, from 0 to 1; gone when the run no longer holds a pod.",
     ("namespace", "name"),
     _RUNNING,
 )
 ETA: Final = Metric(
     "qlora_job_eta_seconds",
-    Kind.GAUGE,
+    MetricType.GAUGE,
     "Estimated time to the end of the training.",
     ("namespace", "name"),
     _RUNNING,
 )
 LOSS: Final = Metric(
     "qlora_job_loss",
-    Kind.GAUGE,
+    MetricType.GAUGE,
     "Latest training loss, in nats per token.",
     ("namespace", "name"),
     _RUNNING,
 )
 OPERATOR: Final = (
     BUILD, LEADER, RECONCILES, RECONCILE_SECONDS, API_REQUESTS, API_SECONDS, QUEUE_DEPTH, QUEUE_AGE,
-    JOBS, FINISHED, ATTEMPTS, WAITED, RAN, PROGRESS, ETA, LOSS,
+    JOBS, JOBS_FINISHED, ATTEMPTS, JOB_WAIT_SECONDS, JOB_RUN_SECONDS, PROGRESS, ETA, LOSS,
 )  # fmt: skip
 """What every replica of the operator serves; a replica that waits has no job among it."""
 
 STEP: Final = Metric(
-    "qlora_trainer_step", Kind.GAUGE, "Optimizer steps that are done, those of earlier attempts among them."
+    "qlora_trainer_step", MetricType.GAUGE, "Optimizer steps that are done, those of earlier attempts among them."
 )
-STEPS: Final = Metric("qlora_trainer_planned_steps", Kind.GAUGE, "Optimizer steps of the whole run.")
-TRAINING_LOSS: Final = Metric("qlora_trainer_loss", Kind.GAUGE, "Training loss of the last step, in nats per token.")
+PLANNED_STEPS: Final = Metric("qlora_trainer_planned_steps", MetricType.GAUGE, "Optimizer steps of the whole run.")
+TRAINING_LOSS: Final = Metric(
+    "qlora_trainer_loss", MetricType.GAUGE, "Training loss of the last step, in nats per token."
+)
 HELD_OUT_LOSS: Final = Metric(
-    "qlora_trainer_held_out_loss", Kind.GAUGE, "Loss on the held-out rows at the last look, in nats per token."
+    "qlora_trainer_held_out_loss", MetricType.GAUGE, "Loss on the held-out rows at the last look, in nats per token."
 )
-LEARNING_RATE: Final = Metric("qlora_trainer_learning_rate", Kind.GAUGE, "Learning rate of the last step.")
+LEARNING_RATE: Final = Metric("qlora_trainer_learning_rate", MetricType.GAUGE, "Learning rate of the last step.")
 GRADIENT_NORM: Final = Metric(
-    "qlora_trainer_gradient_norm", Kind.GAUGE, "Norm of the gradients of the last step, before clipping."
+    "qlora_trainer_gradient_norm", MetricType.GAUGE, "Norm of the gradients of the last step, before clipping."
 )
 TOKENS: Final = Metric(
     "qlora_trainer_tokens_total",
-    Kind.COUNTER,
+    MetricType.COUNTER,
     "Non-padding tokens that this process's attempt has trained on, of all processes; its rate is the throughput.",
 )
 TOKEN_RATE: Final = Metric(
-    "qlora_trainer_tokens_per_second", Kind.GAUGE, "Non-padding tokens over time in the last step, of all processes."
+    "qlora_trainer_tokens_per_second",
+    MetricType.GAUGE,
+    "Non-padding tokens over time in the last step, of all processes.",
 )
 STEP_SECONDS: Final = Metric(
-    "qlora_trainer_step_duration_seconds", Kind.HISTOGRAM, "Time of an optimizer step.", buckets=_STEPS
+    "qlora_trainer_step_duration_seconds", MetricType.HISTOGRAM, "Time of an optimizer step.", buckets=_STEP_BUCKETS
 )
 PEAK_MEMORY: Final = Metric(
     "qlora_trainer_peak_memory_bytes",
-    Kind.GAUGE,
+    MetricType.GAUGE,
     "Highest memory of the process so far: reserved on its GPU, or resident where it trains on a CPU.",
 )
 CHECKPOINT_SECONDS: Final = Metric(
     "qlora_trainer_checkpoint_duration_seconds",
-    Kind.HISTOGRAM,
+    MetricType.HISTOGRAM,
     "Time in which a checkpoint was written and proven, beside the training.",
-    buckets=_UPLOADS,
+    buckets=_UPLOAD_BUCKETS,
 )
 UPLOAD_SECONDS: Final = Metric(
     "qlora_trainer_upload_duration_seconds",
-    Kind.HISTOGRAM,
+    MetricType.HISTOGRAM,
     "Time of the upload of one object to S3, with the look at what arrived.",
-    buckets=_UPLOADS,
+    buckets=_UPLOAD_BUCKETS,
 )
-UPLOADED: Final = Metric("qlora_trainer_uploaded_bytes_total", Kind.COUNTER, "Bytes of the objects that reached S3.")
+UPLOADED_BYTES: Final = Metric(
+    "qlora_trainer_uploaded_bytes_total", MetricType.COUNTER, "Bytes of the objects that reached S3."
+)
 TRAINER: Final = (
-    STEP, STEPS, TRAINING_LOSS, HELD_OUT_LOSS, LEARNING_RATE, GRADIENT_NORM, TOKENS, TOKEN_RATE, STEP_SECONDS,
-    PEAK_MEMORY, CHECKPOINT_SECONDS, UPLOAD_SECONDS, UPLOADED,
+    STEP, PLANNED_STEPS, TRAINING_LOSS, HELD_OUT_LOSS, LEARNING_RATE, GRADIENT_NORM, TOKENS, TOKEN_RATE, STEP_SECONDS,
+    PEAK_MEMORY, CHECKPOINT_SECONDS, UPLOAD_SECONDS, UPLOADED_BYTES,
 )  # fmt: skip
 """What the first process of every training pod serves; pod, namespace and job come from Prometheus's discovery."""

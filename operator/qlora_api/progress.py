@@ -13,7 +13,7 @@ class _WireModel(BaseModel):
     model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True, extra="ignore", frozen=True)
 
 
-class Metric(_WireModel):
+class ReportedMetric(_WireModel):
     """A number or a name, as a string: the protocol's choice."""
 
     name: Annotated[str, Field(max_length=128)]
@@ -29,7 +29,7 @@ class TrainerStatus(_WireModel):
 
     progress_percentage: int | None = Field(default=None, ge=0, le=100)
     estimated_remaining_seconds: int | None = Field(default=None, ge=0)
-    metrics: Annotated[tuple[Metric, ...], Field(max_length=64)] = ()
+    metrics: Annotated[tuple[ReportedMetric, ...], Field(max_length=64)] = ()
     last_updated_time: datetime
 
 

@@ -22,7 +22,7 @@ from qlora_api.v1alpha1 import (
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-class LastWord(ApiModel):
+class TerminationMessage(ApiModel):
     """A container's termination message: one line of JSON, at most TERMINATION_MESSAGE_BYTES."""
 
     reason: Reason
@@ -185,14 +185,14 @@ class StepRecord(ApiModel):
     seconds: float
 
 
-class Piece(ApiModel):
+class TextSpan(ApiModel):
     """A part of a training row, as the model sees it."""
 
     text: str
     learned: bool
 
 
-class HeldOutRecord(ApiModel):
+class ValidationRecord(ApiModel):
     """One look at the held-out rows while the training goes on."""
 
     step: int
@@ -218,13 +218,13 @@ class RunReport(ApiModel):
     choices: dict[str, str]
     """What the hardware decided (dtype, attention, …), each with its reason."""
     history: tuple[StepRecord, ...]
-    held_out: tuple[HeldOutRecord, ...] = ()
+    held_out: tuple[ValidationRecord, ...] = ()
     adapter_step: int
     """The step whose adapter was published: the last one, or the best."""
     evaluation: EvaluationStatus
     confidence: Confidence
     samples: tuple[Sample, ...]
-    preview: tuple[tuple[Piece, ...], ...] = ()
+    preview: tuple[tuple[TextSpan, ...], ...] = ()
     """Some training rows."""
     serving: ServingCheck
     tasks: tuple[TaskScore, ...] = ()
@@ -248,7 +248,7 @@ class ManifestFile(ApiModel):
     sha256: Sha256
 
 
-class Manifest(ApiModel):
+class ResultManifest(ApiModel):
     """manifest.json, written last and only once: who finds it finds a complete, verified result."""
 
     digest: str

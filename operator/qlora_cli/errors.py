@@ -18,15 +18,17 @@ _REASONS: Final[Mapping[type[Exception], Reason]] = {
     NoGpuError: Reason.ACCELERATOR_MISSING,
     DoesNotFitError: Reason.DOES_NOT_FIT,
 }
-STOPPED = 130
+INTERRUPTED_EXIT_CODE = 130
 """The exit code of a shell's command that was interrupted."""
 
 
 @contextlib.contextmanager
-def ending(console: Console, stopped: str, refuse: Callable[[Console, Reason | None, str], Never]) -> Iterator[None]:
+def exit_on_error(
+    console: Console, stopped: str, on_error: Callable[[Console, Reason | None, str], Never]
+) -> Iterator[None]:
     """Turn exceptions into exit codes; `stopped` says where things stand after Ctrl-C."""
     # Imported here, because it is the trainer's: `qlora validate` works without it.
-    from qlora_trainer.errors import explain  # noqa: PLC0415
+    from qlora_trainer.errors import as_run_error  # noqa: PLC0415
 
     signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -34,29 +36,29 @@ def ending(console: Console, stopped: str, refuse: Callable[[Console, Reason | N
     except typer.Exit:
         raise
     except KeyboardInterrupt:
-        end_stopped(console, stopped)
+        exit_interrupted(console, stopped)
     except (NoGpuError, NoTrainerError, DoesNotFitError) as error:
-        refuse(console, _REASONS.get(type(error)), str(error))
+        on_error(console, _REASONS.get(type(error)), str(error))
     except Exception as error:
-        known = explain(error)
+        known = as_run_error(error)
         if known.reason is Reason.INTERRUPTED:
-            end_stopped(console, f"step {known.step} is done; the same command goes on from its checkpoint")
+            exit_interrupted(console, f"step {known.step} is done; the same command goes on from its checkpoint")
         if known.reason is Reason.TRAINER_ERROR:
             raise  # a bug of ours: its traceback is what a report needs
-        refuse(console, known.reason, known.message)
+        on_error(console, known.reason, known.message)
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> Never:
     raise KeyboardInterrupt
 
 
-def end_stopped(console: Console, state: str) -> Never:
+def exit_interrupted(console: Console, state: str) -> Never:
     """Say where a stopped command stands, and end as a shell expects it."""
     console.print(f"[yellow]stopped;[/] {state}", soft_wrap=True)
-    raise typer.Exit(STOPPED)
+    raise typer.Exit(INTERRUPTED_EXIT_CODE)
 
 
-def fail(console: Console, reason: Reason | None, message: str) -> Never:
+def exit_error(console: Console, reason: Reason | None, message: str) -> Never:
     """Say what is wrong and what to do about it, and end with exit code 1."""
     console.print(f"[bold red]error:[/] {f'[bold]{reason}[/]' if reason else ''}", soft_wrap=True)
     console.print(escape(message), soft_wrap=True)
@@ -65,7 +67,7 @@ def fail(console: Console, reason: Reason | None, message: str) -> Never:
     raise typer.Exit(1)
 
 
-def fail_without_manifest(console: Console, _reason: Reason | None, message: str) -> Never:
+def exit_error_without_remedy(console: Console, _reason: Reason | None, message: str) -> Never:
     """Say what is wrong where there is no manifest to correct: reasons and their remedies speak of one."""
     console.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
     raise typer.Exit(1)

@@ -9,7 +9,7 @@ from qlora_api.runconfig import Platform, S3Config
 from qlora_cli.uris import to_uri
 
 
-class Output(StrEnum):
+class OutputFormat(StrEnum):
     """How a result is printed."""
 
     TABLE = "table"
@@ -22,7 +22,7 @@ HubMirror: TypeAlias = Annotated[
 ]
 HubEndpoint: TypeAlias = Annotated[str | None, typer.Option(help="URL of the model hub, instead of the public one.")]
 S3Endpoint: TypeAlias = Annotated[str | None, typer.Option(help="URL of an S3-compatible server, instead of AWS.")]
-OutputForm: TypeAlias = Annotated[Output, typer.Option("--output", "-o", help="How the result is printed.")]
+OutputOption: TypeAlias = Annotated[OutputFormat, typer.Option("--output", "-o", help="How the result is printed.")]
 BaseModel: TypeAlias = Annotated[
     str | None,
     typer.Option(metavar="MODEL", help="Folder or URI of the base, if it is not where the adapter says."),

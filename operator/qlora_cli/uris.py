@@ -11,6 +11,6 @@ def to_uri(text: str) -> str:
     return Path(text).expanduser().resolve().as_uri() + ("/" if text.endswith("/") else "")
 
 
-def to_place(uri: str) -> str:
+def to_display_path(uri: str) -> str:
     """Return a file:// URI as a path, and any other URI as it is."""
     return unquote(urlparse(uri).path) if uri.startswith("file://") else uri

@@ -16,7 +16,7 @@ from qlora_api import crd
 from qlora_api.names import KIND
 from qlora_api.strategies import DDP, SHARDING_OPTIMIZER
 from qlora_codegen.cli_reference import command_reference
-from qlora_codegen.distribution_matrix import render_table
+from qlora_codegen.distribution_matrix import render_distribution_matrix
 from qlora_codegen.helm_values import build_values_schema, read_values, render_values_table
 from qlora_codegen.references import (
     TOPICS,
@@ -30,7 +30,7 @@ from qlora_codegen.references import (
 from qlora_operator.cluster.rbac import (
     build_cluster_rules,
     build_edit_rules,
-    build_home_rules,
+    build_own_namespace_rules,
     build_rules,
     build_view_rules,
 )
@@ -70,7 +70,7 @@ def chart_rules_file() -> str:
     defined = {
         "rules": build_rules(),
         "clusterRules": build_cluster_rules(),
-        "homeRules": build_home_rules(),
+        "homeRules": build_own_namespace_rules(),
         "viewRules": build_view_rules(),
         "editRules": build_edit_rules(),
     }
@@ -210,11 +210,11 @@ def field_reference_file() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _noted(page: str) -> str:
+def _with_note(page: str) -> str:
     return f"<!-- {_NOTE} -->\n{page}"
 
 
-def validity_file() -> str:
+def distribution_matrix_file() -> str:
     """What several processes may share."""
     sharding = " and ".join(SHARDING_OPTIMIZER)
     return "\n".join(
@@ -227,7 +227,7 @@ def validity_file() -> str:
             "learns what DDP learns; an unsupported one is rejected with the message below the table, before any pod",
             "is created.",
             "",
-            render_table(),
+            render_distribution_matrix(),
             "",
             f"In all cases, {sharding} compute in bf16 or fp32: on a GPU before sm_80, whose fast dtype is",
             f"fp16, the training fails at once with a message that suggests {DDP.name}.",
@@ -276,12 +276,12 @@ FILES: Final[dict[str, Callable[[], str]]] = {
     f"{CHART}/templates/_rules.tpl": chart_rules_file,
     f"{CHART}/values.schema.json": chart_values_schema_file,
     f"{CHART}/README.md": chart_readme_file,
-    "docs/reference/cli.md": lambda: _noted(command_reference()),
+    "docs/reference/cli.md": lambda: _with_note(command_reference()),
     "docs/reference/fields.md": field_reference_file,
-    "docs/reference/reasons.md": lambda: _noted(render_reasons()),
-    "docs/reference/distribution.md": validity_file,
+    "docs/reference/reasons.md": lambda: _with_note(render_reasons()),
+    "docs/reference/distribution.md": distribution_matrix_file,
     "docs/reference/metrics.md": metric_reference_file,
-    "docs/reference/events.md": lambda: _noted(render_events()),
+    "docs/reference/events.md": lambda: _with_note(render_events()),
     "docs/troubleshooting.md": troubleshooting_file,
     "docs/attempts.md": attempts_file,
     f"{CHART}/files/alerts.yaml": alerts_file,

@@ -16,7 +16,7 @@ BASES: Final[Mapping[str, Mapping[str, Any]]] = {
     "lora, 16 bits": {"method": "lora", "quantization": {"bits": 16}},
     "full": {"method": "full", "quantization": {"bits": 16}},
 }
-WAYS: Final[Mapping[str, Mapping[str, Any]]] = {
+VARIANTS: Final[Mapping[str, Mapping[str, Any]]] = {
     "as it is": {},
     "dropout": {"lora": {"dropout": 0.1}},
     "rsLoRA": {"lora": {"rslora": True}},
@@ -38,18 +38,18 @@ _BASE: Final[Mapping[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class Cell:
+class MatrixCell:
     """One way to train, and one to share it."""
 
     base: str
-    way: str
+    variant: str
     strategy: str
 
     @property
     def spec(self) -> QLoRAJobSpec:
         """Return a spec of this kind, for two processes."""
         return QLoRAJobSpec.model_validate(
-            {**_BASE, **BASES[self.base], **WAYS[self.way], "distribution": self.strategy}
+            {**_BASE, **BASES[self.base], **VARIANTS[self.variant], "distribution": self.strategy}
         )
 
     @property
@@ -58,17 +58,17 @@ class Cell:
         return next((violation.message for violation in check(self.spec)), None)
 
 
-def cells() -> Iterator[Cell]:
+def matrix_cells() -> Iterator[MatrixCell]:
     """Yield every cell, row by row; the block lora has no say in method full."""
     for base in BASES:
-        for way in WAYS:
+        for way in VARIANTS:
             if base != "full" or way not in _FOR_ADAPTERS:
-                yield from (Cell(base, way, strategy) for strategy in STRATEGIES)
+                yield from (MatrixCell(base, way, strategy) for strategy in STRATEGIES)
 
 
-def render_table() -> str:
+def render_distribution_matrix() -> str:
     """Return the table in Markdown, with the reasons of what is refused below it."""
-    judged = [(cell, cell.refusal) for cell in cells()]
+    judged = [(cell, cell.refusal) for cell in matrix_cells()]
     reasons = list(dict.fromkeys(refusal for _, refusal in judged if refusal))
     marks = {refusal: f"no ({number})" for number, refusal in enumerate(reasons, start=1)}
     rows = [judged[start : start + len(STRATEGIES)] for start in range(0, len(judged), len(STRATEGIES))]
@@ -76,7 +76,7 @@ def render_table() -> str:
         f"| method and base | with | {' | '.join(STRATEGIES)} |",
         f"|---|---|{'---|' * len(STRATEGIES)}",
         *(
-            f"| {row[0][0].base} | {row[0][0].way} | "
+            f"| {row[0][0].base} | {row[0][0].variant} | "
             + " | ".join(marks[refusal] if refusal else "yes" for _, refusal in row)
             + " |"
             for row in rows

@@ -10,7 +10,7 @@ from qlora_operator.lifecycle.prepare_phase import PREPARE_PAUSE
 from qlora_operator.lifecycle.retry_policy import FIRST_PAUSE, LONGEST_PAUSE, MOST_ATTEMPTS
 from qlora_operator.lifecycle.train_phase import MAX_LOST_ATTEMPTS
 from qlora_operator.models import PREPARE_DEADLINE, PREPARE_MEMORY
-from qlora_operator.resources.event import ACTIONS, event_type
+from qlora_operator.resources.event import EVENT_ACTIONS, event_type
 
 MOMENTS: Final = {
     Moment.MANIFEST: "no GPU is held. See `qlora status NAME`; `qlora validate FILE` needs no cluster.",
@@ -141,7 +141,7 @@ def render_cluster_faults() -> str:
 
 def render_events() -> str:
     """Return the list of every Event that the operator makes."""
-    actions = ", ".join(f"{verb} ({phase})" for phase, verb in ACTIONS.items())
+    actions = ", ".join(f"{verb} ({phase})" for phase, verb in EVENT_ACTIONS.items())
     rows = (
         f"| [{reason}](reasons.md#{reason.lower()}) | {event_type(reason)} | {REASONS[reason].sentence} |"
         for reason in Reason

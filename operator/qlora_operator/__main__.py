@@ -12,20 +12,20 @@ from typing import Final
 
 from qlora_api.logs import configure_logs, handler_for
 from qlora_operator.cluster.http import Api, load_configuration, read_credentials
-from qlora_operator.cluster.server_clock import ClusterClock, utc_now
-from qlora_operator.controller.controller import Runtime
-from qlora_operator.controller.handlers import serve
+from qlora_operator.cluster.server_clock import ServerClock, utc_now
+from qlora_operator.controller.controller import Controller
+from qlora_operator.controller.handlers import run_kopf
 from qlora_operator.controller.metrics import Metrics
 from qlora_operator.health_server import serve_health
-from qlora_operator.leader_election.election import Election, leading
-from qlora_operator.leader_election.lease_client import KubeLeases
+from qlora_operator.leader_election.election import LeaderElector, leadership
+from qlora_operator.leader_election.lease_client import KubeLeaseLock
 from qlora_operator.settings import Settings, SettingsError, read_settings
 
 _log = logging.getLogger("qlora_operator")
 
-CHATTY: Final = ("kopf.objects", "kopf.activities.probe", "aiohttp.access")
+NOISY_LOGGERS: Final = ("kopf.objects", "kopf.activities.probe", "aiohttp.access")
 """Loggers of libraries that tell what is normal."""
-COLLECT_AFTER: Final = 20_000
+GC_THRESHOLD: Final = 20_000
 """New objects after which Python looks for cycles. A page of a list has many more, and none of them is in a cycle: with
 the default of 700 the looks take more than half of the time in which a page is read."""
 
@@ -39,27 +39,27 @@ async def run(settings: Settings) -> None:
     configuration = await load_configuration(settings.kubeconfig)
     renew = partial(read_credentials, configuration, settings.kubeconfig)
     # A connection of its own: a renewal of the Lease must not wait behind other calls.
-    election = make_election(settings, Api(configuration, renew_credentials=renew), loop)
-    leads = election.holds if election else always
-    metrics, clock = Metrics(leads), ClusterClock()
-    api = Api(configuration, leads, renew, metrics.called, clock.heard)
-    runtime = Runtime(settings, api, metrics, clock.now)
-    async with serve_health(settings.health_port, runtime.ailment, metrics.render), leading(election):
-        await serve(settings, configuration, runtime)
+    election = make_elector(settings, Api(configuration, renew_credentials=renew), loop)
+    leads = election.is_leader if election else always_leader
+    metrics, clock = Metrics(leads), ServerClock()
+    api = Api(configuration, leads, renew, metrics.on_api_call, clock.on_server_date)
+    runtime = Controller(settings, api, metrics, clock.now)
+    async with serve_health(settings.health_port, runtime.unhealthy_reason, metrics.render), leadership(election):
+        await run_kopf(settings, configuration, runtime)
 
 
-def always() -> bool:
+def always_leader() -> bool:
     """Say that there is nobody else who could lead."""
     return True
 
 
-def make_election(settings: Settings, api: Api, loop: asyncio.AbstractEventLoop) -> Election | None:
+def make_elector(settings: Settings, api: Api, loop: asyncio.AbstractEventLoop) -> LeaderElector | None:
     """Return this replica's part in the election; outside a cluster there is nobody to agree with."""
-    home = settings.home
+    home = settings.leader_election
     if home is None:
         return None
-    leases = KubeLeases(api, home.namespace, home.lease, home.pod)
-    return Election(leases, home.pod, loop.time, utc_now)
+    leases = KubeLeaseLock(api, home.namespace, home.lease, home.pod)
+    return LeaderElector(leases, home.pod, loop.time, utc_now)
 
 
 def main() -> int:
@@ -71,8 +71,8 @@ def main() -> int:
         return 2
     configure_logs(handler_for(settings.log_format, sys.stderr), settings.log_level)
     gc.freeze()  # what is imported stays
-    gc.set_threshold(COLLECT_AFTER)
-    for chatty in CHATTY:
+    gc.set_threshold(GC_THRESHOLD)
+    for chatty in NOISY_LOGGERS:
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
         with contextlib.suppress(asyncio.CancelledError):

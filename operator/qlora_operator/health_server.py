@@ -11,12 +11,12 @@ from qlora_api.metrics import PATH
 
 @asynccontextmanager
 async def serve_health(
-    port: int, ailment: Callable[[], str | None], render: Callable[[], bytes]
+    port: int, unhealthy_reason: Callable[[], str | None], render: Callable[[], bytes]
 ) -> AsyncIterator[None]:
     """Answer /healthz with 200, or with 500 and the ailment, and /metrics, while the block runs."""
 
     async def answer(_: web.Request) -> web.Response:
-        illness = ailment()
+        illness = unhealthy_reason()
         return web.Response(text=illness or "ok", status=500 if illness else 200)
 
     async def answer_metrics(_: web.Request) -> web.Response:

@@ -9,7 +9,7 @@ from typing import Any, Final
 from qlora_api.job_ref import JobRef
 from qlora_api.names import Phase, Reason, Role
 from qlora_api.prepared import Prepared
-from qlora_api.report import LastWord
+from qlora_api.report import TerminationMessage
 from qlora_api.result import Result
 from qlora_api.v1alpha1 import Attempt, Checkpoint, Plan, QLoRAJobSpec, QLoRAJobStatus
 
@@ -77,7 +77,7 @@ class Pod:
     node: str = ""
     created_at: datetime | None = None
     deleting: bool = False
-    gone_after: datetime | None = None
+    deletion_timestamp: datetime | None = None
     """When a pod that is being deleted has used up its grace period."""
     scheduled_at: datetime | None = None
     unschedulable: str = ""
@@ -85,9 +85,9 @@ class Pod:
     started_at: datetime | None = None
     waiting: Waiting | None = None
     exit: Exit | None = None
-    disrupted: str = ""
+    disruption_message: str = ""
     """Message of the DisruptionTarget condition: preemption, eviction, drain."""
-    disruption: str = ""
+    disruption_reason: str = ""
     """Reason of that condition."""
     reason: str = ""
     """The kubelet's reason for refusing or evicting the whole pod."""
@@ -120,9 +120,9 @@ class ChildJob:
     """Whoever admits it (a queue) has not done so, or has taken it back."""
     complete: bool = False
     failure: JobFailure | None = None
-    overdue: bool = False
+    deadline_exceeded: bool = False
     """Its deadline has passed; Kubernetes is ending its pod, or has ended it."""
-    wanted: int = 1
+    completions: int = 1
     """Pods that it is to have."""
     pods: tuple[Pod, ...] = ()
     """Those that it has, by their index; of two with one index the newer."""
@@ -146,7 +146,7 @@ class ChildJob:
     def holds_resources(self) -> bool:
         """Whether a node or the scheduler is still busy with it."""
         ended = [pod for pod in self.pods if pod.exit is not None]
-        return not self.finished and len(ended) < self.wanted
+        return not self.finished and len(ended) < self.completions
 
 
 @dataclass(frozen=True)
@@ -178,19 +178,19 @@ class Stage(StrEnum):
 
 
 @dataclass(frozen=True)
-class Verdict:
+class JobState:
     """What a child Job's state means."""
 
     stage: Stage
     reason: Reason
     message: str = ""
-    word: LastWord | None = None
-    recheck_at: datetime | None = None
+    termination_message: TerminationMessage | None = None
+    requeue_at: datetime | None = None
     """When time alone changes the verdict."""
 
 
 @dataclass(frozen=True)
-class Run:
+class AttemptInputs:
     """What a training attempt is decided by, beside the spec."""
 
     attempt: int
@@ -208,11 +208,11 @@ class Action(StrEnum):
     NONE = "none"
     PREPARE = "prepare"
     TRAIN = "train"
-    STOP = "stop"
+    DELETE_RUNNING_JOBS = "stop"
     """Delete the Jobs that still run."""
-    FORGET = "forget"
+    DELETE_PREPARE_JOB = "forget"
     """Delete the prepare Job: what it found is no longer so."""
-    START_OVER = "start over"
+    DELETE_ALL_JOBS = "start over"
     """Delete all child Jobs; what was published meanwhile is found by the next prepare."""
 
 
@@ -231,5 +231,5 @@ class Decision:
     """The attempt as it is now known; it replaces the one with its number."""
     checkpoint: Checkpoint | None = None
     """What an ended attempt told of last."""
-    recheck_at: datetime | None = None
-    retry_after: timedelta | None = None
+    requeue_at: datetime | None = None
+    requeue_after: timedelta | None = None

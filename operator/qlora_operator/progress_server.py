@@ -19,20 +19,20 @@ from qlora_api.names import Phase
 from qlora_api.progress import ProgressReport
 from qlora_api.units import KIB
 from qlora_api.v1alpha1 import Checkpoint, Progress
-from qlora_operator.cluster.interface import ClusterBusyError, Identities
+from qlora_operator.cluster.interface import ClusterBusyError, TokenReviewer
 
 MAX_BODY: Final = 64 * KIB
 MAX_TOKEN: Final = 16 * KIB
-TRUST_SECONDS: Final = 60.0
+TOKEN_CACHE_SECONDS: Final = 60.0
 """For so long a reviewed token is not reviewed again."""
-MAX_TRUSTED: Final = 10_000
+MAX_CACHED_TOKENS: Final = 10_000
 """Tokens that are remembered; more pods than that just cost more reviews."""
-STATUS_EVERY: Final = timedelta(seconds=5)
+STATUS_INTERVAL: Final = timedelta(seconds=5)
 """Progress alone changes a status at most so often."""
 REPORTED_PHASES: Final = frozenset({Phase.TRAINING, Phase.EVALUATING, Phase.PUBLISHING})
 
 
-class RefusedError(Exception):
+class ReportRejectedError(Exception):
     """The caller must change something; becomes an HTTP status with a sentence."""
 
     def __init__(self, status: int, message: str) -> None:
@@ -40,7 +40,7 @@ class RefusedError(Exception):
         self.status = status
 
 
-class Reports:
+class ReportStore:
     """The last report of every running job, in memory."""
 
     def __init__(self) -> None:
@@ -50,7 +50,7 @@ class Reports:
         """Return the last report."""
         return self._last.get(ref)
 
-    def keep(self, ref: JobRef, report: Progress) -> None:
+    def put(self, ref: JobRef, report: Progress) -> None:
         """Replace the last report."""
         self._last[ref] = report
 
@@ -101,38 +101,42 @@ def _to_checkpoint(metrics: Mapping[str, str]) -> Checkpoint | None:
     return checkpoint if checkpoint.time.tzinfo else None
 
 
-class Gate:
+class PodAuthorizer:
     """Says which pod a token speaks for, and whether it may speak for a job."""
 
-    def __init__(self, identities: Identities, clock: Callable[[], float]) -> None:
+    def __init__(self, identities: TokenReviewer, clock: Callable[[], float]) -> None:
         self._identities = identities
         self._clock = clock
         self._trusted_until: dict[tuple[str, JobRef], float] = {}
 
-    async def admit(self, authorization: str, ref: JobRef) -> None:
+    async def authorize(self, authorization: str, ref: JobRef) -> None:
         """Return when the token's pod belongs to the job; RefusedError otherwise."""
         scheme, _, token = authorization.partition(" ")
         if scheme.lower() != "bearer" or not 0 < len(token) <= MAX_TOKEN:
-            raise RefusedError(401, "send the pod's token: Authorization: Bearer <token>")
+            raise ReportRejectedError(401, "send the pod's token: Authorization: Bearer <token>")
         key = (sha256(token.encode()).hexdigest(), ref)
         if self._trusted_until.get(key, -math.inf) < self._clock():
-            await self._ask(token, ref)
+            await self._review(token, ref)
             self._trust(key)
 
     def _trust(self, key: tuple[str, JobRef]) -> None:
-        if len(self._trusted_until) >= MAX_TRUSTED:
+        if len(self._trusted_until) >= MAX_CACHED_TOKENS:
             self._trusted_until.clear()
-        self._trusted_until[key] = self._clock() + TRUST_SECONDS
+        self._trusted_until[key] = self._clock() + TOKEN_CACHE_SECONDS
 
-    async def _ask(self, token: str, ref: JobRef) -> None:
+    async def _review(self, token: str, ref: JobRef) -> None:
         pod = await self._identities.review_token(token)
         if pod is None:
-            raise RefusedError(401, f"the token is not a pod's, has expired, or lacks audience {names.TOKEN_AUDIENCE}")
+            raise ReportRejectedError(
+                401, f"the token is not a pod's, has expired, or lacks audience {names.TOKEN_AUDIENCE}"
+            )
         job = await self._identities.job_of_pod(pod) if pod.namespace == ref.namespace else None
         if job != ref.name:
-            raise RefusedError(403, f"pod {pod.namespace}/{pod.name} does not belong to {names.KIND} {'/'.join(ref)}")
+            raise ReportRejectedError(
+                403, f"pod {pod.namespace}/{pod.name} does not belong to {names.KIND} {'/'.join(ref)}"
+            )
         if await self._identities.read_job(ref) is None:
-            raise RefusedError(404, f"there is no {names.KIND} {'/'.join(ref)}")
+            raise ReportRejectedError(404, f"there is no {names.KIND} {'/'.join(ref)}")
 
 
 Notify = Callable[[JobRef, timedelta], None]
@@ -142,8 +146,10 @@ Notify = Callable[[JobRef, timedelta], None]
 class ProgressEndpoint:
     """Takes reports."""
 
-    def __init__(self, gate: Gate, reports: Reports, notify: Notify, clock: Callable[[], datetime]) -> None:
-        self._gate = gate
+    def __init__(
+        self, authorizer: PodAuthorizer, reports: ReportStore, notify: Notify, clock: Callable[[], datetime]
+    ) -> None:
+        self._authorizer = authorizer
         self._reports = reports
         self._notify = notify
         self._clock = clock
@@ -158,22 +164,22 @@ class ProgressEndpoint:
         """Take one report."""
         ref = JobRef(request.match_info["namespace"], request.match_info["job"])
         try:
-            await self._gate.admit(request.headers.get("Authorization", ""), ref)
-            await self._take(ref, request)
-        except RefusedError as error:
+            await self._authorizer.authorize(request.headers.get("Authorization", ""), ref)
+            await self._accept(ref, request)
+        except ReportRejectedError as error:
             return web.json_response({"message": str(error)}, status=error.status)
         except ClusterBusyError as error:
             return web.json_response({"message": str(error)}, status=503)
         return web.json_response({})
 
-    async def _take(self, ref: JobRef, request: web.Request) -> None:
+    async def _accept(self, ref: JobRef, request: web.Request) -> None:
         try:
             report = ProgressReport.model_validate_json(await request.read())
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"])) or "body"
-            raise RefusedError(400, f"{where}: {first['msg']}") from error
+            raise ReportRejectedError(400, f"{where}: {first['msg']}") from error
         now, before = self._clock(), self._reports.get(ref)
-        self._reports.keep(ref, read_report(report, now))
-        age = now - before.updated_at if before else STATUS_EVERY
-        self._notify(ref, max(STATUS_EVERY - age, timedelta(0)))
+        self._reports.put(ref, read_report(report, now))
+        age = now - before.updated_at if before else STATUS_INTERVAL
+        self._notify(ref, max(STATUS_INTERVAL - age, timedelta(0)))

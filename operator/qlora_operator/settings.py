@@ -25,7 +25,7 @@ class SettingsError(Exception):
 
 
 @dataclass(frozen=True)
-class Home:
+class LeaderElectionSettings:
     """Where this replica runs, and the Lease by which it agrees with the others."""
 
     namespace: str
@@ -50,7 +50,7 @@ class Settings:
     """Empty means the pod's own account."""
     resync: timedelta = timedelta(minutes=10)
     """How often everything is looked at, though nothing happened: what a lost event should have told comes with it."""
-    home: Home | None = None
+    leader_election: LeaderElectionSettings | None = None
     """None outside a cluster, where there is no other replica."""
 
 
@@ -75,17 +75,17 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
         log_format=Format(_choice(environment, FORMAT_ENV, tuple(Format), Format.JSON)),
         kubeconfig=environment.get("KUBECONFIG", ""),
         resync=timedelta(seconds=_number(environment, "QLORA_RESYNC_SECONDS", 600, MAX_RESYNC)),
-        home=_home(environment),
+        leader_election=_leader_election(environment),
     )
 
 
-def _home(environment: Mapping[str, str]) -> Home | None:
+def _leader_election(environment: Mapping[str, str]) -> LeaderElectionSettings | None:
     namespace, pod = environment.get("POD_NAMESPACE", ""), environment.get("POD_NAME", "")
     if not namespace:
         return None
     if not pod:
         raise SettingsError("POD_NAME is not set, and POD_NAMESPACE is: replicas agree by their names on who leads")
-    return Home(namespace, pod, environment.get("QLORA_LEASE") or names.FIELD_MANAGER)
+    return LeaderElectionSettings(namespace, pod, environment.get("QLORA_LEASE") or names.FIELD_MANAGER)
 
 
 def _platform(environment: Mapping[str, str]) -> Platform:

@@ -5,22 +5,22 @@ from typing import Final
 
 from qlora_api.optimizers import ADAMW
 from qlora_api.units import GIB, format_gib
-from qlora_planner.gpu_inventory import Pool
-from qlora_planner.memory.estimate import Workload
-from qlora_planner.sizing import BUSY_TOKENS, Sizing, micro_batches, pass_tokens
+from qlora_planner.gpu_inventory import GpuPool
+from qlora_planner.memory.estimate import TrainingWorkload
+from qlora_planner.sizing import COMPUTE_BOUND_TOKENS, Sizing, micro_batches, pass_tokens
 
-LITTLE: Final = 0.5
+MIN_QUANTIZED_SHARE: Final = 0.5
 """Share of a base's layers that is quantised, below which it is worth a sentence (as in prepare)."""
 NATIVE_BF16: Final = (8, 0)
 """Compute capability from which GPUs multiply bf16 (NVIDIA: Ampere)."""
 
 
-def explain_sizing(work: Workload, sizing: Sizing, *, flexible: bool = False) -> tuple[str, ...]:
+def explain_sizing(work: TrainingWorkload, sizing: Sizing, *, flexible: bool = False) -> tuple[str, ...]:
     """Return the reasons of a sized plan, without those of its steps."""
     return (
         _explain_gpus(sizing, flexible=flexible),
-        *([_explain_strategy(work, sizing)] if sizing.room.processes > 1 else []),
-        explain_dtype(sizing.room.pool),
+        *([_explain_strategy(work, sizing)] if sizing.allocation.processes > 1 else []),
+        explain_dtype(sizing.allocation.pool),
         *_explain_base(work),
         _explain_attention(work),
         _explain_optimizer(work, sizing),
@@ -31,21 +31,21 @@ def explain_sizing(work: Workload, sizing: Sizing, *, flexible: bool = False) ->
 
 
 def _explain_gpus(sizing: Sizing, *, flexible: bool) -> str:
-    room = sizing.room
+    room = sizing.allocation
     what = room.pool.product or f"GPU of {format_gib(room.pool.memory)}"
     nodes = f"{room.nodes} node{'s' if room.nodes > 1 else ''}"
     why = "the fewest that fit" if flexible else "as spec.resources asks"
     return f"{room.gpus_per_node} x {what} on {nodes}: {why}"
 
 
-def _explain_strategy(work: Workload, sizing: Sizing) -> str:
+def _explain_strategy(work: TrainingWorkload, sizing: Sizing) -> str:
     strategy = sizing.layout.strategy
     if work.spec.distribution != "auto":
         return f"strategy {strategy}: spec.distribution"
     return f"strategy {strategy}: {sizing.layout.sharing.chosen_because}"
 
 
-def explain_dtype(pool: Pool) -> str:
+def explain_dtype(pool: GpuPool) -> str:
     """Say which 16 bits the trainer will compute in."""
     if pool.capability is None:
         return "dtype bfloat16 where the GPU has it (sm_80 and later), else float16"
@@ -55,41 +55,41 @@ def explain_dtype(pool: Pool) -> str:
     return f"dtype float16: {sm} predates native bf16"
 
 
-def _explain_base(work: Workload) -> tuple[str, ...]:
+def _explain_base(work: TrainingWorkload) -> tuple[str, ...]:
     """Say so where a quantised base takes far more memory than its name tells."""
     shape, bits = work.shape, work.spec.quantization.bits
     body = shape.parameters - shape.embedding.parameters - (0 if shape.tied else shape.head.weights)
-    if bits == 16 or shape.quantisable > LITTLE * body:
+    if bits == 16 or shape.quantizable > MIN_QUANTIZED_SHARE * body:
         return ()
-    left = (body - shape.quantisable) * work.width
+    left = (body - shape.quantizable) * work.width
     return (
-        f"base: only {shape.quantisable / body:.0%} of its layers' weights can be stored in {bits} bits; the rest, "
+        f"base: only {shape.quantizable / body:.0%} of its layers' weights can be stored in {bits} bits; the rest, "
         f"such as stacked experts, takes {format_gib(left)} in 16",
     )
 
 
-def _explain_attention(work: Workload) -> str:
+def _explain_attention(work: TrainingWorkload) -> str:
     if work.attention == "eager":
         return "attention eager: the model caps attention scores, which SDPA cannot"
     return "attention sdpa: exact with joined rows; FlashAttention, where the image has it, takes less"
 
 
-def _explain_optimizer(work: Workload, sizing: Sizing) -> str:
+def _explain_optimizer(work: TrainingWorkload, sizing: Sizing) -> str:
     optimizer = sizing.layout.optimizer
     if work.spec.training.optimizer != "auto":
         return f"optimizer {optimizer}: spec.training.optimizer"
     if optimizer != ADAMW.name:
         return f"optimizer {optimizer}: with fp32 state the model would not fit"
-    state = "all weights" if work.whole else "an adapter"
+    state = "all weights" if work.full_finetune else "an adapter"
     return f"optimizer {optimizer}: the fp32 state of {state} fits, in {format_gib(sizing.estimate.optimizer)}"
 
 
-def _explain_micro_batch(work: Workload, sizing: Sizing) -> str:
+def _explain_micro_batch(work: TrainingWorkload, sizing: Sizing) -> str:
     size = sizing.layout.micro_batch
     if work.spec.training.micro_batch_size is not None:
         return f"micro-batch {size}: given in the spec"
-    share = ceil(work.spec.training.global_batch_size / sizing.room.processes)
-    largest = micro_batches(work, sizing.room.processes)[0]
+    share = ceil(work.spec.training.global_batch_size / sizing.allocation.processes)
+    largest = micro_batches(work, sizing.allocation.processes)[0]
     if size < largest:
         how = "" if sizing.layout.checkpointing else " without recomputing"
         return f"micro-batch {size}: the largest divisor of a GPU's {share} rows that fits{how}"
@@ -98,11 +98,11 @@ def _explain_micro_batch(work: Workload, sizing: Sizing) -> str:
     return f"micro-batch {size}: all rows of a GPU's step in one pass"
 
 
-def _explain_checkpointing(work: Workload, sizing: Sizing) -> str:
+def _explain_checkpointing(work: TrainingWorkload, sizing: Sizing) -> str:
     tokens = f"{pass_tokens(work, sizing):.0f} tokens a pass"
     if not sizing.layout.checkpointing:
         return f"gradient checkpointing off: activations of {tokens} fit, and recomputing them costs a forward pass"
-    return f"gradient checkpointing on: without it a pass of {BUSY_TOKENS:,} tokens would not fit; with it, {tokens}"
+    return f"gradient checkpointing on: without it a pass of {COMPUTE_BOUND_TOKENS:,} tokens would not fit; with it, {tokens}"
 
 
 def explain_peak(sizing: Sizing) -> str:
@@ -114,11 +114,9 @@ def explain_peak(sizing: Sizing) -> str:
         "gradients": found.gradients,
         "optimizer": found.optimizer,
         "activations": found.activations,
-        "exchange": found.collected,
-        "context": found.outside,
+        "exchange": found.communication,
+        "context": found.non_torch,
     }
     verdict = "; tight: it fits if torch's allocator needs less than that slack" if sizing.tight else ""
     shown = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items() if size)
-    return (
-        f"peak {format_gib(found.peak)} of {format_gib(sizing.room.pool.usable)} per GPU: {shown}, slack 7 %{verdict}"
-    )
+    return f"peak {format_gib(found.peak)} of {format_gib(sizing.allocation.pool.usable)} per GPU: {shown}, slack 7 %{verdict}"

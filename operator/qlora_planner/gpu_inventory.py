@@ -20,11 +20,11 @@ _UNITS: Final = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY: Final = {"Ki": KIB, "Mi": MIB, "Gi": GIB, "Ti": TIB}
 _QUANTITY: Final = re.compile(r"([0-9]+(?:\.[0-9]+)?)(Ki|Mi|Gi|Ti|k|M|G|T)?")
 _NOT_SHARED: Final = frozenset({"0", "1"})
-_KEEPS_OUT: Final = frozenset({"NoSchedule", "NoExecute"})
+_BLOCKING_EFFECTS: Final = frozenset({"NoSchedule", "NoExecute"})
 
 
 @dataclass(frozen=True)
-class Pool:
+class GpuPool:
     """Nodes with the same GPUs."""
 
     product: str
@@ -43,10 +43,10 @@ class Pool:
         return int(self.memory * (1 - RESERVED_SHARE))
 
 
-Offer = tuple[Pool, ...]
+GpuInventory = tuple[GpuPool, ...]
 
 
-def to_bytes(quantity: str) -> int:
+def parse_quantity(quantity: str) -> int:
     """Return a Kubernetes quantity, as in 24Gi or 80G, in bytes; ValueError says what is wrong with it."""
     found = _QUANTITY.fullmatch(quantity)
     if found is None:
@@ -60,23 +60,23 @@ def memory_of_product(product: str) -> int | None:
     return int(found[1]) * 10**9 if found else None
 
 
-def read_offer(nodes: Iterable[Mapping[str, Any]], resources: ResourcesSpec) -> Offer:
+def read_gpu_inventory(nodes: Iterable[Mapping[str, Any]], resources: ResourcesSpec) -> GpuInventory:
     """Return the GPUs that a run's pods may land on, smallest memory first."""
     pools = Counter(
         pool
         for node in nodes
         for accelerator in ACCELERATORS
-        if _takes(node, resources, accelerator) and (pool := _read_node(node, accelerator))
+        if _accepts_pods(node, resources, accelerator) and (pool := _read_node(node, accelerator))
     )
     found = (_with_nodes(pool, count) for pool, count in pools.items())
     return tuple(sorted(found, key=lambda pool: (pool.memory, pool.gpus_per_node, pool.product)))
 
 
-def _with_nodes(pool: Pool, count: int) -> Pool:
+def _with_nodes(pool: GpuPool, count: int) -> GpuPool:
     return replace(pool, nodes=count)
 
 
-def _read_node(node: Mapping[str, Any], accelerator: Accelerator) -> Pool | None:
+def _read_node(node: Mapping[str, Any], accelerator: Accelerator) -> GpuPool | None:
     """Return a node's GPUs; None where it has none, or where nothing tells their memory."""
     labels: Mapping[str, str] = node["metadata"].get("labels", {})
     count = int(node.get("status", {}).get("allocatable", {}).get(accelerator.resource, "0"))
@@ -89,10 +89,10 @@ def _read_node(node: Mapping[str, Any], accelerator: Accelerator) -> Pool | None
     major, minor = labels.get(major_label, ""), labels.get(minor_label, "0")
     capability = (int(major), int(minor)) if major.isdigit() and minor.isdigit() else None
     product = labels.get(accelerator.product_label, "")
-    return Pool(product, int(mebibytes) * MIB, count, 1, capability, accelerator)
+    return GpuPool(product, int(mebibytes) * MIB, count, 1, capability, accelerator)
 
 
-def _takes(node: Mapping[str, Any], resources: ResourcesSpec, accelerator: Accelerator) -> bool:
+def _accepts_pods(node: Mapping[str, Any], resources: ResourcesSpec, accelerator: Accelerator) -> bool:
     """Return whether the scheduler could put a training pod there, free or not."""
     labels: Mapping[str, str] = node["metadata"].get("labels", {})
     spec: Mapping[str, Any] = node.get("spec", {})
@@ -106,7 +106,7 @@ def _takes(node: Mapping[str, Any], resources: ResourcesSpec, accelerator: Accel
 
 
 def _is_tolerated(taint: Mapping[str, str], tolerations: Iterable[Toleration], accelerator: Accelerator) -> bool:
-    if taint.get("effect") not in _KEEPS_OUT or taint["key"] == accelerator.resource:
+    if taint.get("effect") not in _BLOCKING_EFFECTS or taint["key"] == accelerator.resource:
         return True
     return any(_tolerates(toleration, taint) for toleration in tolerations)
 

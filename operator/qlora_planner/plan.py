@@ -10,8 +10,8 @@ from qlora_api.steps import steps_of_epochs, steps_per_epoch, total_steps
 from qlora_api.strategies import DDP, SINGLE, Distribution, StrategyName
 from qlora_api.v1alpha1 import DataStatus, Plan, QLoRAJobSpec, TrainingSpec
 from qlora_planner.explain import explain_sizing
-from qlora_planner.gpu_inventory import Offer
-from qlora_planner.memory.estimate import Rows, Workload
+from qlora_planner.gpu_inventory import GpuInventory
+from qlora_planner.memory.estimate import SequenceLengths, TrainingWorkload
 from qlora_planner.models.families import read_shape
 from qlora_planner.models.shapes import UnknownModelError
 from qlora_planner.sizing import DoesNotFitError, Misfit, Sizing, size_run
@@ -45,39 +45,39 @@ class Steps(NamedTuple):
     reason: str
 
 
-def make_plan(spec: QLoRAJobSpec, prepared: Prepared, offer: Offer = ()) -> Plan:
+def make_plan(spec: QLoRAJobSpec, prepared: Prepared, inventory: GpuInventory = ()) -> Plan:
     """Choose device, strategy, micro-batch and number of steps; sized where GPUs and model are known.
 
     Raises DoesNotFitError where no GPU of the offer can hold the run.
     """
-    if spec.resources.gpus_per_node and (sized := _size(spec, prepared, offer)) is not None:
+    if spec.resources.gpus_per_node and (sized := _size(spec, prepared, inventory)) is not None:
         return _plan_of(sized, spec, prepared)
-    return _usual_plan(spec, prepared)
+    return _default_plan(spec, prepared)
 
 
-def _size(spec: QLoRAJobSpec, prepared: Prepared, offer: Offer) -> tuple[Workload, Sizing] | None:
+def _size(spec: QLoRAJobSpec, prepared: Prepared, inventory: GpuInventory) -> tuple[TrainingWorkload, Sizing] | None:
     """Return how a run fits the offer; None where model or offer are unknown, or too few GPUs are offered."""
     try:
         shape = read_shape(json.loads(prepared.model.config or "{}"))
-        work = Workload(spec, shape, rows_of(prepared.dataset, spec.training))
-        found = size_run(work, offer)
+        work = TrainingWorkload(spec, shape, sequence_lengths(prepared.dataset, spec.training))
+        found = size_run(work, inventory)
     except UnknownModelError:
         return None
     if isinstance(found, Misfit):
-        raise DoesNotFitError(describe_misfit(work, offer, found))
+        raise DoesNotFitError(describe_misfit(work, inventory, found))
     return None if found is None else (work, found)
 
 
-def rows_of(dataset: DataStatus, training: TrainingSpec) -> Rows:
+def sequence_lengths(dataset: DataStatus, training: TrainingSpec) -> SequenceLengths:
     """Return the lengths of the rows as they are trained on."""
     longest = max(1, min(dataset.longest_row_tokens, training.max_length))
     mean = dataset.row_lengths.mean if dataset.row_lengths else longest
-    return Rows(longest, max(1.0, min(mean, longest)))
+    return SequenceLengths(longest, max(1.0, min(mean, longest)))
 
 
-def _plan_of(sized: tuple[Workload, Sizing], spec: QLoRAJobSpec, prepared: Prepared) -> Plan:
+def _plan_of(sized: tuple[TrainingWorkload, Sizing], spec: QLoRAJobSpec, prepared: Prepared) -> Plan:
     work, sizing = sized
-    room, layout = sizing.room, sizing.layout
+    room, layout = sizing.allocation, sizing.layout
     share = ceil(spec.training.global_batch_size / room.processes)
     steps = count_steps(spec.training, prepared.dataset.training_rows)
     return Plan(
@@ -100,17 +100,17 @@ def _plan_of(sized: tuple[Workload, Sizing], spec: QLoRAJobSpec, prepared: Prepa
     )
 
 
-def _explain_duration(work: Workload, sizing: Sizing, steps: int) -> tuple[str, ...]:
+def _explain_duration(work: TrainingWorkload, sizing: Sizing, steps: int) -> tuple[str, ...]:
     """Say about how long it takes; what is known is known of adapters on a frozen base."""
     if work.spec.method == "full":
         return ()
-    room, weights = sizing.room, work.shape.parameters - work.shape.embedding.parameters
+    room, weights = sizing.allocation, work.shape.parameters - work.shape.embedding.parameters
     tokens = steps * work.spec.training.global_batch_size * work.rows.mean
     recomputed = bool(sizing.layout.checkpointing)
     return explain_duration(room.pool.product, room.processes, weights, tokens, recomputed=recomputed)
 
 
-def _usual_plan(spec: QLoRAJobSpec, prepared: Prepared) -> Plan:
+def _default_plan(spec: QLoRAJobSpec, prepared: Prepared) -> Plan:
     """Choose by the usual recipe, without sizes."""
     resources, training = spec.resources, spec.training
     device = usual_device(resources.gpus_per_node)

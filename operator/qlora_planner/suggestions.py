@@ -10,109 +10,111 @@ from pydantic import BaseModel
 from qlora_api.optimizers import ADAMW, ADAMW_8BIT
 from qlora_api.units import GIB, format_gib
 from qlora_api.v1alpha1 import QLoRAJobSpec
-from qlora_planner.gpu_inventory import RESERVED_SHARE, Offer
-from qlora_planner.memory.estimate import Workload
+from qlora_planner.gpu_inventory import RESERVED_SHARE, GpuInventory
+from qlora_planner.memory.estimate import TrainingWorkload
 from qlora_planner.sizing import Misfit, Sizing, size_run
 
-LEAST_RANK: Final = 4
+MIN_RANK: Final = 4
 """Below it, fewer adapter weights save next to nothing."""
-LEAST_LENGTH: Final = 128
+MIN_LENGTH: Final = 128
 """Tokens; rows that are cut shorter hardly teach."""
 
 
 @dataclass(frozen=True)
-class Change:
+class Suggestion:
     """A manifest with one thing changed, and what to write there."""
 
     sentence: str
-    work: Workload
+    work: TrainingWorkload
 
 
-def describe_misfit(work: Workload, offer: Offer, misfit: Misfit) -> str:
+def describe_misfit(work: TrainingWorkload, inventory: GpuInventory, misfit: Misfit) -> str:
     """Say by how much a run does not fit, and the cheapest change that would fit."""
     nearest = misfit.nearest
-    pool, layout = nearest.room.pool, nearest.layout
+    pool, layout = nearest.allocation.pool, nearest.layout
     gpu = pool.product or f"GPU of {format_gib(pool.memory)}"
     how = f"with micro-batch {layout.micro_batch}{' and gradient checkpointing' if layout.checkpointing else ''}"
     if nearest.estimate.loads_more_than_it_trains:
         how = "while the base is loaded, which every process does whole"
     return (
         f"needs {format_gib(nearest.estimate.peak)} per GPU {how}, {format_gib(misfit.missing)} more than the "
-        f"{format_gib(pool.usable)} that a process has on a {gpu}; {find_remedy(work, offer, misfit)}"
+        f"{format_gib(pool.usable)} that a process has on a {gpu}; {suggest_change(work, inventory, misfit)}"
     )
 
 
-def find_remedy(work: Workload, offer: Offer, misfit: Misfit) -> str:
+def suggest_change(work: TrainingWorkload, inventory: GpuInventory, misfit: Misfit) -> str:
     """Return the first change that fits, or the GPU that would do; those that leave the result as it is come first."""
-    fits = (change.sentence for change in find_harmless(work, misfit) if _fits(change, offer))
-    others = (change.sentence for change in find_changes(work) if _fits(change, offer))
-    if (found := next(fits, None) or _more_gpus(work, offer) or next(others, None)) is not None:
+    fits = (change.sentence for change in find_lossless_changes(work, misfit) if _fits(change, inventory))
+    others = (change.sentence for change in find_lossy_changes(work) if _fits(change, inventory))
+    if (found := next(fits, None) or _more_gpus(work, inventory) or next(others, None)) is not None:
         return f"it fits with {found}"
     needed = ceil(misfit.nearest.estimate.peak / (1 - RESERVED_SHARE) / GIB)
     return f"it fits on a GPU with {needed} GiB or more"
 
 
-def _fits(change: Change, offer: Offer) -> bool:
-    return _does_fit(size_run(change.work, offer))
+def _fits(change: Suggestion, inventory: GpuInventory) -> bool:
+    return _does_fit(size_run(change.work, inventory))
 
 
 def _does_fit(found: Sizing | Misfit | None) -> bool:
     return isinstance(found, Sizing) and not found.tight
 
 
-def find_harmless(work: Workload, misfit: Misfit) -> Iterator[Change]:
+def find_lossless_changes(work: TrainingWorkload, misfit: Misfit) -> Iterator[Suggestion]:
     """Yield changes after which the same is learned, but for rounding."""
     spec = work.spec
     if spec.training.micro_batch_size is not None:
         change = _changed(spec, "training", micro_batch_size=None)
-        yield Change("spec.training.microBatchSize left out", replace(work, spec=change))
+        yield Suggestion("spec.training.microBatchSize left out", replace(work, spec=change))
     if spec.quantization.bits == 4 and not spec.quantization.double_quant:
         change = _changed(spec, "quantization", double_quant=True)
-        yield Change("spec.quantization.doubleQuant true", replace(work, spec=change))
+        yield Suggestion("spec.quantization.doubleQuant true", replace(work, spec=change))
     if misfit.nearest.layout.optimizer == ADAMW.name:
         change = _changed(spec, "training", optimizer=ADAMW_8BIT.name)
-        yield Change(f"spec.training.optimizer {ADAMW_8BIT.name}", replace(work, spec=change))
+        yield Suggestion(f"spec.training.optimizer {ADAMW_8BIT.name}", replace(work, spec=change))
 
 
-def find_changes(work: Workload) -> Iterator[Change]:
+def find_lossy_changes(work: TrainingWorkload) -> Iterator[Suggestion]:
     """Yield changes that another result comes of, step by step."""
     yield from _fewer_bits(work)
     yield from _lower_ranks(work)
     yield from _shorter_rows(work)
 
 
-def _fewer_bits(work: Workload) -> Iterator[Change]:
+def _fewer_bits(work: TrainingWorkload) -> Iterator[Suggestion]:
     bits = work.spec.quantization.bits
     if bits == 4 or work.spec.lora.init == "pissa":
         return
     change = _changed(work.spec, "quantization", bits=4).model_copy(update={"method": "qlora"})
     method = "" if work.spec.method == "qlora" else "spec.method qlora and "
-    yield Change(f"{method}spec.quantization.bits 4 instead of {bits}", replace(work, spec=change))
+    yield Suggestion(f"{method}spec.quantization.bits 4 instead of {bits}", replace(work, spec=change))
 
 
-def _lower_ranks(work: Workload) -> Iterator[Change]:
+def _lower_ranks(work: TrainingWorkload) -> Iterator[Suggestion]:
     rank = work.spec.lora.rank
-    while not work.whole and (rank := rank // 2) >= LEAST_RANK:
+    while not work.full_finetune and (rank := rank // 2) >= MIN_RANK:
         change = _changed(work.spec, "lora", rank=rank)
-        yield Change(f"spec.lora.rank {rank} instead of {work.spec.lora.rank}", replace(work, spec=change))
+        yield Suggestion(f"spec.lora.rank {rank} instead of {work.spec.lora.rank}", replace(work, spec=change))
 
 
-def _shorter_rows(work: Workload) -> Iterator[Change]:
+def _shorter_rows(work: TrainingWorkload) -> Iterator[Suggestion]:
     given = length = work.spec.training.max_length
-    while (length := length // 2) >= LEAST_LENGTH:
+    while (length := length // 2) >= MIN_LENGTH:
         if length < work.rows.longest:
             change = _changed(work.spec, "training", max_length=length)
             rows = replace(work.rows, longest=length, mean=min(work.rows.mean, length))
-            yield Change(f"spec.training.maxLength {length} instead of {given}", replace(work, spec=change, rows=rows))
+            yield Suggestion(
+                f"spec.training.maxLength {length} instead of {given}", replace(work, spec=change, rows=rows)
+            )
 
 
-def _more_gpus(work: Workload, offer: Offer) -> str | None:
+def _more_gpus(work: TrainingWorkload, inventory: GpuInventory) -> str | None:
     """Return how many GPUs of the offer would do, where several divide what one cannot hold."""
     change = _changed(work.spec, "resources", nodes=1).model_copy(update={"distribution": "auto"})
-    sized = size_run(replace(work, spec=change), offer, flexible=True)
+    sized = size_run(replace(work, spec=change), inventory, flexible=True)
     if not isinstance(sized, Sizing) or sized.tight:
         return None
-    gpus, asked = sized.room.gpus_per_node, work.spec.distribution
+    gpus, asked = sized.allocation.gpus_per_node, work.spec.distribution
     divided = "" if asked in {"auto", sized.layout.strategy} else f" and spec.distribution {sized.layout.strategy}"
     return f"spec.resources.gpusPerNode {gpus}{divided}"
 

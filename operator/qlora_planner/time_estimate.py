@@ -4,7 +4,7 @@ import re
 from typing import Final
 
 TERA: Final = 10**12
-PEAKS: Final = {
+PEAK_TFLOPS: Final = {
     r"\bT4\b": 65,
     r"\bV100\b": 125,
     r"\bA10\b": 125,
@@ -22,7 +22,7 @@ PEAKS: Final = {
     r"\bB200\b": 2250,
 }
 """Operations per second in 16 bits, dense, in tera: NVIDIA's data sheets, by what the product's label has."""
-REACHED: Final = (0.22, 0.47)
+MFU_RANGE: Final = (0.22, 0.47)
 """Shares of the peak in published runs at 4 operations a weight and token: 70B on four H100 (fsdp_qlora's benchmarks,
 March 2024) and 8B on one RTX 4090 (torchtune's README); a 3B model on an A100 reached 0.33 (the same README)."""
 _FORWARD_AND_BACKWARD: Final = 4
@@ -35,20 +35,20 @@ _HOUR: Final = 3600
 
 def explain_duration(product: str, gpus: int, weights: int, tokens: float, *, recomputed: bool) -> tuple[str, ...]:
     """Return a sentence with the shortest and the longest time to expect; none for a GPU whose peak is unknown."""
-    peak = peak_of(product)
+    peak = peak_flops(product)
     if peak is None:
         return ()
     operations = (_RECOMPUTED if recomputed else _FORWARD_AND_BACKWARD) * weights * tokens
-    longest, shortest = (operations / (gpus * peak * share) for share in REACHED)
+    longest, shortest = (operations / (gpus * peak * share) for share in MFU_RANGE)
     return (
-        f"training about {to_text(shortest)} to {to_text(longest)}: {tokens:.2g} tokens at {REACHED[0]:.0%} to "
-        f"{REACHED[1]:.0%} of {peak // TERA} TFLOP/s, as published runs reached; evaluation and upload not counted",
+        f"training about {to_text(shortest)} to {to_text(longest)}: {tokens:.2g} tokens at {MFU_RANGE[0]:.0%} to "
+        f"{MFU_RANGE[1]:.0%} of {peak // TERA} TFLOP/s, as published runs reached; evaluation and upload not counted",
     )
 
 
-def peak_of(product: str) -> int | None:
+def peak_flops(product: str) -> int | None:
     """Return a GPU's operations per second, by the value of nvidia.com/gpu.product."""
-    return next((tera * TERA for name, tera in PEAKS.items() if re.search(name, product, re.IGNORECASE)), None)
+    return next((tera * TERA for name, tera in PEAK_TFLOPS.items() if re.search(name, product, re.IGNORECASE)), None)
 
 
 def to_text(seconds: float) -> str:

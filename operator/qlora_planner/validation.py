@@ -10,7 +10,7 @@ from typing import Final
 from qlora_api.names import CLAIM_SCHEME, Reason
 from qlora_api.strategies import DDP, SHARDING_OPTIMIZER, SHARDING_WEIGHTS, ZERO2
 from qlora_api.v1alpha1 import QLoRAJobSpec
-from qlora_api.v1alpha1.patterns import LOOPBACK
+from qlora_api.v1alpha1.patterns import NO_LOOPBACK
 from qlora_planner.sharding_limits import has_plain_optimizer, needs_whole_weights
 
 
@@ -106,7 +106,7 @@ def gate_has_answers(spec: QLoRAJobSpec) -> str | None:
     return "spec.evaluation.generations is 0, but the gate needs answers; set it to 1 or more"
 
 
-def start_fits_base(spec: QLoRAJobSpec) -> str | None:
+def lora_init_fits_base(spec: QLoRAJobSpec) -> str | None:
     """PiSSA takes from the base's weights, LoftQ makes up for their 4 bits."""
     start, bits = spec.lora.init, spec.quantization.bits
     if start == "pissa" and bits != 16:
@@ -119,7 +119,7 @@ def start_fits_base(spec: QLoRAJobSpec) -> str | None:
     return None
 
 
-def start_fits_scale(spec: QLoRAJobSpec) -> str | None:
+def lora_init_fits_scaling(spec: QLoRAJobSpec) -> str | None:
     """What starts from the base's weights knows no magnitudes, and PiSSA's rank is doubled in the end."""
     lora = spec.lora
     if (lora.init in {"pissa", "loftq"} and lora.dora) or (lora.init == "pissa" and lora.rslora):
@@ -127,7 +127,7 @@ def start_fits_scale(spec: QLoRAJobSpec) -> str | None:
     return None
 
 
-def rows_have_one_origin(spec: QLoRAJobSpec) -> str | None:
+def dataset_has_one_source(spec: QLoRAJobSpec) -> str | None:
     """Rows come from a uri or from sources; maxSamples and a template belong to what they fit."""
     dataset = spec.dataset
     if (dataset.uri is None) == (dataset.sources is None):
@@ -143,7 +143,7 @@ def rows_have_one_origin(spec: QLoRAJobSpec) -> str | None:
     return None
 
 
-def choice_has_losses(spec: QLoRAJobSpec) -> str | None:
+def early_stopping_has_validation(spec: QLoRAJobSpec) -> str | None:
     """Early stopping, and the best adapter, are chosen by held-out losses."""
     training = spec.training
     if training.evaluate_every is not None or (training.early_stopping is None and training.keep == "last"):
@@ -178,7 +178,7 @@ def dora_fits_base(spec: QLoRAJobSpec) -> str | None:
     return "spec.lora.dora is true, which fails on an 8-bit base; set spec.quantization.bits to 4, or leave dora out"
 
 
-def one_process_is_enough(spec: QLoRAJobSpec) -> str | None:
+def local_run_is_one_process(spec: QLoRAJobSpec) -> str | None:
     """Several processes need a launcher, which pods have."""
     processes = spec.resources.processes
     if processes == 1:
@@ -191,58 +191,58 @@ def one_process_is_enough(spec: QLoRAJobSpec) -> str | None:
 
 def uris_are_reachable(spec: QLoRAJobSpec) -> str | None:
     """A pod sees no file of the user's computer."""
-    return _first_with(
+    return _first_uri_with(
         {**spec.input_uris, "spec.output.uri": spec.output.uri},
         "file://",
         "file:// works with 'qlora run' only; upload it and use s3://",
     )
 
 
-def trackers_are_elsewhere(spec: QLoRAJobSpec) -> str | None:
+def trackers_are_not_loopback(spec: QLoRAJobSpec) -> str | None:
     """A pod's own address leads to no tracking server."""
     return next(
         (
-            f"{field} is {url}, and {LOOPBACK.message}"
+            f"{field} is {url}, and {NO_LOOPBACK.message}"
             for field, url in spec.tracker_urls.items()
-            if not LOOPBACK.fits(url)
+            if not NO_LOOPBACK.matches(url)
         ),
         None,
     )
 
 
-def claims_can_be_mounted(spec: QLoRAJobSpec) -> str | None:
+def local_run_has_no_claims(spec: QLoRAJobSpec) -> str | None:
     """The user's computer sees no claim of a cluster."""
-    return _first_with(
+    return _first_uri_with(
         spec.input_uris, CLAIM_SCHEME, "only a cluster can mount a PVC; copy the files and give their path with --set"
     )
 
 
-def _first_with(uris: Mapping[str, str], scheme: str, why: str) -> str | None:
+def _first_uri_with(uris: Mapping[str, str], scheme: str, why: str) -> str | None:
     return next((f"{field} is {uri}, and {why}" for field, uri in uris.items() if uri.startswith(scheme)), None)
 
 
-ANYWHERE: Final[tuple[Rule, ...]] = (
+COMMON_RULES: Final[tuple[Rule, ...]] = (
     method_fits_bits,
     micro_batch_divides_batch,
     batch_reaches_every_process,
     division_has_parts,
     all_linear_stands_alone,
-    choice_has_losses,
+    early_stopping_has_validation,
     gate_has_answers,
     full_has_nothing_to_merge,
     loftq_merges_into_its_base,
     dora_fits_base,
-    start_fits_base,
-    start_fits_scale,
+    lora_init_fits_base,
+    lora_init_fits_scaling,
     weights_can_be_divided,
     optimizer_can_be_divided,
-    rows_have_one_origin,
+    dataset_has_one_source,
 )
 """Rules for `qlora run` and for a cluster."""
-IN_CLUSTER: Final[tuple[Rule, ...]] = (*ANYWHERE, uris_are_reachable, trackers_are_elsewhere)
-ON_A_COMPUTER: Final[tuple[Rule, ...]] = (*ANYWHERE, claims_can_be_mounted, one_process_is_enough)
+CLUSTER_RULES: Final[tuple[Rule, ...]] = (*COMMON_RULES, uris_are_reachable, trackers_are_not_loopback)
+LOCAL_RULES: Final[tuple[Rule, ...]] = (*COMMON_RULES, local_run_has_no_claims, local_run_is_one_process)
 
 
-def check(spec: QLoRAJobSpec, rules: tuple[Rule, ...] = IN_CLUSTER) -> tuple[Violation, ...]:
+def check(spec: QLoRAJobSpec, rules: tuple[Rule, ...] = CLUSTER_RULES) -> tuple[Violation, ...]:
     """Return every violation, in the order of the rules."""
     return tuple(Violation(Reason.INVALID_SPEC, sentence) for rule in rules if (sentence := rule(spec)))

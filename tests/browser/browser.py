@@ -26,7 +26,7 @@ class Screen(NamedTuple):
 
 
 @dataclass
-class Look:
+class OpenPage:
     """A page that is open, and what it did that it should not."""
 
     page: Page
@@ -35,7 +35,7 @@ class Look:
     """All that it asked for, whether the browser let it or not."""
     answers: list[str] = field(default_factory=list)
     """What of that was fetched."""
-    complaints: list[str] = field(default_factory=list)
+    console_errors: list[str] = field(default_factory=list)
 
     def evaluate(self, script: str) -> Any:
         return self.page.evaluate(script)
@@ -63,7 +63,7 @@ def find_program() -> str:
 
 
 @contextmanager
-def look_at(browser: Browser, path: Path, screen: Screen) -> Iterator[Look]:
+def open_page(browser: Browser, path: Path, screen: Screen) -> Iterator[OpenPage]:
     """Open a file in a window of its own, and write down what it asks for and complains of."""
     phone = screen.width < 600
     context = browser.new_context(
@@ -73,11 +73,11 @@ def look_at(browser: Browser, path: Path, screen: Screen) -> Iterator[Look]:
         is_mobile=phone,
         has_touch=phone,
     )
-    look = Look(context.new_page(), screen)
+    look = OpenPage(context.new_page(), screen)
     look.page.on("request", lambda request: look.requests.append(request.url))
     look.page.on("response", lambda response: look.answers.append(response.url))
-    look.page.on("console", lambda message: look.complaints.append(message.text))
-    look.page.on("pageerror", lambda error: look.complaints.append(str(error)))
+    look.page.on("console", lambda message: look.console_errors.append(message.text))
+    look.page.on("pageerror", lambda error: look.console_errors.append(str(error)))
     try:
         look.page.goto(path.as_uri())
         yield look

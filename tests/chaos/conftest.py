@@ -7,9 +7,9 @@ from typing import Final
 import pytest
 
 from tests.chaos.proxy import Proxy, Upstream
-from tests.chaos.stage import Stage
+from tests.chaos.stage import ScenarioRunner
 from tests.cluster.cluster import Cluster
-from tests.integration.operator_process import Operator, Place, install, open_place
+from tests.integration.operator_process import JobNamespace, Operator, install, open_job_namespace
 
 RESYNC: Final = 5
 """Seconds, instead of ten minutes: what a lost event should have told comes with it."""
@@ -23,9 +23,9 @@ def installed(control_plane: Cluster) -> Cluster:
 
 
 @pytest.fixture
-def place(installed: Cluster, request: pytest.FixtureRequest) -> Iterator[Place]:
+def place(installed: Cluster, request: pytest.FixtureRequest) -> Iterator[JobNamespace]:
     """A namespace of its own for every test."""
-    with open_place(installed, request.node.name) as place:
+    with open_job_namespace(installed, request.node.name) as place:
         yield place
 
 
@@ -37,7 +37,7 @@ def proxy(installed: Cluster) -> Iterator[Proxy]:
     proxy.stop()
 
 
-def tells_of_a_lost_watch(line: str) -> bool:
+def is_watch_expiry(line: str) -> bool:
     """Whether a line of the log is about a watch that the API server ended for good: a new process makes new ones."""
     return line.startswith("{") and "'reason': 'Expired', 'code': 410" in line
 
@@ -47,10 +47,10 @@ def operator(installed: Cluster, proxy: Proxy, tmp_path: Path) -> Iterator[Opera
     """An operator that sees the API server through the proxy; it is not started yet, and serves every namespace."""
     operator = Operator(installed, tmp_path, server=proxy.server, QLORA_RESYNC_SECONDS=str(RESYNC))
     yield operator
-    operator.dismiss(lambda line: proxy.fault.refuses_watches and tells_of_a_lost_watch(line))
+    operator.stop_and_check_log(lambda line: proxy.fault.refuses_watches and is_watch_expiry(line))
 
 
 @pytest.fixture
-def stage(installed: Cluster, proxy: Proxy, operator: Operator) -> Stage:
+def stage(installed: Cluster, proxy: Proxy, operator: Operator) -> ScenarioRunner:
     """A stage with the operator on it."""
-    return Stage(installed, proxy, operator.start())
+    return ScenarioRunner(installed, proxy, operator.start())

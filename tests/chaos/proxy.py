@@ -39,12 +39,12 @@ class Call:
     token: str = ""
 
     @property
-    def watches(self) -> bool:
+    def is_watch(self) -> bool:
         """Whether the answer is a stream of events."""
         return self.query.get("watch", "") in {"true", "1"}
 
     @property
-    def writes(self) -> bool:
+    def is_write(self) -> bool:
         """Whether it changes something that outlives the operator."""
         return self.method in MUTATING and not any(part in self.path for part in _NOT_COUNTED)
 
@@ -65,11 +65,11 @@ class Event:
 
     call: Call
     line: bytes
-    came_at: float
+    received_at: float
     """By the monotonic clock."""
 
 
-class Cut(Exception):  # noqa: N818 (nothing is wrong with the proxy)
+class ConnectionDropped(Exception):  # noqa: N818 (nothing is wrong with the proxy)
     """The connection ends here, without an answer."""
 
 
@@ -89,7 +89,7 @@ class Fault:
     async def finish(self) -> None:
         """Wait for what the fault has still under way, when the story is over."""
 
-    async def tell(self, event: Event) -> AsyncIterator[bytes]:
+    async def deliver(self, event: Event) -> AsyncIterator[bytes]:
         """Return what the operator is told of one event of a watch."""
         yield event.line
 
@@ -164,8 +164,8 @@ class Proxy:
             answer = await self.fault.before(call)
             if answer is not None:
                 return answer
-            return await (self._stream(request, call) if call.watches else self._forward(request, call))
-        except Cut:
+            return await (self._stream(request, call) if call.is_watch else self._forward(request, call))
+        except ConnectionDropped:
             if request.transport is not None:
                 request.transport.abort()
             return web.Response()
@@ -188,7 +188,7 @@ class Proxy:
             response.content_type = answer.content_type
             await response.prepare(request)
             async for line, came_at in _lines(answer.content):
-                async for told in self.fault.tell(Event(call, line, came_at)):
+                async for told in self.fault.deliver(Event(call, line, came_at)):
                     await response.write(told)
         return response
 

@@ -5,10 +5,10 @@ import json
 import re
 from typing import Any, Final
 
-from tests.integration.operator_process import Place
+from tests.integration.operator_process import JobNamespace
 
 KINDS: Final = ("qlorajobs", "jobs", "configmaps", "services", "events")
-PASSING: Final = frozenset({"Preparing", "Scheduling", "Unschedulable"})
+TRANSIENT_REASONS: Final = frozenset({"Preparing", "Scheduling", "Unschedulable"})
 """What a pod waits for is told only when somebody is there to see it; every other Event tells of a step."""
 _RANDOM_KEYS: Final = frozenset({"uid", "resourceVersion", "managedFields", "clusterIP", "clusterIPs"})
 _MASKS: Final = (
@@ -18,11 +18,11 @@ _MASKS: Final = (
 )
 
 
-def take_snapshot(place: Place) -> dict[str, Any]:
+def take_snapshot(place: JobNamespace) -> dict[str, Any]:
     """Return the QLoRAJob, its children without what Kubernetes's own controllers write, and what was told of it."""
     items = [item for kind in KINDS for item in place.items(kind)]
     objects = {f"{item['kind']}/{item['metadata']['name']}": item for item in items if _is_ours(item)}
-    reasons = sorted({event["reason"] for event in items if event["kind"] == "Event" and _tells_of_a_step(event)})
+    reasons = sorted({event["reason"] for event in items if event["kind"] == "Event" and _is_step_event(event)})
     return {"told": reasons, **{name: mask(_own_part(item), place.namespace) for name, item in objects.items()}}
 
 
@@ -30,8 +30,8 @@ def _is_ours(item: dict[str, Any]) -> bool:
     return str(item["kind"]) != "Event" and str(item["metadata"]["name"]) != "kube-root-ca.crt"
 
 
-def _tells_of_a_step(event: dict[str, Any]) -> bool:
-    return event["regarding"]["kind"] == "QLoRAJob" and event["reason"] not in PASSING
+def _is_step_event(event: dict[str, Any]) -> bool:
+    return event["regarding"]["kind"] == "QLoRAJob" and event["reason"] not in TRANSIENT_REASONS
 
 
 def _own_part(item: dict[str, Any]) -> dict[str, Any]:

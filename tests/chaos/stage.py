@@ -10,12 +10,12 @@ from aiohttp import web
 
 from tests.chaos.proxy import Call, Fault, Proxy
 from tests.chaos.snapshot import compare, take_snapshot
-from tests.chaos.stories import STORIES
+from tests.chaos.stories import SCENARIOS
 from tests.cluster.cluster import Cluster
-from tests.integration.operator_process import Operator, open_place
+from tests.integration.operator_process import Operator, open_job_namespace
 
 
-class Witness(Fault):
+class WriteRecorder(Fault):
     """Notes what an operator writes to one namespace."""
 
     def __init__(self) -> None:
@@ -24,17 +24,17 @@ class Witness(Fault):
         self.created: Counter[str] = Counter()
         """How often the API server made a Job, by name."""
 
-    def concerns(self, call: Call) -> bool:
+    def is_own(self, call: Call) -> bool:
         """Whether a request belongs to the story."""
         return call.namespace == self.namespace
 
     async def before(self, call: Call) -> web.Response | None:
-        if call.writes and self.concerns(call):
+        if call.is_write and self.is_own(call):
             self.writes.append(describe(call))
         return None
 
     async def after(self, call: Call, status: int) -> None:
-        if self.concerns(call) and call.method == "POST" and call.path.endswith("/jobs") and status == 201:
+        if self.is_own(call) and call.method == "POST" and call.path.endswith("/jobs") and status == 201:
             self.created[json.loads(call.body)["metadata"]["name"]] += 1
 
 
@@ -48,19 +48,19 @@ def describe(call: Call) -> str:
 
 
 @dataclass(frozen=True)
-class Ending:
+class FinalState:
     """What a story leaves, without what differs between two runs of it."""
 
-    left: dict[str, Any]
+    snapshot: dict[str, Any]
     created: Counter[str]
 
-    def differences(self, other: "Ending") -> list[str]:
+    def differences(self, other: "FinalState") -> list[str]:
         """Return the lines in which another ending differs."""
-        return compare({**self.left, "created": self.created}, {**other.left, "created": other.created})
+        return compare({**self.snapshot, "created": self.created}, {**other.snapshot, "created": other.created})
 
 
 @dataclass
-class Stage:
+class ScenarioRunner:
     """Plays stories, with whatever fault the proxy is told."""
 
     cluster: Cluster
@@ -69,11 +69,13 @@ class Stage:
     patience: float = 30
     _number: Any = field(default_factory=count)
 
-    def play(self, title: str, witness: Witness) -> Ending:
+    def run(self, title: str, witness: WriteRecorder) -> FinalState:
         """Play a story to its end, in a namespace of its own."""
-        with open_place(self.cluster, f"{title}-{next(self._number)}-{self.proxy.port}", self.patience) as place:
+        with open_job_namespace(
+            self.cluster, f"{title}-{next(self._number)}-{self.proxy.port}", self.patience
+        ) as place:
             witness.namespace = place.namespace
             self.proxy.fault = witness
-            STORIES[title](place)
+            SCENARIOS[title](place)
             self.proxy.run(witness.finish())
-            return Ending(take_snapshot(place), witness.created)
+            return FinalState(take_snapshot(place), witness.created)

@@ -8,7 +8,7 @@ from typing import Final
 
 from tests.integration.operator_process import Operator
 
-LOOK: Final = 0.2
+POLL_SECONDS: Final = 0.2
 """Seconds between two looks at the process."""
 
 
@@ -22,12 +22,12 @@ class Supervisor:
 
     def run(self) -> None:
         """Start the operator as often as it ends, until it is told to leave it."""
-        while not self._over.wait(LOOK):
+        while not self._over.wait(POLL_SECONDS):
             if self.operator.process and self.operator.process.poll() is not None:
                 self.restarts += 1
                 self.operator.spawn()
 
-    def leave(self) -> None:
+    def stop(self) -> None:
         """Start it no more."""
         self._over.set()
 
@@ -41,5 +41,5 @@ def supervised(operator: Operator) -> Iterator[Supervisor]:
     try:
         yield supervisor
     finally:
-        supervisor.leave()
+        supervisor.stop()
         thread.join()

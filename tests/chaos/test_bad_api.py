@@ -11,15 +11,15 @@ import pytest
 from aiohttp import web
 
 from tests.chaos.promises import Dose, promise
-from tests.chaos.proxy import Call, Cut, Event
-from tests.chaos.stage import Stage, Witness
+from tests.chaos.proxy import Call, ConnectionDropped, Event
+from tests.chaos.stage import ScenarioRunner, WriteRecorder
 from tests.chaos.supervision import supervised
 from tests.integration.operator_process import Operator, write_kubeconfig
 
 GONE: Final = {"kind": "Status", "apiVersion": "v1", "status": "Failure", "reason": "Expired", "code": 410}
 
 
-class Harm(Witness):
+class RecordedFault(WriteRecorder):
     """Counts how often it did something."""
 
     def __init__(self) -> None:
@@ -27,7 +27,7 @@ class Harm(Witness):
         self.harm = 0
 
 
-class Away(Harm):
+class Unreachable(RecordedFault):
     """From the first write on, nothing is answered for a while, and watches end."""
 
     def __init__(self, seconds: int) -> None:
@@ -41,16 +41,16 @@ class Away(Harm):
             self._until = time.monotonic() + self._seconds
         if time.monotonic() < self._until:
             self.harm += 1
-            raise Cut
+            raise ConnectionDropped
         return None
 
-    async def tell(self, event: Event) -> AsyncIterator[bytes]:
+    async def deliver(self, event: Event) -> AsyncIterator[bytes]:
         if time.monotonic() < self._until:
-            raise Cut
+            raise ConnectionDropped
         yield event.line
 
 
-class Slow(Harm):
+class Slow(RecordedFault):
     """Every answer takes its time."""
 
     def __init__(self, seconds: int) -> None:
@@ -59,13 +59,13 @@ class Slow(Harm):
 
     async def before(self, call: Call) -> web.Response | None:
         await super().before(call)
-        if not call.watches:
+        if not call.is_watch:
             self.harm += 1
             await asyncio.sleep(self._seconds)
         return None
 
 
-class Overloaded(Harm):
+class Overloaded(RecordedFault):
     """Every write is refused so many times before it is taken, and the operator is asked to wait."""
 
     def __init__(self, times: int) -> None:
@@ -77,7 +77,7 @@ class Overloaded(Harm):
 
     async def before(self, call: Call) -> web.Response | None:
         await super().before(call)
-        if not (call.writes and self.concerns(call)):
+        if not (call.is_write and self.is_own(call)):
             return None
         self.too_early += time.monotonic() - self._last.get(call.path, 0.0) < 1.0
         if self._refused[call.path] >= self._times:
@@ -90,7 +90,7 @@ class Overloaded(Harm):
         return web.json_response({"reason": "TooManyRequests"}, status=429, headers={"Retry-After": "1"})
 
 
-class Contested(Harm):
+class Contested(RecordedFault):
     """Every first try of a write meets a conflict, as if somebody else had been faster."""
 
     def __init__(self, _: int) -> None:
@@ -99,7 +99,7 @@ class Contested(Harm):
 
     async def before(self, call: Call) -> web.Response | None:
         await super().before(call)
-        if not (call.writes and self.concerns(call)):
+        if not (call.is_write and self.is_own(call)):
             return None
         name = json.loads(call.body)["metadata"]["name"] if call.method == "POST" else ""
         key = (call.method, call.path, name)
@@ -112,7 +112,7 @@ class Contested(Harm):
         return web.json_response({"reason": "Conflict", "message": "the object has been modified"}, status=409)
 
 
-class Forgetful(Harm):
+class Forgetful(RecordedFault):
     """Watches end after a few events because their version is too old, in the stream or at once."""
 
     refuses_watches = True
@@ -125,30 +125,30 @@ class Forgetful(Harm):
 
     async def before(self, call: Call) -> web.Response | None:
         await super().before(call)
-        self._asked[call.path] += call.watches
-        if call.watches and self._asked[call.path] % 3 == 2:
+        self._asked[call.path] += call.is_watch
+        if call.is_watch and self._asked[call.path] % 3 == 2:
             self.harm += 1
             return web.json_response(GONE, status=410)
         return None
 
-    async def tell(self, event: Event) -> AsyncIterator[bytes]:
+    async def deliver(self, event: Event) -> AsyncIterator[bytes]:
         self._told[event.call.path] += 1
         if self._told[event.call.path] % self._limit:
             yield event.line
         else:
             self.harm += 1
             yield json.dumps({"type": "ERROR", "object": GONE}).encode() + b"\n"
-            raise Cut
+            raise ConnectionDropped
 
 
-class Silent(Harm):
+class Silent(RecordedFault):
     """Watches stay open, and tell nothing for a while."""
 
     def __init__(self, seconds: int) -> None:
         super().__init__()
         self._until = time.monotonic() + seconds
 
-    async def tell(self, event: Event) -> AsyncIterator[bytes]:
+    async def deliver(self, event: Event) -> AsyncIterator[bytes]:
         if time.monotonic() >= self._until:
             yield event.line
         else:
@@ -157,7 +157,7 @@ class Silent(Harm):
 
 CASES = [
     pytest.param(
-        Away, (5, 60), id="away",
+        Unreachable, (5, 60), id="away",
         marks=promise(
             fault="The API server is down for a minute",
             promise="Nothing is lost: the operator continues when it is back, and the run ends normally.",
@@ -209,16 +209,20 @@ CASES = [
 
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("fault", "doses"), CASES)
-def test_a_bad_api_server(
-    fault: Callable[[int], Harm], doses: tuple[int, int], stage: Stage, dose: Dose, outcome: Callable[[str], None]
+def test_api_server_fault_leaves_runs_complete(
+    fault: Callable[[int], RecordedFault],
+    doses: tuple[int, int],
+    stage: ScenarioRunner,
+    dose: Dose,
+    outcome: Callable[[str], None],
 ) -> None:
     title = ["refused", "interrupted"][dose(short=0, full=1)]
-    reference = stage.play(title, Witness())
+    reference = stage.run(title, WriteRecorder())
     stage.patience = 180
     start = time.monotonic()
     witness = fault(dose(short=doses[0], full=doses[1]))
     with supervised(stage.operator) as supervisor:
-        assert reference.differences(stage.play(title, witness)) == []
+        assert reference.differences(stage.run(title, witness)) == []
     seconds = time.monotonic() - start
     assert witness.harm > 0
     if isinstance(witness, Overloaded):
@@ -228,7 +232,7 @@ def test_a_bad_api_server(
     )
 
 
-class Expired(Witness):
+class Expired(WriteRecorder):
     """The token with which the story began is refused from some write on."""
 
     def __init__(self, operator: Operator, number: int) -> None:
@@ -254,10 +258,10 @@ class Expired(Witness):
     promise="The operator reads the new one, after a restart if necessary; the run ends normally.",
     how="The proxy rejects the old token with 401 from the sixth write on; the file has a new one.",
 )
-def test_an_expired_token(stage: Stage, outcome: Callable[[str], None]) -> None:
-    reference = stage.play("published", Witness())
+def test_expired_token_same_outcome(stage: ScenarioRunner, outcome: Callable[[str], None]) -> None:
+    reference = stage.run("published", WriteRecorder())
     expired = Expired(stage.operator, 6)
     with supervised(stage.operator) as supervisor:
-        assert reference.differences(stage.play("published", expired)) == []
+        assert reference.differences(stage.run("published", expired)) == []
     assert expired.refused > 0
     outcome(f"{expired.refused} requests rejected, {supervisor.restarts} restarts of the operator")

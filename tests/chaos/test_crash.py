@@ -16,21 +16,21 @@ import pytest
 from aiohttp import web
 
 from tests.chaos.promises import Dose, promise
-from tests.chaos.proxy import Call, Cut
-from tests.chaos.stage import Stage, Witness
-from tests.chaos.stories import STORIES
+from tests.chaos.proxy import Call, ConnectionDropped
+from tests.chaos.stage import ScenarioRunner, WriteRecorder
+from tests.chaos.stories import SCENARIOS
 from tests.integration.operator_process import Operator
 
 Side = Literal["before", "after"]
 SIDES: Final[tuple[Side, ...]] = ("before", "after")
 REFERENCES: Final = 3
 """Undisturbed runs; what each of them writes must come again: a state that is over soon is not told of in every run."""
-PLAYS: Final = 8
+PARALLEL_RUNS: Final = 8
 """How often a run is repeated until the write comes again in it."""
 
 
 @dataclass(frozen=True)
-class Moment:
+class KillPoint:
     """A write of the reference run, and on which side of it the operator dies."""
 
     write: str
@@ -42,10 +42,10 @@ class Moment:
         return f"{self.side} {self.write} ({self.count})"
 
 
-class Death(Witness):
+class KillOperator(WriteRecorder):
     """Kills an operator at one of its writes, and starts it again."""
 
-    def __init__(self, operator: Operator, moment: Moment) -> None:
+    def __init__(self, operator: Operator, moment: KillPoint) -> None:
         super().__init__()
         self._operator = operator
         self._moment = moment
@@ -53,7 +53,7 @@ class Death(Witness):
         self._restart: asyncio.Task[Operator] | None = None
 
     @property
-    def struck(self) -> bool:
+    def killed(self) -> bool:
         """Whether the moment came: a state that is over soon may not be told of in this run."""
         return self._restart is not None
 
@@ -78,7 +78,7 @@ class Death(Witness):
         if call is self._fatal and side == self._moment.side:
             await asyncio.to_thread(self._operator.kill)
             self._restart = asyncio.create_task(asyncio.to_thread(self._operator.start))
-            raise Cut
+            raise ConnectionDropped
 
 
 @promise(
@@ -87,27 +87,29 @@ class Death(Witness):
     how="A proxy numbers all writes of a run; for each, SIGKILL before and after it reaches the API server.",
 )
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("title", STORIES)
-def test_a_death_at_any_write_changes_nothing(
-    title: str, stage: Stage, dose: Dose, outcome: Callable[[str], None]
+@pytest.mark.parametrize("title", SCENARIOS)
+def test_operator_killed_at_any_write_same_outcome(
+    title: str, stage: ScenarioRunner, dose: Dose, outcome: Callable[[str], None]
 ) -> None:
-    witnesses = [Witness() for _ in range(REFERENCES)]
-    reference, *others = [stage.play(title, witness) for witness in witnesses]
+    witnesses = [WriteRecorder() for _ in range(REFERENCES)]
+    reference, *others = [stage.run(title, witness) for witness in witnesses]
     assert [reference.differences(other) for other in others] == [[]] * len(others)
     writes = witnesses[0].writes
     steady = reduce(and_, (Counter(witness.writes) for witness in witnesses))
     moments = [
-        Moment(write, writes[: number + 1].count(write), side) for number, write in enumerate(writes) for side in SIDES
+        KillPoint(write, writes[: number + 1].count(write), side)
+        for number, write in enumerate(writes)
+        for side in SIDES
     ]
     cases = choose(moments, dose(short=2, full=len(moments)))
     differences: dict[str, list[str]] = {}
-    missed: list[Moment] = []
+    missed: list[KillPoint] = []
     for moment in cases:
-        for _ in range(PLAYS):
-            death = Death(stage.operator, moment)
-            if found := reference.differences(stage.play(title, death)):
+        for _ in range(PARALLEL_RUNS):
+            death = KillOperator(stage.operator, moment)
+            if found := reference.differences(stage.run(title, death)):
                 differences[str(moment)] = found
-            if death.struck:
+            if death.killed:
                 break
         else:
             missed.append(moment)
@@ -118,7 +120,7 @@ def test_a_death_at_any_write_changes_nothing(
     assert [moment for moment in missed if moment.count <= steady[moment.write]] == []
 
 
-def choose(moments: list[Moment], most: int) -> list[Moment]:
+def choose(moments: list[KillPoint], most: int) -> list[KillPoint]:
     """Return some moments, spread evenly."""
     step = len(moments) / most
     return [moments[int((index + 0.5) * step)] for index in range(most)]

@@ -17,7 +17,7 @@ from tests.cluster.network import GATEWAY
 from tests.cluster.node import NODE
 from tests.e2e.installation import Installation, manifest_of, split_reference, wait_for
 from tests.e2e.test_gang import processes_of
-from tests.hub import HubStandIn, Repository
+from tests.hub import FakeHub, Repository
 
 NAMESPACE: Final = "exit-causes"
 SMALL_DISK: Final = "small-disk"
@@ -226,7 +226,7 @@ def keep_pods_apart(run: Run) -> None:
 @NEVER_STARTS
 @pytest.mark.parametrize("start", [in_dose(name, slow=case.is_slow) for name, case in STARTS.items()])
 @pytest.mark.usefixtures("gpu_on_paper")
-def test_what_keeps_a_run_from_training(place: Installation, start: str, outcome: Callable[[str], None]) -> None:
+def test_unstartable_run_fails_with_reason(place: Installation, start: str, outcome: Callable[[str], None]) -> None:
     case, run = STARTS[start], Run(place, start)
     if start == "broken-weights":
         upload_broken_model(place)
@@ -258,9 +258,9 @@ def running_pods(run: Run) -> list[str]:
 
 @NEVER_STARTS
 @pytest.mark.full_dose
-def test_the_hub_is_busy(place: Installation, outcome: Callable[[str], None]) -> None:
+def test_hub_rate_limited_fails_after_startup_deadline(place: Installation, outcome: Callable[[str], None]) -> None:
     """429 is waited out for spec.deadlines.startup, then told."""
-    with HubStandIn({"example/busy": Repository(status=429)}, GATEWAY) as hub:
+    with FakeHub({"example/busy": Repository(status=429)}, GATEWAY) as hub:
         place.configure({"platform.hub.mirror": "", "platform.hub.endpoint": hub.endpoint})
         try:
             run = Run(place, "busy-hub")
@@ -277,7 +277,7 @@ def test_the_hub_is_busy(place: Installation, outcome: Callable[[str], None]) ->
     how="the operator's trainer image has a tag that the node does not have",
 )
 @pytest.mark.full_dose
-def test_the_image_is_not_there(place: Installation, outcome: Callable[[str], None]) -> None:
+def test_image_missing_fails_after_startup_deadline(place: Installation, outcome: Callable[[str], None]) -> None:
     place.configure({"trainerImage.tag": "never-built"})
     try:
         run = Run(place, "no-image")
@@ -297,7 +297,7 @@ def test_the_image_is_not_there(place: Installation, outcome: Callable[[str], No
     how="the same run with the same name, with spec.output.ifExists Fail",
 )
 @pytest.mark.full_dose
-def test_the_output_is_there_already(place: Installation, outcome: Callable[[str], None]) -> None:
+def test_output_exists_fails_before_training(place: Installation, outcome: Callable[[str], None]) -> None:
     run = Run(place, "twice")
     place.submit(run_manifest(run.name))
     first = run.finished()
@@ -400,7 +400,9 @@ INTERRUPTIONS: Final[tuple[tuple[str, Callable[[Run], None]], ...]] = (
     how="spec.suspend, eviction API, a pod of higher priority, SIGKILL, SIGSTOP, on a real node, to one run "
     "(only the first in `make test`)",
 )
-def test_what_is_taken_away_goes_on(place: Installation, dose: Dose, outcome: Callable[[str], None]) -> None:
+def test_interrupted_training_resumes_from_checkpoint(
+    place: Installation, dose: Dose, outcome: Callable[[str], None]
+) -> None:
     interruptions = INTERRUPTIONS[: dose(short=1, full=len(INTERRUPTIONS))]
     reasons = [reason for reason, _ in interruptions]
     run = Run(place, "beset")
@@ -434,7 +436,7 @@ def went_on_after(run: Run, attempt: int) -> int:
 
 @TOO_SMALL
 @pytest.mark.full_dose
-def test_too_small_a_disk(place: Installation, outcome: Callable[[str], None]) -> None:
+def test_disk_limit_exceeded_ends_as_evicted(place: Installation, outcome: Callable[[str], None]) -> None:
     place.make_namespace(SMALL_DISK)
     limit = {"type": "Container", "default": {"ephemeral-storage": "64Mi"}}
     metadata = {"name": "disk", "namespace": SMALL_DISK}
@@ -451,7 +453,7 @@ def test_too_small_a_disk(place: Installation, outcome: Callable[[str], None]) -
 
 @pytest.mark.full_dose
 @TOO_SMALL
-def test_too_little_memory_is_asked_for_less(place: Installation, outcome: Callable[[str], None]) -> None:
+def test_host_oom_retries_with_smaller_micro_batch(place: Installation, outcome: Callable[[str], None]) -> None:
     run = Run(place, "small-memory")
     # One step has the memory of all.
     training = {"maxSteps": 1, "globalBatchSize": ROWS, "microBatchSize": ROWS, "packing": True}
@@ -475,7 +477,7 @@ def test_too_little_memory_is_asked_for_less(place: Installation, outcome: Calla
     promise="the run is not affected",
     how="`helm upgrade` with other values, which replaces both replicas",
 )
-def test_an_upgrade_is_not_noticed(place: Installation, outcome: Callable[[str], None]) -> None:
+def test_operator_upgrade_leaves_training_running(place: Installation, outcome: Callable[[str], None]) -> None:
     run = Run(place, "upgraded")
     place.submit(run_manifest(run.name))
     run.wait_for_step(2)

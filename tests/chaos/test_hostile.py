@@ -13,8 +13,8 @@ from tests.chaos.promises import Dose, promise
 from tests.cluster.admin import Admin
 from tests.cluster.cluster import Cluster
 from tests.cluster.commands import wait_until
-from tests.integration.operator_process import NAME, PREPARE, TRAIN, Operator, Place, open_place
-from tests.make import PUBLISHED_WORD
+from tests.integration.operator_process import NAME, PREPARE, TRAIN, JobNamespace, Operator, open_job_namespace
+from tests.make import PUBLISHED_MESSAGE
 
 LONG_AGO: Final = "2001-01-01T00:00:00Z"
 LOST: Final = {"number": 1, "job": TRAIN, "reason": "PodLost", "message": "", "finishedAt": LONG_AGO}
@@ -46,27 +46,27 @@ EDITS: Final[dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class Scene:
+class EditedStatusScenario:
     """An operator for every namespace, and an administrator."""
 
     cluster: Cluster
     operator: Operator
     admin: Admin
 
-    def act(self, names: list[str], play: Callable[[Place, str], None]) -> None:
+    def run(self, names: list[str], play: Callable[[JobNamespace, str], None]) -> None:
         """Play each edit in a namespace of its own."""
         for name in names:
-            with open_place(self.cluster, f"{play.__name__}-{name}") as place:
+            with open_job_namespace(self.cluster, f"{play.__name__}-{name}") as place:
                 play(place, name)
                 assert self.operator.healthy()
 
 
 @pytest.fixture
-def scene(installed: Cluster, tmp_path: Path) -> Iterator[Scene]:
+def scene(installed: Cluster, tmp_path: Path) -> Iterator[EditedStatusScenario]:
     """The operator's log shows no traceback in the end."""
-    scene = Scene(installed, Operator(installed, tmp_path).start(), installed.admin)
+    scene = EditedStatusScenario(installed, Operator(installed, tmp_path).start(), installed.admin)
     yield scene
-    scene.operator.dismiss()
+    scene.operator.stop_and_check_log()
 
 
 @pytest.fixture
@@ -75,18 +75,18 @@ def chosen(dose: Dose) -> list[str]:
     return list(EDITS)[:: dose(short=5, full=1)]
 
 
-def edit(place: Place, admin: Admin, status: Any) -> None:
+def edit(place: JobNamespace, admin: Admin, status: Any) -> None:
     """Write into the status, as `kubectl edit --subresource=status` would."""
     path = f"/apis/{names.GROUP}/{names.VERSION}/namespaces/{place.namespace}/{names.PLURAL}/{NAME}"
     if status is None:
-        job = admin.ask("GET", path)[1]
-        code, answer = admin.ask("PUT", f"{path}/status", {key: job[key] for key in job if key != "status"})
+        job = admin.request("GET", path)[1]
+        code, answer = admin.request("PUT", f"{path}/status", {key: job[key] for key in job if key != "status"})
     else:
         code, answer = admin.patch_status(path, status)
     assert code == 200, answer
 
 
-def look_again(place: Place) -> None:
+def trigger_reconcile(place: JobNamespace) -> None:
     """Have the operator work on the run, and return when it has."""
     generation = int(place.metadata("qlorajobs", NAME)["generation"]) + 1
     change = json.dumps({"spec": {"retries": {"maxAttempts": generation + 1}}})
@@ -100,16 +100,18 @@ def look_again(place: Place) -> None:
     how="Edits that the schema allows, one at a time, each after publication.",
 )
 @pytest.mark.timeout(600)
-def test_a_finished_run_is_not_started_again(scene: Scene, chosen: list[str], outcome: Callable[[str], None]) -> None:
-    def finished(place: Place, name: str) -> None:
-        place.live_to_the_end()
+def test_edited_status_of_finished_run_starts_nothing(
+    scene: EditedStatusScenario, chosen: list[str], outcome: Callable[[str], None]
+) -> None:
+    def finished(place: JobNamespace, name: str) -> None:
+        place.run_to_success()
         before = place.jobs()
         edit(place, scene.admin, EDITS[name])
-        look_again(place)
+        trigger_reconcile(place)
         wait_until("an end", lambda: place.status().get("phase") in {"Succeeded", "Failed"}, timeout=20)
         assert place.jobs() == before
 
-    scene.act(chosen, finished)
+    scene.run(chosen, finished)
     outcome(f"{len(chosen)} edits")
 
 
@@ -119,22 +121,24 @@ def test_a_finished_run_is_not_started_again(scene: Scene, chosen: list[str], ou
     how="Edits that the schema allows, one at a time, each during training.",
 )
 @pytest.mark.timeout(600)
-def test_a_running_run_is_not_doubled(scene: Scene, chosen: list[str], outcome: Callable[[str], None]) -> None:
-    def training(place: Place, name: str) -> None:
-        place.live_to_training()
+def test_edited_status_of_running_run_creates_no_second_job(
+    scene: EditedStatusScenario, chosen: list[str], outcome: Callable[[str], None]
+) -> None:
+    def training(place: JobNamespace, name: str) -> None:
+        place.run_to_training()
         edit(place, scene.admin, EDITS[name])
-        look_again(place)
+        trigger_reconcile(place)
         assert len(running(place)) <= 1
         if TRAIN in place.jobs() and "deletionTimestamp" not in place.metadata("jobs", TRAIN):
-            place.end_pod(TRAIN, 0, PUBLISHED_WORD)
-            look_again(place)
+            place.end_pod(TRAIN, 0, PUBLISHED_MESSAGE)
+            trigger_reconcile(place)
         assert len(running(place)) <= 1
 
-    scene.act(chosen, training)
+    scene.run(chosen, training)
     outcome(f"{len(chosen)} edits")
 
 
-def running(place: Place) -> list[str]:
+def running(place: JobNamespace) -> list[str]:
     """Names of training Jobs that have not ended, and are not about to."""
     return [
         job["metadata"]["name"]

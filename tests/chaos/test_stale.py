@@ -11,7 +11,7 @@ import pytest
 
 from tests.chaos.promises import Dose, promise
 from tests.chaos.proxy import Event
-from tests.chaos.stage import Stage, Witness
+from tests.chaos.stage import ScenarioRunner, WriteRecorder
 
 STEPS: Final = 8
 """Most events that a step of a story waits for, one after the other."""
@@ -19,19 +19,19 @@ LOSS: Final = 0.5
 """Share of the events that get lost."""
 
 
-class Late(Witness):
+class Late(WriteRecorder):
     """Every event is told later than it came."""
 
     def __init__(self, seconds: float) -> None:
         super().__init__()
         self._seconds = seconds
 
-    async def tell(self, event: Event) -> AsyncIterator[bytes]:
-        await asyncio.sleep(max(event.came_at + self._seconds - time.monotonic(), 0))
+    async def deliver(self, event: Event) -> AsyncIterator[bytes]:
+        await asyncio.sleep(max(event.received_at + self._seconds - time.monotonic(), 0))
         yield event.line
 
 
-class Lossy(Witness):
+class Lossy(WriteRecorder):
     """Half of the events are never told; bookmarks are, so that nobody misses the others."""
 
     def __init__(self, chance: random.Random) -> None:
@@ -39,14 +39,14 @@ class Lossy(Witness):
         self.lost = 0
         self._chance = chance
 
-    async def tell(self, event: Event) -> AsyncIterator[bytes]:
+    async def deliver(self, event: Event) -> AsyncIterator[bytes]:
         if b'"BOOKMARK"' not in event.line and self._chance.random() < LOSS:
             self.lost += 1
         else:
             yield event.line
 
 
-class Repeating(Witness):
+class Repeating(WriteRecorder):
     """After every event, some that came before it are replayed."""
 
     def __init__(self, chance: random.Random) -> None:
@@ -55,7 +55,7 @@ class Repeating(Witness):
         self._chance = chance
         self._told: dict[str, deque[bytes]] = defaultdict(lambda: deque(maxlen=20))
 
-    async def tell(self, event: Event) -> AsyncIterator[bytes]:
+    async def deliver(self, event: Event) -> AsyncIterator[bytes]:
         yield event.line
         told = self._told[event.call.path]
         for old in self._chance.sample(list(told), min(len(told), 3)):
@@ -70,13 +70,13 @@ class Repeating(Witness):
     how="The proxy delays every event of every watch (3 seconds in `make test`).",
 )
 @pytest.mark.timeout(1800)
-def test_late_events(stage: Stage, dose: Dose, outcome: Callable[[str], None]) -> None:
+def test_delayed_watch_events_same_outcome(stage: ScenarioRunner, dose: Dose, outcome: Callable[[str], None]) -> None:
     titles = ["interrupted"] if dose(short=0, full=1) else ["published"]
     seconds = dose(short=3, full=30)
     for title in titles:
-        reference = stage.play(title, Witness())
+        reference = stage.run(title, WriteRecorder())
         stage.patience = STEPS * seconds
-        late = stage.play(title, Late(seconds))
+        late = stage.run(title, Late(seconds))
         assert reference.differences(late) == []
         outcome(f"{title}: {seconds} s late, {sum(late.created.values())} Jobs as in the reference")
 
@@ -87,13 +87,13 @@ def test_late_events(stage: Stage, dose: Dose, outcome: Callable[[str], None]) -
     how="The proxy drops events at random; resync every 5 seconds instead of 10 minutes.",
 )
 @pytest.mark.timeout(1800)
-def test_lost_events(stage: Stage, dose: Dose, outcome: Callable[[str], None]) -> None:
-    reference = stage.play("interrupted", Witness())
+def test_dropped_watch_events_same_outcome(stage: ScenarioRunner, dose: Dose, outcome: Callable[[str], None]) -> None:
+    reference = stage.run("interrupted", WriteRecorder())
     stage.patience = 60
     lost = 0
     for seed in range(dose(short=1, full=10)):
         lossy = Lossy(random.Random(seed))
-        assert reference.differences(stage.play("interrupted", lossy)) == []
+        assert reference.differences(stage.run("interrupted", lossy)) == []
         lost += lossy.lost
     outcome(f"{lost} events lost in {seed + 1} runs")
     assert lost > 0
@@ -105,12 +105,12 @@ def test_lost_events(stage: Stage, dose: Dose, outcome: Callable[[str], None]) -
     how="After every event the proxy replays up to three of the last twenty of the same watch.",
 )
 @pytest.mark.timeout(1800)
-def test_repeated_events(stage: Stage, dose: Dose, outcome: Callable[[str], None]) -> None:
-    reference = stage.play("interrupted", Witness())
+def test_repeated_watch_events_same_outcome(stage: ScenarioRunner, dose: Dose, outcome: Callable[[str], None]) -> None:
+    reference = stage.run("interrupted", WriteRecorder())
     repeated = 0
     for seed in range(dose(short=1, full=10)):
         repeating = Repeating(random.Random(seed))
-        assert reference.differences(stage.play("interrupted", repeating)) == []
+        assert reference.differences(stage.run("interrupted", repeating)) == []
         repeated += repeating.repeated
     outcome(f"{repeated} events replayed in {seed + 1} runs")
     assert repeated > 0

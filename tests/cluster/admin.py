@@ -12,7 +12,7 @@ SECONDS: Final = 60
 """For one answer."""
 
 
-class RefusedError(Exception):
+class ApiRefusedError(Exception):
     """The API server did not do it; the message is its sentence."""
 
 
@@ -22,7 +22,7 @@ class Admin:
     def __init__(self, kubeconfig: Path) -> None:
         self._api = config.new_client_from_config(str(kubeconfig))
 
-    def ask(
+    def request(
         self,
         method: str,
         path: str,
@@ -44,9 +44,9 @@ class Admin:
 
     def get(self, path: str, selector: str = "") -> dict[str, Any]:
         """Return an object, or a list of those that a label selector chooses."""
-        code, answer = self.ask("GET", path, query={"labelSelector": selector} if selector else None)
+        code, answer = self.request("GET", path, query={"labelSelector": selector} if selector else None)
         if code != 200:
-            raise RefusedError(f"GET {path}: {code} {answer.get('message', '')}")
+            raise ApiRefusedError(f"GET {path}: {code} {answer.get('message', '')}")
         return answer
 
     def items(self, path: str, selector: str = "") -> list[dict[str, Any]]:
@@ -57,16 +57,16 @@ class Admin:
 
     def create(self, path: str, manifest: dict[str, Any]) -> None:
         """Create an object; a field that the API server does not know is refused, as kubectl has it refused."""
-        code, answer = self.ask("POST", path, manifest, query={"fieldValidation": "Strict"})
+        code, answer = self.request("POST", path, manifest, query={"fieldValidation": "Strict"})
         if code != 201:
-            raise RefusedError(f"POST {path}: {code} {answer.get('message', '')}")
+            raise ApiRefusedError(f"POST {path}: {code} {answer.get('message', '')}")
 
     def delete(self, path: str) -> None:
         """Begin to delete an object."""
-        code, answer = self.ask("DELETE", path)
+        code, answer = self.request("DELETE", path)
         if code not in {200, 202}:
-            raise RefusedError(f"DELETE {path}: {code} {answer.get('message', '')}")
+            raise ApiRefusedError(f"DELETE {path}: {code} {answer.get('message', '')}")
 
     def patch_status(self, path: str, status: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         """Write a part of an object's status."""
-        return self.ask("PATCH", f"{path}/status", {"status": status}, MERGE)
+        return self.request("PATCH", f"{path}/status", {"status": status}, MERGE)

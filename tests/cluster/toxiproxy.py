@@ -20,12 +20,12 @@ class Toxiproxy:
     address: str
     """HOST:PORT that clients use instead of the server's."""
 
-    def spoil(self, kind: str, attributes: dict[str, int], share: float = 1.0, stream: str = "downstream") -> None:
+    def add_toxic(self, kind: str, attributes: dict[str, int], share: float = 1.0, stream: str = "downstream") -> None:
         """Add a toxic to a share of the connections that are made from now on."""
         toxic = {"name": kind, "type": kind, "stream": stream, "toxicity": share, "attributes": attributes}
         self._post("/proxies/way/toxics", toxic)
 
-    def heal(self) -> None:
+    def reset(self) -> None:
         """Remove every toxic."""
         self._post("/reset", {})
 

@@ -29,7 +29,7 @@ class Block:
     text: str
 
     @property
-    def place(self) -> str:
+    def position(self) -> str:
         """As an editor writes a place."""
         return f"{self.page}:{self.line}"
 

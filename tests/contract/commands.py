@@ -46,7 +46,7 @@ def split(line: str) -> Iterator[tuple[str, ...]]:
 def commands() -> list[Command]:
     """Return every command of every page: those of console blocks, and those in sentences."""
     found = [
-        Command(block.place, words)
+        Command(block.position, words)
         for block in blocks("console")
         for line in _TYPED.findall(block.text)
         for words in split(line)

@@ -13,7 +13,7 @@ from qlora_cli.cluster.connection import Connection
 from qlora_cli.commands import serve_snippet
 from tests.contract.commands import commands
 from tests.make import DIGEST, make_prepared, make_result
-from tests.unit.cli.fake_cluster import SUCCEEDED, FakeCluster, make_raw
+from tests.unit.cli.fake_cluster import SUCCEEDED, FakeClusterClient, make_raw
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/cli.md").read_text(encoding="utf-8")
@@ -55,7 +55,7 @@ def test_serve_snippet_prints_what_the_page_shows(line: tuple[str, ...], monkeyp
     model = make_prepared().model.model_copy(update={"commit": commit[1]})
     output = OutputStatus(digest=DIGEST, prefix=make_prepared().prefix, adapter=make_result().adapter)
     raw = make_raw(status=SUCCEEDED.model_copy(update={"model": model, "output": output}))
-    monkeypatch.setattr(serve_snippet, "open_connection", lambda *_: Connection(FakeCluster(raw), "ml"))
+    monkeypatch.setattr(serve_snippet, "open_connection", lambda *_: Connection(FakeClusterClient(raw), "ml"))
     printed = CliRunner().invoke(app, line)
     assert printed.exit_code == 0, printed.output
     assert (printed.output in PAGE) == ("--for" not in line)

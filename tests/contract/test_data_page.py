@@ -4,7 +4,7 @@ import json
 import re
 from pathlib import Path
 
-from qlora_trainer.data.row_formats import instruction_prompt, parse_row, tell_format
+from qlora_trainer.data.row_formats import detect_format, instruction_prompt, parse_row
 
 PAGE = (Path(__file__).parents[2] / "docs/data.md").read_text(encoding="utf-8")
 
@@ -14,11 +14,11 @@ def blocks(language: str) -> list[str]:
 
 
 def test_rows_are_what_the_page_calls_them():
-    told = [tell_format(row)[0] for block in blocks("json") for row in map(json.loads, block.splitlines())]
+    told = [detect_format(row)[0] for block in blocks("json") for row in map(json.loads, block.splitlines())]
     assert told == ["instruction", "chat", "chat", "completion", "text"]
     for block in blocks("json"):
         for row in map(json.loads, block.splitlines()):
-            parse_row(row, tell_format(row)[0])
+            parse_row(row, detect_format(row)[0])
 
 
 def test_the_prompt_of_instruction_rows_is_the_page_s():

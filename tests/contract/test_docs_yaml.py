@@ -12,7 +12,7 @@ from kubernetes import client
 from qlora_api import names
 from qlora_cli.manifests.loader import JobManifest, ManifestError, parse_manifest
 from qlora_cli.manifests.yaml_documents import Document, parse_documents, read_documents
-from qlora_planner.validation import IN_CLUSTER
+from qlora_planner.validation import CLUSTER_RULES
 from tests.contract.blocks import PAGES, ROOT, Block, blocks
 from tests.make import make_manifest, merge
 
@@ -31,7 +31,7 @@ MANIFESTS: Final = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "exam
 
 def check_job(document: Document) -> None:
     """As the API server does, in both forms in which its schema is published, with the rules that are CEL there."""
-    assert isinstance(parse_manifest(document, IN_CLUSTER), JobManifest)
+    assert isinstance(parse_manifest(document, CLUSTER_RULES), JobManifest)
     jsonschema.validate(document.value, JOB_SCHEMA)
 
 
@@ -85,9 +85,9 @@ def check_document(document: Document) -> str:
     return "values"
 
 
-@pytest.mark.parametrize("block", blocks("yaml"), ids=lambda block: block.place)
+@pytest.mark.parametrize("block", blocks("yaml"), ids=lambda block: block.position)
 def test_yaml_of_pages(block: Block) -> None:
-    assert [check_document(document) for document in parse_documents(block.text, block.place)]
+    assert [check_document(document) for document in parse_documents(block.text, block.position)]
 
 
 @pytest.mark.parametrize("file", [file for file in MANIFESTS if file != MISTAKEN])
@@ -118,7 +118,7 @@ def test_a_mistake_is_found(text: str) -> None:
         check_document(document)
 
 
-@pytest.mark.parametrize("block", blocks("json"), ids=lambda block: block.place)
+@pytest.mark.parametrize("block", blocks("json"), ids=lambda block: block.position)
 def test_json_of_pages(block: Block) -> None:
     """One object, or one a line."""
     try:

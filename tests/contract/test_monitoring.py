@@ -61,12 +61,12 @@ def exposed() -> dict[str, metrics.Metric]:
         f"{metric.name}{suffix}": metric
         for metric in vars(metrics).values()
         if isinstance(metric, metrics.Metric)
-        for suffix in (parts if metric.kind is metrics.Kind.HISTOGRAM else ("",))
+        for suffix in (parts if metric.kind is metrics.MetricType.HISTOGRAM else ("",))
     }
 
 
 @pytest.mark.parametrize("expression", QUESTIONS)
-def test_what_is_asked_for_exists(expression: str) -> None:
+def test_queried_metrics_exist(expression: str) -> None:
     selectors = selectors_of(expression)
     assert selectors
     assert {str(selector.name) for selector in selectors} <= set(exposed())

@@ -133,7 +133,7 @@ _WAITS: Final = {Reason.UNSCHEDULABLE, Reason.POD_REJECTED}
 """Neither the end of a run nor an attempt's, as long as nothing else ends it."""
 
 
-def test_troubleshooting_leads_to_every_trouble() -> None:
+def test_troubleshooting_links_every_failure_reason() -> None:
     page = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
     linked = set(re.findall(r"\[`(\w+)`\]\(reference/reasons\.md#(\w+)\)", page))
     assert [name for name, anchor in linked if name.lower() != anchor] == []
@@ -145,7 +145,7 @@ def test_every_topic_has_its_row() -> None:
     assert {record.topic for record in REASONS.values()} - {None} == set(Topic)
 
 
-def test_the_page_about_attempts_names_every_end_that_another_attempt_follows() -> None:
+def test_attempts_page_lists_every_retried_reason() -> None:
     page = (DOCS / "attempts.md").read_text(encoding="utf-8")
     followed = [reason for reason, record in REASONS.items() if record.retry or not record.counts_against_retries]
     assert [reason for reason in followed if f"`{reason}`" not in page] == []

@@ -40,7 +40,7 @@ def test_trap_38_nothing_of_the_image_downloads_kernels():
 
 
 @pytest.mark.parametrize("image", ["operator", "trainer", "cli"])
-def test_no_pin_is_below_a_known_hole(image: str):
+def test_pins_are_above_known_vulnerabilities(image: str):
     pinned = pins(image)
     assert {name: str(pinned[name]) for name, (floor, _) in FLOORS.items()
             if name in pinned and pinned[name] < Version(floor)} == {}  # fmt: skip

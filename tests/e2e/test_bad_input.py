@@ -8,7 +8,7 @@ from tests.cluster.addresses import free_ports
 from tests.cluster.binaries import binary
 from tests.cluster.network import GATEWAY
 from tests.e2e.installation import TRANSCRIPT, Installation, manifest_of
-from tests.hub import HubStandIn, Repository
+from tests.hub import FakeHub, Repository
 
 NAMESPACE: Final = "bad-input"
 MODEL_FILES: Final = "models--example--pickled"
@@ -92,7 +92,7 @@ def serve_read_only(installation: Installation) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_it_ends_before_a_gpu_is_asked_for(submitted: Installation, name: str):
+def test_bad_input_fails_in_prepare(submitted: Installation, name: str):
     _, reason, fragments = CASES[name]
     assert_refused(submitted, name, reason, fragments)
 
@@ -113,7 +113,7 @@ def assert_refused(installation: Installation, name: str, reason: str, fragments
 def test_a_gated_model(submitted: Installation):
     """The hub refuses who brings no token, and who brings one that has not accepted the licence."""
     gated = Repository({"config.json": b"{}", "model.safetensors": b""}, token="hf_accepted")
-    with HubStandIn({"example/gated": gated}, GATEWAY) as hub:
+    with FakeHub({"example/gated": gated}, GATEWAY) as hub:
         submitted.configure({"platform.hub.mirror": "", "platform.hub.endpoint": hub.endpoint})
         try:
             secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "hf-token", "namespace": NAMESPACE}}

@@ -47,7 +47,7 @@ def runs(installation: Installation) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_each_strategy_learns_what_one_process_does(runs: dict[str, dict[str, Any]], strategy: str) -> None:
+def test_distributed_strategy_matches_single_process_loss(runs: dict[str, dict[str, Any]], strategy: str) -> None:
     status, alone = runs[strategy]["status"], runs["single"]["status"]
     assert (status["phase"], status["reason"]) == ("Succeeded", "Published")
     assert (status["plan"]["nodes"], status["plan"]["strategy"]) == (2, strategy)
@@ -67,7 +67,7 @@ def test_two_pods_trained_it(installation: Installation, runs: dict[str, dict[st
     wait_for("the end of both", lambda: phases_of(installation, strategy) == {"Succeeded"}, 60)
 
 
-def test_the_divided_adapter_loads_as_any_other(
+def test_sharded_training_publishes_loadable_adapter(
     installation: Installation, runs: dict[str, dict[str, Any]], tmp_path: Path
 ) -> None:
     """By a script that knows peft and nothing of ours, on rows of its own choice."""
@@ -92,7 +92,7 @@ def phases_of(installation: Installation, name: str) -> set[str]:
     return {pod["status"]["phase"] for pod in training_pods(installation, name)}
 
 
-def test_the_death_of_one_pod_restarts_both_once_from_the_last_checkpoint(installation: Installation) -> None:
+def test_pod_killed_gang_resumes_once_from_checkpoint(installation: Installation) -> None:
     installation.make_namespace(NAMESPACE)
     name = "mourner"
     training = {"maxSteps": 24, "globalBatchSize": 8}

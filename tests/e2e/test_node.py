@@ -119,7 +119,7 @@ def test_a_restricted_pod_reaches_services_and_s3(cluster: Cluster, namespace: s
 
 
 @pytest.mark.usefixtures("namespace")
-def test_gpus_are_offered(cluster: Cluster, image: str) -> None:
+def test_gpus_are_allocatable(cluster: Cluster, image: str) -> None:
     cluster.advertise_gpus(2)
     resources = {"limits": {"nvidia.com/gpu": "2"}}
     pod = build_pod("gpu", image, command=["python3", "-c", "print('scheduled')"], resources=resources)

@@ -91,7 +91,7 @@ def last_report(installation: Installation, job: str) -> dict[str, Any]:
     return installation.job(job, NAMESPACE)["status"].get("lastReport", {})
 
 
-def test_a_pod_cannot_speak_for_another_job(waiting: Installation):
+def test_pod_reports_for_other_job_is_forbidden(waiting: Installation):
     speaker = build_pod("speaker", "scripted", waiting.trainer_image, ["sleep", "600"])
     waiting.cluster.apply(speaker)
     wait_for("the speaker", lambda: waiting.cluster.phase("speaker", NAMESPACE) == "Running", 60)

@@ -86,7 +86,7 @@ def test_it_succeeds(finished):
 
 
 @pytest.mark.usefixtures("finished")
-def test_the_user_saw_it_move():
+def test_watch_shows_phases_and_progress():
     seen = read_watch()
     for phase in ("Preparing", "Training", "Succeeded"):
         assert phase in seen
@@ -95,7 +95,7 @@ def test_the_user_saw_it_move():
     assert len(set(percents)) > 5
 
 
-def test_the_command_line_shows_it_move_and_brings_its_report(installation, finished):
+def test_cli_watches_run_and_downloads_report(installation, finished):
     session = [json.loads(line) for line in SESSION.read_text(encoding="utf-8").splitlines()[1:]]
     shown = "".join(text for _, _, text in session)
     steps = [int(step) for step in re.findall(rf"step (\d+)/{finished['status']['plan']['totalSteps']}", shown)]
@@ -107,7 +107,7 @@ def test_the_command_line_shows_it_move_and_brings_its_report(installation, fini
     assert "</html>" in page
 
 
-def test_one_job_for_each_purpose(installation, finished):
+def test_run_creates_one_prepare_and_one_train_job(installation, finished):
     jobs = installation.children("jobs", NAME, NAMESPACE)
     assert {job["metadata"]["name"] for job in jobs} == {"quickstart-prepare", "quickstart-1"}
     assert {job["metadata"]["ownerReferences"][0]["uid"] for job in jobs} == {finished["metadata"]["uid"]}
@@ -130,7 +130,7 @@ def test_the_adapter_names_its_base_as_the_hub_does(downloaded):
     assert config["base_model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
-def test_anybody_can_load_it_and_measures_what_the_report_says(downloaded, finished):
+def test_plain_peft_loads_adapter_and_matches_report(downloaded, finished):
     measured = measure(QUICKSTART / "data/heldout.jsonl", downloaded / "adapter")
     reported = json.loads((downloaded / "report/report.json").read_text(encoding="utf-8"))["evaluation"]
     assert measured["tokens"] == reported["tokens"]
@@ -142,7 +142,7 @@ def test_anybody_can_load_it_and_measures_what_the_report_says(downloaded, finis
     assert finished["status"]["evaluation"]["adapter"]["loss"] == pytest.approx(reported["adapter"]["loss"], rel=1e-6)
 
 
-def test_the_same_job_again_is_done_already(installation, finished):
+def test_same_job_again_is_already_published(installation, finished):
     kubectl = installation.cluster.kubectl
     kubectl("delete", "qlj", NAME, f"--namespace={NAMESPACE}", "--wait")
     kubectl("apply", f"--namespace={NAMESPACE}", "--filename", str(QUICKSTART / "job.yaml"))

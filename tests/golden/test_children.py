@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from qlora_api.v1alpha1 import QLoRAJobSpec, to_timedelta
-from qlora_operator.models import Manifest, Run
+from qlora_operator.models import AttemptInputs, Manifest
 from qlora_operator.resources import (
     build_prepare_config,
     build_prepare_job,
@@ -51,9 +51,9 @@ GANG: Final = make_spec(
 QUEUED: Final = make_spec(queue={"name": "gpus", "priorityClass": "nightly"})
 
 
-def run_of(spec: QLoRAJobSpec, attempt: int = 1, avoided: tuple[str, ...] = ()) -> Run:
+def run_of(spec: QLoRAJobSpec, attempt: int = 1, avoided: tuple[str, ...] = ()) -> AttemptInputs:
     seconds = int(to_timedelta(spec.deadlines.total).total_seconds())
-    return Run(attempt, make_plan(spec, make_prepared()), make_prepared(), seconds, avoided)
+    return AttemptInputs(attempt, make_plan(spec, make_prepared()), make_prepared(), seconds, avoided)
 
 
 RUN: Final = run_of(CPU)

@@ -11,7 +11,7 @@ from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 from tests.cluster.commands import run
-from tests.integration.operator_process import Place
+from tests.integration.operator_process import JobNamespace
 
 
 class LogServer(ThreadingHTTPServer):
@@ -61,7 +61,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serve_logs(place: Place, node: str, folder: Path) -> Iterator[LogServer]:
+def serve_logs(namespace: JobNamespace, node: str, folder: Path) -> Iterator[LogServer]:
     """Register a node whose kubelet is a LogServer; nothing is scheduled to it."""
     key, certificate = folder / "kubelet.key", folder / "kubelet.crt"
     run(
@@ -78,12 +78,12 @@ def serve_logs(place: Place, node: str, folder: Path) -> Iterator[LogServer]:
         "daemonEndpoints": {"kubeletEndpoint": {"Port": server.server_port}},
     }
     manifest = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": node}, "spec": {"unschedulable": True}}
-    place.cluster.kubectl("create", "--filename=-", stdin=json.dumps(manifest))
+    namespace.cluster.kubectl("create", "--filename=-", stdin=json.dumps(manifest))
     patch = json.dumps({"status": status})
-    place.cluster.kubectl("patch", "node", node, "--subresource=status", "--type=merge", f"--patch={patch}")
+    namespace.cluster.kubectl("patch", "node", node, "--subresource=status", "--type=merge", f"--patch={patch}")
     try:
         yield server
     finally:
-        place.cluster.kubectl("delete", "node", node)
+        namespace.cluster.kubectl("delete", "node", node)
         server.shutdown()
         server.server_close()

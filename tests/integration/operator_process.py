@@ -18,24 +18,24 @@ from typing import Any, Final
 import yaml
 
 from qlora_api import names
-from qlora_operator.cluster.rbac import build_cluster_rules, build_home_rules, build_rules
+from qlora_operator.cluster.rbac import build_cluster_rules, build_own_namespace_rules, build_rules
 from tests.cluster.addresses import free_ports
 from tests.cluster.cluster import Cluster
 from tests.cluster.commands import wait_until
-from tests.make import PREPARED_WORD, PUBLISHED_WORD, make_manifest
+from tests.make import PREPARED_MESSAGE, PUBLISHED_MESSAGE, make_manifest
 
 ROOT: Final = Path(__file__).parents[2]
 ACCOUNT: Final = "qlora-operator"
-HOME: Final = "qlora-system"
+OPERATOR_NAMESPACE: Final = "qlora-system"
 NAME: Final = "support-bot"
-FOLDERS: Final = {
+API_PATHS: Final = {
     "qlorajobs": f"/apis/{names.GROUP}/{names.VERSION}",
     "jobs": "/apis/batch/v1",
     "events": "/apis/events.k8s.io/v1",
     **dict.fromkeys(("configmaps", "pods", "resourcequotas", "serviceaccounts", "services"), "/api/v1"),
 }
 """Where the API server has a kind."""
-AMISS: Final = re.compile(r"Traceback|serviceaccount:\S+ cannot")
+LOG_ERRORS: Final = re.compile(r"Traceback|serviceaccount:\S+ cannot")
 """What an operator's log must not have: an error that nobody foresaw, or a right that it lacks."""
 PREPARE: Final = names.prepare_job_name(NAME)
 TRAIN: Final = names.train_job_name(NAME, 1)
@@ -46,17 +46,17 @@ def install(cluster: Cluster) -> None:
     cluster.kubectl("apply", "-f", ROOT / "crds/qlorajobs.qlora.dev.yaml")
     cluster.wait_until_served()
     cluster.apply(
-        {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": HOME}},
-        {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": ACCOUNT, "namespace": HOME}},
-        *build_rights("ClusterRole", build_rules() + build_cluster_rules(), {"name": ACCOUNT}),
-        *build_rights("Role", build_home_rules(), {"name": ACCOUNT, "namespace": HOME}),
+        {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": OPERATOR_NAMESPACE}},
+        {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": ACCOUNT, "namespace": OPERATOR_NAMESPACE}},
+        *build_rbac("ClusterRole", build_rules() + build_cluster_rules(), {"name": ACCOUNT}),
+        *build_rbac("Role", build_own_namespace_rules(), {"name": ACCOUNT, "namespace": OPERATOR_NAMESPACE}),
     )
 
 
-def build_rights(kind: str, rules: list[dict[str, Any]], metadata: dict[str, str]) -> tuple[dict[str, Any], ...]:
+def build_rbac(kind: str, rules: list[dict[str, Any]], metadata: dict[str, str]) -> tuple[dict[str, Any], ...]:
     """Some rules, and their binding to the operator's account."""
     group = "rbac.authorization.k8s.io"
-    subject = {"kind": "ServiceAccount", "name": ACCOUNT, "namespace": HOME}
+    subject = {"kind": "ServiceAccount", "name": ACCOUNT, "namespace": OPERATOR_NAMESPACE}
     role = {"apiVersion": f"{group}/v1", "kind": kind, "metadata": metadata, "rules": rules}
     binding = {
         "apiVersion": f"{group}/v1", "kind": f"{kind}Binding", "metadata": metadata,
@@ -68,7 +68,7 @@ def build_rights(kind: str, rules: list[dict[str, Any]], metadata: dict[str, str
 def write_kubeconfig(cluster: Cluster, path: Path, server: str = "") -> Path:
     """Write a kubeconfig with the token of the operator's account, for the API server or for a proxy before it."""
     config = yaml.safe_load(cluster.kubeconfig.read_text())
-    token = cluster.kubectl("create", "token", ACCOUNT, f"--namespace={HOME}").strip()
+    token = cluster.kubectl("create", "token", ACCOUNT, f"--namespace={OPERATOR_NAMESPACE}").strip()
     config["users"] = [{"name": ACCOUNT, "user": {"token": token}}]
     config["contexts"][0]["context"]["user"] = ACCOUNT
     if server:
@@ -148,11 +148,11 @@ class Operator:
         if self.process and self.process.poll() is None:
             self.kill()
 
-    def dismiss(self, allowed: Callable[[str], bool] = lambda _: False) -> None:
+    def stop_and_check_log(self, allowed: Callable[[str], bool] = lambda _: False) -> None:
         """Make sure that it is gone, and that its log has nothing amiss but for lines that are allowed."""
         self.stop()
         lines = self.log.read_text().splitlines() if self.log.exists() else []
-        amiss = [line for line in lines if AMISS.search(line) and not allowed(line)]
+        amiss = [line for line in lines if LOG_ERRORS.search(line) and not allowed(line)]
         assert not amiss, "\n".join(amiss).replace("\\n", "\n")
 
     def post(self, namespace: str, job: str, token: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
@@ -176,7 +176,7 @@ class Operator:
 
 
 @dataclass
-class Place:
+class JobNamespace:
     """A namespace, its QLoRAJob, and the kubelet of its pods."""
 
     cluster: Cluster
@@ -212,7 +212,7 @@ class Place:
 
     def path(self, kind: str) -> str:
         """Return where the API server has a kind in this namespace."""
-        return f"{FOLDERS[kind]}/namespaces/{self.namespace}/{kind}"
+        return f"{API_PATHS[kind]}/namespaces/{self.namespace}/{kind}"
 
     def jobs(self) -> dict[str, str]:
         """Return the uid of every Job by its name."""
@@ -274,17 +274,17 @@ class Place:
         }  # fmt: skip
         self.set_pod(job, "Failed" if code else "Succeeded", {"terminated": ended}, index)
 
-    def live_to_training(self) -> None:
+    def run_to_training(self) -> None:
         """Submit, prepare, and start the training pod."""
         self.submit()
-        self.end_pod(PREPARE, 0, PREPARED_WORD)
+        self.end_pod(PREPARE, 0, PREPARED_MESSAGE)
         self.start_pod(TRAIN)
         self.wait_for("Training")
 
-    def live_to_the_end(self) -> None:
+    def run_to_success(self) -> None:
         """The whole life."""
-        self.live_to_training()
-        self.end_pod(TRAIN, 0, PUBLISHED_WORD)
+        self.run_to_training()
+        self.end_pod(TRAIN, 0, PUBLISHED_MESSAGE)
         self.wait_for("Succeeded")
 
     def token(self, pod: str, audience: str = names.TOKEN_AUDIENCE) -> str:
@@ -297,11 +297,11 @@ class Place:
 
 
 @contextmanager
-def open_place(cluster: Cluster, title: str, patience: float = 30) -> Iterator[Place]:
+def open_job_namespace(cluster: Cluster, title: str, patience: float = 30) -> Iterator[JobNamespace]:
     """A namespace of its own, named after a test."""
     namespace = re.sub(r"[^a-z0-9]+", "-", title.lower())[:50].strip("-")
     cluster.create_namespace(namespace)
-    place = Place(cluster, namespace, patience)
+    place = JobNamespace(cluster, namespace, patience)
     wait_until("account", lambda: bool(place.items("serviceaccounts")))
     yield place
     cluster.admin.delete(f"/api/v1/namespaces/{namespace}")

@@ -24,8 +24,8 @@ from tests.cluster.binaries import binary
 from tests.cluster.cluster import Cluster
 from tests.cluster.commands import wait_until
 from tests.integration.kubelet import serve_logs
-from tests.integration.operator_process import NAME, PREPARE, TRAIN, Operator, Place, install, open_place
-from tests.make import PREPARED_WORD, PUBLISHED_WORD, make_manifest, make_result, make_word
+from tests.integration.operator_process import NAME, PREPARE, TRAIN, JobNamespace, Operator, install, open_job_namespace
+from tests.make import PREPARED_MESSAGE, PUBLISHED_MESSAGE, make_manifest, make_result, make_termination_message
 
 QLORA: Final = Path(sys.executable).with_name("qlora")
 
@@ -59,14 +59,14 @@ def installed(control_plane: Cluster) -> Cluster:
 
 
 @pytest.fixture(scope="module")
-def place(installed: Cluster, request: pytest.FixtureRequest) -> Iterator[Place]:
+def place(installed: Cluster, request: pytest.FixtureRequest) -> Iterator[JobNamespace]:
     """One namespace for all."""
-    with open_place(installed, request.node.name) as place:
+    with open_job_namespace(installed, request.node.name) as place:
         yield place
 
 
 @pytest.fixture(scope="module")
-def _operator(installed: Cluster, place: Place, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def _operator(installed: Cluster, place: JobNamespace, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """An operator that serves the namespace."""
     operator = Operator(installed, tmp_path_factory.mktemp("operator"), place.namespace).start()
     yield
@@ -74,7 +74,7 @@ def _operator(installed: Cluster, place: Place, tmp_path_factory: pytest.TempPat
 
 
 @pytest.fixture
-def shell(installed: Cluster, place: Place) -> Shell:
+def shell(installed: Cluster, place: JobNamespace) -> Shell:
     """The shell of somebody who may do everything."""
     return Shell(installed.kubeconfig, place.namespace)
 
@@ -87,14 +87,14 @@ def manifest(name: str = NAME, **change: Any) -> str:
 
 
 @pytest.mark.usefixtures("_operator")
-def test_the_life_of_a_run(shell: Shell, place: Place) -> None:
+def test_the_life_of_a_run(shell: Shell, place: JobNamespace) -> None:
     submitted = shell.qlora("submit", "-", "--set", "lora.rank=8", stdin=manifest())
     assert (submitted.exit_code, submitted.stdout) == (0, f"QLoRAJob {place.namespace}/{NAME} was submitted\n")
     again = shell.qlora("submit", "-", stdin=manifest())
     assert (again.exit_code, f"qlora rerun {NAME}" in again.stderr) == (1, True)
 
     waiting = shell.start("wait", NAME)
-    place.end_pod(PREPARE, 0, PREPARED_WORD)
+    place.end_pod(PREPARE, 0, PREPARED_MESSAGE)
     place.start_pod(TRAIN)
     place.wait_for("Training")
     status = shell.qlora("status", NAME)
@@ -110,7 +110,7 @@ def test_the_life_of_a_run(shell: Shell, place: Place) -> None:
     place.start_pod(f"{NAME}-2")
     place.wait_for("Training")
     assert shell.qlora("rerun", NAME).stderr.startswith(f"error: {NAME} is Training; wait for its end")
-    place.end_pod(f"{NAME}-2", 0, PUBLISHED_WORD)
+    place.end_pod(f"{NAME}-2", 0, PUBLISHED_MESSAGE)
 
     said = waiting.communicate(timeout=60)[1].splitlines()
     assert waiting.returncode == 0
@@ -124,7 +124,7 @@ def test_the_life_of_a_run(shell: Shell, place: Place) -> None:
     rerun_a_published_run(shell, place)
 
 
-def rerun_a_published_run(shell: Shell, place: Place) -> None:
+def rerun_a_published_run(shell: Shell, place: JobNamespace) -> None:
     """The same manifest, with another uid and what was changed."""
     place.kubectl("label", f"qlorajob/{NAME}", "team=support")
     before = place.metadata("qlorajobs", NAME)
@@ -139,9 +139,9 @@ def rerun_a_published_run(shell: Shell, place: Place) -> None:
 
 
 @pytest.mark.usefixtures("_operator")
-def test_a_run_that_fails_is_told_by_the_exit_code(shell: Shell, place: Place) -> None:
+def test_failed_run_sets_exit_code(shell: Shell, place: JobNamespace) -> None:
     shell.qlora("submit", "-", stdin=manifest("broken"))
-    place.end_pod("broken-prepare", 1, make_word(Reason.DATASET_EMPTY, "no rows"))
+    place.end_pod("broken-prepare", 1, make_termination_message(Reason.DATASET_EMPTY, "no rows"))
     ended = shell.qlora("wait", "broken")
     assert (ended.exit_code, "broken Failed (DatasetEmpty): no rows. What to do: " in ended.stderr) == (3, True)
     assert "broken" in shell.qlora("list", "--phase", "Failed").stdout
@@ -150,9 +150,9 @@ def test_a_run_that_fails_is_told_by_the_exit_code(shell: Shell, place: Place) -
 
 
 @pytest.mark.usefixtures("_operator")
-def test_logs_of_all_pods_come_as_they_are_written(shell: Shell, place: Place, tmp_path: Path) -> None:
+def test_logs_of_all_pods_come_as_they_are_written(shell: Shell, place: JobNamespace, tmp_path: Path) -> None:
     shell.qlora("submit", "-", "--set", "resources.nodes=2", stdin=manifest("pair"))
-    place.end_pod("pair-prepare", 0, PREPARED_WORD)
+    place.end_pod("pair-prepare", 0, PREPARED_MESSAGE)
     pods = [place.pod_of("pair-1", index) for index in range(2)]
     with serve_logs(place, "nowhere", tmp_path) as kubelet:
         kubelet.lines.update({pods[0]: ["zero", "first"], pods[1]: ["[other]"]})
@@ -165,12 +165,12 @@ def test_logs_of_all_pods_come_as_they_are_written(shell: Shell, place: Place, t
         kubelet.lines[pods[0]].append("second")
         kubelet.ended.update(pods)
         for index in range(2):
-            place.end_pod("pair-1", 0, PUBLISHED_WORD, index)
+            place.end_pod("pair-1", 0, PUBLISHED_MESSAGE, index)
         assert following.communicate(timeout=60)[0] == "1-0 | zero\n1-0 | first\n1-0 | second\n"
 
 
 @pytest.mark.usefixtures("_operator")
-def test_a_wait_that_takes_too_long_or_is_stopped(shell: Shell, place: Place) -> None:
+def test_a_wait_that_takes_too_long_or_is_stopped(shell: Shell, place: JobNamespace) -> None:
     shell.qlora("submit", "-", stdin=manifest("resting", suspend=True))
     place.wait_for("Suspended", name="resting")
     assert shell.qlora("wait", "resting", "--timeout", "1s").exit_code == 124
@@ -190,7 +190,7 @@ def test_the_api_server_checks_a_dry_run(shell: Shell) -> None:
     assert shell.qlora("status", "only-checked").exit_code == 1
 
 
-def test_what_is_rendered_is_what_the_api_server_makes_of_it(shell: Shell, place: Place) -> None:
+def test_what_is_rendered_is_what_the_api_server_makes_of_it(shell: Shell, place: JobNamespace) -> None:
     text = manifest("rendered", resources={"nodes": 2})
     printed = CliRunner().invoke(app, ["render", "-"], input=text, catch_exceptions=False).stdout
     rendered, *children = yaml.safe_load_all(printed)
@@ -227,7 +227,7 @@ def test_a_report_comes_from_the_object_store(
     client.close()
     output = OutputStatus(digest="a", prefix=f"s3://{bucket}/a", adapter=result.adapter, report=result.report)
     status = to_wire(QLoRAJobStatus(phase="Succeeded", reason="Published", output=output))
-    with open_place(installed, "cli-report") as place:
+    with open_job_namespace(installed, "cli-report") as place:
         place.submit()
         patch = json.dumps({"status": status})
         place.kubectl("patch", "qlorajob", NAME, "--subresource=status", "--type=merge", f"--patch={patch}")
@@ -262,7 +262,7 @@ def test_an_api_server_that_is_away(installed: Cluster, tmp_path: Path) -> None:
     assert "Connection refused; check the network or VPN" in ended.stderr
 
 
-def test_a_right_that_is_missing(installed: Cluster, place: Place, tmp_path: Path) -> None:
+def test_a_right_that_is_missing(installed: Cluster, place: JobNamespace, tmp_path: Path) -> None:
     config = yaml.safe_load(installed.kubeconfig.read_text())
     token = place.kubectl("create", "token", "default").strip()
     config["users"][0]["user"] = {"token": token}
@@ -273,7 +273,7 @@ def test_a_right_that_is_missing(installed: Cluster, place: Place, tmp_path: Pat
     assert "ask whoever runs the cluster for that right" in ended.stderr
 
 
-def test_kubectl_finds_the_plugin(installed: Cluster, place: Place) -> None:
+def test_kubectl_finds_the_plugin(installed: Cluster, place: JobNamespace) -> None:
     shell = Shell(installed.kubeconfig, place.namespace)
     path = f"{QLORA.parent}{os.pathsep}{os.environ['PATH']}"
     called = subprocess.run(

@@ -110,7 +110,7 @@ CHANGES = [
 
 
 @pytest.mark.parametrize(("block", "value"), CHANGES, ids=[block for block, _ in CHANGES])
-def test_what_decides_the_result_cannot_change(created, namespace, block, value):
+def test_immutable_fields_are_refused(created, namespace, block, value):
     created(MINIMAL)
     manifest = yaml.safe_dump(with_field(f"spec.{block}", value))
     refusal = refusal_of(namespace, manifest)

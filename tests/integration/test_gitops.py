@@ -11,12 +11,12 @@ import yaml
 from qlora_api.names import Reason
 from qlora_cli.manifests.loader import parse_manifest
 from qlora_cli.manifests.yaml_documents import Document
-from qlora_planner.validation import IN_CLUSTER
+from qlora_planner.validation import CLUSTER_RULES
 from tests.cluster.binaries import binary
 from tests.cluster.cluster import Cluster
 from tests.cluster.commands import CommandError, run, wait_until
-from tests.integration.operator_process import NAME, PREPARE, Operator, Place, install, open_place
-from tests.make import make_manifest, make_word
+from tests.integration.operator_process import NAME, PREPARE, JobNamespace, Operator, install, open_job_namespace
+from tests.make import make_manifest, make_termination_message
 
 RUNS: Final = Path(__file__).parents[2] / "examples/gitops/runs/overlays"
 OVERLAYS: Final = {path.name: path for path in RUNS.iterdir()}
@@ -35,8 +35,8 @@ def installed(control_plane: Cluster) -> Cluster:
 
 
 @pytest.fixture
-def place(installed: Cluster, request: pytest.FixtureRequest) -> Iterator[Place]:
-    with open_place(installed, request.node.name) as place:
+def place(installed: Cluster, request: pytest.FixtureRequest) -> Iterator[JobNamespace]:
+    with open_job_namespace(installed, request.node.name) as place:
         yield place
 
 
@@ -46,7 +46,7 @@ def test_the_example_runs_are_valid(installed: Cluster, overlay: str) -> None:
     assert rendered
     installed.create_namespace(f"ml-{overlay}")
     for manifest in rendered:
-        parse_manifest(Document(overlay, manifest, {}), IN_CLUSTER)
+        parse_manifest(Document(overlay, manifest, {}), CLUSTER_RULES)
         assert manifest["metadata"]["namespace"] == f"ml-{overlay}"
         installed.kubectl("create", "--dry-run=server", "--filename=-", stdin=json.dumps(manifest))
 
@@ -58,14 +58,14 @@ def test_environments_share_a_recipe_and_nothing_else() -> None:
     assert (staging["metadata"]["name"], production["metadata"]["name"]) == ("support-bot", "support-bot-v1")
 
 
-def apply(place: Place, manager: str, **change: Any) -> dict[str, Any]:
+def apply(place: JobNamespace, manager: str, **change: Any) -> dict[str, Any]:
     """Apply the same file as another manager, without force."""
     manifest = json.dumps(make_manifest(NAME, place.namespace, **change))
     place.kubectl("apply", "--server-side", f"--field-manager={manager}", "--filename=-", stdin=manifest)
     return dict(place.cluster.get("qlorajob", NAME, f"--namespace={place.namespace}"))
 
 
-def drift(place: Place, manager: str) -> str:
+def drift(place: JobNamespace, manager: str) -> str:
     """What this manager would change; nothing is what a controller calls in sync."""
     manifest = json.dumps(make_manifest(NAME, place.namespace))
     try:
@@ -74,7 +74,7 @@ def drift(place: Place, manager: str) -> str:
         return str(difference)
 
 
-def test_two_managers_of_the_same_file_leave_no_drift_and_cause_no_second_run(place: Place, tmp_path: Path) -> None:
+def test_two_field_managers_no_drift_and_no_second_run(place: JobNamespace, tmp_path: Path) -> None:
     operator = Operator(place.cluster, tmp_path, place.namespace).start()
     try:
         first = apply(place, ARGO)
@@ -87,7 +87,7 @@ def test_two_managers_of_the_same_file_leave_no_drift_and_cause_no_second_run(pl
         shown = place.cluster.get("qlorajob", NAME, f"--namespace={place.namespace}", "--show-managed-fields")
         owners = {entry["manager"] for entry in shown["metadata"]["managedFields"]}
         assert owners >= {ARGO, FLUX}
-        place.end_pod(PREPARE, 1, make_word(Reason.DATASET_INVALID, "spec.dataset.uri: no"))
+        place.end_pod(PREPARE, 1, make_termination_message(Reason.DATASET_INVALID, "spec.dataset.uri: no"))
         place.wait_for("Failed")
         assert apply(place, ARGO)["metadata"]["generation"] == 1
         assert drift(place, ARGO) == drift(place, FLUX) == ""
@@ -97,7 +97,7 @@ def test_two_managers_of_the_same_file_leave_no_drift_and_cause_no_second_run(pl
         operator.stop()
 
 
-def test_a_changed_recipe_is_refused_before_anything_drifts(place: Place) -> None:
+def test_a_changed_recipe_is_refused_before_anything_drifts(place: JobNamespace) -> None:
     """So that a GitOps controller shows the error where the change was made, and the run goes on."""
     apply(place, ARGO)
     with pytest.raises(CommandError, match=r"spec\.lora cannot change; create a QLoRAJob with another name"):
@@ -105,7 +105,7 @@ def test_a_changed_recipe_is_refused_before_anything_drifts(place: Place) -> Non
     assert drift(place, ARGO) == ""
 
 
-def test_what_one_manager_suspends_another_does_not_resume(place: Place) -> None:
+def test_what_one_manager_suspends_another_does_not_resume(place: JobNamespace) -> None:
     """A file without `suspend` says nothing about it: server-side apply leaves it to whoever set it."""
     apply(place, ARGO)
     patch = json.dumps({"spec": {"suspend": True}})

@@ -15,8 +15,8 @@ from tests.chaos.promises import promise
 from tests.cluster.cluster import Cluster
 from tests.cluster.commands import wait_until
 from tests.cluster.kwok import A100, T4, GpuProduct, pods_that_run, start_simulator
-from tests.integration.operator_process import PREPARE, TRAIN, Operator, Place, install, open_place
-from tests.make import PUBLISHED_WORD, make_prepared, make_word
+from tests.integration.operator_process import PREPARE, TRAIN, JobNamespace, Operator, install, open_job_namespace
+from tests.make import PUBLISHED_MESSAGE, make_prepared, make_termination_message
 
 CONFIGS: Final = Path(__file__).parents[1] / "unit/planner/configs"
 SECOND: Final = "support-bot-2"
@@ -39,27 +39,27 @@ def simulated() -> Iterator[Cluster]:
 
 
 @pytest.fixture
-def place(simulated: Cluster, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Place]:
+def place(simulated: Cluster, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[JobNamespace]:
     """A namespace of its own, with an operator."""
-    with open_place(simulated, request.node.name) as place:
+    with open_job_namespace(simulated, request.node.name) as place:
         operator = Operator(simulated, tmp_path, place.namespace).start()
         yield place
-        operator.dismiss()
+        operator.stop_and_check_log()
 
 
 def prepared_word(model: str) -> str:
     """What preparation tells of a public model."""
     prepared, config = make_prepared(), json.loads((CONFIGS / f"{model}.json").read_text())
     known = prepared.model.model_copy(update={"config": reduce_config(config)})
-    return make_word(Reason.PREPARED, prepared=prepared.model_copy(update={"model": known}))
+    return make_termination_message(Reason.PREPARED, prepared=prepared.model_copy(update={"model": known}))
 
 
-def prepare(place: Place, model: str, **resources: Any) -> None:
+def prepare(place: JobNamespace, model: str, **resources: Any) -> None:
     place.submit(resources=GPU | resources)
     place.end_pod(PREPARE, 0, prepared_word(model))
 
 
-def node_of(place: Place, job: str) -> str:
+def node_of(place: JobNamespace, job: str) -> str:
     """Wait until the scheduler has placed a Job's pod, and return where."""
     pod = place.pod_of(job)
 
@@ -70,7 +70,7 @@ def node_of(place: Place, job: str) -> str:
     return found()
 
 
-def test_a_small_run_goes_to_the_smallest_gpu_that_holds_it(place: Place) -> None:
+def test_a_small_run_goes_to_the_smallest_gpu_that_holds_it(place: JobNamespace) -> None:
     prepare(place, "llama-3.2-3b")
     status = place.wait_for("Training")
     assert status["plan"]["gpuProduct"] == T4.name
@@ -78,25 +78,25 @@ def test_a_small_run_goes_to_the_smallest_gpu_that_holds_it(place: Place) -> Non
     assert node_of(place, TRAIN) == "small-0"
 
 
-def test_a_large_run_goes_to_a_large_gpu(place: Place) -> None:
+def test_a_large_run_goes_to_a_large_gpu(place: JobNamespace) -> None:
     prepare(place, "llama-2-70b")
     status = place.wait_for("Training")
     assert status["plan"]["gpuProduct"] == A100.name
     assert node_of(place, TRAIN).startswith("gpu-")
 
 
-def test_what_fits_nowhere_asks_for_no_gpu(place: Place) -> None:
+def test_run_too_large_for_any_node_requests_no_gpu(place: JobNamespace) -> None:
     prepare(place, "llama-2-70b", gpuProduct=T4.name)
     status = place.wait_for("Failed", "DoesNotFit")
     assert "more than the" in status["message"]
     assert sorted(place.jobs()) == [PREPARE]
 
 
-def test_memory_that_did_not_suffice_is_asked_for_less(place: Place) -> None:
+def test_cuda_oom_retries_with_smaller_micro_batch(place: JobNamespace) -> None:
     """The word is what a trainer on a GPU says; pods and nodes are simulated."""
     prepare(place, "llama-3.2-3b")
     before = place.wait_for("Training")["plan"]
-    place.end_pod(TRAIN, 1, make_word(Reason.CUDA_OUT_OF_MEMORY, "the GPU has too little memory"))
+    place.end_pod(TRAIN, 1, make_termination_message(Reason.CUDA_OUT_OF_MEMORY, "the GPU has too little memory"))
     wait_until("second attempt", lambda: SECOND in place.jobs())
     place.start_pod(SECOND)
     status = place.wait_for("Training")
@@ -116,7 +116,7 @@ def test_memory_that_did_not_suffice_is_asked_for_less(place: Place) -> None:
     how="a simulated node whose kubelet stops reporting",
 )
 @pytest.mark.full_dose
-def test_a_dead_node_is_left(place: Place, outcome: Callable[[str], None]) -> None:
+def test_node_lost_starts_next_attempt(place: JobNamespace, outcome: Callable[[str], None]) -> None:
     cluster = place.cluster
     assert cluster.plane
     assert cluster.processes
@@ -132,7 +132,7 @@ def test_a_dead_node_is_left(place: Place, outcome: Callable[[str], None]) -> No
     wait_until("second attempt", lambda: SECOND in place.jobs(), timeout=LONGEST_LOSS)
     assert node_of(place, SECOND) != node
     place.wait_for("Training")
-    place.end_pod(SECOND, 0, PUBLISHED_WORD)
+    place.end_pod(SECOND, 0, PUBLISHED_MESSAGE)
     status = place.wait_for("Succeeded")
     assert [attempt["reason"] for attempt in status["attempts"]] == ["NodeLost", "Published"]
     assert status["attempts"][0]["node"] == node

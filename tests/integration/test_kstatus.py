@@ -5,7 +5,7 @@ import json
 from typing import Any, Final
 
 from qlora_api.names import ConditionType, Phase
-from qlora_operator.status import acknowledge, to_wire
+from qlora_operator.status import to_wire, with_observed_generation
 from tests.cluster.binaries import binary
 from tests.cluster.commands import run
 from tests.make import make_manifest
@@ -24,18 +24,18 @@ def concluded(*objects: tuple[int, dict[str, Any]]) -> list[str]:
     return [result["status"] for result in json.loads(run([binary("kstatus")], stdin=json.dumps(items)))]
 
 
-def test_it_agrees_with_us_over_every_phase() -> None:
+def test_kstatus_matches_every_phase() -> None:
     statuses = [(1, to_wire(status_in(phase))) for phase in Phase]
     assert concluded(*statuses) == [EXPECTED.get(phase, "InProgress") for phase in Phase]
 
 
-def test_it_waits_for_the_first_write_and_after_a_change() -> None:
+def test_kstatus_is_in_progress_before_first_write_and_after_change() -> None:
     ended = status_in(Phase.SUCCEEDED)
-    statuses = ((1, {"observedGeneration": -1}), (2, to_wire(ended)), (2, to_wire(acknowledge(ended, 2))))
+    statuses = ((1, {"observedGeneration": -1}), (2, to_wire(ended)), (2, to_wire(with_observed_generation(ended, 2))))
     assert concluded(*statuses) == ["InProgress", "InProgress", "Current"]
 
 
-def test_it_and_the_rules_that_our_tests_use_agree_over_every_combination_of_conditions() -> None:
+def test_kstatus_matches_test_rules_for_every_condition_combination() -> None:
     types = (ConditionType.READY, ConditionType.RECONCILING, ConditionType.STALLED)
     statuses = [
         (1, {"observedGeneration": 1, "conditions": conditions(dict(zip(types, truths, strict=True)))})

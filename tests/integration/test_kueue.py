@@ -14,8 +14,8 @@ from tests.cluster.commands import wait_until
 from tests.cluster.controllers import start_kueue
 from tests.cluster.kwok import pods_that_run
 from tests.cluster.progress import Unavailable
-from tests.integration.operator_process import Operator, Place, install, open_place
-from tests.make import PREPARED_WORD, PUBLISHED_WORD
+from tests.integration.operator_process import JobNamespace, Operator, install, open_job_namespace
+from tests.make import PREPARED_MESSAGE, PUBLISHED_MESSAGE
 
 QUEUE: Final = "gpu-queue"
 KUEUE: Final = "kueue.x-k8s.io/v1beta1"
@@ -36,13 +36,13 @@ def with_kueue() -> Iterator[Cluster]:
 
 
 @pytest.fixture
-def place(with_kueue: Cluster, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Place]:
+def place(with_kueue: Cluster, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[JobNamespace]:
     """A namespace with a queue and an operator."""
-    with open_place(with_kueue, request.node.name) as place:
+    with open_job_namespace(with_kueue, request.node.name) as place:
         with_kueue.apply(*build_queue(place.namespace))
         operator = Operator(with_kueue, tmp_path, place.namespace).start()
         yield place
-        operator.dismiss()
+        operator.stop_and_check_log()
 
 
 def build_queue(namespace: str) -> list[dict[str, Any]]:
@@ -73,21 +73,21 @@ def build_queue(namespace: str) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def submit(place: Place, name: str, priority: str = "ordinary") -> str:
+def submit(place: JobNamespace, name: str, priority: str = "ordinary") -> str:
     """Bring a run to where it asks for a GPU, and return the name of the Job that asks."""
     place.submit(name, resources={"gpusPerNode": 1}, queue={"name": QUEUE, "priorityClass": priority})
-    place.end_pod(names.prepare_job_name(name), 0, PREPARED_WORD)
+    place.end_pod(names.prepare_job_name(name), 0, PREPARED_MESSAGE)
     return names.train_job_name(name, 1)
 
 
-def finish(place: Place, name: str) -> None:
+def finish(place: JobNamespace, name: str) -> None:
     """End a run's training pod, once it runs, with a published adapter."""
     wait_for(place, name, "Training")
-    place.end_pod(names.train_job_name(name, 1), 0, PUBLISHED_WORD)
+    place.end_pod(names.train_job_name(name, 1), 0, PUBLISHED_MESSAGE)
     wait_for(place, name, "Succeeded", "Published")
 
 
-def wait_for(place: Place, name: str, phase: str, reason: str = "") -> dict[str, Any]:
+def wait_for(place: JobNamespace, name: str, phase: str, reason: str = "") -> dict[str, Any]:
     """Wait until a run stands somewhere, and return its status."""
 
     def reached() -> bool:
@@ -98,7 +98,7 @@ def wait_for(place: Place, name: str, phase: str, reason: str = "") -> dict[str,
     return place.status(name)
 
 
-def test_a_run_waits_for_its_turn(place: Place) -> None:
+def test_queued_run_waits_for_admission(place: JobNamespace) -> None:
     submit(place, "first")
     wait_for(place, "first", "Training")
     job = submit(place, "second")
@@ -115,7 +115,7 @@ def test_a_run_waits_for_its_turn(place: Place) -> None:
     promise="the run waits as Queued and resumes with the same attempt and the same Job",
     how="the real Kueue, a quota of one GPU, two priorities",
 )
-def test_a_preempted_run_goes_on_with_the_same_attempt(place: Place) -> None:
+def test_preempted_run_resumes_same_attempt(place: JobNamespace) -> None:
     job = submit(place, "ordinary")
     wait_for(place, "ordinary", "Training")
     before = place.jobs()[job]

@@ -13,8 +13,18 @@ from qlora_api import names
 from qlora_operator.leader_election.lease import LEASE_DURATION, RENEW_DEADLINE
 from tests.cluster.cluster import Cluster
 from tests.cluster.commands import wait_until
-from tests.integration.operator_process import ACCOUNT, HOME, NAME, PREPARE, TRAIN, Operator, Place, install, open_place
-from tests.make import PREPARED_WORD, PUBLISHED_WORD
+from tests.integration.operator_process import (
+    ACCOUNT,
+    NAME,
+    OPERATOR_NAMESPACE,
+    PREPARE,
+    TRAIN,
+    JobNamespace,
+    Operator,
+    install,
+    open_job_namespace,
+)
+from tests.make import PREPARED_MESSAGE, PUBLISHED_MESSAGE
 
 FAIL_OVER: Final = 20.0
 """Seconds that docs/operations.md promises."""
@@ -31,19 +41,23 @@ class Replicas:
         self.operators: dict[str, Operator] = {}
         for pod in (f"{lease}-a", f"{lease}-b"):
             (folder / pod).mkdir()
-            cluster.kubectl("run", pod, "--image=operator:test", f"--namespace={HOME}")
+            cluster.kubectl("run", pod, "--image=operator:test", f"--namespace={OPERATOR_NAMESPACE}")
             self.operators[pod] = Operator(
-                cluster, folder / pod, namespace, POD_NAMESPACE=HOME, POD_NAME=pod, QLORA_LEASE=lease
+                cluster, folder / pod, namespace, POD_NAMESPACE=OPERATOR_NAMESPACE, POD_NAME=pod, QLORA_LEASE=lease
             )
 
     def holder(self) -> str:
         """Whom the Lease names; empty when it names nobody."""
-        leases = self.cluster.get("leases", f"--namespace={HOME}", f"--field-selector=metadata.name={self.lease}")
+        leases = self.cluster.get(
+            "leases", f"--namespace={OPERATOR_NAMESPACE}", f"--field-selector=metadata.name={self.lease}"
+        )
         return str(leases["items"][0]["spec"].get("holderIdentity", "")) if leases["items"] else ""
 
     def marked(self) -> list[str]:
         """The pods that the progress Service would lead to."""
-        pods = self.cluster.get("pods", f"--namespace={HOME}", f"--selector={names.LEADER_LABEL}=true")["items"]
+        pods = self.cluster.get("pods", f"--namespace={OPERATOR_NAMESPACE}", f"--selector={names.LEADER_LABEL}=true")[
+            "items"
+        ]
         return [name for pod in pods if (name := pod["metadata"]["name"]) in self.operators]
 
     def start(self) -> tuple[Operator, Operator]:
@@ -58,26 +72,26 @@ class Replicas:
         """End both, and look through what they said."""
         for operator in self.operators.values():
             operator.stop()
-        self.cluster.kubectl("delete", "pods", *self.operators, f"--namespace={HOME}", "--now")
+        self.cluster.kubectl("delete", "pods", *self.operators, f"--namespace={OPERATOR_NAMESPACE}", "--now")
         for operator in self.operators.values():
-            operator.dismiss()
+            operator.stop_and_check_log()
 
 
 @pytest.fixture
-def place(control_plane: Cluster, request: pytest.FixtureRequest) -> Iterator[Place]:
+def place(control_plane: Cluster, request: pytest.FixtureRequest) -> Iterator[JobNamespace]:
     install(control_plane)
-    with open_place(control_plane, request.node.name) as place:
+    with open_job_namespace(control_plane, request.node.name) as place:
         yield place
 
 
 @pytest.fixture
-def replicas(place: Place, tmp_path: Path) -> Iterator[Replicas]:
+def replicas(place: JobNamespace, tmp_path: Path) -> Iterator[Replicas]:
     replicas = Replicas(place.cluster, tmp_path, place.namespace[:40].strip("-"), place.namespace)
     yield replicas
     replicas.stop()
 
 
-def seconds_to_first_write(place: Place, name: str) -> float:
+def seconds_to_first_write(place: JobNamespace, name: str) -> float:
     """Create a QLoRAJob, and say how long it takes until somebody acts on it."""
     start = time.monotonic()
     place.submit(name)
@@ -85,10 +99,10 @@ def seconds_to_first_write(place: Place, name: str) -> float:
     return time.monotonic() - start
 
 
-def test_the_other_takes_over_from_a_dead_leader(replicas: Replicas, place: Place) -> None:
+def test_the_other_takes_over_from_a_dead_leader(replicas: Replicas, place: JobNamespace) -> None:
     leader, waiting = replicas.start()
     place.submit()
-    place.end_pod(PREPARE, 0, PREPARED_WORD)
+    place.end_pod(PREPARE, 0, PREPARED_MESSAGE)
     place.start_pod(TRAIN)
     place.wait_for("Training")
     before = place.jobs()
@@ -101,13 +115,13 @@ def test_the_other_takes_over_from_a_dead_leader(replicas: Replicas, place: Plac
     assert replicas.marked() == sorted(replicas.operators)  # the dead one's pod keeps its label until it starts again
     leader.start()
     wait_until("one label", lambda: replicas.marked() == [replicas.holder()], timeout=10)
-    place.end_pod(TRAIN, 0, PUBLISHED_WORD)
+    place.end_pod(TRAIN, 0, PUBLISHED_MESSAGE)
     place.wait_for("Succeeded", "Published")
     assert place.jobs() == {**before, names.prepare_job_name("meanwhile"): place.jobs()["meanwhile-prepare"]}
     assert [entry["number"] for entry in place.status()["attempts"]] == [1]
 
 
-def test_a_leader_that_is_told_to_end_hands_over_at_once(replicas: Replicas, place: Place) -> None:
+def test_leader_on_sigterm_releases_lease(replicas: Replicas, place: JobNamespace) -> None:
     leader, _ = replicas.start()
     assert seconds_to_first_write(place, NAME) < HAND_OVER
     assert leader.terminate() == 0
@@ -115,14 +129,14 @@ def test_a_leader_that_is_told_to_end_hands_over_at_once(replicas: Replicas, pla
     assert sorted(place.jobs()) == [names.prepare_job_name("meanwhile"), PREPARE]
 
 
-def test_a_replica_that_waits_ends_when_it_is_told_to(replicas: Replicas) -> None:
+def test_standby_on_sigterm_exits(replicas: Replicas) -> None:
     _, waiting = replicas.start()
     before = replicas.holder()
     assert waiting.terminate() == 0
     assert replicas.holder() == before
 
 
-def test_a_leader_that_was_frozen_writes_nothing_when_it_goes_on(replicas: Replicas, place: Place) -> None:
+def test_frozen_leader_writes_nothing_after_thaw(replicas: Replicas, place: JobNamespace) -> None:
     leader, _ = replicas.start()
     assert leader.process
     leader.process.send_signal(signal.SIGSTOP)
@@ -133,12 +147,14 @@ def test_a_leader_that_was_frozen_writes_nothing_when_it_goes_on(replicas: Repli
     assert sorted(place.jobs()) == [PREPARE]
 
 
-def test_a_leader_that_cannot_renew_ends_before_its_lease_may_be_taken(replicas: Replicas, place: Place) -> None:
+def test_a_leader_that_cannot_renew_ends_before_its_lease_may_be_taken(replicas: Replicas, place: JobNamespace) -> None:
     leader, waiting = replicas.start()
     waiting.terminate()
     assert LEASE_DURATION > RENEW_DEADLINE
     patch = json.dumps([{"op": "replace", "path": "/rules", "value": []}])
-    place.cluster.kubectl("patch", "role", ACCOUNT, f"--namespace={HOME}", "--type=json", f"--patch={patch}")
+    place.cluster.kubectl(
+        "patch", "role", ACCOUNT, f"--namespace={OPERATOR_NAMESPACE}", "--type=json", f"--patch={patch}"
+    )
     assert leader.process
     assert leader.process.wait(timeout=LEASE_DURATION.total_seconds()) == 1
     assert "no longer leads" in leader.log.read_text()

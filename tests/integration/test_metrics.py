@@ -13,9 +13,9 @@ from qlora_trainer.runtime.metrics import Meter
 from tests.cluster.binaries import binary
 from tests.cluster.cluster import Cluster
 from tests.cluster.commands import wait_until
-from tests.integration.operator_process import NAME, TRAIN, Operator, Place, install, open_place
+from tests.integration.operator_process import NAME, TRAIN, JobNamespace, Operator, install, open_job_namespace
 from tests.integration.test_operator_progress import KUBEFLOW
-from tests.make import PUBLISHED_WORD
+from tests.make import PUBLISHED_MESSAGE
 
 
 def lint(text: str) -> str:
@@ -36,14 +36,14 @@ def value(operator: Operator, name: str, **labels: str) -> float | None:
 
 
 @pytest.fixture
-def place(control_plane: Cluster, request: pytest.FixtureRequest) -> Iterator[Place]:
+def place(control_plane: Cluster, request: pytest.FixtureRequest) -> Iterator[JobNamespace]:
     install(control_plane)
-    with open_place(control_plane, request.node.name) as place:
+    with open_job_namespace(control_plane, request.node.name) as place:
         yield place
 
 
 @pytest.fixture
-def operator(place: Place, tmp_path: Path) -> Iterator[Operator]:
+def operator(place: JobNamespace, tmp_path: Path) -> Iterator[Operator]:
     operator = Operator(place.cluster, tmp_path, place.namespace).start()
     yield operator
     operator.stop()
@@ -66,15 +66,15 @@ def loss_series(operator: Operator) -> list[str]:
     return [line for line in operator.metrics().splitlines() if line.startswith("qlora_job_loss{")]
 
 
-def test_a_life_in_metrics(operator: Operator, place: Place) -> None:
-    place.live_to_training()
+def test_metrics_of_a_whole_run(operator: Operator, place: JobNamespace) -> None:
+    place.run_to_training()
     assert value(operator, "qlora_jobs", phase="Training") == 1
     assert operator.post(place.namespace, NAME, place.token(place.pod_of(TRAIN)), KUBEFLOW)[0] == 200
     assert loss_series(operator) == [f'qlora_job_loss{{name="{NAME}",namespace="{place.namespace}"}} 2.8312']
     assert lint(operator.metrics()) == ""
     assert (value(operator, "qlora_operator_api_requests_total", verb="PUT", code="200") or 0) >= 4
 
-    place.end_pod(TRAIN, 0, PUBLISHED_WORD)
+    place.end_pod(TRAIN, 0, PUBLISHED_MESSAGE)
     place.wait_for("Succeeded")
     wait_until("the job's series to end", lambda: not loss_series(operator), timeout=20)
     assert value(operator, "qlora_jobs_finished_total", phase="Succeeded", reason="Published") == 1

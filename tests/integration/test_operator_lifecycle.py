@@ -12,8 +12,17 @@ import yaml
 from qlora_api import names
 from tests.cluster.cluster import Cluster
 from tests.cluster.commands import wait_until
-from tests.integration.operator_process import NAME, PREPARE, ROOT, TRAIN, Operator, Place, install, open_place
-from tests.make import PREPARED_WORD, PUBLISHED_WORD, make_prepared, make_result, make_word
+from tests.integration.operator_process import (
+    NAME,
+    PREPARE,
+    ROOT,
+    TRAIN,
+    JobNamespace,
+    Operator,
+    install,
+    open_job_namespace,
+)
+from tests.make import PREPARED_MESSAGE, PUBLISHED_MESSAGE, make_prepared, make_result, make_termination_message
 
 COLLECTED: Final = 90.0
 """Seconds: the garbage collector looks for new kinds every 30, and collects nothing of a kind that it does not know."""
@@ -26,23 +35,23 @@ def installed(control_plane: Cluster) -> Cluster:
 
 
 @pytest.fixture
-def place(installed: Cluster, request: pytest.FixtureRequest) -> Iterator[Place]:
+def place(installed: Cluster, request: pytest.FixtureRequest) -> Iterator[JobNamespace]:
     """A namespace of its own for every test."""
-    with open_place(installed, request.node.name) as place:
+    with open_job_namespace(installed, request.node.name) as place:
         yield place
 
 
 @pytest.fixture
-def operator(installed: Cluster, place: Place, tmp_path: Path) -> Iterator[Operator]:
+def operator(installed: Cluster, place: JobNamespace, tmp_path: Path) -> Iterator[Operator]:
     """An operator that serves the test's namespace; a permission that it lacks fails the test."""
     operator = Operator(installed, tmp_path, place.namespace).start()
     yield operator
-    operator.dismiss()
+    operator.stop_and_check_log()
 
 
 @pytest.mark.usefixtures("operator")
-def test_a_whole_life(place: Place) -> None:
-    place.live_to_the_end()
+def test_run_from_submission_to_success(place: JobNamespace) -> None:
+    place.run_to_success()
     status = place.status()
     conditions = {entry["type"]: entry["status"] for entry in status["conditions"]}
     assert conditions == {
@@ -57,8 +66,8 @@ def test_a_whole_life(place: Place) -> None:
 
 
 @pytest.mark.usefixtures("operator")
-def test_the_columns(place: Place) -> None:
-    place.live_to_the_end()
+def test_the_columns(place: JobNamespace) -> None:
+    place.run_to_success()
     header, row = place.kubectl("get", "qlj", "--output=wide").splitlines()
     assert header.split() == [
         "NAME", "PHASE", "PROGRESS", "ETA", "LOSS", "GPUS", "AGE", "MODEL", "STEP", "TOK/S", "ATTEMPT", "ADAPTER",
@@ -68,7 +77,9 @@ def test_the_columns(place: Place) -> None:
     assert row.split()[-2:] == [make_result().adapter, "Published"]
 
 
-def test_the_whole_cluster_is_served_without_namespaces(installed: Cluster, place: Place, tmp_path: Path) -> None:
+def test_the_whole_cluster_is_served_without_namespaces(
+    installed: Cluster, place: JobNamespace, tmp_path: Path
+) -> None:
     operator = Operator(installed, tmp_path).start()
     try:
         place.submit()
@@ -78,19 +89,19 @@ def test_the_whole_cluster_is_served_without_namespaces(installed: Cluster, plac
 
 
 @pytest.mark.usefixtures("operator")
-def test_a_created_again_job_has_children_of_its_own(place: Place) -> None:
-    place.live_to_training()
+def test_recreated_job_gets_its_own_children(place: JobNamespace) -> None:
+    place.run_to_training()
     first = place.jobs()
     place.kubectl("delete", "qlorajob", NAME, "--wait=false")
     place.submit()
     wait_until("new prepare Job", lambda: place.jobs().get(PREPARE) not in {None, first[PREPARE]}, COLLECTED)
-    place.end_pod(PREPARE, 0, make_word("Prepared", prepared=make_prepared(published=make_result())))
+    place.end_pod(PREPARE, 0, make_termination_message("Prepared", prepared=make_prepared(published=make_result())))
     place.wait_for("Succeeded", "AlreadyPublished")
     assert TRAIN not in place.jobs()
 
 
 @pytest.mark.parametrize("moment", ["submitted", "preparing", "prepared", "training", "published"])
-def test_kill_9_loses_nothing(moment: str, operator: Operator, place: Place) -> None:
+def test_sigkill_of_operator_loses_nothing(moment: str, operator: Operator, place: JobNamespace) -> None:
     def die(now: str) -> None:
         if now == moment:
             operator.kill()
@@ -106,7 +117,7 @@ def test_kill_9_loses_nothing(moment: str, operator: Operator, place: Place) -> 
     die("preparing")
     if moment == "prepared":
         operator.kill()
-    place.end_pod(PREPARE, 0, PREPARED_WORD)
+    place.end_pod(PREPARE, 0, PREPARED_MESSAGE)
     if moment == "prepared":
         operator.start()
     place.start_pod(TRAIN)
@@ -115,15 +126,15 @@ def test_kill_9_loses_nothing(moment: str, operator: Operator, place: Place) -> 
     place.wait_for("Training")
     if moment == "published":
         operator.kill()
-    place.end_pod(TRAIN, 0, PUBLISHED_WORD)
+    place.end_pod(TRAIN, 0, PUBLISHED_MESSAGE)
     if moment == "published":
         operator.start()
     place.wait_for("Succeeded", "Published")
     assert place.jobs() == {PREPARE: prepare, TRAIN: train}
 
 
-def test_deletion_needs_no_operator(operator: Operator, place: Place) -> None:
-    place.live_to_training()
+def test_deletion_needs_no_operator(operator: Operator, place: JobNamespace) -> None:
+    place.run_to_training()
     operator.kill()
     place.kubectl("delete", "qlorajob", NAME, "--timeout=10s")
     wait_until("no Job is left", lambda: not place.jobs(), COLLECTED)
@@ -131,7 +142,7 @@ def test_deletion_needs_no_operator(operator: Operator, place: Place) -> None:
     wait_until("no pod is left", lambda: not place.items("pods"), COLLECTED)
 
 
-def test_sigterm_ends_cleanly_within_seconds(operator: Operator, place: Place) -> None:
+def test_sigterm_ends_cleanly_within_seconds(operator: Operator, place: JobNamespace) -> None:
     place.submit()
     place.wait_for("Preparing")
     start = time.monotonic()
@@ -140,8 +151,8 @@ def test_sigterm_ends_cleanly_within_seconds(operator: Operator, place: Place) -
 
 
 @pytest.mark.usefixtures("operator")
-def test_terminal_stays_terminal_when_children_are_deleted(place: Place) -> None:
-    place.live_to_the_end()
+def test_deleted_children_of_finished_run_are_not_recreated(place: JobNamespace) -> None:
+    place.run_to_success()
     before = place.status()
     place.kubectl("delete", "jobs", "--all")
     time.sleep(2)
@@ -150,53 +161,53 @@ def test_terminal_stays_terminal_when_children_are_deleted(place: Place) -> None
 
 
 @pytest.mark.usefixtures("operator")
-def test_a_job_without_its_last_word_is_prepared_again(place: Place) -> None:
-    place.live_to_training()
+def test_job_without_termination_message_is_prepared_again(place: JobNamespace) -> None:
+    place.run_to_training()
     first = place.jobs()[PREPARE]
     place.kubectl("delete", "job", TRAIN)
     wait_until("PodLost on record", lambda: "PodLost" in ends_of_attempts(place), timeout=30)
     wait_until("a new prepare Job", lambda: place.jobs().get(PREPARE) not in {None, first}, timeout=30)
-    place.end_pod(PREPARE, 0, PREPARED_WORD)
+    place.end_pod(PREPARE, 0, PREPARED_MESSAGE)
     second = names.train_job_name(NAME, 2)
     place.start_pod(second)
-    place.end_pod(second, 0, PUBLISHED_WORD)
+    place.end_pod(second, 0, PUBLISHED_MESSAGE)
     assert place.wait_for("Succeeded", "Published")["attempt"] == 2
 
 
 @pytest.mark.usefixtures("operator")
-def test_a_manifest_with_any_letters_is_prepared_again(place: Place) -> None:
+def test_a_manifest_with_any_letters_is_prepared_again(place: JobNamespace) -> None:
     """The second preparation finds the ConfigMap of the first, and brings it up to date."""
     place.submit(dataset={"template": {"prompt": "\U0001f600 \u2028\x7f {question}", "answer": "{answer}"}})
-    place.end_pod(PREPARE, 0, PREPARED_WORD)
+    place.end_pod(PREPARE, 0, PREPARED_MESSAGE)
     place.start_pod(TRAIN)
     place.wait_for("Training")
     place.kubectl("delete", "job", TRAIN, PREPARE)
     wait_until("PodLost on record", lambda: "PodLost" in ends_of_attempts(place), timeout=30)
-    place.end_pod(PREPARE, 0, PREPARED_WORD)
+    place.end_pod(PREPARE, 0, PREPARED_MESSAGE)
     place.start_pod(names.train_job_name(NAME, 2))
     assert place.wait_for("Training")["attempt"] == 2
 
 
 @pytest.mark.usefixtures("operator")
-def test_a_failure_names_its_reason_and_its_remedy(place: Place) -> None:
+def test_a_failure_names_its_reason_and_its_remedy(place: JobNamespace) -> None:
     place.submit()
-    place.end_pod(PREPARE, 3, make_word("DatasetInvalid", "row 7: field output is missing"))
+    place.end_pod(PREPARE, 3, make_termination_message("DatasetInvalid", "row 7: field output is missing"))
     status = place.wait_for("Failed", "DatasetInvalid")
     assert status["message"] == "row 7: field output is missing. What to do: Correct the row in the dataset."
     assert [job["metadata"]["name"] for job in place.items("jobs")] == [PREPARE]
 
 
 @pytest.mark.usefixtures("operator")
-def test_the_deadline_of_the_whole_run(place: Place) -> None:
+def test_the_deadline_of_the_whole_run(place: JobNamespace) -> None:
     place.submit(deadlines={"total": "1s"})
-    place.end_pod(PREPARE, 0, PREPARED_WORD)
+    place.end_pod(PREPARE, 0, PREPARED_MESSAGE)
     assert "exceeded its deadline of 1 seconds" in place.wait_for("Failed", "DeadlineExceeded")["message"]
 
 
 @pytest.mark.usefixtures("operator")
-def test_a_pod_that_never_starts_gives_its_node_back(place: Place) -> None:
+def test_startup_deadline_releases_node(place: JobNamespace) -> None:
     place.submit(deadlines={"startup": "5s"})
-    place.end_pod(PREPARE, 0, PREPARED_WORD)
+    place.end_pod(PREPARE, 0, PREPARED_MESSAGE)
     place.bind_pod(TRAIN)
     place.set_pod(TRAIN, "Pending", {"waiting": {"reason": "ImagePullBackOff", "message": "denied"}})
     place.wait_for("Scheduling", "ImagePullFailed")
@@ -206,7 +217,7 @@ def test_a_pod_that_never_starts_gives_its_node_back(place: Place) -> None:
 
 
 @pytest.mark.usefixtures("operator")
-def test_a_foreign_job_is_not_adopted(place: Place) -> None:
+def test_a_foreign_job_is_not_adopted(place: JobNamespace) -> None:
     place.kubectl("create", "job", PREPARE, "--image=mine", "--", "true")
     before = place.cluster.get("job", PREPARE, f"--namespace={place.namespace}")["metadata"]
     place.submit()
@@ -216,14 +227,14 @@ def test_a_foreign_job_is_not_adopted(place: Place) -> None:
 
 
 @pytest.mark.usefixtures("operator")
-def test_a_child_that_the_api_server_refuses_is_shown(place: Place) -> None:
+def test_a_child_that_the_api_server_refuses_is_shown(place: JobNamespace) -> None:
     place.submit(resources={"tolerations": [{"key": "team", "operator": "Exists", "value": "ml"}]})
-    place.end_pod(PREPARE, 0, PREPARED_WORD)
+    place.end_pod(PREPARE, 0, PREPARED_MESSAGE)
     assert "value must be empty" in place.wait_for("Failed", "InvalidSpec")["message"]
 
 
 @pytest.mark.usefixtures("operator")
-def test_a_quota_is_waited_for(place: Place) -> None:
+def test_a_quota_is_waited_for(place: JobNamespace) -> None:
     place.kubectl("create", "quota", "none", "--hard=count/jobs.batch=0")
     wait_until("quota", lambda: bool(place.items("resourcequotas")[0].get("status")), timeout=20)
     place.submit()
@@ -231,8 +242,8 @@ def test_a_quota_is_waited_for(place: Place) -> None:
 
 
 @pytest.mark.usefixtures("operator")
-def test_the_deadline_of_a_running_attempt_follows_the_spec(place: Place) -> None:
-    place.live_to_training()
+def test_the_deadline_of_a_running_attempt_follows_the_spec(place: JobNamespace) -> None:
+    place.run_to_training()
     place.kubectl("patch", "qlorajob", NAME, "--type=merge", '--patch={"spec": {"deadlines": {"total": "48h"}}}')
 
     def deadline() -> int:
@@ -242,7 +253,7 @@ def test_the_deadline_of_a_running_attempt_follows_the_spec(place: Place) -> Non
 
 
 @pytest.mark.usefixtures("operator")
-def test_a_spec_that_slipped_past_the_api_server_is_refused_by_name(installed: Cluster, place: Place) -> None:
+def test_a_spec_that_slipped_past_the_api_server_is_refused_by_name(installed: Cluster, place: JobNamespace) -> None:
     crd = yaml.safe_load((ROOT / "crds/qlorajobs.qlora.dev.yaml").read_text())
     try:
         installed.kubectl("apply", "-f", "-", stdin=json.dumps(without_rules(crd)))
@@ -254,7 +265,7 @@ def test_a_spec_that_slipped_past_the_api_server_is_refused_by_name(installed: C
     assert place.jobs() == {}
 
 
-def ends_of_attempts(place: Place) -> list[str]:
+def ends_of_attempts(place: JobNamespace) -> list[str]:
     """How the attempts on record ended."""
     return [attempt.get("reason", "") for attempt in place.status().get("attempts", [])]
 

@@ -8,8 +8,8 @@ import pytest
 
 from tests.cluster.cluster import Cluster
 from tests.cluster.commands import wait_until
-from tests.integration.operator_process import NAME, PREPARE, TRAIN, Operator, Place, install
-from tests.make import PUBLISHED_WORD
+from tests.integration.operator_process import NAME, PREPARE, TRAIN, JobNamespace, Operator, install
+from tests.make import PUBLISHED_MESSAGE
 
 KUBEFLOW: Final[dict[str, Any]] = {
     "trainerStatus": {
@@ -28,24 +28,24 @@ KUBEFLOW: Final[dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def place(control_plane: Cluster) -> Place:
+def place(control_plane: Cluster) -> JobNamespace:
     install(control_plane)
     control_plane.kubectl("create", "namespace", "progress")
     wait_until("account", lambda: bool(control_plane.get("serviceaccounts", "--namespace=progress")["items"]))
-    return Place(control_plane, "progress")
+    return JobNamespace(control_plane, "progress")
 
 
 @pytest.fixture(scope="module")
-def operator(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operator]:
+def operator(place: JobNamespace, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operator]:
     """One operator, and a job that trains."""
     folder: Path = tmp_path_factory.mktemp("operator")
     operator = Operator(place.cluster, folder, place.namespace).start()
-    place.live_to_training()
+    place.run_to_training()
     yield operator
-    operator.dismiss()
+    operator.stop_and_check_log()
 
 
-def test_a_report_reaches_the_columns(operator: Operator, place: Place) -> None:
+def test_a_report_reaches_the_columns(operator: Operator, place: JobNamespace) -> None:
     token = place.token(place.pod_of(TRAIN))
     assert operator.post(place.namespace, NAME, token, KUBEFLOW) == (200, {})
     wait_until("progress", lambda: place.status().get("progress") == "42%", timeout=20)
@@ -53,17 +53,17 @@ def test_a_report_reaches_the_columns(operator: Operator, place: Place) -> None:
     assert {key: status[key] for key in ("eta", "loss", "step")} == {"eta": "3m10s", "loss": "2.831", "step": "75/180"}
 
 
-def test_no_token_is_refused(operator: Operator, place: Place) -> None:
+def test_no_token_is_refused(operator: Operator, place: JobNamespace) -> None:
     code, answer = operator.post(place.namespace, NAME, "", KUBEFLOW)
     assert (code, answer["message"]) == (401, "send the pod's token: Authorization: Bearer <token>")
 
 
-def test_a_token_for_another_audience_is_refused(operator: Operator, place: Place) -> None:
+def test_a_token_for_another_audience_is_refused(operator: Operator, place: JobNamespace) -> None:
     token = place.token(place.pod_of(TRAIN), audience="https://kubernetes.default.svc.cluster.local")
     assert operator.post(place.namespace, NAME, token, KUBEFLOW)[0] == 401
 
 
-def test_a_pod_cannot_speak_for_another_job(operator: Operator, place: Place) -> None:
+def test_pod_of_other_job_is_forbidden(operator: Operator, place: JobNamespace) -> None:
     place.submit("other")
     token = place.token(place.pod_of(PREPARE))
     code, answer = operator.post(place.namespace, "other", token, KUBEFLOW)
@@ -71,37 +71,37 @@ def test_a_pod_cannot_speak_for_another_job(operator: Operator, place: Place) ->
     assert "progress" not in place.status("other")
 
 
-def test_a_pod_cannot_speak_for_another_namespace(operator: Operator, place: Place) -> None:
+def test_pod_of_other_namespace_is_forbidden(operator: Operator, place: JobNamespace) -> None:
     assert operator.post("default", NAME, place.token(place.pod_of(TRAIN)), KUBEFLOW)[0] == 403
 
 
-def test_an_invalid_report_is_refused_by_field(operator: Operator, place: Place) -> None:
+def test_an_invalid_report_is_refused_by_field(operator: Operator, place: JobNamespace) -> None:
     code, answer = operator.post(place.namespace, NAME, place.token(place.pod_of(TRAIN)), {"trainerStatus": {}})
     assert (code, answer["message"]) == (400, "trainerStatus.lastUpdatedTime: Field required")
 
 
-def test_a_plain_pod_speaks_for_its_job(operator: Operator, place: Place) -> None:
+def test_labeled_pod_without_job_may_report(operator: Operator, place: JobNamespace) -> None:
     place.submit("plain")
     place.kubectl("run", "script", "--image=mine", "--labels=qlora.dev/job=plain")
     assert operator.post(place.namespace, "plain", place.token("script"), KUBEFLOW) == (200, {})
     wait_until("progress", lambda: place.status("plain").get("progress") == "42%", timeout=20)
 
 
-def test_a_report_for_a_job_that_is_gone_is_not_found(operator: Operator, place: Place) -> None:
+def test_a_report_for_a_job_that_is_gone_is_not_found(operator: Operator, place: JobNamespace) -> None:
     place.kubectl("run", "stray", "--image=mine", "--labels=qlora.dev/job=gone")
     assert operator.post(place.namespace, "gone", place.token("stray"), KUBEFLOW)[0] == 404
 
 
-def test_a_deleted_pod_is_refused(operator: Operator, place: Place) -> None:
+def test_a_deleted_pod_is_refused(operator: Operator, place: JobNamespace) -> None:
     place.kubectl("run", "short-lived", "--image=mine", f"--labels=qlora.dev/job={NAME}")
     token = place.token("short-lived")
     place.kubectl("delete", "pod", "short-lived", "--now")
     assert operator.post(place.namespace, NAME, token, KUBEFLOW)[0] == 401
 
 
-def test_a_late_report_changes_nothing(operator: Operator, place: Place) -> None:
+def test_report_after_end_changes_nothing(operator: Operator, place: JobNamespace) -> None:
     token = place.token(place.pod_of(TRAIN))
-    place.end_pod(TRAIN, 0, PUBLISHED_WORD)
+    place.end_pod(TRAIN, 0, PUBLISHED_MESSAGE)
     before = place.wait_for("Succeeded")
     assert operator.post(place.namespace, NAME, token, KUBEFLOW)[0] == 200
     assert place.status() == before

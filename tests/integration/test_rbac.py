@@ -12,14 +12,14 @@ import pytest
 
 from tests.cluster.cluster import Cluster
 from tests.cluster.commands import wait_until
-from tests.integration.operator_process import ACCOUNT, HOME, install
+from tests.integration.operator_process import ACCOUNT, OPERATOR_NAMESPACE, install
 
 PAGE: Final = Path(__file__).parents[2] / "docs/security.md"
 BEGIN: Final = "<!-- Written by tests/integration/test_rbac.py; do not edit. -->"
 END: Final = "<!-- The end of what tests/integration/test_rbac.py writes. -->"
 RUNS: Final = "ml"
 ACCOUNTS: Final = {
-    "operator": (f"system:serviceaccount:{HOME}:{ACCOUNT}", HOME),
+    "operator": (f"system:serviceaccount:{OPERATOR_NAMESPACE}:{ACCOUNT}", OPERATOR_NAMESPACE),
     "trainer": (f"system:serviceaccount:{RUNS}:default", RUNS),
 }
 """Who they are, and the namespace that is asked about."""
@@ -59,7 +59,7 @@ def parse(table: str) -> list[Right]:
 
 
 @pytest.mark.parametrize("account", ACCOUNTS)
-def test_no_secrets_no_exec_no_roles_and_no_wildcard(lists: dict[str, str], account: str) -> None:
+def test_rbac_has_no_secrets_exec_roles_or_wildcards(lists: dict[str, str], account: str) -> None:
     rights = parse(lists[account])
     forbidden = re.compile(r"secret|/(exec|attach|portforward|ephemeralcontainers)$|role|serviceaccount|webhook|\*")
     assert [right for right in rights if forbidden.search(right.resource)] == []

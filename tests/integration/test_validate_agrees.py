@@ -8,11 +8,11 @@ import pytest
 
 from qlora_api import crd
 from qlora_cli.cluster.client import ClusterError
-from qlora_cli.cluster.kube_client import KubeCluster, connect
+from qlora_cli.cluster.kube_client import KubeClient, connect
 from qlora_cli.manifests.loader import ManifestError, parse_manifest
-from qlora_cli.manifests.overrides import Override, override_value
+from qlora_cli.manifests.overrides import Override, override_manifest
 from qlora_cli.manifests.yaml_documents import parse_documents
-from qlora_planner.validation import IN_CLUSTER
+from qlora_planner.validation import CLUSTER_RULES
 from tests.cluster.cluster import Cluster
 from tests.integration.operator_process import install
 from tests.make import make_manifest
@@ -77,7 +77,7 @@ ACCEPTED: Final[tuple[Change, ...]] = (
 
 
 @pytest.fixture(scope="module")
-def cluster(control_plane: Cluster) -> KubeCluster:
+def cluster(control_plane: Cluster) -> KubeClient:
     install(control_plane)
     return connect(str(control_plane.kubeconfig), None)[0]
 
@@ -89,7 +89,7 @@ def manifest(change: Change) -> dict[str, Any]:
         if value is None:
             del made["spec"]["dataset"]["uri"]
         else:
-            made = override_value(made, [Override(tuple(path.split(".")), value)])
+            made = override_manifest(made, [Override(tuple(path.split(".")), value)])
     return made
 
 
@@ -97,13 +97,13 @@ def validated(made: dict[str, Any]) -> str:
     """What is wrong, as `qlora validate` says."""
     [document] = parse_documents(json.dumps(made), "manifest")
     try:
-        parse_manifest(document, IN_CLUSTER)
+        parse_manifest(document, CLUSTER_RULES)
     except ManifestError as error:
         return str(error)
     return ""
 
 
-def refused(cluster: KubeCluster, made: dict[str, Any]) -> str:
+def refused(cluster: KubeClient, made: dict[str, Any]) -> str:
     """What is wrong, as the API server says."""
     try:
         cluster.create(made, dry_run=True)
@@ -113,18 +113,18 @@ def refused(cluster: KubeCluster, made: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize("change", REFUSED, ids=",".join)
-def test_what_the_api_server_refuses_is_not_valid(cluster: KubeCluster, change: Change) -> None:
+def test_what_the_api_server_refuses_is_not_valid(cluster: KubeClient, change: Change) -> None:
     made = manifest(change)
     assert (bool(refused(cluster, made)), bool(validated(made))) == (True, True)
 
 
 @pytest.mark.parametrize("change", ACCEPTED, ids=",".join)
-def test_what_the_api_server_takes_is_valid(cluster: KubeCluster, change: Change) -> None:
+def test_what_the_api_server_takes_is_valid(cluster: KubeClient, change: Change) -> None:
     made = manifest(change)
     assert (refused(cluster, made), validated(made)) == ("", "")
 
 
-def test_no_rule_of_the_crd_is_left_out(cluster: KubeCluster) -> None:
+def test_no_rule_of_the_crd_is_left_out(cluster: KubeClient) -> None:
     said = "\n".join(refused(cluster, manifest(change)) for change in REFUSED)
     assert [message for message in rules(crd.root_schema()) if message not in said] == []
 

@@ -27,13 +27,13 @@ MUTATIONS: Final = (
         file=f"{_TRAINER}/training/loop.py",
         old="        labels = sum(row.label_count for row in window)\n",
         new="        labels = sum(row.label_count for row in window[self.world.rank :: self.world.size]) or 1\n",
-        test=f"{_TESTS}/distributed/test_two_processes.py::test_trap_02_two_times_eight_rows_are_sixteen",
+        test=f"{_TESTS}/distributed/test_two_processes.py::test_trap_02_two_processes_equal_one_with_the_same_global_batch",
     ),
     Mutation(
         trap=3,
         file=f"{_TRAINER}/data/batching.py",
-        old="_predicting(row, number * width)]",
-        new="_predicting(row, number * width) if ids[number][position - number * width + 1] != 1]",
+        old="_label_positions(row, number * width)]",
+        new="_label_positions(row, number * width) if ids[number][position - number * width + 1] != 1]",
         test=f"{_TESTS}/data/test_traps_data.py::test_trap_03_the_end_token_is_a_label_although_it_is_the_padding_token_too",
     ),
     Mutation(
@@ -46,8 +46,8 @@ MUTATIONS: Final = (
     Mutation(
         trap=4,
         file=f"{_TRAINER}/data/chat_template.py",
-        old="        if not self.stop:\n            return turn\n",
-        new="        if self.stop:\n            return turn\n",
+        old="        if not self.stop_token:\n            return turn\n",
+        new="        if self.stop_token:\n            return turn\n",
         test=f"{_TESTS}/data/test_traps_data.py::test_trap_04_each_turn_of_the_assistant_is_learned_up_to_its_stop_token",
     ),
     Mutation(
@@ -60,7 +60,7 @@ MUTATIONS: Final = (
     Mutation(
         trap=4,
         file=f"{_TRAINER}/evaluation/generation.py",
-        old=", *named, end_of_turn(tokenizer))",
+        old=", *named, end_of_turn_token(tokenizer))",
         new=", *named)",
         test=f"{_TESTS}/publishing/test_traps_result.py::test_trap_4_an_answer_ends_with_the_token_that_ends_a_turn_of_the_template",
     ),
@@ -103,7 +103,7 @@ MUTATIONS: Final = (
         trap=10,
         file=f"{_TRAINER}/model/base_model.py",
         old="    model.requires_grad_(False)\n    return model\n",
-        new="    from peft import prepare_model_for_kbit_training\n    return prepare_model_for_kbit_training(model)\n",
+        new="    from wrapped import prepare_model_for_kbit_training\n    return prepare_model_for_kbit_training(model)\n",
         test=f"{_TESTS}/model/test_traps_model.py::test_trap_10_nothing_of_the_base_is_made_larger_and_the_adapter_is_fp32",
     ),
     Mutation(
@@ -147,14 +147,14 @@ MUTATIONS: Final = (
         file=f"{_TRAINER}/inference/multi_adapter_chat.py",
         old="    if settings.ensure_weight_tying and ties:\n",
         new="    if settings.ensure_weight_tying and ties and not ties:\n",
-        test=f"{_TESTS}/inference/test_multi_adapter_chat.py::test_each_answers_as_it_does_alone",
+        test=f"{_TESTS}/inference/test_multi_adapter_chat.py::test_each_adapter_answers_as_when_loaded_alone",
         fails_with="UserWarning",  # peft's: it finds nothing that shares the embedding's weight
     ),
     Mutation(
         trap=19,
         file=f"{_TRAINER}/publishing/publish.py",
-        old="tuned.peft.save_pretrained(target, save_embedding_layers=False, **whole)",
-        new="tuned.peft.save_pretrained(target, **whole)",
+        old="trainable.wrapped.save_pretrained(target, save_embedding_layers=False, **whole)",
+        new="trainable.wrapped.save_pretrained(target, **whole)",
         test=f"{_TESTS}/publishing/test_traps_result.py::test_trap_19_saving_asks_no_hub_about_the_vocabulary",
     ),
     Mutation(
@@ -167,7 +167,7 @@ MUTATIONS: Final = (
     Mutation(
         trap=21,
         file=f"{_TRAINER}/training/engine.py",
-        old="enabled=choices.dtype == torch.float16)",
+        old="enabled=settings.dtype == torch.float16)",
         new="enabled=False)",
         test=f"{_TESTS}/model/test_traps_model.py::test_trap_21_fp16_is_scaled_and_the_adapter_is_not_in_it",
     ),
@@ -246,30 +246,28 @@ MUTATIONS: Final = (
     Mutation(
         trap=30,
         file=f"{_TRAINER}/training/engine.py",
-        old="        put_optimizer(self._optimizer, state.optimizer)\n",
+        old="        load_optimizer(self._optimizer, state.optimizer)\n",
         new="",
-        test=f"{_TESTS}/training/test_checkpoint_store.py::test_trap_30_a_run_stopped_after_any_step_ends_as_if_it_had_not_been",
+        test=f"{_TESTS}/training/test_checkpoint_store.py::test_trap_30_run_stopped_after_any_step_resumes_bit_for_bit",
     ),
     Mutation(
         trap=31,
         file=f"{_TRAINER}/publishing/publish.py",
         old="save_embedding_layers=False, **whole)",
-        new="save_embedding_layers=False, state_dict=dict(list(tuned.peft.state_dict().items())[::2]))",
+        new="save_embedding_layers=False, state_dict=dict(list(trainable.wrapped.state_dict().items())[::2]))",
         test=f"{_TESTS}/publishing/test_traps_result.py::test_trap_31_what_is_saved_is_what_was_trained",
     ),
     Mutation(
         trap=32,
         file=f"{_TRAINER}/model/base_model.py",
-        old="    return Tuned(peft, peft.get_base_model(),",
-        new="    return Tuned(torch.compile(peft), peft.get_base_model(),",
+        old="    return TrainableModel(peft, peft.get_base_model(),",
+        new="    return TrainableModel(torch.compile(peft), peft.get_base_model(),",
         test=f"{_TESTS}/model/test_traps_model.py::test_trap_32_nothing_is_compiled",
     ),
     Mutation(
         trap=34,
         file=f"{_TRAINER}/model/attention.py",
-        old="    if facts.capped:\n"
-        '        return "eager", "the model caps attention scores, which SDPA cannot"\n'
-        "    if not facts.sdpa:\n",
+        old='    if facts.logit_softcapping:\n        return "eager", "the model caps attention scores, which SDPA cannot"\n    if not facts.sdpa:\n',
         new="    if facts.head_size < 1:\n",
         test=f"{_TESTS}/model/test_traps_model.py::test_trap_34_capped_scores_are_capped",
     ),
@@ -291,9 +289,9 @@ MUTATIONS: Final = (
     Mutation(
         trap=37,
         file=f"{_TRAINER}/training/checkpoint_store.py",
-        old="            check_course(record.course, self._course)\n",
+        old="            check_fingerprint(record.course, self._fingerprint)\n",
         new="",
-        test=f"{_TESTS}/training/test_checkpoint_store.py::test_trap_37_the_state_of_another_course_is_refused",
+        test=f"{_TESTS}/training/test_checkpoint_store.py::test_trap_37_checkpoint_with_another_fingerprint_is_refused",
     ),
     Mutation(
         trap=38,
@@ -307,14 +305,14 @@ MUTATIONS: Final = (
         file=f"{_TRAINER}/training/checkpoint_store.py",
         old='        return f"step-{self.step:06}-a{self.attempt}"\n',
         new='        return f"step-{self.step:06}-a1"\n',
-        test=f"{_TESTS}/training/test_checkpoint_store.py::test_trap_39_attempts_that_overlap_write_folders_of_their_own",
+        test=f"{_TESTS}/training/test_checkpoint_store.py::test_trap_39_overlapping_attempts_write_separate_folders",
     ),
     Mutation(
         trap=40,
         file=f"{_TRAINER}/watchdog.py",
-        old="        if pulse.silence() > limit:\n",
-        new="        if pulse.silence() < 0:\n",
-        test=f"{_TESTS}/test_watchdog.py::test_trap_40_a_silent_process_is_ended_once",
+        old="        if liveness.seconds_silent() > limit:\n",
+        new="        if liveness.seconds_silent() < 0:\n",
+        test=f"{_TESTS}/test_watchdog.py::test_trap_40_hung_process_is_ended_once",
     ),
     Mutation(
         trap=41,

@@ -36,7 +36,7 @@ class Outcome:
         return not self.errors and any(name in wanted for name in self.failures)
 
 
-class Watch:
+class FailureRecorder:
     """A pytest plugin that notes the end of every test."""
 
     def __init__(self) -> None:
@@ -78,13 +78,13 @@ def try_tests(tests: Sequence[str], tree: Path) -> Outcome:
     child = context.Process(target=_run, args=(tests, tree, output, theirs))
     child.start()
     theirs.close()
-    outcome = _hear(ours)
+    outcome = _receive(ours)
     child.kill()
     child.join()
     return replace(outcome, output=output.read_text(errors="replace"))
 
 
-def _hear(child: Connection) -> Outcome:
+def _receive(child: Connection) -> Outcome:
     if not child.poll(TIMEOUT_SECONDS):
         return Outcome(errors=[f"no end after {TIMEOUT_SECONDS} s"])
     try:
@@ -104,7 +104,7 @@ def _run(tests: Sequence[str], tree: Path, output: Path, answer: Connection) -> 
     sys.path[:0] = sources
     os.environ["PYTHONPATH"] = os.pathsep.join(sources)
     os.chdir(tree)
-    watch = Watch()
+    watch = FailureRecorder()
     # Preloaded libraries bring pytest plugins that it can no longer rewrite.
     options = ["-q", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
     pytest.main([*options, "--rootdir", str(tree), *tests], plugins=[watch])

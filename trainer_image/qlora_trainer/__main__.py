@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, TypeVar
 
-from qlora_api.logfiles import PREPARATION, LogFile
-from qlora_api.logs import configure_logs, fields, format_of_process, handler_for, log_always_with
+from qlora_api.logfiles import PREPARE_ATTEMPT, LogFile
+from qlora_api.logs import bind_process_fields, configure_logs, format_from_environment, handler_for, log_fields
 from qlora_api.names import (
     CONFIG_MOUNT,
     PREPARE_CONFIG_FILE,
@@ -20,86 +20,86 @@ from qlora_api.names import (
     WORK_MOUNT,
     Reason,
 )
-from qlora_api.report import LastWord
+from qlora_api.report import TerminationMessage
 from qlora_api.runconfig import PrepareConfig, RunConfig
 from qlora_trainer.errors import RunError
-from qlora_trainer.observability.log_upload import Lines, Logbook
-from qlora_trainer.runtime.rank import DONE, default_work, is_first_of_pod, path_of_process, rank_of_process
-from qlora_trainer.runtime.shutdown import EXIT_CODE, StopFlag, explain_end, interrupted
-from qlora_trainer.runtime.termination_message import Farewell
+from qlora_trainer.observability.log_upload import LogUploader, TeeHandler
+from qlora_trainer.runtime.rank import DONE_SUFFIX, default_work, is_local_main_process, per_rank_path, rank_of_process
+from qlora_trainer.runtime.shutdown import SIGTERM_EXIT_CODE, StopFlag, as_exit_error, interrupted_error
+from qlora_trainer.runtime.termination_message import TerminationMessageWriter
 
 log = logging.getLogger("qlora_trainer")
 Config = TypeVar("Config", PrepareConfig, RunConfig)
-_ABANDON_SECONDS: Final = 3.0
+_OVERDUE_UPLOAD_SECONDS: Final = 3.0
 """Longest wait for the log's end where the grace period is nearly over: the object store may be what took so long."""
 
 
 @dataclass(frozen=True)
-class Process:
+class ProcessContext:
     """Who notices the end of this process, and who tells of it."""
 
-    farewell: Farewell
+    termination_message: TerminationMessageWriter
     stop: StopFlag = field(default_factory=StopFlag)
-    logbook: Logbook = field(default_factory=Logbook)
+    log_uploader: LogUploader = field(default_factory=LogUploader)
 
-    def abandon(self) -> None:
+    def on_stop_timeout(self) -> None:
         """End in the middle of what took too long after a request to stop."""
-        self.farewell.fail(interrupted())
-        self.logbook.finish(_ABANDON_SECONDS)
+        self.termination_message.write_failure(interrupted_error())
+        self.log_uploader.finish(_OVERDUE_UPLOAD_SECONDS)
 
-    def keep_log(self, config: PrepareConfig | RunConfig, file: LogFile) -> None:
+    def start_log_upload(self, config: PrepareConfig | RunConfig, file: LogFile) -> None:
         """Keep the log in the output from now on."""
-        from qlora_trainer.observability.log_object import LogPlace  # noqa: PLC0415 (after configure_libraries)
+        from qlora_trainer.observability.log_object import LogObject  # noqa: PLC0415 (after configure_libraries)
 
-        self.logbook.open(LogPlace(config, file))
+        self.log_uploader.start(LogObject(config, file))
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Prepare or train, leave the last word, and return the exit code."""
     options = parse(arguments)
-    process = Process(Farewell(path_of_process(options.termination_message)))
+    process = ProcessContext(TerminationMessageWriter(per_rank_path(options.termination_message)))
     configure_log(process)
     configure_libraries(options.work)
-    process.stop.listen(process.abandon)
+    process.stop.install_signal_handlers(process.on_stop_timeout)
     try:
         word = COMMANDS[options.command](options, process)
     except BaseException as error:
         with process.stop.deferred():
-            return end_badly(explain_end(error, stopped=process.stop.requested), process)
+            return exit_with_error(as_exit_error(error, stopped=process.stop.requested), process)
     with process.stop.deferred():
-        return leave(word, process, options.termination_message)
+        return exit_with_message(word, process, options.termination_message)
 
 
-def end_badly(known: RunError, process: Process) -> int:
+def exit_with_error(known: RunError, process: ProcessContext) -> int:
     """Say what ended the run, and return the exit code; called where the exception is known, and no stop is heard."""
-    log.exception("the run failed", extra=fields(reason=known.reason, step=known.step))
-    process.farewell.fail(known)
+    log.exception("the run failed", extra=log_fields(reason=known.reason, step=known.step))
+    process.termination_message.write_failure(known)
     if not is_about_output(known):
-        process.logbook.finish()
+        process.log_uploader.finish()
     return EXIT_CODES.get(known.reason, 1)
 
 
 def is_about_output(error: RunError) -> bool:
     """Return whether the run ended because its output cannot be used: then the log could only wait for it in vain."""
-    from qlora_trainer.storage.store import OUTPUT  # noqa: PLC0415 (after configure_libraries)
+    from qlora_trainer.storage.store import OUTPUT_FIELD  # noqa: PLC0415 (after configure_libraries)
 
-    return error.message.startswith(OUTPUT.field)
+    return error.message.startswith(OUTPUT_FIELD.field)
 
 
-def leave(word: LastWord | None, process: Process, place: Path) -> int:
+def exit_with_message(word: TerminationMessage | None, process: ProcessContext, message_path: Path) -> int:
     """Leave the last word, where it is not another process's, and return the exit code; called where no stop is heard.
 
     It comes after the log: the launcher ends the processes of a pod once all of them have said that they are done.
     """
     if word is None:
         log.info("done: another process has the last word")
-        process.logbook.finish()
+        process.log_uploader.finish()
         if rank_of_process() is not None:
-            path_of_process(place).with_suffix(DONE).touch()  # the launcher looks for it
+            per_rank_path(message_path).with_suffix(DONE_SUFFIX).touch()  # the launcher looks for it
         return 0
-    log.info("done", extra=fields(reason=word.reason))
-    process.logbook.finish()
-    process.farewell.say(word)
+    log.info("done", extra=log_fields(reason=word.reason))
+    process.log_uploader.finish()
+    process.termination_message.write(word)
     return EXIT_CODES.get(word.reason, 1)
 
 
@@ -121,20 +121,22 @@ def pod_work() -> Path:
     return mount if mount.is_dir() and os.access(mount, os.W_OK) else default_work()
 
 
-def configure_log(process: Process) -> None:
+def configure_log(process: ProcessContext) -> None:
     """Write one JSON object a line to standard output: all that we say, and what libraries warn of; and keep it."""
-    configure_logs(Lines(handler_for(format_of_process(), sys.stdout), process.logbook, process.stop), "warning")
+    configure_logs(
+        TeeHandler(handler_for(format_from_environment(), sys.stdout), process.log_uploader, process.stop), "warning"
+    )
     log.setLevel(logging.INFO)
     if (rank := rank_of_process()) is not None:
-        log_always_with(rank=rank)
+        bind_process_fields(rank=rank)
 
 
 def read_config(path: Path, kind: type[Config]) -> Config:
     """Read what to do; from now on every line says for which run."""
     config = kind.model_validate_json(path.read_text())
-    log_always_with(namespace=config.namespace, job=config.job)
+    bind_process_fields(namespace=config.namespace, job=config.job)
     if isinstance(config, RunConfig):
-        log_always_with(attempt=config.attempt)
+        bind_process_fields(attempt=config.attempt)
     return config
 
 
@@ -158,34 +160,34 @@ def configure_libraries(work: Path) -> None:
         os.environ.setdefault(name, value)
 
 
-def prepare_word(options: argparse.Namespace, process: Process) -> LastWord:
+def run_prepare(options: argparse.Namespace, process: ProcessContext) -> TerminationMessage:
     """Prepare, and return the facts as the last word."""
     from qlora_trainer.prepare import prepare  # noqa: PLC0415 (after configure_libraries)
 
     config = read_config(options.config, PrepareConfig)
-    process.keep_log(config, LogFile(PREPARATION))
+    process.start_log_upload(config, LogFile(PREPARE_ATTEMPT))
     prepared = prepare(config, log.info, work=options.work)
     reason = Reason.ALREADY_PUBLISHED if prepared.published else Reason.PREPARED
-    return LastWord(reason=reason, message="", prepared=prepared, result=prepared.published)
+    return TerminationMessage(reason=reason, message="", prepared=prepared, result=prepared.published)
 
 
-def train_word(options: argparse.Namespace, process: Process) -> LastWord | None:
+def run_train(options: argparse.Namespace, process: ProcessContext) -> TerminationMessage | None:
     """Train, and return the result as the last word; another process may have it."""
     config = read_config(options.config, RunConfig)
     rank = rank_of_process() or 0
-    process.keep_log(config, LogFile(config.attempt, rank // config.plan.processes_per_node, rank))
+    process.start_log_upload(config, LogFile(config.attempt, rank // config.plan.processes_per_node, rank))
     from qlora_trainer.distributed.world import leave_world  # noqa: PLC0415 (as above)
     from qlora_trainer.observability.progress import Heartbeat, HttpSink, LogSink, ProgressSink, Sinks  # noqa: PLC0415 (as above)
     from qlora_trainer.run import run  # noqa: PLC0415 (as above)
-    from qlora_trainer.watchdog import watch_run  # noqa: PLC0415 (as above)
+    from qlora_trainer.watchdog import run_watchdog  # noqa: PLC0415 (as above)
 
-    sinks: list[ProgressSink] = [LogSink(), process.farewell, process.logbook]
+    sinks: list[ProgressSink] = [LogSink(), process.termination_message, process.log_uploader]
     http = HttpSink.from_environment()
     if http is not None:
         sinks.append(http)
     try:
-        watch = watch_run(config, process.farewell, process.logbook)
-        with served_metrics(), watch, Heartbeat(Sinks(sinks)) as sink:
+        watch = run_watchdog(config, process.termination_message, process.log_uploader)
+        with metrics_server(), watch, Heartbeat(Sinks(sinks)) as sink:
             result = run(config, sink, work=options.work, stop=process.stop)
     finally:
         if http is not None:
@@ -193,33 +195,33 @@ def train_word(options: argparse.Namespace, process: Process) -> LastWord | None
     leave_world()
     if result is None:
         return None
-    return LastWord(reason=Reason.PUBLISHED, message="", step=result.steps, result=result)
+    return TerminationMessage(reason=Reason.PUBLISHED, message="", step=result.steps, result=result)
 
 
-def served_metrics() -> contextlib.AbstractContextManager[None]:
+def metrics_server() -> contextlib.AbstractContextManager[None]:
     """Serve metrics from the first process of the pod, which has one port."""
     from qlora_trainer.runtime.metrics import serve_metrics  # noqa: PLC0415 (as above)
 
-    return serve_metrics(log.info) if is_first_of_pod() else contextlib.nullcontext()
+    return serve_metrics(log.info) if is_local_main_process() else contextlib.nullcontext()
 
 
-def launch_word(options: argparse.Namespace, process: Process) -> LastWord | None:
+def run_launch(options: argparse.Namespace, process: ProcessContext) -> TerminationMessage | None:
     """Let this pod's processes train, and return what explains their end."""
-    from qlora_trainer.distributed.launcher import launch, observe_node  # noqa: PLC0415 (as above)
+    from qlora_trainer.distributed.launcher import launch_workers, observe_node  # noqa: PLC0415 (as above)
 
     config = read_config(options.config, RunConfig)
     node = observe_node(config.plan, options.config, options.work)
-    process.keep_log(config, LogFile(config.attempt, node.index))
-    return launch(config, node, process.stop)
+    process.start_log_upload(config, LogFile(config.attempt, node.index))
+    return launch_workers(config, node, process.stop)
 
 
-COMMANDS: Final[dict[str, Callable[[argparse.Namespace, Process], LastWord | None]]] = {
-    "prepare": prepare_word,
-    "train": train_word,
-    "launch": launch_word,
+COMMANDS: Final[dict[str, Callable[[argparse.Namespace, ProcessContext], TerminationMessage | None]]] = {
+    "prepare": run_prepare,
+    "train": run_train,
+    "launch": run_launch,
 }
 EXIT_CODES: Final = {
-    Reason.INTERRUPTED: EXIT_CODE,
+    Reason.INTERRUPTED: SIGTERM_EXIT_CODE,
     **dict.fromkeys((Reason.PREPARED, Reason.ALREADY_PUBLISHED, Reason.PUBLISHED), 0),
 }
 """By the reason of a last word; 1 for all others."""

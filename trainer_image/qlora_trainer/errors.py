@@ -15,7 +15,7 @@ class RunError(Exception):
         self.step = step
 
 
-def explain(error: BaseException) -> RunError:
+def as_run_error(error: BaseException) -> RunError:
     """Turn whatever ended a run into a RunError; what nobody foresaw becomes TrainerError."""
     if isinstance(error, RunError):
         return error
@@ -24,13 +24,13 @@ def explain(error: BaseException) -> RunError:
         return RunError(Reason.CUDA_OUT_OF_MEMORY, f"spec.training.microBatchSize or maxLength is too high: {error}")
     if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
         return RunError(Reason.HOST_OUT_OF_MEMORY, f"spec.resources.memory is too low: {str(error) or 'MemoryError'}")
-    if _lost_the_others(error):
+    if _is_collective_failure(error):
         return RunError(Reason.COLLECTIVE_TIMEOUT, f"{type(error).__name__}: {str(error).splitlines()[0]}")
     where = traceback.extract_tb(error.__traceback__)
     place = f" ({where[-1].name}, line {where[-1].lineno})" if where else ""
     return RunError(Reason.TRAINER_ERROR, f"{type(error).__name__}: {error}{place}")
 
 
-def _lost_the_others(error: BaseException) -> bool:
+def _is_collective_failure(error: BaseException) -> bool:
     """Return whether a process waited in vain for others: torch says so by its type, gloo by a line of its source."""
     return type(error).__name__ in {"DistBackendError", "DistNetworkError", "DistStoreError"} or "/gloo/" in str(error)

@@ -19,56 +19,56 @@ from qlora_trainer.data.rows import Example
 from qlora_trainer.data.shards import EVALUATION, open_shard
 from qlora_trainer.data.tokenization import TokenRow, encode_examples
 from qlora_trainer.errors import RunError
-from qlora_trainer.inference.compatibility import check_fits
-from qlora_trainer.inference.published_adapter import Published, fetch, fetch_base, open_adapter
+from qlora_trainer.inference.compatibility import check_compatible
+from qlora_trainer.inference.published_adapter import PublishedAdapter, fetch_adapter, fetch_base, open_adapter
 from qlora_trainer.model.architecture import load_tokenizer
-from qlora_trainer.observability.progress import Note, silent
-from qlora_trainer.publishing.merge_weights import MEASURED_TOKENS, MergeTask, merge
-from qlora_trainer.publishing.publish import ROWS, Merged, publish_merged
-from qlora_trainer.runtime.liveness import PULSE
+from qlora_trainer.observability.progress import LogFn, no_log
+from qlora_trainer.publishing.merge_weights import MEASURED_TOKENS, MergeTask, merge_adapter
+from qlora_trainer.publishing.publish import ROWS, MergedModel, publish_merged
+from qlora_trainer.runtime.liveness import LIVENESS
 from qlora_trainer.storage.results import RECORD, with_merged
-from qlora_trainer.storage.snapshots import Places
-from qlora_trainer.storage.store import Owner, Store, sha256_of
+from qlora_trainer.storage.snapshots import SourceResolver
+from qlora_trainer.storage.store import FieldRef, Store, sha256_of
 
 ADAPTER_FIELD = "ADAPTER"
 """Where `qlora merge` is told the adapter."""
 TARGET_FIELD = "--to"
 
 
-def add_merged(places: Places, output: Store, config: RunConfig, result: Result, work: Path) -> Result:
+def add_merged(resolver: SourceResolver, output: Store, config: RunConfig, result: Result, work: Path) -> Result:
     """Return the result with the merged model that the spec asks for; what is there already is not made again."""
     digest = config.prepared.digest
     complete = with_merged(output, digest, config.spec.output, result)
     if complete is not None:
         return complete
-    adapter = fetch(output, result.adapter.removeprefix(f"{output.root}/"), work)
+    adapter = fetch_adapter(output, result.adapter.removeprefix(f"{output.root}/"), work)
     task = MergeTask(
-        model=stages.fetch_model(places, config, work),
+        model=stages.fetch_model(resolver, config, work),
         adapter=adapter,
         base=config.spec.output.merge_base,
         record=AdapterRecord.model_validate_json((adapter / RECORD).read_text()),
         rows=stages.load_rows(output, config, EVALUATION, work),
     )
     folder = stages.empty_folder(work / "merged" / digest)
-    with PULSE.resting():  # the adapter is published, no GPU is computing, and a layer may take minutes
-        merged = Merged(folder, merge(task, folder))
+    with LIVENESS.paused():  # the adapter is published, no GPU is computing, and a layer may take minutes
+        merged = MergedModel(folder, merge_adapter(task, folder))
     uri = publish_merged(output, config, result.adapter, merged, datetime.now(UTC))
     return result.model_copy(update={"merged": uri})
 
 
-def merge_published(request: MergeRequest, places: Places, work: Path, note: Note = silent) -> MergedFolder:
+def merge_published(request: MergeRequest, resolver: SourceResolver, work: Path, note: LogFn = no_log) -> MergedFolder:
     """Merge an adapter with its base into a folder, which is there only when it is complete."""
     target = Path(request.target)
     check_target(target)
-    published = open_adapter(places, request.adapter, ADAPTER_FIELD, work)
+    published = open_adapter(resolver, request.adapter, ADAPTER_FIELD, work)
     record = published.record
-    check_start(record, request.base)
+    check_init(record, request.base)
     note(f"{record.job}: an adapter for {record.base} at {record.commit}")
-    model = fetch_base(places, record, request.model, work)
-    check_fits(published, model, "--base-model" if request.model else "the adapter's base")
-    task = MergeTask(model, published.folder, request.base, record, find_rows(places, published, work))
-    with completed(target) as partial:
-        report = merge(task, partial, note)
+    model = fetch_base(resolver, record, request.model, work)
+    check_compatible(published, model, "--base-model" if request.model else "the adapter's base")
+    task = MergeTask(model, published.folder, request.base, record, find_rows(resolver, published, work))
+    with atomic_folder(target) as partial:
+        report = merge_adapter(task, partial, note)
     return MergedFolder(
         folder=request.target,
         adapter=published.uri,
@@ -84,7 +84,7 @@ def check_target(target: Path) -> None:
         raise RunError(Reason.OUTPUT_EXISTS, f"{TARGET_FIELD}: {target} is not an empty folder; choose another one")
 
 
-def check_start(record: AdapterRecord, base: MergeBase) -> None:
+def check_init(record: AdapterRecord, base: MergeBase) -> None:
     """Refuse what would count twice: a LoftQ adapter gives back what 4 bits took, and the original base has it."""
     if record.init == "loftq" and base == "original":
         raise RunError(
@@ -95,7 +95,7 @@ def check_start(record: AdapterRecord, base: MergeBase) -> None:
 
 
 @contextlib.contextmanager
-def completed(target: Path) -> Iterator[Path]:
+def atomic_folder(target: Path) -> Iterator[Path]:
     """Yield a folder beside the target that takes its place in the end, or is removed."""
     partial = target.with_name(f".{target.name}.{uuid4().hex}.part")
     try:
@@ -111,10 +111,10 @@ def completed(target: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def find_rows(places: Places, published: Published, work: Path) -> Sequence[TokenRow]:
+def find_rows(resolver: SourceResolver, published: PublishedAdapter, work: Path) -> Sequence[TokenRow]:
     """Return held-out rows that lie beside an adapter: as they were measured, or as the report has them; or none."""
     for parent in parents(published.uri):
-        store = places.store(parent, Owner(SecretRole.OUTPUT, ADAPTER_FIELD))
+        store = resolver.open_store(parent, FieldRef(SecretRole.OUTPUT, ADAPTER_FIELD))
         # Whoever may read an adapter may not always read what lies beside it; nothing depends on it but a figure.
         with contextlib.suppress(RunError):
             if store.exists(EVALUATION):
@@ -137,7 +137,7 @@ def _prepared_rows(store: Store, work: Path) -> Sequence[TokenRow]:
     return open_shard(path)
 
 
-def _reported_rows(store: Store, published: Published) -> Sequence[TokenRow]:
+def _reported_rows(store: Store, published: PublishedAdapter) -> Sequence[TokenRow]:
     """Make token rows of the first prompts and references of a report; a row of plain text has neither."""
     lines = store.read(ROWS).decode().splitlines()
     rows = (EvaluatedRow.model_validate_json(line) for line in lines)

@@ -12,38 +12,40 @@ from qlora_api.steps import total_steps, warmup_steps
 from qlora_api.v1alpha1 import DataStatus, ModelStatus, QLoRAJobSpec
 
 _DIGITS: Final = 16
-_IN_THE_ROWS: Final = "the digest of the token rows has what it does"
-_IN_THE_STEPS: Final = "it only says how many steps there are, and the number of steps is in the digest"
+_ROW_SETTINGS: Final = "the digest of the token rows has what it does"
+_STEP_COUNT_SETTINGS: Final = "it only says how many steps there are, and the number of steps is in the digest"
 _IN_THE_MODULES: Final = "rank and scale of each module are in the digest, however they are written"
-_DIVISION: Final = "a step is the same rows with the same weights, however it is divided into passes and processes"
+_BATCHING_SETTINGS: Final = (
+    "a step is the same rows with the same weights, however it is divided into passes and processes"
+)
 _ACCESS: Final = "it opens a source, and what is read there is in the digest"
 LEFT_OUT: Final[Mapping[str, str]] = {
     "model.revision": "the commit that it was resolved to is in the digest",
     "model.secret_ref": _ACCESS,
-    "dataset.uri": _IN_THE_ROWS,
-    "dataset.sources": _IN_THE_ROWS,
+    "dataset.uri": _ROW_SETTINGS,
+    "dataset.sources": _ROW_SETTINGS,
     "dataset.format": "the format that the rows turned out to have is in the digest",
-    "dataset.template": _IN_THE_ROWS,
+    "dataset.template": _ROW_SETTINGS,
     "dataset.chat_template": "it is in the digest unless it is the model's own",
     "dataset.secret_ref": _ACCESS,
-    "dataset.evaluation": _IN_THE_ROWS,
-    "dataset.max_samples": _IN_THE_ROWS,
+    "dataset.evaluation": _ROW_SETTINGS,
+    "dataset.max_samples": _ROW_SETTINGS,
     "lora.rank": _IN_THE_MODULES,
     "lora.alpha": _IN_THE_MODULES,
     "lora.rank_pattern": _IN_THE_MODULES,
     "lora.alpha_pattern": _IN_THE_MODULES,
     "lora.targets": _IN_THE_MODULES,
     "lora.modules_to_save": "the modules that it names are in the digest, by their paths",
-    "training.epochs": _IN_THE_STEPS,
-    "training.max_steps": _IN_THE_STEPS,
-    "training.warmup_ratio": _IN_THE_STEPS,
-    "training.micro_batch_size": _DIVISION,
-    "training.packing": _DIVISION,
-    "training.loss": _IN_THE_ROWS,
-    "training.max_length": _IN_THE_ROWS,
-    "training.long_rows": _IN_THE_ROWS,
-    "resources": _DIVISION,
-    "distribution": _DIVISION,
+    "training.epochs": _STEP_COUNT_SETTINGS,
+    "training.max_steps": _STEP_COUNT_SETTINGS,
+    "training.warmup_ratio": _STEP_COUNT_SETTINGS,
+    "training.micro_batch_size": _BATCHING_SETTINGS,
+    "training.packing": _BATCHING_SETTINGS,
+    "training.loss": _ROW_SETTINGS,
+    "training.max_length": _ROW_SETTINGS,
+    "training.long_rows": _ROW_SETTINGS,
+    "resources": _BATCHING_SETTINGS,
+    "distribution": _BATCHING_SETTINGS,
     "checkpoint": "a resumed run takes the same steps",
     "tracking": "it shows a run and does not change it",
     "evaluation": "it judges a result and does not change it",
@@ -61,12 +63,12 @@ _OF_4_BITS: Final = frozenset({"type", "double_quant"})
 
 
 @dataclass(frozen=True)
-class Resolved:
+class ResolvedSpec:
     """What a manifest's words came to for its model and its rows."""
 
     model: ModelStatus
     dataset: DataStatus
-    rows: str
+    rows_digest: str
     """Digest of the token rows."""
     adapter: Mapping[str, Any]
     """Rank and scale of each module, and the modules that are trained whole; empty with method full."""
@@ -74,7 +76,7 @@ class Resolved:
     """What is published instead of the model's own."""
 
 
-def result_digest(spec: QLoRAJobSpec, resolved: Resolved) -> str:
+def result_digest(spec: QLoRAJobSpec, resolved: ResolvedSpec) -> str:
     """Return 16 hex digits; what does not change a result is left out.
 
     It is over what a manifest comes to and not over its words, so that `auto` and what it chooses are one run. Output,
@@ -87,10 +89,10 @@ def result_digest(spec: QLoRAJobSpec, resolved: Resolved) -> str:
         "model": fields["model"] | {"commit": model.commit},
         "dataset": fields["dataset"]
         | {"digest": dataset.digest, "format": dataset.format, "chatTemplate": resolved.chat_template},
-        "rows": resolved.rows,
-        "quantization": _storage(fields["quantization"]),
+        "rows": resolved.rows_digest,
+        "quantization": _quantization_settings(fields["quantization"]),
         "lora": {} if spec.method == "full" else fields["lora"] | resolved.adapter,
-        "training": _recipe(spec, fields["training"], dataset.training_rows),
+        "training": _training_settings(spec, fields["training"], dataset.training_rows),
         "trainer": __version__,
     }
     canonical = json.dumps(decisive, sort_keys=True, separators=(",", ":"))
@@ -106,13 +108,13 @@ def _fields(spec: QLoRAJobSpec) -> dict[str, Any]:
     return fields
 
 
-def _storage(quantization: dict[str, Any]) -> dict[str, Any]:
+def _quantization_settings(quantization: dict[str, Any]) -> dict[str, Any]:
     """Return how the base is stored; the data type and the scales are those of 4 bits."""
     four_bits = quantization["bits"] == 4
     return {name: value for name, value in quantization.items() if four_bits or name not in _OF_4_BITS}
 
 
-def _recipe(spec: QLoRAJobSpec, training: dict[str, Any], rows: int) -> dict[str, Any]:
+def _training_settings(spec: QLoRAJobSpec, training: dict[str, Any], rows: int) -> dict[str, Any]:
     """Return the recipe; looks at the held-out rows change nothing unless something is chosen by them."""
     total = total_steps(spec.training, rows)
     looks_decide = spec.training.early_stopping is not None or spec.training.keep == "best"

@@ -14,9 +14,9 @@ from qlora_api.names import Reason
 from qlora_api.prepared import PinnedTasks
 from qlora_api.report import (
     AdapterRecord,
-    HeldOutRecord,
-    Piece,
     StepRecord,
+    TextSpan,
+    ValidationRecord,
 )
 from qlora_api.result import Result
 from qlora_api.runconfig import RunConfig
@@ -27,32 +27,32 @@ from qlora_trainer.data.tokenization import TokenRow
 from qlora_trainer.distributed.world import World
 from qlora_trainer.errors import RunError
 from qlora_trainer.evaluation import evaluator
-from qlora_trainer.evaluation.evaluator import Examiner
-from qlora_trainer.evaluation.lm_eval_tasks import Battery, load_benchmarks
+from qlora_trainer.evaluation.evaluator import Evaluator
+from qlora_trainer.evaluation.lm_eval_tasks import BenchmarkSuite, load_benchmarks
 from qlora_trainer.model.base_model import (
-    Tuned,
-    computing_in,
-    joins_rows_exactly,
+    TrainableModel,
+    attach_lora,
+    autocast_to,
     load_base,
     load_text_config,
-    tune,
-    tune_whole,
+    packing_is_exact,
+    prepare_full_finetune,
 )
 from qlora_trainer.model.hardware import observe_hardware, peak_memory_bytes, release_cached_memory
-from qlora_trainer.model.runtime_settings import Choices, decide
-from qlora_trainer.observability.progress_tracker import Pace
+from qlora_trainer.model.runtime_settings import RuntimeSettings, resolve_runtime_settings
+from qlora_trainer.observability.progress_tracker import ProgressTracker
 from qlora_trainer.observability.trackers import Trackers
-from qlora_trainer.publishing.gate import check_gate, describe_rejected, judge
+from qlora_trainer.publishing.gate import check_gate, describe_rejected, find_violations
 from qlora_trainer.publishing.load_check import CHECKED_ROWS, LoadingTask, load_in_fresh_process, rows_of_task
-from qlora_trainer.publishing.publish import WEIGHTS, keep_rejected, write_weights
-from qlora_trainer.runtime.liveness import PULSE
+from qlora_trainer.publishing.publish import WEIGHTS_FOLDER, upload_rejected, write_weights
+from qlora_trainer.runtime.liveness import LIVENESS
 from qlora_trainer.runtime.metrics import METER
 from qlora_trainer.runtime.shutdown import StopFlag
-from qlora_trainer.storage.snapshots import Places, text_files, weight_files
-from qlora_trainer.storage.store import MODEL, Store
-from qlora_trainer.training.async_checkpointer import Keeper
-from qlora_trainer.training.checkpoint_store import Checkpoints, Course
-from qlora_trainer.training.loop import Loop, Schedule, Watcher, make_loop
+from qlora_trainer.storage.snapshots import SourceResolver, text_files, weight_files
+from qlora_trainer.storage.store import MODEL_FIELD, Store
+from qlora_trainer.training.async_checkpointer import AsyncCheckpointer
+from qlora_trainer.training.checkpoint_store import CheckpointStore, RunFingerprint
+from qlora_trainer.training.loop import Schedule, TrainingCallbacks, TrainingLoop, make_loop
 from qlora_trainer.training.state import History, TrainingState
 
 
@@ -80,64 +80,68 @@ def load_rows(output: Store, config: RunConfig, name: str, work: Path) -> Sequen
     return shards.open_shard(path)
 
 
-def make_preview(data: Data, tokenizer: Any) -> tuple[tuple[Piece, ...], ...]:
+def make_preview(data: Data, tokenizer: Any) -> tuple[tuple[TextSpan, ...], ...]:
     """Return some training rows, each in pieces that are learned and pieces that are not."""
     return tuple(preview(data.training[number], tokenizer) for number in shown_rows(len(data.training)))
 
 
-def fetch_model(places: Places, config: RunConfig, work: Path) -> Path:
+def fetch_model(resolver: SourceResolver, config: RunConfig, work: Path) -> Path:
     """Return the folder with the model's files, at the commit that was checked and no other."""
     model = config.prepared.model
     revision = model.commit if model.uri.startswith("hf://") else config.spec.model.revision
-    snapshot = places.resolve(model.uri, revision, MODEL)
+    snapshot = resolver.resolve(model.uri, revision, MODEL_FIELD)
     if snapshot.commit != model.commit:
         raise RunError(
             Reason.MODEL_NOT_FOUND,
-            f"{MODEL.field}: the files at {model.uri} changed since they were checked; create the QLoRAJob anew",
+            f"{MODEL_FIELD.field}: the files at {model.uri} changed since they were checked; create the QLoRAJob anew",
         )
-    return snapshot.fetch([*text_files(snapshot.files), *weight_files(snapshot.files, MODEL)], work)
+    return snapshot.fetch([*text_files(snapshot.files), *weight_files(snapshot.files, MODEL_FIELD)], work)
 
 
-def load_model(config: RunConfig, folder: Path) -> tuple[Tuned, Choices]:
+def load_model(config: RunConfig, folder: Path) -> tuple[TrainableModel, RuntimeSettings]:
     """Load the base, make what is trained of it, and say what was chosen and why."""
     spec, plan = config.spec, config.plan
     hardware = observe_hardware(plan.device)
-    choices = decide(config, hardware, load_text_config(folder))
+    choices = resolve_runtime_settings(config, hardware, load_text_config(folder))
     whole = spec.method == "full"
     dtype = torch.float32 if whole else choices.dtype
-    with PULSE.resting():  # transformers gives no sign while it reads weights
+    with LIVENESS.paused():  # transformers gives no sign while it reads weights
         base = load_base(folder, spec.quantization, dtype, choices.attention, plan.device)
-    base.get_input_embeddings().register_forward_hook(lambda *_: PULSE.beat())  # every pass starts there
-    with computing_in(choices.dtype, base.device):
-        exact = joins_rows_exactly(base)
+    base.get_input_embeddings().register_forward_hook(lambda *_: LIVENESS.tick())  # every pass starts there
+    with autocast_to(choices.dtype, base.device):
+        exact = packing_is_exact(base)
     if choices.packing and not exact:
-        choices = choices.with_packing_off("this architecture carries state from one joined row into the next")
+        choices = choices.without_packing("this architecture carries state from one joined row into the next")
     if whole:
-        return tune_whole(base, choices), choices
-    return tune(base, spec.lora, spec.training.seed, choices), choices
+        return prepare_full_finetune(base, choices), choices
+    return attach_lora(base, spec.lora, spec.training.seed, choices), choices
 
 
-def measure(tuned: Tuned, rows: Sequence[TokenRow], config: RunConfig, choices: Choices) -> Metrics:
+def evaluate_held_out(
+    trainable: TrainableModel, rows: Sequence[TokenRow], config: RunConfig, settings: RuntimeSettings
+) -> Metrics:
     """Evaluate what was trained on held-out rows."""
-    with tuned.evaluating():
-        return evaluator.evaluate(tuned, rows, config.plan.micro_batch_size, packing=choices.packing)
+    with trainable.evaluating():
+        return evaluator.compute_metrics(trainable, rows, config.plan.micro_batch_size, packing=settings.packing)
 
 
-def make_training(tuned: Tuned, data: Data, config: RunConfig, choices: Choices, world: World) -> Loop:
+def make_training_loop(
+    trainable: TrainableModel, data: Data, config: RunConfig, settings: RuntimeSettings, world: World
+) -> TrainingLoop:
     """Return the training loop that the plan describes."""
     schedule = Schedule(config.spec.training, config.plan.micro_batch_size, config.plan.total_steps)
-    loop = make_loop(tuned, data.training, schedule, choices, world)
+    loop = make_loop(trainable, data.training, schedule, settings, world)
     return replace(loop, held_out=data.held_out)
 
 
-def make_course(config: RunConfig, data: Data, choices: Choices, world: World) -> Course:
+def make_fingerprint(config: RunConfig, data: Data, settings: RuntimeSettings, world: World) -> RunFingerprint:
     """Return what a checkpoint must agree with."""
-    return Course(
+    return RunFingerprint(
         digest=config.prepared.digest,
         total_steps=config.plan.total_steps,
         rows=len(data.training),
-        optimizer=choices.optimizer,
-        division=f"{world.strategy} x {world.size}" if world.learns_in_step else "",
+        optimizer=settings.optimizer,
+        division=f"{world.strategy} x {world.size}" if world.backward_is_collective else "",
     )
 
 
@@ -146,84 +150,100 @@ NO_TRACKERS: Final = Trackers(None, ())
 
 
 @dataclass(frozen=True)
-class News:
+class TrainingReporter:
     """Who is told how a training goes."""
 
-    pace: Pace
+    progress: ProgressTracker
     trackers: Trackers
 
     def resume(self, history: History) -> None:
         """Start from what an earlier attempt did."""
-        self.pace.resume(history.steps)
-        self.trackers.replay(history.steps, history.held_out)
+        self.progress.resume(history.steps)
+        self.trackers.replay(history.steps, history.validations)
 
-    def step(self, record: StepRecord) -> None:
+    def on_step(self, record: StepRecord) -> None:
         """Tell of a finished step."""
         METER.step(record)
-        self.pace.note(record)
-        self.trackers.step(record)
+        self.progress.on_step(record)
+        self.trackers.log_step(record)
 
-    def held_out(self, record: HeldOutRecord) -> None:
+    def on_validation(self, record: ValidationRecord) -> None:
         """Tell of a look at the held-out rows."""
-        METER.held_out(record)
-        self.trackers.held_out(record)
+        METER.validation(record)
+        self.trackers.log_validation(record)
 
 
-def find_start(checkpoints: Checkpoints, world: World) -> TrainingState | None:
+def find_resume_state(checkpoints: CheckpointStore, world: World) -> TrainingState | None:
     """Return the state to go on from: one process chooses, so that all of them go on from the same."""
-    found = checkpoints.newest() if world.leads else None
-    place = world.told(found.place if found else None)
+    found = checkpoints.load_latest() if world.is_main_process else None
+    place = world.broadcast(found.checkpoint_id if found else None)
     if found is not None or place is None:
         return found.state if found else None
-    return checkpoints.at(place)
+    return checkpoints.load(place)
 
 
-def train(loop: Loop, keeper: Keeper, start: TrainingState | None, news: News, stop: StopFlag) -> History:
+def train(
+    loop: TrainingLoop,
+    checkpointer: AsyncCheckpointer,
+    start: TrainingState | None,
+    reporter: TrainingReporter,
+    stop: StopFlag,
+) -> History:
     """Train the adapter in place, on from a state if there is one, and tell of it."""
-    device = loop.tuned.device  # the model itself must be free to go
+    device = loop.trainable.device  # the model itself must be free to go
     METER.start(start.step if start else 0, loop.schedule.total_steps, lambda: peak_memory_bytes(device))
     try:
         if start is not None:
-            news.resume(start.history)
-        watcher = Watcher(news.step, news.held_out, news.pace.alive, wants=keeper.wants, keep=keeper.keep)
+            reporter.resume(start.history)
+        watcher = TrainingCallbacks(
+            reporter.on_step,
+            reporter.on_validation,
+            reporter.progress.on_heartbeat,
+            should_checkpoint=checkpointer.should_checkpoint,
+            checkpoint=checkpointer.checkpoint,
+        )
         history = loop.run(stop, watcher, start)
     except Exception:
-        keeper.close()
+        checkpointer.close()
         raise
     finally:
-        news.trackers.close()
-    news.pace.finish()
+        reporter.trackers.close()
+    reporter.progress.skip_remaining_steps()
     return history
 
 
-def write_trained(loop: Loop, tokenizer: Any, config: RunConfig, work: Path) -> Path:
+def write_trained_weights(loop: TrainingLoop, tokenizer: Any, config: RunConfig, work: Path) -> Path:
     """Return a folder with the trained weights; only one process writes, but all have parts of what is divided."""
-    weights = loop.engine.weights() if loop.world.moves_in_step else None
+    weights = loop.engine.weights() if loop.world.forward_is_collective else None
     folder = work / "results" / config.prepared.digest
-    if loop.world.leads:
-        write_weights(loop.tuned, tokenizer, build_record(config, loop.choices), empty_folder(folder), weights)
+    if loop.world.is_main_process:
+        write_weights(loop.trainable, tokenizer, build_record(config, loop.settings), empty_folder(folder), weights)
     return folder
 
 
-def make_examiner(  # noqa: PLR0913, PLR0917 (all that decides what a model is asked)
-    data: Data, tokenizer: Any, config: RunConfig, choices: Choices, battery: Battery | None, world: World
-) -> Examiner:
+def make_evaluator(  # noqa: PLR0913, PLR0917 (all that decides what a model is asked)
+    data: Data, tokenizer: Any, config: RunConfig, settings: RuntimeSettings, suite: BenchmarkSuite | None, world: World
+) -> Evaluator:
     """Return what examines base and adapter alike."""
     micro_batch, spec = config.plan.micro_batch_size, config.spec.evaluation
-    return Examiner(data.held_out, tokenizer, spec, micro_batch, packing=choices.packing, world=world, battery=battery)
+    return Evaluator(
+        data.held_out, tokenizer, spec, micro_batch, packing=settings.packing, world=world, benchmark_suite=suite
+    )
 
 
-def load_battery(places: Places, output: Store, tokenizer: Any, config: RunConfig, work: Path) -> Battery | None:
+def load_benchmark_suite(
+    resolver: SourceResolver, output: Store, tokenizer: Any, config: RunConfig, work: Path
+) -> BenchmarkSuite | None:
     """Return the public benchmarks that the spec asks for, as prepare found them."""
     spec = config.spec.evaluation
     if not spec.tasks:
         return None
     pinned = PinnedTasks.model_validate_json(output.read(f"{config.prepared.digest}/{shards.TASKS}"))
-    tasks = load_benchmarks(pinned, places, work)
-    return Battery(tasks, tokenizer, config.plan.micro_batch_size, spec.task_examples)
+    tasks = load_benchmarks(pinned, resolver, work)
+    return BenchmarkSuite(tasks, tokenizer, config.plan.micro_batch_size, spec.task_examples)
 
 
-def build_record(config: RunConfig, choices: Choices) -> AdapterRecord:
+def build_record(config: RunConfig, settings: RuntimeSettings) -> AdapterRecord:
     """Return what goes with the adapter wherever it goes."""
     prepared = config.prepared
     return AdapterRecord(
@@ -233,8 +253,8 @@ def build_record(config: RunConfig, choices: Choices) -> AdapterRecord:
         commit=prepared.model.commit,
         method=config.spec.method,
         quantization=config.spec.quantization,
-        dtype=choices.dtype_name,
-        attention=choices.attention,
+        dtype=settings.dtype_name,
+        attention=settings.attention,
         format=prepared.dataset.format,
         template=config.spec.dataset.template,
         init=config.spec.lora.init,
@@ -242,12 +262,12 @@ def build_record(config: RunConfig, choices: Choices) -> AdapterRecord:
     )
 
 
-def pass_gate(output: Store, config: RunConfig, result: Result, files: Path, checkpoints: Checkpoints) -> None:
+def enforce_gate(output: Store, config: RunConfig, result: Result, files: Path, checkpoints: CheckpointStore) -> None:
     """End the run where the gate refuses its result; no finished work is lost, so it is kept."""
     gate = config.spec.evaluation.gate
-    if judge(gate, result.evaluation):
-        kept = keep_rejected(output, config, result, files, datetime.now(UTC))
-        checkpoints.clear()
+    if find_violations(gate, result.evaluation):
+        kept = upload_rejected(output, config, result, files, datetime.now(UTC))
+        checkpoints.delete_all()
         check_gate(gate, kept.evaluation, describe_rejected(kept))
 
 
@@ -260,7 +280,7 @@ class LoadingCheck:
 
 
 def make_loading_check(
-    tuned: Tuned, held_out: Sequence[TokenRow], config: RunConfig, choices: Choices, folder: Path
+    trainable: TrainableModel, held_out: Sequence[TokenRow], config: RunConfig, settings: RuntimeSettings, folder: Path
 ) -> LoadingCheck:
     """Note what the adapter does now, so that a fresh process can be held to it."""
     rows = held_out[:CHECKED_ROWS]
@@ -269,19 +289,19 @@ def make_loading_check(
         base=str(folder),
         quantization=config.spec.quantization,
         device=config.plan.device,
-        dtype=choices.dtype_name,
-        attention=choices.attention,
+        dtype=settings.dtype_name,
+        attention=settings.attention,
         rows=rows_of_task(rows),
     )
-    return LoadingCheck(task, measure(tuned, rows, config, choices).loss)
+    return LoadingCheck(task, evaluate_held_out(trainable, rows, config, settings).loss)
 
 
-def prove_loadable(check: LoadingCheck, files: Path) -> None:
+def check_loadable(check: LoadingCheck, files: Path) -> None:
     """Load the adapter in a fresh process; the model in this one must be gone, two may not fit."""
     gc.collect()
     release_cached_memory(check.task.device)
-    with PULSE.resting():  # it ends the other process itself where that takes too long
-        load_in_fresh_process(check.task, files / WEIGHTS[check.task.method], check.expected_loss)
+    with LIVENESS.paused():  # it ends the other process itself where that takes too long
+        load_in_fresh_process(check.task, files / WEIGHTS_FOLDER[check.task.method], check.expected_loss)
 
 
 def empty_folder(folder: Path) -> Path:

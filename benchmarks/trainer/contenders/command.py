@@ -8,7 +8,7 @@ from benchmarks.trainer.task import Task
 
 
 @dataclass(frozen=True)
-class Order:
+class ContenderOptions:
     """What a contender is told."""
 
     task: Task
@@ -18,7 +18,7 @@ class Order:
     output: Path
 
 
-def read_order() -> Order:
+def parse_options() -> ContenderOptions:
     """Read the command line."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--task", required=True, help="Task.to_json()")
@@ -26,4 +26,4 @@ def read_order() -> Order:
     parser.add_argument("--every", type=int, required=True)
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
-    return Order(Task.from_json(options.task), options.steps, options.every, options.output)
+    return ContenderOptions(Task.from_json(options.task), options.steps, options.every, options.output)

@@ -9,36 +9,36 @@ from qlora_trainer.runtime.rank import default_work
 configure_libraries(default_work())  # as a pod does, before the libraries are imported
 
 from benchmarks.trainer import task  # noqa: E402
-from benchmarks.trainer.contenders.command import Order, read_order  # noqa: E402
-from benchmarks.trainer.exam import make_exam  # noqa: E402
+from benchmarks.trainer.contenders.command import ContenderOptions, parse_options  # noqa: E402
+from benchmarks.trainer.exam import make_evaluation  # noqa: E402
 from benchmarks.trainer.measurement import Stopwatch  # noqa: E402
-from benchmarks.trainer.ready import make_ready  # noqa: E402
+from benchmarks.trainer.ready import prepare_run  # noqa: E402
 from qlora_api.report import StepRecord  # noqa: E402
 from qlora_api.v1alpha1 import QLoRAJobSpec  # noqa: E402
-from qlora_trainer.data.batching import rows_of_step  # noqa: E402
+from qlora_trainer.data.batching import sample_step  # noqa: E402
 from qlora_trainer.model.architecture import load_tokenizer  # noqa: E402
 from qlora_trainer.runtime.shutdown import StopFlag  # noqa: E402
-from qlora_trainer.training.loop import Watcher  # noqa: E402
+from qlora_trainer.training.loop import TrainingCallbacks  # noqa: E402
 
 
-def main(order: Order, work: Path) -> None:
+def main(order: ContenderOptions, work: Path) -> None:
     """Train and measure."""
-    ready = make_ready(write_spec(order, work), work)
+    ready = prepare_run(write_spec(order, work), work)
     stopwatch = Stopwatch("ours", order.task.device, order.every)
-    stopwatch.examine = make_exam(order.task, ready.tuned.peft, load_tokenizer(ready.folder, None))
+    stopwatch.evaluate = make_evaluation(order.task, ready.trainable.wrapped, load_tokenizer(ready.folder, None))
 
     def note(record: StepRecord) -> None:
-        numbers = rows_of_step(record.step - 1, len(ready.data.training), task.GLOBAL_BATCH, task.SEED)
+        numbers = sample_step(record.step - 1, len(ready.data.training), task.GLOBAL_BATCH, task.SEED)
         rows = [ready.data.training[number] for number in numbers]
         stopwatch.end_step([(len(row.input_ids), row.label_count) for row in rows])
 
-    ready.tuned.peft.train()
+    ready.trainable.wrapped.train()
     stopwatch.start()
-    ready.loop.run(StopFlag(), Watcher(note, lambda _: None, lambda: None, lambda *_: False, lambda *_: None))
+    ready.loop.run(StopFlag(), TrainingCallbacks(note, lambda _: None, lambda: None, lambda *_: False, lambda *_: None))
     stopwatch.measurement.write(order.output)
 
 
-def write_spec(order: Order, work: Path) -> QLoRAJobSpec:
+def write_spec(order: ContenderOptions, work: Path) -> QLoRAJobSpec:
     """Return the recipe's settings as a manifest's spec, with the rows as files."""
     rows, held_out = work / "train.jsonl", work / "heldout.jsonl"
     task.write_pairs(task.training_pairs(order.task), rows)
@@ -66,4 +66,4 @@ def write_spec(order: Order, work: Path) -> QLoRAJobSpec:
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
-        main(read_order(), Path(folder))
+        main(parse_options(), Path(folder))

@@ -19,13 +19,13 @@ from transformers import (
 )
 
 from benchmarks.trainer import task
-from benchmarks.trainer.contenders.command import Order, read_order
+from benchmarks.trainer.contenders.command import ContenderOptions, parse_options
 from benchmarks.trainer.contenders.trainer_callback import TimedSteps
-from benchmarks.trainer.exam import make_exam
+from benchmarks.trainer.exam import make_evaluation
 from benchmarks.trainer.measurement import Stopwatch
 
 
-def main(order: Order) -> None:
+def main(order: ContenderOptions) -> None:
     """Train and measure."""
     tokenizer = AutoTokenizer.from_pretrained(order.task.model)
     tokenizer.pad_token = tokenizer.eos_token
@@ -58,7 +58,7 @@ def main(order: Order) -> None:
     dataset = Dataset.from_list([{"text": text} for text in texts]).map(tokenize, remove_columns=["text"])
     lengths = [sum(mask) for mask in dataset["attention_mask"]]
     stopwatch = Stopwatch("recipe", order.task.device, order.every)
-    stopwatch.examine = make_exam(order.task, model, tokenizer)
+    stopwatch.evaluate = make_evaluation(order.task, model, tokenizer)
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
@@ -87,4 +87,4 @@ def main(order: Order) -> None:
 
 
 if __name__ == "__main__":
-    main(read_order())
+    main(parse_options())

@@ -10,9 +10,9 @@ from transformers import AutoTokenizer, BitsAndBytesConfig
 from trl import SFTConfig, SFTTrainer
 
 from benchmarks.trainer import task
-from benchmarks.trainer.contenders.command import Order, read_order
+from benchmarks.trainer.contenders.command import ContenderOptions, parse_options
 from benchmarks.trainer.contenders.trainer_callback import TimedSteps
-from benchmarks.trainer.exam import make_exam
+from benchmarks.trainer.exam import make_evaluation
 from benchmarks.trainer.measurement import Stopwatch
 
 DEFAULT: Final[dict[str, Any]] = {
@@ -31,7 +31,7 @@ FASTEST: Final[dict[str, Any]] = {
 }
 
 
-def main(order: Order, settings: dict[str, Any], name: str) -> None:
+def main(order: ContenderOptions, settings: dict[str, Any], name: str) -> None:
     """Train and measure."""
     tokenizer = AutoTokenizer.from_pretrained(order.task.model)
     pairs = task.training_pairs(order.task)
@@ -75,7 +75,7 @@ def main(order: Order, settings: dict[str, Any], name: str) -> None:
         ),
         callbacks=[TimedSteps(stopwatch, lengths)],
     )
-    stopwatch.examine = make_exam(order.task, trainer.model, tokenizer)
+    stopwatch.evaluate = make_evaluation(order.task, trainer.model, tokenizer)
     trainer.train()
     stopwatch.measurement.write(order.output)
 
@@ -90,4 +90,4 @@ if __name__ == "__main__":
     fastest = "--fastest" in sys.argv
     if fastest:
         sys.argv.remove("--fastest")
-    main(read_order(), FASTEST if fastest else DEFAULT, "trl-fastest" if fastest else "trl")
+    main(parse_options(), FASTEST if fastest else DEFAULT, "trl-fastest" if fastest else "trl")

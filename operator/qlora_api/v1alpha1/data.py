@@ -146,7 +146,7 @@ class DatasetSpec(ApiModel):
     )
 
     @property
-    def inputs(self) -> tuple[tuple[str, DataSource], ...]:
+    def sources_by_field(self) -> tuple[tuple[str, DataSource], ...]:
         """Return every source with the field that names it; a single uri is a source too."""
         if self.uri is not None:
             only = DataSource(uri=self.uri, format=self.format, max_samples=self.max_samples)
@@ -154,9 +154,9 @@ class DatasetSpec(ApiModel):
         return tuple((f"spec.dataset.sources[{place}].uri", source) for place, source in enumerate(self.sources or ()))
 
     @property
-    def origin(self) -> str:
+    def source_uris(self) -> str:
         """Return where the rows come from, for people."""
-        return ", ".join(source.uri for _, source in self.inputs)
+        return ", ".join(source.uri for _, source in self.sources_by_field)
 
 
 class OutputSpec(ApiModel):

@@ -17,7 +17,7 @@ VALIDATIONS: Final = "x-kubernetes-validations"
 
 
 @dataclass(frozen=True)
-class Rule:
+class CelRule:
     """A CEL rule for the API server only, on the field that it annotates."""
 
     expression: str
@@ -26,32 +26,32 @@ class Rule:
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         """Add the rule to the field's."""
         described = handler(schema)
-        return {**described, VALIDATIONS: [*described.get(VALIDATIONS, ()), self._written()]}
+        return {**described, VALIDATIONS: [*described.get(VALIDATIONS, ()), self._to_dict()]}
 
-    def _written(self) -> dict[str, str]:
+    def _to_dict(self) -> dict[str, str]:
         return {"rule": self.expression, "message": self.message}
 
 
 @dataclass(frozen=True)
-class Shape:
+class TextPattern:
     """A pattern that a text must match in full, or must not contain, and what to write instead."""
 
     pattern: str
     message: str
     forbidden: bool = False
 
-    def fits(self, text: str) -> bool:
+    def matches(self, text: str) -> bool:
         """Whether a text has this shape."""
         if self.forbidden:
             return re.search(self.pattern, text) is None
         return re.fullmatch(self.pattern, text) is not None
 
     @property
-    def rule(self) -> Rule:
+    def rule(self) -> CelRule:
         """The same in CEL; a JSON string is a CEL string too."""
         if self.forbidden:
-            return Rule(f"!self.matches({json.dumps(self.pattern)})", self.message)
-        return Rule(f"self.matches({json.dumps(f'^(?:{self.pattern})$')})", self.message)
+            return CelRule(f"!self.matches({json.dumps(self.pattern)})", self.message)
+        return CelRule(f"self.matches({json.dumps(f'^(?:{self.pattern})$')})", self.message)
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         """Check it in pydantic as well."""
@@ -62,7 +62,7 @@ class Shape:
         return self.rule.__get_pydantic_json_schema__(schema, handler)
 
     def _check(self, text: str) -> str:
-        if not self.fits(text):
+        if not self.matches(text):
             raise ValueError(self.message)
         return text
 
@@ -71,7 +71,7 @@ def _any_of(patterns: Sequence[str]) -> str:
     return f"({'|'.join(patterns)})"
 
 
-PRINTABLE: Final = Shape(
+PRINTABLE: Final = TextPattern(
     "[\x00-\x1f\x7f-\x9f\u00ad\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]",
     "it contains a control or invisible character, so it is not what it looks like; remove it",
     forbidden=True,
@@ -79,39 +79,39 @@ PRINTABLE: Final = Shape(
 
 _SEGMENT: Final = r"[A-Za-z0-9_][A-Za-z0-9._-]*"
 """One name on the hub."""
-ELSEWHERE: Final = "(s3|file|pvc)://.*"
+NON_HUB_URI: Final = "(s3|file|pvc)://.*"
 """URIs that are not on the hub."""
 
-STAYS_BELOW: Final = Shape(
+NO_PATH_TRAVERSAL: Final = TextPattern(
     r"^(hf|s3|pvc)://(.*/)?\.\.?(/|$)",
     "its path contains '.' or '..', so it points elsewhere than it seems; write the path that is meant",
     forbidden=True,
 )
-BUCKET: Final = Shape(
+BUCKET: Final = TextPattern(
     r"(hf|file|pvc)://.*|s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/.*)?",
     "write s3://bucket/key; a bucket has 3 to 63 lower-case letters, digits, dots and hyphens",
 )
-BUCKET_IS_NO_ADDRESS: Final = Shape(
+NO_IP_BUCKET: Final = TextPattern(
     r"^s3://([0-9]+(\.[0-9]+){3}|[^/]*\.\.[^/]*)(/|$)",
     "a bucket name must not be an IP address or contain two dots in a row; correct the bucket",
     forbidden=True,
 )
-HUB_MODEL: Final = Shape(
-    f"{ELSEWHERE}|hf://{_SEGMENT}/{_SEGMENT}",
+HUB_MODEL: Final = TextPattern(
+    f"{NON_HUB_URI}|hf://{_SEGMENT}/{_SEGMENT}",
     "write hf://organisation/name; the revision goes into spec.model.revision",
 )
-HUB_DATASET: Final = Shape(
-    f"{ELSEWHERE}|hf://datasets/{_SEGMENT}/{_SEGMENT}(@[A-Za-z0-9_][A-Za-z0-9._-]*)?/.*",
+HUB_DATASET: Final = TextPattern(
+    f"{NON_HUB_URI}|hf://datasets/{_SEGMENT}/{_SEGMENT}(@[A-Za-z0-9_][A-Za-z0-9._-]*)?/.*",
     "write hf://datasets/organisation/name/file.jsonl, with @revision behind the name if needed",
 )
-REVISION: Final = Shape(
+REVISION: Final = TextPattern(
     r"[A-Za-z0-9_][A-Za-z0-9_.+-]*(/[A-Za-z0-9_][A-Za-z0-9_.+-]*)*", "write the name of a branch or tag, or a commit"
 )
 
 _OCTET: Final = "(25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"
 _HOST: Final = rf"(({_OCTET}\.){{3}}{_OCTET}|([A-Za-z0-9-]+\.)*[A-Za-z][A-Za-z0-9-]*)"
 """A name, or an IPv4 address in its usual spelling: other spellings of an address would escape any list."""
-_WITH_CREDENTIALS: Final = (
+_METADATA_SERVER_HOSTS: Final = (
     r"169\.254\.[0-9.]+",
     r"0\.[0-9.]+",
     r"100\.100\.100\.200",
@@ -120,28 +120,30 @@ _WITH_CREDENTIALS: Final = (
     r"instance-data(\.ec2\.internal)?",
 )
 """Metadata services, where clouds serve machine credentials, and link-local and unspecified addresses."""
-SERVER: Final = Shape(
+SERVER_URL: Final = TextPattern(
     rf"https?://{_HOST}(:[0-9]{{1,5}})?(/[^?#]*)?",
     "write https://host/path: a name or an IPv4 address, no user, no password (they go into secretRef), no query",
 )
-NO_METADATA: Final = Shape(
-    rf"(?i)^https?://{_any_of(_WITH_CREDENTIALS)}(:[0-9]*)?(/|$)",
+NO_METADATA_SERVER: Final = TextPattern(
+    rf"(?i)^https?://{_any_of(_METADATA_SERVER_HOSTS)}(:[0-9]*)?(/|$)",
     "this is a cloud metadata address, which hands out credentials; write the tracking server's host",
     forbidden=True,
 )
-LOOPBACK: Final = Shape(
+NO_LOOPBACK: Final = TextPattern(
     r"(?i)^https?://(localhost|127\.[0-9.]+)(:[0-9]*)?(/|$)",
     "in a pod this is the pod itself; write a host that the cluster reaches",
     forbidden=True,
 )
 """For clusters only: `qlora run` may report to a server on the same computer."""
-LABEL: Final = Shape(
+LABEL: Final = TextPattern(
     "(([A-Za-z0-9][A-Za-z0-9_.-]*)?[A-Za-z0-9])?",
     "write a label's value: letters, digits, '-', '_' and '.', with a letter or digit at both ends",
 )
-LABEL_KEY: Final = Shape(
+LABEL_KEY: Final = TextPattern(
     "([a-z0-9]([a-z0-9.-]*[a-z0-9])?/)?[A-Za-z0-9]([A-Za-z0-9_.-]*[A-Za-z0-9])?",
     "write a label's key, such as topology.kubernetes.io/zone",
 )
-IN_CLUSTER: Final = Rule("!self.startsWith('file://')", "file:// works with 'qlora run' only; upload it and use s3://")
+NO_FILE_URI: Final = CelRule(
+    "!self.startsWith('file://')", "file:// works with 'qlora run' only; upload it and use s3://"
+)
 """For clusters only; for the operator it is in rules.py."""

@@ -225,7 +225,7 @@ class QLoRAJobSpec(ApiModel):
         held_out = self.dataset.evaluation.uri
         return {
             "spec.model.uri": self.model.uri,
-            **{field: source.uri for field, source in self.dataset.inputs},
+            **{field: source.uri for field, source in self.dataset.sources_by_field},
             **({"spec.dataset.evaluation.uri": held_out} if held_out else {}),
         }
 

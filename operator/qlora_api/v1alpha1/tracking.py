@@ -5,12 +5,12 @@ from typing import Annotated
 from pydantic import Field
 
 from qlora_api.base import ApiModel
-from qlora_api.v1alpha1.patterns import LOOPBACK, NO_METADATA, PRINTABLE, SERVER
+from qlora_api.v1alpha1.patterns import NO_LOOPBACK, NO_METADATA_SERVER, PRINTABLE, SERVER_URL
 from qlora_api.v1alpha1.types import SecretRef
 
 TrackerName = Annotated[str, Field(min_length=1, max_length=128), PRINTABLE]
 TrackerUrl = Annotated[
-    str, Field(pattern=r"^https?://.+$", max_length=1024), PRINTABLE, SERVER, NO_METADATA, LOOPBACK.rule
+    str, Field(pattern=r"^https?://.+$", max_length=1024), PRINTABLE, SERVER_URL, NO_METADATA_SERVER, NO_LOOPBACK.rule
 ]
 
 

@@ -10,14 +10,14 @@ from qlora_api.base import ApiModel
 from qlora_api.units import SECONDS
 from qlora_api.v1alpha1.patterns import (
     BUCKET,
-    BUCKET_IS_NO_ADDRESS,
     HUB_DATASET,
     HUB_MODEL,
-    IN_CLUSTER,
     LABEL,
     LABEL_KEY,
+    NO_FILE_URI,
+    NO_IP_BUCKET,
+    NO_PATH_TRAVERSAL,
     PRINTABLE,
-    STAYS_BELOW,
     VALIDATIONS,
 )
 
@@ -52,10 +52,10 @@ _Uri = Annotated[
     str,
     Field(pattern=r"^((hf|s3|file)://.+|pvc://[a-z0-9]([-a-z0-9.]*[a-z0-9])?/.*)$", max_length=MAX_URI),
     PRINTABLE,
-    STAYS_BELOW,
+    NO_PATH_TRAVERSAL,
     BUCKET,
-    BUCKET_IS_NO_ADDRESS,
-    IN_CLUSTER,
+    NO_IP_BUCKET,
+    NO_FILE_URI,
 ]
 ModelUri = Annotated[_Uri, HUB_MODEL]
 DatasetUri = Annotated[_Uri, HUB_DATASET]
@@ -63,10 +63,10 @@ OutputUri = Annotated[
     str,
     Field(pattern=r"^(s3|file)://.+$", max_length=MAX_URI),
     PRINTABLE,
-    STAYS_BELOW,
+    NO_PATH_TRAVERSAL,
     BUCKET,
-    BUCKET_IS_NO_ADDRESS,
-    IN_CLUSTER,
+    NO_IP_BUCKET,
+    NO_FILE_URI,
 ]
 MergeBase = Literal["original", "dequantised"]
 ObjectName = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$", max_length=253)]

@@ -5,7 +5,7 @@ from typing import Any, Protocol, TypeAlias
 
 from qlora_api.job_ref import JobRef
 
-Object: TypeAlias = Mapping[str, Any]
+KubeObject: TypeAlias = Mapping[str, Any]
 """An object of Kubernetes, as JSON."""
 
 
@@ -25,28 +25,28 @@ class UnreachableError(ClusterError):
     """The API server does not answer now; it may later."""
 
 
-class Cluster(Protocol):
+class ClusterClient(Protocol):
     """A Kubernetes with QLoRAJobs, seen with the rights of the user."""
 
-    def get(self, ref: JobRef) -> Object:
+    def get(self, ref: JobRef) -> KubeObject:
         """Return a QLoRAJob, or raise NotFoundError."""
 
-    def find(self, namespace: str, selector: str = "") -> list[Object]:
+    def list_jobs(self, namespace: str, selector: str = "") -> list[KubeObject]:
         """Return the QLoRAJobs of a namespace, or of all namespaces where it is empty."""
 
-    def create(self, manifest: Object, *, dry_run: bool = False) -> Object:
+    def create(self, manifest: KubeObject, *, dry_run: bool = False) -> KubeObject:
         """Create a QLoRAJob, or raise AlreadyExistsError; a dry run has the API server check it, and no more."""
 
-    def patch(self, ref: JobRef, change: Object) -> Object:
+    def patch(self, ref: JobRef, change: KubeObject) -> KubeObject:
         """Merge a change into a QLoRAJob."""
 
     def delete(self, ref: JobRef, uid: str) -> None:
         """Begin to delete this very QLoRAJob, and its children before it."""
 
-    def events(self, namespace: str) -> list[Object]:
+    def events(self, namespace: str) -> list[KubeObject]:
         """Return the Events of a namespace, as core/v1 has them."""
 
-    def pods(self, ref: JobRef) -> list[Object]:
+    def pods(self, ref: JobRef) -> list[KubeObject]:
         """Return the pods that belong to a QLoRAJob."""
 
     def log(self, namespace: str, pod: str, query: Mapping[str, str]) -> Iterator[str]:

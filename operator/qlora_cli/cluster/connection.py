@@ -9,8 +9,8 @@ import typer
 from rich.console import Console
 
 from qlora_api.job_ref import JobRef
-from qlora_cli.cluster.client import Cluster, ClusterError
-from qlora_cli.errors import end_stopped, fail_without_manifest
+from qlora_cli.cluster.client import ClusterClient, ClusterError
+from qlora_cli.errors import exit_error_without_remedy, exit_interrupted
 
 Namespace: TypeAlias = Annotated[
     str | None, typer.Option("--namespace", "-n", help="Namespace; default: the one of the kubeconfig's context.")
@@ -25,7 +25,7 @@ Kubeconfig: TypeAlias = Annotated[
 class Connection:
     """A cluster, and the namespace that is meant where none is named."""
 
-    cluster: Cluster
+    cluster: ClusterClient
     namespace: str
 
     def ref(self, name: str) -> JobRef:
@@ -42,15 +42,15 @@ def open_connection(namespace: str | None, context: str | None, kubeconfig: str 
 
 
 @contextlib.contextmanager
-def reporting_errors(stopped: str = "what runs in the cluster goes on") -> Iterator[Console]:
+def exit_on_cluster_error(stopped: str = "what runs in the cluster goes on") -> Iterator[Console]:
     """Turn what the cluster refuses into a sentence and exit code 1; `stopped` says where things stand after Ctrl-C."""
     console = Console(stderr=True, highlight=False)
     try:
         yield console
     except ClusterError as error:
-        fail_without_manifest(console, None, str(error))
+        exit_error_without_remedy(console, None, str(error))
     except KeyboardInterrupt:
-        end_stopped(console, stopped)
+        exit_interrupted(console, stopped)
 
 
 def complete_names(context: typer.Context, incomplete: str) -> list[str]:
@@ -58,7 +58,7 @@ def complete_names(context: typer.Context, incomplete: str) -> list[str]:
     given = {key: context.params.get(key) for key in ("namespace", "context", "kubeconfig")}
     with contextlib.suppress(Exception):
         connection = open_connection(**given)
-        found = connection.cluster.find(connection.namespace)
+        found = connection.cluster.list_jobs(connection.namespace)
         return [name for item in found if (name := item["metadata"]["name"]).startswith(incomplete)]
     return []
 

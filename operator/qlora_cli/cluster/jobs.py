@@ -12,7 +12,7 @@ from qlora_api.job_ref import JobRef
 from qlora_api.names import TERMINAL, Phase
 from qlora_api.reasons import REASONS
 from qlora_api.v1alpha1 import QLoRAJobSpec, QLoRAJobStatus
-from qlora_cli.cluster.client import Cluster, ClusterError, Object
+from qlora_cli.cluster.client import ClusterClient, ClusterError, KubeObject
 
 Model = TypeVar("Model", QLoRAJobSpec, QLoRAJobStatus)
 
@@ -25,7 +25,7 @@ class ClusterJob:
     uid: str
     created_at: datetime
     status: QLoRAJobStatus
-    raw: Object
+    raw: KubeObject
 
     @property
     def phase(self) -> Phase:
@@ -43,7 +43,7 @@ class ClusterJob:
         return self.status.phase is Phase.SUCCEEDED
 
     @property
-    def why(self) -> str:
+    def explanation(self) -> str:
         """Return the reason of its phase, in a sentence."""
         reason, message = self.status.reason, self.status.message
         return message or (REASONS[reason].sentence if reason else "no operator has taken it up yet")
@@ -58,7 +58,7 @@ class ClusterJob:
         return _read(QLoRAJobSpec, self.raw["spec"], self.ref)
 
 
-def parse_job(raw: Object) -> ClusterJob:
+def parse_job(raw: KubeObject) -> ClusterJob:
     """Read a QLoRAJob; fields that a newer operator has added are left alone."""
     metadata = raw["metadata"]
     ref = JobRef(metadata["namespace"], metadata["name"])
@@ -66,7 +66,7 @@ def parse_job(raw: Object) -> ClusterJob:
     return ClusterJob(ref, metadata["uid"], datetime.fromisoformat(metadata["creationTimestamp"]), status, raw)
 
 
-def get_job(cluster: Cluster, ref: JobRef) -> ClusterJob:
+def get_job(cluster: ClusterClient, ref: JobRef) -> ClusterJob:
     """Return a QLoRAJob of the cluster."""
     return parse_job(cluster.get(ref))
 
@@ -83,7 +83,7 @@ def _read(model: type[Model], value: Mapping[str, Any], ref: JobRef) -> Model:
         ) from None
 
 
-def strip_managed_fields(raw: Object) -> Object:
+def strip_managed_fields(raw: KubeObject) -> KubeObject:
     """Leave out the bookkeeping that nobody reads."""
     metadata = {key: value for key, value in raw["metadata"].items() if key != "managedFields"}
     return {**raw, "metadata": metadata}

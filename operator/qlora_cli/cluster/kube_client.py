@@ -13,19 +13,19 @@ from kubernetes.config.config_exception import ConfigException
 
 from qlora_api import names
 from qlora_api.job_ref import JobRef
-from qlora_cli.cluster.client import AlreadyExistsError, ClusterError, NotFoundError, Object, UnreachableError
+from qlora_cli.cluster.client import AlreadyExistsError, ClusterError, KubeObject, NotFoundError, UnreachableError
 
 CONNECT_SECONDS: Final = 10
 READ_SECONDS: Final = 30
-PAGE: Final = 500
+PAGE_SIZE: Final = 500
 """Objects of one answer."""
-MERGE: Final = "application/merge-patch+json"
-_BUSY: Final = frozenset({429, 500, 502, 503, 504})
+MERGE_PATCH: Final = "application/merge-patch+json"
+_RETRYABLE_STATUSES: Final = frozenset({429, 500, 502, 503, 504})
 _IN_POD: Final = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 _NO_KUBECONFIG: Final = "no cluster is configured: {error}; set KUBECONFIG or give --kubeconfig"
 
 
-def connect(kubeconfig: str | None, context: str | None) -> tuple["KubeCluster", str]:
+def connect(kubeconfig: str | None, context: str | None) -> tuple["KubeClient", str]:
     """Return the cluster of a kubeconfig, or of the pod that this runs in, and its namespace."""
     configuration = client.Configuration()
     # One try: whoever waits tries again by itself, and whoever does not wants to know.
@@ -36,7 +36,7 @@ def connect(kubeconfig: str | None, context: str | None) -> tuple["KubeCluster",
         raise ClusterError(_NO_KUBECONFIG.format(error=str(error).rstrip("."))) from error
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ClusterError(f"{kubeconfig or 'the kubeconfig'} cannot be read: {error}") from error
-    return KubeCluster(client.ApiClient(configuration)), namespace
+    return KubeClient(client.ApiClient(configuration)), namespace
 
 
 def _configure(configuration: Any, kubeconfig: str | None, context: str | None) -> str:
@@ -49,38 +49,38 @@ def _configure(configuration: Any, kubeconfig: str | None, context: str | None) 
     return str(chosen["context"].get("namespace") or "default")
 
 
-class KubeCluster:
+class KubeClient:
     """Speaks to one API server."""
 
     def __init__(self, api: Any) -> None:
         self._api = api
 
-    def get(self, ref: JobRef) -> Object:
+    def get(self, ref: JobRef) -> KubeObject:
         """Return a QLoRAJob."""
-        return self._call("GET", _path(ref))
+        return self._call("GET", _object_path(ref))
 
-    def find(self, namespace: str, selector: str = "") -> list[Object]:
+    def list_jobs(self, namespace: str, selector: str = "") -> list[KubeObject]:
         """Return the QLoRAJobs of a namespace, or of all."""
-        return self._pages(_folder(namespace), {"labelSelector": selector} if selector else {})
+        return self._pages(_collection_path(namespace), {"labelSelector": selector} if selector else {})
 
-    def create(self, manifest: Object, *, dry_run: bool = False) -> Object:
+    def create(self, manifest: KubeObject, *, dry_run: bool = False) -> KubeObject:
         """Create a QLoRAJob."""
         query = {"fieldManager": "qlora", "fieldValidation": "Strict"} | ({"dryRun": "All"} if dry_run else {})
-        return self._call("POST", _folder(manifest["metadata"]["namespace"]), query, manifest)
+        return self._call("POST", _collection_path(manifest["metadata"]["namespace"]), query, manifest)
 
-    def patch(self, ref: JobRef, change: Object) -> Object:
+    def patch(self, ref: JobRef, change: KubeObject) -> KubeObject:
         """Merge a change into a QLoRAJob."""
-        return self._call("PATCH", _path(ref), {"fieldManager": "qlora"}, change, MERGE)
+        return self._call("PATCH", _object_path(ref), {"fieldManager": "qlora"}, change, MERGE_PATCH)
 
     def delete(self, ref: JobRef, uid: str) -> None:
         """Begin to delete a QLoRAJob after its children."""
-        self._call("DELETE", _path(ref), {}, {"propagationPolicy": "Foreground", "preconditions": {"uid": uid}})
+        self._call("DELETE", _object_path(ref), {}, {"propagationPolicy": "Foreground", "preconditions": {"uid": uid}})
 
-    def events(self, namespace: str) -> list[Object]:
+    def events(self, namespace: str) -> list[KubeObject]:
         """Return the Events of a namespace."""
         return self._pages(f"/api/v1/namespaces/{namespace}/events", {})
 
-    def pods(self, ref: JobRef) -> list[Object]:
+    def pods(self, ref: JobRef) -> list[KubeObject]:
         """Return the pods of a QLoRAJob."""
         return self._pages(
             f"/api/v1/namespaces/{ref.namespace}/pods", {"labelSelector": f"{names.JOB_LABEL}={ref.name}"}
@@ -91,14 +91,14 @@ class KubeCluster:
         path = f"/api/v1/namespaces/{namespace}/pods/{pod}/log"
         response = self._send("GET", path, {"container": names.CONTAINER, **query}, None, "", None)
         if response.status >= 400:
-            _refuse(response.status, response.read(), path)
+            _raise_for_status(response.status, response.read(), path)
         yield from _lines(response.response)
 
-    def _pages(self, path: str, query: Mapping[str, str]) -> list[Object]:
-        items: list[Object] = []
+    def _pages(self, path: str, query: Mapping[str, str]) -> list[KubeObject]:
+        items: list[KubeObject] = []
         token = ""
         while True:
-            page = self._call("GET", path, {**query, "limit": str(PAGE)} | ({"continue": token} if token else {}))
+            page = self._call("GET", path, {**query, "limit": str(PAGE_SIZE)} | ({"continue": token} if token else {}))
             items += page["items"]
             token = page["metadata"].get("continue", "")
             if not token:
@@ -109,13 +109,13 @@ class KubeCluster:
         method: str,
         path: str,
         query: Mapping[str, str] | None = None,
-        body: Object | None = None,
+        body: KubeObject | None = None,
         content_type: str = "application/json",
     ) -> dict[str, Any]:
         response = self._send(method, path, query or {}, body, content_type, READ_SECONDS)
         text = response.read()
         if response.status >= 400:
-            _refuse(response.status, text, path)
+            _raise_for_status(response.status, text, path)
         return dict(json.loads(text))
 
     def _send(  # noqa: PLR0913, PLR0917 (what an HTTP request has)
@@ -123,7 +123,7 @@ class KubeCluster:
         method: str,
         path: str,
         query: Mapping[str, str],
-        body: Object | None,
+        body: KubeObject | None,
         content_type: str,
         read_seconds: float | None,
     ) -> Any:
@@ -146,13 +146,13 @@ class KubeCluster:
             ) from error
 
 
-def _folder(namespace: str) -> str:
+def _collection_path(namespace: str) -> str:
     place = f"namespaces/{namespace}/" if namespace else ""
     return f"/apis/{names.API_VERSION}/{place}{names.PLURAL}"
 
 
-def _path(ref: JobRef) -> str:
-    return f"{_folder(ref.namespace)}/{ref.name}"
+def _object_path(ref: JobRef) -> str:
+    return f"{_collection_path(ref.namespace)}/{ref.name}"
 
 
 def _lines(response: Any) -> Iterator[str]:
@@ -173,7 +173,7 @@ def _cause(error: BaseException) -> str:
     return str(reason).rpartition(">: ")[2] or type(reason).__name__
 
 
-def _refuse(status: int, text: bytes, path: str) -> Never:
+def _raise_for_status(status: int, text: bytes, path: str) -> Never:
     """Turn an answer of the API server into a sentence with what to do."""
     try:
         answer = json.loads(text)
@@ -193,7 +193,7 @@ def _refuse(status: int, text: bytes, path: str) -> Never:
         raise ClusterError("the API server refuses these credentials; log in again, or choose another --context")
     if status == 403:
         raise ClusterError(f"{message}; ask whoever runs the cluster for that right (kubectl auth can-i --list)")
-    if status in _BUSY:
+    if status in _RETRYABLE_STATUSES:
         raise UnreachableError(f"the API server is busy ({status}): {message}")
     raise ClusterError(message)
 

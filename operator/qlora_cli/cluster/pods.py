@@ -6,8 +6,8 @@ from typing import Final
 
 from qlora_api import names
 from qlora_api.job_ref import JobRef
-from qlora_api.logfiles import PREPARATION
-from qlora_cli.cluster.client import Cluster, Object
+from qlora_api.logfiles import PREPARE_ATTEMPT
+from qlora_cli.cluster.client import ClusterClient, KubeObject
 
 _INDEX: Final = "batch.kubernetes.io/job-completion-index"
 
@@ -27,32 +27,32 @@ class TrainerPod:
     @property
     def label(self) -> str:
         """Return attempt and node, as they stand before each line."""
-        return "prepare" if self.attempt == PREPARATION else f"{self.attempt}-{self.node}"
+        return "prepare" if self.attempt == PREPARE_ATTEMPT else f"{self.attempt}-{self.node}"
 
 
-def find_pods(cluster: Cluster, ref: JobRef) -> list[TrainerPod]:
+def find_pods(cluster: ClusterClient, ref: JobRef) -> list[TrainerPod]:
     """Return the pods of a QLoRAJob in the order of attempts and nodes."""
     return sorted(map(parse_pod, cluster.pods(ref)))
 
 
-def parse_pod(raw: Object) -> TrainerPod:
+def parse_pod(raw: KubeObject) -> TrainerPod:
     """Read a pod."""
     metadata = raw["metadata"]
     labels = metadata.get("labels", {})
     states = [status.get("state", {}) for status in raw.get("status", {}).get("containerStatuses", ())]
     return TrainerPod(
-        attempt=int(labels.get(names.ATTEMPT_LABEL, PREPARATION)),
+        attempt=int(labels.get(names.ATTEMPT_LABEL, PREPARE_ATTEMPT)),
         node=int(metadata.get("annotations", {}).get(_INDEX, 0)),
         name=metadata["name"],
         started=any("running" in state or "terminated" in state for state in states),
     )
 
 
-def is_alive(raw: Object) -> bool:
+def is_alive(raw: KubeObject) -> bool:
     """Whether a pod has not come to its end."""
     return raw.get("status", {}).get("phase") not in {"Succeeded", "Failed"}
 
 
 def latest_attempt(pods: Sequence[TrainerPod]) -> int:
     """Return the latest attempt that has pods; the preparation before the first one."""
-    return max((pod.attempt for pod in pods), default=PREPARATION)
+    return max((pod.attempt for pod in pods), default=PREPARE_ATTEMPT)

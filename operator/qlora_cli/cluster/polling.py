@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Final
 
 from qlora_api.job_ref import JobRef
-from qlora_cli.cluster.client import Cluster, UnreachableError
+from qlora_cli.cluster.client import ClusterClient, UnreachableError
 from qlora_cli.cluster.jobs import ClusterJob, get_job
 
-SECONDS_BETWEEN_LOOKS: Final = 1.0
-PATIENCE_SECONDS: Final = 300.0
+POLL_SECONDS: Final = 1.0
+UNREACHABLE_TIMEOUT_SECONDS: Final = 300.0
 """How long an API server may be away while somebody waits: longer than its upgrade takes."""
 
 
@@ -22,7 +22,7 @@ class Clock:
     sleep: Callable[[float], None] = time.sleep
 
 
-def look(cluster: Cluster, ref: JobRef, clock: Clock, note: Callable[[str], None]) -> Iterator[ClusterJob]:
+def poll_job(cluster: ClusterClient, ref: JobRef, clock: Clock, note: Callable[[str], None]) -> Iterator[ClusterJob]:
     """Yield the QLoRAJob every second until the caller has seen enough; a silent API server is waited for."""
     silent_since: float | None = None
     while True:
@@ -31,8 +31,8 @@ def look(cluster: Cluster, ref: JobRef, clock: Clock, note: Callable[[str], None
             silent_since = None
         except UnreachableError as error:
             if silent_since is None:
-                note(f"{error}; trying again for {PATIENCE_SECONDS / 60:.0f} minutes")
+                note(f"{error}; trying again for {UNREACHABLE_TIMEOUT_SECONDS / 60:.0f} minutes")
             silent_since = silent_since or clock.now()
-            if clock.now() - silent_since > PATIENCE_SECONDS:
+            if clock.now() - silent_since > UNREACHABLE_TIMEOUT_SECONDS:
                 raise
-        clock.sleep(SECONDS_BETWEEN_LOOKS)
+        clock.sleep(POLL_SECONDS)

@@ -13,30 +13,30 @@ from rich.table import Table
 from rich.text import Text
 
 from qlora_api.accelerators import DeviceName
-from qlora_api.local_requests import Exchange, Manner, PanelRequest
+from qlora_api.local_requests import ChatRequest, ChatTurn, GenerationConfig
 from qlora_api.runconfig import Platform
 from qlora_cli.display.formats import print_data
-from qlora_cli.errors import ending, fail_without_manifest
-from qlora_cli.local.trainer_libraries import NoGpuError, cuda_available, open_places
+from qlora_cli.errors import exit_error_without_remedy, exit_on_error
+from qlora_cli.local.trainer_libraries import NoGpuError, cuda_available, open_source_resolver
 from qlora_cli.options import (
     BaseModel,
     HubEndpoint,
     HubMirror,
-    Output,
-    OutputForm,
+    OutputFormat,
+    OutputOption,
     S3Endpoint,
     make_platform,
 )
 from qlora_cli.uris import to_uri
 
 QUIT: Final = "/quit"
-ANEW: Final = "/new"
+RESET: Final = "/new"
 PROMPT: Final = "> "
-CUT: Final = " …"
+TRUNCATED: Final = " …"
 """Behind an answer that --max-tokens cut off."""
-LONGEST: Final = 256
+DEFAULT_MAX_TOKENS: Final = 256
 """Tokens of an answer: about 200 words."""
-Show = Callable[[Exchange], None]
+Show = Callable[[ChatTurn], None]
 
 
 class Device(StrEnum):
@@ -62,7 +62,7 @@ def chat(  # noqa: PLR0913, PLR0917 (an option each)
     system: Annotated[
         str, typer.Option(metavar="TEXT", help="System message, for adapters that were trained on chats.")
     ] = "",
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")] = LONGEST,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")] = DEFAULT_MAX_TOKENS,
     temperature: Annotated[
         float, typer.Option(min=0, max=10, help="0 takes the likeliest token each time; higher values vary more.")
     ] = 0.0,
@@ -72,37 +72,39 @@ def chat(  # noqa: PLR0913, PLR0917 (an option each)
     hub_mirror: HubMirror = None,
     hub_endpoint: HubEndpoint = None,
     s3_endpoint: S3Endpoint = None,
-    output: OutputForm = Output.TABLE,
+    output: OutputOption = OutputFormat.TABLE,
 ) -> None:
     """Ask a base and the adapters on it, side by side; all of them share one base in memory."""
     console = Console(stderr=True, highlight=False)
     platform = make_platform(hub_mirror, hub_endpoint, s3_endpoint)
-    manner = Manner(longest=max_tokens, temperature=temperature, seed=seed, system=system)
+    manner = GenerationConfig(max_new_tokens=max_tokens, temperature=temperature, seed=seed, system=system)
     talking = not ask and sys.stdin.isatty()
-    printers = {Output.JSON: print_json, Output.YAML: print_yaml}
-    show = printers.get(output) or Printer(Console(highlight=False), questions=not talking).show
-    with ending(console, "no more questions are answered", fail_without_manifest):
-        panel = load_panel(adapter, device, base_model, platform, console)
-        conversation = panel.start(manner, keeps=talking)
+    printers = {OutputFormat.JSON: print_json, OutputFormat.YAML: print_yaml}
+    show = printers.get(output) or ChatPrinter(Console(highlight=False), questions=not talking).show
+    with exit_on_error(console, "no more questions are answered", exit_error_without_remedy):
+        panel = load_chat_model(adapter, device, base_model, platform, console)
+        conversation = panel.start_conversation(manner, keeps=talking)
         if talking:
-            talk(conversation, show, console)
+            chat_interactively(conversation, show, console)
         else:
             for question in filter(None, map(str.strip, ask or sys.stdin)):
                 show(answer(conversation, question, console))
 
 
-def load_panel(adapters: list[str], device: Device, model: str | None, platform: Platform, console: Console) -> Any:
+def load_chat_model(
+    adapters: list[str], device: Device, model: str | None, platform: Platform, console: Console
+) -> Any:
     """Load the base and all adapters."""
-    places, work = open_places(platform)
-    from qlora_trainer.inference.multi_adapter_chat import open_panel  # noqa: PLC0415 (comes with torch)
+    places, work = open_source_resolver(platform)
+    from qlora_trainer.inference.multi_adapter_chat import load_multi_adapter_model  # noqa: PLC0415 (comes with torch)
 
-    request = PanelRequest(
+    request = ChatRequest(
         adapters=tuple(map(to_uri, adapters)),
         device=choose_device(device),
         model=to_uri(model) if model else None,
     )
     with console.status("loading base and adapters"):
-        return open_panel(request, places, work, lambda text: console.print(escape(text), soft_wrap=True))
+        return load_multi_adapter_model(request, places, work, lambda text: console.print(escape(text), soft_wrap=True))
 
 
 def choose_device(device: Device) -> DeviceName:
@@ -112,14 +114,14 @@ def choose_device(device: Device) -> DeviceName:
     return "cuda" if device is Device.CUDA or (device is Device.AUTO and cuda_available()) else "cpu"
 
 
-def talk(conversation: Any, show: Show, console: Console) -> None:
+def chat_interactively(conversation: Any, show: Show, console: Console) -> None:
     """Answer what a person types, until they have enough; a question that cannot be asked ends nothing."""
     from qlora_trainer.errors import RunError  # noqa: PLC0415 (part of another installation)
 
-    console.print(f"[dim]{QUIT} or Ctrl-D ends, {ANEW} forgets what was said[/]")
-    for line in typed_lines():
-        if line == ANEW:
-            conversation.begin_anew()
+    console.print(f"[dim]{QUIT} or Ctrl-D ends, {RESET} forgets what was said[/]")
+    for line in read_questions():
+        if line == RESET:
+            conversation.reset()
             continue
         try:
             show(answer(conversation, line, console))
@@ -127,7 +129,7 @@ def talk(conversation: Any, show: Show, console: Console) -> None:
             console.print(f"[bold red]error:[/] {escape(error.message)}", soft_wrap=True)
 
 
-def typed_lines() -> Iterator[str]:
+def read_questions() -> Iterator[str]:
     """Yield what a person types, but blank lines."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401, PLC0415 (its import lets input() have arrow keys; absent on Windows)
@@ -139,25 +141,25 @@ def typed_lines() -> Iterator[str]:
         typer.echo(err=True)  # Ctrl-D leaves the cursor behind the prompt
 
 
-def answer(conversation: Any, question: str, console: Console) -> Exchange:
+def answer(conversation: Any, question: str, console: Console) -> ChatTurn:
     """Let all answer, and show meanwhile who is about to."""
     with console.status("") as status:
-        exchange: Exchange = conversation.ask(question, lambda label: status.update(f"{escape(label)} answers"))
+        exchange: ChatTurn = conversation.ask(question, lambda label: status.update(f"{escape(label)} answers"))
     return exchange
 
 
-def print_json(exchange: Exchange) -> None:
+def print_json(exchange: ChatTurn) -> None:
     """Print an exchange as one line."""
     typer.echo(exchange.model_dump_json(by_alias=True))
 
 
-def print_yaml(exchange: Exchange) -> None:
+def print_yaml(exchange: ChatTurn) -> None:
     """Print an exchange as a document of its own."""
     typer.echo("---")
-    print_data(exchange.model_dump(mode="json", by_alias=True), Output.YAML)
+    print_data(exchange.model_dump(mode="json", by_alias=True), OutputFormat.YAML)
 
 
-class Printer:
+class ChatPrinter:
     """Prints exchanges for a person."""
 
     def __init__(self, console: Console, *, questions: bool) -> None:
@@ -165,12 +167,12 @@ class Printer:
         self._console = console
         self._questions = questions
 
-    def show(self, exchange: Exchange) -> None:
+    def show(self, exchange: ChatTurn) -> None:
         """Print who says what."""
         table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
         if self._questions:
             table.add_row(Text("question", "bold"), Text(exchange.question, "bold"))
         for reply in exchange.replies:
-            table.add_row(Text(reply.by, "dim"), Text(reply.text.strip() + ("" if reply.complete else CUT)))
+            table.add_row(Text(reply.by, "dim"), Text(reply.text.strip() + ("" if reply.complete else TRUNCATED)))
         self._console.print(table)
         self._console.print()

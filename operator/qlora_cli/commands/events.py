@@ -13,12 +13,12 @@ from rich.text import Text
 
 from qlora_api.job_ref import JobRef
 from qlora_api.names import KIND, prepare_job_name
-from qlora_cli.cluster.client import Cluster, Object
-from qlora_cli.cluster.connection import Context, JobName, Kubeconfig, Namespace, open_connection, reporting_errors
+from qlora_cli.cluster.client import ClusterClient, KubeObject
+from qlora_cli.cluster.connection import Context, JobName, Kubeconfig, Namespace, exit_on_cluster_error, open_connection
 from qlora_cli.cluster.jobs import get_job, strip_managed_fields
-from qlora_cli.cluster.polling import Clock, look
-from qlora_cli.display.formats import columns, format_age, print_data
-from qlora_cli.options import Output, OutputForm
+from qlora_cli.cluster.polling import Clock, poll_job
+from qlora_cli.display.formats import format_age, print_data, render_columns
+from qlora_cli.options import OutputFormat, OutputOption
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Event:
     subject: str
     reason: str
     message: str
-    raw: Object
+    raw: KubeObject
 
 
 def events(  # noqa: PLR0913, PLR0917 (an option each)
@@ -40,10 +40,10 @@ def events(  # noqa: PLR0913, PLR0917 (an option each)
     namespace: Namespace = None,
     context: Context = None,
     kubeconfig: Kubeconfig = None,
-    output: OutputForm = Output.TABLE,
+    output: OutputOption = OutputFormat.TABLE,
 ) -> None:
     """Show the Events of a run, its Jobs and its pods, the youngest last; Kubernetes keeps them for an hour."""
-    with reporting_errors() as console:
+    with exit_on_cluster_error() as console:
         connection = open_connection(namespace, context, kubeconfig)
         ref = connection.ref(name)
         if follow:
@@ -51,20 +51,22 @@ def events(  # noqa: PLR0913, PLR0917 (an option each)
             return
         get_job(connection.cluster, ref)  # a name that is mistyped is an error, and not an empty list
         found = find_events(connection.cluster, ref)
-    if output is not Output.TABLE:
+    if output is not OutputFormat.TABLE:
         items = [strip_managed_fields(event.raw) for event in found]
         print_data({"apiVersion": "v1", "kind": "List", "items": items}, output)
     else:
         Console(highlight=False).print(tabulate(found, datetime.now(UTC)), soft_wrap=True)
 
 
-def find_events(cluster: Cluster, ref: JobRef) -> list[Event]:
+def find_events(cluster: ClusterClient, ref: JobRef) -> list[Event]:
     """Return what was told of a QLoRAJob and its children, the youngest last."""
-    found = (parse_event(raw) for raw in cluster.events(ref.namespace) if concerns(raw["involvedObject"], ref.name))
+    found = (
+        parse_event(raw) for raw in cluster.events(ref.namespace) if belongs_to_job(raw["involvedObject"], ref.name)
+    )
     return sorted(found, key=lambda event: (event.time, event.uid))
 
 
-def concerns(subject: Object, job: str) -> bool:
+def belongs_to_job(subject: KubeObject, job: str) -> bool:
     """Whether an object is the QLoRAJob, or has the name of one of its Jobs or pods, which may be gone."""
     kind, name = subject.get("kind"), subject.get("name", "")
     if kind == KIND:
@@ -74,7 +76,7 @@ def concerns(subject: Object, job: str) -> bool:
     return kind in forms and bool(re.fullmatch(forms[kind], name))
 
 
-def parse_event(raw: Object) -> Event:
+def parse_event(raw: KubeObject) -> Event:
     """Read an Event, of the old or of the new API."""
     subject = raw["involvedObject"]
     series = (raw.get("series") or {}).get("lastObservedTime")
@@ -92,7 +94,7 @@ def parse_event(raw: Object) -> Event:
 
 def tabulate(found: Iterable[Event], now: datetime) -> Group:
     """Return the columns of `kubectl get events`."""
-    return columns(
+    return render_columns(
         ("AGE", "TYPE", "OBJECT", "REASON", "MESSAGE"),
         [
             (
@@ -105,19 +107,19 @@ def tabulate(found: Iterable[Event], now: datetime) -> Group:
     )
 
 
-def follow_events(cluster: Cluster, ref: JobRef, console: Console, clock: Clock) -> None:
+def follow_events(cluster: ClusterClient, ref: JobRef, console: Console, clock: Clock) -> None:
     """Print each event when it comes, until the run has ended."""
     shown: set[str] = set()
     out = Console(highlight=False)
-    for job in look(cluster, ref, clock, lambda text: console.print(escape(text), soft_wrap=True)):
-        for event in fresh(find_events(cluster, ref), shown):
+    for job in poll_job(cluster, ref, clock, lambda text: console.print(escape(text), soft_wrap=True)):
+        for event in new_events(find_events(cluster, ref), shown):
             line = f"{event.time:%H:%M:%S}  {event.type:<7}  {event.subject}  {event.reason}  {event.message}"
             out.print(escape(line), soft_wrap=True)
         if job.finished:
             return
 
 
-def fresh(found: Iterable[Event], shown: set[str]) -> Iterator[Event]:
+def new_events(found: Iterable[Event], shown: set[str]) -> Iterator[Event]:
     """Yield the events that were not shown, and remember them."""
     for event in found:
         if event.uid not in shown:

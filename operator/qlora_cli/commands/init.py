@@ -11,13 +11,13 @@ from rich.console import Console
 
 from qlora_api import names
 from qlora_api.v1alpha1 import QLoRAJobSpec
-from qlora_cli.errors import fail_without_manifest
+from qlora_cli.errors import exit_error_without_remedy
 from qlora_cli.manifests.loader import JobManifest, ManifestError, parse_manifest
 from qlora_cli.manifests.validation_messages import field_at
 from qlora_cli.manifests.yaml_documents import STDIN, parse_documents
-from qlora_planner.validation import ANYWHERE
+from qlora_planner.validation import COMMON_RULES
 
-SHOWN: Final = (
+SHOWN_FIELDS: Final = (
     "model.uri",
     "dataset.uri",
     "lora.rank",
@@ -34,7 +34,9 @@ SHOWN: Final = (
 )
 """Fields that somebody decides in a first run; all others have defaults that serve."""
 WIDTH: Final = 100
-REFERENCE: Final = "kubectl explain qlorajob.spec shows every field; qlora validate and qlora plan check this file."
+HEADER_COMMENT: Final = (
+    "kubectl explain qlorajob.spec shows every field; qlora validate and qlora plan check this file."
+)
 
 
 def init(  # noqa: PLR0913, PLR0917 (an option each)
@@ -56,14 +58,14 @@ def init(  # noqa: PLR0913, PLR0917 (an option each)
     text = write_manifest(name, chosen)
     try:
         [document] = parse_documents(text, "the new manifest")
-        parse_manifest(document, ANYWHERE)
+        parse_manifest(document, COMMON_RULES)
     except ManifestError as error:
-        fail_without_manifest(console, None, str(error))
+        exit_error_without_remedy(console, None, str(error))
     if file == STDIN:
         typer.echo(text, nl=False)
         return
     if Path(file).exists() and not force:
-        fail_without_manifest(console, None, f"{file} exists; give another name, or --force")
+        exit_error_without_remedy(console, None, f"{file} exists; give another name, or --force")
     Path(file).write_text(text, encoding="utf-8")
     console.print(f"{file} is written; next: qlora plan {file}, then qlora submit {file}", soft_wrap=True)
 
@@ -71,12 +73,12 @@ def init(  # noqa: PLR0913, PLR0917 (an option each)
 def write_manifest(name: str, chosen: Mapping[str, Any]) -> str:
     """Return a manifest with the fields that are chosen, and the defaults of the others."""
     lines = [f"apiVersion: {names.API_VERSION}", f"kind: {names.KIND}", "metadata:", f"  name: {_scalar(name)}"]
-    return "\n".join((f"# {REFERENCE}", *lines, "spec:", *_fields(chosen))) + "\n"
+    return "\n".join((f"# {HEADER_COMMENT}", *lines, "spec:", *_fields(chosen))) + "\n"
 
 
 def _fields(chosen: Mapping[str, Any]) -> Iterator[str]:
     parents: tuple[str, ...] = ()
-    for path in SHOWN:
+    for path in SHOWN_FIELDS:
         *above, last = path.split(".")
         shared = next((depth for depth, (a, b) in enumerate(zip(parents, above, strict=False)) if a != b), len(parents))
         for depth, parent in enumerate(above):

@@ -9,10 +9,10 @@ from rich.console import Console, Group
 from rich.text import Text
 
 from qlora_api.names import Phase
-from qlora_cli.cluster.connection import Context, Kubeconfig, Namespace, open_connection, reporting_errors
+from qlora_cli.cluster.connection import Context, Kubeconfig, Namespace, exit_on_cluster_error, open_connection
 from qlora_cli.cluster.jobs import ClusterJob, parse_job, strip_managed_fields
-from qlora_cli.display.formats import STYLES, Cell, columns, format_age, print_data
-from qlora_cli.options import Output, OutputForm
+from qlora_cli.display.formats import PHASE_STYLES, Cell, format_age, print_data, render_columns
+from qlora_cli.options import OutputFormat, OutputOption
 
 
 def list_jobs(  # noqa: PLR0913, PLR0917 (an option each)
@@ -24,14 +24,14 @@ def list_jobs(  # noqa: PLR0913, PLR0917 (an option each)
     namespace: Namespace = None,
     context: Context = None,
     kubeconfig: Kubeconfig = None,
-    output: OutputForm = Output.TABLE,
+    output: OutputOption = OutputFormat.TABLE,
 ) -> None:
     """List QLoRAJobs, the youngest last."""
-    with reporting_errors():
+    with exit_on_cluster_error():
         connection = open_connection(namespace, context, kubeconfig)
-        found = connection.cluster.find("" if all_namespaces else connection.namespace, selector)
-        jobs = choose([parse_job(item) for item in found], phases or list(Phase))
-    if output is not Output.TABLE:
+        found = connection.cluster.list_jobs("" if all_namespaces else connection.namespace, selector)
+        jobs = filter_by_phase([parse_job(item) for item in found], phases or list(Phase))
+    if output is not OutputFormat.TABLE:
         items = [strip_managed_fields(job.raw) for job in jobs]
         print_data({"apiVersion": "v1", "kind": "List", "items": items}, output)
     elif jobs:
@@ -41,7 +41,7 @@ def list_jobs(  # noqa: PLR0913, PLR0917 (an option each)
         typer.echo(f"there is no such QLoRAJob in {place}", err=True)
 
 
-def choose(jobs: Sequence[ClusterJob], phases: Sequence[Phase]) -> list[ClusterJob]:
+def filter_by_phase(jobs: Sequence[ClusterJob], phases: Sequence[Phase]) -> list[ClusterJob]:
     """Return the jobs in some phases, the youngest last."""
     return sorted((job for job in jobs if job.phase in phases), key=lambda job: (job.created_at, job.ref))
 
@@ -52,15 +52,17 @@ def tabulate(jobs: Sequence[ClusterJob], now: datetime, *, namespaces: bool) -> 
     rows = [_row(job, now) for job in jobs]
     if namespaces:
         places = [job.ref.namespace for job in jobs]
-        return columns(("NAMESPACE", *headings), [(place, *row) for place, row in zip(places, rows, strict=True)])
-    return columns(headings, rows)
+        return render_columns(
+            ("NAMESPACE", *headings), [(place, *row) for place, row in zip(places, rows, strict=True)]
+        )
+    return render_columns(headings, rows)
 
 
 def _row(job: ClusterJob, now: datetime) -> tuple[Cell, ...]:
     status = job.status
     return (
         job.ref.name,
-        Text(job.phase, STYLES.get(job.phase, "")),
+        Text(job.phase, PHASE_STYLES.get(job.phase, "")),
         *(status.progress or "", status.eta or "", status.loss or ""),
         *("" if value is None else str(value) for value in (status.gpus, status.attempt)),
         status.reason or "",

@@ -8,15 +8,15 @@ from typing import Annotated
 import typer
 
 from qlora_api.job_ref import JobRef
-from qlora_api.logfiles import PREPARATION
-from qlora_cli.cluster.client import Cluster, ClusterError
-from qlora_cli.cluster.connection import Context, JobName, Kubeconfig, Namespace, open_connection, reporting_errors
+from qlora_api.logfiles import PREPARE_ATTEMPT
+from qlora_cli.cluster.client import ClusterClient, ClusterError
+from qlora_cli.cluster.connection import Context, JobName, Kubeconfig, Namespace, exit_on_cluster_error, open_connection
 from qlora_cli.cluster.jobs import ClusterJob, get_job
 from qlora_cli.cluster.pods import TrainerPod, find_pods, latest_attempt
-from qlora_cli.cluster.polling import Clock, look
+from qlora_cli.cluster.polling import Clock, poll_job
 from qlora_cli.options import S3Endpoint
-from qlora_cli.podlogs.archived import Missing, Wish, latest_started, show_remains
-from qlora_cli.podlogs.lines import Printer, Streams
+from qlora_cli.podlogs.archived import LogQuery, MissingLogs, latest_started_attempt, show_archived_logs
+from qlora_cli.podlogs.lines import LogPrinter, LogStreams
 
 
 def logs(  # noqa: PLR0913, PLR0917 (an option each)
@@ -25,7 +25,8 @@ def logs(  # noqa: PLR0913, PLR0917 (an option each)
         bool, typer.Option("--follow", "-f", help="Stay, through further attempts, until the run has ended.")
     ] = False,
     attempt: Annotated[
-        int | None, typer.Option(min=PREPARATION, help="Number of an attempt; 0: the preparation. Default: the latest.")
+        int | None,
+        typer.Option(min=PREPARE_ATTEMPT, help="Number of an attempt; 0: the preparation. Default: the latest."),
     ] = None,
     node: Annotated[
         int | None, typer.Option(min=0, help="Only the pod of this node, counted from 0; default: all.")
@@ -45,28 +46,28 @@ def logs(  # noqa: PLR0913, PLR0917 (an option each)
     """Print the logs of all pods of an attempt, each line with its pod; from the output once they are gone."""
     query = {"timestamps": "true"} if timestamps else {}
     query |= {"tailLines": str(tail)} if tail is not None else {}
-    with reporting_errors() as console:
+    with exit_on_cluster_error() as console:
         connection = open_connection(namespace, context, kubeconfig)
         cluster, ref = connection.cluster, connection.ref(name)
-        printer = Printer(prefix=prefix, raw=not sys.stdout.isatty() if raw is None else raw)
-        choice = Choice(attempt, node)
+        printer = LogPrinter(prefix=prefix, raw=not sys.stdout.isatty() if raw is None else raw)
+        choice = PodSelection(attempt, node)
         if follow:
             missing = follow_logs(cluster, ref, choice, query, printer, Clock())
         else:
             missing = print_logs(cluster, ref, choice, query, printer)
         if missing is not None:
-            wish = Wish(attempt, tail, timestamps, s3_endpoint)
-            show_remains(get_job(cluster, ref), missing, wish, printer, console)
+            wish = LogQuery(attempt, tail, timestamps, s3_endpoint)
+            show_archived_logs(get_job(cluster, ref), missing, wish, printer, console)
 
 
 @dataclass(frozen=True)
-class Choice:
+class PodSelection:
     """Which pods are meant: of one attempt, or of the latest and those after it; of one node, or of all."""
 
     attempt: int | None = None
     node: int | None = None
 
-    def of(self, pods: Sequence[TrainerPod], since: int) -> list[TrainerPod]:
+    def select(self, pods: Sequence[TrainerPod], since: int) -> list[TrainerPod]:
         """Return the pods that are meant; attempts before `since` only where one is asked for."""
         return [
             pod
@@ -75,32 +76,34 @@ class Choice:
             and self.node in {None, pod.node}
         ]
 
-    def missing(self, latest: int) -> Missing:
+    def missing_logs(self, latest: int) -> MissingLogs:
         """Return what is meant, where no pod is left of it."""
         nodes = None if self.node is None else frozenset({self.node})
-        return Missing(latest if self.attempt is None else self.attempt, nodes)
+        return MissingLogs(latest if self.attempt is None else self.attempt, nodes)
 
 
-def latest_of(job: ClusterJob, pods: Sequence[TrainerPod]) -> int:
+def latest_known_attempt(job: ClusterJob, pods: Sequence[TrainerPod]) -> int:
     """Return the latest attempt that has pods, or has had any."""
-    return max(latest_attempt(pods), latest_started(job))
+    return max(latest_attempt(pods), latest_started_attempt(job))
 
 
 def print_logs(
-    cluster: Cluster, ref: JobRef, choice: Choice, query: Mapping[str, str], printer: Printer
-) -> Missing | None:
+    cluster: ClusterClient, ref: JobRef, choice: PodSelection, query: Mapping[str, str], printer: LogPrinter
+) -> MissingLogs | None:
     """Print what was written until now, pod after pod; return what the pods cannot tell."""
     job = get_job(cluster, ref)  # a name that is mistyped is an error, and not a run without pods
     found = find_pods(cluster, ref)
-    latest = latest_of(job, found)
-    pods = choice.of(found, latest)
+    latest = latest_known_attempt(job, found)
+    pods = choice.select(found, latest)
     lost = {pod.node for pod in pods if not print_pod(cluster, ref, pod, query, printer)}
     if not pods:
-        return choice.missing(latest)
-    return Missing(pods[-1].attempt, frozenset(lost)) if lost else None
+        return choice.missing_logs(latest)
+    return MissingLogs(pods[-1].attempt, frozenset(lost)) if lost else None
 
 
-def print_pod(cluster: Cluster, ref: JobRef, pod: TrainerPod, query: Mapping[str, str], printer: Printer) -> bool:
+def print_pod(
+    cluster: ClusterClient, ref: JobRef, pod: TrainerPod, query: Mapping[str, str], printer: LogPrinter
+) -> bool:
     """Print what a pod has written; return whether it could be read, which ends with its node."""
     if not pod.started:
         printer.note(f"{pod.label} has written nothing yet: its container has not started")
@@ -115,20 +118,25 @@ def print_pod(cluster: Cluster, ref: JobRef, pod: TrainerPod, query: Mapping[str
 
 
 def follow_logs(  # noqa: PLR0913, PLR0917 (what to print, how, and when)
-    cluster: Cluster, ref: JobRef, choice: Choice, query: Mapping[str, str], printer: Printer, clock: Clock
-) -> Missing | None:
+    cluster: ClusterClient,
+    ref: JobRef,
+    choice: PodSelection,
+    query: Mapping[str, str],
+    printer: LogPrinter,
+    clock: Clock,
+) -> MissingLogs | None:
     """Print lines as they come, of this attempt and of those that follow; return what the pods cannot tell."""
-    streams = Streams(cluster, ref.namespace, {**query, "follow": "true"})
+    streams = LogStreams(cluster, ref.namespace, {**query, "follow": "true"})
     first: int | None = None
-    latest = PREPARATION
-    for job in look(cluster, ref, clock, printer.note):
+    latest = PREPARE_ATTEMPT
+    for job in poll_job(cluster, ref, clock, printer.note):
         found = find_pods(cluster, ref)
-        latest = latest_of(job, found)
+        latest = latest_known_attempt(job, found)
         if first is None and found:
             first = latest
-        streams.open(pod for pod in choice.of(found, first or PREPARATION) if pod.started)
+        streams.open(pod for pod in choice.select(found, first or PREPARE_ATTEMPT) if pod.started)
         ended = job.finished and not streams.running
         streams.drain(printer.show)
         if ended:
             break
-    return None if streams.opened else choice.missing(latest)
+    return None if streams.opened else choice.missing_logs(latest)

@@ -13,15 +13,15 @@ from qlora_api.local_requests import MergedFolder, MergeRequest
 from qlora_api.report import MergeDifference
 from qlora_api.runconfig import Platform
 from qlora_cli.display.formats import print_data
-from qlora_cli.display.result import relative
-from qlora_cli.errors import ending, fail_without_manifest
-from qlora_cli.local.trainer_libraries import open_places
+from qlora_cli.display.result import format_change
+from qlora_cli.errors import exit_error_without_remedy, exit_on_error
+from qlora_cli.local.trainer_libraries import open_source_resolver
 from qlora_cli.options import (
     BaseModel,
     HubEndpoint,
     HubMirror,
-    Output,
-    OutputForm,
+    OutputFormat,
+    OutputOption,
     S3Endpoint,
     make_platform,
 )
@@ -32,7 +32,7 @@ class Base(StrEnum):
     """What an adapter is merged into."""
 
     ORIGINAL = "original"
-    DEQUANTISED = "dequantised"
+    DEQUANTIZED = "dequantised"
 
 
 def merge(  # noqa: PLR0913, PLR0917 (an option each)
@@ -45,16 +45,16 @@ def merge(  # noqa: PLR0913, PLR0917 (an option each)
     hub_mirror: HubMirror = None,
     hub_endpoint: HubEndpoint = None,
     s3_endpoint: S3Endpoint = None,
-    output: OutputForm = Output.TABLE,
+    output: OutputOption = OutputFormat.TABLE,
 ) -> None:
     """Merge an adapter with its base into one bf16 model, and measure what that changes."""
     console = Console(stderr=True, highlight=False)
     platform = make_platform(hub_mirror, hub_endpoint, s3_endpoint)
     model = to_uri(base_model) if base_model else None
     request = MergeRequest(adapter=to_uri(adapter), target=str(to), base=base.value, model=model)
-    with ending(console, "nothing was written", fail_without_manifest):
+    with exit_on_error(console, "nothing was written", exit_error_without_remedy):
         merged = run_merge(request, platform, console)
-    if output is not Output.TABLE:
+    if output is not OutputFormat.TABLE:
         print_data(merged.model_dump(mode="json", by_alias=True, exclude_none=True), output)
     else:
         show_merged(merged, Console(highlight=False))
@@ -62,7 +62,7 @@ def merge(  # noqa: PLR0913, PLR0917 (an option each)
 
 def run_merge(request: MergeRequest, platform: Platform, console: Console) -> MergedFolder:
     """Merge with sentences about what is going on."""
-    places, work = open_places(platform)
+    places, work = open_source_resolver(platform)
     from qlora_trainer.merge_job import merge_published  # noqa: PLC0415 (comes with torch)
 
     return merge_published(request, places, work, lambda text: console.print(escape(text), soft_wrap=True))
@@ -74,18 +74,18 @@ def show_merged(merged: MergedFolder, console: Console) -> None:
     if difference is None:
         console.print("nothing was measured: no held-out rows lie beside the adapter")
     else:
-        console.print(compare(difference))
+        console.print(difference_table(difference))
     console.print(f"[bold]merged[/]  {escape(merged.folder)}", soft_wrap=True)
 
 
-def compare(difference: MergeDifference) -> Table:
+def difference_table(difference: MergeDifference) -> Table:
     """Return the merged model beside base and adapter apart."""
     table = Table(title=f"{difference.rows} held-out rows, {difference.tokens} answer tokens", title_justify="left")
     table.add_column("")
     for heading in ("base and adapter", "merged", "change"):
         table.add_column(heading, justify="right")
     before, after = difference.unmerged_loss, difference.merged_loss
-    table.add_row("loss", f"{before:.3f}", f"{after:.3f}", relative(before, after))
+    table.add_row("loss", f"{before:.3f}", f"{after:.3f}", format_change(before, after))
     table.add_row("logits", "", "", f"{difference.relative:.1%}, at most {difference.max_logit:.2f}")
     table.add_row("first choice", "", "", f"{difference.same_choice:.1%} the same")
     return table

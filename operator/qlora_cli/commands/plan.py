@@ -11,20 +11,20 @@ from rich.table import Table
 from qlora_api.units import GIB
 from qlora_cli.commands.validate import describe_read_error
 from qlora_cli.display.formats import print_data
-from qlora_cli.errors import fail_without_manifest
+from qlora_cli.errors import exit_error_without_remedy
 from qlora_cli.manifests.loader import JobManifest, ManifestError, is_qlorajob, parse_manifest
 from qlora_cli.manifests.model_config import NoConfigError, load_config
-from qlora_cli.manifests.overrides import OverrideError, override, parse_override
+from qlora_cli.manifests.overrides import OverrideError, apply_overrides, parse_override
 from qlora_cli.manifests.yaml_documents import YamlError, read_documents
-from qlora_cli.options import HubMirror, Output, OutputForm
-from qlora_planner.gpu_inventory import to_bytes
+from qlora_cli.options import HubMirror, OutputFormat, OutputOption
+from qlora_planner.gpu_inventory import parse_quantity
 from qlora_planner.memory.estimate import SLACK
 from qlora_planner.models.shapes import MismatchError, UnknownModelError
-from qlora_planner.offline import Outlook, make_outlook, to_json
-from qlora_planner.sizing import DoesNotFitError, Room
-from qlora_planner.validation import ANYWHERE
+from qlora_planner.offline import OfflinePlan, make_offline_plan, to_json
+from qlora_planner.sizing import DoesNotFitError, GpuAllocation
+from qlora_planner.validation import COMMON_RULES
 
-_PEAK: Final = "peak "
+_PEAK_PREFIX: Final = "peak "
 """How the reason begins that the table tells in full."""
 
 
@@ -32,7 +32,7 @@ def check_memory(quantity: str | None) -> str | None:
     """Refuse what is no amount of memory, where the option is."""
     try:
         if quantity is not None:
-            to_bytes(quantity)
+            parse_quantity(quantity)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     return quantity
@@ -59,21 +59,21 @@ def plan(  # noqa: PLR0913, PLR0917 (an option each)
         list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Change a field, such as lora.rank=8.")
     ] = None,
     hub_mirror: HubMirror = None,
-    output: OutputForm = Output.TABLE,
+    output: OutputOption = OutputFormat.TABLE,
 ) -> None:
     """Tell what runs will take and how they will be executed, without a cluster, a GPU or a network."""
     console = Console(stderr=True, highlight=False)
     try:
         jobs = [job for file in files for job in read_jobs(file, changes or [])]
         outlooks = [
-            make_outlook(job.spec, load_config(job.spec.model, config, hub_mirror), gpu_memory, gpus_per_node)
+            make_offline_plan(job.spec, load_config(job.spec.model, config, hub_mirror), gpu_memory, gpus_per_node)
             for job in jobs
         ]
     except (OverrideError, YamlError, ManifestError, NoConfigError, UnknownModelError, MismatchError) as error:
-        fail_without_manifest(console, None, str(error))
+        exit_error_without_remedy(console, None, str(error))
     except DoesNotFitError as error:
-        fail_without_manifest(console, None, f"does not fit: {error}")
-    show(jobs, outlooks, output)
+        exit_error_without_remedy(console, None, f"does not fit: {error}")
+    print_plans(jobs, outlooks, output)
 
 
 def read_jobs(file: str, changes: list[str]) -> Iterator[JobManifest]:
@@ -85,43 +85,43 @@ def read_jobs(file: str, changes: list[str]) -> Iterator[JobManifest]:
         raise YamlError(describe_read_error(file, error)) from error
     if not documents:
         raise YamlError(f"{file}: there is no QLoRAJob")
-    yield from (parse_manifest(override(document, overrides), ANYWHERE) for document in documents)
+    yield from (parse_manifest(apply_overrides(document, overrides), COMMON_RULES) for document in documents)
 
 
-def show(jobs: list[JobManifest], outlooks: list[Outlook], output: Output) -> None:
+def print_plans(jobs: list[JobManifest], offline_plans: list[OfflinePlan], output: OutputFormat) -> None:
     """Print tables, or one object, or a list of them where there are several QLoRAJobs."""
-    if output is not Output.TABLE:
-        found = [to_json(outlook) for outlook in outlooks]
+    if output is not OutputFormat.TABLE:
+        found = [to_json(outlook) for outlook in offline_plans]
         print_data(found[0] if len(found) == 1 else found, output)
         return
     console = Console(highlight=False)
-    for job, outlook in zip(jobs, outlooks, strict=True):
+    for job, outlook in zip(jobs, offline_plans, strict=True):
         console.print(tabulate(job, outlook))
         for reason in outlook.reasons:
-            if not reason.startswith(_PEAK):
+            if not reason.startswith(_PEAK_PREFIX):
                 console.print(escape(reason), soft_wrap=True)
 
 
-def tabulate(job: JobManifest, outlook: Outlook) -> Table:
+def tabulate(job: JobManifest, offline_plan: OfflinePlan) -> Table:
     """Return what fills a GPU, from the base to the sum."""
-    spec, weights = job.spec, outlook.work.shape.parameters
+    spec, weights = job.spec, offline_plan.work.shape.parameters
     bits = f", {spec.quantization.bits} bits" if spec.method == "qlora" else ""
     title = f"{job.metadata.name}: {spec.model.uri}, {weights:,} weights, {spec.method}{bits}"
     table = Table(title=escape(title), title_justify="left")
-    table.add_column("on each GPU" if outlook.sizing.room.gpus_per_node else "in host memory")
+    table.add_column("on each GPU" if offline_plan.sizing.allocation.gpus_per_node else "in host memory")
     table.add_column("GiB", justify="right")
     table.add_column("")
-    rows = rows_of(outlook)
+    rows = memory_rows(offline_plan)
     for number, (name, size, note) in enumerate(rows):
         if size or name == "peak":
             table.add_row(name, f"{size / GIB:.2f}", note, end_section=number == len(rows) - 2)
     return table
 
 
-def rows_of(outlook: Outlook) -> list[tuple[str, int, str]]:
+def memory_rows(offline_plan: OfflinePlan) -> list[tuple[str, int, str]]:
     """Return the parts of the peak: name, bytes, and what there is to say."""
-    work, found, room = outlook.work, outlook.sizing.estimate, outlook.sizing.room
-    layout = outlook.sizing.layout
+    work, found, room = offline_plan.work, offline_plan.sizing.estimate, offline_plan.sizing.allocation
+    layout = offline_plan.sizing.layout
     learned = f"{work.trainable.parameters:,} weights in fp32"
     recomputed = "recomputed in backward" if layout.checkpointing else "kept for backward"
     passes = f"micro-batch {layout.micro_batch}, {recomputed}; logits and dequantised weights too"
@@ -129,19 +129,19 @@ def rows_of(outlook: Outlook) -> list[tuple[str, int, str]]:
         ("base", found.base.weights, f"{work.base.weights / 1e9:.2f} GB in all, as get_memory_footprint() counts"),
         ("scales", found.base.constants, "of the quantisation"),
         ("adapter", found.adapter, learned),
-        ("gradients", found.gradients, learned if work.whole else ""),
+        ("gradients", found.gradients, learned if work.full_finetune else ""),
         ("optimizer", found.optimizer, layout.optimizer),
         ("activations", found.activations, passes),
-        ("exchange", found.collected, f"between {layout.processes} processes, {layout.strategy}"),
-        ("slack", found.peak - found.allocated - found.outside, f"of torch's allocator, {SLACK:.0%}"),
-        ("context", found.outside, "of CUDA, cuBLAS and NCCL"),
-        ("peak", found.peak, describe_room(room)),
+        ("exchange", found.communication, f"between {layout.processes} processes, {layout.strategy}"),
+        ("slack", found.peak - found.allocated - found.non_torch, f"of torch's allocator, {SLACK:.0%}"),
+        ("context", found.non_torch, "of CUDA, cuBLAS and NCCL"),
+        ("peak", found.peak, describe_capacity(room)),
     ]
 
 
-def describe_room(room: Room) -> str:
+def describe_capacity(allocation: GpuAllocation) -> str:
     """Say how much there is."""
-    if not room.gpus_per_node:
-        return f"of {room.pool.memory / GIB:.4g}, spec.resources.memory"
-    name = room.pool.product or f"GPU of {room.pool.memory / GIB:.4g} GiB"
-    return f"of {room.pool.usable / GIB:.2f} that a process has on a {name}"
+    if not allocation.gpus_per_node:
+        return f"of {allocation.pool.memory / GIB:.4g}, spec.resources.memory"
+    name = allocation.pool.product or f"GPU of {allocation.pool.memory / GIB:.4g} GiB"
+    return f"of {allocation.pool.usable / GIB:.2f} that a process has on a {name}"

@@ -12,10 +12,10 @@ from qlora_api.prepared import Prepared
 from qlora_api.v1alpha1 import DataStatus, ModelStatus, QLoRAJobSpec, to_timedelta
 from qlora_cli.commands.submit import load_documents
 from qlora_cli.display.formats import to_yaml
-from qlora_cli.errors import fail_without_manifest
+from qlora_cli.errors import exit_error_without_remedy
 from qlora_cli.manifests.loader import JobManifest, parse_manifest
 from qlora_cli.manifests.yaml_documents import Document
-from qlora_operator.models import Manifest, Run
+from qlora_operator.models import AttemptInputs, Manifest
 from qlora_operator.resources import (
     Installation,
     Owner,
@@ -27,12 +27,12 @@ from qlora_operator.resources import (
 )
 from qlora_planner import make_plan
 from qlora_planner.sizing import DoesNotFitError
-from qlora_planner.validation import IN_CLUSTER
+from qlora_planner.validation import CLUSTER_RULES
 
 UNKNOWN_UID: Final = "00000000-0000-0000-0000-000000000000"
 UNKNOWN_DIGEST: Final = "0" * 16
 """Stand for what only the API server, or the preparation, can know."""
-FIRST: Final = 1
+FIRST_ATTEMPT: Final = 1
 
 
 def render(
@@ -54,7 +54,7 @@ def render(
         try:
             manifests = list(render_document(document, Installation(image) if children else None))
         except DoesNotFitError as error:
-            fail_without_manifest(console, None, f"does not fit: {error}")
+            exit_error_without_remedy(console, None, f"does not fit: {error}")
         for manifest in manifests:
             typer.echo("---")
             typer.echo(to_yaml(manifest), nl=False)
@@ -62,7 +62,7 @@ def render(
 
 def render_document(document: Document, installation: Installation | None) -> Iterator[Manifest]:
     """Yield a QLoRAJob with its defaults, and its children where there is an installation."""
-    job = parse_manifest(document, IN_CLUSTER)
+    job = parse_manifest(document, CLUSTER_RULES)
     spec = job.spec.model_dump(mode="json", by_alias=True, exclude_none=True)
     yield {**document.value, "spec": spec}
     if installation:
@@ -75,16 +75,16 @@ def render_children(job: JobManifest, installation: Installation) -> Iterator[Ma
     owner = Owner(JobRef(job.metadata.namespace, job.metadata.name), UNKNOWN_UID)
     yield build_prepare_config(owner, spec, installation)
     yield build_prepare_job(owner, spec, installation)
-    prepared = imagine_prepared(spec, job.metadata.name)
+    prepared = placeholder_prepared(spec, job.metadata.name)
     seconds = int(to_timedelta(spec.deadlines.total).total_seconds())
-    run = Run(FIRST, make_plan(spec, prepared), prepared, seconds)
+    run = AttemptInputs(FIRST_ATTEMPT, make_plan(spec, prepared), prepared, seconds)
     yield build_run_config(owner, spec, run, installation)
     if run.plan.nodes > 1:
-        yield build_service(owner, FIRST)
+        yield build_service(owner, FIRST_ATTEMPT)
     yield build_train_job(owner, spec, run, installation)
 
 
-def imagine_prepared(spec: QLoRAJobSpec, name: str) -> Prepared:
+def placeholder_prepared(spec: QLoRAJobSpec, name: str) -> Prepared:
     """Return facts that say nothing, for objects whose form does not depend on them."""
     data: dict[str, Any] = dict.fromkeys(("evaluation_rows", "training_tokens", "truncated_rows"), 0)
     return Prepared(

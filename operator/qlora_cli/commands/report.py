@@ -10,16 +10,16 @@ from rich.console import Console
 from rich.markup import escape
 
 from qlora_cli.cluster.client import ClusterError
-from qlora_cli.cluster.connection import Context, JobName, Kubeconfig, Namespace, open_connection, reporting_errors
+from qlora_cli.cluster.connection import Context, JobName, Kubeconfig, Namespace, exit_on_cluster_error, open_connection
 from qlora_cli.cluster.jobs import ClusterJob, get_job
 from qlora_cli.display.formats import print_data
-from qlora_cli.display.result import compare
-from qlora_cli.errors import fail_without_manifest
-from qlora_cli.local.output_store import OutputError, open_output
-from qlora_cli.options import Output, OutputForm, S3Endpoint
+from qlora_cli.display.result import comparison_table
+from qlora_cli.errors import exit_error_without_remedy
+from qlora_cli.local.output_store import OutputError, open_output_store
+from qlora_cli.options import OutputFormat, OutputOption, S3Endpoint
 
-PAGE = "report.html"
-FIGURES = "report.json"
+REPORT_PAGE = "report.html"
+REPORT_JSON = "report.json"
 
 
 def report(  # noqa: PLR0913, PLR0917 (an option each)
@@ -34,20 +34,20 @@ def report(  # noqa: PLR0913, PLR0917 (an option each)
     namespace: Namespace = None,
     context: Context = None,
     kubeconfig: Kubeconfig = None,
-    output: OutputForm = Output.TABLE,
+    output: OutputOption = OutputFormat.TABLE,
 ) -> None:
     """Download the report of a published run, with this computer's own S3 credentials, and open it."""
-    with reporting_errors() as console:
+    with exit_on_cluster_error() as console:
         connection = open_connection(namespace, context, kubeconfig)
         job = get_job(connection.cluster, connection.ref(name))
         folder = find_report(job)
         try:
-            if output is not Output.TABLE:
-                print_data(read_figures(folder, s3_endpoint), output)
+            if output is not OutputFormat.TABLE:
+                print_data(read_report_json(folder, s3_endpoint), output)
                 return
-            page = download_report(folder, to or Path(f"{name}-report"), s3_endpoint) / PAGE
+            page = download_report(folder, to or Path(f"{name}-report"), s3_endpoint) / REPORT_PAGE
         except OutputError as error:
-            fail_without_manifest(console, None, str(error))
+            exit_error_without_remedy(console, None, str(error))
     show_report(job, page)
     if sys.stdout.isatty() if show is None else show:
         typer.launch(str(page.resolve()))
@@ -57,23 +57,23 @@ def find_report(job: ClusterJob) -> str:
     """Return the URI of the folder with the report."""
     published = job.status.output.report if job.status.output else None
     if published is None:
-        raise ClusterError(f"{job.ref.name} is {job.phase} and has no report: {job.why}")
+        raise ClusterError(f"{job.ref.name} is {job.phase} and has no report: {job.explanation}")
     return published.rpartition("/")[0]
 
 
-def read_figures(folder: str, endpoint: str | None) -> object:
+def read_report_json(folder: str, endpoint: str | None) -> object:
     """Return the content of report.json."""
-    with open_output(folder, endpoint) as files:
-        return json.loads(files.read(FIGURES))
+    with open_output_store(folder, endpoint) as files:
+        return json.loads(files.read(REPORT_JSON))
 
 
 def download_report(folder: str, target: Path, endpoint: str | None) -> Path:
     """Copy every file of the report, and return where they are."""
-    with open_output(folder, endpoint) as files:
+    with open_output_store(folder, endpoint) as files:
         for entry in files.list():
             files.download(entry.path, target / entry.path)
-    if not (target / PAGE).is_file():
-        raise OutputError(f"{folder} has no {PAGE}; was it deleted?")
+    if not (target / REPORT_PAGE).is_file():
+        raise OutputError(f"{folder} has no {REPORT_PAGE}; was it deleted?")
     return target
 
 
@@ -81,5 +81,5 @@ def show_report(job: ClusterJob, page: Path) -> None:
     """Print what the run improved, and where its report is now."""
     console = Console(highlight=False)
     if job.status.evaluation:
-        console.print(compare(job.status.evaluation))
+        console.print(comparison_table(job.status.evaluation))
     console.print(f"[bold]report[/]  {escape(str(page))}", soft_wrap=True)

@@ -6,19 +6,19 @@ import typer
 from rich.console import Console
 
 from qlora_api.names import Reason
-from qlora_api.report import LastWord
+from qlora_api.report import TerminationMessage
 from qlora_api.runconfig import Platform
 from qlora_cli.commands.validate import describe_read_error
 from qlora_cli.display.formats import print_data
 from qlora_cli.display.progress import open_screen
-from qlora_cli.display.result import show_outcome
-from qlora_cli.errors import ending, fail
+from qlora_cli.display.result import show_result
+from qlora_cli.errors import exit_error, exit_on_error
 from qlora_cli.local.runner import load_trainer, run_locally
 from qlora_cli.manifests.loader import JobManifest, ManifestError, is_qlorajob, parse_manifest
-from qlora_cli.manifests.overrides import Override, OverrideError, override, parse_override
+from qlora_cli.manifests.overrides import Override, OverrideError, apply_overrides, parse_override
 from qlora_cli.manifests.yaml_documents import YamlError, read_documents
-from qlora_cli.options import HubEndpoint, HubMirror, Output, OutputForm, S3Endpoint, make_platform
-from qlora_planner.validation import ON_A_COMPUTER
+from qlora_cli.options import HubEndpoint, HubMirror, OutputFormat, OutputOption, S3Endpoint, make_platform
+from qlora_planner.validation import LOCAL_RULES
 
 
 def run(  # noqa: PLR0913, PLR0917 (an option each)
@@ -30,16 +30,16 @@ def run(  # noqa: PLR0913, PLR0917 (an option each)
     hub_mirror: HubMirror = None,
     hub_endpoint: HubEndpoint = None,
     s3_endpoint: S3Endpoint = None,
-    output: OutputForm = Output.TABLE,
+    output: OutputOption = OutputFormat.TABLE,
 ) -> None:
     """Prepare, train, evaluate and publish on this computer; credentials come from the environment."""
     console = Console(stderr=True, highlight=False)
     manifest = load_manifest(file, changes or [], console)
-    word = run_watched(manifest, make_platform(hub_mirror, hub_endpoint, s3_endpoint), console)
-    if output is not Output.TABLE:
+    word = run_with_progress(manifest, make_platform(hub_mirror, hub_endpoint, s3_endpoint), console)
+    if output is not OutputFormat.TABLE:
         print_data(word.model_dump(mode="json", by_alias=True, exclude_none=True), output)
     else:
-        show_outcome(word, Console(highlight=False))
+        show_result(word, Console(highlight=False))
 
 
 def load_manifest(file: str, changes: list[str], console: Console) -> JobManifest:
@@ -48,9 +48,9 @@ def load_manifest(file: str, changes: list[str], console: Console) -> JobManifes
         overrides = [parse_override(change) for change in changes]
         return parse_single(file, overrides)
     except (OverrideError, YamlError, ManifestError) as error:
-        fail(console, Reason.INVALID_SPEC, str(error))
+        exit_error(console, Reason.INVALID_SPEC, str(error))
     except (OSError, UnicodeDecodeError) as error:
-        fail(console, Reason.INVALID_SPEC, describe_read_error(file, error))
+        exit_error(console, Reason.INVALID_SPEC, describe_read_error(file, error))
 
 
 def parse_single(file: str, overrides: list[Override]) -> JobManifest:
@@ -58,12 +58,12 @@ def parse_single(file: str, overrides: list[Override]) -> JobManifest:
     jobs = [document for document in read_documents(file) if is_qlorajob(document)]
     if len(jobs) != 1:
         raise YamlError(f"{file}: has {len(jobs)} QLoRAJobs; give a file with one")
-    return parse_manifest(override(jobs[0], overrides), ON_A_COMPUTER)
+    return parse_manifest(apply_overrides(jobs[0], overrides), LOCAL_RULES)
 
 
-def run_watched(manifest: JobManifest, platform: Platform, console: Console) -> LastWord:
+def run_with_progress(manifest: JobManifest, platform: Platform, console: Console) -> TerminationMessage:
     """Run with progress on the console, and turn what a person can act on into an exit code."""
-    with ending(console, "nothing was published", fail):
+    with exit_on_error(console, "nothing was published", exit_error):
         trainer = load_trainer()
         with open_screen(console) as screen:
             return run_locally(manifest, platform, trainer, screen)

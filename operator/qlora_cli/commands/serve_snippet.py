@@ -10,15 +10,15 @@ import typer
 
 from qlora_api.accelerators import NVIDIA
 from qlora_api.v1alpha1 import LoraSpec, QLoRAJobSpec
-from qlora_api.vllm import VLLM_RANKS, needed_rank
+from qlora_api.vllm import VLLM_MAX_LORA_RANKS, max_lora_rank_for
 from qlora_cli.cluster.client import ClusterError
-from qlora_cli.cluster.connection import Context, JobName, Kubeconfig, Namespace, open_connection, reporting_errors
+from qlora_cli.cluster.connection import Context, JobName, Kubeconfig, Namespace, exit_on_cluster_error, open_connection
 from qlora_cli.cluster.jobs import ClusterJob, get_job
 from qlora_cli.display.formats import to_yaml
 
 
 @dataclass(frozen=True)
-class Served:
+class ServedModel:
     """A base with an adapter on it, or a whole model."""
 
     name: str
@@ -37,29 +37,29 @@ class Served:
     """Whether chats follow a template of the adapter's own."""
 
 
-def find_served(job: ClusterJob) -> Served:
+def resolve_served_model(job: ClusterJob) -> ServedModel:
     """Return how a published run is served: its adapter, or its merged model where vLLM cannot load the adapter."""
     output, spec = job.status.output, job.spec()
     if output is None or output.adapter is None:
-        raise ClusterError(f"{job.ref.name} is {job.phase} and has published nothing: {job.why}")
+        raise ClusterError(f"{job.ref.name} is {job.phase} and has published nothing: {job.explanation}")
     if spec.method == "full":
-        return Served(job.ref.name, output.adapter, None, None, None)
-    obstacle = find_obstacle(spec.lora)
+        return ServedModel(job.ref.name, output.adapter, None, None, None)
+    obstacle = find_vllm_obstacle(spec.lora)
     if obstacle and output.merged:
-        return Served(job.ref.name, output.merged, None, None, None)
+        return ServedModel(job.ref.name, output.merged, None, None, None)
     if obstacle:
         raise ClusterError(
             f"vLLM does not load this adapter: {obstacle}; serve it merged with its base: "
             f"qlora merge {output.adapter} --to FOLDER"
         )
     commit = job.status.model.commit if job.status.model and spec.model.uri.startswith("hf://") else None
-    return Served(
+    return ServedModel(
         name=job.ref.name,
         model=spec.model.uri,
         revision=commit,
         adapter=output.adapter,
-        max_rank=needed_rank(published_rank(spec.lora)),
-        arguments=base_arguments(spec),
+        max_rank=max_lora_rank_for(published_rank(spec.lora)),
+        arguments=vllm_base_arguments(spec),
         chat_template=spec.dataset.chat_template is not None,
     )
 
@@ -69,18 +69,21 @@ def published_rank(lora: LoraSpec) -> int:
     return lora.rank * 2 if lora.init == "pissa" else lora.rank
 
 
-def find_obstacle(lora: LoraSpec) -> str | None:
+def find_vllm_obstacle(lora: LoraSpec) -> str | None:
     """Say for which field of the spec vLLM would refuse the adapter, or serve it wrongly."""
     obstacles = (
         (lora.dora, "it is a DoRA adapter (spec.lora.dora)"),
         (bool(lora.modules_to_save), "it replaces whole modules (spec.lora.modulesToSave)"),
         (bool(lora.rank_pattern or lora.alpha_pattern), "its modules differ in rank or alpha (spec.lora.*Pattern)"),
-        (needed_rank(published_rank(lora)) is None, f"its rank is above {VLLM_RANKS[-1]} (spec.lora.rank)"),
+        (
+            max_lora_rank_for(published_rank(lora)) is None,
+            f"its rank is above {VLLM_MAX_LORA_RANKS[-1]} (spec.lora.rank)",
+        ),
     )
     return next((sentence for found, sentence in obstacles if found), None)
 
 
-def base_arguments(spec: QLoRAJobSpec) -> tuple[str, ...]:
+def vllm_base_arguments(spec: QLoRAJobSpec) -> tuple[str, ...]:
     """Return how the base is to be loaded: a LoftQ adapter makes up for what 4 bits take away, and needs them."""
     return ("--quantization=bitsandbytes",) if spec.lora.init == "loftq" else ()
 
@@ -101,13 +104,13 @@ def serve_snippet(
     kubeconfig: Kubeconfig = None,
 ) -> None:
     """Print how to serve a published run: its base at the commit it was trained on, and a --max-lora-rank that fits."""
-    with reporting_errors():
+    with exit_on_cluster_error():
         connection = open_connection(namespace, context, kubeconfig)
-        served = find_served(get_job(connection.cluster, connection.ref(name)))
+        served = resolve_served_model(get_job(connection.cluster, connection.ref(name)))
     typer.echo(WRITERS[server](served), nl=False)
 
 
-def write_vllm(served: Served) -> str:
+def write_vllm(served: ServedModel) -> str:
     """Return commands for a shell: vLLM reads files of its own computer."""
     model, fetched = _local(served.model, "model")
     command = [f"vllm serve {shlex.quote(model)}"]
@@ -129,7 +132,7 @@ def _local(uri: str, folder: str) -> tuple[str, list[str]]:
     return uri.removeprefix("hf://"), []
 
 
-def write_kserve(served: Served) -> str:
+def write_kserve(served: ServedModel) -> str:
     """Return an LLMInferenceService, whose storage initializer fetches both."""
     adapters = {"adapters": [{"name": served.name, "uri": served.adapter}], "maxRank": served.max_rank}
     revision = f":{served.revision}" if served.revision else ""
@@ -154,7 +157,7 @@ def write_kserve(served: Served) -> str:
     )
 
 
-def write_kubeai(served: Served) -> str:
+def write_kubeai(served: ServedModel) -> str:
     """Return a Model; an adapter is asked for as MODEL_ADAPTER."""
     ranks = ["--enable-lora", f"--max-lora-rank={served.max_rank}"] if served.adapter else []
     arguments = [*ranks, *served.arguments, *([f"--revision={served.revision}"] if served.revision else [])]
@@ -176,7 +179,7 @@ def write_kubeai(served: Served) -> str:
     )
 
 
-WRITERS: Final[Mapping[Server, Callable[[Served], str]]] = {
+WRITERS: Final[Mapping[Server, Callable[[ServedModel], str]]] = {
     Server.VLLM: write_vllm,
     Server.KSERVE: write_kserve,
     Server.KUBEAI: write_kubeai,

@@ -9,22 +9,22 @@ from rich.live import Live
 from rich.markup import escape
 
 from qlora_api.job_ref import JobRef
-from qlora_cli.cluster.client import Cluster
+from qlora_cli.cluster.client import ClusterClient
 from qlora_cli.cluster.connection import (
     Connection,
     Context,
     JobName,
     Kubeconfig,
     Namespace,
+    exit_on_cluster_error,
     open_connection,
-    reporting_errors,
 )
 from qlora_cli.cluster.jobs import ClusterJob, get_job, strip_managed_fields
-from qlora_cli.cluster.polling import Clock, look
-from qlora_cli.display.dashboard import Course, draw
+from qlora_cli.cluster.polling import Clock, poll_job
+from qlora_cli.display.dashboard import LossHistory, render_dashboard
 from qlora_cli.display.formats import print_data
-from qlora_cli.display.progress import describe
-from qlora_cli.options import Output, OutputForm
+from qlora_cli.display.progress import format_progress
+from qlora_cli.options import OutputFormat, OutputOption
 
 
 def status(  # noqa: PLR0913, PLR0917 (an option each)
@@ -33,26 +33,28 @@ def status(  # noqa: PLR0913, PLR0917 (an option each)
     namespace: Namespace = None,
     context: Context = None,
     kubeconfig: Kubeconfig = None,
-    output: OutputForm = Output.TABLE,
+    output: OutputOption = OutputFormat.TABLE,
 ) -> None:
     """Show where a run stands, why, and what to do; with --watch a live bar, the time left and the loss."""
-    with reporting_errors(f"the run goes on: qlora status --watch {name}") as console:
+    with exit_on_cluster_error(f"the run goes on: qlora status --watch {name}") as console:
         connection = open_connection(namespace, context, kubeconfig)
         if watch:
             watch_job(connection.cluster, connection.ref(name), console, Clock())
         show_once(connection, name, output)
 
 
-def show_once(connection: Connection, name: str, output: Output) -> None:
+def show_once(connection: Connection, name: str, output: OutputFormat) -> None:
     """Print a QLoRAJob as a page, or whole for programs."""
     job = get_job(connection.cluster, connection.ref(name))
-    if output is not Output.TABLE:
+    if output is not OutputFormat.TABLE:
         print_data(strip_managed_fields(job.raw), output)
     else:
-        Console(highlight=False).print(draw(job, Course(), datetime.now(UTC), details=True), soft_wrap=True)
+        Console(highlight=False).print(
+            render_dashboard(job, LossHistory(), datetime.now(UTC), details=True), soft_wrap=True
+        )
 
 
-def watch_job(cluster: Cluster, ref: JobRef, console: Console, clock: Clock) -> None:
+def watch_job(cluster: ClusterClient, ref: JobRef, console: Console, clock: Clock) -> None:
     """Show a QLoRAJob until it has ended: live on a terminal, a line for each change elsewhere."""
     if console.is_terminal:
         _watch_live(cluster, ref, console, clock)
@@ -60,19 +62,19 @@ def watch_job(cluster: Cluster, ref: JobRef, console: Console, clock: Clock) -> 
         _watch_lines(cluster, ref, console, clock)
 
 
-def _watch_live(cluster: Cluster, ref: JobRef, console: Console, clock: Clock) -> None:
-    course = Course()
+def _watch_live(cluster: ClusterClient, ref: JobRef, console: Console, clock: Clock) -> None:
+    course = LossHistory()
     with Live(console=console, auto_refresh=False, transient=True) as live:
-        for job in look(cluster, ref, clock, lambda text: console.print(escape(text), soft_wrap=True)):
+        for job in poll_job(cluster, ref, clock, lambda text: console.print(escape(text), soft_wrap=True)):
             if job.finished:
                 return
             course = course.extend(job)
-            live.update(draw(job, course, datetime.now(UTC), details=False), refresh=True)
+            live.update(render_dashboard(job, course, datetime.now(UTC), details=False), refresh=True)
 
 
-def _watch_lines(cluster: Cluster, ref: JobRef, console: Console, clock: Clock) -> None:
+def _watch_lines(cluster: ClusterClient, ref: JobRef, console: Console, clock: Clock) -> None:
     last = ""
-    for job in look(cluster, ref, clock, lambda text: console.print(escape(text), soft_wrap=True)):
+    for job in poll_job(cluster, ref, clock, lambda text: console.print(escape(text), soft_wrap=True)):
         if (line := describe_job(job)) != last:
             console.print(escape(line), soft_wrap=True)
             last = line
@@ -83,4 +85,4 @@ def _watch_lines(cluster: Cluster, ref: JobRef, console: Console, clock: Clock) 
 def describe_job(job: ClusterJob) -> str:
     """Return phase and progress in a line."""
     report = job.status.last_report
-    return f"{job.phase:<10}  {describe(report) if report and not job.finished else job.status.reason or ''}".rstrip()
+    return f"{job.phase:<10}  {format_progress(report) if report and not job.finished else job.status.reason or ''}".rstrip()

@@ -6,20 +6,27 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from qlora_cli.cluster.client import AlreadyExistsError, Cluster, ClusterError
-from qlora_cli.cluster.connection import Connection, Context, Kubeconfig, Namespace, open_connection, reporting_errors
+from qlora_cli.cluster.client import AlreadyExistsError, ClusterClient, ClusterError
+from qlora_cli.cluster.connection import (
+    Connection,
+    Context,
+    Kubeconfig,
+    Namespace,
+    exit_on_cluster_error,
+    open_connection,
+)
 from qlora_cli.cluster.jobs import ClusterJob, parse_job, strip_managed_fields
 from qlora_cli.cluster.polling import Clock
 from qlora_cli.commands.status import watch_job
 from qlora_cli.commands.validate import describe_read_error
 from qlora_cli.commands.wait import wait_for_all
 from qlora_cli.display.formats import print_data
-from qlora_cli.errors import fail_without_manifest
+from qlora_cli.errors import exit_error_without_remedy
 from qlora_cli.manifests.loader import ManifestError, is_qlorajob, parse_manifest
-from qlora_cli.manifests.overrides import OverrideError, override, parse_override
+from qlora_cli.manifests.overrides import OverrideError, apply_overrides, parse_override
 from qlora_cli.manifests.yaml_documents import Document, YamlError, read_documents
-from qlora_cli.options import Output, OutputForm
-from qlora_planner.validation import IN_CLUSTER
+from qlora_cli.options import OutputFormat, OutputOption
+from qlora_planner.validation import CLUSTER_RULES
 
 
 def submit(  # noqa: PLR0913, PLR0917 (an option each)
@@ -27,21 +34,23 @@ def submit(  # noqa: PLR0913, PLR0917 (an option each)
     changes: Annotated[
         list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Change a field, such as lora.rank=8.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Have the API server check, and create nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Have the API server check, and create_job nothing.")
+    ] = False,
     watch: Annotated[
         bool, typer.Option("--watch", "-w", help="Stay, and show each change until the end; exit code as of wait.")
     ] = False,
     namespace: Namespace = None,
     context: Context = None,
     kubeconfig: Kubeconfig = None,
-    output: OutputForm = Output.TABLE,
+    output: OutputOption = OutputFormat.TABLE,
 ) -> None:
     """Create QLoRAJobs, all of them checked before the first is created; other kinds in a file are left alone."""
-    with reporting_errors("what was submitted goes on: qlora list") as console:
+    with exit_on_cluster_error("what was submitted goes on: qlora list") as console:
         documents = load_documents(files, changes or [], console)
         connection = open_connection(namespace, context, kubeconfig)
-        manifests = [place(document.value, namespace, connection) for document in documents]
-        jobs = [create(connection.cluster, manifest, dry_run=dry_run) for manifest in manifests]
+        manifests = [with_namespace(document.value, namespace, connection) for document in documents]
+        jobs = [create_job(connection.cluster, manifest, dry_run=dry_run) for manifest in manifests]
         show_created(jobs, output, dry_run=dry_run)
         if watch and not dry_run:
             follow(connection.cluster, jobs, console)
@@ -51,12 +60,12 @@ def load_documents(files: list[str], changes: list[str], console: Console) -> li
     """Return every QLoRAJob of the files with the changes applied, or end with all that is wrong."""
     try:
         overrides = [parse_override(change) for change in changes]
-        documents = [override(document, overrides) for file in files for document in read_jobs(file)]
+        documents = [apply_overrides(document, overrides) for file in files for document in read_jobs(file)]
     except (OverrideError, YamlError) as error:
-        fail_without_manifest(console, None, str(error))
+        exit_error_without_remedy(console, None, str(error))
     problems = list(find_problems(documents))
     if problems:
-        fail_without_manifest(console, None, "\n".join(problems))
+        exit_error_without_remedy(console, None, "\n".join(problems))
     return documents
 
 
@@ -75,12 +84,12 @@ def find_problems(documents: list[Document]) -> Iterator[str]:
     """Yield what is wrong with the manifests, as `qlora validate` does."""
     for document in documents:
         try:
-            parse_manifest(document, IN_CLUSTER)
+            parse_manifest(document, CLUSTER_RULES)
         except ManifestError as error:
             yield str(error)
 
 
-def place(manifest: dict[str, Any], asked: str | None, connection: Connection) -> dict[str, Any]:
+def with_namespace(manifest: dict[str, Any], asked: str | None, connection: Connection) -> dict[str, Any]:
     """Return the manifest with its namespace: its own, the one asked for, or the context's."""
     own = manifest["metadata"].get("namespace")
     if asked and own and asked != own:
@@ -89,7 +98,7 @@ def place(manifest: dict[str, Any], asked: str | None, connection: Connection) -
     return {**manifest, "metadata": {**manifest["metadata"], "namespace": own or connection.namespace}}
 
 
-def create(cluster: Cluster, manifest: dict[str, Any], *, dry_run: bool) -> ClusterJob:
+def create_job(cluster: ClusterClient, manifest: dict[str, Any], *, dry_run: bool) -> ClusterJob:
     """Create one QLoRAJob; say what to do where there is one of that name."""
     try:
         return parse_job(cluster.create(manifest, dry_run=dry_run))
@@ -101,9 +110,9 @@ def create(cluster: Cluster, manifest: dict[str, Any], *, dry_run: bool) -> Clus
         ) from error
 
 
-def show_created(jobs: list[ClusterJob], output: Output, *, dry_run: bool) -> None:
+def show_created(jobs: list[ClusterJob], output: OutputFormat, *, dry_run: bool) -> None:
     """Print what was created, whole for programs."""
-    if output is not Output.TABLE:
+    if output is not OutputFormat.TABLE:
         items = [strip_managed_fields(job.raw) for job in jobs]
         print_data(items[0] if len(items) == 1 else {"apiVersion": "v1", "kind": "List", "items": items}, output)
         return
@@ -112,7 +121,7 @@ def show_created(jobs: list[ClusterJob], output: Output, *, dry_run: bool) -> No
         typer.echo(f"QLoRAJob {job.ref.namespace}/{job.ref.name} {done}")
 
 
-def follow(cluster: Cluster, jobs: list[ClusterJob], console: Console) -> None:
+def follow(cluster: ClusterClient, jobs: list[ClusterJob], console: Console) -> None:
     """Show one job live, or the phases of several, and end with the exit code of `qlora wait`."""
     if len(jobs) == 1:
         watch_job(cluster, jobs[0].ref, console, Clock())

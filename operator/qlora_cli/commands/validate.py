@@ -6,7 +6,7 @@ import typer
 
 from qlora_cli.manifests.loader import ManifestError, is_qlorajob, parse_manifest
 from qlora_cli.manifests.yaml_documents import YamlError, read_documents
-from qlora_planner.validation import IN_CLUSTER
+from qlora_planner.validation import CLUSTER_RULES
 
 
 def validate(
@@ -30,8 +30,8 @@ def validate_file(file: str) -> bool:
     valid = True
     for job in jobs:
         try:
-            manifest = parse_manifest(job, IN_CLUSTER)
-            typer.echo(f"{job.place_of(())}: QLoRAJob {manifest.metadata.name} is valid")
+            manifest = parse_manifest(job, CLUSTER_RULES)
+            typer.echo(f"{job.position_of(())}: QLoRAJob {manifest.metadata.name} is valid")
         except ManifestError as error:
             typer.echo(str(error), err=True)
             valid = False

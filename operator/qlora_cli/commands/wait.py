@@ -10,21 +10,21 @@ from rich.markup import escape
 from qlora_api.job_ref import JobRef
 from qlora_api.names import Phase
 from qlora_api.units import SECONDS
-from qlora_cli.cluster.client import Cluster
+from qlora_cli.cluster.client import ClusterClient
 from qlora_cli.cluster.connection import (
     Context,
     Kubeconfig,
     Namespace,
     complete_names,
+    exit_on_cluster_error,
     open_connection,
-    reporting_errors,
 )
 from qlora_cli.cluster.jobs import ClusterJob
-from qlora_cli.cluster.polling import Clock, look
+from qlora_cli.cluster.polling import Clock, poll_job
 
-FAILED: Final = 3
+FAILED_EXIT_CODE: Final = 3
 """Exit code: a run has ended, and not well."""
-TIMED_OUT: Final = 124
+TIMED_OUT_EXIT_CODE: Final = 124
 """Exit code: a run goes on, and --timeout is over; as of timeout(1)."""
 
 
@@ -57,31 +57,31 @@ def wait(
     kubeconfig: Kubeconfig = None,
 ) -> None:
     """Wait until runs have ended. Exit code 0: all succeeded; 3: one failed; 124: the time is over; 1: an error."""
-    with reporting_errors() as console:
+    with exit_on_cluster_error() as console:
         connection = open_connection(namespace, context, kubeconfig)
         refs = [connection.ref(name) for name in jobs]
         raise typer.Exit(wait_for_all(connection.cluster, refs, timeout, Clock(), console))
 
 
 def wait_for_all(
-    cluster: Cluster, refs: Iterable[JobRef], timeout: float | None, clock: Clock, console: Console
+    cluster: ClusterClient, refs: Iterable[JobRef], timeout: float | None, clock: Clock, console: Console
 ) -> int:
     """Wait for each, tell how it ended, and return the exit code."""
     deadline = None if timeout is None else clock.now() + timeout
     code = 0
     for ref in refs:
         try:
-            job = wait_for_end(cluster, ref, deadline, clock, lambda text: _say(console, text))
+            job = wait_for_end(cluster, ref, deadline, clock, lambda text: _print(console, text))
         except TimedOutError as error:
-            _say(console, str(error))
-            return TIMED_OUT
-        _say(console, describe_end(job))
-        code = code if job.succeeded else FAILED
+            _print(console, str(error))
+            return TIMED_OUT_EXIT_CODE
+        _print(console, describe_end(job))
+        code = code if job.succeeded else FAILED_EXIT_CODE
     return code
 
 
 def wait_for_end(
-    cluster: Cluster, ref: JobRef, deadline: float | None, clock: Clock, note: Callable[[str], None]
+    cluster: ClusterClient, ref: JobRef, deadline: float | None, clock: Clock, note: Callable[[str], None]
 ) -> ClusterJob:
     """Return a QLoRAJob once it has ended; say each phase that it passes."""
     return wait_until(lambda job: job.finished, cluster, ref, deadline, clock, note)
@@ -89,7 +89,7 @@ def wait_for_end(
 
 def wait_until(  # noqa: PLR0913, PLR0917 (what to wait for, where, how long, and how)
     reached: Callable[[ClusterJob], bool],
-    cluster: Cluster,
+    cluster: ClusterClient,
     ref: JobRef,
     deadline: float | None,
     clock: Clock,
@@ -97,7 +97,7 @@ def wait_until(  # noqa: PLR0913, PLR0917 (what to wait for, where, how long, an
 ) -> ClusterJob:
     """Return a QLoRAJob once something holds; say each phase that it passes."""
     phase: Phase | None = None
-    for job in look(cluster, ref, clock, note):
+    for job in poll_job(cluster, ref, clock, note):
         if reached(job):
             return job
         if job.phase is not phase:
@@ -110,8 +110,8 @@ def wait_until(  # noqa: PLR0913, PLR0917 (what to wait for, where, how long, an
 
 def describe_end(job: ClusterJob) -> str:
     """Say how a run ended, and what to do where it failed."""
-    return f"{job.ref.name} {job.phase} ({job.status.reason}): {job.why}"
+    return f"{job.ref.name} {job.phase} ({job.status.reason}): {job.explanation}"
 
 
-def _say(console: Console, text: str) -> None:
+def _print(console: Console, text: str) -> None:
     console.print(escape(text), soft_wrap=True)

@@ -14,26 +14,26 @@ from qlora_api.names import TERMINAL, Phase
 from qlora_api.reasons import NOTHING_TO_DO, REASONS
 from qlora_api.v1alpha1 import Attempt, Progress, QLoRAJobStatus
 from qlora_cli.cluster.jobs import ClusterJob
-from qlora_cli.display.formats import STYLES, columns, format_age
+from qlora_cli.display.formats import PHASE_STYLES, format_age, render_columns
 from qlora_cli.display.progress import clock_time
-from qlora_cli.display.result import compare
+from qlora_cli.display.result import comparison_table
 from qlora_cli.display.sparkline import sparkline
 
 BAR_CHARACTERS: Final = 40
-LOOK_FOR_OPERATOR: Final = (
+FIND_OPERATOR_HINT: Final = (
     "see whether one runs: kubectl get pods --all-namespaces -l app.kubernetes.io/name=qlora-operator"
 )
 _RUNNING: Final = frozenset({Phase.TRAINING, Phase.EVALUATING, Phase.PUBLISHING})
 
 
 @dataclass(frozen=True)
-class Course:
+class LossHistory:
     """The losses that were seen while somebody watched: one per step that was reported."""
 
     losses: tuple[float, ...] = ()
     step: int = -1
 
-    def extend(self, job: ClusterJob) -> "Course":
+    def extend(self, job: ClusterJob) -> "LossHistory":
         """Add the last report, if it is new; a run that goes on from a checkpoint repeats steps."""
         report = job.status.last_report
         if report is None or report.loss is None or report.step is None or report.step == self.step:
@@ -41,16 +41,16 @@ class Course:
         return replace(self, losses=(*self.losses, report.loss), step=report.step)
 
 
-def draw(job: ClusterJob, course: Course, now: datetime, *, details: bool) -> RenderableType:
+def render_dashboard(job: ClusterJob, history: LossHistory, now: datetime, *, details: bool) -> RenderableType:
     """Return all that there is to see; without details what changes while it runs."""
     parts: list[RenderableType] = [_headline(job, now)]
     if job.phase in _RUNNING and job.status.last_report:
-        parts += [_bar(job.status.last_report, now), *_losses(course)]
+        parts += [_bar(job.status.last_report, now), *_losses(history)]
     parts.append(_facts(job))
     if details and job.status.attempts:
         parts.append(_attempts(job.status.attempts))
     if details and job.status.evaluation:
-        parts.append(compare(job.status.evaluation))
+        parts.append(comparison_table(job.status.evaluation))
     return Group(*parts)
 
 
@@ -59,7 +59,7 @@ def _headline(job: ClusterJob, now: datetime) -> Text:
     began = f"  {format_age(job.created_at, status.finished_at or now)}"
     attempt = f"  attempt {status.attempt}" if status.attempt else ""
     return Text.assemble(
-        (job.ref.name, "bold"), f" in {job.ref.namespace}  ", (job.phase, f"bold {STYLES.get(job.phase, '')}"),
+        (job.ref.name, "bold"), f" in {job.ref.namespace}  ", (job.phase, f"bold {PHASE_STYLES.get(job.phase, '')}"),
         attempt, began,
     )  # fmt: skip
 
@@ -82,11 +82,11 @@ def describe_progress(report: Progress, now: datetime) -> Iterator[str]:
         yield f"{report.tokens_per_second:.0f} tok/s"
 
 
-def _losses(course: Course) -> list[RenderableType]:
-    if not course.losses:
+def _losses(history: LossHistory) -> list[RenderableType]:
+    if not history.losses:
         return []
-    line = sparkline(course.losses, BAR_CHARACTERS)
-    return [Text.assemble((line, "cyan"), f"  loss {course.losses[-1]:.3f}")]
+    line = sparkline(history.losses, BAR_CHARACTERS)
+    return [Text.assemble((line, "cyan"), f"  loss {history.losses[-1]:.3f}")]
 
 
 def _facts(job: ClusterJob) -> Group:
@@ -108,12 +108,12 @@ def _describe(job: ClusterJob) -> Iterator[tuple[str, str]]:
     if status.checkpoint:
         yield "checkpoint", f"step {status.checkpoint.step}, {status.checkpoint.uri}"
     if status.output and status.output.adapter:
-        yield from _places(status.output.adapter, status.output.merged, status.output.report)
+        yield from _output_uris(status.output.adapter, status.output.merged, status.output.report)
 
 
 def _reason(status: QLoRAJobStatus) -> Iterator[tuple[str, str]]:
     if status.reason is None:
-        yield "unseen", f"no operator has taken it up yet; if that lasts, {LOOK_FOR_OPERATOR}"
+        yield "unseen", f"no operator has taken it up yet; if that lasts, {FIND_OPERATOR_HINT}"
         return
     record = REASONS[status.reason]
     yield status.reason, status.message or record.sentence
@@ -130,7 +130,7 @@ def _describe_plan(status: QLoRAJobStatus) -> str:
     return f"{devices}, {plan.strategy}, {batch}, {plan.total_steps} steps"
 
 
-def _places(adapter: str, merged: str | None, report: str | None) -> Iterator[tuple[str, str]]:
+def _output_uris(adapter: str, merged: str | None, report: str | None) -> Iterator[tuple[str, str]]:
     yield "adapter", adapter
     if merged:
         yield "merged", merged
@@ -139,7 +139,7 @@ def _places(adapter: str, merged: str | None, report: str | None) -> Iterator[tu
 
 
 def _attempts(attempts: tuple[Attempt, ...]) -> Group:
-    return columns(("ATTEMPT", "ENDED WITH", "NODE", "TOOK", "MESSAGE"), map(_row, attempts))
+    return render_columns(("ATTEMPT", "ENDED WITH", "NODE", "TOOK", "MESSAGE"), map(_row, attempts))
 
 
 def _row(attempt: Attempt) -> tuple[str, ...]:

@@ -12,9 +12,9 @@ from rich.text import Text
 
 from qlora_api.names import Phase
 from qlora_api.units import format_duration
-from qlora_cli.options import Output
+from qlora_cli.options import OutputFormat
 
-STYLES: Final = {Phase.SUCCEEDED: "green", Phase.FAILED: "red", Phase.SUSPENDED: "yellow", Phase.TRAINING: "cyan"}
+PHASE_STYLES: Final = {Phase.SUCCEEDED: "green", Phase.FAILED: "red", Phase.SUSPENDED: "yellow", Phase.TRAINING: "cyan"}
 
 
 GAP: Final = 3
@@ -22,7 +22,7 @@ GAP: Final = 3
 Cell: TypeAlias = str | Text
 
 
-def columns(headings: Sequence[str], rows: Iterable[Sequence[Cell]]) -> Group:
+def render_columns(headings: Sequence[str], rows: Iterable[Sequence[Cell]]) -> Group:
     """Return one line per row, each column as wide as its widest cell."""
     cells = [[Text(heading) for heading in headings], *([_text(cell) for cell in row] for row in rows)]
     widths = [max(cell.cell_len for cell in column) for column in zip(*cells, strict=True)]
@@ -64,9 +64,9 @@ def to_yaml(value: Any) -> str:
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=WIDTH)
 
 
-def print_data(value: Any, output: Output) -> None:
+def print_data(value: Any, output: OutputFormat) -> None:
     """Print a value in the form that was asked for."""
-    if output is Output.YAML:
+    if output is OutputFormat.YAML:
         typer.echo(to_yaml(value), nl=False)
     else:
         typer.echo(json.dumps(value, indent=2, ensure_ascii=False))

@@ -18,7 +18,7 @@ from qlora_cli.local.runner import Screen
 SECONDS_BETWEEN_LINES: Final = 10.0
 """A log stays readable, and still shows that the run is alive."""
 BAR_CHARACTERS: Final = 12
-LEARNED: Final = r"⟦[^⟧]*⟧"
+TRAINED_TOKENS: Final = r"⟦[^⟧]*⟧"
 """What prepare marks in the rows that it shows: the tokens that are learned."""
 PREPARING: Final = "Preparing"
 LOADING: Final = "Loading"
@@ -42,7 +42,7 @@ def open_screen(console: Console) -> Iterator[Screen]:
         screen.finish()
 
 
-def describe(progress: Progress) -> str:
+def format_progress(progress: Progress) -> str:
     """Return step, loss, speed and time left, as far as they are known."""
     parts = []
     if progress.step is not None and progress.total_steps is not None:
@@ -68,7 +68,7 @@ def name_stage(progress: Progress, before: str) -> tuple[str, str]:
     if phase is Phase.TRAINING:
         # The trainer enters its first phase before anything is loaded, and has no loss before its first step.
         starting = before in {PREPARING, LOADING} and progress.loss is None
-        return (LOADING, "") if starting else (phase, describe(progress))
+        return (LOADING, "") if starting else (phase, format_progress(progress))
     if phase is Phase.EVALUATING:
         return phase, "base model" if progress.loss is None else "adapter"
     return phase, ""
@@ -118,7 +118,7 @@ class LiveScreen:
     def note(self, text: str) -> None:
         """Show a sentence about what is going on above the bar."""
         shown = Text(text, style="dim")
-        shown.highlight_regex(LEARNED, "not dim green")
+        shown.highlight_regex(TRAINED_TOKENS, "not dim green")
         self._bar.console.print(shown, soft_wrap=True)
 
     def show_plan(self, plan: Plan) -> None:

@@ -19,7 +19,7 @@ class OutputError(Exception):
     """The output cannot be read from here; the message says why, and what to do."""
 
 
-class Entry(Protocol):
+class StoredFile(Protocol):
     """One file of a listing."""
 
     @property
@@ -27,10 +27,10 @@ class Entry(Protocol):
         """Return its path, relative to the prefix."""
 
 
-class Output(Protocol):
+class OutputStore(Protocol):
     """A prefix of an output; every path is relative to it."""
 
-    def list(self, prefix: str = "") -> tuple[Entry, ...]:
+    def list(self, prefix: str = "") -> tuple[StoredFile, ...]:
         """Return every file under a folder, in order of its path."""
 
     def read(self, path: str) -> bytes:
@@ -41,7 +41,7 @@ class Output(Protocol):
 
 
 @contextlib.contextmanager
-def open_output(uri: str, endpoint: str | None) -> Iterator[Output]:
+def open_output_store(uri: str, endpoint: str | None) -> Iterator[OutputStore]:
     """Open a prefix of an output; within, its errors become OutputError."""
     if uri.startswith("s3://") and find_spec("boto3") is None:
         raise OutputError("boto3 is not installed; run pip install 'qlora-operator[cli]'")
@@ -49,10 +49,10 @@ def open_output(uri: str, endpoint: str | None) -> Iterator[Output]:
     from qlora_trainer.errors import RunError  # noqa: PLC0415
     from qlora_trainer.storage.credentials import environment_secrets  # noqa: PLC0415
     from qlora_trainer.storage.open_store import open_store  # noqa: PLC0415
-    from qlora_trainer.storage.store import OUTPUT  # noqa: PLC0415
+    from qlora_trainer.storage.store import OUTPUT_FIELD  # noqa: PLC0415
 
     try:
-        yield open_store(uri, OUTPUT, environment_secrets(), S3Config(endpoint=endpoint))
+        yield open_store(uri, OUTPUT_FIELD, environment_secrets(), S3Config(endpoint=endpoint))
     except RunError as error:
         # The trainer's sentence speaks to whoever wrote the manifest; here the reader's own keys are at fault.
         cause = str(error.__cause__ or error).rstrip(".")

@@ -6,14 +6,14 @@ from typing import Protocol
 
 from qlora_api.names import Reason
 from qlora_api.prepared import Prepared
-from qlora_api.report import LastWord
+from qlora_api.report import TerminationMessage
 from qlora_api.result import Result
 from qlora_api.runconfig import Platform, PrepareConfig, RunConfig
 from qlora_api.v1alpha1 import Plan, Progress
 from qlora_cli.local.trainer_libraries import NoGpuError, find_gpus, set_up_libraries
 from qlora_cli.manifests.loader import JobManifest
 from qlora_planner import make_plan
-from qlora_planner.gpu_inventory import Offer
+from qlora_planner.gpu_inventory import GpuInventory
 
 ATTEMPT = 1
 STOPPING = "stopping after this step, with a checkpoint; press Ctrl-C again to stop at once"
@@ -36,7 +36,7 @@ class Screen(Protocol):
 class Trainer:
     """The parts of the trainer that a run needs; they come with torch, so they are loaded late."""
 
-    find_gpus: Callable[[], Offer]
+    find_gpus: Callable[[], GpuInventory]
     prepare: Callable[[PrepareConfig, Callable[[str], None]], Prepared]
     run: Callable[[RunConfig, Screen], Result]
 
@@ -54,29 +54,29 @@ def _run(config: RunConfig, screen: Screen) -> Result:
     from qlora_trainer.runtime.shutdown import StopFlag  # noqa: PLC0415 (part of another installation)
 
     stop = StopFlag()
-    with stop.listening_to_keyboard(lambda: screen.note(STOPPING)):
+    with stop.handling_keyboard_interrupt(lambda: screen.note(STOPPING)):
         result = run(config, screen, stop=stop)
     assert result is not None  # noqa: S101 (a computer's run is one process, which has the result)
     return result
 
 
-def run_locally(manifest: JobManifest, platform: Platform, trainer: Trainer, screen: Screen) -> LastWord:
+def run_locally(manifest: JobManifest, platform: Platform, trainer: Trainer, screen: Screen) -> TerminationMessage:
     """Prepare, plan, train, evaluate and publish; what was published before is not done again."""
-    offer = find_offer(manifest, trainer)
+    offer = find_gpu_inventory(manifest, trainer)
     job, namespace, spec = manifest.metadata.name, manifest.metadata.namespace, manifest.spec
     prepared = trainer.prepare(PrepareConfig(namespace=namespace, job=job, spec=spec, platform=platform), screen.note)
     if prepared.published is not None:
-        return LastWord(reason=Reason.ALREADY_PUBLISHED, prepared=prepared, result=prepared.published)
+        return TerminationMessage(reason=Reason.ALREADY_PUBLISHED, prepared=prepared, result=prepared.published)
     plan = make_plan(spec, prepared, offer)
     screen.show_plan(plan)
     config = RunConfig(
         namespace=namespace, job=job, attempt=ATTEMPT, spec=spec, plan=plan, prepared=prepared, platform=platform
     )
     result = trainer.run(config, screen)
-    return LastWord(reason=Reason.PUBLISHED, step=result.steps, prepared=prepared, result=result)
+    return TerminationMessage(reason=Reason.PUBLISHED, step=result.steps, prepared=prepared, result=result)
 
 
-def find_offer(manifest: JobManifest, trainer: Trainer) -> Offer:
+def find_gpu_inventory(manifest: JobManifest, trainer: Trainer) -> GpuInventory:
     """Return the GPUs of this computer where a run wants any; refuse at once what could only fail later."""
     wanted = manifest.spec.resources.gpus_per_node
     offer = trainer.find_gpus() if wanted else ()

@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any, Final
 
 from qlora_api.runconfig import Platform
-from qlora_planner.gpu_inventory import RESERVED_SHARE, Offer, Pool
+from qlora_planner.gpu_inventory import RESERVED_SHARE, GpuInventory, GpuPool
 
-_LOUD: Final = ("DeepSpeed", "accelerate", "bitsandbytes", "deepspeed", "peft", "torch", "transformers")
+_NOISY_LOGGERS: Final = ("DeepSpeed", "accelerate", "bitsandbytes", "deepspeed", "peft", "torch", "transformers")
 
 
-def quieten_libraries() -> None:
+def silence_libraries() -> None:
     """Turn off progress bars and warnings; errors still come as exceptions. Must be called before their import."""
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    for name in _LOUD:
+    for name in _NOISY_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
         # DeepSpeed sets its level anew when it is imported, and writes to standard output, where a result belongs.
         logging.getLogger(name).addFilter(_is_error)
@@ -47,22 +47,22 @@ def set_up_libraries() -> Path:
     from qlora_trainer.__main__ import configure_libraries  # noqa: PLC0415 (part of another installation)
     from qlora_trainer.runtime.rank import default_work  # noqa: PLC0415 (as above)
 
-    quieten_libraries()
+    silence_libraries()
     work = default_work()
     configure_libraries(work)
     return work
 
 
-def open_places(platform: Platform) -> tuple[Any, Path]:
+def open_source_resolver(platform: Platform) -> tuple[Any, Path]:
     """Return where models and adapters come from, with the credentials of the environment, and where to work."""
     work = set_up_libraries()
     from qlora_trainer.storage.credentials import environment_secrets  # noqa: PLC0415 (as above)
-    from qlora_trainer.storage.snapshots import Places  # noqa: PLC0415 (as above)
+    from qlora_trainer.storage.snapshots import SourceResolver  # noqa: PLC0415 (as above)
 
-    return Places(platform, environment_secrets()), work
+    return SourceResolver(platform, environment_secrets()), work
 
 
-def find_gpus() -> Offer:
+def find_gpus() -> GpuInventory:
     """Return the GPUs of this computer as torch sees them; the first one's kind stands for all."""
     import torch  # noqa: PLC0415 (takes seconds)
 
@@ -71,7 +71,7 @@ def find_gpus() -> Offer:
     first = torch.cuda.get_device_properties(0)
     # torch leaves out what the driver keeps, and an offer has it in.
     memory = ceil(first.total_memory / (1 - RESERVED_SHARE))
-    return (Pool(first.name, memory, torch.cuda.device_count(), 1, (first.major, first.minor)),)
+    return (GpuPool(first.name, memory, torch.cuda.device_count(), 1, (first.major, first.minor)),)
 
 
 def cuda_available() -> bool:

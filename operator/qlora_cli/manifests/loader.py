@@ -10,7 +10,7 @@ from pydantic_core import ErrorDetails
 
 from qlora_api import names
 from qlora_api.v1alpha1 import QLoRAJobSpec
-from qlora_cli.manifests.validation_messages import Problem, explain, write_location
+from qlora_cli.manifests.validation_messages import Problem, describe_error, write_location
 from qlora_cli.manifests.yaml_documents import Document
 from qlora_planner.validation import Rule, check
 
@@ -71,19 +71,21 @@ def parse_manifest(document: Document, rules: tuple[Rule, ...]) -> JobManifest:
             json.dumps(document.value), strict=True, by_alias=True, by_name=False
         )
     except ValidationError as error:
-        details = sorted(error.errors(include_url=False), key=lambda detail: document.order_of(detail["loc"]))
+        details = sorted(error.errors(include_url=False), key=lambda detail: document.index_of(detail["loc"]))
         raise ManifestError(_problem(document, detail) for detail in details) from None
     if violations := check(manifest.spec, rules):
-        raise ManifestError(Problem(_place_of_sentence(document, found.message), found.message) for found in violations)
+        raise ManifestError(
+            Problem(_position_of_sentence(document, found.message), found.message) for found in violations
+        )
     return manifest
 
 
 def _problem(document: Document, detail: ErrorDetails) -> Problem:
     location = detail["loc"]
     path = write_location(location) or "a QLoRAJob"
-    return Problem(document.place_of(location), f"{path}: {explain(detail, JobManifest)}")
+    return Problem(document.position_of(location), f"{path}: {describe_error(detail, JobManifest)}")
 
 
-def _place_of_sentence(document: Document, sentence: str) -> str:
+def _position_of_sentence(document: Document, sentence: str) -> str:
     """A rule's sentence starts with the path of its field."""
-    return document.place_of(tuple(sentence.split(maxsplit=1)[0].split(".")))
+    return document.position_of(tuple(sentence.split(maxsplit=1)[0].split(".")))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from qlora_api.v1alpha1 import ModelSpec
-from qlora_cli.uris import to_place
+from qlora_cli.uris import to_display_path
 
 _HUB: Final = "hf://"
 _CONFIG: Final = "config.json"
@@ -32,7 +32,7 @@ def load_config(model: ModelSpec, given: str | None, mirror: str | None) -> Mapp
 def find_config(model: ModelSpec, mirror: str | None) -> Path:
     """Return the path of a model's config.json."""
     if model.uri.startswith("file://"):
-        return Path(to_place(model.uri)) / _CONFIG
+        return Path(to_display_path(model.uri)) / _CONFIG
     if not model.uri.startswith(_HUB):
         raise NoConfigError(f"spec.model.uri is {model.uri}, which is not on this computer; give --config config.json")
     name = model.uri.removeprefix(_HUB)
@@ -49,7 +49,7 @@ def find_config(model: ModelSpec, mirror: str | None) -> Path:
 def hub_caches(mirror: str | None) -> tuple[Path, ...]:
     """Return the folders in the form of a hub cache: the mirror, or what huggingface_hub itself would use."""
     if mirror:
-        return (Path(to_place(mirror)).expanduser(),)
+        return (Path(to_display_path(mirror)).expanduser(),)
     home = os.environ.get("HF_HOME", "~/.cache/huggingface")
     return (Path(os.environ.get("HF_HUB_CACHE", f"{home}/hub")).expanduser(),)
 

@@ -8,7 +8,7 @@ from typing import Any, Final
 from qlora_cli.manifests.yaml_documents import Document, parse_value
 from qlora_cli.uris import to_uri
 
-PLACE: Final = "--set"
+SET_OPTION: Final = "--set"
 
 
 class OverrideError(ValueError):
@@ -28,30 +28,30 @@ def parse_override(text: str) -> Override:
     path, sign, value = text.partition("=")
     location = ("spec", *path.strip().removeprefix("spec.").split("."))
     if not sign or not all(location):
-        raise OverrideError(f"write {PLACE} path=value, such as {PLACE} lora.rank=8; got {text!r}")
+        raise OverrideError(f"write {SET_OPTION} path=value, such as {SET_OPTION} lora.rank=8; got {text!r}")
     parsed = parse_value(value)
     return Override(location, to_uri(parsed) if location[-1] == "uri" and isinstance(parsed, str) else parsed)
 
 
-def override(document: Document, overrides: Iterable[Override]) -> Document:
+def apply_overrides(document: Document, overrides: Iterable[Override]) -> Document:
     """Return the document with the fields changed; a path that does not exist shows when it is parsed."""
-    value, places = copy.deepcopy(document.value), dict(document.places)
+    value, places = copy.deepcopy(document.value), dict(document.positions)
     for change in overrides:
         _set(value, change)
         places = {
             location: place for location, place in places.items() if location[: len(change.location)] != change.location
         }
         places |= {
-            change.location[:depth]: PLACE
+            change.location[:depth]: SET_OPTION
             for depth in range(2, len(change.location) + 1)
             if change.location[:depth] not in places
         }
-    return replace(document, value=value, places=places)
+    return replace(document, value=value, positions=places)
 
 
-def override_value(value: dict[str, Any], overrides: Iterable[Override]) -> dict[str, Any]:
+def override_manifest(value: dict[str, Any], overrides: Iterable[Override]) -> dict[str, Any]:
     """Return a manifest that has no file with the fields changed."""
-    return dict(override(Document("", value, {}), overrides).value)
+    return dict(apply_overrides(Document("", value, {}), overrides).value)
 
 
 def _set(value: Any, change: Override) -> None:

@@ -45,11 +45,11 @@ _SENTENCES: Final = {
 class Problem:
     """One mistake: where it is, and what would be right."""
 
-    place: str
+    position: str
     message: str
 
     def __str__(self) -> str:
-        return f"{self.place}: {self.message}"
+        return f"{self.position}: {self.message}"
 
 
 def write_location(location: Location) -> str:
@@ -57,7 +57,7 @@ def write_location(location: Location) -> str:
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).removeprefix(".")
 
 
-def explain(detail: ErrorDetails, root: type[BaseModel]) -> str:
+def describe_error(detail: ErrorDetails, root: type[BaseModel]) -> str:
     """Say in one clause what is wrong with a field."""
     location, kind = detail["loc"], detail["type"]
     value = _shorten(detail["input"])

@@ -39,19 +39,19 @@ class Document:
 
     file: str
     value: Any
-    places: Mapping[Location, str]
+    positions: Mapping[Location, str]
 
-    def place_of(self, location: Location) -> str:
+    def position_of(self, location: Location) -> str:
         """Return file and line of a field, or of the nearest field around it."""
-        while location and location not in self.places:
+        while location and location not in self.positions:
             location = location[:-1]
-        return self.places.get(location, self.file)
+        return self.positions.get(location, self.file)
 
-    def order_of(self, location: Location) -> int:
+    def index_of(self, location: Location) -> int:
         """Return the rank of that field in the order of the file."""
-        while location and location not in self.places:
+        while location and location not in self.positions:
             location = location[:-1]
-        return list(self.places).index(location) if location in self.places else 0
+        return list(self.positions).index(location) if location in self.positions else 0
 
 
 def parse_value(text: str) -> Any:
@@ -74,7 +74,7 @@ def parse_documents(text: str, file: str) -> list[Document]:
         loader = _Loader(text)
         return [document for document in _documents(loader, file) if document.value is not None]
     except yaml.MarkedYAMLError as error:
-        raise YamlError(f"{_place(file, error.problem_mark or error.context_mark)}: {_sentence(error)}") from error
+        raise YamlError(f"{_position(file, error.problem_mark or error.context_mark)}: {_sentence(error)}") from error
     except RecursionError as error:
         raise YamlError(f"{file}: an anchor contains itself, or the nesting is too deep") from error
     except yaml.YAMLError as error:
@@ -84,14 +84,14 @@ def parse_documents(text: str, file: str) -> list[Document]:
 def _documents(loader: _Loader, file: str) -> Iterator[Document]:
     while loader.check_node():
         node: Any = loader.get_node()
-        places = dict(_places(node, (), file))
+        places = dict(_positions(node, (), file))
         yield Document(file, loader.construct_document(node), places)
 
 
-def _places(node: yaml.Node, location: Location, file: str) -> Iterator[tuple[Location, str]]:
+def _positions(node: yaml.Node, location: Location, file: str) -> Iterator[tuple[Location, str]]:
     """Yield the place of each field below a node; a key that is given twice is an error, as for the API server."""
     if not location:
-        yield location, _place(file, node.start_mark)
+        yield location, _position(file, node.start_mark)
     children: list[tuple[str | int, yaml.Node, yaml.Node]] = []
     if isinstance(node, yaml.MappingNode):
         children = [(key.value, key, value) for key, value in node.value]
@@ -102,11 +102,11 @@ def _places(node: yaml.Node, location: Location, file: str) -> Iterator[tuple[Lo
         if name in seen:
             raise yaml.MarkedYAMLError(problem=f"'{name}' is given twice", problem_mark=start.start_mark)
         seen.add(name)
-        yield (*location, name), _place(file, start.start_mark)
-        yield from _places(child, (*location, name), file)
+        yield (*location, name), _position(file, start.start_mark)
+        yield from _positions(child, (*location, name), file)
 
 
-def _place(file: str, mark: yaml.Mark | None) -> str:
+def _position(file: str, mark: yaml.Mark | None) -> str:
     return f"{file}:{mark.line + 1}" if mark else file
 
 

@@ -11,14 +11,14 @@ from rich.console import Console
 from rich.markup import escape
 
 from qlora_api.logs import to_text
-from qlora_cli.cluster.client import Cluster, ClusterError
+from qlora_cli.cluster.client import ClusterClient, ClusterError
 from qlora_cli.cluster.pods import TrainerPod
 
 
-class Streams:
+class LogStreams:
     """Follows pods; lines of one pod keep their order."""
 
-    def __init__(self, cluster: Cluster, namespace: str, query: Mapping[str, str]) -> None:
+    def __init__(self, cluster: ClusterClient, namespace: str, query: Mapping[str, str]) -> None:
         self._cluster = cluster
         self._namespace = namespace
         self._query = query
@@ -56,10 +56,10 @@ class Streams:
             self._lines.put((pod, f"(the log ends here: {error})"))
 
 
-_KNOWN: Final = frozenset({"namespace", "job", "attempt", "rank", "updatedAt"})
+_PREFIX_FIELDS: Final = frozenset({"namespace", "job", "attempt", "rank", "updatedAt"})
 """Fields that the prefix says already, or the time does."""
 
-STYLES: Final = ("cyan", "green", "magenta", "yellow", "blue", "red")
+LABEL_STYLES: Final = ("cyan", "green", "magenta", "yellow", "blue", "red")
 
 
 class LogLine(NamedTuple):
@@ -69,7 +69,7 @@ class LogLine(NamedTuple):
     text: str
 
 
-def read_line(line: str) -> LogLine:
+def parse_line(line: str) -> LogLine:
     """Return a line of JSON as a sentence with its fields, and any other as it is."""
     try:
         told = json.loads(line)
@@ -77,10 +77,12 @@ def read_line(line: str) -> LogLine:
         return LogLine(None, line)
     if not isinstance(told, dict) or "message" not in told:
         return LogLine(None, line)
-    return LogLine(told.get("rank"), to_text({name: value for name, value in told.items() if name not in _KNOWN}))
+    return LogLine(
+        told.get("rank"), to_text({name: value for name, value in told.items() if name not in _PREFIX_FIELDS})
+    )
 
 
-class Printer:
+class LogPrinter:
     """Writes lines of several pods to standard output, each pod in a colour of its own, and each process of a pod."""
 
     def __init__(self, *, prefix: bool, raw: bool, console: Console | None = None) -> None:
@@ -91,9 +93,9 @@ class Printer:
 
     def show(self, pod: TrainerPod, line: str) -> None:
         """Write one line."""
-        rank, text = LogLine(None, line) if self._raw else read_line(line)
+        rank, text = LogLine(None, line) if self._raw else parse_line(line)
         label = pod.label if rank is None else f"{pod.label}/{rank}"
-        style = self._styles.setdefault(label, STYLES[len(self._styles) % len(STYLES)])
+        style = self._styles.setdefault(label, LABEL_STYLES[len(self._styles) % len(LABEL_STYLES)])
         before = f"[{style}]{escape(label)} |[/] " if self._prefix else ""
         self._console.print(before + escape(text), soft_wrap=True)
 

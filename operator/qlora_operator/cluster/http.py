@@ -13,17 +13,17 @@ from qlora_operator.cluster.interface import ClusterBusyError
 
 REQUEST_SECONDS: Final = 30
 """Longest time for one call; a slower API server is as good as away."""
-MERGE: Final = "application/merge-patch+json"
+MERGE_PATCH: Final = "application/merge-patch+json"
 """Patches are merged, not applied: the client sends an applied patch as JSON, which the API server reads as YAML, and
 YAML knows no pairs of surrogates, so that an emoji in a manifest would be refused."""
 UNAUTHORIZED: Final = 401
 TOO_MANY_REQUESTS: Final = 429
-LONGEST_QUIET: Final = 60.0
+MAX_RETRY_AFTER: Final = 60.0
 """Seconds that one Retry-After may hold everything up."""
-TRIES: Final = 5
+MAX_TRIES: Final = 5
 """Calls that one request may take, each after the pause that the answer before asked for. A pass makes several writes:
 if it gave up at the first refusal, its back-off would grow with each, and hold a run up for minutes."""
-_BUSY: Final = frozenset({UNAUTHORIZED, 408, TOO_MANY_REQUESTS, 500, 502, 503, 504})
+_RETRYABLE_STATUSES: Final = frozenset({UNAUTHORIZED, 408, TOO_MANY_REQUESTS, 500, 502, 503, 504})
 """What passes; an expired token among it, because the kubelet writes a new one."""
 
 
@@ -65,27 +65,27 @@ async def read_credentials(configuration: client.Configuration, kubeconfig: str)
         await config.load_kube_config(client_configuration=configuration)
 
 
-async def _keep_credentials() -> None:
+async def _no_renewal() -> None:
     """Have nothing to read anew."""
 
 
-Observe = Callable[[str, int | None, float], None]
+OnCall = Callable[[str, int | None, float], None]
 """Called after each call with its verb, the HTTP status or None, and the seconds that it took."""
 
 
-def _count_nothing(_: str, __: int | None, ___: float) -> None:
+def _ignore_call(_: str, __: int | None, ___: float) -> None:
     """Have nobody who wants to know."""
 
 
-Hear = Callable[[str, float], None]
+OnServerDate = Callable[[str, float], None]
 """Called with the header Date of each answer, and the seconds that it took."""
 
 
-def _hear_nothing(_: str, __: float) -> None:
+def _ignore_date(_: str, __: float) -> None:
     """Have nobody who wants to know the time."""
 
 
-class Answer(NamedTuple):
+class Response(NamedTuple):
     """What came back from one call."""
 
     status: int
@@ -102,16 +102,16 @@ class Api:
         self,
         configuration: client.Configuration,
         may_write: Callable[[], bool] = lambda: True,
-        renew_credentials: Callable[[], Awaitable[None]] = _keep_credentials,
-        observe: Observe = _count_nothing,
-        hear: Hear = _hear_nothing,
+        renew_credentials: Callable[[], Awaitable[None]] = _no_renewal,
+        on_call: OnCall = _ignore_call,
+        on_server_date: OnServerDate = _ignore_date,
     ) -> None:
         self._client = client.ApiClient(configuration)
         self._may_write = may_write
         self._renew_credentials = renew_credentials
-        self._observe = observe
-        self._hear = hear
-        self._quiet_until = 0.0
+        self._on_call = on_call
+        self._on_server_date = on_server_date
+        self._paused_until = 0.0
 
     async def close(self) -> None:
         """Close the connections."""
@@ -127,16 +127,16 @@ class Api:
         content_type: str = "application/json",
     ) -> dict[str, Any]:
         """Make a call, once more after each pause that an overloaded API server asks for, and return its JSON."""
-        for _ in range(TRIES):
+        for _ in range(MAX_TRIES):
             answer = await self._call(method, path, body, query, content_type)
-            if not await self._heed(answer):
+            if not await self._honor_retry_after(answer):
                 break
-        return _read(answer)
+        return _parse_response(answer)
 
     async def _call(
         self, method: str, path: str, body: Mapping[str, Any] | None, query: Mapping[str, str] | None, content_type: str
-    ) -> Answer:
-        await asyncio.sleep(self._quiet_until - asyncio.get_running_loop().time())
+    ) -> Response:
+        await asyncio.sleep(self._paused_until - asyncio.get_running_loop().time())
         if method != "GET" and not self._may_write():
             raise ClusterBusyError("this replica no longer leads, and writes nothing")
         call = await self._client.param_serialize(
@@ -156,22 +156,22 @@ class Api:
             raise ClusterBusyError(f"the API server does not answer: {error!r}") from error
         finally:
             took = perf_counter() - start
-            self._observe(method, status, took)
-        self._hear(response.headers.get("Date", ""), took)
-        return Answer(response.status, response.headers.get("Retry-After", ""), text)
+            self._on_call(method, status, took)
+        self._on_server_date(response.headers.get("Date", ""), took)
+        return Response(response.status, response.headers.get("Retry-After", ""), text)
 
-    async def _heed(self, answer: Answer) -> bool:
+    async def _honor_retry_after(self, answer: Response) -> bool:
         """Keep quiet as long as an overloaded API server asks, and say so; read a token anew that it refuses."""
         if answer.status == UNAUTHORIZED:
             await self._renew_credentials()
         if answer.status != TOO_MANY_REQUESTS or not answer.retry_after.isdecimal():
             return False
-        quiet = min(float(answer.retry_after), LONGEST_QUIET)
-        self._quiet_until = asyncio.get_running_loop().time() + quiet
+        quiet = min(float(answer.retry_after), MAX_RETRY_AFTER)
+        self._paused_until = asyncio.get_running_loop().time() + quiet
         return True
 
 
-def _read(answer: Answer) -> dict[str, Any]:
+def _parse_response(answer: Response) -> dict[str, Any]:
     try:
         told = json.loads(answer.text)
     except ValueError:
@@ -179,7 +179,7 @@ def _read(answer: Answer) -> dict[str, Any]:
     if answer.status < 400:
         return dict(told)
     message = f"{answer.status} {told.get('reason', '')}: {told.get('message', '')}"
-    if answer.status in _BUSY:
+    if answer.status in _RETRYABLE_STATUSES:
         raise ClusterBusyError(message)
     kind = {404: NotFoundError, 409: ConflictError}.get(answer.status, ApiError)
     raise kind(answer.status, told.get("reason", ""), message)

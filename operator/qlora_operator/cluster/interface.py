@@ -11,21 +11,21 @@ class ClusterBusyError(Exception):
     """Time will help: the API server is away, overloaded, or somebody else wrote first."""
 
 
-class NameTakenError(Exception):
+class NameConflictError(Exception):
     """A child's name belongs to something else, which is never adopted."""
 
-    def __init__(self, message: str, *, leaving: bool) -> None:
+    def __init__(self, message: str, *, being_deleted: bool) -> None:
         super().__init__(message)
-        self.leaving = leaving
+        self.being_deleted = being_deleted
         """Whether it will be gone by itself: it is being deleted, or its owner was."""
 
 
-class RefusedError(Exception):
+class AdmissionDeniedError(Exception):
     """The API server, a quota or an admission policy does not take a child; the message is its sentence."""
 
-    def __init__(self, message: str, *, final: bool) -> None:
+    def __init__(self, message: str, *, permanent: bool) -> None:
         super().__init__(message)
-        self.final = final
+        self.permanent = permanent
         """Whether the child itself is wrong, so that no change of the cluster helps."""
 
 
@@ -34,7 +34,7 @@ class JobVersion(NamedTuple):
 
     ref: JobRef
     resource_version: str
-    settled: bool
+    fully_reconciled: bool
     """Finished, and the newest generation was seen: nothing is left to do."""
 
 
@@ -52,10 +52,10 @@ class Cluster(Protocol):
     async def read_job(self, ref: JobRef) -> RawJob | None:
         """Return a QLoRAJob, or nothing when it is gone."""
 
-    def glimpse(self, job: RawJob) -> Observation:
+    def children_from_cache(self, job: RawJob) -> Observation:
         """Return what the watches have told of its children: free of cost, and perhaps late."""
 
-    async def observe(self, job: RawJob) -> Observation:
+    async def list_children(self, job: RawJob) -> Observation:
         """Look at the children that belong to exactly this QLoRAJob."""
 
     async def find_gpu_nodes(self) -> tuple[Manifest, ...]:
@@ -76,21 +76,21 @@ class Cluster(Protocol):
     async def write_status(self, job: RawJob, status: Manifest) -> str:
         """Replace the status if nobody else wrote since it was read, and return the new version."""
 
-    async def tell(self, event: Manifest) -> None:
+    async def record_event(self, event: Manifest) -> None:
         """Create a Kubernetes Event; a repeat is a no-op."""
 
 
-class Listing(Protocol):
+class Lister(Protocol):
     """What the resync needs."""
 
     async def list_jobs(self, namespaces: Collection[str]) -> list[JobVersion]:
         """Return every QLoRAJob of some namespaces, or of all when none is given."""
 
-    async def refresh(self, namespaces: Collection[str]) -> set[JobRef]:
+    async def relist(self, namespaces: Collection[str]) -> set[JobRef]:
         """List all children, and return whose were not as the watches had told."""
 
 
-class Identities(Protocol):
+class TokenReviewer(Protocol):
     """What the progress endpoint needs."""
 
     async def review_token(self, token: str) -> PodIdentity | None:

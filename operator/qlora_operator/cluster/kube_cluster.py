@@ -9,25 +9,31 @@ from qlora_api import names
 from qlora_api.accelerators import ACCELERATORS
 from qlora_api.job_ref import JobRef
 from qlora_api.names import TERMINAL
-from qlora_operator.cluster.cache import Children, Shelf
-from qlora_operator.cluster.http import MERGE, Api, ApiError, ConflictError, NotFoundError
-from qlora_operator.cluster.interface import ClusterBusyError, JobVersion, NameTakenError, PodIdentity, RefusedError
+from qlora_operator.cluster.cache import ChildCache, ObjectCache
+from qlora_operator.cluster.http import MERGE_PATCH, Api, ApiError, ConflictError, NotFoundError
+from qlora_operator.cluster.interface import (
+    AdmissionDeniedError,
+    ClusterBusyError,
+    JobVersion,
+    NameConflictError,
+    PodIdentity,
+)
 from qlora_operator.cluster.parse import Child, controller_uid, parse_job, parse_observation
 from qlora_operator.models import Manifest, Observation, RawJob
 
 _log = logging.getLogger(__name__)
 
-EXISTS: Final = "AlreadyExists"
+ALREADY_EXISTS: Final = "AlreadyExists"
 """The reason of a conflict that says that it was done before; others, of a quota for one, say that it was not."""
-INVALID: Final = 422
+UNPROCESSABLE: Final = 422
 """The HTTP status for an object that can never be taken; quotas and policies answer otherwise."""
 _PREFIX: Final = {"v1": "/api/v1", "batch/v1": "/apis/batch/v1", "events.k8s.io/v1": "/apis/events.k8s.io/v1"}
 _PLURAL: Final = {"ConfigMap": "configmaps", "Service": "services", "Job": "jobs", "Event": "events"}
-PAGE: Final = 250
+PAGE_SIZE: Final = 250
 """Objects of one answer: ten thousand QLoRAJobs at once would be 100 MB of JSON. Three kinds are listed at a time, and
 5,000 of each were read with a peak of 196 MiB in pages of 500, and of 162 MiB in these, as fast."""
-_MANAGED: Final = f"{names.MANAGED_BY_LABEL}={names.FIELD_MANAGER}"
-_MANAGER: Final = {"fieldManager": names.FIELD_MANAGER}
+_MANAGED_BY_SELECTOR: Final = f"{names.MANAGED_BY_LABEL}={names.FIELD_MANAGER}"
+_FIELD_MANAGER_QUERY: Final = {"fieldManager": names.FIELD_MANAGER}
 _ACCOUNT_PREFIX: Final = "system:serviceaccount:"
 _POD_NAME: Final = "authentication.kubernetes.io/pod-name"
 _POD_UID: Final = "authentication.kubernetes.io/pod-uid"
@@ -38,21 +44,21 @@ def _jobs_path(namespace: str = "") -> str:
     return f"/apis/{names.GROUP}/{names.VERSION}/{place}{names.PLURAL}"
 
 
-def _folder(manifest: Manifest) -> str:
+def _collection_path(manifest: Manifest) -> str:
     prefix, plural = _PREFIX[manifest["apiVersion"]], _PLURAL[manifest["kind"]]
     return f"{prefix}/namespaces/{manifest['metadata']['namespace']}/{plural}"
 
 
-def _path(manifest: Manifest) -> str:
-    return f"{_folder(manifest)}/{manifest['metadata']['name']}"
+def _object_path(manifest: Manifest) -> str:
+    return f"{_collection_path(manifest)}/{manifest['metadata']['name']}"
 
 
 class KubeCluster:
     """Reads and writes through one API connection."""
 
-    def __init__(self, api: Api, children: Children) -> None:
+    def __init__(self, api: Api, children: ChildCache) -> None:
         self._api = api
-        self._children = children
+        self._cache = children
 
     async def read_job(self, ref: JobRef) -> RawJob | None:
         """Return a QLoRAJob, or nothing when it is gone."""
@@ -61,7 +67,7 @@ class KubeCluster:
         except NotFoundError:
             return None
 
-    async def reach(self, namespaces: Collection[str]) -> None:
+    async def check_api_served(self, namespaces: Collection[str]) -> None:
         """Ask for QLoRAJobs; NotFoundError while the API server does not know what that is."""
         for namespace in namespaces or ("",):
             await self._api.request("GET", _jobs_path(namespace), query={"limit": "1"})
@@ -69,48 +75,48 @@ class KubeCluster:
     async def list_jobs(self, namespaces: Collection[str]) -> list[JobVersion]:
         """Return every QLoRAJob of some namespaces, or of all when none is given."""
         return [
-            _version(item)
+            _job_version(item)
             for namespace in namespaces or ("",)
             async for page in self._pages(_jobs_path(namespace))
             for item in page["items"]
         ]
 
-    async def refresh(self, namespaces: Collection[str]) -> set[JobRef]:
+    async def relist(self, namespaces: Collection[str]) -> set[JobRef]:
         """List all children, and return whose were not as the watches had told."""
         changed: set[JobRef] = set()
         for namespace in namespaces or ("",):
             place = f"namespaces/{namespace}/" if namespace else ""
-            changed |= await self._refresh(self._children.jobs, f"/apis/batch/v1/{place}jobs", namespace)
-            changed |= await self._refresh(self._children.pods, f"/api/v1/{place}pods", namespace)
+            changed |= await self._relist(self._cache.jobs, f"/apis/batch/v1/{place}jobs", namespace)
+            changed |= await self._relist(self._cache.pods, f"/api/v1/{place}pods", namespace)
         return changed
 
-    async def _refresh(self, shelf: Shelf[Child], path: str, namespace: str) -> set[JobRef]:
+    async def _relist(self, cache: ObjectCache[Child], path: str, namespace: str) -> set[JobRef]:
         """Replace what is known of one kind by a complete list, but for what is newer."""
         listed: set[str] = set()
         changed: set[JobRef] = set()
         version = 0
-        async for page in self._pages(path, {"labelSelector": _MANAGED}):
+        async for page in self._pages(path, {"labelSelector": _MANAGED_BY_SELECTOR}):
             listed |= {item["metadata"]["uid"] for item in page["items"]}
-            changed |= {ref for item in page["items"] if (ref := shelf.put(item))}
+            changed |= {ref for item in page["items"] if (ref := cache.update(item))}
             version = int(page["metadata"]["resourceVersion"])
-        return changed | shelf.drop_missing(namespace, listed, version)
+        return changed | cache.replace(namespace, listed, version)
 
     async def _pages(self, path: str, query: Mapping[str, str] | None = None) -> AsyncIterator[dict[str, Any]]:
         """Yield a complete list, all of one version, in pages."""
         token = ""
         while True:
-            paging = {"limit": str(PAGE)} | ({"continue": token} if token else {})
+            paging = {"limit": str(PAGE_SIZE)} | ({"continue": token} if token else {})
             page = await self._api.request("GET", path, query={**(query or {}), **paging})
             yield page
             token = page["metadata"].get("continue", "")
             if not token:
                 return
 
-    def glimpse(self, job: RawJob) -> Observation:
+    def children_from_cache(self, job: RawJob) -> Observation:
         """Return what the watches have told of its children: free of cost, and perhaps late."""
-        return self._children.of(job)
+        return self._cache.children_of(job)
 
-    async def observe(self, job: RawJob) -> Observation:
+    async def list_children(self, job: RawJob) -> Observation:
         """Return the children that belong to exactly this QLoRAJob."""
         selector = {"labelSelector": f"{names.JOB_LABEL}={job.ref.name}"}
         jobs, pods = await asyncio.gather(
@@ -136,24 +142,24 @@ class KubeCluster:
             return await self._create(child)
         except ApiError as error:
             what = f"{child['kind']} {child['metadata']['name']} was refused: {error}"
-            raise RefusedError(what, final=error.status == INVALID) from error
+            raise AdmissionDeniedError(what, permanent=error.status == UNPROCESSABLE) from error
 
     async def _create(self, child: Manifest) -> bool:
         try:
-            await self._api.request("POST", _folder(child), child, query=_MANAGER)
+            await self._api.request("POST", _collection_path(child), child, query=_FIELD_MANAGER_QUERY)
         except ConflictError:
-            await self._meet(child)
+            await self._resolve_conflict(child)
             return False
         return True
 
-    async def _meet(self, child: Manifest) -> None:
+    async def _resolve_conflict(self, child: Manifest) -> None:
         """Look at what has the child's name already."""
         try:
-            existing = await self._api.request("GET", _path(child))
+            existing = await self._api.request("GET", _object_path(child))
         except NotFoundError as error:
             raise ClusterBusyError(f"{child['metadata']['name']} came and went") from error
         if controller_uid(existing) != controller_uid(child) or "deletionTimestamp" in existing["metadata"]:
-            raise _name_taken(child, existing)
+            raise _name_conflict(child, existing)
         if child["kind"] == "ConfigMap":
             seen = {"resourceVersion": existing["metadata"]["resourceVersion"]}
             await self.patch({**child, "metadata": {**child["metadata"], **seen}})
@@ -161,7 +167,9 @@ class KubeCluster:
     async def patch(self, child: Manifest) -> None:
         """Change some fields of a child that exists."""
         try:
-            await self._api.request("PATCH", _path(child), child, query=_MANAGER, content_type=MERGE)
+            await self._api.request(
+                "PATCH", _object_path(child), child, query=_FIELD_MANAGER_QUERY, content_type=MERGE_PATCH
+            )
         except (ConflictError, NotFoundError) as error:
             raise ClusterBusyError(f"{child['metadata']['name']} has changed since it was read") from error
 
@@ -189,17 +197,17 @@ class KubeCluster:
         }
         path = f"{_jobs_path(job.ref.namespace)}/{job.ref.name}/status"
         try:
-            answer = await self._api.request("PUT", path, body, query=_MANAGER)
+            answer = await self._api.request("PUT", path, body, query=_FIELD_MANAGER_QUERY)
         except (ConflictError, NotFoundError) as error:
             raise ClusterBusyError(f"{job.ref} has changed since it was read") from error
         return str(answer["metadata"]["resourceVersion"])
 
-    async def tell(self, event: Manifest) -> None:
+    async def record_event(self, event: Manifest) -> None:
         """Create a Kubernetes Event; a repeat is a no-op, and a refusal holds nothing up."""
         try:
-            await self._api.request("POST", _folder(event), event)
+            await self._api.request("POST", _collection_path(event), event)
         except ConflictError as error:
-            if error.reason != EXISTS:
+            if error.reason != ALREADY_EXISTS:
                 raise ClusterBusyError(f"event {event['reason']} met a conflict: {error}") from error
         except ApiError as error:
             _log.warning("event %s was refused: %s", event["reason"], error)
@@ -212,7 +220,7 @@ class KubeCluster:
             "spec": {"token": token, "audiences": [names.TOKEN_AUDIENCE]},
         }
         answer = await self._api.request("POST", "/apis/authentication.k8s.io/v1/tokenreviews", body)
-        return _identity(answer.get("status", {}))
+        return _pod_identity(answer.get("status", {}))
 
     async def job_of_pod(self, pod: PodIdentity) -> str | None:
         """Return the QLoRAJob that a pod is labelled with, if the pod still exists."""
@@ -225,27 +233,27 @@ class KubeCluster:
         return str(label) if label and metadata["uid"] == pod.uid else None
 
 
-def _version(item: dict[str, Any]) -> JobVersion:
+def _job_version(item: dict[str, Any]) -> JobVersion:
     job = parse_job(item)
     settled = job.status.get("phase") in TERMINAL and job.status.get("observedGeneration") == job.generation
     return JobVersion(job.ref, job.resource_version, settled)
 
 
-def _name_taken(child: Manifest, existing: dict[str, Any]) -> NameTakenError:
+def _name_conflict(child: Manifest, existing: dict[str, Any]) -> NameConflictError:
     """A former QLoRAJob of the same name leaves its children to the garbage collector."""
     wanted = child["metadata"]["ownerReferences"][0]
     owners = existing["metadata"].get("ownerReferences", ())
     former = any(owner["kind"] == names.KIND and owner["name"] == wanted["name"] for owner in owners)
     what = f"{child['kind']} {child['metadata']['name']}"
     if former or "deletionTimestamp" in existing["metadata"]:
-        return NameTakenError(f"{what} of an earlier run is still being deleted", leaving=True)
-    return NameTakenError(
+        return NameConflictError(f"{what} of an earlier run is still being deleted", being_deleted=True)
+    return NameConflictError(
         f"metadata.name: {what} exists already and belongs to something else; delete it or choose another name",
-        leaving=False,
+        being_deleted=False,
     )
 
 
-def _identity(status: dict[str, Any]) -> PodIdentity | None:
+def _pod_identity(status: dict[str, Any]) -> PodIdentity | None:
     """Read a TokenReview; a token without a pod, or for another audience, speaks for nobody."""
     user = status.get("user", {})
     extra, username = user.get("extra", {}), user.get("username", "")

@@ -51,43 +51,53 @@ def controller_uid(item: Json) -> str | None:
     )
 
 
-class Sighting(NamedTuple, Generic[Child]):
+class CachedObject(NamedTuple, Generic[Child]):
     """A Job or a pod as it was at one version."""
 
     uid: str
-    owner: str
+    owner_uid: str
     """The uid of what controls it: the QLoRAJob for a Job, the Job for a pod."""
     version: int
-    what: Child
+    value: Child
 
 
-def sight_job(item: Json) -> Sighting[ChildJob] | None:
+def parse_cached_job(item: Json) -> CachedObject[ChildJob] | None:
     """Read a batch/v1 Job; nothing if it is not one of ours."""
-    return _sight(item, parse_child(item, ())) if names.ROLE_LABEL in item["metadata"].get("labels", {}) else None
+    return (
+        _to_cached_object(item, parse_child(item, ()))
+        if names.ROLE_LABEL in item["metadata"].get("labels", {})
+        else None
+    )
 
 
-def sight_pod(item: Json) -> Sighting[Pod]:
+def parse_cached_pod(item: Json) -> CachedObject[Pod]:
     """Read a pod."""
-    return _sight(item, parse_pod(item))
+    return _to_cached_object(item, parse_pod(item))
 
 
-def _sight(item: Json, what: Child) -> Sighting[Child]:
+def _to_cached_object(item: Json, what: Child) -> CachedObject[Child]:
     metadata = item["metadata"]
-    return Sighting(metadata["uid"], controller_uid(item) or "", int(metadata.get("resourceVersion", 0)), what)
+    return CachedObject(metadata["uid"], controller_uid(item) or "", int(metadata.get("resourceVersion", 0)), what)
 
 
 def parse_observation(job: RawJob, jobs: Iterable[Json], pods: Iterable[Json]) -> Observation:
     """Put together what belongs to this QLoRAJob."""
-    return assemble(job, filter(None, map(sight_job, jobs)), map(sight_pod, pods))
+    return assemble_observation(job, filter(None, map(parse_cached_job, jobs)), map(parse_cached_pod, pods))
 
 
-def assemble(job: RawJob, jobs: Iterable[Sighting[ChildJob]], pods: Iterable[Sighting[Pod]]) -> Observation:
+def assemble_observation(
+    job: RawJob, jobs: Iterable[CachedObject[ChildJob]], pods: Iterable[CachedObject[Pod]]
+) -> Observation:
     """Put together what belongs to this QLoRAJob; a namesake's children do not."""
     gangs: dict[str, dict[int, Pod]] = {}
-    for pod in sorted(pods, key=lambda pod: pod.what.created_at or job.created_at):
-        gangs.setdefault(pod.owner, {})[pod.what.index] = pod.what
+    for pod in sorted(pods, key=lambda pod: pod.value.created_at or job.created_at):
+        gangs.setdefault(pod.owner_uid, {})[pod.value.index] = pod.value
     return Observation(
-        tuple(replace(child.what, pods=_by_index(gangs.get(child.uid, {}))) for child in jobs if child.owner == job.uid)
+        tuple(
+            replace(child.value, pods=_by_index(gangs.get(child.uid, {})))
+            for child in jobs
+            if child.owner_uid == job.uid
+        )
     )
 
 
@@ -115,8 +125,8 @@ def parse_child(item: Json, pods: tuple[Pod, ...]) -> ChildJob:
         suspended=item["spec"].get("suspend", False),
         complete="Complete" in conditions,
         failure=_failure(failed) if failed else None,
-        overdue=any(conditions.get(kind, {}).get("reason") == "DeadlineExceeded" for kind in _FAILING),
-        wanted=item["spec"].get("completions", 1),
+        deadline_exceeded=any(conditions.get(kind, {}).get("reason") == "DeadlineExceeded" for kind in _FAILING),
+        completions=item["spec"].get("completions", 1),
         pods=tuple(pod for pod in pods if not _is_of_earlier_start(pod, started)),
     )
 
@@ -156,14 +166,14 @@ def parse_pod(item: Json) -> Pod:
         node=item["spec"].get("nodeName", ""),
         created_at=_created(item),
         deleting="deletionTimestamp" in metadata,
-        gone_after=parse_time(metadata.get("deletionTimestamp")),
+        deletion_timestamp=parse_time(metadata.get("deletionTimestamp")),
         scheduled_at=_scheduled_at(item, holds),
         unschedulable=_unschedulable(status),
         started_at=parse_time(ran.get("startedAt")),
         waiting=_waiting(state.get("waiting")),
         exit=_exit(state.get("terminated")),
-        disrupted=disruption.get("message", ""),
-        disruption=disruption.get("reason", ""),
+        disruption_message=disruption.get("message", ""),
+        disruption_reason=disruption.get("reason", ""),
         reason=status.get("reason", ""),
         message=status.get("message", ""),
     )

@@ -40,13 +40,13 @@ NAMESPACED: Final = (
 )
 """Wherever QLoRAJobs are served: in the whole cluster, or in the namespaces of `watchNamespaces`."""
 
-CLUSTER: Final = (
+CLUSTER_SCOPED: Final = (
     Permission("authentication.k8s.io", "tokenreviews", ("create",), "Ask who posts progress: the pod of which job."),
     Permission("", "nodes", ("list",), "See what GPUs there are, to size a run before it asks for one."),
 )
 """TokenReviews and nodes have no namespace."""
 
-HOME: Final = (
+OWN_NAMESPACE: Final = (
     Permission("coordination.k8s.io", "leases", ("get", "create", "update"), "Agree on which replica works."),
     Permission("", "pods", ("patch",), "Label the leader's pod, so that the progress Service leads to it."),
 )
@@ -80,12 +80,12 @@ def build_rules() -> list[dict[str, Any]]:
 
 def build_cluster_rules() -> list[dict[str, Any]]:
     """Return the rules that only a ClusterRole can hold."""
-    return _to_rules(CLUSTER)
+    return _to_rules(CLUSTER_SCOPED)
 
 
-def build_home_rules() -> list[dict[str, Any]]:
+def build_own_namespace_rules() -> list[dict[str, Any]]:
     """Return the rules of the Role in the operator's own namespace."""
-    return _to_rules(HOME)
+    return _to_rules(OWN_NAMESPACE)
 
 
 def build_view_rules() -> list[dict[str, Any]]:

@@ -21,18 +21,18 @@ def utc_now() -> datetime:
     return datetime.now(UTC)
 
 
-class ClusterClock:
+class ServerClock:
     """The clock of this machine, put right by the Date of the API server's answers where it is off."""
 
     def __init__(self, local: Callable[[], datetime] = utc_now) -> None:
         self._local = local
-        self._ahead = timedelta(0)
+        self._skew = timedelta(0)
 
     def now(self) -> datetime:
         """Return the time, with its zone."""
-        return self._local() - self._ahead
+        return self._local() - self._skew
 
-    def heard(self, date: str, took: float) -> None:
+    def on_server_date(self, date: str, took: float) -> None:
         """Compare with the header Date (RFC 9110) of an answer that has just come, and took so many seconds.
 
         It was dated some time between question and answer. A header that is missing or unreadable tells nothing.
@@ -43,8 +43,8 @@ class ClusterClock:
         except (TypeError, ValueError):
             return
         tolerance = TOLERANCE + half
-        if abs(ahead - self._ahead) < tolerance:
+        if abs(ahead - self._skew) < tolerance:
             return
-        self._ahead = ahead if abs(ahead) >= tolerance else timedelta(0)
-        seconds = self._ahead.total_seconds()
+        self._skew = ahead if abs(ahead) >= tolerance else timedelta(0)
+        seconds = self._skew.total_seconds()
         _log.warning("this machine's clock is %+.0f s off the API server's, which counts", seconds)

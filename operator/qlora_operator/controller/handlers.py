@@ -12,9 +12,9 @@ from kubernetes.aio import client
 from qlora_api import names
 from qlora_api.job_ref import JobRef
 from qlora_operator.cluster.http import read_credentials
-from qlora_operator.cluster.kube_cluster import PAGE
-from qlora_operator.controller.controller import Runtime
-from qlora_operator.controller.kopf_storage import NoEssence, NoProgress
+from qlora_operator.cluster.kube_cluster import PAGE_SIZE
+from qlora_operator.controller.controller import Controller
+from qlora_operator.controller.kopf_storage import NullDiffBaseStorage, NullProgressStorage
 from qlora_operator.settings import Settings
 
 QLORAJOBS: Final = (names.GROUP, names.VERSION, names.PLURAL)
@@ -37,7 +37,7 @@ async def on_login(memo: kopf.Memo, **_: Any) -> kopf.ConnectionInfo:
 @kopf.on.startup()
 async def on_startup(memo: kopf.Memo, settings: kopf.OperatorSettings, **_: Any) -> None:
     """Start the parts that kopf does not run."""
-    configure(settings)
+    configure_kopf(settings)
     await memo.runtime.start()
 
 
@@ -52,33 +52,33 @@ async def on_job_event(event: kopf.RawEvent, namespace: str | None, name: str, m
     """A QLoRAJob has changed, or is gone."""
     ref = JobRef(namespace or "", name)
     if event["type"] == "DELETED":
-        memo.runtime.forget(ref)
+        memo.runtime.on_job_delete(ref)
     else:
-        memo.runtime.saw(ref, event["object"])
+        memo.runtime.on_job_update(ref, event["object"])
 
 
 @kopf.on.event(*JOBS)
 async def on_child_job_event(event: kopf.RawEvent, memo: kopf.Memo, **_: Any) -> None:
     """A Job of a QLoRAJob has changed; its label names the QLoRAJob."""
-    memo.runtime.saw_child(memo.runtime.children.jobs, event["type"], event["object"])
+    memo.runtime.on_child_event(memo.runtime.child_cache.jobs, event["type"], event["object"])
 
 
 @kopf.on.event(*PODS)
 async def on_pod_event(event: kopf.RawEvent, memo: kopf.Memo, **_: Any) -> None:
     """A pod of such a Job has changed."""
-    memo.runtime.saw_child(memo.runtime.children.pods, event["type"], event["object"])
+    memo.runtime.on_child_event(memo.runtime.child_cache.pods, event["type"], event["object"])
 
 
-def configure(settings: kopf.OperatorSettings) -> None:
+def configure_kopf(settings: kopf.OperatorSettings) -> None:
     """Leave kopf the watches, and nothing else: it patches, posts and scans nothing."""
     settings.scanning.disabled = True
     settings.posting.enabled = False
     settings.posting.loggers = False
     settings.queueing.worker_limit = None
     settings.queueing.idle_timeout = IDLE_SECONDS
-    settings.watching.chunk_size = PAGE
-    settings.persistence.diffbase_storage = NoEssence()
-    settings.persistence.progress_storage = NoProgress()
+    settings.watching.chunk_size = PAGE_SIZE
+    settings.persistence.diffbase_storage = NullDiffBaseStorage()
+    settings.persistence.progress_storage = NullProgressStorage()
     settings.process.ultimate_exiting_timeout = EXIT_SECONDS
     managed = f"{names.MANAGED_BY_LABEL}={names.FIELD_MANAGER}"
     settings.watching.label_selectors[JOBS] = managed
@@ -98,11 +98,11 @@ async def connection_info(configuration: client.Configuration) -> kopf.Connectio
     )
 
 
-async def serve(settings: Settings, configuration: client.Configuration, runtime: Runtime) -> None:
+async def run_kopf(settings: Settings, configuration: client.Configuration, controller: Controller) -> None:
     """Run kopf until SIGTERM, or until a watch dies."""
     await kopf.operator(
         standalone=True,
         clusterwide=not settings.namespaces,
         namespaces=settings.namespaces,
-        memo=kopf.Memo(runtime=runtime, configuration=configuration),
+        memo=kopf.Memo(runtime=controller, configuration=configuration),
     )

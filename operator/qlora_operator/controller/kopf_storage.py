@@ -10,7 +10,7 @@ from typing import Any
 import kopf
 
 
-class NoEssence(kopf.DiffBaseStorage):
+class NullDiffBaseStorage(kopf.DiffBaseStorage):
     """Finds nothing worth comparing in any object."""
 
     def build(self, *, body: kopf.Body, extra_fields: Iterable[Any] | None = None) -> kopf.BodyEssence:  # noqa: ARG002
@@ -25,7 +25,7 @@ class NoEssence(kopf.DiffBaseStorage):
         """Store nothing."""
 
 
-class NoProgress(kopf.ProgressStorage):
+class NullProgressStorage(kopf.ProgressStorage):
     """Keeps no handler's progress: event handlers have none."""
 
     def fetch(self, **_: Any) -> None:

@@ -20,7 +20,7 @@ from qlora_api.job_ref import JobRef
 from qlora_api.names import TERMINAL, Phase
 from qlora_api.v1alpha1 import Progress, QLoRAJobStatus
 from qlora_operator.cluster.interface import ClusterBusyError
-from qlora_operator.controller.reconcile import Outcome
+from qlora_operator.controller.reconcile import ReconcileResult
 
 RUNNING: Final = frozenset({Phase.TRAINING, Phase.EVALUATING, Phase.PUBLISHING})
 """Phases in which a report speaks of what is going on."""
@@ -28,19 +28,19 @@ RUNNING: Final = frozenset({Phase.TRAINING, Phase.EVALUATING, Phase.PUBLISHING})
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
 
-class Jobs(Collector):
+class JobCollector(Collector):
     """The QLoRAJobs by phase, and the reports of those that run; nothing while another replica leads."""
 
     def __init__(self) -> None:
         self.report_of: Callable[[JobRef], Progress | None] = _no_report
         self._phases: dict[JobRef, Phase] = {}
-        self._leads = False
+        self._is_leader = False
 
-    def lead(self, report_of: Callable[[JobRef], Progress | None]) -> None:
+    def start_leading(self, report_of: Callable[[JobRef], Progress | None]) -> None:
         """From now on this replica knows all there are, and what they report."""
-        self._leads, self.report_of = True, report_of
+        self._is_leader, self.report_of = True, report_of
 
-    def saw(self, ref: JobRef, phase: Phase | None) -> None:
+    def set_phase(self, ref: JobRef, phase: Phase | None) -> None:
         """A job is in a phase; none means that it is gone."""
         if phase is None:
             self._phases.pop(ref, None)
@@ -51,14 +51,14 @@ class Jobs(Collector):
         """Yield what there is now."""
         jobs = _family(metrics.JOBS)
         tally = Tally(self._phases.values())
-        for phase in Phase if self._leads else ():
+        for phase in Phase if self._is_leader else ():
             jobs.add_metric([phase.value], tally[phase])
         yield jobs
         yield from self._collect_reports()
 
     def _collect_reports(self) -> Iterator[GaugeMetricFamily]:
         running = [(ref, self.report_of(ref)) for ref, phase in self._phases.items() if phase in RUNNING]
-        for metric, read in _READ.items():
+        for metric, read in _REPORT_VALUES.items():
             family = _family(metric)
             for ref, report in running:
                 value = read(report) if report else None
@@ -82,7 +82,7 @@ def progress_ratio(report: Progress) -> float:
     return report.percent / 100
 
 
-_READ: Final[dict[metrics.Metric, Callable[[Progress], float | None]]] = {
+_REPORT_VALUES: Final[dict[metrics.Metric, Callable[[Progress], float | None]]] = {
     metrics.PROGRESS: progress_ratio,
     metrics.ETA: lambda report: report.remaining_seconds,
     metrics.LOSS: lambda report: report.loss,
@@ -92,32 +92,32 @@ _READ: Final[dict[metrics.Metric, Callable[[Progress], float | None]]] = {
 class Metrics:
     """What one operator counts; one registry per process."""
 
-    def __init__(self, leads: Callable[[], bool]) -> None:
+    def __init__(self, is_leader: Callable[[], bool]) -> None:
         self.registry = registry = CollectorRegistry()
-        self.jobs = Jobs()
+        self.jobs = JobCollector()
         registry.register(self.jobs)
-        Gauge(*metrics.BUILD.what, registry=registry).labels(__version__).set(1)
-        Gauge(*metrics.LEADER.what, registry=registry).set_function(leads)
-        self._passes = Counter(*metrics.RECONCILES.what, registry=registry)
-        self._pass_seconds = _histogram(metrics.RECONCILE_SECONDS, registry)
-        self._calls = Counter(*metrics.API_REQUESTS.what, registry=registry)
+        Gauge(*metrics.BUILD.constructor_args, registry=registry).labels(__version__).set(1)
+        Gauge(*metrics.LEADER.constructor_args, registry=registry).set_function(is_leader)
+        self._reconciles = Counter(*metrics.RECONCILES.constructor_args, registry=registry)
+        self._reconcile_seconds = _histogram(metrics.RECONCILE_SECONDS, registry)
+        self._calls = Counter(*metrics.API_REQUESTS.constructor_args, registry=registry)
         self._call_seconds = _histogram(metrics.API_SECONDS, registry)
-        self._queue_depth = Gauge(*metrics.QUEUE_DEPTH.what, registry=registry)
-        self._queue_age = Gauge(*metrics.QUEUE_AGE.what, registry=registry)
-        self._finished = Counter(*metrics.FINISHED.what, registry=registry)
-        self._attempts = Counter(*metrics.ATTEMPTS.what, registry=registry)
-        self._waited = _histogram(metrics.WAITED, registry)
-        self._ran = _histogram(metrics.RAN, registry)
+        self._queue_depth = Gauge(*metrics.QUEUE_DEPTH.constructor_args, registry=registry)
+        self._queue_age = Gauge(*metrics.QUEUE_AGE.constructor_args, registry=registry)
+        self._finished = Counter(*metrics.JOBS_FINISHED.constructor_args, registry=registry)
+        self._attempts = Counter(*metrics.ATTEMPTS.constructor_args, registry=registry)
+        self._wait_seconds = _histogram(metrics.JOB_WAIT_SECONDS, registry)
+        self._run_seconds = _histogram(metrics.JOB_RUN_SECONDS, registry)
         for result in ("success", "busy", "error"):
-            self._passes.labels(result)
+            self._reconciles.labels(result)
 
-    def watch_queue(self, depth: Callable[[], float], oldest_age: Callable[[], float]) -> None:
+    def track_queue(self, depth: Callable[[], float], oldest_age: Callable[[], float]) -> None:
         """Ask a queue whenever somebody asks for the metrics."""
         self._queue_depth.set_function(depth)
         self._queue_age.set_function(oldest_age)
 
     @contextmanager
-    def measure(self) -> Iterator[None]:
+    def time_reconcile(self) -> Iterator[None]:
         """Count and time one pass."""
         start, result = perf_counter(), "error"
         try:
@@ -127,28 +127,28 @@ class Metrics:
             result = "busy"
             raise
         finally:
-            self._passes.labels(result).inc()
-            self._pass_seconds.observe(perf_counter() - start)
+            self._reconciles.labels(result).inc()
+            self._reconcile_seconds.observe(perf_counter() - start)
 
-    def called(self, verb: str, code: int | None, seconds: float) -> None:
+    def on_api_call(self, verb: str, code: int | None, seconds: float) -> None:
         """Count a call to the API server; no code where it did not answer."""
         self._calls.labels(verb, str(code) if code else "none").inc()
         self._call_seconds.labels(verb).observe(seconds)
 
-    def passed(self, ref: JobRef, outcome: Outcome) -> None:
+    def on_reconciled(self, ref: JobRef, result: ReconcileResult) -> None:
         """Count what a pass found, and what it was the first to write down."""
-        status, turn = outcome.status, outcome.turn
-        self.jobs.saw(ref, status.phase if status else None)
-        if status is None or turn is None or outcome.written is None:
+        status, turn = result.status, result.request
+        self.jobs.set_phase(ref, status.phase if status else None)
+        if status is None or turn is None or result.written_version is None:
             return
-        self._count_attempts(turn.previous, status)
-        start, before = started_training(status), started_training(turn.previous)
+        self._count_attempts(turn.previous_status, status)
+        start, before = training_started_at(status), training_started_at(turn.previous_status)
         if start is not None and before is None:
-            self._waited.observe(_seconds(start - turn.raw.created_at))
+            self._wait_seconds.observe(_seconds(start - turn.raw.created_at))
         if status.phase in TERMINAL and status.finished_at and status.reason:
             self._finished.labels(status.phase.value, status.reason.value).inc()
             if start is not None:
-                self._ran.labels(status.phase.value).observe(_seconds(status.finished_at - start))
+                self._run_seconds.labels(status.phase.value).observe(_seconds(status.finished_at - start))
 
     def _count_attempts(self, before: QLoRAJobStatus, after: QLoRAJobStatus) -> None:
         ended = {attempt.number for attempt in before.attempts if attempt.reason}
@@ -161,13 +161,13 @@ class Metrics:
         return generate_latest(self.registry)
 
 
-def started_training(status: QLoRAJobStatus) -> datetime | None:
+def training_started_at(status: QLoRAJobStatus) -> datetime | None:
     """Return when the first container of a training started."""
     return min((attempt.started_at for attempt in status.attempts if attempt.started_at), default=None)
 
 
 def _histogram(metric: metrics.Metric, registry: CollectorRegistry) -> Histogram:
-    return Histogram(*metric.what, buckets=metric.buckets, registry=registry)
+    return Histogram(*metric.constructor_args, buckets=metric.buckets, registry=registry)
 
 
 def _seconds(duration: timedelta) -> float:

@@ -13,34 +13,34 @@ OVERDUE_SECONDS: Final = 120.0
 """The API server's bookmarks come every minute, and kopf reconnects a silent stream after 70 seconds."""
 
 
-class WatchProof:
+class WatchHealth:
     """Compares versions that exist with versions that arrived."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._seen: dict[JobRef, int] = {}
+        self._received: dict[JobRef, int] = {}
         self._expected: dict[JobRef, tuple[int, float]] = {}
 
-    def saw(self, ref: JobRef, version: str) -> None:
+    def on_event(self, ref: JobRef, version: str) -> None:
         """An event with this version arrived; one that is told again takes nothing back."""
-        self._seen[ref] = max(int(version), self._seen.get(ref, -1))
+        self._received[ref] = max(int(version), self._received.get(ref, -1))
         expected = self._expected.get(ref)
         if expected is not None and expected[0] <= int(version):
             del self._expected[ref]
 
-    def knows_newer(self, ref: JobRef, version: str) -> bool:
+    def has_newer_version(self, ref: JobRef, version: str) -> bool:
         """Whether a later version was written, listed or told."""
         expected, _ = self._expected.get(ref, (-1, 0.0))
-        return int(version) < max(self._seen.get(ref, -1), expected)
+        return int(version) < max(self._received.get(ref, -1), expected)
 
     def forget(self, ref: JobRef) -> None:
         """The QLoRAJob is gone."""
-        self._seen.pop(ref, None)
+        self._received.pop(ref, None)
         self._expected.pop(ref, None)
 
-    def expect(self, ref: JobRef, version: str) -> None:
+    def expect_version(self, ref: JobRef, version: str) -> None:
         """A version exists; its event may still be on its way."""
-        if self._seen.get(ref, -1) >= int(version):
+        if self._received.get(ref, -1) >= int(version):
             return
         since = self._expected[ref][1] if ref in self._expected else self._clock()
         self._expected[ref] = (int(version), since)

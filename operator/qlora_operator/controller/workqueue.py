@@ -20,15 +20,15 @@ Work = Callable[[Key], Awaitable[timedelta | None]]
 
 _log = logging.getLogger(__name__)
 
-FIRST_BACKOFF: Final = 0.5
+BASE_BACKOFF_SECONDS: Final = 0.5
 """Seconds after the first error; doubled with each further one."""
-LAST_BACKOFF: Final = 300.0
+MAX_BACKOFF_SECONDS: Final = 300.0
 """Seconds that back-off never exceeds."""
 
 
 def backoff_seconds(failures: int, jitter: float) -> float:
     """Return the delay after so many errors; jitter, from 0 to 1, spreads it over half to one and a half."""
-    return min(FIRST_BACKOFF * 2.0 ** min(failures - 1, 20), LAST_BACKOFF) * (0.5 + jitter)
+    return min(BASE_BACKOFF_SECONDS * 2.0 ** min(failures - 1, 20), MAX_BACKOFF_SECONDS) * (0.5 + jitter)
 
 
 class WorkQueue(Generic[Key]):
@@ -70,7 +70,7 @@ class WorkQueue(Generic[Key]):
             return
         if timer is not None:
             timer.cancel()
-        self._timers[key] = loop.call_at(due, self._ring, key)
+        self._timers[key] = loop.call_at(due, self._on_timer, key)
 
     def oldest_age(self) -> float:
         """Return for how many seconds the longest waiting key has waited, while worked on or not."""
@@ -96,7 +96,7 @@ class WorkQueue(Generic[Key]):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def _ring(self, key: Key) -> None:
+    def _on_timer(self, key: Key) -> None:
         del self._timers[key]
         self.add(key)
 

@@ -12,9 +12,9 @@ LEASE_DURATION: Final = timedelta(seconds=12)
 """A record that has not changed for so long may be taken: a dead leader is followed within 16 seconds."""
 RENEW_DEADLINE: Final = timedelta(seconds=8)
 """A leader that has not renewed for so long ends its process, while the record is still its own."""
-RETRY: Final = timedelta(seconds=2)
+RETRY_PERIOD: Final = timedelta(seconds=2)
 """Between two renewals of a leader, and between two looks of a replica that waits."""
-RELEASED: Final = timedelta(seconds=1)
+RELEASED_DURATION: Final = timedelta(seconds=1)
 """Duration in the record of a leader that has left; the API server takes no zero."""
 
 
@@ -40,31 +40,31 @@ class Candidate:
         self._lease: Lease | None = None
         self._changed_at = 0.0
 
-    def saw(self, lease: Lease | None, at: float) -> None:
+    def observe(self, lease: Lease | None, at: float) -> None:
         """Take note of the record as it was read, or as it was written, at this moment of one's own clock."""
         if lease != self._lease:
             self._changed_at = at
         self._lease = lease
 
     @property
-    def leads(self) -> bool:
+    def is_leader(self) -> bool:
         """Whether the record names this replica."""
         return self._lease is not None and self._lease.holder == self.identity
 
-    def wait(self, at: float) -> float:
+    def seconds_until_free(self, at: float) -> float:
         """Return for how many seconds the record still belongs to somebody else."""
         if self._lease is None or self._lease.holder in {"", self.identity}:
             return 0.0
         return max(self._changed_at + self._lease.duration.total_seconds() - at, 0.0)
 
-    def claim(self, now: datetime) -> Lease:
+    def leader_record(self, now: datetime) -> Lease:
         """Return the record that makes this replica the leader, or keeps it so."""
         before = self._lease or Lease()
         renewed = replace(before, holder=self.identity, duration=LEASE_DURATION, renewed_at=now)
-        if self.leads:
+        if self.is_leader:
             return renewed
         return replace(renewed, acquired_at=now, transitions=before.transitions + (self._lease is not None))
 
-    def resignation(self, now: datetime) -> Lease:
+    def released_record(self, now: datetime) -> Lease:
         """Return the record of which the next replica need not wait for the end."""
-        return replace(self._lease or Lease(), holder="", duration=RELEASED, renewed_at=now)
+        return replace(self._lease or Lease(), holder="", duration=RELEASED_DURATION, renewed_at=now)

@@ -4,7 +4,7 @@ from datetime import datetime, timedelta
 from typing import Any, Final
 
 from qlora_api import names
-from qlora_operator.cluster.http import MERGE, Api, ConflictError, NotFoundError
+from qlora_operator.cluster.http import MERGE_PATCH, Api, ConflictError, NotFoundError
 from qlora_operator.cluster.interface import ClusterBusyError
 from qlora_operator.cluster.parse import parse_time
 from qlora_operator.leader_election.lease import Lease
@@ -13,7 +13,7 @@ from qlora_operator.models import Manifest
 _MICRO_TIME: Final = "%Y-%m-%dT%H:%M:%S.%fZ"
 
 
-class KubeLeases:
+class KubeLeaseLock:
     """One Lease, and the label by which the progress Service finds the leader's pod."""
 
     def __init__(self, api: Api, namespace: str, name: str, pod: str) -> None:
@@ -21,12 +21,12 @@ class KubeLeases:
         self._namespace = namespace
         self._name = name
         self._pod = pod
-        self._folder = f"/apis/coordination.k8s.io/v1/namespaces/{namespace}/leases"
+        self._collection_path = f"/apis/coordination.k8s.io/v1/namespaces/{namespace}/leases"
 
     async def read(self) -> Lease | None:
         """Return the record, or nothing before the first leader."""
         try:
-            return _parse(await self._api.request("GET", f"{self._folder}/{self._name}"))
+            return _parse(await self._api.request("GET", f"{self._collection_path}/{self._name}"))
         except NotFoundError:
             return None
 
@@ -35,16 +35,16 @@ class KubeLeases:
         body = _build(lease, self._namespace, self._name)
         try:
             if not lease.version:
-                return _parse(await self._api.request("POST", self._folder, body))
-            return _parse(await self._api.request("PUT", f"{self._folder}/{self._name}", body))
+                return _parse(await self._api.request("POST", self._collection_path, body))
+            return _parse(await self._api.request("PUT", f"{self._collection_path}/{self._name}", body))
         except (ConflictError, NotFoundError) as error:
             raise ClusterBusyError(f"the Lease has changed since it was read: {error}") from error
 
-    async def mark(self, *, leads: bool) -> None:
+    async def set_leader_label(self, *, is_leader: bool) -> None:
         """Put the label on the own pod, or take it off."""
-        body = {"metadata": {"labels": {names.LEADER_LABEL: "true" if leads else None}}}
+        body = {"metadata": {"labels": {names.LEADER_LABEL: "true" if is_leader else None}}}
         path = f"/api/v1/namespaces/{self._namespace}/pods/{self._pod}"
-        await self._api.request("PATCH", path, body, content_type=MERGE)
+        await self._api.request("PATCH", path, body, content_type=MERGE_PATCH)
 
     async def close(self) -> None:
         """Close the connection."""
@@ -56,8 +56,8 @@ def _build(lease: Lease, namespace: str, name: str) -> Manifest:
     spec = {
         "holderIdentity": lease.holder,
         "leaseDurationSeconds": int(lease.duration.total_seconds()),
-        "acquireTime": _wire(lease.acquired_at),
-        "renewTime": _wire(lease.renewed_at),
+        "acquireTime": _to_micro_time(lease.acquired_at),
+        "renewTime": _to_micro_time(lease.renewed_at),
         "leaseTransitions": lease.transitions,
     }
     return {
@@ -68,7 +68,7 @@ def _build(lease: Lease, namespace: str, name: str) -> Manifest:
     }
 
 
-def _wire(time: datetime | None) -> str | None:
+def _to_micro_time(time: datetime | None) -> str | None:
     return time.strftime(_MICRO_TIME) if time else None
 
 

@@ -9,31 +9,31 @@ from qlora_operator.models import ChildJob, Job
 
 
 @dataclass(frozen=True)
-class Watch:
+class ReconcileContext:
     """The time, and the reports until then."""
 
     now: datetime
-    live: Progress | None = None
+    last_report: Progress | None = None
     """The last report that this operator took."""
-    listening_since: datetime | None = None
+    reports_since: datetime | None = None
     """Since when this operator takes reports; none: it does not."""
 
 
-def startup_of(job: Job) -> timedelta:
+def startup_timeout(job: Job) -> timedelta:
     """Return spec.deadlines.startup, within what a calendar can add."""
     return min(to_timedelta(job.spec.deadlines.startup), LONGEST_WAIT)
 
 
-def silent_until(job: Job, train: ChildJob, watch: Watch) -> datetime | None:
+def heartbeat_deadline(job: Job, train: ChildJob, context: ReconcileContext) -> datetime | None:
     """Return when the silence of a running attempt has lasted too long; None where it has never spoken.
 
     A pod that cannot reach the operator loses its reports and nothing else, so only who spoke once is expected to go
     on. The trainer watches itself and ends after one heartbeat; the second one is for that.
     """
-    report = watch.live or job.status.last_report
+    report = context.last_report or job.status.last_report
     # Not when they started: that is told by the clocks of their nodes.
     created = [pod.created_at for pod in train.pods if pod.created_at is not None]
-    if report is None or watch.listening_since is None or not created or report.updated_at < max(created):
+    if report is None or context.reports_since is None or not created or report.updated_at < max(created):
         return None
     patience = min(2 * to_timedelta(job.spec.deadlines.heartbeat), LONGEST_WAIT)
-    return max(report.updated_at, watch.listening_since) + patience
+    return max(report.updated_at, context.reports_since) + patience

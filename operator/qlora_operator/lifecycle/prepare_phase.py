@@ -7,47 +7,47 @@ from qlora_api.names import Phase, prepare_job_name
 from qlora_api.prepared import Prepared
 from qlora_api.reasons import REASONS, Reason, RetryAction
 from qlora_api.v1alpha1 import Plan
-from qlora_operator.lifecycle.context import startup_of
+from qlora_operator.lifecycle.context import startup_timeout
 from qlora_operator.lifecycle.exit_reasons import describe_missing_pod
-from qlora_operator.lifecycle.gang import judge
+from qlora_operator.lifecycle.gang import classify
 from qlora_operator.lifecycle.retry_policy import AT_ONCE
-from qlora_operator.lifecycle.train_phase import PREPARATION_DONE, fail, make_attempt
-from qlora_operator.models import Action, ChildJob, Decision, Job, Manifest, Observation, Stage, Verdict
+from qlora_operator.lifecycle.train_phase import PREPARE_SUCCESS_REASONS, decide_failed, make_attempt
+from qlora_operator.models import Action, ChildJob, Decision, Job, JobState, Manifest, Observation, Stage
 from qlora_planner import make_plan
-from qlora_planner.gpu_inventory import read_offer
+from qlora_planner.gpu_inventory import read_gpu_inventory
 from qlora_planner.sizing import DoesNotFitError
 
 PREPARE_PAUSE: Final = timedelta(seconds=15)
 """Between two preparations, where an object store or a hub did not answer."""
 
 
-def follow_preparation(job: Job, seen: Observation, number: int, now: datetime) -> Decision:
+def follow_preparation(job: Job, children: Observation, number: int, now: datetime) -> Decision:
     """Say how far the preparation is; once it is through, its facts are recorded, and then the training starts."""
-    prepare = seen.prepare
+    prepare = children.prepare
     if prepare is None:
         message = describe_missing_pod(prepare_job_name(job.ref.name))
         return Decision(Phase.PREPARING, Reason.PREPARING, message, Action.PREPARE)
-    verdict = judge(prepare, startup_of(job), now)
+    verdict = classify(prepare, startup_timeout(job), now)
     if verdict.stage is Stage.LOST:
-        return Decision(Phase.PREPARING, Reason.PREPARING, verdict.message, Action.START_OVER)
+        return Decision(Phase.PREPARING, Reason.PREPARING, verdict.message, Action.DELETE_ALL_JOBS)
     if verdict.stage is not Stage.ENDED:
         message = verdict.message or "model, dataset and output are being checked"
-        return Decision(Phase.PREPARING, verdict.reason, message, recheck_at=verdict.recheck_at)
-    prepared = verdict.word.prepared if verdict.word else None
-    if verdict.reason not in PREPARATION_DONE or prepared is None:
-        return _prepare_again(job, prepare, verdict, now) or fail(verdict)
-    return _after_preparation(job, prepared, seen.gpu_nodes, number)
+        return Decision(Phase.PREPARING, verdict.reason, message, requeue_at=verdict.requeue_at)
+    prepared = verdict.termination_message.prepared if verdict.termination_message else None
+    if verdict.reason not in PREPARE_SUCCESS_REASONS or prepared is None:
+        return _prepare_again(job, prepare, verdict, now) or decide_failed(verdict)
+    return _after_preparation(job, prepared, children.gpu_nodes, number)
 
 
-def _prepare_again(job: Job, prepare: ChildJob, verdict: Verdict, now: datetime) -> Decision | None:
+def _prepare_again(job: Job, prepare: ChildJob, verdict: JobState, now: datetime) -> Decision | None:
     """Give what recovers by itself some time, and prepare again; it holds no GPU, and ends with deadlines.startup."""
-    if REASONS[verdict.reason].retry is not RetryAction.RESUME or now >= job.created_at + startup_of(job):
+    if REASONS[verdict.reason].retry is not RetryAction.RESUME or now >= job.created_at + startup_timeout(job):
         return None
     again = prepare.ended_at(now) + PREPARE_PAUSE
     message = f"{verdict.message}; preparation is retried"
     if now < again:
-        return Decision(Phase.PREPARING, verdict.reason, message, recheck_at=again)
-    return Decision(Phase.PREPARING, verdict.reason, message, Action.START_OVER)
+        return Decision(Phase.PREPARING, verdict.reason, message, requeue_at=again)
+    return Decision(Phase.PREPARING, verdict.reason, message, Action.DELETE_ALL_JOBS)
 
 
 def _after_preparation(job: Job, prepared: Prepared, gpu_nodes: tuple[Manifest, ...], number: int) -> Decision:
@@ -63,7 +63,7 @@ def _after_preparation(job: Job, prepared: Prepared, gpu_nodes: tuple[Manifest, 
         return Decision(Phase.FAILED, Reason.DOES_NOT_FIT, message, prepared=prepared)
     if job.status.plan != plan or job.status.output is None:
         message = "model, dataset and output were checked"
-        return Decision(Phase.SCHEDULING, Reason.PREPARED, message, plan=plan, prepared=prepared, retry_after=AT_ONCE)
+        return Decision(Phase.SCHEDULING, Reason.PREPARED, message, plan=plan, prepared=prepared, requeue_after=AT_ONCE)
     attempt = make_attempt(job, number)
     return Decision(
         Phase.SCHEDULING,
@@ -81,4 +81,4 @@ def _keep_plan(job: Job, prepared: Prepared, gpu_nodes: tuple[Manifest, ...]) ->
     output = job.status.output
     if job.status.plan is not None and output is not None and output.digest == prepared.digest:
         return job.status.plan
-    return make_plan(job.spec, prepared, read_offer(gpu_nodes, job.spec.resources))
+    return make_plan(job.spec, prepared, read_gpu_inventory(gpu_nodes, job.spec.resources))

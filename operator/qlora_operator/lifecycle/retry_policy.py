@@ -7,7 +7,7 @@ from typing import Final
 from qlora_api.reasons import REASONS, Reason, RetryAction
 from qlora_api.units import format_gib
 from qlora_api.v1alpha1 import Attempt, DeadlinesSpec, Plan, to_timedelta
-from qlora_operator.models import Verdict
+from qlora_operator.models import JobState
 
 MOST_ATTEMPTS: Final = 100
 """Entries that status.attempts may have."""
@@ -42,7 +42,7 @@ def time_left(deadlines: DeadlinesSpec, attempts: Sequence[Attempt]) -> timedelt
     return min(to_timedelta(deadlines.total), LONGEST_WAIT) - sum(spent, timedelta(0))
 
 
-def choose_remedy(verdict: Verdict, plan: Plan) -> RetryAction | None:
+def choose_remedy(verdict: JobState, plan: Plan) -> RetryAction | None:
     """Return what another attempt would do differently; None where somebody has to fix the cause first."""
     remedy = REASONS[verdict.reason].retry
     if verdict.reason is Reason.HOST_OUT_OF_MEMORY and plan.device != "cpu":

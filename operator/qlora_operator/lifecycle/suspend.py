@@ -3,10 +3,10 @@
 from typing import Final
 
 from qlora_api.names import Phase, Reason, Role
-from qlora_operator.lifecycle.context import Watch, startup_of
-from qlora_operator.lifecycle.gang import judge
+from qlora_operator.lifecycle.context import ReconcileContext, startup_timeout
+from qlora_operator.lifecycle.gang import classify
 from qlora_operator.lifecycle.retry_policy import AT_ONCE
-from qlora_operator.lifecycle.train_phase import record
+from qlora_operator.lifecycle.train_phase import observed_attempt
 from qlora_operator.models import Action, Decision, Job, Observation, Stage
 
 _STOPPING: Final = "training is being stopped: it writes a checkpoint and ends"
@@ -14,23 +14,23 @@ _STOPPING_PREPARATION: Final = "preparation is being stopped"
 _RUNNING: Final = frozenset({Stage.WAITING, Stage.RUNNING})
 
 
-def suspend(job: Job, seen: Observation, number: int, watch: Watch) -> Decision | None:
+def suspend(job: Job, children: Observation, number: int, context: ReconcileContext) -> Decision | None:
     """Stop what runs, where the spec asks for it; an end that came first is told first."""
     if not job.spec.suspend:
         return None
-    train = seen.train(number)
+    train = children.train(number)
     if train is not None and not train.deleting:
-        if judge(train, startup_of(job), watch.now).stage not in _RUNNING:
+        if classify(train, startup_timeout(job), context.now).stage not in _RUNNING:
             return None
-        ended = record(job, train).model_copy(
-            update={"reason": Reason.SUSPENDED_BY_USER, "message": _STOPPING, "finished_at": watch.now}
+        ended = observed_attempt(job, train).model_copy(
+            update={"reason": Reason.SUSPENDED_BY_USER, "message": _STOPPING, "finished_at": context.now}
         )
-        return Decision(Phase.SUSPENDED, Reason.SUSPENDED_BY_USER, _STOPPING, attempt=ended, retry_after=AT_ONCE)
+        return Decision(Phase.SUSPENDED, Reason.SUSPENDED_BY_USER, _STOPPING, attempt=ended, requeue_after=AT_ONCE)
     if train is not None or any(attempt.number == number for attempt in job.status.attempts):
         return None
-    if running := {child.role for child in seen.jobs if child.holds_resources}:
+    if running := {child.role for child in children.jobs if child.holds_resources}:
         message = _STOPPING if Role.TRAIN in running else _STOPPING_PREPARATION
-        return Decision(Phase.SUSPENDED, Reason.SUSPENDED_BY_USER, message, Action.STOP)
+        return Decision(Phase.SUSPENDED, Reason.SUSPENDED_BY_USER, message, Action.DELETE_RUNNING_JOBS)
     return Decision(Phase.SUSPENDED, Reason.SUSPENDED_BY_USER, _describe(job))
 
 

@@ -8,11 +8,11 @@ from qlora_api.names import ACCELERATE_CONFIG_FILE, DEEPSPEED_CONFIG_FILE
 from qlora_api.runconfig import PrepareConfig, RunConfig
 from qlora_api.strategies import STRATEGIES
 from qlora_api.v1alpha1 import Plan, QLoRAJobSpec
-from qlora_operator.models import Manifest, Run
+from qlora_operator.models import AttemptInputs, Manifest
 from qlora_operator.resources.metadata import (
+    ChildWorkload,
     Installation,
     Owner,
-    Workload,
     build_metadata,
     prepare_workload,
     train_workload,
@@ -31,7 +31,7 @@ def build_prepare_config(owner: Owner, spec: QLoRAJobSpec, installation: Install
     return _build(prepare_workload(owner), config)
 
 
-def build_run_config(owner: Owner, spec: QLoRAJobSpec, run: Run, installation: Installation) -> Manifest:
+def build_run_config(owner: Owner, spec: QLoRAJobSpec, run: AttemptInputs, installation: Installation) -> Manifest:
     """Return what the pod of a training attempt starts from."""
     config = RunConfig(
         namespace=owner.ref.namespace,
@@ -56,7 +56,7 @@ def _launch_files(spec: QLoRAJobSpec, plan: Plan) -> dict[str, str]:
     return {name: json.dumps(content, indent=1) for name, content in files.items()}
 
 
-def _build(workload: Workload, config: ApiModel, others: dict[str, str] | None = None) -> Manifest:
+def _build(workload: ChildWorkload, config: ApiModel, others: dict[str, str] | None = None) -> Manifest:
     return {
         "apiVersion": "v1",
         "kind": "ConfigMap",

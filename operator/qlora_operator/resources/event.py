@@ -11,9 +11,9 @@ from qlora_api.v1alpha1 import QLoRAJobStatus
 from qlora_operator.models import Manifest
 from qlora_operator.resources.metadata import Owner
 
-MAX_NOTE: Final = 1024
+MAX_NOTE_BYTES: Final = 1024
 """Bytes that an Event's note may have."""
-ACTIONS: Final = {
+EVENT_ACTIONS: Final = {
     Phase.PENDING: "Accept",
     Phase.PREPARING: "Prepare",
     Phase.QUEUED: "Queue",
@@ -47,10 +47,10 @@ def build_event(owner: Owner, resource_version: str, status: QLoRAJobStatus, now
         "eventTime": now.strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
         "reportingController": f"{names.GROUP}/{names.FIELD_MANAGER}",
         "reportingInstance": names.FIELD_MANAGER,
-        "action": ACTIONS[phase],
+        "action": EVENT_ACTIONS[phase],
         "reason": reason.value,
         "type": event_type(reason),
-        "note": (status.message or "").encode()[:MAX_NOTE].decode(errors="ignore"),
+        "note": (status.message or "").encode()[:MAX_NOTE_BYTES].decode(errors="ignore"),
         "regarding": {
             "apiVersion": names.API_VERSION,
             "kind": names.KIND,

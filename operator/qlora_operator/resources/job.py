@@ -5,11 +5,11 @@ from datetime import timedelta
 from qlora_api import names
 from qlora_api.job_ref import JobRef
 from qlora_api.v1alpha1 import QLoRAJobSpec, QueueSpec
-from qlora_operator.models import PREPARE_DEADLINE, Manifest, Run
+from qlora_operator.models import PREPARE_DEADLINE, AttemptInputs, Manifest
 from qlora_operator.resources.metadata import (
+    ChildWorkload,
     Installation,
     Owner,
-    Workload,
     build_labels,
     build_metadata,
     prepare_workload,
@@ -24,7 +24,7 @@ def build_prepare_job(owner: Owner, spec: QLoRAJobSpec, installation: Installati
     return _build(workload, build_prepare_pod(workload, spec, installation), PREPARE_DEADLINE)
 
 
-def build_train_job(owner: Owner, spec: QLoRAJobSpec, run: Run, installation: Installation) -> Manifest:
+def build_train_job(owner: Owner, spec: QLoRAJobSpec, run: AttemptInputs, installation: Installation) -> Manifest:
     """Return the Job of one training attempt: a pod per node, which live and die together."""
     workload, plan = train_workload(owner, run.attempt), run.plan
     pod = build_train_pod(workload, spec, run, installation)
@@ -51,7 +51,7 @@ def build_deadline(ref: JobRef, name: str, seconds: int) -> Manifest:
     }
 
 
-def _build(workload: Workload, pod: Manifest, deadline: timedelta, pods: int = 1) -> Manifest:
+def _build(workload: ChildWorkload, pod: Manifest, deadline: timedelta, pods: int = 1) -> Manifest:
     """Pods that are never restarted: the operator, not the Job controller, decides what a failure means."""
     return {
         "apiVersion": "batch/v1",

@@ -29,7 +29,7 @@ class Owner(NamedTuple):
     uid: str
 
 
-class Workload(NamedTuple):
+class ChildWorkload(NamedTuple):
     """What a Job and its ConfigMap are for."""
 
     owner: Owner
@@ -41,17 +41,19 @@ class Workload(NamedTuple):
     config_file: str
 
 
-def prepare_workload(owner: Owner) -> Workload:
+def prepare_workload(owner: Owner) -> ChildWorkload:
     """Return the work that needs no GPU."""
-    return Workload(owner, Role.PREPARE, 0, names.prepare_job_name(owner.ref.name), names.PREPARE_CONFIG_FILE)
+    return ChildWorkload(owner, Role.PREPARE, 0, names.prepare_job_name(owner.ref.name), names.PREPARE_CONFIG_FILE)
 
 
-def train_workload(owner: Owner, attempt: int) -> Workload:
+def train_workload(owner: Owner, attempt: int) -> ChildWorkload:
     """Return the work of one training attempt."""
-    return Workload(owner, Role.TRAIN, attempt, names.train_job_name(owner.ref.name, attempt), names.RUN_CONFIG_FILE)
+    return ChildWorkload(
+        owner, Role.TRAIN, attempt, names.train_job_name(owner.ref.name, attempt), names.RUN_CONFIG_FILE
+    )
 
 
-def build_labels(workload: Workload) -> dict[str, str]:
+def build_labels(workload: ChildWorkload) -> dict[str, str]:
     """Return the labels of a child and of its pods."""
     labels = {
         names.MANAGED_BY_LABEL: names.FIELD_MANAGER,
@@ -61,7 +63,7 @@ def build_labels(workload: Workload) -> dict[str, str]:
     return labels | ({names.ATTEMPT_LABEL: str(workload.attempt)} if workload.attempt else {})
 
 
-def build_metadata(workload: Workload) -> dict[str, Any]:
+def build_metadata(workload: ChildWorkload) -> dict[str, Any]:
     """Return the metadata of a child; the garbage collector deletes it with its owner."""
     owner = workload.owner
     return {

@@ -6,9 +6,9 @@ from qlora_api import metrics, names
 from qlora_api.accelerators import accelerator_of
 from qlora_api.names import Role, SecretRole
 from qlora_api.v1alpha1 import Plan, QLoRAJobSpec, ResourcesSpec, Toleration
-from qlora_operator.models import PREPARE_MEMORY, Manifest, Run
+from qlora_operator.models import PREPARE_MEMORY, AttemptInputs, Manifest
 from qlora_operator.resources.claims import build_claim_mounts, build_claim_volumes
-from qlora_operator.resources.metadata import Installation, Workload, build_labels
+from qlora_operator.resources.metadata import ChildWorkload, Installation, build_labels
 
 NON_ROOT: Final = 65532
 """User and group of the images."""
@@ -17,7 +17,7 @@ TOKEN_SECONDS: Final = 3600
 UNREACHABLE_SECONDS: Final = 60
 """After a node was found unreachable (50 s without a sign of its kubelet), its pods are given up after so long: the
 others of a run wait for them and hold their GPUs. Kubernetes' own default is 300 s."""
-_PATIENCE: Final = tuple(
+_NODE_FAILURE_TOLERATIONS: Final = tuple(
     {
         "key": f"node.kubernetes.io/{state}",
         "operator": "Exists",
@@ -26,51 +26,53 @@ _PATIENCE: Final = tuple(
     }
     for state in ("not-ready", "unreachable")
 )
-LAUNCH: Final = "launch"
+LAUNCH_COMMAND: Final = "launch"
 """The trainer's command for several processes."""
-_METRICS: Final = {"name": metrics.PORT_NAME, "containerPort": metrics.PORT}
+_METRICS_PORT: Final = {"name": metrics.PORT_NAME, "containerPort": metrics.PORT}
 PREPARE_RESOURCES: Final = {"requests": {"cpu": "500m", "memory": "1Gi"}, "limits": {"memory": PREPARE_MEMORY}}
 
 
-def build_prepare_pod(workload: Workload, spec: QLoRAJobSpec, installation: Installation) -> Manifest:
+def build_prepare_pod(workload: ChildWorkload, spec: QLoRAJobSpec, installation: Installation) -> Manifest:
     """Return the pod that prepares: never on a GPU, and not drawn to GPU nodes."""
     return _build(workload, spec, installation, PREPARE_RESOURCES, {})
 
 
-def build_train_pod(workload: Workload, spec: QLoRAJobSpec, run: Run, installation: Installation) -> Manifest:
+def build_train_pod(
+    workload: ChildWorkload, spec: QLoRAJobSpec, run: AttemptInputs, installation: Installation
+) -> Manifest:
     """Return the pod that trains, alone or with others."""
     plan, resources = run.plan, spec.resources
     pod = _build(workload, spec, installation, _train_resources(resources, plan), _placement(resources, plan))
-    pod["tolerations"] = [*pod.get("tolerations", ()), *_PATIENCE]
+    pod["tolerations"] = [*pod.get("tolerations", ()), *_NODE_FAILURE_TOLERATIONS]
     if run.avoided_nodes:
-        pod.setdefault("affinity", {})["nodeAffinity"] = _elsewhere(run.avoided_nodes)
+        pod.setdefault("affinity", {})["nodeAffinity"] = _node_affinity_excluding(run.avoided_nodes)
     if plan.processes > 1:
-        _let_processes_meet(pod, workload, plan)
+        _add_rendezvous(pod, workload, plan)
     return pod
 
 
-def _elsewhere(nodes: tuple[str, ...]) -> Manifest:
+def _node_affinity_excluding(nodes: tuple[str, ...]) -> Manifest:
     """Keep a pod off some nodes."""
     fields = [{"key": "metadata.name", "operator": "NotIn", "values": [node]} for node in nodes]
     return {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [{"matchFields": fields}]}}
 
 
-def _let_processes_meet(pod: Manifest, workload: Workload, plan: Plan) -> None:
+def _add_rendezvous(pod: Manifest, workload: ChildWorkload, plan: Plan) -> None:
     """Start the launcher instead of the one process, and give it the first pod's name and memory to share."""
     container = pod["containers"][0]
-    container["args"][0] = LAUNCH
+    container["args"][0] = LAUNCH_COMMAND
     if plan.nodes > 1:
         pod["subdomain"] = workload.name
         main = {"name": names.MAIN_ADDRESS_ENV, "value": f"{workload.name}-0.{workload.name}"}
         container["env"].append(main)
-        pod.setdefault("affinity", {}).update(_apart(workload))
+        pod.setdefault("affinity", {}).update(_pod_anti_affinity(workload))
     if plan.gpus_per_node > 1:
         # NCCL moves tensors between the GPUs of a node through shared memory; a container's own has 64 MiB.
         container["volumeMounts"].append({"name": "shm", "mountPath": "/dev/shm"})  # noqa: S108 (an emptyDir)
         pod["volumes"].append({"name": "shm", "emptyDir": {"medium": "Memory"}})
 
 
-def _apart(workload: Workload) -> Manifest:
+def _pod_anti_affinity(workload: ChildWorkload) -> Manifest:
     """Prefer a node for each pod: two on one would share its network and its cores."""
     term = {"labelSelector": {"matchLabels": build_labels(workload)}, "topologyKey": "kubernetes.io/hostname"}
     weighted = {"weight": 100, "podAffinityTerm": term}
@@ -78,7 +80,7 @@ def _apart(workload: Workload) -> Manifest:
 
 
 def _build(
-    workload: Workload,
+    workload: ChildWorkload,
     spec: QLoRAJobSpec,
     installation: Installation,
     resources: dict[str, Any],
@@ -107,7 +109,7 @@ def _build(
 
 
 def _container(
-    workload: Workload, spec: QLoRAJobSpec, installation: Installation, resources: dict[str, Any]
+    workload: ChildWorkload, spec: QLoRAJobSpec, installation: Installation, resources: dict[str, Any]
 ) -> Manifest:
     return {
         "name": names.CONTAINER,
@@ -115,7 +117,7 @@ def _container(
         "imagePullPolicy": installation.pull_policy,
         "args": [workload.role.value, "--config", f"{names.CONFIG_MOUNT}/{workload.config_file}"],
         "env": _environment(workload, installation),
-        **({"ports": [_METRICS]} if workload.role is Role.TRAIN else {}),
+        **({"ports": [_METRICS_PORT]} if workload.role is Role.TRAIN else {}),
         "resources": resources,
         "securityContext": {
             "allowPrivilegeEscalation": False,
@@ -128,7 +130,7 @@ def _container(
     }
 
 
-def _environment(workload: Workload, installation: Installation) -> list[dict[str, str]]:
+def _environment(workload: ChildWorkload, installation: Installation) -> list[dict[str, str]]:
     """Point every cache at the writable folder, and the trainer at the progress endpoint."""
     folders = {
         "HOME": names.WORK_MOUNT,
@@ -141,7 +143,7 @@ def _environment(workload: Workload, installation: Installation) -> list[dict[st
     return [{"name": name, "value": value} for name, value in (folders | _progress(workload, installation)).items()]
 
 
-def _progress(workload: Workload, installation: Installation) -> dict[str, str]:
+def _progress(workload: ChildWorkload, installation: Installation) -> dict[str, str]:
     if not installation.progress_url:
         return {}
     path = names.progress_path(workload.owner.ref.namespace, workload.owner.ref.name)
@@ -171,7 +173,7 @@ def _mounts(spec: QLoRAJobSpec, installation: Installation) -> list[dict[str, An
     ]
 
 
-def _volumes(workload: Workload, spec: QLoRAJobSpec, installation: Installation) -> list[dict[str, Any]]:
+def _volumes(workload: ChildWorkload, spec: QLoRAJobSpec, installation: Installation) -> list[dict[str, Any]]:
     """Secrets are optional: a pod that waits for a missing one would hold its GPU, so the trainer names it instead."""
     secrets = [
         {"name": f"secret-{role}", "secret": {"secretName": name, "optional": True}}

@@ -1,5 +1,5 @@
 """Status as a pure function of what is known."""
 
-from qlora_operator.status.derive import acknowledge, derive_status, to_wire
+from qlora_operator.status.derive import derive_status, to_wire, with_observed_generation
 
-__all__ = ["acknowledge", "derive_status", "to_wire"]
+__all__ = ["derive_status", "to_wire", "with_observed_generation"]

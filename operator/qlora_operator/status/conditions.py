@@ -7,10 +7,10 @@ from typing import Final, Literal, NamedTuple
 from qlora_api.names import TERMINAL, ConditionType, Phase, Reason
 from qlora_api.v1alpha1 import Condition, QLoRAJobStatus
 
-Truth = Literal["True", "False", "Unknown"]
+ConditionStatus = Literal["True", "False", "Unknown"]
 
 
-_SCHEDULED: Final[dict[Phase, Truth]] = {
+_SCHEDULED: Final[dict[Phase, ConditionStatus]] = {
     Phase.PENDING: "Unknown",
     Phase.PREPARING: "Unknown",
     Phase.QUEUED: "False",
@@ -22,11 +22,11 @@ _SCHEDULED: Final[dict[Phase, Truth]] = {
 """Whether the training pod has a node; True in every other phase."""
 
 
-class Claim(NamedTuple):
+class DesiredCondition(NamedTuple):
     """A condition without its times."""
 
     type: ConditionType
-    status: Truth
+    status: ConditionStatus
     reason: Reason
     message: str
 
@@ -36,16 +36,18 @@ def derive_conditions(status: QLoRAJobStatus, now: datetime) -> tuple[Condition,
     known = {condition.type: condition for condition in status.conditions}
     phase, reason = status.phase or Phase.PENDING, status.reason or Reason.ACCEPTED
     return tuple(
-        _stamp(claim, known.get(claim.type), status.observed_generation, now)
+        _with_transition_time(claim, known.get(claim.type), status.observed_generation, now)
         for claim in (
-            *_outcome(phase, reason, status.message or ""),
+            *_outcome_conditions(phase, reason, status.message or ""),
             _prepared(phase, reason, status),
             _scheduled(phase, reason, status, known.get(ConditionType.SCHEDULED)),
         )
     )
 
 
-def _stamp(claim: Claim, before: Condition | None, generation: int, now: datetime) -> Condition:
+def _with_transition_time(
+    claim: DesiredCondition, before: Condition | None, generation: int, now: datetime
+) -> Condition:
     unchanged = before is not None and before.status == claim.status
     return Condition(
         **claim._asdict(),
@@ -54,31 +56,33 @@ def _stamp(claim: Claim, before: Condition | None, generation: int, now: datetim
     )
 
 
-def _truth(holds: bool) -> Truth:
+def _to_condition_status(holds: bool) -> ConditionStatus:
     return "True" if holds else "False"
 
 
-def _outcome(phase: Phase, reason: Reason, message: str) -> Iterator[Claim]:
+def _outcome_conditions(phase: Phase, reason: Reason, message: str) -> Iterator[DesiredCondition]:
     finished, succeeded = phase in TERMINAL, phase is Phase.SUCCEEDED
-    outcome: Truth = _truth(succeeded) if finished else "Unknown"
-    yield Claim(ConditionType.READY, _truth(succeeded), reason, message)
-    yield Claim(ConditionType.RECONCILING, _truth(not finished), reason, message)
-    yield Claim(ConditionType.STALLED, _truth(phase is Phase.FAILED), reason, message)
-    yield Claim(ConditionType.FINISHED, _truth(finished), reason, message)
-    yield Claim(ConditionType.SUCCEEDED, outcome, reason, message)
-    yield Claim(ConditionType.PUBLISHED, outcome, reason, message)
-    yield Claim(ConditionType.SUSPENDED, _truth(phase is Phase.SUSPENDED), reason, message)
+    outcome: ConditionStatus = _to_condition_status(succeeded) if finished else "Unknown"
+    yield DesiredCondition(ConditionType.READY, _to_condition_status(succeeded), reason, message)
+    yield DesiredCondition(ConditionType.RECONCILING, _to_condition_status(not finished), reason, message)
+    yield DesiredCondition(ConditionType.STALLED, _to_condition_status(phase is Phase.FAILED), reason, message)
+    yield DesiredCondition(ConditionType.FINISHED, _to_condition_status(finished), reason, message)
+    yield DesiredCondition(ConditionType.SUCCEEDED, outcome, reason, message)
+    yield DesiredCondition(ConditionType.PUBLISHED, outcome, reason, message)
+    yield DesiredCondition(ConditionType.SUSPENDED, _to_condition_status(phase is Phase.SUSPENDED), reason, message)
 
 
-def _prepared(phase: Phase, reason: Reason, status: QLoRAJobStatus) -> Claim:
+def _prepared(phase: Phase, reason: Reason, status: QLoRAJobStatus) -> DesiredCondition:
     if status.model is not None:
-        return Claim(ConditionType.PREPARED, "True", Reason.PREPARED, "model, dataset and output were checked")
-    truth: Truth = "False" if phase is Phase.FAILED else "Unknown"
-    return Claim(ConditionType.PREPARED, truth, reason, status.message or "")
+        return DesiredCondition(
+            ConditionType.PREPARED, "True", Reason.PREPARED, "model, dataset and output were checked"
+        )
+    truth: ConditionStatus = "False" if phase is Phase.FAILED else "Unknown"
+    return DesiredCondition(ConditionType.PREPARED, truth, reason, status.message or "")
 
 
-def _scheduled(phase: Phase, reason: Reason, status: QLoRAJobStatus, before: Condition | None) -> Claim:
+def _scheduled(phase: Phase, reason: Reason, status: QLoRAJobStatus, before: Condition | None) -> DesiredCondition:
     """A pod that had a node once stays scheduled when the run is over."""
     if phase in TERMINAL and before is not None and before.status == "True":
-        return Claim(before.type, before.status, before.reason, before.message)
-    return Claim(ConditionType.SCHEDULED, _SCHEDULED.get(phase, "True"), reason, status.message or "")
+        return DesiredCondition(before.type, before.status, before.reason, before.message)
+    return DesiredCondition(ConditionType.SCHEDULED, _SCHEDULED.get(phase, "True"), reason, status.message or "")

@@ -13,14 +13,14 @@ from qlora_operator.models import Decision
 from qlora_operator.status.conditions import derive_conditions
 from qlora_operator.status.formatting import format_number, format_step
 
-_KEPT: Final = ("started_at", "micro_batch_size", "node")
+_STICKY_ATTEMPT_FIELDS: Final = ("started_at", "micro_batch_size", "node")
 """What an attempt is known by once, although its pods may be gone."""
 
 
 def derive_status(  # noqa: PLR0913 (everything that a status depends on)
     previous: QLoRAJobStatus,
     decision: Decision,
-    live: Progress | None,
+    report: Progress | None,
     *,
     gpus: int | None,
     generation: int,
@@ -36,7 +36,7 @@ def derive_status(  # noqa: PLR0913 (everything that a status depends on)
             "observed_generation": generation,
             "phase": decision.phase,
             "reason": decision.reason,
-            "message": describe(decision),
+            "message": describe_decision(decision),
             "gpus": plan.nodes * plan.gpus_per_node if plan else gpus,
             "attempt": attempts[-1].number if attempts else None,
             "started_at": previous.started_at or now,
@@ -45,16 +45,16 @@ def derive_status(  # noqa: PLR0913 (everything that a status depends on)
             "dataset": prepared.dataset if prepared else previous.dataset,
             "plan": plan,
             "attempts": attempts,
-            "checkpoint": derive_checkpoint(previous, decision, live),
+            "checkpoint": derive_checkpoint(previous, decision, report),
             "evaluation": result.evaluation if result else previous.evaluation,
             "output": derive_output(previous.output, prepared, result),
-            **derive_progress(live or previous.last_report, decision.phase, plan),
+            **derive_progress(report or previous.last_report, decision.phase, plan),
         }
     )
     return status.model_copy(update={"conditions": derive_conditions(status, now)})
 
 
-def describe(decision: Decision) -> str:
+def describe_decision(decision: Decision) -> str:
     """Write the sentence of a decision; a failure also says what to do."""
     record = REASONS[decision.reason]
     message = decision.message or record.sentence
@@ -80,11 +80,11 @@ def derive_progress(report: Progress | None, phase: Phase, plan: Plan | None) ->
     }
 
 
-def derive_checkpoint(previous: QLoRAJobStatus, decision: Decision, live: Progress | None) -> Checkpoint | None:
+def derive_checkpoint(previous: QLoRAJobStatus, decision: Decision, report: Progress | None) -> Checkpoint | None:
     """Say what another attempt would go on from; a published adapter has taken its place."""
     if decision.phase is Phase.SUCCEEDED:
         return None
-    return decision.checkpoint or (live.checkpoint if live else None) or previous.checkpoint
+    return decision.checkpoint or (report.checkpoint if report else None) or previous.checkpoint
 
 
 def derive_output(
@@ -105,12 +105,12 @@ def merge_attempt(attempts: tuple[Attempt, ...], attempt: Attempt | None) -> tup
         return attempts
     known = {entry.number: entry for entry in attempts}
     before = known.get(attempt.number, attempt)
-    kept = {name: getattr(before, name) for name in _KEPT if not getattr(attempt, name)}
+    kept = {name: getattr(before, name) for name in _STICKY_ATTEMPT_FIELDS if not getattr(attempt, name)}
     known[attempt.number] = attempt.model_copy(update=kept)
     return tuple(known[number] for number in sorted(known))
 
 
-def acknowledge(previous: QLoRAJobStatus, generation: int) -> QLoRAJobStatus:
+def with_observed_generation(previous: QLoRAJobStatus, generation: int) -> QLoRAJobStatus:
     """Keep a finished run's status, and say that the newest generation was seen."""
     conditions = tuple(
         condition.model_copy(update={"observed_generation": generation}) for condition in previous.conditions

@@ -18,13 +18,13 @@ class Trainable:
     """A and B of every adapted layer."""
     magnitudes: tuple[int, ...] = ()
     """DoRA's, one for each output of a layer."""
-    whole: tuple[int, ...] = ()
+    full_weights: tuple[int, ...] = ()
     """Modules that are trained and saved whole; with method full, all of the model."""
 
     @property
     def tensors(self) -> tuple[int, ...]:
         """Return all sizes."""
-        return self.matrices + self.magnitudes + self.whole
+        return self.matrices + self.magnitudes + self.full_weights
 
     @property
     def adapter(self) -> int:
@@ -40,22 +40,22 @@ class Trainable:
 def find_trainable(shape: ModelShape, spec: QLoRAJobSpec) -> Trainable:
     """Return what a run trains."""
     if spec.method == "full":
-        return Trainable(whole=tuple(size for size in _every_tensor(shape) if size))
+        return Trainable(full_weights=tuple(size for size in _every_tensor(shape) if size))
     check_targets(shape, spec.lora)
     ranks, linears = _ranks(shape, spec.lora), dict(shape.named_linears())
     return Trainable(
         matrices=(
             *(rank * side for name, rank in ranks.items() for side in (linears[name].inputs, linears[name].outputs)),
-            *_stacked(shape, spec.lora),
+            *_stacked_experts(shape, spec.lora),
         ),
         magnitudes=tuple(linears[name].outputs for name in ranks) if spec.lora.dora else (),
-        whole=tuple(size for size in _whole(shape, spec.lora.modules_to_save) if size),
+        full_weights=tuple(size for size in _modules_to_save(shape, spec.lora.modules_to_save) if size),
     )
 
 
 def check_base(shape: ModelShape, quantization: QuantizationSpec) -> None:
     """Refuse a quantised base of which nothing is quantised, as prepare does."""
-    if quantization.bits != 16 and not shape.quantisable:
+    if quantization.bits != 16 and not shape.quantizable:
         raise MismatchError(
             f"spec.quantization.bits: a model of type {shape.family} has no layer that bitsandbytes can store in "
             f"{quantization.bits} bits; set spec.method to lora and spec.quantization.bits to 16"
@@ -66,7 +66,7 @@ def check_targets(shape: ModelShape, lora: LoraSpec) -> None:
     """Refuse names that mean no module, as prepare does."""
     names = [name for name, _ in shape.named_linears()]
     if lora.targets != (ALL_LINEAR,):
-        unknown = ", ".join(word for word in lora.targets if not _meant(names, [word]))
+        unknown = ", ".join(word for word in lora.targets if not _matching_modules(names, [word]))
         if unknown:
             available = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
             raise MismatchError(
@@ -93,32 +93,32 @@ def ranks_of_layer(shape: ModelShape, lora: LoraSpec) -> dict[str, int]:
 def _ranks(shape: ModelShape, lora: LoraSpec) -> dict[str, int]:
     """Return the rank of every adapted layer; of two words that mean one, the longer counts."""
     names = [name for name, _ in shape.named_linears()]
-    adapted = names if lora.targets == (ALL_LINEAR,) else _meant(names, lora.targets)
+    adapted = names if lora.targets == (ALL_LINEAR,) else _matching_modules(names, lora.targets)
     ranks = dict.fromkeys(adapted, lora.rank)
     for word in sorted(lora.rank_pattern, key=len):
-        ranks |= dict.fromkeys(_meant(adapted, [word]), lora.rank_pattern[word])
+        ranks |= dict.fromkeys(_matching_modules(adapted, [word]), lora.rank_pattern[word])
     return ranks
 
 
-def _meant(modules: Iterable[str], words: Iterable[str]) -> list[str]:
+def _matching_modules(modules: Iterable[str], words: Iterable[str]) -> list[str]:
     """Return the modules that a manifest's words mean: names, or ends of paths."""
     ends = tuple(f".{word}" for word in words)
     return [name for name in modules if f".{name}".endswith(ends)]
 
 
-def _stacked(shape: ModelShape, lora: LoraSpec) -> Iterator[int]:
+def _stacked_experts(shape: ModelShape, lora: LoraSpec) -> Iterator[int]:
     """Yield the adapters on stacked experts, which peft makes for all-linear only."""
     if lora.targets != (ALL_LINEAR,):
         return
     for block in shape.blocks:
         for matrix in block.stacked * block.count:
-            rank = matrix.count * matrix.joined * lora.rank
+            rank = matrix.count * matrix.fused_projections * lora.rank
             yield from (rank * matrix.inputs, rank * matrix.outputs)
 
 
-def _whole(shape: ModelShape, words: Iterable[str]) -> Iterator[int]:
+def _modules_to_save(shape: ModelShape, words: Iterable[str]) -> Iterator[int]:
     sizes = dict(shape.named_modules())
-    chosen = _meant(sizes, words)
+    chosen = _matching_modules(sizes, words)
     # peft keeps a tied embedding and output layer one weight when either is trained.
     twice = shape.tied and {shape.embedding.path, shape.head.path} <= set(chosen)
     for name in chosen:

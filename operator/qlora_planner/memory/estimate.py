@@ -12,7 +12,7 @@ from qlora_api.units import MIB
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_planner.memory.activations import Activations, estimate_activations
 from qlora_planner.memory.adapter import Trainable, find_trainable, ranks_of_layer
-from qlora_planner.memory.forward_config import Kernel, Lines, Setting
+from qlora_planner.memory.forward_config import BatchShape, ForwardConfig, Kernel
 from qlora_planner.memory.weights import FP32, HALF, BaseBytes, base_bytes, optimizer_bytes
 from qlora_planner.models.shapes import Linear, ModelShape
 
@@ -35,7 +35,7 @@ PACK_TOKENS: Final = 4096
 
 
 @dataclass(frozen=True)
-class Rows:
+class SequenceLengths:
     """How long the rows are, in tokens, as they are trained on."""
 
     longest: int
@@ -70,17 +70,19 @@ class MemoryEstimate:
     optimizer: int
     activations: int
     """At the peak of forward and backward: kept tensors, logits, dequantised matrices."""
-    collected: int
+    communication: int
     """Gradients or weights of several processes, gathered or added up."""
     loading: int
     """The base while it is loaded, before anything is divided."""
-    outside: int
+    non_torch: int
     """What torch's allocator does not know: context and NCCL."""
 
     @property
     def training(self) -> int:
         """Return what tensors take while a step is taken."""
-        return sum((self.base.total, self.adapter, self.gradients, self.optimizer, self.activations, self.collected))
+        return sum(
+            (self.base.total, self.adapter, self.gradients, self.optimizer, self.activations, self.communication)
+        )
 
     @property
     def loads_more_than_it_trains(self) -> bool:
@@ -93,39 +95,39 @@ class MemoryEstimate:
         return max(self.loading, self.training)
 
     @property
-    def least(self) -> int:
+    def minimum(self) -> int:
         """Return what the GPU must have if torch's allocator wastes nothing."""
-        return self.allocated + self.outside
+        return self.allocated + self.non_torch
 
     @property
     def peak(self) -> int:
         """Return what the GPU should have."""
-        return ceil(self.allocated * (1 + SLACK)) + self.outside if self.outside else self.allocated
+        return ceil(self.allocated * (1 + SLACK)) + self.non_torch if self.non_torch else self.allocated
 
 
 @dataclass(frozen=True)
-class Workload:
+class TrainingWorkload:
     """A model, what a spec makes of it, and the rows."""
 
     spec: QLoRAJobSpec
     shape: ModelShape
-    rows: Rows
+    rows: SequenceLengths
     device: DeviceName = NVIDIA.device
 
     @property
-    def whole(self) -> bool:
+    def full_finetune(self) -> bool:
         """Return whether the model itself is trained."""
         return self.spec.method == "full"
 
     @property
     def width(self) -> int:
         """Return the bytes of a weight that is not quantised; on a CPU without bf16, which is the worse case, 4."""
-        return FP32 if self.whole or self.device == "cpu" else HALF
+        return FP32 if self.full_finetune or self.device == "cpu" else HALF
 
     @property
     def attention(self) -> Kernel:
         """Return the kernel that the trainer takes where FlashAttention is not installed."""
-        return "eager" if self.shape.attention.capped else "sdpa"
+        return "eager" if self.shape.attention.softcapped else "sdpa"
 
     @cached_property
     def trainable(self) -> Trainable:
@@ -140,42 +142,42 @@ class Workload:
     @cached_property
     def ranks(self) -> dict[str, int]:
         """Return the ranks of a layer's adapters."""
-        return {} if self.whole else ranks_of_layer(self.shape, self.spec.lora)
+        return {} if self.full_finetune else ranks_of_layer(self.shape, self.spec.lora)
 
-    def lines(self, micro_batch: int) -> Lines:
+    def largest_batch(self, micro_batch: int) -> BatchShape:
         """Return the longest pass that the rows can make."""
-        packing, longest = self.spec.training.packing and self.shape.joins, self.rows.longest
+        packing, longest = self.spec.training.packing and self.shape.supports_packing, self.rows.longest
         most = max(PACK_TOKENS, longest) // longest if packing else micro_batch
         rows = min(micro_batch, most)
         # Whatever the loss is taken of, some row may be nearly all answer.
-        return Lines(rows, longest, rows * longest, rows * longest, packing, even=True)
+        return BatchShape(rows, longest, rows * longest, rows * longest, packing, equal_length=True)
 
     @cached_property
-    def _known(self) -> dict[tuple[int, bool], Activations]:
+    def _activation_cache(self) -> dict[tuple[int, bool], Activations]:
         """What was estimated: GPUs and strategies differ in other things."""
         return {}
 
     def activations(self, micro_batch: int, *, checkpointing: bool) -> Activations:
         """Return what a forward and a backward pass take."""
         key = (micro_batch, checkpointing)
-        if key not in self._known:
-            self._known[key] = estimate_activations(as_dense(self.shape), self._setting(*key))
-        return self._known[key]
+        if key not in self._activation_cache:
+            self._activation_cache[key] = estimate_activations(as_dense(self.shape), self._forward_config(*key))
+        return self._activation_cache[key]
 
-    def _setting(self, micro_batch: int, checkpointing: bool) -> Setting:
+    def _forward_config(self, micro_batch: int, checkpointing: bool) -> ForwardConfig:
         lora = self.spec.lora
-        return Setting(
-            lines=self.lines(micro_batch),
+        return ForwardConfig(
+            batch=self.largest_batch(micro_batch),
             device=self.device,
             attention=self.attention,
             compute=FP32 if self.device == "cpu" else HALF,
             bits=self.spec.quantization.bits,
             ranks=self.ranks,
-            dropout=lora.dropout > 0 and not self.whole,
-            dora=lora.dora and not self.whole,
-            whole=self.whole,
+            dropout=lora.dropout > 0 and not self.full_finetune,
+            dora=lora.dora and not self.full_finetune,
+            full_finetune=self.full_finetune,
             checkpointing=checkpointing,
-            noise=self.spec.training.neftune_alpha > 0,
+            neftune=self.spec.training.neftune_alpha > 0,
         )
 
 
@@ -188,14 +190,14 @@ def as_dense(shape: ModelShape) -> ModelShape:
     mlp, hidden = shape.mlp, shape.hidden
     if mlp.experts == 1:
         return shape
-    width = mlp.chosen * mlp.intermediate
+    width = mlp.experts_per_token * mlp.intermediate
     sides = (("gate_proj", hidden, width), ("up_proj", hidden, width), ("down_proj", width, hidden))
-    fed = tuple(Linear(f"mlp.{name}", inputs, outputs, quantisable=False) for name, inputs, outputs in sides)
+    fed = tuple(Linear(f"mlp.{name}", inputs, outputs, quantizable=False) for name, inputs, outputs in sides)
     decoder = replace(shape.decoder, linears=(*shape.decoder.linears, *fed), stacked=())
-    return replace(shape, decoder=decoder, mlp=replace(mlp, intermediate=width, experts=1, chosen=1))
+    return replace(shape, decoder=decoder, mlp=replace(mlp, intermediate=width, experts=1, experts_per_token=1))
 
 
-def estimate_memory(work: Workload, layout: Layout) -> MemoryEstimate:
+def estimate_memory(work: TrainingWorkload, layout: Layout) -> MemoryEstimate:
     """Return what the fullest GPU holds at its peak."""
     learned = work.trainable.parameters * FP32
     parts = layout.processes if layout.sharing.shards_optimizer else 1
@@ -207,29 +209,29 @@ def estimate_memory(work: Workload, layout: Layout) -> MemoryEstimate:
         gradients=ceil(learned / parts),
         optimizer=ceil(optimizer_bytes(work.trainable, layout.optimizer) / parts),
         activations=work.activations(layout.micro_batch, checkpointing=layout.checkpointing).peak,
-        collected=_collected_bytes(work, layout, learned),
+        communication=_communication_bytes(work, layout, learned),
         loading=_loading_bytes(work),
-        outside=_outside_bytes(work, layout),
+        non_torch=_non_torch_bytes(work, layout),
     )
 
 
-def _loading_bytes(work: Workload) -> int:
+def _loading_bytes(work: TrainingWorkload) -> int:
     """Return the whole base, which every process loads and ZeRO-3 divides afterwards, with its largest tensor twice."""
     return work.base.total + max(work.shape.embedding.parameters, work.shape.head.weights) * work.width
 
 
-def _adapter_bytes(work: Workload, layout: Layout, learned: int) -> int:
+def _adapter_bytes(work: TrainingWorkload, layout: Layout, learned: int) -> int:
     """Return the weights that learn beside the base; with method full they are the base."""
-    own = 0 if work.whole else ceil(learned / (layout.processes if layout.sharing.shards_weights else 1))
+    own = 0 if work.full_finetune else ceil(learned / (layout.processes if layout.sharing.shards_weights else 1))
     # ZeRO-2 steps on a flat copy of its part; ZeRO-3 on the parts themselves, which are fp32 already.
     copies = layout.sharing.shards_optimizer and not layout.sharing.shards_weights
     copy = ceil(learned / layout.processes) if copies else 0
     # PiSSA's first matrices stay beside the ones that learn, since the base is without them.
-    start = sum(work.trainable.matrices) * FP32 if work.spec.lora.init == "pissa" and not work.whole else 0
+    start = sum(work.trainable.matrices) * FP32 if work.spec.lora.init == "pissa" and not work.full_finetune else 0
     return own + copy + start
 
 
-def _collected_bytes(work: Workload, layout: Layout, learned: int) -> int:
+def _communication_bytes(work: TrainingWorkload, layout: Layout, learned: int) -> int:
     """Return what processes exchange at once: one flat tensor of all gradients, or DeepSpeed's buckets."""
     if layout.processes == 1:
         return 0
@@ -243,7 +245,7 @@ def _collected_bytes(work: Workload, layout: Layout, learned: int) -> int:
     return BUCKET + largest + min(work.base.weights, ceil(LIVE * mean))
 
 
-def _outside_bytes(work: Workload, layout: Layout) -> int:
+def _non_torch_bytes(work: TrainingWorkload, layout: Layout) -> int:
     if work.device == "cpu":
         return 0
     return CONTEXT + WORKSPACE + (NCCL if layout.processes > 1 else 0)

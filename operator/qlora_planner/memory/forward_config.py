@@ -14,7 +14,7 @@ Kernel = Literal["sdpa", "eager", "flash_attention_2"]
 
 
 @dataclass(frozen=True)
-class Lines:
+class BatchShape:
     """The rows of one forward pass, as they are laid out."""
 
     rows: int
@@ -25,15 +25,15 @@ class Lines:
     labels: int
     """Tokens that are learned."""
     packing: bool
-    even: bool = False
+    equal_length: bool = False
     """All rows are equally long, so that nothing is padded."""
 
 
 @dataclass(frozen=True)
-class Setting:
+class ForwardConfig:
     """How it computes."""
 
-    lines: Lines
+    batch: BatchShape
     device: DeviceName = NVIDIA.device
     attention: Kernel = "sdpa"
     compute: int = HALF
@@ -44,10 +44,10 @@ class Setting:
     """Adapters: path of a linear layer in its block, as in self_attn.q_proj, to its rank."""
     dropout: bool = False
     dora: bool = False
-    whole: bool = False
+    full_finetune: bool = False
     """Every weight learns, in fp32 (method full)."""
     checkpointing: bool = False
-    noise: bool = False
+    neftune: bool = False
     """NEFTune adds noise to the embeddings."""
 
     @property
@@ -56,12 +56,12 @@ class Setting:
         return self.compute != FP32
 
     @property
-    def stored(self) -> int:
+    def weight_width(self) -> int:
         """Return the bytes per element of weights that are not quantised."""
-        return FP32 if self.whole else self.compute
+        return FP32 if self.full_finetune else self.compute
 
     @property
-    def adapters_cast_up(self) -> bool:
+    def upcasts_adapter_input(self) -> bool:
         """Return whether peft casts an adapter's input to fp32 before it.
 
         Its layers on quantised weights leave that to autocast, but ask CUDA's alone (peft 0.21,

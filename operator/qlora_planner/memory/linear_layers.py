@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from qlora_planner.memory.autograd_tape import Tensor
-from qlora_planner.memory.forward_config import FP32, Setting
+from qlora_planner.memory.forward_config import FP32, ForwardConfig
 from qlora_planner.memory.torch_ops import Recorder
 from qlora_planner.models.shapes import Linear, ModelShape
 
@@ -13,109 +13,113 @@ _BLOCK: Final = 64
 
 
 @dataclass
-class Layers:
+class LayerRecorder:
     """Writes down what single layers of a model compute in a setting."""
 
     shape: ModelShape
-    setting: Setting
+    config: ForwardConfig
     record: Recorder
 
     def weight(self, elements: int) -> Tensor:
         """Return a weight of the base, which is there before and after."""
-        return Tensor(elements, self.setting.stored, learns=self.setting.whole, lasting=True)
+        return Tensor(elements, self.config.weight_width, requires_grad=self.config.full_finetune, persistent=True)
 
     def linear(self, x: Tensor, linear: Linear) -> Tensor:
         """Apply a layer of the base with its adapter."""
-        rank, quantised = self.setting.ranks.get(linear.path, 0), self._is_quantised(linear)
-        result = self._dequantised(x, linear) if quantised else self.plain(x, linear)
-        if rank and quantised and self.setting.bits == 4:
-            result = self.record.copy(result)  # peft clones what comes out of bitsandbytes
+        rank, quantised = self.config.ranks.get(linear.path, 0), self._is_quantized(linear)
+        result = self._quantized_matmul(x, linear) if quantised else self.unquantized_linear(x, linear)
+        if rank and quantised and self.config.bits == 4:
+            result = self.record.clone(result)  # peft clones what comes out of bitsandbytes
         if rank:
-            result = self._adapted(x, result, linear, rank)
-        self.record.until_here(x)
+            result = self._with_adapter(x, result, linear, rank)
+        self.record.keep_alive(x)
         return result
 
-    def plain(self, x: Tensor, linear: Linear) -> Tensor:
+    def unquantized_linear(self, x: Tensor, linear: Linear) -> Tensor:
         """Apply a layer of the base that is not quantised."""
-        return self._multiplied(x, self.weight(linear.weights), linear.outputs)
+        return self._matmul(x, self.weight(linear.weights), linear.outputs)
 
-    def _is_quantised(self, linear: Linear) -> bool:
-        return self.setting.bits < 16 and linear.quantisable
+    def _is_quantized(self, linear: Linear) -> bool:
+        return self.config.bits < 16 and linear.quantizable
 
-    def _multiplied(self, x: Tensor, weight: Tensor, outputs: int) -> Tensor:
+    def _matmul(self, x: Tensor, weight: Tensor, outputs: int) -> Tensor:
         """Multiply by a weight [outputs, inputs]; autocast casts both."""
-        width, inputs = self.setting.compute, weight.elements // outputs
+        width, inputs = self.config.compute, weight.elements // outputs
         x, weight = self.record.cast(x, width), self.record.cached_cast(weight, width)
-        return self.record.product(x, weight, x.elements // inputs * outputs)
+        return self.record.matmul(x, weight, x.elements // inputs * outputs)
 
-    def _dequantised(self, x: Tensor, linear: Linear) -> Tensor:
+    def _quantized_matmul(self, x: Tensor, linear: Linear) -> Tensor:
         """Multiply by a quantised weight, which is dequantised each time; 4-bit layers save nothing."""
-        record, width, bits = self.record, self.setting.compute, self.setting.bits
+        record, width, bits = self.record, self.config.compute, self.config.bits
         inside = record.cast(x, width)
         # MatMul8bitFp and MatMul8bitLt hold on to their input, which no gradient needs (bitsandbytes 0.50).
-        record.made(inside.elements // linear.inputs * linear.outputs, width, [inside], [inside if bits == 8 else None])
+        record.emit(inside.elements // linear.inputs * linear.outputs, width, [inside], [inside if bits == 8 else None])
         matrix = linear.weights * width
         # With double quantisation the scales come first: each as it is stored times its own, then shifted.
         scales = 2 * linear.weights // _BLOCK * FP32 if bits == 4 else 0
         # CUDA's forward kernel dequantises in registers (bitsandbytes 0.50, gemm_4bit), its backward does not.
-        forward = matrix + scales if self.setting.device == "cpu" else scales
+        forward = matrix + scales if self.config.device == "cpu" else scales
         # MatMul8bitFp and MatMul8bitLt hold on to their input, which no gradient needs (bitsandbytes 0.50).
         clung = (inside,) if bits == 8 else ()
-        return record.cast(record.amend(clung=clung, forward_work=forward, backward_work=matrix + scales), x.width)
+        return record.cast(
+            record.update_last(clung=clung, forward_work=forward, backward_work=matrix + scales), x.width
+        )
 
-    def _adapted(self, x: Tensor, result: Tensor, linear: Linear, rank: int) -> Tensor:
+    def _with_adapter(self, x: Tensor, result: Tensor, linear: Linear, rank: int) -> Tensor:
         """Add peft's B(A(dropout(x))) * scale."""
-        record, setting, width = self.record, self.setting, result.width
-        given = record.cast(x, FP32) if setting.adapters_cast_up else x
-        inside = self._dropped(given) if setting.dropout else given
+        record, setting, width = self.record, self.config, result.width
+        given = record.cast(x, FP32) if setting.upcasts_adapter_input else x
+        inside = self._dropout(given) if setting.dropout else given
         if setting.dora:
-            update = self._with_magnitude(inside, result, linear, rank)
+            update = self._dora_update(inside, result, linear, rank)
         else:
             update = record.scale(self._low_rank(inside, linear, rank))
         if setting.bits < 16:
             update = record.cast(update, width)
         result = record.cast(record.add(result, update), width)
-        record.until_here(given)
+        record.keep_alive(given)
         return result
 
     def _low_rank(self, x: Tensor, linear: Linear, rank: int) -> Tensor:
-        down, up = (Tensor(rank * side, FP32, learns=True, lasting=True) for side in (linear.inputs, linear.outputs))
-        inside = self._multiplied(x, down, rank)
-        self.record.until_here(x)
-        return self._multiplied(inside, up, linear.outputs)
+        down, up = (
+            Tensor(rank * side, FP32, requires_grad=True, persistent=True) for side in (linear.inputs, linear.outputs)
+        )
+        inside = self._matmul(x, down, rank)
+        self.record.keep_alive(x)
+        return self._matmul(inside, up, linear.outputs)
 
-    def _dropped(self, x: Tensor) -> Tensor:
+    def _dropout(self, x: Tensor) -> Tensor:
         """Drop out: on CUDA in one kernel that keeps a byte per element, on a CPU by a product with random numbers."""
-        if self.setting.device != "cpu":
-            return self.record.made(x.elements, x.width, [x], [self.record.made(x.elements, 1)])
-        return self.record.multiply(x, self.record.made(x.elements, x.width))
+        if self.config.device != "cpu":
+            return self.record.emit(x.elements, x.width, [x], [self.record.emit(x.elements, 1)])
+        return self.record.multiply(x, self.record.emit(x.elements, x.width))
 
     def _weight_norm(self, linear: Linear) -> Tensor:
         """Find DoRA's norm of base plus update (peft 0.21, tuners/lora/dora.py); return what variables hold of that."""
-        identity, weights = linear.inputs**2 * self.setting.compute, linear.weights * FP32
+        identity, weights = linear.inputs**2 * self.config.compute, linear.weights * FP32
         # The identity that is sent through A and B, what comes out in fp32, and the base's weight in fp32.
-        held = self.record.made(identity + 2 * weights, 1)
+        held = self.record.emit(identity + 2 * weights, 1)
         # Beside them, to take the norm: the scaled update, and its sum with the weight.
-        self.record.amend(forward_work=2 * weights)
+        self.record.update_last(forward_work=2 * weights)
         return held
 
-    def _base_of_dropped(self, x: Tensor, linear: Linear) -> Tensor:
+    def _base_of_dropout_input(self, x: Tensor, linear: Linear) -> Tensor:
         """Apply the base to the input of the adapter; the dequantised weight is kept for backward."""
-        width = self.setting.compute
-        inside, weight = self.record.cast(x, width), self.record.made(linear.weights, width)
-        return self.record.product(inside, weight, x.elements // linear.inputs * linear.outputs)
+        width = self.config.compute
+        inside, weight = self.record.cast(x, width), self.record.emit(linear.weights, width)
+        return self.record.matmul(inside, weight, x.elements // linear.inputs * linear.outputs)
 
-    def _with_magnitude(self, x: Tensor, result: Tensor, linear: Linear, rank: int) -> Tensor:
+    def _dora_update(self, x: Tensor, result: Tensor, linear: Linear, rank: int) -> Tensor:
         """(m - 1) * base + m * B(A(x)) * scale, with m = magnitude / norm."""
-        record, dropout = self.record, self.setting.dropout
+        record, dropout = self.record, self.config.dropout
         held = self._weight_norm(linear)
-        factor = record.made(linear.outputs, FP32, [Tensor(linear.outputs, FP32, learns=True, lasting=True)])
+        factor = record.emit(linear.outputs, FP32, [Tensor(linear.outputs, FP32, requires_grad=True, persistent=True)])
         update = self._low_rank(x, linear, rank)
-        base = self._base_of_dropped(x, linear) if dropout else result
+        base = self._base_of_dropout_input(x, linear) if dropout else result
         base = record.scale(base) if linear.bias and not dropout else base  # without its bias
         kept = record.multiply(record.scale(factor), base)
         made = record.add(kept, record.scale(record.multiply(factor, update)))
-        record.until_here(held)
+        record.keep_alive(held)
         return made
 
     def norm(self, x: Tensor, size: int = 0) -> Tensor:
@@ -125,16 +129,16 @@ class Layers:
 
     def _layer_norm(self, x: Tensor, size: int) -> Tensor:
         """One kernel, which keeps its input, mean and deviation; CUDA's autocast has it in fp32."""
-        record, setting = self.record, self.setting
+        record, setting = self.record, self.config
         x = record.cast(x, FP32) if setting.device != "cpu" and setting.autocast else x
-        weight, moments = self.weight(size), record.made(2 * x.elements // size, FP32)
-        return record.made(x.elements, x.width, [x, weight], [x, moments])
+        weight, moments = self.weight(size), record.emit(2 * x.elements // size, FP32)
+        return record.emit(x.elements, x.width, [x, weight], [x, moments])
 
     def _rms_norm(self, x: Tensor, size: int) -> Tensor:
         """Divide by the root mean square in fp32, and multiply by a weight: after the cast back, but Gemma before."""
         record = self.record
         wide = record.cast(x, FP32)
-        inverse = record.from_output(record.mean(record.power(wide), wide.elements // size))
+        inverse = record.unary_saving_output(record.mean(record.power(wide), wide.elements // size))
         normed, weight = record.multiply(wide, inverse), self.weight(size)
         if self.is_gemma:
             return record.cast(record.multiply(normed, record.scale(record.cast(weight, FP32))), x.width)

@@ -20,29 +20,29 @@ class Recorder:
     cached: list[Tensor] = field(default_factory=list)
     """Casts of weights that autocast keeps."""
 
-    def made(
+    def emit(
         self, elements: int, width: int, inputs: Sequence[Tensor] = (), saved: Sequence[Tensor | None] = ()
     ) -> Tensor:
         """Write down an operation, and return its result."""
-        output = Tensor(elements, width, learns=any(tensor.learns for tensor in inputs))
+        output = Tensor(elements, width, requires_grad=any(tensor.requires_grad for tensor in inputs))
         self.operations.append(Operation(output, tuple(inputs), tuple(each for each in saved if each)))
         return output
 
-    def amend(self, **changes: Any) -> Tensor:
+    def update_last(self, **changes: Any) -> Tensor:
         """Say more of the last operation, and return its result."""
         self.operations[-1] = replace(self.operations[-1], **changes)
         return self.operations[-1].output
 
-    def saving_output(self) -> Tensor:
+    def save_output(self) -> Tensor:
         """Let the last operation save its own result as well."""
         last = self.operations[-1]
-        return self.amend(saved=(*last.saved, last.output))
+        return self.update_last(saved=(*last.saved, last.output))
 
-    def until_here(self, *tensors: Tensor) -> None:
+    def keep_alive(self, *tensors: Tensor) -> None:
         """Note that variables of a Python function hold tensors until it returns."""
         self.operations.append(Operation(Tensor(0, 0), tensors))
 
-    def cut(self, output: Tensor, *shared: Tensor) -> Segment:
+    def end_segment(self, output: Tensor, *shared: Tensor) -> Segment:
         """Return what was written down since the last cut."""
         segment = Segment(tuple(self.operations), output, shared, cached=tuple(self.cached))
         self.operations, self.cached = [], []
@@ -50,7 +50,7 @@ class Recorder:
 
     def cast(self, x: Tensor, width: int) -> Tensor:
         """Cast to another dtype: a copy, of which backward needs nothing."""
-        return x if x.width == width else self.made(x.elements, width, [x])
+        return x if x.width == width else self.emit(x.elements, width, [x])
 
     def cached_cast(self, weight: Tensor, width: int) -> Tensor:
         """Cast a weight as autocast does, which keeps the copy for its other uses in the pass."""
@@ -59,10 +59,10 @@ class Recorder:
         self.cached.append(self.cast(weight, width))
         return self.cached[-1]
 
-    def copy(self, x: Tensor) -> Tensor:
+    def clone(self, x: Tensor) -> Tensor:
         """Clone; the gradient is the clone's."""
-        self.made(x.elements, x.width, [x])
-        return self.amend(passes=(x,))
+        self.emit(x.elements, x.width, [x])
+        return self.update_last(passes=(x,))
 
     def view(self, x: Tensor, elements: int, *, learns: bool) -> Tensor:
         """Show the memory of another tensor."""
@@ -70,58 +70,58 @@ class Recorder:
         self.operations.append(Operation(output, (x,)))
         return output
 
-    def part(self, x: Tensor, elements: int) -> Tensor:
+    def narrow(self, x: Tensor, elements: int) -> Tensor:
         """Slice: a view, whose gradient is a whole x of zeros with the part filled in."""
-        return self.view(x, elements, learns=x.learns)
+        return self.view(x, elements, learns=x.requires_grad)
 
     def scale(self, x: Tensor) -> Tensor:
         """Multiply by a number, or add one: backward needs nothing, but the gradient is new."""
-        return self.made(x.elements, x.width, [x])
+        return self.emit(x.elements, x.width, [x])
 
-    def join(self, x: Tensor, y: Tensor) -> Tensor:
+    def cat(self, x: Tensor, y: Tensor) -> Tensor:
         """Concatenate; gradients are views of the result's."""
-        self.made(x.elements + y.elements, x.width, [x, y])
-        return self.amend(passes=(x, y))
+        self.emit(x.elements + y.elements, x.width, [x, y])
+        return self.update_last(passes=(x, y))
 
     def add(self, x: Tensor, y: Tensor) -> Tensor:
         """Add; whoever has the result's dtype gets its gradient as it is."""
         width = max(x.width, y.width)
-        self.made(x.elements, width, [x, y])
-        return self.amend(passes=tuple(each for each in (x, y) if each.width == width))
+        self.emit(x.elements, width, [x, y])
+        return self.update_last(passes=tuple(each for each in (x, y) if each.width == width))
 
     def multiply(self, x: Tensor, y: Tensor) -> Tensor:
         """Multiply, each needed for the other's gradient; a smaller one is spread, and its gradient summed up."""
         elements, width = max(x.elements, y.elements), max(x.width, y.width)
-        self.made(elements, width, [x, y], _needed(x, y))
-        spread = any(each.learns and each.elements < elements for each in (x, y))
-        return self.amend(backward_work=elements * width if spread else 0)
+        self.emit(elements, width, [x, y], _needed(x, y))
+        spread = any(each.requires_grad and each.elements < elements for each in (x, y))
+        return self.update_last(backward_work=elements * width if spread else 0)
 
-    def product(self, x: Tensor, y: Tensor, elements: int) -> Tensor:
+    def matmul(self, x: Tensor, y: Tensor, elements: int) -> Tensor:
         """Multiply matrices, each needed for the other's gradient."""
-        return self.made(elements, x.width, [x, y], _needed(x, y))
+        return self.emit(elements, x.width, [x, y], _needed(x, y))
 
-    def from_input(self, x: Tensor) -> Tensor:
+    def unary_saving_input(self, x: Tensor) -> Tensor:
         """Apply silu or gelu: backward computes from the input."""
-        return self.made(x.elements, x.width, [x], [x])
+        return self.emit(x.elements, x.width, [x], [x])
 
-    def from_output(self, x: Tensor) -> Tensor:
+    def unary_saving_output(self, x: Tensor) -> Tensor:
         """Apply tanh or rsqrt: backward computes from the result."""
-        self.made(x.elements, x.width, [x])
-        return self.saving_output()
+        self.emit(x.elements, x.width, [x])
+        return self.save_output()
 
     def softmax(self, x: Tensor) -> Tensor:
         """Take the softmax in fp32, to which 16 bits are cast first."""
-        return self.from_output(self.cast(x, FP32))
+        return self.unary_saving_output(self.cast(x, FP32))
 
     def power(self, x: Tensor) -> Tensor:
         """Take a power; backward has x ** (n - 1) and n times that beside the gradient."""
-        self.made(x.elements, x.width, [x], [x])
-        return self.amend(backward_work=2 * x.bytes)
+        self.emit(x.elements, x.width, [x], [x])
+        return self.update_last(backward_work=2 * x.bytes)
 
     def mean(self, x: Tensor, elements: int) -> Tensor:
         """Take means; their gradient is spread over what they are of."""
-        return self.made(elements, x.width, [x])
+        return self.emit(elements, x.width, [x])
 
 
 def _needed(x: Tensor, y: Tensor) -> list[Tensor]:
-    return [other for one, other in ((x, y), (y, x)) if one.learns]
+    return [other for one, other in ((x, y), (y, x)) if one.requires_grad]

@@ -44,10 +44,10 @@ def base_bytes(shape: ModelShape, quantization: QuantizationSpec, width: int) ->
     bits = quantization.bits
     if bits == 16:
         return BaseBytes(shape.parameters * width, 0)
-    matrices = [(block.count, linear) for block in shape.blocks for linear in block.linears if linear.quantisable]
+    matrices = [(block.count, linear) for block in shape.blocks for linear in block.linears if linear.quantizable]
     stored = sum(count * ceil(linear.weights * bits / 8) for count, linear in matrices)
     constants = sum(count * constant_bytes(linear, quantization) for count, linear in matrices)
-    return BaseBytes(stored + (shape.parameters - shape.quantisable) * width, constants)
+    return BaseBytes(stored + (shape.parameters - shape.quantizable) * width, constants)
 
 
 def constant_bytes(linear: Linear, quantization: QuantizationSpec) -> int:

@@ -9,14 +9,14 @@ from typing import Annotated, Any, ClassVar, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qlora_planner.models.shapes import (
-    EXPLICITLY,
+    SET_GPUS_EXPLICITLY,
     Attention,
     Block,
     Linear,
     Mlp,
     ModelShape,
     Module,
-    Stacked,
+    StackedExperts,
     UnknownModelError,
 )
 
@@ -41,7 +41,7 @@ class _Decoder(_Config):
 
     family: ClassVar[str] = "llama"
     norms: ClassVar[Names] = ("input_layernorm", "post_attention_layernorm")
-    normed: ClassVar[bool] = False
+    qk_norm: ClassVar[bool] = False
     root: ClassVar[str] = "model"
 
     vocab_size: Count = 32_000
@@ -97,7 +97,7 @@ class _Decoder(_Config):
             mlp=self.mlp(),
             norm="rms",
             embedding=Module(f"{self.root}.embed_tokens", self.vocab_size * hidden),
-            head=Linear("lm_head", hidden, self.vocab_size, quantisable=False),
+            head=Linear("lm_head", hidden, self.vocab_size, quantizable=False),
             outside=(Module(f"{self.root}.norm", hidden),),
             plain_head=self.plain_head(),
         )
@@ -121,13 +121,13 @@ class _Decoder(_Config):
         )
 
     def others(self) -> tuple[Module, ...]:
-        heads = ("self_attn.q_norm", "self_attn.k_norm") if self.normed else ()
+        heads = ("self_attn.q_norm", "self_attn.k_norm") if self.qk_norm else ()
         return (
             *(Module(path, self.hidden_size) for path in self.norms),
             *(Module(path, self.size) for path in heads),
         )
 
-    def stacked(self) -> tuple[Stacked, ...]:
+    def stacked(self) -> tuple[StackedExperts, ...]:
         return ()
 
     def attention(self) -> Attention:
@@ -137,7 +137,7 @@ class _Decoder(_Config):
             self.kv_heads,
             self.size,
             rotary=self.size,
-            normed=self.normed,
+            qk_norm=self.qk_norm,
             window=window,
             sliding_layers=layers,
         )
@@ -183,12 +183,12 @@ class _Mixtral(_Mistral):
             Module("mlp.experts", experts * 3 * hidden * width),
         )
 
-    def stacked(self) -> tuple[Stacked, ...]:
+    def stacked(self) -> tuple[StackedExperts, ...]:
         experts, hidden, width = self.num_local_experts, self.hidden_size, self.intermediate_size
         return (
-            Stacked("mlp.gate", 1, hidden, experts),
-            Stacked("mlp.experts.gate_up_proj", experts, hidden, 2 * width, joined=2),
-            Stacked("mlp.experts.down_proj", experts, width, hidden),
+            StackedExperts("mlp.gate", 1, hidden, experts),
+            StackedExperts("mlp.experts.gate_up_proj", experts, hidden, 2 * width, fused_projections=2),
+            StackedExperts("mlp.experts.down_proj", experts, width, hidden),
         )
 
     def mlp(self) -> Mlp:
@@ -220,7 +220,7 @@ class _Qwen2(_Decoder):
 
 class _Qwen3(_Qwen2):
     family = "qwen3"
-    normed = True
+    qk_norm = True
 
     head_dim: Count | None = 128
 
@@ -257,7 +257,7 @@ class _Gemma2(_Gemma):
         "pre_feedforward_layernorm",
         "post_feedforward_layernorm",
     )
-    slides: ClassVar[int] = 2
+    default_pattern: ClassVar[int] = 2
     """One layer of so many looks at everything."""
 
     hidden_size: Count = 2304
@@ -285,7 +285,7 @@ class _Gemma2(_Gemma):
 
     @property
     def pattern(self) -> int:
-        return self.slides
+        return self.default_pattern
 
     def attention(self) -> Attention:
         window, layers = self.sliding
@@ -294,8 +294,8 @@ class _Gemma2(_Gemma):
             self.kv_heads,
             self.size,
             rotary=self.size,
-            normed=self.normed,
-            capped=self.attn_logit_softcapping is not None,
+            qk_norm=self.qk_norm,
+            softcapped=self.attn_logit_softcapping is not None,
             window=window,
             sliding_layers=layers,
         )
@@ -306,7 +306,7 @@ class _Gemma2(_Gemma):
 
 class _Gemma3Text(_Gemma2):
     family = "gemma3_text"
-    normed = True
+    qk_norm = True
 
     vocab_size: Count = 262_208
     attn_logit_softcapping: float | None = None
@@ -400,7 +400,7 @@ class _Phi(_Config):
     def shape(self) -> ModelShape:
         hidden, size = self.hidden_size, self.head_dim or self.hidden_size // self.num_attention_heads
         kv_heads = self.num_key_value_heads or self.num_attention_heads
-        share = _rotated(self.rope_parameters, self.partial_rotary_factor)
+        share = _rotary_share(self.rope_parameters, self.partial_rotary_factor)
         return ModelShape(
             family="phi",
             hidden=hidden,
@@ -408,12 +408,12 @@ class _Phi(_Config):
             tied=self.tie_word_embeddings,
             decoder=Block("model.layers", self.num_hidden_layers, self._linears(size, kv_heads), self._norms(hidden)),
             attention=Attention(
-                self.num_attention_heads, kv_heads, size, rotary=int(size * share), normed=self.qk_layernorm
+                self.num_attention_heads, kv_heads, size, rotary=int(size * share), qk_norm=self.qk_layernorm
             ),
             mlp=Mlp(self.intermediate_size, gated=False, activation=self.hidden_act),
             norm="layer",
             embedding=Module("model.embed_tokens", self.vocab_size * hidden),
-            head=Linear("lm_head", hidden, self.vocab_size, bias=True, quantisable=False),
+            head=Linear("lm_head", hidden, self.vocab_size, bias=True, quantizable=False),
             outside=(Module("model.final_layernorm", 2 * hidden),),
             parallel=True,
         )
@@ -464,7 +464,7 @@ class _Phi3(_Decoder):
 
     def attention(self) -> Attention:
         window, layers = self.sliding
-        share = _rotated(self.rope_parameters, self.partial_rotary_factor)
+        share = _rotary_share(self.rope_parameters, self.partial_rotary_factor)
         return Attention(
             self.num_attention_heads,
             self.kv_heads,
@@ -492,7 +492,7 @@ class _GptNeoX(_Config):
 
     def shape(self) -> ModelShape:
         hidden, size = self.hidden_size, self.hidden_size // self.num_attention_heads
-        share = _rotated(self.rope_parameters, self.rotary_pct)
+        share = _rotary_share(self.rope_parameters, self.rotary_pct)
         return ModelShape(
             family="gpt_neox",
             hidden=hidden,
@@ -508,7 +508,7 @@ class _GptNeoX(_Config):
             mlp=Mlp(self.intermediate_size, gated=False, activation=self.hidden_act),
             norm="layer",
             embedding=Module("gpt_neox.embed_in", self.vocab_size * hidden),
-            head=Linear("lm_head", hidden, self.vocab_size, quantisable=False),
+            head=Linear("lm_head", hidden, self.vocab_size, quantizable=False),
             outside=(Module("gpt_neox.final_layer_norm", 2 * hidden),),
             parallel=self.use_parallel_residual,
         )
@@ -553,11 +553,11 @@ class _Falcon(_Config):
             mlp=Mlp(self.ffn_hidden_size or 4 * hidden, gated=False, activation=self.activation),
             norm="layer",
             embedding=Module("transformer.word_embeddings", self.vocab_size * hidden),
-            head=Linear("lm_head", hidden, self.vocab_size, quantisable=False),
+            head=Linear("lm_head", hidden, self.vocab_size, quantizable=False),
             outside=(Module("transformer.ln_f", 2 * hidden),),
             parallel=self.new_decoder_architecture or self.parallel_attn,
             # transformers 5.23 makes its mask without the positions.
-            joins=False,
+            supports_packing=False,
         )
 
     def _kv_heads(self) -> int:
@@ -574,7 +574,7 @@ class _Falcon(_Config):
             ("mlp.dense_h_to_4h", hidden, width),
             ("mlp.dense_4h_to_h", width, hidden),
         )
-        return tuple(Linear(*layer, bias=self.bias, quantisable=False) for layer in layers)
+        return tuple(Linear(*layer, bias=self.bias, quantizable=False) for layer in layers)
 
     def _norms(self) -> tuple[Module, ...]:
         count = 2 if self.new_decoder_architecture else 1
@@ -586,7 +586,7 @@ class _Falcon(_Config):
         return tuple(Module(path, 2 * self.hidden_size) for path in paths)
 
 
-def _rotated(rope: _Rope | None, otherwise: float) -> float:
+def _rotary_share(rope: _Rope | None, otherwise: float) -> float:
     """Return the share of a head that is rotated by position."""
     given = None if rope is None else rope.partial_rotary_factor
     return otherwise if given is None else given
@@ -617,10 +617,12 @@ def read_shape(config: Mapping[str, Any]) -> ModelShape:
     family = FAMILIES.get(str(kind))
     if family is None:
         known = ", ".join(sorted(FAMILIES))
-        raise UnknownModelError(f"the size of a model of type '{kind}' is not known (known are {known}); {EXPLICITLY}")
+        raise UnknownModelError(
+            f"the size of a model of type '{kind}' is not known (known are {known}); {SET_GPUS_EXPLICITLY}"
+        )
     try:
         return family.model_validate(config).shape()
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = ".".join(map(str, first["loc"]))
-        raise UnknownModelError(f"config.json: {field}: {first['msg']}; {EXPLICITLY}") from None
+        raise UnknownModelError(f"config.json: {field}: {first['msg']}; {SET_GPUS_EXPLICITLY}") from None

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final, Literal
 
-EXPLICITLY: Final = (
+SET_GPUS_EXPLICITLY: Final = (
     "set spec.resources.gpusPerNode and spec.training.microBatchSize yourself; the run is then not sized in advance"
 )
 """What to do about a model or an adapter whose size is not known."""
@@ -30,7 +30,7 @@ class Linear:
     inputs: int
     outputs: int
     bias: bool = False
-    quantisable: bool = True
+    quantizable: bool = True
     """It is a torch.nn.Linear itself: bitsandbytes replaces no subclass of it (Falcon's)."""
 
     @property
@@ -53,14 +53,14 @@ class Module:
 
 
 @dataclass(frozen=True)
-class Stacked:
+class StackedExperts:
     """Matrices of a mixture of experts in one parameter: no linear layer, but peft's all-linear adapts it as one."""
 
     path: str
     count: int
     inputs: int
     outputs: int
-    joined: int = 1
+    fused_projections: int = 1
     """Projections in each matrix; peft gives it as many times the rank."""
 
 
@@ -73,7 +73,7 @@ class Block:
     count: int
     linears: tuple[Linear, ...]
     others: tuple[Module, ...]
-    stacked: tuple[Stacked, ...] = ()
+    stacked: tuple[StackedExperts, ...] = ()
     """Which of the others all-linear means too."""
 
     @property
@@ -102,9 +102,9 @@ class Attention:
     head_dim: int
     rotary: int
     """Dimensions of a head that are rotated by position; 0 where positions are told otherwise (ALiBi)."""
-    normed: bool = False
+    qk_norm: bool = False
     """Queries and keys are normalised per head."""
-    capped: bool = False
+    softcapped: bool = False
     """Scores are capped (Gemma 2), which only eager attention does."""
     window: int | None = None
     """Tokens that a sliding layer looks back; None where no layer slides."""
@@ -121,7 +121,7 @@ class Mlp:
     activation: str
     """As transformers names it: silu, gelu_pytorch_tanh, gelu, gelu_new."""
     experts: int = 1
-    chosen: int = 1
+    experts_per_token: int = 1
     """Experts that a token goes through."""
 
 
@@ -148,9 +148,9 @@ class ModelShape:
     """Attention and MLP read the same input, and their outputs are added (GPT-NeoX, Phi-2, Falcon)."""
     plain_head: bool = True
     """Logits are the output layer's; Gemma 2 caps them, so that they cannot be computed in parts."""
-    joins: bool = True
+    supports_packing: bool = True
     """Its rows may be joined in one sequence; where they would see each other, the trainer pads them."""
-    tower: Block | None = None
+    vision_tower: Block | None = None
     """Layers that no text goes through, but which lie in memory and get adapters like the others."""
 
     @property
@@ -161,7 +161,7 @@ class ModelShape:
     @property
     def blocks(self) -> tuple[Block, ...]:
         """Return every stack of layers."""
-        return (self.decoder, *((self.tower,) if self.tower else ()))
+        return (self.decoder, *((self.vision_tower,) if self.vision_tower else ()))
 
     @property
     def parameters(self) -> int:
@@ -172,10 +172,10 @@ class ModelShape:
         return outside + head + sum(block.parameters for block in self.blocks)
 
     @property
-    def quantisable(self) -> int:
+    def quantizable(self) -> int:
         """Return the weights that bitsandbytes stores in 4 or 8 bits."""
         return sum(
-            block.count * sum(linear.weights for linear in block.linears if linear.quantisable) for block in self.blocks
+            block.count * sum(linear.weights for linear in block.linears if linear.quantizable) for block in self.blocks
         )
 
     def named_linears(self) -> Iterator[tuple[str, Linear]]:

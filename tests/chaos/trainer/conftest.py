@@ -6,18 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos.trainer.lives import Courses
+from tests.chaos.trainer.lives import TrainerRuns
 from tests.cluster.processes import Processes
 from tests.cluster.s3 import S3, start_s3
 from tests.cluster.toxiproxy import Toxiproxy, start_toxiproxy
-from tests.unit.trainer.conftest import FOREIGN
+from tests.unit.trainer.conftest import THIRD_PARTY_WARNINGS
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
     for item in items:
         if here in item.path.parents:
-            for warning in FOREIGN:
+            for warning in THIRD_PARTY_WARNINGS:
                 item.add_marker(pytest.mark.filterwarnings(warning))
 
 
@@ -44,26 +44,26 @@ def way(s3: S3, servers: Processes) -> Toxiproxy:
 @pytest.fixture
 def toxic(way: Toxiproxy) -> Iterator[Toxiproxy]:
     """The same, unspoiled, and healed afterwards."""
-    way.heal()
+    way.reset()
     yield way
-    way.heal()
+    way.reset()
 
 
 @pytest.fixture(scope="session")
-def courses(s3: S3, tmp_path_factory: pytest.TempPathFactory) -> Courses:
+def courses(s3: S3, tmp_path_factory: pytest.TempPathFactory) -> TrainerRuns:
     """Runs of one prepared job."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in s3.environment().items():
             patch.setenv(name, value)
-        return Courses(s3, tmp_path_factory.mktemp("courses"))
+        return TrainerRuns(s3, tmp_path_factory.mktemp("courses"))
 
 
 @pytest.fixture(scope="session")
-def undisturbed(courses: Courses) -> tuple[str, float]:
+def undisturbed(courses: TrainerRuns) -> tuple[str, float]:
     """The adapter of a run that nothing happened to, and how long that took."""
     course = courses.make()
     life = course.start()
     life.wait_until(lambda life: bool(life.progress))
     started = time.monotonic()
-    assert life.end() == 0, (life.folder / "log").read_text()[-3000:]
+    assert life.wait_for_exit() == 0, (life.folder / "log").read_text()[-3000:]
     return course.verified_adapter(), time.monotonic() - started

@@ -8,26 +8,26 @@ from unittest.mock import patch
 
 from qlora_api.report import StepRecord
 from qlora_trainer.__main__ import main
-from qlora_trainer.training.loop import Loop
+from qlora_trainer.training.loop import TrainingLoop
 
 STEP = 2
-learn = Loop.step
+original_step = TrainingLoop.step
 
 
-def sleep_for_ever(loop: Loop, step: int) -> StepRecord:
+def sleep_for_ever(loop: TrainingLoop, step: int) -> StepRecord:
     """Take a step, unless it is the one that never ends."""
     while step == STEP and loop.world.rank == 1:
         time.sleep(3600)
-    return learn(loop, step)
+    return original_step(loop, step)
 
 
-def live(folder: Path) -> int:
+def run_process(folder: Path) -> int:
     """Be a training pod's process."""
     words = {"config": folder / "run.json", "work": folder / f"work-{os.environ['RANK']}"}
     word = folder / "{rank}.json"
-    with patch.object(Loop, "step", sleep_for_ever):
+    with patch.object(TrainingLoop, "step", sleep_for_ever):
         return main(["train", *(f"--{name}={path}" for name, path in words.items()), f"--termination-message={word}"])
 
 
 if __name__ == "__main__":
-    sys.exit(live(Path(sys.argv[1])))
+    sys.exit(run_process(Path(sys.argv[1])))

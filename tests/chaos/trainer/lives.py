@@ -16,7 +16,7 @@ from unittest.mock import patch
 import torch
 
 from qlora_api.names import Phase
-from qlora_api.report import LastWord, Manifest
+from qlora_api.report import ResultManifest, TerminationMessage
 from qlora_api.runconfig import RunConfig
 from qlora_trainer import stages
 from qlora_trainer.__main__ import main
@@ -37,7 +37,7 @@ PATIENCE: Final = 300
 """Seconds for a life that nobody ends."""
 
 
-def live(config: RunConfig, folder: Path, environment: Mapping[str, str], overdue: float) -> None:
+def run_process(config: RunConfig, folder: Path, environment: Mapping[str, str], overdue: float) -> None:
     """Be a training pod's process."""
     with Path(folder, "log").open("wb") as log:
         os.dup2(log.fileno(), 1)
@@ -57,7 +57,7 @@ CONTEXT.set_forkserver_preload([__name__])
 
 
 @dataclass(frozen=True)
-class Life:
+class TrainerProcess:
     """One process of one attempt."""
 
     process: Any
@@ -92,26 +92,26 @@ class Life:
         return str(self.progress[-1]["phase"]) if self.progress else Phase.PENDING
 
     @property
-    def word(self) -> LastWord | None:
+    def termination_message(self) -> TerminationMessage | None:
         """What it left."""
         path = self.folder / "word"
-        return LastWord.model_validate_json(path.read_text()) if path.exists() else None
+        return TerminationMessage.model_validate_json(path.read_text()) if path.exists() else None
 
-    def wait_until(self, happened: Callable[["Life"], bool]) -> None:
+    def wait_until(self, happened: Callable[["TrainerProcess"], bool]) -> None:
         """Return once something was seen in its log, or when it has ended."""
         ends = time.monotonic() + PATIENCE
         while self.process.is_alive() and not happened(self):
             assert time.monotonic() < ends, (self.folder / "log").read_text()[-3000:]
             time.sleep(0.02)
 
-    def end(self, seconds: float = PATIENCE) -> int:
+    def wait_for_exit(self, seconds: float = PATIENCE) -> int:
         """Wait for its end, and return the exit code."""
         self.process.join(seconds)
         assert self.process.exitcode is not None, (self.folder / "log").read_text()[-3000:]
         return int(self.process.exitcode)
 
 
-class Course:
+class TrainerRun:
     """A run with an output of its own, and its attempts."""
 
     def __init__(self, config: RunConfig, s3: S3, folder: Path) -> None:
@@ -119,16 +119,16 @@ class Course:
         self.attempts = 0
         self._s3 = s3
 
-    def start(self, overdue: float = 50.0, endpoint: str | None = None) -> Life:
+    def start(self, overdue: float = 50.0, endpoint: str | None = None) -> TrainerProcess:
         """Start the next attempt."""
         self.attempts += 1
         folder = self.folder / f"attempt-{self.attempts}"
         folder.mkdir(parents=True)
         environment = self._s3.environment() | ({"AWS_ENDPOINT_URL": endpoint} if endpoint else {})
         config = self.config.model_copy(update={"attempt": self.attempts})
-        process = CONTEXT.Process(target=live, args=(config, folder, environment, overdue))
+        process = CONTEXT.Process(target=run_process, args=(config, folder, environment, overdue))
         process.start()
-        return Life(process, folder)
+        return TrainerProcess(process, folder)
 
     @property
     def prefix(self) -> tuple[str, str]:
@@ -165,13 +165,13 @@ class Course:
 
     def verified_adapter(self) -> str:
         """Return the SHA-256 of the published adapter, after every file was compared with the manifest."""
-        manifest = Manifest.model_validate_json(self.read("manifest.json"))
+        manifest = ResultManifest.model_validate_json(self.read("manifest.json"))
         for file in manifest.files:
             assert hashlib.sha256(self.read(file.path)).hexdigest() == file.sha256, file.path
         return next(file.sha256 for file in manifest.files if file.path.endswith(ADAPTER))
 
 
-class Courses:
+class TrainerRuns:
     """Makes runs of one prepared job, each with an output of its own."""
 
     def __init__(self, s3: S3, folder: Path) -> None:
@@ -192,7 +192,7 @@ class Courses:
         prepared = prepare(prepare_config(spec), work=folder / "work")
         self._config = run_config(spec, prepared, total_steps=STEPS, micro_batch_size=4, gradient_accumulation=8)
 
-    def make(self) -> Course:
+    def make(self) -> TrainerRun:
         """Return a run that nobody has worked on."""
         self._number += 1
         output = self._config.spec.output.model_copy(update={"uri": f"s3://{self.bucket}/run-{self._number}"})
@@ -203,12 +203,12 @@ class Courses:
                 "prepared": self._config.prepared.model_copy(update={"prefix": prefix}),
             }
         )
-        course = Course(config, self._s3, self._folder / f"run-{self._number}")
+        course = TrainerRun(config, self._s3, self._folder / f"run-{self._number}")
         self._copy_prepared(course)
         return course
 
-    def _copy_prepared(self, course: Course) -> None:
+    def _copy_prepared(self, fingerprint: TrainerRun) -> None:
         client, source = self._s3.client(), self._config.prepared.prefix.removeprefix(f"s3://{self.bucket}/")
         for entry in client.list_objects_v2(Bucket=self.bucket, Prefix=f"{source}/")["Contents"]:
-            target = entry["Key"].replace(source, course.prefix[1])
+            target = entry["Key"].replace(source, fingerprint.prefix[1])
             client.copy_object(Bucket=self.bucket, Key=target, CopySource={"Bucket": self.bucket, "Key": entry["Key"]})

@@ -10,13 +10,13 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Self
 
-from qlora_api.report import Manifest
+from qlora_api.report import ResultManifest
 from qlora_api.result import Result
 from qlora_api.runconfig import S3Config
 from qlora_trainer.publishing.publish import publish
 from qlora_trainer.storage.credentials import Credentials
 from qlora_trainer.storage.s3 import S3Store
-from qlora_trainer.storage.store import OUTPUT
+from qlora_trainer.storage.store import OUTPUT_FIELD
 from tests.unit.trainer.results import DIGEST, config, result
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def write_files(folder: Path, author: int, size: int = 100) -> Path:
 
 def open_store(root: str, keys: Mapping[str, str]) -> S3Store:
     """Open an output as the trainer does."""
-    return S3Store(root, OUTPUT, Credentials(dict(keys)), S3Config())
+    return S3Store(root, OUTPUT_FIELD, Credentials(dict(keys)), S3Config())
 
 
 def publish_files(root: str, keys: Mapping[str, str], folder: Path, author: int, ready: Connection | None) -> Result:
@@ -47,7 +47,7 @@ def publish_files(root: str, keys: Mapping[str, str], folder: Path, author: int,
     return publish(store, config(root), result(float(author)), folder, datetime.now(UTC))
 
 
-def check_published(client: "S3Client", root: str) -> Manifest | None:
+def check_published(client: "S3Client", root: str) -> ResultManifest | None:
     """Return the manifest after every file was compared with it; None where there is none yet."""
     bucket, _, key = root.removeprefix("s3://").partition("/")
     found = client.list_objects_v2(Bucket=bucket, Prefix=f"{key}/{DIGEST}/manifest.json").get("Contents")
@@ -60,7 +60,7 @@ def check_published(client: "S3Client", root: str) -> Manifest | None:
     content = json.loads(read("manifest.json"))
     for file in content["files"]:
         assert hashlib.sha256(read(file["path"])).hexdigest() == file["sha256"], file["path"]
-    return Manifest.model_validate(content)
+    return ResultManifest.model_validate(content)
 
 
 @dataclass
@@ -69,7 +69,7 @@ class Reader:
 
     client: "S3Client"
     root: str = ""
-    looks: int = 0
+    reads: int = 0
     complete: int = 0
     faults: list[str] = field(default_factory=list)
     closed: threading.Event = field(default_factory=threading.Event)
@@ -91,4 +91,4 @@ class Reader:
                 self.complete += check_published(self.client, self.root) is not None
             except (AssertionError, self.client.exceptions.ClientError) as fault:
                 self.faults.append(f"{self.root}: {fault}")
-            self.looks += 1
+            self.reads += 1

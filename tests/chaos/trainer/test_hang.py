@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from qlora_api.names import Reason
-from qlora_api.report import LastWord
+from qlora_api.report import TerminationMessage
 from qlora_api.v1alpha1 import Plan
 from tests.chaos.promises import promise
-from tests.chaos.trainer.lives import STEPS, Courses
+from tests.chaos.trainer.lives import STEPS, TrainerRuns
 from tests.cluster.s3 import S3
 from tests.unit.trainer.processes import ROOT
 
@@ -26,8 +26,8 @@ PLAN = Plan(
     promise="every process of the run ends as HeartbeatLost, its stacks are in the output, and no GPU is held",
     how="one of two processes sleeps forever inside a step",
 )
-def test_a_process_that_sleeps_for_ever(
-    courses: Courses, s3: S3, tmp_path: Path, outcome: Callable[[str], None]
+def test_hung_process_ends_the_run(
+    courses: TrainerRuns, s3: S3, tmp_path: Path, outcome: Callable[[str], None]
 ) -> None:
     course = courses.make()
     deadlines = course.config.spec.deadlines.model_copy(update={"heartbeat": HEARTBEAT})
@@ -36,7 +36,7 @@ def test_a_process_that_sleeps_for_ever(
     (tmp_path / "run.json").write_text(config.model_dump_json(by_alias=True))
     done = run_both(tmp_path, s3)
     assert done.returncode != 0
-    words = [LastWord.model_validate_json((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    words = [TerminationMessage.model_validate_json((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     assert [word.reason for word in words] == [Reason.HEARTBEAT_LOST, Reason.HEARTBEAT_LOST], done.stderr[-3000:]
     paths = [f"hangs/attempt-1-rank-{rank}.txt" for rank in (0, 1)]
     for word, path in zip(words, paths, strict=True):

@@ -10,7 +10,7 @@ from qlora_trainer.errors import RunError
 from qlora_trainer.storage import s3, s3_multipart
 from qlora_trainer.storage.credentials import Credentials
 from qlora_trainer.storage.s3 import S3Store
-from qlora_trainer.storage.store import OUTPUT, AlreadyThereError
+from qlora_trainer.storage.store import OUTPUT_FIELD, ObjectExistsError
 from tests.cluster.s3 import S3
 from tests.unit.trainer.tiny import serving
 
@@ -24,7 +24,7 @@ def store(s3: S3, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> S3Store:
     monkeypatch.setattr("qlora_trainer.storage.s3.SINGLE_PUT_BYTES", PART_BYTES)
     monkeypatch.setattr(s3_multipart, "_PART_BYTES", PART_BYTES)
     bucket = s3.make_bucket(tmp_path.name.replace("_", "-"))
-    return S3Store(f"s3://{bucket}/result", OUTPUT, Credentials(s3.environment()), S3Config())
+    return S3Store(f"s3://{bucket}/result", OUTPUT_FIELD, Credentials(s3.environment()), S3Config())
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_a_large_file_goes_in_parts_and_comes_back_whole(store: S3Store, large: 
 
 def test_a_large_file_is_not_replaced_and_leaves_no_parts(store: S3Store, large: Path) -> None:
     store.put("model.safetensors", b"somebody else's")
-    with pytest.raises(AlreadyThereError):
+    with pytest.raises(ObjectExistsError):
         store.put("model.safetensors", large, if_none_match=True)
     assert store.read("model.safetensors") == b"somebody else's"
     assert uploads_under_way(store) == []
@@ -74,13 +74,13 @@ class Breaking(BaseHTTPRequestHandler):
         """Be quiet."""
 
 
-@pytest.mark.parametrize("breaks", [s3._BODIES - 1, s3._BODIES])
+@pytest.mark.parametrize("breaks", [s3._READ_ATTEMPTS - 1, s3._READ_ATTEMPTS])
 def test_content_that_breaks_off_is_read_again(breaks: int) -> None:
     server = type("Server", (Breaking,), {"breaks": breaks})
     with serving(server) as address:
         keys = Credentials({"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_ENDPOINT_URL": address})
-        store = S3Store("s3://adapters/result", OUTPUT, keys, S3Config())
-        if breaks < s3._BODIES:
+        store = S3Store("s3://adapters/result", OUTPUT_FIELD, keys, S3Config())
+        if breaks < s3._READ_ATTEMPTS:
             assert store.read("manifest.json") == b"0123456789"
         else:
             with pytest.raises(RunError, match="check the object store"):

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from itertools import zip_longest
 
 from tests.chaos.promises import promise
-from tests.chaos.trainer.lives import Course, Courses, Life
+from tests.chaos.trainer.lives import TrainerProcess, TrainerRun, TrainerRuns
 from tests.cluster.commands import wait_until
 
 
@@ -14,9 +14,9 @@ def has_checkpoint(lines: list[dict[str, object]]) -> bool:
     return any(line.get("checkpoint") for line in lines)
 
 
-def start_and_keep_a_checkpoint(course: Course) -> Life:
+def start_and_keep_a_checkpoint(fingerprint: TrainerRun) -> TrainerProcess:
     """Start an attempt, and return when it has a checkpoint."""
-    life = course.start()
+    life = fingerprint.start()
     life.wait_until(lambda life: has_checkpoint(life.lines))
     return life
 
@@ -26,19 +26,19 @@ def start_and_keep_a_checkpoint(course: Course) -> Life:
     promise="its log is in the output: all of it after a SIGTERM, and up to the last checkpoint after a SIGKILL",
     how="SIGKILL once a checkpoint is complete, SIGTERM, and a normal exit",
 )
-def test_logs_outlive_their_pods(courses: Courses, outcome: Callable[[str], None]) -> None:
+def test_logs_outlive_their_pods(courses: TrainerRuns, outcome: Callable[[str], None]) -> None:
     course = courses.make()
     killed = start_and_keep_a_checkpoint(course)
     complete = time.monotonic()
     wait_until("the log", lambda: has_checkpoint(course.kept_log(1)), timeout=30)
     waited = time.monotonic() - complete
     killed.process.kill()
-    killed.end()
+    killed.wait_for_exit()
     stopped = start_and_keep_a_checkpoint(course)
     stopped.process.terminate()
-    assert stopped.end() in {143, 0}  # it may have been done already
+    assert stopped.wait_for_exit() in {143, 0}  # it may have been done already
     last = course.start()
-    assert last.end() == 0
+    assert last.wait_for_exit() == 0
     after_kill = course.kept_log(1)
     assert after_kill == killed.lines[: len(after_kill)]
     assert has_checkpoint(after_kill)

@@ -70,7 +70,7 @@ def test_kills_while_publishing(s3: S3, tmp_path: Path, dose: Dose, outcome: Cal
     assert reader.complete > 0
     outcome(
         f"{killed} kills within {seconds:.2f} s, {published} results published; "
-        f"{reader.looks} reads, none of an incomplete result"
+        f"{reader.reads} reads, none of an incomplete result"
     )
 
 

@@ -18,14 +18,14 @@ from qlora_api.runconfig import S3Config
 from qlora_trainer.errors import RunError
 from qlora_trainer.storage.credentials import Credentials
 from qlora_trainer.storage.s3 import S3Store
-from qlora_trainer.storage.store import OUTPUT
-from qlora_trainer.training.checkpoint_store import Checkpoints, Witness
+from qlora_trainer.storage.store import OUTPUT_FIELD
+from qlora_trainer.training.checkpoint_store import CheckpointCallbacks, CheckpointStore
 from tests.chaos.promises import Dose, promise
-from tests.chaos.trainer.lives import ADAPTER, STEPS, Courses
+from tests.chaos.trainer.lives import ADAPTER, STEPS, TrainerRuns
 from tests.chaos.trainer.publishers import check_published, publish_files, write_files
 from tests.cluster.s3 import S3
 from tests.cluster.toxiproxy import Toxiproxy
-from tests.unit.trainer.states import COURSE, make_state
+from tests.unit.trainer.states import FINGERPRINT, make_state
 from tests.unit.trainer.tiny import serving
 
 REFUSED = 0.3
@@ -40,13 +40,15 @@ def come_through(address: str, s3: S3, bucket: str, folder: Path, repeats: int) 
     for number in range(repeats):
         root = f"s3://{s3.make_bucket(f'{bucket}-{number}')}/result"
         notes: list[str] = []
-        store = S3Store(root, OUTPUT, Credentials(keys), S3Config())
-        checkpoints = Checkpoints(store, COURSE, 1, datetime.now(UTC), Witness(notes.append, lambda _: None))
+        store = S3Store(root, OUTPUT_FIELD, Credentials(keys), S3Config())
+        checkpoints = CheckpointStore(
+            store, FINGERPRINT, 1, datetime.now(UTC), CheckpointCallbacks(notes.append, lambda _: None)
+        )
         for step in (1, 2):
             checkpoints.save(make_state(step), keep=1)
-        found = checkpoints.newest()
+        found = checkpoints.load_latest()
         assert found is not None
-        assert (found.place.step, [note for note in notes if "passed over" in note]) == (2, [])
+        assert (found.checkpoint_id.step, [note for note in notes if "passed over" in note]) == (2, [])
         publish_files(root, keys, write_files(folder / str(number), number, FILE_BYTES), number, None)
         assert check_published(s3.client(), root) is not None
     return time.monotonic() - started
@@ -82,7 +84,7 @@ def test_bad_connections(  # noqa: PLR0917 (fixtures and a table)
     fault: Fault, s3: S3, toxic: Toxiproxy, tmp_path: Path, dose: Dose, outcome: Callable[[str], None]
 ) -> None:
     amount = dose(short=fault.short, full=fault.full)
-    toxic.spoil(fault.kind, {fault.attribute: amount}, fault.share)
+    toxic.add_toxic(fault.kind, {fault.attribute: amount}, fault.share)
     took = come_through(f"http://{toxic.address}", s3, fault.kind.replace("_", "-"), tmp_path, fault.repeats)
     outcome(f"{fault.kind}{f' {amount}' if amount else ''}: complete after {took:.0f} s")
 
@@ -168,17 +170,17 @@ def test_refused_requests(s3: S3, tmp_path: Path, dose: Dose, outcome: Callable[
     promise="nothing is published, the attempt ends with UploadFailed, and the next attempt publishes what was trained",
     how="a proxy reports the adapter as one byte shorter than uploaded",
 )
-def test_a_store_that_loses_a_byte(courses: Courses, s3: S3, outcome: Callable[[str], None]) -> None:
+def test_corrupted_upload_fails_and_is_retried(courses: TrainerRuns, s3: S3, outcome: Callable[[str], None]) -> None:
     course = courses.make()
     with serving(make_server(Losing, s3)) as address:
         life = course.start(endpoint=address)
-        assert life.end() != 0
-    word = life.word
+        assert life.wait_for_exit() != 0
+    word = life.termination_message
     assert word is not None
     assert (word.reason, "reads back different from what was sent" in word.message) == (Reason.UPLOAD_FAILED, True)
     assert check_published(s3.client(), course.config.prepared.prefix) is None
     again = course.start()
-    assert again.end() == 0
+    assert again.wait_for_exit() == 0
     assert course.verified_adapter()
     assert again.resumed == STEPS
     outcome(f"UploadFailed, and published from the checkpoint of step {again.resumed}")
@@ -198,9 +200,9 @@ def test_a_store_that_loses_a_byte(courses: Courses, s3: S3, outcome: Callable[[
         pytest.param(lambda store: store.exists("x"), id="look"),
     ],
 )
-def test_a_clock_that_is_off(s3: S3, ask: Callable[[S3Store], object], hours: int, tmp_path: Path) -> None:
+def test_clock_skew_is_reported(s3: S3, ask: Callable[[S3Store], object], hours: int, tmp_path: Path) -> None:
     root = f"s3://{s3.make_bucket(tmp_path.name.replace('_', '-'))}/result"
-    store = S3Store(root, OUTPUT, Credentials(s3.environment()), S3Config())
+    store = S3Store(root, OUTPUT_FIELD, Credentials(s3.environment()), S3Config())
     store.put("x", b"content")
     ask(store)
     with (

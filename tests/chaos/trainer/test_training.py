@@ -10,16 +10,16 @@ import pytest
 
 from qlora_api.names import GRACE_SECONDS, Reason
 from tests.chaos.promises import Dose, promise
-from tests.chaos.trainer.lives import INTERVAL, STEPS, Course, Courses, Life
+from tests.chaos.trainer.lives import INTERVAL, STEPS, TrainerProcess, TrainerRun, TrainerRuns
 from tests.cluster.toxiproxy import Toxiproxy
 
 STOP_SECONDS = 15
 """Longest time from SIGTERM to the end, with a model whose step takes less than a second."""
 
 
-def start_and_wait(course: Course, chance: random.Random, seconds: float) -> Life:
+def start_and_wait(fingerprint: TrainerRun, chance: random.Random, seconds: float) -> TrainerProcess:
     """Start an attempt, and return at a random moment of it, or when it is over."""
-    life = course.start()
+    life = fingerprint.start()
     life.wait_until(lambda life: bool(life.lines))
     life.process.join(chance.uniform(0, seconds))
     return life
@@ -32,7 +32,9 @@ def start_and_wait(course: Course, chance: random.Random, seconds: float) -> Lif
     how="SIGKILL of the training process at random times, publication included",
 )
 @pytest.mark.timeout(2400)
-def test_kills(courses: Courses, undisturbed: tuple[str, float], dose: Dose, outcome: Callable[[str], None]) -> None:
+def test_kills(
+    courses: TrainerRuns, undisturbed: tuple[str, float], dose: Dose, outcome: Callable[[str], None]
+) -> None:
     kills, chance, (adapter, seconds) = dose(short=3, full=50), random.Random(1), undisturbed
     phases: Counter[str] = Counter()
     lost, published = [0], 0
@@ -42,10 +44,10 @@ def test_kills(courses: Courses, undisturbed: tuple[str, float], dose: Dose, out
             spared = sum(phases.values()) >= kills
             life = course.start() if spared else start_and_wait(course, chance, seconds)
             if spared or not life.process.is_alive():
-                assert life.end() == 0, (life.folder / "log").read_text()[-3000:]
+                assert life.wait_for_exit() == 0, (life.folder / "log").read_text()[-3000:]
                 break
             life.process.kill()
-            life.end()
+            life.wait_for_exit()
             kept = course.kept_log(course.attempts)
             assert kept == life.lines[: len(kept)]
             phases[life.phase] += 1
@@ -71,7 +73,9 @@ def test_kills(courses: Courses, undisturbed: tuple[str, float], dose: Dose, out
     promise="at most the current step is lost",
     how="SIGTERM to the training process at random times",
 )
-def test_stops(courses: Courses, undisturbed: tuple[str, float], dose: Dose, outcome: Callable[[str], None]) -> None:
+def test_stops(
+    courses: TrainerRuns, undisturbed: tuple[str, float], dose: Dose, outcome: Callable[[str], None]
+) -> None:
     stops, chance, (adapter, seconds) = dose(short=2, full=10), random.Random(2), undisturbed
     course, before = courses.make(), 0
     durations: list[float] = []
@@ -80,7 +84,7 @@ def test_stops(courses: Courses, undisturbed: tuple[str, float], dose: Dose, out
         if life.process.is_alive():
             asked = time.monotonic()
             life.process.terminate()
-            code, word = life.end(), life.word
+            code, word = life.wait_for_exit(), life.termination_message
             durations.append(time.monotonic() - asked)
             assert word is not None
             assert course.kept_log(course.attempts) == life.lines
@@ -96,7 +100,7 @@ def test_stops(courses: Courses, undisturbed: tuple[str, float], dose: Dose, out
             assert course.verified_adapter() == adapter
             course, before = courses.make(), 0
     last = course.start()
-    assert last.end() == 0
+    assert last.wait_for_exit() == 0
     assert course.verified_adapter() == adapter
     assert last.resumed == before or not last.step  # it may find the result published
     assert max(durations) < STOP_SECONDS
@@ -109,19 +113,19 @@ def test_stops(courses: Courses, undisturbed: tuple[str, float], dose: Dose, out
     how="SIGTERM while a checkpoint is uploaded at 1 kB/s (toxiproxy)",
 )
 def test_a_stop_during_a_slow_upload(
-    courses: Courses, toxic: Toxiproxy, dose: Dose, outcome: Callable[[str], None]
+    courses: TrainerRuns, toxic: Toxiproxy, dose: Dose, outcome: Callable[[str], None]
 ) -> None:
     overdue = float(dose(short=4, full=GRACE_SECONDS - 10))
     course = courses.make()
     life = course.start(overdue, f"http://{toxic.address}")
     life.wait_until(lambda life: any(line.get("checkpoint") for line in life.progress))
     complete = {line["checkpoint"]["step"] for line in life.progress if line.get("checkpoint")}
-    toxic.spoil("bandwidth", {"rate": 1}, stream="upstream")
+    toxic.add_toxic("bandwidth", {"rate": 1}, stream="upstream")
     life.wait_until(lambda life: life.step >= min(max(complete) + INTERVAL + 1, STEPS))
     asked = time.monotonic()
     life.process.terminate()
-    code, took = life.end(), time.monotonic() - asked
-    word = life.word
+    code, took = life.wait_for_exit(), time.monotonic() - asked
+    word = life.termination_message
     assert word is not None
     assert (code, word.reason) == (128 + signal.SIGTERM, Reason.INTERRUPTED)
     assert word.checkpoint is not None

@@ -48,14 +48,14 @@ def run_test(port: int, patience: int = 60) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", here], capture_output=True, text=True, timeout=60, check=False)
 
 
-def test_an_operator_that_is_well_passes() -> None:
+def test_helm_test_healthy_operator_passes() -> None:
     with answering(200, "ok") as port:
         result = run_test(port)
     assert (result.returncode, result.stdout.split()[-1]) == (0, "ok")
 
 
 @pytest.mark.parametrize("ailment", ["a worker has ended", "work is stuck for 301 seconds"])
-def test_one_that_is_not_fails_with_what_it_says(ailment: str) -> None:
+def test_helm_test_unhealthy_operator_fails_with_reason(ailment: str) -> None:
     with answering(500, ailment) as port:
         result = run_test(port)
     assert result.returncode == 1

@@ -13,7 +13,7 @@ from tests.cluster.commands import CommandError, run, wait_until
 from tests.golden.test_children import CPU, INSTALLATION, OWNER, RUN
 from tests.integration.chart.rendering import NAMESPACE, RELEASE, helm, render
 from tests.integration.chart.test_rendering import MONITORING, POLICY, VALUES
-from tests.integration.operator_process import Operator, Place
+from tests.integration.operator_process import JobNamespace, Operator
 from tests.make import make_manifest
 
 BAD_MODEL: Final = {"model": {"uri": "hf://elsewhere/model"}}
@@ -179,7 +179,7 @@ def test_policy_refuses_with_field_reason_and_fix(release: Cluster, blocks: dict
     assert "(Forbidden)" in refusal
 
 
-def test_no_step_upwards_leads_out_of_what_is_allowed(release: Cluster) -> None:
+def test_policy_refuses_path_traversal(release: Cluster) -> None:
     assert "spec.model.uri" in refusal_of(release, run_of({"model": {"uri": "s3://models/llama-3.2-3b/../secret"}}))
 
 
@@ -222,10 +222,8 @@ def operator(release: Cluster, tmp_path: Path) -> Iterator[Operator]:
     process.stop()
 
 
-def test_the_charts_rights_are_enough_and_what_policy_refuses_is_in_the_status(
-    release: Cluster, operator: Operator
-) -> None:
-    allowed, refused = Place(release, "team-b"), Place(release, "team-a")
+def test_chart_rbac_suffices_and_policy_refusal_is_in_status(release: Cluster, operator: Operator) -> None:
+    allowed, refused = JobNamespace(release, "team-b"), JobNamespace(release, "team-a")
     for place in (allowed, refused):
         place.kubectl("create", "--filename=-", stdin=json.dumps(run_of({}, place.namespace)))
     allowed.wait_for("Preparing", name="policy")
@@ -239,7 +237,7 @@ def test_the_charts_rights_are_enough_and_what_policy_refuses_is_in_the_status(
         place.kubectl("delete", "qlj", "policy")
 
 
-def test_pods_without_the_label_are_nobodys_business(release: Cluster) -> None:
+def test_policy_ignores_unlabeled_pods(release: Cluster) -> None:
     pod = pod_with("busybox")
     del pod["metadata"]["labels"]
     create(release, pod)

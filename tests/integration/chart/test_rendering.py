@@ -88,7 +88,7 @@ VALUES: Final[dict[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", VALUES)
-def test_what_is_sent(name: str) -> None:
+def test_values_reach_manifests(name: str) -> None:
     manifests = [manifest for manifest in render(VALUES[name], apis=MONITORING) if manifest["kind"] not in GENERATED]
     text = yaml.safe_dump_all(manifests, sort_keys=False, width=120)
     path = FOLDER / f"{name}.yaml"

@@ -13,7 +13,15 @@ from typing import Any
 import pytest
 
 from qlora_api import logs
-from qlora_api.logs import Format, JsonLines, TextLines, describe, fields, log_always_with, log_with
+from qlora_api.logs import (
+    Format,
+    JsonFormatter,
+    TextFormatter,
+    bind_process_fields,
+    bind_task_fields,
+    log_fields,
+    record_to_dict,
+)
 from qlora_api.redaction import MASK, REDACTOR
 
 
@@ -22,7 +30,7 @@ def forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test starts with a process that was told nothing."""
     monkeypatch.setattr(logs, "_process", {})
     monkeypatch.setattr(REDACTOR, "_values", set())
-    monkeypatch.setattr(REDACTOR, "_known", None)
+    monkeypatch.setattr(REDACTOR, "_secret_pattern", None)
 
 
 @pytest.fixture
@@ -30,7 +38,7 @@ def written() -> Iterator[io.StringIO]:
     """What a logger writes as JSON."""
     stream, logger = io.StringIO(), logging.getLogger("qlora_test")
     handler = logging.StreamHandler(stream)
-    handler.setFormatter(JsonLines())
+    handler.setFormatter(JsonFormatter())
     logger.addHandler(handler)
     logger.propagate = False
     logger.setLevel(logging.DEBUG)
@@ -43,10 +51,10 @@ def lines(stream: io.StringIO) -> list[dict[str, Any]]:
 
 
 def test_the_fields_of_a_line(written: io.StringIO) -> None:
-    log_always_with(rank=3)
-    log_with(namespace="ml", job="support-bot")
-    logging.getLogger("qlora_test").warning("step %d", 7, extra=fields(step=7, loss=2.5))
-    log_with()
+    bind_process_fields(rank=3)
+    bind_task_fields(namespace="ml", job="support-bot")
+    logging.getLogger("qlora_test").warning("step %d", 7, extra=log_fields(step=7, loss=2.5))
+    bind_task_fields()
     (line,) = lines(written)
     moment = datetime.fromisoformat(line.pop("time"))
     assert moment.tzinfo is not None
@@ -58,12 +66,12 @@ def test_the_fields_of_a_line(written: io.StringIO) -> None:
 
 
 def test_a_field_never_replaces_what_everybody_asks_for(written: io.StringIO) -> None:
-    logging.getLogger("qlora_test").info("true", extra=fields(message="false", level="none"))
+    logging.getLogger("qlora_test").info("true", extra=log_fields(message="false", level="none"))
     assert (lines(written)[0]["message"], lines(written)[0]["level"]) == ("true", "info")
 
 
 def test_fields_of_the_process_are_in_the_lines_of_every_thread(written: io.StringIO) -> None:
-    log_always_with(job="support-bot")
+    bind_process_fields(job="support-bot")
     thread = threading.Thread(target=logging.getLogger("qlora_test").info, args=("from a thread",))
     thread.start()
     thread.join()
@@ -71,7 +79,7 @@ def test_fields_of_the_process_are_in_the_lines_of_every_thread(written: io.Stri
 
 
 def test_an_exception_is_a_field_of_one_line(written: io.StringIO) -> None:
-    REDACTOR.learn(["c4n4ry-in-an-exception"])
+    REDACTOR.add_secrets(["c4n4ry-in-an-exception"])
     try:
         int("c4n4ry-in-an-exception")
     except ValueError:
@@ -81,9 +89,9 @@ def test_an_exception_is_a_field_of_one_line(written: io.StringIO) -> None:
     assert line["exception"].endswith(f"invalid literal for int() with base 10: '{MASK}'")
 
 
-@pytest.mark.parametrize("form", [JsonLines(), TextLines()])
-def test_no_part_of_a_line_tells_a_secret(form: logging.Formatter) -> None:
-    REDACTOR.learn(['c4n4ry "with" quotes'])
+@pytest.mark.parametrize("form", [JsonFormatter(), TextFormatter()])
+def test_log_line_contains_no_secret(form: logging.Formatter) -> None:
+    REDACTOR.add_secrets(['c4n4ry "with" quotes'])
     record = logging.LogRecord("a", logging.INFO, "f", 1, "message %s", ('c4n4ry "with" quotes',), None)
     told = {
         "error": 'c4n4ry "with" quotes',
@@ -95,7 +103,7 @@ def test_no_part_of_a_line_tells_a_secret(form: logging.Formatter) -> None:
 
 
 def test_what_json_does_not_know_is_written_as_text(written: io.StringIO) -> None:
-    logging.getLogger("qlora_test").info("x", extra=fields(path=pytest, none=None, yes=True))
+    logging.getLogger("qlora_test").info("x", extra=log_fields(path=pytest, none=None, yes=True))
     assert lines(written)[0]["path"].startswith("<module")
     assert (lines(written)[0]["none"], lines(written)[0]["yes"]) == (None, True)
 
@@ -103,8 +111,8 @@ def test_what_json_does_not_know_is_written_as_text(written: io.StringIO) -> Non
 def test_text_for_a_terminal() -> None:
     record = logging.LogRecord("qlora_trainer", logging.INFO, "f", 1, "done", (), None)
     record.fields = {"reason": "Published", "note": "two words", "step": 3}
-    text = TextLines().format(record)
-    assert text == f'{describe(record)["time"]} info    done  reason=Published note="two words" step=3'
+    text = TextFormatter().format(record)
+    assert text == f'{record_to_dict(record)["time"]} info    done  reason=Published note="two words" step=3'
 
 
 @pytest.mark.parametrize(
@@ -112,7 +120,7 @@ def test_text_for_a_terminal() -> None:
 )
 def test_the_environment_chooses(monkeypatch: pytest.MonkeyPatch, asked: str, form: Format) -> None:
     monkeypatch.setenv(logs.FORMAT_ENV, asked)
-    assert logs.format_of_process() is form
+    assert logs.format_from_environment() is form
 
 
 SCRIPT = """

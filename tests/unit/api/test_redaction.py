@@ -47,15 +47,15 @@ PRESIGNED = (
         pytest.param(f"TokenReview of {JWT} failed", id="service-account-token"),
     ],
 )
-def test_a_canary_does_not_sing(text: str) -> None:
-    redacted = Redactor().text(text)
+def test_canary_secret_is_redacted(text: str) -> None:
+    redacted = Redactor().redact_text(text)
     assert CANARY not in redacted
     assert MASK in redacted
 
 
 @pytest.mark.parametrize("key", ["AKIAIOSFODNN7EXAMPLE", "ASIAIOSFODNN7EXAMPLE"])
 def test_an_access_key_is_known_by_its_form(key: str) -> None:
-    assert Redactor().text(f"The key {key} does not exist") == f"The key {MASK} does not exist"
+    assert Redactor().redact_text(f"The key {key} does not exist") == f"The key {MASK} does not exist"
 
 
 @pytest.mark.parametrize(
@@ -72,12 +72,12 @@ def test_an_access_key_is_known_by_its_form(key: str) -> None:
         "hf_hub_download and hf_transfer are functions",
     ],
 )
-def test_what_is_no_secret_stays(text: str) -> None:
-    assert Redactor().text(text) == text
+def test_text_without_secret_is_unchanged(text: str) -> None:
+    assert Redactor().redact_text(text) == text
 
 
 def test_a_presigned_url_still_says_what_it_led_to() -> None:
-    redacted = Redactor().text(PRESIGNED)
+    redacted = Redactor().redact_text(PRESIGNED)
     assert redacted.startswith("https://adapters.s3.eu-west-1.amazonaws.com/team/adapter.safetensors?X-Amz-Algorithm=")
     assert "X-Amz-Date=20260301T120000Z" in redacted
 
@@ -85,10 +85,10 @@ def test_a_presigned_url_still_says_what_it_led_to() -> None:
 @pytest.mark.parametrize(
     "value", ["plain words 7", 'quote " and \\ slash', "pässwörd-mit-umlaut", "a+b/c=d&e?f#g", "(.*)+$(.*)+$"]
 )
-def test_what_was_given_is_found_wherever_it_is(value: str) -> None:
+def test_added_secret_is_redacted_anywhere(value: str) -> None:
     redactor = Redactor()
-    redactor.learn([value])
-    told = redactor.value(
+    redactor.add_secrets([value])
+    told = redactor.redact_value(
         {"message": f"before {value} after", "deep": [{"list": (value,)}], "error": ValueError(value)}
     )
     assert value not in str(told)
@@ -97,21 +97,21 @@ def test_what_was_given_is_found_wherever_it_is(value: str) -> None:
 
 def test_what_was_given_is_found_in_a_url_too() -> None:
     redactor = Redactor()
-    redactor.learn(["a+b/c=d&e"])
-    assert redactor.text("https://s3/x?password2=a%2Bb%2Fc%3Dd%26e") == f"https://s3/x?password2={MASK}"
+    redactor.add_secrets(["a+b/c=d&e"])
+    assert redactor.redact_text("https://s3/x?password2=a%2Bb%2Fc%3Dd%26e") == f"https://s3/x?password2={MASK}"
 
 
 def test_one_value_within_another_leaves_no_rest() -> None:
     redactor = Redactor()
-    redactor.learn(["longer-secret-value"])
-    redactor.learn(["longer-secret"])
-    assert redactor.text("longer-secret-value") == MASK
+    redactor.add_secrets(["longer-secret-value"])
+    redactor.add_secrets(["longer-secret"])
+    assert redactor.redact_text("longer-secret-value") == MASK
 
 
 def test_short_values_are_not_looked_for() -> None:
     redactor = Redactor()
-    redactor.learn(["test", ""])
-    assert redactor.text("a test") == "a test"
+    redactor.add_secrets(["test", ""])
+    assert redactor.redact_text("a test") == "a test"
 
 
 def test_a_field_whose_name_says_what_it_is_goes_whole() -> None:
@@ -124,19 +124,19 @@ def test_a_field_whose_name_says_what_it_is_goes_whole() -> None:
         "secretRef": "hf",
         "n": 1,
     }
-    assert Redactor().value(told) == {
+    assert Redactor().redact_value(told) == {
         "token": MASK, "hf_token": MASK, "Authorization": MASK, "password": MASK, "tokens": "12", "secretRef": "hf",
         "n": 1,
     }  # fmt: skip
 
 
-def test_threads_may_learn_while_others_write() -> None:
+def test_secrets_can_be_added_from_threads() -> None:
     redactor, failures = Redactor(), []
 
     def work(number: int) -> None:
         value = f"secret-of-thread-{number}"
-        redactor.learn([value])
-        if value in redactor.text(f"it is {value}!"):
+        redactor.add_secrets([value])
+        if value in redactor.redact_text(f"it is {value}!"):
             failures.append(value)
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(20)]
@@ -147,7 +147,7 @@ def test_threads_may_learn_while_others_write() -> None:
     assert failures == []
 
 
-def test_a_hostile_line_is_no_work() -> None:
+def test_hostile_line_is_redacted_fast() -> None:
     """No form may need time that grows faster than the text: logs come from outside."""
     redactor = Redactor()
     for hostile in (
@@ -159,5 +159,5 @@ def test_a_hostile_line_is_no_work() -> None:
         "x:" * 25_000,
     ):
         start = time.process_time()
-        redactor.text(hostile)
+        redactor.redact_text(hostile)
         assert time.process_time() - start < 1.0, hostile[:20]

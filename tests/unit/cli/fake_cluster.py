@@ -11,35 +11,35 @@ from qlora_api import names
 from qlora_api.job_ref import JobRef
 from qlora_api.names import Phase, Reason
 from qlora_api.v1alpha1 import Attempt, Progress, QLoRAJobStatus
-from qlora_cli.cluster.client import AlreadyExistsError, NotFoundError, Object
+from qlora_cli.cluster.client import AlreadyExistsError, KubeObject, NotFoundError
 from qlora_cli.cluster.jobs import ClusterJob, parse_job
 from qlora_cli.cluster.polling import Clock
 from qlora_operator.status.derive import to_wire
 from tests.make import NOW, REF, UID, make_manifest, make_spec_manifest, merge
 
-Answer = Object | Exception
+Answer = KubeObject | Exception
 
 
-class FakeCluster:
+class FakeClusterClient:
     """One QLoRAJob that changes with each look, its pods and its Events."""
 
     def __init__(self, *answers: Answer) -> None:
         self.answers = list(answers)
         """What each look finds; the last one stays."""
-        self.events_found: list[Object] = []
-        self.pods_found: list[Object] = []
+        self.events_found: list[KubeObject] = []
+        self.pods_found: list[KubeObject] = []
         self.logs: dict[str, list[str]] = {}
         self.queries: list[tuple[str, Mapping[str, str]]] = []
         self.writes: list[tuple[str, Any]] = []
 
-    def get(self, ref: JobRef) -> Object:
+    def get(self, ref: JobRef) -> KubeObject:
         answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
         if isinstance(answer, Exception):
             raise answer
         assert (answer["metadata"]["namespace"], answer["metadata"]["name"]) == ref
         return answer
 
-    def find(self, namespace: str, selector: str = "") -> list[Object]:
+    def list_jobs(self, namespace: str, selector: str = "") -> list[KubeObject]:
         assert selector == ""
         return [
             answer
@@ -47,13 +47,13 @@ class FakeCluster:
             if not isinstance(answer, Exception) and namespace in {"", answer["metadata"]["namespace"]}
         ]
 
-    def create(self, manifest: Object, *, dry_run: bool = False) -> Object:
+    def create(self, manifest: KubeObject, *, dry_run: bool = False) -> KubeObject:
         self.writes.append(("check" if dry_run else "create", manifest))
         if not dry_run and manifest["metadata"]["name"] == "taken":
             raise AlreadyExistsError("taken")
         return merge(make_raw(), manifest)
 
-    def patch(self, ref: JobRef, change: Object) -> Object:
+    def patch(self, ref: JobRef, change: KubeObject) -> KubeObject:
         self.writes.append(("patch", change))
         return merge(self.get(ref), change)
 
@@ -61,11 +61,11 @@ class FakeCluster:
         self.writes.append(("delete", (ref.name, uid)))
         self.answers = [*self.answers[:1], NotFoundError("gone")]
 
-    def events(self, namespace: str) -> list[Object]:
+    def events(self, namespace: str) -> list[KubeObject]:
         assert namespace == REF.namespace
         return self.events_found
 
-    def pods(self, ref: JobRef) -> list[Object]:
+    def pods(self, ref: JobRef) -> list[KubeObject]:
         assert ref.namespace == REF.namespace
         return self.pods_found
 
@@ -86,7 +86,7 @@ class FakeTime:
         self.seconds += seconds
 
 
-def make_raw(name: str = REF.name, status: QLoRAJobStatus | None = None, age: int = 600, **change: Any) -> Object:
+def make_raw(name: str = REF.name, status: QLoRAJobStatus | None = None, age: int = 600, **change: Any) -> KubeObject:
     """A QLoRAJob as the API server has it, so many seconds old at NOW."""
     metadata = {"uid": UID, "creationTimestamp": wire(NOW - timedelta(seconds=age)), "managedFields": []}
     raw = merge(make_manifest(name), {"metadata": metadata, "spec": make_spec_manifest(**change)})
@@ -122,7 +122,7 @@ def make_ended(number: int, reason: Reason = Reason.NODE_LOST, message: str = "g
     return Attempt(number=number, job=f"{REF.name}-{number}", reason=reason, message=message, node="node-1")
 
 
-def make_pod(attempt: int, node: int = 0, *, started: bool = True) -> Object:
+def make_pod(attempt: int, node: int = 0, *, started: bool = True) -> KubeObject:
     """A pod of an attempt; 0 is the preparation."""
     name = f"{REF.name}-{attempt or 'prepare'}-{node}-abcde"
     labels = {names.JOB_LABEL: REF.name} | ({names.ATTEMPT_LABEL: str(attempt)} if attempt else {})
@@ -134,7 +134,7 @@ def make_pod(attempt: int, node: int = 0, *, started: bool = True) -> Object:
     }
 
 
-def make_event(subject: str, minutes: int, reason: str = "Training", **change: Any) -> Object:
+def make_event(subject: str, minutes: int, reason: str = "Training", **change: Any) -> KubeObject:
     """An Event about an object, so many minutes after NOW."""
     kind, name = subject.split()
     event = {
@@ -150,7 +150,7 @@ def wire(time: datetime) -> str:
     return time.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-class Paper:
+class PlainConsole:
     """A console that is no terminal."""
 
     def __init__(self) -> None:
@@ -162,11 +162,11 @@ class Paper:
         return self._file.getvalue().splitlines()
 
 
-def printed(value: Any) -> list[str]:
-    paper = Paper()
+def render_to_lines(value: Any) -> list[str]:
+    paper = PlainConsole()
     paper.console.print(value, soft_wrap=True)
     return [line.rstrip() for line in paper.lines]
 
 
-def raws(*statuses: Any) -> list[Any]:
+def make_raws(*statuses: Any) -> list[Any]:
     return [make_raw(status=found) for found in statuses]

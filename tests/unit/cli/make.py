@@ -27,7 +27,7 @@ JOB = textwrap.dedent("""\
         uri: s3://adapters/team-a
     """)
 
-BARS = ("Loading weights", "Writing model shards")
+PROGRESS_BARS = ("Loading weights", "Writing model shards")
 """Transformers' progress bars; `qlora` turns them off before their import, which in a test came earlier."""
 
 EVALUATION = EvaluationStatus(
@@ -77,6 +77,6 @@ def make_progress(step: int, phase: Phase = Phase.TRAINING) -> Progress:
     )
 
 
-def spoken(stderr: str) -> list[str]:
+def command_lines(stderr: str) -> list[str]:
     """What a command itself says while it works."""
-    return [line for line in stderr.splitlines() if line and not line.startswith(BARS)]
+    return [line for line in stderr.splitlines() if line and not line.startswith(PROGRESS_BARS)]

@@ -7,27 +7,27 @@ from typing import Any, Final
 from qlora_api import names
 from qlora_api.v1alpha1 import Progress
 from qlora_operator.cluster.interface import ClusterBusyError
-from qlora_operator.controller.reconcile import Outcome, reconcile
-from qlora_operator.lifecycle import Watch
+from qlora_operator.controller.reconcile import ReconcileResult, reconcile
+from qlora_operator.lifecycle import ReconcileContext
 from tests.fakes import CrashError, FakeCluster
-from tests.make import INSTALLATION, PREPARED_WORD, PUBLISHED_WORD, REF
+from tests.make import INSTALLATION, PREPARED_MESSAGE, PUBLISHED_MESSAGE, REF
 
 PREPARE: Final = names.prepare_job_name(REF.name)
 TRAIN: Final = names.train_job_name(REF.name, 1)
 
 
-async def once(cluster: FakeCluster, live: Progress | None = None) -> Outcome:
-    watch = Watch(cluster.now + cluster.ahead, live, cluster.listening_since)
+async def reconcile_now(cluster: FakeCluster, report: Progress | None = None) -> ReconcileResult:
+    watch = ReconcileContext(cluster.now + cluster.clock_skew, report, cluster.reports_since)
     return await reconcile(REF, cluster, INSTALLATION, watch)
 
 
-async def settle(cluster: FakeCluster, live: Progress | None = None) -> None:
+async def reconcile_until_stable(cluster: FakeCluster, report: Progress | None = None) -> None:
     """Reconcile until nothing is written, restarting the operator when it dies."""
     for _ in range(20):
         before = len(cluster.writes)
         cluster.pass_time(timedelta(seconds=1))
         try:
-            await once(cluster, live)
+            await reconcile_now(cluster, report)
         except (CrashError, ClusterBusyError):
             continue
         if len(cluster.writes) == before:
@@ -35,16 +35,16 @@ async def settle(cluster: FakeCluster, live: Progress | None = None) -> None:
     raise AssertionError(f"never settles: {cluster.writes}")
 
 
-async def live_to_the_end(cluster: FakeCluster) -> None:
-    await settle(cluster)
-    cluster.end_pod(PREPARE, 0, PREPARED_WORD)
+async def run_to_success(cluster: FakeCluster) -> None:
+    await reconcile_until_stable(cluster)
+    cluster.end_pod(PREPARE, 0, PREPARED_MESSAGE)
     cluster.pass_time(timedelta(minutes=1))
-    await settle(cluster)
+    await reconcile_until_stable(cluster)
     cluster.start_pod(TRAIN)
-    await settle(cluster)
+    await reconcile_until_stable(cluster)
     cluster.pass_time(timedelta(minutes=10))
-    cluster.end_pod(TRAIN, 0, PUBLISHED_WORD)
-    await settle(cluster)
+    cluster.end_pod(TRAIN, 0, PUBLISHED_MESSAGE)
+    await reconcile_until_stable(cluster)
 
 
 def without_times(status: dict[str, Any]) -> str:

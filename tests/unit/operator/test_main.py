@@ -29,7 +29,7 @@ def test_a_wrong_setting_is_named(tmp_path: Path) -> None:
     assert ended.stderr == "QLORA_HEALTH_PORT is 'high': write a number from 1 to 65535\n"
 
 
-def test_whatever_else_ends_it_is_in_the_last_line_of_its_log(tmp_path: Path) -> None:
+def test_fatal_error_is_last_log_line(tmp_path: Path) -> None:
     kubeconfig = tmp_path / "kubeconfig"
     kubeconfig.write_text("current-context: nowhere\n")
     ended = start(kubeconfig)

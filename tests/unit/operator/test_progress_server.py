@@ -15,19 +15,19 @@ from qlora_api.v1alpha1 import Checkpoint
 from qlora_operator.cluster.interface import PodIdentity
 from qlora_operator.progress_server import (
     MAX_BODY,
-    STATUS_EVERY,
-    TRUST_SECONDS,
-    Gate,
+    STATUS_INTERVAL,
+    TOKEN_CACHE_SECONDS,
+    PodAuthorizer,
     ProgressEndpoint,
-    Reports,
+    ReportStore,
     read_report,
 )
-from tests.fakes import FakeIdentities
+from tests.fakes import FakeTokenReviewer
 from tests.make import NOW, REF
 
 POD = PodIdentity(REF.namespace, "support-bot-1-0-abcde", "uid-1")
-STRANGER = PodIdentity("other", "support-bot-1-0-abcde", "uid-2")
-STRAY = PodIdentity(REF.namespace, "stray", "uid-3")
+POD_OF_OTHER_NAMESPACE = PodIdentity("other", "support-bot-1-0-abcde", "uid-2")
+UNLABELED_POD = PodIdentity(REF.namespace, "stray", "uid-3")
 
 
 def make_report(metrics: dict[str, str] | None = None, **status: Any) -> dict[str, Any]:
@@ -44,13 +44,13 @@ class Setup:
     def __init__(self) -> None:
         self.seconds = 0.0
         self.notified: list[tuple[JobRef, timedelta]] = []
-        self.identities = FakeIdentities(
-            {"good": POD, "stranger": STRANGER, "stray": STRAY},
-            {POD: REF.name, STRANGER: REF.name, STRAY: "gone"},
+        self.identities = FakeTokenReviewer(
+            {"good": POD, "stranger": POD_OF_OTHER_NAMESPACE, "stray": UNLABELED_POD},
+            {POD: REF.name, POD_OF_OTHER_NAMESPACE: REF.name, UNLABELED_POD: "gone"},
             {REF},
         )
-        self.reports = Reports()
-        gate = Gate(self.identities, lambda: self.seconds)
+        self.reports = ReportStore()
+        gate = PodAuthorizer(self.identities, lambda: self.seconds)
         endpoint = ProgressEndpoint(
             gate, self.reports, lambda ref, delay: self.notified.append((ref, delay)),
             lambda: NOW + timedelta(seconds=self.seconds),
@@ -111,7 +111,7 @@ async def test_a_huge_body_is_refused(setup: Setup) -> None:
     assert answer.status == 413
 
 
-async def test_a_report_is_kept_and_told(setup: Setup) -> None:
+async def test_report_is_stored_and_enqueues_job(setup: Setup) -> None:
     assert await setup.post() == (200, "")
     kept = setup.reports.get(REF)
     assert kept is not None
@@ -119,23 +119,23 @@ async def test_a_report_is_kept_and_told(setup: Setup) -> None:
     assert setup.notified == [(REF, timedelta(0))]
 
 
-async def test_progress_alone_reaches_the_status_every_few_seconds(setup: Setup) -> None:
+async def test_status_updates_are_rate_limited(setup: Setup) -> None:
     await setup.post()
     setup.seconds = 1.0
     await setup.post()
-    assert setup.notified[1] == (REF, STATUS_EVERY - timedelta(seconds=1))
+    assert setup.notified[1] == (REF, STATUS_INTERVAL - timedelta(seconds=1))
 
 
 async def test_a_token_is_reviewed_once_a_minute(setup: Setup) -> None:
     await setup.post()
     await setup.post()
     assert setup.identities.reviews == 1
-    setup.seconds = TRUST_SECONDS + 1
+    setup.seconds = TOKEN_CACHE_SECONDS + 1
     await setup.post()
     assert setup.identities.reviews == 2
 
 
-async def test_trust_in_a_token_is_for_one_job(setup: Setup) -> None:
+async def test_token_cache_is_per_job(setup: Setup) -> None:
     await setup.post()
     assert (await setup.post(ref=JobRef("ml", "another")))[0] == 403
 

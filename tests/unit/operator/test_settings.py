@@ -7,7 +7,7 @@ import pytest
 from qlora_api.logs import Format
 from qlora_api.runconfig import Platform, S3Config
 from qlora_operator.resources import Installation
-from qlora_operator.settings import Home, Settings, SettingsError, read_settings
+from qlora_operator.settings import LeaderElectionSettings, Settings, SettingsError, read_settings
 
 IMAGE = {"QLORA_TRAINER_IMAGE": "trainer:1"}
 
@@ -35,7 +35,7 @@ def test_everything() -> None:
     assert settings == Settings(
         Installation("trainer:1", "Always", "http://operator:8080", platform, ("registry", "mirror")),
         ("ml", "research"), 4, 9000, 9001, "debug", Format.TEXT, "/kube", timedelta(seconds=30),
-        Home("qlora", "operator-x7b", "my-release"),
+        LeaderElectionSettings("qlora", "operator-x7b", "my-release"),
     )  # fmt: skip
 
 

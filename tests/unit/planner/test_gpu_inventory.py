@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from qlora_api.v1alpha1 import ResourcesSpec
-from qlora_planner.gpu_inventory import Pool, memory_of_product, read_offer, to_bytes
+from qlora_planner.gpu_inventory import GpuPool, memory_of_product, parse_quantity, read_gpu_inventory
 
 GIBIBYTE = 1 << 30
 
@@ -25,15 +25,15 @@ def make_node(
     return {"metadata": {"name": "n", "labels": labels}, "spec": spec, "status": {"allocatable": allocatable}}
 
 
-A10 = Pool("NVIDIA-A10", 23_028 << 20, 1, 1, (8, 6))
+A10 = GpuPool("NVIDIA-A10", 23_028 << 20, 1, 1, (8, 6))
 
 
 def test_equal_nodes_are_one_pool_and_the_smallest_comes_first() -> None:
     nodes = [make_node("NVIDIA-H100-80GB-HBM3", "81559", "8"), make_node(), make_node(), make_node(gpus="4")]
-    assert read_offer(nodes, ResourcesSpec()) == (
-        Pool("NVIDIA-A10", 23_028 << 20, 1, 2, (8, 6)),
-        Pool("NVIDIA-A10", 23_028 << 20, 4, 1, (8, 6)),
-        Pool("NVIDIA-H100-80GB-HBM3", 81_559 << 20, 8, 1, (8, 6)),
+    assert read_gpu_inventory(nodes, ResourcesSpec()) == (
+        GpuPool("NVIDIA-A10", 23_028 << 20, 1, 2, (8, 6)),
+        GpuPool("NVIDIA-A10", 23_028 << 20, 4, 1, (8, 6)),
+        GpuPool("NVIDIA-H100-80GB-HBM3", 81_559 << 20, 8, 1, (8, 6)),
     )
 
 
@@ -49,8 +49,8 @@ def test_equal_nodes_are_one_pool_and_the_smallest_comes_first() -> None:
         pytest.param({"metadata": {"name": "n"}, "status": {"allocatable": {"cpu": "8"}}}, id="no-gpus"),
     ],
 )
-def test_nodes_that_offer_nothing(node: dict[str, Any]) -> None:
-    assert read_offer([node], ResourcesSpec()) == ()
+def test_nodes_without_usable_gpus_are_ignored(node: dict[str, Any]) -> None:
+    assert read_gpu_inventory([node], ResourcesSpec()) == ()
 
 
 TEAM = {"key": "team", "value": "b", "effect": "NoSchedule"}
@@ -73,7 +73,7 @@ def test_taints_are_tolerated_as_kubernetes_does(
     taint: dict[str, str], tolerations: list[dict[str, str]], offered: bool
 ) -> None:
     resources = ResourcesSpec.model_validate({"tolerations": tolerations})
-    assert read_offer([make_node(taints=[taint])], resources) == ((A10,) if offered else ())
+    assert read_gpu_inventory([make_node(taints=[taint])], resources) == ((A10,) if offered else ())
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_taints_are_tolerated_as_kubernetes_does(
     ],
 )
 def test_what_the_manifest_asks_for(resources: dict[str, Any], offered: bool) -> None:
-    assert read_offer([make_node()], ResourcesSpec.model_validate(resources)) == ((A10,) if offered else ())
+    assert read_gpu_inventory([make_node()], ResourcesSpec.model_validate(resources)) == ((A10,) if offered else ())
 
 
 @pytest.mark.parametrize(
@@ -94,13 +94,13 @@ def test_what_the_manifest_asks_for(resources: dict[str, Any], offered: bool) ->
     [("24Gi", 24 * GIBIBYTE), ("1.5Gi", 3 * GIBIBYTE // 2), ("80G", 80 * 10**9), ("15360Mi", 15 * GIBIBYTE), ("7", 7)],
 )
 def test_quantities(quantity: str, size: int) -> None:
-    assert to_bytes(quantity) == size
+    assert parse_quantity(quantity) == size
 
 
 @pytest.mark.parametrize("quantity", ["24 Gi", "24GB", "", "-1Gi", "Gi"])
 def test_what_is_no_quantity(quantity: str) -> None:
     with pytest.raises(ValueError, match="write a number and a unit, as in 24Gi"):
-        to_bytes(quantity)
+        parse_quantity(quantity)
 
 
 def test_a_products_name_may_tell_its_memory() -> None:
@@ -109,5 +109,5 @@ def test_a_products_name_may_tell_its_memory() -> None:
 
 
 def test_what_a_process_can_have_is_less_than_the_label_says() -> None:
-    t4 = Pool("Tesla-T4", 15_360 << 20)
+    t4 = GpuPool("Tesla-T4", 15_360 << 20)
     assert 14.6 * GIBIBYTE < t4.usable <= 14.75 * GIBIBYTE

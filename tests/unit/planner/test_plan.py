@@ -9,9 +9,9 @@ from qlora_api.model_config import reduce_config
 from qlora_api.prepared import Prepared
 from qlora_api.v1alpha1 import RowLengths
 from qlora_planner import make_plan
-from qlora_planner.gpu_inventory import Pool
-from qlora_planner.memory.estimate import Rows
-from qlora_planner.plan import rows_of
+from qlora_planner.gpu_inventory import GpuPool
+from qlora_planner.memory.estimate import SequenceLengths
+from qlora_planner.plan import sequence_lengths
 from qlora_planner.sizing import DoesNotFitError
 from tests.make import make_prepared, make_spec
 
@@ -97,7 +97,7 @@ def test_processes_share_a_global_batch(
 
 
 CONFIGS = Path(__file__).parent / "configs"
-A10 = Pool("NVIDIA-A10", 23_028 << 20, 1, 4, (8, 6))
+A10 = GpuPool("NVIDIA-A10", 23_028 << 20, 1, 4, (8, 6))
 GPU = {"resources": {"gpusPerNode": 1}}
 
 
@@ -134,11 +134,13 @@ def test_a_plan_is_sized_by_rows_model_and_gpus() -> None:
         pytest.param("llama-3.2-3b", (), GPU, id="no-gpu-is-known"),
         pytest.param(None, (A10,), GPU, id="prepared-by-an-older-release"),
         pytest.param("llama-3.2-3b", (A10,), {}, id="cpu"),
-        pytest.param("llama-3.2-3b", (Pool("NVIDIA-A10", 23_028 << 20, 1, 0),), GPU, id="fewer-nodes-than-asked-for"),
+        pytest.param(
+            "llama-3.2-3b", (GpuPool("NVIDIA-A10", 23_028 << 20, 1, 0),), GPU, id="fewer-nodes-than-asked-for"
+        ),
     ],
 )
 def test_a_plan_without_sizes_is_the_usual_one(
-    model: str | None, offer: tuple[Pool, ...], blocks: dict[str, object]
+    model: str | None, offer: tuple[GpuPool, ...], blocks: dict[str, object]
 ) -> None:
     spec = make_spec(**blocks)
     plan = make_plan(spec, prepared_for(model), offer)
@@ -156,13 +158,13 @@ def test_what_does_not_fit_is_no_plan() -> None:
 @pytest.mark.parametrize(
     ("longest", "mean", "rows"),
     [
-        pytest.param(212, 37.0, Rows(212, 37.0), id="as-they-are"),
-        pytest.param(9000, 3000.0, Rows(2048, 2048), id="cut-at-maxLength"),
-        pytest.param(212, None, Rows(212, 212), id="mean-unknown"),
-        pytest.param(0, 0.0, Rows(1, 1.0), id="empty"),
+        pytest.param(212, 37.0, SequenceLengths(212, 37.0), id="as-they-are"),
+        pytest.param(9000, 3000.0, SequenceLengths(2048, 2048), id="cut-at-maxLength"),
+        pytest.param(212, None, SequenceLengths(212, 212), id="mean-unknown"),
+        pytest.param(0, 0.0, SequenceLengths(1, 1.0), id="empty"),
     ],
 )
-def test_lengths_of_the_rows(longest: int, mean: float | None, rows: Rows) -> None:
+def test_lengths_of_the_rows(longest: int, mean: float | None, rows: SequenceLengths) -> None:
     lengths = None if mean is None else RowLengths(mean=mean, p50=1, p95=1, p99=1)
     dataset = make_prepared().dataset.model_copy(update={"longest_row_tokens": longest, "row_lengths": lengths})
-    assert rows_of(dataset, make_spec().training) == rows
+    assert sequence_lengths(dataset, make_spec().training) == rows

@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_planner.explain import explain_sizing
-from qlora_planner.gpu_inventory import Pool
-from qlora_planner.memory.estimate import SLACK, Layout, Rows, Workload, as_dense, estimate_memory
+from qlora_planner.gpu_inventory import GpuPool
+from qlora_planner.memory.estimate import SLACK, Layout, SequenceLengths, TrainingWorkload, as_dense, estimate_memory
 from qlora_planner.models.families import read_shape
 from qlora_planner.models.shapes import ModelShape, UnknownModelError
-from qlora_planner.sizing import Misfit, Sizing, find_rooms, size_run
-from qlora_planner.suggestions import describe_misfit, find_changes, find_harmless, find_remedy
+from qlora_planner.sizing import Misfit, Sizing, find_allocations, size_run
+from qlora_planner.suggestions import describe_misfit, find_lossless_changes, find_lossy_changes, suggest_change
 from tests.make import make_spec
 from tests.unit.planner.public import load_config
 
@@ -29,31 +29,31 @@ def shape_of(name: str) -> ModelShape:
     return read_shape(load_config(name))
 
 
-def make_work(name: str = "llama-3.2-3b", rows: Rows | None = None, **blocks: Any) -> Workload:
+def make_work(name: str = "llama-3.2-3b", rows: SequenceLengths | None = None, **blocks: Any) -> TrainingWorkload:
     spec = make_spec(**{"resources": {"gpusPerNode": 1}} | blocks)
     length = spec.training.max_length
-    return Workload(spec, shape_of(name), rows or Rows(length, length))
+    return TrainingWorkload(spec, shape_of(name), rows or SequenceLengths(length, length))
 
 
-def least(work: Workload) -> int:
+def minimum_bytes(work: TrainingWorkload) -> int:
     """Bytes of the smallest GPU that it fits on."""
     found = size_run(work, (pool(0.001),))
     assert isinstance(found, Misfit)
     return ceil(found.nearest.estimate.peak / 0.98) + 1
 
 
-def pool(gibibytes: float, gpus: int = 1, nodes: int = 1, name: str = "") -> Pool:
-    return Pool(name, int(gibibytes * GIBIBYTE), gpus, nodes)
+def pool(gibibytes: float, gpus: int = 1, nodes: int = 1, name: str = "") -> GpuPool:
+    return GpuPool(name, int(gibibytes * GIBIBYTE), gpus, nodes)
 
 
-def sized(work: Workload, *pools: Pool, flexible: bool = False) -> Sizing:
+def sized(work: TrainingWorkload, *pools: GpuPool, flexible: bool = False) -> Sizing:
     found = size_run(work, pools, flexible=flexible)
     assert isinstance(found, Sizing), found
     assert not found.tight
     return found
 
 
-def nearest_of(work: Workload, offer: tuple[Pool, ...], *, flexible: bool = False) -> Sizing:
+def nearest_of(work: TrainingWorkload, offer: tuple[GpuPool, ...], *, flexible: bool = False) -> Sizing:
     found = size_run(work, offer, flexible=flexible)
     assert found is not None
     return found.nearest if isinstance(found, Misfit) else found
@@ -76,22 +76,22 @@ def test_checkpointing_only_where_activations_would_not_fit(name: str, memory: i
 
 def test_the_smallest_gpu_that_fits_is_taken() -> None:
     offer = (pool(80, name="large"), pool(24, name="middle"), pool(6, name="small"))
-    assert sized(make_work("llama-3.1-8b"), *offer).room.pool.product == "middle"
-    assert sized(make_work("llama-2-70b"), *offer).room.pool.product == "large"
+    assert sized(make_work("llama-3.1-8b"), *offer).allocation.pool.product == "middle"
+    assert sized(make_work("llama-2-70b"), *offer).allocation.pool.product == "large"
 
 
 def test_a_run_that_may_choose_takes_the_fewest_gpus() -> None:
     full = make_work("llama-3.2-3b", **FULL)
     eight = sized(full, pool(40, gpus=8), flexible=True)
-    assert (eight.room.gpus_per_node, eight.layout.strategy) == (4, "zero2")
-    assert sized(make_work("llama-3.2-3b"), pool(24, gpus=8), flexible=True).room.gpus_per_node == 1
+    assert (eight.allocation.gpus_per_node, eight.layout.strategy) == (4, "zero2")
+    assert sized(make_work("llama-3.2-3b"), pool(24, gpus=8), flexible=True).allocation.gpus_per_node == 1
 
 
-def test_what_one_gpu_loads_but_cannot_train_is_divided_where_that_is_possible() -> None:
+def test_model_too_large_to_train_on_one_gpu_is_sharded() -> None:
     offer = (pool(40, gpus=8),)
     found = sized(make_work("llama-2-70b", lora=ALL), *offer, flexible=True)
     assert (found.layout.strategy, found.layout.optimizer) == ("zero3", "adamw")
-    assert found.room.gpus_per_node > 1
+    assert found.allocation.gpus_per_node > 1
     for lora in (ALL | {"modulesToSave": ["norm"]}, ALL | {"dora": True}):
         assert nearest_of(make_work("llama-2-70b", lora=lora), offer, flexible=True).layout.strategy != "zero3"
 
@@ -107,35 +107,35 @@ def test_several_gpus_share_the_rows_and_divide_only_what_does_not_fit() -> None
     # Rules about how many GPUs a manifest may ask for are the rules' business.
     spec = make_spec(resources={"gpusPerNode": 1}, lora=ALL)
     two = spec.model_copy(update={"resources": spec.resources.model_copy(update={"gpus_per_node": 2})})
-    found = sized(Workload(two, shape_of("llama-3.1-8b"), Rows(512, 512)), pool(24, gpus=2))
+    found = sized(TrainingWorkload(two, shape_of("llama-3.1-8b"), SequenceLengths(512, 512)), pool(24, gpus=2))
     assert (found.layout.strategy, found.layout.processes) == ("ddp", 2)
     assert 16 % (found.layout.micro_batch * 2) == 0
 
 
-def test_an_offer_with_too_few_gpus_is_no_misfit() -> None:
+def test_too_few_gpus_in_inventory_returns_none() -> None:
     spec = make_spec(resources={"gpusPerNode": 1})
     four = spec.model_copy(update={"resources": spec.resources.model_copy(update={"gpus_per_node": 4})})
-    work = Workload(four, shape_of("smollm2-135m"), Rows(64, 64))
+    work = TrainingWorkload(four, shape_of("smollm2-135m"), SequenceLengths(64, 64))
     assert size_run(work, (pool(80, gpus=2),)) is None
     assert size_run(work, ()) is None
 
 
 def test_a_run_never_has_more_gpus_than_rows() -> None:
     work = make_work(training={"globalBatchSize": 3})
-    assert [room.processes for room in find_rooms(work, (pool(24, gpus=8),), flexible=True)] == [1, 2]
+    assert [room.processes for room in find_allocations(work, (pool(24, gpus=8),), flexible=True)] == [1, 2]
 
 
 @pytest.mark.parametrize(
     ("training", "rows", "micro"),
     [
-        pytest.param({"microBatchSize": 2}, Rows(100, 50), 2, id="given"),
-        pytest.param({}, Rows(100, 50), 16, id="all-rows-at-once"),
-        pytest.param({"globalBatchSize": 512}, Rows(200, 100), 32, id="a-pass-is-full"),
-        pytest.param({"globalBatchSize": 7}, Rows(2048, 1024), 1, id="prime"),
-        pytest.param({"maxLength": 8192}, Rows(8192, 5000), 1, id="a-row-longer-than-a-pass"),
+        pytest.param({"microBatchSize": 2}, SequenceLengths(100, 50), 2, id="given"),
+        pytest.param({}, SequenceLengths(100, 50), 16, id="all-rows-at-once"),
+        pytest.param({"globalBatchSize": 512}, SequenceLengths(200, 100), 32, id="a-pass-is-full"),
+        pytest.param({"globalBatchSize": 7}, SequenceLengths(2048, 1024), 1, id="prime"),
+        pytest.param({"maxLength": 8192}, SequenceLengths(8192, 5000), 1, id="a-row-longer-than-a-pass"),
     ],
 )
-def test_micro_batch(training: dict[str, int], rows: Rows, micro: int) -> None:
+def test_micro_batch(training: dict[str, int], rows: SequenceLengths, micro: int) -> None:
     assert sized(make_work("smollm2-135m", rows, training=training), pool(80)).layout.micro_batch == micro
 
 
@@ -186,10 +186,10 @@ RANK_512 = {"rank": 512, **ALL}
 )
 def test_the_cheapest_change_that_fits(before: dict[str, Any], after: dict[str, Any], remedy: str) -> None:
     work = make_work("llama-3.1-8b", **before)
-    offer = (Pool("", least(make_work("llama-3.1-8b", **after))),)
+    offer = (GpuPool("", minimum_bytes(make_work("llama-3.1-8b", **after))),)
     nearest = Misfit(nearest_of(work, offer))
-    assert find_remedy(work, offer, nearest) == f"it fits with {remedy}"
-    tried = [*find_harmless(work, nearest), *find_changes(work)]
+    assert suggest_change(work, offer, nearest) == f"it fits with {remedy}"
+    tried = [*find_lossless_changes(work, nearest), *find_lossy_changes(work)]
     place = next(number for number, change in enumerate(tried) if change.sentence == remedy)
     fits = [not nearest_of(change.work, offer).tight for change in tried[: place + 1]]
     assert fits == [*[False] * place, True]
@@ -198,14 +198,14 @@ def test_the_cheapest_change_that_fits(before: dict[str, Any], after: dict[str, 
 def test_what_may_fit_is_tried_and_what_cannot_is_refused() -> None:
     work = make_work("llama-3.1-8b", lora=ALL)
     smallest = nearest_of(work, (pool(0.001),)).estimate
-    tight = size_run(work, (Pool("", ceil(smallest.least / 0.98) + 1),))
+    tight = size_run(work, (GpuPool("", ceil(smallest.minimum / 0.98) + 1),))
     assert isinstance(tight, Sizing)
     assert (tight.tight, tight.layout.micro_batch, tight.layout.checkpointing) == (True, 1, True)
     assert explain_sizing(work, tight)[-1].endswith("; tight: it fits if torch's allocator needs less than that slack")
-    assert isinstance(size_run(work, (Pool("", int(smallest.least / 0.98) - 1),)), Misfit)
-    roomy = size_run(work, (tight.room.pool, pool(80)))
+    assert isinstance(size_run(work, (GpuPool("", int(smallest.minimum / 0.98) - 1),)), Misfit)
+    roomy = size_run(work, (tight.allocation.pool, pool(80)))
     assert isinstance(roomy, Sizing)
-    assert roomy.room.pool.memory == 80 * GIBIBYTE
+    assert roomy.allocation.pool.memory == 80 * GIBIBYTE
 
 
 def test_more_gpus_are_named_before_another_method() -> None:
@@ -220,7 +220,7 @@ def test_a_strategy_that_was_asked_for_may_have_to_go() -> None:
     spec = make_work("llama-3.2-3b", **FULL).spec
     resources = spec.resources.model_copy(update={"gpus_per_node": 2})
     asked = spec.model_copy(update={"resources": resources, "distribution": "ddp"})
-    work, offer = Workload(asked, shape_of("llama-3.2-3b"), Rows(2048, 2048)), (pool(40, gpus=8),)
+    work, offer = TrainingWorkload(asked, shape_of("llama-3.2-3b"), SequenceLengths(2048, 2048)), (pool(40, gpus=8),)
     found = size_run(work, offer)
     assert isinstance(found, Misfit)
     sentence = "it fits with spec.resources.gpusPerNode 4 and spec.distribution zero2"
@@ -230,16 +230,16 @@ def test_a_strategy_that_was_asked_for_may_have_to_go() -> None:
 @settings(deadline=None)  # other tests run beside it
 @given(micro=st.integers(1, 64), longer=st.integers(1, 4096), rank=st.sampled_from([4, 16, 64]))
 def test_more_work_takes_more_memory(micro: int, longer: int, rank: int) -> None:
-    work = make_work("smollm2-135m", Rows(longer, longer), lora={"rank": rank, **ALL})
+    work = make_work("smollm2-135m", SequenceLengths(longer, longer), lora={"rank": rank, **ALL})
     less = estimate_memory(work, Layout(micro_batch=micro)).peak
     assert estimate_memory(work, Layout(micro_batch=micro + 1)).peak >= less
-    assert estimate_memory(replace(work, rows=Rows(longer + 1, longer)), Layout(micro_batch=1)).peak >= (
+    assert estimate_memory(replace(work, rows=SequenceLengths(longer + 1, longer)), Layout(micro_batch=1)).peak >= (
         estimate_memory(work, Layout(micro_batch=1)).peak
     )
     assert estimate_memory(work, Layout(micro_batch=micro, optimizer="adamw8bit")).peak <= less
 
 
-def test_dividing_takes_from_each_gpu_what_the_stage_divides() -> None:
+def test_zero_stage_reduces_sharded_memory_only() -> None:
     work = make_work("llama-3.1-8b", **FULL)
     whole, zero2, zero3 = (
         estimate_memory(work, Layout(4, strategy, 1, checkpointing=True)) for strategy in ("ddp", "zero2", "zero3")
@@ -256,11 +256,11 @@ def test_dividing_takes_from_each_gpu_what_the_stage_divides() -> None:
 def test_the_peak_is_the_sum_of_its_parts() -> None:
     found = sized(make_work(lora=ALL), pool(24)).estimate
     parts = found.base.total + found.adapter + found.gradients + found.optimizer + found.activations
-    assert found.peak == pytest.approx(parts * (1 + SLACK) + found.outside, abs=1)
+    assert found.peak == pytest.approx(parts * (1 + SLACK) + found.non_torch, abs=1)
     assert found.adapter == found.gradients == found.optimizer // 2 == 24_313_856 * 4
 
 
-def test_pissa_keeps_its_start() -> None:
+def test_pissa_counts_initial_matrices() -> None:
     lora = {"method": "lora", "quantization": {"bits": 16}}
     plain, pissa = (make_work(**lora, lora=block) for block in ({}, {"init": "pissa"}))
     assert estimate_memory(pissa, Layout()).adapter == 2 * estimate_memory(plain, Layout()).adapter
@@ -268,7 +268,7 @@ def test_pissa_keeps_its_start() -> None:
 
 def test_every_choice_has_its_reason_and_none_is_too_long_for_the_status() -> None:
     work = make_work("llama-3.1-8b", lora=ALL)
-    reasons = explain_sizing(work, sized(work, Pool("NVIDIA-A10", 23_028 << 20, 1, 1, (8, 6))))
+    reasons = explain_sizing(work, sized(work, GpuPool("NVIDIA-A10", 23_028 << 20, 1, 1, (8, 6))))
     assert [reason.split()[0] for reason in reasons] == [
         "1",
         "dtype",
@@ -287,7 +287,7 @@ def test_every_choice_has_its_reason_and_none_is_too_long_for_the_status() -> No
 
 
 def test_a_mixture_of_experts_is_as_wide_as_the_experts_of_a_token() -> None:
-    mixtral = make_work("mixtral-8x7b-v0.1", Rows(512, 512))
+    mixtral = make_work("mixtral-8x7b-v0.1", SequenceLengths(512, 512))
     fed = {linear.path: (linear.inputs, linear.outputs) for linear in as_dense(mixtral.shape).decoder.linears[4:]}
     assert fed == {"mlp.gate_proj": (4096, 28_672), "mlp.up_proj": (4096, 28_672), "mlp.down_proj": (28_672, 4096)}
     assert as_dense(shape_of("llama-3.2-3b")) is shape_of("llama-3.2-3b")
@@ -300,14 +300,14 @@ def test_adapters_on_stacked_experts_are_not_sized() -> None:
         size_run(work, (pool(141),))
 
 
-def test_a_base_of_which_little_is_quantised_says_so() -> None:
+def test_base_with_few_quantizable_weights_is_logged() -> None:
     mixtral = make_work("mixtral-8x7b-v0.1")
     reasons = explain_sizing(mixtral, sized(mixtral, pool(141)))
     assert any(reason.startswith("base: only 3% of its layers' weights can be stored in 4 bits") for reason in reasons)
 
 
-def test_rows_that_must_not_see_each_other_are_padded() -> None:
+def test_model_without_packing_support_is_padded() -> None:
     blocks = {"method": "lora", "quantization": {"bits": 16}, "lora": ALL}
-    falcon, phi = (make_work(name, Rows(100, 50), **blocks) for name in ("falcon-7b", "phi-2"))
-    assert (falcon.lines(64).tokens, falcon.lines(64).packing) == (6400, False)
-    assert (phi.lines(64).tokens, phi.lines(64).packing) == (4000, True)
+    falcon, phi = (make_work(name, SequenceLengths(100, 50), **blocks) for name in ("falcon-7b", "phi-2"))
+    assert (falcon.largest_batch(64).tokens, falcon.largest_batch(64).packing) == (6400, False)
+    assert (phi.largest_batch(64).tokens, phi.largest_batch(64).packing) == (4000, True)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from qlora_planner.time_estimate import explain_duration, peak_of, to_text
+from qlora_planner.time_estimate import explain_duration, peak_flops, to_text
 
 LLAMA_8B = 8_030_261_248
 
@@ -24,7 +24,7 @@ LLAMA_8B = 8_030_261_248
     ],
 )
 def test_a_peak_is_known_by_the_products_name(product: str, tera: int | None) -> None:
-    assert peak_of(product) == (tera * 10**12 if tera else None)
+    assert peak_flops(product) == (tera * 10**12 if tera else None)
 
 
 def test_a_published_run_is_within_its_range() -> None:
@@ -42,7 +42,7 @@ def test_more_gpus_take_less_and_recomputation_more() -> None:
     assert first(1, True) == "training about 9.1 h"
 
 
-def test_nothing_is_said_of_a_gpu_that_nobody_knows() -> None:
+def test_unknown_gpu_has_no_time_estimate() -> None:
     assert explain_duration("AMD-Instinct", 1, LLAMA_8B, 1e6, recomputed=False) == ()
 
 
@@ -50,5 +50,5 @@ def test_nothing_is_said_of_a_gpu_that_nobody_knows() -> None:
     ("seconds", "text"),
     [(0.2, "1 s"), (119.4, "119 s"), (120, "2 min"), (7199, "120 min"), (7200, "2 h"), (1e5, "28 h")],
 )
-def test_a_duration_is_as_rough_as_it_is_known(seconds: float, text: str) -> None:
+def test_time_estimate_is_rounded(seconds: float, text: str) -> None:
     assert to_text(seconds) == text

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from qlora_planner.validation import ANYWHERE, ON_A_COMPUTER, check
+from qlora_planner.validation import COMMON_RULES, LOCAL_RULES, check
 from tests.make import make_spec
 
 
@@ -90,13 +90,13 @@ def test_no_violation(change: dict[str, Any]) -> None:
 
 
 def test_files_are_fine_without_a_cluster() -> None:
-    assert check(make_spec(output={"uri": "file:///o"}), ANYWHERE) == ()
+    assert check(make_spec(output={"uri": "file:///o"}), COMMON_RULES) == ()
 
 
 def test_a_claim_is_for_a_cluster() -> None:
     spec = make_spec(dataset={"uri": "pvc://rows/train.jsonl"})
     assert check(spec) == ()
-    [violation] = check(spec, ON_A_COMPUTER)
+    [violation] = check(spec, LOCAL_RULES)
     assert violation.message.startswith(
         "spec.dataset.uri is pvc://rows/train.jsonl, and only a cluster can mount a PVC"
     )

@@ -3,14 +3,14 @@ from pathlib import Path
 from examples.quickstart import demo, make_data, make_model
 from qlora_cli.manifests.loader import parse_manifest
 from qlora_cli.manifests.yaml_documents import read_documents
-from qlora_planner.validation import IN_CLUSTER
+from qlora_planner.validation import CLUSTER_RULES
 
 JOB = Path(demo.__file__).with_name("job.yaml")
 
 
 def test_the_quickstarts_manifest_is_valid_and_speaks_of_its_own_model_and_files():
     (document,) = read_documents(str(JOB))
-    spec = parse_manifest(document, IN_CLUSTER).spec
+    spec = parse_manifest(document, CLUSTER_RULES).spec
     assert spec.model.uri == f"hf://{make_model.MODEL}"
     assert spec.dataset.uri == f"s3://quickstart/{make_data.TRAIN}"
     assert spec.dataset.evaluation.uri == f"s3://quickstart/{make_data.HELD_OUT}"
@@ -25,7 +25,7 @@ def test_an_editor_finds_the_schema():
 
 def test_the_demos_next_step_is_one_pass_over_the_rows():
     (document,) = read_documents(str(JOB))
-    batch = parse_manifest(document, IN_CLUSTER).spec.training.global_batch_size
+    batch = parse_manifest(document, CLUSTER_RULES).spec.training.global_batch_size
     rows = len((make_data.DATA / make_data.TRAIN).read_text().splitlines())
     assert -(-rows // batch) == demo.ALL_STEPS
 

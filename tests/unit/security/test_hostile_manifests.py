@@ -11,10 +11,10 @@ from qlora_cli.manifests.loader import ManifestError, parse_manifest
 from qlora_cli.manifests.yaml_documents import Document
 from qlora_operator.cluster.parse import parse_job
 from qlora_operator.controller.reconcile import parse
-from qlora_operator.models import Manifest, Run
+from qlora_operator.models import AttemptInputs, Manifest
 from qlora_operator.resources import build_prepare_config, build_prepare_job, build_run_config, build_train_job
 from qlora_planner import make_plan
-from qlora_planner.validation import IN_CLUSTER, Violation, check
+from qlora_planner.validation import CLUSTER_RULES, Violation, check
 from tests.hostile import CORPUS, HARMLESS, REFUSED, Hostile
 from tests.make import INSTALLATION, NOW, OWNER, UID, make_prepared, make_spec
 
@@ -28,7 +28,7 @@ def stored(case: Hostile) -> Mapping[str, Any]:
 
 def render(spec: QLoRAJobSpec) -> tuple[Manifest, ...]:
     """Every child of a run."""
-    run = Run(1, make_plan(spec, make_prepared()), make_prepared(), 3600, ())
+    run = AttemptInputs(1, make_plan(spec, make_prepared()), make_prepared(), 3600, ())
     return (
         build_prepare_config(OWNER, spec, INSTALLATION),
         build_prepare_job(OWNER, spec, INSTALLATION),
@@ -57,7 +57,7 @@ def test_the_corpus_is_large() -> None:
 @pytest.mark.parametrize("case", REFUSED.values(), ids=REFUSED)
 def test_it_is_refused_offline_with_the_field_and_the_fix(case: Hostile) -> None:
     with pytest.raises(ManifestError) as refusal:
-        parse_manifest(Document("job.yaml", case.manifest(), {}), IN_CLUSTER)
+        parse_manifest(Document("job.yaml", case.manifest(), {}), CLUSTER_RULES)
     [message] = [str(problem) for problem in refusal.value.problems if case.field in str(problem)]
     assert case.fix in message
 

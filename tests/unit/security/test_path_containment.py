@@ -15,7 +15,7 @@ from qlora_trainer.storage import store
 from qlora_trainer.storage.credentials import Credentials
 from qlora_trainer.storage.local_store import FileStore
 from qlora_trainer.storage.s3 import S3Store
-from qlora_trainer.storage.store import DATASET
+from qlora_trainer.storage.store import DATASET_FIELD
 from tests.unit.trainer.tiny import make_tokenizer
 
 
@@ -27,7 +27,7 @@ def test_a_key_of_a_bucket_never_leaves_the_folder_it_is_copied_to(key: str) -> 
         client.create_bucket(Bucket="data")
         client.put_object(Bucket="data", Key=key, Body=b"{}")
         with pytest.raises(RunError, match=r"spec\.dataset\.uri: an object below s3://data/rows .*; rename it"):
-            S3Store("s3://data/rows/", DATASET, keys, S3Config()).list()
+            S3Store("s3://data/rows/", DATASET_FIELD, keys, S3Config()).list()
 
 
 @pytest.fixture
@@ -43,16 +43,16 @@ def claim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("target", ["../../../secrets/key", "/etc/hostname"])
 def test_a_link_in_a_claim_never_leads_to_what_else_a_pod_has(claim: Path, target: str) -> None:
     (claim / "data/x.jsonl").symlink_to(target)
-    for read in (lambda rows: rows.list(), lambda rows: rows.read("x.jsonl"), lambda rows: rows.place("x.jsonl")):
+    for read in (lambda rows: rows.list(), lambda rows: rows.read("x.jsonl"), lambda rows: rows.path_of("x.jsonl")):
         with pytest.raises(RunError, match=r"x\.jsonl leads out of its claim; put the file itself there"):
-            read(FileStore("pvc://rows/data/", DATASET))
+            read(FileStore("pvc://rows/data/", DATASET_FIELD))
 
 
-def test_a_link_within_a_claim_is_followed(claim: Path) -> None:
+def test_symlink_within_claim_is_followed(claim: Path) -> None:
     """A hub's cache is made of them."""
     (claim / "blob").write_text("{}")
     (claim / "data/x.jsonl").symlink_to("../blob")
-    rows = FileStore("pvc://rows/data/", DATASET)
+    rows = FileStore("pvc://rows/data/", DATASET_FIELD)
     assert [entry.path for entry in rows.list()] == ["x.jsonl"]
     assert rows.read("x.jsonl") == b"{}"
 
@@ -69,7 +69,7 @@ def test_a_link_within_a_claim_is_followed(claim: Path) -> None:
     ],
 )
 def test_a_chat_template_stays_in_its_sandbox(source: str) -> None:
-    template = ChatTemplate(make_tokenizer(), source, tags=False)
+    template = ChatTemplate(make_tokenizer(), source, has_generation_tags=False)
     with pytest.raises(RowError, match="the chat template refuses it") as refusal:
-        template.ask([{"role": "user", "content": "Hello"}], Chat(()))
+        template.render_prompt([{"role": "user", "content": "Hello"}], Chat(()))
     assert isinstance(refusal.value.__cause__, SecurityError | OverflowError | RecursionError)

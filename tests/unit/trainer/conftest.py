@@ -10,7 +10,7 @@ import pytest
 
 from qlora_trainer.runtime.shutdown import StopFlag
 
-FOREIGN: Final = (
+THIRD_PARTY_WARNINGS: Final = (
     # peft 0.21 reads transformers' old name of is_activation_checkpointing.
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
 )
@@ -20,7 +20,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
     for item in items:
         if here in item.path.parents:
-            for warning in FOREIGN:
+            for warning in THIRD_PARTY_WARNINGS:
                 item.add_marker(pytest.mark.filterwarnings(warning))
 
 
@@ -28,7 +28,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def stop() -> Iterator[StopFlag]:
     """A flag that SIGTERM raises, without an end for this process."""
     before, flag = signal.getsignal(signal.SIGTERM), StopFlag()
-    flag.listen(lambda: None)
+    flag.install_signal_handlers(lambda: None)
     yield flag
     signal.signal(signal.SIGTERM, before)
     for thread in threading.enumerate():

@@ -21,7 +21,7 @@ class Family:
     attention: str = "sdpa"
     linears: frozenset[str] = SEPARATE
     plain_head: bool = True
-    joins: bool = True
+    packing_is_exact: bool = True
     """Its rows may be joined; where they see each other, packing is switched off."""
     bits: tuple[int, ...] = (4, 16)
     """How its base may be stored."""
@@ -43,7 +43,9 @@ FAMILIES: Final[dict[str, Family]] = {
     # transformers 5.23 makes Falcon's mask without the positions, so that joined rows see each other; and its layers
     # are of a class of their own, which bitsandbytes leaves as they are.
     "falcon": Family(
-        linears=frozenset({"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}), joins=False, bits=(16,)
+        linears=frozenset({"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}),
+        packing_is_exact=False,
+        bits=(16,),
     ),
 }
 

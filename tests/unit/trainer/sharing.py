@@ -8,44 +8,46 @@ from typing import Final
 
 import torch
 
-from qlora_codegen.distribution_matrix import Cell, cells
+from qlora_codegen.distribution_matrix import MatrixCell, matrix_cells
 from qlora_trainer.distributed.world import World, join_world, leave_world
-from qlora_trainer.evaluation.evaluator import sum_rows
-from qlora_trainer.model.base_model import Tuned, load_base, tune, tune_whole
+from qlora_trainer.evaluation.evaluator import compute_row_statistics
+from qlora_trainer.model.base_model import TrainableModel, attach_lora, load_base, prepare_full_finetune
 from qlora_trainer.model.optimizer import choose_optimizer
 from qlora_trainer.runtime.shutdown import StopFlag
 from tests.unit.trainer.tiny import write_model
-from tests.unit.trainer.tuned import CHOICES, DEAF, make_test_loop, token_rows
+from tests.unit.trainer.tuned import NO_CALLBACKS, SETTINGS, make_test_loop, token_rows
 
 STEPS: Final = 2
 
 
-def key_of(cell: Cell) -> str:
-    return f"{cell.base} / {cell.way} / {cell.strategy}"
+def key_of(cell: MatrixCell) -> str:
+    return f"{cell.base} / {cell.variant} / {cell.strategy}"
 
 
-def make_tuned(cell: Cell, folder: Path) -> Tuned:
+def make_trainable(cell: MatrixCell, folder: Path) -> TrainableModel:
     """The tiny model as the cell's spec wants it; in fp32, so that only the ways differ and not their rounding."""
     spec = cell.spec
     kind, _ = choose_optimizer(spec.training.optimizer, "cpu")
-    choices = dataclasses.replace(CHOICES, optimizer=kind, packing=spec.training.packing)
+    choices = dataclasses.replace(SETTINGS, optimizer=kind, packing=spec.training.packing)
     base = load_base(folder, spec.quantization, torch.float32, "sdpa", "cpu")
     if spec.method == "full":
-        return tune_whole(base, choices)
-    return tune(base, spec.lora.model_copy(update={"rank": 4, "targets": ("all-linear",)}), 1, choices)
+        return prepare_full_finetune(base, choices)
+    return attach_lora(base, spec.lora.model_copy(update={"rank": 4, "targets": ("all-linear",)}), 1, choices)
 
 
-def learn(cell: Cell, world: World, folder: Path) -> list[float]:
+def train_cell(cell: MatrixCell, world: World, folder: Path) -> list[float]:
     """Losses of each step, and of held-out rows afterwards."""
     training = cell.spec.training
     kind, _ = choose_optimizer(training.optimizer, "cpu")
-    choices = dataclasses.replace(CHOICES, optimizer=kind, packing=training.packing)
-    tuned = make_tuned(cell, folder)
+    choices = dataclasses.replace(SETTINGS, optimizer=kind, packing=training.packing)
+    tuned = make_trainable(cell, folder)
     noise = {"neftune_alpha": training.neftune_alpha}
     loop = make_test_loop(tuned, token_rows(8), 2, STEPS, choices, world=world, **noise)
-    history = loop.run(StopFlag(), DEAF)
+    history = loop.run(StopFlag(), NO_CALLBACKS)
     with tuned.evaluating():
-        sums = world.spread(token_rows(3, seed=5), lambda rows: sum_rows(tuned, rows, 2, packing=training.packing))
+        sums = world.map_sharded(
+            token_rows(3, seed=5), lambda rows: compute_row_statistics(tuned, rows, 2, packing=training.packing)
+        )
     assert loop.engine.weights()
     return [*(record.loss for record in history.steps), *(row.loss for row in sums)]
 
@@ -53,12 +55,12 @@ def learn(cell: Cell, world: World, folder: Path) -> list[float]:
 def main(folder: Path) -> None:
     """Write what each allowed cell learned."""
     world = join_world("cpu", "ddp")
-    if world.leads:
+    if world.is_main_process:
         write_model(folder / "model", tie_word_embeddings=False)
-    world.wait()
-    allowed = [cell for cell in cells() if cell.refusal is None]
-    found = {key_of(cell): learn(cell, join_world("cpu", cell.strategy), folder / "model") for cell in allowed}
-    if world.leads:
+    world.barrier()
+    allowed = [cell for cell in matrix_cells() if cell.refusal is None]
+    found = {key_of(cell): train_cell(cell, join_world("cpu", cell.strategy), folder / "model") for cell in allowed}
+    if world.is_main_process:
         (folder / "found.json").write_text(json.dumps(found))
     leave_world()
 

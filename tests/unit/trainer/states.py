@@ -5,11 +5,11 @@ from typing import Final
 import torch
 
 from qlora_api.report import StepRecord
-from qlora_trainer.training.checkpoint_store import Course
+from qlora_trainer.training.checkpoint_store import RunFingerprint
 from qlora_trainer.training.state import History, TrainingState
 
 STEPS: Final = 5
-COURSE: Final = Course(digest="0123456789abcdef", total_steps=STEPS, rows=12, optimizer="AdamW")
+FINGERPRINT: Final = RunFingerprint(digest="0123456789abcdef", total_steps=STEPS, rows=12, optimizer="AdamW")
 
 
 def make_state(steps: int) -> TrainingState:

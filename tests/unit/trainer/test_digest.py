@@ -11,7 +11,7 @@ from qlora_api.v1alpha1 import DataStatus, ModelStatus, QLoRAJobSpec
 from qlora_trainer import result_digest as digest
 from qlora_trainer.model.adapter import resolve_adapter
 from qlora_trainer.model.architecture import build_empty
-from qlora_trainer.result_digest import LEFT_OUT, Resolved, result_digest
+from qlora_trainer.result_digest import LEFT_OUT, ResolvedSpec, result_digest
 from tests.make import make_spec
 from tests.unit.trainer.tiny import write_model
 
@@ -53,7 +53,7 @@ def digest_of(spec: QLoRAJobSpec, empty: Any, **resolved: Any) -> str:
     if "adapter" not in resolved:
         resolved["adapter"] = {} if spec.method == "full" else resolve_adapter(empty, spec.lora)
     found = {"model": model, "dataset": data, "rows": "c" * 64, "chat_template": None}
-    return result_digest(spec, Resolved(**{**found, **resolved}))
+    return result_digest(spec, ResolvedSpec(**{**found, **resolved}))
 
 
 PINNED: Final[tuple[tuple[str, dict[str, Any], str], ...]] = (

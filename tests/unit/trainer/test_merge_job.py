@@ -14,7 +14,7 @@ from qlora_trainer.merge_job import check_target, merge_published, parents
 from qlora_trainer.publishing.merge_weights import MergeTask
 from tests.unit.trainer.inference.test_published_adapter import bucket
 from tests.unit.trainer.tiny import instruction_rows, write_model
-from tests.unit.trainer.trained import PLACES, PLAIN, write_published
+from tests.unit.trainer.trained import PLAIN, RESOLVER, write_published
 from tests.unit.trainer.tuned import NF4, token_rows
 
 __all__ = ["bucket"]  # a fixture
@@ -35,10 +35,10 @@ def write_shard(folder, rows):
 
 def merged(adapter, target, tmp_path, notes=None, **request) -> MergedFolder:
     asked = MergeRequest(adapter=f"file://{adapter}", target=str(target), **request)
-    return merge_published(asked, PLACES, tmp_path / "work", (notes if notes is not None else []).append)
+    return merge_published(asked, RESOLVER, tmp_path / "work", (notes if notes is not None else []).append)
 
 
-def test_an_adapter_becomes_one_model_and_the_difference_is_measured(adapter, tmp_path):
+def test_merge_writes_a_model_and_measures_the_difference(adapter, tmp_path):
     rows, notes = token_rows(4), []
     write_shard(adapter.parent, rows)
     try:
@@ -64,11 +64,11 @@ def test_an_adapter_in_s3_is_measured_on_the_rows_beside_it(adapter, tmp_path, b
     write_shard(tmp_path, token_rows(4))
     bucket.upload_file(str(tmp_path / EVALUATION), "adapters", f"bot/0123/{EVALUATION}")
     request = MergeRequest(adapter="s3://adapters/bot/0123/adapter/", target=str(tmp_path / "merged"))
-    found = merge_published(request, PLACES, tmp_path / "work")
+    found = merge_published(request, RESOLVER, tmp_path / "work")
     assert (found.adapter, found.merge.difference.rows) == ("s3://adapters/bot/0123/adapter", 4)
 
 
-def test_rows_of_a_report_are_measured_where_there_are_no_others(adapter, tmp_path):
+def test_merge_without_shards_measures_on_report_rows(adapter, tmp_path):
     score = RowScore(loss=1.0, correct=1)
     rows = [
         EvaluatedRow(tokens=5, prompt=row["instruction"], reference=row["output"], base=score, adapter=score)
@@ -103,7 +103,7 @@ def test_an_interrupted_merge_leaves_nothing(adapter, tmp_path, monkeypatch, err
         (folder / "config.json").write_text("{}")
         raise error
 
-    monkeypatch.setattr(merge_job, "merge", interrupt)
+    monkeypatch.setattr(merge_job, "merge_adapter", interrupt)
     with pytest.raises(type(error) if isinstance(error, Exception) else error):
         merged(adapter, tmp_path / "out/merged", tmp_path)
     assert list((tmp_path / "out").iterdir()) == []
@@ -118,7 +118,7 @@ def test_a_loftq_adapter_is_not_merged_into_the_original_base(tmp_path):
     assert merged(adapter, tmp_path / "merged", tmp_path, base="dequantised").merge.base == "dequantised"
 
 
-def test_nothing_is_written_over(tmp_path):
+def test_merge_into_non_empty_folder_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "full").mkdir()
     (tmp_path / "full/model.safetensors").write_text("")
@@ -128,7 +128,7 @@ def test_nothing_is_written_over(tmp_path):
     check_target(tmp_path / "new")
 
 
-def test_a_folder_that_cannot_be_written_is_said(adapter, tmp_path):
+def test_merge_into_unwritable_folder_is_refused(adapter, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match=f"--to: cannot write {tmp_path}/file/merged: Not a directory; choose another"):
         merged(adapter, tmp_path / "file/merged", tmp_path)
@@ -144,5 +144,5 @@ def test_a_folder_that_cannot_be_written_is_said(adapter, tmp_path):
         ("file:///out/0123/rejected/adapter", ("file:///out/0123/rejected", "file:///out/0123")),
     ],
 )
-def test_a_result_lies_above_its_adapter(uri, expected):
+def test_parents_of_an_adapter_uri(uri, expected):
     assert parents(uri) == expected

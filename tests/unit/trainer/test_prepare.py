@@ -13,7 +13,7 @@ from qlora_trainer.errors import RunError
 from qlora_trainer.prepare import prepare
 from qlora_trainer.storage import store
 from qlora_trainer.storage.credentials import load_secrets
-from tests.hub import COMMIT, HubStandIn, Repository
+from tests.hub import COMMIT, FakeHub, Repository
 from tests.unit.trainer.data.test_chat_template import BARE
 from tests.unit.trainer.tiny import instruction_rows, make_spec, make_tokenizer, prepare_config, write_model, write_rows
 
@@ -47,7 +47,7 @@ def test_facts_and_shards(places, tmp_path):
     assert prepared.model.parameters == 384 * 64 + 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128 + 2 * 64) + 64
     assert (prepared.dataset.training_rows, prepared.dataset.evaluation_rows) == (32, 8)
     folder = Path(prepared.prefix.removeprefix("file://"))
-    rows = shards.read_rows(folder / shards.TRAINING)
+    rows = shards.read_token_rows(folder / shards.TRAINING)
     assert sum(len(row.input_ids) for row in rows) == prepared.dataset.training_tokens
     assert Prepared.model_validate_json((folder / shards.FACTS).read_text()) == prepared
     assert not list(folder.parent.glob(".probe*"))
@@ -101,12 +101,12 @@ ALL_BUT_ONE = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "do
         pytest.param({"quantization": {"bits": 8}}, {"quantization": {"bits": 8, "type": "fp4"}}, id="type-of-4-bits"),
     ],
 )
-def test_two_manifests_that_come_to_the_same_are_one_run(places, tmp_path, said, meant):
+def test_equivalent_manifests_have_the_same_digest(places, tmp_path, said, meant):
     digests = {prepare(prepare_config(make_spec(*places, **spec)), work=tmp_path).digest for spec in (said, meant)}
     assert len(digests) == 1
 
 
-def test_the_loss_of_conversations_and_their_own_template_are_one_run_however_they_are_said(tmp_path):
+def test_default_chat_loss_and_template_given_explicitly_have_the_same_digest(tmp_path):
     write_model(tmp_path / "model")
     tokenizer = make_tokenizer()
     tokenizer.chat_template = BARE
@@ -179,7 +179,7 @@ def test_targets_that_do_not_exist(places, tmp_path, target):
     assert "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj" in error.message
 
 
-def test_broken_rows_are_found_before_the_model_is_looked_at(places, tmp_path):
+def test_broken_rows_are_reported_before_the_model_is_resolved(places, tmp_path):
     rows = write_rows(tmp_path / "broken.jsonl", [*instruction_rows(4), {"instruction": "x"}])
     error = refused(make_spec("file:///nowhere", rows, places[2]), tmp_path)
     assert error.reason == Reason.DATASET_INVALID
@@ -235,7 +235,7 @@ def repository(folder: Path, **changes) -> Repository:
 
 
 def test_a_model_of_the_hub_is_pinned_and_no_weight_is_downloaded(places, tmp_path, model_folder):
-    with HubStandIn({"org/tiny": repository(model_folder)}) as hub:
+    with FakeHub({"org/tiny": repository(model_folder)}) as hub:
         config = prepare_config(make_spec(HUB_MODEL, *places[1:]), platform=Platform(hub_endpoint=hub.endpoint))
         prepared = prepare(config, work=tmp_path / "work")
     assert prepared.model.commit == COMMIT
@@ -259,7 +259,7 @@ def test_errors_of_the_hub(  # noqa: PLR0917 (fixtures and a table)
     if token:
         monkeypatch.setenv("HF_TOKEN", token)
     spec = make_spec(HUB_MODEL, *places[1:])
-    with HubStandIn({"org/tiny": repository(model_folder, **changes)}) as hub:
+    with FakeHub({"org/tiny": repository(model_folder, **changes)}) as hub:
         error = refused(spec, tmp_path, Platform(hub_endpoint=hub.endpoint))
     assert error.reason == reason, error.message
     assert "spec.model.uri: org/tiny" in error.message
@@ -268,7 +268,7 @@ def test_errors_of_the_hub(  # noqa: PLR0917 (fixtures and a table)
 
 def test_the_right_token_opens_a_gated_model(places, tmp_path, model_folder, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "sesame")
-    with HubStandIn({"org/tiny": repository(model_folder, token="sesame")}) as hub:
+    with FakeHub({"org/tiny": repository(model_folder, token="sesame")}) as hub:
         config = prepare_config(make_spec(HUB_MODEL, *places[1:]), platform=Platform(hub_endpoint=hub.endpoint))
         assert prepare(config, work=tmp_path / "work").model.commit == COMMIT
 
@@ -281,7 +281,7 @@ def test_a_hub_that_does_not_answer(places, tmp_path):
 def test_rows_from_the_hub(places, tmp_path):
     content = Path(places[1].removeprefix("file://")).read_bytes()
     repositories = {"datasets/org/rows": Repository({"data/train.jsonl": content})}
-    with HubStandIn(repositories) as hub:
+    with FakeHub(repositories) as hub:
         spec = make_spec(places[0], "hf://datasets/org/rows/data/train.jsonl", places[2])
         config = prepare_config(spec, platform=Platform(hub_endpoint=hub.endpoint))
         assert prepare(config, work=tmp_path / "work").dataset.training_rows == 32
@@ -305,7 +305,7 @@ def test_a_mirrored_hub_is_used_instead_of_the_hub(places, tmp_path, mirror, rev
 
 
 @pytest.mark.parametrize(("name", "revision"), [("org/other", "main"), ("org/tiny", "v9"), ("org/tiny", "f" * 40)])
-def test_what_a_mirror_lacks(places, tmp_path, mirror, name, revision):
+def test_missing_model_in_the_mirror_is_refused(places, tmp_path, mirror, name, revision):
     spec = make_spec(f"hf://{name}", *places[1:], model={"revision": revision})
     error = refused(spec, tmp_path, Platform(hub_mirror=mirror))
     assert error.reason == Reason.MODEL_NOT_FOUND

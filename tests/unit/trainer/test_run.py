@@ -15,13 +15,21 @@ from prometheus_client.parser import text_string_to_metric_families
 from safetensors.torch import load_file
 
 from qlora_api.names import Phase, Reason
-from qlora_api.report import EvaluatedRow, HeldOutRecord, Manifest, MergedManifest, RunReport, ServingCheck, TaskScore
+from qlora_api.report import (
+    EvaluatedRow,
+    MergedManifest,
+    ResultManifest,
+    RunReport,
+    ServingCheck,
+    TaskScore,
+    ValidationRecord,
+)
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer import stages
 from qlora_trainer.errors import RunError
 from qlora_trainer.prepare import prepare
 from qlora_trainer.publishing.html_report import render_html
-from qlora_trainer.publishing.plots import draw_charts
+from qlora_trainer.publishing.plots import draw_plots
 from qlora_trainer.run import run
 from qlora_trainer.runtime.metrics import METER
 from tests.unit.trainer.tiny import (
@@ -51,7 +59,7 @@ def published(spec: QLoRAJobSpec, tmp_path_factory: pytest.TempPathFactory) -> t
 
 def test_everything_the_manifest_lists_is_there_and_intact(published):
     folder, _ = published
-    manifest = Manifest.model_validate_json((folder / "manifest.json").read_text())
+    manifest = ResultManifest.model_validate_json((folder / "manifest.json").read_text())
     assert {file.path for file in manifest.files} >= {
         "adapter/adapter_model.safetensors",
         "adapter/adapter_config.json",
@@ -70,7 +78,7 @@ def test_everything_the_manifest_lists_is_there_and_intact(published):
     assert json.loads((folder.parent / "latest.json").read_text())["digest"] == manifest.digest
 
 
-def test_a_stranger_computes_the_same_figures_from_the_published_files(published, spec):
+def test_independent_script_recomputes_the_published_metrics(published, spec):
     folder, _ = published
     base = spec.model.uri.removeprefix("file://")
     found = json.loads(
@@ -95,7 +103,7 @@ def flat(tree: dict, path: str = "") -> dict[str, float]:
     return found
 
 
-def test_the_recomputing_script_knows_nothing_of_us():
+def test_recompute_script_imports_nothing_of_the_project():
     imported = {
         name.name.partition(".")[0]
         for node in ast.walk(ast.parse(RECOMPUTE.read_text()))
@@ -142,7 +150,7 @@ def test_progress_passes_through_the_phases_and_ends_at_100_percent(published):
     assert sink.seen[-1].step == 4
 
 
-def test_prometheus_is_told_what_the_report_says(published):
+def test_prometheus_metrics_equal_the_report(published):
     folder, sink = published
     last = RunReport.model_validate_json((folder / "report/report.json").read_text()).history[-1]
     told = {
@@ -163,7 +171,7 @@ def test_prometheus_is_told_what_the_report_says(published):
 def test_a_second_prepare_finds_the_result(published, spec, tmp_path):
     folder, _ = published
     prepared = prepare(prepare_config(spec), work=tmp_path)
-    assert prepared.published == Manifest.model_validate_json((folder / "manifest.json").read_text()).result
+    assert prepared.published == ResultManifest.model_validate_json((folder / "manifest.json").read_text()).result
 
 
 def test_a_second_prepare_that_must_not_find_a_result_fails(published, spec, tmp_path):
@@ -182,7 +190,7 @@ def test_a_second_prepare_that_overwrites_finds_its_own_result_only(published, s
     wanted = prepare_config(given).model_copy(update={"uid": "uid-2"})
     assert prepare(wanted, work=tmp_path).published is None
     path = folder / "manifest.json"
-    manifest = Manifest.model_validate_json(path.read_text())
+    manifest = ResultManifest.model_validate_json(path.read_text())
     path.write_text(manifest.model_copy(update={"run": "uid-2"}).model_dump_json(by_alias=True, indent=2))
     assert prepare(wanted, work=tmp_path).published == manifest.result
 
@@ -245,20 +253,20 @@ def test_page_opens_offline_and_has_a_picture_for_each_question(published):
     report, rows = read_report(folder)
     better = sum(row.adapter.loss < row.base.loss for row in rows)
     titles = ["Loss", "Each held-out row", "Learning rate", "Gradient norm", "Tokens per second"]
-    assert [chart.title for chart in draw_charts(report, rows)] == titles
+    assert [chart.title for chart in draw_plots(report, rows)] == titles
     assert f"{better} of {len(rows)} rows ({better / len(rows):.0%}) have a lower loss" in page
     assert page.count('<svg viewBox="') == len(titles)
     assert not re.findall(r"(?:src|href)=\"(?!#)[^\"]*|url\((?!#)", page.replace('xlink:href="#', 'href="#'))
 
 
-def test_looks_while_training_have_a_picture_with_the_step_that_was_kept(published):
+def test_page_plots_validations_with_the_selected_step(published):
     report, rows = read_report(published[0])
     looks = tuple(
-        HeldOutRecord(step=step, loss=loss, token_accuracy=0, seconds=1)
+        ValidationRecord(step=step, loss=loss, token_accuracy=0, seconds=1)
         for step, loss in ((1, 3.0), (2, 2.5), (3, 2.7))
     )
     looked = report.model_copy(update={"held_out": looks, "adapter_step": 2})
-    (chart,) = [chart for chart in draw_charts(looked, rows) if chart.title == "Held-out loss"]
+    (chart,) = [chart for chart in draw_plots(looked, rows) if chart.title == "Held-out loss"]
     assert chart.caption == "3 looks while training, the lowest 2.500 after step 2; the adapter is that of step 2."
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from qlora_api.report import Piece, RunReport
+from qlora_api.report import RunReport, TextSpan
 from qlora_trainer import stages
 from qlora_trainer.prepare import prepare
 from qlora_trainer.run import run
@@ -50,7 +50,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     return Path(prepared.prefix.removeprefix("file://")), notes
 
 
-def test_only_rows_with_an_answer_are_asked(result):
+def test_only_rows_with_an_answer_are_generated_for(result):
     folder, _ = result
     report = RunReport.model_validate_json((folder / "report/report.json").read_text())
     assert report.prepared.dataset.format == "chat+text"
@@ -69,7 +69,7 @@ def test_log_and_report_show_the_rows_with_what_is_learned(result):
     report = RunReport.model_validate_json((folder / "report/report.json").read_text())
     first = report.preview[0]
     assert [piece.learned for piece in first] == [False, True, False, True]
-    assert first[-1] == Piece(text="So.</s>", learned=True)
+    assert first[-1] == TextSpan(text="So.</s>", learned=True)
     page = (folder / "report/report.html").read_text()
     shown = [note.partition("\n")[2] for note in notes if note.startswith("training row")]
     assert len(shown) == len(report.preview) == 3
@@ -79,7 +79,7 @@ def test_log_and_report_show_the_rows_with_what_is_learned(result):
         assert "".join(f"<mark>{piece}</mark>" if learned else piece for piece, learned in escaped) in page
 
 
-def test_the_log_says_what_the_rows_were_taken_for(result):
+def test_log_has_the_detected_formats(result):
     _, notes = result
     told = [note for note in notes if note.startswith("spec.dataset.sources")]
     assert [note.split(": ")[-1] for note in told] == [

@@ -16,15 +16,15 @@ from moto import mock_aws
 
 from qlora_api import logs
 from qlora_api.names import PROGRESS_TOKEN_ENV, PROGRESS_URL_ENV, SecretRole
-from qlora_api.report import LastWord
+from qlora_api.report import TerminationMessage
 from qlora_api.runconfig import Platform
 from qlora_api.v1alpha1 import QLoRAJobSpec
-from qlora_operator.models import Run
+from qlora_operator.models import AttemptInputs
 from qlora_operator.resources import build_prepare_config, build_prepare_job, build_train_job
 from qlora_planner import make_plan
 from qlora_trainer.__main__ import main
 from qlora_trainer.storage import credentials
-from tests.hub import HubStandIn, Repository
+from tests.hub import FakeHub, Repository
 from tests.make import INSTALLATION, OWNER, make_prepared
 from tests.unit.trainer.tiny import instruction_rows, make_spec, prepare_config, run_config, serving, write_model
 
@@ -77,12 +77,12 @@ class Pod:
     url: str
     output: str = ""
 
-    def run(self, command: str, config: Any) -> LastWord:
+    def run(self, command: str, config: Any) -> TerminationMessage:
         word = self.folder / f"{command}.word"
         file = self.folder / f"{command}.json"
         file.write_text(config.model_dump_json(by_alias=True, exclude_none=True))
         main([command, f"--config={file}", f"--work={self.folder / 'work'}", f"--termination-message={word}"])
-        return LastWord.model_validate_json(word.read_text())
+        return TerminationMessage.model_validate_json(word.read_text())
 
     def left(self) -> Iterator[tuple[str, bytes]]:
         """Everything that anybody could read afterwards, with where it is."""
@@ -161,14 +161,14 @@ def found_in(left: Iterator[tuple[str, bytes]]) -> list[tuple[str, str]]:
     return [(name, place) for name, canary in CANARIES.items() for place, text in texts if canary.encode() in text]
 
 
-def test_a_canary_would_be_found(pod: Pod) -> None:
+def test_leaked_canary_is_detected(pod: Pod) -> None:
     (pod.folder / "leak").write_text(f"token={CANARIES['HF_TOKEN']}")
     assert found_in(pod.left()) == [("HF_TOKEN", str(pod.folder / "leak"))]
 
 
-def test_no_credential_is_left_by_a_run(pod: Pod, capfd: pytest.CaptureFixture[str], tmp_path_factory: Any) -> None:
+def test_run_leaks_no_credential(pod: Pod, capfd: pytest.CaptureFixture[str], tmp_path_factory: Any) -> None:
     repository = gated(tmp_path_factory.mktemp("model"))
-    with HubStandIn({"org/tiny": repository}) as hub:
+    with FakeHub({"org/tiny": repository}) as hub:
         platform = Platform(hub_endpoint=hub.endpoint)
         spec = make_canary_spec(pod.url)
         prepared = pod.run("prepare", prepare_config(spec, platform=platform)).prepared
@@ -186,7 +186,7 @@ def test_no_credential_is_left_by_a_run(pod: Pod, capfd: pytest.CaptureFixture[s
 
 
 @pytest.mark.parametrize("broken", ["HF_TOKEN", "bucket"])
-def test_no_credential_is_in_the_words_of_a_failure(
+def test_failure_messages_leak_no_credential(
     pod: Pod, capfd: pytest.CaptureFixture[str], tmp_path_factory: Any, broken: str
 ) -> None:
     """Where a library puts what it was given into its error."""
@@ -194,7 +194,7 @@ def test_no_credential_is_in_the_words_of_a_failure(
     if broken == "HF_TOKEN":
         repository = Repository(repository.files, token="another")
     blocks = {"dataset": {"uri": "s3://nobody/rows.jsonl"}} if broken == "bucket" else {}
-    with HubStandIn({"org/tiny": repository}) as hub:
+    with FakeHub({"org/tiny": repository}) as hub:
         spec = make_canary_spec(pod.url)
         spec = spec.model_copy(update={"dataset": spec.dataset.model_copy(update=blocks.get("dataset", {}))})
         word = pod.run("prepare", prepare_config(spec, platform=Platform(hub_endpoint=hub.endpoint)))
@@ -205,9 +205,9 @@ def test_no_credential_is_in_the_words_of_a_failure(
     assert found_in(pod.left()) == []
 
 
-def test_the_manifests_have_the_names_of_secrets_only_and_mount_them_as_files() -> None:
+def test_manifests_reference_secrets_by_name_and_mount_them_as_files() -> None:
     spec = make_canary_spec("http://mlflow:5000", resources={"gpusPerNode": 0})
-    run = Run(1, make_plan(spec, make_prepared()), make_prepared(), 3600, ())
+    run = AttemptInputs(1, make_plan(spec, make_prepared()), make_prepared(), 3600, ())
     children = (
         build_prepare_config(OWNER, spec, INSTALLATION),
         build_prepare_job(OWNER, spec, INSTALLATION),

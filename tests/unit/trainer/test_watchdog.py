@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from qlora_trainer.runtime.liveness import Pulse
-from qlora_trainer.watchdog import dump_stacks, watched
+from qlora_trainer.runtime.liveness import Liveness
+from qlora_trainer.watchdog import dump_stacks, watchdog_running
 
 
 class Clock:
@@ -29,35 +29,35 @@ class Clock:
         pytest.param(True, False, 0.0, id="waiting-for-one-that-is-watched-itself"),
     ],
 )
-def test_silence_is_the_time_without_a_sign_of_life(resting, beats, silence):
+def test_seconds_silent_counts_since_the_last_tick(resting, beats, silence):
     clock = Clock()
-    pulse = Pulse(clock)
+    pulse = Liveness(clock)
 
     def work() -> float:
         clock.now += 30.0
         if beats:
-            pulse.beat()
-        return pulse.silence()
+            pulse.tick()
+        return pulse.seconds_silent()
 
     if not resting:
         assert work() == silence
         return
-    with pulse.resting():
+    with pulse.paused():
         assert work() == silence
-    assert pulse.silence() == 0.0
+    assert pulse.seconds_silent() == 0.0
     clock.now += 2.0
-    assert pulse.silence() == 2.0
+    assert pulse.seconds_silent() == 2.0
 
 
-def test_trap_40_a_silent_process_is_ended_once():
+def test_trap_40_hung_process_is_ended_once():
     clock, ends, ended = Clock(), [], threading.Event()
-    pulse = Pulse(clock)
+    pulse = Liveness(clock)
 
     def end() -> None:
         ends.append(clock.now)
         ended.set()
 
-    with watched(pulse, 1.0, end):
+    with watchdog_running(pulse, 1.0, end):
         clock.now += 1.5
         assert ended.wait(10)
         clock.now += 1.5
@@ -80,7 +80,7 @@ with watchdog.watched(Pulse(), 1.0, lambda: None):
 """
 
 
-def test_a_process_whose_native_code_lets_no_thread_run_is_ended_as_well():
+def test_process_holding_the_gil_is_ended():
     started = time.monotonic()
     done = subprocess.run([sys.executable, "-c", HOLDS_PYTHONS_LOCK], capture_output=True, text=True, check=False)
     assert done.returncode == 1
@@ -89,7 +89,7 @@ def test_a_process_whose_native_code_lets_no_thread_run_is_ended_as_well():
     assert "in computes_for_ever" in done.stderr
 
 
-def test_the_stacks_are_those_of_every_thread():
+def test_dump_stacks_has_every_thread():
     ready, go_on = threading.Event(), threading.Event()
 
     def waits_for_ever() -> None:
@@ -103,4 +103,4 @@ def test_the_stacks_are_those_of_every_thread():
     go_on.set()
     thread.join()
     assert "waits_for_ever" in stacks
-    assert "test_the_stacks_are_those_of_every_thread" in stacks
+    assert "test_dump_stacks_has_every_thread" in stacks

@@ -18,7 +18,7 @@ from qlora_api.runconfig import Platform, PrepareConfig, RunConfig
 from qlora_api.v1alpha1 import Plan, Progress, QLoRAJobSpec
 
 CPU = torch.device("cpu")
-COLOURS = ("red", "green", "blue", "white", "black", "grey")
+COLORS = ("red", "green", "blue", "white", "black", "grey")
 THINGS = ("sky", "grass", "snow", "coal", "rose", "sea", "stone", "leaf")
 
 
@@ -27,7 +27,7 @@ def instruction_rows(count: int = 40) -> list[dict[str, str]]:
     return [
         {
             "instruction": f"What colour has the {THINGS[number % 8]} number {number}?" + " Please say." * (number % 3),
-            "output": f"It is {COLOURS[number % 6]}" + ", indeed" * (number % 4) + ".",
+            "output": f"It is {COLORS[number % 6]}" + ", indeed" * (number % 4) + ".",
         }
         for number in range(count)
     ]

@@ -9,17 +9,17 @@ import torch
 from qlora_api.report import AdapterRecord
 from qlora_api.runconfig import Platform
 from qlora_api.v1alpha1 import LoraSpec, MergeBase, QuantizationSpec
-from qlora_trainer.model.base_model import Tuned, load_base, tune
-from qlora_trainer.model.runtime_settings import Choices
+from qlora_trainer.model.base_model import TrainableModel, attach_lora, load_base
+from qlora_trainer.model.runtime_settings import RuntimeSettings
 from qlora_trainer.publishing.merge_weights import MergeTask
 from qlora_trainer.publishing.publish import write_weights
 from qlora_trainer.storage.credentials import environment_secrets
-from qlora_trainer.storage.snapshots import Places
-from qlora_trainer.storage.store import MODEL
+from qlora_trainer.storage.snapshots import SourceResolver
+from qlora_trainer.storage.store import MODEL_FIELD
 from tests.unit.trainer.tiny import make_tokenizer, write_model
-from tests.unit.trainer.tuned import CHOICES, token_rows
+from tests.unit.trainer.tuned import SETTINGS, token_rows
 
-PLACES: Final = Places(Platform(), environment_secrets())
+RESOLVER: Final = SourceResolver(Platform(), environment_secrets())
 PLAIN: Final = LoraSpec(rank=4, alpha=8, dropout=0.0, targets=("all-linear",))
 
 
@@ -37,13 +37,13 @@ def make_record(quantization: QuantizationSpec, base: str = "hf://o/m") -> Adapt
     )
 
 
-def tune_folder(
-    folder: Path, lora: LoraSpec, quantization: QuantizationSpec, choices: Choices = CHOICES, seed: int = 3
-) -> Tuned:
+def load_with_adapter(
+    folder: Path, lora: LoraSpec, quantization: QuantizationSpec, settings: RuntimeSettings = SETTINGS, seed: int = 3
+) -> TrainableModel:
     """The model of a folder with an adapter whose weights are far from where they start."""
-    tuned = tune(load_base(folder, quantization, torch.float32, "sdpa", "cpu"), lora, 1, choices)
+    tuned = attach_lora(load_base(folder, quantization, torch.float32, "sdpa", "cpu"), lora, 1, settings)
     generator = torch.Generator().manual_seed(seed)
-    for name, weight in tuned.peft.named_parameters():
+    for name, weight in tuned.wrapped.named_parameters():
         if "lora_B" in name:
             weight.data = torch.randn(weight.shape, generator=generator) * 0.05
         if "modules_to_save" in name:
@@ -56,16 +56,16 @@ def write_published(
 ) -> Path:
     """An adapter for the model of a folder, with a record that names that model as it lies there."""
     base = f"file://{model}"
-    commit = PLACES.resolve(base, "main", MODEL).commit
+    commit = RESOLVER.resolve(base, "main", MODEL_FIELD).commit
     made = make_record(quantization, base).model_copy(update={"commit": commit, **record})
-    return write_weights(tune_folder(model, lora, quantization, seed=seed), make_tokenizer(), made, folder)
+    return write_weights(load_with_adapter(model, lora, quantization, seed=seed), make_tokenizer(), made, folder)
 
 
 def write_trained(folder: Path, lora: LoraSpec, quantization: QuantizationSpec, **model: Any) -> MergeTask:
     """Model and adapter in folders, ready to be merged."""
     uri = write_model(folder / "model", **model)
     record = make_record(quantization, uri)
-    adapter = write_weights(tune_folder(folder / "model", lora, quantization), make_tokenizer(), record, folder)
+    adapter = write_weights(load_with_adapter(folder / "model", lora, quantization), make_tokenizer(), record, folder)
     return MergeTask(folder / "model", adapter, "original", record, token_rows(4))
 
 

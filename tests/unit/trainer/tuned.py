@@ -8,17 +8,19 @@ from qlora_api.report import AdapterRecord, StepRecord
 from qlora_api.v1alpha1 import LoraSpec, QuantizationSpec, TrainingSpec
 from qlora_trainer.data.tokenization import TokenRow
 from qlora_trainer.distributed.world import World
-from qlora_trainer.model.base_model import Tuned, tune
-from qlora_trainer.model.optimizer import Kind
-from qlora_trainer.model.runtime_settings import Choices
+from qlora_trainer.model.base_model import TrainableModel, attach_lora
+from qlora_trainer.model.optimizer import OptimizerKind
+from qlora_trainer.model.runtime_settings import RuntimeSettings
 from qlora_trainer.runtime.shutdown import StopFlag
-from qlora_trainer.training.loop import Loop, Schedule, Watcher, make_loop
+from qlora_trainer.training.loop import Schedule, TrainingCallbacks, TrainingLoop, make_loop
 from tests.unit.trainer.tiny import CPU, make_model
 
-DEAF = Watcher(lambda _: None, lambda _: None, lambda: None, lambda *_: False, lambda *_: None)
-CHOICES = Choices(torch.float32, "sdpa", checkpointing=False, packing=True, optimizer=Kind.ADAMW, reasons={})
+NO_CALLBACKS = TrainingCallbacks(lambda _: None, lambda _: None, lambda: None, lambda *_: False, lambda *_: None)
+SETTINGS = RuntimeSettings(
+    torch.float32, "sdpa", gradient_checkpointing=False, packing=True, optimizer=OptimizerKind.ADAMW, reasons={}
+)
 NF4 = QuantizationSpec(bits=4)
-ALONE = World(CPU)
+SINGLE_PROCESS = World(CPU)
 
 
 def token_rows(count: int = 16, seed: int = 0, spans: int = 1) -> tuple[TokenRow, ...]:
@@ -34,9 +36,9 @@ def token_rows(count: int = 16, seed: int = 0, spans: int = 1) -> tuple[TokenRow
     )
 
 
-def make_tuned(dropout: float = 0.0, **changes) -> Tuned:
+def make_trainable(dropout: float = 0.0, **changes) -> TrainableModel:
     lora = LoraSpec(rank=4, alpha=8, dropout=dropout, targets=("q_proj", "v_proj"))
-    return tune(make_model(**changes).requires_grad_(False), lora, 1, CHOICES)
+    return attach_lora(make_model(**changes).requires_grad_(False), lora, 1, SETTINGS)
 
 
 def make_record(folder: Path, method: str = "lora") -> AdapterRecord:
@@ -55,21 +57,21 @@ def make_record(folder: Path, method: str = "lora") -> AdapterRecord:
 
 
 def make_test_loop(  # noqa: PLR0917 (all that a step depends on)
-    tuned: Tuned,
+    trainable: TrainableModel,
     rows,
     micro_batch: int = 4,
     steps: int = 4,
-    choices: Choices = CHOICES,
-    world: World = ALONE,
+    runtime_settings: RuntimeSettings = SETTINGS,
+    world: World = SINGLE_PROCESS,
     **training,
-) -> Loop:
+) -> TrainingLoop:
     settings = TrainingSpec(**{"global_batch_size": 8, "learning_rate": 0.01, "warmup_ratio": 0.0} | training)
-    return make_loop(tuned, rows, Schedule(settings, micro_batch, steps), choices, world)
+    return make_loop(trainable, rows, Schedule(settings, micro_batch, steps), runtime_settings, world)
 
 
-def weights_of(tuned: Tuned) -> list[torch.Tensor]:
-    return [parameter.detach().clone() for parameter in tuned.parameters()]
+def weights_of(trainable: TrainableModel) -> list[torch.Tensor]:
+    return [parameter.detach().clone() for parameter in trainable.parameters()]
 
 
-def run_steps(loop: Loop) -> tuple[StepRecord, ...]:
-    return tuple(loop.run(StopFlag(), DEAF).steps)
+def run_steps(loop: TrainingLoop) -> tuple[StepRecord, ...]:
+    return tuple(loop.run(StopFlag(), NO_CALLBACKS).steps)

@@ -10,7 +10,7 @@ import torch
 
 from qlora_trainer.data.tokenization import TokenRow
 
-PACK_TOKENS: Final = 4096
+MAX_PACKED_TOKENS: Final = 4096
 """Tokens joined into one sequence at most, unless one row is longer: attention's mask grows with their square."""
 
 
@@ -21,31 +21,31 @@ class Batch:
     input_ids: torch.Tensor
     position_ids: torch.Tensor | None
     attention_mask: torch.Tensor | None
-    chosen: torch.Tensor
+    label_positions: torch.Tensor
     """Positions of the flattened batch whose next token is learned."""
     labels: torch.Tensor
     """Those next tokens."""
 
 
 @lru_cache(maxsize=2)
-def order_of(epoch: int, rows: int, seed: int) -> tuple[int, ...]:
+def epoch_permutation(epoch: int, rows: int, seed: int) -> tuple[int, ...]:
     """Return the order of the rows in an epoch: a function of its arguments, whatever ran before."""
     generator = torch.Generator().manual_seed((seed << 20) + epoch)
     return tuple(torch.randperm(rows, generator=generator).tolist())
 
 
-def rows_of_step(step: int, rows: int, global_batch: int, seed: int) -> tuple[int, ...]:
+def sample_step(step: int, rows: int, global_batch: int, seed: int) -> tuple[int, ...]:
     """Return the rows of an optimizer step, counted from 0; an epoch's last step may have fewer."""
     epoch, place = divmod(step, ceil(rows / global_batch))
-    return order_of(epoch, rows, seed)[place * global_batch : (place + 1) * global_batch]
+    return epoch_permutation(epoch, rows, seed)[place * global_batch : (place + 1) * global_batch]
 
 
-def micro_batches(rows: Sequence[TokenRow], size: int, *, packing: bool) -> list[Sequence[TokenRow]]:
+def split_micro_batches(rows: Sequence[TokenRow], size: int, *, packing: bool) -> list[Sequence[TokenRow]]:
     """Divide rows into forward passes: at most `size` rows, and if they are joined at most PACK_TOKENS tokens."""
     groups: list[list[TokenRow]] = []
     tokens = 0
     for row in rows:
-        full = not groups or len(groups[-1]) == size or (packing and tokens + len(row.input_ids) > PACK_TOKENS)
+        full = not groups or len(groups[-1]) == size or (packing and tokens + len(row.input_ids) > MAX_PACKED_TOKENS)
         if full:
             groups.append([])
             tokens = 0
@@ -54,46 +54,48 @@ def micro_batches(rows: Sequence[TokenRow], size: int, *, packing: bool) -> list
     return list(groups)
 
 
-def fill_up(groups: list[Sequence[TokenRow]], passes: int, filler: TokenRow) -> list[tuple[Sequence[TokenRow], bool]]:
+def pad_passes(
+    groups: list[Sequence[TokenRow]], passes: int, filler: TokenRow
+) -> list[tuple[Sequence[TokenRow], bool]]:
     """Return each pass's rows and whether they count, filled up with a row that does not: passes are made in step."""
     return [(group, True) for group in groups] + [([filler], False)] * (passes - len(groups))
 
 
-def make_batch(rows: Sequence[TokenRow], device: torch.device, *, packing: bool) -> Batch:
+def collate(rows: Sequence[TokenRow], device: torch.device, *, packing: bool) -> Batch:
     """Lay rows out for one forward pass."""
-    return _packed(rows, device) if packing else _padded(rows, device)
+    return _collate_packed(rows, device) if packing else _collate_padded(rows, device)
 
 
-def _packed(rows: Sequence[TokenRow], device: torch.device) -> Batch:
+def _collate_packed(rows: Sequence[TokenRow], device: torch.device) -> Batch:
     """Join rows; positions that start anew keep them apart, but only without a mask and without a cache."""
     ids = [token for row in rows for token in row.input_ids]
     positions = [position for row in rows for position in range(len(row.input_ids))]
     chosen: list[int] = []
     start = 0
     for row in rows:
-        chosen += _predicting(row, start)
+        chosen += _label_positions(row, start)
         start += len(row.input_ids)
     return Batch(
         input_ids=torch.tensor([ids], device=device),
         position_ids=torch.tensor([positions], device=device),
         attention_mask=None,
-        chosen=torch.tensor(chosen, dtype=torch.long, device=device),
+        label_positions=torch.tensor(chosen, dtype=torch.long, device=device),
         labels=torch.tensor([ids[position + 1] for position in chosen], dtype=torch.long, device=device),
     )
 
 
-def _padded(rows: Sequence[TokenRow], device: torch.device) -> Batch:
+def _collate_padded(rows: Sequence[TokenRow], device: torch.device) -> Batch:
     """Fill rows up to the longest; padding is known by its place, so any token may fill it."""
     width = max(len(row.input_ids) for row in rows)
     ids = [[*row.input_ids, *([0] * (width - len(row.input_ids)))] for row in rows]
     mask = [[1] * len(row.input_ids) + [0] * (width - len(row.input_ids)) for row in rows]
-    chosen = [position for number, row in enumerate(rows) for position in _predicting(row, number * width)]
+    chosen = [position for number, row in enumerate(rows) for position in _label_positions(row, number * width)]
     flat = [token for row in ids for token in row]
     return Batch(
         input_ids=torch.tensor(ids, device=device),
         position_ids=None,
         attention_mask=torch.tensor(mask, device=device),
-        chosen=torch.tensor(chosen, dtype=torch.long, device=device),
+        label_positions=torch.tensor(chosen, dtype=torch.long, device=device),
         labels=torch.tensor([flat[position + 1] for position in chosen], dtype=torch.long, device=device),
     )
 
@@ -107,6 +109,6 @@ def row_lengths(batch: Batch) -> torch.Tensor:
     return torch.bincount(row)[row][None]
 
 
-def _predicting(row: TokenRow, offset: int) -> Iterator[int]:
+def _label_positions(row: TokenRow, offset: int) -> Iterator[int]:
     """Yield the positions whose next token is learned, in a batch where the row starts at an offset."""
-    return (offset + position - 1 for start, end in row.learned for position in range(start, end))
+    return (offset + position - 1 for start, end in row.label_spans for position in range(start, end))

@@ -16,21 +16,21 @@ from qlora_trainer.errors import RunError
 
 _OPEN, _CLOSE = "\ue000", "\ue001"
 """Private-use characters that mark an answer while it passes through a template."""
-_GENERATION: Final = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_GENERATION_TAG: Final = re.compile(r"\{%-?\s*generation\s*-?%\}")
 """The tag with which a template itself says what the assistant makes."""
 _TEMPLATE_ERRORS: Final = (
     TemplateError, TypeError, ValueError, KeyError, AttributeError, ArithmeticError, RecursionError,
 )  # fmt: skip
 """What a template can end with; its sandbox calls a range too large an OverflowError."""
-_ANY_CHAT: Final = Chat(())
+_EMPTY_CHAT: Final = Chat(())
 _QUESTION: Final[Message] = {"role": "user", "content": "Hello"}
 
 
-class Rendered(NamedTuple):
+class RenderedChat(NamedTuple):
     """A conversation as text, and where in it the assistant's turns are, each up to its stop token."""
 
     text: str
-    turns: tuple[Span, ...]
+    assistant_spans: tuple[Span, ...]
     prompt: str
     """Everything before the last answer, up to the words that ask for it; empty where nobody needed it."""
     answer: str
@@ -42,52 +42,57 @@ class ChatTemplate:
 
     tokenizer: Any
     source: str
-    tags: bool
+    has_generation_tags: bool
     """Whether the template marks the assistant's words itself."""
-    stop: str = ""
+    stop_token: str = ""
     """Text of the special token behind an answer; empty if the template puts none there."""
 
-    def render(self, chat: Chat, *, asked: bool = True) -> Rendered:
+    def render(self, chat: Chat, *, with_prompt: bool = True) -> RenderedChat:
         """Return a conversation as the model sees it, or raise RowError; one that is learned from is not asked."""
         text, tagged = self._apply(chat.messages, chat)
         # Without tags the prompt tells where the last answer starts.
-        prompt = self.ask(chat.messages[:-1], chat) if asked or not self.tags else ""
+        prompt = self.render_prompt(chat.messages[:-1], chat) if with_prompt or not self.has_generation_tags else ""
         answer = str(chat.messages[-1]["content"])
-        turns = tagged if self.tags else self._turns(chat, text, prompt)
-        return Rendered(text, tuple(self._up_to_stop(text, turn) for turn in turns), prompt, answer)
+        turns = tagged if self.has_generation_tags else self._assistant_spans(chat, text, prompt)
+        return RenderedChat(text, tuple(self._extend_to_stop_token(text, turn) for turn in turns), prompt, answer)
 
-    def ask(self, messages: Sequence[Message], chat: Chat = _ANY_CHAT) -> str:
+    def render_prompt(self, messages: Sequence[Message], chat: Chat = _EMPTY_CHAT) -> str:
         """Return messages up to the words that ask for an answer, or raise RowError; chat has the tools."""
-        return self._apply(messages, chat, ask=True)[0]
+        return self._apply(messages, chat, add_generation_prompt=True)[0]
 
-    def _apply(self, messages: Sequence[Message], chat: Chat, *, ask: bool = False) -> tuple[str, list[Span]]:
+    def _apply(
+        self, messages: Sequence[Message], chat: Chat, *, add_generation_prompt: bool = False
+    ) -> tuple[str, list[Span]]:
         try:
             (text,), spans = render_jinja_template(
                 [[dict(message) for message in messages]],
                 tools=[dict(tool) for tool in chat.tools] or None,
                 chat_template=self.source,
-                return_assistant_tokens_mask=self.tags,
-                add_generation_prompt=ask,
+                return_assistant_tokens_mask=self.has_generation_tags,
+                add_generation_prompt=add_generation_prompt,
                 **self.tokenizer.special_tokens_map,
             )
         except _TEMPLATE_ERRORS as error:
             raise RowError(f"the chat template refuses it: {error}; correct the row or the template") from error
-        return text, list(spans[0]) if self.tags else []
+        return text, list(spans[0]) if self.has_generation_tags else []
 
-    def _turns(self, chat: Chat, text: str, prompt: str) -> list[Span]:
+    def _assistant_spans(self, chat: Chat, text: str, prompt: str) -> list[Span]:
         *earlier, last = (place for place, message in enumerate(chat.messages) if message["role"] == "assistant")
-        turns = [self._turn(chat, place, text) for place in earlier]
-        return [*turns, (len(prompt), len(text)) if text.startswith(prompt) else self._marked(chat, last, text)]
+        turns = [self._assistant_span(chat, place, text) for place in earlier]
+        return [
+            *turns,
+            (len(prompt), len(text)) if text.startswith(prompt) else self._find_by_markers(chat, last, text),
+        ]
 
-    def _turn(self, chat: Chat, place: int, text: str) -> Span:
+    def _assistant_span(self, chat: Chat, place: int, text: str) -> Span:
         """Find an answer by what the conversation is without it and with it."""
-        before, _ = self._apply(chat.messages[:place], chat, ask=True)
+        before, _ = self._apply(chat.messages[:place], chat, add_generation_prompt=True)
         after, _ = self._apply(chat.messages[: place + 1], chat)
         if text.startswith(before) and text.startswith(after):
             return len(before), len(after)
-        return self._marked(chat, place, text)
+        return self._find_by_markers(chat, place, text)
 
-    def _marked(self, chat: Chat, place: int, text: str) -> Span:
+    def _find_by_markers(self, chat: Chat, place: int, text: str) -> Span:
         """Find an answer in a template that renders an earlier turn otherwise than the last: by marks around it."""
         content = chat.messages[place]["content"]
         for answer in (content, content.strip()):
@@ -101,15 +106,15 @@ class ChatTemplate:
             "around the answer in spec.dataset.chatTemplate"
         )
 
-    def _up_to_stop(self, text: str, turn: Span) -> Span:
+    def _extend_to_stop_token(self, text: str, turn: Span) -> Span:
         """Let a turn end with its stop token: neither before it, nor with the line break behind it."""
         start, end = turn
-        if not self.stop:
+        if not self.stop_token:
             return turn
-        inside = text.rfind(self.stop, start, end)
-        if inside >= 0 and not text[inside + len(self.stop) : end].strip():
-            return start, inside + len(self.stop)
-        behind = re.compile(r"\s*" + re.escape(self.stop)).match(text, end)
+        inside = text.rfind(self.stop_token, start, end)
+        if inside >= 0 and not text[inside + len(self.stop_token) : end].strip():
+            return start, inside + len(self.stop_token)
+        behind = re.compile(r"\s*" + re.escape(self.stop_token)).match(text, end)
         return (start, behind.end()) if behind else turn
 
 
@@ -123,9 +128,9 @@ def load_chat_template(tokenizer: Any, given: str | None) -> ChatTemplate:
         )
     field = "spec.dataset.chatTemplate" if given else "spec.model.uri"
     source = given or _own_template(tokenizer)
-    template = ChatTemplate(tokenizer, source, tags=bool(_GENERATION.search(source)))
+    template = ChatTemplate(tokenizer, source, has_generation_tags=bool(_GENERATION_TAG.search(source)))
     try:
-        text, _ = template._apply((_QUESTION, {"role": "assistant", "content": _CLOSE}), _ANY_CHAT)
+        text, _ = template._apply((_QUESTION, {"role": "assistant", "content": _CLOSE}), _EMPTY_CHAT)
     except RowError as error:
         cause = error.__cause__
         line = f"line {cause.lineno}: " if isinstance(cause, TemplateSyntaxError) else ""
@@ -133,7 +138,7 @@ def load_chat_template(tokenizer: Any, given: str | None) -> ChatTemplate:
             Reason.INVALID_SPEC if given else Reason.MODEL_UNSUPPORTED,
             f"{field}: the chat template cannot render a question and its answer: {line}{cause}; correct it",
         ) from error
-    return replace(template, stop=_stop_of(text.partition(_CLOSE)[2], tokenizer))
+    return replace(template, stop_token=_first_special_token(text.partition(_CLOSE)[2], tokenizer))
 
 
 def _own_template(tokenizer: Any) -> str:
@@ -147,19 +152,19 @@ def _own_template(tokenizer: Any) -> str:
         ) from error
 
 
-def _stop_of(tail: str, tokenizer: Any) -> str:
+def _first_special_token(tail: str, tokenizer: Any) -> str:
     """Return the first special token of what a template puts behind an answer, as text."""
     special = {content.content for content in tokenizer.added_tokens_decoder.values() if content.special}
     found = [(place, -len(token), token) for token in special if (place := tail.find(token)) >= 0]
     return min(found)[2] if found else ""
 
 
-def end_of_turn(tokenizer: Any) -> int | None:
+def end_of_turn_token(tokenizer: Any) -> int | None:
     """Return the token that the tokenizer's own template puts behind an answer, if it has a template that does."""
     if not tokenizer.chat_template:
         return None
     try:
-        stop = load_chat_template(tokenizer, None).stop
+        stop = load_chat_template(tokenizer, None).stop_token
     except RunError:  # a template that renders nothing: prepare refused it where rows are chats, and here are none
         return None
     token: int | None = tokenizer.convert_tokens_to_ids(stop) if stop else None
@@ -167,17 +172,17 @@ def end_of_turn(tokenizer: Any) -> int | None:
 
 
 def encode_chats(
-    chats: Sequence[Chat], template: ChatTemplate, loss: str, asked: Sequence[bool] | None = None
+    chats: Sequence[Chat], template: ChatTemplate, loss: str, with_prompt: Sequence[bool] | None = None
 ) -> list[TokenRow | RowError]:
     """Turn conversations into token rows, those that the template refuses into errors.
 
     Only those that are asked get a prompt: half of the tokens, for the few rows that are held out.
     """
-    wanted = asked or [True] * len(chats)
-    rendered = [_attempt(template, chat, asked=ask) for chat, ask in zip(chats, wanted, strict=True)]
-    good = [(item, ask) for item, ask in zip(rendered, wanted, strict=True) if isinstance(item, Rendered)]
+    wanted = with_prompt or [True] * len(chats)
+    rendered = [_try_render(template, chat, with_prompt=ask) for chat, ask in zip(chats, wanted, strict=True)]
+    good = [(item, ask) for item, ask in zip(rendered, wanted, strict=True) if isinstance(item, RenderedChat)]
     # The template writes the special tokens, so the tokenizer must not add its own: two start tokens are one too many.
-    tokens = iter(_tokenise(template.tokenizer, [item.text for item, _ in good]))
+    tokens = iter(_tokenize(template.tokenizer, [item.text for item, _ in good]))
     prompts = iter(chat_prompt_ids([item.prompt for item, ask in good if ask], template.tokenizer))
     return [
         item
@@ -189,36 +194,36 @@ def encode_chats(
 
 def chat_prompt_ids(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
     """Return the tokens of what a chat template rendered."""
-    return [tokens.ids for tokens in _tokenise(tokenizer, list(texts))]
+    return [tokens.ids for tokens in _tokenize(tokenizer, list(texts))]
 
 
-def _attempt(template: ChatTemplate, chat: Chat, *, asked: bool) -> Rendered | RowError:
+def _try_render(template: ChatTemplate, chat: Chat, *, with_prompt: bool) -> RenderedChat | RowError:
     try:
-        return template.render(chat, asked=asked)
+        return template.render(chat, with_prompt=with_prompt)
     except RowError as error:
         return error
 
 
-class _Tokens(NamedTuple):
+class _TokenizedText(NamedTuple):
     ids: list[int]
     offsets: list[Span]
     """Where in the text each token lies."""
 
 
-def _tokenise(tokenizer: Any, texts: list[str]) -> list[_Tokens]:
+def _tokenize(tokenizer: Any, texts: list[str]) -> list[_TokenizedText]:
     if not texts:
         return []
     encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
-    return [_Tokens(*pair) for pair in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)]
+    return [_TokenizedText(*pair) for pair in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)]
 
 
 def _to_token_row(
-    rendered: Rendered, tokens: _Tokens, prompt: list[int] | None, template: ChatTemplate, loss: str
+    rendered: RenderedChat, tokens: _TokenizedText, prompt: list[int] | None, template: ChatTemplate, loss: str
 ) -> TokenRow:
-    turns = [_token_span(tokens.offsets, turn) for turn in rendered.turns]
+    turns = [_token_span(tokens.offsets, turn) for turn in rendered.assistant_spans]
     if loss == "completion":
         turns = turns[-1:]
-    ids, turns = _with_stop(tokens.ids, turns, template)
+    ids, turns = _with_stop_token(tokens.ids, turns, template)
     learned = [(1, len(ids))] if loss == "all" else turns
     if prompt is None:
         return TokenRow(tuple(ids), tuple(learned))
@@ -231,10 +236,12 @@ def _token_span(offsets: Sequence[Span], turn: Span) -> Span:
     return max(start, 1), bisect_left(offsets, turn[1], key=lambda offset: offset[0])
 
 
-def _with_stop(ids: list[int], turns: list[Span], template: ChatTemplate) -> tuple[list[int], list[Span]]:
+def _with_stop_token(ids: list[int], turns: list[Span], template: ChatTemplate) -> tuple[list[int], list[Span]]:
     """Make sure that the last answer's end is learned: a model that never saw it never stops."""
     tokenizer = template.tokenizer
-    stops = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(template.stop)} if template.stop else set()
+    stops = (
+        {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(template.stop_token)} if template.stop_token else set()
+    )
     if turns and ids[turns[-1][1] - 1] in stops:
         return ids, turns
     end = len(ids)

@@ -8,16 +8,16 @@ from qlora_api.names import Reason
 from qlora_api.v1alpha1 import DataSource, DataStatus, QLoRAJobSpec, TrainingSpec
 from qlora_trainer.data.sources import Source, local_files, make_source
 from qlora_trainer.data.splits import (
-    Portion,
-    check_some_are_left,
-    digest_of,
-    hold_out,
-    learned_from,
-    portion,
+    SourceWeight,
+    check_training_rows_left,
+    dataset_digest,
+    make_source_weight,
+    split_validation,
+    training_digests,
 )
 from qlora_trainer.errors import RunError
-from qlora_trainer.storage.snapshots import Places
-from qlora_trainer.storage.store import DATASET, HELD_OUT, Owner
+from qlora_trainer.storage.snapshots import SourceResolver
+from qlora_trainer.storage.store import DATASET_FIELD, EVALUATION_FIELD, FieldRef
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,13 @@ class Dataset:
         return (*self.sources, *((self.held_out,) if self.held_out else ()))
 
 
-def open_dataset(spec: QLoRAJobSpec, places: Places, work: Path) -> Dataset:
+def open_dataset(spec: QLoRAJobSpec, resolver: SourceResolver, work: Path) -> Dataset:
     """Bring the files onto this computer, and tell the format of each source."""
     dataset, template = spec.dataset, spec.dataset.template
     sources = []
-    for field, source in dataset.inputs:
-        owner = Owner(DATASET.role, field)
-        files = local_files(places, source.uri, owner, work)
+    for field, source in dataset.sources_by_field:
+        owner = FieldRef(DATASET_FIELD.role, field)
+        files = local_files(resolver, source.uri, owner, work)
         sources.append(make_source(owner, files, source, template))
     uri = dataset.evaluation.uri
     if uri is None:
@@ -53,16 +53,16 @@ def open_dataset(spec: QLoRAJobSpec, places: Places, work: Path) -> Dataset:
     # Beside a single source, held-out rows are read as that source is; beside several, each tells its own format.
     alike = len(sources) == 1
     source = DataSource(uri=uri, format=sources[0].row_format if alike else dataset.format)
-    held_out = make_source(HELD_OUT, local_files(places, uri, HELD_OUT, work), source, template)
-    told_by = f"read as {sources[0].owner.field} is" if alike else held_out.told_by
-    return Dataset(tuple(sources), replace(held_out, told_by=told_by))
+    held_out = make_source(EVALUATION_FIELD, local_files(resolver, uri, EVALUATION_FIELD, work), source, template)
+    told_by = f"read as {sources[0].field_ref.field} is" if alike else held_out.format_reason
+    return Dataset(tuple(sources), replace(held_out, format_reason=told_by))
 
 
 @dataclass(frozen=True)
-class Survey:
+class DatasetScan:
     """What the content of all rows decides."""
 
-    portions: tuple[Portion, ...]
+    source_weights: tuple[SourceWeight, ...]
     """One for each source."""
     digest: str
     training_rows: int
@@ -70,23 +70,23 @@ class Survey:
     held_out_rows: int
 
 
-def survey(dataset: Dataset, fraction: float) -> Survey:
+def scan_rows(dataset: Dataset, fraction: float) -> DatasetScan:
     """Read and check every row once; of each only its hash is kept."""
     digests = [_digests(source) for source in dataset.sources]
     if dataset.held_out is None:
-        held_out = hold_out(digests, fraction, DATASET)
+        held_out = split_validation(digests, fraction, DATASET_FIELD)
         examined = [digest for rows in digests for digest in rows if digest in held_out]
     else:
         examined = _digests(dataset.held_out)
         held_out = frozenset(examined)
     portions = tuple(
-        portion(rows, source.weight, held_out) for rows, source in zip(digests, dataset.sources, strict=True)
+        make_source_weight(rows, source.weight, held_out) for rows, source in zip(digests, dataset.sources, strict=True)
     )
-    check_some_are_left(digests, portions, DATASET)
-    return Survey(
+    check_training_rows_left(digests, portions, DATASET_FIELD)
+    return DatasetScan(
         portions,
-        digest_of(learned_from(digests, portions), examined),
-        sum(1 for _ in learned_from(digests, portions)),
+        dataset_digest(training_digests(digests, portions), examined),
+        sum(1 for _ in training_digests(digests, portions)),
         len(examined),
     )
 
@@ -101,7 +101,7 @@ def check_loss(loss: str, dataset: Dataset) -> None:
     if text is not None and loss not in {"auto", "all"}:
         raise RunError(
             Reason.INVALID_SPEC,
-            f"spec.training.loss: {loss} needs rows with an answer, and {text.owner.field} has text rows; set auto or "
+            f"spec.training.loss: {loss} needs rows with an answer, and {text.field_ref.field} has text rows; set auto or "
             "all, or give rows with a prompt and a completion",
         )
 
@@ -111,7 +111,7 @@ def describe_sources(dataset: Dataset) -> Iterator[str]:
     for source in dataset.all_sources:
         more = f" and {len(source.files) - 1} more" if len(source.files) > 1 else ""
         weight = f", weight {source.weight:g}" if source.weight != 1 else ""
-        yield f"{source.owner.field}: {source.files[0].name}{more}: {source.row_format} rows, {source.told_by}{weight}"
+        yield f"{source.field_ref.field}: {source.files[0].name}{more}: {source.row_format} rows, {source.format_reason}{weight}"
 
 
 def describe_lengths(status: DataStatus, training: TrainingSpec) -> Iterator[str]:

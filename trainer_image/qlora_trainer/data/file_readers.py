@@ -41,19 +41,19 @@ class FileRow(NamedTuple):
 def read_rows(path: Path) -> Iterator[FileRow]:
     """Yield every row of a file, the broken ones as errors; FileError where it cannot be read on."""
     try:
-        yield from _READERS[form_of(path.name)](path)
+        yield from _READERS[detect_file_type(path.name)](path)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise FileError(f"is no complete gzip file ({error}); compress it anew") from error
 
 
-def form_of(name: str) -> str:
+def detect_file_type(name: str) -> str:
     """Return the form of a file by its name: jsonl, json, csv, tsv, parquet or arrow."""
     plain = name.lower().removesuffix(".gz")
     packed = len(plain) < len(name)
     ending = plain.rpartition(".")[2] if "." in plain else ""
-    form = _ENDINGS.get(ending)
+    form = _EXTENSIONS.get(ending)
     if form is None or (packed and form in _COLUMNAR):
-        raise FileError(f"'{name}' is of no known form; name it {KNOWN_NAMES}")
+        raise FileError(f"'{name}' is of no known form; name it {SUPPORTED_EXTENSIONS}")
     return form
 
 
@@ -61,7 +61,7 @@ def is_data_file(path: str) -> bool:
     """Return whether a file of a folder is meant to be read; hidden ones and what lies beside the data are not."""
     name = path.rpartition("/")[2]
     with contextlib.suppress(FileError):
-        return not name.startswith((".", "_")) and bool(form_of(name))
+        return not name.startswith((".", "_")) and bool(detect_file_type(name))
     return False
 
 
@@ -75,7 +75,7 @@ def _read_jsonl(path: Path) -> Iterator[FileRow]:
                 raise FileError(f"row {number} has more than {MAX_ROW_BYTES // MIB} MiB; write one JSON object a line")
             content = line.removeprefix(b"\xef\xbb\xbf").strip()
             if content:
-                yield FileRow(number, _attempt(parse_line, content))
+                yield FileRow(number, _try_parse(parse_line, content))
 
 
 def parse_line(content: bytes) -> Mapping[str, Any]:
@@ -96,7 +96,7 @@ def _as_object(value: Any) -> Mapping[str, Any]:
     return value
 
 
-def _attempt(parse: Callable[[Any], Mapping[str, Any]], value: Any) -> Mapping[str, Any] | RowError:
+def _try_parse(parse: Callable[[Any], Mapping[str, Any]], value: Any) -> Mapping[str, Any] | RowError:
     try:
         return parse(value)
     except RowError as error:
@@ -152,7 +152,7 @@ def _read_json(path: Path) -> Iterator[FileRow]:
         for number in count(1):
             if window.peek() == "]":
                 return
-            yield FileRow(number, _attempt(_as_object, _element(window, number)))
+            yield FileRow(number, _try_parse(_as_object, _element(window, number)))
             if (separator := window.peek()) not in {",", "]"}:
                 found = f"{separator!r}" if separator else "the end of the file"
                 raise FileError(f"row {number} is followed by {found}; write a comma, or ] after the last row")
@@ -280,6 +280,6 @@ _READERS: Final[dict[str, Callable[[Path], Iterator[FileRow]]]] = {
     "parquet": _read_parquet,
     "arrow": _read_arrow,
 }
-_ENDINGS: Final = {form: form for form in _READERS} | {"ndjson": "jsonl", "feather": "arrow", "pq": "parquet"}
+_EXTENSIONS: Final = {form: form for form in _READERS} | {"ndjson": "jsonl", "feather": "arrow", "pq": "parquet"}
 _COLUMNAR: Final = ("parquet", "arrow")
-KNOWN_NAMES: Final = ".jsonl, .json, .csv or .tsv (each also with .gz), .parquet or .arrow"
+SUPPORTED_EXTENSIONS: Final = ".jsonl, .json, .csv or .tsv (each also with .gz), .parquet or .arrow"

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any, Final
 
-from qlora_api.report import Piece
+from qlora_api.report import TextSpan
 from qlora_trainer.data.tokenization import Span, TokenRow
 
 SHOWN_ROWS: Final = 3
@@ -19,17 +19,17 @@ def shown_rows(count: int) -> tuple[int, ...]:
     return tuple(count * place // shown for place in range(shown))
 
 
-def preview(row: TokenRow, tokenizer: Any) -> tuple[Piece, ...]:
+def preview(row: TokenRow, tokenizer: Any) -> tuple[TextSpan, ...]:
     """Return a row in pieces that are learned and pieces that are not, special tokens too."""
     return tuple(
-        Piece(text=_shortened(tokenizer.decode(list(row.input_ids[start:end]))), learned=learned)
+        TextSpan(text=_shortened(tokenizer.decode(list(row.input_ids[start:end]))), learned=learned)
         for (start, end), learned in _pieces(row)
     )
 
 
 def _pieces(row: TokenRow) -> Iterator[tuple[Span, bool]]:
     place = 0
-    for start, end in row.learned:
+    for start, end in row.label_spans:
         if place < start:
             yield (place, start), False
         yield (start, end), True
@@ -43,6 +43,6 @@ def _shortened(text: str) -> str:
     return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:half]} … {text[-half:]}"
 
 
-def write_preview(pieces: tuple[Piece, ...]) -> str:
+def format_preview(pieces: tuple[TextSpan, ...]) -> str:
     """Return a preview as text with marks."""
     return "".join(f"{LEARNED_OPEN}{piece.text}{LEARNED_CLOSE}" if piece.learned else piece.text for piece in pieces)

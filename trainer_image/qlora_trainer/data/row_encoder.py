@@ -10,7 +10,7 @@ from qlora_api.names import Reason
 from qlora_api.v1alpha1 import RowFormat, TrainingSpec
 from qlora_trainer.data.chat_template import ChatTemplate, encode_chats
 from qlora_trainer.data.rows import Chat, Example, Row, RowError, Text
-from qlora_trainer.data.sources import Problems, Source
+from qlora_trainer.data.sources import RowErrors, Source
 from qlora_trainer.data.tokenization import TokenRow, encode_examples, encode_texts
 from qlora_trainer.errors import RunError
 
@@ -23,13 +23,13 @@ Item = TypeVar("Item")
 class EncodedRow(NamedTuple):
     """A token row, where it came from, and the hash that decides which side it is on."""
 
-    place: str
+    location: str
     digest: bytes
     row: TokenRow
 
 
 @dataclass(frozen=True)
-class Encoder:
+class RowEncoder:
     """One tokenizer, one chat template, and one choice of what is learned."""
 
     tokenizer: Any
@@ -37,35 +37,35 @@ class Encoder:
     chat: ChatTemplate | None
     """None where there are no chats."""
 
-    def rows(self, source: Source, asked: Callable[[bytes], bool]) -> Iterator[EncodedRow]:
+    def encode_rows(self, source: Source, needs_prompt: Callable[[bytes], bool]) -> Iterator[EncodedRow]:
         """Yield the token rows of a source; when they are through, refuse what its chat template refused.
 
         `asked` tells by a row's hash whether it is held out, so that its prompt is needed.
         """
-        problems = Problems()
+        problems = RowErrors()
         for batch in batched(source.rows(), BATCH_ROWS):
-            encoded = self._encode([placed.row for placed in batch], source.row_format, asked)
+            encoded = self._encode([placed.row for placed in batch], source.row_format, needs_prompt)
             for placed, row in zip(batch, encoded, strict=True):
                 if isinstance(row, RowError):
-                    problems.add(placed.place, row)
+                    problems.add(placed.location, row)
                 else:
-                    yield EncodedRow(placed.place, placed.row.digest, row)
+                    yield EncodedRow(placed.location, placed.row.digest, row)
         if problems.total:
-            raise RunError(Reason.DATASET_INVALID, f"{source.owner.field}: {problems}")
+            raise RunError(Reason.DATASET_INVALID, f"{source.field_ref.field}: {problems}")
 
     def _encode(
-        self, rows: Sequence[Row], row_format: RowFormat, asked: Callable[[bytes], bool]
+        self, rows: Sequence[Row], row_format: RowFormat, needs_prompt: Callable[[bytes], bool]
     ) -> Sequence[TokenRow | RowError]:
         if row_format == "chat" and self.chat is not None:
             chats = cast("Sequence[Chat]", rows)
-            return encode_chats(chats, self.chat, self.loss, [asked(row.digest) for row in chats])
+            return encode_chats(chats, self.chat, self.loss, [needs_prompt(row.digest) for row in chats])
         if row_format == "text":
             return encode_texts(cast("Sequence[Text]", rows), self.tokenizer)
         return encode_examples(cast("Sequence[Example]", rows), self.tokenizer, self.loss)
 
 
 @dataclass
-class Tally:
+class RowCounts:
     """What became of the rows of one side."""
 
     rows: int = 0
@@ -77,43 +77,43 @@ class Tally:
 
 
 @dataclass(frozen=True)
-class Ruler:
+class LengthPolicy:
     """The longest that a row may be, and what happens to longer ones."""
 
-    limit: int
-    policy: str
-    refused: Problems = field(default_factory=Problems)
+    max_length: int
+    long_rows: str
+    too_long: RowErrors = field(default_factory=RowErrors)
 
-    def fit(self, encoded: EncodedRow, tally: Tally, times: int = 1) -> TokenRow | None:
+    def apply(self, encoded: EncodedRow, counts: RowCounts, times: int = 1) -> TokenRow | None:
         """Return the row as it is used, or None where it is left out; count what happened, as often as it is seen."""
         length = len(encoded.row.input_ids)
-        too_long = length > self.limit
-        if too_long and self.policy == "refuse":
-            self.refused.add(encoded.place, f"{length} tokens")
-        row = encoded.row.cut(self.limit)
-        dropped = (too_long and self.policy == "drop") or row.label_count == 0
-        tally.lengths.extend([length] * times)
-        tally.dropped += times * dropped
-        tally.truncated += times * (too_long and not dropped)
+        too_long = length > self.max_length
+        if too_long and self.long_rows == "refuse":
+            self.too_long.add(encoded.location, f"{length} tokens")
+        row = encoded.row.truncate(self.max_length)
+        dropped = (too_long and self.long_rows == "drop") or row.label_count == 0
+        counts.lengths.extend([length] * times)
+        counts.dropped += times * dropped
+        counts.truncated += times * (too_long and not dropped)
         if dropped:
             return None
-        tally.rows += times
-        tally.tokens += times * len(row.input_ids)
+        counts.rows += times
+        counts.tokens += times * len(row.input_ids)
         return row
 
-    def check(self) -> None:
+    def raise_if_refused(self) -> None:
         """Refuse the rows that were too long, if that is what was asked for."""
-        if self.refused.total:
+        if self.too_long.total:
             raise RunError(
                 Reason.DATASET_INVALID,
-                f"spec.training.longRows: {self.refused.total} rows have more than maxLength {self.limit} tokens "
-                f"({self.refused}); shorten them, raise spec.training.maxLength, or set longRows to truncate or drop",
+                f"spec.training.longRows: {self.too_long.total} rows have more than maxLength {self.max_length} tokens "
+                f"({self.too_long}); shorten them, raise spec.training.maxLength, or set longRows to truncate or drop",
             )
 
 
-def make_ruler(training: TrainingSpec) -> Ruler:
+def make_length_policy(training: TrainingSpec) -> LengthPolicy:
     """Return the ruler that the manifest asks for."""
-    return Ruler(training.max_length, training.long_rows)
+    return LengthPolicy(training.max_length, training.long_rows)
 
 
 def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:

@@ -8,7 +8,7 @@ from qlora_api.v1alpha1 import RowFormat, RowTemplate
 from qlora_trainer.data.chat_messages import parse_chat
 from qlora_trainer.data.rows import Example, Row, RowError, Text, text_of
 
-_TELLING: Final[tuple[tuple[str, RowFormat], ...]] = (
+_FORMAT_FIELDS: Final[tuple[tuple[str, RowFormat], ...]] = (
     ("messages", "chat"),
     ("conversations", "chat"),
     ("instruction", "instruction"),
@@ -16,14 +16,14 @@ _TELLING: Final[tuple[tuple[str, RowFormat], ...]] = (
     ("text", "text"),
 )
 """A field, and the format it stands for; the first that a row has decides."""
-_ANSWERS: Final = ("output", "response")
-_CONTEXTS: Final = ("input", "context")
+_ANSWER_FIELDS: Final = ("output", "response")
+_CONTEXT_FIELDS: Final = ("input", "context")
 _PLACEHOLDER: Final = re.compile(r"\{([^{}]+)\}")
 
 
-def tell_format(fields: Mapping[str, Any]) -> tuple[RowFormat, str]:
+def detect_format(fields: Mapping[str, Any]) -> tuple[RowFormat, str]:
     """Return the format of a row and the field that tells it, or raise RowError."""
-    found = next(((row_format, field) for field, row_format in _TELLING if field in fields), None)
+    found = next(((row_format, field) for field, row_format in _FORMAT_FIELDS if field in fields), None)
     if found is None:
         raise RowError(
             f"has the fields {', '.join(map(str, fields)) or '(none)'}; write messages (or conversations), instruction "
@@ -41,7 +41,7 @@ def parse_row(fields: Mapping[str, Any], row_format: RowFormat, template: RowTem
 
 def _parse_instruction(fields: Mapping[str, Any]) -> Example:
     prompt = instruction_prompt(fields)
-    answer = _one_of(fields, _ANSWERS)
+    answer = _one_of(fields, _ANSWER_FIELDS)
     if answer is None:
         raise RowError("field 'response' (or 'output') is missing; add it")
     return Example(prompt, text_of(fields, answer))
@@ -49,7 +49,7 @@ def _parse_instruction(fields: Mapping[str, Any]) -> Example:
 
 def instruction_prompt(fields: Mapping[str, Any]) -> str:
     """Return the prompt of an instruction row, whose answer is not looked at."""
-    return render_instruction(text_of(fields, "instruction"), _optional(fields, _one_of(fields, _CONTEXTS)))
+    return render_instruction(text_of(fields, "instruction"), _optional(fields, _one_of(fields, _CONTEXT_FIELDS)))
 
 
 def _one_of(fields: Mapping[str, Any], names: tuple[str, ...]) -> str | None:

@@ -62,7 +62,7 @@ class ShardWriter:
     def add(self, row: TokenRow, times: int = 1) -> None:
         """Write a row, some times in a row."""
         texts = (row.prompt_ids, row.prompt, row.reference) if self._with_text else ()
-        content = hashlib.sha256(repr((row.input_ids, row.learned, *texts)).encode()).digest()
+        content = hashlib.sha256(repr((row.input_ids, row.label_spans, *texts)).encode()).digest()
         for _ in range(times):
             self._content.update(content)
             self._waiting.append(row)
@@ -78,7 +78,7 @@ class ShardWriter:
 def _to_table(rows: Sequence[TokenRow], *, with_text: bool) -> pa.Table:
     columns = {
         "input_ids": [row.input_ids for row in rows],
-        "learned": [[position for span in row.learned for position in span] for row in rows],
+        "learned": [[position for span in row.label_spans for position in span] for row in rows],
         "prompt_ids": [row.prompt_ids if with_text else () for row in rows],
         "prompt": [row.prompt if with_text else "" for row in rows],
         "reference": [row.reference if with_text else "" for row in rows],
@@ -136,7 +136,7 @@ def open_shard(path: Path) -> Shard:
     return Shard(copy)
 
 
-def read_rows(path: Path, numbers: Sequence[int] | None = None) -> Iterator[TokenRow]:
+def read_token_rows(path: Path, numbers: Sequence[int] | None = None) -> Iterator[TokenRow]:
     """Yield the rows of a parquet file, or those with some numbers, in the file's order."""
     start = 0
     with pq.ParquetFile(path) as file:

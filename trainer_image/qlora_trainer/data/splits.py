@@ -7,63 +7,65 @@ from typing import TypeAlias
 
 from qlora_api.names import Reason
 from qlora_trainer.errors import RunError
-from qlora_trainer.storage.store import Owner
+from qlora_trainer.storage.store import FieldRef
 
 Digests: TypeAlias = Sequence[bytes]
 """Of the rows of a source, in their order."""
 
 
 @dataclass(frozen=True)
-class Portion:
+class SourceWeight:
     """How often the rows of one source are learned from."""
 
-    whole: int
-    once_more: frozenset[bytes]
+    full_passes: int
+    extra_rows: frozenset[bytes]
     held_out: frozenset[bytes]
 
     def times(self, digest: bytes) -> int:
         """Return how often an epoch sees a row; a held-out row is never learned from."""
-        return 0 if digest in self.held_out else self.whole + (digest in self.once_more)
+        return 0 if digest in self.held_out else self.full_passes + (digest in self.extra_rows)
 
 
-def hold_out(sources: Sequence[Digests], fraction: float, owner: Owner) -> frozenset[bytes]:
+def split_validation(sources: Sequence[Digests], fraction: float, field_ref: FieldRef) -> frozenset[bytes]:
     """Hold out the share of distinct rows with the lowest hashes, at least one; copies of a row stay together."""
     distinct = sorted({digest for digests in sources for digest in digests})
     if len(distinct) < 2:
         raise RunError(
             Reason.DATASET_EMPTY,
-            f"{owner.field}: {len(distinct)} distinct row cannot be both trained and evaluated on; add rows, or set "
+            f"{field_ref.field}: {len(distinct)} distinct row cannot be both trained and evaluated on; add rows, or set "
             "spec.dataset.evaluation.uri",
         )
     count = min(max(round(fraction * len(distinct)), 1), len(distinct) - 1)
     return frozenset(distinct[:count])
 
 
-def portion(digests: Digests, weight: float, held_out: frozenset[bytes]) -> Portion:
+def make_source_weight(digests: Digests, weight: float, held_out: frozenset[bytes]) -> SourceWeight:
     """Divide a weight: its whole part is for every row, the rest for the share of rows with the lowest hashes."""
     distinct = sorted(set(digests) - held_out)
     whole = int(weight)
-    return Portion(whole, frozenset(distinct[: round((weight - whole) * len(distinct))]), held_out)
+    return SourceWeight(whole, frozenset(distinct[: round((weight - whole) * len(distinct))]), held_out)
 
 
-def check_some_are_left(sources: Sequence[Digests], portions: Sequence[Portion], owner: Owner) -> None:
+def check_training_rows_left(
+    sources: Sequence[Digests], source_weights: Sequence[SourceWeight], field_ref: FieldRef
+) -> None:
     """Nobody is examined on what was rehearsed, so that held-out rows may leave nothing to learn from."""
-    if not any(learned_from(sources, portions)):
+    if not any(training_digests(sources, source_weights)):
         raise RunError(
             Reason.DATASET_EMPTY,
-            f"{owner.field}: every row is held out as well (spec.dataset.evaluation), or has a weight near 0; add rows",
+            f"{field_ref.field}: every row is held out as well (spec.dataset.evaluation), or has a weight near 0; add rows",
         )
 
 
-def learned_from(sources: Sequence[Digests], portions: Sequence[Portion]) -> Iterator[bytes]:
+def training_digests(sources: Sequence[Digests], source_weights: Sequence[SourceWeight]) -> Iterator[bytes]:
     """Yield the digest of each row to learn from, as often as an epoch sees it."""
-    for digests, share in zip(sources, portions, strict=True):
+    for digests, share in zip(sources, source_weights, strict=True):
         for digest in digests:
             for _ in range(share.times(digest)):
                 yield digest
 
 
-def digest_of(training: Iterable[bytes], held_out: Iterable[bytes]) -> str:
+def dataset_digest(training: Iterable[bytes], held_out: Iterable[bytes]) -> str:
     """Return the SHA-256 over all rows in use, in order, and over the side that each is on."""
     digest = hashlib.sha256()
     for side, rows in (("training", training), ("evaluation", held_out)):

@@ -15,7 +15,7 @@ class TokenRow:
     """One row as tokens, and which of them are learned."""
 
     input_ids: tuple[int, ...]
-    learned: tuple[Span, ...]
+    label_spans: tuple[Span, ...]
     """Positions of the tokens that are learned, in order; never 0, since nothing predicts a row's first token."""
     prompt_ids: tuple[int, ...] = ()
     """What a model is asked for the answer: for held-out rows only, as are the two texts; plain text has none."""
@@ -25,14 +25,14 @@ class TokenRow:
     @property
     def label_count(self) -> int:
         """Return how many tokens are learned."""
-        return sum(end - start for start, end in self.learned)
+        return sum(end - start for start, end in self.label_spans)
 
-    def cut(self, length: int) -> "TokenRow":
+    def truncate(self, length: int) -> "TokenRow":
         """Return the row without what lies beyond a length."""
         if len(self.input_ids) <= length:
             return self
-        learned = tuple((start, min(end, length)) for start, end in self.learned if start < length)
-        return replace(self, input_ids=self.input_ids[:length], learned=learned)
+        learned = tuple((start, min(end, length)) for start, end in self.label_spans if start < length)
+        return replace(self, input_ids=self.input_ids[:length], label_spans=learned)
 
 
 def encode_examples(examples: Sequence[Example], tokenizer: Any, loss: str) -> list[TokenRow]:

@@ -12,8 +12,8 @@ import numpy as np
 from qlora_api.names import Reason
 from qlora_api.v1alpha1 import DataStatus, RowLengths, TrainingSpec
 from qlora_trainer.data import shards
-from qlora_trainer.data.dataset import Dataset, Survey
-from qlora_trainer.data.row_encoder import Encoder, Ruler, Tally, make_ruler
+from qlora_trainer.data.dataset import Dataset, DatasetScan
+from qlora_trainer.data.row_encoder import LengthPolicy, RowCounts, RowEncoder, make_length_policy
 from qlora_trainer.errors import RunError
 from qlora_trainer.storage.store import sha256_of
 
@@ -22,7 +22,7 @@ _PERCENTILES: Final = (50, 95, 99)
 
 
 @dataclass(frozen=True)
-class Tokenised:
+class TokenizedDataset:
     """Two files of token rows in a folder of this computer, gone when the context ends."""
 
     folder: Path
@@ -50,53 +50,55 @@ class Tokenised:
 
 
 @dataclass(frozen=True)
-class _Tallies:
+class _SplitCounts:
     """What became of the rows of both sides."""
 
-    training: Tally = field(default_factory=Tally)
-    held_out: Tally = field(default_factory=Tally)
+    training: RowCounts = field(default_factory=RowCounts)
+    held_out: RowCounts = field(default_factory=RowCounts)
 
 
-def tokenise(dataset: Dataset, survey: Survey, encoder: Encoder, training: TrainingSpec, work: Path) -> Tokenised:
+def tokenize_dataset(
+    dataset: Dataset, scan: DatasetScan, encoder: RowEncoder, training: TrainingSpec, work: Path
+) -> TokenizedDataset:
     """Read every row once more, and write its tokens to the side that it is on."""
-    folder, tallies, ruler = work / "tokens" / uuid4().hex, _Tallies(), make_ruler(training)
+    folder, tallies, ruler = work / "tokens" / uuid4().hex, _SplitCounts(), make_length_policy(training)
     try:
-        digest = _write(dataset, survey, encoder, ruler, folder, tallies)
-        ruler.check()
-        _check_some_are_left(tallies.training, "training", training)
-        _check_some_are_left(tallies.held_out, "held-out", training)
+        digest = _write(dataset, scan, encoder, ruler, folder, tallies)
+        ruler.raise_if_refused()
+        _check_rows_left(tallies.training, "training", training)
+        _check_rows_left(tallies.held_out, "held-out", training)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-    return Tokenised(folder, _describe(dataset, survey, tallies), digest)
+    return TokenizedDataset(folder, _describe(dataset, scan, tallies), digest)
 
 
 def _write(  # noqa: PLR0913, PLR0917 (where rows come from, what is done with them, where they go)
-    dataset: Dataset, survey: Survey, encoder: Encoder, ruler: Ruler, folder: Path, tallies: _Tallies
+    dataset: Dataset, scan: DatasetScan, encoder: RowEncoder, policy: LengthPolicy, folder: Path, counts: _SplitCounts
 ) -> str:
     """Return the digest of what was written."""
     with (
         shards.ShardWriter(folder / _TRAINING, with_text=False) as learned,
         shards.ShardWriter(folder / _HELD_OUT, with_text=True) as examined,
     ):
-        for source, portion in zip(dataset.sources, survey.portions, strict=True):
+        for source, portion in zip(dataset.sources, scan.source_weights, strict=True):
             examined_here = portion.held_out if dataset.held_out is None else frozenset[bytes]()
-            for encoded in encoder.rows(source, examined_here.__contains__):
+            for encoded in encoder.encode_rows(source, examined_here.__contains__):
                 times = portion.times(encoded.digest)
-                if times and (row := ruler.fit(encoded, tallies.training, times)):
+                if times and (row := policy.apply(encoded, counts.training, times)):
                     learned.add(row, times)
-                if encoded.digest in examined_here and (row := ruler.fit(encoded, tallies.held_out)):
+                if encoded.digest in examined_here and (row := policy.apply(encoded, counts.held_out)):
                     examined.add(row)
-        for encoded in encoder.rows(dataset.held_out, lambda _: True) if dataset.held_out else ():
-            if row := ruler.fit(encoded, tallies.held_out):
+        for encoded in encoder.encode_rows(dataset.held_out, lambda _: True) if dataset.held_out else ():
+            if row := policy.apply(encoded, counts.held_out):
                 examined.add(row)
         return sha256_of(f"{learned.digest} {examined.digest}".encode())
 
 
-def _check_some_are_left(tally: Tally, name: str, training: TrainingSpec) -> None:
-    if tally.rows:
+def _check_rows_left(counts: RowCounts, name: str, training: TrainingSpec) -> None:
+    if counts.rows:
         return
-    longest = max(tally.lengths, default=0)
+    longest = max(counts.lengths, default=0)
     why = (
         f"is longer than {training.max_length} tokens"
         if training.long_rows == "drop"
@@ -109,13 +111,13 @@ def _check_some_are_left(tally: Tally, name: str, training: TrainingSpec) -> Non
     )
 
 
-def _describe(dataset: Dataset, survey: Survey, tallies: _Tallies) -> DataStatus:
+def _describe(dataset: Dataset, scan: DatasetScan, counts: _SplitCounts) -> DataStatus:
     """Return the facts of the dataset; the lengths are over both sides."""
-    learned, examined = tallies.training, tallies.held_out
+    learned, examined = counts.training, counts.held_out
     lengths = np.concatenate([np.asarray(learned.lengths), np.asarray(examined.lengths)])
     p50, p95, p99 = (int(value) for value in np.percentile(lengths, _PERCENTILES, method="higher"))
     return DataStatus(
-        digest=survey.digest,
+        digest=scan.digest,
         format=dataset.formats,
         training_rows=learned.rows,
         evaluation_rows=examined.rows,

@@ -21,16 +21,16 @@ import psutil
 from pydantic import ValidationError
 
 from qlora_api.launcher_config import MAIN_PORT
-from qlora_api.logs import fields
+from qlora_api.logs import log_fields
 from qlora_api.names import ACCELERATE_CONFIG_FILE, MAIN_ADDRESS_ENV
 from qlora_api.reasons import REASONS, Reason
-from qlora_api.report import LastWord
+from qlora_api.report import TerminationMessage
 from qlora_api.runconfig import RunConfig
 from qlora_api.v1alpha1 import Plan, to_timedelta
 from qlora_trainer.errors import RunError
-from qlora_trainer.runtime.rank import DONE, RANK
-from qlora_trainer.runtime.shutdown import StopFlag, interrupted
-from qlora_trainer.runtime.termination_message import failure_word
+from qlora_trainer.runtime.rank import DONE_SUFFIX, RANK_PLACEHOLDER
+from qlora_trainer.runtime.shutdown import StopFlag, interrupted_error
+from qlora_trainer.runtime.termination_message import failure_message
 
 INDEX_ENV: Final = "JOB_COMPLETION_INDEX"
 """The pod's number, which Kubernetes gives the pods of an Indexed Job."""
@@ -38,7 +38,7 @@ _ACCELERATE: Final = "accelerate.commands.launch"
 _TRAINER: Final = "qlora_trainer"
 _OOM_COUNTS: Final = (Path("/sys/fs/cgroup/memory.events"), Path("/sys/fs/cgroup/memory/memory.oom_control"))
 """Where the kernel counts the processes of this container that it killed for memory (cgroup v2 and v1)."""
-_LOOK_SECONDS: Final = 1.0
+_POLL_SECONDS: Final = 1.0
 
 log = logging.getLogger(__name__)
 
@@ -49,13 +49,13 @@ class Node:
 
     plan: Plan
     index: int
-    main: str
+    main_address: str
     """Address of the pod with the first process."""
     config: Path
     work: Path
 
     @property
-    def words(self) -> Path:
+    def messages_folder(self) -> Path:
         """Return the folder with the last words of this pod's processes."""
         return self.work / "last-words"
 
@@ -68,16 +68,16 @@ def observe_node(plan: Plan, config: Path, work: Path) -> Node:
     )
 
 
-def launch(config: RunConfig, node: Node, stop: StopFlag) -> LastWord | None:
+def launch_workers(config: RunConfig, node: Node, stop: StopFlag) -> TerminationMessage | None:
     """Run this pod's processes to their end, and return their last word; None where another pod has it."""
-    wait_for_address(node.main, to_timedelta(config.spec.deadlines.startup).total_seconds(), stop)
-    node.words.mkdir(parents=True, exist_ok=True)
-    for old in node.words.iterdir():
+    wait_for_address(node.main_address, to_timedelta(config.spec.deadlines.startup).total_seconds(), stop)
+    node.messages_folder.mkdir(parents=True, exist_ok=True)
+    for old in node.messages_folder.iterdir():
         old.unlink()
     process = subprocess.Popen(launch_command(node), env=os.environ | launch_environment(node))  # noqa: S603 (our own)
     with stop.deferred():
         code = _wait(process, node, stop)
-    return choose_word(read_words(node.words), code, killed_for_memory())
+    return choose_message(read_messages(node.messages_folder), code, oom_kill_count())
 
 
 def wait_for_address(address: str, seconds: float, stop: StopFlag) -> None:
@@ -85,14 +85,14 @@ def wait_for_address(address: str, seconds: float, stop: StopFlag) -> None:
     ends = time.monotonic() + seconds
     while not _resolves(address):
         if stop.requested:
-            raise interrupted()
+            raise interrupted_error()
         if time.monotonic() > ends:
             raise RunError(
                 Reason.COLLECTIVE_TIMEOUT,
                 f"the first pod of the run, {address}, got no address within {seconds:g} s (spec.deadlines.startup)",
             )
-        log.info("waiting for the first pod", extra=fields(address=address))
-        time.sleep(_LOOK_SECONDS)
+        log.info("waiting for the first pod", extra=log_fields(address=address))
+        time.sleep(_POLL_SECONDS)
 
 
 def _resolves(address: str) -> bool:
@@ -111,12 +111,12 @@ def launch_command(node: Node) -> list[str]:
         *(sys.executable, "-m", _ACCELERATE),
         *("--config_file", str(node.config.with_name(ACCELERATE_CONFIG_FILE))),
         *("--machine_rank", str(node.index)),
-        *("--main_process_ip", node.main),
+        *("--main_process_ip", node.main_address),
         *("--num_cpu_threads_per_process", str(threads)),
         *("-m", _TRAINER, "train"),
         *("--config", str(node.config)),
         *("--work", str(node.work)),
-        *("--termination-message", str(node.words / f"{RANK}.json")),
+        *("--termination-message", str(node.messages_folder / f"{RANK_PLACEHOLDER}.json")),
     ]
 
 
@@ -147,23 +147,23 @@ def _wait(process: subprocess.Popen[bytes], node: Node, stop: StopFlag) -> int:
     while (code := process.poll()) is None:
         if stop.requested and not asked:
             asked = True
-            _ask_to_stop(process.pid)
+            _send_sigterm(process.pid)
         if all_done(node):
             # torch's launcher would wait 300 seconds for the other pods, and hold this one's GPUs.
             process.kill()
             process.wait()
             return 0
-        time.sleep(_LOOK_SECONDS / 10)
+        time.sleep(_POLL_SECONDS / 10)
     return code
 
 
 def all_done(node: Node) -> bool:
     """Return whether every process of this pod ended well: it published, or leaves the last word to another one."""
-    published = [word for word in read_words(node.words).values() if word.reason is Reason.PUBLISHED]
-    return len(published) + len(list(node.words.glob(f"*{DONE}"))) == node.plan.processes_per_node
+    published = [word for word in read_messages(node.messages_folder).values() if word.reason is Reason.PUBLISHED]
+    return len(published) + len(list(node.messages_folder.glob(f"*{DONE_SUFFIX}"))) == node.plan.processes_per_node
 
 
-def _ask_to_stop(launcher: int) -> None:
+def _send_sigterm(launcher: int) -> None:
     for process in workers_of(launcher) or [psutil.Process(launcher)]:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.send_signal(signal.SIGTERM)
@@ -188,51 +188,51 @@ def is_worker(command: Iterable[str]) -> bool:
     return _TRAINER in words and _ACCELERATE not in words
 
 
-def read_words(folder: Path) -> dict[int, LastWord]:
+def read_messages(folder: Path) -> dict[int, TerminationMessage]:
     """Return the last words by rank, in the order in which they were said."""
     words = {}
     for path in sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime_ns):
         try:
-            words[int(path.stem)] = LastWord.model_validate_json(path.read_text())
+            words[int(path.stem)] = TerminationMessage.model_validate_json(path.read_text())
         except (ValidationError, ValueError, OSError):
             continue
     return words
 
 
-def choose_word(words: Mapping[int, LastWord], code: int, killed: int) -> LastWord | None:
+def choose_message(words: Mapping[int, TerminationMessage], code: int, killed: int) -> TerminationMessage | None:
     """Return what explains how a pod's processes ended; None where they ended well and another pod speaks."""
     if words:
-        rank, word = min(words.items(), key=lambda told: _distance(told[1]))
+        rank, word = min(words.items(), key=lambda told: _consequence_rank(told[1]))
         return _with_checkpoint(_with_rank(rank, word), words.values())
     if killed:
         why = "spec.resources.memory is too low: the kernel ended a process of the pod"
-        return failure_word(RunError(Reason.HOST_OUT_OF_MEMORY, why))
+        return failure_message(RunError(Reason.HOST_OUT_OF_MEMORY, why))
     if code == 0:
         return None
-    return failure_word(
+    return failure_message(
         RunError(Reason.TRAINER_ERROR, f"the processes failed with exit code {code} and wrote no termination message")
     )
 
 
-def _distance(word: LastWord) -> int:
+def _consequence_rank(word: TerminationMessage) -> int:
     """Return how far a word is from what decided the run; a publication decides it, whatever else was said."""
     return -1 if word.reason is Reason.PUBLISHED else REASONS[word.reason].consequence_rank
 
 
-def _with_rank(rank: int, word: LastWord) -> LastWord:
+def _with_rank(rank: int, word: TerminationMessage) -> TerminationMessage:
     """Say whose word it is, where it is about a failure."""
     if word.reason is Reason.PUBLISHED:
         return word
     return word.model_copy(update={"message": f"rank {rank}: {word.message}"})
 
 
-def _with_checkpoint(word: LastWord, words: Iterable[LastWord]) -> LastWord:
+def _with_checkpoint(word: TerminationMessage, words: Iterable[TerminationMessage]) -> TerminationMessage:
     """Add the checkpoint that only the process knows that wrote it."""
     known = [told.checkpoint for told in words if told.checkpoint is not None]
     return word if word.reason is Reason.PUBLISHED or not known else word.model_copy(update={"checkpoint": known[0]})
 
 
-def killed_for_memory() -> int:
+def oom_kill_count() -> int:
     """Return how many processes of this container the kernel killed for memory."""
     for path in _OOM_COUNTS:
         try:

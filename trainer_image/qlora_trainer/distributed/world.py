@@ -12,7 +12,7 @@ from torch import distributed
 
 from qlora_api.strategies import SINGLE, STRATEGIES, Strategy, StrategyName
 from qlora_api.v1alpha1 import Plan
-from qlora_trainer.runtime.liveness import PULSE
+from qlora_trainer.runtime.liveness import LIVENESS
 
 COLLECTIVE_TIMEOUT: Final = timedelta(minutes=30)
 """Longest wait of a process for the others: the slowest download or evaluation of one of them; a hang is seen before,
@@ -32,7 +32,7 @@ class World:
     strategy: StrategyName = SINGLE.name
 
     @property
-    def leads(self) -> bool:
+    def is_main_process(self) -> bool:
         """Return whether this process speaks for all: it reports, saves and publishes."""
         return self.rank == 0
 
@@ -42,31 +42,31 @@ class World:
         return STRATEGIES[self.strategy]
 
     @property
-    def learns_in_step(self) -> bool:
+    def backward_is_collective(self) -> bool:
         """Return whether every backward pass is made by all processes at once: DeepSpeed adds up gradients in it."""
         return self.sharing.collective_backward
 
     @property
-    def moves_in_step(self) -> bool:
+    def forward_is_collective(self) -> bool:
         """Return whether forward passes are too: ZeRO-3 collects each layer's weights from all processes."""
         return self.sharing.collective_forward
 
-    def share(self, rows: Sequence[Item], rank: int | None = None) -> Sequence[Item]:
+    def shard(self, rows: Sequence[Item], rank: int | None = None) -> Sequence[Item]:
         """Return the part of the rows that is this process's, or another one's."""
         return rows[self.rank if rank is None else rank :: self.size]
 
-    def spread(self, rows: Sequence[Item], work: Callable[[Sequence[Item]], Sequence[Found]]) -> tuple[Found, ...]:
+    def map_sharded(self, rows: Sequence[Item], work: Callable[[Sequence[Item]], Sequence[Found]]) -> tuple[Found, ...]:
         """Let each process do its share of a forward work, and return all that was found, in the order of the rows.
 
         Where passes are made in step, all of them do all of it: shares of different lengths would wait for ever.
         """
-        if self.size == 1 or self.moves_in_step:
+        if self.size == 1 or self.forward_is_collective:
             return tuple(work(rows))
         parts: list[Any] = [None] * self.size
-        distributed.all_gather_object(parts, tuple(work(self.share(rows))))
+        distributed.all_gather_object(parts, tuple(work(self.shard(rows))))
         return tuple(parts[place % self.size][place // self.size] for place in range(len(rows)))
 
-    def any(self, *flags: bool) -> tuple[bool, ...]:
+    def all_reduce_any(self, *flags: bool) -> tuple[bool, ...]:
         """Return for each flag whether any process raised it, so that all of them do the same next."""
         if self.size == 1:
             return flags
@@ -74,17 +74,17 @@ class World:
         distributed.all_reduce(cells)
         return tuple(bool(cell) for cell in cells.tolist())
 
-    def told(self, value: Found) -> Found:
+    def broadcast(self, value: Found) -> Found:
         """Return the first process's value in all of them."""
         if self.size == 1:
             return value
         values = [value]
         # The first process may take its time for what it tells, and is watched itself.
-        with contextlib.nullcontext() if self.leads else PULSE.resting():
+        with contextlib.nullcontext() if self.is_main_process else LIVENESS.paused():
             distributed.broadcast_object_list(values, src=0)
         return values[0]
 
-    def gather(self, value: Found) -> tuple[Found, ...]:
+    def all_gather(self, value: Found) -> tuple[Found, ...]:
         """Return every process's value, by rank."""
         if self.size == 1:
             return (value,)
@@ -92,24 +92,24 @@ class World:
         distributed.all_gather_object(values, value)
         return tuple(values)
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Wait until every process is here."""
         if self.size > 1:
-            with contextlib.nullcontext() if self.leads else PULSE.resting():
+            with contextlib.nullcontext() if self.is_main_process else LIVENESS.paused():
                 distributed.barrier()
 
     @contextlib.contextmanager
-    def one_per_node_first(self) -> Iterator[None]:
+    def local_main_process_first(self) -> Iterator[None]:
         """Let one process of each node go first: the others find what it downloaded."""
         if self.size == 1:
             yield
             return
         state = PartialState()
-        resting = contextlib.nullcontext() if state.is_local_main_process else PULSE.resting()
+        resting = contextlib.nullcontext() if state.is_local_main_process else LIVENESS.paused()
         with resting, state.local_main_process_first():
             yield
 
-    def sum_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+    def all_reduce_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
         """Add the gradients of all processes; adapters are megabytes, so one call for all of them is enough."""
         if self.size == 1:
             return
@@ -121,7 +121,7 @@ class World:
         for gradient, part in zip(gradients, parts, strict=True):
             gradient.copy_(part.view_as(gradient))
 
-    def total_of(self, number: float) -> float:
+    def all_reduce_sum(self, number: float) -> float:
         """Return the sum of a number over all processes."""
         if self.size == 1:
             return number
@@ -138,7 +138,7 @@ def _gradient_of(parameter: torch.nn.Parameter) -> torch.Tensor:
 
 def join_world(device: str, strategy: StrategyName = SINGLE.name) -> World:
     """Join the processes that the launcher started; without a launcher there is one."""
-    with PULSE.resting():  # the others' pods may start later
+    with LIVENESS.paused():  # the others' pods may start later
         state = PartialState(cpu=device == "cpu", timeout=COLLECTIVE_TIMEOUT)
     return World(state.device, state.process_index, state.num_processes, strategy)
 

@@ -12,14 +12,14 @@ from qlora_api.names import Reason, SecretRole
 from qlora_api.prepared import PinnedTask, PinnedTasks
 from qlora_api.report import TaskScore
 from qlora_trainer.errors import RunError
-from qlora_trainer.model.base_model import Tuned
-from qlora_trainer.storage.snapshots import Places, Snapshot
-from qlora_trainer.storage.store import Owner
+from qlora_trainer.model.base_model import TrainableModel
+from qlora_trainer.storage.snapshots import Snapshot, SourceResolver
+from qlora_trainer.storage.store import FieldRef
 
-TASKS: Final = Owner(SecretRole.MODEL, "spec.evaluation.tasks", Reason.INVALID_SPEC)
+TASKS_FIELD: Final = FieldRef(SecretRole.MODEL, "spec.evaluation.tasks", Reason.INVALID_SPEC)
 """Who asks for the data; its token is the model's, since both come from the hub."""
 _DATA: Final = (".parquet", ".jsonl", ".json", ".csv", ".tsv", ".arrow", ".jsonl.gz", ".json.gz", ".zst", ".txt")
-_CARD: Final = "README.md"
+_DATASET_CARD: Final = "README.md"
 """Says which files belong to which part of a dataset."""
 MAX_TASKS: Final = 128
 """Leaf tasks of one run: the largest public group, MMLU, has 57."""
@@ -27,12 +27,12 @@ SHOWN_TASKS: Final = 4
 """Tasks of one dataset that the log names; the others are counted."""
 
 
-def pin_benchmarks(names: Sequence[str], places: Places) -> PinnedTasks:
+def pin_benchmarks(names: Sequence[str], resolver: SourceResolver) -> PinnedTasks:
     """Return the leaf tasks of tasks, groups and tags that the harness knows, each with the commit of its data."""
     leaves = tuple(dict.fromkeys(leaf for name in names for leaf in _leaves(name, _index())))
     if len(leaves) > MAX_TASKS:
         raise _refused(f"{len(leaves)} tasks are more than {MAX_TASKS}", "name smaller groups")
-    commit_of = cache(lambda dataset: _resolve(places, dataset, "main").commit)
+    commit_of = cache(lambda dataset: _resolve(resolver, dataset, "main").commit)
     return PinnedTasks(tasks=tuple(_pin(name, _index()[name], commit_of) for name in leaves))
 
 
@@ -84,8 +84,8 @@ def _folder() -> Path:
     return Path(tasks.__file__).parent
 
 
-def _resolve(places: Places, dataset: str, revision: str) -> Snapshot:
-    return places.resolve(f"hf://{dataset}", revision, TASKS, kind="dataset")
+def _resolve(resolver: SourceResolver, dataset: str, revision: str) -> Snapshot:
+    return resolver.resolve(f"hf://{dataset}", revision, TASKS_FIELD, repo_type="dataset")
 
 
 def describe_benchmarks(pinned: PinnedTasks) -> Iterator[str]:
@@ -99,7 +99,7 @@ def describe_benchmarks(pinned: PinnedTasks) -> Iterator[str]:
 
 
 def _refused(what: str, remedy: str) -> RunError:
-    return RunError(Reason.INVALID_SPEC, f"{TASKS.field}: {what}; {remedy}")
+    return RunError(Reason.INVALID_SPEC, f"{TASKS_FIELD.field}: {what}; {remedy}")
 
 
 def fetch_benchmark(task: PinnedTask, snapshot: Snapshot, work: Path) -> dict[str, Any]:
@@ -117,15 +117,15 @@ def _files_of(task: PinnedTask, snapshot: Snapshot) -> list[str]:
     """Return the card, and the data of the part where files are kept by part, else all data."""
     data = [name for name in snapshot.files if name.endswith(_DATA)]
     own = [name for name in data if task.part and task.part in Path(name).parts]
-    return [name for name in snapshot.files if name == _CARD] + (own or data)
+    return [name for name in snapshot.files if name == _DATASET_CARD] + (own or data)
 
 
-def load_benchmarks(pinned: PinnedTasks, places: Places, work: Path) -> Any:
+def load_benchmarks(pinned: PinnedTasks, resolver: SourceResolver, work: Path) -> Any:
     """Return the harness's tasks with their data, or raise RunError; it is the proof that they can be run.
 
     Only these tasks' files are read, and not the harness's index of all, for which a GPU would wait.
     """
-    snapshot_of = cache(lambda dataset, commit: _resolve(places, dataset, commit))
+    snapshot_of = cache(lambda dataset, commit: _resolve(resolver, dataset, commit))
     configs = [fetch_benchmark(task, snapshot_of(task.dataset, task.commit), work) for task in pinned.tasks]
     with _quiet():
         from lm_eval.tasks import TaskManager  # noqa: PLC0415
@@ -139,62 +139,64 @@ def load_benchmarks(pinned: PinnedTasks, places: Places, work: Path) -> Any:
             ) from error
 
 
-class Mean(NamedTuple):
+class TaskMetric(NamedTuple):
     """A task's figure, and its standard error where the harness knows it."""
 
     value: float
-    error: float | None
+    stderr: float | None
 
 
-Figures: TypeAlias = Mapping[tuple[str, str], Mean]
+TaskMetrics: TypeAlias = Mapping[tuple[str, str], TaskMetric]
 """By task and metric."""
 
 
 @dataclass(frozen=True)
-class Battery:
+class BenchmarkSuite:
     """The same benchmarks for every model."""
 
     tasks: Any
     """The harness's own, with their data."""
     tokenizer: Any
-    batch: int
+    batch_size: int
     """Sequences per forward pass."""
-    examples: int | None
+    examples_per_task: int | None
     """Of each task, the first; None is all."""
 
-    def examine(self, tuned: Tuned) -> Figures:
+    def run(self, trainable: TrainableModel) -> TaskMetrics:
         """Let a model as it is, in evaluation and with or without its adapter, take every task."""
         with _quiet():
             from lm_eval import evaluate  # noqa: PLC0415
             from lm_eval.models.huggingface import HFLM  # noqa: PLC0415
 
-            model = HFLM(pretrained=tuned.causal, tokenizer=self.tokenizer, backend="causal", batch_size=self.batch)
-            with tuned.autocast():
-                results = evaluate(model, self.tasks, limit=self.examples, log_samples=False)["results"]
+            model = HFLM(
+                pretrained=trainable.model, tokenizer=self.tokenizer, backend="causal", batch_size=self.batch_size
+            )
+            with trainable.autocast():
+                results = evaluate(model, self.tasks, limit=self.examples_per_task, log_samples=False)["results"]
         return {
-            (task, key.removesuffix(",none")): Mean(float(value), _error_of(key, figures))
+            (task, key.removesuffix(",none")): TaskMetric(float(value), _stderr_of(key, figures))
             for task, figures in results.items()
             for key, value in figures.items()
             if isinstance(value, int | float) and "," in key and "_stderr," not in key
         }
 
 
-def _error_of(key: str, figures: Mapping[str, Any]) -> float | None:
+def _stderr_of(key: str, figures: Mapping[str, Any]) -> float | None:
     metric, _, how = key.partition(",")
     error = figures.get(f"{metric}_stderr,{how}")
     return float(error) if isinstance(error, int | float) else None
 
 
-def score_tasks(base: Figures, adapter: Figures) -> tuple[TaskScore, ...]:
+def compare_task_metrics(base: TaskMetrics, adapter: TaskMetrics) -> tuple[TaskScore, ...]:
     """Return both side by side."""
     return tuple(
         TaskScore(
             task=task,
             metric=metric,
             base=before.value,
-            base_error=before.error,
+            base_error=before.stderr,
             adapter=adapter[task, metric].value,
-            adapter_error=adapter[task, metric].error,
+            adapter_error=adapter[task, metric].stderr,
         )
         for (task, metric), before in base.items()
     )

@@ -69,7 +69,7 @@ def perplexity(loss: float) -> float:
     return math.exp(min(loss, MAX_EXPONENT))
 
 
-def summarise(rows: Sequence[EvaluatedRow]) -> EvaluationStatus:
+def summarize(rows: Sequence[EvaluatedRow]) -> EvaluationStatus:
     """Return base and adapter side by side."""
     return EvaluationStatus(
         base=_metrics(rows, lambda row: row.base),

@@ -11,12 +11,12 @@ from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
 
 from qlora_api.names import Reason
 from qlora_trainer.errors import RunError
-from qlora_trainer.inference.published_adapter import Published
+from qlora_trainer.inference.published_adapter import PublishedAdapter
 from qlora_trainer.inference.vllm_limits import Shapes, read_shapes
 from qlora_trainer.model.architecture import build_empty
 
 
-def check_fits(adapter: Published, base: Path, field: str) -> None:
+def check_compatible(adapter: PublishedAdapter, base: Path, field: str) -> None:
     """Refuse a base that the adapter was not made for; field is where the base was given."""
     model = build_empty(base, field)
     difference = _count_difference(adapter, model) or _shape_difference(adapter, model)
@@ -28,19 +28,21 @@ def check_fits(adapter: Published, base: Path, field: str) -> None:
         )
 
 
-def _count_difference(adapter: Published, model: Any) -> str:
+def _count_difference(adapter: PublishedAdapter, model: Any) -> str:
     found, wanted = sum(weight.numel() for weight in model.parameters()), adapter.record.parameters
     if wanted in {None, found}:
         return ""
     return f"it has {found:,} weights, and the adapter's base {wanted:,}"
 
 
-def _shape_difference(adapter: Published, model: Any) -> str:
+def _shape_difference(adapter: PublishedAdapter, model: Any) -> str:
     found, wanted = read_shapes(adapter.folder), _shapes_on(model, adapter.folder)
     misfit = next((name for name in sorted({*found, *wanted}) if found.get(name) != wanted.get(name)), None)
     if misfit is None:
         return ""
-    return f"{misfit} is {_written(found, misfit)} in the adapter and would be {_written(wanted, misfit)} here"
+    return (
+        f"{misfit} is {_format_shape(found, misfit)} in the adapter and would be {_format_shape(wanted, misfit)} here"
+    )
 
 
 def _shapes_on(model: Any, adapter: Path) -> Shapes:
@@ -56,5 +58,5 @@ def _shapes_on(model: Any, adapter: Path) -> Shapes:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def _written(shapes: Shapes, name: str) -> str:
+def _format_shape(shapes: Shapes, name: str) -> str:
     return " x ".join(map(str, shapes[name])) if name in shapes else "missing"

@@ -12,82 +12,86 @@ import torch
 from peft import PeftConfig, PeftModel
 
 from qlora_api.accelerators import DeviceName
-from qlora_api.local_requests import Exchange, Manner, PanelRequest, Reply
+from qlora_api.local_requests import ChatRequest, ChatTurn, GenerationConfig, Reply
 from qlora_api.names import Reason
 from qlora_api.v1alpha1 import QuantizationSpec
 from qlora_trainer.data.rows import Message
 from qlora_trainer.errors import RunError
-from qlora_trainer.evaluation.generation import Answer, answer_prompts
-from qlora_trainer.inference.compatibility import check_fits
-from qlora_trainer.inference.prompts import Asker, make_asker
-from qlora_trainer.inference.published_adapter import Published, fetch_base, open_adapter
+from qlora_trainer.evaluation.generation import Answer, generate_batch
+from qlora_trainer.inference.compatibility import check_compatible
+from qlora_trainer.inference.prompts import PromptBuilder, make_prompt_builder
+from qlora_trainer.inference.published_adapter import PublishedAdapter, fetch_base, open_adapter
 from qlora_trainer.inference.vllm_limits import read_shapes
 from qlora_trainer.model.architecture import load_tokenizer
 from qlora_trainer.model.attention import attention_facts, choose_attention
-from qlora_trainer.model.base_model import Tuned, load_base, load_text_config
+from qlora_trainer.model.base_model import TrainableModel, load_base, load_text_config
 from qlora_trainer.model.hardware import observe_hardware
 from qlora_trainer.model.runtime_settings import compute_dtype
-from qlora_trainer.observability.progress import Note, silent
-from qlora_trainer.storage.snapshots import Places
+from qlora_trainer.observability.progress import LogFn, no_log
+from qlora_trainer.storage.snapshots import SourceResolver
 
 ADAPTER_FIELD: Final = "--adapter"
-BASE: Final = "base"
+BASE_LABEL: Final = "base"
 """The label of the model without any adapter."""
 _DIGEST_DIGITS: Final = 8
 """Of a result's digest, to tell two results of one job apart."""
 
 
 @dataclass(frozen=True)
-class Speaker:
+class AdapterHandle:
     """The base or an adapter, and how it is asked."""
 
     label: str
-    asker: Asker
-    key: str | None = None
+    prompt_builder: PromptBuilder
+    adapter_name: str | None = None
     """The adapter's name in peft; None is the base."""
 
     @property
-    def follows(self) -> bool:
+    def supports_history(self) -> bool:
         """Return whether it can take earlier questions and answers into account."""
-        return self.asker.chat is not None
+        return self.prompt_builder.chat is not None
 
 
 @dataclass(frozen=True)
-class Panel:
+class MultiAdapterModel:
     """A loaded base with its adapters."""
 
-    tuned: Tuned
-    speakers: tuple[Speaker, ...]
+    loaded: TrainableModel
+    handles: tuple[AdapterHandle, ...]
 
-    def start(self, manner: Manner, *, keeps: bool) -> "Conversation":
+    def start_conversation(self, generation_config: GenerationConfig, *, keep_history: bool) -> "Conversation":
         """Return a conversation in which nothing was said, or refuse a manner that none of them has."""
-        if manner.system and not any(speaker.follows for speaker in self.speakers):
+        if generation_config.system and not any(speaker.supports_history for speaker in self.handles):
             raise RunError(
                 Reason.INVALID_SPEC,
                 "--system: none of the adapters was trained on chats, which alone have a system message; leave it out",
             )
-        return Conversation(self, manner, keeps)
+        return Conversation(self, generation_config, keep_history)
 
-    def answer(self, speaker: Speaker, messages: Sequence[Message], manner: Manner) -> Answer:
+    def generate(
+        self, handle: AdapterHandle, messages: Sequence[Message], generation_config: GenerationConfig
+    ) -> Answer:
         """Return what one of them says to the last message."""
-        prompt = speaker.asker.ask(messages)
-        self._check_length(len(prompt) + manner.longest)
-        torch.manual_seed(manner.seed)
-        with self._speaking(speaker), torch.no_grad():
-            tokenizer = speaker.asker.tokenizer
-            return answer_prompts(self.tuned, [prompt], tokenizer, manner.longest, choice_of(manner))[0]
+        prompt = handle.prompt_builder.build(messages)
+        self._check_length(len(prompt) + generation_config.max_new_tokens)
+        torch.manual_seed(generation_config.seed)
+        with self._active_adapter(handle), torch.no_grad():
+            tokenizer = handle.prompt_builder.tokenizer
+            return generate_batch(
+                self.loaded, [prompt], tokenizer, generation_config.max_new_tokens, sampling_options(generation_config)
+            )[0]
 
     @contextlib.contextmanager
-    def _speaking(self, speaker: Speaker) -> Iterator[None]:
-        if speaker.key is None:
-            with self.tuned.peft.disable_adapter():
+    def _active_adapter(self, handle: AdapterHandle) -> Iterator[None]:
+        if handle.adapter_name is None:
+            with self.loaded.wrapped.disable_adapter():
                 yield
         else:
-            self.tuned.peft.set_adapter(speaker.key, inference_mode=True)
+            self.loaded.wrapped.set_adapter(handle.adapter_name, inference_mode=True)
             yield
 
     def _check_length(self, tokens: int) -> None:
-        longest = getattr(self.tuned.causal.config.get_text_config(), "max_position_embeddings", None)
+        longest = getattr(self.loaded.model.config.get_text_config(), "max_position_embeddings", None)
         if longest is not None and tokens > longest:
             raise RunError(
                 Reason.INVALID_SPEC,
@@ -100,66 +104,74 @@ class Panel:
 class Conversation:
     """Questions to all, and what each of them said before."""
 
-    panel: Panel
-    manner: Manner
-    keeps: bool
+    model: MultiAdapterModel
+    generation_config: GenerationConfig
+    keep_history: bool
     """Later questions build on earlier ones, with those that can follow."""
-    _said: dict[str, list[Message]] = field(default_factory=dict)
+    _history: dict[str, list[Message]] = field(default_factory=dict)
 
-    def ask(self, question: str, note: Note = silent) -> Exchange:
+    def ask(self, question: str, note: LogFn = no_log) -> ChatTurn:
         """Let all answer, one after the other; note is told who is next."""
         replies = []
-        for speaker in self.panel.speakers:
+        for speaker in self.model.handles:
             note(speaker.label)
             replies.append(self._reply(speaker, question))
-        return Exchange(question=question, replies=tuple(replies))
+        return ChatTurn(question=question, replies=tuple(replies))
 
-    def begin_anew(self) -> None:
+    def reset(self) -> None:
         """Forget what was said."""
-        self._said.clear()
+        self._history.clear()
 
-    def _reply(self, speaker: Speaker, question: str) -> Reply:
-        opening: list[Message] = [{"role": "system", "content": self.manner.system}] if self.manner.system else []
-        messages = [*self._said.get(speaker.label, opening), {"role": "user", "content": question}]
-        answer = self.panel.answer(speaker, messages, self.manner)
-        if self.keeps and speaker.follows:
-            self._said[speaker.label] = [*messages, {"role": "assistant", "content": answer.text}]
-        return Reply(by=speaker.label, text=answer.text, complete=answer.complete)
+    def _reply(self, handle: AdapterHandle, question: str) -> Reply:
+        opening: list[Message] = (
+            [{"role": "system", "content": self.generation_config.system}] if self.generation_config.system else []
+        )
+        messages = [*self._history.get(handle.label, opening), {"role": "user", "content": question}]
+        answer = self.model.generate(handle, messages, self.generation_config)
+        if self.keep_history and handle.supports_history:
+            self._history[handle.label] = [*messages, {"role": "assistant", "content": answer.text}]
+        return Reply(by=handle.label, text=answer.text, complete=answer.complete)
 
 
-def open_panel(request: PanelRequest, places: Places, work: Path, note: Note = silent) -> Panel:
+def load_multi_adapter_model(
+    request: ChatRequest, resolver: SourceResolver, work: Path, note: LogFn = no_log
+) -> MultiAdapterModel:
     """Bring adapters and base onto this computer, prove that they belong together, and load them."""
-    adapters = [open_adapter(places, uri, ADAPTER_FIELD, work) for uri in request.adapters]
+    adapters = [open_adapter(resolver, uri, ADAPTER_FIELD, work) for uri in request.adapters]
     labels = label_adapters(adapters)
-    check_agreement(labels, base_given=request.model is not None)
-    check_apart(labels)
-    folder = fetch_base(places, adapters[0].record, request.model, work)
+    check_same_base(labels, base_given=request.model is not None)
+    check_module_conflicts(labels)
+    folder = fetch_base(resolver, adapters[0].record, request.model, work)
     for published in adapters:
-        check_fits(published, folder, "--base-model" if request.model else "the adapter's base")
+        check_compatible(published, folder, "--base-model" if request.model else "the adapter's base")
     panel = _load(labels, folder, request.device)
     record = adapters[0].record
     note(f"{request.model or record.base} in {describe_bits(record.quantization)}, with {', '.join(labels)}")
     return panel
 
 
-def choice_of(manner: Manner) -> Mapping[str, Any]:
+def sampling_options(generation_config: GenerationConfig) -> Mapping[str, Any]:
     """Return how transformers chooses among the next tokens."""
-    return {"do_sample": True, "temperature": manner.temperature} if manner.temperature else {"do_sample": False}
+    return (
+        {"do_sample": True, "temperature": generation_config.temperature}
+        if generation_config.temperature
+        else {"do_sample": False}
+    )
 
 
-def label_adapters(adapters: Sequence[Published]) -> dict[str, Published]:
+def label_adapters(adapters: Sequence[PublishedAdapter]) -> dict[str, PublishedAdapter]:
     """Return adapters by the names of their jobs, with the start of the digest where a job has several."""
     if twice := [digest for digest, times in Counter(one.record.digest for one in adapters).items() if times > 1]:
         same = " and ".join(one.uri for one in adapters if one.record.digest == twice[0])
         raise RunError(Reason.INVALID_SPEC, f"{ADAPTER_FIELD}: {same} are one adapter; give it once")
-    jobs = Counter([BASE, *(one.record.job for one in adapters)])
+    jobs = Counter([BASE_LABEL, *(one.record.job for one in adapters)])
     return {
         one.record.job if jobs[one.record.job] == 1 else f"{one.record.job}/{one.record.digest[:_DIGEST_DIGITS]}": one
         for one in adapters
     }
 
 
-def check_agreement(adapters: Mapping[str, Published], *, base_given: bool) -> None:
+def check_same_base(adapters: Mapping[str, PublishedAdapter], *, base_given: bool) -> None:
     """Refuse adapters that need different bases: one is loaded."""
     needs = {label: _describe_base(one, base_given=base_given) for label, one in adapters.items()}
     if len(set(needs.values())) > 1:
@@ -170,7 +182,7 @@ def check_agreement(adapters: Mapping[str, Published], *, base_given: bool) -> N
         )
 
 
-def _describe_base(published: Published, *, base_given: bool) -> str:
+def _describe_base(published: PublishedAdapter, *, base_given: bool) -> str:
     record, bits = published.record, describe_bits(published.record.quantization)
     return f"a base in {bits}" if base_given else f"{record.base} at {record.commit[:12]} in {bits}"
 
@@ -182,12 +194,12 @@ def describe_bits(quantization: QuantizationSpec) -> str:
     return f"4 bits ({quantization.type}{', double quantisation' if quantization.double_quant else ''})"
 
 
-def check_apart(adapters: Mapping[str, Published]) -> None:
+def check_module_conflicts(adapters: Mapping[str, PublishedAdapter]) -> None:
     """Refuse what peft cannot hold at once: a module that is replaced whole by one adapter and changed by another."""
     parts = {label: _modules(one) for label, one in adapters.items()}
     for one, other in combinations(adapters, 2):
         for whole, changing in ((one, other), (other, one)):
-            if both := sorted(parts[whole].whole & parts[changing].changed):
+            if both := sorted(parts[whole].replaced & parts[changing].adapted):
                 raise RunError(
                     Reason.INVALID_SPEC,
                     f"{ADAPTER_FIELD}: {whole} has a {both[0]} of its own, which {changing} changes, and peft cannot "
@@ -197,20 +209,20 @@ def check_apart(adapters: Mapping[str, Published]) -> None:
 
 @dataclass(frozen=True)
 class _Modules:
-    whole: frozenset[str]
-    changed: frozenset[str]
+    replaced: frozenset[str]
+    adapted: frozenset[str]
 
 
-def _modules(published: Published) -> _Modules:
+def _modules(published: PublishedAdapter) -> _Modules:
     names = {name.removeprefix("base_model.model.") for name in read_shapes(published.folder)}
     changed = {name for name in names if ".lora_" in name}
     return _Modules(
-        whole=frozenset(name.rpartition(".")[0] for name in names - changed),
-        changed=frozenset(name.partition(".lora_")[0] for name in changed),
+        replaced=frozenset(name.rpartition(".")[0] for name in names - changed),
+        adapted=frozenset(name.partition(".lora_")[0] for name in changed),
     )
 
 
-def _load(adapters: Mapping[str, Published], folder: Path, device: DeviceName) -> Panel:
+def _load(adapters: Mapping[str, PublishedAdapter], folder: Path, device: DeviceName) -> MultiAdapterModel:
     """Load the base as it was trained on, and every adapter on it."""
     hardware = observe_hardware(device)
     dtype, _ = compute_dtype(hardware)
@@ -221,10 +233,10 @@ def _load(adapters: Mapping[str, Published], folder: Path, device: DeviceName) -
     peft = PeftModel.from_pretrained(base, adapters[first].folder, adapter_name=keys[first])
     for label in others:
         _add_adapter(peft, adapters[label].folder, keys[label])
-    askers = {label: _make_asker(one) for label, one in adapters.items()}
-    speakers = tuple(Speaker(label, askers[label], keys[label]) for label in adapters)
-    tuned = Tuned(peft.eval(), peft.get_base_model(), base.device, dtype, plain_head=False)
-    return Panel(tuned, (Speaker(BASE, askers[first]), *speakers))
+    askers = {label: _make_prompt_builder(one) for label, one in adapters.items()}
+    speakers = tuple(AdapterHandle(label, askers[label], keys[label]) for label in adapters)
+    tuned = TrainableModel(peft.eval(), peft.get_base_model(), base.device, dtype, plain_head=False)
+    return MultiAdapterModel(tuned, (AdapterHandle(BASE_LABEL, askers[first]), *speakers))
 
 
 def _add_adapter(peft: Any, folder: Path, key: str) -> None:
@@ -240,5 +252,5 @@ def _add_adapter(peft: Any, folder: Path, key: str) -> None:
     peft.load_adapter(folder, adapter_name=key)
 
 
-def _make_asker(published: Published) -> Asker:
-    return make_asker(published.record, load_tokenizer(published.folder, field=ADAPTER_FIELD))
+def _make_prompt_builder(published: PublishedAdapter) -> PromptBuilder:
+    return make_prompt_builder(published.record, load_tokenizer(published.folder, field=ADAPTER_FIELD))

@@ -16,7 +16,7 @@ from qlora_trainer.errors import RunError
 
 
 @dataclass(frozen=True)
-class Asker:
+class PromptBuilder:
     """The way in which one adapter was asked when it was trained."""
 
     tokenizer: Any
@@ -25,11 +25,11 @@ class Asker:
     chat: ChatTemplate | None
     """None where no row was a chat: then every question stands alone."""
 
-    def ask(self, messages: Sequence[Message]) -> list[int]:
+    def build(self, messages: Sequence[Message]) -> list[int]:
         """Return the tokens of a prompt for an answer to the last message, or raise RunError."""
         try:
             if self.chat is not None:
-                return chat_prompt_ids([self.chat.ask(messages)], self.tokenizer)[0]
+                return chat_prompt_ids([self.chat.render_prompt(messages)], self.tokenizer)[0]
             return prompt_ids([self._render(str(messages[-1]["content"]))], self.tokenizer)[0]
         except RowError as error:
             raise RunError(Reason.INVALID_SPEC, f"the question: {error}") from error
@@ -44,11 +44,11 @@ class Asker:
         return question
 
 
-def make_asker(record: AdapterRecord, tokenizer: Any) -> Asker:
+def make_prompt_builder(record: AdapterRecord, tokenizer: Any) -> PromptBuilder:
     """Return the way that an adapter's record tells; rows of several formats are asked as chats where some were."""
     formats = frozenset(record.format.split("+"))
     chat = load_chat_template(tokenizer, None) if "chat" in formats else None
-    return Asker(tokenizer, formats, record.template, chat)
+    return PromptBuilder(tokenizer, formats, record.template, chat)
 
 
 def _as_fields(question: str) -> Mapping[str, Any]:

@@ -12,18 +12,18 @@ from qlora_api.report import AdapterRecord
 from qlora_trainer.errors import RunError
 from qlora_trainer.storage.local_store import FileStore
 from qlora_trainer.storage.results import MANIFEST, RECORD
-from qlora_trainer.storage.snapshots import Places, Snapshot, text_files, weight_files
-from qlora_trainer.storage.store import Owner, Store, sha256_of
+from qlora_trainer.storage.snapshots import Snapshot, SourceResolver, text_files, weight_files
+from qlora_trainer.storage.store import FieldRef, Store, sha256_of
 
 _READABLE: Final = ("file://", "s3://")
 _SETTINGS: Final = "adapter_config.json"
 """By which peft knows an adapter."""
-_BASE: Final = Owner(SecretRole.MODEL, "the adapter's base (--base-model gives another)")
-_GIVEN_BASE: Final = Owner(SecretRole.MODEL, "--base-model")
+_RECORDED_BASE: Final = FieldRef(SecretRole.MODEL, "the adapter's base (--base-model gives another)")
+_GIVEN_BASE: Final = FieldRef(SecretRole.MODEL, "--base-model")
 
 
 @dataclass(frozen=True)
-class Published:
+class PublishedAdapter:
     """An adapter's files, and how it was made."""
 
     uri: str
@@ -31,18 +31,18 @@ class Published:
     record: AdapterRecord
 
 
-def open_adapter(places: Places, uri: str, field: str, work: Path) -> Published:
+def open_adapter(resolver: SourceResolver, uri: str, field: str, work: Path) -> PublishedAdapter:
     """Bring an adapter onto this computer, or say why it is none of ours; field is where its URI was given."""
     if not uri.startswith(_READABLE):
         raise RunError(Reason.INVALID_SPEC, f"{field}: {uri} is no folder and no s3:// URI; download it first")
-    store = places.store(uri, Owner(SecretRole.OUTPUT, field))
+    store = resolver.open_store(uri, FieldRef(SecretRole.OUTPUT, field))
     record = _read_record(store, field)
     if record.method == "full":
         raise RunError(
             Reason.INVALID_SPEC,
             f"{field}: {store.root} was trained with method full and is one model already; load it as any other",
         )
-    return Published(store.root, fetch(store, "", work), record)
+    return PublishedAdapter(store.root, fetch_adapter(store, "", work), record)
 
 
 def _read_record(store: Store, field: str) -> AdapterRecord:
@@ -73,7 +73,7 @@ def _why_none(store: Store) -> str:
     return f"{store.root} has no {RECORD}; give the folder 'adapter' of a published result"
 
 
-def fetch(store: Store, path: str, work: Path) -> Path:
+def fetch_adapter(store: Store, path: str, work: Path) -> Path:
     """Return a folder with all files below a path; those of this computer are used where they are."""
     if isinstance(store, FileStore):
         return store.folder / path
@@ -89,25 +89,25 @@ def fetch(store: Store, path: str, work: Path) -> Path:
     return target
 
 
-def fetch_base(places: Places, record: AdapterRecord, given: str | None, work: Path) -> Path:
+def fetch_base(resolver: SourceResolver, record: AdapterRecord, given: str | None, work: Path) -> Path:
     """Return the folder of the model that an adapter was trained on, or of the one that is given in its place."""
-    owner = _GIVEN_BASE if given else _BASE
-    snapshot = _resolve_given(places, given) if given else _resolve_recorded(places, record)
+    owner = _GIVEN_BASE if given else _RECORDED_BASE
+    snapshot = _resolve_given(resolver, given) if given else _resolve_recorded(resolver, record)
     return snapshot.fetch([*text_files(snapshot.files), *weight_files(snapshot.files, owner)], work)
 
 
-def _resolve_given(places: Places, uri: str) -> Snapshot:
+def _resolve_given(resolver: SourceResolver, uri: str) -> Snapshot:
     name, _, revision = uri.partition("@") if uri.startswith("hf://") else (uri, "", "")
-    return places.resolve(name, revision or "main", _GIVEN_BASE)
+    return resolver.resolve(name, revision or "main", _GIVEN_BASE)
 
 
-def _resolve_recorded(places: Places, record: AdapterRecord) -> Snapshot:
+def _resolve_recorded(resolver: SourceResolver, record: AdapterRecord) -> Snapshot:
     if record.base.startswith(CLAIM_SCHEME):
         raise RunError(
             Reason.MODEL_NOT_FOUND,
             f"the adapter's base is {record.base}, which only a cluster can mount; copy it and give --base-model",
         )
-    snapshot = places.resolve(record.base, record.commit, _BASE)
+    snapshot = resolver.resolve(record.base, record.commit, _RECORDED_BASE)
     if snapshot.commit != record.commit:
         raise RunError(
             Reason.MODEL_NOT_FOUND,

@@ -11,7 +11,7 @@ from typing import Any, Final
 from safetensors import safe_open
 
 from qlora_api.report import ServingCheck
-from qlora_api.vllm import VLLM_RANKS, needed_rank
+from qlora_api.vllm import VLLM_MAX_LORA_RANKS, max_lora_rank_for
 
 VLLM_DEFAULT_RANK: Final = 16
 VLLM_MODULES: Final = (
@@ -32,13 +32,13 @@ Shapes = Mapping[str, tuple[int, ...]]
 """Shapes of tensors by their names in adapter_model.safetensors."""
 
 
-def check_serving(adapter: Path) -> ServingCheck:
+def check_vllm_limits(adapter: Path) -> ServingCheck:
     """Judge the files of an adapter; a whole model is none, and vLLM serves it by itself."""
     if not (adapter / "adapter_config.json").is_file():
         return ServingCheck(vllm=True, max_lora_rank=None)
     config = json.loads((adapter / "adapter_config.json").read_text())
     problems = vllm_problems(config, read_shapes(adapter))
-    return ServingCheck(vllm=not problems, problems=problems, max_lora_rank=needed_rank(int(config["r"])))
+    return ServingCheck(vllm=not problems, problems=problems, max_lora_rank=max_lora_rank_for(int(config["r"])))
 
 
 def read_shapes(adapter: Path) -> Shapes:
@@ -62,8 +62,8 @@ def _config_problems(config: Mapping[str, Any]) -> Iterator[str]:
         yield "it changes biases, which vLLM does not load; merge it"
     if config.get("rank_pattern") or config.get("alpha_pattern"):
         yield "its modules differ in rank or alpha, and vLLM would scale all of them alike; merge it"
-    if needed_rank(int(config["r"])) is None:
-        yield f"its rank is {config['r']}, and vLLM's limit is {VLLM_RANKS[-1]}; merge it, or train with a lower rank"
+    if max_lora_rank_for(int(config["r"])) is None:
+        yield f"its rank is {config['r']}, and vLLM's limit is {VLLM_MAX_LORA_RANKS[-1]}; merge it, or train with a lower rank"
 
 
 def _tensor_problems(rank: int | None, shapes: Shapes) -> Iterator[str]:

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from qlora_api.names import Reason
 from qlora_trainer.errors import RunError
-from qlora_trainer.model.quantization import Quantisable, count_quantisable
+from qlora_trainer.model.quantization import QuantizableWeights, count_quantizable
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,11 @@ class Architecture:
     parameters: int
     linears: Mapping[str, int]
     """Names of its linear modules without the output layer, and the rank that each can have at most."""
-    weighted: frozenset[str]
+    modules_with_weights: frozenset[str]
     """Names of all modules with weights of their own."""
     tied: frozenset[str]
     """Names of the embedding and the output layer where they are one weight."""
-    quantisable: Quantisable
+    quantizable: QuantizableWeights
 
 
 def load_architecture(folder: Path, field: str = "spec.model.uri") -> Architecture:
@@ -66,9 +66,9 @@ def describe(model: Any) -> Architecture:
         name=type(model).__name__,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         linears={name: min(module.weight.shape) for name, module in linear_modules(model).items()},
-        weighted=weighted_modules(model),
+        modules_with_weights=modules_with_weights(model),
         tied=frozenset(name for name, module in modules.items() if tied and module in {output, embedding}),
-        quantisable=count_quantisable(model),
+        quantizable=count_quantizable(model),
     )
 
 
@@ -78,7 +78,7 @@ def linear_modules(model: Any) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if _is_linear(module) and module is not output}
 
 
-def weighted_modules(model: Any) -> frozenset[str]:
+def modules_with_weights(model: Any) -> frozenset[str]:
     """Return the names of the modules that have weights of their own."""
     return frozenset(name for name, module in model.named_modules() if any(True for _ in module.parameters(False)))
 

@@ -18,7 +18,7 @@ _FLASH_HEAD_SIZE: Final = 256
 class AttentionFacts:
     """What an architecture allows."""
 
-    capped: bool
+    logit_softcapping: bool
     """It caps attention scores (Gemma 2): transformers refuses that with SDPA, and few other kernels have it."""
     head_size: int
     sdpa: bool
@@ -31,7 +31,7 @@ def attention_facts(model: Any) -> AttentionFacts:
     kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(model)] if known else None
     sizes = [getattr(model, name, None) for name in ("head_dim", "global_head_dim")]
     return AttentionFacts(
-        capped=bool(getattr(model, "attn_logit_softcapping", None)),
+        logit_softcapping=bool(getattr(model, "attn_logit_softcapping", None)),
         head_size=max([size for size in sizes if size] or [model.hidden_size // model.num_attention_heads]),
         sdpa=bool(getattr(kind, "_supports_sdpa", True)),
         flash=bool(getattr(kind, "_supports_flash_attn", False)),
@@ -40,7 +40,7 @@ def attention_facts(model: Any) -> AttentionFacts:
 
 def choose_attention(facts: AttentionFacts, hardware: Hardware) -> tuple[str, str]:
     """Return the kernel and why it is that one: the first reason against a faster one decides."""
-    if facts.capped:
+    if facts.logit_softcapping:
         return "eager", "the model caps attention scores, which SDPA cannot"
     if not facts.sdpa:
         return "eager", "the architecture has no faster one"

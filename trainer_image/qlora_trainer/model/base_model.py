@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from qlora_api.accelerators import DeviceName
 from qlora_api.v1alpha1 import LoraSpec, QuantizationSpec
 from qlora_trainer.data.batching import Batch
-from qlora_trainer.model.adapter import as_base, attach_adapter, starting_weights
+from qlora_trainer.model.adapter import adapter_disabled, initial_adapter_weights, make_peft_model
 from qlora_trainer.model.hardware import torch_device
 from qlora_trainer.model.loss import (
     Head,
@@ -23,32 +23,32 @@ from qlora_trainer.model.loss import (
     positions_per_chunk,
     token_losses,
 )
-from qlora_trainer.model.runtime_settings import Choices
-from qlora_trainer.model.unpacked_attention import lay_rows_apart
+from qlora_trainer.model.runtime_settings import RuntimeSettings
+from qlora_trainer.model.unpacked_attention import use_unpacked_sdpa
 
-_SAME_RESULT: Final = 0.05
+_PACKING_TOLERANCE: Final = 0.05
 """Relative distance that 16-bit rounding explains; joined rows that see each other are far above (0.3 and more)."""
 
 
 @dataclass(frozen=True)
-class Tuned:
+class TrainableModel:
     """What is trained, and how its loss is computed."""
 
-    peft: Any
+    wrapped: Any
     """A frozen base with a trainable adapter, or the model itself with method full."""
-    causal: Any
+    model: Any
     """The transformers model inside, with the adapter's layers in place."""
     device: torch.device
     dtype: torch.dtype
     plain_head: bool
     """The output is the last hidden state through the output layer and nothing else, so it may be computed in parts."""
-    start: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    initial_weights: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """The adapter's first weights where they were taken out of the base; empty where the adapter started as nothing."""
 
     @property
-    def whole(self) -> bool:
+    def is_full_finetune(self) -> bool:
         """Return whether the model itself is trained."""
-        return self.peft is self.causal
+        return self.wrapped is self.model
 
     def parameters(self) -> list[torch.nn.Parameter]:
         """Return the weights that learn."""
@@ -56,27 +56,27 @@ class Tuned:
 
     def named_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
         """Return the weights that learn, with their names."""
-        return [(name, weight) for name, weight in self.peft.named_parameters() if weight.requires_grad]
+        return [(name, weight) for name, weight in self.wrapped.named_parameters() if weight.requires_grad]
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Compute in 16 bits where that is chosen: fp32 adapters would double every input otherwise."""
-        return computing_in(self.dtype, self.device)
+        return autocast_to(self.dtype, self.device)
 
     def loss_sum(self, batch: Batch, weight: torch.Tensor) -> torch.Tensor:
         """Return the summed cross-entropy of a batch's labels, times a weight."""
         with self.autocast():
             if self.plain_head:
-                return chunked_cross_entropy(self._states(batch), batch.labels, self._head, weight)
-            return token_losses(self._chosen_logits(batch), batch.labels).sum() * weight
+                return chunked_cross_entropy(self._label_hidden_states(batch), batch.labels, self._head, weight)
+            return token_losses(self._label_logits(batch), batch.labels).sum() * weight
 
     @torch.no_grad()
     def statistics(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the cross-entropy of each of a batch's labels, and whether it is the first choice."""
         with self.autocast():
             if self.plain_head:
-                return chunked_statistics(self._states(batch), batch.labels, self._head)
-            logits = self._chosen_logits(batch)
-            return chunked_statistics(logits, batch.labels, Head(_as_they_are, positions_per_chunk(logits.shape[-1])))
+                return chunked_statistics(self._label_hidden_states(batch), batch.labels, self._head)
+            logits = self._label_logits(batch)
+            return chunked_statistics(logits, batch.labels, Head(_identity, positions_per_chunk(logits.shape[-1])))
 
     @contextlib.contextmanager
     def evaluating(self, *, adapter: bool = True) -> Iterator[None]:
@@ -84,38 +84,38 @@ class Tuned:
 
         With method full the base is gone once a step was taken, so it is evaluated before.
         """
-        was_training = self.peft.training
+        was_training = self.wrapped.training
         devices = [] if self.device.type == "cpu" else [self.device]
-        without = contextlib.nullcontext() if adapter else as_base(self.peft, self.start)
+        without = contextlib.nullcontext() if adapter else adapter_disabled(self.wrapped, self.initial_weights)
         with torch.random.fork_rng(devices=devices), torch.no_grad(), without:
-            self.peft.eval()
+            self.wrapped.eval()
             try:
                 yield
             finally:
-                self.peft.train(was_training)
+                self.wrapped.train(was_training)
 
     @property
     def _head(self) -> Head:
-        output = self.causal.get_output_embeddings()
+        output = self.model.get_output_embeddings()
         learned = tuple(parameter for parameter in output.parameters() if parameter.requires_grad)
         # Not the weight's shape: under ZeRO-3 a weight that nobody collected has none.
-        return Head(output, positions_per_chunk(self.causal.config.get_text_config().vocab_size), learned)
+        return Head(output, positions_per_chunk(self.model.config.get_text_config().vocab_size), learned)
 
-    def _states(self, batch: Batch) -> torch.Tensor:
-        states: torch.Tensor = self.causal.base_model(**_inputs(batch)).last_hidden_state
-        return states.flatten(0, 1)[batch.chosen]
+    def _label_hidden_states(self, batch: Batch) -> torch.Tensor:
+        states: torch.Tensor = self.model.base_model(**_inputs(batch)).last_hidden_state
+        return states.flatten(0, 1)[batch.label_positions]
 
-    def _chosen_logits(self, batch: Batch) -> torch.Tensor:
-        logits: torch.Tensor = self.causal(**_inputs(batch)).logits
-        return logits.flatten(0, 1)[batch.chosen]
+    def _label_logits(self, batch: Batch) -> torch.Tensor:
+        logits: torch.Tensor = self.model(**_inputs(batch)).logits
+        return logits.flatten(0, 1)[batch.label_positions]
 
 
-def computing_in(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[Any]:
+def autocast_to(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[Any]:
     """Let matrices be multiplied in a dtype, whatever the weights are stored in."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
-def _as_they_are(logits: torch.Tensor) -> torch.Tensor:
+def _identity(logits: torch.Tensor) -> torch.Tensor:
     return logits
 
 
@@ -148,8 +148,8 @@ def load_base(
         trust_remote_code=False,
         local_files_only=True,
     )
-    keep_weights_unpacked(model)
-    lay_rows_apart(model)
+    disable_weight_repacking(model)
+    use_unpacked_sdpa(model)
     # prepare_model_for_kbit_training would make embeddings and output layer fp32, for gigabytes and no gain (peft#816).
     model.requires_grad_(False)
     return model
@@ -167,7 +167,7 @@ def quantization_config(quantization: QuantizationSpec, dtype: torch.dtype) -> A
     return BitsAndBytesConfig(load_in_8bit=True) if quantization.bits == 8 else None
 
 
-def keep_weights_unpacked(model: torch.nn.Module) -> None:
+def disable_weight_repacking(model: torch.nn.Module) -> None:
     """Stop bitsandbytes from repacking 4-bit weights in the first evaluation on a CPU.
 
     The packed form is never undone and has no gradient for its input, so every later training step would be wrong.
@@ -177,27 +177,27 @@ def keep_weights_unpacked(model: torch.nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def tune(base: Any, lora: LoraSpec, seed: int, choices: Choices) -> Tuned:
+def attach_lora(base: Any, lora: LoraSpec, seed: int, settings: RuntimeSettings) -> TrainableModel:
     """Return the base with a fresh adapter."""
     plain = head_is_plain(base)
-    if choices.checkpointing:
-        _recompute_activations(base)
-    peft = attach_adapter(base, lora, seed)
-    start = starting_weights(peft, lora)
-    return Tuned(peft, peft.get_base_model(), base.device, choices.dtype, plain, start)
+    if settings.gradient_checkpointing:
+        _enable_gradient_checkpointing(base)
+    peft = make_peft_model(base, lora, seed)
+    start = initial_adapter_weights(peft, lora)
+    return TrainableModel(peft, peft.get_base_model(), base.device, settings.dtype, plain, start)
 
 
-def tune_whole(base: Any, choices: Choices) -> Tuned:
+def prepare_full_finetune(base: Any, settings: RuntimeSettings) -> TrainableModel:
     """Return the base with all its weights free to learn."""
-    with computing_in(choices.dtype, base.device):
+    with autocast_to(settings.dtype, base.device):
         plain = head_is_plain(base)
-    if choices.checkpointing:
-        _recompute_activations(base)
+    if settings.gradient_checkpointing:
+        _enable_gradient_checkpointing(base)
     base.requires_grad_(True)
-    return Tuned(base, base, base.device, choices.dtype, plain)
+    return TrainableModel(base, base, base.device, settings.dtype, plain)
 
 
-def _recompute_activations(base: Any) -> None:
+def _enable_gradient_checkpointing(base: Any) -> None:
     base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     base.enable_input_require_grads()
 
@@ -214,13 +214,13 @@ def head_is_plain(base: Any) -> bool:
 
 
 @torch.no_grad()
-def joins_rows_exactly(base: Any) -> bool:
+def packing_is_exact(base: Any) -> bool:
     """Return whether joined rows come out as they do alone; recurrent layers, for one, carry a state across."""
     first, second = _some_tokens(base, 7), _some_tokens(base, 5, start=11)
     positions = torch.cat([torch.arange(7), torch.arange(5)]).to(base.device)[None]
     joined = base(input_ids=torch.cat([first, second], dim=1), position_ids=positions, use_cache=False).logits[0, 7:]
     alone = base(input_ids=second, use_cache=False).logits[0]
-    return relative_distance(joined, alone) < _SAME_RESULT
+    return relative_distance(joined, alone) < _PACKING_TOLERANCE
 
 
 def relative_distance(one: torch.Tensor, other: torch.Tensor) -> float:

@@ -11,58 +11,63 @@ from qlora_api.names import Reason
 from qlora_api.units import format_gib
 from qlora_trainer.errors import RunError
 from qlora_trainer.model.hardware import Hardware
-from qlora_trainer.model.optimizer import Kind, choose_optimizer
+from qlora_trainer.model.optimizer import OptimizerKind, choose_optimizer
 
-LARGEST: Final = 20_000_000_000
+MAX_PARAMETERS: Final = 20_000_000_000
 """Weights beyond which no single GPU suffices: 8 bytes each, with paged state, are 160 GB; a B200 has 192 GB."""
-_WEIGHT: Final = 4
+_REPLICATED_BYTES_PER_WEIGHT: Final = 4
 """Bytes of a weight in fp32, and of its gradient."""
-_DIVIDED: Final = 4 + 4
+_SHARDED_BYTES_PER_WEIGHT: Final = 4 + 4
 """Bytes a weight of what ZeRO-2 divides, beside the optimizer's state: gradient and a copy of the weight."""
-_SHARE: Final = 0.8
+_USABLE_MEMORY_SHARE: Final = 0.8
 """Of the free memory; the rest is for activations."""
 
 
-def check_size(name: str, parameters: int) -> None:
+def check_parameter_limit(name: str, parameters: int) -> None:
     """Refuse what no GPU could train whole, before one is asked for."""
-    if parameters > LARGEST:
+    if parameters > MAX_PARAMETERS:
         raise RunError(
             Reason.INVALID_SPEC,
-            f"spec.method: {name} has {parameters:,} weights, and full trains {LARGEST:,} at most; use qlora or lora",
+            f"spec.method: {name} has {parameters:,} weights, and full trains {MAX_PARAMETERS:,} at most; use qlora or lora",
         )
 
 
-def choose_for_whole(asked: str, hardware: Hardware, parameters: int, parts: int = 1) -> tuple[Kind, str]:
+def choose_full_finetune_optimizer(
+    requested: str, hardware: Hardware, parameters: int, parts: int = 1
+) -> tuple[OptimizerKind, str]:
     """Return the optimizer for all weights of a model: with fp32 state if that fits or is divided, else 8-bit state."""
-    kind, reason = choose_optimizer(asked, hardware.device)
-    if asked == "auto":
+    kind, reason = choose_optimizer(requested, hardware.device)
+    if requested == "auto":
         reason = "its fp32 state fits"
         if parts == 1 and not _fits(kind, hardware, parameters):
-            kind, reason = Kind.ADAMW_8BIT, "with fp32 state the model would not fit"
+            kind, reason = OptimizerKind.ADAMW_8BIT, "with fp32 state the model would not fit"
     if not _fits(kind, hardware, parameters, parts):
-        needed = format_gib(bytes_for(kind, parameters, parts))
+        needed = format_gib(training_state_bytes(kind, parameters, parts))
         raise RunError(
             Reason.INVALID_SPEC,
             f"spec.method: full trains {parameters:,} weights, which takes {needed} with {kind} and leaves "
-            f"{_SHARE:.0%} of the {format_gib(hardware.free_bytes)} that are free exceeded; use lora or qlora, or "
+            f"{_USABLE_MEMORY_SHARE:.0%} of the {format_gib(hardware.free_bytes)} that are free exceeded; use lora or qlora, or "
             "a larger device",
         )
-    return kind, f"{reason}; weights, gradients and state take {format_gib(bytes_for(kind, parameters, parts))}"
+    return (
+        kind,
+        f"{reason}; weights, gradients and state take {format_gib(training_state_bytes(kind, parameters, parts))}",
+    )
 
 
-def bytes_for(kind: Kind, parameters: int, parts: int = 1) -> int:
+def training_state_bytes(kind: OptimizerKind, parameters: int, parts: int = 1) -> int:
     """Return the memory of weights, gradients and state on one device, of as many as ZeRO-2 divides them among."""
     state = kind.optimizer.state_bytes_per_weight
     if parts > 1:
-        return parameters * _WEIGHT + parameters * (_DIVIDED + state) // parts
-    return parameters * (_WEIGHT + _WEIGHT + state)
+        return parameters * _REPLICATED_BYTES_PER_WEIGHT + parameters * (_SHARDED_BYTES_PER_WEIGHT + state) // parts
+    return parameters * (_REPLICATED_BYTES_PER_WEIGHT + _REPLICATED_BYTES_PER_WEIGHT + state)
 
 
-def _fits(kind: Kind, hardware: Hardware, parameters: int, parts: int = 1) -> bool:
-    return bytes_for(kind, parameters, parts) <= _SHARE * hardware.free_bytes
+def _fits(kind: OptimizerKind, hardware: Hardware, parameters: int, parts: int = 1) -> bool:
+    return training_state_bytes(kind, parameters, parts) <= _USABLE_MEMORY_SHARE * hardware.free_bytes
 
 
-def save_whole(model: Any, uri: str, target: Path) -> None:
+def save_full_model(model: Any, uri: str, target: Path) -> None:
     """Write the model in the base's own dtype, and without a path of this computer."""
     stored = AutoConfig.from_pretrained(model.name_or_path, trust_remote_code=False).dtype
     model.to(stored or torch.float32).save_pretrained(target)

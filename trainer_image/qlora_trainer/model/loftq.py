@@ -17,25 +17,25 @@ from safetensors import safe_open
 from qlora_api.names import Reason
 from qlora_trainer.errors import RunError
 
-ADAPTER: Final = "default"
+ADAPTER_NAME: Final = "default"
 _ITERATIONS: Final = 16
 """Of the randomised decomposition; its error is then far below that of the rank."""
 
 
 @torch.no_grad()
-def start_from_quantisation_error(peft: Any, folder: Path) -> None:
+def init_from_quantization_error(peft: Any, folder: Path) -> None:
     """Set every adapter so that 4-bit weight plus adapter comes as close to the original weight as its rank allows."""
     files = _files_of_weights(folder)
     for name, module in _adapted(peft.get_base_model()):
         weight = module.weight
         original = read_weight(files, f"{name}.weight").to(weight.device, torch.float32)
         lost = original - dequantize_4bit(weight.data, weight.quant_state).float()
-        up, down = closest_product(lost / module.scaling[ADAPTER], module.r[ADAPTER])
-        module.lora_A[ADAPTER].weight.data = down
-        module.lora_B[ADAPTER].weight.data = up
+        up, down = low_rank_factors(lost / module.scaling[ADAPTER_NAME], module.r[ADAPTER_NAME])
+        module.lora_A[ADAPTER_NAME].weight.data = down
+        module.lora_B[ADAPTER_NAME].weight.data = up
 
 
-def closest_product(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+def low_rank_factors(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the two factors of the closest matrix of a rank, with its singular values shared between them."""
     left, values, right = torch.svd_lowrank(matrix, rank, niter=_ITERATIONS)
     root = values.sqrt()

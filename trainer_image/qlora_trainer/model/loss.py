@@ -23,7 +23,7 @@ class Head:
     project: Callable[[torch.Tensor], torch.Tensor]
     chunk: int
     """Positions at a time."""
-    learned: tuple[torch.Tensor, ...] = ()
+    trainable_weights: tuple[torch.Tensor, ...] = ()
     """Its weights that learn, if any do."""
 
 
@@ -65,7 +65,7 @@ def chunked_cross_entropy(hidden: torch.Tensor, labels: torch.Tensor, head: Head
 
     The weight is in before the gradient is rounded to 16 bits, as it is in torch's own backward.
     """
-    total: torch.Tensor = _ChunkedCrossEntropy.apply(hidden, labels, head, weight, *head.learned)
+    total: torch.Tensor = _ChunkedCrossEntropy.apply(hidden, labels, head, weight, *head.trainable_weights)
     return total
 
 

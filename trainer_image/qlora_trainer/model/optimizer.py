@@ -11,7 +11,7 @@ from qlora_api.optimizers import ADAMW, OPTIMIZERS, Optimizer
 from qlora_api.v1alpha1 import TrainingSpec
 
 
-class Kind(StrEnum):
+class OptimizerKind(StrEnum):
     """Which implementation takes the steps: an optimizer's by its name, and torch's fused one."""
 
     ADAMW = "adamw"
@@ -23,36 +23,36 @@ class Kind(StrEnum):
     @property
     def optimizer(self) -> Optimizer:
         """Return the optimizer that this implements; torch's has a fused kernel."""
-        return OPTIMIZERS[ADAMW.name if self is Kind.ADAMW_FUSED else self.value]
+        return OPTIMIZERS[ADAMW.name if self is OptimizerKind.ADAMW_FUSED else self.value]
 
 
-_BITSANDBYTES: Final[dict[Kind, Any]] = {
-    Kind.ADAMW_8BIT: bitsandbytes.optim.AdamW8bit,
-    Kind.PAGED_ADAMW: bitsandbytes.optim.PagedAdamW,
-    Kind.PAGED_ADAMW_8BIT: bitsandbytes.optim.PagedAdamW8bit,
+_BITSANDBYTES: Final[dict[OptimizerKind, Any]] = {
+    OptimizerKind.ADAMW_8BIT: bitsandbytes.optim.AdamW8bit,
+    OptimizerKind.PAGED_ADAMW: bitsandbytes.optim.PagedAdamW,
+    OptimizerKind.PAGED_ADAMW_8BIT: bitsandbytes.optim.PagedAdamW8bit,
 }
 
 
-def choose_optimizer(asked: str, device: str) -> tuple[Kind, str]:
+def choose_optimizer(requested: str, device: str) -> tuple[OptimizerKind, str]:
     """Return the optimizer for spec.training.optimizer on a device, and why."""
-    plain = Kind.ADAMW if device == "cpu" else Kind.ADAMW_FUSED
-    if asked == "auto":
+    plain = OptimizerKind.ADAMW if device == "cpu" else OptimizerKind.ADAMW_FUSED
+    if requested == "auto":
         return plain, "an adapter's state is small, so nothing is gained by storing it in 8 bits"
-    optimizer = OPTIMIZERS[asked]
+    optimizer = OPTIMIZERS[requested]
     if device == "cpu" and optimizer.paged_form_of:
-        return Kind(optimizer.paged_form_of), f"{asked} without pages: its state is in host memory anyway"
-    return plain if optimizer == ADAMW else Kind(optimizer.name), "spec.training.optimizer"
+        return OptimizerKind(optimizer.paged_form_of), f"{requested} without pages: its state is in host memory anyway"
+    return plain if optimizer == ADAMW else OptimizerKind(optimizer.name), "spec.training.optimizer"
 
 
 def make_optimizer(
-    parameters: Sequence[torch.nn.Parameter], training: TrainingSpec, kind: Kind
+    parameters: Sequence[torch.nn.Parameter], training: TrainingSpec, kind: OptimizerKind
 ) -> torch.optim.Optimizer:
     """Return an optimizer with fresh state."""
     groups, rate = parameter_groups(parameters, training.weight_decay), training.learning_rate
     if kind in _BITSANDBYTES:
         made: torch.optim.Optimizer = _BITSANDBYTES[kind](groups, lr=rate)
         return made
-    return torch.optim.AdamW(groups, lr=rate, fused=kind == Kind.ADAMW_FUSED)
+    return torch.optim.AdamW(groups, lr=rate, fused=kind == OptimizerKind.ADAMW_FUSED)
 
 
 def parameter_groups(parameters: Sequence[torch.nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:

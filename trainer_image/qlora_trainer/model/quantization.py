@@ -12,14 +12,14 @@ from qlora_api.names import Reason
 from qlora_api.units import GIB
 from qlora_trainer.errors import RunError
 
-_LITTLE: Final = 0.5
+_MIN_QUANTIZED_SHARE: Final = 0.5
 """Share of the weights outside embeddings below which the memory is not what a quantised base lets one expect."""
-_BYTES_LEFT_AS_THEY_ARE: Final = 2
+_UNQUANTIZED_BYTES_PER_WEIGHT: Final = 2
 """Of a weight that stays in 16 bits."""
 
 
 @dataclass(frozen=True)
-class Quantisable:
+class QuantizableWeights:
     """What of a model's weights a quantised base makes smaller."""
 
     weights: int
@@ -27,11 +27,11 @@ class Quantisable:
     """Weights outside the embedding and the output layer, which stay as they are in any model."""
 
 
-def count_quantisable(model: Any) -> Quantisable:
+def count_quantizable(model: Any) -> QuantizableWeights:
     """Count by the rules of transformers' bitsandbytes quantizers, on a model whose weights need not exist."""
     kept = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
     ends = {id(layer.weight) for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer}
-    return Quantisable(
+    return QuantizableWeights(
         weights=sum(
             module.weight.numel()
             for name, module in model.named_modules()
@@ -46,7 +46,7 @@ def _is_replaced(module: torch.nn.Module) -> bool:
     return type(module) is torch.nn.Linear or type(module).__name__ == "Conv1D"
 
 
-def check_quantisable(name: str, found: Quantisable, bits: int) -> None:
+def check_quantizable(name: str, found: QuantizableWeights, bits: int) -> None:
     """Refuse a quantised base of which nothing is quantised."""
     if bits != 16 and not found.weights:
         raise RunError(
@@ -56,11 +56,11 @@ def check_quantisable(name: str, found: Quantisable, bits: int) -> None:
         )
 
 
-def describe_quantisable(found: Quantisable, bits: int) -> Iterator[str]:
+def describe_quantizable(found: QuantizableWeights, bits: int) -> Iterator[str]:
     """Yield a sentence where a quantised base takes far more memory than its name says."""
     share = found.weights / max(found.body, 1)
-    if bits != 16 and share < _LITTLE:
-        left = (found.body - found.weights) * _BYTES_LEFT_AS_THEY_ARE / GIB
+    if bits != 16 and share < _MIN_QUANTIZED_SHARE:
+        left = (found.body - found.weights) * _UNQUANTIZED_BYTES_PER_WEIGHT / GIB
         yield (
             f"only {share:.0%} of the weights outside the embeddings are linear layers, which alone are stored in "
             f"{bits} bits: the rest, such as experts stacked in one weight, stays in 16 and takes {left:,.1f} GiB"

@@ -8,15 +8,15 @@ import torch
 from qlora_api.runconfig import RunConfig
 from qlora_api.strategies import STRATEGIES
 from qlora_api.units import format_gib
-from qlora_trainer.data.batching import PACK_TOKENS
+from qlora_trainer.data.batching import MAX_PACKED_TOKENS
 from qlora_trainer.model.attention import attention_facts, choose_attention
-from qlora_trainer.model.full_finetune import bytes_for, choose_for_whole
+from qlora_trainer.model.full_finetune import choose_full_finetune_optimizer, training_state_bytes
 from qlora_trainer.model.hardware import Hardware
-from qlora_trainer.model.optimizer import Kind, choose_optimizer
+from qlora_trainer.model.optimizer import OptimizerKind, choose_optimizer
 
 ACTIVATION_BYTES_PER_TOKEN_LAYER_WIDTH: Final = 34
 """Kept for backward without checkpointing, per token, layer and hidden unit, in 16 bits (Korthikanti et al. 2022)."""
-STARTS: Final = {
+INIT_DESCRIPTIONS: Final = {
     "default": "the adapter changes nothing yet",
     "gaussian": "the adapter changes nothing yet",
     "pissa": "the base's largest singular vectors; published for the base as it is, with twice the rank",
@@ -28,14 +28,14 @@ _SHARE_FOR_ACTIVATIONS: Final = 0.5
 
 
 @dataclass(frozen=True)
-class Choices:
+class RuntimeSettings:
     """The decisions; `reasons` has one sentence for each."""
 
     dtype: torch.dtype
     attention: str
-    checkpointing: bool
+    gradient_checkpointing: bool
     packing: bool
-    optimizer: Kind
+    optimizer: OptimizerKind
     reasons: dict[str, str]
 
     @property
@@ -43,34 +43,34 @@ class Choices:
         """Return torch.bfloat16 as 'bfloat16'."""
         return _name_of(self.dtype)
 
-    def with_packing_off(self, reason: str) -> "Choices":
+    def without_packing(self, reason: str) -> "RuntimeSettings":
         """Return the choices for a model whose rows cannot be joined."""
         return replace(self, packing=False, reasons=self.reasons | {"packing": f"off: {reason}"})
 
 
-def decide(config: RunConfig, hardware: Hardware, model: Any) -> Choices:
+def resolve_runtime_settings(config: RunConfig, hardware: Hardware, model: Any) -> RuntimeSettings:
     """Decide everything from the model's configuration, before its weights are loaded."""
     spec, plan = config.spec, config.plan
     dtype, dtype_reason = compute_dtype(hardware)
     attention, attention_reason = choose_attention(attention_facts(model), hardware)
     length = min(config.prepared.dataset.longest_row_tokens, spec.training.max_length)
-    tokens = min(plan.micro_batch_size * length, max(PACK_TOKENS, length) if spec.training.packing else 1 << 62)
+    tokens = min(plan.micro_batch_size * length, max(MAX_PACKED_TOKENS, length) if spec.training.packing else 1 << 62)
     asked, weights = spec.training.optimizer, config.prepared.model.parameters
     if spec.method == "full":
         parts = plan.processes if STRATEGIES[plan.strategy].shards_optimizer else 1
-        optimizer, optimizer_reason = choose_for_whole(asked, hardware, weights, parts)
-        hardware = replace(hardware, free_bytes=hardware.free_bytes - bytes_for(optimizer, weights, parts))
+        optimizer, optimizer_reason = choose_full_finetune_optimizer(asked, hardware, weights, parts)
+        hardware = replace(hardware, free_bytes=hardware.free_bytes - training_state_bytes(optimizer, weights, parts))
     else:
         optimizer, optimizer_reason = choose_optimizer(asked, hardware.device)
     checkpointing, checkpointing_reason = (
-        activation_checkpointing(hardware, model, tokens)
+        choose_gradient_checkpointing(hardware, model, tokens)
         if plan.gradient_checkpointing is None
         else (plan.gradient_checkpointing, "the plan, from the model's shape, the rows and the GPU's memory")
     )
-    return Choices(
+    return RuntimeSettings(
         dtype=dtype,
         attention=attention,
-        checkpointing=checkpointing,
+        gradient_checkpointing=checkpointing,
         packing=spec.training.packing,
         optimizer=optimizer,
         reasons={
@@ -80,7 +80,7 @@ def decide(config: RunConfig, hardware: Hardware, model: Any) -> Choices:
             "gradient checkpointing": f"{'on' if checkpointing else 'off'}: {checkpointing_reason}",
             "packing": "on: rows are joined without padding" if spec.training.packing else "off: spec.training.packing",
             "optimizer": f"{optimizer}: {optimizer_reason}",
-            "start": "every weight as the base has it" if spec.method == "full" else STARTS[spec.lora.init],
+            "start": "every weight as the base has it" if spec.method == "full" else INIT_DESCRIPTIONS[spec.lora.init],
         },
     )
 
@@ -97,7 +97,7 @@ def compute_dtype(hardware: Hardware) -> tuple[torch.dtype, str]:
     return torch.float32, "the CPU has no native bf16"
 
 
-def activation_checkpointing(hardware: Hardware, model: Any, tokens: int) -> tuple[bool, str]:
+def choose_gradient_checkpointing(hardware: Hardware, model: Any, tokens: int) -> tuple[bool, str]:
     """Recompute activations only where they would not fit: it costs a forward pass a step."""
     needed = tokens * model.num_hidden_layers * model.hidden_size * ACTIVATION_BYTES_PER_TOKEN_LAYER_WIDTH
     offered = round(hardware.free_bytes * _SHARE_FOR_ACTIVATIONS)

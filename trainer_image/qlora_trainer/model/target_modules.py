@@ -13,21 +13,21 @@ _TIED_BY_PEFT: Final = frozenset({"embed_tokens", "lm_head"})
 """Names by which peft knows an embedding and its output layer, and keeps them one weight when they are trained."""
 
 
-def names(module: str, wanted: str) -> bool:
+def matches(module: str, wanted: str) -> bool:
     """Return whether a manifest's word, a name or the end of a path, means a module."""
     return module == wanted or module.endswith(f".{wanted}")
 
 
-def find(modules: Iterable[str], wanted: Iterable[str]) -> tuple[str, ...]:
+def match_modules(modules: Iterable[str], wanted: Iterable[str]) -> tuple[str, ...]:
     """Return the modules that any of the words means."""
     words = tuple(wanted)
-    return tuple(sorted(module for module in modules if any(names(module, word) for word in words)))
+    return tuple(sorted(module for module in modules if any(matches(module, word) for word in words)))
 
 
 def adapted_modules(architecture: Architecture, lora: LoraSpec) -> tuple[str, ...]:
     """Return the linear modules that get an adapter; the output layer is none of them."""
     linears = architecture.linears
-    return tuple(sorted(linears)) if lora.targets == (ALL_LINEAR,) else find(linears, lora.targets)
+    return tuple(sorted(linears)) if lora.targets == (ALL_LINEAR,) else match_modules(linears, lora.targets)
 
 
 def check_modules(architecture: Architecture, spec: QLoRAJobSpec) -> None:
@@ -37,13 +37,13 @@ def check_modules(architecture: Architecture, spec: QLoRAJobSpec) -> None:
     _check_pattern("rankPattern", spec.lora.rank_pattern, adapted)
     _check_pattern("alphaPattern", spec.lora.alpha_pattern, adapted)
     _check_ranks(architecture, spec.lora, adapted)
-    _check_whole(architecture, spec, adapted)
+    _check_modules_to_save(architecture, spec, adapted)
 
 
 def _check_targets(architecture: Architecture, lora: LoraSpec) -> None:
     if lora.targets == (ALL_LINEAR,):
         return
-    unknown = [target for target in lora.targets if not find(architecture.linears, [target])]
+    unknown = [target for target in lora.targets if not match_modules(architecture.linears, [target])]
     if unknown:
         available = ", ".join(sorted({name.rpartition(".")[2] for name in architecture.linears}))
         raise _refusal(
@@ -53,7 +53,7 @@ def _check_targets(architecture: Architecture, lora: LoraSpec) -> None:
 
 
 def _check_pattern(field: str, pattern: Mapping[str, int], adapted: tuple[str, ...]) -> None:
-    unknown = [word for word in pattern if not find(adapted, [word])]
+    unknown = [word for word in pattern if not match_modules(adapted, [word])]
     if unknown:
         raise _refusal(
             f"{field}: no module with an adapter is named {', '.join(unknown)}; use names that spec.lora.targets covers"
@@ -64,29 +64,29 @@ def _check_ranks(architecture: Architecture, lora: LoraSpec, adapted: tuple[str,
     """A start from singular vectors needs as many of them as the rank says."""
     if lora.init not in {"pissa", "loftq"}:
         return
-    own = numbers_of(adapted, lora.rank_pattern)
+    own = expand_pattern(adapted, lora.rank_pattern)
     for module in adapted:
         rank, most = own.get(module, lora.rank), architecture.linears[module]
         if rank > most:
             raise _refusal(f"init: {lora.init} needs rank {most} or less for {module}, which has rank {rank}")
 
 
-def numbers_of(modules: Iterable[str], pattern: Mapping[str, int]) -> dict[str, int]:
+def expand_pattern(modules: Iterable[str], pattern: Mapping[str, int]) -> dict[str, int]:
     """Return the number that a pattern gives to each module it means; of two words that mean one the longer counts."""
     found: dict[str, int] = {}
     for word in sorted(pattern, key=len):
-        found |= dict.fromkeys(find(modules, [word]), pattern[word])
+        found |= dict.fromkeys(match_modules(modules, [word]), pattern[word])
     return found
 
 
-def _check_whole(architecture: Architecture, spec: QLoRAJobSpec, adapted: tuple[str, ...]) -> None:
+def _check_modules_to_save(architecture: Architecture, spec: QLoRAJobSpec, adapted: tuple[str, ...]) -> None:
     for word in spec.lora.modules_to_save:
-        whole = find(architecture.weighted, [word])
+        whole = match_modules(architecture.modules_with_weights, [word])
         if not whole:
             raise _refusal(f"modulesToSave: {architecture.name} has no module {word} with weights of its own")
-        if twice := find(adapted, whole):
+        if twice := match_modules(adapted, whole):
             raise _refusal(f"modulesToSave: {twice[0]} has an adapter already; leave it out here or in targets")
-        if spec.quantization.bits != 16 and (quantised := find(architecture.linears, whole)):
+        if spec.quantization.bits != 16 and (quantised := match_modules(architecture.linears, whole)):
             raise _refusal(
                 f"modulesToSave: {quantised[0]} is quantised and cannot be trained whole; name it in targets, or set "
                 "spec.method to lora and spec.quantization.bits to 16"

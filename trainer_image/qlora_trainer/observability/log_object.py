@@ -7,15 +7,15 @@ from qlora_api.logfiles import LogFile, log_folder
 from qlora_api.names import Reason
 from qlora_api.runconfig import PrepareConfig, RunConfig
 from qlora_trainer.errors import RunError
-from qlora_trainer.observability.log_upload import FIRST_BYTES, LAST_BYTES
+from qlora_trainer.observability.log_upload import HEAD_BYTES, TAIL_BYTES
 from qlora_trainer.storage.results import open_own_output
 from qlora_trainer.storage.store import Store
 
-_LARGEST_BYTES: Final = 2 * (FIRST_BYTES + LAST_BYTES)
+_LARGEST_BYTES: Final = 2 * (HEAD_BYTES + TAIL_BYTES)
 """What is read of what lies there: a log of ours is smaller."""
 
 
-class LogPlace:
+class LogObject:
     """One object of the output; the store is opened by the thread that uses it."""
 
     def __init__(self, config: PrepareConfig | RunConfig, file: LogFile) -> None:
@@ -27,7 +27,7 @@ class LogPlace:
     def _output(self) -> Store:
         return open_own_output(self._config)
 
-    def earlier(self) -> bytes:
+    def read_existing(self) -> bytes:
         """Return what is there: a queue may stop an attempt and start it again, and its second pod goes on there."""
         try:
             sizes = {entry.path: entry.size for entry in self._output.list(self._folder)}

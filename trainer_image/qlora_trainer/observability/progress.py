@@ -11,15 +11,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final, Protocol, Self
 
-from qlora_api.logs import fields
+from qlora_api.logs import log_fields
 from qlora_api.names import PROGRESS_TOKEN_ENV, PROGRESS_URL_ENV, Phase
-from qlora_api.progress import Metric, ProgressReport, TrainerStatus
+from qlora_api.progress import ProgressReport, ReportedMetric, TrainerStatus
 from qlora_api.v1alpha1 import Checkpoint, Progress
 
-Note = Callable[[str], None]
+LogFn = Callable[[str], None]
 
 
-def silent(_: str) -> None:
+def no_log(_: str) -> None:
     """Say nothing."""
 
 
@@ -49,7 +49,7 @@ class LogSink:
 
     def report(self, progress: Progress) -> None:
         """Log one line."""
-        log.info("progress", extra=fields(**progress.model_dump(mode="json", by_alias=True, exclude_none=True)))
+        log.info("progress", extra=log_fields(**progress.model_dump(mode="json", by_alias=True, exclude_none=True)))
 
     def note(self, text: str) -> None:
         """Log the sentence."""
@@ -103,7 +103,7 @@ class Heartbeat:
         """Pass the sentence on."""
         self._sink.note(text)
 
-    def beat(self, now: datetime) -> None:
+    def repeat(self, now: datetime) -> None:
         """Report the last progress again, unless steps are under way."""
         latest = self._latest
         if latest is not None and (latest.phase is not Phase.TRAINING or latest.loss is None):
@@ -111,7 +111,7 @@ class Heartbeat:
 
     def _work(self) -> None:
         while not self._closed.wait(self._seconds):
-            self.beat(datetime.now(UTC))
+            self.repeat(datetime.now(UTC))
 
 
 def to_body(progress: Progress) -> bytes:
@@ -127,7 +127,9 @@ def to_body(progress: Progress) -> bytes:
     status = TrainerStatus(
         progress_percentage=progress.percent,
         estimated_remaining_seconds=progress.remaining_seconds,
-        metrics=tuple(Metric(name=name, value=str(value)) for name, value in values.items() if value is not None),
+        metrics=tuple(
+            ReportedMetric(name=name, value=str(value)) for name, value in values.items() if value is not None
+        ),
         last_updated_time=progress.updated_at,
     )
     report = ProgressReport(trainer_status=status)
@@ -147,11 +149,11 @@ class HttpSink:
         self._url = url
         self._token_file = token_file
         self._context = ssl.create_default_context(cafile=ca_file) if ca_file else None
-        self._waiting: Progress | None = None
+        self._pending: Progress | None = None
         self._phase: str | None = None
         self._next = 0.0
         self._closed = False
-        self._news = threading.Condition()
+        self._wakeup = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="progress", daemon=True)
         self._thread.start()
 
@@ -166,37 +168,37 @@ class HttpSink:
 
     def report(self, progress: Progress) -> None:
         """Keep the progress for the next post; an older one that is still waiting is replaced."""
-        with self._news:
-            self._waiting = progress
-            self._news.notify()
+        with self._wakeup:
+            self._pending = progress
+            self._wakeup.notify()
 
     def note(self, text: str) -> None:
         """Leave sentences to the log: the protocol has numbers only."""
 
     def close(self) -> None:
         """Post what is still waiting, and end the thread."""
-        with self._news:
+        with self._wakeup:
             self._closed = True
-            self._news.notify()
+            self._wakeup.notify()
         self._thread.join(timeout=2 * _TIMEOUT_SECONDS)
 
     def _work(self) -> None:
-        while (progress := self._take()) is not None:
+        while (progress := self._next_report()) is not None:
             self._post(progress)
 
-    def _take(self) -> Progress | None:
+    def _next_report(self) -> Progress | None:
         """Wait until there is something to post and it is time to; None when closed."""
-        with self._news:
+        with self._wakeup:
             while True:
                 left = self._next - time.monotonic()
-                waiting = self._waiting
+                waiting = self._pending
                 if waiting is not None and (left <= 0 or self._closed or waiting.phase != self._phase):
-                    self._waiting, self._phase = None, waiting.phase
+                    self._pending, self._phase = None, waiting.phase
                     self._next = time.monotonic() + INTERVAL_SECONDS
                     return waiting
                 if self._closed:
                     return None
-                self._news.wait(left if waiting is not None else None)
+                self._wakeup.wait(left if waiting is not None else None)
 
     def _post(self, progress: Progress) -> None:
         headers = {"Content-Type": "application/json"}
@@ -209,4 +211,4 @@ class HttpSink:
             with urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS, context=self._context):  # noqa: S310
                 pass
         except (OSError, ValueError) as error:
-            log.info("progress was not delivered", extra=fields(error=str(error)))
+            log.info("progress was not delivered", extra=log_fields(error=str(error)))

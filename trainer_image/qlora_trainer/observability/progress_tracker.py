@@ -11,7 +11,7 @@ from qlora_api.v1alpha1 import Checkpoint, Progress
 from qlora_trainer.observability.progress import INTERVAL_SECONDS, ProgressSink
 
 
-class Pace:
+class ProgressTracker:
     """Reports every phase and every step of a run."""
 
     def __init__(self, sink: ProgressSink, total_steps: int) -> None:
@@ -31,27 +31,27 @@ class Pace:
             self._count(record)
         self._report()
 
-    def enter(self, phase: Phase) -> None:
+    def enter_phase(self, phase: Phase) -> None:
         """Report the start of a phase."""
         self._phase = phase
         self._report()
 
-    def note(self, record: StepRecord) -> None:
+    def on_step(self, record: StepRecord) -> None:
         """Report a finished step."""
         self._count(record)
         self._report()
 
-    def completed(self, checkpoint: Checkpoint) -> None:
+    def on_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Report a checkpoint; called from the thread that wrote it."""
         self._checkpoint = checkpoint
         self._report()
 
-    def alive(self) -> None:
+    def on_heartbeat(self) -> None:
         """Report that the work goes on, with nothing new to say; a report that is young says it already."""
         if time.monotonic() - self._reported_at >= INTERVAL_SECONDS:
             self._report()
 
-    def finish(self) -> None:
+    def skip_remaining_steps(self) -> None:
         """Count the steps that early stopping left out as done."""
         self._total = self._done
 

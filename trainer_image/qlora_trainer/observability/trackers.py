@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 from qlora_api.names import SecretRole
-from qlora_api.report import HeldOutRecord, StepRecord
+from qlora_api.report import StepRecord, ValidationRecord
 from qlora_api.runconfig import RunConfig
 from qlora_api.v1alpha1 import MlflowSpec, WandbSpec
 from qlora_trainer.storage.credentials import Credentials, Secrets
 
-BOARD: Final = "report/tensorboard"
+TENSORBOARD_FOLDER: Final = "report/tensorboard"
 _EVENT_FILE: Final = "events.out.tfevents.qlora"
 """TensorBoard knows its files by 'tfevents'; its own names have the host's name and the time in them."""
 _REQUEST_SECONDS: Final = 10
@@ -26,20 +26,20 @@ _CLOSE_SECONDS: Final = 20.0
 _WAITING: Final = 100_000
 """Metrics of so many steps may wait for a slow tracker; those beyond are left out."""
 
-Metrics = dict[str, float]
+TrackedMetrics = dict[str, float]
 
 
 class Tracker(Protocol):
     """A connection to one tracker; whatever it raises ends that tracker and nothing else."""
 
-    def log(self, metrics: Metrics, step: int) -> None:
+    def log(self, metrics: TrackedMetrics, step: int) -> None:
         """Report the metrics of a step."""
 
     def close(self) -> None:
         """Send what is waiting, and end the run there."""
 
 
-def step_metrics(record: StepRecord) -> Metrics:
+def step_metrics(record: StepRecord) -> TrackedMetrics:
     """Return a step under the usual names."""
     return {
         "train/loss": record.loss,
@@ -49,12 +49,12 @@ def step_metrics(record: StepRecord) -> Metrics:
     }
 
 
-def held_out_metrics(record: HeldOutRecord) -> Metrics:
+def validation_metrics(record: ValidationRecord) -> TrackedMetrics:
     """Return a look at the held-out rows under the usual names."""
     return {"eval/loss": record.loss, "eval/token_accuracy": record.token_accuracy}
 
 
-class Board:
+class TensorBoard:
     """TensorBoard's event file."""
 
     def __init__(self, folder: Path) -> None:
@@ -63,7 +63,7 @@ class Board:
         shutil.rmtree(folder, ignore_errors=True)
         self._writer: Any = SummaryWriter(log_dir=str(folder))
 
-    def log(self, metrics: Metrics, step: int) -> None:
+    def log(self, metrics: TrackedMetrics, step: int) -> None:
         """Write the metrics of a step."""
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
@@ -98,7 +98,7 @@ class Wandb:
             ),
         )
 
-    def log(self, metrics: Metrics, step: int) -> None:
+    def log(self, metrics: TrackedMetrics, step: int) -> None:
         """Report the metrics of a step."""
         self._run.log(metrics, step=step)
 
@@ -126,7 +126,7 @@ class Mlflow:
         tags = {"mlflow.runName": config.job, "qlora_digest": digest}
         self._run = (runs[0] if runs else self._client.create_run(experiment, tags=tags)).info.run_id
 
-    def log(self, metrics: Metrics, step: int) -> None:
+    def log(self, metrics: TrackedMetrics, step: int) -> None:
         """Report the metrics of a step."""
         now = round(time.time() * 1000)
         values = [self._entities.Metric(name, value, now, step) for name, value in metrics.items()]
@@ -137,18 +137,18 @@ class Mlflow:
         self._client.set_terminated(self._run)
 
 
-class Background:
+class BackgroundTracker:
     """Feeds one tracker from a thread, so that it can neither fail nor delay the training."""
 
     def __init__(self, name: str, connect: Callable[[], Tracker], note: Callable[[str], None]) -> None:
         self._name = name
         self._connect = connect
         self._note = note
-        self._waiting: queue.Queue[tuple[Metrics, int] | None] = queue.Queue(_WAITING)
+        self._waiting: queue.Queue[tuple[TrackedMetrics, int] | None] = queue.Queue(_WAITING)
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
 
-    def log(self, metrics: Metrics, step: int) -> None:
+    def log(self, metrics: TrackedMetrics, step: int) -> None:
         """Keep the metrics for the thread."""
         if not self._waiting.full():
             self._waiting.put((metrics, step))
@@ -158,7 +158,7 @@ class Background:
         if not self._waiting.full():
             self._waiting.put(None)
 
-    def wait(self) -> None:
+    def join(self) -> None:
         """Wait for that, for a while."""
         self._thread.join(timeout=_CLOSE_SECONDS)
         if self._thread.is_alive():
@@ -183,63 +183,67 @@ def _first_line(error: Exception) -> str:
 class Trackers:
     """Everything that a run reports to."""
 
-    board: Background | None
-    others: tuple[Background, ...]
+    tensorboard: BackgroundTracker | None
+    others: tuple[BackgroundTracker, ...]
 
-    def replay(self, steps: Sequence[StepRecord], held_out: Sequence[HeldOutRecord]) -> None:
+    def replay(self, steps: Sequence[StepRecord], held_out: Sequence[ValidationRecord]) -> None:
         """Give a new event file what an earlier attempt saw; the servers know it already."""
-        if self.board is None:
+        if self.tensorboard is None:
             return
         for record in steps:
-            self.board.log(step_metrics(record), record.step)
+            self.tensorboard.log(step_metrics(record), record.step)
         for look in held_out:
-            self.board.log(held_out_metrics(look), look.step)
+            self.tensorboard.log(validation_metrics(look), look.step)
 
-    def step(self, record: StepRecord) -> None:
+    def log_step(self, record: StepRecord) -> None:
         """Report a finished step."""
         self._log(step_metrics(record), record.step)
 
-    def held_out(self, record: HeldOutRecord) -> None:
+    def log_validation(self, record: ValidationRecord) -> None:
         """Report a look at the held-out rows."""
-        self._log(held_out_metrics(record), record.step)
+        self._log(validation_metrics(record), record.step)
 
     def close(self) -> None:
         """End every tracker, whatever became of the run."""
         for tracker in self._all():
             tracker.finish()
         for tracker in self._all():
-            tracker.wait()
+            tracker.join()
 
-    def _log(self, metrics: Metrics, step: int) -> None:
+    def _log(self, metrics: TrackedMetrics, step: int) -> None:
         for tracker in self._all():
             tracker.log(metrics, step)
 
-    def _all(self) -> tuple[Background, ...]:
-        return (*((self.board,) if self.board else ()), *self.others)
+    def _all(self) -> tuple[BackgroundTracker, ...]:
+        return (*((self.tensorboard,) if self.tensorboard else ()), *self.others)
 
 
 def open_trackers(config: RunConfig, secrets: Secrets, work: Path, note: Callable[[str], None]) -> Trackers:
     """Return the trackers that the spec names; they connect in the background."""
     spec = config.spec.tracking
-    board = Background("TensorBoard", lambda: Board(board_folder(work, config)), note) if spec.tensorboard else None
+    board = (
+        BackgroundTracker("TensorBoard", lambda: TensorBoard(tensorboard_folder(work, config)), note)
+        if spec.tensorboard
+        else None
+    )
     others = []
     if (wandb := spec.wandb) is not None:
         key = secrets.of(SecretRole.WANDB)
-        others.append(Background("Weights & Biases", lambda: Wandb(wandb, key, config, work), note))
+        others.append(BackgroundTracker("Weights & Biases", lambda: Wandb(wandb, key, config, work), note))
     if (mlflow := spec.mlflow) is not None:
         keys = secrets.of(SecretRole.MLFLOW)
-        others.append(Background("MLflow", lambda: Mlflow(mlflow, keys, config), note))
+        others.append(BackgroundTracker("MLflow", lambda: Mlflow(mlflow, keys, config), note))
     return Trackers(board, tuple(others))
 
 
-def board_folder(work: Path, config: RunConfig) -> Path:
+def tensorboard_folder(work: Path, config: RunConfig) -> Path:
     """Return where the event file grows: `tensorboard --logdir` shows it while the training goes on."""
     return work / "tensorboard" / config.prepared.digest
 
 
-def copy_board(work: Path, config: RunConfig, files: Path) -> None:
+def copy_event_file(work: Path, config: RunConfig, files: Path) -> None:
     """Put the event file among the files of the result, if there is one."""
-    for events in board_folder(work, config).glob("*tfevents*"):
-        target = files / BOARD / _EVENT_FILE
+    for events in tensorboard_folder(work, config).glob("*tfevents*"):
+        target = files / TENSORBOARD_FOLDER / _EVENT_FILE
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(events, target)

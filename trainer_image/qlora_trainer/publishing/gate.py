@@ -9,7 +9,7 @@ from qlora_api.result import Result
 from qlora_api.v1alpha1 import EvaluationStatus, GateSpec
 from qlora_trainer.errors import RunError
 
-FIELD: Final = "spec.evaluation.gate"
+GATE_FIELD: Final = "spec.evaluation.gate"
 
 
 def _increase(before: float, after: float) -> float:
@@ -23,9 +23,9 @@ class Rule(NamedTuple):
     name: str
     subject: str
     bound: Callable[[GateSpec], float | None]
-    figure: Callable[[EvaluationStatus], float | None]
+    metric: Callable[[EvaluationStatus], float | None]
     at_most: bool
-    style: str
+    number_format: str
 
 
 RULES: Final = (
@@ -35,7 +35,7 @@ RULES: Final = (
         lambda gate: gate.max_loss_increase,
         lambda found: _increase(found.base.loss, found.adapter.loss),
         at_most=True,
-        style="+.2%",
+        number_format="+.2%",
     ),
     Rule(
         "maxLoss",
@@ -43,7 +43,7 @@ RULES: Final = (
         lambda gate: gate.max_loss,
         lambda found: found.adapter.loss,
         at_most=True,
-        style=".4f",
+        number_format=".4f",
     ),
     Rule(
         "minExactMatch",
@@ -51,7 +51,7 @@ RULES: Final = (
         lambda gate: gate.min_exact_match,
         lambda found: found.adapter.exact_match,
         at_most=False,
-        style=".4f",
+        number_format=".4f",
     ),
     Rule(
         "minRougeL",
@@ -59,31 +59,31 @@ RULES: Final = (
         lambda gate: gate.min_rouge_l,
         lambda found: found.adapter.rouge_l,
         at_most=False,
-        style=".4f",
+        number_format=".4f",
     ),
 )
 
 
-def judge(gate: GateSpec, evaluation: EvaluationStatus) -> tuple[str, ...]:
+def find_violations(gate: GateSpec, evaluation: EvaluationStatus) -> tuple[str, ...]:
     """Return a sentence for each rule that a result breaks, with the figure and the bound."""
-    return tuple(_complaints(gate, evaluation))
+    return tuple(_violations(gate, evaluation))
 
 
-def _complaints(gate: GateSpec, evaluation: EvaluationStatus) -> Iterator[str]:
+def _violations(gate: GateSpec, evaluation: EvaluationStatus) -> Iterator[str]:
     for rule in RULES:
-        bound, figure = rule.bound(gate), rule.figure(evaluation)
+        bound, figure = rule.bound(gate), rule.metric(evaluation)
         if bound is None:
             continue
         if figure is None:
-            yield f"{FIELD}.{rule.name}: no held-out row was answered, so there is no figure to compare with {bound:g}"
+            yield f"{GATE_FIELD}.{rule.name}: no held-out row was answered, so there is no figure to compare with {bound:g}"
         elif figure > bound if rule.at_most else figure < bound:
-            limit = f"at {'most' if rule.at_most else 'least'} {bound:{rule.style}}"
-            yield f"{FIELD}.{rule.name}: {rule.subject} {figure:{rule.style}}, and {limit} passes"
+            limit = f"at {'most' if rule.at_most else 'least'} {bound:{rule.number_format}}"
+            yield f"{GATE_FIELD}.{rule.name}: {rule.subject} {figure:{rule.number_format}}, and {limit} passes"
 
 
-def can_judge(gate: GateSpec, evaluation: EvaluationStatus) -> bool:
+def has_required_metrics(gate: GateSpec, evaluation: EvaluationStatus) -> bool:
     """Return whether an evaluation has every figure that the gate asks for."""
-    return all(rule.figure(evaluation) is not None for rule in RULES if rule.bound(gate) is not None)
+    return all(rule.metric(evaluation) is not None for rule in RULES if rule.bound(gate) is not None)
 
 
 def describe_rejected(result: Result) -> str:
@@ -95,5 +95,5 @@ def describe_rejected(result: Result) -> str:
 
 def check_gate(gate: GateSpec, evaluation: EvaluationStatus, whereabouts: str) -> None:
     """Raise GateFailed with every broken rule, and say where the work is."""
-    if complaints := judge(gate, evaluation):
+    if complaints := find_violations(gate, evaluation):
         raise RunError(Reason.GATE_FAILED, f"{'; '.join(complaints)}. {whereabouts}")

@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from qlora_api import __version__
 from qlora_api.report import Interval, RunReport
 from qlora_api.units import format_gib
-from qlora_trainer.publishing.plots import Chart
+from qlora_trainer.publishing.plots import Plot
 from qlora_trainer.publishing.report_sections import make_footprint, make_lineage, make_recipe
 
 _OPEN_SAMPLES: Final = 4
@@ -33,7 +33,7 @@ class Tile:
 
 
 @dataclass(frozen=True)
-class Figure:
+class MetricCell:
     """A figure and the range that it would probably stay in."""
 
     value: str
@@ -44,13 +44,13 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class MetricComparison:
     """One metric of base and adapter."""
 
     label: str
-    base: Figure
-    adapter: Figure
-    change: Figure
+    base: MetricCell
+    adapter: MetricCell
+    change: MetricCell
     tone: str
 
 
@@ -62,7 +62,7 @@ class Table:
     rows: tuple[tuple[str, str], ...]
 
 
-def render_html(report: RunReport, charts: Iterable[Chart] = ()) -> str:
+def render_html(report: RunReport, charts: Iterable[Plot] = ()) -> str:
     """Return the page; whatever comes from the dataset is escaped."""
     environment = Environment(
         loader=PackageLoader("qlora_trainer"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
@@ -86,51 +86,51 @@ def make_tiles(report: RunReport) -> tuple[Tile, ...]:
     return (
         Tile("held-out loss", f"{base.loss:.3f} → {adapter.loss:.3f}", _tone(adapter.loss - base.loss)),
         Tile("optimizer steps", f"{len(report.history)}"),
-        Tile("training time", duration(report.training_seconds)),
+        Tile("training time", format_duration(report.training_seconds)),
         Tile("tokens per second", f"{report.tokens_per_second:,.0f}"),
         Tile(f"peak memory{expected}", format_gib(report.peak_memory_bytes, 2)),
     )
 
 
-class Metric(NamedTuple):
+class ReportMetric(NamedTuple):
     """One figure of an evaluation, and how it is shown."""
 
     field: str
     label: str
-    style: str
+    number_format: str
     less_is_better: bool
 
 
-METRICS: Final = (
-    Metric("loss", "loss, nats per token", ".3f", less_is_better=True),
-    Metric("perplexity", "perplexity", ",.2f", less_is_better=True),
-    Metric("token_accuracy", "token accuracy", ".1%", less_is_better=False),
-    Metric("exact_match", "exact match", ".1%", less_is_better=False),
-    Metric("rouge_l", "ROUGE-L", ".1%", less_is_better=False),
+REPORT_METRICS: Final = (
+    ReportMetric("loss", "loss, nats per token", ".3f", less_is_better=True),
+    ReportMetric("perplexity", "perplexity", ",.2f", less_is_better=True),
+    ReportMetric("token_accuracy", "token accuracy", ".1%", less_is_better=False),
+    ReportMetric("exact_match", "exact match", ".1%", less_is_better=False),
+    ReportMetric("rouge_l", "ROUGE-L", ".1%", less_is_better=False),
 )
 
 
-def make_comparison(report: RunReport) -> tuple[Comparison, ...]:
+def make_comparison(report: RunReport) -> tuple[MetricComparison, ...]:
     """Return the metrics that were measured side by side, each with its interval."""
-    measured = [metric for metric in METRICS if getattr(report.confidence.base, metric.field) is not None]
+    measured = [metric for metric in REPORT_METRICS if getattr(report.confidence.base, metric.field) is not None]
     return tuple(_compare(metric, report) for metric in measured)
 
 
-def _compare(metric: Metric, report: RunReport) -> Comparison:
-    found, sure, style = report.evaluation, report.confidence, metric.style
+def _compare(metric: ReportMetric, report: RunReport) -> MetricComparison:
+    found, sure, style = report.evaluation, report.confidence, metric.number_format
     base, adapter = getattr(found.base, metric.field), getattr(found.adapter, metric.field)
     change = adapter - base
-    return Comparison(
+    return MetricComparison(
         metric.label,
-        _figure(base, getattr(sure.base, metric.field), style),
-        _figure(adapter, getattr(sure.adapter, metric.field), style),
-        _figure(change, getattr(sure.change, metric.field), f"+{style}"),
+        _metric_cell(base, getattr(sure.base, metric.field), style),
+        _metric_cell(adapter, getattr(sure.adapter, metric.field), style),
+        _metric_cell(change, getattr(sure.change, metric.field), f"+{style}"),
         _tone(change if metric.less_is_better else -change),
     )
 
 
-def _figure(value: float, interval: Interval, style: str) -> Figure:
-    return Figure(f"{value:{style}}", f"({interval.low:{style}} to {interval.high:{style}})")
+def _metric_cell(value: float, interval: Interval, style: str) -> MetricCell:
+    return MetricCell(f"{value:{style}}", f"({interval.low:{style}} to {interval.high:{style}})")
 
 
 def make_plan_rows(report: RunReport) -> tuple[tuple[str, str], ...]:
@@ -193,7 +193,7 @@ def _tone(change: float) -> str:
     return "good" if change < 0 else "bad" if change > 0 else ""
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Return 3725 as '1 h 2 min'."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

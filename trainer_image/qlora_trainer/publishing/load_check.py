@@ -46,7 +46,7 @@ class LoadingTask(ApiModel):
 
 def rows_of_task(rows: Sequence[TokenRow]) -> TaskRows:
     """Return rows as the task carries them."""
-    return tuple((row.input_ids, row.learned) for row in rows)
+    return tuple((row.input_ids, row.label_spans) for row in rows)
 
 
 def load_in_fresh_process(task: LoadingTask, adapter: Path, expected_loss: float) -> None:
@@ -64,7 +64,7 @@ def load_in_fresh_process(task: LoadingTask, adapter: Path, expected_loss: float
     if done.returncode != 0:
         raise RunError(
             Reason.TRAINER_ERROR,
-            f"the adapter does not load in a fresh process, which ended {describe_end(done.returncode)}: "
+            f"the adapter does not load in a fresh process, which ended {describe_exit(done.returncode)}: "
             f"{done.stderr[-1000:]}",
         )
     found = float(done.stdout.split()[-1])
@@ -75,7 +75,7 @@ def load_in_fresh_process(task: LoadingTask, adapter: Path, expected_loss: float
         )
 
 
-def describe_end(code: int) -> str:
+def describe_exit(code: int) -> str:
     """Return how a process ended; a killed one leaves no words of its own."""
     if code >= 0:
         return f"with exit code {code}"
@@ -83,13 +83,13 @@ def describe_end(code: int) -> str:
     return f"by {name}, as where memory runs out" if name == "SIGKILL" else f"by {name}"
 
 
-def loss_of(task: LoadingTask, adapter: Path) -> float:
+def compute_loss(task: LoadingTask, adapter: Path) -> float:
     """Load what was published with the public call for it, and return the mean loss on the rows."""
     import torch  # noqa: PLC0415 (the parent imports this module as well)
     from peft import PeftModel  # noqa: PLC0415
 
-    from qlora_trainer.evaluation.evaluator import evaluate  # noqa: PLC0415
-    from qlora_trainer.model.base_model import Tuned, head_is_plain, load_base  # noqa: PLC0415
+    from qlora_trainer.evaluation.evaluator import compute_metrics  # noqa: PLC0415
+    from qlora_trainer.model.base_model import TrainableModel, head_is_plain, load_base  # noqa: PLC0415
 
     dtype, whole = getattr(torch, task.dtype), task.method == "full"
     folder = adapter if whole else Path(task.base)
@@ -97,11 +97,11 @@ def loss_of(task: LoadingTask, adapter: Path) -> float:
     plain = head_is_plain(base)
     peft = base if whole else PeftModel.from_pretrained(base, adapter)
     causal = base if whole else peft.get_base_model()
-    tuned = Tuned(peft, causal, base.device, dtype, plain)
+    tuned = TrainableModel(peft, causal, base.device, dtype, plain)
     rows = [TokenRow(ids, learned) for ids, learned in task.rows]
     with tuned.evaluating():
-        return evaluate(tuned, rows, micro_batch=1, packing=False).loss
+        return compute_metrics(tuned, rows, micro_batch_size=1, packing=False).loss
 
 
 if __name__ == "__main__":
-    sys.stdout.write(f"{loss_of(LoadingTask.model_validate_json(sys.stdin.read()), Path(sys.argv[1]))}\n")
+    sys.stdout.write(f"{compute_loss(LoadingTask.model_validate_json(sys.stdin.read()), Path(sys.argv[1]))}\n")

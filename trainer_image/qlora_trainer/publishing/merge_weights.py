@@ -23,13 +23,13 @@ from qlora_trainer.data.tokenization import TokenRow
 from qlora_trainer.model.attention import FLASH
 from qlora_trainer.model.base_model import load_base
 from qlora_trainer.model.loss import token_losses
-from qlora_trainer.observability.progress import Note, silent
+from qlora_trainer.observability.progress import LogFn, no_log
 
 MERGE_REPORT: Final = "merge.json"
 """Beside the merged model."""
 MEASURED_TOKENS: Final = 256
 """Supervised tokens whose logits are compared: 125 MiB in fp32 for a vocabulary of 128,256."""
-_UNQUANTISED: Final = QuantizationSpec(bits=16)
+_UNQUANTIZED: Final = QuantizationSpec(bits=16)
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Outputs:
     """The tokens that follow."""
 
 
-def merge(task: MergeTask, target: Path, note: Note = silent) -> MergeReport:
+def merge_adapter(task: MergeTask, target: Path, note: LogFn = no_log) -> MergeReport:
     """Write the merged model as anybody loads it, and return how far it is from adapter and base apart."""
     rows = choose_rows(task.rows)
     note(
@@ -80,7 +80,7 @@ def merge(task: MergeTask, target: Path, note: Note = silent) -> MergeReport:
     if rows:
         note("asking the merged model")
     after = _merged_outputs(target, rows) if rows else None
-    difference = compare(before, after, len(rows)) if before and after else None
+    difference = compare_outputs(before, after, len(rows)) if before and after else None
     report = MergeReport(base=task.base, difference=difference)
     (target / MERGE_REPORT).write_text(report.model_dump_json(by_alias=True, indent=2))
     return report
@@ -98,8 +98,8 @@ def choose_rows(rows: Sequence[TokenRow]) -> list[TokenRow]:
 
 def save_merged(task: MergeTask, target: Path) -> None:
     """Merge and save; embeddings that were one weight stay one."""
-    base = load_base(task.model, _UNQUANTISED, torch.bfloat16, "sdpa", "cpu")
-    exact = _dequantised_weights(task) if task.base == "dequantised" else {}
+    base = load_base(task.model, _UNQUANTIZED, torch.bfloat16, "sdpa", "cpu")
+    exact = _dequantized_weights(task) if task.base == "dequantised" else {}
     for name, weight in exact.items():
         base.get_submodule(name).weight.data = weight.to(torch.bfloat16)
     merged = _merge_layers(PeftModel.from_pretrained(base, task.adapter), exact)
@@ -107,7 +107,7 @@ def save_merged(task: MergeTask, target: Path) -> None:
     AutoTokenizer.from_pretrained(task.adapter).save_pretrained(target)
 
 
-def _dequantised_weights(task: MergeTask) -> dict[str, torch.Tensor]:
+def _dequantized_weights(task: MergeTask) -> dict[str, torch.Tensor]:
     """Return the weights that the adapter was trained on, by the names of their modules."""
     base = load_base(task.model, task.record.quantization, task.dtype, task.attention, "cpu")
     return {
@@ -149,13 +149,13 @@ def _outputs(model: Any, rows: Sequence[TokenRow]) -> Outputs:
     for row in rows:
         ids = torch.tensor([row.input_ids])
         found = model(input_ids=ids, use_cache=False).logits[0].float()
-        for start, end in row.learned:
+        for start, end in row.label_spans:
             logits.append(found[start - 1 : end - 1])
             labels.append(ids[0, start:end])
     return Outputs(torch.cat(logits), torch.cat(labels))
 
 
-def compare(before: Outputs, after: Outputs, rows: int) -> MergeDifference:
+def compare_outputs(before: Outputs, after: Outputs, rows: int) -> MergeDifference:
     """Return how far the merged model is from the unmerged one."""
     difference = after.logits - before.logits
     losses = [float(token_losses(outputs.logits, outputs.labels).mean()) for outputs in (before, after)]

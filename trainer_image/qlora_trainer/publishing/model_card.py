@@ -10,14 +10,14 @@ from qlora_api.report import RunReport
 from qlora_trainer.publishing.html_report import make_comparison
 from qlora_trainer.publishing.report_sections import make_recipe
 
-CARD: Final = "README.md"
+CARD_FILE: Final = "README.md"
 TAGS: Final = {"qlora": ("lora", "qlora"), "lora": ("lora",), "full": ()}
 """What the hub is told about a method."""
 
 
 def write_card(report: RunReport, adapter: Path) -> None:
     """Write the card; PEFT's own says nothing."""
-    (adapter / CARD).write_text(render_card(report), encoding="utf-8")
+    (adapter / CARD_FILE).write_text(render_card(report), encoding="utf-8")
 
 
 def render_card(report: RunReport) -> str:
@@ -42,7 +42,7 @@ def render_card(report: RunReport) -> str:
 
 def front_matter(report: RunReport) -> ModelCardData:
     """Return what the hub indexes; it knows models and datasets by their names on the hub only."""
-    model, sources = report.spec.model.uri, [source.uri for _, source in report.spec.dataset.inputs]
+    model, sources = report.spec.model.uri, [source.uri for _, source in report.spec.dataset.sources_by_field]
     names = [uri.removeprefix("hf://datasets/") for uri in sources if uri.startswith("hf://datasets/")]
     return ModelCardData(
         base_model=model.removeprefix("hf://") if model.startswith("hf://") else None,

@@ -26,21 +26,21 @@ _ADAPTER: Final = "#2f9e62"
 """Seen on white and on black alike."""
 _INK, _LINE = "#010203", "#030201"
 """Stand for the page's own colours of text and lines, which are not known here."""
-_SMOOTHING: Final = 0.9
+_EMA_DECAY: Final = 0.9
 """Weight of the past in the smoothed line; the raw one is drawn behind it."""
 _SMOOTH_FROM_STEPS: Final = 20
 """Fewer steps are drawn as they are: a smoothed line would lag behind them."""
-_DRAWN_POINTS: Final = 1000
+_MAX_POINTS: Final = 1000
 """Of a scatter or a line: more make a page of megabytes and no other picture."""
-_CHART_INCHES: Final = (4.0, 3.0)
+_PLOT_INCHES: Final = (4.0, 3.0)
 _TALL_INCHES: Final = (4.0, 3.9)
 """Of the first two, one of which has a long legend."""
-_LETTER_POINTS: Final = 12.5
+_FONT_POINTS: Final = 12.5
 """14 pixels on a phone of 390, and 12 or 19 in one of three or two columns."""
 _STYLE: Final[dict[Any, Any]] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "qlora",
-    "font.size": _LETTER_POINTS,
+    "font.size": _FONT_POINTS,
     "legend.fontsize": "medium",
     "text.color": _INK,
     "axes.labelcolor": _INK,
@@ -52,7 +52,7 @@ _STYLE: Final[dict[Any, Any]] = {
 
 
 @dataclass(frozen=True)
-class Chart:
+class Plot:
     """A picture for the page."""
 
     title: str
@@ -71,14 +71,14 @@ def draw_loss(report: RunReport) -> bytes:
     return sink.getvalue()
 
 
-def draw_charts(report: RunReport, rows: Sequence[EvaluatedRow]) -> Iterator[Chart]:
+def draw_plots(report: RunReport, rows: Sequence[EvaluatedRow]) -> Iterator[Plot]:
     """Yield the pictures of the page, each where there is something to see."""
     base, adapter = report.evaluation.base, report.evaluation.adapter
     course = f"Held out, it went from {base.loss:.3f} to {adapter.loss:.3f}."
     yield _draw("Loss", course, lambda axes: _plot_loss(axes, report), _TALL_INCHES)
     yield _draw("Each held-out row", describe_rows(rows), lambda axes: _plot_rows(axes, rows), _TALL_INCHES)
     if report.held_out:
-        yield _draw("Held-out loss", _describe_looks(report), lambda axes: _plot_looks(axes, report))
+        yield _draw("Held-out loss", _describe_validations(report), lambda axes: _plot_validations(axes, report))
     yield _draw(
         "Learning rate",
         f"{report.spec.training.scheduler}, {report.spec.training.learning_rate:g} at its highest.",
@@ -91,17 +91,17 @@ def draw_charts(report: RunReport, rows: Sequence[EvaluatedRow]) -> Iterator[Cha
         yield _draw("Tokens per second", caption, lambda axes: _plot_steps(axes, report, speeds))
 
 
-def _draw(title: str, caption: str, plot: Callable[[Axes], None], inches: tuple[float, float] = _CHART_INCHES) -> Chart:
+def _draw(title: str, caption: str, plot: Callable[[Axes], None], inches: tuple[float, float] = _PLOT_INCHES) -> Plot:
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=inches, layout="constrained")
         axes = _axes(figure)
         plot(axes)
         sink = io.StringIO()
         figure.savefig(sink, format="svg", transparent=True, metadata={"Date": None})
-    return Chart(title, caption, for_page(sink.getvalue(), f"{title}. {caption}"))
+    return Plot(title, caption, to_inline_svg(sink.getvalue(), f"{title}. {caption}"))
 
 
-def for_page(svg: str, label: str) -> str:
+def to_inline_svg(svg: str, label: str) -> str:
     """Return matplotlib's SVG as a part of a page: without a size, in the page's colours, and with what it shows."""
     body = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     body = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", body)
@@ -124,20 +124,20 @@ def _plot_loss(axes: Axes, report: RunReport, legend_columns: int = 1) -> None:
     if len(steps) < _SMOOTH_FROM_STEPS:
         axes.plot(steps, losses, color=_SMOOTH, linewidth=2, marker="o", markersize=3, label="training")
     else:
-        shown = thinned(range(len(steps)))
-        smooth = smoothed(losses)
+        shown = subsample(range(len(steps)))
+        smooth = exponential_moving_average(losses)
         at = [steps[place] for place in shown]
         axes.plot(at, [losses[place] for place in shown], color=_RAW, linewidth=1, label="training, each step")
         axes.plot(at, [smooth[place] for place in shown], color=_SMOOTH, linewidth=2, label="training, smoothed")
     if report.held_out:
         looks = [record.step for record in report.held_out], [record.loss for record in report.held_out]
         axes.plot(*looks, color=_ADAPTER, linewidth=1.6, marker="o", markersize=4, label="held out, while training")
-    _plot_ends(axes, report)
+    _plot_base_and_adapter(axes, report)
     _label_steps(axes, "nats per token")
     axes.figure.legend(loc="outside lower center", ncols=legend_columns, frameon=False)
 
 
-def _plot_ends(axes: Axes, report: RunReport) -> None:
+def _plot_base_and_adapter(axes: Axes, report: RunReport) -> None:
     """Draw where base and adapter stand on the held-out rows."""
     found = report.evaluation
     for metrics, name, colour in ((found.base, "base", _BASE), (found.adapter, "adapter", _ADAPTER)):
@@ -145,7 +145,7 @@ def _plot_ends(axes: Axes, report: RunReport) -> None:
         axes.axhline(metrics.loss, color=colour, linewidth=1.6, linestyle="--", label=label)
 
 
-def _plot_looks(axes: Axes, report: RunReport) -> None:
+def _plot_validations(axes: Axes, report: RunReport) -> None:
     looks = [record.step for record in report.held_out], [record.loss for record in report.held_out]
     axes.plot(*looks, color=_ADAPTER, linewidth=2, marker="o", markersize=4, label="each look")
     axes.axvline(report.adapter_step, color=_SMOOTH, linewidth=1.2, linestyle=":", label="the adapter")
@@ -153,14 +153,14 @@ def _plot_looks(axes: Axes, report: RunReport) -> None:
     axes.legend(frameon=False)
 
 
-def _describe_looks(report: RunReport) -> str:
+def _describe_validations(report: RunReport) -> str:
     best = min(report.held_out, key=lambda record: record.loss)
     kept = f"the adapter is that of step {report.adapter_step}"
     return f"{len(report.held_out)} looks while training, the lowest {best.loss:.3f} after step {best.step}; {kept}."
 
 
 def _plot_rows(axes: Axes, rows: Sequence[EvaluatedRow]) -> None:
-    shown = thinned(rows)
+    shown = subsample(rows)
     base = [row.base.loss / row.tokens for row in shown]
     adapter = [row.adapter.loss / row.tokens for row in shown]
     top = max([*base, *adapter]) * 1.05
@@ -173,7 +173,7 @@ def _plot_rows(axes: Axes, rows: Sequence[EvaluatedRow]) -> None:
 def describe_rows(rows: Sequence[EvaluatedRow]) -> str:
     """Return how many rows the adapter made better."""
     better = sum(row.adapter.loss < row.base.loss for row in rows)
-    shown = f" {len(thinned(rows)):,} of them are drawn." if len(rows) > _DRAWN_POINTS else ""
+    shown = f" {len(subsample(rows)):,} of them are drawn." if len(rows) > _MAX_POINTS else ""
     return f"{better:,} of {len(rows):,} rows ({better / len(rows):.0%}) have a lower loss, below the line.{shown}"
 
 
@@ -191,7 +191,7 @@ def _describe_norms(report: RunReport) -> str:
 
 
 def _plot_steps(axes: Axes, report: RunReport, values: Sequence[float]) -> None:
-    shown = thinned(range(len(values)))
+    shown = subsample(range(len(values)))
     axes.plot([report.history[place].step for place in shown], [values[place] for place in shown], color=_SMOOTH)
     axes.set_ylim(bottom=0)
     axes.ticklabel_format(axis="y", scilimits=(-3, 5))
@@ -203,19 +203,19 @@ def _label_steps(axes: Axes, values: str) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def thinned(items: Sequence[Item]) -> list[Item]:
+def subsample(items: Sequence[Item]) -> list[Item]:
     """Return at most _DRAWN_POINTS of the items, evenly, the last one among them."""
     count = len(items)
-    if count <= _DRAWN_POINTS:
+    if count <= _MAX_POINTS:
         return list(items)
-    return [items[round(place * (count - 1) / (_DRAWN_POINTS - 1))] for place in range(_DRAWN_POINTS)]
+    return [items[round(place * (count - 1) / (_MAX_POINTS - 1))] for place in range(_MAX_POINTS)]
 
 
-def smoothed(values: Sequence[float]) -> list[float]:
+def exponential_moving_average(values: Sequence[float]) -> list[float]:
     """Return the exponential moving average, without a pull towards zero at the start."""
     average, weight, result = 0.0, 0.0, []
     for value in values:
-        average = _SMOOTHING * average + (1 - _SMOOTHING) * value
-        weight = _SMOOTHING * weight + (1 - _SMOOTHING)
+        average = _EMA_DECAY * average + (1 - _EMA_DECAY) * value
+        weight = _EMA_DECAY * weight + (1 - _EMA_DECAY)
         result.append(average / weight)
     return result

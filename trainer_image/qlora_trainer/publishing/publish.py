@@ -10,15 +10,23 @@ from typing import Any, Final
 
 from qlora_api.names import Reason
 from qlora_api.prepared import Prepared
-from qlora_api.report import AdapterRecord, EvaluatedRow, Manifest, ManifestFile, MergedManifest, MergeReport, RunReport
+from qlora_api.report import (
+    AdapterRecord,
+    EvaluatedRow,
+    ManifestFile,
+    MergedManifest,
+    MergeReport,
+    ResultManifest,
+    RunReport,
+)
 from qlora_api.result import Result
 from qlora_api.runconfig import RunConfig
 from qlora_trainer.errors import RunError
-from qlora_trainer.model.adapter import restore_base
-from qlora_trainer.model.base_model import Tuned
-from qlora_trainer.model.full_finetune import save_whole
+from qlora_trainer.model.adapter import rewrite_for_original_base
+from qlora_trainer.model.base_model import TrainableModel
+from qlora_trainer.model.full_finetune import save_full_model
 from qlora_trainer.publishing.html_report import render_html
-from qlora_trainer.publishing.plots import draw_charts, draw_loss
+from qlora_trainer.publishing.plots import draw_loss, draw_plots
 from qlora_trainer.storage.results import (
     MANIFEST,
     RECORD,
@@ -27,27 +35,27 @@ from qlora_trainer.storage.results import (
     describe_files,
     find_manifest,
     find_merged,
-    is_final,
+    is_reusable,
     manifest_json,
-    merged_place,
-    point_latest,
+    merged_folder,
     put_manifest,
     remove_replaced,
     replace_manifest,
+    update_latest,
 )
-from qlora_trainer.storage.store import AlreadyThereError, Store, sha256_of
+from qlora_trainer.storage.store import ObjectExistsError, Store, sha256_of
 from qlora_trainer.training.state import Weights
 
-WEIGHTS: Final = {"qlora": "adapter", "lora": "adapter", "full": "model"}
+WEIGHTS_FOLDER: Final = {"qlora": "adapter", "lora": "adapter", "full": "model"}
 """Folder of the result, by method."""
 REPORT: Final = "report/report.json"
 PAGE: Final = "report/report.html"
 ROWS: Final = "report/evaluation.jsonl"
-PICTURE: Final = "report/loss.png"
+LOSS_PLOT: Final = "report/loss.png"
 
 
 @dataclass(frozen=True)
-class Merged:
+class MergedModel:
     """A merged model on this computer."""
 
     folder: Path
@@ -55,29 +63,29 @@ class Merged:
 
 
 def write_weights(
-    tuned: Tuned, tokenizer: Any, record: AdapterRecord, folder: Path, weights: Weights | None = None
+    trainable: TrainableModel, tokenizer: Any, record: AdapterRecord, folder: Path, weights: Weights | None = None
 ) -> Path:
     """Write what was trained, with the tokenizer and our own record beside it.
 
     `weights` are the adapter's where the model does not have them whole (ZeRO-3).
     """
-    target = folder / WEIGHTS[record.method]
-    if tuned.whole:
-        save_whole(tuned.causal, record.base, target)
+    target = folder / WEIGHTS_FOLDER[record.method]
+    if trainable.is_full_finetune:
+        save_full_model(trainable.model, record.base, target)
     else:
-        save_adapter(tuned, record, target, weights)
+        save_adapter(trainable, record, target, weights)
     tokenizer.save_pretrained(target)
     (target / RECORD).write_text(record.model_dump_json(by_alias=True, indent=2))
     return target
 
 
-def save_adapter(tuned: Tuned, record: AdapterRecord, target: Path, weights: Weights | None) -> None:
+def save_adapter(trainable: TrainableModel, record: AdapterRecord, target: Path, weights: Weights | None) -> None:
     """Write the adapter as peft and vLLM read it."""
-    whole = {"state_dict": tuned.peft.state_dict() | dict(weights)} if weights else {}
+    whole = {"state_dict": trainable.wrapped.state_dict() | dict(weights)} if weights else {}
     # With 'auto' peft would ask the hub whether the vocabulary was resized; it never is (peft#2898).
-    tuned.peft.save_pretrained(target, save_embedding_layers=False, **whole)
-    if tuned.start:
-        restore_base(target, tuned.start)
+    trainable.wrapped.save_pretrained(target, save_embedding_layers=False, **whole)
+    if trainable.initial_weights:
+        rewrite_for_original_base(target, trainable.initial_weights)
     config = target / "adapter_config.json"
     config.write_text(canonical_config(config.read_text(), record.base, record.commit))
 
@@ -95,26 +103,26 @@ def canonical_config(text: str, uri: str, commit: str) -> str:
 
 def write_report(report: RunReport, rows: Sequence[EvaluatedRow], folder: Path) -> None:
     """Write the report as data and as a page, its first picture, and the rows that its figures come from."""
-    (folder / PICTURE).parent.mkdir(parents=True, exist_ok=True)
+    (folder / LOSS_PLOT).parent.mkdir(parents=True, exist_ok=True)
     (folder / REPORT).write_text(report.model_dump_json(by_alias=True, indent=2))
     (folder / ROWS).write_text("".join(f"{row.model_dump_json(by_alias=True)}\n" for row in rows), encoding="utf-8")
-    (folder / PICTURE).write_bytes(draw_loss(report))
-    (folder / PAGE).write_text(render_html(report, draw_charts(report, rows)), encoding="utf-8")
+    (folder / LOSS_PLOT).write_bytes(draw_loss(report))
+    (folder / PAGE).write_text(render_html(report, draw_plots(report, rows)), encoding="utf-8")
 
 
 def publish(output: Store, config: RunConfig, result: Result, folder: Path, now: datetime) -> Result:
     """Upload a folder and then its manifest; whoever published first is right, unless that is to be replaced."""
     digest, if_exists = config.prepared.digest, config.spec.output.if_exists
     published = find_manifest(output, digest)
-    if published is None or not is_final(published, if_exists, config.uid):
+    if published is None or not is_reusable(published, if_exists, config.uid):
         place, files = _upload(output, config.prepared, folder)
-        moved = _moved_result(result, config.prepared.prefix, place)
-        published = _put(output, build_manifest(config, moved, files, now), published)
-    point_latest(output, digest, config.prepared.prefix)
+        moved = _relocate_result(result, config.prepared.prefix, place)
+        published = _put_or_replace_manifest(output, build_manifest(config, moved, files, now), published)
+    update_latest(output, digest, config.prepared.prefix)
     return published.result
 
 
-def _put(output: Store, manifest: Manifest, former: Manifest | None) -> Manifest:
+def _put_or_replace_manifest(output: Store, manifest: ResultManifest, former: ResultManifest | None) -> ResultManifest:
     """Publish a manifest, and return the one that stands."""
     if former is None:
         return put_manifest(output, manifest)
@@ -123,21 +131,21 @@ def _put(output: Store, manifest: Manifest, former: Manifest | None) -> Manifest
     return manifest
 
 
-def keep_rejected(output: Store, config: RunConfig, result: Result, folder: Path, now: datetime) -> Result:
+def upload_rejected(output: Store, config: RunConfig, result: Result, folder: Path, now: datetime) -> Result:
     """Upload what the gate refused beside where it would be, with the manifest that it would have."""
     place, files = _upload(output, config.prepared, folder, REJECTED)
-    kept = _moved_result(result, config.prepared.prefix, place)
+    kept = _relocate_result(result, config.prepared.prefix, place)
     record = build_manifest(config, kept, files, now)
     output.put(f"{config.prepared.digest}/{REJECTED_RECORD}", manifest_json(record))
     return kept
 
 
-def publish_merged(output: Store, config: RunConfig, adapter: str, merged: Merged, now: datetime) -> str:
+def publish_merged(output: Store, config: RunConfig, adapter: str, merged: MergedModel, now: datetime) -> str:
     """Upload a merged model and then its own manifest, and return its URI; the first one is right here as well."""
     prepared, base = config.prepared, merged.report.base
     if published := find_merged(output, prepared.digest, base, adapter):
         return published
-    place, files = _upload(output, prepared, merged.folder, merged_place(base))
+    place, files = _upload(output, prepared, merged.folder, merged_folder(base))
     manifest = MergedManifest(
         digest=prepared.digest,
         model=f"{prepared.prefix}/{place}",
@@ -148,18 +156,20 @@ def publish_merged(output: Store, config: RunConfig, adapter: str, merged: Merge
         merge=merged.report,
         files=files,
     )
-    with contextlib.suppress(AlreadyThereError):
-        output.put(f"{prepared.digest}/{merged_place(base)}/{MANIFEST}", manifest_json(manifest), if_none_match=True)
+    with contextlib.suppress(ObjectExistsError):
+        output.put(f"{prepared.digest}/{merged_folder(base)}/{MANIFEST}", manifest_json(manifest), if_none_match=True)
     return find_merged(output, prepared.digest, base, adapter) or manifest.model
 
 
-def _upload(output: Store, prepared: Prepared, folder: Path, place: str = "") -> tuple[str, tuple[ManifestFile, ...]]:
+def _upload(
+    output: Store, prepared: Prepared, folder: Path, subfolder: str = ""
+) -> tuple[str, tuple[ManifestFile, ...]]:
     """Upload a folder without ever replacing a file; return where it lies, and its files as they lie there."""
     files = describe_files(folder)
     # A crashed attempt left other files there, or somebody is publishing right now: their manifest must stay true.
-    places = [place, f"{place}/{_own_place(files)}".removeprefix("/")]
+    places = [subfolder, f"{subfolder}/{_content_folder(files)}".removeprefix("/")]
     for candidate in places:
-        moved = _moved_files(files, candidate) if candidate else files
+        moved = _relocate_files(files, candidate) if candidate else files
         if _put_files(output, prepared.digest, moved, [folder / file.path for file in files]):
             return candidate, moved
     where = f"{prepared.prefix}/{places[-1]}"
@@ -172,40 +182,40 @@ def _put_files(output: Store, digest: str, files: Sequence[ManifestFile], source
         path = f"{digest}/{file.path}"
         try:
             output.put(path, source, if_none_match=True)
-        except AlreadyThereError:
+        except ObjectExistsError:
             if output.sha256(path) != file.sha256:
                 return False
     return True
 
 
-def _own_place(files: tuple[ManifestFile, ...]) -> str:
+def _content_folder(files: tuple[ManifestFile, ...]) -> str:
     """Return a folder's name that depends on the files' content, so that no two publishers disagree about it."""
     listing = "\n".join(f"{file.sha256} {file.path}" for file in files)
     return sha256_of(listing.encode())[:16]
 
 
-def _moved_files(files: tuple[ManifestFile, ...], place: str) -> tuple[ManifestFile, ...]:
-    return tuple(file.model_copy(update={"path": f"{place}/{file.path}"}) for file in files)
+def _relocate_files(files: tuple[ManifestFile, ...], subfolder: str) -> tuple[ManifestFile, ...]:
+    return tuple(file.model_copy(update={"path": f"{subfolder}/{file.path}"}) for file in files)
 
 
-def _moved_result(result: Result, prefix: str, place: str) -> Result:
-    if not place:
+def _relocate_result(result: Result, prefix: str, subfolder: str) -> Result:
+    if not subfolder:
         return result
-    folder, weights = f"{prefix}/{place}", result.adapter.rpartition("/")[2]
+    folder, weights = f"{prefix}/{subfolder}", result.adapter.rpartition("/")[2]
     return result.model_copy(update={"adapter": f"{folder}/{weights}", "report": f"{folder}/{REPORT}"})
 
 
-def build_manifest(config: RunConfig, result: Result, files: tuple[ManifestFile, ...], now: datetime) -> Manifest:
+def build_manifest(config: RunConfig, result: Result, files: tuple[ManifestFile, ...], now: datetime) -> ResultManifest:
     """Return the manifest of a result."""
     prepared = config.prepared
-    return Manifest(
+    return ResultManifest(
         digest=prepared.digest,
         job=config.job,
         namespace=config.namespace,
         run=config.uid,
         base_model=prepared.model.uri,
         base_commit=prepared.model.commit,
-        dataset_uri=config.spec.dataset.origin,
+        dataset_uri=config.spec.dataset.source_uris,
         dataset_digest=prepared.dataset.digest,
         trainer_version=prepared.trainer_version,
         created_at=now,

@@ -36,7 +36,7 @@ def make_lineage(report: RunReport) -> tuple[tuple[str, str], ...]:
         ("Base model", model.uri),
         ("Its commit", model.commit),
         ("Its kind", f"{model.architecture}, {model.parameters:,} weights"),
-        ("Rows", report.spec.dataset.origin),
+        ("Rows", report.spec.dataset.source_uris),
         ("Held-out rows", describe_split(report.spec.dataset)),
         ("SHA-256 of all rows", data.digest),
         ("Prepared by", f"qlora-operator {prepared.trainer_version}"),

@@ -21,7 +21,7 @@ from prometheus_client import (
 )
 
 from qlora_api import metrics
-from qlora_api.report import HeldOutRecord, StepRecord
+from qlora_api.report import StepRecord, ValidationRecord
 
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
@@ -31,19 +31,19 @@ class Meter:
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
-        self._step = Gauge(*metrics.STEP.what, registry=registry)
-        self._steps = Gauge(*metrics.STEPS.what, registry=registry)
-        self._loss = _unknown(metrics.TRAINING_LOSS, registry)
-        self._held_out_loss = _unknown(metrics.HELD_OUT_LOSS, registry)
-        self._learning_rate = _unknown(metrics.LEARNING_RATE, registry)
-        self._gradient_norm = _unknown(metrics.GRADIENT_NORM, registry)
-        self._tokens = Counter(*metrics.TOKENS.what, registry=registry)
-        self._token_rate = _unknown(metrics.TOKEN_RATE, registry)
+        self._step = Gauge(*metrics.STEP.constructor_args, registry=registry)
+        self._steps = Gauge(*metrics.PLANNED_STEPS.constructor_args, registry=registry)
+        self._loss = _nan_gauge(metrics.TRAINING_LOSS, registry)
+        self._held_out_loss = _nan_gauge(metrics.HELD_OUT_LOSS, registry)
+        self._learning_rate = _nan_gauge(metrics.LEARNING_RATE, registry)
+        self._gradient_norm = _nan_gauge(metrics.GRADIENT_NORM, registry)
+        self._tokens = Counter(*metrics.TOKENS.constructor_args, registry=registry)
+        self._token_rate = _nan_gauge(metrics.TOKEN_RATE, registry)
         self._step_seconds = _histogram(metrics.STEP_SECONDS, registry)
-        self._peak_memory = Gauge(*metrics.PEAK_MEMORY.what, registry=registry)
+        self._peak_memory = Gauge(*metrics.PEAK_MEMORY.constructor_args, registry=registry)
         self._checkpoint_seconds = _histogram(metrics.CHECKPOINT_SECONDS, registry)
         self._upload_seconds = _histogram(metrics.UPLOAD_SECONDS, registry)
-        self._uploaded = Counter(*metrics.UPLOADED.what, registry=registry)
+        self._uploaded = Counter(*metrics.UPLOADED_BYTES.constructor_args, registry=registry)
 
     def start(self, done: int, total: int, peak_memory: Callable[[], float]) -> None:
         """A training goes on after so many steps; its memory is asked for when somebody asks for the metrics."""
@@ -61,7 +61,7 @@ class Meter:
         self._token_rate.set(record.tokens / record.seconds if record.seconds else 0.0)
         self._step_seconds.observe(record.seconds)
 
-    def held_out(self, record: HeldOutRecord) -> None:
+    def validation(self, record: ValidationRecord) -> None:
         """The held-out rows were looked at."""
         self._held_out_loss.set(record.loss)
 
@@ -82,15 +82,15 @@ class Meter:
         return generate_latest(self.registry)
 
 
-def _unknown(metric: metrics.Metric, registry: CollectorRegistry) -> Gauge:
+def _nan_gauge(metric: metrics.Metric, registry: CollectorRegistry) -> Gauge:
     """Return a gauge that is no number until it is known: 0 would be a very good loss."""
-    gauge = Gauge(*metric.what, registry=registry)
+    gauge = Gauge(*metric.constructor_args, registry=registry)
     gauge.set(math.nan)
     return gauge
 
 
 def _histogram(metric: metrics.Metric, registry: CollectorRegistry) -> Histogram:
-    return Histogram(*metric.what, buckets=metric.buckets, registry=registry)
+    return Histogram(*metric.constructor_args, buckets=metric.buckets, registry=registry)
 
 
 METER: Final = Meter()

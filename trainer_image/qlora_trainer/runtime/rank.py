@@ -4,9 +4,9 @@ import os
 from pathlib import Path
 from typing import Final
 
-RANK: Final = "{rank}"
+RANK_PLACEHOLDER: Final = "{rank}"
 """Stands for the process's number in a path."""
-DONE: Final = ".done"
+DONE_SUFFIX: Final = ".done"
 """Suffix of the empty file that a process leaves instead of a last word when another one has it."""
 
 
@@ -16,14 +16,14 @@ def rank_of_process() -> int | None:
     return int(rank) if rank else None
 
 
-def is_first_of_pod() -> bool:
+def is_local_main_process() -> bool:
     """Return whether this process is the only one or the first one of its pod."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
-def path_of_process(path: Path) -> Path:
+def per_rank_path(path: Path) -> Path:
     """Return a path of this process's own, where the path asks for one."""
-    return Path(str(path).replace(RANK, str(rank_of_process() or 0)))
+    return Path(str(path).replace(RANK_PLACEHOLDER, str(rank_of_process() or 0)))
 
 
 def default_work() -> Path:

@@ -9,23 +9,23 @@ from types import FrameType
 from typing import Final
 
 from qlora_api.names import GRACE_SECONDS, Reason
-from qlora_trainer.errors import RunError, explain
+from qlora_trainer.errors import RunError, as_run_error
 
-EXIT_CODE: Final = 143
+SIGTERM_EXIT_CODE: Final = 143
 """What a shell calls a process ended by SIGTERM: 128 + 15."""
-_OVERDUE_SECONDS: Final = GRACE_SECONDS - 10.0
+_STOP_TIMEOUT_SECONDS: Final = GRACE_SECONDS - 10.0
 """A step or an upload that is still under way then is abandoned; the rest is for the last word."""
 
 
-def interrupted(step: int | None = None) -> RunError:
+def interrupted_error(step: int | None = None) -> RunError:
     """Return what is raised once the process was asked to stop."""
     return RunError(Reason.INTERRUPTED, "the pod was asked to stop before the run was published", step)
 
 
-def explain_end(error: BaseException, *, stopped: bool) -> RunError:
+def as_exit_error(error: BaseException, *, stopped: bool) -> RunError:
     """Say what ended a run: a library that meets the stop in its own work wraps it in an error of its own."""
-    known = explain(error)
-    return interrupted(known.step) if stopped and known.reason is Reason.TRAINER_ERROR else known
+    known = as_run_error(error)
+    return interrupted_error(known.step) if stopped and known.reason is Reason.TRAINER_ERROR else known
 
 
 class StopFlag:
@@ -35,13 +35,13 @@ class StopFlag:
         self.requested = False
         self._deferred = False
 
-    def listen(self, overdue: Callable[[], None]) -> None:
+    def install_signal_handlers(self, on_timeout: Callable[[], None]) -> None:
         """React to SIGTERM; `overdue` is called from a thread when nothing stopped in time, before the process ends."""
-        self._overdue = overdue
+        self._on_timeout = on_timeout
         signal.signal(signal.SIGTERM, self._on_signal)
 
     @contextlib.contextmanager
-    def listening_to_keyboard(self, announce: Callable[[], None]) -> Iterator[None]:
+    def handling_keyboard_interrupt(self, announce: Callable[[], None]) -> Iterator[None]:
         """Within, the first Ctrl-C lets a step under way finish and is announced; another one ends everything."""
 
         def on_signal(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 (signal's signature)
@@ -67,7 +67,7 @@ class StopFlag:
             self._deferred = before
 
     @contextlib.contextmanager
-    def put_off(self) -> Iterator[None]:
+    def delayed(self) -> Iterator[None]:
         """Within, a signal waits: it comes at the end of what is not to be done by halves."""
         if self._deferred or threading.current_thread() is not threading.main_thread():  # the thread that hears signals
             yield
@@ -76,18 +76,18 @@ class StopFlag:
         with self.deferred():
             yield
         if self.requested and not before:
-            raise interrupted()
+            raise interrupted_error()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 (signal's signature)
         if self.requested:
             return
         self.requested = True
-        timer = threading.Timer(_OVERDUE_SECONDS, self._abandon)
+        timer = threading.Timer(_STOP_TIMEOUT_SECONDS, self._exit_on_timeout)
         timer.daemon = True
         timer.start()
         if not self._deferred:
-            raise interrupted()
+            raise interrupted_error()
 
-    def _abandon(self) -> None:
-        self._overdue()
-        os._exit(EXIT_CODE)
+    def _exit_on_timeout(self) -> None:
+        self._on_timeout()
+        os._exit(SIGTERM_EXIT_CODE)

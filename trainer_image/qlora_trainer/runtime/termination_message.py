@@ -6,30 +6,30 @@ from pathlib import Path
 
 from qlora_api.names import TERMINATION_MESSAGE_BYTES
 from qlora_api.redaction import REDACTOR
-from qlora_api.report import LastWord
+from qlora_api.report import TerminationMessage
 from qlora_api.v1alpha1 import Checkpoint, Progress
 from qlora_trainer.errors import RunError
 
 _ELLIPSIS = "…"
 
 
-def failure_word(error: RunError, checkpoint: Checkpoint | None = None) -> LastWord:
+def failure_message(error: RunError, checkpoint: Checkpoint | None = None) -> TerminationMessage:
     """Return what is said about a failed run."""
-    return LastWord(reason=error.reason, message=error.message, step=error.step, checkpoint=checkpoint)
+    return TerminationMessage(reason=error.reason, message=error.message, step=error.step, checkpoint=checkpoint)
 
 
-class Farewell:
+class TerminationMessageWriter:
     """The last word of a process, said once: what several threads notice of one end must not take turns.
 
     It hears the progress as any sink does, so that it knows the newest checkpoint of a run that did not end well.
     """
 
-    def __init__(self, place: Path) -> None:
-        self._place = place
+    def __init__(self, path: Path) -> None:
+        self._path = path
         self._checkpoint: Checkpoint | None = None
         self._step: int | None = None
         self._lock = threading.Lock()
-        self._said = False
+        self._written = False
 
     def report(self, progress: Progress) -> None:
         """Remember how far the run is."""
@@ -38,20 +38,20 @@ class Farewell:
     def note(self, text: str) -> None:
         """Leave sentences to the log."""
 
-    def fail(self, error: RunError) -> None:
+    def write_failure(self, error: RunError) -> None:
         """Say why the run failed."""
-        word = failure_word(error, self._checkpoint)
-        self.say(word if word.step is not None else word.model_copy(update={"step": self._step}))
+        word = failure_message(error, self._checkpoint)
+        self.write(word if word.step is not None else word.model_copy(update={"step": self._step}))
 
-    def say(self, word: LastWord) -> None:
+    def write(self, word: TerminationMessage) -> None:
         """Write the word, unless there is one."""
         with self._lock:
-            if not self._said:
-                self._said = True
-                write_last_word(word, self._place)
+            if not self._written:
+                self._written = True
+                write_termination_message(word, self._path)
 
 
-def to_line(word: LastWord, limit: int = TERMINATION_MESSAGE_BYTES) -> str:
+def to_json_line(word: TerminationMessage, limit: int = TERMINATION_MESSAGE_BYTES) -> str:
     """Return the word as JSON of at most `limit` bytes; only the message is shortened."""
     line = _dump(word)
     # Escapes make a character up to six bytes, so the length to keep is searched for, not computed.
@@ -67,17 +67,17 @@ def to_line(word: LastWord, limit: int = TERMINATION_MESSAGE_BYTES) -> str:
     return _dump(_shortened(word, low))
 
 
-def write_last_word(word: LastWord, path: Path) -> None:
+def write_termination_message(word: TerminationMessage, path: Path) -> None:
     """Write the word where the kubelet looks for it; outside a pod there may be no such place."""
     with contextlib.suppress(OSError):
-        path.write_text(to_line(word), encoding="utf-8")
+        path.write_text(to_json_line(word), encoding="utf-8")
 
 
-def _shortened(word: LastWord, characters: int) -> LastWord:
+def _shortened(word: TerminationMessage, characters: int) -> TerminationMessage:
     return word.model_copy(update={"message": word.message[:characters] + _ELLIPSIS})
 
 
-def _dump(word: LastWord) -> str:
+def _dump(word: TerminationMessage) -> str:
     # A lone surrogate (from an undecodable file name, say) has no UTF-8 form and would end the last word itself.
-    clean = REDACTOR.text(word.message).encode("utf-8", "replace").decode("utf-8")
+    clean = REDACTOR.redact_text(word.message).encode("utf-8", "replace").decode("utf-8")
     return word.model_copy(update={"message": clean}).model_dump_json(by_alias=True, exclude_none=True)

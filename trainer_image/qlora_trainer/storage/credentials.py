@@ -10,7 +10,7 @@ from qlora_api.redaction import REDACTOR
 from qlora_api.v1alpha1 import QLoRAJobSpec, SecretRef
 from qlora_trainer.errors import RunError
 
-_PLACES = (
+_STORAGE_KEYS = (
     "AWS_ACCESS_KEY_ID",
     "AWS_SECRET_ACCESS_KEY",
     "AWS_SESSION_TOKEN",
@@ -19,9 +19,9 @@ _PLACES = (
     "HF_TOKEN",
 )
 _KEYS = {
-    SecretRole.MODEL: _PLACES,
-    SecretRole.DATASET: _PLACES,
-    SecretRole.OUTPUT: _PLACES,
+    SecretRole.MODEL: _STORAGE_KEYS,
+    SecretRole.DATASET: _STORAGE_KEYS,
+    SecretRole.OUTPUT: _STORAGE_KEYS,
     SecretRole.WANDB: ("WANDB_API_KEY",),
     SecretRole.MLFLOW: ("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"),
 }
@@ -66,7 +66,7 @@ def load_secrets(spec: QLoRAJobSpec, namespace: str, mount: Path | None = None) 
 
 def environment_secrets() -> Secrets:
     """Return the process's own credentials for every role."""
-    REDACTOR.learn(value for key in _CONFIDENTIAL if (value := os.environ.get(key)))
+    REDACTOR.add_secrets(value for key in _CONFIDENTIAL if (value := os.environ.get(key)))
     token = {"HF_TOKEN": os.environ["HF_TOKEN"]} if os.environ.get("HF_TOKEN") else {}
     # The AWS_* keys stay with boto3, whose default chain also knows profiles, roles and refresh; so do the trackers'
     # keys with their libraries.
@@ -84,5 +84,5 @@ def _load_role(role: SecretRole, reference: SecretRef | None, namespace: str, mo
             f"spec.{field}.secretRef: Secret '{reference.name}' does not exist in namespace '{namespace}', or has none "
             f"of the keys {', '.join(_KEYS[role])}; create it there, then create the QLoRAJob anew.",
         )
-    REDACTOR.learn(value for key, value in keys.items() if key in _CONFIDENTIAL)
+    REDACTOR.add_secrets(value for key, value in keys.items() if key in _CONFIDENTIAL)
     return Credentials(keys)

@@ -8,10 +8,10 @@ from pathlib import Path
 from qlora_api.names import Reason
 from qlora_trainer.errors import RunError
 from qlora_trainer.storage.store import (
-    AlreadyThereError,
     Entry,
+    FieldRef,
     MissingObjectError,
-    Owner,
+    ObjectExistsError,
     claim_folder,
     local_path,
     sha256_of,
@@ -21,35 +21,36 @@ from qlora_trainer.storage.store import (
 class FileStore:
     """A folder of this computer."""
 
-    def __init__(self, uri: str, owner: Owner) -> None:
+    def __init__(self, uri: str, field_ref: FieldRef) -> None:
         self.root = uri.rstrip("/")
         self.folder = local_path(uri)
-        self._owner = owner
+        self._field_ref = field_ref
         self._claim = claim_folder(uri)
 
     def list(self, prefix: str = "") -> tuple[Entry, ...]:
         """Return every file under a folder, in order of its path."""
         files = sorted(path for path in (self.folder / prefix).rglob("*") if path.is_file())
         names = [path.relative_to(self.folder).as_posix() for path in files]
-        return tuple(Entry(name, self.place(name).stat().st_size) for name in names)
+        return tuple(Entry(name, self.path_of(name).stat().st_size) for name in names)
 
-    def place(self, path: str) -> Path:
+    def path_of(self, path: str) -> Path:
         """Return where a file is; a link in a claim must not lead to what else the pod has, such as its Secrets."""
         place = self.folder / path
         if self._claim is not None and not place.resolve().is_relative_to(self._claim.resolve()):
             raise RunError(
-                self._owner.not_found, f"{self._owner.field}: {place} leads out of its claim; put the file itself there"
+                self._field_ref.not_found,
+                f"{self._field_ref.field}: {place} leads out of its claim; put the file itself there",
             )
         return place
 
     def fingerprint(self, entry: Entry) -> str:
         """Return the file's SHA-256; its times change with every copy."""
-        return sha256_of(self.place(entry.path))
+        return sha256_of(self.path_of(entry.path))
 
     def read(self, path: str) -> bytes:
         """Return a file's content."""
         try:
-            return self.place(path).read_bytes()
+            return self.path_of(path).read_bytes()
         except FileNotFoundError as error:
             raise self._missing(path) from error
 
@@ -57,7 +58,7 @@ class FileStore:
         """Copy a file."""
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            shutil.copyfile(self.place(path), target)
+            shutil.copyfile(self.path_of(path), target)
         except FileNotFoundError as error:
             raise self._missing(path) from error
 
@@ -69,7 +70,8 @@ class FileStore:
             temporary = self._write_beside(target, source)
         except OSError as error:
             raise RunError(
-                Reason.S3_DENIED, f"{self._owner.field}: cannot write {target}: {error.strerror}; choose another folder"
+                Reason.S3_DENIED,
+                f"{self._field_ref.field}: cannot write {target}: {error.strerror}; choose another folder",
             ) from error
         confirmed = sha256_of(temporary) == sha256_of(source)
         try:
@@ -78,11 +80,11 @@ class FileStore:
             else:
                 temporary.replace(target)
         except FileExistsError as error:
-            raise AlreadyThereError(path) from error
+            raise ObjectExistsError(path) from error
         except OSError as error:
             raise RunError(
                 Reason.S3_DENIED,
-                f"{self._owner.field}: cannot put {target} in place: {error.strerror}; choose a folder on "
+                f"{self._field_ref.field}: cannot put {target} in place: {error.strerror}; choose a folder on "
                 "a file system with hard links",
             ) from error
         finally:
@@ -116,5 +118,5 @@ class FileStore:
 
     def _missing(self, path: str) -> MissingObjectError:
         return MissingObjectError(
-            self._owner.not_found, f"{self._owner.field}: there is no {self.folder / path}; correct the URI"
+            self._field_ref.not_found, f"{self._field_ref.field}: there is no {self.folder / path}; correct the URI"
         )

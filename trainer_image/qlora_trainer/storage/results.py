@@ -4,13 +4,13 @@ import json
 from pathlib import Path
 from typing import Final, Literal, TypeAlias
 
-from qlora_api.report import Manifest, ManifestFile, MergedManifest
+from qlora_api.report import ManifestFile, MergedManifest, ResultManifest
 from qlora_api.result import Result
 from qlora_api.runconfig import PrepareConfig, RunConfig
 from qlora_api.v1alpha1 import MergeBase, OutputSpec, QLoRAJobSpec
 from qlora_trainer.storage.credentials import load_secrets
-from qlora_trainer.storage.snapshots import Places
-from qlora_trainer.storage.store import OUTPUT, AlreadyThereError, Store, sha256_of
+from qlora_trainer.storage.snapshots import SourceResolver
+from qlora_trainer.storage.store import OUTPUT_FIELD, ObjectExistsError, Store, sha256_of
 
 MANIFEST: Final = "manifest.json"
 """Written last and as one object: who finds it finds a complete result."""
@@ -26,46 +26,46 @@ REJECTED_RECORD: Final = f"{REJECTED}/rejected.json"
 """The manifest that such a result would have, written last as well."""
 
 
-def open_output(places: Places, spec: QLoRAJobSpec, job: str) -> Store:
+def open_output(resolver: SourceResolver, spec: QLoRAJobSpec, job: str) -> Store:
     """Return the folder of a job's results; paths in it start with a digest."""
-    return places.store(f"{spec.output.uri.rstrip('/')}/{job}", OUTPUT)
+    return resolver.open_store(f"{spec.output.uri.rstrip('/')}/{job}", OUTPUT_FIELD)
 
 
 def open_own_output(config: PrepareConfig | RunConfig) -> Store:
     """Return the same folder for a thread that must not depend on what the others do, or hang in."""
-    places = Places(config.platform, load_secrets(config.spec, config.namespace))
+    places = SourceResolver(config.platform, load_secrets(config.spec, config.namespace))
     return open_output(places, config.spec, config.job)
 
 
-def find_manifest(output: Store, digest: str) -> Manifest | None:
+def find_manifest(output: Store, digest: str) -> ResultManifest | None:
     """Return the manifest of a published result."""
     return _find(output, f"{digest}/{MANIFEST}")
 
 
-def find_final(output: Store, digest: str, if_exists: IfExists, run: str) -> Manifest | None:
+def find_reusable(output: Store, digest: str, if_exists: IfExists, run: str) -> ResultManifest | None:
     """Return the manifest after which there is nothing to train: with Overwrite only a run's own."""
     found = find_manifest(output, digest)
-    return found if found is not None and is_final(found, if_exists, run) else None
+    return found if found is not None and is_reusable(found, if_exists, run) else None
 
 
-def is_final(manifest: Manifest, if_exists: IfExists, run: str) -> bool:
+def is_reusable(manifest: ResultManifest, if_exists: IfExists, run: str) -> bool:
     """Return whether a result stands: with Overwrite only that of this very run does, and without a name none is."""
     return if_exists != "Overwrite" or (run != "" and manifest.run == run)
 
 
-def find_rejected(output: Store, digest: str) -> Manifest | None:
+def find_rejected(output: Store, digest: str) -> ResultManifest | None:
     """Return the record of a result that a gate refused."""
     return _find(output, f"{digest}/{REJECTED_RECORD}")
 
 
-def merged_place(base: MergeBase) -> str:
+def merged_folder(base: MergeBase) -> str:
     """Return the folder of a merged model, beside the adapter's."""
     return f"merged/{base}"
 
 
 def find_merged(output: Store, digest: str, base: MergeBase, adapter: str) -> str | None:
     """Return the URI of an adapter's merged model, if there is a complete one; a replaced adapter's is none."""
-    path = f"{digest}/{merged_place(base)}/{MANIFEST}"
+    path = f"{digest}/{merged_folder(base)}/{MANIFEST}"
     if not output.exists(path):
         return None
     found = MergedManifest.model_validate_json(output.read(path))
@@ -80,25 +80,25 @@ def with_merged(output: Store, digest: str, spec: OutputSpec, result: Result) ->
     return result.model_copy(update={"merged": merged}) if merged else None
 
 
-def _find(output: Store, path: str) -> Manifest | None:
-    return Manifest.model_validate_json(output.read(path)) if output.exists(path) else None
+def _find(output: Store, path: str) -> ResultManifest | None:
+    return ResultManifest.model_validate_json(output.read(path)) if output.exists(path) else None
 
 
-def put_manifest(output: Store, manifest: Manifest) -> Manifest:
+def put_manifest(output: Store, manifest: ResultManifest) -> ResultManifest:
     """Publish what the manifest lists, and return it, or that of somebody faster."""
     try:
         output.put(f"{manifest.digest}/{MANIFEST}", manifest_json(manifest), if_none_match=True)
-    except AlreadyThereError:
+    except ObjectExistsError:
         return find_manifest(output, manifest.digest) or manifest
     return manifest
 
 
-def replace_manifest(output: Store, manifest: Manifest) -> None:
+def replace_manifest(output: Store, manifest: ResultManifest) -> None:
     """Publish what the manifest lists in the place of an earlier result: one object, so that readers see either."""
     output.put(f"{manifest.digest}/{MANIFEST}", manifest_json(manifest))
 
 
-def remove_replaced(output: Store, former: Manifest) -> None:
+def remove_replaced(output: Store, former: ResultManifest) -> None:
     """Remove the files that only a replaced manifest listed, and models that were merged from its adapter."""
     standing = find_manifest(output, former.digest) or former
     listed = {file.path for file in standing.files}
@@ -112,12 +112,12 @@ def remove_replaced(output: Store, former: Manifest) -> None:
             output.delete(entry.path)
 
 
-def manifest_json(manifest: Manifest | MergedManifest) -> bytes:
+def manifest_json(manifest: ResultManifest | MergedManifest) -> bytes:
     """Return a manifest as a file's content."""
     return manifest.model_dump_json(by_alias=True, indent=2).encode()
 
 
-def point_latest(output: Store, digest: str, prefix: str) -> None:
+def update_latest(output: Store, digest: str, prefix: str) -> None:
     """Let the job's pointer name the manifest of its newest result."""
     output.put(LATEST, json.dumps({"digest": digest, "manifest": f"{prefix}/{MANIFEST}"}).encode())
 

@@ -18,24 +18,24 @@ from s3transfer.utils import S3_RETRYABLE_DOWNLOAD_ERRORS
 from qlora_api.names import Reason
 from qlora_api.runconfig import S3Config
 from qlora_trainer.errors import RunError
-from qlora_trainer.runtime.liveness import PULSE
+from qlora_trainer.runtime.liveness import LIVENESS
 from qlora_trainer.runtime.metrics import METER
 from qlora_trainer.storage.credentials import Credentials
 from qlora_trainer.storage.s3_multipart import SINGLE_PUT_BYTES, upload_in_parts
-from qlora_trainer.storage.store import AlreadyThereError, Entry, MissingObjectError, Owner, leads_out, sha256_of
+from qlora_trainer.storage.store import Entry, FieldRef, MissingObjectError, ObjectExistsError, escapes_root, sha256_of
 
 _DENIED: Final = {"403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"}
 _MISSING: Final = {"404", "NoSuchKey", "NoSuchBucket", "NotFound"}
 _SKEWED: Final = "RequestTimeTooSkewed"
 _LONGEST_SKEW: Final = timedelta(minutes=15)
 """Between a request's signature and the server's clock (Amazon S3, Signature Version 4)."""
-_CONFLICTS: Final = 5
+_CONFLICT_ATTEMPTS: Final = 5
 """Tries of a conditional put that meets 409: S3 answers it while another conditional put of the key is under way."""
 _CONFLICT_WAIT_SECONDS: Final = 0.5
-_ATTEMPTS: Final = 8
+_REQUEST_ATTEMPTS: Final = 8
 """Tries of one request. A run makes hundreds of them: where 30 % fail, four tries lose one in a hundred, and eight one
 in 10,000. With boto3's back-off an unreachable endpoint is given up after about a minute."""
-_BODIES: Final = 5
+_READ_ATTEMPTS: Final = 5
 """Tries of an object whose content breaks off, as many as boto3's own downloads take."""
 _DIGEST_METADATA: Final = "sha256"
 """User metadata with our own digest, for servers that keep no checksums."""
@@ -55,7 +55,7 @@ def make_client(credentials: Credentials, config: S3Config) -> Any:
         region_name=credentials.get("AWS_REGION") or config.region or session.region_name or "us-east-1",
         config=Config(
             s3={"addressing_style": config.addressing},
-            retries={"mode": "standard", "total_max_attempts": _ATTEMPTS},
+            retries={"mode": "standard", "total_max_attempts": _REQUEST_ATTEMPTS},
             connect_timeout=5,
             read_timeout=60,
             request_checksum_calculation=config.checksums,
@@ -67,19 +67,19 @@ def make_client(credentials: Credentials, config: S3Config) -> Any:
 class S3Store:
     """A prefix of a bucket."""
 
-    def __init__(self, uri: str, owner: Owner, credentials: Credentials, config: S3Config) -> None:
+    def __init__(self, uri: str, field_ref: FieldRef, credentials: Credentials, config: S3Config) -> None:
         self.root = uri.rstrip("/")
         self._bucket, _, prefix = self.root.removeprefix("s3://").partition("/")
         self._prefix = f"{prefix}/" if prefix else ""
-        self._owner = owner
+        self._field_ref = field_ref
         self._sends_checksums = config.checksums == "when_supported"
-        with self._translated(""):
+        with self._translating_errors(""):
             self._client = make_client(credentials, config)
 
     def list(self, prefix: str = "") -> tuple[Entry, ...]:
         """Return every object under a folder, in order of its path."""
         folder = f"{self._key(prefix).rstrip('/')}/" if prefix else self._prefix
-        with self._translated(prefix):
+        with self._translating_errors(prefix):
             pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=folder)
             objects = [found for page in pages for found in page.get("Contents", ())]
         entries = [
@@ -87,10 +87,10 @@ class S3Store:
             for found in objects
             if not found["Key"].endswith("/")
         ]
-        if escape := next((entry.path for entry in entries if leads_out(entry.path)), None):
+        if escape := next((entry.path for entry in entries if escapes_root(entry.path)), None):
             raise RunError(
-                self._owner.not_found,
-                f"{self._owner.field}: an object below {self.root} is named '{escape}', which leads out of the folder "
+                self._field_ref.not_found,
+                f"{self._field_ref.field}: an object below {self.root} is named '{escape}', which leads out of the folder "
                 "that it would be copied to; rename it",
             )
         return tuple(sorted(entries, key=lambda entry: entry.path))
@@ -101,8 +101,8 @@ class S3Store:
 
     def read(self, path: str) -> bytes:
         """Return an object's content."""
-        with self._translated(path):
-            for _ in range(_BODIES - 1):
+        with self._translating_errors(path):
+            for _ in range(_READ_ATTEMPTS - 1):
                 with contextlib.suppress(*S3_RETRYABLE_DOWNLOAD_ERRORS):
                     return self._content(path)
             return self._content(path)
@@ -114,26 +114,26 @@ class S3Store:
     def download(self, path: str, target: Path) -> None:
         """Copy an object into a file."""
         target.parent.mkdir(parents=True, exist_ok=True)
-        with self._translated(path):
-            self._client.download_file(self._bucket, self._key(path), str(target), Callback=lambda _: PULSE.beat())
+        with self._translating_errors(path):
+            self._client.download_file(self._bucket, self._key(path), str(target), Callback=lambda _: LIVENESS.tick())
 
     def put(self, path: str, source: Path | bytes, *, if_none_match: bool = False) -> bool:
         """Upload with a SHA-256, then read size and digest back."""
         digest = sha256_of(source)
         size = len(source) if isinstance(source, bytes) else source.stat().st_size
-        with self._translated(path), METER.upload(size):
+        with self._translating_errors(path), METER.upload(size):
             self._upload(path, source, digest, if_none_match)
             return self._verify(path, size, digest)
 
     def _upload(self, path: str, source: Path | bytes, digest: str, if_none_match: bool) -> None:
         condition: dict[str, Any] = {"IfNoneMatch": "*"} if if_none_match else {}
-        for attempt in range(1, _CONFLICTS + 1):
+        for attempt in range(1, _CONFLICT_ATTEMPTS + 1):
             try:
                 self._send(path, source, digest, condition)
             except ClientError as error:
                 if _code(error) in {"412", "PreconditionFailed"}:
-                    raise AlreadyThereError(path) from error
-                if _code(error) not in {"409", "ConditionalRequestConflict"} or attempt == _CONFLICTS:
+                    raise ObjectExistsError(path) from error
+                if _code(error) not in {"409", "ConditionalRequestConflict"} or attempt == _CONFLICT_ATTEMPTS:
                     raise
                 time.sleep(_CONFLICT_WAIT_SECONDS * attempt)
             else:
@@ -160,7 +160,7 @@ class S3Store:
         if (head["ContentLength"], stored, noted) != (size, _base64_of(digest), digest):
             raise RunError(
                 Reason.UPLOAD_FAILED,
-                f"{self._owner.field}: {self.root}/{path} reads back different from what was sent "
+                f"{self._field_ref.field}: {self.root}/{path} reads back different from what was sent "
                 f"({head['ContentLength']} of {size} bytes); check the object store",
             )
         return bool(known)
@@ -168,7 +168,7 @@ class S3Store:
     def exists(self, path: str) -> bool:
         """Return whether there is such an object."""
         try:
-            with self._translated(path):
+            with self._translating_errors(path):
                 self._client.head_object(**self._target(path))
         except MissingObjectError:
             return False
@@ -176,13 +176,13 @@ class S3Store:
 
     def sha256(self, path: str) -> str:
         """Return the SHA-256 that an object was written with, empty where the server kept none."""
-        with self._translated(path):
+        with self._translating_errors(path):
             head = self._client.head_object(**self._target(path))
         return str(head.get("Metadata", {}).get(_DIGEST_METADATA, ""))
 
     def delete(self, path: str) -> None:
         """Remove an object."""
-        with self._translated(path):
+        with self._translating_errors(path):
             self._client.delete_object(**self._target(path))
 
     def _target(self, path: str) -> dict[str, str]:
@@ -192,31 +192,31 @@ class S3Store:
         return f"{self._prefix}{path}" if path else self._prefix.rstrip("/")
 
     @contextlib.contextmanager
-    def _translated(self, path: str) -> Iterator[None]:
+    def _translating_errors(self, path: str) -> Iterator[None]:
         """Turn boto3's exceptions into reasons that name the field."""
-        where = f"{self._owner.field}: {self.root}/{path}".rstrip("/")
+        where = f"{self._field_ref.field}: {self.root}/{path}".rstrip("/")
         try:
             yield
         except ClientError as error:
-            raise self._explained(where, error) from error
+            raise self._to_run_error(where, error) from error
         except (NoCredentialsError, PartialCredentialsError) as error:
             raise RunError(
                 Reason.S3_DENIED,
                 f"{where}: there are no credentials; name a Secret with AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY "
-                f"in spec.{self._owner.role}.secretRef",
+                f"in spec.{self._field_ref.role}.secretRef",
             ) from error
         except BotoCoreError as error:
             raise RunError(
                 Reason.S3_UNAVAILABLE, f"{where}: {error}; check the object store's endpoint and the network"
             ) from error
 
-    def _explained(self, where: str, error: ClientError) -> RunError:
+    def _to_run_error(self, where: str, error: ClientError) -> RunError:
         code = _code(error)
         if code == "NoSuchBucket":
             message = f"{where}: bucket '{self._bucket}' does not exist; create it or correct the URI"
-            return MissingObjectError(self._owner.not_found, message)
+            return MissingObjectError(self._field_ref.not_found, message)
         if code in _MISSING:
-            return MissingObjectError(self._owner.not_found, f"{where}: there is no such object; correct the URI")
+            return MissingObjectError(self._field_ref.not_found, f"{where}: there is no such object; correct the URI")
         if code == _SKEWED or (code in _DENIED and _skew(error) > _LONGEST_SKEW):
             return RunError(
                 Reason.S3_UNAVAILABLE,
@@ -250,12 +250,12 @@ def _base64_of(digest: str) -> str:
     return base64.b64encode(bytes.fromhex(digest)).decode()
 
 
-class _Upload(io.FileIO):
+class _LivenessFile(io.FileIO):
     """A file whose every part that is sent is a sign of life."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         """Return the next part."""
-        PULSE.beat()
+        LIVENESS.tick()
         return super().read(-1 if size is None else size)
 
 
@@ -264,5 +264,5 @@ def _opened(source: Path | bytes) -> Iterator[Any]:
     if isinstance(source, bytes):
         yield source
         return
-    with _Upload(source) as stream:
+    with _LivenessFile(source) as stream:
         yield stream

@@ -8,7 +8,7 @@ from typing import Any, Final
 from s3transfer.utils import ReadFileChunk
 
 from qlora_api.units import GIB, MIB
-from qlora_trainer.runtime.liveness import PULSE
+from qlora_trainer.runtime.liveness import LIVENESS
 
 SINGLE_PUT_BYTES: Final = 4 * GIB
 """Largest file that is sent in one request; S3 takes up to 5 GiB."""
@@ -38,7 +38,7 @@ def upload_in_parts(
     try:
         parts = []
         for number, first in enumerate(range(0, size, part_bytes), start=1):
-            with ReadFileChunk.from_filename(str(source), first, part_bytes, [lambda **_: PULSE.beat()]) as body:
+            with ReadFileChunk.from_filename(str(source), first, part_bytes, [lambda **_: LIVENESS.tick()]) as body:
                 answer = client.upload_part(**upload, **checksum, PartNumber=number, Body=body)
             sums = {name: value for name, value in answer.items() if name in {"ETag", "ChecksumSHA256"}}
             parts.append({"PartNumber": number, **sums})

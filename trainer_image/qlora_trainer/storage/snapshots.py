@@ -11,10 +11,10 @@ from qlora_api.names import Reason
 from qlora_api.runconfig import Platform
 from qlora_trainer.errors import RunError
 from qlora_trainer.storage.credentials import Secrets
-from qlora_trainer.storage.huggingface_hub import Hub, Kind
+from qlora_trainer.storage.huggingface_hub import Hub, RepoType
 from qlora_trainer.storage.local_store import FileStore
 from qlora_trainer.storage.open_store import open_store
-from qlora_trainer.storage.store import Entry, MissingObjectError, Owner, Store
+from qlora_trainer.storage.store import Entry, FieldRef, MissingObjectError, Store
 
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 _COMMIT_DIGITS: Final = 40
@@ -46,14 +46,15 @@ class HubSnapshot:
 
     hub: Hub
     name: str
-    kind: Kind
+    repo_type: RepoType
     commit: str
     files: tuple[str, ...]
 
     def fetch(self, names: Iterable[str], work: Path) -> Path:
         """Download into the library's cache, which keeps what it has."""
         paths = {
-            name: self.hub.download(self.name, self.commit, name, work / "hub", self.kind) for name in sorted(names)
+            name: self.hub.download(self.name, self.commit, name, work / "hub", self.repo_type)
+            for name in sorted(names)
         }
         name, path = next(iter(paths.items()))
         return path.parents[name.count("/")]
@@ -82,37 +83,37 @@ class StoredSnapshot:
 
 
 @dataclass(frozen=True)
-class Places:
+class SourceResolver:
     """Where snapshots come from, and with which credentials."""
 
     platform: Platform
     secrets: Secrets
 
-    def store(self, uri: str, owner: Owner) -> Store:
+    def open_store(self, uri: str, field_ref: FieldRef) -> Store:
         """Return the store behind a URI."""
-        return open_store(uri, owner, self.secrets, self.platform.s3)
+        return open_store(uri, field_ref, self.secrets, self.platform.s3)
 
-    def resolve(self, uri: str, revision: str, owner: Owner, kind: Kind = "model") -> Snapshot:
+    def resolve(self, uri: str, revision: str, field_ref: FieldRef, repo_type: RepoType = "model") -> Snapshot:
         """Return the snapshot of a repository or folder."""
         if not uri.startswith("hf://"):
-            return _stored(self.store(uri, owner), "", commit=None, owner=owner)
+            return _stored(self.open_store(uri, field_ref), "", commit=None, field_ref=field_ref)
         name = uri.removeprefix("hf://")
         if self.platform.hub_mirror is not None:
-            return self._mirrored(self.platform.hub_mirror, name, revision, owner, kind)
-        hub = Hub(owner, self.platform.hub_endpoint, self.secrets.of(owner.role).get("HF_TOKEN"))
-        commit, files = hub.resolve(name, revision, kind)
-        return HubSnapshot(hub, name, kind, commit, files)
+            return self._mirrored(self.platform.hub_mirror, name, revision, field_ref, repo_type)
+        hub = Hub(field_ref, self.platform.hub_endpoint, self.secrets.of(field_ref.role).get("HF_TOKEN"))
+        commit, files = hub.resolve(name, revision, repo_type)
+        return HubSnapshot(hub, name, repo_type, commit, files)
 
-    def _mirrored(self, mirror: str, name: str, revision: str, owner: Owner, kind: Kind) -> Snapshot:
-        store = self.store(mirror, owner)
-        repository = f"{kind}s--{name.replace('/', '--')}"
+    def _mirrored(self, mirror: str, name: str, revision: str, field_ref: FieldRef, repo_type: RepoType) -> Snapshot:
+        store = self.open_store(mirror, field_ref)
+        repository = f"{repo_type}s--{name.replace('/', '--')}"
         try:
             commit = _mirrored_commit(store, repository, revision)
-            return _stored(store, f"{repository}/snapshots/{commit}", commit, owner)
+            return _stored(store, f"{repository}/snapshots/{commit}", commit, field_ref)
         except MissingObjectError as error:
             raise RunError(
-                owner.not_found,
-                f"{owner.field}: the hub's mirror {mirror} has no {name} at revision {revision}; synchronise it, or "
+                field_ref.not_found,
+                f"{field_ref.field}: the hub's mirror {mirror} has no {name} at revision {revision}; synchronise it, or "
                 f"correct the URI or the revision",
             ) from error
 
@@ -123,11 +124,11 @@ def _mirrored_commit(store: Store, repository: str, revision: str) -> str:
     return store.read(f"{repository}/refs/{revision}").decode().strip()
 
 
-def _stored(store: Store, folder: str, commit: str | None, owner: Owner) -> StoredSnapshot:
+def _stored(store: Store, folder: str, commit: str | None, field_ref: FieldRef) -> StoredSnapshot:
     """List a folder; without a commit its content is hashed into one."""
     entries = store.list(folder)
     if not entries:
-        raise MissingObjectError(owner.not_found, f"{owner.field}: {_join(store.root, folder)} holds no files")
+        raise MissingObjectError(field_ref.not_found, f"{field_ref.field}: {_join(store.root, folder)} holds no files")
     prefix = f"{folder}/" if folder else ""
     names = tuple(entry.path.removeprefix(prefix) for entry in entries)
     return StoredSnapshot(store, folder, commit or _content_hash(store, entries), names)
@@ -144,7 +145,7 @@ def _join(folder: str, name: str) -> str:
     return "/".join(filter(None, (folder, name)))
 
 
-def weight_files(files: Iterable[str], owner: Owner) -> tuple[str, ...]:
+def weight_files(files: Iterable[str], field_ref: FieldRef) -> tuple[str, ...]:
     """Return the safetensors of the model itself, or raise UnsafeModelFormat or ModelNotFound."""
     # A subfolder holds another format of the same weights (original/, onnx/), and so does consolidated*.
     top = [name for name in files if "/" not in name]
@@ -155,10 +156,10 @@ def weight_files(files: Iterable[str], owner: Owner) -> tuple[str, ...]:
     if pickles:
         raise RunError(
             Reason.UNSAFE_MODEL_FORMAT,
-            f"{owner.field}: the weights are pickle files only ({', '.join(pickles[:3])}), and loading pickle runs code"
+            f"{field_ref.field}: the weights are pickle files only ({', '.join(pickles[:3])}), and loading pickle runs code"
             "; choose a revision with .safetensors files, or convert the weights first",
         )
-    raise RunError(Reason.MODEL_NOT_FOUND, f"{owner.field}: there are no {WEIGHTS_SUFFIX} files; correct the URI")
+    raise RunError(Reason.MODEL_NOT_FOUND, f"{field_ref.field}: there are no {WEIGHTS_SUFFIX} files; correct the URI")
 
 
 def text_files(files: Iterable[str]) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from qlora_trainer.errors import RunError
 _CHUNK_BYTES: Final = MIB
 
 
-class AlreadyThereError(Exception):
+class ObjectExistsError(Exception):
     """A conditional put found somebody else's object."""
 
 
@@ -31,19 +31,19 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Owner:
+class FieldRef:
     """The field of the spec that a store is opened for; messages and reasons speak of it."""
 
     role: SecretRole
     field: str
-    missing: Reason | None = None
+    missing_reason: Reason | None = None
     """The reason for what is not there, where the role's own would name another field."""
 
     @property
     def not_found(self) -> Reason:
         """Return the reason for a missing object or bucket."""
         return (
-            self.missing
+            self.missing_reason
             or {
                 SecretRole.MODEL: Reason.MODEL_NOT_FOUND,
                 SecretRole.DATASET: Reason.DATASET_NOT_FOUND,
@@ -52,10 +52,10 @@ class Owner:
         )
 
 
-MODEL: Final = Owner(SecretRole.MODEL, "spec.model.uri")
-DATASET: Final = Owner(SecretRole.DATASET, "spec.dataset.uri")
-HELD_OUT: Final = Owner(SecretRole.DATASET, "spec.dataset.evaluation.uri")
-OUTPUT: Final = Owner(SecretRole.OUTPUT, "spec.output.uri")
+MODEL_FIELD: Final = FieldRef(SecretRole.MODEL, "spec.model.uri")
+DATASET_FIELD: Final = FieldRef(SecretRole.DATASET, "spec.dataset.uri")
+EVALUATION_FIELD: Final = FieldRef(SecretRole.DATASET, "spec.dataset.evaluation.uri")
+OUTPUT_FIELD: Final = FieldRef(SecretRole.OUTPUT, "spec.output.uri")
 
 
 class Store(Protocol):
@@ -111,7 +111,7 @@ def claim_folder(uri: str) -> Path | None:
     return Path(CLAIMS_MOUNT, uri.removeprefix(CLAIM_SCHEME).partition("/")[0])
 
 
-def leads_out(path: str) -> bool:
+def escapes_root(path: str) -> bool:
     """Whether a name, which anybody who writes to a bucket may choose, leads out of the folder it is copied to."""
     return path.startswith("/") or ".." in path.split("/")
 

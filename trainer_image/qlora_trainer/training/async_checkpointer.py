@@ -7,17 +7,19 @@ from typing import Final
 
 from qlora_api.v1alpha1 import CheckpointSpec, to_timedelta
 from qlora_trainer.runtime.metrics import METER
-from qlora_trainer.training.checkpoint_store import Checkpoints
+from qlora_trainer.training.checkpoint_store import CheckpointStore
 from qlora_trainer.training.state import TrainingState
 
 _CLOSE_SECONDS: Final = 20.0
 """Longest wait for a checkpoint under way where a run failed; the rest of the grace period is for the last word."""
 
 
-class Keeper:
+class AsyncCheckpointer:
     """Keeps states, one at a time: a checkpoint that is due while one is under way waits for the next occasion."""
 
-    def __init__(self, checkpoints: Checkpoints, spec: CheckpointSpec, note: Callable[[str], None], step: int) -> None:
+    def __init__(
+        self, checkpoints: CheckpointStore, spec: CheckpointSpec, note: Callable[[str], None], step: int
+    ) -> None:
         self._checkpoints = checkpoints
         self._spec = spec
         self._note = note
@@ -25,14 +27,14 @@ class Keeper:
         self._saved_at = time.monotonic()
         self._thread: threading.Thread | None = None
 
-    def wants(self, step: int, last: bool) -> bool:
+    def should_checkpoint(self, step: int, last: bool) -> bool:
         """Return whether to keep the state after a step: it is time to, or there will be no other occasion."""
         if last:
             self._wait()  # it may be of this very step, and it may fail
             return step != self._saved_step
         return not self._is_under_way() and step != self._saved_step and self._is_due(step)
 
-    def keep(self, state: TrainingState, last: bool) -> None:
+    def checkpoint(self, state: TrainingState, last: bool) -> None:
         """Start to save a state, which nobody changes any more; the last one is complete when this returns."""
         captured_at = time.monotonic()
         self._thread = threading.Thread(target=self._save, args=(state, captured_at), name="checkpoint", daemon=True)

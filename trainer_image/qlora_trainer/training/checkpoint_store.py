@@ -14,12 +14,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from qlora_api.base import ApiModel
-from qlora_api.report import HeldOutRecord, ManifestFile, StepRecord
+from qlora_api.report import ManifestFile, StepRecord, ValidationRecord
 from qlora_api.v1alpha1 import Checkpoint
 from qlora_trainer.errors import RunError
 from qlora_trainer.storage.results import MANIFEST, describe_files
 from qlora_trainer.storage.store import Store, sha256_of
-from qlora_trainer.training.state import Flat, History, TrainingState
+from qlora_trainer.training.state import FlatState, History, TrainingState
 
 _ADAPTER: Final = "adapter.safetensors"
 _BEST: Final = "best.safetensors"
@@ -30,7 +30,7 @@ _FORMER_OPTIMIZERS: Final = {"paged_adamw": "pagedAdamw", "paged_adamw8bit": "pa
 _NAME: Final = re.compile(r"step-(?P<step>\d{6,})-a(?P<attempt>\d+)")
 
 
-class Course(ApiModel):
+class RunFingerprint(ApiModel):
     """What a checkpoint and the run that goes on from it must agree in."""
 
     digest: str
@@ -44,16 +44,16 @@ class Course(ApiModel):
     """Strategy and number of the processes that the optimizer's state is divided among; empty where it is whole."""
 
 
-class Record(ApiModel):
+class CheckpointRecord(ApiModel):
     """The part of a checkpoint that is no tensor."""
 
-    course: Course
+    course: RunFingerprint
     started_at: datetime
     """When the first attempt started."""
     peak_memory_bytes: int = 0
     """The highest of all attempts so far."""
     steps: tuple[StepRecord, ...]
-    held_out: tuple[HeldOutRecord, ...]
+    held_out: tuple[ValidationRecord, ...]
     optimizer: dict[str, float | int | bool | None]
     scaler: dict[str, float]
 
@@ -70,7 +70,7 @@ class CheckpointManifest(ApiModel):
 
 
 @dataclass(frozen=True, order=True)
-class Place:
+class CheckpointId:
     """The folder of a checkpoint; attempts that overlap never write the same object, since each has its number in it.
 
     The later place is the newer one: of two attempts at one step, that of the later attempt.
@@ -85,69 +85,76 @@ class Place:
         return f"step-{self.step:06}-a{self.attempt}"
 
     @classmethod
-    def read(cls, name: str) -> "Place | None":
+    def parse(cls, name: str) -> "CheckpointId | None":
         """Return the place of a folder's name; None where it is none of ours."""
         match = _NAME.fullmatch(name)
         return cls(int(match["step"]), int(match["attempt"])) if match else None
 
 
 @dataclass(frozen=True)
-class Witness:
+class CheckpointCallbacks:
     """Who is told what becomes of checkpoints."""
 
     note: Callable[[str], None]
     """Called with what a person should know."""
-    completed: Callable[[Checkpoint], None]
+    on_complete: Callable[[Checkpoint], None]
     """Called with each checkpoint that a run can go on from, the newest last."""
 
 
 @dataclass(frozen=True)
-class Found:
+class LoadedCheckpoint:
     """A checkpoint that a run goes on from."""
 
-    place: Place
+    checkpoint_id: CheckpointId
     state: TrainingState
 
 
-class Checkpoints:
+class CheckpointStore:
     """The checkpoints of one result, in <digest>/checkpoints/step-000123-a2/."""
 
-    def __init__(self, output: Store, course: Course, attempt: int, started: datetime, witness: Witness) -> None:
+    def __init__(
+        self,
+        output: Store,
+        fingerprint: RunFingerprint,
+        attempt: int,
+        started: datetime,
+        callbacks: CheckpointCallbacks,
+    ) -> None:
         self.started_at = started
         """When the run started; that of the first attempt, once its checkpoint was found."""
         self.peak_memory_bytes = 0
         """The highest of earlier attempts, once their checkpoint was found."""
         self._output = output
-        self._course = course
+        self._fingerprint = fingerprint
         self._attempt = attempt
-        self._witness = witness
-        self._folder = f"{course.digest}/checkpoints"
+        self._callbacks = callbacks
+        self._folder = f"{fingerprint.digest}/checkpoints"
 
-    def newest(self) -> Found | None:
+    def load_latest(self) -> LoadedCheckpoint | None:
         """Return the newest state that is whole and of this course; what is not is named and passed over."""
         folders = self._folders()
         # A run on one computer counts no attempts, and must not write where an earlier one did either.
-        self._attempt = max([self._attempt, *(place.attempt + 1 for place in _places(folders))])
-        for name in sorted(folders, key=_by_place, reverse=True):
+        self._attempt = max([self._attempt, *(place.attempt + 1 for place in _parse_ids(folders))])
+        for name in sorted(folders, key=_sort_key, reverse=True):
             try:
-                found = self._open(name, folders[name])
+                found = self._load_folder(name, folders[name])
             except (RunError, ValidationError, SafetensorError, ValueError) as error:
-                self._witness.note(f"the checkpoint {self._folder}/{name} is passed over: {error}")
+                self._callbacks.note(f"the checkpoint {self._folder}/{name} is passed over: {error}")
                 continue
-            step = found.place.step
-            self._witness.note(
+            step = found.checkpoint_id.step
+            self._callbacks.note(
                 f"going on after step {step}, from the checkpoint {self._output.root}/{self._path(name)}"
             )
             return found
         return None
 
-    def at(self, place: Place) -> TrainingState:
+    def load(self, checkpoint_id: CheckpointId) -> TrainingState:
         """Return the state that another process found."""
-        return self._load(place)[1]
+        return self._load(checkpoint_id)[1]
 
     def save(self, state: TrainingState, keep: int) -> None:
         """Write a state, and remove all but the newest so many; the manifest comes last."""
-        place = Place(state.step, self._attempt)
+        place = CheckpointId(state.step, self._attempt)
         with tempfile.TemporaryDirectory() as folder:
             self._write(state, Path(folder))
             files = describe_files(Path(folder))
@@ -157,16 +164,16 @@ class Checkpoints:
         now = datetime.now(UTC).replace(microsecond=0)
         manifest = CheckpointManifest(step=place.step, time=now, verified=all(confirmed), files=files)
         self._output.put(f"{self._path(place.name)}/{MANIFEST}", manifest.model_dump_json(by_alias=True).encode())
-        self._witness.completed(self._describe(place, manifest))
-        self._retire(place, keep)
+        self._callbacks.on_complete(self._describe(place, manifest))
+        self._prune(place, keep)
 
-    def clear(self) -> None:
+    def delete_all(self) -> None:
         """Remove every checkpoint; the published adapter has taken their place."""
         try:
             for name in self._folders():
                 self._remove(name)
         except RunError as error:
-            self._note_leftovers(error)
+            self._log_prune_failure(error)
 
     def _path(self, name: str) -> str:
         return f"{self._folder}/{name}"
@@ -179,60 +186,60 @@ class Checkpoints:
             found[name] = found.get(name, False) or file == MANIFEST
         return found
 
-    def _open(self, name: str, complete: bool) -> Found:
-        place = Place.read(name)
+    def _load_folder(self, name: str, complete: bool) -> LoadedCheckpoint:
+        place = CheckpointId.parse(name)
         if place is None:
             raise ValueError("it is none of this program's")
         if not complete:
             raise ValueError("it has no manifest, so that it was never complete")
         manifest, state = self._load(place)
-        self._witness.completed(self._describe(place, manifest))
-        return Found(place, state)
+        self._callbacks.on_complete(self._describe(place, manifest))
+        return LoadedCheckpoint(place, state)
 
-    def _describe(self, place: Place, manifest: CheckpointManifest) -> Checkpoint:
-        uri = f"{self._output.root}/{self._path(place.name)}"
-        return Checkpoint(step=place.step, uri=uri, time=manifest.time, verified=manifest.verified)
+    def _describe(self, checkpoint_id: CheckpointId, manifest: CheckpointManifest) -> Checkpoint:
+        uri = f"{self._output.root}/{self._path(checkpoint_id.name)}"
+        return Checkpoint(step=checkpoint_id.step, uri=uri, time=manifest.time, verified=manifest.verified)
 
-    def _retire(self, newest: Place, keep: int) -> None:
+    def _prune(self, newest: CheckpointId, keep: int) -> None:
         """Remove older checkpoints, and what earlier attempts left incomplete."""
         try:
             folders = self._folders()
             # Later ones are those that were passed over; they must not crowd out what this run can go on from.
-            usable = sorted(place for place in _places(folders) if folders[place.name] and place <= newest)
-            partial = [place for place in _places(folders) if not folders[place.name] and _is_left(place, newest)]
+            usable = sorted(place for place in _parse_ids(folders) if folders[place.name] and place <= newest)
+            partial = [place for place in _parse_ids(folders) if not folders[place.name] and _is_stale(place, newest)]
             for place in [*usable[:-keep], *partial]:
                 self._remove(place.name)
         except RunError as error:
-            self._note_leftovers(error)
+            self._log_prune_failure(error)
 
-    def _note_leftovers(self, error: RunError) -> None:
-        self._witness.note(f"old checkpoints stay in {self._output.root}/{self._folder}: {error}")
+    def _log_prune_failure(self, error: RunError) -> None:
+        self._callbacks.note(f"old checkpoints stay in {self._output.root}/{self._folder}: {error}")
 
     def _write(self, state: TrainingState, folder: Path) -> None:
         save_file(dict(state.weights), folder / _ADAPTER)
         save_file(dict(state.best), folder / _BEST)
         tensors = {name: value for name, value in state.optimizer.items() if isinstance(value, torch.Tensor)}
         save_file(tensors, folder / _OPTIMIZER)
-        record = Record(
-            course=self._course,
+        record = CheckpointRecord(
+            course=self._fingerprint,
             started_at=self.started_at,
             peak_memory_bytes=max(self.peak_memory_bytes, state.peak_memory_bytes),
             steps=tuple(state.history.steps),
-            held_out=tuple(state.history.held_out),
+            held_out=tuple(state.history.validations),
             optimizer={name: value for name, value in state.optimizer.items() if not isinstance(value, torch.Tensor)},
             scaler=dict(state.scaler),
         )
         (folder / _RECORD).write_text(record.model_dump_json(by_alias=True))
 
-    def _load(self, place: Place) -> tuple[CheckpointManifest, TrainingState]:
-        path = self._path(place.name)
+    def _load(self, checkpoint_id: CheckpointId) -> tuple[CheckpointManifest, TrainingState]:
+        path = self._path(checkpoint_id.name)
         manifest = CheckpointManifest.model_validate_json(self._output.read(f"{path}/{MANIFEST}"))
         with tempfile.TemporaryDirectory() as folder:
             for file in manifest.files:
                 self._fetch(path, file, Path(folder))
-            record = Record.model_validate_json(Path(folder, _RECORD).read_bytes())
-            check_course(record.course, self._course)
-            optimizer: Flat = {**record.optimizer, **load_file(Path(folder, _OPTIMIZER))}
+            record = CheckpointRecord.model_validate_json(Path(folder, _RECORD).read_bytes())
+            check_fingerprint(record.course, self._fingerprint)
+            optimizer: FlatState = {**record.optimizer, **load_file(Path(folder, _OPTIMIZER))}
             weights, best = load_file(Path(folder, _ADAPTER)), load_file(Path(folder, _BEST))
         self.started_at, self.peak_memory_bytes = record.started_at, record.peak_memory_bytes
         history = History(record.steps, record.held_out)
@@ -251,21 +258,21 @@ class Checkpoints:
             self._output.delete(entry.path)
 
 
-def _places(names: Iterable[str]) -> Iterator[Place]:
-    return (place for name in names if (place := Place.read(name)) is not None)
+def _parse_ids(names: Iterable[str]) -> Iterator[CheckpointId]:
+    return (place for name in names if (place := CheckpointId.parse(name)) is not None)
 
 
-def _by_place(name: str) -> Place:
+def _sort_key(name: str) -> CheckpointId:
     """Return the place to sort a name by; what has none comes first of all."""
-    return Place.read(name) or Place(-1, 0)
+    return CheckpointId.parse(name) or CheckpointId(-1, 0)
 
 
-def _is_left(place: Place, newest: Place) -> bool:
+def _is_stale(checkpoint_id: CheckpointId, newest: CheckpointId) -> bool:
     """Return whether nobody writes a place any more, or what is written there is of no use."""
-    return place.attempt < newest.attempt and place.step <= newest.step
+    return checkpoint_id.attempt < newest.attempt and checkpoint_id.step <= newest.step
 
 
-def check_course(found: Course, wanted: Course) -> None:
+def check_fingerprint(found: RunFingerprint, wanted: RunFingerprint) -> None:
     """Refuse the state of another course: its learning rates and its rows would be none of this run's (trap 37)."""
     was, now = found.model_dump(by_alias=True), wanted.model_dump(by_alias=True)
     differing = [f"{name} was {was[name]} and is {now[name]}" for name in was if was[name] != now[name]]

@@ -8,9 +8,9 @@ from typing import Any, Final
 
 import torch
 
-from qlora_api.report import HeldOutRecord, StepRecord
+from qlora_api.report import StepRecord, ValidationRecord
 from qlora_api.v1alpha1 import EarlyStoppingSpec, TrainingSpec
-from qlora_trainer.model.base_model import Tuned
+from qlora_trainer.model.base_model import TrainableModel
 
 DIVERGED_STEPS: Final = 20
 """Steps in a row that must be above the level: a spike that clips itself away is over after a few."""
@@ -24,9 +24,9 @@ class History:
     What follows from all of it is kept up to date, so that a step costs the same however many were before it.
     """
 
-    def __init__(self, steps: Iterable[StepRecord] = (), held_out: Iterable[HeldOutRecord] = ()) -> None:
+    def __init__(self, steps: Iterable[StepRecord] = (), validations: Iterable[ValidationRecord] = ()) -> None:
         self.steps: list[StepRecord] = []
-        self.held_out: list[HeldOutRecord] = list(held_out)
+        self.validations: list[ValidationRecord] = list(validations)
         self._level = inf
         for record in steps:
             self.add_step(record)
@@ -39,13 +39,13 @@ class History:
             block = self.steps[done - 2 * DIVERGED_STEPS : done - DIVERGED_STEPS]
             self._level = min(self._level, median(record.loss for record in block))
 
-    def add_look(self, record: HeldOutRecord) -> None:
+    def add_validation(self, record: ValidationRecord) -> None:
         """Note a look at the held-out rows."""
-        self.held_out.append(record)
+        self.validations.append(record)
 
     def copy(self) -> "History":
         """Return the history as it is now."""
-        return History(self.steps, self.held_out)
+        return History(self.steps, self.validations)
 
     def level_before_divergence(self) -> float | None:
         """Return the level that a diverged loss has left for good, or None while all is well.
@@ -64,7 +64,7 @@ class History:
 def evaluation_is_due(history: History, training: TrainingSpec, total_steps: int) -> bool:
     """Return whether the held-out rows are looked at before the next step."""
     every, done = training.evaluate_every, len(history.steps)
-    if every is None or done == 0 or (history.held_out and history.held_out[-1].step == done):
+    if every is None or done == 0 or (history.validations and history.validations[-1].step == done):
         return False
     # The last adapter takes part when the best is chosen.
     return done % every == 0 or (done == total_steps and training.keep == "best")
@@ -73,17 +73,17 @@ def evaluation_is_due(history: History, training: TrainingSpec, total_steps: int
 def is_finished(history: History, training: TrainingSpec, total_steps: int) -> bool:
     """Return whether nothing is left to do."""
     patience = training.early_stopping
-    stopped = patience is not None and is_exhausted(history.held_out, patience)
+    stopped = patience is not None and patience_is_exhausted(history.validations, patience)
     ended = stopped or len(history.steps) == total_steps
     return ended and not evaluation_is_due(history, training, total_steps)
 
 
-def best_of(records: Sequence[HeldOutRecord]) -> HeldOutRecord | None:
+def best_validation(records: Sequence[ValidationRecord]) -> ValidationRecord | None:
     """Return the record with the lowest loss; the earlier of two that are equal."""
     return min(records, key=lambda record: record.loss, default=None)
 
 
-def is_exhausted(records: Sequence[HeldOutRecord], patience: EarlyStoppingSpec) -> bool:
+def patience_is_exhausted(records: Sequence[ValidationRecord], patience: EarlyStoppingSpec) -> bool:
     """Return whether the loss has not become lower by more than minDelta in `patience` looks."""
     best, idle = inf, 0
     for record in records:
@@ -92,9 +92,9 @@ def is_exhausted(records: Sequence[HeldOutRecord], patience: EarlyStoppingSpec) 
     return idle >= patience.patience
 
 
-def kept_step(history: History, training: TrainingSpec) -> int:
+def selected_step(history: History, training: TrainingSpec) -> int:
     """Return the step whose adapter is the result."""
-    best = best_of(history.held_out) if training.keep == "best" else None
+    best = best_validation(history.validations) if training.keep == "best" else None
     return best.step if best else len(history.steps)
 
 
@@ -103,7 +103,7 @@ _NESTED: Final = "/"
 
 Weights = Mapping[str, torch.Tensor]
 """The adapter's weights, by name."""
-Flat = dict[str, torch.Tensor | float | int | bool | None]
+FlatState = dict[str, torch.Tensor | float | int | bool | None]
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class TrainingState:
 
     history: History
     weights: Weights
-    optimizer: Flat
+    optimizer: FlatState
     """The optimizer's state of each weight, flat; its settings are the schedule's."""
     scaler: Mapping[str, float]
     """The fp16 loss scaler's; empty where nothing is scaled."""
@@ -127,25 +127,25 @@ class TrainingState:
         return len(self.history.steps)
 
 
-def copy_weights(tuned: Tuned) -> dict[str, torch.Tensor]:
+def copy_weights(trainable: TrainableModel) -> dict[str, torch.Tensor]:
     """Return a copy of the adapter's weights, by name."""
-    return {name: weight.detach().cpu().clone() for name, weight in tuned.named_parameters()}
+    return {name: weight.detach().cpu().clone() for name, weight in trainable.named_parameters()}
 
 
 @torch.no_grad()
-def put_weights(tuned: Tuned, weights: Weights) -> None:
+def load_weights(trainable: TrainableModel, weights: Weights) -> None:
     """Give the adapter these weights."""
-    own = dict(tuned.named_parameters())
+    own = dict(trainable.named_parameters())
     for name, weight in weights.items():
         own[name].copy_(weight)
 
 
-def copy_optimizer(optimizer: torch.optim.Optimizer) -> Flat:
+def copy_optimizer(optimizer: torch.optim.Optimizer) -> FlatState:
     """Return a copy of the optimizer's state."""
     return dict(flatten(optimizer.state_dict()["state"]))
 
 
-def put_optimizer(optimizer: torch.optim.Optimizer, state: Flat) -> None:
+def load_optimizer(optimizer: torch.optim.Optimizer, state: FlatState) -> None:
     """Give a fresh optimizer this state; its settings stay its own."""
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": unflatten(state), "param_groups": groups})
@@ -161,7 +161,7 @@ def flatten(state: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield f"{prefix}{key}", value.detach().cpu().clone() if isinstance(value, torch.Tensor) else value
 
 
-def unflatten(flat: Flat) -> dict[int, Any]:
+def unflatten(flat: FlatState) -> dict[int, Any]:
     """Return the nested form; the first level is the weight's number."""
     state: dict[int, Any] = {}
     for name, value in flat.items():

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from qlora_cli.cluster.client import AlreadyExistsError, ClusterError, NotFoundError, UnreachableError
-from qlora_cli.cluster.kube_client import KubeCluster, connect
+from qlora_cli.cluster.kube_client import KubeClient, connect
 from tests.make import REF, make_manifest
 
 
@@ -50,7 +50,7 @@ def server() -> Iterator[Answers]:
 
 
 @pytest.fixture
-def cluster(server: Answers, tmp_path: Path) -> KubeCluster:
+def cluster(server: Answers, tmp_path: Path) -> KubeClient:
     return connect(str(write_kubeconfig(tmp_path, f"http://127.0.0.1:{server.server_port}")), None)[0]
 
 
@@ -87,8 +87,8 @@ def test_the_namespace_is_the_contexts(tmp_path: Path):
         (503, "upstream is away", UnreachableError, r"is busy \(503\): upstream is away"),
     ],
 )
-def test_a_refusal_says_what_to_do(
-    cluster: KubeCluster, server: Answers, *, status: int, body: Any, kind: Any, message: str
+def test_api_error_message_has_a_fix(
+    cluster: KubeClient, server: Answers, *, status: int, body: Any, kind: Any, message: str
 ):
     server.status, server.body = status, body
     with pytest.raises(kind, match=message) as error:
@@ -96,23 +96,23 @@ def test_a_refusal_says_what_to_do(
     assert type(error.value) is kind
 
 
-def test_a_long_list_comes_in_pages(cluster: KubeCluster, server: Answers):
+def test_a_long_list_comes_in_pages(cluster: KubeClient, server: Answers):
     def page(path: str) -> Any:
         last = "continue=next" in path
         return {"items": [make_manifest("b" if last else "a")], "metadata": {} if last else {"continue": "next"}}
 
     server.body = page
-    assert [item["metadata"]["name"] for item in cluster.find("", "team=x")] == ["a", "b"]
+    assert [item["metadata"]["name"] for item in cluster.list_jobs("", "team=x")] == ["a", "b"]
     assert server.asked[0] == "/apis/qlora.dev/v1alpha1/qlorajobs?labelSelector=team%3Dx&limit=500"
 
 
-def test_a_log_is_read_line_by_line(cluster: KubeCluster, server: Answers):
+def test_a_log_is_read_line_by_line(cluster: KubeClient, server: Answers):
     server.body = "one\n\ntwo é\nno end"
     assert list(cluster.log("ml", "pod", {"follow": "true"})) == ["one", "", "two é", "no end"]
     assert server.asked == ["/api/v1/namespaces/ml/pods/pod/log?container=trainer&follow=true"]
 
 
-def test_a_creation_is_strict_and_says_who_writes(cluster: KubeCluster, server: Answers):
+def test_a_creation_is_strict_and_says_who_writes(cluster: KubeClient, server: Answers):
     cluster.create(make_manifest(), dry_run=True)
     assert server.asked == [
         "/apis/qlora.dev/v1alpha1/namespaces/ml/qlorajobs?fieldManager=qlora&fieldValidation=Strict&dryRun=All"

@@ -6,10 +6,10 @@ import pytest
 from typer.testing import CliRunner
 from typer.testing import Result as Invocation
 
-from qlora_api.local_requests import Exchange, Reply
+from qlora_api.local_requests import ChatTurn, Reply
 from qlora_cli.__main__ import app
 from qlora_cli.commands import chat
-from tests.unit.cli.make import spoken
+from tests.unit.cli.make import command_lines
 from tests.unit.trainer.data.test_chat_template import CHATML
 from tests.unit.trainer.tiny import write_model
 from tests.unit.trainer.trained import PLAIN, write_published
@@ -48,9 +48,9 @@ def qlora(adapters, *arguments: object, typed: str = "") -> Invocation:
     return CliRunner(env={"COLUMNS": "80"}).invoke(app, command, input=typed)
 
 
-def exchanges(result: Invocation) -> list[Exchange]:
+def exchanges(result: Invocation) -> list[ChatTurn]:
     assert result.exit_code == 0, result.output
-    return [Exchange.model_validate_json(line) for line in result.stdout.splitlines()]
+    return [ChatTurn.model_validate_json(line) for line in result.stdout.splitlines()]
 
 
 @pytest.fixture
@@ -66,7 +66,9 @@ def person(monkeypatch):
 def test_base_and_adapters_answer_side_by_side(model, adapters):
     result = qlora(adapters, "--ask", "What colour has the sky?", "--device", "cpu")
     assert result.exit_code == 0, result.output
-    assert spoken(result.stderr) == [f"file://{model} in 4 bits (nf4, double quantisation), with colours, talker"]
+    assert command_lines(result.stderr) == [
+        f"file://{model} in 4 bits (nf4, double quantisation), with colours, talker"
+    ]
     lines = [line.split("  ")[0] for line in result.stdout.splitlines() if line[:1].strip()]
     assert lines == ["question", "base", "colours", "talker"]
 
@@ -80,12 +82,12 @@ def test_each_line_of_a_pipe_is_a_question_of_its_own(adapters):
 
 
 @pytest.mark.usefixtures("person")
-def test_a_person_goes_on_from_what_was_said_until_they_quit(adapters):
+def test_interactive_chat_keeps_history_until_quit(adapters):
     typed = "What?\n\nWhat?\n/new\nWhat?\n/quit\nnever asked\n"
     result = qlora(adapters, "-o", "json", typed=typed)
     assert result.stderr.splitlines()[-1] == "/quit or Ctrl-D ends, /new forgets what was said"
     first, second, third = (
-        Exchange.model_validate(json.loads(line.replace("> ", "")))
+        ChatTurn.model_validate(json.loads(line.replace("> ", "")))
         for line in result.stdout.splitlines()
         if "question" in line
     )
@@ -107,9 +109,9 @@ def test_the_same_question_in_a_pipe_ends_it(adapters):
     assert (result.exit_code, result.stdout) == (1, "")
 
 
-def test_a_cut_answer_is_marked(capsys):
+def test_truncated_answer_is_marked(capsys):
     replies = (Reply(by="base", text=" On and on", complete=False), Reply(by="[bot]", text="Done.", complete=True))
-    chat.Printer(chat.Console(width=60), questions=False).show(Exchange(question="?", replies=replies))
+    chat.ChatPrinter(chat.Console(width=60), questions=False).show(ChatTurn(question="?", replies=replies))
     assert [line.rstrip() for line in capsys.readouterr().out.splitlines()] == [
         "base   On and on …",
         "[bot]  Done.",

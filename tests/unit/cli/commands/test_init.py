@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_cli.__main__ import app
-from qlora_cli.commands.init import SHOWN, default_of, write_manifest
+from qlora_cli.commands.init import SHOWN_FIELDS, default_of, write_manifest
 from qlora_cli.completion import completions
 
 
@@ -27,7 +27,7 @@ def test_a_first_manifest_is_valid_and_complete(tmp_path: Path):
 
 def test_every_field_of_a_first_manifest_has_its_meaning_and_its_default():
     text = write_manifest("bot", {"model.uri": "hf://a/b", "output.secretRef.name": "keys"})
-    assert text.count("#") > len(SHOWN)
+    assert text.count("#") > len(SHOWN_FIELDS)
     assert "    # Rank r of the update matrices.\n    rank: 16\n" in text
     assert default_of("training.learningRate") == 2e-4
 
@@ -41,7 +41,7 @@ def test_a_file_is_not_replaced_by_mistake(tmp_path: Path):
     assert CliRunner().invoke(app, ["init", str(path), "--force"]).exit_code == 0
 
 
-def test_what_cannot_be_right_is_not_written(tmp_path: Path):
+def test_invalid_options_write_no_manifest(tmp_path: Path):
     refused = CliRunner().invoke(app, ["init", str(tmp_path / "job.yaml"), "--name", "Not.A.Name"])
     assert refused.exit_code == 1
     assert 'metadata.name: must look like support-bot, got "Not.A.Name"' in refused.stderr
@@ -62,7 +62,7 @@ def test_kubectl_completes(words: list[str], found: list[str]):
 
 
 @pytest.mark.parametrize(("program", "name"), [("qlora", "qlora"), ("kubectl-qlora", "kubectl qlora")])
-def test_help_speaks_as_the_user_does(program: str, name: str):
+def test_help_uses_invoked_program_name(program: str, name: str):
     told = subprocess.run(
         [Path(sys.executable).with_name(program), "status", "--help"], capture_output=True, text=True, check=True
     )

@@ -10,31 +10,31 @@ from qlora_api.names import Phase, Reason
 from qlora_api.v1alpha1 import Attempt, OutputStatus
 from qlora_cli.cluster.client import ClusterError, UnreachableError
 from qlora_cli.cluster.jobs import parse_job, strip_managed_fields
-from qlora_cli.cluster.polling import PATIENCE_SECONDS, look
+from qlora_cli.cluster.polling import UNREACHABLE_TIMEOUT_SECONDS, poll_job
 from qlora_cli.commands import list as listing
 from qlora_cli.commands import status, wait
-from qlora_cli.display.dashboard import Course, describe_progress, draw
+from qlora_cli.display.dashboard import LossHistory, describe_progress, render_dashboard
 from qlora_cli.display.sparkline import sparkline
 from tests.make import DIGEST, NOW, REF, make_plan_status, make_prepared, make_result
 from tests.unit.cli.fake_cluster import (
     FAILED,
     SUCCEEDED,
     SUSPENDED,
-    FakeCluster,
+    FakeClusterClient,
     FakeTime,
-    Paper,
+    PlainConsole,
     make_job,
     make_raw,
+    make_raws,
     make_training,
-    printed,
-    raws,
+    render_to_lines,
 )
 
 
 def test_list_has_the_youngest_last_and_cuts_nothing():
     long = "a-name-that-is-as-long-as-a-name-may-be-or-nearly-so"
     jobs = [parse_job(make_raw(long, make_training(40), age=60)), parse_job(make_raw("old", SUCCEEDED, age=90_000))]
-    assert printed(listing.tabulate(listing.choose(jobs, list(Phase)), NOW, namespaces=True)) == [
+    assert render_to_lines(listing.tabulate(listing.filter_by_phase(jobs, list(Phase)), NOW, namespaces=True)) == [
         f"{'NAMESPACE':<12}{'NAME':<55}PHASE       PROGRESS   ETA   LOSS   GPUS   ATTEMPT   REASON      AGE",
         f"{'ml':<12}{'old':<55}Succeeded   100%                           1         Published   1d01h",
         f"{'ml':<12}{long:<55}Training    40%                            1         Training    1m00s",
@@ -43,16 +43,16 @@ def test_list_has_the_youngest_last_and_cuts_nothing():
 
 def test_list_shows_the_phases_that_are_asked_for():
     jobs = [make_job(SUCCEEDED), make_job(FAILED), make_job()]
-    assert [job.phase for job in listing.choose(jobs, [Phase.FAILED, Phase.PENDING])] == ["Failed", "Pending"]
+    assert [job.phase for job in listing.filter_by_phase(jobs, [Phase.FAILED, Phase.PENDING])] == ["Failed", "Pending"]
 
 
-def test_a_run_that_nobody_has_seen_is_no_riddle():
-    lines = printed(draw(make_job(), Course(), NOW, details=True))
+def test_run_without_operator_says_how_to_find_one():
+    lines = render_to_lines(render_dashboard(make_job(), LossHistory(), NOW, details=True))
     assert lines[0] == "support-bot in ml  Pending  10m00s"
     assert lines[1].startswith("unseen  no operator has taken it up yet; if that lasts, see whether one runs")
 
 
-def test_status_tells_all_of_a_run():
+def test_status_shows_every_section():
     attempt = Attempt(
         number=1, job="support-bot-1", reason=Reason.EVICTED, message="low on memory", node="node-1",
         started_at=NOW, finished_at=NOW + timedelta(minutes=3),
@@ -65,7 +65,7 @@ def test_status_tells_all_of_a_run():
             "output": output, "evaluation": result.evaluation, "finished_at": NOW,
         }
     )  # fmt: skip
-    lines = printed(draw(make_job(done), Course(), NOW, details=True))
+    lines = render_to_lines(render_dashboard(make_job(done), LossHistory(), NOW, details=True))
     assert lines[:9] == [
         "support-bot in ml  Succeeded  attempt 1  10m00s",
         "Published  Published it is",
@@ -89,11 +89,13 @@ def test_the_time_left_shrinks_between_two_reports():
 
 
 def test_the_losses_of_a_watched_run_become_a_line():
-    course = Course()
+    course = LossHistory()
     for step, loss in ((1, 4.0), (1, 4.0), (2, 3.0), (3, 2.0)):
         course = course.extend(make_job(make_training(step, loss)))
     assert course.losses == (4.0, 3.0, 2.0)
-    assert "█▅▁  loss 2.000" in printed(draw(make_job(make_training(3, 2.0)), course, NOW, details=False))
+    assert "█▅▁  loss 2.000" in render_to_lines(
+        render_dashboard(make_job(make_training(3, 2.0)), course, NOW, details=False)
+    )
 
 
 @pytest.mark.parametrize(
@@ -105,8 +107,8 @@ def test_a_sparkline(numbers: Any, width: int, line: str):
 
 
 def test_without_a_terminal_each_change_is_a_line():
-    cluster = FakeCluster(*raws(None, make_training(1), make_training(1), make_training(2), SUCCEEDED))
-    paper = Paper()
+    cluster = FakeClusterClient(*make_raws(None, make_training(1), make_training(1), make_training(2), SUCCEEDED))
+    paper = PlainConsole()
     status.watch_job(cluster, REF, paper.console, FakeTime().clock)
     assert paper.lines == [
         "Pending",
@@ -131,22 +133,22 @@ def test_a_newer_operator_may_add_fields_but_not_reasons():
 
 
 @pytest.mark.parametrize(("end", "code"), [(SUCCEEDED, 0), (FAILED, 3)])
-def test_wait_ends_as_the_run_did(end: Any, code: int):
-    paper = Paper()
-    cluster = FakeCluster(*raws(None, make_training(1), make_training(2), SUSPENDED, end))
+def test_wait_exit_code_follows_run(end: Any, code: int):
+    paper = PlainConsole()
+    cluster = FakeClusterClient(*make_raws(None, make_training(1), make_training(2), SUSPENDED, end))
     assert wait.wait_for_all(cluster, [REF], None, FakeTime().clock, paper.console) == code
     assert paper.lines[:3] == ["support-bot Pending", "support-bot Training", "support-bot Suspended"]
     assert paper.lines[3:] == [f"support-bot {end.phase} ({end.reason}): {end.reason} it is"]
 
 
 def test_one_failure_among_several_counts():
-    cluster = FakeCluster(*raws(FAILED, SUCCEEDED))
-    assert wait.wait_for_all(cluster, [REF, REF], None, FakeTime().clock, Paper().console) == 3
+    cluster = FakeClusterClient(*make_raws(FAILED, SUCCEEDED))
+    assert wait.wait_for_all(cluster, [REF, REF], None, FakeTime().clock, PlainConsole().console) == 3
 
 
 def test_wait_has_a_limit():
-    time, paper = FakeTime(), Paper()
-    cluster = FakeCluster(make_raw(status=make_training(1)))
+    time, paper = FakeTime(), PlainConsole()
+    cluster = FakeClusterClient(make_raw(status=make_training(1)))
     assert wait.wait_for_all(cluster, [REF, REF], 90.0, time.clock, paper.console) == 124
     assert time.seconds == 90
     assert paper.lines[-1] == "support-bot is Training still"
@@ -166,7 +168,7 @@ def test_what_is_no_duration_is_refused(text: str):
 def test_an_api_server_that_is_away_is_waited_for_and_named_once():
     away = UnreachableError("nobody answers")
     notes: list[str] = []
-    found = look(FakeCluster(away, away, make_raw(status=SUCCEEDED)), REF, FakeTime().clock, notes.append)
+    found = poll_job(FakeClusterClient(away, away, make_raw(status=SUCCEEDED)), REF, FakeTime().clock, notes.append)
     assert next(found).succeeded
     assert notes == ["nobody answers; trying again for 5 minutes"]
 
@@ -174,5 +176,5 @@ def test_an_api_server_that_is_away_is_waited_for_and_named_once():
 def test_an_api_server_that_stays_away_is_given_up():
     time = FakeTime()
     with pytest.raises(UnreachableError, match="nobody answers"):
-        next(look(FakeCluster(UnreachableError("nobody answers")), REF, time.clock, lambda _: None))
-    assert PATIENCE_SECONDS < time.seconds < PATIENCE_SECONDS + 5
+        next(poll_job(FakeClusterClient(UnreachableError("nobody answers")), REF, time.clock, lambda _: None))
+    assert UNREACHABLE_TIMEOUT_SECONDS < time.seconds < UNREACHABLE_TIMEOUT_SECONDS + 5

@@ -7,7 +7,7 @@ from typer.testing import Result as Invocation
 from qlora_api.local_requests import MergedFolder
 from qlora_cli.__main__ import app
 from qlora_trainer import merge_job
-from tests.unit.cli.make import spoken
+from tests.unit.cli.make import command_lines
 from tests.unit.trainer.test_merge_job import write_shard
 from tests.unit.trainer.tiny import write_model
 from tests.unit.trainer.trained import PLAIN, write_published
@@ -37,7 +37,7 @@ def qlora(*arguments: object) -> Invocation:
 def test_progress_the_difference_and_the_place_are_shown(adapter, tmp_path):
     result = qlora(adapter, "--to", tmp_path / "merged", "--base", "dequantised")
     assert result.exit_code == 0, result.output
-    assert spoken(result.stderr)[1:] == [
+    assert command_lines(result.stderr)[1:] == [
         "asking base and adapter apart: 4 held-out rows",
         "merging into the dequantised base, layer by layer",
         "asking the merged model",
@@ -80,7 +80,7 @@ def test_ctrl_c_leaves_nothing(adapter, tmp_path, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(merge_job, "merge", interrupt)
+    monkeypatch.setattr(merge_job, "merge_adapter", interrupt)
     result = qlora(adapter, "--to", tmp_path / "merged")
     assert result.exit_code == 130
     assert result.stderr.endswith("stopped; nothing was written\n")

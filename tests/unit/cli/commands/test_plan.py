@@ -47,7 +47,7 @@ def figures(*options: str, text: str = ON_GPU) -> dict[str, Any]:
     return found
 
 
-def test_figures_of_the_seeds_run() -> None:
+def test_plan_figures_of_llama_3b() -> None:
     found = figures("--config", config_of("llama-3.2-3b"), "--gpu-memory", "16Gi")
     assert list(found) == KEYS
     assert round(found["weightsBytes"] / 1e9, 1) == 2.2
@@ -83,7 +83,7 @@ def test_a_product_tells_its_memory() -> None:
     assert found["reasons"][0] == "1 x NVIDIA-A100-SXM4-40GB on 1 node: as spec.resources asks"
 
 
-def test_a_run_on_cpus_is_told_its_tensors() -> None:
+def test_cpu_run_shows_host_memory() -> None:
     found = figures("--config", config_of("smollm2-135m"), text=JOB)
     assert (found["gpus"], found["strategy"], found["microBatch"]) == (0, "single", 16)
     assert "device cpu: spec.resources.gpusPerNode is 0" in found["reasons"]
@@ -168,7 +168,7 @@ def test_a_hub_cache_is_looked_into(tmp_path: Path, reference: bool, monkeypatch
         ),
     ],
 )
-def test_what_is_wrong_and_what_to_do(options: list[str], sentence: str) -> None:
+def test_plan_error_message_has_a_fix(options: list[str], sentence: str) -> None:
     code, output = plan(*options)
     assert code == 1
     assert sentence in output

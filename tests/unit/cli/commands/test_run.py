@@ -9,7 +9,7 @@ from typer.testing import Result as Invocation
 
 from qlora_api.model_config import reduce_config
 from qlora_api.names import Phase, Reason
-from qlora_api.report import LastWord
+from qlora_api.report import TerminationMessage
 from qlora_api.runconfig import Platform, PrepareConfig, RunConfig, S3Config
 from qlora_cli.__main__ import app
 from qlora_cli.commands import run
@@ -17,8 +17,8 @@ from qlora_cli.local.runner import Trainer
 from qlora_cli.manifests.loader import parse_manifest
 from qlora_cli.manifests.yaml_documents import parse_documents
 from qlora_planner import make_plan
-from qlora_planner.gpu_inventory import Pool
-from qlora_planner.validation import ANYWHERE
+from qlora_planner.gpu_inventory import GpuPool
+from qlora_planner.validation import COMMON_RULES
 from qlora_trainer.errors import RunError
 from tests.unit.cli.make import JOB, RESULT, make_prepared, make_progress
 
@@ -31,7 +31,7 @@ class FakeTrainer:
 
     error: BaseException | None = None
     published: bool = False
-    gpus: tuple[Pool, ...] = ()
+    gpus: tuple[GpuPool, ...] = ()
     config: str = ""
     prepares: list[PrepareConfig] = field(default_factory=list)
     runs: list[RunConfig] = field(default_factory=list)
@@ -97,7 +97,7 @@ def test_a_run_prepares_plans_trains_and_shows_the_comparison(job):
 @pytest.mark.usefixtures("trainer")
 def test_without_a_terminal_progress_is_lines_on_standard_error(job):
     (document,) = parse_documents(JOB, "job.yaml")
-    plan = make_plan(parse_manifest(document, ANYWHERE).spec, make_prepared())
+    plan = make_plan(parse_manifest(document, COMMON_RULES).spec, make_prepared())
     assert qlora(job).stderr.splitlines() == [
         "24 rows [checked]",
         *plan.reasons,
@@ -131,10 +131,10 @@ def test_what_was_published_before_is_shown_and_not_done_again(trainer, job):
 
 
 @pytest.mark.usefixtures("trainer")
-def test_json_is_the_last_word_of_a_pod(job):
+def test_json_output_is_termination_message(job):
     result = qlora(job, "-o", "json")
-    word = LastWord.model_validate_json(result.stdout)
-    assert word == LastWord(reason=Reason.PUBLISHED, step=3, prepared=make_prepared(), result=RESULT)
+    word = TerminationMessage.model_validate_json(result.stdout)
+    assert word == TerminationMessage(reason=Reason.PUBLISHED, step=3, prepared=make_prepared(), result=RESULT)
     assert json.loads(result.stdout)["result"]["evaluation"]["adapter"]["loss"] == 3.0
 
 
@@ -172,7 +172,7 @@ def test_a_stop_with_a_checkpoint_says_how_to_go_on(trainer, job):
     assert result.stderr.endswith("stopped; step 3 is done; the same command goes on from its checkpoint\n")
 
 
-def test_a_bug_of_ours_is_not_dressed_up(trainer, job):
+def test_trainer_bug_keeps_traceback(trainer, job):
     trainer.error = ZeroDivisionError("ours")
     assert isinstance(qlora(job).exception, ZeroDivisionError)
 
@@ -185,14 +185,14 @@ def test_a_gpu_that_this_computer_lacks_is_refused_before_anything_is_done(train
 
 
 def test_a_gpu_that_this_computer_has_is_used(trainer, job):
-    trainer.gpus = (Pool("NVIDIA L4", 24 << 30, 1, 1, (8, 9)),)
+    trainer.gpus = (GpuPool("NVIDIA L4", 24 << 30, 1, 1, (8, 9)),)
     assert qlora(job, "--set", "resources.gpusPerNode=1").exit_code == 0
     assert trainer.runs[0].plan.device == "cuda"
     assert trainer.runs[0].plan.peak_bytes is None
 
 
 def test_a_run_is_sized_by_the_gpu_of_this_computer(trainer, job):
-    trainer.gpus = (Pool("NVIDIA L4", 24 << 30, 1, 1, (8, 9)),)
+    trainer.gpus = (GpuPool("NVIDIA L4", 24 << 30, 1, 1, (8, 9)),)
     trainer.config = reduce_config(json.loads((CONFIGS / "llama-3.2-3b.json").read_text()))
     assert qlora(job, "--set", "resources.gpusPerNode=1").exit_code == 0
     plan = trainer.runs[0].plan
@@ -223,7 +223,7 @@ def test_a_manifest_that_cannot_run_is_refused(trainer, job, text, message):
     assert trainer.prepares == []
 
 
-def test_a_missing_manifest_is_said(tmp_path):
+def test_missing_manifest_is_reported(tmp_path):
     result = qlora(tmp_path / "missing.yaml")
     assert result.exit_code == 1
     assert "missing.yaml: No such file or directory" in result.stderr

@@ -10,7 +10,7 @@ from qlora_api.v1alpha1 import OutputStatus
 from qlora_cli.cluster.client import ClusterError
 from qlora_cli.cluster.jobs import ClusterJob
 from qlora_cli.commands import report, serve_snippet
-from qlora_cli.commands.serve_snippet import find_served
+from qlora_cli.commands.serve_snippet import resolve_served_model
 from qlora_cli.local.output_store import OutputError
 from tests.make import DIGEST, make_prepared, make_result
 from tests.unit.cli.fake_cluster import SUCCEEDED, make_job, make_training
@@ -32,11 +32,11 @@ def published(merged: str | None = None, **change: Any) -> ClusterJob:
     ("lora", "rank"), [({}, 16), ({"rank": 4}, 8), ({"rank": 33}, 64), ({"rank": 16, "init": "pissa"}, 32)]
 )
 def test_the_rank_is_one_that_vllm_takes_and_that_fits(lora: dict[str, Any], rank: int):
-    assert find_served(published(lora=lora)).max_rank == rank
+    assert resolve_served_model(published(lora=lora)).max_rank == rank
 
 
 def test_vllm_gets_the_base_at_its_commit_and_the_adapter_from_a_folder():
-    assert serve_snippet.write_vllm(find_served(published())) == (
+    assert serve_snippet.write_vllm(resolve_served_model(published())) == (
         f"aws s3 sync {ADAPTER} ./support-bot\n"
         "vllm serve HuggingFaceTB/SmolLM2-135M-Instruct \\\n"
         f"  --revision {COMMIT} \\\n"
@@ -50,7 +50,7 @@ def test_vllm_gets_what_else_an_adapter_needs():
     job = published(
         model={"uri": "s3://models/base"}, lora={"init": "loftq"}, dataset={"chatTemplate": "{{ messages }}"}
     )
-    written = serve_snippet.write_vllm(find_served(job))
+    written = serve_snippet.write_vllm(resolve_served_model(job))
     assert written.startswith("aws s3 sync s3://models/base ./model\naws s3 sync ")
     assert "--revision" not in written
     assert "--chat-template ./support-bot/chat_template.jinja" in written
@@ -58,7 +58,7 @@ def test_vllm_gets_what_else_an_adapter_needs():
 
 
 def test_kserve_gets_a_service_with_the_adapter():
-    service = yaml.safe_load(serve_snippet.write_kserve(find_served(published(lora={"rank": 64}))))
+    service = yaml.safe_load(serve_snippet.write_kserve(resolve_served_model(published(lora={"rank": 64}))))
     assert service["spec"]["model"] == {
         "uri": f"hf://HuggingFaceTB/SmolLM2-135M-Instruct:{COMMIT}",
         "name": "HuggingFaceTB/SmolLM2-135M-Instruct",
@@ -67,7 +67,7 @@ def test_kserve_gets_a_service_with_the_adapter():
 
 
 def test_kubeai_gets_a_model_with_the_adapter():
-    model = yaml.safe_load(serve_snippet.write_kubeai(find_served(published())))
+    model = yaml.safe_load(serve_snippet.write_kubeai(resolve_served_model(published())))
     assert model["metadata"] == {"name": "support-bot-base"}
     assert model["spec"]["adapters"] == [{"name": "support-bot", "url": ADAPTER}]
     assert model["spec"]["args"] == ["--enable-lora", "--max-lora-rank=16", f"--revision={COMMIT}"]
@@ -76,7 +76,7 @@ def test_kubeai_gets_a_model_with_the_adapter():
 @pytest.mark.parametrize("server", serve_snippet.Server)
 def test_a_whole_model_is_served_by_itself(server: serve_snippet.Server):
     full = published(method="full", quantization={"bits": 16})
-    written = serve_snippet.WRITERS[server](find_served(full))
+    written = serve_snippet.WRITERS[server](resolve_served_model(full))
     assert ADAPTER in written
     assert "lora" not in written
 
@@ -92,13 +92,13 @@ def test_a_whole_model_is_served_by_itself(server: serve_snippet.Server):
 )
 def test_what_vllm_does_not_load_is_served_merged(lora: dict[str, Any], why: str):
     with pytest.raises(ClusterError, match=f"{why}.*qlora merge {ADAPTER}"):
-        find_served(published(lora=lora))
-    assert find_served(published(MERGED, lora=lora)).model == MERGED
+        resolve_served_model(published(lora=lora))
+    assert resolve_served_model(published(MERGED, lora=lora)).model == MERGED
 
 
 def test_what_is_not_published_is_not_served():
     with pytest.raises(ClusterError, match="support-bot is Training and has published nothing"):
-        find_served(make_job(make_training(5)))
+        resolve_served_model(make_job(make_training(5)))
 
 
 def test_a_report_is_copied_whole(tmp_path: Path):
@@ -106,7 +106,7 @@ def test_a_report_is_copied_whole(tmp_path: Path):
     for name in ("report.html", "report.json", "evaluation.jsonl"):
         (tmp_path / "there" / name).write_text('{"job": "support-bot"}')
     there = (tmp_path / "there").as_uri()
-    assert report.read_figures(there, None) == {"job": "support-bot"}
+    assert report.read_report_json(there, None) == {"job": "support-bot"}
     here = report.download_report(there, tmp_path / "here", None)
     assert sorted(path.name for path in here.iterdir()) == ["evaluation.jsonl", "report.html", "report.json"]
 

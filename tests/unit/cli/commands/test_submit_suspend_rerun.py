@@ -14,9 +14,9 @@ from tests.unit.cli.fake_cluster import (
     FAILED,
     SUCCEEDED,
     SUSPENDED,
-    FakeCluster,
+    FakeClusterClient,
     FakeTime,
-    Paper,
+    PlainConsole,
     make_job,
     make_raw,
     make_training,
@@ -24,37 +24,37 @@ from tests.unit.cli.fake_cluster import (
 
 
 def test_a_manifest_goes_where_it_says_or_where_the_user_says():
-    connection = Connection(FakeCluster(), "mine")
+    connection = Connection(FakeClusterClient(), "mine")
     bare = {"metadata": {"name": "a"}}
-    assert submit.place(bare, None, connection)["metadata"] == {"name": "a", "namespace": "mine"}
+    assert submit.with_namespace(bare, None, connection)["metadata"] == {"name": "a", "namespace": "mine"}
     own = {"metadata": {"name": "a", "namespace": "theirs"}}
-    assert submit.place(own, None, connection) == own
+    assert submit.with_namespace(own, None, connection) == own
     with pytest.raises(ClusterError, match="names namespace theirs, and --namespace mine; leave one out"):
-        submit.place(own, "mine", connection)
+        submit.with_namespace(own, "mine", connection)
 
 
 def test_a_name_that_is_taken_says_what_else_there_is():
     with pytest.raises(AlreadyExistsError, match=r"ml/taken exists already; give .* with qlora rerun taken$"):
-        submit.create(FakeCluster(), make_raw("taken"), dry_run=False)
+        submit.create_job(FakeClusterClient(), make_raw("taken"), dry_run=False)
 
 
 def test_suspending_writes_one_field():
-    cluster = FakeCluster(make_raw(status=make_training(1)))
+    cluster = FakeClusterClient(make_raw(status=make_training(1)))
     assert suspend.set_suspended(cluster, REF, True).suspended
     assert cluster.writes == [("patch", {"spec": {"suspend": True}})]
 
 
 @pytest.mark.parametrize(("phase", "rest"), [("Running", False), ("Pending", False), ("Succeeded", True)])
-def test_it_rests_when_no_pod_runs_any_more(phase: str, rest: bool):
+def test_suspend_wait_ends_when_no_pod_runs(phase: str, rest: bool):
     raw = make_raw(status=SUSPENDED)
-    cluster, job = FakeCluster(raw), parse_job(raw)
-    assert suspend.rests(job, cluster)
+    cluster, job = FakeClusterClient(raw), parse_job(raw)
+    assert suspend.is_stopped(job, cluster)
     cluster.pods_found = [{"metadata": {"name": "a"}, "status": {"phase": phase}}]
-    assert suspend.rests(job, cluster) is rest
+    assert suspend.is_stopped(job, cluster) is rest
 
 
-def test_what_has_ended_cannot_rest():
-    cluster = FakeCluster(make_raw(status=FAILED))
+def test_suspend_of_finished_run_is_refused():
+    cluster = FakeClusterClient(make_raw(status=FAILED))
     with pytest.raises(ClusterError, match="ml/support-bot has failed; qlora rerun starts it anew"):
         suspend.set_suspended(cluster, REF, True)
     assert cluster.writes == []
@@ -62,9 +62,9 @@ def test_what_has_ended_cannot_rest():
 
 def test_rerun_keeps_what_the_user_wrote():
     raw = {**make_raw(status=FAILED), "metadata": {**make_raw()["metadata"], "labels": {"team": "a"}}}
-    cluster, paper = FakeCluster(raw), Paper()
+    cluster, paper = FakeClusterClient(raw), PlainConsole()
     manifest = rerun.make_manifest(parse_job(raw), ["output.ifExists=Overwrite"])
-    rerun.replace(cluster, parse_job(raw), manifest, FakeTime().clock, paper.console)
+    rerun.delete_and_create(cluster, parse_job(raw), manifest, FakeTime().clock, paper.console)
     output = {**raw["spec"]["output"], "ifExists": "Overwrite"}
     assert manifest == {
         "apiVersion": raw["apiVersion"], "kind": raw["kind"],
@@ -85,23 +85,23 @@ def test_a_run_under_way_is_not_stopped_by_mistake():
 
 
 def test_a_manifest_that_cannot_be_created_again_is_kept():
-    cluster = FakeCluster(make_raw("taken", FAILED))
+    cluster = FakeClusterClient(make_raw("taken", FAILED))
     job = parse_job(make_raw("taken", FAILED))
     manifest = rerun.make_manifest(job, [])
     with pytest.raises(ClusterError, match="the former run is deleted, and its manifest kept in") as error:
-        rerun.replace(cluster, job, manifest, FakeTime().clock, Paper().console)
+        rerun.delete_and_create(cluster, job, manifest, FakeTime().clock, PlainConsole().console)
     kept = Path(str(error.value).rpartition(" ")[2])
     assert yaml.safe_load(kept.read_text()) == manifest
     kept.unlink()
 
 
-def test_somebody_elses_run_of_that_name_is_left_alone():
+def test_rerun_job_recreated_by_others_is_an_error():
     other = make_raw(status=SUCCEEDED)
     other = {**other, "metadata": {**other["metadata"], "uid": "another"}}
     with pytest.raises(ClusterError, match="somebody else created QLoRAJob ml/support-bot"):
-        rerun.wait_until_gone(FakeCluster(other), REF, UID, FakeTime().clock)
+        rerun.wait_until_gone(FakeClusterClient(other), REF, UID, FakeTime().clock)
 
 
-def test_a_run_that_will_not_go_is_given_up():
+def test_rerun_deletion_timeout_is_an_error():
     with pytest.raises(ClusterError, match="is still being deleted after 5 minutes"):
-        rerun.wait_until_gone(FakeCluster(make_raw(status=FAILED)), REF, UID, FakeTime().clock)
+        rerun.wait_until_gone(FakeClusterClient(make_raw(status=FAILED)), REF, UID, FakeTime().clock)

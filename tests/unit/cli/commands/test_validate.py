@@ -108,7 +108,7 @@ def test_numbers_are_read_as_kubernetes_reads_them():
         ("spec: {x: &a [*a]}\n", "standard input: an anchor contains itself, or the nesting is too deep"),
     ],
 )
-def test_what_is_no_manifest_is_said(text, message):
+def test_file_without_manifest_is_reported(text, message):
     assert validate(text) == (1, [message])
 
 

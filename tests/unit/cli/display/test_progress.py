@@ -5,19 +5,19 @@ import pytest
 from rich.console import Console
 
 from qlora_api.names import Phase
-from qlora_cli.display.progress import PREPARING, LineScreen, clock_time, describe, name_stage, open_screen
+from qlora_cli.display.progress import PREPARING, LineScreen, clock_time, format_progress, name_stage, open_screen
 from tests.unit.cli.make import make_progress
 
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 def test_progress_is_described_by_what_is_known():
-    assert describe(make_progress(1)) == " 33%  step 1/3  loss 3.750  225 tok/s  2:10 left"
-    assert describe(make_progress(3)) == "100%  step 3/3  loss 3.250  225 tok/s"
+    assert format_progress(make_progress(1)) == " 33%  step 1/3  loss 3.750  225 tok/s  2:10 left"
+    assert format_progress(make_progress(3)) == "100%  step 3/3  loss 3.250  225 tok/s"
     unknown = make_progress(0).model_copy(
         update={"step": None, "loss": None, "tokens_per_second": None, "remaining_seconds": None}
     )
-    assert describe(unknown) == ""
+    assert format_progress(unknown) == ""
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(5, "0:05"), (130, "2:10"), (3725, "1:02:05")])
@@ -42,13 +42,13 @@ def test_the_stages_of_a_run_are_named_by_what_happens():
         ("Loading", ""),
         ("Evaluating", "base model"),
         ("Training", "  0%  step 0/3"),
-        ("Training", describe(make_progress(1))),
+        ("Training", format_progress(make_progress(1))),
         ("Evaluating", "adapter"),
         ("Publishing", ""),
     ]
 
 
-def test_lines_come_at_a_pace_that_a_log_can_bear():
+def test_line_output_is_rate_limited():
     stream, now = io.StringIO(), iter([0.0, 3.0, 11.0, 12.0, 13.0])
     screen = LineScreen(Console(file=stream, width=80), clock=lambda: next(now))
     for progress in (make_progress(0), make_progress(1), make_progress(2), make_progress(3)):

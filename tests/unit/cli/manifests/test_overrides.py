@@ -3,9 +3,9 @@ from pathlib import Path
 import pytest
 
 from qlora_cli.manifests.loader import ManifestError, parse_manifest
-from qlora_cli.manifests.overrides import Override, OverrideError, override, parse_override
+from qlora_cli.manifests.overrides import Override, OverrideError, apply_overrides, parse_override
 from qlora_cli.manifests.yaml_documents import YamlError, parse_documents
-from qlora_planner.validation import ANYWHERE
+from qlora_planner.validation import COMMON_RULES
 from tests.unit.cli.make import JOB
 
 HERE = Path.cwd()
@@ -43,7 +43,7 @@ def test_a_value_that_is_not_yaml_is_refused():
 
 def parse(*changes: str):
     (document,) = parse_documents(JOB, "job.yaml")
-    return parse_manifest(override(document, [parse_override(change) for change in changes]), ANYWHERE).spec
+    return parse_manifest(apply_overrides(document, [parse_override(change) for change in changes]), COMMON_RULES).spec
 
 
 def test_overrides_change_the_spec_and_nothing_else():

@@ -13,15 +13,15 @@ from qlora_api.v1alpha1 import Attempt, OutputStatus
 from qlora_cli.cluster.client import ClusterError
 from qlora_cli.cluster.jobs import ClusterJob
 from qlora_cli.podlogs import archived
-from qlora_cli.podlogs.archived import Missing
-from qlora_cli.podlogs.lines import Printer
+from qlora_cli.podlogs.archived import MissingLogs
+from qlora_cli.podlogs.lines import LogPrinter
 from tests.make import DIGEST, UID
-from tests.unit.cli.fake_cluster import FAILED, Paper, make_ended, make_job
+from tests.unit.cli.fake_cluster import FAILED, PlainConsole, make_ended, make_job
 
 
-def printer() -> tuple[Paper, Printer]:
-    paper = Paper()
-    return paper, Printer(prefix=True, raw=False, console=paper.console)
+def printer() -> tuple[PlainConsole, LogPrinter]:
+    paper = PlainConsole()
+    return paper, LogPrinter(prefix=True, raw=False, console=paper.console)
 
 
 def make_left(folder: Path, *attempts: Attempt) -> ClusterJob:
@@ -41,7 +41,7 @@ def write_line(second: int, message: str) -> str:
     return json.dumps({"time": f"2026-03-01T12:00:{second:02}.000Z", "level": "info", "message": message})
 
 
-WISH = archived.Wish(attempt=None, tail=None, timestamps=False, s3_endpoint=None)
+WISH = archived.LogQuery(attempt=None, tail=None, timestamps=False, s3_endpoint=None)
 
 
 def test_logs_of_pods_that_are_gone_are_read_from_the_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -50,8 +50,8 @@ def test_logs_of_pods_that_are_gone_are_read_from_the_output(tmp_path: Path, cap
     leave_log(tmp_path, "attempt-2-node-1-rank-1.jsonl", (2, "[one]"), (6, "one again"))
     leave_log(tmp_path, "attempt-2-node-1.jsonl", (3, "the launcher"))
     leave_log(tmp_path, "attempt-2-node-0-rank-0.jsonl", (1, "of another QLoRAJob"), uid="another")
-    job, (paper, out), notes = make_left(tmp_path, make_ended(1), make_ended(2)), printer(), Paper()
-    archived.show_remains(job, Missing(2), WISH, out, notes.console)
+    job, (paper, out), notes = make_left(tmp_path, make_ended(1), make_ended(2)), printer(), PlainConsole()
+    archived.show_archived_logs(job, MissingLogs(2), WISH, out, notes.console)
     assert [line.replace("2026-03-01T12:00:0", "").replace(".000Z info    ", " ") for line in paper.lines] == [
         "2-0 | 1 zero", "2-1 | 2 [one]", "2-1 | 3 the launcher", "2-0 | 5 zero again", "2-0 | text",
         "2-1 | 6 one again", "2-0 | 9 the end",
@@ -69,16 +69,18 @@ def test_lines_from_the_output_are_chosen_as_those_of_pods(tmp_path: Path):
     leave_log(tmp_path, "prepare.jsonl", (0, "checked"))
     job = make_left(tmp_path, make_ended(1))
 
-    def shown(missing: Missing, **wish: Any) -> list[str]:
-        paper = Paper()
-        out = Printer(prefix=True, raw=True, console=paper.console)
-        archived.show_remains(job, missing, archived.Wish(**{**vars(WISH), **wish}), out, Paper().console)
+    def shown(missing: MissingLogs, **wish: Any) -> list[str]:
+        paper = PlainConsole()
+        out = LogPrinter(prefix=True, raw=True, console=paper.console)
+        archived.show_archived_logs(
+            job, missing, archived.LogQuery(**{**vars(WISH), **wish}), out, PlainConsole().console
+        )
         return [line.partition('"message": ')[0][:6] + line.partition('"message": ')[2] for line in paper.lines]
 
-    assert shown(Missing(1), tail=1) == ['1-1 | "d"}', '1-0 | "c"}']
-    assert shown(Missing(1), tail=0) == []
-    assert shown(Missing(1, frozenset({1}))) == ['1-1 | "d"}']
-    assert shown(Missing(0)) == ['prepar"checked"}']
+    assert shown(MissingLogs(1), tail=1) == ['1-1 | "d"}', '1-0 | "c"}']
+    assert shown(MissingLogs(1), tail=0) == []
+    assert shown(MissingLogs(1, frozenset({1}))) == ['1-1 | "d"}']
+    assert shown(MissingLogs(0)) == ['prepar"checked"}']
 
 
 def test_logs_are_read_from_s3_with_the_keys_of_this_computer(monkeypatch: pytest.MonkeyPatch):
@@ -91,24 +93,22 @@ def test_logs_are_read_from_s3_with_the_keys_of_this_computer(monkeypatch: pytes
         client.create_bucket(Bucket="adapters")
         client.put_object(Bucket="adapters", Key=key, Body=write_line(1, "from S3").encode())
         paper, out = printer()
-        archived.show_remains(job, Missing(1), WISH, out, Paper().console)
+        archived.show_archived_logs(job, MissingLogs(1), WISH, out, PlainConsole().console)
     assert paper.lines == ["1-0 | 2026-03-01T12:00:01.000Z info    from S3"]
 
 
-def test_each_line_tells_its_process(tmp_path: Path):
+def test_archived_line_shows_its_rank(tmp_path: Path):
     raw = json.dumps({"time": "2026-03-01T12:00:01Z", "level": "info", "message": "a step", "rank": 3})
     leave_log(tmp_path, "attempt-1-node-1-rank-3.jsonl", raw)
     paper, out = printer()
-    archived.show_remains(make_left(tmp_path, make_ended(1)), Missing(1), WISH, out, Paper().console)
+    archived.show_archived_logs(make_left(tmp_path, make_ended(1)), MissingLogs(1), WISH, out, PlainConsole().console)
     assert paper.lines == ["1-1/3 | 2026-03-01T12:00:01Z info    a step"]
 
 
-def test_where_no_log_is_left_the_last_words_are_told_and_what_was_looked_for(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_no_archived_logs_prints_termination_messages_and_prefix(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     job = make_left(tmp_path, make_ended(1, Reason.LOSS_DIVERGED, "loss 80"))
     with pytest.raises(ClusterError) as caught:
-        archived.show_remains(job, Missing(1), WISH, printer()[1], Paper().console)
+        archived.show_archived_logs(job, MissingLogs(1), WISH, printer()[1], PlainConsole().console)
     assert capsys.readouterr().out == "attempt 1 on node-1: LossDiverged  loss 80\n"
     assert str(caught.value) == (
         "there is no log of attempt 1 of support-bot: its pods are gone (spec.ttl removes them after the end, and so "
@@ -122,25 +122,25 @@ def test_an_output_that_cannot_be_read_is_named_with_what_to_do(monkeypatch: pyt
     monkeypatch.setattr("qlora_cli.local.output_store.find_spec", lambda _: None)
     job = make_job(FAILED.model_copy(update={"attempts": (make_ended(1),)}), output={"uri": "s3://adapters"})
     with pytest.raises(ClusterError, match=r"of support-bot: its pods are gone .* and boto3 is not installed; run pip"):
-        archived.show_remains(job, Missing(1), WISH, printer()[1], Paper().console)
+        archived.show_archived_logs(job, MissingLogs(1), WISH, printer()[1], PlainConsole().console)
 
 
-def test_nothing_is_looked_for_where_nothing_ran():
+def test_attempt_never_started_reads_no_output():
     with pytest.raises(ClusterError, match="support-bot is Failed and has no pods of attempt 3: DatasetEmpty it is"):
-        archived.show_remains(make_job(FAILED), Missing(3), WISH, printer()[1], Paper().console)
+        archived.show_archived_logs(make_job(FAILED), MissingLogs(3), WISH, printer()[1], PlainConsole().console)
     with pytest.raises(ClusterError, match="support-bot is Pending and has no pods of the preparation: no operator"):
-        archived.show_remains(make_job(), Missing(0), WISH, printer()[1], Paper().console)
+        archived.show_archived_logs(make_job(), MissingLogs(0), WISH, printer()[1], PlainConsole().console)
 
 
-def test_stacks_of_a_hang_are_read_from_the_output(tmp_path: Path):
+def test_stack_dumps_are_read_from_output(tmp_path: Path):
     hangs = tmp_path / "support-bot" / DIGEST / "hangs"
     hangs.mkdir(parents=True)
     for name in ("attempt-1-rank-0.txt", "attempt-2-rank-0.txt"):
         (hangs / name).write_text(f"File {name}\n")
     leave_log(tmp_path, "attempt-2-node-0-rank-0.jsonl", (1, "zero"))
-    job, notes = make_left(tmp_path, make_ended(2, Reason.HEARTBEAT_LOST, "the stacks are in …")), Paper()
-    wish = archived.Wish(**{**vars(WISH), "attempt": 2})
-    archived.show_remains(job, Missing(2), wish, printer()[1], notes.console)
+    job, notes = make_left(tmp_path, make_ended(2, Reason.HEARTBEAT_LOST, "the stacks are in …")), PlainConsole()
+    wish = archived.LogQuery(**{**vars(WISH), "attempt": 2})
+    archived.show_archived_logs(job, MissingLogs(2), wish, printer()[1], notes.console)
     assert notes.lines[-3:] == [
         f"{tmp_path.as_uri()}/support-bot/{DIGEST}/hangs/attempt-2-rank-0.txt", "File attempt-2-rank-0.txt", "",
     ]  # fmt: skip

@@ -7,7 +7,7 @@ import pytest
 
 from qlora_api.job_ref import JobRef
 from qlora_api.names import Role
-from qlora_operator.cluster.cache import Children
+from qlora_operator.cluster.cache import ChildCache
 from qlora_operator.cluster.http import Api
 from qlora_operator.cluster.kube_cluster import KubeCluster
 from qlora_operator.models import ChildJob, RawJob
@@ -39,16 +39,16 @@ def raw_pod(version: int = 1, uid: str = "pod", **status: Any) -> Json:
     return make_item(uid, "job", version) | {"status": {"phase": "Pending", **status}}
 
 
-def only_job(children: Children) -> ChildJob:
-    [child] = children.of(JOB).jobs
+def only_job(children: ChildCache) -> ChildJob:
+    [child] = children.children_of(JOB).jobs
     return child
 
 
 def test_a_job_and_its_pod_are_put_together_in_any_order() -> None:
-    children = Children()
-    assert children.pods.put(raw_pod()) == REF
-    assert children.of(JOB).jobs == ()
-    assert children.jobs.put(raw_job()) == REF
+    children = ChildCache()
+    assert children.pods.update(raw_pod()) == REF
+    assert children.children_of(JOB).jobs == ()
+    assert children.jobs.update(raw_job()) == REF
     assert (only_job(children).role, [pod.uid for pod in only_job(children).pods]) == (Role.TRAIN, ["pod"])
 
 
@@ -62,32 +62,32 @@ def test_a_job_and_its_pod_are_put_together_in_any_order() -> None:
         pytest.param([raw_job(9), raw_job(10, "Complete")], REF, True, id="versions are numbers"),
     ],
 )
-def test_versions_decide(told: list[Json], news: JobRef | None, complete: bool) -> None:
-    children = Children()
-    assert [children.jobs.put(item) for item in told][-1] == news
+def test_older_resource_version_is_ignored(told: list[Json], news: JobRef | None, complete: bool) -> None:
+    children = ChildCache()
+    assert [children.jobs.update(item) for item in told][-1] == news
     assert only_job(children).complete == complete
 
 
-def test_a_namesake_s_children_are_not_ours() -> None:
-    children = Children()
-    children.jobs.put(make_item("old", "uid of a deleted namesake", 1, **{"qlora.dev/role": "train"}))
-    assert children.of(JOB).jobs == ()
+def test_children_of_other_job_uid_are_ignored() -> None:
+    children = ChildCache()
+    children.jobs.update(make_item("old", "uid of a deleted namesake", 1, **{"qlora.dev/role": "train"}))
+    assert children.children_of(JOB).jobs == ()
 
 
-def test_what_was_deleted_does_not_come_back_by_an_event_told_again() -> None:
-    children = Children()
-    children.jobs.put(raw_job(1))
-    assert children.jobs.drop(raw_job(2)) == REF
-    assert children.jobs.put(raw_job(1)) is None
-    assert children.of(JOB).jobs == ()
+def test_repeated_event_does_not_restore_deleted_object() -> None:
+    children = ChildCache()
+    children.jobs.update(raw_job(1))
+    assert children.jobs.delete(raw_job(2)) == REF
+    assert children.jobs.update(raw_job(1)) is None
+    assert children.children_of(JOB).jobs == ()
 
 
-def test_nothing_is_kept_of_what_is_gone() -> None:
-    children = Children()
-    children.jobs.put(raw_job(1))
-    children.jobs.drop(raw_job(2))
-    children.jobs.drop_missing("", set(), 3)
-    assert (children.jobs._known, children.jobs._gone) == ({}, set())
+def test_deleted_objects_leave_no_entries() -> None:
+    children = ChildCache()
+    children.jobs.update(raw_job(1))
+    children.jobs.delete(raw_job(2))
+    children.jobs.replace("", set(), 3)
+    assert (children.jobs._objects, children.jobs._deleted_uids) == ({}, set())
 
 
 class PagedApi(Api):
@@ -115,29 +115,29 @@ class PagedApi(Api):
         return {"metadata": {"resourceVersion": str(self.version), **more}, "items": items[start : start + 1]}
 
 
-async def test_a_list_mends_what_events_left_out() -> None:
-    children = Children()
-    children.jobs.put(raw_job(1))
-    children.jobs.put(raw_job(1, uid="deleted"))
-    children.jobs.put(raw_job(99, uid="newer than the list"))
+async def test_relist_repairs_missed_events() -> None:
+    children = ChildCache()
+    children.jobs.update(raw_job(1))
+    children.jobs.update(raw_job(1, uid="deleted"))
+    children.jobs.update(raw_job(99, uid="newer than the list"))
     jobs = [raw_job(5, "Complete"), raw_job(6, uid="never told")]
-    assert await KubeCluster(PagedApi(jobs, [raw_pod(7)], 10), children).refresh(()) == {REF}
-    assert {child.name: child.complete for child in children.of(JOB).jobs} == {
+    assert await KubeCluster(PagedApi(jobs, [raw_pod(7)], 10), children).relist(()) == {REF}
+    assert {child.name: child.complete for child in children.children_of(JOB).jobs} == {
         "job": True, "never told": False, "newer than the list": False,
     }  # fmt: skip
-    assert len(next(child for child in children.of(JOB).jobs if child.name == "job").pods) == 1
+    assert len(next(child for child in children.children_of(JOB).jobs if child.name == "job").pods) == 1
 
 
-async def test_a_list_that_tells_nothing_new_makes_no_work() -> None:
-    children = Children()
+async def test_unchanged_relist_enqueues_nothing() -> None:
+    children = ChildCache()
     cluster = KubeCluster(PagedApi([raw_job(1)], [raw_pod(1)], 10), children)
-    assert await cluster.refresh(()) == {REF}
-    assert await cluster.refresh(()) == set()
+    assert await cluster.relist(()) == {REF}
+    assert await cluster.relist(()) == set()
 
 
-async def test_the_list_of_one_namespace_says_nothing_of_another() -> None:
-    children = Children()
-    children.jobs.put(raw_job(1, namespace=OTHER.namespace))
-    children.jobs.put(raw_job(1))
-    assert await KubeCluster(PagedApi([], [], 10), children).refresh([REF.namespace]) == {REF}
-    assert [sighting.uid for sighting in children.jobs.of(OTHER)] == ["job"]
+async def test_relist_of_one_namespace_keeps_others() -> None:
+    children = ChildCache()
+    children.jobs.update(raw_job(1, namespace=OTHER.namespace))
+    children.jobs.update(raw_job(1))
+    assert await KubeCluster(PagedApi([], [], 10), children).relist([REF.namespace]) == {REF}
+    assert [sighting.uid for sighting in children.jobs.by_job(OTHER)] == ["job"]

@@ -10,7 +10,7 @@ import pytest
 from aiohttp import web
 from kubernetes.aio import client
 
-from qlora_operator.cluster.http import TRIES, Api, ApiError, ConflictError, NotFoundError
+from qlora_operator.cluster.http import MAX_TRIES, Api, ApiError, ConflictError, NotFoundError
 from qlora_operator.cluster.interface import ClusterBusyError
 
 
@@ -53,13 +53,13 @@ async def api(calls: list[float]) -> AsyncIterator[Api]:
         (500, ClusterBusyError), (503, ClusterBusyError),
     ],
 )  # fmt: skip
-async def test_what_passes_by_itself_is_told_from_what_does_not(api: Api, status: int, kind: type[Exception]) -> None:
+async def test_status_code_maps_to_error_class(api: Api, status: int, kind: type[Exception]) -> None:
     with pytest.raises(kind, match=str(status)) as refusal:
         await api.request("GET", f"/{status}")
     assert type(refusal.value) is kind
 
 
-@pytest.mark.parametrize("busy", [1, TRIES - 1])
+@pytest.mark.parametrize("busy", [1, MAX_TRIES - 1])
 async def test_an_overloaded_api_server_is_asked_again_when_it_says(busy: int, api: Api, calls: list[float]) -> None:
     assert await api.request("GET", f"/busy/{busy}") == {"reason": "Any"}
     assert len(calls) == busy + 1
@@ -69,12 +69,12 @@ async def test_an_overloaded_api_server_is_asked_again_when_it_says(busy: int, a
 async def test_an_api_server_that_stays_overloaded_is_left_alone(api: Api, calls: list[float]) -> None:
     with pytest.raises(ClusterBusyError, match="429"):
         await api.request("GET", "/429")
-    assert len(calls) == TRIES
+    assert len(calls) == MAX_TRIES
     assert await api.request("GET", "/200") == {"reason": "Any"}
     assert calls[-1] - calls[-2] > 0.9, "the last pause is kept by whoever calls next"
 
 
-async def test_a_refused_token_is_read_anew(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_unauthorized_call_reads_credentials_again(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     reads: list[str] = []
 
     async def read() -> None:
@@ -87,9 +87,9 @@ async def test_a_refused_token_is_read_anew(api: Api, monkeypatch: pytest.Monkey
     assert reads == ["read"]
 
 
-async def test_the_time_of_every_answer_is_heard(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_every_response_date_is_passed_on(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     dates: list[str] = []
-    monkeypatch.setattr(api, "_hear", lambda date, _: dates.append(date))
+    monkeypatch.setattr(api, "_on_server_date", lambda date, _: dates.append(date))
     await api.request("GET", "/200")
     with pytest.raises(NotFoundError):
         await api.request("GET", "/404")

@@ -6,9 +6,9 @@ from typing import Any, NoReturn
 import pytest
 from kubernetes.aio import client
 
-from qlora_operator.cluster.cache import Children
+from qlora_operator.cluster.cache import ChildCache
 from qlora_operator.cluster.http import Api, ApiError, ConflictError, NotFoundError
-from qlora_operator.cluster.interface import ClusterBusyError, RefusedError
+from qlora_operator.cluster.interface import AdmissionDeniedError, ClusterBusyError
 from qlora_operator.cluster.kube_cluster import KubeCluster
 
 EVENT = {"apiVersion": "events.k8s.io/v1", "kind": "Event", "reason": "Prepared", "metadata": {"namespace": "ml"}}
@@ -28,23 +28,23 @@ class ConflictingApi(Api):
 @pytest.fixture
 async def conflicting(request: pytest.FixtureRequest) -> Any:
     api = ConflictingApi(request.param)
-    yield KubeCluster(api, Children())
+    yield KubeCluster(api, ChildCache())
     await api.close()
 
 
 @pytest.mark.parametrize("conflicting", ["AlreadyExists"], indirect=True)
-async def test_an_event_that_exists_was_told(conflicting: KubeCluster) -> None:
-    assert await conflicting.tell(EVENT) is None
+async def test_existing_event_is_no_error(conflicting: KubeCluster) -> None:
+    assert await conflicting.record_event(EVENT) is None
 
 
 @pytest.mark.parametrize("conflicting", ["Conflict"], indirect=True)
-async def test_an_event_that_met_another_conflict_is_told_later(conflicting: KubeCluster) -> None:
+async def test_event_conflict_is_retried(conflicting: KubeCluster) -> None:
     with pytest.raises(ClusterBusyError):
-        await conflicting.tell(EVENT)
+        await conflicting.record_event(EVENT)
 
 
 @pytest.mark.parametrize("conflicting", ["Conflict"], indirect=True)
-async def test_a_child_that_changed_is_looked_at_again(conflicting: KubeCluster) -> None:
+async def test_changed_child_raises_cluster_busy(conflicting: KubeCluster) -> None:
     with pytest.raises(ClusterBusyError):
         await conflicting.patch(DEADLINE)
 
@@ -67,19 +67,19 @@ class ConfigMapThatExists(Api):
 @pytest.fixture
 async def outdated(request: pytest.FixtureRequest) -> AsyncIterator[KubeCluster]:
     api = ConfigMapThatExists(request.param)
-    yield KubeCluster(api, Children())
+    yield KubeCluster(api, ChildCache())
     await api.close()
 
 
 @pytest.mark.parametrize("outdated", [ApiError(403, "Forbidden", "a policy says no")], indirect=True)
-async def test_a_refused_change_is_told_like_a_refused_child(outdated: KubeCluster) -> None:
-    with pytest.raises(RefusedError, match="ConfigMap bot-1 was refused: a policy says no"):
+async def test_denied_patch_raises_admission_denied(outdated: KubeCluster) -> None:
+    with pytest.raises(AdmissionDeniedError, match="ConfigMap bot-1 was refused: a policy says no"):
         await outdated.ensure(CONFIG)
 
 
 @pytest.mark.parametrize(
     "outdated", [ConflictError(409, "Conflict", "409"), NotFoundError(404, "NotFound", "404")], indirect=True
 )
-async def test_a_child_that_changed_or_went_meanwhile_is_looked_at_again(outdated: KubeCluster) -> None:
+async def test_child_changed_or_deleted_meanwhile_raises_cluster_busy(outdated: KubeCluster) -> None:
     with pytest.raises(ClusterBusyError):
         await outdated.ensure(CONFIG)

@@ -59,7 +59,7 @@ def in_state(**state: Any) -> list[dict[str, Any]]:
                 "Failed",
                 created_at=NOW,
                 exit=Exit(137, "OOMKilled", "", NOW),
-                disrupted="evicted",
+                disruption_message="evicted",
                 reason="Evicted",
                 message="disk pressure",
             ),
@@ -85,7 +85,7 @@ def make_raw_child(owner: str = UID, conditions: tuple[dict[str, Any], ...] = ()
 def test_a_job_whose_deadline_has_passed_but_whose_pod_still_ends() -> None:
     target = {"type": "FailureTarget", "status": "True", "reason": "DeadlineExceeded"}
     child = parse_child(make_raw_child(conditions=(target,)), ())
-    assert (child.role, child.attempt, child.overdue, child.finished) == (Role.TRAIN, 2, True, False)
+    assert (child.role, child.attempt, child.deadline_exceeded, child.finished) == (Role.TRAIN, 2, True, False)
 
 
 def test_a_failed_job() -> None:
@@ -97,10 +97,10 @@ def test_a_failed_job() -> None:
         "lastTransitionTime": BORN,
     }
     child = parse_child(make_raw_child(conditions=(failed,)), ())
-    assert (child.failure, child.overdue) == (JobFailure("BackoffLimitExceeded", "m", NOW), False)
+    assert (child.failure, child.deadline_exceeded) == (JobFailure("BackoffLimitExceeded", "m", NOW), False)
 
 
-def test_a_namesake_s_children_are_not_ours() -> None:
+def test_children_of_other_job_uid_are_ignored() -> None:
     job = RawJob(REF, UID, 1, "1", datetime(2026, 1, 1, tzinfo=UTC), deleting=False, spec={}, status={})
     seen = parse_observation(job, [make_raw_child(), make_raw_child(owner="somebody else")], [])
     assert len(seen.jobs) == 1

@@ -1,21 +1,21 @@
 """Least privilege, as a table that only this test may widen."""
 
 from qlora_operator.cluster.rbac import (
-    CLUSTER,
+    CLUSTER_SCOPED,
     EDIT,
-    HOME,
     NAMESPACED,
+    OWN_NAMESPACE,
     VIEW,
     build_cluster_rules,
     build_edit_rules,
-    build_home_rules,
+    build_own_namespace_rules,
     build_rules,
     build_view_rules,
 )
 
 
 def test_the_operator_may_do_this_and_nothing_else() -> None:
-    assert {f"{entry.group}/{entry.resource}": " ".join(entry.verbs) for entry in (*NAMESPACED, *CLUSTER)} == {
+    assert {f"{entry.group}/{entry.resource}": " ".join(entry.verbs) for entry in (*NAMESPACED, *CLUSTER_SCOPED)} == {
         "qlora.dev/qlorajobs": "get list watch",
         "qlora.dev/qlorajobs/status": "update",
         "qlora.dev/qlorajobs/finalizers": "update",
@@ -30,7 +30,7 @@ def test_the_operator_may_do_this_and_nothing_else() -> None:
 
 
 def test_in_its_own_namespace_it_may_lead() -> None:
-    assert {f"{entry.group}/{entry.resource}": " ".join(entry.verbs) for entry in HOME} == {
+    assert {f"{entry.group}/{entry.resource}": " ".join(entry.verbs) for entry in OWN_NAMESPACE} == {
         "coordination.k8s.io/leases": "get create update",
         "/pods": "patch",
     }
@@ -46,7 +46,7 @@ def test_users_read_and_write_runs_and_leave_the_status_to_the_operator() -> Non
 
 
 def test_rules_have_no_wildcard_and_no_secret() -> None:
-    operator = build_rules() + build_cluster_rules() + build_home_rules()
+    operator = build_rules() + build_cluster_rules() + build_own_namespace_rules()
     rules = operator + build_view_rules() + build_edit_rules()
     words = {word for rule in rules for values in rule.values() for word in values}
     assert not words & {"*", "secrets", "pods/exec", "impersonate", "escalate", "bind"}

@@ -10,7 +10,7 @@ from aiohttp import web
 
 from qlora_operator.cluster.http import Api
 from qlora_operator.controller import handlers
-from qlora_operator.controller.controller import STUCK_SECONDS, Runtime
+from qlora_operator.controller.controller import STUCK_SECONDS, Controller
 from qlora_operator.controller.metrics import Metrics
 from qlora_operator.controller.watch_health import OVERDUE_SECONDS
 from qlora_operator.resources import Installation
@@ -19,63 +19,66 @@ from tests.make import REF, UID
 
 
 @pytest.fixture
-async def runtime(monkeypatch: pytest.MonkeyPatch) -> Runtime:
+async def runtime(monkeypatch: pytest.MonkeyPatch) -> Controller:
     """A runtime whose parts run, without a cluster."""
-    runtime = Runtime(Settings(Installation("trainer:1")), cast("Api", None), Metrics(lambda: True))
+    runtime = Controller(Settings(Installation("trainer:1")), cast("Api", None), Metrics(lambda: True))
     monkeypatch.setattr(runtime.queue, "alive", lambda: True)
     monkeypatch.setattr(runtime, "_server", web.AppRunner(web.Application()))
     monkeypatch.setattr(runtime, "_resync", asyncio.get_running_loop().create_future())
     return runtime
 
 
-async def test_a_healthy_operator(runtime: Runtime) -> None:
-    assert runtime.ailment() is None
+async def test_a_healthy_operator(runtime: Controller) -> None:
+    assert runtime.unhealthy_reason() is None
 
 
 async def test_a_replica_that_waits_is_healthy() -> None:
-    assert Runtime(Settings(Installation("trainer:1")), cast("Api", None), Metrics(lambda: True)).ailment() is None
+    assert (
+        Controller(Settings(Installation("trainer:1")), cast("Api", None), Metrics(lambda: True)).unhealthy_reason()
+        is None
+    )
 
 
-async def test_a_dead_watch_is_told(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
-    runtime.watch.expect(REF, "10")
+async def test_overdue_watch_is_unhealthy(runtime: Controller, monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime.watch_health.expect_version(REF, "10")
     later = asyncio.get_running_loop().time() + OVERDUE_SECONDS + 1
-    monkeypatch.setattr(runtime.watch, "_clock", lambda: later)
-    assert "the watch is dead" in str(runtime.ailment())
+    monkeypatch.setattr(runtime.watch_health, "_clock", lambda: later)
+    assert "the watch is dead" in str(runtime.unhealthy_reason())
 
 
-async def test_stuck_work_is_told(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_stuck_queue_is_unhealthy(runtime: Controller, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime.queue, "oldest_age", lambda: STUCK_SECONDS + 1)
-    assert "work is stuck" in str(runtime.ailment())
+    assert "work is stuck" in str(runtime.unhealthy_reason())
 
 
-async def test_a_dead_worker_is_told(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_dead_worker_is_unhealthy(runtime: Controller, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime.queue, "alive", lambda: False)
-    assert runtime.ailment() == "a worker has ended"
+    assert runtime.unhealthy_reason() == "a worker has ended"
 
 
-async def test_our_own_write_needs_no_second_look(runtime: Runtime) -> None:
-    runtime._written[REF] = "10"
-    runtime.saw(REF, {"metadata": {"resourceVersion": "10"}})
+async def test_own_status_write_enqueues_nothing(runtime: Controller) -> None:
+    runtime._written_versions[REF] = "10"
+    runtime.on_job_update(REF, {"metadata": {"resourceVersion": "10"}})
     assert runtime.queue.depth == 0
-    runtime.saw(REF, {"metadata": {"resourceVersion": "11"}})
+    runtime.on_job_update(REF, {"metadata": {"resourceVersion": "11"}})
     assert runtime.queue.depth == 1
 
 
-async def test_a_child_s_event_is_its_owner_s_key(runtime: Runtime) -> None:
+async def test_a_child_s_event_is_its_owner_s_key(runtime: Controller) -> None:
     event = {"type": "ADDED", "object": make_child_item("1")}
     await handlers.on_child_job_event(event=event, memo=kopf.Memo(runtime=runtime))
     assert runtime.queue.depth == 1
     await runtime.queue.drain(timedelta(0))
 
 
-async def test_an_event_that_tells_nothing_new_is_no_work(runtime: Runtime) -> None:
-    runtime.children.pods.put(make_child_item("1"))
+async def test_unchanged_child_event_enqueues_nothing(runtime: Controller) -> None:
+    runtime.child_cache.pods.update(make_child_item("1"))
     event = {"type": "MODIFIED", "object": make_child_item("2")}
     await handlers.on_pod_event(event=event, memo=kopf.Memo(runtime=runtime))
     assert runtime.queue.depth == 0
 
 
-async def test_a_deleted_child_is_work(runtime: Runtime) -> None:
+async def test_deleted_child_enqueues_job(runtime: Controller) -> None:
     event = {"type": "DELETED", "object": make_child_item("1")}
     await handlers.on_pod_event(event=event, memo=kopf.Memo(runtime=runtime))
     assert runtime.queue.depth == 1
@@ -93,7 +96,7 @@ def make_child_item(version: str) -> dict[str, Any]:
 
 def test_kopf_patches_posts_and_scans_nothing() -> None:
     settings = kopf.OperatorSettings()
-    handlers.configure(settings)
+    handlers.configure_kopf(settings)
     registry = kopf.get_default_registry()
     assert settings.scanning.disabled
     assert not settings.posting.enabled

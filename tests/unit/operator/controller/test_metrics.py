@@ -15,23 +15,23 @@ from qlora_api.v1alpha1 import Progress
 from qlora_operator.cluster.interface import ClusterBusyError
 from qlora_operator.controller.metrics import Metrics, progress_ratio
 from qlora_operator.health_server import serve_health
-from qlora_operator.progress_server import Reports
+from qlora_operator.progress_server import ReportStore
 from tests.cluster.addresses import free_ports
 from tests.fakes import FakeCluster
-from tests.make import NOW, PREPARED_WORD, PUBLISHED_WORD, REF, make_manifest
-from tests.unit.operator.life import PREPARE, TRAIN, once
+from tests.make import NOW, PREPARED_MESSAGE, PUBLISHED_MESSAGE, REF, make_manifest
+from tests.unit.operator.life import PREPARE, TRAIN, reconcile_now
 
 FINISHED: Final = ("qlora_jobs_finished_total", "qlora_job_attempts_ended_total")
 JOB: Final = {"namespace": REF.namespace, "name": REF.name}
 
 
-class Told:
+class Scrape:
     """A leader's metrics, and what they say."""
 
     def __init__(self) -> None:
-        self.reports = Reports()
+        self.reports = ReportStore()
         self.metrics = Metrics(lambda: True)
-        self.metrics.jobs.lead(self.reports.get)
+        self.metrics.jobs.start_leading(self.reports.get)
 
     def samples(self) -> Iterator[tuple[str, tuple[tuple[str, str], ...], float]]:
         for family in text_string_to_metric_families(self.metrics.render().decode()):
@@ -42,19 +42,19 @@ class Told:
         wanted = tuple(sorted(labels.items()))
         return next((value for known, given, value in self.samples() if (known, given) == (name, wanted)), None)
 
-    async def settle(self, cluster: FakeCluster) -> None:
+    async def reconcile_until_stable(self, cluster: FakeCluster) -> None:
         """Pass until nothing is written."""
         while True:
             before = len(cluster.writes)
             cluster.pass_time(timedelta(seconds=1))
-            self.metrics.passed(REF, await once(cluster, self.reports.get(REF)))
+            self.metrics.on_reconciled(REF, await reconcile_now(cluster, self.reports.get(REF)))
             if len(cluster.writes) == before:
                 return
 
 
 @pytest.fixture
-def told() -> Told:
-    return Told()
+def told() -> Scrape:
+    return Scrape()
 
 
 @pytest.fixture
@@ -69,25 +69,25 @@ def make_report(**change: object) -> Progress:
     return Progress.model_validate({**known, "phase": Phase.TRAINING, "updated_at": NOW} | change)
 
 
-async def live_to_training(told: Told, cluster: FakeCluster) -> None:
-    await told.settle(cluster)
-    cluster.end_pod(PREPARE, 0, PREPARED_WORD)
-    await told.settle(cluster)
+async def run_to_training(scrape: Scrape, cluster: FakeCluster) -> None:
+    await scrape.reconcile_until_stable(cluster)
+    cluster.end_pod(PREPARE, 0, PREPARED_MESSAGE)
+    await scrape.reconcile_until_stable(cluster)
     cluster.pass_time(timedelta(minutes=3))
     cluster.start_pod(TRAIN)
-    await told.settle(cluster)
+    await scrape.reconcile_until_stable(cluster)
 
 
-async def test_the_whole_life(told: Told, cluster: FakeCluster) -> None:
-    await live_to_training(told, cluster)
+async def test_metrics_of_full_run(told: Scrape, cluster: FakeCluster) -> None:
+    await run_to_training(told, cluster)
     assert told.value("qlora_jobs", phase="Training") == 1
     assert told.value("qlora_job_wait_duration_seconds_count") == 1
     assert 180 < (told.value("qlora_job_wait_duration_seconds_sum") or 0) < 200
     assert told.value("qlora_jobs_finished_total", phase="Succeeded", reason="Published") is None
 
     cluster.pass_time(timedelta(minutes=10))
-    cluster.end_pod(TRAIN, 0, PUBLISHED_WORD, keep_start=True)
-    await told.settle(cluster)
+    cluster.end_pod(TRAIN, 0, PUBLISHED_MESSAGE, keep_start=True)
+    await told.reconcile_until_stable(cluster)
     assert told.value("qlora_jobs", phase="Training") == 0
     assert told.value("qlora_jobs", phase="Succeeded") == 1
     assert told.value("qlora_jobs_finished_total", phase="Succeeded", reason="Published") == 1
@@ -95,40 +95,40 @@ async def test_the_whole_life(told: Told, cluster: FakeCluster) -> None:
     assert 600 <= (told.value("qlora_job_run_duration_seconds_sum", phase="Succeeded") or 0) < 620
 
 
-async def test_what_ended_before_the_operator_started_is_not_counted_again(told: Told, cluster: FakeCluster) -> None:
-    await live_to_training(told, cluster)
-    cluster.end_pod(TRAIN, 0, PUBLISHED_WORD)
-    await told.settle(cluster)
-    next_operator = Told()
-    await next_operator.settle(cluster)
+async def test_what_ended_before_the_operator_started_is_not_counted_again(told: Scrape, cluster: FakeCluster) -> None:
+    await run_to_training(told, cluster)
+    cluster.end_pod(TRAIN, 0, PUBLISHED_MESSAGE)
+    await told.reconcile_until_stable(cluster)
+    next_operator = Scrape()
+    await next_operator.reconcile_until_stable(cluster)
     assert next_operator.value("qlora_jobs", phase="Succeeded") == 1
     counted = [sample for sample in next_operator.samples() if sample[0] in FINISHED]
     assert counted == []
     assert next_operator.value("qlora_job_wait_duration_seconds_count") == 0
 
 
-async def test_a_job_that_runs_has_figures_of_its_own(told: Told, cluster: FakeCluster) -> None:
-    await live_to_training(told, cluster)
+async def test_a_job_that_runs_has_figures_of_its_own(told: Scrape, cluster: FakeCluster) -> None:
+    await run_to_training(told, cluster)
     assert told.value("qlora_job_progress_ratio", **JOB) is None
-    told.reports.keep(REF, make_report())
+    told.reports.put(REF, make_report())
     assert told.value("qlora_job_progress_ratio", **JOB) == pytest.approx(0.42)
     assert told.value("qlora_job_eta_seconds", **JOB) == 190
     assert told.value("qlora_job_loss", **JOB) == 2.83
 
 
-async def test_they_go_when_it_stops_to_run(told: Told, cluster: FakeCluster) -> None:
-    await live_to_training(told, cluster)
-    told.reports.keep(REF, make_report())
+async def test_job_metrics_disappear_at_end(told: Scrape, cluster: FakeCluster) -> None:
+    await run_to_training(told, cluster)
+    told.reports.put(REF, make_report())
     cluster.change(suspend=True)
-    await told.settle(cluster)
+    await told.reconcile_until_stable(cluster)
     assert told.value("qlora_jobs", phase="Suspended") == 1
     assert [sample for sample in told.samples() if dict(sample[1]).get("name")] == []
 
 
-async def test_they_go_with_the_job(told: Told, cluster: FakeCluster) -> None:
-    await live_to_training(told, cluster)
-    told.reports.keep(REF, make_report())
-    told.metrics.jobs.saw(REF, None)
+async def test_job_metrics_disappear_with_job(told: Scrape, cluster: FakeCluster) -> None:
+    await run_to_training(told, cluster)
+    told.reports.put(REF, make_report())
+    told.metrics.jobs.set_phase(REF, None)
     assert told.value("qlora_jobs", phase="Training") == 0
     assert [sample for sample in told.samples() if dict(sample[1]).get("name")] == []
 
@@ -142,51 +142,51 @@ async def test_they_go_with_the_job(told: Told, cluster: FakeCluster) -> None:
         pytest.param(make_report(step=301), 1.0, id="more-than-all"),
     ],
 )
-def test_the_share_that_is_done(report: Progress, ratio: float) -> None:
+def test_progress_ratio(report: Progress, ratio: float) -> None:
     assert progress_ratio(report) == pytest.approx(ratio)
 
 
-def test_a_replica_that_waits_tells_of_no_job() -> None:
-    waiting = Told.__new__(Told)
+def test_standby_exposes_no_job() -> None:
+    waiting = Scrape.__new__(Scrape)
     waiting.metrics = Metrics(lambda: False)
     assert waiting.value("qlora_operator_leader") == 0
     assert waiting.value("qlora_operator_build_info", version=__version__) == 1
     assert [name for name, labels, _ in waiting.samples() if "phase" in dict(labels)] == []
 
 
-def test_passes_are_told_apart_by_what_became_of_them(told: Told) -> None:
-    with told.metrics.measure():
+def test_reconciles_are_counted_by_result(told: Scrape) -> None:
+    with told.metrics.time_reconcile():
         pass
-    with pytest.raises(ClusterBusyError), told.metrics.measure():
+    with pytest.raises(ClusterBusyError), told.metrics.time_reconcile():
         raise ClusterBusyError("later")
-    with pytest.raises(KeyError), told.metrics.measure():
+    with pytest.raises(KeyError), told.metrics.time_reconcile():
         raise KeyError("a fault")
     for result in ("success", "busy", "error"):
         assert told.value("qlora_operator_reconcile_total", result=result) == 1
     assert told.value("qlora_operator_reconcile_duration_seconds_count") == 3
 
 
-def test_calls_are_counted_by_their_answer(told: Told) -> None:
-    told.metrics.called("GET", 200, 0.01)
-    told.metrics.called("GET", None, 30.0)
+def test_calls_are_counted_by_their_answer(told: Scrape) -> None:
+    told.metrics.on_api_call("GET", 200, 0.01)
+    told.metrics.on_api_call("GET", None, 30.0)
     assert told.value("qlora_operator_api_requests_total", verb="GET", code="200") == 1
     assert told.value("qlora_operator_api_requests_total", verb="GET", code="none") == 1
     assert told.value("qlora_operator_api_request_duration_seconds_sum", verb="GET") == pytest.approx(30.01)
 
 
-def test_every_metric_is_in_the_reference_and_no_other(told: Told) -> None:
+def test_every_metric_is_in_the_reference_and_no_other(told: Scrape) -> None:
     exposed = {family.name for family in told.metrics.registry.collect()}
     assert exposed == {metric.name.removesuffix("_total") for metric in metrics.OPERATOR}
 
 
-def test_ten_thousand_jobs_that_wait_are_ten_series(told: Told) -> None:
+def test_ten_thousand_jobs_that_wait_are_ten_series(told: Scrape) -> None:
     for number in range(10_000):
-        told.metrics.jobs.saw(JobRef("ml", f"job-{number}"), Phase.QUEUED)
+        told.metrics.jobs.set_phase(JobRef("ml", f"job-{number}"), Phase.QUEUED)
     assert told.value("qlora_jobs", phase="Queued") == 10_000
     assert len(told.metrics.render()) < 16_384
 
 
-async def test_prometheus_is_answered_where_the_probe_is(told: Told) -> None:
+async def test_metrics_are_served_on_health_port(told: Scrape) -> None:
     (port,) = free_ports(1)
     async with serve_health(port, lambda: None, told.metrics.render), ClientSession() as session:
         async with session.get(f"http://127.0.0.1:{port}/metrics") as answer:

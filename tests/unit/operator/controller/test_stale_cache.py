@@ -6,14 +6,21 @@ from datetime import timedelta
 import pytest
 
 from qlora_api.names import Phase, Reason
-from qlora_operator.cluster.cache import Told
+from qlora_operator.cluster.cache import JobCache
 from qlora_operator.cluster.interface import ClusterBusyError
 from qlora_operator.cluster.parse import parse_job
 from qlora_operator.controller.reconcile import reconcile
-from qlora_operator.lifecycle import Watch
+from qlora_operator.lifecycle import ReconcileContext
 from tests.fakes import FakeCluster
-from tests.make import INSTALLATION, PREPARED_WORD, PUBLISHED_WORD, REF, make_manifest
-from tests.unit.operator.life import PREPARE, TRAIN, live_to_the_end, once, settle, without_times
+from tests.make import INSTALLATION, PREPARED_MESSAGE, PUBLISHED_MESSAGE, REF, make_manifest
+from tests.unit.operator.life import (
+    PREPARE,
+    TRAIN,
+    reconcile_now,
+    reconcile_until_stable,
+    run_to_success,
+    without_times,
+)
 
 
 @pytest.fixture
@@ -23,105 +30,105 @@ def cluster() -> FakeCluster:
     return fake
 
 
-async def live_to_training(cluster: FakeCluster) -> None:
-    await settle(cluster)
-    cluster.end_pod(PREPARE, 0, PREPARED_WORD)
-    await settle(cluster)
+async def run_to_training(cluster: FakeCluster) -> None:
+    await reconcile_until_stable(cluster)
+    cluster.end_pod(PREPARE, 0, PREPARED_MESSAGE)
+    await reconcile_until_stable(cluster)
     cluster.start_pod(TRAIN)
-    await settle(cluster)
+    await reconcile_until_stable(cluster)
 
 
-async def test_the_first_child_costs_no_look(cluster: FakeCluster) -> None:
-    await once(cluster)
-    assert (cluster.looks, cluster.created) == (0, [PREPARE, PREPARE])
+async def test_first_step_needs_no_list(cluster: FakeCluster) -> None:
+    await reconcile_now(cluster)
+    assert (cluster.child_lists, cluster.created) == (0, [PREPARE, PREPARE])
 
 
-async def test_a_newcomer_is_not_read_again(cluster: FakeCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_new_job_is_not_read_live(cluster: FakeCluster, monkeypatch: pytest.MonkeyPatch) -> None:
     newcomer = await cluster.read_job(REF)
     monkeypatch.setattr(cluster, "read_job", None)
-    await reconcile(REF, cluster, INSTALLATION, Watch(cluster.now, None, None), newcomer)
+    await reconcile(REF, cluster, INSTALLATION, ReconcileContext(cluster.now, None, None), newcomer)
     assert cluster.created == [PREPARE, PREPARE]
 
 
-async def test_a_newcomer_with_children_is_read_as_it_is_now(cluster: FakeCluster) -> None:
+async def test_new_job_with_children_is_read_live(cluster: FakeCluster) -> None:
     newcomer = await cluster.read_job(REF)
-    await live_to_the_end(cluster)
-    outcome = await reconcile(REF, cluster, INSTALLATION, Watch(cluster.now, None, None), newcomer)
+    await run_to_success(cluster)
+    outcome = await reconcile(REF, cluster, INSTALLATION, ReconcileContext(cluster.now, None, None), newcomer)
     assert outcome.status
     assert outcome.status.phase is Phase.SUCCEEDED
 
 
-def test_what_the_watch_told_is_taken_once(cluster: FakeCluster) -> None:
-    told, item = Told(), cluster.job
+def test_cached_job_is_popped_once(cluster: FakeCluster) -> None:
+    told, item = JobCache(), cluster.job
     assert item
-    told.saw(REF, {**item, "status": {"phase": "Preparing"}})
-    told.saw(REF, item)
-    assert told.take(REF) == parse_job(item)
-    assert told.take(REF) is None
-    told.saw(REF, item)
+    told.on_update(REF, {**item, "status": {"phase": "Preparing"}})
+    told.on_update(REF, item)
+    assert told.pop(REF) == parse_job(item)
+    assert told.pop(REF) is None
+    told.on_update(REF, item)
     told.forget(REF)
-    assert told.take(REF) is None
+    assert told.pop(REF) is None
 
 
-async def test_what_is_under_way_or_over_is_not_read_again(
+async def test_running_and_finished_runs_are_not_read_live(
     cluster: FakeCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    await live_to_training(cluster)
+    await run_to_training(cluster)
     under_way = await cluster.read_job(REF)
     assert under_way
     with monkeypatch.context() as patch:
         patch.setattr(cluster, "read_job", None)
-        outcome = await reconcile(REF, cluster, INSTALLATION, Watch(cluster.now, None, None), under_way)
+        outcome = await reconcile(REF, cluster, INSTALLATION, ReconcileContext(cluster.now, None, None), under_way)
         assert outcome.status
         assert outcome.status.phase is Phase.TRAINING
     await end_training(cluster)
-    await settle(cluster)
+    await reconcile_until_stable(cluster)
     over, writes = await cluster.read_job(REF), len(cluster.writes)
     monkeypatch.setattr(cluster, "read_job", None)
-    outcome = await reconcile(REF, cluster, INSTALLATION, Watch(cluster.now, None, None), over)
+    outcome = await reconcile(REF, cluster, INSTALLATION, ReconcileContext(cluster.now, None, None), over)
     assert outcome.status
     assert (outcome.status.phase, len(cluster.writes)) == (Phase.SUCCEEDED, writes)
 
 
 @pytest.mark.parametrize("steps", range(4))
-async def test_a_qlorajob_told_late_delays_and_does_nothing_else(steps: int, cluster: FakeCluster) -> None:
+async def test_stale_job_only_delays(steps: int, cluster: FakeCluster) -> None:
     quiet = FakeCluster()
     quiet.submit(make_manifest())
     for fake in (quiet, cluster):
         if fake is cluster:
             told = await fake.read_job(REF)
-        await settle(fake)
+        await reconcile_until_stable(fake)
         for number, step in enumerate(STEPS):
             if fake is cluster and number == steps:
                 told = await fake.read_job(REF)
             await step(fake)
-            await settle(fake)
+            await reconcile_until_stable(fake)
     with contextlib.suppress(ClusterBusyError):
-        await reconcile(REF, cluster, INSTALLATION, Watch(cluster.now, None, None), told)
+        await reconcile(REF, cluster, INSTALLATION, ReconcileContext(cluster.now, None, None), told)
     assert cluster.status == quiet.status
     assert cluster.created == quiet.created
 
 
-async def test_what_changes_nothing_costs_no_look(cluster: FakeCluster) -> None:
-    await live_to_training(cluster)
-    looks, writes = cluster.looks, len(cluster.writes)
+async def test_noop_needs_no_list(cluster: FakeCluster) -> None:
+    await run_to_training(cluster)
+    looks, writes = cluster.child_lists, len(cluster.writes)
     cluster.pass_time(timedelta(minutes=10))
-    await once(cluster)
-    assert (cluster.looks, len(cluster.writes)) == (looks, writes)
+    await reconcile_now(cluster)
+    assert (cluster.child_lists, len(cluster.writes)) == (looks, writes)
 
 
-async def test_a_blind_operator_is_as_right_as_any(cluster: FakeCluster) -> None:
+async def test_empty_cache_same_outcome(cluster: FakeCluster) -> None:
     seeing = FakeCluster()
     seeing.submit(make_manifest())
-    cluster.hold_events(lose_all=True)
-    await live_to_the_end(seeing)
-    await live_to_the_end(cluster)
+    cluster.pause_watches(lose_all=True)
+    await run_to_success(seeing)
+    await run_to_success(cluster)
     assert without_times(cluster.status) == without_times(seeing.status)
     assert cluster.created == seeing.created
 
 
 async def end_prepare(cluster: FakeCluster) -> None:
-    cluster.end_pod(PREPARE, 0, PREPARED_WORD)
+    cluster.end_pod(PREPARE, 0, PREPARED_MESSAGE)
 
 
 async def start_training(cluster: FakeCluster) -> None:
@@ -130,80 +137,80 @@ async def start_training(cluster: FakeCluster) -> None:
 
 async def end_training(cluster: FakeCluster) -> None:
     cluster.pass_time(timedelta(minutes=10))
-    cluster.end_pod(TRAIN, 0, PUBLISHED_WORD)
+    cluster.end_pod(TRAIN, 0, PUBLISHED_MESSAGE)
 
 
 STEPS = (end_prepare, start_training, end_training)
 
 
 @pytest.mark.parametrize("late", range(len(STEPS)))
-async def test_an_event_that_comes_late_delays_and_does_nothing_else(late: int, cluster: FakeCluster) -> None:
+async def test_stale_child_cache_only_delays(late: int, cluster: FakeCluster) -> None:
     quiet = FakeCluster()
     quiet.submit(make_manifest())
     for fake in (quiet, cluster):
-        await settle(fake)
+        await reconcile_until_stable(fake)
         for number, step in enumerate(STEPS):
             if fake is cluster and number == late:
-                fake.hold_events()
+                fake.pause_watches()
             await step(fake)
-            await settle(fake)
-            fake.deliver_events()
-            await settle(fake)
+            await reconcile_until_stable(fake)
+            fake.resume_watches()
+            await reconcile_until_stable(fake)
     assert without_times(cluster.status) == without_times(quiet.status)
     assert cluster.created == quiet.created
 
 
-async def test_our_own_job_that_is_not_told_yet_is_not_made_again(cluster: FakeCluster) -> None:
-    cluster.hold_events()
-    await settle(cluster)
+async def test_own_job_missing_in_cache_is_not_created_twice(cluster: FakeCluster) -> None:
+    cluster.pause_watches()
+    await reconcile_until_stable(cluster)
     assert cluster.created == [PREPARE, PREPARE]
-    cluster.deliver_events()
-    cluster.end_pod(PREPARE, 0, PREPARED_WORD)
-    cluster.hold_events()
-    await settle(cluster)
+    cluster.resume_watches()
+    cluster.end_pod(PREPARE, 0, PREPARED_MESSAGE)
+    cluster.pause_watches()
+    await reconcile_until_stable(cluster)
     assert cluster.created == [PREPARE, PREPARE, TRAIN, TRAIN]
 
 
-async def test_a_job_that_runs_is_not_lost_because_nobody_told_of_it(cluster: FakeCluster) -> None:
-    await live_to_training(cluster)
+async def test_running_job_missing_in_cache_is_not_lost(cluster: FakeCluster) -> None:
+    await run_to_training(cluster)
     writes = len(cluster.writes)
-    cluster.hold_events(lose_all=True)
+    cluster.pause_watches(lose_all=True)
     cluster.pass_time(timedelta(hours=1))
-    await settle(cluster)
+    await reconcile_until_stable(cluster)
     assert len(cluster.writes) == writes
 
 
-async def test_a_job_that_is_gone_is_lost_once_it_is_told(cluster: FakeCluster) -> None:
-    await live_to_training(cluster)
-    cluster.hold_events()
+async def test_deleted_job_is_lost_after_event(cluster: FakeCluster) -> None:
+    await run_to_training(cluster)
+    cluster.pause_watches()
     cluster.remove(TRAIN)
-    await settle(cluster)
+    await reconcile_until_stable(cluster)
     assert cluster.status["reason"] == Reason.TRAINING
-    cluster.deliver_events()
-    await once(cluster)
+    cluster.resume_watches()
+    await reconcile_now(cluster)
     assert cluster.status["attempts"][0]["reason"] == Reason.POD_LOST
 
 
-async def test_a_pod_that_looks_overdue_may_run_by_now(cluster: FakeCluster) -> None:
-    await settle(cluster)
-    cluster.end_pod(PREPARE, 0, PREPARED_WORD)
-    await settle(cluster)
+async def test_stale_startup_deadline_is_checked_live(cluster: FakeCluster) -> None:
+    await reconcile_until_stable(cluster)
+    cluster.end_pod(PREPARE, 0, PREPARED_MESSAGE)
+    await reconcile_until_stable(cluster)
     cluster.set_pod(TRAIN, "Pending", {"waiting": {"reason": "ContainerCreating"}})
-    await settle(cluster)
-    cluster.hold_events()
+    await reconcile_until_stable(cluster)
+    cluster.pause_watches()
     cluster.start_pod(TRAIN)
     cluster.pass_time(timedelta(hours=2))
-    await settle(cluster)
+    await reconcile_until_stable(cluster)
     assert cluster.status["reason"] == Reason.TRAINING
 
 
-async def test_a_failed_run_gives_back_what_is_there_and_no_more(cluster: FakeCluster) -> None:
-    await settle(cluster)
-    cluster.end_pod(PREPARE, 0, PREPARED_WORD)
-    await settle(cluster)
+async def test_failed_run_deletes_only_live_jobs(cluster: FakeCluster) -> None:
+    await reconcile_until_stable(cluster)
+    cluster.end_pod(PREPARE, 0, PREPARED_MESSAGE)
+    await reconcile_until_stable(cluster)
     cluster.set_pod(TRAIN, "Pending", {"waiting": {"reason": "ImagePullBackOff", "message": "denied"}})
-    await settle(cluster)
-    cluster.hold_events()
+    await reconcile_until_stable(cluster)
+    cluster.pause_watches()
     cluster.pass_time(timedelta(minutes=30))
-    await settle(cluster)
+    await reconcile_until_stable(cluster)
     assert (cluster.status["phase"], cluster.writes.count(("delete", TRAIN))) == ("Failed", 1)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from qlora_operator.controller.watch_health import OVERDUE_SECONDS, WatchProof
+from qlora_operator.controller.watch_health import OVERDUE_SECONDS, WatchHealth
 from tests.make import REF
 
 
@@ -20,63 +20,63 @@ def clock() -> Clock:
     return Clock()
 
 
-def test_an_event_that_never_comes_is_noticed(clock: Clock) -> None:
-    proof = WatchProof(clock)
-    proof.expect(REF, "10")
+def test_missing_event_is_overdue(clock: Clock) -> None:
+    proof = WatchHealth(clock)
+    proof.expect_version(REF, "10")
     assert proof.overdue() == ()
     clock.now = OVERDUE_SECONDS + 1
     assert proof.overdue() == (REF,)
 
 
 @pytest.mark.parametrize("version", ["10", "11"])
-def test_this_or_a_later_version_is_enough(clock: Clock, version: str) -> None:
-    proof = WatchProof(clock)
-    proof.expect(REF, "10")
-    proof.saw(REF, version)
+def test_later_version_satisfies_expectation(clock: Clock, version: str) -> None:
+    proof = WatchHealth(clock)
+    proof.expect_version(REF, "10")
+    proof.on_event(REF, version)
     clock.now = OVERDUE_SECONDS + 1
     assert proof.overdue() == ()
 
 
 def test_an_event_that_came_before_the_answer_counts(clock: Clock) -> None:
-    proof = WatchProof(clock)
-    proof.saw(REF, "10")
-    proof.expect(REF, "10")
+    proof = WatchHealth(clock)
+    proof.on_event(REF, "10")
+    proof.expect_version(REF, "10")
     clock.now = OVERDUE_SECONDS + 1
     assert proof.overdue() == ()
 
 
-def test_an_old_event_that_is_told_again_takes_nothing_back(clock: Clock) -> None:
-    proof = WatchProof(clock)
-    proof.saw(REF, "10")
-    proof.saw(REF, "7")
-    proof.expect(REF, "10")
+def test_repeated_old_event_keeps_newest_version(clock: Clock) -> None:
+    proof = WatchHealth(clock)
+    proof.on_event(REF, "10")
+    proof.on_event(REF, "7")
+    proof.expect_version(REF, "10")
     clock.now = OVERDUE_SECONDS + 1
     assert proof.overdue() == ()
 
 
-def test_what_was_told_is_compared_with_what_is_known(clock: Clock) -> None:
-    proof = WatchProof(clock)
-    assert not proof.knows_newer(REF, "10")
-    proof.saw(REF, "10")
-    assert not proof.knows_newer(REF, "10")
-    assert proof.knows_newer(REF, "7")
-    proof.expect(REF, "20")
-    assert proof.knows_newer(REF, "15")
-    assert not proof.knows_newer(REF, "20")
+def test_has_newer_version(clock: Clock) -> None:
+    proof = WatchHealth(clock)
+    assert not proof.has_newer_version(REF, "10")
+    proof.on_event(REF, "10")
+    assert not proof.has_newer_version(REF, "10")
+    assert proof.has_newer_version(REF, "7")
+    proof.expect_version(REF, "20")
+    assert proof.has_newer_version(REF, "15")
+    assert not proof.has_newer_version(REF, "20")
 
 
 def test_further_writes_do_not_reset_the_clock(clock: Clock) -> None:
-    proof = WatchProof(clock)
+    proof = WatchHealth(clock)
     for second in range(0, int(OVERDUE_SECONDS) + 2, 10):
         clock.now = float(second)
-        proof.expect(REF, str(second))
+        proof.expect_version(REF, str(second))
     clock.now = OVERDUE_SECONDS + 1
     assert proof.overdue() == (REF,)
 
 
-def test_a_deleted_job_owes_nothing(clock: Clock) -> None:
-    proof = WatchProof(clock)
-    proof.expect(REF, "10")
+def test_deleted_job_expects_no_event(clock: Clock) -> None:
+    proof = WatchHealth(clock)
+    proof.expect_version(REF, "10")
     proof.forget(REF)
     clock.now = OVERDUE_SECONDS + 1
     assert proof.overdue() == ()

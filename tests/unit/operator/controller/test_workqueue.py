@@ -8,7 +8,7 @@ from datetime import timedelta
 import pytest
 
 from qlora_operator.cluster.interface import ClusterBusyError
-from qlora_operator.controller.workqueue import LAST_BACKOFF, WorkQueue, backoff_seconds
+from qlora_operator.controller.workqueue import MAX_BACKOFF_SECONDS, WorkQueue, backoff_seconds
 
 Work = Callable[[str], Awaitable[timedelta | None]]
 
@@ -103,7 +103,7 @@ async def test_work_asks_to_be_repeated() -> None:
     assert passes == 3
 
 
-async def test_an_earlier_appointment_stands() -> None:
+async def test_earlier_delay_wins() -> None:
     passes = 0
 
     async def work(_: str) -> None:
@@ -151,5 +151,5 @@ async def test_the_oldest_key_is_known_while_it_is_worked_on() -> None:
 
 def test_backoff_doubles_up_to_a_bound_and_is_spread() -> None:
     assert [backoff_seconds(failures, 0.5) for failures in (1, 2, 3)] == [0.5, 1.0, 2.0]
-    assert backoff_seconds(100, 0.5) == LAST_BACKOFF
+    assert backoff_seconds(100, 0.5) == MAX_BACKOFF_SECONDS
     assert (backoff_seconds(1, 0.0), backoff_seconds(1, 1.0)) == (0.25, 0.75)

@@ -10,8 +10,15 @@ from kubernetes.aio import client
 
 from qlora_operator.cluster.http import Api
 from qlora_operator.cluster.interface import ClusterBusyError
-from qlora_operator.leader_election.election import Election, LeadershipLostError
-from qlora_operator.leader_election.lease import LEASE_DURATION, RELEASED, RENEW_DEADLINE, RETRY, Candidate, Lease
+from qlora_operator.leader_election.election import LeaderElector, LeadershipLostError
+from qlora_operator.leader_election.lease import (
+    LEASE_DURATION,
+    RELEASED_DURATION,
+    RENEW_DEADLINE,
+    RETRY_PERIOD,
+    Candidate,
+    Lease,
+)
 from tests.make import NOW
 
 DURATION = LEASE_DURATION.total_seconds()
@@ -37,7 +44,7 @@ class Clock:
         assert len(self.sleeps) < 100, "nothing comes of this"
 
 
-class FakeLeases:
+class FakeLeaseLock:
     """An API server with one Lease; `before` sees every call, and may fail it or change what it finds."""
 
     def __init__(self, clock: Clock, lease: Lease | None = None) -> None:
@@ -60,9 +67,9 @@ class FakeLeases:
         self.lease = replace(lease, version=str(next(self._versions)))
         return self.lease
 
-    async def mark(self, *, leads: bool) -> None:
+    async def set_leader_label(self, *, is_leader: bool) -> None:
         self._called("mark")
-        self.marks.append(leads)
+        self.marks.append(is_leader)
 
     async def close(self) -> None:
         self.closed = True
@@ -82,8 +89,8 @@ def clock() -> Clock:
     return Clock()
 
 
-def make_election(leases: FakeLeases, clock: Clock) -> Election:
-    return Election(leases, MINE, clock, lambda: datetime.fromtimestamp(clock.now, UTC), clock.sleep)
+def make_elector(leases: FakeLeaseLock, clock: Clock) -> LeaderElector:
+    return LeaderElector(leases, MINE, clock, lambda: datetime.fromtimestamp(clock.now, UTC), clock.sleep)
 
 
 @pytest.mark.parametrize(
@@ -100,19 +107,19 @@ def make_election(leases: FakeLeases, clock: Clock) -> Election:
         pytest.param(replace(RUNNING, duration=timedelta(seconds=60)), 50, 10, id="by-its-own-duration"),
     ],
 )
-def test_how_long_a_record_binds(lease: Lease | None, since_change: float, expected: float) -> None:
+def test_lease_seconds_until_free(lease: Lease | None, since_change: float, expected: float) -> None:
     candidate = Candidate(MINE)
-    candidate.saw(lease, 100)
-    candidate.saw(lease, 100 + since_change)
-    assert candidate.wait(100 + since_change) == expected
+    candidate.observe(lease, 100)
+    candidate.observe(lease, 100 + since_change)
+    assert candidate.seconds_until_free(100 + since_change) == expected
 
 
 def test_a_label_on_the_lease_is_no_renewal() -> None:
     candidate = Candidate(MINE)
-    candidate.saw(RUNNING, 100)
-    candidate.saw(replace(RUNNING, version="8"), 105)
-    assert candidate.wait(105) == DURATION - 5
-    assert candidate.claim(NOW).version == "8"
+    candidate.observe(RUNNING, 100)
+    candidate.observe(replace(RUNNING, version="8"), 105)
+    assert candidate.seconds_until_free(105) == DURATION - 5
+    assert candidate.leader_record(NOW).version == "8"
 
 
 @pytest.mark.parametrize(
@@ -120,28 +127,28 @@ def test_a_label_on_the_lease_is_no_renewal() -> None:
     [
         (None, Lease(MINE, LEASE_DURATION, NOW, NOW, 0)),
         (RUNNING, Lease(MINE, LEASE_DURATION, NOW, NOW, 4)),
-        (replace(RUNNING, holder="", duration=RELEASED), Lease(MINE, LEASE_DURATION, NOW, NOW, 4)),
+        (replace(RUNNING, holder="", duration=RELEASED_DURATION), Lease(MINE, LEASE_DURATION, NOW, NOW, 4)),
         (replace(RUNNING, holder=MINE), Lease(MINE, LEASE_DURATION, EARLIER, NOW, 3)),
     ],
 )
 def test_what_a_claim_writes(lease: Lease | None, expected: Lease) -> None:
     candidate = Candidate(MINE)
-    candidate.saw(lease, 100)
-    assert candidate.claim(NOW) == expected
+    candidate.observe(lease, 100)
+    assert candidate.leader_record(NOW) == expected
 
 
 async def test_the_first_replica_leads_at_once(clock: Clock) -> None:
-    leases = FakeLeases(clock)
-    election = make_election(leases, clock)
-    assert not election.holds()
-    await election.win()
-    assert election.holds()
+    leases = FakeLeaseLock(clock)
+    election = make_elector(leases, clock)
+    assert not election.is_leader()
+    await election.acquire()
+    assert election.is_leader()
     assert leases.lease is not None
     assert (leases.lease.holder, leases.marks, sum(clock.sleeps)) == (MINE, [False, True], 0)
 
 
 async def test_a_replica_waits_as_long_as_another_renews(clock: Clock) -> None:
-    leases = FakeLeases(clock, RUNNING)
+    leases = FakeLeaseLock(clock, RUNNING)
     last = clock.now + 60
 
     def renew(what: str) -> None:
@@ -149,33 +156,33 @@ async def test_a_replica_waits_as_long_as_another_renews(clock: Clock) -> None:
             leases.renew_by(OTHER)
 
     leases.before = renew
-    await make_election(leases, clock).win()
-    assert last + DURATION - RETRY.total_seconds() <= clock.now <= last + DURATION
+    await make_elector(leases, clock).acquire()
+    assert last + DURATION - RETRY_PERIOD.total_seconds() <= clock.now <= last + DURATION
 
 
-async def test_of_two_that_find_it_free_one_leads(clock: Clock) -> None:
-    leases = FakeLeases(clock)
+async def test_two_candidates_one_acquires(clock: Clock) -> None:
+    leases = FakeLeaseLock(clock)
     leases.before = lambda what: leases.renew_by(OTHER) if what == "write" and len(leases.calls) == 3 else None
-    await make_election(leases, clock).win()
+    await make_elector(leases, clock).acquire()
     assert clock.now >= 1000 + DURATION
 
 
 async def test_an_api_server_that_is_away_is_waited_for(clock: Clock) -> None:
-    leases = FakeLeases(clock)
+    leases = FakeLeaseLock(clock)
 
     def fail(_: str) -> None:
         if clock.now < 1010:
             raise ClusterBusyError("away")
 
     leases.before = fail
-    await make_election(leases, clock).win()
+    await make_elector(leases, clock).acquire()
     assert clock.now == 1010
 
 
 async def test_a_leader_renews_until_it_cannot(clock: Clock) -> None:
-    leases = FakeLeases(clock)
-    election = make_election(leases, clock)
-    await election.win()
+    leases = FakeLeaseLock(clock)
+    election = make_elector(leases, clock)
+    await election.acquire()
 
     def fail(_: str) -> None:
         if clock.now >= 1060:
@@ -183,58 +190,58 @@ async def test_a_leader_renews_until_it_cannot(clock: Clock) -> None:
 
     leases.before = fail
     with pytest.raises(LeadershipLostError):
-        await election.keep()
+        await election.renew_until_lost()
     last = 1058
     assert last + DEADLINE <= clock.now < last + DURATION
-    assert not election.holds()
+    assert not election.is_leader()
 
 
-async def test_one_lost_answer_is_borne(clock: Clock) -> None:
-    leases = FakeLeases(clock)
-    election = make_election(leases, clock)
-    await election.win()
+async def test_one_failed_renewal_keeps_leadership(clock: Clock) -> None:
+    leases = FakeLeaseLock(clock)
+    election = make_elector(leases, clock)
+    await election.acquire()
     leases.before = lambda what: _raise(TimeoutError()) if what == "write" and clock.now == 1004 else None
     leases.calls.clear()
     with pytest.raises(AssertionError, match="nothing comes of this"):
-        await election.keep()
+        await election.renew_until_lost()
     assert leases.calls[:5] == ["write", "write", "read", "write", "write"]
 
 
 async def test_a_leader_whose_record_is_somebody_else_s_stops_at_once(clock: Clock) -> None:
-    leases = FakeLeases(clock)
-    election = make_election(leases, clock)
-    await election.win()
+    leases = FakeLeaseLock(clock)
+    election = make_elector(leases, clock)
+    await election.acquire()
     leases.renew_by(OTHER)
     with pytest.raises(LeadershipLostError):
-        await election.keep()
-    assert clock.now == 1000 + RETRY.total_seconds()
+        await election.renew_until_lost()
+    assert clock.now == 1000 + RETRY_PERIOD.total_seconds()
 
 
 async def test_a_deleted_record_is_made_anew(clock: Clock) -> None:
-    leases = FakeLeases(clock)
-    election = make_election(leases, clock)
-    await election.win()
+    leases = FakeLeaseLock(clock)
+    election = make_elector(leases, clock)
+    await election.acquire()
     leases.lease = None
     with pytest.raises(AssertionError, match="nothing comes of this"):
-        await election.keep()
+        await election.renew_until_lost()
     assert leases.lease.holder == MINE
 
 
-async def test_who_resigns_binds_nobody(clock: Clock) -> None:
-    leases = FakeLeases(clock)
-    election = make_election(leases, clock)
-    await election.win()
-    await election.resign()
+async def test_released_lease_is_free_at_once(clock: Clock) -> None:
+    leases = FakeLeaseLock(clock)
+    election = make_elector(leases, clock)
+    await election.acquire()
+    await election.release()
     assert leases.lease is not None
-    assert (leases.lease.holder, election.holds(), leases.closed) == ("", False, True)
+    assert (leases.lease.holder, election.is_leader(), leases.closed) == ("", False, True)
     start = clock.now
-    await make_election(leases, clock).win()
+    await make_elector(leases, clock).acquire()
     assert clock.now == start
 
 
-async def test_who_waits_has_nothing_to_give_back(clock: Clock) -> None:
-    leases = FakeLeases(clock, RUNNING)
-    await make_election(leases, clock).resign()
+async def test_standby_releases_nothing(clock: Clock) -> None:
+    leases = FakeLeaseLock(clock, RUNNING)
+    await make_elector(leases, clock).release()
     assert (leases.lease, leases.calls, leases.closed) == (RUNNING, [], True)
 
 

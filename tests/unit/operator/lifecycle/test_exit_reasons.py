@@ -6,43 +6,57 @@ from typing import Any, Final
 import pytest
 
 from qlora_api.names import Reason, Role
-from qlora_operator.lifecycle import judge
-from qlora_operator.lifecycle.exit_reasons import NODE_PATIENCE
+from qlora_operator.lifecycle import classify
+from qlora_operator.lifecycle.exit_reasons import NODE_GRACE_PERIOD
 from qlora_operator.models import ChildJob, Exit, JobFailure, Stage, Waiting
-from tests.make import NOW, PREPARED_WORD, PUBLISHED_WORD, make_child, make_exit, make_pending_pod, make_pod, make_word
+from tests.make import (
+    NOW,
+    PREPARED_MESSAGE,
+    PUBLISHED_MESSAGE,
+    make_child,
+    make_exit,
+    make_pending_pod,
+    make_pod,
+    make_termination_message,
+)
 
 STARTUP: Final = timedelta(minutes=30)
 LONG_AGO: Final = NOW - STARTUP
 FAILED: Final = JobFailure("BackoffLimitExceeded", "Job has reached the specified backoff limit")
 
 
-def ended(end: Exit, **pod: Any) -> ChildJob:
+def ended_child(end: Exit, **pod: Any) -> ChildJob:
     return make_child(pod=make_pod(phase="Failed", exit=end, **pod), failure=FAILED)
 
 
 @pytest.mark.parametrize(
     ("child", "reason", "said"),
     [
-        pytest.param(ended(make_exit(0, PUBLISHED_WORD)), Reason.PUBLISHED, "", id="published"),
-        pytest.param(ended(make_exit(0, PREPARED_WORD)), Reason.PREPARED, "", id="prepared"),
+        pytest.param(ended_child(make_exit(0, PUBLISHED_MESSAGE)), Reason.PUBLISHED, "", id="published"),
+        pytest.param(ended_child(make_exit(0, PREPARED_MESSAGE)), Reason.PREPARED, "", id="prepared"),
         pytest.param(
-            ended(make_exit(3, make_word(Reason.DATASET_INVALID, "row 7"))), Reason.DATASET_INVALID, "row 7", id="word"
+            ended_child(make_exit(3, make_termination_message(Reason.DATASET_INVALID, "row 7"))),
+            Reason.DATASET_INVALID,
+            "row 7",
+            id="word",
         ),
         pytest.param(
-            ended(make_exit(3, f"log\nlog\n{make_word(Reason.S3_DENIED, 'no')}\n")),
+            ended_child(make_exit(3, f"log\nlog\n{make_termination_message(Reason.S3_DENIED, 'no')}\n")),
             Reason.S3_DENIED,
             "no",
             id="word-in-log",
         ),
-        pytest.param(ended(make_exit(143, PUBLISHED_WORD)), Reason.PUBLISHED, "", id="stopped-after-the-publication"),
         pytest.param(
-            ended(make_exit(0, "")),
+            ended_child(make_exit(143, PUBLISHED_MESSAGE)), Reason.PUBLISHED, "", id="stopped-after-the-publication"
+        ),
+        pytest.param(
+            ended_child(make_exit(0, "")),
             Reason.TRAINER_ERROR,
             "exited with code 0 and wrote no termination message",
             id="good-exit-no-word",
         ),
         pytest.param(
-            ended(make_exit(137, "", "OOMKilled")),
+            ended_child(make_exit(137, "", "OOMKilled")),
             Reason.HOST_OUT_OF_MEMORY,
             "exceeded its memory limit (spec.resources.memory)",
             id="oom",
@@ -61,33 +75,42 @@ def ended(end: Exit, **pod: Any) -> ChildJob:
             "exceeded its deadline of 3600 seconds (fixed for a prepare pod)",
             id="deadline-of-prepare",
         ),
-        pytest.param(ended(make_exit(143)), Reason.INTERRUPTED, "stopped by SIGTERM (exit code 143)", id="sigterm"),
         pytest.param(
-            ended(make_exit(1), disrupted="preempting to accommodate", disruption="PreemptionByScheduler"),
+            ended_child(make_exit(143)), Reason.INTERRUPTED, "stopped by SIGTERM (exit code 143)", id="sigterm"
+        ),
+        pytest.param(
+            ended_child(make_exit(1), disrupted="preempting to accommodate", disruption="PreemptionByScheduler"),
             Reason.PREEMPTED,
             "preempting",
             id="preempted",
         ),
         pytest.param(
-            ended(make_exit(143, make_word(Reason.INTERRUPTED, "asked to stop")), disruption="EvictionByEvictionAPI"),
+            ended_child(
+                make_exit(143, make_termination_message(Reason.INTERRUPTED, "asked to stop")),
+                disruption="EvictionByEvictionAPI",
+            ),
             Reason.INTERRUPTED,
             "EvictionByEvictionAPI",
             id="drained",
         ),
         pytest.param(
-            ended(make_exit(143, make_word(Reason.INTERRUPTED, "stop")), disruption="PreemptionByScheduler"),
+            ended_child(
+                make_exit(143, make_termination_message(Reason.INTERRUPTED, "stop")), disruption="PreemptionByScheduler"
+            ),
             Reason.PREEMPTED,
             "node-1",
             id="preempted-with-a-word",
         ),
         pytest.param(
-            ended(make_exit(1, make_word(Reason.S3_DENIED, "no")), disruption="PreemptionByScheduler"),
+            ended_child(
+                make_exit(1, make_termination_message(Reason.S3_DENIED, "no")), disruption="PreemptionByScheduler"
+            ),
             Reason.S3_DENIED,
             "no",
             id="failed-before-it-was-preempted",
         ),
         pytest.param(
-            ended(
+            ended_child(
                 make_exit(137), disruption="TerminationByKubelet", reason="Evicted", message="low on ephemeral-storage"
             ),
             Reason.EVICTED,
@@ -101,23 +124,34 @@ def ended(end: Exit, **pod: Any) -> ChildJob:
             id="evicted-before-it-ran",
         ),
         pytest.param(
-            make_child(pod=make_pod(deleting=True, gone_after=NOW - NODE_PATIENCE)),
+            make_child(pod=make_pod(deleting=True, gone_after=NOW - NODE_GRACE_PERIOD)),
             Reason.NODE_LOST,
             "node node-1 does not respond",
             id="node-does-not-answer",
         ),
         pytest.param(
-            ended(make_exit(137), deleting=True), Reason.INTERRUPTED, "deleted (exit code 137)", id="grace-ran-out"
+            ended_child(make_exit(137), deleting=True),
+            Reason.INTERRUPTED,
+            "deleted (exit code 137)",
+            id="grace-ran-out",
         ),
         pytest.param(
-            ended(make_exit(137)), Reason.INTERRUPTED, "killed by SIGKILL (exit code 137)", id="killed-by-whom"
-        ),
-        pytest.param(ended(make_exit(137, "", "ContainerStatusUnknown")), Reason.NODE_LOST, "node-1", id="node-lost"),
-        pytest.param(
-            ended(make_exit(128, "exec format error", "StartError")), Reason.POD_REJECTED, "exec format", id="no-start"
+            ended_child(make_exit(137)), Reason.INTERRUPTED, "killed by SIGKILL (exit code 137)", id="killed-by-whom"
         ),
         pytest.param(
-            ended(make_exit(1, "Traceback\nValueError: boom\n")), Reason.TRAINER_ERROR, "ValueError: boom", id="crash"
+            ended_child(make_exit(137, "", "ContainerStatusUnknown")), Reason.NODE_LOST, "node-1", id="node-lost"
+        ),
+        pytest.param(
+            ended_child(make_exit(128, "exec format error", "StartError")),
+            Reason.POD_REJECTED,
+            "exec format",
+            id="no-start",
+        ),
+        pytest.param(
+            ended_child(make_exit(1, "Traceback\nValueError: boom\n")),
+            Reason.TRAINER_ERROR,
+            "ValueError: boom",
+            id="crash",
         ),
         pytest.param(
             make_child(pod=make_pending_pod(phase="Failed", reason="OutOfcpu", message="Node has no cpu left")),
@@ -165,8 +199,8 @@ def ended(end: Exit, **pod: Any) -> ChildJob:
         ),
     ],
 )
-def test_an_end(child: ChildJob, reason: Reason, said: str) -> None:
-    verdict = judge(child, STARTUP, NOW)
+def test_exit_maps_to_reason(child: ChildJob, reason: Reason, said: str) -> None:
+    verdict = classify(child, STARTUP, NOW)
     assert (verdict.stage, verdict.reason) == (Stage.ENDED, reason)
     assert said in verdict.message
 
@@ -204,11 +238,11 @@ def test_an_end(child: ChildJob, reason: Reason, said: str) -> None:
         pytest.param(make_child(pod=None, complete=True), Stage.LOST, Reason.POD_LOST, id="complete-and-gone"),
     ],
 )
-def test_no_end(child: ChildJob, stage: Stage, reason: Reason) -> None:
-    verdict = judge(child, STARTUP, NOW)
+def test_running_pod_maps_to_state(child: ChildJob, stage: Stage, reason: Reason) -> None:
+    verdict = classify(child, STARTUP, NOW)
     assert (verdict.stage, verdict.reason) == (stage, reason)
 
 
 def test_time_alone_ends_a_startup() -> None:
     child = make_child(pod=make_pod(phase="Pending", started_at=None))
-    assert judge(child, STARTUP, NOW).recheck_at == NOW + timedelta(minutes=25)
+    assert classify(child, STARTUP, NOW).requeue_at == NOW + timedelta(minutes=25)

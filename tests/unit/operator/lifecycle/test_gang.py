@@ -7,14 +7,22 @@ from typing import Any, Final
 import pytest
 
 from qlora_api.names import Reason
-from qlora_operator.lifecycle import judge
+from qlora_operator.lifecycle import classify
 from qlora_operator.models import ChildJob, Exit, JobFailure, Pod, Stage
-from tests.make import NOW, PUBLISHED_WORD, make_child, make_exit, make_pending_pod, make_pod, make_word
+from tests.make import (
+    NOW,
+    PUBLISHED_MESSAGE,
+    make_child,
+    make_exit,
+    make_pending_pod,
+    make_pod,
+    make_termination_message,
+)
 
 STARTUP: Final = timedelta(minutes=30)
 FAILED: Final = JobFailure("BackoffLimitExceeded", "Job has reached the specified backoff limit")
-MEMORY: Final = make_word(Reason.CUDA_OUT_OF_MEMORY, "rank 1: 24 GiB are too few")
-PEER: Final = make_word(Reason.COLLECTIVE_TIMEOUT, "rank 0: connection closed by peer")
+OUT_OF_MEMORY: Final = make_termination_message(Reason.CUDA_OUT_OF_MEMORY, "rank 1: 24 GiB are too few")
+PEER: Final = make_termination_message(Reason.COLLECTIVE_TIMEOUT, "rank 0: connection closed by peer")
 
 
 def pod_of(index: int, end: Exit | None = None, **change: Any) -> Pod:
@@ -32,30 +40,30 @@ def later(end: Exit, seconds: int) -> Exit:
 
 
 def test_all_run() -> None:
-    assert judge(gang(pod_of(0), pod_of(1)), STARTUP, NOW).stage is Stage.RUNNING
+    assert classify(gang(pod_of(0), pod_of(1)), STARTUP, NOW).stage is Stage.RUNNING
 
 
 def test_a_helper_that_is_done_first_ends_nothing() -> None:
-    assert judge(gang(pod_of(0), pod_of(1, make_exit(0))), STARTUP, NOW).stage is Stage.RUNNING
+    assert classify(gang(pod_of(0), pod_of(1, make_exit(0))), STARTUP, NOW).stage is Stage.RUNNING
 
 
 def test_the_first_pod_publishes_for_all() -> None:
-    verdict = judge(gang(pod_of(0, make_exit(0, PUBLISHED_WORD)), pod_of(1)), STARTUP, NOW)
+    verdict = classify(gang(pod_of(0, make_exit(0, PUBLISHED_MESSAGE)), pod_of(1)), STARTUP, NOW)
     assert (verdict.stage, verdict.reason) == (Stage.ENDED, Reason.PUBLISHED)
-    assert verdict.word is not None
+    assert verdict.termination_message is not None
 
 
-def test_a_cause_is_told_at_once() -> None:
-    verdict = judge(gang(pod_of(0), pod_of(1, make_exit(1, MEMORY))), STARTUP, NOW)
+def test_cause_is_reported_at_once() -> None:
+    verdict = classify(gang(pod_of(0), pod_of(1, make_exit(1, OUT_OF_MEMORY))), STARTUP, NOW)
     assert (verdict.stage, verdict.reason) == (Stage.ENDED, Reason.CUDA_OUT_OF_MEMORY)
 
 
 def test_a_consequence_waits_for_its_cause() -> None:
     lost = pod_of(0, make_exit(1, PEER))
-    waiting = judge(gang(lost, pod_of(1)), STARTUP, NOW)
+    waiting = classify(gang(lost, pod_of(1)), STARTUP, NOW)
     assert waiting.stage is Stage.RUNNING
     assert "bot-1-0 ended, and the other pods of the run are being stopped" in waiting.message
-    known = judge(gang(lost, pod_of(1, later(make_exit(1, MEMORY), 9))), STARTUP, NOW)
+    known = classify(gang(lost, pod_of(1, later(make_exit(1, OUT_OF_MEMORY), 9))), STARTUP, NOW)
     assert (known.stage, known.reason) == (Stage.ENDED, Reason.CUDA_OUT_OF_MEMORY)
 
 
@@ -66,22 +74,25 @@ def test_a_consequence_waits_for_its_cause() -> None:
         pytest.param(make_exit(1, PEER), Reason.COLLECTIVE_TIMEOUT, id="both-lost-each-other"),
     ],
 )
-def test_without_a_cause_the_nearest_consequence_is_told(other: Exit, reason: Reason) -> None:
-    verdict = judge(gang(pod_of(0, make_exit(1, PEER)), pod_of(1, other), failure=FAILED), STARTUP, NOW)
+def test_without_cause_lowest_consequence_rank_is_reported(other: Exit, reason: Reason) -> None:
+    verdict = classify(gang(pod_of(0, make_exit(1, PEER)), pod_of(1, other), failure=FAILED), STARTUP, NOW)
     assert (verdict.stage, verdict.reason) == (Stage.ENDED, reason)
 
 
-def test_of_two_causes_the_earlier_is_told() -> None:
-    first, second = make_exit(1, make_word(Reason.S3_DENIED, "no")), later(make_exit(1, MEMORY), 5)
-    assert judge(gang(pod_of(0, second), pod_of(1, first)), STARTUP, NOW).reason is Reason.S3_DENIED
+def test_of_two_causes_earlier_is_reported() -> None:
+    first, second = (
+        make_exit(1, make_termination_message(Reason.S3_DENIED, "no")),
+        later(make_exit(1, OUT_OF_MEMORY), 5),
+    )
+    assert classify(gang(pod_of(0, second), pod_of(1, first)), STARTUP, NOW).reason is Reason.S3_DENIED
 
 
 def test_pods_that_hold_nodes_do_not_wait_for_ever_for_one_that_fits_nowhere() -> None:
     child = gang(pod_of(0), make_pending_pod(name="bot-1-1", index=1, unschedulable="0/1 nodes are available"))
     deadline = NOW - timedelta(minutes=5) + STARTUP
-    waiting = judge(child, STARTUP, NOW)
-    assert (waiting.stage, waiting.reason, waiting.recheck_at) == (Stage.WAITING, Reason.UNSCHEDULABLE, deadline)
-    ended = judge(child, STARTUP, deadline)
+    waiting = classify(child, STARTUP, NOW)
+    assert (waiting.stage, waiting.reason, waiting.requeue_at) == (Stage.WAITING, Reason.UNSCHEDULABLE, deadline)
+    ended = classify(child, STARTUP, deadline)
     assert (ended.stage, ended.reason) == (Stage.ENDED, Reason.STARTUP_DEADLINE_EXCEEDED)
     assert (
         ended.message == "only 1 of 2 pods got a node within 1800 s (spec.deadlines.startup): 0/1 nodes are available"
@@ -90,15 +101,15 @@ def test_pods_that_hold_nodes_do_not_wait_for_ever_for_one_that_fits_nowhere() -
 
 def test_pods_that_hold_nothing_wait_as_long_as_it_takes() -> None:
     pods = [make_pending_pod(name=f"bot-1-{index}", index=index, unschedulable="no nodes") for index in (0, 1)]
-    verdict = judge(gang(*pods), STARTUP, NOW + timedelta(days=1))
-    assert (verdict.stage, verdict.reason, verdict.recheck_at) == (Stage.WAITING, Reason.UNSCHEDULABLE, None)
+    verdict = classify(gang(*pods), STARTUP, NOW + timedelta(days=1))
+    assert (verdict.stage, verdict.reason, verdict.requeue_at) == (Stage.WAITING, Reason.UNSCHEDULABLE, None)
 
 
 def test_a_pod_that_is_never_made_ends_the_run() -> None:
-    waiting = judge(gang(pod_of(0), created_at=NOW), STARTUP, NOW)
-    assert (waiting.stage, waiting.recheck_at) == (Stage.WAITING, NOW + STARTUP)
-    assert judge(gang(pod_of(0), created_at=NOW - STARTUP), STARTUP, NOW).reason is Reason.POD_REJECTED
+    waiting = classify(gang(pod_of(0), created_at=NOW), STARTUP, NOW)
+    assert (waiting.stage, waiting.requeue_at) == (Stage.WAITING, NOW + STARTUP)
+    assert classify(gang(pod_of(0), created_at=NOW - STARTUP), STARTUP, NOW).reason is Reason.POD_REJECTED
 
 
 def test_pods_that_are_all_gone_are_lost() -> None:
-    assert judge(gang(failure=FAILED), STARTUP, NOW).stage is Stage.LOST
+    assert classify(gang(failure=FAILED), STARTUP, NOW).stage is Stage.LOST

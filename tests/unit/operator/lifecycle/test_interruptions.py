@@ -7,8 +7,8 @@ import pytest
 from qlora_api.names import Phase, Reason
 from qlora_api.v1alpha1 import Checkpoint, Progress
 from tests.fakes import FakeCluster
-from tests.make import NOW, PREPARED_WORD, PUBLISHED_WORD, make_manifest, make_word
-from tests.unit.operator.life import PREPARE, TRAIN, live_to_the_end, once, settle
+from tests.make import NOW, PREPARED_MESSAGE, PUBLISHED_MESSAGE, make_manifest, make_termination_message
+from tests.unit.operator.life import PREPARE, TRAIN, reconcile_now, reconcile_until_stable, run_to_success
 
 SECOND = "support-bot-2"
 CHECKPOINT = Checkpoint(step=50, uri="s3://adapters/x/checkpoints/step-000050-a1", time=NOW, verified=True)
@@ -22,11 +22,11 @@ def cluster() -> FakeCluster:
 
 
 async def start(cluster: FakeCluster) -> None:
-    await settle(cluster)
-    cluster.end_pod(PREPARE, 0, PREPARED_WORD)
-    await settle(cluster)
+    await reconcile_until_stable(cluster)
+    cluster.end_pod(PREPARE, 0, PREPARED_MESSAGE)
+    await reconcile_until_stable(cluster)
     cluster.start_pod(TRAIN)
-    await settle(cluster)
+    await reconcile_until_stable(cluster)
 
 
 def report(cluster: FakeCluster) -> Progress:
@@ -44,41 +44,41 @@ def ends(cluster: FakeCluster) -> list[str | None]:
 async def test_a_suspended_job_starts_nothing() -> None:
     cluster = FakeCluster()
     cluster.submit(make_manifest(suspend=True))
-    await settle(cluster)
+    await reconcile_until_stable(cluster)
     assert outcome(cluster) == ("Suspended", "SuspendedByUser")
     assert (cluster.created, cluster.condition("Suspended"), cluster.condition("Finished")) == ([], "True", "False")
     cluster.change(suspend=False)
-    await live_to_the_end(cluster)
+    await run_to_success(cluster)
     assert outcome(cluster) == ("Succeeded", "Published")
 
 
 async def test_a_training_is_stopped_and_goes_on_as_another_attempt(cluster: FakeCluster) -> None:
     await start(cluster)
-    await settle(cluster, report(cluster))
+    await reconcile_until_stable(cluster, report(cluster))
     cluster.change(suspend=True)
-    await settle(cluster)
+    await reconcile_until_stable(cluster)
     assert outcome(cluster) == ("Suspended", "SuspendedByUser")
     assert ("Job", TRAIN) not in cluster.children
     assert "the checkpoint of step 50 is in s3://adapters/x/checkpoints/" in cluster.status["message"]
     cluster.change(suspend=False)
-    await settle(cluster)
+    await reconcile_until_stable(cluster)
     assert (cluster.status["phase"], cluster.status["attempt"]) == (Phase.SCHEDULING, 2)
     cluster.start_pod(SECOND)
-    cluster.end_pod(SECOND, 0, PUBLISHED_WORD)
-    await settle(cluster)
+    cluster.end_pod(SECOND, 0, PUBLISHED_MESSAGE)
+    await reconcile_until_stable(cluster)
     assert (outcome(cluster), ends(cluster)) == (("Succeeded", "Published"), ["SuspendedByUser", "Published"])
     assert "checkpoint" not in cluster.status
 
 
 async def test_a_preparation_is_stopped_and_made_again(cluster: FakeCluster) -> None:
-    await settle(cluster)
+    await reconcile_until_stable(cluster)
     cluster.start_pod(PREPARE)
     cluster.change(suspend=True)
-    await settle(cluster)
+    await reconcile_until_stable(cluster)
     assert outcome(cluster) == ("Suspended", "SuspendedByUser")
     assert ("Job", PREPARE) not in cluster.children
     cluster.change(suspend=False)
-    await live_to_the_end(cluster)
+    await run_to_success(cluster)
     assert outcome(cluster) == ("Succeeded", "Published")
 
 
@@ -86,98 +86,98 @@ async def test_a_preparation_whose_pod_has_ended_is_not_made_again(cluster: Fake
     await start(cluster)
     cluster.children["Job", PREPARE]["status"] = {}  # the Job controller is seconds behind its pods
     cluster.change(suspend=True)
-    await settle(cluster)
+    await reconcile_until_stable(cluster)
     cluster.change(suspend=False)
-    await settle(cluster)
+    await reconcile_until_stable(cluster)
     assert ("Job", SECOND) in cluster.children
     assert cluster.created.count(PREPARE) == 2  # its configuration and its Job, once
 
 
-async def test_it_is_said_when_no_pod_runs_any_more(cluster: FakeCluster) -> None:
+async def test_suspended_message_when_no_pod_runs(cluster: FakeCluster) -> None:
     await start(cluster)
-    cluster.lingers = True
+    cluster.foreground_deletion = True
     cluster.change(suspend=True)
-    await settle(cluster)
+    await reconcile_until_stable(cluster)
     assert cluster.status["message"] == "training is being stopped: it writes a checkpoint and ends"
     cluster.remove(TRAIN)
-    await settle(cluster)
+    await reconcile_until_stable(cluster)
     assert cluster.status["message"].startswith("spec.suspend is true: no pod runs")
 
 
 async def test_a_preparation_that_is_stopped_has_no_checkpoint_to_write(cluster: FakeCluster) -> None:
-    await settle(cluster)
+    await reconcile_until_stable(cluster)
     cluster.set_pod(PREPARE, "Running", {"running": {}})
-    cluster.lingers = True
+    cluster.foreground_deletion = True
     cluster.change(suspend=True)
-    await settle(cluster)
+    await reconcile_until_stable(cluster)
     assert (outcome(cluster), cluster.status["message"]) == (
         ("Suspended", "SuspendedByUser"), "preparation is being stopped"
     )  # fmt: skip
     cluster.remove(PREPARE)
-    await settle(cluster)
+    await reconcile_until_stable(cluster)
     assert cluster.status["message"] == "spec.suspend is true: no pod runs; set it to false to resume"
 
 
-async def test_what_is_published_while_it_is_stopped_counts(cluster: FakeCluster) -> None:
+async def test_publication_during_suspension_succeeds(cluster: FakeCluster) -> None:
     await start(cluster)
-    cluster.lingers = True
+    cluster.foreground_deletion = True
     cluster.change(suspend=True)
-    await settle(cluster)
-    cluster.end_pod(TRAIN, 0, PUBLISHED_WORD)
-    await settle(cluster)
+    await reconcile_until_stable(cluster)
+    cluster.end_pod(TRAIN, 0, PUBLISHED_MESSAGE)
+    await reconcile_until_stable(cluster)
     assert (outcome(cluster), ends(cluster)) == (("Succeeded", "Published"), ["Published"])
 
 
-async def test_an_end_that_came_before_the_suspension_is_told(cluster: FakeCluster) -> None:
+async def test_exit_before_suspension_is_recorded(cluster: FakeCluster) -> None:
     await start(cluster)
-    cluster.end_pod(TRAIN, 1, make_word(Reason.NON_FINITE_LOSS, "loss nan"))
+    cluster.end_pod(TRAIN, 1, make_termination_message(Reason.NON_FINITE_LOSS, "loss nan"))
     cluster.change(suspend=True)
-    await settle(cluster)
+    await reconcile_until_stable(cluster)
     assert outcome(cluster) == ("Failed", "NonFiniteLoss")
 
 
 async def test_the_next_attempt_waits_until_the_stopped_pods_are_gone(cluster: FakeCluster) -> None:
     await start(cluster)
-    cluster.lingers = True
+    cluster.foreground_deletion = True
     cluster.change(suspend=True)
-    await settle(cluster)
+    await reconcile_until_stable(cluster)
     cluster.change(suspend=False)
-    await settle(cluster)
+    await reconcile_until_stable(cluster)
     assert ("Job", SECOND) not in cluster.children
     cluster.remove(TRAIN)
-    await settle(cluster)
+    await reconcile_until_stable(cluster)
     assert ("Job", SECOND) in cluster.children
 
 
 async def test_a_queue_holds_the_job_and_takes_it_back(cluster: FakeCluster) -> None:
     cluster.submit(make_manifest(queue={"name": "gpus"}))
-    await settle(cluster)
-    cluster.end_pod(PREPARE, 0, PREPARED_WORD)
-    await settle(cluster)
+    await reconcile_until_stable(cluster)
+    cluster.end_pod(PREPARE, 0, PREPARED_MESSAGE)
+    await reconcile_until_stable(cluster)
     assert outcome(cluster) == ("Queued", "Queued")
     cluster.children["Job", TRAIN]["spec"]["suspend"] = False
     cluster.start_pod(TRAIN)
-    await settle(cluster)
+    await reconcile_until_stable(cluster)
     assert cluster.status["phase"] == Phase.TRAINING
     cluster.children["Job", TRAIN]["spec"]["suspend"] = True
     cluster.pods.clear()
-    await settle(cluster)
+    await reconcile_until_stable(cluster)
     assert outcome(cluster) == ("Queued", "Queued")
     assert ends(cluster) == [None]
 
 
 @pytest.mark.parametrize("node_ahead", [-30, 0, 30])
-async def test_a_silent_pod_is_stopped_and_another_attempt_made(cluster: FakeCluster, node_ahead: int) -> None:
-    cluster.node_ahead = timedelta(minutes=node_ahead)
+async def test_heartbeat_lost_starts_next_attempt(cluster: FakeCluster, node_ahead: int) -> None:
+    cluster.node_clock_skew = timedelta(minutes=node_ahead)
     await start(cluster)
     live = report(cluster)
-    await settle(cluster, live)
-    assert (await once(cluster, live)).requeue is not None
+    await reconcile_until_stable(cluster, live)
+    assert (await reconcile_now(cluster, live)).requeue_after is not None
     cluster.pass_time(timedelta(minutes=19))
-    await settle(cluster, live)
+    await reconcile_until_stable(cluster, live)
     assert cluster.status["phase"] == Phase.TRAINING
     cluster.pass_time(timedelta(minutes=1))
-    await settle(cluster, live)
+    await reconcile_until_stable(cluster, live)
     assert ends(cluster) == ["HeartbeatLost", None]
     assert ("Job", TRAIN) not in cluster.children
     assert ("Job", SECOND) in cluster.children
@@ -188,58 +188,58 @@ async def test_a_silent_pod_is_stopped_and_another_attempt_made(cluster: FakeClu
 async def test_the_reports_of_an_attempt_say_nothing_of_the_next_one(cluster: FakeCluster, node_ahead: int) -> None:
     await start(cluster)
     live = report(cluster)
-    await settle(cluster, live)
-    cluster.end_pod(TRAIN, 143, make_word(Reason.INTERRUPTED, "asked to stop"))
-    cluster.node_ahead = timedelta(minutes=node_ahead)
-    await settle(cluster, live)
+    await reconcile_until_stable(cluster, live)
+    cluster.end_pod(TRAIN, 143, make_termination_message(Reason.INTERRUPTED, "asked to stop"))
+    cluster.node_clock_skew = timedelta(minutes=node_ahead)
+    await reconcile_until_stable(cluster, live)
     cluster.start_pod(SECOND)
-    await settle(cluster, live)
+    await reconcile_until_stable(cluster, live)
     cluster.pass_time(timedelta(minutes=30))
-    await settle(cluster, live)
+    await reconcile_until_stable(cluster, live)
     assert (cluster.status["phase"], ends(cluster)) == ("Training", ["Interrupted", None])
 
 
-async def test_an_operator_that_was_away_listens_first(cluster: FakeCluster) -> None:
+async def test_restarted_operator_waits_for_reports_before_heartbeat_lost(cluster: FakeCluster) -> None:
     await start(cluster)
-    await settle(cluster, report(cluster))
+    await reconcile_until_stable(cluster, report(cluster))
     cluster.pass_time(timedelta(hours=3))
-    cluster.listening_since = cluster.now
-    await settle(cluster)
+    cluster.reports_since = cluster.now
+    await reconcile_until_stable(cluster)
     assert cluster.status["phase"] == Phase.TRAINING
     cluster.pass_time(timedelta(minutes=20))
-    await settle(cluster)
+    await reconcile_until_stable(cluster)
     assert ends(cluster) == ["HeartbeatLost", None]
 
 
 async def test_a_pod_that_never_reported_is_not_expected_to(cluster: FakeCluster) -> None:
     await start(cluster)
     cluster.pass_time(timedelta(hours=3))
-    await settle(cluster)
+    await reconcile_until_stable(cluster)
     assert cluster.status["phase"] == Phase.TRAINING
 
 
-async def test_a_dead_node_is_left_behind(cluster: FakeCluster) -> None:
+async def test_node_lost_starts_next_attempt(cluster: FakeCluster) -> None:
     """Its pod stays for ever; the next attempt goes on elsewhere."""
     await start(cluster)
-    cluster.lingers = True
+    cluster.foreground_deletion = True
     cluster.delete_pod(TRAIN, grace=timedelta(seconds=60), disruption="DeletionByTaintManager")
-    await settle(cluster)
+    await reconcile_until_stable(cluster)
     assert cluster.status["phase"] == Phase.TRAINING
-    assert (await once(cluster)).requeue is not None
+    assert (await reconcile_now(cluster)).requeue_after is not None
     cluster.pass_time(timedelta(seconds=90))
-    await settle(cluster)
+    await reconcile_until_stable(cluster)
     assert ends(cluster) == ["NodeLost", None]
     assert "deletionTimestamp" in cluster.children["Job", TRAIN]["metadata"]
     cluster.start_pod(SECOND)
-    cluster.end_pod(SECOND, 0, PUBLISHED_WORD)
-    await settle(cluster)
+    cluster.end_pod(SECOND, 0, PUBLISHED_MESSAGE)
+    await reconcile_until_stable(cluster)
     assert outcome(cluster) == ("Succeeded", "Published")
 
 
 async def test_a_node_without_its_gpu_is_avoided(cluster: FakeCluster) -> None:
     await start(cluster)
-    cluster.end_pod(TRAIN, 1, make_word(Reason.ACCELERATOR_MISSING, "no CUDA device"))
-    await settle(cluster)
+    cluster.end_pod(TRAIN, 1, make_termination_message(Reason.ACCELERATOR_MISSING, "no CUDA device"))
+    await reconcile_until_stable(cluster)
     pod = cluster.children["Job", SECOND]["spec"]["template"]["spec"]
     terms = pod["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]["nodeSelectorTerms"]
     assert terms == [{"matchFields": [{"key": "metadata.name", "operator": "NotIn", "values": ["node-1"]}]}]
@@ -248,36 +248,36 @@ async def test_a_node_without_its_gpu_is_avoided(cluster: FakeCluster) -> None:
 
 @pytest.mark.parametrize("node_ahead", [-60, 0, 60])
 async def test_attempts_share_one_deadline(cluster: FakeCluster, node_ahead: int) -> None:
-    cluster.node_ahead = timedelta(minutes=node_ahead)
+    cluster.node_clock_skew = timedelta(minutes=node_ahead)
     await start(cluster)
     cluster.pass_time(timedelta(hours=20))
-    cluster.end_pod(TRAIN, 143, make_word(Reason.INTERRUPTED, "asked to stop"), keep_start=True)
-    await settle(cluster)
+    cluster.end_pod(TRAIN, 143, make_termination_message(Reason.INTERRUPTED, "asked to stop"), keep_start=True)
+    await reconcile_until_stable(cluster)
     left = cluster.children["Job", SECOND]["spec"]["activeDeadlineSeconds"]
     assert 4 * 3600 - 60 < left <= 4 * 3600
     cluster.start_pod(SECOND)
     cluster.pass_time(timedelta(hours=5))
-    cluster.end_pod(SECOND, 143, make_word(Reason.INTERRUPTED, "asked to stop"), keep_start=True)
-    await settle(cluster)
+    cluster.end_pod(SECOND, 143, make_termination_message(Reason.INTERRUPTED, "asked to stop"), keep_start=True)
+    await reconcile_until_stable(cluster)
     assert outcome(cluster) == ("Failed", "DeadlineExceeded")
 
 
-async def test_the_last_word_tells_of_the_checkpoint(cluster: FakeCluster) -> None:
+async def test_termination_message_checkpoint_is_in_status(cluster: FakeCluster) -> None:
     await start(cluster)
-    cluster.end_pod(TRAIN, 143, make_word(Reason.INTERRUPTED, "asked to stop", checkpoint=CHECKPOINT))
-    await settle(cluster)
+    cluster.end_pod(TRAIN, 143, make_termination_message(Reason.INTERRUPTED, "asked to stop", checkpoint=CHECKPOINT))
+    await reconcile_until_stable(cluster)
     assert Checkpoint.model_validate(cluster.status["checkpoint"]) == CHECKPOINT
 
 
-async def test_children_go_when_their_time_is_over(cluster: FakeCluster) -> None:
+async def test_ttl_deletes_children(cluster: FakeCluster) -> None:
     cluster.submit(make_manifest(ttl="24h"))
-    await live_to_the_end(cluster)
-    outcome_then = await once(cluster)
-    assert outcome_then.requeue is not None
-    assert timedelta(hours=23) < outcome_then.requeue <= timedelta(hours=24)
+    await run_to_success(cluster)
+    outcome_then = await reconcile_now(cluster)
+    assert outcome_then.requeue_after is not None
+    assert timedelta(hours=23) < outcome_then.requeue_after <= timedelta(hours=24)
     assert ("Job", TRAIN) in cluster.children
     before = cluster.status
     cluster.pass_time(timedelta(hours=24))
-    await settle(cluster)
+    await reconcile_until_stable(cluster)
     assert [name for kind, name in cluster.children if kind == "Job"] == []
     assert cluster.status == before

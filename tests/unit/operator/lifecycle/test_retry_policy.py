@@ -9,10 +9,17 @@ from qlora_api.names import Phase
 from qlora_api.reasons import Reason, RetryAction
 from qlora_api.v1alpha1 import Attempt, Plan
 from qlora_operator.lifecycle.retry_policy import avoided_nodes, choose_remedy, retry_at, shrink, used_attempts
-from qlora_operator.models import Stage, Verdict
+from qlora_operator.models import JobState, Stage
 from tests.fakes import FakeCluster
-from tests.make import NOW, PREPARED_WORD, PUBLISHED_WORD, make_manifest, make_plan_status, make_word
-from tests.unit.operator.controller.test_reconcile import PREPARE, SECOND, TRAIN, settle
+from tests.make import (
+    NOW,
+    PREPARED_MESSAGE,
+    PUBLISHED_MESSAGE,
+    make_manifest,
+    make_plan_status,
+    make_termination_message,
+)
+from tests.unit.operator.controller.test_reconcile import PREPARE, SECOND, TRAIN, reconcile_until_stable
 
 THIRD = "support-bot-3"
 RETRIED = {
@@ -51,7 +58,7 @@ def plan_of(**change: Any) -> Plan:
     return make_plan_status().model_copy(update=change)
 
 
-def test_disruptions_use_nothing_up() -> None:
+def test_disruptions_do_not_count_as_attempts() -> None:
     assert used_attempts(attempts_of(Reason.INTERRUPTED, Reason.S3_UNAVAILABLE, Reason.POD_LOST)) == 1
 
 
@@ -66,24 +73,24 @@ def test_what_an_end_does_to_the_next_attempt(reason: Reason) -> None:
 
 @pytest.mark.parametrize("reason", Reason)
 def test_only_what_another_attempt_can_fix_is_retried(reason: Reason) -> None:
-    remedy = choose_remedy(Verdict(Stage.ENDED, reason), plan_of())
+    remedy = choose_remedy(JobState(Stage.ENDED, reason), plan_of())
     assert remedy == RETRIED.get(reason)
 
 
 def test_a_gpus_micro_batch_is_no_remedy_for_the_hosts_memory() -> None:
-    verdict = Verdict(Stage.ENDED, Reason.HOST_OUT_OF_MEMORY)
+    verdict = JobState(Stage.ENDED, Reason.HOST_OUT_OF_MEMORY)
     assert choose_remedy(verdict, plan_of(device="cpu")) is RetryAction.SHRINK_MICRO_BATCH
     assert choose_remedy(verdict, plan_of(device="cuda")) is None
 
 
 def test_a_single_row_cannot_be_halved() -> None:
-    verdict = Verdict(Stage.ENDED, Reason.CUDA_OUT_OF_MEMORY)
+    verdict = JobState(Stage.ENDED, Reason.CUDA_OUT_OF_MEMORY)
     assert choose_remedy(verdict, plan_of(micro_batch_size=1)) is None
     assert choose_remedy(verdict, plan_of(micro_batch_size=1, gradient_checkpointing=True)) is None
 
 
 def test_a_single_row_is_recomputed_where_the_plan_said_otherwise() -> None:
-    verdict = Verdict(Stage.ENDED, Reason.CUDA_OUT_OF_MEMORY)
+    verdict = JobState(Stage.ENDED, Reason.CUDA_OUT_OF_MEMORY)
     plan = plan_of(micro_batch_size=1, gradient_checkpointing=False)
     assert choose_remedy(verdict, plan) is RetryAction.SHRINK_MICRO_BATCH
     smaller = shrink(plan, 3)
@@ -102,7 +109,7 @@ def test_half_the_rows_take_enough_passes(rows: int, passes: int, expected: tupl
     assert smaller.reasons[-1].endswith(f"attempt 1 ran out of memory with {rows} rows")
 
 
-def test_an_estimate_that_proved_too_low_is_told_and_not_kept() -> None:
+def test_wrong_peak_estimate_moves_to_reasons() -> None:
     smaller = shrink(plan_of(micro_batch_size=8, peak_bytes=20 << 30), 1)
     assert smaller.peak_bytes is None
     assert smaller.reasons[-1].endswith("ran out of memory with 8 rows, where 20.0 GiB were predicted")
@@ -127,17 +134,17 @@ def cluster() -> FakeCluster:
 
 
 async def start(cluster: FakeCluster) -> None:
-    await settle(cluster)
-    cluster.end_pod(PREPARE, 0, PREPARED_WORD)
-    await settle(cluster)
+    await reconcile_until_stable(cluster)
+    cluster.end_pod(PREPARE, 0, PREPARED_MESSAGE)
+    await reconcile_until_stable(cluster)
     cluster.start_pod(TRAIN)
-    await settle(cluster)
+    await reconcile_until_stable(cluster)
 
 
-async def test_memory_that_did_not_suffice_is_asked_for_less(cluster: FakeCluster) -> None:
+async def test_oom_retries_with_smaller_micro_batch(cluster: FakeCluster) -> None:
     await start(cluster)
-    cluster.end_pod(TRAIN, 1, make_word(Reason.CUDA_OUT_OF_MEMORY, "24 GiB are too few"))
-    await settle(cluster)
+    cluster.end_pod(TRAIN, 1, make_termination_message(Reason.CUDA_OUT_OF_MEMORY, "24 GiB are too few"))
+    await reconcile_until_stable(cluster)
     status = cluster.status
     assert (status["phase"], status["attempt"]) == (Phase.SCHEDULING, 2)
     assert (status["plan"]["microBatchSize"], status["plan"]["gradientAccumulation"]) == (8, 2)
@@ -146,8 +153,8 @@ async def test_memory_that_did_not_suffice_is_asked_for_less(cluster: FakeCluste
     assert '"microBatchSize": 8' in cluster.children["ConfigMap", SECOND]["data"]["run.json"]
     assert cluster.created.count(PREPARE) == 2, "the Job and its ConfigMap, once"
     cluster.start_pod(SECOND)
-    cluster.end_pod(SECOND, 0, PUBLISHED_WORD)
-    await settle(cluster)
+    cluster.end_pod(SECOND, 0, PUBLISHED_MESSAGE)
+    await reconcile_until_stable(cluster)
     assert cluster.status["phase"] == Phase.SUCCEEDED
 
 
@@ -155,8 +162,8 @@ async def test_the_last_attempt_fails_the_run(cluster: FakeCluster) -> None:
     await start(cluster)
     for job in (TRAIN, SECOND):
         cluster.start_pod(job)
-        cluster.end_pod(job, 1, make_word(Reason.CUDA_OUT_OF_MEMORY, "24 GiB are too few"))
-        await settle(cluster)
+        cluster.end_pod(job, 1, make_termination_message(Reason.CUDA_OUT_OF_MEMORY, "24 GiB are too few"))
+        await reconcile_until_stable(cluster)
     assert (cluster.status["phase"], cluster.status["reason"]) == (Phase.FAILED, Reason.RETRIES_EXHAUSTED)
     assert cluster.status["message"].startswith(
         "2 of 2 attempts (spec.retries.maxAttempts) failed; the last one ended with CudaOutOfMemory: 24 GiB are too few"
@@ -164,65 +171,65 @@ async def test_the_last_attempt_fails_the_run(cluster: FakeCluster) -> None:
     assert ("Job", THIRD) not in cluster.children
 
 
-async def test_disruptions_are_mended_beyond_max_attempts(cluster: FakeCluster) -> None:
+async def test_disruptions_are_retried_beyond_max_attempts(cluster: FakeCluster) -> None:
     await start(cluster)
     for job in (TRAIN, SECOND):
         cluster.start_pod(job)
-        cluster.end_pod(job, 143, make_word(Reason.INTERRUPTED, "asked to stop"))
-        await settle(cluster)
+        cluster.end_pod(job, 143, make_termination_message(Reason.INTERRUPTED, "asked to stop"))
+        await reconcile_until_stable(cluster)
     assert (cluster.status["phase"], cluster.status["attempt"]) == (Phase.SCHEDULING, 3)
     assert ("Job", THIRD) in cluster.children
 
 
-async def test_what_nobody_can_mend_is_not_tried_again(cluster: FakeCluster) -> None:
+async def test_terminal_reason_is_not_retried(cluster: FakeCluster) -> None:
     await start(cluster)
-    cluster.end_pod(TRAIN, 1, make_word(Reason.NON_FINITE_LOSS, "loss nan"))
-    await settle(cluster)
+    cluster.end_pod(TRAIN, 1, make_termination_message(Reason.NON_FINITE_LOSS, "loss nan"))
+    await reconcile_until_stable(cluster)
     assert (cluster.status["phase"], cluster.status["reason"]) == (Phase.FAILED, Reason.NON_FINITE_LOSS)
 
 
 @pytest.mark.parametrize("node_ahead", [0, 30])
-async def test_a_service_is_given_time(cluster: FakeCluster, node_ahead: int) -> None:
-    cluster.node_ahead = timedelta(minutes=node_ahead)
+async def test_unavailable_service_is_retried_with_backoff(cluster: FakeCluster, node_ahead: int) -> None:
+    cluster.node_clock_skew = timedelta(minutes=node_ahead)
     await start(cluster)
-    cluster.end_pod(TRAIN, 1, make_word(Reason.S3_UNAVAILABLE, "503"))
-    await settle(cluster)
+    cluster.end_pod(TRAIN, 1, make_termination_message(Reason.S3_UNAVAILABLE, "503"))
+    await reconcile_until_stable(cluster)
     assert ("Job", SECOND) not in cluster.children
     assert cluster.status["message"] == "attempt 1 ended: 503; the next one resumes from the last checkpoint"
     cluster.pass_time(timedelta(seconds=10))
-    await settle(cluster)
+    await reconcile_until_stable(cluster)
     assert ("Job", SECOND) in cluster.children
 
 
 async def test_the_pods_of_an_attempt_end_before_the_next_one_starts(cluster: FakeCluster) -> None:
     await start(cluster)
-    cluster.end_pod(TRAIN, 1, make_word(Reason.CUDA_OUT_OF_MEMORY, "too few"))
+    cluster.end_pod(TRAIN, 1, make_termination_message(Reason.CUDA_OUT_OF_MEMORY, "too few"))
     cluster.children["Job", TRAIN]["status"] = {}
-    await settle(cluster)
+    await reconcile_until_stable(cluster)
     assert ("Job", SECOND) not in cluster.children
     cluster.finish_job(TRAIN, "Failed")
-    await settle(cluster)
+    await reconcile_until_stable(cluster)
     assert ("Job", SECOND) in cluster.children
 
 
-async def test_a_preparation_that_a_service_spoiled_is_made_again(cluster: FakeCluster) -> None:
-    await settle(cluster)
-    cluster.end_pod(PREPARE, 1, make_word(Reason.S3_UNAVAILABLE, "connect timeout"))
-    await settle(cluster)
+async def test_prepare_is_retried_after_service_failure(cluster: FakeCluster) -> None:
+    await reconcile_until_stable(cluster)
+    cluster.end_pod(PREPARE, 1, make_termination_message(Reason.S3_UNAVAILABLE, "connect timeout"))
+    await reconcile_until_stable(cluster)
     assert (cluster.status["phase"], cluster.status["reason"]) == (Phase.PREPARING, Reason.S3_UNAVAILABLE)
     assert cluster.status["message"] == "connect timeout; preparation is retried"
     assert cluster.created.count(PREPARE) == 2, "the Job and its ConfigMap, once"
     cluster.pass_time(timedelta(seconds=15))
-    await settle(cluster)
+    await reconcile_until_stable(cluster)
     assert cluster.created.count(PREPARE) == 3, "the Job again"
-    cluster.end_pod(PREPARE, 0, PREPARED_WORD)
-    await settle(cluster)
+    cluster.end_pod(PREPARE, 0, PREPARED_MESSAGE)
+    await reconcile_until_stable(cluster)
     assert ("Job", TRAIN) in cluster.children
 
 
-async def test_a_service_that_stays_away_ends_the_preparation(cluster: FakeCluster) -> None:
-    await settle(cluster)
+async def test_prepare_fails_when_service_stays_unavailable(cluster: FakeCluster) -> None:
+    await reconcile_until_stable(cluster)
     cluster.pass_time(timedelta(minutes=31))
-    cluster.end_pod(PREPARE, 1, make_word(Reason.S3_UNAVAILABLE, "connect timeout"))
-    await settle(cluster)
+    cluster.end_pod(PREPARE, 1, make_termination_message(Reason.S3_UNAVAILABLE, "connect timeout"))
+    await reconcile_until_stable(cluster)
     assert (cluster.status["phase"], cluster.status["reason"]) == (Phase.FAILED, Reason.S3_UNAVAILABLE)

@@ -9,10 +9,10 @@ from qlora_api.names import Phase
 from qlora_api.reasons import REASONS, Reason
 from qlora_api.v1alpha1 import QLoRAJobStatus
 from qlora_operator.resources import Owner, build_event
-from qlora_operator.resources.event import ACTIONS, MAX_NOTE, event_type
+from qlora_operator.resources.event import EVENT_ACTIONS, MAX_NOTE_BYTES, event_type
 from tests.fakes import FakeCluster
-from tests.make import NOW, PREPARED_WORD, PUBLISHED_WORD, REF, UID, make_manifest, make_word
-from tests.unit.operator.life import PREPARE, TRAIN, live_to_the_end, settle
+from tests.make import NOW, PREPARED_MESSAGE, PUBLISHED_MESSAGE, REF, UID, make_manifest, make_termination_message
+from tests.unit.operator.life import PREPARE, TRAIN, reconcile_until_stable, run_to_success
 
 OWNER: Final = Owner(REF, UID)
 
@@ -21,7 +21,7 @@ def make_status(phase: Phase = Phase.TRAINING, reason: Reason = Reason.TRAINING,
     return QLoRAJobStatus(phase=phase, reason=reason, message=message)
 
 
-def told(cluster: FakeCluster) -> list[tuple[str, str, str]]:
+def events_of(cluster: FakeCluster) -> list[tuple[str, str, str]]:
     """What the Events of a QLoRAJob say, in their order."""
     return [(event["action"], event["reason"], event["type"]) for event in cluster.events.values()]
 
@@ -63,17 +63,17 @@ def test_a_repeat_has_the_same_name_and_another_transition_has_not() -> None:
 @pytest.mark.parametrize("message", ["x" * 5000, "ü" * 2000, "🦙" * 1000])
 def test_a_long_message_is_cut_where_a_character_ends(message: str) -> None:
     note = build_event(OWNER, "1", make_status(message=message), NOW)["note"]
-    assert MAX_NOTE - 4 < len(note.encode()) <= MAX_NOTE
+    assert MAX_NOTE_BYTES - 4 < len(note.encode()) <= MAX_NOTE_BYTES
     assert message.startswith(note)
 
 
 @pytest.mark.parametrize("phase", Phase)
 def test_every_phase_has_a_verb_that_the_api_server_takes(phase: Phase) -> None:
-    assert 0 < len(ACTIONS[phase]) <= 128
+    assert 0 < len(EVENT_ACTIONS[phase]) <= 128
 
 
 @pytest.mark.parametrize("reason", Reason)
-def test_a_warning_is_what_somebody_may_have_to_act_on(reason: Reason) -> None:
+def test_event_type_is_warning_unless_reason_is_normal(reason: Reason) -> None:
     # Nothing is asked of anybody where the remedy says so, and what is done is no warning.
     nothing_to_do = REASONS[reason].remedy == "Nothing to do." or reason in {
         Reason.PUBLISHED, Reason.ALREADY_PUBLISHED, Reason.SUSPENDED_BY_USER
@@ -81,11 +81,11 @@ def test_a_warning_is_what_somebody_may_have_to_act_on(reason: Reason) -> None:
     assert event_type(reason) == ("Normal" if nothing_to_do else "Warning")
 
 
-async def test_a_good_life() -> None:
+async def test_events_of_successful_run() -> None:
     cluster = FakeCluster()
     cluster.submit(make_manifest())
-    await live_to_the_end(cluster)
-    assert told(cluster) == [
+    await run_to_success(cluster)
+    assert events_of(cluster) == [
         ("Prepare", "Preparing", "Normal"),
         ("Schedule", "Prepared", "Normal"),
         ("Schedule", "Scheduling", "Normal"),
@@ -94,27 +94,27 @@ async def test_a_good_life() -> None:
     ]
 
 
-async def test_an_interrupted_and_suspended_life() -> None:
+async def test_events_of_interrupted_and_suspended_run() -> None:
     cluster = FakeCluster()
     cluster.submit(make_manifest())
-    await settle(cluster)
-    cluster.end_pod(PREPARE, 0, PREPARED_WORD)
-    await settle(cluster)
+    await reconcile_until_stable(cluster)
+    cluster.end_pod(PREPARE, 0, PREPARED_MESSAGE)
+    await reconcile_until_stable(cluster)
     for attempt in (1, 2):
         cluster.start_pod(TRAIN.replace("-1", f"-{attempt}"))
-        await settle(cluster)
-        cluster.end_pod(TRAIN.replace("-1", f"-{attempt}"), 1, make_word(Reason.INTERRUPTED))
-        await settle(cluster)
+        await reconcile_until_stable(cluster)
+        cluster.end_pod(TRAIN.replace("-1", f"-{attempt}"), 1, make_termination_message(Reason.INTERRUPTED))
+        await reconcile_until_stable(cluster)
     cluster.change(suspend=True)
-    await settle(cluster)
+    await reconcile_until_stable(cluster)
     cluster.change(suspend=False)
-    await settle(cluster)
+    await reconcile_until_stable(cluster)
     cluster.start_pod(TRAIN.replace("-1", "-4"))
-    await settle(cluster)
-    cluster.end_pod(TRAIN.replace("-1", "-4"), 0, PUBLISHED_WORD)
-    await settle(cluster)
+    await reconcile_until_stable(cluster)
+    cluster.end_pod(TRAIN.replace("-1", "-4"), 0, PUBLISHED_MESSAGE)
+    await reconcile_until_stable(cluster)
     interrupted = [("Train", "Training", "Normal"), ("Schedule", "Interrupted", "Warning")]
-    assert told(cluster)[2:] == [
+    assert events_of(cluster)[2:] == [
         ("Schedule", "Scheduling", "Normal"), *interrupted,
         ("Schedule", "Scheduling", "Normal"), *interrupted,
         ("Schedule", "Scheduling", "Normal"),

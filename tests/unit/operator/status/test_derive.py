@@ -9,7 +9,7 @@ from qlora_api.names import TERMINAL, ConditionType, Phase, Reason
 from qlora_api.units import format_duration
 from qlora_api.v1alpha1 import Attempt, Progress, QLoRAJobStatus
 from qlora_operator.models import Decision
-from qlora_operator.status import acknowledge, derive_status, to_wire
+from qlora_operator.status import derive_status, to_wire, with_observed_generation
 from qlora_operator.status.formatting import format_number, format_step
 from tests.make import NOW, make_plan_status, make_prepared, make_result
 
@@ -52,7 +52,7 @@ def test_kstatus(phase: Phase) -> None:
 def test_kstatus_before_the_first_write_and_after_a_change() -> None:
     assert kstatus(1, {"observedGeneration": -1}) == "InProgress"
     assert kstatus(2, to_wire(status_in(Phase.SUCCEEDED))) == "InProgress"
-    assert kstatus(2, to_wire(acknowledge(status_in(Phase.SUCCEEDED), 2))) == "Current"
+    assert kstatus(2, to_wire(with_observed_generation(status_in(Phase.SUCCEEDED), 2))) == "Current"
 
 
 @pytest.mark.parametrize("phase", Phase)

@@ -9,50 +9,54 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_planner.memory.activations import estimate_activations
-from qlora_planner.memory.forward_config import FP32, HALF, Lines, Setting
+from qlora_planner.memory.forward_config import FP32, HALF, BatchShape, ForwardConfig
 from qlora_planner.models.families import read_shape
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 LLAMA = read_shape(json.loads((CONFIGS / "llama-3.2-3b.json").read_text()))
 ALL = {linear.path: 16 for linear in LLAMA.decoder.linears}
-LINES = Lines(rows=4, longest=512, tokens=2048, labels=1024, packing=False)
-ORDINARY = Setting(LINES, ranks={"self_attn.q_proj": 16, "self_attn.v_proj": 16})
+BATCH = BatchShape(rows=4, longest=512, tokens=2048, labels=1024, packing=False)
+DEFAULT_CONFIG = ForwardConfig(BATCH, ranks={"self_attn.q_proj": 16, "self_attn.v_proj": 16})
 
 sizes = st.integers(min_value=1, max_value=4096)
 
 
-def lines(rows: int, longest: int, *, packing: bool = False) -> Lines:
-    return Lines(rows, longest, tokens=rows * longest, labels=rows * longest, packing=packing)
+def make_batch_shape(rows: int, longest: int, *, packing: bool = False) -> BatchShape:
+    return BatchShape(rows, longest, tokens=rows * longest, labels=rows * longest, packing=packing)
 
 
-def peak(setting: Setting, layers: int = 28) -> int:
+def peak(setting: ForwardConfig, layers: int = 28) -> int:
     shape = replace(LLAMA, decoder=replace(LLAMA.decoder, count=layers))
     return estimate_activations(shape, setting).peak
 
 
 @given(rows=st.integers(1, 16), longest=sizes, more=sizes, checkpointing=st.booleans(), packing=st.booleans())
 def test_longer_rows_take_more(rows, longest, more, checkpointing, packing):
-    setting = replace(ORDINARY, checkpointing=checkpointing)
-    short, long = (replace(setting, lines=lines(rows, each, packing=packing)) for each in (longest, longest + more))
+    setting = replace(DEFAULT_CONFIG, checkpointing=checkpointing)
+    short, long = (
+        replace(setting, batch=make_batch_shape(rows, each, packing=packing)) for each in (longest, longest + more)
+    )
     assert peak(short) < peak(long)
 
 
 @given(rows=st.integers(1, 16), more=st.integers(1, 16), longest=sizes, packing=st.booleans())
 def test_more_rows_take_more(rows, more, longest, packing):
-    few, many = (replace(ORDINARY, lines=lines(each, longest, packing=packing)) for each in (rows, rows + more))
+    few, many = (
+        replace(DEFAULT_CONFIG, batch=make_batch_shape(each, longest, packing=packing)) for each in (rows, rows + more)
+    )
     assert peak(few) < peak(many)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_layers_that_are_not_played_add_what_a_layer_adds(device, checkpointing):
-    setting = replace(ORDINARY, device=device, checkpointing=checkpointing)
+def test_extrapolated_layers_match_simulated_layers(device, checkpointing):
+    setting = replace(DEFAULT_CONFIG, device=device, checkpointing=checkpointing)
     three, four, five = (peak(setting, layers) for layers in (3, 4, 5))
     assert five - four == four - three
     if checkpointing:  # its input, the 16-bit copies of its adapters that autocast holds, and on a CPU a random state
         adapters = 16 * (LLAMA.hidden + 3072 + LLAMA.hidden + 1024)
         state = 5056 if device == "cpu" else 0
-        assert four - three == LINES.tokens * LLAMA.hidden * HALF + adapters * HALF + state
+        assert four - three == BATCH.tokens * LLAMA.hidden * HALF + adapters * HALF + state
 
 
 @pytest.mark.parametrize(
@@ -69,16 +73,16 @@ def test_layers_that_are_not_played_add_what_a_layer_adds(device, checkpointing)
 )
 def test_what_takes_more(name, change):
     del name
-    assert peak(replace(ORDINARY, **change)) > peak(ORDINARY)
+    assert peak(replace(DEFAULT_CONFIG, **change)) > peak(DEFAULT_CONFIG)
 
 
 @pytest.mark.parametrize("change", [{"checkpointing": True}, {"attention": "flash_attention_2"}])
 def test_what_takes_less(change):
-    assert peak(replace(ORDINARY, **change)) < peak(ORDINARY)
+    assert peak(replace(DEFAULT_CONFIG, **change)) < peak(DEFAULT_CONFIG)
 
 
-def test_a_checkpointed_step_of_the_largest_model_is_told_at_once():
+def test_estimate_of_largest_checkpointed_model_is_fast():
     """Layers are played, not multiplied out: 80 of them cost what 3 do."""
     shape = read_shape(json.loads((CONFIGS / "llama-2-70b.json").read_text()))
-    kept = estimate_activations(shape, replace(ORDINARY, checkpointing=True)).kept
-    assert kept >= 80 * LINES.tokens * shape.hidden * HALF
+    kept = estimate_activations(shape, replace(DEFAULT_CONFIG, checkpointing=True)).saved
+    assert kept >= 80 * BATCH.tokens * shape.hidden * HALF

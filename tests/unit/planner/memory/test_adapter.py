@@ -9,7 +9,7 @@ from qlora_api.v1alpha1 import LoraSpec
 from qlora_planner.memory.adapter import Trainable, find_trainable, ranks_of_layer
 from qlora_planner.models.families import read_shape
 from qlora_planner.models.shapes import MismatchError
-from qlora_trainer.model.adapter import attach_adapter
+from qlora_trainer.model.adapter import make_peft_model
 from tests.make import make_spec
 from tests.unit.planner.public import build, load_config
 
@@ -32,7 +32,7 @@ def count(name: str, **blocks: Any) -> Trainable:
         pytest.param(256, ["all-linear"], 389_021_696, id="r256-all-linear"),
     ],
 )
-def test_the_seeds_adapters_of_llama_3b(rank: int, targets: list[str], expected: int) -> None:
+def test_adapter_parameters_of_llama_3b(rank: int, targets: list[str], expected: int) -> None:
     assert count("llama-3.2-3b", lora={"rank": rank, "targets": targets}).adapter == expected
 
 
@@ -63,7 +63,7 @@ def test_what_the_trainer_would_train(name: str, lora: dict[str, Any]) -> None:
     config, spec = load_config(name), LoraSpec(**lora)
     base = build(config)
     base.requires_grad_(False)
-    peft = attach_adapter(base, spec, seed=1)
+    peft = make_peft_model(base, spec, seed=1)
     trained = Counter(weight.numel() for weight in peft.parameters() if weight.requires_grad)
     assert Counter(count(name, lora=spec.model_dump(by_alias=True, mode="json")).tensors) == trained
 

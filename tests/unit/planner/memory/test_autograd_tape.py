@@ -2,38 +2,38 @@
 
 import pytest
 
-from qlora_planner.memory.autograd_tape import Played, Tensor, play
+from qlora_planner.memory.autograd_tape import SimulatedMemory, Tensor, simulate
 from qlora_planner.memory.torch_ops import Recorder
 
 WEIGHT = 100
-LEARNED = Tensor(WEIGHT, 4, learns=True, lasting=True)
-FROZEN = Tensor(WEIGHT, 4, lasting=True)
+LEARNED = Tensor(WEIGHT, 4, requires_grad=True, persistent=True)
+FROZEN = Tensor(WEIGHT, 4, persistent=True)
 
 
 def given(record: Recorder, *, learns: bool) -> Tensor:
     """An input of 10 numbers in fp32."""
-    return record.made(10, 4, [LEARNED] if learns else [])
+    return record.emit(10, 4, [LEARNED] if learns else [])
 
 
-def played(record: Recorder, output: Tensor) -> Played:
-    return play([record.cut(output)], recompute=[False])
+def simulated(record: Recorder, output: Tensor) -> SimulatedMemory:
+    return simulate([record.end_segment(output)], recompute=[False])
 
 
-def test_a_frozen_product_keeps_nothing_of_an_input_that_does_not_learn():
+def test_frozen_matmul_saves_no_input_without_grad():
     record = Recorder()
-    assert played(record, record.product(given(record, learns=False), FROZEN, 20)).kept == 20 * 4
+    assert simulated(record, record.matmul(given(record, learns=False), FROZEN, 20)).saved == 20 * 4
 
 
-def test_a_product_with_a_weight_that_learns_keeps_its_input():
+def test_trainable_matmul_saves_its_input():
     record = Recorder()
-    assert played(record, record.product(given(record, learns=False), LEARNED, 20)).kept == 10 * 4 + 20 * 4
+    assert simulated(record, record.matmul(given(record, learns=False), LEARNED, 20)).saved == 10 * 4 + 20 * 4
 
 
-def test_a_sum_keeps_nothing_and_its_gradient_is_shared():
+def test_add_saves_nothing_and_shares_gradient():
     record = Recorder()
     one, other = given(record, learns=True), given(record, learns=True)
-    played_sum = played(record, record.add(one, other))
-    assert played_sum.kept == 10 * 4
+    played_sum = simulated(record, record.add(one, other))
+    assert played_sum.saved == 10 * 4
     # The result and its gradient, and after them a gradient of the weight.
     assert played_sum.peak == 10 * 4 + 10 * 4 + WEIGHT * 4
 
@@ -41,61 +41,61 @@ def test_a_sum_keeps_nothing_and_its_gradient_is_shared():
 def test_what_two_operations_save_is_there_once():
     record = Recorder()
     states = given(record, learns=True)
-    total = record.add(record.from_input(states), record.from_input(states))
-    assert played(record, total).kept == (10 + 10) * 4
+    total = record.add(record.unary_saving_input(states), record.unary_saving_input(states))
+    assert simulated(record, total).saved == (10 + 10) * 4
 
 
 def test_a_view_takes_no_memory_but_its_gradient_does():
     record = Recorder()
     states = given(record, learns=True)
-    half = record.part(states, 5)
-    output = record.from_input(half)
-    shown = played(record, output)
-    assert shown.kept == (10 + 5) * 4
+    half = record.narrow(states, 5)
+    output = record.unary_saving_input(half)
+    shown = simulated(record, output)
+    assert shown.saved == (10 + 5) * 4
     assert shown.peak == max((10 + 5 + 5 + 5) * 4, (5 + 5 + 10) * 4, (5 + 10 + WEIGHT) * 4)
 
 
-def test_a_variable_holds_what_nothing_reads_any_more():
+def test_python_variable_keeps_tensor_alive():
     sizes = []
     for held in (False, True):
         record = Recorder()
         states = given(record, learns=False)
-        wide = record.made(1000, 4, [states])
-        narrow = record.made(10, 4, [wide])
-        last = record.made(1, 4, [record.made(2000, 4, [narrow])])
+        wide = record.emit(1000, 4, [states])
+        narrow = record.emit(10, 4, [wide])
+        last = record.emit(1, 4, [record.emit(2000, 4, [narrow])])
         if held:
-            record.until_here(wide)
-        sizes.append(played(record, last).peak)
+            record.keep_alive(wide)
+        sizes.append(simulated(record, last).peak)
     assert sizes[1] - sizes[0] == 1000 * 4
 
 
 @pytest.mark.parametrize("layers", [2, 5])
-def test_a_recomputed_layer_keeps_its_input_only(layers: int):
+def test_checkpointed_layer_saves_only_its_input(layers: int):
     record = Recorder()
-    segments = [record.cut(record.view(given(record, learns=False), 10, learns=True))]
+    segments = [record.end_segment(record.view(given(record, learns=False), 10, learns=True))]
     for _ in range(layers):
         states = segments[-1].output
         for _ in range(4):
-            states = record.from_input(states)
-        segments.append(record.cut(states))
-    kept = play(segments, recompute=[False] * (layers + 1)).kept
+            states = record.unary_saving_input(states)
+        segments.append(record.end_segment(states))
+    kept = simulate(segments, recompute=[False] * (layers + 1)).saved
     assert kept == (4 * layers + 1) * 10 * 4
-    again = play(segments, recompute=[False] + [True] * layers)
-    assert again.kept == (layers + 1) * 10 * 4
+    again = simulate(segments, recompute=[False] + [True] * layers)
+    assert again.saved == (layers + 1) * 10 * 4
     assert again.peak < (4 * layers + 1) * 10 * 4 or layers == 2
 
 
-def test_a_checkpoint_does_not_let_go_what_a_node_holds_by_itself():
+def test_checkpointed_layer_keeps_tensors_held_by_node():
     """As bitsandbytes' 8-bit layers do with their inputs; recomputed ones are held besides, until backward goes on."""
     kept, peaks = [], []
     for clings in (False, True):
         record = Recorder()
-        start = record.cut(record.view(given(record, learns=False), 10, learns=True))
-        wide = record.from_input(record.made(1000, 4, [start.output]))
-        record.made(10, 4, [wide])
-        layer = record.cut(record.amend(clung=(wide,) if clings else ()))
-        made = play([start, layer], recompute=[False, True])
-        kept.append(made.kept)
+        start = record.end_segment(record.view(given(record, learns=False), 10, learns=True))
+        wide = record.unary_saving_input(record.emit(1000, 4, [start.output]))
+        record.emit(10, 4, [wide])
+        layer = record.end_segment(record.update_last(clung=(wide,) if clings else ()))
+        made = simulate([start, layer], recompute=[False, True])
+        kept.append(made.saved)
         peaks.append(made.peak)
     assert kept[1] - kept[0] == 1000 * 4
     assert peaks[1] - peaks[0] >= 1000 * 4
@@ -105,10 +105,10 @@ def test_gradients_that_wait_are_there_while_a_layer_is_recomputed():
     peaks = []
     for scales in (False, True):
         record = Recorder()
-        start = record.cut(record.view(given(record, learns=False), 10, learns=True))
-        record.from_input(start.output)
-        last = record.amend(forward_work=10_000)
+        start = record.end_segment(record.view(given(record, learns=False), 10, learns=True))
+        record.unary_saving_input(start.output)
+        last = record.update_last(forward_work=10_000)
         output = record.add(record.scale(last) if scales else last, start.output)
-        peaks.append(play([start, record.cut(output)], recompute=[False, True]).peak)
+        peaks.append(simulate([start, record.end_segment(output)], recompute=[False, True]).peak)
     # The gradient of what is scaled, beside that of the sum, which waits for the other summand.
     assert peaks[1] - peaks[0] == 10 * 4

@@ -58,7 +58,7 @@ def test_weights_of_public_models(name: str, bits: int) -> None:
         ),
     ],
 )
-def test_the_seeds_figures_of_llama_3b(
+def test_memory_figures_of_llama_3b(
     quantization: QuantizationSpec, width: int, lora: LoraSpec | None, gigabytes: float
 ) -> None:
     shape = read_shape(load_config("llama-3.2-3b"))

@@ -74,8 +74,8 @@ def describe(shape: ModelShape) -> tuple[object, ...]:
     return (
         (shape.layers, shape.hidden, shape.vocabulary, shape.tied),
         (attention.heads, attention.kv_heads, attention.head_dim, attention.rotary),
-        (attention.window, attention.sliding_layers, attention.capped, attention.normed),
-        (mlp.intermediate, mlp.gated, mlp.activation, mlp.experts, mlp.chosen),
+        (attention.window, attention.sliding_layers, attention.softcapped, attention.qk_norm),
+        (mlp.intermediate, mlp.gated, mlp.activation, mlp.experts, mlp.experts_per_token),
         (shape.norm, shape.parallel, shape.plain_head),
     )
 

@@ -13,7 +13,7 @@ import yaml
 from qlora_api.names import Reason
 from qlora_cli.manifests.loader import ManifestError, parse_manifest
 from qlora_cli.manifests.yaml_documents import read_documents
-from qlora_planner.validation import IN_CLUSTER
+from qlora_planner.validation import CLUSTER_RULES
 from qlora_trainer.errors import RunError
 from qlora_trainer.prepare import prepare
 from tests.make import make_manifest
@@ -131,7 +131,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.parametrize("case", BROKEN_DATA.values(), ids=BROKEN_DATA)
-def test_a_broken_dataset_is_refused_with_reason_place_and_fix(tmp_path, model, case):
+def test_broken_dataset_is_refused_with_reason_location_and_fix(tmp_path, model, case):
     (name, content, blocks), reason, place, fix = case
     path = tmp_path / (name or "absent.jsonl")
     if name:
@@ -186,10 +186,10 @@ def test_a_broken_configuration_is_refused_before_it_runs_with_field_and_fix(tmp
     manifest.write_text(yaml.safe_dump(make_manifest(**change), allow_unicode=True))
     (document,) = read_documents(str(manifest))
     with pytest.raises(ManifestError) as caught:
-        parse_manifest(document, IN_CLUSTER)
+        parse_manifest(document, CLUSTER_RULES)
     assert field in str(caught.value)
     assert fix in str(caught.value)
 
 
-def test_there_are_thirty_of_them_and_more():
+def test_broken_inputs_are_at_least_thirty():
     assert len(BROKEN_DATA) + len(BROKEN_CONFIGURATION) >= 30

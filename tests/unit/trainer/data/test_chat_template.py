@@ -67,7 +67,7 @@ def encode(tokenizer, source: str, conversation: Chat, loss: str = "auto") -> To
 
 
 def learned(tokenizer, row: TokenRow) -> list[str]:
-    return [tokenizer.decode(row.input_ids[start:end]) for start, end in row.learned]
+    return [tokenizer.decode(row.input_ids[start:end]) for start, end in row.label_spans]
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_every_answer_is_learned_with_its_end_and_nothing_else(tokenizer, source
 
 @pytest.mark.parametrize("loss", ["auto", "assistant"])
 def test_every_turn_of_the_assistant_is_learned(tokenizer, loss):
-    assert len(encode(tokenizer, CHATML, LONG, loss).learned) == 2
+    assert len(encode(tokenizer, CHATML, LONG, loss).label_spans) == 2
 
 
 def test_completion_is_the_last_answer(tokenizer):
@@ -104,11 +104,11 @@ def test_completion_of_a_template_without_a_stop_token_is_more_than_the_end(toke
 
 def test_all_is_everything_but_the_first_token(tokenizer):
     row = encode(tokenizer, CHATML, LONG, "all")
-    assert row.learned == ((1, len(row.input_ids)),)
+    assert row.label_spans == ((1, len(row.input_ids)),)
 
 
 @pytest.mark.parametrize("source", [LLAMA3, MISTRAL])
-def test_one_start_token_the_templates(tokenizer, source):
+def test_rendered_chat_has_one_bos_token(tokenizer, source):
     row = encode(tokenizer, source, LONG)
     assert row.input_ids.count(tokenizer.bos_token_id) == 1
     assert row.input_ids[0] == row.prompt_ids[0] == tokenizer.bos_token_id
@@ -118,7 +118,7 @@ def test_one_start_token_the_templates(tokenizer, source):
 def test_the_prompt_is_what_the_last_answer_continues(tokenizer, source):
     row = encode(tokenizer, source, LONG)
     assert row.input_ids[: len(row.prompt_ids) - 1] == row.prompt_ids[:-1]
-    assert row.learned[-1][0] in {len(row.prompt_ids), len(row.prompt_ids) - 1}, "a token may span the seam"
+    assert row.label_spans[-1][0] in {len(row.prompt_ids), len(row.prompt_ids) - 1}, "a token may span the seam"
 
 
 def test_tokens_are_those_of_transformers_itself(tokenizer):
@@ -132,18 +132,18 @@ def test_generation_tags_agree_with_transformers_mask_but_for_the_stop_token(tok
     theirs = tokenizer.apply_chat_template(
         list(LONG.messages), chat_template=TAGGED, return_dict=True, return_assistant_tokens_mask=True
     )["assistant_masks"]
-    ours = {place for start, end in row.learned for place in range(start, end)}
+    ours = {place for start, end in row.label_spans for place in range(start, end)}
     stop = tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert {place for place in ours if row.input_ids[place] != stop} == {
         place for place, mask in enumerate(theirs) if mask
     }
 
 
-def test_answers_that_look_alike_are_told_by_their_place(tokenizer):
+def test_identical_answers_are_distinguished_by_position(tokenizer):
     twice = chat("u:It is blue.", "a:It is blue.", "u:It is blue.", "a:It is blue.")
     row = encode(tokenizer, LLAMA3, twice)
     assert learned(tokenizer, row) == ["It is blue.<|eot|>"] * 2
-    assert row.learned[0][1] < row.learned[1][0]
+    assert row.label_spans[0][1] < row.label_spans[1][0]
 
 
 def test_a_tool_call_is_learned_as_the_template_writes_it(tokenizer):
@@ -169,7 +169,7 @@ def test_an_answer_that_the_template_rewrites_is_learned_as_it_is_written(tokeni
     assert learned(tokenizer, row) == ["IT IS BLUE.<|im_end|>", "It is green, indeed.<|im_end|>"]
 
 
-def test_a_template_that_forgets_answers_must_mark_them_itself(tokenizer):
+def test_template_that_drops_earlier_answers_needs_generation_tags(tokenizer):
     forgetful = CHATML.replace("{{ m.content }}", "{{ '…' if not loop.last else m.content }}")
     (row,) = encode_chats([LONG], load_chat_template(tokenizer, forgetful), "auto")
     assert isinstance(row, RowError)
@@ -181,7 +181,7 @@ def test_a_row_that_is_learned_from_has_the_same_tokens_and_no_prompt(tokenizer,
     template = load_chat_template(tokenizer, source)
     learned_from, asked = encode_chats([LONG, LONG], template, "auto", [False, True])
     assert isinstance(asked, TokenRow)
-    assert learned_from == TokenRow(asked.input_ids, asked.learned)
+    assert learned_from == TokenRow(asked.input_ids, asked.label_spans)
     assert asked == encode(tokenizer, source, LONG)
     assert asked.prompt_ids
 
@@ -204,8 +204,8 @@ def test_a_model_without_a_template_needs_one(tokenizer):
 def test_the_models_own_template_is_used_where_none_is_given(tokenizer):
     tokenizer.chat_template = CHATML
     try:
-        assert load_chat_template(tokenizer, None).stop == "<|im_end|>"
-        assert load_chat_template(tokenizer, LLAMA3).stop == "<|eot|>"
+        assert load_chat_template(tokenizer, None).stop_token == "<|im_end|>"
+        assert load_chat_template(tokenizer, LLAMA3).stop_token == "<|eot|>"
     finally:
         tokenizer.chat_template = None
 

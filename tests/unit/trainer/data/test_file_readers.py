@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from qlora_trainer.data import file_readers
-from qlora_trainer.data.file_readers import FileError, FileRow, form_of, is_data_file, read_rows
+from qlora_trainer.data.file_readers import FileError, FileRow, detect_file_type, is_data_file, read_rows
 from qlora_trainer.data.rows import RowError
 
 ROWS = [{"prompt": "1+1=", "completion": "2"}, {"prompt": 'say "a,\nb"', "completion": "ünïcode 🦙"}]
@@ -48,7 +48,7 @@ WRITERS = {
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_every_form_gives_the_same_rows(tmp_path, name):
+def test_every_file_type_gives_the_same_rows(tmp_path, name):
     WRITERS[name](tmp_path / name)
     assert [row.content for row in read_rows(tmp_path / name)] == ROWS
 
@@ -103,7 +103,7 @@ def test_a_broken_file_is_named_with_the_fix(tmp_path, name, content, words):
     assert words in str(caught.value)
 
 
-def test_a_line_that_is_no_row_at_all_is_not_read_whole(tmp_path, monkeypatch):
+def test_overlong_line_is_not_read_into_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(file_readers, "MAX_ROW_BYTES", 1 << 20)
     with pytest.raises(FileError, match="row 1 has more than 1 MiB"):
         read(tmp_path, "x.jsonl", "[" + " " * (2 << 20))
@@ -118,17 +118,17 @@ def test_an_empty_file_has_no_rows(tmp_path, name):
     ("name", "form"),
     [("a.JSONL", "jsonl"), ("a.ndjson", "jsonl"), ("a.b.csv.gz", "csv"), ("a.pq", "parquet"), ("a.feather", "arrow")],
 )
-def test_the_name_tells_the_form(name, form):
-    assert form_of(name) == form
+def test_file_type_follows_from_the_extension(name, form):
+    assert detect_file_type(name) == form
 
 
 @pytest.mark.parametrize("name", ["a", "jsonl", "a.txt", "a.parquet.gz", "a.gz", ""])
-def test_a_name_that_tells_nothing(name):
+def test_unknown_extension_is_refused(name):
     with pytest.raises(FileError):
-        form_of(name)
+        detect_file_type(name)
 
 
-def test_what_lies_beside_the_data_is_not_read():
+def test_hidden_and_non_data_files_are_skipped():
     names = ["part/0.jsonl", ".0.jsonl.part", "_SUCCESS", "README.md", "part/.hidden.csv", "_metadata.parquet"]
     assert [name for name in names if is_data_file(name)] == ["part/0.jsonl"]
 

@@ -1,7 +1,7 @@
 """Rows as the model sees them, in the log and in the report."""
 
-from qlora_api.report import Piece
-from qlora_trainer.data.preview import preview, shown_rows, write_preview
+from qlora_api.report import TextSpan
+from qlora_trainer.data.preview import format_preview, preview, shown_rows
 from qlora_trainer.data.rows import Example
 from qlora_trainer.data.tokenization import TokenRow, encode_examples
 from tests.unit.trainer.tiny import make_tokenizer
@@ -10,7 +10,7 @@ from tests.unit.trainer.tiny import make_tokenizer
 def test_what_is_learned_is_marked_with_its_end():
     tokenizer = make_tokenizer(bos=True)
     (row,) = encode_examples([Example("Sky?\n", "Blue ⟦🦙⟧.")], tokenizer, "auto")
-    assert write_preview(preview(row, tokenizer)) == "<s>Sky?\n⟦Blue ⟦🦙⟧.</s>⟧"
+    assert format_preview(preview(row, tokenizer)) == "<s>Sky?\n⟦Blue ⟦🦙⟧.</s>⟧"
 
 
 def test_pieces_cover_the_row_whatever_is_learned():
@@ -26,7 +26,7 @@ def test_a_long_piece_is_shortened_in_its_middle():
     tokenizer = make_tokenizer()
     (row,) = encode_examples([Example("x" * 5000, "y")], tokenizer, "auto")
     before, after = preview(row, tokenizer)
-    assert (len(before.text), after) == (2003, Piece(text="y</s>", learned=True))
+    assert (len(before.text), after) == (2003, TextSpan(text="y</s>", learned=True))
 
 
 def test_the_rows_that_are_shown_are_spread():

@@ -3,7 +3,7 @@
 import pytest
 
 from qlora_api.v1alpha1 import RowTemplate
-from qlora_trainer.data.row_formats import parse_row, tell_format
+from qlora_trainer.data.row_formats import detect_format, parse_row
 from qlora_trainer.data.rows import Chat, Example, RowError, Text
 
 ASK, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
@@ -19,13 +19,13 @@ ASK, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content"
         ({"text": "x", "url": "y"}, ("text", "text")),
     ],
 )
-def test_a_field_tells_the_format(fields, told):
-    assert tell_format(fields) == told
+def test_detect_format_by_field(fields, told):
+    assert detect_format(fields) == told
 
 
 def test_unknown_fields_are_listed_with_the_known_ones():
     with pytest.raises(RowError, match=r"has the fields question, answer; write messages .* or give spec\."):
-        tell_format({"question": "x", "answer": "y"})
+        detect_format({"question": "x", "answer": "y"})
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_unknown_fields_are_listed_with_the_known_ones():
         ),
     ],
 )  # fmt: skip
-def test_meaning(fields, row_format, expected):
+def test_parse_row_of_each_format(fields, row_format, expected):
     assert parse_row(fields, row_format) == expected
 
 
@@ -127,7 +127,7 @@ def test_meaning(fields, row_format, expected):
         pytest.param({"messages": [ASK, ANSWER], "tools": "x"}, "chat", "field 'tools' is not a list", id="tools"),
     ],
 )
-def test_a_row_that_cannot_be_used_says_why(fields, row_format, words):
+def test_parse_row_of_unusable_row_raises_with_reason(fields, row_format, words):
     with pytest.raises(RowError) as caught:
         parse_row(fields, row_format)
     assert words in str(caught.value)
@@ -136,7 +136,7 @@ def test_a_row_that_cannot_be_used_says_why(fields, row_format, words):
 TEMPLATE = RowTemplate(prompt="Q: {the question} {hint}\nA:", answer=" {reply}")
 
 
-def test_an_own_template_is_filled_with_any_fields():
+def test_custom_template_takes_any_fields():
     row = {"the question": "{reply}?", "hint": "", "reply": "yes"}
     assert parse_row(row, "instruction", TEMPLATE) == Example("Q: {reply}? \nA:", " yes")
 

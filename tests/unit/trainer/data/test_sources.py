@@ -14,16 +14,16 @@ from qlora_trainer.data.rows import Example
 from qlora_trainer.data.sources import local_files, make_source
 from qlora_trainer.errors import RunError
 from qlora_trainer.storage.credentials import environment_secrets
-from qlora_trainer.storage.snapshots import Places
-from qlora_trainer.storage.store import DATASET
+from qlora_trainer.storage.snapshots import SourceResolver
+from qlora_trainer.storage.store import DATASET_FIELD
 
 GOOD = '{"instruction": "Say hi", "output": "hi"}'
-PLACES = Places(Platform(), environment_secrets())
+RESOLVER = SourceResolver(Platform(), environment_secrets())
 
 
 def load(path: Path, content: str, **settings):
     path.write_text(content)
-    source = make_source(DATASET, (path,), DataSource(uri=f"file://{path}", **settings), None)
+    source = make_source(DATASET_FIELD, (path,), DataSource(uri=f"file://{path}", **settings), None)
     return source, [placed.row for placed in source.rows()]
 
 
@@ -60,34 +60,36 @@ def test_no_rows(tmp_path, content):
 
 def test_no_file(tmp_path):
     with pytest.raises(RunError) as caught:
-        make_source(DATASET, (tmp_path / "absent.jsonl",), DataSource(uri="file:///absent"), None)
+        make_source(DATASET_FIELD, (tmp_path / "absent.jsonl",), DataSource(uri="file:///absent"), None)
     assert caught.value.reason == Reason.DATASET_NOT_FOUND
 
 
-def test_the_format_is_told_and_said_and_a_limit_reads_no_further(tmp_path):
+def test_format_is_detected_and_logged_and_max_samples_stops_reading(tmp_path):
     row = json.dumps({"prompt": "a", "completion": "b"})
     source, rows = load(tmp_path / "rows.jsonl", f"{row}\n{row}\n{{broken", max_samples=2)
     assert rows == [Example("a", "b")] * 2
-    assert (source.row_format, source.told_by) == ("completion", "told by the field 'prompt' of row 1")
+    assert (source.row_format, source.format_reason) == ("completion", "told by the field 'prompt' of row 1")
 
 
 def test_a_given_format_is_used(tmp_path):
     source, rows = load(tmp_path / "rows.csv", "prompt,completion,text\na,b,c\n", format="text")
-    assert (source.told_by, rows[0].text) == ("as the manifest says", "c")
+    assert (source.format_reason, rows[0].text) == ("as the manifest says", "c")
 
 
-def test_a_slash_means_every_data_file_below_in_the_order_of_names(tmp_path):
+def test_uri_with_trailing_slash_reads_every_data_file_in_order(tmp_path):
     for name in ("b.jsonl", "a/c.csv", "a/b.jsonl", "README.md", "_SUCCESS"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(GOOD)
-    files = local_files(PLACES, f"file://{tmp_path}/", DATASET, tmp_path)
+    files = local_files(RESOLVER, f"file://{tmp_path}/", DATASET_FIELD, tmp_path)
     assert [str(file.relative_to(tmp_path)) for file in files] == ["a/b.jsonl", "a/c.csv", "b.jsonl"]
 
 
 def test_a_row_of_several_files_is_named_with_its_file(tmp_path):
     (tmp_path / "one.jsonl").write_text(GOOD)
     (tmp_path / "two.jsonl").write_text(f"{GOOD}\n{{}}")
-    source = make_source(DATASET, (tmp_path / "one.jsonl", tmp_path / "two.jsonl"), DataSource(uri="file:///x/"), None)
+    source = make_source(
+        DATASET_FIELD, (tmp_path / "one.jsonl", tmp_path / "two.jsonl"), DataSource(uri="file:///x/"), None
+    )
     with pytest.raises(RunError, match=r"two\.jsonl row 2: field 'instruction' is missing"):
         list(source.rows())
 
@@ -100,16 +102,16 @@ def test_a_row_of_several_files_is_named_with_its_file(tmp_path):
         ("hf://datasets/org/name", Reason.DATASET_NOT_FOUND, "write hf://datasets/organisation/name/file.jsonl"),
     ],
 )
-def test_a_uri_that_means_no_file(tmp_path, uri, reason, words):
+def test_uri_without_file_is_refused(tmp_path, uri, reason, words):
     with pytest.raises(RunError) as caught:
-        local_files(PLACES, uri, DATASET, tmp_path)
+        local_files(RESOLVER, uri, DATASET_FIELD, tmp_path)
     assert (caught.value.reason, words in caught.value.message) == (reason, True), caught.value.message
 
 
 def test_a_folder_without_data(tmp_path):
     (tmp_path / "README.md").write_text("nothing")
     with pytest.raises(RunError, match="there is no file below") as caught:
-        local_files(PLACES, f"file://{tmp_path}/", DATASET, tmp_path)
+        local_files(RESOLVER, f"file://{tmp_path}/", DATASET_FIELD, tmp_path)
     assert caught.value.reason == Reason.DATASET_NOT_FOUND
 
 
@@ -121,7 +123,7 @@ def test_every_data_file_below_a_prefix_of_a_bucket(tmp_path, monkeypatch):
         client.create_bucket(Bucket="rows")
         for key in ("chats/b.jsonl", "chats/a.csv", "chats/_SUCCESS", "chats/", "other/c.jsonl"):
             client.put_object(Bucket="rows", Key=key, Body=GOOD.encode())
-        files = local_files(PLACES, "s3://rows/chats/", DATASET, tmp_path)
-        (one,) = local_files(PLACES, "s3://rows/other/c.jsonl", DATASET, tmp_path)
+        files = local_files(RESOLVER, "s3://rows/chats/", DATASET_FIELD, tmp_path)
+        (one,) = local_files(RESOLVER, "s3://rows/other/c.jsonl", DATASET_FIELD, tmp_path)
     assert [file.name for file in files] == ["a.csv", "b.jsonl"]
     assert one.read_text() == files[1].read_text() == GOOD

@@ -25,13 +25,13 @@ def test_the_end_token_is_learned_although_it_is_the_padding_token_too(tokenizer
     row = one_row(EXAMPLE, tokenizer)
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
     assert row.input_ids[-1] == tokenizer.eos_token_id
-    assert row.learned[-1][1] == len(row.input_ids)
+    assert row.label_spans[-1][1] == len(row.input_ids)
 
 
 @pytest.mark.parametrize("loss", ["auto", "completion", "assistant"])
 def test_learned_tokens_are_the_answer_and_the_end(tokenizer, loss):
     row = one_row(EXAMPLE, tokenizer, loss)
-    ((start, end),) = row.learned
+    ((start, end),) = row.label_spans
     assert tokenizer.decode(row.input_ids[start:end]) == "It is blue.</s>"
     assert tokenizer.decode(row.input_ids[:start]) == EXAMPLE.prompt
 
@@ -44,7 +44,7 @@ def test_loss_on_all_tokens_leaves_out_only_the_first(tokenizer):
 def test_of_a_text_everything_is_learned_and_nothing_is_asked(tokenizer):
     (row,) = encode_texts([Text("It is blue.")], tokenizer)
     assert tokenizer.decode(row.input_ids) == "It is blue.</s>"
-    assert (row.learned, row.prompt_ids, row.reference) == (((1, len(row.input_ids)),), (), "")
+    assert (row.label_spans, row.prompt_ids, row.reference) == (((1, len(row.input_ids)),), (), "")
 
 
 @pytest.mark.parametrize("prompt", ["plain", "<s>it brings its own"])
@@ -53,7 +53,7 @@ def test_one_start_token(prompt):
     row = one_row(Example(prompt, " answer"), tokenizer)
     assert row.input_ids.count(tokenizer.bos_token_id) == 1
     assert row.input_ids[0] == tokenizer.bos_token_id
-    assert row.prompt_ids == row.input_ids[: row.learned[0][0]]
+    assert row.prompt_ids == row.input_ids[: row.label_spans[0][0]]
 
 
 class SeamTokenizer:
@@ -68,7 +68,7 @@ class SeamTokenizer:
 def test_a_token_across_the_seam_belongs_to_the_answer():
     row = one_row(Example("xa", "bc"), SeamTokenizer())
     assert row.input_ids == (ord("x"), 3, ord("c"), 9)
-    assert row.learned == ((1, 4),)
+    assert row.label_spans == ((1, 4),)
 
 
 @pytest.mark.parametrize(
@@ -76,8 +76,8 @@ def test_a_token_across_the_seam_belongs_to_the_answer():
     [(20, ((3, 5), (8, 10))), (9, ((3, 5), (8, 9))), (8, ((3, 5),)), (4, ((3, 4),)), (2, ())],
 )
 def test_a_cut_leaves_what_is_learned_before_it(length, learned):
-    row = TokenRow(tuple(range(10)), ((3, 5), (8, 10))).cut(length)
-    assert (len(row.input_ids), row.learned) == (min(length, 10), learned)
+    row = TokenRow(tuple(range(10)), ((3, 5), (8, 10))).truncate(length)
+    assert (len(row.input_ids), row.label_spans) == (min(length, 10), learned)
     assert row.label_count == sum(end - start for start, end in learned)
 
 
@@ -96,7 +96,7 @@ def write(path, rows, *, with_text):
 def test_shards_give_back_what_they_got(tokenizer, tmp_path):
     rows = encode_examples([EXAMPLE, Example("ünïcode 🦙", "ja")], tokenizer, "auto")
     path = write(tmp_path / "rows.parquet", rows, with_text=True)
-    assert list(shards.open_shard(path)) == list(shards.read_rows(path)) == rows
+    assert list(shards.open_shard(path)) == list(shards.read_token_rows(path)) == rows
     bare = shards.open_shard(write(tmp_path / "bare.parquet", rows, with_text=False))
     assert [row.input_ids for row in bare] == [row.input_ids for row in rows]
     assert {(row.prompt, row.prompt_ids) for row in bare} == {("", ())}
@@ -112,7 +112,7 @@ def test_rows_are_found_by_number_across_groups(tmp_path):
     with pytest.raises(IndexError):
         shard[len(rows)]
     wanted = [3, 1000, 2004]
-    assert list(shards.read_rows(tmp_path / "rows.parquet", wanted)) == [rows[number] for number in wanted]
+    assert list(shards.read_token_rows(tmp_path / "rows.parquet", wanted)) == [rows[number] for number in wanted]
 
 
 def test_an_empty_shard_has_no_rows(tmp_path):

@@ -11,16 +11,16 @@ from qlora_api.names import Reason
 from qlora_api.runconfig import Platform
 from qlora_api.v1alpha1 import RowLengths
 from qlora_trainer.data import row_encoder, shards
-from qlora_trainer.data.dataset import check_loss, describe_lengths, describe_sources, open_dataset, survey
-from qlora_trainer.data.row_encoder import Encoder
+from qlora_trainer.data.dataset import check_loss, describe_lengths, describe_sources, open_dataset, scan_rows
+from qlora_trainer.data.row_encoder import RowEncoder
 from qlora_trainer.data.rows import Example
-from qlora_trainer.data.tokenized_dataset import Tokenised, tokenise
+from qlora_trainer.data.tokenized_dataset import TokenizedDataset, tokenize_dataset
 from qlora_trainer.errors import RunError
 from qlora_trainer.storage.credentials import environment_secrets
-from qlora_trainer.storage.snapshots import Places
+from qlora_trainer.storage.snapshots import SourceResolver
 from tests.unit.trainer.tiny import make_spec, make_tokenizer, write_rows
 
-PLACES = Places(Platform(), environment_secrets())
+RESOLVER = SourceResolver(Platform(), environment_secrets())
 WORD_LENGTHS = (1, 2, 3, 40, 50)
 
 
@@ -38,12 +38,12 @@ def words(count: int) -> dict[str, str]:
 
 
 @contextmanager
-def tokens_of(tmp_path: Path, tokenizer=None, **blocks) -> Iterator[Tokenised]:
+def tokens_of(tmp_path: Path, tokenizer=None, **blocks) -> Iterator[TokenizedDataset]:
     spec = make_spec("file:///model", "", "file:///output", **blocks)
-    dataset = open_dataset(spec, PLACES, tmp_path)
-    rows = survey(dataset, spec.dataset.evaluation.fraction)
-    encoder = Encoder(tokenizer or WordTokenizer(), spec.training.loss, None)
-    with tokenise(dataset, rows, encoder, spec.training, tmp_path / "work") as made:
+    dataset = open_dataset(spec, RESOLVER, tmp_path)
+    rows = scan_rows(dataset, spec.dataset.evaluation.fraction)
+    encoder = RowEncoder(tokenizer or WordTokenizer(), spec.training.loss, None)
+    with tokenize_dataset(dataset, rows, encoder, spec.training, tmp_path / "work") as made:
         yield made
 
 
@@ -63,7 +63,7 @@ def two_files(tmp_path: Path) -> dict[str, object]:
 def test_long_rows_are_cut_or_dropped_and_counted(tmp_path, policy, kept, truncated, dropped):
     training = {"maxLength": 16, "longRows": policy}
     with tokens_of(tmp_path, dataset=two_files(tmp_path), training=training) as made:
-        assert [len(row.input_ids) for row in shards.read_rows(made.training_file)] == kept
+        assert [len(row.input_ids) for row in shards.read_token_rows(made.training_file)] == kept
         status = made.status
     assert (status.training_rows, status.truncated_rows, status.dropped_rows) == (len(kept), truncated, dropped)
     assert status.training_tokens == sum(kept)
@@ -94,7 +94,7 @@ def test_a_row_without_an_answer_left_is_dropped(tmp_path):
         assert (made.status.training_rows, made.status.dropped_rows, made.status.truncated_rows) == (2, 0, 1)
 
 
-def test_what_happened_to_the_rows_is_said(tmp_path):
+def test_row_counts_are_logged(tmp_path):
     spec = make_spec("file:///model", "", "file:///output", dataset=two_files(tmp_path), training={"maxLength": 16})
     with tokens_of(tmp_path, dataset=two_files(tmp_path), training={"maxLength": 16}) as made:
         said = list(describe_lengths(made.status, spec.training))
@@ -114,8 +114,8 @@ def sources(tmp_path: Path) -> list[dict[str, object]]:
 def test_sources_are_mixed_by_weight_and_the_held_out_rows_are_not_repeated(tmp_path):
     dataset = {"uri": None, "sources": sources(tmp_path), "evaluation": {"fraction": 0.23}}
     with tokens_of(tmp_path, dataset=dataset) as made:
-        learned = [row.input_ids for row in shards.read_rows(made.training_file)]
-        held_out = [row.input_ids for row in shards.read_rows(made.held_out_file)]
+        learned = [row.input_ids for row in shards.read_token_rows(made.training_file)]
+        held_out = [row.input_ids for row in shards.read_token_rows(made.held_out_file)]
         status = made.status
     assert len(held_out) == len(set(held_out)) == 4
     assert not set(held_out) & set(learned)
@@ -126,18 +126,18 @@ def test_sources_are_mixed_by_weight_and_the_held_out_rows_are_not_repeated(tmp_
     assert (status.format, status.training_rows) == ("completion+text", len(learned))
 
 
-def test_what_rows_were_taken_for_is_said(tmp_path):
+def test_detected_formats_are_logged(tmp_path):
     spec = make_spec("file:///m", "", "file:///o", dataset={"uri": None, "sources": sources(tmp_path)})
-    assert list(describe_sources(open_dataset(spec, PLACES, tmp_path))) == [
+    assert list(describe_sources(open_dataset(spec, RESOLVER, tmp_path))) == [
         "spec.dataset.sources[0].uri: one.jsonl: completion rows, told by the field 'prompt' of row 1, weight 2.5",
         "spec.dataset.sources[1].uri: two.csv: text rows, told by the field 'text' of row 2, weight 0.5",
     ]
 
 
 @pytest.mark.parametrize(("loss", "fine"), [("auto", True), ("all", True), ("completion", False), ("assistant", False)])
-def test_a_text_has_no_answer_to_learn_alone(tmp_path, loss, fine):
+def test_text_rows_with_completion_loss_are_refused(tmp_path, loss, fine):
     spec = make_spec("file:///m", "", "file:///o", dataset={"uri": None, "sources": sources(tmp_path)})
-    dataset = open_dataset(spec, PLACES, tmp_path)
+    dataset = open_dataset(spec, RESOLVER, tmp_path)
     if fine:
         check_loss(loss, dataset)
         return
@@ -171,18 +171,18 @@ def test_only_a_batch_of_rows_is_in_memory_at_a_time(tmp_path, monkeypatch):
     assert max(alive) <= 2 * 50
 
 
-def test_the_seeds_recipe_renders_as_before(tmp_path):
+def test_seed_template_renders_as_before(tmp_path):
     tokenizer = make_tokenizer()
     rows = [{"instruction": f"Say {number}", "output": f"It is {number}."} for number in range(4)]
     with tokens_of(tmp_path, tokenizer, dataset={"uri": write_rows(tmp_path / "rows.jsonl", rows)}) as made:
-        texts = {tokenizer.decode(row.input_ids) for row in shards.read_rows(made.training_file)}
-        (held_out,) = shards.read_rows(made.held_out_file)
+        texts = {tokenizer.decode(row.input_ids) for row in shards.read_token_rows(made.training_file)}
+        (held_out,) = shards.read_token_rows(made.held_out_file)
     everything = {f"### Instruction:\nSay {number}\n\n### Response:\nIt is {number}.</s>" for number in range(4)}
     assert texts == everything - {tokenizer.decode(held_out.input_ids)}
 
 
 def test_held_out_rows_are_read_as_the_one_source_is(tmp_path):
     spec = make_spec("file:///m", "", "file:///o", dataset=two_files(tmp_path))
-    assert list(describe_sources(open_dataset(spec, PLACES, tmp_path)))[1:] == [
+    assert list(describe_sources(open_dataset(spec, RESOLVER, tmp_path)))[1:] == [
         "spec.dataset.evaluation.uri: held-out.jsonl: completion rows, read as spec.dataset.uri is"
     ]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qlora_trainer.data import shards
-from qlora_trainer.data.batching import make_batch
+from qlora_trainer.data.batching import collate
 from qlora_trainer.data.tokenization import TokenRow
 from qlora_trainer.prepare import prepare
 from tests.unit.trainer.tiny import (
@@ -41,7 +41,7 @@ def prepared_rows(
     places = model, write_rows(folder / "rows.jsonl", rows), f"file://{folder / 'output'}"
     spec = make_spec(*places, dataset=dataset or {}, training=training)
     prefix = prepare(prepare_config(spec), work=folder).prefix.removeprefix("file://")
-    return tuple(shards.read_rows(Path(prefix) / shards.TRAINING))
+    return tuple(shards.read_token_rows(Path(prefix) / shards.TRAINING))
 
 
 def completions(prompt: str, completion: str, count: int = 10) -> list[dict[str, str]]:
@@ -51,7 +51,7 @@ def completions(prompt: str, completion: str, count: int = 10) -> list[dict[str,
 
 def learned_text(row: TokenRow) -> str:
     """Return the text of the tokens that are learned."""
-    ids = [token for start, end in row.learned for token in row.input_ids[start:end]]
+    ids = [token for start, end in row.label_spans for token in row.input_ids[start:end]]
     return str(make_tokenizer().decode(ids))
 
 
@@ -59,25 +59,25 @@ def learned_text(row: TokenRow) -> str:
 def test_trap_03_the_end_token_is_a_label_although_it_is_the_padding_token_too(models, tmp_path, packing):
     rows = prepared_rows(models[False], instruction_rows(), tmp_path)
     assert make_tokenizer().pad_token_id == END
-    labels = make_batch(rows, CPU, packing=packing).labels
+    labels = collate(rows, CPU, packing=packing).labels
     assert int((labels == END).sum()) == len(rows)
     assert len(labels) == sum(row.label_count for row in rows)
 
 
 def test_trap_03_padding_is_never_a_label(models, tmp_path):
     rows = prepared_rows(models[False], instruction_rows(), tmp_path)
-    batch = make_batch(rows, CPU, packing=False)
+    batch = collate(rows, CPU, packing=False)
     width = batch.input_ids.shape[1]
     lengths = torch.tensor([len(row.input_ids) for row in rows])
     assert lengths.min() < width
-    assert bool((batch.chosen % width + 1 < lengths[batch.chosen // width]).all())
+    assert bool((batch.label_positions % width + 1 < lengths[batch.label_positions // width]).all())
 
 
 @pytest.mark.parametrize("loss", ["completion", "all"])
 def test_trap_04_the_last_token_of_a_row_is_the_end_token_and_is_learned(models, tmp_path, loss):
     for row in prepared_rows(models[False], instruction_rows(), tmp_path, loss=loss):
         assert row.input_ids[-1] == END
-        assert row.learned[-1][1] == len(row.input_ids)
+        assert row.label_spans[-1][1] == len(row.input_ids)
 
 
 def test_trap_04_each_turn_of_the_assistant_is_learned_up_to_its_stop_token(models, tmp_path):
@@ -95,7 +95,7 @@ def test_trap_04_each_turn_of_the_assistant_is_learned_up_to_its_stop_token(mode
         for number in range(10)
     ]
     for row in prepared_rows(models[False], rows, tmp_path, {"chatTemplate": template + asking}):
-        assert len(row.learned) == 2
+        assert len(row.label_spans) == 2
         assert learned_text(row) == "red</s>yes, blue</s>"
 
 
@@ -119,4 +119,4 @@ def test_trap_07_a_row_whose_answer_was_cut_off_is_left_out(models, tmp_path):
     rows = prepared_rows(models[False], [*instruction_rows(), *long], tmp_path)
     assert all(row.label_count > 0 for row in rows)
     assert not any("lost" in learned_text(row) for row in rows)
-    assert len(make_batch(rows, CPU, packing=True).labels) == sum(row.label_count for row in rows)
+    assert len(collate(rows, CPU, packing=True).labels) == sum(row.label_count for row in rows)

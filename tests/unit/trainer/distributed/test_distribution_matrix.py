@@ -9,16 +9,16 @@ import torch
 
 from qlora_api.names import Reason
 from qlora_api.v1alpha1 import TrainingSpec
-from qlora_codegen.distribution_matrix import Cell, cells
+from qlora_codegen.distribution_matrix import MatrixCell, matrix_cells
 from qlora_trainer.distributed.world import World
 from qlora_trainer.errors import RunError
 from qlora_trainer.training.engine import make_engine
 from tests.unit.trainer.processes import run_two
 from tests.unit.trainer.sharing import STEPS, key_of
 from tests.unit.trainer.tiny import CPU
-from tests.unit.trainer.tuned import CHOICES, make_tuned
+from tests.unit.trainer.tuned import SETTINGS, make_trainable
 
-CELLS = tuple(cells())
+CELLS = tuple(matrix_cells())
 ALLOWED = tuple(cell for cell in CELLS if cell.refusal is None)
 REFUSED = tuple(cell for cell in CELLS if cell.refusal is not None)
 
@@ -32,14 +32,14 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
 
 
 @pytest.mark.parametrize("cell", ALLOWED, ids=key_of)
-def test_what_is_allowed_learns_what_ddp_does(found: dict[str, list[float]], cell: Cell) -> None:
+def test_allowed_strategy_has_the_losses_of_ddp(found: dict[str, list[float]], cell: MatrixCell) -> None:
     losses = found[key_of(cell)]
-    assert losses == pytest.approx(found[key_of(Cell(cell.base, cell.way, "ddp"))], rel=2e-3)
+    assert losses == pytest.approx(found[key_of(MatrixCell(cell.base, cell.variant, "ddp"))], rel=2e-3)
     assert losses[STEPS - 1] < losses[0], "the second step is seen"
 
 
 @pytest.mark.parametrize("cell", REFUSED, ids=key_of)
-def test_what_is_refused_names_field_and_way_out(cell: Cell) -> None:
+def test_refused_strategy_names_field_and_fix(cell: MatrixCell) -> None:
     assert cell.refusal is not None
     assert cell.refusal.startswith("spec.")
     assert any(word in cell.refusal for word in ("set ", "leave "))
@@ -52,8 +52,8 @@ def test_the_table_has_both_kinds_for_every_strategy() -> None:
 
 
 @pytest.mark.parametrize("strategy", ["zero2", "zero3"])
-def test_fp16_is_not_divided(strategy: str) -> None:
-    tuned, choices = make_tuned(), dataclasses.replace(CHOICES, dtype=torch.float16)
+def test_fp16_with_zero_is_refused(strategy: str) -> None:
+    tuned, choices = make_trainable(), dataclasses.replace(SETTINGS, dtype=torch.float16)
     with pytest.raises(RunError, match="set it to ddp") as caught:
         make_engine(tuned, TrainingSpec(), choices, World(CPU, size=2, strategy=strategy))
     assert caught.value.reason is Reason.INVALID_SPEC

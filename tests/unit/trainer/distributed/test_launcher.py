@@ -19,13 +19,13 @@ import pytest
 
 from qlora_api.launcher_config import accelerate_config
 from qlora_api.names import ACCELERATE_CONFIG_FILE, Reason
-from qlora_api.report import LastWord
+from qlora_api.report import TerminationMessage
 from qlora_api.runconfig import RunConfig
 from qlora_api.v1alpha1 import Checkpoint, Plan
 from qlora_trainer.distributed.launcher import (
     INDEX_ENV,
     Node,
-    choose_word,
+    choose_message,
     is_worker,
     launch_command,
     wait_for_address,
@@ -40,8 +40,8 @@ from tests.unit.trainer.tiny import prepare_config, run_config, write_job
 STEPS = 6
 
 
-def word(reason: Reason, message: str = "") -> LastWord:
-    return LastWord(reason=reason, message=message)
+def word(reason: Reason, message: str = "") -> TerminationMessage:
+    return TerminationMessage(reason=reason, message=message)
 
 
 @pytest.mark.parametrize(
@@ -64,30 +64,30 @@ def word(reason: Reason, message: str = "") -> LastWord:
         pytest.param([word(Reason.COLLECTIVE_TIMEOUT, "peer")], "CollectiveTimeout: rank 0: peer", id="only-that"),
     ],
 )
-def test_one_word_explains_all(words: list[LastWord], expected: str) -> None:
-    chosen = choose_word(dict(enumerate(words)), 1, 0)
+def test_choose_message_picks_the_root_cause(words: list[TerminationMessage], expected: str) -> None:
+    chosen = choose_message(dict(enumerate(words)), 1, 0)
     assert chosen is not None
     assert f"{chosen.reason}: {chosen.message}" == expected
 
 
-def test_the_word_of_a_process_has_the_checkpoint_that_another_one_wrote() -> None:
+def test_chosen_message_has_the_checkpoint_of_another_rank() -> None:
     checkpoint = Checkpoint(step=4, uri="s3://b/c", time=datetime(2026, 1, 2, tzinfo=UTC))
     first = word(Reason.COLLECTIVE_TIMEOUT).model_copy(update={"checkpoint": checkpoint})
-    chosen = choose_word({0: first, 1: word(Reason.CUDA_OUT_OF_MEMORY)}, 1, 0)
+    chosen = choose_message({0: first, 1: word(Reason.CUDA_OUT_OF_MEMORY)}, 1, 0)
     assert chosen is not None
     assert (chosen.reason, chosen.checkpoint) == (Reason.CUDA_OUT_OF_MEMORY, checkpoint)
 
 
-def test_processes_without_a_word_are_explained_by_their_end() -> None:
-    assert choose_word({}, 0, 0) is None
-    killed, crashed = choose_word({}, 1, 1), choose_word({}, -11, 0)
+def test_workers_without_message_are_explained_by_exit_code_or_oom() -> None:
+    assert choose_message({}, 0, 0) is None
+    killed, crashed = choose_message({}, 1, 1), choose_message({}, -11, 0)
     assert killed is not None
     assert killed.reason is Reason.HOST_OUT_OF_MEMORY
     assert crashed is not None
     assert (crashed.reason, "exit code -11" in crashed.message) == (Reason.TRAINER_ERROR, True)
 
 
-def test_an_address_that_never_comes_is_told() -> None:
+def test_unresolvable_main_address_times_out() -> None:
     with pytest.raises(RunError, match=r"nobody\.invalid, got no address within 0 s \(spec\.deadlines\.startup\)"):
         wait_for_address("nobody.invalid", 0, StopFlag())
 
@@ -99,7 +99,7 @@ def test_a_stop_ends_the_wait_for_an_address() -> None:
         wait_for_address("nobody.invalid", 60, stop)
 
 
-def test_the_launcher_is_no_worker(tmp_path: Path) -> None:
+def test_launcher_is_not_counted_as_worker(tmp_path: Path) -> None:
     node = Node(plan_of("zero2"), 1, "10.0.0.1", tmp_path / "run.json", tmp_path)
     assert not is_worker(launch_command(node))
     assert is_worker([sys.executable, "-u", "-m", "qlora_trainer", "train", "--config", "run.json"])
@@ -117,7 +117,7 @@ time.sleep(60)
 """Has one process that it did not wait for, and one that runs."""
 
 
-def test_a_worker_that_has_ended_is_not_asked_to_stop() -> None:
+def test_exited_worker_gets_no_sigterm() -> None:
     with subprocess.Popen([sys.executable, "-c", LAUNCHER], stdout=subprocess.PIPE, text=True) as launcher:
         assert launcher.stdout
         running = int(launcher.stdout.readline())
@@ -187,9 +187,9 @@ class Pods:
                 process.kill()
                 process.wait()
 
-    def word(self, index: int) -> LastWord | None:
+    def word(self, index: int) -> TerminationMessage | None:
         path = self.folder / f"word-{index}.json"
-        return LastWord.model_validate_json(path.read_text()) if path.exists() else None
+        return TerminationMessage.model_validate_json(path.read_text()) if path.exists() else None
 
     def log(self, index: int) -> str:
         return (self.folder / f"log-{index}").read_text()
@@ -201,7 +201,7 @@ class Pods:
         return sorted(line for name in names for line in (folder / name).read_text().splitlines())
 
 
-def test_a_stop_of_one_pod_keeps_a_checkpoint_and_ends_both(config: RunConfig, tmp_path: Path) -> None:
+def test_sigterm_of_one_pod_saves_a_checkpoint_and_stops_both(config: RunConfig, tmp_path: Path) -> None:
     pods = Pods(config, plan_of("zero2", steps=2000), tmp_path)
     while '"step": 1' not in pods.log(0) and pods.processes[0].poll() is None:
         time.sleep(0.1)

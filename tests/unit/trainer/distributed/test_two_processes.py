@@ -6,10 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qlora_trainer.evaluation.evaluator import sum_rows
+from qlora_trainer.evaluation.evaluator import compute_row_statistics
 from qlora_trainer.runtime.shutdown import StopFlag
 from tests.unit.trainer.processes import run_two
-from tests.unit.trainer.tuned import DEAF, token_rows
+from tests.unit.trainer.tuned import NO_CALLBACKS, token_rows
 from tests.unit.trainer.two_processes import STRATEGIES, make_shared_loop
 
 
@@ -25,10 +25,10 @@ def shared(tmp_path_factory) -> Path:
 def alone() -> tuple[list[float], dict[str, torch.Tensor]]:
     """The losses and the weights of one process with all rows."""
     loop = make_shared_loop(micro_batch=16)
-    history = loop.run(StopFlag(), DEAF)
-    with loop.tuned.evaluating():
-        sums = sum_rows(loop.tuned, token_rows(5, seed=4), 2, packing=True)
-    losses = [record.loss for record in history.steps] + [look.loss for look in history.held_out]
+    history = loop.run(StopFlag(), NO_CALLBACKS)
+    with loop.trainable.evaluating():
+        sums = compute_row_statistics(loop.trainable, token_rows(5, seed=4), 2, packing=True)
+    losses = [record.loss for record in history.steps] + [look.loss for look in history.validations]
     return [*losses, *(row.loss for row in sums)], dict(loop.engine.weights())
 
 
@@ -37,7 +37,7 @@ def losses_of(folder: Path, name: str, rank: int = 0) -> list[float]:
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_trap_02_two_times_eight_rows_are_sixteen(shared, alone, strategy):
+def test_trap_02_two_processes_equal_one_with_the_same_global_batch(shared, alone, strategy):
     losses, weights = alone
     assert losses_of(shared, strategy) == pytest.approx(losses, rel=1e-5)
     found = load_file(shared / f"{strategy}-0.safetensors")
@@ -55,13 +55,13 @@ def test_both_processes_have_the_same_adapter_and_the_same_losses(shared, strate
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_stop_asked_of_one_process_stops_both_after_the_same_step(shared, strategy):
+def test_sigterm_of_one_process_stops_both_after_the_same_step(shared, strategy):
     texts = {Path(shared, f"{strategy}-{rank}.stopped").read_text() for rank in (0, 1)}
     assert texts == {"the pod was asked to stop before the run was published"}
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_stopped_run_ends_bit_for_bit_as_if_it_had_not_been(shared, strategy):
+def test_stopped_run_resumes_bit_for_bit(shared, strategy):
     whole, resumed = (load_file(shared / f"{name}-0.safetensors") for name in (strategy, f"{strategy}-resumed"))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     losses = losses_of(shared, f"{strategy}-resumed")

@@ -13,20 +13,20 @@ from qlora_api.runconfig import Platform, PrepareConfig
 from qlora_trainer.errors import RunError
 from qlora_trainer.evaluation import lm_eval_tasks
 from qlora_trainer.evaluation.lm_eval_tasks import (
-    Battery,
+    BenchmarkSuite,
+    compare_task_metrics,
     describe_benchmarks,
     load_benchmarks,
     pin_benchmarks,
-    score_tasks,
 )
 from qlora_trainer.prepare import prepare
-from qlora_trainer.stages import load_battery
+from qlora_trainer.stages import load_benchmark_suite
 from qlora_trainer.storage.credentials import environment_secrets
 from qlora_trainer.storage.results import open_output
-from qlora_trainer.storage.snapshots import Places
+from qlora_trainer.storage.snapshots import SourceResolver
 from tests.hub import COMMIT
 from tests.unit.trainer.tiny import make_tokenizer, run_config, write_job
-from tests.unit.trainer.tuned import make_tuned
+from tests.unit.trainer.tuned import make_trainable
 
 CARD = """---
 configs:
@@ -65,26 +65,26 @@ def commit_questions(mirror: Path, commit: str, count: int) -> None:
     (repository / "refs/main").write_text(commit)
 
 
-def make_places(mirror: Path) -> Places:
+def make_places(mirror: Path) -> SourceResolver:
     commit_questions(mirror, COMMIT, 12)
-    return Places(Platform(hub_mirror=f"file://{mirror}"), environment_secrets())
+    return SourceResolver(Platform(hub_mirror=f"file://{mirror}"), environment_secrets())
 
 
 @pytest.fixture(scope="module")
-def places(tmp_path_factory) -> Places:
+def places(tmp_path_factory) -> SourceResolver:
     return make_places(tmp_path_factory.mktemp("mirror"))
 
 
-def test_base_and_adapter_take_a_real_task(places, tmp_path):
+def test_benchmark_suite_runs_for_base_and_adapter(places, tmp_path):
     pinned = pin_benchmarks(["arc_easy"], places)
-    battery = Battery(load_benchmarks(pinned, places, tmp_path), make_tokenizer(), 4, examples=8)
-    tuned = make_tuned()
+    battery = BenchmarkSuite(load_benchmarks(pinned, places, tmp_path), make_tokenizer(), 4, examples_per_task=8)
+    tuned = make_trainable()
     for parameter in tuned.parameters():
         parameter.data.normal_(std=0.5)
     with tuned.evaluating(adapter=False):
-        base = battery.examine(tuned)
+        base = battery.run(tuned)
     with tuned.evaluating():
-        scores = score_tasks(base, battery.examine(tuned))
+        scores = compare_task_metrics(base, battery.run(tuned))
     assert [(score.task, score.metric) for score in scores] == [("arc_easy", "acc"), ("arc_easy", "acc_norm")]
     assert all((score.base_error or 0) > 0 for score in scores)
     assert all(
@@ -105,13 +105,13 @@ def test_data_that_does_not_fit_its_task_is_refused_before_training(places, tmp_
         ("humaneval", "'humaneval' runs code that the model writes"),
     ],
 )
-def test_what_cannot_be_run_is_refused_by_name(places, name, message):
+def test_unsupported_tasks_are_refused_by_name(places, name, message):
     with pytest.raises(RunError, match=message) as caught:
         pin_benchmarks([name], places)
     assert caught.value.reason == Reason.INVALID_SPEC
 
 
-def test_a_tag_stands_for_its_tasks(places):
+def test_tag_expands_to_its_tasks(places):
     found = pin_benchmarks(["ai2_arc", "arc_easy"], places)
     assert found.tasks == (
         PinnedTask(
@@ -128,20 +128,20 @@ def test_a_tag_stands_for_its_tasks(places):
     assert list(describe_benchmarks(found)) == [f"arc_challenge, arc_easy: allenai/ai2_arc is at {COMMIT}"]
 
 
-def test_many_tasks_of_one_dataset_are_one_sentence():
+def test_tasks_of_one_dataset_are_logged_in_one_line():
     tasks = tuple(PinnedTask(name=f"t{number}", file="f", dataset="o/d", commit="c") for number in range(57))
     assert list(describe_benchmarks(PinnedTasks(tasks=tasks))) == ["t0, t1, t2, t3 and 53 more: o/d is at c"]
 
 
-def test_data_that_nobody_has_is_refused(tmp_path):
+def test_missing_benchmark_dataset_is_refused(tmp_path):
     (tmp_path / "mirror").mkdir()
-    empty = Places(Platform(hub_mirror=f"file://{tmp_path}/mirror"), environment_secrets())
+    empty = SourceResolver(Platform(hub_mirror=f"file://{tmp_path}/mirror"), environment_secrets())
     with pytest.raises(RunError, match=r"the hub's mirror .* has no allenai/ai2_arc") as caught:
         pin_benchmarks(["arc_easy"], empty)
     assert caught.value.reason == Reason.INVALID_SPEC
 
 
-def test_training_takes_the_tasks_that_prepare_found_and_does_not_look_for_them(tmp_path, monkeypatch):
+def test_training_uses_the_tasks_pinned_by_prepare(tmp_path, monkeypatch):
     """Between both, the data got a newer commit; and the index of all tasks takes seconds to read."""
     places = make_places(tmp_path / "mirror")
     job = write_job(tmp_path / "job", evaluation={"tasks": ["arc_easy"], "taskExamples": 40})
@@ -149,6 +149,8 @@ def test_training_takes_the_tasks_that_prepare_found_and_does_not_look_for_them(
     commit_questions(tmp_path / "mirror", "f" * 40, 40)
     monkeypatch.setattr(lm_eval_tasks, "_index", None)
     config = run_config(job, prepared).model_copy(update={"platform": places.platform})
-    battery = load_battery(places, open_output(places, job, "colours"), make_tokenizer(), config, tmp_path / "pod")
+    battery = load_benchmark_suite(
+        places, open_output(places, job, "colours"), make_tokenizer(), config, tmp_path / "pod"
+    )
     (task,) = battery.tasks["tasks"].values()
     assert len(list(task.test_docs())) == 12

@@ -7,7 +7,7 @@ import pytest
 
 from qlora_api.report import EvaluatedRow, RowScore
 from qlora_trainer.evaluation import scoring
-from qlora_trainer.evaluation.scoring import estimate_confidence, exact_match, rouge_l, summarise
+from qlora_trainer.evaluation.scoring import estimate_confidence, exact_match, rouge_l, summarize
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_means_are_over_tokens_and_answers():
         EvaluatedRow(tokens=3, prompt="", reference="", base=one, adapter=one),
         EvaluatedRow(tokens=1, prompt="", reference="", base=other, adapter=other),
     ]
-    found = summarise(rows)
+    found = summarize(rows)
     assert (found.rows, found.tokens, found.answers) == (2, 4, 1)
     assert found.base.model_dump() == {
         "loss": 7 / 4,
@@ -69,11 +69,11 @@ def test_means_are_over_tokens_and_answers():
 def test_without_answers_there_are_no_scores_of_answers():
     silent = RowScore(loss=1.0, correct=0)
     rows = [EvaluatedRow(tokens=1, prompt="", reference="", base=silent, adapter=silent)] * 3
-    assert (summarise(rows).adapter.exact_match, summarise(rows).answers) == (None, 0)
+    assert (summarize(rows).adapter.exact_match, summarize(rows).answers) == (None, 0)
     assert estimate_confidence(rows).change.rouge_l is None
 
 
-def test_intervals_hold_the_truth_as_often_as_they_say():
+def test_intervals_have_their_nominal_coverage():
     """The true mean is 2: of 40 intervals about 38 hold it; fewer than 34 would be a chance of 1 in 100."""
     holding = sum(
         interval.low <= 2.0 <= interval.high

@@ -4,11 +4,11 @@ import pytest
 
 from qlora_api.names import Reason
 from qlora_trainer.errors import RunError
-from qlora_trainer.inference.compatibility import check_fits
+from qlora_trainer.inference.compatibility import check_compatible
 from qlora_trainer.inference.published_adapter import open_adapter
 from qlora_trainer.model.architecture import load_architecture
 from tests.unit.trainer.tiny import write_model
-from tests.unit.trainer.trained import PLACES, PLAIN, write_published
+from tests.unit.trainer.trained import PLAIN, RESOLVER, write_published
 from tests.unit.trainer.tuned import NF4
 
 
@@ -21,7 +21,7 @@ def model(tmp_path_factory):
 
 def published(tmp_path, model, **lora):
     adapter = write_published(tmp_path, model, PLAIN.model_copy(update=lora), NF4)
-    return open_adapter(PLACES, f"file://{adapter}", "ADAPTER", tmp_path)
+    return open_adapter(RESOLVER, f"file://{adapter}", "ADAPTER", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -34,8 +34,8 @@ def published(tmp_path, model, **lora):
     ],
     ids=["plain", "dora", "ranks", "whole-modules"],
 )
-def test_an_adapter_fits_the_base_that_it_was_trained_on(tmp_path, model, lora):
-    check_fits(published(tmp_path, model, **lora), model, "--base-model")
+def test_adapter_is_compatible_with_its_base(tmp_path, model, lora):
+    check_compatible(published(tmp_path, model, **lora), model, "--base-model")
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_another_shape_is_refused_by_the_first_difference(tmp_path, model, chang
     adapter = published(tmp_path, model)
     write_model(tmp_path / "other", **changes)
     with pytest.raises(RunError) as caught:
-        check_fits(adapter, tmp_path / "other", "--base-model")
+        check_compatible(adapter, tmp_path / "other", "--base-model")
     assert caught.value.reason is Reason.MODEL_UNSUPPORTED
     assert caught.value.message.startswith("--base-model: the adapter colours does not fit this model: ")
     assert difference in caught.value.message
@@ -64,11 +64,11 @@ def test_another_shape_is_refused_by_the_first_difference(tmp_path, model, chang
 
 def test_a_larger_model_that_has_all_these_modules_is_refused_by_its_size(tmp_path, model):
     adapter = write_published(tmp_path, model, PLAIN, NF4, parameters=load_architecture(model).parameters)
-    found = open_adapter(PLACES, f"file://{adapter}", "ADAPTER", tmp_path)
-    check_fits(found, model, "--base-model")
+    found = open_adapter(RESOLVER, f"file://{adapter}", "ADAPTER", tmp_path)
+    check_compatible(found, model, "--base-model")
     write_model(tmp_path / "other", num_hidden_layers=3)
     with pytest.raises(RunError, match="it has 135,616 weights, and the adapter's base 98,624; give file://"):
-        check_fits(found, tmp_path / "other", "--base-model")
+        check_compatible(found, tmp_path / "other", "--base-model")
 
 
 def test_a_model_without_such_modules_is_refused(tmp_path, model):
@@ -76,4 +76,4 @@ def test_a_model_without_such_modules_is_refused(tmp_path, model):
     settings = adapter.folder / "adapter_config.json"
     settings.write_text(settings.read_text().replace('"q_proj"', '"c_attn"'))
     with pytest.raises(RunError, match="does not fit this model"):
-        check_fits(adapter, model, "--base-model")
+        check_compatible(adapter, model, "--base-model")

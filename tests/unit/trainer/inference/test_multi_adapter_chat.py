@@ -4,23 +4,23 @@ import pytest
 import torch
 from peft import PeftModel
 
-from qlora_api.local_requests import Manner, PanelRequest
+from qlora_api.local_requests import ChatRequest, GenerationConfig
 from qlora_api.names import Reason
 from qlora_api.v1alpha1 import QuantizationSpec
 from qlora_trainer.errors import RunError
-from qlora_trainer.evaluation.generation import answer_prompts
-from qlora_trainer.inference.multi_adapter_chat import open_panel
-from qlora_trainer.model.base_model import Tuned, load_base
+from qlora_trainer.evaluation.generation import generate_batch
+from qlora_trainer.inference.multi_adapter_chat import load_multi_adapter_model
+from qlora_trainer.model.base_model import TrainableModel, load_base
 from qlora_trainer.model.hardware import observe_hardware
 from qlora_trainer.model.runtime_settings import compute_dtype
-from qlora_trainer.storage.store import MODEL
+from qlora_trainer.storage.store import MODEL_FIELD
 from tests.unit.trainer.data.test_chat_template import CHATML
 from tests.unit.trainer.tiny import make_tokenizer, write_model
-from tests.unit.trainer.trained import PLACES, PLAIN, write_published
+from tests.unit.trainer.trained import PLAIN, RESOLVER, write_published
 from tests.unit.trainer.tuned import NF4
 
 SIXTEEN = QuantizationSpec(bits=16)
-MANNER = Manner(longest=6)
+GENERATION = GenerationConfig(max_new_tokens=6)
 IDS = torch.tensor([[3, 141, 59, 26, 5, 35]])
 KINDS = {
     "plain": {},
@@ -58,66 +58,66 @@ def adapters(model):
 
 def opened(*adapters, work, **request):
     uris = tuple(f"file://{adapter}" for adapter in adapters)
-    return open_panel(PanelRequest(adapters=uris, device="cpu", **request), PLACES, work)
+    return load_multi_adapter_model(ChatRequest(adapters=uris, device="cpu", **request), RESOLVER, work)
 
 
-def alone(model, adapter=None, bits: QuantizationSpec = NF4) -> Tuned:
+def alone(model, adapter=None, bits: QuantizationSpec = NF4) -> TrainableModel:
     """The base with nothing on it but one adapter, loaded by peft's own call."""
     dtype, _ = compute_dtype(observe_hardware("cpu"))
     base = load_base(model, bits, dtype, "sdpa", "cpu")
     peft = PeftModel.from_pretrained(base, adapter).eval() if adapter else base.eval()
-    return Tuned(peft, peft.get_base_model() if adapter else base, base.device, dtype, plain_head=False)
+    return TrainableModel(peft, peft.get_base_model() if adapter else base, base.device, dtype, plain_head=False)
 
 
-def logits_of(tuned: Tuned) -> torch.Tensor:
-    with torch.no_grad(), tuned.autocast():
-        return tuned.causal(IDS, use_cache=False).logits
+def logits_of(trainable: TrainableModel) -> torch.Tensor:
+    with torch.no_grad(), trainable.autocast():
+        return trainable.model(IDS, use_cache=False).logits
 
 
 @pytest.mark.parametrize("order", [1, -1], ids=["as-listed", "backwards"])
-def test_each_answers_as_it_does_alone(model, adapters, order, tmp_path):
+def test_each_adapter_answers_as_when_loaded_alone(model, adapters, order, tmp_path):
     panel = opened(*list(adapters.values())[::order], work=tmp_path)
-    assert {speaker.label for speaker in panel.speakers} == {"base", *KINDS}
+    assert {speaker.label for speaker in panel.handles} == {"base", *KINDS}
     found = {}
-    for speaker in (*panel.speakers, *panel.speakers[::-1]):  # whoever spoke before leaves no trace
+    for speaker in (*panel.handles, *panel.handles[::-1]):  # whoever spoke before leaves no trace
         tuned = alone(model, adapters.get(speaker.label))
-        prompt = speaker.asker.ask([{"role": "user", "content": "What colour has the sky?"}])
-        (expected,) = answer_prompts(tuned, [prompt], make_tokenizer(), MANNER.longest)
-        answer = panel.answer(speaker, [{"role": "user", "content": "What colour has the sky?"}], MANNER)
+        prompt = speaker.prompt_builder.build([{"role": "user", "content": "What colour has the sky?"}])
+        (expected,) = generate_batch(tuned, [prompt], make_tokenizer(), GENERATION.max_new_tokens)
+        answer = panel.generate(speaker, [{"role": "user", "content": "What colour has the sky?"}], GENERATION)
         assert answer == expected
-        with panel._speaking(speaker):
-            found[speaker.label] = logits_of(panel.tuned)
+        with panel._active_adapter(speaker):
+            found[speaker.label] = logits_of(panel.loaded)
         torch.testing.assert_close(found[speaker.label], logits_of(tuned), rtol=0, atol=0)
     others = list(found.values())
     assert all(not torch.equal(one, other) for place, one in enumerate(others) for other in others[:place])
 
 
-def test_a_base_of_16_bits_has_adapters_as_well(model, tmp_path):
+def test_16_bit_base_takes_several_adapters(model, tmp_path):
     one, other = (
         write_published(tmp_path / f"{seed}", model, PLAIN, SIXTEEN, seed=seed, method="lora", digest=f"{seed}" * 16)
         for seed in (1, 2)
     )
     panel = opened(one, other, work=tmp_path)
     # Two results of one job are told apart by their digests.
-    assert [speaker.label for speaker in panel.speakers] == ["base", "colours/11111111", "colours/22222222"]
-    with panel._speaking(panel.speakers[2]):
-        torch.testing.assert_close(logits_of(panel.tuned), logits_of(alone(model, other, SIXTEEN)))
+    assert [speaker.label for speaker in panel.handles] == ["base", "colours/11111111", "colours/22222222"]
+    with panel._active_adapter(panel.handles[2]):
+        torch.testing.assert_close(logits_of(panel.loaded), logits_of(alone(model, other, SIXTEEN)))
 
 
 def test_an_answer_that_does_not_end_is_cut_and_says_so(adapters, tmp_path):
-    conversation = opened(adapters["plain"], work=tmp_path).start(MANNER, keeps=False)
+    conversation = opened(adapters["plain"], work=tmp_path).start_conversation(GENERATION, keeps=False)
     exchange = conversation.ask("What colour has the sky?")
     assert exchange.question == "What colour has the sky?"
     assert [(reply.by, reply.complete) for reply in exchange.replies] == [("base", False), ("plain", False)]
     assert all(reply.text for reply in exchange.replies)
 
 
-def test_chance_is_repeatable(adapters, tmp_path):
+def test_sampling_with_a_seed_is_repeatable(adapters, tmp_path):
     panel = opened(adapters["plain"], work=tmp_path)
 
     def said(seed: int) -> str:
-        manner = Manner(longest=12, temperature=1.5, seed=seed)
-        return panel.start(manner, keeps=False).ask("What?").replies[1].text
+        manner = GenerationConfig(max_new_tokens=12, temperature=1.5, seed=seed)
+        return panel.start_conversation(manner, keeps=False).ask("What?").replies[1].text
 
     assert said(1) == said(1)
     assert said(1) != said(2)
@@ -131,11 +131,11 @@ def talker(model):
     return adapter
 
 
-def test_only_chats_go_on_from_what_was_said(adapters, talker, tmp_path):
+def test_only_chat_adapters_keep_history(adapters, talker, tmp_path):
     panel = opened(adapters["plain"], talker, work=tmp_path)
-    base, plain, chat = panel.speakers
-    assert [speaker.follows for speaker in panel.speakers] == [False, False, True]
-    conversation = panel.start(Manner(longest=3, system="Be brief."), keeps=True)
+    base, plain, chat = panel.handles
+    assert [speaker.supports_history for speaker in panel.handles] == [False, False, True]
+    conversation = panel.start_conversation(GenerationConfig(max_new_tokens=3, system="Be brief."), keeps=True)
     first, second = conversation.ask("One?"), conversation.ask("Two?")
     said = [
         {"role": "system", "content": "Be brief."},
@@ -143,16 +143,18 @@ def test_only_chats_go_on_from_what_was_said(adapters, talker, tmp_path):
         {"role": "assistant", "content": first.replies[2].text},
         {"role": "user", "content": "Two?"},
     ]
-    assert second.replies[2].text == panel.answer(chat, said, conversation.manner).text
-    assert second.replies[1].text == panel.answer(plain, said[-1:], conversation.manner).text
-    assert panel.answer(chat, said, conversation.manner) != panel.answer(chat, said[-1:], conversation.manner)
-    conversation.begin_anew()
+    assert second.replies[2].text == panel.generate(chat, said, conversation.generation_config).text
+    assert second.replies[1].text == panel.generate(plain, said[-1:], conversation.generation_config).text
+    assert panel.generate(chat, said, conversation.generation_config) != panel.generate(
+        chat, said[-1:], conversation.generation_config
+    )
+    conversation.reset()
     assert conversation.ask("One?") == first
     assert base.label == "base"
 
 
-def test_a_conversation_that_outgrows_the_model_is_refused(talker, tmp_path):
-    conversation = opened(talker, work=tmp_path).start(Manner(longest=250), keeps=True)
+def test_conversation_beyond_context_length_is_refused(talker, tmp_path):
+    conversation = opened(talker, work=tmp_path).start_conversation(GenerationConfig(max_new_tokens=250), keeps=True)
     with pytest.raises(RunError, match=r"it takes 302 tokens, and the model 256 at most; ask for less, or begin anew"):
         conversation.ask("What colour has the sky?")
 
@@ -166,7 +168,7 @@ def refusal(*adapters, work, **request) -> str:
 
 def test_adapters_of_different_bases_are_refused_with_what_differs(model, adapters, tmp_path):
     other = write_published(tmp_path / "other", model, PLAIN, QuantizationSpec(bits=4, type="fp4"), job="other")
-    commit = PLACES.resolve(f"file://{model}", "main", MODEL).commit[:12]
+    commit = RESOLVER.resolve(f"file://{model}", "main", MODEL_FIELD).commit[:12]
     assert refusal(adapters["plain"], other, work=tmp_path) == (
         f"--adapter: one base is loaded, and plain needs file://{model} at {commit} in 4 bits (nf4, double "
         f"quantisation); other needs file://{model} at {commit} in 4 bits (fp4, double quantisation); ask those apart "
@@ -174,10 +176,10 @@ def test_adapters_of_different_bases_are_refused_with_what_differs(model, adapte
     )
 
 
-def test_a_base_that_is_given_settles_where_it_is_and_not_how_it_is_stored(model, adapters, tmp_path):
+def test_given_base_model_does_not_override_quantization(model, adapters, tmp_path):
     moved = write_published(tmp_path / "moved", model, PLAIN, NF4, job="moved", base="hf://o/m", commit="c" * 40)
     uri = f"file://{model}"
-    assert len(opened(adapters["plain"], moved, work=tmp_path, model=uri).speakers) == 3
+    assert len(opened(adapters["plain"], moved, work=tmp_path, model=uri).handles) == 3
     assert "hf://o/m at cccccccccccc" in refusal(adapters["plain"], moved, work=tmp_path)
     eight = write_published(tmp_path / "eight", model, PLAIN, QuantizationSpec(bits=8), job="eight")
     assert "eight needs a base in 8 bits" in refusal(adapters["plain"], eight, work=tmp_path, model=uri)
@@ -188,7 +190,7 @@ def test_the_same_adapter_twice_is_refused(adapters, tmp_path):
     assert message.endswith("are one adapter; give it once")
 
 
-def test_what_peft_cannot_hold_at_once_is_refused(model, tmp_path):
+def test_conflicting_modules_of_two_adapters_are_refused(model, tmp_path):
     whole = PLAIN.model_copy(update={"targets": ("v_proj",), "modules_to_save": ("q_proj",)})
     one = write_published(tmp_path / "one", model, whole, SIXTEEN, job="whole", digest="1" * 16)
     other = write_published(tmp_path / "other", model, PLAIN, SIXTEEN, job="plain", digest="2" * 16)
@@ -200,7 +202,7 @@ def test_what_peft_cannot_hold_at_once_is_refused(model, tmp_path):
 
 
 def test_a_system_message_is_for_chats(adapters, talker, tmp_path):
-    manner = MANNER.model_copy(update={"system": "Be brief."})
+    manner = GENERATION.model_copy(update={"system": "Be brief."})
     with pytest.raises(RunError, match="--system: none of the adapters was trained on chats"):
-        opened(adapters["plain"], work=tmp_path).start(manner, keeps=False)
-    assert opened(talker, work=tmp_path).start(manner, keeps=False).manner == manner
+        opened(adapters["plain"], work=tmp_path).start_conversation(manner, keeps=False)
+    assert opened(talker, work=tmp_path).start_conversation(manner, keeps=False).generation_config == manner

@@ -9,7 +9,7 @@ from qlora_trainer.data.chat_template import encode_chats, load_chat_template
 from qlora_trainer.data.row_formats import parse_row
 from qlora_trainer.data.tokenization import encode_examples
 from qlora_trainer.errors import RunError
-from qlora_trainer.inference.prompts import make_asker
+from qlora_trainer.inference.prompts import make_prompt_builder
 from tests.unit.trainer.data.test_chat_template import LLAMA3, MISTRAL, SPECIAL, chat
 from tests.unit.trainer.tiny import make_tokenizer
 from tests.unit.trainer.trained import make_record
@@ -26,9 +26,9 @@ def tokenizer(request):
     return tokenizer
 
 
-def asker(tokenizer, row_format: str, template: RowTemplate | None = None):
+def prompt_builder(tokenizer, row_format: str, template: RowTemplate | None = None):
     record = make_record(NF4).model_copy(update={"format": row_format, "template": template})
-    return make_asker(record, tokenizer)
+    return make_prompt_builder(record, tokenizer)
 
 
 def user(question: str) -> list[dict[str, str]]:
@@ -53,26 +53,26 @@ def test_a_question_has_the_tokens_of_a_training_prompt(tokenizer, row_format, t
         fields = json.loads(question) | fields
     example = parse_row(fields, row_format.split("+")[0], template)
     (row,) = encode_examples([example], tokenizer, "completion")
-    assert asker(tokenizer, row_format, template).ask(user(question)) == list(row.prompt_ids)
-    assert row.input_ids[: row.learned[0][0]] == row.prompt_ids[: row.learned[0][0]]
+    assert prompt_builder(tokenizer, row_format, template).build(user(question)) == list(row.prompt_ids)
+    assert row.input_ids[: row.label_spans[0][0]] == row.prompt_ids[: row.label_spans[0][0]]
 
 
 @pytest.mark.parametrize("source", [LLAMA3, MISTRAL])
 @pytest.mark.parametrize("row_format", ["chat", "chat+instruction"])
 def test_a_conversation_has_the_tokens_of_a_training_prompt(tokenizer, source, row_format):
     tokenizer.chat_template = source
-    asked = asker(tokenizer, row_format)
+    asked = prompt_builder(tokenizer, row_format)
     turns = chat("s:Be brief.", "u:Hello", "a:Hi.", "u:And you?", "a:Fine.")
     (row,) = encode_chats([turns], load_chat_template(tokenizer, None), "completion")
-    assert asked.ask(turns.messages[:-1]) == list(row.prompt_ids)
+    assert asked.build(turns.messages[:-1]) == list(row.prompt_ids)
     assert asked.chat is not None
 
 
 def test_only_chats_are_conversations(tokenizer):
-    assert asker(tokenizer, "instruction").chat is None
+    assert prompt_builder(tokenizer, "instruction").chat is None
     earlier = [*user("First?"), {"role": "assistant", "content": "One."}]
-    asked = asker(tokenizer, "instruction")
-    assert asked.ask([*earlier, *user("Second?")]) == asked.ask(user("Second?"))
+    asked = prompt_builder(tokenizer, "instruction")
+    assert asked.build([*earlier, *user("Second?")]) == asked.build(user("Second?"))
 
 
 @pytest.mark.parametrize(
@@ -89,5 +89,5 @@ def test_only_chats_are_conversations(tokenizer):
 )
 def test_a_question_that_makes_no_prompt_says_what_would(tokenizer, template, question, sentence):
     with pytest.raises(RunError) as caught:
-        asker(tokenizer, "instruction", template).ask(user(question))
+        prompt_builder(tokenizer, "instruction", template).build(user(question))
     assert caught.value.message == sentence

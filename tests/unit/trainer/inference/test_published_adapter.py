@@ -8,24 +8,24 @@ import pytest
 from moto import mock_aws
 
 from qlora_api.names import Reason
-from qlora_api.report import Manifest
+from qlora_api.report import ResultManifest
 from qlora_api.v1alpha1 import RowTemplate
 from qlora_trainer.errors import RunError
 from qlora_trainer.inference.published_adapter import fetch_base, open_adapter
 from qlora_trainer.stages import build_record
 from qlora_trainer.storage.results import manifest_json
-from qlora_trainer.storage.store import MODEL
+from qlora_trainer.storage.store import MODEL_FIELD
 from tests.unit.cli.make import RESULT, make_prepared
 from tests.unit.trainer.tiny import make_spec, run_config, write_model
-from tests.unit.trainer.trained import PLACES, make_record
-from tests.unit.trainer.tuned import CHOICES, NF4
+from tests.unit.trainer.trained import RESOLVER, make_record
+from tests.unit.trainer.tuned import NF4, SETTINGS
 
 TEMPLATE = RowTemplate(prompt="Q: {question}\nA:", answer=" {answer}")
 RECORD = make_record(NF4)
 
 
 def opened(uri: str, work):
-    return open_adapter(PLACES, uri, "ADAPTER", work)
+    return open_adapter(RESOLVER, uri, "ADAPTER", work)
 
 
 def write_record(folder, record=RECORD, **changes):
@@ -50,7 +50,7 @@ def test_a_record_of_an_older_release_is_read(tmp_path):
 def test_the_record_says_how_the_adapter_is_asked_and_what_it_started_as():
     spec = make_spec("hf://o/m", "s3://data/rows.jsonl", "s3://out", lora={"init": "loftq", "dropout": 0})
     spec = spec.model_copy(update={"dataset": spec.dataset.model_copy(update={"template": TEMPLATE})})
-    record = build_record(run_config(spec, make_prepared()), CHOICES)
+    record = build_record(run_config(spec, make_prepared()), SETTINGS)
     assert (record.template, record.init, record.parameters) == (TEMPLATE, "loftq", 9)
     assert (record.base, record.commit, record.format) == ("hf://organisation/name", "c" * 40, "instruction")
 
@@ -83,7 +83,7 @@ def refusal(uri: str, work) -> str:
     return caught.value.message
 
 
-def test_what_is_no_adapter_of_ours_is_refused_with_what_it_is(tmp_path):
+def test_folder_without_record_is_refused_with_what_it_is(tmp_path):
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign/adapter_config.json").write_text("{}")
     (tmp_path / "other").mkdir()
@@ -100,8 +100,8 @@ def test_what_is_no_adapter_of_ours_is_refused_with_what_it_is(tmp_path):
     )
 
 
-def test_a_whole_result_is_told_from_its_adapter(tmp_path):
-    manifest = Manifest(
+def test_result_folder_is_refused_and_names_its_adapter(tmp_path):
+    manifest = ResultManifest(
         digest="0123456789abcdef",
         job="colours",
         namespace="ml",
@@ -126,7 +126,7 @@ def test_a_record_that_a_newer_release_wrote_is_refused_by_its_field(tmp_path):
     )
 
 
-def test_a_model_that_was_trained_whole_is_no_adapter(tmp_path):
+def test_full_finetune_result_is_refused_as_adapter(tmp_path):
     assert "was trained with method full and is one model already" in refusal(
         write_record(tmp_path, method="full"), tmp_path
     )
@@ -135,17 +135,17 @@ def test_a_model_that_was_trained_whole_is_no_adapter(tmp_path):
 def test_the_base_is_the_one_that_was_trained_on(tmp_path):
     uri = write_model(tmp_path / "model")
     other = write_model(tmp_path / "other", seed=1)
-    commit = PLACES.resolve(uri, "main", MODEL).commit
+    commit = RESOLVER.resolve(uri, "main", MODEL_FIELD).commit
     record = RECORD.model_copy(update={"base": uri, "commit": commit})
-    assert fetch_base(PLACES, record, None, tmp_path) == tmp_path / "model"
-    assert fetch_base(PLACES, record, other, tmp_path) == tmp_path / "other"
+    assert fetch_base(RESOLVER, record, None, tmp_path) == tmp_path / "model"
+    assert fetch_base(RESOLVER, record, other, tmp_path) == tmp_path / "other"
     changed = record.model_copy(update={"commit": "0" * 40})
     assert base_refusal(changed, tmp_path).startswith(
         f"the files at {uri} are not those that the adapter was trained on"
     )
 
 
-def test_a_base_that_cannot_be_reached_says_that_another_may_be_given(tmp_path):
+def test_unreachable_base_error_names_base_model_option(tmp_path):
     missing = RECORD.model_copy(update={"base": f"file://{tmp_path}/gone"})
     assert base_refusal(missing, tmp_path) == (
         f"the adapter's base (--base-model gives another): file://{tmp_path}/gone holds no files"
@@ -156,6 +156,6 @@ def test_a_base_that_cannot_be_reached_says_that_another_may_be_given(tmp_path):
 
 def base_refusal(record, work) -> str:
     with pytest.raises(RunError) as caught:
-        fetch_base(PLACES, record, None, work)
+        fetch_base(RESOLVER, record, None, work)
     assert caught.value.reason is Reason.MODEL_NOT_FOUND
     return caught.value.message

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from qlora_api.vllm import needed_rank
+from qlora_api.vllm import max_lora_rank_for
 from qlora_trainer.inference.vllm_limits import vllm_problems
 
 LAYER = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -42,4 +42,4 @@ def test_rules(config: dict[str, Any], tensors: dict[str, tuple[int, ...]], word
 
 @pytest.mark.parametrize(("rank", "flag"), [(1, 8), (8, 8), (9, 16), (64, 64), (257, 320), (512, 512), (513, None)])
 def test_the_flag_is_the_lowest_rank_that_vllm_takes(rank, flag):
-    assert needed_rank(rank) == flag
+    assert max_lora_rank_for(rank) == flag

@@ -13,14 +13,14 @@ from transformers import AutoModelForCausalLM
 from qlora_api.names import Reason
 from qlora_api.v1alpha1 import LoraSpec, QuantizationSpec
 from qlora_trainer.errors import RunError
-from qlora_trainer.evaluation.evaluator import evaluate
+from qlora_trainer.evaluation.evaluator import compute_metrics
 from qlora_trainer.model.architecture import load_architecture
-from qlora_trainer.model.base_model import Tuned, load_base, tune
-from qlora_trainer.model.loftq import closest_product
-from qlora_trainer.model.target_modules import check_modules, numbers_of
+from qlora_trainer.model.base_model import TrainableModel, attach_lora, load_base
+from qlora_trainer.model.loftq import low_rank_factors
+from qlora_trainer.model.target_modules import check_modules, expand_pattern
 from qlora_trainer.publishing.publish import write_weights
 from tests.unit.trainer.tiny import make_model, make_spec, make_tokenizer, write_model
-from tests.unit.trainer.tuned import CHOICES, NF4, make_record, make_test_loop, run_steps, token_rows, weights_of
+from tests.unit.trainer.tuned import NF4, SETTINGS, make_record, make_test_loop, run_steps, token_rows, weights_of
 
 SIXTEEN_BITS = {"method": "lora", "quantization": {"bits": 16}}
 IDS = torch.tensor([[3, 141, 59, 26, 5, 35]])
@@ -40,9 +40,9 @@ def tied(tmp_path_factory):
     return path
 
 
-def tuned_on(folder, lora: LoraSpec, bits: int = 16, dtype: torch.dtype = torch.float32) -> Tuned:
+def tuned_on(folder, lora: LoraSpec, bits: int = 16, dtype: torch.dtype = torch.float32) -> TrainableModel:
     base = load_base(folder, QuantizationSpec(bits=bits), dtype, "sdpa", "cpu")
-    return tune(base, lora, 1, dataclasses.replace(CHOICES, dtype=dtype))
+    return attach_lora(base, lora, 1, dataclasses.replace(SETTINGS, dtype=dtype))
 
 
 def original(folder):
@@ -55,9 +55,9 @@ def logits_of(model) -> torch.Tensor:
         return model.eval()(input_ids=IDS, use_cache=False).logits
 
 
-def reload(tuned: Tuned, folder, target, dtype: torch.dtype = torch.float32):
+def reload(trainable: TrainableModel, folder, target, dtype: torch.dtype = torch.float32):
     """Publish the adapter, and load it as a stranger does, on the base as it is on disk."""
-    adapter = write_weights(tuned, make_tokenizer(), make_record(folder), target)
+    adapter = write_weights(trainable, make_tokenizer(), make_record(folder), target)
     return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), adapter)
 
 
@@ -71,17 +71,17 @@ def test_patterns_give_modules_their_own_rank_and_scale(tied, tmp_path):
         alpha_pattern={"v_proj": 32},
     )
     tuned = tuned_on(tied, lora)
-    first, second = (layer.self_attn for layer in tuned.causal.model.layers)
+    first, second = (layer.self_attn for layer in tuned.model.model.layers)
     assert (first.q_proj.r["default"], second.q_proj.r["default"], first.k_proj.r["default"]) == (6, 2, 4)
     assert (first.v_proj.scaling["default"], first.k_proj.scaling["default"]) == (8.0, 2.0)
     run_steps(make_test_loop(tuned, token_rows(8)))
-    torch.testing.assert_close(logits_of(reload(tuned, tied, tmp_path)), logits_of(tuned.peft))
+    torch.testing.assert_close(logits_of(reload(tuned, tied, tmp_path)), logits_of(tuned.wrapped))
 
 
-def test_the_longer_of_two_words_counts():
+def test_rank_pattern_longest_matching_name_wins():
     modules = ["layers.0.q_proj", "layers.1.q_proj", "layers.11.q_proj"]
     pattern = {"layers.1.q_proj": 2, "q_proj": 6}
-    assert numbers_of(modules, pattern) == {"layers.0.q_proj": 6, "layers.1.q_proj": 2, "layers.11.q_proj": 6}
+    assert expand_pattern(modules, pattern) == {"layers.0.q_proj": 6, "layers.1.q_proj": 2, "layers.11.q_proj": 6}
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_the_longer_of_two_words_counts():
         ({"init": "pissa", "rankPattern": {"v_proj": 33}}, SIXTEEN_BITS, "pissa needs rank 32 or less for"),
     ],
 )
-def test_names_that_the_model_does_not_have_are_refused(tied, lora, blocks, sentence):
+def test_unknown_module_names_are_refused(tied, lora, blocks, sentence):
     spec = make_spec("file:///m", "file:///d", "file:///o", lora=lora, **blocks)
     with pytest.raises(RunError, match=sentence) as caught:
         check_modules(load_architecture(tied), spec)
@@ -114,13 +114,13 @@ def test_names_that_the_model_does_not_have_are_refused(tied, lora, blocks, sent
         ({"targets": ["layers.1.mlp.up_proj"], "modulesToSave": ["q_proj"]}, SIXTEEN_BITS),
     ],
 )
-def test_names_that_the_model_has_are_fine(tied, lora, blocks):
+def test_module_names_of_the_model_are_accepted(tied, lora, blocks):
     check_modules(load_architecture(tied), make_spec("file:///m", "file:///d", "file:///o", lora=lora, **blocks))
 
 
 def test_a_tied_weight_that_peft_would_train_twice_is_refused(tied):
     architecture = dataclasses.replace(
-        load_architecture(tied), weighted=frozenset({"wte", "head"}), tied=frozenset({"wte", "head"})
+        load_architecture(tied), modules_with_weights=frozenset({"wte", "head"}), tied=frozenset({"wte", "head"})
     )
     spec = make_spec("file:///m", "file:///d", "file:///o", lora={"modulesToSave": ["wte"]})
     with pytest.raises(RunError, match="would train a copy; leave wte out"):
@@ -132,20 +132,20 @@ def test_a_tied_weight_that_peft_would_train_twice_is_refused(tied):
 def test_modules_to_save_are_trained_in_fp32_and_come_back(folder, tmp_path, bits, words):
     tuned = tuned_on(folder, LoraSpec(rank=2, dropout=0, modules_to_save=words), bits, torch.bfloat16)
     assert {weight.dtype for weight in tuned.parameters()} == {torch.float32}
-    output, embedding = tuned.causal.get_output_embeddings(), tuned.causal.get_input_embeddings()
-    assert (output.weight is embedding.weight) == tuned.causal.config.tie_word_embeddings
+    output, embedding = tuned.model.get_output_embeddings(), tuned.model.get_input_embeddings()
+    assert (output.weight is embedding.weight) == tuned.model.config.tie_word_embeddings
     before = weights_of(tuned)
     run_steps(make_test_loop(tuned, token_rows(8)))
     assert not any(torch.equal(one, other) for one, other in zip(before, weights_of(tuned), strict=True))
     if bits == 16:
         with tuned.autocast():
-            found, wanted = logits_of(reload(tuned, folder, tmp_path)), logits_of(tuned.peft).float()
+            found, wanted = logits_of(reload(tuned, folder, tmp_path)), logits_of(tuned.wrapped).float()
         assert float((found - wanted).norm() / wanted.norm()) < 0.05
 
 
-def test_norm_means_the_last_norm_alone(tied):
+def test_modules_to_save_norm_matches_only_the_final_norm(tied):
     tuned = tuned_on(tied, LoraSpec(rank=2, modules_to_save=("norm",)))
-    whole = [name for name, weight in tuned.peft.named_parameters() if weight.requires_grad and "lora_" not in name]
+    whole = [name for name, weight in tuned.wrapped.named_parameters() if weight.requires_grad and "lora_" not in name]
     assert whole == ["base_model.model.model.norm.modules_to_save.default.weight"]
 
 
@@ -153,8 +153,8 @@ def test_norm_means_the_last_norm_alone(tied):
 def test_a_fresh_adapter_changes_nothing(tied, start):
     wanted = logits_of(original(tied))
     tuned = tuned_on(tied, LoraSpec(rank=4, init=start, targets=("all-linear",)))
-    torch.testing.assert_close(logits_of(tuned.peft), wanted, rtol=1e-3, atol=1e-3)
-    drawn = tuned.causal.model.layers[0].self_attn.q_proj.lora_A["default"].weight
+    torch.testing.assert_close(logits_of(tuned.wrapped), wanted, rtol=1e-3, atol=1e-3)
+    drawn = tuned.model.model.layers[0].self_attn.q_proj.lora_A["default"].weight
     assert float(drawn.detach().norm()) > 0
 
 
@@ -162,12 +162,12 @@ def test_pissa_is_published_for_the_original_base(tied, tmp_path):
     lora = LoraSpec(rank=4, alpha=12, dropout=0, init="pissa", targets=("all-linear",), rank_pattern={"q_proj": 2})
     tuned, rows = tuned_on(tied, lora), token_rows(8)
     with tuned.evaluating(adapter=False):
-        before = evaluate(tuned, rows, 4, packing=True)
+        before = compute_metrics(tuned, rows, 4, packing=True)
     run_steps(make_test_loop(tuned, rows))
     with tuned.evaluating(adapter=False):
-        assert evaluate(tuned, rows, 4, packing=True) == before
+        assert compute_metrics(tuned, rows, 4, packing=True) == before
     model = reload(tuned, tied, tmp_path)
-    torch.testing.assert_close(logits_of(model), logits_of(tuned.peft), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(logits_of(model), logits_of(tuned.wrapped), rtol=1e-3, atol=1e-3)
     assert model.peft_config["default"].init_lora_weights is True
     attention = model.get_base_model().model.layers[0].self_attn
     assert (attention.q_proj.r["default"], attention.v_proj.r["default"]) == (4, 8)
@@ -177,14 +177,14 @@ def test_pissa_is_published_for_the_original_base(tied, tmp_path):
 
 @pytest.mark.parametrize("alpha", [8, 32])
 @torch.no_grad()
-def test_loftq_brings_a_4_bit_base_nearer_to_its_original(tied, alpha):
+def test_loftq_init_reduces_quantization_error(tied, alpha):
     wanted = logits_of(original(tied))
     tuned = tuned_on(tied, LoraSpec(rank=8, alpha=alpha, init="loftq", targets=("all-linear",)), bits=4)
     with tuned.evaluating(adapter=False):
-        without = logits_of(tuned.peft)
-    distances = [float((logits - wanted).norm()) for logits in (without, logits_of(tuned.peft))]
+        without = logits_of(tuned.wrapped)
+    distances = [float((logits - wanted).norm()) for logits in (without, logits_of(tuned.wrapped))]
     assert distances[1] < 0.9 * distances[0]
-    layer = tuned.causal.model.layers[1].mlp.down_proj
+    layer = tuned.model.model.layers[1].mlp.down_proj
     lost = (
         original(tied).model.layers[1].mlp.down_proj.weight
         - dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
@@ -194,7 +194,7 @@ def test_loftq_brings_a_4_bit_base_nearer_to_its_original(tied, alpha):
     assert float((lost - layer.get_delta_weight("default")).norm()) < 1.01 * float((lost - best).norm())
 
 
-def test_loftq_says_when_the_files_name_a_weight_otherwise(tied, tmp_path):
+def test_loftq_with_unknown_weight_name_is_refused(tied, tmp_path):
     for file in tied.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     base = load_base(tied, NF4, torch.float32, "sdpa", "cpu")
@@ -202,13 +202,13 @@ def test_loftq_says_when_the_files_name_a_weight_otherwise(tied, tmp_path):
     make_model().save_pretrained(tmp_path, state_dict=weights)
     base.name_or_path = str(tmp_path)
     with pytest.raises(RunError, match=r"store model.layers.0.mlp.down_proj.weight under another name"):
-        tune(base, LoraSpec(rank=2, init="loftq", targets=("down_proj",)), 1, CHOICES)
+        attach_lora(base, LoraSpec(rank=2, init="loftq", targets=("down_proj",)), 1, SETTINGS)
 
 
-def test_the_closest_product_of_a_low_rank_matrix_is_itself():
+def test_low_rank_factors_of_a_low_rank_matrix_are_exact():
     torch.manual_seed(0)
     matrix = torch.randn(20, 3) @ torch.randn(3, 30)
-    up, down = closest_product(matrix, 3)
+    up, down = low_rank_factors(matrix, 3)
     torch.testing.assert_close(up @ down, matrix, rtol=1e-4, atol=1e-4)
 
 
@@ -221,12 +221,12 @@ def test_the_closest_product_of_a_low_rank_matrix_is_itself():
     ],
     ids=["rslora", "dora", "gaussian"],
 )
-def test_forms_of_lora_come_back_as_they_were_trained(tied, tmp_path, lora):
+def test_lora_variants_reload_as_trained(tied, tmp_path, lora):
     tuned = tuned_on(tied, lora)
     before = weights_of(tuned)
     run_steps(make_test_loop(tuned, token_rows(8)))
     assert not any(torch.equal(one, other) for one, other in zip(before, weights_of(tuned), strict=True))
-    torch.testing.assert_close(logits_of(reload(tuned, tied, tmp_path)), logits_of(tuned.peft))
+    torch.testing.assert_close(logits_of(reload(tuned, tied, tmp_path)), logits_of(tuned.wrapped))
     config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
     assert (config["use_rslora"], config["use_dora"]) == (lora.rslora, lora.dora)
 
@@ -234,8 +234,8 @@ def test_forms_of_lora_come_back_as_they_were_trained(tied, tmp_path, lora):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_8_bit_base_learns_on_a_cpu(tied, dtype):
     tuned, rows = tuned_on(tied, LoraSpec(rank=4, dropout=0, targets=("all-linear",)), 8, dtype), token_rows(8)
-    choices = dataclasses.replace(CHOICES, dtype=dtype)
-    history = run_steps(make_test_loop(tuned, rows, choices=choices, steps=5))
+    choices = dataclasses.replace(SETTINGS, dtype=dtype)
+    history = run_steps(make_test_loop(tuned, rows, runtime_settings=choices, steps=5))
     assert history[-1].loss < history[0].loss
     with tuned.evaluating(adapter=False):
-        assert evaluate(tuned, rows, 4, packing=True).loss == pytest.approx(history[0].loss, rel=0.05)
+        assert compute_metrics(tuned, rows, 4, packing=True).loss == pytest.approx(history[0].loss, rel=0.05)

@@ -12,11 +12,11 @@ from transformers import AutoModelForCausalLM
 from qlora_api.names import Reason
 from qlora_api.report import RunReport
 from qlora_api.v1alpha1 import QuantizationSpec
-from qlora_trainer.data.batching import make_batch
+from qlora_trainer.data.batching import collate
 from qlora_trainer.errors import RunError
-from qlora_trainer.evaluation.evaluator import evaluate
-from qlora_trainer.model.base_model import load_base, tune_whole
-from qlora_trainer.model.optimizer import Kind
+from qlora_trainer.evaluation.evaluator import compute_metrics
+from qlora_trainer.model.base_model import load_base, prepare_full_finetune
+from qlora_trainer.model.optimizer import OptimizerKind
 from qlora_trainer.prepare import prepare
 from qlora_trainer.publishing.publish import write_weights
 from qlora_trainer.run import run
@@ -31,7 +31,7 @@ from tests.unit.trainer.tiny import (
     write_model,
     write_rows,
 )
-from tests.unit.trainer.tuned import CHOICES, make_record, make_test_loop, run_steps, token_rows, weights_of
+from tests.unit.trainer.tuned import SETTINGS, make_record, make_test_loop, run_steps, token_rows, weights_of
 
 FULL = {"method": "full", "quantization": {"bits": 16}, "training": {"learningRate": 0.001}}
 
@@ -45,14 +45,14 @@ def folder(request, tmp_path_factory) -> Path:
 
 def tuned_on(folder: Path, dtype: torch.dtype = torch.float32, *, checkpointing: bool = False):
     base = load_base(folder, QuantizationSpec(bits=16), torch.float32, "sdpa", "cpu")
-    return tune_whole(base, dataclasses.replace(CHOICES, dtype=dtype, checkpointing=checkpointing))
+    return prepare_full_finetune(base, dataclasses.replace(SETTINGS, dtype=dtype, gradient_checkpointing=checkpointing))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_weight_learns_in_fp32_and_the_loss_falls(folder, dtype):
+def test_full_finetune_trains_every_weight_in_fp32(folder, dtype):
     tuned, rows = tuned_on(folder, dtype), token_rows(16)
     assert {weight.dtype for weight in tuned.parameters()} == {torch.float32}
-    assert len(tuned.parameters()) == len(list(tuned.causal.parameters()))
+    assert len(tuned.parameters()) == len(list(tuned.model.parameters()))
     before = weights_of(tuned)
     history = run_steps(make_test_loop(tuned, rows, steps=6, learning_rate=0.002))
     assert history[-1].loss < history[0].loss
@@ -61,12 +61,12 @@ def test_every_weight_learns_in_fp32_and_the_loss_falls(folder, dtype):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients_are_those_of_the_model_alone(folder, checkpointing):
-    tuned, batch = tuned_on(folder, checkpointing=checkpointing), make_batch(token_rows(4), CPU, packing=True)
-    tuned.peft.train()
+    tuned, batch = tuned_on(folder, checkpointing=checkpointing), collate(token_rows(4), CPU, packing=True)
+    tuned.wrapped.train()
     tuned.loss_sum(batch, torch.ones(())).backward()
-    alone = tuned_on(folder).causal
+    alone = tuned_on(folder).model
     logits = alone(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits[0]
-    torch.nn.functional.cross_entropy(logits[batch.chosen], batch.labels, reduction="sum").backward()
+    torch.nn.functional.cross_entropy(logits[batch.label_positions], batch.labels, reduction="sum").backward()
     for one, other in zip(tuned.parameters(), alone.parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-3, atol=1e-4)
 
@@ -75,20 +75,20 @@ def test_the_model_is_written_in_the_bases_dtype_and_says_what_it_came_from(fold
     tuned, rows = tuned_on(folder), token_rows(8)
     run_steps(make_test_loop(tuned, rows, learning_rate=0.002))
     with tuned.evaluating():
-        wanted = evaluate(tuned, rows, 4, packing=True).loss
+        wanted = compute_metrics(tuned, rows, 4, packing=True).loss
     target = write_weights(tuned, make_tokenizer(), make_record(folder, "full"), tmp_path)
     assert target.name == "model"
     stored = load_file(target / "model.safetensors")
     assert {weight.dtype for weight in stored.values()} == {torch.bfloat16}
-    assert ("lm_head.weight" in stored) != tuned.causal.config.tie_word_embeddings
+    assert ("lm_head.weight" in stored) != tuned.model.config.tie_word_embeddings
     assert json.loads((target / "config.json").read_text())["_name_or_path"] == f"file://{folder}"
     model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
     again = dataclasses.replace(tuned, peft=model, causal=model)
     with again.evaluating():
-        assert evaluate(again, rows, 4, packing=True).loss == pytest.approx(wanted, rel=0.01)
+        assert compute_metrics(again, rows, 4, packing=True).loss == pytest.approx(wanted, rel=0.01)
 
 
-def test_a_whole_run_publishes_a_model_that_loads_by_itself(tmp_path):
+def test_full_finetune_run_publishes_a_loadable_model(tmp_path):
     model, rows = write_model(tmp_path / "base"), write_rows(tmp_path / "rows.jsonl", instruction_rows())
     spec = make_spec(model, rows, f"file://{tmp_path / 'output'}", **FULL)
     prepared = prepare(prepare_config(spec), work=tmp_path / "work")
@@ -99,10 +99,10 @@ def test_a_whole_run_publishes_a_model_that_loads_by_itself(tmp_path):
     assert not (found / "adapter_config.json").exists()
     assert "AutoModelForCausalLM.from_pretrained" in (found / "README.md").read_text()
     report = RunReport.model_validate_json((found.parent / "report/report.json").read_text())
-    assert report.choices["optimizer"].startswith(f"{Kind.ADAMW}: its fp32 state fits")
+    assert report.choices["optimizer"].startswith(f"{OptimizerKind.ADAMW}: its fp32 state fits")
 
 
-def test_the_adapters_settings_have_no_say_in_the_result(folder, tmp_path):
+def test_lora_settings_do_not_change_the_digest_of_full_finetune(folder, tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl", instruction_rows())
     specs = [
         make_spec(f"file://{folder}", rows, f"file://{tmp_path}", **FULL | {"lora": {"rank": rank}}) for rank in (4, 8)
@@ -112,7 +112,7 @@ def test_the_adapters_settings_have_no_say_in_the_result(folder, tmp_path):
 
 
 def test_a_model_that_no_gpu_can_hold_is_refused_by_prepare(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("qlora_trainer.model.full_finetune.LARGEST", 1000)
+    monkeypatch.setattr("qlora_trainer.model.full_finetune.MAX_PARAMETERS", 1000)
     rows = write_rows(tmp_path / "rows.jsonl", instruction_rows())
     spec = make_spec(f"file://{folder}", rows, f"file://{tmp_path}", **FULL)
     with pytest.raises(RunError, match="full trains 1,000 at most") as caught:

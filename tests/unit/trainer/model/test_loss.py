@@ -14,7 +14,7 @@ def test_chunked_loss_and_gradients_equal_those_of_torch(chunk, learns):
     hidden, labels = torch.randn(23, 16, requires_grad=True), torch.randint(0, 50, (23,))
     project = torch.nn.Linear(16, 50).requires_grad_(learns)
     head = Head(project, chunk, tuple(project.parameters()) if learns else ())
-    inputs = [hidden, *head.learned]
+    inputs = [hidden, *head.trainable_weights]
     expected = functional.cross_entropy(project(hidden), labels, reduction="sum")
     wanted = torch.autograd.grad(expected / 3, inputs)
     found = chunked_cross_entropy(hidden, labels, head, torch.ones(()) / 6)

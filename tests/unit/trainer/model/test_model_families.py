@@ -9,17 +9,24 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from qlora_api.v1alpha1 import LoraSpec, QuantizationSpec
-from qlora_trainer.data.batching import make_batch
-from qlora_trainer.evaluation.evaluator import sum_rows
+from qlora_trainer.data.batching import collate
+from qlora_trainer.evaluation.evaluator import compute_row_statistics
 from qlora_trainer.model.architecture import load_architecture
 from qlora_trainer.model.attention import attention_facts, choose_attention
-from qlora_trainer.model.base_model import Tuned, head_is_plain, joins_rows_exactly, load_base, load_text_config, tune
+from qlora_trainer.model.base_model import (
+    TrainableModel,
+    attach_lora,
+    head_is_plain,
+    load_base,
+    load_text_config,
+    packing_is_exact,
+)
 from qlora_trainer.model.hardware import Hardware
-from qlora_trainer.model.runtime_settings import Choices
+from qlora_trainer.model.runtime_settings import RuntimeSettings
 from qlora_trainer.publishing.publish import write_weights
 from tests.unit.trainer.families import FAMILIES, write_family
 from tests.unit.trainer.tiny import CPU, make_tokenizer
-from tests.unit.trainer.tuned import CHOICES, make_record, make_test_loop, run_steps, token_rows
+from tests.unit.trainer.tuned import SETTINGS, make_record, make_test_loop, run_steps, token_rows
 
 DEVICE = Hardware("cpu", None, native_bf16=False, free_bytes=1 << 33, name="CPU")
 ROWS = token_rows(8)
@@ -37,9 +44,9 @@ def folder(family, tmp_path_factory):
     return path
 
 
-def settings(family: str) -> Choices:
+def settings(family: str) -> RuntimeSettings:
     """The choices for a family, with packing where it is exact."""
-    return dataclasses.replace(CHOICES, packing=FAMILIES[family].joins)
+    return dataclasses.replace(SETTINGS, packing=FAMILIES[family].packing_is_exact)
 
 
 def load(folder, bits: int = 16):
@@ -48,10 +55,10 @@ def load(folder, bits: int = 16):
 
 
 @pytest.fixture(scope="module")
-def trained(family, folder) -> Tuned:
+def trained(family, folder) -> TrainableModel:
     """An adapter on every linear module after four steps."""
-    tuned = tune(load(folder), LoraSpec(rank=4, dropout=0, targets=("all-linear",)), 1, settings(family))
-    run_steps(make_test_loop(tuned, ROWS, choices=settings(family)))
+    tuned = attach_lora(load(folder), LoraSpec(rank=4, dropout=0, targets=("all-linear",)), 1, settings(family))
+    run_steps(make_test_loop(tuned, ROWS, runtime_settings=settings(family)))
     return tuned
 
 
@@ -61,38 +68,38 @@ def logits_of(model) -> torch.Tensor:
         return model.eval()(input_ids=ids, use_cache=False).logits
 
 
-def test_what_is_found_out_about_it(family, folder):
+def test_family_facts_are_detected(family, folder):
     expected, base = FAMILIES[family], load(folder)
     assert base.config._attn_implementation.removesuffix("_apart") == expected.attention
     assert {name.rpartition(".")[2] for name in load_architecture(folder).linears} == expected.linears
     assert head_is_plain(base) == expected.plain_head
-    assert joins_rows_exactly(base) == expected.joins
+    assert packing_is_exact(base) == expected.packing_is_exact
 
 
 def layouts(family: str) -> tuple[bool, ...]:
     """Whether rows are joined: both ways where the family allows it."""
-    return (True, False) if FAMILIES[family].joins else (False,)
+    return (True, False) if FAMILIES[family].packing_is_exact else (False,)
 
 
-def test_rows_have_the_loss_that_they_have_alone(family, trained):
+def test_family_batched_loss_equals_single_row_loss(family, trained):
     with trained.evaluating():
-        together = [sum_rows(trained, ROWS, 4, packing=packing) for packing in layouts(family)]
-        alone = sum_rows(trained, ROWS, 1, packing=False)
+        together = [compute_row_statistics(trained, ROWS, 4, packing=packing) for packing in layouts(family)]
+        alone = compute_row_statistics(trained, ROWS, 1, packing=False)
     for found in together:
         assert [row.loss for row in found] == pytest.approx([row.loss for row in alone], rel=1e-4)
 
 
-def gradients_of(tuned: Tuned, size: int, *, packing: bool) -> torch.Tensor:
+def gradients_of(trainable: TrainableModel, size: int, *, packing: bool) -> torch.Tensor:
     """The gradient of four rows, in passes of a size."""
-    for weight in tuned.parameters():
+    for weight in trainable.parameters():
         weight.grad = None
     for start in range(0, 4, size):
-        tuned.loss_sum(make_batch(ROWS[start : start + size], CPU, packing=packing), torch.ones(())).backward()
-    return torch.cat([weight.grad.flatten() for weight in tuned.parameters()])
+        trainable.loss_sum(collate(ROWS[start : start + size], CPU, packing=packing), torch.ones(())).backward()
+    return torch.cat([weight.grad.flatten() for weight in trainable.parameters()])
 
 
-def test_rows_give_the_gradients_that_they_give_alone(family, folder):
-    tuned = tune(
+def test_family_batched_gradients_equal_single_row_gradients(family, folder):
+    tuned = attach_lora(
         load(folder), LoraSpec(rank=2, dropout=0, targets=("all-linear",), init="gaussian"), 1, settings(family)
     )
     alone = gradients_of(tuned, 1, packing=False)
@@ -101,29 +108,31 @@ def test_rows_give_the_gradients_that_they_give_alone(family, folder):
         assert float((together - alone).norm()) < 1e-4 * float(alone.norm())
 
 
-def test_it_learns_and_recomputing_activations_changes_nothing(family, folder):
+def test_family_trains_and_gradient_checkpointing_is_exact(family, folder):
     lora, choices = LoraSpec(rank=4, dropout=0, targets=("all-linear",)), settings(family)
     for bits in FAMILIES[family].bits:
-        tuned = tune(load(folder, bits), lora, 1, choices)
-        history = run_steps(make_test_loop(tuned, ROWS, steps=5, choices=choices))
+        tuned = attach_lora(load(folder, bits), lora, 1, choices)
+        history = run_steps(make_test_loop(tuned, ROWS, steps=5, runtime_settings=choices))
         assert history[-1].loss < history[0].loss
-        checkpointed = tune(load(folder, bits), lora, 1, dataclasses.replace(choices, checkpointing=True))
-        again = run_steps(make_test_loop(checkpointed, ROWS, steps=2, choices=choices))
+        checkpointed = attach_lora(
+            load(folder, bits), lora, 1, dataclasses.replace(choices, gradient_checkpointing=True)
+        )
+        again = run_steps(make_test_loop(checkpointed, ROWS, steps=2, runtime_settings=choices))
         assert [record.loss for record in again] == pytest.approx([record.loss for record in history[:2]], rel=1e-3)
 
 
 @pytest.mark.parametrize(("bits", "layer"), [(4, Linear4bit), (8, Linear8bitLt)])
-def test_prepare_knows_how_much_of_it_is_quantised(family, folder, bits, layer):
-    told = load_architecture(folder).quantisable
+def test_family_quantizable_weights_are_counted(family, folder, bits, layer):
+    told = load_architecture(folder).quantizable
     layers = [module for module in load(folder, bits).modules() if isinstance(module, layer)]
     assert told.weights == sum(module.in_features * module.out_features for module in layers)
     assert bool(told.weights) is (4 in FAMILIES[family].bits)
 
 
-def test_its_adapter_loads_on_the_base_and_merges_into_it(folder, trained, tmp_path):
+def test_family_adapter_loads_and_merges(folder, trained, tmp_path):
     adapter = write_weights(trained, make_tokenizer(), make_record(folder), tmp_path)
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), adapter)
-    wanted = logits_of(trained.peft)
+    wanted = logits_of(trained.wrapped)
     torch.testing.assert_close(logits_of(model), wanted, rtol=1e-3, atol=1e-3)
     with model.disable_adapter():
         assert float((logits_of(model) - wanted).norm()) > 0.01 * float(wanted.norm())

@@ -5,18 +5,18 @@ from math import sqrt
 import pytest
 import torch
 
-from qlora_trainer.data.batching import make_batch, row_lengths
+from qlora_trainer.data.batching import collate, row_lengths
 from qlora_trainer.data.tokenization import TokenRow
-from qlora_trainer.evaluation.evaluator import evaluate
+from qlora_trainer.evaluation.evaluator import compute_metrics
 from qlora_trainer.model.neftune import noise_for, noisy_embeddings
 from tests.unit.trainer.tiny import CPU, make_model
-from tests.unit.trainer.tuned import make_test_loop, make_tuned, run_steps, token_rows, weights_of
+from tests.unit.trainer.tuned import make_test_loop, make_trainable, run_steps, token_rows, weights_of
 
 ROWS = tuple(TokenRow(tuple(range(2, 2 + length)), ((1, length),)) for length in (4, 9, 16))
 
 
 def test_a_token_knows_the_length_of_its_own_row():
-    joined, filled = make_batch(ROWS, CPU, packing=True), make_batch(ROWS, CPU, packing=False)
+    joined, filled = collate(ROWS, CPU, packing=True), collate(ROWS, CPU, packing=False)
     assert row_lengths(joined).tolist() == [[4] * 4 + [9] * 9 + [16] * 16]
     assert row_lengths(filled).tolist() == [[4] * 4 + [0] * 12, [9] * 9 + [0] * 7, [16] * 16]
 
@@ -24,7 +24,7 @@ def test_a_token_knows_the_length_of_its_own_row():
 @pytest.mark.parametrize("packing", [True, False])
 def test_noise_is_uniform_and_bounded_by_its_rows_length(packing):
     torch.manual_seed(0)
-    batch = make_batch(ROWS, CPU, packing=packing)
+    batch = collate(ROWS, CPU, packing=packing)
     embeddings = torch.zeros(*batch.input_ids.shape, 512)
     lengths = row_lengths(batch)
     noise = noise_for(embeddings, lengths, 5.0)
@@ -34,8 +34,8 @@ def test_noise_is_uniform_and_bounded_by_its_rows_length(packing):
         assert float(drawn.std()) == pytest.approx(bound / sqrt(3), rel=0.05)
 
 
-def test_noise_is_in_the_passes_inside_alone():
-    model, batch = make_model(), make_batch(ROWS, CPU, packing=True)
+def test_noise_is_added_only_within_the_context():
+    model, batch = make_model(), collate(ROWS, CPU, packing=True)
     embed = model.get_input_embeddings()
     plain = embed(batch.input_ids)
     with noisy_embeddings(model, 5.0, batch):
@@ -46,11 +46,11 @@ def test_noise_is_in_the_passes_inside_alone():
 
 
 def trained(alpha: float) -> tuple[list[torch.Tensor], float]:
-    tuned, rows = make_tuned(), token_rows(8)
+    tuned, rows = make_trainable(), token_rows(8)
     loop = make_test_loop(tuned, rows, neftune_alpha=alpha)
     loss = run_steps(loop)[0].loss
     with tuned.evaluating():
-        assert evaluate(tuned, rows, 4, packing=True) == evaluate(tuned, rows, 4, packing=True)
+        assert compute_metrics(tuned, rows, 4, packing=True) == compute_metrics(tuned, rows, 4, packing=True)
     return weights_of(tuned), loss
 
 

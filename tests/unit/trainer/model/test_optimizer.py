@@ -7,23 +7,23 @@ import torch
 
 from qlora_api.optimizers import OPTIMIZERS
 from qlora_api.v1alpha1 import TrainingSpec
-from qlora_trainer.model.optimizer import Kind, choose_optimizer, make_optimizer, parameter_groups
-from qlora_trainer.training.checkpoint_store import Course
+from qlora_trainer.model.optimizer import OptimizerKind, choose_optimizer, make_optimizer, parameter_groups
+from qlora_trainer.training.checkpoint_store import RunFingerprint
 
-ON_A_CPU = (Kind.ADAMW, Kind.ADAMW_8BIT)
+ON_A_CPU = (OptimizerKind.ADAMW, OptimizerKind.ADAMW_8BIT)
 
 
 @pytest.mark.parametrize(
     ("asked", "device", "kind", "reason"),
     [
-        ("auto", "cpu", Kind.ADAMW, "state is small"),
-        ("auto", "cuda", Kind.ADAMW_FUSED, "state is small"),
-        ("adamw", "cuda", Kind.ADAMW_FUSED, "spec.training.optimizer"),
-        ("adamw8bit", "cpu", Kind.ADAMW_8BIT, "spec.training.optimizer"),
-        ("pagedAdamw", "cpu", Kind.ADAMW, "pagedAdamw without pages"),
-        ("pagedAdamw8bit", "cpu", Kind.ADAMW_8BIT, "pagedAdamw8bit without pages"),
-        ("pagedAdamw", "cuda", Kind.PAGED_ADAMW, "spec.training.optimizer"),
-        ("pagedAdamw8bit", "cuda", Kind.PAGED_ADAMW_8BIT, "spec.training.optimizer"),
+        ("auto", "cpu", OptimizerKind.ADAMW, "state is small"),
+        ("auto", "cuda", OptimizerKind.ADAMW_FUSED, "state is small"),
+        ("adamw", "cuda", OptimizerKind.ADAMW_FUSED, "spec.training.optimizer"),
+        ("adamw8bit", "cpu", OptimizerKind.ADAMW_8BIT, "spec.training.optimizer"),
+        ("pagedAdamw", "cpu", OptimizerKind.ADAMW, "pagedAdamw without pages"),
+        ("pagedAdamw8bit", "cpu", OptimizerKind.ADAMW_8BIT, "pagedAdamw8bit without pages"),
+        ("pagedAdamw", "cuda", OptimizerKind.PAGED_ADAMW, "spec.training.optimizer"),
+        ("pagedAdamw8bit", "cuda", OptimizerKind.PAGED_ADAMW_8BIT, "spec.training.optimizer"),
     ],
 )
 def test_choice(asked, device, kind, reason):
@@ -47,18 +47,18 @@ def take_steps(optimizer: torch.optim.Optimizer, weights: list[torch.nn.Paramete
 
 
 @pytest.mark.parametrize("kind", ON_A_CPU)
-def test_each_learns_and_stores_its_state_as_its_name_says(kind):
+def test_each_optimizer_trains_and_stores_its_state_type(kind):
     weights = parameters()
     optimizer = make_optimizer(weights, TrainingSpec(learning_rate=0.05), kind)
     before = float(weights[0].detach().norm())
     take_steps(optimizer, weights, range(20))
     assert float(weights[0].detach().norm()) < 0.5 * before
     stored = {value.dtype for value in optimizer.state[weights[0]].values() if torch.is_tensor(value) and value.ndim}
-    assert (torch.uint8 in stored) == (kind == Kind.ADAMW_8BIT)
+    assert (torch.uint8 in stored) == (kind == OptimizerKind.ADAMW_8BIT)
 
 
 @pytest.mark.parametrize("kind", ON_A_CPU)
-def test_state_that_was_saved_and_loaded_goes_on_bit_for_bit(kind):
+def test_restored_optimizer_state_continues_bit_for_bit(kind):
     whole, parts, training = parameters(), parameters(), TrainingSpec(learning_rate=0.05)
     take_steps(make_optimizer(whole, training, kind), whole, range(6))
     first = make_optimizer(parts, training, kind)
@@ -76,12 +76,12 @@ def test_norms_and_biases_are_not_decayed():
     assert len(parameter_groups([matrix], 0.1)) == 1
 
 
-@pytest.mark.parametrize("kind", Kind)
+@pytest.mark.parametrize("kind", OptimizerKind)
 def test_a_checkpoint_with_the_former_name_of_an_optimizer_is_resumed(kind):
     former = kind.value.replace("pagedAdamw", "paged_adamw")
     stored = {"digest": "0" * 16, "totalSteps": 4, "rows": 12, "optimizer": former}
-    assert Course.model_validate(stored) == Course.model_validate(stored | {"optimizer": kind.value})
+    assert RunFingerprint.model_validate(stored) == RunFingerprint.model_validate(stored | {"optimizer": kind.value})
 
 
 def test_every_optimizer_is_implemented():
-    assert {kind.optimizer.name for kind in Kind} == set(OPTIMIZERS)
+    assert {kind.optimizer.name for kind in OptimizerKind} == set(OPTIMIZERS)

@@ -10,7 +10,7 @@ from qlora_api.v1alpha1 import QuantizationSpec
 from qlora_trainer.errors import RunError
 from qlora_trainer.model.architecture import load_architecture
 from qlora_trainer.model.base_model import load_base
-from qlora_trainer.model.quantization import Quantisable, describe_quantisable
+from qlora_trainer.model.quantization import QuantizableWeights, describe_quantizable
 from qlora_trainer.prepare import prepare
 from tests.unit.trainer.families import write_family
 from tests.unit.trainer.tiny import SMALL, instruction_rows, make_spec, make_tokenizer, prepare_config, write_rows
@@ -33,7 +33,7 @@ def write_mixtral(folder):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_a_base_of_which_nothing_is_quantised_is_refused(tmp_path, bits):
+def test_base_without_quantizable_layers_is_refused(tmp_path, bits):
     write_family("falcon", tmp_path / "model")
     make_tokenizer().save_pretrained(tmp_path / "model")
     with pytest.raises(
@@ -46,15 +46,15 @@ def test_a_base_of_which_nothing_is_quantised_is_refused(tmp_path, bits):
     assert prepared.model.architecture == "FalconForCausalLM"
 
 
-def test_a_base_of_which_little_is_quantised_says_so(tmp_path):
+def test_base_with_few_quantizable_weights_is_logged(tmp_path):
     write_mixtral(tmp_path / "model")
-    told, notes = load_architecture(tmp_path / "model").quantisable, []
+    told, notes = load_architecture(tmp_path / "model").quantizable, []
     base = load_base(tmp_path / "model", QuantizationSpec(bits=4), torch.float32, "sdpa", "cpu")
     layers = [module for module in base.modules() if isinstance(module, Linear4bit)]
     attention = 2 * (2 * 64 * 64 + 2 * 64 * 32)
     router_and_experts = 2 * (4 * 64 + 4 * 3 * 64 * 128)
     norms = 2 * 2 * 64 + 64
-    assert told == Quantisable(attention, attention + router_and_experts + norms)
+    assert told == QuantizableWeights(attention, attention + router_and_experts + norms)
     assert told.weights == sum(layer.in_features * layer.out_features for layer in layers)
     prepare(prepare_config(spec_of(tmp_path)), notes.append, work=tmp_path / "work")
     (note,) = [note for note in notes if "stored in 4 bits" in note]
@@ -91,12 +91,12 @@ def test_a_module_that_peft_knows_to_be_useless_is_refused_with_its_reason(tmp_p
 @pytest.mark.parametrize(
     ("found", "bits", "sentences"),
     [
-        pytest.param(Quantisable(50, 100), 4, [], id="half"),
-        pytest.param(Quantisable(0, 100), 16, [], id="nothing-was-asked-for"),
-        pytest.param(Quantisable(1 << 30, 21 << 30), 8, ["takes 40.0 GiB"], id="little"),
+        pytest.param(QuantizableWeights(50, 100), 4, [], id="half"),
+        pytest.param(QuantizableWeights(0, 100), 16, [], id="nothing-was-asked-for"),
+        pytest.param(QuantizableWeights(1 << 30, 21 << 30), 8, ["takes 40.0 GiB"], id="little"),
     ],
 )
-def test_only_what_surprises_is_told(found, bits, sentences):
-    told = list(describe_quantisable(found, bits))
+def test_quantization_note_appears_only_below_the_threshold(found, bits, sentences):
+    told = list(describe_quantizable(found, bits))
     assert len(told) == len(sentences)
     assert all(words in sentence for words, sentence in zip(sentences, told, strict=True))

@@ -10,10 +10,10 @@ from qlora_api.names import Reason
 from qlora_api.runconfig import RunConfig
 from qlora_trainer.errors import RunError
 from qlora_trainer.model.attention import FLASH, AttentionFacts, attention_facts, choose_attention
-from qlora_trainer.model.full_finetune import check_size, choose_for_whole
+from qlora_trainer.model.full_finetune import check_parameter_limit, choose_full_finetune_optimizer
 from qlora_trainer.model.hardware import Hardware, observe_hardware
-from qlora_trainer.model.optimizer import Kind
-from qlora_trainer.model.runtime_settings import activation_checkpointing, compute_dtype, decide
+from qlora_trainer.model.optimizer import OptimizerKind
+from qlora_trainer.model.runtime_settings import choose_gradient_checkpointing, compute_dtype, resolve_runtime_settings
 from tests.make import make_prepared
 from tests.unit.trainer.tiny import make_spec, run_config
 
@@ -79,8 +79,8 @@ def test_facts_of_architectures(config, facts):
 
 def test_checkpointing_is_on_where_activations_would_not_fit():
     small, large = LlamaConfig(hidden_size=64, num_hidden_layers=2), LlamaConfig()
-    assert activation_checkpointing(CPU, small, 4096)[0] is False
-    on, why = activation_checkpointing(CPU, large, 4096)
+    assert choose_gradient_checkpointing(CPU, small, 4096)[0] is False
+    on, why = choose_gradient_checkpointing(CPU, large, 4096)
     assert on
     assert why == "4096 tokens keep about 17.0 GiB of activations, and half of the free memory is 4.0 GiB"
 
@@ -93,66 +93,72 @@ def config(**blocks: Any) -> RunConfig:
 MODEL = LlamaConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
 
 
-def test_every_decision_has_its_reason():
-    choices = decide(config(training={"optimizer": "pagedAdamw"}), CPU, MODEL)
-    assert (choices.dtype, choices.attention, choices.optimizer) == (torch.float32, "sdpa", Kind.ADAMW)
+def test_every_runtime_setting_has_a_reason():
+    choices = resolve_runtime_settings(config(training={"optimizer": "pagedAdamw"}), CPU, MODEL)
+    assert (choices.dtype, choices.attention, choices.optimizer) == (torch.float32, "sdpa", OptimizerKind.ADAMW)
     assert list(choices.reasons) == [
         "device", "dtype", "attention", "gradient checkpointing", "packing", "optimizer", "start",
     ]  # fmt: skip
     assert choices.reasons["optimizer"].startswith("adamw: pagedAdamw without pages")
-    off = choices.with_packing_off("it leaks")
+    off = choices.without_packing("it leaks")
     assert (off.packing, off.reasons["packing"]) == (False, "off: it leaks")
 
 
 @pytest.mark.parametrize(("planned", "word"), [(True, "on"), (False, "off")])
-def test_a_sized_plan_decides_on_checkpointing(planned, word):
+def test_plan_decides_gradient_checkpointing(planned, word):
     sized = config()
     sized = sized.model_copy(update={"plan": sized.plan.model_copy(update={"gradient_checkpointing": planned})})
-    choices = decide(sized, CPU, MODEL)
-    assert choices.checkpointing is planned
+    choices = resolve_runtime_settings(sized, CPU, MODEL)
+    assert choices.gradient_checkpointing is planned
     assert choices.reasons["gradient checkpointing"].startswith(f"{word}: the plan, from the model's shape")
 
 
 @pytest.mark.parametrize(
     ("asked", "device", "parameters", "kind", "reason"),
     [
-        ("auto", gpu(8, 0), 10**9, Kind.ADAMW_FUSED, "its fp32 state fits; weights, gradients and state take 14.9 GiB"),
-        ("auto", gpu(8, 0), 1_500_000_000, Kind.ADAMW_8BIT, "with fp32 state the model would not fit"),
-        ("pagedAdamw8bit", gpu(8, 0), 2 * 10**9, Kind.PAGED_ADAMW_8BIT, "spec.training.optimizer"),
-        ("auto", CPU, 10**8, Kind.ADAMW, "its fp32 state fits"),
+        (
+            "auto",
+            gpu(8, 0),
+            10**9,
+            OptimizerKind.ADAMW_FUSED,
+            "its fp32 state fits; weights, gradients and state take 14.9 GiB",
+        ),
+        ("auto", gpu(8, 0), 1_500_000_000, OptimizerKind.ADAMW_8BIT, "with fp32 state the model would not fit"),
+        ("pagedAdamw8bit", gpu(8, 0), 2 * 10**9, OptimizerKind.PAGED_ADAMW_8BIT, "spec.training.optimizer"),
+        ("auto", CPU, 10**8, OptimizerKind.ADAMW, "its fp32 state fits"),
     ],
 )
-def test_all_weights_get_the_optimizer_that_fits(asked, device, parameters, kind, reason):
-    found, why = choose_for_whole(asked, device, parameters)
+def test_full_finetune_gets_the_optimizer_that_fits(asked, device, parameters, kind, reason):
+    found, why = choose_full_finetune_optimizer(asked, device, parameters)
     assert (found, reason in why) == (kind, True), why
 
 
 @pytest.mark.parametrize(("asked", "parameters"), [("auto", 2 * 10**9), ("adamw", 1_500_000_000)])
-def test_what_cannot_be_afforded_ends_before_it_is_loaded(asked, parameters):
+def test_full_finetune_beyond_memory_is_refused_before_loading(asked, parameters):
     with pytest.raises(RunError, match=r"spec.method: full trains .* weights, which takes .* GiB") as caught:
-        choose_for_whole(asked, gpu(8, 0), parameters)
+        choose_full_finetune_optimizer(asked, gpu(8, 0), parameters)
     assert caught.value.reason == Reason.INVALID_SPEC
 
 
-def test_zero2_divides_what_learns_beside_the_weights():
+def test_zero2_shards_gradients_and_optimizer_state():
     with pytest.raises(RunError):
-        choose_for_whole("adamw", gpu(8, 0), 2 * 10**9)
-    found, why = choose_for_whole("auto", gpu(8, 0), 2 * 10**9, parts=4)
-    assert found is Kind.ADAMW_FUSED
+        choose_full_finetune_optimizer("adamw", gpu(8, 0), 2 * 10**9)
+    found, why = choose_full_finetune_optimizer("auto", gpu(8, 0), 2 * 10**9, parts=4)
+    assert found is OptimizerKind.ADAMW_FUSED
     assert why == "its fp32 state fits; weights, gradients and state take 14.9 GiB"
     with pytest.raises(RunError, match=r"takes 29\.8 GiB with adamw_fused"):
-        choose_for_whole("auto", gpu(8, 0), 4 * 10**9, parts=4)
+        choose_full_finetune_optimizer("auto", gpu(8, 0), 4 * 10**9, parts=4)
 
 
-def test_no_gpu_is_asked_for_what_no_gpu_can_hold():
-    check_size("LlamaForCausalLM", 7_000_000_000)
+def test_model_beyond_parameter_limit_is_refused():
+    check_parameter_limit("LlamaForCausalLM", 7_000_000_000)
     with pytest.raises(RunError, match="LlamaForCausalLM has 70,000,000,000 weights, and full trains 20,000,000,000"):
-        check_size("LlamaForCausalLM", 70_000_000_000)
+        check_parameter_limit("LlamaForCausalLM", 70_000_000_000)
 
 
 def test_the_weights_of_method_full_leave_less_for_activations():
     spec = {"method": "full", "quantization": {"bits": 16}}
-    choices = decide(config(**spec), CPU, MODEL)
+    choices = resolve_runtime_settings(config(**spec), CPU, MODEL)
     assert choices.reasons["start"] == "every weight as the base has it"
     assert "half of the free memory is 3.0 GiB" in choices.reasons["gradient checkpointing"]
 

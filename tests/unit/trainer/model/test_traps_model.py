@@ -12,19 +12,19 @@ from torch.nn import functional
 
 from qlora_api.names import Reason
 from qlora_api.v1alpha1 import LoraSpec, QuantizationSpec
-from qlora_trainer.data.batching import make_batch
+from qlora_trainer.data.batching import collate
 from qlora_trainer.distributed.world import join_world
 from qlora_trainer.errors import RunError
 from qlora_trainer.model.architecture import load_architecture
 from qlora_trainer.model.attention import attention_facts, choose_attention
-from qlora_trainer.model.base_model import Tuned, joins_rows_exactly, load_base, load_text_config, tune
+from qlora_trainer.model.base_model import TrainableModel, attach_lora, load_base, load_text_config, packing_is_exact
 from qlora_trainer.model.hardware import Hardware
 from qlora_trainer.model.runtime_settings import compute_dtype
 from qlora_trainer.model.target_modules import check_modules
 from qlora_trainer.training.loop import check_gradients
 from tests.unit.trainer.families import write_family
 from tests.unit.trainer.tiny import CPU, make_model, make_spec, write_model
-from tests.unit.trainer.tuned import CHOICES, NF4, make_test_loop, make_tuned, run_steps, token_rows, weights_of
+from tests.unit.trainer.tuned import NF4, SETTINGS, make_test_loop, make_trainable, run_steps, token_rows, weights_of
 
 ONE = torch.ones(())
 T4 = Hardware("cuda", (7, 5), native_bf16=False, free_bytes=15 << 30, name="Tesla T4", flash_attention=True)
@@ -37,47 +37,49 @@ def model_folder(tmp_path_factory):
     return folder
 
 
-def tuned_in(dtype: torch.dtype, folder, **lora) -> Tuned:
+def tuned_in(dtype: torch.dtype, folder, **lora) -> TrainableModel:
     """An adapter on a 4-bit base that computes in a dtype."""
     base = load_base(folder, NF4, dtype, "sdpa", "cpu")
-    return tune(base, LoraSpec(**{"rank": 4, "dropout": 0} | lora), 1, dataclasses.replace(CHOICES, dtype=dtype))
+    return attach_lora(
+        base, LoraSpec(**{"rank": 4, "dropout": 0} | lora), 1, dataclasses.replace(SETTINGS, dtype=dtype)
+    )
 
 
 @pytest.mark.parametrize("spans", [1, 2])
 @pytest.mark.parametrize("packing", [True, False])
 def test_trap_08_rows_in_a_batch_have_the_loss_they_have_alone(packing, spans):
-    tuned, rows = make_tuned(), token_rows(5, spans=spans)
+    tuned, rows = make_trainable(), token_rows(5, spans=spans)
     expected = 0.0
     for row in rows:
         ids = torch.tensor([row.input_ids])
-        logits = tuned.causal(input_ids=ids).logits[0]
-        for start, end in row.learned:
+        logits = tuned.model(input_ids=ids).logits[0]
+        for start, end in row.label_spans:
             wanted = ids[0, start:end]
             expected += float(functional.cross_entropy(logits[start - 1 : end - 1], wanted, reduction="sum").detach())
-    batch = make_batch(rows, CPU, packing=packing)
+    batch = collate(rows, CPU, packing=packing)
     assert float(tuned.loss_sum(batch, ONE).detach()) == pytest.approx(expected, rel=1e-5)
     assert float(tuned.statistics(batch)[0].sum()) == pytest.approx(expected, rel=1e-5)
 
 
-def test_trap_08_the_first_token_of_a_joined_row_is_never_a_label():
+def test_trap_08_the_first_token_of_a_packed_row_is_never_a_label():
     rows = token_rows(6, spans=2)
-    batch = make_batch(rows, CPU, packing=True)
+    batch = collate(rows, CPU, packing=True)
     starts, place = set(), 0
     for row in rows:
         starts.add(place)
         place += len(row.input_ids)
-    assert not starts & {position + 1 for position in batch.chosen.tolist()}
+    assert not starts & {position + 1 for position in batch.label_positions.tolist()}
     assert len(batch.labels) == sum(row.label_count for row in rows)
 
 
-def test_trap_08_joined_rows_are_checked_for_state_that_leaks():
-    assert joins_rows_exactly(make_model())
+def test_trap_08_packing_is_off_for_models_that_leak_state():
+    assert packing_is_exact(make_model())
 
 
 @pytest.mark.parametrize("spoilt", [{"use_cache": True}, {"attention_mask": True}, {"position_ids": None}])
-def test_trap_08_a_cache_a_mask_or_no_positions_would_let_joined_rows_see_each_other(spoilt):
+def test_trap_08_cache_mask_or_missing_positions_break_packing(spoilt):
     model, rows = make_model(), token_rows(2)
-    batch = make_batch(rows, CPU, packing=True)
+    batch = collate(rows, CPU, packing=True)
     inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
     if spoilt.get("attention_mask"):
         spoilt = {"attention_mask": torch.ones_like(batch.input_ids)}
@@ -92,16 +94,16 @@ def test_trap_08_a_cache_a_mask_or_no_positions_would_let_joined_rows_see_each_o
 def test_trap_10_nothing_of_the_base_is_made_larger_and_the_adapter_is_fp32(model_folder, bits, kind):
     base = load_base(model_folder, QuantizationSpec(bits=bits), torch.bfloat16, "sdpa", "cpu")
     assert type(base.model.layers[0].self_attn.q_proj).__name__ == kind
-    tuned = tune(base, LoraSpec(), 1, dataclasses.replace(CHOICES, dtype=torch.bfloat16))
+    tuned = attach_lora(base, LoraSpec(), 1, dataclasses.replace(SETTINGS, dtype=torch.bfloat16))
     assert {parameter.dtype for parameter in tuned.parameters()} == {torch.float32}
     rest = [weight for name, weight in base.named_parameters() if "lora_" not in name]
     assert {weight.dtype for weight in rest} <= {torch.bfloat16, torch.uint8, torch.int8}
-    assert all("lora_" in name for name, parameter in tuned.peft.named_parameters() if parameter.requires_grad)
+    assert all("lora_" in name for name, parameter in tuned.wrapped.named_parameters() if parameter.requires_grad)
     assert not any(isinstance(part, Linear4bit) and part.support_avx512bf16_for_cpu for part in base.modules())
 
 
 def test_trap_11_missing_gradients_end_the_run():
-    tuned = make_tuned()
+    tuned = make_trainable()
     with pytest.raises(RunError, match="no gradient reaches 8 weights") as caught:
         check_gradients(make_test_loop(tuned, token_rows(8)).engine.gradients())
     assert caught.value.reason == Reason.TRAINER_ERROR
@@ -111,8 +113,8 @@ def test_trap_11_recomputed_layers_get_the_gradients_of_kept_ones(model_folder):
     norms = []
     for checkpointing in (True, False):
         base = load_base(model_folder, NF4, torch.float32, "sdpa", "cpu")
-        choices = dataclasses.replace(CHOICES, checkpointing=checkpointing)
-        tuned = tune(base, LoraSpec(rank=4, dropout=0), 1, choices)
+        choices = dataclasses.replace(SETTINGS, gradient_checkpointing=checkpointing)
+        tuned = attach_lora(base, LoraSpec(rank=4, dropout=0), 1, choices)
         norms.append(make_test_loop(tuned, token_rows(8)).step(0).grad_norm)
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
     assert norms[0] > 0
@@ -120,8 +122,8 @@ def test_trap_11_recomputed_layers_get_the_gradients_of_kept_ones(model_folder):
 
 def test_trap_12_activations_are_recomputed_without_reentry(model_folder):
     base = load_base(model_folder, NF4, torch.float32, "sdpa", "cpu")
-    tuned = tune(base, LoraSpec(rank=4), 1, dataclasses.replace(CHOICES, checkpointing=True))
-    layers = [layer for layer in tuned.causal.modules() if getattr(layer, "gradient_checkpointing", False)]
+    tuned = attach_lora(base, LoraSpec(rank=4), 1, dataclasses.replace(SETTINGS, gradient_checkpointing=True))
+    layers = [layer for layer in tuned.model.modules() if getattr(layer, "gradient_checkpointing", False)]
     assert layers
     assert all(layer._gradient_checkpointing_func.keywords == {"use_reentrant": False} for layer in layers)
 
@@ -138,17 +140,17 @@ def test_trap_13_the_4_bit_weights_are_the_bases_and_stay_so(model_folder, kind,
         original = wanted.get_submodule(name).weight
         assert float((weight - original).norm() / original.norm()) < {"nf4": 0.11, "fp4": 0.15}[kind]
         assert (part.weight.quant_state.quant_type, part.weight.quant_state.nested) == (kind, double_quant)
-    tuned = tune(base, LoraSpec(rank=4, targets=("all-linear",)), 1, CHOICES)
+    tuned = attach_lora(base, LoraSpec(rank=4, targets=("all-linear",)), 1, SETTINGS)
     run_steps(make_test_loop(tuned, token_rows(8)))
-    kept = [part for part in tuned.causal.modules() if isinstance(part, Linear4bit)]
+    kept = [part for part in tuned.model.modules() if isinstance(part, Linear4bit)]
     after = [dequantize_4bit(part.weight.data, part.weight.quant_state) for part in kept]
     assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
 
 
 def test_trap_21_fp16_is_scaled_and_the_adapter_is_not_in_it(model_folder):
     tuned = tuned_in(torch.float16, model_folder)
-    choices = dataclasses.replace(CHOICES, dtype=torch.float16)
-    loop = make_test_loop(tuned, token_rows(8), choices=choices, steps=3)
+    choices = dataclasses.replace(SETTINGS, dtype=torch.float16)
+    loop = make_test_loop(tuned, token_rows(8), runtime_settings=choices, steps=3)
     assert loop.engine.scaler.is_enabled()
     before = weights_of(tuned)
     run_steps(loop)
@@ -158,11 +160,11 @@ def test_trap_21_fp16_is_scaled_and_the_adapter_is_not_in_it(model_folder):
 
 
 def test_trap_22_fp16_that_overflows_ends_the_run(model_folder, monkeypatch):
-    tuned, choices = tuned_in(torch.float16, model_folder), dataclasses.replace(CHOICES, dtype=torch.float16)
-    real = Tuned.loss_sum
-    monkeypatch.setattr(Tuned, "loss_sum", lambda self, batch, weight: real(self, batch, weight) * torch.inf)
+    tuned, choices = tuned_in(torch.float16, model_folder), dataclasses.replace(SETTINGS, dtype=torch.float16)
+    real = TrainableModel.loss_sum
+    monkeypatch.setattr(TrainableModel, "loss_sum", lambda self, batch, weight: real(self, batch, weight) * torch.inf)
     with pytest.raises(RunError, match="step 1 has loss inf") as caught:
-        run_steps(make_test_loop(tuned, token_rows(8), choices=choices))
+        run_steps(make_test_loop(tuned, token_rows(8), runtime_settings=choices))
     assert caught.value.reason == Reason.NON_FINITE_LOSS
 
 
@@ -174,10 +176,10 @@ def test_trap_23_a_t4_computes_in_fp16_with_sdpa(model_folder):
 
 def test_trap_24_magnitudes_of_dora_learn_in_bf16(model_folder):
     tuned = tuned_in(torch.bfloat16, model_folder, dora=True)
-    choices = dataclasses.replace(CHOICES, dtype=torch.bfloat16)
-    names = [name for name, weight in tuned.peft.named_parameters() if weight.requires_grad]
+    choices = dataclasses.replace(SETTINGS, dtype=torch.bfloat16)
+    names = [name for name, weight in tuned.wrapped.named_parameters() if weight.requires_grad]
     before = weights_of(tuned)
-    run_steps(make_test_loop(tuned, token_rows(8), choices=choices, learning_rate=1e-4))
+    run_steps(make_test_loop(tuned, token_rows(8), runtime_settings=choices, learning_rate=1e-4))
     moved = [not torch.equal(one, other) for one, other in zip(before, weights_of(tuned), strict=True)]
     magnitudes = [moves for name, moves in zip(names, moved, strict=True) if "magnitude" in name]
     assert (len(magnitudes), all(moved)) == (4, True)
@@ -185,10 +187,10 @@ def test_trap_24_magnitudes_of_dora_learn_in_bf16(model_folder):
 
 def test_trap_25_updates_far_below_the_precision_of_bf16_add_up(model_folder):
     tuned = tuned_in(torch.bfloat16, model_folder, init="gaussian")
-    choices = dataclasses.replace(CHOICES, dtype=torch.bfloat16)
-    first = next(weight for name, weight in tuned.peft.named_parameters() if "lora_A" in name)
+    choices = dataclasses.replace(SETTINGS, dtype=torch.bfloat16)
+    first = next(weight for name, weight in tuned.wrapped.named_parameters() if "lora_A" in name)
     seen = [first.detach().clone()]
-    loop = make_test_loop(tuned, token_rows(8), choices=choices, learning_rate=1e-6, steps=4)
+    loop = make_test_loop(tuned, token_rows(8), runtime_settings=choices, learning_rate=1e-6, steps=4)
     for step in range(4):
         loop.step(step)
         seen.append(first.detach().clone())
@@ -204,12 +206,14 @@ def test_trap_32_nothing_is_compiled(model_folder, monkeypatch):
 
     monkeypatch.setattr(torch, "compile", refuse)
     base = load_base(model_folder, NF4, torch.float32, "sdpa", "cpu")
-    tuned = tune(base, LoraSpec(rank=4, dropout=0.1), 1, dataclasses.replace(CHOICES, checkpointing=True))
+    tuned = attach_lora(
+        base, LoraSpec(rank=4, dropout=0.1), 1, dataclasses.replace(SETTINGS, gradient_checkpointing=True)
+    )
     run_steps(make_test_loop(tuned, token_rows(8), steps=1))
-    assert not any(hasattr(part, "_orig_mod") for part in tuned.peft.modules())
+    assert not any(hasattr(part, "_orig_mod") for part in tuned.wrapped.modules())
 
 
-def test_trap_33_transformers_quantises_while_it_loads():
+def test_trap_33_transformers_quantizes_while_loading():
     # Before 5.23 weights were loaded asynchronously, in 16 bits and all at once (transformers#43032).
     assert tuple(int(part) for part in version("transformers").split(".")[:2]) >= (5, 23)
     assert any(need.startswith("transformers") and ">=5.23" in need for need in requires("qlora-operator") or ())
@@ -234,7 +238,7 @@ def test_trap_35_more_gpus_than_processes_are_left_alone(model_folder, monkeypat
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert join_world("cpu").size == 1
     tuned = tuned_in(torch.float32, model_folder)
-    assert not any(isinstance(part, torch.nn.DataParallel) for part in tuned.peft.modules())
+    assert not any(isinstance(part, torch.nn.DataParallel) for part in tuned.wrapped.modules())
 
 
 @pytest.mark.parametrize("targets", [("lm_head",), ("all-linear",)])
@@ -249,18 +253,18 @@ def test_trap_36_no_adapter_is_put_where_the_loss_would_pass_it_by(model_folder,
         return
     check_modules(architecture, spec)
     tuned = tuned_in(torch.float32, model_folder, targets=targets)
-    assert type(tuned.causal.get_output_embeddings()) is torch.nn.Linear
+    assert type(tuned.model.get_output_embeddings()) is torch.nn.Linear
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_trap_36_a_trained_head_gets_the_gradients_that_torch_gives_it(tmp_path, tied):
     write_model(tmp_path, tie_word_embeddings=tied)
     tuned = tuned_in(torch.float32, tmp_path, modules_to_save=("lm_head",))
-    tuned.peft.train()
-    batch = make_batch(token_rows(5), CPU, packing=True)
+    tuned.wrapped.train()
+    batch = collate(token_rows(5), CPU, packing=True)
     gradients = []
     for plain in (True, False):  # in chunks, or by torch's own cross-entropy of all logits
-        tuned.peft.zero_grad()
+        tuned.wrapped.zero_grad()
         dataclasses.replace(tuned, plain_head=plain).loss_sum(batch, ONE).backward()
         gradients.append([weight.grad.clone() for weight in tuned.parameters()])
     for one, other in zip(*gradients, strict=True):

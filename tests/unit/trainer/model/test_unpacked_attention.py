@@ -5,10 +5,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from qlora_api.v1alpha1 import QuantizationSpec
-from qlora_trainer.data.batching import make_batch
+from qlora_trainer.data.batching import collate
 from qlora_trainer.model import unpacked_attention
 from qlora_trainer.model.base_model import load_base
-from qlora_trainer.model.unpacked_attention import APART, lay_out
+from qlora_trainer.model.unpacked_attention import UNPACKED_SDPA, packed_layout
 from tests.unit.trainer.families import FAMILIES, write_family
 from tests.unit.trainer.tiny import CPU
 from tests.unit.trainer.tuned import token_rows
@@ -18,52 +18,52 @@ def positions(*lengths: int) -> torch.Tensor:
     return torch.cat([torch.arange(length) for length in lengths])[None]
 
 
-def test_a_layout_puts_each_row_on_a_line():
-    layout = lay_out(positions(2, 3))
+def test_packed_layout_gives_each_row_its_own_line():
+    layout = packed_layout(positions(2, 3))
     assert layout is not None
-    assert layout.places.tolist() == [0, 1, 3, 4, 5]
-    assert layout.tokens.tolist() == [[0, 1, 1], [2, 3, 4]]
+    assert layout.slot_of_token.tolist() == [0, 1, 3, 4, 5]
+    assert layout.token_of_slot.tolist() == [[0, 1, 1], [2, 3, 4]]
     assert layout.filled.tolist() == [[True, True, False], [True, True, True]]
     states = torch.randn(1, 2, 5, 4)
-    lines = layout.lay_apart(states)
+    lines = layout.unpack(states)
     assert torch.equal(lines[0, :, :2], states[0, :, :2])
     assert torch.equal(lines[0, :, 2], states[0, :, 1])
-    assert torch.equal(layout.join(lines.transpose(1, 2)), states.transpose(1, 2))
+    assert torch.equal(layout.repack(lines.transpose(1, 2)), states.transpose(1, 2))
 
 
-def test_a_mask_keeps_what_it_says_within_a_row_and_hides_what_is_behind_its_end():
+def test_unpack_mask_keeps_the_row_mask_and_hides_padding():
     seen = torch.ones(5, 5, dtype=torch.bool).tril()
     seen[4, 2] = False  # a window: the third token of the second row does not see its first
-    layout = lay_out(positions(2, 3))
+    layout = packed_layout(positions(2, 3))
     assert layout is not None
-    first, second = layout.mask_apart(seen[None, None])[:, 0].tolist()
+    first, second = layout.unpack_mask(seen[None, None])[:, 0].tolist()
     assert first == [[True, False, False], [True, True, False], [True, True, False]]
     assert second == [[True, False, False], [True, True, False], [False, True, True]]
 
 
 @pytest.mark.parametrize("lengths", [(7,), (9, 1, 1)])
-def test_there_is_no_layout_where_it_would_not_save_anything(lengths):
-    assert lay_out(positions(*lengths)) is None
+def test_packed_layout_without_savings_is_none(lengths):
+    assert packed_layout(positions(*lengths)) is None
 
 
-@pytest.mark.parametrize(("family", "found"), [("llama", APART), ("gemma2", "eager"), ("falcon", "sdpa")])
-def test_it_takes_the_place_of_sdpa_where_a_class_allows_that(family, found, tmp_path):
+@pytest.mark.parametrize(("family", "found"), [("llama", UNPACKED_SDPA), ("gemma2", "eager"), ("falcon", "sdpa")])
+def test_unpacked_sdpa_replaces_sdpa_if_the_class_supports_it(family, found, tmp_path):
     write_family(family, tmp_path)
     base = load_base(tmp_path, QuantizationSpec(bits=16), torch.float32, FAMILIES[family].attention, "cpu")
     assert base.config._attn_implementation == found
     base.save_pretrained(tmp_path / "saved")
-    assert APART not in (tmp_path / "saved/config.json").read_text()
+    assert UNPACKED_SDPA not in (tmp_path / "saved/config.json").read_text()
 
 
 @pytest.mark.parametrize("short", [0, 256], ids=["in-their-dtype", "in-fp32"])
 @pytest.mark.parametrize(
-    "family", [name for name, facts in FAMILIES.items() if facts.attention == "sdpa" and facts.joins]
+    "family", [name for name, facts in FAMILIES.items() if facts.attention == "sdpa" and facts.packing_is_exact]
 )
-def test_states_and_gradients_are_those_of_one_masked_sequence(family, short, tmp_path, monkeypatch):
-    monkeypatch.setattr(unpacked_attention, "_SHORT", short)
+def test_unpacked_attention_matches_masked_packed_attention(family, short, tmp_path, monkeypatch):
+    monkeypatch.setattr(unpacked_attention, "_FP32_MAX_ROW_TOKENS", short)
     write_family(family, tmp_path)
-    batch, found = make_batch(token_rows(5), CPU, packing=True), []
-    for attention in ("sdpa", APART):
+    batch, found = collate(token_rows(5), CPU, packing=True), []
+    for attention in ("sdpa", UNPACKED_SDPA):
         model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=attention, dtype=torch.float32)
         made = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
         made.square().mean().backward()
@@ -72,7 +72,7 @@ def test_states_and_gradients_are_those_of_one_masked_sequence(family, short, tm
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
-def test_joined_rows_are_laid_apart_in_a_model(tmp_path, monkeypatch):
+def test_model_unpacks_packed_rows(tmp_path, monkeypatch):
     seen: list[tuple[int, ...]] = []
     real = unpacked_attention.sdpa_attention_forward
 
@@ -82,14 +82,14 @@ def test_joined_rows_are_laid_apart_in_a_model(tmp_path, monkeypatch):
 
     monkeypatch.setattr(unpacked_attention, "sdpa_attention_forward", watch)
     write_family("llama", tmp_path)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=APART)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=UNPACKED_SDPA)
     rows = token_rows(5)
-    batch = make_batch(rows, CPU, packing=True)
-    layouts = lay_out.cache_info().misses
+    batch = collate(rows, CPU, packing=True)
+    layouts = packed_layout.cache_info().misses
     model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
     # Once for both layers: found anew in each of 30 it is 5 ms of a pass over 640 tokens (measured on 2 cores).
-    assert lay_out.cache_info().misses == layouts + 1
-    assert len(lay_out(batch.position_ids).masks) == 1
+    assert packed_layout.cache_info().misses == layouts + 1
+    assert len(packed_layout(batch.position_ids).masks) == 1
     model(input_ids=batch.input_ids, use_cache=False)
     apart_shape, joined_shape = (5, max(len(row.input_ids) for row in rows)), (1, batch.input_ids.shape[1])
     assert seen == [apart_shape] * (len(seen) // 2) + [joined_shape] * (len(seen) // 2)

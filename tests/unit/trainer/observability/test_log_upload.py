@@ -21,22 +21,22 @@ from qlora_api.logfiles import LogFile, log_folder
 from qlora_api.logs import Format, handler_for
 from qlora_api.names import Phase, Reason
 from qlora_api.redaction import MASK, REDACTOR
-from qlora_api.report import LastWord
+from qlora_api.report import TerminationMessage
 from qlora_api.v1alpha1 import Checkpoint, Progress
-from qlora_trainer.__main__ import Process, end_badly, leave
+from qlora_trainer.__main__ import ProcessContext, exit_with_error, exit_with_message
 from qlora_trainer.errors import RunError
-from qlora_trainer.observability.log_object import LogPlace
+from qlora_trainer.observability.log_object import LogObject
 from qlora_trainer.observability.log_upload import (
-    FIELD_CHARACTERS,
-    FIRST_BYTES,
-    LAST_BYTES,
-    Kept,
-    Lines,
-    Logbook,
+    HEAD_BYTES,
+    MAX_FIELD_CHARACTERS,
+    TAIL_BYTES,
+    BoundedLog,
+    LogUploader,
+    TeeHandler,
     shorten,
 )
 from qlora_trainer.runtime.shutdown import StopFlag
-from qlora_trainer.runtime.termination_message import Farewell
+from qlora_trainer.runtime.termination_message import TerminationMessageWriter
 from tests.unit.trainer.processes import ROOT
 from tests.unit.trainer.tiny import prepare_config, write_job
 
@@ -46,20 +46,20 @@ SOON = 10.0
 
 
 @dataclass
-class Spot:
+class FakeLogTarget:
     """A place that a test watches."""
 
     put: Callable[[bytes], object]
     found: bytes = b""
 
-    def earlier(self) -> bytes:
+    def read_existing(self) -> bytes:
         return self.found
 
 
 @pytest.fixture
-def book() -> Iterator[Logbook]:
+def book() -> Iterator[LogUploader]:
     """A logbook that hears one logger, and uploads for a checkpoint or at the end only."""
-    book, logger = Logbook(interval=3600), logging.getLogger("qlora_trainer")
+    book, logger = LogUploader(interval=3600), logging.getLogger("qlora_trainer")
     level = logger.level
     logger.addHandler(book)
     logger.setLevel(logging.INFO)
@@ -90,30 +90,33 @@ def report(step: int) -> Progress:
         (LogFile(2, 1), "attempt-2-node-1.jsonl"),
     ],
 )
-def test_a_name_says_whose_log_it_is(file: LogFile, name: str) -> None:
-    assert (file.name, LogFile.read(name)) == (name, file)
+def test_log_file_name_parses_to_attempt_and_rank(file: LogFile, name: str) -> None:
+    assert (file.name, LogFile.parse(name)) == (name, file)
 
 
 @pytest.mark.parametrize(
     "name", ["attempt-1.jsonl", "attempt-1-node-0-rank-0.jsonl.part", "attempt-x-node-0.jsonl", ""]
 )
-def test_other_names_are_nobodys(name: str) -> None:
-    assert LogFile.read(name) is None
+def test_other_names_are_no_log_files(name: str) -> None:
+    assert LogFile.parse(name) is None
 
 
-def test_logs_are_kept_apart_by_qlorajob() -> None:
+def test_log_folder_is_per_qlorajob() -> None:
     assert (log_folder("0a1b"), log_folder("")) == ("logs/0a1b", "logs")
 
 
-def test_a_short_log_is_kept_whole() -> None:
-    kept = Kept(first_bytes=8, last_bytes=8)
+def test_short_log_is_complete() -> None:
+    kept = BoundedLog(first_bytes=8, last_bytes=8)
     for line in ("one", "two", "three"):
         kept.add(line)
     assert kept.text() == b"one\ntwo\nthree\n"
 
 
-def test_of_a_long_log_the_beginning_and_the_end_are_kept_and_the_gap_is_told() -> None:
-    kept, lines = Kept(first_bytes=500, last_bytes=500), [f'{{"time": "00:{number:04}"}}' for number in range(1000)]
+def test_long_log_has_head_tail_and_an_omission_line() -> None:
+    kept, lines = (
+        BoundedLog(first_bytes=500, last_bytes=500),
+        [f'{{"time": "00:{number:04}"}}' for number in range(1000)],
+    )
     for line in lines:
         kept.add(line)
     told = kept.text().decode().splitlines()
@@ -127,8 +130,8 @@ def test_of_a_long_log_the_beginning_and_the_end_are_kept_and_the_gap_is_told() 
     assert kept.count == 1000
 
 
-def test_the_memory_is_bounded_whatever_is_said() -> None:
-    kept = Kept(first_bytes=1000, last_bytes=1000)
+def test_bounded_log_has_bounded_memory() -> None:
+    kept = BoundedLog(first_bytes=1000, last_bytes=1000)
     for line in ("x" * 5000, "é" * 600, "short", "\ud800 alone"):
         kept.add(line)
     text = kept.text()
@@ -137,7 +140,7 @@ def test_the_memory_is_bounded_whatever_is_said() -> None:
 
 
 def test_a_line_without_end_keeps_its_beginning_and_its_end() -> None:
-    long = "first " + "x" * 10 * FIELD_CHARACTERS + " last"
+    long = "first " + "x" * 10 * MAX_FIELD_CHARACTERS + " last"
     line = shorten(json.dumps({"message": "it failed", "exception": long, "deep": [long], "step": 3}))
     told = json.loads(line)
     assert (told["message"], told["step"]) == ("it failed", 3)
@@ -145,11 +148,11 @@ def test_a_line_without_end_keeps_its_beginning_and_its_end() -> None:
         assert "first" in told[name][:10]
         assert "last" in told[name][-10:]
         assert "characters are left out" in told[name]
-        assert len(told[name]) < FIELD_CHARACTERS + 100
+        assert len(told[name]) < MAX_FIELD_CHARACTERS + 100
     assert shorten('{"message": "short"}') == '{"message": "short"}'
 
 
-def test_all_that_was_said_is_uploaded_with_a_checkpoint_and_at_the_end(book: Logbook) -> None:
+def test_log_is_uploaded_with_a_checkpoint_and_at_the_end(book: LogUploader) -> None:
     uploads: list[bytes] = []
     happened = threading.Condition()
 
@@ -159,7 +162,7 @@ def test_all_that_was_said_is_uploaded_with_a_checkpoint_and_at_the_end(book: Lo
             happened.notify()
 
     say("before the output was known")
-    book.open(Spot(put))
+    book.start(FakeLogTarget(put))
     with happened:
         for step in (0, 2, 2):
             say(f"after step {step}")
@@ -174,10 +177,10 @@ def test_all_that_was_said_is_uploaded_with_a_checkpoint_and_at_the_end(book: Lo
     assert len(uploads) == before, "nothing new was said"
 
 
-def test_an_attempt_that_a_queue_starts_again_goes_on_in_its_log(book: Logbook) -> None:
+def test_requeued_attempt_appends_to_its_log(book: LogUploader) -> None:
     uploads: list[bytes] = []
     say("again")
-    book.open(Spot(uploads.append, b'{"message": "the first pod"}\n'))
+    book.start(FakeLogTarget(uploads.append, b'{"message": "the first pod"}\n'))
     book.report(report(2))
     say("the end")
     book.finish()
@@ -185,10 +188,10 @@ def test_an_attempt_that_a_queue_starts_again_goes_on_in_its_log(book: Logbook) 
 
 
 def test_an_earlier_log_is_bounded_like_any_other() -> None:
-    kept = Kept(first_bytes=10, last_bytes=10)
+    kept = BoundedLog(first_bytes=10, last_bytes=10)
     for line in ("five", "six"):
         kept.add(line)
-    kept.precede(b"one\ntwo\nthree\nfour\n")
+    kept.prepend(b"one\ntwo\nthree\nfour\n")
     first, second, gap, *last = kept.text().splitlines()
     assert [first, second, *last] == [b"one", b"two", b"five", b"six"]
     assert json.loads(gap)["message"].startswith("2 lines (11 bytes)")
@@ -196,21 +199,21 @@ def test_an_earlier_log_is_bounded_like_any_other() -> None:
 
 def test_an_upload_comes_from_time_to_time() -> None:
     uploaded = threading.Event()
-    book = Logbook(interval=0.05)
-    book.open(Spot(lambda _: uploaded.set()))
+    book = LogUploader(interval=0.05)
+    book.start(FakeLogTarget(lambda _: uploaded.set()))
     book.handle(logging.LogRecord("a", logging.INFO, "f", 1, "said", (), None))
     assert uploaded.wait(SOON)
     book.finish()
 
 
-def test_a_failing_upload_is_told_once_and_nothing_else(book: Logbook, caplog: pytest.LogCaptureFixture) -> None:
+def test_failing_log_upload_warns_once(book: LogUploader, caplog: pytest.LogCaptureFixture) -> None:
     tries: list[bytes] = []
 
     def refuse(text: bytes) -> None:
         tries.append(text)
         raise RunError(Reason.S3_DENIED, "spec.output.uri: PutObject is refused")
 
-    book.open(Spot(refuse))
+    book.start(FakeLogTarget(refuse))
     for step in (1, 2, 3):
         say("a step")
         book.report(report(step))
@@ -224,7 +227,7 @@ def test_a_failing_upload_is_told_once_and_nothing_else(book: Logbook, caplog: p
 
 
 def test_an_upload_that_hangs_delays_the_end_by_its_bound_and_the_run_not_at_all(
-    book: Logbook, caplog: pytest.LogCaptureFixture
+    book: LogUploader, caplog: pytest.LogCaptureFixture
 ) -> None:
     go_on, entered = threading.Event(), threading.Event()
 
@@ -232,7 +235,7 @@ def test_an_upload_that_hangs_delays_the_end_by_its_bound_and_the_run_not_at_all
         entered.set()
         go_on.wait()
 
-    book.open(Spot(hang))
+    book.start(FakeLogTarget(hang))
     say("a step")
     started = time.monotonic()
     book.report(report(1))
@@ -248,12 +251,12 @@ def test_an_upload_that_hangs_delays_the_end_by_its_bound_and_the_run_not_at_all
     assert caplog.messages[-1] == "the end of the log is not in the output: it could not be written within 0.3 s"
 
 
-def test_no_secret_is_uploaded(book: Logbook, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_secret_is_uploaded(book: LogUploader, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(REDACTOR, "_values", set())
-    monkeypatch.setattr(REDACTOR, "_known", None)
-    REDACTOR.learn(["c4n4ry/of+the/output"])
+    monkeypatch.setattr(REDACTOR, "_secret_pattern", None)
+    REDACTOR.add_secrets(["c4n4ry/of+the/output"])
     uploads: list[bytes] = []
-    book.open(Spot(uploads.append))
+    book.start(FakeLogTarget(uploads.append))
     say(
         "c4n4ry/of+the/output",
         url="https://u:c4n4ry-of-a-url@s3",
@@ -266,38 +269,38 @@ def test_no_secret_is_uploaded(book: Logbook, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.fixture
-def process(book: Logbook, tmp_path: Path) -> Process:
-    return Process(Farewell(tmp_path / "word"), logbook=book)
+def process(book: LogUploader, tmp_path: Path) -> ProcessContext:
+    return ProcessContext(TerminationMessageWriter(tmp_path / "word"), log_uploader=book)
 
 
-def test_the_log_has_the_reason_of_a_failure(process: Process) -> None:
+def test_the_log_has_the_reason_of_a_failure(process: ProcessContext) -> None:
     uploads: list[bytes] = []
-    process.logbook.open(Spot(uploads.append))
-    assert end_badly(RunError(Reason.LOSS_DIVERGED, "loss 80"), process) == 1
+    process.log_uploader.start(FakeLogTarget(uploads.append))
+    assert exit_with_error(RunError(Reason.LOSS_DIVERGED, "loss 80"), process) == 1
     last = json.loads(uploads[-1].splitlines()[-1])
     assert (last["message"], last["reason"]) == ("the run failed", "LossDiverged")
 
 
-def test_nothing_waits_for_an_output_that_cannot_be_written(process: Process) -> None:
+def test_unwritable_output_does_not_delay_exit(process: ProcessContext) -> None:
     uploads: list[bytes] = []
-    process.logbook.open(Spot(uploads.append))
-    end_badly(RunError(Reason.S3_DENIED, "spec.output.uri: s3://a/b: PutObject is refused"), process)
+    process.log_uploader.start(FakeLogTarget(uploads.append))
+    exit_with_error(RunError(Reason.S3_DENIED, "spec.output.uri: s3://a/b: PutObject is refused"), process)
     assert uploads == []
 
 
-def test_a_process_says_that_it_is_done_once_its_log_is_written(
-    process: Process, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_done_file_is_written_after_the_log(
+    process: ProcessContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The launcher ends the others of its pod then."""
     seen: list[list[str]] = []
-    process.logbook.open(Spot(lambda _: seen.append(sorted(path.name for path in tmp_path.iterdir()))))
-    assert leave(LastWord(reason=Reason.PUBLISHED), process, tmp_path / "word") == 0
+    process.log_uploader.start(FakeLogTarget(lambda _: seen.append(sorted(path.name for path in tmp_path.iterdir()))))
+    assert exit_with_message(TerminationMessage(reason=Reason.PUBLISHED), process, tmp_path / "word") == 0
     assert (seen, (tmp_path / "word").exists()) == ([[]], True)
     monkeypatch.setenv("RANK", "1")
-    other = Process(Farewell(tmp_path / "1.json"))
-    other.logbook.open(Spot(lambda _: seen.append(sorted(path.name for path in tmp_path.iterdir()))))
-    other.logbook.handle(logging.LogRecord("a", logging.INFO, "f", 1, "said", (), None))
-    assert leave(None, other, tmp_path / "{rank}.json") == 0
+    other = ProcessContext(TerminationMessageWriter(tmp_path / "1.json"))
+    other.log_uploader.start(FakeLogTarget(lambda _: seen.append(sorted(path.name for path in tmp_path.iterdir()))))
+    other.log_uploader.handle(logging.LogRecord("a", logging.INFO, "f", 1, "said", (), None))
+    assert exit_with_message(None, other, tmp_path / "{rank}.json") == 0
     assert (seen[1], (tmp_path / "1.done").exists()) == (["word"], True)
 
 
@@ -319,7 +322,7 @@ sys.exit(main(["train", "--work", sys.argv[1], "--termination-message", sys.argv
 """
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr.decode()
-    assert LastWord.model_validate_json((tmp_path / "word").read_text()).reason == Reason.PUBLISHED
+    assert TerminationMessage.model_validate_json((tmp_path / "word").read_text()).reason == Reason.PUBLISHED
 
 
 class Asked(logging.Handler):
@@ -336,18 +339,18 @@ def record(text: str) -> logging.LogRecord:
     return logging.LogRecord("a", logging.INFO, "f", 1, text, (), None)
 
 
-def test_a_stop_in_the_middle_of_a_line_comes_after_it(stop: StopFlag) -> None:
-    book = Logbook()
-    lines, uploads = Lines(Asked(), book, stop), list[bytes]()
+def test_sigterm_within_a_log_line_is_delayed(stop: StopFlag) -> None:
+    book = LogUploader()
+    lines, uploads = TeeHandler(Asked(), book, stop), list[bytes]()
     with pytest.raises(RunError, match="asked to stop"):
         lines.handle(record("said"))
     lines.handle(record("the end"))
-    book.open(Spot(uploads.append))
+    book.start(FakeLogTarget(uploads.append))
     book.finish()
     assert messages(uploads[-1]) == ["said", "the end"]
 
 
-def test_a_line_of_another_thread_does_not_put_a_stop_off(stop: StopFlag) -> None:
+def test_log_line_of_another_thread_does_not_delay_sigterm(stop: StopFlag) -> None:
     inside, over = threading.Event(), threading.Event()
 
     class Slow(logging.Handler):
@@ -355,7 +358,7 @@ def test_a_line_of_another_thread_does_not_put_a_stop_off(stop: StopFlag) -> Non
             inside.set()
             assert over.wait(SOON)
 
-    thread = threading.Thread(target=Lines(Slow(), Logbook(), stop).handle, args=(record("said"),))
+    thread = threading.Thread(target=TeeHandler(Slow(), LogUploader(), stop).handle, args=(record("said"),))
     thread.start()
     try:
         assert inside.wait(SOON)
@@ -367,8 +370,8 @@ def test_a_line_of_another_thread_does_not_put_a_stop_off(stop: StopFlag) -> Non
 
 
 def test_the_log_has_the_lines_of_many_threads_in_the_order_of_standard_output() -> None:
-    written, book, uploads = io.StringIO(), Logbook(), list[bytes]()
-    lines = Lines(handler_for(Format.JSON, written), book, StopFlag())
+    written, book, uploads = io.StringIO(), LogUploader(), list[bytes]()
+    lines = TeeHandler(handler_for(Format.JSON, written), book, StopFlag())
 
     def say_much(name: int) -> None:
         for number in range(300):
@@ -384,7 +387,7 @@ def test_the_log_has_the_lines_of_many_threads_in_the_order_of_standard_output()
             thread.join()
     finally:
         sys.setswitchinterval(interval)
-    book.open(Spot(uploads.append))
+    book.start(FakeLogTarget(uploads.append))
     book.finish()
     assert uploads[-1].decode() == written.getvalue()
 
@@ -405,8 +408,8 @@ def test_the_log_of_a_preparation_is_beside_the_results(tmp_path: Path) -> None:
     kept = tmp_path / "output" / "colours" / "logs" / "0a1b" / "prepare.jsonl"
     assert kept.read_text() == done.stdout
     assert json.loads(kept.read_text().splitlines()[-1])["reason"] == "DatasetNotFound"
-    place = LogPlace(config, LogFile(0))
-    assert (place.earlier(), LogPlace(config, LogFile(1)).earlier()) == (done.stdout.encode(), b"")
+    place = LogObject(config, LogFile(0))
+    assert (place.read_existing(), LogObject(config, LogFile(1)).read_existing()) == (done.stdout.encode(), b"")
     with kept.open("ab") as file:
-        file.truncate(2 * (FIRST_BYTES + LAST_BYTES) + 1)
-    assert place.earlier() == b"", "none of ours is so large"
+        file.truncate(2 * (HEAD_BYTES + TAIL_BYTES) + 1)
+    assert place.read_existing() == b"", "none of ours is so large"

@@ -4,7 +4,7 @@ import pytest
 
 from qlora_api.names import Phase
 from qlora_api.report import StepRecord
-from qlora_trainer.observability.progress_tracker import Pace, time_and_tokens
+from qlora_trainer.observability.progress_tracker import ProgressTracker, time_and_tokens
 from tests.unit.trainer.tiny import RecordingSink
 
 STEPS = tuple(
@@ -16,18 +16,18 @@ STEPS = tuple(
 def reported(resumed: int) -> RecordingSink:
     """A run of ten steps that had done some in an earlier attempt."""
     sink = RecordingSink()
-    pace = Pace(sink, total_steps=10)
-    pace.enter(Phase.TRAINING)
+    pace = ProgressTracker(sink, total_steps=10)
+    pace.enter_phase(Phase.TRAINING)
     pace.resume(STEPS[:resumed])
     for record in STEPS[resumed:]:
-        pace.note(record)
-    pace.finish()
-    pace.enter(Phase.EVALUATING)
+        pace.on_step(record)
+    pace.skip_remaining_steps()
+    pace.enter_phase(Phase.EVALUATING)
     return sink
 
 
 @pytest.mark.parametrize("resumed", [0, 3])
-def test_a_report_speaks_of_all_steps_of_all_attempts(resumed):
+def test_progress_counts_steps_of_all_attempts(resumed):
     first, *others, last = reported(resumed).seen
     assert (first.step, first.percent, first.loss, first.remaining_seconds) == (0, 0, None, None)
     for report in others[1:]:

@@ -11,11 +11,11 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from qlora_api.names import Reason, SecretRole
-from qlora_api.report import HeldOutRecord, StepRecord
+from qlora_api.report import StepRecord, ValidationRecord
 from qlora_api.runconfig import RunConfig
 from qlora_trainer.errors import RunError
 from qlora_trainer.observability import trackers as tracking
-from qlora_trainer.observability.trackers import BOARD, Background, copy_board, open_trackers
+from qlora_trainer.observability.trackers import TENSORBOARD_FOLDER, BackgroundTracker, copy_event_file, open_trackers
 from qlora_trainer.storage.credentials import Credentials, Secrets, load_secrets
 from tests.make import make_prepared, make_spec
 from tests.unit.trainer.tiny import run_config, serving
@@ -23,7 +23,7 @@ from tests.unit.trainer.tiny import run_config, serving
 STEPS = tuple(
     StepRecord(step=step, loss=4.0 / step, learning_rate=0.1, grad_norm=1.0, tokens=50, seconds=0.5) for step in (1, 2)
 )
-LOOK = HeldOutRecord(step=2, loss=2.5, token_accuracy=0.5, seconds=1.0)
+VALIDATION = ValidationRecord(step=2, loss=2.5, token_accuracy=0.5, seconds=1.0)
 SECRETS = Secrets({role: Credentials() for role in SecretRole})
 
 
@@ -36,13 +36,13 @@ def track(config: RunConfig, work: Path, secrets: Secrets = SECRETS) -> list[str
     notes: list[str] = []
     trackers = open_trackers(config, secrets, work, notes.append)
     for record in STEPS:
-        trackers.step(record)
-    trackers.held_out(LOOK)
+        trackers.log_step(record)
+    trackers.log_validation(VALIDATION)
     trackers.close()
     return notes
 
 
-def board_of(folder: Path) -> dict[str, list[tuple[int, float]]]:
+def events_of(folder: Path) -> dict[str, list[tuple[int, float]]]:
     events = EventAccumulator(str(folder))
     events.Reload()
     return {
@@ -54,9 +54,9 @@ def board_of(folder: Path) -> dict[str, list[tuple[int, float]]]:
 def test_tensorboard_is_written_by_default_and_published_under_a_steady_name(tmp_path):
     config, files = config_with(), tmp_path / "files"
     assert track(config, tmp_path) == []
-    copy_board(tmp_path, config, files)
-    assert [path.name for path in (files / BOARD).iterdir()] == ["events.out.tfevents.qlora"]
-    assert board_of(files / BOARD) == {
+    copy_event_file(tmp_path, config, files)
+    assert [path.name for path in (files / TENSORBOARD_FOLDER).iterdir()] == ["events.out.tfevents.qlora"]
+    assert events_of(files / TENSORBOARD_FOLDER) == {
         "train/loss": [(1, 4.0), (2, 2.0)],
         "train/grad_norm": [(1, 1.0), (2, 1.0)],
         "train/learning_rate": [(1, 0.1), (2, 0.1)],
@@ -66,21 +66,21 @@ def test_tensorboard_is_written_by_default_and_published_under_a_steady_name(tmp
     }
 
 
-def test_a_resumed_run_has_the_steps_before_on_its_board(tmp_path):
+def test_resumed_run_replays_earlier_steps_to_tensorboard(tmp_path):
     config = config_with()
     track(config, tmp_path)  # the attempt before, whose file is replaced
     trackers = open_trackers(config, SECRETS, tmp_path, pytest.fail)
     trackers.replay(STEPS[:1], ())
-    trackers.step(STEPS[1])
+    trackers.log_step(STEPS[1])
     trackers.close()
-    copy_board(tmp_path, config, tmp_path / "files")
-    assert board_of(tmp_path / "files" / BOARD)["train/loss"] == [(1, 4.0), (2, 2.0)]
+    copy_event_file(tmp_path, config, tmp_path / "files")
+    assert events_of(tmp_path / "files" / TENSORBOARD_FOLDER)["train/loss"] == [(1, 4.0), (2, 2.0)]
 
 
 def test_without_tensorboard_there_is_no_file(tmp_path):
     config = config_with(tensorboard=False)
     assert track(config, tmp_path) == []
-    copy_board(tmp_path, config, tmp_path / "files")
+    copy_event_file(tmp_path, config, tmp_path / "files")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -121,7 +121,7 @@ def clean_environment(monkeypatch):
 
 
 @pytest.mark.usefixtures("clean_environment")
-def test_mlflow_is_told_every_step_with_the_secrets_token(mlflow, tmp_path):
+def test_mlflow_logs_every_step_with_the_token_of_the_secret(mlflow, tmp_path):
     url, told = mlflow
     secrets = Secrets(SECRETS.by_role | {SecretRole.MLFLOW: Credentials({"MLFLOW_TRACKING_TOKEN": "hush"})})
     config = config_with(tensorboard=False, mlflow={"uri": url, "experiment": "bots"})
@@ -139,15 +139,15 @@ def test_mlflow_is_told_every_step_with_the_secrets_token(mlflow, tmp_path):
 
 
 @pytest.mark.usefixtures("clean_environment")
-def test_a_dead_tracker_is_named_once_and_disturbs_nobody(tmp_path):
+def test_dead_tracker_is_logged_once_and_ignored(tmp_path):
     config = config_with(mlflow={"uri": "http://127.0.0.1:9", "experiment": "bots"})
     notes = track(config, tmp_path)
     assert len(notes) == 1
     assert notes[0].startswith("MLflow is given up, and the run goes on without it: ")
-    assert board_of(tracking.board_folder(tmp_path, config))["train/loss"] == [(1, 4.0), (2, 2.0)]
+    assert events_of(tracking.tensorboard_folder(tmp_path, config))["train/loss"] == [(1, 4.0), (2, 2.0)]
 
 
-def test_a_slow_tracker_is_left_behind(monkeypatch):
+def test_slow_tracker_does_not_block(monkeypatch):
     monkeypatch.setattr(tracking, "_CLOSE_SECONDS", 0.1)
     released, notes = threading.Event(), []
 
@@ -155,10 +155,10 @@ def test_a_slow_tracker_is_left_behind(monkeypatch):
         released.wait()
         raise TimeoutError
 
-    slow = Background("a tracker", connect, notes.append)
+    slow = BackgroundTracker("a tracker", connect, notes.append)
     slow.log({"train/loss": 1.0}, 1)
     slow.finish()
-    slow.wait()
+    slow.join()
     assert notes[0].startswith("a tracker has not taken everything in 0 s")
     released.set()
     slow._thread.join()

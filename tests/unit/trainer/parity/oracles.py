@@ -14,9 +14,9 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, default_da
 from trl import SFTConfig, SFTTrainer
 
 from qlora_api.v1alpha1 import TrainingSpec
-from qlora_trainer.data.batching import rows_of_step
+from qlora_trainer.data.batching import sample_step
 from qlora_trainer.data.tokenization import TokenRow
-from qlora_trainer.model.base_model import Tuned
+from qlora_trainer.model.base_model import TrainableModel
 from tests.unit.trainer.tiny import make_tokenizer
 
 IGNORED: Final = -100
@@ -24,7 +24,7 @@ IGNORED: Final = -100
 
 
 @dataclass(frozen=True)
-class Course:
+class RunSettings:
     """A training run, in words that all three trainers understand."""
 
     training: TrainingSpec
@@ -35,7 +35,7 @@ class Course:
     def order(self, rows: int) -> list[int]:
         """Return the rows of all steps, one after the other: an oracle reads a dataset that is already in order."""
         batch, seed = self.training.global_batch_size, self.training.seed
-        return [row for step in range(self.steps) for row in rows_of_step(step, rows, batch, seed)]
+        return [row for step in range(self.steps) for row in sample_step(step, rows, batch, seed)]
 
 
 class Losses(TrainerCallback):
@@ -51,24 +51,24 @@ class Losses(TrainerCallback):
 
 def labels_of(row: TokenRow) -> list[int]:
     """Return the row's tokens where they are learned; the oracles shift labels by themselves."""
-    learned = {position for start, end in row.learned for position in range(start, end)}
+    learned = {position for start, end in row.label_spans for position in range(start, end)}
     return [token if place in learned else IGNORED for place, token in enumerate(row.input_ids)]
 
 
-def dataset_of(rows: Sequence[TokenRow], course: Course) -> Dataset:
+def dataset_of(rows: Sequence[TokenRow], fingerprint: RunSettings) -> Dataset:
     """Return the rows in the order in which they are learned, already tokenised."""
-    ordered = [rows[number] for number in course.order(len(rows))]
+    ordered = [rows[number] for number in fingerprint.order(len(rows))]
     return Dataset.from_list([{"input_ids": list(row.input_ids), "labels": labels_of(row)} for row in ordered])
 
 
-def arguments_of(course: Course, folder: Path) -> dict[str, Any]:
+def arguments_of(fingerprint: RunSettings, folder: Path) -> dict[str, Any]:
     """Return what transformers and TRL call the settings of a course, and what they do unasked switched off."""
-    training = course.training
+    training = fingerprint.training
     return {
         "output_dir": str(folder),
-        "max_steps": course.steps,
-        "per_device_train_batch_size": course.micro_batch,
-        "gradient_accumulation_steps": training.global_batch_size // course.micro_batch,
+        "max_steps": fingerprint.steps,
+        "per_device_train_batch_size": fingerprint.micro_batch,
+        "gradient_accumulation_steps": training.global_batch_size // fingerprint.micro_batch,
         "learning_rate": training.learning_rate,
         "lr_scheduler_type": training.scheduler,
         # transformers starts a warm-up at rate 0, so that its first step learns nothing; ours starts one step further.
@@ -77,7 +77,7 @@ def arguments_of(course: Course, folder: Path) -> dict[str, Any]:
         "weight_decay": training.weight_decay,
         "max_grad_norm": training.max_grad_norm,
         "optim": "adamw_torch",
-        "bf16": course.bf16,
+        "bf16": fingerprint.bf16,
         # The dataset is in order already.
         "train_sampling_strategy": "sequential",
         # Recomputation is exact but slow; TRL has it on.
@@ -103,43 +103,49 @@ class PlainHeadSFTTrainer(SFTTrainer):
     compute_loss = Trainer.compute_loss
 
 
-def losses_of_trl(tuned: Tuned, rows: Sequence[TokenRow], course: Course, folder: Path) -> list[float]:
+def losses_of_trl(
+    trainable: TrainableModel, rows: Sequence[TokenRow], fingerprint: RunSettings, folder: Path
+) -> list[float]:
     """Train with TRL's SFTTrainer as it is, and return its losses."""
-    return _losses_of_sft(SFTTrainer, tuned, rows, course, folder)
+    return _losses_of_sft(SFTTrainer, trainable, rows, fingerprint, folder)
 
 
-def losses_of_trl_with_plain_head(tuned: Tuned, rows: Sequence[TokenRow], course: Course, folder: Path) -> list[float]:
+def losses_of_trl_with_plain_head(
+    trainable: TrainableModel, rows: Sequence[TokenRow], fingerprint: RunSettings, folder: Path
+) -> list[float]:
     """Train with TRL's SFTTrainer and the model's own output layer, and return its losses."""
-    return _losses_of_sft(PlainHeadSFTTrainer, tuned, rows, course, folder)
+    return _losses_of_sft(PlainHeadSFTTrainer, trainable, rows, fingerprint, folder)
 
 
 def _losses_of_sft(
-    sft: type[SFTTrainer], tuned: Tuned, rows: Sequence[TokenRow], course: Course, folder: Path
+    sft: type[SFTTrainer], trainable: TrainableModel, rows: Sequence[TokenRow], fingerprint: RunSettings, folder: Path
 ) -> list[float]:
-    losses, started = Losses(), [parameter.detach().clone() for parameter in tuned.parameters()]
+    losses, started = Losses(), [parameter.detach().clone() for parameter in trainable.parameters()]
     trainer = sft(
-        model=tuned.peft,
+        model=trainable.wrapped,
         # max_length would cut rows, and padding to a multiple would change the width of a batch.
-        args=SFTConfig(**arguments_of(course, folder), max_length=None, pad_to_multiple_of=None),
-        train_dataset=dataset_of(rows, course),
+        args=SFTConfig(**arguments_of(fingerprint, folder), max_length=None, pad_to_multiple_of=None),
+        train_dataset=dataset_of(rows, fingerprint),
         processing_class=make_tokenizer(),
         callbacks=[losses],
     )
     # On a quantised base TRL makes the adapter bf16 (finding 6 of section 0); this is the fp32 adapter again, from its
     # values before the rounding.
-    for parameter, value in zip(tuned.parameters(), started, strict=True):
+    for parameter, value in zip(trainable.parameters(), started, strict=True):
         parameter.data = value
     trainer.train()
     return losses.seen
 
 
-def losses_of_transformers(tuned: Tuned, rows: Sequence[TokenRow], course: Course, folder: Path) -> list[float]:
+def losses_of_transformers(
+    trainable: TrainableModel, rows: Sequence[TokenRow], fingerprint: RunSettings, folder: Path
+) -> list[float]:
     """Train with transformers' Trainer and return its losses."""
     losses = Losses()
     trainer = Trainer(
-        model=tuned.peft,
-        args=TrainingArguments(**arguments_of(course, folder)),
-        train_dataset=dataset_of(rows, course),
+        model=trainable.wrapped,
+        args=TrainingArguments(**arguments_of(fingerprint, folder)),
+        train_dataset=dataset_of(rows, fingerprint),
         data_collator=pad_right,
         callbacks=[losses],
     )

@@ -17,12 +17,12 @@ from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_wi
 from qlora_api.v1alpha1 import LoraSpec, QuantizationSpec, TrainingSpec
 from qlora_trainer.data.tokenization import TokenRow
 from qlora_trainer.distributed.world import World
-from qlora_trainer.model.base_model import Tuned, load_base, tune
-from qlora_trainer.model.optimizer import Kind
-from qlora_trainer.model.runtime_settings import Choices
+from qlora_trainer.model.base_model import TrainableModel, attach_lora, load_base
+from qlora_trainer.model.optimizer import OptimizerKind
+from qlora_trainer.model.runtime_settings import RuntimeSettings
 from qlora_trainer.training.loop import Schedule, make_loop
 from tests.unit.trainer.parity.oracles import (
-    Course,
+    RunSettings,
     losses_of_transformers,
     losses_of_trl,
     losses_of_trl_with_plain_head,
@@ -63,21 +63,23 @@ def token_rows(count: int = 48) -> tuple[TokenRow, ...]:
     )
 
 
-def make_tuned(folder: Path, base: str, *, packing: bool = False) -> tuple[Tuned, Choices]:
+def make_trainable(folder: Path, base: str, *, packing: bool = False) -> tuple[TrainableModel, RuntimeSettings]:
     quantization, dtype = BASES[base]
-    choices = Choices(dtype, "sdpa", checkpointing=False, packing=packing, optimizer=Kind.ADAMW, reasons={})
-    return tune(load_base(folder, quantization, dtype, "sdpa", "cpu"), LORA, 1, choices), choices
+    choices = RuntimeSettings(
+        dtype, "sdpa", gradient_checkpointing=False, packing=packing, optimizer=OptimizerKind.ADAMW, reasons={}
+    )
+    return attach_lora(load_base(folder, quantization, dtype, "sdpa", "cpu"), LORA, 1, choices), choices
 
 
-def course_of(base: str, micro_batch: int = 4, steps: int = 100, **training: float) -> Course:
+def settings_of(base: str, micro_batch: int = 4, steps: int = 100, **training: float) -> RunSettings:
     bf16 = BASES[base][1] == torch.bfloat16
-    return Course(TRAINING.model_copy(update=training), micro_batch, steps, bf16)
+    return RunSettings(TRAINING.model_copy(update=training), micro_batch, steps, bf16)
 
 
 @cache
-def our_losses(folder: Path, base: str, course: Course, *, packing: bool = False) -> list[float]:
-    tuned, choices = make_tuned(folder, base, packing=packing)
-    schedule = Schedule(course.training, course.micro_batch, course.steps)
+def our_losses(folder: Path, base: str, fingerprint: RunSettings, *, packing: bool = False) -> list[float]:
+    tuned, choices = make_trainable(folder, base, packing=packing)
+    schedule = Schedule(fingerprint.training, fingerprint.micro_batch, fingerprint.steps)
     loop = make_loop(tuned, token_rows(), schedule, choices, World(CPU))
     return [record.loss for record in run_steps(loop)]
 
@@ -94,10 +96,10 @@ def our_losses(folder: Path, base: str, course: Course, *, packing: bool = False
         pytest.param("NF4", losses_of_trl, ROUNDED, id="nf4-trl-untouched"),
     ],
 )
-def test_a_hundred_losses_are_those_of(folder, tmp_path, base: str, oracle: Oracle, tolerance: float):
-    course = course_of(base)
+def test_hundred_losses_equal_those_of_the_reference(folder, tmp_path, base: str, oracle: Oracle, tolerance: float):
+    course = settings_of(base)
     ours = our_losses(folder, base, course)
-    theirs = oracle(make_tuned(folder, base)[0], token_rows(), course, tmp_path)
+    theirs = oracle(make_trainable(folder, base)[0], token_rows(), course, tmp_path)
     assert len(theirs) == 100
     assert ours == pytest.approx(theirs, rel=tolerance)
     assert ours[-1] < 0.9 * ours[0]
@@ -105,7 +107,7 @@ def test_a_hundred_losses_are_those_of(folder, tmp_path, base: str, oracle: Orac
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_gradient_accumulation_of_1_x_16_is_16_x_1(folder, packing):
-    whole, parts = (course_of("fp32", size, 12, global_batch_size=16) for size in (16, 1))
+    whole, parts = (settings_of("fp32", size, 12, global_batch_size=16) for size in (16, 1))
     expected = our_losses(folder, "fp32", whole, packing=packing)
     assert our_losses(folder, "fp32", parts, packing=packing) == pytest.approx(expected, rel=1e-5)
 

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 
 from qlora_api.names import Reason
-from qlora_api.report import Manifest
+from qlora_api.report import ResultManifest
 from qlora_api.v1alpha1 import EvaluationStatus, GateSpec, Metrics, QLoRAJobSpec
 from qlora_trainer import stages
 from qlora_trainer.errors import RunError
 from qlora_trainer.prepare import prepare
-from qlora_trainer.publishing.gate import can_judge, judge
+from qlora_trainer.publishing.gate import find_violations, has_required_metrics
 from qlora_trainer.run import run
 from tests.unit.trainer.tiny import (
     RecordingSink,
@@ -70,13 +70,13 @@ def evaluation(base: float, adapter: float, **answers: float) -> EvaluationStatu
         ),
     ],
 )
-def test_judge(gate, found, complaints):
-    assert judge(GateSpec(**gate), found) == complaints
+def test_find_violations(gate, found, complaints):
+    assert find_violations(GateSpec(**gate), found) == complaints
 
 
-def test_an_evaluation_without_answers_cannot_be_judged_by_them():
-    assert not can_judge(GateSpec(min_rouge_l=0.1), evaluation(2, 1))
-    assert can_judge(GateSpec(max_loss=0.1), evaluation(2, 1))
+def test_gate_on_answers_without_answers_lacks_metrics():
+    assert not has_required_metrics(GateSpec(min_rouge_l=0.1), evaluation(2, 1))
+    assert has_required_metrics(GateSpec(max_loss=0.1), evaluation(2, 1))
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ def with_gate(spec: QLoRAJobSpec, **gate: float) -> QLoRAJobSpec:
     return spec.model_copy(update={"evaluation": changed})
 
 
-def test_refused_work_is_kept_and_published_later_without_training(spec, tmp_path, monkeypatch):
+def test_rejected_result_is_uploaded_and_published_later_without_training(spec, tmp_path, monkeypatch):
     monkeypatch.setattr(stages, "load_in_fresh_process", lambda *_: None)
     prepared = prepare(prepare_config(spec), work=tmp_path)
     folder = Path(prepared.prefix.removeprefix("file://"))
@@ -109,7 +109,7 @@ def test_refused_work_is_kept_and_published_later_without_training(spec, tmp_pat
     accepted = prepare(prepare_config(with_gate(spec, max_loss=99)), work=tmp_path)
     assert accepted.published is not None
     assert accepted.published.adapter == f"{prepared.prefix}/rejected/adapter"
-    manifest = Manifest.model_validate_json((folder / "manifest.json").read_text())
+    manifest = ResultManifest.model_validate_json((folder / "manifest.json").read_text())
     for file in manifest.files:
         assert hashlib.sha256((folder / file.path).read_bytes()).hexdigest() == file.sha256, file.path
 

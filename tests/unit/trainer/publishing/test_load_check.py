@@ -30,7 +30,7 @@ TASK = LoadingTask(
         ("echo 2.5", r"has a loss of 2\.5000 where training had 1\.0000"),
     ],
 )
-def test_how_it_ended_is_in_the_message(tmp_path, monkeypatch, script, words):
+def test_failed_load_check_reports_exit_code_or_signal(tmp_path, monkeypatch, script, words):
     """The interpreter is a stand-in that does nothing but end."""
     interpreter = tmp_path / "python"
     interpreter.write_text(f"#!/bin/sh\n{script}\n")

@@ -10,7 +10,7 @@ from transformers import AutoConfig
 from qlora_api.v1alpha1 import QuantizationSpec
 from qlora_trainer.data.tokenization import TokenRow
 from qlora_trainer.model.attention import FLASH
-from qlora_trainer.publishing.merge_weights import MergeTask, choose_rows, merge
+from qlora_trainer.publishing.merge_weights import MergeTask, choose_rows, merge_adapter
 from tests.unit.trainer.trained import PLAIN, with_base, write_trained
 from tests.unit.trainer.tuned import NF4
 
@@ -18,8 +18,8 @@ from tests.unit.trainer.tuned import NF4
 @pytest.mark.parametrize("dora", [False, True])
 def test_the_dequantised_base_answers_as_it_was_trained_to(tmp_path, dora):
     task = write_trained(tmp_path, PLAIN.model_copy(update={"dora": dora}), NF4)
-    exact = merge(with_base(task, "dequantised"), tmp_path / "exact").difference
-    other = merge(task, tmp_path / "other").difference
+    exact = merge_adapter(with_base(task, "dequantised"), tmp_path / "exact").difference
+    other = merge_adapter(task, tmp_path / "other").difference
     assert exact.tokens == sum(row.label_count for row in task.rows)
     assert exact.relative < 0.02  # bf16 keeps 8 bits
     assert exact.same_choice > 0.9
@@ -32,19 +32,19 @@ def test_the_dequantised_base_answers_as_it_was_trained_to(tmp_path, dora):
 @pytest.mark.parametrize(("bits", "bound"), [(8, 0.05), (16, 0.02)])
 def test_other_bases_merge_as_well(tmp_path, bits, bound):
     task = write_trained(tmp_path, PLAIN, QuantizationSpec(bits=bits))
-    assert merge(with_base(task, "dequantised"), tmp_path / "merged").difference.relative < bound
+    assert merge_adapter(with_base(task, "dequantised"), tmp_path / "merged").difference.relative < bound
 
 
 def test_an_adapter_that_was_trained_with_flash_attention_is_merged_on_a_cpu(tmp_path):
     task = write_trained(tmp_path, PLAIN, NF4)
-    plain = merge(with_base(task, "dequantised"), tmp_path / "plain").difference
+    plain = merge_adapter(with_base(task, "dequantised"), tmp_path / "plain").difference
     flash = replace(task, base="dequantised", record=task.record.model_copy(update={"attention": FLASH}))
-    assert merge(flash, tmp_path / "flash").difference == plain
+    assert merge_adapter(flash, tmp_path / "flash").difference == plain
 
 
 def test_what_was_measured_lies_beside_the_model(tmp_path):
     task = write_trained(tmp_path, PLAIN, NF4)
-    report = merge(task, tmp_path / "merged")
+    report = merge_adapter(task, tmp_path / "merged")
     assert json.loads((tmp_path / "merged/merge.json").read_text()) == json.loads(report.model_dump_json(by_alias=True))
     assert (tmp_path / "merged/tokenizer.json").is_file()
     assert AutoConfig.from_pretrained(tmp_path / "merged").dtype == torch.bfloat16
@@ -52,7 +52,7 @@ def test_what_was_measured_lies_beside_the_model(tmp_path):
 
 def test_without_rows_nothing_is_measured(tmp_path):
     task = write_trained(tmp_path, PLAIN, NF4)
-    report = merge(MergeTask(task.model, task.adapter, "original", task.record, ()), tmp_path / "merged")
+    report = merge_adapter(MergeTask(task.model, task.adapter, "original", task.record, ()), tmp_path / "merged")
     assert report.difference is None
 
 

@@ -10,7 +10,7 @@ from huggingface_hub.utils import validate_repo_id
 from qlora_api.prepared import Prepared
 from qlora_api.report import Confidence, Interval, Intervals, RunReport, ServingCheck
 from qlora_api.v1alpha1 import DataStatus, ModelStatus, Plan
-from qlora_trainer.publishing.model_card import CARD, write_card
+from qlora_trainer.publishing.model_card import CARD_FILE, write_card
 from tests.make import DIGEST, NOW, make_result, make_spec
 
 HUB_FILE = "hf://datasets/org/questions/train.jsonl"
@@ -97,8 +97,8 @@ def make_report(**spec: Any) -> RunReport:
 )
 def test_the_hub_finds_base_data_and_kind_in_the_card(tmp_path: Path, spec, metadata):
     write_card(make_report(**spec), tmp_path)
-    assert metadata_load(tmp_path / CARD) == metadata
-    card = ModelCard.load(tmp_path / CARD)
+    assert metadata_load(tmp_path / CARD_FILE) == metadata
+    card = ModelCard.load(tmp_path / CARD_FILE)
     assert card.data.to_dict() == metadata
     assert card.text.lstrip().startswith("# support-bot\n")
     named = [card.data.base_model, *(card.data.datasets or ())]

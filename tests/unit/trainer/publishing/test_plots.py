@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 import pytest
 
 from qlora_api.report import EvaluatedRow, RowScore
-from qlora_trainer.publishing.plots import describe_rows, for_page, smoothed, thinned
+from qlora_trainer.publishing.plots import describe_rows, exponential_moving_average, subsample, to_inline_svg
 
 SVG = """<?xml version="1.0" encoding="utf-8" standalone="no"?>
 <!DOCTYPE svg PUBLIC "-//W3C//DTD SVG 1.1//EN" "http://www.w3.org/Graphics/SVG/1.1/DTD/svg11.dtd">
@@ -25,8 +25,8 @@ def row(base: float, adapter: float) -> EvaluatedRow:
     )
 
 
-def test_a_picture_takes_size_and_colours_from_its_page():
-    picture = for_page(SVG, "Loss. It fell.")
+def test_inline_svg_takes_size_and_colors_from_the_page():
+    picture = to_inline_svg(SVG, "Loss. It fell.")
     assert picture.startswith('<svg viewBox="0 0 288 194" ')
     (group,) = ElementTree.fromstring(picture)
     path, text = group
@@ -43,19 +43,19 @@ def test_a_picture_takes_size_and_colours_from_its_page():
         ([row(2, 1)] * 2500, "2,500 of 2,500 rows (100%) have a lower loss, below the line. 1,000 of them are drawn."),
     ],
 )
-def test_the_share_of_better_rows_is_over_all_of_them(rows, caption):
+def test_caption_counts_improved_rows_over_all_rows(rows, caption):
     assert describe_rows(rows) == caption
 
 
 @pytest.mark.parametrize("count", [1, 999, 1000, 1001, 123_456])
-def test_what_is_drawn_is_bounded_and_spread_over_all(count):
-    drawn = thinned(range(count))
+def test_subsample_is_bounded_and_even(count):
+    drawn = subsample(range(count))
     assert len(drawn) == min(count, 1000)
     assert (drawn[0], drawn[-1]) == (0, count - 1)
     steps = [after - before for before, after in pairwise(drawn)]
     assert not steps or max(steps) - min(steps) <= 1
 
 
-def test_a_smoothed_line_starts_where_its_values_do():
-    assert smoothed([4.0, 4.0]) == pytest.approx([4.0, 4.0])
-    assert smoothed([4.0, 2.0])[1] == pytest.approx((0.09 * 4 + 0.1 * 2) / 0.19)
+def test_moving_average_is_unbiased_at_the_start():
+    assert exponential_moving_average([4.0, 4.0]) == pytest.approx([4.0, 4.0])
+    assert exponential_moving_average([4.0, 2.0])[1] == pytest.approx((0.09 * 4 + 0.1 * 2) / 0.19)

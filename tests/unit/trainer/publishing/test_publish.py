@@ -12,7 +12,7 @@ from botocore.exceptions import ClientError
 from moto import mock_aws
 
 from qlora_api.names import Reason, SecretRole
-from qlora_api.report import Manifest, MergedManifest, MergeReport
+from qlora_api.report import MergedManifest, MergeReport, ResultManifest
 from qlora_api.runconfig import RunConfig, S3Config
 from qlora_trainer.errors import RunError
 from qlora_trainer.publishing.publish import publish
@@ -20,7 +20,14 @@ from qlora_trainer.storage.credentials import Credentials
 from qlora_trainer.storage.local_store import FileStore
 from qlora_trainer.storage.results import describe_files, find_merged
 from qlora_trainer.storage.s3 import S3Store
-from qlora_trainer.storage.store import DATASET, MODEL, OUTPUT, AlreadyThereError, MissingObjectError, sha256_of
+from qlora_trainer.storage.store import (
+    DATASET_FIELD,
+    MODEL_FIELD,
+    OUTPUT_FIELD,
+    MissingObjectError,
+    ObjectExistsError,
+    sha256_of,
+)
 from tests.unit.trainer.results import DIGEST, config, result
 
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
@@ -31,7 +38,7 @@ class RecordingStore(FileStore):
     """A folder that remembers the order of its writes."""
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(f"file://{folder}", OUTPUT)
+        super().__init__(f"file://{folder}", OUTPUT_FIELD)
         self.writes: list[str] = []
 
     def put(self, path: str, source: Path | bytes, *, if_none_match: bool = False) -> None:
@@ -57,7 +64,7 @@ def test_the_manifest_comes_after_every_file_and_the_pointer_after_it(tmp_path, 
         f"{DIGEST}/manifest.json",
         "latest.json",
     ]
-    manifest = Manifest.model_validate_json(store.read(f"{DIGEST}/manifest.json"))
+    manifest = ResultManifest.model_validate_json(store.read(f"{DIGEST}/manifest.json"))
     assert manifest.files == describe_files(files)
     assert json.loads(store.read("latest.json")) == {
         "digest": DIGEST,
@@ -82,15 +89,15 @@ def test_the_second_publisher_returns_the_first_ones_result(tmp_path, files):
     assert json.loads(second.read("latest.json"))["digest"] == DIGEST
 
 
-def assert_true(store: FileStore | S3Store) -> Manifest:
+def assert_true(store: FileStore | S3Store) -> ResultManifest:
     """Everything that the manifest lists is there as it says, and the result points to it."""
-    manifest = Manifest.model_validate_json(store.read(f"{DIGEST}/manifest.json"))
+    manifest = ResultManifest.model_validate_json(store.read(f"{DIGEST}/manifest.json"))
     for file in manifest.files:
         assert sha256_of(store.read(f"{DIGEST}/{file.path}")) == file.sha256, file.path
     return manifest
 
 
-def test_the_loser_of_a_race_leaves_the_winners_files_alone(tmp_path, files):
+def test_second_publisher_does_not_replace_files(tmp_path, files):
     class Slow(RecordingStore):
         """Somebody else publishes the whole result after this one looked for a manifest."""
 
@@ -168,13 +175,13 @@ def test_trap_41_files_of_a_result_that_is_overwritten_are_never_replaced(tmp_pa
         pytest.param("", 2.0, id="without-a-name-none-does"),
     ],
 )
-def test_what_overwrite_replaces(tmp_path, files, run, loss):
+def test_overwrite_replaces_only_results_of_other_runs(tmp_path, files, run, loss):
     store = RecordingStore(tmp_path / "output")
     publish(store, overwriting(store.root, "first"), result(1.0), files, NOW)
     assert publish(store, overwriting(store.root, run), result(2.0), files, NOW).evaluation.base.loss == loss
 
 
-def test_a_merged_model_of_a_replaced_adapter_is_none(tmp_path, files):
+def test_merged_model_of_a_replaced_adapter_is_not_found(tmp_path, files):
     store = RecordingStore(tmp_path / "output")
     first = publish(store, config(store.root), result(1.0), files, NOW)
     manifest = MergedManifest(
@@ -209,13 +216,13 @@ def bucket(monkeypatch) -> Iterator[None]:
         yield
 
 
-def s3_store(uri: str = "s3://adapters/team-a/job", owner=OUTPUT, **settings: str) -> S3Store:
+def s3_store(uri: str = "s3://adapters/team-a/job", owner=OUTPUT_FIELD, **settings: str) -> S3Store:
     return S3Store(uri, owner, KEYS, S3Config.model_validate(settings))
 
 
 @pytest.mark.usefixtures("bucket")
 @pytest.mark.parametrize("checksums", ["when_supported", "when_required"])
-def test_s3_keeps_what_it_gets(tmp_path, checksums):
+def test_s3_store_round_trip(tmp_path, checksums):
     store = s3_store(checksums=checksums)
     (tmp_path / "file").write_bytes(b"content")
     store.put("x/a.bin", tmp_path / "file")
@@ -234,7 +241,7 @@ def test_s3_keeps_what_it_gets(tmp_path, checksums):
 def test_s3_writes_a_manifest_once(files):
     store = s3_store()
     publish(store, config(store.root), result(1.0), files, NOW)
-    with pytest.raises(AlreadyThereError):
+    with pytest.raises(ObjectExistsError):
         store.put(f"{DIGEST}/manifest.json", b"{}", if_none_match=True)
     assert publish(store, config(store.root), result(2.0), files, NOW) == result(1.0)
 
@@ -242,7 +249,11 @@ def test_s3_writes_a_manifest_once(files):
 @pytest.mark.usefixtures("bucket")
 @pytest.mark.parametrize(
     ("owner", "reason"),
-    [(MODEL, Reason.MODEL_NOT_FOUND), (DATASET, Reason.DATASET_NOT_FOUND), (OUTPUT, Reason.INVALID_SPEC)],
+    [
+        (MODEL_FIELD, Reason.MODEL_NOT_FOUND),
+        (DATASET_FIELD, Reason.DATASET_NOT_FOUND),
+        (OUTPUT_FIELD, Reason.INVALID_SPEC),
+    ],
 )
 def test_a_missing_bucket_is_the_fault_of_whoever_named_it(owner, reason):
     with pytest.raises(MissingObjectError, match="bucket 'nowhere' does not exist") as caught:
@@ -262,7 +273,7 @@ def test_a_missing_bucket_is_the_fault_of_whoever_named_it(owner, reason):
         ("RequestTimeTooSkewed", Reason.S3_UNAVAILABLE),
     ],
 )
-def test_answers_of_s3(monkeypatch, code, reason):
+def test_s3_error_codes_map_to_reasons(monkeypatch, code, reason):
     store = s3_store()
 
     def refuse(**_: object) -> None:
@@ -276,7 +287,7 @@ def test_answers_of_s3(monkeypatch, code, reason):
 
 
 @pytest.mark.usefixtures("bucket")
-def test_a_conflict_is_tried_again(monkeypatch):
+def test_s3_conflict_is_retried(monkeypatch):
     store, tries = s3_store(), []
     real = store._client.put_object
 
@@ -301,7 +312,7 @@ def test_an_upload_that_reads_back_different_fails(monkeypatch):
 
 
 def test_a_server_that_does_not_answer(monkeypatch):
-    monkeypatch.setattr("qlora_trainer.storage.s3._ATTEMPTS", 1)
+    monkeypatch.setattr("qlora_trainer.storage.s3._REQUEST_ATTEMPTS", 1)
     with pytest.raises(RunError) as caught:
         s3_store(endpoint="http://127.0.0.1:9").read("x")
     assert caught.value.reason == Reason.S3_UNAVAILABLE
@@ -309,4 +320,4 @@ def test_a_server_that_does_not_answer(monkeypatch):
 
 def test_every_role_but_a_trackers_opens_a_store():
     trackers = {SecretRole.WANDB, SecretRole.MLFLOW}
-    assert {owner.role for owner in (MODEL, DATASET, OUTPUT)} == set(SecretRole) - trackers
+    assert {owner.role for owner in (MODEL_FIELD, DATASET_FIELD, OUTPUT_FIELD)} == set(SecretRole) - trackers

@@ -42,7 +42,7 @@ def plan(**changes: object) -> Plan:
         ),
     ],
 )
-def test_what_was_measured_stands_beside_what_was_predicted(predicted, measured, amounts, difference):
+def test_footprint_shows_measured_and_predicted_memory(predicted, measured, amounts, difference):
     found = make_footprint(plan(peak_bytes=predicted), "16Gi", measured)
     assert found.amounts == amounts
     assert found.note.startswith(difference)

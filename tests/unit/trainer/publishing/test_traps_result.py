@@ -11,23 +11,23 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_api.v1alpha1 import QuantizationSpec
 from qlora_trainer.data.tokenization import TokenRow
-from qlora_trainer.evaluation.generation import answer_prompts, answer_rows, stop_tokens
-from qlora_trainer.publishing.merge_weights import merge
+from qlora_trainer.evaluation.generation import generate_answers, generate_batch, stop_tokens
+from qlora_trainer.publishing.merge_weights import merge_adapter
 from qlora_trainer.publishing.publish import canonical_config, write_weights
 from tests.unit.trainer.tiny import make_tokenizer, write_model
-from tests.unit.trainer.trained import PLAIN, make_record, tune_folder, with_base, write_trained
-from tests.unit.trainer.tuned import NF4, make_tuned
+from tests.unit.trainer.trained import PLAIN, load_with_adapter, make_record, with_base, write_trained
+from tests.unit.trainer.tuned import NF4, make_trainable
 
 ASKED = [TokenRow(tuple(range(2, 30)), ((9, 28),), tuple(range(2, 2 + length)), "p", "r") for length in (7, 3, 5)]
 
 
 def test_trap_4_an_answer_ends_with_any_token_that_the_model_names():
-    tuned, tokenizer = make_tuned(), make_tokenizer()
-    before = answer_rows(tuned, ASKED[:1], tokenizer, batch=1, limit=8)[0]
+    tuned, tokenizer = make_trainable(), make_tokenizer()
+    before = generate_answers(tuned, ASKED[:1], tokenizer, batch_size=1, max_new_tokens=8)[0]
     fourth = tokenizer(before)["input_ids"][3]
-    tuned.causal.generation_config.eos_token_id = [1, fourth]
-    after = answer_rows(tuned, ASKED[:1], tokenizer, batch=1, limit=8)[0]
-    assert stop_tokens(tuned.causal, tokenizer) == [1, fourth]
+    tuned.model.generation_config.eos_token_id = [1, fourth]
+    after = generate_answers(tuned, ASKED[:1], tokenizer, batch_size=1, max_new_tokens=8)[0]
+    assert stop_tokens(tuned.model, tokenizer) == [1, fourth]
     assert len(after) < len(before)
     assert before.startswith(after)
 
@@ -41,18 +41,18 @@ PHI_3 = (  # of microsoft/Phi-3-mini-4k-instruct, whose tokenizer ends a text wi
 
 
 def test_trap_4_an_answer_ends_with_the_token_that_ends_a_turn_of_the_template():
-    tokenizer, tuned = make_tokenizer(), make_tuned(vocab_size=400)
-    before = answer_rows(tuned, ASKED[:1], tokenizer, batch=1, limit=8)[0]
+    tokenizer, tuned = make_tokenizer(), make_trainable(vocab_size=400)
+    before = generate_answers(tuned, ASKED[:1], tokenizer, batch_size=1, max_new_tokens=8)[0]
     first, second, third, fourth, *_ = tokenizer(before)["input_ids"]
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>", "<|end|>"]})
     end = tokenizer.convert_tokens_to_ids("<|end|>")
-    weight = tuned.causal.get_input_embeddings().weight
+    weight = tuned.model.get_input_embeddings().weight
     with torch.no_grad():  # the model, which says the fourth token, says <|end|> instead
         weight[[fourth, end]] = weight[[end, fourth]]
-    (endless,) = answer_prompts(tuned, [ASKED[0].prompt_ids], tokenizer, 8)
+    (endless,) = generate_batch(tuned, [ASKED[0].prompt_ids], tokenizer, 8)
     tokenizer.chat_template = PHI_3
-    (answer,) = answer_prompts(tuned, [ASKED[0].prompt_ids], tokenizer, 8)
-    assert stop_tokens(tuned.causal, tokenizer) == [1, end]
+    (answer,) = generate_batch(tuned, [ASKED[0].prompt_ids], tokenizer, 8)
+    assert stop_tokens(tuned.model, tokenizer) == [1, end]
     assert (endless.complete, answer) == (False, (tokenizer.decode([first, second, third]), True))
 
 
@@ -60,20 +60,20 @@ def test_trap_4_an_answer_ends_with_the_token_that_ends_a_turn_of_the_template()
 def test_a_template_that_ends_no_turn_ends_no_answer(template):
     tokenizer = make_tokenizer()
     tokenizer.chat_template = template
-    assert stop_tokens(make_tuned().causal, tokenizer) == [1]
+    assert stop_tokens(make_trainable().model, tokenizer) == [1]
 
 
 def test_trap_4_a_shorter_prompt_beside_a_longer_one_gets_the_answer_that_it_gets_alone():
-    tuned, tokenizer = make_tuned(), make_tokenizer()
-    alone = answer_rows(tuned, ASKED, tokenizer, batch=1, limit=8)
-    assert answer_rows(tuned, ASKED, tokenizer, batch=3, limit=8) == alone
+    tuned, tokenizer = make_trainable(), make_tokenizer()
+    alone = generate_answers(tuned, ASKED, tokenizer, batch_size=1, max_new_tokens=8)
+    assert generate_answers(tuned, ASKED, tokenizer, batch_size=3, max_new_tokens=8) == alone
     assert len(set(alone)) == 3
 
 
 def test_trap_17_a_small_update_survives_the_merge(tmp_path):
     """Sums are made in fp32 and rounded once; rounded before and after, as by peft's safe merge, they differ."""
     task = write_trained(tmp_path, PLAIN, QuantizationSpec(bits=16))
-    merge(task, tmp_path / "merged")
+    merge_adapter(task, tmp_path / "merged")
     found = load_file(tmp_path / "merged/model.safetensors")
 
     def merged_in(dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -89,7 +89,7 @@ def test_trap_17_a_small_update_survives_the_merge(tmp_path):
 @pytest.mark.parametrize("tied", [True, False])
 def test_trap_18_embeddings_stay_one_weight_or_two(tmp_path, tied):
     task = write_trained(tmp_path, PLAIN, NF4, tie_word_embeddings=tied)
-    merge(with_base(task, "dequantised"), tmp_path / "merged")
+    merge_adapter(with_base(task, "dequantised"), tmp_path / "merged")
     assert AutoConfig.from_pretrained(tmp_path / "merged").tie_word_embeddings is tied
     assert ("lm_head.weight" in load_file(tmp_path / "merged/model.safetensors")) is not tied
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
@@ -97,9 +97,9 @@ def test_trap_18_embeddings_stay_one_weight_or_two(tmp_path, tied):
 
 
 @pytest.mark.parametrize("module", ["lm_head", "embed_tokens"])
-def test_trap_18_a_module_that_was_trained_whole_keeps_its_own_weight(tmp_path, module):
+def test_trap_18_module_to_save_keeps_its_own_weight_after_merge(tmp_path, module):
     task = write_trained(tmp_path, PLAIN.model_copy(update={"modules_to_save": (module,)}), NF4)
-    assert merge(with_base(task, "dequantised"), tmp_path / "merged").difference.relative < 0.03
+    assert merge_adapter(with_base(task, "dequantised"), tmp_path / "merged").difference.relative < 0.03
 
 
 def test_trap_19_saving_asks_no_hub_about_the_vocabulary(tmp_path, monkeypatch):
@@ -108,11 +108,11 @@ def test_trap_19_saving_asks_no_hub_about_the_vocabulary(tmp_path, monkeypatch):
 
     monkeypatch.setattr(peft.utils.save_and_load, "check_file_exists_on_hf_hub", ask)
     write_model(tmp_path / "model")
-    tuned = tune_folder(tmp_path / "model", PLAIN, NF4)
-    tuned.peft.peft_config["default"].base_model_name_or_path = "org/name"
+    tuned = load_with_adapter(tmp_path / "model", PLAIN, NF4)
+    tuned.wrapped.peft_config["default"].base_model_name_or_path = "org/name"
     write_weights(tuned, make_tokenizer(), make_record(NF4), tmp_path)
     with pytest.raises(AssertionError, match="the hub was asked"):
-        tuned.peft.save_pretrained(tmp_path / "by-default")
+        tuned.wrapped.save_pretrained(tmp_path / "by-default")
 
 
 def test_trap_20_no_path_of_this_computer_gets_into_the_adapter():
@@ -125,10 +125,12 @@ def test_trap_20_no_path_of_this_computer_gets_into_the_adapter():
 
 def test_trap_31_what_is_saved_is_what_was_trained(tmp_path):
     write_model(tmp_path / "model")
-    tuned = tune_folder(tmp_path / "model", PLAIN, NF4)
+    tuned = load_with_adapter(tmp_path / "model", PLAIN, NF4)
     saved = load_file(write_weights(tuned, make_tokenizer(), make_record(NF4), tmp_path) / "adapter_model.safetensors")
     trained = {
-        name.replace(".default", ""): weight for name, weight in tuned.peft.named_parameters() if weight.requires_grad
+        name.replace(".default", ""): weight
+        for name, weight in tuned.wrapped.named_parameters()
+        if weight.requires_grad
     }
     assert saved.keys() == trained.keys()
     assert all(torch.equal(saved[name], weight) for name, weight in trained.items())

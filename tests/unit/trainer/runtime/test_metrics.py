@@ -12,13 +12,13 @@ from moto import mock_aws
 from prometheus_client.parser import text_string_to_metric_families
 
 from qlora_api import metrics
-from qlora_api.report import HeldOutRecord, StepRecord
+from qlora_api.report import StepRecord, ValidationRecord
 from qlora_api.runconfig import S3Config
 from qlora_trainer.runtime.metrics import METER, Meter, serve_metrics
-from qlora_trainer.runtime.rank import is_first_of_pod
+from qlora_trainer.runtime.rank import is_local_main_process
 from qlora_trainer.storage.credentials import Credentials
 from qlora_trainer.storage.s3 import S3Store
-from qlora_trainer.storage.store import OUTPUT
+from qlora_trainer.storage.store import OUTPUT_FIELD
 from tests.cluster.addresses import free_ports
 
 
@@ -36,13 +36,13 @@ def refuse_notes(text: str) -> None:
     raise AssertionError(text)
 
 
-def test_a_scrape_over_http_has_the_newest_figures():
+def test_scrape_has_the_newest_values():
     (port,), meter = free_ports(1), Meter()
     meter.start(10, 300, lambda: 7e9)
     with serve_metrics(refuse_notes, port, meter):
         for step in (11, 12):
             meter.step(make_step(step))
-        meter.held_out(HeldOutRecord(step=12, loss=2.25, token_accuracy=0.5, seconds=3.0))
+        meter.validation(ValidationRecord(step=12, loss=2.25, token_accuracy=0.5, seconds=3.0))
         meter.checkpoint(4.0)
         with urllib.request.urlopen(f"http://127.0.0.1:{port}{metrics.PATH}", timeout=10) as answer:
             told = read(answer.read().decode())
@@ -60,7 +60,7 @@ def test_a_scrape_over_http_has_the_newest_figures():
         urllib.request.urlopen(f"http://127.0.0.1:{port}{metrics.PATH}", timeout=1)
 
 
-def test_what_is_not_known_yet_is_no_number():
+def test_unknown_gauges_are_nan():
     told = read(Meter().render().decode())
     assert {name for name, value in told.items() if math.isnan(value)} == {
         "qlora_trainer_loss", "qlora_trainer_held_out_loss", "qlora_trainer_learning_rate",
@@ -93,7 +93,7 @@ def test_one_process_of_a_pod_has_the_port(monkeypatch, rank, first):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     if rank is not None:
         monkeypatch.setenv("LOCAL_RANK", rank)
-    assert is_first_of_pod() is first
+    assert is_local_main_process() is first
 
 
 @mock_aws
@@ -102,7 +102,7 @@ def test_uploads_to_s3_are_counted_when_they_have_arrived(tmp_path: Path):
     boto3.client("s3", region_name="us-east-1").create_bucket(Bucket="adapters")
     (tmp_path / "weights").write_bytes(b"w" * 1000)
     before = read(METER.render().decode())
-    store = S3Store("s3://adapters/team-a/job", OUTPUT, keys, S3Config())
+    store = S3Store("s3://adapters/team-a/job", OUTPUT_FIELD, keys, S3Config())
     store.put("weights", tmp_path / "weights")
     with pytest.raises(FileNotFoundError):
         store.put("nothing", tmp_path / "nothing")

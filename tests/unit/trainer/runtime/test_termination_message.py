@@ -14,13 +14,18 @@ import pytest
 
 from qlora_api.names import PROGRESS_TOKEN_ENV, PROGRESS_URL_ENV, TERMINATION_MESSAGE_BYTES, Phase, Reason
 from qlora_api.progress import ProgressReport
-from qlora_api.report import LastWord
+from qlora_api.report import TerminationMessage
 from qlora_api.v1alpha1 import Checkpoint, Progress
 from qlora_trainer.__main__ import COMMANDS, main
-from qlora_trainer.errors import RunError, explain
+from qlora_trainer.errors import RunError, as_run_error
 from qlora_trainer.observability.progress import Heartbeat, HttpSink, Sinks, to_body
-from qlora_trainer.runtime.shutdown import StopFlag, explain_end, interrupted
-from qlora_trainer.runtime.termination_message import Farewell, failure_word, to_line, write_last_word
+from qlora_trainer.runtime.shutdown import StopFlag, as_exit_error, interrupted_error
+from qlora_trainer.runtime.termination_message import (
+    TerminationMessageWriter,
+    failure_message,
+    to_json_line,
+    write_termination_message,
+)
 from qlora_trainer.storage.credentials import load_secrets
 from tests.unit.trainer.tiny import RecordingSink, make_spec, prepare_config, serving
 
@@ -30,22 +35,22 @@ from tests.unit.trainer.tiny import RecordingSink, make_spec, prepare_config, se
     ["short", "x" * 10_000, "ü" * 5_000, "🦙" * 5_000, '"\\\n' * 5_000, "\x00\x1f" * 5_000, "lone \ud800 surrogate"],
     ids=["short", "ascii", "two-bytes", "four-bytes", "escapes", "controls", "surrogate"],
 )
-def test_the_last_word_fits_and_stays_json(tmp_path, message):
+def test_termination_message_fits_and_is_valid_json(tmp_path, message):
     path = tmp_path / "termination-log"
-    write_last_word(failure_word(RunError(Reason.DATASET_INVALID, message, step=3)), path)
+    write_termination_message(failure_message(RunError(Reason.DATASET_INVALID, message, step=3)), path)
     content = path.read_bytes()
     assert len(content) <= TERMINATION_MESSAGE_BYTES
     assert b"\n" not in content
-    word = LastWord.model_validate_json(content)
+    word = TerminationMessage.model_validate_json(content)
     assert (word.reason, word.step) == (Reason.DATASET_INVALID, 3)
     if len(message) > 2000:
         assert len(content) > TERMINATION_MESSAGE_BYTES - 16
         assert word.message.endswith("…")
 
 
-def test_outside_a_pod_there_is_nobody_to_tell(tmp_path):
-    write_last_word(LastWord(reason=Reason.PUBLISHED), tmp_path / "no" / "such" / "folder")
-    assert to_line(LastWord(reason=Reason.PUBLISHED)) == '{"reason":"Published","message":""}'
+def test_termination_message_outside_a_pod_is_skipped(tmp_path):
+    write_termination_message(TerminationMessage(reason=Reason.PUBLISHED), tmp_path / "no" / "such" / "folder")
+    assert to_json_line(TerminationMessage(reason=Reason.PUBLISHED)) == '{"reason":"Published","message":""}'
 
 
 class OutOfMemoryError(RuntimeError):
@@ -62,8 +67,8 @@ class OutOfMemoryError(RuntimeError):
         (KeyError("x"), Reason.TRAINER_ERROR),
     ],
 )
-def test_every_end_has_a_reason(error, reason):
-    assert explain(error).reason == reason
+def test_every_exception_has_a_reason(error, reason):
+    assert as_run_error(error).reason == reason
 
 
 def arguments(command: str, folder: Path) -> list[str]:
@@ -71,7 +76,7 @@ def arguments(command: str, folder: Path) -> list[str]:
     return [command, *(f"--{name}={path}" for name, path in settings.items())]
 
 
-def test_a_secret_is_in_neither_the_last_word_nor_the_log(tmp_path, monkeypatch, capsys):
+def test_secret_is_in_neither_termination_message_nor_log(tmp_path, monkeypatch, capsys):
     """Whatever a library puts into its exception."""
     mount = tmp_path / "secrets"
     (mount / "output").mkdir(parents=True)
@@ -104,12 +109,12 @@ def test_a_failed_prepare_exits_1_with_reason_and_field(tmp_path):
         code = main(arguments("prepare", tmp_path))
     finally:
         signal.signal(signal.SIGTERM, before)
-    word = LastWord.model_validate_json((tmp_path / "word").read_text())
+    word = TerminationMessage.model_validate_json((tmp_path / "word").read_text())
     assert (code, word.reason) == (1, Reason.DATASET_NOT_FOUND)
     assert word.message.startswith("spec.dataset.uri")
 
 
-def test_an_unreadable_configuration_is_our_fault(tmp_path):
+def test_unreadable_config_is_a_trainer_error(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     done = subprocess.run(
         [sys.executable, "-m", "qlora_trainer", *arguments("train", tmp_path)],
@@ -118,7 +123,7 @@ def test_an_unreadable_configuration_is_our_fault(tmp_path):
         check=False,
     )
     assert done.returncode == 1
-    assert LastWord.model_validate_json((tmp_path / "word").read_text()).reason == Reason.TRAINER_ERROR
+    assert TerminationMessage.model_validate_json((tmp_path / "word").read_text()).reason == Reason.TRAINER_ERROR
     assert "ValidationError" in json.loads(done.stdout.splitlines()[-1])["exception"]
 
 
@@ -137,7 +142,7 @@ def test_sigterm_within_a_step_only_raises_the_flag(stop):
 
 def test_ctrl_c_lets_a_step_finish_and_a_second_one_does_not():
     stop, announced, before = StopFlag(), [], signal.getsignal(signal.SIGINT)
-    with stop.listening_to_keyboard(lambda: announced.append("stopping")):
+    with stop.handling_keyboard_interrupt(lambda: announced.append("stopping")):
         with stop.deferred():
             os.kill(os.getpid(), signal.SIGINT)
             assert (stop.requested, announced) == (True, ["stopping"])
@@ -181,7 +186,7 @@ CHECKPOINT = Checkpoint(
 )
 
 
-def test_the_body_tells_of_the_newest_checkpoint():
+def test_progress_body_has_the_newest_checkpoint():
     body = to_body(progress(7).model_copy(update={"checkpoint": CHECKPOINT}))
     assert json.loads(body)["trainerStatus"]["metrics"][5:] == [
         {"name": "checkpoint_step", "value": "5"},
@@ -191,13 +196,15 @@ def test_the_body_tells_of_the_newest_checkpoint():
     ]
 
 
-def test_a_failure_is_told_once_and_with_the_newest_checkpoint(tmp_path):
-    farewell = Farewell(tmp_path / "word")
+def test_failure_is_written_once_with_the_newest_checkpoint(tmp_path):
+    farewell = TerminationMessageWriter(tmp_path / "word")
     farewell.report(progress(7).model_copy(update={"checkpoint": CHECKPOINT}))
-    farewell.fail(RunError(Reason.HEARTBEAT_LOST, "no sign of life", step=7))
-    farewell.fail(RunError(Reason.INTERRUPTED, "asked to stop", step=7))
-    word = LastWord.model_validate_json((tmp_path / "word").read_text())
-    assert word == LastWord(reason=Reason.HEARTBEAT_LOST, message="no sign of life", step=7, checkpoint=CHECKPOINT)
+    farewell.write_failure(RunError(Reason.HEARTBEAT_LOST, "no sign of life", step=7))
+    farewell.write_failure(RunError(Reason.INTERRUPTED, "asked to stop", step=7))
+    word = TerminationMessage.model_validate_json((tmp_path / "word").read_text())
+    assert word == TerminationMessage(
+        reason=Reason.HEARTBEAT_LOST, message="no sign of life", step=7, checkpoint=CHECKPOINT
+    )
 
 
 @pytest.fixture
@@ -241,12 +248,12 @@ def test_progress_is_posted_rarely_but_phases_at_once(endpoint, tmp_path, monkey
 def test_a_heartbeat_repeats_the_last_report_but_not_between_steps():
     later, sink = datetime(2026, 1, 3, tzinfo=UTC), RecordingSink()
     heartbeat = Heartbeat(sink)
-    heartbeat.beat(later)
+    heartbeat.repeat(later)
     assert sink.seen == []
     loading = progress(0).model_copy(update={"loss": None})
     for news in (loading, progress(7), progress(100, Phase.EVALUATING)):
         heartbeat.report(news)
-        heartbeat.beat(later)
+        heartbeat.repeat(later)
     assert [(seen.step, seen.phase, seen.updated_at == later) for seen in sink.seen] == [
         (0, Phase.TRAINING, False),
         (0, Phase.TRAINING, True),
@@ -270,7 +277,7 @@ def test_a_heartbeat_comes_from_a_thread_of_its_own():
         assert beaten.wait(timeout=60)
 
 
-def test_without_an_endpoint_there_is_no_sink_and_a_dead_one_disturbs_nobody(monkeypatch):
+def test_http_sink_without_endpoint_is_none_and_a_dead_endpoint_is_ignored(monkeypatch):
     monkeypatch.delenv(PROGRESS_URL_ENV, raising=False)
     assert HttpSink.from_environment() is None
     sink = HttpSink("http://127.0.0.1:9/status", None)
@@ -284,8 +291,8 @@ def test_without_an_endpoint_there_is_no_sink_and_a_dead_one_disturbs_nobody(mon
         pytest.param(RuntimeError("issues during conversion"), True, Reason.INTERRUPTED, id="wrapped-by-a-library"),
         pytest.param(RuntimeError("issues during conversion"), False, Reason.TRAINER_ERROR, id="nobody-asked-to-stop"),
         pytest.param(RunError(Reason.S3_DENIED, "no"), True, Reason.S3_DENIED, id="known-cause"),
-        pytest.param(interrupted(7), True, Reason.INTERRUPTED, id="the-stop-itself"),
+        pytest.param(interrupted_error(7), True, Reason.INTERRUPTED, id="the-stop-itself"),
     ],
 )
-def test_an_error_in_a_library_that_was_stopped_is_the_stop(error: Exception, stopped: bool, reason: Reason) -> None:
-    assert explain_end(error, stopped=stopped).reason is reason
+def test_library_error_after_sigterm_is_interrupted(error: Exception, stopped: bool, reason: Reason) -> None:
+    assert as_exit_error(error, stopped=stopped).reason is reason

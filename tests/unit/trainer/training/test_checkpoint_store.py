@@ -17,24 +17,24 @@ from moto import mock_aws
 from safetensors.torch import load_file
 
 from qlora_api.names import Reason
-from qlora_api.report import HeldOutRecord, RunReport, StepRecord
+from qlora_api.report import RunReport, StepRecord, ValidationRecord
 from qlora_api.runconfig import RunConfig, S3Config
 from qlora_api.v1alpha1 import Checkpoint, CheckpointSpec, EarlyStoppingSpec, LoraSpec, QuantizationSpec, TrainingSpec
 from qlora_trainer.distributed.world import World
 from qlora_trainer.errors import RunError
-from qlora_trainer.model.base_model import load_base, tune
-from qlora_trainer.model.optimizer import Kind
+from qlora_trainer.model.base_model import attach_lora, load_base
+from qlora_trainer.model.optimizer import OptimizerKind
 from qlora_trainer.prepare import prepare
 from qlora_trainer.runtime.shutdown import StopFlag
 from qlora_trainer.storage.credentials import Credentials
 from qlora_trainer.storage.local_store import FileStore
 from qlora_trainer.storage.s3 import S3Store
-from qlora_trainer.storage.store import OUTPUT
-from qlora_trainer.training.async_checkpointer import Keeper
-from qlora_trainer.training.checkpoint_store import Checkpoints, Course, Witness
-from qlora_trainer.training.loop import Loop, Schedule, Watcher, make_loop
+from qlora_trainer.storage.store import OUTPUT_FIELD
+from qlora_trainer.training.async_checkpointer import AsyncCheckpointer
+from qlora_trainer.training.checkpoint_store import CheckpointCallbacks, CheckpointStore, RunFingerprint
+from qlora_trainer.training.loop import Schedule, TrainingCallbacks, TrainingLoop, make_loop
 from qlora_trainer.training.state import History, TrainingState
-from tests.unit.trainer.states import COURSE, STEPS, make_state
+from tests.unit.trainer.states import FINGERPRINT, STEPS, make_state
 from tests.unit.trainer.stopping import NEVER, FreshProcesses
 from tests.unit.trainer.tiny import (
     CPU,
@@ -43,9 +43,9 @@ from tests.unit.trainer.tiny import (
     write_job,
     write_model,
 )
-from tests.unit.trainer.tuned import CHOICES, DEAF, make_test_loop, make_tuned, token_rows
+from tests.unit.trainer.tuned import NO_CALLBACKS, SETTINGS, make_test_loop, make_trainable, token_rows
 
-LOOKS = {"evaluate_every": 2, "keep": "best", "early_stopping": EarlyStoppingSpec(patience=9)}
+VALIDATION = {"evaluate_every": 2, "keep": "best", "early_stopping": EarlyStoppingSpec(patience=9)}
 STARTED = datetime(2026, 1, 2, tzinfo=UTC)
 
 
@@ -56,67 +56,73 @@ def model_folder(tmp_path_factory):
     return folder
 
 
-def make_nf4_loop(folder: Path, kind: Kind = Kind.ADAMW) -> Loop:
+def make_nf4_loop(folder: Path, kind: OptimizerKind = OptimizerKind.ADAMW) -> TrainingLoop:
     """A loop as a new process would make it, with packing and dropout on."""
     base = load_base(folder, QuantizationSpec(bits=4), torch.float32, "sdpa", "cpu")
     lora = LoraSpec(rank=4, alpha=8, dropout=0.2, targets=("q_proj", "v_proj"))
-    choices = dataclasses.replace(CHOICES, optimizer=kind)
-    training = TrainingSpec(global_batch_size=8, learning_rate=0.01, warmup_ratio=0.3, weight_decay=0.01, **LOOKS)
-    loop = make_loop(tune(base, lora, 1, choices), token_rows(12), Schedule(training, 4, STEPS), choices, World(CPU))
+    choices = dataclasses.replace(SETTINGS, optimizer=kind)
+    training = TrainingSpec(global_batch_size=8, learning_rate=0.01, warmup_ratio=0.3, weight_decay=0.01, **VALIDATION)
+    loop = make_loop(
+        attach_lora(base, lora, 1, choices), token_rows(12), Schedule(training, 4, STEPS), choices, World(CPU)
+    )
     return dataclasses.replace(loop, held_out=token_rows(6, seed=1))
 
 
 def make_checkpoints(
-    folder: Path, course: Course = COURSE, attempt: int = 1, told: list[Checkpoint] | None = None
-) -> tuple[Checkpoints, list[str]]:
+    folder: Path, fingerprint: RunFingerprint = FINGERPRINT, attempt: int = 1, told: list[Checkpoint] | None = None
+) -> tuple[CheckpointStore, list[str]]:
     notes: list[str] = []
-    witness = Witness(notes.append, (told if told is not None else []).append)
-    return Checkpoints(FileStore(f"file://{folder}", OUTPUT), course, attempt, STARTED, witness), notes
+    witness = CheckpointCallbacks(notes.append, (told if told is not None else []).append)
+    return CheckpointStore(FileStore(f"file://{folder}", OUTPUT_FIELD), fingerprint, attempt, STARTED, witness), notes
 
 
-def make_keeper(checkpoints: Checkpoints, step: int = 0, notes: list[str] | None = None, **spec) -> Keeper:
+def make_checkpointer(
+    checkpoints: CheckpointStore, step: int = 0, notes: list[str] | None = None, **spec
+) -> AsyncCheckpointer:
     """Keeps each step, and waits for each checkpoint: a training of milliseconds would be over before the first."""
 
-    class Waiting(Keeper):
+    class Waiting(AsyncCheckpointer):
         def keep(self, state: TrainingState, last: bool) -> None:  # noqa: ARG002 (Keeper's signature)
-            super().keep(state, last=True)
+            super().checkpoint(state, last=True)
 
     note = (notes if notes is not None else []).append
     return Waiting(checkpoints, CheckpointSpec(**{"steps": 1} | spec), note, step)
 
 
-def weights_of(loop: Loop) -> list[torch.Tensor]:
-    return [parameter.detach().clone() for parameter in loop.tuned.parameters()]
+def weights_of(loop: TrainingLoop) -> list[torch.Tensor]:
+    return [parameter.detach().clone() for parameter in loop.trainable.parameters()]
 
 
-def watch(keeper: Keeper, **heard) -> Watcher:
+def watch(checkpointer: AsyncCheckpointer, **heard) -> TrainingCallbacks:
     """Hear some of what happens, and keep what is due."""
     nothing = {"step": lambda _: None, "held_out": lambda _: None, "alive": lambda: None}
-    return Watcher(**nothing | heard, wants=keeper.wants, keep=keeper.keep)
+    return TrainingCallbacks(
+        **nothing | heard, should_checkpoint=checkpointer.should_checkpoint, checkpoint=checkpointer.checkpoint
+    )
 
 
-def offer(keeper: Keeper, step: int, *, last: bool) -> None:
+def maybe_checkpoint(checkpointer: AsyncCheckpointer, step: int, *, last: bool) -> None:
     """Do as the loop does after a step."""
-    if keeper.wants(step, last):
-        keeper.keep(make_state(step), last)
+    if checkpointer.should_checkpoint(step, last):
+        checkpointer.checkpoint(make_state(step), last)
 
 
-def train(loop: Loop, checkpoints: Checkpoints, stop_after: int = 0, **spec) -> History:
-    stop, found = StopFlag(), checkpoints.newest()
+def train(loop: TrainingLoop, checkpoints: CheckpointStore, stop_after: int = 0, **spec) -> History:
+    stop, found = StopFlag(), checkpoints.load_latest()
 
     def note(record: StepRecord) -> None:
         stop.requested = record.step == stop_after
 
-    keeper = make_keeper(checkpoints, found.place.step if found else 0, **spec)
+    keeper = make_checkpointer(checkpoints, found.checkpoint_id.step if found else 0, **spec)
     return loop.run(stop, watch(keeper, step=note), found.state if found else None)
 
 
-def without_seconds(history: History) -> list[StepRecord | HeldOutRecord]:
-    return [record.model_copy(update={"seconds": 0.0}) for record in (*history.steps, *history.held_out)]
+def without_seconds(history: History) -> list[StepRecord | ValidationRecord]:
+    return [record.model_copy(update={"seconds": 0.0}) for record in (*history.steps, *history.validations)]
 
 
-@pytest.mark.parametrize("kind", [Kind.ADAMW, Kind.ADAMW_8BIT])
-def test_trap_30_a_run_stopped_after_any_step_ends_as_if_it_had_not_been(model_folder, tmp_path, kind):
+@pytest.mark.parametrize("kind", [OptimizerKind.ADAMW, OptimizerKind.ADAMW_8BIT])
+def test_trap_30_run_stopped_after_any_step_resumes_bit_for_bit(model_folder, tmp_path, kind):
     whole = make_nf4_loop(model_folder, kind)
     expected = train(whole, make_checkpoints(tmp_path / "whole")[0])
     for step in range(1, STEPS):
@@ -130,18 +136,18 @@ def test_trap_30_a_run_stopped_after_any_step_ends_as_if_it_had_not_been(model_f
         assert all(torch.equal(*pair) for pair in zip(weights_of(whole), weights_of(resumed), strict=True))
 
 
-def test_a_look_that_was_cut_short_is_taken_again(model_folder, tmp_path):
+def test_interrupted_validation_is_repeated_after_resume(model_folder, tmp_path):
     stop, resumed = StopFlag(), make_nf4_loop(model_folder)
 
     def interrupt() -> None:
         stop.requested = True
 
-    watcher = watch(make_keeper(make_checkpoints(tmp_path)[0]), alive=interrupt)
+    watcher = watch(make_checkpointer(make_checkpoints(tmp_path)[0]), alive=interrupt)
     with pytest.raises(RunError) as caught:
         make_nf4_loop(model_folder).run(stop, watcher)
     assert caught.value.step == 2
     history = train(resumed, make_checkpoints(tmp_path)[0])
-    assert [look.step for look in history.held_out] == [2, 4, 5]
+    assert [look.step for look in history.validations] == [2, 4, 5]
 
 
 @pytest.fixture(scope="module")
@@ -156,19 +162,19 @@ def step_folders(folder: Path) -> list[str]:
     return sorted(path.parent.name for path in folder.rglob("manifest.json"))
 
 
-def test_the_newest_are_kept_and_all_of_them_go_in_the_end(kept, tmp_path):
+def test_prune_keeps_the_newest_and_delete_all_removes_the_rest(kept, tmp_path):
     assert step_folders(kept) == ["step-000004-a1", "step-000005-a1"]
     shutil.copytree(kept, tmp_path, dirs_exist_ok=True)
-    make_checkpoints(tmp_path)[0].clear()
+    make_checkpoints(tmp_path)[0].delete_all()
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
-def test_a_checkpoint_is_due_by_time_or_by_steps_and_at_the_last_occasion(tmp_path):
+def test_checkpoint_is_due_by_time_by_steps_and_at_the_end(tmp_path):
     def offered(last: bool = False, **spec) -> list[str]:
         folder = tmp_path / json.dumps([spec, last])
-        keeper = make_keeper(make_checkpoints(folder)[0], **spec)
+        keeper = make_checkpointer(make_checkpoints(folder)[0], **spec)
         for step in (1, 2, 3):
-            offer(keeper, step, last=last and step == 3)
+            maybe_checkpoint(keeper, step, last=last and step == 3)
         return step_folders(folder)
 
     assert offered(steps=2) == ["step-000002-a1"]
@@ -180,29 +186,31 @@ def test_the_peak_memory_is_that_of_all_attempts(tmp_path):
     """The first attempt needed 9 bytes, the second, which goes on from there, 5."""
     for step, peak in ((1, 9), (2, 5)):
         checkpoints, _ = make_checkpoints(tmp_path)
-        checkpoints.newest()
+        checkpoints.load_latest()
         state = dataclasses.replace(make_state(step), peak_memory_bytes=peak)
         checkpoints.save(state, keep=2)
     third, _ = make_checkpoints(tmp_path)
-    assert (third.newest().state.peak_memory_bytes, third.peak_memory_bytes) == (0, 9)
+    assert (third.load_latest().state.peak_memory_bytes, third.peak_memory_bytes) == (0, 9)
 
 
-def test_a_state_knows_the_memory_that_its_training_took():
+def test_training_state_has_its_peak_memory():
     captured = []
-    loop = make_test_loop(make_tuned(), token_rows(8), steps=1)
-    watcher = dataclasses.replace(DEAF, wants=lambda *_: True, keep=lambda state, _: captured.append(state))
+    loop = make_test_loop(make_trainable(), token_rows(8), steps=1)
+    watcher = dataclasses.replace(
+        NO_CALLBACKS, should_checkpoint=lambda *_: True, checkpoint=lambda state, _: captured.append(state)
+    )
     loop.run(StopFlag(), watcher)
     assert captured[-1].peak_memory_bytes > 1 << 26  # torch alone takes more
 
 
-def test_a_broken_checkpoint_does_not_crowd_out_a_good_one(kept, tmp_path):
+def test_prune_with_broken_checkpoints_keeps_the_valid_ones(kept, tmp_path):
     shutil.copytree(kept, tmp_path, dirs_exist_ok=True)
-    (tmp_path / COURSE.digest / "checkpoints/step-000005-a1/adapter.safetensors").write_bytes(b"cut")
+    (tmp_path / FINGERPRINT.digest / "checkpoints/step-000005-a1/adapter.safetensors").write_bytes(b"cut")
     checkpoints, _ = make_checkpoints(tmp_path)
-    keeper = make_keeper(checkpoints, keep=1)
-    offer(keeper, 3, last=True)
+    keeper = make_checkpointer(checkpoints, keep=1)
+    maybe_checkpoint(keeper, 3, last=True)
     assert step_folders(tmp_path) == ["step-000003-a1", "step-000004-a1", "step-000005-a1"]
-    offer(keeper, 4, last=True)
+    maybe_checkpoint(keeper, 4, last=True)
     assert step_folders(tmp_path) == ["step-000004-a1", "step-000005-a1"]
 
 
@@ -210,7 +218,7 @@ class Gated(FileStore):
     """A slow store: an upload waits until it is let through."""
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(f"file://{folder}", OUTPUT)
+        super().__init__(f"file://{folder}", OUTPUT_FIELD)
         self.opened, self.fault = threading.Event(), None
 
     def put(self, path: str, source: Path | bytes, *, if_none_match: bool = False) -> bool:
@@ -225,52 +233,52 @@ def gated(tmp_path) -> Gated:
     return Gated(tmp_path)
 
 
-def slow_keeper(store: Gated, notes: list[str]) -> Keeper:
-    checkpoints = Checkpoints(store, COURSE, 1, STARTED, Witness(notes.append, lambda _: None))
-    return Keeper(checkpoints, CheckpointSpec(steps=1), notes.append, 0)
+def slow_checkpointer(store: Gated, notes: list[str]) -> AsyncCheckpointer:
+    checkpoints = CheckpointStore(store, FINGERPRINT, 1, STARTED, CheckpointCallbacks(notes.append, lambda _: None))
+    return AsyncCheckpointer(checkpoints, CheckpointSpec(steps=1), notes.append, 0)
 
 
-def test_the_training_goes_on_while_a_checkpoint_is_under_way_and_the_last_one_waits_for_it(gated, tmp_path):
-    keeper = slow_keeper(gated, [])
+def test_async_checkpoint_does_not_block_steps_and_the_last_one_waits(gated, tmp_path):
+    keeper = slow_checkpointer(gated, [])
     for step in (1, 2, 3):
-        offer(keeper, step, last=False)
+        maybe_checkpoint(keeper, step, last=False)
     assert step_folders(tmp_path) == []
     threading.Timer(0.1, gated.opened.set).start()
-    offer(keeper, 4, last=True)
+    maybe_checkpoint(keeper, 4, last=True)
     assert step_folders(tmp_path) == ["step-000001-a1", "step-000004-a1"]
 
 
-def test_a_step_that_is_being_kept_is_not_kept_twice_at_the_last_occasion(gated, tmp_path):
-    keeper = slow_keeper(gated, [])
-    offer(keeper, 1, last=False)
+def test_step_under_checkpoint_is_not_saved_twice_at_the_end(gated, tmp_path):
+    keeper = slow_checkpointer(gated, [])
+    maybe_checkpoint(keeper, 1, last=False)
     gated.opened.set()
-    assert not keeper.wants(1, last=True)
+    assert not keeper.should_checkpoint(1, last=True)
     assert step_folders(tmp_path) == ["step-000001-a1"]
 
 
 @pytest.mark.parametrize(
     "fault", [RunError(Reason.S3_UNAVAILABLE, "away"), MemoryError("away")], ids=["the-store-is-away", "a-crash"]
 )
-def test_a_checkpoint_that_fails_is_told_and_tried_again_at_the_next_occasion(gated, tmp_path, fault):
+def test_failed_checkpoint_is_logged_and_retried(gated, tmp_path, fault):
     notes: list[str] = []
-    keeper = slow_keeper(gated, notes)
+    keeper = slow_checkpointer(gated, notes)
     gated.fault = fault
     gated.opened.set()
-    offer(keeper, 1, last=False)
+    maybe_checkpoint(keeper, 1, last=False)
     keeper.close()
     assert notes == ["no checkpoint of step 1 was written: away"]
     gated.fault = None
-    assert keeper.wants(1, last=False)
-    offer(keeper, 2, last=True)
+    assert keeper.should_checkpoint(1, last=False)
+    maybe_checkpoint(keeper, 2, last=True)
     assert step_folders(tmp_path) == ["step-000002-a1"]
 
 
-def test_trap_39_attempts_that_overlap_write_folders_of_their_own(tmp_path):
+def test_trap_39_overlapping_attempts_write_separate_folders(tmp_path):
     first, second = make_checkpoints(tmp_path, attempt=1)[0], make_checkpoints(tmp_path, attempt=2)[0]
     for checkpoints in (first, second, first):
         checkpoints.save(make_state(3), keep=9)
     assert step_folders(tmp_path) == ["step-000003-a1", "step-000003-a2"]
-    assert make_checkpoints(tmp_path)[0].newest().place.attempt == 2
+    assert make_checkpoints(tmp_path)[0].load_latest().checkpoint_id.attempt == 2
 
 
 @pytest.mark.parametrize(
@@ -282,48 +290,48 @@ def test_trap_39_attempts_that_overlap_write_folders_of_their_own(tmp_path):
         pytest.param(["step-000004-a3"], 5, "step-000009-a5", id="after-attempts-that-left-nothing"),
     ],
 )
-def test_an_attempt_writes_where_no_other_one_did(tmp_path, here, attempt, writes):
+def test_attempt_writes_a_folder_no_earlier_attempt_used(tmp_path, here, attempt, writes):
     for name in here:
-        (tmp_path / COURSE.digest / "checkpoints" / name).mkdir(parents=True)
-        (tmp_path / COURSE.digest / "checkpoints" / name / "record.json").write_text("{}")
+        (tmp_path / FINGERPRINT.digest / "checkpoints" / name).mkdir(parents=True)
+        (tmp_path / FINGERPRINT.digest / "checkpoints" / name / "record.json").write_text("{}")
     checkpoints, _ = make_checkpoints(tmp_path, attempt=attempt)
-    assert checkpoints.newest() is None
+    assert checkpoints.load_latest() is None
     checkpoints.save(make_state(9), keep=9)
     assert step_folders(tmp_path) == [writes]
 
 
-def test_a_checkpoint_is_told_of_once_it_is_complete_and_when_it_is_found(tmp_path):
+def test_on_complete_is_called_after_save_and_after_load(tmp_path):
     told: list[Checkpoint] = []
     make_checkpoints(tmp_path, told=told)[0].save(make_state(3), keep=2)
-    make_checkpoints(tmp_path, told=told, attempt=2)[0].newest()
+    make_checkpoints(tmp_path, told=told, attempt=2)[0].load_latest()
     assert told[0] == told[1]
-    uri = f"file://{tmp_path}/{COURSE.digest}/checkpoints/step-000003-a1"
+    uri = f"file://{tmp_path}/{FINGERPRINT.digest}/checkpoints/step-000003-a1"
     assert (told[0].step, told[0].uri, told[0].verified) == (3, uri, True)
 
 
 def make_bucket() -> S3Store:
     keys = Credentials({"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s", "AWS_REGION": "us-east-1"})
     boto3.client("s3", region_name="us-east-1").create_bucket(Bucket="adapters")
-    return S3Store("s3://adapters/team-a/job", OUTPUT, keys, S3Config())
+    return S3Store("s3://adapters/team-a/job", OUTPUT_FIELD, keys, S3Config())
 
 
-def in_bucket(store: S3Store, told: list[Checkpoint], notes: list[str]) -> Checkpoints:
-    return Checkpoints(store, COURSE, 1, STARTED, Witness(notes.append, told.append))
+def in_bucket(store: S3Store, told: list[Checkpoint], notes: list[str]) -> CheckpointStore:
+    return CheckpointStore(store, FINGERPRINT, 1, STARTED, CheckpointCallbacks(notes.append, told.append))
 
 
-def test_checkpoints_in_s3_are_found_and_removed(monkeypatch):
+def test_checkpoints_in_s3_are_loaded_and_deleted(monkeypatch):
     monkeypatch.delenv("AWS_PROFILE", raising=False)
     told, notes = [], []
     with mock_aws():
         store = make_bucket()
         checkpoints = in_bucket(store, told, notes)
-        assert checkpoints.newest() is None
+        assert checkpoints.load_latest() is None
         for step in (1, 2):
             checkpoints.save(make_state(step), keep=1)
-        found = in_bucket(store, told, notes).newest()
-        assert (found.place.step, found.state.optimizer["0/note"]) == (2, 3)
+        found = in_bucket(store, told, notes).load_latest()
+        assert (found.checkpoint_id.step, found.state.optimizer["0/note"]) == (2, 3)
         assert {entry.path.rsplit("/", 2)[1] for entry in store.list()} == {"step-000002-a1"}
-        checkpoints.clear()
+        checkpoints.delete_all()
         assert store.list() == ()
     # moto repeats the digest that it was told, and has none of its own: nothing is verified by that.
     assert [(checkpoint.step, checkpoint.verified) for checkpoint in told] == [(1, False), (2, False), (2, False)]
@@ -339,33 +347,33 @@ def test_checkpoints_in_s3_are_found_and_removed(monkeypatch):
         pytest.param(lambda folder: (folder / "manifest.json").write_text("{"), id="half-a-manifest"),
     ],
 )
-def test_a_broken_checkpoint_is_passed_over(kept, tmp_path, broken: Callable[[Path], object]):
+def test_load_latest_skips_broken_checkpoints(kept, tmp_path, broken: Callable[[Path], object]):
     shutil.copytree(kept, tmp_path, dirs_exist_ok=True)
-    broken(tmp_path / COURSE.digest / "checkpoints/step-000005-a1")
+    broken(tmp_path / FINGERPRINT.digest / "checkpoints/step-000005-a1")
     checkpoints, notes = make_checkpoints(tmp_path)
-    found = checkpoints.newest()
+    found = checkpoints.load_latest()
     assert found is not None
-    assert found.place.step == found.state.step == 4
+    assert found.checkpoint_id.step == found.state.step == 4
     assert "step-000005-a1 is passed over: " in notes[0]
     assert notes[1].startswith("going on after step 4, from the checkpoint file://")
 
 
-def test_what_is_no_checkpoint_is_named_and_passed_over(kept, tmp_path):
+def test_load_latest_logs_and_skips_foreign_folders(kept, tmp_path):
     shutil.copytree(kept, tmp_path, dirs_exist_ok=True)
-    folder = tmp_path / COURSE.digest / "checkpoints"
+    folder = tmp_path / FINGERPRINT.digest / "checkpoints"
     (folder / "step-000005-a1/manifest.json").unlink()
     (folder / "step-000004-a1").rename(folder / "step-four")
     checkpoints, notes = make_checkpoints(tmp_path)
-    assert checkpoints.newest() is None
+    assert checkpoints.load_latest() is None
     assert notes == [
-        f"the checkpoint {COURSE.digest}/checkpoints/step-000005-a1 is passed over: it has no manifest, so that it "
+        f"the checkpoint {FINGERPRINT.digest}/checkpoints/step-000005-a1 is passed over: it has no manifest, so that it "
         "was never complete",
-        f"the checkpoint {COURSE.digest}/checkpoints/step-four is passed over: it is none of this program's",
+        f"the checkpoint {FINGERPRINT.digest}/checkpoints/step-four is passed over: it is none of this program's",
     ]
 
 
-def test_what_an_earlier_attempt_left_incomplete_goes_with_the_next_checkpoint(tmp_path):
-    folder = tmp_path / COURSE.digest / "checkpoints"
+def test_prune_deletes_incomplete_checkpoints_of_earlier_attempts(tmp_path):
+    folder = tmp_path / FINGERPRINT.digest / "checkpoints"
     for name in ("step-000002-a1", "step-000009-a1", "step-000002-a3"):
         (folder / name).mkdir(parents=True)
         (folder / name / "record.json").write_text("{}")
@@ -374,16 +382,16 @@ def test_what_an_earlier_attempt_left_incomplete_goes_with_the_next_checkpoint(t
     assert left == ["step-000002-a3", "step-000003-a2", "step-000009-a1"]
 
 
-def test_trap_37_the_state_of_another_course_is_refused(kept):
-    checkpoints, notes = make_checkpoints(kept, COURSE.model_copy(update={"total_steps": 9}))
-    assert checkpoints.newest() is None
+def test_trap_37_checkpoint_with_another_fingerprint_is_refused(kept):
+    checkpoints, notes = make_checkpoints(kept, FINGERPRINT.model_copy(update={"total_steps": 9}))
+    assert checkpoints.load_latest() is None
     assert "it belongs to another course of training: totalSteps was 5 and is 9" in notes[0]
 
 
 def test_a_checkpoint_that_cannot_be_written_does_not_end_the_run(tmp_path):
-    (tmp_path / COURSE.digest).write_text("a file where the folder should be")
+    (tmp_path / FINGERPRINT.digest).write_text("a file where the folder should be")
     notes: list[str] = []
-    offer(make_keeper(make_checkpoints(tmp_path)[0], notes=notes), 1, last=False)
+    maybe_checkpoint(make_checkpointer(make_checkpoints(tmp_path)[0], notes=notes), 1, last=False)
     assert notes[0].startswith("no checkpoint of step 1 was written: ")
 
 
@@ -421,7 +429,7 @@ def uninterrupted(config, tmp_path_factory) -> RunConfig:
 
 @settings(max_examples=3, deadline=None, phases=[Phase.generate])
 @given(stops=st.sets(st.integers(1, STEPS - 1), min_size=1))
-def test_a_run_stopped_after_any_steps_goes_on_in_new_processes(stops, config, uninterrupted, tmp_path_factory):
+def test_run_stopped_after_any_steps_resumes_in_new_processes(stops, config, uninterrupted, tmp_path_factory):
     folder = tmp_path_factory.mktemp("stopped")
     stopped, processes, before = moved(config, folder / "output"), FreshProcesses(), None
     for step in [*sorted(stops), NEVER]:

@@ -10,15 +10,15 @@ import torch
 from qlora_api.names import Reason
 from qlora_api.report import StepRecord
 from qlora_api.v1alpha1 import LoraSpec, TrainingSpec
-from qlora_trainer.data.batching import make_batch, micro_batches
+from qlora_trainer.data.batching import collate, split_micro_batches
 from qlora_trainer.data.tokenization import TokenRow
 from qlora_trainer.errors import RunError
-from qlora_trainer.evaluation.evaluator import evaluate
-from qlora_trainer.model.base_model import Tuned, head_is_plain, load_base, tune
+from qlora_trainer.evaluation.evaluator import compute_metrics
+from qlora_trainer.model.base_model import TrainableModel, attach_lora, head_is_plain, load_base
 from qlora_trainer.runtime.shutdown import StopFlag
 from qlora_trainer.training.loop import Schedule
 from tests.unit.trainer.tiny import CPU, make_model, write_model
-from tests.unit.trainer.tuned import CHOICES, DEAF, NF4, make_test_loop, make_tuned, run_steps, token_rows
+from tests.unit.trainer.tuned import NF4, NO_CALLBACKS, SETTINGS, make_test_loop, make_trainable, run_steps, token_rows
 
 ONE = torch.ones(())
 
@@ -30,7 +30,7 @@ def model_folder(tmp_path_factory):
     return folder
 
 
-def test_a_model_that_changes_its_logits_keeps_its_own_head():
+def test_model_with_modified_logits_uses_its_own_head():
     class Capped(torch.nn.Module):
         def __init__(self, inner):
             super().__init__()
@@ -50,7 +50,7 @@ def test_a_model_that_changes_its_logits_keeps_its_own_head():
 
     assert head_is_plain(make_model())
     assert not head_is_plain(Capped(make_model()))
-    tuned, batch = make_tuned(), make_batch(token_rows(4), CPU, packing=True)
+    tuned, batch = make_trainable(), collate(token_rows(4), CPU, packing=True)
     own = dataclasses.replace(tuned, plain_head=False)
     torch.testing.assert_close(own.loss_sum(batch, ONE), tuned.loss_sum(batch, ONE))
 
@@ -59,33 +59,33 @@ def test_in_16_bits_the_head_in_pieces_rounds_as_the_model_does(model_folder):
     gradients = []
     for plain_head in (True, False):
         base = load_base(model_folder, NF4, torch.bfloat16, "sdpa", "cpu")
-        choices = dataclasses.replace(CHOICES, dtype=torch.bfloat16)
-        tuned = dataclasses.replace(tune(base, LoraSpec(rank=4, dropout=0.0), 1, choices), plain_head=plain_head)
-        tuned.peft.train()
-        tuned.loss_sum(make_batch(token_rows(6), CPU, packing=True), ONE / 77).backward()
+        choices = dataclasses.replace(SETTINGS, dtype=torch.bfloat16)
+        tuned = dataclasses.replace(attach_lora(base, LoraSpec(rank=4, dropout=0.0), 1, choices), plain_head=plain_head)
+        tuned.wrapped.train()
+        tuned.loss_sum(collate(token_rows(6), CPU, packing=True), ONE / 77).backward()
         gradients.append([parameter.grad for parameter in tuned.parameters()])
     assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
 
 
-def test_joined_rows_stay_below_the_limit_unless_one_row_is_longer():
+def test_packed_rows_stay_below_the_token_limit():
     long, short = TokenRow(tuple(range(5000)), ()), TokenRow(tuple(range(3000)), ())
-    sizes = [len(group) for group in micro_batches([short, short, long, short], 8, packing=True)]
+    sizes = [len(group) for group in split_micro_batches([short, short, long, short], 8, packing=True)]
     assert sizes == [1, 1, 1, 1]
-    assert [len(group) for group in micro_batches([short] * 5, 2, packing=False)] == [2, 2, 1]
+    assert [len(group) for group in split_micro_batches([short] * 5, 2, packing=False)] == [2, 2, 1]
 
 
 def test_without_its_adapter_the_model_is_the_base():
-    tuned, rows = make_tuned(), token_rows(8)
+    tuned, rows = make_trainable(), token_rows(8)
     with tuned.evaluating(adapter=False):
-        before = evaluate(tuned, rows, 4, packing=True)
+        before = compute_metrics(tuned, rows, 4, packing=True)
     run_steps(make_test_loop(tuned, rows))
     with tuned.evaluating(adapter=False):
-        assert evaluate(tuned, rows, 4, packing=True) == before
+        assert compute_metrics(tuned, rows, 4, packing=True) == before
     with tuned.evaluating():
-        assert evaluate(tuned, rows, 4, packing=True).loss < before.loss
+        assert compute_metrics(tuned, rows, 4, packing=True).loss < before.loss
 
 
-def test_a_stop_takes_effect_after_the_step_and_its_state_can_be_kept():
+def test_stop_takes_effect_after_the_step_with_a_checkpoint():
     stop, seen, asked, kept = StopFlag(), [], [], []
 
     def note(record: StepRecord) -> None:
@@ -97,10 +97,13 @@ def test_a_stop_takes_effect_after_the_step_and_its_state_can_be_kept():
         return True
 
     watcher = dataclasses.replace(
-        DEAF, step=note, wants=wants, keep=lambda state, _: kept.append(len(state.history.steps))
+        NO_CALLBACKS,
+        on_step=note,
+        should_checkpoint=wants,
+        checkpoint=lambda state, _: kept.append(len(state.history.steps)),
     )
     with pytest.raises(RunError) as caught:
-        make_test_loop(make_tuned(), token_rows(8)).run(stop, watcher)
+        make_test_loop(make_trainable(), token_rows(8)).run(stop, watcher)
     assert (caught.value.reason, caught.value.step, seen) == (Reason.INTERRUPTED, 2, [1, 2])
     assert (asked, kept) == ([(1, False), (2, True)], [1, 2])
 
@@ -118,10 +121,10 @@ def test_learning_rate(scheduler, expected):
     assert [schedule.learning_rate(step) for step in range(6)] == pytest.approx(expected)
 
 
-def test_a_micro_batch_is_forgotten_before_the_next_one(monkeypatch):
+def test_micro_batch_graph_is_freed_before_the_next(monkeypatch):
     """Its graph holds checkpoints' inputs, and with 8-bit layers every activation."""
     losses: list[weakref.ref] = []
-    real = Tuned.loss_sum
+    real = TrainableModel.loss_sum
 
     def watch(tuned, batch, weight):
         assert not [loss for loss in losses if loss() is not None]
@@ -129,6 +132,6 @@ def test_a_micro_batch_is_forgotten_before_the_next_one(monkeypatch):
         losses.append(weakref.ref(loss))
         return loss
 
-    monkeypatch.setattr(Tuned, "loss_sum", watch)
-    run_steps(make_test_loop(make_tuned(), token_rows(16), micro_batch=2, steps=1))
+    monkeypatch.setattr(TrainableModel, "loss_sum", watch)
+    run_steps(make_test_loop(make_trainable(), token_rows(16), micro_batch=2, steps=1))
     assert len(losses) == 4

@@ -11,21 +11,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_api.names import Reason
-from qlora_api.report import HeldOutRecord, StepRecord
+from qlora_api.report import StepRecord, ValidationRecord
 from qlora_api.v1alpha1 import EarlyStoppingSpec, TrainingSpec
 from qlora_trainer.errors import RunError
 from qlora_trainer.runtime.shutdown import StopFlag
-from qlora_trainer.training.loop import check_level
+from qlora_trainer.training.loop import check_divergence
 from qlora_trainer.training.state import (
     DIVERGED_RISE,
     DIVERGED_STEPS,
     History,
-    best_of,
+    best_validation,
     evaluation_is_due,
-    is_exhausted,
-    kept_step,
+    patience_is_exhausted,
+    selected_step,
 )
-from tests.unit.trainer.tuned import DEAF, make_test_loop, make_tuned, token_rows, weights_of
+from tests.unit.trainer.tuned import NO_CALLBACKS, make_test_loop, make_trainable, token_rows, weights_of
 
 
 def steps_of(*losses: float) -> tuple[StepRecord, ...]:
@@ -35,9 +35,9 @@ def steps_of(*losses: float) -> tuple[StepRecord, ...]:
     )
 
 
-def looks_of(*losses: float, every: int = 2) -> tuple[HeldOutRecord, ...]:
+def validations_of(*losses: float, every: int = 2) -> tuple[ValidationRecord, ...]:
     return tuple(
-        HeldOutRecord(step=number * every, loss=loss, token_accuracy=0.5, seconds=1.0)
+        ValidationRecord(step=number * every, loss=loss, token_accuracy=0.5, seconds=1.0)
         for number, loss in enumerate(losses, start=1)
     )
 
@@ -53,9 +53,9 @@ def looks_of(*losses: float, every: int = 2) -> tuple[HeldOutRecord, ...]:
         (5, 2, "best", True),
     ],
 )
-def test_a_look_is_due_once_at_each_multiple_and_at_the_end_if_the_best_is_kept(done, looks, keep, due):
+def test_evaluation_is_due_at_each_multiple_and_at_the_end_with_keep_best(done, looks, keep, due):
     training = TrainingSpec(evaluate_every=2, keep=keep)
-    history = History(steps_of(*[1.0] * done), looks_of(*[1.0] * looks))
+    history = History(steps_of(*[1.0] * done), validations_of(*[1.0] * looks))
     assert evaluation_is_due(history, training, total_steps=5) is due
     assert not evaluation_is_due(history, TrainingSpec(), total_steps=5)
 
@@ -72,16 +72,19 @@ def test_a_look_is_due_once_at_each_multiple_and_at_the_end_if_the_best_is_kept(
         ((3.0, 2.95, 2.89), 2, 0.1, False),
     ],
 )
-def test_patience_ends_after_looks_that_are_no_better(losses, patience, min_delta, exhausted):
-    assert is_exhausted(looks_of(*losses), EarlyStoppingSpec(patience=patience, min_delta=min_delta)) is exhausted
+def test_patience_is_exhausted_after_validations_without_improvement(losses, patience, min_delta, exhausted):
+    assert (
+        patience_is_exhausted(validations_of(*losses), EarlyStoppingSpec(patience=patience, min_delta=min_delta))
+        is exhausted
+    )
 
 
 def test_the_best_is_the_earliest_of_the_lowest():
-    assert best_of(looks_of(3.0, 1.0, 2.0, 1.0)).step == 4
-    assert best_of(()) is None
-    history = History(steps_of(1.0, 1.0, 1.0, 1.0, 1.0), looks_of(1.0, 2.0))
-    assert kept_step(history, TrainingSpec(evaluate_every=2, keep="best")) == 2
-    assert kept_step(history, TrainingSpec(evaluate_every=2)) == 5
+    assert best_validation(validations_of(3.0, 1.0, 2.0, 1.0)).step == 4
+    assert best_validation(()) is None
+    history = History(steps_of(1.0, 1.0, 1.0, 1.0, 1.0), validations_of(1.0, 2.0))
+    assert selected_step(history, TrainingSpec(evaluate_every=2, keep="best")) == 2
+    assert selected_step(history, TrainingSpec(evaluate_every=2)) == 5
 
 
 @pytest.mark.parametrize(
@@ -96,7 +99,7 @@ def test_the_best_is_the_earliest_of_the_lowest():
         pytest.param([], None, id="nothing"),
     ],
 )
-def test_a_loss_that_leaves_its_level_for_good_is_found(losses, level):
+def test_divergence_is_detected(losses, level):
     assert History(steps_of(*losses)).level_before_divergence() == level
 
 
@@ -155,21 +158,21 @@ def test_a_step_costs_the_same_however_many_were_before_it():
 
 def test_a_diverged_run_ends_with_its_reason():
     with pytest.raises(RunError, match=r"the loss was 2\.000 and has been more than 1\.5 above that for 20") as caught:
-        check_level(History(steps_of(*[2.0] * 40, *[9.0] * 20)))
+        check_divergence(History(steps_of(*[2.0] * 40, *[9.0] * 20)))
     assert (caught.value.reason, caught.value.step) == (Reason.LOSS_DIVERGED, 60)
 
 
 def test_early_stopping_ends_the_loop_and_the_best_adapter_is_kept():
     """With a learning rate that is far too high the first look is the best."""
-    looks, tuned = [], make_tuned()
+    looks, tuned = [], make_trainable()
     training = {"evaluate_every": 1, "keep": "best", "early_stopping": EarlyStoppingSpec(patience=2)}
     loop = make_test_loop(tuned, token_rows(8), steps=50, learning_rate=0.3, max_grad_norm=1000.0, **training)
     loop = dataclasses.replace(loop, held_out=token_rows(8, seed=5))
-    history = loop.run(StopFlag(), dataclasses.replace(DEAF, held_out=looks.append))
-    assert looks == history.held_out
-    best = best_of(looks)
+    history = loop.run(StopFlag(), dataclasses.replace(NO_CALLBACKS, on_validation=looks.append))
+    assert looks == history.validations
+    best = best_validation(looks)
     assert len(history.steps) == best.step + 2 < 50
-    again = make_tuned()
+    again = make_trainable()
     until = make_test_loop(again, token_rows(8), steps=50, learning_rate=0.3, max_grad_norm=1000.0)
     for step in range(best.step):
         until.step(step)

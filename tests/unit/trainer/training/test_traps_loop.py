@@ -9,16 +9,16 @@ import torch
 from qlora_api.names import Reason
 from qlora_api.report import StepRecord
 from qlora_api.v1alpha1 import LoraSpec
-from qlora_trainer.data.batching import make_batch, order_of, rows_of_step
+from qlora_trainer.data.batching import collate, epoch_permutation, sample_step
 from qlora_trainer.data.tokenization import TokenRow
 from qlora_trainer.distributed.world import World
 from qlora_trainer.errors import RunError
-from qlora_trainer.evaluation.evaluator import evaluate
+from qlora_trainer.evaluation.evaluator import compute_metrics
 from qlora_trainer.model import base_model as model_module
-from qlora_trainer.model.base_model import load_base, tune
+from qlora_trainer.model.base_model import attach_lora, load_base
 from qlora_trainer.training.loop import check_finite
 from tests.unit.trainer.tiny import CPU, write_model
-from tests.unit.trainer.tuned import CHOICES, NF4, make_test_loop, make_tuned, run_steps, token_rows, weights_of
+from tests.unit.trainer.tuned import NF4, SETTINGS, make_test_loop, make_trainable, run_steps, token_rows, weights_of
 
 ONE = torch.ones(())
 
@@ -33,7 +33,7 @@ def model_folder(tmp_path_factory):
 @pytest.mark.parametrize("micro_batch", [1, 3, 8])
 def test_trap_01_micro_batches_do_not_change_a_step(micro_batch):
     rows = token_rows(12)  # the second step has four rows: a last window that is not full
-    whole, parts = make_tuned(), make_tuned()
+    whole, parts = make_trainable(), make_trainable()
     expected = run_steps(make_test_loop(whole, rows, micro_batch=8))
     found = run_steps(make_test_loop(parts, rows, micro_batch=micro_batch))
     assert [record.loss for record in found] == pytest.approx([record.loss for record in expected], rel=1e-5)
@@ -42,32 +42,32 @@ def test_trap_01_micro_batches_do_not_change_a_step(micro_batch):
 
 
 def test_trap_01_a_step_is_normalised_by_its_own_labels():
-    tuned, rows = make_tuned(), token_rows(8)
-    batch = make_batch(rows, CPU, packing=True)
+    tuned, rows = make_trainable(), token_rows(8)
+    batch = collate(rows, CPU, packing=True)
     expected = float(tuned.loss_sum(batch, ONE).detach()) / len(batch.labels)
     assert make_test_loop(tuned, rows).step(0).loss == pytest.approx(expected, rel=1e-5)
 
 
 def test_trap_02_two_processes_share_the_rows_of_a_step():
     world = World(CPU, rank=1, size=2)
-    assert [*World(CPU, rank=0, size=2).share(range(5)), *world.share(range(5))] == [0, 2, 4, 1, 3]
+    assert [*World(CPU, rank=0, size=2).shard(range(5)), *world.shard(range(5))] == [0, 2, 4, 1, 3]
 
 
 def test_trap_07_a_row_without_labels_makes_no_loss_and_no_nan():
     rows = token_rows(7)
-    whole, spoilt = make_tuned(), make_tuned()
+    whole, spoilt = make_trainable(), make_trainable()
     expected = make_test_loop(whole, rows, micro_batch=1).step(0)
     found = make_test_loop(spoilt, (*rows, TokenRow((5, 6, 7), ())), micro_batch=1).step(0)
     assert (found.loss, found.grad_norm) == pytest.approx((expected.loss, expected.grad_norm), rel=1e-5)
 
 
 def test_trap_28_order_is_a_function_of_seed_and_epoch():
-    assert order_of(3, 100, 7) == order_of(3, 100, 7)
-    assert order_of(3, 100, 7) != order_of(4, 100, 7)
-    assert order_of(3, 100, 7) != order_of(3, 100, 8)
-    epoch = [row for step in range(3) for row in rows_of_step(step, 10, 4, 7)]
+    assert epoch_permutation(3, 100, 7) == epoch_permutation(3, 100, 7)
+    assert epoch_permutation(3, 100, 7) != epoch_permutation(4, 100, 7)
+    assert epoch_permutation(3, 100, 7) != epoch_permutation(3, 100, 8)
+    epoch = [row for step in range(3) for row in sample_step(step, 10, 4, 7)]
     assert sorted(epoch) == list(range(10))
-    assert order_of(0, 6, 42) == GOLDEN_ORDER
+    assert epoch_permutation(0, 6, 42) == GOLDEN_ORDER
 
 
 GOLDEN_ORDER = tuple(torch.randperm(6, generator=torch.Generator().manual_seed(42 << 20)).tolist())
@@ -75,15 +75,15 @@ GOLDEN_ORDER = tuple(torch.randperm(6, generator=torch.Generator().manual_seed(4
 
 def gradients_after(folder, *, evaluate_between: bool) -> list[torch.Tensor]:
     base = load_base(folder, NF4, torch.bfloat16, "sdpa", "cpu")
-    choices = dataclasses.replace(CHOICES, dtype=torch.bfloat16)
-    tuned = tune(base, LoraSpec(rank=4, dropout=0.0, targets=("all-linear",)), 1, choices)
+    choices = dataclasses.replace(SETTINGS, dtype=torch.bfloat16)
+    tuned = attach_lora(base, LoraSpec(rank=4, dropout=0.0, targets=("all-linear",)), 1, choices)
     rows = token_rows(6)
     if evaluate_between:
         with tuned.evaluating():
-            evaluate(tuned, rows, 1, packing=True)
-            tuned.causal(input_ids=torch.tensor([[5]]), use_cache=False)
-    tuned.peft.train()
-    tuned.loss_sum(make_batch(rows, CPU, packing=True), ONE).backward()
+            compute_metrics(tuned, rows, 1, packing=True)
+            tuned.model(input_ids=torch.tensor([[5]]), use_cache=False)
+    tuned.wrapped.train()
+    tuned.loss_sum(collate(rows, CPU, packing=True), ONE).backward()
     return [parameter.grad for parameter in tuned.parameters()]
 
 
@@ -100,38 +100,38 @@ def test_trap_29_an_evaluation_leaves_later_gradients_alone(model_folder):
 @pytest.mark.filterwarnings("ignore:bitsandbytes..gemv_4bit. an autograd kernel was not registered:UserWarning")
 def test_trap_29_without_the_switch_an_evaluation_corrupts_gradients(model_folder, monkeypatch):
     plain = gradients_after(model_folder, evaluate_between=False)
-    monkeypatch.setattr(model_module, "keep_weights_unpacked", lambda _: None)
+    monkeypatch.setattr(model_module, "disable_weight_repacking", lambda _: None)
     evaluated = gradients_after(model_folder, evaluate_between=True)
     assert not all(other is not None and torch.equal(one, other) for one, other in zip(plain, evaluated, strict=True))
 
 
 def test_trap_29_dropout_does_not_depend_on_what_ran_before():
     rows = token_rows(8)
-    quiet, busy = make_tuned(dropout=0.2), make_tuned(dropout=0.2)
+    quiet, busy = make_trainable(dropout=0.2), make_trainable(dropout=0.2)
     first, second = make_test_loop(quiet, rows), make_test_loop(busy, rows)
     for step in range(3):
         first.step(step)
         second.step(step)
         with busy.evaluating():
             torch.randn(17)
-            evaluate(busy, rows, 2, packing=True)
+            compute_metrics(busy, rows, 2, packing=True)
     assert all(torch.equal(one, other) for one, other in zip(weights_of(quiet), weights_of(busy), strict=True))
 
 
 def test_trap_29_evaluating_restores_mode_and_random_numbers():
-    tuned = make_tuned()
-    tuned.peft.train()
+    tuned = make_trainable()
+    tuned.wrapped.train()
     before = torch.get_rng_state()
     with tuned.evaluating(adapter=False):
         torch.randn(3)
-        assert not tuned.peft.training
-    assert tuned.peft.training
+        assert not tuned.wrapped.training
+    assert tuned.wrapped.training
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_trap_27_metrics_do_not_depend_on_batches():
-    tuned, rows = make_tuned(), token_rows(9)
-    found = [evaluate(tuned, rows, size, packing=packing) for size in (1, 4) for packing in (True, False)]
+    tuned, rows = make_trainable(), token_rows(9)
+    found = [compute_metrics(tuned, rows, size, packing=packing) for size in (1, 4) for packing in (True, False)]
     assert len({metrics.token_accuracy for metrics in found}) == 1
     assert [metrics.loss for metrics in found] == pytest.approx([found[0].loss] * 4, rel=1e-5)
     assert found[0].perplexity == pytest.approx(math.exp(found[0].loss))
