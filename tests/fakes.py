@@ -92,11 +92,11 @@ class FakeCluster:
         """The container runs."""
         self.set_pod(job, "Running", {"running": {"startedAt": self._node_time()}})
 
-    def delete_pod(self, job: str, grace: timedelta, disruption: str) -> None:
+    def delete_pod(self, job: str, grace: timedelta, disruption_reason: str) -> None:
         """Somebody deletes a pod; what its kubelet does is another matter."""
         pod = self.pods[job]
         pod["metadata"]["deletionTimestamp"] = _wire(self.now + grace)
-        pod["status"]["conditions"].append({"type": "DisruptionTarget", "status": "True", "reason": disruption})
+        pod["status"]["conditions"].append({"type": "DisruptionTarget", "status": "True", "reason": disruption_reason})
 
     def end_pod(self, job: str, code: int, message: str, *, keep_start: bool = False) -> None:
         """The container ended, and its Job with it; it ran no time, or since it was started."""

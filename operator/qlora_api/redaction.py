@@ -15,7 +15,7 @@ MASK: Final = "[redacted]"
 MIN_SECRET_LENGTH: Final = 8
 """Characters of a value that is looked for: a shorter one would be found in every other word."""
 
-_SECRET_NAME: Final = (
+_CREDENTIAL_NAME: Final = (
     r"(?:aws_?)?(?:secret_?access_?key|access_?key_?id|session_?token)|hf_?token|hugging_?face_?hub_?token"
     r"|wandb_?api_?key|mlflow_tracking_(?:password|token)|passw(?:or)?d|client_?secret|api_?key|(?:access|bearer)_?token"
 )
@@ -33,7 +33,7 @@ _SECRET_PATTERNS: Final = tuple(
             r"|awsaccesskeyid|sig|token|access_token|api_key)=)[^&\s\"'<>,;\\]+",
             rf"\1{MASK}",
         ),
-        (rf"(\b(?:{_SECRET_NAME})(?:\s*=\s*|[\"']\s*:\s*)[\"']?)[^\s\"',}}&]+", rf"\1{MASK}"),
+        (rf"(\b(?:{_CREDENTIAL_NAME})(?:\s*=\s*|[\"']\s*:\s*)[\"']?)[^\s\"',}}&]+", rf"\1{MASK}"),
         (r"(\b[a-z][a-z0-9+.-]*://)[^\s/@:\"']*:[^\s/@\"']+@", rf"\1{MASK}@"),
         (r"\beyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]+", MASK),
     )
@@ -43,7 +43,7 @@ _SECRET_PATTERNS: Final = tuple(
 )
 """Headers, query strings of presigned URLs, assignments, user information of URLs, tokens with a form of their own."""
 _SECRET_FIELD: Final = re.compile(
-    rf"(?:{_SECRET_NAME}|(?:.*[_-])?(?:authorization|password|secret|token))", re.IGNORECASE
+    rf"(?:{_CREDENTIAL_NAME}|(?:.*[_-])?(?:authorization|password|secret|token))", re.IGNORECASE
 )
 
 

@@ -102,7 +102,8 @@ def _explain_checkpointing(work: TrainingWorkload, sizing: Sizing) -> str:
     tokens = f"{pass_tokens(work, sizing):.0f} tokens a pass"
     if not sizing.layout.checkpointing:
         return f"gradient checkpointing off: activations of {tokens} fit, and recomputing them costs a forward pass"
-    return f"gradient checkpointing on: without it a pass of {COMPUTE_BOUND_TOKENS:,} tokens would not fit; with it, {tokens}"
+    without = f"without it a pass of {COMPUTE_BOUND_TOKENS:,} tokens would not fit"
+    return f"gradient checkpointing on: {without}; with it, {tokens}"
 
 
 def explain_peak(sizing: Sizing) -> str:
@@ -119,4 +120,5 @@ def explain_peak(sizing: Sizing) -> str:
     }
     verdict = "; tight: it fits if torch's allocator needs less than that slack" if sizing.tight else ""
     shown = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items() if size)
-    return f"peak {format_gib(found.peak)} of {format_gib(sizing.allocation.pool.usable)} per GPU: {shown}, slack 7 %{verdict}"
+    usable = format_gib(sizing.allocation.pool.usable)
+    return f"peak {format_gib(found.peak)} of {usable} per GPU: {shown}, slack 7 %{verdict}"

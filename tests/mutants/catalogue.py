@@ -103,7 +103,7 @@ MUTATIONS: Final = (
         trap=10,
         file=f"{_TRAINER}/model/base_model.py",
         old="    model.requires_grad_(False)\n    return model\n",
-        new="    from wrapped import prepare_model_for_kbit_training\n    return prepare_model_for_kbit_training(model)\n",
+        new="    from peft import prepare_model_for_kbit_training\n    return prepare_model_for_kbit_training(model)\n",
         test=f"{_TESTS}/model/test_traps_model.py::test_trap_10_nothing_of_the_base_is_made_larger_and_the_adapter_is_fp32",
     ),
     Mutation(
@@ -267,7 +267,11 @@ MUTATIONS: Final = (
     Mutation(
         trap=34,
         file=f"{_TRAINER}/model/attention.py",
-        old='    if facts.logit_softcapping:\n        return "eager", "the model caps attention scores, which SDPA cannot"\n    if not facts.sdpa:\n',
+        old=(
+            "    if facts.logit_softcapping:\n"
+            '        return "eager", "the model caps attention scores, which SDPA cannot"\n'
+            "    if not facts.sdpa:\n"
+        ),
         new="    if facts.head_size < 1:\n",
         test=f"{_TESTS}/model/test_traps_model.py::test_trap_34_capped_scores_are_capped",
     ),

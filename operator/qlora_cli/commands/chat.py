@@ -83,7 +83,7 @@ def chat(  # noqa: PLR0913, PLR0917 (an option each)
     show = printers.get(output) or ChatPrinter(Console(highlight=False), questions=not talking).show
     with exit_on_error(console, "no more questions are answered", exit_error_without_remedy):
         panel = load_chat_model(adapter, device, base_model, platform, console)
-        conversation = panel.start_conversation(manner, keeps=talking)
+        conversation = panel.start_conversation(manner, keep_history=talking)
         if talking:
             chat_interactively(conversation, show, console)
         else:

@@ -85,4 +85,5 @@ def _watch_lines(cluster: ClusterClient, ref: JobRef, console: Console, clock: C
 def describe_job(job: ClusterJob) -> str:
     """Return phase and progress in a line."""
     report = job.status.last_report
-    return f"{job.phase:<10}  {format_progress(report) if report and not job.finished else job.status.reason or ''}".rstrip()
+    shown = format_progress(report) if report and not job.finished else job.status.reason or ""
+    return f"{job.phase:<10}  {shown}".rstrip()

@@ -196,7 +196,8 @@ def classify_missing_pod(child: ChildJob, startup: timedelta, now: datetime) -> 
         return JobState(Stage.WAITING, _stage_reason(child.role), message, requeue_at=deadline)
     return ended_state(
         Reason.POD_REJECTED,
-        f"Job {child.name} got no pod within {format_seconds(startup)} (spec.deadlines.startup): a quota or an admission "
+        f"Job {child.name} got no pod within {format_seconds(startup)} (spec.deadlines.startup): a quota or an "
+        "admission "
         f"policy rejects it; `kubectl describe job {child.name}` shows its message",
     )
 

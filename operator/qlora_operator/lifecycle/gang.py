@@ -115,6 +115,7 @@ def _classify_unfinished(child: ChildJob, startup: timedelta, now: datetime) -> 
         return JobState(worst.stage, worst.reason, worst.message, requeue_at=deadline)
     return ended_state(
         Reason.STARTUP_DEADLINE_EXCEEDED,
-        f"only {len(placed)} of {child.completions} pods got a node within {format_seconds(startup)} (spec.deadlines.startup): "
+        f"only {len(placed)} of {child.completions} pods got a node within {format_seconds(startup)} "
+        "(spec.deadlines.startup): "
         f"{worst.message}",
     )

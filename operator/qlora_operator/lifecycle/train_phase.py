@@ -89,7 +89,8 @@ def _follow_running(
 ) -> Decision:
     silent = heartbeat_deadline(job, train, context)
     if silent is not None and context.now >= silent:
-        message = f"pod {train.pod.name if train.pod else train.name} has not reported since {_describe_last_report(job, context)}"
+        pod = train.pod.name if train.pod else train.name
+        message = f"pod {pod} has not reported since {_describe_last_report(job, context)}"
         return _end_training(job, JobState(Stage.ENDED, Reason.HEARTBEAT_LOST, message), attempt, context.now)
     live = context.last_report
     phase = live.phase if live and live.phase in _REPORTED_PHASES else Phase.TRAINING

@@ -79,7 +79,7 @@ def _chunked_loss(decoder: Decoder, states: Tensor) -> Tensor:
     gradients += [record.emit(weights, FP32)] if setting.full_finetune else []
     record.emit(1, FP32, [states, head, *gradients], gradients)
     scaled = states.elements * FP32 * (2 if setting.autocast else 1)  # in fp32, then times the loss's gradient
-    return record.update_last(forward_work=_chunk_bytes(decoder.shape, setting), backward_work=scaled)
+    return record.update_last(forward_workspace=_chunk_bytes(decoder.shape, setting), backward_workspace=scaled)
 
 
 def _chunk_bytes(shape: ModelShape, setting: ForwardConfig) -> int:

@@ -25,7 +25,7 @@ class AttentionRecorder:
 
     @property
     def is_unpacked(self) -> bool:
-        """Return whether joined rows lie beside each other: on a CPU, where that saves pairs (qlora_trainer.model.unpacked_attention)."""
+        """Return whether packed rows are unpacked for attention: on a CPU, where that saves token pairs."""
         lines, setting = self.config.batch, self.config
         saves = lines.rows * lines.longest**2 < lines.tokens**2
         return lines.packing and setting.device == "cpu" and setting.attention == "sdpa" and saves

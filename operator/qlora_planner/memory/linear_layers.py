@@ -62,7 +62,8 @@ class LayerRecorder:
         # MatMul8bitFp and MatMul8bitLt hold on to their input, which no gradient needs (bitsandbytes 0.50).
         clung = (inside,) if bits == 8 else ()
         return record.cast(
-            record.update_last(clung=clung, forward_work=forward, backward_work=matrix + scales), x.width
+            record.update_last(held_by_node=clung, forward_workspace=forward, backward_workspace=matrix + scales),
+            x.width,
         )
 
     def _with_adapter(self, x: Tensor, result: Tensor, linear: Linear, rank: int) -> Tensor:
@@ -100,7 +101,7 @@ class LayerRecorder:
         # The identity that is sent through A and B, what comes out in fp32, and the base's weight in fp32.
         held = self.record.emit(identity + 2 * weights, 1)
         # Beside them, to take the norm: the scaled update, and its sum with the weight.
-        self.record.update_last(forward_work=2 * weights)
+        self.record.update_last(forward_workspace=2 * weights)
         return held
 
     def _base_of_dropout_input(self, x: Tensor, linear: Linear) -> Tensor:

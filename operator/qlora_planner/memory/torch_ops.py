@@ -62,7 +62,7 @@ class Recorder:
     def clone(self, x: Tensor) -> Tensor:
         """Clone; the gradient is the clone's."""
         self.emit(x.elements, x.width, [x])
-        return self.update_last(passes=(x,))
+        return self.update_last(grad_aliases=(x,))
 
     def view(self, x: Tensor, elements: int, *, learns: bool) -> Tensor:
         """Show the memory of another tensor."""
@@ -81,20 +81,20 @@ class Recorder:
     def cat(self, x: Tensor, y: Tensor) -> Tensor:
         """Concatenate; gradients are views of the result's."""
         self.emit(x.elements + y.elements, x.width, [x, y])
-        return self.update_last(passes=(x, y))
+        return self.update_last(grad_aliases=(x, y))
 
     def add(self, x: Tensor, y: Tensor) -> Tensor:
         """Add; whoever has the result's dtype gets its gradient as it is."""
         width = max(x.width, y.width)
         self.emit(x.elements, width, [x, y])
-        return self.update_last(passes=tuple(each for each in (x, y) if each.width == width))
+        return self.update_last(grad_aliases=tuple(each for each in (x, y) if each.width == width))
 
     def multiply(self, x: Tensor, y: Tensor) -> Tensor:
         """Multiply, each needed for the other's gradient; a smaller one is spread, and its gradient summed up."""
         elements, width = max(x.elements, y.elements), max(x.width, y.width)
         self.emit(elements, width, [x, y], _needed(x, y))
         spread = any(each.requires_grad and each.elements < elements for each in (x, y))
-        return self.update_last(backward_work=elements * width if spread else 0)
+        return self.update_last(backward_workspace=elements * width if spread else 0)
 
     def matmul(self, x: Tensor, y: Tensor, elements: int) -> Tensor:
         """Multiply matrices, each needed for the other's gradient."""
@@ -116,7 +116,7 @@ class Recorder:
     def power(self, x: Tensor) -> Tensor:
         """Take a power; backward has x ** (n - 1) and n times that beside the gradient."""
         self.emit(x.elements, x.width, [x], [x])
-        return self.update_last(backward_work=2 * x.bytes)
+        return self.update_last(backward_workspace=2 * x.bytes)
 
     def mean(self, x: Tensor, elements: int) -> Tensor:
         """Take means; their gradient is spread over what they are of."""

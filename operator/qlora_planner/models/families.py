@@ -376,7 +376,7 @@ class _Gemma3(_Config):
                 "family": "gemma3",
                 "tied": self.tie_word_embeddings,
                 "outside": (*language.outside, *vision.outside(), *joint),
-                "tower": vision.block(),
+                "vision_tower": vision.block(),
             }
         )
 

@@ -101,7 +101,8 @@ def check_loss(loss: str, dataset: Dataset) -> None:
     if text is not None and loss not in {"auto", "all"}:
         raise RunError(
             Reason.INVALID_SPEC,
-            f"spec.training.loss: {loss} needs rows with an answer, and {text.field_ref.field} has text rows; set auto or "
+            f"spec.training.loss: {loss} needs rows with an answer, and {text.field_ref.field} has text rows; set "
+            "auto or "
             "all, or give rows with a prompt and a completion",
         )
 
@@ -111,7 +112,10 @@ def describe_sources(dataset: Dataset) -> Iterator[str]:
     for source in dataset.all_sources:
         more = f" and {len(source.files) - 1} more" if len(source.files) > 1 else ""
         weight = f", weight {source.weight:g}" if source.weight != 1 else ""
-        yield f"{source.field_ref.field}: {source.files[0].name}{more}: {source.row_format} rows, {source.format_reason}{weight}"
+        yield (
+            f"{source.field_ref.field}: {source.files[0].name}{more}: {source.row_format} rows, "
+            f"{source.format_reason}{weight}"
+        )
 
 
 def describe_lengths(status: DataStatus, training: TrainingSpec) -> Iterator[str]:

@@ -32,7 +32,8 @@ def split_validation(sources: Sequence[Digests], fraction: float, field_ref: Fie
     if len(distinct) < 2:
         raise RunError(
             Reason.DATASET_EMPTY,
-            f"{field_ref.field}: {len(distinct)} distinct row cannot be both trained and evaluated on; add rows, or set "
+            f"{field_ref.field}: {len(distinct)} distinct row cannot be both trained and evaluated on; add rows, or "
+            "set "
             "spec.dataset.evaluation.uri",
         )
     count = min(max(round(fraction * len(distinct)), 1), len(distinct) - 1)
@@ -53,7 +54,8 @@ def check_training_rows_left(
     if not any(training_digests(sources, source_weights)):
         raise RunError(
             Reason.DATASET_EMPTY,
-            f"{field_ref.field}: every row is held out as well (spec.dataset.evaluation), or has a weight near 0; add rows",
+            f"{field_ref.field}: every row is held out as well (spec.dataset.evaluation), or has a weight near 0; "
+            "add rows",
         )
 
 

@@ -63,7 +63,10 @@ def _config_problems(config: Mapping[str, Any]) -> Iterator[str]:
     if config.get("rank_pattern") or config.get("alpha_pattern"):
         yield "its modules differ in rank or alpha, and vLLM would scale all of them alike; merge it"
     if max_lora_rank_for(int(config["r"])) is None:
-        yield f"its rank is {config['r']}, and vLLM's limit is {VLLM_MAX_LORA_RANKS[-1]}; merge it, or train with a lower rank"
+        yield (
+            f"its rank is {config['r']}, and vLLM's limit is {VLLM_MAX_LORA_RANKS[-1]}; merge it, or train with a "
+            "lower rank"
+        )
 
 
 def _tensor_problems(rank: int | None, shapes: Shapes) -> Iterator[str]:

@@ -28,7 +28,8 @@ def check_parameter_limit(name: str, parameters: int) -> None:
     if parameters > MAX_PARAMETERS:
         raise RunError(
             Reason.INVALID_SPEC,
-            f"spec.method: {name} has {parameters:,} weights, and full trains {MAX_PARAMETERS:,} at most; use qlora or lora",
+            f"spec.method: {name} has {parameters:,} weights, and full trains {MAX_PARAMETERS:,} at most; use qlora "
+            "or lora",
         )
 
 
@@ -46,7 +47,8 @@ def choose_full_finetune_optimizer(
         raise RunError(
             Reason.INVALID_SPEC,
             f"spec.method: full trains {parameters:,} weights, which takes {needed} with {kind} and leaves "
-            f"{_USABLE_MEMORY_SHARE:.0%} of the {format_gib(hardware.free_bytes)} that are free exceeded; use lora or qlora, or "
+            f"{_USABLE_MEMORY_SHARE:.0%} of the {format_gib(hardware.free_bytes)} that are free exceeded; use lora "
+            "or qlora, or "
             "a larger device",
         )
     return (

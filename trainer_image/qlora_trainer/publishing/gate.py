@@ -75,7 +75,10 @@ def _violations(gate: GateSpec, evaluation: EvaluationStatus) -> Iterator[str]:
         if bound is None:
             continue
         if figure is None:
-            yield f"{GATE_FIELD}.{rule.name}: no held-out row was answered, so there is no figure to compare with {bound:g}"
+            yield (
+                f"{GATE_FIELD}.{rule.name}: no held-out row was answered, so there is no figure to compare with "
+                f"{bound:g}"
+            )
         elif figure > bound if rule.at_most else figure < bound:
             limit = f"at {'most' if rule.at_most else 'least'} {bound:{rule.number_format}}"
             yield f"{GATE_FIELD}.{rule.name}: {rule.subject} {figure:{rule.number_format}}, and {limit} passes"

@@ -1,6 +1,6 @@
 """Proves, in a process of its own, that an adapter loads the way its users load it and answers as it was trained to.
 
-`python -m qlora_trainer.publishing.load_check ADAPTER < TASK` reads a LoadingTask and prints the loss that a stranger finds.
+`python -m qlora_trainer.publishing.load_check ADAPTER < TASK` reads a LoadingTask and prints the loss.
 """
 
 import math

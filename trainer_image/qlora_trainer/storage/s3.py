@@ -90,7 +90,8 @@ class S3Store:
         if escape := next((entry.path for entry in entries if escapes_root(entry.path)), None):
             raise RunError(
                 self._field_ref.not_found,
-                f"{self._field_ref.field}: an object below {self.root} is named '{escape}', which leads out of the folder "
+                f"{self._field_ref.field}: an object below {self.root} is named '{escape}', which leads out of the "
+                "folder "
                 "that it would be copied to; rename it",
             )
         return tuple(sorted(entries, key=lambda entry: entry.path))

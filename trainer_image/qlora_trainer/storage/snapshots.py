@@ -113,7 +113,8 @@ class SourceResolver:
         except MissingObjectError as error:
             raise RunError(
                 field_ref.not_found,
-                f"{field_ref.field}: the hub's mirror {mirror} has no {name} at revision {revision}; synchronise it, or "
+                f"{field_ref.field}: the hub's mirror {mirror} has no {name} at revision {revision}; synchronise "
+                "it, or "
                 f"correct the URI or the revision",
             ) from error
 
@@ -156,7 +157,8 @@ def weight_files(files: Iterable[str], field_ref: FieldRef) -> tuple[str, ...]:
     if pickles:
         raise RunError(
             Reason.UNSAFE_MODEL_FORMAT,
-            f"{field_ref.field}: the weights are pickle files only ({', '.join(pickles[:3])}), and loading pickle runs code"
+            f"{field_ref.field}: the weights are pickle files only ({', '.join(pickles[:3])}), and loading pickle "
+            "runs code"
             "; choose a revision with .safetensors files, or convert the weights first",
         )
     raise RunError(Reason.MODEL_NOT_FOUND, f"{field_ref.field}: there are no {WEIGHTS_SUFFIX} files; correct the URI")

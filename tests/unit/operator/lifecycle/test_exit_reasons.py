@@ -70,7 +70,9 @@ def ended_child(end: Exit, **pod: Any) -> ChildJob:
             id="oom-of-prepare",
         ),
         pytest.param(
-            make_child(Role.PREPARE, pod=None, failure=JobFailure("DeadlineExceeded", "too long"), overdue=True),
+            make_child(
+                Role.PREPARE, pod=None, failure=JobFailure("DeadlineExceeded", "too long"), deadline_exceeded=True
+            ),
             Reason.DEADLINE_EXCEEDED,
             "exceeded its deadline of 3600 seconds (fixed for a prepare pod)",
             id="deadline-of-prepare",
@@ -79,7 +81,9 @@ def ended_child(end: Exit, **pod: Any) -> ChildJob:
             ended_child(make_exit(143)), Reason.INTERRUPTED, "stopped by SIGTERM (exit code 143)", id="sigterm"
         ),
         pytest.param(
-            ended_child(make_exit(1), disrupted="preempting to accommodate", disruption="PreemptionByScheduler"),
+            ended_child(
+                make_exit(1), disruption_message="preempting to accommodate", disruption_reason="PreemptionByScheduler"
+            ),
             Reason.PREEMPTED,
             "preempting",
             id="preempted",
@@ -87,7 +91,7 @@ def ended_child(end: Exit, **pod: Any) -> ChildJob:
         pytest.param(
             ended_child(
                 make_exit(143, make_termination_message(Reason.INTERRUPTED, "asked to stop")),
-                disruption="EvictionByEvictionAPI",
+                disruption_reason="EvictionByEvictionAPI",
             ),
             Reason.INTERRUPTED,
             "EvictionByEvictionAPI",
@@ -95,7 +99,8 @@ def ended_child(end: Exit, **pod: Any) -> ChildJob:
         ),
         pytest.param(
             ended_child(
-                make_exit(143, make_termination_message(Reason.INTERRUPTED, "stop")), disruption="PreemptionByScheduler"
+                make_exit(143, make_termination_message(Reason.INTERRUPTED, "stop")),
+                disruption_reason="PreemptionByScheduler",
             ),
             Reason.PREEMPTED,
             "node-1",
@@ -103,7 +108,8 @@ def ended_child(end: Exit, **pod: Any) -> ChildJob:
         ),
         pytest.param(
             ended_child(
-                make_exit(1, make_termination_message(Reason.S3_DENIED, "no")), disruption="PreemptionByScheduler"
+                make_exit(1, make_termination_message(Reason.S3_DENIED, "no")),
+                disruption_reason="PreemptionByScheduler",
             ),
             Reason.S3_DENIED,
             "no",
@@ -111,7 +117,10 @@ def ended_child(end: Exit, **pod: Any) -> ChildJob:
         ),
         pytest.param(
             ended_child(
-                make_exit(137), disruption="TerminationByKubelet", reason="Evicted", message="low on ephemeral-storage"
+                make_exit(137),
+                disruption_reason="TerminationByKubelet",
+                reason="Evicted",
+                message="low on ephemeral-storage",
             ),
             Reason.EVICTED,
             "low on ephemeral-storage",
@@ -124,7 +133,7 @@ def ended_child(end: Exit, **pod: Any) -> ChildJob:
             id="evicted-before-it-ran",
         ),
         pytest.param(
-            make_child(pod=make_pod(deleting=True, gone_after=NOW - NODE_GRACE_PERIOD)),
+            make_child(pod=make_pod(deleting=True, deletion_timestamp=NOW - NODE_GRACE_PERIOD)),
             Reason.NODE_LOST,
             "node node-1 does not respond",
             id="node-does-not-answer",
@@ -160,13 +169,13 @@ def ended_child(end: Exit, **pod: Any) -> ChildJob:
             id="kubelet-refuses",
         ),
         pytest.param(
-            make_child(pod=None, failure=JobFailure("DeadlineExceeded", "too long"), overdue=True),
+            make_child(pod=None, failure=JobFailure("DeadlineExceeded", "too long"), deadline_exceeded=True),
             Reason.DEADLINE_EXCEEDED,
             "86400 seconds (what was left of spec.deadlines.total)",
             id="deadline",
         ),
         pytest.param(
-            make_child(pod=make_pod(exit=make_exit(143)), overdue=True),
+            make_child(pod=make_pod(exit=make_exit(143)), deadline_exceeded=True),
             Reason.DEADLINE_EXCEEDED,
             "86400 seconds",
             id="deadline-while-the-pod-ends",
@@ -232,7 +241,10 @@ def test_exit_maps_to_reason(child: ChildJob, reason: Reason, said: str) -> None
             id="taken-back-by-its-queue",
         ),
         pytest.param(
-            make_child(pod=make_pod(deleting=True, gone_after=NOW)), Stage.RUNNING, Reason.TRAINING, id="still-ending"
+            make_child(pod=make_pod(deleting=True, deletion_timestamp=NOW)),
+            Stage.RUNNING,
+            Reason.TRAINING,
+            id="still-ending",
         ),
         pytest.param(make_child(pod=None, failure=FAILED), Stage.LOST, Reason.POD_LOST, id="failed-and-gone"),
         pytest.param(make_child(pod=None, complete=True), Stage.LOST, Reason.POD_LOST, id="complete-and-gone"),

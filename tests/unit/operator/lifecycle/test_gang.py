@@ -31,7 +31,7 @@ def pod_of(index: int, end: Exit | None = None, **change: Any) -> Pod:
 
 
 def gang(*pods: Pod, **change: Any) -> ChildJob:
-    return make_child(pods=pods, wanted=2, **{"pod": None, **change})
+    return make_child(pods=pods, completions=2, **{"pod": None, **change})
 
 
 def later(end: Exit, seconds: int) -> Exit:

@@ -222,7 +222,7 @@ async def test_node_lost_starts_next_attempt(cluster: FakeCluster) -> None:
     """Its pod stays for ever; the next attempt goes on elsewhere."""
     await start(cluster)
     cluster.foreground_deletion = True
-    cluster.delete_pod(TRAIN, grace=timedelta(seconds=60), disruption="DeletionByTaintManager")
+    cluster.delete_pod(TRAIN, grace=timedelta(seconds=60), disruption_reason="DeletionByTaintManager")
     await reconcile_until_stable(cluster)
     assert cluster.status["phase"] == Phase.TRAINING
     assert (await reconcile_now(cluster)).requeue_after is not None

@@ -68,7 +68,7 @@ def test_extrapolated_layers_match_simulated_layers(device, checkpointing):
         ("DoRA", {"dora": True}),
         ("eager attention", {"attention": "eager"}),
         ("a CPU, where adapters get fp32", {"device": "cpu"}),
-        ("all weights", {"whole": True, "bits": 16, "ranks": {}}),
+        ("all weights", {"full_finetune": True, "bits": 16, "ranks": {}}),
     ],
 )
 def test_what_takes_more(name, change):

@@ -93,7 +93,7 @@ def test_checkpointed_layer_keeps_tensors_held_by_node():
         start = record.end_segment(record.view(given(record, learns=False), 10, learns=True))
         wide = record.unary_saving_input(record.emit(1000, 4, [start.output]))
         record.emit(10, 4, [wide])
-        layer = record.end_segment(record.update_last(clung=(wide,) if clings else ()))
+        layer = record.end_segment(record.update_last(held_by_node=(wide,) if clings else ()))
         made = simulate([start, layer], recompute=[False, True])
         kept.append(made.saved)
         peaks.append(made.peak)
@@ -107,7 +107,7 @@ def test_gradients_that_wait_are_there_while_a_layer_is_recomputed():
         record = Recorder()
         start = record.end_segment(record.view(given(record, learns=False), 10, learns=True))
         record.unary_saving_input(start.output)
-        last = record.update_last(forward_work=10_000)
+        last = record.update_last(forward_workspace=10_000)
         output = record.add(record.scale(last) if scales else last, start.output)
         peaks.append(simulate([start, record.end_segment(output)], recompute=[False, True]).peak)
     # The gradient of what is scaled, beside that of the sum, which waits for the other summand.

@@ -105,7 +105,7 @@ def test_16_bit_base_takes_several_adapters(model, tmp_path):
 
 
 def test_an_answer_that_does_not_end_is_cut_and_says_so(adapters, tmp_path):
-    conversation = opened(adapters["plain"], work=tmp_path).start_conversation(GENERATION, keeps=False)
+    conversation = opened(adapters["plain"], work=tmp_path).start_conversation(GENERATION, keep_history=False)
     exchange = conversation.ask("What colour has the sky?")
     assert exchange.question == "What colour has the sky?"
     assert [(reply.by, reply.complete) for reply in exchange.replies] == [("base", False), ("plain", False)]
@@ -117,7 +117,7 @@ def test_sampling_with_a_seed_is_repeatable(adapters, tmp_path):
 
     def said(seed: int) -> str:
         manner = GenerationConfig(max_new_tokens=12, temperature=1.5, seed=seed)
-        return panel.start_conversation(manner, keeps=False).ask("What?").replies[1].text
+        return panel.start_conversation(manner, keep_history=False).ask("What?").replies[1].text
 
     assert said(1) == said(1)
     assert said(1) != said(2)
@@ -135,7 +135,7 @@ def test_only_chat_adapters_keep_history(adapters, talker, tmp_path):
     panel = opened(adapters["plain"], talker, work=tmp_path)
     base, plain, chat = panel.handles
     assert [speaker.supports_history for speaker in panel.handles] == [False, False, True]
-    conversation = panel.start_conversation(GenerationConfig(max_new_tokens=3, system="Be brief."), keeps=True)
+    conversation = panel.start_conversation(GenerationConfig(max_new_tokens=3, system="Be brief."), keep_history=True)
     first, second = conversation.ask("One?"), conversation.ask("Two?")
     said = [
         {"role": "system", "content": "Be brief."},
@@ -154,7 +154,9 @@ def test_only_chat_adapters_keep_history(adapters, talker, tmp_path):
 
 
 def test_conversation_beyond_context_length_is_refused(talker, tmp_path):
-    conversation = opened(talker, work=tmp_path).start_conversation(GenerationConfig(max_new_tokens=250), keeps=True)
+    conversation = opened(talker, work=tmp_path).start_conversation(
+        GenerationConfig(max_new_tokens=250), keep_history=True
+    )
     with pytest.raises(RunError, match=r"it takes 302 tokens, and the model 256 at most; ask for less, or begin anew"):
         conversation.ask("What colour has the sky?")
 
@@ -204,5 +206,5 @@ def test_conflicting_modules_of_two_adapters_are_refused(model, tmp_path):
 def test_a_system_message_is_for_chats(adapters, talker, tmp_path):
     manner = GENERATION.model_copy(update={"system": "Be brief."})
     with pytest.raises(RunError, match="--system: none of the adapters was trained on chats"):
-        opened(adapters["plain"], work=tmp_path).start_conversation(manner, keeps=False)
-    assert opened(talker, work=tmp_path).start_conversation(manner, keeps=False).generation_config == manner
+        opened(adapters["plain"], work=tmp_path).start_conversation(manner, keep_history=False)
+    assert opened(talker, work=tmp_path).start_conversation(manner, keep_history=False).generation_config == manner

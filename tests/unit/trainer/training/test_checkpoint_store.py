@@ -366,7 +366,8 @@ def test_load_latest_logs_and_skips_foreign_folders(kept, tmp_path):
     checkpoints, notes = make_checkpoints(tmp_path)
     assert checkpoints.load_latest() is None
     assert notes == [
-        f"the checkpoint {FINGERPRINT.digest}/checkpoints/step-000005-a1 is passed over: it has no manifest, so that it "
+        f"the checkpoint {FINGERPRINT.digest}/checkpoints/step-000005-a1 is passed over: it has no manifest, so "
+        "that it "
         "was never complete",
         f"the checkpoint {FINGERPRINT.digest}/checkpoints/step-four is passed over: it is none of this program's",
     ]
