@@ -16,8 +16,9 @@ _LONGEST_LISTING: Final = 64 * 1024
 """Bytes of a file that is shown as a page; a longer one is handed over as it is."""
 _NOT_SEARCHED: Final = "---\nsearch:\n  exclude: true\n---\n\n"
 """Front matter of pages that would bury the others in the search, whose ranking cannot be weighted: source code, and
-the decision records, which name every symptom; their index stays in it."""
+the decision records and the glossary of old names, which name everything; the index of decisions stays in it."""
 _DECISIONS: Final = PurePosixPath("docs/decisions")
+_GLOSSARY: Final = PurePosixPath("docs/glossary.md")
 _FENCE: Final = "`" * 6
 """Longer than any fence in what it encloses."""
 
@@ -80,7 +81,8 @@ def _content(root: Path, source: PurePosixPath) -> bytes:
     if source.suffix == ".md":
         text = relink(path.read_text(encoding="utf-8"), lambda target: _moved(root, source, target))
         is_decision = source.parent == _DECISIONS and source.name != "README.md"
-        return f"{_NOT_SEARCHED if is_decision else ''}{text}".encode()
+        is_searched = not is_decision and source != _GLOSSARY
+        return f"{'' if is_searched else _NOT_SEARCHED}{text}".encode()
     if _is_listing(root, source):
         text = path.read_text(encoding="utf-8").rstrip()
         language = _LANGUAGES[source.suffix]
