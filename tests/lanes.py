@@ -27,18 +27,24 @@ LANES: Final = {
 """Folders and files whose tests share a cluster or a server; the first that a file lies under counts."""
 FIRST: Final = ("node", "control plane", "object store", "operator under faults", "chart", "simulated nodes")
 """The order in which they begin."""
+NAMES_OF_CLUSTERS: Final = ("QLORA_TEST_KUBECONFIG", "QLORA_TEST_CLUSTER")
+"""Variables that name a cluster to use; where there is one for all, tests on it follow each other in the first lane."""
+ON_NAMED: Final = frozenset({"node", "control plane", "operator under faults"})
 LONG: Final = "tests/unit/trainer"
 """Of the other files these begin first: a long one that begins last keeps a single core busy."""
 BEGAN: Final = "QLORA_TESTS_BEGAN"
 """The variable in which `make test` says when it began, in seconds since 1970: it builds before it tests."""
 STARTED: Final = pytest.StashKey[float]()
 SLOWEST: Final = 10
+NICENESS: Final = 5
+"""Of every lane but the first, which takes longest: it should wait for nobody, and the others have its pauses."""
 
 
 def lane_of(nodeid: str) -> str:
     """Return the lane of a test, which is its own file where it shares nothing."""
     path = PurePosixPath(nodeid.partition("::")[0])
-    return next((lane for root, lane in LANES.items() if path.is_relative_to(root)), str(path))
+    lane = next((lane for root, lane in LANES.items() if path.is_relative_to(root)), str(path))
+    return "node" if lane in ON_NAMED and any(map(os.environ.get, NAMES_OF_CLUSTERS)) else lane
 
 
 def order_of(nodeid: str) -> int:
@@ -65,6 +71,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Lanes:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the tests of a lane together; those of one file stay in their order."""
     items.sort(key=lambda item: order_of(item.nodeid))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Give way, with whatever a test starts, to the lane that takes longest."""
+    if hasattr(item.config, "workerinput") and os.environ.get(BEGAN) and lane_of(item.nodeid) != FIRST[0]:
+        os.setpriority(os.PRIO_PROCESS, 0, max(NICENESS, os.getpriority(os.PRIO_PROCESS, 0)))
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:

@@ -1,6 +1,8 @@
 """Tests that share a cluster stay together, and the run tells where its time went."""
 
-from tests.lanes import FIRST, lane_of, order_of, tell_times
+import pytest
+
+from tests.lanes import FIRST, NAMES_OF_CLUSTERS, lane_of, order_of, tell_times
 
 QUICKSTART = "tests/e2e/test_quickstart.py::test_it_succeeds"
 CAUSES = "tests/chaos/test_exit_causes.py::test_what_keeps_a_run_from_training[no-s3]"
@@ -12,8 +14,21 @@ LOSS = "tests/unit/trainer/test_loss.py::test_loss"
 LOGS = "tests/unit/test_logs.py::test_logs"
 
 
+@pytest.fixture(autouse=True)
+def no_named_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in NAMES_OF_CLUSTERS:
+        monkeypatch.delenv(name, raising=False)
+
+
 def test_those_that_share_a_node_are_in_one_lane() -> None:
     assert lane_of(QUICKSTART) == lane_of(CAUSES) == "node"
+
+
+@pytest.mark.parametrize("name", ["QLORA_TEST_CLUSTER", "QLORA_TEST_KUBECONFIG"])
+def test_on_one_cluster_for_all_they_follow_each_other(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "somewhere")
+    assert {lane_of(test) for test in (QUICKSTART, CAUSES, LIFE, DEATHS)} == {"node"}
+    assert lane_of(CHART) == "chart"
 
 
 def test_a_file_that_shares_nothing_is_a_lane_of_its_own() -> None:
