@@ -14,6 +14,19 @@ SIMULATED: Final = "kwok.x-k8s.io/node"
 SIMULATOR: Final = "kwok"
 """The one of every cluster with simulated nodes."""
 
+DELETION: Final = """\
+apiVersion: kwok.x-k8s.io/v1alpha1
+kind: Stage
+metadata:
+  name: pod-delete
+spec:
+  resourceRef: {apiGroup: v1, kind: Pod}
+  selector:
+    matchExpressions: [{key: .metadata.deletionTimestamp, operator: Exists}]
+  next: {finalizers: {empty: true}, delete: true}
+"""
+"""A pod is gone as soon as somebody deletes it, whatever the controller of its Job waits for; KWOK's own would wait."""
+
 
 @dataclass(frozen=True)
 class GpuProduct:
@@ -69,12 +82,12 @@ def build_nodes(count: int, product: GpuProduct, gpus: int, prefix: str, simulat
 
 def pods_that_run() -> str:
     """Return the stages of pods that run until a test or a further stage ends them."""
-    return read_stages("pod/fast/pod-ready", "pod/fast/pod-delete")
+    return "\n---\n".join((read_stages("pod/fast/pod-ready"), DELETION))
 
 
 def pods_that_end() -> str:
     """Return the stages of pods that run at once, and of which those of Jobs succeed at once."""
-    return read_stages("pod/fast/pod-ready", "pod/fast/pod-complete", "pod/fast/pod-delete")
+    return "\n---\n".join((read_stages("pod/fast/pod-ready", "pod/fast/pod-complete"), DELETION))
 
 
 def nodes_that_live() -> str:
