@@ -14,6 +14,19 @@ SIMULATED: Final = "kwok.x-k8s.io/node"
 SIMULATOR: Final = "kwok"
 """The one of every cluster with simulated nodes."""
 
+DELETION: Final = """\
+apiVersion: kwok.x-k8s.io/v1alpha1
+kind: Stage
+metadata:
+  name: pod-delete
+spec:
+  resourceRef: {apiGroup: v1, kind: Pod}
+  selector:
+    matchExpressions: [{key: .metadata.deletionTimestamp, operator: Exists}]
+  next: {finalizers: {empty: true}, delete: true}
+"""
+"""A pod is gone as soon as somebody deletes it, whatever the controller of its Job waits for; KWOK's own would wait."""
+
 
 @dataclass(frozen=True)
 class GpuProduct:
@@ -69,21 +82,37 @@ def build_nodes(count: int, product: GpuProduct, gpus: int, prefix: str, simulat
 
 def pods_that_run() -> str:
     """Return the stages of pods that run until a test or a further stage ends them."""
-    folder = source("kwok") / "kustomize/stage/pod/fast"
-    return "\n---\n".join((folder / f"pod-{stage}.yaml").read_text() for stage in ("ready", "delete"))
+    return "\n---\n".join((read_stages("pod/fast/pod-ready"), DELETION))
+
+
+def pods_that_end() -> str:
+    """Return the stages of pods that run at once, and of which those of Jobs succeed at once."""
+    return "\n---\n".join((read_stages("pod/fast/pod-ready", "pod/fast/pod-complete"), DELETION))
+
+
+def nodes_that_live() -> str:
+    """Return the stages of nodes that are Ready and stay so."""
+    return read_stages("node/fast/node-initialize", "node/heartbeat/node-heartbeat")
+
+
+def read_stages(*names: str) -> str:
+    """Return some of the stages that KWOK's own sources have."""
+    folder = source("kwok") / "kustomize/stage"
+    return "\n---\n".join((folder / f"{name}.yaml").read_text() for name in names)
 
 
 def start_simulator(plane: ControlPlane, processes: Processes, stages: str = "", name: str = SIMULATOR) -> None:
     """Start KWOK for its own nodes; their pods run at once, and those of Jobs succeed, unless stages say otherwise."""
     [port] = free_ports(1)
     config = plane.folder / "stages.yaml"
-    config.write_text(stages)
+    config.write_text("\n---\n".join((nodes_that_live(), stages or pods_that_end())))
     argv = [
         binary("kwok"),
         f"--kubeconfig={plane.kubeconfig}",
         f"--manage-nodes-with-annotation-selector={SIMULATED}={name}",
         f"--server-address=127.0.0.1:{port}",
         "--node-lease-duration-seconds=40",
+        f"--config={config}",
     ]
-    processes.start(name, [*argv, *([f"--config={config}"] if stages else [])])
+    processes.start(name, argv)
     processes.wait_for_port(name, "127.0.0.1", port)

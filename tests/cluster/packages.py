@@ -2,9 +2,11 @@
 
 import os
 import shutil
+from collections.abc import Sequence
 from typing import Final
 
 from tests.cluster.commands import run
+from tests.cluster.paths import CACHE, lock
 from tests.cluster.progress import HOW_TO_RUN, Unavailable, say
 
 COMMANDS: Final = {
@@ -22,16 +24,25 @@ COMMANDS: Final = {
 }
 """A command that proves that its package is there."""
 
+INSTALL_LOCK: Final = CACHE / "packages.lock"
+
 
 def ensure_commands(*commands: str) -> None:
     """Make the commands available, or say why that is impossible here."""
-    missing = sorted({COMMANDS[command] for command in commands if not shutil.which(command)})
-    if missing:
-        install(missing)
+    if find_missing(commands):
+        with lock(INSTALL_LOCK):  # another process may install the same, and apt-get lets nobody wait
+            install(find_missing(commands))
+
+
+def find_missing(commands: Sequence[str]) -> list[str]:
+    """Return the packages of those commands that are not there."""
+    return sorted({COMMANDS[command] for command in commands if not shutil.which(command)})
 
 
 def install(packages: list[str]) -> None:
-    """Install Debian packages; services that they would start stay off."""
+    """Install Debian packages, if any; services that they would start stay off."""
+    if not packages:
+        return
     require_root(f"installing {', '.join(packages)}")
     if not shutil.which("apt-get"):
         raise Unavailable(f"needs {', '.join(packages)} and there is no apt-get here; {HOW_TO_RUN}")

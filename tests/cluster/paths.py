@@ -11,7 +11,7 @@ REPOSITORY: Final = Path(__file__).resolve().parents[2]
 """The checkout; the Dockerfile is at its root."""
 
 MODULES: Final = Path(__file__).resolve().parent / "modules"
-"""One Go module per upstream project, so that a new version of one rebuilds only that one."""
+"""The Go modules: one for all programs that can share the versions of libraries, so that each is compiled once."""
 
 CACHE: Final = Path(os.environ.get("QLORA_TEST_CACHE", Path.home() / ".cache" / "qlora-operator"))
 """Everything that is worth keeping between runs; nothing is written to the checkout."""

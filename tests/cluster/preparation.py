@@ -1,6 +1,7 @@
 """Whatever takes minutes the first time, made before the tests begin: they are timed, and print nothing meanwhile."""
 
 import os
+from collections.abc import Callable
 
 from tests.cluster.binaries import (
     CLIENT_PROGRAMS,
@@ -19,18 +20,26 @@ def prepare(*, node: bool, controllers: bool = False) -> None:
     if os.environ.get("QLORA_TEST_KUBECONFIG"):
         build_programs(CLIENT_PROGRAMS)
         return
-    build_programs((*CONTROL_PLANE_PROGRAMS, *(CONTROLLERS if controllers else ())))
-    if node:
-        try:
-            prepare_node()
-        except Unavailable as reason:
-            say(f"the tests that need a node will be skipped: {reason}")
+    with_node = node and succeeds_here(ensure_node_possible)
+    controllers_too = CONTROLLERS if controllers else ()
+    # In one go: what is compiled for one program serves the others.
+    build_programs((*CONTROL_PLANE_PROGRAMS, *controllers_too, *(NODE_PROGRAMS if with_node else ())))
+    if with_node:
+        succeeds_here(build_images)
 
 
-def prepare_node() -> None:
-    """Make the node's packages, its programs and the repository's images."""
-    ensure_node_possible()
-    build_programs(NODE_PROGRAMS)
+def succeeds_here(step: Callable[[], None]) -> bool:
+    """Take a step towards a node; where this machine cannot, say why."""
+    try:
+        step()
+    except Unavailable as reason:
+        say(f"the tests that need a node will be skipped: {reason}")
+        return False
+    return True
+
+
+def build_images() -> None:
+    """Make the repository's images, but those that the environment names."""
     for target in ("operator", "trainer"):
         if not named_image(target):
             say(f"building the {target}'s image (minutes the first time)")

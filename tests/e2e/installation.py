@@ -114,10 +114,10 @@ def download(installation: Installation, uri: str, folder: Path) -> Path:
     return folder
 
 
-def measure(rows: Path, *adapters: Path) -> dict[str, Any]:
+def measure(model: Path, rows: Path, *adapters: Path) -> dict[str, Any]:
     """Losses of adapters and of their base on these rows, by a script that knows peft and nothing of ours."""
     script = Path(__file__).with_name("plain_peft.py")
-    command = [sys.executable, *map(str, (script, make_model(), rows, *adapters))]
+    command = [sys.executable, *map(str, (script, model, rows, *adapters))]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return dict(json.loads(done.stdout.splitlines()[-1]))
 

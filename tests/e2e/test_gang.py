@@ -1,4 +1,7 @@
-"""Two pods with a process each train one adapter on the real node: DDP, ZeRO-2 and ZeRO-3, and one of them dies."""
+"""Two pods with a process each train one adapter on the real node: DDP, ZeRO-2 and ZeRO-3, and one of them dies.
+
+What the strategies learn is compared on a model of two layers: dividing a larger one shows nothing else.
+"""
 
 import os
 import signal
@@ -9,13 +12,16 @@ from typing import Any, Final
 
 import pytest
 
-from tests.e2e.installation import QUICKSTART, Installation, download, manifest_of, measure, wait_for
+from tests.e2e import tiny
+from tests.e2e.installation import Installation, download, manifest_of, measure, wait_for
 from tests.e2e.test_operator_killed import read_process
 
 NAMESPACE: Final = "gang"
 SECONDS: Final = 600
 """For one run, on two cores that also run the cluster."""
 STRATEGIES: Final = ("ddp", "zero2", "zero3")
+TURNS: Final = (("single", "ddp"), ("zero2", "zero3"))
+"""What runs at a time: the pods of all four would not find the memory that they ask for."""
 LONGEST_GOODBYE: Final = 60.0
 """Seconds from the death of one pod to the end of the other one."""
 
@@ -34,15 +40,30 @@ def gang_manifest(name: str, nodes: int, distribution: str, **blocks: Mapping[st
     return manifest
 
 
+def tiny_manifest(strategy: str) -> dict[str, Any]:
+    """Four steps of sixteen rows."""
+    training = {**tiny.BLOCKS["training"], "maxSteps": 4, "globalBatchSize": 16}
+    nodes, distribution = (1, "auto") if strategy == "single" else (2, strategy)
+    resources = {"nodes": nodes, "cpu": "300m", "memory": "3Gi"}
+    return gang_manifest(strategy, nodes, distribution, **{**tiny.BLOCKS, "training": training, "resources": resources})
+
+
 @pytest.fixture(scope="module")
-def runs(installation: Installation) -> dict[str, dict[str, Any]]:
-    """The finished QLoRAJobs by strategy, one after the other: all at once would only wait for each other."""
+def tiny_files(installation: Installation, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The small model and its rows, on disk as in S3."""
+    return tiny.put_tiny_model(installation.cluster, tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def runs(installation: Installation, tiny_files: tuple[Path, Path]) -> dict[str, dict[str, Any]]:  # noqa: ARG001
+    """The finished QLoRAJobs by strategy."""
     installation.make_namespace(NAMESPACE)
     found = {}
-    for strategy in ("single", *STRATEGIES):
-        alone = strategy == "single"
-        installation.submit(gang_manifest(strategy, 1 if alone else 2, "auto" if alone else strategy))
-        found[strategy] = installation.wait_until_finished(strategy, NAMESPACE, SECONDS)
+    for strategies in TURNS:
+        for strategy in strategies:
+            installation.submit(tiny_manifest(strategy))
+        for strategy in strategies:
+            found[strategy] = installation.wait_until_finished(strategy, NAMESPACE, SECONDS)
     return found
 
 
@@ -68,16 +89,15 @@ def test_two_pods_trained_it(installation: Installation, runs: dict[str, dict[st
 
 
 def test_sharded_training_publishes_loadable_adapter(
-    installation: Installation, runs: dict[str, dict[str, Any]], tmp_path: Path
+    installation: Installation, runs: dict[str, dict[str, Any]], tiny_files: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    """By a script that knows peft and nothing of ours, on rows of its own choice."""
+    """By a script that knows peft and nothing of ours."""
     adapters = [
         download(installation, runs[strategy]["status"]["output"]["adapter"], tmp_path / strategy)
         for strategy in ("single", "zero3")
     ]
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join((QUICKSTART / "data/heldout.jsonl").read_text().splitlines(keepends=True)[:24]))
-    measured = measure(rows, *adapters)
+    model, rows = tiny_files
+    measured = measure(model, rows, *adapters)
     alone, divided = measured["adapters"]
     assert divided < measured["base"]
     assert divided == pytest.approx(alone, abs=1e-2)

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import pytest
 
+from examples.quickstart.make_model import make_model
 from tests.cluster.binaries import binary
 from tests.e2e.installation import QUICKSTART, TRANSCRIPT, Installation, download, measure, wait_for
 
@@ -131,7 +132,7 @@ def test_the_adapter_names_its_base_as_the_hub_does(downloaded):
 
 
 def test_plain_peft_loads_adapter_and_matches_report(downloaded, finished):
-    measured = measure(QUICKSTART / "data/heldout.jsonl", downloaded / "adapter")
+    measured = measure(make_model(), QUICKSTART / "data/heldout.jsonl", downloaded / "adapter")
     reported = json.loads((downloaded / "report/report.json").read_text(encoding="utf-8"))["evaluation"]
     assert measured["tokens"] == reported["tokens"]
     # Another batch shape rounds in bf16 another way: with 1, 4, 8 and 16 rows a batch, plain PEFT itself finds from

@@ -56,6 +56,12 @@ def prepared_word(model: str) -> str:
 
 def prepare(place: JobNamespace, model: str, **resources: Any) -> None:
     place.submit(resources=GPU | resources)
+    pod = place.pod_of(PREPARE)
+    # A pod that ended before its simulator looked at it would be made to run, for ever.
+    wait_until(
+        "a start",
+        lambda: place.cluster.get("pod", pod, f"--namespace={place.namespace}")["status"]["phase"] == "Running",
+    )
     place.end_pod(PREPARE, 0, prepared_word(model))
 
 

@@ -165,8 +165,12 @@ def test_only_a_batch_of_rows_is_in_memory_at_a_time(tmp_path, monkeypatch):
 
     rows = [{"prompt": f"say {number}", "completion": "x"} for number in range(2000)]
     dataset = {"uri": write_rows(tmp_path / "rows.jsonl", rows)}
-    with tokens_of(tmp_path, CountingTokenizer(), dataset=dataset) as made:
-        assert made.status.training_rows == 1600
+    gc.freeze()  # leaves out a million objects of the libraries, at every look
+    try:
+        with tokens_of(tmp_path, CountingTokenizer(), dataset=dataset) as made:
+            assert made.status.training_rows == 1600
+    finally:
+        gc.unfreeze()
     assert len(alive) == 2 * 2000 / 50
     assert max(alive) <= 2 * 50
 
