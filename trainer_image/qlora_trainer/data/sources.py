@@ -39,13 +39,14 @@ def _from_hub(resolver: SourceResolver, uri: str, field_ref: FieldRef, work: Pat
             f"{field_ref.field}: '{uri}' has no file; write hf://datasets/organisation/name/file.jsonl",
         )
     name, revision, path = match[1], match[2] or "main", match[3]
-    wanted = "" if path.endswith("/") else path
+    file_name = "" if path.endswith("/") else path
     snapshot = resolver.resolve(f"hf://{name}", revision, field_ref, repo_type="dataset")
-    if wanted and wanted not in snapshot.files:
+    if file_name and file_name not in snapshot.files:
         raise RunError(
-            field_ref.not_found, f"{field_ref.field}: {name}@{snapshot.commit} has no file '{wanted}'; correct the URI"
+            field_ref.not_found,
+            f"{field_ref.field}: {name}@{snapshot.commit} has no file '{file_name}'; correct the URI",
         )
-    files = _select_files(wanted, (file for file in snapshot.files if file.startswith(path)), uri, field_ref)
+    files = _select_files(file_name, (file for file in snapshot.files if file.startswith(path)), uri, field_ref)
     root = snapshot.fetch(files, work)
     return tuple(root / file for file in files)
 
@@ -152,12 +153,12 @@ def make_source(
 
 
 def _detect_format(
-    field_ref: FieldRef, files: tuple[Path, ...], wanted: RowFormatName, template: RowTemplate | None
+    field_ref: FieldRef, files: tuple[Path, ...], requested: RowFormatName, template: RowTemplate | None
 ) -> tuple[RowFormat, str]:
     if template is not None:
         return "instruction", "rendered by spec.dataset.template"
-    if wanted != "auto":
-        return wanted, "set in the manifest"
+    if requested != "auto":
+        return requested, "set in the manifest"
     for location, found in _located_rows(files, field_ref):
         if not isinstance(found, RowError):
             try:

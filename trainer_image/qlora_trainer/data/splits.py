@@ -35,8 +35,8 @@ def split_validation(sources: Sequence[Digests], fraction: float, field_ref: Fie
     if len(distinct) < 2:
         raise RunError(
             Reason.DATASET_EMPTY,
-            f"{field_ref.field}: {len(distinct)} distinct row cannot be both trained and evaluated on; add rows, or "
-            "set spec.dataset.evaluation.uri",
+            f"{field_ref.field}: {len(distinct)} distinct row is too few for a training and a validation set; "
+            "add rows, or set spec.dataset.evaluation.uri",
         )
     count = min(max(round(fraction * len(distinct)), 1), len(distinct) - 1)
     return frozenset(distinct[:count])

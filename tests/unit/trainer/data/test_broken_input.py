@@ -191,5 +191,5 @@ def test_invalid_configuration_is_refused_with_field_and_fix(tmp_path: Path, cas
     assert fix in str(caught.value)
 
 
-def test_broken_inputs_are_at_least_thirty():
+def test_invalid_inputs_are_at_least_thirty():
     assert len(BROKEN_DATA) + len(BROKEN_CONFIGURATION) >= 30
