@@ -32,8 +32,8 @@ MUTATIONS: Final = (
     Mutation(
         trap=3,
         file=f"{_TRAINER}/data/batching.py",
-        old="_label_positions(row, number * width)]",
-        new="_label_positions(row, number * width) if ids[number][position - number * width + 1] != 1]",
+        old="_label_positions(row, number * width)\n",
+        new="_label_positions(row, number * width) if ids[number][position - number * width + 1] != 1\n",
         test=f"{_TESTS}/data/test_traps_data.py::test_trap_03_end_token_is_a_label_although_it_is_also_the_padding_token",
     ),
     Mutation(
