@@ -1,4 +1,4 @@
-"""Hostile manifests: refused with field and fix before anything is made, or only ever data in what is made."""
+"""Hostile manifests are refused with field and fix before anything is created, or end up as data only."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -20,14 +20,14 @@ from tests.make import INSTALLATION, NOW, OWNER, UID, make_prepared, make_spec
 
 
 def stored(case: Hostile) -> Mapping[str, Any]:
-    """The manifest as the API server hands it out."""
+    """Return the manifest as the API server returns it."""
     manifest = case.manifest()
     facts = {"uid": UID, "generation": 1, "resourceVersion": "1", "creationTimestamp": NOW.isoformat()}
     return {**manifest, "metadata": {**manifest["metadata"], **facts}}
 
 
 def render(spec: QLoRAJobSpec) -> tuple[Manifest, ...]:
-    """Every child of a run."""
+    """Build every child of a run."""
     run = AttemptInputs(1, make_plan(spec, make_prepared()), make_prepared(), 3600, ())
     return (
         build_prepare_config(OWNER, spec, INSTALLATION),
@@ -38,7 +38,7 @@ def render(spec: QLoRAJobSpec) -> tuple[Manifest, ...]:
 
 
 def strings(value: Any) -> Iterator[str]:
-    """Every key and every text of an object."""
+    """Yield every key and every string of an object."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
@@ -50,12 +50,12 @@ def strings(value: Any) -> Iterator[str]:
             yield from strings(item)
 
 
-def test_the_corpus_is_large() -> None:
+def test_corpus_has_at_least_forty_manifests() -> None:
     assert len(CORPUS) >= 40
 
 
 @pytest.mark.parametrize("case", REFUSED.values(), ids=REFUSED)
-def test_it_is_refused_offline_with_the_field_and_the_fix(case: Hostile) -> None:
+def test_hostile_manifest_is_refused_offline_with_field_and_fix(case: Hostile) -> None:
     with pytest.raises(ManifestError) as refusal:
         parse_manifest(Document("job.yaml", case.manifest(), {}), CLUSTER_RULES)
     [message] = [str(problem) for problem in refusal.value.problems if case.field in str(problem)]
@@ -65,15 +65,15 @@ def test_it_is_refused_offline_with_the_field_and_the_fix(case: Hostile) -> None
 @pytest.mark.parametrize(
     "case", [case for case in REFUSED.values() if case.change], ids=[key for key in REFUSED if REFUSED[key].change]
 )
-def test_the_operator_refuses_it_too_where_an_older_crd_let_it_in(case: Hostile) -> None:
+def test_hostile_manifest_past_an_older_crd_is_refused_by_the_operator(case: Hostile) -> None:
     found = parse(parse_job(stored(case)))
     messages = [found.message] if isinstance(found, Violation) else [violation.message for violation in check(found)]
     assert any(case.field.replace("[0]", "") in message.replace(".0", "") for message in messages)
 
 
 @pytest.mark.parametrize("case", HARMLESS.values(), ids=HARMLESS)
-def test_it_is_data_and_nothing_else(case: Hostile) -> None:
-    """Beside the one JSON file that the trainer validates, the children are those of a harmless spec."""
+def test_harmless_manifest_changes_only_config_data(case: Hostile) -> None:
+    """Apart from the JSON file that the trainer validates, the children equal those of a harmless spec."""
     spec = parse(parse_job(stored(case)))
     assert isinstance(spec, QLoRAJobSpec)
     assert check(spec) == ()
@@ -83,8 +83,8 @@ def test_it_is_data_and_nothing_else(case: Hostile) -> None:
     assert [QLoRAJobSpec.model_validate(config["spec"]) for config in configs] == [spec, spec]
 
 
-def test_no_text_of_a_spec_becomes_a_command_or_a_variable() -> None:
-    """The kubelet expands $(NAME) in commands, arguments and variables, so none of them has anything of the user's."""
+def test_spec_text_never_reaches_commands_or_variables() -> None:
+    """The kubelet expands $(NAME) in commands, arguments and variables, so none may contain text of the user."""
     spec = make_spec(**HARMLESS["variable"].change)
     containers = [
         container

@@ -1,4 +1,4 @@
-"""What lies in a bucket or a claim was named by somebody else, and leads nowhere but below its folder."""
+"""Names and links in buckets and claims are untrusted and never point outside their folder."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from tests.unit.trainer.tiny import make_tokenizer
 
 
 @pytest.mark.parametrize("key", ["rows/../../../work/x.jsonl", "rows//etc/x.jsonl", "rows/a/../../x.jsonl"])
-def test_a_key_of_a_bucket_never_leaves_the_folder_it_is_copied_to(key: str) -> None:
+def test_s3_key_outside_the_target_folder_is_refused(key: str) -> None:
     keys = Credentials({"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"})
     with mock_aws():
         client = boto3.client("s3", region_name="us-east-1", aws_access_key_id="test", aws_secret_access_key="test")
@@ -32,24 +32,24 @@ def test_a_key_of_a_bucket_never_leaves_the_folder_it_is_copied_to(key: str) -> 
 
 @pytest.fixture
 def claim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A claim beside a Secret, as in a pod."""
+    """Create a claim next to a Secret, as in a pod."""
     monkeypatch.setattr(store, "CLAIMS_MOUNT", str(tmp_path / "claims"))
     (tmp_path / "claims/rows/data").mkdir(parents=True)
     (tmp_path / "secrets").mkdir()
-    (tmp_path / "secrets/key").write_text("hush")
+    (tmp_path / "secrets/key").write_text("secret")
     return tmp_path / "claims/rows"
 
 
 @pytest.mark.parametrize("target", ["../../../secrets/key", "/etc/hostname"])
-def test_a_link_in_a_claim_never_leads_to_what_else_a_pod_has(claim: Path, target: str) -> None:
+def test_symlink_out_of_claim_is_refused(claim: Path, target: str) -> None:
     (claim / "data/x.jsonl").symlink_to(target)
     for read in (lambda rows: rows.list(), lambda rows: rows.read("x.jsonl"), lambda rows: rows.path_of("x.jsonl")):
-        with pytest.raises(RunError, match=r"x\.jsonl leads out of its claim; put the file itself there"):
+        with pytest.raises(RunError, match=r"x\.jsonl points outside its claim; put the file itself there"):
             read(FileStore("pvc://rows/data/", DATASET_FIELD))
 
 
 def test_symlink_within_claim_is_followed(claim: Path) -> None:
-    """A hub's cache is made of them."""
+    """The cache of a hub consists of symbolic links."""
     (claim / "blob").write_text("{}")
     (claim / "data/x.jsonl").symlink_to("../blob")
     rows = FileStore("pvc://rows/data/", DATASET_FIELD)
@@ -68,8 +68,8 @@ def test_symlink_within_claim_is_followed(claim: Path) -> None:
         "{% macro deeper() %}{{ deeper() }}{% endmacro %}{{ deeper() }}",
     ],
 )
-def test_a_chat_template_stays_in_its_sandbox(source: str) -> None:
+def test_chat_template_cannot_escape_its_sandbox(source: str) -> None:
     template = ChatTemplate(make_tokenizer(), source, has_generation_tags=False)
-    with pytest.raises(RowError, match="the chat template refuses it") as refusal:
+    with pytest.raises(RowError, match="the chat template rejects it") as refusal:
         template.render_prompt([{"role": "user", "content": "Hello"}], Chat(()))
     assert isinstance(refusal.value.__cause__, SecurityError | OverflowError | RecursionError)

@@ -83,6 +83,6 @@ def test_log_has_the_detected_formats(result):
     _, notes = result
     told = [note for note in notes if note.startswith("spec.dataset.sources")]
     assert [note.split(": ")[-1] for note in told] == [
-        "chat rows, told by the field 'conversations' of row 1",
-        "text rows, told by the field 'text' of row 1, weight 1.5",
+        "chat rows, detected by the field 'conversations' of row 1",
+        "text rows, detected by the field 'text' of row 1, weight 1.5",
     ]

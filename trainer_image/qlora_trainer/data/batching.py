@@ -1,4 +1,4 @@
-"""Which rows a step learns from, and how they are laid out for one forward pass; pure but for making tensors."""
+"""Sampling, micro-batches and data collators: the rows of each optimizer step as tensors; pure functions."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,37 +11,37 @@ import torch
 from qlora_trainer.data.tokenization import TokenRow
 
 MAX_PACKED_TOKENS: Final = 4096
-"""Tokens joined into one sequence at most, unless one row is longer: attention's mask grows with their square."""
+"""Maximum length of a packed sequence, unless a single row is longer: the attention mask grows with its square."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The inputs of one forward pass; labels belong to the chosen positions of the flattened batch."""
+    """The inputs of one forward pass; labels are indexed by position in the flattened batch."""
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor | None
     attention_mask: torch.Tensor | None
     label_positions: torch.Tensor
-    """Positions of the flattened batch whose next token is learned."""
+    """Positions in the flattened batch whose next token is a label [labels]."""
     labels: torch.Tensor
-    """Those next tokens."""
+    """Token ids of these labels [labels]."""
 
 
 @lru_cache(maxsize=2)
 def epoch_permutation(epoch: int, rows: int, seed: int) -> tuple[int, ...]:
-    """Return the order of the rows in an epoch: a function of its arguments, whatever ran before."""
+    """Return the order of the rows in an epoch; it depends on the arguments only, never on global random state."""
     generator = torch.Generator().manual_seed((seed << 20) + epoch)
     return tuple(torch.randperm(rows, generator=generator).tolist())
 
 
 def sample_step(step: int, rows: int, global_batch: int, seed: int) -> tuple[int, ...]:
-    """Return the rows of an optimizer step, counted from 0; an epoch's last step may have fewer."""
-    epoch, place = divmod(step, ceil(rows / global_batch))
-    return epoch_permutation(epoch, rows, seed)[place * global_batch : (place + 1) * global_batch]
+    """Return the row indices of an optimizer step, counted from 0; the last step of an epoch may have fewer."""
+    epoch, index = divmod(step, ceil(rows / global_batch))
+    return epoch_permutation(epoch, rows, seed)[index * global_batch : (index + 1) * global_batch]
 
 
 def split_micro_batches(rows: Sequence[TokenRow], size: int, *, packing: bool) -> list[Sequence[TokenRow]]:
-    """Divide rows into forward passes: at most `size` rows, and if they are joined at most PACK_TOKENS tokens."""
+    """Split rows into micro-batches of at most `size` rows, and with packing of at most MAX_PACKED_TOKENS tokens."""
     groups: list[list[TokenRow]] = []
     tokens = 0
     for row in rows:
@@ -57,51 +57,53 @@ def split_micro_batches(rows: Sequence[TokenRow], size: int, *, packing: bool) -
 def pad_passes(
     groups: list[Sequence[TokenRow]], passes: int, filler: TokenRow
 ) -> list[tuple[Sequence[TokenRow], bool]]:
-    """Return each pass's rows and whether they count, filled up with a row that does not: passes are made in step."""
+    """Pad to `passes` micro-batches, since all processes must run as many; the flag is False for filler ones."""
     return [(group, True) for group in groups] + [([filler], False)] * (passes - len(groups))
 
 
 def collate(rows: Sequence[TokenRow], device: torch.device, *, packing: bool) -> Batch:
-    """Lay rows out for one forward pass."""
+    """Collate rows for one forward pass, packed into one sequence or padded to the longest row."""
     return _collate_packed(rows, device) if packing else _collate_padded(rows, device)
 
 
 def _collate_packed(rows: Sequence[TokenRow], device: torch.device) -> Batch:
-    """Join rows; positions that start anew keep them apart, but only without a mask and without a cache."""
+    """Pack rows; restarting position ids separate them in attention, but only without a mask and without a cache."""
     ids = [token for row in rows for token in row.input_ids]
     positions = [position for row in rows for position in range(len(row.input_ids))]
-    chosen: list[int] = []
+    label_positions: list[int] = []
     start = 0
     for row in rows:
-        chosen += _label_positions(row, start)
+        label_positions += _label_positions(row, start)
         start += len(row.input_ids)
     return Batch(
         input_ids=torch.tensor([ids], device=device),
         position_ids=torch.tensor([positions], device=device),
         attention_mask=None,
-        label_positions=torch.tensor(chosen, dtype=torch.long, device=device),
-        labels=torch.tensor([ids[position + 1] for position in chosen], dtype=torch.long, device=device),
+        label_positions=torch.tensor(label_positions, dtype=torch.long, device=device),
+        labels=torch.tensor([ids[position + 1] for position in label_positions], dtype=torch.long, device=device),
     )
 
 
 def _collate_padded(rows: Sequence[TokenRow], device: torch.device) -> Batch:
-    """Fill rows up to the longest; padding is known by its place, so any token may fill it."""
+    """Pad rows to the longest one; the mask identifies padding by position, so any token id may fill it."""
     width = max(len(row.input_ids) for row in rows)
     ids = [[*row.input_ids, *([0] * (width - len(row.input_ids)))] for row in rows]
     mask = [[1] * len(row.input_ids) + [0] * (width - len(row.input_ids)) for row in rows]
-    chosen = [position for number, row in enumerate(rows) for position in _label_positions(row, number * width)]
+    label_positions = [
+        position for number, row in enumerate(rows) for position in _label_positions(row, number * width)
+    ]
     flat = [token for row in ids for token in row]
     return Batch(
         input_ids=torch.tensor(ids, device=device),
         position_ids=None,
         attention_mask=torch.tensor(mask, device=device),
-        label_positions=torch.tensor(chosen, dtype=torch.long, device=device),
-        labels=torch.tensor([flat[position + 1] for position in chosen], dtype=torch.long, device=device),
+        label_positions=torch.tensor(label_positions, dtype=torch.long, device=device),
+        labels=torch.tensor([flat[position + 1] for position in label_positions], dtype=torch.long, device=device),
     )
 
 
 def row_lengths(batch: Batch) -> torch.Tensor:
-    """Return for each token of a batch how many its own row has, joined or not; padding belongs to no row."""
+    """Return the length of each token's own row, packed or padded [rows, tokens]; 0 for padding."""
     if batch.position_ids is None:
         mask = torch.ones_like(batch.input_ids) if batch.attention_mask is None else batch.attention_mask
         return mask * mask.sum(dim=1, keepdim=True)
@@ -110,5 +112,5 @@ def row_lengths(batch: Batch) -> torch.Tensor:
 
 
 def _label_positions(row: TokenRow, offset: int) -> Iterator[int]:
-    """Yield the positions whose next token is learned, in a batch where the row starts at an offset."""
+    """Yield the positions whose next token is a label, in a batch where the row starts at an offset."""
     return (offset + position - 1 for start, end in row.label_spans for position in range(start, end))

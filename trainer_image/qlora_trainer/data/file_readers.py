@@ -1,4 +1,4 @@
-"""Rows of a data file, one after the other: told by the file's name, never the whole file in memory."""
+"""Streaming readers of data files, selected by file extension; no reader loads a file into memory."""
 
 import contextlib
 import csv
@@ -17,48 +17,48 @@ from qlora_api.units import MIB
 from qlora_trainer.data.rows import RowError, kind_of
 
 MAX_ROW_BYTES: Final = 64 * MIB
-"""Longest row that is read: a million tokens have some 4 MiB, so more is a file of another form."""
+"""Maximum size of a row: a million tokens take about 4 MiB, so a longer line means that the file is no JSONL."""
 _CHUNK_CHARACTERS: Final = 1 << 18
 _BATCH_ROWS: Final = 256
-"""Rows of a columnar file that become Python objects at a time."""
+"""Rows of a columnar file that are converted to Python objects at a time."""
 _UTF16_MARKS: Final = (b"\xff\xfe", b"\xfe\xff")
 _SPACE: Final = re.compile(r"\s*")
 _DECODER: Final = json.JSONDecoder()
 
 
 class FileError(ValueError):
-    """A file cannot be read, or not on; the message is the reason and the fix."""
+    """A file cannot be read, at all or beyond a row; the message says why and how to fix it."""
 
 
 class FileRow(NamedTuple):
     """One row of a file."""
 
     number: int
-    """Counts from 1: lines of .jsonl, blank ones too; lines of .csv, the header too; elements and rows of the rest."""
+    """From 1: lines of .jsonl with blank ones, records of .csv and .tsv with the header, elements or rows otherwise."""
     content: Mapping[str, Any] | RowError
 
 
 def read_rows(path: Path) -> Iterator[FileRow]:
-    """Yield every row of a file, the broken ones as errors; FileError where it cannot be read on."""
+    """Yield every row of a file, invalid ones as RowError; raise FileError where the file cannot be read further."""
     try:
         yield from _READERS[detect_file_type(path.name)](path)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise FileError(f"is no complete gzip file ({error}); compress it anew") from error
+        raise FileError(f"is an incomplete or invalid gzip file ({error}); compress it again") from error
 
 
 def detect_file_type(name: str) -> str:
-    """Return the form of a file by its name: jsonl, json, csv, tsv, parquet or arrow."""
+    """Return the type of a file by its extension: jsonl, json, csv, tsv, parquet or arrow."""
     plain = name.lower().removesuffix(".gz")
-    packed = len(plain) < len(name)
-    ending = plain.rpartition(".")[2] if "." in plain else ""
-    form = _EXTENSIONS.get(ending)
-    if form is None or (packed and form in _COLUMNAR):
-        raise FileError(f"'{name}' is of no known form; name it {SUPPORTED_EXTENSIONS}")
-    return form
+    compressed = len(plain) < len(name)
+    extension = plain.rpartition(".")[2] if "." in plain else ""
+    file_type = _EXTENSIONS.get(extension)
+    if file_type is None or (compressed and file_type in _COLUMNAR):
+        raise FileError(f"'{name}' is not a supported file type; use {SUPPORTED_EXTENSIONS}")
+    return file_type
 
 
 def is_data_file(path: str) -> bool:
-    """Return whether a file of a folder is meant to be read; hidden ones and what lies beside the data are not."""
+    """Return whether a file of a folder is data; hidden files, `_…` files and unsupported types are not."""
     name = path.rpartition("/")[2]
     with contextlib.suppress(FileError):
         return not name.startswith((".", "_")) and bool(detect_file_type(name))
@@ -72,14 +72,16 @@ def _read_jsonl(path: Path) -> Iterator[FileRow]:
             if not line:
                 return
             if len(line) > MAX_ROW_BYTES:
-                raise FileError(f"row {number} has more than {MAX_ROW_BYTES // MIB} MiB; write one JSON object a line")
+                raise FileError(
+                    f"row {number} has more than {MAX_ROW_BYTES // MIB} MiB; write one JSON object per line"
+                )
             content = line.removeprefix(b"\xef\xbb\xbf").strip()
             if content:
                 yield FileRow(number, _try_parse(parse_line, content))
 
 
 def parse_line(content: bytes) -> Mapping[str, Any]:
-    """Turn a line into an object, or raise RowError."""
+    """Parse a line as a JSON object, or raise RowError."""
     try:
         return _as_object(json.loads(content.decode("utf-8")))
     except UnicodeDecodeError as error:
@@ -105,14 +107,14 @@ def _try_parse(parse: Callable[[Any], Mapping[str, Any]], value: Any) -> Mapping
 
 @dataclass
 class _Window:
-    """The part of a stream that is being looked at; what was read lies before the position."""
+    """Sliding window over a text stream; everything before `position` is consumed."""
 
     stream: TextIO
     text: str = ""
     position: int = 0
 
     def peek(self) -> str:
-        """Return the next character that is no white space; none at the end."""
+        """Return the next character that is not white space, or an empty string at the end."""
         while True:
             found = _SPACE.match(self.text, self.position)
             self.position = found.end() if found else self.position
@@ -122,12 +124,12 @@ class _Window:
                 return ""
 
     def take(self) -> Any:
-        """Return the next JSON value."""
+        """Consume and return the next JSON value."""
         while True:
             try:
                 value, self.position = _DECODER.raw_decode(self.text, self.position)
             except json.JSONDecodeError:
-                # It may just go on behind the window: only more text can tell.
+                # The value may continue beyond the window, so the error counts only at the end of the file.
                 if len(self.text) - self.position > MAX_ROW_BYTES or not self._grow():
                     raise
             else:
@@ -141,13 +143,13 @@ class _Window:
 
 
 def _read_json(path: Path) -> Iterator[FileRow]:
-    """Yield the elements of one array; behind a broken one nothing can be told apart."""
+    """Yield the elements of one array; after a broken one, the start of the next cannot be found."""
     with _open_text(path) as stream:
         window = _Window(stream)
         if not (first := window.peek()):
             return
         if first != "[":
-            raise FileError("is no array; write [{…}, {…}], or one object a line in a file named .jsonl")
+            raise FileError("is not an array; write [{…}, {…}], or one object per line in a file named .jsonl")
         window.position += 1
         for number in count(1):
             if window.peek() == "]":
@@ -163,7 +165,7 @@ def _element(window: _Window, number: int) -> Any:
     try:
         return window.take()
     except json.JSONDecodeError as error:
-        raise FileError(f"row {number}: broken JSON: {error.msg}; rows behind it are not read") from error
+        raise FileError(f"row {number}: broken JSON: {error.msg}; the rows after it are not read") from error
     except RecursionError as error:
         raise FileError(f"row {number}: the JSON is nested too deeply; write flat objects") from error
 
@@ -189,15 +191,15 @@ def _read_csv(path: Path, delimiter: str) -> Iterator[FileRow]:
 def _to_fields(header: Sequence[str], cells: Sequence[str]) -> Mapping[str, Any] | RowError:
     if len(cells) != len(header):
         return RowError(
-            f"has {len(cells)} cells where the header has {len(header)}; quote cells that hold the separator"
+            f"has {len(cells)} cells where the header has {len(header)}; quote cells that contain the separator"
         )
     return dict(zip(header, cells, strict=True))
 
 
 def _check_header(names: Sequence[str]) -> None:
-    twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
-    if twice:
-        raise FileError(f"has two columns '{twice[0]}'; rename one")
+    duplicates = [name for name in dict.fromkeys(names) if names.count(name) > 1]
+    if duplicates:
+        raise FileError(f"has two columns '{duplicates[0]}'; rename one")
     if "" in names:
         raise FileError(f"column {names.index('') + 1} has no name; name it in the header")
     if len(names) == 1 and (separator := next((mark for mark in ";\t|" if mark in names[0]), None)):
@@ -213,7 +215,7 @@ def _read_parquet(path: Path) -> Iterator[FileRow]:
             _check_header(file.schema_arrow.names)
             yield from _numbered(file.iter_batches(batch_size=_BATCH_ROWS))
     except (pa.ArrowException, OSError) as error:
-        raise FileError(f"is no readable parquet file ({_first_line(error)}); write it anew") from error
+        raise FileError(f"is not a readable Parquet file ({_first_line(error)}); write it again") from error
 
 
 def _read_arrow(path: Path) -> Iterator[FileRow]:
@@ -224,11 +226,11 @@ def _read_arrow(path: Path) -> Iterator[FileRow]:
             _check_header(batches.schema.names)
             yield from _numbered(_record_batches(batches))
     except (pa.ArrowException, OSError) as error:
-        raise FileError(f"is no readable arrow file ({_first_line(error)}); write it anew") from error
+        raise FileError(f"is not a readable Arrow file ({_first_line(error)}); write it again") from error
 
 
 def _open_ipc(source: Any) -> Any:
-    """Open either form: the file with its footer, or the stream that the datasets library writes."""
+    """Open an Arrow file (with footer) or an Arrow stream, which is what the datasets library writes."""
     import pyarrow as pa  # noqa: PLC0415 (slow to import)
 
     try:
@@ -267,7 +269,7 @@ def _open_bytes(path: Path) -> Iterator[IO[bytes]]:
 
 @contextlib.contextmanager
 def _open_text(path: Path) -> Iterator[TextIO]:
-    """Open as text; bytes that are not UTF-8 become halves of characters, which the row's fields are checked for."""
+    """Open as text; bytes that are not UTF-8 become lone surrogates, which `text_of` rejects."""
     with _open_bytes(path) as stream:
         yield io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
 
@@ -280,6 +282,6 @@ _READERS: Final[dict[str, Callable[[Path], Iterator[FileRow]]]] = {
     "parquet": _read_parquet,
     "arrow": _read_arrow,
 }
-_EXTENSIONS: Final = {form: form for form in _READERS} | {"ndjson": "jsonl", "feather": "arrow", "pq": "parquet"}
+_EXTENSIONS: Final = {name: name for name in _READERS} | {"ndjson": "jsonl", "feather": "arrow", "pq": "parquet"}
 _COLUMNAR: Final = ("parquet", "arrow")
 SUPPORTED_EXTENSIONS: Final = ".jsonl, .json, .csv or .tsv (each also with .gz), .parquet or .arrow"

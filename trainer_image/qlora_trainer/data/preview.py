@@ -1,4 +1,4 @@
-"""A few rows as the model sees them, and which of their tokens are learned: a wrong template shows at a glance."""
+"""Preview of a few rows as the model sees them, with the labels marked, so that a wrong template is obvious."""
 
 from collections.abc import Iterator
 from typing import Any, Final
@@ -8,34 +8,34 @@ from qlora_trainer.data.tokenization import Span, TokenRow
 
 SHOWN_ROWS: Final = 3
 _SHOWN_CHARACTERS: Final = 2000
-"""Of one piece: more says no more about a template."""
+"""Maximum length of one span; more text says nothing new about a template."""
 LEARNED_OPEN, LEARNED_CLOSE = "⟦", "⟧"
-"""Around what is learned, where there are no colours."""
+"""Markers around labels in plain text."""
 
 
 def shown_rows(count: int) -> tuple[int, ...]:
-    """Return the numbers of the rows that are shown: spread over all of them, and so over the sources."""
+    """Return the indices of the rows to show, spread evenly over the dataset and so over its sources."""
     shown = min(SHOWN_ROWS, count)
-    return tuple(count * place // shown for place in range(shown))
+    return tuple(count * index // shown for index in range(shown))
 
 
 def preview(row: TokenRow, tokenizer: Any) -> tuple[TextSpan, ...]:
-    """Return a row in pieces that are learned and pieces that are not, special tokens too."""
+    """Return a row as alternating spans with and without labels; special tokens are shown."""
     return tuple(
         TextSpan(text=_shortened(tokenizer.decode(list(row.input_ids[start:end]))), learned=learned)
-        for (start, end), learned in _pieces(row)
+        for (start, end), learned in _split_by_label(row)
     )
 
 
-def _pieces(row: TokenRow) -> Iterator[tuple[Span, bool]]:
-    place = 0
+def _split_by_label(row: TokenRow) -> Iterator[tuple[Span, bool]]:
+    position = 0
     for start, end in row.label_spans:
-        if place < start:
-            yield (place, start), False
+        if position < start:
+            yield (position, start), False
         yield (start, end), True
-        place = end
-    if place < len(row.input_ids):
-        yield (place, len(row.input_ids)), False
+        position = end
+    if position < len(row.input_ids):
+        yield (position, len(row.input_ids)), False
 
 
 def _shortened(text: str) -> str:
@@ -44,5 +44,5 @@ def _shortened(text: str) -> str:
 
 
 def format_preview(pieces: tuple[TextSpan, ...]) -> str:
-    """Return a preview as text with marks."""
+    """Return a preview as plain text, with labels between ⟦ and ⟧."""
     return "".join(f"{LEARNED_OPEN}{piece.text}{LEARNED_CLOSE}" if piece.learned else piece.text for piece in pieces)

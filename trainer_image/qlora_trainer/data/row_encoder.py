@@ -1,4 +1,4 @@
-"""Rows to token rows, a batch at a time: each format's way, and what happens to rows that are too long."""
+"""Encodes rows as token rows in batches, and applies spec.training.longRows to rows that are too long."""
 
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,13 +15,13 @@ from qlora_trainer.data.tokenization import TokenRow, encode_examples, encode_te
 from qlora_trainer.errors import RunError
 
 BATCH_ROWS: Final = 1000
-"""Rows per call of the tokenizer; more saves no time, and fewer keep less in memory."""
+"""Rows per call of the tokenizer: larger batches save no time and take more memory."""
 
 Item = TypeVar("Item")
 
 
 class EncodedRow(NamedTuple):
-    """A token row, where it came from, and the hash that decides which side it is on."""
+    """A token row, its location in the source, and the content hash that decides on its split."""
 
     location: str
     digest: bytes
@@ -30,26 +30,26 @@ class EncodedRow(NamedTuple):
 
 @dataclass(frozen=True)
 class RowEncoder:
-    """One tokenizer, one chat template, and one choice of what is learned."""
+    """Tokenizer, chat template and label policy (spec.training.loss) of a run."""
 
     tokenizer: Any
     loss: str
     chat: ChatTemplate | None
-    """None where there are no chats."""
+    """None if no source has chat rows."""
 
     def encode_rows(self, source: Source, needs_prompt: Callable[[bytes], bool]) -> Iterator[EncodedRow]:
-        """Yield the token rows of a source; when they are through, refuse what its chat template refused.
+        """Yield the token rows of a source; after the last one, raise DatasetInvalid if the chat template rejected any.
 
-        `asked` tells by a row's hash whether it is held out, so that its prompt is needed.
+        `needs_prompt` takes the hash of a row; it is true for validation rows.
         """
         problems = RowErrors()
         for batch in batched(source.rows(), BATCH_ROWS):
-            encoded = self._encode([placed.row for placed in batch], source.row_format, needs_prompt)
-            for placed, row in zip(batch, encoded, strict=True):
+            encoded = self._encode([located.row for located in batch], source.row_format, needs_prompt)
+            for located, row in zip(batch, encoded, strict=True):
                 if isinstance(row, RowError):
-                    problems.add(placed.location, row)
+                    problems.add(located.location, row)
                 else:
-                    yield EncodedRow(placed.location, placed.row.digest, row)
+                    yield EncodedRow(located.location, located.row.digest, row)
         if problems.total:
             raise RunError(Reason.DATASET_INVALID, f"{source.field_ref.field}: {problems}")
 
@@ -66,26 +66,26 @@ class RowEncoder:
 
 @dataclass
 class RowCounts:
-    """What became of the rows of one side."""
+    """Counts of kept, truncated and dropped rows of one split."""
 
     rows: int = 0
     tokens: int = 0
     truncated: int = 0
     dropped: int = 0
     lengths: "array[int]" = field(default_factory=lambda: array("I"))
-    """Tokens of each row before any cut."""
+    """Tokens of each row before truncation."""
 
 
 @dataclass(frozen=True)
 class LengthPolicy:
-    """The longest that a row may be, and what happens to longer ones."""
+    """Maximum length of a row, and what happens to longer ones."""
 
     max_length: int
     long_rows: str
     too_long: RowErrors = field(default_factory=RowErrors)
 
     def apply(self, encoded: EncodedRow, counts: RowCounts, times: int = 1) -> TokenRow | None:
-        """Return the row as it is used, or None where it is left out; count what happened, as often as it is seen."""
+        """Return the row, truncated if necessary, or None if it is dropped; count it `times` times."""
         length = len(encoded.row.input_ids)
         too_long = length > self.max_length
         if too_long and self.long_rows == "refuse":
@@ -102,7 +102,7 @@ class LengthPolicy:
         return row
 
     def raise_if_refused(self) -> None:
-        """Refuse the rows that were too long, if that is what was asked for."""
+        """Raise DatasetInvalid if longRows is refuse and rows were too long."""
         if self.too_long.total:
             raise RunError(
                 Reason.DATASET_INVALID,
@@ -112,7 +112,7 @@ class LengthPolicy:
 
 
 def make_length_policy(training: TrainingSpec) -> LengthPolicy:
-    """Return the ruler that the manifest asks for."""
+    """Return the length policy of spec.training."""
     return LengthPolicy(training.max_length, training.long_rows)
 
 

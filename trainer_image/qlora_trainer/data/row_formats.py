@@ -1,4 +1,4 @@
-"""The formats of rows: told by a row's fields, and turned into prompts, answers, conversations or text."""
+"""Row formats: detected from the fields of a row, and parsed into examples, conversations or text."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -15,25 +15,25 @@ _FORMAT_FIELDS: Final[tuple[tuple[str, RowFormat], ...]] = (
     ("prompt", "completion"),
     ("text", "text"),
 )
-"""A field, and the format it stands for; the first that a row has decides."""
+"""Field and the format it indicates; the first field that a row has decides."""
 _ANSWER_FIELDS: Final = ("output", "response")
 _CONTEXT_FIELDS: Final = ("input", "context")
 _PLACEHOLDER: Final = re.compile(r"\{([^{}]+)\}")
 
 
 def detect_format(fields: Mapping[str, Any]) -> tuple[RowFormat, str]:
-    """Return the format of a row and the field that tells it, or raise RowError."""
+    """Return the format of a row and the field it was detected by, or raise RowError."""
     found = next(((row_format, field) for field, row_format in _FORMAT_FIELDS if field in fields), None)
     if found is None:
         raise RowError(
             f"has the fields {', '.join(map(str, fields)) or '(none)'}; write messages (or conversations), instruction "
-            "and output (or response), prompt and completion, or text; or give spec.dataset.template"
+            "and output (or response), prompt and completion, or text; or set spec.dataset.template"
         )
     return found
 
 
 def parse_row(fields: Mapping[str, Any], row_format: RowFormat, template: RowTemplate | None = None) -> Row:
-    """Turn the fields of a row into what they mean, or raise RowError with the field at fault."""
+    """Parse the fields of a row, or raise RowError that names the invalid field."""
     if template is not None:
         return Example(fill(template.prompt, fields, "prompt"), fill(template.answer, fields, "answer"))
     return _PARSERS[row_format](fields)
@@ -48,7 +48,7 @@ def _parse_instruction(fields: Mapping[str, Any]) -> Example:
 
 
 def instruction_prompt(fields: Mapping[str, Any]) -> str:
-    """Return the prompt of an instruction row, whose answer is not looked at."""
+    """Return the prompt of an instruction row; the answer may be missing."""
     return render_instruction(text_of(fields, "instruction"), _optional(fields, _one_of(fields, _CONTEXT_FIELDS)))
 
 
@@ -66,31 +66,31 @@ def _optional(fields: Mapping[str, Any], name: str | None) -> str:
 
 
 def render_instruction(instruction: str, context: str = "") -> str:
-    """Return the prompt of an instruction row."""
+    """Return the prompt in the format of Alpaca, without its preamble."""
     block = f"### Input:\n{context}\n\n" if context else ""
     return f"### Instruction:\n{instruction}\n\n{block}### Response:\n"
 
 
 def placeholders(template: str) -> tuple[str, ...]:
-    """Return the fields that a template asks for."""
+    """Return the field names in a template, without duplicates."""
     return tuple(dict.fromkeys(_PLACEHOLDER.findall(template)))
 
 
 def fill(template: str, fields: Mapping[str, Any], part: str) -> str:
-    """Put a row's fields into a template; a field may be empty, the whole may not."""
+    """Fill a template with the fields of a row; single fields may be empty, the result must not be."""
 
     def value(match: re.Match[str]) -> str:
         name = match[1]
         if name not in fields:
             known = ", ".join(map(str, fields))
             raise RowError(
-                f"spec.dataset.template.{part} asks for a field '{name}', and the row has {known}; correct one"
+                f"spec.dataset.template.{part} uses the field '{name}', but the row has {known}; correct one of them"
             )
         return text_of(fields, name, blank=True)
 
     filled = _PLACEHOLDER.sub(value, template)
     if not filled.strip():
-        raise RowError(f"spec.dataset.template.{part} becomes empty; fill its fields")
+        raise RowError(f"spec.dataset.template.{part} renders an empty text; fill its fields")
     return filled
 
 

@@ -1,4 +1,4 @@
-"""Fields of a row: what they hold, in a user's words, and text where text is needed."""
+"""Parsed rows and their content hashes, and the checks that all row formats share."""
 
 import hashlib
 import json
@@ -8,11 +8,11 @@ from typing import Any, TypeAlias
 
 
 class RowError(ValueError):
-    """One row cannot be used; the message is the reason and the fix."""
+    """A row cannot be used; the message says why and how to fix it."""
 
 
 def kind_of(value: Any) -> str:
-    """Return what a value is, in a user's words."""
+    """Return the type of a value as a noun for error messages."""
     if value is None:
         return "null"
     names = {bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
@@ -20,7 +20,7 @@ def kind_of(value: Any) -> str:
 
 
 def text_of(fields: Mapping[str, Any], name: str, *, blank: bool = False, within: str = "") -> str:
-    """Return a field that must be text, and not blank unless it may be."""
+    """Return a text field, or raise RowError if it is missing, not valid text, or blank without `blank`."""
     label = f"{within}.{name}" if within else f"field '{name}'"
     if name not in fields:
         raise RowError(f"{label} is missing; add it")
@@ -33,7 +33,7 @@ def text_of(fields: Mapping[str, Any], name: str, *, blank: bool = False, within
     if not blank and not value.strip():
         raise RowError(f"{label} is empty; fill it, or remove the row")
     if not _is_unicode(value):
-        raise RowError(f"{label} holds bytes that are not UTF-8, or half a character; save the file as UTF-8")
+        raise RowError(f"{label} contains bytes that are not UTF-8, or half a character; save the file as UTF-8")
     return value
 
 
@@ -46,12 +46,12 @@ def _is_unicode(text: str) -> bool:
 
 
 Message: TypeAlias = Mapping[str, Any]
-"""role and content, as a chat template reads them; also tool_calls and the like."""
+"""role and content, as chat templates expect them; also tool_calls and similar fields."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt as the model sees it, and the answer it should give."""
+    """A prompt as the model sees it, and the expected answer."""
 
     prompt: str
     answer: str
@@ -64,7 +64,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Chat:
-    """A conversation that ends with the assistant."""
+    """A conversation that ends with an assistant message."""
 
     messages: tuple[Message, ...]
     tools: tuple[Mapping[str, Any], ...] = ()
@@ -78,7 +78,7 @@ class Chat:
 
 @dataclass(frozen=True)
 class Text:
-    """Text to continue."""
+    """Plain text."""
 
     text: str
 

@@ -1,4 +1,4 @@
-"""Token rows as parquet files in the result's prefix: what prepare leaves and training starts from."""
+"""Token rows as Parquet files below the result's prefix: written by prepare, read by training."""
 
 import hashlib
 from bisect import bisect_right
@@ -17,10 +17,10 @@ TRAINING: Final = "prepared/train.parquet"
 EVALUATION: Final = "prepared/evaluation.parquet"
 FACTS: Final = "prepared/prepared.json"
 TASKS: Final = "prepared/tasks.json"
-"""The leaf tasks of public benchmarks, where any were asked for."""
+"""Leaf tasks of the requested lm-eval benchmarks."""
 
 GROUP_ROWS: Final = 1000
-"""Rows that are written, and read, at a time."""
+"""Rows per row group, and per read."""
 
 _SCHEMA: Final = pa.schema(
     [
@@ -34,13 +34,19 @@ _SCHEMA: Final = pa.schema(
 
 
 class ShardWriter:
-    """Writes rows into a parquet file, one group at a time."""
+    """Writes rows to a Parquet file, one row group at a time."""
 
     def __init__(self, path: Path, *, with_text: bool) -> None:
-        """Create the file; what is asked and expected is needed for held-out rows only."""
+        """Create the file.
+
+        Args:
+            path: Target file; missing folders are created.
+            with_text: Also store prompt and reference, which only validation rows need.
+
+        """
         path.parent.mkdir(parents=True, exist_ok=True)
         self._with_text = with_text
-        self._waiting: list[TokenRow] = []
+        self._pending: list[TokenRow] = []
         self._content = hashlib.sha256()
         self._file = pq.ParquetWriter(path, _SCHEMA, compression="zstd")
 
@@ -56,21 +62,21 @@ class ShardWriter:
 
     @property
     def digest(self) -> str:
-        """Return the SHA-256 of the rows so far: of what is in them, so that no compression changes it."""
+        """Return the SHA-256 of the rows so far; it hashes their content, so compression does not change it."""
         return self._content.hexdigest()
 
     def add(self, row: TokenRow, times: int = 1) -> None:
-        """Write a row, some times in a row."""
+        """Append a row `times` times."""
         texts = (row.prompt_ids, row.prompt, row.reference) if self._with_text else ()
         content = hashlib.sha256(repr((row.input_ids, row.label_spans, *texts)).encode()).digest()
         for _ in range(times):
             self._content.update(content)
-            self._waiting.append(row)
-            if len(self._waiting) == GROUP_ROWS:
+            self._pending.append(row)
+            if len(self._pending) == GROUP_ROWS:
                 self._write_group()
 
     def _write_group(self) -> None:
-        rows, self._waiting = self._waiting, []
+        rows, self._pending = self._pending, []
         if rows:
             self._file.write_table(_to_table(rows, with_text=self._with_text))
 
@@ -97,10 +103,10 @@ def _to_row(fields: dict[str, Any]) -> TokenRow:
 
 
 class Shard(Sequence[TokenRow]):
-    """The rows of a file, by number; the operating system brings the pages that are read, and no others."""
+    """Random access to the rows of a memory-mapped file; only pages that are read are loaded."""
 
     def __init__(self, path: Path) -> None:
-        """Map an arrow file that open_shard made."""
+        """Map an Arrow file written by `open_shard`."""
         self._reader = pa.ipc.open_file(pa.memory_map(str(path)))
         self._starts = [0]
         for number in range(self._reader.num_record_batches):
@@ -110,13 +116,13 @@ class Shard(Sequence[TokenRow]):
         return self._starts[-1]
 
     @overload
-    def __getitem__(self, place: int) -> TokenRow: ...
+    def __getitem__(self, index: int) -> TokenRow: ...
     @overload
-    def __getitem__(self, place: slice) -> tuple[TokenRow, ...]: ...
-    def __getitem__(self, place: int | slice) -> TokenRow | tuple[TokenRow, ...]:
-        """Return one row, or some."""
-        numbers = range(len(self))[place]
-        return self._row(numbers) if isinstance(numbers, int) else tuple(self._row(number) for number in numbers)
+    def __getitem__(self, index: slice) -> tuple[TokenRow, ...]: ...
+    def __getitem__(self, index: int | slice) -> TokenRow | tuple[TokenRow, ...]:
+        """Return a row, or the rows of a slice."""
+        selected = range(len(self))[index]
+        return self._row(selected) if isinstance(selected, int) else tuple(self._row(number) for number in selected)
 
     def _row(self, number: int) -> TokenRow:
         batch = bisect_right(self._starts, number) - 1
@@ -125,9 +131,9 @@ class Shard(Sequence[TokenRow]):
 
 
 def open_shard(path: Path) -> Shard:
-    """Return the rows of a parquet file; beside it an uncompressed copy is laid, in which a row is found at once."""
+    """Open a Parquet file for random access, by way of an uncompressed Arrow copy next to it."""
     copy = path.with_suffix(".arrow")
-    # Processes of one node share the folder: each writes its own, and the last rename wins.
+    # The processes of a node share the folder: each writes its own copy, and the last rename wins.
     partial = path.with_suffix(f".{uuid4().hex}.part")
     with pq.ParquetFile(path) as source, pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as file:
         for batch in source.iter_batches(batch_size=GROUP_ROWS):
@@ -137,12 +143,12 @@ def open_shard(path: Path) -> Shard:
 
 
 def read_token_rows(path: Path, numbers: Sequence[int] | None = None) -> Iterator[TokenRow]:
-    """Yield the rows of a parquet file, or those with some numbers, in the file's order."""
+    """Yield the rows of a Parquet file in file order: all of them, or those with the given indices."""
     start = 0
     with pq.ParquetFile(path) as file:
         for batch in file.iter_batches(batch_size=GROUP_ROWS):
-            here = range(batch.num_rows) if numbers is None else sorted(number - start for number in numbers)
-            for place in here:
-                if 0 <= place < batch.num_rows:
-                    yield _to_row(batch.slice(place, 1).to_pylist()[0])
+            indices = range(batch.num_rows) if numbers is None else sorted(number - start for number in numbers)
+            for index in indices:
+                if 0 <= index < batch.num_rows:
+                    yield _to_row(batch.slice(index, 1).to_pylist()[0])
             start += batch.num_rows

@@ -1,4 +1,4 @@
-"""The sources of a dataset: what their rows are, row by row, and which rows are broken."""
+"""Sources of a dataset: resolves URIs to local files, detects the row format, and reads and checks the rows."""
 
 import hashlib
 import re
@@ -22,7 +22,7 @@ _HUB_URI: Final = re.compile(r"hf://datasets/([^/@]+/[^/@]+)(?:@([^/]+))?/(.*)")
 
 
 def local_files(resolver: SourceResolver, uri: str, field_ref: FieldRef, work: Path) -> tuple[Path, ...]:
-    """Return the local copy of a file, or of every data file below a URI that ends with '/'."""
+    """Return the local path of a file, or of every data file below a URI that ends with '/'."""
     if uri.startswith("hf://"):
         return _from_hub(resolver, uri, field_ref, work)
     folder, name = (uri, "") if uri.endswith("/") else split_uri(uri)
@@ -39,19 +39,20 @@ def _from_hub(resolver: SourceResolver, uri: str, field_ref: FieldRef, work: Pat
             f"{field_ref.field}: '{uri}' has no file; write hf://datasets/organisation/name/file.jsonl",
         )
     name, revision, path = match[1], match[2] or "main", match[3]
-    wanted = "" if path.endswith("/") else path
+    file_name = "" if path.endswith("/") else path
     snapshot = resolver.resolve(f"hf://{name}", revision, field_ref, repo_type="dataset")
-    if wanted and wanted not in snapshot.files:
+    if file_name and file_name not in snapshot.files:
         raise RunError(
-            field_ref.not_found, f"{field_ref.field}: {name}@{snapshot.commit} has no file '{wanted}'; correct the URI"
+            field_ref.not_found,
+            f"{field_ref.field}: {name}@{snapshot.commit} has no file '{file_name}'; correct the URI",
         )
-    files = _select_files(wanted, (file for file in snapshot.files if file.startswith(path)), uri, field_ref)
+    files = _select_files(file_name, (file for file in snapshot.files if file.startswith(path)), uri, field_ref)
     root = snapshot.fetch(files, work)
     return tuple(root / file for file in files)
 
 
 def _select_files(name: str, names: Iterable[str], uri: str, field_ref: FieldRef) -> tuple[str, ...]:
-    """Return the one file that is named, or the data files among all; either must be of a known form."""
+    """Return the named file, or all data files if no name is given; raise if the type is not supported."""
     if name:
         try:
             detect_file_type(name)
@@ -64,13 +65,13 @@ def _select_files(name: str, names: Iterable[str], uri: str, field_ref: FieldRef
     files = tuple(sorted(filter(is_data_file, names)))
     if not files:
         raise RunError(
-            field_ref.not_found, f"{field_ref.field}: there is no file below {uri} that is named {SUPPORTED_EXTENSIONS}"
+            field_ref.not_found, f"{field_ref.field}: {uri} has no file of type {SUPPORTED_EXTENSIONS}; correct the URI"
         )
     return files
 
 
 def _local_copy(store: Store, name: str, work: Path) -> Path:
-    """Return where a file is; those of this computer are read in place."""
+    """Download a file and return its path; files of a local folder are read in place."""
     if isinstance(store, FileStore):
         return store.path_of(name)
     target = work / "datasets" / hashlib.sha256(store.root.encode()).hexdigest()[:16] / name
@@ -79,11 +80,11 @@ def _local_copy(store: Store, name: str, work: Path) -> Path:
 
 
 SHOWN_ROW_ERRORS: Final = 5
-"""Broken rows that a message lists; the others are counted."""
+"""Invalid rows that a message lists; the others are only counted."""
 
 
 class LocatedRow(NamedTuple):
-    """A row, and where it is in its source."""
+    """A row and its location in the source."""
 
     location: str
     row: Row
@@ -91,13 +92,13 @@ class LocatedRow(NamedTuple):
 
 @dataclass
 class RowErrors:
-    """What is wrong with the rows of a source: the first ones in words, all of them counted."""
+    """Invalid rows of a source: messages of the first ones, and the total."""
 
     first: list[str] = field(default_factory=list)
     total: int = 0
 
     def add(self, location: str, reason: object) -> None:
-        """Note one more."""
+        """Add an invalid row."""
         self.total += 1
         if self.total <= SHOWN_ROW_ERRORS:
             self.first.append(f"{location}: {reason}")
@@ -109,30 +110,30 @@ class RowErrors:
 
 @dataclass(frozen=True)
 class Source:
-    """Files of one format on this computer."""
+    """Local files with rows of one format."""
 
     field_ref: FieldRef
     files: tuple[Path, ...]
     row_format: RowFormat
     format_reason: str
-    """How the format was told, for the log."""
+    """How the format was determined, for the log."""
     template: RowTemplate | None = None
     limit: int | None = None
     weight: float = 1.0
 
     def rows(self) -> Iterator[LocatedRow]:
-        """Yield every row; when they are through, refuse the source if any was broken."""
+        """Yield every valid row; after the last one, raise DatasetInvalid if any row was invalid, or DatasetEmpty."""
         problems, seen = RowErrors(), 0
-        for place, found in islice(_located_rows(self.files, self.field_ref), self.limit):
+        for location, found in islice(_located_rows(self.files, self.field_ref), self.limit):
             seen += 1
             try:
                 if isinstance(found, RowError):
                     raise found
                 row = parse_row(found, self.row_format, self.template)
             except RowError as error:
-                problems.add(place, error)
+                problems.add(location, error)
             else:
-                yield LocatedRow(place, row)
+                yield LocatedRow(location, row)
         if problems.total:
             raise RunError(
                 Reason.DATASET_INVALID,
@@ -146,30 +147,30 @@ class Source:
 def make_source(
     field_ref: FieldRef, files: tuple[Path, ...], source: DataSource, template: RowTemplate | None
 ) -> Source:
-    """Return a source whose format is known, told by its first row where it is not given."""
-    row_format, told_by = _detect_format(field_ref, files, source.format, template)
-    return Source(field_ref, files, row_format, told_by, template, source.max_samples, source.weight)
+    """Return a source with its row format; auto is resolved by the first valid row."""
+    row_format, reason = _detect_format(field_ref, files, source.format, template)
+    return Source(field_ref, files, row_format, reason, template, source.max_samples, source.weight)
 
 
 def _detect_format(
-    field_ref: FieldRef, files: tuple[Path, ...], wanted: RowFormatName, template: RowTemplate | None
+    field_ref: FieldRef, files: tuple[Path, ...], requested: RowFormatName, template: RowTemplate | None
 ) -> tuple[RowFormat, str]:
     if template is not None:
-        return "instruction", "as spec.dataset.template renders them"
-    if wanted != "auto":
-        return wanted, "as the manifest says"
-    for place, found in _located_rows(files, field_ref):
+        return "instruction", "rendered by spec.dataset.template"
+    if requested != "auto":
+        return requested, "set in the manifest"
+    for location, found in _located_rows(files, field_ref):
         if not isinstance(found, RowError):
             try:
                 row_format, name = detect_format(found)
             except RowError as error:
-                raise RunError(Reason.DATASET_INVALID, f"{field_ref.field}: {place} {error}") from error
-            return row_format, f"told by the field '{name}' of {place}"
-    return "instruction", "since no row can be read"
+                raise RunError(Reason.DATASET_INVALID, f"{field_ref.field}: {location} {error}") from error
+            return row_format, f"detected by the field '{name}' of {location}"
+    return "instruction", "the default, as no row can be read"
 
 
 def _located_rows(files: tuple[Path, ...], field_ref: FieldRef) -> Iterator[tuple[str, Mapping[str, Any] | RowError]]:
-    """Yield the rows of all files, each with its place; the file is named where there are several."""
+    """Yield the rows of all files with their locations, which name the file if there are several."""
     for path in files:
         prefix = f"{path.name} " if len(files) > 1 else ""
         if not path.is_file():

@@ -1,4 +1,4 @@
-"""Which rows are learned from, how often, and which are held out: functions of the rows' content hashes alone."""
+"""Validation split and source weights, computed from the content hashes of the rows alone."""
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,67 +10,70 @@ from qlora_trainer.errors import RunError
 from qlora_trainer.storage.store import FieldRef
 
 Digests: TypeAlias = Sequence[bytes]
-"""Of the rows of a source, in their order."""
+"""Content hashes of the rows of a source, in order."""
 
 
 @dataclass(frozen=True)
 class SourceWeight:
-    """How often the rows of one source are learned from."""
+    """How often an epoch repeats the rows of one source."""
 
     full_passes: int
     extra_rows: frozenset[bytes]
     held_out: frozenset[bytes]
 
     def times(self, digest: bytes) -> int:
-        """Return how often an epoch sees a row; a held-out row is never learned from."""
+        """Return how often a row occurs in an epoch; a held-out row never does."""
         return 0 if digest in self.held_out else self.full_passes + (digest in self.extra_rows)
 
 
 def split_validation(sources: Sequence[Digests], fraction: float, field_ref: FieldRef) -> frozenset[bytes]:
-    """Hold out the share of distinct rows with the lowest hashes, at least one; copies of a row stay together."""
+    """Return the validation split: the fraction of distinct rows with the lowest hashes, at least one.
+
+    Duplicates of a row are on the same side of the split.
+    """
     distinct = sorted({digest for digests in sources for digest in digests})
     if len(distinct) < 2:
         raise RunError(
             Reason.DATASET_EMPTY,
-            f"{field_ref.field}: {len(distinct)} distinct row cannot be both trained and evaluated on; add rows, or "
-            "set "
-            "spec.dataset.evaluation.uri",
+            f"{field_ref.field}: {len(distinct)} distinct row is too few for a training and a validation set; "
+            "add rows, or set spec.dataset.evaluation.uri",
         )
     count = min(max(round(fraction * len(distinct)), 1), len(distinct) - 1)
     return frozenset(distinct[:count])
 
 
 def make_source_weight(digests: Digests, weight: float, held_out: frozenset[bytes]) -> SourceWeight:
-    """Divide a weight: its whole part is for every row, the rest for the share of rows with the lowest hashes."""
+    """Split a weight: the integer part applies to every row, the fraction to the rows with the lowest hashes."""
     distinct = sorted(set(digests) - held_out)
-    whole = int(weight)
-    return SourceWeight(whole, frozenset(distinct[: round((weight - whole) * len(distinct))]), held_out)
+    full_passes = int(weight)
+    extra_rows = frozenset(distinct[: round((weight - full_passes) * len(distinct))])
+    return SourceWeight(full_passes, extra_rows, held_out)
 
 
 def check_training_rows_left(
     sources: Sequence[Digests], source_weights: Sequence[SourceWeight], field_ref: FieldRef
 ) -> None:
-    """Nobody is examined on what was rehearsed, so that held-out rows may leave nothing to learn from."""
+    """Raise DatasetEmpty if no training rows are left: held-out rows are never trained on."""
     if not any(training_digests(sources, source_weights)):
         raise RunError(
             Reason.DATASET_EMPTY,
-            f"{field_ref.field}: every row is held out as well (spec.dataset.evaluation), or has a weight near 0; "
-            "add rows",
+            f"{field_ref.field}: every row is also in the validation set (spec.dataset.evaluation), or has a "
+            "weight near 0; add rows",
         )
 
 
 def training_digests(sources: Sequence[Digests], source_weights: Sequence[SourceWeight]) -> Iterator[bytes]:
-    """Yield the digest of each row to learn from, as often as an epoch sees it."""
-    for digests, share in zip(sources, source_weights, strict=True):
+    """Yield the digests of the training rows, each as often as it occurs in an epoch."""
+    for digests, source_weight in zip(sources, source_weights, strict=True):
         for digest in digests:
-            for _ in range(share.times(digest)):
+            for _ in range(source_weight.times(digest)):
                 yield digest
 
 
 def dataset_digest(training: Iterable[bytes], held_out: Iterable[bytes]) -> str:
-    """Return the SHA-256 over all rows in use, in order, and over the side that each is on."""
+    """Return the SHA-256 over all rows in use, in order, each with its split."""
     digest = hashlib.sha256()
-    for side, rows in (("training", training), ("evaluation", held_out)):
+    for split, rows in (("training", training), ("evaluation", held_out)):
         for row in rows:
-            digest.update(f"{side} {row.hex()}\n".encode())
+            digest.update(f"{split} {row.hex()}\n".encode())
     return digest.hexdigest()

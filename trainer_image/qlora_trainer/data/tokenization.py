@@ -1,4 +1,4 @@
-"""Rows to token rows: one pass of special tokens, and which tokens are learned, up to the end token."""
+"""Encodes prompts, answers and texts as token rows: special tokens once, labels up to the end-of-text token."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,36 +12,36 @@ Span: TypeAlias = tuple[int, int]
 
 @dataclass(frozen=True)
 class TokenRow:
-    """One row as tokens, and which of them are learned."""
+    """A tokenized row and its labels."""
 
     input_ids: tuple[int, ...]
     label_spans: tuple[Span, ...]
-    """Positions of the tokens that are learned, in order; never 0, since nothing predicts a row's first token."""
+    """Positions of the label tokens, in order; never 0, as nothing predicts the first token of a row."""
     prompt_ids: tuple[int, ...] = ()
-    """What a model is asked for the answer: for held-out rows only, as are the two texts; plain text has none."""
+    """Tokens of the prompt, for generation. Only validation rows have these and the two texts; plain text has none."""
     prompt: str = ""
     reference: str = ""
 
     @property
     def label_count(self) -> int:
-        """Return how many tokens are learned."""
+        """Return the number of label tokens."""
         return sum(end - start for start, end in self.label_spans)
 
     def truncate(self, length: int) -> "TokenRow":
-        """Return the row without what lies beyond a length."""
+        """Return the row cut to at most `length` tokens."""
         if len(self.input_ids) <= length:
             return self
-        learned = tuple((start, min(end, length)) for start, end in self.label_spans if start < length)
-        return replace(self, input_ids=self.input_ids[:length], label_spans=learned)
+        label_spans = tuple((start, min(end, length)) for start, end in self.label_spans if start < length)
+        return replace(self, input_ids=self.input_ids[:length], label_spans=label_spans)
 
 
 def encode_examples(examples: Sequence[Example], tokenizer: Any, loss: str) -> list[TokenRow]:
-    """Turn prompts and answers into token rows; the answer and the end token are learned."""
+    """Encode prompts and answers; labels are the answer and the end-of-text token, or all tokens with loss `all`."""
     prompts = prompt_ids([example.prompt for example in examples], tokenizer)
     texts = prompt_ids([example.prompt + example.answer for example in examples], tokenizer)
     rows = []
     for example, prompt, text in zip(examples, prompts, texts, strict=True):
-        # Where a token spans the seam, prompt and whole differ before the prompt ends; that token is the answer's.
+        # A token may span the boundary; prompt and full text then differ before the prompt ends, and it is a label.
         first = 1 if loss == "all" else max(common_prefix_length(prompt, text), 1)
         ids = (*text, tokenizer.eos_token_id)
         rows.append(TokenRow(ids, ((first, len(ids)),), tuple(prompt), example.prompt, example.answer))
@@ -49,13 +49,13 @@ def encode_examples(examples: Sequence[Example], tokenizer: Any, loss: str) -> l
 
 
 def encode_texts(texts: Sequence[Text], tokenizer: Any) -> list[TokenRow]:
-    """Turn plain texts into token rows; all of it is learned, and the end token."""
+    """Encode plain texts; all tokens but the first are labels, and so is the end-of-text token."""
     encoded = prompt_ids([text.text for text in texts], tokenizer)
     return [TokenRow((*ids, tokenizer.eos_token_id), ((1, len(ids) + 1),)) for ids in encoded]
 
 
 def prompt_ids(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
-    """Return the tokens of texts with the tokenizer's own start token, once, and without an end token."""
+    """Tokenize texts with the tokenizer's start token, exactly once, and without an end-of-text token."""
     encoded: list[list[int]] = tokenizer(list(texts), add_special_tokens=True)["input_ids"]
     return [_without_end(_single_start(ids, tokenizer), tokenizer) for ids in encoded]
 
@@ -70,7 +70,7 @@ def _without_end(ids: list[int], tokenizer: Any) -> list[int]:
 
 
 def common_prefix_length(one: Sequence[int], other: Sequence[int]) -> int:
-    """Return how many tokens two rows share from their start."""
+    """Return the length of the common prefix of two token sequences."""
     for position, (left, right) in enumerate(zip(one, other, strict=False)):
         if left != right:
             return position

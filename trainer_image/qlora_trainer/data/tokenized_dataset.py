@@ -1,4 +1,4 @@
-"""The token rows of a run, written to files as they are made, with what there is to say about them."""
+"""Tokenizes a dataset into two files, training and validation, and summarizes it for the status."""
 
 import shutil
 from dataclasses import dataclass, field
@@ -23,21 +23,21 @@ _PERCENTILES: Final = (50, 95, 99)
 
 @dataclass(frozen=True)
 class TokenizedDataset:
-    """Two files of token rows in a folder of this computer, gone when the context ends."""
+    """Two files of token rows in a local folder, which is deleted on exit from the context."""
 
     folder: Path
     status: DataStatus
     digest: str
-    """SHA-256 of the token rows of both sides: whatever was asked for, this is what it came to."""
+    """SHA-256 of the token rows of both splits: the result of all settings that affect the data."""
 
     @property
     def training_file(self) -> Path:
-        """Return the rows to learn from."""
+        """Return the file of the training rows."""
         return self.folder / _TRAINING
 
     @property
     def held_out_file(self) -> Path:
-        """Return the rows to be examined on."""
+        """Return the file of the validation rows."""
         return self.folder / _HELD_OUT
 
     def __enter__(self) -> Self:
@@ -51,7 +51,7 @@ class TokenizedDataset:
 
 @dataclass(frozen=True)
 class _SplitCounts:
-    """What became of the rows of both sides."""
+    """Row counts of both splits."""
 
     training: RowCounts = field(default_factory=RowCounts)
     held_out: RowCounts = field(default_factory=RowCounts)
@@ -60,39 +60,39 @@ class _SplitCounts:
 def tokenize_dataset(
     dataset: Dataset, scan: DatasetScan, encoder: RowEncoder, training: TrainingSpec, work: Path
 ) -> TokenizedDataset:
-    """Read every row once more, and write its tokens to the side that it is on."""
-    folder, tallies, ruler = work / "tokens" / uuid4().hex, _SplitCounts(), make_length_policy(training)
+    """Read every row a second time, and write its tokens to the file of its split."""
+    folder, counts, policy = work / "tokens" / uuid4().hex, _SplitCounts(), make_length_policy(training)
     try:
-        digest = _write(dataset, scan, encoder, ruler, folder, tallies)
-        ruler.raise_if_refused()
-        _check_rows_left(tallies.training, "training", training)
-        _check_rows_left(tallies.held_out, "held-out", training)
+        digest = _write(dataset, scan, encoder, policy, folder, counts)
+        policy.raise_if_refused()
+        _check_rows_left(counts.training, "training", training)
+        _check_rows_left(counts.held_out, "held-out", training)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-    return TokenizedDataset(folder, _describe(dataset, scan, tallies), digest)
+    return TokenizedDataset(folder, _describe(dataset, scan, counts), digest)
 
 
-def _write(  # noqa: PLR0913, PLR0917 (where rows come from, what is done with them, where they go)
+def _write(  # noqa: PLR0913, PLR0917 (source, transformation and target of the rows)
     dataset: Dataset, scan: DatasetScan, encoder: RowEncoder, policy: LengthPolicy, folder: Path, counts: _SplitCounts
 ) -> str:
-    """Return the digest of what was written."""
+    """Write both files and return the digest of their rows."""
     with (
-        shards.ShardWriter(folder / _TRAINING, with_text=False) as learned,
-        shards.ShardWriter(folder / _HELD_OUT, with_text=True) as examined,
+        shards.ShardWriter(folder / _TRAINING, with_text=False) as training,
+        shards.ShardWriter(folder / _HELD_OUT, with_text=True) as validation,
     ):
-        for source, portion in zip(dataset.sources, scan.source_weights, strict=True):
-            examined_here = portion.held_out if dataset.held_out is None else frozenset[bytes]()
-            for encoded in encoder.encode_rows(source, examined_here.__contains__):
-                times = portion.times(encoded.digest)
+        for source, source_weight in zip(dataset.sources, scan.source_weights, strict=True):
+            held_out = source_weight.held_out if dataset.held_out is None else frozenset[bytes]()
+            for encoded in encoder.encode_rows(source, held_out.__contains__):
+                times = source_weight.times(encoded.digest)
                 if times and (row := policy.apply(encoded, counts.training, times)):
-                    learned.add(row, times)
-                if encoded.digest in examined_here and (row := policy.apply(encoded, counts.held_out)):
-                    examined.add(row)
+                    training.add(row, times)
+                if encoded.digest in held_out and (row := policy.apply(encoded, counts.held_out)):
+                    validation.add(row)
         for encoded in encoder.encode_rows(dataset.held_out, lambda _: True) if dataset.held_out else ():
             if row := policy.apply(encoded, counts.held_out):
-                examined.add(row)
-        return sha256_of(f"{learned.digest} {examined.digest}".encode())
+                validation.add(row)
+        return sha256_of(f"{training.digest} {validation.digest}".encode())
 
 
 def _check_rows_left(counts: RowCounts, name: str, training: TrainingSpec) -> None:
@@ -102,7 +102,7 @@ def _check_rows_left(counts: RowCounts, name: str, training: TrainingSpec) -> No
     why = (
         f"is longer than {training.max_length} tokens"
         if training.long_rows == "drop"
-        else f"has a prompt that alone fills {training.max_length} tokens, so that nothing of an answer is left"
+        else f"has a prompt that fills all {training.max_length} tokens, so nothing of its answer is left"
     )
     raise RunError(
         Reason.DATASET_EMPTY,
@@ -112,18 +112,18 @@ def _check_rows_left(counts: RowCounts, name: str, training: TrainingSpec) -> No
 
 
 def _describe(dataset: Dataset, scan: DatasetScan, counts: _SplitCounts) -> DataStatus:
-    """Return the facts of the dataset; the lengths are over both sides."""
-    learned, examined = counts.training, counts.held_out
-    lengths = np.concatenate([np.asarray(learned.lengths), np.asarray(examined.lengths)])
+    """Summarize the dataset for the status; lengths cover both splits."""
+    training, held_out = counts.training, counts.held_out
+    lengths = np.concatenate([np.asarray(training.lengths), np.asarray(held_out.lengths)])
     p50, p95, p99 = (int(value) for value in np.percentile(lengths, _PERCENTILES, method="higher"))
     return DataStatus(
         digest=scan.digest,
         format=dataset.formats,
-        training_rows=learned.rows,
-        evaluation_rows=examined.rows,
-        training_tokens=learned.tokens,
-        truncated_rows=learned.truncated + examined.truncated,
-        dropped_rows=learned.dropped + examined.dropped,
+        training_rows=training.rows,
+        evaluation_rows=held_out.rows,
+        training_tokens=training.tokens,
+        truncated_rows=training.truncated + held_out.truncated,
+        dropped_rows=training.dropped + held_out.dropped,
         longest_row_tokens=int(lengths.max()),
         row_lengths=RowLengths(mean=round(float(lengths.mean()), 1), p50=p50, p95=p95, p99=p99),
     )

@@ -1,4 +1,4 @@
-"""The adapter: what peft is told, how it starts, and what of it is published."""
+"""LoRA adapters: PEFT configuration, initialization and publishing format."""
 
 import contextlib
 import json
@@ -20,13 +20,13 @@ from qlora_trainer.model.loftq import ADAPTER_NAME, init_from_quantization_error
 from qlora_trainer.model.target_modules import ALL_LINEAR, expand_pattern, match_modules
 
 _PISSA: Final = "pissa_niter_16"
-"""PiSSA by a randomised decomposition of 16 iterations: seconds, where the exact one takes minutes (its paper)."""
+"""PiSSA by a randomized SVD of 16 iterations: seconds, where the exact SVD takes minutes (PiSSA paper)."""
 _INIT_LORA_WEIGHTS: Final[Mapping[str, Any]] = {"default": True, "gaussian": "gaussian", "pissa": _PISSA, "loftq": True}
-"""init_lora_weights; LoftQ's start replaces the default one."""
+"""Values of PEFT's init_lora_weights; LoftQ overwrites the default initialization."""
 
 
 def make_peft_model(base: Any, lora: LoraSpec, seed: int) -> Any:
-    """Put a fresh fp32 adapter on the base; the same seed gives the same adapter."""
+    """Attach a new fp32 adapter to the base; the same seed gives the same adapter."""
     torch.manual_seed(seed)
     peft = get_peft_model(base, lora_config(lora, base))
     if lora.init == "loftq":
@@ -36,10 +36,10 @@ def make_peft_model(base: Any, lora: LoraSpec, seed: int) -> Any:
 
 
 def lora_config(lora: LoraSpec, base: Any) -> Any:
-    """Return peft's settings."""
+    """Return PEFT's LoraConfig."""
     linears = linear_modules(base)
-    # peft takes 'norm' for every name that ends so, input_layernorm too; a whole path means one module.
-    whole = match_modules(modules_with_weights(base), lora.modules_to_save)
+    # PEFT matches 'norm' with every name that ends in it, such as input_layernorm; a full path matches one module.
+    modules_to_save = match_modules(modules_with_weights(base), lora.modules_to_save)
     return LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
@@ -47,8 +47,8 @@ def lora_config(lora: LoraSpec, base: Any) -> Any:
         alpha_pattern=expand_pattern(linears, lora.alpha_pattern),
         lora_dropout=lora.dropout,
         target_modules=ALL_LINEAR if lora.targets == (ALL_LINEAR,) else sorted(lora.targets),
-        modules_to_save=list(whole) or None,
-        ensure_weight_tying=trains_tied_weight(base, whole),
+        modules_to_save=list(modules_to_save) or None,
+        ensure_weight_tying=trains_tied_weight(base, modules_to_save),
         init_lora_weights=_INIT_LORA_WEIGHTS[lora.init],
         use_dora=lora.dora,
         use_rslora=lora.rslora,
@@ -58,11 +58,11 @@ def lora_config(lora: LoraSpec, base: Any) -> Any:
 
 
 def resolve_adapter(empty: Any, lora: LoraSpec) -> dict[str, Any]:
-    """Return what peft makes of an adapter's settings on a model without weights: module by module, however written.
+    """Resolve an adapter's settings with PEFT on a model without weights, module by module, for the result digest.
 
-    What it refuses ends here, and not when a GPU waits.
+    Settings that PEFT rejects end the run here, in prepare, before a GPU is allocated.
     """
-    # Starts from the base's weights are checked by their own rules: here there is nothing to decompose.
+    # PiSSA and LoftQ are checked elsewhere (target_modules): without weights there is nothing to decompose.
     config = lora_config(lora.model_copy(update={"init": "default"}), empty)
     try:
         modules = dict(get_peft_model(empty, config).named_modules())
@@ -78,28 +78,28 @@ def resolve_adapter(empty: Any, lora: LoraSpec) -> dict[str, Any]:
 def _why_refused(name: str, error: Exception) -> str:
     if "lora_dropout" in str(error):
         return (
-            f"spec.lora.dropout: all-linear means the experts of {name} too, which are stacked in one weight and take "
-            "no dropout; set it to 0, or name the linear modules in targets"
+            f"spec.lora.dropout: all-linear includes the experts of {name}, which are stacked in one weight and "
+            "support no dropout; set it to 0, or name the linear modules in targets"
         )
-    return f"spec.lora.targets: peft puts no adapter on these modules of {name}: {error}; choose others"
+    return f"spec.lora.targets: PEFT cannot adapt these modules of {name}: {error}; choose others"
 
 
 def trains_tied_weight(base: Any, modules_to_save: tuple[str, ...]) -> bool:
-    """Return whether a module that is trained whole shares its weight with the embedding or the output layer."""
+    """Return whether a module of modulesToSave is a tied embedding or output layer."""
     embedding, output = base.get_input_embeddings(), base.get_output_embeddings()
     tied = output is not None and output.weight is embedding.weight
     return tied and any(base.get_submodule(name) in {embedding, output} for name in modules_to_save)
 
 
 def _train_in_fp32(peft: Any) -> None:
-    """Keep modules that are trained whole in fp32 as well: in bf16 most updates round to nothing."""
+    """Convert all trainable weights to fp32, those of modulesToSave too: in bf16 most updates round to zero."""
     for parameter in peft.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
 
 
 def initial_adapter_weights(peft: Any, lora: LoraSpec) -> dict[str, torch.Tensor]:
-    """Return what the adapter starts as where that was taken out of the base (PiSSA), by name; else nothing."""
+    """Return the initial adapter weights by name for PiSSA, which subtracts them from the base; otherwise none."""
     if lora.init != "pissa":
         return {}
     return {name: weight.detach().clone() for name, weight in peft.named_parameters() if "lora_" in name}
@@ -107,8 +107,8 @@ def initial_adapter_weights(peft: Any, lora: LoraSpec) -> dict[str, torch.Tensor
 
 @contextlib.contextmanager
 def adapter_disabled(peft: Any, initial_weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Let the model be its base again: without its adapter, or as it was when that was taken out of the base."""
-    if not isinstance(peft, PeftModel):  # method full, which is its base until it is trained
+    """Make the model equal to its base: without the adapter, or for PiSSA with the initial adapter weights."""
+    if not isinstance(peft, PeftModel):  # method full: the model is the base until it is trained
         yield
         return
     if not initial_weights:
@@ -116,18 +116,18 @@ def adapter_disabled(peft: Any, initial_weights: Mapping[str, torch.Tensor]) -> 
             yield
         return
     weights = dict(peft.named_parameters())
-    learned = {name: weights[name].data for name in initial_weights}
+    trained = {name: weights[name].data for name in initial_weights}
     try:
         for name, weight in initial_weights.items():
             weights[name].data = weight
         yield
     finally:
-        for name, weight in learned.items():
+        for name, weight in trained.items():
             weights[name].data = weight
 
 
 def rewrite_for_original_base(folder: Path, initial_weights: Mapping[str, torch.Tensor]) -> None:
-    """Rewrite a saved PiSSA adapter as one for the base as its publisher has it."""
+    """Rewrite a saved PiSSA adapter as a LoRA adapter for the original base."""
     config, file = folder / "adapter_config.json", folder / "adapter_model.safetensors"
     known = {name.replace(f".{ADAPTER_NAME}.", "."): weight for name, weight in initial_weights.items()}
     save_file(convert_pissa_weights(load_file(file), known), file, metadata={"format": "pt"})
@@ -137,19 +137,20 @@ def rewrite_for_original_base(folder: Path, initial_weights: Mapping[str, torch.
 def convert_pissa_weights(
     weights: Mapping[str, torch.Tensor], initial_weights: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """Return an adapter's weights for the base as it was: BA - B0 A0 is [B, -B0] times [A, A0]."""
+    """Return the weights for the original base: BA - B0 A0 = [B, -B0] [A; A0], so the rank doubles."""
     converted = dict(weights)
-    for name, first in initial_weights.items():
+    for name, initial in initial_weights.items():
         weight = weights[name]
-        parts = [weight, first.cpu()] if "lora_A" in name else [weight, -first.cpu()]
+        parts = [weight, initial.cpu()] if "lora_A" in name else [weight, -initial.cpu()]
         converted[name] = torch.cat(parts, dim=0 if "lora_A" in name else 1)
     return converted
 
 
 def convert_pissa_config(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings that go with it: twice the rank at the same scale."""
+    """Return the matching adapter_config.json: twice the rank at the same scale."""
     doubled = {name: 2 * config[name] for name in ("r", "lora_alpha")}
     patterns = {
-        name: {word: 2 * number for word, number in config[name].items()} for name in ("rank_pattern", "alpha_pattern")
+        name: {module: 2 * number for module, number in config[name].items()}
+        for name in ("rank_pattern", "alpha_pattern")
     }
     return config | doubled | patterns | {"init_lora_weights": True}

@@ -1,4 +1,4 @@
-"""What a model is, told from its configuration alone: class, weights, modules; no weight is loaded."""
+"""Class, parameters and modules of a model, from its configuration; no weights are loaded."""
 
 import json
 from collections.abc import Mapping
@@ -16,26 +16,26 @@ from qlora_trainer.model.quantization import QuantizableWeights, count_quantizab
 
 @dataclass(frozen=True)
 class Architecture:
-    """Facts of a model's class."""
+    """Class, size and modules of a model."""
 
     name: str
     parameters: int
     linears: Mapping[str, int]
-    """Names of its linear modules without the output layer, and the rank that each can have at most."""
+    """Linear modules by name, without the output layer, and the maximum rank of each weight."""
     modules_with_weights: frozenset[str]
-    """Names of all modules with weights of their own."""
+    """Names of all modules with own weights."""
     tied: frozenset[str]
-    """Names of the embedding and the output layer where they are one weight."""
+    """Names of the embedding and the output layer if their weights are tied."""
     quantizable: QuantizableWeights
 
 
 def load_architecture(folder: Path, field: str = "spec.model.uri") -> Architecture:
-    """Build the model without weights and count."""
+    """Build the model without weights and describe it."""
     return describe(build_empty(folder, field))
 
 
 def build_empty(folder: Path, field: str = "spec.model.uri") -> Any:
-    """Return the model on the meta device: all its modules and shapes, and no weight."""
+    """Return the model on the meta device: modules and shapes without weights."""
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with torch.device("meta"):
@@ -47,7 +47,7 @@ def build_empty(folder: Path, field: str = "spec.model.uri") -> Any:
 def _why_not(folder: Path, error: Exception) -> str:
     config = folder / "config.json"
     if not config.is_file():
-        return "there is no config.json; give the folder of a model in the Hugging Face format"
+        return "there is no config.json; use the folder of a model in the Hugging Face format"
     content = json.loads(config.read_text())
     if "auto_map" in content:
         return (
@@ -58,7 +58,7 @@ def _why_not(folder: Path, error: Exception) -> str:
 
 
 def describe(model: Any) -> Architecture:
-    """Return the facts of a model; its weights need not exist."""
+    """Describe a model, which may be on the meta device."""
     output, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     modules = dict(model.named_modules())
     tied = output is not None and output.weight is embedding.weight
@@ -73,13 +73,13 @@ def describe(model: Any) -> Architecture:
 
 
 def linear_modules(model: Any) -> dict[str, Any]:
-    """Return a model's linear modules by name, without its output layer."""
+    """Return the linear modules of a model by name, without its output layer."""
     output = model.get_output_embeddings()
     return {name: module for name, module in model.named_modules() if _is_linear(module) and module is not output}
 
 
 def modules_with_weights(model: Any) -> frozenset[str]:
-    """Return the names of the modules that have weights of their own."""
+    """Return the names of the modules that have own weights."""
     return frozenset(name for name, module in model.named_modules() if any(True for _ in module.parameters(False)))
 
 
@@ -89,9 +89,9 @@ def _is_linear(module: torch.nn.Module) -> bool:
 
 
 def load_tokenizer(folder: Path, chat_template: str | None = None, field: str = "spec.model.uri") -> Any:
-    """Load the tokenizer, which must have an end token: without one the adapter never learns to stop.
+    """Load the tokenizer, which must have an end-of-text token: without one the adapter never learns to stop.
 
-    A chat template that is given replaces the model's own, here and in what is published.
+    A given chat template replaces the model's own, also in the published tokenizer.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

@@ -1,4 +1,4 @@
-"""The base model, quantised and frozen, and the adapter on it."""
+"""The quantized, frozen base model with its adapter, and the loss of a batch."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -27,43 +27,43 @@ from qlora_trainer.model.runtime_settings import RuntimeSettings
 from qlora_trainer.model.unpacked_attention import use_unpacked_sdpa
 
 _PACKING_TOLERANCE: Final = 0.05
-"""Relative distance that 16-bit rounding explains; joined rows that see each other are far above (0.3 and more)."""
+"""Relative distance that 16-bit rounding explains; rows that attend to each other are far above (0.3 and more)."""
 
 
 @dataclass(frozen=True)
 class TrainableModel:
-    """What is trained, and how its loss is computed."""
+    """The model that is trained, and how its loss is computed."""
 
     wrapped: Any
     """A frozen base with a trainable adapter, or the model itself with method full."""
     model: Any
-    """The transformers model inside, with the adapter's layers in place."""
+    """The transformers model inside `wrapped`, with the adapter's layers."""
     device: torch.device
     dtype: torch.dtype
     plain_head: bool
-    """The output is the last hidden state through the output layer and nothing else, so it may be computed in parts."""
+    """The logits are the output layer applied to the last hidden state, so they can be computed in chunks."""
     initial_weights: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    """The adapter's first weights where they were taken out of the base; empty where the adapter started as nothing."""
+    """Initial adapter weights that were subtracted from the base (PiSSA); empty for other initializations."""
 
     @property
     def is_full_finetune(self) -> bool:
-        """Return whether the model itself is trained."""
+        """Return whether all weights of the model are trained."""
         return self.wrapped is self.model
 
     def parameters(self) -> list[torch.nn.Parameter]:
-        """Return the weights that learn."""
+        """Return the trainable weights."""
         return [parameter for _, parameter in self.named_parameters()]
 
     def named_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
-        """Return the weights that learn, with their names."""
+        """Return the trainable weights with their names."""
         return [(name, weight) for name, weight in self.wrapped.named_parameters() if weight.requires_grad]
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Compute in 16 bits where that is chosen: fp32 adapters would double every input otherwise."""
+        """Return torch's autocast to the run's dtype: without it, fp32 adapters would upcast (double) every input."""
         return autocast_to(self.dtype, self.device)
 
     def loss_sum(self, batch: Batch, weight: torch.Tensor) -> torch.Tensor:
-        """Return the summed cross-entropy of a batch's labels, times a weight."""
+        """Return the summed cross-entropy of a batch's labels, times a scalar weight, in fp32."""
         with self.autocast():
             if self.plain_head:
                 return chunked_cross_entropy(self._label_hidden_states(batch), batch.labels, self._head, weight)
@@ -71,7 +71,7 @@ class TrainableModel:
 
     @torch.no_grad()
     def statistics(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the cross-entropy of each of a batch's labels, and whether it is the first choice."""
+        """Return the cross-entropy of each label [labels], and whether it is the top-1 prediction [labels]."""
         with self.autocast():
             if self.plain_head:
                 return chunked_statistics(self._label_hidden_states(batch), batch.labels, self._head)
@@ -80,9 +80,9 @@ class TrainableModel:
 
     @contextlib.contextmanager
     def evaluating(self, *, adapter: bool = True) -> Iterator[None]:
-        """Evaluate without a trace: mode, adapter and random numbers are as before afterwards.
+        """Switch to evaluation mode; afterwards mode, adapter and random state are as before.
 
-        With method full the base is gone once a step was taken, so it is evaluated before.
+        With method full, `adapter=False` is only meaningful before the first step, which changes the base.
         """
         was_training = self.wrapped.training
         devices = [] if self.device.type == "cpu" else [self.device]
@@ -97,9 +97,9 @@ class TrainableModel:
     @property
     def _head(self) -> Head:
         output = self.model.get_output_embeddings()
-        learned = tuple(parameter for parameter in output.parameters() if parameter.requires_grad)
-        # Not the weight's shape: under ZeRO-3 a weight that nobody collected has none.
-        return Head(output, positions_per_chunk(self.model.config.get_text_config().vocab_size), learned)
+        trainable = tuple(parameter for parameter in output.parameters() if parameter.requires_grad)
+        # Not the shape of the weight: under ZeRO-3 a weight that is not gathered has none.
+        return Head(output, positions_per_chunk(self.model.config.get_text_config().vocab_size), trainable)
 
     def _label_hidden_states(self, batch: Batch) -> torch.Tensor:
         states: torch.Tensor = self.model.base_model(**_inputs(batch)).last_hidden_state
@@ -111,7 +111,7 @@ class TrainableModel:
 
 
 def autocast_to(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[Any]:
-    """Let matrices be multiplied in a dtype, whatever the weights are stored in."""
+    """Return torch's autocast to a dtype, disabled for fp32."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
@@ -120,7 +120,7 @@ def _identity(logits: torch.Tensor) -> torch.Tensor:
 
 
 def _inputs(batch: Batch) -> dict[str, Any]:
-    # A cache or a mask, even one of ones, switches off the separation of joined rows (transformers#46634).
+    # A cache or a mask, even one of ones, disables the separation of packed rows (transformers#46634).
     inputs = {"input_ids": batch.input_ids, "use_cache": False}
     if batch.position_ids is not None:
         inputs["position_ids"] = batch.position_ids
@@ -130,14 +130,14 @@ def _inputs(batch: Batch) -> dict[str, Any]:
 
 
 def load_text_config(folder: Path) -> Any:
-    """Return the configuration of the language part."""
+    """Return the configuration of the language model."""
     return AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
 
 
 def load_base(
     folder: Path, quantization: QuantizationSpec, dtype: torch.dtype, attention: str, device: DeviceName
 ) -> Any:
-    """Load the base, quantised on the way in; safetensors only, and no code of its repository."""
+    """Load the base from safetensors and quantize it while loading; code of its repository is never run."""
     model = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=dtype,
@@ -150,13 +150,13 @@ def load_base(
     )
     disable_weight_repacking(model)
     use_unpacked_sdpa(model)
-    # prepare_model_for_kbit_training would make embeddings and output layer fp32, for gigabytes and no gain (peft#816).
+    # prepare_model_for_kbit_training would cast embeddings and output layer to fp32: gigabytes, no gain (peft#816).
     model.requires_grad_(False)
     return model
 
 
 def quantization_config(quantization: QuantizationSpec, dtype: torch.dtype) -> Any:
-    """Return bitsandbytes' settings; None is a 16-bit base."""
+    """Return the configuration of bitsandbytes, or None for a 16-bit base."""
     if quantization.bits == 4:
         return BitsAndBytesConfig(
             load_in_4bit=True,
@@ -170,7 +170,7 @@ def quantization_config(quantization: QuantizationSpec, dtype: torch.dtype) -> A
 def disable_weight_repacking(model: torch.nn.Module) -> None:
     """Stop bitsandbytes from repacking 4-bit weights in the first evaluation on a CPU.
 
-    The packed form is never undone and has no gradient for its input, so every later training step would be wrong.
+    The repacking is never undone and has no gradient for its input, so every later training step would be wrong.
     """
     for module in model.modules():
         if isinstance(module, Linear4bit):
@@ -178,17 +178,17 @@ def disable_weight_repacking(model: torch.nn.Module) -> None:
 
 
 def attach_lora(base: Any, lora: LoraSpec, seed: int, settings: RuntimeSettings) -> TrainableModel:
-    """Return the base with a fresh adapter."""
+    """Return the base with a new adapter."""
     plain = head_is_plain(base)
     if settings.gradient_checkpointing:
         _enable_gradient_checkpointing(base)
     peft = make_peft_model(base, lora, seed)
-    start = initial_adapter_weights(peft, lora)
-    return TrainableModel(peft, peft.get_base_model(), base.device, settings.dtype, plain, start)
+    initial_weights = initial_adapter_weights(peft, lora)
+    return TrainableModel(peft, peft.get_base_model(), base.device, settings.dtype, plain, initial_weights)
 
 
 def prepare_full_finetune(base: Any, settings: RuntimeSettings) -> TrainableModel:
-    """Return the base with all its weights free to learn."""
+    """Return the base with all its weights trainable."""
     with autocast_to(settings.dtype, base.device):
         plain = head_is_plain(base)
     if settings.gradient_checkpointing:
@@ -204,7 +204,7 @@ def _enable_gradient_checkpointing(base: Any) -> None:
 
 @torch.no_grad()
 def head_is_plain(base: Any) -> bool:
-    """Return whether the logits are the output layer's; Gemma 2 caps them, Granite and Cohere scale them."""
+    """Return whether the output layer alone produces the logits; Gemma 2 caps them, Granite and Cohere scale them."""
     ids = _some_tokens(base, 8)
     states = base.base_model(input_ids=ids, use_cache=False)
     head = base.get_output_embeddings()
@@ -215,12 +215,12 @@ def head_is_plain(base: Any) -> bool:
 
 @torch.no_grad()
 def packing_is_exact(base: Any) -> bool:
-    """Return whether joined rows come out as they do alone; recurrent layers, for one, carry a state across."""
+    """Return whether packed rows have the same logits as separate ones; recurrent layers leak state, for example."""
     first, second = _some_tokens(base, 7), _some_tokens(base, 5, start=11)
     positions = torch.cat([torch.arange(7), torch.arange(5)]).to(base.device)[None]
-    joined = base(input_ids=torch.cat([first, second], dim=1), position_ids=positions, use_cache=False).logits[0, 7:]
-    alone = base(input_ids=second, use_cache=False).logits[0]
-    return relative_distance(joined, alone) < _PACKING_TOLERANCE
+    packed = base(input_ids=torch.cat([first, second], dim=1), position_ids=positions, use_cache=False).logits[0, 7:]
+    separate = base(input_ids=second, use_cache=False).logits[0]
+    return relative_distance(packed, separate) < _PACKING_TOLERANCE
 
 
 def relative_distance(one: torch.Tensor, other: torch.Tensor) -> float:
@@ -229,7 +229,7 @@ def relative_distance(one: torch.Tensor, other: torch.Tensor) -> float:
 
 
 def _some_tokens(base: Any, count: int, start: int = 1) -> torch.Tensor:
-    """Return arbitrary, different tokens."""
+    """Return arbitrary, different token ids [1, count]."""
     vocabulary = base.get_input_embeddings().weight.shape[0]
     tokens: torch.Tensor = (torch.arange(count) * 37 + start) % vocabulary
     return tokens[None].to(base.device)

@@ -1,4 +1,4 @@
-"""Method full: every weight is trained, in fp32, and the model itself is published; whether that can be afforded."""
+"""Method full: trains every weight in fp32 and publishes the model; checks that it fits into memory."""
 
 import json
 from pathlib import Path
@@ -14,29 +14,29 @@ from qlora_trainer.model.hardware import Hardware
 from qlora_trainer.model.optimizer import OptimizerKind, choose_optimizer
 
 MAX_PARAMETERS: Final = 20_000_000_000
-"""Weights beyond which no single GPU suffices: 8 bytes each, with paged state, are 160 GB; a B200 has 192 GB."""
+"""Most weights that fit on one GPU: 8 bytes each, with paged state, are 160 GB; a B200 has 192 GB."""
 _REPLICATED_BYTES_PER_WEIGHT: Final = 4
 """Bytes of a weight in fp32, and of its gradient."""
 _SHARDED_BYTES_PER_WEIGHT: Final = 4 + 4
-"""Bytes a weight of what ZeRO-2 divides, beside the optimizer's state: gradient and a copy of the weight."""
+"""Bytes per weight that ZeRO-2 shards besides the optimizer state: the gradient and a copy of the weight."""
 _USABLE_MEMORY_SHARE: Final = 0.8
-"""Of the free memory; the rest is for activations."""
+"""Fraction of the free memory for weights, gradients and optimizer state; the rest is for activations."""
 
 
 def check_parameter_limit(name: str, parameters: int) -> None:
-    """Refuse what no GPU could train whole, before one is asked for."""
+    """Raise InvalidSpec if the model is too large for full fine-tuning on any GPU, before one is allocated."""
     if parameters > MAX_PARAMETERS:
         raise RunError(
             Reason.INVALID_SPEC,
-            f"spec.method: {name} has {parameters:,} weights, and full trains {MAX_PARAMETERS:,} at most; use qlora "
-            "or lora",
+            f"spec.method: {name} has {parameters:,} weights, and method full supports {MAX_PARAMETERS:,} at most; "
+            "use qlora or lora",
         )
 
 
 def choose_full_finetune_optimizer(
     requested: str, hardware: Hardware, parameters: int, parts: int = 1
 ) -> tuple[OptimizerKind, str]:
-    """Return the optimizer for all weights of a model: with fp32 state if that fits or is divided, else 8-bit state."""
+    """Return the optimizer and the reason: with fp32 state if that fits or is sharded, otherwise with 8-bit state."""
     kind, reason = choose_optimizer(requested, hardware.device)
     if requested == "auto":
         reason = "its fp32 state fits"
@@ -46,9 +46,8 @@ def choose_full_finetune_optimizer(
         needed = format_gib(training_state_bytes(kind, parameters, parts))
         raise RunError(
             Reason.INVALID_SPEC,
-            f"spec.method: full trains {parameters:,} weights, which takes {needed} with {kind} and leaves "
-            f"{_USABLE_MEMORY_SHARE:.0%} of the {format_gib(hardware.free_bytes)} that are free exceeded; use lora "
-            "or qlora, or "
+            f"spec.method: full needs {needed} for {parameters:,} weights with {kind}, more than "
+            f"{_USABLE_MEMORY_SHARE:.0%} of the {format_gib(hardware.free_bytes)} that are free; use lora or qlora, or "
             "a larger device",
         )
     return (
@@ -58,7 +57,7 @@ def choose_full_finetune_optimizer(
 
 
 def training_state_bytes(kind: OptimizerKind, parameters: int, parts: int = 1) -> int:
-    """Return the memory of weights, gradients and state on one device, of as many as ZeRO-2 divides them among."""
+    """Return the bytes of weights, gradients and optimizer state per device; ZeRO-2 shards over `parts` devices."""
     state = kind.optimizer.state_bytes_per_weight
     if parts > 1:
         return parameters * _REPLICATED_BYTES_PER_WEIGHT + parameters * (_SHARDED_BYTES_PER_WEIGHT + state) // parts
@@ -70,7 +69,7 @@ def _fits(kind: OptimizerKind, hardware: Hardware, parameters: int, parts: int =
 
 
 def save_full_model(model: Any, uri: str, target: Path) -> None:
-    """Write the model in the base's own dtype, and without a path of this computer."""
+    """Save the model in the dtype of the base, with the base's URI instead of a local path in config.json."""
     stored = AutoConfig.from_pretrained(model.name_or_path, trust_remote_code=False).dtype
     model.to(stored or torch.float32).save_pretrained(target)
     config = target / "config.json"

@@ -1,4 +1,4 @@
-"""What this computer has: asked once, so that decisions can be pure."""
+"""Hardware detection, done once so that all decisions are pure functions."""
 
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -16,7 +16,7 @@ _MEMORY: Final = Path("/proc/meminfo")
 _CGROUP_LIMIT: Final = Path("/sys/fs/cgroup/memory.max")
 _CGROUP_USAGE: Final = Path("/sys/fs/cgroup/memory.current")
 _UNKNOWN_BYTES: Final = 8 * GIB
-"""Assumed where the system does not say (macOS)."""
+"""Assumed free memory if the system does not report it (macOS)."""
 
 
 @dataclass(frozen=True)
@@ -25,16 +25,16 @@ class Hardware:
 
     device: DeviceName
     capability: tuple[int, int] | None
-    """Of a CUDA device: (8, 0) is sm_80."""
+    """CUDA compute capability: (8, 0) is sm_80; None for a CPU."""
     native_bf16: bool
     free_bytes: int
     name: str
     flash_attention: bool = False
-    """The package is there; whether it fits the model is another question."""
+    """The flash_attn package is installed; the model may still not support it."""
 
 
 def observe_hardware(device: DeviceName) -> Hardware:
-    """Look at the device that the plan names, or say that it is not there."""
+    """Detect the device that the plan names, or raise AcceleratorMissing."""
     if device == "cpu":
         bf16 = bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
         threads = torch.get_num_threads()
@@ -42,7 +42,8 @@ def observe_hardware(device: DeviceName) -> Hardware:
     if not torch.cuda.is_available():
         raise RunError(
             Reason.ACCELERATOR_MISSING,
-            "the plan gives this pod a GPU, but torch finds no CUDA device; check the node's driver and device plugin",
+            "the plan assigns a GPU to this pod, but torch finds no CUDA device; check the node's driver and device "
+            "plugin",
         )
     capability = torch.cuda.get_device_capability()
     free, _ = torch.cuda.mem_get_info()
@@ -56,7 +57,7 @@ def _has_flash_attention() -> bool:
 
 
 def _free_host_bytes() -> int:
-    """Return the free memory of this computer, or of the container where that is less."""
+    """Return the free memory of the host, or of the container if that is less, in bytes."""
     try:
         available = _available_bytes(_MEMORY.read_text())
     except (OSError, KeyError):
@@ -69,7 +70,7 @@ def _free_host_bytes() -> int:
 
 
 def _available_bytes(meminfo: str) -> int:
-    """Return MemAvailable, which the kernel gives in KiB."""
+    """Return MemAvailable in bytes; /proc/meminfo has KiB."""
     fields = dict(line.split(":", 1) for line in meminfo.splitlines() if ":" in line)
     return int(fields["MemAvailable"].split()[0]) * KIB
 
@@ -80,15 +81,15 @@ def torch_device(device: DeviceName) -> torch.device:
 
 
 def release_cached_memory(device: DeviceName) -> None:
-    """Give back what torch's allocator holds for later, so that another process can have it."""
+    """Release unused memory of torch's caching allocator, so that another process can use it."""
     if device != "cpu":
         torch.cuda.empty_cache()
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Return the peak so far: the allocator's on a GPU, the resident set on a CPU."""
+    """Return the peak so far, in bytes: reserved by the allocator on a GPU, resident set size on a CPU."""
     if device.type != "cpu":
         return int(torch.cuda.max_memory_reserved(device))
-    import resource  # noqa: PLC0415 (absent on Windows, where nothing else of this module is wrong)
+    import resource  # noqa: PLC0415 (missing on Windows, where the rest of the module works)
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB

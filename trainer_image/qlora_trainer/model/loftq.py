@@ -1,7 +1,7 @@
-"""LoftQ: an adapter that starts as the best correction of what 4-bit quantisation took from the base.
+"""LoftQ: initializes the adapter with the best low-rank correction of the base's 4-bit quantization error.
 
-peft's replace_lora_weights_loftq needs a CUDA device and leaves out the adapter's scale, so that with an alpha other
-than the rank it corrects too much; the computation is one decomposition per module.
+PEFT's replace_lora_weights_loftq needs a CUDA device and ignores the adapter's scale, so it overcorrects if alpha
+differs from the rank. The computation is one SVD per module.
 """
 
 import json
@@ -19,24 +19,27 @@ from qlora_trainer.errors import RunError
 
 ADAPTER_NAME: Final = "default"
 _ITERATIONS: Final = 16
-"""Of the randomised decomposition; its error is then far below that of the rank."""
+"""Iterations of the randomized SVD; its error is then far below the error of the low rank."""
 
 
 @torch.no_grad()
 def init_from_quantization_error(peft: Any, folder: Path) -> None:
-    """Set every adapter so that 4-bit weight plus adapter comes as close to the original weight as its rank allows."""
+    """Initialize every adapter so that 4-bit weight plus adapter is as close to the original weight as possible."""
     files = _files_of_weights(folder)
     for name, module in _adapted(peft.get_base_model()):
         weight = module.weight
         original = read_weight(files, f"{name}.weight").to(weight.device, torch.float32)
-        lost = original - dequantize_4bit(weight.data, weight.quant_state).float()
-        up, down = low_rank_factors(lost / module.scaling[ADAPTER_NAME], module.r[ADAPTER_NAME])
+        quantization_error = original - dequantize_4bit(weight.data, weight.quant_state).float()
+        up, down = low_rank_factors(quantization_error / module.scaling[ADAPTER_NAME], module.r[ADAPTER_NAME])
         module.lora_A[ADAPTER_NAME].weight.data = down
         module.lora_B[ADAPTER_NAME].weight.data = up
 
 
 def low_rank_factors(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the two factors of the closest matrix of a rank, with its singular values shared between them."""
+    """Return factors [rows, rank] and [rank, columns] of the best rank-k approximation of a matrix [rows, columns].
+
+    Each factor is scaled by the square roots of the singular values.
+    """
     left, values, right = torch.svd_lowrank(matrix, rank, niter=_ITERATIONS)
     root = values.sqrt()
     return (left * root).contiguous(), (right * root).T.contiguous()
@@ -47,7 +50,7 @@ def _adapted(model: Any) -> Iterator[tuple[str, Linear4bit]]:
 
 
 def _files_of_weights(folder: Path) -> Mapping[str, Path]:
-    """Return the file of each weight of a model's folder."""
+    """Return the safetensors file of each weight in a model folder."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
@@ -57,13 +60,13 @@ def _files_of_weights(folder: Path) -> Mapping[str, Path]:
 
 
 def read_weight(files: Mapping[str, Path], name: str) -> torch.Tensor:
-    """Read one weight; some checkpoints leave out the first part of its name."""
+    """Read a weight by name; some checkpoints omit the first component of the name."""
     stored = name if name in files else name.partition(".")[2]
     if stored not in files:
         raise RunError(
             Reason.MODEL_UNSUPPORTED,
             f"spec.lora.init: the model's files store {name} under another name, so loftq cannot compare it with its "
-            "4-bit form; leave init out",
+            "4-bit form; use another init",
         )
     with safe_open(files[stored], framework="pt") as opened:
         weight: torch.Tensor = opened.get_tensor(stored)

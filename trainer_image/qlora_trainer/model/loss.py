@@ -1,4 +1,4 @@
-"""The cross-entropy of a language model's head, in pieces, so that memory does not grow with rows times vocabulary."""
+"""Chunked cross-entropy of a language model's head, so that memory does not grow with tokens times vocabulary."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional
 
 LOGITS_PER_CHUNK: Final = 1 << 25
-"""Logits alive at once: 128 MiB in fp32, 682 positions of a vocabulary of 49,152."""
+"""Maximum number of logits in memory: 128 MiB in fp32, 682 positions of a vocabulary of 49,152."""
 
 
 def positions_per_chunk(vocabulary: int) -> int:
@@ -18,52 +18,52 @@ def positions_per_chunk(vocabulary: int) -> int:
 
 @dataclass(frozen=True)
 class Head:
-    """What turns hidden states [positions, width] into logits [positions, vocabulary]."""
+    """Projects hidden states [positions, width] to logits [positions, vocabulary]."""
 
     project: Callable[[torch.Tensor], torch.Tensor]
     chunk: int
-    """Positions at a time."""
+    """Positions per chunk."""
     trainable_weights: tuple[torch.Tensor, ...] = ()
-    """Its weights that learn, if any do."""
+    """Trainable weights of the projection, if any."""
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """The sum of the losses; each chunk's gradients are taken while its logits are there, so nothing is recomputed."""
+    """Summed loss; each chunk's gradients are computed with its logits in forward, so nothing is recomputed."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, labels: torch.Tensor, head: Head, weight: torch.Tensor, *learned: torch.Tensor
+        ctx: Any, hidden: torch.Tensor, labels: torch.Tensor, head: Head, weight: torch.Tensor, *weights: torch.Tensor
     ) -> torch.Tensor:
         gradient = torch.empty_like(hidden)
-        of_learned = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in learned]
+        weight_gradients = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in weights]
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for start in range(0, len(labels), head.chunk):
-            here = slice(start, start + head.chunk)
-            part = hidden[here].detach().requires_grad_()
+            chunk = slice(start, start + head.chunk)
+            part = hidden[chunk].detach().requires_grad_()
             with torch.enable_grad():
-                loss = token_losses(head.project(part), labels[here]).sum() * weight
-            gradient[here], *added = torch.autograd.grad(loss, [part, *learned])
-            for summed, addend in zip(of_learned, added, strict=True):
+                loss = token_losses(head.project(part), labels[chunk]).sum() * weight
+            gradient[chunk], *added = torch.autograd.grad(loss, [part, *weights])
+            for summed, addend in zip(weight_gradients, added, strict=True):
                 summed.add_(addend)
             total += loss.detach()
-        ctx.save_for_backward(gradient, *of_learned)
+        ctx.save_for_backward(gradient, *weight_gradients)
         return total
 
     @staticmethod
     def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        gradient, *of_learned = ((saved.float() * outputs[0]).to(saved.dtype) for saved in ctx.saved_tensors)
-        return gradient, None, None, None, *of_learned
+        gradient, *weight_gradients = ((saved.float() * outputs[0]).to(saved.dtype) for saved in ctx.saved_tensors)
+        return gradient, None, None, None, *weight_gradients
 
 
 def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Return the cross-entropy of each position; the softmax is in fp32 whatever the model computes in."""
+    """Return the cross-entropy of each position [positions]; the softmax is always computed in fp32."""
     return functional.cross_entropy(logits.float(), labels, reduction="none")
 
 
 def chunked_cross_entropy(hidden: torch.Tensor, labels: torch.Tensor, head: Head, weight: torch.Tensor) -> torch.Tensor:
-    """Return the summed cross-entropy of hidden states [positions, width], times a weight.
+    """Return the summed cross-entropy of hidden states [positions, width], times a scalar weight.
 
-    The weight is in before the gradient is rounded to 16 bits, as it is in torch's own backward.
+    The weight is applied before the gradient is rounded to 16 bits, as in torch's own backward.
     """
     total: torch.Tensor = _ChunkedCrossEntropy.apply(hidden, labels, head, weight, *head.trainable_weights)
     return total
@@ -71,11 +71,11 @@ def chunked_cross_entropy(hidden: torch.Tensor, labels: torch.Tensor, head: Head
 
 @torch.no_grad()
 def chunked_statistics(hidden: torch.Tensor, labels: torch.Tensor, head: Head) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return for each label its loss [positions], in fp64, and whether it is the model's first choice [positions]."""
+    """Return the loss of each label in fp64 [positions], and whether it is the top-1 prediction [positions]."""
     losses, hits = [], []
     for start in range(0, len(labels), head.chunk):
-        here = slice(start, start + head.chunk)
-        logits, wanted = head.project(hidden[here]), labels[here]
-        losses.append(token_losses(logits, wanted).double())
-        hits.append(logits.argmax(dim=-1) == wanted)
+        chunk = slice(start, start + head.chunk)
+        logits, targets = head.project(hidden[chunk]), labels[chunk]
+        losses.append(token_losses(logits, targets).double())
+        hits.append(logits.argmax(dim=-1) == targets)
     return torch.cat(losses), torch.cat(hits)

@@ -1,4 +1,4 @@
-"""AdamW in its forms: torch's, and bitsandbytes' with 8-bit state or state that can leave the GPU."""
+"""AdamW variants: torch's, and those of bitsandbytes with 8-bit or paged state."""
 
 from collections.abc import Sequence
 from enum import StrEnum
@@ -12,7 +12,7 @@ from qlora_api.v1alpha1 import TrainingSpec
 
 
 class OptimizerKind(StrEnum):
-    """Which implementation takes the steps: an optimizer's by its name, and torch's fused one."""
+    """Implementation of an optimizer; torch's AdamW has a fused one as well."""
 
     ADAMW = "adamw"
     ADAMW_FUSED = "adamw_fused"
@@ -22,7 +22,7 @@ class OptimizerKind(StrEnum):
 
     @property
     def optimizer(self) -> Optimizer:
-        """Return the optimizer that this implements; torch's has a fused kernel."""
+        """Return the optimizer that this kind implements."""
         return OPTIMIZERS[ADAMW.name if self is OptimizerKind.ADAMW_FUSED else self.value]
 
 
@@ -34,10 +34,10 @@ _BITSANDBYTES: Final[dict[OptimizerKind, Any]] = {
 
 
 def choose_optimizer(requested: str, device: str) -> tuple[OptimizerKind, str]:
-    """Return the optimizer for spec.training.optimizer on a device, and why."""
+    """Return the optimizer for spec.training.optimizer on a device, and the reason."""
     plain = OptimizerKind.ADAMW if device == "cpu" else OptimizerKind.ADAMW_FUSED
     if requested == "auto":
-        return plain, "an adapter's state is small, so nothing is gained by storing it in 8 bits"
+        return plain, "an adapter's state is small, so 8-bit state would save little"
     optimizer = OPTIMIZERS[requested]
     if device == "cpu" and optimizer.paged_form_of:
         return OptimizerKind(optimizer.paged_form_of), f"{requested} without pages: its state is in host memory anyway"
@@ -47,16 +47,16 @@ def choose_optimizer(requested: str, device: str) -> tuple[OptimizerKind, str]:
 def make_optimizer(
     parameters: Sequence[torch.nn.Parameter], training: TrainingSpec, kind: OptimizerKind
 ) -> torch.optim.Optimizer:
-    """Return an optimizer with fresh state."""
+    """Return an optimizer with new state."""
     groups, rate = parameter_groups(parameters, training.weight_decay), training.learning_rate
     if kind in _BITSANDBYTES:
-        made: torch.optim.Optimizer = _BITSANDBYTES[kind](groups, lr=rate)
-        return made
+        optimizer: torch.optim.Optimizer = _BITSANDBYTES[kind](groups, lr=rate)
+        return optimizer
     return torch.optim.AdamW(groups, lr=rate, fused=kind == OptimizerKind.ADAMW_FUSED)
 
 
 def parameter_groups(parameters: Sequence[torch.nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """Decay matrices only: scales and biases (norms, DoRA's magnitudes) have no zero to return to."""
+    """Return parameter groups with weight decay for matrices only, not for norms, biases and DoRA magnitudes."""
     matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
     vectors = [parameter for parameter in parameters if parameter.ndim < 2]
     groups: list[dict[str, Any]] = [

@@ -1,4 +1,4 @@
-"""How much of a model bitsandbytes makes smaller, told before its weights are there: it knows linear layers only."""
+"""How much of a model bitsandbytes can quantize, computed without weights: it supports linear layers only."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,55 +13,56 @@ from qlora_api.units import GIB
 from qlora_trainer.errors import RunError
 
 _MIN_QUANTIZED_SHARE: Final = 0.5
-"""Share of the weights outside embeddings below which the memory is not what a quantised base lets one expect."""
+"""Fraction of the weights outside the embeddings below which a quantized base needs far more memory than expected."""
 _UNQUANTIZED_BYTES_PER_WEIGHT: Final = 2
-"""Of a weight that stays in 16 bits."""
+"""Bytes of a weight that stays in 16 bits."""
 
 
 @dataclass(frozen=True)
 class QuantizableWeights:
-    """What of a model's weights a quantised base makes smaller."""
+    """Number of weights that a quantized base stores in fewer bits."""
 
     weights: int
     body: int
-    """Weights outside the embedding and the output layer, which stay as they are in any model."""
+    """Weights outside the embedding and the output layer, which are never quantized."""
 
 
 def count_quantizable(model: Any) -> QuantizableWeights:
-    """Count by the rules of transformers' bitsandbytes quantizers, on a model whose weights need not exist."""
-    kept = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
+    """Count by the rules of transformers' bitsandbytes quantizers; the model may be on the meta device."""
+    skipped = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
     ends = {id(layer.weight) for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer}
     return QuantizableWeights(
         weights=sum(
             module.weight.numel()
             for name, module in model.named_modules()
-            if _is_replaced(module) and should_convert_module(name, kept)
+            if _is_replaced(module) and should_convert_module(name, skipped)
         ),
         body=sum(weight.numel() for weight in model.parameters() if id(weight) not in ends),
     )
 
 
 def _is_replaced(module: torch.nn.Module) -> bool:
-    # A subclass is not: Falcon has its own Linear, and experts that are stacked in one weight are no layer at all.
+    # Subclasses are not replaced: Falcon has its own Linear, and stacked experts are not a layer at all.
     return type(module) is torch.nn.Linear or type(module).__name__ == "Conv1D"
 
 
 def check_quantizable(name: str, found: QuantizableWeights, bits: int) -> None:
-    """Refuse a quantised base of which nothing is quantised."""
+    """Raise ModelUnsupported if the base should be quantized and no layer can be."""
     if bits != 16 and not found.weights:
         raise RunError(
             Reason.MODEL_UNSUPPORTED,
-            f"spec.quantization.bits: {name} has no layer that bitsandbytes can store in {bits} bits, and stays in "
-            "16 as a whole; set spec.method to lora and spec.quantization.bits to 16, or choose another model",
+            f"spec.quantization.bits: {name} has no layer that bitsandbytes can store in {bits} bits, so "
+            "all weights stay in 16 bits; set spec.method to lora and spec.quantization.bits to 16, or choose another "
+            "model",
         )
 
 
 def describe_quantizable(found: QuantizableWeights, bits: int) -> Iterator[str]:
-    """Yield a sentence where a quantised base takes far more memory than its name says."""
+    """Yield a log line if a quantized base needs far more memory than its bits suggest."""
     share = found.weights / max(found.body, 1)
     if bits != 16 and share < _MIN_QUANTIZED_SHARE:
-        left = (found.body - found.weights) * _UNQUANTIZED_BYTES_PER_WEIGHT / GIB
+        remaining = (found.body - found.weights) * _UNQUANTIZED_BYTES_PER_WEIGHT / GIB
         yield (
-            f"only {share:.0%} of the weights outside the embeddings are linear layers, which alone are stored in "
-            f"{bits} bits: the rest, such as experts stacked in one weight, stays in 16 and takes {left:,.1f} GiB"
+            f"only {share:.0%} of the weights outside the embeddings are linear layers, the only ones stored in "
+            f"{bits} bits; the rest, such as experts stacked in one weight, stays in 16 bits: {remaining:,.1f} GiB"
         )

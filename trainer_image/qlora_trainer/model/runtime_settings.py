@@ -1,4 +1,4 @@
-"""What the hardware and the model decide, each with its reason: for the log and the report."""
+"""Settings that hardware and model decide, each with its reason for the log and the report."""
 
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -15,21 +15,22 @@ from qlora_trainer.model.hardware import Hardware
 from qlora_trainer.model.optimizer import OptimizerKind, choose_optimizer
 
 ACTIVATION_BYTES_PER_TOKEN_LAYER_WIDTH: Final = 34
-"""Kept for backward without checkpointing, per token, layer and hidden unit, in 16 bits (Korthikanti et al. 2022)."""
+"""Activations saved for backward without checkpointing, per token, layer and hidden unit, in 16 bits
+(Korthikanti et al. 2022)."""
 INIT_DESCRIPTIONS: Final = {
     "default": "the adapter changes nothing yet",
     "gaussian": "the adapter changes nothing yet",
     "pissa": "the base's largest singular vectors; published for the base as it is, with twice the rank",
-    "loftq": "what quantisation took from the base; use it on the same 4-bit base only, or that is added twice",
+    "loftq": "corrects the quantization error of the base; use it on the same 4-bit base only",
 }
-"""What spec.lora.init means for whoever uses the adapter."""
+"""What spec.lora.init means for users of the adapter."""
 _SHARE_FOR_ACTIVATIONS: Final = 0.5
-"""The rest of the free memory is for weights, the optimizer and what the estimate does not know."""
+"""Fraction of the free memory for activations; the rest is for weights, optimizer and a margin."""
 
 
 @dataclass(frozen=True)
 class RuntimeSettings:
-    """The decisions; `reasons` has one sentence for each."""
+    """The settings; `reasons` has one phrase for each."""
 
     dtype: torch.dtype
     attention: str
@@ -44,24 +45,24 @@ class RuntimeSettings:
         return _name_of(self.dtype)
 
     def without_packing(self, reason: str) -> "RuntimeSettings":
-        """Return the choices for a model whose rows cannot be joined."""
+        """Return the settings for a model that does not support packing."""
         return replace(self, packing=False, reasons=self.reasons | {"packing": f"off: {reason}"})
 
 
 def resolve_runtime_settings(config: RunConfig, hardware: Hardware, model: Any) -> RuntimeSettings:
-    """Decide everything from the model's configuration, before its weights are loaded."""
+    """Resolve all settings from the model's configuration, before its weights are loaded."""
     spec, plan = config.spec, config.plan
     dtype, dtype_reason = compute_dtype(hardware)
     attention, attention_reason = choose_attention(attention_facts(model), hardware)
     length = min(config.prepared.dataset.longest_row_tokens, spec.training.max_length)
     tokens = min(plan.micro_batch_size * length, max(MAX_PACKED_TOKENS, length) if spec.training.packing else 1 << 62)
-    asked, weights = spec.training.optimizer, config.prepared.model.parameters
+    requested, weights = spec.training.optimizer, config.prepared.model.parameters
     if spec.method == "full":
         parts = plan.processes if STRATEGIES[plan.strategy].shards_optimizer else 1
-        optimizer, optimizer_reason = choose_full_finetune_optimizer(asked, hardware, weights, parts)
+        optimizer, optimizer_reason = choose_full_finetune_optimizer(requested, hardware, weights, parts)
         hardware = replace(hardware, free_bytes=hardware.free_bytes - training_state_bytes(optimizer, weights, parts))
     else:
-        optimizer, optimizer_reason = choose_optimizer(asked, hardware.device)
+        optimizer, optimizer_reason = choose_optimizer(requested, hardware.device)
     checkpointing, checkpointing_reason = (
         choose_gradient_checkpointing(hardware, model, tokens)
         if plan.gradient_checkpointing is None
@@ -78,7 +79,7 @@ def resolve_runtime_settings(config: RunConfig, hardware: Hardware, model: Any) 
             "dtype": f"{_name_of(dtype)}: {dtype_reason}",
             "attention": f"{attention}: {attention_reason}",
             "gradient checkpointing": f"{'on' if checkpointing else 'off'}: {checkpointing_reason}",
-            "packing": "on: rows are joined without padding" if spec.training.packing else "off: spec.training.packing",
+            "packing": "on: rows are packed without padding" if spec.training.packing else "off: spec.training.packing",
             "optimizer": f"{optimizer}: {optimizer_reason}",
             "start": "every weight as the base has it" if spec.method == "full" else INIT_DESCRIPTIONS[spec.lora.init],
         },
@@ -86,7 +87,7 @@ def resolve_runtime_settings(config: RunConfig, hardware: Hardware, model: Any) 
 
 
 def compute_dtype(hardware: Hardware) -> tuple[torch.dtype, str]:
-    """Pick the dtype of the base's computation; adapters are fp32 in any case."""
+    """Return the compute dtype of the base and the reason; adapters are always fp32."""
     if hardware.capability is not None:
         sm = f"sm_{hardware.capability[0]}{hardware.capability[1]}"
         if hardware.native_bf16:
@@ -98,15 +99,15 @@ def compute_dtype(hardware: Hardware) -> tuple[torch.dtype, str]:
 
 
 def choose_gradient_checkpointing(hardware: Hardware, model: Any, tokens: int) -> tuple[bool, str]:
-    """Recompute activations only where they would not fit: it costs a forward pass a step."""
+    """Return whether to recompute activations, and the reason: only if they do not fit, as it costs a forward pass."""
     needed = tokens * model.num_hidden_layers * model.hidden_size * ACTIVATION_BYTES_PER_TOKEN_LAYER_WIDTH
-    offered = round(hardware.free_bytes * _SHARE_FOR_ACTIVATIONS)
-    fits = needed <= offered
-    sentence = (
-        f"{tokens} tokens keep about {format_gib(needed)} of activations, and half of the free memory is "
-        f"{format_gib(offered)}"
+    available = round(hardware.free_bytes * _SHARE_FOR_ACTIVATIONS)
+    fits = needed <= available
+    reason = (
+        f"{tokens} tokens need about {format_gib(needed)} of activations, and half of the free memory is "
+        f"{format_gib(available)}"
     )
-    return not fits, sentence
+    return not fits, reason
 
 
 def _name_of(dtype: torch.dtype) -> str:

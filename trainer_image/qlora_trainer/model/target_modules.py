@@ -1,4 +1,4 @@
-"""Which of a model's modules a manifest names, as its adapter's or to be trained whole; checked before any GPU."""
+"""Resolves targets, patterns and modulesToSave to modules of the model, and checks them before a GPU is allocated."""
 
 from collections.abc import Iterable, Mapping
 from typing import Final
@@ -10,28 +10,28 @@ from qlora_trainer.model.architecture import Architecture
 
 ALL_LINEAR: Final = "all-linear"
 _TIED_BY_PEFT: Final = frozenset({"embed_tokens", "lm_head"})
-"""Names by which peft knows an embedding and its output layer, and keeps them one weight when they are trained."""
+"""Names by which PEFT recognizes embedding and output layer, and keeps their weights tied in training."""
 
 
-def matches(module: str, wanted: str) -> bool:
-    """Return whether a manifest's word, a name or the end of a path, means a module."""
-    return module == wanted or module.endswith(f".{wanted}")
+def matches(module: str, name: str) -> bool:
+    """Return whether a name of the manifest, full or the end of a path, selects a module."""
+    return module == name or module.endswith(f".{name}")
 
 
-def match_modules(modules: Iterable[str], wanted: Iterable[str]) -> tuple[str, ...]:
-    """Return the modules that any of the words means."""
-    words = tuple(wanted)
-    return tuple(sorted(module for module in modules if any(matches(module, word) for word in words)))
+def match_modules(modules: Iterable[str], names: Iterable[str]) -> tuple[str, ...]:
+    """Return the modules that any of the names selects, sorted."""
+    selected = tuple(names)
+    return tuple(sorted(module for module in modules if any(matches(module, name) for name in selected)))
 
 
 def adapted_modules(architecture: Architecture, lora: LoraSpec) -> tuple[str, ...]:
-    """Return the linear modules that get an adapter; the output layer is none of them."""
+    """Return the linear modules that get an adapter; the output layer never does."""
     linears = architecture.linears
     return tuple(sorted(linears)) if lora.targets == (ALL_LINEAR,) else match_modules(linears, lora.targets)
 
 
 def check_modules(architecture: Architecture, spec: QLoRAJobSpec) -> None:
-    """Refuse names that the model does not have, and modules that cannot be trained as asked."""
+    """Raise ModelUnsupported for unknown names, and for modules that cannot be trained as requested."""
     _check_targets(architecture, spec.lora)
     adapted = adapted_modules(architecture, spec.lora)
     _check_pattern("rankPattern", spec.lora.rank_pattern, adapted)
@@ -53,7 +53,7 @@ def _check_targets(architecture: Architecture, lora: LoraSpec) -> None:
 
 
 def _check_pattern(field: str, pattern: Mapping[str, int], adapted: tuple[str, ...]) -> None:
-    unknown = [word for word in pattern if not match_modules(adapted, [word])]
+    unknown = [name for name in pattern if not match_modules(adapted, [name])]
     if unknown:
         raise _refusal(
             f"{field}: no module with an adapter is named {', '.join(unknown)}; use names that spec.lora.targets covers"
@@ -61,40 +61,40 @@ def _check_pattern(field: str, pattern: Mapping[str, int], adapted: tuple[str, .
 
 
 def _check_ranks(architecture: Architecture, lora: LoraSpec, adapted: tuple[str, ...]) -> None:
-    """A start from singular vectors needs as many of them as the rank says."""
+    """PiSSA and LoftQ initialize from singular vectors, so the rank cannot exceed that of the weight."""
     if lora.init not in {"pissa", "loftq"}:
         return
-    own = expand_pattern(adapted, lora.rank_pattern)
+    ranks = expand_pattern(adapted, lora.rank_pattern)
     for module in adapted:
-        rank, most = own.get(module, lora.rank), architecture.linears[module]
-        if rank > most:
-            raise _refusal(f"init: {lora.init} needs rank {most} or less for {module}, which has rank {rank}")
+        rank, maximum = ranks.get(module, lora.rank), architecture.linears[module]
+        if rank > maximum:
+            raise _refusal(f"init: {lora.init} needs rank {maximum} or less for {module}, and the spec sets {rank}")
 
 
 def expand_pattern(modules: Iterable[str], pattern: Mapping[str, int]) -> dict[str, int]:
-    """Return the number that a pattern gives to each module it means; of two words that mean one the longer counts."""
+    """Return the value of a pattern for each module that it matches; the longest matching name wins."""
     found: dict[str, int] = {}
-    for word in sorted(pattern, key=len):
-        found |= dict.fromkeys(match_modules(modules, [word]), pattern[word])
+    for name in sorted(pattern, key=len):
+        found |= dict.fromkeys(match_modules(modules, [name]), pattern[name])
     return found
 
 
 def _check_modules_to_save(architecture: Architecture, spec: QLoRAJobSpec, adapted: tuple[str, ...]) -> None:
-    for word in spec.lora.modules_to_save:
-        whole = match_modules(architecture.modules_with_weights, [word])
-        if not whole:
-            raise _refusal(f"modulesToSave: {architecture.name} has no module {word} with weights of its own")
-        if twice := match_modules(adapted, whole):
-            raise _refusal(f"modulesToSave: {twice[0]} has an adapter already; leave it out here or in targets")
-        if spec.quantization.bits != 16 and (quantised := match_modules(architecture.linears, whole)):
+    for name in spec.lora.modules_to_save:
+        saved = match_modules(architecture.modules_with_weights, [name])
+        if not saved:
+            raise _refusal(f"modulesToSave: {architecture.name} has no module {name} with weights of its own")
+        if duplicates := match_modules(adapted, saved):
+            raise _refusal(f"modulesToSave: {duplicates[0]} already has an adapter; remove it here or from targets")
+        if spec.quantization.bits != 16 and (quantized := match_modules(architecture.linears, saved)):
             raise _refusal(
-                f"modulesToSave: {quantised[0]} is quantised and cannot be trained whole; name it in targets, or set "
-                "spec.method to lora and spec.quantization.bits to 16"
+                f"modulesToSave: {quantized[0]} is quantized and cannot be in modulesToSave; name it in targets, or "
+                "set spec.method to lora and spec.quantization.bits to 16"
             )
-        if (one := architecture.tied & set(whole)) and not _TIED_BY_PEFT & {part.rpartition(".")[2] for part in one}:
+        if (tied := architecture.tied & set(saved)) and not _TIED_BY_PEFT & {path.rpartition(".")[2] for path in tied}:
             raise _refusal(
                 f"modulesToSave: {architecture.name} uses one weight as embedding and output layer under names that "
-                f"peft does not know ({', '.join(sorted(architecture.tied))}), and would train a copy; leave {word} out"
+                f"PEFT does not know ({', '.join(sorted(architecture.tied))}), so it would train a copy; remove {name}"
             )
 
 

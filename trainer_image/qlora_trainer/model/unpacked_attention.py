@@ -1,7 +1,7 @@
-"""Attention of joined rows on a CPU: row beside row, instead of one long sequence of which most is masked.
+"""Attention of packed rows on a CPU: computed as a padded batch of rows instead of one long, mostly masked sequence.
 
-SDPA computes every pair of positions of what it gets, whatever the mask says. Sixteen joined rows of 40 tokens are
-410,000 pairs; beside each other they are 26,000.
+SDPA computes every pair of positions, whatever the mask says. Sixteen packed rows of 40 tokens are 410,000 pairs; as a
+batch they are 26,000.
 """
 
 from dataclasses import dataclass, field
@@ -13,58 +13,58 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-UNPACKED_SDPA: Final = "sdpa_apart"
-"""The name under which transformers knows it."""
+UNPACKED_SDPA: Final = "sdpa_unpacked"
+"""Name of this attention in transformers' registry."""
 _FP32_MAX_ROW_TOKENS: Final = 256
-"""Rows up to this are computed in fp32: torch 2.15's bf16 kernel takes 17 ms backward where the fp32 one takes 7
-(16 rows of 60 tokens, 9 heads of 64, AVX512-BF16); from 512 tokens on it is the faster one."""
+"""Maximum row length that is computed in fp32: torch 2.15's bf16 kernel takes 17 ms backward where the fp32 one takes 7
+(16 rows of 60 tokens, 9 heads of 64, AVX512-BF16); from 512 tokens on the bf16 kernel is faster."""
 
 
 def use_unpacked_sdpa(model: Any) -> None:
-    """Use it in place of SDPA in a model on a CPU, if its class takes its attention by name."""
+    """Replace SDPA in a model on a CPU, if its class supports custom attention functions."""
     if model.device.type == "cpu" and model.config._attn_implementation == "sdpa" and model._supports_attention_backend:
         model.set_attn_implementation(UNPACKED_SDPA)
 
 
 @dataclass(frozen=True, eq=False)
 class PackedLayout:
-    """Where the tokens of joined rows go when each row gets a line of its own."""
+    """Index mapping between packed rows [tokens] and a padded batch [rows, width]."""
 
     slot_of_token: torch.Tensor
-    """Place of each token in the flattened lines [tokens]."""
+    """Index of each token in the flattened batch [tokens]."""
     token_of_slot: torch.Tensor
-    """Token at each place of the lines [rows, width]; a row's last token again where the row has ended."""
+    """Index of the token at each position [rows, width]; padding repeats the last token of the row."""
     filled: torch.Tensor
-    """Whether the row has not ended there [rows, width]."""
+    """False for padding [rows, width]."""
     masks: dict[torch.Tensor, torch.Tensor] = field(default_factory=dict)
-    """Masks laid apart, by what they were made of: full and sliding layers have one each. They go with the layout."""
+    """Cached unpacked masks by packed mask: layers with full and with sliding attention have one each."""
 
     def unpack(self, states: torch.Tensor) -> torch.Tensor:
-        """Turn [1, heads, tokens, size] into [rows, heads, width, size]; a row's last token stands behind its end.
+        """Unpack [1, heads, tokens, size] into [rows, heads, width, size]; padding repeats the last token of a row.
 
-        Picking tokens keeps their numbers only for backward, where copying them into zeros keeps the tokens too.
+        index_select saves only the indices for backward; a copy into zeros would save the states as well.
         """
-        joined = states.transpose(1, 2)[0]
-        lines = joined.index_select(0, self.token_of_slot.flatten())
-        return lines.view(*self.filled.shape, *joined.shape[1:]).transpose(1, 2)
+        packed = states.transpose(1, 2)[0]
+        unpacked = packed.index_select(0, self.token_of_slot.flatten())
+        return unpacked.view(*self.filled.shape, *packed.shape[1:]).transpose(1, 2)
 
     def unpack_mask(self, mask: torch.Tensor) -> torch.Tensor:
-        """Turn a mask [1, 1, tokens, tokens] into [rows, 1, width, width]; nothing sees what is behind an end."""
+        """Unpack a mask [1, 1, tokens, tokens] into [rows, 1, width, width]; padding is masked."""
         if mask not in self.masks:
-            lines = mask[0, 0][self.token_of_slot[:, :, None], self.token_of_slot[:, None, :]]
-            self.masks[mask] = (lines & self.filled[:, None, :])[:, None]
+            unpacked = mask[0, 0][self.token_of_slot[:, :, None], self.token_of_slot[:, None, :]]
+            self.masks[mask] = (unpacked & self.filled[:, None, :])[:, None]
         return self.masks[mask]
 
-    def repack(self, lines: torch.Tensor) -> torch.Tensor:
-        """Turn [rows, width, heads, size] into [1, tokens, heads, size]."""
-        return lines.flatten(0, 1).index_select(0, self.slot_of_token)[None]
+    def repack(self, states: torch.Tensor) -> torch.Tensor:
+        """Pack [rows, width, heads, size] into [1, tokens, heads, size]."""
+        return states.flatten(0, 1).index_select(0, self.slot_of_token)[None]
 
 
 @lru_cache(maxsize=1)
 def packed_layout(position_ids: torch.Tensor) -> PackedLayout | None:
-    """Return the layout of rows whose positions [1, tokens] start anew; None where it would not save anything.
+    """Return the layout of packed rows from their position ids [1, tokens]; None if unpacking would save nothing.
 
-    All layers of a forward pass ask for the same tensor's, so that it is found once.
+    The cache serves all layers of a forward pass, which share the tensor.
     """
     tokens = torch.arange(position_ids.shape[1], device=position_ids.device)
     starts = torch.nonzero(position_ids[0] == 0).flatten()
@@ -89,20 +89,22 @@ def unpacked_attention(
     attention_mask: torch.Tensor | None,
     **settings: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Return what transformers' SDPA attention returns."""
+    """Compute what transformers' SDPA attention computes, with packed rows unpacked first."""
     layout = _layout_of(query, key, settings.get("position_ids"))
     if attention_mask is None or layout is None:
-        made: tuple[torch.Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
-        return made
+        result: tuple[torch.Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, **settings
+        )
+        return result
     dtype = torch.float32 if layout.filled.shape[1] <= _FP32_MAX_ROW_TOKENS else query.dtype
-    lines = [layout.unpack(states).to(dtype) for states in (query, key, value)]
+    unpacked = [layout.unpack(states).to(dtype) for states in (query, key, value)]
     with torch.autocast(query.device.type, enabled=False):
-        output, _ = sdpa_attention_forward(module, *lines, layout.unpack_mask(attention_mask), **settings)
+        output, _ = sdpa_attention_forward(module, *unpacked, layout.unpack_mask(attention_mask), **settings)
     return layout.repack(output).to(query.dtype), None
 
 
 def _layout_of(query: torch.Tensor, key: torch.Tensor, position_ids: torch.Tensor | None) -> PackedLayout | None:
-    """Return the layout of a batch that is one line of joined rows; a cache's keys would be more than its queries."""
+    """Return the layout of a batch of one packed sequence; None with a cache, which has more keys than queries."""
     if position_ids is None or position_ids.shape != (1, query.shape[2]) or query.shape[2] != key.shape[2]:
         return None
     return packed_layout(position_ids) if query.shape[0] == 1 else None

@@ -1,4 +1,4 @@
-"""Credentials: mounted Secrets in a pod, the process's own environment on a computer. Values are never logged."""
+"""Credentials from mounted Secrets in a pod, or from the environment in a local run. Values are never logged."""
 
 import os
 from collections.abc import Mapping
@@ -25,20 +25,20 @@ _KEYS = {
     SecretRole.WANDB: ("WANDB_API_KEY",),
     SecretRole.MLFLOW: ("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"),
 }
-"""What is read of a Secret; its other keys are none of our business."""
+"""Keys that are read from the Secret of each role; others are ignored."""
 _CONFIDENTIAL = frozenset({key for keys in _KEYS.values() for key in keys} - {"AWS_REGION", "AWS_ENDPOINT_URL"})
-"""What must not be in a log line, whoever writes it."""
+"""Keys whose values are redacted from all log lines."""
 _TRACKERS = frozenset({SecretRole.WANDB, SecretRole.MLFLOW})
 
 
 @dataclass(frozen=True)
 class Credentials:
-    """The keys of one role, by name; an empty value means that the library's own default chain decides."""
+    """Credentials of one role; without keys, the library's own default chain applies."""
 
     keys: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     def get(self, key: str) -> str | None:
-        """Return one key, or None where the Secret has none."""
+        """Return the value of a key, or None if it is missing or empty."""
         return self.keys.get(key) or None
 
 
@@ -54,13 +54,26 @@ class Secrets:
 
 
 def load_secrets(spec: QLoRAJobSpec, namespace: str, mount: Path | None = None) -> Secrets:
-    """Read the mounted Secrets; without any mount (a local run) the environment is used."""
+    """Read the mounted Secrets, or the environment if nothing is mounted (local run).
+
+    Args:
+        spec: Its secretRefs select the Secrets.
+        namespace: Named in error messages.
+        mount: Folder with one folder per role; SECRETS_MOUNT by default.
+
+    Returns:
+        The credentials of every role. Model and dataset default to the credentials of the output; trackers do not.
+
+    Raises:
+        RunError: SECRET_NOT_FOUND if a Secret is missing or has none of the expected keys.
+
+    """
     mount = mount or Path(SECRETS_MOUNT)
     if not mount.is_dir():
         return environment_secrets()
     found = {role: _load_role(role, reference, namespace, mount) for role, reference in spec.secret_refs.items()}
     output = found[SecretRole.OUTPUT] or Credentials()
-    # The keys of the output are a default for what lies beside it, and nothing for a tracker to see.
+    # The credentials of the output are the default for model and dataset, but must not be sent to a tracker.
     return Secrets({role: keys or (Credentials() if role in _TRACKERS else output) for role, keys in found.items()})
 
 
@@ -68,8 +81,8 @@ def environment_secrets() -> Secrets:
     """Return the process's own credentials for every role."""
     REDACTOR.add_secrets(value for key in _CONFIDENTIAL if (value := os.environ.get(key)))
     token = {"HF_TOKEN": os.environ["HF_TOKEN"]} if os.environ.get("HF_TOKEN") else {}
-    # The AWS_* keys stay with boto3, whose default chain also knows profiles, roles and refresh; so do the trackers'
-    # keys with their libraries.
+    # boto3 reads AWS_* itself: its default chain also supports profiles, roles and refresh. The libraries of the
+    # trackers read their own variables.
     return Secrets({role: Credentials({} if role in _TRACKERS else token) for role in SecretRole})
 
 
@@ -82,7 +95,7 @@ def _load_role(role: SecretRole, reference: SecretRef | None, namespace: str, mo
         raise RunError(
             Reason.SECRET_NOT_FOUND,
             f"spec.{field}.secretRef: Secret '{reference.name}' does not exist in namespace '{namespace}', or has none "
-            f"of the keys {', '.join(_KEYS[role])}; create it there, then create the QLoRAJob anew.",
+            f"of the keys {', '.join(_KEYS[role])}; create it there, then create the QLoRAJob again.",
         )
     REDACTOR.add_secrets(value for key, value in keys.items() if key in _CONFIDENTIAL)
     return Credentials(keys)

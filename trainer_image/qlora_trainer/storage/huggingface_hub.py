@@ -1,4 +1,4 @@
-"""Reads from a Hugging Face hub, and its errors turned into reasons; the token is passed along, never stored."""
+"""Hugging Face Hub client: maps errors to reasons; the token is passed with each call and never stored."""
 
 import contextlib
 from collections.abc import Iterator
@@ -31,33 +31,46 @@ PUBLIC_HUB: Final = "https://huggingface.co"
 
 
 class _LivenessProgressBar(tqdm):
-    """A progress bar whose every move is a sign of life; the library moves it whether it is shown or not."""
+    """Progress bar that reports liveness; the library updates it whether it is displayed or not."""
 
     def update(self, n: float | None = 1) -> None:
-        """Take note of a part."""
+        """Report liveness for a downloaded chunk."""
         LIVENESS.tick()
         super().update(n)
 
 
 @dataclass(frozen=True)
 class Hub:
-    """One hub, asked with one token on behalf of one field of the spec."""
+    """Client of one hub with one token, for one field of the spec."""
 
     field_ref: FieldRef
     endpoint: str | None = None
     token: str | None = field(default=None, repr=False)
 
     def resolve(self, name: str, revision: str, repo_type: RepoType = "model") -> tuple[str, tuple[str, ...]]:
-        """Return the commit of a revision, and the names of its files."""
+        """Resolve a revision to a commit.
+
+        Args:
+            name: Repository, such as organization/name.
+            revision: Branch, tag or commit.
+            repo_type: Kind of repository.
+
+        Returns:
+            The commit and the sorted names of its files.
+
+        Raises:
+            RunError: The field's not-found reason, GATED_MODEL_NO_ACCESS, HUB_RATE_LIMITED or HUB_UNAVAILABLE.
+
+        """
         api = HfApi(endpoint=self.endpoint, token=self._token)
         with self._translating_errors(f"{name}@{revision}"):
-            ask = api.dataset_info if repo_type == "dataset" else api.model_info
-            info = ask(name, revision=revision, timeout=_TIMEOUT_SECONDS)
+            get_info = api.dataset_info if repo_type == "dataset" else api.model_info
+            info = get_info(name, revision=revision, timeout=_TIMEOUT_SECONDS)
         files = tuple(sorted(sibling.rfilename for sibling in info.siblings or ()))
         return str(info.sha), files
 
     def download(self, name: str, commit: str, file: str, cache: Path, repo_type: RepoType = "model") -> Path:
-        """Return the local path of one file of a commit."""
+        """Download a file of a commit into the cache and return its path; raises like `resolve`."""
         with self._translating_errors(f"{name}/{file}@{commit}"):
             path = hf_hub_download(
                 name,
@@ -73,7 +86,7 @@ class Hub:
 
     @property
     def _token(self) -> str | Literal[False]:
-        # None would make the library look for a token of whoever uses this computer.
+        # With None the library would use the token of the local user.
         return self.token or False
 
     @contextlib.contextmanager
@@ -81,7 +94,7 @@ class Hub:
         try:
             yield
         except LocalEntryNotFoundError as error:
-            # The library's word for "not in the cache, and the hub could not be reached"; the cause says why.
+            # Raised if the file is not in the cache and the hub cannot be reached; the cause is the actual error.
             raise self._to_run_error(what, error.__cause__ or error) from error
         except (HfHubHTTPError, EntryNotFoundError, OfflineModeIsEnabled, httpx2.HTTPError) as error:
             raise self._to_run_error(what, error) from error
@@ -110,5 +123,5 @@ class Hub:
         return RunError(
             Reason.GATED_MODEL_NO_ACCESS,
             f"{where}: the hub refuses {token} ({status}). The repository is gated, private or missing: accept its "
-            f"licence on the hub, and name a Secret with a valid HF_TOKEN in spec.{self.field_ref.role}.secretRef",
+            f"license on the hub, and name a Secret with a valid HF_TOKEN in spec.{self.field_ref.role}.secretRef",
         )

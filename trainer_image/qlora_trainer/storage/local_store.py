@@ -1,4 +1,4 @@
-"""Objects in a folder: file://, and pvc:// for what is read."""
+"""Store in a local folder: file:// URIs, and pvc:// URIs for reading."""
 
 import os
 import shutil
@@ -19,7 +19,7 @@ from qlora_trainer.storage.store import (
 
 
 class FileStore:
-    """A folder of this computer."""
+    """Store in a local folder."""
 
     def __init__(self, uri: str, field_ref: FieldRef) -> None:
         self.root = uri.rstrip("/")
@@ -28,27 +28,32 @@ class FileStore:
         self._claim = claim_folder(uri)
 
     def list(self, prefix: str = "") -> tuple[Entry, ...]:
-        """Return every file under a folder, in order of its path."""
+        """Return every file below a folder, sorted by path."""
         files = sorted(path for path in (self.folder / prefix).rglob("*") if path.is_file())
         names = [path.relative_to(self.folder).as_posix() for path in files]
         return tuple(Entry(name, self.path_of(name).stat().st_size) for name in names)
 
     def path_of(self, path: str) -> Path:
-        """Return where a file is; a link in a claim must not lead to what else the pod has, such as its Secrets."""
-        place = self.folder / path
-        if self._claim is not None and not place.resolve().is_relative_to(self._claim.resolve()):
+        """Return the local path of a file.
+
+        Raises:
+            RunError: A symbolic link in a claim points outside it, where the pod has its Secrets, for example.
+
+        """
+        file = self.folder / path
+        if self._claim is not None and not file.resolve().is_relative_to(self._claim.resolve()):
             raise RunError(
                 self._field_ref.not_found,
-                f"{self._field_ref.field}: {place} leads out of its claim; put the file itself there",
+                f"{self._field_ref.field}: {file} points outside its claim; put the file itself there",
             )
-        return place
+        return file
 
     def fingerprint(self, entry: Entry) -> str:
-        """Return the file's SHA-256; its times change with every copy."""
+        """Return the SHA-256 of the file; timestamps would change with every copy."""
         return sha256_of(self.path_of(entry.path))
 
     def read(self, path: str) -> bytes:
-        """Return a file's content."""
+        """Return the content of a file."""
         try:
             return self.path_of(path).read_bytes()
         except FileNotFoundError as error:
@@ -63,11 +68,11 @@ class FileStore:
             raise self._missing(path) from error
 
     def put(self, path: str, source: Path | bytes, *, if_none_match: bool = False) -> bool:
-        """Write a file atomically; a hard link is the conditional form, because it fails where a file exists."""
+        """Write a file atomically; the conditional form is a hard link, which fails if the target exists."""
         target = self.folder / path
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self._write_beside(target, source)
+            temporary = self._write_temporary(target, source)
         except OSError as error:
             raise RunError(
                 Reason.S3_DENIED,
@@ -84,7 +89,7 @@ class FileStore:
         except OSError as error:
             raise RunError(
                 Reason.S3_DENIED,
-                f"{self._field_ref.field}: cannot put {target} in place: {error.strerror}; choose a folder on "
+                f"{self._field_ref.field}: cannot create {target}: {error.strerror}; choose a folder on "
                 "a file system with hard links",
             ) from error
         finally:
@@ -92,7 +97,7 @@ class FileStore:
         return confirmed
 
     @staticmethod
-    def _write_beside(target: Path, source: Path | bytes) -> Path:
+    def _write_temporary(target: Path, source: Path | bytes) -> Path:
         handle, name = tempfile.mkstemp(dir=target.parent, prefix=".part-")
         with os.fdopen(handle, "wb") as stream:
             if isinstance(source, bytes):
@@ -105,7 +110,7 @@ class FileStore:
         return Path(name)
 
     def exists(self, path: str) -> bool:
-        """Return whether there is such a file."""
+        """Return whether the file exists."""
         return (self.folder / path).is_file()
 
     def sha256(self, path: str) -> str:
@@ -113,7 +118,7 @@ class FileStore:
         return sha256_of(self.folder / path)
 
     def delete(self, path: str) -> None:
-        """Remove a file."""
+        """Delete a file; a missing one is not an error."""
         (self.folder / path).unlink(missing_ok=True)
 
     def _missing(self, path: str) -> MissingObjectError:

@@ -1,4 +1,4 @@
-"""A result's place in the output: who is looking for one starts here."""
+"""Layout of results below spec.output.uri: manifests, merged models and rejected results."""
 
 import json
 from pathlib import Path
@@ -13,58 +13,66 @@ from qlora_trainer.storage.snapshots import SourceResolver
 from qlora_trainer.storage.store import OUTPUT_FIELD, ObjectExistsError, Store, sha256_of
 
 MANIFEST: Final = "manifest.json"
-"""Written last and as one object: who finds it finds a complete result."""
+"""Written last, in one request: if it exists, the result is complete."""
 IfExists: TypeAlias = Literal["Skip", "Fail", "Overwrite"]
 """spec.output.ifExists."""
 LATEST: Final = "latest.json"
 """Points to the newest manifest of a job."""
 RECORD: Final = "qlora.json"
-"""Beside the weights: what merging and asking need to know."""
+"""Next to the weights: what merging and chat need to know about the adapter."""
 REJECTED: Final = "rejected"
-"""Folder of a result that its gate refused."""
+"""Folder of a result that its gate rejected."""
 REJECTED_RECORD: Final = f"{REJECTED}/rejected.json"
-"""The manifest that such a result would have, written last as well."""
+"""Manifest of a rejected result, written last as well."""
 
 
 def open_output(resolver: SourceResolver, spec: QLoRAJobSpec, job: str) -> Store:
-    """Return the folder of a job's results; paths in it start with a digest."""
+    """Open the output of a job; all paths in it start with a result digest."""
     return resolver.open_store(f"{spec.output.uri.rstrip('/')}/{job}", OUTPUT_FIELD)
 
 
 def open_own_output(config: PrepareConfig | RunConfig) -> Store:
-    """Return the same folder for a thread that must not depend on what the others do, or hang in."""
-    places = SourceResolver(config.platform, load_secrets(config.spec, config.namespace))
-    return open_output(places, config.spec, config.job)
+    """Open the output with clients of its own, for a thread that other threads must not block."""
+    resolver = SourceResolver(config.platform, load_secrets(config.spec, config.namespace))
+    return open_output(resolver, config.spec, config.job)
 
 
 def find_manifest(output: Store, digest: str) -> ResultManifest | None:
-    """Return the manifest of a published result."""
+    """Return the manifest of a published result, or None."""
     return _find(output, f"{digest}/{MANIFEST}")
 
 
 def find_reusable(output: Store, digest: str, if_exists: IfExists, run: str) -> ResultManifest | None:
-    """Return the manifest after which there is nothing to train: with Overwrite only a run's own."""
+    """Return the manifest of a result that makes training unnecessary.
+
+    Args:
+        output: Output of the job.
+        digest: Result digest.
+        if_exists: spec.output.ifExists.
+        run: UID of the run; with Overwrite, only a result of this run is reusable.
+
+    """
     found = find_manifest(output, digest)
     return found if found is not None and is_reusable(found, if_exists, run) else None
 
 
 def is_reusable(manifest: ResultManifest, if_exists: IfExists, run: str) -> bool:
-    """Return whether a result stands: with Overwrite only that of this very run does, and without a name none is."""
+    """Return whether a result may be reused; with Overwrite only one of the same, named run."""
     return if_exists != "Overwrite" or (run != "" and manifest.run == run)
 
 
 def find_rejected(output: Store, digest: str) -> ResultManifest | None:
-    """Return the record of a result that a gate refused."""
+    """Return the manifest of a result that a gate rejected, or None."""
     return _find(output, f"{digest}/{REJECTED_RECORD}")
 
 
 def merged_folder(base: MergeBase) -> str:
-    """Return the folder of a merged model, beside the adapter's."""
+    """Return the folder of a merged model, next to the adapter's."""
     return f"merged/{base}"
 
 
 def find_merged(output: Store, digest: str, base: MergeBase, adapter: str) -> str | None:
-    """Return the URI of an adapter's merged model, if there is a complete one; a replaced adapter's is none."""
+    """Return the URI of an adapter's merged model if it is complete; that of a replaced adapter does not count."""
     path = f"{digest}/{merged_folder(base)}/{MANIFEST}"
     if not output.exists(path):
         return None
@@ -73,7 +81,7 @@ def find_merged(output: Store, digest: str, base: MergeBase, adapter: str) -> st
 
 
 def with_merged(output: Store, digest: str, spec: OutputSpec, result: Result) -> Result | None:
-    """Return a published result with the merged model that is asked for, or None where that is still missing."""
+    """Return a published result with the requested merged model, or None if that is still missing."""
     if spec.merged == "none":
         return result
     merged = find_merged(output, digest, spec.merge_base, result.adapter)
@@ -85,7 +93,7 @@ def _find(output: Store, path: str) -> ResultManifest | None:
 
 
 def put_manifest(output: Store, manifest: ResultManifest) -> ResultManifest:
-    """Publish what the manifest lists, and return it, or that of somebody faster."""
+    """Publish a result by writing its manifest; return it, or the existing one if another run was faster."""
     try:
         output.put(f"{manifest.digest}/{MANIFEST}", manifest_json(manifest), if_none_match=True)
     except ObjectExistsError:
@@ -94,36 +102,36 @@ def put_manifest(output: Store, manifest: ResultManifest) -> ResultManifest:
 
 
 def replace_manifest(output: Store, manifest: ResultManifest) -> None:
-    """Publish what the manifest lists in the place of an earlier result: one object, so that readers see either."""
+    """Replace an earlier result by overwriting its manifest: one object, so readers see one result or the other."""
     output.put(f"{manifest.digest}/{MANIFEST}", manifest_json(manifest))
 
 
 def remove_replaced(output: Store, former: ResultManifest) -> None:
-    """Remove the files that only a replaced manifest listed, and models that were merged from its adapter."""
-    standing = find_manifest(output, former.digest) or former
-    listed = {file.path for file in standing.files}
+    """Delete files that only the replaced manifest lists, and models merged from its adapter."""
+    current = find_manifest(output, former.digest) or former
+    listed = {file.path for file in current.files}
     for file in former.files:
         if file.path not in listed:
             output.delete(f"{former.digest}/{file.path}")
-    if former.result.adapter != standing.result.adapter:
-        # The manifests of merged models come after their files in a listing, and must go first.
+    if former.result.adapter != current.result.adapter:
+        # Delete the manifests of merged models first: a listing has them after their files.
         entries = output.list(f"{former.digest}/merged")
         for entry in sorted(entries, key=lambda entry: not entry.path.endswith(f"/{MANIFEST}")):
             output.delete(entry.path)
 
 
 def manifest_json(manifest: ResultManifest | MergedManifest) -> bytes:
-    """Return a manifest as a file's content."""
+    """Serialize a manifest."""
     return manifest.model_dump_json(by_alias=True, indent=2).encode()
 
 
 def update_latest(output: Store, digest: str, prefix: str) -> None:
-    """Let the job's pointer name the manifest of its newest result."""
+    """Point the job's latest.json to the manifest of its newest result."""
     output.put(LATEST, json.dumps({"digest": digest, "manifest": f"{prefix}/{MANIFEST}"}).encode())
 
 
 def describe_files(folder: Path) -> tuple[ManifestFile, ...]:
-    """Return every file under a folder, with size and SHA-256."""
+    """Return every file below a folder, sorted by path, with size and SHA-256."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     return tuple(
         ManifestFile(path=path.relative_to(folder).as_posix(), size=path.stat().st_size, sha256=sha256_of(path))

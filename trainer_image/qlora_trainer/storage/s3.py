@@ -1,4 +1,4 @@
-"""The s3:// store: checksummed and verified writes, and boto3's exceptions turned into reasons."""
+"""Store for s3:// URIs: uploads with checksums, verification after upload, and exceptions mapped to reasons."""
 
 import base64
 import contextlib
@@ -28,21 +28,21 @@ _DENIED: Final = {"403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNot
 _MISSING: Final = {"404", "NoSuchKey", "NoSuchBucket", "NotFound"}
 _SKEWED: Final = "RequestTimeTooSkewed"
 _LONGEST_SKEW: Final = timedelta(minutes=15)
-"""Between a request's signature and the server's clock (Amazon S3, Signature Version 4)."""
+"""Maximum clock skew between signature and server (Amazon S3, Signature Version 4)."""
 _CONFLICT_ATTEMPTS: Final = 5
-"""Tries of a conditional put that meets 409: S3 answers it while another conditional put of the key is under way."""
+"""Attempts of a conditional put that gets a 409, which S3 returns while another one for the key is in progress."""
 _CONFLICT_WAIT_SECONDS: Final = 0.5
 _REQUEST_ATTEMPTS: Final = 8
-"""Tries of one request. A run makes hundreds of them: where 30 % fail, four tries lose one in a hundred, and eight one
-in 10,000. With boto3's back-off an unreachable endpoint is given up after about a minute."""
+"""Attempts per request. A run makes hundreds of requests: if 30 % fail, four attempts lose one in a hundred, eight one
+in 10,000. With boto3's back-off, an unreachable endpoint fails after about a minute."""
 _READ_ATTEMPTS: Final = 5
-"""Tries of an object whose content breaks off, as many as boto3's own downloads take."""
+"""Attempts to read an object whose content breaks off, as many as for boto3's own downloads."""
 _DIGEST_METADATA: Final = "sha256"
-"""User metadata with our own digest, for servers that keep no checksums."""
+"""User metadata with the SHA-256, for servers that store no checksums."""
 
 
 def make_client(credentials: Credentials, config: S3Config) -> Any:
-    """Return a client; keys of the Secret come before the platform's settings, and those before boto3's own."""
+    """Return a boto3 client; the Secret takes precedence over the platform's settings, and those over boto3's own."""
     session = boto3.session.Session(
         aws_access_key_id=credentials.get("AWS_ACCESS_KEY_ID"),
         aws_secret_access_key=credentials.get("AWS_SECRET_ACCESS_KEY"),
@@ -65,7 +65,7 @@ def make_client(credentials: Credentials, config: S3Config) -> Any:
 
 
 class S3Store:
-    """A prefix of a bucket."""
+    """Store below a prefix of a bucket."""
 
     def __init__(self, uri: str, field_ref: FieldRef, credentials: Credentials, config: S3Config) -> None:
         self.root = uri.rstrip("/")
@@ -77,7 +77,7 @@ class S3Store:
             self._client = make_client(credentials, config)
 
     def list(self, prefix: str = "") -> tuple[Entry, ...]:
-        """Return every object under a folder, in order of its path."""
+        """Return every object below a folder, sorted by path."""
         folder = f"{self._key(prefix).rstrip('/')}/" if prefix else self._prefix
         with self._translating_errors(prefix):
             pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=folder)
@@ -90,18 +90,17 @@ class S3Store:
         if escape := next((entry.path for entry in entries if escapes_root(entry.path)), None):
             raise RunError(
                 self._field_ref.not_found,
-                f"{self._field_ref.field}: an object below {self.root} is named '{escape}', which leads out of the "
-                "folder "
-                "that it would be copied to; rename it",
+                f"{self._field_ref.field}: an object below {self.root} is named '{escape}', which points outside "
+                "the folder that it would be copied to; rename it",
             )
         return tuple(sorted(entries, key=lambda entry: entry.path))
 
     def fingerprint(self, entry: Entry) -> str:
-        """Return the ETag of the listing."""
+        """Return the ETag from the listing."""
         return entry.etag
 
     def read(self, path: str) -> bytes:
-        """Return an object's content."""
+        """Return the content of an object."""
         with self._translating_errors(path):
             for _ in range(_READ_ATTEMPTS - 1):
                 with contextlib.suppress(*S3_RETRYABLE_DOWNLOAD_ERRORS):
@@ -113,13 +112,19 @@ class S3Store:
         return content
 
     def download(self, path: str, target: Path) -> None:
-        """Copy an object into a file."""
+        """Download an object to a file."""
         target.parent.mkdir(parents=True, exist_ok=True)
         with self._translating_errors(path):
             self._client.download_file(self._bucket, self._key(path), str(target), Callback=lambda _: LIVENESS.tick())
 
     def put(self, path: str, source: Path | bytes, *, if_none_match: bool = False) -> bool:
-        """Upload with a SHA-256, then read size and digest back."""
+        """Upload with a SHA-256 checksum, then verify size and checksum.
+
+        Raises:
+            RunError: UPLOAD_FAILED if they differ; S3_UNAVAILABLE or S3_DENIED if the upload fails.
+            ObjectExistsError: The object exists and `if_none_match` is set.
+
+        """
         digest = sha256_of(source)
         size = len(source) if isinstance(source, bytes) else source.stat().st_size
         with self._translating_errors(path), METER.upload(size):
@@ -151,23 +156,23 @@ class S3Store:
             self._client.put_object(**target, **metadata, **checksum, **condition, Body=body)
 
     def _verify(self, path: str, size: int, digest: str) -> bool:
-        """Compare what the store has with what was sent, and return whether it knows the content's SHA-256."""
+        """Compare the stored object with what was sent; return whether the store reports a SHA-256 of the content."""
         mode = {"ChecksumMode": "ENABLED"} if self._sends_checksums else {}
         head = self._client.head_object(**self._target(path), **mode)
-        known = head.get("ChecksumSHA256", "")
-        # Of what was sent in parts S3 keeps the checksum of the parts' checksums, "…-3", and compared each of them.
-        stored = known if known and "-" not in known else _base64_of(digest)
-        noted = head.get("Metadata", {}).get(_DIGEST_METADATA, digest)
-        if (head["ContentLength"], stored, noted) != (size, _base64_of(digest), digest):
+        checksum = head.get("ChecksumSHA256", "")
+        # After a multipart upload S3 has the checksum of the parts' checksums ("…-3"); it has verified each part.
+        stored = checksum if checksum and "-" not in checksum else _base64_of(digest)
+        recorded = head.get("Metadata", {}).get(_DIGEST_METADATA, digest)
+        if (head["ContentLength"], stored, recorded) != (size, _base64_of(digest), digest):
             raise RunError(
                 Reason.UPLOAD_FAILED,
                 f"{self._field_ref.field}: {self.root}/{path} reads back different from what was sent "
                 f"({head['ContentLength']} of {size} bytes); check the object store",
             )
-        return bool(known)
+        return bool(checksum)
 
     def exists(self, path: str) -> bool:
-        """Return whether there is such an object."""
+        """Return whether the object exists."""
         try:
             with self._translating_errors(path):
                 self._client.head_object(**self._target(path))
@@ -176,13 +181,13 @@ class S3Store:
         return True
 
     def sha256(self, path: str) -> str:
-        """Return the SHA-256 that an object was written with, empty where the server kept none."""
+        """Return the SHA-256 from the object's metadata; empty if it has none."""
         with self._translating_errors(path):
             head = self._client.head_object(**self._target(path))
         return str(head.get("Metadata", {}).get(_DIGEST_METADATA, ""))
 
     def delete(self, path: str) -> None:
-        """Remove an object."""
+        """Delete an object; a missing one is not an error."""
         with self._translating_errors(path):
             self._client.delete_object(**self._target(path))
 
@@ -194,7 +199,7 @@ class S3Store:
 
     @contextlib.contextmanager
     def _translating_errors(self, path: str) -> Iterator[None]:
-        """Turn boto3's exceptions into reasons that name the field."""
+        """Map boto3's exceptions to RunErrors that name the field."""
         where = f"{self._field_ref.field}: {self.root}/{path}".rstrip("/")
         try:
             yield
@@ -239,7 +244,7 @@ def _code(error: ClientError) -> str:
 
 
 def _skew(error: ClientError) -> timedelta:
-    """Return how far our clock is off a server's; the answer to a HEAD has no body that could name the cause."""
+    """Return the clock skew from the Date header: the response to a HEAD request has no body with an error code."""
     date = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("date", "")
     try:
         return abs(datetime.now(UTC) - parsedate_to_datetime(date))
@@ -252,10 +257,10 @@ def _base64_of(digest: str) -> str:
 
 
 class _LivenessFile(io.FileIO):
-    """A file whose every part that is sent is a sign of life."""
+    """File that reports liveness for every chunk that is sent."""
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """Return the next part."""
+        """Read the next chunk."""
         LIVENESS.tick()
         return super().read(-1 if size is None else size)
 

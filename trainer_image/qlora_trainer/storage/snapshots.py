@@ -1,4 +1,4 @@
-"""The files of a model or a dataset at one commit, wherever they are: the hub, its mirror, S3 or a folder."""
+"""Files of a model or dataset at one commit, from the Hub, its mirror, S3 or a folder."""
 
 import hashlib
 import re
@@ -18,11 +18,11 @@ from qlora_trainer.storage.store import Entry, FieldRef, MissingObjectError, Sto
 
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 _COMMIT_DIGITS: Final = 40
-"""A content hash is cut to the length of a git commit, so that both fit wherever a commit does."""
+"""Content hashes are cut to the length of a git commit, to fit wherever a commit does."""
 WEIGHTS_SUFFIX: Final = ".safetensors"
 _PICKLES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack")
 _TEXTS: Final = (".json", ".model", ".txt", ".jinja")
-"""Configuration, tokenizer and chat template; code (.py) is never fetched."""
+"""Configuration, tokenizer and chat template; code (.py) is never downloaded."""
 
 
 class Snapshot(Protocol):
@@ -30,14 +30,23 @@ class Snapshot(Protocol):
 
     @property
     def commit(self) -> str:
-        """Return the commit, or the content hash of a plain folder."""
+        """Return the commit, or the content hash of a folder."""
 
     @property
     def files(self) -> tuple[str, ...]:
         """Return the names of all files."""
 
     def fetch(self, names: Iterable[str], work: Path) -> Path:
-        """Bring these files onto this computer and return the folder that holds them."""
+        """Download files, unless they are local.
+
+        Args:
+            names: Names relative to the root of the repository.
+            work: Folder for downloads.
+
+        Returns:
+            The folder that contains the files under their names.
+
+        """
 
 
 @dataclass(frozen=True)
@@ -51,7 +60,7 @@ class HubSnapshot:
     files: tuple[str, ...]
 
     def fetch(self, names: Iterable[str], work: Path) -> Path:
-        """Download into the library's cache, which keeps what it has."""
+        """Download files into the library's cache, and return the folder of the commit."""
         paths = {
             name: self.hub.download(self.name, self.commit, name, work / "hub", self.repo_type)
             for name in sorted(names)
@@ -62,7 +71,7 @@ class HubSnapshot:
 
 @dataclass(frozen=True)
 class StoredSnapshot:
-    """A folder of a store; files of this computer are used where they are."""
+    """A folder of a store; local files are used in place."""
 
     store: Store
     folder: str
@@ -70,7 +79,7 @@ class StoredSnapshot:
     files: tuple[str, ...]
 
     def fetch(self, names: Iterable[str], work: Path) -> Path:
-        """Download what is not there yet."""
+        """Download missing files, and return their folder."""
         if isinstance(self.store, FileStore):
             return self.store.folder / self.folder
         target = work / "snapshots" / self.commit
@@ -84,17 +93,28 @@ class StoredSnapshot:
 
 @dataclass(frozen=True)
 class SourceResolver:
-    """Where snapshots come from, and with which credentials."""
+    """Resolves URIs to stores and snapshots, with the credentials of the run."""
 
     platform: Platform
     secrets: Secrets
 
     def open_store(self, uri: str, field_ref: FieldRef) -> Store:
-        """Return the store behind a URI."""
+        """Return the store for a URI."""
         return open_store(uri, field_ref, self.secrets, self.platform.s3)
 
     def resolve(self, uri: str, revision: str, field_ref: FieldRef, repo_type: RepoType = "model") -> Snapshot:
-        """Return the snapshot of a repository or folder."""
+        """Resolve a repository or folder to a snapshot.
+
+        Args:
+            uri: hf://, s3://, pvc:// or file:// URI.
+            revision: Branch, tag or commit; only for hf://.
+            field_ref: Field of the spec, for messages and credentials.
+            repo_type: Kind of repository; only for hf://.
+
+        Raises:
+            RunError: The field's not-found reason, or an error of the store or the hub.
+
+        """
         if not uri.startswith("hf://"):
             return _stored(self.open_store(uri, field_ref), "", commit=None, field_ref=field_ref)
         name = uri.removeprefix("hf://")
@@ -113,9 +133,8 @@ class SourceResolver:
         except MissingObjectError as error:
             raise RunError(
                 field_ref.not_found,
-                f"{field_ref.field}: the hub's mirror {mirror} has no {name} at revision {revision}; synchronise "
-                "it, or "
-                f"correct the URI or the revision",
+                f"{field_ref.field}: the hub's mirror {mirror} has no {name} at revision {revision}; "
+                "synchronize it, or correct the URI or the revision",
             ) from error
 
 
@@ -126,7 +145,7 @@ def _mirrored_commit(store: Store, repository: str, revision: str) -> str:
 
 
 def _stored(store: Store, folder: str, commit: str | None, field_ref: FieldRef) -> StoredSnapshot:
-    """List a folder; without a commit its content is hashed into one."""
+    """List a folder; without a commit, its content hash takes its place."""
     entries = store.list(folder)
     if not entries:
         raise MissingObjectError(field_ref.not_found, f"{field_ref.field}: {_join(store.root, folder)} holds no files")
@@ -136,7 +155,7 @@ def _stored(store: Store, folder: str, commit: str | None, field_ref: FieldRef) 
 
 
 def _content_hash(store: Store, entries: Iterable[Entry]) -> str:
-    """Hash what the model is made of; a changed README is no other model."""
+    """Hash weights, configuration and tokenizer; a changed README does not make another model."""
     relevant = [entry for entry in entries if entry.path.endswith((*_TEXTS, WEIGHTS_SUFFIX))]
     listing = "\n".join(f"{entry.path} {entry.size} {store.fingerprint(entry)}" for entry in relevant)
     return hashlib.sha256(listing.encode()).hexdigest()[:_COMMIT_DIGITS]
@@ -147,8 +166,13 @@ def _join(folder: str, name: str) -> str:
 
 
 def weight_files(files: Iterable[str], field_ref: FieldRef) -> tuple[str, ...]:
-    """Return the safetensors of the model itself, or raise UnsafeModelFormat or ModelNotFound."""
-    # A subfolder holds another format of the same weights (original/, onnx/), and so does consolidated*.
+    """Return the names of the model's safetensors files.
+
+    Raises:
+        RunError: UNSAFE_MODEL_FORMAT if there are only pickle files; MODEL_NOT_FOUND if there are no weights.
+
+    """
+    # Subfolders (original/, onnx/) and consolidated* contain the same weights in other formats.
     top = [name for name in files if "/" not in name]
     weights = [name for name in top if name.endswith(WEIGHTS_SUFFIX) and not name.startswith("consolidated")]
     if weights:
@@ -158,12 +182,11 @@ def weight_files(files: Iterable[str], field_ref: FieldRef) -> tuple[str, ...]:
         raise RunError(
             Reason.UNSAFE_MODEL_FORMAT,
             f"{field_ref.field}: the weights are pickle files only ({', '.join(pickles[:3])}), and loading pickle "
-            "runs code"
-            "; choose a revision with .safetensors files, or convert the weights first",
+            "runs code; choose a revision with .safetensors files, or convert the weights first",
         )
     raise RunError(Reason.MODEL_NOT_FOUND, f"{field_ref.field}: there are no {WEIGHTS_SUFFIX} files; correct the URI")
 
 
 def text_files(files: Iterable[str]) -> tuple[str, ...]:
-    """Return what describes the model: configuration, tokenizer, templates."""
+    """Return the names of configuration, tokenizer and template files."""
     return tuple(name for name in files if "/" not in name and name.endswith(_TEXTS))

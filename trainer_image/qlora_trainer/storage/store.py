@@ -1,4 +1,4 @@
-"""One small interface over the places that hold data and results: s3://, file://, and pvc:// for what is read."""
+"""Interface of the stores for data and results: s3://, file://, and pvc:// for reading."""
 
 import hashlib
 from dataclasses import dataclass
@@ -14,16 +14,16 @@ _CHUNK_BYTES: Final = MIB
 
 
 class ObjectExistsError(Exception):
-    """A conditional put found somebody else's object."""
+    """The object of a conditional put already exists."""
 
 
 class MissingObjectError(RunError):
-    """There is no such object; the reason is the one of the role that asked."""
+    """The object does not exist; the reason is that of the field."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One object of a listing."""
+    """One object of a listing; `size` is in bytes."""
 
     path: str
     size: int
@@ -32,12 +32,12 @@ class Entry:
 
 @dataclass(frozen=True)
 class FieldRef:
-    """The field of the spec that a store is opened for; messages and reasons speak of it."""
+    """The field of the spec that a store belongs to; error messages and reasons refer to it."""
 
     role: SecretRole
     field: str
     missing_reason: Reason | None = None
-    """The reason for what is not there, where the role's own would name another field."""
+    """Reason for missing objects, if the default of the role would refer to another field."""
 
     @property
     def not_found(self) -> Reason:
@@ -64,55 +64,77 @@ class Store(Protocol):
     root: str
 
     def list(self, prefix: str = "") -> tuple[Entry, ...]:
-        """Return every object under a folder, in order of its path."""
+        """List the objects below a folder.
+
+        Args:
+            prefix: Folder relative to `root`, without a trailing slash; empty for all objects.
+
+        Returns:
+            The entries, sorted by path.
+
+        Raises:
+            RunError: Access fails, or the name of an object points outside the store.
+
+        """
 
     def fingerprint(self, entry: Entry) -> str:
-        """Return what changes when the content changes: S3's ETag, or the SHA-256 of a file."""
+        """Return a value that changes with the content: the ETag in S3, the SHA-256 of a file."""
 
     def read(self, path: str) -> bytes:
-        """Return an object, or raise MissingObjectError."""
+        """Return the content of an object, or raise MissingObjectError."""
 
     def download(self, path: str, target: Path) -> None:
-        """Copy an object into a file, or raise MissingObjectError."""
+        """Download an object to a file, or raise MissingObjectError."""
 
     def put(self, path: str, source: Path | bytes, *, if_none_match: bool = False) -> bool:
-        """Write an object and verify it; with if_none_match raise AlreadyThereError when there is one.
+        """Upload an object and verify it.
 
-        Return whether the store said what SHA-256 it has; some can only repeat what they were told.
+        Args:
+            path: Path relative to `root`.
+            source: Content, or the file that has it.
+            if_none_match: Do not overwrite an existing object.
+
+        Returns:
+            Whether the store computed a SHA-256 that was compared; some stores only return the one they were sent.
+
+        Raises:
+            ObjectExistsError: The object exists and `if_none_match` is set.
+            RunError: Access fails, or the stored object differs from `source`.
+
         """
 
     def exists(self, path: str) -> bool:
-        """Return whether there is such an object."""
+        """Return whether the object exists."""
 
     def sha256(self, path: str) -> str:
-        """Return the SHA-256 that an object was written with, empty where the server kept none."""
+        """Return the SHA-256 of an object as hex digits; empty if the store has none."""
 
     def delete(self, path: str) -> None:
-        """Remove an object; a missing one is fine."""
+        """Delete an object; a missing one is not an error."""
 
 
 def split_uri(uri: str) -> tuple[str, str]:
-    """Split the URI of one object into its folder and its name."""
+    """Split the URI of an object into the URI of its folder and its name."""
     folder, _, name = uri.rstrip("/").rpartition("/")
     return folder, name
 
 
 def local_path(uri: str) -> Path:
-    """Return the path of a file:// URI, or of a pvc:// URI in the pod that mounts its claim."""
+    """Return the local path of a file:// URI, or of a pvc:// URI in a pod that mounts the claim."""
     if uri.startswith(CLAIM_SCHEME):
         return Path(CLAIMS_MOUNT, uri.removeprefix(CLAIM_SCHEME))
     return Path(unquote(urlparse(uri).path))
 
 
 def claim_folder(uri: str) -> Path | None:
-    """Return where the claim of a pvc:// URI is mounted."""
+    """Return the mount path of the claim of a pvc:// URI; None for other URIs."""
     if not uri.startswith(CLAIM_SCHEME):
         return None
     return Path(CLAIMS_MOUNT, uri.removeprefix(CLAIM_SCHEME).partition("/")[0])
 
 
 def escapes_root(path: str) -> bool:
-    """Whether a name, which anybody who writes to a bucket may choose, leads out of the folder it is copied to."""
+    """Return whether an object name, which anyone with write access chooses, points outside the target folder."""
     return path.startswith("/") or ".." in path.split("/")
 
 

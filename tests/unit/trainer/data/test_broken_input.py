@@ -1,4 +1,4 @@
-"""Broken datasets and configurations: each ends before the training, with its reason, its field or row, and the fix."""
+"""Invalid datasets and configurations are refused before training, with reason, field or row, and fix."""
 
 import gzip
 import json
@@ -53,15 +53,15 @@ def data(name: str, content: str | bytes, **blocks: Any) -> tuple[str, str | byt
 BROKEN_DATA = {
     # files
     "no-file": (data("", ""), Reason.DATASET_NOT_FOUND, "there is no file", "correct the URI"),
-    "unknown-form": (data("x.xlsx", "PK"), INVALID, "'x.xlsx' is of no known form", "name it .jsonl, .json, .csv"),
+    "unknown-type": (data("x.xlsx", "PK"), INVALID, "'x.xlsx' is not a supported", "use .jsonl, .json, .csv"),
     "empty-file": (data("x.jsonl", ""), EMPTY, "the file has no rows", "add rows"),
     "one-row": (data("x.jsonl", GOOD.splitlines()[0]), EMPTY, "1 distinct row", "add rows, or set spec"),
     "utf-16": (data("x.csv", "prompt,completion\n".encode("utf-16")), INVALID, "is UTF-16", "save it as UTF-8"),
-    "not-gzip": (data("x.jsonl.gz", GOOD), INVALID, "is no complete gzip file", "compress it anew"),
-    "cut-gzip": (data("x.jsonl.gz", gzip.compress(GOOD.encode())[:-6]), INVALID, "no complete gzip", "compress it an"),
-    "not-parquet": (data("x.parquet", GOOD), INVALID, "is no readable parquet file", "write it anew"),
-    "not-arrow": (data("x.arrow", GOOD), INVALID, "is no readable arrow file", "write it anew"),
-    "json-object": (data("x.json", '{"data": []}'), INVALID, "is no array", "or one object a line in a file"),
+    "not-gzip": (data("x.jsonl.gz", GOOD), INVALID, "or invalid gzip file", "compress it again"),
+    "cut-gzip": (data("x.jsonl.gz", gzip.compress(GOOD.encode())[:-6]), INVALID, "incomplete", "compress it ag"),
+    "not-parquet": (data("x.parquet", GOOD), INVALID, "is not a readable Parquet file", "write it again"),
+    "not-arrow": (data("x.arrow", GOOD), INVALID, "is not a readable Arrow file", "write it again"),
+    "json-object": (data("x.json", '{"data": []}'), INVALID, "is not an array", "or one object per line in"),
     "json-comma": (data("x.json", '[{"text": "a"} {"text": "b"}]'), INVALID, "row 1 is followed by", "write a comma"),
     "csv-header-twice": (data("x.csv", "text,text\na,b\n"), INVALID, "two columns 'text'", "rename one"),
     "csv-semicolons": (data("x.csv", "prompt;completion\na;b\n"), INVALID, "one column", "separate columns by"),
@@ -71,7 +71,7 @@ BROKEN_DATA = {
     "encoding": (data("x.jsonl", GOOD.encode() + b'{"prompt": "\xe4"}'), INVALID, "row 3: byte 13", "save the file as"),
     "csv-cells": (data("x.csv", "text\na\nb,c\n"), INVALID, "row 3: has 2 cells", "quote cells"),
     "csv-empty-cell": (data("x.csv", "prompt,completion\nc,\n"), INVALID, "row 2: field 'completion' is empty", "fill"),
-    "csv-latin-1": (data("x.csv", "text\na\nä\n".encode("latin-1")), INVALID, "row 3: field 'text' hol", "as UTF-8"),
+    "csv-latin-1": (data("x.csv", "text\na\nä\n".encode("latin-1")), INVALID, "row 3: field 'text' con", "as UTF-8"),
     "parquet-null": (data("x.parquet", parquet(text=["a", None])), INVALID, "row 2: field 'text' is null", "write a "),
     "parquet-number": (data("x.parquet", parquet(text=[1, 2])), INVALID, f"row 1: {NUMBER} (1)", "write a string"),
     "parquet-nan": (data("x.parquet", parquet(text=[float("nan")])), INVALID, f"row 1: {NUMBER} (nan)", "write a stri"),
@@ -82,7 +82,7 @@ BROKEN_DATA = {
     ),
     "template-field": (
         data("x.jsonl", GOOD, dataset={"template": {"prompt": "{question}", "answer": "{completion}"}}),
-        INVALID, "row 1: spec.dataset.template.prompt asks for a field 'question'", "correct one",
+        INVALID, "row 1: spec.dataset.template.prompt uses the field 'question'", "correct one",
     ),
     # conversations
     "chat-role": (chat({"role": "bot", "content": "x"}), INVALID, "row 2: messages[0].role is 'bot'", "write system, "),
@@ -92,12 +92,12 @@ BROKEN_DATA = {
     "chat-refused": (
         data("x.jsonl", lines({"messages": [USER, ANSWER]}, {"messages": [USER, USER, ANSWER]}),
              dataset={"chatTemplate": STRICT}),
-        INVALID, "row 2: the chat template refuses it: roles must alternate", "correct the row or the template",
+        INVALID, "row 2: the chat template rejects it: roles must alternate", "correct the row or the template",
     ),
-    # what the manifest asks of the data
+    # settings that do not fit the data
     "no-chat-template": (
         data("x.jsonl", lines({"messages": [USER, ANSWER]}, {"messages": [USER, ANSWER, USER, ANSWER]})),
-        Reason.MODEL_UNSUPPORTED, "spec.model.uri: the model has no chat template", "give spec.dataset.chatTemplate",
+        Reason.MODEL_UNSUPPORTED, "spec.model.uri: the model has no chat template", "set spec.dataset.chatTemplate",
     ),
     "template-syntax": (
         data("x.jsonl", lines({"messages": [USER, ANSWER]}, {"messages": [USER, ANSWER, USER, ANSWER]}),
@@ -116,11 +116,11 @@ BROKEN_DATA = {
     "only-long-prompts": (
         data("x.jsonl", lines(*({"prompt": f"{number} word " * 30, "completion": "x"} for number in range(4))),
              training={"maxLength": 16}),
-        EMPTY, "spec.training.maxLength: every training row has a prompt that alone fills 16 tokens", "raise maxLength",
+        EMPTY, "spec.training.maxLength: every training row has a prompt that fills all 16 tokens", "raise maxLength",
     ),
     "weights-leave-nothing": (
         data("x.jsonl", GOOD, dataset={"uri": None, "sources": [{"weight": 0.1}]}),
-        EMPTY, "every row is held out as well", "add rows",
+        EMPTY, "every row is also in the validation set", "add rows",
     ),
 }  # fmt: skip
 
@@ -132,7 +132,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.mark.parametrize("case", BROKEN_DATA.values(), ids=BROKEN_DATA)
 def test_broken_dataset_is_refused_with_reason_location_and_fix(tmp_path, model, case):
-    (name, content, blocks), reason, place, fix = case
+    (name, content, blocks), reason, location, fix = case
     path = tmp_path / (name or "absent.jsonl")
     if name:
         path.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -144,9 +144,9 @@ def test_broken_dataset_is_refused_with_reason_location_and_fix(tmp_path, model,
     message = caught.value.message
     assert caught.value.reason == reason, message
     assert message.startswith("spec.")
-    assert place in message
+    assert location in message
     assert fix in message
-    assert not [found for found in (tmp_path / "output").rglob("*") if found.is_file()], "nothing to start from is left"
+    assert not [found for found in (tmp_path / "output").rglob("*") if found.is_file()], "no file is left behind"
 
 
 BROKEN_CONFIGURATION: dict[str, tuple[dict[str, Any], str, str]] = {
@@ -180,7 +180,7 @@ BROKEN_CONFIGURATION: dict[str, tuple[dict[str, Any], str, str]] = {
 
 
 @pytest.mark.parametrize("case", BROKEN_CONFIGURATION.values(), ids=BROKEN_CONFIGURATION)
-def test_a_broken_configuration_is_refused_before_it_runs_with_field_and_fix(tmp_path: Path, case):
+def test_invalid_configuration_is_refused_with_field_and_fix(tmp_path: Path, case):
     change, field, fix = case
     manifest = tmp_path / "job.yaml"
     manifest.write_text(yaml.safe_dump(make_manifest(**change), allow_unicode=True))
@@ -191,5 +191,5 @@ def test_a_broken_configuration_is_refused_before_it_runs_with_field_and_fix(tmp
     assert fix in str(caught.value)
 
 
-def test_broken_inputs_are_at_least_thirty():
+def test_invalid_inputs_are_at_least_thirty():
     assert len(BROKEN_DATA) + len(BROKEN_CONFIGURATION) >= 30

@@ -1,4 +1,4 @@
-"""Conversations: each assistant turn learned up to its stop token, whatever the template (traps 3 to 6)."""
+"""Chat rows: labels are the assistant turns up to their stop tokens, with every kind of template (traps 3 to 6)."""
 
 import pytest
 
@@ -17,13 +17,13 @@ LLAMA3 = (
     "{{ bos_token }}{% for m in messages %}<|head|>{{ m.role }}<|/head|>\n\n{{ m.content | trim }}<|eot|>{% endfor %}"
     "{% if add_generation_prompt %}<|head|>assistant<|/head|>\n\n{% endif %}"
 )
-THINKING = (  # as Qwen3's: an empty thought before the last answer only
+THINKING = (  # like Qwen3: an empty think block before the last answer only
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
     "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
     "{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-MISTRAL = (  # the system's words move to the last user's turn
+MISTRAL = (  # the system message moves into the last user turn
     "{{ bos_token }}{% if messages[0].role == 'system' %}{% set system = messages[0].content %}"
     "{% set messages = messages[1:] %}{% else %}{% set system = '' %}{% endif %}"
     "{% for m in messages %}{% if m.role == 'user' %}[INST] "
@@ -52,7 +52,7 @@ def tokenizer():
 
 
 def chat(*turns: str) -> Chat:
-    """Roles are told by their first letter: s, u, a."""
+    """Build a conversation; the first letter of a turn is its role: s, u or a."""
     roles = {"s": "system", "u": "user", "a": "assistant"}
     return Chat(tuple({"role": roles[turn[0]], "content": turn[2:]} for turn in turns))
 
@@ -66,7 +66,7 @@ def encode(tokenizer, source: str, conversation: Chat, loss: str = "auto") -> To
     return row
 
 
-def learned(tokenizer, row: TokenRow) -> list[str]:
+def label_texts(tokenizer, row: TokenRow) -> list[str]:
     return [tokenizer.decode(row.input_ids[start:end]) for start, end in row.label_spans]
 
 
@@ -83,26 +83,26 @@ def learned(tokenizer, row: TokenRow) -> list[str]:
         pytest.param(BARE, [" It is blue.\n", " It is green, indeed.\n</s>"], id="no-stop-token"),
     ],
 )
-def test_every_answer_is_learned_with_its_end_and_nothing_else(tokenizer, source, expected):
+def test_chat_labels_are_the_answers_with_their_stop_tokens(tokenizer, source, expected):
     row = encode(tokenizer, source, LONG)
-    assert learned(tokenizer, row) == expected
+    assert label_texts(tokenizer, row) == expected
     assert row.reference == "It is green, indeed."
 
 
 @pytest.mark.parametrize("loss", ["auto", "assistant"])
-def test_every_turn_of_the_assistant_is_learned(tokenizer, loss):
+def test_assistant_loss_labels_every_assistant_turn(tokenizer, loss):
     assert len(encode(tokenizer, CHATML, LONG, loss).label_spans) == 2
 
 
-def test_completion_is_the_last_answer(tokenizer):
-    assert learned(tokenizer, encode(tokenizer, CHATML, LONG, "completion")) == ["It is green, indeed.<|im_end|>"]
+def test_completion_loss_labels_only_the_last_answer(tokenizer):
+    assert label_texts(tokenizer, encode(tokenizer, CHATML, LONG, "completion")) == ["It is green, indeed.<|im_end|>"]
 
 
-def test_completion_of_a_template_without_a_stop_token_is_more_than_the_end(tokenizer):
-    assert learned(tokenizer, encode(tokenizer, BARE, LONG, "completion")) == [" It is green, indeed.\n</s>"]
+def test_completion_loss_without_stop_token_labels_answer_and_end_token(tokenizer):
+    assert label_texts(tokenizer, encode(tokenizer, BARE, LONG, "completion")) == [" It is green, indeed.\n</s>"]
 
 
-def test_all_is_everything_but_the_first_token(tokenizer):
+def test_loss_on_all_tokens_of_a_chat_skips_only_the_first(tokenizer):
     row = encode(tokenizer, CHATML, LONG, "all")
     assert row.label_spans == ((1, len(row.input_ids)),)
 
@@ -115,93 +115,93 @@ def test_rendered_chat_has_one_bos_token(tokenizer, source):
 
 
 @pytest.mark.parametrize("source", [CHATML, LLAMA3, THINKING, MISTRAL, TAGGED, BARE])
-def test_the_prompt_is_what_the_last_answer_continues(tokenizer, source):
+def test_chat_prompt_is_the_prefix_of_the_last_answer(tokenizer, source):
     row = encode(tokenizer, source, LONG)
     assert row.input_ids[: len(row.prompt_ids) - 1] == row.prompt_ids[:-1]
-    assert row.label_spans[-1][0] in {len(row.prompt_ids), len(row.prompt_ids) - 1}, "a token may span the seam"
+    assert row.label_spans[-1][0] in {len(row.prompt_ids), len(row.prompt_ids) - 1}, "a token may span the boundary"
 
 
-def test_tokens_are_those_of_transformers_itself(tokenizer):
+def test_chat_tokens_equal_apply_chat_template(tokenizer):
     row = encode(tokenizer, LLAMA3, LONG)
     theirs = tokenizer.apply_chat_template(list(LONG.messages), chat_template=LLAMA3, return_dict=True)
     assert list(row.input_ids) == theirs["input_ids"]
 
 
-def test_generation_tags_agree_with_transformers_mask_but_for_the_stop_token(tokenizer):
+def test_generation_tags_equal_assistant_mask_plus_stop_token(tokenizer):
     row = encode(tokenizer, TAGGED, LONG)
     theirs = tokenizer.apply_chat_template(
         list(LONG.messages), chat_template=TAGGED, return_dict=True, return_assistant_tokens_mask=True
     )["assistant_masks"]
-    ours = {place for start, end in row.label_spans for place in range(start, end)}
+    ours = {position for start, end in row.label_spans for position in range(start, end)}
     stop = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    assert {place for place in ours if row.input_ids[place] != stop} == {
-        place for place, mask in enumerate(theirs) if mask
+    assert {position for position in ours if row.input_ids[position] != stop} == {
+        position for position, mask in enumerate(theirs) if mask
     }
 
 
 def test_identical_answers_are_distinguished_by_position(tokenizer):
     twice = chat("u:It is blue.", "a:It is blue.", "u:It is blue.", "a:It is blue.")
     row = encode(tokenizer, LLAMA3, twice)
-    assert learned(tokenizer, row) == ["It is blue.<|eot|>"] * 2
+    assert label_texts(tokenizer, row) == ["It is blue.<|eot|>"] * 2
     assert row.label_spans[0][1] < row.label_spans[1][0]
 
 
-def test_a_tool_call_is_learned_as_the_template_writes_it(tokenizer):
+def test_tool_call_is_labeled_as_rendered(tokenizer):
     source = CHATML.replace("{{ m.content }}", "{{ m.content }}{% for c in m.tool_calls %}[{{ c.name }}]{% endfor %}")
     call = {"role": "assistant", "content": "", "tool_calls": [{"name": "look"}]}
     answer = {"role": "assistant", "content": "Blue."}
     conversation = Chat(({"role": "user", "content": "Sky?"}, call, {"role": "tool", "content": "blue"}, answer))
     row = encode(tokenizer, source, conversation)
-    assert learned(tokenizer, row) == ["[look]<|im_end|>", "Blue.<|im_end|>"]
+    assert label_texts(tokenizer, row) == ["[look]<|im_end|>", "Blue.<|im_end|>"]
 
 
-def test_a_row_that_the_template_refuses_is_an_error_and_the_others_are_rows(tokenizer):
+def test_chat_rejected_by_template_is_error_and_others_are_encoded(tokenizer):
     template = load_chat_template(tokenizer, STRICT)
     good, bad = encode_chats([chat("u:Hi", "a:Ho"), LONG], template, "auto")
     assert isinstance(good, TokenRow)
     assert isinstance(bad, RowError)
-    assert "the chat template refuses it: System role not supported" in str(bad)
+    assert "the chat template rejects it: System role not supported" in str(bad)
 
 
-def test_an_answer_that_the_template_rewrites_is_learned_as_it_is_written(tokenizer):
+def test_answer_rewritten_by_template_is_labeled_as_rendered(tokenizer):
     shouting = CHATML.replace("{{ m.content }}", "{{ m.content | upper if not loop.last else m.content }}")
     row = encode(tokenizer, shouting, LONG)
-    assert learned(tokenizer, row) == ["IT IS BLUE.<|im_end|>", "It is green, indeed.<|im_end|>"]
+    assert label_texts(tokenizer, row) == ["IT IS BLUE.<|im_end|>", "It is green, indeed.<|im_end|>"]
 
 
 def test_template_that_drops_earlier_answers_needs_generation_tags(tokenizer):
-    forgetful = CHATML.replace("{{ m.content }}", "{{ '…' if not loop.last else m.content }}")
-    (row,) = encode_chats([LONG], load_chat_template(tokenizer, forgetful), "auto")
+    dropping = CHATML.replace("{{ m.content }}", "{{ '…' if not loop.last else m.content }}")
+    (row,) = encode_chats([LONG], load_chat_template(tokenizer, dropping), "auto")
     assert isinstance(row, RowError)
     assert "put {% generation %} around the answer" in str(row)
 
 
 @pytest.mark.parametrize("source", [CHATML, LLAMA3, THINKING, MISTRAL, TAGGED, BARE])
-def test_a_row_that_is_learned_from_has_the_same_tokens_and_no_prompt(tokenizer, source):
+def test_training_row_has_the_same_tokens_and_no_prompt(tokenizer, source):
     template = load_chat_template(tokenizer, source)
-    learned_from, asked = encode_chats([LONG, LONG], template, "auto", [False, True])
-    assert isinstance(asked, TokenRow)
-    assert learned_from == TokenRow(asked.input_ids, asked.label_spans)
-    assert asked == encode(tokenizer, source, LONG)
-    assert asked.prompt_ids
+    training, validation = encode_chats([LONG, LONG], template, "auto", [False, True])
+    assert isinstance(validation, TokenRow)
+    assert training == TokenRow(validation.input_ids, validation.label_spans)
+    assert validation == encode(tokenizer, source, LONG)
+    assert validation.prompt_ids
 
 
-def test_tagged_rows_that_are_learned_from_are_rendered_once(tokenizer):
-    """The template that asks is the one that refuses: nobody asks a row that is learned from."""
-    once = "{% if add_generation_prompt %}{{ raise_exception('asked') }}{% endif %}" + TAGGED
-    template = load_chat_template(tokenizer, once)
-    learned_from, asked = encode_chats([LONG, LONG], template, "auto", [False, True])
-    assert isinstance(learned_from, TokenRow)
-    assert isinstance(asked, RowError)
+def test_training_row_with_generation_tags_is_rendered_without_prompt(tokenizer):
+    """This template fails when it renders a prompt, so only the validation row fails."""
+    no_prompt = "{% if add_generation_prompt %}{{ raise_exception('prompt') }}{% endif %}" + TAGGED
+    template = load_chat_template(tokenizer, no_prompt)
+    training, validation = encode_chats([LONG, LONG], template, "auto", [False, True])
+    assert isinstance(training, TokenRow)
+    assert isinstance(validation, RowError)
 
 
-def test_a_model_without_a_template_needs_one(tokenizer):
-    with pytest.raises(RunError, match=r"give spec\.dataset\.chatTemplate") as caught:
+def test_model_without_chat_template_is_refused(tokenizer):
+    with pytest.raises(RunError, match=r"set spec\.dataset\.chatTemplate") as caught:
         load_chat_template(tokenizer, None)
     assert caught.value.reason == Reason.MODEL_UNSUPPORTED
 
 
-def test_the_models_own_template_is_used_where_none_is_given(tokenizer):
+def test_given_chat_template_overrides_the_models_own(tokenizer):
     tokenizer.chat_template = CHATML
     try:
         assert load_chat_template(tokenizer, None).stop_token == "<|im_end|>"
@@ -211,14 +211,14 @@ def test_the_models_own_template_is_used_where_none_is_given(tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("source", "words"),
+    ("source", "message"),
     [
         ("{% for m in messages %}\n{{ m.content }}", "line 2: Unexpected end of template"),
         ("{{ messages[0].content + 1 }}", "can only concatenate"),
         ("{{ raise_exception('never') }}", "never"),
     ],
 )
-def test_a_given_template_that_renders_nothing_is_refused(tokenizer, source, words):
+def test_chat_template_that_cannot_render_is_refused(tokenizer, source, message):
     with pytest.raises(RunError, match=r"^spec\.dataset\.chatTemplate: ") as caught:
         load_chat_template(tokenizer, source)
-    assert (caught.value.reason, words in caught.value.message) == (Reason.INVALID_SPEC, True), caught.value.message
+    assert (caught.value.reason, message in caught.value.message) == (Reason.INVALID_SPEC, True), caught.value.message

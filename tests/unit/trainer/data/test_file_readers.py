@@ -1,4 +1,4 @@
-"""Files of every form: the rows that they hold, and what is said of broken ones."""
+"""Files of every type: their rows, and the errors of invalid ones."""
 
 import gzip
 import json
@@ -60,7 +60,7 @@ def read(tmp_path: Path, name: str, content: str | bytes) -> list[FileRow]:
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "number", "words"),
+    ("name", "content", "number", "message"),
     [
         pytest.param("x.jsonl", "{}\n\n{oops\n", 3, "broken JSON at column 2", id="jsonl"),
         pytest.param("x.jsonl", "{}\n[1]\n", 2, "is a list, not an object", id="jsonl-list"),
@@ -71,16 +71,16 @@ def read(tmp_path: Path, name: str, content: str | bytes) -> list[FileRow]:
         pytest.param("x.csv", "a,b\n1,2\n\n1,2,3\n", 4, "has 3 cells where the header has 2", id="csv-cells"),
     ],
 )
-def test_a_broken_row_is_numbered_and_those_behind_it_are_read(tmp_path, name, content, number, words):
-    broken = {row.number: row.content for row in read(tmp_path, name, content) if isinstance(row.content, RowError)}
-    assert list(broken) == [number]
-    assert words in str(broken[number])
+def test_invalid_row_is_numbered_and_later_rows_are_read(tmp_path, name, content, number, message):
+    invalid = {row.number: row.content for row in read(tmp_path, name, content) if isinstance(row.content, RowError)}
+    assert list(invalid) == [number]
+    assert message in str(invalid[number])
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "words"),
+    ("name", "content", "message"),
     [
-        pytest.param("x.json", '{"rows": []}', "is no array; write", id="json-object"),
+        pytest.param("x.json", '{"rows": []}', "is not an array; write", id="json-object"),
         pytest.param("x.json", '[{"a": 1}, {"a" 1}]', "row 2: broken JSON", id="json-broken"),
         pytest.param("x.json", '[{"a": 1} {"a": 2}]', "row 1 is followed by '{'; write a comma", id="json-comma"),
         pytest.param("x.json", '[{"a": 1}', "row 1 is followed by the end of the file", id="json-cut"),
@@ -90,17 +90,17 @@ def test_a_broken_row_is_numbered_and_those_behind_it_are_read(tmp_path, name, c
         pytest.param("x.csv", "prompt;completion\n1;2\n", "separate columns by commas, not by ';'", id="csv-semicolon"),
         pytest.param("x.csv", 'a,b\n1,"2"3\n', "row 2: ", id="csv-quote"),
         pytest.param("x.csv", "a,b\n1,2\n".encode("utf-16"), "is UTF-16; save it as UTF-8", id="utf-16"),
-        pytest.param("x.jsonl.gz", "{}\n", "is no complete gzip file", id="no-gzip"),
-        pytest.param("x.jsonl.gz", gzip.compress(b"{}\n" * 9)[:-9], "is no complete gzip file", id="cut-gzip"),
-        pytest.param("x.parquet", "{}\n", "is no readable parquet file", id="no-parquet"),
-        pytest.param("x.arrow", "{}\n", "is no readable arrow file", id="no-arrow"),
-        pytest.param("x.txt", "{}\n", "'x.txt' is of no known form; name it .jsonl, .json", id="unknown"),
+        pytest.param("x.jsonl.gz", "{}\n", "is an incomplete or invalid gzip file", id="no-gzip"),
+        pytest.param("x.jsonl.gz", gzip.compress(b"{}\n" * 9)[:-9], "is an incomplete", id="cut-gzip"),
+        pytest.param("x.parquet", "{}\n", "is not a readable Parquet file", id="no-parquet"),
+        pytest.param("x.arrow", "{}\n", "is not a readable Arrow file", id="no-arrow"),
+        pytest.param("x.txt", "{}\n", "'x.txt' is not a supported file type; use .jsonl, .json", id="unknown"),
     ],
 )
-def test_a_broken_file_is_named_with_the_fix(tmp_path, name, content, words):
+def test_unreadable_file_is_refused_with_cause_and_fix(tmp_path, name, content, message):
     with pytest.raises(FileError) as caught:
         read(tmp_path, name, content)
-    assert words in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_overlong_line_is_not_read_into_memory(tmp_path, monkeypatch):
@@ -110,16 +110,16 @@ def test_overlong_line_is_not_read_into_memory(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x.csv", "x.jsonl.gz"])
-def test_an_empty_file_has_no_rows(tmp_path, name):
+def test_empty_file_has_no_rows(tmp_path, name):
     assert read(tmp_path, name, gzip.compress(b"\n") if name.endswith("gz") else "\n" * (name != "x.csv")) == []
 
 
 @pytest.mark.parametrize(
-    ("name", "form"),
+    ("name", "file_type"),
     [("a.JSONL", "jsonl"), ("a.ndjson", "jsonl"), ("a.b.csv.gz", "csv"), ("a.pq", "parquet"), ("a.feather", "arrow")],
 )
-def test_file_type_follows_from_the_extension(name, form):
-    assert detect_file_type(name) == form
+def test_file_type_follows_from_the_extension(name, file_type):
+    assert detect_file_type(name) == file_type
 
 
 @pytest.mark.parametrize("name", ["a", "jsonl", "a.txt", "a.parquet.gz", "a.gz", ""])

@@ -1,4 +1,4 @@
-"""Rows of every format: what tells them, what they mean, and with which words a broken one is refused."""
+"""Rows of every format: detection, parsing, and the errors of invalid ones."""
 
 import pytest
 
@@ -10,7 +10,7 @@ ASK, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content"
 
 
 @pytest.mark.parametrize(
-    ("fields", "told"),
+    ("fields", "expected"),
     [
         ({"messages": []}, ("chat", "messages")),
         ({"id": 1, "conversations": []}, ("chat", "conversations")),
@@ -19,12 +19,12 @@ ASK, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content"
         ({"text": "x", "url": "y"}, ("text", "text")),
     ],
 )
-def test_detect_format_by_field(fields, told):
-    assert detect_format(fields) == told
+def test_detect_format_by_field(fields, expected):
+    assert detect_format(fields) == expected
 
 
 def test_unknown_fields_are_listed_with_the_known_ones():
-    with pytest.raises(RowError, match=r"has the fields question, answer; write messages .* or give spec\."):
+    with pytest.raises(RowError, match=r"has the fields question, answer; write messages .* or set spec\."):
         detect_format({"question": "x", "answer": "y"})
 
 
@@ -92,7 +92,7 @@ def test_parse_row_of_each_format(fields, row_format, expected):
 
 
 @pytest.mark.parametrize(
-    ("fields", "row_format", "words"),
+    ("fields", "row_format", "message"),
     [
         pytest.param({"instruction": "x"}, "instruction", "field 'response' (or 'output') is missing", id="missing"),
         pytest.param({"instruction": " ", "output": "y"}, "instruction", "field 'instruction' is empty", id="empty"),
@@ -112,7 +112,7 @@ def test_parse_row_of_each_format(fields, row_format, expected):
         pytest.param({"messages": ["Hi"]}, "chat", "messages[0] is text, not a message", id="no-message"),
         pytest.param({"messages": [{"content": "x"}]}, "chat", "messages[0].role is missing", id="no-role"),
         pytest.param({"messages": [{"role": "bot", "content": "x"}]}, "chat", "role is 'bot'; wri", id="role"),
-        pytest.param({"messages": [ASK, {"role": "assistant", "content": ""}]}, "chat", "content is empty", id="hush"),
+        pytest.param({"messages": [ASK, {"role": "assistant", "content": ""}]}, "chat", "content is empty", id="blank"),
         pytest.param({"messages": [ASK, {"role": "assistant"}]}, "chat", "[1].content is missing", id="no-text"),
         pytest.param({"conversations": [{"from": "human", "value": 1}]}, "chat", "[0].value is a number", id="value"),
         pytest.param({"messages": [ANSWER]}, "chat", "messages[0] is from the assistant; a conver", id="first"),
@@ -127,10 +127,10 @@ def test_parse_row_of_each_format(fields, row_format, expected):
         pytest.param({"messages": [ASK, ANSWER], "tools": "x"}, "chat", "field 'tools' is not a list", id="tools"),
     ],
 )
-def test_parse_row_of_unusable_row_raises_with_reason(fields, row_format, words):
+def test_parse_row_of_unusable_row_raises_with_reason(fields, row_format, message):
     with pytest.raises(RowError) as caught:
         parse_row(fields, row_format)
-    assert words in str(caught.value)
+    assert message in str(caught.value)
 
 
 TEMPLATE = RowTemplate(prompt="Q: {the question} {hint}\nA:", answer=" {reply}")
@@ -142,20 +142,20 @@ def test_custom_template_takes_any_fields():
 
 
 @pytest.mark.parametrize(
-    ("fields", "words"),
+    ("fields", "message"),
     [
         (
             {"the question": "x", "hint": "y"},
-            "asks for a field 'reply', and the row has the question, hint",
+            "uses the field 'reply', but the row has the question, hint",
         ),
-        ({"the question": "x", "hint": None, "reply": " "}, "spec.dataset.template.answer becomes empty"),
+        ({"the question": "x", "hint": None, "reply": " "}, "spec.dataset.template.answer renders an empty text"),
         ({"the question": 3, "hint": "", "reply": "x"}, "field 'the question' is a number (3), not text"),
     ],
 )
-def test_a_row_that_does_not_fill_the_template_says_why(fields, words):
+def test_row_that_does_not_fill_the_template_is_refused_with_cause(fields, message):
     with pytest.raises(RowError) as caught:
         parse_row(fields, "instruction", TEMPLATE)
-    assert words in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_equal_rows_have_equal_digests_and_others_do_not():

@@ -1,4 +1,4 @@
-"""Sources: what their rows are taken for, which are broken, and which files a URI means."""
+"""Sources: format detection, invalid rows, and the files that a URI selects."""
 
 import json
 from pathlib import Path
@@ -24,27 +24,27 @@ RESOLVER = SourceResolver(Platform(), environment_secrets())
 def load(path: Path, content: str, **settings):
     path.write_text(content)
     source = make_source(DATASET_FIELD, (path,), DataSource(uri=f"file://{path}", **settings), None)
-    return source, [placed.row for placed in source.rows()]
+    return source, [located.row for located in source.rows()]
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
+    ("content", "message"),
     [
         pytest.param(GOOD + "\n\n\n[1]\n", "1 of 2 rows cannot be used as instruction rows. row 4: is", id="one"),
         pytest.param(GOOD + '\n{"instruction": "x"}', "row 2: field 'response' (or 'output') is missing", id="missing"),
         pytest.param('{"x": "y"}', "row 1 has the fields x; write messages", id="unknown-format"),
         pytest.param('{"prompt": "x"}', "row 1: field 'completion' is missing", id="completion"),
-        pytest.param("{oops\n" * 9, "9 of 9 rows cannot be used", id="all-broken"),
+        pytest.param("{oops\n" * 9, "9 of 9 rows cannot be used", id="all-invalid"),
     ],
 )
-def test_a_broken_row_is_named(tmp_path, content, words):
+def test_invalid_row_is_reported_with_its_number(tmp_path, content, message):
     with pytest.raises(RunError, match=r"spec\.dataset\.uri") as caught:
         load(tmp_path / "rows.jsonl", content)
     assert caught.value.reason == Reason.DATASET_INVALID
-    assert words in caught.value.message
+    assert message in caught.value.message
 
 
-def test_many_broken_rows_are_counted_and_the_first_ones_shown(tmp_path):
+def test_many_invalid_rows_are_counted_and_first_ones_listed(tmp_path):
     with pytest.raises(RunError) as caught:
         load(tmp_path / "rows.jsonl", "\n".join([GOOD] + ["{}"] * 100))
     assert "100 of 101 rows" in caught.value.message
@@ -52,13 +52,13 @@ def test_many_broken_rows_are_counted_and_the_first_ones_shown(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", "\n\n", "\ufeff\n"])
-def test_no_rows(tmp_path, content):
+def test_source_without_rows_is_refused(tmp_path, content):
     with pytest.raises(RunError) as caught:
         load(tmp_path / "rows.jsonl", content)
     assert caught.value.reason == Reason.DATASET_EMPTY
 
 
-def test_no_file(tmp_path):
+def test_missing_file_is_refused(tmp_path):
     with pytest.raises(RunError) as caught:
         make_source(DATASET_FIELD, (tmp_path / "absent.jsonl",), DataSource(uri="file:///absent"), None)
     assert caught.value.reason == Reason.DATASET_NOT_FOUND
@@ -68,12 +68,12 @@ def test_format_is_detected_and_logged_and_max_samples_stops_reading(tmp_path):
     row = json.dumps({"prompt": "a", "completion": "b"})
     source, rows = load(tmp_path / "rows.jsonl", f"{row}\n{row}\n{{broken", max_samples=2)
     assert rows == [Example("a", "b")] * 2
-    assert (source.row_format, source.format_reason) == ("completion", "told by the field 'prompt' of row 1")
+    assert (source.row_format, source.format_reason) == ("completion", "detected by the field 'prompt' of row 1")
 
 
-def test_a_given_format_is_used(tmp_path):
+def test_explicit_format_is_used(tmp_path):
     source, rows = load(tmp_path / "rows.csv", "prompt,completion,text\na,b,c\n", format="text")
-    assert (source.format_reason, rows[0].text) == ("as the manifest says", "c")
+    assert (source.format_reason, rows[0].text) == ("set in the manifest", "c")
 
 
 def test_uri_with_trailing_slash_reads_every_data_file_in_order(tmp_path):
@@ -84,7 +84,7 @@ def test_uri_with_trailing_slash_reads_every_data_file_in_order(tmp_path):
     assert [str(file.relative_to(tmp_path)) for file in files] == ["a/b.jsonl", "a/c.csv", "b.jsonl"]
 
 
-def test_a_row_of_several_files_is_named_with_its_file(tmp_path):
+def test_invalid_row_in_one_of_several_files_names_the_file(tmp_path):
     (tmp_path / "one.jsonl").write_text(GOOD)
     (tmp_path / "two.jsonl").write_text(f"{GOOD}\n{{}}")
     source = make_source(
@@ -95,27 +95,27 @@ def test_a_row_of_several_files_is_named_with_its_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("uri", "reason", "words"),
+    ("uri", "reason", "message"),
     [
-        ("file:///data/rows.txt", Reason.DATASET_INVALID, "name it .jsonl, .json, .csv or .tsv (each also with .gz)"),
+        ("file:///data/rows.txt", Reason.DATASET_INVALID, "use .jsonl, .json, .csv or .tsv (each also with .gz)"),
         ("file:///data/rows", Reason.DATASET_INVALID, "or end the URI with '/' to read every file below it"),
         ("hf://datasets/org/name", Reason.DATASET_NOT_FOUND, "write hf://datasets/organisation/name/file.jsonl"),
     ],
 )
-def test_uri_without_file_is_refused(tmp_path, uri, reason, words):
+def test_uri_without_file_is_refused(tmp_path, uri, reason, message):
     with pytest.raises(RunError) as caught:
         local_files(RESOLVER, uri, DATASET_FIELD, tmp_path)
-    assert (caught.value.reason, words in caught.value.message) == (reason, True), caught.value.message
+    assert (caught.value.reason, message in caught.value.message) == (reason, True), caught.value.message
 
 
-def test_a_folder_without_data(tmp_path):
+def test_folder_without_data_files_is_refused(tmp_path):
     (tmp_path / "README.md").write_text("nothing")
-    with pytest.raises(RunError, match="there is no file below") as caught:
+    with pytest.raises(RunError, match="has no file of type") as caught:
         local_files(RESOLVER, f"file://{tmp_path}/", DATASET_FIELD, tmp_path)
     assert caught.value.reason == Reason.DATASET_NOT_FOUND
 
 
-def test_every_data_file_below_a_prefix_of_a_bucket(tmp_path, monkeypatch):
+def test_s3_prefix_downloads_every_data_file_below_it(tmp_path, monkeypatch):
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "test")
     with mock_aws():

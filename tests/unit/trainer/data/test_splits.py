@@ -1,4 +1,4 @@
-"""What is held out, what is learned from and how often: decided by content alone."""
+"""Validation split, source weights and dataset digest depend on row content only."""
 
 import pytest
 
@@ -22,53 +22,53 @@ def digests(count: int, question: str = "question") -> list[bytes]:
 
 
 @pytest.mark.parametrize(("rows", "fraction", "held_out"), [(100, 0.05, 5), (3, 0.05, 1), (2, 0.5, 1), (2, 0.01, 1)])
-def test_the_share_is_held_out_and_at_least_one_row(rows, fraction, held_out):
+def test_split_holds_out_fraction_and_at_least_one_row(rows, fraction, held_out):
     assert len(split_validation([digests(rows)], fraction, DATASET_FIELD)) == held_out
 
 
-def test_which_rows_are_held_out_depends_on_content_alone():
+def test_split_depends_on_row_content_only():
     rows = digests(50)
     assert split_validation([rows], 0.2, DATASET_FIELD) == split_validation(
         [rows[30:], rows[29::-1]], 0.2, DATASET_FIELD
     )
 
 
-def test_copies_of_a_row_stay_on_one_side():
+def test_split_keeps_duplicates_on_one_side():
     rows = digests(20) * 3
     held_out = split_validation([rows], 0.2, DATASET_FIELD)
-    share = make_source_weight(rows, 1, held_out)
-    learned = list(training_digests([rows], [share]))
-    assert (len(learned), len(held_out)) == (48, 4)
-    assert not held_out & set(learned)
+    source_weight = make_source_weight(rows, 1, held_out)
+    training = list(training_digests([rows], [source_weight]))
+    assert (len(training), len(held_out)) == (48, 4)
+    assert not held_out & set(training)
 
 
-def test_one_distinct_row_cannot_be_split():
+def test_split_of_one_distinct_row_is_refused():
     with pytest.raises(RunError) as caught:
         split_validation([digests(1) * 5], 0.5, DATASET_FIELD)
     assert caught.value.reason == Reason.DATASET_EMPTY
 
 
 @pytest.mark.parametrize(
-    ("weight", "seen"),
+    ("weight", "repeats"),
     [(1, [1] * 10), (2, [2] * 10), (0.3, [0] * 7 + [1] * 3), (2.5, [2] * 5 + [3] * 5), (0.04, [0] * 10)],
 )
-def test_a_weight_is_how_often_an_epoch_sees_a_row(weight, seen):
+def test_weight_is_repeats_of_a_row_per_epoch(weight, repeats):
     rows = digests(10)
-    share = make_source_weight(rows, weight, NOTHING)
-    assert sorted(share.times(row) for row in rows) == seen
+    source_weight = make_source_weight(rows, weight, NOTHING)
+    assert sorted(source_weight.times(row) for row in rows) == repeats
 
 
-def test_the_rows_of_a_broken_weight_are_those_with_the_lowest_hashes_that_are_not_held_out():
+def test_fractional_weight_repeats_training_rows_with_lowest_hashes():
     rows = digests(10)
     lowest = sorted(rows)
-    share = make_source_weight(rows, 1.5, frozenset(lowest[:2]))
-    assert [share.times(row) for row in lowest] == [0, 0, 2, 2, 2, 2, 1, 1, 1, 1]
+    source_weight = make_source_weight(rows, 1.5, frozenset(lowest[:2]))
+    assert [source_weight.times(row) for row in lowest] == [0, 0, 2, 2, 2, 2, 1, 1, 1, 1]
 
 
-def test_sources_keep_their_order_and_their_weights():
+def test_training_digests_keep_source_order_and_weights():
     one, other = digests(2), digests(2, "other")
-    shares = [make_source_weight(one, 2, NOTHING), make_source_weight(other, 1, NOTHING)]
-    assert list(training_digests([one, other], shares)) == [one[0], one[0], one[1], one[1], *other]
+    source_weights = [make_source_weight(one, 2, NOTHING), make_source_weight(other, 1, NOTHING)]
+    assert list(training_digests([one, other], source_weights)) == [one[0], one[0], one[1], one[1], *other]
 
 
 def test_split_without_training_rows_is_refused():

@@ -1,4 +1,4 @@
-"""Tokens: what is learned and what is masked (traps 3 to 7)."""
+"""Tokenization, label spans and shards (traps 3 to 7)."""
 
 import pytest
 
@@ -21,7 +21,7 @@ def one_row(example: Example, tokenizer, loss: str = "auto") -> TokenRow:
     return row
 
 
-def test_the_end_token_is_learned_although_it_is_the_padding_token_too(tokenizer):
+def test_end_token_is_a_label_although_it_is_also_the_padding_token(tokenizer):
     row = one_row(EXAMPLE, tokenizer)
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
     assert row.input_ids[-1] == tokenizer.eos_token_id
@@ -29,26 +29,26 @@ def test_the_end_token_is_learned_although_it_is_the_padding_token_too(tokenizer
 
 
 @pytest.mark.parametrize("loss", ["auto", "completion", "assistant"])
-def test_learned_tokens_are_the_answer_and_the_end(tokenizer, loss):
+def test_labels_are_answer_and_end_token(tokenizer, loss):
     row = one_row(EXAMPLE, tokenizer, loss)
     ((start, end),) = row.label_spans
     assert tokenizer.decode(row.input_ids[start:end]) == "It is blue.</s>"
     assert tokenizer.decode(row.input_ids[:start]) == EXAMPLE.prompt
 
 
-def test_loss_on_all_tokens_leaves_out_only_the_first(tokenizer):
+def test_loss_on_all_tokens_skips_only_the_first(tokenizer):
     row = one_row(EXAMPLE, tokenizer, loss="all")
     assert row.label_count == len(row.input_ids) - 1
 
 
-def test_of_a_text_everything_is_learned_and_nothing_is_asked(tokenizer):
+def test_text_row_is_all_labels_and_has_no_prompt(tokenizer):
     (row,) = encode_texts([Text("It is blue.")], tokenizer)
     assert tokenizer.decode(row.input_ids) == "It is blue.</s>"
     assert (row.label_spans, row.prompt_ids, row.reference) == (((1, len(row.input_ids)),), (), "")
 
 
 @pytest.mark.parametrize("prompt", ["plain", "<s>it brings its own"])
-def test_one_start_token(prompt):
+def test_prompt_has_exactly_one_start_token(prompt):
     tokenizer = make_tokenizer(bos=True)
     row = one_row(Example(prompt, " answer"), tokenizer)
     assert row.input_ids.count(tokenizer.bos_token_id) == 1
@@ -65,20 +65,20 @@ class SeamTokenizer:
         return {"input_ids": [[3 if part == "#" else ord(part) for part in text.replace("ab", "#")] for text in texts]}
 
 
-def test_a_token_across_the_seam_belongs_to_the_answer():
+def test_token_across_prompt_and_answer_is_a_label():
     row = one_row(Example("xa", "bc"), SeamTokenizer())
     assert row.input_ids == (ord("x"), 3, ord("c"), 9)
     assert row.label_spans == ((1, 4),)
 
 
 @pytest.mark.parametrize(
-    ("length", "learned"),
+    ("length", "label_spans"),
     [(20, ((3, 5), (8, 10))), (9, ((3, 5), (8, 9))), (8, ((3, 5),)), (4, ((3, 4),)), (2, ())],
 )
-def test_a_cut_leaves_what_is_learned_before_it(length, learned):
+def test_truncate_keeps_labels_before_the_cut(length, label_spans):
     row = TokenRow(tuple(range(10)), ((3, 5), (8, 10))).truncate(length)
-    assert (len(row.input_ids), row.label_spans) == (min(length, 10), learned)
-    assert row.label_count == sum(end - start for start, end in learned)
+    assert (len(row.input_ids), row.label_spans) == (min(length, 10), label_spans)
+    assert row.label_count == sum(end - start for start, end in label_spans)
 
 
 @pytest.mark.parametrize(("one", "other", "shared"), [([], [1], 0), ([1, 2], [1, 2, 3], 2), ([1, 9], [1, 2], 1)])
@@ -93,7 +93,7 @@ def write(path, rows, *, with_text):
     return path
 
 
-def test_shards_give_back_what_they_got(tokenizer, tmp_path):
+def test_shard_round_trips_rows(tokenizer, tmp_path):
     rows = encode_examples([EXAMPLE, Example("ünïcode 🦙", "ja")], tokenizer, "auto")
     path = write(tmp_path / "rows.parquet", rows, with_text=True)
     assert list(shards.open_shard(path)) == list(shards.read_token_rows(path)) == rows
@@ -102,7 +102,7 @@ def test_shards_give_back_what_they_got(tokenizer, tmp_path):
     assert {(row.prompt, row.prompt_ids) for row in bare} == {("", ())}
 
 
-def test_rows_are_found_by_number_across_groups(tmp_path):
+def test_shard_indexes_rows_across_row_groups(tmp_path):
     rows = [TokenRow((number, 1, 2), ((1, 3),)) for number in range(2 * shards.GROUP_ROWS + 5)]
     shard = shards.open_shard(write(tmp_path / "rows.parquet", rows, with_text=True))
     assert len(shard) == len(rows)
@@ -115,5 +115,5 @@ def test_rows_are_found_by_number_across_groups(tmp_path):
     assert list(shards.read_token_rows(tmp_path / "rows.parquet", wanted)) == [rows[number] for number in wanted]
 
 
-def test_an_empty_shard_has_no_rows(tmp_path):
+def test_empty_shard_has_no_rows(tmp_path):
     assert len(shards.open_shard(write(tmp_path / "rows.parquet", [], with_text=True))) == 0

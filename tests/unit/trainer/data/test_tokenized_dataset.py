@@ -1,4 +1,4 @@
-"""The way from files to token rows: long rows, weights, statistics, and how much of it is in memory at a time."""
+"""From files to token rows: long rows, weights, statistics and memory."""
 
 import gc
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ WORD_LENGTHS = (1, 2, 3, 40, 50)
 
 
 class WordTokenizer:
-    """One token a word."""
+    """One token per word."""
 
     bos_token_id, eos_token_id = None, 0
 
@@ -60,7 +60,7 @@ def two_files(tmp_path: Path) -> dict[str, object]:
         pytest.param("drop", [3, 4, 5], 0, 3, id="drop"),
     ],
 )
-def test_long_rows_are_cut_or_dropped_and_counted(tmp_path, policy, kept, truncated, dropped):
+def test_long_rows_are_truncated_or_dropped_and_counted(tmp_path, policy, kept, truncated, dropped):
     training = {"maxLength": 16, "longRows": policy}
     with tokens_of(tmp_path, dataset=two_files(tmp_path), training=training) as made:
         assert [len(row.input_ids) for row in shards.read_token_rows(made.training_file)] == kept
@@ -72,7 +72,7 @@ def test_long_rows_are_cut_or_dropped_and_counted(tmp_path, policy, kept, trunca
     assert not made.folder.exists()
 
 
-def test_long_rows_are_refused_with_their_lengths_and_leave_nothing(tmp_path):
+def test_refused_long_rows_are_listed_with_lengths_and_leave_no_files(tmp_path):
     with (
         pytest.raises(RunError) as caught,
         tokens_of(tmp_path, dataset=two_files(tmp_path), training={"maxLength": 16, "longRows": "refuse"}),
@@ -85,7 +85,7 @@ def test_long_rows_are_refused_with_their_lengths_and_leave_nothing(tmp_path):
     assert not list((tmp_path / "work" / "tokens").iterdir())
 
 
-def test_a_row_without_an_answer_left_is_dropped(tmp_path):
+def test_row_truncated_before_its_answer_is_dropped(tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "word " * 20, "completion": "x"}, words(1)])
     dataset = {"uri": rows, "evaluation": {"uri": write_rows(tmp_path / "held-out.jsonl", [words(2)])}}
     with tokens_of(tmp_path, dataset=dataset, training={"maxLength": 16}) as made:
@@ -97,11 +97,11 @@ def test_a_row_without_an_answer_left_is_dropped(tmp_path):
 def test_row_counts_are_logged(tmp_path):
     spec = make_spec("file:///model", "", "file:///output", dataset=two_files(tmp_path), training={"maxLength": 16})
     with tokens_of(tmp_path, dataset=two_files(tmp_path), training={"maxLength": 16}) as made:
-        said = list(describe_lengths(made.status, spec.training))
-    assert said == [
-        "44 tokens to learn from; the longest row has 62",
-        "tokens per row: mean 24.9, half up to 6, 95% up to 62, 99% up to 62",
-        "3 rows are cut at 16 tokens",
+        lines = list(describe_lengths(made.status, spec.training))
+    assert lines == [
+        "44 training tokens; the longest row has 62",
+        "tokens per row: mean 24.9, median 6, 95th percentile 62, 99th percentile 62",
+        "3 rows are truncated to 16 tokens",
     ]
 
 
@@ -111,26 +111,26 @@ def sources(tmp_path: Path) -> list[dict[str, object]]:
     return [{"uri": one, "weight": 2.5}, {"uri": f"file://{tmp_path / 'two.csv'}", "weight": 0.5, "maxSamples": 8}]
 
 
-def test_sources_are_mixed_by_weight_and_the_held_out_rows_are_not_repeated(tmp_path):
+def test_sources_are_mixed_by_weight_and_validation_rows_not_repeated(tmp_path):
     dataset = {"uri": None, "sources": sources(tmp_path), "evaluation": {"fraction": 0.23}}
     with tokens_of(tmp_path, dataset=dataset) as made:
-        learned = [row.input_ids for row in shards.read_token_rows(made.training_file)]
+        training = [row.input_ids for row in shards.read_token_rows(made.training_file)]
         held_out = [row.input_ids for row in shards.read_token_rows(made.held_out_file)]
         status = made.status
     assert len(held_out) == len(set(held_out)) == 4
-    assert not set(held_out) & set(learned)
-    answers, texts = [ids for ids in learned if len(ids) < 13], [ids for ids in learned if len(ids) > 20]
+    assert not set(held_out) & set(training)
+    answers, texts = [ids for ids in training if len(ids) < 13], [ids for ids in training if len(ids) > 20]
     ours = 10 - sum(len(ids) < 13 for ids in held_out)
     assert len(answers) == 2 * ours + round(ours / 2)
     assert len(texts) == len(set(texts)) == round((8 - (4 - (10 - ours))) / 2)
-    assert (status.format, status.training_rows) == ("completion+text", len(learned))
+    assert (status.format, status.training_rows) == ("completion+text", len(training))
 
 
 def test_detected_formats_are_logged(tmp_path):
     spec = make_spec("file:///m", "", "file:///o", dataset={"uri": None, "sources": sources(tmp_path)})
     assert list(describe_sources(open_dataset(spec, RESOLVER, tmp_path))) == [
-        "spec.dataset.sources[0].uri: one.jsonl: completion rows, told by the field 'prompt' of row 1, weight 2.5",
-        "spec.dataset.sources[1].uri: two.csv: text rows, told by the field 'text' of row 2, weight 0.5",
+        "spec.dataset.sources[0].uri: one.jsonl: completion rows, detected by the field 'prompt' of row 1, weight 2.5",
+        "spec.dataset.sources[1].uri: two.csv: text rows, detected by the field 'text' of row 2, weight 0.5",
     ]
 
 
@@ -145,7 +145,7 @@ def test_text_rows_with_completion_loss_are_refused(tmp_path, loss, fine):
         check_loss(loss, dataset)
 
 
-def test_broken_rows_of_a_source_are_named_with_its_field(tmp_path):
+def test_invalid_row_of_a_source_names_the_field(tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl", [words(1), {"prompt": "x"}])
     dataset = {"uri": None, "sources": [{"uri": rows}]}
     with pytest.raises(RunError) as caught, tokens_of(tmp_path, dataset=dataset):
@@ -153,7 +153,7 @@ def test_broken_rows_of_a_source_are_named_with_its_field(tmp_path):
     assert caught.value.message.startswith("spec.dataset.sources[0].uri: 1 of 2 rows")
 
 
-def test_only_a_batch_of_rows_is_in_memory_at_a_time(tmp_path, monkeypatch):
+def test_tokenize_keeps_one_batch_of_rows_in_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(row_encoder, "BATCH_ROWS", 50)
     monkeypatch.setattr(shards, "GROUP_ROWS", 50)
     alive: list[int] = []
@@ -185,8 +185,8 @@ def test_seed_template_renders_as_before(tmp_path):
     assert texts == everything - {tokenizer.decode(held_out.input_ids)}
 
 
-def test_held_out_rows_are_read_as_the_one_source_is(tmp_path):
+def test_validation_source_has_the_format_of_a_single_source(tmp_path):
     spec = make_spec("file:///m", "", "file:///o", dataset=two_files(tmp_path))
     assert list(describe_sources(open_dataset(spec, RESOLVER, tmp_path)))[1:] == [
-        "spec.dataset.evaluation.uri: held-out.jsonl: completion rows, read as spec.dataset.uri is"
+        "spec.dataset.evaluation.uri: held-out.jsonl: completion rows, same format as spec.dataset.uri"
     ]

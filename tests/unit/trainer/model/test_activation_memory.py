@@ -1,4 +1,4 @@
-"""Real steps take what the plan says: four of the combinations of `make bench-memory`, which has many more."""
+"""Memory of real steps matches the plan, for four of the many combinations of `make bench-memory`."""
 
 import pytest
 
@@ -14,14 +14,14 @@ SMALL = {"hidden": 64, "intermediate": 128, "layers": 4, "heads": 4, "kv_heads":
 @pytest.mark.parametrize(
     "combination",
     [
-        pytest.param(Combination(**SMALL | JOINED | {"dropout": 0.05}), id="joined"),
-        pytest.param(Combination(**SMALL, targets=EVERYTHING, checkpointing=True), id="recomputed"),
+        pytest.param(Combination(**SMALL | JOINED | {"dropout": 0.05}), id="packed"),
+        pytest.param(Combination(**SMALL, targets=EVERYTHING, checkpointing=True), id="checkpointed"),
         pytest.param(Combination(**SMALL, family="gemma2", head_dim=16, vocabulary=4096), id="capped logits"),
         pytest.param(Combination(**SMALL, method="full", bits=16), id="full"),
     ],
 )
-def test_a_step_takes_what_is_predicted(combination):
-    made = Comparison(combination, measure(combination), predict(combination))
-    # The batch itself and other small things, which are no activations, weigh more in tiny models.
-    assert made.step_error == pytest.approx(0, abs=0.03)
-    assert made.kept_error == pytest.approx(0, abs=0.05)
+def test_measured_step_memory_matches_prediction(combination):
+    comparison = Comparison(combination, measure(combination), predict(combination))
+    # The batch and other small tensors, which are no activations, have more weight in tiny models.
+    assert comparison.step_error == pytest.approx(0, abs=0.03)
+    assert comparison.kept_error == pytest.approx(0, abs=0.05)

@@ -1,4 +1,4 @@
-"""The adapter: its shape, its start, modules trained whole, and that it fits the base that its users have."""
+"""Adapters: shape, initialization, modulesToSave, and loading on the original base."""
 
 import dataclasses
 import json
@@ -40,13 +40,13 @@ def tied(tmp_path_factory):
     return path
 
 
-def tuned_on(folder, lora: LoraSpec, bits: int = 16, dtype: torch.dtype = torch.float32) -> TrainableModel:
+def trainable_on(folder, lora: LoraSpec, bits: int = 16, dtype: torch.dtype = torch.float32) -> TrainableModel:
     base = load_base(folder, QuantizationSpec(bits=bits), dtype, "sdpa", "cpu")
     return attach_lora(base, lora, 1, dataclasses.replace(SETTINGS, dtype=dtype))
 
 
 def original(folder):
-    """The base as it is on disk."""
+    """Load the base as it is on disk."""
     return load_base(folder, QuantizationSpec(bits=16), torch.float32, "sdpa", "cpu")
 
 
@@ -56,12 +56,12 @@ def logits_of(model) -> torch.Tensor:
 
 
 def reload(trainable: TrainableModel, folder, target, dtype: torch.dtype = torch.float32):
-    """Publish the adapter, and load it as a stranger does, on the base as it is on disk."""
+    """Publish the adapter, and load it like a user: on the base as it is on disk."""
     adapter = write_weights(trainable, make_tokenizer(), make_record(folder), target)
     return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), adapter)
 
 
-def test_patterns_give_modules_their_own_rank_and_scale(tied, tmp_path):
+def test_rank_and_alpha_patterns_set_rank_and_scale_per_module(tied, tmp_path):
     lora = LoraSpec(
         rank=4,
         alpha=8,
@@ -70,12 +70,12 @@ def test_patterns_give_modules_their_own_rank_and_scale(tied, tmp_path):
         rank_pattern={"q_proj": 6, "layers.1.self_attn.q_proj": 2},
         alpha_pattern={"v_proj": 32},
     )
-    tuned = tuned_on(tied, lora)
-    first, second = (layer.self_attn for layer in tuned.model.model.layers)
+    trainable = trainable_on(tied, lora)
+    first, second = (layer.self_attn for layer in trainable.model.model.layers)
     assert (first.q_proj.r["default"], second.q_proj.r["default"], first.k_proj.r["default"]) == (6, 2, 4)
     assert (first.v_proj.scaling["default"], first.k_proj.scaling["default"]) == (8.0, 2.0)
-    run_steps(make_test_loop(tuned, token_rows(8)))
-    torch.testing.assert_close(logits_of(reload(tuned, tied, tmp_path)), logits_of(tuned.wrapped))
+    run_steps(make_test_loop(trainable, token_rows(8)))
+    torch.testing.assert_close(logits_of(reload(trainable, tied, tmp_path)), logits_of(trainable.wrapped))
 
 
 def test_rank_pattern_longest_matching_name_wins():
@@ -85,7 +85,7 @@ def test_rank_pattern_longest_matching_name_wins():
 
 
 @pytest.mark.parametrize(
-    ("lora", "blocks", "sentence"),
+    ("lora", "blocks", "message"),
     [
         ({"targets": ["q_prj"]}, {}, "spec.lora.targets: LlamaForCausalLM has no linear module q_prj to adapt"),
         ({"targets": ["lm_head"]}, {}, "spec.lora.targets: LlamaForCausalLM has no linear module lm_head"),
@@ -94,15 +94,15 @@ def test_rank_pattern_longest_matching_name_wins():
         ({"alphaPattern": {"layers.9.q_proj": 2}}, {}, "spec.lora.alphaPattern: no module with an adapter is named"),
         ({"modulesToSave": ["wte"]}, {}, "spec.lora.modulesToSave: LlamaForCausalLM has no module wte with weights"),
         ({"modulesToSave": ["mlp"]}, {}, "spec.lora.modulesToSave: LlamaForCausalLM has no module mlp with weights"),
-        ({"modulesToSave": ["v_proj"]}, {}, "model.layers.0.self_attn.v_proj has an adapter already"),
-        ({"modulesToSave": ["up_proj"]}, {}, "model.layers.0.mlp.up_proj is quantised and cannot be trained whole"),
+        ({"modulesToSave": ["v_proj"]}, {}, "model.layers.0.self_attn.v_proj already has an adapter"),
+        ({"modulesToSave": ["up_proj"]}, {}, "model.layers.0.mlp.up_proj is quantized and cannot be in modules"),
         ({"init": "loftq", "rank": 65}, {}, "loftq needs rank 64 or less for model.layers.0.self_attn.q_proj"),
         ({"init": "pissa", "rankPattern": {"v_proj": 33}}, SIXTEEN_BITS, "pissa needs rank 32 or less for"),
     ],
 )
-def test_unknown_module_names_are_refused(tied, lora, blocks, sentence):
+def test_unknown_module_names_are_refused(tied, lora, blocks, message):
     spec = make_spec("file:///m", "file:///d", "file:///o", lora=lora, **blocks)
-    with pytest.raises(RunError, match=sentence) as caught:
+    with pytest.raises(RunError, match=message) as caught:
         check_modules(load_architecture(tied), spec)
     assert caught.value.reason == Reason.MODEL_UNSUPPORTED
 
@@ -118,56 +118,56 @@ def test_module_names_of_the_model_are_accepted(tied, lora, blocks):
     check_modules(load_architecture(tied), make_spec("file:///m", "file:///d", "file:///o", lora=lora, **blocks))
 
 
-def test_a_tied_weight_that_peft_would_train_twice_is_refused(tied):
+def test_tied_weight_unknown_to_peft_is_refused(tied):
     architecture = dataclasses.replace(
         load_architecture(tied), modules_with_weights=frozenset({"wte", "head"}), tied=frozenset({"wte", "head"})
     )
     spec = make_spec("file:///m", "file:///d", "file:///o", lora={"modulesToSave": ["wte"]})
-    with pytest.raises(RunError, match="would train a copy; leave wte out"):
+    with pytest.raises(RunError, match="would train a copy; remove wte"):
         check_modules(architecture, spec)
 
 
 @pytest.mark.parametrize("bits", [4, 16])
-@pytest.mark.parametrize("words", [("embed_tokens",), ("lm_head",), ("embed_tokens", "lm_head", "norm")])
-def test_modules_to_save_are_trained_in_fp32_and_come_back(folder, tmp_path, bits, words):
-    tuned = tuned_on(folder, LoraSpec(rank=2, dropout=0, modules_to_save=words), bits, torch.bfloat16)
-    assert {weight.dtype for weight in tuned.parameters()} == {torch.float32}
-    output, embedding = tuned.model.get_output_embeddings(), tuned.model.get_input_embeddings()
-    assert (output.weight is embedding.weight) == tuned.model.config.tie_word_embeddings
-    before = weights_of(tuned)
-    run_steps(make_test_loop(tuned, token_rows(8)))
-    assert not any(torch.equal(one, other) for one, other in zip(before, weights_of(tuned), strict=True))
+@pytest.mark.parametrize("names", [("embed_tokens",), ("lm_head",), ("embed_tokens", "lm_head", "norm")])
+def test_modules_to_save_are_trained_in_fp32_and_come_back(folder, tmp_path, bits, names):
+    trainable = trainable_on(folder, LoraSpec(rank=2, dropout=0, modules_to_save=names), bits, torch.bfloat16)
+    assert {weight.dtype for weight in trainable.parameters()} == {torch.float32}
+    output, embedding = trainable.model.get_output_embeddings(), trainable.model.get_input_embeddings()
+    assert (output.weight is embedding.weight) == trainable.model.config.tie_word_embeddings
+    before = weights_of(trainable)
+    run_steps(make_test_loop(trainable, token_rows(8)))
+    assert not any(torch.equal(one, other) for one, other in zip(before, weights_of(trainable), strict=True))
     if bits == 16:
-        with tuned.autocast():
-            found, wanted = logits_of(reload(tuned, folder, tmp_path)), logits_of(tuned.wrapped).float()
+        with trainable.autocast():
+            found, wanted = logits_of(reload(trainable, folder, tmp_path)), logits_of(trainable.wrapped).float()
         assert float((found - wanted).norm() / wanted.norm()) < 0.05
 
 
 def test_modules_to_save_norm_matches_only_the_final_norm(tied):
-    tuned = tuned_on(tied, LoraSpec(rank=2, modules_to_save=("norm",)))
-    whole = [name for name, weight in tuned.wrapped.named_parameters() if weight.requires_grad and "lora_" not in name]
-    assert whole == ["base_model.model.model.norm.modules_to_save.default.weight"]
+    trainable = trainable_on(tied, LoraSpec(rank=2, modules_to_save=("norm",)))
+    names = [name for name, _ in trainable.named_parameters() if "lora_" not in name]
+    assert names == ["base_model.model.model.norm.modules_to_save.default.weight"]
 
 
-@pytest.mark.parametrize("start", ["default", "gaussian", "pissa"])
-def test_a_fresh_adapter_changes_nothing(tied, start):
+@pytest.mark.parametrize("init", ["default", "gaussian", "pissa"])
+def test_new_adapter_leaves_outputs_unchanged(tied, init):
     wanted = logits_of(original(tied))
-    tuned = tuned_on(tied, LoraSpec(rank=4, init=start, targets=("all-linear",)))
-    torch.testing.assert_close(logits_of(tuned.wrapped), wanted, rtol=1e-3, atol=1e-3)
-    drawn = tuned.model.model.layers[0].self_attn.q_proj.lora_A["default"].weight
-    assert float(drawn.detach().norm()) > 0
+    trainable = trainable_on(tied, LoraSpec(rank=4, init=init, targets=("all-linear",)))
+    torch.testing.assert_close(logits_of(trainable.wrapped), wanted, rtol=1e-3, atol=1e-3)
+    lora_a = trainable.model.model.layers[0].self_attn.q_proj.lora_A["default"].weight
+    assert float(lora_a.detach().norm()) > 0
 
 
 def test_pissa_is_published_for_the_original_base(tied, tmp_path):
     lora = LoraSpec(rank=4, alpha=12, dropout=0, init="pissa", targets=("all-linear",), rank_pattern={"q_proj": 2})
-    tuned, rows = tuned_on(tied, lora), token_rows(8)
-    with tuned.evaluating(adapter=False):
-        before = compute_metrics(tuned, rows, 4, packing=True)
-    run_steps(make_test_loop(tuned, rows))
-    with tuned.evaluating(adapter=False):
-        assert compute_metrics(tuned, rows, 4, packing=True) == before
-    model = reload(tuned, tied, tmp_path)
-    torch.testing.assert_close(logits_of(model), logits_of(tuned.wrapped), rtol=1e-3, atol=1e-3)
+    trainable, rows = trainable_on(tied, lora), token_rows(8)
+    with trainable.evaluating(adapter=False):
+        before = compute_metrics(trainable, rows, 4, packing=True)
+    run_steps(make_test_loop(trainable, rows))
+    with trainable.evaluating(adapter=False):
+        assert compute_metrics(trainable, rows, 4, packing=True) == before
+    model = reload(trainable, tied, tmp_path)
+    torch.testing.assert_close(logits_of(model), logits_of(trainable.wrapped), rtol=1e-3, atol=1e-3)
     assert model.peft_config["default"].init_lora_weights is True
     attention = model.get_base_model().model.layers[0].self_attn
     assert (attention.q_proj.r["default"], attention.v_proj.r["default"]) == (4, 8)
@@ -179,19 +179,19 @@ def test_pissa_is_published_for_the_original_base(tied, tmp_path):
 @torch.no_grad()
 def test_loftq_init_reduces_quantization_error(tied, alpha):
     wanted = logits_of(original(tied))
-    tuned = tuned_on(tied, LoraSpec(rank=8, alpha=alpha, init="loftq", targets=("all-linear",)), bits=4)
-    with tuned.evaluating(adapter=False):
-        without = logits_of(tuned.wrapped)
-    distances = [float((logits - wanted).norm()) for logits in (without, logits_of(tuned.wrapped))]
+    trainable = trainable_on(tied, LoraSpec(rank=8, alpha=alpha, init="loftq", targets=("all-linear",)), bits=4)
+    with trainable.evaluating(adapter=False):
+        without = logits_of(trainable.wrapped)
+    distances = [float((logits - wanted).norm()) for logits in (without, logits_of(trainable.wrapped))]
     assert distances[1] < 0.9 * distances[0]
-    layer = tuned.model.model.layers[1].mlp.down_proj
-    lost = (
+    layer = trainable.model.model.layers[1].mlp.down_proj
+    error = (
         original(tied).model.layers[1].mlp.down_proj.weight
         - dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
     )
-    left, values, right = torch.linalg.svd(lost)
+    left, values, right = torch.linalg.svd(error)
     best = left[:, :8] @ torch.diag(values[:8]) @ right[:8]
-    assert float((lost - layer.get_delta_weight("default")).norm()) < 1.01 * float((lost - best).norm())
+    assert float((error - layer.get_delta_weight("default")).norm()) < 1.01 * float((error - best).norm())
 
 
 def test_loftq_with_unknown_weight_name_is_refused(tied, tmp_path):
@@ -205,7 +205,7 @@ def test_loftq_with_unknown_weight_name_is_refused(tied, tmp_path):
         attach_lora(base, LoraSpec(rank=2, init="loftq", targets=("down_proj",)), 1, SETTINGS)
 
 
-def test_low_rank_factors_of_a_low_rank_matrix_are_exact():
+def test_low_rank_factors_of_low_rank_matrix_are_exact():
     torch.manual_seed(0)
     matrix = torch.randn(20, 3) @ torch.randn(3, 30)
     up, down = low_rank_factors(matrix, 3)
@@ -222,20 +222,20 @@ def test_low_rank_factors_of_a_low_rank_matrix_are_exact():
     ids=["rslora", "dora", "gaussian"],
 )
 def test_lora_variants_reload_as_trained(tied, tmp_path, lora):
-    tuned = tuned_on(tied, lora)
-    before = weights_of(tuned)
-    run_steps(make_test_loop(tuned, token_rows(8)))
-    assert not any(torch.equal(one, other) for one, other in zip(before, weights_of(tuned), strict=True))
-    torch.testing.assert_close(logits_of(reload(tuned, tied, tmp_path)), logits_of(tuned.wrapped))
+    trainable = trainable_on(tied, lora)
+    before = weights_of(trainable)
+    run_steps(make_test_loop(trainable, token_rows(8)))
+    assert not any(torch.equal(one, other) for one, other in zip(before, weights_of(trainable), strict=True))
+    torch.testing.assert_close(logits_of(reload(trainable, tied, tmp_path)), logits_of(trainable.wrapped))
     config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
     assert (config["use_rslora"], config["use_dora"]) == (lora.rslora, lora.dora)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_8_bit_base_learns_on_a_cpu(tied, dtype):
-    tuned, rows = tuned_on(tied, LoraSpec(rank=4, dropout=0, targets=("all-linear",)), 8, dtype), token_rows(8)
-    choices = dataclasses.replace(SETTINGS, dtype=dtype)
-    history = run_steps(make_test_loop(tuned, rows, runtime_settings=choices, steps=5))
+def test_adapter_on_8_bit_base_trains_on_cpu(tied, dtype):
+    trainable, rows = trainable_on(tied, LoraSpec(rank=4, dropout=0, targets=("all-linear",)), 8, dtype), token_rows(8)
+    settings = dataclasses.replace(SETTINGS, dtype=dtype)
+    history = run_steps(make_test_loop(trainable, rows, runtime_settings=settings, steps=5))
     assert history[-1].loss < history[0].loss
-    with tuned.evaluating(adapter=False):
-        assert compute_metrics(tuned, rows, 4, packing=True).loss == pytest.approx(history[0].loss, rel=0.05)
+    with trainable.evaluating(adapter=False):
+        assert compute_metrics(trainable, rows, 4, packing=True).loss == pytest.approx(history[0].loss, rel=0.05)

@@ -1,4 +1,4 @@
-"""Every supported family trains, joins rows exactly, is published, loads again and merges."""
+"""Every supported family trains, packs rows exactly if it can, is published, loads and merges."""
 
 import dataclasses
 
@@ -45,7 +45,7 @@ def folder(family, tmp_path_factory):
 
 
 def settings(family: str) -> RuntimeSettings:
-    """The choices for a family, with packing where it is exact."""
+    """Runtime settings for a family, with packing if it is exact."""
     return dataclasses.replace(SETTINGS, packing=FAMILIES[family].packing_is_exact)
 
 
@@ -57,9 +57,9 @@ def load(folder, bits: int = 16):
 @pytest.fixture(scope="module")
 def trained(family, folder) -> TrainableModel:
     """An adapter on every linear module after four steps."""
-    tuned = attach_lora(load(folder), LoraSpec(rank=4, dropout=0, targets=("all-linear",)), 1, settings(family))
-    run_steps(make_test_loop(tuned, ROWS, runtime_settings=settings(family)))
-    return tuned
+    trainable = attach_lora(load(folder), LoraSpec(rank=4, dropout=0, targets=("all-linear",)), 1, settings(family))
+    run_steps(make_test_loop(trainable, ROWS, runtime_settings=settings(family)))
+    return trainable
 
 
 def logits_of(model) -> torch.Tensor:
@@ -70,27 +70,27 @@ def logits_of(model) -> torch.Tensor:
 
 def test_family_facts_are_detected(family, folder):
     expected, base = FAMILIES[family], load(folder)
-    assert base.config._attn_implementation.removesuffix("_apart") == expected.attention
+    assert base.config._attn_implementation.removesuffix("_unpacked") == expected.attention
     assert {name.rpartition(".")[2] for name in load_architecture(folder).linears} == expected.linears
     assert head_is_plain(base) == expected.plain_head
     assert packing_is_exact(base) == expected.packing_is_exact
 
 
 def layouts(family: str) -> tuple[bool, ...]:
-    """Whether rows are joined: both ways where the family allows it."""
+    """Values of `packing` that the family supports."""
     return (True, False) if FAMILIES[family].packing_is_exact else (False,)
 
 
 def test_family_batched_loss_equals_single_row_loss(family, trained):
     with trained.evaluating():
-        together = [compute_row_statistics(trained, ROWS, 4, packing=packing) for packing in layouts(family)]
-        alone = compute_row_statistics(trained, ROWS, 1, packing=False)
-    for found in together:
-        assert [row.loss for row in found] == pytest.approx([row.loss for row in alone], rel=1e-4)
+        batched = [compute_row_statistics(trained, ROWS, 4, packing=packing) for packing in layouts(family)]
+        separate = compute_row_statistics(trained, ROWS, 1, packing=False)
+    for found in batched:
+        assert [row.loss for row in found] == pytest.approx([row.loss for row in separate], rel=1e-4)
 
 
 def gradients_of(trainable: TrainableModel, size: int, *, packing: bool) -> torch.Tensor:
-    """The gradient of four rows, in passes of a size."""
+    """Return the gradient of four rows in micro-batches of a size."""
     for weight in trainable.parameters():
         weight.grad = None
     for start in range(0, 4, size):
@@ -99,41 +99,41 @@ def gradients_of(trainable: TrainableModel, size: int, *, packing: bool) -> torc
 
 
 def test_family_batched_gradients_equal_single_row_gradients(family, folder):
-    tuned = attach_lora(
+    trainable = attach_lora(
         load(folder), LoraSpec(rank=2, dropout=0, targets=("all-linear",), init="gaussian"), 1, settings(family)
     )
-    alone = gradients_of(tuned, 1, packing=False)
+    separate = gradients_of(trainable, 1, packing=False)
     for packing in layouts(family):
-        together = gradients_of(tuned, 4, packing=packing)
-        assert float((together - alone).norm()) < 1e-4 * float(alone.norm())
+        batched = gradients_of(trainable, 4, packing=packing)
+        assert float((batched - separate).norm()) < 1e-4 * float(separate.norm())
 
 
 def test_family_trains_and_gradient_checkpointing_is_exact(family, folder):
-    lora, choices = LoraSpec(rank=4, dropout=0, targets=("all-linear",)), settings(family)
+    lora, runtime_settings = LoraSpec(rank=4, dropout=0, targets=("all-linear",)), settings(family)
     for bits in FAMILIES[family].bits:
-        tuned = attach_lora(load(folder, bits), lora, 1, choices)
-        history = run_steps(make_test_loop(tuned, ROWS, steps=5, runtime_settings=choices))
+        trainable = attach_lora(load(folder, bits), lora, 1, runtime_settings)
+        history = run_steps(make_test_loop(trainable, ROWS, steps=5, runtime_settings=runtime_settings))
         assert history[-1].loss < history[0].loss
         checkpointed = attach_lora(
-            load(folder, bits), lora, 1, dataclasses.replace(choices, gradient_checkpointing=True)
+            load(folder, bits), lora, 1, dataclasses.replace(runtime_settings, gradient_checkpointing=True)
         )
-        again = run_steps(make_test_loop(checkpointed, ROWS, steps=2, runtime_settings=choices))
+        again = run_steps(make_test_loop(checkpointed, ROWS, steps=2, runtime_settings=runtime_settings))
         assert [record.loss for record in again] == pytest.approx([record.loss for record in history[:2]], rel=1e-3)
 
 
 @pytest.mark.parametrize(("bits", "layer"), [(4, Linear4bit), (8, Linear8bitLt)])
 def test_family_quantizable_weights_are_counted(family, folder, bits, layer):
-    told = load_architecture(folder).quantizable
+    quantizable = load_architecture(folder).quantizable
     layers = [module for module in load(folder, bits).modules() if isinstance(module, layer)]
-    assert told.weights == sum(module.in_features * module.out_features for module in layers)
-    assert bool(told.weights) is (4 in FAMILIES[family].bits)
+    assert quantizable.weights == sum(module.in_features * module.out_features for module in layers)
+    assert bool(quantizable.weights) is (4 in FAMILIES[family].bits)
 
 
 def test_family_adapter_loads_and_merges(folder, trained, tmp_path):
     adapter = write_weights(trained, make_tokenizer(), make_record(folder), tmp_path)
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), adapter)
-    wanted = logits_of(trained.wrapped)
-    torch.testing.assert_close(logits_of(model), wanted, rtol=1e-3, atol=1e-3)
+    expected = logits_of(trained.wrapped)
+    torch.testing.assert_close(logits_of(model), expected, rtol=1e-3, atol=1e-3)
     with model.disable_adapter():
-        assert float((logits_of(model) - wanted).norm()) > 0.01 * float(wanted.norm())
-    torch.testing.assert_close(logits_of(model.merge_and_unload(safe_merge=True)), wanted, rtol=1e-3, atol=1e-3)
+        assert float((logits_of(model) - expected).norm()) > 0.01 * float(expected.norm())
+    torch.testing.assert_close(logits_of(model.merge_and_unload(safe_merge=True)), expected, rtol=1e-3, atol=1e-3)

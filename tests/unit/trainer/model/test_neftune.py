@@ -1,4 +1,4 @@
-"""NEFTune: how much noise, where, and when."""
+"""NEFTune: amount of noise per row, and when it is added."""
 
 from math import sqrt
 
@@ -15,14 +15,14 @@ from tests.unit.trainer.tuned import make_test_loop, make_trainable, run_steps, 
 ROWS = tuple(TokenRow(tuple(range(2, 2 + length)), ((1, length),)) for length in (4, 9, 16))
 
 
-def test_a_token_knows_the_length_of_its_own_row():
-    joined, filled = collate(ROWS, CPU, packing=True), collate(ROWS, CPU, packing=False)
-    assert row_lengths(joined).tolist() == [[4] * 4 + [9] * 9 + [16] * 16]
-    assert row_lengths(filled).tolist() == [[4] * 4 + [0] * 12, [9] * 9 + [0] * 7, [16] * 16]
+def test_row_lengths_of_packed_and_padded_batches():
+    packed, padded = collate(ROWS, CPU, packing=True), collate(ROWS, CPU, packing=False)
+    assert row_lengths(packed).tolist() == [[4] * 4 + [9] * 9 + [16] * 16]
+    assert row_lengths(padded).tolist() == [[4] * 4 + [0] * 12, [9] * 9 + [0] * 7, [16] * 16]
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_noise_is_uniform_and_bounded_by_its_rows_length(packing):
+def test_noise_is_uniform_and_bounded_by_row_length(packing):
     torch.manual_seed(0)
     batch = collate(ROWS, CPU, packing=packing)
     embeddings = torch.zeros(*batch.input_ids.shape, 512)
@@ -46,15 +46,15 @@ def test_noise_is_added_only_within_the_context():
 
 
 def trained(alpha: float) -> tuple[list[torch.Tensor], float]:
-    tuned, rows = make_trainable(), token_rows(8)
-    loop = make_test_loop(tuned, rows, neftune_alpha=alpha)
+    trainable, rows = make_trainable(), token_rows(8)
+    loop = make_test_loop(trainable, rows, neftune_alpha=alpha)
     loss = run_steps(loop)[0].loss
-    with tuned.evaluating():
-        assert compute_metrics(tuned, rows, 4, packing=True) == compute_metrics(tuned, rows, 4, packing=True)
-    return weights_of(tuned), loss
+    with trainable.evaluating():
+        assert compute_metrics(trainable, rows, 4, packing=True) == compute_metrics(trainable, rows, 4, packing=True)
+    return weights_of(trainable), loss
 
 
-def test_training_with_noise_repeats_itself_and_differs_from_training_without():
+def test_training_with_noise_is_reproducible_and_differs_from_training_without():
     first, again, without = trained(5.0), trained(5.0), trained(0.0)
     assert all(torch.equal(one, other) for one, other in zip(first[0], again[0], strict=True))
     assert first[1] != without[1]

@@ -1,4 +1,4 @@
-"""The optimizers: which is chosen, that each learns, and that none depends on more than its state."""
+"""Optimizers: choice by request and device, training, and restored state."""
 
 import copy
 
@@ -10,11 +10,11 @@ from qlora_api.v1alpha1 import TrainingSpec
 from qlora_trainer.model.optimizer import OptimizerKind, choose_optimizer, make_optimizer, parameter_groups
 from qlora_trainer.training.checkpoint_store import RunFingerprint
 
-ON_A_CPU = (OptimizerKind.ADAMW, OptimizerKind.ADAMW_8BIT)
+CPU_KINDS = (OptimizerKind.ADAMW, OptimizerKind.ADAMW_8BIT)
 
 
 @pytest.mark.parametrize(
-    ("asked", "device", "kind", "reason"),
+    ("requested", "device", "kind", "reason"),
     [
         ("auto", "cpu", OptimizerKind.ADAMW, "state is small"),
         ("auto", "cuda", OptimizerKind.ADAMW_FUSED, "state is small"),
@@ -26,8 +26,8 @@ ON_A_CPU = (OptimizerKind.ADAMW, OptimizerKind.ADAMW_8BIT)
         ("pagedAdamw8bit", "cuda", OptimizerKind.PAGED_ADAMW_8BIT, "spec.training.optimizer"),
     ],
 )
-def test_choice(asked, device, kind, reason):
-    found, why = choose_optimizer(asked, device)
+def test_choose_optimizer_by_request_and_device(requested, device, kind, reason):
+    found, why = choose_optimizer(requested, device)
     assert (found, reason in why) == (kind, True)
 
 
@@ -46,7 +46,7 @@ def take_steps(optimizer: torch.optim.Optimizer, weights: list[torch.nn.Paramete
         optimizer.step()
 
 
-@pytest.mark.parametrize("kind", ON_A_CPU)
+@pytest.mark.parametrize("kind", CPU_KINDS)
 def test_each_optimizer_trains_and_stores_its_state_type(kind):
     weights = parameters()
     optimizer = make_optimizer(weights, TrainingSpec(learning_rate=0.05), kind)
@@ -57,16 +57,16 @@ def test_each_optimizer_trains_and_stores_its_state_type(kind):
     assert (torch.uint8 in stored) == (kind == OptimizerKind.ADAMW_8BIT)
 
 
-@pytest.mark.parametrize("kind", ON_A_CPU)
+@pytest.mark.parametrize("kind", CPU_KINDS)
 def test_restored_optimizer_state_continues_bit_for_bit(kind):
-    whole, parts, training = parameters(), parameters(), TrainingSpec(learning_rate=0.05)
-    take_steps(make_optimizer(whole, training, kind), whole, range(6))
-    first = make_optimizer(parts, training, kind)
-    take_steps(first, parts, range(3))
-    second = make_optimizer(parts, training, kind)
+    uninterrupted, resumed, training = parameters(), parameters(), TrainingSpec(learning_rate=0.05)
+    take_steps(make_optimizer(uninterrupted, training, kind), uninterrupted, range(6))
+    first = make_optimizer(resumed, training, kind)
+    take_steps(first, resumed, range(3))
+    second = make_optimizer(resumed, training, kind)
     second.load_state_dict(copy.deepcopy(first.state_dict()))
-    take_steps(second, parts, range(3, 6))
-    assert all(torch.equal(one, other) for one, other in zip(whole, parts, strict=True))
+    take_steps(second, resumed, range(3, 6))
+    assert all(torch.equal(one, other) for one, other in zip(uninterrupted, resumed, strict=True))
 
 
 def test_norms_and_biases_are_not_decayed():
@@ -77,7 +77,7 @@ def test_norms_and_biases_are_not_decayed():
 
 
 @pytest.mark.parametrize("kind", OptimizerKind)
-def test_a_checkpoint_with_the_former_name_of_an_optimizer_is_resumed(kind):
+def test_fingerprint_accepts_former_optimizer_names(kind):
     former = kind.value.replace("pagedAdamw", "paged_adamw")
     stored = {"digest": "0" * 16, "totalSteps": 4, "rows": 12, "optimizer": former}
     assert RunFingerprint.model_validate(stored) == RunFingerprint.model_validate(stored | {"optimizer": kind.value})

@@ -1,4 +1,4 @@
-"""What prepare says of a base that bitsandbytes makes less small than its bits promise."""
+"""What prepare reports if bitsandbytes can quantize only a part of a base, or nothing."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def spec_of(folder, **blocks):
 
 
 def write_mixtral(folder):
-    """Two of four experts speak, and all of them are one weight."""
+    """Write a Mixtral with four experts, two of them active, stacked in one weight."""
     torch.manual_seed(0)
     config = MixtralConfig(**SMALL, num_local_experts=4)
     MixtralForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
@@ -48,14 +48,14 @@ def test_base_without_quantizable_layers_is_refused(tmp_path, bits):
 
 def test_base_with_few_quantizable_weights_is_logged(tmp_path):
     write_mixtral(tmp_path / "model")
-    told, notes = load_architecture(tmp_path / "model").quantizable, []
+    quantizable, notes = load_architecture(tmp_path / "model").quantizable, []
     base = load_base(tmp_path / "model", QuantizationSpec(bits=4), torch.float32, "sdpa", "cpu")
     layers = [module for module in base.modules() if isinstance(module, Linear4bit)]
     attention = 2 * (2 * 64 * 64 + 2 * 64 * 32)
     router_and_experts = 2 * (4 * 64 + 4 * 3 * 64 * 128)
     norms = 2 * 2 * 64 + 64
-    assert told == QuantizableWeights(attention, attention + router_and_experts + norms)
-    assert told.weights == sum(layer.in_features * layer.out_features for layer in layers)
+    assert quantizable == QuantizableWeights(attention, attention + router_and_experts + norms)
+    assert quantizable.weights == sum(layer.in_features * layer.out_features for layer in layers)
     prepare(prepare_config(spec_of(tmp_path)), notes.append, work=tmp_path / "work")
     (note,) = [note for note in notes if "stored in 4 bits" in note]
     assert note.startswith("only 11% of the weights outside the embeddings are linear layers")
@@ -63,40 +63,40 @@ def test_base_with_few_quantizable_weights_is_logged(tmp_path):
 
 # peft names ranks of modules that Mixtral has in other releases of transformers.
 @pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match:RuntimeWarning")
-def test_all_linear_means_experts_too_so_that_it_is_another_run_than_all_names(tmp_path):
+def test_all_linear_includes_experts_and_changes_the_digest(tmp_path):
     write_mixtral(tmp_path / "model")
     names = sorted({name.rpartition(".")[2] for name in load_architecture(tmp_path / "model").linears})
-    every, named = (
+    all_linear, by_name = (
         prepare(prepare_config(spec_of(tmp_path, lora={"dropout": 0, "targets": targets})), work=tmp_path / "work")
         for targets in (["all-linear"], names)
     )
-    assert every.digest != named.digest
+    assert all_linear.digest != by_name.digest
 
 
 @pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match:RuntimeWarning")
-def test_an_adapter_that_peft_refuses_is_refused_before_a_gpu_waits(tmp_path):
+def test_prepare_refuses_adapter_settings_that_peft_rejects(tmp_path):
     write_mixtral(tmp_path / "model")
-    with pytest.raises(RunError, match=r"^spec\.lora\.dropout: all-linear means the experts .* set it to 0") as caught:
+    with pytest.raises(RunError, match=r"^spec\.lora\.dropout: all-linear includes the experts .* to 0") as caught:
         prepare(prepare_config(spec_of(tmp_path, lora={"targets": ["all-linear"]})), work=tmp_path / "work")
     assert caught.value.reason == Reason.MODEL_UNSUPPORTED
 
 
-def test_a_module_that_peft_knows_to_be_useless_is_refused_with_its_reason(tmp_path):
+def test_prepare_refuses_incompatible_target_with_the_reason_of_peft(tmp_path):
     write_family("mamba", tmp_path / "model")
     make_tokenizer().save_pretrained(tmp_path / "model")
-    with pytest.raises(RunError, match=r"^spec\.lora\.targets: peft puts no adapter .* 'out_proj' is incompatible"):
+    with pytest.raises(RunError, match=r"^spec\.lora\.targets: PEFT cannot adapt .* 'out_proj' is incompatible"):
         prepare(prepare_config(spec_of(tmp_path, lora={"targets": ["all-linear"]})), work=tmp_path / "work")
 
 
 @pytest.mark.parametrize(
-    ("found", "bits", "sentences"),
+    ("found", "bits", "messages"),
     [
         pytest.param(QuantizableWeights(50, 100), 4, [], id="half"),
-        pytest.param(QuantizableWeights(0, 100), 16, [], id="nothing-was-asked-for"),
-        pytest.param(QuantizableWeights(1 << 30, 21 << 30), 8, ["takes 40.0 GiB"], id="little"),
+        pytest.param(QuantizableWeights(0, 100), 16, [], id="not-quantized"),
+        pytest.param(QuantizableWeights(1 << 30, 21 << 30), 8, ["stays in 16 bits: 40.0 GiB"], id="little"),
     ],
 )
-def test_quantization_note_appears_only_below_the_threshold(found, bits, sentences):
-    told = list(describe_quantizable(found, bits))
-    assert len(told) == len(sentences)
-    assert all(words in sentence for words, sentence in zip(sentences, told, strict=True))
+def test_quantization_note_appears_only_below_the_threshold(found, bits, messages):
+    notes = list(describe_quantizable(found, bits))
+    assert len(notes) == len(messages)
+    assert all(message in note for message, note in zip(messages, notes, strict=True))

@@ -1,4 +1,4 @@
-"""What the hardware and the model decide: dtype, attention, checkpointing, optimizer."""
+"""Settings that hardware and model decide: dtype, attention, gradient checkpointing, optimizer."""
 
 from typing import Any
 
@@ -36,30 +36,30 @@ def gpu(*capability: int, flash: bool = True) -> Hardware:
         (Hardware("cpu", None, True, GIB, "CPU"), torch.bfloat16, "AVX512-BF16"),
     ],
 )
-def test_dtype(hardware, dtype, reason):
+def test_compute_dtype_by_hardware(hardware, dtype, reason):
     found, why = compute_dtype(hardware)
     assert (found, reason in why) == (dtype, True)
 
 
-PLAIN = {"capped": False, "head_size": 128, "sdpa": True, "flash": True}
+PLAIN = {"logit_softcapping": False, "head_size": 128, "sdpa": True, "flash": True}
 
 
 @pytest.mark.parametrize(
     ("changes", "hardware", "kernel", "reason"),
     [
-        ({}, gpu(8, 0), FLASH, "cost what they cost alone"),
-        ({"head_size": 256}, gpu(9, 0), FLASH, "cost what they cost alone"),
+        ({}, gpu(8, 0), FLASH, "cost no more than separate"),
+        ({"head_size": 256}, gpu(9, 0), FLASH, "cost no more than separate"),
         ({}, CPU, "sdpa", "the device is a CPU"),
         ({}, gpu(7, 5), "sdpa", "sm_75 is older than sm_80"),
         ({}, gpu(8, 0, flash=False), "sdpa", "flash_attn is not in the image"),
         ({"flash": False}, gpu(8, 0), "sdpa", "does not support it"),
         ({"head_size": 512}, gpu(9, 0), "sdpa", "heads of 512"),
         ({"head_size": 100}, gpu(9, 0), "sdpa", "heads of 100"),
-        ({"capped": True}, gpu(9, 0), "eager", "caps attention scores"),
-        ({"sdpa": False, "flash": False}, gpu(9, 0), "eager", "no faster one"),
+        ({"logit_softcapping": True}, gpu(9, 0), "eager", "caps attention scores"),
+        ({"sdpa": False, "flash": False}, gpu(9, 0), "eager", "no faster kernel"),
     ],
 )
-def test_attention(changes, hardware, kernel, reason):
+def test_choose_attention_by_architecture_and_hardware(changes, hardware, kernel, reason):
     found, why = choose_attention(AttentionFacts(**PLAIN | changes), hardware)
     assert (found, reason in why) == (kernel, True), why
 
@@ -73,16 +73,16 @@ def test_attention(changes, hardware, kernel, reason):
         (GPT2Config(n_embd=96, n_head=4), AttentionFacts(False, 24, sdpa=True, flash=True)),
     ],
 )
-def test_facts_of_architectures(config, facts):
+def test_attention_facts_of_architectures(config, facts):
     assert attention_facts(config) == facts
 
 
-def test_checkpointing_is_on_where_activations_would_not_fit():
+def test_gradient_checkpointing_is_on_if_activations_do_not_fit():
     small, large = LlamaConfig(hidden_size=64, num_hidden_layers=2), LlamaConfig()
     assert choose_gradient_checkpointing(CPU, small, 4096)[0] is False
     on, why = choose_gradient_checkpointing(CPU, large, 4096)
     assert on
-    assert why == "4096 tokens keep about 17.0 GiB of activations, and half of the free memory is 4.0 GiB"
+    assert why == "4096 tokens need about 17.0 GiB of activations, and half of the free memory is 4.0 GiB"
 
 
 def config(**blocks: Any) -> RunConfig:
@@ -94,27 +94,27 @@ MODEL = LlamaConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
 
 
 def test_every_runtime_setting_has_a_reason():
-    choices = resolve_runtime_settings(config(training={"optimizer": "pagedAdamw"}), CPU, MODEL)
-    assert (choices.dtype, choices.attention, choices.optimizer) == (torch.float32, "sdpa", OptimizerKind.ADAMW)
-    assert list(choices.reasons) == [
+    settings = resolve_runtime_settings(config(training={"optimizer": "pagedAdamw"}), CPU, MODEL)
+    assert (settings.dtype, settings.attention, settings.optimizer) == (torch.float32, "sdpa", OptimizerKind.ADAMW)
+    assert list(settings.reasons) == [
         "device", "dtype", "attention", "gradient checkpointing", "packing", "optimizer", "start",
     ]  # fmt: skip
-    assert choices.reasons["optimizer"].startswith("adamw: pagedAdamw without pages")
-    off = choices.without_packing("it leaks")
+    assert settings.reasons["optimizer"].startswith("adamw: pagedAdamw without pages")
+    off = settings.without_packing("it leaks")
     assert (off.packing, off.reasons["packing"]) == (False, "off: it leaks")
 
 
-@pytest.mark.parametrize(("planned", "word"), [(True, "on"), (False, "off")])
-def test_plan_decides_gradient_checkpointing(planned, word):
+@pytest.mark.parametrize(("planned", "value"), [(True, "on"), (False, "off")])
+def test_plan_decides_gradient_checkpointing(planned, value):
     sized = config()
     sized = sized.model_copy(update={"plan": sized.plan.model_copy(update={"gradient_checkpointing": planned})})
-    choices = resolve_runtime_settings(sized, CPU, MODEL)
-    assert choices.gradient_checkpointing is planned
-    assert choices.reasons["gradient checkpointing"].startswith(f"{word}: the plan, from the model's shape")
+    settings = resolve_runtime_settings(sized, CPU, MODEL)
+    assert settings.gradient_checkpointing is planned
+    assert settings.reasons["gradient checkpointing"].startswith(f"{value}: the plan, from the model's shape")
 
 
 @pytest.mark.parametrize(
-    ("asked", "device", "parameters", "kind", "reason"),
+    ("requested", "device", "parameters", "kind", "reason"),
     [
         (
             "auto",
@@ -128,15 +128,15 @@ def test_plan_decides_gradient_checkpointing(planned, word):
         ("auto", CPU, 10**8, OptimizerKind.ADAMW, "its fp32 state fits"),
     ],
 )
-def test_full_finetune_gets_the_optimizer_that_fits(asked, device, parameters, kind, reason):
-    found, why = choose_full_finetune_optimizer(asked, device, parameters)
+def test_full_finetune_optimizer_is_the_one_that_fits(requested, device, parameters, kind, reason):
+    found, why = choose_full_finetune_optimizer(requested, device, parameters)
     assert (found, reason in why) == (kind, True), why
 
 
-@pytest.mark.parametrize(("asked", "parameters"), [("auto", 2 * 10**9), ("adamw", 1_500_000_000)])
-def test_full_finetune_beyond_memory_is_refused_before_loading(asked, parameters):
-    with pytest.raises(RunError, match=r"spec.method: full trains .* weights, which takes .* GiB") as caught:
-        choose_full_finetune_optimizer(asked, gpu(8, 0), parameters)
+@pytest.mark.parametrize(("requested", "parameters"), [("auto", 2 * 10**9), ("adamw", 1_500_000_000)])
+def test_full_finetune_beyond_memory_is_refused_before_loading(requested, parameters):
+    with pytest.raises(RunError, match=r"spec.method: full needs .* GiB for .* weights") as caught:
+        choose_full_finetune_optimizer(requested, gpu(8, 0), parameters)
     assert caught.value.reason == Reason.INVALID_SPEC
 
 
@@ -146,23 +146,23 @@ def test_zero2_shards_gradients_and_optimizer_state():
     found, why = choose_full_finetune_optimizer("auto", gpu(8, 0), 2 * 10**9, parts=4)
     assert found is OptimizerKind.ADAMW_FUSED
     assert why == "its fp32 state fits; weights, gradients and state take 14.9 GiB"
-    with pytest.raises(RunError, match=r"takes 29\.8 GiB with adamw_fused"):
+    with pytest.raises(RunError, match=r"needs 29\.8 GiB for 4,000,000,000 weights with adamw_fused"):
         choose_full_finetune_optimizer("auto", gpu(8, 0), 4 * 10**9, parts=4)
 
 
 def test_model_beyond_parameter_limit_is_refused():
     check_parameter_limit("LlamaForCausalLM", 7_000_000_000)
-    with pytest.raises(RunError, match="LlamaForCausalLM has 70,000,000,000 weights, and full trains 20,000,000,000"):
+    with pytest.raises(RunError, match="LlamaForCausalLM has 70,000,000,000 weights, and method full supports 20,000,"):
         check_parameter_limit("LlamaForCausalLM", 70_000_000_000)
 
 
-def test_the_weights_of_method_full_leave_less_for_activations():
+def test_full_finetune_weights_reduce_memory_for_activations():
     spec = {"method": "full", "quantization": {"bits": 16}}
-    choices = resolve_runtime_settings(config(**spec), CPU, MODEL)
-    assert choices.reasons["start"] == "every weight as the base has it"
-    assert "half of the free memory is 3.0 GiB" in choices.reasons["gradient checkpointing"]
+    settings = resolve_runtime_settings(config(**spec), CPU, MODEL)
+    assert settings.reasons["start"] == "every weight as the base has it"
+    assert "half of the free memory is 3.0 GiB" in settings.reasons["gradient checkpointing"]
 
 
-def test_this_computer_has_a_cpu_with_memory():
+def test_observe_hardware_detects_cpu_and_free_memory():
     hardware = observe_hardware("cpu")
     assert (hardware.device, hardware.capability, hardware.free_bytes > 0) == ("cpu", None, True)

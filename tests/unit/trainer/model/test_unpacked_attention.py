@@ -1,4 +1,4 @@
-"""Rows beside each other: the attention of joined rows computes what one long masked sequence would."""
+"""Unpacked attention of packed rows equals the attention of one long masked sequence."""
 
 import pytest
 import torch
@@ -25,18 +25,18 @@ def test_packed_layout_gives_each_row_its_own_line():
     assert layout.token_of_slot.tolist() == [[0, 1, 1], [2, 3, 4]]
     assert layout.filled.tolist() == [[True, True, False], [True, True, True]]
     states = torch.randn(1, 2, 5, 4)
-    lines = layout.unpack(states)
-    assert torch.equal(lines[0, :, :2], states[0, :, :2])
-    assert torch.equal(lines[0, :, 2], states[0, :, 1])
-    assert torch.equal(layout.repack(lines.transpose(1, 2)), states.transpose(1, 2))
+    unpacked = layout.unpack(states)
+    assert torch.equal(unpacked[0, :, :2], states[0, :, :2])
+    assert torch.equal(unpacked[0, :, 2], states[0, :, 1])
+    assert torch.equal(layout.repack(unpacked.transpose(1, 2)), states.transpose(1, 2))
 
 
 def test_unpack_mask_keeps_the_row_mask_and_hides_padding():
-    seen = torch.ones(5, 5, dtype=torch.bool).tril()
-    seen[4, 2] = False  # a window: the third token of the second row does not see its first
+    mask = torch.ones(5, 5, dtype=torch.bool).tril()
+    mask[4, 2] = False  # sliding window: the third token of the second row does not attend to its first
     layout = packed_layout(positions(2, 3))
     assert layout is not None
-    first, second = layout.unpack_mask(seen[None, None])[:, 0].tolist()
+    first, second = layout.unpack_mask(mask[None, None])[:, 0].tolist()
     assert first == [[True, False, False], [True, True, False], [True, True, False]]
     assert second == [[True, False, False], [True, True, False], [False, True, True]]
 
@@ -55,19 +55,19 @@ def test_unpacked_sdpa_replaces_sdpa_if_the_class_supports_it(family, found, tmp
     assert UNPACKED_SDPA not in (tmp_path / "saved/config.json").read_text()
 
 
-@pytest.mark.parametrize("short", [0, 256], ids=["in-their-dtype", "in-fp32"])
+@pytest.mark.parametrize("max_fp32_tokens", [0, 256], ids=["model-dtype", "fp32"])
 @pytest.mark.parametrize(
     "family", [name for name, facts in FAMILIES.items() if facts.attention == "sdpa" and facts.packing_is_exact]
 )
-def test_unpacked_attention_matches_masked_packed_attention(family, short, tmp_path, monkeypatch):
-    monkeypatch.setattr(unpacked_attention, "_FP32_MAX_ROW_TOKENS", short)
+def test_unpacked_attention_matches_masked_packed_attention(family, max_fp32_tokens, tmp_path, monkeypatch):
+    monkeypatch.setattr(unpacked_attention, "_FP32_MAX_ROW_TOKENS", max_fp32_tokens)
     write_family(family, tmp_path)
     batch, found = collate(token_rows(5), CPU, packing=True), []
     for attention in ("sdpa", UNPACKED_SDPA):
         model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=attention, dtype=torch.float32)
-        made = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
-        made.square().mean().backward()
-        found.append([made.detach(), *(weight.grad for weight in model.parameters() if weight.grad is not None)])
+        logits = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
+        logits.square().mean().backward()
+        found.append([logits.detach(), *(weight.grad for weight in model.parameters() if weight.grad is not None)])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
@@ -76,20 +76,20 @@ def test_model_unpacks_packed_rows(tmp_path, monkeypatch):
     seen: list[tuple[int, ...]] = []
     real = unpacked_attention.sdpa_attention_forward
 
-    def watch(module, query, *rest, **settings):
+    def record(module, query, *rest, **settings):
         seen.append(tuple(query.shape[::2]))
         return real(module, query, *rest, **settings)
 
-    monkeypatch.setattr(unpacked_attention, "sdpa_attention_forward", watch)
+    monkeypatch.setattr(unpacked_attention, "sdpa_attention_forward", record)
     write_family("llama", tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=UNPACKED_SDPA)
     rows = token_rows(5)
     batch = collate(rows, CPU, packing=True)
     layouts = packed_layout.cache_info().misses
     model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
-    # Once for both layers: found anew in each of 30 it is 5 ms of a pass over 640 tokens (measured on 2 cores).
+    # Computed once for both layers: in each of 30 layers it would take 5 ms of a pass over 640 tokens (2 cores).
     assert packed_layout.cache_info().misses == layouts + 1
     assert len(packed_layout(batch.position_ids).masks) == 1
     model(input_ids=batch.input_ids, use_cache=False)
-    apart_shape, joined_shape = (5, max(len(row.input_ids) for row in rows)), (1, batch.input_ids.shape[1])
-    assert seen == [apart_shape] * (len(seen) // 2) + [joined_shape] * (len(seen) // 2)
+    unpacked_shape, packed_shape = (5, max(len(row.input_ids) for row in rows)), (1, batch.input_ids.shape[1])
+    assert seen == [unpacked_shape] * (len(seen) // 2) + [packed_shape] * (len(seen) // 2)
