@@ -130,8 +130,8 @@ MUTATIONS: Final = (
     Mutation(
         trap=17,
         file=f"{_TRAINER}/publishing/merge_weights.py",
-        old="exact.get(name, linear.weight.data).float()",
-        new="exact.get(name, linear.weight.data)",
+        old="dequantized.get(name, linear.weight.data).float()",
+        new="dequantized.get(name, linear.weight.data)",
         test=f"{_TESTS}/publishing/test_traps_result.py::test_trap_17_a_small_update_survives_the_merge",
     ),
     Mutation(
@@ -153,8 +153,8 @@ MUTATIONS: Final = (
     Mutation(
         trap=19,
         file=f"{_TRAINER}/publishing/publish.py",
-        old="trainable.wrapped.save_pretrained(target, save_embedding_layers=False, **whole)",
-        new="trainable.wrapped.save_pretrained(target, **whole)",
+        old="trainable.wrapped.save_pretrained(target, save_embedding_layers=False, **state_dict)",
+        new="trainable.wrapped.save_pretrained(target, **state_dict)",
         test=f"{_TESTS}/publishing/test_traps_result.py::test_trap_19_saving_asks_no_hub_about_the_vocabulary",
     ),
     Mutation(
@@ -253,7 +253,7 @@ MUTATIONS: Final = (
     Mutation(
         trap=31,
         file=f"{_TRAINER}/publishing/publish.py",
-        old="save_embedding_layers=False, **whole)",
+        old="save_embedding_layers=False, **state_dict)",
         new="save_embedding_layers=False, state_dict=dict(list(trainable.wrapped.state_dict().items())[::2]))",
         test=f"{_TESTS}/publishing/test_traps_result.py::test_trap_31_what_is_saved_is_what_was_trained",
     ),
