@@ -43,8 +43,8 @@ class Published:
         spec = QLoRAJobSpec.model_validate(
             {
                 "model": {"uri": "hf://a/model"},
-                "dataset": {"uri": "hf://a/dataset"},
-                "output": {"uri": "s3://a/bucket"},
+                "dataset": {"uri": "hf://datasets/a/rows/train.jsonl"},
+                "output": {"uri": "s3://bucket/a"},
                 "method": self.method,
                 "quantization": {"bits": 4 if self.method == "qlora" else 16},
                 "lora": {"dropout": 0.0, **self.lora},

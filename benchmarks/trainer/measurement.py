@@ -41,7 +41,7 @@ class Measurement:
     startup_seconds: float = 0.0
     """From the start of the process to the start of the first step: imports, model, rows."""
     steps: list[Step] = field(default_factory=list)
-    examinations: list[Evaluation] = field(default_factory=list)
+    evaluations: list[Evaluation] = field(default_factory=list)
     peak_memory_bytes: int = 0
     """Peak memory reserved by the allocator on a GPU, peak resident set on a CPU."""
 
@@ -59,8 +59,8 @@ class Measurement:
         """Read a measurement from JSON."""
         content = json.loads(path.read_text())
         steps = [Step(**step) for step in content.pop("steps")]
-        examinations = [Evaluation(**examination) for examination in content.pop("examinations")]
-        return Measurement(**content, steps=steps, examinations=examinations)
+        evaluations = [Evaluation(**evaluation) for evaluation in content.pop("evaluations")]
+        return Measurement(**content, steps=steps, evaluations=evaluations)
 
 
 class Stopwatch:
@@ -98,7 +98,7 @@ class Stopwatch:
     def _evaluate(self) -> None:
         if self.evaluate is not None:
             current = self.measurement
-            current.examinations.append(Evaluation(len(current.steps), current.training_seconds, self.evaluate()))
+            current.evaluations.append(Evaluation(len(current.steps), current.training_seconds, self.evaluate()))
 
     def _synchronize(self) -> None:
         if self._device.type == "cuda":

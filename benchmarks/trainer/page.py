@@ -93,7 +93,7 @@ def _number(value: float | None, form: str) -> str:
 
 def draw(title: str, runs: Runs, path: Path) -> None:
     """Draw the throughput, and the held-out loss over the training time if it was evaluated."""
-    evaluated = any(run.examinations for measurements in runs.values() for run in measurements)
+    evaluated = any(run.evaluations for measurements in runs.values() for run in measurements)
     figure = Figure(figsize=(10 if evaluated else 5, 4), layout="constrained")
     axes = figure.subplots(1, 2 if evaluated else 1, squeeze=False)[0]
     figure.suptitle(title)
@@ -111,8 +111,8 @@ def draw(title: str, runs: Runs, path: Path) -> None:
 def _draw_losses(axis: Axes, runs: Runs) -> None:
     for name, measurements in runs.items():
         for number, run in enumerate(measurements):
-            seconds = [examination.training_seconds for examination in run.examinations]
-            losses = [examination.loss for examination in run.examinations]
+            seconds = [evaluation.training_seconds for evaluation in run.evaluations]
+            losses = [evaluation.loss for evaluation in run.evaluations]
             axis.plot(seconds, losses, color=_COLORS[name], marker=".", label=None if number else name)
     axis.set_xlabel("training time (s)")
     axis.set_ylabel("held-out loss")

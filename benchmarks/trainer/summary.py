@@ -41,7 +41,7 @@ class Ratio:
 
 def summarize(runs: Sequence[Measurement]) -> Figures:
     """Return the medians over the runs of one contender."""
-    losses = [run.examinations[-1].loss for run in runs if run.examinations]
+    losses = [run.evaluations[-1].loss for run in runs if run.evaluations]
     return Figures(
         contender=runs[0].contender,
         useful_per_second=median(useful_speed(run) for run in runs),
@@ -90,22 +90,22 @@ def compare(ours: Sequence[Measurement], theirs: Sequence[Measurement]) -> Ratio
 
 def gain(run: Measurement) -> float:
     """Return by how much the held-out loss fell, in nats per token."""
-    evaluations = run.examinations
+    evaluations = run.evaluations
     return evaluations[0].loss - evaluations[-1].loss if evaluations else 0.0
 
 
 def time_to_loss(one: Measurement, other: Measurement) -> float | None:
     """Return the training time to the other's final loss, relative to the other's; None if it was not reached."""
-    if not other.examinations:
+    if not other.evaluations:
         return None
-    last = other.examinations[-1]
-    reached = crossing(one.examinations, last.loss)
+    last = other.evaluations[-1]
+    reached = crossing(one.evaluations, last.loss)
     return None if reached is None else reached / last.training_seconds
 
 
-def crossing(examinations: Sequence[Evaluation], loss: float) -> float | None:
+def crossing(evaluations: Sequence[Evaluation], loss: float) -> float | None:
     """Return when a loss was reached, interpolated between the evaluations before and after."""
-    for before, after in pairwise(examinations):
+    for before, after in pairwise(evaluations):
         if after.loss <= loss < before.loss:
             fraction = (before.loss - loss) / (before.loss - after.loss)
             return before.training_seconds + fraction * (after.training_seconds - before.training_seconds)
