@@ -203,8 +203,8 @@ def test_print_is_complete_and_dark_on_white(opened: OpenPage):
     opened.page.emulate_media(media="print")
     try:
         assert opened.page.get_by_text(f"Prompt {ANSWERED}", exact=True).is_visible()
-        colours = "[getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor]"
-        assert opened.evaluate(colours) == ["rgb(28, 36, 48)", "rgba(0, 0, 0, 0)"]
+        colors = "[getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor]"
+        assert opened.evaluate(colors) == ["rgb(28, 36, 48)", "rgba(0, 0, 0, 0)"]
     finally:
         opened.page.emulate_media(media="screen")
 

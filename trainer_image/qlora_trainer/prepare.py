@@ -53,7 +53,7 @@ def prepare(
     resolver = SourceResolver(config.platform, secrets or load_secrets(spec, config.namespace))
     output = open_output(resolver, spec, config.job)
     check_writable(output)
-    note(f"{output.root} can be written")
+    note(f"{output.root} is writable")
     dataset = open_dataset(spec, resolver, work)
     for sentence in describe_sources(dataset):
         note(sentence)
@@ -61,7 +61,7 @@ def prepare(
     rows = scan_rows(dataset, spec.dataset.evaluation.fraction)
     note(f"{rows.training_rows:,} rows to train on, {rows.held_out_rows:,} held out")
     snapshot = resolver.resolve(spec.model.uri, spec.model.revision, MODEL_FIELD)
-    note(f"{spec.model.uri} is at {snapshot.commit}")
+    note(f"{spec.model.uri} is at commit {snapshot.commit}")
     model = inspect_model(spec, snapshot, work)
     for sentence in model.sentences:
         note(sentence)
@@ -83,7 +83,7 @@ def prepare(
 def check_writable(output: Store) -> None:
     """Write and delete an object, so that a missing permission is found now and not after training."""
     probe = f".probe-{uuid4().hex}"
-    output.put(probe, b"Written to prove that the output can be written.\n")
+    output.put(probe, b"Written to check that the output is writable.\n")
     output.delete(probe)
 
 
@@ -121,7 +121,7 @@ def inspect_model(spec: QLoRAJobSpec, snapshot: Snapshot, work: Path) -> Inspect
     weight_files(snapshot.files, MODEL_FIELD)
     if "config.json" not in snapshot.files:
         raise RunError(
-            Reason.MODEL_UNSUPPORTED, "spec.model.uri: there is no config.json; give a model in the Hugging Face format"
+            Reason.MODEL_UNSUPPORTED, "spec.model.uri: no config.json; use a model in the Hugging Face format"
         )
     folder = snapshot.fetch(text_files(snapshot.files), work)
     # torch and transformers take seconds to import; checks above this line fail immediately.

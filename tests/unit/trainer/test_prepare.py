@@ -51,7 +51,7 @@ def test_prepare_writes_facts_and_shards(uris, tmp_path):
     assert sum(len(row.input_ids) for row in rows) == prepared.dataset.training_tokens
     assert Prepared.model_validate_json((folder / shards.FACTS).read_text()) == prepared
     assert not list(folder.parent.glob(".probe*"))
-    assert any("can be written" in note for note in notes)
+    assert any("is writable" in note for note in notes)
 
 
 @pytest.mark.parametrize(

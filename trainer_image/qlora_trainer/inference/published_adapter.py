@@ -68,7 +68,7 @@ def _why_none(store: Store) -> str:
         return f"{store.root} is a result folder; its adapter is {(content.get('result') or content)['adapter']}"
     if store.exists(_SETTINGS):
         return (
-            f"{store.root} is an adapter without {RECORD}, which says what it was trained on and how; use peft itself"
+            f"{store.root} is an adapter without {RECORD}, so its base and prompt format are unknown; load it with peft"
         )
     return f"{store.root} has no {RECORD}; give the folder 'adapter' of a published result"
 

@@ -69,8 +69,8 @@ class Amount:
 
     label: str
     value: str
-    share: float
-    """Length of the bar: fraction of the largest amount, from 0 to 1."""
+    fraction: float
+    """Length of the bar, relative to the largest amount, from 0 to 1."""
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,7 @@ def test_folder_without_record_is_rejected_with_what_it_is(tmp_path):
     fix = "give the folder 'adapter' of a published result"
     assert rejection(f"{where}/none", tmp_path) == f"ADAPTER: {where}/none holds no files; {fix}"
     assert rejection(f"{where}/other", tmp_path) == f"ADAPTER: {where}/other has no qlora.json; {fix}"
-    assert "is an adapter without qlora.json, which says what it was trained on" in rejection(
+    assert "is an adapter without qlora.json, so its base and prompt format are unknown" in rejection(
         f"{where}/foreign", tmp_path
     )
     assert rejection("hf://o/adapter", tmp_path).endswith(
