@@ -52,7 +52,7 @@ def digest_of(spec: QLoRAJobSpec, empty: Any, **resolved: Any) -> str:
     )
     if "adapter" not in resolved:
         resolved["adapter"] = {} if spec.method == "full" else resolve_adapter(empty, spec.lora)
-    defaults = {"model": model, "dataset": data, "rows": "c" * 64, "chat_template": None}
+    defaults = {"model": model, "dataset": data, "rows_digest": "c" * 64, "chat_template": None}
     return result_digest(spec, ResolvedSpec(**{**defaults, **resolved}))
 
 
