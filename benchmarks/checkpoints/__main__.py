@@ -1,4 +1,4 @@
-"""`make bench-checkpoints`: the share of a training's time that it waits for its checkpoints in S3."""
+"""`make bench-checkpoints`: measures how long training waits for its checkpoints in S3."""
 
 import json
 import os
@@ -32,43 +32,43 @@ from tests.cluster.s3 import start_s3  # noqa: E402
 RESULT: Final = Path(__file__).parents[1] / "results" / "checkpoints.json"
 STEPS: Final = 30
 INTERVALS: Final = (10, 2)
-"""Steps from one checkpoint to the next. The default, ten minutes, is hundreds of such steps."""
+"""Steps between checkpoints. The default, ten minutes, is hundreds of such steps."""
 
 
 @dataclass
 class TimedCheckpointer:
-    """A keeper with a stopwatch: what passes between the end of a step and the next step's begin."""
+    """A checkpointer that measures the time between the end of a step and the start of the next one."""
 
     checkpointer: AsyncCheckpointer
     seconds: float = 0.0
     last_seconds: float = 0.0
-    """Of that, for the checkpoint at the end, which is complete before the adapter is examined."""
+    """Part of it for the last checkpoint, which is complete before the adapter is evaluated."""
     count: int = 0
-    _asked_at: float = field(default=0.0, init=False)
+    _started_at: float = field(default=0.0, init=False)
 
     def should_checkpoint(self, step: int, last: bool) -> bool:
-        """Ask the keeper; the state is captured between its yes and the call of keep."""
-        self._asked_at = time.perf_counter()
-        wanted = self.checkpointer.should_checkpoint(step, last)
-        if not wanted:
+        """Ask the checkpointer; the state is captured between a positive answer and `checkpoint`."""
+        self._started_at = time.perf_counter()
+        is_due = self.checkpointer.should_checkpoint(step, last)
+        if not is_due:
             self._add(last)
-        return wanted
+        return is_due
 
     def checkpoint(self, state: TrainingState, last: bool) -> None:
-        """Let it be kept."""
+        """Write the checkpoint."""
         self.checkpointer.checkpoint(state, last)
         self.count += 1
         self._add(last)
 
     def _add(self, last: bool) -> None:
-        waited = time.perf_counter() - self._asked_at
+        waited = time.perf_counter() - self._started_at
         self.seconds += waited
         self.last_seconds += waited * last
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """A training with a checkpoint each so many steps."""
+    """A training run with a checkpoint every `interval` steps."""
 
     interval: int
     checkpoints: int
@@ -79,12 +79,12 @@ class Measurement:
 
     @property
     def waiting_share(self) -> float:
-        """Part of the training's wall time."""
+        """Fraction of the wall time of training."""
         return self.waiting_seconds / self.training_seconds
 
 
 def main() -> None:
-    """Measure each interval, print and write it down."""
+    """Measure each interval, and print and write the results."""
     machine, measurements = observe_machine(), []
     model = make_model(DEFAULT_MIRROR, print)
     for interval in INTERVALS:
@@ -92,9 +92,9 @@ def main() -> None:
             measurement = measure(interval, model, Path(folder))
         measurements.append(measurement)
         print(
-            f"a checkpoint of {measurement.checkpoint_bytes / 1e6:.1f} MB each {interval} steps: waited "
+            f"a checkpoint of {measurement.checkpoint_bytes / 1e6:.1f} MB every {interval} steps: waited "
             f"{measurement.waiting_seconds:.2f} of {measurement.training_seconds:.1f} s, "
-            f"{measurement.waiting_share:.2%}; {measurement.waiting_at_the_end_seconds:.2f} s of them at the end"
+            f"{measurement.waiting_share:.2%}; {measurement.waiting_at_the_end_seconds:.2f} s of that at the end"
         )
     figures = [asdict(measurement) | {"waiting_share": measurement.waiting_share} for measurement in measurements]
     content = {"machine": asdict(machine), "steps": STEPS, "measurements": figures}
@@ -115,22 +115,22 @@ def measure(interval: int, model: Path, work: Path) -> Measurement:
 
 def train(ready: PreparedRun, interval: int) -> Measurement:
     """Train with checkpoints."""
-    course = stages.make_fingerprint(ready.config, ready.data, ready.settings, ready.world)
+    fingerprint = stages.make_fingerprint(ready.config, ready.data, ready.settings, ready.world)
     checkpoints = CheckpointStore(
-        ready.output, course, 1, datetime.now(UTC), CheckpointCallbacks(print, lambda _: None)
+        ready.output, fingerprint, 1, datetime.now(UTC), CheckpointCallbacks(print, lambda _: None)
     )
-    waiting = TimedCheckpointer(AsyncCheckpointer(checkpoints, ready.config.spec.checkpoint, print, 0))
+    timed = TimedCheckpointer(AsyncCheckpointer(checkpoints, ready.config.spec.checkpoint, print, 0))
     ready.trainable.wrapped.train()
-    watcher = TrainingCallbacks(
-        lambda _: None, lambda _: None, lambda: None, waiting.should_checkpoint, waiting.checkpoint
+    callbacks = TrainingCallbacks(
+        lambda _: None, lambda _: None, lambda: None, timed.should_checkpoint, timed.checkpoint
     )
     started = time.perf_counter()
-    ready.loop.run(StopFlag(), watcher)
+    ready.loop.run(StopFlag(), callbacks)
     seconds = time.perf_counter() - started
     entries = ready.output.list(f"{ready.config.prepared.digest}/checkpoints")
-    kept = sum(entry.path.endswith(f"/{MANIFEST}") for entry in entries)
-    size = sum(entry.size for entry in entries) // kept
-    return Measurement(interval, waiting.count, size, seconds, waiting.seconds, waiting.last_seconds)
+    count = sum(entry.path.endswith(f"/{MANIFEST}") for entry in entries)
+    size = sum(entry.size for entry in entries) // count
+    return Measurement(interval, timed.count, size, seconds, timed.seconds, timed.last_seconds)
 
 
 def write_spec(interval: int, model: Path, bucket: str) -> QLoRAJobSpec:

@@ -1,1 +1,1 @@
-"""Holds plan/activations.py to the bytes that real training steps take on this computer."""
+"""Compares the predictions of qlora_planner.memory.activations with the memory of real training steps."""

@@ -1,4 +1,4 @@
-"""`make bench-memory`: measure all combinations, and write table, picture and raw figures."""
+"""`make bench-memory`: measure all combinations, and write table, plot and raw results."""
 
 import argparse
 import gc
@@ -23,11 +23,11 @@ from benchmarks.trainer.machine import observe_machine
 RESULTS: Final = Path(__file__).parents[1] / "results"
 DRAWN: Final = 12
 SEED: Final = 5
-"""Of the drawn combinations, which nobody looked at while the formula was written; change it for others."""
+"""Seed of the drawn combinations, which were not used while the formula was written; change it for others."""
 
 
 def main() -> int:
-    """Measure, write, and return 1 if a prediction is too far off."""
+    """Measure, write the results, and return 1 if a prediction is off by more than the bounds."""
     options = _parse()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -47,7 +47,7 @@ def main() -> int:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__)
-    parser.add_argument("--seed", type=int, default=SEED, help="of the drawn combinations")
+    parser.add_argument("--seed", type=int, default=SEED, help="seed of the drawn combinations")
     return parser.parse_args()
 
 

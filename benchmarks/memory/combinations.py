@@ -1,4 +1,4 @@
-"""What is measured: model shapes of several families, laid out and trained in different ways."""
+"""The measured combinations: model shapes of several families, with different rows and training settings."""
 
 import random
 from dataclasses import dataclass, fields
@@ -24,12 +24,12 @@ class Combination:
     tied: bool = True
     rows: int = 2
     tokens: int = 256
-    """Of the longest row."""
+    """Length of the longest row."""
     shortest: float = 1.0
-    """Length of the shortest row as a share of the longest; the others lie evenly between them."""
+    """Length of the shortest row relative to the longest; the others are evenly spaced between them."""
     packing: bool = False
     learned: float = 1.0
-    """Share of a row's tokens, counted from its end, that are learned."""
+    """Fraction of a row's tokens, counted from its end, that are labels."""
     method: str = "qlora"
     bits: int = 4
     dtype: str = "bfloat16"
@@ -46,19 +46,19 @@ class Combination:
 
     @property
     def model(self) -> str:
-        """Return the model in short: family, layers x hidden / intermediate, heads, vocabulary."""
+        """Return a short description of the model: family, layers x hidden / intermediate, heads, vocabulary."""
         heads = f"{self.heads}/{self.kv_heads}" + (f"x{self.head_dim}" if self.head_dim else "")
         return f"{self.family} {self.layers}x{self.hidden}/{self.intermediate} h{heads} v{self.vocabulary}"
 
     @property
     def layout(self) -> str:
-        """Return the rows in short."""
+        """Return a short description of the rows."""
         span = f"{self.rows}x{self.tokens}" + (f"..{min(self.lengths())}" if min(self.lengths()) < self.tokens else "")
-        return " ".join([span, "joined" if self.packing else "padded", f"learn {self.learned:.0%}"])
+        return " ".join([span, "packed" if self.packing else "padded", f"labels {self.learned:.0%}"])
 
     @property
     def training(self) -> str:
-        """Return how it is trained in short."""
+        """Return a short description of the training settings."""
         words = [self.method, f"{self.bits} bit", self.dtype]
         if self.method != "full":
             words += [",".join(self.targets), f"r{self.rank}"]
@@ -66,19 +66,19 @@ class Combination:
         return " ".join([*words, *(word for word in ("dora", "checkpointing") if getattr(self, word))])
 
     def changes(self) -> dict[str, Any]:
-        """Return what is different from the ordinary one."""
+        """Return the fields that differ from the defaults."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {field.name: values[field.name] for field in fields(self) if values[field.name] != field.default}
 
 
 def draw(number: int, seed: int) -> tuple[Combination, ...]:
-    """Draw combinations from everything that the trainer does on a CPU."""
-    chance = random.Random(seed)  # noqa: S311 (a sample, no secret)
-    return tuple(_draw(chance) for _ in range(number))
+    """Draw random combinations of everything that the trainer supports on a CPU."""
+    generator = random.Random(seed)  # noqa: S311 (a sample, no secret)
+    return tuple(_draw(generator) for _ in range(number))
 
 
-def _draw(chance: random.Random) -> Combination:
-    method, bits, dtype = chance.choice(
+def _draw(generator: random.Random) -> Combination:
+    method, bits, dtype = generator.choice(
         [
             *[("qlora", 4, "bfloat16")] * 4,
             ("qlora", 4, "float32"),
@@ -88,33 +88,33 @@ def _draw(chance: random.Random) -> Combination:
             ("full", 16, "bfloat16"),
         ]
     )
-    # bitsandbytes quantises nothing of Falcon, and prepare refuses that.
-    family = chance.choice(sorted(SEPARATE) + ["phi3", "gpt_neox"] + (["falcon"] if bits == 16 else []))
-    heads = chance.choice([4, 8])
+    # bitsandbytes quantizes no layer of Falcon, and prepare rejects that.
+    family = generator.choice(sorted(SEPARATE) + ["phi3", "gpt_neox"] + (["falcon"] if bits == 16 else []))
+    heads = generator.choice([4, 8])
     grouped = family not in {"gpt_neox", "falcon", "phi"}
     return Combination(
         family=family,
-        hidden=chance.choice([64, 128, 256, 384, 512]),
-        intermediate=chance.choice([256, 512, 688, 1024]),
-        layers=chance.randint(2, 8),
+        hidden=generator.choice([64, 128, 256, 384, 512]),
+        intermediate=generator.choice([256, 512, 688, 1024]),
+        layers=generator.randint(2, 8),
         heads=heads,
-        kv_heads=chance.choice([heads, heads // 2, heads // 4]) if grouped else heads,
-        head_dim=chance.choice([32, 64]) if family in {"qwen3", "gemma", "gemma2", "gemma3_text"} else None,
-        vocabulary=chance.choice([1024, 4096, 16_384, 32_768]),
-        tied=chance.random() < 0.5,
-        rows=chance.choice([1, 2, 4, 8]),
-        tokens=chance.choice([64, 128, 200, 256, 384, 512]),
-        shortest=chance.choice([1.0, 0.7, 0.3]),
-        packing=chance.random() < 0.5 and family != "falcon",
-        learned=chance.choice([1.0, 0.5, 0.2]),
+        kv_heads=generator.choice([heads, heads // 2, heads // 4]) if grouped else heads,
+        head_dim=generator.choice([32, 64]) if family in {"qwen3", "gemma", "gemma2", "gemma3_text"} else None,
+        vocabulary=generator.choice([1024, 4096, 16_384, 32_768]),
+        tied=generator.random() < 0.5,
+        rows=generator.choice([1, 2, 4, 8]),
+        tokens=generator.choice([64, 128, 200, 256, 384, 512]),
+        shortest=generator.choice([1.0, 0.7, 0.3]),
+        packing=generator.random() < 0.5 and family != "falcon",
+        learned=generator.choice([1.0, 0.5, 0.2]),
         method=method,
         bits=bits,
         dtype=dtype,
-        targets=EVERYTHING if family not in SEPARATE or chance.random() < 0.5 else ("q_proj", "v_proj"),
-        rank=chance.choice([4, 8, 16, 64]),
-        dropout=chance.choice([0.0, 0.05]) if method != "full" else 0.0,
-        dora=method != "full" and bits != 8 and chance.random() < 0.15,
-        checkpointing=chance.random() < 0.35,
+        targets=EVERYTHING if family not in SEPARATE or generator.random() < 0.5 else ("q_proj", "v_proj"),
+        rank=generator.choice([4, 8, 16, 64]),
+        dropout=generator.choice([0.0, 0.05]) if method != "full" else 0.0,
+        dora=method != "full" and bits != 8 and generator.random() < 0.15,
+        checkpointing=generator.random() < 0.35,
     )
 
 
@@ -124,22 +124,22 @@ _HEADS: Final[dict[str, dict[str, Any]]] = {
     "gemma2": {"head_dim": 64},
 }
 UNEVEN: Final[dict[str, Any]] = {"rows": 4, "shortest": 0.4}
-JOINED: Final[dict[str, Any]] = {"rows": 4, "shortest": 0.4, "packing": True}
+PACKED: Final[dict[str, Any]] = {"rows": 4, "shortest": 0.4, "packing": True}
 CHOSEN: Final = (
     Combination(),
-    # Shapes of every family that the plan knows, padded and joined.
+    # Shapes of every family that the planner supports, padded and packed.
     *(Combination(family=family, **_HEADS.get(family, {}), **UNEVEN) for family in sorted(SEPARATE - {"llama"})),
-    *(Combination(family=family, targets=EVERYTHING, **JOINED) for family in ("phi3", "gpt_neox")),
+    *(Combination(family=family, targets=EVERYTHING, **PACKED) for family in ("phi3", "gpt_neox")),
     Combination(family="falcon", method="lora", bits=16, kv_heads=8, targets=EVERYTHING, **UNEVEN),
-    # Rows: few and long, many and short, one; joined and padded; answers alone.
+    # Rows: few and long, many and short, one; packed and padded; labels on answers only.
     Combination(tokens=1024, rows=1),
     Combination(tokens=64, rows=16),
     Combination(tokens=1024, rows=1, packing=True),
-    Combination(**JOINED),
-    Combination(**JOINED, tokens=512),
-    Combination(**JOINED, learned=0.25),
+    Combination(**PACKED),
+    Combination(**PACKED, tokens=512),
+    Combination(**PACKED, learned=0.25),
     Combination(**UNEVEN, learned=0.25),
-    # A vocabulary whose logits are most of it, in one chunk and in several.
+    # A vocabulary whose logits dominate, in one chunk and in several.
     Combination(vocabulary=32_000),
     Combination(vocabulary=32_000, rows=8, tokens=256, tied=False),
     Combination(vocabulary=32_000, family="gemma2", head_dim=32),
@@ -150,19 +150,19 @@ CHOSEN: Final = (
     Combination(targets=("o_proj", "down_proj"), dropout=0.05),
     Combination(dora=True, targets=EVERYTHING),
     Combination(dora=True, dropout=0.05),
-    # How the base is stored and computed.
+    # Quantization and compute dtype of the base.
     Combination(dtype="float32"),
     Combination(bits=8),
     Combination(method="lora", bits=16, targets=EVERYTHING),
     Combination(method="lora", bits=16, dtype="float32"),
     Combination(method="full", bits=16),
     Combination(method="full", bits=16, checkpointing=True, tied=False, vocabulary=8192),
-    # Recomputation.
+    # Gradient checkpointing.
     Combination(checkpointing=True, layers=8),
-    Combination(checkpointing=True, **JOINED),
+    Combination(checkpointing=True, **PACKED),
     Combination(checkpointing=True, targets=EVERYTHING, dropout=0.05),
     Combination(checkpointing=True, bits=8, targets=EVERYTHING),
     Combination(checkpointing=True, family="gemma3_text", head_dim=64, **UNEVEN),
     Combination(checkpointing=True, hidden=512, intermediate=1536, layers=6, tokens=512, targets=EVERYTHING),
 )
-"""Chosen so that one thing after the other changes; the formula was written while looking at some of them."""
+"""Each changes one setting; some were used while the formula was written."""

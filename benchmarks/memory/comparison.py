@@ -1,4 +1,4 @@
-"""Predicted beside measured bytes, and how far they are apart."""
+"""Compares predicted with measured bytes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from benchmarks.memory.predict import Predicted
 
 MEDIAN: Final = 0.03
 WORST: Final = 0.10
-"""How far a prediction of a step's peak may be off, in the middle and at worst."""
+"""Bounds of the median and of the largest relative error of a step's peak."""
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,13 @@ class Comparison:
 
     @property
     def kept_error(self) -> float:
-        """Return the relative error of what a forward pass leaves."""
+        """Return the relative error of the bytes saved for backward."""
         return self.predicted.kept / self.measured.kept - 1
 
 
 @dataclass(frozen=True)
 class Errors:
-    """Of several predictions, without their signs."""
+    """Median and largest absolute value of relative errors."""
 
     median: float
     worst: float
@@ -47,6 +47,6 @@ class Errors:
 
 
 def errors(values: Sequence[float]) -> Errors:
-    """Sum up relative errors."""
+    """Summarize relative errors."""
     sizes = [abs(value) for value in values]
     return Errors(median(sizes), max(sizes))

@@ -20,25 +20,25 @@ from qlora_trainer.training.loop import Schedule, TrainingLoop, make_loop
 
 CPU: Final = torch.device("cpu")
 EAGER: Final = frozenset({"gemma2"})
-"""Families that cap attention scores, which SDPA cannot (qlora_trainer.model.attention)."""
+"""Families that cap attention scores, which SDPA does not support (qlora_trainer.model.attention)."""
 _EXTRA: Final[Mapping[str, Mapping[str, Any]]] = {
     "gemma2": {"sliding_window": 64, "query_pre_attn_scalar": 64, "initializer_range": 0.2},
     "gemma3_text": {"sliding_window": 64, "query_pre_attn_scalar": 64},
     "mistral": {"sliding_window": 64},
 }
 ACCUMULATION: Final = 2
-"""Micro-batches of a step: in the second one the gradients are there already, as they are in most."""
+"""Micro-batches per step: in the second one the gradients are already allocated, as in most."""
 
 
 def model_config(combination: Combination) -> dict[str, Any]:
     """Return the config.json of a combination's model."""
-    made = AutoConfig.for_model(combination.family, **_settings(combination))
-    settings: dict[str, Any] = made.to_dict()
+    config = AutoConfig.for_model(combination.family, **_settings(combination))
+    settings: dict[str, Any] = config.to_dict()
     return settings
 
 
 def _settings(combination: Combination) -> dict[str, Any]:
-    own = {"head_dim": combination.head_dim} if combination.head_dim else {}
+    head_dim = {"head_dim": combination.head_dim} if combination.head_dim else {}
     return {
         "vocab_size": combination.vocabulary,
         "hidden_size": combination.hidden,
@@ -51,20 +51,20 @@ def _settings(combination: Combination) -> dict[str, Any]:
         "bos_token_id": 0,
         "eos_token_id": 1,
         "pad_token_id": 1,
-        **own,
+        **head_dim,
         **_EXTRA.get(combination.family, {}),
     }
 
 
 def write_model(combination: Combination, folder: Path) -> None:
-    """Write it as the hub has it: weights in bf16."""
+    """Write the model with weights in bf16."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(combination.family, **_settings(combination))
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
 
 
 def settings_of(combination: Combination) -> RuntimeSettings:
-    """Return what the trainer would have chosen."""
+    """Return the settings that the trainer would choose."""
     return RuntimeSettings(
         dtype=getattr(torch, combination.dtype),
         attention="eager" if combination.family in EAGER else "sdpa",
@@ -76,16 +76,16 @@ def settings_of(combination: Combination) -> RuntimeSettings:
 
 
 def load_trainable(combination: Combination, folder: Path) -> TrainableModel:
-    """Load the model and make what is trained of it, as qlora_trainer.stages does."""
-    choices, whole = settings_of(combination), combination.method == "full"
-    dtype = torch.float32 if whole else choices.dtype
-    base = load_base(folder, QuantizationSpec(bits=combination.bits), dtype, choices.attention, "cpu")
-    if whole:
-        return prepare_full_finetune(base, choices)
+    """Load the model and attach the adapter or unfreeze it, as in qlora_trainer.stages."""
+    settings, is_full = settings_of(combination), combination.method == "full"
+    dtype = torch.float32 if is_full else settings.dtype
+    base = load_base(folder, QuantizationSpec(bits=combination.bits), dtype, settings.attention, "cpu")
+    if is_full:
+        return prepare_full_finetune(base, settings)
     lora = LoraSpec(
         rank=combination.rank, dropout=combination.dropout, targets=combination.targets, dora=combination.dora
     )
-    return attach_lora(base, lora, 1, choices)
+    return attach_lora(base, lora, 1, settings)
 
 
 def token_rows(combination: Combination) -> tuple[TokenRow, ...]:
@@ -101,12 +101,12 @@ def _token_row(combination: Combination, length: int, generator: torch.Generator
 
 
 def rows_of_steps(combination: Combination) -> tuple[TokenRow, ...]:
-    """Return the rows of a step: those of a micro-batch, as often as micro-batches are accumulated."""
+    """Return the rows of a step: those of a micro-batch, repeated for each accumulated micro-batch."""
     return token_rows(combination) * ACCUMULATION
 
 
 def measured_step(combination: Combination) -> int:
-    """Return the first step, but the very first, whose last micro-batch is its largest: there its gradients are."""
+    """Return the first step after step 0 whose last micro-batch is its largest: there gradients are allocated."""
 
     def size(rows: Sequence[TokenRow]) -> tuple[int, int]:
         tokens = sum(len(row.input_ids) for row in rows)
@@ -118,7 +118,7 @@ def measured_step(combination: Combination) -> int:
 
 
 def micro_batches_of_step(combination: Combination, step: int) -> list[Sequence[TokenRow]]:
-    """Return the micro-batches into which the trainer divides a step's rows, after it has shuffled them."""
+    """Return the micro-batches into which the trainer splits a step's shuffled rows."""
     rows = rows_of_steps(combination)
     order = sample_step(step, len(rows), len(rows), TrainingSpec().seed)
     return split_micro_batches([rows[number] for number in order], combination.rows, packing=combination.packing)

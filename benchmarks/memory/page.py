@@ -1,4 +1,4 @@
-"""The comparison as a table and as a picture."""
+"""The comparison as a table and as a plot."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,11 +10,11 @@ from benchmarks.memory.comparison import MEDIAN, WORST, Comparison, errors
 from benchmarks.trainer.machine import Machine
 
 _MIB: Final = 2**20
-_COLUMNS: Final = ("model", "rows", "training", "forward keeps", "predicted", "step's peak", "predicted", "error")
+_COLUMNS: Final = ("model", "rows", "training", "saved for backward", "predicted", "step peak", "predicted", "error")
 _COLORS: Final = ("#2b6cb0", "#d98c3f")
 
 Samples = Mapping[str, Sequence[Comparison]]
-"""Comparisons by what they are: chosen, drawn."""
+"""Comparisons by sample: chosen, drawn."""
 
 
 def write_page(samples: Samples, machine: Machine, seconds: float) -> str:
@@ -23,8 +23,8 @@ def write_page(samples: Samples, machine: Machine, seconds: float) -> str:
         [
             "# Activations: predicted and measured",
             "",
-            "Bytes that a training step takes beside weights, adapter, gradients and optimizer state, in MiB: what "
-            "`plan/activations.py` says, and what torch's allocator gave out. [How](../memory/README.md).",
+            "Memory of a training step besides weights, adapter, gradients and optimizer state, in MiB: predicted by "
+            "`qlora_planner.memory`, and measured in torch's allocator. [How](../memory/README.md).",
             "",
             *_summary(samples),
             "",
@@ -40,7 +40,7 @@ def write_page(samples: Samples, machine: Machine, seconds: float) -> str:
 
 
 def _summary(samples: Samples) -> list[str]:
-    lines = ["| | combinations | a step's peak: median error | worst | what forward keeps: median | worst |"]
+    lines = ["| | combinations | step peak: median error | worst | saved for backward: median | worst |"]
     lines.append("|---|---|---|---|---|---|")
     for name, comparisons in samples.items():
         step = errors([each.step_error for each in comparisons])
@@ -49,7 +49,7 @@ def _summary(samples: Samples) -> list[str]:
             f"| {name} | {len(comparisons)} | {step.median:.2%} | {step.worst:.2%} | {kept.median:.2%} | "
             f"{kept.worst:.2%} |"
         )
-    return [*lines, "", f"Held to a median of {MEDIAN:.0%} and a worst of {WORST:.0%} of a step's peak."]
+    return [*lines, "", f"Bounds: a median error of {MEDIAN:.0%} and a worst error of {WORST:.0%} of the step peak."]
 
 
 def _table(name: str, comparisons: Sequence[Comparison]) -> list[str]:
@@ -71,18 +71,18 @@ def _row(each: Comparison) -> str:
 
 
 def draw_picture(samples: Samples, path: Path) -> None:
-    """Draw predicted against measured peaks, and the errors below."""
+    """Plot predicted against measured peaks, and the errors below them."""
     figure = Figure(figsize=(7, 7), layout="constrained")
-    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    for colour, (name, comparisons) in zip(_COLORS, samples.items(), strict=False):
+    peak_axes, error_axes = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    for color, (name, comparisons) in zip(_COLORS, samples.items(), strict=False):
         measured = [each.measured.step / _MIB for each in comparisons]
-        above.scatter(measured, [each.predicted.step / _MIB for each in comparisons], s=18, color=colour, label=name)
-        below.scatter(measured, [100 * each.step_error for each in comparisons], s=18, color=colour)
+        peak_axes.scatter(measured, [each.predicted.step / _MIB for each in comparisons], s=18, color=color, label=name)
+        error_axes.scatter(measured, [100 * each.step_error for each in comparisons], s=18, color=color)
     ends = [each.measured.step / _MIB for comparisons in samples.values() for each in comparisons]
-    above.plot([min(ends), max(ends)], [min(ends), max(ends)], color="#999999", linewidth=0.8, zorder=0)
-    above.set(xscale="log", yscale="log", ylabel="predicted peak, MiB", title="A step's memory beside its weights")
-    above.legend(frameon=False)
+    peak_axes.plot([min(ends), max(ends)], [min(ends), max(ends)], color="#999999", linewidth=0.8, zorder=0)
+    peak_axes.set(xscale="log", yscale="log", ylabel="predicted peak, MiB", title="Memory of a step, without weights")
+    peak_axes.legend(frameon=False)
     for bound in (-WORST, -MEDIAN, MEDIAN, WORST):
-        below.axhline(100 * bound, color="#cccccc", linewidth=0.8, zorder=0)
-    below.set(xlabel="measured peak, MiB", ylabel="error, %", ylim=(-115 * WORST, 115 * WORST))
+        error_axes.axhline(100 * bound, color="#cccccc", linewidth=0.8, zorder=0)
+    error_axes.set(xlabel="measured peak, MiB", ylabel="error, %", ylim=(-115 * WORST, 115 * WORST))
     figure.savefig(path, dpi=120)

@@ -1,4 +1,4 @@
-"""What plan/activations.py says of a combination."""
+"""Predicts the memory of a combination with qlora_planner.memory.activations."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from qlora_trainer.data.tokenization import TokenRow
 
 @dataclass(frozen=True)
 class Predicted:
-    """Bytes, named as they are measured."""
+    """Predicted bytes, with the names of the measured ones."""
 
     kept: int
     peak: int
@@ -23,21 +23,21 @@ class Predicted:
 
 
 def predict(combination: Combination) -> Predicted:
-    """Return the bytes that are predicted."""
+    """Return the predicted bytes."""
     shape = read_shape(model_config(combination))
     rows = token_rows(combination)
-    one = estimate_activations(shape, setting_of(combination, shape, rows))
-    passes = [
-        setting_of(combination, shape, group)
+    one = estimate_activations(shape, forward_config_of(combination, shape, rows))
+    micro_batches = [
+        forward_config_of(combination, shape, group)
         for group in micro_batches_of_step(combination, measured_step(combination))
     ]
-    return Predicted(one.saved, one.peak, max(estimate_activations(shape, each).peak for each in passes))
+    return Predicted(one.saved, one.peak, max(estimate_activations(shape, each).peak for each in micro_batches))
 
 
-def setting_of(combination: Combination, shape: ModelShape, rows: Sequence[TokenRow]) -> ForwardConfig:
-    """Return the setting in which some rows are measured."""
+def forward_config_of(combination: Combination, shape: ModelShape, rows: Sequence[TokenRow]) -> ForwardConfig:
+    """Return the planner's forward configuration for some rows."""
     return ForwardConfig(
-        batch=_lines_of(rows, packing=combination.packing),
+        batch=_batch_shape_of(rows, packing=combination.packing),
         device="cpu",
         attention="eager" if combination.family in EAGER else "sdpa",
         compute=FP32 if combination.dtype == "float32" else HALF,
@@ -51,12 +51,12 @@ def setting_of(combination: Combination, shape: ModelShape, rows: Sequence[Token
 
 
 def _ranks(combination: Combination, shape: ModelShape) -> dict[str, int]:
-    everything = combination.targets == ("all-linear",)
+    all_linear = combination.targets == ("all-linear",)
     paths = [linear.path for linear in shape.decoder.linears]
-    return {path: combination.rank for path in paths if everything or path.rpartition(".")[2] in combination.targets}
+    return {path: combination.rank for path in paths if all_linear or path.rpartition(".")[2] in combination.targets}
 
 
-def _lines_of(rows: Sequence[TokenRow], *, packing: bool) -> BatchShape:
+def _batch_shape_of(rows: Sequence[TokenRow], *, packing: bool) -> BatchShape:
     lengths = [len(row.input_ids) for row in rows]
     return BatchShape(
         rows=len(rows),

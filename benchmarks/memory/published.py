@@ -1,4 +1,4 @@
-"""Peaks that others published for GPUs, beside what the plan says of our trainer in the same place."""
+"""GPU memory peaks published by other trainers, compared with the planner's prediction for ours."""
 
 import json
 from collections.abc import Mapping
@@ -23,12 +23,12 @@ _EVERYTHING: Final[dict[str, Any]] = {"targets": ["all-linear"]}
 
 @dataclass(frozen=True)
 class Published:
-    """One figure, and the run that comes nearest to it here."""
+    """One published peak, and our closest equivalent of its run."""
 
     source: str
     what: str
     theirs: float
-    """Bytes, as they are given: of torch's allocator, or of the card that it just fits."""
+    """Bytes as published: of torch's allocator, or of the smallest GPU that fits the run."""
     config: str | Mapping[str, Any]
     tokens: int
     rows: int = 1
@@ -39,12 +39,12 @@ class Published:
     why: str = ""
 
     def ours(self) -> MemoryEstimate:
-        """Return what the plan says of it."""
+        """Return the planner's estimate for the run."""
         spec = QLoRAJobSpec.model_validate(
             {
                 "model": {"uri": "hf://a/model"},
-                "dataset": {"uri": "hf://a/dataset"},
-                "output": {"uri": "s3://a/bucket"},
+                "dataset": {"uri": "hf://datasets/a/rows/train.jsonl"},
+                "output": {"uri": "s3://bucket/a"},
                 "method": self.method,
                 "quantization": {"bits": 4 if self.method == "qlora" else 16},
                 "lora": {"dropout": 0.0, **self.lora},
@@ -65,7 +65,7 @@ def _config(config: str | Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _llama(hidden: int, intermediate: int, layers: int, heads: int) -> Mapping[str, Any]:
-    """Return the shape of a first or second Llama."""
+    """Return the shape of a Llama 1 or Llama 2 model."""
     return {
         "model_type": "llama",
         "hidden_size": hidden,
@@ -81,9 +81,9 @@ _LLAMA_13B: Final = _llama(5120, 13_824, 40, 40)
 _LLAMA_65B: Final = _llama(8192, 22_016, 80, 64)
 _QV: Final[Mapping[str, Any]] = {"rank": 8, "targets": ["q_proj", "v_proj"]}
 
-_ALL_LOGITS: Final = "logits of all 128,256 words at once and in fp32, where ours are taken in chunks"
+_ALL_LOGITS: Final = "logits of all 128,256 tokens at once in fp32; ours are computed in chunks"
 _BF16: Final = "adapters in bf16 without autocast; PyTorch 2.1"
-_OLD: Final = f"{_BF16}; bitsandbytes 0.41 kept the inputs of frozen layers (until 0.43.2, its #1270)"
+_OLD: Final = f"{_BF16}; bitsandbytes 0.41 saved the inputs of frozen layers (until 0.43.2, its #1270)"
 PUBLISHED: Final = (
     Published(
         _QLORA,
@@ -118,7 +118,7 @@ PUBLISHED: Final = (
     ),
     Published(
         _LITGPT,
-        "Llama-2-7B NF4 with double quantisation, 1 x 1304",
+        "Llama-2-7B NF4 with double quantization, 1 x 1304",
         13.84 * _GB,
         _LLAMA_7B,
         1304,
@@ -152,7 +152,7 @@ PUBLISHED: Final = (
     ),
     Published(
         _LITGPT,
-        "Llama-2-13B NF4 with double quantisation, 1 x 1304",
+        "Llama-2-13B NF4 with double quantization, 1 x 1304",
         22.55 * _GB,
         _LLAMA_13B,
         1304,
@@ -203,12 +203,12 @@ def write_published() -> str:
     """Return the page in Markdown."""
     return "\n".join(
         [
-            "# Peaks that others published for GPUs, and the plan's",
+            "# GPU memory peaks published by others, and our predictions",
             "",
-            "In GiB. Nothing here was measured on a GPU by this project: theirs are other trainers, and the last "
-            "column says what is known to differ. *Tensors* is what torch's allocator gives out, as LitGPT and "
-            "torchtune report it; *the GPU* adds context, workspace and slack. Unsloth gives the card that a length "
-            "just fits.",
+            "In GiB. This project measured none of these on a GPU: the published values are of other trainers, and "
+            "the last column lists the known differences. *Tensors* is the memory allocated by torch, as LitGPT and "
+            "torchtune report it; *the GPU* adds CUDA context, workspace and fragmentation. Unsloth gives the "
+            "smallest GPU that fits a length.",
             "",
             "| source | run | published | ours: tensors | of which activations | ours: the GPU | what differs |",
             "|---|---|---|---|---|---|---|",

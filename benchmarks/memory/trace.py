@@ -1,4 +1,4 @@
-"""The bytes of torch's CPU allocator over time, from the events that its profiler records for every block."""
+"""Bytes of torch's CPU allocator over time, from the profiler's events of every block."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,18 +11,18 @@ from torch.profiler import ProfilerActivity, profile
 
 @dataclass
 class Trace:
-    """What was taken and given back, in order; bytes count from the start of the trace."""
+    """Allocations and frees in order; bytes count from the start of the trace."""
 
     events: list[Any] = field(default_factory=list)
 
     @property
     def left(self) -> int:
-        """Return the bytes that are there at the end and were not at the start."""
+        """Return the bytes allocated and not freed since the start."""
         return sum(self._sizes)
 
     @property
     def peak(self) -> int:
-        """Return the most bytes above the start at any time."""
+        """Return the peak of bytes above the start."""
         return max(accumulate(self._sizes, initial=0))
 
     @property
@@ -32,7 +32,7 @@ class Trace:
 
 @contextmanager
 def traced() -> Iterator[Trace]:
-    """Trace what happens inside; complete once the context is left."""
+    """Trace the code in the context; the trace is complete when it exits."""
     trace = Trace()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         yield trace

@@ -1,4 +1,4 @@
-"""`make bench-plan`: time `qlora plan` on the public configurations of the tests, start-up included."""
+"""`make bench-plan`: time `qlora plan` on the public configurations of the tests, startup included."""
 
 import json
 import resource
@@ -16,9 +16,9 @@ CONFIGS: Final = Path(__file__).parents[2] / "tests" / "unit" / "planner" / "con
 MODELS: Final = 20
 ROUNDS: Final = 5
 ATTENTION_ONLY: Final = ("mixtral",)
-"""Adapters on stacked experts are not sized."""
+"""Families for which adapters on experts are not sized."""
 UNQUANTIZED: Final = ("falcon",)
-"""bitsandbytes knows no layer of theirs."""
+"""Families whose layers bitsandbytes does not quantize."""
 
 
 class Timing(NamedTuple):
@@ -29,13 +29,13 @@ class Timing(NamedTuple):
 
 
 def main() -> int:
-    """Print the medians of some rounds."""
+    """Print the medians of ROUNDS runs."""
     with tempfile.TemporaryDirectory() as folder:
         jobs = write_jobs(Path(folder))
         command = [sys.executable, "-m", "qlora_cli", "plan", str(jobs), "--hub-mirror", folder, "-o", "json"]
-        planned = [time_command(command) for _ in range(ROUNDS)]
-    idle = [time_command([sys.executable, "-m", "qlora_cli", "--version"]) for _ in range(ROUNDS)]
-    for name, timings in ((f"{MODELS} plans in one call", planned), ("of which start-up", idle)):
+        planning = [time_command(command) for _ in range(ROUNDS)]
+    startup = [time_command([sys.executable, "-m", "qlora_cli", "--version"]) for _ in range(ROUNDS)]
+    for name, timings in ((f"{MODELS} plans in one call", planning), ("of which startup", startup)):
         wall = statistics.median(timing.wall for timing in timings)
         cpu = statistics.median(timing.cpu for timing in timings)
         print(f"{name}: {wall:.2f} s, {cpu:.2f} s of CPU time")
@@ -43,7 +43,7 @@ def main() -> int:
 
 
 def write_jobs(folder: Path) -> Path:
-    """Write a manifest for each configuration, and the configurations in the form of a hub cache."""
+    """Write a manifest for each configuration, and the configurations in the layout of a hub cache."""
     documents = []
     for config in sorted(CONFIGS.glob("*.json"))[:MODELS]:
         snapshot = folder / f"models--public--{config.stem}" / "snapshots" / "main"
@@ -58,7 +58,7 @@ def write_jobs(folder: Path) -> Path:
 def make_manifest(model: str) -> str:
     """Return a QLoRAJob; JSON is YAML."""
     targets = ["q_proj", "v_proj"] if model.startswith(ATTENTION_ONLY) else ["all-linear"]
-    whole = {"method": "lora", "quantization": {"bits": 16}} if model.startswith(UNQUANTIZED) else {}
+    unquantized = {"method": "lora", "quantization": {"bits": 16}} if model.startswith(UNQUANTIZED) else {}
     spec = {
         "model": {"uri": f"hf://public/{model}"},
         "dataset": {"uri": "s3://data/train.jsonl"},
@@ -67,12 +67,12 @@ def make_manifest(model: str) -> str:
     }
     metadata = {"name": "job"}
     return json.dumps(
-        {"apiVersion": "qlora.dev/v1alpha1", "kind": "QLoRAJob", "metadata": metadata, "spec": spec | whole}
+        {"apiVersion": "qlora.dev/v1alpha1", "kind": "QLoRAJob", "metadata": metadata, "spec": spec | unquantized}
     )
 
 
 def time_command(command: Sequence[str]) -> Timing:
-    """Run a command that must succeed, and time it."""
+    """Run a command, and time it; raise if it fails."""
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     subprocess.run(command, check=True, capture_output=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -1,1 +1,1 @@
-"""Ten thousand QLoRAJobs on a real control plane, and JobSet doing the same work in the same run: see README.md."""
+"""Ten thousand QLoRAJobs on a real control plane, compared with JobSet on the same machine: see README.md."""

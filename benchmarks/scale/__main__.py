@@ -1,4 +1,4 @@
-"""`make bench-scale`: both contenders in turn, each on a control plane of its own, then the page."""
+"""`make bench-scale`: both contenders in turn, each on its own control plane, then the page."""
 
 import argparse
 import asyncio
@@ -40,10 +40,10 @@ ACCOUNTS: Final = (f"{OPERATOR_NAMESPACE}:{ACCOUNT}", "jobset-system:jobset")
 
 
 def main() -> int:
-    """Run everything and write it down."""
+    """Run the benchmark and write its results."""
     options = parse()
     machine = observe_machine(LIBRARIES)
-    results = asyncio.run(measure(options.jobs, options.lives))
+    results = asyncio.run(measure(options.jobs, options.runs))
     page = write_page(results, machine)
     RESULTS.joinpath("scale.md").write_text(page)
     RESULTS.joinpath("scale.json").write_text(json.dumps(asdict(results), indent=1) + "\n")
@@ -55,19 +55,19 @@ def parse() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="benchmarks.scale", description=__doc__)
     parser.add_argument("--jobs", type=int, default=10_000)
-    parser.add_argument("--lives", type=int, default=2_000)
+    parser.add_argument("--runs", type=int, default=2_000)
     return parser.parse_args()
 
 
-async def measure(jobs: int, lives: int) -> Results:
-    """Measure both contenders, and then what only we promise."""
+async def measure(jobs: int, runs: int) -> Results:
+    """Measure both contenders, and then the promises of the operator alone."""
     jobset = await measure_jobset(jobs)
     ours, restart = await measure_operator(jobs)
-    return Results(jobs, lives, ours, jobset, restart, await measure_simulation(lives))
+    return Results(jobs, runs, ours, jobset, restart, await measure_simulation(runs))
 
 
 async def measure_jobset(jobs: int) -> FirstChildren:
-    """JobSet makes the Jobs of JobSets that are there."""
+    """Measure JobSet creating the Jobs of existing JobSets."""
     print(f"JobSet and {jobs} JobSets", flush=True)
     with open_cluster(pods_that_run()) as (cluster, audit):
         controller = install_jobset(cluster)
@@ -77,7 +77,7 @@ async def measure_jobset(jobs: int) -> FirstChildren:
 
 
 async def measure_operator(jobs: int) -> tuple[FirstChildren, Restart]:
-    """The operator makes the first Jobs of QLoRAJobs that are there, and is restarted among them."""
+    """Measure the operator creating the first Jobs of existing QLoRAJobs, and its restart after that."""
     print(f"the operator and {jobs} QLoRAJobs", flush=True)
     with open_cluster(pods_that_run()) as (cluster, audit), install_operator(cluster, audit) as operator:
         async with connect(cluster) as api:
@@ -88,19 +88,19 @@ async def measure_operator(jobs: int) -> tuple[FirstChildren, Restart]:
         return first, await measure_restart(operator, audit, jobs)
 
 
-async def measure_simulation(lives: int) -> CompletedRuns:
-    """Runs live from their creation to their end."""
-    print(f"the lives of {lives} QLoRAJobs", flush=True)
+async def measure_simulation(runs: int) -> CompletedRuns:
+    """Measure runs from creation to publication."""
+    print(f"{runs} QLoRAJobs from creation to publication", flush=True)
     stages = "\n---\n".join((pods_that_run(), build_ends()))
     with open_cluster(stages) as (cluster, audit), install_operator(cluster, audit) as operator:
         operator.start()
         async with connect(cluster) as api:
-            return await measure_completed_runs(api, operator, audit, build_qlorajob, lives)
+            return await measure_completed_runs(api, operator, audit, build_qlorajob, runs)
 
 
 @contextmanager
 def install_operator(cluster: Cluster, audit: Audit) -> Iterator[Operator]:
-    """Install an operator that may be started, and end it at the latest with this block."""
+    """Install an operator to be started later, and stop it at the end of the block."""
     folder = audit.folder / "operator"
     folder.mkdir()
     operator = Operator(cluster, folder)
@@ -112,7 +112,7 @@ def install_operator(cluster: Cluster, audit: Audit) -> Iterator[Operator]:
 
 @contextmanager
 def open_cluster(stages: str) -> Iterator[tuple[Cluster, Audit]]:
-    """Start a control plane that records writes, with simulated GPU nodes and both kinds of objects."""
+    """Start a control plane with an audit log of writes, simulated GPU nodes and both CRDs."""
     with tempfile.TemporaryDirectory() as folder:
         audit = Audit(Path(folder))
         with Cluster.start(

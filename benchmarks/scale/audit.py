@@ -1,4 +1,4 @@
-"""Who wrote what: the API server's own record."""
+"""Writes by account, from the API server's audit log."""
 
 import json
 from collections import Counter
@@ -9,22 +9,22 @@ from typing import Any, Final
 import yaml
 
 WRITES: Final = ("create", "update", "patch", "delete")
-"""Verbs that change something."""
+"""Verbs that change objects."""
 
 
 @dataclass(frozen=True)
 class Audit:
-    """The record of some accounts' writes."""
+    """Audit log of the writes of some accounts."""
 
     folder: Path
 
     @property
     def log(self) -> Path:
-        """One JSON object a line."""
+        """Return the log file, with one JSON object per line."""
         return self.folder / "audit.log"
 
     def flags(self, *accounts: str) -> list[str]:
-        """Return what has the API server write the record; there is nothing in it of anybody else."""
+        """Return the API server's flags for an audit log of these accounts only."""
         policy = {
             "apiVersion": "audit.k8s.io/v1",
             "kind": "Policy",
@@ -43,12 +43,12 @@ class Audit:
         return [f"--audit-policy-file={file}", f"--audit-log-path={self.log}", "--audit-log-mode=blocking"]
 
     def count(self) -> Counter[str]:
-        """Count what was written until now, by verb and resource."""
+        """Count the writes so far, by verb and resource."""
         lines = self.log.read_text().splitlines() if self.log.exists() else []
         return Counter(_describe(json.loads(line)) for line in lines)
 
     def writes_since(self, before: Counter[str]) -> dict[str, int]:
-        """Count what was written since an earlier count, the most frequent first."""
+        """Count the writes since an earlier count, the most frequent first."""
         return dict((self.count() - before).most_common())
 
 

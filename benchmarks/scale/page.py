@@ -42,7 +42,7 @@ def _first_children(results: Results) -> Iterator[str]:
     yield _row("qlora-operator", ours, results.jobs)
     yield _row(JOBSET, theirs, results.jobs)
     yield (
-        f"| ours to theirs | {theirs.seconds / ours.seconds:.2f} x | "
+        f"| ours vs. JobSet | {theirs.seconds / ours.seconds:.2f} x | "
         f"{ours.usage.cpu_seconds / theirs.usage.cpu_seconds:.2f} x | "
         f"{ours.usage.peak_mib / theirs.usage.peak_mib:.2f} x | |"
     )
@@ -56,32 +56,32 @@ def _row(name: str, measured: FirstChildren, jobs: int) -> str:
 
 
 def _promises(results: Results) -> Iterator[str]:
-    restart, lives = results.restart, results.whole_lives
+    restart, completed = results.restart, results.completed_runs
     idle = without_lease(restart.idle_writes) * MINUTE / IDLE_SECONDS
     yield "| promise | bound | measured |"
     yield "|---|---|---|"
     yield f"| writes from a QLoRAJob to its first child | 4 | {without_lease(results.ours.writes) / results.jobs:.2f} |"
-    peak = max(results.ours.usage.peak_mib, restart.peak_mib, lives.usage.peak_mib)
-    yield f"| peak resident memory of the operator, whatever it did | 256 MiB | {peak:.0f} MiB |"
-    yield f"| restart with {results.jobs} present, to the last look | 30 s | {restart.seconds:.1f} s |"
-    yield f"| writes of a restart where nothing has changed | 0 | {without_lease(restart.writes)} |"
-    yield f"| writes a minute with nothing to do | 1 | {idle:.1f} |"
-    yield f"| a finished QLoRAJob | 10,240 bytes | {lives.largest_bytes:,} bytes |"
+    peak = max(results.ours.usage.peak_mib, restart.peak_mib, completed.usage.peak_mib)
+    yield f"| peak resident memory of the operator | 256 MiB | {peak:.0f} MiB |"
+    yield f"| restart with {results.jobs} QLoRAJobs, until all are reconciled | 30 s | {restart.seconds:.1f} s |"
+    yield f"| writes of a restart without changes | 0 | {without_lease(restart.writes)} |"
+    yield f"| writes per minute when idle | 1 | {idle:.1f} |"
+    yield f"| a finished QLoRAJob | 10,240 bytes | {completed.largest_bytes:,} bytes |"
     yield (
-        f"| {results.lives} lives from creation to publication, pods of one second | all, two Jobs each | "
-        f"all in {lives.seconds:.0f} s: {results.lives / lives.seconds:.1f}/s, "
-        f"{without_lease(lives.writes) / results.lives:.2f} writes each, {lives.usage.peak_mib:.0f} MiB |"
+        f"| {results.runs} runs from creation to publication, with pods of one second | all, two Jobs each | "
+        f"all in {completed.seconds:.0f} s: {results.runs / completed.seconds:.1f}/s, "
+        f"{without_lease(completed.writes) / results.runs:.2f} writes each, {completed.usage.peak_mib:.0f} MiB |"
     )
 
 
 def _writes(results: Results) -> Iterator[str]:
-    yield "Writes, by the API server's record; the Lease of the leader election is renewed whatever there is to do."
+    yield "Writes, from the API server's audit log; the Lease of the leader election is renewed at any load."
     yield ""
     yield f"- first Jobs, ours: {_list(results.ours.writes)}"
     yield f"- first Jobs, {JOBSET}: {_list(results.jobset.writes)}"
-    yield f"- lives: {_list(results.whole_lives.writes)}"
+    yield f"- complete runs: {_list(results.completed_runs.writes)}"
     yield f"- restart: {_list(results.restart.writes)}; {IDLE_SECONDS} s idle: {_list(results.restart.idle_writes)}"
 
 
 def _list(writes: Mapping[str, int]) -> str:
-    return ", ".join(f"{number} {what}" for what, number in writes.items()) or "none"
+    return ", ".join(f"{number} {write}" for write, number in writes.items()) or "none"

@@ -1,4 +1,4 @@
-"""What a process used, as the kernel counts it."""
+"""Resource usage of a process, as the kernel counts it."""
 
 import os
 from dataclasses import dataclass
@@ -9,15 +9,15 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Usage:
-    """Memory and processor time of one process."""
+    """Memory and CPU time of one process."""
 
     peak_mib: float
-    """The most resident memory that it ever had (VmHWM)."""
+    """Peak resident memory (VmHWM)."""
     cpu_seconds: float
 
 
 def usage_of(pid: int) -> Usage:
-    """Return what a running process has used until now."""
+    """Return the usage of a running process so far."""
     status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     ticks = int(fields[11]) + int(fields[12])

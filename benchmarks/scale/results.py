@@ -1,4 +1,4 @@
-"""One run of the benchmark, as it is written down."""
+"""The results of one run of the benchmark."""
 
 from dataclasses import dataclass
 
@@ -7,11 +7,11 @@ from benchmarks.scale.trial import CompletedRuns, FirstChildren, Restart
 
 @dataclass(frozen=True)
 class Results:
-    """Everything that was measured."""
+    """All measurements."""
 
     jobs: int
-    lives: int
+    runs: int
     ours: FirstChildren
     jobset: FirstChildren
     restart: Restart
-    whole_lives: CompletedRuns
+    completed_runs: CompletedRuns

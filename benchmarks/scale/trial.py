@@ -1,4 +1,4 @@
-"""What is measured: first children, a restart, idleness, and whole lives."""
+"""The measurements: first children, a restart, idle time, and complete runs."""
 
 import asyncio
 import contextlib
@@ -19,33 +19,33 @@ from tests.cluster.cluster import Cluster
 from tests.integration.operator_process import Operator
 
 CLIENTS: Final = 32
-"""Objects that are created at once."""
+"""Objects that are created concurrently."""
 PAGE: Final = 500
 POLL_SECONDS: Final = 0.25
 QUIET_SECONDS: Final = 10
-"""Without a write, after which what was under way has been told."""
+"""Seconds without a write after which all work is done."""
 IDLE_SECONDS: Final = 120
-"""How long an operator with nothing to do is watched."""
+"""How long an idle operator is observed."""
 TIMEOUT_SECONDS: Final = 1800.0
-"""Seconds after which a contender will never be done."""
+"""Seconds after which the benchmark gives up."""
 LEASE: Final = "leases"
-"""Renewed every few seconds by design, whatever there is to do; counted apart."""
+"""Renewed every few seconds by design; counted separately."""
 
 
 class Contender(Protocol):
-    """A controller that makes a Job for every object of its kind."""
+    """A controller that creates a Job for every object of its kind."""
 
     @property
     def pid(self) -> int:
-        """Its process."""
+        """Return the PID of the controller."""
 
     def start(self) -> object:
-        """Start it, and return when it serves."""
+        """Start the controller, and return when it is ready."""
 
 
 @dataclass(frozen=True)
 class FirstChildren:
-    """How a contender made one Job for each of its objects, which were all there when it started."""
+    """Creation of one Job for each object, all of which existed before the contender started."""
 
     seconds: float
     """From the start of its process to the last Job."""
@@ -55,31 +55,31 @@ class FirstChildren:
 
 @dataclass(frozen=True)
 class Restart:
-    """How the operator came back to work that was all under way."""
+    """A restart of the operator with all runs in progress."""
 
     seconds: float
-    """From the start of its process to the end of its last look."""
+    """From the start of its process to the end of its last reconcile."""
     peak_mib: float
     writes: dict[str, int]
     idle_writes: dict[str, int]
-    """In IDLE_SECONDS after it."""
+    """In the IDLE_SECONDS after it."""
 
 
 @dataclass(frozen=True)
 class CompletedRuns:
-    """How runs were created, prepared, trained and published, with pods that last a second."""
+    """Runs that were created, prepared, trained and published, with pods that run for one second."""
 
     seconds: float
     """From the first creation to the last end."""
     usage: Usage
     writes: dict[str, int]
     largest_bytes: int
-    """The longest finished QLoRAJob, as the API server hands it out."""
+    """Size of the largest finished QLoRAJob as JSON."""
 
 
 @contextlib.asynccontextmanager
 async def connect(cluster: Cluster) -> AsyncIterator[Api]:
-    """Speak to the API server as its administrator."""
+    """Connect to the API server as an administrator."""
     api = Api(await load_configuration(str(cluster.kubeconfig)))
     try:
         yield api
@@ -88,7 +88,7 @@ async def connect(cluster: Cluster) -> AsyncIterator[Api]:
 
 
 async def create(api: Api, path: str, build: Callable[[int], Manifest], count: int) -> None:
-    """Create objects as fast as the API server takes them."""
+    """Create objects as fast as the API server accepts them."""
     numbers = iter(range(count))
 
     async def client() -> None:
@@ -116,34 +116,34 @@ async def read_all(api: Api, path: str) -> AsyncIterator[dict[str, Any]]:
             return
 
 
-async def wait_for(what: str, reached: Callable[[], Awaitable[bool]]) -> None:
-    """Ask again and again, and give up after a time that nothing takes."""
+async def wait_for(condition: str, reached: Callable[[], Awaitable[bool]]) -> None:
+    """Poll until a condition is met, and give up after TIMEOUT_SECONDS."""
     deadline = time.monotonic() + TIMEOUT_SECONDS
     while not await reached():
         if time.monotonic() > deadline:
-            raise SystemExit(f"not within {TIMEOUT_SECONDS:.0f} s: {what}")
+            raise SystemExit(f"timed out after {TIMEOUT_SECONDS:.0f} s: {condition}")
         await asyncio.sleep(POLL_SECONDS)
-    print(what, flush=True)
+    print(condition, flush=True)
 
 
 async def measure_first_children(api: Api, contender: Contender, audit: Audit, jobs: int) -> FirstChildren:
-    """Start a contender whose objects are there, and wait until each has its Job."""
+    """Start a contender whose objects exist, and wait until each has its Job."""
     before, start = audit.count(), time.monotonic()
 
-    async def made() -> bool:
+    async def all_created() -> bool:
         return await count(api, JOBS) >= jobs
 
     await asyncio.to_thread(contender.start)
-    await wait_for(f"{jobs} Jobs are there", made)
+    await wait_for(f"{jobs} Jobs exist", all_created)
     seconds = time.monotonic() - start
     return FirstChildren(seconds, usage_of(contender.pid), audit.writes_since(before))
 
 
 async def wait_for_quiet(api: Api, audit: Audit) -> None:
-    """Return when every pod runs, and every status says so: when nothing more is written."""
+    """Wait until every pod is running and nothing more is written."""
     before = audit.count()
 
-    async def run() -> bool:
+    async def all_running() -> bool:
         query = {"fieldSelector": "status.phase!=Running", "limit": "1"}
         waiting = await api.request("GET", PODS, query=query)
         return not waiting["items"] and await count(api, PODS) >= await count(api, JOBS)
@@ -154,50 +154,50 @@ async def wait_for_quiet(api: Api, audit: Audit) -> None:
         writes, before = audit.writes_since(before), audit.count()
         return without_lease(writes) == 0
 
-    await wait_for("every pod runs", run)
+    await wait_for("every pod is running", all_running)
     await wait_for("nothing more is written", quiet)
 
 
 async def measure_restart(operator: Operator, audit: Audit, jobs: int) -> Restart:
-    """Start an operator where everything is under way, wait until it has looked at all, and then some."""
+    """Start an operator with all runs in progress, wait until it has reconciled all, and observe it idle."""
     before, start = audit.count(), time.monotonic()
 
-    async def looked() -> bool:
+    async def all_reconciled() -> bool:
         metrics = await asyncio.to_thread(read_metrics, operator)
         return reconcile_count(metrics) >= jobs and metrics.get("qlora_operator_queue_depth") == 0
 
     await asyncio.to_thread(operator.start)
-    await wait_for(f"{jobs} QLoRAJobs were looked at", looked)
+    await wait_for(f"{jobs} QLoRAJobs were reconciled", all_reconciled)
     seconds = time.monotonic() - start
-    writes, quiet = audit.writes_since(before), audit.count()
+    writes, before_idle = audit.writes_since(before), audit.count()
     await asyncio.sleep(IDLE_SECONDS)
-    return Restart(seconds, usage_of(operator.pid).peak_mib, writes, audit.writes_since(quiet))
+    return Restart(seconds, usage_of(operator.pid).peak_mib, writes, audit.writes_since(before_idle))
 
 
 async def measure_completed_runs(
     api: Api, operator: Operator, audit: Audit, build: Callable[[int], Manifest], jobs: int
 ) -> CompletedRuns:
-    """Create runs under a running operator, wait until all have ended, and make sure how."""
+    """Create runs under a running operator, wait until all have ended, and check that all were published."""
     before, start = audit.count(), time.monotonic()
 
-    async def ended() -> bool:
+    async def all_succeeded() -> bool:
         metrics = await asyncio.to_thread(read_metrics, operator)
         return metrics.get('qlora_jobs{phase="Succeeded"}') == jobs
 
     await create(api, QLORAJOBS, build, jobs)
-    await wait_for(f"{jobs} runs have succeeded", ended)
+    await wait_for(f"{jobs} runs have succeeded", all_succeeded)
     seconds = time.monotonic() - start
     finished = [item async for item in read_all(api, QLORAJOBS)]
     reasons = Counter(item["status"]["reason"] for item in finished)
-    made = await count(api, JOBS)
-    if reasons != {"Published": jobs} or made != 2 * jobs:
-        raise SystemExit(f"{jobs} runs ended as {dict(reasons)} with {made} Jobs")
+    created = await count(api, JOBS)
+    if reasons != {"Published": jobs} or created != 2 * jobs:
+        raise SystemExit(f"{jobs} runs ended as {dict(reasons)} with {created} Jobs")
     largest = max(len(json.dumps(item, separators=(",", ":"))) for item in finished)
     return CompletedRuns(seconds, usage_of(operator.pid), audit.writes_since(before), largest)
 
 
 def read_metrics(operator: Operator) -> dict[str, float]:
-    """Read the operator's own metrics; none before it serves them."""
+    """Read the operator's metrics; empty until it serves them."""
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{operator.health_port}/metrics", timeout=30) as answer:
             lines = answer.read().decode().splitlines()
@@ -208,10 +208,10 @@ def read_metrics(operator: Operator) -> dict[str, float]:
 
 
 def reconcile_count(metrics: dict[str, float]) -> float:
-    """Return how many passes have ended."""
+    """Return the number of finished reconciles."""
     return sum(value for name, value in metrics.items() if name.startswith("qlora_operator_reconcile_total"))
 
 
 def without_lease(writes: dict[str, int]) -> int:
-    """Add up writes, those of the Lease left out."""
-    return sum(number for what, number in writes.items() if LEASE not in what)
+    """Return the number of writes, without those of the Lease."""
+    return sum(number for write, number in writes.items() if LEASE not in write)

@@ -1,4 +1,4 @@
-"""Ten thousand of the same: a QLoRAJob and a JobSet that ask for one pod, and pods that KWOK plays."""
+"""The workload: QLoRAJobs and JobSets of one pod each, and stages of KWOK that simulate the pods."""
 
 import json
 from pathlib import Path
@@ -23,14 +23,14 @@ MODEL: Final = Path(__file__).parents[2] / "tests/unit/planner/configs/llama-3.2
 
 
 def build_qlorajob(number: int) -> Manifest:
-    """One run on one GPU, with the note that `kubectl apply` adds; its first child is the Job that prepares it."""
+    """One run on one GPU, with the annotation of `kubectl apply`; its first child is the prepare Job."""
     manifest = make_manifest(f"run-{number:05}", NAMESPACE, resources={"gpusPerNode": 1})
     manifest["metadata"]["annotations"] = {"kubectl.kubernetes.io/last-applied-configuration": json.dumps(manifest)}
     return manifest
 
 
 def build_jobset(number: int) -> Manifest:
-    """One Job of one pod; everything that JobSet's webhook would fill in is written out, and it makes no Service."""
+    """One Job of one pod, with all defaults of JobSet's webhook set explicitly, and without a Service."""
     container = {
         "name": "trainer",
         "image": "trainer:test",
@@ -57,7 +57,7 @@ def build_jobset(number: int) -> Manifest:
 
 
 def build_ends() -> str:
-    """Return the stages of pods that end a second after they began to run, each with its trainer's last word."""
+    """Return the stages of pods that end after one second, each with the trainer's termination message."""
     return "\n---\n".join((_build_end(Role.PREPARE, _prepared_message()), _build_end(Role.TRAIN, PUBLISHED_MESSAGE)))
 
 
@@ -68,7 +68,7 @@ def _prepared_message() -> str:
 
 
 def _build_end(role: Role, message: str) -> str:
-    """JSON is YAML, and the quotes of the word are escaped once for the template's own YAML."""
+    """Return a stage as JSON, which is YAML; the message is escaped once more for the template's YAML."""
     status = f"""
 {{{{ $now := Now }}}}
 phase: Succeeded

@@ -1,1 +1,1 @@
-"""Three ways to train the same adapter on the same rows, compared in one run on one machine: see README.md."""
+"""Benchmark of the trainer against TRL and a tutorial script, on the same adapter, rows and machine: see README.md."""

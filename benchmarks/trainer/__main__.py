@@ -1,4 +1,4 @@
-"""`make bench-trainer` and `make gpu`: run all contenders in turn, and write table, picture and raw figures."""
+"""`make bench-trainer` and `make gpu`: run all contenders in turn, and write table, plot and raw results."""
 
 import argparse
 import json
@@ -27,18 +27,18 @@ CONTENDERS: Final = {
     "ours": ["benchmarks.trainer.contenders.ours"],
 }
 STEPS: Final = {"cpu": {"recipe": 4, "trl": 8, "trl-fastest": 12, "ours": 20}, "cuda": dict.fromkeys(CONTENDERS, 12)}
-"""Steps of each contender: about equal shares of time. The learning rate is constant, so that none has an advantage."""
+"""Steps of each contender, for about equal time each. The learning rate is constant, so that none has an advantage."""
 EVALUATIONS: Final = 4
-"""Looks at the held-out rows that a contender takes while it trains."""
+"""Evaluations on held-out rows during the training of a contender."""
 RECIPE_LENGTH: Final = {"cpu": 256, "cuda": 1024}
-"""Tokens to which the recipe pads: what tutorials write for short and for long answers."""
+"""Tokens to which the recipe pads: common values of tutorials for short and for long answers."""
 
 
 def main() -> int:
     """Run a comparison, and return the exit code."""
     options = parse()
     if options.device == "cuda" and not torch.cuda.is_available():
-        print("There is no GPU that PyTorch can use on this machine; run `make gpu` on one that has it.")
+        print("PyTorch finds no GPU on this machine; run `make gpu` on one that has a GPU.")
         return 1
     for name, task in make_tasks(options.device).items():
         run(name, task, options.rounds, options.contenders)
@@ -55,7 +55,7 @@ def parse() -> argparse.Namespace:
 
 
 def make_tasks(device: str) -> dict[str, Task]:
-    """Return the comparisons of a device, by name; models are made if they are not there."""
+    """Return the comparisons of a device, by name; missing models are created."""
     small = make_model(DEFAULT_MIRROR, print)
     if device == "cpu":
         return {"SmolLM2-135M": Task(str(small), "cpu", RECIPE_LENGTH["cpu"])}
@@ -67,7 +67,7 @@ def make_tasks(device: str) -> dict[str, Task]:
 
 
 def run(name: str, task: Task, rounds: int, contenders: Sequence[str]) -> None:
-    """Run one comparison and write it down."""
+    """Run one comparison and write its results."""
     machine, folder = observe_machine(), RESULTS / f"{task.device}-{name.lower()}"
     folder.mkdir(parents=True, exist_ok=True)
     runs: dict[str, list[Measurement]] = {contender: [] for contender in contenders}
@@ -80,11 +80,11 @@ def run(name: str, task: Task, rounds: int, contenders: Sequence[str]) -> None:
 
 
 def run_contender(contender: str, task: Task, output: Path) -> Measurement:
-    """Run a contender in a process of its own."""
+    """Run a contender in a separate process."""
     steps = STEPS[task.device][contender]
-    order = ["--task", task.to_json(), "--steps", str(steps), "--every", str(max(steps // EVALUATIONS, 1))]
+    arguments = ["--task", task.to_json(), "--steps", str(steps), "--every", str(max(steps // EVALUATIONS, 1))]
     module, *switches = CONTENDERS[contender]
-    command = [sys.executable, "-W", "ignore", "-m", module, *switches, *order, "--output", str(output)]
+    command = [sys.executable, "-W", "ignore", "-m", module, *switches, *arguments, "--output", str(output)]
     log = output.with_suffix(".log")
     with log.open("w") as stream:
         done = subprocess.run(command, stdout=stream, stderr=stream, env=_environment(), check=False)
@@ -95,7 +95,7 @@ def run_contender(contender: str, task: Task, output: Path) -> Measurement:
 
 
 def _environment() -> dict[str, str]:
-    """Return this process's environment, without what would tell a contender how its threads wait."""
+    """Return this process's environment without settings of how OpenMP threads wait, and offline."""
     return {name: value for name, value in os.environ.items() if name not in {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}} | {
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
@@ -103,7 +103,7 @@ def _environment() -> dict[str, str]:
 
 
 def write_results(title: str, runs: Runs, machine: Machine, folder: Path) -> None:
-    """Write the page and the picture, and show the page."""
+    """Write the page and the plot, and print the page."""
     page = write_page(title, runs, machine)
     folder.with_name(f"{folder.name}.md").write_text(page)
     draw(title, runs, folder.with_name(f"{folder.name}.png"))

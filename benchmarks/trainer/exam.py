@@ -1,4 +1,4 @@
-"""The same examination for all contenders: the mean loss on the answers of held-out rows."""
+"""The same evaluation for all contenders: the mean loss on the answers of held-out rows."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ _BATCH: Final = 16
 
 
 def make_evaluation(task: Task, model: Any, tokenizer: Any) -> Callable[[], float] | None:
-    """Return what examines the model, or None where there is nothing to examine."""
+    """Return a function that evaluates the model, or None if there are no held-out rows."""
     rows = [_tokens(pair.prompt, pair.answer, tokenizer) for pair in held_out_pairs(task)]
     return (lambda: _mean_loss(model, rows)) if rows else None
 
@@ -41,21 +41,21 @@ def _loss_sum(model: Any, rows: list[tuple[list[int], int]]) -> tuple[float, int
         [[-100] * first + ids[first:] + [-100] * (width - len(ids)) for ids, first in rows], device=model.device
     )
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
-    wanted = labels[:, 1:]
-    losses = functional.cross_entropy(logits[wanted != -100].float(), wanted[wanted != -100], reduction="sum")
-    return float(losses), int((wanted != -100).sum())
+    targets = labels[:, 1:]
+    losses = functional.cross_entropy(logits[targets != -100].float(), targets[targets != -100], reduction="sum")
+    return float(losses), int((targets != -100).sum())
 
 
 @contextmanager
 def _without_dropout(model: Any) -> Iterator[None]:
-    """Switch dropout off and nothing else.
+    """Disable dropout and nothing else.
 
-    In eval mode bitsandbytes would repack 4-bit weights on a CPU, and every later gradient would be wrong.
+    In eval mode bitsandbytes repacks 4-bit weights on a CPU, and every later gradient is wrong.
     """
     was_training = model.training
     model.train()
     layers = [module for module in model.modules() if isinstance(module, torch.nn.Dropout)]
-    # Dropout draws random numbers; the examination must not shift those of the training.
+    # Dropout draws random numbers; the evaluation must not advance the random state of the training.
     with torch.random.fork_rng():
         for layer in layers:
             layer.eval()

@@ -16,7 +16,7 @@ _GIB: Final = 2**30
 
 @dataclass(frozen=True)
 class Machine:
-    """What decides a measurement beside the contenders."""
+    """Hardware and software that affect a measurement."""
 
     processor: str
     cores: int
@@ -25,11 +25,11 @@ class Machine:
     system: str
     libraries: dict[str, str]
     load: float
-    """Processes that wanted to run in the last minute before the comparison: above 0.5 somebody else was at work."""
+    """Load average of the last minute before the comparison: above 0.5 other processes were running."""
 
 
 def observe_machine(libraries: Sequence[str] = _LIBRARIES) -> Machine:
-    """Look at this machine, and at the versions of what matters on it."""
+    """Return the hardware of this machine and the versions of the libraries."""
     cuda = torch.cuda.is_available()
     return Machine(
         processor=_processor(),
@@ -43,7 +43,7 @@ def observe_machine(libraries: Sequence[str] = _LIBRARIES) -> Machine:
 
 
 def _processor() -> str:
-    """Return the processor's name, with what bf16 depends on."""
+    """Return the processor's name, family and bf16 support."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
     bf16 = "AVX512-BF16" if torch.cpu.get_capabilities().get("avx512_bf16") else "no AVX512-BF16"

@@ -1,4 +1,4 @@
-"""What a contender measures while it trains, and how it is written down."""
+"""Measurements of a contender during training, and their JSON format."""
 
 import json
 import resource
@@ -17,11 +17,11 @@ class Step:
 
     seconds: float
     cpu_seconds: float
-    """Of all threads: hardly moved by what else the machine does."""
+    """CPU time of all threads: hardly affected by other processes on the machine."""
     useful_tokens: int
-    """Tokens of the rows that were learned from, without padding."""
+    """Tokens of the training rows, without padding."""
     learned_tokens: int
-    """Those of them that are labels."""
+    """Useful tokens that are labels."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class Measurement:
     startup_seconds: float = 0.0
     """From the start of the process to the start of the first step: imports, model, rows."""
     steps: list[Step] = field(default_factory=list)
-    examinations: list[Evaluation] = field(default_factory=list)
+    evaluations: list[Evaluation] = field(default_factory=list)
     peak_memory_bytes: int = 0
-    """The allocator's reservation on a GPU, the resident set on a CPU."""
+    """Peak memory reserved by the allocator on a GPU, peak resident set on a CPU."""
 
     @property
     def training_seconds(self) -> float:
@@ -56,33 +56,33 @@ class Measurement:
 
     @staticmethod
     def read(path: Path) -> "Measurement":
-        """Return a measurement that was written."""
+        """Read a measurement from JSON."""
         content = json.loads(path.read_text())
         steps = [Step(**step) for step in content.pop("steps")]
-        examinations = [Evaluation(**examination) for examination in content.pop("examinations")]
-        return Measurement(**content, steps=steps, examinations=examinations)
+        evaluations = [Evaluation(**evaluation) for evaluation in content.pop("evaluations")]
+        return Measurement(**content, steps=steps, evaluations=evaluations)
 
 
 class Stopwatch:
-    """Times steps, and leaves out whatever happens between `end_step` and the return of its examination."""
+    """Times steps, without the evaluations between them."""
 
     def __init__(self, contender: str, device: str, every: int) -> None:
         self.measurement = Measurement(contender)
         self.evaluate: Callable[[], float] | None = None
-        """Returns the loss on the held-out rows; None where that says nothing."""
+        """Returns the loss on the held-out rows; None if there is nothing to evaluate."""
         self._device = torch.device(device)
         self._every = every
         self._since, self._cpu_since = 0.0, 0.0
 
     def start(self) -> None:
-        """Note that everything is ready for the first step."""
+        """Record the startup time, evaluate, and start timing the first step."""
         self._synchronize()
         self.measurement.startup_seconds = time.time() - psutil.Process().create_time()
         self._evaluate()
         self._resume()
 
     def end_step(self, rows: Sequence[tuple[int, int]]) -> None:
-        """Note a finished step and its rows: useful and learned tokens of each."""
+        """Record a finished step and its rows: useful tokens and labels of each."""
         self._synchronize()
         seconds, cpu_seconds = time.perf_counter() - self._since, time.process_time() - self._cpu_since
         useful, learned = sum(useful for useful, _ in rows), sum(learned for _, learned in rows)
@@ -97,8 +97,8 @@ class Stopwatch:
 
     def _evaluate(self) -> None:
         if self.evaluate is not None:
-            done = self.measurement
-            done.examinations.append(Evaluation(len(done.steps), done.training_seconds, self.evaluate()))
+            current = self.measurement
+            current.evaluations.append(Evaluation(len(current.steps), current.training_seconds, self.evaluate()))
 
     def _synchronize(self) -> None:
         if self._device.type == "cuda":

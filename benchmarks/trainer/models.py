@@ -1,4 +1,4 @@
-"""Models with the shapes of well-known ones and random weights: speed does not depend on what a model knows."""
+"""Models with the shapes of well-known ones and random weights: speed does not depend on the weights."""
 
 import shutil
 from pathlib import Path
@@ -37,7 +37,7 @@ SHAPES: Final[dict[str, dict[str, Any]]] = {
 
 
 def make_random_model(name: str, tokenizer: Path) -> Path:
-    """Return the folder of a model with a known shape, made if it is not there; the tokenizer is another model's."""
+    """Return the folder of a model of a known shape, created if missing; the tokenizer is another model's."""
     folder = CACHE / name
     if folder.is_dir():
         return folder

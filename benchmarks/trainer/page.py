@@ -1,4 +1,4 @@
-"""The results as a table and as a picture."""
+"""The results as a table and as a plot."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,12 +16,12 @@ _GIB: Final = 2**30
 _COLUMNS: Final = (
     "contender",
     "useful tok/s",
-    "learned tok/s",
+    "label tok/s",
     "useful tok per CPU second",
-    "start-up",
+    "startup",
     "peak memory",
-    "trained",
-    "held-out loss then",
+    "training time",
+    "final held-out loss",
 )
 _COLORS: Final = {"recipe": "#999999", "trl": "#d98c3f", "trl-fastest": "#b5541c", OURS: "#2b6cb0"}
 
@@ -65,7 +65,7 @@ def _figures_table(figures: Sequence[Figures]) -> list[str]:
 
 def _ratio_table(ratios: Sequence[Ratio]) -> list[str]:
     return [
-        "| ours to | useful tokens per second | training time to the loss at which it ended |",
+        "| ours vs. | useful tokens per second | training time to its final loss |",
         "|---|---|---|",
         *(f"| {row.other} | {row.speed:.2f} x | {_time_to_loss(row)} |" for row in ratios),
     ]
@@ -73,7 +73,7 @@ def _ratio_table(ratios: Sequence[Ratio]) -> list[str]:
 
 def _time_to_loss(ratio: Ratio) -> str:
     if not ratio.learned:
-        return "it was no better than untrained when it ended"
+        return "its loss did not improve"
     return "not reached" if ratio.time_to_loss is None else f"{ratio.time_to_loss:.2f} x"
 
 
@@ -92,10 +92,10 @@ def _number(value: float | None, form: str) -> str:
 
 
 def draw(title: str, runs: Runs, path: Path) -> None:
-    """Draw the speeds, and the held-out loss over the training time where there is one."""
-    examined = any(run.examinations for measurements in runs.values() for run in measurements)
-    figure = Figure(figsize=(10 if examined else 5, 4), layout="constrained")
-    axes = figure.subplots(1, 2 if examined else 1, squeeze=False)[0]
+    """Draw the throughput, and the held-out loss over the training time if it was evaluated."""
+    evaluated = any(run.evaluations for measurements in runs.values() for run in measurements)
+    figure = Figure(figsize=(10 if evaluated else 5, 4), layout="constrained")
+    axes = figure.subplots(1, 2 if evaluated else 1, squeeze=False)[0]
     figure.suptitle(title)
     speeds = {name: summarize(measurements).useful_per_second for name, measurements in runs.items()}
     bars = axes[0].barh(list(speeds), list(speeds.values()), color=[_COLORS[name] for name in speeds])
@@ -103,7 +103,7 @@ def draw(title: str, runs: Runs, path: Path) -> None:
     axes[0].margins(x=0.15)
     axes[0].set_xlabel("useful tokens per second")
     axes[0].invert_yaxis()
-    if examined:
+    if evaluated:
         _draw_losses(axes[1], runs)
     figure.savefig(path, dpi=120)
 
@@ -111,8 +111,8 @@ def draw(title: str, runs: Runs, path: Path) -> None:
 def _draw_losses(axis: Axes, runs: Runs) -> None:
     for name, measurements in runs.items():
         for number, run in enumerate(measurements):
-            seconds = [examination.training_seconds for examination in run.examinations]
-            losses = [examination.loss for examination in run.examinations]
+            seconds = [evaluation.training_seconds for evaluation in run.evaluations]
+            losses = [evaluation.loss for evaluation in run.evaluations]
             axis.plot(seconds, losses, color=_COLORS[name], marker=".", label=None if number else name)
     axis.set_xlabel("training time (s)")
     axis.set_ylabel("held-out loss")

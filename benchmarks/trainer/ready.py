@@ -1,4 +1,4 @@
-"""A run as far as its first step, through the stages that a pod goes through; import it after configure_libraries."""
+"""Prepares a run up to its first step, with the stages of a pod; import it after configure_libraries."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from qlora_trainer.training.loop import TrainingLoop
 
 @dataclass(frozen=True)
 class PreparedRun:
-    """What a run has when its training begins."""
+    """State of a run before its first step."""
 
     config: RunConfig
     output: Store
@@ -38,11 +38,11 @@ def prepare_run(spec: QLoRAJobSpec, work: Path) -> PreparedRun:
     config = RunConfig(
         namespace="benchmark", job="ours", attempt=1, spec=spec, plan=make_plan(spec, prepared), prepared=prepared
     )
-    places = SourceResolver(config.platform, load_secrets(spec, config.namespace))
-    output = open_output(places, spec, config.job)
+    resolver = SourceResolver(config.platform, load_secrets(spec, config.namespace))
+    output = open_output(resolver, spec, config.job)
     data = stages.load_data(output, config, work)
-    folder = stages.fetch_model(places, config, work)
+    folder = stages.fetch_model(resolver, config, work)
     world = join_planned_world(config.plan)
-    tuned, choices = stages.load_model(config, folder)
-    loop = stages.make_training_loop(tuned, data, config, choices, world)
-    return PreparedRun(config, output, folder, data, tuned, choices, world, loop)
+    trainable, settings = stages.load_model(config, folder)
+    loop = stages.make_training_loop(trainable, data, config, settings, world)
+    return PreparedRun(config, output, folder, data, trainable, settings, world, loop)

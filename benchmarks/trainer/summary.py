@@ -1,4 +1,4 @@
-"""From measurements to figures: pure."""
+"""Summarizes measurements; pure."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,13 +8,13 @@ from typing import Final
 
 from benchmarks.trainer.measurement import Evaluation, Measurement
 
-LEAST_GAIN: Final = 0.02
+MIN_GAIN: Final = 0.02
 """Nats per token: below it, rounding explains a difference (the same adapter gave 4.246 and 4.248)."""
 
 
 @dataclass(frozen=True)
 class Figures:
-    """One contender over all rounds; each figure is the median of the rounds."""
+    """One contender over all rounds; each value is the median of the rounds."""
 
     contender: str
     useful_per_second: float
@@ -28,20 +28,20 @@ class Figures:
 
 @dataclass(frozen=True)
 class Ratio:
-    """Us against another contender; each figure is the median of the rounds' ratios."""
+    """Ours compared with another contender; each value is the median of the rounds' ratios."""
 
     other: str
     speed: float
     """Useful tokens per second, ours to theirs."""
     time_to_loss: float | None
-    """Training seconds to the loss at which the other one ended, ours to theirs; None if we did not get there."""
+    """Training seconds to the final loss of the other one, ours to theirs; None if ours did not reach it."""
     learned: bool
-    """Whether the other one ended below the loss at which it started, by more than LEAST_GAIN, in every round."""
+    """Whether the loss of the other one fell by more than MIN_GAIN in every round."""
 
 
 def summarize(runs: Sequence[Measurement]) -> Figures:
-    """Return the figures of the runs of one contender."""
-    losses = [run.examinations[-1].loss for run in runs if run.examinations]
+    """Return the medians over the runs of one contender."""
+    losses = [run.evaluations[-1].loss for run in runs if run.evaluations]
     return Figures(
         contender=runs[0].contender,
         useful_per_second=median(useful_speed(run) for run in runs),
@@ -60,7 +60,7 @@ def useful_speed(run: Measurement) -> float:
 
 
 def learned_speed(run: Measurement) -> float:
-    """Return the learned tokens per second of a run."""
+    """Return the labels per second of a run."""
     return _ratio([(step.learned_tokens, step.seconds) for step in run.steps])
 
 
@@ -76,7 +76,7 @@ def _ratio(steps: Sequence[tuple[int, float]]) -> float:
 
 
 def compare(ours: Sequence[Measurement], theirs: Sequence[Measurement]) -> Ratio:
-    """Return how we do against another contender, round by round: what disturbs the machine disturbs both."""
+    """Compare ours with another contender round by round: load on the machine affects both."""
     pairs = list(zip(ours, theirs, strict=True))
     times = [time_to_loss(one, other) for one, other in pairs]
     reached = [time for time in times if time is not None]
@@ -84,29 +84,29 @@ def compare(ours: Sequence[Measurement], theirs: Sequence[Measurement]) -> Ratio
         other=theirs[0].contender,
         speed=median(useful_speed(one) / useful_speed(other) for one, other in pairs),
         time_to_loss=median(reached) if reached and len(reached) == len(times) else None,
-        learned=all(gain(other) > LEAST_GAIN for other in theirs),
+        learned=all(gain(other) > MIN_GAIN for other in theirs),
     )
 
 
 def gain(run: Measurement) -> float:
     """Return by how much the held-out loss fell, in nats per token."""
-    looks = run.examinations
-    return looks[0].loss - looks[-1].loss if looks else 0.0
+    evaluations = run.evaluations
+    return evaluations[0].loss - evaluations[-1].loss if evaluations else 0.0
 
 
 def time_to_loss(one: Measurement, other: Measurement) -> float | None:
-    """Return the training time to the other's last loss, as a share of the other's; None if it was not reached."""
-    if not other.examinations:
+    """Return the training time to the other's final loss, relative to the other's; None if it was not reached."""
+    if not other.evaluations:
         return None
-    last = other.examinations[-1]
-    reached = crossing(one.examinations, last.loss)
+    last = other.evaluations[-1]
+    reached = crossing(one.evaluations, last.loss)
     return None if reached is None else reached / last.training_seconds
 
 
-def crossing(examinations: Sequence[Evaluation], loss: float) -> float | None:
-    """Return when a loss was reached, on a line between the examinations before and after."""
-    for before, after in pairwise(examinations):
+def crossing(evaluations: Sequence[Evaluation], loss: float) -> float | None:
+    """Return when a loss was reached, interpolated between the evaluations before and after."""
+    for before, after in pairwise(evaluations):
         if after.loss <= loss < before.loss:
-            share = (before.loss - loss) / (before.loss - after.loss)
-            return before.training_seconds + share * (after.training_seconds - before.training_seconds)
+            fraction = (before.loss - loss) / (before.loss - after.loss)
+            return before.training_seconds + fraction * (after.training_seconds - before.training_seconds)
     return None

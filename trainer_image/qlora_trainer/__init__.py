@@ -1,1 +1,1 @@
-"""The trainer: turns a checked configuration into a published adapter."""
+"""The trainer: fine-tunes an adapter from a validated configuration and publishes it."""

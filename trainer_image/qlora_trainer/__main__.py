@@ -1,4 +1,4 @@
-"""The trainer as a pod runs it: `python -m qlora_trainer prepare|train|launch --config FILE`."""
+"""Entry point of the trainer's pods: `python -m qlora_trainer prepare|train|launch --config FILE`."""
 
 import argparse
 import contextlib
@@ -31,76 +31,76 @@ from qlora_trainer.runtime.termination_message import TerminationMessageWriter
 log = logging.getLogger("qlora_trainer")
 Config = TypeVar("Config", PrepareConfig, RunConfig)
 _OVERDUE_UPLOAD_SECONDS: Final = 3.0
-"""Longest wait for the log's end where the grace period is nearly over: the object store may be what took so long."""
+"""Longest wait for the last log upload near the end of the grace period: the object store may cause the delay."""
 
 
 @dataclass(frozen=True)
 class ProcessContext:
-    """Who notices the end of this process, and who tells of it."""
+    """Termination message, stop flag and log upload of this process."""
 
     termination_message: TerminationMessageWriter
     stop: StopFlag = field(default_factory=StopFlag)
     log_uploader: LogUploader = field(default_factory=LogUploader)
 
     def on_stop_timeout(self) -> None:
-        """End in the middle of what took too long after a request to stop."""
+        """Record the interruption when the current work did not stop in time after SIGTERM."""
         self.termination_message.write_failure(interrupted_error())
         self.log_uploader.finish(_OVERDUE_UPLOAD_SECONDS)
 
     def start_log_upload(self, config: PrepareConfig | RunConfig, file: LogFile) -> None:
-        """Keep the log in the output from now on."""
+        """Start uploading the log to the output."""
         from qlora_trainer.observability.log_object import LogObject  # noqa: PLC0415 (after configure_libraries)
 
         self.log_uploader.start(LogObject(config, file))
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Prepare or train, leave the last word, and return the exit code."""
+    """Run the command, write the termination message, and return the exit code."""
     options = parse(arguments)
     process = ProcessContext(TerminationMessageWriter(per_rank_path(options.termination_message)))
     configure_log(process)
     configure_libraries(options.work)
     process.stop.install_signal_handlers(process.on_stop_timeout)
     try:
-        word = COMMANDS[options.command](options, process)
+        message = COMMANDS[options.command](options, process)
     except BaseException as error:
         with process.stop.deferred():
             return exit_with_error(as_exit_error(error, stopped=process.stop.requested), process)
     with process.stop.deferred():
-        return exit_with_message(word, process, options.termination_message)
+        return exit_with_message(message, process, options.termination_message)
 
 
-def exit_with_error(known: RunError, process: ProcessContext) -> int:
-    """Say what ended the run, and return the exit code; called where the exception is known, and no stop is heard."""
-    log.exception("the run failed", extra=log_fields(reason=known.reason, step=known.step))
-    process.termination_message.write_failure(known)
-    if not is_about_output(known):
+def exit_with_error(run_error: RunError, process: ProcessContext) -> int:
+    """Report the error that ended the run, and return the exit code; stop requests are deferred."""
+    log.exception("the run failed", extra=log_fields(reason=run_error.reason, step=run_error.step))
+    process.termination_message.write_failure(run_error)
+    if not is_about_output(run_error):
         process.log_uploader.finish()
-    return EXIT_CODES.get(known.reason, 1)
+    return EXIT_CODES.get(run_error.reason, 1)
 
 
 def is_about_output(error: RunError) -> bool:
-    """Return whether the run ended because its output cannot be used: then the log could only wait for it in vain."""
+    """Return whether the run failed because its output is unusable: uploading the log there would fail as well."""
     from qlora_trainer.storage.store import OUTPUT_FIELD  # noqa: PLC0415 (after configure_libraries)
 
     return error.message.startswith(OUTPUT_FIELD.field)
 
 
-def exit_with_message(word: TerminationMessage | None, process: ProcessContext, message_path: Path) -> int:
-    """Leave the last word, where it is not another process's, and return the exit code; called where no stop is heard.
+def exit_with_message(message: TerminationMessage | None, process: ProcessContext, message_path: Path) -> int:
+    """Write the termination message, if this process has one, and return the exit code; stop requests are deferred.
 
-    It comes after the log: the launcher ends the processes of a pod once all of them have said that they are done.
+    The log is uploaded first: the launcher terminates the processes of a pod once all of them have reported success.
     """
-    if word is None:
-        log.info("done: another process has the last word")
+    if message is None:
+        log.info("done; the main process writes the termination message")
         process.log_uploader.finish()
         if rank_of_process() is not None:
-            per_rank_path(message_path).with_suffix(DONE_SUFFIX).touch()  # the launcher looks for it
+            per_rank_path(message_path).with_suffix(DONE_SUFFIX).touch()  # the launcher waits for this file
         return 0
-    log.info("done", extra=log_fields(reason=word.reason))
+    log.info("done", extra=log_fields(reason=message.reason))
     process.log_uploader.finish()
-    process.termination_message.write(word)
-    return EXIT_CODES.get(word.reason, 1)
+    process.termination_message.write(message)
+    return EXIT_CODES.get(message.reason, 1)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -109,7 +109,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, file in (("prepare", PREPARE_CONFIG_FILE), ("train", RUN_CONFIG_FILE), ("launch", RUN_CONFIG_FILE)):
         command = commands.add_parser(name)
-        command.add_argument("--config", type=Path, default=Path(CONFIG_MOUNT, file), help="what to do, as JSON")
+        command.add_argument(
+            "--config", type=Path, default=Path(CONFIG_MOUNT, file), help="configuration of the run, as JSON"
+        )
         command.add_argument("--work", type=Path, default=pod_work(), help="folder for downloads and results")
         command.add_argument("--termination-message", type=Path, default=Path(TERMINATION_MESSAGE_PATH))
     return parser.parse_args(arguments)
@@ -122,7 +124,7 @@ def pod_work() -> Path:
 
 
 def configure_log(process: ProcessContext) -> None:
-    """Write one JSON object a line to standard output: all that we say, and what libraries warn of; and keep it."""
+    """Log to standard output and to the upload, one JSON object per line: own messages, and warnings of libraries."""
     configure_logs(
         TeeHandler(handler_for(format_from_environment(), sys.stdout), process.log_uploader, process.stop), "warning"
     )
@@ -132,7 +134,7 @@ def configure_log(process: ProcessContext) -> None:
 
 
 def read_config(path: Path, kind: type[Config]) -> Config:
-    """Read what to do; from now on every line says for which run."""
+    """Read the configuration, and add the run's name to every later log line."""
     config = kind.model_validate_json(path.read_text())
     bind_process_fields(namespace=config.namespace, job=config.job)
     if isinstance(config, RunConfig):
@@ -141,7 +143,7 @@ def read_config(path: Path, kind: type[Config]) -> Config:
 
 
 def configure_libraries(work: Path) -> None:
-    """Keep every library's cache in the writable folder, and its work repeatable; must come before their import."""
+    """Set the libraries' cache folders and make them deterministic; must run before they are imported."""
     defaults = {
         "HF_HOME": str(work / "huggingface"),
         "MPLCONFIGDIR": str(work / "matplotlib"),
@@ -151,9 +153,9 @@ def configure_libraries(work: Path) -> None:
         "TOKENIZERS_PARALLELISM": "false",
         # cuBLAS is deterministic only with a workspace of fixed size (torch.use_deterministic_algorithms).
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
-        # How often libgomp's threads look again before they sleep. Alone on two cores 1,000 looks give 622 tokens/s, no
-        # look 505 and its own 300,000 (3 ms) 700; beside one busy process, which they starve, 311, 421 and 100
-        # (SmolLM2-135M, NF4, 16 rows a pass).
+        # Spin count of libgomp's threads before they sleep. On two idle cores 1,000 gives 622 tokens/s, 0 gives 505 and
+        # the default of 300,000 (3 ms) gives 700; next to one busy process, which spinning threads starve, 311, 421 and
+        # 100 (SmolLM2-135M, NF4, micro-batch of 16 rows).
         "GOMP_SPINCOUNT": "1000",
     }
     for name, value in defaults.items():
@@ -161,7 +163,7 @@ def configure_libraries(work: Path) -> None:
 
 
 def run_prepare(options: argparse.Namespace, process: ProcessContext) -> TerminationMessage:
-    """Prepare, and return the facts as the last word."""
+    """Prepare the run, and return its facts as the termination message."""
     from qlora_trainer.prepare import prepare  # noqa: PLC0415 (after configure_libraries)
 
     config = read_config(options.config, PrepareConfig)
@@ -172,7 +174,7 @@ def run_prepare(options: argparse.Namespace, process: ProcessContext) -> Termina
 
 
 def run_train(options: argparse.Namespace, process: ProcessContext) -> TerminationMessage | None:
-    """Train, and return the result as the last word; another process may have it."""
+    """Train, and return the result as the termination message; None in all processes but the main one."""
     config = read_config(options.config, RunConfig)
     rank = rank_of_process() or 0
     process.start_log_upload(config, LogFile(config.attempt, rank // config.plan.processes_per_node, rank))
@@ -199,14 +201,14 @@ def run_train(options: argparse.Namespace, process: ProcessContext) -> Terminati
 
 
 def metrics_server() -> contextlib.AbstractContextManager[None]:
-    """Serve metrics from the first process of the pod, which has one port."""
+    """Serve metrics from the local main process: a pod has one metrics port."""
     from qlora_trainer.runtime.metrics import serve_metrics  # noqa: PLC0415 (as above)
 
     return serve_metrics(log.info) if is_local_main_process() else contextlib.nullcontext()
 
 
 def run_launch(options: argparse.Namespace, process: ProcessContext) -> TerminationMessage | None:
-    """Let this pod's processes train, and return what explains their end."""
+    """Start this pod's worker processes, and return the termination message that explains how they ended."""
     from qlora_trainer.distributed.launcher import launch_workers, observe_node  # noqa: PLC0415 (as above)
 
     config = read_config(options.config, RunConfig)
@@ -224,7 +226,7 @@ EXIT_CODES: Final = {
     Reason.INTERRUPTED: SIGTERM_EXIT_CODE,
     **dict.fromkeys((Reason.PREPARED, Reason.ALREADY_PUBLISHED, Reason.PUBLISHED), 0),
 }
-"""By the reason of a last word; 1 for all others."""
+"""Exit codes by the reason of the termination message; 1 for all others."""
 
 
 if __name__ == "__main__":

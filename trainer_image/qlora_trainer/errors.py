@@ -1,4 +1,4 @@
-"""The one exception for what somebody can act on, and how everything else is told from it."""
+"""RunError, the exception for failures that somebody can act on, and the conversion of all others to it."""
 
 import traceback
 
@@ -6,7 +6,7 @@ from qlora_api.names import Reason
 
 
 class RunError(Exception):
-    """Somebody must act: the reason says who, the message names the field, the cause and the remedy."""
+    """A failure that somebody can act on: the reason says who, the message names field, cause and fix."""
 
     def __init__(self, reason: Reason, message: str, step: int | None = None) -> None:
         super().__init__(message)
@@ -16,7 +16,7 @@ class RunError(Exception):
 
 
 def as_run_error(error: BaseException) -> RunError:
-    """Turn whatever ended a run into a RunError; what nobody foresaw becomes TrainerError."""
+    """Convert the exception that ended a run to a RunError; an unexpected one becomes TrainerError."""
     if isinstance(error, RunError):
         return error
     # By name, so that explaining a failure never imports torch.
@@ -26,11 +26,11 @@ def as_run_error(error: BaseException) -> RunError:
         return RunError(Reason.HOST_OUT_OF_MEMORY, f"spec.resources.memory is too low: {str(error) or 'MemoryError'}")
     if _is_collective_failure(error):
         return RunError(Reason.COLLECTIVE_TIMEOUT, f"{type(error).__name__}: {str(error).splitlines()[0]}")
-    where = traceback.extract_tb(error.__traceback__)
-    place = f" ({where[-1].name}, line {where[-1].lineno})" if where else ""
-    return RunError(Reason.TRAINER_ERROR, f"{type(error).__name__}: {error}{place}")
+    frames = traceback.extract_tb(error.__traceback__)
+    location = f" ({frames[-1].name}, line {frames[-1].lineno})" if frames else ""
+    return RunError(Reason.TRAINER_ERROR, f"{type(error).__name__}: {error}{location}")
 
 
 def _is_collective_failure(error: BaseException) -> bool:
-    """Return whether a process waited in vain for others: torch says so by its type, gloo by a line of its source."""
+    """Return whether a collective operation failed: torch raises its own types, gloo names a source file of its own."""
     return type(error).__name__ in {"DistBackendError", "DistNetworkError", "DistStoreError"} or "/gloo/" in str(error)

@@ -1,4 +1,4 @@
-"""The merged model of a published adapter: made after the adapter is safe, or later when somebody asks for it."""
+"""Merges a published adapter into its base: at the end of a run, or later by `qlora merge`."""
 
 import contextlib
 import shutil
@@ -31,12 +31,12 @@ from qlora_trainer.storage.snapshots import SourceResolver
 from qlora_trainer.storage.store import FieldRef, Store, sha256_of
 
 ADAPTER_FIELD = "ADAPTER"
-"""Where `qlora merge` is told the adapter."""
+"""The argument of `qlora merge` that names the adapter."""
 TARGET_FIELD = "--to"
 
 
 def add_merged(resolver: SourceResolver, output: Store, config: RunConfig, result: Result, work: Path) -> Result:
-    """Return the result with the merged model that the spec asks for; what is there already is not made again."""
+    """Return the result with the merged model that the spec asks for; an existing one is reused."""
     digest = config.prepared.digest
     complete = with_merged(output, digest, config.spec.output, result)
     if complete is not None:
@@ -57,7 +57,7 @@ def add_merged(resolver: SourceResolver, output: Store, config: RunConfig, resul
 
 
 def merge_published(request: MergeRequest, resolver: SourceResolver, work: Path, note: LogFn = no_log) -> MergedFolder:
-    """Merge an adapter with its base into a folder, which is there only when it is complete."""
+    """Merge an adapter into its base and write the model to a folder, atomically."""
     target = Path(request.target)
     check_target(target)
     published = open_adapter(resolver, request.adapter, ADAPTER_FIELD, work)
@@ -79,24 +79,24 @@ def merge_published(request: MergeRequest, resolver: SourceResolver, work: Path,
 
 
 def check_target(target: Path) -> None:
-    """Refuse to write where something lies already."""
+    """Raise RunError if the target exists and is not an empty folder."""
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise RunError(Reason.OUTPUT_EXISTS, f"{TARGET_FIELD}: {target} is not an empty folder; choose another one")
 
 
 def check_init(record: AdapterRecord, base: MergeBase) -> None:
-    """Refuse what would count twice: a LoftQ adapter gives back what 4 bits took, and the original base has it."""
+    """Reject a LoftQ adapter on the original base: it corrects a quantization error that this base does not have."""
     if record.init == "loftq" and base == "original":
         raise RunError(
             Reason.INVALID_SPEC,
-            "--base: the adapter started with loftq and makes up for the 4-bit base, which would count twice on the "
-            "original one; give --base dequantised",
+            "--base: the adapter was initialized with loftq, so it corrects the quantization error of the 4-bit base, "
+            "which the original base does not have; set --base dequantised",
         )
 
 
 @contextlib.contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
-    """Yield a folder beside the target that takes its place in the end, or is removed."""
+    """Yield a temporary folder next to the target that is renamed to it at the end, or deleted on an error."""
     partial = target.with_name(f".{target.name}.{uuid4().hex}.part")
     try:
         partial.mkdir(parents=True)
@@ -112,10 +112,10 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 
 
 def find_rows(resolver: SourceResolver, published: PublishedAdapter, work: Path) -> Sequence[TokenRow]:
-    """Return held-out rows that lie beside an adapter: as they were measured, or as the report has them; or none."""
+    """Return the held-out rows stored with an adapter: its token rows, else those of its report, else none."""
     for parent in parents(published.uri):
         store = resolver.open_store(parent, FieldRef(SecretRole.OUTPUT, ADAPTER_FIELD))
-        # Whoever may read an adapter may not always read what lies beside it; nothing depends on it but a figure.
+        # Permission to read an adapter does not imply permission to read its parent, and only the measurement needs it.
         with contextlib.suppress(RunError):
             if store.exists(EVALUATION):
                 return _prepared_rows(store, work)
@@ -125,10 +125,10 @@ def find_rows(resolver: SourceResolver, published: PublishedAdapter, work: Path)
 
 
 def parents(uri: str) -> tuple[str, ...]:
-    """Return the folders that a result's adapter may lie below: its prefix, or a folder in that."""
+    """Return the URIs that may be the root of the adapter's result: its parent and its grandparent."""
     scheme, _, path = uri.partition("://")
     folders = path.split("/")
-    return tuple(f"{scheme}://{'/'.join(folders[:-up])}" for up in (1, 2) if any(folders[:-up]))
+    return tuple(f"{scheme}://{'/'.join(folders[:-levels])}" for levels in (1, 2) if any(folders[:-levels]))
 
 
 def _prepared_rows(store: Store, work: Path) -> Sequence[TokenRow]:
@@ -138,8 +138,8 @@ def _prepared_rows(store: Store, work: Path) -> Sequence[TokenRow]:
 
 
 def _reported_rows(store: Store, published: PublishedAdapter) -> Sequence[TokenRow]:
-    """Make token rows of the first prompts and references of a report; a row of plain text has neither."""
+    """Tokenize the first prompts and references of a report; rows of plain text have neither."""
     lines = store.read(ROWS).decode().splitlines()
     rows = (EvaluatedRow.model_validate_json(line) for line in lines)
-    asked = islice((Example(row.prompt, row.reference) for row in rows if row.prompt), MEASURED_TOKENS)
-    return encode_examples(list(asked), load_tokenizer(published.folder, field=ADAPTER_FIELD), "completion")
+    examples = islice((Example(row.prompt, row.reference) for row in rows if row.prompt), MEASURED_TOKENS)
+    return encode_examples(list(examples), load_tokenizer(published.folder, field=ADAPTER_FIELD), "completion")

@@ -1,4 +1,4 @@
-"""Everything about a run that can be checked without a GPU, the cheapest check first."""
+"""Checks everything about a run that needs no GPU, the cheapest check first, and tokenizes its rows."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -48,32 +48,32 @@ if TYPE_CHECKING:
 def prepare(
     config: PrepareConfig, note: LogFn = no_log, *, secrets: Secrets | None = None, work: Path | None = None
 ) -> Prepared:
-    """Check a run, leave its token rows in the output, and return the facts; RunError says what is wrong."""
+    """Validate a run, store its token rows in the output, and return the facts; RunError says what is wrong."""
     spec, work = config.spec, work or default_work()
-    places = SourceResolver(config.platform, secrets or load_secrets(spec, config.namespace))
-    output = open_output(places, spec, config.job)
+    resolver = SourceResolver(config.platform, secrets or load_secrets(spec, config.namespace))
+    output = open_output(resolver, spec, config.job)
     check_writable(output)
-    note(f"{output.root} can be written")
-    dataset = open_dataset(spec, places, work)
+    note(f"{output.root} is writable")
+    dataset = open_dataset(spec, resolver, work)
     for sentence in describe_sources(dataset):
         note(sentence)
     check_loss(spec.training.loss, dataset)
     rows = scan_rows(dataset, spec.dataset.evaluation.fraction)
     note(f"{rows.training_rows:,} rows to train on, {rows.held_out_rows:,} held out")
-    snapshot = places.resolve(spec.model.uri, spec.model.revision, MODEL_FIELD)
-    note(f"{spec.model.uri} is at {snapshot.commit}")
+    snapshot = resolver.resolve(spec.model.uri, spec.model.revision, MODEL_FIELD)
+    note(f"{spec.model.uri} is at commit {snapshot.commit}")
     model = inspect_model(spec, snapshot, work)
     for sentence in model.sentences:
         note(sentence)
-    tasks = check_benchmarks(spec, places, work, note)
-    with tokenize_rows(spec, dataset, rows, model.tokenizer, work) as tokenised:
-        for sentence in describe_lengths(tokenised.status, spec.training):
+    tasks = check_benchmarks(spec, resolver, work, note)
+    with tokenize_rows(spec, dataset, rows, model.tokenizer, work) as tokenized:
+        for sentence in describe_lengths(tokenized.status, spec.training):
             note(sentence)
-        for sentence in preview_rows(tokenised, model.tokenizer):
+        for sentence in preview_rows(tokenized, model.tokenizer):
             note(sentence)
-        prepared = _name_result(output, config, resolve_spec(spec, model, tokenised))
+        prepared = _name_result(output, config, resolve_spec(spec, model, tokenized))
         if prepared.published is None:
-            store_prepared(output, prepared, tokenised, tasks)
+            store_prepared(output, prepared, tokenized, tasks)
         else:
             update_latest(output, prepared.digest, prepared.prefix)
     note(f"prepared {prepared.prefix}")
@@ -81,14 +81,14 @@ def prepare(
 
 
 def check_writable(output: Store) -> None:
-    """Write and remove an object, so that a missing permission shows now and not after the training."""
+    """Write and delete an object, so that a missing permission is found now and not after training."""
     probe = f".probe-{uuid4().hex}"
-    output.put(probe, b"Written to prove that the output can be written.\n")
+    output.put(probe, b"Written to check that the output is writable.\n")
     output.delete(probe)
 
 
 def check_benchmarks(spec: QLoRAJobSpec, resolver: SourceResolver, work: Path, note: LogFn) -> PinnedTasks:
-    """Load the public benchmarks that the spec asks for, so that a missing one shows now, and return what they are."""
+    """Load the public benchmarks of the spec, so that a missing one is found now, and pin their revisions."""
     if not spec.evaluation.tasks:
         return PinnedTasks()
     from qlora_trainer.evaluation.lm_eval_tasks import (  # noqa: PLC0415 (imports torch)
@@ -106,25 +106,25 @@ def check_benchmarks(spec: QLoRAJobSpec, resolver: SourceResolver, work: Path, n
 
 @dataclass(frozen=True)
 class InspectedModel:
-    """A model as its small files tell of it."""
+    """What a model's small files say about it."""
 
     status: ModelStatus
     tokenizer: Any
     adapter: Mapping[str, Any]
-    """What spec.lora comes to for it; nothing with method full."""
+    """spec.lora resolved for this model; empty with method full."""
     sentences: tuple[str, ...]
-    """What there is to say about it."""
+    """Log lines about the model."""
 
 
 def inspect_model(spec: QLoRAJobSpec, snapshot: Snapshot, work: Path) -> InspectedModel:
-    """Return the model's facts, from its small files alone."""
+    """Return the model's facts from its small files, without its weights."""
     weight_files(snapshot.files, MODEL_FIELD)
     if "config.json" not in snapshot.files:
         raise RunError(
-            Reason.MODEL_UNSUPPORTED, "spec.model.uri: there is no config.json; give a model in the Hugging Face format"
+            Reason.MODEL_UNSUPPORTED, "spec.model.uri: no config.json; use a model in the Hugging Face format"
         )
     folder = snapshot.fetch(text_files(snapshot.files), work)
-    # torch and transformers take seconds to import; what fails before this line fails at once.
+    # torch and transformers take seconds to import; checks above this line fail immediately.
     from qlora_trainer.model.adapter import resolve_adapter  # noqa: PLC0415
     from qlora_trainer.model.architecture import build_empty, describe, load_tokenizer  # noqa: PLC0415
     from qlora_trainer.model.full_finetune import check_parameter_limit  # noqa: PLC0415
@@ -154,7 +154,7 @@ def inspect_model(spec: QLoRAJobSpec, snapshot: Snapshot, work: Path) -> Inspect
 def tokenize_rows(
     spec: QLoRAJobSpec, dataset: Dataset, rows: DatasetScan, tokenizer: Any, work: Path
 ) -> "TokenizedDataset":
-    """Write the tokens of all rows into files of this computer."""
+    """Tokenize all rows into local files."""
     from qlora_trainer.data.chat_template import load_chat_template  # noqa: PLC0415 (as above)
     from qlora_trainer.data.row_encoder import RowEncoder  # noqa: PLC0415
     from qlora_trainer.data.tokenized_dataset import tokenize_dataset  # noqa: PLC0415
@@ -165,24 +165,24 @@ def tokenize_rows(
 
 
 def preview_rows(tokenized: "TokenizedDataset", tokenizer: Any) -> Iterator[str]:
-    """Yield some training rows as the model sees them."""
+    """Yield log lines with some training rows as the model sees them."""
     from qlora_trainer.data.preview import format_preview, preview, shown_rows  # noqa: PLC0415 (as above)
     from qlora_trainer.data.shards import read_token_rows  # noqa: PLC0415
 
     numbers = shown_rows(tokenized.status.training_rows)
     for number, row in zip(numbers, read_token_rows(tokenized.training_file, numbers), strict=True):
-        yield f"training row {number + 1}, what is learned is in ⟦⟧:\n{format_preview(preview(row, tokenizer))}"
+        yield f"training row {number + 1}, labels in ⟦⟧:\n{format_preview(preview(row, tokenizer))}"
 
 
 def resolve_spec(spec: QLoRAJobSpec, model: InspectedModel, tokenized: "TokenizedDataset") -> ResolvedSpec:
-    """Return what the manifest's words came to; a chat template that is the model's own is as if it were not given."""
-    given = spec.dataset.chat_template
+    """Return the resolved values of the manifest; a chat template equal to the model's own counts as not set."""
+    override = spec.dataset.chat_template
     return ResolvedSpec(
         model=model.status,
         dataset=tokenized.status,
         rows_digest=tokenized.digest,
         adapter=model.adapter,
-        chat_template=None if given == model.tokenizer.chat_template else given,
+        chat_template=None if override == model.tokenizer.chat_template else override,
     )
 
 
@@ -198,8 +198,8 @@ def _name_result(output: Store, config: PrepareConfig, resolved: ResolvedSpec) -
             "use it, or change the seed to train again",
         )
     if published is not None:
-        whereabouts = f"It was published as {published.result.adapter} by a run whose gate let it pass."
-        check_gate(spec.evaluation.gate, published.result.evaluation, whereabouts)
+        location = f"It was published as {published.result.adapter} by a run whose gate it passed."
+        check_gate(spec.evaluation.gate, published.result.evaluation, location)
     manifest = published or _accept_rejected(output, config, digest)
     return Prepared(
         digest=digest,
@@ -212,7 +212,7 @@ def _name_result(output: Store, config: PrepareConfig, resolved: ResolvedSpec) -
 
 
 def _accept_rejected(output: Store, config: PrepareConfig, digest: str) -> ResultManifest | None:
-    """Publish what another gate refused and this one lets pass: nothing is trained twice."""
+    """Publish a result that another gate rejected and this one accepts, without training again."""
     spec, rejected = config.spec, find_rejected(output, digest)
     if rejected is None or not has_required_metrics(spec.evaluation.gate, rejected.result.evaluation):
         return None
@@ -223,7 +223,7 @@ def _accept_rejected(output: Store, config: PrepareConfig, digest: str) -> Resul
 
 
 def store_prepared(output: Store, prepared: Prepared, tokenized: "TokenizedDataset", tasks: PinnedTasks) -> None:
-    """Write the token rows and the tasks of public benchmarks, and the facts last."""
+    """Upload the token rows and the pinned benchmark tasks, and the facts last."""
     from qlora_trainer.data import shards  # noqa: PLC0415 (pyarrow is slow to import)
 
     folder = prepared.digest

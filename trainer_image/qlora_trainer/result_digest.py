@@ -1,4 +1,4 @@
-"""The name of a result: a digest of everything that decides it, and of nothing else."""
+"""The digest that names a result: of every setting that determines it, and of nothing else."""
 
 import hashlib
 import json
@@ -12,19 +12,17 @@ from qlora_api.steps import total_steps, warmup_steps
 from qlora_api.v1alpha1 import DataStatus, ModelStatus, QLoRAJobSpec
 
 _DIGITS: Final = 16
-_ROW_SETTINGS: Final = "the digest of the token rows has what it does"
-_STEP_COUNT_SETTINGS: Final = "it only says how many steps there are, and the number of steps is in the digest"
-_IN_THE_MODULES: Final = "rank and scale of each module are in the digest, however they are written"
-_BATCHING_SETTINGS: Final = (
-    "a step is the same rows with the same weights, however it is divided into passes and processes"
-)
-_ACCESS: Final = "it opens a source, and what is read there is in the digest"
+_ROW_SETTINGS: Final = "the digest of the token rows includes its effect"
+_STEP_COUNT_SETTINGS: Final = "it only determines the number of steps, which is in the digest"
+_IN_THE_MODULES: Final = "rank and scale of each module are in the digest, however the manifest sets them"
+_BATCHING_SETTINGS: Final = "a step has the same rows and weights, however it is split into micro-batches and processes"
+_ACCESS: Final = "it gives access to a source, whose content is in the digest"
 LEFT_OUT: Final[Mapping[str, str]] = {
     "model.revision": "the commit that it was resolved to is in the digest",
     "model.secret_ref": _ACCESS,
     "dataset.uri": _ROW_SETTINGS,
     "dataset.sources": _ROW_SETTINGS,
-    "dataset.format": "the format that the rows turned out to have is in the digest",
+    "dataset.format": "the detected format of the rows is in the digest",
     "dataset.template": _ROW_SETTINGS,
     "dataset.chat_template": "it is in the digest unless it is the model's own",
     "dataset.secret_ref": _ACCESS,
@@ -48,44 +46,44 @@ LEFT_OUT: Final[Mapping[str, str]] = {
     "distribution": _BATCHING_SETTINGS,
     "checkpoint": "a resumed run takes the same steps",
     "tracking": "it shows a run and does not change it",
-    "evaluation": "it judges a result and does not change it",
-    "output": "it says where a result goes",
+    "evaluation": "it measures a result and does not change it",
+    "output": "it says where a result is published",
     "retries": "a resumed run takes the same steps",
     "deadlines": "a run ends in time, or has no result",
     "queue": "it says when a run starts",
     "suspend": "a resumed run takes the same steps",
     "ttl": "it says when pods are deleted",
 }
-"""Fields of the spec that are not in the digest, each with its reason; every other field is, a new one too."""
+"""Fields of the spec that are not in the digest, each with its reason; all others are in it, new ones included."""
 
 _OF_4_BITS: Final = frozenset({"type", "double_quant"})
-"""Fields of the block quantization that say nothing about 8 or 16 bits."""
+"""Fields of spec.quantization that have no effect with 8 or 16 bits."""
 
 
 @dataclass(frozen=True)
 class ResolvedSpec:
-    """What a manifest's words came to for its model and its rows."""
+    """Values of a manifest resolved for its model and rows."""
 
     model: ModelStatus
     dataset: DataStatus
     rows_digest: str
     """Digest of the token rows."""
     adapter: Mapping[str, Any]
-    """Rank and scale of each module, and the modules that are trained whole; empty with method full."""
+    """Rank and scale of each module, and the fully trained modules; empty with method full."""
     chat_template: str | None
-    """What is published instead of the model's own."""
+    """Published instead of the model's own; None keeps that."""
 
 
 def result_digest(spec: QLoRAJobSpec, resolved: ResolvedSpec) -> str:
-    """Return 16 hex digits; what does not change a result is left out.
+    """Return 16 hex digits; settings that do not change a result are left out.
 
-    It is over what a manifest comes to and not over its words, so that `auto` and what it chooses are one run. Output,
-    resources, names and deadlines do not count, nor does where rows lie: the dataset's digest is over rendered rows, as
-    often as they are seen, and that of the token rows over what of them is learned and asked.
+    The digest covers resolved values, so that `auto` and the value it resolves to give the same result. Output,
+    resources, names and deadlines are not in it, nor are the URIs of the rows: the dataset's digest covers the rendered
+    rows with their repetitions, and the digest of the token rows covers their labels and prompts.
     """
     model, dataset = resolved.model, resolved.dataset
     fields = _fields(spec)
-    decisive = fields | {
+    determining = fields | {
         "model": fields["model"] | {"commit": model.commit},
         "dataset": fields["dataset"]
         | {"digest": dataset.digest, "format": dataset.format, "chatTemplate": resolved.chat_template},
@@ -95,12 +93,12 @@ def result_digest(spec: QLoRAJobSpec, resolved: ResolvedSpec) -> str:
         "training": _training_settings(spec, fields["training"], dataset.training_rows),
         "trainer": __version__,
     }
-    canonical = json.dumps(decisive, sort_keys=True, separators=(",", ":"))
+    canonical = json.dumps(determining, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:_DIGITS]
 
 
 def _fields(spec: QLoRAJobSpec) -> dict[str, Any]:
-    """Return every field that is not left out."""
+    """Return every field of the spec that is in the digest."""
     fields = spec.model_dump(mode="json")
     for path in LEFT_OUT:
         block, _, field = path.rpartition(".")
@@ -109,16 +107,16 @@ def _fields(spec: QLoRAJobSpec) -> dict[str, Any]:
 
 
 def _quantization_settings(quantization: dict[str, Any]) -> dict[str, Any]:
-    """Return how the base is stored; the data type and the scales are those of 4 bits."""
+    """Return the quantization settings that have an effect; data type and double quantization apply to 4 bits only."""
     four_bits = quantization["bits"] == 4
     return {name: value for name, value in quantization.items() if four_bits or name not in _OF_4_BITS}
 
 
 def _training_settings(spec: QLoRAJobSpec, training: dict[str, Any], rows: int) -> dict[str, Any]:
-    """Return the recipe; looks at the held-out rows change nothing unless something is chosen by them."""
+    """Return the training settings; validation has no effect unless it stops the training or selects the checkpoint."""
     total = total_steps(spec.training, rows)
-    looks_decide = spec.training.early_stopping is not None or spec.training.keep == "best"
-    settings = {name: value for name, value in training.items() if looks_decide or name != "evaluate_every"}
-    # For an adapter auto is AdamW on every device; with method full it depends on the memory that is free there.
-    chosen = {"optimizer": ADAMW.name} if spec.training.optimizer == "auto" and spec.method != "full" else {}
-    return settings | chosen | {"steps": total, "warmup_steps": warmup_steps(spec.training, total)}
+    validation_matters = spec.training.early_stopping is not None or spec.training.keep == "best"
+    settings = {name: value for name, value in training.items() if validation_matters or name != "evaluate_every"}
+    # For an adapter auto is AdamW on every device; with method full it depends on the free memory of the device.
+    optimizer = {"optimizer": ADAMW.name} if spec.training.optimizer == "auto" and spec.method != "full" else {}
+    return settings | optimizer | {"steps": total, "warmup_steps": warmup_steps(spec.training, total)}

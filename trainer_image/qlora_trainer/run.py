@@ -1,4 +1,4 @@
-"""The story of a run, from checked facts to a published adapter."""
+"""A training run from prepared facts to a published adapter."""
 
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -35,7 +35,7 @@ from qlora_trainer.training.state import History
 
 @dataclass(frozen=True)
 class RunContext:
-    """What every part of a run works with."""
+    """Dependencies shared by all parts of a run."""
 
     config: RunConfig
     world: World
@@ -50,7 +50,7 @@ class RunContext:
 
 @dataclass(frozen=True)
 class TrainingOutput:
-    """What the processes found out together."""
+    """Result of training and evaluation by all processes."""
 
     data: stages.Data
     tokenizer: Any
@@ -61,7 +61,7 @@ class TrainingOutput:
     load_check: stages.LoadingCheck
     checkpoints: CheckpointStore
     result_folder: Path
-    """The trained weights, as they will be published."""
+    """Folder with the trained weights, to be published."""
 
 
 def run(
@@ -72,22 +72,24 @@ def run(
     work: Path | None = None,
     stop: StopFlag | None = None,
 ) -> Result | None:
-    """Fine-tune one adapter, compare it with its base, and publish it; None in a process that only helps another."""
+    """Fine-tune one adapter, compare it with its base, and publish it; None in all processes but the main one."""
     world, work, stop = join_planned_world(config.plan), work or default_work(), stop or StopFlag()
     secrets = secrets or load_secrets(config.spec, config.namespace)
-    places, sink = SourceResolver(config.platform, secrets), sink if world.is_main_process else Sinks(())
-    output = open_output(places, config.spec, config.job)
-    desk = RunContext(config, world, places, output, ProgressTracker(sink, config.plan.total_steps), sink, work, stop)
-    result = _find_published(desk)
+    resolver, sink = SourceResolver(config.platform, secrets), sink if world.is_main_process else Sinks(())
+    output = open_output(resolver, config.spec, config.job)
+    context = RunContext(
+        config, world, resolver, output, ProgressTracker(sink, config.plan.total_steps), sink, work, stop
+    )
+    result = _find_published(context)
     if result is None:
-        learned = _train_and_evaluate(desk, secrets)
+        training_output = _train_and_evaluate(context, secrets)
         if world.is_main_process:
-            result = _publish(desk, learned)
-    return add_merged(places, output, config, result, work) if world.is_main_process and result else None
+            result = _publish(context, training_output)
+    return add_merged(resolver, output, config, result, work) if world.is_main_process and result else None
 
 
 def _find_published(context: RunContext) -> Result | None:
-    """Return the result, where somebody published it since it was prepared; one process looks for all of them."""
+    """Return the result if another run published it since prepare; the main process checks and broadcasts."""
     digest, prefix = context.config.prepared.digest, context.config.prepared.prefix
     if_exists = context.config.spec.output.if_exists
     found = (
@@ -100,43 +102,43 @@ def _find_published(context: RunContext) -> Result | None:
 
 
 def _train_and_evaluate(context: RunContext, secrets: Secrets) -> TrainingOutput:
-    """Train, and examine base and adapter: the part of a run in which every process takes part."""
-    config, world, pace, work = context.config, context.world, context.progress, context.work
-    pace.enter_phase(Phase.TRAINING)
+    """Train, and evaluate base and adapter; called in every process."""
+    config, world, progress, work = context.config, context.world, context.progress, context.work
+    progress.enter_phase(Phase.TRAINING)
     with world.local_main_process_first():
         data = stages.load_data(context.output, config, work)
         folder = stages.fetch_model(context.resolver, config, work)
         tokenizer = load_tokenizer(folder, config.spec.dataset.chat_template)
-        battery = stages.load_benchmark_suite(context.resolver, context.output, tokenizer, config, work)
-    tuned, choices = stages.load_model(config, folder)
-    examiner = stages.make_evaluator(data, tokenizer, config, choices, battery, world)
-    loop = stages.make_training_loop(tuned, data, config, choices, world)
-    course = stages.make_fingerprint(config, data, choices, world)
+        benchmark_suite = stages.load_benchmark_suite(context.resolver, context.output, tokenizer, config, work)
+    trainable, settings = stages.load_model(config, folder)
+    evaluator = stages.make_evaluator(data, tokenizer, config, settings, benchmark_suite, world)
+    loop = stages.make_training_loop(trainable, data, config, settings, world)
+    fingerprint = stages.make_fingerprint(config, data, settings, world)
     checkpoints = CheckpointStore(
         context.output,
-        course,
+        fingerprint,
         config.attempt,
         context.started,
-        CheckpointCallbacks(context.sink.note, pace.on_checkpoint),
+        CheckpointCallbacks(context.sink.note, progress.on_checkpoint),
     )
     start = stages.find_resume_state(checkpoints, world)
-    keeper = AsyncCheckpointer(checkpoints, config.spec.checkpoint, context.sink.note, start.step if start else 0)
+    checkpointer = AsyncCheckpointer(checkpoints, config.spec.checkpoint, context.sink.note, start.step if start else 0)
     if world.forward_is_collective:
-        loop.engine.initialize(start)  # the base is divided as early as can be, before it is examined
-    pace.enter_phase(Phase.EVALUATING)
-    base = examiner.evaluate(tuned, adapter=False)
-    pace.enter_phase(Phase.TRAINING)
+        loop.engine.initialize(start)  # shards the base as early as possible, before the first evaluation
+    progress.enter_phase(Phase.EVALUATING)
+    base = evaluator.evaluate(trainable, adapter=False)
+    progress.enter_phase(Phase.TRAINING)
     trackers = open_trackers(config, secrets, work, context.sink.note) if world.is_main_process else stages.NO_TRACKERS
-    history = stages.train(loop, keeper, start, stages.TrainingReporter(pace, trackers), context.stop)
-    pace.enter_phase(Phase.EVALUATING)
-    adapter = examiner.evaluate(tuned)
-    check = stages.make_loading_check(tuned, data.held_out, config, choices, folder)
+    history = stages.train(loop, checkpointer, start, stages.TrainingReporter(progress, trackers), context.stop)
+    progress.enter_phase(Phase.EVALUATING)
+    adapter = evaluator.evaluate(trainable)
+    check = stages.make_loading_check(trainable, data.held_out, config, settings, folder)
     files = stages.write_trained_weights(loop, tokenizer, config, work)
-    return TrainingOutput(data, tokenizer, choices, history, base, adapter, check, checkpoints, files)
+    return TrainingOutput(data, tokenizer, settings, history, base, adapter, check, checkpoints, files)
 
 
 def _publish(context: RunContext, output: TrainingOutput) -> Result:
-    """Write and prove the result and upload it: one process does it, and the others are free to go."""
+    """Write, verify and upload the result; called in the main process only, the others may exit."""
     config, files = context.config, output.result_folder
     context.progress.enter_phase(Phase.PUBLISHING)
     written = files / WEIGHTS_FOLDER[config.spec.method]
@@ -144,9 +146,9 @@ def _publish(context: RunContext, output: TrainingOutput) -> Result:
     tasks = compare_task_metrics(output.base.task_metrics, output.adapter.task_metrics)
     preview = stages.make_preview(output.data, output.tokenizer)
     earlier = output.checkpoints.peak_memory_bytes
-    outcome = ReportInputs(output.history, rows, tasks, check_vllm_limits(written), preview, earlier)
-    report = build_report(config, output.settings, outcome, output.checkpoints.started_at)
-    write_report(report, outcome.rows, files)
+    inputs = ReportInputs(output.history, rows, tasks, check_vllm_limits(written), preview, earlier)
+    report = build_report(config, output.settings, inputs, output.checkpoints.started_at)
+    write_report(report, inputs.rows, files)
     write_card(report, written)
     copy_event_file(context.work, config, files)
     stages.check_loadable(output.load_check, files)

@@ -1,4 +1,4 @@
-"""The stages of a run: each takes values of the contract and returns values."""
+"""The stages of a run, as functions of its configuration and of the results of earlier stages."""
 
 import gc
 import shutil
@@ -58,14 +58,14 @@ from qlora_trainer.training.state import History, TrainingState
 
 @dataclass(frozen=True)
 class Data:
-    """The token rows that prepare left."""
+    """The token rows that prepare wrote."""
 
     training: Sequence[TokenRow]
     held_out: Sequence[TokenRow]
 
 
 def load_data(output: Store, config: RunConfig, work: Path) -> Data:
-    """Bring the token rows onto this computer."""
+    """Download the token rows."""
     return Data(
         training=load_rows(output, config, shards.TRAINING, work),
         held_out=load_rows(output, config, shards.EVALUATION, work),
@@ -73,7 +73,7 @@ def load_data(output: Store, config: RunConfig, work: Path) -> Data:
 
 
 def load_rows(output: Store, config: RunConfig, name: str, work: Path) -> Sequence[TokenRow]:
-    """Bring one file of token rows onto this computer; they are read by number, not held in memory."""
+    """Download one file of token rows; rows are read by index, not held in memory."""
     digest = config.prepared.digest
     path = work / "rows" / digest / name
     output.download(f"{digest}/{name}", path)
@@ -81,46 +81,46 @@ def load_rows(output: Store, config: RunConfig, name: str, work: Path) -> Sequen
 
 
 def make_preview(data: Data, tokenizer: Any) -> tuple[tuple[TextSpan, ...], ...]:
-    """Return some training rows, each in pieces that are learned and pieces that are not."""
-    return tuple(preview(data.training[number], tokenizer) for number in shown_rows(len(data.training)))
+    """Return some training rows, each as spans of labels and spans of other text."""
+    return tuple(preview(data.training[index], tokenizer) for index in shown_rows(len(data.training)))
 
 
 def fetch_model(resolver: SourceResolver, config: RunConfig, work: Path) -> Path:
-    """Return the folder with the model's files, at the commit that was checked and no other."""
+    """Download the model's files at the commit that prepare checked, and return their folder."""
     model = config.prepared.model
     revision = model.commit if model.uri.startswith("hf://") else config.spec.model.revision
     snapshot = resolver.resolve(model.uri, revision, MODEL_FIELD)
     if snapshot.commit != model.commit:
         raise RunError(
             Reason.MODEL_NOT_FOUND,
-            f"{MODEL_FIELD.field}: the files at {model.uri} changed since they were checked; create the QLoRAJob anew",
+            f"{MODEL_FIELD.field}: the files at {model.uri} changed since prepare; create the QLoRAJob again",
         )
     return snapshot.fetch([*text_files(snapshot.files), *weight_files(snapshot.files, MODEL_FIELD)], work)
 
 
 def load_model(config: RunConfig, folder: Path) -> tuple[TrainableModel, RuntimeSettings]:
-    """Load the base, make what is trained of it, and say what was chosen and why."""
+    """Load the base, attach the adapter or unfreeze all weights, and return the settings with their reasons."""
     spec, plan = config.spec, config.plan
     hardware = observe_hardware(plan.device)
-    choices = resolve_runtime_settings(config, hardware, load_text_config(folder))
-    whole = spec.method == "full"
-    dtype = torch.float32 if whole else choices.dtype
-    with LIVENESS.paused():  # transformers gives no sign while it reads weights
-        base = load_base(folder, spec.quantization, dtype, choices.attention, plan.device)
-    base.get_input_embeddings().register_forward_hook(lambda *_: LIVENESS.tick())  # every pass starts there
-    with autocast_to(choices.dtype, base.device):
+    settings = resolve_runtime_settings(config, hardware, load_text_config(folder))
+    is_full = spec.method == "full"
+    dtype = torch.float32 if is_full else settings.dtype
+    with LIVENESS.paused():  # transformers calls nothing of ours while it reads weights
+        base = load_base(folder, spec.quantization, dtype, settings.attention, plan.device)
+    base.get_input_embeddings().register_forward_hook(lambda *_: LIVENESS.tick())  # called in every forward pass
+    with autocast_to(settings.dtype, base.device):
         exact = packing_is_exact(base)
-    if choices.packing and not exact:
-        choices = choices.without_packing("this architecture carries state from one joined row into the next")
-    if whole:
-        return prepare_full_finetune(base, choices), choices
-    return attach_lora(base, spec.lora, spec.training.seed, choices), choices
+    if settings.packing and not exact:
+        settings = settings.without_packing("this architecture carries state from one packed row into the next")
+    if is_full:
+        return prepare_full_finetune(base, settings), settings
+    return attach_lora(base, spec.lora, spec.training.seed, settings), settings
 
 
 def evaluate_held_out(
     trainable: TrainableModel, rows: Sequence[TokenRow], config: RunConfig, settings: RuntimeSettings
 ) -> Metrics:
-    """Evaluate what was trained on held-out rows."""
+    """Evaluate the model in its current state on held-out rows."""
     with trainable.evaluating():
         return evaluator.compute_metrics(trainable, rows, config.plan.micro_batch_size, packing=settings.packing)
 
@@ -135,7 +135,7 @@ def make_training_loop(
 
 
 def make_fingerprint(config: RunConfig, data: Data, settings: RuntimeSettings, world: World) -> RunFingerprint:
-    """Return what a checkpoint must agree with."""
+    """Return the settings that a checkpoint must match to be resumed from."""
     return RunFingerprint(
         digest=config.prepared.digest,
         total_steps=config.plan.total_steps,
@@ -146,40 +146,40 @@ def make_fingerprint(config: RunConfig, data: Data, settings: RuntimeSettings, w
 
 
 NO_TRACKERS: Final = Trackers(None, ())
-"""What a process reports to that does not speak for the run."""
+"""The trackers of processes other than the main one."""
 
 
 @dataclass(frozen=True)
 class TrainingReporter:
-    """Who is told how a training goes."""
+    """Reports training progress to metrics, status and trackers."""
 
     progress: ProgressTracker
     trackers: Trackers
 
     def resume(self, history: History) -> None:
-        """Start from what an earlier attempt did."""
+        """Replay the records of earlier attempts."""
         self.progress.resume(history.steps)
         self.trackers.replay(history.steps, history.validations)
 
     def on_step(self, record: StepRecord) -> None:
-        """Tell of a finished step."""
+        """Report a finished optimizer step."""
         METER.step(record)
         self.progress.on_step(record)
         self.trackers.log_step(record)
 
     def on_validation(self, record: ValidationRecord) -> None:
-        """Tell of a look at the held-out rows."""
+        """Report a validation."""
         METER.validation(record)
         self.trackers.log_validation(record)
 
 
 def find_resume_state(checkpoints: CheckpointStore, world: World) -> TrainingState | None:
-    """Return the state to go on from: one process chooses, so that all of them go on from the same."""
-    found = checkpoints.load_latest() if world.is_main_process else None
-    place = world.broadcast(found.checkpoint_id if found else None)
-    if found is not None or place is None:
-        return found.state if found else None
-    return checkpoints.load(place)
+    """Return the state to resume from; the main process chooses the checkpoint, and all processes load the same one."""
+    latest = checkpoints.load_latest() if world.is_main_process else None
+    checkpoint_id = world.broadcast(latest.checkpoint_id if latest else None)
+    if latest is not None or checkpoint_id is None:
+        return latest.state if latest else None
+    return checkpoints.load(checkpoint_id)
 
 
 def train(
@@ -189,20 +189,20 @@ def train(
     reporter: TrainingReporter,
     stop: StopFlag,
 ) -> History:
-    """Train the adapter in place, on from a state if there is one, and tell of it."""
-    device = loop.trainable.device  # the model itself must be free to go
+    """Train in place, from a checkpoint's state if there is one, and report progress."""
+    device = loop.trainable.device  # the closure must not keep the model alive
     METER.start(start.step if start else 0, loop.schedule.total_steps, lambda: peak_memory_bytes(device))
     try:
         if start is not None:
             reporter.resume(start.history)
-        watcher = TrainingCallbacks(
+        callbacks = TrainingCallbacks(
             reporter.on_step,
             reporter.on_validation,
             reporter.progress.on_heartbeat,
             should_checkpoint=checkpointer.should_checkpoint,
             checkpoint=checkpointer.checkpoint,
         )
-        history = loop.run(stop, watcher, start)
+        history = loop.run(stop, callbacks, start)
     except Exception:
         checkpointer.close()
         raise
@@ -213,7 +213,7 @@ def train(
 
 
 def write_trained_weights(loop: TrainingLoop, tokenizer: Any, config: RunConfig, work: Path) -> Path:
-    """Return a folder with the trained weights; only one process writes, but all have parts of what is divided."""
+    """Write the trained weights and return their folder; collective if sharded, written by the main process."""
     weights = loop.engine.weights() if loop.world.forward_is_collective else None
     folder = work / "results" / config.prepared.digest
     if loop.world.is_main_process:
@@ -221,10 +221,10 @@ def write_trained_weights(loop: TrainingLoop, tokenizer: Any, config: RunConfig,
     return folder
 
 
-def make_evaluator(  # noqa: PLR0913, PLR0917 (all that decides what a model is asked)
+def make_evaluator(  # noqa: PLR0913, PLR0917 (all that decides how a model is evaluated)
     data: Data, tokenizer: Any, config: RunConfig, settings: RuntimeSettings, suite: BenchmarkSuite | None, world: World
 ) -> Evaluator:
-    """Return what examines base and adapter alike."""
+    """Return the evaluator, which is the same for base and adapter."""
     micro_batch, spec = config.plan.micro_batch_size, config.spec.evaluation
     return Evaluator(
         data.held_out, tokenizer, spec, micro_batch, packing=settings.packing, world=world, benchmark_suite=suite
@@ -234,7 +234,7 @@ def make_evaluator(  # noqa: PLR0913, PLR0917 (all that decides what a model is 
 def load_benchmark_suite(
     resolver: SourceResolver, output: Store, tokenizer: Any, config: RunConfig, work: Path
 ) -> BenchmarkSuite | None:
-    """Return the public benchmarks that the spec asks for, as prepare found them."""
+    """Return the public benchmarks of the spec, at the revisions that prepare pinned."""
     spec = config.spec.evaluation
     if not spec.tasks:
         return None
@@ -244,7 +244,7 @@ def load_benchmark_suite(
 
 
 def build_record(config: RunConfig, settings: RuntimeSettings) -> AdapterRecord:
-    """Return what goes with the adapter wherever it goes."""
+    """Return the record stored in the adapter's folder."""
     prepared = config.prepared
     return AdapterRecord(
         job=config.job,
@@ -263,17 +263,17 @@ def build_record(config: RunConfig, settings: RuntimeSettings) -> AdapterRecord:
 
 
 def enforce_gate(output: Store, config: RunConfig, result: Result, files: Path, checkpoints: CheckpointStore) -> None:
-    """End the run where the gate refuses its result; no finished work is lost, so it is kept."""
+    """Raise GateFailed if the gate rejects the result, after uploading it so that the training is not lost."""
     gate = config.spec.evaluation.gate
     if find_violations(gate, result.evaluation):
-        kept = upload_rejected(output, config, result, files, datetime.now(UTC))
+        rejected = upload_rejected(output, config, result, files, datetime.now(UTC))
         checkpoints.delete_all()
-        check_gate(gate, kept.evaluation, describe_rejected(kept))
+        check_gate(gate, rejected.evaluation, describe_rejected(rejected))
 
 
 @dataclass(frozen=True)
 class LoadingCheck:
-    """What a fresh process must find."""
+    """What to load in a fresh process, and the loss that it must compute."""
 
     task: LoadingTask
     expected_loss: float
@@ -282,7 +282,7 @@ class LoadingCheck:
 def make_loading_check(
     trainable: TrainableModel, held_out: Sequence[TokenRow], config: RunConfig, settings: RuntimeSettings, folder: Path
 ) -> LoadingCheck:
-    """Note what the adapter does now, so that a fresh process can be held to it."""
+    """Compute the loss on some held-out rows, to compare it with that of the reloaded adapter."""
     rows = held_out[:CHECKED_ROWS]
     task = LoadingTask(
         method=config.spec.method,
@@ -297,15 +297,15 @@ def make_loading_check(
 
 
 def check_loadable(check: LoadingCheck, files: Path) -> None:
-    """Load the adapter in a fresh process; the model in this one must be gone, two may not fit."""
+    """Load the adapter in a fresh process; the model in this one must be freed first, two may not fit."""
     gc.collect()
     release_cached_memory(check.task.device)
-    with LIVENESS.paused():  # it ends the other process itself where that takes too long
+    with LIVENESS.paused():  # the subprocess has a timeout of its own
         load_in_fresh_process(check.task, files / WEIGHTS_FOLDER[check.task.method], check.expected_loss)
 
 
 def empty_folder(folder: Path) -> Path:
-    """Return a folder with nothing in it, whatever an earlier run left."""
+    """Create an empty folder, deleting what an earlier run left."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     return folder

@@ -1,4 +1,4 @@
-"""Ends a process that gives no sign of life, so that it holds no GPU, and leaves what its threads were doing."""
+"""Terminates a hung process, so that it does not hold a GPU, and uploads the stack traces of its threads."""
 
 import contextlib
 import faulthandler
@@ -23,22 +23,22 @@ from qlora_trainer.runtime.termination_message import TerminationMessageWriter
 from qlora_trainer.storage.results import open_own_output
 
 HANGS: Final = "hangs"
-"""Folder of a result with the stacks of processes that were ended."""
+"""Folder of a result with the stack traces of processes that the watchdog terminated."""
 _POLL_SECONDS: Final = 5.0
-"""Longest time between two looks; a tenth of the limit where that is shorter."""
+"""Longest poll interval; a tenth of the limit if that is shorter."""
 _UPLOAD_SECONDS: Final = 30.0
-"""Longest wait for the upload: the object store may be what the process hangs on."""
+"""Longest wait for the upload: the process may be hanging on the object store."""
 _PEERS_SECONDS: Final = 20.0
-"""How long a process that is not alone stays: the launcher ends all of them with the first one, and each has stacks."""
+"""Delay before one of several processes exits: the launcher then terminates the others, which have stacks to upload."""
 _LAST_SECONDS: Final = _UPLOAD_SECONDS + FINAL_UPLOAD_SECONDS + _PEERS_SECONDS + 30.0
-"""When the C-level timer strikes after the limit: later than everything that this module does by itself."""
+"""Time from the limit to the C-level timer: longer than everything that this module does in Python."""
 
 log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
 def watchdog_running(liveness: Liveness, limit: float, on_silence: Callable[[], None]) -> Iterator[None]:
-    """Within, a silence longer than so many seconds is the end."""
+    """Call `on_silence` once if no heartbeat arrives for `limit` seconds within the block."""
     closed = threading.Event()
     thread = threading.Thread(target=_watch, args=(liveness, limit, on_silence, closed), name="watchdog", daemon=True)
     liveness.tick()
@@ -51,19 +51,19 @@ def watchdog_running(liveness: Liveness, limit: float, on_silence: Callable[[], 
         faulthandler.cancel_dump_traceback_later()
 
 
-def _watch(liveness: Liveness, limit: float, end: Callable[[], None], closed: threading.Event) -> None:
+def _watch(liveness: Liveness, limit: float, on_silence: Callable[[], None], closed: threading.Event) -> None:
     while not closed.wait(min(_POLL_SECONDS, limit / 10)):
-        # Native code that keeps Python's lock stops this thread as well; a timer that needs no lock is the second line.
+        # Native code that holds the GIL blocks this thread as well; faulthandler's timer needs no GIL.
         faulthandler.dump_traceback_later(limit + _LAST_SECONDS, exit=True)
         if liveness.seconds_silent() > limit:
-            end()
+            on_silence()
             return
 
 
 def run_watchdog(
     config: RunConfig, termination_message: TerminationMessageWriter, log_uploader: LogUploader
 ) -> contextlib.AbstractContextManager[None]:
-    """Return what ends this process of a run after spec.deadlines.heartbeat without a sign of life."""
+    """Return the watchdog that terminates this process after spec.deadlines.heartbeat without a heartbeat."""
     limit = to_timedelta(config.spec.deadlines.heartbeat).total_seconds()
     return watchdog_running(LIVENESS, limit, lambda: end_hung_process(config, termination_message, log_uploader))
 
@@ -71,18 +71,18 @@ def run_watchdog(
 def end_hung_process(
     config: RunConfig, termination_message: TerminationMessageWriter, log_uploader: LogUploader
 ) -> None:
-    """Leave the stacks, the last word and the log, and end the process without asking any other thread."""
+    """Write stack traces, termination message and log, and exit without waiting for any other thread."""
     stacks = dump_stacks()
     sys.stderr.write(stacks)
     uploaded = upload_stacks(config, stacks)
-    where = uploaded or "this container's log: they could not be uploaded"
-    known = RunError(
+    location = uploaded or "this container's log: they could not be uploaded"
+    run_error = RunError(
         Reason.HEARTBEAT_LOST,
-        f"no sign of life for {config.spec.deadlines.heartbeat} (spec.deadlines.heartbeat); the stacks of all threads "
-        f"are in {where}",
+        f"no heartbeat for {config.spec.deadlines.heartbeat} (spec.deadlines.heartbeat); the stack traces of all "
+        f"threads are in {location}",
     )
-    termination_message.write_failure(known)
-    log.error("the run failed: %s", known.message, extra=log_fields(reason=known.reason))
+    termination_message.write_failure(run_error)
+    log.error("the run failed: %s", run_error.message, extra=log_fields(reason=run_error.reason))
     if uploaded:
         log_uploader.finish()
     if config.plan.processes > 1:
@@ -91,7 +91,7 @@ def end_hung_process(
 
 
 def dump_stacks() -> str:
-    """Return the stack of each thread of this process."""
+    """Return the stack traces of all threads of this process."""
     with tempfile.TemporaryFile("w+") as file:
         faulthandler.dump_traceback(file, all_threads=True)
         file.seek(0)
@@ -99,7 +99,7 @@ def dump_stacks() -> str:
 
 
 def upload_stacks(config: RunConfig, stacks: str) -> str | None:
-    """Return the URI of the uploaded stacks; None where that failed or took too long."""
+    """Upload the stack traces and return their URI; None if that failed or timed out."""
     path = f"{config.prepared.digest}/{HANGS}/attempt-{config.attempt}-rank-{rank_of_process() or 0}.txt"
     done: list[str] = []
 

@@ -1,1 +1,1 @@
-"""One module per contender; each runs in a process of its own and writes a Measurement."""
+"""One module per contender; each runs in a separate process and writes a Measurement."""

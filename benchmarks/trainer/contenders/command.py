@@ -9,12 +9,12 @@ from benchmarks.trainer.task import Task
 
 @dataclass(frozen=True)
 class ContenderOptions:
-    """What a contender is told."""
+    """Options of a contender."""
 
     task: Task
     steps: int
     every: int
-    """Steps between two examinations."""
+    """Steps between two evaluations."""
     output: Path
 
 

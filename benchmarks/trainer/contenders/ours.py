@@ -1,4 +1,4 @@
-"""Our trainer with the recipe's settings: the stages of a run, without its evaluation and its publishing."""
+"""Our trainer with the recipe's settings: the stages of a run, without evaluation and publishing."""
 
 import tempfile
 from pathlib import Path
@@ -21,44 +21,46 @@ from qlora_trainer.runtime.shutdown import StopFlag  # noqa: E402
 from qlora_trainer.training.loop import TrainingCallbacks  # noqa: E402
 
 
-def main(order: ContenderOptions, work: Path) -> None:
+def main(options: ContenderOptions, work: Path) -> None:
     """Train and measure."""
-    ready = prepare_run(write_spec(order, work), work)
-    stopwatch = Stopwatch("ours", order.task.device, order.every)
-    stopwatch.evaluate = make_evaluation(order.task, ready.trainable.wrapped, load_tokenizer(ready.folder, None))
+    ready = prepare_run(write_spec(options, work), work)
+    stopwatch = Stopwatch("ours", options.task.device, options.every)
+    stopwatch.evaluate = make_evaluation(options.task, ready.trainable.wrapped, load_tokenizer(ready.folder, None))
 
-    def note(record: StepRecord) -> None:
-        numbers = sample_step(record.step - 1, len(ready.data.training), task.GLOBAL_BATCH, task.SEED)
-        rows = [ready.data.training[number] for number in numbers]
+    def on_step(record: StepRecord) -> None:
+        indices = sample_step(record.step - 1, len(ready.data.training), task.GLOBAL_BATCH, task.SEED)
+        rows = [ready.data.training[index] for index in indices]
         stopwatch.end_step([(len(row.input_ids), row.label_count) for row in rows])
 
     ready.trainable.wrapped.train()
     stopwatch.start()
-    ready.loop.run(StopFlag(), TrainingCallbacks(note, lambda _: None, lambda: None, lambda *_: False, lambda *_: None))
-    stopwatch.measurement.write(order.output)
+    ready.loop.run(
+        StopFlag(), TrainingCallbacks(on_step, lambda _: None, lambda: None, lambda *_: False, lambda *_: None)
+    )
+    stopwatch.measurement.write(options.output)
 
 
-def write_spec(order: ContenderOptions, work: Path) -> QLoRAJobSpec:
+def write_spec(options: ContenderOptions, work: Path) -> QLoRAJobSpec:
     """Return the recipe's settings as a manifest's spec, with the rows as files."""
     rows, held_out = work / "train.jsonl", work / "heldout.jsonl"
-    task.write_pairs(task.training_pairs(order.task), rows)
-    task.write_pairs(task.held_out_pairs(order.task) or task.training_pairs(order.task)[:1], held_out)
+    task.write_pairs(task.training_pairs(options.task), rows)
+    task.write_pairs(task.held_out_pairs(options.task) or task.training_pairs(options.task)[:1], held_out)
     return QLoRAJobSpec.model_validate(
         {
-            "model": {"uri": Path(order.task.model).as_uri()},
+            "model": {"uri": Path(options.task.model).as_uri()},
             "dataset": {"uri": rows.as_uri(), "evaluation": {"uri": held_out.as_uri()}},
             "lora": {"rank": task.RANK, "alpha": task.ALPHA, "dropout": task.DROPOUT, "targets": task.TARGETS},
             "training": {
-                "maxSteps": order.steps,
+                "maxSteps": options.steps,
                 "epochs": 1000,
                 "globalBatchSize": task.GLOBAL_BATCH,
                 "learningRate": task.LEARNING_RATE,
                 "scheduler": "constant",
                 "warmupRatio": 0,
-                "maxLength": order.task.max_length,
+                "maxLength": options.task.max_length,
                 "seed": task.SEED,
             },
-            "resources": {"gpusPerNode": int(order.task.device == "cuda")},
+            "resources": {"gpusPerNode": int(options.task.device == "cuda")},
             "output": {"uri": (work / "output").as_uri()},
         }
     )

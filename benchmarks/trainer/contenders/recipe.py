@@ -1,7 +1,7 @@
-"""The recipe as tutorials write it and people copy it.
+"""The QLoRA recipe of common tutorials.
 
-What is not the tutorials': rows in the file's order and a constant learning rate, so that all contenders learn the
-same; bf16 where a T4's notebook says fp16, because this has to run on a CPU.
+Differences from the tutorials: rows in file order and a constant learning rate, so that all contenders train alike;
+bf16 instead of the fp16 of T4 notebooks, because this must run on a CPU.
 """
 
 from typing import Any
@@ -25,9 +25,9 @@ from benchmarks.trainer.exam import make_evaluation
 from benchmarks.trainer.measurement import Stopwatch
 
 
-def main(order: ContenderOptions) -> None:
+def main(options: ContenderOptions) -> None:
     """Train and measure."""
-    tokenizer = AutoTokenizer.from_pretrained(order.task.model)
+    tokenizer = AutoTokenizer.from_pretrained(options.task.model)
     tokenizer.pad_token = tokenizer.eos_token
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -36,7 +36,7 @@ def main(order: ContenderOptions) -> None:
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
     model = AutoModelForCausalLM.from_pretrained(
-        order.task.model, quantization_config=quantization, device_map={"": order.task.device}
+        options.task.model, quantization_config=quantization, device_map={"": options.task.device}
     )
     model = prepare_model_for_kbit_training(model)
     adapter = LoraConfig(
@@ -50,28 +50,28 @@ def main(order: ContenderOptions) -> None:
     model = get_peft_model(model, adapter)
 
     def tokenize(example: dict[str, str]) -> dict[str, Any]:
-        tokens = tokenizer(example["text"], truncation=True, padding="max_length", max_length=order.task.max_length)
+        tokens = tokenizer(example["text"], truncation=True, padding="max_length", max_length=options.task.max_length)
         tokens["labels"] = tokens["input_ids"].copy()
         return dict(tokens)
 
-    texts = [pair.prompt + pair.answer for pair in task.training_pairs(order.task)]
+    texts = [pair.prompt + pair.answer for pair in task.training_pairs(options.task)]
     dataset = Dataset.from_list([{"text": text} for text in texts]).map(tokenize, remove_columns=["text"])
     lengths = [sum(mask) for mask in dataset["attention_mask"]]
-    stopwatch = Stopwatch("recipe", order.task.device, order.every)
-    stopwatch.evaluate = make_evaluation(order.task, model, tokenizer)
+    stopwatch = Stopwatch("recipe", options.task.device, options.every)
+    stopwatch.evaluate = make_evaluation(options.task, model, tokenizer)
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
-            output_dir=str(order.output.with_suffix(".trainer")),
+            output_dir=str(options.output.with_suffix(".trainer")),
             per_device_train_batch_size=task.BATCH,
             gradient_accumulation_steps=task.ACCUMULATION,
             learning_rate=task.LEARNING_RATE,
             lr_scheduler_type="constant",
-            max_steps=order.steps,
+            max_steps=options.steps,
             bf16=True,
             activation_checkpointing=True,
             train_sampling_strategy="sequential",
-            use_cpu=order.task.device == "cpu",
+            use_cpu=options.task.device == "cpu",
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
@@ -79,11 +79,11 @@ def main(order: ContenderOptions) -> None:
         ),
         train_dataset=dataset,
         data_collator=default_data_collator,
-        # Every token is a label, padding included; useful is only what is no padding.
+        # Every token is a label, padding included; only tokens that are not padding are useful.
         callbacks=[TimedSteps(stopwatch, [(length, length - 1) for length in lengths])],
     )
     trainer.train()
-    stopwatch.measurement.write(order.output)
+    stopwatch.measurement.write(options.output)
 
 
 if __name__ == "__main__":

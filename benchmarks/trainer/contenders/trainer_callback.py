@@ -1,4 +1,4 @@
-"""Times the steps of transformers' Trainer and of TRL's."""
+"""Times the steps of transformers' Trainer and TRL's SFTTrainer."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,17 +10,17 @@ from benchmarks.trainer.task import GLOBAL_BATCH
 
 
 class TimedSteps(TrainerCallback):  # type: ignore[misc]  # transformers has no types
-    """Starts and ends the stopwatch's steps; the rows are in order, so a step's rows are known by its number."""
+    """Starts and ends the stopwatch's steps; rows are in order, so a step's rows follow from its number."""
 
     def __init__(self, stopwatch: Stopwatch, rows: Sequence[tuple[int, int]]) -> None:
         self._stopwatch = stopwatch
         self._rows = rows
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
-        """Start."""
+        """Start the stopwatch."""
         self._stopwatch.start()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002 (transformers' names)
-        """End a step."""
+        """Record a step."""
         start = (state.global_step - 1) * GLOBAL_BATCH
         self._stopwatch.end_step(self._rows[start : start + GLOBAL_BATCH])

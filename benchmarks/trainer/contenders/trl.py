@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer with the recipe's settings and TRL's defaults; `fastest` changes what only changes the speed."""
+"""TRL's SFTTrainer with the recipe's settings and TRL's defaults; `--fastest` only changes the speed."""
 
 import sys
 from typing import Any, Final
@@ -20,10 +20,10 @@ DEFAULT: Final[dict[str, Any]] = {
     "gradient_accumulation_steps": task.ACCUMULATION,
 }
 FASTEST: Final[dict[str, Any]] = {
-    # One forward pass a step: what is dequantised is dequantised once. The gradient is the same.
+    # One forward pass per step, so weights are dequantized once. The gradient is the same.
     "per_device_train_batch_size": task.GLOBAL_BATCH,
     "gradient_accumulation_steps": 1,
-    # Rows joined without padding; exact without FlashAttention too, since there is no mask and no cache.
+    # Packing without padding; exact without FlashAttention too, since there is no mask and no cache.
     "padding_free": True,
     "max_length": None,
     "activation_checkpointing": False,
@@ -31,31 +31,31 @@ FASTEST: Final[dict[str, Any]] = {
 }
 
 
-def main(order: ContenderOptions, settings: dict[str, Any], name: str) -> None:
+def main(options: ContenderOptions, settings: dict[str, Any], name: str) -> None:
     """Train and measure."""
-    tokenizer = AutoTokenizer.from_pretrained(order.task.model)
-    pairs = task.training_pairs(order.task)
+    tokenizer = AutoTokenizer.from_pretrained(options.task.model)
+    pairs = task.training_pairs(options.task)
     lengths = [_lengths(pair, tokenizer) for pair in pairs]
-    stopwatch = Stopwatch(name, order.task.device, order.every)
-    given = {"model_init_kwargs": {}} | settings
-    given["model_init_kwargs"] = given["model_init_kwargs"] | {"device_map": {"": order.task.device}}
+    stopwatch = Stopwatch(name, options.task.device, options.every)
+    sft_options = {"model_init_kwargs": {}} | settings
+    sft_options["model_init_kwargs"] = sft_options["model_init_kwargs"] | {"device_map": {"": options.task.device}}
     trainer = SFTTrainer(
-        model=order.task.model,
+        model=options.task.model,
         args=SFTConfig(
             **{
-                "output_dir": str(order.output.with_suffix(".trainer")),
-                "max_length": order.task.max_length,
+                "output_dir": str(options.output.with_suffix(".trainer")),
+                "max_length": options.task.max_length,
                 "learning_rate": task.LEARNING_RATE,
                 "lr_scheduler_type": "constant",
-                "max_steps": order.steps,
+                "max_steps": options.steps,
                 "train_sampling_strategy": "sequential",
-                "use_cpu": order.task.device == "cpu",
+                "use_cpu": options.task.device == "cpu",
                 "save_strategy": "no",
                 "report_to": "none",
                 "disable_tqdm": True,
                 "seed": task.SEED,
             }
-            | given
+            | sft_options
         ),
         train_dataset=Dataset.from_list([{"prompt": pair.prompt, "completion": pair.answer} for pair in pairs]),
         processing_class=tokenizer,
@@ -75,13 +75,13 @@ def main(order: ContenderOptions, settings: dict[str, Any], name: str) -> None:
         ),
         callbacks=[TimedSteps(stopwatch, lengths)],
     )
-    stopwatch.evaluate = make_evaluation(order.task, trainer.model, tokenizer)
+    stopwatch.evaluate = make_evaluation(options.task, trainer.model, tokenizer)
     trainer.train()
-    stopwatch.measurement.write(order.output)
+    stopwatch.measurement.write(options.output)
 
 
 def _lengths(pair: task.Pair, tokenizer: Any) -> tuple[int, int]:
-    """Return a row's tokens, with the end token, and those of its answer."""
+    """Return the number of a row's tokens, end token included, and of its answer's tokens."""
     tokens = len(tokenizer(pair.prompt + pair.answer)["input_ids"]) + 1
     return tokens, tokens - len(tokenizer(pair.prompt)["input_ids"])
 

@@ -1,4 +1,4 @@
--- How Argo CD sees a QLoRAJob: health is read from its conditions, and never from what it read before a change.
+-- Health of a QLoRAJob in Argo CD, from its conditions; a status older than the spec is ignored.
 local hs = { status = "Progressing", message = "waiting for the operator" }
 
 if obj.status == nil or obj.status.conditions == nil then

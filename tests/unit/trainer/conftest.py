@@ -1,4 +1,4 @@
-"""Warnings of the libraries themselves, about their own code, while everything else stays an error; and a stop."""
+"""Ignores warnings of libraries about their own code (all others are errors), and provides a stop flag."""
 
 import signal
 import threading
@@ -26,7 +26,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def stop() -> Iterator[StopFlag]:
-    """A flag that SIGTERM raises, without an end for this process."""
+    """A stop flag that SIGTERM sets, without terminating this process."""
     before, flag = signal.getsignal(signal.SIGTERM), StopFlag()
     flag.install_signal_handlers(lambda: None)
     yield flag

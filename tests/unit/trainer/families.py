@@ -1,4 +1,4 @@
-"""Tiny random models of the families that the trainer is held to, and what is special about each."""
+"""Tiny random models of the supported families, with the properties that tests expect of each."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,16 +15,16 @@ SEPARATE: Final = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj"
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture: how its tiny model is made, and what the trainer should find out about it."""
+    """One architecture: the settings of its tiny model, and the expected properties."""
 
     settings: Mapping[str, Any] = field(default_factory=dict)
     attention: str = "sdpa"
     linears: frozenset[str] = SEPARATE
     plain_head: bool = True
     packing_is_exact: bool = True
-    """Its rows may be joined; where they see each other, packing is switched off."""
+    """Whether packed rows are isolated from each other; if not, packing is disabled."""
     bits: tuple[int, ...] = (4, 16)
-    """How its base may be stored."""
+    """Supported values of spec.quantization.bits."""
 
 
 FAMILIES: Final[dict[str, Family]] = {
@@ -40,8 +40,8 @@ FAMILIES: Final[dict[str, Family]] = {
     "phi": Family(linears=frozenset({"q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"})),
     "phi3": Family(linears=frozenset({"qkv_proj", "o_proj", "gate_up_proj", "down_proj"})),
     "gpt_neox": Family(linears=frozenset({"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"})),
-    # transformers 5.23 makes Falcon's mask without the positions, so that joined rows see each other; and its layers
-    # are of a class of their own, which bitsandbytes leaves as they are.
+    # transformers 5.23 builds Falcon's mask without position_ids, so packed rows attend to each other; and its layers
+    # are of a custom class that bitsandbytes does not quantize.
     "falcon": Family(
         linears=frozenset({"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}),
         packing_is_exact=False,
@@ -51,7 +51,7 @@ FAMILIES: Final[dict[str, Family]] = {
 
 
 def write_family(name: str, folder: Path) -> None:
-    """Write a tiny random model of a family, or of another architecture, as the hub has it: weights in bf16."""
+    """Write a tiny random model of a family, or of another architecture, with weights in bf16."""
     family = FAMILIES.get(name, Family())
     config = AutoConfig.for_model(name, **SMALL | dict(family.settings))
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Two real processes of one test, connected by gloo."""
+"""Runs a module in two real processes, connected by gloo."""
 
 import os
 import subprocess

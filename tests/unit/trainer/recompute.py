@@ -1,8 +1,8 @@
-"""Computes a report's figures anew from the published files; imports nothing of this project.
+"""Recomputes a report's metrics from the published files; imports nothing of this project.
 
 `python recompute.py RESULT BASE` prints them as JSON. RESULT is the folder with manifest.json, BASE that of the model.
-All figures follow from evaluation.jsonl. The losses are measured as well: transformers loads the base, peft the
-adapter, and every row runs alone, without padding, packing or 16 bits.
+All metrics follow from evaluation.jsonl. The losses are also measured: transformers loads the base, peft the adapter,
+and every row gets its own forward pass in fp32, without padding or packing.
 """
 
 import hashlib
@@ -27,15 +27,15 @@ def figures(rows, side):
         "perplexity": math.exp(loss),
         "tokenAccuracy": sum(row[side]["correct"] for row in rows) / tokens,
     }
-    if told := answers(rows, side):
-        found["exactMatch"] = math.fsum(match for match, _ in told) / len(told)
-        found["rougeL"] = math.fsum(rouge for _, rouge in told) / len(told)
+    if scores := answers(rows, side):
+        found["exactMatch"] = math.fsum(match for match, _ in scores) / len(scores)
+        found["rougeL"] = math.fsum(rouge for _, rouge in scores) / len(scores)
     return found
 
 
 def answers(rows, side):
-    told = [(row["reference"], row[side]["answer"]) for row in rows if row[side]["answer"] is not None]
-    return [(float(wanted.split() == said.split()), rouge_l(wanted, said)) for wanted, said in told]
+    pairs = [(row["reference"], row[side]["answer"]) for row in rows if row[side]["answer"] is not None]
+    return [(float(reference.split() == answer.split()), rouge_l(reference, answer)) for reference, answer in pairs]
 
 
 def rouge_l(reference, answer):
@@ -44,8 +44,8 @@ def rouge_l(reference, answer):
     for word in one:
         above = lengths
         lengths = [0]
-        for place, candidate in enumerate(other):
-            lengths.append(above[place] + 1 if word == candidate else max(above[place + 1], lengths[place]))
+        for index, candidate in enumerate(other):
+            lengths.append(above[index] + 1 if word == candidate else max(above[index + 1], lengths[index]))
     if not lengths[-1]:
         return 0.0
     precision, recall = lengths[-1] / len(other), lengths[-1] / len(one)
@@ -58,8 +58,8 @@ def confidence(rows, seed, resamples, level):
         sums = resample([(row["tokens"], row[side]["loss"], row[side]["correct"]) for row in rows], seed, resamples)
         loss = sums[:, 1] / sums[:, 0]
         sides[side] = {"loss": loss, "perplexity": np.exp(loss), "tokenAccuracy": sums[:, 2] / sums[:, 0]}
-        if told := answers(rows, side):
-            means = resample(told, seed, resamples) / len(told)
+        if scores := answers(rows, side):
+            means = resample(scores, seed, resamples) / len(scores)
             sides[side] |= {"exactMatch": means[:, 0], "rougeL": means[:, 1]}
     sides["change"] = {name: sides["adapter"][name] - sides["base"][name] for name in sides["base"]}
     tail = 50 * (1 - level)
@@ -78,7 +78,7 @@ def resample(table, seed, resamples):
 
 
 def measure(result, base, quantization):
-    """Return the mean losses of base and adapter, measured with nothing but transformers and peft."""
+    """Return the mean losses of base and adapter, measured with transformers and peft only."""
     settings = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=quantization["type"],
@@ -112,14 +112,14 @@ def check_files(result):
     for file in manifest["files"]:
         content = (result / file["path"]).read_bytes()
         if (len(content), hashlib.sha256(content).hexdigest()) != (file["size"], file["sha256"]):
-            raise SystemExit(f"{file['path']} is not what the manifest says")
+            raise SystemExit(f"{file['path']} does not match the manifest")
     return len(manifest["files"])
 
 
 def main(result, base):
     report = json.loads((result / "report/report.json").read_text())
     rows = [json.loads(line) for line in (result / "report/evaluation.jsonl").read_text().splitlines()]
-    asked = report["confidence"]
+    settings = report["confidence"]
     found = {
         "files": check_files(result),
         "evaluation": {
@@ -129,7 +129,7 @@ def main(result, base):
             "tokens": sum(row["tokens"] for row in rows),
             "answers": len(answers(rows, "adapter")),
         },
-        "confidence": confidence(rows, asked["seed"], asked["resamples"], asked["level"]),
+        "confidence": confidence(rows, settings["seed"], settings["resamples"], settings["level"]),
         "measured": measure(result, base, report["spec"]["quantization"]),
     }
     print(json.dumps(found))

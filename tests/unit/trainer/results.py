@@ -1,4 +1,4 @@
-"""A result in short, and the run that publishes it, without a training."""
+"""A result and the configuration of the run that publishes it, without training."""
 
 from typing import Final
 
@@ -12,14 +12,14 @@ DIGEST: Final = "0123456789abcdef"
 
 
 def result(loss: float) -> Result:
-    """A result that is known by its loss."""
+    """A result that tests identify by its loss."""
     metrics = Metrics(loss=loss, perplexity=1.0, token_accuracy=0.5)
     evaluation = EvaluationStatus(base=metrics, adapter=metrics, rows=1, tokens=1)
     return Result(adapter="a/adapter", report="r", evaluation=evaluation, steps=1, tokens_per_second=1.0)
 
 
 def config(root: str) -> RunConfig:
-    """A run that publishes below a folder."""
+    """A run that publishes below the root."""
     prepared = Prepared(
         digest=DIGEST,
         prefix=f"{root}/{DIGEST}",

@@ -1,4 +1,4 @@
-"""What each of two processes does for test_sharing.py: train two steps in every way that several may share."""
+"""Run by each of two processes of test_distribution_matrix.py: trains two steps of every allowed combination."""
 
 import dataclasses
 import json
@@ -25,35 +25,35 @@ def key_of(cell: MatrixCell) -> str:
 
 
 def make_trainable(cell: MatrixCell, folder: Path) -> TrainableModel:
-    """The tiny model as the cell's spec wants it; in fp32, so that only the ways differ and not their rounding."""
+    """The tiny model of the cell's spec; in fp32, so that strategies do not differ by rounding."""
     spec = cell.spec
     kind, _ = choose_optimizer(spec.training.optimizer, "cpu")
-    choices = dataclasses.replace(SETTINGS, optimizer=kind, packing=spec.training.packing)
+    settings = dataclasses.replace(SETTINGS, optimizer=kind, packing=spec.training.packing)
     base = load_base(folder, spec.quantization, torch.float32, "sdpa", "cpu")
     if spec.method == "full":
-        return prepare_full_finetune(base, choices)
-    return attach_lora(base, spec.lora.model_copy(update={"rank": 4, "targets": ("all-linear",)}), 1, choices)
+        return prepare_full_finetune(base, settings)
+    return attach_lora(base, spec.lora.model_copy(update={"rank": 4, "targets": ("all-linear",)}), 1, settings)
 
 
 def train_cell(cell: MatrixCell, world: World, folder: Path) -> list[float]:
-    """Losses of each step, and of held-out rows afterwards."""
+    """Loss of each step, and losses of held-out rows after training."""
     training = cell.spec.training
     kind, _ = choose_optimizer(training.optimizer, "cpu")
-    choices = dataclasses.replace(SETTINGS, optimizer=kind, packing=training.packing)
-    tuned = make_trainable(cell, folder)
+    settings = dataclasses.replace(SETTINGS, optimizer=kind, packing=training.packing)
+    trainable = make_trainable(cell, folder)
     noise = {"neftune_alpha": training.neftune_alpha}
-    loop = make_test_loop(tuned, token_rows(8), 2, STEPS, choices, world=world, **noise)
+    loop = make_test_loop(trainable, token_rows(8), 2, STEPS, settings, world=world, **noise)
     history = loop.run(StopFlag(), NO_CALLBACKS)
-    with tuned.evaluating():
+    with trainable.evaluating():
         sums = world.map_sharded(
-            token_rows(3, seed=5), lambda rows: compute_row_statistics(tuned, rows, 2, packing=training.packing)
+            token_rows(3, seed=5), lambda rows: compute_row_statistics(trainable, rows, 2, packing=training.packing)
         )
     assert loop.engine.weights()
     return [*(record.loss for record in history.steps), *(row.loss for row in sums)]
 
 
 def main(folder: Path) -> None:
-    """Write what each allowed cell learned."""
+    """Write the losses of each allowed cell."""
     world = join_world("cpu", "ddp")
     if world.is_main_process:
         write_model(folder / "model", tie_word_embeddings=False)

@@ -1,4 +1,4 @@
-"""States of a training that never was, and their course."""
+"""Made-up training states and their fingerprint."""
 
 from typing import Final
 
@@ -13,7 +13,7 @@ FINGERPRINT: Final = RunFingerprint(digest="0123456789abcdef", total_steps=STEPS
 
 
 def make_state(steps: int) -> TrainingState:
-    """The state after so many steps."""
+    """The state after a number of steps."""
     record = StepRecord(step=1, loss=1.0, learning_rate=0.1, grad_norm=1.0, tokens=1, seconds=1.0)
     history = tuple(record.model_copy(update={"step": step + 1}) for step in range(steps))
     return TrainingState(History(history), {"a": torch.ones(2)}, {"0/step": torch.tensor(1.0), "0/note": 3}, {}, {})

@@ -1,4 +1,4 @@
-"""Runs that are asked to stop after a step, each in a process of its own."""
+"""Runs that are stopped after a given step, each in a separate process."""
 
 import multiprocessing
 from pathlib import Path
@@ -16,7 +16,7 @@ NEVER: Final = 0
 
 
 class StoppingSink(RecordingSink):
-    """Asks the run to stop after a step."""
+    """Requests a stop after a step."""
 
     def __init__(self, step: int) -> None:
         super().__init__()
@@ -27,8 +27,8 @@ class StoppingSink(RecordingSink):
 
 
 def run_until(config: RunConfig, step: int, work: Path) -> list[str]:
-    """Run until a step, or to the end, and return what was said."""
-    # The loading check starts a process with imports of its own each time; test_run.py has it.
+    """Run until a step, or to the end, and return the log lines."""
+    # The load check starts a process that imports torch each time; test_run.py covers it.
     stages.load_in_fresh_process = lambda *_: None
     sink = StoppingSink(step)
     try:
@@ -40,13 +40,13 @@ def run_until(config: RunConfig, step: int, work: Path) -> list[str]:
 
 
 class FreshProcesses:
-    """Processes that have imported the trainer, and done nothing else."""
+    """Processes that have imported the trainer but run nothing else."""
 
     def __init__(self) -> None:
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload([__name__])
 
     def run_until(self, config: RunConfig, step: int, work: Path) -> list[str]:
-        """Do it in a new process."""
+        """Call `run_until` in a new process."""
         with self._context.Pool(1, maxtasksperchild=1) as pool:
             return pool.apply(run_until, (config, step, work))

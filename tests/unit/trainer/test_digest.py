@@ -1,4 +1,4 @@
-"""The name of a result: as it was for every manifest that there is, and with every field that decides it."""
+"""The digest of a result: stable for existing manifests, and dependent on every field that determines it."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +19,7 @@ QUICKSTART: Final = {
     "lora": {"rank": 16, "targets": ["all-linear"]},
     "training": {"maxSteps": 60, "globalBatchSize": 8, "learningRate": 4.0e-4},
 }
-"""What decides the result of examples/quickstart/job.yaml."""
+"""The fields of examples/quickstart/job.yaml that determine its result."""
 BASE: Final = {"quantization": {"bits": 16}, "method": "lora"}
 """A base that is not quantized."""
 TWO_NODES: Final = {"resources": {"nodes": 2, "gpusPerNode": 4}}
@@ -34,7 +34,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def empty(folder) -> Any:
-    """A model without weights; peft puts adapters into the one that it is given."""
+    """A model without weights; peft modifies the model that it is given, so each test needs its own."""
     return build_empty(folder)
 
 
@@ -52,8 +52,8 @@ def digest_of(spec: QLoRAJobSpec, empty: Any, **resolved: Any) -> str:
     )
     if "adapter" not in resolved:
         resolved["adapter"] = {} if spec.method == "full" else resolve_adapter(empty, spec.lora)
-    found = {"model": model, "dataset": data, "rows": "c" * 64, "chat_template": None}
-    return result_digest(spec, ResolvedSpec(**{**found, **resolved}))
+    defaults = {"model": model, "dataset": data, "rows_digest": "c" * 64, "chat_template": None}
+    return result_digest(spec, ResolvedSpec(**{**defaults, **resolved}))
 
 
 PINNED: Final[tuple[tuple[str, dict[str, Any], str], ...]] = (
@@ -93,7 +93,7 @@ PINNED: Final[tuple[tuple[str, dict[str, Any], str], ...]] = (
         {"training": {"evaluateEvery": 10, "earlyStopping": {"patience": 2, "minDelta": 0.01}, "keep": "best"}},
         "4525a0db5b2be3a2",
     ),
-    ("losses-alone", {"training": {"evaluateEvery": 10, "keep": "last", "seed": 7}}, "7a7ca3fed4800788"),
+    ("validation-only", {"training": {"evaluateEvery": 10, "keep": "last", "seed": 7}}, "7a7ca3fed4800788"),
     (
         "steps",
         {"training": {"maxSteps": 50, "globalBatchSize": 4, "warmupRatio": 0.1, "scheduler": "linear"}},
@@ -116,27 +116,27 @@ PINNED: Final[tuple[tuple[str, dict[str, Any], str], ...]] = (
         "2c0fa6f2e8edf9ec",
     ),
     (
-        "upkeep",
+        "fields-not-in-the-digest",
         {"model": {"revision": "v1.0"}, "deadlines": {"total": "1h"}, "queue": {"name": "team"}, "ttl": "1h"},
         "2c0fa6f2e8edf9ec",
     ),
 )
-"""What each manifest's digest was when fields were still listed one by one, with version 0.1.0."""
+"""Digests of version 0.1.0, which listed the fields one by one."""
 
 
 @pytest.mark.parametrize(("changes", "pinned"), [pytest.param(*case[1:], id=case[0]) for case in PINNED])
-def test_digest_of_a_manifest_stays(monkeypatch, empty, changes, pinned):
+def test_digest_of_a_manifest_is_stable(monkeypatch, empty, changes, pinned):
     monkeypatch.setattr(digest, "__version__", "0.1.0")
     assert digest_of(make_spec(**changes), empty) == pinned
 
 
-def test_digest_with_a_chat_template_stays(monkeypatch, empty):
+def test_digest_with_a_chat_template_is_stable(monkeypatch, empty):
     monkeypatch.setattr(digest, "__version__", "0.1.0")
     assert digest_of(make_spec(), empty, chat_template="{{ messages }}") == "9396b5269166fc47"
 
 
 def fields_of(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Every field of a spec whose blocks are entered, by its path."""
+    """The path of every field of a spec, nested ones included."""
     for name, field in model.model_fields.items():
         inner = field.annotation
         if isinstance(inner, type) and issubclass(inner, BaseModel) and f"{prefix}{name}" not in LEFT_OUT:
@@ -148,13 +148,13 @@ def fields_of(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
 FIELDS: Final = tuple(fields_of(QLoRAJobSpec))
 
 
-def test_every_field_that_is_left_out_exists_and_has_its_reason():
+def test_every_field_outside_the_digest_exists_and_has_a_reason():
     assert set(LEFT_OUT) <= set(FIELDS)
     assert all(reason.strip() for reason in LEFT_OUT.values())
 
 
 def another(value: Any) -> Any:
-    """A value of the same kind."""
+    """Another value of the same type."""
     if isinstance(value, bool):
         return not value
     if isinstance(value, int | float):
@@ -165,7 +165,7 @@ def another(value: Any) -> Any:
 
 
 def with_another(block: BaseModel, path: str) -> Any:
-    """The block with another value of one field; whether the value is allowed does not matter here."""
+    """The block with another value of one field, valid or not."""
     name, _, rest = path.partition(".")
     value = getattr(block, name)
     return block.model_copy(update={name: with_another(value, rest) if rest else another(value)})
@@ -174,7 +174,7 @@ def with_another(block: BaseModel, path: str) -> Any:
 @pytest.mark.filterwarnings("ignore:Pydantic serializer warnings:UserWarning")
 @pytest.mark.parametrize("path", [path for path in FIELDS if path not in LEFT_OUT])
 def test_every_other_field_is_in_the_digest(empty, path):
-    # With keep best even the number of validation runs decides.
+    # With keep: best, even the number of validations affects the result.
     spec = make_spec(training={"evaluateEvery": 10, "keep": "best"})
     adapter = resolve_adapter(empty, spec.lora)
     assert digest_of(with_another(spec, path), empty, adapter=adapter) != digest_of(spec, empty, adapter=adapter)

@@ -1,4 +1,4 @@
-"""A published adapter merged into a folder of a computer: measured where it can be, and there only when complete."""
+"""Merging a published adapter into a local folder: measured if rows are available, and written atomically."""
 
 import pytest
 import torch
@@ -34,8 +34,8 @@ def write_shard(folder, rows):
 
 
 def merged(adapter, target, tmp_path, notes=None, **request) -> MergedFolder:
-    asked = MergeRequest(adapter=f"file://{adapter}", target=str(target), **request)
-    return merge_published(asked, RESOLVER, tmp_path / "work", (notes if notes is not None else []).append)
+    merge_request = MergeRequest(adapter=f"file://{adapter}", target=str(target), **request)
+    return merge_published(merge_request, RESOLVER, tmp_path / "work", (notes if notes is not None else []).append)
 
 
 def test_merge_writes_a_model_and_measures_the_difference(adapter, tmp_path):
@@ -52,13 +52,13 @@ def test_merge_writes_a_model_and_measures_the_difference(adapter, tmp_path):
     assert (tmp_path / "out/merged/merge.json").is_file()
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["merged"]
     assert notes[1:] == [
-        "asking base and adapter apart: 4 held-out rows",
+        "evaluating base and adapter unmerged on 4 held-out rows",
         "merging into the dequantised base, layer by layer",
-        "asking the merged model",
+        "evaluating the merged model",
     ]
 
 
-def test_an_adapter_in_s3_is_measured_on_the_rows_beside_it(adapter, tmp_path, bucket):
+def test_s3_adapter_is_measured_on_the_rows_of_its_result(adapter, tmp_path, bucket):
     for file in adapter.iterdir():
         bucket.upload_file(str(file), "adapters", f"bot/0123/adapter/{file.name}")
     write_shard(tmp_path, token_rows(4))
@@ -86,7 +86,7 @@ def test_merge_without_shards_measures_on_report_rows(adapter, tmp_path):
     assert found.merge.difference.rows == 3
 
 
-def test_without_rows_nothing_is_measured_and_the_base_may_be_elsewhere(adapter, tmp_path):
+def test_merge_with_another_base_folder_and_without_rows_is_not_measured(adapter, tmp_path):
     (adapter.parent.parent / "model").rename(tmp_path / "moved")
     try:
         (tmp_path / "empty").mkdir()
@@ -98,7 +98,7 @@ def test_without_rows_nothing_is_measured_and_the_base_may_be_elsewhere(adapter,
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("No space left on device")])
-def test_an_interrupted_merge_leaves_nothing(adapter, tmp_path, monkeypatch, error):
+def test_interrupted_merge_leaves_no_files(adapter, tmp_path, monkeypatch, error):
     def interrupt(_task: MergeTask, folder, _note):
         (folder / "config.json").write_text("{}")
         raise error
@@ -109,16 +109,16 @@ def test_an_interrupted_merge_leaves_nothing(adapter, tmp_path, monkeypatch, err
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_a_loftq_adapter_is_not_merged_into_the_original_base(tmp_path):
+def test_loftq_adapter_is_rejected_on_the_original_base(tmp_path):
     write_model(tmp_path / "model")
     adapter = write_published(tmp_path / "0123", tmp_path / "model", PLAIN, NF4, init="loftq")
-    with pytest.raises(RunError, match="give --base dequantised") as caught:
+    with pytest.raises(RunError, match="set --base dequantised") as caught:
         merged(adapter, tmp_path / "merged", tmp_path)
     assert caught.value.reason is Reason.INVALID_SPEC
     assert merged(adapter, tmp_path / "merged", tmp_path, base="dequantised").merge.base == "dequantised"
 
 
-def test_merge_into_non_empty_folder_is_refused(tmp_path):
+def test_merge_into_non_empty_folder_is_rejected(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "full").mkdir()
     (tmp_path / "full/model.safetensors").write_text("")
@@ -128,7 +128,7 @@ def test_merge_into_non_empty_folder_is_refused(tmp_path):
     check_target(tmp_path / "new")
 
 
-def test_merge_into_unwritable_folder_is_refused(adapter, tmp_path):
+def test_merge_into_unwritable_folder_is_rejected(adapter, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match=f"--to: cannot write {tmp_path}/file/merged: Not a directory; choose another"):
         merged(adapter, tmp_path / "file/merged", tmp_path)

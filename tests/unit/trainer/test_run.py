@@ -1,4 +1,4 @@
-"""A whole run on a tiny model: prepare, train, publish, and load the adapter as its users do."""
+"""A complete run on a tiny model: prepare, train, publish, and load the adapter with its public API."""
 
 import ast
 import hashlib
@@ -57,7 +57,7 @@ def published(spec: QLoRAJobSpec, tmp_path_factory: pytest.TempPathFactory) -> t
     return Path(prepared.prefix.removeprefix("file://")), sink
 
 
-def test_everything_the_manifest_lists_is_there_and_intact(published):
+def test_every_file_of_the_manifest_exists_and_matches_its_checksum(published):
     folder, _ = published
     manifest = ResultManifest.model_validate_json((folder / "manifest.json").read_text())
     assert {file.path for file in manifest.files} >= {
@@ -86,9 +86,9 @@ def test_independent_script_recomputes_the_published_metrics(published, spec):
     )
     report = json.loads((folder / "report/report.json").read_text())
     assert flat(found["evaluation"]) == pytest.approx(flat(report["evaluation"]), rel=1e-12)
-    said = {side: report["confidence"][side] for side in ("base", "adapter", "change")}
-    assert flat(found["confidence"]) == pytest.approx(flat(said), rel=1e-12)
-    # Measured in 32 bits, one row at a time; the run computed in 16 where the CPU has them.
+    intervals = {side: report["confidence"][side] for side in ("base", "adapter", "change")}
+    assert flat(found["confidence"]) == pytest.approx(flat(intervals), rel=1e-12)
+    # Measured in fp32, one row at a time; the run computes in bf16 if the CPU supports it.
     for side in ("base", "adapter"):
         assert found["measured"][side] == pytest.approx(report["evaluation"][side]["loss"], rel=0.01), side
     assert report["evaluation"]["adapter"]["loss"] < report["evaluation"]["base"]["loss"]
@@ -125,7 +125,7 @@ def test_recompute_script_imports_nothing_of_the_project():
     }
 
 
-def test_the_card_has_the_figures_and_says_how_to_load(published, spec):
+def test_card_has_the_metrics_and_the_load_commands(published, spec):
     folder, _ = published
     text = (folder / "adapter/README.md").read_text()
     report = RunReport.model_validate_json((folder / "report/report.json").read_text())
@@ -135,8 +135,8 @@ def test_the_card_has_the_figures_and_says_how_to_load(published, spec):
         "pipeline_tag": "text-generation",
         "tags": ["lora", "qlora", "qlora-operator"],
     }
-    change, sure = report.evaluation.adapter.loss - report.evaluation.base.loss, report.confidence.change.loss
-    assert f"| {change:+.3f} ({sure.low:+.3f} to {sure.high:+.3f}) |" in text
+    change, interval = report.evaluation.adapter.loss - report.evaluation.base.loss, report.confidence.change.loss
+    assert f"| {change:+.3f} ({interval.low:+.3f} to {interval.high:+.3f}) |" in text
     assert f"vllm serve {spec.model.uri} --enable-lora --max-lora-rank 8 --lora-modules colours=" in text
     assert "### Instruction:" in text
     assert report.serving == ServingCheck(vllm=True, problems=(), max_lora_rank=8)
@@ -153,49 +153,49 @@ def test_progress_passes_through_the_phases_and_ends_at_100_percent(published):
 def test_prometheus_metrics_equal_the_report(published):
     folder, sink = published
     last = RunReport.model_validate_json((folder / "report/report.json").read_text()).history[-1]
-    told = {
+    metrics = {
         sample.name: sample.value
         for family in text_string_to_metric_families(sink.metrics)
         for sample in family.samples
         if not sample.labels
     }
-    assert (told["qlora_trainer_step"], told["qlora_trainer_planned_steps"]) == (4, 4)
-    assert told["qlora_trainer_loss"] == last.loss
-    assert told["qlora_trainer_learning_rate"] == last.learning_rate
-    assert told["qlora_trainer_gradient_norm"] == last.grad_norm
-    assert told["qlora_trainer_tokens_per_second"] == pytest.approx(last.tokens / last.seconds)
-    assert told["qlora_trainer_peak_memory_bytes"] > 50e6
-    assert told["qlora_trainer_step_duration_seconds_count"] >= 4
+    assert (metrics["qlora_trainer_step"], metrics["qlora_trainer_planned_steps"]) == (4, 4)
+    assert metrics["qlora_trainer_loss"] == last.loss
+    assert metrics["qlora_trainer_learning_rate"] == last.learning_rate
+    assert metrics["qlora_trainer_gradient_norm"] == last.grad_norm
+    assert metrics["qlora_trainer_tokens_per_second"] == pytest.approx(last.tokens / last.seconds)
+    assert metrics["qlora_trainer_peak_memory_bytes"] > 50e6
+    assert metrics["qlora_trainer_step_duration_seconds_count"] >= 4
 
 
-def test_a_second_prepare_finds_the_result(published, spec, tmp_path):
+def test_second_prepare_finds_the_result(published, spec, tmp_path):
     folder, _ = published
     prepared = prepare(prepare_config(spec), work=tmp_path)
     assert prepared.published == ResultManifest.model_validate_json((folder / "manifest.json").read_text()).result
 
 
-def test_a_second_prepare_that_must_not_find_a_result_fails(published, spec, tmp_path):
+def test_second_prepare_with_if_exists_fail_is_rejected(published, spec, tmp_path):
     folder, _ = published
-    given = spec.model_copy(update={"output": spec.output.model_copy(update={"if_exists": "Fail"})})
+    changed_spec = spec.model_copy(update={"output": spec.output.model_copy(update={"if_exists": "Fail"})})
     before = (folder / "manifest.json").read_bytes()
     with pytest.raises(RunError, match=r"spec\.output\.ifExists: .* was published at .* change the seed") as caught:
-        prepare(prepare_config(given), work=tmp_path)
+        prepare(prepare_config(changed_spec), work=tmp_path)
     assert caught.value.reason == Reason.OUTPUT_EXISTS
     assert (folder / "manifest.json").read_bytes() == before
 
 
-def test_a_second_prepare_that_overwrites_finds_its_own_result_only(published, spec, tmp_path):
+def test_second_prepare_with_overwrite_finds_only_its_own_result(published, spec, tmp_path):
     folder, _ = published
-    given = spec.model_copy(update={"output": spec.output.model_copy(update={"if_exists": "Overwrite"})})
-    wanted = prepare_config(given).model_copy(update={"uid": "uid-2"})
-    assert prepare(wanted, work=tmp_path).published is None
+    changed_spec = spec.model_copy(update={"output": spec.output.model_copy(update={"if_exists": "Overwrite"})})
+    config = prepare_config(changed_spec).model_copy(update={"uid": "uid-2"})
+    assert prepare(config, work=tmp_path).published is None
     path = folder / "manifest.json"
     manifest = ResultManifest.model_validate_json(path.read_text())
     path.write_text(manifest.model_copy(update={"run": "uid-2"}).model_dump_json(by_alias=True, indent=2))
-    assert prepare(wanted, work=tmp_path).published == manifest.result
+    assert prepare(config, work=tmp_path).published == manifest.result
 
 
-def test_the_same_digest_gives_bit_identical_adapters(published, spec, tmp_path, monkeypatch):
+def test_runs_of_one_digest_publish_bit_identical_adapters(published, spec, tmp_path, monkeypatch):
     folder, _ = published
     monkeypatch.setattr(stages, "load_in_fresh_process", lambda *_: None)  # the first run was checked
     again = spec.model_copy(update={"output": spec.output.model_copy(update={"uri": f"file://{tmp_path / 'output'}"})})
@@ -208,15 +208,15 @@ def test_the_same_digest_gives_bit_identical_adapters(published, spec, tmp_path,
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_a_merged_model_that_is_asked_for_later_is_made_without_training(published, spec, tmp_path):
+def test_merged_model_requested_later_needs_no_training(published, spec, tmp_path):
     folder, _ = published
-    wanted = spec.output.model_copy(update={"merged": "bf16", "merge_base": "dequantised"})
-    asked = spec.model_copy(update={"output": wanted})
-    prepared = prepare(prepare_config(asked), work=tmp_path)
+    output = spec.output.model_copy(update={"merged": "bf16", "merge_base": "dequantised"})
+    changed_spec = spec.model_copy(update={"output": output})
+    prepared = prepare(prepare_config(changed_spec), work=tmp_path)
     assert (prepared.digest, prepared.published) == (folder.name, None)
 
     sink = RecordingSink()
-    result = run(run_config(asked, prepared), sink, work=tmp_path)
+    result = run(run_config(changed_spec, prepared), sink, work=tmp_path)
     assert not [progress for progress in sink.seen if progress.loss is not None]
     assert result.merged == f"{prepared.prefix}/merged/dequantised"
 
@@ -227,15 +227,15 @@ def test_a_merged_model_that_is_asked_for_later_is_made_without_training(publish
     }
     for file in manifest.files:
         assert hashlib.sha256((folder / file.path).read_bytes()).hexdigest() == file.sha256, file.path
-    assert prepare(prepare_config(asked), work=tmp_path).published == result
+    assert prepare(prepare_config(changed_spec), work=tmp_path).published == result
 
 
 def test_page_shows_each_figure_with_its_interval(published):
     folder, _ = published
     page = (folder / "report/report.html").read_text()
     report = RunReport.model_validate_json((folder / "report/report.json").read_text())
-    loss, sure = report.evaluation.adapter.loss, report.confidence.adapter.loss
-    assert f">{loss:.3f} <span>({sure.low:.3f} to {sure.high:.3f})</span><" in page
+    loss, interval = report.evaluation.adapter.loss, report.confidence.adapter.loss
+    assert f">{loss:.3f} <span>({interval.low:.3f} to {interval.high:.3f})</span><" in page
     answered = report.confidence.change.rouge_l
     assert answered is not None
     assert f"({answered.low:+.1%} to {answered.high:+.1%})" in page
@@ -247,7 +247,7 @@ def read_report(folder: Path) -> tuple[RunReport, list[EvaluatedRow]]:
     return report, [EvaluatedRow.model_validate_json(line) for line in lines]
 
 
-def test_page_opens_offline_and_has_a_picture_for_each_question(published):
+def test_page_opens_offline_and_has_every_plot(published):
     folder, _ = published
     page = (folder / "report/report.html").read_text()
     report, rows = read_report(folder)
@@ -261,16 +261,18 @@ def test_page_opens_offline_and_has_a_picture_for_each_question(published):
 
 def test_page_plots_validations_with_the_selected_step(published):
     report, rows = read_report(published[0])
-    looks = tuple(
+    validations = tuple(
         ValidationRecord(step=step, loss=loss, token_accuracy=0, seconds=1)
         for step, loss in ((1, 3.0), (2, 2.5), (3, 2.7))
     )
-    looked = report.model_copy(update={"held_out": looks, "adapter_step": 2})
-    (chart,) = [chart for chart in draw_plots(looked, rows) if chart.title == "Held-out loss"]
-    assert chart.caption == "3 looks while training, the lowest 2.500 after step 2; the adapter is that of step 2."
+    validated = report.model_copy(update={"held_out": validations, "adapter_step": 2})
+    (chart,) = [chart for chart in draw_plots(validated, rows) if chart.title == "Held-out loss"]
+    assert chart.caption == (
+        "3 evaluations during training, lowest loss 2.500 after step 2; the adapter is from step 2."
+    )
 
 
-def test_page_says_where_the_result_comes_from(published, spec):
+def test_page_shows_the_lineage_of_the_result(published, spec):
     folder, _ = published
     page = (folder / "report/report.html").read_text()
     report, _ = read_report(folder)
@@ -290,11 +292,11 @@ def test_page_says_where_the_result_comes_from(published, spec):
     assert ">ml/colours, uid uid-7, attempt 3<" in render_html(again)
 
 
-def test_page_says_how_the_run_was_executed_and_why(published):
+def test_page_shows_the_plan_and_its_reasons(published):
     page = (published[0] / "report/report.html").read_text()
     assert ">cpu: 1 node<" in page
-    assert ">8 rows a step, 4 a pass in each process<" in page
-    assert ">4 of 4; the adapter is of step 4<" in page
+    assert ">8 rows per step, micro-batches of 4 rows per process<" in page
+    assert ">4 of 4; the adapter is from step 4<" in page
     assert "<li>a test</li>" in page
     report, _ = read_report(published[0])
     gpus = {"device": "cuda", "nodes": 2, "gpus_per_node": 4, "gpu_product": "NVIDIA-A10", "peak_bytes": 3 << 30}
@@ -303,11 +305,11 @@ def test_page_says_how_the_run_was_executed_and_why(published):
     assert ">peak memory, 3.00 GiB predicted<" in planned
 
 
-def test_page_says_where_a_merged_models_difference_is(published):
+def test_page_names_the_folder_of_the_merged_model(published):
     report, _ = read_report(published[0])
     merged = report.spec.output.model_copy(update={"merged": "bf16", "merge_base": "dequantised"})
     page = render_html(report.model_copy(update={"spec": report.spec.model_copy(update={"output": merged})}))
-    assert "merged/dequantised beside the adapter, made after this page" in page
+    assert "merged/dequantised next to the adapter, made after this page" in page
     assert "Merged model" not in render_html(report)
 
 

@@ -1,4 +1,4 @@
-"""A whole run on chats and plain text together, with a chat template of the manifest's own."""
+"""A complete run on chats and plain text together, with a chat template in the manifest."""
 
 import html
 from pathlib import Path
@@ -20,7 +20,7 @@ TEMPLATE = (
 
 def sharegpt(number: int) -> dict[str, object]:
     turns = [("human", f"Is {number} even?"), ("gpt", ["no", "yes"][number % 2 == 0]), ("human", "So?"), ("gpt", "So.")]
-    return {"conversations": [{"from": who, "value": said} for who, said in turns]}
+    return {"conversations": [{"from": role, "value": text} for role, text in turns]}
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     notes: list[str] = []
     prepared = prepare(prepare_config(spec), notes.append, work=folder / "work")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stages, "load_in_fresh_process", lambda *_: None)  # test_run does it
+        patch.setattr(stages, "load_in_fresh_process", lambda *_: None)  # covered by test_run.py
         run(run_config(spec, prepared, total_steps=2), RecordingSink(), work=folder / "work")
     return Path(prepared.prefix.removeprefix("file://")), notes
 
@@ -59,12 +59,12 @@ def test_only_rows_with_an_answer_are_generated_for(result):
     assert all(sample.prompt.endswith("user: So?</s>assistant: ") for sample in report.samples)
 
 
-def test_the_given_chat_template_is_published_with_the_adapter(result):
+def test_chat_template_of_the_manifest_is_published_with_the_adapter(result):
     folder, _ = result
     assert AutoTokenizer.from_pretrained(folder / "adapter").chat_template == TEMPLATE
 
 
-def test_log_and_report_show_the_rows_with_what_is_learned(result):
+def test_log_and_report_mark_the_labels_of_rows(result):
     folder, notes = result
     report = RunReport.model_validate_json((folder / "report/report.json").read_text())
     first = report.preview[0]
@@ -81,8 +81,8 @@ def test_log_and_report_show_the_rows_with_what_is_learned(result):
 
 def test_log_has_the_detected_formats(result):
     _, notes = result
-    told = [note for note in notes if note.startswith("spec.dataset.sources")]
-    assert [note.split(": ")[-1] for note in told] == [
+    source_notes = [note for note in notes if note.startswith("spec.dataset.sources")]
+    assert [note.split(": ")[-1] for note in source_notes] == [
         "chat rows, detected by the field 'conversations' of row 1",
         "text rows, detected by the field 'text' of row 1, weight 1.5",
     ]

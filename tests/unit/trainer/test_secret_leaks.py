@@ -1,4 +1,4 @@
-"""Canary credentials through a whole run: they reach the servers that they are for, and nothing that anybody keeps."""
+"""Canary credentials in a complete run: they reach their servers, and no file, log or object."""
 
 import json
 import logging
@@ -40,7 +40,7 @@ NAMES = {SecretRole.MODEL: "hub", SecretRole.OUTPUT: "s3", SecretRole.MLFLOW: "m
 
 @dataclass
 class Server:
-    """Takes progress and metrics, refuses the latter, and remembers what it was sent and with which token."""
+    """Accepts progress, rejects MLflow metrics, and records bodies and tokens of all requests."""
 
     tokens: set[str] = field(default_factory=set)
     bodies: list[bytes] = field(default_factory=list)
@@ -69,7 +69,7 @@ class Server:
 
 @dataclass
 class Pod:
-    """What a pod has: its Secrets, a writable folder, a configuration; and what it leaves."""
+    """A pod with its Secrets, a writable folder and a configuration, and everything that it leaves."""
 
     folder: Path
     client: Any
@@ -78,14 +78,21 @@ class Pod:
     output: str = ""
 
     def run(self, command: str, config: Any) -> TerminationMessage:
-        word = self.folder / f"{command}.word"
+        termination_message = self.folder / f"{command}.message"
         file = self.folder / f"{command}.json"
         file.write_text(config.model_dump_json(by_alias=True, exclude_none=True))
-        main([command, f"--config={file}", f"--work={self.folder / 'work'}", f"--termination-message={word}"])
-        return TerminationMessage.model_validate_json(word.read_text())
+        main(
+            [
+                command,
+                f"--config={file}",
+                f"--work={self.folder / 'work'}",
+                f"--termination-message={termination_message}",
+            ]
+        )
+        return TerminationMessage.model_validate_json(termination_message.read_text())
 
     def left(self) -> Iterator[tuple[str, bytes]]:
-        """Everything that anybody could read afterwards, with where it is."""
+        """Everything that can be read after the run, with its location."""
         yield "standard output", self.output.encode()
         for number, body in enumerate(self.server.bodies):
             yield f"report {number}", body
@@ -99,7 +106,7 @@ class Pod:
 
 @pytest.fixture
 def process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What the trainer configures for its whole process is undone, since this one goes on."""
+    """Restore the process-wide configuration that the trainer changes."""
     root, before, stop = logging.getLogger(), list(logging.getLogger().handlers), signal.getsignal(signal.SIGTERM)
     level, environment = root.level, dict(os.environ)
     monkeypatch.setattr(logs, "_process", {})
@@ -156,9 +163,11 @@ def gated(folder: Path) -> Repository:
 
 
 def found_in(left: Iterator[tuple[str, bytes]]) -> list[tuple[str, str]]:
-    """Which canary is where."""
+    """The canaries that occur, with their locations."""
     texts = list(left)
-    return [(name, place) for name, canary in CANARIES.items() for place, text in texts if canary.encode() in text]
+    return [
+        (name, location) for name, canary in CANARIES.items() for location, text in texts if canary.encode() in text
+    ]
 
 
 def test_leaked_canary_is_detected(pod: Pod) -> None:
@@ -173,12 +182,12 @@ def test_run_leaks_no_credential(pod: Pod, capfd: pytest.CaptureFixture[str], tm
         spec = make_canary_spec(pod.url)
         prepared = pod.run("prepare", prepare_config(spec, platform=platform)).prepared
         assert prepared is not None
-        word = pod.run("train", run_config(spec, prepared).model_copy(update={"platform": platform}))
-    assert word.reason == "Published", word.message
+        termination_message = pod.run("train", run_config(spec, prepared).model_copy(update={"platform": platform}))
+    assert termination_message.reason == "Published", termination_message.message
     pod.output = "".join(capfd.readouterr())
     assert "MLflow is given up" in pod.output
     logs_left = dict(found for found in pod.left() if found[0].startswith("s3 results/colours/logs/"))
-    assert [place.rpartition("/")[2] for place in logs_left] == ["attempt-1-node-0-rank-0.jsonl", "prepare.jsonl"]
+    assert [key.rpartition("/")[2] for key in logs_left] == ["attempt-1-node-0-rank-0.jsonl", "prepare.jsonl"]
     assert all(b'"message": "done"' in text for text in logs_left.values())
     assert b"MLflow is given up" in logs_left["s3 results/colours/logs/attempt-1-node-0-rank-0.jsonl"]
     assert {CANARIES["MLFLOW_TRACKING_TOKEN"], CANARIES["progress"]} <= pod.server.tokens, "they were used"
@@ -189,7 +198,7 @@ def test_run_leaks_no_credential(pod: Pod, capfd: pytest.CaptureFixture[str], tm
 def test_failure_messages_leak_no_credential(
     pod: Pod, capfd: pytest.CaptureFixture[str], tmp_path_factory: Any, broken: str
 ) -> None:
-    """Where a library puts what it was given into its error."""
+    """Libraries may put credentials into their error messages."""
     repository = gated(tmp_path_factory.mktemp("model"))
     if broken == "HF_TOKEN":
         repository = Repository(repository.files, token="another")
@@ -197,11 +206,13 @@ def test_failure_messages_leak_no_credential(
     with FakeHub({"org/tiny": repository}) as hub:
         spec = make_canary_spec(pod.url)
         spec = spec.model_copy(update={"dataset": spec.dataset.model_copy(update=blocks.get("dataset", {}))})
-        word = pod.run("prepare", prepare_config(spec, platform=Platform(hub_endpoint=hub.endpoint)))
+        termination_message = pod.run("prepare", prepare_config(spec, platform=Platform(hub_endpoint=hub.endpoint)))
     pod.output = "".join(capfd.readouterr())
-    assert word.message.startswith("spec.")
+    assert termination_message.message.startswith("spec.")
     assert "the run failed" in pod.output
-    assert any("the run failed" in text.decode(errors="replace") for place, text in pod.left() if "/logs/" in place)
+    assert any(
+        "the run failed" in text.decode(errors="replace") for location, text in pod.left() if "/logs/" in location
+    )
     assert found_in(pod.left()) == []
 
 

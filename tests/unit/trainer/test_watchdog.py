@@ -1,4 +1,4 @@
-"""The watchdog: what counts as silence, and what is left of a process that gave no sign of life."""
+"""The watchdog: when it triggers, and what a hung process leaves behind."""
 
 import subprocess
 import sys
@@ -22,85 +22,85 @@ class Clock:
 
 
 @pytest.mark.parametrize(
-    ("resting", "beats", "silence"),
+    ("paused", "ticks", "silence"),
     [
-        pytest.param(False, False, 30.0, id="no-sign"),
-        pytest.param(False, True, 0.0, id="a-sign"),
-        pytest.param(True, False, 0.0, id="waiting-for-one-that-is-watched-itself"),
+        pytest.param(False, False, 30.0, id="no-heartbeat"),
+        pytest.param(False, True, 0.0, id="heartbeat"),
+        pytest.param(True, False, 0.0, id="paused"),
     ],
 )
-def test_seconds_silent_counts_since_the_last_tick(resting, beats, silence):
+def test_seconds_silent_counts_since_the_last_tick(paused, ticks, silence):
     clock = Clock()
-    pulse = Liveness(clock)
+    liveness = Liveness(clock)
 
     def work() -> float:
         clock.now += 30.0
-        if beats:
-            pulse.tick()
-        return pulse.seconds_silent()
+        if ticks:
+            liveness.tick()
+        return liveness.seconds_silent()
 
-    if not resting:
+    if not paused:
         assert work() == silence
         return
-    with pulse.paused():
+    with liveness.paused():
         assert work() == silence
-    assert pulse.seconds_silent() == 0.0
+    assert liveness.seconds_silent() == 0.0
     clock.now += 2.0
-    assert pulse.seconds_silent() == 2.0
+    assert liveness.seconds_silent() == 2.0
 
 
 def test_trap_40_hung_process_is_ended_once():
     clock, ends, ended = Clock(), [], threading.Event()
-    pulse = Liveness(clock)
+    liveness = Liveness(clock)
 
     def end() -> None:
         ends.append(clock.now)
         ended.set()
 
-    with watchdog_running(pulse, 1.0, end):
+    with watchdog_running(liveness, 1.0, end):
         clock.now += 1.5
         assert ended.wait(10)
         clock.now += 1.5
     assert ends == [101.5]
 
 
-HOLDS_PYTHONS_LOCK = """
+HOLDS_THE_GIL = """
 import ctypes, time
 from qlora_trainer import watchdog
-from qlora_trainer.runtime.liveness import Pulse
+from qlora_trainer.runtime.liveness import Liveness
 
 watchdog._LAST_SECONDS = 0.5
 
-def computes_for_ever():
+def compute_forever():
     ctypes.PyDLL(None).sleep(60)  # unlike CDLL it does not let other threads run
 
-with watchdog.watched(Pulse(), 1.0, lambda: None):
-    time.sleep(0.5)  # for the first look
-    computes_for_ever()
+with watchdog.watchdog_running(Liveness(), 1.0, lambda: None):
+    time.sleep(0.5)  # for the first poll
+    compute_forever()
 """
 
 
 def test_process_holding_the_gil_is_ended():
     started = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", HOLDS_PYTHONS_LOCK], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", HOLDS_THE_GIL], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert time.monotonic() - started < 50
     assert "Timeout" in done.stderr
-    assert "in computes_for_ever" in done.stderr
+    assert "in compute_forever" in done.stderr
 
 
 def test_dump_stacks_has_every_thread():
-    ready, go_on = threading.Event(), threading.Event()
+    ready, release = threading.Event(), threading.Event()
 
-    def waits_for_ever() -> None:
+    def wait_forever() -> None:
         ready.set()
-        go_on.wait()
+        release.wait()
 
-    thread = threading.Thread(target=waits_for_ever)
+    thread = threading.Thread(target=wait_forever)
     thread.start()
     ready.wait()
     stacks = dump_stacks()
-    go_on.set()
+    release.set()
     thread.join()
-    assert "waits_for_ever" in stacks
+    assert "wait_forever" in stacks
     assert "test_dump_stacks_has_every_thread" in stacks

@@ -1,4 +1,4 @@
-"""A tiny random model, its tokenizer, rows and configurations: everything a trainer test needs, without a network."""
+"""A tiny random model, its tokenizer, rows and configurations for trainer tests, without network access."""
 
 import contextlib
 import json
@@ -23,7 +23,7 @@ THINGS = ("sky", "grass", "snow", "coal", "rose", "sea", "stone", "leaf")
 
 
 def instruction_rows(count: int = 40) -> list[dict[str, str]]:
-    """Rows with different lengths."""
+    """Rows of different lengths."""
     return [
         {
             "instruction": f"What colour has the {THINGS[number % 8]} number {number}?" + " Please say." * (number % 3),
@@ -41,7 +41,7 @@ def write_rows(path: Path, rows: Sequence[Any]) -> str:
 
 
 def make_tokenizer(*, bos: bool = False) -> PreTrainedTokenizerFast:
-    """A byte-level BPE with an end token that is also its padding, as many real ones have."""
+    """A byte-level BPE tokenizer whose end token is also its padding token, as in many real ones."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -114,19 +114,19 @@ def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
 
 
 def write_job(folder: Path, **blocks: Any) -> QLoRAJobSpec:
-    """Write model and rows into a folder, and return a spec that reads them and leaves its result beside them."""
+    """Write model and rows into a folder, and return a spec that reads them and publishes next to them."""
     model = write_model(folder / "model")
     rows = write_rows(folder / "rows.jsonl", instruction_rows())
     return make_spec(model, rows, f"file://{folder / 'output'}", **blocks)
 
 
 def prepare_config(spec: QLoRAJobSpec, job: str = "colours", platform: Platform | None = None) -> PrepareConfig:
-    """What the operator hands to prepare."""
+    """The configuration of a prepare pod."""
     return PrepareConfig(namespace="ml", job=job, spec=spec, platform=platform or Platform())
 
 
 def run_config(spec: QLoRAJobSpec, prepared: Prepared, job: str = "colours", **plan: Any) -> RunConfig:
-    """What the operator hands to a training pod."""
+    """The configuration of a training pod."""
     settings = {
         "device": "cpu",
         "nodes": 1,
@@ -140,13 +140,13 @@ def run_config(spec: QLoRAJobSpec, prepared: Prepared, job: str = "colours", **p
 
 
 class RecordingSink:
-    """Keeps every report and every sentence."""
+    """Records every progress report and every log line."""
 
     def __init__(self) -> None:
         self.seen: list[Progress] = []
         self.notes: list[str] = []
         self.metrics = ""
-        """What Prometheus would have been told, where a test keeps it."""
+        """The Prometheus metrics, if a test stores them."""
 
     def report(self, progress: Progress) -> None:
         self.seen.append(progress)

@@ -1,4 +1,4 @@
-"""A tiny model on disk, and an adapter on it that changes its answers."""
+"""A tiny model on disk, and an adapter that changes its answers."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -40,29 +40,31 @@ def make_record(quantization: QuantizationSpec, base: str = "hf://o/m") -> Adapt
 def load_with_adapter(
     folder: Path, lora: LoraSpec, quantization: QuantizationSpec, settings: RuntimeSettings = SETTINGS, seed: int = 3
 ) -> TrainableModel:
-    """The model of a folder with an adapter whose weights are far from where they start."""
-    tuned = attach_lora(load_base(folder, quantization, torch.float32, "sdpa", "cpu"), lora, 1, settings)
+    """The model of a folder with an adapter whose weights are far from their initial values."""
+    trainable = attach_lora(load_base(folder, quantization, torch.float32, "sdpa", "cpu"), lora, 1, settings)
     generator = torch.Generator().manual_seed(seed)
-    for name, weight in tuned.wrapped.named_parameters():
+    for name, weight in trainable.wrapped.named_parameters():
         if "lora_B" in name:
             weight.data = torch.randn(weight.shape, generator=generator) * 0.05
         if "modules_to_save" in name:
             weight.data = weight.data + torch.randn(weight.shape, generator=generator) * 0.05
-    return tuned
+    return trainable
 
 
 def write_published(
     folder: Path, model: Path, lora: LoraSpec, quantization: QuantizationSpec, seed: int = 3, **record: Any
 ) -> Path:
-    """An adapter for the model of a folder, with a record that names that model as it lies there."""
+    """Write an adapter for the model of a folder, with a record that names this folder as its base."""
     base = f"file://{model}"
     commit = RESOLVER.resolve(base, "main", MODEL_FIELD).commit
-    made = make_record(quantization, base).model_copy(update={"commit": commit, **record})
-    return write_weights(load_with_adapter(model, lora, quantization, seed=seed), make_tokenizer(), made, folder)
+    adapter_record = make_record(quantization, base).model_copy(update={"commit": commit, **record})
+    return write_weights(
+        load_with_adapter(model, lora, quantization, seed=seed), make_tokenizer(), adapter_record, folder
+    )
 
 
 def write_trained(folder: Path, lora: LoraSpec, quantization: QuantizationSpec, **model: Any) -> MergeTask:
-    """Model and adapter in folders, ready to be merged."""
+    """Write a model and an adapter, and return the task of merging them."""
     uri = write_model(folder / "model", **model)
     record = make_record(quantization, uri)
     adapter = write_weights(load_with_adapter(folder / "model", lora, quantization), make_tokenizer(), record, folder)

@@ -24,7 +24,7 @@ SINGLE_PROCESS = World(CPU)
 
 
 def token_rows(count: int = 16, seed: int = 0, spans: int = 1) -> tuple[TokenRow, ...]:
-    """Rows that learn from their prompt's end on, or two spans of them as chats have."""
+    """Rows with labels from the end of the prompt on, or in two spans as in chats."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(6, 24, (count,), generator=generator).tolist()
     return tuple(
@@ -42,7 +42,7 @@ def make_trainable(dropout: float = 0.0, **changes) -> TrainableModel:
 
 
 def make_record(folder: Path, method: str = "lora") -> AdapterRecord:
-    """What goes with weights that were trained on a model's folder."""
+    """The record of weights that were trained on the model of a folder."""
     return AdapterRecord(
         job="colours",
         digest="0123456789abcdef",
@@ -56,7 +56,7 @@ def make_record(folder: Path, method: str = "lora") -> AdapterRecord:
     )
 
 
-def make_test_loop(  # noqa: PLR0917 (all that a step depends on)
+def make_test_loop(  # noqa: PLR0917 (everything that a step depends on)
     trainable: TrainableModel,
     rows,
     micro_batch: int = 4,

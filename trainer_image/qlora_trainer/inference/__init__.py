@@ -1,1 +1,1 @@
-"""Published adapters: loading, chat, serving limits."""
+"""Published adapters: loading, chat and serving limits."""

@@ -1,6 +1,6 @@
-"""Whether an adapter and a base belong together, told before any weight is read.
+"""Checks that an adapter fits a base, before any weight is loaded.
 
-peft itself leaves out, without a word, the weights of layers that a base does not have.
+peft itself silently skips the weights of layers that the base does not have.
 """
 
 from pathlib import Path
@@ -17,42 +17,40 @@ from qlora_trainer.model.architecture import build_empty
 
 
 def check_compatible(adapter: PublishedAdapter, base: Path, field: str) -> None:
-    """Refuse a base that the adapter was not made for; field is where the base was given."""
+    """Raise RunError if the adapter does not fit the base; `field` names the option that gave the base."""
     model = build_empty(base, field)
     difference = _count_difference(adapter, model) or _shape_difference(adapter, model)
     if difference:
         raise RunError(
             Reason.MODEL_UNSUPPORTED,
-            f"{field}: the adapter {adapter.record.job} does not fit this model: {difference}; give "
+            f"{field}: the adapter {adapter.record.job} does not fit this model: {difference}; use "
             f"{adapter.record.base}, which it was trained on",
         )
 
 
 def _count_difference(adapter: PublishedAdapter, model: Any) -> str:
-    found, wanted = sum(weight.numel() for weight in model.parameters()), adapter.record.parameters
-    if wanted in {None, found}:
+    actual, expected = sum(weight.numel() for weight in model.parameters()), adapter.record.parameters
+    if expected in {None, actual}:
         return ""
-    return f"it has {found:,} weights, and the adapter's base {wanted:,}"
+    return f"it has {actual:,} weights, but the adapter's base has {expected:,}"
 
 
 def _shape_difference(adapter: PublishedAdapter, model: Any) -> str:
-    found, wanted = read_shapes(adapter.folder), _shapes_on(model, adapter.folder)
-    misfit = next((name for name in sorted({*found, *wanted}) if found.get(name) != wanted.get(name)), None)
-    if misfit is None:
+    actual, expected = read_shapes(adapter.folder), _shapes_on(model, adapter.folder)
+    name = next((name for name in sorted({*actual, *expected}) if actual.get(name) != expected.get(name)), None)
+    if name is None:
         return ""
-    return (
-        f"{misfit} is {_format_shape(found, misfit)} in the adapter and would be {_format_shape(wanted, misfit)} here"
-    )
+    return f"{name} is {_format_shape(actual, name)} in the adapter and would be {_format_shape(expected, name)} here"
 
 
 def _shapes_on(model: Any, adapter: Path) -> Shapes:
-    """Return the shapes that an adapter with these settings has on a model; none where its modules are missing."""
+    """Return the shapes that an adapter with these settings would have on a model; none if its modules are missing."""
     settings = PeftConfig.from_pretrained(str(adapter))
     settings.init_lora_weights, settings.base_model_name_or_path = False, None
     try:
         with torch.device("meta"):
             peft = get_peft_model(model, settings)
-    except ValueError:  # no module has a name that the settings ask for
+    except ValueError:  # no module has a name in target_modules
         return {}
     tensors = get_peft_model_state_dict(peft, save_embedding_layers=False)
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}

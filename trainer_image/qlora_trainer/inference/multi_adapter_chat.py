@@ -1,4 +1,4 @@
-"""One base in memory and several adapters on it, all asked the same questions."""
+"""Chat with several adapters on one base that is loaded once."""
 
 import contextlib
 from collections import Counter
@@ -34,21 +34,21 @@ ADAPTER_FIELD: Final = "--adapter"
 BASE_LABEL: Final = "base"
 """The label of the model without any adapter."""
 _DIGEST_DIGITS: Final = 8
-"""Of a result's digest, to tell two results of one job apart."""
+"""Digits of the digest in a label, to distinguish two results of one job."""
 
 
 @dataclass(frozen=True)
 class AdapterHandle:
-    """The base or an adapter, and how it is asked."""
+    """The base or an adapter, and its prompt format."""
 
     label: str
     prompt_builder: PromptBuilder
     adapter_name: str | None = None
-    """The adapter's name in peft; None is the base."""
+    """Name of the adapter in peft; None for the base."""
 
     @property
     def supports_history(self) -> bool:
-        """Return whether it can take earlier questions and answers into account."""
+        """Return whether its prompts can include earlier messages."""
         return self.prompt_builder.chat is not None
 
 
@@ -60,18 +60,18 @@ class MultiAdapterModel:
     handles: tuple[AdapterHandle, ...]
 
     def start_conversation(self, generation_config: GenerationConfig, *, keep_history: bool) -> "Conversation":
-        """Return a conversation in which nothing was said, or refuse a manner that none of them has."""
-        if generation_config.system and not any(speaker.supports_history for speaker in self.handles):
+        """Start a conversation with an empty history; raise RunError if no adapter supports a system message."""
+        if generation_config.system and not any(handle.supports_history for handle in self.handles):
             raise RunError(
                 Reason.INVALID_SPEC,
-                "--system: none of the adapters was trained on chats, which alone have a system message; leave it out",
+                "--system: none of the adapters was trained on chats, so none has a system message; omit the option",
             )
         return Conversation(self, generation_config, keep_history)
 
     def generate(
         self, handle: AdapterHandle, messages: Sequence[Message], generation_config: GenerationConfig
     ) -> Answer:
-        """Return what one of them says to the last message."""
+        """Return the answer of one adapter or the base to the last message."""
         prompt = handle.prompt_builder.build(messages)
         self._check_length(len(prompt) + generation_config.max_new_tokens)
         torch.manual_seed(generation_config.seed)
@@ -91,42 +91,42 @@ class MultiAdapterModel:
             yield
 
     def _check_length(self, tokens: int) -> None:
-        longest = getattr(self.loaded.model.config.get_text_config(), "max_position_embeddings", None)
-        if longest is not None and tokens > longest:
+        max_tokens = getattr(self.loaded.model.config.get_text_config(), "max_position_embeddings", None)
+        if max_tokens is not None and tokens > max_tokens:
             raise RunError(
                 Reason.INVALID_SPEC,
-                f"the question: with what was said before and --max-tokens it takes {tokens} tokens, and the model "
-                f"{longest} at most; ask for less, or begin anew",
+                f"the question: with the history and --max-tokens it takes {tokens} tokens, but the model supports "
+                f"{max_tokens}; lower --max-tokens, or start a new conversation",
             )
 
 
 @dataclass
 class Conversation:
-    """Questions to all, and what each of them said before."""
+    """Questions to the base and all adapters, with the history of each."""
 
     model: MultiAdapterModel
     generation_config: GenerationConfig
     keep_history: bool
-    """Later questions build on earlier ones, with those that can follow."""
+    """Include earlier messages in the prompts of adapters that support it."""
     _history: dict[str, list[Message]] = field(default_factory=dict)
 
     def ask(self, question: str, note: LogFn = no_log) -> ChatTurn:
-        """Let all answer, one after the other; note is told who is next."""
+        """Return the answers of all, one after the other; `note` is called with each label first."""
         replies = []
-        for speaker in self.model.handles:
-            note(speaker.label)
-            replies.append(self._reply(speaker, question))
+        for handle in self.model.handles:
+            note(handle.label)
+            replies.append(self._reply(handle, question))
         return ChatTurn(question=question, replies=tuple(replies))
 
     def reset(self) -> None:
-        """Forget what was said."""
+        """Clear the history."""
         self._history.clear()
 
     def _reply(self, handle: AdapterHandle, question: str) -> Reply:
-        opening: list[Message] = (
+        initial: list[Message] = (
             [{"role": "system", "content": self.generation_config.system}] if self.generation_config.system else []
         )
-        messages = [*self._history.get(handle.label, opening), {"role": "user", "content": question}]
+        messages = [*self._history.get(handle.label, initial), {"role": "user", "content": question}]
         answer = self.model.generate(handle, messages, self.generation_config)
         if self.keep_history and handle.supports_history:
             self._history[handle.label] = [*messages, {"role": "assistant", "content": answer.text}]
@@ -136,7 +136,7 @@ class Conversation:
 def load_multi_adapter_model(
     request: ChatRequest, resolver: SourceResolver, work: Path, note: LogFn = no_log
 ) -> MultiAdapterModel:
-    """Bring adapters and base onto this computer, prove that they belong together, and load them."""
+    """Download adapters and base, check that they fit together, and load them."""
     adapters = [open_adapter(resolver, uri, ADAPTER_FIELD, work) for uri in request.adapters]
     labels = label_adapters(adapters)
     check_same_base(labels, base_given=request.model is not None)
@@ -144,14 +144,14 @@ def load_multi_adapter_model(
     folder = fetch_base(resolver, adapters[0].record, request.model, work)
     for published in adapters:
         check_compatible(published, folder, "--base-model" if request.model else "the adapter's base")
-    panel = _load(labels, folder, request.device)
+    model = _load(labels, folder, request.device)
     record = adapters[0].record
     note(f"{request.model or record.base} in {describe_bits(record.quantization)}, with {', '.join(labels)}")
-    return panel
+    return model
 
 
 def sampling_options(generation_config: GenerationConfig) -> Mapping[str, Any]:
-    """Return how transformers chooses among the next tokens."""
+    """Return the sampling options of transformers: greedy decoding without a temperature."""
     return (
         {"do_sample": True, "temperature": generation_config.temperature}
         if generation_config.temperature
@@ -160,10 +160,10 @@ def sampling_options(generation_config: GenerationConfig) -> Mapping[str, Any]:
 
 
 def label_adapters(adapters: Sequence[PublishedAdapter]) -> dict[str, PublishedAdapter]:
-    """Return adapters by the names of their jobs, with the start of the digest where a job has several."""
-    if twice := [digest for digest, times in Counter(one.record.digest for one in adapters).items() if times > 1]:
-        same = " and ".join(one.uri for one in adapters if one.record.digest == twice[0])
-        raise RunError(Reason.INVALID_SPEC, f"{ADAPTER_FIELD}: {same} are one adapter; give it once")
+    """Return adapters by the names of their jobs, with the start of the digest if a job has several."""
+    if duplicates := [digest for digest, count in Counter(one.record.digest for one in adapters).items() if count > 1]:
+        same = " and ".join(one.uri for one in adapters if one.record.digest == duplicates[0])
+        raise RunError(Reason.INVALID_SPEC, f"{ADAPTER_FIELD}: {same} are the same adapter; give it once")
     jobs = Counter([BASE_LABEL, *(one.record.job for one in adapters)])
     return {
         one.record.job if jobs[one.record.job] == 1 else f"{one.record.job}/{one.record.digest[:_DIGEST_DIGITS]}": one
@@ -172,13 +172,13 @@ def label_adapters(adapters: Sequence[PublishedAdapter]) -> dict[str, PublishedA
 
 
 def check_same_base(adapters: Mapping[str, PublishedAdapter], *, base_given: bool) -> None:
-    """Refuse adapters that need different bases: one is loaded."""
+    """Raise RunError if the adapters need different bases: only one is loaded."""
     needs = {label: _describe_base(one, base_given=base_given) for label, one in adapters.items()}
     if len(set(needs.values())) > 1:
         listing = "; ".join(f"{label} needs {need}" for label, need in needs.items())
         raise RunError(
             Reason.INVALID_SPEC,
-            f"{ADAPTER_FIELD}: one base is loaded, and {listing}; ask those apart that differ",
+            f"{ADAPTER_FIELD}: only one base is loaded, but {listing}; load them separately",
         )
 
 
@@ -188,22 +188,22 @@ def _describe_base(published: PublishedAdapter, *, base_given: bool) -> str:
 
 
 def describe_bits(quantization: QuantizationSpec) -> str:
-    """Return how a base is stored, in words; what only 4 bits have is left out for others."""
+    """Return the quantization of a base in words; type and double quantization apply to 4 bits only."""
     if quantization.bits != 4:
         return f"{quantization.bits} bits"
-    return f"4 bits ({quantization.type}{', double quantisation' if quantization.double_quant else ''})"
+    return f"4 bits ({quantization.type}{', double quantization' if quantization.double_quant else ''})"
 
 
 def check_module_conflicts(adapters: Mapping[str, PublishedAdapter]) -> None:
-    """Refuse what peft cannot hold at once: a module that is replaced whole by one adapter and changed by another."""
-    parts = {label: _modules(one) for label, one in adapters.items()}
+    """Raise RunError if one adapter replaces a module that another one adapts: peft cannot load both."""
+    modules = {label: _modules(one) for label, one in adapters.items()}
     for one, other in combinations(adapters, 2):
-        for whole, changing in ((one, other), (other, one)):
-            if both := sorted(parts[whole].replaced & parts[changing].adapted):
+        for replacing, adapting in ((one, other), (other, one)):
+            if both := sorted(modules[replacing].replaced & modules[adapting].adapted):
                 raise RunError(
                     Reason.INVALID_SPEC,
-                    f"{ADAPTER_FIELD}: {whole} has a {both[0]} of its own, which {changing} changes, and peft cannot "
-                    "hold both; ask them apart",
+                    f"{ADAPTER_FIELD}: {replacing} replaces {both[0]}, which {adapting} adapts, and peft cannot load "
+                    "both; load them separately",
                 )
 
 
@@ -215,15 +215,15 @@ class _Modules:
 
 def _modules(published: PublishedAdapter) -> _Modules:
     names = {name.removeprefix("base_model.model.") for name in read_shapes(published.folder)}
-    changed = {name for name in names if ".lora_" in name}
+    lora_names = {name for name in names if ".lora_" in name}
     return _Modules(
-        replaced=frozenset(name.rpartition(".")[0] for name in names - changed),
-        adapted=frozenset(name.partition(".lora_")[0] for name in changed),
+        replaced=frozenset(name.rpartition(".")[0] for name in names - lora_names),
+        adapted=frozenset(name.partition(".lora_")[0] for name in lora_names),
     )
 
 
 def _load(adapters: Mapping[str, PublishedAdapter], folder: Path, device: DeviceName) -> MultiAdapterModel:
-    """Load the base as it was trained on, and every adapter on it."""
+    """Load the base, quantized as in training, and every adapter on it."""
     hardware = observe_hardware(device)
     dtype, _ = compute_dtype(hardware)
     attention, _ = choose_attention(attention_facts(load_text_config(folder)), hardware)
@@ -233,18 +233,18 @@ def _load(adapters: Mapping[str, PublishedAdapter], folder: Path, device: Device
     peft = PeftModel.from_pretrained(base, adapters[first].folder, adapter_name=keys[first])
     for label in others:
         _add_adapter(peft, adapters[label].folder, keys[label])
-    askers = {label: _make_prompt_builder(one) for label, one in adapters.items()}
-    speakers = tuple(AdapterHandle(label, askers[label], keys[label]) for label in adapters)
-    tuned = TrainableModel(peft.eval(), peft.get_base_model(), base.device, dtype, plain_head=False)
-    return MultiAdapterModel(tuned, (AdapterHandle(BASE_LABEL, askers[first]), *speakers))
+    prompt_builders = {label: _make_prompt_builder(one) for label, one in adapters.items()}
+    handles = tuple(AdapterHandle(label, prompt_builders[label], keys[label]) for label in adapters)
+    loaded = TrainableModel(peft.eval(), peft.get_base_model(), base.device, dtype, plain_head=False)
+    return MultiAdapterModel(loaded, (AdapterHandle(BASE_LABEL, prompt_builders[first]), *handles))
 
 
 def _add_adapter(peft: Any, folder: Path, key: str) -> None:
-    """Load one more adapter beside those that are there."""
+    """Load one more adapter next to those already loaded."""
     settings = PeftConfig.from_pretrained(str(folder))
     settings.inference_mode = True
-    # Once an adapter has an embedding of its own, peft 0.21 no longer sees that the output layer shares its weight, and
-    # would give a second one the base's output layer.
+    # Once an adapter replaces the embedding, peft 0.21 no longer detects that the output layer is tied to it, and would
+    # give a second such adapter the base's output layer.
     ties = [other.modules_to_tie for other in peft.peft_config.values() if other.ensure_weight_tying]
     if settings.ensure_weight_tying and ties:
         settings.ensure_weight_tying, settings.modules_to_tie = False, ties[0]

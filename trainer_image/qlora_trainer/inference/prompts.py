@@ -1,4 +1,4 @@
-"""What an adapter is asked: a question as its training rows had it."""
+"""Builds prompts for an adapter in the format of its training rows."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -17,13 +17,13 @@ from qlora_trainer.errors import RunError
 
 @dataclass(frozen=True)
 class PromptBuilder:
-    """The way in which one adapter was asked when it was trained."""
+    """The prompt format that one adapter was trained on."""
 
     tokenizer: Any
     formats: frozenset[str]
     template: RowTemplate | None
     chat: ChatTemplate | None
-    """None where no row was a chat: then every question stands alone."""
+    """None if no training row was a chat: then prompts have no history."""
 
     def build(self, messages: Sequence[Message]) -> list[int]:
         """Return the tokens of a prompt for an answer to the last message, or raise RunError."""
@@ -35,7 +35,7 @@ class PromptBuilder:
             raise RunError(Reason.INVALID_SPEC, f"the question: {error}") from error
 
     def _render(self, question: str) -> str:
-        """Return a question as a prompt; a JSON object is taken for a row where it has the fields of one."""
+        """Return a question as a prompt; a JSON object with the fields of a row is used as a row."""
         fields = _as_fields(question)
         if self.template is not None:
             return _fill_template(self.template.prompt, question, fields)
@@ -45,7 +45,7 @@ class PromptBuilder:
 
 
 def make_prompt_builder(record: AdapterRecord, tokenizer: Any) -> PromptBuilder:
-    """Return the way that an adapter's record tells; rows of several formats are asked as chats where some were."""
+    """Return the prompt format in an adapter's record; chat if any of its rows were chats."""
     formats = frozenset(record.format.split("+"))
     chat = load_chat_template(tokenizer, None) if "chat" in formats else None
     return PromptBuilder(tokenizer, formats, record.template, chat)

@@ -1,4 +1,4 @@
-"""A published adapter on this computer, and its base found again: where merging and asking start."""
+"""Downloads a published adapter and its base, for merging and chat."""
 
 import json
 from dataclasses import dataclass
@@ -17,14 +17,14 @@ from qlora_trainer.storage.store import FieldRef, Store, sha256_of
 
 _READABLE: Final = ("file://", "s3://")
 _SETTINGS: Final = "adapter_config.json"
-"""By which peft knows an adapter."""
-_RECORDED_BASE: Final = FieldRef(SecretRole.MODEL, "the adapter's base (--base-model gives another)")
+"""The file by which peft recognizes an adapter."""
+_RECORDED_BASE: Final = FieldRef(SecretRole.MODEL, "the adapter's base (--base-model overrides it)")
 _GIVEN_BASE: Final = FieldRef(SecretRole.MODEL, "--base-model")
 
 
 @dataclass(frozen=True)
 class PublishedAdapter:
-    """An adapter's files, and how it was made."""
+    """An adapter's files, and the record of its training."""
 
     uri: str
     folder: Path
@@ -32,15 +32,15 @@ class PublishedAdapter:
 
 
 def open_adapter(resolver: SourceResolver, uri: str, field: str, work: Path) -> PublishedAdapter:
-    """Bring an adapter onto this computer, or say why it is none of ours; field is where its URI was given."""
+    """Download an adapter; raise RunError if it is not a published one. `field` names the option that gave its URI."""
     if not uri.startswith(_READABLE):
-        raise RunError(Reason.INVALID_SPEC, f"{field}: {uri} is no folder and no s3:// URI; download it first")
+        raise RunError(Reason.INVALID_SPEC, f"{field}: {uri} is neither a folder nor an s3:// URI; download it first")
     store = resolver.open_store(uri, FieldRef(SecretRole.OUTPUT, field))
     record = _read_record(store, field)
     if record.method == "full":
         raise RunError(
             Reason.INVALID_SPEC,
-            f"{field}: {store.root} was trained with method full and is one model already; load it as any other",
+            f"{field}: {store.root} was trained with method full and is a complete model; load it with transformers",
         )
     return PublishedAdapter(store.root, fetch_adapter(store, "", work), record)
 
@@ -52,29 +52,29 @@ def _read_record(store: Store, field: str) -> AdapterRecord:
         return AdapterRecord.model_validate_json(store.read(RECORD))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        place = ".".join(map(str, first["loc"])) or "content"
+        location = ".".join(map(str, first["loc"])) or "content"
         raise RunError(
             Reason.INVALID_SPEC,
-            f"{field}: {store.root}/{RECORD}: {place}: {first['msg']}; use the release that wrote it, or a later one",
+            f"{field}: {store.root}/{RECORD}: {location}: {first['msg']}; use the release that wrote it or a later one",
         ) from error
 
 
 def _why_none(store: Store) -> str:
-    """Say what a place is that holds no record, and what to give instead."""
+    """Say what a folder without an adapter record is, and what to give instead."""
     if not store.list():
         return f"{store.root} holds no files; give the folder 'adapter' of a published result"
     if store.exists(MANIFEST):
         content = json.loads(store.read(MANIFEST))
-        return f"{store.root} is no adapter; that of this result is {(content.get('result') or content)['adapter']}"
+        return f"{store.root} is a result folder; its adapter is {(content.get('result') or content)['adapter']}"
     if store.exists(_SETTINGS):
         return (
-            f"{store.root} is an adapter without {RECORD}, which says what it was trained on and how; use peft itself"
+            f"{store.root} is an adapter without {RECORD}, so its base and prompt format are unknown; load it with peft"
         )
     return f"{store.root} has no {RECORD}; give the folder 'adapter' of a published result"
 
 
 def fetch_adapter(store: Store, path: str, work: Path) -> Path:
-    """Return a folder with all files below a path; those of this computer are used where they are."""
+    """Download all files below a path and return their folder; a local folder is used in place."""
     if isinstance(store, FileStore):
         return store.folder / path
     entries = store.list(path)
@@ -90,10 +90,10 @@ def fetch_adapter(store: Store, path: str, work: Path) -> Path:
 
 
 def fetch_base(resolver: SourceResolver, record: AdapterRecord, given: str | None, work: Path) -> Path:
-    """Return the folder of the model that an adapter was trained on, or of the one that is given in its place."""
-    owner = _GIVEN_BASE if given else _RECORDED_BASE
+    """Download the base of an adapter, or the model that overrides it, and return its folder."""
+    field_ref = _GIVEN_BASE if given else _RECORDED_BASE
     snapshot = _resolve_given(resolver, given) if given else _resolve_recorded(resolver, record)
-    return snapshot.fetch([*text_files(snapshot.files), *weight_files(snapshot.files, owner)], work)
+    return snapshot.fetch([*text_files(snapshot.files), *weight_files(snapshot.files, field_ref)], work)
 
 
 def _resolve_given(resolver: SourceResolver, uri: str) -> Snapshot:
@@ -105,13 +105,13 @@ def _resolve_recorded(resolver: SourceResolver, record: AdapterRecord) -> Snapsh
     if record.base.startswith(CLAIM_SCHEME):
         raise RunError(
             Reason.MODEL_NOT_FOUND,
-            f"the adapter's base is {record.base}, which only a cluster can mount; copy it and give --base-model",
+            f"the adapter's base is {record.base}, which only a cluster can mount; copy it and set --base-model",
         )
     snapshot = resolver.resolve(record.base, record.commit, _RECORDED_BASE)
     if snapshot.commit != record.commit:
         raise RunError(
             Reason.MODEL_NOT_FOUND,
-            f"the files at {record.base} are not those that the adapter was trained on any more; restore them, or give "
-            "--base-model to use them as they are",
+            f"the files at {record.base} have changed since the adapter was trained; restore them, or set --base-model "
+            "to use them as they are",
         )
     return snapshot

@@ -1,6 +1,6 @@
-"""vLLM's rules for an adapter, from its configuration and its tensors' shapes; pure, so no vLLM is needed.
+"""Checks an adapter's configuration and tensor shapes against vLLM's LoRA limits; vLLM itself is not needed.
 
-Read in vLLM's lora/peft_helper.py, lora/utils.py, lora/lora_model.py and config/lora.py.
+Sources: vLLM's lora/peft_helper.py, lora/utils.py, lora/lora_model.py and config/lora.py.
 """
 
 import json
@@ -24,7 +24,7 @@ VLLM_MODULES: Final = (
     # Mamba, and multi-head latent attention
     | {"in_proj", "x_proj", "dt_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"}
 )
-"""Last words of the names of linear layers in vLLM's decoders."""
+"""Last components of the names of linear layers in vLLM's decoders."""
 _PREFIX: Final = "base_model.model."
 _SUFFIXES: Final = (".lora_A.weight", ".lora_B.weight")
 
@@ -33,7 +33,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def check_vllm_limits(adapter: Path) -> ServingCheck:
-    """Judge the files of an adapter; a whole model is none, and vLLM serves it by itself."""
+    """Check the files of an adapter; a full model has no limits, vLLM serves it directly."""
     if not (adapter / "adapter_config.json").is_file():
         return ServingCheck(vllm=True, max_lora_rank=None)
     config = json.loads((adapter / "adapter_config.json").read_text())
@@ -42,13 +42,13 @@ def check_vllm_limits(adapter: Path) -> ServingCheck:
 
 
 def read_shapes(adapter: Path) -> Shapes:
-    """Return the shapes of an adapter's tensors; no weight is read."""
+    """Return the shapes of an adapter's tensors without loading them."""
     with safe_open(adapter / "adapter_model.safetensors", framework="pt") as tensors:
         return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
 
 
 def vllm_problems(config: Mapping[str, Any], shapes: Shapes) -> tuple[str, ...]:
-    """Return everything for which vLLM would refuse an adapter, or serve it wrongly."""
+    """Return every reason why vLLM would reject an adapter or serve it incorrectly."""
     rank = None if config.get("rank_pattern") else int(config["r"])
     return (*_config_problems(config), *_tensor_problems(rank, shapes))
 
@@ -57,27 +57,27 @@ def _config_problems(config: Mapping[str, Any]) -> Iterator[str]:
     if config.get("use_dora"):
         yield "it is a DoRA adapter, which vLLM does not load; merge it (spec.output.merged)"
     if config.get("modules_to_save"):
-        yield f"it replaces whole modules ({', '.join(config['modules_to_save'])}), which vLLM does not load; merge it"
+        yield f"it replaces modules ({', '.join(config['modules_to_save'])}), which vLLM does not load; merge it"
     if config.get("bias", "none") != "none" or config.get("lora_bias"):
         yield "it changes biases, which vLLM does not load; merge it"
     if config.get("rank_pattern") or config.get("alpha_pattern"):
-        yield "its modules differ in rank or alpha, and vLLM would scale all of them alike; merge it"
+        yield "its modules differ in rank or alpha, but vLLM would scale all of them equally; merge it"
     if max_lora_rank_for(int(config["r"])) is None:
         yield (
-            f"its rank is {config['r']}, and vLLM's limit is {VLLM_MAX_LORA_RANKS[-1]}; merge it, or train with a "
+            f"its rank is {config['r']}, but vLLM's limit is {VLLM_MAX_LORA_RANKS[-1]}; merge it, or train with a "
             "lower rank"
         )
 
 
 def _tensor_problems(rank: int | None, shapes: Shapes) -> Iterator[str]:
-    strange = [name for name in shapes if not (name.startswith(_PREFIX) and name.endswith(_SUFFIXES))]
-    if strange:
-        yield f"{len(strange)} tensors are no LoRA weights of linear layers for vLLM, such as {strange[0]}"
-    plain = {name: shape for name, shape in shapes.items() if name not in strange}
-    unknown = sorted({_module(name) for name in plain} - VLLM_MODULES)
+    foreign = [name for name in shapes if not (name.startswith(_PREFIX) and name.endswith(_SUFFIXES))]
+    if foreign:
+        yield f"{len(foreign)} tensors are not LoRA weights of linear layers in vLLM's terms, such as {foreign[0]}"
+    lora_shapes = {name: shape for name, shape in shapes.items() if name not in foreign}
+    unknown = sorted({_module(name) for name in lora_shapes} - VLLM_MODULES)
     if unknown:
-        yield f"it adapts {', '.join(unknown)}, which no decoder of vLLM is known to have by that name"
-    wrong = [name for name, shape in plain.items() if rank is not None and _rank_of(name, shape) != rank]
+        yield f"it adapts {', '.join(unknown)}, which is not a known name of a layer in vLLM's decoders"
+    wrong = [name for name, shape in lora_shapes.items() if rank is not None and _rank_of(name, shape) != rank]
     if wrong:
         yield f"{len(wrong)} tensors do not have the rank {rank} of the configuration, such as {wrong[0]}"
 

@@ -1,1 +1,1 @@
-"""Everything about a result: report, model card, merge, upload, gate."""
+"""Results of a run: report, model card, merge, upload, gate."""

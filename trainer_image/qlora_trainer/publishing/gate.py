@@ -1,4 +1,4 @@
-"""The gate of a spec: which results may be published; pure."""
+"""The gate: rules of the spec that a result must pass to be published; pure."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -13,12 +13,12 @@ GATE_FIELD: Final = "spec.evaluation.gate"
 
 
 def _increase(before: float, after: float) -> float:
-    """Return the relative change; nothing is worse than a loss where there was none."""
+    """Return the relative change; infinite if the value before is zero."""
     return after / before - 1 if before else math.inf if after else 0.0
 
 
 class Rule(NamedTuple):
-    """One rule: the figure that it looks at, and whether that may be at most the bound or must be at least it."""
+    """One rule: a metric of the result, and whether the bound is its maximum or its minimum."""
 
     name: str
     subject: str
@@ -31,9 +31,9 @@ class Rule(NamedTuple):
 RULES: Final = (
     Rule(
         "maxLossIncrease",
-        "the held-out loss changed from the base's to the adapter's by",
+        "the held-out loss changed from base to adapter by",
         lambda gate: gate.max_loss_increase,
-        lambda found: _increase(found.base.loss, found.adapter.loss),
+        lambda evaluation: _increase(evaluation.base.loss, evaluation.adapter.loss),
         at_most=True,
         number_format="+.2%",
     ),
@@ -41,15 +41,15 @@ RULES: Final = (
         "maxLoss",
         "the held-out loss is",
         lambda gate: gate.max_loss,
-        lambda found: found.adapter.loss,
+        lambda evaluation: evaluation.adapter.loss,
         at_most=True,
         number_format=".4f",
     ),
     Rule(
         "minExactMatch",
-        "the share of answers that match is",
+        "the exact-match rate of the answers is",
         lambda gate: gate.min_exact_match,
-        lambda found: found.adapter.exact_match,
+        lambda evaluation: evaluation.adapter.exact_match,
         at_most=False,
         number_format=".4f",
     ),
@@ -57,7 +57,7 @@ RULES: Final = (
         "minRougeL",
         "the answers' mean ROUGE-L is",
         lambda gate: gate.min_rouge_l,
-        lambda found: found.adapter.rouge_l,
+        lambda evaluation: evaluation.adapter.rouge_l,
         at_most=False,
         number_format=".4f",
     ),
@@ -65,38 +65,39 @@ RULES: Final = (
 
 
 def find_violations(gate: GateSpec, evaluation: EvaluationStatus) -> tuple[str, ...]:
-    """Return a sentence for each rule that a result breaks, with the figure and the bound."""
+    """Return a sentence for each violated rule, with the value and the bound."""
     return tuple(_violations(gate, evaluation))
 
 
 def _violations(gate: GateSpec, evaluation: EvaluationStatus) -> Iterator[str]:
     for rule in RULES:
-        bound, figure = rule.bound(gate), rule.metric(evaluation)
+        bound, value = rule.bound(gate), rule.metric(evaluation)
         if bound is None:
             continue
-        if figure is None:
+        if value is None:
             yield (
-                f"{GATE_FIELD}.{rule.name}: no held-out row was answered, so there is no figure to compare with "
-                f"{bound:g}"
+                f"{GATE_FIELD}.{rule.name}: no answers to held-out rows were generated, so there is no value to "
+                f"compare with {bound:g}"
             )
-        elif figure > bound if rule.at_most else figure < bound:
+        elif value > bound if rule.at_most else value < bound:
             limit = f"at {'most' if rule.at_most else 'least'} {bound:{rule.number_format}}"
-            yield f"{GATE_FIELD}.{rule.name}: {rule.subject} {figure:{rule.number_format}}, and {limit} passes"
+            yield f"{GATE_FIELD}.{rule.name}: {rule.subject} {value:{rule.number_format}}, but must be {limit}"
 
 
 def has_required_metrics(gate: GateSpec, evaluation: EvaluationStatus) -> bool:
-    """Return whether an evaluation has every figure that the gate asks for."""
+    """Return whether an evaluation has every metric that the gate checks."""
     return all(rule.metric(evaluation) is not None for rule in RULES if rule.bound(gate) is not None)
 
 
 def describe_rejected(result: Result) -> str:
-    """Say where a refused result is, and how to publish it after all."""
+    """Return where a rejected result is, and how to publish it without training again."""
     return (
-        f"The adapter is kept as {result.adapter}; the same manifest with a gate that it passes publishes it as it is."
+        f"The adapter was uploaded to {result.adapter} but not published; to publish it without training again, apply "
+        "the same manifest with a gate that it passes."
     )
 
 
-def check_gate(gate: GateSpec, evaluation: EvaluationStatus, whereabouts: str) -> None:
-    """Raise GateFailed with every broken rule, and say where the work is."""
-    if complaints := find_violations(gate, evaluation):
-        raise RunError(Reason.GATE_FAILED, f"{'; '.join(complaints)}. {whereabouts}")
+def check_gate(gate: GateSpec, evaluation: EvaluationStatus, location: str) -> None:
+    """Raise GateFailed with every violated rule and a sentence that says where the adapter is."""
+    if violations := find_violations(gate, evaluation):
+        raise RunError(Reason.GATE_FAILED, f"{'; '.join(violations)}. {location}")

@@ -1,4 +1,4 @@
-"""The report as a page: one file that opens offline, on any screen."""
+"""The HTML report: one self-contained file that opens offline, on any screen size."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,18 +14,18 @@ from qlora_trainer.publishing.plots import Plot
 from qlora_trainer.publishing.report_sections import make_footprint, make_lineage, make_recipe
 
 _OPEN_SAMPLES: Final = 4
-"""Prompts whose answers are seen at once; the others unfold."""
+"""Samples that are shown at first; the others are collapsed."""
 _LIBRARIES: Final = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
 
 
 def library_versions() -> dict[str, str]:
-    """Return the releases that decide what a run computes."""
+    """Return the versions of the libraries that determine what a run computes."""
     return {"qlora-operator": __version__} | {name: version(name) for name in _LIBRARIES}
 
 
 @dataclass(frozen=True)
 class Tile:
-    """A figure that is seen first."""
+    """A key figure at the top of the page."""
 
     label: str
     value: str
@@ -34,7 +34,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class MetricCell:
-    """A figure and the range that it would probably stay in."""
+    """A value and its confidence interval."""
 
     value: str
     interval: str
@@ -56,14 +56,14 @@ class MetricComparison:
 
 @dataclass(frozen=True)
 class Table:
-    """Names and values."""
+    """A titled table of labels and values."""
 
     title: str
     rows: tuple[tuple[str, str], ...]
 
 
 def render_html(report: RunReport, charts: Iterable[Plot] = ()) -> str:
-    """Return the page; whatever comes from the dataset is escaped."""
+    """Return the HTML page; text from the dataset is escaped."""
     environment = Environment(
         loader=PackageLoader("qlora_trainer"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
@@ -80,7 +80,7 @@ def render_html(report: RunReport, charts: Iterable[Plot] = ()) -> str:
 
 
 def make_tiles(report: RunReport) -> tuple[Tile, ...]:
-    """Return the figures at the top."""
+    """Return the key figures at the top of the page."""
     base, adapter, predicted = report.evaluation.base, report.evaluation.adapter, report.plan.peak_bytes
     expected = f", {format_gib(predicted, 2)} predicted" if predicted is not None else ""
     return (
@@ -93,7 +93,7 @@ def make_tiles(report: RunReport) -> tuple[Tile, ...]:
 
 
 class ReportMetric(NamedTuple):
-    """One figure of an evaluation, and how it is shown."""
+    """One metric of an evaluation, and how it is formatted."""
 
     field: str
     label: str
@@ -111,66 +111,71 @@ REPORT_METRICS: Final = (
 
 
 def make_comparison(report: RunReport) -> tuple[MetricComparison, ...]:
-    """Return the metrics that were measured side by side, each with its interval."""
+    """Return the measured metrics of base and adapter, each with its confidence interval."""
     measured = [metric for metric in REPORT_METRICS if getattr(report.confidence.base, metric.field) is not None]
     return tuple(_compare(metric, report) for metric in measured)
 
 
 def _compare(metric: ReportMetric, report: RunReport) -> MetricComparison:
-    found, sure, style = report.evaluation, report.confidence, metric.number_format
-    base, adapter = getattr(found.base, metric.field), getattr(found.adapter, metric.field)
+    evaluation, confidence, number_format = report.evaluation, report.confidence, metric.number_format
+    base, adapter = getattr(evaluation.base, metric.field), getattr(evaluation.adapter, metric.field)
     change = adapter - base
     return MetricComparison(
         metric.label,
-        _metric_cell(base, getattr(sure.base, metric.field), style),
-        _metric_cell(adapter, getattr(sure.adapter, metric.field), style),
-        _metric_cell(change, getattr(sure.change, metric.field), f"+{style}"),
+        _metric_cell(base, getattr(confidence.base, metric.field), number_format),
+        _metric_cell(adapter, getattr(confidence.adapter, metric.field), number_format),
+        _metric_cell(change, getattr(confidence.change, metric.field), f"+{number_format}"),
         _tone(change if metric.less_is_better else -change),
     )
 
 
-def _metric_cell(value: float, interval: Interval, style: str) -> MetricCell:
-    return MetricCell(f"{value:{style}}", f"({interval.low:{style}} to {interval.high:{style}})")
+def _metric_cell(value: float, interval: Interval, number_format: str) -> MetricCell:
+    return MetricCell(
+        f"{value:{number_format}}", f"({interval.low:{number_format}} to {interval.high:{number_format}})"
+    )
 
 
 def make_plan_rows(report: RunReport) -> tuple[tuple[str, str], ...]:
-    """Return how the run was executed."""
+    """Return device, strategy, batch and steps of the run."""
     plan, training = report.plan, report.spec.training
     gpus = f", {plan.gpus_per_node} x {plan.gpu_product or 'GPU'} each" if plan.gpus_per_node else ""
     return (
         ("Device", f"{plan.device}: {plan.nodes} node{'s' if plan.nodes > 1 else ''}{gpus}"),
         ("Strategy", f"{plan.strategy}, {plan.processes} process{'es' if plan.processes > 1 else ''}"),
-        ("Batch", f"{training.global_batch_size} rows a step, {plan.micro_batch_size} a pass in each process"),
-        ("Steps", f"{len(report.history):,} of {plan.total_steps:,}; the adapter is of step {report.adapter_step:,}"),
+        (
+            "Batch",
+            f"{training.global_batch_size} rows per step, micro-batches of {plan.micro_batch_size} rows per process",
+        ),
+        ("Steps", f"{len(report.history):,} of {plan.total_steps:,}; the adapter is from step {report.adapter_step:,}"),
     )
 
 
 def make_data_rows(report: RunReport) -> tuple[tuple[str, str], ...]:
-    """Return what there was to learn from."""
+    """Return format and size of the dataset."""
     data = report.prepared.dataset
     return (
         ("Format", data.format),
-        ("Rows", f"{data.training_rows:,} to learn from, {data.evaluation_rows:,} held out"),
+        ("Rows", f"{data.training_rows:,} for training, {data.evaluation_rows:,} held out"),
         ("Tokens", f"{data.training_tokens:,}, the longest row {data.longest_row_tokens:,}"),
-        ("Cut at maxLength", f"{data.truncated_rows:,} rows"),
-        ("Left out", f"{data.dropped_rows:,} rows"),
+        ("Truncated to maxLength", f"{data.truncated_rows:,} rows"),
+        ("Dropped", f"{data.dropped_rows:,} rows"),
     )
 
 
 def make_loading_rows(report: RunReport) -> tuple[tuple[str, str], ...]:
-    """Return who can load the result."""
+    """Return which libraries can load the result."""
     serving = report.serving
     flag = f", with --max-lora-rank {serving.max_lora_rank}" if serving.max_lora_rank else ""
     loads = f"yes{flag}" if serving.vllm else f"no: {'; '.join(serving.problems)}"
     library = "transformers" if report.spec.method == "full" else "PEFT"
-    return ((library, "yes, proven in a fresh process"), ("vLLM, by its rules", loads))
+    return ((library, "yes, verified in a fresh process"), ("vLLM (static check)", loads))
 
 
 def make_tables(report: RunReport) -> tuple[Table, ...]:
-    """Return what the run was made of."""
+    """Return the tables at the end of the page."""
     return (
-        Table("Choices by model and hardware", tuple(report.choices.items())),
-        Table("Recipe", make_recipe(report)),
+        Table("Settings chosen for this model and hardware", tuple(report.choices.items())),
+        Table("Training settings", make_recipe(report)),
         Table("Data", make_data_rows(report)),
         Table("Loading", make_loading_rows(report)),
         *describe_merge(report),
@@ -180,23 +185,25 @@ def make_tables(report: RunReport) -> tuple[Table, ...]:
 
 
 def describe_merge(report: RunReport) -> tuple[Table, ...]:
-    """Return where the merged model's figures are: it is made once the adapter is safe, and this page with it."""
+    """Return where the merged model is; it is made after this page, which is published with the adapter."""
     output = report.spec.output
     if output.merged == "none":
         return ()
-    place = f"merged/{output.merge_base} beside the adapter, made after this page"
-    return (Table("Merged model", (("Where", place), ("Difference to base and adapter apart", "its merge.json"))),)
+    location = f"merged/{output.merge_base} next to the adapter, made after this page"
+    return (
+        Table("Merged model", (("Location", location), ("Difference from the unmerged model", "in its merge.json"))),
+    )
 
 
 def _tone(change: float) -> str:
-    """Return how a change of something that should shrink looks."""
+    """Return the CSS class for a change of a metric that should decrease."""
     return "good" if change < 0 else "bad" if change > 0 else ""
 
 
 def format_duration(seconds: float) -> str:
     """Return 3725 as '1 h 2 min'."""
-    minutes, rest = divmod(round(seconds), 60)
+    minutes, seconds_left = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
         return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+    return f"{minutes} min {seconds_left} s" if minutes else f"{seconds_left} s"

@@ -1,4 +1,4 @@
-"""Proves, in a process of its own, that an adapter loads the way its users load it and answers as it was trained to.
+"""Verifies in a fresh process that an adapter loads with its library's public API and computes the same loss.
 
 `python -m qlora_trainer.publishing.load_check ADAPTER < TASK` reads a LoadingTask and prints the loss.
 """
@@ -20,12 +20,12 @@ from qlora_trainer.data.tokenization import Span, TokenRow
 from qlora_trainer.errors import RunError
 
 CHECKED_ROWS: Final = 4
-"""Held-out rows whose loss is compared: enough to tell a trained adapter from an empty one."""
+"""Held-out rows whose loss is compared: enough to distinguish a trained adapter from an empty one."""
 _TOLERANCE: Final = 0.02
-"""Nats per token; loading anew changes rounding only."""
+"""Nats per token; reloading changes only the rounding."""
 _TIMEOUT_SECONDS: Final = 1800.0
 _WITHHELD: Final = ("AWS_", "HF_TOKEN", "KUBEFLOW_")
-"""Variables that a process without business on the network does not get."""
+"""Prefixes of environment variables that are not passed to the process: it needs no network access."""
 
 
 TaskRows: TypeAlias = tuple[tuple[tuple[int, ...], tuple[Span, ...]], ...]
@@ -41,16 +41,16 @@ class LoadingTask(ApiModel):
     dtype: str
     attention: str
     rows: TaskRows
-    """Tokens of each row, and which are learned."""
+    """Tokens of each row, and the spans of its labels."""
 
 
 def rows_of_task(rows: Sequence[TokenRow]) -> TaskRows:
-    """Return rows as the task carries them."""
+    """Return rows in the format of the task."""
     return tuple((row.input_ids, row.label_spans) for row in rows)
 
 
 def load_in_fresh_process(task: LoadingTask, adapter: Path, expected_loss: float) -> None:
-    """Load the adapter as a stranger would, or raise TrainerError: what does not load is never published."""
+    """Load the adapter in a fresh process; raise TrainerError if that fails, so that it is not published."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith(_WITHHELD)}
     done = subprocess.run(  # noqa: S603 (our own interpreter and module)
         [sys.executable, "-m", "qlora_trainer.publishing.load_check", str(adapter)],
@@ -64,43 +64,43 @@ def load_in_fresh_process(task: LoadingTask, adapter: Path, expected_loss: float
     if done.returncode != 0:
         raise RunError(
             Reason.TRAINER_ERROR,
-            f"the adapter does not load in a fresh process, which ended {describe_exit(done.returncode)}: "
+            f"the adapter does not load in a fresh process, which {describe_exit(done.returncode)}: "
             f"{done.stderr[-1000:]}",
         )
-    found = float(done.stdout.split()[-1])
-    if not math.isfinite(found) or abs(found - expected_loss) > _TOLERANCE * max(expected_loss, 1.0):
+    loss = float(done.stdout.split()[-1])
+    if not math.isfinite(loss) or abs(loss - expected_loss) > _TOLERANCE * max(expected_loss, 1.0):
         raise RunError(
             Reason.TRAINER_ERROR,
-            f"the adapter, loaded in a fresh process, has a loss of {found:.4f} where training had {expected_loss:.4f}",
+            f"the adapter, loaded in a fresh process, has a loss of {loss:.4f}, but {expected_loss:.4f} after training",
         )
 
 
 def describe_exit(code: int) -> str:
-    """Return how a process ended; a killed one leaves no words of its own."""
+    """Return how a process ended; one killed by a signal writes nothing to stderr."""
     if code >= 0:
-        return f"with exit code {code}"
+        return f"exited with code {code}"
     name = signal.Signals(-code).name
-    return f"by {name}, as where memory runs out" if name == "SIGKILL" else f"by {name}"
+    return f"was killed by {name}, which usually means out of memory" if name == "SIGKILL" else f"was killed by {name}"
 
 
 def compute_loss(task: LoadingTask, adapter: Path) -> float:
-    """Load what was published with the public call for it, and return the mean loss on the rows."""
+    """Load the result with the public API of peft or transformers, and return the mean loss on the rows."""
     import torch  # noqa: PLC0415 (the parent imports this module as well)
     from peft import PeftModel  # noqa: PLC0415
 
     from qlora_trainer.evaluation.evaluator import compute_metrics  # noqa: PLC0415
     from qlora_trainer.model.base_model import TrainableModel, head_is_plain, load_base  # noqa: PLC0415
 
-    dtype, whole = getattr(torch, task.dtype), task.method == "full"
-    folder = adapter if whole else Path(task.base)
+    dtype, is_full = getattr(torch, task.dtype), task.method == "full"
+    folder = adapter if is_full else Path(task.base)
     base = load_base(folder, task.quantization, dtype, task.attention, task.device)
     plain = head_is_plain(base)
-    peft = base if whole else PeftModel.from_pretrained(base, adapter)
-    causal = base if whole else peft.get_base_model()
-    tuned = TrainableModel(peft, causal, base.device, dtype, plain)
-    rows = [TokenRow(ids, learned) for ids, learned in task.rows]
-    with tuned.evaluating():
-        return compute_metrics(tuned, rows, micro_batch_size=1, packing=False).loss
+    peft = base if is_full else PeftModel.from_pretrained(base, adapter)
+    model = base if is_full else peft.get_base_model()
+    trainable = TrainableModel(peft, model, base.device, dtype, plain)
+    rows = [TokenRow(ids, label_spans) for ids, label_spans in task.rows]
+    with trainable.evaluating():
+        return compute_metrics(trainable, rows, micro_batch_size=1, packing=False).loss
 
 
 if __name__ == "__main__":

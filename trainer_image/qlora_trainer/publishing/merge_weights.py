@@ -1,7 +1,7 @@
-"""Adapter and base as one model in bf16: merged layer by layer in fp32, saved, loaded again and measured.
+"""Merges an adapter into its base as one bf16 model: layer by layer in fp32, then saved, reloaded and measured.
 
-The base is the original one, or the one that was trained on: 4-bit weights, dequantised. Nothing is ever merged into
-quantised weights: they would be rounded a second time, and coarsely (peft#2321).
+The base is the original one, or the one used in training: 4-bit weights, dequantized. Nothing is merged into quantized
+weights: that would round them a second time, to 4 bits (peft#2321).
 """
 
 import gc
@@ -26,7 +26,7 @@ from qlora_trainer.model.loss import token_losses
 from qlora_trainer.observability.progress import LogFn, no_log
 
 MERGE_REPORT: Final = "merge.json"
-"""Beside the merged model."""
+"""In the folder of the merged model."""
 MEASURED_TOKENS: Final = 256
 """Supervised tokens whose logits are compared: 125 MiB in fp32 for a vocabulary of 128,256."""
 _UNQUANTIZED: Final = QuantizationSpec(bits=16)
@@ -34,43 +34,45 @@ _UNQUANTIZED: Final = QuantizationSpec(bits=16)
 
 @dataclass(frozen=True)
 class MergeTask:
-    """What to merge."""
+    """An adapter, its base and the rows to measure the merge on."""
 
     model: Path
-    """Folder of the base as its publisher has it."""
+    """Folder with the original, unquantized base."""
     adapter: Path
     base: MergeBase
     record: AdapterRecord
     rows: Sequence[TokenRow]
-    """Held-out rows to measure on; without any, nothing is measured."""
+    """Held-out rows to compare logits on; if there are none, nothing is measured."""
 
     @property
     def attention(self) -> str:
-        """Return the kernel to compute with: merging is done on the CPU, where FlashAttention does not run."""
+        """Return the attention implementation: merging runs on the CPU, which FlashAttention does not support."""
         return "sdpa" if self.record.attention == FLASH else self.record.attention
 
     @property
     def dtype(self) -> torch.dtype:
-        """Return what the base computed in when the adapter was trained."""
+        """Return the compute dtype of the base during training."""
         dtype: torch.dtype = getattr(torch, self.record.dtype)
         return dtype
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a model says at supervised positions."""
+    """Logits and labels of a model at supervised positions."""
 
     logits: torch.Tensor
     """[positions, vocabulary], fp32."""
     labels: torch.Tensor
-    """The tokens that follow."""
+    """[positions], the next tokens."""
 
 
 def merge_adapter(task: MergeTask, target: Path, note: LogFn = no_log) -> MergeReport:
-    """Write the merged model as anybody loads it, and return how far it is from adapter and base apart."""
+    """Write the merged model in the transformers format, and return its difference from the unmerged model."""
     rows = choose_rows(task.rows)
     note(
-        f"asking base and adapter apart: {len(rows)} held-out rows" if rows else "there are no held-out rows to compare"
+        f"evaluating base and adapter unmerged on {len(rows)} held-out rows"
+        if rows
+        else "there are no held-out rows to compare"
     )
     before = _unmerged_outputs(task, rows) if rows else None
     gc.collect()
@@ -78,7 +80,7 @@ def merge_adapter(task: MergeTask, target: Path, note: LogFn = no_log) -> MergeR
     save_merged(task, target)
     gc.collect()
     if rows:
-        note("asking the merged model")
+        note("evaluating the merged model")
     after = _merged_outputs(target, rows) if rows else None
     difference = compare_outputs(before, after, len(rows)) if before and after else None
     report = MergeReport(base=task.base, difference=difference)
@@ -87,28 +89,28 @@ def merge_adapter(task: MergeTask, target: Path, note: LogFn = no_log) -> MergeR
 
 
 def choose_rows(rows: Sequence[TokenRow]) -> list[TokenRow]:
-    """Return the first rows, as many as have MEASURED_TOKENS in all, or one."""
+    """Return the first rows with at most MEASURED_TOKENS labels in total, but at least one row."""
     chosen: list[TokenRow] = []
     for row in rows:
-        if chosen and sum(seen.label_count for seen in chosen) + row.label_count > MEASURED_TOKENS:
+        if chosen and sum(other.label_count for other in chosen) + row.label_count > MEASURED_TOKENS:
             break
         chosen.append(row)
     return chosen
 
 
 def save_merged(task: MergeTask, target: Path) -> None:
-    """Merge and save; embeddings that were one weight stay one."""
+    """Merge and save; tied embeddings stay tied unless the adapter trained them separately."""
     base = load_base(task.model, _UNQUANTIZED, torch.bfloat16, "sdpa", "cpu")
-    exact = _dequantized_weights(task) if task.base == "dequantised" else {}
-    for name, weight in exact.items():
+    dequantized = _dequantized_weights(task) if task.base == "dequantised" else {}
+    for name, weight in dequantized.items():
         base.get_submodule(name).weight.data = weight.to(torch.bfloat16)
-    merged = _merge_layers(PeftModel.from_pretrained(base, task.adapter), exact)
+    merged = _merge_layers(PeftModel.from_pretrained(base, task.adapter), dequantized)
     merged.save_pretrained(target)
     AutoTokenizer.from_pretrained(task.adapter).save_pretrained(target)
 
 
 def _dequantized_weights(task: MergeTask) -> dict[str, torch.Tensor]:
-    """Return the weights that the adapter was trained on, by the names of their modules."""
+    """Return the dequantized weights that the adapter was trained on, by module name."""
     base = load_base(task.model, task.record.quantization, task.dtype, task.attention, "cpu")
     return {
         name: dequantize_module_weight(module).detach()
@@ -117,12 +119,12 @@ def _dequantized_weights(task: MergeTask) -> dict[str, torch.Tensor]:
     }
 
 
-def _merge_layers(peft: Any, exact: dict[str, torch.Tensor]) -> Any:
-    """Merge one layer at a time: a sum in bf16 would lose most of a small update, and a whole model in fp32 memory."""
+def _merge_layers(peft: Any, dequantized: dict[str, torch.Tensor]) -> Any:
+    """Merge one layer at a time: sums in bf16 lose most of a small update, and all of fp32 would not fit in memory."""
     for name, layer in peft.get_base_model().named_modules():
         if isinstance(layer, LoraLayer):
             linear = layer.get_base_layer()
-            linear.weight.data = exact.get(name, linear.weight.data).float()
+            linear.weight.data = dequantized.get(name, linear.weight.data).float()
             layer.merge(safe_merge=True)
             linear.weight.data = linear.weight.data.to(torch.bfloat16)
     merged = peft.unload().to(torch.bfloat16)
@@ -144,19 +146,19 @@ def _merged_outputs(folder: Path, rows: Sequence[TokenRow]) -> Outputs:
 
 @torch.no_grad()
 def _outputs(model: Any, rows: Sequence[TokenRow]) -> Outputs:
-    """Let each row run alone, without padding or packing."""
+    """Run one forward pass per row, without padding or packing."""
     logits, labels = [], []
     for row in rows:
         ids = torch.tensor([row.input_ids])
-        found = model(input_ids=ids, use_cache=False).logits[0].float()
+        row_logits = model(input_ids=ids, use_cache=False).logits[0].float()
         for start, end in row.label_spans:
-            logits.append(found[start - 1 : end - 1])
+            logits.append(row_logits[start - 1 : end - 1])
             labels.append(ids[0, start:end])
     return Outputs(torch.cat(logits), torch.cat(labels))
 
 
 def compare_outputs(before: Outputs, after: Outputs, rows: int) -> MergeDifference:
-    """Return how far the merged model is from the unmerged one."""
+    """Return the difference of the merged model from the unmerged one."""
     difference = after.logits - before.logits
     losses = [float(token_losses(outputs.logits, outputs.labels).mean()) for outputs in (before, after)]
     return MergeDifference(

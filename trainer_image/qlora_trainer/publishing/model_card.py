@@ -1,4 +1,4 @@
-"""The model card: README.md beside the adapter, in the hub's format."""
+"""The model card: README.md in the adapter's folder, in the format of the Hugging Face Hub."""
 
 from pathlib import Path
 from typing import Final
@@ -12,16 +12,16 @@ from qlora_trainer.publishing.report_sections import make_recipe
 
 CARD_FILE: Final = "README.md"
 TAGS: Final = {"qlora": ("lora", "qlora"), "lora": ("lora",), "full": ()}
-"""What the hub is told about a method."""
+"""Tags on the hub, by method."""
 
 
 def write_card(report: RunReport, adapter: Path) -> None:
-    """Write the card; PEFT's own says nothing."""
+    """Write the card in place of PEFT's empty template."""
     (adapter / CARD_FILE).write_text(render_card(report), encoding="utf-8")
 
 
 def render_card(report: RunReport) -> str:
-    """Return the card; nothing in it comes from the rows themselves."""
+    """Return the card; it has no text from the dataset's rows."""
     environment = Environment(  # noqa: S701 (Markdown, and no text of a dataset)
         loader=PackageLoader("qlora_trainer"),
         undefined=StrictUndefined,
@@ -32,8 +32,8 @@ def render_card(report: RunReport) -> str:
     return environment.get_template("card.md.j2").render(
         front_matter=front_matter(report).to_yaml(),
         report=report,
-        whole=report.spec.method == "full",
-        tuned="tuned model" if report.spec.method == "full" else "adapter",
+        is_full=report.spec.method == "full",
+        result_name="fine-tuned model" if report.spec.method == "full" else "adapter",
         base=report.spec.model.uri.removeprefix("hf://"),
         comparison=make_comparison(report),
         recipe=make_recipe(report),
@@ -41,7 +41,7 @@ def render_card(report: RunReport) -> str:
 
 
 def front_matter(report: RunReport) -> ModelCardData:
-    """Return what the hub indexes; it knows models and datasets by their names on the hub only."""
+    """Return the metadata that the hub indexes; models and datasets that are not on the hub are left out."""
     model, sources = report.spec.model.uri, [source.uri for _, source in report.spec.dataset.sources_by_field]
     names = [uri.removeprefix("hf://datasets/") for uri in sources if uri.startswith("hf://datasets/")]
     return ModelCardData(

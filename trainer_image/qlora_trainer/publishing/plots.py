@@ -1,7 +1,7 @@
-"""The pictures of a run: what was learned, what it meant for each held-out row, and how the training went.
+"""The plots of a report: loss, held-out rows, learning rate, gradient norm and throughput.
 
-One of them is a file; all are on the page, as SVG in its own colours, so that they are sharp on any screen and as dark
-or light as it is.
+The loss is also a PNG file; the HTML report has all plots as inline SVG in its own colors, so that they follow its
+light or dark theme.
 """
 
 import io
@@ -23,20 +23,20 @@ _RAW: Final = "#8fb0ea"
 _SMOOTH: Final = "#4a86e8"
 _BASE: Final = "#8a94a3"
 _ADAPTER: Final = "#2f9e62"
-"""Seen on white and on black alike."""
+"""Colors with enough contrast on white and on black."""
 _INK, _LINE = "#010203", "#030201"
-"""Stand for the page's own colours of text and lines, which are not known here."""
+"""Placeholders that `to_inline_svg` replaces with the page's colors of text and lines."""
 _EMA_DECAY: Final = 0.9
-"""Weight of the past in the smoothed line; the raw one is drawn behind it."""
+"""Decay of the exponential moving average of the loss; the raw loss is drawn behind it."""
 _SMOOTH_FROM_STEPS: Final = 20
-"""Fewer steps are drawn as they are: a smoothed line would lag behind them."""
+"""With fewer steps only the raw loss is drawn: an average would lag behind it."""
 _MAX_POINTS: Final = 1000
-"""Of a scatter or a line: more make a page of megabytes and no other picture."""
+"""Points per line or scatter plot: more would add megabytes to the page and no visible detail."""
 _PLOT_INCHES: Final = (4.0, 3.0)
 _TALL_INCHES: Final = (4.0, 3.9)
-"""Of the first two, one of which has a long legend."""
+"""Size of the first two plots, one of which has a long legend."""
 _FONT_POINTS: Final = 12.5
-"""14 pixels on a phone of 390, and 12 or 19 in one of three or two columns."""
+"""14 px on a screen 390 px wide, and 12 or 19 px in a layout of three or two columns."""
 _STYLE: Final[dict[Any, Any]] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "qlora",
@@ -53,7 +53,7 @@ _STYLE: Final[dict[Any, Any]] = {
 
 @dataclass(frozen=True)
 class Plot:
-    """A picture for the page."""
+    """A plot with its title and caption."""
 
     title: str
     caption: str
@@ -72,16 +72,16 @@ def draw_loss(report: RunReport) -> bytes:
 
 
 def draw_plots(report: RunReport, rows: Sequence[EvaluatedRow]) -> Iterator[Plot]:
-    """Yield the pictures of the page, each where there is something to see."""
+    """Yield the plots of the page, leaving out those without data."""
     base, adapter = report.evaluation.base, report.evaluation.adapter
-    course = f"Held out, it went from {base.loss:.3f} to {adapter.loss:.3f}."
-    yield _draw("Loss", course, lambda axes: _plot_loss(axes, report), _TALL_INCHES)
+    caption = f"Held-out loss went from {base.loss:.3f} to {adapter.loss:.3f}."
+    yield _draw("Loss", caption, lambda axes: _plot_loss(axes, report), _TALL_INCHES)
     yield _draw("Each held-out row", describe_rows(rows), lambda axes: _plot_rows(axes, rows), _TALL_INCHES)
     if report.held_out:
         yield _draw("Held-out loss", _describe_validations(report), lambda axes: _plot_validations(axes, report))
     yield _draw(
         "Learning rate",
-        f"{report.spec.training.scheduler}, {report.spec.training.learning_rate:g} at its highest.",
+        f"{report.spec.training.scheduler}, {report.spec.training.learning_rate:g} at its peak.",
         lambda axes: _plot_steps(axes, report, [record.learning_rate for record in report.history]),
     )
     yield _draw("Gradient norm", _describe_norms(report), lambda axes: _plot_norms(axes, report))
@@ -102,7 +102,7 @@ def _draw(title: str, caption: str, plot: Callable[[Axes], None], inches: tuple[
 
 
 def to_inline_svg(svg: str, label: str) -> str:
-    """Return matplotlib's SVG as a part of a page: without a size, in the page's colours, and with what it shows."""
+    """Return matplotlib's SVG for inlining: without a size, in the page's colors, and with an ARIA label."""
     body = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     body = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", body)
     body = body.replace(_INK, "currentColor").replace(_LINE, "var(--line)").replace(_RAW, "var(--raw)")
@@ -126,28 +126,30 @@ def _plot_loss(axes: Axes, report: RunReport, legend_columns: int = 1) -> None:
     else:
         shown = subsample(range(len(steps)))
         smooth = exponential_moving_average(losses)
-        at = [steps[place] for place in shown]
-        axes.plot(at, [losses[place] for place in shown], color=_RAW, linewidth=1, label="training, each step")
-        axes.plot(at, [smooth[place] for place in shown], color=_SMOOTH, linewidth=2, label="training, smoothed")
+        shown_steps = [steps[index] for index in shown]
+        axes.plot(shown_steps, [losses[index] for index in shown], color=_RAW, linewidth=1, label="training, each step")
+        axes.plot(
+            shown_steps, [smooth[index] for index in shown], color=_SMOOTH, linewidth=2, label="training, smoothed"
+        )
     if report.held_out:
-        looks = [record.step for record in report.held_out], [record.loss for record in report.held_out]
-        axes.plot(*looks, color=_ADAPTER, linewidth=1.6, marker="o", markersize=4, label="held out, while training")
+        points = [record.step for record in report.held_out], [record.loss for record in report.held_out]
+        axes.plot(*points, color=_ADAPTER, linewidth=1.6, marker="o", markersize=4, label="held out, during training")
     _plot_base_and_adapter(axes, report)
     _label_steps(axes, "nats per token")
     axes.figure.legend(loc="outside lower center", ncols=legend_columns, frameon=False)
 
 
 def _plot_base_and_adapter(axes: Axes, report: RunReport) -> None:
-    """Draw where base and adapter stand on the held-out rows."""
-    found = report.evaluation
-    for metrics, name, colour in ((found.base, "base", _BASE), (found.adapter, "adapter", _ADAPTER)):
+    """Draw the held-out loss of base and adapter as horizontal lines."""
+    evaluation = report.evaluation
+    for metrics, name, color in ((evaluation.base, "base", _BASE), (evaluation.adapter, "adapter", _ADAPTER)):
         label = f"held out, {name}: {metrics.loss:.3f}"
-        axes.axhline(metrics.loss, color=colour, linewidth=1.6, linestyle="--", label=label)
+        axes.axhline(metrics.loss, color=color, linewidth=1.6, linestyle="--", label=label)
 
 
 def _plot_validations(axes: Axes, report: RunReport) -> None:
-    looks = [record.step for record in report.held_out], [record.loss for record in report.held_out]
-    axes.plot(*looks, color=_ADAPTER, linewidth=2, marker="o", markersize=4, label="each look")
+    points = [record.step for record in report.held_out], [record.loss for record in report.held_out]
+    axes.plot(*points, color=_ADAPTER, linewidth=2, marker="o", markersize=4, label="each evaluation")
     axes.axvline(report.adapter_step, color=_SMOOTH, linewidth=1.2, linestyle=":", label="the adapter")
     _label_steps(axes, "nats per token")
     axes.legend(frameon=False)
@@ -155,8 +157,10 @@ def _plot_validations(axes: Axes, report: RunReport) -> None:
 
 def _describe_validations(report: RunReport) -> str:
     best = min(report.held_out, key=lambda record: record.loss)
-    kept = f"the adapter is that of step {report.adapter_step}"
-    return f"{len(report.held_out)} looks while training, the lowest {best.loss:.3f} after step {best.step}; {kept}."
+    lowest = f"lowest loss {best.loss:.3f} after step {best.step}"
+    return (
+        f"{len(report.held_out)} evaluations during training, {lowest}; the adapter is from step {report.adapter_step}."
+    )
 
 
 def _plot_rows(axes: Axes, rows: Sequence[EvaluatedRow]) -> None:
@@ -165,16 +169,16 @@ def _plot_rows(axes: Axes, rows: Sequence[EvaluatedRow]) -> None:
     adapter = [row.adapter.loss / row.tokens for row in shown]
     top = max([*base, *adapter]) * 1.05
     axes.plot([0, top], [0, top], color=_BASE, linewidth=1.4, linestyle="--", label="no change")
-    axes.scatter(base, adapter, s=14, color=_SMOOTH, alpha=0.6, linewidths=0, label="a row")
+    axes.scatter(base, adapter, s=14, color=_SMOOTH, alpha=0.6, linewidths=0, label="one row")
     axes.set(xlim=(0, top), ylim=(0, top), xlabel="base, nats per token", ylabel="adapter, nats per token")
     axes.legend(frameon=False, loc="upper left")
 
 
 def describe_rows(rows: Sequence[EvaluatedRow]) -> str:
-    """Return how many rows the adapter made better."""
+    """Return how many rows have a lower loss with the adapter."""
     better = sum(row.adapter.loss < row.base.loss for row in rows)
-    shown = f" {len(subsample(rows)):,} of them are drawn." if len(rows) > _MAX_POINTS else ""
-    return f"{better:,} of {len(rows):,} rows ({better / len(rows):.0%}) have a lower loss, below the line.{shown}"
+    sampled = f" {len(subsample(rows)):,} of them are drawn." if len(rows) > _MAX_POINTS else ""
+    return f"{better:,} of {len(rows):,} rows ({better / len(rows):.0%}) have a lower loss, below the line.{sampled}"
 
 
 def _plot_norms(axes: Axes, report: RunReport) -> None:
@@ -192,7 +196,7 @@ def _describe_norms(report: RunReport) -> str:
 
 def _plot_steps(axes: Axes, report: RunReport, values: Sequence[float]) -> None:
     shown = subsample(range(len(values)))
-    axes.plot([report.history[place].step for place in shown], [values[place] for place in shown], color=_SMOOTH)
+    axes.plot([report.history[index].step for index in shown], [values[index] for index in shown], color=_SMOOTH)
     axes.set_ylim(bottom=0)
     axes.ticklabel_format(axis="y", scilimits=(-3, 5))
     _label_steps(axes, "")
@@ -204,15 +208,15 @@ def _label_steps(axes: Axes, values: str) -> None:
 
 
 def subsample(items: Sequence[Item]) -> list[Item]:
-    """Return at most _DRAWN_POINTS of the items, evenly, the last one among them."""
+    """Return at most _MAX_POINTS of the items, evenly spaced, including the first and the last."""
     count = len(items)
     if count <= _MAX_POINTS:
         return list(items)
-    return [items[round(place * (count - 1) / (_MAX_POINTS - 1))] for place in range(_MAX_POINTS)]
+    return [items[round(index * (count - 1) / (_MAX_POINTS - 1))] for index in range(_MAX_POINTS)]
 
 
 def exponential_moving_average(values: Sequence[float]) -> list[float]:
-    """Return the exponential moving average, without a pull towards zero at the start."""
+    """Return the exponential moving average, corrected for its bias towards zero at the start."""
     average, weight, result = 0.0, 0.0, []
     for value in values:
         average = _EMA_DECAY * average + (1 - _EMA_DECAY) * value

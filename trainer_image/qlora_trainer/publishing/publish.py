@@ -1,4 +1,4 @@
-"""Adapter and report as files, uploaded and verified; the manifest last, and only once."""
+"""Writes adapter and report to files and uploads them; the manifest comes last and is written once."""
 
 import contextlib
 import json
@@ -56,7 +56,7 @@ LOSS_PLOT: Final = "report/loss.png"
 
 @dataclass(frozen=True)
 class MergedModel:
-    """A merged model on this computer."""
+    """A merged model in a local folder."""
 
     folder: Path
     report: MergeReport
@@ -65,9 +65,9 @@ class MergedModel:
 def write_weights(
     trainable: TrainableModel, tokenizer: Any, record: AdapterRecord, folder: Path, weights: Weights | None = None
 ) -> Path:
-    """Write what was trained, with the tokenizer and our own record beside it.
+    """Write the trained weights, the tokenizer and the adapter record.
 
-    `weights` are the adapter's where the model does not have them whole (ZeRO-3).
+    `weights` are the gathered weights of the adapter if the model has only shards of them (ZeRO-3).
     """
     target = folder / WEIGHTS_FOLDER[record.method]
     if trainable.is_full_finetune:
@@ -80,10 +80,10 @@ def write_weights(
 
 
 def save_adapter(trainable: TrainableModel, record: AdapterRecord, target: Path, weights: Weights | None) -> None:
-    """Write the adapter as peft and vLLM read it."""
-    whole = {"state_dict": trainable.wrapped.state_dict() | dict(weights)} if weights else {}
-    # With 'auto' peft would ask the hub whether the vocabulary was resized; it never is (peft#2898).
-    trainable.wrapped.save_pretrained(target, save_embedding_layers=False, **whole)
+    """Write the adapter in the format of peft and vLLM."""
+    state_dict = {"state_dict": trainable.wrapped.state_dict() | dict(weights)} if weights else {}
+    # 'auto' sends a request to the hub to find out whether the vocabulary was resized; it never is (peft#2898).
+    trainable.wrapped.save_pretrained(target, save_embedding_layers=False, **state_dict)
     if trainable.initial_weights:
         rewrite_for_original_base(target, trainable.initial_weights)
     config = target / "adapter_config.json"
@@ -91,7 +91,7 @@ def save_adapter(trainable: TrainableModel, record: AdapterRecord, target: Path,
 
 
 def canonical_config(text: str, uri: str, commit: str) -> str:
-    """Name the base as the hub does and not by a path of this computer (vLLM compares names), and sort modules."""
+    """Name the base by its hub name and not by a local path (vLLM compares names), and sort the modules."""
     config = json.loads(text)
     config["base_model_name_or_path"] = uri.removeprefix("hf://")
     config["revision"] = commit if uri.startswith("hf://") else None
@@ -102,7 +102,7 @@ def canonical_config(text: str, uri: str, commit: str) -> str:
 
 
 def write_report(report: RunReport, rows: Sequence[EvaluatedRow], folder: Path) -> None:
-    """Write the report as data and as a page, its first picture, and the rows that its figures come from."""
+    """Write the report as JSON and as HTML, the loss plot, and the evaluated rows."""
     (folder / LOSS_PLOT).parent.mkdir(parents=True, exist_ok=True)
     (folder / REPORT).write_text(report.model_dump_json(by_alias=True, indent=2))
     (folder / ROWS).write_text("".join(f"{row.model_dump_json(by_alias=True)}\n" for row in rows), encoding="utf-8")
@@ -111,44 +111,46 @@ def write_report(report: RunReport, rows: Sequence[EvaluatedRow], folder: Path) 
 
 
 def publish(output: Store, config: RunConfig, result: Result, folder: Path, now: datetime) -> Result:
-    """Upload a folder and then its manifest; whoever published first is right, unless that is to be replaced."""
+    """Upload a folder and then its manifest; an existing result is returned instead, unless it is to be replaced."""
     digest, if_exists = config.prepared.digest, config.spec.output.if_exists
     published = find_manifest(output, digest)
     if published is None or not is_reusable(published, if_exists, config.uid):
-        place, files = _upload(output, config.prepared, folder)
-        moved = _relocate_result(result, config.prepared.prefix, place)
-        published = _put_or_replace_manifest(output, build_manifest(config, moved, files, now), published)
+        subfolder, files = _upload(output, config.prepared, folder)
+        relocated = _relocate_result(result, config.prepared.prefix, subfolder)
+        published = _put_or_replace_manifest(output, build_manifest(config, relocated, files, now), published)
     update_latest(output, digest, config.prepared.prefix)
     return published.result
 
 
-def _put_or_replace_manifest(output: Store, manifest: ResultManifest, former: ResultManifest | None) -> ResultManifest:
-    """Publish a manifest, and return the one that stands."""
-    if former is None:
+def _put_or_replace_manifest(
+    output: Store, manifest: ResultManifest, previous: ResultManifest | None
+) -> ResultManifest:
+    """Publish a manifest, and return the one that is in the output then."""
+    if previous is None:
         return put_manifest(output, manifest)
     replace_manifest(output, manifest)
-    remove_replaced(output, former)
+    remove_replaced(output, previous)
     return manifest
 
 
 def upload_rejected(output: Store, config: RunConfig, result: Result, folder: Path, now: datetime) -> Result:
-    """Upload what the gate refused beside where it would be, with the manifest that it would have."""
-    place, files = _upload(output, config.prepared, folder, REJECTED)
-    kept = _relocate_result(result, config.prepared.prefix, place)
-    record = build_manifest(config, kept, files, now)
+    """Upload a result that the gate rejected to the folder `rejected`, with the manifest that it would have."""
+    subfolder, files = _upload(output, config.prepared, folder, REJECTED)
+    rejected = _relocate_result(result, config.prepared.prefix, subfolder)
+    record = build_manifest(config, rejected, files, now)
     output.put(f"{config.prepared.digest}/{REJECTED_RECORD}", manifest_json(record))
-    return kept
+    return rejected
 
 
 def publish_merged(output: Store, config: RunConfig, adapter: str, merged: MergedModel, now: datetime) -> str:
-    """Upload a merged model and then its own manifest, and return its URI; the first one is right here as well."""
+    """Upload a merged model and then its manifest, and return its URI; an existing one is returned instead."""
     prepared, base = config.prepared, merged.report.base
     if published := find_merged(output, prepared.digest, base, adapter):
         return published
-    place, files = _upload(output, prepared, merged.folder, merged_folder(base))
+    subfolder, files = _upload(output, prepared, merged.folder, merged_folder(base))
     manifest = MergedManifest(
         digest=prepared.digest,
-        model=f"{prepared.prefix}/{place}",
+        model=f"{prepared.prefix}/{subfolder}",
         adapter=adapter,
         base_model=prepared.model.uri,
         base_commit=prepared.model.commit,
@@ -164,20 +166,22 @@ def publish_merged(output: Store, config: RunConfig, adapter: str, merged: Merge
 def _upload(
     output: Store, prepared: Prepared, folder: Path, subfolder: str = ""
 ) -> tuple[str, tuple[ManifestFile, ...]]:
-    """Upload a folder without ever replacing a file; return where it lies, and its files as they lie there."""
+    """Upload a folder without replacing any file; return its subfolder in the result, and its files there."""
     files = describe_files(folder)
-    # A crashed attempt left other files there, or somebody is publishing right now: their manifest must stay true.
-    places = [subfolder, f"{subfolder}/{_content_folder(files)}".removeprefix("/")]
-    for candidate in places:
-        moved = _relocate_files(files, candidate) if candidate else files
-        if _put_files(output, prepared.digest, moved, [folder / file.path for file in files]):
-            return candidate, moved
-    where = f"{prepared.prefix}/{places[-1]}"
-    raise RunError(Reason.UPLOAD_FAILED, f"spec.output.uri: {where} holds files that nobody uploaded; remove it")
+    # A crashed attempt may have left other files, or another run is publishing now: its manifest must stay valid.
+    candidates = [subfolder, f"{subfolder}/{_content_folder(files)}".removeprefix("/")]
+    for candidate in candidates:
+        relocated = _relocate_files(files, candidate) if candidate else files
+        if _put_files(output, prepared.digest, relocated, [folder / file.path for file in files]):
+            return candidate, relocated
+    location = f"{prepared.prefix}/{candidates[-1]}"
+    raise RunError(
+        Reason.UPLOAD_FAILED, f"spec.output.uri: {location} has files with other content than this result; delete it"
+    )
 
 
 def _put_files(output: Store, digest: str, files: Sequence[ManifestFile], sources: Sequence[Path]) -> bool:
-    """Return False where there is a file with another content."""
+    """Upload files; return False if one exists with other content."""
     for file, source in zip(files, sources, strict=True):
         path = f"{digest}/{file.path}"
         try:
@@ -189,7 +193,7 @@ def _put_files(output: Store, digest: str, files: Sequence[ManifestFile], source
 
 
 def _content_folder(files: tuple[ManifestFile, ...]) -> str:
-    """Return a folder's name that depends on the files' content, so that no two publishers disagree about it."""
+    """Return a folder name derived from the files' content, so that publishers of equal files agree on it."""
     listing = "\n".join(f"{file.sha256} {file.path}" for file in files)
     return sha256_of(listing.encode())[:16]
 

@@ -1,4 +1,4 @@
-"""What a run found out, as its report and as its result in short."""
+"""Builds the report of a run and its summary, the result."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from qlora_trainer.training.state import History, selected_step
 
 @dataclass(frozen=True)
 class ReportInputs:
-    """What a run found out."""
+    """Everything that a report is built from."""
 
     history: History
     rows: tuple[EvaluatedRow, ...]
@@ -28,7 +28,7 @@ class ReportInputs:
     serving: ServingCheck
     preview: tuple[tuple[TextSpan, ...], ...]
     earlier_peak_bytes: int
-    """Peak of the memory in earlier attempts: the last one may only have had to evaluate."""
+    """Peak memory of earlier attempts: the last attempt may only have evaluated."""
 
 
 def build_report(config: RunConfig, settings: RuntimeSettings, inputs: ReportInputs, started: datetime) -> RunReport:
@@ -63,7 +63,7 @@ def build_report(config: RunConfig, settings: RuntimeSettings, inputs: ReportInp
 
 
 def collect_samples(rows: Sequence[EvaluatedRow]) -> tuple[Sample, ...]:
-    """Return the answers side by side."""
+    """Return prompts with the answers of base and adapter."""
     return tuple(
         Sample(prompt=row.prompt, reference=row.reference, base=row.base.answer or "", adapter=row.adapter.answer or "")
         for row in scoring.answered(rows)
@@ -71,7 +71,7 @@ def collect_samples(rows: Sequence[EvaluatedRow]) -> tuple[Sample, ...]:
 
 
 def build_result(config: RunConfig, report: RunReport) -> Result:
-    """Return the run in short."""
+    """Return the summary of a run."""
     prefix = config.prepared.prefix
     return Result(
         adapter=f"{prefix}/{WEIGHTS_FOLDER[config.spec.method]}",

@@ -1,4 +1,4 @@
-"""The memory of a run, as it was predicted and as it was measured."""
+"""Sections of the report: training settings, lineage, and predicted and measured memory."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from qlora_api.v1alpha1 import DatasetSpec, LoraSpec, Plan
 
 
 def make_recipe(report: RunReport) -> tuple[tuple[str, str], ...]:
-    """Return what decided the adapter beside model and data."""
+    """Return the settings that determine the adapter, besides model and data."""
     spec, training = report.spec, report.spec.training
     adapter = () if spec.method == "full" else (("Adapter", describe_adapter(spec.lora)),)
     return (
@@ -21,86 +21,91 @@ def make_recipe(report: RunReport) -> tuple[tuple[str, str], ...]:
 
 
 def describe_adapter(lora: LoraSpec) -> str:
-    """Return an adapter's settings in a line."""
+    """Return an adapter's settings in one line."""
     kinds = [kind for kind, chosen in (("DoRA", lora.dora), ("rsLoRA", lora.rslora)) if chosen]
-    start = [] if lora.init == "default" else [f"started by {lora.init}"]
-    whole = [f"with all of {', '.join(lora.modules_to_save)}"] if lora.modules_to_save else []
+    start = [] if lora.init == "default" else [f"initialized with {lora.init}"]
+    full = [f"fully training {', '.join(lora.modules_to_save)}"] if lora.modules_to_save else []
     settings = f"{' '.join([*kinds, 'rank'])} {lora.rank}, alpha {lora.alpha}, dropout {lora.dropout}"
-    return " ".join([settings, "on", ", ".join(lora.targets), *whole, *start])
+    return " ".join([settings, "on", ", ".join(lora.targets), *full, *start])
 
 
 def make_lineage(report: RunReport) -> tuple[tuple[str, str], ...]:
-    """Return the parts of a result, from the base to its name."""
+    """Return the lineage of a result, from its base to its output."""
     model, data, prepared = report.prepared.model, report.prepared.dataset, report.prepared
     return (
         ("Base model", model.uri),
-        ("Its commit", model.commit),
-        ("Its kind", f"{model.architecture}, {model.parameters:,} weights"),
+        ("Model commit", model.commit),
+        ("Architecture", f"{model.architecture}, {model.parameters:,} weights"),
         ("Rows", report.spec.dataset.source_uris),
         ("Held-out rows", describe_split(report.spec.dataset)),
         ("SHA-256 of all rows", data.digest),
         ("Prepared by", f"qlora-operator {prepared.trainer_version}"),
         ("Trained by", f"qlora-operator {report.versions['qlora-operator']}, on {report.choices['device']}"),
         ("Run", describe_run(report)),
-        ("Began and ended", f"{report.started_at:%Y-%m-%d %H:%M:%S} to {report.finished_at:%Y-%m-%d %H:%M:%S} UTC"),
-        ("Result", f"{report.digest}, a name made from all that decides it: the same again is found, not made"),
-        ("Its place", f"{prepared.prefix}; manifest.json there has size and SHA-256 of every file"),
+        (
+            "Started and finished",
+            f"{report.started_at:%Y-%m-%d %H:%M:%S} to {report.finished_at:%Y-%m-%d %H:%M:%S} UTC",
+        ),
+        ("Result", f"{report.digest}, a digest of everything that determines the result; an identical run reuses it"),
+        ("Output", f"{prepared.prefix}; its manifest.json has size and SHA-256 of every file"),
     )
 
 
 def describe_split(dataset: DatasetSpec) -> str:
-    """Return where the held-out rows are from."""
+    """Return where the held-out rows come from."""
     split = dataset.evaluation
     return split.uri or f"{split.fraction:.0%} of them, chosen by a hash of each row"
 
 
 def describe_run(report: RunReport) -> str:
-    """Return which QLoRAJob it was, and which of its attempts."""
+    """Return the QLoRAJob and the attempt."""
     uid = f", uid {report.run}" if report.run else ""
     return f"{report.namespace}/{report.job}{uid}, attempt {report.attempt}"
 
 
 @dataclass(frozen=True)
 class Amount:
-    """Memory of one device."""
+    """Memory of one device, as one bar."""
 
     label: str
     value: str
-    share: float
-    """Of the larger one, from 0 to 1: the length of its bar."""
+    fraction: float
+    """Length of the bar, relative to the largest amount, from 0 to 1."""
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Both amounts, or the one that is known."""
+    """Predicted and measured memory, or the measured one alone."""
 
     amounts: tuple[Amount, ...]
     note: str
 
 
 def make_footprint(plan: Plan, limit: str, measured: int) -> Footprint:
-    """Return what the plan said and what the device had to give; `limit` is a pod's memory."""
+    """Return predicted and measured memory; `limit` is the memory limit of the pod."""
     predicted = plan.peak_bytes
     largest = max(predicted or 0, measured)
-    named = [("measured", measured)] if predicted is None else [("predicted", predicted), ("measured", measured)]
-    amounts = tuple(Amount(label, format_gib(size, 2), size / largest) for label, size in named)
+    labeled = [("measured", measured)] if predicted is None else [("predicted", predicted), ("measured", measured)]
+    amounts = tuple(Amount(label, format_gib(size, 2), size / largest) for label, size in labeled)
     return Footprint(amounts, f"{_describe_difference(predicted, measured)} {_describe_measure(plan, limit)}")
 
 
 def _describe_difference(predicted: int | None, measured: int) -> str:
     if predicted is None:
-        return "The plan predicts none: it computes sizes for GPUs, and for models whose shape it knows."
+        return "The plan has no prediction: it sizes runs on GPUs, for models whose shape it knows."
     if measured == predicted:
-        return "It took what was predicted."
-    side = "less" if measured < predicted else "more"
-    return f"It took {abs(measured - predicted) / predicted:.1%} {side} than predicted."
+        return "Usage was as predicted."
+    side = "lower" if measured < predicted else "higher"
+    return f"Usage was {abs(measured - predicted) / predicted:.1%} {side} than predicted."
 
 
 def _describe_measure(plan: Plan, limit: str) -> str:
-    """Say what was measured: the two amounts are not of quite the same things."""
+    """Say what was measured: the two amounts do not cover quite the same memory."""
     if plan.device == "cpu":
-        return f"Measured is the most of the process's resident set, libraries included; the pod's memory is {limit}."
+        return (
+            f"Measured: peak resident set size of the process, libraries included. The pod's memory limit is {limit}."
+        )
     return (
-        "Measured is the most that torch's allocator held of the first GPU. The prediction has CUDA's context and a "
-        "slack of the allocator as well; its parts are among the plan's reasons."
+        "Measured: peak memory reserved by torch's allocator on the first GPU. The prediction also includes the CUDA "
+        "context and allocator fragmentation; the reasons of the plan list its parts."
     )

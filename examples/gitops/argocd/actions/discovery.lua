@@ -1,4 +1,4 @@
--- Which actions make sense now: a run that has ended can only be made again.
+-- Actions that are available: a run that has ended can only be run again.
 local finished = false
 if obj.status ~= nil and obj.status.conditions ~= nil then
   for _, condition in ipairs(obj.status.conditions) do

@@ -1,7 +1,7 @@
--- A copy under a name of its own, which trains anew; the first run and its result stay as they are. The copy is not in
--- Git, so it has none of the labels and annotations by which Argo CD would take it for the first, or prune it.
+-- A copy under another name, which trains again; the first run and its result are not changed. The copy is not in
+-- Git, so it has none of the labels and annotations by which Argo CD would track it as the first run, or prune it.
 local function without_empty(value)
-  -- An empty table could be a list or an object, and Argo CD would guess; the API server knows the field's default.
+  -- An empty table could be a list or an object, and Argo CD would have to guess; the API server sets the default.
   if type(value) ~= "table" then
     return value
   end

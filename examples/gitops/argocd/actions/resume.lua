@@ -1,3 +1,3 @@
--- The training goes on from its checkpoint.
+-- Resumes training from its checkpoint.
 obj.spec.suspend = false
 return obj

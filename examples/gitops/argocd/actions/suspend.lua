@@ -1,3 +1,3 @@
--- The training writes a checkpoint and gives its GPUs back.
+-- Writes a checkpoint and releases the GPUs.
 obj.spec.suspend = true
 return obj

@@ -67,7 +67,7 @@ def test_base_and_adapters_answer_side_by_side(model, adapters):
     result = qlora(adapters, "--ask", "What colour has the sky?", "--device", "cpu")
     assert result.exit_code == 0, result.output
     assert command_lines(result.stderr) == [
-        f"file://{model} in 4 bits (nf4, double quantisation), with colours, talker"
+        f"file://{model} in 4 bits (nf4, double quantization), with colours, talker"
     ]
     lines = [line.split("  ")[0] for line in result.stdout.splitlines() if line[:1].strip()]
     assert lines == ["question", "base", "colours", "talker"]
@@ -132,4 +132,4 @@ def test_adapters_that_cannot_be_asked_together_are_one_sentence(adapters):
     result = qlora([adapters[0], adapters[0]], "--ask", "What?")
     assert result.exit_code == 1
     assert result.stderr.startswith("error: --adapter: ")
-    assert result.stderr.endswith("are one adapter; give it once\n")
+    assert result.stderr.endswith("are the same adapter; give it once\n")

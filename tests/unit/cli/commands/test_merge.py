@@ -38,9 +38,9 @@ def test_progress_the_difference_and_the_place_are_shown(adapter, tmp_path):
     result = qlora(adapter, "--to", tmp_path / "merged", "--base", "dequantised")
     assert result.exit_code == 0, result.output
     assert command_lines(result.stderr)[1:] == [
-        "asking base and adapter apart: 4 held-out rows",
+        "evaluating base and adapter unmerged on 4 held-out rows",
         "merging into the dequantised base, layer by layer",
-        "asking the merged model",
+        "evaluating the merged model",
     ]
     lines = [line.rstrip() for line in result.stdout.splitlines()]
     assert lines[0] == f"4 held-out rows, {sum(row.label_count for row in token_rows(4))} answer tokens"

@@ -1,4 +1,4 @@
-"""An adapter is put on the model that it was trained on, and on no other, however similar."""
+"""An adapter loads on the model that it was trained on, and on no other, however similar."""
 
 import pytest
 
@@ -32,7 +32,7 @@ def published(tmp_path, model, **lora):
         {"rslora": True, "targets": ("q_proj", "v_proj"), "rank_pattern": {"v_proj": 2}},
         {"modules_to_save": ("lm_head", "norm"), "init": "gaussian"},
     ],
-    ids=["plain", "dora", "ranks", "whole-modules"],
+    ids=["plain", "dora", "ranks", "modules-to-save"],
 )
 def test_adapter_is_compatible_with_its_base(tmp_path, model, lora):
     check_compatible(published(tmp_path, model, **lora), model, "--base-model")
@@ -51,7 +51,7 @@ def test_adapter_is_compatible_with_its_base(tmp_path, model, lora):
         ),
     ],
 )
-def test_another_shape_is_refused_by_the_first_difference(tmp_path, model, changes, difference):
+def test_other_shape_is_rejected_with_the_first_difference(tmp_path, model, changes, difference):
     adapter = published(tmp_path, model)
     write_model(tmp_path / "other", **changes)
     with pytest.raises(RunError) as caught:
@@ -59,19 +59,19 @@ def test_another_shape_is_refused_by_the_first_difference(tmp_path, model, chang
     assert caught.value.reason is Reason.MODEL_UNSUPPORTED
     assert caught.value.message.startswith("--base-model: the adapter colours does not fit this model: ")
     assert difference in caught.value.message
-    assert caught.value.message.endswith(f"give file://{model}, which it was trained on")
+    assert caught.value.message.endswith(f"use file://{model}, which it was trained on")
 
 
-def test_a_larger_model_that_has_all_these_modules_is_refused_by_its_size(tmp_path, model):
+def test_larger_model_with_the_same_modules_is_rejected_by_its_size(tmp_path, model):
     adapter = write_published(tmp_path, model, PLAIN, NF4, parameters=load_architecture(model).parameters)
     found = open_adapter(RESOLVER, f"file://{adapter}", "ADAPTER", tmp_path)
     check_compatible(found, model, "--base-model")
     write_model(tmp_path / "other", num_hidden_layers=3)
-    with pytest.raises(RunError, match="it has 135,616 weights, and the adapter's base 98,624; give file://"):
+    with pytest.raises(RunError, match="it has 135,616 weights, but the adapter's base has 98,624; use file://"):
         check_compatible(found, tmp_path / "other", "--base-model")
 
 
-def test_a_model_without_such_modules_is_refused(tmp_path, model):
+def test_model_without_the_target_modules_is_rejected(tmp_path, model):
     adapter = published(tmp_path, model, targets=("q_proj",))
     settings = adapter.folder / "adapter_config.json"
     settings.write_text(settings.read_text().replace('"q_proj"', '"c_attn"'))

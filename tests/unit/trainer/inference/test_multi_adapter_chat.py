@@ -1,4 +1,4 @@
-"""Several adapters on one base answer as each of them does alone, and the base as without any."""
+"""Several adapters on one base generate the same answers as each of them alone, and so does the base."""
 
 import pytest
 import torch
@@ -62,7 +62,7 @@ def opened(*adapters, work, **request):
 
 
 def alone(model, adapter=None, bits: QuantizationSpec = NF4) -> TrainableModel:
-    """The base with nothing on it but one adapter, loaded by peft's own call."""
+    """The base with one adapter, loaded with peft's public API."""
     dtype, _ = compute_dtype(observe_hardware("cpu"))
     base = load_base(model, bits, dtype, "sdpa", "cpu")
     peft = PeftModel.from_pretrained(base, adapter).eval() if adapter else base.eval()
@@ -74,22 +74,22 @@ def logits_of(trainable: TrainableModel) -> torch.Tensor:
         return trainable.model(IDS, use_cache=False).logits
 
 
-@pytest.mark.parametrize("order", [1, -1], ids=["as-listed", "backwards"])
+@pytest.mark.parametrize("order", [1, -1], ids=["listed-order", "reversed-order"])
 def test_each_adapter_answers_as_when_loaded_alone(model, adapters, order, tmp_path):
-    panel = opened(*list(adapters.values())[::order], work=tmp_path)
-    assert {speaker.label for speaker in panel.handles} == {"base", *KINDS}
+    loaded_model = opened(*list(adapters.values())[::order], work=tmp_path)
+    assert {handle.label for handle in loaded_model.handles} == {"base", *KINDS}
     found = {}
-    for speaker in (*panel.handles, *panel.handles[::-1]):  # whoever spoke before leaves no trace
-        tuned = alone(model, adapters.get(speaker.label))
-        prompt = speaker.prompt_builder.build([{"role": "user", "content": "What colour has the sky?"}])
-        (expected,) = generate_batch(tuned, [prompt], make_tokenizer(), GENERATION.max_new_tokens)
-        answer = panel.generate(speaker, [{"role": "user", "content": "What colour has the sky?"}], GENERATION)
+    for handle in (*loaded_model.handles, *loaded_model.handles[::-1]):  # no adapter may affect the next
+        reference = alone(model, adapters.get(handle.label))
+        prompt = handle.prompt_builder.build([{"role": "user", "content": "What colour has the sky?"}])
+        (expected,) = generate_batch(reference, [prompt], make_tokenizer(), GENERATION.max_new_tokens)
+        answer = loaded_model.generate(handle, [{"role": "user", "content": "What colour has the sky?"}], GENERATION)
         assert answer == expected
-        with panel._active_adapter(speaker):
-            found[speaker.label] = logits_of(panel.loaded)
-        torch.testing.assert_close(found[speaker.label], logits_of(tuned), rtol=0, atol=0)
+        with loaded_model._active_adapter(handle):
+            found[handle.label] = logits_of(loaded_model.loaded)
+        torch.testing.assert_close(found[handle.label], logits_of(reference), rtol=0, atol=0)
     others = list(found.values())
-    assert all(not torch.equal(one, other) for place, one in enumerate(others) for other in others[:place])
+    assert all(not torch.equal(one, other) for index, one in enumerate(others) for other in others[:index])
 
 
 def test_16_bit_base_takes_several_adapters(model, tmp_path):
@@ -97,84 +97,86 @@ def test_16_bit_base_takes_several_adapters(model, tmp_path):
         write_published(tmp_path / f"{seed}", model, PLAIN, SIXTEEN, seed=seed, method="lora", digest=f"{seed}" * 16)
         for seed in (1, 2)
     )
-    panel = opened(one, other, work=tmp_path)
-    # Two results of one job are told apart by their digests.
-    assert [speaker.label for speaker in panel.handles] == ["base", "colours/11111111", "colours/22222222"]
-    with panel._active_adapter(panel.handles[2]):
-        torch.testing.assert_close(logits_of(panel.loaded), logits_of(alone(model, other, SIXTEEN)))
+    loaded_model = opened(one, other, work=tmp_path)
+    # Two results of one job are labeled with their digests.
+    assert [handle.label for handle in loaded_model.handles] == ["base", "colours/11111111", "colours/22222222"]
+    with loaded_model._active_adapter(loaded_model.handles[2]):
+        torch.testing.assert_close(logits_of(loaded_model.loaded), logits_of(alone(model, other, SIXTEEN)))
 
 
-def test_an_answer_that_does_not_end_is_cut_and_says_so(adapters, tmp_path):
+def test_answer_at_the_token_limit_is_marked_incomplete(adapters, tmp_path):
     conversation = opened(adapters["plain"], work=tmp_path).start_conversation(GENERATION, keep_history=False)
-    exchange = conversation.ask("What colour has the sky?")
-    assert exchange.question == "What colour has the sky?"
-    assert [(reply.by, reply.complete) for reply in exchange.replies] == [("base", False), ("plain", False)]
-    assert all(reply.text for reply in exchange.replies)
+    turn = conversation.ask("What colour has the sky?")
+    assert turn.question == "What colour has the sky?"
+    assert [(reply.by, reply.complete) for reply in turn.replies] == [("base", False), ("plain", False)]
+    assert all(reply.text for reply in turn.replies)
 
 
 def test_sampling_with_a_seed_is_repeatable(adapters, tmp_path):
-    panel = opened(adapters["plain"], work=tmp_path)
+    loaded_model = opened(adapters["plain"], work=tmp_path)
 
-    def said(seed: int) -> str:
-        manner = GenerationConfig(max_new_tokens=12, temperature=1.5, seed=seed)
-        return panel.start_conversation(manner, keep_history=False).ask("What?").replies[1].text
+    def answer(seed: int) -> str:
+        generation_config = GenerationConfig(max_new_tokens=12, temperature=1.5, seed=seed)
+        return loaded_model.start_conversation(generation_config, keep_history=False).ask("What?").replies[1].text
 
-    assert said(1) == said(1)
-    assert said(1) != said(2)
+    assert answer(1) == answer(1)
+    assert answer(1) != answer(2)
 
 
 @pytest.fixture(scope="module")
-def talker(model):
+def chat_adapter(model):
     """An adapter that was trained on chats."""
-    adapter = write_published(model.parent / "talker", model, PLAIN, NF4, job="talker", format="chat", digest="f" * 16)
+    adapter = write_published(model.parent / "chats", model, PLAIN, NF4, job="chats", format="chat", digest="f" * 16)
     (adapter / "chat_template.jinja").write_text(CHATML)
     return adapter
 
 
-def test_only_chat_adapters_keep_history(adapters, talker, tmp_path):
-    panel = opened(adapters["plain"], talker, work=tmp_path)
-    base, plain, chat = panel.handles
-    assert [speaker.supports_history for speaker in panel.handles] == [False, False, True]
-    conversation = panel.start_conversation(GenerationConfig(max_new_tokens=3, system="Be brief."), keep_history=True)
+def test_only_chat_adapters_keep_history(adapters, chat_adapter, tmp_path):
+    loaded_model = opened(adapters["plain"], chat_adapter, work=tmp_path)
+    base, plain, chat = loaded_model.handles
+    assert [handle.supports_history for handle in loaded_model.handles] == [False, False, True]
+    conversation = loaded_model.start_conversation(
+        GenerationConfig(max_new_tokens=3, system="Be brief."), keep_history=True
+    )
     first, second = conversation.ask("One?"), conversation.ask("Two?")
-    said = [
+    messages = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "One?"},
         {"role": "assistant", "content": first.replies[2].text},
         {"role": "user", "content": "Two?"},
     ]
-    assert second.replies[2].text == panel.generate(chat, said, conversation.generation_config).text
-    assert second.replies[1].text == panel.generate(plain, said[-1:], conversation.generation_config).text
-    assert panel.generate(chat, said, conversation.generation_config) != panel.generate(
-        chat, said[-1:], conversation.generation_config
+    assert second.replies[2].text == loaded_model.generate(chat, messages, conversation.generation_config).text
+    assert second.replies[1].text == loaded_model.generate(plain, messages[-1:], conversation.generation_config).text
+    assert loaded_model.generate(chat, messages, conversation.generation_config) != loaded_model.generate(
+        chat, messages[-1:], conversation.generation_config
     )
     conversation.reset()
     assert conversation.ask("One?") == first
     assert base.label == "base"
 
 
-def test_conversation_beyond_context_length_is_refused(talker, tmp_path):
-    conversation = opened(talker, work=tmp_path).start_conversation(
+def test_conversation_beyond_context_length_is_rejected(chat_adapter, tmp_path):
+    conversation = opened(chat_adapter, work=tmp_path).start_conversation(
         GenerationConfig(max_new_tokens=250), keep_history=True
     )
-    with pytest.raises(RunError, match=r"it takes 302 tokens, and the model 256 at most; ask for less, or begin anew"):
+    with pytest.raises(RunError, match=r"it takes 302 tokens, but the model supports 256; lower --max-tokens"):
         conversation.ask("What colour has the sky?")
 
 
-def refusal(*adapters, work, **request) -> str:
+def rejection(*adapters, work, **request) -> str:
     with pytest.raises(RunError) as caught:
         opened(*adapters, work=work, **request)
     assert caught.value.reason is Reason.INVALID_SPEC
     return caught.value.message
 
 
-def test_adapters_of_different_bases_are_refused_with_what_differs(model, adapters, tmp_path):
+def test_adapters_of_different_bases_are_rejected_with_the_difference(model, adapters, tmp_path):
     other = write_published(tmp_path / "other", model, PLAIN, QuantizationSpec(bits=4, type="fp4"), job="other")
     commit = RESOLVER.resolve(f"file://{model}", "main", MODEL_FIELD).commit[:12]
-    assert refusal(adapters["plain"], other, work=tmp_path) == (
-        f"--adapter: one base is loaded, and plain needs file://{model} at {commit} in 4 bits (nf4, double "
-        f"quantisation); other needs file://{model} at {commit} in 4 bits (fp4, double quantisation); ask those apart "
-        "that differ"
+    assert rejection(adapters["plain"], other, work=tmp_path) == (
+        f"--adapter: only one base is loaded, but plain needs file://{model} at {commit} in 4 bits (nf4, double "
+        f"quantization); other needs file://{model} at {commit} in 4 bits (fp4, double quantization); load them "
+        "separately"
     )
 
 
@@ -182,29 +184,32 @@ def test_given_base_model_does_not_override_quantization(model, adapters, tmp_pa
     moved = write_published(tmp_path / "moved", model, PLAIN, NF4, job="moved", base="hf://o/m", commit="c" * 40)
     uri = f"file://{model}"
     assert len(opened(adapters["plain"], moved, work=tmp_path, model=uri).handles) == 3
-    assert "hf://o/m at cccccccccccc" in refusal(adapters["plain"], moved, work=tmp_path)
+    assert "hf://o/m at cccccccccccc" in rejection(adapters["plain"], moved, work=tmp_path)
     eight = write_published(tmp_path / "eight", model, PLAIN, QuantizationSpec(bits=8), job="eight")
-    assert "eight needs a base in 8 bits" in refusal(adapters["plain"], eight, work=tmp_path, model=uri)
+    assert "eight needs a base in 8 bits" in rejection(adapters["plain"], eight, work=tmp_path, model=uri)
 
 
-def test_the_same_adapter_twice_is_refused(adapters, tmp_path):
-    message = refusal(adapters["plain"], adapters["plain"], work=tmp_path)
-    assert message.endswith("are one adapter; give it once")
+def test_duplicate_adapter_is_rejected(adapters, tmp_path):
+    message = rejection(adapters["plain"], adapters["plain"], work=tmp_path)
+    assert message.endswith("are the same adapter; give it once")
 
 
-def test_conflicting_modules_of_two_adapters_are_refused(model, tmp_path):
-    whole = PLAIN.model_copy(update={"targets": ("v_proj",), "modules_to_save": ("q_proj",)})
-    one = write_published(tmp_path / "one", model, whole, SIXTEEN, job="whole", digest="1" * 16)
+def test_conflicting_modules_of_two_adapters_are_rejected(model, tmp_path):
+    replacing = PLAIN.model_copy(update={"targets": ("v_proj",), "modules_to_save": ("q_proj",)})
+    one = write_published(tmp_path / "one", model, replacing, SIXTEEN, job="full", digest="1" * 16)
     other = write_published(tmp_path / "other", model, PLAIN, SIXTEEN, job="plain", digest="2" * 16)
     for pair in ((one, other), (other, one)):
-        assert refusal(*pair, work=tmp_path) == (
-            "--adapter: whole has a model.layers.0.self_attn.q_proj of its own, which plain changes, and peft cannot "
-            "hold both; ask them apart"
+        assert rejection(*pair, work=tmp_path) == (
+            "--adapter: full replaces model.layers.0.self_attn.q_proj, which plain adapts, and peft cannot load both; "
+            "load them separately"
         )
 
 
-def test_a_system_message_is_for_chats(adapters, talker, tmp_path):
-    manner = GENERATION.model_copy(update={"system": "Be brief."})
+def test_system_message_requires_a_chat_adapter(adapters, chat_adapter, tmp_path):
+    generation_config = GENERATION.model_copy(update={"system": "Be brief."})
     with pytest.raises(RunError, match="--system: none of the adapters was trained on chats"):
-        opened(adapters["plain"], work=tmp_path).start_conversation(manner, keep_history=False)
-    assert opened(talker, work=tmp_path).start_conversation(manner, keep_history=False).generation_config == manner
+        opened(adapters["plain"], work=tmp_path).start_conversation(generation_config, keep_history=False)
+    assert (
+        opened(chat_adapter, work=tmp_path).start_conversation(generation_config, keep_history=False).generation_config
+        == generation_config
+    )

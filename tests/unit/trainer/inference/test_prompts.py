@@ -1,4 +1,4 @@
-"""A question reaches an adapter exactly as its training rows did, whatever their format."""
+"""A question is rendered exactly like the prompts of the training rows, in every format."""
 
 import json
 
@@ -48,7 +48,7 @@ def user(question: str) -> list[dict[str, str]]:
         ("completion+text", None, "Why? ", {"prompt": "Why? ", "completion": "So."}),
     ],
 )  # fmt: skip
-def test_a_question_has_the_tokens_of_a_training_prompt(tokenizer, row_format, template, question, fields):
+def test_question_has_the_tokens_of_a_training_prompt(tokenizer, row_format, template, question, fields):
     if question.startswith("{") and "why" not in question:
         fields = json.loads(question) | fields
     example = parse_row(fields, row_format.split("+")[0], template)
@@ -59,24 +59,24 @@ def test_a_question_has_the_tokens_of_a_training_prompt(tokenizer, row_format, t
 
 @pytest.mark.parametrize("source", [LLAMA3, MISTRAL])
 @pytest.mark.parametrize("row_format", ["chat", "chat+instruction"])
-def test_a_conversation_has_the_tokens_of_a_training_prompt(tokenizer, source, row_format):
+def test_conversation_has_the_tokens_of_a_training_prompt(tokenizer, source, row_format):
     tokenizer.chat_template = source
-    asked = prompt_builder(tokenizer, row_format)
+    builder = prompt_builder(tokenizer, row_format)
     turns = chat("s:Be brief.", "u:Hello", "a:Hi.", "u:And you?", "a:Fine.")
     (row,) = encode_chats([turns], load_chat_template(tokenizer, None), "completion")
-    assert asked.build(turns.messages[:-1]) == list(row.prompt_ids)
-    assert asked.chat is not None
+    assert builder.build(turns.messages[:-1]) == list(row.prompt_ids)
+    assert builder.chat is not None
 
 
-def test_only_chats_are_conversations(tokenizer):
+def test_history_is_ignored_without_chat_template(tokenizer):
     assert prompt_builder(tokenizer, "instruction").chat is None
     earlier = [*user("First?"), {"role": "assistant", "content": "One."}]
-    asked = prompt_builder(tokenizer, "instruction")
-    assert asked.build([*earlier, *user("Second?")]) == asked.build(user("Second?"))
+    builder = prompt_builder(tokenizer, "instruction")
+    assert builder.build([*earlier, *user("Second?")]) == builder.build(user("Second?"))
 
 
 @pytest.mark.parametrize(
-    ("template", "question", "sentence"),
+    ("template", "question", "message"),
     [
         (
             PAIR,
@@ -87,7 +87,7 @@ def test_only_chats_are_conversations(tokenizer):
         (None, '{"instruction": 7}', "the question: field 'instruction' is a number (7), not text; write a string"),
     ],
 )
-def test_a_question_that_makes_no_prompt_says_what_would(tokenizer, template, question, sentence):
+def test_question_without_the_fields_is_rejected_with_an_example(tokenizer, template, question, message):
     with pytest.raises(RunError) as caught:
         prompt_builder(tokenizer, "instruction", template).build(user(question))
-    assert caught.value.message == sentence
+    assert caught.value.message == message

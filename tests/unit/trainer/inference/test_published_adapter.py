@@ -1,4 +1,4 @@
-"""A published adapter brought onto this computer, and its base found again; what is none of ours is told apart."""
+"""Downloading a published adapter and its base; other folders are rejected with what they are."""
 
 import json
 from datetime import UTC, datetime
@@ -35,19 +35,19 @@ def write_record(folder, record=RECORD, **changes):
     return f"file://{folder}"
 
 
-def test_a_folder_of_this_computer_is_used_where_it_is(tmp_path):
+def test_local_folder_is_used_in_place(tmp_path):
     found = opened(write_record(tmp_path / "my adapter") + "/", tmp_path / "work")
     assert (found.folder, found.record) == (tmp_path / "my adapter", RECORD)
 
 
-def test_a_record_of_an_older_release_is_read(tmp_path):
+def test_record_of_an_older_release_is_read(tmp_path):
     content = RECORD.model_dump_json(by_alias=True, exclude={"template", "init"})
     (tmp_path / "qlora.json").write_text(content)
     record = opened(f"file://{tmp_path}", tmp_path).record
     assert (record.template, record.init) == (None, "default")
 
 
-def test_the_record_says_how_the_adapter_is_asked_and_what_it_started_as():
+def test_record_has_the_prompt_template_and_the_initialization():
     spec = make_spec("hf://o/m", "s3://data/rows.jsonl", "s3://out", lora={"init": "loftq", "dropout": 0})
     spec = spec.model_copy(update={"dataset": spec.dataset.model_copy(update={"template": TEMPLATE})})
     record = build_record(run_config(spec, make_prepared()), SETTINGS)
@@ -65,7 +65,7 @@ def bucket(monkeypatch):
         yield client
 
 
-def test_an_adapter_in_s3_is_downloaded_and_a_changed_one_anew(bucket, tmp_path):
+def test_s3_adapter_is_downloaded_again_after_a_change(bucket, tmp_path):
     record = RECORD.model_dump_json(by_alias=True).encode()
     bucket.put_object(Bucket="adapters", Key="bot/1/adapter/qlora.json", Body=record)
     bucket.put_object(Bucket="adapters", Key="bot/1/adapter/weights", Body=b"old")
@@ -76,31 +76,31 @@ def test_an_adapter_in_s3_is_downloaded_and_a_changed_one_anew(bucket, tmp_path)
     assert opened("s3://adapters/bot/1/adapter", tmp_path).folder == second.folder
 
 
-def refusal(uri: str, work) -> str:
+def rejection(uri: str, work) -> str:
     with pytest.raises(RunError) as caught:
         opened(uri, work)
     assert caught.value.reason is Reason.INVALID_SPEC
     return caught.value.message
 
 
-def test_folder_without_record_is_refused_with_what_it_is(tmp_path):
+def test_folder_without_record_is_rejected_with_what_it_is(tmp_path):
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign/adapter_config.json").write_text("{}")
     (tmp_path / "other").mkdir()
     (tmp_path / "other/notes.txt").write_text("")
     where = f"file://{tmp_path}"
     fix = "give the folder 'adapter' of a published result"
-    assert refusal(f"{where}/none", tmp_path) == f"ADAPTER: {where}/none holds no files; {fix}"
-    assert refusal(f"{where}/other", tmp_path) == f"ADAPTER: {where}/other has no qlora.json; {fix}"
-    assert "is an adapter without qlora.json, which says what it was trained on" in refusal(
+    assert rejection(f"{where}/none", tmp_path) == f"ADAPTER: {where}/none holds no files; {fix}"
+    assert rejection(f"{where}/other", tmp_path) == f"ADAPTER: {where}/other has no qlora.json; {fix}"
+    assert "is an adapter without qlora.json, so its base and prompt format are unknown" in rejection(
         f"{where}/foreign", tmp_path
     )
-    assert refusal("hf://o/adapter", tmp_path).endswith(
-        "hf://o/adapter is no folder and no s3:// URI; download it first"
+    assert rejection("hf://o/adapter", tmp_path).endswith(
+        "hf://o/adapter is neither a folder nor an s3:// URI; download it first"
     )
 
 
-def test_result_folder_is_refused_and_names_its_adapter(tmp_path):
+def test_result_folder_is_rejected_and_names_its_adapter(tmp_path):
     manifest = ResultManifest(
         digest="0123456789abcdef",
         job="colours",
@@ -115,24 +115,24 @@ def test_result_folder_is_refused_and_names_its_adapter(tmp_path):
         files=(),
     )
     (tmp_path / "manifest.json").write_bytes(manifest_json(manifest))
-    assert refusal(f"file://{tmp_path}", tmp_path).endswith(f"is no adapter; that of this result is {RESULT.adapter}")
+    assert rejection(f"file://{tmp_path}", tmp_path).endswith(f"is a result folder; its adapter is {RESULT.adapter}")
 
 
-def test_a_record_that_a_newer_release_wrote_is_refused_by_its_field(tmp_path):
+def test_record_of_a_newer_release_is_rejected_and_names_the_field(tmp_path):
     uri = write_record(tmp_path, later=1)
-    assert refusal(uri, tmp_path) == (
-        f"ADAPTER: {uri}/qlora.json: later: Extra inputs are not permitted; use the release that wrote it, or a later "
+    assert rejection(uri, tmp_path) == (
+        f"ADAPTER: {uri}/qlora.json: later: Extra inputs are not permitted; use the release that wrote it or a later "
         "one"
     )
 
 
-def test_full_finetune_result_is_refused_as_adapter(tmp_path):
-    assert "was trained with method full and is one model already" in refusal(
+def test_full_finetune_result_is_rejected_as_adapter(tmp_path):
+    assert "was trained with method full and is a complete model" in rejection(
         write_record(tmp_path, method="full"), tmp_path
     )
 
 
-def test_the_base_is_the_one_that_was_trained_on(tmp_path):
+def test_fetched_base_is_at_the_recorded_commit(tmp_path):
     uri = write_model(tmp_path / "model")
     other = write_model(tmp_path / "other", seed=1)
     commit = RESOLVER.resolve(uri, "main", MODEL_FIELD).commit
@@ -140,18 +140,16 @@ def test_the_base_is_the_one_that_was_trained_on(tmp_path):
     assert fetch_base(RESOLVER, record, None, tmp_path) == tmp_path / "model"
     assert fetch_base(RESOLVER, record, other, tmp_path) == tmp_path / "other"
     changed = record.model_copy(update={"commit": "0" * 40})
-    assert base_refusal(changed, tmp_path).startswith(
-        f"the files at {uri} are not those that the adapter was trained on"
-    )
+    assert base_refusal(changed, tmp_path).startswith(f"the files at {uri} have changed since the adapter was trained")
 
 
 def test_unreachable_base_error_names_base_model_option(tmp_path):
     missing = RECORD.model_copy(update={"base": f"file://{tmp_path}/gone"})
     assert base_refusal(missing, tmp_path) == (
-        f"the adapter's base (--base-model gives another): file://{tmp_path}/gone holds no files"
+        f"the adapter's base (--base-model overrides it): file://{tmp_path}/gone holds no files"
     )
     claim = RECORD.model_copy(update={"base": "pvc://models/llama"})
-    assert base_refusal(claim, tmp_path).endswith("which only a cluster can mount; copy it and give --base-model")
+    assert base_refusal(claim, tmp_path).endswith("which only a cluster can mount; copy it and set --base-model")
 
 
 def base_refusal(record, work) -> str:

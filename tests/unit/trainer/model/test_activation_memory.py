@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.memory.combinations import EVERYTHING, JOINED, Combination
+from benchmarks.memory.combinations import EVERYTHING, PACKED, Combination
 from benchmarks.memory.comparison import Comparison
 from benchmarks.memory.measure import measure
 from benchmarks.memory.predict import predict
@@ -14,7 +14,7 @@ SMALL = {"hidden": 64, "intermediate": 128, "layers": 4, "heads": 4, "kv_heads":
 @pytest.mark.parametrize(
     "combination",
     [
-        pytest.param(Combination(**SMALL | JOINED | {"dropout": 0.05}), id="packed"),
+        pytest.param(Combination(**SMALL | PACKED | {"dropout": 0.05}), id="packed"),
         pytest.param(Combination(**SMALL, targets=EVERYTHING, checkpointing=True), id="checkpointed"),
         pytest.param(Combination(**SMALL, family="gemma2", head_dim=16, vocabulary=4096), id="capped logits"),
         pytest.param(Combination(**SMALL, method="full", bits=16), id="full"),

@@ -1,6 +1,6 @@
-"""The same training by two independent trainers: TRL's SFTTrainer and transformers' Trainer.
+"""Reference losses of the same training run by TRL's SFTTrainer and transformers' Trainer.
 
-Everything that could differ is set to be the same, and what has to be set for that is said beside it.
+All settings that could differ are set to ours; a comment explains each one that is not obvious.
 """
 
 from collections.abc import Sequence
@@ -20,12 +20,12 @@ from qlora_trainer.model.base_model import TrainableModel
 from tests.unit.trainer.tiny import make_tokenizer
 
 IGNORED: Final = -100
-"""The label that every Hugging Face loss leaves out."""
+"""The label that every Hugging Face loss ignores."""
 
 
 @dataclass(frozen=True)
 class RunSettings:
-    """A training run, in words that all three trainers understand."""
+    """Settings of a training run, in terms common to all three trainers."""
 
     training: TrainingSpec
     micro_batch: int
@@ -33,13 +33,13 @@ class RunSettings:
     bf16: bool
 
     def order(self, rows: int) -> list[int]:
-        """Return the rows of all steps, one after the other: an oracle reads a dataset that is already in order."""
+        """Return the row indices of all steps in sequence: an oracle reads a dataset that is already in order."""
         batch, seed = self.training.global_batch_size, self.training.seed
         return [row for step in range(self.steps) for row in sample_step(step, rows, batch, seed)]
 
 
 class Losses(TrainerCallback):
-    """Keeps the loss of every step."""
+    """Records the loss of every step."""
 
     def __init__(self) -> None:
         self.seen: list[float] = []
@@ -50,39 +50,39 @@ class Losses(TrainerCallback):
 
 
 def labels_of(row: TokenRow) -> list[int]:
-    """Return the row's tokens where they are learned; the oracles shift labels by themselves."""
-    learned = {position for start, end in row.label_spans for position in range(start, end)}
-    return [token if place in learned else IGNORED for place, token in enumerate(row.input_ids)]
+    """Return the row's tokens at its labels and IGNORED elsewhere; the oracles shift labels themselves."""
+    label_positions = {position for start, end in row.label_spans for position in range(start, end)}
+    return [token if position in label_positions else IGNORED for position, token in enumerate(row.input_ids)]
 
 
-def dataset_of(rows: Sequence[TokenRow], fingerprint: RunSettings) -> Dataset:
-    """Return the rows in the order in which they are learned, already tokenised."""
-    ordered = [rows[number] for number in fingerprint.order(len(rows))]
+def dataset_of(rows: Sequence[TokenRow], settings: RunSettings) -> Dataset:
+    """Return the tokenized rows in training order."""
+    ordered = [rows[number] for number in settings.order(len(rows))]
     return Dataset.from_list([{"input_ids": list(row.input_ids), "labels": labels_of(row)} for row in ordered])
 
 
-def arguments_of(fingerprint: RunSettings, folder: Path) -> dict[str, Any]:
-    """Return what transformers and TRL call the settings of a course, and what they do unasked switched off."""
-    training = fingerprint.training
+def arguments_of(settings: RunSettings, folder: Path) -> dict[str, Any]:
+    """Return the settings in the names of transformers and TRL, with their extra defaults disabled."""
+    training = settings.training
     return {
         "output_dir": str(folder),
-        "max_steps": fingerprint.steps,
-        "per_device_train_batch_size": fingerprint.micro_batch,
-        "gradient_accumulation_steps": training.global_batch_size // fingerprint.micro_batch,
+        "max_steps": settings.steps,
+        "per_device_train_batch_size": settings.micro_batch,
+        "gradient_accumulation_steps": training.global_batch_size // settings.micro_batch,
         "learning_rate": training.learning_rate,
         "lr_scheduler_type": training.scheduler,
-        # transformers starts a warm-up at rate 0, so that its first step learns nothing; ours starts one step further.
-        # test_our_warm_up_is_one_step_ahead compares them.
+        # transformers starts a warm-up at learning rate 0, so its first step changes nothing; ours is one step ahead.
+        # The test of the learning rate in test_parity.py compares them.
         "warmup_steps": 0,
         "weight_decay": training.weight_decay,
         "max_grad_norm": training.max_grad_norm,
         "optim": "adamw_torch",
-        "bf16": fingerprint.bf16,
+        "bf16": settings.bf16,
         # The dataset is in order already.
         "train_sampling_strategy": "sequential",
-        # Recomputation is exact but slow; TRL has it on.
+        # Gradient checkpointing is exact but slow; TRL enables it by default.
         "activation_checkpointing": False,
-        # transformers would log the last finite loss in place of one that is not (trap 26).
+        # By default transformers logs the last finite loss in place of a NaN or infinite one (trap 26).
         "logging_nan_inf_filter": False,
         "logging_steps": 1,
         "use_cpu": True,
@@ -96,56 +96,56 @@ def arguments_of(fingerprint: RunSettings, folder: Path) -> dict[str, Any]:
 class PlainHeadSFTTrainer(SFTTrainer):
     """TRL's trainer with the loss that transformers computes from the model's own logits.
 
-    TRL 1.16 computes the output layer in tiles of its own, whose gradient is rounded to 16 bits elsewhere than torch's.
-    The loop, the collator, the normalisation and the optimizer stay TRL's.
+    TRL 1.16 computes the output layer in its own tiles, whose gradient is rounded to 16 bits at other points than
+    torch's. Loop, collator, normalization and optimizer remain TRL's.
     """
 
     compute_loss = Trainer.compute_loss
 
 
 def losses_of_trl(
-    trainable: TrainableModel, rows: Sequence[TokenRow], fingerprint: RunSettings, folder: Path
+    trainable: TrainableModel, rows: Sequence[TokenRow], settings: RunSettings, folder: Path
 ) -> list[float]:
-    """Train with TRL's SFTTrainer as it is, and return its losses."""
-    return _losses_of_sft(SFTTrainer, trainable, rows, fingerprint, folder)
+    """Train with TRL's unmodified SFTTrainer, and return its losses."""
+    return _losses_of_sft(SFTTrainer, trainable, rows, settings, folder)
 
 
 def losses_of_trl_with_plain_head(
-    trainable: TrainableModel, rows: Sequence[TokenRow], fingerprint: RunSettings, folder: Path
+    trainable: TrainableModel, rows: Sequence[TokenRow], settings: RunSettings, folder: Path
 ) -> list[float]:
     """Train with TRL's SFTTrainer and the model's own output layer, and return its losses."""
-    return _losses_of_sft(PlainHeadSFTTrainer, trainable, rows, fingerprint, folder)
+    return _losses_of_sft(PlainHeadSFTTrainer, trainable, rows, settings, folder)
 
 
 def _losses_of_sft(
-    sft: type[SFTTrainer], trainable: TrainableModel, rows: Sequence[TokenRow], fingerprint: RunSettings, folder: Path
+    sft: type[SFTTrainer], trainable: TrainableModel, rows: Sequence[TokenRow], settings: RunSettings, folder: Path
 ) -> list[float]:
-    losses, started = Losses(), [parameter.detach().clone() for parameter in trainable.parameters()]
+    losses, initial_weights = Losses(), [parameter.detach().clone() for parameter in trainable.parameters()]
     trainer = sft(
         model=trainable.wrapped,
-        # max_length would cut rows, and padding to a multiple would change the width of a batch.
-        args=SFTConfig(**arguments_of(fingerprint, folder), max_length=None, pad_to_multiple_of=None),
-        train_dataset=dataset_of(rows, fingerprint),
+        # max_length would truncate rows, and padding to a multiple would change the width of a batch.
+        args=SFTConfig(**arguments_of(settings, folder), max_length=None, pad_to_multiple_of=None),
+        train_dataset=dataset_of(rows, settings),
         processing_class=make_tokenizer(),
         callbacks=[losses],
     )
-    # On a quantised base TRL makes the adapter bf16 (finding 6 of section 0); this is the fp32 adapter again, from its
-    # values before the rounding.
-    for parameter, value in zip(trainable.parameters(), started, strict=True):
+    # On a quantized base TRL casts the adapter to bf16 (finding 6 of section 0); restore the fp32 adapter with its
+    # values before the cast.
+    for parameter, value in zip(trainable.parameters(), initial_weights, strict=True):
         parameter.data = value
     trainer.train()
     return losses.seen
 
 
 def losses_of_transformers(
-    trainable: TrainableModel, rows: Sequence[TokenRow], fingerprint: RunSettings, folder: Path
+    trainable: TrainableModel, rows: Sequence[TokenRow], settings: RunSettings, folder: Path
 ) -> list[float]:
     """Train with transformers' Trainer and return its losses."""
     losses = Losses()
     trainer = Trainer(
         model=trainable.wrapped,
-        args=TrainingArguments(**arguments_of(fingerprint, folder)),
-        train_dataset=dataset_of(rows, fingerprint),
+        args=TrainingArguments(**arguments_of(settings, folder)),
+        train_dataset=dataset_of(rows, settings),
         data_collator=pad_right,
         callbacks=[losses],
     )
@@ -154,7 +154,7 @@ def losses_of_transformers(
 
 
 def pad_right(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Fill rows up to the longest; known by its place in the mask and the labels, never by its token (trap 3)."""
+    """Pad rows to the longest; padding is marked in the mask and the labels, never by its token (trap 3)."""
     width = max(len(row["input_ids"]) for row in rows)
     return default_data_collator(
         [

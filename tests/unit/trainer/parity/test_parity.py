@@ -1,8 +1,8 @@
 """Our loop against TRL's SFTTrainer and transformers' Trainer: same rows, order, adapter and settings, same losses.
 
-The oracles are independent of us in everything that a loop decides: how labels are shifted, how losses are summed and
-normalised, when gradients are clipped, what the schedule and the optimizer do. Dropout is off: each of the three draws
-its masks in an order of its own.
+The oracles are independent of ours in everything that a training loop determines: label shift, loss sum and
+normalization, gradient clipping, schedule and optimizer. Dropout is off: each of the three draws its masks in a
+different order.
 """
 
 from collections.abc import Callable
@@ -42,9 +42,9 @@ BASES: Final = {
     "NF4": (QuantizationSpec(bits=4), torch.bfloat16),
 }
 EXACT: Final = 1e-4
-"""Relative, of every step's loss over 100 steps; found: 3e-7."""
+"""Relative tolerance of every step's loss over 100 steps; measured: 3e-7."""
 ROUNDED: Final = 5e-3
-"""The same, where TRL's own output layer rounds to 16 bits elsewhere; found: 1.5e-3, as TRL is from transformers."""
+"""The same for TRL's own output layer, which rounds at other points; measured: 1.5e-3, as TRL to transformers."""
 
 
 @pytest.fixture(scope="module")
@@ -65,10 +65,10 @@ def token_rows(count: int = 48) -> tuple[TokenRow, ...]:
 
 def make_trainable(folder: Path, base: str, *, packing: bool = False) -> tuple[TrainableModel, RuntimeSettings]:
     quantization, dtype = BASES[base]
-    choices = RuntimeSettings(
+    settings = RuntimeSettings(
         dtype, "sdpa", gradient_checkpointing=False, packing=packing, optimizer=OptimizerKind.ADAMW, reasons={}
     )
-    return attach_lora(load_base(folder, quantization, dtype, "sdpa", "cpu"), LORA, 1, choices), choices
+    return attach_lora(load_base(folder, quantization, dtype, "sdpa", "cpu"), LORA, 1, settings), settings
 
 
 def settings_of(base: str, micro_batch: int = 4, steps: int = 100, **training: float) -> RunSettings:
@@ -77,10 +77,10 @@ def settings_of(base: str, micro_batch: int = 4, steps: int = 100, **training: f
 
 
 @cache
-def our_losses(folder: Path, base: str, fingerprint: RunSettings, *, packing: bool = False) -> list[float]:
-    tuned, choices = make_trainable(folder, base, packing=packing)
-    schedule = Schedule(fingerprint.training, fingerprint.micro_batch, fingerprint.steps)
-    loop = make_loop(tuned, token_rows(), schedule, choices, World(CPU))
+def our_losses(folder: Path, base: str, run_settings: RunSettings, *, packing: bool = False) -> list[float]:
+    trainable, settings = make_trainable(folder, base, packing=packing)
+    schedule = Schedule(run_settings.training, run_settings.micro_batch, run_settings.steps)
+    loop = make_loop(trainable, token_rows(), schedule, settings, World(CPU))
     return [record.loss for record in run_steps(loop)]
 
 
@@ -97,9 +97,9 @@ def our_losses(folder: Path, base: str, fingerprint: RunSettings, *, packing: bo
     ],
 )
 def test_hundred_losses_equal_those_of_the_reference(folder, tmp_path, base: str, oracle: Oracle, tolerance: float):
-    course = settings_of(base)
-    ours = our_losses(folder, base, course)
-    theirs = oracle(make_trainable(folder, base)[0], token_rows(), course, tmp_path)
+    run_settings = settings_of(base)
+    ours = our_losses(folder, base, run_settings)
+    theirs = oracle(make_trainable(folder, base)[0], token_rows(), run_settings, tmp_path)
     assert len(theirs) == 100
     assert ours == pytest.approx(theirs, rel=tolerance)
     assert ours[-1] < 0.9 * ours[0]
@@ -107,17 +107,17 @@ def test_hundred_losses_equal_those_of_the_reference(folder, tmp_path, base: str
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_gradient_accumulation_of_1_x_16_is_16_x_1(folder, packing):
-    whole, parts = (settings_of("fp32", size, 12, global_batch_size=16) for size in (16, 1))
-    expected = our_losses(folder, "fp32", whole, packing=packing)
-    assert our_losses(folder, "fp32", parts, packing=packing) == pytest.approx(expected, rel=1e-5)
+    single, accumulated = (settings_of("fp32", size, 12, global_batch_size=16) for size in (16, 1))
+    expected = our_losses(folder, "fp32", single, packing=packing)
+    assert our_losses(folder, "fp32", accumulated, packing=packing) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize(
     ("scheduler", "theirs"),
     [("cosine", get_cosine_schedule_with_warmup), ("linear", get_linear_schedule_with_warmup)],
 )
-def test_the_learning_rate_is_that_of_transformers_but_for_a_warm_up_one_step_ahead(scheduler, theirs):
-    # transformers' first step has rate 0 and learns nothing; ours has one step's share of the rise.
+def test_learning_rate_matches_transformers_except_warm_up_is_one_step_ahead(scheduler, theirs):
+    # transformers' first step has rate 0 and changes nothing; ours has the first increment of the warm-up.
     warmup, total = 10, 100
     training = TrainingSpec(learning_rate=1.0, warmup_ratio=warmup / total, scheduler=scheduler)
     schedule = Schedule(training, 1, total)

@@ -1,4 +1,4 @@
-"""The gate: what it refuses, with which words, and that refused work is kept and found again."""
+"""The gate: violations and their messages; a rejected result is uploaded and can be published later."""
 
 import hashlib
 from pathlib import Path
@@ -31,7 +31,7 @@ def evaluation(base: float, adapter: float, **answers: float) -> EvaluationStatu
 
 
 @pytest.mark.parametrize(
-    ("gate", "found", "complaints"),
+    ("gate", "found", "violations"),
     [
         ({}, evaluation(2, 9), ()),
         ({"max_loss_increase": 0}, evaluation(2, 2), ()),
@@ -39,8 +39,8 @@ def evaluation(base: float, adapter: float, **answers: float) -> EvaluationStatu
             {"max_loss_increase": 0},
             evaluation(2, 2.1),
             (
-                "spec.evaluation.gate.maxLossIncrease: the held-out loss changed from the base's to the adapter's by "
-                "+5.00%, and at most +0.00% passes",
+                "spec.evaluation.gate.maxLossIncrease: the held-out loss changed from base to adapter by "
+                "+5.00%, but must be at most +0.00%",
             ),
         ),
         ({"max_loss_increase": 0.06}, evaluation(2, 2.1), ()),
@@ -49,29 +49,29 @@ def evaluation(base: float, adapter: float, **answers: float) -> EvaluationStatu
             {"max_loss_increase": -0.1, "max_loss": 1.8},
             evaluation(2, 1.9),
             (
-                "spec.evaluation.gate.maxLossIncrease: the held-out loss changed from the base's to the adapter's by "
-                "-5.00%, and at most -10.00% passes",
-                "spec.evaluation.gate.maxLoss: the held-out loss is 1.9000, and at most 1.8000 passes",
+                "spec.evaluation.gate.maxLossIncrease: the held-out loss changed from base to adapter by "
+                "-5.00%, but must be at most -10.00%",
+                "spec.evaluation.gate.maxLoss: the held-out loss is 1.9000, but must be at most 1.8000",
             ),
         ),
         ({"min_exact_match": 0.5, "min_rouge_l": 0.3}, evaluation(2, 3, exact_match=0.5, rouge_l=0.4), ()),
         (
             {"min_rouge_l": 0.5},
             evaluation(2, 1, exact_match=0.5, rouge_l=0.4),
-            ("spec.evaluation.gate.minRougeL: the answers' mean ROUGE-L is 0.4000, and at least 0.5000 passes",),
+            ("spec.evaluation.gate.minRougeL: the answers' mean ROUGE-L is 0.4000, but must be at least 0.5000",),
         ),
         (
             {"min_exact_match": 0.5},
             evaluation(2, 1),
             (
-                "spec.evaluation.gate.minExactMatch: no held-out row was answered, so there is no figure to compare "
-                "with 0.5",
+                "spec.evaluation.gate.minExactMatch: no answers to held-out rows were generated, so there is no "
+                "value to compare with 0.5",
             ),
         ),
     ],
 )
-def test_find_violations(gate, found, complaints):
-    assert find_violations(GateSpec(**gate), found) == complaints
+def test_find_violations(gate, found, violations):
+    assert find_violations(GateSpec(**gate), found) == violations
 
 
 def test_gate_on_answers_without_answers_lacks_metrics():
@@ -94,16 +94,18 @@ def test_rejected_result_is_uploaded_and_published_later_without_training(spec, 
     prepared = prepare(prepare_config(spec), work=tmp_path)
     folder = Path(prepared.prefix.removeprefix("file://"))
 
-    with pytest.raises(RunError, match=r"gate\.maxLoss: the held-out loss is .*rejected/adapter; the same") as refused:
+    with pytest.raises(
+        RunError, match=r"gate\.maxLoss: the held-out loss is .*rejected/adapter but not published"
+    ) as rejected:
         run(run_config(spec, prepared, total_steps=1), RecordingSink(), work=tmp_path)
-    assert refused.value.reason == Reason.GATE_FAILED
+    assert rejected.value.reason == Reason.GATE_FAILED
     assert not (folder / "manifest.json").exists()
     assert not (folder.parent / "latest.json").exists()
 
-    with pytest.raises(RunError, match=r"gate\.maxLoss: .*rejected/adapter; the same"):
+    with pytest.raises(RunError, match=r"gate\.maxLoss: .*rejected/adapter but not published"):
         prepare(prepare_config(spec), work=tmp_path)
 
-    # Nobody was asked for an answer, so a gate that looks at answers needs another run.
+    # No answers were generated, so a gate on answers needs another run.
     assert prepare(prepare_config(with_gate(spec, min_rouge_l=0.1)), work=tmp_path).published is None
 
     accepted = prepare(prepare_config(with_gate(spec, max_loss=99)), work=tmp_path)
@@ -113,5 +115,5 @@ def test_rejected_result_is_uploaded_and_published_later_without_training(spec, 
     for file in manifest.files:
         assert hashlib.sha256((folder / file.path).read_bytes()).hexdigest() == file.sha256, file.path
 
-    with pytest.raises(RunError, match=r"maxLoss.*It was published as .* by a run whose gate let it pass"):
+    with pytest.raises(RunError, match=r"maxLoss.*It was published as .* by a run whose gate it passed"):
         prepare(prepare_config(spec), work=tmp_path)

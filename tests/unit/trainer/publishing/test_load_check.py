@@ -1,4 +1,4 @@
-"""An adapter that does not load ends the run, with what the process that tried said or how it ended."""
+"""An adapter that does not load fails the run, with the stderr of the subprocess or its exit status."""
 
 import sys
 from pathlib import Path
@@ -22,20 +22,20 @@ TASK = LoadingTask(
 
 
 @pytest.mark.parametrize(
-    ("script", "words"),
+    ("script", "message"),
     [
-        ("kill -KILL $$", r"ended by SIGKILL, as where memory runs out: $"),
-        ("kill -TERM $$", r"ended by SIGTERM: $"),
-        ("echo no such folder >&2; exit 3", r"ended with exit code 3: no such folder\n$"),
-        ("echo 2.5", r"has a loss of 2\.5000 where training had 1\.0000"),
+        ("kill -KILL $$", r"was killed by SIGKILL, which usually means out of memory: $"),
+        ("kill -TERM $$", r"was killed by SIGTERM: $"),
+        ("echo no such folder >&2; exit 3", r"exited with code 3: no such folder\n$"),
+        ("echo 2.5", r"has a loss of 2\.5000, but 1\.0000 after training"),
     ],
 )
-def test_failed_load_check_reports_exit_code_or_signal(tmp_path, monkeypatch, script, words):
-    """The interpreter is a stand-in that does nothing but end."""
+def test_failed_load_check_reports_exit_code_or_signal(tmp_path, monkeypatch, script, message):
+    """The interpreter is replaced by a script that only exits."""
     interpreter = tmp_path / "python"
     interpreter.write_text(f"#!/bin/sh\n{script}\n")
     interpreter.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(interpreter))
-    with pytest.raises(RunError, match=words) as caught:
+    with pytest.raises(RunError, match=message) as caught:
         load_in_fresh_process(TASK, Path("/nowhere"), 1.0)
     assert caught.value.reason == Reason.TRAINER_ERROR

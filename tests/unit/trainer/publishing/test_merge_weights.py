@@ -1,4 +1,4 @@
-"""Merging: the merged model is base and adapter, on either base, and the difference is measured."""
+"""Merging: the merged model computes the same as base and adapter, on either base, and the difference is measured."""
 
 import json
 from dataclasses import replace
@@ -16,33 +16,33 @@ from tests.unit.trainer.tuned import NF4
 
 
 @pytest.mark.parametrize("dora", [False, True])
-def test_the_dequantised_base_answers_as_it_was_trained_to(tmp_path, dora):
+def test_merge_into_dequantized_base_is_nearly_exact(tmp_path, dora):
     task = write_trained(tmp_path, PLAIN.model_copy(update={"dora": dora}), NF4)
     exact = merge_adapter(with_base(task, "dequantised"), tmp_path / "exact").difference
     other = merge_adapter(task, tmp_path / "other").difference
     assert exact.tokens == sum(row.label_count for row in task.rows)
     assert exact.relative < 0.02  # bf16 keeps 8 bits
     assert exact.same_choice > 0.9
-    # The original base differs from what was trained on by all that four bits cannot hold.
+    # The original base differs from the one used in training by the quantization error.
     assert other.relative > 3 * exact.relative
     assert abs(exact.merged_loss - exact.unmerged_loss) < 0.05
 
 
-# LLM.int8 rounds what goes into a layer as well, which a merged model does not.
+# LLM.int8 also quantizes the inputs of a layer, which a merged model does not.
 @pytest.mark.parametrize(("bits", "bound"), [(8, 0.05), (16, 0.02)])
-def test_other_bases_merge_as_well(tmp_path, bits, bound):
+def test_8_and_16_bit_bases_can_be_merged(tmp_path, bits, bound):
     task = write_trained(tmp_path, PLAIN, QuantizationSpec(bits=bits))
     assert merge_adapter(with_base(task, "dequantised"), tmp_path / "merged").difference.relative < bound
 
 
-def test_an_adapter_that_was_trained_with_flash_attention_is_merged_on_a_cpu(tmp_path):
+def test_adapter_trained_with_flash_attention_is_merged_on_cpu(tmp_path):
     task = write_trained(tmp_path, PLAIN, NF4)
     plain = merge_adapter(with_base(task, "dequantised"), tmp_path / "plain").difference
     flash = replace(task, base="dequantised", record=task.record.model_copy(update={"attention": FLASH}))
     assert merge_adapter(flash, tmp_path / "flash").difference == plain
 
 
-def test_what_was_measured_lies_beside_the_model(tmp_path):
+def test_merge_report_and_tokenizer_are_written_with_the_model(tmp_path):
     task = write_trained(tmp_path, PLAIN, NF4)
     report = merge_adapter(task, tmp_path / "merged")
     assert json.loads((tmp_path / "merged/merge.json").read_text()) == json.loads(report.model_dump_json(by_alias=True))
@@ -50,13 +50,13 @@ def test_what_was_measured_lies_beside_the_model(tmp_path):
     assert AutoConfig.from_pretrained(tmp_path / "merged").dtype == torch.bfloat16
 
 
-def test_without_rows_nothing_is_measured(tmp_path):
+def test_merge_without_rows_has_no_difference(tmp_path):
     task = write_trained(tmp_path, PLAIN, NF4)
     report = merge_adapter(MergeTask(task.model, task.adapter, "original", task.record, ()), tmp_path / "merged")
     assert report.difference is None
 
 
-def test_rows_are_measured_up_to_a_limit_but_one_at_least():
+def test_choose_rows_stops_at_the_token_limit_but_keeps_one_row():
     long, short = TokenRow(tuple(range(400)), ((1, 400),)), TokenRow(tuple(range(101)), ((1, 101),))
     assert choose_rows([long, short]) == [long]
     assert choose_rows([short, short, short]) == [short, short]

@@ -1,4 +1,4 @@
-"""The model card, as the hub's own library reads it: what it says of base, data and kind is found there."""
+"""The model card has the metadata of base, data and method, as read by huggingface_hub."""
 
 from pathlib import Path
 from typing import Any
@@ -25,17 +25,17 @@ ON_THE_HUB = {
 
 
 def make_report(**spec: Any) -> RunReport:
-    asked = make_spec(**spec)
+    job_spec = make_spec(**spec)
     return RunReport(
         job="support-bot",
         namespace="ml",
         digest=DIGEST,
-        spec=asked,
+        spec=job_spec,
         plan=Plan(device="cpu", nodes=1, gpus_per_node=0, micro_batch_size=4, gradient_accumulation=2, total_steps=1),
         prepared=Prepared(
             digest=DIGEST,
             prefix=f"s3://adapters/team-a/support-bot/{DIGEST}",
-            model=ModelStatus(uri=asked.model.uri, commit="c0ffee", architecture="LlamaForCausalLM", parameters=1),
+            model=ModelStatus(uri=job_spec.model.uri, commit="c0ffee", architecture="LlamaForCausalLM", parameters=1),
             dataset=DataStatus(
                 digest="d" * 64,
                 format="instruction",
@@ -95,7 +95,7 @@ def make_report(**spec: Any) -> RunReport:
         ),
     ],
 )
-def test_the_hub_finds_base_data_and_kind_in_the_card(tmp_path: Path, spec, metadata):
+def test_card_metadata_has_base_data_and_method(tmp_path: Path, spec, metadata):
     write_card(make_report(**spec), tmp_path)
     assert metadata_load(tmp_path / CARD_FILE) == metadata
     card = ModelCard.load(tmp_path / CARD_FILE)

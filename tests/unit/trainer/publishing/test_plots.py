@@ -1,4 +1,4 @@
-"""The page's pictures: in the page's colours, of bounded size, and honest about what is drawn."""
+"""The plots of the page: colors, size limits and captions."""
 
 from itertools import pairwise
 from xml.etree import ElementTree

@@ -1,4 +1,4 @@
-"""Publishing: the manifest is last, conditional and true; S3's answers become reasons (against moto)."""
+"""Publishing: the manifest is written last, once, and is correct; S3 errors map to reasons (with moto)."""
 
 import json
 import shutil
@@ -35,7 +35,7 @@ KEYS = Credentials({"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "te
 
 
 class RecordingStore(FileStore):
-    """A folder that remembers the order of its writes."""
+    """A folder that records the order of its writes."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(f"file://{folder}", OUTPUT_FIELD)
@@ -55,7 +55,7 @@ def files(tmp_path) -> Path:
     return folder
 
 
-def test_the_manifest_comes_after_every_file_and_the_pointer_after_it(tmp_path, files):
+def test_manifest_is_written_after_all_files_and_before_latest(tmp_path, files):
     store = RecordingStore(tmp_path / "output")
     publish(store, config(store.root), result(1.0), files, NOW)
     assert store.writes == [
@@ -72,9 +72,9 @@ def test_the_manifest_comes_after_every_file_and_the_pointer_after_it(tmp_path, 
     }
 
 
-def test_the_second_publisher_returns_the_first_ones_result(tmp_path, files):
+def test_second_publisher_returns_the_result_of_the_first(tmp_path, files):
     class Racing(RecordingStore):
-        """Somebody else's manifest appears while this one's files are uploaded."""
+        """Another publisher writes its manifest during this upload."""
 
         def put(self, path: str, source: Path | bytes, *, if_none_match: bool = False) -> None:
             if path.endswith("manifest.json"):
@@ -89,8 +89,8 @@ def test_the_second_publisher_returns_the_first_ones_result(tmp_path, files):
     assert json.loads(second.read("latest.json"))["digest"] == DIGEST
 
 
-def assert_true(store: FileStore | S3Store) -> ResultManifest:
-    """Everything that the manifest lists is there as it says, and the result points to it."""
+def check_manifest(store: FileStore | S3Store) -> ResultManifest:
+    """Check that every file of the manifest exists with its checksum, and return the manifest."""
     manifest = ResultManifest.model_validate_json(store.read(f"{DIGEST}/manifest.json"))
     for file in manifest.files:
         assert sha256_of(store.read(f"{DIGEST}/{file.path}")) == file.sha256, file.path
@@ -99,7 +99,7 @@ def assert_true(store: FileStore | S3Store) -> ResultManifest:
 
 def test_second_publisher_does_not_replace_files(tmp_path, files):
     class Slow(RecordingStore):
-        """Somebody else publishes the whole result after this one looked for a manifest."""
+        """Another publisher publishes its result after this one checked for a manifest."""
 
         def put(self, path: str, source: Path | bytes, *, if_none_match: bool = False) -> None:
             if not self.writes:
@@ -112,7 +112,7 @@ def test_second_publisher_does_not_replace_files(tmp_path, files):
     (files / "adapter/adapter_model.safetensors").write_bytes(b"other weights")
     store = Slow(tmp_path / "output")
     assert publish(store, config(store.root), result(2.0), files, NOW) == result(1.0)
-    assert assert_true(store).files == describe_files(winner)
+    assert check_manifest(store).files == describe_files(winner)
 
 
 @pytest.mark.usefixtures("bucket")
@@ -122,7 +122,7 @@ def test_files_of_a_crashed_attempt_are_never_replaced(tmp_path, files, kind):
     store.put(f"{DIGEST}/adapter/adapter_config.json", b"{}")
     store.put(f"{DIGEST}/adapter/adapter_model.safetensors", b"old weights")
     found = publish(store, config(store.root), result(1.0), files, NOW)
-    manifest = assert_true(store)
+    manifest = check_manifest(store)
     assert manifest.result == found
     assert store.read(f"{DIGEST}/adapter/adapter_model.safetensors") == b"old weights"
     folder = found.adapter.removeprefix(f"{store.root}/")
@@ -132,10 +132,10 @@ def test_files_of_a_crashed_attempt_are_never_replaced(tmp_path, files, kind):
 
 
 def overwriting(root: str, run: str) -> RunConfig:
-    """The run of a QLoRAJob that replaces what others published."""
-    given = config(root)
-    output = given.spec.output.model_copy(update={"if_exists": "Overwrite"})
-    return given.model_copy(update={"spec": given.spec.model_copy(update={"output": output}), "uid": run})
+    """The run of a QLoRAJob that replaces the results of other runs."""
+    base = config(root)
+    output = base.spec.output.model_copy(update={"if_exists": "Overwrite"})
+    return base.model_copy(update={"spec": base.spec.model_copy(update={"output": output}), "uid": run})
 
 
 def published_paths(store: FileStore | S3Store) -> set[str]:
@@ -144,20 +144,20 @@ def published_paths(store: FileStore | S3Store) -> set[str]:
 
 @pytest.mark.usefixtures("bucket")
 @pytest.mark.parametrize("kind", ["file", "s3"])
-def test_a_result_that_is_overwritten_is_complete_at_any_time_and_leaves_nothing(tmp_path, files, kind):
+def test_overwritten_result_is_complete_and_its_files_are_deleted(tmp_path, files, kind):
     store = s3_store() if kind == "s3" else RecordingStore(tmp_path / "output")
     publish(store, config(store.root), result(1.0), files, NOW)
     store.put(f"{DIGEST}/merged/original/model.safetensors", b"merged from the first")
     (files / "adapter/adapter_model.safetensors").write_bytes(b"other weights")
     found = publish(store, overwriting(store.root, "second"), result(2.0), files, NOW)
-    manifest = assert_true(store)
+    manifest = check_manifest(store)
     assert (manifest.run, manifest.result, found.evaluation.base.loss) == ("second", found, 2.0)
     assert published_paths(store) == {"manifest.json", *(file.path for file in manifest.files)}
     third = publish(store, overwriting(store.root, "third"), result(3.0), files, NOW)
-    assert (assert_true(store).run, third.evaluation.base.loss) == ("third", 3.0)
+    assert (check_manifest(store).run, third.evaluation.base.loss) == ("third", 3.0)
 
 
-def test_trap_41_files_of_a_result_that_is_overwritten_are_never_replaced(tmp_path, files):
+def test_trap_41_files_of_an_overwritten_result_are_never_replaced(tmp_path, files):
     store = RecordingStore(tmp_path / "output")
     publish(store, config(store.root), result(1.0), files, NOW)
     first = {path for path in store.writes if path.startswith(f"{DIGEST}/adapter/")}
@@ -170,9 +170,9 @@ def test_trap_41_files_of_a_result_that_is_overwritten_are_never_replaced(tmp_pa
 @pytest.mark.parametrize(
     ("run", "loss"),
     [
-        pytest.param("first", 1.0, id="its-own-result-stands"),
-        pytest.param("second", 2.0, id="that-of-another-run-does-not"),
-        pytest.param("", 2.0, id="without-a-name-none-does"),
+        pytest.param("first", 1.0, id="own-result-is-reused"),
+        pytest.param("second", 2.0, id="result-of-another-run-is-replaced"),
+        pytest.param("", 2.0, id="without-uid-is-replaced"),
     ],
 )
 def test_overwrite_replaces_only_results_of_other_runs(tmp_path, files, run, loss):
@@ -197,10 +197,10 @@ def test_equal_files_of_a_crashed_attempt_are_used(tmp_path, files):
     store = RecordingStore(tmp_path / "output")
     store.put(f"{DIGEST}/adapter/adapter_model.safetensors", b"weights")
     assert publish(store, config(store.root), result(1.0), files, NOW) == result(1.0)
-    assert assert_true(store).files == describe_files(files)
+    assert check_manifest(store).files == describe_files(files)
 
 
-def test_a_published_result_is_not_touched(tmp_path, files):
+def test_published_result_is_not_changed(tmp_path, files):
     store = RecordingStore(tmp_path / "output")
     publish(store, config(store.root), result(1.0), files, NOW)
     store.writes.clear()
@@ -216,8 +216,8 @@ def bucket(monkeypatch) -> Iterator[None]:
         yield
 
 
-def s3_store(uri: str = "s3://adapters/team-a/job", owner=OUTPUT_FIELD, **settings: str) -> S3Store:
-    return S3Store(uri, owner, KEYS, S3Config.model_validate(settings))
+def s3_store(uri: str = "s3://adapters/team-a/job", field_ref=OUTPUT_FIELD, **settings: str) -> S3Store:
+    return S3Store(uri, field_ref, KEYS, S3Config.model_validate(settings))
 
 
 @pytest.mark.usefixtures("bucket")
@@ -248,17 +248,17 @@ def test_s3_writes_a_manifest_once(files):
 
 @pytest.mark.usefixtures("bucket")
 @pytest.mark.parametrize(
-    ("owner", "reason"),
+    ("field_ref", "reason"),
     [
         (MODEL_FIELD, Reason.MODEL_NOT_FOUND),
         (DATASET_FIELD, Reason.DATASET_NOT_FOUND),
         (OUTPUT_FIELD, Reason.INVALID_SPEC),
     ],
 )
-def test_a_missing_bucket_is_the_fault_of_whoever_named_it(owner, reason):
+def test_missing_bucket_is_reported_for_the_field_that_names_it(field_ref, reason):
     with pytest.raises(MissingObjectError, match="bucket 'nowhere' does not exist") as caught:
-        s3_store("s3://nowhere/x", owner).read("y")
-    assert (caught.value.reason, caught.value.message.startswith(owner.field)) == (reason, True)
+        s3_store("s3://nowhere/x", field_ref).read("y")
+    assert (caught.value.reason, caught.value.message.startswith(field_ref.field)) == (reason, True)
 
 
 @pytest.mark.parametrize(
@@ -288,22 +288,22 @@ def test_s3_error_codes_map_to_reasons(monkeypatch, code, reason):
 
 @pytest.mark.usefixtures("bucket")
 def test_s3_conflict_is_retried(monkeypatch):
-    store, tries = s3_store(), []
+    store, attempts = s3_store(), []
     real = store._client.put_object
 
     def conflict_once(**arguments: object) -> object:
-        tries.append(1)
-        if len(tries) == 1:
+        attempts.append(1)
+        if len(attempts) == 1:
             raise ClientError({"Error": {"Code": "ConditionalRequestConflict"}}, "PutObject")
         return real(**arguments)
 
     monkeypatch.setattr(store._client, "put_object", conflict_once)
     store.put("manifest.json", b"{}", if_none_match=True)
-    assert (len(tries), store.read("manifest.json")) == (2, b"{}")
+    assert (len(attempts), store.read("manifest.json")) == (2, b"{}")
 
 
 @pytest.mark.usefixtures("bucket")
-def test_an_upload_that_reads_back_different_fails(monkeypatch):
+def test_upload_that_reads_back_different_fails(monkeypatch):
     store = s3_store()
     monkeypatch.setattr(store._client, "head_object", lambda **_: {"ContentLength": 1})
     with pytest.raises(RunError, match="reads back different") as caught:
@@ -311,13 +311,13 @@ def test_an_upload_that_reads_back_different_fails(monkeypatch):
     assert caught.value.reason == Reason.UPLOAD_FAILED
 
 
-def test_a_server_that_does_not_answer(monkeypatch):
+def test_unreachable_server_is_reported(monkeypatch):
     monkeypatch.setattr("qlora_trainer.storage.s3._REQUEST_ATTEMPTS", 1)
     with pytest.raises(RunError) as caught:
         s3_store(endpoint="http://127.0.0.1:9").read("x")
     assert caught.value.reason == Reason.S3_UNAVAILABLE
 
 
-def test_every_role_but_a_trackers_opens_a_store():
+def test_every_role_except_trackers_has_a_store_field():
     trackers = {SecretRole.WANDB, SecretRole.MLFLOW}
-    assert {owner.role for owner in (MODEL_FIELD, DATASET_FIELD, OUTPUT_FIELD)} == set(SecretRole) - trackers
+    assert {field_ref.role for field_ref in (MODEL_FIELD, DATASET_FIELD, OUTPUT_FIELD)} == set(SecretRole) - trackers

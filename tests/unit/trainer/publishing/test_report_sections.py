@@ -1,4 +1,4 @@
-"""Predicted and measured memory, side by side, and what each of them is of."""
+"""Predicted and measured memory, and what each of them covers."""
 
 import pytest
 
@@ -20,25 +20,25 @@ def plan(**changes: object) -> Plan:
             8 * GIBIBYTE,
             6 * GIBIBYTE,
             (Amount("predicted", "8.00 GiB", 1.0), Amount("measured", "6.00 GiB", 0.75)),
-            "It took 25.0% less than predicted.",
+            "Usage was 25.0% lower than predicted.",
             id="less",
         ),
         pytest.param(
             8 * GIBIBYTE,
             10 * GIBIBYTE,
             (Amount("predicted", "8.00 GiB", 0.8), Amount("measured", "10.00 GiB", 1.0)),
-            "It took 25.0% more than predicted.",
+            "Usage was 25.0% higher than predicted.",
             id="more",
         ),
         pytest.param(
             8 * GIBIBYTE,
             8 * GIBIBYTE,
             (Amount("predicted", "8.00 GiB", 1.0), Amount("measured", "8.00 GiB", 1.0)),
-            "It took what was predicted.",
+            "Usage was as predicted.",
             id="equal",
         ),
         pytest.param(
-            None, 3 * GIBIBYTE, (Amount("measured", "3.00 GiB", 1.0),), "The plan predicts none", id="not-predicted"
+            None, 3 * GIBIBYTE, (Amount("measured", "3.00 GiB", 1.0),), "The plan has no prediction", id="not-predicted"
         ),
     ],
 )
@@ -46,9 +46,11 @@ def test_footprint_shows_measured_and_predicted_memory(predicted, measured, amou
     found = make_footprint(plan(peak_bytes=predicted), "16Gi", measured)
     assert found.amounts == amounts
     assert found.note.startswith(difference)
-    assert found.note.endswith("its parts are among the plan's reasons.")
+    assert found.note.endswith("the reasons of the plan list its parts.")
 
 
-def test_on_a_cpu_the_process_is_measured_and_its_pod_has_a_limit():
+def test_footprint_on_cpu_shows_the_pod_memory_limit():
     found = make_footprint(plan(device="cpu", gpus_per_node=0), "6Gi", 3 * GIBIBYTE)
-    assert found.note.endswith("the most of the process's resident set, libraries included; the pod's memory is 6Gi.")
+    assert found.note.endswith(
+        "peak resident set size of the process, libraries included. The pod's memory limit is 6Gi."
+    )
