@@ -3,8 +3,6 @@
 from enum import StrEnum
 from typing import Final
 
-from qlora_api.reasons import Reason as Reason  # noqa: PLC0414 (re-exported)
-
 GROUP: Final = "qlora.dev"
 VERSION: Final = "v1alpha1"
 API_VERSION: Final = f"{GROUP}/{VERSION}"

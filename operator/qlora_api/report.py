@@ -6,8 +6,8 @@ from typing import Annotated
 from pydantic import Field
 
 from qlora_api.base import ApiModel
-from qlora_api.names import Reason
 from qlora_api.prepared import Prepared
+from qlora_api.reasons import Reason
 from qlora_api.result import Result
 from qlora_api.v1alpha1 import (
     Checkpoint,

@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 from qlora_api import metrics
-from qlora_api.names import Phase, Reason
+from qlora_api.names import Phase
+from qlora_api.reasons import Reason
 
 ROOT: Final = Path(__file__).parents[2]
 FILES: Final = ROOT / "charts/qlora-operator/files"

@@ -16,7 +16,7 @@ import yaml
 from click.testing import Result
 from typer.testing import CliRunner
 
-from qlora_api.names import Reason
+from qlora_api.reasons import Reason
 from qlora_api.v1alpha1 import OutputStatus, QLoRAJobStatus
 from qlora_cli.__main__ import app
 from qlora_operator.status.derive import to_wire

@@ -8,7 +8,8 @@ from pydantic import Field
 from qlora_api.accelerators import NVIDIA, DeviceName
 from qlora_api.base import ApiModel
 from qlora_api.model_config import MAX_CONFIG
-from qlora_api.names import ConditionType, Phase, Reason
+from qlora_api.names import ConditionType, Phase
+from qlora_api.reasons import Reason
 from qlora_api.strategies import SINGLE, StrategyName
 from qlora_api.v1alpha1.types import MAX_URI
 

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from qlora_api.names import Reason
+from qlora_api.reasons import Reason
 from qlora_api.report import TerminationMessage
 from qlora_api.runconfig import Platform
 from qlora_cli.commands.validate import describe_read_error

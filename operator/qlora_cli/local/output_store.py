@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Final, Protocol
 
-from qlora_api.names import Reason
+from qlora_api.reasons import Reason
 from qlora_api.runconfig import S3Config
 
 CREDENTIALS: Final = (

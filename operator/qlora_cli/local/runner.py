@@ -4,8 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from qlora_api.names import Reason
 from qlora_api.prepared import Prepared
+from qlora_api.reasons import Reason
 from qlora_api.report import TerminationMessage
 from qlora_api.result import Result
 from qlora_api.runconfig import Platform, PrepareConfig, RunConfig

@@ -9,7 +9,8 @@ from rich.console import Console
 
 from qlora_api import names
 from qlora_api.job_ref import JobRef
-from qlora_api.names import Phase, Reason
+from qlora_api.names import Phase
+from qlora_api.reasons import Reason
 from qlora_api.v1alpha1 import Attempt, Progress, QLoRAJobStatus
 from qlora_cli.cluster.client import AlreadyExistsError, KubeObject, NotFoundError
 from qlora_cli.cluster.jobs import ClusterJob, parse_job

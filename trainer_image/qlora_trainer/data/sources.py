@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from qlora_api.names import Reason
+from qlora_api.reasons import Reason
 from qlora_api.v1alpha1 import DataSource, RowFormat, RowFormatName, RowTemplate
 from qlora_trainer.data.file_readers import SUPPORTED_EXTENSIONS, FileError, detect_file_type, is_data_file, read_rows
 from qlora_trainer.data.row_formats import detect_format, parse_row

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import typer
 
-from qlora_api.names import Phase, Reason
+from qlora_api.names import Phase
+from qlora_api.reasons import Reason
 from qlora_api.v1alpha1 import Attempt, OutputStatus
 from qlora_cli.cluster.client import ClusterError, UnreachableError
 from qlora_cli.cluster.jobs import parse_job, strip_managed_fields

@@ -8,7 +8,8 @@ from typer.testing import CliRunner
 from typer.testing import Result as Invocation
 
 from qlora_api.model_config import reduce_config
-from qlora_api.names import Phase, Reason
+from qlora_api.names import Phase
+from qlora_api.reasons import Reason
 from qlora_api.report import TerminationMessage
 from qlora_api.runconfig import Platform, PrepareConfig, RunConfig, S3Config
 from qlora_cli.__main__ import app

@@ -8,7 +8,7 @@ import boto3
 import pytest
 from moto import mock_aws
 
-from qlora_api.names import Reason
+from qlora_api.reasons import Reason
 from qlora_api.v1alpha1 import Attempt, OutputStatus
 from qlora_cli.cluster.client import ClusterError
 from qlora_cli.cluster.jobs import ClusterJob

@@ -7,7 +7,7 @@ import boto3
 import pytest
 from moto import mock_aws
 
-from qlora_api.names import Reason
+from qlora_api.reasons import Reason
 from qlora_api.runconfig import Platform
 from qlora_api.v1alpha1 import DataSource
 from qlora_trainer.data.rows import Example

@@ -7,7 +7,7 @@ import boto3
 import pytest
 from moto import mock_aws
 
-from qlora_api.names import Reason
+from qlora_api.reasons import Reason
 from qlora_api.report import ResultManifest
 from qlora_api.v1alpha1 import RowTemplate
 from qlora_trainer.errors import RunError
