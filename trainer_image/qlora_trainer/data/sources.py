@@ -36,7 +36,7 @@ def _from_hub(resolver: SourceResolver, uri: str, field_ref: FieldRef, work: Pat
     if match is None:
         raise RunError(
             field_ref.not_found,
-            f"{field_ref.field}: '{uri}' has no file; write hf://datasets/organisation/name/file.jsonl",
+            f"{field_ref.field}: '{uri}' has no file; write hf://datasets/organization/name/file.jsonl",
         )
     name, revision, path = match[1], match[2] or "main", match[3]
     wanted = "" if path.endswith("/") else path

@@ -97,7 +97,7 @@ def test_cpu_run_shows_host_memory() -> None:
 def test_the_table_adds_up() -> None:
     code, table = plan("--config", config_of("llama-3.1-8b"), "--gpu-memory", "24Gi")
     assert code == 0
-    assert "support-bot: hf://organisation/name, 8,030,261,248 weights, qlora, 4 bits" in table
+    assert "support-bot: hf://organization/name, 8,030,261,248 weights, qlora, 4 bits" in table
     cells = [line.split("│") for line in table.splitlines() if line.startswith("│") and line.split("│")[2].strip()]
     sizes = {cell[1].strip(): float(cell[2]) for cell in cells}
     peak = sizes.pop("peak")
@@ -114,7 +114,7 @@ def test_several_qlorajobs_are_a_list() -> None:
 
 @pytest.mark.parametrize("reference", [True, False])
 def test_a_hub_cache_is_looked_into(tmp_path: Path, reference: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    repository = tmp_path / "models--organisation--name"
+    repository = tmp_path / "models--organization--name"
     commit = "a" * 40 if reference else "main"
     snapshot = repository / "snapshots" / commit
     snapshot.mkdir(parents=True)
@@ -134,8 +134,8 @@ def test_a_hub_cache_is_looked_into(tmp_path: Path, reference: bool, monkeypatch
     [
         pytest.param(
             ["--hub-mirror", "/nowhere"],
-            "error: spec.model.uri: config.json of organisation/name at main is not in /nowhere; run 'hf download "
-            "organisation/name config.json', or give --config config.json",
+            "error: spec.model.uri: config.json of organization/name at main is not in /nowhere; run 'hf download "
+            "organization/name config.json', or give --config config.json",
             id="not-in-the-cache",
         ),
         pytest.param(

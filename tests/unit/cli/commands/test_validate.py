@@ -85,7 +85,7 @@ def test_every_mistake_of_every_document_is_named_in_the_order_of_the_file():
     assert validate(f"{secret}{broken}---\n{JOB}") == (
         1,
         [
-            f'standard input:11: spec.model.uri: must look like hf://{MODEL}, got "organisation/name"',
+            f'standard input:11: spec.model.uri: must look like hf://{MODEL}, got "organization/name"',
             "standard input:15: spec.lora.rank: must be ≥ 1, got 0",
             "standard input:22: QLoRAJob support-bot is valid",
         ],

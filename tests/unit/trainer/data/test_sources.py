@@ -99,7 +99,7 @@ def test_a_row_of_several_files_is_named_with_its_file(tmp_path):
     [
         ("file:///data/rows.txt", Reason.DATASET_INVALID, "name it .jsonl, .json, .csv or .tsv (each also with .gz)"),
         ("file:///data/rows", Reason.DATASET_INVALID, "or end the URI with '/' to read every file below it"),
-        ("hf://datasets/org/name", Reason.DATASET_NOT_FOUND, "write hf://datasets/organisation/name/file.jsonl"),
+        ("hf://datasets/org/name", Reason.DATASET_NOT_FOUND, "write hf://datasets/organization/name/file.jsonl"),
     ],
 )
 def test_uri_without_file_is_refused(tmp_path, uri, reason, words):

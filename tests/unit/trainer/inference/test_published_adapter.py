@@ -52,7 +52,7 @@ def test_the_record_says_how_the_adapter_is_asked_and_what_it_started_as():
     spec = spec.model_copy(update={"dataset": spec.dataset.model_copy(update={"template": TEMPLATE})})
     record = build_record(run_config(spec, make_prepared()), SETTINGS)
     assert (record.template, record.init, record.parameters) == (TEMPLATE, "loftq", 9)
-    assert (record.base, record.commit, record.format) == ("hf://organisation/name", "c" * 40, "instruction")
+    assert (record.base, record.commit, record.format) == ("hf://organization/name", "c" * 40, "instruction")
 
 
 @pytest.fixture
