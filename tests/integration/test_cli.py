@@ -239,7 +239,7 @@ def test_a_report_comes_from_the_object_store(
         monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
         refused = shell.qlora(*command, "--s3-endpoint", installed.s3.endpoint)
         assert refused.exit_code == 1
-        assert "Unable to locate credentials; boto3 looks for credentials on this computer" in refused.stderr
+        assert "Unable to locate credentials; boto3 uses the credentials of this machine" in refused.stderr
         for name, value in installed.s3.environment().items():
             monkeypatch.setenv(name, value)
         assert shell.qlora(*command).stdout == f"report  {tmp_path}/here/report.html\n"
@@ -258,7 +258,7 @@ def test_an_api_server_that_is_away(installed: Cluster, tmp_path: Path) -> None:
     (tmp_path / "kubeconfig").write_text(yaml.safe_dump(config))
     ended = Shell(tmp_path / "kubeconfig", "default").qlora("list")
     assert ended.exit_code == 1
-    assert ended.stderr.startswith("error: the API server at https://127.0.0.1:9 does not answer: ")
+    assert ended.stderr.startswith("error: the API server at https://127.0.0.1:9 does not respond: ")
     assert "Connection refused; check the network or VPN" in ended.stderr
 
 

@@ -85,7 +85,7 @@ def test_each_line_of_a_pipe_is_a_question_of_its_own(adapters):
 def test_interactive_chat_keeps_history_until_quit(adapters):
     typed = "What?\n\nWhat?\n/new\nWhat?\n/quit\nnever asked\n"
     result = qlora(adapters, "-o", "json", typed=typed)
-    assert result.stderr.splitlines()[-1] == "/quit or Ctrl-D ends, /new forgets what was said"
+    assert result.stderr.splitlines()[-1] == "/quit or Ctrl-D quits, /new clears the history"
     first, second, third = (
         ChatTurn.model_validate(json.loads(line.replace("> ", "")))
         for line in result.stdout.splitlines()
@@ -124,7 +124,7 @@ def test_a_gpu_that_this_computer_lacks_is_refused(adapters, monkeypatch):
     result = qlora(adapters, "--device", "cuda", "--ask", "What?")
     assert result.exit_code == 1
     assert result.stderr == (
-        "error: --device is cuda, and PyTorch finds no CUDA device on this computer; give --device cpu\n"
+        "error: --device is cuda, but PyTorch finds no CUDA device on this machine; use --device cpu\n"
     )
 
 

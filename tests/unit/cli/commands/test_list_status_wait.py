@@ -50,7 +50,7 @@ def test_list_shows_the_phases_that_are_asked_for():
 def test_run_without_operator_says_how_to_find_one():
     lines = render_to_lines(render_dashboard(make_job(), LossHistory(), NOW, details=True))
     assert lines[0] == "support-bot in ml  Pending  10m00s"
-    assert lines[1].startswith("unseen  no operator has taken it up yet; if that lasts, see whether one runs")
+    assert lines[1].startswith("not reconciled  no operator has reconciled it yet; if this lasts, check whether one is")
 
 
 def test_status_shows_every_section():
@@ -71,7 +71,7 @@ def test_status_shows_every_section():
         "support-bot in ml  Succeeded  attempt 1  10m00s",
         "Published  Published it is",
         "model      hf://HuggingFaceTB/SmolLM2-135M-Instruct at aaaaaaaaaaaa, 134,515,008 weights",
-        "data       950 rows to learn from, 50 held out, instruction",
+        "data       950 training rows, 50 held-out rows, instruction",
         "plan       1 x CPU, single, micro-batch 8 x 2, 180 steps",
         f"adapter    {prepared.prefix}/adapter",
         f"report     {prepared.prefix}/report/report.html",
@@ -129,7 +129,9 @@ def test_programs_get_the_object_without_its_bookkeeping():
 def test_a_newer_operator_may_add_fields_but_not_reasons():
     newer = {**make_raw(status=SUCCEEDED), "status": {"phase": "Succeeded", "mood": "good"}}
     assert parse_job(newer).succeeded
-    with pytest.raises(ClusterError, match=r"written by another version \(reason: .*install the operator's"):
+    with pytest.raises(
+        ClusterError, match=r"written by another version \(reason: .*install the version of the operator"
+    ):
         parse_job({**newer, "status": {"reason": "Bored"}})
 
 
@@ -152,7 +154,7 @@ def test_wait_has_a_limit():
     cluster = FakeClusterClient(make_raw(status=make_training(1)))
     assert wait.wait_for_all(cluster, [REF, REF], 90.0, time.clock, paper.console) == 124
     assert time.seconds == 90
-    assert paper.lines[-1] == "support-bot is Training still"
+    assert paper.lines[-1] == "support-bot is still Training"
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("90", 90), ("90s", 90), ("1.5m", 90), ("2h", 7200), ("1d", 86_400)])
@@ -171,7 +173,7 @@ def test_an_api_server_that_is_away_is_waited_for_and_named_once():
     notes: list[str] = []
     found = poll_job(FakeClusterClient(away, away, make_raw(status=SUCCEEDED)), REF, FakeTime().clock, notes.append)
     assert next(found).succeeded
-    assert notes == ["nobody answers; trying again for 5 minutes"]
+    assert notes == ["nobody answers; retrying for 5 minutes"]
 
 
 def test_an_api_server_that_stays_away_is_given_up():

@@ -41,7 +41,7 @@ def test_logs_are_those_of_all_nodes_of_the_latest_attempt(capsys: pytest.Captur
     assert logs.print_logs(cluster, REF, logs.PodSelection(), {"tailLines": "2"}, out) is None
     assert paper.lines == ["2-0 | [a] b", "2-0 | c", "2-1 | d"]
     assert cluster.queries == [(pod, {"tailLines": "2"}) for pod in cluster.logs]
-    assert capsys.readouterr().err == "2-2 has written nothing yet: its container has not started\n"
+    assert capsys.readouterr().err == "2-2 has no log yet: its container has not started\n"
 
 
 def test_json_log_line_is_printed_with_its_rank():
@@ -123,7 +123,10 @@ def test_the_log_of_a_pod_whose_node_does_not_answer_is_missing(capsys: pytest.C
     paper, out = printer()
     assert logs.print_logs(cluster, REF, logs.PodSelection(), {}, out) == MissingLogs(1, frozenset({1}))
     assert paper.lines == ["1-0 | zero"]
-    assert capsys.readouterr().err == "1-1 cannot be read: the API server is busy (503): dial tcp: no route to host\n"
+    assert (
+        capsys.readouterr().err
+        == "cannot read the log of 1-1: the API server is busy (503): dial tcp: no route to host\n"
+    )
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ def test_without_rows_the_screen_says_that_nothing_was_measured(tmp_path):
     adapter = write_published(tmp_path / "alone", tmp_path / "model", PLAIN, NF4)
     result = qlora(adapter, "--to", tmp_path / "merged")
     assert result.stdout.splitlines() == [
-        "nothing was measured: no held-out rows lie beside the adapter",
+        "not measured: no held-out rows next to the adapter",
         f"merged  {tmp_path}/merged",
     ]
 

@@ -102,7 +102,9 @@ def test_the_table_adds_up() -> None:
     sizes = {cell[1].strip(): float(cell[2]) for cell in cells}
     peak = sizes.pop("peak")
     assert sum(sizes.values()) == pytest.approx(peak, abs=0.05)
-    assert {"base", "scales", "adapter", "gradients", "optimizer", "activations", "slack", "context"} == set(sizes)
+    assert {"base", "scales", "adapter", "gradients", "optimizer", "activations", "fragmentation", "context"} == set(
+        sizes
+    )
     assert "gradient checkpointing" in table
 
 
@@ -135,12 +137,12 @@ def test_a_hub_cache_is_looked_into(tmp_path: Path, reference: bool, monkeypatch
         pytest.param(
             ["--hub-mirror", "/nowhere"],
             "error: spec.model.uri: config.json of organization/name at main is not in /nowhere; run 'hf download "
-            "organization/name config.json', or give --config config.json",
+            "organization/name config.json', or pass --config config.json",
             id="not-in-the-cache",
         ),
         pytest.param(
             ["--set", "model.uri=s3://models/x"],
-            "error: spec.model.uri is s3://models/x, which is not on this computer; give --config config.json",
+            "error: spec.model.uri is s3://models/x, which is not on this machine; pass --config config.json",
             id="elsewhere",
         ),
         pytest.param(["--config", "/nowhere.json"], "error: /nowhere.json: No such file or directory", id="no-file"),

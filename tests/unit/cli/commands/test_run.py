@@ -147,7 +147,7 @@ def test_a_run_error_is_shown_with_reason_message_and_remedy(trainer, job):
     assert result.stderr.splitlines()[-3:] == [
         "error: NonFiniteLoss",
         "the loss of step 3 is [nan]",
-        "what to do: See the message; usually lower spec.training.learningRate or correct the dataset.",
+        "fix: See the message; usually lower spec.training.learningRate or correct the dataset.",
     ]
 
 
@@ -156,7 +156,7 @@ def test_memory_that_did_not_suffice_is_a_reason_and_not_a_traceback(trainer, jo
     result = qlora(job)
     assert result.exit_code == 1
     assert "error: HostOutOfMemory\n" in result.stderr
-    assert "what to do: For a training pod raise spec.resources.memory;" in result.stderr
+    assert "fix: For a training pod raise spec.resources.memory;" in result.stderr
 
 
 def test_an_interruption_ends_with_the_shells_exit_code(trainer, job):
@@ -204,15 +204,15 @@ def test_a_run_is_sized_by_the_gpu_of_this_computer(trainer, job):
     assert (result.exit_code, len(trainer.runs)) == (1, 1)
     assert "error: DoesNotFit" in result.stderr
     assert "GiB more than the 23.5 GiB that a process has on a NVIDIA L4" in result.stderr
-    assert "what to do: Make the change that the message names" in result.stderr
+    assert "fix: Make the change that the message names" in result.stderr
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         (JOB.replace("rank: 16", "rank: 0"), "job.yaml:11: spec.lora.rank: must be ≥ 1, got 0"),
-        (f"{JOB}---\n{JOB}", "job.yaml: has 2 QLoRAJobs; give a file with one"),
-        ("kind: Secret\n", "job.yaml: has 0 QLoRAJobs; give a file with one"),
+        (f"{JOB}---\n{JOB}", "job.yaml: has 2 QLoRAJobs; pass a file with one"),
+        ("kind: Secret\n", "job.yaml: has 0 QLoRAJobs; pass a file with one"),
         ("a: [", "job.yaml:1: while parsing a flow node"),
     ],
 )

@@ -85,7 +85,7 @@ def test_a_whole_model_is_served_by_itself(server: serve_snippet.Server):
     ("lora", "why"),
     [
         ({"dora": True}, "it is a DoRA adapter"),
-        ({"modulesToSave": ["lm_head"]}, "it replaces whole modules"),
+        ({"modulesToSave": ["lm_head"]}, "it replaces entire modules"),
         ({"rankPattern": {"q_proj": 8}}, "its modules differ in rank or alpha"),
         ({"rank": 1024}, "its rank is above 512"),
     ],
@@ -97,7 +97,7 @@ def test_what_vllm_does_not_load_is_served_merged(lora: dict[str, Any], why: str
 
 
 def test_what_is_not_published_is_not_served():
-    with pytest.raises(ClusterError, match="support-bot is Training and has published nothing"):
+    with pytest.raises(ClusterError, match="support-bot is Training and has not published a result"):
         resolve_served_model(make_job(make_training(5)))
 
 

@@ -48,7 +48,9 @@ def test_a_run_stopped_with_ctrl_c_goes_on_from_its_checkpoint(manifest, monkeyp
     monkeypatch.setattr(LineScreen, "report", interrupt)
     stopped = CliRunner().invoke(app, ["run", str(manifest)])
     assert stopped.exit_code == 130, stopped.output
-    assert "stopping after this step, with a checkpoint; press Ctrl-C again to stop at once\n" in stopped.stderr
+    assert (
+        "stopping after this step and saving a checkpoint; press Ctrl-C again to stop immediately\n" in stopped.stderr
+    )
     assert stopped.stderr.endswith("stopped; step 2 is done; the same command goes on from its checkpoint\n")
     monkeypatch.setattr(LineScreen, "report", report)
     resumed = CliRunner().invoke(app, ["run", str(manifest)])

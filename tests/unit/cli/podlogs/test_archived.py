@@ -57,7 +57,7 @@ def test_logs_of_pods_that_are_gone_are_read_from_the_output(tmp_path: Path, cap
         "2-1 | 6 one again", "2-0 | 9 the end",
     ]  # fmt: skip
     assert "".join(notes.lines) == (
-        f"no pod tells of attempt 2 any more; from {tmp_path.as_uri()}/support-bot/logs/{UID}/:"
+        f"the pods of attempt 2 are gone; logs archived in {tmp_path.as_uri()}/support-bot/logs/{UID}/:"
         "attempt 1 on node-1: NodeLost  goneattempt 2 on node-1: NodeLost  gone"
     )
     assert capsys.readouterr().out == "", "what is no log line must not be among them"
@@ -111,10 +111,9 @@ def test_no_archived_logs_prints_termination_messages_and_prefix(tmp_path: Path,
         archived.show_archived_logs(job, MissingLogs(1), WISH, printer()[1], PlainConsole().console)
     assert capsys.readouterr().out == "attempt 1 on node-1: LossDiverged  loss 80\n"
     assert str(caught.value) == (
-        "there is no log of attempt 1 of support-bot: its pods are gone (spec.ttl removes them after the end, and so "
-        f"does a deletion, or the loss of their node), and {tmp_path.as_uri()}/support-bot/logs/{UID}/ has none "
-        "either: it was removed there, or the process ended before it could write any; a log collector of the cluster "
-        "may have it"
+        "no log of attempt 1 of support-bot: its pods are gone (deleted, removed after spec.ttl, or lost with their "
+        f"node), and {tmp_path.as_uri()}/support-bot/logs/{UID}/ has no archived log: it was deleted, or the process "
+        "exited before its first upload; a log collector of the cluster may have it"
     )
 
 
@@ -128,7 +127,7 @@ def test_an_output_that_cannot_be_read_is_named_with_what_to_do(monkeypatch: pyt
 def test_attempt_never_started_reads_no_output():
     with pytest.raises(ClusterError, match="support-bot is Failed and has no pods of attempt 3: DatasetEmpty it is"):
         archived.show_archived_logs(make_job(FAILED), MissingLogs(3), WISH, printer()[1], PlainConsole().console)
-    with pytest.raises(ClusterError, match="support-bot is Pending and has no pods of the preparation: no operator"):
+    with pytest.raises(ClusterError, match="support-bot is Pending and has no pods of preparation: no operator"):
         archived.show_archived_logs(make_job(), MissingLogs(0), WISH, printer()[1], PlainConsole().console)
 
 
