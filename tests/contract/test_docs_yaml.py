@@ -1,4 +1,4 @@
-"""Every YAML and JSON block of a page, and every manifest in examples/, is what somebody can use as it stands."""
+"""Every YAML and JSON block of a page, and every manifest in examples/, is valid without changes."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The list of mutations is whole and fits the code; `make mutants` runs it."""
+"""The list of mutations is complete and matches the code; `make mutants` runs them."""
 
 import ast
 from functools import cache

@@ -111,7 +111,7 @@ def assert_refused(installation: Installation, name: str, reason: str, fragments
 
 
 def test_a_gated_model(submitted: Installation):
-    """The hub refuses who brings no token, and who brings one that has not accepted the licence."""
+    """The hub denies access without a token, and with the token of an account that has not accepted the license."""
     gated = Repository({"config.json": b"{}", "model.safetensors": b""}, token="hf_accepted")
     with FakeHub({"example/gated": gated}, GATEWAY) as hub:
         submitted.configure({"platform.hub.mirror": "", "platform.hub.endpoint": hub.endpoint})

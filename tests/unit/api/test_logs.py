@@ -27,7 +27,7 @@ from qlora_api.redaction import MASK, REDACTOR
 
 @pytest.fixture(autouse=True)
 def forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every test starts with a process that was told nothing."""
+    """Start every test with a process without bound fields and secrets."""
     monkeypatch.setattr(logs, "_process", {})
     monkeypatch.setattr(REDACTOR, "_values", set())
     monkeypatch.setattr(REDACTOR, "_secret_pattern", None)

@@ -1,4 +1,4 @@
-"""A canary of every kind of secret, in every place where one was or may be met, and what must be left alone."""
+"""A canary of every kind of secret, everywhere one can occur, and text that must not be redacted."""
 
 import threading
 import time

@@ -38,7 +38,7 @@ class _Handler(BaseHTTPRequestHandler):
     do_POST = do_GET  # noqa: N815 (the base class's name)
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 (the base class's name)
-        """Keep quiet."""
+        """Do not log requests."""
 
 
 @pytest.fixture

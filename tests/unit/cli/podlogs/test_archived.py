@@ -25,7 +25,7 @@ def printer() -> tuple[PlainConsole, LogPrinter]:
 
 
 def make_left(folder: Path, *attempts: Attempt) -> ClusterJob:
-    """A run that has ended, with an output on this computer."""
+    """Return a finished run, with its output in a local folder."""
     output = OutputStatus(digest=DIGEST, prefix=f"{folder.as_uri()}/support-bot/{DIGEST}")
     return make_job(FAILED.model_copy(update={"attempts": attempts, "output": output}), output={"uri": folder.as_uri()})
 
