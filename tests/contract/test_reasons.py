@@ -115,7 +115,7 @@ def test_words_that_people_search_belong_to_one_reason() -> None:
     assert sorted({alias for alias in words if words.count(alias) > 1}) == []
 
 
-def test_every_trouble_can_be_searched_by_other_words() -> None:
+def test_every_failure_has_search_terms() -> None:
     assert [reason for reason in set(Reason) - NORMAL_REASONS if not REASONS[reason].also_known_as] == []
 
 

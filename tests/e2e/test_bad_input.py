@@ -129,7 +129,7 @@ def test_a_gated_model(submitted: Installation):
             submitted.configure({"platform.hub.mirror": "s3://models/hub", "platform.hub.endpoint": ""})
 
 
-def test_no_pod_ever_asked_for_a_gpu(submitted: Installation):
+def test_no_pod_requested_a_gpu(submitted: Installation):
     pods = submitted.cluster.get("pods", f"--namespace={NAMESPACE}")["items"]
     assert len(pods) >= len(CASES)
     limits = [pod["spec"]["containers"][0].get("resources", {}).get("limits", {}) for pod in pods]

@@ -14,7 +14,7 @@ from qlora_cli.commands.init import SHOWN_FIELDS, default_of, write_manifest
 from qlora_cli.completion import completions
 
 
-def test_a_first_manifest_is_valid_and_complete(tmp_path: Path):
+def test_init_writes_valid_manifest(tmp_path: Path):
     path = tmp_path / "job.yaml"
     made = CliRunner().invoke(app, ["init", str(path), "--name", "bot", "--gpus", "0", "--model", "hf://a/b"])
     assert (made.exit_code, made.stdout) == (0, "")
@@ -25,14 +25,14 @@ def test_a_first_manifest_is_valid_and_complete(tmp_path: Path):
     assert CliRunner().invoke(app, ["validate", str(path)]).exit_code == 0
 
 
-def test_every_field_of_a_first_manifest_has_its_meaning_and_its_default():
+def test_init_writes_description_and_default_of_each_field():
     text = write_manifest("bot", {"model.uri": "hf://a/b", "output.secretRef.name": "keys"})
     assert text.count("#") > len(SHOWN_FIELDS)
     assert "    # Rank r of the update matrices.\n    rank: 16\n" in text
     assert default_of("training.learningRate") == 2e-4
 
 
-def test_a_file_is_not_replaced_by_mistake(tmp_path: Path):
+def test_init_does_not_overwrite_existing_file(tmp_path: Path):
     path = tmp_path / "job.yaml"
     path.write_text("mine")
     refused = CliRunner().invoke(app, ["init", str(path)])

@@ -81,7 +81,7 @@ def test_status_shows_every_section():
     assert lines[9].startswith("50 held-out rows")
 
 
-def test_the_time_left_shrinks_between_two_reports():
+def test_time_left_counts_down_between_reports():
     report = make_training(25).last_report
     assert report
     later = NOW + timedelta(seconds=30)
@@ -89,13 +89,13 @@ def test_the_time_left_shrinks_between_two_reports():
     assert "0:00 left" in list(describe_progress(report, NOW + timedelta(hours=1)))
 
 
-def test_the_losses_of_a_watched_run_become_a_line():
-    course = LossHistory()
+def test_watched_losses_are_drawn_as_sparkline():
+    history = LossHistory()
     for step, loss in ((1, 4.0), (1, 4.0), (2, 3.0), (3, 2.0)):
-        course = course.extend(make_job(make_training(step, loss)))
-    assert course.losses == (4.0, 3.0, 2.0)
+        history = history.extend(make_job(make_training(step, loss)))
+    assert history.losses == (4.0, 3.0, 2.0)
     assert "█▅▁  loss 2.000" in render_to_lines(
-        render_dashboard(make_job(make_training(3, 2.0)), course, NOW, details=False)
+        render_dashboard(make_job(make_training(3, 2.0)), history, NOW, details=False)
     )
 
 
@@ -126,7 +126,7 @@ def test_programs_get_the_object_without_its_bookkeeping():
     }
 
 
-def test_a_newer_operator_may_add_fields_but_not_reasons():
+def test_newer_operator_may_add_fields_but_not_reasons():
     newer = {**make_raw(status=SUCCEEDED), "status": {"phase": "Succeeded", "mood": "good"}}
     assert parse_job(newer).succeeded
     with pytest.raises(
@@ -144,7 +144,7 @@ def test_wait_exit_code_follows_run(end: Any, code: int):
     assert paper.lines[3:] == [f"support-bot {end.phase} ({end.reason}): {end.reason} it is"]
 
 
-def test_one_failure_among_several_counts():
+def test_wait_for_several_fails_if_one_failed():
     cluster = FakeClusterClient(*make_raws(FAILED, SUCCEEDED))
     assert wait.wait_for_all(cluster, [REF, REF], None, FakeTime().clock, PlainConsole().console) == 3
 
@@ -163,12 +163,12 @@ def test_durations(text: str, seconds: float):
 
 
 @pytest.mark.parametrize("text", ["", "soon", "m", "5 weeks"])
-def test_what_is_no_duration_is_refused(text: str):
+def test_invalid_duration_is_rejected(text: str):
     with pytest.raises(typer.BadParameter, match="write a number and a unit"):
         wait.parse_seconds(text)
 
 
-def test_an_api_server_that_is_away_is_waited_for_and_named_once():
+def test_unreachable_api_server_is_retried_and_reported_once():
     away = UnreachableError("nobody answers")
     notes: list[str] = []
     found = poll_job(FakeClusterClient(away, away, make_raw(status=SUCCEEDED)), REF, FakeTime().clock, notes.append)
@@ -176,7 +176,7 @@ def test_an_api_server_that_is_away_is_waited_for_and_named_once():
     assert notes == ["nobody answers; retrying for 5 minutes"]
 
 
-def test_an_api_server_that_stays_away_is_given_up():
+def test_api_server_unreachable_for_too_long_is_an_error():
     time = FakeTime()
     with pytest.raises(UnreachableError, match="nobody answers"):
         next(poll_job(FakeClusterClient(UnreachableError("nobody answers")), REF, time.clock, lambda _: None))

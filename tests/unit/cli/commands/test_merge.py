@@ -66,7 +66,7 @@ def test_json_has_the_figures_and_nothing_else(adapter, tmp_path):
     assert found.merge.difference.rows == 4
 
 
-def test_what_cannot_be_merged_is_one_sentence(adapter, tmp_path):
+def test_merge_error_is_one_sentence(adapter, tmp_path):
     result = qlora(tmp_path / "none", "--to", tmp_path / "merged")
     assert result.exit_code == 1
     assert result.stderr == (

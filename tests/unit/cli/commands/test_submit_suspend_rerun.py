@@ -23,7 +23,7 @@ from tests.unit.cli.fake_cluster import (
 )
 
 
-def test_a_manifest_goes_where_it_says_or_where_the_user_says():
+def test_submit_uses_namespace_of_manifest_or_option():
     connection = Connection(FakeClusterClient(), "mine")
     bare = {"metadata": {"name": "a"}}
     assert submit.with_namespace(bare, None, connection)["metadata"] == {"name": "a", "namespace": "mine"}
@@ -33,7 +33,7 @@ def test_a_manifest_goes_where_it_says_or_where_the_user_says():
         submit.with_namespace(own, "mine", connection)
 
 
-def test_a_name_that_is_taken_says_what_else_there_is():
+def test_submit_with_taken_name_suggests_rerun():
     with pytest.raises(AlreadyExistsError, match=r"ml/taken already exists; choose .* with qlora rerun taken$"):
         submit.create_job(FakeClusterClient(), make_raw("taken"), dry_run=False)
 
@@ -77,14 +77,14 @@ def test_rerun_keeps_what_the_user_wrote():
     assert "status" not in manifest
 
 
-def test_a_run_under_way_is_not_stopped_by_mistake():
+def test_rerun_of_running_job_needs_force():
     running = make_job(make_training(1))
     with pytest.raises(ClusterError, match=r"support-bot is Training; wait for its end .* or stop it with --force"):
         rerun.check_rerun(running, force=False)
     rerun.check_rerun(running, force=True)
 
 
-def test_a_manifest_that_cannot_be_created_again_is_kept():
+def test_failed_rerun_saves_manifest():
     cluster = FakeClusterClient(make_raw("taken", FAILED))
     job = parse_job(make_raw("taken", FAILED))
     manifest = rerun.make_manifest(job, [])

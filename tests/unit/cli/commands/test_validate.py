@@ -67,7 +67,7 @@ def validate(text: str) -> tuple[int, list[str]]:
         ("rank: 16", "rank: 16\n    rank: 8", 12, "duplicate key 'rank'"),
     ],
 )  # fmt: skip
-def test_a_mistake_is_named_with_line_field_and_remedy(old, new, line, message):
+def test_problem_has_line_field_and_fix(old, new, line, message):
     assert old in JOB
     expected = f"standard input:{line}: {message}"
     assert validate(JOB.replace(old, new, 1)) == (1, [expected])
@@ -79,7 +79,7 @@ def test_broken_yaml_is_named_with_its_line():
     assert lines == ["standard input:18: while parsing a flow sequence, expected ',' or ']', but got '<stream end>'"]
 
 
-def test_every_mistake_of_every_document_is_named_in_the_order_of_the_file():
+def test_all_problems_are_reported_in_file_order():
     secret = "apiVersion: v1\nkind: Secret\nmetadata: {name: s3-credentials}\n---\n"
     broken = JOB.replace("hf://", "").replace("rank: 16", "rank: 0")
     assert validate(f"{secret}{broken}---\n{JOB}") == (
@@ -112,7 +112,7 @@ def test_file_without_manifest_is_reported(text, message):
     assert validate(text) == (1, [message])
 
 
-def test_a_missing_file_does_not_hide_the_others():
+def test_missing_file_does_not_hide_problems_of_others():
     result = CliRunner().invoke(app, ["validate", "missing.yaml", str(ROOT / "examples/quickstart/job.yaml")])
     assert result.exit_code == 1
     assert "missing.yaml: No such file or directory" in result.output

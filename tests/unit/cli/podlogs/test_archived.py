@@ -69,11 +69,11 @@ def test_lines_from_the_output_are_chosen_as_those_of_pods(tmp_path: Path):
     leave_log(tmp_path, "prepare.jsonl", (0, "checked"))
     job = make_left(tmp_path, make_ended(1))
 
-    def shown(missing: MissingLogs, **wish: Any) -> list[str]:
+    def shown(missing: MissingLogs, **query: Any) -> list[str]:
         paper = PlainConsole()
         out = LogPrinter(prefix=True, raw=True, console=paper.console)
         archived.show_archived_logs(
-            job, missing, archived.LogQuery(**{**vars(WISH), **wish}), out, PlainConsole().console
+            job, missing, archived.LogQuery(**{**vars(WISH), **query}), out, PlainConsole().console
         )
         return [line.partition('"message": ')[0][:6] + line.partition('"message": ')[2] for line in paper.lines]
 
@@ -117,7 +117,7 @@ def test_no_archived_logs_prints_termination_messages_and_prefix(tmp_path: Path,
     )
 
 
-def test_an_output_that_cannot_be_read_is_named_with_what_to_do(monkeypatch: pytest.MonkeyPatch):
+def test_unreadable_output_error_has_fix(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("qlora_cli.local.output_store.find_spec", lambda _: None)
     job = make_job(FAILED.model_copy(update={"attempts": (make_ended(1),)}), output={"uri": "s3://adapters"})
     with pytest.raises(ClusterError, match=r"of support-bot: its pods are gone .* and boto3 is not installed; run pip"):
@@ -138,8 +138,8 @@ def test_stack_dumps_are_read_from_output(tmp_path: Path):
         (hangs / name).write_text(f"File {name}\n")
     leave_log(tmp_path, "attempt-2-node-0-rank-0.jsonl", (1, "zero"))
     job, notes = make_left(tmp_path, make_ended(2, Reason.HEARTBEAT_LOST, "the stacks are in …")), PlainConsole()
-    wish = archived.LogQuery(**{**vars(WISH), "attempt": 2})
-    archived.show_archived_logs(job, MissingLogs(2), wish, printer()[1], notes.console)
+    query = archived.LogQuery(**{**vars(WISH), "attempt": 2})
+    archived.show_archived_logs(job, MissingLogs(2), query, printer()[1], notes.console)
     assert notes.lines[-3:] == [
         f"{tmp_path.as_uri()}/support-bot/{DIGEST}/hangs/attempt-2-rank-0.txt", "File attempt-2-rank-0.txt", "",
     ]  # fmt: skip
