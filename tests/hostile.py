@@ -55,10 +55,10 @@ def name(text: str, fix: str, api: str) -> Hostile:
     return Hostile(field="metadata.name", fix=fix, api=api, metadata={"name": text})
 
 
-_STEP = "write the path that is meant"
+_STEP = "write the resolved path"
 _INVISIBLE = "remove it"
 _BUCKET = "write s3://bucket/key"
-_HUB = "write hf://organisation/name"
+_HUB = "write hf://organization/name"
 _HOST = "write https://host/path"
 _METADATA = "write the tracking server's host"
 _RFC = "RFC 1123"
@@ -113,7 +113,7 @@ CORPUS: Final[dict[str, Hostile]] = {
     "tracker-mapped": mlflow("http://[::ffff:169.254.169.254]/", _HOST),
     "tracker-user": mlflow("https://admin:hunter2@mlflow.example.com/", _HOST),
     "tracker-behind-user": mlflow("http://mlflow.example.com@169.254.169.254/", _HOST),
-    "tracker-pod-itself": mlflow("http://127.0.0.1:8080/", "write a host that the cluster reaches"),
+    "tracker-pod-itself": mlflow("http://127.0.0.1:8080/", "write a host that pods can reach"),
     "tracker-scheme": Hostile(
         {"tracking": {"wandb": {"project": "bots", "baseUrl": "file:///etc"}}},
         "spec.tracking.wandb.baseUrl", "must look like", "should match '^https?://.+$'",
@@ -157,12 +157,12 @@ CORPUS: Final[dict[str, Hostile]] = {
     "queue-with-label": Hostile({"queue": {"name": "gpu,x=y"}}, "spec.queue.name", "must look like", "should match"),
     # into labels and selectors
     "node-selector-key": Hostile(
-        {"resources": {"nodeSelector": {"a b\nc": "x"}}}, "spec.resources.nodeSelector", "write a label's key", ""
+        {"resources": {"nodeSelector": {"a b\nc": "x"}}}, "spec.resources.nodeSelector", "write a label key", ""
     ),
     "node-selector-value": Hostile(
-        {"resources": {"nodeSelector": {"pool": "x, y in (z)"}}}, "spec.resources.nodeSelector", "write a label's value"
+        {"resources": {"nodeSelector": {"pool": "x, y in (z)"}}}, "spec.resources.nodeSelector", "write a label value"
     ),
-    "gpu-product": Hostile({"resources": {"gpuProduct": "A100\n"}}, "spec.resources.gpuProduct", "write a label's va"),
+    "gpu-product": Hostile({"resources": {"gpuProduct": "A100\n"}}, "spec.resources.gpuProduct", "write a label va"),
     "taint": Hostile(
         {"resources": {"tolerations": [{"key": "a=b:NoSchedule"}]}}, "spec.resources.tolerations[0].key", "write a lab"
     ),

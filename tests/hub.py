@@ -29,7 +29,7 @@ class Repository:
 class FakeHub:
     """Serves repositories under the hub's own paths while the context is open.
 
-    Models have ids like `organisation/name`; data sets `datasets/organisation/name`.
+    Models have ids like `organization/name`; data sets `datasets/organization/name`.
     """
 
     def __init__(self, repositories: Mapping[str, Repository], address: str = "127.0.0.1") -> None:

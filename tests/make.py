@@ -6,8 +6,9 @@ from typing import Any, Final
 
 from qlora_api import names
 from qlora_api.job_ref import JobRef
-from qlora_api.names import Reason, Role
+from qlora_api.names import Role
 from qlora_api.prepared import Prepared
+from qlora_api.reasons import Reason
 from qlora_api.report import TerminationMessage
 from qlora_api.result import Result
 from qlora_api.v1alpha1 import (

@@ -6,7 +6,8 @@ from typing import Any, Final
 
 from qlora_api import names
 from qlora_api.model_config import reduce_config
-from qlora_api.names import Reason, Role
+from qlora_api.names import Role
+from qlora_api.reasons import Reason
 from tests.make import PUBLISHED_MESSAGE, make_manifest, make_prepared, make_termination_message
 
 Manifest = dict[str, Any]

@@ -1,4 +1,4 @@
-"""The contract between manifest, operator, trainer and command line; it imports pydantic and nothing else of ours."""
+"""The contract between manifest, operator, trainer and command line; its only third-party import is pydantic."""
 
 from typing import Final
 

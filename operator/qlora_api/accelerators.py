@@ -1,28 +1,28 @@
-"""The accelerators that a run may have: one row for each; NVIDIA's are the only ones that are supported."""
+"""Supported accelerators, one row each; so far NVIDIA GPUs only."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
 
 DeviceName = Literal["cpu", "cuda"]
-"""Where a run computes, as torch calls it."""
+"""The device type of a run, as torch calls it."""
 
 
 @dataclass(frozen=True)
 class Accelerator:
-    """One vendor's GPUs, as Kubernetes and torch name them."""
+    """The GPUs of one vendor, by their names in Kubernetes and torch."""
 
     device: DeviceName
     resource: str
-    """What a pod asks for, and the key of the taint that keeps other pods off its nodes."""
+    """The extended resource that a pod requests; also the key of the taint that keeps other pods off its nodes."""
     product_label: str
-    """On a node: what its GPUs are called."""
+    """Node label: the GPU's product name."""
     memory_label: str
-    """On a node: MiB of each GPU."""
+    """Node label: memory of each GPU, in MiB."""
     replicas_label: str
-    """On a node: how many pods share a GPU by time; absent, 0 and 1: none do."""
+    """Node label: how many pods time-slice a GPU; absent, 0 and 1: it is not time-sliced."""
     capability_labels: tuple[str, str]
-    """On a node: both numbers of the compute capability."""
+    """Node labels: major and minor number of the compute capability."""
 
 
 NVIDIA: Final = Accelerator(
@@ -33,16 +33,16 @@ NVIDIA: Final = Accelerator(
     replicas_label="nvidia.com/gpu.replicas",
     capability_labels=("nvidia.com/gpu.compute.major", "nvidia.com/gpu.compute.minor"),
 )
-"""The labels are those of NVIDIA's GPU feature discovery."""
+"""The labels are those of NVIDIA GPU Feature Discovery."""
 ACCELERATORS: Final = (NVIDIA,)
 _BY_DEVICE: Final[Mapping[str, Accelerator]] = {accelerator.device: accelerator for accelerator in ACCELERATORS}
 
 
 def accelerator_of(device: DeviceName) -> Accelerator:
-    """Return what a run on a device asks for; on a CPU, whose nodes a spec may describe all the same, the usual one."""
+    """Return the accelerator of a device; for the CPU NVIDIA's, because a spec may still select nodes by its labels."""
     return _BY_DEVICE.get(device, NVIDIA)
 
 
 def usual_device(gpus: int) -> DeviceName:
-    """Return the device of a run whose GPUs nothing is known of but their number."""
+    """Return the device of a run of which only the number of GPUs is known."""
     return NVIDIA.device if gpus else "cpu"

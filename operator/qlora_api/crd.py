@@ -1,6 +1,6 @@
 """Turns the pydantic models into a CustomResourceDefinition with a structural schema.
 
-Kubernetes accepts less than JSON Schema: no references, no unions, no const, no null arms. What is dropped here is
+Kubernetes accepts a subset of JSON Schema: no references, no unions, no const, no null types. What is dropped here is
 either restated (exclusive bounds, integer formats) or has no meaning for an API server (titles, examples).
 """
 
@@ -17,7 +17,7 @@ _STRUCTURAL_KEYS: Final = (
     "maxItems", "maxProperties", "x-kubernetes-validations",
 )  # fmt: skip
 _LIST_KEYS: Final = {"conditions": "type", "attempts": "number"}
-"""Lists of the status, with the field that tells their entries apart."""
+"""Lists of the status, with the key of their entries (x-kubernetes-list-map-keys)."""
 MAX_INT32: Final = 2_147_483_647
 
 PRINTER_COLUMNS: Final = (
@@ -38,10 +38,10 @@ PRINTER_COLUMNS: Final = (
 
 
 def _resolve(schema: Schema, definitions: Schema) -> Schema:
-    """Replace a reference by its target, and a union with null by its other arm."""
+    """Replace a reference by its target, and a union with null by its other member."""
     if "anyOf" in schema:
-        (arm,) = [arm for arm in schema["anyOf"] if arm.get("type") != "null"]
-        return {**_resolve(arm, definitions), **{key: value for key, value in schema.items() if key != "anyOf"}}
+        (member,) = [member for member in schema["anyOf"] if member.get("type") != "null"]
+        return {**_resolve(member, definitions), **{key: value for key, value in schema.items() if key != "anyOf"}}
     if "$ref" in schema:
         target = definitions[schema["$ref"].rsplit("/", 1)[1]]
         return {**target, **{key: value for key, value in schema.items() if key != "$ref"}}
@@ -49,7 +49,7 @@ def _resolve(schema: Schema, definitions: Schema) -> Schema:
 
 
 def _bounds(schema: Schema) -> Schema:
-    """Restate exclusive bounds in the boolean form of OpenAPI v3.0, and the width of integers."""
+    """Restate exclusive bounds in the boolean form of OpenAPI v3.0, and add the format of integers."""
     bounds: Schema = {}
     for exclusive, inclusive in (("exclusiveMinimum", "minimum"), ("exclusiveMaximum", "maximum")):
         if exclusive in schema:
@@ -66,13 +66,19 @@ def _without_none(value: Any) -> Any:
 
 
 def _default(schema: Schema) -> Schema:
-    """Keep a default, whole: CEL rules judge an object's default before its fields' defaults are filled in."""
+    """Keep a default with all its fields: CEL validates an object's default before its fields' defaults are set."""
     default = _without_none(schema.get("default"))
     return {} if default is None else {"default": default}
 
 
 def to_structural(schema: Schema, definitions: Schema) -> Schema:
-    """Return the structural form of one JSON schema."""
+    """Return a JSON schema as a structural schema.
+
+    Args:
+        schema: A schema as pydantic generates it.
+        definitions: Its `$defs`, by which references are resolved.
+
+    """
     schema = _resolve(schema, definitions)
     result = {key: schema[key] for key in _STRUCTURAL_KEYS if key in schema} | _bounds(schema) | _default(schema)
     if "items" in schema:
@@ -93,7 +99,7 @@ def _with_list_keys(status: Schema) -> Schema:
 
 
 def _without_defaults(schema: Schema) -> Schema:
-    """Leave defaults to the writer: the operator writes the status whole."""
+    """Drop defaults: the operator always writes the complete status."""
     bare = {key: value for key, value in schema.items() if key != "default"}
     if "items" in bare:
         bare["items"] = _without_defaults(bare["items"])
@@ -111,8 +117,9 @@ def spec_schema() -> Schema:
 def status_schema() -> Schema:
     """Return the structural schema of status.
 
-    The default -1 is what kstatus reads as in progress before the operator's first write. The operator writes it all
-    at once, so the API server need not note for every field who wrote it: a quarter of a finished QLoRAJob.
+    Until the operator's first write, kstatus reads the default observedGeneration -1 as in progress. The map type is
+    atomic because the operator always writes the complete status: otherwise managedFields would list each field, a
+    quarter of the size of a finished QLoRAJob.
     """
     schema = QLoRAJobStatus.model_json_schema(by_alias=True)
     structural = _with_list_keys(_without_defaults(to_structural(schema, schema.get("$defs", {}))))
@@ -120,7 +127,7 @@ def status_schema() -> Schema:
 
 
 def root_schema() -> Schema:
-    """Return the structural schema of a whole QLoRAJob."""
+    """Return the structural schema of the QLoRAJob object."""
     return {
         "type": "object",
         "description": "One QLoRA fine-tuning run: from a base model and a dataset to a verified adapter.",
@@ -135,11 +142,11 @@ def root_schema() -> Schema:
         "x-kubernetes-validations": [
             {
                 "rule": f"size(self.metadata.name) <= {names.MAX_JOB_NAME}",
-                "message": f"metadata.name may have {names.MAX_JOB_NAME} characters: its pods need room for a suffix",
+                "message": f"metadata.name may have {names.MAX_JOB_NAME} characters: names of its pods add a suffix",
             },
             {
                 "rule": "!self.metadata.name.contains('.')",
-                "message": "metadata.name may not contain a dot: it becomes a label and a host name; use hyphens",
+                "message": "metadata.name must not contain a dot: it becomes a label and a host name; use hyphens",
             },
         ],
     }

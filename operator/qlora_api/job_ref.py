@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 
 class JobRef(NamedTuple):
-    """Which QLoRAJob; the key of the work queue."""
+    """Namespace and name of a QLoRAJob; the key of the work queue."""
 
     namespace: str
     name: str

@@ -1,4 +1,4 @@
-"""What `accelerate launch` and DeepSpeed are told about a run with several processes; the files of its ConfigMap."""
+"""Configuration of `accelerate launch` and DeepSpeed for a run with several processes; files of its ConfigMap."""
 
 from typing import Any, Final
 
@@ -7,19 +7,19 @@ from qlora_api.strategies import STRATEGIES, StrategyName
 from qlora_api.v1alpha1 import Plan
 
 MAIN_PORT: Final = 29500
-"""Where the first process waits for the others: torch's usual port."""
+"""Port at which the main process waits for the others: torch's default."""
 BUCKET_NUMBERS: Final = 50_000_000
-"""Numbers that DeepSpeed collects or adds up at once: 200 MB in fp32; its own default is ten times that."""
+"""Elements per all-gather or reduce bucket of DeepSpeed: 200 MB in fp32; DeepSpeed's default is ten times that."""
 
 
 def accelerate_config(plan: Plan) -> dict[str, Any]:
-    """Return the file for `accelerate launch --config_file`; each node adds its rank and the first one's address."""
-    divided = STRATEGIES[plan.strategy].launcher == "deepspeed"
-    kind = "DEEPSPEED" if divided else "MULTI_CPU" if plan.device == "cpu" else "MULTI_GPU"
-    standard = {"deepspeed_config_file": DEEPSPEED_FILE, "deepspeed_multinode_launcher": "standard"}
+    """Return the file for `accelerate launch --config_file`; each node adds its rank and the main process's address."""
+    uses_deepspeed = STRATEGIES[plan.strategy].launcher == "deepspeed"
+    distributed_type = "DEEPSPEED" if uses_deepspeed else "MULTI_CPU" if plan.device == "cpu" else "MULTI_GPU"
+    deepspeed = {"deepspeed_config_file": DEEPSPEED_FILE, "deepspeed_multinode_launcher": "standard"}
     return {
         "compute_environment": "LOCAL_MACHINE",
-        "distributed_type": kind,
+        "distributed_type": distributed_type,
         "num_machines": plan.nodes,
         "num_processes": plan.processes,
         "main_process_port": MAIN_PORT,
@@ -27,12 +27,21 @@ def accelerate_config(plan: Plan) -> dict[str, Any]:
         "rdzv_backend": "static",
         "use_cpu": plan.device == "cpu",
         "mixed_precision": "no",
-        **({"deepspeed_config": standard} if divided else {}),
+        **({"deepspeed_config": deepspeed} if uses_deepspeed else {}),
     }
 
 
 def deepspeed_config(strategy: StrategyName, max_norm: float) -> dict[str, Any]:
-    """Return DeepSpeed's settings; micro-batches, their number and the dtype are the training loop's business."""
+    """Return DeepSpeed's configuration.
+
+    Batch size 1 and accumulation 1 are placeholders: the training loop itself handles micro-batches, gradient
+    accumulation and the dtype.
+
+    Args:
+        strategy: A strategy whose launcher is DeepSpeed.
+        max_norm: Global norm to which gradients are clipped (spec.training.maxGradNorm).
+
+    """
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,

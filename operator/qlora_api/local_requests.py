@@ -1,4 +1,4 @@
-"""What a person asks of a published adapter on a computer, and what comes back: `qlora merge` and `qlora chat`."""
+"""Requests and results of the commands that load a published adapter locally: `qlora merge` and `qlora chat`."""
 
 from qlora_api.accelerators import DeviceName
 from qlora_api.base import ApiModel
@@ -7,62 +7,63 @@ from qlora_api.v1alpha1 import MergeBase
 
 
 class MergeRequest(ApiModel):
-    """An adapter to be merged into a folder."""
+    """Merge a published adapter with its base, into a folder."""
 
     adapter: str
     """URI of a published adapter."""
     target: str
-    """The folder's path."""
+    """Path of the folder to write."""
     base: MergeBase = "original"
     model: str | None = None
-    """URI of the base, where it is not the one that the adapter names."""
+    """URI of the base model; default: the one recorded with the adapter."""
 
 
 class MergedFolder(ApiModel):
-    """A merged model in a folder of a computer: what `qlora merge -o json` prints."""
+    """A merged model in a local folder: what `qlora merge -o json` prints."""
 
     folder: str
     adapter: str
     """URI of the adapter that was merged."""
     base_model: str
     base_commit: str | None
-    """None where another model was given than the one that the adapter names."""
+    """None if the request named another model than the one recorded with the adapter."""
     merge: MergeReport
 
 
 class ChatRequest(ApiModel):
-    """Adapters to be asked."""
+    """Load adapters of one base model for a chat."""
 
     adapters: tuple[str, ...]
     """URIs of published adapters."""
     device: DeviceName
     model: str | None = None
-    """URI of the base, where it is not the one that the adapters name."""
+    """URI of the base model; default: the one recorded with the adapters."""
 
 
 class GenerationConfig(ApiModel):
-    """How answers are made."""
+    """How answers are generated."""
 
     max_new_tokens: int
-    """Tokens of an answer at most."""
+    """Maximum tokens per answer."""
     temperature: float = 0.0
-    """0 takes the likeliest token each time."""
+    """0 is greedy decoding."""
     seed: int = 0
     system: str = ""
-    """What a chat starts with."""
+    """System message of a chat."""
 
 
 class Reply(ApiModel):
-    """What the base, or one of the adapters on it, says."""
+    """One answer of the base model or of an adapter."""
 
     by: str
+    """"base", or the adapter's name."""
     text: str
     complete: bool
-    """It came to its end by itself, and not to the longest that is allowed."""
+    """Whether it ended with an end-of-text token; False: it was cut off at max_new_tokens."""
 
 
 class ChatTurn(ApiModel):
-    """One question, answered by all: a line of `qlora chat -o json`."""
+    """One question with the answer of each model: a line of `qlora chat -o json`."""
 
     question: str
     replies: tuple[Reply, ...]

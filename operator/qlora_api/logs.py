@@ -1,4 +1,4 @@
-"""One form of log lines for operator and trainer: a JSON object each, or text for a terminal (docs/logs.md)."""
+"""The log format of operator and trainer: one JSON object per line, or text for a terminal (docs/logs.md)."""
 
 import json
 import logging
@@ -13,11 +13,11 @@ from typing import Any, Final, TextIO
 from qlora_api.redaction import REDACTOR
 
 FORMAT_ENV: Final = "QLORA_LOG_FORMAT"
-"""A Format, for the operator and for a trainer alike."""
+"""Environment variable with a Format, of the operator and of the trainer."""
 
 
 class Format(StrEnum):
-    """How a line is written."""
+    """Format of log lines."""
 
     JSON = "json"
     TEXT = "text"
@@ -29,12 +29,12 @@ _process: dict[str, object] = {}
 
 
 def log_fields(**values: object) -> dict[str, object]:
-    """Return the `extra` of a log call that adds these fields to its line."""
+    """Return the `extra` argument of a log call that adds these fields to its line."""
     return {"fields": values}
 
 
 def bind_task_fields(**values: object) -> None:
-    """Add fields to every further line of the running task; the next call replaces them."""
+    """Add fields to every further line of the current asyncio task; the next call replaces them."""
     _task.set(MappingProxyType(values))
 
 
@@ -44,8 +44,8 @@ def bind_process_fields(**values: object) -> None:
 
 
 def record_to_dict(record: logging.LogRecord) -> dict[str, Any]:
-    """Return the fields of a record without secrets; what everybody asks for comes first, and is never replaced."""
-    told: dict[str, Any] = {
+    """Return the fields of a record with secrets redacted; time, level, logger and message are never overwritten."""
+    entry: dict[str, Any] = {
         "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
         "level": record.levelname.lower(),
         "logger": record.name,
@@ -53,14 +53,14 @@ def record_to_dict(record: logging.LogRecord) -> dict[str, Any]:
     }
     for more in (_process, _task.get(), getattr(record, "fields", _NOTHING)):
         for name, value in more.items():
-            told.setdefault(name, value)
+            entry.setdefault(name, value)
     if record.exc_info:
-        told["exception"] = logging.Formatter().formatException(record.exc_info)
-    return {name: REDACTOR.redact_value(value, name) for name, value in told.items()}
+        entry["exception"] = logging.Formatter().formatException(record.exc_info)
+    return {name: REDACTOR.redact_value(value, name) for name, value in entry.items()}
 
 
 def time_of(line: str) -> str:
-    """Return the time of a line of JSON, nothing for any other line; times in UTC sort as text."""
+    """Return the time of a JSON line, or an empty string for any other line; times in UTC sort as text."""
     try:
         return str(json.loads(line)["time"])
     except (ValueError, KeyError, TypeError):
@@ -68,9 +68,9 @@ def time_of(line: str) -> str:
 
 
 def to_text(entry: Mapping[str, Any]) -> str:
-    """Return a line for people: time, level and message, then the other fields, then the traceback."""
-    said = {"time", "level", "logger", "message", "exception"}
-    rest = " ".join(f"{name}={_short(value)}" for name, value in entry.items() if name not in said)
+    """Format an entry as text: time, level and message, then the other fields, then the traceback."""
+    standard = {"time", "level", "logger", "message", "exception"}
+    rest = " ".join(f"{name}={_short(value)}" for name, value in entry.items() if name not in standard)
     line = f"{entry.get('time', '')} {entry.get('level', ''):7} {entry.get('message', '')}"
     return "\n".join(filter(None, (f"{line}  {rest}".rstrip(), entry.get("exception"))))
 
@@ -80,7 +80,7 @@ def _short(value: Any) -> str:
 
 
 class JsonFormatter(logging.Formatter):
-    """A record as one line of JSON."""
+    """Formats a record as one line of JSON."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""
@@ -88,27 +88,27 @@ class JsonFormatter(logging.Formatter):
 
 
 class TextFormatter(logging.Formatter):
-    """A record for a terminal."""
+    """Formats a record as text for a terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the line, or more of them for a traceback."""
+        """Return the line, followed by the traceback if there is one."""
         return to_text(record_to_dict(record))
 
 
 def configure_logs(handler: logging.Handler, level: str) -> None:
-    """Send every record of this process, of our code and of libraries, and Python's warnings to a handler."""
+    """Send every log record of this process, of our code and of libraries, and Python's warnings to a handler."""
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.captureWarnings(True)
 
 
 def handler_for(form: Format, stream: TextIO) -> logging.Handler:
-    """Return what writes each record to a stream."""
+    """Return a handler that writes each record to a stream."""
     handler = logging.StreamHandler(stream)
     handler.setFormatter(JsonFormatter() if form is Format.JSON else TextFormatter())
     return handler
 
 
 def format_from_environment() -> Format:
-    """Return the form that the environment asks for; JSON where it says nothing that is known."""
-    asked = os.environ.get(FORMAT_ENV, "")
-    return Format(asked) if asked in set(Format) else Format.JSON
+    """Return the format that the environment names; JSON if it is not set or unknown."""
+    value = os.environ.get(FORMAT_ENV, "")
+    return Format(value) if value in set(Format) else Format.JSON

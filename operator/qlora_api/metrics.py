@@ -1,7 +1,7 @@
-"""Every metric that the operator and the trainer expose, by its name: both are made from here, and so is the reference.
+"""Every metric of the operator and of the trainer; the metric reference is generated from these definitions.
 
-Names follow Prometheus's conventions: base units, `_total` for counters, and the unit before it. A label has few
-values; what a name cannot say is in `series`, which bounds how many of them there are.
+Names follow Prometheus's conventions: base units, `_total` for counters, and the unit before it. Labels have few
+values; `series` bounds the cardinality of each metric.
 """
 
 from dataclasses import dataclass
@@ -9,14 +9,14 @@ from enum import StrEnum
 from typing import Final
 
 PORT: Final = 9464
-"""Where a training pod serves its metrics; the one that Prometheus exporters of OpenTelemetry use."""
+"""Port of a training pod's metrics endpoint; the default of OpenTelemetry's Prometheus exporters."""
 PORT_NAME: Final = "metrics"
 """The port's name in the pod, for a PodMonitor."""
 PATH: Final = "/metrics"
 
 
 class MetricType(StrEnum):
-    """What may be done with the values."""
+    """Prometheus metric types."""
 
     COUNTER = "counter"
     GAUGE = "gauge"
@@ -32,13 +32,13 @@ class Metric:
     help: str
     labels: tuple[str, ...] = ()
     series: str = "1"
-    """How many label sets there are at most."""
+    """Upper bound of the number of series, for the reference."""
     buckets: tuple[float, ...] = ()
     """Upper bounds of a histogram, in seconds."""
 
     @property
     def constructor_args(self) -> tuple[str, str, tuple[str, ...]]:
-        """Return what every client of Prometheus asks for first."""
+        """Return the first arguments of a metric's constructor in prometheus_client."""
         return self.name, self.help, self.labels
 
 
@@ -52,67 +52,67 @@ BUILD: Final = Metric(
     "qlora_operator_build_info", MetricType.GAUGE, "The operator's version, as a label; always 1.", ("version",)
 )
 LEADER: Final = Metric(
-    "qlora_operator_leader", MetricType.GAUGE, "1 in the replica that works, 0 in those that wait for its Lease."
+    "qlora_operator_leader", MetricType.GAUGE, "1 in the replica that is the leader, 0 in replicas on standby."
 )
 RECONCILES: Final = Metric(
     "qlora_operator_reconcile_total",
     MetricType.COUNTER,
-    "Passes over a QLoRAJob: success; busy, where time will help; error, which is a fault of the operator.",
+    "Reconciles of a QLoRAJob, by result: success; busy, which is retried; error, which is a bug of the operator.",
     ("result",),
     "3",
 )
 RECONCILE_SECONDS: Final = Metric(
     "qlora_operator_reconcile_duration_seconds",
     MetricType.HISTOGRAM,
-    "Time of a pass over a QLoRAJob.",
+    "Time of a reconcile.",
     buckets=_CALL_BUCKETS,
 )
 API_REQUESTS: Final = Metric(
     "qlora_operator_api_requests_total",
     MetricType.COUNTER,
-    "Calls to the API server, by HTTP status; none where it did not answer. Watches are not counted.",
+    "Requests to the API server, by HTTP status code; none if it did not respond. Watches are not counted.",
     ("verb", "code"),
     "5 verbs x the statuses that occur, about 30",
 )
 API_SECONDS: Final = Metric(
     "qlora_operator_api_request_duration_seconds",
     MetricType.HISTOGRAM,
-    "Time of a call to the API server.",
+    "Time of a request to the API server.",
     ("verb",),
     "5",
     _CALL_BUCKETS,
 )
-QUEUE_DEPTH: Final = Metric("qlora_operator_queue_depth", MetricType.GAUGE, "QLoRAJobs that wait for a worker.")
+QUEUE_DEPTH: Final = Metric("qlora_operator_queue_depth", MetricType.GAUGE, "QLoRAJobs in the work queue.")
 QUEUE_AGE: Final = Metric(
     "qlora_operator_queue_oldest_age_seconds",
     MetricType.GAUGE,
-    "How long the QLoRAJob has waited that waits longest, while it is worked on or before.",
+    "Age of the oldest item in the work queue, including the time in which it is being reconciled.",
 )
 JOBS: Final = Metric("qlora_jobs", MetricType.GAUGE, "QLoRAJobs that exist, by phase.", ("phase",), "10 phases")
 JOBS_FINISHED: Final = Metric(
     "qlora_jobs_finished_total",
     MetricType.COUNTER,
-    "QLoRAJobs that ended while this operator led, by phase (Succeeded, Failed) and reason.",
+    "QLoRAJobs that ended while this replica was the leader, by phase (Succeeded, Failed) and reason.",
     ("phase", "reason"),
     "the reasons that occur, about 40",
 )
 ATTEMPTS: Final = Metric(
     "qlora_job_attempts_ended_total",
     MetricType.COUNTER,
-    "Training attempts that ended while this operator led, by reason.",
+    "Training attempts that ended while this replica was the leader, by reason.",
     ("reason",),
     "the reasons that occur, about 30",
 )
 JOB_WAIT_SECONDS: Final = Metric(
     "qlora_job_wait_duration_seconds",
     MetricType.HISTOGRAM,
-    "From the creation of a QLoRAJob to the first start of its training: preparation, queue and scheduling.",
+    "Time from the creation of a QLoRAJob to the first start of its training: preparation, queue and scheduling.",
     buckets=_WAIT_BUCKETS,
 )
 JOB_RUN_SECONDS: Final = Metric(
     "qlora_job_run_duration_seconds",
     MetricType.HISTOGRAM,
-    "From the first start of the training of a QLoRAJob to its end, by phase (Succeeded, Failed).",
+    "Time from the first start of a QLoRAJob's training to its end, by phase (Succeeded, Failed).",
     ("phase",),
     "2",
     _RUN_BUCKETS,
@@ -121,14 +121,14 @@ _RUNNING: Final = "QLoRAJobs that train, evaluate or publish"
 PROGRESS: Final = Metric(
     "qlora_job_progress_ratio",
     MetricType.GAUGE,
-    "Share of the optimizer steps that are done, from 0 to 1; gone when the run no longer holds a pod.",
+    "Fraction of the optimizer steps done, from 0 to 1; absent when the run has no pod.",
     ("namespace", "name"),
     _RUNNING,
 )
 ETA: Final = Metric(
     "qlora_job_eta_seconds",
     MetricType.GAUGE,
-    "Estimated time to the end of the training.",
+    "Estimated time to the end of training.",
     ("namespace", "name"),
     _RUNNING,
 )
@@ -143,17 +143,19 @@ OPERATOR: Final = (
     BUILD, LEADER, RECONCILES, RECONCILE_SECONDS, API_REQUESTS, API_SECONDS, QUEUE_DEPTH, QUEUE_AGE,
     JOBS, JOBS_FINISHED, ATTEMPTS, JOB_WAIT_SECONDS, JOB_RUN_SECONDS, PROGRESS, ETA, LOSS,
 )  # fmt: skip
-"""What every replica of the operator serves; a replica that waits has no job among it."""
+"""Metrics of every replica of the operator; a replica on standby exposes no QLoRAJob metrics."""
 
 STEP: Final = Metric(
-    "qlora_trainer_step", MetricType.GAUGE, "Optimizer steps that are done, those of earlier attempts among them."
+    "qlora_trainer_step", MetricType.GAUGE, "Optimizer steps done, including those of earlier attempts."
 )
-PLANNED_STEPS: Final = Metric("qlora_trainer_planned_steps", MetricType.GAUGE, "Optimizer steps of the whole run.")
+PLANNED_STEPS: Final = Metric("qlora_trainer_planned_steps", MetricType.GAUGE, "Optimizer steps of the run.")
 TRAINING_LOSS: Final = Metric(
     "qlora_trainer_loss", MetricType.GAUGE, "Training loss of the last step, in nats per token."
 )
 HELD_OUT_LOSS: Final = Metric(
-    "qlora_trainer_held_out_loss", MetricType.GAUGE, "Loss on the held-out rows at the last look, in nats per token."
+    "qlora_trainer_held_out_loss",
+    MetricType.GAUGE,
+    "Loss on the held-out rows at the last evaluation, in nats per token.",
 )
 LEARNING_RATE: Final = Metric("qlora_trainer_learning_rate", MetricType.GAUGE, "Learning rate of the last step.")
 GRADIENT_NORM: Final = Metric(
@@ -162,12 +164,12 @@ GRADIENT_NORM: Final = Metric(
 TOKENS: Final = Metric(
     "qlora_trainer_tokens_total",
     MetricType.COUNTER,
-    "Non-padding tokens that this process's attempt has trained on, of all processes; its rate is the throughput.",
+    "Non-padding tokens that this attempt has trained on, over all processes; its rate is the throughput.",
 )
 TOKEN_RATE: Final = Metric(
     "qlora_trainer_tokens_per_second",
     MetricType.GAUGE,
-    "Non-padding tokens over time in the last step, of all processes.",
+    "Non-padding tokens per second in the last step, over all processes.",
 )
 STEP_SECONDS: Final = Metric(
     "qlora_trainer_step_duration_seconds", MetricType.HISTOGRAM, "Time of an optimizer step.", buckets=_STEP_BUCKETS
@@ -175,25 +177,25 @@ STEP_SECONDS: Final = Metric(
 PEAK_MEMORY: Final = Metric(
     "qlora_trainer_peak_memory_bytes",
     MetricType.GAUGE,
-    "Highest memory of the process so far: reserved on its GPU, or resident where it trains on a CPU.",
+    "Peak memory of the process so far: reserved on its GPU, or resident memory when it trains on a CPU.",
 )
 CHECKPOINT_SECONDS: Final = Metric(
     "qlora_trainer_checkpoint_duration_seconds",
     MetricType.HISTOGRAM,
-    "Time in which a checkpoint was written and proven, beside the training.",
+    "Time to write and verify a checkpoint, in the background of training.",
     buckets=_UPLOAD_BUCKETS,
 )
 UPLOAD_SECONDS: Final = Metric(
     "qlora_trainer_upload_duration_seconds",
     MetricType.HISTOGRAM,
-    "Time of the upload of one object to S3, with the look at what arrived.",
+    "Time to upload one object to S3, including verification.",
     buckets=_UPLOAD_BUCKETS,
 )
 UPLOADED_BYTES: Final = Metric(
-    "qlora_trainer_uploaded_bytes_total", MetricType.COUNTER, "Bytes of the objects that reached S3."
+    "qlora_trainer_uploaded_bytes_total", MetricType.COUNTER, "Bytes of the objects uploaded to S3."
 )
 TRAINER: Final = (
     STEP, PLANNED_STEPS, TRAINING_LOSS, HELD_OUT_LOSS, LEARNING_RATE, GRADIENT_NORM, TOKENS, TOKEN_RATE, STEP_SECONDS,
     PEAK_MEMORY, CHECKPOINT_SECONDS, UPLOAD_SECONDS, UPLOADED_BYTES,
 )  # fmt: skip
-"""What the first process of every training pod serves; pod, namespace and job come from Prometheus's discovery."""
+"""Metrics of the first process of every training pod; pod, namespace and job come from Prometheus's discovery."""

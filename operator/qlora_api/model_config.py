@@ -1,4 +1,4 @@
-"""What of a model's config.json decides its size: prepare keeps it, and the plan reads it."""
+"""The part of a model's config.json that decides its size: recorded by prepare, read by the plan."""
 
 import json
 from collections.abc import Mapping
@@ -49,13 +49,13 @@ SIZE_KEYS: Final = frozenset(
         "vocab_size",
     }
 )
-"""Keys that qlora_planner.models.families reads; layer_types is left to its default, since it may be kilobytes long."""
+"""Keys that qlora_planner.models.families reads; layer_types is left out because it can be kilobytes long."""
 MAX_CONFIG: Final = 2048
-"""Characters that a reduced config.json may have: it travels in a pod's last word, which has 4,096 bytes."""
+"""Maximum characters of a reduced config.json: it is part of a pod's termination message, which has 4,096 bytes."""
 
 
 def reduce_config(config: Mapping[str, Any]) -> str:
-    """Return the part of a config.json that decides the size, as JSON; empty where even that is too long."""
+    """Return the part of a config.json that decides the size, as JSON; empty if that is longer than MAX_CONFIG."""
     text = json.dumps(_reduced(config), separators=(",", ":"), sort_keys=True)
     return text if len(text) <= MAX_CONFIG else ""
 

@@ -1,9 +1,7 @@
-"""Every word that two places must spell alike, each with its sentence."""
+"""Names that several components must agree on: labels, paths, variables, phases, condition types."""
 
 from enum import StrEnum
 from typing import Final
-
-from qlora_api.reasons import Reason as Reason  # noqa: PLC0414 (re-exported)
 
 GROUP: Final = "qlora.dev"
 VERSION: Final = "v1alpha1"
@@ -11,20 +9,20 @@ API_VERSION: Final = f"{GROUP}/{VERSION}"
 KIND: Final = "QLoRAJob"
 PLURAL: Final = "qlorajobs"
 FIELD_MANAGER: Final = "qlora-operator"
-"""The manager of every field that the operator writes, and the `app.kubernetes.io/managed-by` of every child."""
+"""Field manager of everything the operator writes; also the value of `app.kubernetes.io/managed-by` on every child."""
 
 MANAGED_BY_LABEL: Final = "app.kubernetes.io/managed-by"
 JOB_LABEL: Final = "qlora.dev/job"
-"""On every child; the value is the QLoRAJob's name. observe() selects by it."""
+"""On every child; the value is the QLoRAJob's name. The operator lists children by it."""
 ROLE_LABEL: Final = "qlora.dev/role"
 """On every child: a Role."""
 LEADER_LABEL: Final = "qlora.dev/leader"
-"""On the pod of the operator that works; the progress Service selects by it."""
+"""On the pod of the operator that is the leader; the progress Service selects by it."""
 ATTEMPT_LABEL: Final = "qlora.dev/attempt"
 """On the children of a training attempt; the value is its number, from 1."""
 
 MAX_JOB_NAME: Final = 52
-"""Room for '-prepare' within the 63 characters of a label value that Kubernetes gives a Job's pods."""
+"""Leaves room for '-prepare' within 63 characters: a Job's name becomes a label value on its pods."""
 
 
 class Role(StrEnum):
@@ -35,23 +33,23 @@ class Role(StrEnum):
 
 
 CONTAINER: Final = "trainer"
-"""The one container of prepare and training pods; its termination message is the final word."""
+"""The only container of prepare and training pods; its termination message has the result."""
 
 CONFIG_MOUNT: Final = "/etc/qlora"
-"""Where a pod finds its configuration (a ConfigMap)."""
+"""Mount path of a pod's configuration (a ConfigMap)."""
 PREPARE_CONFIG_FILE: Final = "prepare.json"
 """A PrepareConfig, in CONFIG_MOUNT of the prepare pod."""
 RUN_CONFIG_FILE: Final = "run.json"
 """A RunConfig, in CONFIG_MOUNT of a training pod."""
 ACCELERATE_CONFIG_FILE: Final = "accelerate.yaml"
-"""What `accelerate launch` reads, in CONFIG_MOUNT of a training pod with other processes beside it."""
+"""What `accelerate launch` reads, in CONFIG_MOUNT of a training pod of a run with several processes."""
 DEEPSPEED_CONFIG_FILE: Final = "deepspeed.json"
-"""DeepSpeed's settings, in CONFIG_MOUNT where it divides the work."""
+"""DeepSpeed's configuration, in CONFIG_MOUNT if the strategy uses DeepSpeed."""
 DEEPSPEED_FILE: Final = f"{CONFIG_MOUNT}/{DEEPSPEED_CONFIG_FILE}"
 MAIN_ADDRESS_ENV: Final = "QLORA_MAIN_ADDRESS"
-"""The name of the pod with the first process, where there are several pods."""
+"""Environment variable: host name of the pod with the main process, if there are several pods."""
 SECRETS_MOUNT: Final = "/var/run/qlora/secrets"
-"""One folder per SecretRole, one file per key. The volumes are optional: the trainer names what is missing."""
+"""One folder per SecretRole, one file per key. The volumes are optional: the trainer reports what is missing."""
 TOKEN_MOUNT: Final = "/var/run/qlora/token"  # noqa: S105 (a path)
 """The projected ServiceAccount token for the progress endpoint."""
 TOKEN_FILE: Final = f"{TOKEN_MOUNT}/token"
@@ -60,28 +58,28 @@ CLAIM_SCHEME: Final = "pvc://"
 CLAIMS_MOUNT: Final = "/var/run/qlora/claims"
 """One folder per claim that the spec reads from, read-only."""
 WORK_MOUNT: Final = "/work"
-"""The only writable folder of a pod: an emptyDir with caches, weights and checkpoints in the making."""
+"""The only writable folder of a pod: an emptyDir for caches, weights and unfinished checkpoints."""
 TOKEN_AUDIENCE: Final = "qlora-operator"  # noqa: S105 (an audience)
 
 PROGRESS_URL_ENV: Final = "KUBEFLOW_TRAINER_SERVER_URL"
-"""Kubeflow Trainer's status protocol: transformers' KubeflowCallback switches itself on when it is set."""
+"""Environment variable of Kubeflow Trainer's status protocol; if set, transformers enables its KubeflowCallback."""
 PROGRESS_TOKEN_ENV: Final = "KUBEFLOW_TRAINER_SERVER_TOKEN"  # noqa: S105 (a variable's name)
 """The path of the bearer token's file."""
 
 QUEUE_LABEL: Final = "kueue.x-k8s.io/queue-name"
 """On a training Job that Kueue admits; the value is spec.queue.name."""
 PRIORITY_CLASS_LABEL: Final = "kueue.x-k8s.io/priority-class"
-"""Beside QUEUE_LABEL; the value is spec.queue.priorityClass."""
+"""Next to QUEUE_LABEL; the value is spec.queue.priorityClass."""
 
 GRACE_SECONDS: Final = 60
-"""From SIGTERM to SIGKILL: enough to finish a step, write a checkpoint and leave a last word."""
+"""Seconds from SIGTERM to SIGKILL: enough to finish a step, write a checkpoint and write the termination message."""
 TERMINATION_MESSAGE_PATH: Final = "/dev/termination-log"
 TERMINATION_MESSAGE_BYTES: Final = 4096
-"""The kubelet cuts a container's termination message here."""
+"""The kubelet truncates a container's termination message to this length."""
 
 
 class SecretRole(StrEnum):
-    """Which reference of the spec a mounted Secret belongs to; the folder's name under SECRETS_MOUNT."""
+    """What a mounted Secret is for; also its folder's name under SECRETS_MOUNT."""
 
     MODEL = "model"
     DATASET = "dataset"
@@ -91,7 +89,7 @@ class SecretRole(StrEnum):
 
 
 class Phase(StrEnum):
-    """One word for the PHASE column; the conditions are the truth."""
+    """Summary in one word, for the PHASE column; the conditions are authoritative."""
 
     PENDING = "Pending"
     PREPARING = "Preparing"
@@ -109,7 +107,7 @@ TERMINAL: Final = frozenset({Phase.SUCCEEDED, Phase.FAILED})
 
 
 class ConditionType(StrEnum):
-    """The conditions of a QLoRAJob; Ready, Reconciling and Stalled are kstatus's."""
+    """Condition types of a QLoRAJob; Ready, Reconciling and Stalled are those of kstatus."""
 
     READY = "Ready"
     RECONCILING = "Reconciling"
@@ -123,15 +121,15 @@ class ConditionType(StrEnum):
 
 
 def prepare_job_name(job: str) -> str:
-    """Name of the Job, and of its ConfigMap, that prepares a QLoRAJob."""
+    """Return the name of a QLoRAJob's prepare Job, and of its ConfigMap."""
     return f"{job}-prepare"
 
 
 def train_job_name(job: str, attempt: int) -> str:
-    """Name of the Job, and of its ConfigMap, of one training attempt; attempts count from 1."""
+    """Return the name of the Job, and of its ConfigMap, of one training attempt; attempts count from 1."""
     return f"{job}-{attempt}"
 
 
 def progress_path(namespace: str, job: str) -> str:
-    """Path of the progress endpoint that a pod of this QLoRAJob posts to."""
+    """Return the path of the progress endpoint that a pod of this QLoRAJob posts to."""
     return f"/apis/{GROUP}/{VERSION}/namespaces/{namespace}/{PLURAL}/{job}/status"

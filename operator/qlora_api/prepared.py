@@ -1,4 +1,4 @@
-"""What the prepare pod tells the operator, and what the training pod starts from."""
+"""The result of preparation: reported by the prepare pod, input of the training pod."""
 
 from typing import Annotated
 
@@ -10,33 +10,33 @@ from qlora_api.v1alpha1 import DataStatus, ModelStatus
 
 
 class Prepared(ApiModel):
-    """Facts that were checked without a GPU; a copy lies in S3 as prepared/prepared.json."""
+    """What preparation found, without a GPU; also stored in the output as prepared/prepared.json."""
 
     digest: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
-    """First 16 hex digits of the SHA-256 over all that decides the result: two runs with one digest are one run."""
+    """First 16 hex digits of the SHA-256 over everything that decides the result; equal digests mean equal results."""
     prefix: str
-    """<output.uri>/<job>/<digest>: everything of this result lies below it."""
+    """<output.uri>/<job>/<digest>, the prefix of everything that belongs to this result."""
     model: ModelStatus
     dataset: DataStatus
     trainer_version: str
     published: Result | None = None
-    """The result, if a complete manifest of this digest exists already."""
+    """The result, if a complete manifest with this digest already exists."""
 
 
 class PinnedTask(ApiModel):
-    """One leaf task of a public benchmark, and the state of its data that every attempt uses."""
+    """One leaf task of a public benchmark, with its data pinned to a commit, so that every attempt uses the same."""
 
     name: str
     file: str
-    """Its configuration, in the harness's folder of tasks."""
+    """Path of its configuration in lm-evaluation-harness's tasks folder."""
     dataset: str
-    """Repository of its data on the hub."""
+    """Dataset repository on the hub."""
     commit: str
     part: str | None = None
-    """Configuration of the dataset, where it has several."""
+    """Configuration of the dataset, if it has several."""
 
 
 class PinnedTasks(ApiModel):
-    """prepared/tasks.json: beside the facts and not among them, since a pod's last word has no room for a hundred."""
+    """prepared/tasks.json; not part of Prepared, because a hundred tasks would not fit into a termination message."""
 
     tasks: tuple[PinnedTask, ...] = ()

@@ -1,4 +1,4 @@
-"""The body that a training pod posts: Kubeflow Trainer's status protocol."""
+"""Body of the progress reports that a training pod posts: Kubeflow Trainer's status protocol."""
 
 from datetime import datetime
 from typing import Annotated
@@ -8,13 +8,13 @@ from pydantic.alias_generators import to_camel
 
 
 class _WireModel(BaseModel):
-    """Tolerant of unknown fields: newer clients must not lose their progress."""
+    """Ignores unknown fields, so that reports of newer clients are accepted."""
 
     model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True, extra="ignore", frozen=True)
 
 
 class ReportedMetric(_WireModel):
-    """A number or a name, as a string: the protocol's choice."""
+    """A metric; the protocol sends numbers as strings."""
 
     name: Annotated[str, Field(max_length=128)]
     value: Annotated[str, Field(max_length=2048)]
@@ -23,8 +23,9 @@ class ReportedMetric(_WireModel):
 class TrainerStatus(_WireModel):
     """One report of a running pod.
 
-    transformers' KubeflowCallback sends the metrics current_step, total_steps and loss;
-    our trainer adds phase, tokens_per_second, and checkpoint_step, _uri, _time and _verified of its newest checkpoint.
+    transformers' KubeflowCallback sends the metrics current_step, total_steps and loss; our trainer adds phase,
+    tokens_per_second, and checkpoint_step, checkpoint_uri, checkpoint_time and checkpoint_verified of its newest
+    checkpoint.
     """
 
     progress_percentage: int | None = Field(default=None, ge=0, le=100)

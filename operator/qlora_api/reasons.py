@@ -1,4 +1,4 @@
-"""Every reason of a condition or an attempt, and all that is known about it: one record each.
+"""Every reason of a condition or an attempt, with one record each: texts, retries, documentation.
 
 To add a reason: add it to `Reason` and `REASONS` here, and make the classifier that finds it return it.
 """
@@ -69,7 +69,7 @@ class RetryAction(StrEnum):
     """What the next attempt does differently."""
 
     RESUME = "resume"
-    """Nothing: the cause lies outside the run."""
+    """Nothing: the cause is outside the run."""
     OTHER_NODE = "other node"
     """It avoids the node."""
     SHRINK_MICRO_BATCH = "shrink micro-batch"
@@ -77,7 +77,7 @@ class RetryAction(StrEnum):
 
 
 class Moment(StrEnum):
-    """When a reason is met."""
+    """When a reason occurs."""
 
     MANIFEST = "Before any pod is created"
     PREPARATION = "During preparation"
@@ -89,7 +89,7 @@ class Moment(StrEnum):
 
 
 class Topic(StrEnum):
-    """What a failure is about: its row on the page about troubleshooting, in this order."""
+    """What a failure is about: its row on the troubleshooting page, in this order."""
 
     # before training
     MANIFEST = "the manifest"
@@ -113,9 +113,9 @@ class Topic(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class ReasonRecord:
-    """All that is known about one reason.
+    """The record of one reason.
 
-    A background and an outcome may name figures of the operator in braces; the reference fills them in.
+    `background` and `outcome` may contain figures of the operator as {placeholders}; the reference fills them in.
     """
 
     sentence: str
@@ -123,31 +123,31 @@ class ReasonRecord:
     remedy: str
     """What to do about it."""
     moments: tuple[Moment, ...]
-    """When it is met."""
+    """When it occurs."""
     background: str
     """What usually causes it; for the reference."""
     topic: Topic | None = None
-    """Where the page about troubleshooting lists it; None: that page has it in a table of phases."""
+    """Its row on the troubleshooting page; None: it is in that page's table of phases."""
     also_known_as: tuple[str, ...] = ()
-    """What people search for when they meet it: error messages, exit codes, Kubernetes' words."""
+    """What people search for: error messages, exit codes, terms of Kubernetes."""
     normal: bool = False
-    """Whether the run proceeds as it should, so that its Event is Normal; every other one is a Warning."""
+    """Whether its Event is Normal, because the run proceeds as it should; otherwise it is a Warning."""
     retry: RetryAction | None = None
-    """What the next attempt does differently; None: somebody has to fix the cause first."""
+    """What the next attempt does differently; None: not retried, somebody has to fix the cause first."""
     counts_against_retries: bool = True
-    """Whether an attempt that ended so uses up spec.retries.maxAttempts; no: it says nothing about the run."""
+    """Whether such an attempt counts against spec.retries.maxAttempts; False for disruptions."""
     needs_time: bool = False
-    """Whether the cause recovers by itself after a while, so that the next attempt is delayed."""
+    """Whether the cause recovers by itself after a while, so that the next attempt is delayed (back-off)."""
     consequence_rank: int = 0
-    """0 for what explains the end of a run by itself; the higher, the more it only follows from another pod's end."""
+    """0: a root cause. The higher, the more likely it only follows from the end of another pod of the run."""
     cluster_fault: bool = False
-    """Whether the alert about lost attempts (QLoRAAttemptsLost) counts it."""
+    """Whether the alert QLoRAAttemptsLost counts it."""
     outcome: str = ""
-    """What happens to the run, where the fields above do not say it; for the reference."""
+    """What happens to the run, if the fields above do not say it; for the reference."""
 
 
 NOTHING_TO_DO: Final = "Nothing to do."
-"""The remedy of a reason that asks nothing of anybody."""
+"""The remedy of a reason that needs no action."""
 _CREATE_AGAIN: Final = "Create the QLoRAJob again under the same name; it resumes from its last checkpoint."
 _SERVICE_DOWN: Final = (
     "The endpoint is wrong or down, or a NetworkPolicy, a proxy or DNS is in the way. The message has the address."
@@ -742,7 +742,7 @@ REASONS: Final[dict[Reason, ReasonRecord]] = {
         also_known_as=("exit code 1", "Traceback", "RuntimeError", "segmentation fault", "exit code 139"),
     ),
 }
-"""One record per reason; a test keeps it complete."""
+"""One record per reason; a test checks that it is complete."""
 
 NORMAL_REASONS: Final = frozenset(reason for reason, record in REASONS.items() if record.normal)
-"""Reasons of a run that proceeds as it should; every other one needs attention, even where it is retried."""
+"""Reasons of a run that proceeds as it should; every other one needs attention, even if it is retried."""

@@ -1,7 +1,7 @@
-"""Takes secrets out of text that leaves a process: logs, last words, and whatever is made of them.
+"""Redacts secrets from text that leaves a process: logs, termination messages, reports.
 
-What this process was given is known by its value. What it may meet without having been given it (a presigned URL in an
-exception of a library) is known by its form.
+Secrets that were given to this process are found by their values. Others, such as a presigned URL in the exception of
+a library, are found by patterns.
 """
 
 import json
@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 MASK: Final = "[redacted]"
 MIN_SECRET_LENGTH: Final = 8
-"""Characters of a value that is looked for: a shorter one would be found in every other word."""
+"""Minimum length of a value that is redacted: shorter ones would match ordinary text."""
 
 _CREDENTIAL_NAME: Final = (
     r"(?:aws_?)?(?:secret_?access_?key|access_?key_?id|session_?token)|hf_?token|hugging_?face_?hub_?token"
@@ -41,14 +41,14 @@ _SECRET_PATTERNS: Final = tuple(
     (re.compile(pattern), MASK)
     for pattern in (r"\b(?:hf|api_org)_[A-Za-z0-9]{20,}\b", r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b")
 )
-"""Headers, query strings of presigned URLs, assignments, user information of URLs, tokens with a form of their own."""
+"""Headers, query strings of presigned URLs, assignments, user information in URLs, tokens with a known format."""
 _SECRET_FIELD: Final = re.compile(
     rf"(?:{_CREDENTIAL_NAME}|(?:.*[_-])?(?:authorization|password|secret|token))", re.IGNORECASE
 )
 
 
 class Redactor:
-    """Masks what it has learnt, and what looks like a secret."""
+    """Redacts the secrets it was given, and whatever looks like a secret."""
 
     def __init__(self) -> None:
         self._values: set[str] = set()
@@ -56,7 +56,7 @@ class Redactor:
         self._lock = threading.Lock()
 
     def add_secrets(self, values: Iterable[str]) -> None:
-        """Look for these values from now on, and for how they are written in a URL, in JSON and by Python."""
+        """Redact these values from now on, also as quoted in a URL, in JSON and by Python's repr()."""
         with self._lock:
             for value in values:
                 if len(value) >= MIN_SECRET_LENGTH:
@@ -65,15 +65,21 @@ class Redactor:
             self._secret_pattern = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
 
     def redact_text(self, text: str) -> str:
-        """Return the text without secrets."""
+        """Return the text with secrets masked."""
         if self._secret_pattern is not None:
             text = self._secret_pattern.sub(MASK, text)
-        for form, replacement in _SECRET_PATTERNS:
-            text = form.sub(replacement, text)
+        for pattern, replacement in _SECRET_PATTERNS:
+            text = pattern.sub(replacement, text)
         return text
 
     def redact_value(self, value: Any, name: str = "") -> Any:
-        """Return a value without secrets, however deep they are; one whose name says what it is goes as a whole."""
+        """Return a value as JSON types, with secrets masked at any depth.
+
+        Args:
+            value: A value of any type; types that JSON does not have become text.
+            name: The field's name. The text of a field such as `password` or `hf_token` is masked completely.
+
+        """
         if isinstance(value, str):
             return MASK if value and _SECRET_FIELD.fullmatch(name) else self.redact_text(value)
         if isinstance(value, Mapping):
@@ -84,4 +90,4 @@ class Redactor:
 
 
 REDACTOR: Final = Redactor()
-"""This process's: what one part of it was given, no other part may tell."""
+"""The redactor of this process: a secret given to one component is redacted in the output of all."""

@@ -1,4 +1,4 @@
-"""What the trainer leaves behind: its last word, the report and the manifest."""
+"""What the trainer writes: its termination message, the report, the manifests."""
 
 from datetime import datetime
 from typing import Annotated
@@ -6,8 +6,8 @@ from typing import Annotated
 from pydantic import Field
 
 from qlora_api.base import ApiModel
-from qlora_api.names import Reason
 from qlora_api.prepared import Prepared
+from qlora_api.reasons import Reason
 from qlora_api.result import Result
 from qlora_api.v1alpha1 import (
     Checkpoint,
@@ -28,15 +28,15 @@ class TerminationMessage(ApiModel):
     reason: Reason
     message: str = ""
     step: int | None = None
-    """Optimizer steps that were done."""
+    """Optimizer steps done."""
     prepared: Prepared | None = None
     result: Result | None = None
     checkpoint: Checkpoint | None = None
-    """The newest complete one, where the run did not end well."""
+    """The newest complete checkpoint, if the run did not succeed."""
 
 
 class Sample(ApiModel):
-    """One held-out prompt, answered before and after."""
+    """One held-out prompt, with the answers of base model and adapter."""
 
     prompt: str
     reference: str
@@ -45,22 +45,22 @@ class Sample(ApiModel):
 
 
 class RowScore(ApiModel):
-    """One model on one held-out row."""
+    """Scores of one model on one held-out row."""
 
     loss: float
     """Summed cross-entropy of the row's supervised tokens, in nats."""
     correct: int
-    """Supervised tokens that are the model's first choice."""
+    """Supervised tokens that the model ranks first (argmax)."""
     answer: str | None = None
-    """The greedy answer, where one was asked for."""
+    """The answer by greedy decoding, if one was generated."""
     exact_match: float | None = None
-    """1 where the answer equals the reference but for white space, else 0."""
+    """1 if the answer equals the reference, ignoring whitespace, else 0."""
     rouge_l: float | None = None
     """ROUGE-L F-measure of the answer, from 0 to 1."""
 
 
 class EvaluatedRow(ApiModel):
-    """One line of evaluation.jsonl; all figures of an evaluation follow from these lines."""
+    """One line of evaluation.jsonl; every figure of an evaluation can be computed from these lines."""
 
     tokens: int
     """Supervised tokens."""
@@ -71,14 +71,14 @@ class EvaluatedRow(ApiModel):
 
 
 class Interval(ApiModel):
-    """The range that a figure would probably stay in with other held-out rows of the same kind."""
+    """A confidence interval of a metric, over other samples of held-out rows."""
 
     low: float
     high: float
 
 
 class Intervals(ApiModel):
-    """The intervals of one column of the comparison."""
+    """Confidence intervals of one column of the comparison."""
 
     loss: Interval
     perplexity: Interval
@@ -91,26 +91,26 @@ class Confidence(ApiModel):
     """Percentile bootstrap over held-out rows; docs/results.md has the algorithm."""
 
     level: float
-    """Share of resamples inside an interval."""
+    """Confidence level: fraction of resamples inside an interval."""
     resamples: int
     seed: int
     base: Intervals
     adapter: Intervals
     change: Intervals
-    """Adapter less base, both on the same resampled rows."""
+    """Adapter minus base, on the same resampled rows."""
 
 
 class ServingCheck(ApiModel):
-    """What vLLM would say to the adapter, by its rules; it never blocks publishing."""
+    """Whether vLLM would load the adapter, by its rules; never blocks publishing."""
 
     vllm: bool
     problems: tuple[str, ...] = ()
     max_lora_rank: int | None
-    """The value for --max-lora-rank; None where vLLM has none that is high enough."""
+    """The value for --max-lora-rank; None if the rank is above vLLM's maximum."""
 
 
 class AdapterRecord(ApiModel):
-    """qlora.json beside the adapter: what merging and asking need, and its weights do not say."""
+    """qlora.json next to the adapter: what `qlora merge` and `qlora chat` need besides its weights."""
 
     job: str
     digest: str
@@ -121,54 +121,54 @@ class AdapterRecord(ApiModel):
     quantization: QuantizationSpec
     """How the base was stored in training."""
     dtype: str
-    """What the base computed in."""
+    """Compute dtype of the base."""
     attention: str
-    """The attention kernel in use."""
+    """Attention implementation in use."""
     format: str
-    """Format of the rows, and so of the prompts; several are joined by '+'. Chats are rendered by the chat template of
-    the tokenizer beside the adapter."""
+    """Format of the rows, and so of the prompts; several are joined by '+'. Chats use the chat template of the
+    tokenizer that is published with the adapter."""
     template: RowTemplate | None = None
-    """What made the prompts of instruction rows, where it was not the built-in one."""
+    """Prompt template of instruction rows, if it was not the built-in one."""
     init: str = "default"
-    """spec.lora.init: what the adapter started as."""
+    """spec.lora.init."""
     parameters: int | None = None
     """Weights of the base."""
 
 
 class MergeDifference(ApiModel):
-    """A merged model in bf16 against base and adapter as they were trained, on the same held-out rows."""
+    """A merged model in bf16 compared with its unmerged adapter, on the same held-out rows."""
 
     rows: int
     tokens: int
-    """Supervised tokens in them, at which logits were compared."""
+    """Supervised tokens in the rows, at which logits were compared."""
     max_logit: float
     """Largest absolute difference of a logit."""
     relative: float
-    """Norm of all differences, over the norm of the unmerged model's logits."""
+    """Norm of all differences divided by the norm of the unmerged model's logits."""
     same_choice: float
-    """Share of tokens at which both have the same first choice."""
+    """Fraction of tokens at which both models rank the same token first."""
     unmerged_loss: float
     """In nats per token."""
     merged_loss: float
 
 
 class MergeReport(ApiModel):
-    """merge.json beside a merged model."""
+    """merge.json next to a merged model."""
 
     base: MergeBase
     difference: MergeDifference | None = None
-    """None where there were no held-out rows to measure on."""
+    """None if there were no held-out rows to measure on."""
 
 
 class TaskScore(ApiModel):
-    """One metric of one public benchmark, before and after."""
+    """One metric of one public benchmark, for base model and adapter."""
 
     task: str
     metric: str
-    """lm-evaluation-harness's name of it, with its filter where there is one."""
+    """Its name in lm-evaluation-harness, with its filter if there is one."""
     base: float
     base_error: float | None
-    """Standard error, where the harness knows one."""
+    """Standard error, if the harness computes one."""
     adapter: float
     adapter_error: float | None
 
@@ -190,13 +190,14 @@ class TextSpan(ApiModel):
 
     text: str
     learned: bool
+    """Whether the loss covers its tokens."""
 
 
 class ValidationRecord(ApiModel):
-    """One look at the held-out rows while the training goes on."""
+    """One evaluation on the held-out rows during training."""
 
     step: int
-    """Optimizer steps that were done."""
+    """Optimizer steps done."""
     loss: float
     token_accuracy: float
     seconds: float
@@ -210,13 +211,13 @@ class RunReport(ApiModel):
     run: str = ""
     """Uid of the QLoRAJob; empty without a cluster."""
     attempt: int = 1
-    """The attempt that published; earlier ones may have done a part of the steps."""
+    """The attempt that published; earlier ones may have done some of the steps."""
     digest: str
     spec: QLoRAJobSpec
     plan: Plan
     prepared: Prepared
     choices: dict[str, str]
-    """What the hardware decided (dtype, attention, …), each with its reason."""
+    """What was chosen by hardware (dtype, attention, …), each with its reason."""
     history: tuple[StepRecord, ...]
     held_out: tuple[ValidationRecord, ...] = ()
     adapter_step: int
@@ -228,14 +229,14 @@ class RunReport(ApiModel):
     """Some training rows."""
     serving: ServingCheck
     tasks: tuple[TaskScore, ...] = ()
-    """Public benchmarks, where spec.evaluation.tasks asks for any."""
+    """Public benchmarks of spec.evaluation.tasks."""
     started_at: datetime
     finished_at: datetime
     training_seconds: float
     tokens_per_second: float
     """Non-padding tokens per second of training."""
     peak_memory_bytes: int
-    """Peak of the device's memory on a GPU, of the resident set on a CPU."""
+    """Peak reserved GPU memory, or peak resident set size on a CPU."""
     versions: dict[str, str]
 
 
@@ -249,7 +250,7 @@ class ManifestFile(ApiModel):
 
 
 class ResultManifest(ApiModel):
-    """manifest.json, written last and only once: who finds it finds a complete, verified result."""
+    """manifest.json, written last and only once: if it exists, the result is complete and verified."""
 
     digest: str
     job: str
@@ -267,7 +268,7 @@ class ResultManifest(ApiModel):
 
 
 class MergedManifest(ApiModel):
-    """manifest.json of a merged model, written last and only once, as the adapter's."""
+    """manifest.json of a merged model; like the adapter's, written last and only once."""
 
     digest: str
     model: str

@@ -1,4 +1,4 @@
-"""What the operator (or `qlora run`) hands to the trainer: one JSON file that one model validates."""
+"""Input of the trainer, from the operator or `qlora run`: one JSON file, validated by one model."""
 
 from typing import Literal
 
@@ -8,24 +8,24 @@ from qlora_api.v1alpha1 import Plan, QLoRAJobSpec
 
 
 class S3Config(ApiModel):
-    """How to reach the object store; keys of a mounted Secret (AWS_ENDPOINT_URL, AWS_REGION) come first."""
+    """How to reach the object store; keys of a mounted Secret (AWS_ENDPOINT_URL, AWS_REGION) take precedence."""
 
     endpoint: str | None = None
-    """URL of an S3-compatible server; none means AWS."""
+    """URL of an S3-compatible server; None: AWS."""
     region: str | None = None
     addressing: Literal["auto", "path", "virtual"] = "auto"
     checksums: Literal["when_supported", "when_required"] = "when_supported"
-    """when_required is for S3-compatible servers that refuse boto3's default CRC32."""
+    """when_required is for S3-compatible servers that reject boto3's default CRC32."""
 
 
 class Platform(ApiModel):
-    """What is the same for every job of an installation."""
+    """Settings of an installation, the same for every QLoRAJob."""
 
     s3: S3Config = S3Config()
     hub_endpoint: str | None = None
-    """HF_ENDPOINT; none means the public hub."""
+    """HF_ENDPOINT; None: the public hub."""
     hub_mirror: str | None = None
-    """s3:// or file:// prefix with a synchronised hub cache (models--organisation--name/…): then no hub is asked."""
+    """s3:// or file:// prefix with a copy of a hub cache (models--organization--name/…), used instead of the hub."""
 
 
 class PrepareConfig(ApiModel):
@@ -34,7 +34,7 @@ class PrepareConfig(ApiModel):
     namespace: str
     job: str
     uid: str = ""
-    """Of the QLoRAJob; empty without a cluster."""
+    """Uid of the QLoRAJob; empty without a cluster."""
     spec: QLoRAJobSpec
     platform: Platform = Platform()
 
@@ -45,7 +45,7 @@ class RunConfig(ApiModel):
     namespace: str
     job: str
     uid: str = ""
-    """Of the QLoRAJob; empty without a cluster."""
+    """Uid of the QLoRAJob; empty without a cluster."""
     attempt: int
     spec: QLoRAJobSpec
     plan: Plan

@@ -1,4 +1,4 @@
-"""Distribution strategies: one row each; other modules ask for properties, never for names."""
+"""Distribution strategies, one row each; other modules check their properties, never their names."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ class Strategy:
 
     name: StrategyName
     summary: str
-    """What it is, for the field's description."""
+    """Part of the description of spec.distribution."""
     chosen_because: str
     """Why a plan chooses it when spec.distribution is auto."""
     launcher: Literal["accelerate", "deepspeed"] = "accelerate"
@@ -60,7 +60,7 @@ ZERO3: Final = Strategy(
     collective_forward=True,
 )
 FOR_SEVERAL: Final = (DDP, ZERO2, ZERO3)
-"""Strategies for several processes; the one that shards least, and so communicates least, comes first."""
+"""Strategies for several processes, in the order in which a plan tries them: least sharding and communication first."""
 STRATEGIES: Final[Mapping[str, Strategy]] = {strategy.name: strategy for strategy in (SINGLE, *FOR_SEVERAL)}
 SHARDING_OPTIMIZER: Final = tuple(strategy.name for strategy in FOR_SEVERAL if strategy.shards_optimizer)
 SHARDING_WEIGHTS: Final = tuple(strategy.name for strategy in FOR_SEVERAL if strategy.shards_weights)

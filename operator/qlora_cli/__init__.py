@@ -1,1 +1,1 @@
-"""`qlora`, the command line; also `kubectl qlora`."""
+"""The command line `qlora`, also installed as `kubectl qlora`."""

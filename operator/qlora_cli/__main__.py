@@ -1,4 +1,4 @@
-"""`qlora`, the command line: one file per command."""
+"""The `qlora` app; each command is a module of qlora_cli.commands."""
 
 import sys
 from pathlib import Path
@@ -51,8 +51,8 @@ app.command()(report)
 app.command()(serve_snippet)
 
 
-def _show_version(wanted: bool) -> None:
-    if wanted:
+def _show_version(value: bool) -> None:
+    if value:
         typer.echo(f"qlora {__version__}")
         raise typer.Exit
 

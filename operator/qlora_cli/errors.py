@@ -1,4 +1,4 @@
-"""How a command ends that could not do its work: what a person can act on becomes a sentence and an exit code."""
+"""How commands fail: errors that the user can fix become a message and an exit code."""
 
 import contextlib
 import signal
@@ -19,15 +19,22 @@ _REASONS: Final[Mapping[type[Exception], Reason]] = {
     DoesNotFitError: Reason.DOES_NOT_FIT,
 }
 INTERRUPTED_EXIT_CODE = 130
-"""The exit code of a shell's command that was interrupted."""
+"""Exit code after Ctrl-C, as in shells."""
 
 
 @contextlib.contextmanager
 def exit_on_error(
     console: Console, stopped: str, on_error: Callable[[Console, Reason | None, str], Never]
 ) -> Iterator[None]:
-    """Turn exceptions into exit codes; `stopped` says where things stand after Ctrl-C."""
-    # Imported here, because it is the trainer's: `qlora validate` works without it.
+    """Turn exceptions of a local run into a message and an exit code.
+
+    Args:
+        console: The console for standard error.
+        stopped: The message after Ctrl-C: what the command leaves behind.
+        on_error: Prints the error and exits.
+
+    """
+    # Imported here because it belongs to the optional trainer: `qlora validate` works without it.
     from qlora_trainer.errors import as_run_error  # noqa: PLC0415
 
     signal.signal(signal.SIGTERM, _interrupt)
@@ -42,9 +49,9 @@ def exit_on_error(
     except Exception as error:
         known = as_run_error(error)
         if known.reason is Reason.INTERRUPTED:
-            exit_interrupted(console, f"step {known.step} is done; the same command goes on from its checkpoint")
+            exit_interrupted(console, f"step {known.step} is done; the same command resumes from its checkpoint")
         if known.reason is Reason.TRAINER_ERROR:
-            raise  # a bug of ours: its traceback is what a report needs
+            raise  # a bug in the trainer: a bug report needs its traceback
         on_error(console, known.reason, known.message)
 
 
@@ -53,21 +60,21 @@ def _interrupt(_number: int, _frame: FrameType | None) -> Never:
 
 
 def exit_interrupted(console: Console, state: str) -> Never:
-    """Say where a stopped command stands, and end as a shell expects it."""
+    """Print what an interrupted command leaves behind, and exit with INTERRUPTED_EXIT_CODE."""
     console.print(f"[yellow]stopped;[/] {state}", soft_wrap=True)
     raise typer.Exit(INTERRUPTED_EXIT_CODE)
 
 
 def exit_error(console: Console, reason: Reason | None, message: str) -> Never:
-    """Say what is wrong and what to do about it, and end with exit code 1."""
+    """Print reason, message and fix of an error, and exit with code 1."""
     console.print(f"[bold red]error:[/] {f'[bold]{reason}[/]' if reason else ''}", soft_wrap=True)
     console.print(escape(message), soft_wrap=True)
     if reason is not None and reason not in {Reason.INVALID_SPEC, Reason.ACCELERATOR_MISSING}:
-        console.print(f"[bold]what to do:[/] {escape(REASONS[reason].remedy)}", soft_wrap=True)
+        console.print(f"[bold]fix:[/] {escape(REASONS[reason].remedy)}", soft_wrap=True)
     raise typer.Exit(1)
 
 
 def exit_error_without_remedy(console: Console, _reason: Reason | None, message: str) -> Never:
-    """Say what is wrong where there is no manifest to correct: reasons and their remedies speak of one."""
+    """Print the message of an error, and exit with code 1; for commands without a manifest to fix."""
     console.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
     raise typer.Exit(1)

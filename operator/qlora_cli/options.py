@@ -1,4 +1,4 @@
-"""Options that several commands have, and what becomes of them."""
+"""Options that several commands have in common."""
 
 from enum import StrEnum
 from typing import Annotated, TypeAlias
@@ -10,7 +10,7 @@ from qlora_cli.uris import to_uri
 
 
 class OutputFormat(StrEnum):
-    """How a result is printed."""
+    """Values of --output."""
 
     TABLE = "table"
     JSON = "json"
@@ -18,19 +18,19 @@ class OutputFormat(StrEnum):
 
 
 HubMirror: TypeAlias = Annotated[
-    str | None, typer.Option(help="Folder or URI with a synchronised hub cache; then no hub is asked.")
+    str | None, typer.Option(help="Folder or URI with a copy of a hub cache, used instead of the hub.")
 ]
-HubEndpoint: TypeAlias = Annotated[str | None, typer.Option(help="URL of the model hub, instead of the public one.")]
-S3Endpoint: TypeAlias = Annotated[str | None, typer.Option(help="URL of an S3-compatible server, instead of AWS.")]
-OutputOption: TypeAlias = Annotated[OutputFormat, typer.Option("--output", "-o", help="How the result is printed.")]
+HubEndpoint: TypeAlias = Annotated[str | None, typer.Option(help="URL of the model hub; default: the public one.")]
+S3Endpoint: TypeAlias = Annotated[str | None, typer.Option(help="URL of an S3-compatible server; default: AWS.")]
+OutputOption: TypeAlias = Annotated[OutputFormat, typer.Option("--output", "-o", help="Output format.")]
 BaseModel: TypeAlias = Annotated[
     str | None,
-    typer.Option(metavar="MODEL", help="Folder or URI of the base, if it is not where the adapter says."),
+    typer.Option(metavar="MODEL", help="Folder or URI of the base model; default: the one recorded with the adapter."),
 ]
 
 
 def make_platform(hub_mirror: str | None, hub_endpoint: str | None, s3_endpoint: str | None) -> Platform:
-    """Return where hub and object store are."""
+    """Return the settings of hub and object store."""
     return Platform(
         s3=S3Config(endpoint=s3_endpoint),
         hub_endpoint=hub_endpoint,

@@ -30,7 +30,7 @@ VARIANTS: Final[Mapping[str, Mapping[str, Any]]] = {
 }
 _FOR_ADAPTERS: Final = frozenset({"dropout", "rsLoRA", "DoRA", "PiSSA", "LoftQ", "modulesToSave"})
 _BASE: Final[Mapping[str, Any]] = {
-    "model": {"uri": "hf://organisation/model"},
+    "model": {"uri": "hf://organization/model"},
     "dataset": {"uri": "s3://bucket/rows.jsonl"},
     "output": {"uri": "s3://bucket/adapters"},
     "resources": {"nodes": 2, "gpusPerNode": 0},

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from qlora_api.names import CLAIM_SCHEME, Reason
+from qlora_api.names import CLAIM_SCHEME
+from qlora_api.reasons import Reason
 from qlora_api.strategies import DDP, SHARDING_OPTIMIZER, SHARDING_WEIGHTS, ZERO2
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_api.v1alpha1.patterns import NO_LOOPBACK

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Final
 
 from qlora_api import names
-from qlora_api.names import Reason
+from qlora_api.reasons import Reason
 from tests.integration.operator_process import NAME, PREPARE, TRAIN, JobNamespace
 from tests.make import PREPARED_MESSAGE, PUBLISHED_MESSAGE, make_termination_message
 

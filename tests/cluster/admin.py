@@ -1,4 +1,4 @@
-"""The API server, asked directly: for each of thousands of small questions kubectl would be started anew."""
+"""A direct client of the API server, for thousands of small requests: kubectl would be a new process for each."""
 
 import json
 from collections.abc import Mapping

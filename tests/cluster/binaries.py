@@ -99,7 +99,7 @@ def binary(name: str) -> Path:
 
 
 def binary_path(name: str) -> Path:
-    """Name the place of a program; it changes with everything that its module pins."""
+    """Return the path of a program; it changes with everything that its module pins."""
     module = MODULES / PROGRAMS[name].module
     sources = sorted(path for path in module.rglob("*") if path.suffix in {".mod", ".sum", ".go"})
     key = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]

@@ -25,7 +25,7 @@ from tests.cluster.s3 import S3, start_s3
 from tests.cluster.state import START_LOCK, State, all_states, find_state, remove_abandoned
 
 RESTRICTED: Final = {"pod-security.kubernetes.io/enforce": "restricted"}
-"""Labels of a namespace that accepts nothing but pods under the restricted profile."""
+"""Labels of a namespace that enforces the restricted Pod Security profile."""
 NODE_WAIT: Final = 600.0
 """Seconds to wait for another test run to give this machine's one node back."""
 
@@ -109,7 +109,7 @@ class Cluster:
 
     @classmethod
     def existing(cls, kubeconfig: Path) -> "Cluster":
-        """Use somebody else's cluster; nothing is started, and S3 is what the environment names."""
+        """Use an existing cluster; nothing is started, and S3 is the server that the environment names."""
         endpoint = os.environ.get("QLORA_TEST_S3_ENDPOINT")
         keys = (os.environ.get("AWS_ACCESS_KEY_ID", ""), os.environ.get("AWS_SECRET_ACCESS_KEY", ""))
         return cls(kubeconfig, s3_server=S3(endpoint, *keys) if endpoint else None)
@@ -123,7 +123,7 @@ class Cluster:
         self.stop()
 
     def stop(self) -> None:
-        """End the cluster and remove everything that it wrote; do nothing to one that was only used."""
+        """Stop the cluster and remove everything it wrote; an existing cluster is left as it is."""
         if self.state and not self.state.detached():
             stop_cluster(self.state, self.processes)
 
@@ -153,7 +153,7 @@ class Cluster:
         return json.loads(self.kubectl("get", *args, "--output=json"))
 
     def apply(self, *manifests: dict[str, Any]) -> None:
-        """Apply whole objects, server side."""
+        """Apply objects, server side."""
         items = json.dumps({"apiVersion": "v1", "kind": "List", "items": manifests})
         self.kubectl("apply", "--server-side", "--force-conflicts", "--filename=-", stdin=items)
 
@@ -181,7 +181,7 @@ class Cluster:
         return run([binary("helm"), f"--kubeconfig={self.kubeconfig}", *args])
 
     def advertise_gpus(self, count: int, product: kwok.GpuProduct = kwok.A100, node: str = NODE) -> None:
-        """Have a node offer GPUs that it does not have: pods that ask are scheduled, and find no CUDA."""
+        """Let a node advertise GPUs that it does not have: pods that request them are scheduled, and find no CUDA."""
         offer = {"nvidia.com/gpu": str(count)}
         patch = json.dumps({"status": {"capacity": offer, "allocatable": offer}})
         self.kubectl("patch", "node", node, "--subresource=status", "--type=merge", f"--patch={patch}")
@@ -219,7 +219,7 @@ class Cluster:
 
 
 def is_ready(node: dict[str, Any]) -> bool:
-    """Say whether a node reports that it takes pods."""
+    """Return whether a node is Ready."""
     return holds(node, "Ready")
 
 

@@ -69,7 +69,7 @@ def start_kueue(cluster: Cluster) -> None:
 
 @contextmanager
 def metrics_certificate(plane: ControlPlane) -> Iterator[None]:
-    """Put a certificate where Kueue looks for one at its start, and take it away: no setting moves that place."""
+    """Put a certificate where Kueue reads it at its start, and remove it afterwards: the path is not configurable."""
     with lock(METRICS_LOCK):
         if KUEUE_METRICS.exists():
             yield

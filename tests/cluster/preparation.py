@@ -1,4 +1,4 @@
-"""Whatever takes minutes the first time, made before the tests begin: they are timed, and print nothing meanwhile."""
+"""Builds everything that takes minutes the first time, before the tests start: tests have timeouts and no output."""
 
 import os
 from collections.abc import Callable

@@ -11,6 +11,6 @@ HOW_TO_RUN = "run as root on Debian (`sudo -E make test`), or set QLORA_TEST_KUB
 
 
 def say(message: str) -> None:
-    """Tell the person who waits what is going on."""
+    """Print a progress message for the person who waits."""
     sys.stderr.write(f"test cluster: {message}\n")
     sys.stderr.flush()

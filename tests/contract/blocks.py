@@ -1,4 +1,4 @@
-"""The fenced blocks of every page that people read, with the place of each."""
+"""The fenced code blocks of every documentation page, with the position of each."""
 
 import re
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ class Block:
 
     @property
     def position(self) -> str:
-        """As an editor writes a place."""
+        """Return file and line, as editors write them."""
         return f"{self.page}:{self.line}"
 
 

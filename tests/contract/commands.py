@@ -1,4 +1,4 @@
-"""The commands that pages tell people to type, as arguments of the programs that they start."""
+"""The commands in code blocks of the documentation, as argument lists of the programs that they run."""
 
 import re
 import shlex
@@ -29,7 +29,7 @@ class Command:
 
 
 def split(line: str) -> Iterator[tuple[str, ...]]:
-    """Yield the words of each program of a line, as a shell does; what is redirected, and comments, are left out."""
+    """Yield the arguments of each program on a line, as a shell splits them, without redirections and comments."""
     lexer = shlex.shlex(line.replace("\\\n", " "), posix=True, punctuation_chars="|&;<>")
     lexer.whitespace_split = True
     words: list[str] = []

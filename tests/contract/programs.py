@@ -1,4 +1,4 @@
-"""What each program that a page starts would say to its arguments; a wrong one raises, and nothing is executed."""
+"""Checks the arguments of each program in the documentation; a wrong one raises. Nothing is executed."""
 
 import importlib.util
 import json
@@ -103,7 +103,7 @@ def options_of(words: Iterable[str]) -> set[str]:
 
 
 def values_of(option: str, words: Sequence[str]) -> list[str]:
-    """Return what an option is given, as --option=value or as the word behind it."""
+    """Return the value of an option, given as --option=value or as the next argument."""
     after = [words[place + 1] for place, word in enumerate(words[:-1]) if word == option]
     return after + [word.partition("=")[2] for word in words if word.startswith(f"{option}=")]
 
@@ -144,7 +144,7 @@ def _nested(path: str, value: Any) -> dict[str, Any]:
 
 
 def check_helm(words: Sequence[str]) -> None:
-    """The command and its options are known, and the chart's schema takes the values."""
+    """Check that the command and its options exist, and that the values match the chart's schema."""
     verb = words[0]
     assert options_of(words) <= _HELM[verb], f"helm {verb} has no {options_of(words) - _HELM[verb]}"
     values: dict[str, Any] = {}
@@ -156,7 +156,7 @@ def check_helm(words: Sequence[str]) -> None:
 
 
 def check_field(path: str) -> None:
-    """A dotted path leads somewhere in a QLoRAJob."""
+    """Check that a dotted path is a field of a QLoRAJob."""
     schema = {"properties": root_schema()["properties"] | {"metadata": {"x-any": True}}}
     for name in filter(None, re.sub(r"\[[^]]*\]", "", path).split(".")):
         if "x-any" in schema:
@@ -181,7 +181,7 @@ def _check_resource(word: str) -> None:
 
 
 def check_kubectl(words: Sequence[str]) -> None:
-    """The command, its options and kinds are known, and the paths lead to fields of a QLoRAJob."""
+    """Check that the command, its options and kinds exist, and that paths are fields of a QLoRAJob."""
     verb, rest = words[0], words[1:]
     known = _KUBECTL[verb] | _COMMON
     assert options_of(rest) <= known, f"kubectl {verb} has no {options_of(rest) - known}"
@@ -240,6 +240,6 @@ def check_pip(words: Sequence[str]) -> None:
 
 
 def check_paths(words: Iterable[str]) -> None:
-    """Whatever looks like a path of the repository is one."""
+    """Check that whatever looks like a path of the repository exists."""
     paths = [part for word in words for part in word.split("=") if TREE.match(part)]
     assert [path for path in paths if not (ROOT / path).exists()] == []

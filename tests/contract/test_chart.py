@@ -1,4 +1,4 @@
-"""What Chart.yaml tells Artifact Hub is what the chart holds."""
+"""The annotations for Artifact Hub in Chart.yaml match the chart."""
 
 from pathlib import Path
 from typing import Any, Final

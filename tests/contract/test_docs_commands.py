@@ -32,7 +32,7 @@ PROGRAMS: Final[Mapping[str, Callable[[Sequence[str]], None]]] = {
     "python": check_python,
 }
 ELSEWHERE: Final = frozenset({"echo", "export", "grep", "jq", "kyverno"})
-"""Programs that do something with what ours print, and words of the shell."""
+"""Programs that process our output, and shell builtins; their arguments are not checked."""
 
 
 def check(command: Command) -> None:

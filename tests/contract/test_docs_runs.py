@@ -41,7 +41,7 @@ RUN_BY: Final = {
     "qlora validate": "tests/contract/test_cli_page.py",
     "qlora wait": "tests/integration/test_cli.py",
 }
-"""The test that runs it, with arguments of its own: it has the verb among the words that it gives to a program."""
+"""The test that runs the command, with its own arguments: it passes the verb to a program."""
 NOT_RUN: Final = {
     "aws s3": "boto3 does the same in tests/e2e/installation.py",
     "docker build": "buildah builds the same Dockerfile in tests/e2e/installation.py",

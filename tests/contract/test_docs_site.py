@@ -132,7 +132,7 @@ def test_lists_and_tables_are_understood(site: dict[Path, Page]) -> None:
     assert [words for page in site.values() for words in page.paragraphs if left.search(words)] == []
 
 
-def test_the_generator_refuses_a_link_to_nowhere(tmp_path: Path) -> None:
+def test_site_generator_rejects_broken_links(tmp_path: Path) -> None:
     (tmp_path / "pages").mkdir()
     (tmp_path / "zensical.toml").write_text('[project]\nsite_name = "x"\ndocs_dir = "pages"\n')
     (tmp_path / "pages/index.md").write_text("# x\n\n[y](z.md)\n")

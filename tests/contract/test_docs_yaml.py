@@ -1,4 +1,4 @@
-"""Every YAML and JSON block of a page, and every manifest in examples/, is what somebody can use as it stands."""
+"""Every YAML and JSON block of a page, and every manifest in examples/, is valid without changes."""
 
 import json
 import re
@@ -95,7 +95,7 @@ def test_manifests_of_examples(file: str) -> None:
     assert [check_document(document) for document in read_documents(str(ROOT / file))]
 
 
-def test_the_mistaken_manifest_is_refused() -> None:
+def test_broken_example_is_rejected() -> None:
     [document] = read_documents(str(ROOT / MISTAKEN))
     with pytest.raises(ManifestError):
         check_document(document)

@@ -1,4 +1,4 @@
-"""The list of mutations is whole and fits the code; `make mutants` runs it."""
+"""The list of mutations is complete and matches the code; `make mutants` runs them."""
 
 import ast
 from functools import cache
@@ -28,13 +28,13 @@ def test_every_trap_is_tested_or_cannot_happen():
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=name_of)
-def test_a_mutation_fits_the_code(mutation: Mutation):
+def test_mutation_matches_the_code(mutation: Mutation):
     assert occurrences(mutation) == 1, f"the fix's text must be in {mutation.file} once: {mutation.old!r}"
     assert mutation.old != mutation.new
     assert mutation.test_name in names_in(mutation.test_file)
 
 
-def test_a_mutation_is_taken_back(tmp_path):
+def test_mutation_is_reverted(tmp_path):
     mutation = Mutation(trap=1, file="code.py", old="a", new="b", test="tests/x.py::test_x")
     (tmp_path / "code.py").write_text("a = 1\n")
     with applied(mutation, tmp_path):

@@ -1,4 +1,4 @@
-"""Every reason has one section: what happened, where to look, what to do, and the words people search for."""
+"""Every reason has one section: what happened, the cause, the fix, and the terms that people search for."""
 
 import re
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ SECTIONS: Final = re.findall(
     re.MULTILINE | re.DOTALL,
 )
 SHORTEST: Final = 40
-"""Characters below which a sentence about the cause of a reason says nothing."""
+"""Minimum characters of a useful sentence about the cause of a reason."""
 SEARCHES: Final = {
     "OOMKilled": Reason.HOST_OUT_OF_MEMORY,
     "exit code 137": Reason.HOST_OUT_OF_MEMORY,
@@ -57,7 +57,7 @@ SEARCHES: Final = {
     "target_modules not found": Reason.MODEL_UNSUPPORTED,
     "invalid JSONL": Reason.DATASET_INVALID,
 }
-"""What people search for at night, and where it has to lead."""
+"""Search terms of operators on call, and the reason whose section must contain them."""
 
 
 def _of(name: str) -> ReasonRecord:
@@ -105,7 +105,7 @@ def test_a_search_finds_the_section_of_one_reason(search: str, reason: Reason) -
 
 
 def _searchable(name: str, section: str) -> str:
-    """The line of other words, and not what a section says about other reasons."""
+    """Return the line with other names, and not what a section says about other reasons."""
     known = re.search(r"^Also known as: .*$", section, re.MULTILINE)
     return f"{name} {known[0] if known else ''}".lower()
 
@@ -115,7 +115,7 @@ def test_words_that_people_search_belong_to_one_reason() -> None:
     assert sorted({alias for alias in words if words.count(alias) > 1}) == []
 
 
-def test_every_trouble_can_be_searched_by_other_words() -> None:
+def test_every_failure_has_search_terms() -> None:
     assert [reason for reason in set(Reason) - NORMAL_REASONS if not REASONS[reason].also_known_as] == []
 
 
@@ -130,7 +130,7 @@ def test_the_outcome_is_what_the_operator_does(reason: Reason) -> None:
 
 
 _WAITS: Final = {Reason.UNSCHEDULABLE, Reason.POD_REJECTED}
-"""Neither the end of a run nor an attempt's, as long as nothing else ends it."""
+"""Reasons that end neither a run nor an attempt by themselves."""
 
 
 def test_troubleshooting_links_every_failure_reason() -> None:

@@ -70,13 +70,13 @@ class Installation:
         return list(self.cluster.get("pods", f"--namespace={OPERATOR_NAMESPACE}", selector)["items"])
 
     def configure(self, values: dict[str, str]) -> None:
-        """Change values of the chart, and wait until an operator with them leads."""
+        """Change values of the chart, and wait until an operator with these values is the leader."""
         self.cluster.helm("upgrade", RELEASE, ROOT / "charts/qlora-operator", *release_flags(values))
         wait_for("the end of the replicas before", lambda: len(self.operator_pods()) == REPLICAS, 60)
         wait_for("a leader", self.leaders, 60)
 
     def leaders(self) -> list[dict[str, Any]]:
-        """The pods that the progress Service leads to."""
+        """Return the pods behind the progress Service."""
         return [pod for pod in self.operator_pods() if LEADER_LABEL in pod["metadata"]["labels"]]
 
 
@@ -115,7 +115,7 @@ def download(installation: Installation, uri: str, folder: Path) -> Path:
 
 
 def measure(model: Path, rows: Path, *adapters: Path) -> dict[str, Any]:
-    """Losses of adapters and of their base on these rows, by a script that knows peft and nothing of ours."""
+    """Return the losses of adapters and of their base on these rows, computed by a script that uses only peft."""
     script = Path(__file__).with_name("plain_peft.py")
     command = [sys.executable, *map(str, (script, model, rows, *adapters))]
     done = subprocess.run(command, check=True, capture_output=True, text=True)

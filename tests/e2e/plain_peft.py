@@ -1,4 +1,4 @@
-"""Loads published adapters as any reader would, and computes their held-out losses; imports nothing of ours.
+"""Loads published adapters with plain peft and computes their held-out losses, without any code of this project.
 
 Usage: plain_peft.py BASE_FOLDER HELD_OUT_JSONL ADAPTER_FOLDER...; prints one line of JSON.
 """

@@ -68,7 +68,7 @@ class Recording:
 
 
 def _pieces(master: int) -> Iterator[bytes]:
-    """Yield what a terminal shows until its last program has closed it."""
+    """Yield the output of a terminal until its last program has closed it."""
     while True:
         try:
             piece = os.read(master, 1 << 16)

@@ -111,7 +111,7 @@ def assert_refused(installation: Installation, name: str, reason: str, fragments
 
 
 def test_a_gated_model(submitted: Installation):
-    """The hub refuses who brings no token, and who brings one that has not accepted the licence."""
+    """The hub denies access without a token, and with the token of an account that has not accepted the license."""
     gated = Repository({"config.json": b"{}", "model.safetensors": b""}, token="hf_accepted")
     with FakeHub({"example/gated": gated}, GATEWAY) as hub:
         submitted.configure({"platform.hub.mirror": "", "platform.hub.endpoint": hub.endpoint})
@@ -129,7 +129,7 @@ def test_a_gated_model(submitted: Installation):
             submitted.configure({"platform.hub.mirror": "s3://models/hub", "platform.hub.endpoint": ""})
 
 
-def test_no_pod_ever_asked_for_a_gpu(submitted: Installation):
+def test_no_pod_requested_a_gpu(submitted: Installation):
     pods = submitted.cluster.get("pods", f"--namespace={NAMESPACE}")["items"]
     assert len(pods) >= len(CASES)
     limits = [pod["spec"]["containers"][0].get("resources", {}).get("limits", {}) for pod in pods]

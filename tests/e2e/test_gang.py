@@ -27,7 +27,7 @@ LONGEST_GOODBYE: Final = 60.0
 
 
 def gang_manifest(name: str, nodes: int, distribution: str, **blocks: Mapping[str, Any]) -> dict[str, Any]:
-    """A short run with NF4, whose result does not depend on who draws random numbers."""
+    """A short run with NF4, whose result does not depend on which process draws random numbers."""
     defaults: dict[str, Mapping[str, Any]] = {
         "dataset": {"maxSamples": 120, "evaluation": {"fraction": 0.2}},
         "lora": {"dropout": 0},
@@ -84,14 +84,14 @@ def test_two_pods_trained_it(installation: Installation, runs: dict[str, dict[st
     assert len(runs[strategy]["status"]["attempts"]) == 1
     hosts = {pod["spec"]["hostname"] for pod in training_pods(installation, strategy)}
     assert hosts == {f"{strategy}-1-0", f"{strategy}-1-1"}
-    # The word that ends the run comes a moment before the process that said it.
+    # The termination message is reported a moment before its process ends.
     wait_for("the end of both", lambda: phases_of(installation, strategy) == {"Succeeded"}, 60)
 
 
 def test_sharded_training_publishes_loadable_adapter(
     installation: Installation, runs: dict[str, dict[str, Any]], tiny_files: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    """By a script that knows peft and nothing of ours."""
+    """Computed by a script that uses only peft."""
     adapters = [
         download(installation, runs[strategy]["status"]["output"]["adapter"], tmp_path / strategy)
         for strategy in ("single", "zero3")

@@ -66,7 +66,7 @@ def image(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def namespace(cluster: Cluster) -> Iterator[str]:
-    """A namespace that accepts nothing but pods under the restricted profile."""
+    """A namespace that enforces the restricted Pod Security profile."""
     cluster.create_namespace(NAMESPACE)
     cluster.kubectl("wait", "--for=create", f"--namespace={NAMESPACE}", "serviceaccount", "default")
     yield NAMESPACE

@@ -26,7 +26,7 @@ def operator_processes() -> list[int]:
 
 
 def read_process(path: Path) -> bytes:
-    """What /proc says of a process; nothing where it has ended by now, or is nobody's business."""
+    """Return a file of /proc about a process; empty if it has ended, or may not be read."""
     try:
         return path.read_bytes()
     except (FileNotFoundError, ProcessLookupError, PermissionError):
@@ -34,7 +34,7 @@ def read_process(path: Path) -> bytes:
 
 
 def kill_operator(installation: Installation) -> None:
-    """Kill it without a word, and have the Deployment make a new pod at once instead of waiting out a back-off."""
+    """Kill it with SIGKILL, and delete its pod, so that the Deployment creates a new one without a back-off."""
     victims = operator_processes()
     assert victims
     for process in victims:

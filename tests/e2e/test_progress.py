@@ -1,4 +1,4 @@
-"""A script that knows nothing of us reports progress; a pod cannot speak for somebody else's job."""
+"""An unmodified script reports progress; a pod cannot report for another QLoRAJob."""
 
 import json
 import urllib.error
@@ -20,7 +20,7 @@ def progress_url(job: str, host: str = f"{RELEASE}.{OPERATOR_NAMESPACE}.svc") ->
 
 
 def build_pod(name: str, job: str, image: str, command: list[str]) -> dict[str, Any]:
-    """A pod as any controller might make it: the label, the token and the two variables are all it takes."""
+    """A pod as any controller might create it: it needs only the label, the token and two environment variables."""
     security = {
         "allowPrivilegeEscalation": False,
         "capabilities": {"drop": ["ALL"]},
@@ -66,14 +66,14 @@ def build_pod(name: str, job: str, image: str, command: list[str]) -> dict[str, 
 
 @pytest.fixture(scope="module")
 def waiting(installation: Installation) -> Installation:
-    """Two QLoRAJobs that wait for GPUs of a kind that no node has: they exist, and nothing of ours reports for them."""
+    """Two QLoRAJobs that wait for a GPU product that no node has, so that no trainer reports for them."""
     installation.make_namespace(NAMESPACE)
     script = Path(__file__).with_name("trainer_script.py").read_text(encoding="utf-8")
     config = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "script", "namespace": NAMESPACE}}
     installation.cluster.apply({**config, "data": {"train.py": script}})
     for job in JOBS:
         nowhere = {"gpusPerNode": 1, "gpuProduct": "NVIDIA-Nowhere"}
-        # The seed keeps the digest apart from the quickstart's, which is published already.
+        # The seed makes the digest differ from the quickstart's, which is already published.
         installation.submit(manifest_of(job, NAMESPACE, resources=nowhere, training={"seed": 7}))
     return installation
 

@@ -1,4 +1,4 @@
-"""The main job: a manifest is applied, and a verified adapter lies in S3 that any reader can load."""
+"""The quickstart: a manifest is applied, and S3 then has a verified adapter that plain peft can load."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ from tests.e2e.installation import QUICKSTART, TRANSCRIPT, Installation, downloa
 NAMESPACE: Final = "ml"
 NAME: Final = "quickstart"
 TRAINING_SECONDS: Final = 800
-"""Four times what the job takes on two cores."""
+"""Four times the duration of the job on two cores."""
 WATCH: Final = TRANSCRIPT / "get-watch.txt"
 SESSION: Final = TRANSCRIPT / "session.cast"
 
@@ -39,7 +39,7 @@ def finished(installation: Installation) -> dict[str, Any]:
 
 @contextmanager
 def watched(installation: Installation) -> Iterator[None]:
-    """Keep what `kubectl get --watch` prints."""
+    """Record the output of `kubectl get --watch`."""
     TRANSCRIPT.mkdir(parents=True, exist_ok=True)
     kubeconfig = f"--kubeconfig={installation.cluster.kubeconfig}"
     command = [binary("kubectl"), kubeconfig, "get", "qlj", f"--namespace={NAMESPACE}", "--watch"]

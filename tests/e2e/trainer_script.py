@@ -1,4 +1,4 @@
-"""An unmodified script of somebody who has never heard of us: transformers.Trainer on a tiny random model.
+"""A script without any code of this project: transformers.Trainer on a tiny random model.
 
 It reports progress because KubeflowCallback switches itself on in a pod that has the two variables.
 """

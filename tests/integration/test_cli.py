@@ -16,7 +16,7 @@ import yaml
 from click.testing import Result
 from typer.testing import CliRunner
 
-from qlora_api.names import Reason
+from qlora_api.reasons import Reason
 from qlora_api.v1alpha1 import OutputStatus, QLoRAJobStatus
 from qlora_cli.__main__ import app
 from qlora_operator.status.derive import to_wire
@@ -106,7 +106,7 @@ def test_the_life_of_a_run(shell: Shell, place: JobNamespace) -> None:
     assert shell.qlora("suspend", NAME).exit_code == 0
     rests = shell.qlora("suspend", NAME, "--wait", "--timeout", "30s")
     assert rests.stdout == f"QLoRAJob {place.namespace}/{NAME} is suspended\n"
-    assert shell.qlora("resume", NAME).stdout == f"QLoRAJob {place.namespace}/{NAME} goes on\n"
+    assert shell.qlora("resume", NAME).stdout == f"QLoRAJob {place.namespace}/{NAME} resumes\n"
     place.start_pod(f"{NAME}-2")
     place.wait_for("Training")
     assert shell.qlora("rerun", NAME).stderr.startswith(f"error: {NAME} is Training; wait for its end")
@@ -117,7 +117,7 @@ def test_the_life_of_a_run(shell: Shell, place: JobNamespace) -> None:
     assert said[-1].startswith(f"{NAME} Succeeded (Published): ")
 
     finished = shell.qlora("suspend", NAME)
-    assert (finished.exit_code, "has succeeded; qlora rerun" in finished.stderr) == (1, True)
+    assert (finished.exit_code, "has succeeded; use qlora rerun" in finished.stderr) == (1, True)
     told = shell.qlora("events", NAME).stdout
     for happened in (r"QLoRAJob support-bot +Training", rf"Job {TRAIN} ", "SuspendedByUser", "Published"):
         assert re.search(happened, told), told
@@ -129,7 +129,7 @@ def rerun_a_published_run(shell: Shell, place: JobNamespace) -> None:
     place.kubectl("label", f"qlorajob/{NAME}", "team=support")
     before = place.metadata("qlorajobs", NAME)
     anew = shell.qlora("rerun", NAME, "--overwrite")
-    assert (anew.exit_code, anew.stdout) == (0, f"QLoRAJob {place.namespace}/{NAME} was submitted anew\n")
+    assert (anew.exit_code, anew.stdout) == (0, f"QLoRAJob {place.namespace}/{NAME} was submitted again\n")
     after = place.cluster.get("qlorajob", NAME, f"--namespace={place.namespace}")
     assert after["metadata"]["uid"] != before["uid"]
     assert after["metadata"]["labels"] == {"team": "support"}
@@ -180,7 +180,7 @@ def test_a_wait_that_takes_too_long_or_is_stopped(shell: Shell, place: JobNamesp
         assert waiting.stderr
         assert waiting.stderr.readline() == "resting Suspended\n"
         waiting.send_signal(signal.SIGINT)
-        assert waiting.stderr.read().endswith("stopped; what runs in the cluster goes on\n")
+        assert waiting.stderr.read().endswith("stopped; what runs in the cluster keeps running\n")
     assert waiting.returncode == 130
 
 
@@ -239,7 +239,7 @@ def test_a_report_comes_from_the_object_store(
         monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
         refused = shell.qlora(*command, "--s3-endpoint", installed.s3.endpoint)
         assert refused.exit_code == 1
-        assert "Unable to locate credentials; boto3 looks for credentials on this computer" in refused.stderr
+        assert "Unable to locate credentials; boto3 uses the credentials of this machine" in refused.stderr
         for name, value in installed.s3.environment().items():
             monkeypatch.setenv(name, value)
         assert shell.qlora(*command).stdout == f"report  {tmp_path}/here/report.html\n"
@@ -258,7 +258,7 @@ def test_an_api_server_that_is_away(installed: Cluster, tmp_path: Path) -> None:
     (tmp_path / "kubeconfig").write_text(yaml.safe_dump(config))
     ended = Shell(tmp_path / "kubeconfig", "default").qlora("list")
     assert ended.exit_code == 1
-    assert ended.stderr.startswith("error: the API server at https://127.0.0.1:9 does not answer: ")
+    assert ended.stderr.startswith("error: the API server at https://127.0.0.1:9 does not respond: ")
     assert "Connection refused; check the network or VPN" in ended.stderr
 
 
@@ -270,7 +270,7 @@ def test_a_right_that_is_missing(installed: Cluster, place: JobNamespace, tmp_pa
     ended = Shell(tmp_path / "kubeconfig", place.namespace).qlora("list")
     assert ended.exit_code == 1
     assert "cannot list resource" in ended.stderr
-    assert "ask whoever runs the cluster for that right" in ended.stderr
+    assert "ask the cluster's administrator for this permission" in ended.stderr
 
 
 def test_kubectl_finds_the_plugin(installed: Cluster, place: JobNamespace) -> None:

@@ -80,7 +80,7 @@ REFUSED = [
     ("spec.training.keep", "best", "set evaluateEvery to a number of steps"),
     ("spec.training.learningRate", 0, "spec.training.learningRate"),
     ("spec.model.uri", "meta-llama/Llama-3.2-3B", "spec.model.uri"),
-    ("spec.model.uri", "hf://Llama-3.2-3B", "write hf://organisation/name"),
+    ("spec.model.uri", "hf://Llama-3.2-3B", "write hf://organization/name"),
     ("spec.model.uri", "file:///models/x", "file:// works with 'qlora run' only"),
     ("spec.dataset.uri", "s3://d/x.jsonl", "a bucket has 3 to 63 lower-case letters"),
     ("spec.dataset.uri", "file:///data/x.jsonl", "file:// works with 'qlora run' only"),
@@ -90,7 +90,7 @@ REFUSED = [
     ("spec.lora.rankPattern", {"v_proj": 0}, "spec.lora.rankPattern"),
     ("spec.deadlines.total", "1 day", "spec.deadlines.total"),
     ("metadata.name", "a" * 53, "metadata.name may have 52 characters"),
-    ("metadata.name", "support.bot", "metadata.name may not contain a dot"),
+    ("metadata.name", "support.bot", "metadata.name must not contain a dot"),
 ]
 
 

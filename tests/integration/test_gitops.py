@@ -8,7 +8,7 @@ from typing import Any, Final
 import pytest
 import yaml
 
-from qlora_api.names import Reason
+from qlora_api.reasons import Reason
 from qlora_cli.manifests.loader import parse_manifest
 from qlora_cli.manifests.yaml_documents import Document
 from qlora_planner.validation import CLUSTER_RULES

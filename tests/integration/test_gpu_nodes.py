@@ -10,7 +10,7 @@ from typing import Any, Final
 import pytest
 
 from qlora_api.model_config import reduce_config
-from qlora_api.names import Reason
+from qlora_api.reasons import Reason
 from tests.chaos.promises import promise
 from tests.cluster.cluster import Cluster
 from tests.cluster.commands import wait_until

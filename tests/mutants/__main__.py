@@ -58,7 +58,7 @@ def copy_tree(target: Path) -> Path:
 
 
 def passes_unchanged(mutations: Sequence[Mutation], tree: Path) -> bool:
-    """Run all tests without any mutation: a test that fails anyway shows nothing."""
+    """Run all tests without a mutation: a test that fails anyway proves nothing."""
     tests = sorted({mutation.test for mutation in mutations})
     started = time.monotonic()
     outcome = try_tests(tests, tree)

@@ -1,4 +1,4 @@
-"""The list: for every trap a fix to take out and the test that notices, or why the trap cannot happen here."""
+"""The mutations: for every trap a fix to remove and the test that must then fail, or why the trap cannot occur."""
 
 from typing import Final
 
@@ -334,7 +334,7 @@ NOT_HERE: Final = {
     14: _NO_SHARDING,
     15: _NO_SHARDING,
     16: _NO_SHARDING,
-    33: "transformers 5.23, to which the trainer is pinned, quantises while it loads; test_trap_33 holds it to that",
+    33: "transformers 5.23, to which the trainer is pinned, quantizes while it loads; test_trap_33 checks that",
     35: "the loop is ours, and nothing in it makes a DataParallel; test_trap_35 looks",
 }
 """Traps that no code here could fall into, so that there is no fix to take out."""

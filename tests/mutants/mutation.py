@@ -11,7 +11,7 @@ ROOT: Final = Path(__file__).parents[2]
 
 @dataclass(frozen=True)
 class Mutation:
-    """A fix taken out: the text that is the fix, what stands there without it, and the test that must fail."""
+    """A removed fix: the code with the fix, the code without it, and the test that must fail."""
 
     trap: int
     """Number in the list of traps (docs/traps.md)."""

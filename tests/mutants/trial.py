@@ -12,7 +12,7 @@ from typing import Any, Final
 import pytest
 
 TIMEOUT_SECONDS: Final = 300
-"""For one test; the slowest takes under a minute on a busy machine."""
+"""Timeout of one test; the slowest takes less than a minute on a busy machine."""
 _OURS: Final = ("tests", "qlora_api", "qlora_cli", "qlora_operator", "qlora_trainer", "examples")
 _ASSERTIONS: Final = ("AssertionError", "Failed")
 """What `assert` raises, and what pytest does where an expected error stays away."""

@@ -2,7 +2,7 @@
 
 import traceback
 
-from qlora_api.names import Reason
+from qlora_api.reasons import Reason
 
 
 class RunError(Exception):

@@ -9,7 +9,8 @@ from pathlib import Path
 from uuid import uuid4
 
 from qlora_api.local_requests import MergedFolder, MergeRequest
-from qlora_api.names import Reason, SecretRole
+from qlora_api.names import SecretRole
+from qlora_api.reasons import Reason
 from qlora_api.report import AdapterRecord, EvaluatedRow
 from qlora_api.result import Result
 from qlora_api.runconfig import RunConfig

@@ -9,8 +9,8 @@ from uuid import uuid4
 
 from qlora_api import __version__
 from qlora_api.model_config import reduce_config
-from qlora_api.names import Reason
 from qlora_api.prepared import PinnedTasks, Prepared
+from qlora_api.reasons import Reason
 from qlora_api.report import ResultManifest
 from qlora_api.runconfig import PrepareConfig
 from qlora_api.v1alpha1 import ModelStatus, QLoRAJobSpec

@@ -10,8 +10,8 @@ from typing import Any, Final
 
 import torch
 
-from qlora_api.names import Reason
 from qlora_api.prepared import PinnedTasks
+from qlora_api.reasons import Reason
 from qlora_api.report import (
     AdapterRecord,
     StepRecord,

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Final
 
 from qlora_api.logs import log_fields
-from qlora_api.names import Reason
+from qlora_api.reasons import Reason
 from qlora_api.runconfig import RunConfig
 from qlora_api.v1alpha1 import to_timedelta
 from qlora_trainer.errors import RunError

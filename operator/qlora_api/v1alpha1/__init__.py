@@ -1,4 +1,4 @@
-"""The QLoRAJob resource: the only source of the CRD, its defaults, its bounds and its reference."""
+"""The QLoRAJob resource; the CRD, with its defaults and bounds, and the field reference are generated from it."""
 
 from qlora_api.v1alpha1.checkpoint import CheckpointSpec
 from qlora_api.v1alpha1.data import (

@@ -1,4 +1,4 @@
-"""How much of a run a stop may cost."""
+"""spec.checkpoint: how much training an interruption may cost."""
 
 from pydantic import Field
 

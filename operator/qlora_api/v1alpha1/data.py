@@ -1,4 +1,4 @@
-"""What a run reads and where its result goes: model, dataset, output."""
+"""Inputs and output of a run: spec.model, spec.dataset, spec.output."""
 
 from typing import Annotated, Literal
 
@@ -23,7 +23,7 @@ class ModelSpec(ApiModel):
 
     uri: ModelUri = Field(
         description=(
-            "Where the base model is: hf://organisation/name (the hub, or the platform's mirror of it), "
+            "Where the base model is: hf://organization/name (the hub, or the platform's mirror of it), "
             "s3://bucket/prefix or pvc://claim/path (a folder in the Hugging Face format), or file:///folder (with "
             "`qlora run` only). "
             "Weights must be safetensors."
@@ -57,7 +57,7 @@ class EvaluationSplit(ApiModel):
 
 
 RowFormat = Literal["instruction", "chat", "completion", "text"]
-"""What rows may be; qlora_trainer.data.row_formats has the fields that tell each, and its parser."""
+"""Row formats; qlora_trainer.data.row_formats has the fields that identify each, and its parser."""
 RowFormatName = Literal["auto", RowFormat]
 
 
@@ -68,7 +68,10 @@ class RowTemplate(ApiModel):
         pattern=PLACEHOLDER, max_length=8192, description="Prompt for the model.", examples=["Q: {question}\nA:"]
     )
     answer: str = Field(
-        pattern=PLACEHOLDER, max_length=8192, description="Answer that it learns to give.", examples=[" {answer}"]
+        pattern=PLACEHOLDER,
+        max_length=8192,
+        description="Answer that the model is trained to give.",
+        examples=[" {answer}"],
     )
 
 
@@ -112,7 +115,7 @@ class DatasetSpec(ApiModel):
         default=None,
         description=(
             "One data file (.jsonl, .json, .csv, .tsv, also with .gz; .parquet; .arrow): s3://bucket/key, "
-            "hf://datasets/organisation/name/file, pvc://claim/path or file://. With a trailing '/': every such file "
+            "hf://datasets/organization/name/file, pvc://claim/path or file://. With a trailing '/': every such file "
             "below it, sorted by name."
         ),
         examples=["s3://data/support/train.jsonl"],
@@ -147,15 +150,15 @@ class DatasetSpec(ApiModel):
 
     @property
     def sources_by_field(self) -> tuple[tuple[str, DataSource], ...]:
-        """Return every source with the field that names it; a single uri is a source too."""
+        """Return every source with the path of its field; a single uri is a source too."""
         if self.uri is not None:
-            only = DataSource(uri=self.uri, format=self.format, max_samples=self.max_samples)
-            return (("spec.dataset.uri", only),)
-        return tuple((f"spec.dataset.sources[{place}].uri", source) for place, source in enumerate(self.sources or ()))
+            source = DataSource(uri=self.uri, format=self.format, max_samples=self.max_samples)
+            return (("spec.dataset.uri", source),)
+        return tuple((f"spec.dataset.sources[{index}].uri", source) for index, source in enumerate(self.sources or ()))
 
     @property
     def source_uris(self) -> str:
-        """Return where the rows come from, for people."""
+        """Return the URIs of all sources, separated by commas, for people."""
         return ", ".join(source.uri for _, source in self.sources_by_field)
 
 

@@ -1,6 +1,6 @@
-r"""Patterns for the strings of a spec: each is defined once, for pydantic and for the API server.
+r"""Patterns for the strings of a spec, each defined once for pydantic and for the API server.
 
-A pattern is written in what Python's `re` and the API server's RE2 share: no look-ahead, no \d, no \p.
+Patterns use the common subset of Python's `re` and the API server's RE2: no look-ahead, no \d, no \p.
 """
 
 import json
@@ -18,15 +18,15 @@ VALIDATIONS: Final = "x-kubernetes-validations"
 
 @dataclass(frozen=True)
 class CelRule:
-    """A CEL rule for the API server only, on the field that it annotates."""
+    """A CEL rule on the annotated field, checked by the API server only."""
 
     expression: str
     message: str
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        """Add the rule to the field's."""
-        described = handler(schema)
-        return {**described, VALIDATIONS: [*described.get(VALIDATIONS, ()), self._to_dict()]}
+        """Add the rule to those of the field."""
+        json_schema = handler(schema)
+        return {**json_schema, VALIDATIONS: [*json_schema.get(VALIDATIONS, ()), self._to_dict()]}
 
     def _to_dict(self) -> dict[str, str]:
         return {"rule": self.expression, "message": self.message}
@@ -34,31 +34,31 @@ class CelRule:
 
 @dataclass(frozen=True)
 class TextPattern:
-    """A pattern that a text must match in full, or must not contain, and what to write instead."""
+    """A pattern that a string must match completely, or must not contain, and what to write instead."""
 
     pattern: str
     message: str
     forbidden: bool = False
 
     def matches(self, text: str) -> bool:
-        """Whether a text has this shape."""
+        """Return whether a string satisfies the pattern."""
         if self.forbidden:
             return re.search(self.pattern, text) is None
         return re.fullmatch(self.pattern, text) is not None
 
     @property
     def rule(self) -> CelRule:
-        """The same in CEL; a JSON string is a CEL string too."""
+        """Return the same check as a CEL rule; a JSON string is a valid CEL string."""
         if self.forbidden:
             return CelRule(f"!self.matches({json.dumps(self.pattern)})", self.message)
         return CelRule(f"self.matches({json.dumps(f'^(?:{self.pattern})$')})", self.message)
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        """Check it in pydantic as well."""
+        """Check the pattern in pydantic."""
         return core_schema.no_info_after_validator_function(self._check, handler(source))
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        """Check it in the API server as well."""
+        """Check the pattern in the API server."""
         return self.rule.__get_pydantic_json_schema__(schema, handler)
 
     def _check(self, text: str) -> str:
@@ -73,18 +73,18 @@ def _any_of(patterns: Sequence[str]) -> str:
 
 PRINTABLE: Final = TextPattern(
     "[\x00-\x1f\x7f-\x9f\u00ad\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]",
-    "it contains a control or invisible character, so it is not what it looks like; remove it",
+    "it contains a control character or an invisible character; remove it",
     forbidden=True,
 )
 
 _SEGMENT: Final = r"[A-Za-z0-9_][A-Za-z0-9._-]*"
-"""One name on the hub."""
+"""One segment of a repository name on the hub."""
 NON_HUB_URI: Final = "(s3|file|pvc)://.*"
 """URIs that are not on the hub."""
 
 NO_PATH_TRAVERSAL: Final = TextPattern(
     r"^(hf|s3|pvc)://(.*/)?\.\.?(/|$)",
-    "its path contains '.' or '..', so it points elsewhere than it seems; write the path that is meant",
+    "its path contains a '.' or '..' segment; write the resolved path",
     forbidden=True,
 )
 BUCKET: Final = TextPattern(
@@ -98,11 +98,11 @@ NO_IP_BUCKET: Final = TextPattern(
 )
 HUB_MODEL: Final = TextPattern(
     f"{NON_HUB_URI}|hf://{_SEGMENT}/{_SEGMENT}",
-    "write hf://organisation/name; the revision goes into spec.model.revision",
+    "write hf://organization/name; the revision goes into spec.model.revision",
 )
 HUB_DATASET: Final = TextPattern(
     f"{NON_HUB_URI}|hf://datasets/{_SEGMENT}/{_SEGMENT}(@[A-Za-z0-9_][A-Za-z0-9._-]*)?/.*",
-    "write hf://datasets/organisation/name/file.jsonl, with @revision behind the name if needed",
+    "write hf://datasets/organization/name/file.jsonl, with @revision after the name if needed",
 )
 REVISION: Final = TextPattern(
     r"[A-Za-z0-9_][A-Za-z0-9_.+-]*(/[A-Za-z0-9_][A-Za-z0-9_.+-]*)*", "write the name of a branch or tag, or a commit"
@@ -110,7 +110,7 @@ REVISION: Final = TextPattern(
 
 _OCTET: Final = "(25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"
 _HOST: Final = rf"(({_OCTET}\.){{3}}{_OCTET}|([A-Za-z0-9-]+\.)*[A-Za-z][A-Za-z0-9-]*)"
-"""A name, or an IPv4 address in its usual spelling: other spellings of an address would escape any list."""
+"""A host name, or an IPv4 address in dotted decimal; other notations of an address would bypass the lists below."""
 _METADATA_SERVER_HOSTS: Final = (
     r"169\.254\.[0-9.]+",
     r"0\.[0-9.]+",
@@ -119,7 +119,7 @@ _METADATA_SERVER_HOSTS: Final = (
     r"metadata(\.google\.internal|\.goog)?",
     r"instance-data(\.ec2\.internal)?",
 )
-"""Metadata services, where clouds serve machine credentials, and link-local and unspecified addresses."""
+"""Cloud metadata services, which serve machine credentials, and link-local and unspecified addresses."""
 SERVER_URL: Final = TextPattern(
     rf"https?://{_HOST}(:[0-9]{{1,5}})?(/[^?#]*)?",
     "write https://host/path: a name or an IPv4 address, no user, no password (they go into secretRef), no query",
@@ -131,19 +131,19 @@ NO_METADATA_SERVER: Final = TextPattern(
 )
 NO_LOOPBACK: Final = TextPattern(
     r"(?i)^https?://(localhost|127\.[0-9.]+)(:[0-9]*)?(/|$)",
-    "in a pod this is the pod itself; write a host that the cluster reaches",
+    "in a pod this is the pod itself; write a host that pods can reach",
     forbidden=True,
 )
-"""For clusters only: `qlora run` may report to a server on the same computer."""
+"""For clusters only: `qlora run` may report to a server on the local machine."""
 LABEL: Final = TextPattern(
     "(([A-Za-z0-9][A-Za-z0-9_.-]*)?[A-Za-z0-9])?",
-    "write a label's value: letters, digits, '-', '_' and '.', with a letter or digit at both ends",
+    "write a label value: letters, digits, '-', '_' and '.', with a letter or digit at both ends",
 )
 LABEL_KEY: Final = TextPattern(
     "([a-z0-9]([a-z0-9.-]*[a-z0-9])?/)?[A-Za-z0-9]([A-Za-z0-9_.-]*[A-Za-z0-9])?",
-    "write a label's key, such as topology.kubernetes.io/zone",
+    "write a label key, such as topology.kubernetes.io/zone",
 )
 NO_FILE_URI: Final = CelRule(
     "!self.startsWith('file://')", "file:// works with 'qlora run' only; upload it and use s3://"
 )
-"""For clusters only; for the operator it is in rules.py."""
+"""For clusters only; the operator checks it in qlora_planner.validation."""

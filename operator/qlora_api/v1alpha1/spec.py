@@ -1,4 +1,4 @@
-"""The spec of a QLoRAJob: its blocks, and the rules between them."""
+"""The spec of a QLoRAJob: its blocks, and the rules across them."""
 
 from typing import Annotated, Final, Literal
 
@@ -51,7 +51,7 @@ class ResourcesSpec(ApiModel):
 
     @property
     def processes(self) -> int:
-        """Return the processes of a run: one per GPU, or one per node that uses all its cores."""
+        """Return the number of processes of a run: one per GPU, or one per node on CPUs."""
         return self.nodes * max(self.gpus_per_node, 1)
 
 
@@ -221,7 +221,7 @@ class QLoRAJobSpec(ApiModel):
 
     @property
     def input_uris(self) -> dict[str, str]:
-        """Return every URI that is read, by its field."""
+        """Return every URI that the run reads, by field path."""
         held_out = self.dataset.evaluation.uri
         return {
             "spec.model.uri": self.model.uri,
@@ -231,7 +231,7 @@ class QLoRAJobSpec(ApiModel):
 
     @property
     def tracker_urls(self) -> dict[str, str]:
-        """Return every tracking server, by its field."""
+        """Return the URL of every tracking server, by field path."""
         wandb, mlflow = self.tracking.wandb, self.tracking.mlflow
         return {
             **({"spec.tracking.wandb.baseUrl": wandb.base_url} if wandb and wandb.base_url else {}),
@@ -240,7 +240,7 @@ class QLoRAJobSpec(ApiModel):
 
     @property
     def secret_refs(self) -> dict[SecretRole, SecretRef | None]:
-        """The Secret that each role of a pod is given."""
+        """Return the Secret of each role."""
         wandb, mlflow = self.tracking.wandb, self.tracking.mlflow
         return {
             SecretRole.MODEL: self.model.secret_ref,

@@ -1,4 +1,4 @@
-"""The status of a QLoRAJob and its parts."""
+"""The status of a QLoRAJob."""
 
 from datetime import datetime
 from typing import Annotated, Literal
@@ -8,7 +8,8 @@ from pydantic import Field
 from qlora_api.accelerators import NVIDIA, DeviceName
 from qlora_api.base import ApiModel
 from qlora_api.model_config import MAX_CONFIG
-from qlora_api.names import ConditionType, Phase, Reason
+from qlora_api.names import ConditionType, Phase
+from qlora_api.reasons import Reason
 from qlora_api.strategies import SINGLE, StrategyName
 from qlora_api.v1alpha1.types import MAX_URI
 
@@ -55,7 +56,7 @@ class DataStatus(ApiModel):
     training_tokens: int = Field(ge=0, description="Tokens in the training rows.")
     truncated_rows: int = Field(ge=0, description="Rows truncated to training.maxLength.")
     dropped_rows: int = Field(
-        default=0, ge=0, description="Rows left out: too long (training.longRows), or without a token to learn."
+        default=0, ge=0, description="Rows left out: too long (training.longRows), or without a token to train on."
     )
     longest_row_tokens: int = Field(ge=0, description="Tokens of the longest row, before truncation.")
     row_lengths: RowLengths | None = Field(default=None, description="Lengths of the training and held-out rows.")
@@ -85,12 +86,12 @@ class Plan(ApiModel):
 
     @property
     def processes_per_node(self) -> int:
-        """Return the processes of each pod: one per GPU, or one that uses all cores."""
+        """Return the number of processes per pod: one per GPU, or one on a CPU."""
         return max(self.gpus_per_node, 1)
 
     @property
     def processes(self) -> int:
-        """Return the processes of the run."""
+        """Return the number of processes of the run."""
         return self.nodes * self.processes_per_node
 
 

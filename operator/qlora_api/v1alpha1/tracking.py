@@ -1,4 +1,4 @@
-"""Where the progress of a training is reported while it runs."""
+"""spec.tracking: the experiment trackers that a run reports to."""
 
 from typing import Annotated
 

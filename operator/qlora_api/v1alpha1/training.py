@@ -1,4 +1,4 @@
-"""What decides the adapter besides model and dataset: quantization, adapter, training, evaluation."""
+"""The recipe of a run: spec.quantization, spec.lora, spec.training, spec.evaluation."""
 
 from typing import Annotated, Final, Literal
 
@@ -22,7 +22,7 @@ class QuantizationSpec(ApiModel):
 
 
 MAX_PATTERNS: Final = 64
-"""Modules that may have a rank or a scale of their own."""
+"""Maximum number of modules with their own rank or alpha."""
 Rank = Annotated[int, Field(ge=1, le=1024)]
 Alpha = Annotated[int, Field(ge=1, le=4096)]
 
@@ -75,7 +75,7 @@ class LoraSpec(ApiModel):
 
 
 class EarlyStoppingSpec(ApiModel):
-    """When the training ends before its last step."""
+    """When training stops before its last step."""
 
     patience: int = Field(
         default=3,
@@ -191,7 +191,7 @@ class GateSpec(ApiModel):
         ge=-1,
         le=10,
         description=(
-            "How much higher than the base's held-out loss the adapter's may be, as a share of it: 0 rejects an "
+            "How much higher than the base's held-out loss the adapter's may be, as a fraction of it: 0 rejects an "
             "adapter that is worse, -0.1 one that is not at least 10 % better."
         ),
     )

@@ -1,4 +1,4 @@
-"""Types of the resource's fields: bounded strings, CEL rules for the API server, references to Secrets."""
+"""Field types: bounded strings, CEL rules for the API server, references to Secrets."""
 
 import re
 from datetime import timedelta
@@ -22,7 +22,7 @@ from qlora_api.v1alpha1.patterns import (
 )
 
 MAX_URI: Final = 1024
-"""Longest object key that S3 stores."""
+"""Maximum length of an object key in S3, in bytes."""
 
 
 def _validate_duration(text: str) -> str:
@@ -32,18 +32,23 @@ def _validate_duration(text: str) -> str:
 
 
 def to_timedelta(duration: str) -> timedelta:
-    """Turn '30m' into 30 minutes."""
+    """Convert a duration such as `30m`."""
     return timedelta(seconds=int(duration[:-1]) * SECONDS[duration[-1]])
 
 
 def cel(*rules: tuple[str, str]) -> ConfigDict:
-    """Attach CEL rules (expression that must hold, how to fix it) to a model."""
+    """Return a model config with CEL rules.
+
+    Args:
+        rules: Pairs of an expression that must hold, and the message that says how to fix it.
+
+    """
     validations: list[JsonValue] = [{"rule": rule, "message": message} for rule, message in rules]
     return ConfigDict(json_schema_extra={VALIDATIONS: validations})
 
 
 PLACEHOLDER: Final = r"\{[^{}]+\}"
-"""A text with at least one {field}."""
+"""Matches text with at least one {field}."""
 
 Duration = Annotated[
     str, Field(pattern=r"^[1-9][0-9]*(s|m|h|d)$", max_length=8, examples=["30m"]), AfterValidator(_validate_duration)

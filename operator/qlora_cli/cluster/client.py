@@ -1,4 +1,4 @@
-"""What the command line needs of a cluster, and how that can fail; knows no client."""
+"""The interface between the commands and a cluster, and its errors; independent of any Kubernetes client."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol, TypeAlias
@@ -6,48 +6,58 @@ from typing import Any, Protocol, TypeAlias
 from qlora_api.job_ref import JobRef
 
 KubeObject: TypeAlias = Mapping[str, Any]
-"""An object of Kubernetes, as JSON."""
+"""A Kubernetes object, as JSON."""
 
 
 class ClusterError(Exception):
-    """The cluster cannot or will not do it; the message is a sentence, and says what to do."""
+    """A request failed; the message has the cause and the fix."""
 
 
 class NotFoundError(ClusterError):
-    """There is no such object."""
+    """The object does not exist."""
 
 
 class AlreadyExistsError(ClusterError):
-    """There is such an object already."""
+    """An object with this name already exists."""
 
 
 class UnreachableError(ClusterError):
-    """The API server does not answer now; it may later."""
+    """The API server does not respond, or asks to retry later."""
 
 
 class ClusterClient(Protocol):
-    """A Kubernetes with QLoRAJobs, seen with the rights of the user."""
+    """A cluster with QLoRAJobs, with the user's permissions."""
 
     def get(self, ref: JobRef) -> KubeObject:
-        """Return a QLoRAJob, or raise NotFoundError."""
+        """Return a QLoRAJob.
+
+        Raises:
+            NotFoundError: It does not exist.
+
+        """
 
     def list_jobs(self, namespace: str, selector: str = "") -> list[KubeObject]:
-        """Return the QLoRAJobs of a namespace, or of all namespaces where it is empty."""
+        """Return the QLoRAJobs of a namespace, or of all namespaces if it is empty."""
 
     def create(self, manifest: KubeObject, *, dry_run: bool = False) -> KubeObject:
-        """Create a QLoRAJob, or raise AlreadyExistsError; a dry run has the API server check it, and no more."""
+        """Create a QLoRAJob; with dry_run the API server only validates it.
+
+        Raises:
+            AlreadyExistsError: A QLoRAJob with this name exists.
+
+        """
 
     def patch(self, ref: JobRef, change: KubeObject) -> KubeObject:
-        """Merge a change into a QLoRAJob."""
+        """Apply a JSON merge patch to a QLoRAJob."""
 
     def delete(self, ref: JobRef, uid: str) -> None:
-        """Begin to delete this very QLoRAJob, and its children before it."""
+        """Start to delete a QLoRAJob if it still has this uid; its children are deleted first (foreground)."""
 
     def events(self, namespace: str) -> list[KubeObject]:
-        """Return the Events of a namespace, as core/v1 has them."""
+        """Return the Events (core/v1) of a namespace."""
 
     def pods(self, ref: JobRef) -> list[KubeObject]:
-        """Return the pods that belong to a QLoRAJob."""
+        """Return the pods of a QLoRAJob."""
 
     def log(self, namespace: str, pod: str, query: Mapping[str, str]) -> Iterator[str]:
-        """Yield the lines that a pod has written; with follow=true also those that it will write."""
+        """Yield the lines of a pod's log; with follow=true in the query also new ones, until the container exits."""

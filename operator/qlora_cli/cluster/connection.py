@@ -1,4 +1,4 @@
-"""Which cluster and namespace a command speaks to, and how it ends where that fails."""
+"""Options that select cluster and namespace, and how a command exits on cluster errors."""
 
 import contextlib
 from collections.abc import Iterator
@@ -23,27 +23,35 @@ Kubeconfig: TypeAlias = Annotated[
 
 @dataclass(frozen=True)
 class Connection:
-    """A cluster, and the namespace that is meant where none is named."""
+    """A cluster, and the default namespace."""
 
     cluster: ClusterClient
     namespace: str
 
     def ref(self, name: str) -> JobRef:
-        """Return the QLoRAJob of that name."""
+        """Return the reference of the QLoRAJob with this name."""
         return JobRef(self.namespace, name)
 
 
 def open_connection(namespace: str | None, context: str | None, kubeconfig: str | None) -> Connection:
-    """Connect with the user's rights."""
-    from qlora_cli.cluster.kube_client import connect  # noqa: PLC0415 (its client takes a second)
+    """Connect to the cluster of the kubeconfig with the user's permissions."""
+    from qlora_cli.cluster.kube_client import connect  # noqa: PLC0415 (importing its client takes a second)
 
     cluster, default = connect(kubeconfig, context)
     return Connection(cluster, namespace or default)
 
 
 @contextlib.contextmanager
-def exit_on_cluster_error(stopped: str = "what runs in the cluster goes on") -> Iterator[Console]:
-    """Turn what the cluster refuses into a sentence and exit code 1; `stopped` says where things stand after Ctrl-C."""
+def exit_on_cluster_error(stopped: str = "what runs in the cluster keeps running") -> Iterator[Console]:
+    """Turn a ClusterError into a message and exit code 1.
+
+    Args:
+        stopped: The message after Ctrl-C: what the command leaves behind.
+
+    Yields:
+        The console for standard error.
+
+    """
     console = Console(stderr=True, highlight=False)
     try:
         yield console
@@ -54,7 +62,7 @@ def exit_on_cluster_error(stopped: str = "what runs in the cluster goes on") -> 
 
 
 def complete_names(context: typer.Context, incomplete: str) -> list[str]:
-    """Return the names of QLoRAJobs for the shell; nothing where no cluster answers."""
+    """Return the names of QLoRAJobs for shell completion; none if the cluster does not respond."""
     given = {key: context.params.get(key) for key in ("namespace", "context", "kubeconfig")}
     with contextlib.suppress(Exception):
         connection = open_connection(**given)

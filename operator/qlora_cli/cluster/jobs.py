@@ -1,4 +1,4 @@
-"""A QLoRAJob as the API server has it, read for people."""
+"""QLoRAJobs as the API server returns them, parsed for the commands."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ Model = TypeVar("Model", QLoRAJobSpec, QLoRAJobStatus)
 
 @dataclass(frozen=True)
 class ClusterJob:
-    """A QLoRAJob of a cluster; its spec is read by those who need it."""
+    """A QLoRAJob of a cluster; its spec is parsed on demand."""
 
     ref: JobRef
     uid: str
@@ -29,37 +29,37 @@ class ClusterJob:
 
     @property
     def phase(self) -> Phase:
-        """Return the phase; a QLoRAJob that no operator has seen is pending."""
+        """Return the phase; Pending if no operator has reconciled it yet."""
         return self.status.phase or Phase.PENDING
 
     @property
     def finished(self) -> bool:
-        """Whether it has ended, either way."""
+        """Return whether it has succeeded or failed."""
         return self.status.phase in TERMINAL
 
     @property
     def succeeded(self) -> bool:
-        """Whether it has ended well."""
+        """Return whether it has succeeded."""
         return self.status.phase is Phase.SUCCEEDED
 
     @property
     def explanation(self) -> str:
-        """Return the reason of its phase, in a sentence."""
+        """Return the explanation of its phase, in a sentence."""
         reason, message = self.status.reason, self.status.message
-        return message or (REASONS[reason].sentence if reason else "no operator has taken it up yet")
+        return message or (REASONS[reason].sentence if reason else "no operator has reconciled it yet")
 
     @property
     def suspended(self) -> bool:
-        """Whether it is meant to rest."""
+        """Return whether spec.suspend is true."""
         return bool(self.raw["spec"].get("suspend"))
 
     def spec(self) -> QLoRAJobSpec:
-        """Return the spec; the API server has checked it."""
+        """Return the parsed spec; the API server has validated it."""
         return _read(QLoRAJobSpec, self.raw["spec"], self.ref)
 
 
 def parse_job(raw: KubeObject) -> ClusterJob:
-    """Read a QLoRAJob; fields that a newer operator has added are left alone."""
+    """Parse a QLoRAJob; fields that a newer operator has added are ignored."""
     metadata = raw["metadata"]
     ref = JobRef(metadata["namespace"], metadata["name"])
     status = _read(QLoRAJobStatus, raw.get("status") or {}, ref)
@@ -79,11 +79,11 @@ def _read(model: type[Model], value: Mapping[str, Any], ref: JobRef) -> Model:
         field = ".".join(map(str, detail["loc"]))
         raise ClusterError(
             f"QLoRAJob {ref.namespace}/{ref.name} was written by another version ({field}: {detail['msg']}); this is "
-            f"qlora {__version__}: install the operator's"
+            f"qlora {__version__}: install the version of the operator"
         ) from None
 
 
 def strip_managed_fields(raw: KubeObject) -> KubeObject:
-    """Leave out the bookkeeping that nobody reads."""
+    """Return the object without metadata.managedFields."""
     metadata = {key: value for key, value in raw["metadata"].items() if key != "managedFields"}
     return {**raw, "metadata": metadata}

@@ -1,4 +1,4 @@
-"""The cluster of a kubeconfig, through the official client; importing that takes a second, so this is imported late."""
+"""ClusterClient on the official Kubernetes client; imported late, because importing that client takes a second."""
 
 import json
 import os
@@ -18,24 +18,32 @@ from qlora_cli.cluster.client import AlreadyExistsError, ClusterError, KubeObjec
 CONNECT_SECONDS: Final = 10
 READ_SECONDS: Final = 30
 PAGE_SIZE: Final = 500
-"""Objects of one answer."""
+"""Objects per page of a list request."""
 MERGE_PATCH: Final = "application/merge-patch+json"
 _RETRYABLE_STATUSES: Final = frozenset({429, 500, 502, 503, 504})
 _IN_POD: Final = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
-_NO_KUBECONFIG: Final = "no cluster is configured: {error}; set KUBECONFIG or give --kubeconfig"
+_NO_KUBECONFIG: Final = "no cluster is configured: {error}; set KUBECONFIG or pass --kubeconfig"
 
 
 def connect(kubeconfig: str | None, context: str | None) -> tuple["KubeClient", str]:
-    """Return the cluster of a kubeconfig, or of the pod that this runs in, and its namespace."""
+    """Connect to the cluster of a kubeconfig, or to that of the pod this runs in.
+
+    Returns:
+        The client, and the namespace of the context or pod.
+
+    Raises:
+        ClusterError: There is no usable kubeconfig.
+
+    """
     configuration = client.Configuration()
-    # One try: whoever waits tries again by itself, and whoever does not wants to know.
+    # No retries here: commands that wait retry themselves, and all others should fail fast.
     configuration.retries = False
     try:
         namespace = _configure(configuration, kubeconfig, context)
     except ConfigException as error:
         raise ClusterError(_NO_KUBECONFIG.format(error=str(error).rstrip("."))) from error
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ClusterError(f"{kubeconfig or 'the kubeconfig'} cannot be read: {error}") from error
+        raise ClusterError(f"cannot read {kubeconfig or 'the kubeconfig'}: {error}") from error
     return KubeClient(client.ApiClient(configuration)), namespace
 
 
@@ -50,7 +58,7 @@ def _configure(configuration: Any, kubeconfig: str | None, context: str | None) 
 
 
 class KubeClient:
-    """Speaks to one API server."""
+    """A client of one API server."""
 
     def __init__(self, api: Any) -> None:
         self._api = api
@@ -60,7 +68,7 @@ class KubeClient:
         return self._call("GET", _object_path(ref))
 
     def list_jobs(self, namespace: str, selector: str = "") -> list[KubeObject]:
-        """Return the QLoRAJobs of a namespace, or of all."""
+        """Return the QLoRAJobs of a namespace, or of all namespaces if it is empty."""
         return self._pages(_collection_path(namespace), {"labelSelector": selector} if selector else {})
 
     def create(self, manifest: KubeObject, *, dry_run: bool = False) -> KubeObject:
@@ -69,11 +77,11 @@ class KubeClient:
         return self._call("POST", _collection_path(manifest["metadata"]["namespace"]), query, manifest)
 
     def patch(self, ref: JobRef, change: KubeObject) -> KubeObject:
-        """Merge a change into a QLoRAJob."""
+        """Apply a JSON merge patch to a QLoRAJob."""
         return self._call("PATCH", _object_path(ref), {"fieldManager": "qlora"}, change, MERGE_PATCH)
 
     def delete(self, ref: JobRef, uid: str) -> None:
-        """Begin to delete a QLoRAJob after its children."""
+        """Start to delete a QLoRAJob after its children, if it still has this uid."""
         self._call("DELETE", _object_path(ref), {}, {"propagationPolicy": "Foreground", "preconditions": {"uid": uid}})
 
     def events(self, namespace: str) -> list[KubeObject]:
@@ -118,7 +126,7 @@ class KubeClient:
             _raise_for_status(response.status, text, path)
         return dict(json.loads(text))
 
-    def _send(  # noqa: PLR0913, PLR0917 (what an HTTP request has)
+    def _send(  # noqa: PLR0913, PLR0917 (the parts of an HTTP request)
         self,
         method: str,
         path: str,
@@ -141,14 +149,14 @@ class KubeClient:
         except (urllib3.exceptions.HTTPError, OSError) as error:
             host = self._api.configuration.host
             raise UnreachableError(
-                f"the API server at {host} does not answer: {_cause(error)}; "
+                f"the API server at {host} does not respond: {_cause(error)}; "
                 "check the network or VPN, or choose another cluster with --context"
             ) from error
 
 
 def _collection_path(namespace: str) -> str:
-    place = f"namespaces/{namespace}/" if namespace else ""
-    return f"/apis/{names.API_VERSION}/{place}{names.PLURAL}"
+    scope = f"namespaces/{namespace}/" if namespace else ""
+    return f"/apis/{names.API_VERSION}/{scope}{names.PLURAL}"
 
 
 def _object_path(ref: JobRef) -> str:
@@ -158,31 +166,31 @@ def _object_path(ref: JobRef) -> str:
 def _lines(response: Any) -> Iterator[str]:
     rest = b""
     try:
-        for part in response.stream(1 << 16):
-            *whole, rest = (rest + part).split(b"\n")
-            yield from (line.decode(errors="replace") for line in whole)
+        for chunk in response.stream(1 << 16):
+            *lines, rest = (rest + chunk).split(b"\n")
+            yield from (line.decode(errors="replace") for line in lines)
     except urllib3.exceptions.HTTPError as error:
-        raise UnreachableError(f"the log broke off: {_cause(error)}") from error
+        raise UnreachableError(f"the log stream was interrupted: {_cause(error)}") from error
     if rest:
         yield rest.decode(errors="replace")
 
 
 def _cause(error: BaseException) -> str:
-    """Name the innermost reason, without the addresses of Python objects."""
+    """Return the innermost cause, without the addresses of Python objects."""
     reason = getattr(error, "reason", None) or error
     return str(reason).rpartition(">: ")[2] or type(reason).__name__
 
 
 def _raise_for_status(status: int, text: bytes, path: str) -> Never:
-    """Turn an answer of the API server into a sentence with what to do."""
+    """Raise a ClusterError with the cause and the fix for an error response of the API server."""
     try:
-        answer = json.loads(text)
-        message, reason = str(answer["message"]), str(answer.get("reason", ""))
+        response = json.loads(text)
+        message, reason = str(response["message"]), str(response.get("reason", ""))
     except (ValueError, KeyError, TypeError):
         message, reason = text.decode(errors="replace").strip(), ""
     if status == 404 and not reason:
         raise ClusterError(
-            f"the cluster knows no {names.PLURAL}.{names.GROUP}; install the chart qlora-operator, or its CRD "
+            f"the cluster has no CRD {names.PLURAL}.{names.GROUP}; install the chart qlora-operator, or the CRD "
             "with kubectl apply --server-side -f crds/"
         )
     if status == 404:
@@ -190,17 +198,19 @@ def _raise_for_status(status: int, text: bytes, path: str) -> Never:
     if status == 409 and reason == "AlreadyExists":
         raise AlreadyExistsError(message)
     if status == 401:
-        raise ClusterError("the API server refuses these credentials; log in again, or choose another --context")
+        raise ClusterError("the API server rejects these credentials; log in again, or choose another --context")
     if status == 403:
-        raise ClusterError(f"{message}; ask whoever runs the cluster for that right (kubectl auth can-i --list)")
+        raise ClusterError(
+            f"{message}; ask the cluster's administrator for this permission (kubectl auth can-i --list)"
+        )
     if status in _RETRYABLE_STATUSES:
         raise UnreachableError(f"the API server is busy ({status}): {message}")
     raise ClusterError(message)
 
 
 def _missing(message: str, path: str) -> str:
-    """Say where to look for what exists, with the namespace that was asked."""
+    """Add the namespace to a NotFound message, and how to find what exists."""
     namespace = path.partition("/namespaces/")[2].partition("/")[0]
     if message.startswith("namespaces "):
         return f"{message}; create it with kubectl create namespace {namespace}"
-    return f"{message} in namespace {namespace}; qlora list --all-namespaces shows what there is"
+    return f"{message} in namespace {namespace}; qlora list --all-namespaces shows what exists"

@@ -1,4 +1,4 @@
-"""The pods of a run: which attempt and node each is, and whether it has begun to write."""
+"""The pods of a run: the attempt and node of each, and whether its container has started."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,26 +17,26 @@ class TrainerPod:
     """A pod of a run."""
 
     attempt: int
-    """0 for the preparation."""
+    """0 for preparation."""
     node: int
-    """Its place among the pods of the attempt."""
+    """Its index in the attempt."""
     name: str
     started: bool
-    """Whether its container has run; before that there is no log."""
+    """Whether its container has started; before that there is no log."""
 
     @property
     def label(self) -> str:
-        """Return attempt and node, as they stand before each line."""
+        """Return attempt and node, the prefix of each line."""
         return "prepare" if self.attempt == PREPARE_ATTEMPT else f"{self.attempt}-{self.node}"
 
 
 def find_pods(cluster: ClusterClient, ref: JobRef) -> list[TrainerPod]:
-    """Return the pods of a QLoRAJob in the order of attempts and nodes."""
+    """Return the pods of a QLoRAJob, sorted by attempt and node."""
     return sorted(map(parse_pod, cluster.pods(ref)))
 
 
 def parse_pod(raw: KubeObject) -> TrainerPod:
-    """Read a pod."""
+    """Parse a pod."""
     metadata = raw["metadata"]
     labels = metadata.get("labels", {})
     states = [status.get("state", {}) for status in raw.get("status", {}).get("containerStatuses", ())]
@@ -49,10 +49,10 @@ def parse_pod(raw: KubeObject) -> TrainerPod:
 
 
 def is_alive(raw: KubeObject) -> bool:
-    """Whether a pod has not come to its end."""
+    """Return whether a pod has not terminated."""
     return raw.get("status", {}).get("phase") not in {"Succeeded", "Failed"}
 
 
 def latest_attempt(pods: Sequence[TrainerPod]) -> int:
-    """Return the latest attempt that has pods; the preparation before the first one."""
+    """Return the latest attempt that has pods; PREPARE_ATTEMPT if no attempt has any."""
     return max((pod.attempt for pod in pods), default=PREPARE_ATTEMPT)

@@ -1,1 +1,1 @@
-"""The commands of `qlora`: one file each, named as the command."""
+"""The commands of `qlora`, one module each, named after the command."""

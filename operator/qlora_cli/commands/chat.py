@@ -1,4 +1,4 @@
-"""`qlora chat`: questions to a base and to several adapters on it, answered side by side."""
+"""`qlora chat`: the answers of a base model and of several adapters, side by side."""
 
 import contextlib
 import sys
@@ -33,14 +33,14 @@ QUIT: Final = "/quit"
 RESET: Final = "/new"
 PROMPT: Final = "> "
 TRUNCATED: Final = " …"
-"""Behind an answer that --max-tokens cut off."""
+"""Appended to an answer that --max-tokens cut off."""
 DEFAULT_MAX_TOKENS: Final = 256
-"""Tokens of an answer: about 200 words."""
+"""About 200 words."""
 Show = Callable[[ChatTurn], None]
 
 
 class Device(StrEnum):
-    """Where the answers are computed."""
+    """Values of --device."""
 
     AUTO = "auto"
     CPU = "cpu"
@@ -62,29 +62,31 @@ def chat(  # noqa: PLR0913, PLR0917 (an option each)
     system: Annotated[
         str, typer.Option(metavar="TEXT", help="System message, for adapters that were trained on chats.")
     ] = "",
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")] = DEFAULT_MAX_TOKENS,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens per answer.")] = DEFAULT_MAX_TOKENS,
     temperature: Annotated[
-        float, typer.Option(min=0, max=10, help="0 takes the likeliest token each time; higher values vary more.")
+        float, typer.Option(min=0, max=10, help="Sampling temperature; 0 is greedy decoding.")
     ] = 0.0,
-    seed: Annotated[int, typer.Option(help="For a temperature above 0: the same seed, the same answer.")] = 0,
-    device: Annotated[Device, typer.Option(help="Where to compute; auto takes a GPU if there is one.")] = Device.AUTO,
+    seed: Annotated[int, typer.Option(help="Random seed of sampling, for a temperature above 0.")] = 0,
+    device: Annotated[
+        Device, typer.Option(help="Device to compute on; auto uses a GPU if there is one.")
+    ] = Device.AUTO,
     base_model: BaseModel = None,
     hub_mirror: HubMirror = None,
     hub_endpoint: HubEndpoint = None,
     s3_endpoint: S3Endpoint = None,
     output: OutputOption = OutputFormat.TABLE,
 ) -> None:
-    """Ask a base and the adapters on it, side by side; all of them share one base in memory."""
+    """Chat with a base model and adapters side by side; the base is in memory only once."""
     console = Console(stderr=True, highlight=False)
     platform = make_platform(hub_mirror, hub_endpoint, s3_endpoint)
-    manner = GenerationConfig(max_new_tokens=max_tokens, temperature=temperature, seed=seed, system=system)
-    talking = not ask and sys.stdin.isatty()
+    generation = GenerationConfig(max_new_tokens=max_tokens, temperature=temperature, seed=seed, system=system)
+    interactive = not ask and sys.stdin.isatty()
     printers = {OutputFormat.JSON: print_json, OutputFormat.YAML: print_yaml}
-    show = printers.get(output) or ChatPrinter(Console(highlight=False), questions=not talking).show
-    with exit_on_error(console, "no more questions are answered", exit_error_without_remedy):
-        panel = load_chat_model(adapter, device, base_model, platform, console)
-        conversation = panel.start_conversation(manner, keep_history=talking)
-        if talking:
+    show = printers.get(output) or ChatPrinter(Console(highlight=False), questions=not interactive).show
+    with exit_on_error(console, "chat stopped", exit_error_without_remedy):
+        model = load_chat_model(adapter, device, base_model, platform, console)
+        conversation = model.start_conversation(generation, keep_history=interactive)
+        if interactive:
             chat_interactively(conversation, show, console)
         else:
             for question in filter(None, map(str.strip, ask or sys.stdin)):
@@ -94,8 +96,8 @@ def chat(  # noqa: PLR0913, PLR0917 (an option each)
 def load_chat_model(
     adapters: list[str], device: Device, model: str | None, platform: Platform, console: Console
 ) -> Any:
-    """Load the base and all adapters."""
-    places, work = open_source_resolver(platform)
+    """Load the base model and all adapters."""
+    sources, work = open_source_resolver(platform)
     from qlora_trainer.inference.multi_adapter_chat import load_multi_adapter_model  # noqa: PLC0415 (comes with torch)
 
     request = ChatRequest(
@@ -104,21 +106,28 @@ def load_chat_model(
         model=to_uri(model) if model else None,
     )
     with console.status("loading base and adapters"):
-        return load_multi_adapter_model(request, places, work, lambda text: console.print(escape(text), soft_wrap=True))
+        return load_multi_adapter_model(
+            request, sources, work, lambda text: console.print(escape(text), soft_wrap=True)
+        )
 
 
 def choose_device(device: Device) -> DeviceName:
-    """Return where to compute, or refuse a GPU that is not there."""
+    """Return the device to compute on.
+
+    Raises:
+        NoGpuError: --device is cuda, but there is no CUDA device.
+
+    """
     if device is Device.CUDA and not cuda_available():
-        raise NoGpuError("--device is cuda, and PyTorch finds no CUDA device on this computer; give --device cpu")
+        raise NoGpuError("--device is cuda, but PyTorch finds no CUDA device on this machine; use --device cpu")
     return "cuda" if device is Device.CUDA or (device is Device.AUTO and cuda_available()) else "cpu"
 
 
 def chat_interactively(conversation: Any, show: Show, console: Console) -> None:
-    """Answer what a person types, until they have enough; a question that cannot be asked ends nothing."""
-    from qlora_trainer.errors import RunError  # noqa: PLC0415 (part of another installation)
+    """Answer questions from the terminal until the user quits; an error in one question does not end the chat."""
+    from qlora_trainer.errors import RunError  # noqa: PLC0415 (part of the optional trainer)
 
-    console.print(f"[dim]{QUIT} or Ctrl-D ends, {RESET} forgets what was said[/]")
+    console.print(f"[dim]{QUIT} or Ctrl-D quits, {RESET} clears the history[/]")
     for line in read_questions():
         if line == RESET:
             conversation.reset()
@@ -130,49 +139,49 @@ def chat_interactively(conversation: Any, show: Show, console: Console) -> None:
 
 
 def read_questions() -> Iterator[str]:
-    """Yield what a person types, but blank lines."""
+    """Yield the lines that the user types, without blank ones."""
     with contextlib.suppress(ImportError):
-        import readline  # noqa: F401, PLC0415 (its import lets input() have arrow keys; absent on Windows)
+        import readline  # noqa: F401, PLC0415 (importing it adds line editing to input(); absent on Windows)
     try:
         while (line := input(PROMPT).strip()) != QUIT:
             if line:
                 yield line
     except EOFError:
-        typer.echo(err=True)  # Ctrl-D leaves the cursor behind the prompt
+        typer.echo(err=True)  # Ctrl-D leaves the cursor on the prompt's line
 
 
 def answer(conversation: Any, question: str, console: Console) -> ChatTurn:
-    """Let all answer, and show meanwhile who is about to."""
+    """Return the answers of all models; meanwhile show which one is generating."""
     with console.status("") as status:
-        exchange: ChatTurn = conversation.ask(question, lambda label: status.update(f"{escape(label)} answers"))
-    return exchange
+        turn: ChatTurn = conversation.ask(question, lambda label: status.update(f"{escape(label)} is answering"))
+    return turn
 
 
-def print_json(exchange: ChatTurn) -> None:
-    """Print an exchange as one line."""
-    typer.echo(exchange.model_dump_json(by_alias=True))
+def print_json(turn: ChatTurn) -> None:
+    """Print a turn as one line of JSON."""
+    typer.echo(turn.model_dump_json(by_alias=True))
 
 
-def print_yaml(exchange: ChatTurn) -> None:
-    """Print an exchange as a document of its own."""
+def print_yaml(turn: ChatTurn) -> None:
+    """Print a turn as one YAML document."""
     typer.echo("---")
-    print_data(exchange.model_dump(mode="json", by_alias=True), OutputFormat.YAML)
+    print_data(turn.model_dump(mode="json", by_alias=True), OutputFormat.YAML)
 
 
 class ChatPrinter:
-    """Prints exchanges for a person."""
+    """Prints turns as tables."""
 
     def __init__(self, console: Console, *, questions: bool) -> None:
-        """Print questions as well where nobody has just typed them."""
+        """Create a printer that also prints the questions, if `questions` is true."""
         self._console = console
         self._questions = questions
 
-    def show(self, exchange: ChatTurn) -> None:
-        """Print who says what."""
+    def show(self, turn: ChatTurn) -> None:
+        """Print one line per model."""
         table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
         if self._questions:
-            table.add_row(Text("question", "bold"), Text(exchange.question, "bold"))
-        for reply in exchange.replies:
+            table.add_row(Text("question", "bold"), Text(turn.question, "bold"))
+        for reply in turn.replies:
             table.add_row(Text(reply.by, "dim"), Text(reply.text.strip() + ("" if reply.complete else TRUNCATED)))
         self._console.print(table)
         self._console.print()

@@ -1,4 +1,4 @@
-"""`qlora events`: what happened to a run, to its Jobs and to its pods, in one list."""
+"""`qlora events`: the Events of a run, its Jobs and its pods, in one list."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -23,7 +23,7 @@ from qlora_cli.options import OutputFormat, OutputOption
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happened; several times where it was the same."""
+    """A Kubernetes Event; repeated ones are aggregated into one."""
 
     uid: str
     time: datetime
@@ -36,20 +36,22 @@ class Event:
 
 def events(  # noqa: PLR0913, PLR0917 (an option each)
     name: JobName,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Stay, and show new ones until the end.")] = False,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Keep running and show new Events until the run ends.")
+    ] = False,
     namespace: Namespace = None,
     context: Context = None,
     kubeconfig: Kubeconfig = None,
     output: OutputOption = OutputFormat.TABLE,
 ) -> None:
-    """Show the Events of a run, its Jobs and its pods, the youngest last; Kubernetes keeps them for an hour."""
+    """Show the Events of a run, its Jobs and its pods, newest last; Kubernetes keeps Events for an hour."""
     with exit_on_cluster_error() as console:
         connection = open_connection(namespace, context, kubeconfig)
         ref = connection.ref(name)
         if follow:
             follow_events(connection.cluster, ref, console, Clock())
             return
-        get_job(connection.cluster, ref)  # a name that is mistyped is an error, and not an empty list
+        get_job(connection.cluster, ref)  # a mistyped name is an error, not an empty list
         found = find_events(connection.cluster, ref)
     if output is not OutputFormat.TABLE:
         items = [strip_managed_fields(event.raw) for event in found]
@@ -59,7 +61,7 @@ def events(  # noqa: PLR0913, PLR0917 (an option each)
 
 
 def find_events(cluster: ClusterClient, ref: JobRef) -> list[Event]:
-    """Return what was told of a QLoRAJob and its children, the youngest last."""
+    """Return the Events of a QLoRAJob and its children, newest last."""
     found = (
         parse_event(raw) for raw in cluster.events(ref.namespace) if belongs_to_job(raw["involvedObject"], ref.name)
     )
@@ -67,17 +69,20 @@ def find_events(cluster: ClusterClient, ref: JobRef) -> list[Event]:
 
 
 def belongs_to_job(subject: KubeObject, job: str) -> bool:
-    """Whether an object is the QLoRAJob, or has the name of one of its Jobs or pods, which may be gone."""
+    """Return whether an Event's subject is the QLoRAJob or, by its name, one of its Jobs or pods.
+
+    The match is by name because Events outlive Jobs and pods.
+    """
     kind, name = subject.get("kind"), subject.get("name", "")
     if kind == KIND:
         return bool(name == job)
-    work = rf"(?:{re.escape(prepare_job_name(job))}|{re.escape(job)}-[1-9][0-9]*)"
-    forms = {"Job": work, "Workload": rf"job-{work}-[0-9a-f]+", "Pod": rf"{work}-[0-9]+-[a-z0-9]{{5}}"}
-    return kind in forms and bool(re.fullmatch(forms[kind], name))
+    child = rf"(?:{re.escape(prepare_job_name(job))}|{re.escape(job)}-[1-9][0-9]*)"
+    patterns = {"Job": child, "Workload": rf"job-{child}-[0-9a-f]+", "Pod": rf"{child}-[0-9]+-[a-z0-9]{{5}}"}
+    return kind in patterns and bool(re.fullmatch(patterns[kind], name))
 
 
 def parse_event(raw: KubeObject) -> Event:
-    """Read an Event, of the old or of the new API."""
+    """Parse an Event written with the core/v1 or the events.k8s.io/v1 API."""
     subject = raw["involvedObject"]
     series = (raw.get("series") or {}).get("lastObservedTime")
     time = series or raw.get("lastTimestamp") or raw.get("eventTime") or raw["metadata"]["creationTimestamp"]
@@ -93,7 +98,7 @@ def parse_event(raw: KubeObject) -> Event:
 
 
 def tabulate(found: Iterable[Event], now: datetime) -> Group:
-    """Return the columns of `kubectl get events`."""
+    """Return a table with the columns of `kubectl get events`."""
     return render_columns(
         ("AGE", "TYPE", "OBJECT", "REASON", "MESSAGE"),
         [
@@ -108,7 +113,7 @@ def tabulate(found: Iterable[Event], now: datetime) -> Group:
 
 
 def follow_events(cluster: ClusterClient, ref: JobRef, console: Console, clock: Clock) -> None:
-    """Print each event when it comes, until the run has ended."""
+    """Print each new Event until the run has ended."""
     shown: set[str] = set()
     out = Console(highlight=False)
     for job in poll_job(cluster, ref, clock, lambda text: console.print(escape(text), soft_wrap=True)):
@@ -120,7 +125,7 @@ def follow_events(cluster: ClusterClient, ref: JobRef, console: Console, clock: 
 
 
 def new_events(found: Iterable[Event], shown: set[str]) -> Iterator[Event]:
-    """Yield the events that were not shown, and remember them."""
+    """Yield the Events that are not in `shown`, and add them to it."""
     for event in found:
         if event.uid not in shown:
             shown.add(event.uid)

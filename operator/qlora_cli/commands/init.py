@@ -1,4 +1,4 @@
-"""`qlora init`: a first manifest, with what there is to decide and what each field means."""
+"""`qlora init`: writes a first manifest with the fields to decide, each with its description."""
 
 import json
 import textwrap
@@ -32,7 +32,7 @@ SHOWN_FIELDS: Final = (
     "output.uri",
     "output.secretRef.name",
 )
-"""Fields that somebody decides in a first run; all others have defaults that serve."""
+"""Fields to decide in a first run; all others have suitable defaults."""
 WIDTH: Final = 100
 HEADER_COMMENT: Final = (
     "kubectl explain qlorajob.spec shows every field; qlora validate and qlora plan check this file."
@@ -40,16 +40,16 @@ HEADER_COMMENT: Final = (
 
 
 def init(  # noqa: PLR0913, PLR0917 (an option each)
-    file: Annotated[str, typer.Argument(help="The new manifest; - writes to standard output.")] = "job.yaml",
+    file: Annotated[str, typer.Argument(help="Manifest to write; - writes to standard output.")] = "job.yaml",
     name: Annotated[str, typer.Option(help="Name of the QLoRAJob.")] = "my-adapter",
     model: Annotated[str, typer.Option(help="URI of the base model.")] = "hf://HuggingFaceTB/SmolLM2-135M-Instruct",
-    dataset: Annotated[str, typer.Option(help="URI of the rows to learn from.")] = "s3://my-bucket/train.jsonl",
-    to: Annotated[str, typer.Option("--to", help="URI of the prefix for the result.")] = "s3://my-bucket/adapters",
-    secret: Annotated[str, typer.Option(help="Name of the Secret with the keys for S3.")] = "s3-credentials",  # noqa: S107 (a name)
+    dataset: Annotated[str, typer.Option(help="URI of the training data.")] = "s3://my-bucket/train.jsonl",
+    to: Annotated[str, typer.Option("--to", help="URI prefix for the result.")] = "s3://my-bucket/adapters",
+    secret: Annotated[str, typer.Option(help="Name of the Secret with the S3 credentials.")] = "s3-credentials",  # noqa: S107 (a name)
     gpus: Annotated[int, typer.Option(min=0, max=16, help="GPUs of the training pod; 0 trains on the CPU.")] = 1,
-    force: Annotated[bool, typer.Option("--force", help="Replace a file that exists.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
 ) -> None:
-    """Write a first manifest, each field with its meaning."""
+    """Write a first manifest, with the description of each field."""
     console = Console(stderr=True, highlight=False)
     chosen = {
         "model.uri": model, "dataset.uri": dataset, "output.uri": to, "output.secretRef.name": secret,
@@ -65,13 +65,19 @@ def init(  # noqa: PLR0913, PLR0917 (an option each)
         typer.echo(text, nl=False)
         return
     if Path(file).exists() and not force:
-        exit_error_without_remedy(console, None, f"{file} exists; give another name, or --force")
+        exit_error_without_remedy(console, None, f"{file} already exists; choose another name, or use --force")
     Path(file).write_text(text, encoding="utf-8")
-    console.print(f"{file} is written; next: qlora plan {file}, then qlora submit {file}", soft_wrap=True)
+    console.print(f"wrote {file}; next: qlora plan {file}, then qlora submit {file}", soft_wrap=True)
 
 
 def write_manifest(name: str, chosen: Mapping[str, Any]) -> str:
-    """Return a manifest with the fields that are chosen, and the defaults of the others."""
+    """Return a manifest with the given values, and the defaults of all other shown fields.
+
+    Args:
+        name: Name of the QLoRAJob.
+        chosen: Values by path below spec, such as `model.uri`.
+
+    """
     lines = [f"apiVersion: {names.API_VERSION}", f"kind: {names.KIND}", "metadata:", f"  name: {_scalar(name)}"]
     return "\n".join((f"# {HEADER_COMMENT}", *lines, "spec:", *_fields(chosen))) + "\n"
 
@@ -100,7 +106,7 @@ def _comment(path: str, indent: str) -> Iterator[str]:
 
 
 def default_of(path: str) -> Any:
-    """Return the default of a field of the spec, as JSON has it."""
+    """Return the default of a field of the spec, as a JSON value."""
     value: Any = QLoRAJobSpec.model_validate(
         {"model": {"uri": "hf://a/b"}, "dataset": {"uri": "s3://abc/d"}, "output": {"uri": "s3://abc/d"}}
     ).model_dump(mode="json", by_alias=True)
@@ -110,7 +116,7 @@ def default_of(path: str) -> Any:
 
 
 def _scalar(value: Any) -> str:
-    """Write one value as YAML in one line."""
+    """Format a value as YAML on one line."""
     if isinstance(value, str) and value.replace("-", "").replace("_", "").isalnum() and not value[0].isdigit():
         return value
     return json.dumps(value, ensure_ascii=False)

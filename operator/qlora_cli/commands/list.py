@@ -1,4 +1,4 @@
-"""`qlora list`: the QLoRAJobs of a cluster."""
+"""`qlora list`: lists the QLoRAJobs of a cluster."""
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -16,17 +16,19 @@ from qlora_cli.options import OutputFormat, OutputOption
 
 
 def list_jobs(  # noqa: PLR0913, PLR0917 (an option each)
-    all_namespaces: Annotated[bool, typer.Option("--all-namespaces", "-A", help="Those of every namespace.")] = False,
+    all_namespaces: Annotated[
+        bool, typer.Option("--all-namespaces", "-A", help="List QLoRAJobs of all namespaces.")
+    ] = False,
     phases: Annotated[
-        list[Phase] | None, typer.Option("--phase", help="Only those in this phase; may be given several times.")
+        list[Phase] | None, typer.Option("--phase", help="Only QLoRAJobs in this phase; may be given several times.")
     ] = None,
-    selector: Annotated[str, typer.Option("--selector", "-l", help="Only those with these labels.")] = "",
+    selector: Annotated[str, typer.Option("--selector", "-l", help="Label selector.")] = "",
     namespace: Namespace = None,
     context: Context = None,
     kubeconfig: Kubeconfig = None,
     output: OutputOption = OutputFormat.TABLE,
 ) -> None:
-    """List QLoRAJobs, the youngest last."""
+    """List QLoRAJobs, newest last."""
     with exit_on_cluster_error():
         connection = open_connection(namespace, context, kubeconfig)
         found = connection.cluster.list_jobs("" if all_namespaces else connection.namespace, selector)
@@ -37,23 +39,22 @@ def list_jobs(  # noqa: PLR0913, PLR0917 (an option each)
     elif jobs:
         Console(highlight=False).print(tabulate(jobs, datetime.now(UTC), namespaces=all_namespaces), soft_wrap=True)
     else:
-        place = "any namespace" if all_namespaces else f"namespace {connection.namespace}"
-        typer.echo(f"there is no such QLoRAJob in {place}", err=True)
+        scope = "any namespace" if all_namespaces else f"namespace {connection.namespace}"
+        typer.echo(f"no QLoRAJobs found in {scope}", err=True)
 
 
 def filter_by_phase(jobs: Sequence[ClusterJob], phases: Sequence[Phase]) -> list[ClusterJob]:
-    """Return the jobs in some phases, the youngest last."""
+    """Return the jobs in these phases, newest last."""
     return sorted((job for job in jobs if job.phase in phases), key=lambda job: (job.created_at, job.ref))
 
 
 def tabulate(jobs: Sequence[ClusterJob], now: datetime, *, namespaces: bool) -> Group:
-    """Return the columns of `kubectl get qlj`, and what a person asks next."""
+    """Return a table with the columns of `kubectl get qlj`, and attempt and reason."""
     headings = ("NAME", "PHASE", "PROGRESS", "ETA", "LOSS", "GPUS", "ATTEMPT", "REASON", "AGE")
     rows = [_row(job, now) for job in jobs]
     if namespaces:
-        places = [job.ref.namespace for job in jobs]
         return render_columns(
-            ("NAMESPACE", *headings), [(place, *row) for place, row in zip(places, rows, strict=True)]
+            ("NAMESPACE", *headings), [(job.ref.namespace, *row) for job, row in zip(jobs, rows, strict=True)]
         )
     return render_columns(headings, rows)
 

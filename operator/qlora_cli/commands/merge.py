@@ -1,4 +1,4 @@
-"""`qlora merge`: a published adapter and its base as one model on this computer."""
+"""`qlora merge`: merges a published adapter with its base, into a local folder."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -39,7 +39,7 @@ def merge(  # noqa: PLR0913, PLR0917 (an option each)
     adapter: Annotated[str, typer.Argument(help="Folder or s3:// URI of a published adapter.", metavar="ADAPTER")],
     to: Annotated[Path, typer.Option("--to", help="Folder for the merged model; new or empty.", metavar="FOLDER")],
     base: Annotated[
-        Base, typer.Option(help="The base as its publisher has it, or the 4-bit one that was trained on, dequantised.")
+        Base, typer.Option(help="Base to merge into: the original weights, or the 4-bit ones of training, dequantized.")
     ] = Base.ORIGINAL,
     base_model: BaseModel = None,
     hub_mirror: HubMirror = None,
@@ -47,7 +47,7 @@ def merge(  # noqa: PLR0913, PLR0917 (an option each)
     s3_endpoint: S3Endpoint = None,
     output: OutputOption = OutputFormat.TABLE,
 ) -> None:
-    """Merge an adapter with its base into one bf16 model, and measure what that changes."""
+    """Merge an adapter with its base into one bf16 model, and measure the difference."""
     console = Console(stderr=True, highlight=False)
     platform = make_platform(hub_mirror, hub_endpoint, s3_endpoint)
     model = to_uri(base_model) if base_model else None
@@ -61,25 +61,25 @@ def merge(  # noqa: PLR0913, PLR0917 (an option each)
 
 
 def run_merge(request: MergeRequest, platform: Platform, console: Console) -> MergedFolder:
-    """Merge with sentences about what is going on."""
-    places, work = open_source_resolver(platform)
+    """Merge, and print progress messages."""
+    sources, work = open_source_resolver(platform)
     from qlora_trainer.merge_job import merge_published  # noqa: PLC0415 (comes with torch)
 
-    return merge_published(request, places, work, lambda text: console.print(escape(text), soft_wrap=True))
+    return merge_published(request, sources, work, lambda text: console.print(escape(text), soft_wrap=True))
 
 
 def show_merged(merged: MergedFolder, console: Console) -> None:
-    """Print what merging changed, and where the model is."""
+    """Print the difference that merging made, and where the model is."""
     difference = merged.merge.difference
     if difference is None:
-        console.print("nothing was measured: no held-out rows lie beside the adapter")
+        console.print("not measured: no held-out rows next to the adapter")
     else:
         console.print(difference_table(difference))
     console.print(f"[bold]merged[/]  {escape(merged.folder)}", soft_wrap=True)
 
 
 def difference_table(difference: MergeDifference) -> Table:
-    """Return the merged model beside base and adapter apart."""
+    """Return a table that compares the merged model with base and adapter unmerged."""
     table = Table(title=f"{difference.rows} held-out rows, {difference.tokens} answer tokens", title_justify="left")
     table.add_column("")
     for heading in ("base and adapter", "merged", "change"):

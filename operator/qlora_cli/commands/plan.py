@@ -1,4 +1,4 @@
-"""`qlora plan`: what a run will take and how it will be executed, told offline."""
+"""`qlora plan`: the predicted memory of a run and how it will be executed, computed offline."""
 
 from collections.abc import Iterator
 from typing import Annotated, Final
@@ -25,11 +25,11 @@ from qlora_planner.sizing import DoesNotFitError, GpuAllocation
 from qlora_planner.validation import COMMON_RULES
 
 _PEAK_PREFIX: Final = "peak "
-"""How the reason begins that the table tells in full."""
+"""Prefix of the plan's reason about peak memory, which is not printed because the table shows it in detail."""
 
 
 def check_memory(quantity: str | None) -> str | None:
-    """Refuse what is no amount of memory, where the option is."""
+    """Validate --gpu-memory if it is given."""
     try:
         if quantity is not None:
             parse_quantity(quantity)
@@ -41,19 +41,19 @@ def check_memory(quantity: str | None) -> str | None:
 def plan(  # noqa: PLR0913, PLR0917 (an option each)
     files: Annotated[list[str], typer.Argument(help="Manifests; - reads standard input.", metavar="FILE...")],
     config: Annotated[
-        str | None, typer.Option(help="The model's config.json, instead of looking it up in the hub cache.")
+        str | None, typer.Option(help="Path of the model's config.json; default: looked up in the hub cache.")
     ] = None,
     gpu_memory: Annotated[
         str | None,
         typer.Option(
             metavar="QUANTITY",
             callback=check_memory,
-            help="Memory of a GPU, such as 24Gi. Default: the smallest of the usual GPUs that fits.",
+            help="Memory per GPU, such as 24Gi. Default: the smallest common GPU that fits.",
         ),
     ] = None,
     gpus_per_node: Annotated[
         int | None,
-        typer.Option(min=1, help="GPUs of a node, of which as few as suffice are taken. Default: as in the manifest."),
+        typer.Option(min=1, help="GPUs per node; the plan uses as few as are enough. Default: as in the manifest."),
     ] = None,
     changes: Annotated[
         list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Change a field, such as lora.rank=8.")
@@ -61,11 +61,11 @@ def plan(  # noqa: PLR0913, PLR0917 (an option each)
     hub_mirror: HubMirror = None,
     output: OutputOption = OutputFormat.TABLE,
 ) -> None:
-    """Tell what runs will take and how they will be executed, without a cluster, a GPU or a network."""
+    """Show the memory that runs need and how they will be executed, without a cluster, a GPU or a network."""
     console = Console(stderr=True, highlight=False)
     try:
         jobs = [job for file in files for job in read_jobs(file, changes or [])]
-        outlooks = [
+        offline_plans = [
             make_offline_plan(job.spec, load_config(job.spec.model, config, hub_mirror), gpu_memory, gpus_per_node)
             for job in jobs
         ]
@@ -73,37 +73,37 @@ def plan(  # noqa: PLR0913, PLR0917 (an option each)
         exit_error_without_remedy(console, None, str(error))
     except DoesNotFitError as error:
         exit_error_without_remedy(console, None, f"does not fit: {error}")
-    print_plans(jobs, outlooks, output)
+    print_plans(jobs, offline_plans, output)
 
 
 def read_jobs(file: str, changes: list[str]) -> Iterator[JobManifest]:
-    """Yield the QLoRAJobs of a file, with the changes applied."""
+    """Yield the QLoRAJobs of a file, with the overrides applied."""
     overrides = [parse_override(change) for change in changes]
     try:
         documents = [document for document in read_documents(file) if is_qlorajob(document)]
     except (OSError, UnicodeDecodeError) as error:
         raise YamlError(describe_read_error(file, error)) from error
     if not documents:
-        raise YamlError(f"{file}: there is no QLoRAJob")
+        raise YamlError(f"{file}: contains no QLoRAJob")
     yield from (parse_manifest(apply_overrides(document, overrides), COMMON_RULES) for document in documents)
 
 
 def print_plans(jobs: list[JobManifest], offline_plans: list[OfflinePlan], output: OutputFormat) -> None:
-    """Print tables, or one object, or a list of them where there are several QLoRAJobs."""
+    """Print tables; for JSON and YAML one object, or a list if there are several QLoRAJobs."""
     if output is not OutputFormat.TABLE:
-        found = [to_json(outlook) for outlook in offline_plans]
+        found = [to_json(offline_plan) for offline_plan in offline_plans]
         print_data(found[0] if len(found) == 1 else found, output)
         return
     console = Console(highlight=False)
-    for job, outlook in zip(jobs, offline_plans, strict=True):
-        console.print(tabulate(job, outlook))
-        for reason in outlook.reasons:
+    for job, offline_plan in zip(jobs, offline_plans, strict=True):
+        console.print(tabulate(job, offline_plan))
+        for reason in offline_plan.reasons:
             if not reason.startswith(_PEAK_PREFIX):
                 console.print(escape(reason), soft_wrap=True)
 
 
 def tabulate(job: JobManifest, offline_plan: OfflinePlan) -> Table:
-    """Return what fills a GPU, from the base to the sum."""
+    """Return a table of the components of peak memory."""
     spec, weights = job.spec, offline_plan.work.shape.parameters
     bits = f", {spec.quantization.bits} bits" if spec.method == "qlora" else ""
     title = f"{job.metadata.name}: {spec.model.uri}, {weights:,} weights, {spec.method}{bits}"
@@ -119,29 +119,29 @@ def tabulate(job: JobManifest, offline_plan: OfflinePlan) -> Table:
 
 
 def memory_rows(offline_plan: OfflinePlan) -> list[tuple[str, int, str]]:
-    """Return the parts of the peak: name, bytes, and what there is to say."""
-    work, found, room = offline_plan.work, offline_plan.sizing.estimate, offline_plan.sizing.allocation
+    """Return the components of peak memory: name, bytes, note."""
+    work, found, allocation = offline_plan.work, offline_plan.sizing.estimate, offline_plan.sizing.allocation
     layout = offline_plan.sizing.layout
-    learned = f"{work.trainable.parameters:,} weights in fp32"
-    recomputed = "recomputed in backward" if layout.checkpointing else "kept for backward"
-    passes = f"micro-batch {layout.micro_batch}, {recomputed}; logits and dequantised weights too"
+    trainable = f"{work.trainable.parameters:,} weights in fp32"
+    recomputed = "recomputed in backward" if layout.checkpointing else "saved for backward"
+    activations = f"micro-batch {layout.micro_batch}, {recomputed}; with logits and dequantized weights"
     return [
-        ("base", found.base.weights, f"{work.base.weights / 1e9:.2f} GB in all, as get_memory_footprint() counts"),
-        ("scales", found.base.constants, "of the quantisation"),
-        ("adapter", found.adapter, learned),
-        ("gradients", found.gradients, learned if work.full_finetune else ""),
+        ("base", found.base.weights, f"{work.base.weights / 1e9:.2f} GB in total, as get_memory_footprint() counts"),
+        ("scales", found.base.constants, "of quantization"),
+        ("adapter", found.adapter, trainable),
+        ("gradients", found.gradients, trainable if work.full_finetune else ""),
         ("optimizer", found.optimizer, layout.optimizer),
-        ("activations", found.activations, passes),
-        ("exchange", found.communication, f"between {layout.processes} processes, {layout.strategy}"),
-        ("slack", found.peak - found.allocated - found.non_torch, f"of torch's allocator, {SLACK:.0%}"),
+        ("activations", found.activations, activations),
+        ("communication", found.communication, f"between {layout.processes} processes, {layout.strategy}"),
+        ("fragmentation", found.peak - found.allocated - found.non_torch, f"of torch's allocator, {SLACK:.0%}"),
         ("context", found.non_torch, "of CUDA, cuBLAS and NCCL"),
-        ("peak", found.peak, describe_capacity(room)),
+        ("peak", found.peak, describe_capacity(allocation)),
     ]
 
 
 def describe_capacity(allocation: GpuAllocation) -> str:
-    """Say how much there is."""
+    """Return the memory that is available, for the row with the peak."""
     if not allocation.gpus_per_node:
         return f"of {allocation.pool.memory / GIB:.4g}, spec.resources.memory"
     name = allocation.pool.product or f"GPU of {allocation.pool.memory / GIB:.4g} GiB"
-    return f"of {allocation.pool.usable / GIB:.2f} that a process has on a {name}"
+    return f"of {allocation.pool.usable / GIB:.2f} available to a process on a {name}"

@@ -1,4 +1,4 @@
-"""`qlora render`: what a manifest comes to in a cluster, told offline: defaults, and the objects of a first attempt."""
+"""`qlora render`: a QLoRAJob with all defaults, and the objects of its first attempt, rendered offline."""
 
 from collections.abc import Iterator
 from typing import Annotated, Any, Final
@@ -31,7 +31,7 @@ from qlora_planner.validation import CLUSTER_RULES
 
 UNKNOWN_UID: Final = "00000000-0000-0000-0000-000000000000"
 UNKNOWN_DIGEST: Final = "0" * 16
-"""Stand for what only the API server, or the preparation, can know."""
+"""Placeholders for what only the API server or preparation can know."""
 FIRST_ATTEMPT: Final = 1
 
 
@@ -41,13 +41,14 @@ def render(
         list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Change a field, such as lora.rank=8.")
     ] = None,
     children: Annotated[
-        bool, typer.Option(help="Also the ConfigMaps, Jobs and Services of the preparation and of the first attempt.")
+        bool,
+        typer.Option(help="Also render the ConfigMaps, Jobs and Services of preparation and of the first attempt."),
     ] = True,
-    image: Annotated[str, typer.Option(help="The trainer's image.")] = f"qlora-trainer:{__version__}",
+    image: Annotated[str, typer.Option(help="Trainer image.")] = f"qlora-trainer:{__version__}",
 ) -> None:
-    """Print QLoRAJobs with every default, and the objects that the operator would make of them, as YAML.
+    """Print QLoRAJobs with all defaults, and the objects that the operator would create for them, as YAML.
 
-    Facts that only a cluster knows are zeros: the uid, the digest, the commit of the model, the number of rows.
+    Values that are known only in a cluster are zeros: uid, digest, commit of the model, number of rows.
     """
     console = Console(stderr=True, highlight=False)
     for document in load_documents(files, changes or [], console):
@@ -61,7 +62,7 @@ def render(
 
 
 def render_document(document: Document, installation: Installation | None) -> Iterator[Manifest]:
-    """Yield a QLoRAJob with its defaults, and its children where there is an installation."""
+    """Yield a QLoRAJob with all defaults, and its children if an installation is given."""
     job = parse_manifest(document, CLUSTER_RULES)
     spec = job.spec.model_dump(mode="json", by_alias=True, exclude_none=True)
     yield {**document.value, "spec": spec}
@@ -70,7 +71,7 @@ def render_document(document: Document, installation: Installation | None) -> It
 
 
 def render_children(job: JobManifest, installation: Installation) -> Iterator[Manifest]:
-    """Yield what the preparation and the first attempt are made of."""
+    """Yield the children of preparation and of the first attempt."""
     spec = job.spec
     owner = Owner(JobRef(job.metadata.namespace, job.metadata.name), UNKNOWN_UID)
     yield build_prepare_config(owner, spec, installation)
@@ -85,7 +86,7 @@ def render_children(job: JobManifest, installation: Installation) -> Iterator[Ma
 
 
 def placeholder_prepared(spec: QLoRAJobSpec, name: str) -> Prepared:
-    """Return facts that say nothing, for objects whose form does not depend on them."""
+    """Return placeholder results of preparation; the objects do not depend on them."""
     data: dict[str, Any] = dict.fromkeys(("evaluation_rows", "training_tokens", "truncated_rows"), 0)
     return Prepared(
         digest=UNKNOWN_DIGEST,

@@ -1,4 +1,4 @@
-"""`qlora report`: the report of a run that has published, on this computer."""
+"""`qlora report`: downloads and opens the report of a published run."""
 
 import json
 import sys
@@ -25,10 +25,10 @@ REPORT_JSON = "report.json"
 def report(  # noqa: PLR0913, PLR0917 (an option each)
     name: JobName,
     to: Annotated[
-        Path | None, typer.Option("--to", metavar="FOLDER", help="Where the files go; default: ./NAME-report.")
+        Path | None, typer.Option("--to", metavar="FOLDER", help="Folder for the files; default: ./NAME-report.")
     ] = None,
     show: Annotated[
-        bool | None, typer.Option("--open/--no-open", help="Open the page in a browser; default: on a terminal.")
+        bool | None, typer.Option("--open/--no-open", help="Open the report in a browser; default: on a terminal.")
     ] = None,
     s3_endpoint: S3Endpoint = None,
     namespace: Namespace = None,
@@ -36,7 +36,7 @@ def report(  # noqa: PLR0913, PLR0917 (an option each)
     kubeconfig: Kubeconfig = None,
     output: OutputOption = OutputFormat.TABLE,
 ) -> None:
-    """Download the report of a published run, with this computer's own S3 credentials, and open it."""
+    """Download the report of a published run, with the local S3 credentials, and open it."""
     with exit_on_cluster_error() as console:
         connection = open_connection(namespace, context, kubeconfig)
         job = get_job(connection.cluster, connection.ref(name))
@@ -54,7 +54,12 @@ def report(  # noqa: PLR0913, PLR0917 (an option each)
 
 
 def find_report(job: ClusterJob) -> str:
-    """Return the URI of the folder with the report."""
+    """Return the URI of the report's folder.
+
+    Raises:
+        ClusterError: The run has not published a report.
+
+    """
     published = job.status.output.report if job.status.output else None
     if published is None:
         raise ClusterError(f"{job.ref.name} is {job.phase} and has no report: {job.explanation}")
@@ -68,7 +73,7 @@ def read_report_json(folder: str, endpoint: str | None) -> object:
 
 
 def download_report(folder: str, target: Path, endpoint: str | None) -> Path:
-    """Copy every file of the report, and return where they are."""
+    """Download every file of the report, and return their folder."""
     with open_output_store(folder, endpoint) as files:
         for entry in files.list():
             files.download(entry.path, target / entry.path)
@@ -78,7 +83,7 @@ def download_report(folder: str, target: Path, endpoint: str | None) -> Path:
 
 
 def show_report(job: ClusterJob, page: Path) -> None:
-    """Print what the run improved, and where its report is now."""
+    """Print the comparison of base and adapter, and where the report is."""
     console = Console(highlight=False)
     if job.status.evaluation:
         console.print(comparison_table(job.status.evaluation))

@@ -1,4 +1,4 @@
-"""`qlora rerun`: a run that has ended, once more under the same name."""
+"""`qlora rerun`: runs a finished QLoRAJob again under the same name."""
 
 import tempfile
 from collections.abc import Mapping
@@ -18,40 +18,42 @@ from qlora_cli.display.formats import to_yaml
 from qlora_cli.manifests.overrides import OverrideError, override_manifest, parse_override
 
 DELETION_SECONDS: Final = 300.0
-"""Longest wait for the former run to be gone: its pods have a minute to end, and a lost node takes longer."""
-_KEPT_METADATA: Final = ("name", "namespace", "labels", "annotations")
-"""What a manifest says of itself; the rest of the metadata is the API server's."""
+"""Longest wait for the deletion of the previous run; pods have a grace period of a minute, a lost node takes longer."""
+_MANIFEST_METADATA: Final = ("name", "namespace", "labels", "annotations")
+"""Metadata that a manifest sets; the rest is set by the API server."""
 
 
 def rerun(  # noqa: PLR0913, PLR0917 (an option each)
     name: JobName,
     overwrite: Annotated[
         bool,
-        typer.Option("--overwrite", help="Train again, and delete_and_create the published result."),
+        typer.Option("--overwrite", help="Train again, and replace the published result."),
     ] = False,
     changes: Annotated[
         list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Change a field, such as lora.rank=8.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Also a run that has not ended: it is stopped first.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Also rerun a run that has not ended; it is stopped first.")
+    ] = False,
     namespace: Namespace = None,
     context: Context = None,
     kubeconfig: Kubeconfig = None,
 ) -> None:
-    """Delete a run that has ended and create it anew; it goes on from its checkpoint, or finds what was published."""
-    with exit_on_cluster_error("qlora list shows whether the run was created anew") as console:
-        wanted = [*(changes or []), *(["output.ifExists=Overwrite"] if overwrite else [])]
+    """Delete a finished run and create it again; it resumes from its checkpoint, or reuses a published result."""
+    with exit_on_cluster_error("qlora list shows whether the run was created again") as console:
+        all_changes = [*(changes or []), *(["output.ifExists=Overwrite"] if overwrite else [])]
         connection = open_connection(namespace, context, kubeconfig)
         job = get_job(connection.cluster, connection.ref(name))
-        manifest = make_manifest(job, wanted)
+        manifest = make_manifest(job, all_changes)
         check_rerun(job, force=force)
-        if job.succeeded and not wanted:
-            console.print(f"{name} is published, and will be found so; --overwrite trains again", soft_wrap=True)
+        if job.succeeded and not all_changes:
+            console.print(f"{name} is already published and will be reused; --overwrite trains again", soft_wrap=True)
         delete_and_create(connection.cluster, job, manifest, Clock(), console)
-    typer.echo(f"QLoRAJob {job.ref.namespace}/{job.ref.name} was submitted anew")
+    typer.echo(f"QLoRAJob {job.ref.namespace}/{job.ref.name} was submitted again")
 
 
 def check_rerun(job: ClusterJob, *, force: bool) -> None:
-    """Refuse to stop a run that nobody said should be stopped."""
+    """Raise ClusterError if the run has not ended, unless --force is set."""
     if not (job.finished or force):
         raise ClusterError(
             f"{job.ref.name} is {job.phase}; wait for its end with qlora wait {job.ref.name}, or stop it with --force"
@@ -59,8 +61,8 @@ def check_rerun(job: ClusterJob, *, force: bool) -> None:
 
 
 def make_manifest(job: ClusterJob, changes: list[str]) -> dict[str, Any]:
-    """Return what a user would apply to have this run again, with changes."""
-    metadata = {key: job.raw["metadata"][key] for key in _KEPT_METADATA if key in job.raw["metadata"]}
+    """Return the manifest of a run, without the fields of the API server, with the changes applied."""
+    metadata = {key: job.raw["metadata"][key] for key in _MANIFEST_METADATA if key in job.raw["metadata"]}
     manifest = {
         "apiVersion": job.raw["apiVersion"], "kind": job.raw["kind"], "metadata": metadata, "spec": job.raw["spec"],
     }  # fmt: skip
@@ -73,27 +75,32 @@ def make_manifest(job: ClusterJob, changes: list[str]) -> dict[str, Any]:
 def delete_and_create(
     cluster: ClusterClient, job: ClusterJob, manifest: Mapping[str, Any], clock: Clock, console: Console
 ) -> ClusterJob:
-    """Delete the former run, wait until it is gone, and create it anew; nothing is lost where that fails."""
+    """Delete the previous run, wait until it is gone, and create it again; if that fails, its manifest is saved."""
     check_manifest(cluster, manifest)
     cluster.delete(job.ref, job.uid)
-    console.print(escape(f"waiting for {job.ref.name} and its pods to be gone"), soft_wrap=True)
+    console.print(escape(f"waiting for {job.ref.name} and its pods to be deleted"), soft_wrap=True)
     wait_until_gone(cluster, job.ref, job.uid, clock)
     try:
         return parse_job(cluster.create(manifest))
     except ClusterError as error:
         raise ClusterError(
-            f"{error}; the former run is deleted, and its manifest kept in {save_manifest(manifest)}"
+            f"{error}; the previous run is deleted, and its manifest was saved to {save_manifest(manifest)}"
         ) from error
 
 
 def check_manifest(cluster: ClusterClient, manifest: Mapping[str, Any]) -> None:
-    """Have the API server check the manifest under a name that is free, before anything is deleted."""
+    """Validate the manifest in a dry run under an unused name, before anything is deleted."""
     name = f"{manifest['metadata']['name'][:45]}-rerun"
     cluster.create({**manifest, "metadata": {**manifest["metadata"], "name": name}}, dry_run=True)
 
 
 def wait_until_gone(cluster: ClusterClient, ref: JobRef, uid: str, clock: Clock) -> None:
-    """Return once this QLoRAJob is gone with its children."""
+    """Return once this QLoRAJob and its children are deleted.
+
+    Raises:
+        ClusterError: Somebody else created a QLoRAJob with this name, or the deletion takes too long.
+
+    """
     deadline = clock.now() + DELETION_SECONDS
     while clock.now() < deadline:
         try:
@@ -109,7 +116,7 @@ def wait_until_gone(cluster: ClusterClient, ref: JobRef, uid: str, clock: Clock)
 
 
 def save_manifest(manifest: Mapping[str, Any]) -> Path:
-    """Write a manifest to a file of its own, and return its path."""
+    """Write a manifest to a new temporary file, and return its path."""
     with tempfile.NamedTemporaryFile(
         "w", prefix=f"{manifest['metadata']['name']}-", suffix=".yaml", delete=False, encoding="utf-8"
     ) as file:

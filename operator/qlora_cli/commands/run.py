@@ -1,11 +1,11 @@
-"""`qlora run`: a manifest, run on this computer."""
+"""`qlora run`: runs a manifest on the local machine."""
 
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from qlora_api.names import Reason
+from qlora_api.reasons import Reason
 from qlora_api.report import TerminationMessage
 from qlora_api.runconfig import Platform
 from qlora_cli.commands.validate import describe_read_error
@@ -32,18 +32,18 @@ def run(  # noqa: PLR0913, PLR0917 (an option each)
     s3_endpoint: S3Endpoint = None,
     output: OutputOption = OutputFormat.TABLE,
 ) -> None:
-    """Prepare, train, evaluate and publish on this computer; credentials come from the environment."""
+    """Prepare, train, evaluate and publish on this machine; credentials come from the environment."""
     console = Console(stderr=True, highlight=False)
     manifest = load_manifest(file, changes or [], console)
-    word = run_with_progress(manifest, make_platform(hub_mirror, hub_endpoint, s3_endpoint), console)
+    outcome = run_with_progress(manifest, make_platform(hub_mirror, hub_endpoint, s3_endpoint), console)
     if output is not OutputFormat.TABLE:
-        print_data(word.model_dump(mode="json", by_alias=True, exclude_none=True), output)
+        print_data(outcome.model_dump(mode="json", by_alias=True, exclude_none=True), output)
     else:
-        show_result(word, Console(highlight=False))
+        show_result(outcome, Console(highlight=False))
 
 
 def load_manifest(file: str, changes: list[str], console: Console) -> JobManifest:
-    """Return the one QLoRAJob of a file with the changes applied, or end with the reasons."""
+    """Return the one QLoRAJob of a file with the changes applied, or exit with every problem."""
     try:
         overrides = [parse_override(change) for change in changes]
         return parse_single(file, overrides)
@@ -57,12 +57,12 @@ def parse_single(file: str, overrides: list[Override]) -> JobManifest:
     """Return the one QLoRAJob of a file."""
     jobs = [document for document in read_documents(file) if is_qlorajob(document)]
     if len(jobs) != 1:
-        raise YamlError(f"{file}: has {len(jobs)} QLoRAJobs; give a file with one")
+        raise YamlError(f"{file}: has {len(jobs)} QLoRAJobs; pass a file with one")
     return parse_manifest(apply_overrides(jobs[0], overrides), LOCAL_RULES)
 
 
 def run_with_progress(manifest: JobManifest, platform: Platform, console: Console) -> TerminationMessage:
-    """Run with progress on the console, and turn what a person can act on into an exit code."""
+    """Run with progress on the console; turn errors that the user can fix into a message and an exit code."""
     with exit_on_error(console, "nothing was published", exit_error):
         trainer = load_trainer()
         with open_screen(console) as screen:

@@ -1,4 +1,4 @@
-"""`qlora serve-snippet`: a published adapter as a command of vLLM, or as a manifest of KServe or KubeAI."""
+"""`qlora serve-snippet`: a vLLM command, or a KServe or KubeAI manifest, that serves a published adapter."""
 
 import shlex
 from collections.abc import Callable, Mapping
@@ -19,29 +19,34 @@ from qlora_cli.display.formats import to_yaml
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A base with an adapter on it, or a whole model."""
+    """A base model with an adapter, or a complete model."""
 
     name: str
-    """What clients ask for."""
+    """Model name in client requests."""
     model: str
-    """URI of the base, or of the whole model."""
+    """URI of the base model, or of the complete model."""
     revision: str | None
-    """Commit of a base on the hub."""
+    """Commit of a base model on the hub."""
     adapter: str | None
-    """URI of the adapter; None for a whole model."""
+    """URI of the adapter; None for a complete model."""
     max_rank: int | None
-    """For --max-lora-rank."""
+    """Value of --max-lora-rank."""
     arguments: tuple[str, ...] = ()
-    """What else vLLM must be told."""
+    """Additional arguments of vLLM."""
     chat_template: bool = False
-    """Whether chats follow a template of the adapter's own."""
+    """Whether the adapter has its own chat template."""
 
 
 def resolve_served_model(job: ClusterJob) -> ServedModel:
-    """Return how a published run is served: its adapter, or its merged model where vLLM cannot load the adapter."""
+    """Return how to serve a published run: its adapter, or its merged model if vLLM cannot load the adapter.
+
+    Raises:
+        ClusterError: The run has not published, or vLLM cannot load the adapter and there is no merged model.
+
+    """
     output, spec = job.status.output, job.spec()
     if output is None or output.adapter is None:
-        raise ClusterError(f"{job.ref.name} is {job.phase} and has published nothing: {job.explanation}")
+        raise ClusterError(f"{job.ref.name} is {job.phase} and has not published a result: {job.explanation}")
     if spec.method == "full":
         return ServedModel(job.ref.name, output.adapter, None, None, None)
     obstacle = find_vllm_obstacle(spec.lora)
@@ -49,7 +54,7 @@ def resolve_served_model(job: ClusterJob) -> ServedModel:
         return ServedModel(job.ref.name, output.merged, None, None, None)
     if obstacle:
         raise ClusterError(
-            f"vLLM does not load this adapter: {obstacle}; serve it merged with its base: "
+            f"vLLM cannot load this adapter: {obstacle}; merge it with its base and serve the result: "
             f"qlora merge {output.adapter} --to FOLDER"
         )
     commit = job.status.model.commit if job.status.model and spec.model.uri.startswith("hf://") else None
@@ -65,15 +70,15 @@ def resolve_served_model(job: ClusterJob) -> ServedModel:
 
 
 def published_rank(lora: LoraSpec) -> int:
-    """Return the rank of the published matrices; PiSSA's hold the start as well, so that they fit the original base."""
+    """Return the rank of the published matrices; PiSSA's are doubled, so that they fit the original base."""
     return lora.rank * 2 if lora.init == "pissa" else lora.rank
 
 
 def find_vllm_obstacle(lora: LoraSpec) -> str | None:
-    """Say for which field of the spec vLLM would refuse the adapter, or serve it wrongly."""
+    """Return why vLLM would reject the adapter or serve it incorrectly, with the field of the spec, or None."""
     obstacles = (
         (lora.dora, "it is a DoRA adapter (spec.lora.dora)"),
-        (bool(lora.modules_to_save), "it replaces whole modules (spec.lora.modulesToSave)"),
+        (bool(lora.modules_to_save), "it replaces entire modules (spec.lora.modulesToSave)"),
         (bool(lora.rank_pattern or lora.alpha_pattern), "its modules differ in rank or alpha (spec.lora.*Pattern)"),
         (
             max_lora_rank_for(published_rank(lora)) is None,
@@ -84,12 +89,12 @@ def find_vllm_obstacle(lora: LoraSpec) -> str | None:
 
 
 def vllm_base_arguments(spec: QLoRAJobSpec) -> tuple[str, ...]:
-    """Return how the base is to be loaded: a LoftQ adapter makes up for what 4 bits take away, and needs them."""
+    """Return how vLLM must load the base: a LoftQ adapter compensates the error of 4 bits, so it needs them."""
     return ("--quantization=bitsandbytes",) if spec.lora.init == "loftq" else ()
 
 
 class Server(StrEnum):
-    """What serves the adapter."""
+    """Values of --for."""
 
     VLLM = "vllm"
     KSERVE = "kserve"
@@ -98,12 +103,12 @@ class Server(StrEnum):
 
 def serve_snippet(
     name: JobName,
-    server: Annotated[Server, typer.Option("--for", help="What serves it.")] = Server.VLLM,
+    server: Annotated[Server, typer.Option("--for", help="Model server.")] = Server.VLLM,
     namespace: Namespace = None,
     context: Context = None,
     kubeconfig: Kubeconfig = None,
 ) -> None:
-    """Print how to serve a published run: its base at the commit it was trained on, and a --max-lora-rank that fits."""
+    """Print how to serve a published run, with the base model's commit and the right --max-lora-rank."""
     with exit_on_cluster_error():
         connection = open_connection(namespace, context, kubeconfig)
         served = resolve_served_model(get_job(connection.cluster, connection.ref(name)))
@@ -111,7 +116,7 @@ def serve_snippet(
 
 
 def write_vllm(served: ServedModel) -> str:
-    """Return commands for a shell: vLLM reads files of its own computer."""
+    """Return shell commands; vLLM needs local files, so objects in S3 are downloaded first."""
     model, fetched = _local(served.model, "model")
     command = [f"vllm serve {shlex.quote(model)}"]
     command += [f"--revision {served.revision}"] if served.revision else []
@@ -126,14 +131,14 @@ def write_vllm(served: ServedModel) -> str:
 
 
 def _local(uri: str, folder: str) -> tuple[str, list[str]]:
-    """Return what vLLM calls a model, and the command that brings it here."""
+    """Return a model's local path or hub name, and the command that downloads it."""
     if uri.startswith("s3://"):
         return f"./{folder}", [f"aws s3 sync {shlex.quote(uri)} ./{folder}"]
     return uri.removeprefix("hf://"), []
 
 
 def write_kserve(served: ServedModel) -> str:
-    """Return an LLMInferenceService, whose storage initializer fetches both."""
+    """Return an LLMInferenceService, whose storage initializer downloads base and adapter."""
     adapters = {"adapters": [{"name": served.name, "uri": served.adapter}], "maxRank": served.max_rank}
     revision = f":{served.revision}" if served.revision else ""
     arguments = {"env": [{"name": "VLLM_ADDITIONAL_ARGS", "value": " ".join(served.arguments)}]}
@@ -158,7 +163,7 @@ def write_kserve(served: ServedModel) -> str:
 
 
 def write_kubeai(served: ServedModel) -> str:
-    """Return a Model; an adapter is asked for as MODEL_ADAPTER."""
+    """Return a Model; clients request an adapter as MODEL_ADAPTER."""
     ranks = ["--enable-lora", f"--max-lora-rank={served.max_rank}"] if served.adapter else []
     arguments = [*ranks, *served.arguments, *([f"--revision={served.revision}"] if served.revision else [])]
     return to_yaml(

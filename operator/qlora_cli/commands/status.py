@@ -1,4 +1,4 @@
-"""`qlora status`: where a run stands, once or live."""
+"""`qlora status`: shows the state of a run, once or live."""
 
 from datetime import UTC, datetime
 from typing import Annotated
@@ -29,14 +29,16 @@ from qlora_cli.options import OutputFormat, OutputOption
 
 def status(  # noqa: PLR0913, PLR0917 (an option each)
     name: JobName,
-    watch: Annotated[bool, typer.Option("--watch", "-w", help="Stay, and show each change until the end.")] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", "-w", help="Keep running and show changes until the run ends.")
+    ] = False,
     namespace: Namespace = None,
     context: Context = None,
     kubeconfig: Kubeconfig = None,
     output: OutputOption = OutputFormat.TABLE,
 ) -> None:
-    """Show where a run stands, why, and what to do; with --watch a live bar, the time left and the loss."""
-    with exit_on_cluster_error(f"the run goes on: qlora status --watch {name}") as console:
+    """Show the state of a run, why, and the fix if it needs one; with --watch live progress, time left and loss."""
+    with exit_on_cluster_error(f"the run keeps running: qlora status --watch {name}") as console:
         connection = open_connection(namespace, context, kubeconfig)
         if watch:
             watch_job(connection.cluster, connection.ref(name), console, Clock())
@@ -44,7 +46,7 @@ def status(  # noqa: PLR0913, PLR0917 (an option each)
 
 
 def show_once(connection: Connection, name: str, output: OutputFormat) -> None:
-    """Print a QLoRAJob as a page, or whole for programs."""
+    """Print a QLoRAJob as a dashboard, or as JSON or YAML."""
     job = get_job(connection.cluster, connection.ref(name))
     if output is not OutputFormat.TABLE:
         print_data(strip_managed_fields(job.raw), output)
@@ -55,7 +57,7 @@ def show_once(connection: Connection, name: str, output: OutputFormat) -> None:
 
 
 def watch_job(cluster: ClusterClient, ref: JobRef, console: Console, clock: Clock) -> None:
-    """Show a QLoRAJob until it has ended: live on a terminal, a line for each change elsewhere."""
+    """Show a QLoRAJob until it has ended: live on a terminal, else one line per change."""
     if console.is_terminal:
         _watch_live(cluster, ref, console, clock)
     else:
@@ -63,13 +65,13 @@ def watch_job(cluster: ClusterClient, ref: JobRef, console: Console, clock: Cloc
 
 
 def _watch_live(cluster: ClusterClient, ref: JobRef, console: Console, clock: Clock) -> None:
-    course = LossHistory()
+    history = LossHistory()
     with Live(console=console, auto_refresh=False, transient=True) as live:
         for job in poll_job(cluster, ref, clock, lambda text: console.print(escape(text), soft_wrap=True)):
             if job.finished:
                 return
-            course = course.extend(job)
-            live.update(render_dashboard(job, course, datetime.now(UTC), details=False), refresh=True)
+            history = history.extend(job)
+            live.update(render_dashboard(job, history, datetime.now(UTC), details=False), refresh=True)
 
 
 def _watch_lines(cluster: ClusterClient, ref: JobRef, console: Console, clock: Clock) -> None:
@@ -83,7 +85,7 @@ def _watch_lines(cluster: ClusterClient, ref: JobRef, console: Console, clock: C
 
 
 def describe_job(job: ClusterJob) -> str:
-    """Return phase and progress in a line."""
+    """Return phase and progress on one line."""
     report = job.status.last_report
     shown = format_progress(report) if report and not job.finished else job.status.reason or ""
     return f"{job.phase:<10}  {shown}".rstrip()

@@ -1,4 +1,4 @@
-"""`qlora submit`: manifests into the cluster, checked here first."""
+"""`qlora submit`: validates manifests offline, then creates them in the cluster."""
 
 from collections.abc import Iterator
 from typing import Annotated, Any
@@ -35,18 +35,18 @@ def submit(  # noqa: PLR0913, PLR0917 (an option each)
         list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Change a field, such as lora.rank=8.")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Have the API server check, and create_job nothing.")
+        bool, typer.Option("--dry-run", help="Let the API server validate them, but create nothing.")
     ] = False,
     watch: Annotated[
-        bool, typer.Option("--watch", "-w", help="Stay, and show each change until the end; exit code as of wait.")
+        bool, typer.Option("--watch", "-w", help="Keep running and show changes until the end; exit code as of wait.")
     ] = False,
     namespace: Namespace = None,
     context: Context = None,
     kubeconfig: Kubeconfig = None,
     output: OutputOption = OutputFormat.TABLE,
 ) -> None:
-    """Create QLoRAJobs, all of them checked before the first is created; other kinds in a file are left alone."""
-    with exit_on_cluster_error("what was submitted goes on: qlora list") as console:
+    """Create QLoRAJobs; all are validated before the first is created. Other kinds in a file are ignored."""
+    with exit_on_cluster_error("what was submitted keeps running: qlora list") as console:
         documents = load_documents(files, changes or [], console)
         connection = open_connection(namespace, context, kubeconfig)
         manifests = [with_namespace(document.value, namespace, connection) for document in documents]
@@ -57,7 +57,7 @@ def submit(  # noqa: PLR0913, PLR0917 (an option each)
 
 
 def load_documents(files: list[str], changes: list[str], console: Console) -> list[Document]:
-    """Return every QLoRAJob of the files with the changes applied, or end with all that is wrong."""
+    """Return every QLoRAJob of the files with the changes applied, or exit with every problem."""
     try:
         overrides = [parse_override(change) for change in changes]
         documents = [apply_overrides(document, overrides) for file in files for document in read_jobs(file)]
@@ -76,12 +76,12 @@ def read_jobs(file: str) -> list[Document]:
     except (OSError, UnicodeDecodeError) as error:
         raise YamlError(describe_read_error(file, error)) from error
     if not documents:
-        raise YamlError(f"{file}: there is no QLoRAJob")
+        raise YamlError(f"{file}: contains no QLoRAJob")
     return documents
 
 
 def find_problems(documents: list[Document]) -> Iterator[str]:
-    """Yield what is wrong with the manifests, as `qlora validate` does."""
+    """Yield the problems of the manifests, as `qlora validate` prints them."""
     for document in documents:
         try:
             parse_manifest(document, CLUSTER_RULES)
@@ -89,40 +89,47 @@ def find_problems(documents: list[Document]) -> Iterator[str]:
             yield str(error)
 
 
-def with_namespace(manifest: dict[str, Any], asked: str | None, connection: Connection) -> dict[str, Any]:
-    """Return the manifest with its namespace: its own, the one asked for, or the context's."""
+def with_namespace(manifest: dict[str, Any], requested: str | None, connection: Connection) -> dict[str, Any]:
+    """Return the manifest with its namespace: its own, or the connection's.
+
+    Raises:
+        ClusterError: The manifest's namespace is not that of --namespace.
+
+    """
     own = manifest["metadata"].get("namespace")
-    if asked and own and asked != own:
+    if requested and own and requested != own:
         name = manifest["metadata"]["name"]
-        raise ClusterError(f"QLoRAJob {name} names namespace {own}, and --namespace {asked}; leave one out")
+        raise ClusterError(
+            f"QLoRAJob {name} has namespace {own}, but --namespace is {requested}; leave out one of them"
+        )
     return {**manifest, "metadata": {**manifest["metadata"], "namespace": own or connection.namespace}}
 
 
 def create_job(cluster: ClusterClient, manifest: dict[str, Any], *, dry_run: bool) -> ClusterJob:
-    """Create one QLoRAJob; say what to do where there is one of that name."""
+    """Create one QLoRAJob; if the name is taken, the error says what to do."""
     try:
         return parse_job(cluster.create(manifest, dry_run=dry_run))
     except AlreadyExistsError as error:
         name = manifest["metadata"]["name"]
         raise AlreadyExistsError(
-            f"QLoRAJob {manifest['metadata']['namespace']}/{name} exists already; give this one another name, or run "
-            f"that one again with qlora rerun {name}"
+            f"QLoRAJob {manifest['metadata']['namespace']}/{name} already exists; choose another name, or run it "
+            f"again with qlora rerun {name}"
         ) from error
 
 
 def show_created(jobs: list[ClusterJob], output: OutputFormat, *, dry_run: bool) -> None:
-    """Print what was created, whole for programs."""
+    """Print what was created; as JSON or YAML with all fields."""
     if output is not OutputFormat.TABLE:
         items = [strip_managed_fields(job.raw) for job in jobs]
         print_data(items[0] if len(items) == 1 else {"apiVersion": "v1", "kind": "List", "items": items}, output)
         return
     for job in jobs:
-        done = "would be accepted" if dry_run else "was submitted"
-        typer.echo(f"QLoRAJob {job.ref.namespace}/{job.ref.name} {done}")
+        result = "would be accepted" if dry_run else "was submitted"
+        typer.echo(f"QLoRAJob {job.ref.namespace}/{job.ref.name} {result}")
 
 
 def follow(cluster: ClusterClient, jobs: list[ClusterJob], console: Console) -> None:
-    """Show one job live, or the phases of several, and end with the exit code of `qlora wait`."""
+    """Show one job live, or the phases of several, and exit with the code of `qlora wait`."""
     if len(jobs) == 1:
         watch_job(cluster, jobs[0].ref, console, Clock())
     raise typer.Exit(wait_for_all(cluster, [job.ref for job in jobs], None, Clock(), console))

@@ -1,4 +1,4 @@
-"""`qlora suspend` and `qlora resume`: a run that rests, and goes on from its checkpoint."""
+"""`qlora suspend` and `qlora resume`: stop a run at a checkpoint, and resume it from there."""
 
 from typing import Annotated
 
@@ -18,36 +18,43 @@ from qlora_cli.commands.wait import TIMED_OUT_EXIT_CODE, TimedOutError, Timeout,
 
 def suspend(  # noqa: PLR0913, PLR0917 (an option each)
     name: JobName,
-    wait: Annotated[bool, typer.Option("--wait", help="Stay until no pod runs any more.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait until no pod is running.")] = False,
     timeout: Timeout = None,
     namespace: Namespace = None,
     context: Context = None,
     kubeconfig: Kubeconfig = None,
 ) -> None:
-    """Let a run write a checkpoint and give back its GPUs; resume goes on from there."""
+    """Let a run write a checkpoint, stop and release its GPUs; qlora resume continues from there."""
     with exit_on_cluster_error() as console:
         connection = open_connection(namespace, context, kubeconfig)
         job = set_suspended(connection.cluster, connection.ref(name), True)
         if wait:
             job = _wait_until_stopped(connection.cluster, job.ref, timeout, console)
-    rests = "is suspended" if job.phase is Phase.SUSPENDED else "will be suspended after the step under way"
-    typer.echo(f"QLoRAJob {job.ref.namespace}/{job.ref.name} {rests}")
+    state = "is suspended" if job.phase is Phase.SUSPENDED else "will be suspended after the current step"
+    typer.echo(f"QLoRAJob {job.ref.namespace}/{job.ref.name} {state}")
 
 
 def resume(name: JobName, namespace: Namespace = None, context: Context = None, kubeconfig: Kubeconfig = None) -> None:
-    """Let a suspended run go on from its last checkpoint."""
+    """Resume a suspended run from its last checkpoint."""
     with exit_on_cluster_error():
         connection = open_connection(namespace, context, kubeconfig)
         job = set_suspended(connection.cluster, connection.ref(name), False)
-    typer.echo(f"QLoRAJob {job.ref.namespace}/{job.ref.name} goes on")
+    typer.echo(f"QLoRAJob {job.ref.namespace}/{job.ref.name} resumes")
 
 
-def set_suspended(cluster: ClusterClient, ref: JobRef, wanted: bool) -> ClusterJob:
-    """Write spec.suspend, unless the run has ended."""
+def set_suspended(cluster: ClusterClient, ref: JobRef, value: bool) -> ClusterJob:
+    """Set spec.suspend.
+
+    Raises:
+        ClusterError: The run has ended.
+
+    """
     job = get_job(cluster, ref)
     if job.finished:
-        raise ClusterError(f"QLoRAJob {ref.namespace}/{ref.name} has {job.phase.lower()}; qlora rerun starts it anew")
-    return parse_job(cluster.patch(ref, {"spec": {"suspend": wanted}}))
+        raise ClusterError(
+            f"QLoRAJob {ref.namespace}/{ref.name} has {job.phase.lower()}; use qlora rerun to run it again"
+        )
+    return parse_job(cluster.patch(ref, {"spec": {"suspend": value}}))
 
 
 def _wait_until_stopped(cluster: ClusterClient, ref: JobRef, timeout: float | None, console: Console) -> ClusterJob:
@@ -68,5 +75,5 @@ def _wait_until_stopped(cluster: ClusterClient, ref: JobRef, timeout: float | No
 
 
 def is_stopped(job: ClusterJob, cluster: ClusterClient) -> bool:
-    """Whether nothing runs: it came to its end first, or is told to rest and its pods have done what they had to."""
+    """Return whether no pod runs: the run has ended, or it is suspended and its pods have terminated."""
     return job.finished or (job.phase is Phase.SUSPENDED and not any(map(is_alive, cluster.pods(job.ref))))

@@ -1,4 +1,4 @@
-"""`qlora validate`: what the API server and the operator would refuse, found without either."""
+"""`qlora validate`: checks manifests offline with the rules of the API server and the operator."""
 
 from typing import Annotated
 
@@ -12,21 +12,21 @@ from qlora_planner.validation import CLUSTER_RULES
 def validate(
     files: Annotated[list[str], typer.Argument(help="Manifests; - reads standard input.", metavar="FILE...")],
 ) -> None:
-    """Check manifests offline; other kinds in a file are left alone."""
-    outcomes = [validate_file(file) for file in files]
-    if not all(outcomes):
+    """Check manifests offline; other kinds in a file are ignored."""
+    results = [validate_file(file) for file in files]
+    if not all(results):
         raise typer.Exit(1)
 
 
 def validate_file(file: str) -> bool:
-    """Print a line for each QLoRAJob and each mistake; return whether all is well."""
+    """Print a line for each valid QLoRAJob and each problem; return whether the file is valid."""
     try:
         jobs = [document for document in read_documents(file) if is_qlorajob(document)]
     except (YamlError, OSError, UnicodeDecodeError) as error:
         typer.echo(describe_read_error(file, error), err=True)
         return False
     if not jobs:
-        typer.echo(f"{file}: there is no QLoRAJob", err=True)
+        typer.echo(f"{file}: contains no QLoRAJob", err=True)
     valid = True
     for job in jobs:
         try:
@@ -39,7 +39,7 @@ def validate_file(file: str) -> bool:
 
 
 def describe_read_error(file: str, error: Exception) -> str:
-    """Say why a file could not be read."""
+    """Return why a file could not be read."""
     if isinstance(error, OSError):
         return f"{file}: {error.strerror}"
     return f"{file}: not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)

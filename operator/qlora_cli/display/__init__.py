@@ -1,1 +1,1 @@
-"""What commands print: tables, progress, results."""
+"""Output of the commands: tables, progress, results."""

@@ -1,4 +1,4 @@
-"""A QLoRAJob on a screen: bar, loss, what is known of model, data and plan, attempts, comparison, places."""
+"""Dashboard of a QLoRAJob: progress bar, loss, model, data and plan, attempts, comparison, output URIs."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -21,20 +21,20 @@ from qlora_cli.display.sparkline import sparkline
 
 BAR_CHARACTERS: Final = 40
 FIND_OPERATOR_HINT: Final = (
-    "see whether one runs: kubectl get pods --all-namespaces -l app.kubernetes.io/name=qlora-operator"
+    "check whether one is running: kubectl get pods --all-namespaces -l app.kubernetes.io/name=qlora-operator"
 )
 _RUNNING: Final = frozenset({Phase.TRAINING, Phase.EVALUATING, Phase.PUBLISHING})
 
 
 @dataclass(frozen=True)
 class LossHistory:
-    """The losses that were seen while somebody watched: one per step that was reported."""
+    """The losses reported while the dashboard was shown, one per reported step."""
 
     losses: tuple[float, ...] = ()
     step: int = -1
 
     def extend(self, job: ClusterJob) -> "LossHistory":
-        """Add the last report, if it is new; a run that goes on from a checkpoint repeats steps."""
+        """Return the history with the last report added, if it is new; a resumed run repeats steps."""
         report = job.status.last_report
         if report is None or report.loss is None or report.step is None or report.step == self.step:
             return self
@@ -42,7 +42,7 @@ class LossHistory:
 
 
 def render_dashboard(job: ClusterJob, history: LossHistory, now: datetime, *, details: bool) -> RenderableType:
-    """Return all that there is to see; without details what changes while it runs."""
+    """Return the dashboard; without details only what changes during the run."""
     parts: list[RenderableType] = [_headline(job, now)]
     if job.phase in _RUNNING and job.status.last_report:
         parts += [_bar(job.status.last_report, now), *_losses(history)]
@@ -56,11 +56,11 @@ def render_dashboard(job: ClusterJob, history: LossHistory, now: datetime, *, de
 
 def _headline(job: ClusterJob, now: datetime) -> Text:
     status = job.status
-    began = f"  {format_age(job.created_at, status.finished_at or now)}"
+    age = f"  {format_age(job.created_at, status.finished_at or now)}"
     attempt = f"  attempt {status.attempt}" if status.attempt else ""
     return Text.assemble(
         (job.ref.name, "bold"), f" in {job.ref.namespace}  ", (job.phase, f"bold {PHASE_STYLES.get(job.phase, '')}"),
-        attempt, began,
+        attempt, age,
     )  # fmt: skip
 
 
@@ -71,13 +71,13 @@ def _bar(report: Progress, now: datetime) -> RenderableType:
 
 
 def describe_progress(report: Progress, now: datetime) -> Iterator[str]:
-    """Yield percent, step, time left and speed; the time left shrinks between two reports."""
+    """Yield percentage, step, time left and throughput; the time left counts down between two reports."""
     yield f"{report.percent}%"
     if report.step is not None and report.total_steps:
         yield f"step {report.step}/{report.total_steps}"
     if report.remaining_seconds:
-        passed = (now - report.updated_at).total_seconds()
-        yield f"{clock_time(max(int(report.remaining_seconds - max(passed, 0)), 0))} left"
+        elapsed = (now - report.updated_at).total_seconds()
+        yield f"{clock_time(max(int(report.remaining_seconds - max(elapsed, 0)), 0))} left"
     if report.tokens_per_second is not None:
         yield f"{report.tokens_per_second:.0f} tok/s"
 
@@ -102,7 +102,7 @@ def _describe(job: ClusterJob) -> Iterator[tuple[str, str]]:
         yield "model", f"{status.model.uri} at {status.model.commit[:12]}, {status.model.parameters:,} weights"
     if status.dataset:
         data = status.dataset
-        yield "data", f"{data.training_rows:,} rows to learn from, {data.evaluation_rows:,} held out, {data.format}"
+        yield "data", f"{data.training_rows:,} training rows, {data.evaluation_rows:,} held-out rows, {data.format}"
     if status.plan:
         yield "plan", _describe_plan(status)
     if status.checkpoint:
@@ -113,12 +113,12 @@ def _describe(job: ClusterJob) -> Iterator[tuple[str, str]]:
 
 def _reason(status: QLoRAJobStatus) -> Iterator[tuple[str, str]]:
     if status.reason is None:
-        yield "unseen", f"no operator has taken it up yet; if that lasts, {FIND_OPERATOR_HINT}"
+        yield "not reconciled", f"no operator has reconciled it yet; if this lasts, {FIND_OPERATOR_HINT}"
         return
     record = REASONS[status.reason]
     yield status.reason, status.message or record.sentence
     if status.phase not in TERMINAL and record.remedy != NOTHING_TO_DO:
-        yield "what to do", record.remedy
+        yield "fix", record.remedy
 
 
 def _describe_plan(status: QLoRAJobStatus) -> str:
@@ -143,5 +143,5 @@ def _attempts(attempts: tuple[Attempt, ...]) -> Group:
 
 
 def _row(attempt: Attempt) -> tuple[str, ...]:
-    took = format_age(attempt.started_at, attempt.finished_at) if attempt.started_at and attempt.finished_at else ""
-    return str(attempt.number), attempt.reason or "", attempt.node, took, attempt.message
+    duration = format_age(attempt.started_at, attempt.finished_at) if attempt.started_at and attempt.finished_at else ""
+    return str(attempt.number), attempt.reason or "", attempt.node, duration, attempt.message

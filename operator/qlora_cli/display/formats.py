@@ -1,4 +1,4 @@
-"""Values for programs: JSON, and YAML as people write it."""
+"""Output formats: columns, JSON, YAML, ages."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -18,7 +18,7 @@ PHASE_STYLES: Final = {Phase.SUCCEEDED: "green", Phase.FAILED: "red", Phase.SUSP
 
 
 GAP: Final = 3
-"""Blanks between two columns."""
+"""Spaces between two columns."""
 Cell: TypeAlias = str | Text
 
 
@@ -46,7 +46,7 @@ _TEXT: Final = "tag:yaml.org,2002:str"
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes repeated values in full, and texts of several lines as such."""
+    """Writes repeated values in full (no anchors), and multi-line strings as block scalars."""
 
     def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002 (PyYAML's signature)
         return True
@@ -60,12 +60,12 @@ _Dumper.add_representer(str, _represent_text)
 
 
 def to_yaml(value: Any) -> str:
-    """Write a value as one document, its fields in their order."""
+    """Format a value as one YAML document, with its fields in their order."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=WIDTH)
 
 
 def print_data(value: Any, output: OutputFormat) -> None:
-    """Print a value in the form that was asked for."""
+    """Print a value as JSON or YAML."""
     if output is OutputFormat.YAML:
         typer.echo(to_yaml(value), nl=False)
     else:
@@ -73,5 +73,5 @@ def print_data(value: Any, output: OutputFormat) -> None:
 
 
 def format_age(then: datetime, now: datetime) -> str:
-    """Return the time since then, in its two largest units."""
+    """Format the time from `then` to `now` in its two largest units."""
     return format_duration(max(int((now - then).total_seconds()), 0))

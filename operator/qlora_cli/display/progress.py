@@ -1,4 +1,4 @@
-"""Progress for a person: a live bar on a terminal, a line now and then elsewhere."""
+"""Progress of `qlora run`: a live bar on a terminal, else a line every few seconds."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -16,17 +16,17 @@ from qlora_api.v1alpha1 import Plan, Progress
 from qlora_cli.local.runner import Screen
 
 SECONDS_BETWEEN_LINES: Final = 10.0
-"""A log stays readable, and still shows that the run is alive."""
+"""Keeps a log short, and still shows that the run is alive."""
 BAR_CHARACTERS: Final = 12
 TRAINED_TOKENS: Final = r"⟦[^⟧]*⟧"
-"""What prepare marks in the rows that it shows: the tokens that are learned."""
+"""Matches the supervised tokens that prepare marks in the rows it shows."""
 PREPARING: Final = "Preparing"
 LOADING: Final = "Loading"
 
 
 @contextmanager
 def open_screen(console: Console) -> Iterator[Screen]:
-    """Choose what suits the console, and leave it tidy."""
+    """Return a screen that suits the console, and finish its last bar on exit."""
     if not console.is_terminal:
         yield LineScreen(console)
         return
@@ -43,7 +43,7 @@ def open_screen(console: Console) -> Iterator[Screen]:
 
 
 def format_progress(progress: Progress) -> str:
-    """Return step, loss, speed and time left, as far as they are known."""
+    """Format step, loss, throughput and time left, as far as they are known."""
     parts = []
     if progress.step is not None and progress.total_steps is not None:
         parts.append(f"{progress.percent:3d}%  step {progress.step}/{progress.total_steps}")
@@ -57,16 +57,22 @@ def format_progress(progress: Progress) -> str:
 
 
 def clock_time(seconds: int) -> str:
-    """Return 130 as 2:10 and 3725 as 1:02:05."""
+    """Format 130 seconds as `2:10` and 3725 as `1:02:05`."""
     hours, rest = divmod(seconds, 3600)
     return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
 
 
 def name_stage(progress: Progress, before: str) -> tuple[str, str]:
-    """Return a word for what is going on, and the details; before is the word of the report before."""
+    """Return the name of the current stage, and its details.
+
+    Args:
+        progress: The latest report.
+        before: The stage of the previous report.
+
+    """
     phase = progress.phase or Phase.TRAINING
     if phase is Phase.TRAINING:
-        # The trainer enters its first phase before anything is loaded, and has no loss before its first step.
+        # The trainer reports phase Training before the model is loaded, and no loss before its first step.
         starting = before in {PREPARING, LOADING} and progress.loss is None
         return (LOADING, "") if starting else (phase, format_progress(progress))
     if phase is Phase.EVALUATING:
@@ -75,7 +81,7 @@ def name_stage(progress: Progress, before: str) -> tuple[str, str]:
 
 
 class LineScreen:
-    """One line per stage, and one for the steps every few seconds."""
+    """Prints one line per stage, and one for the steps every few seconds."""
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self._console = console
@@ -85,16 +91,16 @@ class LineScreen:
         self._done = False
 
     def note(self, text: str) -> None:
-        """Show a sentence about what is going on."""
+        """Print a progress message."""
         self._print(text)
 
     def show_plan(self, plan: Plan) -> None:
-        """Show what was decided, and why."""
+        """Show the reasons of the plan."""
         for reason in plan.reasons:
             self._print(reason)
 
     def report(self, progress: Progress) -> None:
-        """Show the stage when it changes, and the steps now and then."""
+        """Print the stage when it changes, and the steps every few seconds."""
         now = self._clock()
         stage, details = name_stage(progress, self._stage)
         done = progress.step is not None and progress.step == progress.total_steps
@@ -108,7 +114,7 @@ class LineScreen:
 
 
 class LiveScreen:
-    """A bar for the stage that runs, above it a finished one for each stage before."""
+    """Shows a bar for the current stage, below the finished bars of earlier stages."""
 
     def __init__(self, bar: Bar) -> None:
         self._bar = bar
@@ -116,18 +122,18 @@ class LiveScreen:
         self._task = self._start(PREPARING)
 
     def note(self, text: str) -> None:
-        """Show a sentence about what is going on above the bar."""
+        """Print a progress message above the bar."""
         shown = Text(text, style="dim")
         shown.highlight_regex(TRAINED_TOKENS, "not dim green")
         self._bar.console.print(shown, soft_wrap=True)
 
     def show_plan(self, plan: Plan) -> None:
-        """Show what was decided, and why."""
+        """Show the reasons of the plan."""
         for reason in plan.reasons:
             self.note(reason)
 
     def report(self, progress: Progress) -> None:
-        """Move the bar; another stage gets a new one."""
+        """Update the bar; a new stage gets a new one."""
         stage, details = name_stage(progress, self._stage)
         if stage != self._stage:
             self.finish()
@@ -136,7 +142,7 @@ class LiveScreen:
             self._bar.update(self._task, completed=progress.step or 0, total=progress.total_steps, details=details)
 
     def finish(self) -> None:
-        """Mark the stage that ran as done."""
+        """Mark the current stage as done."""
         total = self._bar.tasks[self._task].total or 1
         self._bar.update(self._task, total=total, completed=total)
 

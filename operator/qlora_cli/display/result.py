@@ -1,4 +1,4 @@
-"""A finished run, for a person: what the adapter improved, and where it is."""
+"""Result of a finished run: the comparison of base and adapter, and the output URIs."""
 
 from rich.console import Console
 from rich.markup import escape
@@ -11,18 +11,18 @@ from qlora_api.v1alpha1 import EvaluationStatus
 from qlora_cli.uris import to_display_path
 
 
-def show_result(word: TerminationMessage, console: Console) -> None:
-    """Print reason, comparison and places."""
-    console.print(f"[bold green]{word.reason}[/]: {REASONS[word.reason].sentence}")
-    if word.result is None:
+def show_result(message: TerminationMessage, console: Console) -> None:
+    """Print reason, comparison and output locations."""
+    console.print(f"[bold green]{message.reason}[/]: {REASONS[message.reason].sentence}")
+    if message.result is None:
         return
-    console.print(comparison_table(word.result.evaluation))
-    for name, place in output_locations(word.result).items():
-        console.print(f"[bold]{name:<8}[/] {escape(place)}", soft_wrap=True)
+    console.print(comparison_table(message.result.evaluation))
+    for name, location in output_locations(message.result).items():
+        console.print(f"[bold]{name:<8}[/] {escape(location)}", soft_wrap=True)
 
 
 def output_locations(result: Result) -> dict[str, str]:
-    """Return where the parts of a result are; files of this computer as paths."""
+    """Return the locations of adapter, merged model and report; local files as paths."""
     merged = {"merged": to_display_path(result.merged)} if result.merged else {}
     return {
         "adapter": to_display_path(result.adapter),
@@ -32,7 +32,7 @@ def output_locations(result: Result) -> dict[str, str]:
 
 
 def comparison_table(evaluation: EvaluationStatus) -> Table:
-    """Return base model and adapter side by side."""
+    """Return a table that compares base model and adapter."""
     base, adapter = evaluation.base, evaluation.adapter
     table = Table(title=f"{evaluation.rows} held-out rows, {evaluation.tokens} answer tokens", title_justify="left")
     table.add_column("")
@@ -56,5 +56,5 @@ def comparison_table(evaluation: EvaluationStatus) -> Table:
 
 
 def format_change(before: float, after: float) -> str:
-    """Return the change in percent."""
+    """Format the relative change in percent."""
     return f"{(after - before) / before:+.1%}" if before else ""

@@ -1,4 +1,4 @@
-"""A row of numbers as a row of small bars."""
+"""Sparklines: a series of numbers as a line of small bars."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -8,7 +8,7 @@ BARS: Final = "▁▂▃▄▅▆▇█"
 
 
 def sparkline(numbers: Sequence[float], width: int) -> str:
-    """Draw numbers from their least to their greatest; more than fit are averaged in groups."""
+    """Return a sparkline of at most `width` characters, scaled from the minimum to the maximum."""
     shown = condense(numbers, width)
     if not shown:
         return ""
@@ -18,8 +18,8 @@ def sparkline(numbers: Sequence[float], width: int) -> str:
 
 
 def condense(numbers: Sequence[float], width: int) -> list[float]:
-    """Return at most so many numbers, each the mean of its neighbours."""
+    """Return at most `width` numbers, each the mean of a group of consecutive ones."""
     if len(numbers) <= width:
         return list(numbers)
-    edges = [len(numbers) * place // width for place in range(width + 1)]
+    edges = [len(numbers) * index // width for index in range(width + 1)]
     return [sum(numbers[low:high]) / (high - low) for low, high in pairwise(edges)]

@@ -1,1 +1,1 @@
-"""Runs on this computer: the trainer's libraries, and its output folder."""
+"""Runs on the local machine: the trainer's libraries, and access to the output."""

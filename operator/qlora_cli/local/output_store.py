@@ -1,4 +1,4 @@
-"""What a run left in its output, read with this computer's own credentials."""
+"""Reads a run's output with the local credentials."""
 
 import contextlib
 from collections.abc import Iterator
@@ -6,17 +6,17 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Final, Protocol
 
-from qlora_api.names import Reason
+from qlora_api.reasons import Reason
 from qlora_api.runconfig import S3Config
 
 CREDENTIALS: Final = (
-    "boto3 looks for credentials on this computer: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; "
-    "--s3-endpoint names a server other than AWS"
+    "boto3 uses the credentials of this machine: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; "
+    "--s3-endpoint sets a server other than AWS"
 )
 
 
 class OutputError(Exception):
-    """The output cannot be read from here; the message says why, and what to do."""
+    """The output cannot be read from this machine; the message has the cause and the fix."""
 
 
 class StoredFile(Protocol):
@@ -31,21 +31,30 @@ class OutputStore(Protocol):
     """A prefix of an output; every path is relative to it."""
 
     def list(self, prefix: str = "") -> tuple[StoredFile, ...]:
-        """Return every file under a folder, in order of its path."""
+        """Return every file below a folder, sorted by path."""
 
     def read(self, path: str) -> bytes:
         """Return a file's content."""
 
     def download(self, path: str, target: Path) -> None:
-        """Copy a file to this computer."""
+        """Download a file."""
 
 
 @contextlib.contextmanager
 def open_output_store(uri: str, endpoint: str | None) -> Iterator[OutputStore]:
-    """Open a prefix of an output; within, its errors become OutputError."""
+    """Open a prefix of an output.
+
+    Args:
+        uri: Prefix in S3, or a file:// URI of a folder.
+        endpoint: URL of an S3-compatible server; None: AWS.
+
+    Raises:
+        OutputError: boto3 is missing, or an access in the context failed.
+
+    """
     if uri.startswith("s3://") and find_spec("boto3") is None:
-        raise OutputError("boto3 is not installed; run pip install 'qlora-operator[cli]'")
-    # Imported here, because they are the trainer's, and most commands do without.
+        raise OutputError("boto3 is not installed; run pip install '.[cli]' in a checkout of the project")
+    # Imported here because they belong to the optional trainer, which most commands do not need.
     from qlora_trainer.errors import RunError  # noqa: PLC0415
     from qlora_trainer.storage.credentials import environment_secrets  # noqa: PLC0415
     from qlora_trainer.storage.open_store import open_store  # noqa: PLC0415
@@ -54,7 +63,7 @@ def open_output_store(uri: str, endpoint: str | None) -> Iterator[OutputStore]:
     try:
         yield open_store(uri, OUTPUT_FIELD, environment_secrets(), S3Config(endpoint=endpoint))
     except RunError as error:
-        # The trainer's sentence speaks to whoever wrote the manifest; here the reader's own keys are at fault.
+        # The trainer's message is about the manifest's Secrets; here the local credentials are the cause.
         cause = str(error.__cause__ or error).rstrip(".")
         hint = f"; {CREDENTIALS}" if error.reason in {Reason.S3_DENIED, Reason.S3_UNAVAILABLE} else ""
-        raise OutputError(f"{uri} cannot be read: {cause}{hint}") from error
+        raise OutputError(f"cannot read {uri}: {cause}{hint}") from error

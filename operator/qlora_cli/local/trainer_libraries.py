@@ -1,4 +1,4 @@
-"""The trainer's libraries, which come with torch: looked for first, set up once, imported late."""
+"""The trainer's libraries: checks that they are installed, and configures them before their import."""
 
 import logging
 import os
@@ -15,12 +15,12 @@ _NOISY_LOGGERS: Final = ("DeepSpeed", "accelerate", "bitsandbytes", "deepspeed",
 
 
 def silence_libraries() -> None:
-    """Turn off progress bars and warnings; errors still come as exceptions. Must be called before their import."""
+    """Turn off the libraries' progress bars and warnings; errors still raise. Must be called before their import."""
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     for name in _NOISY_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
-        # DeepSpeed sets its level anew when it is imported, and writes to standard output, where a result belongs.
+        # DeepSpeed resets its level when it is imported, and logs to standard output, which is for the result.
         logging.getLogger(name).addFilter(_is_error)
     warnings.simplefilter("ignore")
 
@@ -34,17 +34,23 @@ class NoTrainerError(Exception):
 
 
 class NoGpuError(Exception):
-    """A GPU is asked for, and this computer has none."""
+    """A GPU is requested, but this machine has none."""
 
 
 def set_up_libraries() -> Path:
-    """Give the trainer's libraries the same settings as in a pod, and return the folder that they may write to.
+    """Configure the trainer's libraries as in a pod, and return their work folder.
 
-    Must come before their import: they read their settings then.
+    Must be called before their import, when they read their settings.
+
+    Raises:
+        NoTrainerError: A library is not installed.
+
     """
     if missing := [name for name in ("torch", "transformers", "peft") if find_spec(name) is None]:
-        raise NoTrainerError(f"{', '.join(missing)} is not installed; run pip install 'qlora-operator[cli,trainer]'")
-    from qlora_trainer.__main__ import configure_libraries  # noqa: PLC0415 (part of another installation)
+        raise NoTrainerError(
+            f"not installed: {', '.join(missing)}; run pip install '.[cli,trainer]' in a checkout of the project"
+        )
+    from qlora_trainer.__main__ import configure_libraries  # noqa: PLC0415 (part of the optional trainer)
     from qlora_trainer.runtime.rank import default_work  # noqa: PLC0415 (as above)
 
     silence_libraries()
@@ -54,7 +60,7 @@ def set_up_libraries() -> Path:
 
 
 def open_source_resolver(platform: Platform) -> tuple[Any, Path]:
-    """Return where models and adapters come from, with the credentials of the environment, and where to work."""
+    """Return the resolver of model and adapter URIs, with credentials from the environment, and the work folder."""
     work = set_up_libraries()
     from qlora_trainer.storage.credentials import environment_secrets  # noqa: PLC0415 (as above)
     from qlora_trainer.storage.snapshots import SourceResolver  # noqa: PLC0415 (as above)
@@ -63,13 +69,13 @@ def open_source_resolver(platform: Platform) -> tuple[Any, Path]:
 
 
 def find_gpus() -> GpuInventory:
-    """Return the GPUs of this computer as torch sees them; the first one's kind stands for all."""
+    """Return the local GPUs as torch reports them; all are assumed to be of the first one's type."""
     import torch  # noqa: PLC0415 (takes seconds)
 
     if not torch.cuda.is_available():
         return ()
     first = torch.cuda.get_device_properties(0)
-    # torch leaves out what the driver keeps, and an offer has it in.
+    # torch's total excludes the memory reserved by the driver; the inventory includes it.
     memory = ceil(first.total_memory / (1 - RESERVED_SHARE))
     return (GpuPool(first.name, memory, torch.cuda.device_count(), 1, (first.major, first.minor)),)
 

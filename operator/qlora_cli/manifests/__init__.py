@@ -1,1 +1,1 @@
-"""Manifest files: YAML, overrides, and what is wrong with them."""
+"""Manifest files: YAML, overrides, validation messages."""

@@ -1,4 +1,4 @@
-"""Documents as QLoRAJobs: parsed once, each mistake named with its place, its field and what would be right."""
+"""Parses YAML documents as QLoRAJobs; each problem has its position, its field and the fix."""
 
 import json
 from collections.abc import Iterable
@@ -15,17 +15,17 @@ from qlora_cli.manifests.yaml_documents import Document
 from qlora_planner.validation import Rule, check
 
 
-def _expect(word: str) -> AfterValidator:
+def _expect(expected: str) -> AfterValidator:
     def compare(text: str) -> str:
-        if text != word:
-            raise ValueError(f"must be {word}")
+        if text != expected:
+            raise ValueError(f"must be {expected}")
         return text
 
     return AfterValidator(compare)
 
 
 class Metadata(BaseModel):
-    """What `qlora` reads of Kubernetes's metadata."""
+    """The fields of metadata that `qlora` reads."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
@@ -36,7 +36,7 @@ class Metadata(BaseModel):
 
 
 class JobManifest(BaseModel):
-    """A whole QLoRAJob; its status is not looked at."""
+    """A QLoRAJob manifest; its status is ignored."""
 
     model_config = ConfigDict(alias_generator=to_camel, extra="forbid", frozen=True)
 
@@ -48,7 +48,7 @@ class JobManifest(BaseModel):
 
 
 class ManifestError(Exception):
-    """The user must change the manifest; every problem is named."""
+    """The user must change the manifest; the message lists every problem."""
 
     def __init__(self, problems: Iterable[Problem]) -> None:
         self.problems: Final = tuple(problems)
@@ -56,7 +56,7 @@ class ManifestError(Exception):
 
 
 def is_qlorajob(document: Document) -> bool:
-    """Whether a document is meant to be ours: other kinds may share a file."""
+    """Return whether a document is meant to be a QLoRAJob; a file may have other kinds as well."""
     if not isinstance(document.value, dict):
         return True
     group = str(document.value.get("apiVersion", "")).split("/")[0]
@@ -64,9 +64,14 @@ def is_qlorajob(document: Document) -> bool:
 
 
 def parse_manifest(document: Document, rules: tuple[Rule, ...]) -> JobManifest:
-    """Return the QLoRAJob of a document, or raise ManifestError with all that is wrong."""
+    """Parse a document as a QLoRAJob and check the rules.
+
+    Raises:
+        ManifestError: With every problem of the schema or, if there is none, of the rules.
+
+    """
     try:
-        # Strict, and in JSON: what the API server refuses ("8" for 8, snake_case) is refused here too.
+        # Strict, and from JSON, to reject what the API server rejects: "8" for 8, snake_case.
         manifest = JobManifest.model_validate_json(
             json.dumps(document.value), strict=True, by_alias=True, by_name=False
         )
@@ -75,7 +80,7 @@ def parse_manifest(document: Document, rules: tuple[Rule, ...]) -> JobManifest:
         raise ManifestError(_problem(document, detail) for detail in details) from None
     if violations := check(manifest.spec, rules):
         raise ManifestError(
-            Problem(_position_of_sentence(document, found.message), found.message) for found in violations
+            Problem(_position_of_message(document, found.message), found.message) for found in violations
         )
     return manifest
 
@@ -86,6 +91,6 @@ def _problem(document: Document, detail: ErrorDetails) -> Problem:
     return Problem(document.position_of(location), f"{path}: {describe_error(detail, JobManifest)}")
 
 
-def _position_of_sentence(document: Document, sentence: str) -> str:
-    """A rule's sentence starts with the path of its field."""
-    return document.position_of(tuple(sentence.split(maxsplit=1)[0].split(".")))
+def _position_of_message(document: Document, message: str) -> str:
+    """Return the position of the field whose path is the first word of a rule's message."""
+    return document.position_of(tuple(message.split(maxsplit=1)[0].split(".")))

@@ -1,4 +1,4 @@
-"""Where a model's config.json is on this computer: beside --config, in its folder, or in a hub cache."""
+"""Finds a model's config.json locally: from --config, in the model's folder, or in a hub cache."""
 
 import json
 import os
@@ -14,11 +14,21 @@ _CONFIG: Final = "config.json"
 
 
 class NoConfigError(Exception):
-    """The model's config.json is not here; the message says how to give it."""
+    """The model's config.json was not found locally; the message says how to provide it."""
 
 
 def load_config(model: ModelSpec, given: str | None, mirror: str | None) -> Mapping[str, Any]:
-    """Return the configuration of a model, without a network."""
+    """Return the config.json of a model, without network access.
+
+    Args:
+        model: The model.
+        given: Path of a config.json (--config); None: look it up.
+        mirror: Folder or URI of a hub mirror; None: use the hub cache.
+
+    Raises:
+        NoConfigError: It was not found, or cannot be read.
+
+    """
     path = Path(given) if given else find_config(model, mirror)
     try:
         content: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -34,20 +44,20 @@ def find_config(model: ModelSpec, mirror: str | None) -> Path:
     if model.uri.startswith("file://"):
         return Path(to_display_path(model.uri)) / _CONFIG
     if not model.uri.startswith(_HUB):
-        raise NoConfigError(f"spec.model.uri is {model.uri}, which is not on this computer; give --config config.json")
+        raise NoConfigError(f"spec.model.uri is {model.uri}, which is not on this machine; pass --config config.json")
     name = model.uri.removeprefix(_HUB)
     for cache in hub_caches(mirror):
         if (path := _in_cache(cache, name, model.revision)) is not None:
             return path
-    places = " or ".join(map(str, hub_caches(mirror)))
+    searched = " or ".join(map(str, hub_caches(mirror)))
     raise NoConfigError(
-        f"spec.model.uri: {_CONFIG} of {name} at {model.revision} is not in {places}; "
-        f"run 'hf download {name} {_CONFIG}', or give --config {_CONFIG}"
+        f"spec.model.uri: {_CONFIG} of {name} at {model.revision} is not in {searched}; "
+        f"run 'hf download {name} {_CONFIG}', or pass --config {_CONFIG}"
     )
 
 
 def hub_caches(mirror: str | None) -> tuple[Path, ...]:
-    """Return the folders in the form of a hub cache: the mirror, or what huggingface_hub itself would use."""
+    """Return the folders with the layout of a hub cache: the mirror, or the cache of huggingface_hub."""
     if mirror:
         return (Path(to_display_path(mirror)).expanduser(),)
     home = os.environ.get("HF_HOME", "~/.cache/huggingface")
@@ -55,7 +65,7 @@ def hub_caches(mirror: str | None) -> tuple[Path, ...]:
 
 
 def _in_cache(cache: Path, name: str, revision: str) -> Path | None:
-    """Look a file up in the cache's documented form, so that huggingface_hub need not be installed."""
+    """Find config.json by the documented layout of the cache, so that huggingface_hub need not be installed."""
     repository = cache / f"models--{name.replace('/', '--')}"
     return next((path for path in _candidates(repository, revision) if path.is_file()), None)
 

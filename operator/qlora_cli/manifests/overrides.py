@@ -1,4 +1,4 @@
-"""`--set path=value`: one field of the spec, changed for this run."""
+"""`--set path=value`: overrides one field of the spec."""
 
 import copy
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ SET_OPTION: Final = "--set"
 
 
 class OverrideError(ValueError):
-    """The option cannot be read; the message says why."""
+    """The option is invalid; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Override:
 
 
 def parse_override(text: str) -> Override:
-    """Read lora.rank=8 or spec.lora.rank=8; a path given for a uri becomes a file:// URI."""
+    """Parse lora.rank=8 or spec.lora.rank=8; a local path as the value of a `uri` becomes a file:// URI."""
     path, sign, value = text.partition("=")
     location = ("spec", *path.strip().removeprefix("spec.").split("."))
     if not sign or not all(location):
@@ -34,33 +34,28 @@ def parse_override(text: str) -> Override:
 
 
 def apply_overrides(document: Document, overrides: Iterable[Override]) -> Document:
-    """Return the document with the fields changed; a path that does not exist shows when it is parsed."""
-    value, places = copy.deepcopy(document.value), dict(document.positions)
-    for change in overrides:
-        _set(value, change)
-        places = {
-            location: place for location, place in places.items() if location[: len(change.location)] != change.location
-        }
-        places |= {
-            change.location[:depth]: SET_OPTION
-            for depth in range(2, len(change.location) + 1)
-            if change.location[:depth] not in places
-        }
-    return replace(document, value=value, positions=places)
+    """Return the document with the overrides applied; unknown paths are found when it is parsed."""
+    value, positions = copy.deepcopy(document.value), dict(document.positions)
+    for override in overrides:
+        _set(value, override)
+        path = override.location
+        positions = {location: position for location, position in positions.items() if location[: len(path)] != path}
+        positions |= {path[:depth]: SET_OPTION for depth in range(2, len(path) + 1) if path[:depth] not in positions}
+    return replace(document, value=value, positions=positions)
 
 
 def override_manifest(value: dict[str, Any], overrides: Iterable[Override]) -> dict[str, Any]:
-    """Return a manifest that has no file with the fields changed."""
+    """Return a manifest that is not from a file, with the overrides applied."""
     return dict(apply_overrides(Document("", value, {}), overrides).value)
 
 
-def _set(value: Any, change: Override) -> None:
-    *parents, last = change.location
+def _set(value: Any, override: Override) -> None:
+    *parents, last = override.location
     for depth, name in enumerate(parents, start=1):
         if not isinstance(value, dict):
             break
         value = value.setdefault(name, {})
         if not isinstance(value, dict):
-            raise OverrideError(f"{'.'.join(change.location)}: {'.'.join(change.location[:depth])} has no fields")
+            raise OverrideError(f"{'.'.join(override.location)}: {'.'.join(override.location[:depth])} has no fields")
     if isinstance(value, dict):
-        value[last] = change.value
+        value[last] = override.value

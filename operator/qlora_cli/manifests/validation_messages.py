@@ -1,4 +1,4 @@
-"""What pydantic found, in the words of someone who writes manifests."""
+"""Turns pydantic's errors into messages for authors of manifests."""
 
 import difflib
 import inspect
@@ -14,7 +14,7 @@ from pydantic_core import ErrorDetails, PydanticUndefined
 Location = tuple[str | int, ...]
 
 SHOWN_CHARACTERS: Final = 60
-"""Characters of a wrong value that a message repeats."""
+"""Maximum characters of a wrong value in a message."""
 
 _SENTENCES: Final = {
     "missing": "is required",
@@ -24,10 +24,10 @@ _SENTENCES: Final = {
     "less_than": "must be < {lt:g}, got {value}",
     "literal_error": "must be {expected}, got {value}",
     "enum": "must be {expected}, got {value}",
-    "int_type": "must be a whole number, got {value}",
-    "int_from_float": "must be a whole number, got {value}",
+    "int_type": "must be an integer, got {value}",
+    "int_from_float": "must be an integer, got {value}",
     "float_type": "must be a number, got {value}",
-    "string_type": "must be text, got {value}",
+    "string_type": "must be a string, got {value}",
     "bool_type": "must be true or false, got {value}",
     "model_type": "must be a mapping of fields, got {value}",
     "dict_type": "must be a mapping, got {value}",
@@ -38,12 +38,12 @@ _SENTENCES: Final = {
     "string_too_long": "may have {max_length} characters",
     "value_error": "{error}, got {value}",
 }
-"""Pydantic's error types; any other keeps pydantic's own sentence."""
+"""Messages by pydantic's error type; all other types keep pydantic's own message."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One mistake: where it is, and what would be right."""
+    """One problem: its position in the file, and the field with the fix."""
 
     position: str
     message: str
@@ -53,12 +53,12 @@ class Problem:
 
 
 def write_location(location: Location) -> str:
-    """Write ('spec', 'lora', 'targets', 0) as spec.lora.targets[0]."""
+    """Format ('spec', 'lora', 'targets', 0) as `spec.lora.targets[0]`."""
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).removeprefix(".")
 
 
 def describe_error(detail: ErrorDetails, root: type[BaseModel]) -> str:
-    """Say in one clause what is wrong with a field."""
+    """Return what is wrong with a field, in one clause."""
     location, kind = detail["loc"], detail["type"]
     value = _shorten(detail["input"])
     if kind == "extra_forbidden":
@@ -75,7 +75,7 @@ def _shorten(value: Any) -> str:
 
 
 def _suggestion(location: Location, root: type[BaseModel]) -> str:
-    """Name the sibling that is spelt alike, or else the same name elsewhere."""
+    """Suggest a sibling with a similar name, or else a field of the same name elsewhere."""
     name, parent = str(location[-1]), _model_at(location[:-1], root)
     siblings = {_spelling(field): field for field in _fields(parent)} if parent else {}
     longer = [spelling for spelling in siblings if spelling.startswith(_spelling(name))]
@@ -119,13 +119,13 @@ def _paths(model: type[BaseModel], prefix: tuple[str, ...] = ()) -> Iterator[tup
 
 
 def field_at(location: Location, root: type[BaseModel]) -> FieldInfo | None:
-    """Return what is known of a field, by its path."""
+    """Return pydantic's definition of a field, by its path."""
     parent = _model_at(location[:-1], root)
     return _fields(parent).get(str(location[-1])) if parent else None
 
 
 def _example(location: Location, root: type[BaseModel]) -> str | None:
-    """Return a value of the right form: the field's example, or its default."""
+    """Return a valid value: the field's example, or its default."""
     field = field_at(location, root)
     if field is None:
         return None

@@ -1,4 +1,4 @@
-"""YAML files as documents whose every field knows its line; knows nothing of QLoRAJobs."""
+"""Parses YAML files into documents with the line of each field; independent of QLoRAJobs."""
 
 import re
 import sys
@@ -10,7 +10,7 @@ from typing import Any, Final
 import yaml
 
 Location = tuple[str | int, ...]
-"""Keys and list positions from the document's root to a field."""
+"""Keys and list indices from the document's root to a field."""
 
 STDIN: Final = "-"
 _FLOAT: Final = re.compile(r"[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$")
@@ -18,7 +18,7 @@ _YAML_TAG: Final = "tag:yaml.org,2002:"
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads scalars as Kubernetes does: 4e-4 is a number, and 2026-01-31 is text."""
+    """Parses scalars as Kubernetes does: 4e-4 is a number, 2026-01-31 is a string."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012 (the base class's own attribute)
         first: [rule for rule in rules if rule[0] not in {f"{_YAML_TAG}timestamp", f"{_YAML_TAG}float"}]
@@ -30,32 +30,32 @@ _Loader.add_implicit_resolver(f"{_YAML_TAG}float", _FLOAT, list("-+.0123456789")
 
 
 class YamlError(Exception):
-    """The text is not YAML; the message starts with the place."""
+    """The text is not valid YAML; the message starts with the position."""
 
 
 @dataclass(frozen=True)
 class Document:
-    """One document of a file: its value, and where each field stands."""
+    """One document of a file: its value, and the position of each field."""
 
     file: str
     value: Any
     positions: Mapping[Location, str]
 
     def position_of(self, location: Location) -> str:
-        """Return file and line of a field, or of the nearest field around it."""
+        """Return file and line of a field, or of its nearest parent that has a position."""
         while location and location not in self.positions:
             location = location[:-1]
         return self.positions.get(location, self.file)
 
     def index_of(self, location: Location) -> int:
-        """Return the rank of that field in the order of the file."""
+        """Return the index of a field in the order of the file."""
         while location and location not in self.positions:
             location = location[:-1]
         return list(self.positions).index(location) if location in self.positions else 0
 
 
 def parse_value(text: str) -> Any:
-    """Read one YAML value, as in `--set path=value`."""
+    """Parse one YAML value, as in `--set path=value`."""
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
     except yaml.YAMLError as error:
@@ -63,18 +63,27 @@ def parse_value(text: str) -> Any:
 
 
 def read_documents(file: str) -> list[Document]:
-    """Read a file, or standard input for '-'; empty documents are left out."""
+    """Parse a file, or standard input for '-'; empty documents are skipped."""
     text = sys.stdin.read() if file == STDIN else Path(file).read_text(encoding="utf-8")
     return parse_documents(text, "standard input" if file == STDIN else file)
 
 
 def parse_documents(text: str, file: str) -> list[Document]:
-    """Parse every document of a text, or raise YamlError."""
+    """Parse every document of a text.
+
+    Args:
+        text: YAML.
+        file: Name of the file, for positions.
+
+    Raises:
+        YamlError: The text is not valid YAML.
+
+    """
     try:
         loader = _Loader(text)
         return [document for document in _documents(loader, file) if document.value is not None]
     except yaml.MarkedYAMLError as error:
-        raise YamlError(f"{_position(file, error.problem_mark or error.context_mark)}: {_sentence(error)}") from error
+        raise YamlError(f"{_position(file, error.problem_mark or error.context_mark)}: {_message(error)}") from error
     except RecursionError as error:
         raise YamlError(f"{file}: an anchor contains itself, or the nesting is too deep") from error
     except yaml.YAMLError as error:
@@ -84,12 +93,12 @@ def parse_documents(text: str, file: str) -> list[Document]:
 def _documents(loader: _Loader, file: str) -> Iterator[Document]:
     while loader.check_node():
         node: Any = loader.get_node()
-        places = dict(_positions(node, (), file))
-        yield Document(file, loader.construct_document(node), places)
+        positions = dict(_positions(node, (), file))
+        yield Document(file, loader.construct_document(node), positions)
 
 
 def _positions(node: yaml.Node, location: Location, file: str) -> Iterator[tuple[Location, str]]:
-    """Yield the place of each field below a node; a key that is given twice is an error, as for the API server."""
+    """Yield the position of each field below a node; a duplicate key is an error, as for the API server."""
     if not location:
         yield location, _position(file, node.start_mark)
     children: list[tuple[str | int, yaml.Node, yaml.Node]] = []
@@ -100,7 +109,7 @@ def _positions(node: yaml.Node, location: Location, file: str) -> Iterator[tuple
     seen: set[str | int] = set()
     for name, start, child in children:
         if name in seen:
-            raise yaml.MarkedYAMLError(problem=f"'{name}' is given twice", problem_mark=start.start_mark)
+            raise yaml.MarkedYAMLError(problem=f"duplicate key '{name}'", problem_mark=start.start_mark)
         seen.add(name)
         yield (*location, name), _position(file, start.start_mark)
         yield from _positions(child, (*location, name), file)
@@ -110,5 +119,5 @@ def _position(file: str, mark: yaml.Mark | None) -> str:
     return f"{file}:{mark.line + 1}" if mark else file
 
 
-def _sentence(error: yaml.MarkedYAMLError) -> str:
+def _message(error: yaml.MarkedYAMLError) -> str:
     return ", ".join(part for part in (error.context, error.problem) if part)

@@ -1,1 +1,1 @@
-"""Logs of pods, live or archived in the output."""
+"""Pod logs, live or archived in the output."""

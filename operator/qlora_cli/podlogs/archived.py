@@ -1,4 +1,4 @@
-"""What is left of a run whose pods are gone: its logs, the last word of each attempt, the stacks of those that hung."""
+"""Logs of runs whose pods are gone: from the output, with termination messages and stack dumps of hung processes."""
 
 import heapq
 from collections.abc import Iterable, Iterator
@@ -19,7 +19,7 @@ from qlora_cli.podlogs.lines import LogPrinter
 
 @dataclass(frozen=True)
 class MissingLogs:
-    """What no pod can tell: the logs of an attempt, of some nodes or of all."""
+    """Logs that cannot be read from pods: of an attempt, of some nodes or of all."""
 
     attempt: int
     nodes: frozenset[int] | None = None
@@ -29,9 +29,9 @@ class MissingLogs:
 
     @property
     def label(self) -> str:
-        """Return what is missing, in words."""
+        """Return a description, such as "attempt 2, node 0, 1"."""
         if self.attempt == PREPARE_ATTEMPT:
-            return "the preparation"
+            return "preparation"
         if self.nodes is None:
             return f"attempt {self.attempt}"
         return f"attempt {self.attempt}, node {', '.join(map(str, sorted(self.nodes)))}"
@@ -39,7 +39,7 @@ class MissingLogs:
 
 @dataclass(frozen=True, order=True)
 class ArchivedLine:
-    """A line of a process, with its time and place among all of them."""
+    """A log line of a process; lines sort by time, file and line number."""
 
     time: str
     file: str
@@ -54,19 +54,19 @@ def log_prefix(job: ClusterJob) -> str:
 
 
 def started_attempts(job: ClusterJob) -> set[int]:
-    """Return the attempts whose pods have run."""
+    """Return the attempts whose pods have started."""
     trained = {found.number for found in job.status.attempts if found.started_at or found.reason}
     prepared = job.finished or trained or job.status.dataset is not None
     return trained | {PREPARE_ATTEMPT} if prepared else set()
 
 
 def latest_started_attempt(job: ClusterJob) -> int:
-    """Return the latest attempt whose pods have run; the preparation before the first one."""
+    """Return the latest attempt whose pods have started; PREPARE_ATTEMPT if there is none."""
     return max(started_attempts(job), default=PREPARE_ATTEMPT)
 
 
 def read_archived_logs(job: ClusterJob, missing: MissingLogs, endpoint: str | None) -> list[list[ArchivedLine]]:
-    """Return what the output has of missing logs, for each process apart."""
+    """Return the missing logs that the output has, one list of lines per process."""
     found = []
     with open_output_store(log_prefix(job), endpoint) as output:
         for entry in output.list():
@@ -77,12 +77,12 @@ def read_archived_logs(job: ClusterJob, missing: MissingLogs, endpoint: str | No
 
 
 def merge_lines(logs: Iterable[list[ArchivedLine]], tail: int | None) -> list[ArchivedLine]:
-    """Return the lines of several processes in the order of time; of each at most so many of the last ones."""
+    """Merge the lines of several processes by time; of each process only the last `tail` lines."""
     return list(heapq.merge(*(lines if tail is None else lines[max(len(lines) - tail, 0) :] for lines in logs)))
 
 
 def parse_log(file: LogFile, raw: bytes) -> Iterator[ArchivedLine]:
-    """Yield the lines of a log; one without a time belongs to the one before it."""
+    """Yield the lines of a log; a line without a time gets that of the line before it."""
     pod = TrainerPod(file.attempt, file.node, file.name, started=True)
     time = ""
     for number, text in enumerate(raw.decode(errors="replace").splitlines()):
@@ -91,47 +91,57 @@ def parse_log(file: LogFile, raw: bytes) -> Iterator[ArchivedLine]:
 
 
 STACKS_FOLDER = "hangs"
-"""Folder of a result with the stacks of processes that gave no sign of life."""
+"""Folder of a result with the stack dumps of processes that stopped sending heartbeats."""
 
 
 class NoLogsError(Exception):
-    """The output has none of the logs that were looked for; the message says what to do."""
+    """The output has none of the missing logs; the message says why."""
 
 
 @dataclass(frozen=True)
 class LogQuery:
-    """What of the logs in the output is asked for, and how to reach it."""
+    """Which archived logs to show, and how to reach the output."""
 
     attempt: int | None
-    """None: the latest, and the last words of all."""
+    """None: the logs of the latest attempt, and the termination messages of all."""
     tail: int | None
     timestamps: bool
     s3_endpoint: str | None
 
 
 def show_archived_logs(
-    job: ClusterJob, missing: MissingLogs, wish: LogQuery, printer: LogPrinter, console: Console
+    job: ClusterJob, missing: MissingLogs, query: LogQuery, printer: LogPrinter, console: Console
 ) -> None:
-    """Print the logs that no pod tells any more, and how the attempts ended; it is an error where there is no log."""
+    """Print archived logs, and how the attempts ended.
+
+    Raises:
+        ClusterError: The output has none of the missing logs.
+
+    """
     try:
-        logs = find_logs(job, missing, wish.s3_endpoint)
+        logs = find_logs(job, missing, query.s3_endpoint)
     except NoLogsError as error:
-        show_termination_messages(job, wish, console, Console(highlight=False))
+        show_termination_messages(job, query, console, Console(highlight=False))
         raise ClusterError(str(error)) from error
-    console.print(escape(f"no pod tells of {missing.label} any more; from {log_prefix(job)}/:"), soft_wrap=True)
-    for line in merge_lines(logs, wish.tail):
-        printer.show(line.pod, f"{line.time} {line.text}" if wish.timestamps else line.text)
-    # Lines may go on to a program, and the words must not be among them.
-    show_termination_messages(job, wish, console, console)
+    console.print(escape(f"the pods of {missing.label} are gone; logs archived in {log_prefix(job)}/:"), soft_wrap=True)
+    for line in merge_lines(logs, query.tail):
+        printer.show(line.pod, f"{line.time} {line.text}" if query.timestamps else line.text)
+    # To standard error: the log lines on standard output may be piped into a program.
+    show_termination_messages(job, query, console, console)
 
 
 def find_logs(job: ClusterJob, missing: MissingLogs, endpoint: str | None) -> list[list[ArchivedLine]]:
-    """Return what the output has of missing logs, or raise NothingKeptError that says what was looked for."""
+    """Return the missing logs that the output has, one list of lines per process.
+
+    Raises:
+        NoLogsError: The attempt has not started, or the output has none of its logs.
+
+    """
     if missing.attempt not in started_attempts(job):
         raise NoLogsError(f"{job.ref.name} is {job.phase} and has no pods of {missing.label}: {job.explanation}")
     gone = (
-        f"there is no log of {missing.label} of {job.ref.name}: its pods are gone (spec.ttl removes them after the "
-        "end, and so does a deletion, or the loss of their node), and"
+        f"no log of {missing.label} of {job.ref.name}: its pods are gone (deleted, removed after spec.ttl, or lost "
+        "with their node), and"
     )
     try:
         logs = read_archived_logs(job, missing, endpoint)
@@ -139,37 +149,37 @@ def find_logs(job: ClusterJob, missing: MissingLogs, endpoint: str | None) -> li
         raise NoLogsError(f"{gone} {error}") from error
     if not logs:
         raise NoLogsError(
-            f"{gone} {log_prefix(job)}/ has none either: it was removed there, or the process ended before it could "
-            "write any; a log collector of the cluster may have it"
+            f"{gone} {log_prefix(job)}/ has no archived log: it was deleted, or the process exited before its first "
+            "upload; a log collector of the cluster may have it"
         )
     return logs
 
 
-def show_termination_messages(job: ClusterJob, wish: LogQuery, console: Console, out: Console) -> None:
-    """Print what status and output tell of the ends of attempts; on `console` what keeps from reading it."""
-    attempts = [found for found in job.status.attempts if wish.attempt in {None, found.number}]
+def show_termination_messages(job: ClusterJob, query: LogQuery, console: Console, out: Console) -> None:
+    """Print how attempts ended, and the stack dumps of hung processes, to `out`; errors go to `console`."""
+    attempts = [found for found in job.status.attempts if query.attempt in {None, found.number}]
     for found in attempts:
         out.print(escape(describe_attempt(found)), soft_wrap=True)
     if job.status.output and any(found.reason and "stacks" in found.message for found in attempts):
-        _show_stacks(job.status.output.prefix, wish, console, out)
+        _show_stacks(job.status.output.prefix, query, console, out)
 
 
 def describe_attempt(attempt: Attempt) -> str:
-    """Return the last word of an attempt."""
-    where = f" on {attempt.node}" if attempt.node else ""
-    return f"attempt {attempt.number}{where}: {attempt.reason or 'under way'}  {attempt.message}".rstrip()
+    """Return how an attempt ended, on one line."""
+    node = f" on {attempt.node}" if attempt.node else ""
+    return f"attempt {attempt.number}{node}: {attempt.reason or 'running'}  {attempt.message}".rstrip()
 
 
-def _show_stacks(prefix: str, wish: LogQuery, console: Console, out: Console) -> None:
+def _show_stacks(prefix: str, query: LogQuery, console: Console, out: Console) -> None:
     try:
-        for path, text in read_stacks(prefix, wish.attempt, wish.s3_endpoint):
+        for path, text in read_stacks(prefix, query.attempt, query.s3_endpoint):
             out.print(escape(f"{path}\n{text}"), soft_wrap=True)
     except OutputError as error:
-        console.print(escape(f"stacks are in {prefix}/{STACKS_FOLDER}/, and {error}"), soft_wrap=True)
+        console.print(escape(f"stack dumps are in {prefix}/{STACKS_FOLDER}/, but {error}"), soft_wrap=True)
 
 
 def read_stacks(prefix: str, attempt: int | None, endpoint: str | None) -> Iterator[tuple[str, str]]:
-    """Yield the files of stacks, of one attempt or of all."""
+    """Yield the URI and text of stack dumps, of one attempt or of all."""
     wanted = f"{STACKS_FOLDER}/attempt-{attempt}-" if attempt is not None else f"{STACKS_FOLDER}/"
     with open_output_store(prefix, endpoint) as output:
         for entry in output.list(STACKS_FOLDER):

@@ -1,4 +1,4 @@
-"""Lines of a pod's log for people: the trainer writes JSON (docs/logs.md), its libraries' launchers write text."""
+"""Streams and prints log lines of pods; the trainer writes JSON (docs/logs.md), launchers write plain text."""
 
 import json
 import queue
@@ -16,7 +16,7 @@ from qlora_cli.cluster.pods import TrainerPod
 
 
 class LogStreams:
-    """Follows pods; lines of one pod keep their order."""
+    """Streams the logs of several pods; lines of one pod keep their order."""
 
     def __init__(self, cluster: ClusterClient, namespace: str, query: Mapping[str, str]) -> None:
         self._cluster = cluster
@@ -27,16 +27,16 @@ class LogStreams:
 
     @property
     def running(self) -> bool:
-        """Whether a pod may have more to say."""
+        """Return whether a stream is still open."""
         return any(thread.is_alive() for thread in self._threads.values())
 
     @property
     def opened(self) -> bool:
-        """Whether there was a pod to follow."""
+        """Return whether any stream was opened."""
         return bool(self._threads)
 
     def open(self, pods: Iterable[TrainerPod]) -> None:
-        """Follow these pods, unless they are followed already."""
+        """Open streams for the pods that have none."""
         for pod in pods:
             if pod.name not in self._threads:
                 thread = threading.Thread(target=self._read, args=(pod,), name=pod.name, daemon=True)
@@ -44,7 +44,7 @@ class LogStreams:
                 thread.start()
 
     def drain(self, show: Callable[[TrainerPod, str], None]) -> None:
-        """Show what has come in."""
+        """Pass the lines received so far to `show`."""
         while not self._lines.empty():
             show(*self._lines.get())
 
@@ -53,37 +53,37 @@ class LogStreams:
             for line in self._cluster.log(self._namespace, pod.name, self._query):
                 self._lines.put((pod, line))
         except ClusterError as error:
-            self._lines.put((pod, f"(the log ends here: {error})"))
+            self._lines.put((pod, f"(log stream ended: {error})"))
 
 
 _PREFIX_FIELDS: Final = frozenset({"namespace", "job", "attempt", "rank", "updatedAt"})
-"""Fields that the prefix says already, or the time does."""
+"""Fields that are redundant with the prefix or the time of a line."""
 
 LABEL_STYLES: Final = ("cyan", "green", "magenta", "yellow", "blue", "red")
 
 
 class LogLine(NamedTuple):
-    """A line, and the process that wrote it, where it says so."""
+    """A line, and the rank of the process that wrote it, if known."""
 
     rank: int | None
     text: str
 
 
 def parse_line(line: str) -> LogLine:
-    """Return a line of JSON as a sentence with its fields, and any other as it is."""
+    """Format a JSON line as text; any other line is returned unchanged."""
     try:
-        told = json.loads(line)
+        entry = json.loads(line)
     except ValueError:
         return LogLine(None, line)
-    if not isinstance(told, dict) or "message" not in told:
+    if not isinstance(entry, dict) or "message" not in entry:
         return LogLine(None, line)
     return LogLine(
-        told.get("rank"), to_text({name: value for name, value in told.items() if name not in _PREFIX_FIELDS})
+        entry.get("rank"), to_text({name: value for name, value in entry.items() if name not in _PREFIX_FIELDS})
     )
 
 
 class LogPrinter:
-    """Writes lines of several pods to standard output, each pod in a colour of its own, and each process of a pod."""
+    """Prints lines of several pods to standard output, with a color per process."""
 
     def __init__(self, *, prefix: bool, raw: bool, console: Console | None = None) -> None:
         self._console = console or Console(highlight=False)
@@ -92,14 +92,14 @@ class LogPrinter:
         self._styles: dict[str, str] = {}
 
     def show(self, pod: TrainerPod, line: str) -> None:
-        """Write one line."""
+        """Print one line."""
         rank, text = LogLine(None, line) if self._raw else parse_line(line)
         label = pod.label if rank is None else f"{pod.label}/{rank}"
         style = self._styles.setdefault(label, LABEL_STYLES[len(self._styles) % len(LABEL_STYLES)])
-        before = f"[{style}]{escape(label)} |[/] " if self._prefix else ""
-        self._console.print(before + escape(text), soft_wrap=True)
+        prefix = f"[{style}]{escape(label)} |[/] " if self._prefix else ""
+        self._console.print(prefix + escape(text), soft_wrap=True)
 
     @staticmethod
     def note(text: str) -> None:
-        """Write a sentence of the command's own."""
+        """Print a message of the command itself to standard error."""
         typer.echo(text, err=True)

@@ -7,7 +7,8 @@ from typing import Final
 from pydantic import ValidationError
 
 from qlora_api.job_ref import JobRef
-from qlora_api.names import Phase, Reason, Role
+from qlora_api.names import Phase, Role
+from qlora_api.reasons import Reason
 from qlora_api.v1alpha1 import QLoRAJobSpec, QLoRAJobStatus, to_timedelta
 from qlora_operator.cluster.interface import AdmissionDeniedError, Cluster, NameConflictError
 from qlora_operator.lifecycle import (

@@ -10,7 +10,8 @@ the manifest if the result was published.
 from dataclasses import replace
 from typing import Final
 
-from qlora_api.names import TERMINAL, Phase, Reason, Role
+from qlora_api.names import TERMINAL, Phase, Role
+from qlora_api.reasons import Reason
 from qlora_api.v1alpha1 import QLoRAJobStatus
 from qlora_operator.lifecycle.context import ReconcileContext, startup_timeout
 from qlora_operator.lifecycle.gang import classify, deletion_deadline, is_busy

@@ -6,7 +6,8 @@ from typing import Final, NamedTuple
 
 from pydantic import ValidationError
 
-from qlora_api.names import Reason, Role
+from qlora_api.names import Role
+from qlora_api.reasons import Reason
 from qlora_api.report import TerminationMessage
 from qlora_operator.models import PREPARE_MEMORY, ChildJob, Exit, JobState, Pod, Stage
 

@@ -2,7 +2,8 @@
 
 from typing import Final
 
-from qlora_api.names import Phase, Reason, Role
+from qlora_api.names import Phase, Role
+from qlora_api.reasons import Reason
 from qlora_operator.lifecycle.context import ReconcileContext, startup_timeout
 from qlora_operator.lifecycle.gang import classify
 from qlora_operator.lifecycle.retry_policy import AT_ONCE

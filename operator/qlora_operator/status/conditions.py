@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from datetime import datetime
 from typing import Final, Literal, NamedTuple
 
-from qlora_api.names import TERMINAL, ConditionType, Phase, Reason
+from qlora_api.names import TERMINAL, ConditionType, Phase
+from qlora_api.reasons import Reason
 from qlora_api.v1alpha1 import Condition, QLoRAJobStatus
 
 ConditionStatus = Literal["True", "False", "Unknown"]

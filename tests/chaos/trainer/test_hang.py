@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from qlora_api.names import Reason
+from qlora_api.reasons import Reason
 from qlora_api.report import TerminationMessage
 from qlora_api.v1alpha1 import Plan
 from tests.chaos.promises import promise

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import pytest
 import time_machine
 
-from qlora_api.names import Reason
+from qlora_api.reasons import Reason
 from qlora_api.runconfig import S3Config
 from qlora_trainer.errors import RunError
 from qlora_trainer.storage.credentials import Credentials

@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 import pytest
 
-from qlora_api.names import GRACE_SECONDS, Reason
+from qlora_api.names import GRACE_SECONDS
+from qlora_api.reasons import Reason
 from tests.chaos.promises import Dose, promise
 from tests.chaos.trainer.lives import INTERVAL, STEPS, TrainerProcess, TrainerRun, TrainerRuns
 from tests.cluster.toxiproxy import Toxiproxy

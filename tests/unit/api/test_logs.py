@@ -27,7 +27,7 @@ from qlora_api.redaction import MASK, REDACTOR
 
 @pytest.fixture(autouse=True)
 def forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every test starts with a process that was told nothing."""
+    """Start every test with a process without bound fields and secrets."""
     monkeypatch.setattr(logs, "_process", {})
     monkeypatch.setattr(REDACTOR, "_values", set())
     monkeypatch.setattr(REDACTOR, "_secret_pattern", None)
@@ -50,7 +50,7 @@ def lines(stream: io.StringIO) -> list[dict[str, Any]]:
     return [json.loads(line) for line in stream.getvalue().splitlines()]
 
 
-def test_the_fields_of_a_line(written: io.StringIO) -> None:
+def test_log_line_has_standard_fields(written: io.StringIO) -> None:
     bind_process_fields(rank=3)
     bind_task_fields(namespace="ml", job="support-bot")
     logging.getLogger("qlora_test").warning("step %d", 7, extra=log_fields(step=7, loss=2.5))
@@ -65,7 +65,7 @@ def test_the_fields_of_a_line(written: io.StringIO) -> None:
     assert list(lines(written)[0])[:4] == ["time", "level", "logger", "message"]
 
 
-def test_a_field_never_replaces_what_everybody_asks_for(written: io.StringIO) -> None:
+def test_custom_field_never_overwrites_standard_field(written: io.StringIO) -> None:
     logging.getLogger("qlora_test").info("true", extra=log_fields(message="false", level="none"))
     assert (lines(written)[0]["message"], lines(written)[0]["level"]) == ("true", "info")
 
@@ -78,7 +78,7 @@ def test_fields_of_the_process_are_in_the_lines_of_every_thread(written: io.Stri
     assert lines(written)[0]["job"] == "support-bot"
 
 
-def test_an_exception_is_a_field_of_one_line(written: io.StringIO) -> None:
+def test_exception_is_a_field_of_its_line(written: io.StringIO) -> None:
     REDACTOR.add_secrets(["c4n4ry-in-an-exception"])
     try:
         int("c4n4ry-in-an-exception")
@@ -102,7 +102,7 @@ def test_log_line_contains_no_secret(form: logging.Formatter) -> None:
     assert "c4n4ry" not in form.format(record)
 
 
-def test_what_json_does_not_know_is_written_as_text(written: io.StringIO) -> None:
+def test_value_that_json_lacks_is_written_as_text(written: io.StringIO) -> None:
     logging.getLogger("qlora_test").info("x", extra=log_fields(path=pytest, none=None, yes=True))
     assert lines(written)[0]["path"].startswith("<module")
     assert (lines(written)[0]["none"], lines(written)[0]["yes"]) == (None, True)
@@ -118,7 +118,7 @@ def test_text_for_a_terminal() -> None:
 @pytest.mark.parametrize(
     ("asked", "form"), [("", Format.JSON), ("json", Format.JSON), ("text", Format.TEXT), ("xml", Format.JSON)]
 )
-def test_the_environment_chooses(monkeypatch: pytest.MonkeyPatch, asked: str, form: Format) -> None:
+def test_environment_selects_log_format(monkeypatch: pytest.MonkeyPatch, asked: str, form: Format) -> None:
     monkeypatch.setenv(logs.FORMAT_ENV, asked)
     assert logs.format_from_environment() is form
 

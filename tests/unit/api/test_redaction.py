@@ -1,4 +1,4 @@
-"""A canary of every kind of secret, in every place where one was or may be met, and what must be left alone."""
+"""A canary of every kind of secret, everywhere one can occur, and text that must not be redacted."""
 
 import threading
 import time
@@ -54,7 +54,7 @@ def test_canary_secret_is_redacted(text: str) -> None:
 
 
 @pytest.mark.parametrize("key", ["AKIAIOSFODNN7EXAMPLE", "ASIAIOSFODNN7EXAMPLE"])
-def test_an_access_key_is_known_by_its_form(key: str) -> None:
+def test_access_key_is_found_by_its_format(key: str) -> None:
     assert Redactor().redact_text(f"The key {key} does not exist") == f"The key {MASK} does not exist"
 
 
@@ -76,7 +76,7 @@ def test_text_without_secret_is_unchanged(text: str) -> None:
     assert Redactor().redact_text(text) == text
 
 
-def test_a_presigned_url_still_says_what_it_led_to() -> None:
+def test_redacted_presigned_url_keeps_its_path() -> None:
     redacted = Redactor().redact_text(PRESIGNED)
     assert redacted.startswith("https://adapters.s3.eu-west-1.amazonaws.com/team/adapter.safetensors?X-Amz-Algorithm=")
     assert "X-Amz-Date=20260301T120000Z" in redacted
@@ -95,13 +95,13 @@ def test_added_secret_is_redacted_anywhere(value: str) -> None:
     assert told == {"message": f"before {MASK} after", "deep": [{"list": [MASK]}], "error": MASK}
 
 
-def test_what_was_given_is_found_in_a_url_too() -> None:
+def test_known_secret_is_redacted_in_a_url() -> None:
     redactor = Redactor()
     redactor.add_secrets(["a+b/c=d&e"])
     assert redactor.redact_text("https://s3/x?password2=a%2Bb%2Fc%3Dd%26e") == f"https://s3/x?password2={MASK}"
 
 
-def test_one_value_within_another_leaves_no_rest() -> None:
+def test_secret_that_contains_another_is_redacted_completely() -> None:
     redactor = Redactor()
     redactor.add_secrets(["longer-secret-value"])
     redactor.add_secrets(["longer-secret"])
@@ -114,7 +114,7 @@ def test_short_values_are_not_looked_for() -> None:
     assert redactor.redact_text("a test") == "a test"
 
 
-def test_a_field_whose_name_says_what_it_is_goes_whole() -> None:
+def test_field_with_secret_name_is_redacted_completely() -> None:
     told = {
         "token": "x",
         "hf_token": "x",

@@ -9,7 +9,8 @@ from rich.console import Console
 
 from qlora_api import names
 from qlora_api.job_ref import JobRef
-from qlora_api.names import Phase, Reason
+from qlora_api.names import Phase
+from qlora_api.reasons import Reason
 from qlora_api.v1alpha1 import Attempt, Progress, QLoRAJobStatus
 from qlora_cli.cluster.client import AlreadyExistsError, KubeObject, NotFoundError
 from qlora_cli.cluster.jobs import ClusterJob, parse_job
@@ -21,11 +22,11 @@ Answer = KubeObject | Exception
 
 
 class FakeClusterClient:
-    """One QLoRAJob that changes with each look, its pods and its Events."""
+    """A fake cluster: one QLoRAJob that changes with each read, its pods and its Events."""
 
     def __init__(self, *answers: Answer) -> None:
         self.answers = list(answers)
-        """What each look finds; the last one stays."""
+        """What each read returns; the last one is repeated."""
         self.events_found: list[KubeObject] = []
         self.pods_found: list[KubeObject] = []
         self.logs: dict[str, list[str]] = {}
@@ -87,7 +88,7 @@ class FakeTime:
 
 
 def make_raw(name: str = REF.name, status: QLoRAJobStatus | None = None, age: int = 600, **change: Any) -> KubeObject:
-    """A QLoRAJob as the API server has it, so many seconds old at NOW."""
+    """Return a QLoRAJob as the API server returns it, with an age in seconds at NOW."""
     metadata = {"uid": UID, "creationTimestamp": wire(NOW - timedelta(seconds=age)), "managedFields": []}
     raw = merge(make_manifest(name), {"metadata": metadata, "spec": make_spec_manifest(**change)})
     return raw | ({"status": to_wire(status)} if status else {})
@@ -99,12 +100,12 @@ def make_job(status: QLoRAJobStatus | None = None, **change: Any) -> ClusterJob:
 
 
 def make_status(phase: Phase, reason: Reason, **facts: Any) -> QLoRAJobStatus:
-    """A status with what a test looks at."""
+    """Return a status with the fields that a test needs."""
     return QLoRAJobStatus(phase=phase, reason=reason, message=f"{reason} it is", **facts)
 
 
 def make_training(step: int, loss: float = 3.0) -> QLoRAJobStatus:
-    """A training that has done so many of 100 steps."""
+    """Return the status of a training that has done some of 100 steps."""
     report = Progress(
         percent=step, step=step, total_steps=100, remaining_seconds=(100 - step) * 2, loss=loss,
         tokens_per_second=350.0, phase=Phase.TRAINING, updated_at=NOW,
@@ -123,7 +124,7 @@ def make_ended(number: int, reason: Reason = Reason.NODE_LOST, message: str = "g
 
 
 def make_pod(attempt: int, node: int = 0, *, started: bool = True) -> KubeObject:
-    """A pod of an attempt; 0 is the preparation."""
+    """Return a pod of an attempt; 0 is preparation."""
     name = f"{REF.name}-{attempt or 'prepare'}-{node}-abcde"
     labels = {names.JOB_LABEL: REF.name} | ({names.ATTEMPT_LABEL: str(attempt)} if attempt else {})
     state = {"running": {}} if started else {"waiting": {"reason": "ContainerCreating"}}
@@ -135,7 +136,7 @@ def make_pod(attempt: int, node: int = 0, *, started: bool = True) -> KubeObject
 
 
 def make_event(subject: str, minutes: int, reason: str = "Training", **change: Any) -> KubeObject:
-    """An Event about an object, so many minutes after NOW."""
+    """Return an Event about an object, some minutes after NOW."""
     kind, name = subject.split()
     event = {
         "metadata": {"uid": f"{subject}/{minutes}", "creationTimestamp": wire(NOW)},

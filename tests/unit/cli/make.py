@@ -15,7 +15,7 @@ JOB = textwrap.dedent("""\
       name: support-bot
     spec:
       model:
-        uri: hf://organisation/name
+        uri: hf://organization/name
       dataset:
         uri: s3://data/train.jsonl
       lora:
@@ -49,7 +49,7 @@ def make_prepared(published: Result | None = None) -> Prepared:
     return Prepared(
         digest="0123456789abcdef",
         prefix="file:///out/support-bot/0123456789abcdef",
-        model=ModelStatus(uri="hf://organisation/name", commit="c" * 40, architecture="LlamaForCausalLM", parameters=9),
+        model=ModelStatus(uri="hf://organization/name", commit="c" * 40, architecture="LlamaForCausalLM", parameters=9),
         dataset=DataStatus(
             digest="d" * 64,
             format="instruction",

@@ -30,7 +30,7 @@ def test_equal_files_have_one_commit_and_others_another(tmp_path):
 
 
 def test_a_snapshot_is_found_by_its_branch_once_it_is_published(tmp_path):
-    repository = tmp_path / "models--organisation--name"
+    repository = tmp_path / "models--organization--name"
     assert make_model.find_snapshot(repository) is None
     snapshot = make_model.publish(write(repository / ".making" / "files", config="a"), repository)
     assert make_model.find_snapshot(repository) == snapshot

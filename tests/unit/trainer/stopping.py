@@ -4,7 +4,7 @@ import multiprocessing
 from pathlib import Path
 from typing import Final
 
-from qlora_api.names import Reason
+from qlora_api.reasons import Reason
 from qlora_api.runconfig import RunConfig
 from qlora_trainer import stages
 from qlora_trainer.errors import RunError

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from qlora_api.local_requests import MergedFolder, MergeRequest
-from qlora_api.names import Reason
+from qlora_api.reasons import Reason
 from qlora_api.report import EvaluatedRow, RowScore
 from qlora_trainer import merge_job
 from qlora_trainer.data.shards import EVALUATION, ShardWriter

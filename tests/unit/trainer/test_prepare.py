@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from qlora_api.names import Reason, SecretRole
+from qlora_api.names import SecretRole
 from qlora_api.prepared import Prepared
+from qlora_api.reasons import Reason
 from qlora_api.runconfig import Platform
 from qlora_trainer.data import shards
 from qlora_trainer.errors import RunError

@@ -9,7 +9,7 @@ from typing import Any, Final, NamedTuple
 from jinja2.exceptions import TemplateError, TemplateSyntaxError
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from qlora_api.names import Reason
+from qlora_api.reasons import Reason
 from qlora_trainer.data.rows import Chat, Message, RowError
 from qlora_trainer.data.tokenization import Span, TokenRow
 from qlora_trainer.errors import RunError

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from qlora_api.names import Reason
+from qlora_api.reasons import Reason
 from qlora_api.v1alpha1 import DataSource, DataStatus, QLoRAJobSpec, TrainingSpec
 from qlora_trainer.data.sources import Source, local_files, make_source
 from qlora_trainer.data.splits import (

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Final, NamedTuple, TypeVar, cast
 
-from qlora_api.names import Reason
+from qlora_api.reasons import Reason
 from qlora_api.v1alpha1 import RowFormat, TrainingSpec
 from qlora_trainer.data.chat_template import ChatTemplate, encode_chats
 from qlora_trainer.data.rows import Chat, Example, Row, RowError, Text

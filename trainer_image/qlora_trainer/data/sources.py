@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from qlora_api.names import Reason
+from qlora_api.reasons import Reason
 from qlora_api.v1alpha1 import DataSource, RowFormat, RowFormatName, RowTemplate
 from qlora_trainer.data.file_readers import SUPPORTED_EXTENSIONS, FileError, detect_file_type, is_data_file, read_rows
 from qlora_trainer.data.row_formats import detect_format, parse_row
@@ -36,7 +36,7 @@ def _from_hub(resolver: SourceResolver, uri: str, field_ref: FieldRef, work: Pat
     if match is None:
         raise RunError(
             field_ref.not_found,
-            f"{field_ref.field}: '{uri}' has no file; write hf://datasets/organisation/name/file.jsonl",
+            f"{field_ref.field}: '{uri}' has no file; write hf://datasets/organization/name/file.jsonl",
         )
     name, revision, path = match[1], match[2] or "main", match[3]
     file_name = "" if path.endswith("/") else path

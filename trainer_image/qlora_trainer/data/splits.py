@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from qlora_api.names import Reason
+from qlora_api.reasons import Reason
 from qlora_trainer.errors import RunError
 from qlora_trainer.storage.store import FieldRef
 

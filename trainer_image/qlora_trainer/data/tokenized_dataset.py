@@ -9,7 +9,7 @@ from uuid import uuid4
 
 import numpy as np
 
-from qlora_api.names import Reason
+from qlora_api.reasons import Reason
 from qlora_api.v1alpha1 import DataStatus, RowLengths, TrainingSpec
 from qlora_trainer.data import shards
 from qlora_trainer.data.dataset import Dataset, DatasetScan

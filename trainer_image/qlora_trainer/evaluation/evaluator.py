@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import torch
 
-from qlora_api.names import Reason
+from qlora_api.reasons import Reason
 from qlora_api.report import EvaluatedRow
 from qlora_api.v1alpha1 import EvaluationSpec, Metrics
 from qlora_trainer.data.batching import collate, split_micro_batches

@@ -8,8 +8,9 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeAlias
 
-from qlora_api.names import Reason, SecretRole
+from qlora_api.names import SecretRole
 from qlora_api.prepared import PinnedTask, PinnedTasks
+from qlora_api.reasons import Reason
 from qlora_api.report import TaskScore
 from qlora_trainer.errors import RunError
 from qlora_trainer.model.base_model import TrainableModel

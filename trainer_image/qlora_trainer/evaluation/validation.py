@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 
-from qlora_api.names import Reason
+from qlora_api.reasons import Reason
 from qlora_api.report import ValidationRecord
 from qlora_trainer.data.batching import collate, split_micro_batches
 from qlora_trainer.data.tokenization import TokenRow

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
 
-from qlora_api.names import Reason
+from qlora_api.reasons import Reason
 from qlora_trainer.errors import RunError
 from qlora_trainer.inference.published_adapter import PublishedAdapter
 from qlora_trainer.inference.vllm_limits import Shapes, read_shapes

@@ -13,7 +13,7 @@ from peft import PeftConfig, PeftModel
 
 from qlora_api.accelerators import DeviceName
 from qlora_api.local_requests import ChatRequest, ChatTurn, GenerationConfig, Reply
-from qlora_api.names import Reason
+from qlora_api.reasons import Reason
 from qlora_api.v1alpha1 import QuantizationSpec
 from qlora_trainer.data.rows import Message
 from qlora_trainer.errors import RunError

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qlora_api.names import Reason
+from qlora_api.reasons import Reason
 from qlora_api.report import AdapterRecord
 from qlora_api.v1alpha1 import RowTemplate
 from qlora_trainer.data.chat_template import ChatTemplate, chat_prompt_ids, load_chat_template

@@ -7,7 +7,8 @@ from typing import Final
 
 from pydantic import ValidationError
 
-from qlora_api.names import CLAIM_SCHEME, Reason, SecretRole
+from qlora_api.names import CLAIM_SCHEME, SecretRole
+from qlora_api.reasons import Reason
 from qlora_api.report import AdapterRecord
 from qlora_trainer.errors import RunError
 from qlora_trainer.storage.local_store import FileStore

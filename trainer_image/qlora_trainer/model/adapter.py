@@ -12,7 +12,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import load_file, save_file
 
-from qlora_api.names import Reason
+from qlora_api.reasons import Reason
 from qlora_api.v1alpha1 import LoraSpec
 from qlora_trainer.errors import RunError
 from qlora_trainer.model.architecture import linear_modules, modules_with_weights

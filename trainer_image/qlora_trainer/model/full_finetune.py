@@ -7,7 +7,7 @@ from typing import Any, Final
 import torch
 from transformers import AutoConfig
 
-from qlora_api.names import Reason
+from qlora_api.reasons import Reason
 from qlora_api.units import format_gib
 from qlora_trainer.errors import RunError
 from qlora_trainer.model.hardware import Hardware

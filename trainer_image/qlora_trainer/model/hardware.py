@@ -8,7 +8,7 @@ from typing import Final
 import torch
 
 from qlora_api.accelerators import DeviceName
-from qlora_api.names import Reason
+from qlora_api.reasons import Reason
 from qlora_api.units import GIB, KIB
 from qlora_trainer.errors import RunError
 

@@ -14,7 +14,7 @@ from bitsandbytes.functional import dequantize_4bit
 from peft.tuners.lora import Linear4bit
 from safetensors import safe_open
 
-from qlora_api.names import Reason
+from qlora_api.reasons import Reason
 from qlora_trainer.errors import RunError
 
 ADAPTER_NAME: Final = "default"

@@ -8,7 +8,7 @@ import torch
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from qlora_api.names import Reason
+from qlora_api.reasons import Reason
 from qlora_api.units import GIB
 from qlora_trainer.errors import RunError
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Final
 
-from qlora_api.names import Reason
+from qlora_api.reasons import Reason
 from qlora_api.v1alpha1 import LoraSpec, QLoRAJobSpec
 from qlora_trainer.errors import RunError
 from qlora_trainer.model.architecture import Architecture

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Final, NamedTuple
 
-from qlora_api.names import Reason
+from qlora_api.reasons import Reason
 from qlora_api.result import Result
 from qlora_api.v1alpha1 import EvaluationStatus, GateSpec
 from qlora_trainer.errors import RunError

@@ -14,7 +14,7 @@ from typing import Final, TypeAlias
 
 from qlora_api.accelerators import DeviceName
 from qlora_api.base import ApiModel
-from qlora_api.names import Reason
+from qlora_api.reasons import Reason
 from qlora_api.v1alpha1 import QuantizationSpec
 from qlora_trainer.data.tokenization import Span, TokenRow
 from qlora_trainer.errors import RunError

@@ -8,8 +8,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
-from qlora_api.names import Reason
 from qlora_api.prepared import Prepared
+from qlora_api.reasons import Reason
 from qlora_api.report import (
     AdapterRecord,
     EvaluatedRow,

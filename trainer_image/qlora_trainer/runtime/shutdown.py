@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Final
 
-from qlora_api.names import GRACE_SECONDS, Reason
+from qlora_api.names import GRACE_SECONDS
+from qlora_api.reasons import Reason
 from qlora_trainer.errors import RunError, as_run_error
 
 SIGTERM_EXIT_CODE: Final = 143

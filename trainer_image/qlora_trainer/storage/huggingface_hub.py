@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils.tqdm import tqdm
 
-from qlora_api.names import Reason
+from qlora_api.reasons import Reason
 from qlora_trainer.errors import RunError
 from qlora_trainer.runtime.liveness import LIVENESS
 from qlora_trainer.storage.store import FieldRef

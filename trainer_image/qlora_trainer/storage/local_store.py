@@ -5,7 +5,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from qlora_api.names import Reason
+from qlora_api.reasons import Reason
 from qlora_trainer.errors import RunError
 from qlora_trainer.storage.store import (
     Entry,

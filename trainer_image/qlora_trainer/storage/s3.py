@@ -15,7 +15,7 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
 from s3transfer.utils import S3_RETRYABLE_DOWNLOAD_ERRORS
 
-from qlora_api.names import Reason
+from qlora_api.reasons import Reason
 from qlora_api.runconfig import S3Config
 from qlora_trainer.errors import RunError
 from qlora_trainer.runtime.liveness import LIVENESS

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
 
-from qlora_api.names import Reason
+from qlora_api.reasons import Reason
 from qlora_api.runconfig import Platform
 from qlora_trainer.errors import RunError
 from qlora_trainer.storage.credentials import Secrets

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Final, Protocol
 from urllib.parse import unquote, urlparse
 
-from qlora_api.names import CLAIM_SCHEME, CLAIMS_MOUNT, Reason, SecretRole
+from qlora_api.names import CLAIM_SCHEME, CLAIMS_MOUNT, SecretRole
+from qlora_api.reasons import Reason
 from qlora_api.units import MIB
 from qlora_trainer.errors import RunError
 

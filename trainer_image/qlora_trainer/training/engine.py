@@ -10,7 +10,7 @@ import torch
 from torch.nn import Module
 
 from qlora_api.launcher_config import deepspeed_config
-from qlora_api.names import Reason
+from qlora_api.reasons import Reason
 from qlora_api.strategies import DDP
 from qlora_api.v1alpha1 import TrainingSpec
 from qlora_trainer.data.batching import Batch

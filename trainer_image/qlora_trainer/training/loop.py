@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qlora_api.names import Reason
+from qlora_api.reasons import Reason
 from qlora_api.report import StepRecord, ValidationRecord
 from qlora_api.steps import warmup_steps
 from qlora_api.v1alpha1 import TrainingSpec

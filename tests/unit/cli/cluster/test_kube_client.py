@@ -38,7 +38,7 @@ class _Handler(BaseHTTPRequestHandler):
     do_POST = do_GET  # noqa: N815 (the base class's name)
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 (the base class's name)
-        """Keep quiet."""
+        """Do not log requests."""
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def write_kubeconfig(folder: Path, server: str, namespace: str = "ml") -> Path:
     return path
 
 
-def test_the_namespace_is_the_contexts(tmp_path: Path):
+def test_default_namespace_is_that_of_the_context(tmp_path: Path):
     path = str(write_kubeconfig(tmp_path, "http://127.0.0.1:9"))
     assert (connect(path, None)[1], connect(path, "b")[1]) == ("ml", "default")
 
@@ -77,10 +77,10 @@ def test_the_namespace_is_the_contexts(tmp_path: Path):
 @pytest.mark.parametrize(
     ("status", "body", "kind", "message"),
     [
-        (404, "404 page not found\n", ClusterError, r"knows no qlorajobs\.qlora\.dev; install the chart"),
+        (404, "404 page not found\n", ClusterError, r"has no CRD qlorajobs\.qlora\.dev; install the chart"),
         (404, {"reason": "NotFound", "message": "no 'a'"}, NotFoundError, "no 'a' in namespace ml; qlora list --all"),
-        (401, {"reason": "Unauthorized", "message": "Unauthorized"}, ClusterError, "refuses these credentials; log in"),
-        (403, {"reason": "Forbidden", "message": "may not"}, ClusterError, "may not; ask whoever runs the cluster"),
+        (401, {"reason": "Unauthorized", "message": "Unauthorized"}, ClusterError, "rejects these credentials; log in"),
+        (403, {"reason": "Forbidden", "message": "may not"}, ClusterError, "may not; ask the cluster's administrator"),
         (409, {"reason": "AlreadyExists", "message": "there"}, AlreadyExistsError, "there"),
         (422, {"reason": "Invalid", "message": "spec.lora.rank: no"}, ClusterError, "^spec.lora.rank: no$"),
         (429, {"reason": "TooManyRequests", "message": "later"}, UnreachableError, r"is busy \(429\): later"),
@@ -96,7 +96,7 @@ def test_api_error_message_has_a_fix(
     assert type(error.value) is kind
 
 
-def test_a_long_list_comes_in_pages(cluster: KubeClient, server: Answers):
+def test_long_list_is_read_in_pages(cluster: KubeClient, server: Answers):
     def page(path: str) -> Any:
         last = "continue=next" in path
         return {"items": [make_manifest("b" if last else "a")], "metadata": {} if last else {"continue": "next"}}
@@ -106,20 +106,20 @@ def test_a_long_list_comes_in_pages(cluster: KubeClient, server: Answers):
     assert server.asked[0] == "/apis/qlora.dev/v1alpha1/qlorajobs?labelSelector=team%3Dx&limit=500"
 
 
-def test_a_log_is_read_line_by_line(cluster: KubeClient, server: Answers):
+def test_log_is_read_line_by_line(cluster: KubeClient, server: Answers):
     server.body = "one\n\ntwo é\nno end"
     assert list(cluster.log("ml", "pod", {"follow": "true"})) == ["one", "", "two é", "no end"]
     assert server.asked == ["/api/v1/namespaces/ml/pods/pod/log?container=trainer&follow=true"]
 
 
-def test_a_creation_is_strict_and_says_who_writes(cluster: KubeClient, server: Answers):
+def test_create_is_strict_and_sets_field_manager(cluster: KubeClient, server: Answers):
     cluster.create(make_manifest(), dry_run=True)
     assert server.asked == [
         "/apis/qlora.dev/v1alpha1/namespaces/ml/qlorajobs?fieldManager=qlora&fieldValidation=Strict&dryRun=All"
     ]
 
 
-def test_a_file_that_is_no_kubeconfig(tmp_path: Path):
+def test_invalid_kubeconfig_is_an_error(tmp_path: Path):
     (tmp_path / "broken").write_text("a: [")
-    with pytest.raises(ClusterError, match="broken cannot be read: "):
+    with pytest.raises(ClusterError, match=r"cannot read .*broken: "):
         connect(str(tmp_path / "broken"), None)

@@ -73,7 +73,7 @@ def test_base_and_adapters_answer_side_by_side(model, adapters):
     assert lines == ["question", "base", "colours", "talker"]
 
 
-def test_each_line_of_a_pipe_is_a_question_of_its_own(adapters):
+def test_each_line_of_stdin_is_a_separate_question(adapters):
     piped = exchanges(qlora(adapters, "-o", "json", typed="What?\n\n  Why?  \nWhat?\n"))
     asked = exchanges(qlora(adapters, "-o", "json", "--ask", "What?", "--ask", "Why?"))
     assert [exchange.question for exchange in piped] == ["What?", "Why?", "What?"]
@@ -85,7 +85,7 @@ def test_each_line_of_a_pipe_is_a_question_of_its_own(adapters):
 def test_interactive_chat_keeps_history_until_quit(adapters):
     typed = "What?\n\nWhat?\n/new\nWhat?\n/quit\nnever asked\n"
     result = qlora(adapters, "-o", "json", typed=typed)
-    assert result.stderr.splitlines()[-1] == "/quit or Ctrl-D ends, /new forgets what was said"
+    assert result.stderr.splitlines()[-1] == "/quit or Ctrl-D quits, /new clears the history"
     first, second, third = (
         ChatTurn.model_validate(json.loads(line.replace("> ", "")))
         for line in result.stdout.splitlines()
@@ -97,14 +97,14 @@ def test_interactive_chat_keeps_history_until_quit(adapters):
 
 
 @pytest.mark.usefixtures("person")
-def test_a_question_that_cannot_be_asked_does_not_end_a_conversation(adapters):
+def test_failing_question_does_not_end_interactive_chat(adapters):
     result = qlora(adapters[:1], typed='{"instruction": 7}\nWhat?\n')
     assert result.exit_code == 0, result.output
     assert "error: the question: field 'instruction' is a number (7), not text; write a string\n" in result.stderr
     assert "colours" in result.stdout
 
 
-def test_the_same_question_in_a_pipe_ends_it(adapters):
+def test_failing_question_ends_piped_chat(adapters):
     result = qlora(adapters[:1], typed='{"instruction": 7}\nWhat?\n')
     assert (result.exit_code, result.stdout) == (1, "")
 
@@ -119,12 +119,12 @@ def test_truncated_answer_is_marked(capsys):
     ]
 
 
-def test_a_gpu_that_this_computer_lacks_is_refused(adapters, monkeypatch):
+def test_cuda_device_without_gpu_is_an_error(adapters, monkeypatch):
     monkeypatch.setattr(chat, "cuda_available", lambda: False)
     result = qlora(adapters, "--device", "cuda", "--ask", "What?")
     assert result.exit_code == 1
     assert result.stderr == (
-        "error: --device is cuda, and PyTorch finds no CUDA device on this computer; give --device cpu\n"
+        "error: --device is cuda, but PyTorch finds no CUDA device on this machine; use --device cpu\n"
     )
 
 

@@ -14,30 +14,30 @@ from qlora_cli.commands.init import SHOWN_FIELDS, default_of, write_manifest
 from qlora_cli.completion import completions
 
 
-def test_a_first_manifest_is_valid_and_complete(tmp_path: Path):
+def test_init_writes_valid_manifest(tmp_path: Path):
     path = tmp_path / "job.yaml"
     made = CliRunner().invoke(app, ["init", str(path), "--name", "bot", "--gpus", "0", "--model", "hf://a/b"])
     assert (made.exit_code, made.stdout) == (0, "")
-    assert made.stderr.endswith(f"job.yaml is written; next: qlora plan {path}, then qlora submit {path}\n")
+    assert made.stderr.endswith(f"wrote {path}; next: qlora plan {path}, then qlora submit {path}\n")
     manifest = yaml.safe_load(path.read_text())
     spec = QLoRAJobSpec.model_validate(manifest["spec"])
     assert (manifest["metadata"]["name"], spec.model.uri, spec.resources.gpus_per_node) == ("bot", "hf://a/b", 0)
     assert CliRunner().invoke(app, ["validate", str(path)]).exit_code == 0
 
 
-def test_every_field_of_a_first_manifest_has_its_meaning_and_its_default():
+def test_init_writes_description_and_default_of_each_field():
     text = write_manifest("bot", {"model.uri": "hf://a/b", "output.secretRef.name": "keys"})
     assert text.count("#") > len(SHOWN_FIELDS)
     assert "    # Rank r of the update matrices.\n    rank: 16\n" in text
     assert default_of("training.learningRate") == 2e-4
 
 
-def test_a_file_is_not_replaced_by_mistake(tmp_path: Path):
+def test_init_does_not_overwrite_existing_file(tmp_path: Path):
     path = tmp_path / "job.yaml"
     path.write_text("mine")
     refused = CliRunner().invoke(app, ["init", str(path)])
     assert (refused.exit_code, path.read_text()) == (1, "mine")
-    assert "exists; give another name, or --force" in refused.stderr
+    assert "already exists; choose another name, or use --force" in refused.stderr
     assert CliRunner().invoke(app, ["init", str(path), "--force"]).exit_code == 0
 
 
@@ -51,8 +51,8 @@ def test_invalid_options_write_no_manifest(tmp_path: Path):
 @pytest.mark.parametrize(
     ("words", "found"),
     [
-        (["sus"], ["suspend\tLet a run write a checkpoint and give back...", ":4"]),
-        (["status", "--watc"], ["--watch\tStay, and show each change until the end.", ":4"]),
+        (["sus"], ["suspend\tLet a run write a checkpoint, stop and...", ":4"]),
+        (["status", "--watc"], ["--watch\tKeep running and show changes until the run ends.", ":4"]),
         (["list", "-o", ""], ["table", "json", "yaml", ":4"]),
         (["submit", ""], [":0"]),
     ],

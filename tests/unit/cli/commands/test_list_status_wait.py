@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import typer
 
-from qlora_api.names import Phase, Reason
+from qlora_api.names import Phase
+from qlora_api.reasons import Reason
 from qlora_api.v1alpha1 import Attempt, OutputStatus
 from qlora_cli.cluster.client import ClusterError, UnreachableError
 from qlora_cli.cluster.jobs import parse_job, strip_managed_fields
@@ -49,7 +50,7 @@ def test_list_shows_the_phases_that_are_asked_for():
 def test_run_without_operator_says_how_to_find_one():
     lines = render_to_lines(render_dashboard(make_job(), LossHistory(), NOW, details=True))
     assert lines[0] == "support-bot in ml  Pending  10m00s"
-    assert lines[1].startswith("unseen  no operator has taken it up yet; if that lasts, see whether one runs")
+    assert lines[1].startswith("not reconciled  no operator has reconciled it yet; if this lasts, check whether one is")
 
 
 def test_status_shows_every_section():
@@ -70,7 +71,7 @@ def test_status_shows_every_section():
         "support-bot in ml  Succeeded  attempt 1  10m00s",
         "Published  Published it is",
         "model      hf://HuggingFaceTB/SmolLM2-135M-Instruct at aaaaaaaaaaaa, 134,515,008 weights",
-        "data       950 rows to learn from, 50 held out, instruction",
+        "data       950 training rows, 50 held-out rows, instruction",
         "plan       1 x CPU, single, micro-batch 8 x 2, 180 steps",
         f"adapter    {prepared.prefix}/adapter",
         f"report     {prepared.prefix}/report/report.html",
@@ -80,7 +81,7 @@ def test_status_shows_every_section():
     assert lines[9].startswith("50 held-out rows")
 
 
-def test_the_time_left_shrinks_between_two_reports():
+def test_time_left_counts_down_between_reports():
     report = make_training(25).last_report
     assert report
     later = NOW + timedelta(seconds=30)
@@ -88,13 +89,13 @@ def test_the_time_left_shrinks_between_two_reports():
     assert "0:00 left" in list(describe_progress(report, NOW + timedelta(hours=1)))
 
 
-def test_the_losses_of_a_watched_run_become_a_line():
-    course = LossHistory()
+def test_watched_losses_are_drawn_as_sparkline():
+    history = LossHistory()
     for step, loss in ((1, 4.0), (1, 4.0), (2, 3.0), (3, 2.0)):
-        course = course.extend(make_job(make_training(step, loss)))
-    assert course.losses == (4.0, 3.0, 2.0)
+        history = history.extend(make_job(make_training(step, loss)))
+    assert history.losses == (4.0, 3.0, 2.0)
     assert "█▅▁  loss 2.000" in render_to_lines(
-        render_dashboard(make_job(make_training(3, 2.0)), course, NOW, details=False)
+        render_dashboard(make_job(make_training(3, 2.0)), history, NOW, details=False)
     )
 
 
@@ -125,10 +126,12 @@ def test_programs_get_the_object_without_its_bookkeeping():
     }
 
 
-def test_a_newer_operator_may_add_fields_but_not_reasons():
+def test_newer_operator_may_add_fields_but_not_reasons():
     newer = {**make_raw(status=SUCCEEDED), "status": {"phase": "Succeeded", "mood": "good"}}
     assert parse_job(newer).succeeded
-    with pytest.raises(ClusterError, match=r"written by another version \(reason: .*install the operator's"):
+    with pytest.raises(
+        ClusterError, match=r"written by another version \(reason: .*install the version of the operator"
+    ):
         parse_job({**newer, "status": {"reason": "Bored"}})
 
 
@@ -141,7 +144,7 @@ def test_wait_exit_code_follows_run(end: Any, code: int):
     assert paper.lines[3:] == [f"support-bot {end.phase} ({end.reason}): {end.reason} it is"]
 
 
-def test_one_failure_among_several_counts():
+def test_wait_for_several_fails_if_one_failed():
     cluster = FakeClusterClient(*make_raws(FAILED, SUCCEEDED))
     assert wait.wait_for_all(cluster, [REF, REF], None, FakeTime().clock, PlainConsole().console) == 3
 
@@ -151,7 +154,7 @@ def test_wait_has_a_limit():
     cluster = FakeClusterClient(make_raw(status=make_training(1)))
     assert wait.wait_for_all(cluster, [REF, REF], 90.0, time.clock, paper.console) == 124
     assert time.seconds == 90
-    assert paper.lines[-1] == "support-bot is Training still"
+    assert paper.lines[-1] == "support-bot is still Training"
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("90", 90), ("90s", 90), ("1.5m", 90), ("2h", 7200), ("1d", 86_400)])
@@ -160,20 +163,20 @@ def test_durations(text: str, seconds: float):
 
 
 @pytest.mark.parametrize("text", ["", "soon", "m", "5 weeks"])
-def test_what_is_no_duration_is_refused(text: str):
+def test_invalid_duration_is_rejected(text: str):
     with pytest.raises(typer.BadParameter, match="write a number and a unit"):
         wait.parse_seconds(text)
 
 
-def test_an_api_server_that_is_away_is_waited_for_and_named_once():
+def test_unreachable_api_server_is_retried_and_reported_once():
     away = UnreachableError("nobody answers")
     notes: list[str] = []
     found = poll_job(FakeClusterClient(away, away, make_raw(status=SUCCEEDED)), REF, FakeTime().clock, notes.append)
     assert next(found).succeeded
-    assert notes == ["nobody answers; trying again for 5 minutes"]
+    assert notes == ["nobody answers; retrying for 5 minutes"]
 
 
-def test_an_api_server_that_stays_away_is_given_up():
+def test_api_server_unreachable_for_too_long_is_an_error():
     time = FakeTime()
     with pytest.raises(UnreachableError, match="nobody answers"):
         next(poll_job(FakeClusterClient(UnreachableError("nobody answers")), REF, time.clock, lambda _: None))

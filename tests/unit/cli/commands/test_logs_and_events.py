@@ -41,7 +41,7 @@ def test_logs_are_those_of_all_nodes_of_the_latest_attempt(capsys: pytest.Captur
     assert logs.print_logs(cluster, REF, logs.PodSelection(), {"tailLines": "2"}, out) is None
     assert paper.lines == ["2-0 | [a] b", "2-0 | c", "2-1 | d"]
     assert cluster.queries == [(pod, {"tailLines": "2"}) for pod in cluster.logs]
-    assert capsys.readouterr().err == "2-2 has written nothing yet: its container has not started\n"
+    assert capsys.readouterr().err == "2-2 has no log yet: its container has not started\n"
 
 
 def test_json_log_line_is_printed_with_its_rank():
@@ -66,7 +66,7 @@ def test_json_log_line_is_printed_with_its_rank():
 
 
 @pytest.mark.parametrize(
-    ("choice", "labels"),
+    ("selection", "labels"),
     [
         (logs.PodSelection(attempt=0), ["prepare"]),
         (logs.PodSelection(attempt=1), ["1-0", "1-1"]),
@@ -75,9 +75,9 @@ def test_json_log_line_is_printed_with_its_rank():
         (logs.PodSelection(attempt=7), []),
     ],
 )
-def test_pods_are_chosen_by_attempt_and_node(choice: logs.PodSelection, labels: list[str]):
+def test_pods_are_chosen_by_attempt_and_node(selection: logs.PodSelection, labels: list[str]):
     pods = [TrainerPod(attempt, node, "", True) for attempt, node in ((0, 0), (1, 0), (1, 1), (2, 0), (2, 1))]
-    assert [pod.label for pod in choice.select(pods, 2)] == labels
+    assert [pod.label for pod in selection.select(pods, 2)] == labels
 
 
 def test_followed_logs_go_on_with_the_next_attempt():
@@ -93,7 +93,7 @@ def test_followed_logs_go_on_with_the_next_attempt():
 
 
 @pytest.mark.parametrize(
-    ("pods", "choice", "missing"),
+    ("pods", "selection", "missing"),
     [
         pytest.param([], logs.PodSelection(), MissingLogs(2), id="the-latest-that-ran"),
         pytest.param([make_pod(0)], logs.PodSelection(), MissingLogs(2), id="the-preparation-is-still-there"),
@@ -103,14 +103,14 @@ def test_followed_logs_go_on_with_the_next_attempt():
         pytest.param([make_pod(2), make_pod(3)], logs.PodSelection(), None, id="all-is-there"),
     ],
 )
-def test_logs_without_pods_are_read_from_output(pods: Any, choice: logs.PodSelection, missing: MissingLogs | None):
+def test_logs_without_pods_are_read_from_output(pods: Any, selection: logs.PodSelection, missing: MissingLogs | None):
     cluster = FakeClusterClient(make_raw(status=FAILED.model_copy(update={"attempts": (make_ended(1), make_ended(2))})))
     cluster.pods_found, cluster.logs = pods, {pod["metadata"]["name"]: [] for pod in pods}
-    assert logs.print_logs(cluster, REF, choice, {}, printer()[1]) == missing
-    assert logs.follow_logs(cluster, REF, choice, {}, printer()[1], FakeTime().clock) == missing
+    assert logs.print_logs(cluster, REF, selection, {}, printer()[1]) == missing
+    assert logs.follow_logs(cluster, REF, selection, {}, printer()[1], FakeTime().clock) == missing
 
 
-def test_the_log_of_a_pod_whose_node_does_not_answer_is_missing(capsys: pytest.CaptureFixture[str]):
+def test_log_of_pod_on_lost_node_is_missing(capsys: pytest.CaptureFixture[str]):
     cluster = FakeClusterClient(make_raw(status=make_training(1)))
     cluster.pods_found = [make_pod(1, 0), make_pod(1, 1)]
 
@@ -123,7 +123,10 @@ def test_the_log_of_a_pod_whose_node_does_not_answer_is_missing(capsys: pytest.C
     paper, out = printer()
     assert logs.print_logs(cluster, REF, logs.PodSelection(), {}, out) == MissingLogs(1, frozenset({1}))
     assert paper.lines == ["1-0 | zero"]
-    assert capsys.readouterr().err == "1-1 cannot be read: the API server is busy (503): dial tcp: no route to host\n"
+    assert (
+        capsys.readouterr().err
+        == "cannot read the log of 1-1: the API server is busy (503): dial tcp: no route to host\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -163,6 +166,6 @@ def test_followed_events_are_printed_once(capsys: pytest.CaptureFixture[str]):
     assert capsys.readouterr().out == "12:05:00  Normal   QLoRAJob support-bot  Training  it happened\n"
 
 
-def test_a_missing_run_is_an_error_and_no_empty_answer():
+def test_unknown_run_is_an_error_and_not_empty_output():
     with pytest.raises(NotFoundError):
         logs.print_logs(FakeClusterClient(NotFoundError("absent")), REF, logs.PodSelection(), {}, printer()[1])

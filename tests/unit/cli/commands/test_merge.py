@@ -54,7 +54,7 @@ def test_without_rows_the_screen_says_that_nothing_was_measured(tmp_path):
     adapter = write_published(tmp_path / "alone", tmp_path / "model", PLAIN, NF4)
     result = qlora(adapter, "--to", tmp_path / "merged")
     assert result.stdout.splitlines() == [
-        "nothing was measured: no held-out rows lie beside the adapter",
+        "not measured: no held-out rows next to the adapter",
         f"merged  {tmp_path}/merged",
     ]
 
@@ -66,7 +66,7 @@ def test_json_has_the_figures_and_nothing_else(adapter, tmp_path):
     assert found.merge.difference.rows == 4
 
 
-def test_what_cannot_be_merged_is_one_sentence(adapter, tmp_path):
+def test_merge_error_is_one_sentence(adapter, tmp_path):
     result = qlora(tmp_path / "none", "--to", tmp_path / "merged")
     assert result.exit_code == 1
     assert result.stderr == (

@@ -77,7 +77,7 @@ def test_without_a_gpu_the_smallest_usual_one_is_named(name: str, gpu: str) -> N
     )
 
 
-def test_a_product_tells_its_memory() -> None:
+def test_gpu_product_name_has_its_memory() -> None:
     product = ["--set", "resources.gpuProduct=NVIDIA-A100-SXM4-40GB"]
     found = figures("--config", config_of("llama-3.1-8b"), *product)
     assert found["reasons"][0] == "1 x NVIDIA-A100-SXM4-40GB on 1 node: as spec.resources asks"
@@ -94,15 +94,17 @@ def test_cpu_run_shows_host_memory() -> None:
     assert "of 16, spec.resources.memory" in table
 
 
-def test_the_table_adds_up() -> None:
+def test_table_rows_sum_to_peak() -> None:
     code, table = plan("--config", config_of("llama-3.1-8b"), "--gpu-memory", "24Gi")
     assert code == 0
-    assert "support-bot: hf://organisation/name, 8,030,261,248 weights, qlora, 4 bits" in table
+    assert "support-bot: hf://organization/name, 8,030,261,248 weights, qlora, 4 bits" in table
     cells = [line.split("│") for line in table.splitlines() if line.startswith("│") and line.split("│")[2].strip()]
     sizes = {cell[1].strip(): float(cell[2]) for cell in cells}
     peak = sizes.pop("peak")
     assert sum(sizes.values()) == pytest.approx(peak, abs=0.05)
-    assert {"base", "scales", "adapter", "gradients", "optimizer", "activations", "slack", "context"} == set(sizes)
+    assert {"base", "scales", "adapter", "gradients", "optimizer", "activations", "fragmentation", "context"} == set(
+        sizes
+    )
     assert "gradient checkpointing" in table
 
 
@@ -113,8 +115,8 @@ def test_several_qlorajobs_are_a_list() -> None:
 
 
 @pytest.mark.parametrize("reference", [True, False])
-def test_a_hub_cache_is_looked_into(tmp_path: Path, reference: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    repository = tmp_path / "models--organisation--name"
+def test_config_is_found_in_hub_cache(tmp_path: Path, reference: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    repository = tmp_path / "models--organization--name"
     commit = "a" * 40 if reference else "main"
     snapshot = repository / "snapshots" / commit
     snapshot.mkdir(parents=True)
@@ -134,13 +136,13 @@ def test_a_hub_cache_is_looked_into(tmp_path: Path, reference: bool, monkeypatch
     [
         pytest.param(
             ["--hub-mirror", "/nowhere"],
-            "error: spec.model.uri: config.json of organisation/name at main is not in /nowhere; run 'hf download "
-            "organisation/name config.json', or give --config config.json",
+            "error: spec.model.uri: config.json of organization/name at main is not in /nowhere; run 'hf download "
+            "organization/name config.json', or pass --config config.json",
             id="not-in-the-cache",
         ),
         pytest.param(
             ["--set", "model.uri=s3://models/x"],
-            "error: spec.model.uri is s3://models/x, which is not on this computer; give --config config.json",
+            "error: spec.model.uri is s3://models/x, which is not on this machine; pass --config config.json",
             id="elsewhere",
         ),
         pytest.param(["--config", "/nowhere.json"], "error: /nowhere.json: No such file or directory", id="no-file"),
@@ -174,13 +176,13 @@ def test_plan_error_message_has_a_fix(options: list[str], sentence: str) -> None
     assert sentence in output
 
 
-def test_an_amount_of_memory_needs_a_unit() -> None:
+def test_gpu_memory_without_unit_is_rejected() -> None:
     code, output = plan("--config", config_of("llama-3.2-3b"), "--gpu-memory", "24GB")
     assert code == 2
     assert "'24GB' is no amount of memory; write a number and a unit, as in 24Gi or 80G" in " ".join(output.split())
 
 
-def test_an_unknown_kind_of_model(tmp_path: Path) -> None:
+def test_unknown_model_type_is_an_error(tmp_path: Path) -> None:
     config = tmp_path / "config.json"
     config.write_text('{"model_type": "mamba"}')
     code, output = plan("--config", str(config))
@@ -194,7 +196,7 @@ def test_an_unknown_kind_of_model(tmp_path: Path) -> None:
     )
 
 
-def test_no_library_of_the_trainer_is_loaded(tmp_path: Path) -> None:
+def test_plan_imports_no_trainer_libraries(tmp_path: Path) -> None:
     job = tmp_path / "job.yaml"
     job.write_text(ON_GPU)
     program = (

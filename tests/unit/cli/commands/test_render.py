@@ -15,7 +15,7 @@ def render(*args: str, text: str = JOB) -> list[Any]:
     return list(yaml.safe_load_all(rendered.stdout))
 
 
-def test_a_run_is_rendered_with_its_defaults_and_its_children():
+def test_render_prints_defaults_and_children():
     job, *children = render("--image", "registry.example/trainer:1", "--set", "training.seed=7")
     assert job["spec"]["training"]["seed"] == 7
     assert job["spec"]["retries"] == {"maxAttempts": 5}
@@ -32,11 +32,11 @@ def test_several_nodes_get_a_service():
     assert kinds == ["QLoRAJob", "ConfigMap", "Job", "ConfigMap", "Service", "Job"]
 
 
-def test_the_qlorajob_alone():
+def test_render_without_children_prints_only_the_qlorajob():
     assert [manifest["kind"] for manifest in render("--no-children")] == ["QLoRAJob"]
 
 
-def test_what_is_wrong_is_not_rendered():
+def test_invalid_manifest_is_not_rendered():
     refused = CliRunner().invoke(app, ["render", "-", "--set", "lora.rank=0"], input=JOB)
     assert (refused.exit_code, refused.stdout) == (1, "")
     assert "spec.lora.rank: must be ≥ 1, got 0" in refused.stderr

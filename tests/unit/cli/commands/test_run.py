@@ -8,7 +8,8 @@ from typer.testing import CliRunner
 from typer.testing import Result as Invocation
 
 from qlora_api.model_config import reduce_config
-from qlora_api.names import Phase, Reason
+from qlora_api.names import Phase
+from qlora_api.reasons import Reason
 from qlora_api.report import TerminationMessage
 from qlora_api.runconfig import Platform, PrepareConfig, RunConfig, S3Config
 from qlora_cli.__main__ import app
@@ -76,7 +77,7 @@ def qlora(*arguments: object) -> Invocation:
 
 
 @pytest.mark.usefixtures("trainer")
-def test_a_run_prepares_plans_trains_and_shows_the_comparison(job):
+def test_run_prepares_plans_trains_and_prints_comparison(job):
     result = qlora(job)
     assert result.exit_code == 0, result.output
     assert [line.rstrip() for line in result.stdout.splitlines()] == [
@@ -121,7 +122,7 @@ def test_options_reach_the_trainer(trainer, job):
     assert trainer.runs[0].plan.total_steps == 6
 
 
-def test_what_was_published_before_is_shown_and_not_done_again(trainer, job):
+def test_published_result_is_shown_and_not_trained_again(trainer, job):
     trainer.published = True
     result = qlora(job)
     assert result.exit_code == 0
@@ -133,12 +134,12 @@ def test_what_was_published_before_is_shown_and_not_done_again(trainer, job):
 @pytest.mark.usefixtures("trainer")
 def test_json_output_is_termination_message(job):
     result = qlora(job, "-o", "json")
-    word = TerminationMessage.model_validate_json(result.stdout)
-    assert word == TerminationMessage(reason=Reason.PUBLISHED, step=3, prepared=make_prepared(), result=RESULT)
+    outcome = TerminationMessage.model_validate_json(result.stdout)
+    assert outcome == TerminationMessage(reason=Reason.PUBLISHED, step=3, prepared=make_prepared(), result=RESULT)
     assert json.loads(result.stdout)["result"]["evaluation"]["adapter"]["loss"] == 3.0
 
 
-def test_a_run_error_is_shown_with_reason_message_and_remedy(trainer, job):
+def test_run_error_prints_reason_message_and_fix(trainer, job):
     trainer.error = RunError(Reason.NON_FINITE_LOSS, "the loss of step 3 is [nan]", step=3)
     result = qlora(job)
     assert result.exit_code == 1
@@ -146,7 +147,7 @@ def test_a_run_error_is_shown_with_reason_message_and_remedy(trainer, job):
     assert result.stderr.splitlines()[-3:] == [
         "error: NonFiniteLoss",
         "the loss of step 3 is [nan]",
-        "what to do: See the message; usually lower spec.training.learningRate or correct the dataset.",
+        "fix: See the message; usually lower spec.training.learningRate or correct the dataset.",
     ]
 
 
@@ -155,21 +156,21 @@ def test_memory_that_did_not_suffice_is_a_reason_and_not_a_traceback(trainer, jo
     result = qlora(job)
     assert result.exit_code == 1
     assert "error: HostOutOfMemory\n" in result.stderr
-    assert "what to do: For a training pod raise spec.resources.memory;" in result.stderr
+    assert "fix: For a training pod raise spec.resources.memory;" in result.stderr
 
 
-def test_an_interruption_ends_with_the_shells_exit_code(trainer, job):
+def test_interrupted_run_exits_with_130(trainer, job):
     trainer.error = KeyboardInterrupt()
     result = qlora(job)
     assert result.exit_code == 130
     assert result.stderr.endswith("stopped; nothing was published\n")
 
 
-def test_a_stop_with_a_checkpoint_says_how_to_go_on(trainer, job):
+def test_interrupted_run_with_checkpoint_says_how_to_resume(trainer, job):
     trainer.error = RunError(Reason.INTERRUPTED, "stopped", step=3)
     result = qlora(job)
     assert result.exit_code == 130
-    assert result.stderr.endswith("stopped; step 3 is done; the same command goes on from its checkpoint\n")
+    assert result.stderr.endswith("stopped; step 3 is done; the same command resumes from its checkpoint\n")
 
 
 def test_trainer_bug_keeps_traceback(trainer, job):
@@ -177,21 +178,21 @@ def test_trainer_bug_keeps_traceback(trainer, job):
     assert isinstance(qlora(job).exception, ZeroDivisionError)
 
 
-def test_a_gpu_that_this_computer_lacks_is_refused_before_anything_is_done(trainer, job):
+def test_missing_gpu_is_an_error_before_preparation(trainer, job):
     result = qlora(job, "--set", "resources.gpusPerNode=1")
     assert result.exit_code == 1
     assert "--set resources.gpusPerNode=0" in result.stderr
     assert trainer.prepares == []
 
 
-def test_a_gpu_that_this_computer_has_is_used(trainer, job):
+def test_local_gpu_is_used(trainer, job):
     trainer.gpus = (GpuPool("NVIDIA L4", 24 << 30, 1, 1, (8, 9)),)
     assert qlora(job, "--set", "resources.gpusPerNode=1").exit_code == 0
     assert trainer.runs[0].plan.device == "cuda"
     assert trainer.runs[0].plan.peak_bytes is None
 
 
-def test_a_run_is_sized_by_the_gpu_of_this_computer(trainer, job):
+def test_run_is_sized_for_the_local_gpu(trainer, job):
     trainer.gpus = (GpuPool("NVIDIA L4", 24 << 30, 1, 1, (8, 9)),)
     trainer.config = reduce_config(json.loads((CONFIGS / "llama-3.2-3b.json").read_text()))
     assert qlora(job, "--set", "resources.gpusPerNode=1").exit_code == 0
@@ -203,19 +204,19 @@ def test_a_run_is_sized_by_the_gpu_of_this_computer(trainer, job):
     assert (result.exit_code, len(trainer.runs)) == (1, 1)
     assert "error: DoesNotFit" in result.stderr
     assert "GiB more than the 23.5 GiB that a process has on a NVIDIA L4" in result.stderr
-    assert "what to do: Make the change that the message names" in result.stderr
+    assert "fix: Make the change that the message names" in result.stderr
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         (JOB.replace("rank: 16", "rank: 0"), "job.yaml:11: spec.lora.rank: must be ≥ 1, got 0"),
-        (f"{JOB}---\n{JOB}", "job.yaml: has 2 QLoRAJobs; give a file with one"),
-        ("kind: Secret\n", "job.yaml: has 0 QLoRAJobs; give a file with one"),
+        (f"{JOB}---\n{JOB}", "job.yaml: has 2 QLoRAJobs; pass a file with one"),
+        ("kind: Secret\n", "job.yaml: has 0 QLoRAJobs; pass a file with one"),
         ("a: [", "job.yaml:1: while parsing a flow node"),
     ],
 )
-def test_a_manifest_that_cannot_run_is_refused(trainer, job, text, message):
+def test_manifest_that_cannot_run_is_rejected(trainer, job, text, message):
     job.write_text(text)
     result = qlora(job)
     assert result.exit_code == 1

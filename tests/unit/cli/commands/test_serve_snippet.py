@@ -31,7 +31,7 @@ def published(merged: str | None = None, **change: Any) -> ClusterJob:
 @pytest.mark.parametrize(
     ("lora", "rank"), [({}, 16), ({"rank": 4}, 8), ({"rank": 33}, 64), ({"rank": 16, "init": "pissa"}, 32)]
 )
-def test_the_rank_is_one_that_vllm_takes_and_that_fits(lora: dict[str, Any], rank: int):
+def test_max_lora_rank_is_the_lowest_that_vllm_accepts(lora: dict[str, Any], rank: int):
     assert resolve_served_model(published(lora=lora)).max_rank == rank
 
 
@@ -74,7 +74,7 @@ def test_kubeai_gets_a_model_with_the_adapter():
 
 
 @pytest.mark.parametrize("server", serve_snippet.Server)
-def test_a_whole_model_is_served_by_itself(server: serve_snippet.Server):
+def test_full_model_is_served_without_adapter(server: serve_snippet.Server):
     full = published(method="full", quantization={"bits": 16})
     written = serve_snippet.WRITERS[server](resolve_served_model(full))
     assert ADAPTER in written
@@ -85,23 +85,23 @@ def test_a_whole_model_is_served_by_itself(server: serve_snippet.Server):
     ("lora", "why"),
     [
         ({"dora": True}, "it is a DoRA adapter"),
-        ({"modulesToSave": ["lm_head"]}, "it replaces whole modules"),
+        ({"modulesToSave": ["lm_head"]}, "it replaces entire modules"),
         ({"rankPattern": {"q_proj": 8}}, "its modules differ in rank or alpha"),
         ({"rank": 1024}, "its rank is above 512"),
     ],
 )
-def test_what_vllm_does_not_load_is_served_merged(lora: dict[str, Any], why: str):
+def test_adapter_that_vllm_cannot_load_is_served_merged(lora: dict[str, Any], why: str):
     with pytest.raises(ClusterError, match=f"{why}.*qlora merge {ADAPTER}"):
         resolve_served_model(published(lora=lora))
     assert resolve_served_model(published(MERGED, lora=lora)).model == MERGED
 
 
-def test_what_is_not_published_is_not_served():
-    with pytest.raises(ClusterError, match="support-bot is Training and has published nothing"):
+def test_unpublished_run_cannot_be_served():
+    with pytest.raises(ClusterError, match="support-bot is Training and has not published a result"):
         resolve_served_model(make_job(make_training(5)))
 
 
-def test_a_report_is_copied_whole(tmp_path: Path):
+def test_report_is_downloaded_with_all_files(tmp_path: Path):
     (tmp_path / "there").mkdir()
     for name in ("report.html", "report.json", "evaluation.jsonl"):
         (tmp_path / "there" / name).write_text('{"job": "support-bot"}')
@@ -111,12 +111,12 @@ def test_a_report_is_copied_whole(tmp_path: Path):
     assert sorted(path.name for path in here.iterdir()) == ["evaluation.jsonl", "report.html", "report.json"]
 
 
-def test_a_report_that_is_gone_is_no_success(tmp_path: Path):
+def test_deleted_report_is_an_error(tmp_path: Path):
     with pytest.raises(OutputError, match=r"has no report\.html"):
         report.download_report(tmp_path.as_uri(), tmp_path / "here", None)
 
 
-def test_a_run_without_a_report_says_why():
+def test_run_without_report_says_why():
     assert report.find_report(published()) == f"{ADAPTER.removesuffix('/adapter')}/report"
     with pytest.raises(ClusterError, match="support-bot is Training and has no report: Training it is"):
         report.find_report(make_job(make_training(5)))

@@ -23,18 +23,18 @@ from tests.unit.cli.fake_cluster import (
 )
 
 
-def test_a_manifest_goes_where_it_says_or_where_the_user_says():
+def test_submit_uses_namespace_of_manifest_or_option():
     connection = Connection(FakeClusterClient(), "mine")
     bare = {"metadata": {"name": "a"}}
     assert submit.with_namespace(bare, None, connection)["metadata"] == {"name": "a", "namespace": "mine"}
     own = {"metadata": {"name": "a", "namespace": "theirs"}}
     assert submit.with_namespace(own, None, connection) == own
-    with pytest.raises(ClusterError, match="names namespace theirs, and --namespace mine; leave one out"):
+    with pytest.raises(ClusterError, match="has namespace theirs, but --namespace is mine; leave out one"):
         submit.with_namespace(own, "mine", connection)
 
 
-def test_a_name_that_is_taken_says_what_else_there_is():
-    with pytest.raises(AlreadyExistsError, match=r"ml/taken exists already; give .* with qlora rerun taken$"):
+def test_submit_with_taken_name_suggests_rerun():
+    with pytest.raises(AlreadyExistsError, match=r"ml/taken already exists; choose .* with qlora rerun taken$"):
         submit.create_job(FakeClusterClient(), make_raw("taken"), dry_run=False)
 
 
@@ -55,7 +55,7 @@ def test_suspend_wait_ends_when_no_pod_runs(phase: str, rest: bool):
 
 def test_suspend_of_finished_run_is_refused():
     cluster = FakeClusterClient(make_raw(status=FAILED))
-    with pytest.raises(ClusterError, match="ml/support-bot has failed; qlora rerun starts it anew"):
+    with pytest.raises(ClusterError, match="ml/support-bot has failed; use qlora rerun to run it again"):
         suspend.set_suspended(cluster, REF, True)
     assert cluster.writes == []
 
@@ -77,18 +77,18 @@ def test_rerun_keeps_what_the_user_wrote():
     assert "status" not in manifest
 
 
-def test_a_run_under_way_is_not_stopped_by_mistake():
+def test_rerun_of_running_job_needs_force():
     running = make_job(make_training(1))
     with pytest.raises(ClusterError, match=r"support-bot is Training; wait for its end .* or stop it with --force"):
         rerun.check_rerun(running, force=False)
     rerun.check_rerun(running, force=True)
 
 
-def test_a_manifest_that_cannot_be_created_again_is_kept():
+def test_failed_rerun_saves_manifest():
     cluster = FakeClusterClient(make_raw("taken", FAILED))
     job = parse_job(make_raw("taken", FAILED))
     manifest = rerun.make_manifest(job, [])
-    with pytest.raises(ClusterError, match="the former run is deleted, and its manifest kept in") as error:
+    with pytest.raises(ClusterError, match="the previous run is deleted, and its manifest was saved to") as error:
         rerun.delete_and_create(cluster, job, manifest, FakeTime().clock, PlainConsole().console)
     kept = Path(str(error.value).rpartition(" ")[2])
     assert yaml.safe_load(kept.read_text()) == manifest

@@ -22,8 +22,8 @@ def validate(text: str) -> tuple[int, list[str]]:
     [
         ("rank: 16", "rank: 0", 11, "spec.lora.rank: must be ≥ 1, got 0"),
         ("rank: 16", "rank: 2000", 11, "spec.lora.rank: must be ≤ 1024, got 2000"),
-        ("rank: 16", "rank: 1.5", 11, "spec.lora.rank: must be a whole number, got 1.5"),
-        ("rank: 16", 'rank: "16"', 11, 'spec.lora.rank: must be a whole number, got "16"'),
+        ("rank: 16", "rank: 1.5", 11, "spec.lora.rank: must be an integer, got 1.5"),
+        ("rank: 16", 'rank: "16"', 11, 'spec.lora.rank: must be an integer, got "16"'),
         ("rank: 16", "dropout: 1", 11, "spec.lora.dropout: must be < 1, got 1"),
         ("rank: 16", "dora: 1", 11, "spec.lora.dora: must be true or false, got 1"),
         ("rank: 16", "rnk: 8", 11, "spec.lora.rnk: unknown field; did you mean rank?"),
@@ -42,7 +42,7 @@ def validate(text: str) -> tuple[int, list[str]]:
         ),
         ("[q_proj, v_proj]", "q_proj", 12, 'spec.lora.targets: must be a list, got "q_proj"'),
         ("[q_proj, v_proj]", "[]", 12, "spec.lora.targets: must have 1 or more entries, got []"),
-        ("[q_proj, v_proj]", "[q_proj, 8]", 12, "spec.lora.targets[1]: must be text, got 8"),
+        ("[q_proj, v_proj]", "[q_proj, 8]", 12, "spec.lora.targets[1]: must be a string, got 8"),
         ("rank: 16", "use_dora: true", 11, "spec.lora.use_dora: unknown field; did you mean dora?"),
         ("gpusPerNode: 0", "memory: 16GB", 14, 'spec.resources.memory: must look like 16Gi, got "16GB"'),
         ("    uri: s3://adapters/team-a\n", "    ifExists: Skip\n", 15, "spec.output.uri: is required"),
@@ -64,10 +64,10 @@ def validate(text: str) -> tuple[int, list[str]]:
             12,
             "spec.lora.targets lists all-linear with other names; list it alone, or list module names without it",
         ),
-        ("rank: 16", "rank: 16\n    rank: 8", 12, "'rank' is given twice"),
+        ("rank: 16", "rank: 16\n    rank: 8", 12, "duplicate key 'rank'"),
     ],
 )  # fmt: skip
-def test_a_mistake_is_named_with_line_field_and_remedy(old, new, line, message):
+def test_problem_has_line_field_and_fix(old, new, line, message):
     assert old in JOB
     expected = f"standard input:{line}: {message}"
     assert validate(JOB.replace(old, new, 1)) == (1, [expected])
@@ -79,13 +79,13 @@ def test_broken_yaml_is_named_with_its_line():
     assert lines == ["standard input:18: while parsing a flow sequence, expected ',' or ']', but got '<stream end>'"]
 
 
-def test_every_mistake_of_every_document_is_named_in_the_order_of_the_file():
+def test_all_problems_are_reported_in_file_order():
     secret = "apiVersion: v1\nkind: Secret\nmetadata: {name: s3-credentials}\n---\n"
     broken = JOB.replace("hf://", "").replace("rank: 16", "rank: 0")
     assert validate(f"{secret}{broken}---\n{JOB}") == (
         1,
         [
-            f'standard input:11: spec.model.uri: must look like hf://{MODEL}, got "organisation/name"',
+            f'standard input:11: spec.model.uri: must look like hf://{MODEL}, got "organization/name"',
             "standard input:15: spec.lora.rank: must be ≥ 1, got 0",
             "standard input:22: QLoRAJob support-bot is valid",
         ],
@@ -102,8 +102,8 @@ def test_numbers_are_read_as_kubernetes_reads_them():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("kind: Secret\n", "-: there is no QLoRAJob"),
-        ("", "-: there is no QLoRAJob"),
+        ("kind: Secret\n", "-: contains no QLoRAJob"),
+        ("", "-: contains no QLoRAJob"),
         ("just text\n", 'standard input:1: a QLoRAJob: must be a mapping of fields, got "just text"'),
         ("spec: {x: &a [*a]}\n", "standard input: an anchor contains itself, or the nesting is too deep"),
     ],
@@ -112,7 +112,7 @@ def test_file_without_manifest_is_reported(text, message):
     assert validate(text) == (1, [message])
 
 
-def test_a_missing_file_does_not_hide_the_others():
+def test_missing_file_does_not_hide_problems_of_others():
     result = CliRunner().invoke(app, ["validate", "missing.yaml", str(ROOT / "examples/quickstart/job.yaml")])
     assert result.exit_code == 1
     assert "missing.yaml: No such file or directory" in result.output

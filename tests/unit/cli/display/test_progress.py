@@ -25,7 +25,7 @@ def test_time_left_reads_like_a_clock(seconds, text):
     assert clock_time(seconds) == text
 
 
-def test_the_stages_of_a_run_are_named_by_what_happens():
+def test_stage_name_follows_progress_reports():
     start = make_progress(0).model_copy(update={"loss": None, "tokens_per_second": None, "remaining_seconds": None})
     reports = [
         start,
@@ -62,7 +62,7 @@ def test_line_output_is_rate_limited():
     ]
 
 
-def test_a_terminal_gets_one_bar_per_phase_within_its_width():
+def test_terminal_shows_one_bar_per_phase_within_its_width():
     stream = io.StringIO()
     console = Console(file=stream, width=80, force_terminal=True, color_system=None, legacy_windows=False)
     with open_screen(console) as screen:
@@ -82,7 +82,7 @@ def test_a_terminal_gets_one_bar_per_phase_within_its_width():
     assert max(map(len, last)) <= 80
 
 
-def test_a_terminal_colours_what_is_learned():
+def test_terminal_highlights_supervised_tokens():
     stream = io.StringIO()
     with open_screen(
         Console(file=stream, force_terminal=True, color_system="standard", legacy_windows=False)

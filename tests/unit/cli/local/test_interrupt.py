@@ -34,7 +34,7 @@ def manifest(tmp_path):
     return file
 
 
-def test_a_run_stopped_with_ctrl_c_goes_on_from_its_checkpoint(manifest, monkeypatch, tmp_path):
+def test_run_after_ctrl_c_resumes_from_checkpoint(manifest, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr("qlora_trainer.stages.load_in_fresh_process", lambda *_: None)  # test_run.py has it
     report, pressed = LineScreen.report, []
@@ -48,8 +48,10 @@ def test_a_run_stopped_with_ctrl_c_goes_on_from_its_checkpoint(manifest, monkeyp
     monkeypatch.setattr(LineScreen, "report", interrupt)
     stopped = CliRunner().invoke(app, ["run", str(manifest)])
     assert stopped.exit_code == 130, stopped.output
-    assert "stopping after this step, with a checkpoint; press Ctrl-C again to stop at once\n" in stopped.stderr
-    assert stopped.stderr.endswith("stopped; step 2 is done; the same command goes on from its checkpoint\n")
+    assert (
+        "stopping after this step and saving a checkpoint; press Ctrl-C again to stop immediately\n" in stopped.stderr
+    )
+    assert stopped.stderr.endswith("stopped; step 2 is done; the same command resumes from its checkpoint\n")
     monkeypatch.setattr(LineScreen, "report", report)
     resumed = CliRunner().invoke(app, ["run", str(manifest)])
     assert resumed.exit_code == 0, resumed.output

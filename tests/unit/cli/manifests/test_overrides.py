@@ -26,17 +26,17 @@ HERE = Path.cwd()
         ("dataset.evaluation.uri=x.jsonl", ("spec", "dataset", "evaluation", "uri"), f"file://{HERE}/x.jsonl"),
     ],
 )
-def test_an_override_is_a_location_and_a_value(text, location, value):
+def test_override_has_location_and_value(text, location, value):
     assert parse_override(text) == Override(location, value)
 
 
 @pytest.mark.parametrize("text", ["lora.rank", "=8", "lora..rank=8", "spec.=8", ""])
-def test_an_override_without_path_or_value_is_refused(text):
+def test_override_without_path_or_value_is_rejected(text):
     with pytest.raises(OverrideError, match="write --set path=value"):
         parse_override(text)
 
 
-def test_a_value_that_is_not_yaml_is_refused():
+def test_override_with_invalid_yaml_is_rejected():
     with pytest.raises(YamlError, match="is not YAML"):
         parse_override("lora.targets=[q_proj")
 
@@ -64,12 +64,12 @@ def test_overrides_change_the_spec_and_nothing_else():
         ("training.maxSteps=0", "--set: spec.training.maxSteps: must be ≥ 1, got 0"),
     ],
 )
-def test_a_wrong_override_is_named_as_one(change, message):
+def test_invalid_override_is_reported_at_the_option(change, message):
     with pytest.raises(ManifestError) as caught:
         parse(change)
     assert str(caught.value) == message
 
 
-def test_a_path_below_a_value_is_refused():
+def test_override_below_a_scalar_is_rejected():
     with pytest.raises(OverrideError, match=r"spec\.lora\.rank has no fields"):
         parse("lora.rank.size=8")

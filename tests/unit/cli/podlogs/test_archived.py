@@ -8,7 +8,7 @@ import boto3
 import pytest
 from moto import mock_aws
 
-from qlora_api.names import Reason
+from qlora_api.reasons import Reason
 from qlora_api.v1alpha1 import Attempt, OutputStatus
 from qlora_cli.cluster.client import ClusterError
 from qlora_cli.cluster.jobs import ClusterJob
@@ -25,7 +25,7 @@ def printer() -> tuple[PlainConsole, LogPrinter]:
 
 
 def make_left(folder: Path, *attempts: Attempt) -> ClusterJob:
-    """A run that has ended, with an output on this computer."""
+    """Return a finished run, with its output in a local folder."""
     output = OutputStatus(digest=DIGEST, prefix=f"{folder.as_uri()}/support-bot/{DIGEST}")
     return make_job(FAILED.model_copy(update={"attempts": attempts, "output": output}), output={"uri": folder.as_uri()})
 
@@ -57,7 +57,7 @@ def test_logs_of_pods_that_are_gone_are_read_from_the_output(tmp_path: Path, cap
         "2-1 | 6 one again", "2-0 | 9 the end",
     ]  # fmt: skip
     assert "".join(notes.lines) == (
-        f"no pod tells of attempt 2 any more; from {tmp_path.as_uri()}/support-bot/logs/{UID}/:"
+        f"the pods of attempt 2 are gone; logs archived in {tmp_path.as_uri()}/support-bot/logs/{UID}/:"
         "attempt 1 on node-1: NodeLost  goneattempt 2 on node-1: NodeLost  gone"
     )
     assert capsys.readouterr().out == "", "what is no log line must not be among them"
@@ -69,11 +69,11 @@ def test_lines_from_the_output_are_chosen_as_those_of_pods(tmp_path: Path):
     leave_log(tmp_path, "prepare.jsonl", (0, "checked"))
     job = make_left(tmp_path, make_ended(1))
 
-    def shown(missing: MissingLogs, **wish: Any) -> list[str]:
+    def shown(missing: MissingLogs, **query: Any) -> list[str]:
         paper = PlainConsole()
         out = LogPrinter(prefix=True, raw=True, console=paper.console)
         archived.show_archived_logs(
-            job, missing, archived.LogQuery(**{**vars(WISH), **wish}), out, PlainConsole().console
+            job, missing, archived.LogQuery(**{**vars(WISH), **query}), out, PlainConsole().console
         )
         return [line.partition('"message": ')[0][:6] + line.partition('"message": ')[2] for line in paper.lines]
 
@@ -111,14 +111,13 @@ def test_no_archived_logs_prints_termination_messages_and_prefix(tmp_path: Path,
         archived.show_archived_logs(job, MissingLogs(1), WISH, printer()[1], PlainConsole().console)
     assert capsys.readouterr().out == "attempt 1 on node-1: LossDiverged  loss 80\n"
     assert str(caught.value) == (
-        "there is no log of attempt 1 of support-bot: its pods are gone (spec.ttl removes them after the end, and so "
-        f"does a deletion, or the loss of their node), and {tmp_path.as_uri()}/support-bot/logs/{UID}/ has none "
-        "either: it was removed there, or the process ended before it could write any; a log collector of the cluster "
-        "may have it"
+        "no log of attempt 1 of support-bot: its pods are gone (deleted, removed after spec.ttl, or lost with their "
+        f"node), and {tmp_path.as_uri()}/support-bot/logs/{UID}/ has no archived log: it was deleted, or the process "
+        "exited before its first upload; a log collector of the cluster may have it"
     )
 
 
-def test_an_output_that_cannot_be_read_is_named_with_what_to_do(monkeypatch: pytest.MonkeyPatch):
+def test_unreadable_output_error_has_fix(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("qlora_cli.local.output_store.find_spec", lambda _: None)
     job = make_job(FAILED.model_copy(update={"attempts": (make_ended(1),)}), output={"uri": "s3://adapters"})
     with pytest.raises(ClusterError, match=r"of support-bot: its pods are gone .* and boto3 is not installed; run pip"):
@@ -128,7 +127,7 @@ def test_an_output_that_cannot_be_read_is_named_with_what_to_do(monkeypatch: pyt
 def test_attempt_never_started_reads_no_output():
     with pytest.raises(ClusterError, match="support-bot is Failed and has no pods of attempt 3: DatasetEmpty it is"):
         archived.show_archived_logs(make_job(FAILED), MissingLogs(3), WISH, printer()[1], PlainConsole().console)
-    with pytest.raises(ClusterError, match="support-bot is Pending and has no pods of the preparation: no operator"):
+    with pytest.raises(ClusterError, match="support-bot is Pending and has no pods of preparation: no operator"):
         archived.show_archived_logs(make_job(), MissingLogs(0), WISH, printer()[1], PlainConsole().console)
 
 
@@ -139,8 +138,8 @@ def test_stack_dumps_are_read_from_output(tmp_path: Path):
         (hangs / name).write_text(f"File {name}\n")
     leave_log(tmp_path, "attempt-2-node-0-rank-0.jsonl", (1, "zero"))
     job, notes = make_left(tmp_path, make_ended(2, Reason.HEARTBEAT_LOST, "the stacks are in …")), PlainConsole()
-    wish = archived.LogQuery(**{**vars(WISH), "attempt": 2})
-    archived.show_archived_logs(job, MissingLogs(2), wish, printer()[1], notes.console)
+    query = archived.LogQuery(**{**vars(WISH), "attempt": 2})
+    archived.show_archived_logs(job, MissingLogs(2), query, printer()[1], notes.console)
     assert notes.lines[-3:] == [
         f"{tmp_path.as_uri()}/support-bot/{DIGEST}/hangs/attempt-2-rank-0.txt", "File attempt-2-rank-0.txt", "",
     ]  # fmt: skip

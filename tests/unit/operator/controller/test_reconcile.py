@@ -9,7 +9,8 @@ import pytest
 from qlora_api import names
 from qlora_api.accelerators import NVIDIA
 from qlora_api.model_config import reduce_config
-from qlora_api.names import Phase, Reason
+from qlora_api.names import Phase
+from qlora_api.reasons import Reason
 from qlora_api.runconfig import RunConfig
 from qlora_api.v1alpha1 import Progress
 from qlora_operator.cluster.interface import AdmissionDeniedError

@@ -5,7 +5,8 @@ from datetime import timedelta
 
 import pytest
 
-from qlora_api.names import Phase, Reason
+from qlora_api.names import Phase
+from qlora_api.reasons import Reason
 from qlora_operator.cluster.cache import JobCache
 from qlora_operator.cluster.interface import ClusterBusyError
 from qlora_operator.cluster.parse import parse_job

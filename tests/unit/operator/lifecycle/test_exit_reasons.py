@@ -5,7 +5,8 @@ from typing import Any, Final
 
 import pytest
 
-from qlora_api.names import Reason, Role
+from qlora_api.names import Role
+from qlora_api.reasons import Reason
 from qlora_operator.lifecycle import classify
 from qlora_operator.lifecycle.exit_reasons import NODE_GRACE_PERIOD
 from qlora_operator.models import ChildJob, Exit, JobFailure, Stage, Waiting

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 import pytest
 
-from qlora_api.names import Reason
+from qlora_api.reasons import Reason
 from qlora_operator.lifecycle import classify
 from qlora_operator.models import ChildJob, Exit, JobFailure, Pod, Stage
 from tests.make import (

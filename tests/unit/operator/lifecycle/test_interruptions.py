@@ -4,7 +4,8 @@ from datetime import timedelta
 
 import pytest
 
-from qlora_api.names import Phase, Reason
+from qlora_api.names import Phase
+from qlora_api.reasons import Reason
 from qlora_api.v1alpha1 import Checkpoint, Progress
 from tests.fakes import FakeCluster
 from tests.make import NOW, PREPARED_MESSAGE, PUBLISHED_MESSAGE, make_manifest, make_termination_message

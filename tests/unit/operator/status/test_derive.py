@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from qlora_api.names import TERMINAL, ConditionType, Phase, Reason
+from qlora_api.names import TERMINAL, ConditionType, Phase
+from qlora_api.reasons import Reason
 from qlora_api.units import format_duration
 from qlora_api.v1alpha1 import Attempt, Progress, QLoRAJobStatus
 from qlora_operator.models import Decision

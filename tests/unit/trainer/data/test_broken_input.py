@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from qlora_api.names import Reason
+from qlora_api.reasons import Reason
 from qlora_cli.manifests.loader import ManifestError, parse_manifest
 from qlora_cli.manifests.yaml_documents import read_documents
 from qlora_planner.validation import CLUSTER_RULES

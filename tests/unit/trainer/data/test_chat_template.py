@@ -2,7 +2,7 @@
 
 import pytest
 
-from qlora_api.names import Reason
+from qlora_api.reasons import Reason
 from qlora_trainer.data.chat_template import encode_chats, load_chat_template
 from qlora_trainer.data.rows import Chat, RowError
 from qlora_trainer.data.tokenization import TokenRow

@@ -7,7 +7,7 @@ import boto3
 import pytest
 from moto import mock_aws
 
-from qlora_api.names import Reason
+from qlora_api.reasons import Reason
 from qlora_api.runconfig import Platform
 from qlora_api.v1alpha1 import DataSource
 from qlora_trainer.data.rows import Example
@@ -99,7 +99,7 @@ def test_invalid_row_in_one_of_several_files_names_the_file(tmp_path):
     [
         ("file:///data/rows.txt", Reason.DATASET_INVALID, "use .jsonl, .json, .csv or .tsv (each also with .gz)"),
         ("file:///data/rows", Reason.DATASET_INVALID, "or end the URI with '/' to read every file below it"),
-        ("hf://datasets/org/name", Reason.DATASET_NOT_FOUND, "write hf://datasets/organisation/name/file.jsonl"),
+        ("hf://datasets/org/name", Reason.DATASET_NOT_FOUND, "write hf://datasets/organization/name/file.jsonl"),
     ],
 )
 def test_uri_without_file_is_refused(tmp_path, uri, reason, message):

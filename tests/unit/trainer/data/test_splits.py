@@ -2,7 +2,7 @@
 
 import pytest
 
-from qlora_api.names import Reason
+from qlora_api.reasons import Reason
 from qlora_trainer.data.rows import Example
 from qlora_trainer.data.splits import (
     check_training_rows_left,

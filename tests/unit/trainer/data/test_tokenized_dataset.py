@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_api.names import Reason
+from qlora_api.reasons import Reason
 from qlora_api.runconfig import Platform
 from qlora_api.v1alpha1 import RowLengths
 from qlora_trainer.data import row_encoder, shards

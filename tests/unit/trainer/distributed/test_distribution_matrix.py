@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qlora_api.names import Reason
+from qlora_api.reasons import Reason
 from qlora_api.v1alpha1 import TrainingSpec
 from qlora_codegen.distribution_matrix import MatrixCell, matrix_cells
 from qlora_trainer.distributed.world import World

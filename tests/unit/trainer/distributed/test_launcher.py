@@ -18,7 +18,8 @@ from pathlib import Path
 import pytest
 
 from qlora_api.launcher_config import accelerate_config
-from qlora_api.names import ACCELERATE_CONFIG_FILE, Reason
+from qlora_api.names import ACCELERATE_CONFIG_FILE
+from qlora_api.reasons import Reason
 from qlora_api.report import TerminationMessage
 from qlora_api.runconfig import RunConfig
 from qlora_api.v1alpha1 import Checkpoint, Plan

@@ -7,8 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from qlora_api.names import Reason
 from qlora_api.prepared import PinnedTask, PinnedTasks
+from qlora_api.reasons import Reason
 from qlora_api.runconfig import Platform, PrepareConfig
 from qlora_trainer.errors import RunError
 from qlora_trainer.evaluation import lm_eval_tasks

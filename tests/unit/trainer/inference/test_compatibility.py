@@ -2,7 +2,7 @@
 
 import pytest
 
-from qlora_api.names import Reason
+from qlora_api.reasons import Reason
 from qlora_trainer.errors import RunError
 from qlora_trainer.inference.compatibility import check_compatible
 from qlora_trainer.inference.published_adapter import open_adapter

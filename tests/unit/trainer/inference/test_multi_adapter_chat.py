@@ -5,7 +5,7 @@ import torch
 from peft import PeftModel
 
 from qlora_api.local_requests import ChatRequest, GenerationConfig
-from qlora_api.names import Reason
+from qlora_api.reasons import Reason
 from qlora_api.v1alpha1 import QuantizationSpec
 from qlora_trainer.errors import RunError
 from qlora_trainer.evaluation.generation import generate_batch

@@ -7,7 +7,7 @@ import boto3
 import pytest
 from moto import mock_aws
 
-from qlora_api.names import Reason
+from qlora_api.reasons import Reason
 from qlora_api.report import ResultManifest
 from qlora_api.v1alpha1 import RowTemplate
 from qlora_trainer.errors import RunError
@@ -52,7 +52,7 @@ def test_record_has_the_prompt_template_and_the_initialization():
     spec = spec.model_copy(update={"dataset": spec.dataset.model_copy(update={"template": TEMPLATE})})
     record = build_record(run_config(spec, make_prepared()), SETTINGS)
     assert (record.template, record.init, record.parameters) == (TEMPLATE, "loftq", 9)
-    assert (record.base, record.commit, record.format) == ("hf://organisation/name", "c" * 40, "instruction")
+    assert (record.base, record.commit, record.format) == ("hf://organization/name", "c" * 40, "instruction")
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from qlora_api.names import Reason
+from qlora_api.reasons import Reason
 from qlora_api.v1alpha1 import LoraSpec, QuantizationSpec
 from qlora_trainer.errors import RunError
 from qlora_trainer.evaluation.evaluator import compute_metrics

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from qlora_api.names import Reason
+from qlora_api.reasons import Reason
 from qlora_api.report import RunReport
 from qlora_api.v1alpha1 import QuantizationSpec
 from qlora_trainer.data.batching import collate

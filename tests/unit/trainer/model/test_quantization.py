@@ -5,7 +5,7 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from qlora_api.names import Reason
+from qlora_api.reasons import Reason
 from qlora_api.v1alpha1 import QuantizationSpec
 from qlora_trainer.errors import RunError
 from qlora_trainer.model.architecture import load_architecture

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import Gemma2Config, GPT2Config, GPTNeoXConfig, LlamaConfig
 
-from qlora_api.names import Reason
+from qlora_api.reasons import Reason
 from qlora_api.runconfig import RunConfig
 from qlora_trainer.errors import RunError
 from qlora_trainer.model.attention import FLASH, AttentionFacts, attention_facts, choose_attention

@@ -10,7 +10,7 @@ from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from torch.nn import functional
 
-from qlora_api.names import Reason
+from qlora_api.reasons import Reason
 from qlora_api.v1alpha1 import LoraSpec, QuantizationSpec
 from qlora_trainer.data.batching import collate
 from qlora_trainer.distributed.world import join_world

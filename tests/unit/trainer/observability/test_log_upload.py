@@ -19,7 +19,8 @@ import pytest
 
 from qlora_api.logfiles import LogFile, log_folder
 from qlora_api.logs import Format, handler_for
-from qlora_api.names import Phase, Reason
+from qlora_api.names import Phase
+from qlora_api.reasons import Reason
 from qlora_api.redaction import MASK, REDACTOR
 from qlora_api.report import TerminationMessage
 from qlora_api.v1alpha1 import Checkpoint, Progress
@@ -308,7 +309,7 @@ def test_a_stop_while_the_log_is_written_changes_nothing(tmp_path: Path) -> None
     script = """
 import os, signal, sys
 from types import SimpleNamespace
-from qlora_api.names import Reason
+from qlora_api.reasons import Reason
 from qlora_api.report import LastWord
 from qlora_trainer.__main__ import COMMANDS, main
 

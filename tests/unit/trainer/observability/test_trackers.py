@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from qlora_api.names import Reason, SecretRole
+from qlora_api.names import SecretRole
+from qlora_api.reasons import Reason
 from qlora_api.report import StepRecord, ValidationRecord
 from qlora_api.runconfig import RunConfig
 from qlora_trainer.errors import RunError

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_api.names import Reason
+from qlora_api.reasons import Reason
 from qlora_api.report import ResultManifest
 from qlora_api.v1alpha1 import EvaluationStatus, GateSpec, Metrics, QLoRAJobSpec
 from qlora_trainer import stages

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_api.names import Reason
+from qlora_api.reasons import Reason
 from qlora_api.v1alpha1 import QuantizationSpec
 from qlora_trainer.errors import RunError
 from qlora_trainer.publishing.load_check import LoadingTask, load_in_fresh_process

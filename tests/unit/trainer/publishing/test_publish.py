@@ -11,7 +11,8 @@ import pytest
 from botocore.exceptions import ClientError
 from moto import mock_aws
 
-from qlora_api.names import Reason, SecretRole
+from qlora_api.names import SecretRole
+from qlora_api.reasons import Reason
 from qlora_api.report import MergedManifest, MergeReport, ResultManifest
 from qlora_api.runconfig import RunConfig, S3Config
 from qlora_trainer.errors import RunError

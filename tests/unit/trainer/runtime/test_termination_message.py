@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from qlora_api.names import PROGRESS_TOKEN_ENV, PROGRESS_URL_ENV, TERMINATION_MESSAGE_BYTES, Phase, Reason
+from qlora_api.names import PROGRESS_TOKEN_ENV, PROGRESS_URL_ENV, TERMINATION_MESSAGE_BYTES, Phase
 from qlora_api.progress import ProgressReport
+from qlora_api.reasons import Reason
 from qlora_api.report import TerminationMessage
 from qlora_api.v1alpha1 import Checkpoint, Progress
 from qlora_trainer.__main__ import COMMANDS, main

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from moto import mock_aws
 from safetensors.torch import load_file
 
-from qlora_api.names import Reason
+from qlora_api.reasons import Reason
 from qlora_api.report import RunReport, StepRecord, ValidationRecord
 from qlora_api.runconfig import RunConfig, S3Config
 from qlora_api.v1alpha1 import Checkpoint, CheckpointSpec, EarlyStoppingSpec, LoraSpec, QuantizationSpec, TrainingSpec

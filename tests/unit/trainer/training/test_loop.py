@@ -7,7 +7,7 @@ import weakref
 import pytest
 import torch
 
-from qlora_api.names import Reason
+from qlora_api.reasons import Reason
 from qlora_api.report import StepRecord
 from qlora_api.v1alpha1 import LoraSpec, TrainingSpec
 from qlora_trainer.data.batching import collate, split_micro_batches

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_api.names import Reason
+from qlora_api.reasons import Reason
 from qlora_api.report import StepRecord, ValidationRecord
 from qlora_api.v1alpha1 import EarlyStoppingSpec, TrainingSpec
 from qlora_trainer.errors import RunError

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from qlora_api.names import Reason
+from qlora_api.reasons import Reason
 from qlora_api.report import StepRecord
 from qlora_api.v1alpha1 import LoraSpec
 from qlora_trainer.data.batching import collate, epoch_permutation, sample_step
