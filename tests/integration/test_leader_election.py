@@ -143,7 +143,7 @@ def test_frozen_leader_writes_nothing_after_thaw(replicas: Replicas, place: JobN
     assert seconds_to_first_write(place, NAME) < FAIL_OVER
     leader.process.send_signal(signal.SIGCONT)
     assert leader.process.wait(timeout=10) == 1
-    assert "no longer leads" in leader.log.read_text()
+    assert "lost leadership" in leader.log.read_text()
     assert sorted(place.jobs()) == [PREPARE]
 
 
@@ -157,5 +157,5 @@ def test_a_leader_that_cannot_renew_ends_before_its_lease_may_be_taken(replicas:
     )
     assert leader.process
     assert leader.process.wait(timeout=LEASE_DURATION.total_seconds()) == 1
-    assert "no longer leads" in leader.log.read_text()
+    assert "lost leadership" in leader.log.read_text()
     leader.log.write_text("")  # it complains, rightly, of the right that it lacks

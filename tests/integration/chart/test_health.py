@@ -54,7 +54,7 @@ def test_helm_test_healthy_operator_passes() -> None:
     assert (result.returncode, result.stdout.split()[-1]) == (0, "ok")
 
 
-@pytest.mark.parametrize("ailment", ["a worker has ended", "work is stuck for 301 seconds"])
+@pytest.mark.parametrize("ailment", ["a worker has stopped", "the work queue is stuck for 301 seconds"])
 def test_helm_test_unhealthy_operator_fails_with_reason(ailment: str) -> None:
     with answering(500, ailment) as port:
         result = run_test(port)

@@ -36,5 +36,5 @@ def test_fatal_error_is_last_log_line(tmp_path: Path) -> None:
     assert ended.returncode == 1
     last = [json.loads(line) for line in ended.stderr.splitlines()][-1]
     assert (last["level"], last["logger"]) == ("error", "qlora_operator")
-    assert last["message"].startswith("the operator ends, and has to be started again: ")
+    assert last["message"].startswith("fatal error, exiting: ")
     assert "Traceback" in last["exception"]

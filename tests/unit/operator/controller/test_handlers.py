@@ -43,17 +43,17 @@ async def test_overdue_watch_is_unhealthy(runtime: Controller, monkeypatch: pyte
     runtime.watch_health.expect_version(REF, "10")
     later = asyncio.get_running_loop().time() + OVERDUE_SECONDS + 1
     monkeypatch.setattr(runtime.watch_health, "_clock", lambda: later)
-    assert "the watch is dead" in str(runtime.unhealthy_reason())
+    assert "the watch is stalled" in str(runtime.unhealthy_reason())
 
 
 async def test_stuck_queue_is_unhealthy(runtime: Controller, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime.queue, "oldest_age", lambda: STUCK_SECONDS + 1)
-    assert "work is stuck" in str(runtime.unhealthy_reason())
+    assert "the work queue is stuck" in str(runtime.unhealthy_reason())
 
 
 async def test_dead_worker_is_unhealthy(runtime: Controller, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime.queue, "alive", lambda: False)
-    assert runtime.unhealthy_reason() == "a worker has ended"
+    assert runtime.unhealthy_reason() == "a worker has stopped"
 
 
 async def test_own_status_write_enqueues_nothing(runtime: Controller) -> None:

@@ -144,14 +144,14 @@ async def test_lost_attempt_is_prepared_again_once_despite_skew(cluster: FakeClu
 
 
 async def test_an_impossible_child_fails_the_run(cluster: FakeCluster) -> None:
-    cluster.admission_error = AdmissionDeniedError("Job support-bot-prepare was refused: 422 Invalid", permanent=True)
+    cluster.admission_error = AdmissionDeniedError("Job support-bot-prepare was denied: 422 Invalid", permanent=True)
     await reconcile_until_stable(cluster)
     assert (cluster.status["phase"], cluster.status["reason"]) == ("Failed", "InvalidSpec")
 
 
 async def test_a_quota_is_waited_for(cluster: FakeCluster) -> None:
     cluster.admission_error = AdmissionDeniedError(
-        "Job support-bot-prepare was refused: exceeded quota", permanent=False
+        "Job support-bot-prepare was denied: exceeded quota", permanent=False
     )
     outcome = await reconcile_now(cluster)
     assert outcome.requeue_after == ADMISSION_DENIED_RETRY
