@@ -30,7 +30,7 @@ EXIT_SECONDS: Final = 25.0
 @kopf.on.login()
 async def on_login(memo: kopf.Memo, **_: Any) -> kopf.ConnectionInfo:
     """Log in to the same API server as the rest of the operator, with the token as it is on disk now."""
-    await read_credentials(memo.configuration, memo.runtime.settings.kubeconfig)
+    await read_credentials(memo.configuration, memo.controller.settings.kubeconfig)
     return await connection_info(memo.configuration)
 
 
@@ -38,13 +38,13 @@ async def on_login(memo: kopf.Memo, **_: Any) -> kopf.ConnectionInfo:
 async def on_startup(memo: kopf.Memo, settings: kopf.OperatorSettings, **_: Any) -> None:
     """Start everything that kopf does not run."""
     configure_kopf(settings)
-    await memo.runtime.start()
+    await memo.controller.start()
 
 
 @kopf.on.cleanup()
 async def on_cleanup(memo: kopf.Memo, **_: Any) -> None:
     """Stop everything that `on_startup` started; kopf's watches have ended by now."""
-    await memo.runtime.stop()
+    await memo.controller.stop()
 
 
 @kopf.on.event(*QLORAJOBS)
@@ -52,21 +52,21 @@ async def on_job_event(event: kopf.RawEvent, namespace: str | None, name: str, m
     """Queue a QLoRAJob that changed, or drop one that was deleted."""
     ref = JobRef(namespace or "", name)
     if event["type"] == "DELETED":
-        memo.runtime.on_job_delete(ref)
+        memo.controller.on_job_delete(ref)
     else:
-        memo.runtime.on_job_update(ref, event["object"])
+        memo.controller.on_job_update(ref, event["object"])
 
 
 @kopf.on.event(*JOBS)
 async def on_child_job_event(event: kopf.RawEvent, memo: kopf.Memo, **_: Any) -> None:
     """Queue the QLoRAJob of a Job that changed; a label on the Job names it."""
-    memo.runtime.on_child_event(memo.runtime.child_cache.jobs, event["type"], event["object"])
+    memo.controller.on_child_event(memo.controller.child_cache.jobs, event["type"], event["object"])
 
 
 @kopf.on.event(*PODS)
 async def on_pod_event(event: kopf.RawEvent, memo: kopf.Memo, **_: Any) -> None:
     """Queue the QLoRAJob of a pod that changed; a label on the pod names it."""
-    memo.runtime.on_child_event(memo.runtime.child_cache.pods, event["type"], event["object"])
+    memo.controller.on_child_event(memo.controller.child_cache.pods, event["type"], event["object"])
 
 
 def configure_kopf(settings: kopf.OperatorSettings) -> None:
@@ -104,5 +104,5 @@ async def run_kopf(settings: Settings, configuration: client.Configuration, cont
         standalone=True,
         clusterwide=not settings.namespaces,
         namespaces=settings.namespaces,
-        memo=kopf.Memo(runtime=controller, configuration=configuration),
+        memo=kopf.Memo(controller=controller, configuration=configuration),
     )
