@@ -301,9 +301,9 @@ def open_job_namespace(cluster: Cluster, title: str, patience: float = 30) -> It
     """A namespace of its own, named after a test."""
     namespace = re.sub(r"[^a-z0-9]+", "-", title.lower())[:50].strip("-")
     cluster.create_namespace(namespace)
-    place = JobNamespace(cluster, namespace, patience)
-    wait_until("account", lambda: bool(place.items("serviceaccounts")))
-    yield place
+    job_namespace = JobNamespace(cluster, namespace, patience)
+    wait_until("account", lambda: bool(job_namespace.items("serviceaccounts")))
+    yield job_namespace
     cluster.admin.delete(f"/api/v1/namespaces/{namespace}")
 
 

@@ -62,7 +62,7 @@ def test_helm_test_unhealthy_operator_fails_with_reason(ailment: str) -> None:
     assert f"the operator is unhealthy: {ailment}" in result.stderr
 
 
-def test_a_service_without_a_leader_fails_in_the_end() -> None:
+def test_helm_test_without_leader_fails() -> None:
     result = run_test(*free_ports(1), patience=1)
     assert result.returncode == 1
     assert "no replica is the leader" in result.stderr

@@ -23,7 +23,7 @@ def start(kubeconfig: Path, **environment: str) -> subprocess.CompletedProcess[s
     return subprocess.run(command, env=settings | environment, capture_output=True, text=True, check=False, timeout=60)
 
 
-def test_a_wrong_setting_is_named(tmp_path: Path) -> None:
+def test_invalid_setting_is_named(tmp_path: Path) -> None:
     ended = start(tmp_path / "absent", QLORA_HEALTH_PORT="high")
     assert ended.returncode == 2
     assert ended.stderr == "QLORA_HEALTH_PORT is 'high': write a number from 1 to 65535\n"

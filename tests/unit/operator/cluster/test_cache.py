@@ -44,7 +44,7 @@ def only_job(children: ChildCache) -> ChildJob:
     return child
 
 
-def test_a_job_and_its_pod_are_put_together_in_any_order() -> None:
+def test_job_and_pod_events_in_any_order_are_joined() -> None:
     children = ChildCache()
     assert children.pods.update(raw_pod()) == REF
     assert children.children_of(JOB).jobs == ()

@@ -38,14 +38,14 @@ def test_add_saves_nothing_and_shares_gradient():
     assert played_sum.peak == 10 * 4 + 10 * 4 + WEIGHT * 4
 
 
-def test_what_two_operations_save_is_there_once():
+def test_tensor_saved_twice_is_counted_once():
     record = Recorder()
     states = given(record, learns=True)
     total = record.add(record.unary_saving_input(states), record.unary_saving_input(states))
     assert simulated(record, total).saved == (10 + 10) * 4
 
 
-def test_a_view_takes_no_memory_but_its_gradient_does():
+def test_view_takes_no_memory_but_gradient_does():
     record = Recorder()
     states = given(record, learns=True)
     half = record.narrow(states, 5)
@@ -101,7 +101,7 @@ def test_checkpointed_layer_keeps_tensors_held_by_node():
     assert peaks[1] - peaks[0] >= 1000 * 4
 
 
-def test_gradients_that_wait_are_there_while_a_layer_is_recomputed():
+def test_pending_gradients_are_alive_during_recomputation():
     peaks = []
     for scales in (False, True):
         record = Recorder()
