@@ -13,7 +13,7 @@ HERE = "tests/unit/chaos/test_page.py"
 DAY = date(2026, 3, 1)
 
 
-def row(fault: str, result: str = "passed, 2026-03-01", test: str = "test_a_row_is_read_as_written") -> Row:
+def row(fault: str, result: str = "passed, 2026-03-01", test: str = "test_row_survives_round_trip") -> Row:
     return Row(fault, "nothing is lost", f"a kill ([{test}](../{HERE}))", result)
 
 
