@@ -74,7 +74,7 @@ class Run:
         return int(self.status()["attempt"])
 
     def trains(self, attempt: int) -> bool:
-        """Whether an attempt has reported by itself: what is told before is the one before's."""
+        """Return whether this attempt has reported; earlier reports are those of the previous one."""
         status = self.status()
         *_, last = status.get("attempts") or [{}]
         report = status.get("lastReport", {}).get("updatedAt", "")
@@ -123,7 +123,7 @@ STARTS: Final = {
         ("did not start", "spec.deadlines.startup"),
         {"dataset": {"uri": "pvc://broken/rows.jsonl"}, "deadlines": {"startup": "10s"}},
     ),
-    "two-pods-apart": Start(
+    "two-unreachable-pods": Start(
         "CollectiveTimeout",
         ("got no address within",),
         {"resources": {"nodes": 2}, "deadlines": {"startup": "20s"}, "retries": {"maxAttempts": 1}},
@@ -217,8 +217,8 @@ def upload_broken_model(installation: Installation) -> None:
     client.close()
 
 
-def keep_pods_apart(run: Run) -> None:
-    """Take away the names by which the pods of a run find each other."""
+def delete_run_service(run: Run) -> None:
+    """Delete the Service, so that the pods of a run cannot resolve each other."""
     wait_for("its Service", lambda: bool(run.installation.children("service", run.name, run.namespace)), SECONDS)
     run.kubectl("delete", "service", f"{run.name}-1")
 
@@ -233,8 +233,8 @@ def test_unstartable_run_fails_with_reason(
     if start == "broken-weights":
         upload_broken_model(configured)
     configured.submit(run_manifest(start, **case.blocks))
-    if start == "two-pods-apart":
-        keep_pods_apart(run)
+    if start == "two-unreachable-pods":
+        delete_run_service(run)
     if case.waits:
         wait_for(case.reason, lambda: run.status().get("reason") == case.reason, SECONDS)
         status = run.status()
@@ -243,8 +243,8 @@ def test_unstartable_run_fails_with_reason(
         status = run.finished()
         assert status["phase"] == "Failed"
         wait_for("nothing running", lambda: not running_pods(run), 90)
-    told = {status["reason"], *(attempt.get("reason") for attempt in status.get("attempts", ()))}
-    assert case.reason in told, status
+    reasons = {status["reason"], *(attempt.get("reason") for attempt in status.get("attempts", ()))}
+    assert case.reason in reasons, status
     for fragment in case.said:
         assert fragment in status["message"]
     if start == "gpu-that-is-none":
@@ -263,7 +263,7 @@ def running_pods(run: Run) -> list[str]:
 def test_hub_rate_limited_fails_after_startup_deadline(
     configured: Installation, outcome: Callable[[str], None]
 ) -> None:
-    """429 is waited out for spec.deadlines.startup, then told."""
+    """429 is retried until spec.deadlines.startup, then reported."""
     with FakeHub({"example/busy": Repository(status=429)}, GATEWAY) as hub:
         configured.configure({"platform.hub.mirror": "", "platform.hub.endpoint": hub.endpoint})
         try:
@@ -368,7 +368,7 @@ def kill(run: Run) -> None:
 
 
 def freeze(run: Run) -> None:
-    """Every thread stands still, so that not even the trainer's own watch sees it."""
+    """Stop every thread, so that not even the trainer's watchdog notices."""
     strike(run, signal.SIGSTOP)
 
 
@@ -380,7 +380,7 @@ def strike(run: Run, signal_: signal.Signals) -> None:
 
 
 def pause(run: Run) -> None:
-    """Suspend it, see that nothing runs, and let it go on."""
+    """Suspend the run, check that nothing runs, and resume it."""
     run.change(suspend=True)
     wait_for("suspension", lambda: run.status()["phase"] == "Suspended" and not running_pods(run), 90)
     assert run.status()["checkpoint"]["step"] >= run.step() - 1
@@ -417,11 +417,11 @@ def test_interrupted_training_resumes_from_checkpoint(
     for number, (_, provoke) in enumerate(interruptions, start=1):
         wait_for(f"a report of attempt {number}", partial(run.trains, number), SECONDS)
         run.wait_for_step(reached[-1] + 1 if reached else 2 * INTERVAL)
-        resumed += [went_on_after(run, number)] if reached else []
+        resumed += [resumed_after(run, number)] if reached else []
         reached.append(run.step())
         provoke(run)
     status = run.finished()
-    resumed.append(went_on_after(run, len(reasons) + 1))
+    resumed.append(resumed_after(run, len(reasons) + 1))
     assert (status["phase"], status["step"]) == ("Succeeded", f"{STEPS}/{STEPS}"), status["message"]
     assert run.reasons() == [*reasons, "Published"]
     steps = list(zip(reasons, reached, resumed, strict=True))
@@ -431,8 +431,8 @@ def test_interrupted_training_resumes_from_checkpoint(
     )
 
 
-def went_on_after(run: Run, attempt: int) -> int:
-    """Return the step of the checkpoint that an attempt began with, by its own word."""
+def resumed_after(run: Run, attempt: int) -> int:
+    """Return the step of the checkpoint that an attempt resumed from, according to its log."""
     log = run.kubectl("logs", f"job/{run.name}-{attempt}", "--container=trainer")
     assert "going on after step" in log
     return int(log.split("going on after step ")[1].split(",")[0])

@@ -116,7 +116,7 @@ class Operator:
             )
 
     def healthy(self) -> bool:
-        """Whether /healthz answers 200; a dead process is told at once."""
+        """Whether /healthz answers 200; a dead process is reported at once."""
         assert self.process
         assert self.process.poll() is None, self.log.read_text()
         try:
@@ -230,7 +230,7 @@ class JobNamespace:
         return found[0]
 
     def pods_of(self, job: str) -> list[str]:
-        """Return the pods of the Job that has this name now; those of an earlier namesake may still be ending."""
+        """Return the pods of the Job that has this name now; those of an earlier one may still be terminating."""
         uid = self.jobs().get(job)
         selector = f"batch.kubernetes.io/controller-uid={uid}"
         pods = self.cluster.admin.items(self.path("pods"), selector) if uid else []

@@ -1,4 +1,4 @@
-"""Two operator processes and one Lease: one works at a time, and the other one is there when it ends."""
+"""Two operator processes and one Lease: one reconciles, the other stands by and takes over."""
 
 import json
 import signal
@@ -54,14 +54,14 @@ class Replicas:
         return str(leases["items"][0]["spec"].get("holderIdentity", "")) if leases["items"] else ""
 
     def marked(self) -> list[str]:
-        """The pods that the progress Service would lead to."""
+        """Return the pods that the progress Service selects."""
         pods = self.cluster.get("pods", f"--namespace={OPERATOR_NAMESPACE}", f"--selector={names.LEADER_LABEL}=true")[
             "items"
         ]
         return [name for pod in pods if (name := pod["metadata"]["name"]) in self.operators]
 
     def start(self) -> tuple[Operator, Operator]:
-        """Start both; return the one that leads and the one that waits."""
+        """Start both; return the leader and the standby."""
         first, second = self.operators
         self.operators[first].start()
         wait_until("a leader", lambda: self.holder() == first, timeout=20)

@@ -1,4 +1,4 @@
-"""Sizing: which GPUs, and how they are used; decisions that can be told from the models' sizes alone."""
+"""Sizing: GPUs and layouts, where the sizes of the models alone decide."""
 
 from dataclasses import replace
 from functools import cache

@@ -1,4 +1,4 @@
-"""What the watches told: versions decide what is newer, and a complete list what is there."""
+"""The child cache: versions decide what is newer, complete lists what exists."""
 
 from collections.abc import Mapping
 from typing import Any

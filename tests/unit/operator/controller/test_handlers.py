@@ -1,4 +1,4 @@
-"""kopf's side: what it may do; and what /healthz says of the runtime."""
+"""kopf handlers: what kopf may do, and the health of the controller."""
 
 import asyncio
 from datetime import timedelta
@@ -20,7 +20,7 @@ from tests.make import REF, UID
 
 @pytest.fixture
 async def controller(monkeypatch: pytest.MonkeyPatch) -> Controller:
-    """A runtime whose parts run, without a cluster."""
+    """A running controller without a cluster."""
     controller = Controller(Settings(Installation("trainer:1")), cast("Api", None), Metrics(lambda: True))
     monkeypatch.setattr(controller.queue, "alive", lambda: True)
     monkeypatch.setattr(controller, "_server", web.AppRunner(web.Application()))

@@ -1,4 +1,4 @@
-"""The whole life of a QLoRAJob over a cluster in memory, with and without crashes."""
+"""Reconciles of a QLoRAJob from start to end on an in-memory cluster, with and without crashes."""
 
 import json
 from datetime import timedelta

@@ -1,4 +1,4 @@
-"""What the watches tell may be late, lost, or told twice: no Job is made twice for it, and none is lost."""
+"""Late, lost and repeated watch events: no Job is created twice, and none is lost."""
 
 import contextlib
 from datetime import timedelta

@@ -1,4 +1,4 @@
-"""Who leads: the rules as a table, and one replica's part against a Lease in memory."""
+"""Leader election: the rules as a table, and one replica with an in-memory Lease."""
 
 from collections.abc import Callable
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Several pods, one state: who speaks, who is waited for, and for how long."""
+"""Classification of gangs: which pod decides, which are waited for, and how long."""
 
 from dataclasses import replace
 from datetime import timedelta
