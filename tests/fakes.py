@@ -1,4 +1,4 @@
-"""A cluster in memory that behaves like an API server where the operator looks, and a kubelet that tests play."""
+"""An in-memory cluster that behaves like an API server towards the operator; tests play the kubelet."""
 
 import copy
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from qlora_operator.models import Manifest, Observation, RawJob
 from tests.make import NOW
 
 Write = tuple[str, str]
-"""What was written: verb and name."""
+"""Verb and name of a write."""
 
 
 class CrashError(Exception):
@@ -89,17 +89,17 @@ class FakeCluster:
         pod["status"] = {"phase": phase, "containerStatuses": [container], "conditions": [scheduled], **status}
 
     def start_pod(self, job: str) -> None:
-        """The container runs."""
+        """Start the container."""
         self.set_pod(job, "Running", {"running": {"startedAt": self._node_time()}})
 
     def delete_pod(self, job: str, grace: timedelta, disruption_reason: str) -> None:
-        """Somebody deletes a pod; what its kubelet does is another matter."""
+        """Delete a pod without its kubelet's reaction."""
         pod = self.pods[job]
         pod["metadata"]["deletionTimestamp"] = _wire(self.now + grace)
         pod["status"]["conditions"].append({"type": "DisruptionTarget", "status": "True", "reason": disruption_reason})
 
     def end_pod(self, job: str, code: int, message: str, *, keep_start: bool = False) -> None:
-        """The container ended, and its Job with it; it ran no time, or since it was started."""
+        """End the container and its Job; keep_start keeps the start time of the container."""
         started = self._started(job) if keep_start else self._node_time()
         ended = {"exitCode": code, "message": message, "startedAt": started, "finishedAt": self._node_time()}
         self.set_pod(job, "Failed" if code else "Succeeded", {"terminated": ended})
@@ -112,21 +112,21 @@ class FakeCluster:
         return str(self.pods[job]["status"]["containerStatuses"][0]["state"]["running"]["startedAt"])
 
     def finish_job(self, job: str, kind: str, reason: str = "BackoffLimitExceeded") -> None:
-        """The Job controller gives its verdict."""
+        """Set the final condition of a Job, as its controller does."""
         condition = {"type": kind, "status": "True", "reason": reason, "lastTransitionTime": _wire(self.now)}
         self.children["Job", job]["status"] = {"conditions": [condition]}
 
     # What the watches do
 
     def pause_watches(self, *, lose_all: bool = False) -> None:
-        """From now on nothing more is told; what was told before is remembered, or not even that."""
+        """Freeze the cached children; lose_all empties the cache."""
         self._cached = ([], []) if lose_all else self._live_children()
 
     def resume_watches(self) -> None:
-        """Everything is told, and will be."""
+        """Let the cached children follow the live ones again."""
         self._cached = None
 
-    # The Cluster port
+    # The Cluster interface
 
     async def read_job(self, ref: JobRef) -> RawJob | None:
         if self.job is None or self.job["metadata"]["name"] != ref.name:
@@ -167,7 +167,7 @@ class FakeCluster:
         self.children[child["kind"], child["metadata"]["name"]]["spec"] |= child["spec"]
         self._wrote("patch", child["metadata"]["name"])
 
-    async def delete_job(self, ref: JobRef, name: str) -> None:  # noqa: ARG002 (the port's signature)
+    async def delete_job(self, ref: JobRef, name: str) -> None:  # noqa: ARG002 (the interface's signature)
         if self.foreground_deletion:
             self.children["Job", name]["metadata"]["deletionTimestamp"] = _wire(self.now)
         else:
@@ -185,7 +185,7 @@ class FakeCluster:
 
     async def record_event(self, event: Manifest) -> None:
         self.events.setdefault(event["metadata"]["name"], event)
-        self._wrote("tell", event["reason"])
+        self._wrote("event", event["reason"])
 
     def _wrote(self, verb: str, name: str) -> None:
         self.writes.append((verb, name))
@@ -209,7 +209,7 @@ class FakeCluster:
 
 
 class FakeTokenReviewer:
-    """Tokens and the pods they are bound to; counts how often it is asked."""
+    """Tokens and the pods that they are bound to; counts the reviews."""
 
     def __init__(self, tokens: dict[str, PodIdentity], jobs: dict[PodIdentity, str], known: set[JobRef]) -> None:
         self.tokens = tokens

@@ -1,7 +1,7 @@
-"""Manifests that somebody would write to break out: what must refuse each, and in which words.
+"""Hostile manifests, and how pydantic and the API server must reject each.
 
-`refused` has the field and the fix, as pydantic and the API server both say them; a Hostile without it is accepted, and
-harmless because its text is only ever data.
+`field` and `fix` must be in both messages; a Hostile without a field is accepted, and harmless because its text is only
+ever used as data.
 """
 
 import dataclasses
@@ -11,25 +11,25 @@ from typing import Any, Final
 from tests.make import make_manifest, merge
 
 SCHEME: Final = "^((hf|s3|file)://"
-"""In the API server's words for a text that is no URI of ours."""
+"""Part of the API server's message for an unsupported URI."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Hostile:
-    """One manifest, as its difference from a good one."""
+    """One manifest, as its difference from a valid one."""
 
     change: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """Of the spec."""
+    """Changes of the spec."""
     field: str = ""
-    """The field that is refused; empty: the manifest is accepted."""
+    """The rejected field; empty if the manifest is accepted."""
     fix: str = ""
-    """What the refusal says."""
+    """Part of the message."""
     api: str | None = None
-    """What the API server says where it has words of its own; empty where the operator alone refuses."""
+    """Part of the API server's message if it differs; empty if only the operator rejects it."""
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def manifest(self, namespace: str = "ml") -> dict[str, Any]:
-        """Return the whole QLoRAJob."""
+        """Return the manifest."""
         good = make_manifest(namespace=namespace)
         return {**good, "metadata": merge(good["metadata"], self.metadata), "spec": merge(good["spec"], self.change)}
 
@@ -122,7 +122,7 @@ CORPUS: Final[dict[str, Hostile]] = {
     "homoglyph-model": model("hf://mеta-llama/Llama-3.2-3B", _HUB),  # noqa: RUF001 (a Cyrillic letter)
     "homoglyph-rows": dataset("hf://datasets/оrg/name/x.jsonl", "write hf://datasets/"),  # noqa: RUF001 (the same)
     "homoglyph-bucket": output("s3://аdapters/x", _BUCKET),  # noqa: RUF001 (the same)
-    "fullwidth-step": Hostile({"output": {"uri": "s3://adapters/．．/team-b"}}),  # noqa: RUF001 (nobody normalises it)
+    "fullwidth-step": Hostile({"output": {"uri": "s3://adapters/．．/team-b"}}),  # noqa: RUF001 (nothing normalizes it)
     "right-to-left": output("s3://adapters/\u202egpj.a-maet", _INVISIBLE),
     "zero-width": dataset("s3://data/x\u200b.jsonl", _INVISIBLE),
     "soft-hyphen": dataset("s3://data/x\u00ad.jsonl", _INVISIBLE),

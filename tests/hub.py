@@ -1,4 +1,4 @@
-"""A stand-in for the Hugging Face hub on localhost: repositories of this test, no network."""
+"""A fake Hugging Face hub on localhost, with the repositories of a test."""
 
 import hashlib
 import json
@@ -21,13 +21,13 @@ class Repository:
     commit: str = COMMIT
     revisions: tuple[str, ...] = ("main",)
     token: str | None = None
-    """Without this token the repository answers as a gated one does."""
+    """If set, the repository is gated, and this token opens it."""
     status: int | None = None
-    """Answered to everything, for a hub in trouble: 429, 503."""
+    """HTTP status for every request, such as 429 or 503."""
 
 
 class FakeHub:
-    """Serves repositories under the hub's own paths while the context is open.
+    """Serves repositories under the paths of the hub while the context is open.
 
     Models have ids like `organization/name`; data sets `datasets/organization/name`.
     """
@@ -67,7 +67,7 @@ class FakeHub:
                 hub._answer(self)
 
             def log_message(self, format: str, *arguments: object) -> None:  # noqa: A002 (the base's name)
-                """Be quiet."""
+                """Log nothing."""
 
         return Handler
 
@@ -101,7 +101,7 @@ class FakeHub:
         _send(request, 200, content, {"ETag": f'"{etag}"', "X-Repo-Commit": repository.commit})
 
     def _allowed(self, request: BaseHTTPRequestHandler, name: str, revision: str) -> Repository | None:
-        """Return the repository, or answer as the hub does when there is none or it is closed."""
+        """Return the repository, or send the hub's error if it is missing or gated."""
         repository = self.repositories.get(name)
         if repository is None:
             _send(request, 401, b"Invalid username or password.", {"X-Error-Code": "RepoNotFound"})

@@ -32,7 +32,7 @@ INSTALLATION: Final = Installation("registry.example/trainer:1", progress_url="h
 
 
 def merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
-    """Replace leaves, and descend into what both have."""
+    """Merge recursively: replace leaves, and merge mappings that both have."""
     merged = dict(base)
     for key, value in change.items():
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
@@ -41,7 +41,7 @@ def merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def make_spec_manifest(**change: Any) -> dict[str, Any]:
-    """The spec of the quickstart, as a user writes it."""
+    """Return the spec of the quickstart as in a manifest."""
     spec = {
         "model": {"uri": "hf://HuggingFaceTB/SmolLM2-135M-Instruct"},
         "dataset": {"uri": "s3://data/support/train.jsonl"},
@@ -52,7 +52,7 @@ def make_spec_manifest(**change: Any) -> dict[str, Any]:
 
 
 def make_manifest(name: str = REF.name, namespace: str = REF.namespace, **change: Any) -> dict[str, Any]:
-    """A QLoRAJob, as a user writes it."""
+    """Return a QLoRAJob manifest."""
     metadata = {"name": name, "namespace": namespace}
     return {
         "apiVersion": names.API_VERSION,
@@ -63,12 +63,12 @@ def make_manifest(name: str = REF.name, namespace: str = REF.namespace, **change
 
 
 def make_spec(**change: Any) -> QLoRAJobSpec:
-    """The same, parsed."""
+    """Return the spec of the quickstart, parsed."""
     return QLoRAJobSpec.model_validate(make_spec_manifest(**change))
 
 
 def make_result() -> Result:
-    """A published run."""
+    """Return the result of a published run."""
     return Result(
         adapter=f"s3://adapters/team-a/{REF.name}/{DIGEST}/adapter",
         report=f"s3://adapters/team-a/{REF.name}/{DIGEST}/report/report.json",
@@ -84,7 +84,7 @@ def make_result() -> Result:
 
 
 def make_prepared(**change: Any) -> Prepared:
-    """What a prepare pod found."""
+    """Return the result of prepare."""
     prepared = Prepared(
         digest=DIGEST,
         prefix=f"s3://adapters/team-a/{REF.name}/{DIGEST}",
@@ -109,7 +109,7 @@ def make_prepared(**change: Any) -> Prepared:
 
 
 def make_plan_status() -> Plan:
-    """The plan of make_spec() and make_prepared()."""
+    """Return the plan for make_spec() and make_prepared()."""
     return Plan(
         device="cpu", nodes=1, gpus_per_node=0, micro_batch_size=8, gradient_accumulation=2, total_steps=180, reasons=()
     )
@@ -164,16 +164,16 @@ def make_child(role: Role = Role.TRAIN, attempt: int = 1, **change: Any) -> Chil
 
 
 def make_prepared_child(message: str = PREPARED_MESSAGE, **change: Any) -> ChildJob:
-    """A prepare Job that is through."""
+    """Return a prepare Job that has completed."""
     pod = make_pod(phase="Succeeded", exit=make_exit(0, message))
     return make_child(Role.PREPARE, **{"complete": True, "pod": pod, **change})
 
 
 def make_observation(*jobs: ChildJob) -> Observation:
-    """Some children."""
+    """Return an observation of some children."""
     return Observation(jobs)
 
 
 def make_job(status: QLoRAJobStatus | None = None, **change: Any) -> Job:
-    """A QLoRAJob that was understood."""
+    """Return a QLoRAJob with a parsed spec."""
     return Job(REF, UID, 1, NOW - timedelta(minutes=10), make_spec(**change), status or QLoRAJobStatus())

@@ -1,1 +1,1 @@
-"""Writes every generated file: CRD, RBAC, chart values, references. In no image."""
+"""Generates CRD, RBAC rules, chart values schema and reference pages from the code; part of no image."""

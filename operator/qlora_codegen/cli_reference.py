@@ -1,4 +1,4 @@
-"""The reference of all commands, written from the commands themselves."""
+"""The CLI reference, generated from the commands."""
 
 import typer
 from typer.cli import get_docs_for_click

@@ -1,4 +1,4 @@
-"""Which ways to train several processes may share: every cell is one spec, judged by the rules; pure."""
+"""The matrix of methods, options and distribution strategies: every cell is a spec that validation checks; pure."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ _BASE: Final[Mapping[str, Any]] = {
 
 @dataclass(frozen=True)
 class MatrixCell:
-    """One way to train, and one to share it."""
+    """One combination of method, option and strategy."""
 
     base: str
     variant: str
@@ -47,37 +47,37 @@ class MatrixCell:
 
     @property
     def spec(self) -> QLoRAJobSpec:
-        """Return a spec of this kind, for two processes."""
+        """Return a spec of this combination for two processes."""
         return QLoRAJobSpec.model_validate(
             {**_BASE, **BASES[self.base], **VARIANTS[self.variant], "distribution": self.strategy}
         )
 
     @property
-    def refusal(self) -> str | None:
-        """Return why it is refused, and what to do instead."""
+    def rejection(self) -> str | None:
+        """Return the message of the first violation, or None if it is supported."""
         return next((violation.message for violation in check(self.spec)), None)
 
 
 def matrix_cells() -> Iterator[MatrixCell]:
-    """Yield every cell, row by row; the block lora has no say in method full."""
+    """Yield every cell, row by row; options of spec.lora do not apply to method full."""
     for base in BASES:
-        for way in VARIANTS:
-            if base != "full" or way not in _FOR_ADAPTERS:
-                yield from (MatrixCell(base, way, strategy) for strategy in STRATEGIES)
+        for variant in VARIANTS:
+            if base != "full" or variant not in _FOR_ADAPTERS:
+                yield from (MatrixCell(base, variant, strategy) for strategy in STRATEGIES)
 
 
 def render_distribution_matrix() -> str:
-    """Return the table in Markdown, with the reasons of what is refused below it."""
-    judged = [(cell, cell.refusal) for cell in matrix_cells()]
-    reasons = list(dict.fromkeys(refusal for _, refusal in judged if refusal))
-    marks = {refusal: f"no ({number})" for number, refusal in enumerate(reasons, start=1)}
-    rows = [judged[start : start + len(STRATEGIES)] for start in range(0, len(judged), len(STRATEGIES))]
+    """Return the matrix as a Markdown table, with the messages of unsupported cells below it."""
+    results = [(cell, cell.rejection) for cell in matrix_cells()]
+    reasons = list(dict.fromkeys(rejection for _, rejection in results if rejection))
+    marks = {rejection: f"no ({number})" for number, rejection in enumerate(reasons, start=1)}
+    rows = [results[start : start + len(STRATEGIES)] for start in range(0, len(results), len(STRATEGIES))]
     lines = [
         f"| method and base | with | {' | '.join(STRATEGIES)} |",
         f"|---|---|{'---|' * len(STRATEGIES)}",
         *(
             f"| {row[0][0].base} | {row[0][0].variant} | "
-            + " | ".join(marks[refusal] if refusal else "yes" for _, refusal in row)
+            + " | ".join(marks[rejection] if rejection else "yes" for _, rejection in row)
             + " |"
             for row in rows
         ),

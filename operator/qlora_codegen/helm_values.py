@@ -1,7 +1,7 @@
-"""What is generated from the comments of the chart's values.yaml: the values' schema, and their table in the README.
+"""Generates the chart's values schema, and the table in its README, from the comments in values.yaml.
 
-`# -- ` starts the description of the value below it, as in helm-docs; `# @schema {…}` adds JSON Schema to the
-type of its default. A mapping in block style is a group of values, one in flow style is a value.
+`# -- ` starts the description of the value below it, as in helm-docs; `# @schema {…}` adds JSON Schema to the type of
+its default. A mapping in block style is a group of values, one in flow style is a value.
 """
 
 import json
@@ -20,7 +20,7 @@ _TYPES: Final = {bool: "boolean", int: "integer", str: "string", list: "array", 
 
 
 class ValuesError(Exception):
-    """Whoever wrote values.yaml must change a comment."""
+    """A comment in values.yaml is missing or incomplete."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Value:
 
 @dataclass
 class _Comments:
-    """What stands above a key."""
+    """The comments above a key."""
 
     description: list[str] = field(default_factory=list)
     schema: dict[str, Any] = field(default_factory=dict)
@@ -50,7 +50,7 @@ class _Comments:
 
 
 def read_values(text: str) -> Iterator[Value]:
-    """Return every value, in the order of the file; one without a description is an error."""
+    """Yield every value in the order of the file; ValuesError if one has no description."""
     defaults = yaml.safe_load(text)
     comments, path = _Comments(), [""] * 0
     for line in text.splitlines():
@@ -78,7 +78,7 @@ def _make_value(path: tuple[str, ...], default: Any, comments: _Comments) -> Val
 
 
 def build_values_schema(values: Iterator[Value]) -> dict[str, Any]:
-    """Return a schema that refuses every value that the chart does not read; `global` is Helm's."""
+    """Return a schema that rejects unknown values; `global` is reserved by Helm."""
     root = _group()
     for value in values:
         group = root
@@ -94,15 +94,15 @@ def _group() -> dict[str, Any]:
 
 
 def _leaf(value: Value) -> dict[str, Any]:
-    told = {"type": _TYPES[type(value.default)]} if value.default is not None else {}
-    leaf = {"description": value.description, "default": value.default, **told, **value.schema}
+    inferred = {"type": _TYPES[type(value.default)]} if value.default is not None else {}
+    leaf = {"description": value.description, "default": value.default, **inferred, **value.schema}
     if "type" not in leaf:
         raise ValuesError(f"{'.'.join(value.path)} has no default: write its type into `# @schema {{…}}`")
     return leaf
 
 
 def render_values_table(values: Iterator[Value]) -> Iterator[str]:
-    """Return the table of helm-docs."""
+    """Yield the lines of a table as helm-docs renders it."""
     yield "| Key | Type | Default | Description |"
     yield "|-----|------|---------|-------------|"
     for value in values:
@@ -114,7 +114,7 @@ def render_values_table(values: Iterator[Value]) -> Iterator[str]:
 
 
 def _kind_of(leaf: Mapping[str, Any]) -> str:
-    """Return helm-docs's word for a type."""
-    words = {"boolean": "bool", "integer": "int", "array": "list"}
+    """Return the name of a type in helm-docs."""
+    names = {"boolean": "bool", "integer": "int", "array": "list"}
     kinds = [leaf["type"]] if isinstance(leaf["type"], str) else leaf["type"]
-    return " or ".join(words.get(kind, kind) for kind in kinds)
+    return " or ".join(names.get(kind, kind) for kind in kinds)

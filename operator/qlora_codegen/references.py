@@ -1,4 +1,4 @@
-"""The references of reasons and of Events, written from the records that the operator works with."""
+"""References of reasons, Events and metrics, rendered from the tables that operator and trainer use."""
 
 from collections.abc import Iterable, Iterator
 from typing import Final
@@ -21,7 +21,7 @@ MOMENTS: Final = {
     Moment.TRAINING: "its GPUs are held until its pods end; between attempts none is held. See `qlora logs NAME`.",
     Moment.OVER: "no GPU is held any more. See `qlora status NAME`.",
 }
-"""Whether GPUs are held, and where to look; the message of the status is everywhere the first thing to read."""
+"""Whether GPUs are held at that time, and which command shows more; the status message always comes first."""
 NEXT_ATTEMPTS: Final = {
     RetryAction.RESUME: "resumes from the last checkpoint",
     RetryAction.OTHER_NODE: "resumes from the last checkpoint, on another node",
@@ -34,7 +34,7 @@ FIGURES: Final = {
     "most_attempts": MOST_ATTEMPTS,
     "most_lost": MAX_LOST_ATTEMPTS,
 }
-"""What a record names in braces."""
+"""Values of the placeholders in records."""
 TOPICS: Final = {
     "failed before training": (Topic.MANIFEST, Topic.CREDENTIALS, Topic.MODEL, Topic.DATASET, Topic.CLUSTER),
     "failed during training": (
@@ -48,11 +48,11 @@ TOPICS: Final = {
     ),
     "retried": (Topic.DISRUPTION, Topic.HANG, Topic.SERVICE),
 }
-"""The tables of the page about troubleshooting, by their names there."""
+"""Topics of each table of the troubleshooting page, by the name of the table."""
 
 
 def render_reasons() -> str:
-    """Return a section for each reason: what happened, where to look, what happens to GPUs and run, what to do."""
+    """Return the page of reasons, with a section each: cause, GPUs held, what is retried, and what to do."""
     return "\n".join(
         [
             "# Reasons",
@@ -78,12 +78,12 @@ def _section(reason: Reason, record: ReasonRecord) -> Iterator[str]:
 
 
 def describe(record: ReasonRecord) -> str:
-    """Say what happened and what usually causes it."""
+    """Return what happened and the usual causes."""
     return f"{record.sentence} {record.background.format(**FIGURES)}"
 
 
 def describe_outcome(record: ReasonRecord) -> str:
-    """Say what happens to a run that met a reason."""
+    """Return whether the run is retried after a reason, and how."""
     if record.outcome:
         return record.outcome.format(**FIGURES)
     if record.normal:
@@ -101,7 +101,7 @@ def describe_outcome(record: ReasonRecord) -> str:
 
 
 def render_topics(table: str) -> str:
-    """Return a table of the page about troubleshooting: the reasons of each topic."""
+    """Return a table of the troubleshooting page: the reasons of each topic."""
     rows = (
         f"| {topic} | {_links(reason for reason, record in REASONS.items() if record.topic is topic)} |"
         for topic in TOPICS[table]
@@ -114,14 +114,14 @@ def _links(reasons: Iterable[Reason]) -> str:
 
 
 def render_next_attempts() -> str:
-    """Return the table of the page about attempts: what follows each end of an attempt."""
-    ends: dict[tuple[str, str], list[Reason]] = {}
+    """Return the table of the page about attempts: what follows each reason."""
+    reasons_by_attempt: dict[tuple[str, str], list[Reason]] = {}
     for reason, record in REASONS.items():
         if record.retry is not None or not record.counts_against_retries:
-            ends.setdefault(_next_attempt(record), []).append(reason)
+            reasons_by_attempt.setdefault(_next_attempt(record), []).append(reason)
     rows = (
         f"| {', '.join(f'`{reason}`' for reason in reasons)} | {attempt} | {counts} |"
-        for (attempt, counts), reasons in ends.items()
+        for (attempt, counts), reasons in reasons_by_attempt.items()
     )
     none = "| anything else | none: somebody has to fix the cause first | |"
     return "\n".join(["| ended with | the next attempt | counts |", "|---|---|---|", *rows, none])
@@ -135,12 +135,12 @@ def _next_attempt(record: ReasonRecord) -> tuple[str, str]:
 
 
 def render_cluster_faults() -> str:
-    """Return the reasons that the alert about lost attempts counts, as a regular expression of Prometheus."""
+    """Return the reasons that the alert about lost attempts counts, as a Prometheus regular expression."""
     return "|".join(sorted(reason for reason, record in REASONS.items() if record.cluster_fault))
 
 
 def render_events() -> str:
-    """Return the list of every Event that the operator makes."""
+    """Return the page of all Events that the operator records."""
     actions = ", ".join(f"{verb} ({phase})" for phase, verb in EVENT_ACTIONS.items())
     rows = (
         f"| [{reason}](reasons.md#{reason.lower()}) | {event_type(reason)} | {REASONS[reason].sentence} |"
@@ -168,7 +168,7 @@ def render_events() -> str:
 
 
 def render_metrics() -> str:
-    """Return a table of the operator's metrics, and one of a training pod's."""
+    """Return the page of metrics: one table for the operator, one for training pods."""
     return "\n".join(
         [
             "# Metrics",
@@ -177,7 +177,8 @@ def render_metrics() -> str:
             "",
             "## Operator",
             "",
-            f"Every replica, `{metrics.PATH}` on port `health` (8081). A replica that waits tells of no QLoRAJob.",
+            f"Every replica, `{metrics.PATH}` on port `health` (8081). A standby replica exports no metrics of "
+            "QLoRAJobs.",
             "",
             *_metric_table(metrics.OPERATOR),
             "",
@@ -191,9 +192,9 @@ def render_metrics() -> str:
     )
 
 
-def _metric_table(listed: tuple[metrics.Metric, ...]) -> Iterator[str]:
+def _metric_table(entries: tuple[metrics.Metric, ...]) -> Iterator[str]:
     yield "| metric | type | labels | at most | meaning |"
     yield "|---|---|---|---|---|"
-    for metric in listed:
+    for metric in entries:
         labels = ", ".join(f"`{label}`" for label in metric.labels)
         yield f"| `{metric.name}` | {metric.kind} | {labels} | {metric.series} | {metric.help} |"

@@ -1,4 +1,4 @@
-"""Starts the operator: health, election, then kopf, the work queue and the progress server in one event loop."""
+"""Starts the operator: health server, leader election, then kopf, work queue and progress server in one event loop."""
 
 import asyncio
 import contextlib
@@ -24,53 +24,53 @@ from qlora_operator.settings import Settings, SettingsError, read_settings
 _log = logging.getLogger("qlora_operator")
 
 NOISY_LOGGERS: Final = ("kopf.objects", "kopf.activities.probe", "aiohttp.access")
-"""Loggers of libraries that tell what is normal."""
+"""Library loggers that log routine events at INFO."""
 GC_THRESHOLD: Final = 20_000
-"""New objects after which Python looks for cycles. A page of a list has many more, and none of them is in a cycle: with
-the default of 700 the looks take more than half of the time in which a page is read."""
+"""Allocations after which Python runs the cyclic garbage collector. A page of a list makes many more, none of them in a
+cycle: with the default of 700, collections take more than half of the time in which a page is read."""
 
 
 async def run(settings: Settings) -> None:
-    """Run one operator until it is told to stop."""
+    """Run one operator until SIGTERM."""
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
     if task is not None:
-        # Until kopf takes the signal over: a container's first process has no default for it.
+        # Until kopf installs its own handler: PID 1 of a container has no default action for SIGTERM.
         loop.add_signal_handler(signal.SIGTERM, task.cancel)
     configuration = await load_configuration(settings.kubeconfig)
-    renew = partial(read_credentials, configuration, settings.kubeconfig)
-    # A connection of its own: a renewal of the Lease must not wait behind other calls.
-    election = make_elector(settings, Api(configuration, renew_credentials=renew), loop)
-    leads = election.is_leader if election else always_leader
-    metrics, clock = Metrics(leads), ServerClock()
-    api = Api(configuration, leads, renew, metrics.on_api_call, clock.on_server_date)
-    runtime = Controller(settings, api, metrics, clock.now)
-    async with serve_health(settings.health_port, runtime.unhealthy_reason, metrics.render), leadership(election):
-        await run_kopf(settings, configuration, runtime)
+    renew_credentials = partial(read_credentials, configuration, settings.kubeconfig)
+    # A connection of its own, so that renewing the Lease never waits behind other calls.
+    elector = make_elector(settings, Api(configuration, renew_credentials=renew_credentials), loop)
+    is_leader = elector.is_leader if elector else always_leader
+    metrics, clock = Metrics(is_leader), ServerClock()
+    api = Api(configuration, is_leader, renew_credentials, metrics.on_api_call, clock.on_server_date)
+    controller = Controller(settings, api, metrics, clock.now)
+    async with serve_health(settings.health_port, controller.unhealthy_reason, metrics.render), leadership(elector):
+        await run_kopf(settings, configuration, controller)
 
 
 def always_leader() -> bool:
-    """Say that there is nobody else who could lead."""
+    """Return True: without an election there is only one replica."""
     return True
 
 
 def make_elector(settings: Settings, api: Api, loop: asyncio.AbstractEventLoop) -> LeaderElector | None:
-    """Return this replica's part in the election; outside a cluster there is nobody to agree with."""
-    home = settings.leader_election
-    if home is None:
+    """Return the elector of this replica; None outside a cluster, where there is only one."""
+    election = settings.leader_election
+    if election is None:
         return None
-    leases = KubeLeaseLock(api, home.namespace, home.lease, home.pod)
-    return LeaderElector(leases, home.pod, loop.time, utc_now)
+    lock = KubeLeaseLock(api, election.namespace, election.lease, election.pod)
+    return LeaderElector(lock, election.pod, loop.time, utc_now)
 
 
 def main() -> int:
-    """Return 0 after SIGTERM, 2 for a wrong setting, and 1 after anything else, which the log tells of."""
+    """Return the exit code: 0 after SIGTERM, 2 for an invalid setting, 1 after any other error, which is logged."""
     try:
         settings = read_settings(os.environ)
     except SettingsError as error:
         sys.stderr.write(f"{error}\n")
         return 2
     configure_logs(handler_for(settings.log_format, sys.stderr), settings.log_level)
-    gc.freeze()  # what is imported stays
+    gc.freeze()  # imported modules are never collected
     gc.set_threshold(GC_THRESHOLD)
     for chatty in NOISY_LOGGERS:
         logging.getLogger(chatty).setLevel(logging.WARNING)
@@ -78,8 +78,8 @@ def main() -> int:
         with contextlib.suppress(asyncio.CancelledError):
             asyncio.run(run(settings))
     except Exception as error:
-        _log.error("the operator ends, and has to be started again: %s", error, exc_info=True)
-        # What one dead watch is to kopf ends the others as well; their tasks would say so after the log was closed.
+        _log.error("fatal error, exiting: %s", error, exc_info=True)
+        # kopf ends all watches when one fails; their tasks would log that after the handlers are closed.
         logging.getLogger("asyncio").disabled = True
         return 1
     return 0

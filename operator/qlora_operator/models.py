@@ -1,4 +1,4 @@
-"""Frozen values between the stages; nothing here knows how they were fetched or where they go."""
+"""Immutable values that parse, decide, build and status exchange; they know nothing of the API server."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,17 +15,17 @@ from qlora_api.result import Result
 from qlora_api.v1alpha1 import Attempt, Checkpoint, Plan, QLoRAJobSpec, QLoRAJobStatus
 
 PREPARE_MEMORY: Final = "4Gi"
-"""Memory limit of a prepare pod: it tokenises in one process and holds one dataset in memory."""
+"""Memory limit of a prepare pod: it tokenizes in one process and holds one dataset in memory."""
 PREPARE_DEADLINE: Final = timedelta(hours=1)
-"""Longest time that a prepare Job may take: it reads the dataset once and the model's small files."""
+"""activeDeadlineSeconds of a prepare Job: it reads the dataset once and the model's small files."""
 
 Manifest = dict[str, Any]
-"""A whole Kubernetes object, as the API server takes it."""
+"""A Kubernetes object, as the API server accepts it."""
 
 
 @dataclass(frozen=True)
 class RawJob:
-    """A QLoRAJob as the API server returned it; spec and status are still unread."""
+    """A QLoRAJob as the API server returned it; spec and status are not validated yet."""
 
     ref: JobRef
     uid: str
@@ -39,7 +39,7 @@ class RawJob:
 
 @dataclass(frozen=True)
 class Job:
-    """A QLoRAJob whose spec and last status were understood."""
+    """A QLoRAJob with validated spec and last status."""
 
     ref: JobRef
     uid: str
@@ -51,7 +51,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Waiting:
-    """Why a container has not started."""
+    """Why a container has not started (state.waiting)."""
 
     reason: str
     message: str = ""
@@ -59,18 +59,18 @@ class Waiting:
 
 @dataclass(frozen=True)
 class Exit:
-    """How a container ended."""
+    """How a container ended (state.terminated)."""
 
     code: int
     reason: str = ""
     message: str = ""
-    """The termination message: the trainer's last word, or the end of its log."""
+    """The termination message: the trainer's, or the end of its log."""
     finished_at: datetime | None = None
 
 
 @dataclass(frozen=True)
 class Pod:
-    """What one pod of a child Job tells."""
+    """One pod of a child Job."""
 
     name: str
     uid: str
@@ -79,22 +79,22 @@ class Pod:
     created_at: datetime | None = None
     deleting: bool = False
     deletion_timestamp: datetime | None = None
-    """When a pod that is being deleted has used up its grace period."""
+    """When the grace period of a pod that is being deleted ends."""
     scheduled_at: datetime | None = None
     unschedulable: str = ""
-    """The scheduler's sentence, while no node fits."""
+    """The scheduler's message while no node fits; empty otherwise."""
     started_at: datetime | None = None
     waiting: Waiting | None = None
     exit: Exit | None = None
     disruption_message: str = ""
-    """Message of the DisruptionTarget condition: preemption, eviction, drain."""
+    """Message of the DisruptionTarget condition: preemption, eviction or drain."""
     disruption_reason: str = ""
     """Reason of that condition."""
     reason: str = ""
-    """The kubelet's reason for refusing or evicting the whole pod."""
+    """The kubelet's reason for rejecting or evicting the pod (status.reason)."""
     message: str = ""
     index: int = 0
-    """Its number among the pods of its Job."""
+    """Completion index in its Job."""
 
 
 @dataclass(frozen=True)
@@ -118,93 +118,93 @@ class ChildJob:
     deadline_seconds: int | None = None
     deleting: bool = False
     suspended: bool = False
-    """Whoever admits it (a queue) has not done so, or has taken it back."""
+    """Its queue controller has not admitted it yet, or has evicted it."""
     complete: bool = False
     failure: JobFailure | None = None
     deadline_exceeded: bool = False
-    """Its deadline has passed; Kubernetes is ending its pod, or has ended it."""
+    """Its deadline has passed; Kubernetes is terminating its pods, or has done so."""
     completions: int = 1
-    """Pods that it is to have."""
+    """Number of pods that it should have."""
     pods: tuple[Pod, ...] = ()
-    """Those that it has, by their index; of two with one index the newer."""
+    """Its pods in order of their index; of two with the same index, the newer."""
 
     @property
     def pod(self) -> Pod | None:
-        """The first pod, which speaks for the run while all goes well."""
+        """Return the pod with index 0, whose state is reported unless another pod fails."""
         return next((pod for pod in self.pods if pod.index == 0), None)
 
     @property
     def finished(self) -> bool:
-        """Whether Kubernetes will start nothing more for it."""
+        """Return whether it is complete or failed, so that Kubernetes starts no more pods for it."""
         return self.complete or self.failure is not None
 
     def ended_at(self, now: datetime) -> datetime:
-        """Return when its first pod ended; now, where nobody knows."""
+        """Return when the first of its pods ended, or now if that is unknown."""
         ends = [pod.exit.finished_at for pod in self.pods if pod.exit and pod.exit.finished_at]
         return min(ends, default=now)
 
     @property
     def holds_resources(self) -> bool:
-        """Whether a node or the scheduler is still busy with it."""
+        """Return whether its pods may still hold nodes or wait for some."""
         ended = [pod for pod in self.pods if pod.exit is not None]
         return not self.finished and len(ended) < self.completions
 
 
 @dataclass(frozen=True)
 class Observation:
-    """Every child of one QLoRAJob, and what a plan for it needs to know."""
+    """Every child Job of a QLoRAJob with its pods, and the GPU nodes of the cluster."""
 
     jobs: tuple[ChildJob, ...] = ()
     gpu_nodes: tuple[Manifest, ...] = ()
-    """Nodes with GPUs; looked at only where a run is about to be planned."""
+    """Nodes with GPUs; listed only before a plan is made."""
 
     @property
     def prepare(self) -> ChildJob | None:
-        """The Job that prepares."""
+        """Return the prepare Job."""
         return next((job for job in self.jobs if job.role is Role.PREPARE), None)
 
     def train(self, attempt: int) -> ChildJob | None:
-        """The Job of a training attempt."""
+        """Return the Job of a training attempt."""
         return next((job for job in self.jobs if job.role is Role.TRAIN and job.attempt == attempt), None)
 
 
 class Stage(StrEnum):
-    """How far a child Job is."""
+    """The stage of a child Job."""
 
     WAITING = "waiting"
     RUNNING = "running"
     ENDED = "ended"
     LOST = "lost"
-    """Over, and nobody can say how."""
+    """Over, without any trace of how it ended."""
 
 
 @dataclass(frozen=True)
 class JobState:
-    """What a child Job's state means."""
+    """A child Job, classified."""
 
     stage: Stage
     reason: Reason
     message: str = ""
     termination_message: TerminationMessage | None = None
     requeue_at: datetime | None = None
-    """When time alone changes the verdict."""
+    """When the state changes without an event."""
 
 
 @dataclass(frozen=True)
 class AttemptInputs:
-    """What a training attempt is decided by, beside the spec."""
+    """What the children of a training attempt are built from, besides the spec."""
 
     attempt: int
     plan: Plan
     prepared: Prepared
     seconds_left: int
-    """What earlier attempts have left of spec.deadlines.total."""
+    """What earlier attempts left of spec.deadlines.total."""
     avoided_nodes: tuple[str, ...] = ()
-    """Nodes that cannot do what they promise."""
+    """Nodes on which an attempt failed because of the node."""
 
 
 class Action(StrEnum):
-    """What has to be done to the children."""
+    """What to do to the children."""
 
     NONE = "none"
     PREPARE = "prepare"
@@ -212,14 +212,14 @@ class Action(StrEnum):
     DELETE_RUNNING_JOBS = "stop"
     """Delete the Jobs that still run."""
     DELETE_PREPARE_JOB = "forget"
-    """Delete the prepare Job: what it found is no longer so."""
+    """Delete the prepare Job, whose results are outdated."""
     DELETE_ALL_JOBS = "start over"
-    """Delete all child Jobs; what was published meanwhile is found by the next prepare."""
+    """Delete all child Jobs; the next prepare finds what was published meanwhile."""
 
 
 @dataclass(frozen=True)
 class Decision:
-    """Where the run stands, and what comes next."""
+    """The next phase of a run, why, and what to do to the children."""
 
     phase: Phase
     reason: Reason
@@ -229,8 +229,8 @@ class Decision:
     prepared: Prepared | None = None
     result: Result | None = None
     attempt: Attempt | None = None
-    """The attempt as it is now known; it replaces the one with its number."""
+    """The attempt as observed now; it replaces the one with the same number."""
     checkpoint: Checkpoint | None = None
-    """What an ended attempt told of last."""
+    """The last checkpoint that an ended attempt reported."""
     requeue_at: datetime | None = None
     requeue_after: timedelta | None = None

@@ -1,6 +1,6 @@
-"""The endpoint that running pods post their progress to: Kubeflow Trainer's status protocol.
+"""HTTP endpoint for the progress reports of running pods, in Kubeflow Trainer's status protocol.
 
-A pod proves who it is with a token that is bound to it; it can speak for its own QLoRAJob only. Losing a report, or
+A pod authenticates with its bound service account token, and can report for its own QLoRAJob only. Losing a report, or
 the endpoint, never fails a run.
 """
 
@@ -24,16 +24,16 @@ from qlora_operator.cluster.interface import ClusterBusyError, TokenReviewer
 MAX_BODY: Final = 64 * KIB
 MAX_TOKEN: Final = 16 * KIB
 TOKEN_CACHE_SECONDS: Final = 60.0
-"""For so long a reviewed token is not reviewed again."""
+"""How long the review of a token is cached."""
 MAX_CACHED_TOKENS: Final = 10_000
-"""Tokens that are remembered; more pods than that just cost more reviews."""
+"""Maximum number of cached reviews; with more pods, tokens are just reviewed more often."""
 STATUS_INTERVAL: Final = timedelta(seconds=5)
-"""Progress alone changes a status at most so often."""
+"""Minimum interval between two status updates that only progress causes."""
 REPORTED_PHASES: Final = frozenset({Phase.TRAINING, Phase.EVALUATING, Phase.PUBLISHING})
 
 
 class ReportRejectedError(Exception):
-    """The caller must change something; becomes an HTTP status with a sentence."""
+    """A report is rejected; becomes an HTTP status and a message for the caller."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -55,12 +55,12 @@ class ReportStore:
         self._last[ref] = report
 
     def forget(self, ref: JobRef) -> None:
-        """The run is over."""
+        """Drop the report of a run that is over."""
         self._last.pop(ref, None)
 
 
 def read_report(report: ProgressReport, now: datetime) -> Progress:
-    """Turn the wire's report, whose numbers are strings, into ours; what cannot be read is left out."""
+    """Convert a report, whose numbers are strings on the wire; values that cannot be parsed are left out."""
     status = report.trainer_status
     metrics = {metric.name: metric.value for metric in status.metrics}
     speed = _to_float(metrics, "tokens_per_second")
@@ -92,37 +92,39 @@ def _to_int(metrics: Mapping[str, str], name: str) -> int | None:
 
 
 def _to_checkpoint(metrics: Mapping[str, str]) -> Checkpoint | None:
-    told = {name: value for name in Checkpoint.model_fields if (value := metrics.get(f"checkpoint_{name}")) is not None}
+    values = {
+        name: value for name in Checkpoint.model_fields if (value := metrics.get(f"checkpoint_{name}")) is not None
+    }
     try:
-        checkpoint = Checkpoint.model_validate(told)
+        checkpoint = Checkpoint.model_validate(values)
     except ValidationError:
         return None
-    # A time without its zone could be any.
+    # A time without its timezone is ambiguous.
     return checkpoint if checkpoint.time.tzinfo else None
 
 
 class PodAuthorizer:
-    """Says which pod a token speaks for, and whether it may speak for a job."""
+    """Checks that a token belongs to a pod of the QLoRAJob that it reports for."""
 
     def __init__(self, identities: TokenReviewer, clock: Callable[[], float]) -> None:
         self._identities = identities
         self._clock = clock
-        self._trusted_until: dict[tuple[str, JobRef], float] = {}
+        self._authorized_until: dict[tuple[str, JobRef], float] = {}
 
     async def authorize(self, authorization: str, ref: JobRef) -> None:
-        """Return when the token's pod belongs to the job; RefusedError otherwise."""
+        """Check that the token belongs to a pod of the job; ReportRejectedError if it does not."""
         scheme, _, token = authorization.partition(" ")
         if scheme.lower() != "bearer" or not 0 < len(token) <= MAX_TOKEN:
             raise ReportRejectedError(401, "send the pod's token: Authorization: Bearer <token>")
         key = (sha256(token.encode()).hexdigest(), ref)
-        if self._trusted_until.get(key, -math.inf) < self._clock():
+        if self._authorized_until.get(key, -math.inf) < self._clock():
             await self._review(token, ref)
-            self._trust(key)
+            self._remember(key)
 
-    def _trust(self, key: tuple[str, JobRef]) -> None:
-        if len(self._trusted_until) >= MAX_CACHED_TOKENS:
-            self._trusted_until.clear()
-        self._trusted_until[key] = self._clock() + TOKEN_CACHE_SECONDS
+    def _remember(self, key: tuple[str, JobRef]) -> None:
+        if len(self._authorized_until) >= MAX_CACHED_TOKENS:
+            self._authorized_until.clear()
+        self._authorized_until[key] = self._clock() + TOKEN_CACHE_SECONDS
 
     async def _review(self, token: str, ref: JobRef) -> None:
         pod = await self._identities.review_token(token)
@@ -140,11 +142,11 @@ class PodAuthorizer:
 
 
 Notify = Callable[[JobRef, timedelta], None]
-"""Called with a job whose report is new, and how long its status may wait."""
+"""Called with a job that has a new report, and the delay after which to reconcile it."""
 
 
 class ProgressEndpoint:
-    """Takes reports."""
+    """Accepts progress reports."""
 
     def __init__(
         self, authorizer: PodAuthorizer, reports: ReportStore, notify: Notify, clock: Callable[[], datetime]
@@ -161,7 +163,7 @@ class ProgressEndpoint:
         return app
 
     async def post(self, request: web.Request) -> web.Response:
-        """Take one report."""
+        """Accept one report."""
         ref = JobRef(request.match_info["namespace"], request.match_info["job"])
         try:
             await self._authorizer.authorize(request.headers.get("Authorization", ""), ref)
@@ -177,9 +179,9 @@ class ProgressEndpoint:
             report = ProgressReport.model_validate_json(await request.read())
         except ValidationError as error:
             first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "body"
-            raise ReportRejectedError(400, f"{where}: {first['msg']}") from error
-        now, before = self._clock(), self._reports.get(ref)
+            field = ".".join(map(str, first["loc"])) or "body"
+            raise ReportRejectedError(400, f"{field}: {first['msg']}") from error
+        now, previous = self._clock(), self._reports.get(ref)
         self._reports.put(ref, read_report(report, now))
-        age = now - before.updated_at if before else STATUS_INTERVAL
+        age = now - previous.updated_at if previous else STATUS_INTERVAL
         self._notify(ref, max(STATUS_INTERVAL - age, timedelta(0)))

@@ -1,4 +1,4 @@
-"""The only reader of the environment."""
+"""Settings of the operator, from environment variables; no other module reads the environment."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,16 +17,16 @@ PULL_POLICIES: Final = ("Always", "IfNotPresent", "Never")
 MAX_PORT: Final = 65_535
 MAX_WORKERS: Final = 256
 MAX_RESYNC: Final = 86_400
-"""Seconds; rarer than once a day it would be of no use."""
+"""Seconds; a resync less often than daily would be of no use."""
 
 
 class SettingsError(Exception):
-    """Whoever installed the operator must change an environment variable."""
+    """An environment variable is missing or invalid; whoever installed the operator must change it."""
 
 
 @dataclass(frozen=True)
 class LeaderElectionSettings:
-    """Where this replica runs, and the Lease by which it agrees with the others."""
+    """The namespace and pod of this replica, and the Lease of the election."""
 
     namespace: str
     pod: str
@@ -35,27 +35,32 @@ class LeaderElectionSettings:
 
 @dataclass(frozen=True)
 class Settings:
-    """How this operator was installed."""
+    """Settings of one operator."""
 
     installation: Installation
     namespaces: tuple[str, ...] = ()
     """Empty means the whole cluster."""
     workers: int = 64
-    """Passes at once: each waits for the API server most of its time."""
+    """Concurrent reconciles; each mostly waits for the API server."""
     progress_port: int = 8080
     health_port: int = 8081
     log_level: str = "info"
     log_format: Format = Format.JSON
     kubeconfig: str = ""
-    """Empty means the pod's own account."""
+    """Empty means the pod's service account."""
     resync: timedelta = timedelta(minutes=10)
-    """How often everything is looked at, though nothing happened: what a lost event should have told comes with it."""
+    """Interval of the resync, which finds what lost events would have reported."""
     leader_election: LeaderElectionSettings | None = None
-    """None outside a cluster, where there is no other replica."""
+    """None outside a cluster, where there is only one replica."""
 
 
 def read_settings(environment: Mapping[str, str]) -> Settings:
-    """Read every variable; an error names the variable and what it may be."""
+    """Read every variable.
+
+    Raises:
+        SettingsError: A variable is missing or invalid; the message names it and the values it may have.
+
+    """
     image = environment.get("QLORA_TRAINER_IMAGE", "")
     if not image:
         raise SettingsError("QLORA_TRAINER_IMAGE is not set: name the image of prepare and training pods")
@@ -84,7 +89,7 @@ def _leader_election(environment: Mapping[str, str]) -> LeaderElectionSettings |
     if not namespace:
         return None
     if not pod:
-        raise SettingsError("POD_NAME is not set, and POD_NAMESPACE is: replicas agree by their names on who leads")
+        raise SettingsError("POD_NAME is not set, but POD_NAMESPACE is: leader election needs the names of both")
     return LeaderElectionSettings(namespace, pod, environment.get("QLORA_LEASE") or names.FIELD_MANAGER)
 
 
@@ -111,10 +116,10 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(name for part in text.split(",") if (name := part.strip()))
 
 
-def _number(environment: Mapping[str, str], name: str, default: int, most: int) -> int:
+def _number(environment: Mapping[str, str], name: str, default: int, maximum: int) -> int:
     text = environment.get(name) or str(default)
-    if not text.isdecimal() or not 1 <= int(text) <= most:
-        raise SettingsError(f"{name} is {text!r}: write a number from 1 to {most}")
+    if not text.isdecimal() or not 1 <= int(text) <= maximum:
+        raise SettingsError(f"{name} is {text!r}: write a number from 1 to {maximum}")
     return int(text)
 
 

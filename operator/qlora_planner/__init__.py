@@ -1,4 +1,4 @@
-"""Turns a valid spec into a plan: pure numbers and rules, for the operator and the command line."""
+"""Turns a valid spec into a plan: pure functions, shared by the operator and the command line."""
 
 from qlora_planner.plan import make_plan
 

@@ -1,4 +1,4 @@
-"""Why a run is executed as it is: one sentence for each choice."""
+"""The reasons of a plan: one sentence for each choice."""
 
 from math import ceil
 from typing import Final
@@ -10,13 +10,20 @@ from qlora_planner.memory.estimate import TrainingWorkload
 from qlora_planner.sizing import COMPUTE_BOUND_TOKENS, Sizing, micro_batches, pass_tokens
 
 MIN_QUANTIZED_SHARE: Final = 0.5
-"""Share of a base's layers that is quantised, below which it is worth a sentence (as in prepare)."""
+"""Fraction of the layers' weights that is quantized, below which the plan says so (as prepare does)."""
 NATIVE_BF16: Final = (8, 0)
-"""Compute capability from which GPUs multiply bf16 (NVIDIA: Ampere)."""
+"""Lowest compute capability with native bf16 (NVIDIA Ampere)."""
 
 
 def explain_sizing(work: TrainingWorkload, sizing: Sizing, *, flexible: bool = False) -> tuple[str, ...]:
-    """Return the reasons of a sized plan, without those of its steps."""
+    """Return the reasons of a sized plan, without those of its steps.
+
+    Args:
+        work: The run.
+        sizing: GPUs and layout that were chosen for it.
+        flexible: Whether the number of GPUs was chosen too, instead of taken from spec.resources.
+
+    """
     return (
         _explain_gpus(sizing, flexible=flexible),
         *([_explain_strategy(work, sizing)] if sizing.allocation.processes > 1 else []),
@@ -31,11 +38,11 @@ def explain_sizing(work: TrainingWorkload, sizing: Sizing, *, flexible: bool = F
 
 
 def _explain_gpus(sizing: Sizing, *, flexible: bool) -> str:
-    room = sizing.allocation
-    what = room.pool.product or f"GPU of {format_gib(room.pool.memory)}"
-    nodes = f"{room.nodes} node{'s' if room.nodes > 1 else ''}"
+    allocation = sizing.allocation
+    gpu = allocation.pool.product or f"GPU of {format_gib(allocation.pool.memory)}"
+    nodes = f"{allocation.nodes} node{'s' if allocation.nodes > 1 else ''}"
     why = "the fewest that fit" if flexible else "as spec.resources asks"
-    return f"{room.gpus_per_node} x {what} on {nodes}: {why}"
+    return f"{allocation.gpus_per_node} x {gpu} on {nodes}: {why}"
 
 
 def _explain_strategy(work: TrainingWorkload, sizing: Sizing) -> str:
@@ -46,7 +53,7 @@ def _explain_strategy(work: TrainingWorkload, sizing: Sizing) -> str:
 
 
 def explain_dtype(pool: GpuPool) -> str:
-    """Say which 16 bits the trainer will compute in."""
+    """Explain in which 16-bit dtype the trainer will compute."""
     if pool.capability is None:
         return "dtype bfloat16 where the GPU has it (sm_80 and later), else float16"
     sm = f"sm_{pool.capability[0]}{pool.capability[1]}"
@@ -56,22 +63,22 @@ def explain_dtype(pool: GpuPool) -> str:
 
 
 def _explain_base(work: TrainingWorkload) -> tuple[str, ...]:
-    """Say so where a quantised base takes far more memory than its name tells."""
+    """Explain why a quantized base takes far more memory than its bits suggest, if it does."""
     shape, bits = work.shape, work.spec.quantization.bits
-    body = shape.parameters - shape.embedding.parameters - (0 if shape.tied else shape.head.weights)
-    if bits == 16 or shape.quantizable > MIN_QUANTIZED_SHARE * body:
+    layers = shape.parameters - shape.embedding.parameters - (0 if shape.tied else shape.head.weights)
+    if bits == 16 or shape.quantizable > MIN_QUANTIZED_SHARE * layers:
         return ()
-    left = (body - shape.quantizable) * work.width
+    unquantized = (layers - shape.quantizable) * work.width
     return (
-        f"base: only {shape.quantizable / body:.0%} of its layers' weights can be stored in {bits} bits; the rest, "
-        f"such as stacked experts, takes {format_gib(left)} in 16",
+        f"base: only {shape.quantizable / layers:.0%} of its layers' weights can be stored in {bits} bits; the rest, "
+        f"such as stacked experts, takes {format_gib(unquantized)} in 16",
     )
 
 
 def _explain_attention(work: TrainingWorkload) -> str:
     if work.attention == "eager":
         return "attention eager: the model caps attention scores, which SDPA cannot"
-    return "attention sdpa: exact with joined rows; FlashAttention, where the image has it, takes less"
+    return "attention sdpa: exact with packed rows; FlashAttention, where the image has it, takes less memory"
 
 
 def _explain_optimizer(work: TrainingWorkload, sizing: Sizing) -> str:
@@ -88,12 +95,12 @@ def _explain_micro_batch(work: TrainingWorkload, sizing: Sizing) -> str:
     size = sizing.layout.micro_batch
     if work.spec.training.micro_batch_size is not None:
         return f"micro-batch {size}: given in the spec"
-    share = ceil(work.spec.training.global_batch_size / sizing.allocation.processes)
+    rows = ceil(work.spec.training.global_batch_size / sizing.allocation.processes)
     largest = micro_batches(work, sizing.allocation.processes)[0]
     if size < largest:
         how = "" if sizing.layout.checkpointing else " without recomputing"
-        return f"micro-batch {size}: the largest divisor of a GPU's {share} rows that fits{how}"
-    if size < share:
+        return f"micro-batch {size}: the largest divisor of a GPU's {rows} rows that fits{how}"
+    if size < rows:
         return f"micro-batch {size}: rows of {work.rows.mean:.0f} tokens on average fill a pass of 4,096"
     return f"micro-batch {size}: all rows of a GPU's step in one pass"
 
@@ -107,18 +114,18 @@ def _explain_checkpointing(work: TrainingWorkload, sizing: Sizing) -> str:
 
 
 def explain_peak(sizing: Sizing) -> str:
-    """Say what fills the GPU."""
-    found = sizing.estimate
+    """Explain what fills the GPU."""
+    estimate = sizing.estimate
     parts = {
-        "base": found.base.total,
-        "adapter": found.adapter,
-        "gradients": found.gradients,
-        "optimizer": found.optimizer,
-        "activations": found.activations,
-        "exchange": found.communication,
-        "context": found.non_torch,
+        "base": estimate.base.total,
+        "adapter": estimate.adapter,
+        "gradients": estimate.gradients,
+        "optimizer": estimate.optimizer,
+        "activations": estimate.activations,
+        "communication": estimate.communication,
+        "context": estimate.non_torch,
     }
-    verdict = "; tight: it fits if torch's allocator needs less than that slack" if sizing.tight else ""
-    shown = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items() if size)
+    note = "; tight: it fits if torch's allocator needs less than that slack" if sizing.tight else ""
+    sizes = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items() if size)
     usable = format_gib(sizing.allocation.pool.usable)
-    return f"peak {format_gib(found.peak)} of {usable} per GPU: {shown}, slack 7 %{verdict}"
+    return f"peak {format_gib(estimate.peak)} of {usable} per GPU: {sizes}, slack 7 %{note}"

@@ -1,4 +1,4 @@
-"""What GPUs there are: read from node objects with the labels of their accelerators, or given by hand."""
+"""The GPUs that a run can be planned for: from the labels of Node objects, or given by hand."""
 
 import re
 from collections import Counter
@@ -11,7 +11,7 @@ from qlora_api.units import GIB, KIB, MIB, TIB
 from qlora_api.v1alpha1 import ResourcesSpec, Toleration
 
 RESERVED_SHARE: Final = 0.02
-"""Of the memory that the label and nvidia-smi show, what the driver keeps: a T4 of 15,360 MiB gives processes 14.75
+"""Share of the memory in label and nvidia-smi that the driver reserves: a T4 of 15,360 MiB gives processes 14.75
 GiB (1.7 %), an RTX 4090 of 24,564 MiB 23.64 GiB (1.5 %), an A30 of 24,576 MiB 23.53 GiB (2.0 %), an A100 of 40,960
 MiB 39.50 GiB (1.3 %); read from torch's messages in hpcaitech/Open-Sora#697, 3DTopia/Phidias-Diffusion#8,
 google/RB-Modulation#5 and TianheWu/CoSeR#10."""
@@ -28,18 +28,18 @@ class GpuPool:
     """Nodes with the same GPUs."""
 
     product: str
-    """Value of the accelerator's product label; empty: any."""
+    """Value of the accelerator's product label; empty for any."""
     memory: int
     """Bytes of each GPU, as nvidia-smi shows them."""
     gpus_per_node: int = 1
     nodes: int = 1
     capability: tuple[int, int] | None = None
-    """(8, 0) is sm_80; None: unknown."""
+    """(8, 0) for sm_80; None if unknown."""
     accelerator: Accelerator = NVIDIA
 
     @property
     def usable(self) -> int:
-        """Return the bytes that a process can have."""
+        """Return the bytes of each GPU that a process can allocate."""
         return int(self.memory * (1 - RESERVED_SHARE))
 
 
@@ -47,29 +47,40 @@ GpuInventory = tuple[GpuPool, ...]
 
 
 def parse_quantity(quantity: str) -> int:
-    """Return a Kubernetes quantity, as in 24Gi or 80G, in bytes; ValueError says what is wrong with it."""
-    found = _QUANTITY.fullmatch(quantity)
-    if found is None:
-        raise ValueError(f"'{quantity}' is no amount of memory; write a number and a unit, as in 24Gi or 80G")
-    return int(float(found[1]) * (_UNITS | _BINARY)[found[2] or ""])
+    """Return a Kubernetes quantity, such as 24Gi or 80G, in bytes.
+
+    Raises:
+        ValueError: It is not a quantity; the message says what to write.
+
+    """
+    match = _QUANTITY.fullmatch(quantity)
+    if match is None:
+        raise ValueError(f"'{quantity}' is not an amount of memory; write a number and a unit, as in 24Gi or 80G")
+    return int(float(match[1]) * (_UNITS | _BINARY)[match[2] or ""])
 
 
 def memory_of_product(product: str) -> int | None:
-    """Return the bytes that a product's name tells, as NVIDIA-A100-SXM4-80GB does; cautiously in decimal units."""
-    found = re.search(r"(\d+)GB", product)
-    return int(found[1]) * 10**9 if found else None
+    """Return the bytes in a product's name, such as NVIDIA-A100-SXM4-80GB, taken as decimal gigabytes; None if none."""
+    match = re.search(r"(\d+)GB", product)
+    return int(match[1]) * 10**9 if match else None
 
 
 def read_gpu_inventory(nodes: Iterable[Mapping[str, Any]], resources: ResourcesSpec) -> GpuInventory:
-    """Return the GPUs that a run's pods may land on, smallest memory first."""
+    """Return the GPUs of the nodes that would accept the pods of a run, smallest memory first.
+
+    Args:
+        nodes: Node objects as the API server returns them.
+        resources: spec.resources, whose nodeSelector, tolerations and gpuProduct apply.
+
+    """
     pools = Counter(
         pool
         for node in nodes
         for accelerator in ACCELERATORS
         if _accepts_pods(node, resources, accelerator) and (pool := _read_node(node, accelerator))
     )
-    found = (_with_nodes(pool, count) for pool, count in pools.items())
-    return tuple(sorted(found, key=lambda pool: (pool.memory, pool.gpus_per_node, pool.product)))
+    counted = (_with_nodes(pool, count) for pool, count in pools.items())
+    return tuple(sorted(counted, key=lambda pool: (pool.memory, pool.gpus_per_node, pool.product)))
 
 
 def _with_nodes(pool: GpuPool, count: int) -> GpuPool:
@@ -77,11 +88,11 @@ def _with_nodes(pool: GpuPool, count: int) -> GpuPool:
 
 
 def _read_node(node: Mapping[str, Any], accelerator: Accelerator) -> GpuPool | None:
-    """Return a node's GPUs; None where it has none, or where nothing tells their memory."""
+    """Return the GPUs of a node; None if it has none, or no label with their memory."""
     labels: Mapping[str, str] = node["metadata"].get("labels", {})
     count = int(node.get("status", {}).get("allocatable", {}).get(accelerator.resource, "0"))
     mebibytes = labels.get(accelerator.memory_label, "")
-    # A GPU that is sliced by time is counted several times, and its memory belongs to all of them.
+    # A time-sliced GPU is advertised several times, and all replicas share its memory.
     shared = labels.get(accelerator.replicas_label, "1") not in _NOT_SHARED
     if count == 0 or shared or not mebibytes.isdigit():
         return None
@@ -93,14 +104,14 @@ def _read_node(node: Mapping[str, Any], accelerator: Accelerator) -> GpuPool | N
 
 
 def _accepts_pods(node: Mapping[str, Any], resources: ResourcesSpec, accelerator: Accelerator) -> bool:
-    """Return whether the scheduler could put a training pod there, free or not."""
+    """Return whether the scheduler could place a training pod there, whether or not the node is free."""
     labels: Mapping[str, str] = node["metadata"].get("labels", {})
     spec: Mapping[str, Any] = node.get("spec", {})
     product = {accelerator.product_label: resources.gpu_product} if resources.gpu_product else {}
-    wanted = {**resources.node_selector, **product}
+    required = {**resources.node_selector, **product}
     return (
         not spec.get("unschedulable", False)
-        and all(labels.get(key) == value for key, value in wanted.items())
+        and all(labels.get(key) == value for key, value in required.items())
         and all(_is_tolerated(taint, resources.tolerations, accelerator) for taint in spec.get("taints", ()))
     )
 
@@ -112,7 +123,7 @@ def _is_tolerated(taint: Mapping[str, str], tolerations: Iterable[Toleration], a
 
 
 def _tolerates(toleration: Toleration, taint: Mapping[str, str]) -> bool:
-    """Return what Kubernetes would: an absent key or effect means every one."""
+    """Return whether a toleration matches a taint, as in Kubernetes: an absent key or effect matches all."""
     if toleration.effect not in {None, taint["effect"]} or toleration.key not in {None, taint["key"]}:
         return False
     if toleration.operator == "Exists":

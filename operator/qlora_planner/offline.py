@@ -1,4 +1,4 @@
-"""A plan before anything is prepared: from a manifest, a model's config.json and GPUs that are named by hand."""
+"""Plans without a cluster: from a manifest, the model's config.json and GPUs given by hand."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -26,12 +26,12 @@ _COMMON_GPUS: Final = (
     ("80 GB GPU (H100)", 81_559),
     ("141 GB GPU (H200)", 143_771),
 )
-"""Usual GPUs and their MiB, as nvidia-smi shows them."""
+"""Common GPUs and their memory in MiB, as nvidia-smi shows it."""
 
 
 @dataclass(frozen=True)
 class OfflinePlan:
-    """A sized run."""
+    """A sized run and the reasons for its layout."""
 
     work: TrainingWorkload
     sizing: Sizing
@@ -41,20 +41,36 @@ class OfflinePlan:
 def make_offline_plan(
     spec: QLoRAJobSpec, config: Mapping[str, Any], gpu_memory: str | None = None, gpus_per_node: int | None = None
 ) -> OfflinePlan:
-    """Size a run whose rows are not known: as if all of them were maxLength tokens long."""
-    longest = spec.training.max_length
+    """Size a run without its dataset: as if every row had spec.training.maxLength tokens.
+
+    Args:
+        spec: The spec.
+        config: The model's config.json.
+        gpu_memory: Memory of each GPU as a Kubernetes quantity; None takes that of spec.resources.gpuProduct, or tries
+            common GPUs.
+        gpus_per_node: The most GPUs to use; the plan takes as few as suffice. None takes spec.resources as it is.
+
+    Raises:
+        DoesNotFitError: No GPU can hold the run; the message says by how much, and what would fit.
+        MismatchError: The manifest asks for what the model does not have.
+        UnknownModelError: The memory of this kind of model is not known.
+
+    """
+    max_length = spec.training.max_length
     shape = read_shape(config)
     check_base(shape, spec.quantization)
-    work = TrainingWorkload(spec, shape, SequenceLengths(longest, longest), usual_device(_gpus(spec, gpus_per_node)))
+    work = TrainingWorkload(
+        spec, shape, SequenceLengths(max_length, max_length), usual_device(_gpus(spec, gpus_per_node))
+    )
     if work.device == "cpu":
         return _on_cpu(work)
-    offer, flexible = _inventory(spec, gpu_memory, gpus_per_node), gpus_per_node is not None
-    found = size_run(work, offer, flexible=flexible)
-    if found is None:
-        raise DoesNotFitError("spec.training.globalBatchSize is less than the GPUs asked for; raise it")
-    if isinstance(found, Misfit):
-        raise DoesNotFitError(describe_misfit(work, offer, found))
-    return OfflinePlan(work, found, (*explain_sizing(work, found, flexible=flexible), *_explain_rest(work, found)))
+    inventory, flexible = _inventory(spec, gpu_memory, gpus_per_node), gpus_per_node is not None
+    sizing = size_run(work, inventory, flexible=flexible)
+    if sizing is None:
+        raise DoesNotFitError("spec.training.globalBatchSize is smaller than the number of GPUs; raise it")
+    if isinstance(sizing, Misfit):
+        raise DoesNotFitError(describe_misfit(work, inventory, sizing))
+    return OfflinePlan(work, sizing, (*explain_sizing(work, sizing, flexible=flexible), *_explain_rest(work, sizing)))
 
 
 def _gpus(spec: QLoRAJobSpec, gpus_per_node: int | None) -> int:
@@ -62,7 +78,7 @@ def _gpus(spec: QLoRAJobSpec, gpus_per_node: int | None) -> int:
 
 
 def _inventory(spec: QLoRAJobSpec, gpu_memory: str | None, gpus_per_node: int | None) -> GpuInventory:
-    """Return the GPUs to choose from: the given ones, those of the product, or the usual ones."""
+    """Return the GPUs to choose from: the given ones, those of the product, or common ones."""
     count, product, nodes = _gpus(spec, gpus_per_node), spec.resources.gpu_product, spec.resources.nodes
     if gpu_memory is not None:
         return (GpuPool(product, parse_quantity(gpu_memory), count, nodes),)
@@ -72,15 +88,15 @@ def _inventory(spec: QLoRAJobSpec, gpu_memory: str | None, gpus_per_node: int | 
 
 
 def _on_cpu(work: TrainingWorkload) -> OfflinePlan:
-    """Use the micro-batch and the strategy of every plan for CPUs; like the trainer, recompute what would not fit."""
+    """Use the default micro-batch and strategy for CPUs; like the trainer, checkpoint if the activations do not fit."""
     training, resources = work.spec.training, work.spec.resources
     micro = choose_micro_batch(training, ceil(training.global_batch_size / resources.processes), "cpu")
     strategy = choose_strategy(work.spec.distribution, resources.processes)
     layout = Layout(resources.processes, strategy.name, micro.size)
-    room = GpuAllocation(GpuPool("", parse_quantity(resources.memory), 0), resources.nodes, 0)
-    if estimate_memory(work, layout).peak > room.pool.memory:
+    allocation = GpuAllocation(GpuPool("", parse_quantity(resources.memory), 0), resources.nodes, 0)
+    if estimate_memory(work, layout).peak > allocation.pool.memory:
         layout = replace(layout, checkpointing=True)
-    sizing = Sizing(room, layout, estimate_memory(work, layout))
+    sizing = Sizing(allocation, layout, estimate_memory(work, layout))
     reasons = (
         "device cpu: spec.resources.gpusPerNode is 0",
         micro.reason,
@@ -92,40 +108,44 @@ def _on_cpu(work: TrainingWorkload) -> OfflinePlan:
 
 def _explain_host_memory(sizing: Sizing, memory: str) -> tuple[str, ...]:
     peak = sizing.estimate.peak
-    verdict = "within" if peak <= sizing.allocation.pool.memory else "more than"
+    relation = "within" if peak <= sizing.allocation.pool.memory else "more than"
     return (
         f"gradient checkpointing {'on' if sizing.layout.checkpointing else 'off'}: the trainer decides by free memory",
-        f"peak {format_gib(peak)} of tensors if the CPU has no bf16, {verdict} spec.resources.memory {memory}",
+        f"peak {format_gib(peak)} of tensors if the CPU has no bf16, {relation} spec.resources.memory {memory}",
     )
 
 
 def _explain_rest(work: TrainingWorkload, sizing: Sizing) -> tuple[str, ...]:
-    whole, processes, micro = work.spec.training.global_batch_size, sizing.layout.processes, sizing.layout.micro_batch
+    global_batch_size, processes, micro = (
+        work.spec.training.global_batch_size,
+        sizing.layout.processes,
+        sizing.layout.micro_batch,
+    )
     return (
-        describe_accumulation(whole, _share(work, sizing), micro, processes),
+        describe_accumulation(global_batch_size, _rows_per_process(work, sizing), micro, processes),
         f"rows as long as spec.training.maxLength, {work.rows.longest} tokens, since no dataset was read",
     )
 
 
-def _share(work: TrainingWorkload, sizing: Sizing) -> int:
-    """Return the rows of a step that one process takes."""
+def _rows_per_process(work: TrainingWorkload, sizing: Sizing) -> int:
+    """Return the rows of a step per process."""
     return ceil(work.spec.training.global_batch_size / sizing.layout.processes)
 
 
 def to_json(plan: OfflinePlan) -> dict[str, Any]:
-    """Return the figures that scripts read; bytes are of one GPU, but for the base and the adapter as a whole."""
+    """Return the figures of a plan as JSON; bytes are per GPU, except those of base and adapter, which are totals."""
     work, sizing = plan.work, plan.sizing
     adapter = 0 if work.full_finetune else work.trainable.parameters
-    found: MemoryEstimate = sizing.estimate
+    estimate: MemoryEstimate = sizing.estimate
     return {
         "weightsBytes": work.base.weights,
         "adapterParameters": adapter,
         "adapterBytes": adapter * FP32,
-        "optimizerBytes": found.optimizer,
-        "activationBytes": found.activations,
-        "peakBytesPerGpu": found.peak,
+        "optimizerBytes": estimate.optimizer,
+        "activationBytes": estimate.activations,
+        "peakBytesPerGpu": estimate.peak,
         "microBatch": sizing.layout.micro_batch,
-        "gradientAccumulation": ceil(_share(work, sizing) / sizing.layout.micro_batch),
+        "gradientAccumulation": ceil(_rows_per_process(work, sizing) / sizing.layout.micro_batch),
         "gpus": sizing.allocation.nodes * sizing.allocation.gpus_per_node,
         "nodes": sizing.allocation.nodes,
         "strategy": sizing.layout.strategy,

@@ -1,12 +1,12 @@
-"""What cannot be divided among processes: the rules refuse it, and the plan does not choose it."""
+"""What cannot be sharded among processes: validation rejects it, and the planner does not choose it."""
 
 from qlora_api.optimizers import SHARDABLE
 from qlora_api.strategies import Strategy
 from qlora_api.v1alpha1 import QLoRAJobSpec
 
 
-def needs_whole_weights(spec: QLoRAJobSpec) -> str | None:
-    """Say what of a spec needs weights that no process has whole once they are divided."""
+def needs_unsharded_weights(spec: QLoRAJobSpec) -> str | None:
+    """Return what in a spec needs unsharded weights, or None."""
     if spec.method == "full":
         return "spec.method full publishes the full model"
     if spec.lora.modules_to_save:
@@ -18,13 +18,13 @@ def needs_whole_weights(spec: QLoRAJobSpec) -> str | None:
     return None
 
 
-def has_plain_optimizer(spec: QLoRAJobSpec) -> bool:
-    """Return whether DeepSpeed can divide the optimizer's state: AdamW's in fp32, and no other."""
+def has_shardable_optimizer(spec: QLoRAJobSpec) -> bool:
+    """Return whether DeepSpeed can shard the optimizer state: that of AdamW in fp32, and no other."""
     return spec.training.optimizer in {"auto", *SHARDABLE}
 
 
-def can_be_shared(spec: QLoRAJobSpec, strategy: Strategy) -> bool:
-    """Return whether processes can share a run by a strategy."""
-    if strategy.shards_optimizer and not has_plain_optimizer(spec):
+def supports_strategy(spec: QLoRAJobSpec, strategy: Strategy) -> bool:
+    """Return whether a spec can be trained with a strategy."""
+    if strategy.shards_optimizer and not has_shardable_optimizer(spec):
         return False
-    return not strategy.shards_weights or needs_whole_weights(spec) is None
+    return not strategy.shards_weights or needs_unsharded_weights(spec) is None

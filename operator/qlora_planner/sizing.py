@@ -1,4 +1,4 @@
-"""Which GPUs, how many, and how each is used: the smallest offer that fits, and on it the fastest way that fits."""
+"""Sizes a run: the cheapest GPUs of the inventory that fit, and the fastest layout that fits on them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -11,20 +11,20 @@ from qlora_planner.gpu_inventory import GpuInventory, GpuPool
 from qlora_planner.memory.adapter import ALL_LINEAR
 from qlora_planner.memory.estimate import PACK_TOKENS, Layout, MemoryEstimate, TrainingWorkload, estimate_memory
 from qlora_planner.models.shapes import SET_GPUS_EXPLICITLY, UnknownModelError
-from qlora_planner.sharding_limits import can_be_shared
+from qlora_planner.sharding_limits import supports_strategy
 
 COMPUTE_BOUND_TOKENS: Final = 2048
-"""Tokens of a pass from which recomputing activations for more of them loses time: dequantising a weight moves 4.5
-bytes, in which time an A100 (2.0 TB/s, 312 TFLOP/s) multiplies it with 350 tokens; with 2,048 that is a sixth."""
+"""Tokens of a pass above which gradient checkpointing for a larger pass loses time: dequantizing a weight moves 4.5
+bytes, in which time an A100 (2.0 TB/s, 312 TFLOP/s) multiplies it with 350 tokens; at 2,048 that is a sixth."""
 
 
 class DoesNotFitError(Exception):
-    """No GPU of the offer can hold the run; the message says by how much, and what would fit."""
+    """No GPU of the inventory can hold the run; the message says by how much, and what would fit."""
 
 
 @dataclass(frozen=True)
 class GpuAllocation:
-    """GPUs that a run could have."""
+    """GPUs that a run could use."""
 
     pool: GpuPool
     nodes: int
@@ -32,13 +32,13 @@ class GpuAllocation:
 
     @property
     def processes(self) -> int:
-        """Return the processes of the run: one per GPU, or one per node that uses its cores."""
+        """Return the number of processes: one per GPU, or one per node on CPUs."""
         return self.nodes * max(self.gpus_per_node, 1)
 
 
 @dataclass(frozen=True)
 class Sizing:
-    """A way to run."""
+    """A layout on some GPUs, with its estimated memory."""
 
     allocation: GpuAllocation
     layout: Layout
@@ -46,43 +46,55 @@ class Sizing:
 
     @property
     def tight(self) -> bool:
-        """Return whether it fits only if torch's allocator holds less beyond its tensors than it usually does."""
+        """Return whether it fits only if torch's caching allocator has less overhead than usual."""
         return self.estimate.peak > self.allocation.pool.usable
 
     @property
     def cannot_fit(self) -> bool:
-        """Return whether the tensors alone do not fit."""
+        """Return whether the tensors alone, without allocator overhead, exceed the memory."""
         return self.estimate.minimum > self.allocation.pool.usable
 
 
 @dataclass(frozen=True)
 class Misfit:
-    """The way that comes nearest, and by how much it does not fit."""
+    """The layout that comes closest to fitting."""
 
     nearest: Sizing
 
     @property
     def missing(self) -> int:
-        """Return the bytes that each GPU lacks."""
+        """Return the bytes that each GPU is short of."""
         return self.nearest.estimate.peak - self.nearest.allocation.pool.usable
 
 
 def size_run(work: TrainingWorkload, inventory: GpuInventory, *, flexible: bool = False) -> Sizing | Misfit | None:
-    """Choose GPUs and their use; None where the offer has not as many GPUs as the spec asks for.
+    """Choose GPUs and a layout for a run.
 
-    A flexible run takes as few GPUs of a node as suffice, another what its spec says.
+    Args:
+        work: The run.
+        inventory: GPUs to choose from.
+        flexible: Use as few GPUs per node as suffice, instead of spec.resources.gpusPerNode.
+
+    Returns:
+        The best sizing; the closest misfit if none fits; None if the inventory has fewer GPUs than requested.
+
+    Raises:
+        UnknownModelError: The memory of this model or adapter is not known.
+
     """
     _check_known(work)
-    tried = [_size_allocation(work, room) for room in find_allocations(work, inventory, flexible=flexible)]
-    fitting = [sizing for sizing in tried if isinstance(sizing, Sizing)]
+    candidates = [
+        _size_allocation(work, allocation) for allocation in find_allocations(work, inventory, flexible=flexible)
+    ]
+    fitting = [sizing for sizing in candidates if isinstance(sizing, Sizing)]
     if fitting:
         return min(fitting, key=lambda sizing: (sizing.tight, _cost(sizing.allocation), sizing.allocation.processes))
-    misfits = [sizing for sizing in tried if isinstance(sizing, Misfit)]
+    misfits = [sizing for sizing in candidates if isinstance(sizing, Misfit)]
     return min(misfits, key=lambda misfit: misfit.missing, default=None)
 
 
 def _check_known(work: TrainingWorkload) -> None:
-    """Refuse what nobody has measured: peft adds an expert's update to a copy of all weights, layer after layer."""
+    """Reject adapters on stacked experts: peft adds each update to a copy of all weights, which was never measured."""
     if (
         any(block.stacked for block in work.shape.blocks)
         and work.spec.lora.targets == (ALL_LINEAR,)
@@ -95,29 +107,29 @@ def _check_known(work: TrainingWorkload) -> None:
 
 
 def find_allocations(work: TrainingWorkload, inventory: GpuInventory, *, flexible: bool) -> tuple[GpuAllocation, ...]:
-    """Return the GPUs that could be asked for."""
-    resources, whole = work.spec.resources, work.spec.training.global_batch_size
+    """Return the allocations that the inventory allows."""
+    resources, global_batch_size = work.spec.resources, work.spec.training.global_batch_size
     return tuple(
         GpuAllocation(pool, resources.nodes, gpus)
         for pool in inventory
         if pool.nodes >= resources.nodes
         for gpus in (_counts(pool.gpus_per_node) if flexible else [max(resources.gpus_per_node, 1)])
-        if gpus <= pool.gpus_per_node and resources.nodes * gpus <= whole
+        if gpus <= pool.gpus_per_node and resources.nodes * gpus <= global_batch_size
     )
 
 
-def _counts(most: int) -> list[int]:
-    """Return 1, 2, 4 and so on, and what a node has."""
-    return sorted({1 << power for power in range(most.bit_length())} | {most})
+def _counts(maximum: int) -> list[int]:
+    """Return the powers of two up to a maximum, and the maximum."""
+    return sorted({1 << power for power in range(maximum.bit_length())} | {maximum})
 
 
 def _cost(allocation: GpuAllocation) -> int:
-    """Memory that others cannot use meanwhile."""
+    """Return the GPU memory in bytes that the allocation blocks."""
     return allocation.processes * allocation.pool.memory
 
 
 def _size_allocation(work: TrainingWorkload, allocation: GpuAllocation) -> Sizing | Misfit:
-    """Take the first of the ways, the simplest first, that fits; else the smallest, if it may."""
+    """Return the first layout that fits, the simplest first; else the smallest, if it might fit."""
     nearest: Sizing | None = None
     for layout in find_layouts(work, allocation.processes):
         fastest = _fastest(work, allocation, layout)
@@ -126,61 +138,64 @@ def _size_allocation(work: TrainingWorkload, allocation: GpuAllocation) -> Sizin
         if nearest is None or fastest.nearest.estimate.peak < nearest.estimate.peak:
             nearest = fastest.nearest
     assert nearest is not None  # noqa: S101 (there is always a layout)
-    # An estimate that may be too large must not refuse what could run; a training that runs out of memory says so.
+    # The estimate may be too high, and must not reject what could run; a run that is out of memory reports it.
     return Misfit(nearest) if nearest.cannot_fit else nearest
 
 
 def find_layouts(work: TrainingWorkload, processes: int) -> Iterator[Layout]:
-    """Yield ways to share the work and to keep the optimizer's state, the simplest first."""
+    """Yield combinations of strategy and optimizer, the simplest first."""
     for strategy in find_strategies(work, processes):
         for optimizer in find_optimizers(work, strategy):
             yield Layout(processes, strategy.name, 1, False, optimizer)
 
 
 def find_strategies(work: TrainingWorkload, processes: int) -> tuple[Strategy, ...]:
-    """Return how processes may share the work: as asked for, else what divides least."""
+    """Return the strategies to try: the requested one, or all that apply, those that shard least first."""
     if processes == 1:
         return (SINGLE,)
-    asked = work.spec.distribution
-    if asked != "auto":
-        return (STRATEGIES[asked],)
-    return tuple(strategy for strategy in FOR_SEVERAL if can_be_shared(work.spec, strategy))
+    requested = work.spec.distribution
+    if requested != "auto":
+        return (STRATEGIES[requested],)
+    return tuple(strategy for strategy in FOR_SEVERAL if supports_strategy(work.spec, strategy))
 
 
 def find_optimizers(work: TrainingWorkload, strategy: Strategy) -> tuple[OptimizerName, ...]:
-    """Return the optimizers that the trainer may take: with method full it falls back to 8-bit state by itself."""
-    asked = work.spec.training.optimizer
-    if asked != "auto":
-        return (asked,)
+    """Return the optimizers that the trainer may use: with method full, it falls back to 8-bit state by itself."""
+    requested = work.spec.training.optimizer
+    if requested != "auto":
+        return (requested,)
     return (ADAMW.name, ADAMW_8BIT.name) if work.full_finetune and not strategy.shards_optimizer else (ADAMW.name,)
 
 
 def _fastest(work: TrainingWorkload, allocation: GpuAllocation, layout: Layout) -> Sizing | Misfit:
-    """Choose micro-batch and checkpointing: recomputing costs a forward pass, and short passes leave a GPU idle."""
+    """Choose micro-batch and gradient checkpointing.
+
+    Checkpointing costs a forward pass, but short passes leave a GPU idle.
+    """
     sizes = micro_batches(work, allocation.processes)
     plain = _largest(work, allocation, layout, sizes)
     if plain is not None and (plain.layout.micro_batch == sizes[0] or pass_tokens(work, plain) >= COMPUTE_BOUND_TOKENS):
         return plain
-    recomputing = replace(layout, checkpointing=True)
-    saving = _largest(work, allocation, recomputing, sizes)
-    if saving is not None or plain is not None:
-        return saving or plain  # type: ignore[return-value]
-    least = replace(recomputing, micro_batch=sizes[-1])
-    return Misfit(Sizing(allocation, least, estimate_memory(work, least)))
+    checkpointed = replace(layout, checkpointing=True)
+    with_checkpointing = _largest(work, allocation, checkpointed, sizes)
+    if with_checkpointing is not None or plain is not None:
+        return with_checkpointing or plain  # type: ignore[return-value]
+    smallest = replace(checkpointed, micro_batch=sizes[-1])
+    return Misfit(Sizing(allocation, smallest, estimate_memory(work, smallest)))
 
 
 def micro_batches(work: TrainingWorkload, processes: int) -> tuple[int, ...]:
-    """Return the micro-batches that divide a process's rows, largest first; more than fill a pass help nobody."""
+    """Return the divisors of the rows per process, largest first, up to a pass of PACK_TOKENS."""
     training = work.spec.training
     if training.micro_batch_size is not None:
         return (training.micro_batch_size,)
-    share = ceil(training.global_batch_size / processes)
-    most = max(1, int(PACK_TOKENS / work.rows.mean))
-    return tuple(size for size in range(min(share, most), 0, -1) if share % size == 0)
+    rows = ceil(training.global_batch_size / processes)
+    maximum = max(1, int(PACK_TOKENS / work.rows.mean))
+    return tuple(size for size in range(min(rows, maximum), 0, -1) if rows % size == 0)
 
 
 def pass_tokens(work: TrainingWorkload, sizing: Sizing) -> float:
-    """Return the tokens of a usual pass."""
+    """Return the tokens of an average pass."""
     return min(sizing.layout.micro_batch * work.rows.mean, max(PACK_TOKENS, work.rows.longest))
 
 

@@ -1,4 +1,4 @@
-"""What would make a run fit: single changes, those that leave the result as it is first, then more GPUs."""
+"""Suggests what would make a run fit: single changes of the manifest, lossless ones first, then more GPUs."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -15,38 +15,38 @@ from qlora_planner.memory.estimate import TrainingWorkload
 from qlora_planner.sizing import Misfit, Sizing, size_run
 
 MIN_RANK: Final = 4
-"""Below it, fewer adapter weights save next to nothing."""
+"""Below this rank, fewer adapter weights save next to nothing."""
 MIN_LENGTH: Final = 128
-"""Tokens; rows that are cut shorter hardly teach."""
+"""Tokens; rows cut shorter than this are hardly worth training on."""
 
 
 @dataclass(frozen=True)
 class Suggestion:
-    """A manifest with one thing changed, and what to write there."""
+    """A run with one change, and the manifest line that makes it."""
 
     sentence: str
     work: TrainingWorkload
 
 
 def describe_misfit(work: TrainingWorkload, inventory: GpuInventory, misfit: Misfit) -> str:
-    """Say by how much a run does not fit, and the cheapest change that would fit."""
+    """Return by how much a run does not fit, and the least intrusive change that would make it fit."""
     nearest = misfit.nearest
     pool, layout = nearest.allocation.pool, nearest.layout
     gpu = pool.product or f"GPU of {format_gib(pool.memory)}"
-    how = f"with micro-batch {layout.micro_batch}{' and gradient checkpointing' if layout.checkpointing else ''}"
+    condition = f"with micro-batch {layout.micro_batch}{' and gradient checkpointing' if layout.checkpointing else ''}"
     if nearest.estimate.loads_more_than_it_trains:
-        how = "while the base is loaded, which every process does whole"
+        condition = "while every process loads the full base"
     return (
-        f"needs {format_gib(nearest.estimate.peak)} per GPU {how}, {format_gib(misfit.missing)} more than the "
+        f"needs {format_gib(nearest.estimate.peak)} per GPU {condition}, {format_gib(misfit.missing)} more than the "
         f"{format_gib(pool.usable)} that a process has on a {gpu}; {suggest_change(work, inventory, misfit)}"
     )
 
 
 def suggest_change(work: TrainingWorkload, inventory: GpuInventory, misfit: Misfit) -> str:
-    """Return the first change that fits, or the GPU that would do; those that leave the result as it is come first."""
-    fits = (change.sentence for change in find_lossless_changes(work, misfit) if _fits(change, inventory))
-    others = (change.sentence for change in find_lossy_changes(work) if _fits(change, inventory))
-    if (found := next(fits, None) or _more_gpus(work, inventory) or next(others, None)) is not None:
+    """Return the first change that fits, lossless ones first, or else the memory of a GPU that would suffice."""
+    lossless = (change.sentence for change in find_lossless_changes(work, misfit) if _fits(change, inventory))
+    lossy = (change.sentence for change in find_lossy_changes(work) if _fits(change, inventory))
+    if (found := next(lossless, None) or _more_gpus(work, inventory) or next(lossy, None)) is not None:
         return f"it fits with {found}"
     needed = ceil(misfit.nearest.estimate.peak / (1 - RESERVED_SHARE) / GIB)
     return f"it fits on a GPU with {needed} GiB or more"
@@ -56,12 +56,12 @@ def _fits(change: Suggestion, inventory: GpuInventory) -> bool:
     return _does_fit(size_run(change.work, inventory))
 
 
-def _does_fit(found: Sizing | Misfit | None) -> bool:
-    return isinstance(found, Sizing) and not found.tight
+def _does_fit(sizing: Sizing | Misfit | None) -> bool:
+    return isinstance(sizing, Sizing) and not sizing.tight
 
 
 def find_lossless_changes(work: TrainingWorkload, misfit: Misfit) -> Iterator[Suggestion]:
-    """Yield changes after which the same is learned, but for rounding."""
+    """Yield changes that leave the result the same, apart from rounding."""
     spec = work.spec
     if spec.training.micro_batch_size is not None:
         change = _changed(spec, "training", micro_batch_size=None)
@@ -75,7 +75,7 @@ def find_lossless_changes(work: TrainingWorkload, misfit: Misfit) -> Iterator[Su
 
 
 def find_lossy_changes(work: TrainingWorkload) -> Iterator[Suggestion]:
-    """Yield changes that another result comes of, step by step."""
+    """Yield changes that alter the result, in steps of increasing loss."""
     yield from _fewer_bits(work)
     yield from _lower_ranks(work)
     yield from _shorter_rows(work)
@@ -98,25 +98,27 @@ def _lower_ranks(work: TrainingWorkload) -> Iterator[Suggestion]:
 
 
 def _shorter_rows(work: TrainingWorkload) -> Iterator[Suggestion]:
-    given = length = work.spec.training.max_length
+    max_length = length = work.spec.training.max_length
     while (length := length // 2) >= MIN_LENGTH:
         if length < work.rows.longest:
             change = _changed(work.spec, "training", max_length=length)
             rows = replace(work.rows, longest=length, mean=min(work.rows.mean, length))
             yield Suggestion(
-                f"spec.training.maxLength {length} instead of {given}", replace(work, spec=change, rows=rows)
+                f"spec.training.maxLength {length} instead of {max_length}", replace(work, spec=change, rows=rows)
             )
 
 
 def _more_gpus(work: TrainingWorkload, inventory: GpuInventory) -> str | None:
-    """Return how many GPUs of the offer would do, where several divide what one cannot hold."""
+    """Return how many GPUs of the inventory would suffice, if sharding among several helps."""
     change = _changed(work.spec, "resources", nodes=1).model_copy(update={"distribution": "auto"})
-    sized = size_run(replace(work, spec=change), inventory, flexible=True)
-    if not isinstance(sized, Sizing) or sized.tight:
+    sizing = size_run(replace(work, spec=change), inventory, flexible=True)
+    if not isinstance(sizing, Sizing) or sizing.tight:
         return None
-    gpus, asked = sized.allocation.gpus_per_node, work.spec.distribution
-    divided = "" if asked in {"auto", sized.layout.strategy} else f" and spec.distribution {sized.layout.strategy}"
-    return f"spec.resources.gpusPerNode {gpus}{divided}"
+    gpus, requested = sizing.allocation.gpus_per_node, work.spec.distribution
+    strategy = (
+        "" if requested in {"auto", sizing.layout.strategy} else f" and spec.distribution {sizing.layout.strategy}"
+    )
+    return f"spec.resources.gpusPerNode {gpus}{strategy}"
 
 
 def _changed(spec: QLoRAJobSpec, block: str, **fields: object) -> QLoRAJobSpec:

@@ -1,4 +1,4 @@
-"""About how long a training takes: from its operations, and what published QLoRA runs reach of a GPU's peak; pure."""
+"""Estimates the duration of training from its FLOPs and the MFU of published QLoRA runs; pure."""
 
 import re
 from typing import Final
@@ -21,25 +21,34 @@ PEAK_TFLOPS: Final = {
     r"\bH200\b": 989,
     r"\bB200\b": 2250,
 }
-"""Operations per second in 16 bits, dense, in tera: NVIDIA's data sheets, by what the product's label has."""
+"""Dense 16-bit TFLOP/s (NVIDIA's data sheets), by pattern of the product label."""
 MFU_RANGE: Final = (0.22, 0.47)
-"""Shares of the peak in published runs at 4 operations a weight and token: 70B on four H100 (fsdp_qlora's benchmarks,
+"""Lowest and highest MFU of published runs at 4 FLOPs per weight and token: 70B on four H100 (fsdp_qlora's benchmarks,
 March 2024) and 8B on one RTX 4090 (torchtune's README); a 3B model on an A100 reached 0.33 (the same README)."""
 _FORWARD_AND_BACKWARD: Final = 4
-"""Operations per weight and token: two forward, two for the gradient of its input; a frozen weight has none itself."""
-_RECOMPUTED: Final = 6
-"""With gradient checkpointing, which goes forward twice."""
+"""FLOPs per weight and token: two forward, two for the gradient of the input; frozen weights have no gradient."""
+_WITH_RECOMPUTATION: Final = 6
+"""FLOPs with gradient checkpointing, which computes the forward pass twice."""
 _MINUTE: Final = 60
 _HOUR: Final = 3600
 
 
 def explain_duration(product: str, gpus: int, weights: int, tokens: float, *, recomputed: bool) -> tuple[str, ...]:
-    """Return a sentence with the shortest and the longest time to expect; none for a GPU whose peak is unknown."""
+    """Return one reason with the expected range of the duration; none for a GPU whose peak is unknown.
+
+    Args:
+        product: Value of the product label, such as NVIDIA-A100-SXM4-80GB.
+        gpus: Number of GPUs.
+        weights: Weights that each token is multiplied with, without the embedding.
+        tokens: Training tokens of all steps.
+        recomputed: Whether gradient checkpointing is on.
+
+    """
     peak = peak_flops(product)
     if peak is None:
         return ()
-    operations = (_RECOMPUTED if recomputed else _FORWARD_AND_BACKWARD) * weights * tokens
-    longest, shortest = (operations / (gpus * peak * share) for share in MFU_RANGE)
+    flops = (_WITH_RECOMPUTATION if recomputed else _FORWARD_AND_BACKWARD) * weights * tokens
+    longest, shortest = (flops / (gpus * peak * mfu) for mfu in MFU_RANGE)
     return (
         f"training about {to_text(shortest)} to {to_text(longest)}: {tokens:.2g} tokens at {MFU_RANGE[0]:.0%} to "
         f"{MFU_RANGE[1]:.0%} of {peak // TERA} TFLOP/s, as published runs reached; evaluation and upload not counted",
@@ -47,12 +56,12 @@ def explain_duration(product: str, gpus: int, weights: int, tokens: float, *, re
 
 
 def peak_flops(product: str) -> int | None:
-    """Return a GPU's operations per second, by the value of nvidia.com/gpu.product."""
+    """Return the peak FLOP/s of a GPU by the value of nvidia.com/gpu.product; None if unknown."""
     return next((tera * TERA for name, tera in PEAK_TFLOPS.items() if re.search(name, product, re.IGNORECASE)), None)
 
 
 def to_text(seconds: float) -> str:
-    """Write a duration as roughly as it is known."""
+    """Format a duration in seconds, rounded to what is known of it."""
     if seconds < 2 * _MINUTE:
         return f"{max(round(seconds), 1)} s"
     return f"{round(seconds / _MINUTE)} min" if seconds < 2 * _HOUR else f"{seconds / _HOUR:.2g} h"

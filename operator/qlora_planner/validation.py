@@ -1,6 +1,6 @@
-"""Pure checks of a spec: what its types cannot say.
+"""Validates a spec beyond its types; pure.
 
-Most are CEL rules of the CRD too; here they hold for objects that are older than the rule, and without a cluster.
+Most rules are CEL rules of the CRD too; here they also cover objects that are older than the rule, and need no cluster.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,7 +12,7 @@ from qlora_api.reasons import Reason
 from qlora_api.strategies import DDP, SHARDING_OPTIMIZER, SHARDING_WEIGHTS, ZERO2
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_api.v1alpha1.patterns import NO_LOOPBACK
-from qlora_planner.sharding_limits import has_plain_optimizer, needs_whole_weights
+from qlora_planner.sharding_limits import has_shardable_optimizer, needs_unsharded_weights
 
 
 @dataclass(frozen=True)
@@ -24,15 +24,15 @@ class Violation:
 
 
 Rule = Callable[[QLoRAJobSpec], str | None]
-"""Returns the sentence that names field, cause and fix, or nothing."""
+"""Returns a message with field, cause and fix, or None."""
 
 
 def method_fits_bits(spec: QLoRAJobSpec) -> str | None:
-    """Qlora is on a quantised base, the others are not."""
-    quantised = spec.quantization.bits in {4, 8}
-    if spec.method == "qlora" and not quantised:
+    """Method qlora needs a quantized base, the others a 16-bit one."""
+    quantized = spec.quantization.bits in {4, 8}
+    if spec.method == "qlora" and not quantized:
         return "spec.quantization.bits is 16, but method qlora needs 4 or 8; for a 16-bit base set spec.method to lora"
-    if spec.method != "qlora" and quantised:
+    if spec.method != "qlora" and quantized:
         return (
             f"spec.quantization.bits is {spec.quantization.bits}, but method {spec.method} needs 16; "
             "for a quantized base set spec.method to qlora"
@@ -41,30 +41,34 @@ def method_fits_bits(spec: QLoRAJobSpec) -> str | None:
 
 
 def micro_batch_divides_batch(spec: QLoRAJobSpec) -> str | None:
-    """Every process takes whole micro-batches."""
-    micro, whole, processes = spec.training.micro_batch_size, spec.training.global_batch_size, spec.resources.processes
-    if micro is None or whole % (micro * processes) == 0:
+    """Micro-batch times processes divides the global batch."""
+    micro, global_batch_size, processes = (
+        spec.training.micro_batch_size,
+        spec.training.global_batch_size,
+        spec.resources.processes,
+    )
+    if micro is None or global_batch_size % (micro * processes) == 0:
         return None
     unit = f"{micro} x {processes} processes" if processes > 1 else f"{micro}"
     return (
-        f"spec.training.microBatchSize {unit} does not divide globalBatchSize {whole}; "
+        f"spec.training.microBatchSize {unit} does not divide globalBatchSize {global_batch_size}; "
         "leave it out to let the plan choose"
     )
 
 
 def batch_reaches_every_process(spec: QLoRAJobSpec) -> str | None:
-    """A process without a row would hold its GPU for nothing."""
-    whole, processes = spec.training.global_batch_size, spec.resources.processes
-    if whole >= processes:
+    """Every process gets at least one row per step; without one it would hold its GPU for nothing."""
+    global_batch_size, processes = spec.training.global_batch_size, spec.resources.processes
+    if global_batch_size >= processes:
         return None
     return (
-        f"spec.training.globalBatchSize {whole} is less than the {processes} processes of spec.resources; raise it, or "
-        "ask for fewer nodes or gpusPerNode"
+        f"spec.training.globalBatchSize {global_batch_size} is less than the {processes} processes of spec.resources; "
+        "raise it, or ask for fewer nodes or gpusPerNode"
     )
 
 
-def division_has_parts(spec: QLoRAJobSpec) -> str | None:
-    """ZeRO divides among processes."""
+def strategy_has_processes(spec: QLoRAJobSpec) -> str | None:
+    """A distribution strategy needs several processes."""
     if spec.distribution == "auto" or spec.resources.processes > 1:
         return None
     return (
@@ -73,17 +77,17 @@ def division_has_parts(spec: QLoRAJobSpec) -> str | None:
     )
 
 
-def weights_can_be_divided(spec: QLoRAJobSpec) -> str | None:
-    """ZeRO-3 has no weight whole in any process, and some things need one."""
-    what, asked = needs_whole_weights(spec), spec.distribution
-    if asked not in SHARDING_WEIGHTS or what is None:
+def weights_can_be_sharded(spec: QLoRAJobSpec) -> str | None:
+    """ZeRO-3 shards every weight, and some features need unsharded weights."""
+    what, strategy = needs_unsharded_weights(spec), spec.distribution
+    if strategy not in SHARDING_WEIGHTS or what is None:
         return None
-    return f"{what}, and spec.distribution {asked} shards every weight; set it to {ZERO2.name}"
+    return f"{what}, and spec.distribution {strategy} shards every weight; set it to {ZERO2.name}"
 
 
-def optimizer_can_be_divided(spec: QLoRAJobSpec) -> str | None:
-    """DeepSpeed divides what would be 8-bit or paged otherwise."""
-    if spec.distribution not in SHARDING_OPTIMIZER or has_plain_optimizer(spec):
+def optimizer_can_be_sharded(spec: QLoRAJobSpec) -> str | None:
+    """DeepSpeed shards the state of AdamW only, not that of 8-bit or paged optimizers."""
+    if spec.distribution not in SHARDING_OPTIMIZER or has_shardable_optimizer(spec):
         return None
     optimizer = spec.training.optimizer
     return (
@@ -93,14 +97,14 @@ def optimizer_can_be_divided(spec: QLoRAJobSpec) -> str | None:
 
 
 def all_linear_stands_alone(spec: QLoRAJobSpec) -> str | None:
-    """The word all-linear names every module already."""
+    """`all-linear` already matches every linear module."""
     if "all-linear" not in spec.lora.targets or len(spec.lora.targets) == 1:
         return None
     return "spec.lora.targets lists all-linear with other names; list it alone, or list module names without it"
 
 
 def gate_has_answers(spec: QLoRAJobSpec) -> str | None:
-    """A gate cannot look at answers that nobody asked for."""
+    """Gates on answers need generations."""
     gate = spec.evaluation.gate
     if spec.evaluation.generations or (gate.min_exact_match is None and gate.min_rouge_l is None):
         return None
@@ -108,20 +112,20 @@ def gate_has_answers(spec: QLoRAJobSpec) -> str | None:
 
 
 def lora_init_fits_base(spec: QLoRAJobSpec) -> str | None:
-    """PiSSA takes from the base's weights, LoftQ makes up for their 4 bits."""
-    start, bits = spec.lora.init, spec.quantization.bits
-    if start == "pissa" and bits != 16:
+    """PiSSA subtracts from 16-bit weights; LoftQ compensates the error of 4-bit ones."""
+    init, bits = spec.lora.init, spec.quantization.bits
+    if init == "pissa" and bits != 16:
         return (
             "spec.lora.init is pissa, which subtracts singular vectors from a 16-bit base, but spec.quantization.bits "
             f"is {bits}; set spec.method to lora and spec.quantization.bits to 16, or spec.lora.init to loftq"
         )
-    if start == "loftq" and bits != 4:
+    if init == "loftq" and bits != 4:
         return f"spec.lora.init is loftq, which is for 4 bits, but spec.quantization.bits is {bits}; leave init out"
     return None
 
 
 def lora_init_fits_scaling(spec: QLoRAJobSpec) -> str | None:
-    """What starts from the base's weights knows no magnitudes, and PiSSA's rank is doubled in the end."""
+    """PiSSA and LoftQ do not support DoRA, and PiSSA, whose rank is doubled on export, not rsLoRA either."""
     lora = spec.lora
     if (lora.init in {"pissa", "loftq"} and lora.dora) or (lora.init == "pissa" and lora.rslora):
         return f"spec.lora.init {lora.init} does not work with dora or rslora; leave those false, or leave init out"
@@ -129,7 +133,7 @@ def lora_init_fits_scaling(spec: QLoRAJobSpec) -> str | None:
 
 
 def dataset_has_one_source(spec: QLoRAJobSpec) -> str | None:
-    """Rows come from a uri or from sources; maxSamples and a template belong to what they fit."""
+    """Rows come from either uri or sources; maxSamples and template must fit them."""
     dataset = spec.dataset
     if (dataset.uri is None) == (dataset.sources is None):
         which = "neither uri nor sources" if dataset.uri is None else "both uri and sources"
@@ -145,7 +149,7 @@ def dataset_has_one_source(spec: QLoRAJobSpec) -> str | None:
 
 
 def early_stopping_has_validation(spec: QLoRAJobSpec) -> str | None:
-    """Early stopping, and the best adapter, are chosen by held-out losses."""
+    """Early stopping and keep: best need validation losses."""
     training = spec.training
     if training.evaluate_every is not None or (training.early_stopping is None and training.keep == "last"):
         return None
@@ -156,14 +160,14 @@ def early_stopping_has_validation(spec: QLoRAJobSpec) -> str | None:
 
 
 def full_has_nothing_to_merge(spec: QLoRAJobSpec) -> str | None:
-    """Without an adapter the result is one model already."""
+    """Full fine-tuning has no adapter to merge."""
     if spec.method != "full" or spec.output.merged == "none":
         return None
     return "spec.output.merged is for adapters, and method full trains the weights themselves; leave it out"
 
 
 def loftq_merges_into_its_base(spec: QLoRAJobSpec) -> str | None:
-    """What a LoftQ adapter adds for the 4-bit base, the original base has already."""
+    """A LoftQ adapter compensates the 4-bit base's error, which the original base does not have."""
     if spec.lora.init != "loftq" or spec.output.merged == "none" or spec.output.merge_base == "dequantised":
         return None
     return (
@@ -173,14 +177,14 @@ def loftq_merges_into_its_base(spec: QLoRAJobSpec) -> str | None:
 
 
 def dora_fits_base(spec: QLoRAJobSpec) -> str | None:
-    """What peft 0.21 dequantises for DoRA, bitsandbytes 0.50 cannot use again in 8 bits."""
+    """DoRA fails on 8-bit bases: peft 0.21 dequantizes the weights in a way that bitsandbytes 0.50 cannot reuse."""
     if not spec.lora.dora or spec.quantization.bits != 8:
         return None
     return "spec.lora.dora is true, which fails on an 8-bit base; set spec.quantization.bits to 4, or leave dora out"
 
 
 def local_run_is_one_process(spec: QLoRAJobSpec) -> str | None:
-    """Several processes need a launcher, which pods have."""
+    """A local run is one process: only pods have the launcher."""
     processes = spec.resources.processes
     if processes == 1:
         return None
@@ -191,7 +195,7 @@ def local_run_is_one_process(spec: QLoRAJobSpec) -> str | None:
 
 
 def uris_are_reachable(spec: QLoRAJobSpec) -> str | None:
-    """A pod sees no file of the user's computer."""
+    """A pod cannot read files of the user's computer."""
     return _first_uri_with(
         {**spec.input_uris, "spec.output.uri": spec.output.uri},
         "file://",
@@ -200,7 +204,7 @@ def uris_are_reachable(spec: QLoRAJobSpec) -> str | None:
 
 
 def trackers_are_not_loopback(spec: QLoRAJobSpec) -> str | None:
-    """A pod's own address leads to no tracking server."""
+    """A loopback address in a pod does not reach a tracking server."""
     return next(
         (
             f"{field} is {url}, and {NO_LOOPBACK.message}"
@@ -212,7 +216,7 @@ def trackers_are_not_loopback(spec: QLoRAJobSpec) -> str | None:
 
 
 def local_run_has_no_claims(spec: QLoRAJobSpec) -> str | None:
-    """The user's computer sees no claim of a cluster."""
+    """A local run cannot read PVCs of a cluster."""
     return _first_uri_with(
         spec.input_uris, CLAIM_SCHEME, "only a cluster can mount a PVC; copy the files and give their path with --set"
     )
@@ -226,7 +230,7 @@ COMMON_RULES: Final[tuple[Rule, ...]] = (
     method_fits_bits,
     micro_batch_divides_batch,
     batch_reaches_every_process,
-    division_has_parts,
+    strategy_has_processes,
     all_linear_stands_alone,
     early_stopping_has_validation,
     gate_has_answers,
@@ -235,15 +239,15 @@ COMMON_RULES: Final[tuple[Rule, ...]] = (
     dora_fits_base,
     lora_init_fits_base,
     lora_init_fits_scaling,
-    weights_can_be_divided,
-    optimizer_can_be_divided,
+    weights_can_be_sharded,
+    optimizer_can_be_sharded,
     dataset_has_one_source,
 )
-"""Rules for `qlora run` and for a cluster."""
+"""Rules for both `qlora run` and a cluster."""
 CLUSTER_RULES: Final[tuple[Rule, ...]] = (*COMMON_RULES, uris_are_reachable, trackers_are_not_loopback)
 LOCAL_RULES: Final[tuple[Rule, ...]] = (*COMMON_RULES, local_run_has_no_claims, local_run_is_one_process)
 
 
 def check(spec: QLoRAJobSpec, rules: tuple[Rule, ...] = CLUSTER_RULES) -> tuple[Violation, ...]:
-    """Return every violation, in the order of the rules."""
+    """Return every violation of a spec, in the order of the rules."""
     return tuple(Violation(Reason.INVALID_SPEC, sentence) for rule in rules if (sentence := rule(spec)))

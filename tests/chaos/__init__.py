@@ -1,1 +1,1 @@
-"""Breaks what a run stands on, for real, and holds the promises of docs/reliability.md against it."""
+"""Injects real faults, and tests the promises of docs/reliability.md."""

@@ -7,12 +7,12 @@ from typing import Final
 import pytest
 
 from tests.chaos.proxy import Proxy, Upstream
-from tests.chaos.stage import ScenarioRunner
+from tests.chaos.scenario_runner import ScenarioRunner
 from tests.cluster.cluster import Cluster
 from tests.integration.operator_process import JobNamespace, Operator, install, open_job_namespace
 
 RESYNC: Final = 5
-"""Seconds, instead of ten minutes: what a lost event should have told comes with it."""
+"""Resync interval in seconds, instead of ten minutes; it makes up for lost events."""
 
 
 @pytest.fixture(scope="session")
@@ -23,34 +23,34 @@ def installed(control_plane: Cluster) -> Cluster:
 
 
 @pytest.fixture
-def place(installed: Cluster, request: pytest.FixtureRequest) -> Iterator[JobNamespace]:
-    """A namespace of its own for every test."""
-    with open_job_namespace(installed, request.node.name) as place:
-        yield place
+def job_namespace(installed: Cluster, request: pytest.FixtureRequest) -> Iterator[JobNamespace]:
+    """A namespace per test."""
+    with open_job_namespace(installed, request.node.name) as job_namespace:
+        yield job_namespace
 
 
 @pytest.fixture
 def proxy(installed: Cluster) -> Iterator[Proxy]:
-    """A proxy that does no harm yet."""
+    """A proxy without a fault yet."""
     proxy = Proxy(Upstream.of(installed)).start()
     yield proxy
     proxy.stop()
 
 
 def is_watch_expiry(line: str) -> bool:
-    """Whether a line of the log is about a watch that the API server ended for good: a new process makes new ones."""
+    """Return whether a log line is about an expired watch, after which the operator restarts."""
     return line.startswith("{") and "'reason': 'Expired', 'code': 410" in line
 
 
 @pytest.fixture
 def operator(installed: Cluster, proxy: Proxy, tmp_path: Path) -> Iterator[Operator]:
-    """An operator that sees the API server through the proxy; it is not started yet, and serves every namespace."""
+    """An operator behind the proxy for all namespaces; not started yet."""
     operator = Operator(installed, tmp_path, server=proxy.server, QLORA_RESYNC_SECONDS=str(RESYNC))
     yield operator
     operator.stop_and_check_log(lambda line: proxy.fault.refuses_watches and is_watch_expiry(line))
 
 
 @pytest.fixture
-def stage(installed: Cluster, proxy: Proxy, operator: Operator) -> ScenarioRunner:
-    """A stage with the operator on it."""
+def runner(installed: Cluster, proxy: Proxy, operator: Operator) -> ScenarioRunner:
+    """A scenario runner with a running operator."""
     return ScenarioRunner(installed, proxy, operator.start())

@@ -1,4 +1,4 @@
-"""Manifests that are valid but for a field or three: every bound of the schema, any type, and what hypothesis finds."""
+"""Manifests with up to three mutated fields: every bound of the schema, arbitrary types, and Hypothesis's choices."""
 
 import copy
 import re
@@ -16,13 +16,13 @@ from tests.make import make_manifest
 Schema = dict[str, Any]
 Path = tuple[str | int, ...]
 SOON: Final[Mapping[str, Any]] = {"deadlines": {"startup": "60s"}}
-"""Until a Job that gets no pod is given up, as one is whose service account does not exist."""
+"""A short startup deadline for Jobs that get no pod, such as those whose service account does not exist."""
 BASES: Final[tuple[Mapping[str, Any], ...]] = (
     {},
     {"resources": {"nodes": 2, "gpusPerNode": 2}, "quantization": {"bits": 8}},
     {"method": "lora", "quantization": {"bits": 16}, "evaluation": {"generations": 4}, "suspend": True},
 )
-"""Runs on a CPU, on several GPUs, and one that waits to be let go."""
+"""A run on a CPU, one on several GPUs, and a suspended one."""
 EXAMPLES: Final = ("s3://bucket/rows.jsonl", "http://host/path", "name", "10m", "1Gi", "{question}")
 """One of these matches every pattern of the schema."""
 WILD: Final[tuple[Any, ...]] = (
@@ -30,23 +30,23 @@ WILD: Final[tuple[Any, ...]] = (
 )  # fmt: skip
 LONGEST_TEXT: Final = 40
 WILD_SHARE: Final = 9
-"""Of ten random values one is anything at all."""
+"""One in ten random values is arbitrary."""
 
 
 @dataclass(frozen=True)
 class Mutation:
-    """One manifest, and what was done to it."""
+    """A mutated spec, and what was mutated."""
 
     what: str
     spec: dict[str, Any]
 
     def manifest(self, name: str, namespace: str) -> dict[str, Any]:
-        """Return it under a name."""
+        """Return the manifest with a name and a namespace."""
         return {**make_manifest(name, namespace), "spec": self.spec}
 
 
 def fields(schema: Schema, path: Path = ()) -> Iterator[tuple[Path, Schema]]:
-    """Yield every field below a schema; the first entry stands for a list's entries."""
+    """Yield every field below a schema; index 0 represents the entries of a list."""
     for name, field in schema.get("properties", {}).items():
         yield (*path, name), field
         yield from fields(field, (*path, name))
@@ -95,13 +95,13 @@ def edges(schema: Schema) -> Iterator[Any]:
 
 
 def stretch(schema: Schema, length: int) -> str:
-    """Return a text of this length; it has the pattern if that allows the length."""
+    """Return a text of this length that matches the pattern if possible."""
     example = "x" if "enum" in schema else str(minimal(schema))
     return (example + example[-1].replace("}", "}x") * length)[:length]
 
 
 def put(spec: dict[str, Any], path: Path, value: Any) -> dict[str, Any]:
-    """Return a spec with one value changed, and with what is required around it."""
+    """Return a spec with one value set, and the required fields around it."""
     changed = copy.deepcopy(spec)
     node: Any = changed
     schema = SPEC
@@ -120,12 +120,12 @@ def put(spec: dict[str, Any], path: Path, value: Any) -> dict[str, Any]:
 
 
 def without(spec: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Return a spec without a field of the first level."""
+    """Return a spec without a top-level field."""
     return {key: value for key, value in spec.items() if key != path[0]}
 
 
 def systematic() -> Iterator[Mutation]:
-    """Yield every field with every edge, every wild value, and left out."""
+    """Yield every field with every edge and wild value, and without it."""
     specs = [make_manifest(**base, **SOON)["spec"] for base in BASES]
     number = 0
     for path, schema in FIELDS:
@@ -147,7 +147,7 @@ _ANY: Final = st.recursive(
 
 
 def values(schema: Schema) -> st.SearchStrategy[Any]:
-    """Values that the schema allows, but for its rules."""
+    """Values that the schema allows, apart from its CEL rules."""
     if "enum" in schema:
         return st.sampled_from(schema["enum"])
     return _VALUES[schema["type"]](schema)
@@ -184,7 +184,7 @@ _VALUES: Final[dict[str, Callable[[Schema], st.SearchStrategy[Any]]]] = {
 
 @st.composite
 def mutations(draw: st.DrawFn) -> Mutation:
-    """A valid manifest with up to three fields set to what the schema allows, or now and then to anything."""
+    """A valid manifest with up to three fields set to allowed, or sometimes arbitrary, values."""
     spec = make_manifest(**draw(st.sampled_from(BASES)), **SOON)["spec"]
     what = []
     for path, schema in draw(st.lists(st.sampled_from(FIELDS), min_size=1, max_size=3)):
@@ -195,7 +195,7 @@ def mutations(draw: st.DrawFn) -> Mutation:
 
 
 def random_mutations(count: int) -> list[Mutation]:
-    """Return what hypothesis makes of the schema, the same in every run."""
+    """Return random mutations from Hypothesis, the same in every run."""
     found: list[Mutation] = []
 
     @settings(

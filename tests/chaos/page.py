@@ -1,4 +1,4 @@
-"""The table in docs/reliability.md: rows of the tests that ran replace their last ones, all others stay."""
+"""The table in docs/reliability.md: tests that ran replace their rows, all others are kept."""
 
 import re
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ _TEST: Final = re.compile(r" \(\[(?P<name>\w+)\]\(\.\./(?P<file>[^)]+)\)\)$")
 
 @dataclass(frozen=True)
 class Row:
-    """One promise, and how it went the last time."""
+    """One promise and the result of its last run."""
 
     fault: str
     promise: str
@@ -31,39 +31,39 @@ class Row:
 
 
 def read_row(line: str) -> Row:
-    """Read what render() wrote."""
+    """Parse a rendered row."""
     cells = [cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", line)]
     return Row(*cells[1:5])
 
 
 def split_page(page: str) -> tuple[str, list[Row], str]:
-    """Return what is above the table, the table, and what is below it."""
+    """Return the text before the table, its rows, and the text after it."""
     before, table, after = re.split(f"{re.escape(BEGIN)}|{re.escape(END)}", page)
     lines = [line for line in table.strip().splitlines() if line.startswith("|")]
     return before, [read_row(line) for line in lines[len(HEADER) :]], after
 
 
 def link_to(file: str, name: str) -> str:
-    """Return the end of the third cell, by which a reader finds the test."""
+    """Return the link to the test, at the end of the third cell."""
     return f" ([{name}](../{file}))"
 
 
 def is_kept(row: Row, root: Path) -> bool:
-    """Whether a row's test still exists."""
+    """Return whether the test of a row still exists."""
     test = _TEST.search(row.how)
     path = root / test["file"] if test else root
     return test is not None and path.is_file() and f"def {test['name']}(" in path.read_text(encoding="utf-8")
 
 
 def merge_rows(known: Iterable[Row], new: Iterable[Row], root: Path) -> list[Row]:
-    """Put new rows in the places of those of the same promise, and the others at the end."""
+    """Replace rows of the same promise, and append the others."""
     rows = {(row.fault, row.promise): row for row in known if is_kept(row, root)}
     rows |= {(row.fault, row.promise): row for row in new}
     return list(rows.values())
 
 
 def render_page(page: str, new: Iterable[Row], root: Path) -> str:
-    """Return the page with the table brought up to date."""
+    """Return the page with an updated table."""
     before, known, after = split_page(page)
     table = "\n".join([*HEADER, *(row.render() for row in merge_rows(known, new, root))])
     return f"{before}{BEGIN}\n\n{table}\n\n{END}{after}"

@@ -1,9 +1,9 @@
-"""A pytest plugin: tests say which promise they hold, in which dose, and what came out of it.
+"""A pytest plugin: tests declare the promise that they verify, the dose of faults, and the outcome.
 
     @promise(fault="the operator is killed", promise="no run notices", how="SIGKILL before and after every write")
     def test_crash_at_every_write(dose, outcome): ...
 
-`--chaos full` takes the whole dose and writes the results into docs/reliability.md; the short one is for every day.
+`--chaos full` runs the full dose and writes the results to docs/reliability.md; the short dose is the default.
 """
 
 from collections.abc import Callable, Generator
@@ -21,12 +21,12 @@ Mode = Literal["short", "full"]
 
 
 def promise(*, fault: str, promise: str, how: str) -> pytest.MarkDecorator:
-    """Mark a test, or one case of it, with the row that it fills; cases with the same promise share a row."""
+    """Mark a test or a case with its row in the page; cases with the same promise share a row."""
     return pytest.mark.promise(fault=fault, promise=promise, how=how)
 
 
 class Dose(Protocol):
-    """How much of a fault a test takes."""
+    """How much of a fault a test injects."""
 
     def __call__(self, *, short: int, full: int) -> int:
         """Return the number for this run."""
@@ -34,7 +34,7 @@ class Dose(Protocol):
 
 @dataclass
 class Record:
-    """What is known of one promise when the run is over."""
+    """The results of one promise."""
 
     how: str
     tests: dict[str, bool] = field(default_factory=dict)
@@ -42,7 +42,7 @@ class Record:
     lines: list[str] = field(default_factory=list)
 
     def result(self, day: date) -> str:
-        """Say how it went."""
+        """Return the text for the last column."""
         failed = [test for test, passed in self.tests.items() if not passed]
         verdict = f"**failed** ({len(failed)} of {len(self.tests)})" if failed else "passed"
         return "; ".join([f"{verdict}, {day}", *dict.fromkeys(self.lines)])
@@ -56,7 +56,7 @@ class Ledger:
         self.records: dict[tuple[str, str], Record] = {}
 
     def take(self, item: pytest.Item, report: pytest.TestReport) -> None:
-        """Note how a phase of a test went; a test that never ran says nothing."""
+        """Record the result of a test phase; skipped tests are ignored."""
         marker = item.get_closest_marker("promise")
         if marker is None or report.skipped:
             return
@@ -83,14 +83,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Know the marker, and begin a ledger."""
+    """Register the markers, and create the ledger."""
     config.addinivalue_line("markers", "promise(fault, promise, how): the row of docs/reliability.md that a test fills")
     config.addinivalue_line("markers", "full_dose: takes minutes, and runs with --chaos full only")
     config.stash[LEDGER] = Ledger(config.getoption("--chaos"))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what only the full dose has."""
+    """Deselect tests of the full dose in a short run."""
     if config.stash[LEDGER].mode == "full":
         return
     left_out = [item for item in items if item.get_closest_marker("full_dose")]
@@ -100,7 +100,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Hand every phase of a test to the ledger."""
+    """Record every phase of a test in the ledger."""
     report = yield
     item.config.stash[LEDGER].take(item, report)
     return report
@@ -116,7 +116,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 @pytest.fixture(scope="session")
 def dose(pytestconfig: pytest.Config) -> Dose:
-    """How much: `dose(short=3, full=50)`."""
+    """The dose of this run: `dose(short=3, full=50)`."""
     mode = pytestconfig.stash[LEDGER].mode
 
     def choose(*, short: int, full: int) -> int:
@@ -127,10 +127,10 @@ def dose(pytestconfig: pytest.Config) -> Dose:
 
 @pytest.fixture
 def outcome(record_property: Callable[[str, Any], None]) -> Callable[[str], None]:
-    """Tell what was measured, for the last column: `outcome("50 of 50 finished")`."""
+    """Record a measurement for the last column: `outcome("50 of 50 finished")`."""
 
-    def tell(line: str) -> None:
+    def record(line: str) -> None:
         print(line)
         record_property("outcome", line)
 
-    return tell
+    return record

@@ -1,7 +1,7 @@
-"""A proxy between an operator and the API server: it sees every request, and does the harm that a test asks for.
+"""A proxy between operator and API server that injects faults.
 
-It speaks HTTP to the operator and TLS to the API server, and passes the operator's own token on. Answers of watches
-pass event by event, as they come.
+It speaks HTTP to the operator and TLS to the API server, and forwards the operator's token. Watch events are forwarded
+one by one as they arrive.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ from tests.cluster.pki import decode
 
 MUTATING: Final = frozenset({"POST", "PUT", "PATCH", "DELETE"})
 _NOT_COUNTED: Final = ("/tokenreviews", "/leases")
-"""Questions that are asked by POST, and renewals that come with time."""
+"""Queries that use POST, and periodic renewals."""
 _KEPT_HEADERS: Final = ("Authorization", "Accept", "Content-Type")
 Result = TypeVar("Result")
 
@@ -40,63 +40,63 @@ class Call:
 
     @property
     def is_watch(self) -> bool:
-        """Whether the answer is a stream of events."""
+        """Return whether the response is a stream of events."""
         return self.query.get("watch", "") in {"true", "1"}
 
     @property
     def is_write(self) -> bool:
-        """Whether it changes something that outlives the operator."""
+        """Return whether it changes cluster state."""
         return self.method in MUTATING and not any(part in self.path for part in _NOT_COUNTED)
 
     @property
     def namespace(self) -> str:
-        """The namespace, or nothing."""
+        """Return the namespace; empty if there is none."""
         return self.path.partition("/namespaces/")[2].partition("/")[0]
 
     @property
     def of_qlorajobs(self) -> bool:
-        """Whether it is about QLoRAJobs, and not their children."""
+        """Return whether it concerns QLoRAJobs, not their children."""
         return f"/apis/{names.GROUP}/" in self.path
 
 
 @dataclass(frozen=True)
 class Event:
-    """One event of a watch, as the API server wrote it."""
+    """One watch event as the API server sent it."""
 
     call: Call
     line: bytes
     received_at: float
-    """By the monotonic clock."""
+    """Monotonic time in seconds."""
 
 
 class ConnectionDropped(Exception):  # noqa: N818 (nothing is wrong with the proxy)
-    """The connection ends here, without an answer."""
+    """Drop the connection without a response."""
 
 
 class Fault:
-    """Does no harm; a test's own overrides what it needs."""
+    """No fault; subclasses override what they need."""
 
     refuses_watches = False
-    """Whether it ends watches for good, and the operator with them; the log tells of each with a traceback."""
+    """Whether it ends watches so that the operator restarts; the log then has tracebacks."""
 
     async def before(self, call: Call) -> web.Response | None:  # noqa: ARG002 (for those who override it)
-        """See a request before the API server does; an answer keeps it from there."""
+        """Intercept a request; a response keeps it from the API server."""
         return None
 
     async def after(self, call: Call, status: int) -> None:
-        """See that the API server has done it, before the operator learns that."""
+        """Observe a response before the operator gets it."""
 
     async def finish(self) -> None:
-        """Wait for what the fault has still under way, when the story is over."""
+        """Wait for unfinished work of the fault after the scenario."""
 
     async def deliver(self, event: Event) -> AsyncIterator[bytes]:
-        """Return what the operator is told of one event of a watch."""
+        """Yield what the operator receives for a watch event."""
         yield event.line
 
 
 @dataclass(frozen=True)
 class Upstream:
-    """The API server, and the authority that signed for it."""
+    """The API server and its CA."""
 
     server: str
     trust: ssl.SSLContext
@@ -131,14 +131,14 @@ class Proxy:
         return self
 
     def stop(self) -> None:
-        """Hang up."""
+        """Close all connections, and stop the thread."""
         self.run(self._close())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
 
     def run(self, work: Coroutine[Any, Any, Result]) -> Result:
-        """Do something in the proxy's thread, and wait for it."""
+        """Run a coroutine in the proxy's thread, and wait for it."""
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout=60)
 
     async def _open(self) -> None:
@@ -188,8 +188,8 @@ class Proxy:
             response.content_type = answer.content_type
             await response.prepare(request)
             async for line, came_at in _lines(answer.content):
-                async for told in self.fault.deliver(Event(call, line, came_at)):
-                    await response.write(told)
+                async for line_out in self.fault.deliver(Event(call, line, came_at)):
+                    await response.write(line_out)
         return response
 
 
@@ -198,7 +198,7 @@ def _token(request: web.Request) -> str:
 
 
 async def _lines(content: aiohttp.StreamReader) -> AsyncIterator[tuple[bytes, float]]:
-    """Yield each line with the time at which it came, though whoever reads them is slow."""
+    """Yield each line with its arrival time, even if the reader is slow."""
     queue: asyncio.Queue[tuple[bytes, float] | None] = asyncio.Queue()
     reader = asyncio.create_task(_read(content, queue))
     try:

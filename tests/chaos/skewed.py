@@ -1,4 +1,4 @@
-"""The operator on a machine whose clock is off: `python -m tests.chaos.skewed SECONDS`."""
+"""Runs the operator with a skewed clock: `python -m tests.chaos.skewed SECONDS`."""
 
 import sys
 import time

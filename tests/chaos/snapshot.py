@@ -1,4 +1,4 @@
-"""What a story leaves in its namespace, without what differs between two runs of the same story."""
+"""A snapshot of a namespace, without what differs between two runs of the same scenario."""
 
 import difflib
 import json
@@ -9,7 +9,7 @@ from tests.integration.operator_process import JobNamespace
 
 KINDS: Final = ("qlorajobs", "jobs", "configmaps", "services", "events")
 TRANSIENT_REASONS: Final = frozenset({"Preparing", "Scheduling", "Unschedulable"})
-"""What a pod waits for is told only when somebody is there to see it; every other Event tells of a step."""
+"""Reasons of short-lived states, which not every run reports; every other Event records a step."""
 _RANDOM_KEYS: Final = frozenset({"uid", "resourceVersion", "managedFields", "clusterIP", "clusterIPs"})
 _MASKS: Final = (
     (re.compile(r"\b\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z"), "<time>"),
@@ -18,12 +18,15 @@ _MASKS: Final = (
 )
 
 
-def take_snapshot(place: JobNamespace) -> dict[str, Any]:
-    """Return the QLoRAJob, its children without what Kubernetes's own controllers write, and what was told of it."""
-    items = [item for kind in KINDS for item in place.items(kind)]
+def take_snapshot(job_namespace: JobNamespace) -> dict[str, Any]:
+    """Return the QLoRAJob, its children without what Kubernetes' controllers write, and the reasons of its Events."""
+    items = [item for kind in KINDS for item in job_namespace.items(kind)]
     objects = {f"{item['kind']}/{item['metadata']['name']}": item for item in items if _is_ours(item)}
     reasons = sorted({event["reason"] for event in items if event["kind"] == "Event" and _is_step_event(event)})
-    return {"told": reasons, **{name: mask(_own_part(item), place.namespace) for name, item in objects.items()}}
+    return {
+        "events": reasons,
+        **{name: mask(_own_part(item), job_namespace.namespace) for name, item in objects.items()},
+    }
 
 
 def _is_ours(item: dict[str, Any]) -> bool:
@@ -35,7 +38,7 @@ def _is_step_event(event: dict[str, Any]) -> bool:
 
 
 def _own_part(item: dict[str, Any]) -> dict[str, Any]:
-    """A Job's status is its controller's, and may still change."""
+    """Drop the status of a Job, which its controller may still change."""
     return {key: value for key, value in item.items() if key != "status" or item["kind"] == "QLoRAJob"}
 
 

@@ -1,4 +1,4 @@
-"""What a Deployment does for the operator: whenever its process ends, it starts again."""
+"""Restarts the operator when its process ends, as a Deployment does."""
 
 import threading
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from typing import Final
 from tests.integration.operator_process import Operator
 
 POLL_SECONDS: Final = 0.2
-"""Seconds between two looks at the process."""
+"""Seconds between two checks of the process."""
 
 
 @dataclass
@@ -21,14 +21,14 @@ class Supervisor:
     _over: threading.Event = field(default_factory=threading.Event)
 
     def run(self) -> None:
-        """Start the operator as often as it ends, until it is told to leave it."""
+        """Restart the operator whenever it ends, until stopped."""
         while not self._over.wait(POLL_SECONDS):
             if self.operator.process and self.operator.process.poll() is not None:
                 self.restarts += 1
                 self.operator.spawn()
 
     def stop(self) -> None:
-        """Start it no more."""
+        """Stop restarting it."""
         self._over.set()
 
 

@@ -1,4 +1,4 @@
-"""An API server that is away, slow, overloaded, forgetful or silent: runs take longer, and end as they do otherwise."""
+"""Faults of the API server: unavailable, slow, overloaded, conflicting, expiring or silent watches; same outcomes."""
 
 import asyncio
 import json
@@ -12,7 +12,7 @@ from aiohttp import web
 
 from tests.chaos.promises import Dose, promise
 from tests.chaos.proxy import Call, ConnectionDropped, Event
-from tests.chaos.stage import ScenarioRunner, WriteRecorder
+from tests.chaos.scenario_runner import ScenarioRunner, WriteRecorder
 from tests.chaos.supervision import supervised
 from tests.integration.operator_process import Operator, write_kubeconfig
 
@@ -20,7 +20,7 @@ GONE: Final = {"kind": "Status", "apiVersion": "v1", "status": "Failure", "reaso
 
 
 class RecordedFault(WriteRecorder):
-    """Counts how often it did something."""
+    """Counts the faults that it injected."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class RecordedFault(WriteRecorder):
 
 
 class Unreachable(RecordedFault):
-    """From the first write on, nothing is answered for a while, and watches end."""
+    """After the first write, requests and watches are dropped for a while."""
 
     def __init__(self, seconds: int) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class Unreachable(RecordedFault):
 
 
 class Slow(RecordedFault):
-    """Every answer takes its time."""
+    """Every response is delayed."""
 
     def __init__(self, seconds: int) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class Slow(RecordedFault):
 
 
 class Overloaded(RecordedFault):
-    """Every write is refused so many times before it is taken, and the operator is asked to wait."""
+    """Every write is rejected a number of times with Retry-After."""
 
     def __init__(self, times: int) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class Overloaded(RecordedFault):
 
 
 class Contested(RecordedFault):
-    """Every first try of a write meets a conflict, as if somebody else had been faster."""
+    """The first attempt of every write gets a conflict."""
 
     def __init__(self, _: int) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ class Contested(RecordedFault):
 
 
 class Forgetful(RecordedFault):
-    """Watches end after a few events because their version is too old, in the stream or at once."""
+    """Watches end with 410 after a few events, in the stream or on connect."""
 
     refuses_watches = True
 
@@ -121,7 +121,7 @@ class Forgetful(RecordedFault):
         super().__init__()
         self._limit = limit
         self._asked: Counter[str] = Counter()
-        self._told: Counter[str] = Counter()
+        self._delivered: Counter[str] = Counter()
 
     async def before(self, call: Call) -> web.Response | None:
         await super().before(call)
@@ -132,8 +132,8 @@ class Forgetful(RecordedFault):
         return None
 
     async def deliver(self, event: Event) -> AsyncIterator[bytes]:
-        self._told[event.call.path] += 1
-        if self._told[event.call.path] % self._limit:
+        self._delivered[event.call.path] += 1
+        if self._delivered[event.call.path] % self._limit:
             yield event.line
         else:
             self.harm += 1
@@ -142,7 +142,7 @@ class Forgetful(RecordedFault):
 
 
 class Silent(RecordedFault):
-    """Watches stay open, and tell nothing for a while."""
+    """Watches stay open, and deliver nothing for a while."""
 
     def __init__(self, seconds: int) -> None:
         super().__init__()
@@ -212,28 +212,28 @@ CASES = [
 def test_api_server_fault_leaves_runs_complete(
     fault: Callable[[int], RecordedFault],
     doses: tuple[int, int],
-    stage: ScenarioRunner,
+    runner: ScenarioRunner,
     dose: Dose,
     outcome: Callable[[str], None],
 ) -> None:
     title = ["refused", "interrupted"][dose(short=0, full=1)]
-    reference = stage.run(title, WriteRecorder())
-    stage.patience = 180
+    reference = runner.run(title, WriteRecorder())
+    runner.patience = 180
     start = time.monotonic()
-    witness = fault(dose(short=doses[0], full=doses[1]))
-    with supervised(stage.operator) as supervisor:
-        assert reference.differences(stage.run(title, witness)) == []
+    recorder = fault(dose(short=doses[0], full=doses[1]))
+    with supervised(runner.operator) as supervisor:
+        assert reference.differences(runner.run(title, recorder)) == []
     seconds = time.monotonic() - start
-    assert witness.harm > 0
-    if isinstance(witness, Overloaded):
-        assert witness.too_early == 0
+    assert recorder.harm > 0
+    if isinstance(recorder, Overloaded):
+        assert recorder.too_early == 0
     outcome(
-        f"{title} in {seconds:.0f} s, {witness.harm} faults injected, {supervisor.restarts} restarts of the operator"
+        f"{title} in {seconds:.0f} s, {recorder.harm} faults injected, {supervisor.restarts} restarts of the operator"
     )
 
 
 class Expired(WriteRecorder):
-    """The token with which the story began is refused from some write on."""
+    """The token of the start is rejected from some write on."""
 
     def __init__(self, operator: Operator, number: int) -> None:
         super().__init__()
@@ -258,10 +258,10 @@ class Expired(WriteRecorder):
     promise="The operator reads the new one, after a restart if necessary; the run ends normally.",
     how="The proxy rejects the old token with 401 from the sixth write on; the file has a new one.",
 )
-def test_expired_token_same_outcome(stage: ScenarioRunner, outcome: Callable[[str], None]) -> None:
-    reference = stage.run("published", WriteRecorder())
-    expired = Expired(stage.operator, 6)
-    with supervised(stage.operator) as supervisor:
-        assert reference.differences(stage.run("published", expired)) == []
+def test_expired_token_same_outcome(runner: ScenarioRunner, outcome: Callable[[str], None]) -> None:
+    reference = runner.run("published", WriteRecorder())
+    expired = Expired(runner.operator, 6)
+    with supervised(runner.operator) as supervisor:
+        assert reference.differences(runner.run("published", expired)) == []
     assert expired.refused > 0
     outcome(f"{expired.refused} requests rejected, {supervisor.restarts} restarts of the operator")

@@ -1,7 +1,7 @@
-"""Whatever manifest is applied, it is refused, or its run ends or waits in a state that has a name.
+"""Any manifest is rejected, or its run ends or waits in a documented state.
 
-The method is Acto's (Gu et al., SOSP 2023): manifests are made from the schema, and what is looked at is not a test's
-expectation of each of them but what must hold for all.
+The method is that of Acto (Gu et al., SOSP 2023): manifests are generated from the schema, and checked against
+invariants instead of expectations of their own.
 """
 
 from collections import Counter
@@ -23,12 +23,12 @@ from tests.make import PREPARED_MESSAGE, PUBLISHED_MESSAGE
 
 REFUSALS: Final = frozenset({400, 413, 422})
 WAITING: Final = frozenset({"Suspended", "Queued"})
-"""Phases that only a person or a queue ends."""
+"""Phases that only a person or a queue controller ends."""
 JOBS: Final = f"/apis/{names.GROUP}/{names.VERSION}/namespaces/{{namespace}}/{names.PLURAL}"
 
 
 class Campaign:
-    """Applies manifests, plays their pods, and looks at what becomes of them."""
+    """Applies manifests, simulates their pods, and observes the outcome."""
 
     def __init__(self, admin: Admin, namespace: str) -> None:
         self.admin = admin
@@ -40,7 +40,7 @@ class Campaign:
         self._ended: set[str] = set()
 
     def submit(self, number: int, mutation: Mutation) -> None:
-        """Apply one manifest; the API server may refuse it, but not fail on it."""
+        """Apply one manifest; the API server may reject it, but must not fail."""
         name = f"m-{number}"
         code, answer = self.admin.request("POST", self.path, mutation.manifest(name, self.namespace))
         if code == 201:
@@ -50,7 +50,7 @@ class Campaign:
             self.refusals.append(f"{mutation.what}: {answer['message']}")
 
     def settled(self) -> bool:
-        """Play what pods there are, and say whether every run has ended or waits for somebody."""
+        """End all pods, and return whether every run has ended or waits for a person or a queue."""
         for pod in self.admin.items(self.pods):
             if pod["metadata"]["name"] not in self._ended:
                 self._end(pod)
@@ -59,10 +59,10 @@ class Campaign:
     def _end(self, pod: dict[str, Any]) -> None:
         name = pod["metadata"]["name"]
         role = pod["metadata"]["labels"].get(names.ROLE_LABEL)
-        word = PREPARED_MESSAGE if role == Role.PREPARE else PUBLISHED_MESSAGE
+        message = PREPARED_MESSAGE if role == Role.PREPARE else PUBLISHED_MESSAGE
         ended = {
             "exitCode": 0,
-            "message": word,
+            "message": message,
             "reason": "Completed",
             "startedAt": wire_now(),
             "finishedAt": wire_now(),
@@ -85,7 +85,7 @@ def conditions_of(job: dict[str, Any]) -> dict[str, str]:
 
 
 def is_settled(job: dict[str, Any]) -> bool:
-    """Whether nothing but a person changes this run, and the operator has said so of its newest generation."""
+    """Return whether the run has ended or waits, and the status is that of its latest generation."""
     holds, status = conditions_of(job), job["status"]
     ended = "True" in {holds.get("Ready"), holds.get("Stalled")}
     waits = status.get("phase") in WAITING and holds.get("Ready") == "False"
@@ -93,16 +93,16 @@ def is_settled(job: dict[str, Any]) -> bool:
 
 
 @pytest.fixture
-def place(installed: Cluster, request: pytest.FixtureRequest) -> Iterator[JobNamespace]:
-    with open_job_namespace(installed, request.node.name) as place:
-        yield place
+def job_namespace(installed: Cluster, request: pytest.FixtureRequest) -> Iterator[JobNamespace]:
+    with open_job_namespace(installed, request.node.name) as job_namespace:
+        yield job_namespace
 
 
 @pytest.fixture
-def campaign(installed: Cluster, place: JobNamespace, tmp_path: Path) -> Iterator[Campaign]:
-    """An operator for one namespace, whose log shows no traceback in the end."""
-    operator = Operator(installed, tmp_path, place.namespace).start()
-    yield Campaign(installed.admin, place.namespace)
+def campaign(installed: Cluster, job_namespace: JobNamespace, tmp_path: Path) -> Iterator[Campaign]:
+    """An operator for one namespace, whose log must have no traceback."""
+    operator = Operator(installed, tmp_path, job_namespace.namespace).start()
+    yield Campaign(installed.admin, job_namespace.namespace)
     operator.stop_and_check_log()
 
 

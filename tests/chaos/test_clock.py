@@ -1,4 +1,4 @@
-"""An operator whose clock is off: deadlines count from times that others wrote."""
+"""An operator with a skewed clock: deadlines count from times that the control plane wrote."""
 
 import re
 from collections.abc import Callable
@@ -9,7 +9,7 @@ import pytest
 
 from qlora_operator.cluster.server_clock import TOLERANCE
 from tests.chaos.promises import promise
-from tests.chaos.stage import ScenarioRunner, WriteRecorder
+from tests.chaos.scenario_runner import ScenarioRunner, WriteRecorder
 
 HOUR: Final = timedelta(hours=1)
 """Twice spec.deadlines.startup."""
@@ -22,13 +22,13 @@ HOUR: Final = timedelta(hours=1)
 )
 @pytest.mark.parametrize("ahead", [HOUR, -HOUR], ids=["ahead", "behind"])
 def test_skewed_operator_clock_changes_no_outcome(
-    stage: ScenarioRunner, ahead: timedelta, outcome: Callable[[str], None]
+    runner: ScenarioRunner, ahead: timedelta, outcome: Callable[[str], None]
 ) -> None:
-    reference = stage.run("interrupted", WriteRecorder())
-    stage.operator.kill()
-    stage.operator.command = ("tests.chaos.skewed", str(ahead.total_seconds()))
-    stage.operator.start()
-    assert reference.differences(stage.run("interrupted", WriteRecorder())) == []
-    [told] = re.findall(r"clock is ([-+]\d+) s off", stage.operator.log.read_text())
-    assert float(told) == pytest.approx(ahead.total_seconds(), abs=TOLERANCE.total_seconds())
+    reference = runner.run("interrupted", WriteRecorder())
+    runner.operator.kill()
+    runner.operator.command = ("tests.chaos.skewed", str(ahead.total_seconds()))
+    runner.operator.start()
+    assert reference.differences(runner.run("interrupted", WriteRecorder())) == []
+    [skew] = re.findall(r"clock is ([-+]\d+) s off", runner.operator.log.read_text())
+    assert float(skew) == pytest.approx(ahead.total_seconds(), abs=TOLERANCE.total_seconds())
     outcome(f"interrupted with {ahead.total_seconds() / 3600:+.0f} h")

@@ -17,8 +17,8 @@ from aiohttp import web
 
 from tests.chaos.promises import Dose, promise
 from tests.chaos.proxy import Call, ConnectionDropped
-from tests.chaos.stage import ScenarioRunner, WriteRecorder
-from tests.chaos.stories import SCENARIOS
+from tests.chaos.scenario_runner import ScenarioRunner, WriteRecorder
+from tests.chaos.scenarios import SCENARIOS
 from tests.integration.operator_process import Operator
 
 Side = Literal["before", "after"]
@@ -89,13 +89,13 @@ class KillOperator(WriteRecorder):
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("title", SCENARIOS)
 def test_operator_killed_at_any_write_same_outcome(
-    title: str, stage: ScenarioRunner, dose: Dose, outcome: Callable[[str], None]
+    title: str, runner: ScenarioRunner, dose: Dose, outcome: Callable[[str], None]
 ) -> None:
-    witnesses = [WriteRecorder() for _ in range(REFERENCES)]
-    reference, *others = [stage.run(title, witness) for witness in witnesses]
+    recorders = [WriteRecorder() for _ in range(REFERENCES)]
+    reference, *others = [runner.run(title, recorder) for recorder in recorders]
     assert [reference.differences(other) for other in others] == [[]] * len(others)
-    writes = witnesses[0].writes
-    steady = reduce(and_, (Counter(witness.writes) for witness in witnesses))
+    writes = recorders[0].writes
+    steady = reduce(and_, (Counter(recorder.writes) for recorder in recorders))
     moments = [
         KillPoint(write, writes[: number + 1].count(write), side)
         for number, write in enumerate(writes)
@@ -106,8 +106,8 @@ def test_operator_killed_at_any_write_same_outcome(
     missed: list[KillPoint] = []
     for moment in cases:
         for _ in range(PARALLEL_RUNS):
-            death = KillOperator(stage.operator, moment)
-            if found := reference.differences(stage.run(title, death)):
+            death = KillOperator(runner.operator, moment)
+            if found := reference.differences(runner.run(title, death)):
                 differences[str(moment)] = found
             if death.killed:
                 break

@@ -74,7 +74,7 @@ class Run:
         return int(self.status()["attempt"])
 
     def trains(self, attempt: int) -> bool:
-        """Whether an attempt has reported by itself: what is told before is the one before's."""
+        """Return whether this attempt has reported; earlier reports are those of the previous one."""
         status = self.status()
         *_, last = status.get("attempts") or [{}]
         report = status.get("lastReport", {}).get("updatedAt", "")
@@ -123,7 +123,7 @@ STARTS: Final = {
         ("did not start", "spec.deadlines.startup"),
         {"dataset": {"uri": "pvc://broken/rows.jsonl"}, "deadlines": {"startup": "10s"}},
     ),
-    "two-pods-apart": Start(
+    "two-unreachable-pods": Start(
         "CollectiveTimeout",
         ("got no address within",),
         {"resources": {"nodes": 2}, "deadlines": {"startup": "20s"}, "retries": {"maxAttempts": 1}},
@@ -166,7 +166,7 @@ def in_dose(name: str, *, slow: bool) -> Any:
 
 
 @pytest.fixture(scope="module")
-def place(installation: Installation) -> Installation:
+def configured(installation: Installation) -> Installation:
     installation.make_namespace(NAMESPACE)
     keys = {**installation.cluster.s3.environment(), "AWS_ENDPOINT_URL": f"http://{GATEWAY}:9"}
     secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": NO_S3, "namespace": NAMESPACE}}
@@ -192,11 +192,11 @@ def broken_claim() -> tuple[dict[str, Any], ...]:
 
 
 @pytest.fixture
-def gpu_on_paper(place: Installation) -> Iterator[None]:
+def gpu_on_paper(configured: Installation) -> Iterator[None]:
     """The node claims a GPU that no container finds."""
-    set_gpus(place, "1")
+    set_gpus(configured, "1")
     yield
-    set_gpus(place, "0")
+    set_gpus(configured, "0")
 
 
 def set_gpus(installation: Installation, number: str) -> None:
@@ -217,8 +217,8 @@ def upload_broken_model(installation: Installation) -> None:
     client.close()
 
 
-def keep_pods_apart(run: Run) -> None:
-    """Take away the names by which the pods of a run find each other."""
+def delete_run_service(run: Run) -> None:
+    """Delete the Service, so that the pods of a run cannot resolve each other."""
     wait_for("its Service", lambda: bool(run.installation.children("service", run.name, run.namespace)), SECONDS)
     run.kubectl("delete", "service", f"{run.name}-1")
 
@@ -226,13 +226,15 @@ def keep_pods_apart(run: Run) -> None:
 @NEVER_STARTS
 @pytest.mark.parametrize("start", [in_dose(name, slow=case.is_slow) for name, case in STARTS.items()])
 @pytest.mark.usefixtures("gpu_on_paper")
-def test_unstartable_run_fails_with_reason(place: Installation, start: str, outcome: Callable[[str], None]) -> None:
-    case, run = STARTS[start], Run(place, start)
+def test_unstartable_run_fails_with_reason(
+    configured: Installation, start: str, outcome: Callable[[str], None]
+) -> None:
+    case, run = STARTS[start], Run(configured, start)
     if start == "broken-weights":
-        upload_broken_model(place)
-    place.submit(run_manifest(start, **case.blocks))
-    if start == "two-pods-apart":
-        keep_pods_apart(run)
+        upload_broken_model(configured)
+    configured.submit(run_manifest(start, **case.blocks))
+    if start == "two-unreachable-pods":
+        delete_run_service(run)
     if case.waits:
         wait_for(case.reason, lambda: run.status().get("reason") == case.reason, SECONDS)
         status = run.status()
@@ -241,8 +243,8 @@ def test_unstartable_run_fails_with_reason(place: Installation, start: str, outc
         status = run.finished()
         assert status["phase"] == "Failed"
         wait_for("nothing running", lambda: not running_pods(run), 90)
-    told = {status["reason"], *(attempt.get("reason") for attempt in status.get("attempts", ()))}
-    assert case.reason in told, status
+    reasons = {status["reason"], *(attempt.get("reason") for attempt in status.get("attempts", ()))}
+    assert case.reason in reasons, status
     for fragment in case.said:
         assert fragment in status["message"]
     if start == "gpu-that-is-none":
@@ -258,16 +260,18 @@ def running_pods(run: Run) -> list[str]:
 
 @NEVER_STARTS
 @pytest.mark.full_dose
-def test_hub_rate_limited_fails_after_startup_deadline(place: Installation, outcome: Callable[[str], None]) -> None:
-    """429 is waited out for spec.deadlines.startup, then told."""
+def test_hub_rate_limited_fails_after_startup_deadline(
+    configured: Installation, outcome: Callable[[str], None]
+) -> None:
+    """429 is retried until spec.deadlines.startup, then reported."""
     with FakeHub({"example/busy": Repository(status=429)}, GATEWAY) as hub:
-        place.configure({"platform.hub.mirror": "", "platform.hub.endpoint": hub.endpoint})
+        configured.configure({"platform.hub.mirror": "", "platform.hub.endpoint": hub.endpoint})
         try:
-            run = Run(place, "busy-hub")
-            place.submit(run_manifest(run.name, model={"uri": "hf://example/busy"}, deadlines={"startup": "10s"}))
+            run = Run(configured, "busy-hub")
+            configured.submit(run_manifest(run.name, model={"uri": "hf://example/busy"}, deadlines={"startup": "10s"}))
             assert run.finished()["reason"] == "HubRateLimited"
         finally:
-            place.configure({"platform.hub.mirror": "s3://models/hub", "platform.hub.endpoint": ""})
+            configured.configure({"platform.hub.mirror": "s3://models/hub", "platform.hub.endpoint": ""})
     outcome("HubRateLimited")
 
 
@@ -277,14 +281,14 @@ def test_hub_rate_limited_fails_after_startup_deadline(place: Installation, outc
     how="the operator's trainer image has a tag that the node does not have",
 )
 @pytest.mark.full_dose
-def test_image_missing_fails_after_startup_deadline(place: Installation, outcome: Callable[[str], None]) -> None:
-    place.configure({"trainerImage.tag": "never-built"})
+def test_image_missing_fails_after_startup_deadline(configured: Installation, outcome: Callable[[str], None]) -> None:
+    configured.configure({"trainerImage.tag": "never-built"})
     try:
-        run = Run(place, "no-image")
-        place.submit(run_manifest(run.name, deadlines={"startup": "10s"}))
+        run = Run(configured, "no-image")
+        configured.submit(run_manifest(run.name, deadlines={"startup": "10s"}))
         status = run.finished()
     finally:
-        place.configure({"trainerImage.tag": split_reference(place.trainer_image)[1]})
+        configured.configure({"trainerImage.tag": split_reference(configured.trainer_image)[1]})
     assert (status["phase"], status["reason"]) == ("Failed", "ImagePullFailed")
     assert "never-built" in status["message"]
     wait_for("nothing running", lambda: not running_pods(run), 90)
@@ -297,20 +301,20 @@ def test_image_missing_fails_after_startup_deadline(place: Installation, outcome
     how="the same run with the same name, with spec.output.ifExists Fail",
 )
 @pytest.mark.full_dose
-def test_output_exists_fails_before_training(place: Installation, outcome: Callable[[str], None]) -> None:
-    run = Run(place, "twice")
-    place.submit(run_manifest(run.name))
+def test_output_exists_fails_before_training(configured: Installation, outcome: Callable[[str], None]) -> None:
+    run = Run(configured, "twice")
+    configured.submit(run_manifest(run.name))
     first = run.finished()
-    published = objects_below(place, first["output"]["prefix"])
+    published = objects_below(configured, first["output"]["prefix"])
     run.kubectl("delete", "qlj", run.name, "--wait")
-    place.submit(run_manifest(run.name, output={"ifExists": "Fail"}))
+    configured.submit(run_manifest(run.name, output={"ifExists": "Fail"}))
     status = run.finished()
     assert (first["reason"], status["phase"], status["reason"]) == ("Published", "Failed", "OutputExists")
     assert first["output"]["prefix"] in status["message"]
     jobs = {job["metadata"]["name"] for job in run.installation.children("jobs", run.name, run.namespace)}
     assert jobs <= {"twice-prepare"}
     assert published
-    assert objects_below(place, first["output"]["prefix"]) == published
+    assert objects_below(configured, first["output"]["prefix"]) == published
     outcome(f"OutputExists, no training Job, and {len(published)} objects unchanged")
 
 
@@ -364,7 +368,7 @@ def kill(run: Run) -> None:
 
 
 def freeze(run: Run) -> None:
-    """Every thread stands still, so that not even the trainer's own watch sees it."""
+    """Stop every thread, so that not even the trainer's watchdog notices."""
     strike(run, signal.SIGSTOP)
 
 
@@ -376,7 +380,7 @@ def strike(run: Run, signal_: signal.Signals) -> None:
 
 
 def pause(run: Run) -> None:
-    """Suspend it, see that nothing runs, and let it go on."""
+    """Suspend the run, check that nothing runs, and resume it."""
     run.change(suspend=True)
     wait_for("suspension", lambda: run.status()["phase"] == "Suspended" and not running_pods(run), 90)
     assert run.status()["checkpoint"]["step"] >= run.step() - 1
@@ -401,23 +405,23 @@ INTERRUPTIONS: Final[tuple[tuple[str, Callable[[Run], None]], ...]] = (
     "(only the first in `make test`)",
 )
 def test_interrupted_training_resumes_from_checkpoint(
-    place: Installation, dose: Dose, outcome: Callable[[str], None]
+    configured: Installation, dose: Dose, outcome: Callable[[str], None]
 ) -> None:
     interruptions = INTERRUPTIONS[: dose(short=1, full=len(INTERRUPTIONS))]
     reasons = [reason for reason, _ in interruptions]
-    run = Run(place, "beset")
+    run = Run(configured, "beset")
     # Short for the last one only: on a busy machine a step may take as long.
-    place.submit(run_manifest(run.name, deadlines={"heartbeat": f"{dose(short=300, full=10)}s"}))
+    configured.submit(run_manifest(run.name, deadlines={"heartbeat": f"{dose(short=300, full=10)}s"}))
     reached: list[int] = []
     resumed: list[int] = []
     for number, (_, provoke) in enumerate(interruptions, start=1):
         wait_for(f"a report of attempt {number}", partial(run.trains, number), SECONDS)
         run.wait_for_step(reached[-1] + 1 if reached else 2 * INTERVAL)
-        resumed += [went_on_after(run, number)] if reached else []
+        resumed += [resumed_after(run, number)] if reached else []
         reached.append(run.step())
         provoke(run)
     status = run.finished()
-    resumed.append(went_on_after(run, len(reasons) + 1))
+    resumed.append(resumed_after(run, len(reasons) + 1))
     assert (status["phase"], status["step"]) == ("Succeeded", f"{STEPS}/{STEPS}"), status["message"]
     assert run.reasons() == [*reasons, "Published"]
     steps = list(zip(reasons, reached, resumed, strict=True))
@@ -427,8 +431,8 @@ def test_interrupted_training_resumes_from_checkpoint(
     )
 
 
-def went_on_after(run: Run, attempt: int) -> int:
-    """Return the step of the checkpoint that an attempt began with, by its own word."""
+def resumed_after(run: Run, attempt: int) -> int:
+    """Return the step of the checkpoint that an attempt resumed from, according to its log."""
     log = run.kubectl("logs", f"job/{run.name}-{attempt}", "--container=trainer")
     assert "going on after step" in log
     return int(log.split("going on after step ")[1].split(",")[0])
@@ -436,14 +440,14 @@ def went_on_after(run: Run, attempt: int) -> int:
 
 @TOO_SMALL
 @pytest.mark.full_dose
-def test_disk_limit_exceeded_ends_as_evicted(place: Installation, outcome: Callable[[str], None]) -> None:
-    place.make_namespace(SMALL_DISK)
+def test_disk_limit_exceeded_ends_as_evicted(configured: Installation, outcome: Callable[[str], None]) -> None:
+    configured.make_namespace(SMALL_DISK)
     limit = {"type": "Container", "default": {"ephemeral-storage": "64Mi"}}
     metadata = {"name": "disk", "namespace": SMALL_DISK}
     limits = {"apiVersion": "v1", "kind": "LimitRange", "metadata": metadata, "spec": {"limits": [limit]}}
-    place.cluster.apply(limits)
-    run = Run(place, "small-disk", SMALL_DISK)
-    place.submit(run_manifest(run.name, SMALL_DISK, retries={"maxAttempts": 1}))
+    configured.cluster.apply(limits)
+    run = Run(configured, "small-disk", SMALL_DISK)
+    configured.submit(run_manifest(run.name, SMALL_DISK, retries={"maxAttempts": 1}))
     status = run.finished()
     assert (status["phase"], status["reason"]) == ("Failed", "RetriesExhausted"), status["message"]
     assert [attempt["reason"] for attempt in status["attempts"]] == ["Evicted"]
@@ -453,12 +457,12 @@ def test_disk_limit_exceeded_ends_as_evicted(place: Installation, outcome: Calla
 
 @pytest.mark.full_dose
 @TOO_SMALL
-def test_host_oom_retries_with_smaller_micro_batch(place: Installation, outcome: Callable[[str], None]) -> None:
-    run = Run(place, "small-memory")
+def test_host_oom_retries_with_smaller_micro_batch(configured: Installation, outcome: Callable[[str], None]) -> None:
+    run = Run(configured, "small-memory")
     # One step has the memory of all.
     training = {"maxSteps": 1, "globalBatchSize": ROWS, "microBatchSize": ROWS, "packing": True}
     data = {"maxSamples": 400, "evaluation": {"fraction": 0.05}}
-    place.submit(run_manifest(run.name, dataset=data, training=training, resources={"memory": "3Gi"}))
+    configured.submit(run_manifest(run.name, dataset=data, training=training, resources={"memory": "3Gi"}))
     status = run.finished()
     assert status["phase"] == "Succeeded", status["message"]
     *killed, last = status["attempts"]
@@ -477,12 +481,12 @@ def test_host_oom_retries_with_smaller_micro_batch(place: Installation, outcome:
     promise="the run is not affected",
     how="`helm upgrade` with other values, which replaces both replicas",
 )
-def test_operator_upgrade_leaves_training_running(place: Installation, outcome: Callable[[str], None]) -> None:
-    run = Run(place, "upgraded")
-    place.submit(run_manifest(run.name))
+def test_operator_upgrade_leaves_training_running(configured: Installation, outcome: Callable[[str], None]) -> None:
+    run = Run(configured, "upgraded")
+    configured.submit(run_manifest(run.name))
     run.wait_for_step(2)
-    place.configure({"logLevel": "debug"})
+    configured.configure({"logLevel": "debug"})
     status = run.finished()
-    place.configure({"logLevel": "info"})
+    configured.configure({"logLevel": "info"})
     assert (status["phase"], run.reasons()) == ("Succeeded", ["Published"])
     outcome("one attempt, Published")

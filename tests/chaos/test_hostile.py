@@ -1,4 +1,4 @@
-"""Somebody writes nonsense into the status: nothing begins again, nothing is done twice, and the operator lives on."""
+"""Edits of the status by others: nothing restarts, nothing runs twice, and the operator keeps working."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -42,7 +42,7 @@ EDITS: Final[dict[str, Any]] = {
     "from-the-future": {"observedGeneration": 2**40, "startedAt": "2999-01-01T00:00:00Z", "finishedAt": LONG_AGO},
     "no-conditions": {"conditions": []},
 }  # fmt: skip
-"""What somebody with rights to the status may write; the API server takes all of it."""
+"""Edits of the status that the API server accepts."""
 
 
 @dataclass(frozen=True)
@@ -54,19 +54,19 @@ class EditedStatusScenario:
     admin: Admin
 
     def run(self, names: list[str], play: Callable[[JobNamespace, str], None]) -> None:
-        """Play each edit in a namespace of its own."""
+        """Run each edit in a namespace of its own."""
         for name in names:
-            with open_job_namespace(self.cluster, f"{play.__name__}-{name}") as place:
-                play(place, name)
+            with open_job_namespace(self.cluster, f"{play.__name__}-{name}") as job_namespace:
+                play(job_namespace, name)
                 assert self.operator.healthy()
 
 
 @pytest.fixture
-def scene(installed: Cluster, tmp_path: Path) -> Iterator[EditedStatusScenario]:
-    """The operator's log shows no traceback in the end."""
-    scene = EditedStatusScenario(installed, Operator(installed, tmp_path).start(), installed.admin)
-    yield scene
-    scene.operator.stop_and_check_log()
+def scenario(installed: Cluster, tmp_path: Path) -> Iterator[EditedStatusScenario]:
+    """A scenario whose operator must log no traceback."""
+    scenario = EditedStatusScenario(installed, Operator(installed, tmp_path).start(), installed.admin)
+    yield scenario
+    scenario.operator.stop_and_check_log()
 
 
 @pytest.fixture
@@ -75,9 +75,9 @@ def chosen(dose: Dose) -> list[str]:
     return list(EDITS)[:: dose(short=5, full=1)]
 
 
-def edit(place: JobNamespace, admin: Admin, status: Any) -> None:
+def edit(job_namespace: JobNamespace, admin: Admin, status: Any) -> None:
     """Write into the status, as `kubectl edit --subresource=status` would."""
-    path = f"/apis/{names.GROUP}/{names.VERSION}/namespaces/{place.namespace}/{names.PLURAL}/{NAME}"
+    path = f"/apis/{names.GROUP}/{names.VERSION}/namespaces/{job_namespace.namespace}/{names.PLURAL}/{NAME}"
     if status is None:
         job = admin.request("GET", path)[1]
         code, answer = admin.request("PUT", f"{path}/status", {key: job[key] for key in job if key != "status"})
@@ -86,12 +86,12 @@ def edit(place: JobNamespace, admin: Admin, status: Any) -> None:
     assert code == 200, answer
 
 
-def trigger_reconcile(place: JobNamespace) -> None:
-    """Have the operator work on the run, and return when it has."""
-    generation = int(place.metadata("qlorajobs", NAME)["generation"]) + 1
+def trigger_reconcile(job_namespace: JobNamespace) -> None:
+    """Trigger a reconcile, and wait for it."""
+    generation = int(job_namespace.metadata("qlorajobs", NAME)["generation"]) + 1
     change = json.dumps({"spec": {"retries": {"maxAttempts": generation + 1}}})
-    place.kubectl("patch", "qlorajob", NAME, "--type=merge", f"--patch={change}")
-    wait_until("a look", lambda: place.status().get("observedGeneration") == generation, timeout=20)
+    job_namespace.kubectl("patch", "qlorajob", NAME, "--type=merge", f"--patch={change}")
+    wait_until("a reconcile", lambda: job_namespace.status().get("observedGeneration") == generation, timeout=20)
 
 
 @promise(
@@ -101,17 +101,17 @@ def trigger_reconcile(place: JobNamespace) -> None:
 )
 @pytest.mark.timeout(600)
 def test_edited_status_of_finished_run_starts_nothing(
-    scene: EditedStatusScenario, chosen: list[str], outcome: Callable[[str], None]
+    scenario: EditedStatusScenario, chosen: list[str], outcome: Callable[[str], None]
 ) -> None:
-    def finished(place: JobNamespace, name: str) -> None:
-        place.run_to_success()
-        before = place.jobs()
-        edit(place, scene.admin, EDITS[name])
-        trigger_reconcile(place)
-        wait_until("an end", lambda: place.status().get("phase") in {"Succeeded", "Failed"}, timeout=20)
-        assert place.jobs() == before
+    def finished(job_namespace: JobNamespace, name: str) -> None:
+        job_namespace.run_to_success()
+        before = job_namespace.jobs()
+        edit(job_namespace, scenario.admin, EDITS[name])
+        trigger_reconcile(job_namespace)
+        wait_until("an end", lambda: job_namespace.status().get("phase") in {"Succeeded", "Failed"}, timeout=20)
+        assert job_namespace.jobs() == before
 
-    scene.run(chosen, finished)
+    scenario.run(chosen, finished)
     outcome(f"{len(chosen)} edits")
 
 
@@ -122,27 +122,27 @@ def test_edited_status_of_finished_run_starts_nothing(
 )
 @pytest.mark.timeout(600)
 def test_edited_status_of_running_run_creates_no_second_job(
-    scene: EditedStatusScenario, chosen: list[str], outcome: Callable[[str], None]
+    scenario: EditedStatusScenario, chosen: list[str], outcome: Callable[[str], None]
 ) -> None:
-    def training(place: JobNamespace, name: str) -> None:
-        place.run_to_training()
-        edit(place, scene.admin, EDITS[name])
-        trigger_reconcile(place)
-        assert len(running(place)) <= 1
-        if TRAIN in place.jobs() and "deletionTimestamp" not in place.metadata("jobs", TRAIN):
-            place.end_pod(TRAIN, 0, PUBLISHED_MESSAGE)
-            trigger_reconcile(place)
-        assert len(running(place)) <= 1
+    def training(job_namespace: JobNamespace, name: str) -> None:
+        job_namespace.run_to_training()
+        edit(job_namespace, scenario.admin, EDITS[name])
+        trigger_reconcile(job_namespace)
+        assert len(running(job_namespace)) <= 1
+        if TRAIN in job_namespace.jobs() and "deletionTimestamp" not in job_namespace.metadata("jobs", TRAIN):
+            job_namespace.end_pod(TRAIN, 0, PUBLISHED_MESSAGE)
+            trigger_reconcile(job_namespace)
+        assert len(running(job_namespace)) <= 1
 
-    scene.run(chosen, training)
+    scenario.run(chosen, training)
     outcome(f"{len(chosen)} edits")
 
 
-def running(place: JobNamespace) -> list[str]:
-    """Names of training Jobs that have not ended, and are not about to."""
+def running(job_namespace: JobNamespace) -> list[str]:
+    """Return the names of training Jobs that are running and not being deleted."""
     return [
         job["metadata"]["name"]
-        for job in place.items("jobs")
+        for job in job_namespace.items("jobs")
         if job["metadata"]["name"] != PREPARE
         and "deletionTimestamp" not in job["metadata"]
         and not any(entry["status"] == "True" for entry in job["status"].get("conditions", ()))

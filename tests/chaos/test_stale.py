@@ -1,4 +1,4 @@
-"""What the watches tell comes late, not at all, or twice: the method of Sieve's stale and missed views."""
+"""Late, lost and repeated watch events: Sieve's stale and unobserved states."""
 
 import asyncio
 import random
@@ -11,16 +11,16 @@ import pytest
 
 from tests.chaos.promises import Dose, promise
 from tests.chaos.proxy import Event
-from tests.chaos.stage import ScenarioRunner, WriteRecorder
+from tests.chaos.scenario_runner import ScenarioRunner, WriteRecorder
 
 STEPS: Final = 8
-"""Most events that a step of a story waits for, one after the other."""
+"""Longest chain of events that a step of a scenario waits for."""
 LOSS: Final = 0.5
 """Share of the events that get lost."""
 
 
 class Late(WriteRecorder):
-    """Every event is told later than it came."""
+    """Every event is delayed."""
 
     def __init__(self, seconds: float) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class Late(WriteRecorder):
 
 
 class Lossy(WriteRecorder):
-    """Half of the events are never told; bookmarks are, so that nobody misses the others."""
+    """Half of the events are dropped; bookmarks are delivered, so that the loss goes unnoticed."""
 
     def __init__(self, chance: random.Random) -> None:
         super().__init__()
@@ -53,15 +53,15 @@ class Repeating(WriteRecorder):
         super().__init__()
         self.repeated = 0
         self._chance = chance
-        self._told: dict[str, deque[bytes]] = defaultdict(lambda: deque(maxlen=20))
+        self._seen: dict[str, deque[bytes]] = defaultdict(lambda: deque(maxlen=20))
 
     async def deliver(self, event: Event) -> AsyncIterator[bytes]:
         yield event.line
-        told = self._told[event.call.path]
-        for old in self._chance.sample(list(told), min(len(told), 3)):
+        past = self._seen[event.call.path]
+        for old in self._chance.sample(list(past), min(len(past), 3)):
             self.repeated += 1
             yield old
-        told.append(event.line)
+        past.append(event.line)
 
 
 @promise(
@@ -70,13 +70,13 @@ class Repeating(WriteRecorder):
     how="The proxy delays every event of every watch (3 seconds in `make test`).",
 )
 @pytest.mark.timeout(1800)
-def test_delayed_watch_events_same_outcome(stage: ScenarioRunner, dose: Dose, outcome: Callable[[str], None]) -> None:
+def test_delayed_watch_events_same_outcome(runner: ScenarioRunner, dose: Dose, outcome: Callable[[str], None]) -> None:
     titles = ["interrupted"] if dose(short=0, full=1) else ["published"]
     seconds = dose(short=3, full=30)
     for title in titles:
-        reference = stage.run(title, WriteRecorder())
-        stage.patience = STEPS * seconds
-        late = stage.run(title, Late(seconds))
+        reference = runner.run(title, WriteRecorder())
+        runner.patience = STEPS * seconds
+        late = runner.run(title, Late(seconds))
         assert reference.differences(late) == []
         outcome(f"{title}: {seconds} s late, {sum(late.created.values())} Jobs as in the reference")
 
@@ -87,13 +87,13 @@ def test_delayed_watch_events_same_outcome(stage: ScenarioRunner, dose: Dose, ou
     how="The proxy drops events at random; resync every 5 seconds instead of 10 minutes.",
 )
 @pytest.mark.timeout(1800)
-def test_dropped_watch_events_same_outcome(stage: ScenarioRunner, dose: Dose, outcome: Callable[[str], None]) -> None:
-    reference = stage.run("interrupted", WriteRecorder())
-    stage.patience = 60
+def test_dropped_watch_events_same_outcome(runner: ScenarioRunner, dose: Dose, outcome: Callable[[str], None]) -> None:
+    reference = runner.run("interrupted", WriteRecorder())
+    runner.patience = 60
     lost = 0
     for seed in range(dose(short=1, full=10)):
         lossy = Lossy(random.Random(seed))
-        assert reference.differences(stage.run("interrupted", lossy)) == []
+        assert reference.differences(runner.run("interrupted", lossy)) == []
         lost += lossy.lost
     outcome(f"{lost} events lost in {seed + 1} runs")
     assert lost > 0
@@ -105,12 +105,12 @@ def test_dropped_watch_events_same_outcome(stage: ScenarioRunner, dose: Dose, ou
     how="After every event the proxy replays up to three of the last twenty of the same watch.",
 )
 @pytest.mark.timeout(1800)
-def test_repeated_watch_events_same_outcome(stage: ScenarioRunner, dose: Dose, outcome: Callable[[str], None]) -> None:
-    reference = stage.run("interrupted", WriteRecorder())
+def test_repeated_watch_events_same_outcome(runner: ScenarioRunner, dose: Dose, outcome: Callable[[str], None]) -> None:
+    reference = runner.run("interrupted", WriteRecorder())
     repeated = 0
     for seed in range(dose(short=1, full=10)):
         repeating = Repeating(random.Random(seed))
-        assert reference.differences(stage.run("interrupted", repeating)) == []
+        assert reference.differences(runner.run("interrupted", repeating)) == []
         repeated += repeating.repeated
     outcome(f"{repeated} events replayed in {seed + 1} runs")
     assert repeated > 0

@@ -76,7 +76,7 @@ CHILDREN: Final[dict[str, Callable[[], Manifest]]] = {
 
 
 @pytest.mark.parametrize("name", CHILDREN)
-def test_child(name: str) -> None:
+def test_child_matches_golden_file(name: str) -> None:
     path = FOLDER / f"{name}.yaml"
     text = yaml.safe_dump(CHILDREN[name](), sort_keys=False, width=120)
     if os.environ.get("QLORA_WRITE_GOLDEN"):

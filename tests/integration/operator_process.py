@@ -116,7 +116,7 @@ class Operator:
             )
 
     def healthy(self) -> bool:
-        """Whether /healthz answers 200; a dead process is told at once."""
+        """Whether /healthz answers 200; a dead process is reported at once."""
         assert self.process
         assert self.process.poll() is None, self.log.read_text()
         try:
@@ -230,7 +230,7 @@ class JobNamespace:
         return found[0]
 
     def pods_of(self, job: str) -> list[str]:
-        """Return the pods of the Job that has this name now; those of an earlier namesake may still be ending."""
+        """Return the pods of the Job that has this name now; those of an earlier one may still be terminating."""
         uid = self.jobs().get(job)
         selector = f"batch.kubernetes.io/controller-uid={uid}"
         pods = self.cluster.admin.items(self.path("pods"), selector) if uid else []
@@ -301,9 +301,9 @@ def open_job_namespace(cluster: Cluster, title: str, patience: float = 30) -> It
     """A namespace of its own, named after a test."""
     namespace = re.sub(r"[^a-z0-9]+", "-", title.lower())[:50].strip("-")
     cluster.create_namespace(namespace)
-    place = JobNamespace(cluster, namespace, patience)
-    wait_until("account", lambda: bool(place.items("serviceaccounts")))
-    yield place
+    job_namespace = JobNamespace(cluster, namespace, patience)
+    wait_until("account", lambda: bool(job_namespace.items("serviceaccounts")))
+    yield job_namespace
     cluster.admin.delete(f"/api/v1/namespaces/{namespace}")
 
 

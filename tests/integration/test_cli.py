@@ -59,24 +59,26 @@ def installed(control_plane: Cluster) -> Cluster:
 
 
 @pytest.fixture(scope="module")
-def place(installed: Cluster, request: pytest.FixtureRequest) -> Iterator[JobNamespace]:
+def job_namespace(installed: Cluster, request: pytest.FixtureRequest) -> Iterator[JobNamespace]:
     """One namespace for all."""
-    with open_job_namespace(installed, request.node.name) as place:
-        yield place
+    with open_job_namespace(installed, request.node.name) as job_namespace:
+        yield job_namespace
 
 
 @pytest.fixture(scope="module")
-def _operator(installed: Cluster, place: JobNamespace, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def _operator(
+    installed: Cluster, job_namespace: JobNamespace, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[None]:
     """An operator that serves the namespace."""
-    operator = Operator(installed, tmp_path_factory.mktemp("operator"), place.namespace).start()
+    operator = Operator(installed, tmp_path_factory.mktemp("operator"), job_namespace.namespace).start()
     yield
     operator.stop()
 
 
 @pytest.fixture
-def shell(installed: Cluster, place: JobNamespace) -> Shell:
+def shell(installed: Cluster, job_namespace: JobNamespace) -> Shell:
     """The shell of somebody who may do everything."""
-    return Shell(installed.kubeconfig, place.namespace)
+    return Shell(installed.kubeconfig, job_namespace.namespace)
 
 
 def manifest(name: str = NAME, **change: Any) -> str:
@@ -87,16 +89,16 @@ def manifest(name: str = NAME, **change: Any) -> str:
 
 
 @pytest.mark.usefixtures("_operator")
-def test_the_life_of_a_run(shell: Shell, place: JobNamespace) -> None:
+def test_commands_of_run(shell: Shell, job_namespace: JobNamespace) -> None:
     submitted = shell.qlora("submit", "-", "--set", "lora.rank=8", stdin=manifest())
-    assert (submitted.exit_code, submitted.stdout) == (0, f"QLoRAJob {place.namespace}/{NAME} was submitted\n")
+    assert (submitted.exit_code, submitted.stdout) == (0, f"QLoRAJob {job_namespace.namespace}/{NAME} was submitted\n")
     again = shell.qlora("submit", "-", stdin=manifest())
     assert (again.exit_code, f"qlora rerun {NAME}" in again.stderr) == (1, True)
 
     waiting = shell.start("wait", NAME)
-    place.end_pod(PREPARE, 0, PREPARED_MESSAGE)
-    place.start_pod(TRAIN)
-    place.wait_for("Training")
+    job_namespace.end_pod(PREPARE, 0, PREPARED_MESSAGE)
+    job_namespace.start_pod(TRAIN)
+    job_namespace.wait_for("Training")
     status = shell.qlora("status", NAME)
     assert re.search(r"^support-bot in \S+  Training  attempt 1  \d+s$", status.stdout, re.MULTILINE)
     assert re.search(r"^plan +1 x CPU, single, micro-batch", status.stdout, re.MULTILINE)
@@ -105,12 +107,12 @@ def test_the_life_of_a_run(shell: Shell, place: JobNamespace) -> None:
 
     assert shell.qlora("suspend", NAME).exit_code == 0
     rests = shell.qlora("suspend", NAME, "--wait", "--timeout", "30s")
-    assert rests.stdout == f"QLoRAJob {place.namespace}/{NAME} is suspended\n"
-    assert shell.qlora("resume", NAME).stdout == f"QLoRAJob {place.namespace}/{NAME} resumes\n"
-    place.start_pod(f"{NAME}-2")
-    place.wait_for("Training")
+    assert rests.stdout == f"QLoRAJob {job_namespace.namespace}/{NAME} is suspended\n"
+    assert shell.qlora("resume", NAME).stdout == f"QLoRAJob {job_namespace.namespace}/{NAME} resumes\n"
+    job_namespace.start_pod(f"{NAME}-2")
+    job_namespace.wait_for("Training")
     assert shell.qlora("rerun", NAME).stderr.startswith(f"error: {NAME} is Training; wait for its end")
-    place.end_pod(f"{NAME}-2", 0, PUBLISHED_MESSAGE)
+    job_namespace.end_pod(f"{NAME}-2", 0, PUBLISHED_MESSAGE)
 
     said = waiting.communicate(timeout=60)[1].splitlines()
     assert waiting.returncode == 0
@@ -121,27 +123,27 @@ def test_the_life_of_a_run(shell: Shell, place: JobNamespace) -> None:
     told = shell.qlora("events", NAME).stdout
     for happened in (r"QLoRAJob support-bot +Training", rf"Job {TRAIN} ", "SuspendedByUser", "Published"):
         assert re.search(happened, told), told
-    rerun_a_published_run(shell, place)
+    rerun_a_published_run(shell, job_namespace)
 
 
-def rerun_a_published_run(shell: Shell, place: JobNamespace) -> None:
+def rerun_a_published_run(shell: Shell, job_namespace: JobNamespace) -> None:
     """The same manifest, with another uid and what was changed."""
-    place.kubectl("label", f"qlorajob/{NAME}", "team=support")
-    before = place.metadata("qlorajobs", NAME)
+    job_namespace.kubectl("label", f"qlorajob/{NAME}", "team=support")
+    before = job_namespace.metadata("qlorajobs", NAME)
     anew = shell.qlora("rerun", NAME, "--overwrite")
-    assert (anew.exit_code, anew.stdout) == (0, f"QLoRAJob {place.namespace}/{NAME} was submitted again\n")
-    after = place.cluster.get("qlorajob", NAME, f"--namespace={place.namespace}")
+    assert (anew.exit_code, anew.stdout) == (0, f"QLoRAJob {job_namespace.namespace}/{NAME} was submitted again\n")
+    after = job_namespace.cluster.get("qlorajob", NAME, f"--namespace={job_namespace.namespace}")
     assert after["metadata"]["uid"] != before["uid"]
     assert after["metadata"]["labels"] == {"team": "support"}
     assert (after["spec"]["output"]["ifExists"], after["spec"]["lora"]["rank"]) == ("Overwrite", 8)
-    place.wait_for("Preparing")
+    job_namespace.wait_for("Preparing")
     assert NAME in shell.qlora("list", "-l", "team=support").stdout
 
 
 @pytest.mark.usefixtures("_operator")
-def test_failed_run_sets_exit_code(shell: Shell, place: JobNamespace) -> None:
+def test_failed_run_sets_exit_code(shell: Shell, job_namespace: JobNamespace) -> None:
     shell.qlora("submit", "-", stdin=manifest("broken"))
-    place.end_pod("broken-prepare", 1, make_termination_message(Reason.DATASET_EMPTY, "no rows"))
+    job_namespace.end_pod("broken-prepare", 1, make_termination_message(Reason.DATASET_EMPTY, "no rows"))
     ended = shell.qlora("wait", "broken")
     assert (ended.exit_code, "broken Failed (DatasetEmpty): no rows. What to do: " in ended.stderr) == (3, True)
     assert "broken" in shell.qlora("list", "--phase", "Failed").stdout
@@ -150,29 +152,29 @@ def test_failed_run_sets_exit_code(shell: Shell, place: JobNamespace) -> None:
 
 
 @pytest.mark.usefixtures("_operator")
-def test_logs_of_all_pods_come_as_they_are_written(shell: Shell, place: JobNamespace, tmp_path: Path) -> None:
+def test_logs_follow_all_pods(shell: Shell, job_namespace: JobNamespace, tmp_path: Path) -> None:
     shell.qlora("submit", "-", "--set", "resources.nodes=2", stdin=manifest("pair"))
-    place.end_pod("pair-prepare", 0, PREPARED_MESSAGE)
-    pods = [place.pod_of("pair-1", index) for index in range(2)]
-    with serve_logs(place, "nowhere", tmp_path) as kubelet:
+    job_namespace.end_pod("pair-prepare", 0, PREPARED_MESSAGE)
+    pods = [job_namespace.pod_of("pair-1", index) for index in range(2)]
+    with serve_logs(job_namespace, "nowhere", tmp_path) as kubelet:
         kubelet.lines.update({pods[0]: ["zero", "first"], pods[1]: ["[other]"]})
         for index in range(2):
-            place.bind_pod("pair-1", index)
-            place.start_pod("pair-1", index)
+            job_namespace.bind_pod("pair-1", index)
+            job_namespace.start_pod("pair-1", index)
         assert shell.qlora("logs", "pair", "--tail", "1").stdout == "1-0 | first\n1-1 | [other]\n"
         following = shell.start("logs", "pair", "--follow", "--node", "0")
         wait_until("a reader", lambda: len(kubelet.readers) == 3, timeout=30)
         kubelet.lines[pods[0]].append("second")
         kubelet.ended.update(pods)
         for index in range(2):
-            place.end_pod("pair-1", 0, PUBLISHED_MESSAGE, index)
+            job_namespace.end_pod("pair-1", 0, PUBLISHED_MESSAGE, index)
         assert following.communicate(timeout=60)[0] == "1-0 | zero\n1-0 | first\n1-0 | second\n"
 
 
 @pytest.mark.usefixtures("_operator")
-def test_a_wait_that_takes_too_long_or_is_stopped(shell: Shell, place: JobNamespace) -> None:
+def test_wait_timeout_and_interrupt_set_exit_code(shell: Shell, job_namespace: JobNamespace) -> None:
     shell.qlora("submit", "-", stdin=manifest("resting", suspend=True))
-    place.wait_for("Suspended", name="resting")
+    job_namespace.wait_for("Suspended", name="resting")
     assert shell.qlora("wait", "resting", "--timeout", "1s").exit_code == 124
     listed = yaml.safe_load(shell.qlora("list", "-o", "yaml").stdout)
     assert "resting" in [item["metadata"]["name"] for item in listed["items"]]
@@ -184,19 +186,19 @@ def test_a_wait_that_takes_too_long_or_is_stopped(shell: Shell, place: JobNamesp
     assert waiting.returncode == 130
 
 
-def test_the_api_server_checks_a_dry_run(shell: Shell) -> None:
+def test_dry_run_is_validated_by_api_server(shell: Shell) -> None:
     checked = shell.qlora("submit", "-", "--dry-run", stdin=manifest("only-checked"))
     assert checked.stdout.endswith("only-checked would be accepted\n")
     assert shell.qlora("status", "only-checked").exit_code == 1
 
 
-def test_what_is_rendered_is_what_the_api_server_makes_of_it(shell: Shell, place: JobNamespace) -> None:
+def test_rendered_manifests_match_api_server(shell: Shell, job_namespace: JobNamespace) -> None:
     text = manifest("rendered", resources={"nodes": 2})
     printed = CliRunner().invoke(app, ["render", "-"], input=text, catch_exceptions=False).stdout
     rendered, *children = yaml.safe_load_all(printed)
     stored = json.loads(shell.qlora("submit", "-", "--dry-run", "-o", "json", stdin=text).stdout)
     assert rendered["spec"] == stored["spec"]
-    made = place.cluster.kubectl("create", "--dry-run=server", "-f", "-", stdin=yaml.safe_dump_all(children))
+    made = job_namespace.cluster.kubectl("create", "--dry-run=server", "-f", "-", stdin=yaml.safe_dump_all(children))
     assert made.count("created (server dry run)") == len(children) == 5
 
 
@@ -209,16 +211,14 @@ def test_what_is_rendered_is_what_the_api_server_makes_of_it(shell: Shell, place
         pytest.param(("wait", "a", "--timeout", "soon"), "Usage: ", id="no duration"),
     ],
 )
-def test_a_mistake_is_explained(shell: Shell, args: tuple[str, ...], message: str) -> None:
+def test_invalid_manifest_is_explained(shell: Shell, args: tuple[str, ...], message: str) -> None:
     ended = shell.qlora(*args)
     assert ended.exit_code in {1, 2}
     assert ended.stderr.startswith(message)
     assert "Traceback" not in ended.stderr
 
 
-def test_a_report_comes_from_the_object_store(
-    installed: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_report_is_read_from_object_store(installed: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bucket = installed.s3.make_bucket("cli-report")
     result = make_result().model_copy(update={"report": f"s3://{bucket}/a/report/report.json"})
     client = installed.s3.client()
@@ -227,11 +227,11 @@ def test_a_report_comes_from_the_object_store(
     client.close()
     output = OutputStatus(digest="a", prefix=f"s3://{bucket}/a", adapter=result.adapter, report=result.report)
     status = to_wire(QLoRAJobStatus(phase="Succeeded", reason="Published", output=output))
-    with open_job_namespace(installed, "cli-report") as place:
-        place.submit()
+    with open_job_namespace(installed, "cli-report") as job_namespace:
+        job_namespace.submit()
         patch = json.dumps({"status": status})
-        place.kubectl("patch", "qlorajob", NAME, "--subresource=status", "--type=merge", f"--patch={patch}")
-        shell = Shell(installed.kubeconfig, place.namespace)
+        job_namespace.kubectl("patch", "qlorajob", NAME, "--subresource=status", "--type=merge", f"--patch={patch}")
+        shell = Shell(installed.kubeconfig, job_namespace.namespace)
         command = ("report", NAME, "--to", str(tmp_path / "here"), "--no-open")
         for name in installed.s3.environment():
             monkeypatch.delenv(name, raising=False)
@@ -247,12 +247,12 @@ def test_a_report_comes_from_the_object_store(
     assert len(list((tmp_path / "here").iterdir())) == 3
 
 
-def test_a_namespace_that_is_missing(installed: Cluster) -> None:
+def test_missing_namespace_is_reported(installed: Cluster) -> None:
     ended = Shell(installed.kubeconfig, "absent").qlora("submit", "-", stdin=manifest())
     assert ended.stderr == ('error: namespaces "absent" not found; create it with kubectl create namespace absent\n')
 
 
-def test_an_api_server_that_is_away(installed: Cluster, tmp_path: Path) -> None:
+def test_unreachable_api_server_is_reported(installed: Cluster, tmp_path: Path) -> None:
     config = yaml.safe_load(installed.kubeconfig.read_text())
     config["clusters"][0]["cluster"]["server"] = "https://127.0.0.1:9"
     (tmp_path / "kubeconfig").write_text(yaml.safe_dump(config))
@@ -262,19 +262,19 @@ def test_an_api_server_that_is_away(installed: Cluster, tmp_path: Path) -> None:
     assert "Connection refused; check the network or VPN" in ended.stderr
 
 
-def test_a_right_that_is_missing(installed: Cluster, place: JobNamespace, tmp_path: Path) -> None:
+def test_missing_permission_is_reported(installed: Cluster, job_namespace: JobNamespace, tmp_path: Path) -> None:
     config = yaml.safe_load(installed.kubeconfig.read_text())
-    token = place.kubectl("create", "token", "default").strip()
+    token = job_namespace.kubectl("create", "token", "default").strip()
     config["users"][0]["user"] = {"token": token}
     (tmp_path / "kubeconfig").write_text(yaml.safe_dump(config))
-    ended = Shell(tmp_path / "kubeconfig", place.namespace).qlora("list")
+    ended = Shell(tmp_path / "kubeconfig", job_namespace.namespace).qlora("list")
     assert ended.exit_code == 1
     assert "cannot list resource" in ended.stderr
     assert "ask the cluster's administrator for this permission" in ended.stderr
 
 
-def test_kubectl_finds_the_plugin(installed: Cluster, place: JobNamespace) -> None:
-    shell = Shell(installed.kubeconfig, place.namespace)
+def test_kubectl_plugin_is_found(installed: Cluster, job_namespace: JobNamespace) -> None:
+    shell = Shell(installed.kubeconfig, job_namespace.namespace)
     path = f"{QLORA.parent}{os.pathsep}{os.environ['PATH']}"
     called = subprocess.run(
         [binary("kubectl"), "qlora", "list", "--namespace", shell.namespace, "-o", "json"],

@@ -7,7 +7,7 @@ from tests.cluster.binaries import KUBERNETES_VERSION
 from tests.cluster.cluster import Cluster
 
 
-def test_the_server_is_the_pinned_kubernetes(control_plane: Cluster) -> None:
+def test_server_has_pinned_version(control_plane: Cluster) -> None:
     assert f'"gitVersion": "{KUBERNETES_VERSION}"' in control_plane.kubectl("get", "--raw=/version")
 
 
@@ -28,7 +28,7 @@ def test_helm_accepts_the_server(control_plane: Cluster) -> None:
     assert control_plane.helm("list", "--output=json").strip() == "[]"
 
 
-def test_a_conditional_write_happens_once(control_plane: Cluster) -> None:
+def test_conditional_write_succeeds_once(control_plane: Cluster) -> None:
     bucket = control_plane.s3.make_bucket("conditional-writes")
     client = control_plane.s3.client()
     client.put_object(Bucket=bucket, Key="manifest.json", Body=b"first", IfNoneMatch="*")

@@ -60,7 +60,7 @@ def with_field(path: str, value: object) -> dict[str, Any]:
     return manifest
 
 
-def test_a_minimal_job_gets_every_default_and_counts_as_in_progress(created):
+def test_minimal_job_gets_defaults_and_is_in_progress(created):
     job = created(MINIMAL)
     assert job["spec"]["lora"] == {
         "rank": 16, "alpha": 32, "dropout": 0.05, "targets": ["q_proj", "v_proj"], "dora": False, "rslora": False,
@@ -95,7 +95,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("path", "value", "message"), REFUSED, ids=[f"{p}={v!r:.20}" for p, v, _ in REFUSED])
-def test_what_cannot_work_is_refused_with_the_field_and_the_fix(namespace, path, value, message):
+def test_invalid_spec_is_rejected_with_field_and_fix(namespace, path, value, message):
     manifest = yaml.safe_dump(with_field(path, value))
     refusal = refusal_of(namespace, manifest)
     assert message in refusal
@@ -110,14 +110,14 @@ CHANGES = [
 
 
 @pytest.mark.parametrize(("block", "value"), CHANGES, ids=[block for block, _ in CHANGES])
-def test_immutable_fields_are_refused(created, namespace, block, value):
+def test_immutable_field_change_is_rejected(created, namespace, block, value):
     created(MINIMAL)
     manifest = yaml.safe_dump(with_field(f"spec.{block}", value))
     refusal = refusal_of(namespace, manifest)
     assert f"spec.{block} cannot change; create a QLoRAJob with another name" in refusal
 
 
-def test_a_deadline_may_change(created):
+def test_deadline_change_is_accepted(created):
     created(MINIMAL)
     assert created(with_field("spec.deadlines", {"total": "48h"}))["spec"]["deadlines"]["total"] == "48h"
 
@@ -130,7 +130,7 @@ def test_short_names_and_columns(created, namespace):
     assert wide[7:] == ["MODEL", "STEP", "TOK/S", "ATTEMPT", "ADAPTER", "REASON"]
 
 
-def test_explain_describes_every_field_of_lora(namespace):
+def test_kubectl_explain_describes_lora_fields(namespace):
     text = namespace.kubectl("explain", "qlorajob.spec.lora")
     for field in ("alpha", "dora", "dropout", "init", "modulesToSave", "rank", "rankPattern", "rslora", "targets"):
         assert f"  {field}\t" in text

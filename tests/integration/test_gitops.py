@@ -35,13 +35,13 @@ def installed(control_plane: Cluster) -> Cluster:
 
 
 @pytest.fixture
-def place(installed: Cluster, request: pytest.FixtureRequest) -> Iterator[JobNamespace]:
-    with open_job_namespace(installed, request.node.name) as place:
-        yield place
+def job_namespace(installed: Cluster, request: pytest.FixtureRequest) -> Iterator[JobNamespace]:
+    with open_job_namespace(installed, request.node.name) as job_namespace:
+        yield job_namespace
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_the_example_runs_are_valid(installed: Cluster, overlay: str) -> None:
+def test_example_manifests_are_valid(installed: Cluster, overlay: str) -> None:
     rendered = render(overlay)
     assert rendered
     installed.create_namespace(f"ml-{overlay}")
@@ -51,64 +51,68 @@ def test_the_example_runs_are_valid(installed: Cluster, overlay: str) -> None:
         installed.kubectl("create", "--dry-run=server", "--filename=-", stdin=json.dumps(manifest))
 
 
-def test_environments_share_a_recipe_and_nothing_else() -> None:
+def test_environments_differ_only_in_overlays() -> None:
     [staging], [production] = render("staging"), render("production")
     assert staging["spec"]["lora"] == production["spec"]["lora"]
     assert staging["spec"]["output"] != production["spec"]["output"]
     assert (staging["metadata"]["name"], production["metadata"]["name"]) == ("support-bot", "support-bot-v1")
 
 
-def apply(place: JobNamespace, manager: str, **change: Any) -> dict[str, Any]:
+def apply(job_namespace: JobNamespace, manager: str, **change: Any) -> dict[str, Any]:
     """Apply the same file as another manager, without force."""
-    manifest = json.dumps(make_manifest(NAME, place.namespace, **change))
-    place.kubectl("apply", "--server-side", f"--field-manager={manager}", "--filename=-", stdin=manifest)
-    return dict(place.cluster.get("qlorajob", NAME, f"--namespace={place.namespace}"))
+    manifest = json.dumps(make_manifest(NAME, job_namespace.namespace, **change))
+    job_namespace.kubectl("apply", "--server-side", f"--field-manager={manager}", "--filename=-", stdin=manifest)
+    return dict(job_namespace.cluster.get("qlorajob", NAME, f"--namespace={job_namespace.namespace}"))
 
 
-def drift(place: JobNamespace, manager: str) -> str:
+def drift(job_namespace: JobNamespace, manager: str) -> str:
     """What this manager would change; nothing is what a controller calls in sync."""
-    manifest = json.dumps(make_manifest(NAME, place.namespace))
+    manifest = json.dumps(make_manifest(NAME, job_namespace.namespace))
     try:
-        return place.kubectl("diff", "--server-side", f"--field-manager={manager}", "--filename=-", stdin=manifest)
+        return job_namespace.kubectl(
+            "diff", "--server-side", f"--field-manager={manager}", "--filename=-", stdin=manifest
+        )
     except CommandError as difference:
         return str(difference)
 
 
-def test_two_field_managers_no_drift_and_no_second_run(place: JobNamespace, tmp_path: Path) -> None:
-    operator = Operator(place.cluster, tmp_path, place.namespace).start()
+def test_two_field_managers_no_drift_and_no_second_run(job_namespace: JobNamespace, tmp_path: Path) -> None:
+    operator = Operator(job_namespace.cluster, tmp_path, job_namespace.namespace).start()
     try:
-        first = apply(place, ARGO)
-        place.wait_for("Preparing")
-        jobs = {job["metadata"]["uid"] for job in place.items("jobs")}
+        first = apply(job_namespace, ARGO)
+        job_namespace.wait_for("Preparing")
+        jobs = {job["metadata"]["uid"] for job in job_namespace.items("jobs")}
         for manager in (FLUX, ARGO, FLUX):
-            again = apply(place, manager)
+            again = apply(job_namespace, manager)
             assert again["metadata"]["generation"] == first["metadata"]["generation"] == 1
-            assert drift(place, manager) == ""
-        shown = place.cluster.get("qlorajob", NAME, f"--namespace={place.namespace}", "--show-managed-fields")
+            assert drift(job_namespace, manager) == ""
+        shown = job_namespace.cluster.get(
+            "qlorajob", NAME, f"--namespace={job_namespace.namespace}", "--show-managed-fields"
+        )
         owners = {entry["manager"] for entry in shown["metadata"]["managedFields"]}
         assert owners >= {ARGO, FLUX}
-        place.end_pod(PREPARE, 1, make_termination_message(Reason.DATASET_INVALID, "spec.dataset.uri: no"))
-        place.wait_for("Failed")
-        assert apply(place, ARGO)["metadata"]["generation"] == 1
-        assert drift(place, ARGO) == drift(place, FLUX) == ""
-        assert {job["metadata"]["uid"] for job in place.items("jobs")} <= jobs, "no further run"
-        assert place.status()["reason"] == "DatasetInvalid"
+        job_namespace.end_pod(PREPARE, 1, make_termination_message(Reason.DATASET_INVALID, "spec.dataset.uri: no"))
+        job_namespace.wait_for("Failed")
+        assert apply(job_namespace, ARGO)["metadata"]["generation"] == 1
+        assert drift(job_namespace, ARGO) == drift(job_namespace, FLUX) == ""
+        assert {job["metadata"]["uid"] for job in job_namespace.items("jobs")} <= jobs, "no further run"
+        assert job_namespace.status()["reason"] == "DatasetInvalid"
     finally:
         operator.stop()
 
 
-def test_a_changed_recipe_is_refused_before_anything_drifts(place: JobNamespace) -> None:
+def test_changed_immutable_field_is_rejected_without_drift(job_namespace: JobNamespace) -> None:
     """So that a GitOps controller shows the error where the change was made, and the run goes on."""
-    apply(place, ARGO)
+    apply(job_namespace, ARGO)
     with pytest.raises(CommandError, match=r"spec\.lora cannot change; create a QLoRAJob with another name"):
-        apply(place, ARGO, lora={"rank": 8})
-    assert drift(place, ARGO) == ""
+        apply(job_namespace, ARGO, lora={"rank": 8})
+    assert drift(job_namespace, ARGO) == ""
 
 
-def test_what_one_manager_suspends_another_does_not_resume(place: JobNamespace) -> None:
+def test_suspension_by_other_manager_is_kept(job_namespace: JobNamespace) -> None:
     """A file without `suspend` says nothing about it: server-side apply leaves it to whoever set it."""
-    apply(place, ARGO)
+    apply(job_namespace, ARGO)
     patch = json.dumps({"spec": {"suspend": True}})
-    place.kubectl("patch", "qlorajob", NAME, "--type=merge", "--field-manager=qlora", f"--patch={patch}")
-    assert apply(place, ARGO)["spec"]["suspend"] is True
-    wait_until("no drift", lambda: drift(place, ARGO) == "", timeout=10)
+    job_namespace.kubectl("patch", "qlorajob", NAME, "--type=merge", "--field-manager=qlora", f"--patch={patch}")
+    assert apply(job_namespace, ARGO)["spec"]["suspend"] is True
+    wait_until("no drift", lambda: drift(job_namespace, ARGO) == "", timeout=10)

@@ -39,11 +39,11 @@ def simulated() -> Iterator[Cluster]:
 
 
 @pytest.fixture
-def place(simulated: Cluster, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[JobNamespace]:
+def job_namespace(simulated: Cluster, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[JobNamespace]:
     """A namespace of its own, with an operator."""
-    with open_job_namespace(simulated, request.node.name) as place:
-        operator = Operator(simulated, tmp_path, place.namespace).start()
-        yield place
+    with open_job_namespace(simulated, request.node.name) as job_namespace:
+        operator = Operator(simulated, tmp_path, job_namespace.namespace).start()
+        yield job_namespace
         operator.stop_and_check_log()
 
 
@@ -54,65 +54,74 @@ def prepared_word(model: str) -> str:
     return make_termination_message(Reason.PREPARED, prepared=prepared.model_copy(update={"model": known}))
 
 
-def prepare(place: JobNamespace, model: str, **resources: Any) -> None:
-    place.submit(resources=GPU | resources)
-    pod = place.pod_of(PREPARE)
+def prepare(job_namespace: JobNamespace, model: str, **resources: Any) -> None:
+    job_namespace.submit(resources=GPU | resources)
+    pod = job_namespace.pod_of(PREPARE)
     # A pod that ended before its simulator looked at it would be made to run, for ever.
     wait_until(
         "a start",
-        lambda: place.cluster.get("pod", pod, f"--namespace={place.namespace}")["status"]["phase"] == "Running",
+        lambda: (
+            job_namespace.cluster.get("pod", pod, f"--namespace={job_namespace.namespace}")["status"]["phase"]
+            == "Running"
+        ),
     )
-    place.end_pod(PREPARE, 0, prepared_word(model))
+    job_namespace.end_pod(PREPARE, 0, prepared_word(model))
 
 
-def node_of(place: JobNamespace, job: str) -> str:
+def node_of(job_namespace: JobNamespace, job: str) -> str:
     """Wait until the scheduler has placed a Job's pod, and return where."""
-    pod = place.pod_of(job)
+    pod = job_namespace.pod_of(job)
 
     def found() -> str:
-        return str(place.cluster.get("pod", pod, f"--namespace={place.namespace}")["spec"].get("nodeName", ""))
+        return str(
+            job_namespace.cluster.get("pod", pod, f"--namespace={job_namespace.namespace}")["spec"].get("nodeName", "")
+        )
 
     wait_until(f"node of {pod}", lambda: bool(found()))
     return found()
 
 
-def test_a_small_run_goes_to_the_smallest_gpu_that_holds_it(place: JobNamespace) -> None:
-    prepare(place, "llama-3.2-3b")
-    status = place.wait_for("Training")
+def test_small_run_is_scheduled_on_smallest_gpu(job_namespace: JobNamespace) -> None:
+    prepare(job_namespace, "llama-3.2-3b")
+    status = job_namespace.wait_for("Training")
     assert status["plan"]["gpuProduct"] == T4.name
     assert 0 < status["plan"]["peakBytes"] < T4.memory_mib << 20
-    assert node_of(place, TRAIN) == "small-0"
+    assert node_of(job_namespace, TRAIN) == "small-0"
 
 
-def test_a_large_run_goes_to_a_large_gpu(place: JobNamespace) -> None:
-    prepare(place, "llama-2-70b")
-    status = place.wait_for("Training")
+def test_large_run_is_scheduled_on_large_gpu(job_namespace: JobNamespace) -> None:
+    prepare(job_namespace, "llama-2-70b")
+    status = job_namespace.wait_for("Training")
     assert status["plan"]["gpuProduct"] == A100.name
-    assert node_of(place, TRAIN).startswith("gpu-")
+    assert node_of(job_namespace, TRAIN).startswith("gpu-")
 
 
-def test_run_too_large_for_any_node_requests_no_gpu(place: JobNamespace) -> None:
-    prepare(place, "llama-2-70b", gpuProduct=T4.name)
-    status = place.wait_for("Failed", "DoesNotFit")
+def test_run_too_large_for_any_node_requests_no_gpu(job_namespace: JobNamespace) -> None:
+    prepare(job_namespace, "llama-2-70b", gpuProduct=T4.name)
+    status = job_namespace.wait_for("Failed", "DoesNotFit")
     assert "more than the" in status["message"]
-    assert sorted(place.jobs()) == [PREPARE]
+    assert sorted(job_namespace.jobs()) == [PREPARE]
 
 
-def test_cuda_oom_retries_with_smaller_micro_batch(place: JobNamespace) -> None:
+def test_cuda_oom_retries_with_smaller_micro_batch(job_namespace: JobNamespace) -> None:
     """The word is what a trainer on a GPU says; pods and nodes are simulated."""
-    prepare(place, "llama-3.2-3b")
-    before = place.wait_for("Training")["plan"]
-    place.end_pod(TRAIN, 1, make_termination_message(Reason.CUDA_OUT_OF_MEMORY, "the GPU has too little memory"))
-    wait_until("second attempt", lambda: SECOND in place.jobs())
-    place.start_pod(SECOND)
-    status = place.wait_for("Training")
+    prepare(job_namespace, "llama-3.2-3b")
+    before = job_namespace.wait_for("Training")["plan"]
+    job_namespace.end_pod(
+        TRAIN, 1, make_termination_message(Reason.CUDA_OUT_OF_MEMORY, "the GPU has too little memory")
+    )
+    wait_until("second attempt", lambda: SECOND in job_namespace.jobs())
+    job_namespace.start_pod(SECOND)
+    status = job_namespace.wait_for("Training")
     assert status["plan"]["microBatchSize"] == before["microBatchSize"] // 2
     assert status["plan"]["gradientAccumulation"] == before["gradientAccumulation"] * 2
     assert [attempt["microBatchSize"] for attempt in status["attempts"]] == [
         before["microBatchSize"],
         before["microBatchSize"] // 2,
     ]
-    config = json.loads(place.cluster.get("configmap", SECOND, f"--namespace={place.namespace}")["data"]["run.json"])
+    config = json.loads(
+        job_namespace.cluster.get("configmap", SECOND, f"--namespace={job_namespace.namespace}")["data"]["run.json"]
+    )
     assert config["plan"]["microBatchSize"] == before["microBatchSize"] // 2
 
 
@@ -122,24 +131,24 @@ def test_cuda_oom_retries_with_smaller_micro_batch(place: JobNamespace) -> None:
     how="a simulated node whose kubelet stops reporting",
 )
 @pytest.mark.full_dose
-def test_node_lost_starts_next_attempt(place: JobNamespace, outcome: Callable[[str], None]) -> None:
-    cluster = place.cluster
+def test_node_lost_starts_next_attempt(job_namespace: JobNamespace, outcome: Callable[[str], None]) -> None:
+    cluster = job_namespace.cluster
     assert cluster.plane
     assert cluster.processes
     # Its nodes are silent as soon as the process is gone.
     start_simulator(cluster.plane, cluster.processes, pods_that_run(), MORTAL)
     cluster.add_simulated_nodes(1, MEDIUM, 1, "mortal", MORTAL)
-    prepare(place, "llama-3.2-3b", gpuProduct=MEDIUM.name)
-    place.wait_for("Training")
-    node = node_of(place, TRAIN)
+    prepare(job_namespace, "llama-3.2-3b", gpuProduct=MEDIUM.name)
+    job_namespace.wait_for("Training")
+    node = node_of(job_namespace, TRAIN)
     assert node == "mortal-0"
     cluster.add_simulated_nodes(1, MEDIUM, 1, "medium")
     cluster.processes.stop(MORTAL)
-    wait_until("second attempt", lambda: SECOND in place.jobs(), timeout=LONGEST_LOSS)
-    assert node_of(place, SECOND) != node
-    place.wait_for("Training")
-    place.end_pod(SECOND, 0, PUBLISHED_MESSAGE)
-    status = place.wait_for("Succeeded")
+    wait_until("second attempt", lambda: SECOND in job_namespace.jobs(), timeout=LONGEST_LOSS)
+    assert node_of(job_namespace, SECOND) != node
+    job_namespace.wait_for("Training")
+    job_namespace.end_pod(SECOND, 0, PUBLISHED_MESSAGE)
+    status = job_namespace.wait_for("Succeeded")
     assert [attempt["reason"] for attempt in status["attempts"]] == ["NodeLost", "Published"]
     assert status["attempts"][0]["node"] == node
     outcome(f"the next attempt ran {time_between(status).total_seconds():.0f} s after the first")

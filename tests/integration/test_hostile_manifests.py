@@ -38,12 +38,12 @@ BY_CRD = {key: case for key, case in REFUSED.items() if case.api != ""}
 
 
 @pytest.mark.parametrize(("key", "case"), BY_CRD.items(), ids=BY_CRD)
-def test_the_api_server_names_the_field_and_the_fix(answers: list[str], key: str, case: Hostile) -> None:
+def test_hostile_manifest_is_rejected_with_field_and_fix(answers: list[str], key: str, case: Hostile) -> None:
     name = str(case.metadata.get("name", key))
     said = [line for line in answers if f'"{name}" is invalid' in line or "unknown field" in line]
     assert any(words(case) in line and case.field in line for line in said), "\n".join(said) or name
 
 
 @pytest.mark.parametrize("key", HARMLESS)
-def test_what_is_only_data_is_accepted(answers: list[str], key: str) -> None:
+def test_harmless_manifest_is_accepted(answers: list[str], key: str) -> None:
     assert not [line for line in answers if f'"{key}"' in line]

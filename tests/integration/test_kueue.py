@@ -36,12 +36,12 @@ def with_kueue() -> Iterator[Cluster]:
 
 
 @pytest.fixture
-def place(with_kueue: Cluster, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[JobNamespace]:
+def job_namespace(with_kueue: Cluster, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[JobNamespace]:
     """A namespace with a queue and an operator."""
-    with open_job_namespace(with_kueue, request.node.name) as place:
-        with_kueue.apply(*build_queue(place.namespace))
-        operator = Operator(with_kueue, tmp_path, place.namespace).start()
-        yield place
+    with open_job_namespace(with_kueue, request.node.name) as job_namespace:
+        with_kueue.apply(*build_queue(job_namespace.namespace))
+        operator = Operator(with_kueue, tmp_path, job_namespace.namespace).start()
+        yield job_namespace
         operator.stop_and_check_log()
 
 
@@ -73,41 +73,41 @@ def build_queue(namespace: str) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def submit(place: JobNamespace, name: str, priority: str = "ordinary") -> str:
+def submit(job_namespace: JobNamespace, name: str, priority: str = "ordinary") -> str:
     """Bring a run to where it asks for a GPU, and return the name of the Job that asks."""
-    place.submit(name, resources={"gpusPerNode": 1}, queue={"name": QUEUE, "priorityClass": priority})
-    place.end_pod(names.prepare_job_name(name), 0, PREPARED_MESSAGE)
+    job_namespace.submit(name, resources={"gpusPerNode": 1}, queue={"name": QUEUE, "priorityClass": priority})
+    job_namespace.end_pod(names.prepare_job_name(name), 0, PREPARED_MESSAGE)
     return names.train_job_name(name, 1)
 
 
-def finish(place: JobNamespace, name: str) -> None:
+def finish(job_namespace: JobNamespace, name: str) -> None:
     """End a run's training pod, once it runs, with a published adapter."""
-    wait_for(place, name, "Training")
-    place.end_pod(names.train_job_name(name, 1), 0, PUBLISHED_MESSAGE)
-    wait_for(place, name, "Succeeded", "Published")
+    wait_for(job_namespace, name, "Training")
+    job_namespace.end_pod(names.train_job_name(name, 1), 0, PUBLISHED_MESSAGE)
+    wait_for(job_namespace, name, "Succeeded", "Published")
 
 
-def wait_for(place: JobNamespace, name: str, phase: str, reason: str = "") -> dict[str, Any]:
+def wait_for(job_namespace: JobNamespace, name: str, phase: str, reason: str = "") -> dict[str, Any]:
     """Wait until a run stands somewhere, and return its status."""
 
     def reached() -> bool:
-        status = place.status(name)
+        status = job_namespace.status(name)
         return status.get("phase") == phase and reason in {"", status.get("reason")}
 
     wait_until(f"{name} {phase} {reason}", reached, timeout=PREEMPTED)
-    return place.status(name)
+    return job_namespace.status(name)
 
 
-def test_queued_run_waits_for_admission(place: JobNamespace) -> None:
-    submit(place, "first")
-    wait_for(place, "first", "Training")
-    job = submit(place, "second")
-    status = wait_for(place, "second", "Queued")
+def test_queued_run_waits_for_admission(job_namespace: JobNamespace) -> None:
+    submit(job_namespace, "first")
+    wait_for(job_namespace, "first", "Training")
+    job = submit(job_namespace, "second")
+    status = wait_for(job_namespace, "second", "Queued")
     assert status["message"] == f"Job {job} is suspended until its queue admits it"
-    assert place.pods_of(job) == []
-    finish(place, "first")
-    finish(place, "second")
-    assert place.status("second")["attempt"] == 1
+    assert job_namespace.pods_of(job) == []
+    finish(job_namespace, "first")
+    finish(job_namespace, "second")
+    assert job_namespace.status("second")["attempt"] == 1
 
 
 @promise(
@@ -115,19 +115,19 @@ def test_queued_run_waits_for_admission(place: JobNamespace) -> None:
     promise="the run waits as Queued and resumes with the same attempt and the same Job",
     how="the real Kueue, a quota of one GPU, two priorities",
 )
-def test_preempted_run_resumes_same_attempt(place: JobNamespace) -> None:
-    job = submit(place, "ordinary")
-    wait_for(place, "ordinary", "Training")
-    before = place.jobs()[job]
-    [pod] = place.pods_of(job)
-    submit(place, "urgent", "urgent")
-    wait_for(place, "urgent", "Training")
-    status = wait_for(place, "ordinary", "Queued")
+def test_preempted_run_resumes_same_attempt(job_namespace: JobNamespace) -> None:
+    job = submit(job_namespace, "ordinary")
+    wait_for(job_namespace, "ordinary", "Training")
+    before = job_namespace.jobs()[job]
+    [pod] = job_namespace.pods_of(job)
+    submit(job_namespace, "urgent", "urgent")
+    wait_for(job_namespace, "urgent", "Training")
+    status = wait_for(job_namespace, "ordinary", "Queued")
     assert [attempt.get("reason") for attempt in status["attempts"]] == [None]
-    wait_until("the pod has left its GPU", lambda: place.pods_of(job) == [], timeout=PREEMPTED)
-    finish(place, "urgent")
-    wait_for(place, "ordinary", "Training")
-    assert place.pods_of(job) != [pod]
-    finish(place, "ordinary")
-    assert len(place.jobs()) == 4
-    assert (place.jobs()[job], place.status("ordinary")["attempt"]) == (before, 1)
+    wait_until("the pod has left its GPU", lambda: job_namespace.pods_of(job) == [], timeout=PREEMPTED)
+    finish(job_namespace, "urgent")
+    wait_for(job_namespace, "ordinary", "Training")
+    assert job_namespace.pods_of(job) != [pod]
+    finish(job_namespace, "ordinary")
+    assert len(job_namespace.jobs()) == 4
+    assert (job_namespace.jobs()[job], job_namespace.status("ordinary")["attempt"]) == (before, 1)

@@ -1,4 +1,4 @@
-"""Two operator processes and one Lease: one works at a time, and the other one is there when it ends."""
+"""Two operator processes and one Lease: one reconciles, the other stands by and takes over."""
 
 import json
 import signal
@@ -54,14 +54,14 @@ class Replicas:
         return str(leases["items"][0]["spec"].get("holderIdentity", "")) if leases["items"] else ""
 
     def marked(self) -> list[str]:
-        """The pods that the progress Service would lead to."""
+        """Return the pods that the progress Service selects."""
         pods = self.cluster.get("pods", f"--namespace={OPERATOR_NAMESPACE}", f"--selector={names.LEADER_LABEL}=true")[
             "items"
         ]
         return [name for pod in pods if (name := pod["metadata"]["name"]) in self.operators]
 
     def start(self) -> tuple[Operator, Operator]:
-        """Start both; return the one that leads and the one that waits."""
+        """Start both; return the leader and the standby."""
         first, second = self.operators
         self.operators[first].start()
         wait_until("a leader", lambda: self.holder() == first, timeout=20)
@@ -78,55 +78,60 @@ class Replicas:
 
 
 @pytest.fixture
-def place(control_plane: Cluster, request: pytest.FixtureRequest) -> Iterator[JobNamespace]:
+def job_namespace(control_plane: Cluster, request: pytest.FixtureRequest) -> Iterator[JobNamespace]:
     install(control_plane)
-    with open_job_namespace(control_plane, request.node.name) as place:
-        yield place
+    with open_job_namespace(control_plane, request.node.name) as job_namespace:
+        yield job_namespace
 
 
 @pytest.fixture
-def replicas(place: JobNamespace, tmp_path: Path) -> Iterator[Replicas]:
-    replicas = Replicas(place.cluster, tmp_path, place.namespace[:40].strip("-"), place.namespace)
+def replicas(job_namespace: JobNamespace, tmp_path: Path) -> Iterator[Replicas]:
+    replicas = Replicas(
+        job_namespace.cluster, tmp_path, job_namespace.namespace[:40].strip("-"), job_namespace.namespace
+    )
     yield replicas
     replicas.stop()
 
 
-def seconds_to_first_write(place: JobNamespace, name: str) -> float:
+def seconds_to_first_write(job_namespace: JobNamespace, name: str) -> float:
     """Create a QLoRAJob, and say how long it takes until somebody acts on it."""
     start = time.monotonic()
-    place.submit(name)
-    wait_until("a status", lambda: "phase" in place.status(name), timeout=60)
+    job_namespace.submit(name)
+    wait_until("a status", lambda: "phase" in job_namespace.status(name), timeout=60)
     return time.monotonic() - start
 
 
-def test_the_other_takes_over_from_a_dead_leader(replicas: Replicas, place: JobNamespace) -> None:
+def test_standby_takes_over_from_dead_leader(replicas: Replicas, job_namespace: JobNamespace) -> None:
     leader, waiting = replicas.start()
-    place.submit()
-    place.end_pod(PREPARE, 0, PREPARED_MESSAGE)
-    place.start_pod(TRAIN)
-    place.wait_for("Training")
-    before = place.jobs()
+    job_namespace.submit()
+    job_namespace.end_pod(PREPARE, 0, PREPARED_MESSAGE)
+    job_namespace.start_pod(TRAIN)
+    job_namespace.wait_for("Training")
+    before = job_namespace.jobs()
     assert waiting.healthy()
     assert "qlora_operator_leader 1.0" in leader.metrics()
     assert "qlora_operator_leader 0.0" in waiting.metrics()
     assert "qlora_jobs{" not in waiting.metrics()
     leader.kill()
-    assert seconds_to_first_write(place, "meanwhile") < FAIL_OVER
+    assert seconds_to_first_write(job_namespace, "meanwhile") < FAIL_OVER
     assert replicas.marked() == sorted(replicas.operators)  # the dead one's pod keeps its label until it starts again
     leader.start()
     wait_until("one label", lambda: replicas.marked() == [replicas.holder()], timeout=10)
-    place.end_pod(TRAIN, 0, PUBLISHED_MESSAGE)
-    place.wait_for("Succeeded", "Published")
-    assert place.jobs() == {**before, names.prepare_job_name("meanwhile"): place.jobs()["meanwhile-prepare"]}
-    assert [entry["number"] for entry in place.status()["attempts"]] == [1]
+    job_namespace.end_pod(TRAIN, 0, PUBLISHED_MESSAGE)
+    job_namespace.wait_for("Succeeded", "Published")
+    assert job_namespace.jobs() == {
+        **before,
+        names.prepare_job_name("meanwhile"): job_namespace.jobs()["meanwhile-prepare"],
+    }
+    assert [entry["number"] for entry in job_namespace.status()["attempts"]] == [1]
 
 
-def test_leader_on_sigterm_releases_lease(replicas: Replicas, place: JobNamespace) -> None:
+def test_leader_on_sigterm_releases_lease(replicas: Replicas, job_namespace: JobNamespace) -> None:
     leader, _ = replicas.start()
-    assert seconds_to_first_write(place, NAME) < HAND_OVER
+    assert seconds_to_first_write(job_namespace, NAME) < HAND_OVER
     assert leader.terminate() == 0
-    assert seconds_to_first_write(place, "meanwhile") < HAND_OVER
-    assert sorted(place.jobs()) == [names.prepare_job_name("meanwhile"), PREPARE]
+    assert seconds_to_first_write(job_namespace, "meanwhile") < HAND_OVER
+    assert sorted(job_namespace.jobs()) == [names.prepare_job_name("meanwhile"), PREPARE]
 
 
 def test_standby_on_sigterm_exits(replicas: Replicas) -> None:
@@ -136,26 +141,26 @@ def test_standby_on_sigterm_exits(replicas: Replicas) -> None:
     assert replicas.holder() == before
 
 
-def test_frozen_leader_writes_nothing_after_thaw(replicas: Replicas, place: JobNamespace) -> None:
+def test_frozen_leader_writes_nothing_after_thaw(replicas: Replicas, job_namespace: JobNamespace) -> None:
     leader, _ = replicas.start()
     assert leader.process
     leader.process.send_signal(signal.SIGSTOP)
-    assert seconds_to_first_write(place, NAME) < FAIL_OVER
+    assert seconds_to_first_write(job_namespace, NAME) < FAIL_OVER
     leader.process.send_signal(signal.SIGCONT)
     assert leader.process.wait(timeout=10) == 1
-    assert "no longer leads" in leader.log.read_text()
-    assert sorted(place.jobs()) == [PREPARE]
+    assert "lost leadership" in leader.log.read_text()
+    assert sorted(job_namespace.jobs()) == [PREPARE]
 
 
-def test_a_leader_that_cannot_renew_ends_before_its_lease_may_be_taken(replicas: Replicas, place: JobNamespace) -> None:
+def test_leader_that_cannot_renew_exits_before_lease_expires(replicas: Replicas, job_namespace: JobNamespace) -> None:
     leader, waiting = replicas.start()
     waiting.terminate()
     assert LEASE_DURATION > RENEW_DEADLINE
     patch = json.dumps([{"op": "replace", "path": "/rules", "value": []}])
-    place.cluster.kubectl(
+    job_namespace.cluster.kubectl(
         "patch", "role", ACCOUNT, f"--namespace={OPERATOR_NAMESPACE}", "--type=json", f"--patch={patch}"
     )
     assert leader.process
     assert leader.process.wait(timeout=LEASE_DURATION.total_seconds()) == 1
-    assert "no longer leads" in leader.log.read_text()
+    assert "lost leadership" in leader.log.read_text()
     leader.log.write_text("")  # it complains, rightly, of the right that it lacks

@@ -36,26 +36,26 @@ def value(operator: Operator, name: str, **labels: str) -> float | None:
 
 
 @pytest.fixture
-def place(control_plane: Cluster, request: pytest.FixtureRequest) -> Iterator[JobNamespace]:
+def job_namespace(control_plane: Cluster, request: pytest.FixtureRequest) -> Iterator[JobNamespace]:
     install(control_plane)
-    with open_job_namespace(control_plane, request.node.name) as place:
-        yield place
+    with open_job_namespace(control_plane, request.node.name) as job_namespace:
+        yield job_namespace
 
 
 @pytest.fixture
-def operator(place: JobNamespace, tmp_path: Path) -> Iterator[Operator]:
-    operator = Operator(place.cluster, tmp_path, place.namespace).start()
+def operator(job_namespace: JobNamespace, tmp_path: Path) -> Iterator[Operator]:
+    operator = Operator(job_namespace.cluster, tmp_path, job_namespace.namespace).start()
     yield operator
     operator.stop()
 
 
-def test_the_linter_finds_what_breaks_the_conventions() -> None:
+def test_linter_detects_violations() -> None:
     assert 'counter metrics should have "_total" suffix' in lint(
         "# HELP passes Passes.\n# TYPE passes counter\npasses 1\n"
     )
 
 
-def test_what_a_training_pod_serves_keeps_to_the_conventions() -> None:
+def test_trainer_metrics_pass_linter() -> None:
     meter = Meter()
     meter.step(StepRecord(step=1, loss=2.5, learning_rate=2e-4, grad_norm=0.75, tokens=900, seconds=1.5))
     assert lint(meter.render().decode()) == ""
@@ -66,16 +66,19 @@ def loss_series(operator: Operator) -> list[str]:
     return [line for line in operator.metrics().splitlines() if line.startswith("qlora_job_loss{")]
 
 
-def test_metrics_of_a_whole_run(operator: Operator, place: JobNamespace) -> None:
-    place.run_to_training()
+def test_metrics_of_run_end_to_end(operator: Operator, job_namespace: JobNamespace) -> None:
+    job_namespace.run_to_training()
     assert value(operator, "qlora_jobs", phase="Training") == 1
-    assert operator.post(place.namespace, NAME, place.token(place.pod_of(TRAIN)), KUBEFLOW)[0] == 200
-    assert loss_series(operator) == [f'qlora_job_loss{{name="{NAME}",namespace="{place.namespace}"}} 2.8312']
+    assert (
+        operator.post(job_namespace.namespace, NAME, job_namespace.token(job_namespace.pod_of(TRAIN)), KUBEFLOW)[0]
+        == 200
+    )
+    assert loss_series(operator) == [f'qlora_job_loss{{name="{NAME}",namespace="{job_namespace.namespace}"}} 2.8312']
     assert lint(operator.metrics()) == ""
     assert (value(operator, "qlora_operator_api_requests_total", verb="PUT", code="200") or 0) >= 4
 
-    place.end_pod(TRAIN, 0, PUBLISHED_MESSAGE)
-    place.wait_for("Succeeded")
+    job_namespace.end_pod(TRAIN, 0, PUBLISHED_MESSAGE)
+    job_namespace.wait_for("Succeeded")
     wait_until("the job's series to end", lambda: not loss_series(operator), timeout=20)
     assert value(operator, "qlora_jobs_finished_total", phase="Succeeded", reason="Published") == 1
     assert value(operator, "qlora_job_wait_duration_seconds_count") == 1
@@ -83,5 +86,5 @@ def test_metrics_of_a_whole_run(operator: Operator, place: JobNamespace) -> None
 
     lines = [json.loads(line) for line in operator.log.read_text().splitlines()]
     assert all(set(line) >= {"time", "level", "logger", "message"} for line in lines)
-    of_job = [line for line in lines if (line.get("namespace"), line.get("job")) == (place.namespace, NAME)]
+    of_job = [line for line in lines if (line.get("namespace"), line.get("job")) == (job_namespace.namespace, NAME)]
     assert [line["reason"] for line in of_job if "reason" in line][-1] == "Published"

@@ -35,40 +35,40 @@ def installed(control_plane: Cluster) -> Cluster:
 
 
 @pytest.fixture
-def place(installed: Cluster, request: pytest.FixtureRequest) -> Iterator[JobNamespace]:
+def job_namespace(installed: Cluster, request: pytest.FixtureRequest) -> Iterator[JobNamespace]:
     """A namespace of its own for every test."""
-    with open_job_namespace(installed, request.node.name) as place:
-        yield place
+    with open_job_namespace(installed, request.node.name) as job_namespace:
+        yield job_namespace
 
 
 @pytest.fixture
-def operator(installed: Cluster, place: JobNamespace, tmp_path: Path) -> Iterator[Operator]:
+def operator(installed: Cluster, job_namespace: JobNamespace, tmp_path: Path) -> Iterator[Operator]:
     """An operator that serves the test's namespace; a permission that it lacks fails the test."""
-    operator = Operator(installed, tmp_path, place.namespace).start()
+    operator = Operator(installed, tmp_path, job_namespace.namespace).start()
     yield operator
     operator.stop_and_check_log()
 
 
 @pytest.mark.usefixtures("operator")
-def test_run_from_submission_to_success(place: JobNamespace) -> None:
-    place.run_to_success()
-    status = place.status()
+def test_run_from_submission_to_success(job_namespace: JobNamespace) -> None:
+    job_namespace.run_to_success()
+    status = job_namespace.status()
     conditions = {entry["type"]: entry["status"] for entry in status["conditions"]}
     assert conditions == {
         "Ready": "True", "Reconciling": "False", "Stalled": "False", "Finished": "True", "Succeeded": "True",
         "Published": "True", "Prepared": "True", "Scheduled": "True", "Suspended": "False",
     }  # fmt: skip
     assert status["output"]["adapter"] == make_result().adapter
-    place.kubectl("wait", "--for=condition=Finished", f"qlorajob/{NAME}", "--timeout=1s")
-    assert sorted(place.jobs()) == [TRAIN, PREPARE]
-    events = {event["reason"] for event in place.items("events") if event["regarding"]["kind"] == "QLoRAJob"}
+    job_namespace.kubectl("wait", "--for=condition=Finished", f"qlorajob/{NAME}", "--timeout=1s")
+    assert sorted(job_namespace.jobs()) == [TRAIN, PREPARE]
+    events = {event["reason"] for event in job_namespace.items("events") if event["regarding"]["kind"] == "QLoRAJob"}
     assert {"Prepared", "Training", "Published"} <= events
 
 
 @pytest.mark.usefixtures("operator")
-def test_the_columns(place: JobNamespace) -> None:
-    place.run_to_success()
-    header, row = place.kubectl("get", "qlj", "--output=wide").splitlines()
+def test_printer_columns(job_namespace: JobNamespace) -> None:
+    job_namespace.run_to_success()
+    header, row = job_namespace.kubectl("get", "qlj", "--output=wide").splitlines()
     assert header.split() == [
         "NAME", "PHASE", "PROGRESS", "ETA", "LOSS", "GPUS", "AGE", "MODEL", "STEP", "TOK/S", "ATTEMPT", "ADAPTER",
         "REASON",
@@ -77,31 +77,33 @@ def test_the_columns(place: JobNamespace) -> None:
     assert row.split()[-2:] == [make_result().adapter, "Published"]
 
 
-def test_the_whole_cluster_is_served_without_namespaces(
-    installed: Cluster, place: JobNamespace, tmp_path: Path
+def test_operator_without_namespaces_serves_cluster(
+    installed: Cluster, job_namespace: JobNamespace, tmp_path: Path
 ) -> None:
     operator = Operator(installed, tmp_path).start()
     try:
-        place.submit()
-        place.wait_for("Preparing")
+        job_namespace.submit()
+        job_namespace.wait_for("Preparing")
     finally:
         operator.stop()
 
 
 @pytest.mark.usefixtures("operator")
-def test_recreated_job_gets_its_own_children(place: JobNamespace) -> None:
-    place.run_to_training()
-    first = place.jobs()
-    place.kubectl("delete", "qlorajob", NAME, "--wait=false")
-    place.submit()
-    wait_until("new prepare Job", lambda: place.jobs().get(PREPARE) not in {None, first[PREPARE]}, COLLECTED)
-    place.end_pod(PREPARE, 0, make_termination_message("Prepared", prepared=make_prepared(published=make_result())))
-    place.wait_for("Succeeded", "AlreadyPublished")
-    assert TRAIN not in place.jobs()
+def test_recreated_job_gets_its_own_children(job_namespace: JobNamespace) -> None:
+    job_namespace.run_to_training()
+    first = job_namespace.jobs()
+    job_namespace.kubectl("delete", "qlorajob", NAME, "--wait=false")
+    job_namespace.submit()
+    wait_until("new prepare Job", lambda: job_namespace.jobs().get(PREPARE) not in {None, first[PREPARE]}, COLLECTED)
+    job_namespace.end_pod(
+        PREPARE, 0, make_termination_message("Prepared", prepared=make_prepared(published=make_result()))
+    )
+    job_namespace.wait_for("Succeeded", "AlreadyPublished")
+    assert TRAIN not in job_namespace.jobs()
 
 
 @pytest.mark.parametrize("moment", ["submitted", "preparing", "prepared", "training", "published"])
-def test_sigkill_of_operator_loses_nothing(moment: str, operator: Operator, place: JobNamespace) -> None:
+def test_sigkill_of_operator_loses_nothing(moment: str, operator: Operator, job_namespace: JobNamespace) -> None:
     def die(now: str) -> None:
         if now == moment:
             operator.kill()
@@ -109,165 +111,167 @@ def test_sigkill_of_operator_loses_nothing(moment: str, operator: Operator, plac
 
     if moment == "submitted":
         operator.kill()
-    place.submit()
+    job_namespace.submit()
     if moment == "submitted":
         operator.start()
-    place.pod_of(PREPARE)
-    prepare = place.jobs()[PREPARE]
+    job_namespace.pod_of(PREPARE)
+    prepare = job_namespace.jobs()[PREPARE]
     die("preparing")
     if moment == "prepared":
         operator.kill()
-    place.end_pod(PREPARE, 0, PREPARED_MESSAGE)
+    job_namespace.end_pod(PREPARE, 0, PREPARED_MESSAGE)
     if moment == "prepared":
         operator.start()
-    place.start_pod(TRAIN)
-    train = place.jobs()[TRAIN]
+    job_namespace.start_pod(TRAIN)
+    train = job_namespace.jobs()[TRAIN]
     die("training")
-    place.wait_for("Training")
+    job_namespace.wait_for("Training")
     if moment == "published":
         operator.kill()
-    place.end_pod(TRAIN, 0, PUBLISHED_MESSAGE)
+    job_namespace.end_pod(TRAIN, 0, PUBLISHED_MESSAGE)
     if moment == "published":
         operator.start()
-    place.wait_for("Succeeded", "Published")
-    assert place.jobs() == {PREPARE: prepare, TRAIN: train}
+    job_namespace.wait_for("Succeeded", "Published")
+    assert job_namespace.jobs() == {PREPARE: prepare, TRAIN: train}
 
 
-def test_deletion_needs_no_operator(operator: Operator, place: JobNamespace) -> None:
-    place.run_to_training()
+def test_deletion_needs_no_operator(operator: Operator, job_namespace: JobNamespace) -> None:
+    job_namespace.run_to_training()
     operator.kill()
-    place.kubectl("delete", "qlorajob", NAME, "--timeout=10s")
-    wait_until("no Job is left", lambda: not place.jobs(), COLLECTED)
-    wait_until("no ConfigMap is left", lambda: len(place.items("configmaps")) == 1, COLLECTED)
-    wait_until("no pod is left", lambda: not place.items("pods"), COLLECTED)
+    job_namespace.kubectl("delete", "qlorajob", NAME, "--timeout=10s")
+    wait_until("no Job is left", lambda: not job_namespace.jobs(), COLLECTED)
+    wait_until("no ConfigMap is left", lambda: len(job_namespace.items("configmaps")) == 1, COLLECTED)
+    wait_until("no pod is left", lambda: not job_namespace.items("pods"), COLLECTED)
 
 
-def test_sigterm_ends_cleanly_within_seconds(operator: Operator, place: JobNamespace) -> None:
-    place.submit()
-    place.wait_for("Preparing")
+def test_sigterm_ends_cleanly_within_seconds(operator: Operator, job_namespace: JobNamespace) -> None:
+    job_namespace.submit()
+    job_namespace.wait_for("Preparing")
     start = time.monotonic()
     assert operator.terminate() == 0
     assert time.monotonic() - start < 5
 
 
 @pytest.mark.usefixtures("operator")
-def test_deleted_children_of_finished_run_are_not_recreated(place: JobNamespace) -> None:
-    place.run_to_success()
-    before = place.status()
-    place.kubectl("delete", "jobs", "--all")
+def test_deleted_children_of_finished_run_are_not_recreated(job_namespace: JobNamespace) -> None:
+    job_namespace.run_to_success()
+    before = job_namespace.status()
+    job_namespace.kubectl("delete", "jobs", "--all")
     time.sleep(2)
-    assert place.jobs() == {}
-    assert place.status() == before
+    assert job_namespace.jobs() == {}
+    assert job_namespace.status() == before
 
 
 @pytest.mark.usefixtures("operator")
-def test_job_without_termination_message_is_prepared_again(place: JobNamespace) -> None:
-    place.run_to_training()
-    first = place.jobs()[PREPARE]
-    place.kubectl("delete", "job", TRAIN)
-    wait_until("PodLost on record", lambda: "PodLost" in ends_of_attempts(place), timeout=30)
-    wait_until("a new prepare Job", lambda: place.jobs().get(PREPARE) not in {None, first}, timeout=30)
-    place.end_pod(PREPARE, 0, PREPARED_MESSAGE)
+def test_job_without_termination_message_is_prepared_again(job_namespace: JobNamespace) -> None:
+    job_namespace.run_to_training()
+    first = job_namespace.jobs()[PREPARE]
+    job_namespace.kubectl("delete", "job", TRAIN)
+    wait_until("PodLost on record", lambda: "PodLost" in ends_of_attempts(job_namespace), timeout=30)
+    wait_until("a new prepare Job", lambda: job_namespace.jobs().get(PREPARE) not in {None, first}, timeout=30)
+    job_namespace.end_pod(PREPARE, 0, PREPARED_MESSAGE)
     second = names.train_job_name(NAME, 2)
-    place.start_pod(second)
-    place.end_pod(second, 0, PUBLISHED_MESSAGE)
-    assert place.wait_for("Succeeded", "Published")["attempt"] == 2
+    job_namespace.start_pod(second)
+    job_namespace.end_pod(second, 0, PUBLISHED_MESSAGE)
+    assert job_namespace.wait_for("Succeeded", "Published")["attempt"] == 2
 
 
 @pytest.mark.usefixtures("operator")
-def test_a_manifest_with_any_letters_is_prepared_again(place: JobNamespace) -> None:
+def test_manifest_with_emoji_is_prepared_again(job_namespace: JobNamespace) -> None:
     """The second preparation finds the ConfigMap of the first, and brings it up to date."""
-    place.submit(dataset={"template": {"prompt": "\U0001f600 \u2028\x7f {question}", "answer": "{answer}"}})
-    place.end_pod(PREPARE, 0, PREPARED_MESSAGE)
-    place.start_pod(TRAIN)
-    place.wait_for("Training")
-    place.kubectl("delete", "job", TRAIN, PREPARE)
-    wait_until("PodLost on record", lambda: "PodLost" in ends_of_attempts(place), timeout=30)
-    place.end_pod(PREPARE, 0, PREPARED_MESSAGE)
-    place.start_pod(names.train_job_name(NAME, 2))
-    assert place.wait_for("Training")["attempt"] == 2
+    job_namespace.submit(dataset={"template": {"prompt": "\U0001f600 \u2028\x7f {question}", "answer": "{answer}"}})
+    job_namespace.end_pod(PREPARE, 0, PREPARED_MESSAGE)
+    job_namespace.start_pod(TRAIN)
+    job_namespace.wait_for("Training")
+    job_namespace.kubectl("delete", "job", TRAIN, PREPARE)
+    wait_until("PodLost on record", lambda: "PodLost" in ends_of_attempts(job_namespace), timeout=30)
+    job_namespace.end_pod(PREPARE, 0, PREPARED_MESSAGE)
+    job_namespace.start_pod(names.train_job_name(NAME, 2))
+    assert job_namespace.wait_for("Training")["attempt"] == 2
 
 
 @pytest.mark.usefixtures("operator")
-def test_a_failure_names_its_reason_and_its_remedy(place: JobNamespace) -> None:
-    place.submit()
-    place.end_pod(PREPARE, 3, make_termination_message("DatasetInvalid", "row 7: field output is missing"))
-    status = place.wait_for("Failed", "DatasetInvalid")
+def test_failure_has_reason_and_remedy(job_namespace: JobNamespace) -> None:
+    job_namespace.submit()
+    job_namespace.end_pod(PREPARE, 3, make_termination_message("DatasetInvalid", "row 7: field output is missing"))
+    status = job_namespace.wait_for("Failed", "DatasetInvalid")
     assert status["message"] == "row 7: field output is missing. What to do: Correct the row in the dataset."
-    assert [job["metadata"]["name"] for job in place.items("jobs")] == [PREPARE]
+    assert [job["metadata"]["name"] for job in job_namespace.items("jobs")] == [PREPARE]
 
 
 @pytest.mark.usefixtures("operator")
-def test_the_deadline_of_the_whole_run(place: JobNamespace) -> None:
-    place.submit(deadlines={"total": "1s"})
-    place.end_pod(PREPARE, 0, PREPARED_MESSAGE)
-    assert "exceeded its deadline of 1 seconds" in place.wait_for("Failed", "DeadlineExceeded")["message"]
+def test_total_deadline_fails_run(job_namespace: JobNamespace) -> None:
+    job_namespace.submit(deadlines={"total": "1s"})
+    job_namespace.end_pod(PREPARE, 0, PREPARED_MESSAGE)
+    assert "exceeded its deadline of 1 seconds" in job_namespace.wait_for("Failed", "DeadlineExceeded")["message"]
 
 
 @pytest.mark.usefixtures("operator")
-def test_startup_deadline_releases_node(place: JobNamespace) -> None:
-    place.submit(deadlines={"startup": "5s"})
-    place.end_pod(PREPARE, 0, PREPARED_MESSAGE)
-    place.bind_pod(TRAIN)
-    place.set_pod(TRAIN, "Pending", {"waiting": {"reason": "ImagePullBackOff", "message": "denied"}})
-    place.wait_for("Scheduling", "ImagePullFailed")
-    assert "denied" in place.wait_for("Failed", "ImagePullFailed")["message"]
-    pod = place.pod_name(TRAIN)
-    wait_until("the pod is told to end", lambda: "deletionTimestamp" in place.metadata("pods", pod), timeout=20)
+def test_startup_deadline_releases_node(job_namespace: JobNamespace) -> None:
+    job_namespace.submit(deadlines={"startup": "5s"})
+    job_namespace.end_pod(PREPARE, 0, PREPARED_MESSAGE)
+    job_namespace.bind_pod(TRAIN)
+    job_namespace.set_pod(TRAIN, "Pending", {"waiting": {"reason": "ImagePullBackOff", "message": "denied"}})
+    job_namespace.wait_for("Scheduling", "ImagePullFailed")
+    assert "denied" in job_namespace.wait_for("Failed", "ImagePullFailed")["message"]
+    pod = job_namespace.pod_name(TRAIN)
+    wait_until("the pod is told to end", lambda: "deletionTimestamp" in job_namespace.metadata("pods", pod), timeout=20)
 
 
 @pytest.mark.usefixtures("operator")
-def test_a_foreign_job_is_not_adopted(place: JobNamespace) -> None:
-    place.kubectl("create", "job", PREPARE, "--image=mine", "--", "true")
-    before = place.cluster.get("job", PREPARE, f"--namespace={place.namespace}")["metadata"]
-    place.submit()
-    assert PREPARE in place.wait_for("Failed", "InvalidSpec")["message"]
-    after = place.cluster.get("job", PREPARE, f"--namespace={place.namespace}")["metadata"]
+def test_job_of_other_owner_is_not_adopted(job_namespace: JobNamespace) -> None:
+    job_namespace.kubectl("create", "job", PREPARE, "--image=mine", "--", "true")
+    before = job_namespace.cluster.get("job", PREPARE, f"--namespace={job_namespace.namespace}")["metadata"]
+    job_namespace.submit()
+    assert PREPARE in job_namespace.wait_for("Failed", "InvalidSpec")["message"]
+    after = job_namespace.cluster.get("job", PREPARE, f"--namespace={job_namespace.namespace}")["metadata"]
     assert (after["uid"], after.get("ownerReferences")) == (before["uid"], None)
 
 
 @pytest.mark.usefixtures("operator")
-def test_a_child_that_the_api_server_refuses_is_shown(place: JobNamespace) -> None:
-    place.submit(resources={"tolerations": [{"key": "team", "operator": "Exists", "value": "ml"}]})
-    place.end_pod(PREPARE, 0, PREPARED_MESSAGE)
-    assert "value must be empty" in place.wait_for("Failed", "InvalidSpec")["message"]
+def test_denied_child_is_in_status(job_namespace: JobNamespace) -> None:
+    job_namespace.submit(resources={"tolerations": [{"key": "team", "operator": "Exists", "value": "ml"}]})
+    job_namespace.end_pod(PREPARE, 0, PREPARED_MESSAGE)
+    assert "value must be empty" in job_namespace.wait_for("Failed", "InvalidSpec")["message"]
 
 
 @pytest.mark.usefixtures("operator")
-def test_a_quota_is_waited_for(place: JobNamespace) -> None:
-    place.kubectl("create", "quota", "none", "--hard=count/jobs.batch=0")
-    wait_until("quota", lambda: bool(place.items("resourcequotas")[0].get("status")), timeout=20)
-    place.submit()
-    assert "exceeded quota" in place.wait_for("Pending", "PodRejected")["message"]
+def test_quota_is_waited_for(job_namespace: JobNamespace) -> None:
+    job_namespace.kubectl("create", "quota", "none", "--hard=count/jobs.batch=0")
+    wait_until("quota", lambda: bool(job_namespace.items("resourcequotas")[0].get("status")), timeout=20)
+    job_namespace.submit()
+    assert "exceeded quota" in job_namespace.wait_for("Pending", "PodRejected")["message"]
 
 
 @pytest.mark.usefixtures("operator")
-def test_the_deadline_of_a_running_attempt_follows_the_spec(place: JobNamespace) -> None:
-    place.run_to_training()
-    place.kubectl("patch", "qlorajob", NAME, "--type=merge", '--patch={"spec": {"deadlines": {"total": "48h"}}}')
+def test_deadline_of_running_attempt_follows_spec(job_namespace: JobNamespace) -> None:
+    job_namespace.run_to_training()
+    job_namespace.kubectl(
+        "patch", "qlorajob", NAME, "--type=merge", '--patch={"spec": {"deadlines": {"total": "48h"}}}'
+    )
 
     def deadline() -> int:
-        return int(place.kubectl("get", "job", TRAIN, "--output=jsonpath={.spec.activeDeadlineSeconds}"))
+        return int(job_namespace.kubectl("get", "job", TRAIN, "--output=jsonpath={.spec.activeDeadlineSeconds}"))
 
     wait_until("new deadline", lambda: deadline() == 48 * 3600, timeout=20)
 
 
 @pytest.mark.usefixtures("operator")
-def test_a_spec_that_slipped_past_the_api_server_is_refused_by_name(installed: Cluster, place: JobNamespace) -> None:
+def test_invalid_spec_past_api_server_fails_run(installed: Cluster, job_namespace: JobNamespace) -> None:
     crd = yaml.safe_load((ROOT / "crds/qlorajobs.qlora.dev.yaml").read_text())
     try:
         installed.kubectl("apply", "-f", "-", stdin=json.dumps(without_rules(crd)))
         time.sleep(1)
-        place.submit(method="lora")
+        job_namespace.submit(method="lora")
     finally:
         installed.kubectl("apply", "-f", str(ROOT / "crds/qlorajobs.qlora.dev.yaml"))
-    assert "spec.quantization.bits is 4" in place.wait_for("Failed", "InvalidSpec")["message"]
-    assert place.jobs() == {}
+    assert "spec.quantization.bits is 4" in job_namespace.wait_for("Failed", "InvalidSpec")["message"]
+    assert job_namespace.jobs() == {}
 
 
-def ends_of_attempts(place: JobNamespace) -> list[str]:
+def ends_of_attempts(job_namespace: JobNamespace) -> list[str]:
     """How the attempts on record ended."""
-    return [attempt.get("reason", "") for attempt in place.status().get("attempts", [])]
+    return [attempt.get("reason", "") for attempt in job_namespace.status().get("attempts", [])]
 
 
 def without_rules(value: Any) -> Any:

@@ -28,7 +28,7 @@ KUBEFLOW: Final[dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def place(control_plane: Cluster) -> JobNamespace:
+def job_namespace(control_plane: Cluster) -> JobNamespace:
     install(control_plane)
     control_plane.kubectl("create", "namespace", "progress")
     wait_until("account", lambda: bool(control_plane.get("serviceaccounts", "--namespace=progress")["items"]))
@@ -36,72 +36,74 @@ def place(control_plane: Cluster) -> JobNamespace:
 
 
 @pytest.fixture(scope="module")
-def operator(place: JobNamespace, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operator]:
+def operator(job_namespace: JobNamespace, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operator]:
     """One operator, and a job that trains."""
     folder: Path = tmp_path_factory.mktemp("operator")
-    operator = Operator(place.cluster, folder, place.namespace).start()
-    place.run_to_training()
+    operator = Operator(job_namespace.cluster, folder, job_namespace.namespace).start()
+    job_namespace.run_to_training()
     yield operator
     operator.stop_and_check_log()
 
 
-def test_a_report_reaches_the_columns(operator: Operator, place: JobNamespace) -> None:
-    token = place.token(place.pod_of(TRAIN))
-    assert operator.post(place.namespace, NAME, token, KUBEFLOW) == (200, {})
-    wait_until("progress", lambda: place.status().get("progress") == "42%", timeout=20)
-    status = place.status()
+def test_report_fills_columns_end_to_end(operator: Operator, job_namespace: JobNamespace) -> None:
+    token = job_namespace.token(job_namespace.pod_of(TRAIN))
+    assert operator.post(job_namespace.namespace, NAME, token, KUBEFLOW) == (200, {})
+    wait_until("progress", lambda: job_namespace.status().get("progress") == "42%", timeout=20)
+    status = job_namespace.status()
     assert {key: status[key] for key in ("eta", "loss", "step")} == {"eta": "3m10s", "loss": "2.831", "step": "75/180"}
 
 
-def test_no_token_is_refused(operator: Operator, place: JobNamespace) -> None:
-    code, answer = operator.post(place.namespace, NAME, "", KUBEFLOW)
+def test_missing_token_is_unauthorized(operator: Operator, job_namespace: JobNamespace) -> None:
+    code, answer = operator.post(job_namespace.namespace, NAME, "", KUBEFLOW)
     assert (code, answer["message"]) == (401, "send the pod's token: Authorization: Bearer <token>")
 
 
-def test_a_token_for_another_audience_is_refused(operator: Operator, place: JobNamespace) -> None:
-    token = place.token(place.pod_of(TRAIN), audience="https://kubernetes.default.svc.cluster.local")
-    assert operator.post(place.namespace, NAME, token, KUBEFLOW)[0] == 401
+def test_token_for_other_audience_is_unauthorized(operator: Operator, job_namespace: JobNamespace) -> None:
+    token = job_namespace.token(job_namespace.pod_of(TRAIN), audience="https://kubernetes.default.svc.cluster.local")
+    assert operator.post(job_namespace.namespace, NAME, token, KUBEFLOW)[0] == 401
 
 
-def test_pod_of_other_job_is_forbidden(operator: Operator, place: JobNamespace) -> None:
-    place.submit("other")
-    token = place.token(place.pod_of(PREPARE))
-    code, answer = operator.post(place.namespace, "other", token, KUBEFLOW)
+def test_pod_of_other_job_is_forbidden(operator: Operator, job_namespace: JobNamespace) -> None:
+    job_namespace.submit("other")
+    token = job_namespace.token(job_namespace.pod_of(PREPARE))
+    code, answer = operator.post(job_namespace.namespace, "other", token, KUBEFLOW)
     assert (code, "does not belong to QLoRAJob progress/other" in answer["message"]) == (403, True)
-    assert "progress" not in place.status("other")
+    assert "progress" not in job_namespace.status("other")
 
 
-def test_pod_of_other_namespace_is_forbidden(operator: Operator, place: JobNamespace) -> None:
-    assert operator.post("default", NAME, place.token(place.pod_of(TRAIN)), KUBEFLOW)[0] == 403
+def test_pod_of_other_namespace_is_forbidden(operator: Operator, job_namespace: JobNamespace) -> None:
+    assert operator.post("default", NAME, job_namespace.token(job_namespace.pod_of(TRAIN)), KUBEFLOW)[0] == 403
 
 
-def test_an_invalid_report_is_refused_by_field(operator: Operator, place: JobNamespace) -> None:
-    code, answer = operator.post(place.namespace, NAME, place.token(place.pod_of(TRAIN)), {"trainerStatus": {}})
+def test_invalid_report_names_field_end_to_end(operator: Operator, job_namespace: JobNamespace) -> None:
+    code, answer = operator.post(
+        job_namespace.namespace, NAME, job_namespace.token(job_namespace.pod_of(TRAIN)), {"trainerStatus": {}}
+    )
     assert (code, answer["message"]) == (400, "trainerStatus.lastUpdatedTime: Field required")
 
 
-def test_labeled_pod_without_job_may_report(operator: Operator, place: JobNamespace) -> None:
-    place.submit("plain")
-    place.kubectl("run", "script", "--image=mine", "--labels=qlora.dev/job=plain")
-    assert operator.post(place.namespace, "plain", place.token("script"), KUBEFLOW) == (200, {})
-    wait_until("progress", lambda: place.status("plain").get("progress") == "42%", timeout=20)
+def test_labeled_pod_without_job_may_report(operator: Operator, job_namespace: JobNamespace) -> None:
+    job_namespace.submit("plain")
+    job_namespace.kubectl("run", "script", "--image=mine", "--labels=qlora.dev/job=plain")
+    assert operator.post(job_namespace.namespace, "plain", job_namespace.token("script"), KUBEFLOW) == (200, {})
+    wait_until("progress", lambda: job_namespace.status("plain").get("progress") == "42%", timeout=20)
 
 
-def test_a_report_for_a_job_that_is_gone_is_not_found(operator: Operator, place: JobNamespace) -> None:
-    place.kubectl("run", "stray", "--image=mine", "--labels=qlora.dev/job=gone")
-    assert operator.post(place.namespace, "gone", place.token("stray"), KUBEFLOW)[0] == 404
+def test_report_for_deleted_job_is_not_found(operator: Operator, job_namespace: JobNamespace) -> None:
+    job_namespace.kubectl("run", "stray", "--image=mine", "--labels=qlora.dev/job=gone")
+    assert operator.post(job_namespace.namespace, "gone", job_namespace.token("stray"), KUBEFLOW)[0] == 404
 
 
-def test_a_deleted_pod_is_refused(operator: Operator, place: JobNamespace) -> None:
-    place.kubectl("run", "short-lived", "--image=mine", f"--labels=qlora.dev/job={NAME}")
-    token = place.token("short-lived")
-    place.kubectl("delete", "pod", "short-lived", "--now")
-    assert operator.post(place.namespace, NAME, token, KUBEFLOW)[0] == 401
+def test_deleted_pod_is_unauthorized(operator: Operator, job_namespace: JobNamespace) -> None:
+    job_namespace.kubectl("run", "short-lived", "--image=mine", f"--labels=qlora.dev/job={NAME}")
+    token = job_namespace.token("short-lived")
+    job_namespace.kubectl("delete", "pod", "short-lived", "--now")
+    assert operator.post(job_namespace.namespace, NAME, token, KUBEFLOW)[0] == 401
 
 
-def test_report_after_end_changes_nothing(operator: Operator, place: JobNamespace) -> None:
-    token = place.token(place.pod_of(TRAIN))
-    place.end_pod(TRAIN, 0, PUBLISHED_MESSAGE)
-    before = place.wait_for("Succeeded")
-    assert operator.post(place.namespace, NAME, token, KUBEFLOW)[0] == 200
-    assert place.status() == before
+def test_report_after_end_changes_nothing(operator: Operator, job_namespace: JobNamespace) -> None:
+    token = job_namespace.token(job_namespace.pod_of(TRAIN))
+    job_namespace.end_pod(TRAIN, 0, PUBLISHED_MESSAGE)
+    before = job_namespace.wait_for("Succeeded")
+    assert operator.post(job_namespace.namespace, NAME, token, KUBEFLOW)[0] == 200
+    assert job_namespace.status() == before

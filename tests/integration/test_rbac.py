@@ -66,14 +66,14 @@ def test_rbac_has_no_secrets_exec_roles_or_wildcards(lists: dict[str, str], acco
     assert [right for right in rights if re.search(r"\*|escalate|bind|impersonate", right.verbs)] == []
 
 
-def test_a_trainer_may_ask_who_it_is_and_nothing_else(lists: dict[str, str]) -> None:
+def test_trainer_account_may_only_review_itself(lists: dict[str, str]) -> None:
     resources = {right.resource for right in parse(lists["trainer"]) if right.resource}
     assert {resource.partition(".")[0] for resource in resources} == {
         "selfsubjectaccessreviews", "selfsubjectreviews", "selfsubjectrulesreviews",
     }  # fmt: skip
 
 
-def test_the_page_shows_exactly_that(lists: dict[str, str]) -> None:
+def test_security_page_lists_permissions(lists: dict[str, str]) -> None:
     page = PAGE.read_text(encoding="utf-8")
     before, _, rest = page.partition(BEGIN)
     _, _, after = rest.partition(END)

@@ -19,7 +19,7 @@ from tests.make import make_manifest
 
 Change = dict[str, Any]
 INVISIBLE: Final = "\u200b"
-BAD_PLACES: Final = ("s3://bucket/a/../b", "s3://B/a", "s3://10.0.0.1/a", "file:///a", f"s3://bucket/a{INVISIBLE}b")
+INVALID_URIS: Final = ("s3://bucket/a/../b", "s3://B/a", "s3://10.0.0.1/a", "file:///a", f"s3://bucket/a{INVISIBLE}b")
 BAD_URLS: Final = (
     "https://user@host/",
     "http://169.254.169.254/",
@@ -27,13 +27,13 @@ BAD_URLS: Final = (
     f"https://host/{INVISIBLE}",
 )
 SOURCES: Final = "spec.dataset.sources"
-PLACES: Final = ("model.uri", "dataset.uri", "dataset.evaluation.uri", "output.uri")
+URI_FIELDS: Final = ("model.uri", "dataset.uri", "dataset.evaluation.uri", "output.uri")
 
 REFUSED: Final[tuple[Change, ...]] = (
     {"metadata.name": "x" * 53},
     {"metadata.name": "support.bot"},
-    *({f"spec.{field}": place} for field in PLACES for place in BAD_PLACES),
-    *({SOURCES: [{"uri": place}], "spec.dataset.uri": None} for place in BAD_PLACES),
+    *({f"spec.{field}": uri} for field in URI_FIELDS for uri in INVALID_URIS),
+    *({SOURCES: [{"uri": uri}], "spec.dataset.uri": None} for uri in INVALID_URIS),
     {"spec.model.uri": "hf://name"},
     {"spec.model.revision": "../main"},
     {"spec.dataset.uri": "hf://datasets/name"},
@@ -113,18 +113,18 @@ def refused(cluster: KubeClient, made: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize("change", REFUSED, ids=",".join)
-def test_what_the_api_server_refuses_is_not_valid(cluster: KubeClient, change: Change) -> None:
+def test_rejected_manifests_are_invalid(cluster: KubeClient, change: Change) -> None:
     made = manifest(change)
     assert (bool(refused(cluster, made)), bool(validated(made))) == (True, True)
 
 
 @pytest.mark.parametrize("change", ACCEPTED, ids=",".join)
-def test_what_the_api_server_takes_is_valid(cluster: KubeClient, change: Change) -> None:
+def test_accepted_manifests_are_valid(cluster: KubeClient, change: Change) -> None:
     made = manifest(change)
     assert (refused(cluster, made), validated(made)) == ("", "")
 
 
-def test_no_rule_of_the_crd_is_left_out(cluster: KubeClient) -> None:
+def test_every_crd_rule_is_covered(cluster: KubeClient) -> None:
     said = "\n".join(refused(cluster, manifest(change)) for change in REFUSED)
     assert [message for message in rules(crd.root_schema()) if message not in said] == []
 

@@ -1,4 +1,4 @@
-"""One way to call the API server: a path and a body in, JSON or one of three errors out."""
+"""HTTP client of the API server: path and body in; JSON, ApiError or ClusterBusyError out."""
 
 import asyncio
 import json
@@ -12,23 +12,23 @@ from kubernetes.aio import client, config
 from qlora_operator.cluster.interface import ClusterBusyError
 
 REQUEST_SECONDS: Final = 30
-"""Longest time for one call; a slower API server is as good as away."""
+"""Timeout of one call in seconds; a slower API server counts as unavailable."""
 MERGE_PATCH: Final = "application/merge-patch+json"
-"""Patches are merged, not applied: the client sends an applied patch as JSON, which the API server reads as YAML, and
-YAML knows no pairs of surrogates, so that an emoji in a manifest would be refused."""
+"""Merge patches, not server-side apply: the client sends an apply patch as JSON, which the API server parses as YAML,
+and YAML has no surrogate pairs, so an emoji in a manifest would be rejected."""
 UNAUTHORIZED: Final = 401
 TOO_MANY_REQUESTS: Final = 429
 MAX_RETRY_AFTER: Final = 60.0
-"""Seconds that one Retry-After may hold everything up."""
+"""Longest pause in seconds that is honored for one Retry-After."""
 MAX_TRIES: Final = 5
-"""Calls that one request may take, each after the pause that the answer before asked for. A pass makes several writes:
-if it gave up at the first refusal, its back-off would grow with each, and hold a run up for minutes."""
+"""Calls of one request, each after the pause that the previous response asked for. A reconcile makes several writes: if
+it gave up at the first 429, its back-off would grow with each and delay a run for minutes."""
 _RETRYABLE_STATUSES: Final = frozenset({UNAUTHORIZED, 408, TOO_MANY_REQUESTS, 500, 502, 503, 504})
-"""What passes; an expired token among it, because the kubelet writes a new one."""
+"""Transient statuses; 401 is one of them, because the kubelet replaces an expired token."""
 
 
 class ApiError(Exception):
-    """The API server understood and refused."""
+    """The API server rejected a request."""
 
     def __init__(self, status: int, reason: str, message: str) -> None:
         super().__init__(message)
@@ -37,25 +37,25 @@ class ApiError(Exception):
 
 
 class NotFoundError(ApiError):
-    """The object, or its kind, does not exist."""
+    """The object or its kind does not exist (404)."""
 
 
 class ConflictError(ApiError):
-    """It exists already, or has changed since it was read."""
+    """The object already exists, or has changed since it was read (409)."""
 
 
 async def load_configuration(kubeconfig: str) -> client.Configuration:
-    """Find the API server: a named kubeconfig, the pod's own account, or the user's kubeconfig."""
+    """Load the client configuration: the given kubeconfig, the pod's service account, or the default kubeconfig."""
     configuration = client.Configuration()
-    # Otherwise every call reads ~/.netrc and the proxies of the environment, which kopf's watches do not heed either;
-    # a proxy-url of the kubeconfig counts.
+    # Otherwise every call reads ~/.netrc and the proxy variables, which kopf's watches ignore; proxy-url in the
+    # kubeconfig still applies.
     configuration.client_session_kwargs = {"trust_env": False}
     await read_credentials(configuration, kubeconfig)
     return configuration
 
 
 async def read_credentials(configuration: client.Configuration, kubeconfig: str) -> None:
-    """Read the file anew: a token that is refused has a successor there."""
+    """Reload the credentials from disk, where a rejected token has been replaced."""
     if kubeconfig:
         await config.load_kube_config(kubeconfig, client_configuration=configuration)
         return
@@ -66,37 +66,37 @@ async def read_credentials(configuration: client.Configuration, kubeconfig: str)
 
 
 async def _no_renewal() -> None:
-    """Have nothing to read anew."""
+    """Do nothing: there are no credentials to reload."""
 
 
 OnCall = Callable[[str, int | None, float], None]
-"""Called after each call with its verb, the HTTP status or None, and the seconds that it took."""
+"""Called after each call with its verb, the HTTP status (None without a response), and its duration in seconds."""
 
 
 def _ignore_call(_: str, __: int | None, ___: float) -> None:
-    """Have nobody who wants to know."""
+    """Ignore the call."""
 
 
 OnServerDate = Callable[[str, float], None]
-"""Called with the header Date of each answer, and the seconds that it took."""
+"""Called with the Date header of each response, and the duration of the call in seconds."""
 
 
 def _ignore_date(_: str, __: float) -> None:
-    """Have nobody who wants to know the time."""
+    """Ignore the date."""
 
 
 class Response(NamedTuple):
-    """What came back from one call."""
+    """The response to one call."""
 
     status: int
-    """Of HTTP."""
+    """HTTP status code."""
     retry_after: str
-    """How many seconds to wait, if that is said."""
+    """Value of the Retry-After header; empty without one."""
     text: bytes
 
 
 class Api:
-    """A connection to the API server."""
+    """A client of the API server."""
 
     def __init__(
         self,
@@ -126,19 +126,27 @@ class Api:
         query: Mapping[str, str] | None = None,
         content_type: str = "application/json",
     ) -> dict[str, Any]:
-        """Make a call, once more after each pause that an overloaded API server asks for, and return its JSON."""
+        """Make a request and return its JSON, retrying after each Retry-After pause of an overloaded API server.
+
+        Raises:
+            ClusterBusyError: This replica is not the leader, or the API server is unavailable or overloaded.
+            NotFoundError: The object or its kind does not exist.
+            ConflictError: The object already exists, or has changed since it was read.
+            ApiError: Any other rejection.
+
+        """
         for _ in range(MAX_TRIES):
-            answer = await self._call(method, path, body, query, content_type)
-            if not await self._honor_retry_after(answer):
+            response = await self._call(method, path, body, query, content_type)
+            if not await self._honor_retry_after(response):
                 break
-        return _parse_response(answer)
+        return _parse_response(response)
 
     async def _call(
         self, method: str, path: str, body: Mapping[str, Any] | None, query: Mapping[str, str] | None, content_type: str
     ) -> Response:
         await asyncio.sleep(self._paused_until - asyncio.get_running_loop().time())
         if method != "GET" and not self._may_write():
-            raise ClusterBusyError("this replica no longer leads, and writes nothing")
+            raise ClusterBusyError("not the leader: write refused")
         call = await self._client.param_serialize(
             method,
             path,
@@ -160,26 +168,26 @@ class Api:
         self._on_server_date(response.headers.get("Date", ""), took)
         return Response(response.status, response.headers.get("Retry-After", ""), text)
 
-    async def _honor_retry_after(self, answer: Response) -> bool:
-        """Keep quiet as long as an overloaded API server asks, and say so; read a token anew that it refuses."""
-        if answer.status == UNAUTHORIZED:
+    async def _honor_retry_after(self, response: Response) -> bool:
+        """Schedule the pause that a 429 asks for, and return whether to retry; reload the credentials after a 401."""
+        if response.status == UNAUTHORIZED:
             await self._renew_credentials()
-        if answer.status != TOO_MANY_REQUESTS or not answer.retry_after.isdecimal():
+        if response.status != TOO_MANY_REQUESTS or not response.retry_after.isdecimal():
             return False
-        quiet = min(float(answer.retry_after), MAX_RETRY_AFTER)
-        self._paused_until = asyncio.get_running_loop().time() + quiet
+        pause = min(float(response.retry_after), MAX_RETRY_AFTER)
+        self._paused_until = asyncio.get_running_loop().time() + pause
         return True
 
 
-def _parse_response(answer: Response) -> dict[str, Any]:
+def _parse_response(response: Response) -> dict[str, Any]:
     try:
-        told = json.loads(answer.text)
+        body = json.loads(response.text)
     except ValueError:
-        told = {"message": answer.text[:200].decode(errors="replace")}
-    if answer.status < 400:
-        return dict(told)
-    message = f"{answer.status} {told.get('reason', '')}: {told.get('message', '')}"
-    if answer.status in _RETRYABLE_STATUSES:
+        body = {"message": response.text[:200].decode(errors="replace")}
+    if response.status < 400:
+        return dict(body)
+    message = f"{response.status} {body.get('reason', '')}: {body.get('message', '')}"
+    if response.status in _RETRYABLE_STATUSES:
         raise ClusterBusyError(message)
-    kind = {404: NotFoundError, 409: ConflictError}.get(answer.status, ApiError)
-    raise kind(answer.status, told.get("reason", ""), message)
+    error = {404: NotFoundError, 409: ConflictError}.get(response.status, ApiError)
+    raise error(response.status, body.get("reason", ""), message)

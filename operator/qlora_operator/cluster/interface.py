@@ -1,4 +1,4 @@
-"""What the rest of the operator asks of a cluster, and what may go wrong; kube answers, tests have a fake."""
+"""Interfaces to the cluster and their errors; `KubeCluster` implements them, and so does the fake of the tests."""
 
 from collections.abc import Collection
 from typing import NamedTuple, Protocol
@@ -8,38 +8,38 @@ from qlora_operator.models import Manifest, Observation, RawJob
 
 
 class ClusterBusyError(Exception):
-    """Time will help: the API server is away, overloaded, or somebody else wrote first."""
+    """The API server is unavailable or overloaded, or the object has changed meanwhile; retried with back-off."""
 
 
 class NameConflictError(Exception):
-    """A child's name belongs to something else, which is never adopted."""
+    """The name of a child is taken by an object that this QLoRAJob does not own; it is never adopted."""
 
     def __init__(self, message: str, *, being_deleted: bool) -> None:
         super().__init__(message)
         self.being_deleted = being_deleted
-        """Whether it will be gone by itself: it is being deleted, or its owner was."""
+        """Whether the object will disappear: it, or the QLoRAJob that owned it, is being deleted."""
 
 
 class AdmissionDeniedError(Exception):
-    """The API server, a quota or an admission policy does not take a child; the message is its sentence."""
+    """The API server, a quota or an admission policy denied a child; the message is theirs."""
 
     def __init__(self, message: str, *, permanent: bool) -> None:
         super().__init__(message)
         self.permanent = permanent
-        """Whether the child itself is wrong, so that no change of the cluster helps."""
+        """Whether the child itself is invalid, so that no change of the cluster helps."""
 
 
 class JobVersion(NamedTuple):
-    """One line of a listing."""
+    """One QLoRAJob of a list."""
 
     ref: JobRef
     resource_version: str
     fully_reconciled: bool
-    """Finished, and the newest generation was seen: nothing is left to do."""
+    """Finished, and its latest generation is observed: nothing is left to do."""
 
 
 class PodIdentity(NamedTuple):
-    """The pod that a token speaks for."""
+    """The pod that a token is bound to."""
 
     namespace: str
     name: str
@@ -47,57 +47,73 @@ class PodIdentity(NamedTuple):
 
 
 class Cluster(Protocol):
-    """What reconcile needs."""
+    """The cluster as reconcile uses it.
+
+    Every method that calls the API server raises ClusterBusyError if the failure is transient, ApiError otherwise.
+    """
 
     async def read_job(self, ref: JobRef) -> RawJob | None:
-        """Return a QLoRAJob, or nothing when it is gone."""
+        """Return a QLoRAJob, or None if it is gone."""
 
     def children_from_cache(self, job: RawJob) -> Observation:
-        """Return what the watches have told of its children: free of cost, and perhaps late."""
+        """Return its children from the cache: without an API call, and possibly stale."""
 
     async def list_children(self, job: RawJob) -> Observation:
-        """Look at the children that belong to exactly this QLoRAJob."""
+        """List its children live, matched by uid."""
 
     async def find_gpu_nodes(self) -> tuple[Manifest, ...]:
-        """Return the nodes that say what GPUs they have; none where the operator may not look."""
+        """Return the nodes whose labels describe their GPUs; none if the operator may not list nodes."""
 
     async def ensure(self, child: Manifest) -> bool:
-        """Create a child, or bring a ConfigMap of ours up to date, and say whether it was created.
+        """Create a child, or update the ConfigMap if it exists; return whether it was created.
 
-        Raises NameTakenError or RefusedError when it cannot be.
+        Raises:
+            NameConflictError: The name is taken by an object that this QLoRAJob does not own.
+            AdmissionDeniedError: The API server, a quota or an admission policy denied the child.
+
         """
 
     async def patch(self, child: Manifest) -> None:
-        """Change some fields of a child that exists."""
+        """Merge some fields into a child that exists.
+
+        Raises:
+            ClusterBusyError: The child is gone, or has changed since it was read.
+
+        """
 
     async def delete_job(self, ref: JobRef, name: str) -> None:
-        """Delete a child Job after its pods; no error when it is gone."""
+        """Delete a child Job after its pods (foreground); no error if it is gone."""
 
     async def write_status(self, job: RawJob, status: Manifest) -> str:
-        """Replace the status if nobody else wrote since it was read, and return the new version."""
+        """Replace the status, and return the new resourceVersion.
+
+        Raises:
+            ClusterBusyError: The QLoRAJob is gone, or has changed since it was read.
+
+        """
 
     async def record_event(self, event: Manifest) -> None:
-        """Create a Kubernetes Event; a repeat is a no-op."""
+        """Create a Kubernetes Event; a repeat is a no-op, and a rejection is only logged."""
 
 
 class Lister(Protocol):
-    """What the resync needs."""
+    """The cluster as the resync uses it."""
 
     async def list_jobs(self, namespaces: Collection[str]) -> list[JobVersion]:
-        """Return every QLoRAJob of some namespaces, or of all when none is given."""
+        """Return every QLoRAJob of the namespaces, or of the cluster if none is given."""
 
     async def relist(self, namespaces: Collection[str]) -> set[JobRef]:
-        """List all children, and return whose were not as the watches had told."""
+        """List all children into the cache, and return the QLoRAJobs whose cached children were stale."""
 
 
 class TokenReviewer(Protocol):
-    """What the progress endpoint needs."""
+    """The cluster as the progress endpoint uses it."""
 
     async def review_token(self, token: str) -> PodIdentity | None:
-        """Return the pod that a token of our audience is bound to."""
+        """Return the pod that a token is bound to; None if it is invalid, or for another audience."""
 
     async def job_of_pod(self, pod: PodIdentity) -> str | None:
-        """Return the QLoRAJob that a running pod is labelled with."""
+        """Return the QLoRAJob in the label of a pod; None if the pod is gone or has no such label."""
 
     async def read_job(self, ref: JobRef) -> RawJob | None:
-        """Return a QLoRAJob, or nothing when it is gone."""
+        """Return a QLoRAJob, or None if it is gone."""

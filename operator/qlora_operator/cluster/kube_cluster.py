@@ -1,4 +1,4 @@
-"""The ports on a real API server."""
+"""The cluster interfaces, implemented with the Kubernetes API."""
 
 import asyncio
 import logging
@@ -24,14 +24,14 @@ from qlora_operator.models import Manifest, Observation, RawJob
 _log = logging.getLogger(__name__)
 
 ALREADY_EXISTS: Final = "AlreadyExists"
-"""The reason of a conflict that says that it was done before; others, of a quota for one, say that it was not."""
+"""Reason of a 409 for an object that exists; with another reason, as of a quota, nothing was created."""
 UNPROCESSABLE: Final = 422
-"""The HTTP status for an object that can never be taken; quotas and policies answer otherwise."""
+"""HTTP status for an invalid object; quotas and admission policies use others."""
 _PREFIX: Final = {"v1": "/api/v1", "batch/v1": "/apis/batch/v1", "events.k8s.io/v1": "/apis/events.k8s.io/v1"}
 _PLURAL: Final = {"ConfigMap": "configmaps", "Service": "services", "Job": "jobs", "Event": "events"}
 PAGE_SIZE: Final = 250
-"""Objects of one answer: ten thousand QLoRAJobs at once would be 100 MB of JSON. Three kinds are listed at a time, and
-5,000 of each were read with a peak of 196 MiB in pages of 500, and of 162 MiB in these, as fast."""
+"""Objects per page: ten thousand QLoRAJobs at once would be 100 MB of JSON. Three kinds are listed at a time; 5,000 of
+each peaked at 196 MiB in pages of 500 and at 162 MiB in pages of 250, at the same speed."""
 _MANAGED_BY_SELECTOR: Final = f"{names.MANAGED_BY_LABEL}={names.FIELD_MANAGER}"
 _FIELD_MANAGER_QUERY: Final = {"fieldManager": names.FIELD_MANAGER}
 _ACCOUNT_PREFIX: Final = "system:serviceaccount:"
@@ -40,8 +40,8 @@ _POD_UID: Final = "authentication.kubernetes.io/pod-uid"
 
 
 def _jobs_path(namespace: str = "") -> str:
-    place = f"namespaces/{namespace}/" if namespace else ""
-    return f"/apis/{names.GROUP}/{names.VERSION}/{place}{names.PLURAL}"
+    scope = f"namespaces/{namespace}/" if namespace else ""
+    return f"/apis/{names.GROUP}/{names.VERSION}/{scope}{names.PLURAL}"
 
 
 def _collection_path(manifest: Manifest) -> str:
@@ -54,26 +54,26 @@ def _object_path(manifest: Manifest) -> str:
 
 
 class KubeCluster:
-    """Reads and writes through one API connection."""
+    """The cluster behind one API client."""
 
     def __init__(self, api: Api, children: ChildCache) -> None:
         self._api = api
         self._cache = children
 
     async def read_job(self, ref: JobRef) -> RawJob | None:
-        """Return a QLoRAJob, or nothing when it is gone."""
+        """Return a QLoRAJob, or None if it is gone."""
         try:
             return parse_job(await self._api.request("GET", f"{_jobs_path(ref.namespace)}/{ref.name}"))
         except NotFoundError:
             return None
 
     async def check_api_served(self, namespaces: Collection[str]) -> None:
-        """Ask for QLoRAJobs; NotFoundError while the API server does not know what that is."""
+        """List one QLoRAJob; NotFoundError means that the CRD is not served yet."""
         for namespace in namespaces or ("",):
             await self._api.request("GET", _jobs_path(namespace), query={"limit": "1"})
 
     async def list_jobs(self, namespaces: Collection[str]) -> list[JobVersion]:
-        """Return every QLoRAJob of some namespaces, or of all when none is given."""
+        """Return every QLoRAJob of the namespaces, or of the cluster if none is given."""
         return [
             _job_version(item)
             for namespace in namespaces or ("",)
@@ -82,16 +82,16 @@ class KubeCluster:
         ]
 
     async def relist(self, namespaces: Collection[str]) -> set[JobRef]:
-        """List all children, and return whose were not as the watches had told."""
+        """List all children into the cache, and return the QLoRAJobs whose cached children were stale."""
         changed: set[JobRef] = set()
         for namespace in namespaces or ("",):
-            place = f"namespaces/{namespace}/" if namespace else ""
-            changed |= await self._relist(self._cache.jobs, f"/apis/batch/v1/{place}jobs", namespace)
-            changed |= await self._relist(self._cache.pods, f"/api/v1/{place}pods", namespace)
+            scope = f"namespaces/{namespace}/" if namespace else ""
+            changed |= await self._relist(self._cache.jobs, f"/apis/batch/v1/{scope}jobs", namespace)
+            changed |= await self._relist(self._cache.pods, f"/api/v1/{scope}pods", namespace)
         return changed
 
     async def _relist(self, cache: ObjectCache[Child], path: str, namespace: str) -> set[JobRef]:
-        """Replace what is known of one kind by a complete list, but for what is newer."""
+        """Replace the cache of one kind with a complete list, except for newer objects."""
         listed: set[str] = set()
         changed: set[JobRef] = set()
         version = 0
@@ -102,7 +102,7 @@ class KubeCluster:
         return changed | cache.replace(namespace, listed, version)
 
     async def _pages(self, path: str, query: Mapping[str, str] | None = None) -> AsyncIterator[dict[str, Any]]:
-        """Yield a complete list, all of one version, in pages."""
+        """Yield the pages of a complete list, all at one resourceVersion."""
         token = ""
         while True:
             paging = {"limit": str(PAGE_SIZE)} | ({"continue": token} if token else {})
@@ -113,11 +113,11 @@ class KubeCluster:
                 return
 
     def children_from_cache(self, job: RawJob) -> Observation:
-        """Return what the watches have told of its children: free of cost, and perhaps late."""
+        """Return its children from the cache: without an API call, and possibly stale."""
         return self._cache.children_of(job)
 
     async def list_children(self, job: RawJob) -> Observation:
-        """Return the children that belong to exactly this QLoRAJob."""
+        """List its children live, matched by uid."""
         selector = {"labelSelector": f"{names.JOB_LABEL}={job.ref.name}"}
         jobs, pods = await asyncio.gather(
             self._api.request("GET", f"/apis/batch/v1/namespaces/{job.ref.namespace}/jobs", query=selector),
@@ -126,23 +126,23 @@ class KubeCluster:
         return parse_observation(job, jobs["items"], pods["items"])
 
     async def find_gpu_nodes(self) -> tuple[Manifest, ...]:
-        """Return the nodes that say what GPUs they have; none where the operator may not look."""
-        # Any version will do: the API server answers from its cache.
+        """Return the nodes whose labels describe their GPUs; none if the operator may not list nodes."""
+        # resourceVersion 0: the API server answers from its cache.
         queries = [{"labelSelector": kind.memory_label, "resourceVersion": "0"} for kind in ACCELERATORS]
         try:
             answers = [await self._api.request("GET", "/api/v1/nodes", query=query) for query in queries]
         except ApiError as error:
-            _log.warning("runs are not sized, since nodes cannot be listed: %s", error)
+            _log.warning("cannot list nodes, so runs are not sized: %s", error)
             return ()
         return tuple(node for answer in answers for node in answer["items"])
 
     async def ensure(self, child: Manifest) -> bool:
-        """Create a child, or bring a ConfigMap of ours up to date; what belongs to something else is never adopted."""
+        """Create a child, or update the ConfigMap if it exists; an object of another owner is never adopted."""
         try:
             return await self._create(child)
         except ApiError as error:
-            what = f"{child['kind']} {child['metadata']['name']} was refused: {error}"
-            raise AdmissionDeniedError(what, permanent=error.status == UNPROCESSABLE) from error
+            message = f"{child['kind']} {child['metadata']['name']} was denied: {error}"
+            raise AdmissionDeniedError(message, permanent=error.status == UNPROCESSABLE) from error
 
     async def _create(self, child: Manifest) -> bool:
         try:
@@ -153,19 +153,19 @@ class KubeCluster:
         return True
 
     async def _resolve_conflict(self, child: Manifest) -> None:
-        """Look at what has the child's name already."""
+        """Update the object that has the child's name if it is ours, or raise NameConflictError."""
         try:
             existing = await self._api.request("GET", _object_path(child))
         except NotFoundError as error:
-            raise ClusterBusyError(f"{child['metadata']['name']} came and went") from error
+            raise ClusterBusyError(f"{child['metadata']['name']} was deleted meanwhile") from error
         if controller_uid(existing) != controller_uid(child) or "deletionTimestamp" in existing["metadata"]:
             raise _name_conflict(child, existing)
         if child["kind"] == "ConfigMap":
-            seen = {"resourceVersion": existing["metadata"]["resourceVersion"]}
-            await self.patch({**child, "metadata": {**child["metadata"], **seen}})
+            version = {"resourceVersion": existing["metadata"]["resourceVersion"]}
+            await self.patch({**child, "metadata": {**child["metadata"], **version}})
 
     async def patch(self, child: Manifest) -> None:
-        """Change some fields of a child that exists."""
+        """Merge some fields into a child that exists."""
         try:
             await self._api.request(
                 "PATCH", _object_path(child), child, query=_FIELD_MANAGER_QUERY, content_type=MERGE_PATCH
@@ -174,7 +174,7 @@ class KubeCluster:
             raise ClusterBusyError(f"{child['metadata']['name']} has changed since it was read") from error
 
     async def delete_job(self, ref: JobRef, name: str) -> None:
-        """Delete a child Job after its pods; no error when it is gone."""
+        """Delete a child Job after its pods (foreground); no error if it is gone."""
         body = {"apiVersion": "v1", "kind": "DeleteOptions", "propagationPolicy": "Foreground"}
         try:
             await self._api.request("DELETE", f"/apis/batch/v1/namespaces/{ref.namespace}/jobs/{name}", body)
@@ -182,7 +182,7 @@ class KubeCluster:
             return
 
     async def write_status(self, job: RawJob, status: Manifest) -> str:
-        """Replace the status if nobody else wrote since it was read, and return the new version."""
+        """Replace the status, and return the new resourceVersion; ClusterBusyError if the QLoRAJob has changed."""
         body = {
             "apiVersion": names.API_VERSION,
             "kind": names.KIND,
@@ -203,17 +203,17 @@ class KubeCluster:
         return str(answer["metadata"]["resourceVersion"])
 
     async def record_event(self, event: Manifest) -> None:
-        """Create a Kubernetes Event; a repeat is a no-op, and a refusal holds nothing up."""
+        """Create a Kubernetes Event; a repeat is a no-op, and a rejection is only logged."""
         try:
             await self._api.request("POST", _collection_path(event), event)
         except ConflictError as error:
             if error.reason != ALREADY_EXISTS:
-                raise ClusterBusyError(f"event {event['reason']} met a conflict: {error}") from error
+                raise ClusterBusyError(f"Event {event['reason']} was not created: {error}") from error
         except ApiError as error:
-            _log.warning("event %s was refused: %s", event["reason"], error)
+            _log.warning("Event %s was rejected: %s", event["reason"], error)
 
     async def review_token(self, token: str) -> PodIdentity | None:
-        """Return the pod that a token of our audience is bound to."""
+        """Return the pod that a token is bound to; None if it is invalid, or for another audience."""
         body = {
             "apiVersion": "authentication.k8s.io/v1",
             "kind": "TokenReview",
@@ -223,7 +223,7 @@ class KubeCluster:
         return _pod_identity(answer.get("status", {}))
 
     async def job_of_pod(self, pod: PodIdentity) -> str | None:
-        """Return the QLoRAJob that a pod is labelled with, if the pod still exists."""
+        """Return the QLoRAJob in the label of a pod; None if the pod is gone or has no such label."""
         try:
             answer = await self._api.request("GET", f"/api/v1/namespaces/{pod.namespace}/pods/{pod.name}")
         except NotFoundError:
@@ -235,26 +235,27 @@ class KubeCluster:
 
 def _job_version(item: dict[str, Any]) -> JobVersion:
     job = parse_job(item)
-    settled = job.status.get("phase") in TERMINAL and job.status.get("observedGeneration") == job.generation
-    return JobVersion(job.ref, job.resource_version, settled)
+    fully_reconciled = job.status.get("phase") in TERMINAL and job.status.get("observedGeneration") == job.generation
+    return JobVersion(job.ref, job.resource_version, fully_reconciled)
 
 
 def _name_conflict(child: Manifest, existing: dict[str, Any]) -> NameConflictError:
-    """A former QLoRAJob of the same name leaves its children to the garbage collector."""
-    wanted = child["metadata"]["ownerReferences"][0]
-    owners = existing["metadata"].get("ownerReferences", ())
-    former = any(owner["kind"] == names.KIND and owner["name"] == wanted["name"] for owner in owners)
-    what = f"{child['kind']} {child['metadata']['name']}"
-    if former or "deletionTimestamp" in existing["metadata"]:
-        return NameConflictError(f"{what} of an earlier run is still being deleted", being_deleted=True)
+    """Return the error for a name that is taken; the garbage collector will delete children of an earlier QLoRAJob."""
+    owner = child["metadata"]["ownerReferences"][0]
+    references = existing["metadata"].get("ownerReferences", ())
+    same_name = any(reference["kind"] == names.KIND and reference["name"] == owner["name"] for reference in references)
+    child_name = f"{child['kind']} {child['metadata']['name']}"
+    if same_name or "deletionTimestamp" in existing["metadata"]:
+        return NameConflictError(f"{child_name} of an earlier QLoRAJob is still being deleted", being_deleted=True)
     return NameConflictError(
-        f"metadata.name: {what} exists already and belongs to something else; delete it or choose another name",
+        f"metadata.name: {child_name} already exists and is not owned by this QLoRAJob; "
+        "delete it or choose another name",
         being_deleted=False,
     )
 
 
 def _pod_identity(status: dict[str, Any]) -> PodIdentity | None:
-    """Read a TokenReview; a token without a pod, or for another audience, speaks for nobody."""
+    """Parse the status of a TokenReview; None for a token without a pod, or for another audience."""
     user = status.get("user", {})
     extra, username = user.get("extra", {}), user.get("username", "")
     if not status.get("authenticated") or names.TOKEN_AUDIENCE not in status.get("audiences", ()):

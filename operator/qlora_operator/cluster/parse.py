@@ -1,4 +1,4 @@
-"""From the API server's JSON to our values: the only place that knows its field names."""
+"""Parses the API server's JSON into the operator's values; no other module knows its field names."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -17,11 +17,11 @@ _INDEX: Final = "batch.kubernetes.io/job-completion-index"
 """Annotation of a pod of an Indexed Job."""
 
 _FAILING: Final = ("FailureTarget", "Failed")
-"""Conditions of a Job whose pods are being ended, and of one whose pods have ended."""
+"""Conditions of a Job whose pods are being terminated, and of one whose pods have terminated."""
 
 
 def parse_time(text: str | None) -> datetime | None:
-    """Read an RFC 3339 time."""
+    """Parse an RFC 3339 time."""
     return datetime.fromisoformat(text) if text else None
 
 
@@ -30,7 +30,7 @@ def _created(item: Json) -> datetime:
 
 
 def parse_job(item: Json) -> RawJob:
-    """Read a QLoRAJob, leaving spec and status as they are."""
+    """Parse a QLoRAJob; spec and status stay unparsed."""
     metadata = item["metadata"]
     return RawJob(
         ref=JobRef(metadata["namespace"], metadata["name"]),
@@ -52,17 +52,17 @@ def controller_uid(item: Json) -> str | None:
 
 
 class CachedObject(NamedTuple, Generic[Child]):
-    """A Job or a pod as it was at one version."""
+    """A Job or a pod at one resourceVersion."""
 
     uid: str
     owner_uid: str
-    """The uid of what controls it: the QLoRAJob for a Job, the Job for a pod."""
+    """The uid of its controller: the QLoRAJob for a Job, the Job for a pod."""
     version: int
     value: Child
 
 
 def parse_cached_job(item: Json) -> CachedObject[ChildJob] | None:
-    """Read a batch/v1 Job; nothing if it is not one of ours."""
+    """Parse a batch/v1 Job; None if it has no role label, so is not one of ours."""
     return (
         _to_cached_object(item, parse_child(item, ()))
         if names.ROLE_LABEL in item["metadata"].get("labels", {})
@@ -71,47 +71,47 @@ def parse_cached_job(item: Json) -> CachedObject[ChildJob] | None:
 
 
 def parse_cached_pod(item: Json) -> CachedObject[Pod]:
-    """Read a pod."""
+    """Parse a pod."""
     return _to_cached_object(item, parse_pod(item))
 
 
-def _to_cached_object(item: Json, what: Child) -> CachedObject[Child]:
+def _to_cached_object(item: Json, value: Child) -> CachedObject[Child]:
     metadata = item["metadata"]
-    return CachedObject(metadata["uid"], controller_uid(item) or "", int(metadata.get("resourceVersion", 0)), what)
+    return CachedObject(metadata["uid"], controller_uid(item) or "", int(metadata.get("resourceVersion", 0)), value)
 
 
 def parse_observation(job: RawJob, jobs: Iterable[Json], pods: Iterable[Json]) -> Observation:
-    """Put together what belongs to this QLoRAJob."""
+    """Parse Jobs and pods, and return those that belong to this QLoRAJob."""
     return assemble_observation(job, filter(None, map(parse_cached_job, jobs)), map(parse_cached_pod, pods))
 
 
 def assemble_observation(
     job: RawJob, jobs: Iterable[CachedObject[ChildJob]], pods: Iterable[CachedObject[Pod]]
 ) -> Observation:
-    """Put together what belongs to this QLoRAJob; a namesake's children do not."""
-    gangs: dict[str, dict[int, Pod]] = {}
+    """Return the Jobs of this QLoRAJob with their pods; children of an earlier one with the same name are left out."""
+    pods_of_job: dict[str, dict[int, Pod]] = {}
     for pod in sorted(pods, key=lambda pod: pod.value.created_at or job.created_at):
-        gangs.setdefault(pod.owner_uid, {})[pod.value.index] = pod.value
+        pods_of_job.setdefault(pod.owner_uid, {})[pod.value.index] = pod.value
     return Observation(
         tuple(
-            replace(child.value, pods=_by_index(gangs.get(child.uid, {})))
+            replace(child.value, pods=_by_index(pods_of_job.get(child.uid, {})))
             for child in jobs
             if child.owner_uid == job.uid
         )
     )
 
 
-def _by_index(gang: Mapping[int, Pod]) -> tuple[Pod, ...]:
-    return tuple(gang[index] for index in sorted(gang))
+def _by_index(pods: Mapping[int, Pod]) -> tuple[Pod, ...]:
+    return tuple(pods[index] for index in sorted(pods))
 
 
 def _index_of(pod: Json) -> int:
-    """Return a pod's number in an Indexed Job."""
+    """Return a pod's completion index in an Indexed Job."""
     return int(pod["metadata"].get("annotations", {}).get(_INDEX, 0))
 
 
 def parse_child(item: Json, pods: tuple[Pod, ...]) -> ChildJob:
-    """Read a batch/v1 Job of ours; pods from before it was suspended speak for it no more."""
+    """Parse a child Job; pods from before it was suspended and resumed are left out."""
     metadata, conditions = item["metadata"], _conditions(item)
     started = parse_time(item.get("status", {}).get("startTime"))
     failed = conditions.get("Failed")
@@ -132,12 +132,12 @@ def parse_child(item: Json, pods: tuple[Pod, ...]) -> ChildJob:
 
 
 def _is_of_earlier_start(pod: Pod, started: datetime | None) -> bool:
-    """Whether a pod is on its way out since its Job was suspended, and the Job has been resumed."""
+    """Return whether a pod is terminating because its Job was suspended, and the Job has been resumed since."""
     return pod.deleting and started is not None and pod.created_at is not None and pod.created_at < started
 
 
 def _conditions(item: Json) -> dict[str, Json]:
-    """Return the conditions that hold."""
+    """Return the conditions whose status is True, by type."""
     return {
         condition["type"]: condition
         for condition in item.get("status", {}).get("conditions") or ()
@@ -152,12 +152,12 @@ def _failure(condition: Json) -> JobFailure:
 
 
 def parse_pod(item: Json) -> Pod:
-    """Read a pod of a child Job."""
+    """Parse a pod of a child Job."""
     metadata, status = item["metadata"], item.get("status", {})
-    holds = _conditions(item)
-    disruption = holds.get("DisruptionTarget", {})
+    conditions = _conditions(item)
+    disruption = conditions.get("DisruptionTarget", {})
     state = _container_state(status)
-    ran = state.get("running") or state.get("terminated") or {}
+    started = state.get("running") or state.get("terminated") or {}
     return Pod(
         name=metadata["name"],
         uid=metadata["uid"],
@@ -167,9 +167,9 @@ def parse_pod(item: Json) -> Pod:
         created_at=_created(item),
         deleting="deletionTimestamp" in metadata,
         deletion_timestamp=parse_time(metadata.get("deletionTimestamp")),
-        scheduled_at=_scheduled_at(item, holds),
+        scheduled_at=_scheduled_at(item, conditions),
         unschedulable=_unschedulable(status),
-        started_at=parse_time(ran.get("startedAt")),
+        started_at=parse_time(started.get("startedAt")),
         waiting=_waiting(state.get("waiting")),
         exit=_exit(state.get("terminated")),
         disruption_message=disruption.get("message", ""),
@@ -188,10 +188,10 @@ def _container_state(status: Json) -> Json:
     return next(states, {})
 
 
-def _scheduled_at(item: Json, holds: dict[str, Json]) -> datetime | None:
-    """Return when the pod got its node; a node that was named without a scheduler counts from the creation."""
-    if "PodScheduled" in holds:
-        return parse_time(holds["PodScheduled"].get("lastTransitionTime"))
+def _scheduled_at(item: Json, conditions: dict[str, Json]) -> datetime | None:
+    """Return when the pod was bound to its node; if no scheduler was involved, when it was created."""
+    if "PodScheduled" in conditions:
+        return parse_time(conditions["PodScheduled"].get("lastTransitionTime"))
     return _created(item) if item["spec"].get("nodeName") else None
 
 

@@ -1,7 +1,7 @@
-"""What the operator and its users may do, as data: the chart's RBAC rules are generated from it.
+"""Permissions of the operator and its users, as data; the chart's RBAC rules are generated from them.
 
-There is no verb on secrets, none on pods/exec, and no wildcard; a test keeps it so. kopf needs nothing beyond the
-watches below: scanning, peering and event posting are off.
+No verb on secrets or pods/exec, and no wildcard; a test enforces this. kopf needs only the watches below: scanning,
+peering and event posting are off.
 """
 
 from typing import Any, Final, NamedTuple
@@ -20,50 +20,50 @@ class Permission(NamedTuple):
 
 NAMESPACED: Final = (
     Permission(names.GROUP, names.PLURAL, ("get", "list", "watch"), "Read the spec."),
-    Permission(names.GROUP, f"{names.PLURAL}/status", ("update",), "Say where the run stands."),
+    Permission(names.GROUP, f"{names.PLURAL}/status", ("update",), "Write the status."),
     Permission(
         names.GROUP,
         f"{names.PLURAL}/finalizers",
         ("update",),
-        "Children block their owner's foreground deletion; clusters with OwnerReferencesPermissionEnforcement ask.",
+        "Children set blockOwnerDeletion; OwnerReferencesPermissionEnforcement requires this verb for it.",
     ),
     Permission(
         "batch",
         "jobs",
         ("get", "list", "watch", "create", "patch", "delete"),
-        "Run prepare and training; delete a Job that holds a GPU in vain.",
+        "Run prepare and training; delete a Job that holds a GPU for nothing.",
     ),
-    Permission("", "configmaps", ("get", "create", "patch"), "Hand its configuration to a pod."),
-    Permission("", "services", ("get", "create", "patch"), "Give the pods of a run with several nodes their names."),
-    Permission("", "pods", ("get", "list", "watch"), "See why a pod waits, and read its last word."),
-    Permission("events.k8s.io", "events", ("create",), "Tell the user what happened, in `kubectl describe`."),
+    Permission("", "configmaps", ("get", "create", "patch"), "Pass its configuration to a pod."),
+    Permission("", "services", ("get", "create", "patch"), "Give the pods of a multi-node run DNS names."),
+    Permission("", "pods", ("get", "list", "watch"), "See why a pod waits, and read its termination message."),
+    Permission("events.k8s.io", "events", ("create",), "Record Events for the user."),
 )
-"""Wherever QLoRAJobs are served: in the whole cluster, or in the namespaces of `watchNamespaces`."""
+"""Wherever QLoRAJobs are reconciled: in the cluster, or in the namespaces of `watchNamespaces`."""
 
 CLUSTER_SCOPED: Final = (
-    Permission("authentication.k8s.io", "tokenreviews", ("create",), "Ask who posts progress: the pod of which job."),
-    Permission("", "nodes", ("list",), "See what GPUs there are, to size a run before it asks for one."),
+    Permission("authentication.k8s.io", "tokenreviews", ("create",), "Find out which pod posts progress."),
+    Permission("", "nodes", ("list",), "Find out what GPUs there are, to size a run before it requests one."),
 )
-"""TokenReviews and nodes have no namespace."""
+"""TokenReviews and nodes are cluster-scoped."""
 
 OWN_NAMESPACE: Final = (
-    Permission("coordination.k8s.io", "leases", ("get", "create", "update"), "Agree on which replica works."),
-    Permission("", "pods", ("patch",), "Label the leader's pod, so that the progress Service leads to it."),
+    Permission("coordination.k8s.io", "leases", ("get", "create", "update"), "Elect the leader."),
+    Permission("", "pods", ("patch",), "Label the leader's pod, which the progress Service selects."),
 )
 """In the operator's own namespace."""
 
 VIEW: Final = (Permission(names.GROUP, names.PLURAL, ("get", "list", "watch"), "Follow the runs of a namespace."),)
-"""What the chart adds to Kubernetes's ClusterRole `view`, and thereby to edit and admin."""
+"""Aggregated into the ClusterRole `view`, and so into `edit` and `admin`."""
 
 EDIT: Final = (
     Permission(
         names.GROUP,
         names.PLURAL,
         ("create", "update", "patch", "delete", "deletecollection"),
-        "Start, suspend and delete runs; their status is the operator's alone.",
+        "Start, suspend and delete runs; only the operator writes their status.",
     ),
 )
-"""What it adds to `edit` and `admin`."""
+"""Aggregated into `edit` and `admin`."""
 
 
 def _to_rules(permissions: tuple[Permission, ...]) -> list[dict[str, Any]]:
@@ -89,10 +89,10 @@ def build_own_namespace_rules() -> list[dict[str, Any]]:
 
 
 def build_view_rules() -> list[dict[str, Any]]:
-    """Return the rules of people who look at runs."""
+    """Return the rules for users who view runs."""
     return _to_rules(VIEW)
 
 
 def build_edit_rules() -> list[dict[str, Any]]:
-    """Return the rules of people who make runs."""
+    """Return the rules for users who create runs."""
     return _to_rules(EDIT)

@@ -1,7 +1,7 @@
-"""What time it is for the API server, whatever the operator's own clock says.
+"""The time of the API server, whatever the operator's own clock says.
 
-Deadlines count from times that the control plane wrote. An operator whose clock is half an hour ahead would end every
-run before it has started; one that is behind would leave a GPU to a pod that never starts.
+Deadlines count from times that the control plane wrote. An operator whose clock is half an hour ahead would fail every
+run before it starts; one whose clock is behind would leave a GPU to a pod that never starts.
 """
 
 import logging
@@ -13,29 +13,32 @@ from typing import Final
 _log = logging.getLogger(__name__)
 
 TOLERANCE: Final = timedelta(seconds=5)
-"""A smaller difference spoils no deadline, and the header has whole seconds."""
+"""A smaller skew affects no deadline, and the Date header has a resolution of one second."""
 
 
 def utc_now() -> datetime:
-    """Return this machine's time, with its zone."""
+    """Return the local time, timezone-aware."""
     return datetime.now(UTC)
 
 
 class ServerClock:
-    """The clock of this machine, put right by the Date of the API server's answers where it is off."""
+    """The local clock, corrected by the Date header of the API server's responses."""
 
     def __init__(self, local: Callable[[], datetime] = utc_now) -> None:
         self._local = local
         self._skew = timedelta(0)
 
     def now(self) -> datetime:
-        """Return the time, with its zone."""
+        """Return the corrected time, timezone-aware."""
         return self._local() - self._skew
 
     def on_server_date(self, date: str, took: float) -> None:
-        """Compare with the header Date (RFC 9110) of an answer that has just come, and took so many seconds.
+        """Update the skew from the Date header (RFC 9110) of a response that has just arrived.
 
-        It was dated some time between question and answer. A header that is missing or unreadable tells nothing.
+        Args:
+            date: The header; one that is missing or malformed is ignored.
+            took: Duration of the call in seconds; the response was dated at some time within it.
+
         """
         half = timedelta(seconds=took / 2)
         try:
@@ -47,4 +50,4 @@ class ServerClock:
             return
         self._skew = ahead if abs(ahead) >= tolerance else timedelta(0)
         seconds = self._skew.total_seconds()
-        _log.warning("this machine's clock is %+.0f s off the API server's, which counts", seconds)
+        _log.warning("local clock is %+.0f s off the API server's; using the API server's time", seconds)

@@ -1,4 +1,4 @@
-"""The parts of a running operator, put together: queue, reports, proof of the watch, resync, progress server."""
+"""Assembles a running operator: work queue, caches, progress reports, watch health, resync and progress server."""
 
 import asyncio
 import logging
@@ -28,11 +28,11 @@ from qlora_operator.settings import Settings
 _log = logging.getLogger(__name__)
 
 CRD_TIMEOUT: Final = timedelta(seconds=30)
-"""A release installs CRD and operator at once; the API server serves the CRD a moment later."""
+"""Helm installs CRD and operator together, and the API server serves a new CRD only a moment later."""
 DRAIN_TIMEOUT: Final = timedelta(seconds=8)
-"""From SIGTERM to the end of the work at hand."""
+"""Grace period for reconciles in progress after SIGTERM."""
 STUCK_SECONDS: Final = 300.0
-"""A pass takes seconds; one that takes or waits this long will never end."""
+"""A reconcile takes seconds; one that runs or waits this long will never finish."""
 
 
 class Controller:
@@ -56,7 +56,7 @@ class Controller:
         self._server: web.AppRunner | None = None
 
     async def start(self) -> None:
-        """Wait for the CRD, look at every child, then start everything."""
+        """Wait for the CRD, fill the child cache, then start the queue, the resync and the progress server."""
         await self._wait_for_crd()
         await self._cluster.relist(self.settings.namespaces)
         self.metrics.jobs.start_leading(self._reports.get)
@@ -66,7 +66,7 @@ class Controller:
         self._reports_since = self._clock()
 
     async def stop(self) -> None:
-        """Take no more reports and keys, finish the work at hand, and leave."""
+        """Stop accepting reports and keys, let reconciles in progress finish, and close the API connection."""
         if self._resync is not None:
             self._resync.cancel()
         if self._server is not None:
@@ -75,18 +75,18 @@ class Controller:
         await self._api.close()
 
     def unhealthy_reason(self) -> str | None:
-        """Say what only a restart can cure; a replica that waits to lead is well."""
+        """Return a fault that only a restart can fix, or None; a standby replica is healthy."""
         if self._server is None:
             return None
         if not self.queue.alive() or self._resync is None or self._resync.done():
-            return "a worker has ended"
+            return "a worker has stopped"
         if overdue := self.watch_health.overdue():
-            return f"the watch is dead: no event for {overdue[0]}, and {len(overdue) - 1} more"
+            return f"the watch is stalled: no event for {overdue[0]} and {len(overdue) - 1} more"
         age = self.queue.oldest_age()
-        return f"work is stuck for {age:.0f} seconds" if age > STUCK_SECONDS else None
+        return f"the work queue is stuck for {age:.0f} seconds" if age > STUCK_SECONDS else None
 
     def on_job_update(self, ref: JobRef, item: Json) -> None:
-        """An event of a QLoRAJob arrived; our own write needs no second look."""
+        """Queue a QLoRAJob that changed; the event of the operator's own status write is skipped."""
         version = item["metadata"]["resourceVersion"]
         self.watch_health.on_event(ref, version)
         if self._written_versions.get(ref) != version:
@@ -94,13 +94,13 @@ class Controller:
             self.queue.add(ref)
 
     def on_child_event(self, cache: ObjectCache[Child], change: str | None, item: Json) -> None:
-        """An event of a Job or a pod arrived; what tells nothing new needs no look."""
+        """Queue the QLoRAJob of a Job or pod, if the event changed the cached object."""
         ref = cache.delete(item) if change == "DELETED" else cache.update(item)
         if ref is not None:
             self.queue.add(ref)
 
     def on_job_delete(self, ref: JobRef) -> None:
-        """A QLoRAJob is gone."""
+        """Drop all state of a deleted QLoRAJob."""
         self._written_versions.pop(ref, None)
         self._job_cache.forget(ref)
         self.watch_health.forget(ref)
@@ -110,25 +110,25 @@ class Controller:
     async def _reconcile(self, ref: JobRef) -> timedelta | None:
         bind_task_fields(namespace=ref.namespace, job=ref.name)
         with self.metrics.time_reconcile():
-            watch = ReconcileContext(self._clock().replace(microsecond=0), self._reports.get(ref), self._reports_since)
-            told = self._job_cache.pop(ref)
-            if told is not None and self.watch_health.has_newer_version(ref, told.resource_version):
-                told = None
-            outcome = await reconcile(ref, self._cluster, self.settings.installation, watch, told)
-        self.metrics.on_reconciled(ref, outcome)
-        if outcome.written_version is not None and outcome.status is not None:
-            self._written_versions[ref] = outcome.written_version
-            self.watch_health.expect_version(ref, outcome.written_version)
-            summary = log_fields(
-                phase=outcome.status.phase, reason=outcome.status.reason, attempt=outcome.status.attempt
+            context = ReconcileContext(
+                self._clock().replace(microsecond=0), self._reports.get(ref), self._reports_since
             )
-            _log.info("%s: %s", outcome.status.reason, outcome.status.message, extra=summary)
-        if outcome.status is not None and is_terminal(outcome.status):
+            cached = self._job_cache.pop(ref)
+            if cached is not None and self.watch_health.has_newer_version(ref, cached.resource_version):
+                cached = None
+            result = await reconcile(ref, self._cluster, self.settings.installation, context, cached)
+        self.metrics.on_reconciled(ref, result)
+        if result.written_version is not None and result.status is not None:
+            self._written_versions[ref] = result.written_version
+            self.watch_health.expect_version(ref, result.written_version)
+            summary = log_fields(phase=result.status.phase, reason=result.status.reason, attempt=result.status.attempt)
+            _log.info("%s: %s", result.status.reason, result.status.message, extra=summary)
+        if result.status is not None and is_terminal(result.status):
             self._reports.forget(ref)
-        return outcome.requeue_after
+        return result.requeue_after
 
     async def _wait_for_crd(self) -> None:
-        """An operator that starts before its CRD would watch nothing, and look healthy."""
+        """Wait until the CRD is served: an operator that starts before it would watch nothing and appear healthy."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + CRD_TIMEOUT.total_seconds()
         while True:
@@ -148,10 +148,10 @@ class Controller:
             try:
                 await self.resync()
             except (ClusterBusyError, ApiError) as error:
-                _log.warning("the resync has to wait: %s", error)
+                _log.warning("resync failed, will retry: %s", error)
 
     async def resync(self) -> None:
-        """Look at every unfinished job again, at all children, and at whether the watches told of them."""
+        """Relist children and QLoRAJobs; queue those that are unfinished or were stale in the cache."""
         for ref in await self._cluster.relist(self.settings.namespaces):
             self.queue.add(ref)
         for job in await self._cluster.list_jobs(self.settings.namespaces):

@@ -1,4 +1,4 @@
-"""kopf's side: every change of a QLoRAJob or of its children is only a key on the queue.
+"""kopf event handlers: every change of a QLoRAJob or of its children only adds a key to the work queue.
 
 kopf's create and update handlers, timers, daemons, finalizers and annotations are not used: they lose status on a
 crash between two writes, and a finalizer would make deletion wait for the operator.
@@ -21,56 +21,56 @@ QLORAJOBS: Final = (names.GROUP, names.VERSION, names.PLURAL)
 JOBS: Final = ("batch", "v1", "jobs")
 PODS: Final = ("", "v1", "pods")
 IDLE_SECONDS: Final = 0.1
-"""How long kopf keeps an object, with all that it has read of it, after its last event: with a second, 5,000 objects of
-each kind make a peak of 251 MiB in place of 196."""
+"""How long kopf keeps an object in memory after its last event: with 1 s, 5,000 objects of each kind peak at 251 MiB
+instead of 196."""
 EXIT_SECONDS: Final = 25.0
-"""Under the 30 seconds that Kubernetes gives a pod to end."""
+"""Less than the 30 seconds of a pod's default terminationGracePeriodSeconds."""
 
 
 @kopf.on.login()
 async def on_login(memo: kopf.Memo, **_: Any) -> kopf.ConnectionInfo:
-    """Use the same API server as the rest of the operator, and the token that is in the file now."""
-    await read_credentials(memo.configuration, memo.runtime.settings.kubeconfig)
+    """Log in to the same API server as the rest of the operator, with the token as it is on disk now."""
+    await read_credentials(memo.configuration, memo.controller.settings.kubeconfig)
     return await connection_info(memo.configuration)
 
 
 @kopf.on.startup()
 async def on_startup(memo: kopf.Memo, settings: kopf.OperatorSettings, **_: Any) -> None:
-    """Start the parts that kopf does not run."""
+    """Start everything that kopf does not run."""
     configure_kopf(settings)
-    await memo.runtime.start()
+    await memo.controller.start()
 
 
 @kopf.on.cleanup()
 async def on_cleanup(memo: kopf.Memo, **_: Any) -> None:
-    """Stop them; kopf's watches have ended by now."""
-    await memo.runtime.stop()
+    """Stop everything that `on_startup` started; kopf's watches have ended by now."""
+    await memo.controller.stop()
 
 
 @kopf.on.event(*QLORAJOBS)
 async def on_job_event(event: kopf.RawEvent, namespace: str | None, name: str, memo: kopf.Memo, **_: Any) -> None:
-    """A QLoRAJob has changed, or is gone."""
+    """Queue a QLoRAJob that changed, or drop one that was deleted."""
     ref = JobRef(namespace or "", name)
     if event["type"] == "DELETED":
-        memo.runtime.on_job_delete(ref)
+        memo.controller.on_job_delete(ref)
     else:
-        memo.runtime.on_job_update(ref, event["object"])
+        memo.controller.on_job_update(ref, event["object"])
 
 
 @kopf.on.event(*JOBS)
 async def on_child_job_event(event: kopf.RawEvent, memo: kopf.Memo, **_: Any) -> None:
-    """A Job of a QLoRAJob has changed; its label names the QLoRAJob."""
-    memo.runtime.on_child_event(memo.runtime.child_cache.jobs, event["type"], event["object"])
+    """Queue the QLoRAJob of a Job that changed; a label on the Job names it."""
+    memo.controller.on_child_event(memo.controller.child_cache.jobs, event["type"], event["object"])
 
 
 @kopf.on.event(*PODS)
 async def on_pod_event(event: kopf.RawEvent, memo: kopf.Memo, **_: Any) -> None:
-    """A pod of such a Job has changed."""
-    memo.runtime.on_child_event(memo.runtime.child_cache.pods, event["type"], event["object"])
+    """Queue the QLoRAJob of a pod that changed; a label on the pod names it."""
+    memo.controller.on_child_event(memo.controller.child_cache.pods, event["type"], event["object"])
 
 
 def configure_kopf(settings: kopf.OperatorSettings) -> None:
-    """Leave kopf the watches, and nothing else: it patches, posts and scans nothing."""
+    """Configure kopf to watch only: no patches, no Events, no scanning."""
     settings.scanning.disabled = True
     settings.posting.enabled = False
     settings.posting.loggers = False
@@ -86,7 +86,7 @@ def configure_kopf(settings: kopf.OperatorSettings) -> None:
 
 
 async def connection_info(configuration: client.Configuration) -> kopf.ConnectionInfo:
-    """Translate the client's configuration into kopf's."""
+    """Convert the Kubernetes client's configuration to kopf's."""
     authorization = await configuration.get_api_key_with_prefix("BearerToken") or ""
     return kopf.ConnectionInfo(
         server=configuration.host,
@@ -104,5 +104,5 @@ async def run_kopf(settings: Settings, configuration: client.Configuration, cont
         standalone=True,
         clusterwide=not settings.namespaces,
         namespaces=settings.namespaces,
-        memo=kopf.Memo(runtime=controller, configuration=configuration),
+        memo=kopf.Memo(controller=controller, configuration=configuration),
     )

@@ -1,7 +1,7 @@
-"""The operator's metrics for Prometheus: what it does, what its QLoRAJobs do, and how far the running ones are.
+"""Prometheus metrics of the operator: reconciles and API calls, QLoRAJobs by phase, progress of the running ones.
 
-Whatever belongs to one QLoRAJob is read, when somebody asks, from the reports that are there anyway: a job that does
-not run costs nothing, and one that has ended is gone from the answer.
+Series of single QLoRAJobs are computed at scrape time from the progress reports that are in memory anyway: a job that
+does not run costs nothing, and one that has ended is no longer exported.
 """
 
 from collections import Counter as Tally
@@ -23,13 +23,13 @@ from qlora_operator.cluster.interface import ClusterBusyError
 from qlora_operator.controller.reconcile import ReconcileResult
 
 RUNNING: Final = frozenset({Phase.TRAINING, Phase.EVALUATING, Phase.PUBLISHING})
-"""Phases in which a report speaks of what is going on."""
+"""Phases in which a progress report is current."""
 
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
 
 class JobCollector(Collector):
-    """The QLoRAJobs by phase, and the reports of those that run; nothing while another replica leads."""
+    """QLoRAJobs by phase and the progress of running ones; exports nothing on a standby replica."""
 
     def __init__(self) -> None:
         self.report_of: Callable[[JobRef], Progress | None] = _no_report
@@ -37,18 +37,18 @@ class JobCollector(Collector):
         self._is_leader = False
 
     def start_leading(self, report_of: Callable[[JobRef], Progress | None]) -> None:
-        """From now on this replica knows all there are, and what they report."""
+        """Start exporting: as the leader, this replica knows every QLoRAJob and its reports."""
         self._is_leader, self.report_of = True, report_of
 
     def set_phase(self, ref: JobRef, phase: Phase | None) -> None:
-        """A job is in a phase; none means that it is gone."""
+        """Record the phase of a QLoRAJob; None means that it was deleted."""
         if phase is None:
             self._phases.pop(ref, None)
         else:
             self._phases[ref] = phase
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        """Yield what there is now."""
+        """Yield the current samples."""
         jobs = _family(metrics.JOBS)
         tally = Tally(self._phases.values())
         for phase in Phase if self._is_leader else ():
@@ -72,11 +72,11 @@ def _family(metric: metrics.Metric) -> GaugeMetricFamily:
 
 
 def _no_report(_: JobRef) -> None:
-    """Know nothing: nobody reports to a replica that waits."""
+    """Return None: no pod reports to a standby replica."""
 
 
 def progress_ratio(report: Progress) -> float:
-    """Return the share of steps done: exact where they are reported, else by the percentage."""
+    """Return the completed fraction of the steps (0 to 1): exact if steps are reported, else from the percentage."""
     if report.step is not None and report.total_steps:
         return min(report.step / report.total_steps, 1.0)
     return report.percent / 100
@@ -90,7 +90,7 @@ _REPORT_VALUES: Final[dict[metrics.Metric, Callable[[Progress], float | None]]] 
 
 
 class Metrics:
-    """What one operator counts; one registry per process."""
+    """Metrics of one operator, in a registry of their own."""
 
     def __init__(self, is_leader: Callable[[], bool]) -> None:
         self.registry = registry = CollectorRegistry()
@@ -112,13 +112,13 @@ class Metrics:
             self._reconciles.labels(result)
 
     def track_queue(self, depth: Callable[[], float], oldest_age: Callable[[], float]) -> None:
-        """Ask a queue whenever somebody asks for the metrics."""
+        """Read depth and age of the work queue at each scrape."""
         self._queue_depth.set_function(depth)
         self._queue_age.set_function(oldest_age)
 
     @contextmanager
     def time_reconcile(self) -> Iterator[None]:
-        """Count and time one pass."""
+        """Count and time one reconcile."""
         start, result = perf_counter(), "error"
         try:
             yield
@@ -131,20 +131,20 @@ class Metrics:
             self._reconcile_seconds.observe(perf_counter() - start)
 
     def on_api_call(self, verb: str, code: int | None, seconds: float) -> None:
-        """Count a call to the API server; no code where it did not answer."""
+        """Count and time a call to the API server; the code is None if it did not answer."""
         self._calls.labels(verb, str(code) if code else "none").inc()
         self._call_seconds.labels(verb).observe(seconds)
 
     def on_reconciled(self, ref: JobRef, result: ReconcileResult) -> None:
-        """Count what a pass found, and what it was the first to write down."""
-        status, turn = result.status, result.request
+        """Count the phase that a reconcile found, and the transitions that it was the first to write."""
+        status, request = result.status, result.request
         self.jobs.set_phase(ref, status.phase if status else None)
-        if status is None or turn is None or result.written_version is None:
+        if status is None or request is None or result.written_version is None:
             return
-        self._count_attempts(turn.previous_status, status)
-        start, before = training_started_at(status), training_started_at(turn.previous_status)
+        self._count_attempts(request.previous_status, status)
+        start, before = training_started_at(status), training_started_at(request.previous_status)
         if start is not None and before is None:
-            self._wait_seconds.observe(_seconds(start - turn.raw.created_at))
+            self._wait_seconds.observe(_seconds(start - request.raw.created_at))
         if status.phase in TERMINAL and status.finished_at and status.reason:
             self._finished.labels(status.phase.value, status.reason.value).inc()
             if start is not None:
@@ -157,12 +157,12 @@ class Metrics:
                 self._attempts.labels(attempt.reason.value).inc()
 
     def render(self) -> bytes:
-        """Return the exposition format."""
+        """Return all metrics in the Prometheus exposition format."""
         return generate_latest(self.registry)
 
 
 def training_started_at(status: QLoRAJobStatus) -> datetime | None:
-    """Return when the first container of a training started."""
+    """Return when the first training container started, or None before that."""
     return min((attempt.started_at for attempt in status.attempts if attempt.started_at), default=None)
 
 
@@ -171,5 +171,5 @@ def _histogram(metric: metrics.Metric, registry: CollectorRegistry) -> Histogram
 
 
 def _seconds(duration: timedelta) -> float:
-    """Return a duration; clocks of two machines may differ, and none lasts less than nothing."""
+    """Return a duration in seconds, at least 0: its ends may come from the clocks of two machines."""
     return max(duration.total_seconds(), 0.0)

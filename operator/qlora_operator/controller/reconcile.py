@@ -1,4 +1,4 @@
-"""The story of one QLoRAJob: read, observe, decide, act, derive, write once."""
+"""Reconciles one QLoRAJob: read it, list its children, decide, apply the decision, write the status once."""
 
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
@@ -37,14 +37,14 @@ from qlora_operator.status import derive_status, to_wire, with_observed_generati
 from qlora_planner.validation import Violation
 
 ADMISSION_DENIED_RETRY: Final = timedelta(minutes=1)
-"""Quotas and policies are changed by people."""
+"""People have to change quotas and policies, so retrying sooner gains nothing."""
 NAME_CONFLICT_RETRY: Final = timedelta(seconds=5)
-"""The garbage collector needs seconds for the children of a deleted QLoRAJob."""
+"""The garbage collector needs a few seconds to delete the children of a deleted QLoRAJob."""
 
 
 @dataclass(frozen=True)
 class ReconcileRequest:
-    """One pass over one QLoRAJob: what it starts from."""
+    """The input of one reconcile: the QLoRAJob, its status so far, the time and the last progress report."""
 
     raw: RawJob
     previous_status: QLoRAJobStatus
@@ -53,72 +53,73 @@ class ReconcileRequest:
 
 @dataclass(frozen=True)
 class ReconcileResult:
-    """What a pass leaves to its caller."""
+    """The outcome of one reconcile, as in controller-runtime."""
 
     requeue_after: timedelta | None = None
-    """When time alone changes something."""
+    """Delay until the next reconcile, if one is needed without an event."""
     written_version: str | None = None
     """The resourceVersion of the status, if one was written."""
     status: QLoRAJobStatus | None = None
-    """The status as it stands; nothing when the QLoRAJob is gone, or has not been told of its first step."""
+    """The current status; None if the QLoRAJob is gone, or its first step is taken but not yet written."""
     request: ReconcileRequest | None = None
-    """What the pass started from; nothing where the run had ended before."""
+    """The input of the reconcile; None if the run had already ended."""
 
 
 async def reconcile(
     ref: JobRef, cluster: Cluster, installation: Installation, context: ReconcileContext, cached: RawJob | None = None
 ) -> ReconcileResult:
-    """Bring the cluster to the spec, and tell the user where the run stands.
+    """Bring the cluster to the spec, and write the status.
 
-    What the watch has just told of the QLoRAJob may be late. It is enough for the first step, which is the same
-    whenever it is taken, and to see that nothing is to be done; for anything else the QLoRAJob is read.
+    The cached copy of the QLoRAJob may be stale. It is enough for the first step, which is idempotent, and to see that
+    there is nothing to do; for anything else the QLoRAJob is read live (docs/decisions/0010-late-views.md).
     """
-    outcome = (
-        await reconcile_once(cached, cluster, installation, context, from_cache=True) if cached is not None else None
-    )
-    if outcome is not None:
-        return outcome
+    if cached is not None:
+        result = await reconcile_once(cached, cluster, installation, context, from_cache=True)
+        if result is not None:
+            return result
     raw = await cluster.read_job(ref)
-    return (
-        await reconcile_once(raw, cluster, installation, context, from_cache=False) if raw is not None else None
-    ) or ReconcileResult()
+    if raw is None:
+        return ReconcileResult()
+    return await reconcile_once(raw, cluster, installation, context, from_cache=False) or ReconcileResult()
 
 
 async def reconcile_once(
     raw: RawJob, cluster: Cluster, installation: Installation, context: ReconcileContext, *, from_cache: bool
 ) -> ReconcileResult | None:
-    """Work on a QLoRAJob as it is, or may have been; nothing is done where that is late and something is to change."""
+    """Reconcile a QLoRAJob once; None: the cached copy is not enough to act on, read it live."""
     if raw.deleting:
         return ReconcileResult()
-    turn = ReconcileRequest(raw, QLoRAJobStatus.model_validate(raw.status), without_stale_report(context, raw))
-    if is_terminal(turn.previous_status):
-        return await reconcile_finished(turn, cluster)
+    request = ReconcileRequest(raw, QLoRAJobStatus.model_validate(raw.status), without_stale_report(context, raw))
+    if is_terminal(request.previous_status):
+        return await reconcile_finished(request, cluster)
     spec = parse(raw)
     if isinstance(spec, Violation):
-        return None if from_cache else await write_status(turn, rejected((spec,)), None, cluster)
-    job = Job(raw.ref, raw.uid, raw.generation, raw.created_at, spec, turn.previous_status)
-    seen = cluster.children_from_cache(raw)
-    decision = decide(job, seen, turn.context)
-    stands = is_noop(decision, job, seen) or (is_first_step(decision, job) and not (from_cache and seen.jobs))
-    if from_cache and not stands:
+        return None if from_cache else await write_status(request, rejected((spec,)), None, cluster)
+    job = Job(raw.ref, raw.uid, raw.generation, raw.created_at, spec, request.previous_status)
+    children = cluster.children_from_cache(raw)
+    decision = decide(job, children, request.context)
+    cache_is_enough = is_noop(decision, job, children) or (
+        is_first_step(decision, job) and not (from_cache and children.jobs)
+    )
+    if from_cache and not cache_is_enough:
         return None
-    if not stands:
-        seen = await list_children_and_gpu_nodes(job, raw, cluster)
-        decision = decide(job, seen, turn.context)
-    decision, created = await apply_decision(decision, job, seen, cluster, installation)
+    if not cache_is_enough:
+        children = await list_children_and_gpu_nodes(job, raw, cluster)
+        decision = decide(job, children, request.context)
+    decision, created = await apply_decision(decision, job, children, cluster, installation)
     if created and is_first_step(decision, job):
-        return ReconcileResult(AT_ONCE)  # it is told when all who wait for their first step have taken it
-    return await write_status(turn, decision, spec.resources.nodes * spec.resources.gpus_per_node, cluster)
+        return ReconcileResult(AT_ONCE)  # status comes after the first steps of all queued QLoRAJobs
+    return await write_status(request, decision, spec.resources.nodes * spec.resources.gpus_per_node, cluster)
 
 
 def is_first_step(decision: Decision, job: Job) -> bool:
-    """Whether a run takes its first step; children have derived names, so that a step taken before is taken once."""
+    """Return whether a decision is the first step of a run; it is idempotent, since names of children are derived."""
     step = decision.action in {Action.PREPARE, Action.NONE} and decision.phase is Phase.PREPARING
     return step and job.status.phase is None
 
 
 def is_noop(decision: Decision, job: Job, children: Observation) -> bool:
-    """Whether a decision does nothing, ends nothing and learns nothing, so that a late view cannot spoil it."""
+    """Return whether a decision changes and records nothing, so that a stale cache can do no harm."""
     facts = (decision.plan, decision.prepared, decision.result, decision.attempt and decision.attempt.reason)
     return (
         decision.action is Action.NONE
@@ -129,13 +130,13 @@ def is_noop(decision: Decision, job: Job, children: Observation) -> bool:
 
 
 async def list_children_and_gpu_nodes(job: Job, raw: RawJob, cluster: Cluster) -> Observation:
-    """Look at the children, and at the cluster's GPUs where a plan depends on them."""
-    seen = await cluster.list_children(raw)
-    return replace(seen, gpu_nodes=await cluster.find_gpu_nodes()) if needs_gpu_nodes(job, seen) else seen
+    """List the children live, and the GPU nodes if a plan depends on them."""
+    children = await cluster.list_children(raw)
+    return replace(children, gpu_nodes=await cluster.find_gpu_nodes()) if needs_gpu_nodes(job, children) else children
 
 
 def without_stale_report(context: ReconcileContext, raw: RawJob) -> ReconcileContext:
-    """Leave out a report that was meant for a deleted namesake."""
+    """Drop a report that belongs to a deleted QLoRAJob with the same name."""
     return (
         replace(context, last_report=None)
         if context.last_report and context.last_report.updated_at < raw.created_at
@@ -144,7 +145,7 @@ def without_stale_report(context: ReconcileContext, raw: RawJob) -> ReconcileCon
 
 
 def parse(raw: RawJob) -> QLoRAJobSpec | Violation:
-    """Read the spec, or say which field cannot be read."""
+    """Parse the spec, or return which field is invalid and why."""
     try:
         return QLoRAJobSpec.model_validate(raw.spec)
     except ValidationError as error:
@@ -153,7 +154,7 @@ def parse(raw: RawJob) -> QLoRAJobSpec | Violation:
 
 
 async def reconcile_finished(request: ReconcileRequest, cluster: Cluster) -> ReconcileResult:
-    """Nothing starts again after the end; a Job that still holds a node is removed, and in the end every one."""
+    """Clean up after a run: delete Jobs that a failed run left running, and all Jobs once spec.ttl has expired."""
     raw, previous, now = request.raw, request.previous_status, request.context.now
     expires = expires_at(raw, previous)
     expired = expires is not None and now >= expires
@@ -166,7 +167,7 @@ async def reconcile_finished(request: ReconcileRequest, cluster: Cluster) -> Rec
 
 
 def expires_at(raw: RawJob, status: QLoRAJobStatus) -> datetime | None:
-    """Return when the children of a finished run are removed; None for a spec without spec.ttl, or an invalid one."""
+    """Return when the children of a finished run are deleted; None if the spec has no ttl or is invalid."""
     spec = parse(raw)
     if isinstance(spec, Violation) or spec.ttl is None or status.finished_at is None:
         return None
@@ -174,7 +175,7 @@ def expires_at(raw: RawJob, status: QLoRAJobStatus) -> datetime | None:
 
 
 def jobs_to_delete(children: Observation, status: QLoRAJobStatus, *, expired: bool) -> list[str]:
-    """Return the Jobs of a finished run to delete: all once they expired, before only what a failed run still holds."""
+    """Return the Jobs of a finished run to delete: all after expiry, before that what a failed run left running."""
     failed = status.phase is Phase.FAILED
     return [
         child.name for child in children.jobs if (expired or (failed and child.holds_resources)) and not child.deleting
@@ -184,7 +185,7 @@ def jobs_to_delete(children: Observation, status: QLoRAJobStatus, *, expired: bo
 async def apply_decision(
     decision: Decision, job: Job, children: Observation, cluster: Cluster, installation: Installation
 ) -> tuple[Decision, bool]:
-    """Do what was decided, and say whether something was created; a name that is taken changes the decision."""
+    """Apply a decision to the children; return it, or its replacement if a child is refused, and if any was created."""
     created = False
     try:
         for child in build_children(decision, job, installation):
@@ -206,7 +207,7 @@ async def apply_decision(
 
 
 def build_children(decision: Decision, job: Job, installation: Installation) -> tuple[Manifest, ...]:
-    """Return the children to create: the configuration first, because a pod waits for it."""
+    """Return the children to create, the ConfigMap first, because the pod mounts it."""
     owner = Owner(job.ref, job.uid)
     if decision.action is Action.PREPARE:
         return (
@@ -230,23 +231,23 @@ def build_children(decision: Decision, job: Job, installation: Installation) -> 
 
 
 def on_name_conflict(error: NameConflictError) -> Decision:
-    """Wait for an earlier run's child to leave; fail for a stranger's."""
+    """Wait for the child of an earlier QLoRAJob to be deleted; fail if the name belongs to something else."""
     if error.being_deleted:
         return Decision(Phase.PENDING, Reason.ACCEPTED, str(error), requeue_after=NAME_CONFLICT_RETRY)
     return Decision(Phase.FAILED, Reason.INVALID_SPEC, str(error))
 
 
 def on_admission_denied(error: AdmissionDeniedError) -> Decision:
-    """Fail for what can never be created; wait for a quota or a policy to change."""
+    """Fail if the child can never be created; wait if a quota or a policy may change."""
     if error.permanent:
         return Decision(Phase.FAILED, Reason.INVALID_SPEC, str(error))
     return Decision(Phase.PENDING, Reason.POD_REJECTED, str(error), requeue_after=ADMISSION_DENIED_RETRY)
 
 
 async def delete_running_jobs(job: Job, children: Observation, cluster: Cluster) -> None:
-    """Delete the Jobs that still run; their pods are given the time to write a checkpoint.
+    """Delete the Jobs that still run; their pods get the grace period to write a checkpoint.
 
-    One whose pods have ended is left alone, although it is not marked as finished yet: it may have what was prepared.
+    A Job whose pods have ended is kept, even if it is not marked as finished yet: it may hold the result of prepare.
     """
     for child in children.jobs:
         if child.holds_resources and not child.deleting:
@@ -254,14 +255,14 @@ async def delete_running_jobs(job: Job, children: Observation, cluster: Cluster)
 
 
 async def delete_all_jobs(job: Job, children: Observation, cluster: Cluster) -> None:
-    """Delete every child Job; prepare goes first, so that a crash in between leaves the training Job as the reason."""
+    """Delete every child Job, prepare first: after a crash in between, the remaining training Job shows why."""
     for child in sorted(children.jobs, key=lambda child: child.attempt):
         if not child.deleting:
             await cluster.delete_job(job.ref, child.name)
 
 
 def outdated_deadlines(job: Job, children: Observation) -> list[Manifest]:
-    """Return what running training Jobs lack after a change of spec.deadlines.total."""
+    """Return the patches that running training Jobs need after a change of spec.deadlines.total."""
     seconds = seconds_left(job)
     return [
         build_deadline(job.ref, child.name, seconds)
@@ -271,7 +272,7 @@ def outdated_deadlines(job: Job, children: Observation) -> list[Manifest]:
 
 
 def seconds_left(job: Job) -> int:
-    """Return what ended attempts left of spec.deadlines.total, for the one under way; Kubernetes wants one at least."""
+    """Return the seconds of spec.deadlines.total left for the current attempt; Kubernetes requires at least 1."""
     ended = [attempt for attempt in job.status.attempts if attempt.reason]
     return max(int(time_left(job.spec.deadlines, ended).total_seconds()), 1)
 
@@ -279,7 +280,7 @@ def seconds_left(job: Job) -> int:
 async def write_status(
     request: ReconcileRequest, decision: Decision, gpus: int | None, cluster: Cluster
 ) -> ReconcileResult:
-    """Tell of a transition, and write the status if it differs."""
+    """Record an Event for a transition, and write the status if it changed."""
     raw, previous = request.raw, request.previous_status
     live, now = request.context.last_report, request.context.now
     status = derive_status(previous, decision, live, gpus=gpus, generation=raw.generation, now=now)
@@ -290,7 +291,7 @@ async def write_status(
 
 
 def _requeue_after(decision: Decision, now: datetime) -> timedelta | None:
-    """Say when to look again; a failed run is looked at once more, to give back what it holds."""
+    """Return when to reconcile again; a failed run is reconciled at once, to release what it holds."""
     if decision.phase is Phase.FAILED:
         return timedelta(0)
     if decision.requeue_at is not None:

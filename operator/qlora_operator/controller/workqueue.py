@@ -1,6 +1,6 @@
-"""A work queue: every key once, one worker per key, delayed repeats, back-off on errors.
+"""A work queue: keys are deduplicated, never processed concurrently, requeued after a delay, backed off on errors.
 
-An event that arrives while its key is being worked on is not lost: the key is worked on once more.
+A key that is added while it is being processed is not lost: it is processed once more.
 """
 
 import asyncio
@@ -16,23 +16,23 @@ from qlora_operator.cluster.interface import ClusterBusyError
 
 Key = TypeVar("Key")
 Work = Callable[[Key], Awaitable[timedelta | None]]
-"""Does the work of a key, and says when to repeat it although nothing has happened."""
+"""Processes a key; returns the delay after which to requeue it, or None to wait for the next event."""
 
 _log = logging.getLogger(__name__)
 
 BASE_BACKOFF_SECONDS: Final = 0.5
-"""Seconds after the first error; doubled with each further one."""
+"""Delay in seconds after the first error, doubled with each further one."""
 MAX_BACKOFF_SECONDS: Final = 300.0
-"""Seconds that back-off never exceeds."""
+"""Upper bound of the back-off in seconds, before jitter."""
 
 
 def backoff_seconds(failures: int, jitter: float) -> float:
-    """Return the delay after so many errors; jitter, from 0 to 1, spreads it over half to one and a half."""
+    """Return the delay in seconds after a number of errors; jitter (0 to 1) scales it by 0.5 to 1.5."""
     return min(BASE_BACKOFF_SECONDS * 2.0 ** min(failures - 1, 20), MAX_BACKOFF_SECONDS) * (0.5 + jitter)
 
 
 class WorkQueue(Generic[Key]):
-    """Runs the work of added keys on a bounded number of workers."""
+    """Processes added keys on a bounded number of workers."""
 
     def __init__(self, work: Work[Key], workers: int, jitter: Callable[[], float] = random.random) -> None:
         self._work = work
@@ -50,11 +50,11 @@ class WorkQueue(Generic[Key]):
 
     @property
     def depth(self) -> int:
-        """Keys that wait for a worker."""
+        """Number of keys waiting for a worker."""
         return self._ready.qsize()
 
     def add(self, key: Key) -> None:
-        """Work on a key soon."""
+        """Queue a key, unless it is queued already."""
         if self._closed or key in self._since:
             return
         self._since[key] = asyncio.get_running_loop().time()
@@ -62,7 +62,7 @@ class WorkQueue(Generic[Key]):
             self._ready.put_nowait(key)
 
     def add_after(self, key: Key, delay: timedelta) -> None:
-        """Work on a key later; an earlier appointment stands."""
+        """Queue a key after a delay; an earlier timer of the same key is kept."""
         loop = asyncio.get_running_loop()
         due = loop.time() + delay.total_seconds()
         timer = self._timers.get(key)
@@ -73,7 +73,7 @@ class WorkQueue(Generic[Key]):
         self._timers[key] = loop.call_at(due, self._on_timer, key)
 
     def oldest_age(self) -> float:
-        """Return for how many seconds the longest waiting key has waited, while worked on or not."""
+        """Return the age in seconds of the oldest key that is queued or being processed."""
         now = asyncio.get_running_loop().time()
         return max((now - since for since in (*self._since.values(), *self._active.values())), default=0.0)
 
@@ -82,11 +82,11 @@ class WorkQueue(Generic[Key]):
         self._tasks = [asyncio.create_task(self._run(), name=f"worker {number}") for number in range(self._count)]
 
     def alive(self) -> bool:
-        """Whether every worker runs."""
+        """Return whether every worker is running."""
         return bool(self._tasks) and not any(task.done() for task in self._tasks)
 
     async def drain(self, grace: timedelta) -> None:
-        """Take no more keys, let the workers finish what they are at, then end them."""
+        """Stop accepting keys, let the workers finish their current key within the grace period, then cancel them."""
         self._closed = True
         for timer in self._timers.values():
             timer.cancel()
@@ -122,13 +122,13 @@ class WorkQueue(Generic[Key]):
             self._ready.put_nowait(key)
 
     async def _attempt(self, key: Key) -> timedelta | None:
-        """Do the work; any error is counted, told, and repeated later."""
+        """Process a key; any error is logged and counted, and the key is requeued with back-off."""
         try:
             delay = await self._work(key)
         except ClusterBusyError as error:
             _log.info("%s", error)
         except Exception:
-            _log.exception("the work on %s failed", key)
+            _log.exception("reconcile of %s failed", key)
         else:
             del self._failures[key]
             return delay

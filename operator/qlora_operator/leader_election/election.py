@@ -1,7 +1,7 @@
-"""Leader election: of several replicas one works, and the others wait for its Lease.
+"""Leader election: one replica reconciles, and the others stand by for its Lease.
 
-A replica that has lost the Lease ends its process: there is no way back from a leader that half works. What it had
-under way is safe all the same: children have derived names, and a status is written on the version that was read.
+A replica that loses the Lease exits, since nothing guarantees that all of its work has stopped. Reconciles in progress
+are safe: names of children are derived, and a status is written only on the resourceVersion that was read.
 """
 
 import asyncio
@@ -20,33 +20,33 @@ _log = logging.getLogger(__name__)
 
 RETRY_SECONDS: Final = RETRY_PERIOD.total_seconds()
 CALL_TIMEOUT_SECONDS: Final = RENEW_DEADLINE.total_seconds() / 2
-"""Longest wait for one attempt, so that a lost answer leaves time for another."""
+"""Timeout of one call, so that a lost response leaves time for another call."""
 _TRANSIENT_ERRORS: Final = (ClusterBusyError, ApiError, TimeoutError)
-"""What a leader bears until its deadline; a refused token is among it, because a new one follows."""
+"""Errors that a leader retries until the renew deadline; ApiError is one, since a rejected token is replaced."""
 
 
 class LeaseLock(Protocol):
-    """What an election asks of a cluster."""
+    """Access to the Lease and to the leader label."""
 
     async def read(self) -> Lease | None:
-        """Return the record, or nothing before the first leader."""
+        """Return the record, or None before the first leader."""
 
     async def write(self, lease: Lease) -> Lease:
-        """Create or replace the record; ClusterBusyError when somebody else wrote first."""
+        """Create or replace the record; ClusterBusyError if another replica wrote first."""
 
     async def set_leader_label(self, *, is_leader: bool) -> None:
-        """Have the progress Service lead to this replica, or not."""
+        """Set or remove the label by which the progress Service selects this replica."""
 
     async def close(self) -> None:
-        """Hang up."""
+        """Close the connection."""
 
 
 class LeadershipLostError(Exception):
-    """The Lease is somebody else's, or will be before it can be renewed."""
+    """Another replica holds the Lease, or may hold it before it can be renewed."""
 
 
 class LeaderElector:
-    """One replica's part."""
+    """The part of one replica in the election, as in client-go."""
 
     def __init__(
         self,
@@ -64,31 +64,31 @@ class LeaderElector:
         self._held_until = float("-inf")
 
     def is_leader(self) -> bool:
-        """Whether nobody else can have the Lease now; without it nothing may be written."""
+        """Return whether this replica certainly holds the Lease; otherwise it must not write."""
         return self._clock() < self._held_until
 
     async def acquire(self) -> None:
-        """Wait, as long as it takes, until this replica leads; a refusal is raised."""
+        """Wait until this replica is the leader; ApiError is raised, not retried."""
         await self._retry_until_done(self._stand_by)
         await self._retry_until_done(self._try_acquire)
 
     async def renew_until_lost(self) -> NoReturn:
-        """Renew until that fails for too long."""
+        """Renew the Lease until that has failed for RENEW_DEADLINE, then raise LeadershipLostError."""
         while True:
             await self._sleep(RETRY_SECONDS)
             _ = await self._try_once(self._renew) or await self._try_once(self._read_and_renew)
             if not self.is_leader():
-                raise LeadershipLostError("the Lease was not renewed in time, or is somebody else's")
+                raise LeadershipLostError("the Lease was not renewed in time, or another replica holds it")
 
     async def release(self) -> None:
-        """Let the next replica lead at once, and hang up; where the API server is away, it has to wait instead."""
+        """Release the Lease, so that the next replica need not wait for it to expire, and close the connection."""
         if self.is_leader():
             _ = await self._try_once(self._release_lease) or await self._try_once(self._read_and_release)
         self._held_until = float("-inf")
         await self._lock.close()
 
     async def _retry_until_done(self, step: Callable[[], Awaitable[float]]) -> None:
-        """Repeat a step until it has nothing to wait for; time helps where the API server is away."""
+        """Repeat a step until it returns 0, its delay in seconds; ClusterBusyError is retried."""
         wait = RETRY_SECONDS
         while wait > 0:
             try:
@@ -100,17 +100,17 @@ class LeaderElector:
 
     async def _stand_by(self) -> float:
         await self._lock.set_leader_label(is_leader=False)
-        _log.info("%s waits to lead", self._candidate.identity)
+        _log.info("%s is standing by", self._candidate.identity)
         return 0
 
     async def _try_acquire(self) -> float:
-        """Lead if nobody does, or say when to look again."""
+        """Take the Lease if it is free; return the seconds until the next try, or 0."""
         await self._read_lease()
         if wait := self._candidate.seconds_until_free(self._clock()):
             return min(wait, RETRY_SECONDS)
         await self._renew()
         await self._lock.set_leader_label(is_leader=True)
-        _log.info("%s leads", self._candidate.identity)
+        _log.info("%s became leader", self._candidate.identity)
         return 0
 
     async def _read_lease(self) -> None:
@@ -142,31 +142,31 @@ class LeaderElector:
             async with asyncio.timeout(CALL_TIMEOUT_SECONDS):
                 await step()
         except _TRANSIENT_ERRORS as error:
-            _log.warning("the Lease could not be written: %r", error)
+            _log.warning("cannot write the Lease: %r", error)
             return False
         return True
 
 
 @asynccontextmanager
 async def leadership(elector: LeaderElector | None) -> AsyncIterator[None]:
-    """Lead from the beginning to the end of the block; without an election there is nobody else."""
+    """Hold the leadership while the block runs; without an elector, do nothing."""
     if elector is None:
         yield
         return
-    keeper: asyncio.Task[NoReturn] | None = None
+    renewal: asyncio.Task[NoReturn] | None = None
     try:
         await elector.acquire()
-        keeper = asyncio.create_task(elector.renew_until_lost(), name="lease")
-        keeper.add_done_callback(_end_process)
+        renewal = asyncio.create_task(elector.renew_until_lost(), name="lease")
+        renewal.add_done_callback(_end_process)
         yield
     finally:
-        if keeper is not None:
-            keeper.cancel()
+        if renewal is not None:
+            renewal.cancel()
         await elector.release()
 
 
 def _end_process(task: asyncio.Task[NoReturn]) -> None:
-    """Leave at once: an orderly end could take longer than the Lease has left."""
+    """Exit at once: an orderly shutdown could outlast the Lease."""
     if not task.cancelled():
-        _log.critical("leaves, since it no longer leads: %r", task.exception())
+        _log.critical("lost leadership, exiting: %r", task.exception())
         os._exit(1)

@@ -1,4 +1,4 @@
-"""The Lease and the own pod on a real API server."""
+"""The Lease and the label of the leader's pod, through the Kubernetes API."""
 
 from datetime import datetime, timedelta
 from typing import Any, Final
@@ -14,7 +14,7 @@ _MICRO_TIME: Final = "%Y-%m-%dT%H:%M:%S.%fZ"
 
 
 class KubeLeaseLock:
-    """One Lease, and the label by which the progress Service finds the leader's pod."""
+    """One Lease, and the label by which the progress Service selects the leader's pod."""
 
     def __init__(self, api: Api, namespace: str, name: str, pod: str) -> None:
         self._api = api
@@ -24,14 +24,14 @@ class KubeLeaseLock:
         self._collection_path = f"/apis/coordination.k8s.io/v1/namespaces/{namespace}/leases"
 
     async def read(self) -> Lease | None:
-        """Return the record, or nothing before the first leader."""
+        """Return the record, or None before the first leader."""
         try:
             return _parse(await self._api.request("GET", f"{self._collection_path}/{self._name}"))
         except NotFoundError:
             return None
 
     async def write(self, lease: Lease) -> Lease:
-        """Create the record, or replace the version that was read; whoever comes second is told to look again."""
+        """Create the record, or replace the version that was read; ClusterBusyError if it has changed meanwhile."""
         body = _build(lease, self._namespace, self._name)
         try:
             if not lease.version:
@@ -41,7 +41,7 @@ class KubeLeaseLock:
             raise ClusterBusyError(f"the Lease has changed since it was read: {error}") from error
 
     async def set_leader_label(self, *, is_leader: bool) -> None:
-        """Put the label on the own pod, or take it off."""
+        """Set or remove the leader label on the replica's own pod."""
         body = {"metadata": {"labels": {names.LEADER_LABEL: "true" if is_leader else None}}}
         path = f"/api/v1/namespaces/{self._namespace}/pods/{self._pod}"
         await self._api.request("PATCH", path, body, content_type=MERGE_PATCH)

@@ -1,4 +1,4 @@
-"""Why something ended, and what comes next: pure tables."""
+"""Decides what to do next, from spec, status and children; pure functions and tables."""
 
 from qlora_operator.lifecycle.context import ReconcileContext
 from qlora_operator.lifecycle.decide import decide, is_terminal, needs_gpu_nodes, rejected

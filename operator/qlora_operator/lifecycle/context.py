@@ -1,4 +1,4 @@
-"""What a decision depends on beside the cluster: the time, and what the run's pods have told."""
+"""What a decision depends on besides the cluster: the time and the progress reports."""
 
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -10,30 +10,30 @@ from qlora_operator.models import ChildJob, Job
 
 @dataclass(frozen=True)
 class ReconcileContext:
-    """The time, and the reports until then."""
+    """The time of a reconcile, and the progress report known by then."""
 
     now: datetime
     last_report: Progress | None = None
-    """The last report that this operator took."""
+    """The last progress report that this operator process received."""
     reports_since: datetime | None = None
-    """Since when this operator takes reports; none: it does not."""
+    """When this operator process began to accept reports; None if it does not yet."""
 
 
 def startup_timeout(job: Job) -> timedelta:
-    """Return spec.deadlines.startup, within what a calendar can add."""
+    """Return spec.deadlines.startup, capped so that adding it to a date cannot overflow."""
     return min(to_timedelta(job.spec.deadlines.startup), LONGEST_WAIT)
 
 
 def heartbeat_deadline(job: Job, train: ChildJob, context: ReconcileContext) -> datetime | None:
-    """Return when the silence of a running attempt has lasted too long; None where it has never spoken.
+    """Return when a running attempt counts as hung without another report; None if it has never reported.
 
-    A pod that cannot reach the operator loses its reports and nothing else, so only who spoke once is expected to go
-    on. The trainer watches itself and ends after one heartbeat; the second one is for that.
+    A pod that cannot reach the operator loses only its reports, so only a pod that has reported once is expected to
+    continue. The trainer's watchdog exits after one heartbeat; the second one leaves it time to.
     """
     report = context.last_report or job.status.last_report
-    # Not when they started: that is told by the clocks of their nodes.
+    # Not the start time of the pods, which comes from the clocks of their nodes.
     created = [pod.created_at for pod in train.pods if pod.created_at is not None]
     if report is None or context.reports_since is None or not created or report.updated_at < max(created):
         return None
-    patience = min(2 * to_timedelta(job.spec.deadlines.heartbeat), LONGEST_WAIT)
-    return max(report.updated_at, context.reports_since) + patience
+    timeout = min(2 * to_timedelta(job.spec.deadlines.heartbeat), LONGEST_WAIT)
+    return max(report.updated_at, context.reports_since) + timeout

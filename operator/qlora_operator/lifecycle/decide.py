@@ -1,10 +1,10 @@
-"""From the spec, the last status and the children to where the run stands and what comes next.
+"""Decides the next phase and action, from the spec, the last status and the children.
 
-Facts reach the status before anything relies on them, so a crash between any two writes loses nothing: a training Job
-is created only when model, output and plan are on record. When a Job's termination message is lost, the prepare Job
-is deleted, then the loss recorded, then the Job deleted, then prepared again: what prepare Job is there once the loss
-is on record was made after it, which no comparison of the clocks of two machines could tell. That next prepare finds
-the manifest if the result was published.
+Facts are written to the status before anything relies on them, so a crash between any two writes loses nothing: a
+training Job is created only when model, output and plan are in the status. When a Job's termination message is lost,
+the prepare Job is deleted, then the loss is recorded, then the Job is deleted, then prepare runs again. This order
+proves that a prepare Job that exists once the loss is recorded is newer than the loss, without comparing the clocks of
+two machines. The new prepare finds the manifest if the result was published.
 """
 
 from dataclasses import replace
@@ -23,16 +23,16 @@ from qlora_operator.models import Action, ChildJob, Decision, Job, Observation
 from qlora_planner.validation import Violation, check
 
 _ENDED_BY_OPERATOR: Final = frozenset({Reason.HEARTBEAT_LOST, Reason.NODE_LOST, Reason.SUSPENDED_BY_USER})
-"""Ends that the operator saw, and not Kubernetes, which may still run pods of such an attempt."""
+"""Reasons with which the operator, not Kubernetes, ended an attempt; its pods may still run."""
 
 
 def rejected(violations: tuple[Violation, ...]) -> Decision:
-    """Fail for what only the user can correct."""
+    """Fail with the violations of a spec, which only the user can correct."""
     return Decision(Phase.FAILED, violations[0].reason, "; ".join(violation.message for violation in violations))
 
 
 def decide(job: Job, children: Observation, context: ReconcileContext) -> Decision:
-    """Say where the run stands and what comes next."""
+    """Return the phase of the run and the next action; the first function that applies decides."""
     if violations := check(job.spec):
         return rejected(violations)
     number = 1 + max((attempt.number for attempt in job.status.attempts if attempt.reason), default=0)
@@ -47,35 +47,35 @@ def decide(job: Job, children: Observation, context: ReconcileContext) -> Decisi
 
 
 def needs_gpu_nodes(job: Job, children: Observation) -> bool:
-    """Return whether the next decision may be a plan that depends on the cluster's GPUs."""
-    # The end of a pod is seen before its Job's.
+    """Return whether the next decision may make a plan, which depends on the GPUs of the cluster."""
+    # The pod is seen to end before its Job does.
     prepared = children.prepare is not None and not children.prepare.holds_resources
-    trains = any(child.role is Role.TRAIN for child in children.jobs)
-    return bool(job.spec.resources.gpus_per_node) and prepared and not trains
+    training = any(child.role is Role.TRAIN for child in children.jobs)
+    return bool(job.spec.resources.gpus_per_node) and prepared and not training
 
 
 def is_terminal(status: QLoRAJobStatus) -> bool:
-    """Whether the run is over for ever."""
+    """Return whether the run is over."""
     return status.phase in TERMINAL
 
 
 def _late_publication(job: Job, children: Observation, number: int, context: ReconcileContext) -> Decision | None:
-    """An attempt that was given up may publish before it ends."""
+    """Succeed if an attempt that was given up has published after all."""
     for child in children.jobs:
         if child.role is Role.TRAIN and child.attempt < number:
-            verdict = classify(child, startup_timeout(job), context.now)
-            if decision := decide_published(verdict, make_attempt(job, child.attempt), context.now):
+            state = classify(child, startup_timeout(job), context.now)
+            if decision := decide_published(state, make_attempt(job, child.attempt), context.now):
                 return decision
     return None
 
 
 def _restart_preparation(status: QLoRAJobStatus, children: Observation, number: int) -> Decision | None:
-    """Delete Jobs that speak of a lost attempt, or that are being deleted; wait until they are gone.
+    """Delete all Jobs after a lost attempt, or while prepare is being deleted, until they are gone.
 
-    Whoever trains needs its prepare Job no more, so that anybody may delete that.
+    A training attempt no longer needs its prepare Job, so deleting that changes nothing.
     """
-    leaving = children.prepare is not None and children.prepare.deleting and children.train(number) is None
-    if not leaving and not any(_is_lost(child, status) for child in children.jobs if child.role is Role.TRAIN):
+    prepare_deleted = children.prepare is not None and children.prepare.deleting and children.train(number) is None
+    if not prepare_deleted and not any(_is_lost(child, status) for child in children.jobs if child.role is Role.TRAIN):
         return None
     message = (
         "Jobs were deleted, or lost without a termination message; preparation runs again and finds what was published"
@@ -84,23 +84,23 @@ def _restart_preparation(status: QLoRAJobStatus, children: Observation, number: 
 
 
 def _is_lost(train: ChildJob, status: QLoRAJobStatus) -> bool:
-    ends = {attempt.number: attempt.reason for attempt in status.attempts if attempt.reason}
-    end = ends.get(train.attempt)
-    return end is Reason.POD_LOST or (train.deleting and end is None)
+    reasons = {attempt.number: attempt.reason for attempt in status.attempts if attempt.reason}
+    reason = reasons.get(train.attempt)
+    return reason is Reason.POD_LOST or (train.deleting and reason is None)
 
 
 def _follow_current_attempt(job: Job, children: Observation, number: int, context: ReconcileContext) -> Decision | None:
-    """Follow the attempt under way; it is lost if it is on record as running, and nobody sees its Job."""
+    """Follow the current attempt; it is lost if the status lists it and its Job does not exist."""
     if train := children.train(number):
         return follow_training(job, train, context)
-    on_record = any(attempt.number == number for attempt in job.status.attempts)
-    return decide_lost(make_attempt(job, number), context.now) if on_record else None
+    recorded = any(attempt.number == number for attempt in job.status.attempts)
+    return decide_lost(make_attempt(job, number), context.now) if recorded else None
 
 
 def _wait_for_earlier_attempts(
     status: QLoRAJobStatus, children: Observation, number: int, context: ReconcileContext
 ) -> Decision | None:
-    """Let the pods of the attempts before end first, and a service recover."""
+    """Wait until the pods of earlier attempts have ended and the back-off is over."""
     given_up = {attempt.number for attempt in status.attempts if attempt.reason in _ENDED_BY_OPERATOR}
     earlier = [child for child in children.jobs if child.role is Role.TRAIN and child.attempt < number]
     unfinished = [child for child in earlier if not child.finished]
@@ -109,5 +109,5 @@ def _wait_for_earlier_attempts(
         return replace(waiting, action=Action.DELETE_RUNNING_JOBS)
     if any(child.attempt not in given_up or is_busy(child, context.now) for child in unfinished):
         return replace(waiting, requeue_at=max(filter(None, map(deletion_deadline, unfinished)), default=None))
-    at = retry_at(status.attempts)
-    return replace(waiting, requeue_at=at) if at is not None and context.now < at else None
+    retry_time = retry_at(status.attempts)
+    return replace(waiting, requeue_at=retry_time) if retry_time is not None and context.now < retry_time else None

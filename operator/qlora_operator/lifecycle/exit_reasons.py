@@ -1,4 +1,4 @@
-"""From what Kubernetes shows of a pod to a reason of our closed list; the first match wins."""
+"""Classifies how a container or pod ended into one of the reasons of `qlora_api.reasons`; the first match wins."""
 
 from collections.abc import Callable
 from datetime import datetime, timedelta
@@ -16,19 +16,19 @@ CONTAINER_START_ERRORS: Final = frozenset({"StartError", "ContainerCannotRun", "
 SIGTERM_EXIT: Final = 128 + 15
 SIGKILL_EXIT: Final = 128 + 9
 EVICTED: Final = "Evicted"
-"""status.reason of a pod that the kubelet stopped because its node ran short of something."""
+"""status.reason of a pod that the kubelet evicted because its node ran short of a resource."""
 DISRUPTION_REASONS: Final = {
     "PreemptionByScheduler": Reason.PREEMPTED,
     "DeletionByTaintManager": Reason.NODE_LOST,
     "DeletionByPodGC": Reason.NODE_LOST,
 }
-"""By the reason of the condition DisruptionTarget (Kubernetes' documentation of disruptions); a drain is the rest."""
+"""By reason of the DisruptionTarget condition (Kubernetes documentation, Disruptions); any other is a drain."""
 NODE_GRACE_PERIOD: Final = timedelta(seconds=30)
-"""A living kubelet ends a pod within its grace period; this is for its report."""
+"""A healthy kubelet terminates a pod within its grace period; this is time for it to report that."""
 LOG_LINES: Final = 5
-"""Last lines of a log that a status message quotes."""
+"""Last log lines that a status message quotes."""
 MAX_LOG: Final = 1000
-"""Characters of them."""
+"""Characters of log that a status message quotes at most."""
 
 
 class ExitCause(NamedTuple):
@@ -39,7 +39,7 @@ class ExitCause(NamedTuple):
 
 
 def parse_termination_message(text: str) -> TerminationMessage | None:
-    """Read a termination message; it may be the end of a log, whose last line is the word."""
+    """Parse a termination message; if Kubernetes fell back to the log, it is the last line of that."""
     for candidate in (text.strip(), text.strip().rpartition("\n")[2]):
         try:
             return TerminationMessage.model_validate_json(candidate)
@@ -49,13 +49,13 @@ def parse_termination_message(text: str) -> TerminationMessage | None:
 
 
 def _from_termination_message(_: ChildJob, pod: Pod, end: Exit) -> ExitCause | None:
-    """A termination message holds whatever the exit code: a SIGTERM after the publication takes nothing back."""
-    word = parse_termination_message(end.message)
-    if word is None:
+    """Use the termination message whatever the exit code: a SIGTERM after publishing does not undo the result."""
+    message = parse_termination_message(end.message)
+    if message is None:
         return None
-    # The trainer knows that it was asked to stop, and the cluster by whom.
-    known = cause_of_disruption(pod) if word.reason is Reason.INTERRUPTED else None
-    return known or ExitCause(word.reason, word.message)
+    # The trainer knows that it was interrupted, the cluster by whom.
+    disruption = cause_of_disruption(pod) if message.reason is Reason.INTERRUPTED else None
+    return disruption or ExitCause(message.reason, message.message)
 
 
 def _out_of_memory(child: ChildJob, _: Pod, end: Exit) -> ExitCause | None:
@@ -75,7 +75,7 @@ def _describe_role(role: Role) -> str:
 
 
 def cause_of_disruption(pod: Pod) -> ExitCause | None:
-    """Say who took a pod away, where the cluster tells."""
+    """Return who disrupted a pod, if the cluster recorded it."""
     if pod.reason == EVICTED:
         return ExitCause(Reason.EVICTED, f"pod {pod.name} was evicted from node {pod.node}: {pod.message}")
     if not pod.disruption_reason:
@@ -91,8 +91,8 @@ def _disrupted(_: ChildJob, pod: Pod, __: Exit) -> ExitCause | None:
 def _interrupted(_: ChildJob, pod: Pod, end: Exit) -> ExitCause | None:
     if not (pod.deleting or end.code == SIGTERM_EXIT):
         return None
-    how = "deleted" if pod.deleting else "stopped by SIGTERM"
-    return ExitCause(Reason.INTERRUPTED, f"pod {pod.name} was {how} (exit code {end.code})")
+    cause = "deleted" if pod.deleting else "stopped by SIGTERM"
+    return ExitCause(Reason.INTERRUPTED, f"pod {pod.name} was {cause} (exit code {end.code})")
 
 
 def _killed(_: ChildJob, pod: Pod, end: Exit) -> ExitCause | None:
@@ -136,17 +136,17 @@ _EXIT_CAUSES: Final[tuple[Callable[[ChildJob, Pod, Exit], ExitCause | None], ...
 
 
 def cause_of_exit(child: ChildJob, pod: Pod, end: Exit) -> ExitCause:
-    """Say why a container ended."""
+    """Return why a container ended."""
     return next(cause for find in _EXIT_CAUSES if (cause := find(child, pod, end)))
 
 
 def ended_state(reason: Reason, message: str) -> JobState:
-    """Return the verdict on what is over."""
+    """Return the state of a Job that has ended."""
     return JobState(Stage.ENDED, reason, message)
 
 
 def classify_exit(child: ChildJob, pod: Pod, end: Exit) -> JobState:
-    """Say why a container ended."""
+    """Classify a container that ended; one that was interrupted by the deadline of its Job exceeded that."""
     cause = cause_of_exit(child, pod, end)
     if child.deadline_exceeded and cause.reason is Reason.INTERRUPTED:
         return ended_state(Reason.DEADLINE_EXCEEDED, deadline_message(child))
@@ -154,26 +154,26 @@ def classify_exit(child: ChildJob, pod: Pod, end: Exit) -> JobState:
 
 
 def classify_rejection(pod: Pod) -> JobState:
-    """The kubelet ended the pod before its container ran."""
+    """Classify a pod that the kubelet failed before its container ran."""
     if cause := cause_of_disruption(pod):
         return ended_state(*cause)
     return ended_state(Reason.POD_REJECTED, pod.message or f"pod {pod.name} failed before its container ran")
 
 
 def is_abandoned(pod: Pod, now: datetime) -> bool:
-    """Return whether a pod should be gone, and its node does not say so: the node is cut off or dead."""
+    """Return whether a pod is past its deletion deadline without an exit: its node is unreachable or dead."""
     return pod.exit is None and pod.deletion_timestamp is not None and now >= pod.deletion_timestamp + NODE_GRACE_PERIOD
 
 
 def classify_abandoned(pod: Pod) -> JobState:
-    """The node of a pod does not answer."""
+    """Classify a pod whose node does not respond."""
     return ended_state(
         Reason.NODE_LOST, f"node {pod.node} does not respond: pod {pod.name} is being deleted and does not terminate"
     )
 
 
 def deadline_message(child: ChildJob) -> str:
-    """Write the sentence for a Job that took too long."""
+    """Return the message for a Job that exceeded its deadline."""
     limit = f" of {child.deadline_seconds} seconds" if child.deadline_seconds else ""
     fixed = child.role is Role.PREPARE
     source = "fixed for a prepare pod" if fixed else "what was left of spec.deadlines.total"
@@ -185,26 +185,25 @@ def _stage_reason(role: Role) -> Reason:
 
 
 def describe_missing_pod(job: str) -> str:
-    """Write the sentence for a Job between its creation and its pod's."""
+    """Return the message for a Job whose pod does not exist yet."""
     return f"Job {job} has no pod yet"
 
 
 def classify_missing_pod(child: ChildJob, startup: timedelta, now: datetime) -> JobState:
-    """The Job controller needs a moment; a quota or a policy refuses for ever."""
+    """Wait for the pod until the startup deadline; after that, a quota or an admission policy denies it."""
     deadline = child.created_at + startup
     if now < deadline:
         message = describe_missing_pod(child.name)
         return JobState(Stage.WAITING, _stage_reason(child.role), message, requeue_at=deadline)
     return ended_state(
         Reason.POD_REJECTED,
-        f"Job {child.name} got no pod within {format_seconds(startup)} (spec.deadlines.startup): a quota or an "
-        "admission "
-        f"policy rejects it; `kubectl describe job {child.name}` shows its message",
+        f"Job {child.name} got no pod within {format_seconds(startup)} (spec.deadlines.startup): "
+        f"a quota or an admission policy rejects it; `kubectl describe job {child.name}` shows its message",
     )
 
 
 def classify_unfinished(pod: Pod, role: Role, startup: timedelta, now: datetime) -> JobState:
-    """Say how far a pod is whose container has not ended."""
+    """Classify a pod whose container has not ended."""
     if pod.started_at is not None:
         return JobState(Stage.RUNNING, Reason.PREPARING if role is Role.PREPARE else Reason.TRAINING)
     if pod.scheduled_at is None:
@@ -215,25 +214,25 @@ def classify_unfinished(pod: Pod, role: Role, startup: timedelta, now: datetime)
 
 
 def _classify_startup(pod: Pod, role: Role, deadline: datetime, startup: timedelta, now: datetime) -> JobState:
-    """A pod on a node that does not start holds its GPU."""
-    image = pod.waiting is not None and pod.waiting.reason in IMAGE_PULL_ERRORS
-    trouble = _describe_waiting(pod)
+    """Wait for a container until the startup deadline; a pod that does not start holds its GPU for nothing."""
+    is_image_error = pod.waiting is not None and pod.waiting.reason in IMAGE_PULL_ERRORS
+    waiting = _describe_waiting(pod)
     if now < deadline:
-        reason = Reason.IMAGE_PULL_FAILED if image else _stage_reason(role)
-        return JobState(Stage.WAITING, reason, f"pod {pod.name} on node {pod.node}: {trouble}", requeue_at=deadline)
+        reason = Reason.IMAGE_PULL_FAILED if is_image_error else _stage_reason(role)
+        return JobState(Stage.WAITING, reason, f"pod {pod.name} on node {pod.node}: {waiting}", requeue_at=deadline)
     return ended_state(
-        Reason.IMAGE_PULL_FAILED if image else Reason.STARTUP_DEADLINE_EXCEEDED,
+        Reason.IMAGE_PULL_FAILED if is_image_error else Reason.STARTUP_DEADLINE_EXCEEDED,
         f"pod {pod.name} did not start on node {pod.node} within {format_seconds(startup)} (spec.deadlines.startup): "
-        f"{trouble}",
+        f"{waiting}",
     )
 
 
 def _describe_waiting(pod: Pod) -> str:
     if pod.waiting is None:
-        return "volumes or the sandbox are not ready"
+        return "volumes or the pod sandbox are not ready"
     return ": ".join(filter(None, (pod.waiting.reason, pod.waiting.message)))
 
 
 def format_seconds(duration: timedelta) -> str:
-    """Write a duration in seconds."""
+    """Format a duration in seconds."""
     return f"{duration.total_seconds():g} s"

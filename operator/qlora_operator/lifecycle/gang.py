@@ -1,4 +1,4 @@
-"""From the pods of a child Job to one verdict: they live and die together, and the first speaks while all goes well."""
+"""Classifies the pods of a child Job as one gang: if one fails, all stop, and the cause decides the reason."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,7 +22,7 @@ from qlora_operator.models import ChildJob, JobState, Pod, Stage
 
 
 def classify(child: ChildJob, startup: timedelta, now: datetime) -> JobState:
-    """Say how far a child Job is, and why it ended if it did."""
+    """Return the state of a child Job, and why it ended if it did."""
     first = child.pod
     if first is not None and first.exit is not None and _succeeded(first):
         return classify_exit(child, first, first.exit)
@@ -38,7 +38,7 @@ def classify(child: ChildJob, startup: timedelta, now: datetime) -> JobState:
 
 
 def _classify_without_pods(child: ChildJob) -> JobState:
-    """A Job is over, and no pod of it is left to say why."""
+    """Classify a finished Job whose pods are gone."""
     if child.deadline_exceeded:
         return ended_state(Reason.DEADLINE_EXCEEDED, deadline_message(child))
     return JobState(
@@ -61,18 +61,18 @@ def deletion_deadline(child: ChildJob) -> datetime | None:
     return max(ends, default=None)
 
 
-def _with_deletion_deadline(child: ChildJob, verdict: JobState) -> JobState:
-    """Look again when a pod that is being deleted should have ended."""
-    moments = [moment for moment in (deletion_deadline(child), verdict.requeue_at) if moment is not None]
-    return replace(verdict, requeue_at=min(moments, default=None))
+def _with_deletion_deadline(child: ChildJob, state: JobState) -> JobState:
+    """Requeue when a pod that is being deleted should have ended."""
+    moments = [moment for moment in (deletion_deadline(child), state.requeue_at) if moment is not None]
+    return replace(state, requeue_at=min(moments, default=None))
 
 
 def _succeeded(pod: Pod) -> bool:
-    """Return whether a pod ended as it should, or published before it was stopped."""
+    """Return whether a pod exited with 0, or published before it was stopped."""
     if pod.exit is None:
         return False
-    word = parse_termination_message(pod.exit.message)
-    return pod.exit.code == 0 or (word is not None and word.reason is Reason.PUBLISHED)
+    message = parse_termination_message(pod.exit.message)
+    return pod.exit.code == 0 or (message is not None and message.reason is Reason.PUBLISHED)
 
 
 def _failed(pod: Pod) -> bool:
@@ -80,12 +80,12 @@ def _failed(pod: Pod) -> bool:
 
 
 def _classify_failures(child: ChildJob, failures: Sequence[Pod]) -> JobState:
-    """Take the best explanation; a consequence may come before its cause, so that it waits for the other pods' ends."""
-    verdicts = [_classify_failure(child, pod) for pod in _by_end_time(failures)]
-    verdict = min(verdicts, key=lambda verdict: REASONS[verdict.reason].consequence_rank)
-    if child.completions == 1 or child.finished or REASONS[verdict.reason].consequence_rank == 0:
-        return verdict
-    message = f"pod {failures[0].name} ended, and the other pods of the run are being stopped: {verdict.message}"
+    """Return the failure that is most likely the cause; as a consequence may show first, wait for all pods to end."""
+    states = [_classify_failure(child, pod) for pod in _by_end_time(failures)]
+    state = min(states, key=lambda state: REASONS[state.reason].consequence_rank)
+    if child.completions == 1 or child.finished or REASONS[state.reason].consequence_rank == 0:
+        return state
+    message = f"pod {failures[0].name} ended, and the other pods of the run are being stopped: {state.message}"
     return JobState(Stage.RUNNING, Reason.TRAINING, message)
 
 
@@ -96,26 +96,25 @@ def _classify_failure(child: ChildJob, pod: Pod) -> JobState:
 
 
 def _by_end_time(pods: Sequence[Pod]) -> list[Pod]:
-    """Return pods in the order in which they ended; one whose container never ran is first."""
+    """Sort pods by when they ended; those whose container never ran come first."""
     return sorted(pods, key=lambda pod: pod.exit.finished_at.timestamp() if pod.exit and pod.exit.finished_at else 0.0)
 
 
 def _classify_unfinished(child: ChildJob, startup: timedelta, now: datetime) -> JobState:
-    """Wait until all pods run; those that have a node hold it for the others, and not for ever."""
-    verdicts = [classify_unfinished(pod, child.role, startup, now) for pod in child.pods if pod.exit is None]
-    waiting = [verdict for verdict in verdicts if verdict.stage is not Stage.RUNNING]
+    """Wait until all pods run; those that have a node hold it for the others until the startup deadline."""
+    states = [classify_unfinished(pod, child.role, startup, now) for pod in child.pods if pod.exit is None]
+    waiting = [state for state in states if state.stage is not Stage.RUNNING]
     if not waiting:
-        return verdicts[0]
-    worst = next((verdict for verdict in waiting if verdict.stage is Stage.ENDED), waiting[0])
-    placed = [pod.scheduled_at for pod in child.pods if pod.scheduled_at is not None]
-    if worst.requeue_at is not None or worst.stage is Stage.ENDED or not placed:
+        return states[0]
+    worst = next((state for state in waiting if state.stage is Stage.ENDED), waiting[0])
+    scheduled = [pod.scheduled_at for pod in child.pods if pod.scheduled_at is not None]
+    if worst.requeue_at is not None or worst.stage is Stage.ENDED or not scheduled:
         return worst
-    deadline = min(placed) + startup
+    deadline = min(scheduled) + startup
     if now < deadline:
         return JobState(worst.stage, worst.reason, worst.message, requeue_at=deadline)
     return ended_state(
         Reason.STARTUP_DEADLINE_EXCEEDED,
-        f"only {len(placed)} of {child.completions} pods got a node within {format_seconds(startup)} "
-        "(spec.deadlines.startup): "
-        f"{worst.message}",
+        f"only {len(scheduled)} of {child.completions} pods got a node within {format_seconds(startup)} "
+        f"(spec.deadlines.startup): {worst.message}",
     )

@@ -1,4 +1,4 @@
-"""The preparation, from its Job to the plan, and to the first Job of a training attempt."""
+"""The prepare phase: from the prepare Job to the plan and the first training Job."""
 
 from datetime import datetime, timedelta
 from typing import Final
@@ -18,36 +18,36 @@ from qlora_planner.gpu_inventory import read_gpu_inventory
 from qlora_planner.sizing import DoesNotFitError
 
 PREPARE_PAUSE: Final = timedelta(seconds=15)
-"""Between two preparations, where an object store or a hub did not answer."""
+"""Back-off between two prepare Jobs when an object store or the hub is unavailable."""
 
 
 def follow_preparation(job: Job, children: Observation, number: int, now: datetime) -> Decision:
-    """Say how far the preparation is; once it is through, its facts are recorded, and then the training starts."""
+    """Decide what follows from the state of the prepare Job; its results are recorded before training starts."""
     prepare = children.prepare
     if prepare is None:
         message = describe_missing_pod(prepare_job_name(job.ref.name))
         return Decision(Phase.PREPARING, Reason.PREPARING, message, Action.PREPARE)
-    verdict = classify(prepare, startup_timeout(job), now)
-    if verdict.stage is Stage.LOST:
-        return Decision(Phase.PREPARING, Reason.PREPARING, verdict.message, Action.DELETE_ALL_JOBS)
-    if verdict.stage is not Stage.ENDED:
-        message = verdict.message or "model, dataset and output are being checked"
-        return Decision(Phase.PREPARING, verdict.reason, message, requeue_at=verdict.requeue_at)
-    prepared = verdict.termination_message.prepared if verdict.termination_message else None
-    if verdict.reason not in PREPARE_SUCCESS_REASONS or prepared is None:
-        return _prepare_again(job, prepare, verdict, now) or decide_failed(verdict)
+    state = classify(prepare, startup_timeout(job), now)
+    if state.stage is Stage.LOST:
+        return Decision(Phase.PREPARING, Reason.PREPARING, state.message, Action.DELETE_ALL_JOBS)
+    if state.stage is not Stage.ENDED:
+        message = state.message or "model, dataset and output are being checked"
+        return Decision(Phase.PREPARING, state.reason, message, requeue_at=state.requeue_at)
+    prepared = state.termination_message.prepared if state.termination_message else None
+    if state.reason not in PREPARE_SUCCESS_REASONS or prepared is None:
+        return _retry_preparation(job, prepare, state, now) or decide_failed(state)
     return _after_preparation(job, prepared, children.gpu_nodes, number)
 
 
-def _prepare_again(job: Job, prepare: ChildJob, verdict: JobState, now: datetime) -> Decision | None:
-    """Give what recovers by itself some time, and prepare again; it holds no GPU, and ends with deadlines.startup."""
-    if REASONS[verdict.reason].retry is not RetryAction.RESUME or now >= job.created_at + startup_timeout(job):
+def _retry_preparation(job: Job, prepare: ChildJob, state: JobState, now: datetime) -> Decision | None:
+    """Retry prepare after a transient failure, until spec.deadlines.startup has passed; no GPU is held meanwhile."""
+    if REASONS[state.reason].retry is not RetryAction.RESUME or now >= job.created_at + startup_timeout(job):
         return None
-    again = prepare.ended_at(now) + PREPARE_PAUSE
-    message = f"{verdict.message}; preparation is retried"
-    if now < again:
-        return Decision(Phase.PREPARING, verdict.reason, message, requeue_at=again)
-    return Decision(Phase.PREPARING, verdict.reason, message, Action.DELETE_ALL_JOBS)
+    retry_time = prepare.ended_at(now) + PREPARE_PAUSE
+    message = f"{state.message}; preparation is retried"
+    if now < retry_time:
+        return Decision(Phase.PREPARING, state.reason, message, requeue_at=retry_time)
+    return Decision(Phase.PREPARING, state.reason, message, Action.DELETE_ALL_JOBS)
 
 
 def _after_preparation(job: Job, prepared: Prepared, gpu_nodes: tuple[Manifest, ...], number: int) -> Decision:
@@ -57,7 +57,7 @@ def _after_preparation(job: Job, prepared: Prepared, gpu_nodes: tuple[Manifest, 
             Phase.SUCCEEDED, Reason.ALREADY_PUBLISHED, message, prepared=prepared, result=prepared.published
         )
     try:
-        plan = _keep_plan(job, prepared, gpu_nodes)
+        plan = _plan_once(job, prepared, gpu_nodes)
     except DoesNotFitError as error:
         message = f"spec.model.uri: {prepared.model.architecture} {error}"
         return Decision(Phase.FAILED, Reason.DOES_NOT_FIT, message, prepared=prepared)
@@ -76,8 +76,8 @@ def _after_preparation(job: Job, prepared: Prepared, gpu_nodes: tuple[Manifest, 
     )
 
 
-def _keep_plan(job: Job, prepared: Prepared, gpu_nodes: tuple[Manifest, ...]) -> Plan:
-    """Keep a plan on record, so that neither a newer operator nor other nodes change a run halfway."""
+def _plan_once(job: Job, prepared: Prepared, gpu_nodes: tuple[Manifest, ...]) -> Plan:
+    """Return the recorded plan if there is one, so that neither an upgrade nor new nodes change a run halfway."""
     output = job.status.output
     if job.status.plan is not None and output is not None and output.digest == prepared.digest:
         return job.status.plan

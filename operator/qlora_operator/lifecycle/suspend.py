@@ -1,4 +1,4 @@
-"""spec.suspend: what runs is stopped, after its last checkpoint, and nothing is started."""
+"""spec.suspend: running Jobs are stopped after a last checkpoint, and nothing is started."""
 
 from typing import Final
 
@@ -16,7 +16,7 @@ _RUNNING: Final = frozenset({Stage.WAITING, Stage.RUNNING})
 
 
 def suspend(job: Job, children: Observation, number: int, context: ReconcileContext) -> Decision | None:
-    """Stop what runs, where the spec asks for it; an end that came first is told first."""
+    """Stop running Jobs if spec.suspend is true; an attempt that has already ended is recorded first."""
     if not job.spec.suspend:
         return None
     train = children.train(number)
@@ -37,5 +37,5 @@ def suspend(job: Job, children: Observation, number: int, context: ReconcileCont
 
 def _describe(job: Job) -> str:
     checkpoint = job.status.checkpoint
-    kept = f"the checkpoint of step {checkpoint.step} is in {checkpoint.uri}; " if checkpoint else ""
-    return f"spec.suspend is true: no pod runs; {kept}set it to false to resume"
+    where = f"the checkpoint of step {checkpoint.step} is in {checkpoint.uri}; " if checkpoint else ""
+    return f"spec.suspend is true: no pod runs; {where}set it to false to resume"

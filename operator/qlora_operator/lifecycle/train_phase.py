@@ -1,4 +1,4 @@
-"""A training attempt, from its Job to its end, and whether another one follows."""
+"""The train phase: follows a training attempt from its Job to its end, and decides whether to retry."""
 
 from dataclasses import replace
 from datetime import datetime, timedelta
@@ -21,9 +21,9 @@ from qlora_operator.models import Action, ChildJob, Decision, Job, JobState, Pod
 from qlora_planner.validation import Violation
 
 MAX_LOST_ATTEMPTS: Final = 3
-"""After this many training Jobs that ended without a termination message, something removes them: give up."""
+"""Give up after so many training Jobs without a termination message: something keeps deleting them."""
 MAX_ATTEMPT_MESSAGE: Final = 4096
-"""Bound of status.attempts[].message."""
+"""Maximum length of status.attempts[].message."""
 PREPARE_SUCCESS_REASONS: Final = frozenset({Reason.PREPARED, Reason.ALREADY_PUBLISHED})
 """Reasons of a termination message with which a preparation succeeds."""
 _REPORTED_PHASES: Final = {
@@ -35,7 +35,7 @@ _REPORTED_PHASES: Final = {
 
 
 def make_attempt(job: Job, number: int) -> Attempt:
-    """Return an attempt that follows the plan on record."""
+    """Return a new attempt that follows the recorded plan."""
     plan = job.status.plan
     return Attempt(
         number=number,
@@ -45,15 +45,15 @@ def make_attempt(job: Job, number: int) -> Attempt:
 
 
 def observed_attempt(job: Job, train: ChildJob) -> Attempt:
-    """Return an attempt as its Job shows it."""
+    """Return an attempt with what its Job and pods show: start time and node."""
     pod = _decisive_pod(train)
     started = [pod.started_at for pod in train.pods if pod.started_at is not None]
-    known = {"started_at": min(started, default=None), "node": pod.node if pod else ""}
-    return make_attempt(job, train.attempt).model_copy(update=known)
+    observed = {"started_at": min(started, default=None), "node": pod.node if pod else ""}
+    return make_attempt(job, train.attempt).model_copy(update=observed)
 
 
 def _decisive_pod(train: ChildJob) -> Pod | None:
-    """Return the pod that ended first badly, or the first one of the run."""
+    """Return the pod that failed first, or the pod with index 0."""
     ended = [pod for pod in train.pods if pod.exit is not None and pod.exit.code != 0]
     return min(ended, key=_exit_time, default=train.pod)
 
@@ -63,20 +63,20 @@ def _exit_time(pod: Pod) -> float:
 
 
 def follow_training(job: Job, train: ChildJob, context: ReconcileContext) -> Decision:
-    """Say how far an attempt is."""
-    verdict, attempt = classify(train, startup_timeout(job), context.now), observed_attempt(job, train)
-    if verdict.stage is Stage.LOST:
+    """Decide what follows from the state of a training Job."""
+    state, attempt = classify(train, startup_timeout(job), context.now), observed_attempt(job, train)
+    if state.stage is Stage.LOST:
         return decide_lost(attempt, context.now)
-    if verdict.stage is Stage.WAITING:
-        phase = Phase.QUEUED if verdict.reason is Reason.QUEUED else Phase.SCHEDULING
-        return Decision(phase, verdict.reason, verdict.message, attempt=attempt, requeue_at=verdict.requeue_at)
-    if verdict.stage is Stage.RUNNING:
-        return _follow_running(job, train, verdict, attempt, context)
-    return _end_training(job, verdict, *_correct_clock_skew(attempt, train.ended_at(context.now), context.now))
+    if state.stage is Stage.WAITING:
+        phase = Phase.QUEUED if state.reason is Reason.QUEUED else Phase.SCHEDULING
+        return Decision(phase, state.reason, state.message, attempt=attempt, requeue_at=state.requeue_at)
+    if state.stage is Stage.RUNNING:
+        return _follow_running(job, train, state, attempt, context)
+    return _end_training(job, state, *_correct_clock_skew(attempt, train.ended_at(context.now), context.now))
 
 
 def _correct_clock_skew(attempt: Attempt, end: datetime, now: datetime) -> tuple[Attempt, datetime]:
-    """Return an attempt and its end as they are by our clock, where a node's is ahead: the next one must not wait."""
+    """Shift the times of an attempt if its node's clock is ahead of ours, or the next attempt would have to wait."""
     ahead = end - now
     if ahead <= timedelta(0):
         return attempt, end
@@ -85,17 +85,17 @@ def _correct_clock_skew(attempt: Attempt, end: datetime, now: datetime) -> tuple
 
 
 def _follow_running(
-    job: Job, train: ChildJob, verdict: JobState, attempt: Attempt, context: ReconcileContext
+    job: Job, train: ChildJob, state: JobState, attempt: Attempt, context: ReconcileContext
 ) -> Decision:
-    silent = heartbeat_deadline(job, train, context)
-    if silent is not None and context.now >= silent:
+    hung_at = heartbeat_deadline(job, train, context)
+    if hung_at is not None and context.now >= hung_at:
         pod = train.pod.name if train.pod else train.name
         message = f"pod {pod} has not reported since {_describe_last_report(job, context)}"
         return _end_training(job, JobState(Stage.ENDED, Reason.HEARTBEAT_LOST, message), attempt, context.now)
-    live = context.last_report
-    phase = live.phase if live and live.phase in _REPORTED_PHASES else Phase.TRAINING
-    rechecks = [moment for moment in (silent, verdict.requeue_at) if moment is not None]
-    message = verdict.message or _describe_run(train)
+    report = context.last_report
+    phase = report.phase if report and report.phase in _REPORTED_PHASES else Phase.TRAINING
+    rechecks = [moment for moment in (hung_at, state.requeue_at) if moment is not None]
+    message = state.message or _describe_run(train)
     return Decision(phase, _REPORTED_PHASES[phase], message, attempt=attempt, requeue_at=min(rechecks, default=None))
 
 
@@ -110,71 +110,73 @@ def _describe_run(train: ChildJob) -> str:
     return f"pod {train.pod.name} runs on node {train.pod.node}" if train.pod else f"Job {train.name} runs"
 
 
-def decide_published(verdict: JobState, attempt: Attempt, at: datetime) -> Decision | None:
-    """Return the success of an attempt that published."""
-    result = verdict.termination_message.result if verdict.termination_message else None
-    if verdict.reason is not Reason.PUBLISHED or result is None:
+def decide_published(state: JobState, attempt: Attempt, at: datetime) -> Decision | None:
+    """Return the success of an attempt that has published, else None."""
+    result = state.termination_message.result if state.termination_message else None
+    if state.reason is not Reason.PUBLISHED or result is None:
         return None
     message = f"the adapter is published as {result.adapter}"
     ended = attempt.model_copy(update={"reason": Reason.PUBLISHED, "message": "", "finished_at": at})
     return Decision(Phase.SUCCEEDED, Reason.PUBLISHED, message, result=result, attempt=ended)
 
 
-def decide_failed(verdict: JobState) -> Decision:
-    """End the run; a good reason without its facts is the trainer's mistake."""
-    if verdict.reason in {*PREPARE_SUCCESS_REASONS, Reason.PUBLISHED}:
-        message = f"the termination message says {verdict.reason}, but lacks the details that belong to it"
+def decide_failed(state: JobState) -> Decision:
+    """Fail the run; a success reason without its details is a bug of the trainer."""
+    if state.reason in {*PREPARE_SUCCESS_REASONS, Reason.PUBLISHED}:
+        message = f"the termination message says {state.reason}, but lacks the details that belong to it"
         return Decision(Phase.FAILED, Reason.TRAINER_ERROR, message)
-    return Decision(Phase.FAILED, verdict.reason, verdict.message)
+    return Decision(Phase.FAILED, state.reason, state.message)
 
 
 def decide_lost(attempt: Attempt, now: datetime) -> Decision:
-    """Record an attempt of which nobody can say how it ended; what it published is found by another preparation."""
+    """Record an attempt without a known end, and prepare again: prepare finds the result if it was published."""
     message = f"Job {attempt.job} disappeared without a termination message"
     lost = attempt.model_copy(update={"reason": Reason.POD_LOST, "message": message, "finished_at": now})
     if lost.number >= MAX_LOST_ATTEMPTS:
-        again = f"{message}, as did {lost.number - 1} before it; find out what deletes Jobs or pods in this namespace"
-        return Decision(Phase.FAILED, Reason.POD_LOST, again, attempt=lost)
+        final_message = (
+            f"{message}, as did {lost.number - 1} before it; find out what deletes Jobs or pods in this namespace"
+        )
+        return Decision(Phase.FAILED, Reason.POD_LOST, final_message, attempt=lost)
     message = f"{message}; preparation runs again"
     return Decision(
         Phase.PREPARING, Reason.POD_LOST, message, Action.DELETE_PREPARE_JOB, attempt=lost, requeue_after=AT_ONCE
     )
 
 
-def _end_training(job: Job, verdict: JobState, attempt: Attempt, at: datetime) -> Decision:
-    if decision := decide_published(verdict, attempt, at):
+def _end_training(job: Job, state: JobState, attempt: Attempt, at: datetime) -> Decision:
+    if decision := decide_published(state, attempt, at):
         return decision
-    failed = decide_failed(verdict)
+    failed = decide_failed(state)
     ended = attempt.model_copy(
         update={"reason": failed.reason, "message": failed.message[:MAX_ATTEMPT_MESSAGE], "finished_at": at}
     )
-    decision = _retry(job, verdict, ended) or failed
+    decision = _retry(job, state, ended) or failed
     return replace(
         decision,
         attempt=ended,
-        checkpoint=verdict.termination_message.checkpoint if verdict.termination_message else None,
+        checkpoint=state.termination_message.checkpoint if state.termination_message else None,
     )
 
 
-def _retry(job: Job, verdict: JobState, ended: Attempt) -> Decision | None:
-    """Start another attempt where that can fix the failure; it resumes from the last checkpoint."""
+def _retry(job: Job, state: JobState, ended: Attempt) -> Decision | None:
+    """Return the decision to retry, if another attempt can fix the failure; it resumes from the last checkpoint."""
     plan, attempts = job.status.plan, (*job.status.attempts[: ended.number - 1], ended)
-    remedy = choose_remedy(verdict, plan) if plan else None
-    if remedy is None or plan is None:
+    action = choose_remedy(state, plan) if plan else None
+    if action is None or plan is None:
         return None
     if exhausted := _exhausted(job, attempts):
-        message = f"{exhausted.message}; the last one ended with {ended.reason}: {verdict.message}"
+        message = f"{exhausted.message}; the last one ended with {ended.reason}: {state.message}"
         return Decision(Phase.FAILED, exhausted.reason, message)
-    plan = shrink(plan, ended.number) if remedy is RetryAction.SHRINK_MICRO_BATCH else plan
-    message = f"attempt {ended.number} ended: {verdict.message}; the next one resumes from the last checkpoint"
-    return Decision(Phase.SCHEDULING, verdict.reason, message, plan=plan, requeue_after=AT_ONCE)
+    plan = shrink(plan, ended.number) if action is RetryAction.SHRINK_MICRO_BATCH else plan
+    message = f"attempt {ended.number} ended: {state.message}; the next one resumes from the last checkpoint"
+    return Decision(Phase.SCHEDULING, state.reason, message, plan=plan, requeue_after=AT_ONCE)
 
 
 def _exhausted(job: Job, attempts: tuple[Attempt, ...]) -> Violation | None:
-    """Say which bound of the spec another attempt would break."""
-    most = job.spec.retries.max_attempts
-    if (used := used_attempts(attempts)) >= most:
-        return Violation(Reason.RETRIES_EXHAUSTED, f"{used} of {most} attempts (spec.retries.maxAttempts) failed")
+    """Return the limit that another attempt would exceed, if any."""
+    limit = job.spec.retries.max_attempts
+    if (used := used_attempts(attempts)) >= limit:
+        return Violation(Reason.RETRIES_EXHAUSTED, f"{used} of {limit} attempts (spec.retries.maxAttempts) failed")
     if len(attempts) >= MOST_ATTEMPTS:
         return Violation(Reason.RETRIES_EXHAUSTED, f"{len(attempts)} attempts ended, most of them by disruptions")
     if time_left(job.spec.deadlines, attempts) <= AT_ONCE:

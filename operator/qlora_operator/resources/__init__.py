@@ -1,4 +1,4 @@
-"""Pure builders: values in, one whole Kubernetes object out, one kind per file."""
+"""Pure builders of the child objects: values in, one complete Kubernetes object out, one kind per file."""
 
 from qlora_operator.resources.config_map import build_prepare_config, build_run_config
 from qlora_operator.resources.event import build_event

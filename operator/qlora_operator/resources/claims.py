@@ -1,4 +1,4 @@
-"""Persistent volume claims that a spec reads from: mounted read-only, and only those that it names."""
+"""Persistent volume claims that a spec reads from; mounted read-only, and only those that it names."""
 
 from typing import Any
 
@@ -7,13 +7,13 @@ from qlora_api.v1alpha1 import QLoRAJobSpec
 
 
 def claims_of(spec: QLoRAJobSpec) -> tuple[str, ...]:
-    """Return the names of the claims, each once."""
+    """Return the distinct names of the claims."""
     uris = (uri for uri in spec.input_uris.values() if uri.startswith(names.CLAIM_SCHEME))
     return tuple(dict.fromkeys(uri.removeprefix(names.CLAIM_SCHEME).partition("/")[0] for uri in uris))
 
 
 def build_claim_volumes(spec: QLoRAJobSpec) -> list[dict[str, Any]]:
-    """Return a volume per claim; a claim's name may be too long for a volume's, so that they are numbered."""
+    """Return a volume per claim; numbered, since a claim's name may be too long for a volume's."""
     return [
         {"name": f"claim-{number}", "persistentVolumeClaim": {"claimName": claim, "readOnly": True}}
         for number, claim in enumerate(claims_of(spec))
@@ -21,7 +21,7 @@ def build_claim_volumes(spec: QLoRAJobSpec) -> list[dict[str, Any]]:
 
 
 def build_claim_mounts(spec: QLoRAJobSpec) -> list[dict[str, Any]]:
-    """Return where each claim is found."""
+    """Return the volume mount of each claim."""
     return [
         {"name": f"claim-{number}", "mountPath": f"{names.CLAIMS_MOUNT}/{claim}", "readOnly": True}
         for number, claim in enumerate(claims_of(spec))

@@ -1,4 +1,4 @@
-"""The ConfigMap with the one JSON file that a pod validates with one model."""
+"""The ConfigMap with the JSON configuration of a pod, and the launcher's files for several processes."""
 
 import json
 
@@ -20,7 +20,7 @@ from qlora_operator.resources.metadata import (
 
 
 def build_prepare_config(owner: Owner, spec: QLoRAJobSpec, installation: Installation) -> Manifest:
-    """Return what the prepare pod starts from."""
+    """Return the ConfigMap of the prepare pod."""
     config = PrepareConfig(
         namespace=owner.ref.namespace,
         job=owner.ref.name,
@@ -32,7 +32,7 @@ def build_prepare_config(owner: Owner, spec: QLoRAJobSpec, installation: Install
 
 
 def build_run_config(owner: Owner, spec: QLoRAJobSpec, run: AttemptInputs, installation: Installation) -> Manifest:
-    """Return what the pod of a training attempt starts from."""
+    """Return the ConfigMap of the pods of a training attempt."""
     config = RunConfig(
         namespace=owner.ref.namespace,
         job=owner.ref.name,
@@ -47,7 +47,7 @@ def build_run_config(owner: Owner, spec: QLoRAJobSpec, run: AttemptInputs, insta
 
 
 def _launch_files(spec: QLoRAJobSpec, plan: Plan) -> dict[str, str]:
-    """Return what the launcher of several processes reads; JSON is YAML too."""
+    """Return the files of accelerate and DeepSpeed for several processes; JSON is valid YAML."""
     if plan.processes == 1:
         return {}
     files = {ACCELERATE_CONFIG_FILE: accelerate_config(plan)}

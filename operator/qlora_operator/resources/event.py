@@ -12,7 +12,7 @@ from qlora_operator.models import Manifest
 from qlora_operator.resources.metadata import Owner
 
 MAX_NOTE_BYTES: Final = 1024
-"""Bytes that an Event's note may have."""
+"""Maximum size of an Event's note in bytes."""
 EVENT_ACTIONS: Final = {
     Phase.PENDING: "Accept",
     Phase.PREPARING: "Prepare",
@@ -25,16 +25,16 @@ EVENT_ACTIONS: Final = {
     Phase.SUCCEEDED: "Succeed",
     Phase.FAILED: "Fail",
 }
-"""What the operator did or found being done when it told of a phase."""
+"""The Event's action, by the phase that the run enters."""
 
 
 def event_type(reason: Reason) -> str:
-    """Return Warning for what ends a run badly, and for what hinders one although it goes on."""
+    """Return Warning for a reason that fails a run, or hinders one that continues; else Normal."""
     return "Normal" if reason in NORMAL_REASONS else "Warning"
 
 
 def build_event(owner: Owner, resource_version: str, status: QLoRAJobStatus, now: datetime) -> Manifest:
-    """Return the Event that tells of a transition; its name follows from the transition, so a repeat is a no-op."""
+    """Return the Event of a transition; its name is derived from the transition, so a repeat is a no-op."""
     phase, reason = status.phase or Phase.PENDING, status.reason or Reason.ACCEPTED
     identity = "/".join((owner.uid, resource_version, phase, reason))
     return {

@@ -1,4 +1,4 @@
-"""The batch/v1 Jobs: one that prepares, one per training attempt."""
+"""The batch/v1 Jobs: one for prepare, one per training attempt."""
 
 from datetime import timedelta
 
@@ -25,7 +25,7 @@ def build_prepare_job(owner: Owner, spec: QLoRAJobSpec, installation: Installati
 
 
 def build_train_job(owner: Owner, spec: QLoRAJobSpec, run: AttemptInputs, installation: Installation) -> Manifest:
-    """Return the Job of one training attempt: a pod per node, which live and die together."""
+    """Return the Job of one training attempt: a gang of one pod per node."""
     workload, plan = train_workload(owner, run.attempt), run.plan
     pod = build_train_pod(workload, spec, run, installation)
     job = _build(workload, pod, timedelta(seconds=run.seconds_left), plan.nodes)
@@ -33,7 +33,7 @@ def build_train_job(owner: Owner, spec: QLoRAJobSpec, run: AttemptInputs, instal
 
 
 def _queue(job: Manifest, queue: QueueSpec) -> Manifest:
-    """Return a Job that waits until its queue lets it start; without a queue controller it waits, and holds nothing."""
+    """Return the Job suspended until Kueue admits it; without a queue controller it waits, and holds nothing."""
     labels = {names.QUEUE_LABEL: queue.name}
     if queue.priority_class:
         labels[names.PRIORITY_CLASS_LABEL] = queue.priority_class
@@ -42,7 +42,7 @@ def _queue(job: Manifest, queue: QueueSpec) -> Manifest:
 
 
 def build_deadline(ref: JobRef, name: str, seconds: int) -> Manifest:
-    """Return the one field of a running Job that follows the spec."""
+    """Return the patch of activeDeadlineSeconds, the one field of a running Job that follows the spec."""
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
@@ -52,7 +52,7 @@ def build_deadline(ref: JobRef, name: str, seconds: int) -> Manifest:
 
 
 def _build(workload: ChildWorkload, pod: Manifest, deadline: timedelta, pods: int = 1) -> Manifest:
-    """Pods that are never restarted: the operator, not the Job controller, decides what a failure means."""
+    """Return a Job whose pods are never restarted: the operator, not the Job controller, decides on retries."""
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",

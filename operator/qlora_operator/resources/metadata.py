@@ -1,4 +1,4 @@
-"""What every child shares: labels, the owner reference, and what the installation decides."""
+"""Metadata of every child: labels and owner reference; and what an installation configures."""
 
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -11,15 +11,15 @@ from qlora_api.runconfig import Platform
 
 @dataclass(frozen=True)
 class Installation:
-    """What is the same for every child of an installation."""
+    """Configuration that every child of an installation shares."""
 
     image: str
     pull_policy: str = "IfNotPresent"
     progress_url: str = ""
-    """Base URL that pods post progress to; empty switches progress off."""
+    """Base URL that pods post progress to; empty disables progress reports."""
     platform: Platform = field(default_factory=Platform)
     pull_secrets: tuple[str, ...] = ()
-    """Names of Secrets for the image's registry, in the QLoRAJob's namespace."""
+    """Names of imagePullSecrets in the QLoRAJob's namespace."""
 
 
 class Owner(NamedTuple):
@@ -30,24 +30,24 @@ class Owner(NamedTuple):
 
 
 class ChildWorkload(NamedTuple):
-    """What a Job and its ConfigMap are for."""
+    """The identity that a Job shares with its ConfigMap and Service."""
 
     owner: Owner
     role: Role
     attempt: int
     """0 for prepare."""
     name: str
-    """Of the Job and of the ConfigMap."""
+    """Name of the Job, the ConfigMap and the Service."""
     config_file: str
 
 
 def prepare_workload(owner: Owner) -> ChildWorkload:
-    """Return the work that needs no GPU."""
+    """Return the workload of prepare."""
     return ChildWorkload(owner, Role.PREPARE, 0, names.prepare_job_name(owner.ref.name), names.PREPARE_CONFIG_FILE)
 
 
 def train_workload(owner: Owner, attempt: int) -> ChildWorkload:
-    """Return the work of one training attempt."""
+    """Return the workload of one training attempt."""
     return ChildWorkload(
         owner, Role.TRAIN, attempt, names.train_job_name(owner.ref.name, attempt), names.RUN_CONFIG_FILE
     )

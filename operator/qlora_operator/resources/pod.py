@@ -15,8 +15,8 @@ NON_ROOT: Final = 65532
 TOKEN_SECONDS: Final = 3600
 """Lifetime of the progress token; the kubelet renews it."""
 UNREACHABLE_SECONDS: Final = 60
-"""After a node was found unreachable (50 s without a sign of its kubelet), its pods are given up after so long: the
-others of a run wait for them and hold their GPUs. Kubernetes' own default is 300 s."""
+"""tolerationSeconds of the pods of a node that became unreachable (50 s without a kubelet heartbeat): the other pods of
+the run wait for them and hold their GPUs. Kubernetes' default is 300 s."""
 _NODE_FAILURE_TOLERATIONS: Final = tuple(
     {
         "key": f"node.kubernetes.io/{state}",
@@ -27,20 +27,20 @@ _NODE_FAILURE_TOLERATIONS: Final = tuple(
     for state in ("not-ready", "unreachable")
 )
 LAUNCH_COMMAND: Final = "launch"
-"""The trainer's command for several processes."""
+"""The trainer's subcommand for several processes."""
 _METRICS_PORT: Final = {"name": metrics.PORT_NAME, "containerPort": metrics.PORT}
 PREPARE_RESOURCES: Final = {"requests": {"cpu": "500m", "memory": "1Gi"}, "limits": {"memory": PREPARE_MEMORY}}
 
 
 def build_prepare_pod(workload: ChildWorkload, spec: QLoRAJobSpec, installation: Installation) -> Manifest:
-    """Return the pod that prepares: never on a GPU, and not drawn to GPU nodes."""
+    """Return the prepare pod: without a GPU, and without the tolerations and selectors of GPU nodes."""
     return _build(workload, spec, installation, PREPARE_RESOURCES, {})
 
 
 def build_train_pod(
     workload: ChildWorkload, spec: QLoRAJobSpec, run: AttemptInputs, installation: Installation
 ) -> Manifest:
-    """Return the pod that trains, alone or with others."""
+    """Return the pod template of a training attempt on one or several nodes."""
     plan, resources = run.plan, spec.resources
     pod = _build(workload, spec, installation, _train_resources(resources, plan), _placement(resources, plan))
     pod["tolerations"] = [*pod.get("tolerations", ()), *_NODE_FAILURE_TOLERATIONS]
@@ -52,13 +52,13 @@ def build_train_pod(
 
 
 def _node_affinity_excluding(nodes: tuple[str, ...]) -> Manifest:
-    """Keep a pod off some nodes."""
+    """Return the node affinity that excludes some nodes."""
     fields = [{"key": "metadata.name", "operator": "NotIn", "values": [node]} for node in nodes]
     return {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [{"matchFields": fields}]}}
 
 
 def _add_rendezvous(pod: Manifest, workload: ChildWorkload, plan: Plan) -> None:
-    """Start the launcher instead of the one process, and give it the first pod's name and memory to share."""
+    """Start the launcher instead of a single process; set the address of the main pod, and mount shared memory."""
     container = pod["containers"][0]
     container["args"][0] = LAUNCH_COMMAND
     if plan.nodes > 1:
@@ -73,7 +73,7 @@ def _add_rendezvous(pod: Manifest, workload: ChildWorkload, plan: Plan) -> None:
 
 
 def _pod_anti_affinity(workload: ChildWorkload) -> Manifest:
-    """Prefer a node for each pod: two on one would share its network and its cores."""
+    """Prefer one node per pod: two on one would share its network and cores."""
     term = {"labelSelector": {"matchLabels": build_labels(workload)}, "topologyKey": "kubernetes.io/hostname"}
     weighted = {"weight": 100, "podAffinityTerm": term}
     return {"podAntiAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": [weighted]}}
@@ -174,7 +174,7 @@ def _mounts(spec: QLoRAJobSpec, installation: Installation) -> list[dict[str, An
 
 
 def _volumes(workload: ChildWorkload, spec: QLoRAJobSpec, installation: Installation) -> list[dict[str, Any]]:
-    """Secrets are optional: a pod that waits for a missing one would hold its GPU, so the trainer names it instead."""
+    """Return the volumes; Secrets are optional: a pod that waits for a missing one would hold its GPU."""
     secrets = [
         {"name": f"secret-{role}", "secret": {"secretName": name, "optional": True}}
         for role, name in _secrets(spec).items()
@@ -204,9 +204,9 @@ def _train_resources(resources: ResourcesSpec, plan: Plan) -> dict[str, Any]:
 
 
 def _placement(resources: ResourcesSpec, plan: Plan) -> dict[str, Any]:
-    """Choose nodes as the spec says; a GPU pod also tolerates the taint that keeps others off GPU nodes.
+    """Return node selector and tolerations of the spec; a GPU pod also tolerates the taint of GPU nodes.
 
-    What was sized for a GPU must land on no smaller one.
+    A run that was sized for a GPU product selects it, so that it never lands on a smaller GPU.
     """
     product, accelerator = resources.gpu_product or plan.gpu_product, accelerator_of(plan.device)
     selector = {**resources.node_selector, **({accelerator.product_label: product} if product else {})}

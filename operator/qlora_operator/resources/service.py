@@ -1,4 +1,4 @@
-"""The headless Service that gives the pods of a training attempt names, before they are ready."""
+"""The headless Service that gives the pods of a training attempt DNS names, before they are ready."""
 
 from qlora_api.launcher_config import MAIN_PORT
 from qlora_operator.models import Manifest
@@ -14,7 +14,7 @@ def build_service(owner: Owner, attempt: int) -> Manifest:
         "metadata": build_metadata(workload),
         "spec": {
             "clusterIP": "None",
-            # The processes must find each other before any of them is ready.
+            # The processes rendezvous before any pod is ready.
             "publishNotReadyAddresses": True,
             "selector": build_labels(workload),
             "ports": [{"name": "rendezvous", "port": MAIN_PORT}],

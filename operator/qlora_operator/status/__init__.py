@@ -1,4 +1,4 @@
-"""Status as a pure function of what is known."""
+"""Derives the status of a QLoRAJob; pure functions."""
 
 from qlora_operator.status.derive import derive_status, to_wire, with_observed_generation
 

@@ -1,4 +1,4 @@
-"""The conditions of a QLoRAJob; Ready, Reconciling and Stalled are what kstatus (Flux, Argo, Helm) reads."""
+"""The conditions of a QLoRAJob; kstatus (Flux, Argo CD, Helm) reads Ready, Reconciling and Stalled."""
 
 from collections.abc import Iterator
 from datetime import datetime
@@ -20,7 +20,7 @@ _SCHEDULED: Final[dict[Phase, ConditionStatus]] = {
     Phase.SUCCEEDED: "False",
     Phase.FAILED: "False",
 }
-"""Whether the training pod has a node; True in every other phase."""
+"""Status of the condition Scheduled; True in every other phase."""
 
 
 class DesiredCondition(NamedTuple):
@@ -33,26 +33,29 @@ class DesiredCondition(NamedTuple):
 
 
 def derive_conditions(status: QLoRAJobStatus, now: datetime) -> tuple[Condition, ...]:
-    """Return all conditions of a status that still has its last ones; a time changes with its status only."""
-    known = {condition.type: condition for condition in status.conditions}
+    """Return all conditions for a status that still holds the previous ones.
+
+    lastTransitionTime changes only with the status of a condition.
+    """
+    previous = {condition.type: condition for condition in status.conditions}
     phase, reason = status.phase or Phase.PENDING, status.reason or Reason.ACCEPTED
     return tuple(
-        _with_transition_time(claim, known.get(claim.type), status.observed_generation, now)
-        for claim in (
+        _with_transition_time(desired, previous.get(desired.type), status.observed_generation, now)
+        for desired in (
             *_outcome_conditions(phase, reason, status.message or ""),
             _prepared(phase, reason, status),
-            _scheduled(phase, reason, status, known.get(ConditionType.SCHEDULED)),
+            _scheduled(phase, reason, status, previous.get(ConditionType.SCHEDULED)),
         )
     )
 
 
 def _with_transition_time(
-    claim: DesiredCondition, before: Condition | None, generation: int, now: datetime
+    desired: DesiredCondition, previous: Condition | None, generation: int, now: datetime
 ) -> Condition:
-    unchanged = before is not None and before.status == claim.status
+    unchanged = previous is not None and previous.status == desired.status
     return Condition(
-        **claim._asdict(),
-        last_transition_time=before.last_transition_time if before and unchanged else now,
+        **desired._asdict(),
+        last_transition_time=previous.last_transition_time if previous and unchanged else now,
         observed_generation=generation,
     )
 
@@ -78,12 +81,12 @@ def _prepared(phase: Phase, reason: Reason, status: QLoRAJobStatus) -> DesiredCo
         return DesiredCondition(
             ConditionType.PREPARED, "True", Reason.PREPARED, "model, dataset and output were checked"
         )
-    truth: ConditionStatus = "False" if phase is Phase.FAILED else "Unknown"
-    return DesiredCondition(ConditionType.PREPARED, truth, reason, status.message or "")
+    condition_status: ConditionStatus = "False" if phase is Phase.FAILED else "Unknown"
+    return DesiredCondition(ConditionType.PREPARED, condition_status, reason, status.message or "")
 
 
-def _scheduled(phase: Phase, reason: Reason, status: QLoRAJobStatus, before: Condition | None) -> DesiredCondition:
-    """A pod that had a node once stays scheduled when the run is over."""
-    if phase in TERMINAL and before is not None and before.status == "True":
-        return DesiredCondition(before.type, before.status, before.reason, before.message)
+def _scheduled(phase: Phase, reason: Reason, status: QLoRAJobStatus, previous: Condition | None) -> DesiredCondition:
+    """Return the condition Scheduled; once a run is over, it stays True if a pod ever had a node."""
+    if phase in TERMINAL and previous is not None and previous.status == "True":
+        return DesiredCondition(previous.type, previous.status, previous.reason, previous.message)
     return DesiredCondition(ConditionType.SCHEDULED, _SCHEDULED.get(phase, "True"), reason, status.message or "")

@@ -1,4 +1,4 @@
-"""From the last status and a decision to the next status; written once, and only if it differs."""
+"""Derives the next status from the last one and a decision; it is written once, and only if it differs."""
 
 from datetime import datetime
 from typing import Any, Final
@@ -14,7 +14,7 @@ from qlora_operator.status.conditions import derive_conditions
 from qlora_operator.status.formatting import format_number, format_step
 
 _STICKY_ATTEMPT_FIELDS: Final = ("started_at", "micro_batch_size", "node")
-"""What an attempt is known by once, although its pods may be gone."""
+"""Fields of an attempt that are kept once they are known, since its pods may be gone."""
 
 
 def derive_status(  # noqa: PLR0913 (everything that a status depends on)
@@ -26,7 +26,7 @@ def derive_status(  # noqa: PLR0913 (everything that a status depends on)
     generation: int,
     now: datetime,
 ) -> QLoRAJobStatus:
-    """Say where the run stands; facts that were once known are carried over."""
+    """Return the next status; what the last one knows and the decision does not is carried over."""
     now = now.replace(microsecond=0)
     prepared, result = decision.prepared, decision.result
     plan = decision.plan or previous.plan
@@ -55,18 +55,18 @@ def derive_status(  # noqa: PLR0913 (everything that a status depends on)
 
 
 def describe_decision(decision: Decision) -> str:
-    """Write the sentence of a decision; a failure also says what to do."""
+    """Return the message of a decision; that of a failure also says what to do."""
     record = REASONS[decision.reason]
     message = decision.message or record.sentence
     return f"{message}. What to do: {record.remedy}" if decision.phase is Phase.FAILED else message
 
 
 def derive_progress(report: Progress | None, phase: Phase, plan: Plan | None) -> dict[str, Any]:
-    """Fill the columns from the last report; before the first one a running pod stands at 0 %."""
+    """Return the progress fields from the last report; before the first one, a running pod is at 0%."""
     if report is None:
         running = phase in {Phase.TRAINING, Phase.EVALUATING, Phase.PUBLISHING}
-        started = {"progress": "0%", "step": format_step(0, plan.total_steps if plan else None)} if running else {}
-        return {"progress": "100%"} if phase is Phase.SUCCEEDED else started
+        initial = {"progress": "0%", "step": format_step(0, plan.total_steps if plan else None)} if running else {}
+        return {"progress": "100%"} if phase is Phase.SUCCEEDED else initial
     remaining = report.remaining_seconds if phase not in TERMINAL else None
     total = report.total_steps or (plan.total_steps if plan else None)
     speed = report.tokens_per_second
@@ -81,7 +81,7 @@ def derive_progress(report: Progress | None, phase: Phase, plan: Plan | None) ->
 
 
 def derive_checkpoint(previous: QLoRAJobStatus, decision: Decision, report: Progress | None) -> Checkpoint | None:
-    """Say what another attempt would go on from; a published adapter has taken its place."""
+    """Return the checkpoint that another attempt would resume from; None once the adapter is published."""
     if decision.phase is Phase.SUCCEEDED:
         return None
     return decision.checkpoint or (report.checkpoint if report else None) or previous.checkpoint
@@ -90,7 +90,7 @@ def derive_checkpoint(previous: QLoRAJobStatus, decision: Decision, report: Prog
 def derive_output(
     previous: OutputStatus | None, prepared: Prepared | None, result: Result | None
 ) -> OutputStatus | None:
-    """Say where the result is, or will be."""
+    """Return where the result is, or will be published."""
     output = OutputStatus(digest=prepared.digest, prefix=prepared.prefix) if prepared else previous
     if result is None:
         return output
@@ -100,18 +100,18 @@ def derive_output(
 
 
 def merge_attempt(attempts: tuple[Attempt, ...], attempt: Attempt | None) -> tuple[Attempt, ...]:
-    """Put an attempt in the place of the one with its number; what was known of it before is kept."""
+    """Replace the attempt with the same number, keeping its sticky fields."""
     if attempt is None:
         return attempts
-    known = {entry.number: entry for entry in attempts}
-    before = known.get(attempt.number, attempt)
-    kept = {name: getattr(before, name) for name in _STICKY_ATTEMPT_FIELDS if not getattr(attempt, name)}
-    known[attempt.number] = attempt.model_copy(update=kept)
-    return tuple(known[number] for number in sorted(known))
+    by_number = {other.number: other for other in attempts}
+    previous = by_number.get(attempt.number, attempt)
+    sticky = {name: getattr(previous, name) for name in _STICKY_ATTEMPT_FIELDS if not getattr(attempt, name)}
+    by_number[attempt.number] = attempt.model_copy(update=sticky)
+    return tuple(by_number[number] for number in sorted(by_number))
 
 
 def with_observed_generation(previous: QLoRAJobStatus, generation: int) -> QLoRAJobStatus:
-    """Keep a finished run's status, and say that the newest generation was seen."""
+    """Return the status of a finished run, with the latest generation as observed."""
     conditions = tuple(
         condition.model_copy(update={"observed_generation": generation}) for condition in previous.conditions
     )

@@ -1,4 +1,4 @@
-"""Which weights learn, and how many: an adapter's matrices, DoRA's magnitudes, modules that are trained whole."""
+"""Trainable weights of a run: the matrices of the adapter, DoRA's magnitudes, and fully trained modules."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -12,33 +12,33 @@ ALL_LINEAR: Final = "all-linear"
 
 @dataclass(frozen=True)
 class Trainable:
-    """Sizes of the tensors that learn; all of them are fp32."""
+    """Number of elements of each trainable tensor; all are fp32."""
 
     matrices: tuple[int, ...] = ()
     """A and B of every adapted layer."""
     magnitudes: tuple[int, ...] = ()
-    """DoRA's, one for each output of a layer."""
+    """DoRA's magnitude vectors, one per adapted layer."""
     full_weights: tuple[int, ...] = ()
-    """Modules that are trained and saved whole; with method full, all of the model."""
+    """Fully trained modules (spec.lora.modulesToSave); with method full, the full model."""
 
     @property
     def tensors(self) -> tuple[int, ...]:
-        """Return all sizes."""
+        """Return the sizes of all trainable tensors."""
         return self.matrices + self.magnitudes + self.full_weights
 
     @property
     def adapter(self) -> int:
-        """Return how many weights the adapter has, without modules that are trained whole."""
+        """Return how many weights the adapter has, without fully trained modules."""
         return sum(self.matrices) + sum(self.magnitudes)
 
     @property
     def parameters(self) -> int:
-        """Return how many weights learn."""
+        """Return how many weights are trainable."""
         return sum(self.tensors)
 
 
 def find_trainable(shape: ModelShape, spec: QLoRAJobSpec) -> Trainable:
-    """Return what a run trains."""
+    """Return what a run trains; MismatchError if spec.lora.targets do not match the model."""
     if spec.method == "full":
         return Trainable(full_weights=tuple(size for size in _every_tensor(shape) if size))
     check_targets(shape, spec.lora)
@@ -54,7 +54,7 @@ def find_trainable(shape: ModelShape, spec: QLoRAJobSpec) -> Trainable:
 
 
 def check_base(shape: ModelShape, quantization: QuantizationSpec) -> None:
-    """Refuse a quantised base of which nothing is quantised, as prepare does."""
+    """Raise MismatchError for a quantized base without quantizable layers, as prepare does."""
     if quantization.bits != 16 and not shape.quantizable:
         raise MismatchError(
             f"spec.quantization.bits: a model of type {shape.family} has no layer that bitsandbytes can store in "
@@ -63,10 +63,10 @@ def check_base(shape: ModelShape, quantization: QuantizationSpec) -> None:
 
 
 def check_targets(shape: ModelShape, lora: LoraSpec) -> None:
-    """Refuse names that mean no module, as prepare does."""
+    """Raise MismatchError for targets that match no module, as prepare does."""
     names = [name for name, _ in shape.named_linears()]
     if lora.targets != (ALL_LINEAR,):
-        unknown = ", ".join(word for word in lora.targets if not _matching_modules(names, [word]))
+        unknown = ", ".join(target for target in lora.targets if not _matching_modules(names, [target]))
         if unknown:
             available = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
             raise MismatchError(
@@ -81,33 +81,33 @@ def check_targets(shape: ModelShape, lora: LoraSpec) -> None:
 
 
 def ranks_of_layer(shape: ModelShape, lora: LoraSpec) -> dict[str, int]:
-    """Return each adapted layer's rank by its path below its block; of layers that differ, the largest."""
-    found: dict[str, int] = {}
+    """Return the rank of each adapted layer by its path below its block; if blocks differ, the largest."""
+    largest: dict[str, int] = {}
     ranks = _ranks(shape, lora)
     for name, linear in shape.decoder.named_linears():
         if name in ranks:
-            found[linear.path] = max(found.get(linear.path, 0), ranks[name])
-    return found
+            largest[linear.path] = max(largest.get(linear.path, 0), ranks[name])
+    return largest
 
 
 def _ranks(shape: ModelShape, lora: LoraSpec) -> dict[str, int]:
-    """Return the rank of every adapted layer; of two words that mean one, the longer counts."""
+    """Return the rank of every adapted layer; if several rankPattern keys match, the longest counts."""
     names = [name for name, _ in shape.named_linears()]
     adapted = names if lora.targets == (ALL_LINEAR,) else _matching_modules(names, lora.targets)
     ranks = dict.fromkeys(adapted, lora.rank)
-    for word in sorted(lora.rank_pattern, key=len):
-        ranks |= dict.fromkeys(_matching_modules(adapted, [word]), lora.rank_pattern[word])
+    for pattern in sorted(lora.rank_pattern, key=len):
+        ranks |= dict.fromkeys(_matching_modules(adapted, [pattern]), lora.rank_pattern[pattern])
     return ranks
 
 
-def _matching_modules(modules: Iterable[str], words: Iterable[str]) -> list[str]:
-    """Return the modules that a manifest's words mean: names, or ends of paths."""
-    ends = tuple(f".{word}" for word in words)
-    return [name for name in modules if f".{name}".endswith(ends)]
+def _matching_modules(modules: Iterable[str], patterns: Iterable[str]) -> list[str]:
+    """Return the modules that match a manifest's patterns: names, or suffixes of paths."""
+    suffixes = tuple(f".{pattern}" for pattern in patterns)
+    return [name for name in modules if f".{name}".endswith(suffixes)]
 
 
 def _stacked_experts(shape: ModelShape, lora: LoraSpec) -> Iterator[int]:
-    """Yield the adapters on stacked experts, which peft makes for all-linear only."""
+    """Yield the sizes of adapters on stacked experts, which peft adds for all-linear only."""
     if lora.targets != (ALL_LINEAR,):
         return
     for block in shape.blocks:
@@ -116,13 +116,13 @@ def _stacked_experts(shape: ModelShape, lora: LoraSpec) -> Iterator[int]:
             yield from (rank * matrix.inputs, rank * matrix.outputs)
 
 
-def _modules_to_save(shape: ModelShape, words: Iterable[str]) -> Iterator[int]:
+def _modules_to_save(shape: ModelShape, patterns: Iterable[str]) -> Iterator[int]:
     sizes = dict(shape.named_modules())
-    chosen = _matching_modules(sizes, words)
-    # peft keeps a tied embedding and output layer one weight when either is trained.
-    twice = shape.tied and {shape.embedding.path, shape.head.path} <= set(chosen)
-    for name in chosen:
-        yield sizes[name] - (shape.head.weights if twice and name == shape.head.path else 0)
+    matched = _matching_modules(sizes, patterns)
+    # peft keeps tied embedding and output layer as one weight if either is trained.
+    counted_twice = shape.tied and {shape.embedding.path, shape.head.path} <= set(matched)
+    for name in matched:
+        yield sizes[name] - (shape.head.weights if counted_twice and name == shape.head.path else 0)
 
 
 def _every_tensor(shape: ModelShape) -> Iterator[int]:

@@ -1,8 +1,8 @@
-"""Follows the bytes of a forward and a backward pass the way autograd keeps and frees them; knows no model.
+"""Simulates the memory of a forward and a backward pass as autograd allocates and frees it; knows no model.
 
-A model is written down as the operations that it runs, on tensors that have a size and no content. Played forward,
-every tensor is taken when it is made and given back when nothing needs it any more; played backward, gradients are
-taken and what was saved is given back. The peak is the most at any time.
+A model is recorded as the operations that it runs, on tensors that have a size and no content. In the forward pass,
+every tensor is allocated when it is computed and freed when nothing needs it any more; in the backward pass, gradients
+are allocated and saved tensors are freed. The peak is the maximum at any time.
 """
 
 from collections import Counter
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, eq=False)
 class Tensor:
-    """A size; no two are equal."""
+    """A tensor's size, without its content; compared by identity."""
 
     elements: int
     width: int
@@ -20,60 +20,60 @@ class Tensor:
     requires_grad: bool = False
     """Backward computes its gradient."""
     persistent: bool = False
-    """It is there before and after, as a weight is, and is counted elsewhere."""
+    """It outlives the pass, as a weight does, and is counted elsewhere."""
     source: "Tensor | None" = None
-    """Whose memory it shares, if it is a view."""
+    """The tensor whose memory it shares, if it is a view."""
 
     @property
     def bytes(self) -> int:
-        """Return what it takes if it is no view."""
+        """Return its bytes; a view takes none of its own."""
         return self.elements * self.width
 
     @property
     def memory(self) -> "Tensor":
-        """Return the tensor that owns the memory."""
+        """Return the tensor that owns its memory."""
         return self if self.source is None else self.source.memory
 
 
 @dataclass(frozen=True, eq=False)
 class Operation:
-    """One node of autograd's graph."""
+    """One node of the autograd graph."""
 
     output: Tensor
     inputs: tuple[Tensor, ...]
     saved: tuple[Tensor, ...] = ()
-    """What its backward needs."""
+    """Tensors saved for its backward."""
     held_by_node: tuple[Tensor, ...] = ()
-    """What its node holds by itself: a checkpoint does not let it go, and it stays as long as the graph."""
+    """Tensors that its node holds outside of saved tensors: not freed by checkpointing, but with the graph."""
     grad_aliases: tuple[Tensor, ...] = ()
-    """Inputs whose gradient is the gradient of its output, not new memory."""
+    """Inputs whose gradient is the gradient of the output, without new memory."""
     forward_workspace: int = 0
-    """Bytes that it takes beside its output while it runs."""
+    """Bytes that it needs besides its output while it runs."""
     backward_workspace: int = 0
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Operations that are recomputed together, if activations are."""
+    """Operations that are recomputed together under gradient checkpointing."""
 
     operations: tuple[Operation, ...]
     output: Tensor
     shared: tuple[Tensor, ...] = ()
-    """What is held until the last segment beside its output: masks, tables. Checkpoints hold it for good."""
+    """Masks and tables that are held, besides the output, until the last segment; checkpoints hold them to the end."""
     held_through_forward: tuple[Tensor, ...] = ()
-    """What of it is held until the end of the pass."""
+    """Those of `shared` that are held until the end of the pass."""
     cached: tuple[Tensor, ...] = ()
-    """Casts of weights, which autocast holds until the end of the forward pass, or of the recomputation."""
+    """Casts of weights, which autocast caches until the end of the forward pass or the recomputation."""
 
     @property
     def live_after(self) -> tuple[Tensor, ...]:
-        """Return what is there when it has run."""
+        """Return the tensors that are alive after the segment."""
         return (self.output, *self.shared, *self.cached)
 
 
 @dataclass
 class MemoryTracker:
-    """Who holds which tensor; it is taken with its first holder and given back with its last."""
+    """Reference counts of tensors: allocated with the first holder, freed with the last."""
 
     now: int = 0
     peak: int = 0
@@ -89,7 +89,7 @@ class MemoryTracker:
         self.peak = max(self.peak, self.now)
 
     def release(self, tensors: Iterable[Tensor]) -> None:
-        """Take a holder away from each."""
+        """Remove a holder from each."""
         for tensor in tensors:
             owner = tensor.memory
             if not owner.persistent:
@@ -97,7 +97,7 @@ class MemoryTracker:
                 self.now -= 0 if self.holders[owner] else owner.bytes
 
     def allocate_briefly(self, size: int) -> None:
-        """Take some bytes and give them back at once."""
+        """Allocate some bytes and free them at once."""
         self.peak = max(self.peak, self.now + size)
 
 
@@ -109,65 +109,75 @@ def simulate_forward(
     saves: bool,
     until: int | None = None,
 ) -> None:
-    """Run operations and leave some tensors behind, and if they keep, what backward needs.
+    """Simulate operations forward; afterwards only `live_out` and saved tensors are alive.
 
-    Every other tensor goes with the last operation that reads it; all go where the run is broken off.
+    Args:
+        operations: Operations in order.
+        memory: Where allocations are tracked.
+        live_out: Tensors that stay alive; every other one is freed after the last operation that reads it.
+        saves: Whether tensors are saved for backward.
+        until: Stop before this operation, and free all temporaries; None runs all of them.
+
     """
-    last = {tensor.memory: number for number, step in enumerate(operations) for tensor in step.inputs}
-    last |= {tensor.memory: len(operations) for tensor in live_out}
-    made: set[Tensor] = set()
-    for number, step in enumerate(operations[:until]):
-        if step.output.memory not in made:
-            made.add(step.output.memory)
-            memory.retain([step.output])
-        memory.allocate_briefly(step.forward_workspace)
-        if saves and step.output.requires_grad:
-            memory.retain(step.saved)
-            memory.retain(step.held_by_node)
-        gone = {tensor.memory for tensor in (*step.inputs, step.output) if last.get(tensor.memory, -1) <= number}
-        memory.release(gone & made)
-        made -= gone
-    memory.release(made - {tensor.memory for tensor in live_out})
+    last_use = {tensor.memory: index for index, operation in enumerate(operations) for tensor in operation.inputs}
+    last_use |= {tensor.memory: len(operations) for tensor in live_out}
+    allocated: set[Tensor] = set()
+    for index, operation in enumerate(operations[:until]):
+        if operation.output.memory not in allocated:
+            allocated.add(operation.output.memory)
+            memory.retain([operation.output])
+        memory.allocate_briefly(operation.forward_workspace)
+        if saves and operation.output.requires_grad:
+            memory.retain(operation.saved)
+            memory.retain(operation.held_by_node)
+        unused = {
+            tensor.memory
+            for tensor in (*operation.inputs, operation.output)
+            if last_use.get(tensor.memory, -1) <= index
+        }
+        memory.release(unused & allocated)
+        allocated -= unused
+    memory.release(allocated - {tensor.memory for tensor in live_out})
 
 
 def simulate_backward(operations: Sequence[Operation], memory: MemoryTracker, gradients: dict[Tensor, Tensor]) -> None:
-    """Run backward; gradients of results come in, those of inputs go out, all of them held."""
-    for step in reversed(operations):
-        gradient = gradients.pop(step.output, None)
-        made = _gradients_of_inputs(step, gradient)
-        memory.retain(each for _, each in made)
-        memory.allocate_briefly(step.backward_workspace if gradient else 0)
-        if step.output.requires_grad:
-            memory.release(step.saved)
+    """Simulate operations backward; `gradients` maps outputs to their gradients on entry, inputs on return."""
+    for operation in reversed(operations):
+        gradient = gradients.pop(operation.output, None)
+        computed = _gradients_of_inputs(operation, gradient)
+        memory.retain(grad for _, grad in computed)
+        memory.allocate_briefly(operation.backward_workspace if gradient else 0)
+        if operation.output.requires_grad:
+            memory.release(operation.saved)
         if gradient:
             memory.release([gradient])
-        for tensor, each in made:
-            _accumulate(tensor, each, memory, gradients)
+        for tensor, grad in computed:
+            _accumulate(tensor, grad, memory, gradients)
 
 
-def _gradients_of_inputs(step: Operation, gradient: Tensor | None) -> list[tuple[Tensor, Tensor]]:
+def _gradients_of_inputs(operation: Operation, gradient: Tensor | None) -> list[tuple[Tensor, Tensor]]:
     if gradient is None:
         return []
-    learning = [tensor for tensor in step.inputs if tensor.requires_grad]
+    trainable = [tensor for tensor in operation.inputs if tensor.requires_grad]
     return [
-        (tensor, gradient if tensor in step.grad_aliases else Tensor(tensor.elements, tensor.width))
-        for tensor in learning
+        (tensor, gradient if tensor in operation.grad_aliases else Tensor(tensor.elements, tensor.width))
+        for tensor in trainable
     ]
 
 
 def _accumulate(tensor: Tensor, gradient: Tensor, memory: MemoryTracker, gradients: dict[Tensor, Tensor]) -> None:
-    """Add a gradient to what is there: in place if nobody else holds that, as the engine's input buffers do."""
-    known = gradients.get(tensor)
-    if tensor.persistent:  # a parameter's is added to its .grad, which is there already
+    """Accumulate a gradient: in place if nothing else holds the existing one, as in autograd's input buffers."""
+    existing = gradients.get(tensor)
+    if tensor.persistent:  # accumulated into the parameter's .grad, which exists already
         memory.release([gradient])
-    elif known is None:
+    elif existing is None:
         gradients[tensor] = gradient
-    elif memory.holders[known.memory] == 1:
+    elif memory.holders[existing.memory] == 1:
         memory.release([gradient])
     else:
         gradients[tensor] = Tensor(tensor.elements, tensor.width)
         memory.retain([gradients[tensor]])
-        memory.release([known, gradient])
+        memory.release([existing, gradient])
 
 
 @dataclass(frozen=True)
@@ -175,15 +185,21 @@ class SimulatedMemory:
     """Bytes of one forward and backward pass."""
 
     saved: int
-    """At the end of forward: what backward waits for."""
+    """At the end of forward: what is saved for backward."""
     peak: int
 
 
 def simulate(segments: Sequence[Segment], *, recompute: Sequence[bool]) -> SimulatedMemory:
-    """Run segments forward, one after the other, and backward; those to recompute keep what they read only."""
+    """Simulate segments forward and backward; recomputed ones save only their input.
+
+    Args:
+        segments: The model in order; the output of the last one is the loss.
+        recompute: Whether each segment is checkpointed.
+
+    """
     memory = MemoryTracker()
     _simulate_all_forward(segments, recompute, memory)
-    kept = memory.now
+    saved = memory.now
     loss = segments[-1].output
     gradients = {loss: Tensor(loss.elements, loss.width)}
     memory.retain(gradients.values())
@@ -193,7 +209,7 @@ def simulate(segments: Sequence[Segment], *, recompute: Sequence[bool]) -> Simul
             memory.release([segments[number - 1].output])  # the checkpoint's input
         else:
             simulate_backward(segments[number].operations, memory, gradients)
-    return SimulatedMemory(kept, memory.peak)
+    return SimulatedMemory(saved, memory.peak)
 
 
 def _simulate_all_forward(segments: Sequence[Segment], recompute: Sequence[bool], memory: MemoryTracker) -> None:
@@ -214,18 +230,26 @@ def _simulate_all_forward(segments: Sequence[Segment], recompute: Sequence[bool]
 
 
 def _left_by_checkpoint(segment: Segment) -> list[Tensor]:
-    """Return what nodes hold by themselves; recomputed tensors are others, so that these are stand-ins."""
-    clung = {tensor.memory for step in segment.operations if step.output.requires_grad for tensor in step.held_by_node}
-    return [Tensor(tensor.elements, tensor.width) for tensor in clung]
+    """Return copies of the tensors that a checkpointed segment's nodes hold; recomputation allocates new ones."""
+    held = {
+        tensor.memory
+        for operation in segment.operations
+        if operation.output.requires_grad
+        for tensor in operation.held_by_node
+    }
+    return [Tensor(tensor.elements, tensor.width) for tensor in held]
 
 
 def _recompute_and_backward(segment: Segment, memory: MemoryTracker, gradients: dict[Tensor, Tensor]) -> None:
-    """Run backward to where something saved is needed, then forward again until all of that is there, then go on."""
-    last = max((number for number, step in enumerate(segment.operations) if step.saved), default=-1) + 1
-    simulate_backward(segment.operations[last:], memory, gradients)
-    simulate_forward(segment.operations, memory, live_out=segment.cached, saves=True, until=last)
+    """Simulate backward until saved tensors are needed, recompute forward until they exist, then continue backward."""
+    end = max((number for number, operation in enumerate(segment.operations) if operation.saved), default=-1) + 1
+    simulate_backward(segment.operations[end:], memory, gradients)
+    simulate_forward(segment.operations, memory, live_out=segment.cached, saves=True, until=end)
     memory.release(segment.cached)
     memory.release(
-        tensor for step in segment.operations[:last] if step.output.requires_grad for tensor in step.held_by_node
+        tensor
+        for operation in segment.operations[:end]
+        if operation.output.requires_grad
+        for tensor in operation.held_by_node
     )
-    simulate_backward(segment.operations[:last], memory, gradients)
+    simulate_backward(segment.operations[:end], memory, gradients)

@@ -1,4 +1,4 @@
-"""The layers of a decoder, operation by operation, as transformers 5.23 computes them."""
+"""Records the layers of a decoder operation by operation, as transformers 5.23 computes them."""
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -12,12 +12,12 @@ from qlora_planner.memory.torch_ops import Recorder
 from qlora_planner.models.shapes import Linear, ModelShape
 
 _RANDOM_STATE: Final = 5056
-"""Bytes of torch.get_rng_state(); of a GPU's generator it is 16."""
+"""Bytes of torch.get_rng_state() on a CPU; a GPU's has 16."""
 
 
 @dataclass
 class Decoder:
-    """A model in a setting, of which layers are written down one after the other."""
+    """Records the layers of a model one after the other."""
 
     shape: ModelShape
     config: ForwardConfig
@@ -25,58 +25,58 @@ class Decoder:
 
     @cached_property
     def layers(self) -> LayerRecorder:
-        """Return what writes down single layers."""
+        """Return the recorder of linear layers and norms."""
         return LayerRecorder(self.shape, self.config, self.record)
 
     @cached_property
     def attention_recorder(self) -> AttentionRecorder:
-        """Return what writes down attention."""
+        """Return the recorder of attention."""
         return AttentionRecorder(self.shape.family, self.shape.attention, self.config, self.record)
 
     def embed(self) -> Segment:
-        """Write down the embedding, and what all layers share."""
-        shape, setting, record = self.shape, self.config, self.record
-        tokens, table = setting.batch.tokens, self.layers.weight(shape.embedding.parameters)
+        """Record the embedding, and the masks and rotary tables that all layers share."""
+        shape, config, record = self.shape, self.config, self.record
+        tokens, table = config.batch.tokens, self.layers.weight(shape.embedding.parameters)
         states = record.emit(tokens * shape.hidden, table.width, [table])
         states = record.scale(states) if self.layers.is_gemma else states
-        if setting.neftune:  # drawn in fp32, then added
+        if config.neftune:  # drawn in fp32, then added
             states = record.add(states, record.cast(record.emit(states.elements, FP32), states.width))
-        if setting.checkpointing:  # enable_input_require_grads
-            states = record.view(states, states.elements, learns=True)
+        if config.checkpointing:  # enable_input_require_grads
+            states = record.view(states, states.elements, requires_grad=True)
         angles = [record.emit(tokens * shape.attention.rotary, states.width) for _ in ("cos", "sin")]
-        # The embeddings as well: the model's forward function has a variable for them.
-        slide = shape.attention.sliding_layers
-        kinds = ([False] if slide < shape.layers else []) + ([True] if slide else [])
+        # `states` is shared too: a local variable of the model's forward function holds it.
+        sliding_layers = shape.attention.sliding_layers
+        kinds = ([False] if sliding_layers < shape.layers else []) + ([True] if sliding_layers else [])
         masks = [mask for sliding in kinds for mask in self.attention_recorder.masks(sliding=sliding)]
         segment = record.end_segment(states, states, *angles, *masks)
-        # Masks that are laid apart stay with their layout until the next one (qlora_trainer.model.unpacked_attention).
+        # Unpacked masks are cached with their layout until the next batch (qlora_trainer.model.unpacked_attention).
         return replace(segment, held_through_forward=tuple(masks)) if self.attention_recorder.is_unpacked else segment
 
     def layer(self, states: Tensor, *, sliding: bool) -> Segment:
-        """Write down one layer, and the state of the random numbers that its recomputation starts from."""
-        setting, record = self.config, self.record
-        kept = [record.emit(_RANDOM_STATE, 1)] if setting.checkpointing and setting.device == "cpu" else []
+        """Record one layer, and the random state that its recomputation restores."""
+        config, record = self.config, self.record
+        random_state = [record.emit(_RANDOM_STATE, 1)] if config.checkpointing and config.device == "cpu" else []
         output = self._parallel(states, sliding) if self.shape.parallel else self._sequential(states, sliding)
-        return record.end_segment(output, *kept)
+        return record.end_segment(output, *random_state)
 
     def _parallel(self, states: Tensor, sliding: bool) -> Tensor:
         norm = self.layers.norm
-        inside = norm(states)
-        attended = self._attention(inside, sliding)
-        fed = self._mlp(norm(states) if self._norms == 2 else inside)
-        return self.record.add(self.record.add(attended, fed), states)
+        normed = norm(states)
+        attended = self._attention(normed, sliding)
+        mlp = self._mlp(norm(states) if self._norms == 2 else normed)
+        return self.record.add(self.record.add(attended, mlp), states)
 
     def _sequential(self, states: Tensor, sliding: bool) -> Tensor:
-        norm, after = self.layers.norm, self._norms == 4
+        norm, norm_outputs = self.layers.norm, self._norms == 4
         attended = self._attention(norm(states), sliding)
-        between = self.record.add(states, norm(attended) if after else attended)
-        fed = self._mlp(norm(between))
-        return self.record.add(between, norm(fed) if after else fed)
+        middle = self.record.add(states, norm(attended) if norm_outputs else attended)
+        mlp = self._mlp(norm(middle))
+        return self.record.add(middle, norm(mlp) if norm_outputs else mlp)
 
     def select_labeled(self, states: Tensor) -> Segment:
-        """Write down the last states of the positions that are learned, or their logits if those are no plain product.
+        """Record the last hidden states of the labeled positions, or their logits if the head is not a plain product.
 
-        Gemma 2 caps its logits, so that those of every position are computed at once.
+        Gemma 2 caps its logits, so those of all positions are computed at once.
         """
         shape, record, labels = self.shape, self.record, self.config.batch.labels
         states = self.layers.norm(states)
@@ -89,18 +89,18 @@ class Decoder:
 
     @property
     def _norms(self) -> int:
-        """Return a layer's norms of hidden states: 1 before both parts, 2 before each, 4 after each as well."""
+        """Return the norms per layer: 1 shared by attention and MLP, 2 one before each, 4 also one after each."""
         names = [module.path for module in self.shape.decoder.others if "." not in module.path]
         return sum("norm" in name or name.startswith("ln_") for name in names)
 
     def _attention(self, x: Tensor, sliding: bool) -> Tensor:
-        attention, attending, norm = self.shape.attention, self.attention_recorder, self.layers.norm
+        attention, recorder, norm = self.shape.attention, self.attention_recorder, self.layers.norm
         query, key, value = self._projections(x)
         if attention.qk_norm:
             query, key = norm(query, attention.head_dim), norm(key, attention.head_dim)
         if attention.rotary:
-            query, key = attending.apply_rotary(query), attending.apply_rotary(key)
-        attended = attending.attention_output(query, key, value, sliding=sliding)
+            query, key = recorder.apply_rotary(query), recorder.apply_rotary(key)
+        attended = recorder.attention_output(query, key, value, sliding=sliding)
         output = self._linear(attended, "o_proj", "dense")
         self.record.keep_alive(x, query, key, value)
         return output
@@ -108,15 +108,15 @@ class Decoder:
     def _projections(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if self._has("q_proj"):
             return self._linear(x, "q_proj"), self._linear(x, "k_proj"), self._linear(x, "v_proj")
-        joint, attention = self._linear(x, "qkv_proj", "query_key_value"), self.shape.attention
-        size, copies = self.config.batch.tokens * attention.head_dim, self.shape.family == "falcon"
-        # Falcon picks keys and values out of it by index, which copies, and with groups once for each query head.
-        kv_heads = attention.heads if copies and attention.kv_heads > 1 else attention.kv_heads
-        query = self.record.narrow(joint, size * attention.heads)
-        if copies:
-            key, value = (self.record.emit(size * kv_heads, joint.width, [joint]) for _ in "kv")
+        fused, attention = self._linear(x, "qkv_proj", "query_key_value"), self.shape.attention
+        size, is_falcon = self.config.batch.tokens * attention.head_dim, self.shape.family == "falcon"
+        # Falcon selects keys and values by index, which copies; with grouped heads, once per query head.
+        kv_heads = attention.heads if is_falcon and attention.kv_heads > 1 else attention.kv_heads
+        query = self.record.narrow(fused, size * attention.heads)
+        if is_falcon:
+            key, value = (self.record.emit(size * kv_heads, fused.width, [fused]) for _ in "kv")
         else:
-            key, value = (self.record.narrow(joint, size * kv_heads) for _ in "kv")
+            key, value = (self.record.narrow(fused, size * kv_heads) for _ in "kv")
         return query, key, value
 
     def _mlp(self, x: Tensor) -> Tensor:
@@ -125,14 +125,14 @@ class Decoder:
         return output
 
     def _plain_mlp(self, x: Tensor) -> Tensor:
-        inside = self._activation(self._linear(x, "fc1", "dense_h_to_4h"))
-        return self._linear(inside, "fc2", "dense_4h_to_h")
+        activated = self._activation(self._linear(x, "fc1", "dense_h_to_4h"))
+        return self._linear(activated, "fc2", "dense_4h_to_h")
 
     def _gated_mlp(self, x: Tensor) -> Tensor:
         record = self.record
         if self._has("gate_up_proj"):
-            joint = self._linear(x, "gate_up_proj")
-            gate, up = (record.narrow(joint, joint.elements // 2) for _ in range(2))
+            fused = self._linear(x, "gate_up_proj")
+            gate, up = (record.narrow(fused, fused.elements // 2) for _ in range(2))
             return self._linear(record.multiply(up, self._activation(gate)), "down_proj")
         gate = self._activation(self._linear(x, "gate_proj"))
         return self._linear(record.multiply(gate, self._linear(x, "up_proj")), "down_proj")
@@ -141,8 +141,8 @@ class Decoder:
         record = self.record
         if self.shape.mlp.activation != "gelu_new":
             return record.unary_saving_input(x)
-        # 0.5 * x * (1 + tanh(c * (x + 0.044715 * x ** 3))), written out in Python,
-        # in which CUDA's autocast has powers in fp32, and so what follows.
+        # 0.5 * x * (1 + tanh(c * (x + 0.044715 * x ** 3))) in Python, where CUDA's autocast
+        # computes powers in fp32, and so what follows.
         powered = record.cast(x, FP32) if self.config.device != "cpu" and self.config.autocast else x
         inner = record.scale(record.add(x, record.scale(record.power(powered))))
         return record.multiply(record.scale(x), record.scale(record.unary_saving_output(inner)))

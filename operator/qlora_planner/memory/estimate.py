@@ -1,4 +1,4 @@
-"""The peak of a run's memory on one GPU: weights and what learns, activations, communication, context, slack."""
+"""Estimates the peak memory of a run on one GPU: weights, trainable state, activations, communication, overhead."""
 
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,25 +18,25 @@ from qlora_planner.models.shapes import Linear, ModelShape
 
 CONTEXT: Final = 500 * MIB
 """Bytes of a process's CUDA context, torch's and bitsandbytes' kernels in it: 0.49 GiB on an A100 (TianheWu/CoSeR#10)
-and on an RTX 4090 (3DTopia/Phidias-Diffusion#8), as torch's messages count what is not its own."""
+and on an RTX 4090 (3DTopia/Phidias-Diffusion#8), as torch's out-of-memory messages count memory outside of torch."""
 WORKSPACE: Final = 32 * MIB
-"""Bytes that cuBLAS works in on sm_90 (pytorch#182669); elsewhere it is 8."""
+"""Bytes of cuBLAS workspace on sm_90 (pytorch#182669); 8 MiB elsewhere."""
 NCCL: Final = 688 * MIB
-"""Bytes of NCCL's buffers between more than two GPUs with NVLink, the most of its default settings (nccl#964)."""
+"""Bytes of NCCL's buffers for more than two GPUs with NVLink, the largest of its default settings (nccl#964)."""
 SLACK: Final = 0.07
-"""Of what is allocated, what torch's allocator holds beyond it: 7.0 % on one GPU, 5.4 % with data parallelism and
-6.9 % with FSDP in AgileRL's calibration."""
+"""What torch's caching allocator holds beyond allocated tensors, as a share of these: 7.0 % on one GPU, 5.4 %
+with data parallelism and 6.9 % with FSDP in AgileRL's calibration."""
 BUCKET: Final = 50_000_000 * FP32
-"""Bytes in which DeepSpeed collects gradients: qlora_api.launcher_config sets so many numbers."""
-LIVE: Final = 1_000_000_000
-"""Numbers that ZeRO-3 keeps collected at most (DeepSpeed 0.19: stage3_max_live_parameters)."""
+"""Bytes of DeepSpeed's gradient bucket, whose size qlora_api.launcher_config sets."""
+MAX_LIVE_PARAMETERS: Final = 1_000_000_000
+"""Parameters that ZeRO-3 keeps gathered at most (DeepSpeed 0.19: stage3_max_live_parameters)."""
 PACK_TOKENS: Final = 4096
-"""Tokens joined into one sequence at most, unless one row is longer: qlora_trainer.data.batching.PACK_TOKENS."""
+"""Longest packed sequence in tokens, unless one row is longer: qlora_trainer.data.batching.PACK_TOKENS."""
 
 
 @dataclass(frozen=True)
 class SequenceLengths:
-    """How long the rows are, in tokens, as they are trained on."""
+    """Lengths of the rows in tokens, after truncation."""
 
     longest: int
     mean: float
@@ -44,7 +44,7 @@ class SequenceLengths:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a run is laid out over its processes."""
+    """How a run is distributed over its processes, and how each computes a step."""
 
     processes: int = 1
     strategy: StrategyName = SINGLE.name
@@ -54,7 +54,7 @@ class Layout:
 
     @property
     def sharing(self) -> Strategy:
-        """Return what the strategy divides."""
+        """Return the strategy with what it shards."""
         return STRATEGIES[self.strategy]
 
 
@@ -63,51 +63,51 @@ class MemoryEstimate:
     """Bytes on the fullest GPU."""
 
     base: BaseBytes
-    """Of one process's share."""
+    """Base weights of one process."""
     adapter: int
-    """What learns beside the base, in fp32, and ZeRO-2's copy of it."""
+    """Trainable weights besides the base in fp32, and ZeRO-2's copy of them."""
     gradients: int
     optimizer: int
     activations: int
-    """At the peak of forward and backward: kept tensors, logits, dequantised matrices."""
+    """At the peak of forward and backward: saved tensors, logits, dequantized matrices."""
     communication: int
-    """Gradients or weights of several processes, gathered or added up."""
+    """Gathered weights and reduced gradients of several processes."""
     loading: int
-    """The base while it is loaded, before anything is divided."""
+    """The base while it is loaded, before it is sharded."""
     non_torch: int
-    """What torch's allocator does not know: context and NCCL."""
+    """Memory outside of torch's allocator: CUDA context and NCCL."""
 
     @property
     def training(self) -> int:
-        """Return what tensors take while a step is taken."""
+        """Return the bytes of all tensors during a step."""
         return sum(
             (self.base.total, self.adapter, self.gradients, self.optimizer, self.activations, self.communication)
         )
 
     @property
     def loads_more_than_it_trains(self) -> bool:
-        """Return whether the peak is before the first step."""
+        """Return whether the peak is reached while the base is loaded."""
         return self.loading > self.training
 
     @property
     def allocated(self) -> int:
-        """Return the most that tensors take at any time."""
+        """Return the peak bytes of all tensors."""
         return max(self.loading, self.training)
 
     @property
     def minimum(self) -> int:
-        """Return what the GPU must have if torch's allocator wastes nothing."""
+        """Return the bytes that a GPU needs at least, without allocator overhead."""
         return self.allocated + self.non_torch
 
     @property
     def peak(self) -> int:
-        """Return what the GPU should have."""
+        """Return the bytes that a GPU needs, with the usual allocator overhead."""
         return ceil(self.allocated * (1 + SLACK)) + self.non_torch if self.non_torch else self.allocated
 
 
 @dataclass(frozen=True)
 class TrainingWorkload:
-    """A model, what a spec makes of it, and the rows."""
+    """Everything about a run that its memory depends on: spec, model and rows."""
 
     spec: QLoRAJobSpec
     shape: ModelShape
@@ -116,49 +116,49 @@ class TrainingWorkload:
 
     @property
     def full_finetune(self) -> bool:
-        """Return whether the model itself is trained."""
+        """Return whether all weights are trained (method full)."""
         return self.spec.method == "full"
 
     @property
     def width(self) -> int:
-        """Return the bytes of a weight that is not quantised; on a CPU without bf16, which is the worse case, 4."""
+        """Return the bytes per unquantized weight; on a CPU the worst case, fp32, where it has no bf16."""
         return FP32 if self.full_finetune or self.device == "cpu" else HALF
 
     @property
     def attention(self) -> Kernel:
-        """Return the kernel that the trainer takes where FlashAttention is not installed."""
+        """Return the attention kernel that the trainer uses without FlashAttention."""
         return "eager" if self.shape.attention.softcapped else "sdpa"
 
     @cached_property
     def trainable(self) -> Trainable:
-        """Return what learns."""
+        """Return the trainable weights."""
         return find_trainable(self.shape, self.spec)
 
     @cached_property
     def base(self) -> BaseBytes:
-        """Return the base as one device holds it."""
+        """Return the bytes of the unsharded base."""
         return base_bytes(self.shape, self.spec.quantization, self.width)
 
     @cached_property
     def ranks(self) -> dict[str, int]:
-        """Return the ranks of a layer's adapters."""
+        """Return the adapter ranks of a layer, by module path."""
         return {} if self.full_finetune else ranks_of_layer(self.shape, self.spec.lora)
 
     def largest_batch(self, micro_batch: int) -> BatchShape:
-        """Return the longest pass that the rows can make."""
+        """Return the largest forward pass that the rows can fill."""
         packing, longest = self.spec.training.packing and self.shape.supports_packing, self.rows.longest
-        most = max(PACK_TOKENS, longest) // longest if packing else micro_batch
-        rows = min(micro_batch, most)
-        # Whatever the loss is taken of, some row may be nearly all answer.
+        rows_that_fit = max(PACK_TOKENS, longest) // longest if packing else micro_batch
+        rows = min(micro_batch, rows_that_fit)
+        # Whichever tokens are labels, some row may consist almost entirely of them.
         return BatchShape(rows, longest, rows * longest, rows * longest, packing, equal_length=True)
 
     @cached_property
     def _activation_cache(self) -> dict[tuple[int, bool], Activations]:
-        """What was estimated: GPUs and strategies differ in other things."""
+        """Estimates by micro-batch and checkpointing; they do not depend on GPU or strategy."""
         return {}
 
     def activations(self, micro_batch: int, *, checkpointing: bool) -> Activations:
-        """Return what a forward and a backward pass take."""
+        """Return the activations of a forward and a backward pass."""
         key = (micro_batch, checkpointing)
         if key not in self._activation_cache:
             self._activation_cache[key] = estimate_activations(as_dense(self.shape), self._forward_config(*key))
@@ -182,67 +182,79 @@ class TrainingWorkload:
 
 
 def as_dense(shape: ModelShape) -> ModelShape:
-    """Return a mixture of experts as a model whose MLP is as wide as the experts that a token goes through.
+    """Return a mixture of experts as a dense model whose MLP is as wide as the experts of one token.
 
-    That is what its tensors are as large as; copies of the experts' inputs and the router's scores are not counted, and
-    nothing of it was measured.
+    Its tensors are about that large; copies of the experts' inputs and router scores are not counted, and none of it
+    was measured.
     """
     mlp, hidden = shape.mlp, shape.hidden
     if mlp.experts == 1:
         return shape
     width = mlp.experts_per_token * mlp.intermediate
-    sides = (("gate_proj", hidden, width), ("up_proj", hidden, width), ("down_proj", width, hidden))
-    fed = tuple(Linear(f"mlp.{name}", inputs, outputs, quantizable=False) for name, inputs, outputs in sides)
-    decoder = replace(shape.decoder, linears=(*shape.decoder.linears, *fed), stacked=())
+    projections = (("gate_proj", hidden, width), ("up_proj", hidden, width), ("down_proj", width, hidden))
+    mlp_linears = tuple(
+        Linear(f"mlp.{name}", inputs, outputs, quantizable=False) for name, inputs, outputs in projections
+    )
+    decoder = replace(shape.decoder, linears=(*shape.decoder.linears, *mlp_linears), stacked=())
     return replace(shape, decoder=decoder, mlp=replace(mlp, intermediate=width, experts=1, experts_per_token=1))
 
 
 def estimate_memory(work: TrainingWorkload, layout: Layout) -> MemoryEstimate:
-    """Return what the fullest GPU holds at its peak."""
-    learned = work.trainable.parameters * FP32
-    parts = layout.processes if layout.sharing.shards_optimizer else 1
-    weights_parts = layout.processes if layout.sharing.shards_weights else 1
-    base = BaseBytes(ceil(work.base.weights / weights_parts), work.base.constants)
+    """Return the memory of the fullest GPU at its peak.
+
+    Args:
+        work: The run.
+        layout: How it is distributed, with the micro-batch.
+
+    """
+    trainable_bytes = work.trainable.parameters * FP32
+    optimizer_shards = layout.processes if layout.sharing.shards_optimizer else 1
+    weight_shards = layout.processes if layout.sharing.shards_weights else 1
+    base = BaseBytes(ceil(work.base.weights / weight_shards), work.base.constants)
     return MemoryEstimate(
         base=base,
-        adapter=_adapter_bytes(work, layout, learned),
-        gradients=ceil(learned / parts),
-        optimizer=ceil(optimizer_bytes(work.trainable, layout.optimizer) / parts),
+        adapter=_adapter_bytes(work, layout, trainable_bytes),
+        gradients=ceil(trainable_bytes / optimizer_shards),
+        optimizer=ceil(optimizer_bytes(work.trainable, layout.optimizer) / optimizer_shards),
         activations=work.activations(layout.micro_batch, checkpointing=layout.checkpointing).peak,
-        communication=_communication_bytes(work, layout, learned),
+        communication=_communication_bytes(work, layout, trainable_bytes),
         loading=_loading_bytes(work),
         non_torch=_non_torch_bytes(work, layout),
     )
 
 
 def _loading_bytes(work: TrainingWorkload) -> int:
-    """Return the whole base, which every process loads and ZeRO-3 divides afterwards, with its largest tensor twice."""
+    """Return the bytes while loading: the full base, which ZeRO-3 shards only later, and its largest tensor again."""
     return work.base.total + max(work.shape.embedding.parameters, work.shape.head.weights) * work.width
 
 
-def _adapter_bytes(work: TrainingWorkload, layout: Layout, learned: int) -> int:
-    """Return the weights that learn beside the base; with method full they are the base."""
-    own = 0 if work.full_finetune else ceil(learned / (layout.processes if layout.sharing.shards_weights else 1))
-    # ZeRO-2 steps on a flat copy of its part; ZeRO-3 on the parts themselves, which are fp32 already.
+def _adapter_bytes(work: TrainingWorkload, layout: Layout, trainable_bytes: int) -> int:
+    """Return the bytes of trainable weights besides the base; with method full, there are none."""
+    weights = (
+        0 if work.full_finetune else ceil(trainable_bytes / (layout.processes if layout.sharing.shards_weights else 1))
+    )
+    # ZeRO-2 steps on a flat copy of its shard; ZeRO-3 on the shards themselves, which are fp32 already.
     copies = layout.sharing.shards_optimizer and not layout.sharing.shards_weights
-    copy = ceil(learned / layout.processes) if copies else 0
-    # PiSSA's first matrices stay beside the ones that learn, since the base is without them.
-    start = sum(work.trainable.matrices) * FP32 if work.spec.lora.init == "pissa" and not work.full_finetune else 0
-    return own + copy + start
+    copy = ceil(trainable_bytes / layout.processes) if copies else 0
+    # PiSSA's initial matrices are kept besides the trainable ones, since they were subtracted from the base.
+    initial_matrices = (
+        sum(work.trainable.matrices) * FP32 if work.spec.lora.init == "pissa" and not work.full_finetune else 0
+    )
+    return weights + copy + initial_matrices
 
 
-def _communication_bytes(work: TrainingWorkload, layout: Layout, learned: int) -> int:
-    """Return what processes exchange at once: one flat tensor of all gradients, or DeepSpeed's buckets."""
+def _communication_bytes(work: TrainingWorkload, layout: Layout, trainable_bytes: int) -> int:
+    """Return the bytes of communication buffers: one flat tensor of all gradients, or DeepSpeed's buckets."""
     if layout.processes == 1:
         return 0
     if not layout.sharing.shards_optimizer:
-        return learned
+        return trainable_bytes
     if not layout.sharing.shards_weights:
         return BUCKET
     shape = work.shape
     largest = max(shape.embedding.parameters, shape.head.weights) * work.width
     mean = work.base.weights / shape.parameters
-    return BUCKET + largest + min(work.base.weights, ceil(LIVE * mean))
+    return BUCKET + largest + min(work.base.weights, ceil(MAX_LIVE_PARAMETERS * mean))
 
 
 def _non_torch_bytes(work: TrainingWorkload, layout: Layout) -> int:

@@ -1,4 +1,4 @@
-"""What a run's weights take on a GPU: base, adapter, gradients, optimizer; every constant with its unit and source."""
+"""Memory of weights and optimizer state on a GPU; every constant has its unit and source."""
 
 from dataclasses import dataclass
 from math import ceil
@@ -10,37 +10,37 @@ from qlora_planner.memory.adapter import Trainable
 from qlora_planner.models.shapes import Linear, ModelShape
 
 FP32: Final = 4
-"""Bytes."""
+"""Bytes per element."""
 HALF: Final = 2
-"""Bytes of bf16 and fp16."""
+"""Bytes per element of bf16 and fp16."""
 
 BLOCK_4BIT: Final = 64
-"""Weights with one scale (bitsandbytes 0.50, functional.quantize_4bit; QLoRA paper, section 3)."""
+"""Weights per scale (bitsandbytes 0.50, functional.quantize_4bit; QLoRA paper, section 3)."""
 BLOCK_OF_SCALES: Final = 256
-"""Scales with one fp32 scale under double quantisation (the same)."""
+"""Scales per fp32 scale under double quantization (same sources)."""
 CODEBOOKS_DOUBLE: Final = 16 * FP32 + 256 * FP32 + FP32
-"""Bytes of a matrix's code, of its scales' code and of their mean (the same: QuantState)."""
+"""Bytes of a matrix's codebook, its scales' codebook and their mean (same sources: QuantState)."""
 CODEBOOK: Final = 16 * FP32
-"""Bytes of a matrix's code without double quantisation."""
+"""Bytes of a matrix's codebook without double quantization."""
 
 
 @dataclass(frozen=True)
 class BaseBytes:
-    """The base's weights."""
+    """Bytes of the base model."""
 
     weights: int
-    """As transformers counts them (get_memory_footprint)."""
+    """Bytes of the weights, as in transformers' get_memory_footprint."""
     constants: int
-    """Scales and codes of the quantisation, which it does not count."""
+    """Bytes of scales and codebooks of the quantization, which get_memory_footprint leaves out."""
 
     @property
     def total(self) -> int:
-        """Return what the device holds."""
+        """Return the bytes on the device."""
         return self.weights + self.constants
 
 
 def base_bytes(shape: ModelShape, quantization: QuantizationSpec, width: int) -> BaseBytes:
-    """Return the size of a base whose other weights take `width` bytes each."""
+    """Return the bytes of a base whose unquantized weights take `width` bytes each."""
     bits = quantization.bits
     if bits == 16:
         return BaseBytes(shape.parameters * width, 0)
@@ -51,7 +51,7 @@ def base_bytes(shape: ModelShape, quantization: QuantizationSpec, width: int) ->
 
 
 def constant_bytes(linear: Linear, quantization: QuantizationSpec) -> int:
-    """Return the scales and codes of one quantised matrix."""
+    """Return the bytes of scales and codebooks of one quantized matrix."""
     if quantization.bits == 8:
         return linear.outputs * FP32
     scales = ceil(linear.weights / BLOCK_4BIT)
@@ -61,5 +61,5 @@ def constant_bytes(linear: Linear, quantization: QuantizationSpec) -> int:
 
 
 def optimizer_bytes(trainable: Trainable, optimizer: OptimizerName) -> int:
-    """Return the state of an optimizer that stays on the GPU."""
+    """Return the bytes of optimizer state that stay on the GPU."""
     return sum(OPTIMIZERS[optimizer].state_bytes(size) for size in trainable.tensors)

@@ -1,6 +1,6 @@
-"""Reads the shape of a model from its config.json: one class for each family, with the defaults that transformers has.
+"""Reads the shape of a model from its config.json: one class per family, with the defaults of transformers.
 
-A key that a config.json leaves out means the default of its class in transformers 5.23, not a guess.
+A missing key means the default of its class in transformers 5.23, not a guess.
 """
 
 from collections.abc import Mapping
@@ -25,19 +25,19 @@ Names = tuple[str, ...]
 
 
 class _Config(BaseModel):
-    """The keys of a config.json that decide a size."""
+    """The keys of a config.json that affect the shape."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
 
 class _Rope(_Config):
-    """Rotary positions; absent keys are in the configuration itself (transformers 4) or have a default."""
+    """rope_parameters; missing keys are at the top level (transformers 4) or have a default."""
 
     partial_rotary_factor: float | None = None
 
 
 class _Decoder(_Config):
-    """Llama, and what is common to its descendants: separate projections, a gated MLP, RMS norms."""
+    """Llama and the base of its descendants: separate projections, a gated MLP, RMS norms."""
 
     family: ClassVar[str] = "llama"
     norms: ClassVar[Names] = ("input_layernorm", "post_attention_layernorm")
@@ -58,7 +58,7 @@ class _Decoder(_Config):
 
     @property
     def size(self) -> int:
-        """Width of a head."""
+        """Return the dimension of a head."""
         return self.head_dim or self.hidden_size // self.num_attention_heads
 
     @property
@@ -71,12 +71,12 @@ class _Decoder(_Config):
 
     @property
     def biases(self) -> tuple[bool, bool]:
-        """Whether query, key and value have biases, and whether their output has."""
+        """Return whether query, key and value projections have biases, and whether the output projection has."""
         return self.attention_bias, self.attention_bias
 
     @property
     def sliding(self) -> tuple[int | None, int]:
-        """How far sliding layers look back, and how many slide."""
+        """Return the window of sliding layers in tokens, and their number."""
         return None, 0
 
     def shape(self) -> ModelShape:
@@ -155,7 +155,7 @@ class _Mistral(_Decoder):
     intermediate_size: Count = 14_336
     num_key_value_heads: Count | None = 8
     sliding_window: Count | None = 4096
-    # The class knows no biases, whatever a config.json says.
+    # The class has no biases, whatever the config.json says.
     attention_bias: Literal[False] = False
     mlp_bias: Literal[False] = False
 
@@ -176,7 +176,7 @@ class _Mixtral(_Mistral):
 
     def others(self) -> tuple[Module, ...]:
         experts, hidden, width = self.num_local_experts, self.hidden_size, self.intermediate_size
-        # transformers 5 stacks the experts in one parameter, which is no module that bitsandbytes would replace.
+        # transformers 5 stacks the experts in one parameter, not a module that bitsandbytes would replace.
         return (
             *super().others(),
             Module("mlp.gate", experts * hidden),
@@ -245,7 +245,7 @@ class _Gemma(_Decoder):
 
     @property
     def activation(self) -> str:
-        # Old releases say gelu and mean its approximation.
+        # Old releases say gelu for the tanh approximation.
         return "gelu_pytorch_tanh" if self.hidden_act == "gelu" else self.hidden_act
 
 
@@ -258,7 +258,7 @@ class _Gemma2(_Gemma):
         "post_feedforward_layernorm",
     )
     default_pattern: ClassVar[int] = 2
-    """One layer of so many looks at everything."""
+    """One in so many layers has full attention."""
 
     hidden_size: Count = 2304
     intermediate_size: Count = 9216
@@ -319,7 +319,7 @@ class _Gemma3Text(_Gemma2):
 
 
 class _Gemma3Language(_Gemma3Text):
-    """The language part of a model that also sees."""
+    """The language model of a multimodal Gemma 3."""
 
     root = "model.language_model"
 
@@ -335,7 +335,7 @@ class _Siglip(_Config):
     image_size: Count = 224
     patch_size: Count = 16
     vision_use_head: Literal[False]
-    """Its attention pool is not modelled; no Gemma 3 has one, and transformers' default is to have it."""
+    """Must be false: the attention pool, transformers' default, is not modeled, and no Gemma 3 has one."""
 
     def block(self) -> Block:
         hidden, width = self.hidden_size, self.intermediate_size
@@ -358,7 +358,7 @@ _SIGLIP_PROJECTIONS: Final = ("k_proj", "v_proj", "q_proj", "out_proj")
 
 
 class _Gemma3(_Config):
-    """Gemma 3 that also sees; text alone goes through its language part."""
+    """Multimodal Gemma 3; text passes through its language model only."""
 
     text_config: _Gemma3Language = _Gemma3Language()
     vision_config: _Siglip
@@ -366,7 +366,7 @@ class _Gemma3(_Config):
 
     def shape(self) -> ModelShape:
         language, vision = self.text_config.shape(), self.vision_config
-        joint = (
+        projector = (
             Module("model.multi_modal_projector", vision.hidden_size * language.hidden),
             Module("model.multi_modal_projector.mm_soft_emb_norm", vision.hidden_size),
         )
@@ -375,14 +375,14 @@ class _Gemma3(_Config):
             | {
                 "family": "gemma3",
                 "tied": self.tie_word_embeddings,
-                "outside": (*language.outside, *vision.outside(), *joint),
+                "outside": (*language.outside, *vision.outside(), *projector),
                 "vision_tower": vision.block(),
             }
         )
 
 
 class _Phi(_Config):
-    """Phi-1 and Phi-2: attention beside the MLP, biases everywhere, layer norms."""
+    """Phi-1 and Phi-2: attention parallel to the MLP, biases everywhere, layer norms."""
 
     vocab_size: Count = 51_200
     hidden_size: Count = 2048
@@ -400,7 +400,7 @@ class _Phi(_Config):
     def shape(self) -> ModelShape:
         hidden, size = self.hidden_size, self.head_dim or self.hidden_size // self.num_attention_heads
         kv_heads = self.num_key_value_heads or self.num_attention_heads
-        share = _rotary_share(self.rope_parameters, self.partial_rotary_factor)
+        rotary_fraction = _rotary_fraction(self.rope_parameters, self.partial_rotary_factor)
         return ModelShape(
             family="phi",
             hidden=hidden,
@@ -408,7 +408,7 @@ class _Phi(_Config):
             tied=self.tie_word_embeddings,
             decoder=Block("model.layers", self.num_hidden_layers, self._linears(size, kv_heads), self._norms(hidden)),
             attention=Attention(
-                self.num_attention_heads, kv_heads, size, rotary=int(size * share), qk_norm=self.qk_layernorm
+                self.num_attention_heads, kv_heads, size, rotary=int(size * rotary_fraction), qk_norm=self.qk_layernorm
             ),
             mlp=Mlp(self.intermediate_size, gated=False, activation=self.hidden_act),
             norm="layer",
@@ -436,7 +436,7 @@ class _Phi(_Config):
 
 
 class _Phi3(_Decoder):
-    """Phi-3 and Phi-4: projections joined."""
+    """Phi-3 and Phi-4: fused projections."""
 
     family = "phi3"
 
@@ -464,19 +464,19 @@ class _Phi3(_Decoder):
 
     def attention(self) -> Attention:
         window, layers = self.sliding
-        share = _rotary_share(self.rope_parameters, self.partial_rotary_factor)
+        rotary_fraction = _rotary_fraction(self.rope_parameters, self.partial_rotary_factor)
         return Attention(
             self.num_attention_heads,
             self.kv_heads,
             self.size,
-            rotary=int(self.size * share),
+            rotary=int(self.size * rotary_fraction),
             window=window,
             sliding_layers=layers,
         )
 
 
 class _GptNeoX(_Config):
-    """GPT-NeoX and Pythia: joined projections, layer norms."""
+    """GPT-NeoX and Pythia: fused projections, layer norms."""
 
     vocab_size: Count = 50_432
     hidden_size: Count = 6144
@@ -492,7 +492,7 @@ class _GptNeoX(_Config):
 
     def shape(self) -> ModelShape:
         hidden, size = self.hidden_size, self.hidden_size // self.num_attention_heads
-        share = _rotary_share(self.rope_parameters, self.rotary_pct)
+        rotary_fraction = _rotary_fraction(self.rope_parameters, self.rotary_pct)
         return ModelShape(
             family="gpt_neox",
             hidden=hidden,
@@ -504,7 +504,9 @@ class _GptNeoX(_Config):
                 self._linears(),
                 (Module("input_layernorm", 2 * hidden), Module("post_attention_layernorm", 2 * hidden)),
             ),
-            attention=Attention(self.num_attention_heads, self.num_attention_heads, size, rotary=int(size * share)),
+            attention=Attention(
+                self.num_attention_heads, self.num_attention_heads, size, rotary=int(size * rotary_fraction)
+            ),
             mlp=Mlp(self.intermediate_size, gated=False, activation=self.hidden_act),
             norm="layer",
             embedding=Module("gpt_neox.embed_in", self.vocab_size * hidden),
@@ -524,7 +526,7 @@ class _GptNeoX(_Config):
 
 
 class _Falcon(_Config):
-    """Falcon: keys and values shared by heads, and linear layers of a class of its own, which stay as they are."""
+    """Falcon: grouped keys and values, and a linear layer class of its own, which is not quantized."""
 
     vocab_size: Count = 65_024
     hidden_size: Count = 4544
@@ -556,7 +558,7 @@ class _Falcon(_Config):
             head=Linear("lm_head", hidden, self.vocab_size, quantizable=False),
             outside=(Module("transformer.ln_f", 2 * hidden),),
             parallel=self.new_decoder_architecture or self.parallel_attn,
-            # transformers 5.23 makes its mask without the positions.
+            # transformers 5.23 builds its mask without position_ids, so packed rows would attend to each other.
             supports_packing=False,
         )
 
@@ -567,9 +569,9 @@ class _Falcon(_Config):
 
     def _linears(self, size: int) -> tuple[Linear, ...]:
         hidden, width = self.hidden_size, self.ffn_hidden_size or 4 * self.hidden_size
-        joined = (self.num_attention_heads + 2 * self._kv_heads()) * size
+        fused = (self.num_attention_heads + 2 * self._kv_heads()) * size
         layers = (
-            ("self_attention.query_key_value", hidden, joined),
+            ("self_attention.query_key_value", hidden, fused),
             ("self_attention.dense", hidden, hidden),
             ("mlp.dense_h_to_4h", hidden, width),
             ("mlp.dense_4h_to_h", width, hidden),
@@ -586,10 +588,10 @@ class _Falcon(_Config):
         return tuple(Module(path, 2 * self.hidden_size) for path in paths)
 
 
-def _rotary_share(rope: _Rope | None, otherwise: float) -> float:
-    """Return the share of a head that is rotated by position."""
-    given = None if rope is None else rope.partial_rotary_factor
-    return otherwise if given is None else given
+def _rotary_fraction(rope: _Rope | None, default: float) -> float:
+    """Return the fraction of a head with rotary embeddings."""
+    configured = None if rope is None else rope.partial_rotary_factor
+    return default if configured is None else configured
 
 
 _Family = _Decoder | _Gemma3 | _Phi | _GptNeoX | _Falcon
@@ -608,17 +610,22 @@ FAMILIES: Final[Mapping[str, type[_Family]]] = {
     "gpt_neox": _GptNeoX,
     "falcon": _Falcon,
 }
-"""By model type; DeepSeek's dense models (deepseek-coder, deepseek-llm) and many others are llama's."""
+"""By model_type; DeepSeek's dense models (deepseek-coder, deepseek-llm) and many others are llama."""
 
 
 def read_shape(config: Mapping[str, Any]) -> ModelShape:
-    """Return the shape of the model that a config.json describes, or raise UnknownModelError."""
+    """Return the shape of the model that a config.json describes.
+
+    Raises:
+        UnknownModelError: The family is not known, or a value of the config.json is invalid.
+
+    """
     kind = config.get("model_type")
     family = FAMILIES.get(str(kind))
     if family is None:
         known = ", ".join(sorted(FAMILIES))
         raise UnknownModelError(
-            f"the size of a model of type '{kind}' is not known (known are {known}); {SET_GPUS_EXPLICITLY}"
+            f"the size of a model of type '{kind}' is not known (known types: {known}); {SET_GPUS_EXPLICITLY}"
         )
     try:
         return family.model_validate(config).shape()

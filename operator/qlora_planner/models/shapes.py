@@ -1,6 +1,6 @@
-"""What a model is made of, as far as its size goes; families.py reads it from a config.json.
+"""The shape of a model: its modules and their sizes; families.py reads it from a config.json.
 
-Parameters are exact: the sum is what transformers counts in the class that it builds.
+Parameter counts are exact: they equal those of the class that transformers builds.
 """
 
 from collections.abc import Iterator
@@ -10,43 +10,43 @@ from typing import Final, Literal
 SET_GPUS_EXPLICITLY: Final = (
     "set spec.resources.gpusPerNode and spec.training.microBatchSize yourself; the run is then not sized in advance"
 )
-"""What to do about a model or an adapter whose size is not known."""
+"""The fix for a model or an adapter of unknown size."""
 
 
 class UnknownModelError(ValueError):
-    """The size of this kind of model is not known; the user must ask for GPUs explicitly."""
+    """The memory of this kind of model is not known; the user must set GPUs and micro-batch explicitly."""
 
 
 class MismatchError(ValueError):
-    """The manifest asks for what this model does not have."""
+    """The manifest does not match the model, such as a target module that it does not have."""
 
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear layer, [outputs, inputs], that an adapter may be put on."""
+    """A linear layer with a weight [outputs, inputs], which can have an adapter."""
 
     path: str
-    """Where it is below its block, as in self_attn.q_proj."""
+    """Path below its block, such as self_attn.q_proj."""
     inputs: int
     outputs: int
     bias: bool = False
     quantizable: bool = True
-    """It is a torch.nn.Linear itself: bitsandbytes replaces no subclass of it (Falcon's)."""
+    """Whether its class is torch.nn.Linear: bitsandbytes does not replace subclasses, such as Falcon's."""
 
     @property
     def weights(self) -> int:
-        """Return the size of the matrix."""
+        """Return the elements of the matrix."""
         return self.inputs * self.outputs
 
     @property
     def parameters(self) -> int:
-        """Return the size of matrix and bias."""
+        """Return the elements of matrix and bias."""
         return self.weights + (self.outputs if self.bias else 0)
 
 
 @dataclass(frozen=True)
 class Module:
-    """Any other module with weights of its own: an embedding, a norm, stacked experts."""
+    """Any other module with parameters: an embedding, a norm, stacked experts."""
 
     path: str
     parameters: int
@@ -54,108 +54,108 @@ class Module:
 
 @dataclass(frozen=True)
 class StackedExperts:
-    """Matrices of a mixture of experts in one parameter: no linear layer, but peft's all-linear adapts it as one."""
+    """Expert matrices stacked in one parameter: not a linear layer, but all-linear includes it in peft."""
 
     path: str
     count: int
     inputs: int
     outputs: int
     fused_projections: int = 1
-    """Projections in each matrix; peft gives it as many times the rank."""
+    """Projections fused in each matrix; peft multiplies the rank by it."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """A stack of equal layers."""
+    """A stack of identical layers."""
 
     path: str
-    """Where the stack is; its layers are path.0, path.1 and so on."""
+    """Path of the stack; its layers are path.0, path.1 and so on."""
     count: int
     linears: tuple[Linear, ...]
     others: tuple[Module, ...]
     stacked: tuple[StackedExperts, ...] = ()
-    """Which of the others all-linear means too."""
+    """Those of `others` that all-linear includes."""
 
     @property
     def parameters(self) -> int:
-        """Return the weights of all layers."""
+        """Return the parameters of all layers."""
         linears = sum(linear.parameters for linear in self.linears)
         return self.count * (linears + sum(module.parameters for module in self.others))
 
     def named_linears(self) -> Iterator[tuple[str, Linear]]:
-        """Yield every linear layer with its whole path."""
+        """Yield every linear layer with its full path."""
         for number in range(self.count):
             yield from ((f"{self.path}.{number}.{linear.path}", linear) for linear in self.linears)
 
     def named_others(self) -> Iterator[tuple[str, int]]:
-        """Yield the other modules with their whole paths and parameters."""
+        """Yield the full path and parameters of every other module."""
         for number in range(self.count):
             yield from ((f"{self.path}.{number}.{module.path}", module.parameters) for module in self.others)
 
 
 @dataclass(frozen=True)
 class Attention:
-    """How tokens look at each other."""
+    """The attention of a layer."""
 
     heads: int
     kv_heads: int
     head_dim: int
     rotary: int
-    """Dimensions of a head that are rotated by position; 0 where positions are told otherwise (ALiBi)."""
+    """Dimensions of a head with rotary position embeddings; 0 for other position encodings (ALiBi)."""
     qk_norm: bool = False
-    """Queries and keys are normalised per head."""
+    """Queries and keys are normalized per head."""
     softcapped: bool = False
-    """Scores are capped (Gemma 2), which only eager attention does."""
+    """Scores are soft-capped (Gemma 2), which only eager attention supports."""
     window: int | None = None
-    """Tokens that a sliding layer looks back; None where no layer slides."""
+    """Window of sliding layers in tokens; None if there are none."""
     sliding_layers: int = 0
 
 
 @dataclass(frozen=True)
 class Mlp:
-    """What each token goes through alone."""
+    """The MLP of a layer."""
 
     intermediate: int
     """Width of one expert."""
     gated: bool
     activation: str
-    """As transformers names it: silu, gelu_pytorch_tanh, gelu, gelu_new."""
+    """Name in transformers: silu, gelu_pytorch_tanh, gelu, gelu_new."""
     experts: int = 1
     experts_per_token: int = 1
-    """Experts that a token goes through."""
+    """Experts that a token is routed to."""
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A decoder-only language model, with the vision tower that some have beside it."""
+    """A decoder-only language model, with the vision tower of multimodal ones."""
 
     family: str
-    """The model type of the language part."""
+    """model_type of the language model."""
     hidden: int
     vocabulary: int
     tied: bool
-    """Embedding and output layer are one weight."""
+    """Embedding and output layer share one weight."""
     decoder: Block
     attention: Attention
     mlp: Mlp
     norm: Literal["rms", "layer"]
     embedding: Module
     head: Linear
-    """The output layer; it is never quantised and gets no adapter from all-linear."""
+    """The output layer; never quantized, and not included in all-linear."""
     outside: tuple[Module, ...]
-    """Modules of no layer: the last norm, and what joins a vision tower."""
+    """Modules outside of layers: the final norm, and the projector of a vision tower."""
     parallel: bool = False
-    """Attention and MLP read the same input, and their outputs are added (GPT-NeoX, Phi-2, Falcon)."""
+    """Attention and MLP run in parallel on the same input (GPT-NeoX, Phi-2, Falcon)."""
     plain_head: bool = True
-    """Logits are the output layer's; Gemma 2 caps them, so that they cannot be computed in parts."""
+    """Logits are the plain output of the head; Gemma 2 caps them, so they cannot be computed in chunks."""
     supports_packing: bool = True
-    """Its rows may be joined in one sequence; where they would see each other, the trainer pads them."""
+    """Rows can be packed; if their attention would mix, the trainer pads them instead."""
     vision_tower: Block | None = None
-    """Layers that no text goes through, but which lie in memory and get adapters like the others."""
+    """Layers that text does not pass through, but which are loaded and get adapters like the others."""
 
     @property
     def layers(self) -> int:
-        """Return how many layers a token goes through."""
+        """Return the number of decoder layers."""
         return self.decoder.count
 
     @property
@@ -165,9 +165,9 @@ class ModelShape:
 
     @property
     def parameters(self) -> int:
-        """Return all weights; a tied one counts once."""
+        """Return all parameters; a tied weight counts once."""
         outside = self.embedding.parameters + sum(module.parameters for module in self.outside)
-        # A tied output layer may still have a bias of its own.
+        # A tied output layer may still have its own bias.
         head = self.head.parameters - (self.head.weights if self.tied else 0)
         return outside + head + sum(block.parameters for block in self.blocks)
 
@@ -179,12 +179,12 @@ class ModelShape:
         )
 
     def named_linears(self) -> Iterator[tuple[str, Linear]]:
-        """Yield the linear layers that can get an adapter, with their whole paths."""
+        """Yield the linear layers that can have an adapter, with their full paths."""
         for block in self.blocks:
             yield from block.named_linears()
 
     def named_modules(self) -> Iterator[tuple[str, int]]:
-        """Yield every module with weights, with its whole path and parameters; a tied weight twice."""
+        """Yield every module with parameters, with its full path and their number; a tied weight twice."""
         yield self.head.path, self.head.parameters
         yield from ((module.path, module.parameters) for module in (self.embedding, *self.outside))
         for block in self.blocks:

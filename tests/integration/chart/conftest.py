@@ -28,13 +28,13 @@ def plane() -> Iterator[Cluster]:
             *({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}} for name in NAMESPACES),
             *monitoring_crds(),
         )
-        # Helm asks the API server what it serves, and a new kind is told of a moment later.
+        # Helm asks the API server what it serves, and a new kind is served a moment later.
         wait_until("monitors", lambda: len(served_monitors(cluster)) == len(MONITORING_CRDS), 60)
         yield cluster
 
 
 def served_monitors(cluster: Cluster) -> list[str]:
-    """The kinds of the Prometheus operator that the API server tells of."""
+    """The kinds of the Prometheus operator that the API server serves."""
     return cluster.kubectl(
         "api-resources", f"--api-group={MONITORING_GROUP}", "--output=name", "--cached=false"
     ).split()

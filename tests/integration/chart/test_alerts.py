@@ -17,11 +17,11 @@ def test_alerts_fire_when_they_should() -> None:
     assert "SUCCESS" in run([binary("promtool"), "test", "rules", TIMES])
 
 
-def test_prometheus_finds_nothing_to_complain_about() -> None:
+def test_promtool_accepts_alerts() -> None:
     assert "SUCCESS" in run([binary("promtool"), "check", "rules", "--lint=all", "--lint-fatal", ALERTS])
 
 
-def test_every_alert_is_seen_to_fire() -> None:
+def test_every_alert_has_firing_case() -> None:
     groups = yaml.safe_load(ALERTS.read_text(encoding="utf-8"))["groups"]
     tests = yaml.safe_load(TIMES.read_text(encoding="utf-8"))["tests"]
     looks = [look for test in tests for look in test["alert_rule_test"]]

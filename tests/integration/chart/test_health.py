@@ -54,7 +54,7 @@ def test_helm_test_healthy_operator_passes() -> None:
     assert (result.returncode, result.stdout.split()[-1]) == (0, "ok")
 
 
-@pytest.mark.parametrize("ailment", ["a worker has ended", "work is stuck for 301 seconds"])
+@pytest.mark.parametrize("ailment", ["a worker has stopped", "the work queue is stuck for 301 seconds"])
 def test_helm_test_unhealthy_operator_fails_with_reason(ailment: str) -> None:
     with answering(500, ailment) as port:
         result = run_test(port)
@@ -62,7 +62,7 @@ def test_helm_test_unhealthy_operator_fails_with_reason(ailment: str) -> None:
     assert f"the operator is unhealthy: {ailment}" in result.stderr
 
 
-def test_a_service_without_a_leader_fails_in_the_end() -> None:
+def test_helm_test_without_leader_fails() -> None:
     result = run_test(*free_ports(1), patience=1)
     assert result.returncode == 1
     assert "no replica is the leader" in result.stderr

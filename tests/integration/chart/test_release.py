@@ -33,20 +33,20 @@ def release(plane: Cluster) -> Iterator[Cluster]:
 
 
 @pytest.mark.parametrize("name", VALUES)
-def test_the_api_server_takes_everything_that_is_rendered(release: Cluster, name: str) -> None:
-    items = [place(manifest) for manifest in render(VALUES[name], apis=MONITORING)]
+def test_rendered_manifests_are_accepted(release: Cluster, name: str) -> None:
+    items = [set_namespace(manifest) for manifest in render(VALUES[name], apis=MONITORING)]
     release.kubectl(
         "apply", "--server-side", "--dry-run=server", "--validate=strict", "--force-conflicts", "--filename=-",
         stdin=json.dumps({"apiVersion": "v1", "kind": "List", "items": items}),
     )  # fmt: skip
 
 
-def place(manifest: dict[str, Any]) -> dict[str, Any]:
+def set_namespace(manifest: dict[str, Any]) -> dict[str, Any]:
     """Say where an object goes, as Helm does when it sends one without a namespace."""
     return {**manifest, "metadata": {"namespace": NAMESPACE, **manifest["metadata"]}}
 
 
-def test_helm_finds_that_monitors_are_served(release: Cluster) -> None:
+def test_helm_detects_monitor_crds(release: Cluster) -> None:
     for kind, name in (("servicemonitor", RELEASE), ("podmonitor", f"{RELEASE}-trainer"), ("prometheusrule", RELEASE)):
         assert release.get(kind, name, f"--namespace={NAMESPACE}")["metadata"]["labels"]["helm.sh/chart"]
 
@@ -92,11 +92,11 @@ def allowed(cluster: Cluster, who: str, verb: str, resource: str) -> bool:
         (ACCOUNT, "create", "pods/exec", False),
     ],
 )
-def test_who_may_do_what(people: Cluster, who: str, verb: str, resource: str, may: bool) -> None:
+def test_roles_grant_expected_permissions(people: Cluster, who: str, verb: str, resource: str, may: bool) -> None:
     assert allowed(people, who, verb, resource) is may
 
 
-def test_the_expressions_of_policy_have_the_types_that_the_api_server_expects(release: Cluster) -> None:
+def test_policy_expressions_type_check(release: Cluster) -> None:
     def checked() -> list[dict[str, Any]]:
         policies = release.get("validatingadmissionpolicies")["items"]
         return [policy.get("status", {}) for policy in policies]
@@ -142,7 +142,7 @@ def refusal_of(cluster: Cluster, manifest: dict[str, Any]) -> str:
         pytest.param({"resources": {"nodes": 2, "gpusPerNode": 4}}, id="the-last-gpu"),
     ],
 )
-def test_policy_lets_in_what_is_allowed(release: Cluster, blocks: dict[str, Any]) -> None:
+def test_policy_accepts_allowed_runs(release: Cluster, blocks: dict[str, Any]) -> None:
     create(release, run_of(blocks))
 
 
@@ -183,7 +183,7 @@ def test_policy_refuses_path_traversal(release: Cluster) -> None:
     assert "spec.model.uri" in refusal_of(release, run_of({"model": {"uri": "s3://models/llama-3.2-3b/../secret"}}))
 
 
-def test_policy_holds_in_the_namespaces_that_are_chosen(release: Cluster) -> None:
+def test_policy_applies_to_selected_namespaces(release: Cluster) -> None:
     create(release, run_of({**BAD_MODEL, "output": {"uri": "s3://anywhere/at-all"}}, namespace="team-b"))
 
 
@@ -203,7 +203,7 @@ def pod_with(image: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("build", [job_with, pod_with], ids=["job", "pod"])
-def test_only_allowed_images_run_under_the_label_of_a_run(release: Cluster, build: Any) -> None:
+def test_labeled_pods_need_allowed_image(release: Cluster, build: Any) -> None:
     for image in ("qlora-trainer:0.1.0", "registry.example/ml/trainer@sha256:" + "a" * 64):
         create(release, build(image))
     for image in ("qlora-trainer-evil:1", "registry.example/mlx/trainer:1", "busybox"):
@@ -224,8 +224,8 @@ def operator(release: Cluster, tmp_path: Path) -> Iterator[Operator]:
 
 def test_chart_rbac_suffices_and_policy_refusal_is_in_status(release: Cluster, operator: Operator) -> None:
     allowed, refused = JobNamespace(release, "team-b"), JobNamespace(release, "team-a")
-    for place in (allowed, refused):
-        place.kubectl("create", "--filename=-", stdin=json.dumps(run_of({}, place.namespace)))
+    for namespace in (allowed, refused):
+        namespace.kubectl("create", "--filename=-", stdin=json.dumps(run_of({}, namespace.namespace)))
     allowed.wait_for("Preparing", name="policy")
     status = refused.wait_for("Pending", "PodRejected", name="policy")
     assert "image: trainer:test is not allowed in a pod with the label qlora.dev/job" in status["message"]
@@ -233,8 +233,8 @@ def test_chart_rbac_suffices_and_policy_refusal_is_in_status(release: Cluster, o
     assert len(leader) == 1
     # RBAC names whom it refuses.
     assert f"system:serviceaccount:{NAMESPACE}" not in operator.log.read_text()
-    for place in (allowed, refused):
-        place.kubectl("delete", "qlj", "policy")
+    for namespace in (allowed, refused):
+        namespace.kubectl("delete", "qlj", "policy")
 
 
 def test_policy_ignores_unlabeled_pods(release: Cluster) -> None:
@@ -243,6 +243,6 @@ def test_policy_ignores_unlabeled_pods(release: Cluster) -> None:
     create(release, pod)
 
 
-def test_gpus_of_a_namespace_are_a_quota(release: Cluster) -> None:
+def test_gpu_quota_of_namespace(release: Cluster) -> None:
     quota = release.get("resourcequota", f"{RELEASE}-gpus", "--namespace=team-a")
     assert quota["spec"]["hard"] == {"requests.nvidia.com/gpu": "16"}

@@ -98,13 +98,13 @@ def test_values_reach_manifests(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", VALUES)
-def test_helm_finds_nothing_to_complain_about(name: str, tmp_path: Path) -> None:
+def test_helm_lint_passes(name: str, tmp_path: Path) -> None:
     values = tmp_path / "values.json"
     values.write_text(json.dumps(VALUES[name]), encoding="utf-8")
     assert "0 chart(s) failed" in run([binary("helm"), "lint", "--strict", CHART, f"--values={values}"])
 
 
-def test_nothing_of_a_namespaced_installation_gives_rights_on_runs_elsewhere() -> None:
+def test_namespaced_installation_has_no_cluster_permissions_on_runs() -> None:
     roles = names_of(render(VALUES["namespaced"]))
     assert {role for role in roles if role.startswith("Cluster")} == {
         "ClusterRole/qlora-operator-cluster",
@@ -121,7 +121,7 @@ def test_nothing_of_a_namespaced_installation_gives_rights_on_runs_elsewhere() -
         ("alwaysRender", (), True),
     ],
 )
-def test_monitors_are_rendered_where_they_are_served(mode: str, apis: tuple[str, ...], rendered: bool) -> None:
+def test_monitors_are_rendered_if_crds_are_served(mode: str, apis: tuple[str, ...], rendered: bool) -> None:
     settings = {"enabled": True, "renderMode": mode}
     values = {"monitoring": {"serviceMonitor": settings, "podMonitor": settings, "prometheusRule": settings}}
     monitors = {"ServiceMonitor", "PodMonitor", "PrometheusRule"}
@@ -130,13 +130,13 @@ def test_monitors_are_rendered_where_they_are_served(mode: str, apis: tuple[str,
 
 
 @pytest.mark.parametrize("key", ["serviceMonitor", "podMonitor", "prometheusRule"])
-def test_what_must_be_monitored_and_cannot_be_is_refused(key: str) -> None:
+def test_required_monitors_without_crds_fail(key: str) -> None:
     with pytest.raises(CommandError, match=rf"or set monitoring\.{key}\.renderMode to skipIfMissing"):
         render({"monitoring": {key: {"enabled": True, "renderMode": "failIfMissing"}}})
 
 
 @pytest.mark.parametrize("name", VALUES)
-def test_no_rule_has_a_wildcard_or_reads_secrets(name: str) -> None:
+def test_rendered_rules_have_no_wildcard_and_no_secret(name: str) -> None:
     rules = [rule for manifest in render(VALUES[name], apis=MONITORING) for rule in manifest.get("rules", ())]
     words = {word for rule in rules for values in rule.values() for word in values}
     assert not words & {"*", "secrets", "pods/exec", "impersonate", "escalate", "bind"}
@@ -184,12 +184,12 @@ def test_no_rule_has_a_wildcard_or_reads_secrets(name: str) -> None:
         ),
     ],
 )
-def test_notes_warn_of_what_may_surprise(values: dict[str, Any], starts: tuple[str, ...]) -> None:
+def test_notes_have_warnings(values: dict[str, Any], starts: tuple[str, ...]) -> None:
     warnings = [line for line in notes_of(values).splitlines() if line.startswith(("WARNING", "NOTE:"))]
     assert [line[: len(start)] for line, start in zip(warnings, starts, strict=True)] == list(starts)
 
 
-def test_the_first_run_of_the_notes_is_a_valid_one() -> None:
+def test_first_run_in_notes_is_valid() -> None:
     notes = notes_of({"watchNamespaces": ["team-a"]})
     assert "--namespace team-a" in notes
     manifest = notes.split("<<EOF\n")[1].split("EOF\n")[0]
@@ -202,7 +202,7 @@ def policies_of(values: dict[str, Any]) -> set[str]:
     return {name.removeprefix(prefix) for name in names_of(render(values)) if name.startswith(prefix)}
 
 
-def test_pods_of_runs_reach_only_what_has_a_name() -> None:
+def test_network_policy_allows_only_named_destinations() -> None:
     closed = {"networkPolicy": {"trainer": {"enabled": True, "namespaces": ["ml"]}}}
     assert policies_of(closed) == {"deny", "dns", "s3", "hub", "operator", "gang"}
     assert policies_of({**closed, "platform": {"hub": {"mirror": "s3://models/hub"}}}) == {
@@ -214,7 +214,7 @@ def test_pods_of_runs_reach_only_what_has_a_name() -> None:
     ("endpoint", "port"),
     [("", 443), ("https://s3.example", 443), ("http://minio", 80), ("http://10.0.0.1:9000/", 9000)],
 )
-def test_the_port_of_s3_is_that_of_its_endpoint(endpoint: str, port: int) -> None:
+def test_s3_port_follows_endpoint(endpoint: str, port: int) -> None:
     values = {
         "networkPolicy": {"trainer": {"enabled": True, "namespaces": ["ml"]}},
         "platform": {"s3": {"endpoint": endpoint}},
@@ -223,25 +223,25 @@ def test_the_port_of_s3_is_that_of_its_endpoint(endpoint: str, port: int) -> Non
     assert policy["spec"]["egress"][0]["ports"] == [{"protocol": "TCP", "port": port}]
 
 
-def test_closing_pods_of_runs_needs_a_namespace_to_close_them_in() -> None:
+def test_network_policy_requires_namespaces() -> None:
     with pytest.raises(CommandError, match=r"needs networkPolicy\.trainer\.namespaces, or watchNamespaces"):
         render({"networkPolicy": {"trainer": {"enabled": True}}})
 
 
 @pytest.mark.parametrize("allowed", ["registry.example/ml/", "registry.example/ml", "registry.example/ml/trainer"])
-def test_policy_that_allows_the_trainers_image_is_rendered(allowed: str) -> None:
+def test_policy_that_allows_trainer_image_is_rendered(allowed: str) -> None:
     values = {"trainerImage": {"repository": "registry.example/ml/trainer"}, "policy": {"images": [allowed]}}
     assert f"ValidatingAdmissionPolicy/{RELEASE}-images-of-pods" in names_of(render(values))
 
 
 @pytest.mark.parametrize("allowed", ["registry.example/m", "registry.example/ml/train", "registryxexample/ml/trainer"])
-def test_policy_that_refuses_the_trainers_image_is_refused(allowed: str) -> None:
+def test_policy_that_denies_trainer_image_fails(allowed: str) -> None:
     values = {"trainerImage": {"repository": "registry.example/ml/trainer"}, "policy": {"images": [allowed]}}
     with pytest.raises(CommandError, match=r"policy\.images does not allow registry\.example/ml/trainer:0\.1\.0"):
         render(values)
 
 
-def test_the_policy_that_the_docs_show_is_one() -> None:
+def test_policy_in_docs_is_valid() -> None:
     page = (CHART.parents[1] / "docs/operations.md").read_text(encoding="utf-8")
     [block] = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
     kinds = {manifest["kind"] for manifest in render(yaml.safe_load(block))}

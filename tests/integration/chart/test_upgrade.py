@@ -38,7 +38,7 @@ def installed(cluster: Cluster, kind: str, *flags: str) -> set[str]:
 
 
 @pytest.mark.parametrize("namespaces", [(), ("team-a",)], ids=["cluster-wide", "namespaced"])
-def test_an_upgrade_brings_the_new_crd_and_keeps_runs_and_values(plane: Cluster, namespaces: tuple[str, ...]) -> None:
+def test_upgrade_updates_crd_and_keeps_runs_and_values(plane: Cluster, namespaces: tuple[str, ...]) -> None:
     values = json.dumps({"logLevel": "debug", "watchNamespaces": namespaces})
     release = f"--namespace={NAMESPACE}"
     plane.helm("install", RELEASE, BEFORE, release, f"--set-json={values}")

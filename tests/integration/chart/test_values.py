@@ -30,7 +30,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("values", "named"), REFUSED, ids=lambda given: given if isinstance(given, str) else "")
-def test_a_value_that_means_nothing_is_refused_by_name(values: dict[str, Any], named: str) -> None:
+def test_unknown_value_is_rejected_by_name(values: dict[str, Any], named: str) -> None:
     with pytest.raises(CommandError) as refusal:
         render_text(values)
     assert named in str(refusal.value)
@@ -49,9 +49,9 @@ def image_of(values: dict[str, Any]) -> str:
         ({"repository": "operator", "tag": "main", "digest": f"sha256:{'a' * 64}"}, f"operator@sha256:{'a' * 64}"),
     ],
 )
-def test_a_digest_wins_over_a_tag_and_a_tag_over_the_version(image: dict[str, str], reference: str) -> None:
+def test_digest_overrides_tag_and_tag_overrides_version(image: dict[str, str], reference: str) -> None:
     assert image_of({"image": image}) == reference
 
 
-def test_what_helm_passes_to_charts_below_others_is_no_mistake() -> None:
+def test_global_values_of_helm_are_accepted() -> None:
     assert render({"global": {"region": "eu"}}) == render({})

@@ -13,7 +13,7 @@ HERE = "tests/unit/chaos/test_page.py"
 DAY = date(2026, 3, 1)
 
 
-def row(fault: str, result: str = "passed, 2026-03-01", test: str = "test_a_row_is_read_as_written") -> Row:
+def row(fault: str, result: str = "passed, 2026-03-01", test: str = "test_row_survives_round_trip") -> Row:
     return Row(fault, "nothing is lost", f"a kill ([{test}](../{HERE}))", result)
 
 
@@ -22,11 +22,11 @@ def page_with(*rows: Row) -> str:
 
 
 @pytest.mark.parametrize("fault", ["a kill", "a | b", "|", "`a | b` | c"])
-def test_a_row_is_read_as_written(fault: str) -> None:
+def test_row_survives_round_trip(fault: str) -> None:
     assert read_row(row(fault).render()) == row(fault)
 
 
-def test_the_frame_stays() -> None:
+def test_text_around_table_is_kept() -> None:
     before, rows, after = split_page(page_with(row("a kill")))
     assert (before, rows, after) == ("# Title\n\n", [row("a kill")], "\n\nFoot\n")
 
@@ -39,7 +39,7 @@ def test_the_frame_stays() -> None:
         pytest.param([row("three")], [row("one"), row("two"), row("three")], id="a-new-one-at-the-end"),
     ],
 )
-def test_rows_of_what_did_not_run_stay(new: list[Row], expected: list[Row]) -> None:
+def test_rows_of_other_tests_are_kept(new: list[Row], expected: list[Row]) -> None:
     page = page_with(row("one"), row("two"), row("gone", test="test_that_is_gone"))
     assert split_page(render_page(page, new, ROOT))[1] == expected
 
@@ -52,10 +52,10 @@ def test_rows_of_what_did_not_run_stay(new: list[Row], expected: list[Row]) -> N
         ({"a": True, "b": False}, ["3 of 3"], "**failed** (1 of 2), 2026-03-01; 3 of 3"),
     ],
 )
-def test_the_result_of_several_cases(tests: dict[str, bool], lines: list[str], expected: str) -> None:
+def test_cases_of_promise_share_result(tests: dict[str, bool], lines: list[str], expected: str) -> None:
     assert Record("a kill", tests, lines).result(DAY) == expected
 
 
-def test_the_page_of_this_repository_is_readable() -> None:
+def test_reliability_page_is_parsed() -> None:
     page = (ROOT / "docs/reliability.md").read_text(encoding="utf-8")
     assert render_page(page, [], ROOT) == page

@@ -27,7 +27,7 @@ limit: null
 """
 
 
-def test_the_schema_is_strict_and_tells_defaults():
+def test_schema_is_strict_and_has_defaults():
     assert build_values_schema(read_values(VALUES)) == {
         "$schema": "http://json-schema.org/draft-07/schema#",
         "title": "Values of qlora-operator",
@@ -60,7 +60,7 @@ def test_the_schema_is_strict_and_tells_defaults():
     }
 
 
-def test_the_table_is_that_of_helm_docs():
+def test_table_matches_helm_docs():
     assert list(render_values_table(read_values(VALUES)))[2:] == [
         "| group.number | int | `2` | How many of them. |",
         '| group.letter | string | `"a"` | Which one. One of `a`, `b`. |',
@@ -78,6 +78,6 @@ def test_the_table_is_that_of_helm_docs():
         pytest.param("# -- A limit.\nlimit: null\n", "limit has no default", id="no-type"),
     ],
 )
-def test_what_is_missing_is_named(text: str, named: str):
+def test_missing_description_is_named(text: str, named: str):
     with pytest.raises(ValuesError, match=named):
         build_values_schema(read_values(text))

@@ -23,7 +23,7 @@ def start(kubeconfig: Path, **environment: str) -> subprocess.CompletedProcess[s
     return subprocess.run(command, env=settings | environment, capture_output=True, text=True, check=False, timeout=60)
 
 
-def test_a_wrong_setting_is_named(tmp_path: Path) -> None:
+def test_invalid_setting_is_named(tmp_path: Path) -> None:
     ended = start(tmp_path / "absent", QLORA_HEALTH_PORT="high")
     assert ended.returncode == 2
     assert ended.stderr == "QLORA_HEALTH_PORT is 'high': write a number from 1 to 65535\n"
@@ -36,5 +36,5 @@ def test_fatal_error_is_last_log_line(tmp_path: Path) -> None:
     assert ended.returncode == 1
     last = [json.loads(line) for line in ended.stderr.splitlines()][-1]
     assert (last["level"], last["logger"]) == ("error", "qlora_operator")
-    assert last["message"].startswith("the operator ends, and has to be started again: ")
+    assert last["message"].startswith("fatal error, exiting: ")
     assert "Traceback" in last["exception"]

@@ -45,7 +45,7 @@ class Setup:
         self.seconds = 0.0
         self.notified: list[tuple[JobRef, timedelta]] = []
         self.identities = FakeTokenReviewer(
-            {"good": POD, "stranger": POD_OF_OTHER_NAMESPACE, "stray": UNLABELED_POD},
+            {"good": POD, "other": POD_OF_OTHER_NAMESPACE, "stray": UNLABELED_POD},
             {POD: REF.name, POD_OF_OTHER_NAMESPACE: REF.name, UNLABELED_POD: "gone"},
             {REF},
         )
@@ -79,11 +79,11 @@ async def setup() -> AsyncIterator[Setup]:
         pytest.param("", REF, 401, "send the pod's token", id="no-token"),
         pytest.param("wrong", REF, 401, "lacks audience qlora-operator", id="unknown-token"),
         pytest.param("good", JobRef("ml", "another"), 403, "does not belong", id="another-job"),
-        pytest.param("stranger", REF, 403, "does not belong", id="another-namespace"),
+        pytest.param("other", REF, 403, "does not belong", id="another-namespace"),
         pytest.param("stray", JobRef("ml", "gone"), 404, "there is no QLoRAJob ml/gone", id="no-such-job"),
     ],
 )
-async def test_a_refusal(setup: Setup, token: str, ref: JobRef, code: int, said: str) -> None:
+async def test_unauthorized_report_is_rejected(setup: Setup, token: str, ref: JobRef, code: int, said: str) -> None:
     status, message = await setup.post(token, ref)
     assert status == code
     assert said in message
@@ -98,13 +98,13 @@ async def test_a_refusal(setup: Setup, token: str, ref: JobRef, code: int, said:
         pytest.param(make_report(progressPercentage=101), "less than or equal to 100", id="too-much"),
     ],
 )
-async def test_an_invalid_report(setup: Setup, body: Any, said: str) -> None:
+async def test_invalid_report_names_field(setup: Setup, body: Any, said: str) -> None:
     status, message = await setup.post(body=body)
     assert status == 400
     assert said in message
 
 
-async def test_a_huge_body_is_refused(setup: Setup) -> None:
+async def test_oversized_body_is_rejected(setup: Setup) -> None:
     answer = await setup.client.post(
         names.progress_path(*REF), headers={"Authorization": "Bearer good"}, data=b" " * (MAX_BODY + 1)
     )
@@ -126,7 +126,7 @@ async def test_status_updates_are_rate_limited(setup: Setup) -> None:
     assert setup.notified[1] == (REF, STATUS_INTERVAL - timedelta(seconds=1))
 
 
-async def test_a_token_is_reviewed_once_a_minute(setup: Setup) -> None:
+async def test_token_review_is_cached_for_a_minute(setup: Setup) -> None:
     await setup.post()
     await setup.post()
     assert setup.identities.reviews == 1
@@ -140,7 +140,7 @@ async def test_token_cache_is_per_job(setup: Setup) -> None:
     assert (await setup.post(ref=JobRef("ml", "another")))[0] == 403
 
 
-def test_the_words_of_a_report() -> None:
+def test_report_metrics_are_parsed() -> None:
     metrics = {
         "current_step": "120", "total_steps": "300", "loss": "2.83", "tokens_per_second": "812.4",
         "phase": "Evaluating",
@@ -152,7 +152,7 @@ def test_the_words_of_a_report() -> None:
     }  # fmt: skip
 
 
-def test_what_cannot_be_read_is_left_out() -> None:
+def test_unparsable_values_are_left_out() -> None:
     metrics = {"current_step": "-1", "loss": "nan", "tokens_per_second": "fast", "phase": "Succeeded"}
     report = read_report(ProgressReport.model_validate(make_report(metrics)), NOW)
     assert report.model_dump(exclude_none=True) == {"percent": 42, "updated_at": NOW}
@@ -166,7 +166,7 @@ CHECKPOINT = {
 }
 
 
-def test_the_newest_checkpoint_of_a_report() -> None:
+def test_checkpoint_of_report_is_parsed() -> None:
     report = read_report(ProgressReport.model_validate(make_report(CHECKPOINT)), NOW)
     assert report.checkpoint == Checkpoint(
         step=100, uri=CHECKPOINT["checkpoint_uri"], time=NOW - timedelta(minutes=1), verified=True
@@ -183,6 +183,6 @@ def test_the_newest_checkpoint_of_a_report() -> None:
         pytest.param({"checkpoint_uri": None}, id="nowhere"),
     ],
 )
-def test_a_checkpoint_that_cannot_be_read_is_left_out(change: dict[str, str | None]) -> None:
+def test_unparsable_checkpoint_is_left_out(change: dict[str, str | None]) -> None:
     metrics = {name: value for name, value in (CHECKPOINT | change).items() if value is not None}
     assert read_report(ProgressReport.model_validate(make_report(metrics)), NOW).checkpoint is None

@@ -28,7 +28,7 @@ def make_node(
 A10 = GpuPool("NVIDIA-A10", 23_028 << 20, 1, 1, (8, 6))
 
 
-def test_equal_nodes_are_one_pool_and_the_smallest_comes_first() -> None:
+def test_equal_nodes_are_pooled_smallest_first() -> None:
     nodes = [make_node("NVIDIA-H100-80GB-HBM3", "81559", "8"), make_node(), make_node(), make_node(gpus="4")]
     assert read_gpu_inventory(nodes, ResourcesSpec()) == (
         GpuPool("NVIDIA-A10", 23_028 << 20, 1, 2, (8, 6)),
@@ -69,7 +69,7 @@ TEAM = {"key": "team", "value": "b", "effect": "NoSchedule"}
         (TEAM, [{"value": "b"}], False),
     ],
 )
-def test_taints_are_tolerated_as_kubernetes_does(
+def test_taints_are_tolerated_as_in_kubernetes(
     taint: dict[str, str], tolerations: list[dict[str, str]], offered: bool
 ) -> None:
     resources = ResourcesSpec.model_validate({"tolerations": tolerations})
@@ -85,7 +85,7 @@ def test_taints_are_tolerated_as_kubernetes_does(
         ({"nodeSelector": {"zone": "b"}}, False),
     ],
 )
-def test_what_the_manifest_asks_for(resources: dict[str, Any], offered: bool) -> None:
+def test_node_selector_and_product_filter_nodes(resources: dict[str, Any], offered: bool) -> None:
     assert read_gpu_inventory([make_node()], ResourcesSpec.model_validate(resources)) == ((A10,) if offered else ())
 
 
@@ -93,21 +93,21 @@ def test_what_the_manifest_asks_for(resources: dict[str, Any], offered: bool) ->
     ("quantity", "size"),
     [("24Gi", 24 * GIBIBYTE), ("1.5Gi", 3 * GIBIBYTE // 2), ("80G", 80 * 10**9), ("15360Mi", 15 * GIBIBYTE), ("7", 7)],
 )
-def test_quantities(quantity: str, size: int) -> None:
+def test_quantity_is_parsed(quantity: str, size: int) -> None:
     assert parse_quantity(quantity) == size
 
 
 @pytest.mark.parametrize("quantity", ["24 Gi", "24GB", "", "-1Gi", "Gi"])
-def test_what_is_no_quantity(quantity: str) -> None:
+def test_invalid_quantity_raises(quantity: str) -> None:
     with pytest.raises(ValueError, match="write a number and a unit, as in 24Gi"):
         parse_quantity(quantity)
 
 
-def test_a_products_name_may_tell_its_memory() -> None:
+def test_product_name_has_memory() -> None:
     assert memory_of_product("NVIDIA-A100-SXM4-80GB") == 80 * 10**9
     assert memory_of_product("Tesla-T4") is None
 
 
-def test_what_a_process_can_have_is_less_than_the_label_says() -> None:
+def test_usable_memory_is_less_than_label() -> None:
     t4 = GpuPool("Tesla-T4", 15_360 << 20)
     assert 14.6 * GIBIBYTE < t4.usable <= 14.75 * GIBIBYTE

@@ -31,7 +31,7 @@ def plan_of(rows: int = 950, gpus: int = 0, **training: object) -> tuple[int, in
     ("gpus", "training", "micro", "accumulation"),
     [
         pytest.param(1, {}, 4, 4, id="the-seed's-recipe"),
-        pytest.param(0, {}, 16, 1, id="cpu-shares-the-dequantisation"),
+        pytest.param(0, {}, 16, 1, id="cpu-16-rows-share-dequantization"),
         pytest.param(1, {"globalBatchSize": 6}, 3, 2, id="largest-divisor"),
         pytest.param(1, {"globalBatchSize": 7}, 1, 7, id="prime"),
         pytest.param(1, {"globalBatchSize": 2}, 2, 1, id="small-batch"),
@@ -61,16 +61,16 @@ def test_steps(rows: int, training: dict[str, float], steps: int) -> None:
     assert plan_of(rows=rows, **training)[2] == steps
 
 
-def test_the_cpu_says_why() -> None:
+def test_cpu_plan_has_reasons() -> None:
     reasons = make_plan(make_spec(), make_prepared()).reasons
     assert reasons[1] == (
         "micro-batch 16: the largest divisor of globalBatchSize 16 up to 16; "
-        "a CPU pays for dequantisation per forward pass, whatever its rows"
+        "a CPU pays for dequantization per forward pass, whatever its rows"
     )
 
 
 @pytest.mark.parametrize(
-    ("resources", "distribution", "whole", "expected"),
+    ("resources", "distribution", "global_batch_size", "expected"),
     [
         pytest.param({}, "auto", 16, ("single", 16, 1), id="alone"),
         pytest.param({"nodes": 2}, "auto", 16, ("ddp", 8, 1), id="two-nodes"),
@@ -79,10 +79,10 @@ def test_the_cpu_says_why() -> None:
         pytest.param({"nodes": 3}, "ddp", 16, ("ddp", 6, 1), id="uneven-shares"),
     ],
 )
-def test_processes_share_a_global_batch(
-    resources: dict[str, int], distribution: str, whole: int, expected: tuple[str, int, int]
+def test_processes_divide_global_batch(
+    resources: dict[str, int], distribution: str, global_batch_size: int, expected: tuple[str, int, int]
 ) -> None:
-    spec = make_spec(training={"globalBatchSize": whole})
+    spec = make_spec(training={"globalBatchSize": global_batch_size})
     spec = spec.model_copy(
         update={
             "resources": spec.resources.model_copy(
@@ -93,7 +93,7 @@ def test_processes_share_a_global_batch(
     )
     plan = make_plan(spec, make_prepared())
     assert (plan.strategy, plan.micro_batch_size, plan.gradient_accumulation) == expected
-    assert plan.micro_batch_size * plan.gradient_accumulation * plan.processes >= whole
+    assert plan.micro_batch_size * plan.gradient_accumulation * plan.processes >= global_batch_size
 
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -113,7 +113,7 @@ def prepared_for(name: str | None = "llama-3.2-3b") -> Prepared:
     )
 
 
-def test_a_plan_is_sized_by_rows_model_and_gpus() -> None:
+def test_plan_is_sized_by_rows_model_and_gpus() -> None:
     plan = make_plan(make_spec(**GPU), prepared_for(), (A10,))
     assert plan.peak_bytes is not None
     assert 2.2e9 < plan.peak_bytes < A10.usable
@@ -139,7 +139,7 @@ def test_a_plan_is_sized_by_rows_model_and_gpus() -> None:
         ),
     ],
 )
-def test_a_plan_without_sizes_is_the_usual_one(
+def test_unsized_plan_follows_default_recipe(
     model: str | None, offer: tuple[GpuPool, ...], blocks: dict[str, object]
 ) -> None:
     spec = make_spec(**blocks)
@@ -148,7 +148,7 @@ def test_a_plan_without_sizes_is_the_usual_one(
     assert plan.peak_bytes is None
 
 
-def test_what_does_not_fit_is_no_plan() -> None:
+def test_run_that_does_not_fit_raises() -> None:
     with pytest.raises(
         DoesNotFitError, match=r"needs .* GiB more than the 22\.0 GiB that a process has on a NVIDIA-A10"
     ):
@@ -164,7 +164,7 @@ def test_what_does_not_fit_is_no_plan() -> None:
         pytest.param(0, 0.0, SequenceLengths(1, 1.0), id="empty"),
     ],
 )
-def test_lengths_of_the_rows(longest: int, mean: float | None, rows: SequenceLengths) -> None:
+def test_sequence_lengths(longest: int, mean: float | None, rows: SequenceLengths) -> None:
     lengths = None if mean is None else RowLengths(mean=mean, p50=1, p95=1, p99=1)
     dataset = make_prepared().dataset.model_copy(update={"longest_row_tokens": longest, "row_lengths": lengths})
     assert sequence_lengths(dataset, make_spec().training) == rows

@@ -1,4 +1,4 @@
-"""Sizing: which GPUs, and how they are used; decisions that can be told from the models' sizes alone."""
+"""Sizing: GPUs and layouts, where the sizes of the models alone decide."""
 
 from dataclasses import replace
 from functools import cache
@@ -70,17 +70,17 @@ def nearest_of(work: TrainingWorkload, offer: tuple[GpuPool, ...], *, flexible: 
         pytest.param("llama-2-70b", 80, True, id="70b-on-80"),
     ],
 )
-def test_checkpointing_only_where_activations_would_not_fit(name: str, memory: int, checkpointing: bool) -> None:
+def test_checkpointing_only_if_activations_do_not_fit(name: str, memory: int, checkpointing: bool) -> None:
     assert sized(make_work(name, lora=ALL), pool(memory)).layout.checkpointing is checkpointing
 
 
-def test_the_smallest_gpu_that_fits_is_taken() -> None:
+def test_smallest_gpu_that_fits_is_chosen() -> None:
     offer = (pool(80, name="large"), pool(24, name="middle"), pool(6, name="small"))
     assert sized(make_work("llama-3.1-8b"), *offer).allocation.pool.product == "middle"
     assert sized(make_work("llama-2-70b"), *offer).allocation.pool.product == "large"
 
 
-def test_a_run_that_may_choose_takes_the_fewest_gpus() -> None:
+def test_flexible_run_takes_fewest_gpus() -> None:
     full = make_work("llama-3.2-3b", **FULL)
     eight = sized(full, pool(40, gpus=8), flexible=True)
     assert (eight.allocation.gpus_per_node, eight.layout.strategy) == (4, "zero2")
@@ -96,14 +96,14 @@ def test_model_too_large_to_train_on_one_gpu_is_sharded() -> None:
         assert nearest_of(make_work("llama-2-70b", lora=lora), offer, flexible=True).layout.strategy != "zero3"
 
 
-def test_a_base_that_no_gpu_can_load_does_not_fit_however_many_there_are() -> None:
+def test_base_that_no_gpu_can_load_does_not_fit() -> None:
     work, offer = make_work("llama-2-70b"), (pool(24, gpus=8),)
     found = size_run(work, offer, flexible=True)
     assert isinstance(found, Misfit)
-    assert "per GPU while the base is loaded, which every process does whole, " in describe_misfit(work, offer, found)
+    assert "per GPU while every process loads the full base, " in describe_misfit(work, offer, found)
 
 
-def test_several_gpus_share_the_rows_and_divide_only_what_does_not_fit() -> None:
+def test_several_gpus_shard_only_what_does_not_fit() -> None:
     # Rules about how many GPUs a manifest may ask for are the rules' business.
     spec = make_spec(resources={"gpusPerNode": 1}, lora=ALL)
     two = spec.model_copy(update={"resources": spec.resources.model_copy(update={"gpus_per_node": 2})})
@@ -120,7 +120,7 @@ def test_too_few_gpus_in_inventory_returns_none() -> None:
     assert size_run(work, ()) is None
 
 
-def test_a_run_never_has_more_gpus_than_rows() -> None:
+def test_gpus_do_not_exceed_global_batch() -> None:
     work = make_work(training={"globalBatchSize": 3})
     assert [room.processes for room in find_allocations(work, (pool(24, gpus=8),), flexible=True)] == [1, 2]
 
@@ -139,7 +139,7 @@ def test_micro_batch(training: dict[str, int], rows: SequenceLengths, micro: int
     assert sized(make_work("smollm2-135m", rows, training=training), pool(80)).layout.micro_batch == micro
 
 
-def test_by_how_much_it_does_not_fit_and_what_would() -> None:
+def test_misfit_names_missing_memory_and_suggestion() -> None:
     work = make_work("llama-2-70b", lora=ALL)
     found = size_run(work, (pool(24, name="NVIDIA-A10"),))
     assert isinstance(found, Misfit)
@@ -160,7 +160,7 @@ RANK_512 = {"rank": 512, **ALL}
             {"training": {"microBatchSize": 2}}, {}, "spec.training.microBatchSize left out", id="micro-batch"
         ),
         pytest.param(
-            {"quantization": {"doubleQuant": False}}, {}, "spec.quantization.doubleQuant true", id="double-quantisation"
+            {"quantization": {"doubleQuant": False}}, {}, "spec.quantization.doubleQuant true", id="double-quantization"
         ),
         pytest.param(
             {"lora": RANK_512},
@@ -184,7 +184,7 @@ RANK_512 = {"rank": 512, **ALL}
         ),
     ],
 )
-def test_the_cheapest_change_that_fits(before: dict[str, Any], after: dict[str, Any], remedy: str) -> None:
+def test_least_intrusive_change_is_suggested(before: dict[str, Any], after: dict[str, Any], remedy: str) -> None:
     work = make_work("llama-3.1-8b", **before)
     offer = (GpuPool("", minimum_bytes(make_work("llama-3.1-8b", **after))),)
     nearest = Misfit(nearest_of(work, offer))
@@ -195,7 +195,7 @@ def test_the_cheapest_change_that_fits(before: dict[str, Any], after: dict[str, 
     assert fits == [*[False] * place, True]
 
 
-def test_what_may_fit_is_tried_and_what_cannot_is_refused() -> None:
+def test_tight_fit_is_allowed_misfit_is_not() -> None:
     work = make_work("llama-3.1-8b", lora=ALL)
     smallest = nearest_of(work, (pool(0.001),)).estimate
     tight = size_run(work, (GpuPool("", ceil(smallest.minimum / 0.98) + 1),))
@@ -208,7 +208,7 @@ def test_what_may_fit_is_tried_and_what_cannot_is_refused() -> None:
     assert roomy.allocation.pool.memory == 80 * GIBIBYTE
 
 
-def test_more_gpus_are_named_before_another_method() -> None:
+def test_more_gpus_are_suggested_before_lossy_changes() -> None:
     work = make_work("llama-3.2-3b", **FULL)
     offer = (pool(40, gpus=8),)
     found = size_run(work, offer)
@@ -216,7 +216,7 @@ def test_more_gpus_are_named_before_another_method() -> None:
     assert describe_misfit(work, offer, found).endswith("it fits with spec.resources.gpusPerNode 4")
 
 
-def test_a_strategy_that_was_asked_for_may_have_to_go() -> None:
+def test_suggestion_may_replace_requested_strategy() -> None:
     spec = make_work("llama-3.2-3b", **FULL).spec
     resources = spec.resources.model_copy(update={"gpus_per_node": 2})
     asked = spec.model_copy(update={"resources": resources, "distribution": "ddp"})
@@ -229,7 +229,7 @@ def test_a_strategy_that_was_asked_for_may_have_to_go() -> None:
 
 @settings(deadline=None)  # other tests run beside it
 @given(micro=st.integers(1, 64), longer=st.integers(1, 4096), rank=st.sampled_from([4, 16, 64]))
-def test_more_work_takes_more_memory(micro: int, longer: int, rank: int) -> None:
+def test_memory_grows_with_work(micro: int, longer: int, rank: int) -> None:
     work = make_work("smollm2-135m", SequenceLengths(longer, longer), lora={"rank": rank, **ALL})
     less = estimate_memory(work, Layout(micro_batch=micro)).peak
     assert estimate_memory(work, Layout(micro_batch=micro + 1)).peak >= less
@@ -241,19 +241,19 @@ def test_more_work_takes_more_memory(micro: int, longer: int, rank: int) -> None
 
 def test_zero_stage_reduces_sharded_memory_only() -> None:
     work = make_work("llama-3.1-8b", **FULL)
-    whole, zero2, zero3 = (
+    unsharded, zero2, zero3 = (
         estimate_memory(work, Layout(4, strategy, 1, checkpointing=True)) for strategy in ("ddp", "zero2", "zero3")
     )
     weights = 4 * shape_of("llama-3.1-8b").parameters
-    assert whole.optimizer == 2 * weights == 4 * zero2.optimizer == 4 * zero3.optimizer
-    assert whole.gradients == weights == 4 * zero2.gradients
-    assert whole.base.weights == zero2.base.weights == 4 * zero3.base.weights
-    assert zero3.training < zero2.training < whole.training
-    # Every process loads the whole base, and ZeRO-3 divides it afterwards.
+    assert unsharded.optimizer == 2 * weights == 4 * zero2.optimizer == 4 * zero3.optimizer
+    assert unsharded.gradients == weights == 4 * zero2.gradients
+    assert unsharded.base.weights == zero2.base.weights == 4 * zero3.base.weights
+    assert zero3.training < zero2.training < unsharded.training
+    # Every process loads the unsharded base, and ZeRO-3 divides it afterwards.
     assert zero3.loading > weights
 
 
-def test_the_peak_is_the_sum_of_its_parts() -> None:
+def test_peak_is_sum_of_parts() -> None:
     found = sized(make_work(lora=ALL), pool(24)).estimate
     parts = found.base.total + found.adapter + found.gradients + found.optimizer + found.activations
     assert found.peak == pytest.approx(parts * (1 + SLACK) + found.non_torch, abs=1)
@@ -266,7 +266,7 @@ def test_pissa_counts_initial_matrices() -> None:
     assert estimate_memory(pissa, Layout()).adapter == 2 * estimate_memory(plain, Layout()).adapter
 
 
-def test_every_choice_has_its_reason_and_none_is_too_long_for_the_status() -> None:
+def test_reasons_of_sized_plan_fit_status() -> None:
     work = make_work("llama-3.1-8b", lora=ALL)
     reasons = explain_sizing(work, sized(work, GpuPool("NVIDIA-A10", 23_028 << 20, 1, 1, (8, 6))))
     assert [reason.split()[0] for reason in reasons] == [
@@ -281,12 +281,12 @@ def test_every_choice_has_its_reason_and_none_is_too_long_for_the_status() -> No
     assert reasons[:3] == (
         "1 x NVIDIA-A10 on 1 node: as spec.resources asks",
         "dtype bfloat16: sm_86 has native bf16",
-        "attention sdpa: exact with joined rows; FlashAttention, where the image has it, takes less",
+        "attention sdpa: exact with packed rows; FlashAttention, where the image has it, takes less memory",
     )
     assert max(map(len, reasons)) <= 256
 
 
-def test_a_mixture_of_experts_is_as_wide_as_the_experts_of_a_token() -> None:
+def test_mixture_of_experts_is_estimated_as_dense() -> None:
     mixtral = make_work("mixtral-8x7b-v0.1", SequenceLengths(512, 512))
     fed = {linear.path: (linear.inputs, linear.outputs) for linear in as_dense(mixtral.shape).decoder.linears[4:]}
     assert fed == {"mlp.gate_proj": (4096, 28_672), "mlp.up_proj": (4096, 28_672), "mlp.down_proj": (28_672, 4096)}
@@ -294,13 +294,13 @@ def test_a_mixture_of_experts_is_as_wide_as_the_experts_of_a_token() -> None:
     assert sized(mixtral, pool(141)).estimate.base.weights > 90e9
 
 
-def test_adapters_on_stacked_experts_are_not_sized() -> None:
+def test_adapters_on_stacked_experts_raise_unknown_model() -> None:
     work = make_work("mixtral-8x7b-v0.1", lora={"dropout": 0, **ALL})
     with pytest.raises(UnknownModelError, match="stacked experts of mixtral is not known; name the projections"):
         size_run(work, (pool(141),))
 
 
-def test_base_with_few_quantizable_weights_is_logged() -> None:
+def test_base_with_few_quantizable_weights_has_reason() -> None:
     mixtral = make_work("mixtral-8x7b-v0.1")
     reasons = explain_sizing(mixtral, sized(mixtral, pool(141)))
     assert any(reason.startswith("base: only 3% of its layers' weights can be stored in 4 bits") for reason in reasons)

@@ -23,17 +23,17 @@ LLAMA_8B = 8_030_261_248
         ("", None),
     ],
 )
-def test_a_peak_is_known_by_the_products_name(product: str, tera: int | None) -> None:
+def test_product_name_maps_to_peak_flops(product: str, tera: int | None) -> None:
     assert peak_flops(product) == (tera * 10**12 if tera else None)
 
 
-def test_a_published_run_is_within_its_range() -> None:
+def test_published_runs_are_within_range() -> None:
     """torchtune's README: Llama-3.1-8B, QLoRA, one RTX 4090, 2,413 tokens a second; an hour of that."""
     (sentence,) = explain_duration("NVIDIA-GeForce-RTX-4090", 1, LLAMA_8B, 2413 * 3600, recomputed=False)
     assert sentence.startswith("training about 60 min to 2.1 h: 8.7e+06 tokens at 22% to 47% of 165 TFLOP/s")
 
 
-def test_more_gpus_take_less_and_recomputation_more() -> None:
+def test_duration_scales_with_gpus_and_checkpointing() -> None:
     def first(gpus: int, recomputed: bool) -> str:
         return explain_duration("NVIDIA-A100-SXM4-40GB", gpus, LLAMA_8B, 1e8, recomputed=recomputed)[0].split(" to ")[0]
 

@@ -89,11 +89,11 @@ def test_no_violation(change: dict[str, Any]) -> None:
     assert check(make_spec(**change)) == ()
 
 
-def test_files_are_fine_without_a_cluster() -> None:
+def test_local_files_are_valid_without_cluster() -> None:
     assert check(make_spec(output={"uri": "file:///o"}), COMMON_RULES) == ()
 
 
-def test_a_claim_is_for_a_cluster() -> None:
+def test_claims_are_invalid_without_cluster() -> None:
     spec = make_spec(dataset={"uri": "pvc://rows/train.jsonl"})
     assert check(spec) == ()
     [violation] = check(spec, LOCAL_RULES)

@@ -58,7 +58,7 @@ def main(folder: Path) -> None:
     if world.is_main_process:
         write_model(folder / "model", tie_word_embeddings=False)
     world.barrier()
-    allowed = [cell for cell in matrix_cells() if cell.refusal is None]
+    allowed = [cell for cell in matrix_cells() if cell.rejection is None]
     found = {key_of(cell): train_cell(cell, join_world("cpu", cell.strategy), folder / "model") for cell in allowed}
     if world.is_main_process:
         (folder / "found.json").write_text(json.dumps(found))

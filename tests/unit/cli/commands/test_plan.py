@@ -179,7 +179,7 @@ def test_plan_error_message_has_a_fix(options: list[str], sentence: str) -> None
 def test_gpu_memory_without_unit_is_rejected() -> None:
     code, output = plan("--config", config_of("llama-3.2-3b"), "--gpu-memory", "24GB")
     assert code == 2
-    assert "'24GB' is no amount of memory; write a number and a unit, as in 24Gi or 80G" in " ".join(output.split())
+    assert "'24GB' is not an amount of memory; write a number and a unit, as in 24Gi or 80G" in " ".join(output.split())
 
 
 def test_unknown_model_type_is_an_error(tmp_path: Path) -> None:

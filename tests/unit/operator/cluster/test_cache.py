@@ -1,4 +1,4 @@
-"""What the watches told: versions decide what is newer, and a complete list what is there."""
+"""The child cache: versions decide what is newer, complete lists what exists."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -44,7 +44,7 @@ def only_job(children: ChildCache) -> ChildJob:
     return child
 
 
-def test_a_job_and_its_pod_are_put_together_in_any_order() -> None:
+def test_job_and_pod_events_in_any_order_are_joined() -> None:
     children = ChildCache()
     assert children.pods.update(raw_pod()) == REF
     assert children.children_of(JOB).jobs == ()

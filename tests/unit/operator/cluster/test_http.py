@@ -60,13 +60,13 @@ async def test_status_code_maps_to_error_class(api: Api, status: int, kind: type
 
 
 @pytest.mark.parametrize("busy", [1, MAX_TRIES - 1])
-async def test_an_overloaded_api_server_is_asked_again_when_it_says(busy: int, api: Api, calls: list[float]) -> None:
+async def test_retry_after_is_honored(busy: int, api: Api, calls: list[float]) -> None:
     assert await api.request("GET", f"/busy/{busy}") == {"reason": "Any"}
     assert len(calls) == busy + 1
     assert all(later - earlier > 0.9 for earlier, later in pairwise(calls))
 
 
-async def test_an_api_server_that_stays_overloaded_is_left_alone(api: Api, calls: list[float]) -> None:
+async def test_overload_beyond_max_tries_raises_cluster_busy(api: Api, calls: list[float]) -> None:
     with pytest.raises(ClusterBusyError, match="429"):
         await api.request("GET", "/429")
     assert len(calls) == MAX_TRIES

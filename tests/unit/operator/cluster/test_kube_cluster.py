@@ -73,7 +73,7 @@ async def outdated(request: pytest.FixtureRequest) -> AsyncIterator[KubeCluster]
 
 @pytest.mark.parametrize("outdated", [ApiError(403, "Forbidden", "a policy says no")], indirect=True)
 async def test_denied_patch_raises_admission_denied(outdated: KubeCluster) -> None:
-    with pytest.raises(AdmissionDeniedError, match="ConfigMap bot-1 was refused: a policy says no"):
+    with pytest.raises(AdmissionDeniedError, match="ConfigMap bot-1 was denied: a policy says no"):
         await outdated.ensure(CONFIG)
 
 

@@ -82,7 +82,7 @@ def make_raw_child(owner: str = UID, conditions: tuple[dict[str, Any], ...] = ()
     }  # fmt: skip
 
 
-def test_a_job_whose_deadline_has_passed_but_whose_pod_still_ends() -> None:
+def test_job_past_deadline_with_terminating_pod() -> None:
     target = {"type": "FailureTarget", "status": "True", "reason": "DeadlineExceeded"}
     child = parse_child(make_raw_child(conditions=(target,)), ())
     assert (child.role, child.attempt, child.deadline_exceeded, child.finished) == (Role.TRAIN, 2, True, False)

@@ -14,7 +14,7 @@ from qlora_operator.cluster.rbac import (
 )
 
 
-def test_the_operator_may_do_this_and_nothing_else() -> None:
+def test_operator_permissions() -> None:
     assert {f"{entry.group}/{entry.resource}": " ".join(entry.verbs) for entry in (*NAMESPACED, *CLUSTER_SCOPED)} == {
         "qlora.dev/qlorajobs": "get list watch",
         "qlora.dev/qlorajobs/status": "update",
@@ -29,14 +29,14 @@ def test_the_operator_may_do_this_and_nothing_else() -> None:
     }
 
 
-def test_in_its_own_namespace_it_may_lead() -> None:
+def test_operator_permissions_in_own_namespace() -> None:
     assert {f"{entry.group}/{entry.resource}": " ".join(entry.verbs) for entry in OWN_NAMESPACE} == {
         "coordination.k8s.io/leases": "get create update",
         "/pods": "patch",
     }
 
 
-def test_users_read_and_write_runs_and_leave_the_status_to_the_operator() -> None:
+def test_user_roles_exclude_status() -> None:
     assert {f"{entry.group}/{entry.resource}": " ".join(entry.verbs) for entry in VIEW} == {
         "qlora.dev/qlorajobs": "get list watch",
     }

@@ -24,7 +24,7 @@ def answer_at(time: datetime) -> str:
 
 
 @pytest.mark.parametrize("minutes", [-30, 5, 60 * 24 * 365])
-def test_the_api_servers_time_counts(minutes: int) -> None:
+def test_api_server_time_is_used(minutes: int) -> None:
     clock = ServerClock(LocalClock(timedelta(minutes=minutes)))
     clock.on_server_date(answer_at(NOW), 0.0)
     assert clock.now() == NOW
@@ -38,14 +38,14 @@ def test_small_skew_is_ignored(seconds: int) -> None:
 
 
 @pytest.mark.parametrize("dated_after", [0, 10, 20])
-def test_a_slow_answer_was_dated_at_any_moment_of_its_way(dated_after: int) -> None:
+def test_slow_response_widens_tolerance(dated_after: int) -> None:
     local = LocalClock(timedelta(seconds=20))
     clock = ServerClock(local)
     clock.on_server_date(answer_at(NOW + timedelta(seconds=dated_after)), 20.0)
     assert clock.now() == local.now
 
 
-def test_time_does_not_jitter_with_every_answer() -> None:
+def test_small_changes_of_skew_are_ignored() -> None:
     local = LocalClock(timedelta(minutes=5))
     clock = ServerClock(local)
     clock.on_server_date(answer_at(NOW), 0.0)

@@ -1,4 +1,4 @@
-"""kopf's side: what it may do; and what /healthz says of the runtime."""
+"""kopf handlers: what kopf may do, and the health of the controller."""
 
 import asyncio
 from datetime import timedelta
@@ -19,70 +19,70 @@ from tests.make import REF, UID
 
 
 @pytest.fixture
-async def runtime(monkeypatch: pytest.MonkeyPatch) -> Controller:
-    """A runtime whose parts run, without a cluster."""
-    runtime = Controller(Settings(Installation("trainer:1")), cast("Api", None), Metrics(lambda: True))
-    monkeypatch.setattr(runtime.queue, "alive", lambda: True)
-    monkeypatch.setattr(runtime, "_server", web.AppRunner(web.Application()))
-    monkeypatch.setattr(runtime, "_resync", asyncio.get_running_loop().create_future())
-    return runtime
+async def controller(monkeypatch: pytest.MonkeyPatch) -> Controller:
+    """A running controller without a cluster."""
+    controller = Controller(Settings(Installation("trainer:1")), cast("Api", None), Metrics(lambda: True))
+    monkeypatch.setattr(controller.queue, "alive", lambda: True)
+    monkeypatch.setattr(controller, "_server", web.AppRunner(web.Application()))
+    monkeypatch.setattr(controller, "_resync", asyncio.get_running_loop().create_future())
+    return controller
 
 
-async def test_a_healthy_operator(runtime: Controller) -> None:
-    assert runtime.unhealthy_reason() is None
+async def test_running_operator_is_healthy(controller: Controller) -> None:
+    assert controller.unhealthy_reason() is None
 
 
-async def test_a_replica_that_waits_is_healthy() -> None:
+async def test_standby_is_healthy() -> None:
     assert (
         Controller(Settings(Installation("trainer:1")), cast("Api", None), Metrics(lambda: True)).unhealthy_reason()
         is None
     )
 
 
-async def test_overdue_watch_is_unhealthy(runtime: Controller, monkeypatch: pytest.MonkeyPatch) -> None:
-    runtime.watch_health.expect_version(REF, "10")
+async def test_overdue_watch_is_unhealthy(controller: Controller, monkeypatch: pytest.MonkeyPatch) -> None:
+    controller.watch_health.expect_version(REF, "10")
     later = asyncio.get_running_loop().time() + OVERDUE_SECONDS + 1
-    monkeypatch.setattr(runtime.watch_health, "_clock", lambda: later)
-    assert "the watch is dead" in str(runtime.unhealthy_reason())
+    monkeypatch.setattr(controller.watch_health, "_clock", lambda: later)
+    assert "the watch is stalled" in str(controller.unhealthy_reason())
 
 
-async def test_stuck_queue_is_unhealthy(runtime: Controller, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime.queue, "oldest_age", lambda: STUCK_SECONDS + 1)
-    assert "work is stuck" in str(runtime.unhealthy_reason())
+async def test_stuck_queue_is_unhealthy(controller: Controller, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(controller.queue, "oldest_age", lambda: STUCK_SECONDS + 1)
+    assert "the work queue is stuck" in str(controller.unhealthy_reason())
 
 
-async def test_dead_worker_is_unhealthy(runtime: Controller, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime.queue, "alive", lambda: False)
-    assert runtime.unhealthy_reason() == "a worker has ended"
+async def test_dead_worker_is_unhealthy(controller: Controller, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(controller.queue, "alive", lambda: False)
+    assert controller.unhealthy_reason() == "a worker has stopped"
 
 
-async def test_own_status_write_enqueues_nothing(runtime: Controller) -> None:
-    runtime._written_versions[REF] = "10"
-    runtime.on_job_update(REF, {"metadata": {"resourceVersion": "10"}})
-    assert runtime.queue.depth == 0
-    runtime.on_job_update(REF, {"metadata": {"resourceVersion": "11"}})
-    assert runtime.queue.depth == 1
+async def test_own_status_write_enqueues_nothing(controller: Controller) -> None:
+    controller._written_versions[REF] = "10"
+    controller.on_job_update(REF, {"metadata": {"resourceVersion": "10"}})
+    assert controller.queue.depth == 0
+    controller.on_job_update(REF, {"metadata": {"resourceVersion": "11"}})
+    assert controller.queue.depth == 1
 
 
-async def test_a_child_s_event_is_its_owner_s_key(runtime: Controller) -> None:
+async def test_child_event_enqueues_owner(controller: Controller) -> None:
     event = {"type": "ADDED", "object": make_child_item("1")}
-    await handlers.on_child_job_event(event=event, memo=kopf.Memo(runtime=runtime))
-    assert runtime.queue.depth == 1
-    await runtime.queue.drain(timedelta(0))
+    await handlers.on_child_job_event(event=event, memo=kopf.Memo(controller=controller))
+    assert controller.queue.depth == 1
+    await controller.queue.drain(timedelta(0))
 
 
-async def test_unchanged_child_event_enqueues_nothing(runtime: Controller) -> None:
-    runtime.child_cache.pods.update(make_child_item("1"))
+async def test_unchanged_child_event_enqueues_nothing(controller: Controller) -> None:
+    controller.child_cache.pods.update(make_child_item("1"))
     event = {"type": "MODIFIED", "object": make_child_item("2")}
-    await handlers.on_pod_event(event=event, memo=kopf.Memo(runtime=runtime))
-    assert runtime.queue.depth == 0
+    await handlers.on_pod_event(event=event, memo=kopf.Memo(controller=controller))
+    assert controller.queue.depth == 0
 
 
-async def test_deleted_child_enqueues_job(runtime: Controller) -> None:
+async def test_deleted_child_enqueues_job(controller: Controller) -> None:
     event = {"type": "DELETED", "object": make_child_item("1")}
-    await handlers.on_pod_event(event=event, memo=kopf.Memo(runtime=runtime))
-    assert runtime.queue.depth == 1
-    await runtime.queue.drain(timedelta(0))
+    await handlers.on_pod_event(event=event, memo=kopf.Memo(controller=controller))
+    assert controller.queue.depth == 1
+    await controller.queue.drain(timedelta(0))
 
 
 def make_child_item(version: str) -> dict[str, Any]:

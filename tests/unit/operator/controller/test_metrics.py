@@ -53,7 +53,7 @@ class Scrape:
 
 
 @pytest.fixture
-def told() -> Scrape:
+def scrape() -> Scrape:
     return Scrape()
 
 
@@ -78,27 +78,27 @@ async def run_to_training(scrape: Scrape, cluster: FakeCluster) -> None:
     await scrape.reconcile_until_stable(cluster)
 
 
-async def test_metrics_of_full_run(told: Scrape, cluster: FakeCluster) -> None:
-    await run_to_training(told, cluster)
-    assert told.value("qlora_jobs", phase="Training") == 1
-    assert told.value("qlora_job_wait_duration_seconds_count") == 1
-    assert 180 < (told.value("qlora_job_wait_duration_seconds_sum") or 0) < 200
-    assert told.value("qlora_jobs_finished_total", phase="Succeeded", reason="Published") is None
+async def test_metrics_of_full_run(scrape: Scrape, cluster: FakeCluster) -> None:
+    await run_to_training(scrape, cluster)
+    assert scrape.value("qlora_jobs", phase="Training") == 1
+    assert scrape.value("qlora_job_wait_duration_seconds_count") == 1
+    assert 180 < (scrape.value("qlora_job_wait_duration_seconds_sum") or 0) < 200
+    assert scrape.value("qlora_jobs_finished_total", phase="Succeeded", reason="Published") is None
 
     cluster.pass_time(timedelta(minutes=10))
     cluster.end_pod(TRAIN, 0, PUBLISHED_MESSAGE, keep_start=True)
-    await told.reconcile_until_stable(cluster)
-    assert told.value("qlora_jobs", phase="Training") == 0
-    assert told.value("qlora_jobs", phase="Succeeded") == 1
-    assert told.value("qlora_jobs_finished_total", phase="Succeeded", reason="Published") == 1
-    assert told.value("qlora_job_attempts_ended_total", reason="Published") == 1
-    assert 600 <= (told.value("qlora_job_run_duration_seconds_sum", phase="Succeeded") or 0) < 620
+    await scrape.reconcile_until_stable(cluster)
+    assert scrape.value("qlora_jobs", phase="Training") == 0
+    assert scrape.value("qlora_jobs", phase="Succeeded") == 1
+    assert scrape.value("qlora_jobs_finished_total", phase="Succeeded", reason="Published") == 1
+    assert scrape.value("qlora_job_attempts_ended_total", reason="Published") == 1
+    assert 600 <= (scrape.value("qlora_job_run_duration_seconds_sum", phase="Succeeded") or 0) < 620
 
 
-async def test_what_ended_before_the_operator_started_is_not_counted_again(told: Scrape, cluster: FakeCluster) -> None:
-    await run_to_training(told, cluster)
+async def test_runs_that_ended_before_start_are_not_counted(scrape: Scrape, cluster: FakeCluster) -> None:
+    await run_to_training(scrape, cluster)
     cluster.end_pod(TRAIN, 0, PUBLISHED_MESSAGE)
-    await told.reconcile_until_stable(cluster)
+    await scrape.reconcile_until_stable(cluster)
     next_operator = Scrape()
     await next_operator.reconcile_until_stable(cluster)
     assert next_operator.value("qlora_jobs", phase="Succeeded") == 1
@@ -107,30 +107,30 @@ async def test_what_ended_before_the_operator_started_is_not_counted_again(told:
     assert next_operator.value("qlora_job_wait_duration_seconds_count") == 0
 
 
-async def test_a_job_that_runs_has_figures_of_its_own(told: Scrape, cluster: FakeCluster) -> None:
-    await run_to_training(told, cluster)
-    assert told.value("qlora_job_progress_ratio", **JOB) is None
-    told.reports.put(REF, make_report())
-    assert told.value("qlora_job_progress_ratio", **JOB) == pytest.approx(0.42)
-    assert told.value("qlora_job_eta_seconds", **JOB) == 190
-    assert told.value("qlora_job_loss", **JOB) == 2.83
+async def test_running_job_exports_progress(scrape: Scrape, cluster: FakeCluster) -> None:
+    await run_to_training(scrape, cluster)
+    assert scrape.value("qlora_job_progress_ratio", **JOB) is None
+    scrape.reports.put(REF, make_report())
+    assert scrape.value("qlora_job_progress_ratio", **JOB) == pytest.approx(0.42)
+    assert scrape.value("qlora_job_eta_seconds", **JOB) == 190
+    assert scrape.value("qlora_job_loss", **JOB) == 2.83
 
 
-async def test_job_metrics_disappear_at_end(told: Scrape, cluster: FakeCluster) -> None:
-    await run_to_training(told, cluster)
-    told.reports.put(REF, make_report())
+async def test_job_metrics_disappear_at_end(scrape: Scrape, cluster: FakeCluster) -> None:
+    await run_to_training(scrape, cluster)
+    scrape.reports.put(REF, make_report())
     cluster.change(suspend=True)
-    await told.reconcile_until_stable(cluster)
-    assert told.value("qlora_jobs", phase="Suspended") == 1
-    assert [sample for sample in told.samples() if dict(sample[1]).get("name")] == []
+    await scrape.reconcile_until_stable(cluster)
+    assert scrape.value("qlora_jobs", phase="Suspended") == 1
+    assert [sample for sample in scrape.samples() if dict(sample[1]).get("name")] == []
 
 
-async def test_job_metrics_disappear_with_job(told: Scrape, cluster: FakeCluster) -> None:
-    await run_to_training(told, cluster)
-    told.reports.put(REF, make_report())
-    told.metrics.jobs.set_phase(REF, None)
-    assert told.value("qlora_jobs", phase="Training") == 0
-    assert [sample for sample in told.samples() if dict(sample[1]).get("name")] == []
+async def test_job_metrics_disappear_with_job(scrape: Scrape, cluster: FakeCluster) -> None:
+    await run_to_training(scrape, cluster)
+    scrape.reports.put(REF, make_report())
+    scrape.metrics.jobs.set_phase(REF, None)
+    assert scrape.value("qlora_jobs", phase="Training") == 0
+    assert [sample for sample in scrape.samples() if dict(sample[1]).get("name")] == []
 
 
 @pytest.mark.parametrize(
@@ -154,41 +154,41 @@ def test_standby_exposes_no_job() -> None:
     assert [name for name, labels, _ in waiting.samples() if "phase" in dict(labels)] == []
 
 
-def test_reconciles_are_counted_by_result(told: Scrape) -> None:
-    with told.metrics.time_reconcile():
+def test_reconciles_are_counted_by_result(scrape: Scrape) -> None:
+    with scrape.metrics.time_reconcile():
         pass
-    with pytest.raises(ClusterBusyError), told.metrics.time_reconcile():
+    with pytest.raises(ClusterBusyError), scrape.metrics.time_reconcile():
         raise ClusterBusyError("later")
-    with pytest.raises(KeyError), told.metrics.time_reconcile():
+    with pytest.raises(KeyError), scrape.metrics.time_reconcile():
         raise KeyError("a fault")
     for result in ("success", "busy", "error"):
-        assert told.value("qlora_operator_reconcile_total", result=result) == 1
-    assert told.value("qlora_operator_reconcile_duration_seconds_count") == 3
+        assert scrape.value("qlora_operator_reconcile_total", result=result) == 1
+    assert scrape.value("qlora_operator_reconcile_duration_seconds_count") == 3
 
 
-def test_calls_are_counted_by_their_answer(told: Scrape) -> None:
-    told.metrics.on_api_call("GET", 200, 0.01)
-    told.metrics.on_api_call("GET", None, 30.0)
-    assert told.value("qlora_operator_api_requests_total", verb="GET", code="200") == 1
-    assert told.value("qlora_operator_api_requests_total", verb="GET", code="none") == 1
-    assert told.value("qlora_operator_api_request_duration_seconds_sum", verb="GET") == pytest.approx(30.01)
+def test_api_calls_are_counted_by_status_code(scrape: Scrape) -> None:
+    scrape.metrics.on_api_call("GET", 200, 0.01)
+    scrape.metrics.on_api_call("GET", None, 30.0)
+    assert scrape.value("qlora_operator_api_requests_total", verb="GET", code="200") == 1
+    assert scrape.value("qlora_operator_api_requests_total", verb="GET", code="none") == 1
+    assert scrape.value("qlora_operator_api_request_duration_seconds_sum", verb="GET") == pytest.approx(30.01)
 
 
-def test_every_metric_is_in_the_reference_and_no_other(told: Scrape) -> None:
-    exposed = {family.name for family in told.metrics.registry.collect()}
+def test_metrics_match_reference(scrape: Scrape) -> None:
+    exposed = {family.name for family in scrape.metrics.registry.collect()}
     assert exposed == {metric.name.removesuffix("_total") for metric in metrics.OPERATOR}
 
 
-def test_ten_thousand_jobs_that_wait_are_ten_series(told: Scrape) -> None:
+def test_waiting_jobs_export_one_series_per_phase(scrape: Scrape) -> None:
     for number in range(10_000):
-        told.metrics.jobs.set_phase(JobRef("ml", f"job-{number}"), Phase.QUEUED)
-    assert told.value("qlora_jobs", phase="Queued") == 10_000
-    assert len(told.metrics.render()) < 16_384
+        scrape.metrics.jobs.set_phase(JobRef("ml", f"job-{number}"), Phase.QUEUED)
+    assert scrape.value("qlora_jobs", phase="Queued") == 10_000
+    assert len(scrape.metrics.render()) < 16_384
 
 
-async def test_metrics_are_served_on_health_port(told: Scrape) -> None:
+async def test_metrics_are_served_on_health_port(scrape: Scrape) -> None:
     (port,) = free_ports(1)
-    async with serve_health(port, lambda: None, told.metrics.render), ClientSession() as session:
+    async with serve_health(port, lambda: None, scrape.metrics.render), ClientSession() as session:
         async with session.get(f"http://127.0.0.1:{port}/metrics") as answer:
             assert answer.headers["Content-Type"].startswith("text/plain; version=")
             assert "qlora_operator_leader 1.0" in await answer.text()

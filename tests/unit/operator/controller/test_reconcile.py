@@ -1,4 +1,4 @@
-"""The whole life of a QLoRAJob over a cluster in memory, with and without crashes."""
+"""Reconciles of a QLoRAJob from start to end on an in-memory cluster, with and without crashes."""
 
 import json
 from datetime import timedelta
@@ -60,16 +60,16 @@ async def test_run_from_submission_to_success(cluster: FakeCluster) -> None:
     ]
 
 
-async def test_first_pass_creates_children_before_status(cluster: FakeCluster) -> None:
+async def test_first_reconcile_creates_children_before_status(cluster: FakeCluster) -> None:
     outcome = await reconcile_now(cluster)
     assert (outcome.requeue_after, outcome.status) == (timedelta(0), None)
     assert [verb for verb, _ in cluster.writes] == ["ensure", "ensure"]
     await reconcile_now(cluster)
-    assert [verb for verb, _ in cluster.writes] == ["ensure", "ensure", "tell", "status"]
+    assert [verb for verb, _ in cluster.writes] == ["ensure", "ensure", "event", "status"]
     assert (cluster.status["phase"], cluster.child_lists) == (Phase.PREPARING, 0)
 
 
-async def test_the_training_pod_gets_plan_and_facts(cluster: FakeCluster) -> None:
+async def test_run_config_has_plan_and_prepared_facts(cluster: FakeCluster) -> None:
     await run_to_success(cluster)
     config = RunConfig.model_validate_json(cluster.children["ConfigMap", TRAIN]["data"][names.RUN_CONFIG_FILE])
     assert config.prepared == make_prepared()
@@ -79,7 +79,7 @@ async def test_the_training_pod_gets_plan_and_facts(cluster: FakeCluster) -> Non
 
 
 @pytest.mark.parametrize("write", range(1, 20))
-async def test_a_crash_after_any_write_changes_nothing(write: int) -> None:
+async def test_crash_after_any_write_same_outcome(write: int) -> None:
     quiet, crashing = FakeCluster(), FakeCluster()
     for fake in (quiet, crashing):
         fake.submit(make_manifest())
@@ -109,7 +109,7 @@ async def lose_and_recover(cluster: FakeCluster) -> None:
 
 
 @pytest.mark.parametrize("write", range(1, 26))
-async def test_a_crash_while_recovering_changes_nothing(write: int) -> None:
+async def test_crash_during_recovery_same_outcome(write: int) -> None:
     quiet, crashing = FakeCluster(), FakeCluster()
     for fake in (quiet, crashing):
         fake.submit(make_manifest())
@@ -122,7 +122,7 @@ async def test_a_crash_while_recovering_changes_nothing(write: int) -> None:
     assert SECOND not in crashing.created
 
 
-async def test_training_goes_on_while_its_prepare_job_is_deleted(cluster: FakeCluster) -> None:
+async def test_training_continues_when_prepare_job_is_deleted(cluster: FakeCluster) -> None:
     await reconcile_until_stable(cluster)
     cluster.end_pod(PREPARE, 0, PREPARED_MESSAGE)
     await reconcile_until_stable(cluster)
@@ -144,15 +144,15 @@ async def test_lost_attempt_is_prepared_again_once_despite_skew(cluster: FakeClu
     assert cluster.created == [PREPARE, PREPARE, TRAIN, TRAIN, PREPARE]
 
 
-async def test_an_impossible_child_fails_the_run(cluster: FakeCluster) -> None:
-    cluster.admission_error = AdmissionDeniedError("Job support-bot-prepare was refused: 422 Invalid", permanent=True)
+async def test_invalid_child_fails_run(cluster: FakeCluster) -> None:
+    cluster.admission_error = AdmissionDeniedError("Job support-bot-prepare was denied: 422 Invalid", permanent=True)
     await reconcile_until_stable(cluster)
     assert (cluster.status["phase"], cluster.status["reason"]) == ("Failed", "InvalidSpec")
 
 
-async def test_a_quota_is_waited_for(cluster: FakeCluster) -> None:
+async def test_quota_is_waited_for(cluster: FakeCluster) -> None:
     cluster.admission_error = AdmissionDeniedError(
-        "Job support-bot-prepare was refused: exceeded quota", permanent=False
+        "Job support-bot-prepare was denied: exceeded quota", permanent=False
     )
     outcome = await reconcile_now(cluster)
     assert outcome.requeue_after == ADMISSION_DENIED_RETRY
@@ -172,7 +172,7 @@ async def test_immediate_steps_requeue_at_once(cluster: FakeCluster) -> None:
     assert ("Job", TRAIN) in cluster.children
 
 
-async def test_a_published_result_is_not_trained_again(cluster: FakeCluster) -> None:
+async def test_published_result_is_reused(cluster: FakeCluster) -> None:
     await reconcile_until_stable(cluster)
     prepared = make_prepared(published=make_result())
     cluster.end_pod(PREPARE, 0, make_termination_message(Reason.PREPARED, prepared=prepared))
@@ -191,7 +191,7 @@ async def test_deleted_children_of_finished_run_are_not_recreated(cluster: FakeC
     assert len(cluster.writes) == writes
 
 
-async def test_a_finished_run_acknowledges_a_new_generation(cluster: FakeCluster) -> None:
+async def test_finished_run_observes_new_generation(cluster: FakeCluster) -> None:
     await run_to_success(cluster)
     cluster.change(deadlines={"total": "48h"})
     await reconcile_until_stable(cluster)
@@ -222,7 +222,7 @@ async def test_finished_job_without_pod_is_prepared_again(cluster: FakeCluster) 
     assert (cluster.status["phase"], cluster.status["reason"]) == ("Succeeded", "AlreadyPublished")
 
 
-async def test_jobs_that_are_deleted_again_and_again_end_the_run(cluster: FakeCluster) -> None:
+async def test_repeatedly_deleted_jobs_fail_run(cluster: FakeCluster) -> None:
     for attempt in (1, 2, 3):
         await reconcile_until_stable(cluster)
         cluster.pass_time(timedelta(minutes=1))
@@ -250,7 +250,7 @@ async def test_startup_deadline_releases_node(cluster: FakeCluster) -> None:
     assert ("Job", TRAIN) not in cluster.children
 
 
-async def test_an_invalid_spec_names_the_field() -> None:
+async def test_invalid_spec_names_field() -> None:
     cluster = FakeCluster()
     cluster.submit(make_manifest(lora={"rank": 0}))
     await reconcile_until_stable(cluster)
@@ -259,7 +259,7 @@ async def test_an_invalid_spec_names_the_field() -> None:
     assert cluster.created == []
 
 
-async def test_the_deadline_follows_the_spec(cluster: FakeCluster) -> None:
+async def test_job_deadline_follows_spec(cluster: FakeCluster) -> None:
     await reconcile_until_stable(cluster)
     cluster.end_pod(PREPARE, 0, PREPARED_MESSAGE)
     await reconcile_until_stable(cluster)
@@ -280,7 +280,7 @@ async def test_children_of_deleted_job_with_same_name_are_waited_for(cluster: Fa
     assert cluster.status["phase"] == "Preparing"
 
 
-async def test_a_foreign_job_is_not_adopted(cluster: FakeCluster) -> None:
+async def test_job_of_other_owner_is_not_adopted(cluster: FakeCluster) -> None:
     foreign = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": PREPARE}}
     cluster.children["Job", PREPARE] = foreign
     await reconcile_until_stable(cluster)
@@ -288,7 +288,7 @@ async def test_a_foreign_job_is_not_adopted(cluster: FakeCluster) -> None:
     assert cluster.children["Job", PREPARE] is foreign
 
 
-async def test_progress_reaches_the_columns(cluster: FakeCluster) -> None:
+async def test_progress_fills_columns(cluster: FakeCluster) -> None:
     await reconcile_until_stable(cluster)
     cluster.end_pod(PREPARE, 0, PREPARED_MESSAGE)
     await reconcile_until_stable(cluster)
@@ -336,7 +336,7 @@ async def prepare_for_gpus(cluster: FakeCluster, model: str) -> None:
     await reconcile_until_stable(cluster)
 
 
-async def test_a_run_is_sized_by_the_clusters_gpus_before_it_asks_for_one() -> None:
+async def test_run_is_sized_by_cluster_gpus() -> None:
     cluster = FakeCluster()
     await prepare_for_gpus(cluster, "llama-3.2-3b")
     plan = cluster.status["plan"]
@@ -351,7 +351,7 @@ async def test_a_run_is_sized_by_the_clusters_gpus_before_it_asks_for_one() -> N
     assert (cluster.status["plan"], cluster.node_lists) == (plan, seen)
 
 
-async def test_a_run_is_sized_although_its_prepare_job_is_not_complete_yet() -> None:
+async def test_run_is_sized_when_prepare_pod_has_ended() -> None:
     cluster = FakeCluster()
     cluster.submit(make_manifest(resources={"gpusPerNode": 1}))
     cluster.nodes = [gpu_node("Tesla-T4", 15_360)]
@@ -362,7 +362,7 @@ async def test_a_run_is_sized_although_its_prepare_job_is_not_complete_yet() -> 
     assert cluster.status["plan"]["gpuProduct"] == "Tesla-T4"
 
 
-async def test_a_run_that_cannot_fit_asks_for_no_gpu() -> None:
+async def test_run_that_cannot_fit_requests_no_gpu() -> None:
     cluster = FakeCluster()
     await prepare_for_gpus(cluster, "llama-2-70b")
     assert (cluster.status["phase"], cluster.status["reason"]) == (Phase.FAILED, Reason.DOES_NOT_FIT)

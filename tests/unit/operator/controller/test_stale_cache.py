@@ -1,4 +1,4 @@
-"""What the watches tell may be late, lost, or told twice: no Job is made twice for it, and none is lost."""
+"""Late, lost and repeated watch events: no Job is created twice, and none is lost."""
 
 import contextlib
 from datetime import timedelta
@@ -60,15 +60,15 @@ async def test_new_job_with_children_is_read_live(cluster: FakeCluster) -> None:
 
 
 def test_cached_job_is_popped_once(cluster: FakeCluster) -> None:
-    told, item = JobCache(), cluster.job
+    cache, item = JobCache(), cluster.job
     assert item
-    told.on_update(REF, {**item, "status": {"phase": "Preparing"}})
-    told.on_update(REF, item)
-    assert told.pop(REF) == parse_job(item)
-    assert told.pop(REF) is None
-    told.on_update(REF, item)
-    told.forget(REF)
-    assert told.pop(REF) is None
+    cache.on_update(REF, {**item, "status": {"phase": "Preparing"}})
+    cache.on_update(REF, item)
+    assert cache.pop(REF) == parse_job(item)
+    assert cache.pop(REF) is None
+    cache.on_update(REF, item)
+    cache.forget(REF)
+    assert cache.pop(REF) is None
 
 
 async def test_running_and_finished_runs_are_not_read_live(
@@ -97,25 +97,25 @@ async def test_stale_job_only_delays(steps: int, cluster: FakeCluster) -> None:
     quiet.submit(make_manifest())
     for fake in (quiet, cluster):
         if fake is cluster:
-            told = await fake.read_job(REF)
+            cached = await fake.read_job(REF)
         await reconcile_until_stable(fake)
         for number, step in enumerate(STEPS):
             if fake is cluster and number == steps:
-                told = await fake.read_job(REF)
+                cached = await fake.read_job(REF)
             await step(fake)
             await reconcile_until_stable(fake)
     with contextlib.suppress(ClusterBusyError):
-        await reconcile(REF, cluster, INSTALLATION, ReconcileContext(cluster.now, None, None), told)
+        await reconcile(REF, cluster, INSTALLATION, ReconcileContext(cluster.now, None, None), cached)
     assert cluster.status == quiet.status
     assert cluster.created == quiet.created
 
 
 async def test_noop_needs_no_list(cluster: FakeCluster) -> None:
     await run_to_training(cluster)
-    looks, writes = cluster.child_lists, len(cluster.writes)
+    lists, writes = cluster.child_lists, len(cluster.writes)
     cluster.pass_time(timedelta(minutes=10))
     await reconcile_now(cluster)
-    assert (cluster.child_lists, len(cluster.writes)) == (looks, writes)
+    assert (cluster.child_lists, len(cluster.writes)) == (lists, writes)
 
 
 async def test_empty_cache_same_outcome(cluster: FakeCluster) -> None:

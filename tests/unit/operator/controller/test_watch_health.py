@@ -37,7 +37,7 @@ def test_later_version_satisfies_expectation(clock: Clock, version: str) -> None
     assert proof.overdue() == ()
 
 
-def test_an_event_that_came_before_the_answer_counts(clock: Clock) -> None:
+def test_event_before_write_response_counts(clock: Clock) -> None:
     proof = WatchHealth(clock)
     proof.on_event(REF, "10")
     proof.expect_version(REF, "10")

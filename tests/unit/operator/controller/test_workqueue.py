@@ -21,7 +21,7 @@ async def running(work: Work, workers: int = 4) -> AsyncIterator[WorkQueue[str]]
     await queue.drain(timedelta(seconds=1))
 
 
-async def test_a_key_that_waits_is_worked_on_once() -> None:
+async def test_waiting_key_is_processed_once() -> None:
     done: list[str] = []
 
     async def work(key: str) -> None:
@@ -34,7 +34,7 @@ async def test_a_key_that_waits_is_worked_on_once() -> None:
     assert done == ["a"]
 
 
-async def test_an_event_during_the_work_repeats_it_and_never_beside_it() -> None:
+async def test_key_added_while_active_is_processed_again_afterwards() -> None:
     passes, inside = [], 0
 
     async def work(key: str) -> None:
@@ -54,7 +54,7 @@ async def test_an_event_during_the_work_repeats_it_and_never_beside_it() -> None
     assert passes == ["a", "a"]
 
 
-async def test_different_keys_run_side_by_side_within_the_bound() -> None:
+async def test_workers_bound_concurrency() -> None:
     now = most = 0
 
     async def work(_: str) -> None:
@@ -72,7 +72,7 @@ async def test_different_keys_run_side_by_side_within_the_bound() -> None:
 
 
 @pytest.mark.parametrize("error", [ClusterBusyError("away"), ValueError("our mistake")])
-async def test_an_error_is_repeated_after_a_while(error: Exception) -> None:
+async def test_failed_key_is_requeued_with_backoff(error: Exception) -> None:
     passes = 0
 
     async def work(_: str) -> None:
@@ -89,7 +89,7 @@ async def test_an_error_is_repeated_after_a_while(error: Exception) -> None:
     assert passes == 2
 
 
-async def test_work_asks_to_be_repeated() -> None:
+async def test_returned_delay_requeues_key() -> None:
     passes = 0
 
     async def work(_: str) -> timedelta | None:
@@ -117,7 +117,7 @@ async def test_earlier_delay_wins() -> None:
     assert passes == 1
 
 
-async def test_drain_lets_the_work_at_hand_finish() -> None:
+async def test_drain_lets_active_key_finish() -> None:
     done: list[str] = []
 
     async def work(key: str) -> None:
@@ -134,7 +134,7 @@ async def test_drain_lets_the_work_at_hand_finish() -> None:
     assert not queue.alive()
 
 
-async def test_the_oldest_key_is_known_while_it_is_worked_on() -> None:
+async def test_oldest_age_includes_active_key() -> None:
     release = asyncio.Event()
 
     async def work(_: str) -> None:
@@ -149,7 +149,7 @@ async def test_the_oldest_key_is_known_while_it_is_worked_on() -> None:
         assert queue.oldest_age() == 0.0
 
 
-def test_backoff_doubles_up_to_a_bound_and_is_spread() -> None:
+def test_backoff_doubles_up_to_maximum_with_jitter() -> None:
     assert [backoff_seconds(failures, 0.5) for failures in (1, 2, 3)] == [0.5, 1.0, 2.0]
     assert backoff_seconds(100, 0.5) == MAX_BACKOFF_SECONDS
     assert (backoff_seconds(1, 0.0), backoff_seconds(1, 1.0)) == (0.25, 0.75)

@@ -1,4 +1,4 @@
-"""Who leads: the rules as a table, and one replica's part against a Lease in memory."""
+"""Leader election: the rules as a table, and one replica with an in-memory Lease."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -114,7 +114,7 @@ def test_lease_seconds_until_free(lease: Lease | None, since_change: float, expe
     assert candidate.seconds_until_free(100 + since_change) == expected
 
 
-def test_a_label_on_the_lease_is_no_renewal() -> None:
+def test_label_change_is_no_lease_renewal() -> None:
     candidate = Candidate(MINE)
     candidate.observe(RUNNING, 100)
     candidate.observe(replace(RUNNING, version="8"), 105)
@@ -131,13 +131,13 @@ def test_a_label_on_the_lease_is_no_renewal() -> None:
         (replace(RUNNING, holder=MINE), Lease(MINE, LEASE_DURATION, EARLIER, NOW, 3)),
     ],
 )
-def test_what_a_claim_writes(lease: Lease | None, expected: Lease) -> None:
+def test_leader_record_counts_transitions(lease: Lease | None, expected: Lease) -> None:
     candidate = Candidate(MINE)
     candidate.observe(lease, 100)
     assert candidate.leader_record(NOW) == expected
 
 
-async def test_the_first_replica_leads_at_once(clock: Clock) -> None:
+async def test_first_replica_becomes_leader_at_once(clock: Clock) -> None:
     leases = FakeLeaseLock(clock)
     election = make_elector(leases, clock)
     assert not election.is_leader()
@@ -147,7 +147,7 @@ async def test_the_first_replica_leads_at_once(clock: Clock) -> None:
     assert (leases.lease.holder, leases.marks, sum(clock.sleeps)) == (MINE, [False, True], 0)
 
 
-async def test_a_replica_waits_as_long_as_another_renews(clock: Clock) -> None:
+async def test_standby_waits_while_leader_renews(clock: Clock) -> None:
     leases = FakeLeaseLock(clock, RUNNING)
     last = clock.now + 60
 
@@ -167,7 +167,7 @@ async def test_two_candidates_one_acquires(clock: Clock) -> None:
     assert clock.now >= 1000 + DURATION
 
 
-async def test_an_api_server_that_is_away_is_waited_for(clock: Clock) -> None:
+async def test_unavailable_api_server_is_waited_for(clock: Clock) -> None:
     leases = FakeLeaseLock(clock)
 
     def fail(_: str) -> None:
@@ -179,7 +179,7 @@ async def test_an_api_server_that_is_away_is_waited_for(clock: Clock) -> None:
     assert clock.now == 1010
 
 
-async def test_a_leader_renews_until_it_cannot(clock: Clock) -> None:
+async def test_failing_renewal_raises_leadership_lost(clock: Clock) -> None:
     leases = FakeLeaseLock(clock)
     election = make_elector(leases, clock)
     await election.acquire()
@@ -207,7 +207,7 @@ async def test_one_failed_renewal_keeps_leadership(clock: Clock) -> None:
     assert leases.calls[:5] == ["write", "write", "read", "write", "write"]
 
 
-async def test_a_leader_whose_record_is_somebody_else_s_stops_at_once(clock: Clock) -> None:
+async def test_lease_with_other_holder_raises_leadership_lost(clock: Clock) -> None:
     leases = FakeLeaseLock(clock)
     election = make_elector(leases, clock)
     await election.acquire()
@@ -217,7 +217,7 @@ async def test_a_leader_whose_record_is_somebody_else_s_stops_at_once(clock: Clo
     assert clock.now == 1000 + RETRY_PERIOD.total_seconds()
 
 
-async def test_a_deleted_record_is_made_anew(clock: Clock) -> None:
+async def test_deleted_lease_is_recreated(clock: Clock) -> None:
     leases = FakeLeaseLock(clock)
     election = make_elector(leases, clock)
     await election.acquire()
@@ -250,8 +250,8 @@ def _raise(error: Exception) -> None:
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "PATCH", "DELETE"])
-async def test_a_replica_that_does_not_lead_writes_nothing(method: str) -> None:
+async def test_standby_refuses_writes(method: str) -> None:
     api = Api(client.Configuration(), may_write=lambda: False)
-    with pytest.raises(ClusterBusyError, match="no longer leads"):
+    with pytest.raises(ClusterBusyError, match="not the leader"):
         await api.request(method, "/api/v1/namespaces/ml/configmaps/any")
     await api.close()

@@ -39,13 +39,13 @@ def ended_child(end: Exit, **pod: Any) -> ChildJob:
             ended_child(make_exit(3, make_termination_message(Reason.DATASET_INVALID, "row 7"))),
             Reason.DATASET_INVALID,
             "row 7",
-            id="word",
+            id="termination-message",
         ),
         pytest.param(
             ended_child(make_exit(3, f"log\nlog\n{make_termination_message(Reason.S3_DENIED, 'no')}\n")),
             Reason.S3_DENIED,
             "no",
-            id="word-in-log",
+            id="termination-message-in-log",
         ),
         pytest.param(
             ended_child(make_exit(143, PUBLISHED_MESSAGE)), Reason.PUBLISHED, "", id="stopped-after-the-publication"
@@ -54,7 +54,7 @@ def ended_child(end: Exit, **pod: Any) -> ChildJob:
             ended_child(make_exit(0, "")),
             Reason.TRAINER_ERROR,
             "exited with code 0 and wrote no termination message",
-            id="good-exit-no-word",
+            id="exit-0-without-message",
         ),
         pytest.param(
             ended_child(make_exit(137, "", "OOMKilled")),
@@ -105,7 +105,7 @@ def ended_child(end: Exit, **pod: Any) -> ChildJob:
             ),
             Reason.PREEMPTED,
             "node-1",
-            id="preempted-with-a-word",
+            id="preempted-with-message",
         ),
         pytest.param(
             ended_child(
@@ -210,9 +210,9 @@ def ended_child(end: Exit, **pod: Any) -> ChildJob:
     ],
 )
 def test_exit_maps_to_reason(child: ChildJob, reason: Reason, said: str) -> None:
-    verdict = classify(child, STARTUP, NOW)
-    assert (verdict.stage, verdict.reason) == (Stage.ENDED, reason)
-    assert said in verdict.message
+    state = classify(child, STARTUP, NOW)
+    assert (state.stage, state.reason) == (Stage.ENDED, reason)
+    assert said in state.message
 
 
 @pytest.mark.parametrize(
@@ -252,10 +252,10 @@ def test_exit_maps_to_reason(child: ChildJob, reason: Reason, said: str) -> None
     ],
 )
 def test_running_pod_maps_to_state(child: ChildJob, stage: Stage, reason: Reason) -> None:
-    verdict = classify(child, STARTUP, NOW)
-    assert (verdict.stage, verdict.reason) == (stage, reason)
+    state = classify(child, STARTUP, NOW)
+    assert (state.stage, state.reason) == (stage, reason)
 
 
-def test_time_alone_ends_a_startup() -> None:
+def test_startup_ends_at_deadline() -> None:
     child = make_child(pod=make_pod(phase="Pending", started_at=None))
     assert classify(child, STARTUP, NOW).requeue_at == NOW + timedelta(minutes=25)

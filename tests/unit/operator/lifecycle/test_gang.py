@@ -1,4 +1,4 @@
-"""Several pods, one verdict: who speaks, who is waited for, and for how long."""
+"""Classification of gangs: which pod decides, which are waited for, and how long."""
 
 from dataclasses import replace
 from datetime import timedelta
@@ -39,26 +39,26 @@ def later(end: Exit, seconds: int) -> Exit:
     return replace(end, finished_at=end.finished_at + timedelta(seconds=seconds))
 
 
-def test_all_run() -> None:
+def test_gang_runs_when_all_pods_run() -> None:
     assert classify(gang(pod_of(0), pod_of(1)), STARTUP, NOW).stage is Stage.RUNNING
 
 
-def test_a_helper_that_is_done_first_ends_nothing() -> None:
+def test_other_pod_that_succeeds_first_ends_nothing() -> None:
     assert classify(gang(pod_of(0), pod_of(1, make_exit(0))), STARTUP, NOW).stage is Stage.RUNNING
 
 
-def test_the_first_pod_publishes_for_all() -> None:
-    verdict = classify(gang(pod_of(0, make_exit(0, PUBLISHED_MESSAGE)), pod_of(1)), STARTUP, NOW)
-    assert (verdict.stage, verdict.reason) == (Stage.ENDED, Reason.PUBLISHED)
-    assert verdict.termination_message is not None
+def test_first_pod_publishes_for_gang() -> None:
+    state = classify(gang(pod_of(0, make_exit(0, PUBLISHED_MESSAGE)), pod_of(1)), STARTUP, NOW)
+    assert (state.stage, state.reason) == (Stage.ENDED, Reason.PUBLISHED)
+    assert state.termination_message is not None
 
 
 def test_cause_is_reported_at_once() -> None:
-    verdict = classify(gang(pod_of(0), pod_of(1, make_exit(1, OUT_OF_MEMORY))), STARTUP, NOW)
-    assert (verdict.stage, verdict.reason) == (Stage.ENDED, Reason.CUDA_OUT_OF_MEMORY)
+    state = classify(gang(pod_of(0), pod_of(1, make_exit(1, OUT_OF_MEMORY))), STARTUP, NOW)
+    assert (state.stage, state.reason) == (Stage.ENDED, Reason.CUDA_OUT_OF_MEMORY)
 
 
-def test_a_consequence_waits_for_its_cause() -> None:
+def test_consequence_waits_for_cause() -> None:
     lost = pod_of(0, make_exit(1, PEER))
     waiting = classify(gang(lost, pod_of(1)), STARTUP, NOW)
     assert waiting.stage is Stage.RUNNING
@@ -75,8 +75,8 @@ def test_a_consequence_waits_for_its_cause() -> None:
     ],
 )
 def test_without_cause_lowest_consequence_rank_is_reported(other: Exit, reason: Reason) -> None:
-    verdict = classify(gang(pod_of(0, make_exit(1, PEER)), pod_of(1, other), failure=FAILED), STARTUP, NOW)
-    assert (verdict.stage, verdict.reason) == (Stage.ENDED, reason)
+    state = classify(gang(pod_of(0, make_exit(1, PEER)), pod_of(1, other), failure=FAILED), STARTUP, NOW)
+    assert (state.stage, state.reason) == (Stage.ENDED, reason)
 
 
 def test_of_two_causes_earlier_is_reported() -> None:
@@ -87,7 +87,7 @@ def test_of_two_causes_earlier_is_reported() -> None:
     assert classify(gang(pod_of(0, second), pod_of(1, first)), STARTUP, NOW).reason is Reason.S3_DENIED
 
 
-def test_pods_that_hold_nodes_do_not_wait_for_ever_for_one_that_fits_nowhere() -> None:
+def test_partly_scheduled_gang_fails_at_startup_deadline() -> None:
     child = gang(pod_of(0), make_pending_pod(name="bot-1-1", index=1, unschedulable="0/1 nodes are available"))
     deadline = NOW - timedelta(minutes=5) + STARTUP
     waiting = classify(child, STARTUP, NOW)
@@ -99,17 +99,17 @@ def test_pods_that_hold_nodes_do_not_wait_for_ever_for_one_that_fits_nowhere() -
     )
 
 
-def test_pods_that_hold_nothing_wait_as_long_as_it_takes() -> None:
+def test_unscheduled_gang_waits_without_deadline() -> None:
     pods = [make_pending_pod(name=f"bot-1-{index}", index=index, unschedulable="no nodes") for index in (0, 1)]
-    verdict = classify(gang(*pods), STARTUP, NOW + timedelta(days=1))
-    assert (verdict.stage, verdict.reason, verdict.requeue_at) == (Stage.WAITING, Reason.UNSCHEDULABLE, None)
+    state = classify(gang(*pods), STARTUP, NOW + timedelta(days=1))
+    assert (state.stage, state.reason, state.requeue_at) == (Stage.WAITING, Reason.UNSCHEDULABLE, None)
 
 
-def test_a_pod_that_is_never_made_ends_the_run() -> None:
+def test_missing_pod_fails_at_startup_deadline() -> None:
     waiting = classify(gang(pod_of(0), created_at=NOW), STARTUP, NOW)
     assert (waiting.stage, waiting.requeue_at) == (Stage.WAITING, NOW + STARTUP)
     assert classify(gang(pod_of(0), created_at=NOW - STARTUP), STARTUP, NOW).reason is Reason.POD_REJECTED
 
 
-def test_pods_that_are_all_gone_are_lost() -> None:
+def test_gang_without_pods_is_lost() -> None:
     assert classify(gang(failure=FAILED), STARTUP, NOW).stage is Stage.LOST

@@ -42,7 +42,7 @@ def ends(cluster: FakeCluster) -> list[str | None]:
     return [attempt.get("reason") for attempt in cluster.status["attempts"]]
 
 
-async def test_a_suspended_job_starts_nothing() -> None:
+async def test_suspended_job_starts_nothing() -> None:
     cluster = FakeCluster()
     cluster.submit(make_manifest(suspend=True))
     await reconcile_until_stable(cluster)
@@ -53,7 +53,7 @@ async def test_a_suspended_job_starts_nothing() -> None:
     assert outcome(cluster) == ("Succeeded", "Published")
 
 
-async def test_a_training_is_stopped_and_goes_on_as_another_attempt(cluster: FakeCluster) -> None:
+async def test_suspended_training_resumes_as_next_attempt(cluster: FakeCluster) -> None:
     await start(cluster)
     await reconcile_until_stable(cluster, report(cluster))
     cluster.change(suspend=True)
@@ -71,7 +71,7 @@ async def test_a_training_is_stopped_and_goes_on_as_another_attempt(cluster: Fak
     assert "checkpoint" not in cluster.status
 
 
-async def test_a_preparation_is_stopped_and_made_again(cluster: FakeCluster) -> None:
+async def test_suspended_preparation_runs_again(cluster: FakeCluster) -> None:
     await reconcile_until_stable(cluster)
     cluster.start_pod(PREPARE)
     cluster.change(suspend=True)
@@ -83,7 +83,7 @@ async def test_a_preparation_is_stopped_and_made_again(cluster: FakeCluster) -> 
     assert outcome(cluster) == ("Succeeded", "Published")
 
 
-async def test_a_preparation_whose_pod_has_ended_is_not_made_again(cluster: FakeCluster) -> None:
+async def test_suspension_keeps_ended_preparation(cluster: FakeCluster) -> None:
     await start(cluster)
     cluster.children["Job", PREPARE]["status"] = {}  # the Job controller is seconds behind its pods
     cluster.change(suspend=True)
@@ -105,7 +105,7 @@ async def test_suspended_message_when_no_pod_runs(cluster: FakeCluster) -> None:
     assert cluster.status["message"].startswith("spec.suspend is true: no pod runs")
 
 
-async def test_a_preparation_that_is_stopped_has_no_checkpoint_to_write(cluster: FakeCluster) -> None:
+async def test_suspended_preparation_message_has_no_checkpoint(cluster: FakeCluster) -> None:
     await reconcile_until_stable(cluster)
     cluster.set_pod(PREPARE, "Running", {"running": {}})
     cluster.foreground_deletion = True
@@ -137,7 +137,7 @@ async def test_exit_before_suspension_is_recorded(cluster: FakeCluster) -> None:
     assert outcome(cluster) == ("Failed", "NonFiniteLoss")
 
 
-async def test_the_next_attempt_waits_until_the_stopped_pods_are_gone(cluster: FakeCluster) -> None:
+async def test_next_attempt_waits_for_stopped_pods(cluster: FakeCluster) -> None:
     await start(cluster)
     cluster.foreground_deletion = True
     cluster.change(suspend=True)
@@ -150,7 +150,7 @@ async def test_the_next_attempt_waits_until_the_stopped_pods_are_gone(cluster: F
     assert ("Job", SECOND) in cluster.children
 
 
-async def test_a_queue_holds_the_job_and_takes_it_back(cluster: FakeCluster) -> None:
+async def test_queue_admits_and_evicts_job(cluster: FakeCluster) -> None:
     cluster.submit(make_manifest(queue={"name": "gpus"}))
     await reconcile_until_stable(cluster)
     cluster.end_pod(PREPARE, 0, PREPARED_MESSAGE)
@@ -186,7 +186,7 @@ async def test_heartbeat_lost_starts_next_attempt(cluster: FakeCluster, node_ahe
 
 
 @pytest.mark.parametrize("node_ahead", [-60, 0, 60])
-async def test_the_reports_of_an_attempt_say_nothing_of_the_next_one(cluster: FakeCluster, node_ahead: int) -> None:
+async def test_reports_do_not_count_for_next_attempt(cluster: FakeCluster, node_ahead: int) -> None:
     await start(cluster)
     live = report(cluster)
     await reconcile_until_stable(cluster, live)
@@ -212,7 +212,7 @@ async def test_restarted_operator_waits_for_reports_before_heartbeat_lost(cluste
     assert ends(cluster) == ["HeartbeatLost", None]
 
 
-async def test_a_pod_that_never_reported_is_not_expected_to(cluster: FakeCluster) -> None:
+async def test_pod_without_reports_has_no_heartbeat_deadline(cluster: FakeCluster) -> None:
     await start(cluster)
     cluster.pass_time(timedelta(hours=3))
     await reconcile_until_stable(cluster)
@@ -237,7 +237,7 @@ async def test_node_lost_starts_next_attempt(cluster: FakeCluster) -> None:
     assert outcome(cluster) == ("Succeeded", "Published")
 
 
-async def test_a_node_without_its_gpu_is_avoided(cluster: FakeCluster) -> None:
+async def test_node_without_gpu_is_avoided(cluster: FakeCluster) -> None:
     await start(cluster)
     cluster.end_pod(TRAIN, 1, make_termination_message(Reason.ACCELERATOR_MISSING, "no CUDA device"))
     await reconcile_until_stable(cluster)

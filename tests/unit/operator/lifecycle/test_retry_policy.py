@@ -63,7 +63,7 @@ def test_disruptions_do_not_count_as_attempts() -> None:
 
 
 @pytest.mark.parametrize("reason", Reason)
-def test_what_an_end_does_to_the_next_attempt(reason: Reason) -> None:
+def test_reason_maps_to_retry_action(reason: Reason) -> None:
     ended = attempts_of(reason)
     assert used_attempts(ended) == (reason not in NOT_COUNTED)
     assert (retry_at(ended) is not None) == (reason in DELAYED)
@@ -77,22 +77,22 @@ def test_only_what_another_attempt_can_fix_is_retried(reason: Reason) -> None:
     assert remedy == RETRIED.get(reason)
 
 
-def test_a_gpus_micro_batch_is_no_remedy_for_the_hosts_memory() -> None:
-    verdict = JobState(Stage.ENDED, Reason.HOST_OUT_OF_MEMORY)
-    assert choose_remedy(verdict, plan_of(device="cpu")) is RetryAction.SHRINK_MICRO_BATCH
-    assert choose_remedy(verdict, plan_of(device="cuda")) is None
+def test_host_oom_on_gpu_run_is_not_retried() -> None:
+    state = JobState(Stage.ENDED, Reason.HOST_OUT_OF_MEMORY)
+    assert choose_remedy(state, plan_of(device="cpu")) is RetryAction.SHRINK_MICRO_BATCH
+    assert choose_remedy(state, plan_of(device="cuda")) is None
 
 
-def test_a_single_row_cannot_be_halved() -> None:
-    verdict = JobState(Stage.ENDED, Reason.CUDA_OUT_OF_MEMORY)
-    assert choose_remedy(verdict, plan_of(micro_batch_size=1)) is None
-    assert choose_remedy(verdict, plan_of(micro_batch_size=1, gradient_checkpointing=True)) is None
+def test_micro_batch_of_one_cannot_shrink() -> None:
+    state = JobState(Stage.ENDED, Reason.CUDA_OUT_OF_MEMORY)
+    assert choose_remedy(state, plan_of(micro_batch_size=1)) is None
+    assert choose_remedy(state, plan_of(micro_batch_size=1, gradient_checkpointing=True)) is None
 
 
-def test_a_single_row_is_recomputed_where_the_plan_said_otherwise() -> None:
-    verdict = JobState(Stage.ENDED, Reason.CUDA_OUT_OF_MEMORY)
+def test_micro_batch_of_one_turns_on_checkpointing() -> None:
+    state = JobState(Stage.ENDED, Reason.CUDA_OUT_OF_MEMORY)
     plan = plan_of(micro_batch_size=1, gradient_checkpointing=False)
-    assert choose_remedy(verdict, plan) is RetryAction.SHRINK_MICRO_BATCH
+    assert choose_remedy(state, plan) is RetryAction.SHRINK_MICRO_BATCH
     smaller = shrink(plan, 3)
     assert smaller.gradient_checkpointing is True
     assert (smaller.micro_batch_size, smaller.gradient_accumulation) == (1, plan.gradient_accumulation)
@@ -102,7 +102,7 @@ def test_a_single_row_is_recomputed_where_the_plan_said_otherwise() -> None:
 @pytest.mark.parametrize(
     ("rows", "passes", "expected"), [(8, 2, (4, 4)), (3, 4, (1, 12)), (6, 1, (3, 2)), (5, 1, (2, 3))]
 )
-def test_half_the_rows_take_enough_passes(rows: int, passes: int, expected: tuple[int, int]) -> None:
+def test_shrunk_plan_covers_global_batch(rows: int, passes: int, expected: tuple[int, int]) -> None:
     smaller = shrink(plan_of(micro_batch_size=rows, gradient_accumulation=passes), 1)
     assert (smaller.micro_batch_size, smaller.gradient_accumulation) == expected
     assert smaller.micro_batch_size * smaller.gradient_accumulation >= rows * passes
@@ -115,7 +115,7 @@ def test_wrong_peak_estimate_moves_to_reasons() -> None:
     assert smaller.reasons[-1].endswith("ran out of memory with 8 rows, where 20.0 GiB were predicted")
 
 
-def test_services_get_time_to_recover_and_nothing_else_waits() -> None:
+def test_only_service_failures_back_off() -> None:
     pauses = []
     for count in range(1, 8):
         at = retry_at(attempts_of(*[Reason.S3_UNAVAILABLE] * count))
@@ -158,7 +158,7 @@ async def test_oom_retries_with_smaller_micro_batch(cluster: FakeCluster) -> Non
     assert cluster.status["phase"] == Phase.SUCCEEDED
 
 
-async def test_the_last_attempt_fails_the_run(cluster: FakeCluster) -> None:
+async def test_last_attempt_fails_run(cluster: FakeCluster) -> None:
     await start(cluster)
     for job in (TRAIN, SECOND):
         cluster.start_pod(job)
@@ -201,7 +201,7 @@ async def test_unavailable_service_is_retried_with_backoff(cluster: FakeCluster,
     assert ("Job", SECOND) in cluster.children
 
 
-async def test_the_pods_of_an_attempt_end_before_the_next_one_starts(cluster: FakeCluster) -> None:
+async def test_next_attempt_waits_for_previous_pods(cluster: FakeCluster) -> None:
     await start(cluster)
     cluster.end_pod(TRAIN, 1, make_termination_message(Reason.CUDA_OUT_OF_MEMORY, "too few"))
     cluster.children["Job", TRAIN]["status"] = {}

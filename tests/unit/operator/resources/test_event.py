@@ -26,7 +26,7 @@ def events_of(cluster: FakeCluster) -> list[tuple[str, str, str]]:
     return [(event["action"], event["reason"], event["type"]) for event in cluster.events.values()]
 
 
-def test_the_whole_event() -> None:
+def test_event_has_all_fields() -> None:
     event = build_event(OWNER, "17", make_status(message="pod x runs on node y"), NOW)
     name = event["metadata"].pop("name")
     assert name.startswith(f"{REF.name}.")
@@ -48,7 +48,7 @@ def test_the_whole_event() -> None:
     }  # fmt: skip
 
 
-def test_a_repeat_has_the_same_name_and_another_transition_has_not() -> None:
+def test_event_name_depends_on_transition_only() -> None:
     names = [
         build_event(OWNER, version, make_status(reason=reason), NOW + timedelta(seconds=seconds))["metadata"]["name"]
         for version, reason, seconds in [
@@ -61,14 +61,14 @@ def test_a_repeat_has_the_same_name_and_another_transition_has_not() -> None:
 
 
 @pytest.mark.parametrize("message", ["x" * 5000, "ü" * 2000, "🦙" * 1000])
-def test_a_long_message_is_cut_where_a_character_ends(message: str) -> None:
+def test_long_message_is_cut_between_characters(message: str) -> None:
     note = build_event(OWNER, "1", make_status(message=message), NOW)["note"]
     assert MAX_NOTE_BYTES - 4 < len(note.encode()) <= MAX_NOTE_BYTES
     assert message.startswith(note)
 
 
 @pytest.mark.parametrize("phase", Phase)
-def test_every_phase_has_a_verb_that_the_api_server_takes(phase: Phase) -> None:
+def test_every_phase_has_a_valid_event_action(phase: Phase) -> None:
     assert 0 < len(EVENT_ACTIONS[phase]) <= 128
 
 

@@ -45,12 +45,12 @@ def status_in(phase: Phase, previous: QLoRAJobStatus | None = None, **change: An
 
 
 @pytest.mark.parametrize("phase", Phase)
-def test_kstatus(phase: Phase) -> None:
+def test_kstatus_of_every_phase(phase: Phase) -> None:
     expected = {Phase.SUCCEEDED: "Current", Phase.FAILED: "Failed"}.get(phase, "InProgress")
     assert kstatus(1, to_wire(status_in(phase))) == expected
 
 
-def test_kstatus_before_the_first_write_and_after_a_change() -> None:
+def test_kstatus_is_in_progress_before_first_write_and_after_spec_change() -> None:
     assert kstatus(1, {"observedGeneration": -1}) == "InProgress"
     assert kstatus(2, to_wire(status_in(Phase.SUCCEEDED))) == "InProgress"
     assert kstatus(2, to_wire(with_observed_generation(status_in(Phase.SUCCEEDED), 2))) == "Current"
@@ -70,12 +70,12 @@ def test_conditions(phase: Phase) -> None:
 
 
 @pytest.mark.parametrize("phase", Phase)
-def test_the_wire_form_is_read_back_equal(phase: Phase) -> None:
+def test_status_survives_round_trip(phase: Phase) -> None:
     status = status_in(phase, prepared=make_prepared(), plan=make_plan_status())
     assert QLoRAJobStatus.model_validate(to_wire(status)) == status
 
 
-def test_a_transition_time_changes_with_its_status_only() -> None:
+def test_transition_time_changes_only_with_condition_status() -> None:
     before = status_in(Phase.PREPARING)
     later = NOW + timedelta(minutes=5)
     after = derive_status(before, Decision(Phase.FAILED, Reason.S3_DENIED, "no"), None, gpus=1, generation=1, now=later)
@@ -84,7 +84,7 @@ def test_a_transition_time_changes_with_its_status_only() -> None:
     assert times[ConditionType.STALLED] == later
 
 
-def test_the_same_again_is_no_change() -> None:
+def test_same_decision_leaves_status_unchanged() -> None:
     status = status_in(Phase.TRAINING)
     again = derive_status(
         status, Decision(Phase.TRAINING, Reason.TRAINING, "because"), None, gpus=1, generation=1,
@@ -100,13 +100,13 @@ def test_facts_are_carried_over() -> None:
     assert failed.model_dump(include=facts) == prepared.model_dump(include=facts)
 
 
-def test_a_failure_says_what_to_do() -> None:
+def test_failure_message_has_remedy() -> None:
     assert status_in(Phase.FAILED).message == (
         "because. What to do: Lower spec.training.microBatchSize or spec.training.maxLength, or choose a larger GPU."
     )
 
 
-def test_the_result_is_in_the_status() -> None:
+def test_result_is_in_status() -> None:
     status = status_in(Phase.SUCCEEDED, prepared=make_prepared(published=make_result()), result=make_result())
     assert status.evaluation == make_result().evaluation
     assert status.output is not None
@@ -114,18 +114,18 @@ def test_the_result_is_in_the_status() -> None:
     assert (status.progress, status.eta) == ("100%", None)
 
 
-def test_a_known_start_of_an_attempt_is_kept() -> None:
+def test_attempt_start_is_kept_once_known() -> None:
     running = status_in(Phase.TRAINING, attempt=Attempt(number=1, job="a-1", started_at=NOW))
     ended = status_in(Phase.FAILED, running, attempt=Attempt(number=1, job="a-1", reason=Reason.S3_DENIED))
     assert [(attempt.started_at, attempt.reason) for attempt in ended.attempts] == [(NOW, Reason.S3_DENIED)]
 
 
-def test_gpus_are_the_plan_s_once_there_is_one() -> None:
+def test_gpus_follow_plan_once_planned() -> None:
     assert status_in(Phase.PREPARING).gpus == 1
     assert status_in(Phase.SCHEDULING, plan=make_plan_status()).gpus == 0
 
 
-def test_the_columns_of_a_report() -> None:
+def test_report_fills_columns() -> None:
     live = Progress(percent=42, step=120, remaining_seconds=190, loss=2.83123, tokens_per_second=812.4, updated_at=NOW)
     decision = Decision(Phase.TRAINING, Reason.TRAINING, "", plan=make_plan_status())
     status = derive_status(QLoRAJobStatus(), decision, live, gpus=0, generation=1, now=NOW)

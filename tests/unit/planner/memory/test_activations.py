@@ -31,7 +31,7 @@ def peak(setting: ForwardConfig, layers: int = 28) -> int:
 
 
 @given(rows=st.integers(1, 16), longest=sizes, more=sizes, checkpointing=st.booleans(), packing=st.booleans())
-def test_longer_rows_take_more(rows, longest, more, checkpointing, packing):
+def test_activations_grow_with_row_length(rows, longest, more, checkpointing, packing):
     setting = replace(DEFAULT_CONFIG, checkpointing=checkpointing)
     short, long = (
         replace(setting, batch=make_batch_shape(rows, each, packing=packing)) for each in (longest, longest + more)
@@ -40,7 +40,7 @@ def test_longer_rows_take_more(rows, longest, more, checkpointing, packing):
 
 
 @given(rows=st.integers(1, 16), more=st.integers(1, 16), longest=sizes, packing=st.booleans())
-def test_more_rows_take_more(rows, more, longest, packing):
+def test_activations_grow_with_rows(rows, more, longest, packing):
     few, many = (
         replace(DEFAULT_CONFIG, batch=make_batch_shape(each, longest, packing=packing)) for each in (rows, rows + more)
     )
@@ -71,13 +71,13 @@ def test_extrapolated_layers_match_simulated_layers(device, checkpointing):
         ("all weights", {"full_finetune": True, "bits": 16, "ranks": {}}),
     ],
 )
-def test_what_takes_more(name, change):
+def test_option_increases_activations(name, change):
     del name
     assert peak(replace(DEFAULT_CONFIG, **change)) > peak(DEFAULT_CONFIG)
 
 
 @pytest.mark.parametrize("change", [{"checkpointing": True}, {"attention": "flash_attention_2"}])
-def test_what_takes_less(change):
+def test_option_decreases_activations(change):
     assert peak(replace(DEFAULT_CONFIG, **change)) < peak(DEFAULT_CONFIG)
 
 

@@ -53,13 +53,13 @@ def test_adapter_parameters_of_llama_3b(rank: int, targets: list[str], expected:
             {"targets": ATTENTION, "rank_pattern": {"v_proj": 4, "layers.3.self_attn.v_proj": 64, "o_proj": 2}},
             id="ranks-of-single-modules",
         ),
-        pytest.param("llama-3.1-8b", {"modules_to_save": ["embed_tokens", "lm_head"]}, id="whole-untied"),
-        pytest.param("llama-3.2-3b", {"modules_to_save": ["embed_tokens", "lm_head"]}, id="whole-tied"),
-        pytest.param("llama-3.2-3b", {"modules_to_save": ["lm_head", "norm"]}, id="whole-head-of-a-tied-pair"),
-        pytest.param("smollm2-135m", {"modules_to_save": ["embed_tokens", "input_layernorm"]}, id="whole-norms"),
+        pytest.param("llama-3.1-8b", {"modules_to_save": ["embed_tokens", "lm_head"]}, id="full-untied"),
+        pytest.param("llama-3.2-3b", {"modules_to_save": ["embed_tokens", "lm_head"]}, id="full-tied"),
+        pytest.param("llama-3.2-3b", {"modules_to_save": ["lm_head", "norm"]}, id="full-head-of-tied-pair"),
+        pytest.param("smollm2-135m", {"modules_to_save": ["embed_tokens", "input_layernorm"]}, id="full-norms"),
     ],
 )
-def test_what_the_trainer_would_train(name: str, lora: dict[str, Any]) -> None:
+def test_trainable_weights_match_peft(name: str, lora: dict[str, Any]) -> None:
     config, spec = load_config(name), LoraSpec(**lora)
     base = build(config)
     base.requires_grad_(False)
@@ -73,7 +73,7 @@ def test_method_full_trains_everything() -> None:
     assert (full.parameters, full.adapter) == (134_515_008, 0)
 
 
-def test_ranks_of_a_layer_are_the_largest_of_all() -> None:
+def test_rank_of_layer_is_largest_of_blocks() -> None:
     shape = read_shape(load_config("llama-3.2-3b"))
     lora = LoraSpec(rank=8, targets=("q_proj", "v_proj"), rank_pattern={"layers.7.self_attn.v_proj": 64, "q_proj": 4})
     assert ranks_of_layer(shape, lora) == {"self_attn.q_proj": 4, "self_attn.v_proj": 64}
@@ -98,7 +98,7 @@ def test_ranks_of_a_layer_are_the_largest_of_all() -> None:
         ),
     ],
 )
-def test_what_cannot_be_adapted(name: str, lora: dict[str, Any], sentence: str) -> None:
+def test_unmatched_target_raises(name: str, lora: dict[str, Any], sentence: str) -> None:
     with pytest.raises(MismatchError) as caught:
         count(name, lora=lora)
     assert str(caught.value) == sentence

@@ -10,9 +10,9 @@ LEARNED = Tensor(WEIGHT, 4, requires_grad=True, persistent=True)
 FROZEN = Tensor(WEIGHT, 4, persistent=True)
 
 
-def given(record: Recorder, *, learns: bool) -> Tensor:
+def given(record: Recorder, *, requires_grad: bool) -> Tensor:
     """An input of 10 numbers in fp32."""
-    return record.emit(10, 4, [LEARNED] if learns else [])
+    return record.emit(10, 4, [LEARNED] if requires_grad else [])
 
 
 def simulated(record: Recorder, output: Tensor) -> SimulatedMemory:
@@ -21,33 +21,33 @@ def simulated(record: Recorder, output: Tensor) -> SimulatedMemory:
 
 def test_frozen_matmul_saves_no_input_without_grad():
     record = Recorder()
-    assert simulated(record, record.matmul(given(record, learns=False), FROZEN, 20)).saved == 20 * 4
+    assert simulated(record, record.matmul(given(record, requires_grad=False), FROZEN, 20)).saved == 20 * 4
 
 
 def test_trainable_matmul_saves_its_input():
     record = Recorder()
-    assert simulated(record, record.matmul(given(record, learns=False), LEARNED, 20)).saved == 10 * 4 + 20 * 4
+    assert simulated(record, record.matmul(given(record, requires_grad=False), LEARNED, 20)).saved == 10 * 4 + 20 * 4
 
 
 def test_add_saves_nothing_and_shares_gradient():
     record = Recorder()
-    one, other = given(record, learns=True), given(record, learns=True)
+    one, other = given(record, requires_grad=True), given(record, requires_grad=True)
     played_sum = simulated(record, record.add(one, other))
     assert played_sum.saved == 10 * 4
     # The result and its gradient, and after them a gradient of the weight.
     assert played_sum.peak == 10 * 4 + 10 * 4 + WEIGHT * 4
 
 
-def test_what_two_operations_save_is_there_once():
+def test_tensor_saved_twice_is_counted_once():
     record = Recorder()
-    states = given(record, learns=True)
+    states = given(record, requires_grad=True)
     total = record.add(record.unary_saving_input(states), record.unary_saving_input(states))
     assert simulated(record, total).saved == (10 + 10) * 4
 
 
-def test_a_view_takes_no_memory_but_its_gradient_does():
+def test_view_takes_no_memory_but_gradient_does():
     record = Recorder()
-    states = given(record, learns=True)
+    states = given(record, requires_grad=True)
     half = record.narrow(states, 5)
     output = record.unary_saving_input(half)
     shown = simulated(record, output)
@@ -59,7 +59,7 @@ def test_python_variable_keeps_tensor_alive():
     sizes = []
     for held in (False, True):
         record = Recorder()
-        states = given(record, learns=False)
+        states = given(record, requires_grad=False)
         wide = record.emit(1000, 4, [states])
         narrow = record.emit(10, 4, [wide])
         last = record.emit(1, 4, [record.emit(2000, 4, [narrow])])
@@ -72,7 +72,7 @@ def test_python_variable_keeps_tensor_alive():
 @pytest.mark.parametrize("layers", [2, 5])
 def test_checkpointed_layer_saves_only_its_input(layers: int):
     record = Recorder()
-    segments = [record.end_segment(record.view(given(record, learns=False), 10, learns=True))]
+    segments = [record.end_segment(record.view(given(record, requires_grad=False), 10, requires_grad=True))]
     for _ in range(layers):
         states = segments[-1].output
         for _ in range(4):
@@ -90,7 +90,7 @@ def test_checkpointed_layer_keeps_tensors_held_by_node():
     kept, peaks = [], []
     for clings in (False, True):
         record = Recorder()
-        start = record.end_segment(record.view(given(record, learns=False), 10, learns=True))
+        start = record.end_segment(record.view(given(record, requires_grad=False), 10, requires_grad=True))
         wide = record.unary_saving_input(record.emit(1000, 4, [start.output]))
         record.emit(10, 4, [wide])
         layer = record.end_segment(record.update_last(held_by_node=(wide,) if clings else ()))
@@ -101,11 +101,11 @@ def test_checkpointed_layer_keeps_tensors_held_by_node():
     assert peaks[1] - peaks[0] >= 1000 * 4
 
 
-def test_gradients_that_wait_are_there_while_a_layer_is_recomputed():
+def test_pending_gradients_are_alive_during_recomputation():
     peaks = []
     for scales in (False, True):
         record = Recorder()
-        start = record.end_segment(record.view(given(record, learns=False), 10, learns=True))
+        start = record.end_segment(record.view(given(record, requires_grad=False), 10, requires_grad=True))
         record.unary_saving_input(start.output)
         last = record.update_last(forward_workspace=10_000)
         output = record.add(record.scale(last) if scales else last, start.output)

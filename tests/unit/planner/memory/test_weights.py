@@ -34,8 +34,8 @@ def footprint(model: Any) -> int:
     """get_memory_footprint() of the loaded model: bitsandbytes packs on the way to the device, two weights a byte."""
     packed = sum(module.weight.numel() // 2 for module in model.modules() if isinstance(module, Linear4bit))
     single = sum(module.weight.numel() for module in model.modules() if isinstance(module, Linear8bitLt))
-    quantised = {id(module.weight) for module in model.modules() if isinstance(module, Linear4bit | Linear8bitLt)}
-    rest = [weight for weight in model.parameters() if id(weight) not in quantised]
+    quantized = {id(module.weight) for module in model.modules() if isinstance(module, Linear4bit | Linear8bitLt)}
+    rest = [weight for weight in model.parameters() if id(weight) not in quantized]
     buffers = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
     return packed + single + sum(weight.numel() * HALF for weight in rest) + buffers
 
@@ -70,7 +70,7 @@ def test_memory_figures_of_llama_3b(
 
 @pytest.mark.parametrize("double", [True, False])
 @pytest.mark.parametrize(("inputs", "outputs"), [(64, 96), (576, 192), (1000, 333), (256, 4096)])
-def test_constants_of_a_real_4bit_matrix(inputs: int, outputs: int, double: bool) -> None:
+def test_constants_match_real_4bit_matrix(inputs: int, outputs: int, double: bool) -> None:
     layer = Linear4bit(inputs, outputs, bias=False, compress_statistics=double, quant_type="nf4").to("cpu")
     state = layer.weight.quant_state
     tensors = [state.absmax, state.code, *([state.offset, state.state2.absmax, state.state2.code] if double else [])]
@@ -79,13 +79,13 @@ def test_constants_of_a_real_4bit_matrix(inputs: int, outputs: int, double: bool
     assert constant_bytes(linear, quantization) == sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def test_constants_of_a_real_8bit_matrix() -> None:
+def test_constants_match_real_8bit_matrix() -> None:
     layer = Linear8bitLt(64, 96, bias=False, has_fp16_weights=False).to("cpu")
     assert constant_bytes(Linear("a", 64, 96), BITS[8]) == layer.weight.SCB.numel() * layer.weight.SCB.element_size()
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
-def test_state_of_a_real_optimizer(optimizer: str) -> None:
+def test_optimizer_bytes_match_real_optimizer(optimizer: str) -> None:
     sizes = (100, 4095, 4096, 5000, 120_000)
     weights = [torch.nn.Parameter(torch.zeros(size)) for size in sizes]
     made = bitsandbytes.optim.AdamW8bit(weights) if optimizer == "adamw8bit" else torch.optim.AdamW(weights)
@@ -106,7 +106,7 @@ def test_paged_state_of_large_tensors_leaves_the_gpu() -> None:
     assert optimizer_bytes(large, "pagedAdamw8bit") == 2 * 4 * 391
 
 
-def test_a_falcon_is_not_quantised_and_mixtrals_experts_neither() -> None:
+def test_falcon_and_mixtral_experts_are_not_quantized() -> None:
     falcon, mixtral = (read_shape(load_config(name)) for name in ("falcon-7b", "mixtral-8x7b-v0.1"))
     assert base_bytes(falcon, BITS[4], HALF) == BaseBytes(falcon.parameters * HALF, 0)
     assert base_bytes(mixtral, BITS[4], HALF).weights > 0.95 * mixtral.parameters * HALF

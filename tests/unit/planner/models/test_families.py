@@ -34,7 +34,7 @@ def adapted_by_peft(model: Any, targets: str | list[str]) -> int:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_module_of_a_public_model(name: str) -> None:
+def test_modules_match_public_model(name: str) -> None:
     config = load_config(name)
     shape, model = read_shape(config), build(config)
     assert shape.parameters == sum(parameter.numel() for parameter in model.parameters())
@@ -44,14 +44,14 @@ def test_every_module_of_a_public_model(name: str) -> None:
 # peft prepares Mixtral's experts for adapters that all-linear then does not ask for.
 @pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match:RuntimeWarning")
 @pytest.mark.parametrize("name", NAMES)
-def test_all_linear_is_what_peft_finds(name: str) -> None:
+def test_all_linear_matches_peft(name: str) -> None:
     config = load_config(name)
     ours = find_trainable(read_shape(config), make_spec(lora={"rank": 8, "dropout": 0, "targets": ["all-linear"]}))
     assert ours.adapter == adapted_by_peft(build(config), "all-linear")
 
 
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"gemma3"}))
-def test_a_bare_config_has_the_defaults_of_its_class(family: str) -> None:
+def test_empty_config_has_class_defaults(family: str) -> None:
     config = AutoConfig.for_model(family)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -59,7 +59,7 @@ def test_a_bare_config_has_the_defaults_of_its_class(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", sorted(TINY))
-def test_what_transformers_saves_is_read(family: str, tmp_path: Path) -> None:
+def test_config_saved_by_transformers_is_read(family: str, tmp_path: Path) -> None:
     config = AutoConfig.for_model(family, **SMALL | dict(TINY[family].settings))
     config.save_pretrained(tmp_path)
     with torch.device("meta"):
@@ -119,11 +119,11 @@ def describe(shape: ModelShape) -> tuple[object, ...]:
         ),
     ],
 )
-def test_what_a_forward_pass_needs(name: str, sizes: tuple[object, ...]) -> None:
+def test_forward_pass_properties(name: str, sizes: tuple[object, ...]) -> None:
     assert describe(read_shape(load_config(name)))[:4] == sizes
 
 
-def test_kinds_of_layers() -> None:
+def test_sliding_layers() -> None:
     kinds = {name: describe(read_shape(load_config(name)))[4] for name in NAMES}
     assert kinds["llama-3.1-8b"] == ("rms", False, True)
     assert kinds["gemma-2-9b"] == ("rms", False, False)
@@ -133,13 +133,13 @@ def test_kinds_of_layers() -> None:
 @pytest.mark.parametrize(
     ("config", "sentence"),
     [
-        ({"model_type": "mamba"}, "type 'mamba' is not known (known are falcon, gemma,"),
+        ({"model_type": "mamba"}, "type 'mamba' is not known (known types: falcon, gemma,"),
         ({}, "type 'None' is not known"),
         ({"model_type": "llama", "hidden_size": "wide"}, "config.json: hidden_size: Input should be a valid integer"),
         ({"model_type": "llama", "num_hidden_layers": 0}, "config.json: num_hidden_layers: Input should be greater"),
     ],
 )
-def test_an_unknown_model_asks_for_an_explicit_request(config: dict[str, Any], sentence: str) -> None:
+def test_unknown_model_names_explicit_fields(config: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UnknownModelError, match=r"spec\.resources.gpusPerNode") as caught:
         read_shape(config)
     assert sentence in str(caught.value)

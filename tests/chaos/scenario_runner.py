@@ -1,4 +1,4 @@
-"""Where stories are played: a control plane, an operator, and a proxy between them."""
+"""Runs scenarios on a control plane with an operator behind a proxy."""
 
 import json
 from collections import Counter
@@ -9,23 +9,23 @@ from typing import Any
 from aiohttp import web
 
 from tests.chaos.proxy import Call, Fault, Proxy
+from tests.chaos.scenarios import SCENARIOS
 from tests.chaos.snapshot import compare, take_snapshot
-from tests.chaos.stories import SCENARIOS
 from tests.cluster.cluster import Cluster
 from tests.integration.operator_process import Operator, open_job_namespace
 
 
 class WriteRecorder(Fault):
-    """Notes what an operator writes to one namespace."""
+    """Records what an operator writes to one namespace."""
 
     def __init__(self) -> None:
         self.namespace = ""
         self.writes: list[str] = []
         self.created: Counter[str] = Counter()
-        """How often the API server made a Job, by name."""
+        """How often the API server created each Job."""
 
     def is_own(self, call: Call) -> bool:
-        """Whether a request belongs to the story."""
+        """Return whether a request belongs to the scenario."""
         return call.namespace == self.namespace
 
     async def before(self, call: Call) -> web.Response | None:
@@ -39,7 +39,7 @@ class WriteRecorder(Fault):
 
 
 def describe(call: Call) -> str:
-    """Name a write as a person would."""
+    """Describe a write for people."""
     body = json.loads(call.body)
     what = call.path.rpartition("/")[2] if call.method == "POST" else "/".join(call.path.rsplit("/", 3)[1:])
     status = body.get("status", {})
@@ -49,19 +49,19 @@ def describe(call: Call) -> str:
 
 @dataclass(frozen=True)
 class FinalState:
-    """What a story leaves, without what differs between two runs of it."""
+    """The final state of a scenario, without what differs between runs."""
 
     snapshot: dict[str, Any]
     created: Counter[str]
 
     def differences(self, other: "FinalState") -> list[str]:
-        """Return the lines in which another ending differs."""
+        """Return the lines in which another final state differs."""
         return compare({**self.snapshot, "created": self.created}, {**other.snapshot, "created": other.created})
 
 
 @dataclass
 class ScenarioRunner:
-    """Plays stories, with whatever fault the proxy is told."""
+    """Runs scenarios with the fault of the proxy."""
 
     cluster: Cluster
     proxy: Proxy
@@ -69,13 +69,13 @@ class ScenarioRunner:
     patience: float = 30
     _number: Any = field(default_factory=count)
 
-    def run(self, title: str, witness: WriteRecorder) -> FinalState:
-        """Play a story to its end, in a namespace of its own."""
+    def run(self, title: str, recorder: WriteRecorder) -> FinalState:
+        """Run a scenario to its end in a new namespace."""
         with open_job_namespace(
             self.cluster, f"{title}-{next(self._number)}-{self.proxy.port}", self.patience
-        ) as place:
-            witness.namespace = place.namespace
-            self.proxy.fault = witness
-            SCENARIOS[title](place)
-            self.proxy.run(witness.finish())
-            return FinalState(take_snapshot(place), witness.created)
+        ) as job_namespace:
+            recorder.namespace = job_namespace.namespace
+            self.proxy.fault = recorder
+            SCENARIOS[title](job_namespace)
+            self.proxy.run(recorder.finish())
+            return FinalState(take_snapshot(job_namespace), recorder.created)
