@@ -430,8 +430,8 @@ def test_interrupted_training_resumes_from_checkpoint(
 def went_on_after(run: Run, attempt: int) -> int:
     """Return the step of the checkpoint that an attempt began with, by its own word."""
     log = run.kubectl("logs", f"job/{run.name}-{attempt}", "--container=trainer")
-    assert "going on after step" in log
-    return int(log.split("going on after step ")[1].split(",")[0])
+    assert "resumed from step" in log
+    return int(log.split("resumed from step ")[1].split(",")[0])
 
 
 @TOO_SMALL
