@@ -45,7 +45,7 @@ class Engine(Protocol):
         """Run forward and backward on a micro-batch and accumulate its gradients.
 
         The graph is freed before this returns: a variable that held it would keep the inputs of checkpointed layers,
-        and every activation of bitsandbytes' 8-bit layers, in memory beside those of the next micro-batch.
+        and every activation of bitsandbytes' 8-bit layers, in memory during the next micro-batch.
 
         Args:
             batch: The micro-batch.

@@ -92,7 +92,7 @@ def test_best_validation_is_the_earliest_with_the_lowest_loss():
     [
         pytest.param([2.0] * 40 + [9.0] * 20, 2.0, id="rises-and-stays"),
         pytest.param([2.0] * 40 + [9.0] * 19, None, id="one-step-too-few"),
-        pytest.param([2.0] * 40 + [9.0] * 19 + [3.0] + [9.0] * 19, None, id="comes-back"),
+        pytest.param([2.0] * 40 + [9.0] * 19 + [3.0] + [9.0] * 19, None, id="recovers"),
         pytest.param([6.0] * 20 + [1.0] * 20 + [3.0] * 20, 1.0, id="above-its-lowest-level"),
         pytest.param([2.0] * 40 + [3.4] * 60, None, id="not-far-enough"),
         pytest.param([9.0] * 100, None, id="never-low"),
