@@ -434,8 +434,8 @@ def test_interrupted_training_resumes_from_checkpoint(
 def resumed_after(run: Run, attempt: int) -> int:
     """Return the step of the checkpoint that an attempt resumed from, according to its log."""
     log = run.kubectl("logs", f"job/{run.name}-{attempt}", "--container=trainer")
-    assert "going on after step" in log
-    return int(log.split("going on after step ")[1].split(",")[0])
+    assert "resumed from step" in log
+    return int(log.split("resumed from step ")[1].split(",")[0])
 
 
 @TOO_SMALL

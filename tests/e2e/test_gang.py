@@ -134,7 +134,7 @@ def test_pod_killed_gang_resumes_once_from_checkpoint(installation: Installation
     jobs = {job["metadata"]["name"] for job in installation.children("jobs", name, NAMESPACE)}
     assert jobs == {f"{name}-prepare", f"{name}-1", f"{name}-2"}
     log = installation.cluster.kubectl("logs", f"--namespace={NAMESPACE}", f"job/{name}-2", "--container=trainer")
-    assert "going on after step" in log
+    assert "resumed from step" in log
 
 
 def step_of(installation: Installation, name: str) -> int:

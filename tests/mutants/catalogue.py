@@ -204,7 +204,7 @@ MUTATIONS: Final = (
         file=f"{_TRAINER}/training/loop.py",
         old="    if math.isfinite(record.loss) and (scaling or math.isfinite(record.grad_norm)):\n",
         new="    if scaling or math.isfinite(record.grad_norm):\n",
-        test=f"{_TESTS}/training/test_traps_loop.py::test_trap_26_a_loss_that_is_no_number_ends_the_run_with_its_step",
+        test=f"{_TESTS}/training/test_traps_loop.py::test_trap_26_non_finite_loss_ends_the_run_with_its_step",
     ),
     Mutation(
         trap=27,
@@ -218,14 +218,14 @@ MUTATIONS: Final = (
         file=f"{_TRAINER}/data/batching.py",
         old="generator = torch.Generator().manual_seed((seed << 20) + epoch)",
         new="generator = None",
-        test=f"{_TESTS}/training/test_traps_loop.py::test_trap_28_order_is_a_function_of_seed_and_epoch",
+        test=f"{_TESTS}/training/test_traps_loop.py::test_trap_28_row_order_depends_only_on_seed_and_epoch",
     ),
     Mutation(
         trap=29,
         file=f"{_TRAINER}/model/base_model.py",
         old="            module.support_avx512bf16_for_cpu = False\n",
         new="            pass\n",
-        test=f"{_TESTS}/training/test_traps_loop.py::test_trap_29_an_evaluation_leaves_later_gradients_alone",
+        test=f"{_TESTS}/training/test_traps_loop.py::test_trap_29_evaluation_does_not_change_later_gradients",
         fails_with="UserWarning",  # torch's: the packed weights' kernel has no gradient
         cpu="avx512_bf16",
     ),

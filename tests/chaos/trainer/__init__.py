@@ -1,1 +1,1 @@
-"""Breaks what a training stands on: its process, its neighbours, its object store."""
+"""Fault injection for the trainer: its process, its peers, its object store."""

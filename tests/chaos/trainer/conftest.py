@@ -1,4 +1,4 @@
-"""Fixtures of the trainer's tests: an S3 server without a cluster, a proxy before it, and runs that write to it."""
+"""Fixtures of the trainer's chaos tests: an S3 server without a cluster, a proxy in front of it, and runs."""
 
 import time
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
-    """What runs beside the tests."""
+    """Background processes of the tests."""
     processes = Processes(tmp_path_factory.mktemp("servers"))
     yield processes
     processes.stop_all()
@@ -36,34 +36,34 @@ def s3(servers: Processes, tmp_path_factory: pytest.TempPathFactory) -> S3:
 
 
 @pytest.fixture(scope="session")
-def way(s3: S3, servers: Processes) -> Toxiproxy:
-    """The way to the S3 server that can be spoiled."""
+def proxy(s3: S3, servers: Processes) -> Toxiproxy:
+    """A proxy in front of the S3 server that can inject faults."""
     return start_toxiproxy(s3.endpoint.removeprefix("http://"), servers)
 
 
 @pytest.fixture
-def toxic(way: Toxiproxy) -> Iterator[Toxiproxy]:
-    """The same, unspoiled, and healed afterwards."""
-    way.reset()
-    yield way
-    way.reset()
+def toxic(proxy: Toxiproxy) -> Iterator[Toxiproxy]:
+    """The proxy without faults; they are removed after the test."""
+    proxy.reset()
+    yield proxy
+    proxy.reset()
 
 
 @pytest.fixture(scope="session")
-def courses(s3: S3, tmp_path_factory: pytest.TempPathFactory) -> TrainerRuns:
+def runs(s3: S3, tmp_path_factory: pytest.TempPathFactory) -> TrainerRuns:
     """Runs of one prepared job."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in s3.environment().items():
             patch.setenv(name, value)
-        return TrainerRuns(s3, tmp_path_factory.mktemp("courses"))
+        return TrainerRuns(s3, tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture(scope="session")
-def undisturbed(courses: TrainerRuns) -> tuple[str, float]:
-    """The adapter of a run that nothing happened to, and how long that took."""
-    course = courses.make()
-    life = course.start()
-    life.wait_until(lambda life: bool(life.progress))
+def uninterrupted(runs: TrainerRuns) -> tuple[str, float]:
+    """The adapter digest of an uninterrupted run, and its duration in seconds."""
+    run = runs.make()
+    process = run.start()
+    process.wait_until(lambda process: bool(process.progress))
     started = time.monotonic()
-    assert life.wait_for_exit() == 0, (life.folder / "log").read_text()[-3000:]
-    return course.verified_adapter(), time.monotonic() - started
+    assert process.wait_for_exit() == 0, (process.folder / "log").read_text()[-3000:]
+    return run.verified_adapter(), time.monotonic() - started

@@ -1,4 +1,4 @@
-"""A training process, one of two, of which one sleeps for ever inside a step."""
+"""A training process of two; rank 1 sleeps forever inside a step."""
 
 import os
 import sys
@@ -14,19 +14,20 @@ STEP = 2
 original_step = TrainingLoop.step
 
 
-def sleep_for_ever(loop: TrainingLoop, step: int) -> StepRecord:
-    """Take a step, unless it is the one that never ends."""
+def step_or_hang(loop: TrainingLoop, step: int) -> StepRecord:
+    """Run a step, or hang in it."""
     while step == STEP and loop.world.rank == 1:
         time.sleep(3600)
     return original_step(loop, step)
 
 
 def run_process(folder: Path) -> int:
-    """Be a training pod's process."""
-    words = {"config": folder / "run.json", "work": folder / f"work-{os.environ['RANK']}"}
-    word = folder / "{rank}.json"
-    with patch.object(TrainingLoop, "step", sleep_for_ever):
-        return main(["train", *(f"--{name}={path}" for name, path in words.items()), f"--termination-message={word}"])
+    """Run the process of a training pod."""
+    work = folder / f"work-{os.environ['RANK']}"
+    paths = {"config": folder / "run.json", "work": work, "termination-message": folder / "{rank}.json"}
+    options = [f"--{name}={path}" for name, path in paths.items()]
+    with patch.object(TrainingLoop, "step", step_or_hang):
+        return main(["train", *options])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Training processes that tests stop and kill: each is forked from one that has imported everything already."""
+"""Training processes that tests stop and kill, forked from a server that has imported everything."""
 
 import hashlib
 import json
@@ -34,22 +34,22 @@ INTERVAL: Final = 2
 JOB: Final = "colours"
 ADAPTER: Final = "adapter/adapter_model.safetensors"
 PATIENCE: Final = 300
-"""Seconds for a life that nobody ends."""
+"""Timeout in seconds of a process that is not stopped."""
 
 
-def run_process(config: RunConfig, folder: Path, environment: Mapping[str, str], overdue: float) -> None:
-    """Be a training pod's process."""
+def run_process(config: RunConfig, folder: Path, environment: Mapping[str, str], stop_timeout: float) -> None:
+    """Run the process of a training pod."""
     with Path(folder, "log").open("wb") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     os.environ.update(environment)
     torch.set_num_threads(1)
-    # It starts a process with imports of its own each time; tests/unit/trainer/test_run.py has it.
+    # The load check starts a fresh process each time; tests/unit/trainer/test_run.py covers it.
     patch.object(stages, "load_in_fresh_process", lambda *_: None).start()
-    patch.object(shutdown, "_OVERDUE_SECONDS", overdue).start()
+    patch.object(shutdown, "_STOP_TIMEOUT_SECONDS", stop_timeout).start()
     (folder / "run.json").write_text(config.model_dump_json(by_alias=True))
-    words = {"config": folder / "run.json", "work": folder / "work", "termination-message": folder / "word"}
-    sys.exit(main(["train", *(f"--{name}={path}" for name, path in words.items())]))
+    paths = {"config": folder / "run.json", "work": folder / "work", "termination-message": folder / "message.json"}
+    sys.exit(main(["train", *(f"--{name}={path}" for name, path in paths.items())]))
 
 
 CONTEXT: Final = multiprocessing.get_context("forkserver")
@@ -58,75 +58,75 @@ CONTEXT.set_forkserver_preload([__name__])
 
 @dataclass(frozen=True)
 class TrainerProcess:
-    """One process of one attempt."""
+    """The process of one attempt."""
 
     process: Any
     folder: Path
 
     @property
     def lines(self) -> list[dict[str, Any]]:
-        """What it said, line by line."""
+        """Its log lines."""
         log = self.folder / "log"
         text = log.read_text(errors="replace") if log.exists() else ""
         return [json.loads(line) for line in text.splitlines() if line.startswith("{") and line.endswith("}")]
 
     @property
     def progress(self) -> list[dict[str, Any]]:
-        """What it reported."""
+        """Its progress reports."""
         return [line for line in self.lines if line["message"] == "progress"]
 
     @property
     def step(self) -> int:
-        """The last step that it finished, or that an earlier attempt did."""
+        """The last finished step, of this or an earlier attempt."""
         return max((line["step"] for line in self.progress), default=0)
 
     @property
     def resumed(self) -> int:
-        """The step of the checkpoint that it went on from."""
-        found = [line["message"] for line in self.lines if line["message"].startswith("going on after step")]
-        return int(found[0].split()[4].rstrip(",")) if found else 0
+        """The step of the checkpoint that it resumed from."""
+        messages = [line["message"] for line in self.lines if line["message"].startswith("resumed from step")]
+        return int(messages[0].split()[3].rstrip(",")) if messages else 0
 
     @property
     def phase(self) -> str:
-        """What it did last; before the first report it reads model and rows."""
+        """The last reported phase; Pending before the first report."""
         return str(self.progress[-1]["phase"]) if self.progress else Phase.PENDING
 
     @property
     def termination_message(self) -> TerminationMessage | None:
-        """What it left."""
-        path = self.folder / "word"
+        """Its termination message; None if it wrote none."""
+        path = self.folder / "message.json"
         return TerminationMessage.model_validate_json(path.read_text()) if path.exists() else None
 
-    def wait_until(self, happened: Callable[["TrainerProcess"], bool]) -> None:
-        """Return once something was seen in its log, or when it has ended."""
-        ends = time.monotonic() + PATIENCE
-        while self.process.is_alive() and not happened(self):
-            assert time.monotonic() < ends, (self.folder / "log").read_text()[-3000:]
+    def wait_until(self, condition: Callable[["TrainerProcess"], bool]) -> None:
+        """Wait until a condition holds, or the process has exited."""
+        deadline = time.monotonic() + PATIENCE
+        while self.process.is_alive() and not condition(self):
+            assert time.monotonic() < deadline, (self.folder / "log").read_text()[-3000:]
             time.sleep(0.02)
 
     def wait_for_exit(self, seconds: float = PATIENCE) -> int:
-        """Wait for its end, and return the exit code."""
+        """Wait for the process, and return its exit code."""
         self.process.join(seconds)
         assert self.process.exitcode is not None, (self.folder / "log").read_text()[-3000:]
         return int(self.process.exitcode)
 
 
 class TrainerRun:
-    """A run with an output of its own, and its attempts."""
+    """A run with its own output, and its attempts."""
 
     def __init__(self, config: RunConfig, s3: S3, folder: Path) -> None:
         self.config, self.folder = config, folder
         self.attempts = 0
         self._s3 = s3
 
-    def start(self, overdue: float = 50.0, endpoint: str | None = None) -> TrainerProcess:
+    def start(self, stop_timeout: float = 50.0, endpoint: str | None = None) -> TrainerProcess:
         """Start the next attempt."""
         self.attempts += 1
         folder = self.folder / f"attempt-{self.attempts}"
         folder.mkdir(parents=True)
         environment = self._s3.environment() | ({"AWS_ENDPOINT_URL": endpoint} if endpoint else {})
         config = self.config.model_copy(update={"attempt": self.attempts})
-        process = CONTEXT.Process(target=run_process, args=(config, folder, environment, overdue))
+        process = CONTEXT.Process(target=run_process, args=(config, folder, environment, stop_timeout))
         process.start()
         return TrainerProcess(process, folder)
 
@@ -141,7 +141,7 @@ class TrainerRun:
         return self._s3.client()
 
     def read(self, path: str) -> bytes:
-        """Read an object of the result with a client that knows nothing of us."""
+        """Read an object of the result with a plain S3 client."""
         bucket, key = self.prefix
         return self._client.get_object(Bucket=bucket, Key=f"{key}/{path}")["Body"].read()
 
@@ -151,8 +151,8 @@ class TrainerRun:
         found = self._client.list_objects_v2(Bucket=bucket, Prefix=f"{key}/").get("Contents", [])
         return [entry["Key"].removeprefix(f"{key}/") for entry in found]
 
-    def kept_log(self, attempt: int, rank: int = 0) -> list[dict[str, Any]]:
-        """Return what the output has of the log of a process, line by line; each has a node of its own."""
+    def uploaded_log(self, attempt: int, rank: int = 0) -> list[dict[str, Any]]:
+        """Return the uploaded log lines of a process; each rank is on its own node."""
         bucket, key = self.prefix
         folder = f"{key.rpartition('/')[0]}/logs/"
         name = f"{folder}attempt-{attempt}-node-{rank}-rank-{rank}.jsonl"
@@ -164,7 +164,7 @@ class TrainerRun:
         ]
 
     def verified_adapter(self) -> str:
-        """Return the SHA-256 of the published adapter, after every file was compared with the manifest."""
+        """Compare every file with the manifest, and return the SHA-256 of the adapter."""
         manifest = ResultManifest.model_validate_json(self.read("manifest.json"))
         for file in manifest.files:
             assert hashlib.sha256(self.read(file.path)).hexdigest() == file.sha256, file.path
@@ -172,7 +172,7 @@ class TrainerRun:
 
 
 class TrainerRuns:
-    """Makes runs of one prepared job, each with an output of its own."""
+    """Makes runs of one prepared job, each with its own output."""
 
     def __init__(self, s3: S3, folder: Path) -> None:
         self._s3, self._folder = s3, folder
@@ -193,7 +193,7 @@ class TrainerRuns:
         self._config = run_config(spec, prepared, total_steps=STEPS, micro_batch_size=4, gradient_accumulation=8)
 
     def make(self) -> TrainerRun:
-        """Return a run that nobody has worked on."""
+        """Return a new run."""
         self._number += 1
         output = self._config.spec.output.model_copy(update={"uri": f"s3://{self.bucket}/run-{self._number}"})
         prefix = f"{output.uri}/{JOB}/{self._config.prepared.digest}"
@@ -203,12 +203,12 @@ class TrainerRuns:
                 "prepared": self._config.prepared.model_copy(update={"prefix": prefix}),
             }
         )
-        course = TrainerRun(config, self._s3, self._folder / f"run-{self._number}")
-        self._copy_prepared(course)
-        return course
+        run = TrainerRun(config, self._s3, self._folder / f"run-{self._number}")
+        self._copy_prepared(run)
+        return run
 
-    def _copy_prepared(self, fingerprint: TrainerRun) -> None:
+    def _copy_prepared(self, run: TrainerRun) -> None:
         client, source = self._s3.client(), self._config.prepared.prefix.removeprefix(f"s3://{self.bucket}/")
         for entry in client.list_objects_v2(Bucket=self.bucket, Prefix=f"{source}/")["Contents"]:
-            target = entry["Key"].replace(source, fingerprint.prefix[1])
+            target = entry["Key"].replace(source, run.prefix[1])
             client.copy_object(Bucket=self.bucket, Key=target, CopySource={"Bucket": self.bucket, "Key": entry["Key"]})

@@ -1,4 +1,4 @@
-"""Publishers of a few small files, in processes that tests kill and in threads, and a reader that trusts nobody."""
+"""Publishers of a few small files, in processes that tests kill and in threads, and a reader that verifies them."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ FILES: Final = 6
 
 
 def write_files(folder: Path, author: int, size: int = 100) -> Path:
-    """Write a result of which some files differ from author to author, as reports do, and the others do not."""
+    """Write a result; half of the files depend on the author, as reports do."""
     for number in range(FILES):
         path = folder / "adapter" / f"file-{number}"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -40,7 +40,7 @@ def open_store(root: str, keys: Mapping[str, str]) -> S3Store:
 
 
 def publish_files(root: str, keys: Mapping[str, str], folder: Path, author: int, ready: Connection | None) -> Result:
-    """Publish a folder, once whoever listens knows that everything is ready."""
+    """Publish a folder, after sending "ready" to the connection."""
     store = open_store(root, keys)
     if ready is not None:
         ready.send("ready")
@@ -48,7 +48,7 @@ def publish_files(root: str, keys: Mapping[str, str], folder: Path, author: int,
 
 
 def check_published(client: "S3Client", root: str) -> ResultManifest | None:
-    """Return the manifest after every file was compared with it; None where there is none yet."""
+    """Compare every file with the manifest and return it; None if there is none yet."""
     bucket, _, key = root.removeprefix("s3://").partition("/")
     found = client.list_objects_v2(Bucket=bucket, Prefix=f"{key}/{DIGEST}/manifest.json").get("Contents")
     if not found:
@@ -65,7 +65,7 @@ def check_published(client: "S3Client", root: str) -> ResultManifest | None:
 
 @dataclass
 class Reader:
-    """Looks at one result after the other, all the time, in a thread of its own."""
+    """Verifies the current result continuously in a thread."""
 
     client: "S3Client"
     root: str = ""

@@ -1,4 +1,4 @@
-"""A process that hangs is ended, with the stacks of every process in the output."""
+"""A hanging process ends the run, with the stack traces of every process in the output."""
 
 import os
 import subprocess
@@ -26,38 +26,41 @@ PLAN = Plan(
     promise="every process of the run ends as HeartbeatLost, its stacks are in the output, and no GPU is held",
     how="one of two processes sleeps forever inside a step",
 )
-def test_hung_process_ends_the_run(
-    courses: TrainerRuns, s3: S3, tmp_path: Path, outcome: Callable[[str], None]
-) -> None:
-    course = courses.make()
-    deadlines = course.config.spec.deadlines.model_copy(update={"heartbeat": HEARTBEAT})
-    spec = course.config.spec.model_copy(update={"deadlines": deadlines})
-    config = course.config.model_copy(update={"spec": spec, "plan": PLAN})
+def test_hung_process_ends_the_run(runs: TrainerRuns, s3: S3, tmp_path: Path, outcome: Callable[[str], None]) -> None:
+    run = runs.make()
+    deadlines = run.config.spec.deadlines.model_copy(update={"heartbeat": HEARTBEAT})
+    spec = run.config.spec.model_copy(update={"deadlines": deadlines})
+    config = run.config.model_copy(update={"spec": spec, "plan": PLAN})
     (tmp_path / "run.json").write_text(config.model_dump_json(by_alias=True))
     done = run_both(tmp_path, s3)
     assert done.returncode != 0
-    words = [TerminationMessage.model_validate_json((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
-    assert [word.reason for word in words] == [Reason.HEARTBEAT_LOST, Reason.HEARTBEAT_LOST], done.stderr[-3000:]
+    messages = [TerminationMessage.model_validate_json((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    assert {message.reason for message in messages} == {Reason.HEARTBEAT_LOST}, done.stderr[-3000:]
     paths = [f"hangs/attempt-1-rank-{rank}.txt" for rank in (0, 1)]
-    for word, path in zip(words, paths, strict=True):
-        assert word.message.endswith(f"{config.prepared.prefix}/{path}")
-    waits, sleeps = (course.read(path).decode() for path in paths)
-    assert ["in all_reduce" in stacks for stacks in (waits, sleeps)] == [True, False]
-    ends = [course.kept_log(1, rank)[-1] for rank in (0, 1)]
-    assert [end["message"] for end in ends] == [f"the run failed: {word.message}" for word in words]
-    assert words[0].checkpoint is not None
-    assert words[0].checkpoint.step == 2
+    for message, path in zip(messages, paths, strict=True):
+        assert message.message.endswith(f"{config.prepared.prefix}/{path}")
+    waiting, sleeping = (run.read(path).decode() for path in paths)
+    assert ["in all_reduce" in stacks for stacks in (waiting, sleeping)] == [True, False]
+    last_lines = [run.uploaded_log(1, rank)[-1] for rank in (0, 1)]
+    assert [line["message"] for line in last_lines] == [f"the run failed: {message.message}" for message in messages]
+    assert messages[0].checkpoint is not None
+    assert messages[0].checkpoint.step == 2
     outcome("both processes ended as HeartbeatLost, and the stacks show which one slept and where the other waited")
 
 
 def run_both(folder: Path, s3: S3) -> subprocess.CompletedProcess[str]:
-    """Run the two processes to their end."""
+    """Run both processes until they exit."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    own = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo"}
+    variables = {
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "DS_ACCELERATOR": "cpu",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
     return subprocess.run(
         [*launcher, "-m", "tests.chaos.trainer.hanging", str(folder)],
         cwd=ROOT,
-        env=os.environ | own | s3.environment(),
+        env=os.environ | variables | s3.environment(),
         capture_output=True,
         text=True,
         timeout=300,

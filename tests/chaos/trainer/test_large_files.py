@@ -1,4 +1,4 @@
-"""Files beyond what S3 takes in one request, and content that breaks off on its way, with a real S3 server."""
+"""Multipart uploads, and truncated downloads, with a real S3 server."""
 
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -15,12 +15,12 @@ from tests.cluster.s3 import S3
 from tests.unit.trainer.tiny import serving
 
 PART_BYTES = 5 * 1024**2
-"""S3's smallest part."""
+"""Minimum part size of S3."""
 
 
 @pytest.fixture
 def store(s3: S3, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> S3Store:
-    """A store for which anything beyond a part is large."""
+    """A store that uses multipart uploads above one part."""
     monkeypatch.setattr("qlora_trainer.storage.s3.SINGLE_PUT_BYTES", PART_BYTES)
     monkeypatch.setattr(s3_multipart, "_PART_BYTES", PART_BYTES)
     bucket = s3.make_bucket(tmp_path.name.replace("_", "-"))
@@ -35,52 +35,52 @@ def large(tmp_path: Path) -> Path:
     return path
 
 
-def uploads_under_way(store: S3Store) -> list[str]:
+def pending_uploads(store: S3Store) -> list[str]:
     found = store._client.list_multipart_uploads(Bucket=store._bucket)
     return [upload["Key"] for upload in found.get("Uploads", ())]
 
 
-def test_a_large_file_goes_in_parts_and_comes_back_whole(store: S3Store, large: Path, tmp_path: Path) -> None:
+def test_large_file_is_uploaded_in_parts_and_downloads_intact(store: S3Store, large: Path, tmp_path: Path) -> None:
     store.put("model.safetensors", large, if_none_match=True)
     etag = store.list()[0].etag
     assert etag.endswith("-3")
     store.download("model.safetensors", tmp_path / "copy")
     assert (tmp_path / "copy").read_bytes() == large.read_bytes()
-    assert uploads_under_way(store) == []
+    assert pending_uploads(store) == []
 
 
-def test_a_large_file_is_not_replaced_and_leaves_no_parts(store: S3Store, large: Path) -> None:
-    store.put("model.safetensors", b"somebody else's")
+def test_existing_object_is_not_overwritten_and_no_parts_remain(store: S3Store, large: Path) -> None:
+    store.put("model.safetensors", b"another object")
     with pytest.raises(ObjectExistsError):
         store.put("model.safetensors", large, if_none_match=True)
-    assert store.read("model.safetensors") == b"somebody else's"
-    assert uploads_under_way(store) == []
+    assert store.read("model.safetensors") == b"another object"
+    assert pending_uploads(store) == []
 
 
-class Breaking(BaseHTTPRequestHandler):
-    """Promises ten bytes, and sends four of them until its patience is over."""
+class TruncatingHandler(BaseHTTPRequestHandler):
+    """Announces ten bytes, and sends only four in the first `truncations` responses."""
 
-    breaks = 0
+    truncations = 0
 
     def do_GET(self) -> None:
         self.send_response(200)
         self.send_header("Content-Length", "10")
         self.end_headers()
-        broken = type(self).breaks > 0
-        type(self).breaks -= 1
-        self.wfile.write(b"0123" if broken else b"0123456789")
+        truncated = type(self).truncations > 0
+        type(self).truncations -= 1
+        self.wfile.write(b"0123" if truncated else b"0123456789")
 
     def log_message(self, *_: object) -> None:
-        """Be quiet."""
+        """Log nothing."""
 
 
-@pytest.mark.parametrize("breaks", [s3._READ_ATTEMPTS - 1, s3._READ_ATTEMPTS])
-def test_content_that_breaks_off_is_read_again(breaks: int) -> None:
-    server = type("Server", (Breaking,), {"breaks": breaks})
+@pytest.mark.parametrize("truncations", [s3._READ_ATTEMPTS - 1, s3._READ_ATTEMPTS])
+def test_truncated_download_is_retried(truncations: int) -> None:
+    server = type("Server", (TruncatingHandler,), {"truncations": truncations})
     with serving(server) as address:
         keys = Credentials({"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_ENDPOINT_URL": address})
         store = S3Store("s3://adapters/result", OUTPUT_FIELD, keys, S3Config())
-        if breaks < s3._READ_ATTEMPTS:
+        if truncations < s3._READ_ATTEMPTS:
             assert store.read("manifest.json") == b"0123456789"
         else:
             with pytest.raises(RunError, match="check the object store"):

@@ -1,4 +1,4 @@
-"""Publishers are killed at any moment, or many of them publish at once: readers see one complete result, or none."""
+"""Publishers are killed at random times, or run concurrently: readers see one complete result, or none."""
 
 import random
 import threading
@@ -18,16 +18,16 @@ from tests.cluster.s3 import S3
 
 
 def start_publisher(root: str, s3: S3, folder: Path, author: int) -> Any:
-    """Start a publisher, and return its process when it begins."""
-    here, there = CONTEXT.Pipe()
-    process = CONTEXT.Process(target=publish_files, args=(root, s3.environment(), folder, author, there))
+    """Start a publisher, and return its process when it is ready."""
+    receiver, sender = CONTEXT.Pipe()
+    process = CONTEXT.Process(target=publish_files, args=(root, s3.environment(), folder, author, sender))
     process.start()
-    assert here.poll(60)
+    assert receiver.poll(60)
     return process
 
 
 def measure_publication(root: str, s3: S3, folder: Path) -> float:
-    """Return how many seconds a publisher takes that nobody kills."""
+    """Return the duration in seconds of an uninterrupted publication."""
     process, start = start_publisher(root, s3, folder, 1), time.monotonic()
     process.join(60)
     assert process.exitcode == 0
@@ -35,7 +35,7 @@ def measure_publication(root: str, s3: S3, folder: Path) -> float:
 
 
 def kill_while_publishing(root: str, s3: S3, folder: Path, author: int, after: float) -> bool:
-    """Start a publisher, kill it after so many seconds, and return whether it was still at work."""
+    """Start a publisher, kill it after some seconds, and return whether it was still running."""
     process = start_publisher(root, s3, folder, author)
     process.join(after)
     killed = process.exitcode is None
@@ -54,7 +54,7 @@ def kill_while_publishing(root: str, s3: S3, folder: Path, author: int, after: f
 def test_kills_while_publishing(s3: S3, tmp_path: Path, dose: Dose, outcome: Callable[[str], None]) -> None:
     wanted, killed, published, chance = dose(short=20, full=1000), 0, 0, random.Random(3)
     client, bucket = s3.client(), s3.make_bucket("killed")
-    folders = [write_files(tmp_path / f"undisturbed-{number}", 1) for number in range(3)]
+    folders = [write_files(tmp_path / f"uninterrupted-{number}", 1) for number in range(3)]
     seconds = max(measure_publication(f"s3://{bucket}/{folder.name}", s3, folder) for folder in folders)
     with Reader(s3.client()) as reader:
         while killed < wanted:

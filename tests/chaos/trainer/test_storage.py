@@ -1,4 +1,4 @@
-"""The object store is slow, drops connections or says no: checkpoints and results come through, and are intact."""
+"""The object store is slow, drops connections or rejects requests: checkpoints and results arrive intact."""
 
 import dataclasses
 import http.client
@@ -29,12 +29,12 @@ from tests.unit.trainer.states import FINGERPRINT, make_state
 from tests.unit.trainer.tiny import serving
 
 REFUSED = 0.3
-"""Share of the requests that get 503."""
+"""Fraction of the requests that get 503."""
 FILE_BYTES = 20_000
 
 
-def come_through(address: str, s3: S3, bucket: str, folder: Path, repeats: int) -> float:
-    """Save and find checkpoints and publish a result by way of an address, check all of it, and return the seconds."""
+def save_and_publish(address: str, s3: S3, bucket: str, folder: Path, repeats: int) -> float:
+    """Save and load checkpoints and publish a result through an endpoint, verify all, and return the seconds."""
     keys = s3.environment() | {"AWS_ENDPOINT_URL": address}
     started = time.monotonic()
     for number in range(repeats):
@@ -48,7 +48,7 @@ def come_through(address: str, s3: S3, bucket: str, folder: Path, repeats: int) 
             checkpoints.save(make_state(step), keep=1)
         found = checkpoints.load_latest()
         assert found is not None
-        assert (found.checkpoint_id.step, [note for note in notes if "passed over" in note]) == (2, [])
+        assert (found.checkpoint_id.step, [note for note in notes if "skipped" in note]) == (2, [])
         publish_files(root, keys, write_files(folder / str(number), number, FILE_BYTES), number, None)
         assert check_published(s3.client(), root) is not None
     return time.monotonic() - started
@@ -56,7 +56,7 @@ def come_through(address: str, s3: S3, bucket: str, folder: Path, repeats: int) 
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-    """A toxic of a share of the connections, and how much of it a short run takes and a full one."""
+    """A toxic on a fraction of the connections, and its strength in a short and a full run."""
 
     kind: str
     attribute: str
@@ -85,12 +85,12 @@ def test_bad_connections(  # noqa: PLR0917 (fixtures and a table)
 ) -> None:
     amount = dose(short=fault.short, full=fault.full)
     toxic.add_toxic(fault.kind, {fault.attribute: amount}, fault.share)
-    took = come_through(f"http://{toxic.address}", s3, fault.kind.replace("_", "-"), tmp_path, fault.repeats)
+    took = save_and_publish(f"http://{toxic.address}", s3, fault.kind.replace("_", "-"), tmp_path, fault.repeats)
     outcome(f"{fault.kind}{f' {amount}' if amount else ''}: complete after {took:.0f} s")
 
 
-class Passing(BaseHTTPRequestHandler):
-    """A server that passes every request on to an object store."""
+class ForwardingHandler(BaseHTTPRequestHandler):
+    """Forwards every request to an object store."""
 
     protocol_version = "HTTP/1.1"
     upstream: ClassVar[str]
@@ -102,9 +102,9 @@ class Passing(BaseHTTPRequestHandler):
         backend.request(self.command, self.path, body, headers)
         found = backend.getresponse()
         content = found.read()
-        kept = {n: v for n, v in found.getheaders() if n.lower() not in {"transfer-encoding", "connection"}}
+        headers = {n: v for n, v in found.getheaders() if n.lower() not in {"transfer-encoding", "connection"}}
         backend.close()
-        self.reply(found.status, kept, content)
+        self.reply(found.status, headers, content)
 
     def reply(self, status: int, headers: dict[str, str], content: bytes) -> None:
         self.send_response_only(status)
@@ -116,7 +116,7 @@ class Passing(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
     def log_message(self, *_: Any) -> None:
-        """Be quiet."""
+        """Log nothing."""
 
     def do_GET(self) -> None:
         self.answer()
@@ -124,8 +124,8 @@ class Passing(BaseHTTPRequestHandler):
     do_PUT = do_HEAD = do_DELETE = do_GET  # noqa: N815 (http.server's names)
 
 
-class Refusing(Passing):
-    """Answers some of the requests with S3's word for too many."""
+class ThrottlingHandler(ForwardingHandler):
+    """Answers a fraction of the requests with SlowDown."""
 
     chance: ClassVar[random.Random]
     refused: ClassVar[list[str]]
@@ -138,8 +138,8 @@ class Refusing(Passing):
         return self.reply(503, {}, b"<Error><Code>SlowDown</Code></Error>")
 
 
-class Losing(Passing):
-    """Says of every adapter that a byte of it is missing."""
+class TruncatingHandler(ForwardingHandler):
+    """Reports every adapter one byte shorter than it is."""
 
     def reply(self, status: int, headers: dict[str, str], content: bytes) -> None:
         if self.command == "HEAD" and self.path.endswith(ADAPTER) and "Content-Length" in headers:
@@ -147,8 +147,8 @@ class Losing(Passing):
         super().reply(status, headers, content)
 
 
-def make_server(kind: type[Passing], s3: S3, **attributes: Any) -> type[Passing]:
-    """Make a server of this kind before a store."""
+def make_server(kind: type[ForwardingHandler], s3: S3, **attributes: Any) -> type[ForwardingHandler]:
+    """Make a handler of this kind in front of the store."""
     return type(kind.__name__, (kind,), {"upstream": s3.endpoint.removeprefix("http://"), **attributes})
 
 
@@ -159,8 +159,8 @@ def make_server(kind: type[Passing], s3: S3, **attributes: Any) -> type[Passing]
 )
 def test_refused_requests(s3: S3, tmp_path: Path, dose: Dose, outcome: Callable[[str], None]) -> None:
     repeats, refused = dose(short=1, full=5), list[str]()
-    with serving(make_server(Refusing, s3, chance=random.Random(4), refused=refused)) as address:
-        took = come_through(address, s3, "refusing", tmp_path, repeats)
+    with serving(make_server(ThrottlingHandler, s3, chance=random.Random(4), refused=refused)) as address:
+        took = save_and_publish(address, s3, "refusing", tmp_path, repeats)
     assert len(refused) > repeats
     outcome(f"{len(refused)} requests rejected; {repeats} of {repeats} complete after {took:.0f} s")
 
@@ -170,20 +170,21 @@ def test_refused_requests(s3: S3, tmp_path: Path, dose: Dose, outcome: Callable[
     promise="nothing is published, the attempt ends with UploadFailed, and the next attempt publishes what was trained",
     how="a proxy reports the adapter as one byte shorter than uploaded",
 )
-def test_corrupted_upload_fails_and_is_retried(courses: TrainerRuns, s3: S3, outcome: Callable[[str], None]) -> None:
-    course = courses.make()
-    with serving(make_server(Losing, s3)) as address:
-        life = course.start(endpoint=address)
-        assert life.wait_for_exit() != 0
-    word = life.termination_message
-    assert word is not None
-    assert (word.reason, "reads back different from what was sent" in word.message) == (Reason.UPLOAD_FAILED, True)
-    assert check_published(s3.client(), course.config.prepared.prefix) is None
-    again = course.start()
-    assert again.wait_for_exit() == 0
-    assert course.verified_adapter()
-    assert again.resumed == STEPS
-    outcome(f"UploadFailed, and published from the checkpoint of step {again.resumed}")
+def test_corrupted_upload_fails_and_is_retried(runs: TrainerRuns, s3: S3, outcome: Callable[[str], None]) -> None:
+    run = runs.make()
+    with serving(make_server(TruncatingHandler, s3)) as address:
+        process = run.start(endpoint=address)
+        assert process.wait_for_exit() != 0
+    message = process.termination_message
+    assert message is not None
+    assert message.reason is Reason.UPLOAD_FAILED
+    assert "reads back different from what was sent" in message.message
+    assert check_published(s3.client(), run.config.prepared.prefix) is None
+    retry = run.start()
+    assert retry.wait_for_exit() == 0
+    assert run.verified_adapter()
+    assert retry.resumed == STEPS
+    outcome(f"UploadFailed, and published from the checkpoint of step {retry.resumed}")
 
 
 @promise(
@@ -193,21 +194,21 @@ def test_corrupted_upload_fails_and_is_retried(courses: TrainerRuns, s3: S3, out
 )
 @pytest.mark.parametrize("hours", [-1, 1])
 @pytest.mark.parametrize(
-    "ask",
+    "operation",
     [
         pytest.param(lambda store: store.read("x"), id="read"),
         pytest.param(lambda store: store.put("y", b"content"), id="write"),
-        pytest.param(lambda store: store.exists("x"), id="look"),
+        pytest.param(lambda store: store.exists("x"), id="exists"),
     ],
 )
-def test_clock_skew_is_reported(s3: S3, ask: Callable[[S3Store], object], hours: int, tmp_path: Path) -> None:
+def test_clock_skew_is_reported(s3: S3, operation: Callable[[S3Store], object], hours: int, tmp_path: Path) -> None:
     root = f"s3://{s3.make_bucket(tmp_path.name.replace('_', '-'))}/result"
     store = S3Store(root, OUTPUT_FIELD, Credentials(s3.environment()), S3Config())
     store.put("x", b"content")
-    ask(store)
+    operation(store)
     with (
         time_machine.travel(datetime.now(UTC) + timedelta(hours=hours), tick=True),
         pytest.raises(RunError, match="the clock of this node is more than 15 minutes off") as refusal,
     ):
-        ask(store)
+        operation(store)
     assert refusal.value.reason is Reason.S3_UNAVAILABLE

@@ -1,4 +1,4 @@
-"""A training pod is killed or asked to stop at any moment; the next attempt goes on, and the adapter is the same."""
+"""A training pod is killed or stopped at random times; the next attempt resumes, and the adapter is identical."""
 
 import random
 import signal
@@ -15,15 +15,15 @@ from tests.chaos.trainer.lives import INTERVAL, STEPS, TrainerProcess, TrainerRu
 from tests.cluster.toxiproxy import Toxiproxy
 
 STOP_SECONDS = 15
-"""Longest time from SIGTERM to the end, with a model whose step takes less than a second."""
+"""Longest time from SIGTERM to exit, with a model whose step takes less than a second."""
 
 
-def start_and_wait(fingerprint: TrainerRun, chance: random.Random, seconds: float) -> TrainerProcess:
-    """Start an attempt, and return at a random moment of it, or when it is over."""
-    life = fingerprint.start()
-    life.wait_until(lambda life: bool(life.lines))
-    life.process.join(chance.uniform(0, seconds))
-    return life
+def start_and_wait(run: TrainerRun, chance: random.Random, seconds: float) -> TrainerProcess:
+    """Start an attempt, and return after a random time, or when it has exited."""
+    process = run.start()
+    process.wait_until(lambda process: bool(process.lines))
+    process.process.join(chance.uniform(0, seconds))
+    return process
 
 
 @promise(
@@ -33,34 +33,32 @@ def start_and_wait(fingerprint: TrainerRun, chance: random.Random, seconds: floa
     how="SIGKILL of the training process at random times, publication included",
 )
 @pytest.mark.timeout(2400)
-def test_kills(
-    courses: TrainerRuns, undisturbed: tuple[str, float], dose: Dose, outcome: Callable[[str], None]
-) -> None:
-    kills, chance, (adapter, seconds) = dose(short=3, full=50), random.Random(1), undisturbed
+def test_kills(runs: TrainerRuns, uninterrupted: tuple[str, float], dose: Dose, outcome: Callable[[str], None]) -> None:
+    kills, chance, (adapter, seconds) = dose(short=3, full=50), random.Random(1), uninterrupted
     phases: Counter[str] = Counter()
     lost, published = [0], 0
     while sum(phases.values()) < kills:
-        course, before = courses.make(), 0
+        run, before = runs.make(), 0
         while True:
-            spared = sum(phases.values()) >= kills
-            life = course.start() if spared else start_and_wait(course, chance, seconds)
-            if spared or not life.process.is_alive():
-                assert life.wait_for_exit() == 0, (life.folder / "log").read_text()[-3000:]
+            is_last = sum(phases.values()) >= kills
+            process = run.start() if is_last else start_and_wait(run, chance, seconds)
+            if is_last or not process.process.is_alive():
+                assert process.wait_for_exit() == 0, (process.folder / "log").read_text()[-3000:]
                 break
-            life.process.kill()
-            life.wait_for_exit()
-            kept = course.kept_log(course.attempts)
-            assert kept == life.lines[: len(kept)]
-            phases[life.phase] += 1
-            # One that was killed before its first report, or that found the result published, repeated nothing.
-            if life.step:
-                lost.append(before - life.resumed)
-                before = life.step
-        if life.step:
-            lost.append(before - life.resumed)
-        assert course.verified_adapter() == adapter
+            process.process.kill()
+            process.wait_for_exit()
+            uploaded = run.uploaded_log(run.attempts)
+            assert uploaded == process.lines[: len(uploaded)]
+            phases[process.phase] += 1
+            # A process killed before its first report, or one that found a published result, repeated no steps.
+            if process.step:
+                lost.append(before - process.resumed)
+                before = process.step
+        if process.step:
+            lost.append(before - process.resumed)
+        assert run.verified_adapter() == adapter
         published += 1
-    # A checkpoint is uploaded beside the next step, so that the one before it may be what is left.
+    # A checkpoint is uploaded during the next step, so only the one before it may be complete.
     assert max(lost) <= INTERVAL + 1
     outcome(
         f"{sum(phases.values())} kills ({', '.join(f'{count} while {phase}' for phase, count in phases.items())}), "
@@ -74,36 +72,34 @@ def test_kills(
     promise="at most the current step is lost",
     how="SIGTERM to the training process at random times",
 )
-def test_stops(
-    courses: TrainerRuns, undisturbed: tuple[str, float], dose: Dose, outcome: Callable[[str], None]
-) -> None:
-    stops, chance, (adapter, seconds) = dose(short=2, full=10), random.Random(2), undisturbed
-    course, before = courses.make(), 0
+def test_stops(runs: TrainerRuns, uninterrupted: tuple[str, float], dose: Dose, outcome: Callable[[str], None]) -> None:
+    stops, chance, (adapter, seconds) = dose(short=2, full=10), random.Random(2), uninterrupted
+    run, before = runs.make(), 0
     durations: list[float] = []
     while len(durations) < stops:
-        life = start_and_wait(course, chance, seconds / 2)
-        if life.process.is_alive():
-            asked = time.monotonic()
-            life.process.terminate()
-            code, word = life.wait_for_exit(), life.termination_message
-            durations.append(time.monotonic() - asked)
-            assert word is not None
-            assert course.kept_log(course.attempts) == life.lines
-            # A stop that comes when the result is published already changes nothing.
-            assert (code, word.reason) in {(143, Reason.INTERRUPTED), (0, Reason.PUBLISHED)}
+        process = start_and_wait(run, chance, seconds / 2)
+        if process.process.is_alive():
+            requested = time.monotonic()
+            process.process.terminate()
+            code, message = process.wait_for_exit(), process.termination_message
+            durations.append(time.monotonic() - requested)
+            assert message is not None
+            assert run.uploaded_log(run.attempts) == process.lines
+            # A stop after publication changes nothing.
+            assert (code, message.reason) in {(143, Reason.INTERRUPTED), (0, Reason.PUBLISHED)}
             if code:
-                assert (word.checkpoint.step if word.checkpoint else 0) == life.step
-                assert word.checkpoint is None or word.checkpoint.verified
-        if life.step:
-            assert life.resumed == before
-            before = life.step
-        if life.process.exitcode == 0:
-            assert course.verified_adapter() == adapter
-            course, before = courses.make(), 0
-    last = course.start()
+                assert (message.checkpoint.step if message.checkpoint else 0) == process.step
+                assert message.checkpoint is None or message.checkpoint.verified
+        if process.step:
+            assert process.resumed == before
+            before = process.step
+        if process.process.exitcode == 0:
+            assert run.verified_adapter() == adapter
+            run, before = runs.make(), 0
+    last = run.start()
     assert last.wait_for_exit() == 0
-    assert course.verified_adapter() == adapter
-    assert last.resumed == before or not last.step  # it may find the result published
+    assert run.verified_adapter() == adapter
+    assert last.resumed == before or not last.step  # it may find a published result
     assert max(durations) < STOP_SECONDS
     outcome(f"{stops} stops, no step repeated; the longest took {max(durations):.1f} s")
 
@@ -114,23 +110,23 @@ def test_stops(
     how="SIGTERM while a checkpoint is uploaded at 1 kB/s (toxiproxy)",
 )
 def test_a_stop_during_a_slow_upload(
-    courses: TrainerRuns, toxic: Toxiproxy, dose: Dose, outcome: Callable[[str], None]
+    runs: TrainerRuns, toxic: Toxiproxy, dose: Dose, outcome: Callable[[str], None]
 ) -> None:
-    overdue = float(dose(short=4, full=GRACE_SECONDS - 10))
-    course = courses.make()
-    life = course.start(overdue, f"http://{toxic.address}")
-    life.wait_until(lambda life: any(line.get("checkpoint") for line in life.progress))
-    complete = {line["checkpoint"]["step"] for line in life.progress if line.get("checkpoint")}
+    stop_timeout = float(dose(short=4, full=GRACE_SECONDS - 10))
+    run = runs.make()
+    process = run.start(stop_timeout, f"http://{toxic.address}")
+    process.wait_until(lambda process: any(line.get("checkpoint") for line in process.progress))
+    complete = {line["checkpoint"]["step"] for line in process.progress if line.get("checkpoint")}
     toxic.add_toxic("bandwidth", {"rate": 1}, stream="upstream")
-    life.wait_until(lambda life: life.step >= min(max(complete) + INTERVAL + 1, STEPS))
-    asked = time.monotonic()
-    life.process.terminate()
-    code, took = life.wait_for_exit(), time.monotonic() - asked
-    word = life.termination_message
-    assert word is not None
-    assert (code, word.reason) == (128 + signal.SIGTERM, Reason.INTERRUPTED)
-    assert word.checkpoint is not None
-    name = word.checkpoint.uri.rpartition("/")[2]
-    assert f"checkpoints/{name}/manifest.json" in course.paths()
-    assert took < overdue + 5
+    process.wait_until(lambda process: process.step >= min(max(complete) + INTERVAL + 1, STEPS))
+    requested = time.monotonic()
+    process.process.terminate()
+    code, took = process.wait_for_exit(), time.monotonic() - requested
+    message = process.termination_message
+    assert message is not None
+    assert (code, message.reason) == (128 + signal.SIGTERM, Reason.INTERRUPTED)
+    assert message.checkpoint is not None
+    name = message.checkpoint.uri.rpartition("/")[2]
+    assert f"checkpoints/{name}/manifest.json" in run.paths()
+    assert took < stop_timeout + 5
     outcome(f"ended after {took:.0f} s; the termination message names {name}, which is complete")

@@ -185,11 +185,11 @@ def test_run_leaks_no_credential(pod: Pod, capfd: pytest.CaptureFixture[str], tm
         termination_message = pod.run("train", run_config(spec, prepared).model_copy(update={"platform": platform}))
     assert termination_message.reason == "Published", termination_message.message
     pod.output = "".join(capfd.readouterr())
-    assert "MLflow is given up" in pod.output
+    assert "MLflow failed and is disabled" in pod.output
     logs_left = dict(found for found in pod.left() if found[0].startswith("s3 results/colours/logs/"))
     assert [key.rpartition("/")[2] for key in logs_left] == ["attempt-1-node-0-rank-0.jsonl", "prepare.jsonl"]
     assert all(b'"message": "done"' in text for text in logs_left.values())
-    assert b"MLflow is given up" in logs_left["s3 results/colours/logs/attempt-1-node-0-rank-0.jsonl"]
+    assert b"MLflow failed and is disabled" in logs_left["s3 results/colours/logs/attempt-1-node-0-rank-0.jsonl"]
     assert {CANARIES["MLFLOW_TRACKING_TOKEN"], CANARIES["progress"]} <= pod.server.tokens, "they were used"
     assert found_in(pod.left()) == []
 

@@ -1,4 +1,4 @@
-"""Run by each of the two processes of test_two_processes.py: trains on its shard and writes the result."""
+"""What each of the two processes of test_two_processes.py does: train on its shard, and write the results."""
 
 import dataclasses
 import sys
@@ -13,8 +13,8 @@ from qlora_trainer.evaluation.evaluator import compute_row_statistics
 from qlora_trainer.runtime.shutdown import StopFlag
 from qlora_trainer.stages import find_resume_state
 from qlora_trainer.training.checkpoint_store import CheckpointStore, RunFingerprint
-from qlora_trainer.training.loop import TrainingCallbacks, TrainingLoop
-from tests.unit.trainer.training.test_checkpoint_store import make_checkpointer, make_checkpoints
+from qlora_trainer.training.loop import TrainingLoop
+from tests.unit.trainer.training.test_checkpoint_store import make_callbacks, make_checkpointer, make_checkpoints
 from tests.unit.trainer.tuned import NO_CALLBACKS, SINGLE_PROCESS, make_test_loop, make_trainable, token_rows
 
 STEPS = 4
@@ -23,21 +23,21 @@ STRATEGIES = ("ddp", "zero2", "zero3")
 
 
 def make_shared_loop(micro_batch: int, world: World = SINGLE_PROCESS) -> TrainingLoop:
-    """A loop over 17 rows: every second step has one row for two processes, and a validation follows each of those."""
+    """A loop over 17 rows: every second step has one row for two processes, and is followed by a validation."""
     training = {"global_batch_size": GLOBAL_BATCH, "evaluate_every": 2}
     loop = make_test_loop(make_trainable(), token_rows(17), micro_batch, STEPS, world=world, **training)
     return dataclasses.replace(loop, held_out=token_rows(7, seed=3))
 
 
 def write_results(loop: TrainingLoop, losses: Sequence[float], name: str, folder: Path) -> None:
-    """Write the losses, and the weights that this process has."""
+    """Write this rank's losses and weights."""
     weights = dict(loop.engine.weights())
     Path(folder, f"{name}-{loop.world.rank}.losses").write_text("\n".join(map(repr, losses)))
     save_file(weights, Path(folder, f"{name}-{loop.world.rank}.safetensors"))
 
 
 def train_uninterrupted(world: World, folder: Path) -> None:
-    """Train without interruption, and evaluate sharded rows afterwards."""
+    """Train all steps, then evaluate rows on both ranks."""
     loop = make_shared_loop(micro_batch=3, world=world)
     history = loop.run(StopFlag(), NO_CALLBACKS)
     with loop.trainable.evaluating():
@@ -49,7 +49,7 @@ def train_uninterrupted(world: World, folder: Path) -> None:
 
 
 def checkpoints_of(world: World, folder: Path) -> CheckpointStore:
-    """The checkpoint store of both processes."""
+    """Checkpoints that both ranks share."""
     division = f"{world.strategy} x 2" if world.backward_is_collective else ""
     fingerprint = RunFingerprint(
         digest=f"{world.strategy:0<16}", total_steps=STEPS, rows=17, optimizer="adamw", division=division
@@ -58,20 +58,13 @@ def checkpoints_of(world: World, folder: Path) -> CheckpointStore:
 
 
 def train_in_two_parts(world: World, folder: Path) -> None:
-    """Train until one of the two processes is asked to stop, and resume in a new loop."""
+    """Train until one rank gets a stop request, and resume in a new loop."""
     stop = StopFlag()
 
-    def note(record) -> None:
+    def request_stop(record) -> None:
         stop.requested = record.step == 2 and world.rank == 1
 
-    checkpointer = make_checkpointer(checkpoints_of(world, folder))
-    callbacks = TrainingCallbacks(
-        note,
-        lambda _: None,
-        lambda: None,
-        should_checkpoint=checkpointer.should_checkpoint,
-        checkpoint=checkpointer.checkpoint,
-    )
+    callbacks = make_callbacks(make_checkpointer(checkpoints_of(world, folder)), on_step=request_stop)
     try:
         make_shared_loop(micro_batch=3, world=world).run(stop, callbacks)
     except RunError as error:
@@ -84,7 +77,7 @@ def train_in_two_parts(world: World, folder: Path) -> None:
 
 
 def main(folder: Path) -> None:
-    """Run everything with each strategy."""
+    """Run both with each strategy."""
     for strategy in STRATEGIES:
         world = join_world("cpu", strategy)
         train_uninterrupted(world, folder)

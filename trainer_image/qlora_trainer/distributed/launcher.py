@@ -1,7 +1,7 @@
-"""The processes of one pod among several: started by `accelerate launch`, stopped together, and one last word for all.
+"""Starts a pod's worker processes with `accelerate launch`, forwards SIGTERM, and picks one termination message.
 
-The pod's own process runs this. Signals go to the training processes themselves, because torch's launcher would give
-them 30 seconds, and a checkpoint may need the pod's whole grace period.
+Runs as the pod's main process. SIGTERM goes directly to the workers, because torch's launcher would kill them after
+30 seconds, and a checkpoint may need the pod's full grace period.
 """
 
 import contextlib
@@ -33,11 +33,11 @@ from qlora_trainer.runtime.shutdown import StopFlag, interrupted_error
 from qlora_trainer.runtime.termination_message import failure_message
 
 INDEX_ENV: Final = "JOB_COMPLETION_INDEX"
-"""The pod's number, which Kubernetes gives the pods of an Indexed Job."""
+"""Index of the pod, which Kubernetes sets in the pods of an Indexed Job."""
 _ACCELERATE: Final = "accelerate.commands.launch"
 _TRAINER: Final = "qlora_trainer"
 _OOM_COUNTS: Final = (Path("/sys/fs/cgroup/memory.events"), Path("/sys/fs/cgroup/memory/memory.oom_control"))
-"""Where the kernel counts the processes of this container that it killed for memory (cgroup v2 and v1)."""
+"""Files with the OOM kill count of this container (cgroup v2 and v1)."""
 _POLL_SECONDS: Final = 1.0
 
 log = logging.getLogger(__name__)
@@ -45,23 +45,23 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Node:
-    """One pod of a run."""
+    """One pod of a multi-process run."""
 
     plan: Plan
     index: int
     main_address: str
-    """Address of the pod with the first process."""
+    """Address of the pod with rank 0."""
     config: Path
     work: Path
 
     @property
     def messages_folder(self) -> Path:
-        """Return the folder with the last words of this pod's processes."""
-        return self.work / "last-words"
+        """Return the folder with the termination messages of this pod's workers."""
+        return self.work / "termination-messages"
 
 
 def observe_node(plan: Plan, config: Path, work: Path) -> Node:
-    """Return this pod as its environment describes it."""
+    """Read this pod's index and main address from the environment."""
     environment = os.environ
     return Node(
         plan, int(environment.get(INDEX_ENV, "0")), environment.get(MAIN_ADDRESS_ENV, "127.0.0.1"), config, work
@@ -69,7 +69,7 @@ def observe_node(plan: Plan, config: Path, work: Path) -> Node:
 
 
 def launch_workers(config: RunConfig, node: Node, stop: StopFlag) -> TerminationMessage | None:
-    """Run this pod's processes to their end, and return their last word; None where another pod has it."""
+    """Run this pod's workers until they exit, and return their termination message; None if another pod writes it."""
     wait_for_address(node.main_address, to_timedelta(config.spec.deadlines.startup).total_seconds(), stop)
     node.messages_folder.mkdir(parents=True, exist_ok=True)
     for old in node.messages_folder.iterdir():
@@ -81,12 +81,12 @@ def launch_workers(config: RunConfig, node: Node, stop: StopFlag) -> Termination
 
 
 def wait_for_address(address: str, seconds: float, stop: StopFlag) -> None:
-    """Wait until the first pod has an address: its name is unknown to the DNS before."""
-    ends = time.monotonic() + seconds
+    """Wait until the DNS resolves the name of the first pod."""
+    deadline = time.monotonic() + seconds
     while not _resolves(address):
         if stop.requested:
             raise interrupted_error()
-        if time.monotonic() > ends:
+        if time.monotonic() > deadline:
             raise RunError(
                 Reason.COLLECTIVE_TIMEOUT,
                 f"the first pod of the run, {address}, got no address within {seconds:g} s (spec.deadlines.startup)",
@@ -121,35 +121,35 @@ def launch_command(node: Node) -> list[str]:
 
 
 def launch_environment(node: Node) -> dict[str, str]:
-    """Return what the processes of a pod need to find each other, beside what the pod has."""
+    """Return the variables that the workers need to find each other, in addition to the pod's own."""
     plan = node.plan
-    found = {
-        # The pod network's interface; without a hint gloo asks the DNS for its own name, and NCCL may take any.
+    defaults = {
+        # The pod network's interface; without it gloo resolves its own hostname, and NCCL may pick any interface.
         "GLOO_SOCKET_IFNAME": "eth0",
         "NCCL_SOCKET_IFNAME": "eth0",
         "NCCL_DEBUG": "WARN",
-        # A process whose peers are gone ends, and does not spin on its GPU.
+        # A worker that lost its peers exits instead of spinning on its GPU.
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
     }
     if plan.nodes == 1:
-        found |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+        defaults |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
     if plan.device == "cpu":
-        found["DS_ACCELERATOR"] = "cpu"
-        # accelerate starts a CPU's process itself and leaves its number to whoever called it.
-        found |= {"RANK": str(node.index), "WORLD_SIZE": str(plan.nodes), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-    given = {name: os.environ[name] for name in found if name in os.environ and name.startswith(("NCCL_", "GLOO_"))}
-    return found | given
+        defaults["DS_ACCELERATOR"] = "cpu"
+        # On a CPU accelerate starts the process itself, and leaves the rank variables to the caller.
+        defaults |= {"RANK": str(node.index), "WORLD_SIZE": str(plan.nodes), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    tunable = [name for name in defaults if name.startswith(("NCCL_", "GLOO_"))]
+    return defaults | {name: os.environ[name] for name in tunable if name in os.environ}
 
 
 def _wait(process: subprocess.Popen[bytes], node: Node, stop: StopFlag) -> int:
-    """Wait for the end and return the exit code; pass a request to stop on to the training processes."""
-    asked = False
+    """Wait for the launcher and return its exit code; forward SIGTERM to the workers once."""
+    forwarded = False
     while (code := process.poll()) is None:
-        if stop.requested and not asked:
-            asked = True
+        if stop.requested and not forwarded:
+            forwarded = True
             _send_sigterm(process.pid)
         if all_done(node):
-            # torch's launcher would wait 300 seconds for the other pods, and hold this one's GPUs.
+            # torch's launcher would wait 300 seconds for the other pods, and keep this pod's GPUs allocated.
             process.kill()
             process.wait()
             return 0
@@ -158,8 +158,9 @@ def _wait(process: subprocess.Popen[bytes], node: Node, stop: StopFlag) -> int:
 
 
 def all_done(node: Node) -> bool:
-    """Return whether every process of this pod ended well: it published, or leaves the last word to another one."""
-    published = [word for word in read_messages(node.messages_folder).values() if word.reason is Reason.PUBLISHED]
+    """Return whether every worker of this pod is done: it published, or left a done file."""
+    messages = read_messages(node.messages_folder).values()
+    published = [message for message in messages if message.reason is Reason.PUBLISHED]
     return len(published) + len(list(node.messages_folder.glob(f"*{DONE_SUFFIX}"))) == node.plan.processes_per_node
 
 
@@ -170,12 +171,12 @@ def _send_sigterm(launcher: int) -> None:
 
 
 def workers_of(launcher: int) -> list[psutil.Process]:
-    """Return the training processes of a launcher that still run."""
+    """Return the running worker processes of a launcher."""
     return [child for child in psutil.Process(launcher).children(recursive=True) if is_worker(_command_of(child))]
 
 
 def _command_of(process: psutil.Process) -> list[str]:
-    """Return a process's command line; one that has ended and was not waited for has none any more."""
+    """Return a process's command line; empty if it has exited (a zombie)."""
     try:
         return list(process.cmdline())
     except psutil.NoSuchProcess:
@@ -183,57 +184,59 @@ def _command_of(process: psutil.Process) -> list[str]:
 
 
 def is_worker(command: Iterable[str]) -> bool:
-    """Return whether a command line is a training process's, and not its launcher's, which has the same words."""
-    words = list(command)
-    return _TRAINER in words and _ACCELERATE not in words
+    """Return whether a command line is a worker's; the launcher's has the same arguments."""
+    arguments = list(command)
+    return _TRAINER in arguments and _ACCELERATE not in arguments
 
 
 def read_messages(folder: Path) -> dict[int, TerminationMessage]:
-    """Return the last words by rank, in the order in which they were said."""
-    words = {}
+    """Return the termination messages by rank, oldest first."""
+    messages = {}
     for path in sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime_ns):
         try:
-            words[int(path.stem)] = TerminationMessage.model_validate_json(path.read_text())
+            messages[int(path.stem)] = TerminationMessage.model_validate_json(path.read_text())
         except (ValidationError, ValueError, OSError):
             continue
-    return words
+    return messages
 
 
-def choose_message(words: Mapping[int, TerminationMessage], code: int, killed: int) -> TerminationMessage | None:
-    """Return what explains how a pod's processes ended; None where they ended well and another pod speaks."""
-    if words:
-        rank, word = min(words.items(), key=lambda told: _consequence_rank(told[1]))
-        return _with_checkpoint(_with_rank(rank, word), words.values())
+def choose_message(messages: Mapping[int, TerminationMessage], code: int, killed: int) -> TerminationMessage | None:
+    """Return the message closest to the root cause; None if all workers exited with 0 and another pod writes it."""
+    if messages:
+        rank, message = min(messages.items(), key=lambda entry: _consequence_rank(entry[1]))
+        return _with_checkpoint(_with_rank(rank, message), messages.values())
     if killed:
-        why = "spec.resources.memory is too low: the kernel ended a process of the pod"
+        why = "spec.resources.memory is too low: the kernel's OOM killer ended a process of the pod"
         return failure_message(RunError(Reason.HOST_OUT_OF_MEMORY, why))
     if code == 0:
         return None
     return failure_message(
-        RunError(Reason.TRAINER_ERROR, f"the processes failed with exit code {code} and wrote no termination message")
+        RunError(Reason.TRAINER_ERROR, f"the worker processes exited with code {code} and wrote no termination message")
     )
 
 
-def _consequence_rank(word: TerminationMessage) -> int:
-    """Return how far a word is from what decided the run; a publication decides it, whatever else was said."""
-    return -1 if word.reason is Reason.PUBLISHED else REASONS[word.reason].consequence_rank
+def _consequence_rank(message: TerminationMessage) -> int:
+    """Return how far a message is from the root cause; Published wins over all others."""
+    return -1 if message.reason is Reason.PUBLISHED else REASONS[message.reason].consequence_rank
 
 
-def _with_rank(rank: int, word: TerminationMessage) -> TerminationMessage:
-    """Say whose word it is, where it is about a failure."""
-    if word.reason is Reason.PUBLISHED:
-        return word
-    return word.model_copy(update={"message": f"rank {rank}: {word.message}"})
+def _with_rank(rank: int, message: TerminationMessage) -> TerminationMessage:
+    """Prefix a failure with the rank that reported it."""
+    if message.reason is Reason.PUBLISHED:
+        return message
+    return message.model_copy(update={"message": f"rank {rank}: {message.message}"})
 
 
-def _with_checkpoint(word: TerminationMessage, words: Iterable[TerminationMessage]) -> TerminationMessage:
-    """Add the checkpoint that only the process knows that wrote it."""
-    known = [told.checkpoint for told in words if told.checkpoint is not None]
-    return word if word.reason is Reason.PUBLISHED or not known else word.model_copy(update={"checkpoint": known[0]})
+def _with_checkpoint(message: TerminationMessage, messages: Iterable[TerminationMessage]) -> TerminationMessage:
+    """Add the newest checkpoint, which only the main process knows."""
+    known = [other.checkpoint for other in messages if other.checkpoint is not None]
+    if message.reason is Reason.PUBLISHED or not known:
+        return message
+    return message.model_copy(update={"checkpoint": known[0]})
 
 
 def oom_kill_count() -> int:
-    """Return how many processes of this container the kernel killed for memory."""
+    """Return how many processes of this container the OOM killer ended."""
     for path in _OOM_COUNTS:
         try:
             fields = dict(line.split() for line in path.read_text().splitlines())

@@ -1,4 +1,4 @@
-"""The processes of one run, as each of them sees the others."""
+"""Process group of a run: sharding, collectives and barriers; with one process, every operation is the identity."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -15,8 +15,8 @@ from qlora_api.v1alpha1 import Plan
 from qlora_trainer.runtime.liveness import LIVENESS
 
 COLLECTIVE_TIMEOUT: Final = timedelta(minutes=30)
-"""Longest wait of a process for the others: the slowest download or evaluation of one of them; a hang is seen before,
-by its missing progress."""
+"""Longest wait in a collective: covers the slowest download or evaluation of a rank. The heartbeat detects a hang
+earlier."""
 
 Item = TypeVar("Item")
 Found = TypeVar("Found")
@@ -24,7 +24,7 @@ Found = TypeVar("Found")
 
 @dataclass(frozen=True)
 class World:
-    """One process among those of the run; alone, every operation is the identity."""
+    """The process group as one rank sees it; with one process, every operation is the identity."""
 
     device: torch.device
     rank: int = 0
@@ -33,41 +33,41 @@ class World:
 
     @property
     def is_main_process(self) -> bool:
-        """Return whether this process speaks for all: it reports, saves and publishes."""
+        """Return whether this is rank 0, which reports, saves checkpoints and publishes."""
         return self.rank == 0
 
     @property
     def sharing(self) -> Strategy:
-        """Return what the strategy divides, and when it needs all processes at once."""
+        """Return what the strategy shards, and which passes are collective."""
         return STRATEGIES[self.strategy]
 
     @property
     def backward_is_collective(self) -> bool:
-        """Return whether every backward pass is made by all processes at once: DeepSpeed adds up gradients in it."""
+        """Return whether backward is collective: DeepSpeed reduces gradients in it."""
         return self.sharing.collective_backward
 
     @property
     def forward_is_collective(self) -> bool:
-        """Return whether forward passes are too: ZeRO-3 collects each layer's weights from all processes."""
+        """Return whether forward is collective too: ZeRO-3 all-gathers each layer's weights in it."""
         return self.sharing.collective_forward
 
     def shard(self, rows: Sequence[Item], rank: int | None = None) -> Sequence[Item]:
-        """Return the part of the rows that is this process's, or another one's."""
+        """Return the shard of this rank, or of `rank`: every size-th row."""
         return rows[self.rank if rank is None else rank :: self.size]
 
     def map_sharded(self, rows: Sequence[Item], work: Callable[[Sequence[Item]], Sequence[Found]]) -> tuple[Found, ...]:
-        """Let each process do its share of a forward work, and return all that was found, in the order of the rows.
+        """Run forward-only work on each rank's shard, and return the results of all rows in order, on every rank.
 
-        Where passes are made in step, all of them do all of it: shares of different lengths would wait for ever.
+        If forward is collective, every rank processes all rows: shards of unequal length would deadlock.
         """
         if self.size == 1 or self.forward_is_collective:
             return tuple(work(rows))
         parts: list[Any] = [None] * self.size
         distributed.all_gather_object(parts, tuple(work(self.shard(rows))))
-        return tuple(parts[place % self.size][place // self.size] for place in range(len(rows)))
+        return tuple(parts[index % self.size][index // self.size] for index in range(len(rows)))
 
     def all_reduce_any(self, *flags: bool) -> tuple[bool, ...]:
-        """Return for each flag whether any process raised it, so that all of them do the same next."""
+        """Return for each flag whether any rank raised it, so that all ranks branch alike."""
         if self.size == 1:
             return flags
         cells = torch.tensor(flags, dtype=torch.float32, device=self.device)
@@ -75,17 +75,17 @@ class World:
         return tuple(bool(cell) for cell in cells.tolist())
 
     def broadcast(self, value: Found) -> Found:
-        """Return the first process's value in all of them."""
+        """Return rank 0's value on every rank."""
         if self.size == 1:
             return value
         values = [value]
-        # The first process may take its time for what it tells, and is watched itself.
+        # Rank 0 may take long to compute the value; its own watchdog covers that.
         with contextlib.nullcontext() if self.is_main_process else LIVENESS.paused():
             distributed.broadcast_object_list(values, src=0)
         return values[0]
 
     def all_gather(self, value: Found) -> tuple[Found, ...]:
-        """Return every process's value, by rank."""
+        """Return the values of all ranks, in rank order."""
         if self.size == 1:
             return (value,)
         values: list[Any] = [None] * self.size
@@ -93,27 +93,27 @@ class World:
         return tuple(values)
 
     def barrier(self) -> None:
-        """Wait until every process is here."""
+        """Wait for all ranks."""
         if self.size > 1:
             with contextlib.nullcontext() if self.is_main_process else LIVENESS.paused():
                 distributed.barrier()
 
     @contextlib.contextmanager
     def local_main_process_first(self) -> Iterator[None]:
-        """Let one process of each node go first: the others find what it downloaded."""
+        """Run the block on one process of each node first; the others then find its downloads."""
         if self.size == 1:
             yield
             return
         state = PartialState()
-        resting = contextlib.nullcontext() if state.is_local_main_process else LIVENESS.paused()
-        with resting, state.local_main_process_first():
+        waiting = contextlib.nullcontext() if state.is_local_main_process else LIVENESS.paused()
+        with waiting, state.local_main_process_first():
             yield
 
     def all_reduce_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        """Add the gradients of all processes; adapters are megabytes, so one call for all of them is enough."""
+        """Sum the gradients over all ranks in one all-reduce; an adapter's are only megabytes."""
         if self.size == 1:
             return
-        # An epoch's last step may have fewer rows than there are processes: who has none takes part with zeros.
+        # The last step of an epoch may have fewer rows than ranks; a rank without rows contributes zeros.
         gradients = [_gradient_of(parameter) for parameter in parameters]
         flat = torch.cat([gradient.flatten() for gradient in gradients])
         distributed.all_reduce(flat)
@@ -122,7 +122,7 @@ class World:
             gradient.copy_(part.view_as(gradient))
 
     def all_reduce_sum(self, number: float) -> float:
-        """Return the sum of a number over all processes."""
+        """Return the sum of a number over all ranks."""
         if self.size == 1:
             return number
         cell = torch.tensor(number, dtype=torch.float64, device=self.device)
@@ -137,14 +137,14 @@ def _gradient_of(parameter: torch.nn.Parameter) -> torch.Tensor:
 
 
 def join_world(device: str, strategy: StrategyName = SINGLE.name) -> World:
-    """Join the processes that the launcher started; without a launcher there is one."""
-    with LIVENESS.paused():  # the others' pods may start later
+    """Join the process group that the launcher set up; without a launcher, a single process."""
+    with LIVENESS.paused():  # the pods of other ranks may start later
         state = PartialState(cpu=device == "cpu", timeout=COLLECTIVE_TIMEOUT)
     return World(state.device, state.process_index, state.num_processes, strategy)
 
 
 def join_planned_world(plan: Plan) -> World:
-    """Join the processes of a plan, and no others."""
+    """Join the process group, and check its size against the plan."""
     world = join_world(plan.device, plan.strategy)
     if world.size != plan.processes:
         raise RuntimeError(f"the plan has {plan.processes} processes, and {world.size} were started")
@@ -152,6 +152,6 @@ def join_planned_world(plan: Plan) -> World:
 
 
 def leave_world() -> None:
-    """End this process's part: torch's threads may abort a process that ends without."""
+    """Destroy the process group: without that, torch's threads may abort the process at exit."""
     if distributed.is_initialized():
         distributed.destroy_process_group()

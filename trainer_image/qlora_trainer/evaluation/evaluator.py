@@ -1,4 +1,4 @@
-"""A model on held-out rows: the loss of each row's supervised tokens, and how many it would have chosen."""
+"""Evaluates a model on the validation set: loss and token accuracy over labels, generated answers, benchmarks."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -23,25 +23,25 @@ from qlora_trainer.model.base_model import TrainableModel
 
 @dataclass(frozen=True)
 class RowStatistics:
-    """A model on one row."""
+    """Sums over one row."""
 
     tokens: int
-    """Supervised tokens."""
+    """Number of labels."""
     loss: float
-    """Their summed cross-entropy, in nats."""
+    """Summed cross-entropy over the labels, in nats."""
     correct: int
-    """Those that are the model's first choice."""
+    """Labels that are the model's top-1 prediction."""
 
 
 DIVERGED_HINT: Final = "lower spec.training.learningRate, or check the dataset"
 BROKEN_BASE_HINT: Final = (
-    "nothing is trained yet, so spec.model.uri has weights that are no numbers, or too large ones for the dtype in use"
+    "nothing is trained yet, so the weights of spec.model.uri contain NaN, or overflow in the dtype in use"
 )
 
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """A model on all held-out rows, and on public benchmarks; an answer is None where none was asked for."""
+    """Statistics of all validation rows, and benchmark metrics; an answer is None if none was generated for the row."""
 
     row_statistics: tuple[RowStatistics, ...]
     answers: tuple[str | None, ...]
@@ -51,7 +51,7 @@ class EvaluationResult:
 def compute_metrics(
     trainable: TrainableModel, rows: Sequence[TokenRow], micro_batch_size: int, *, packing: bool
 ) -> Metrics:
-    """Return the quality on rows; every mean is over supervised tokens, so batches do not matter."""
+    """Return metrics averaged over labels, so that they do not depend on the batch size."""
     sums = compute_row_statistics(trainable, rows, micro_batch_size, packing=packing)
     tokens = sum(row.tokens for row in sums)
     loss = math.fsum(row.loss for row in sums) / tokens
@@ -66,7 +66,7 @@ def compute_row_statistics(
     packing: bool,
     hint: str = DIVERGED_HINT,
 ) -> tuple[RowStatistics, ...]:
-    """Return each row's sums, in the order of the rows; the remedy is for sums that are no numbers."""
+    """Return each row's sums, in order; raises NON_FINITE_LOSS with `hint` if the loss is not finite."""
     groups = split_micro_batches(rows, micro_batch_size, packing=packing)
     sums = tuple(found for group in groups for found in _batch_statistics(trainable, group, packing=packing))
     if not math.isfinite(total := math.fsum(row.loss for row in sums)):
@@ -83,7 +83,7 @@ def _batch_statistics(trainable: TrainableModel, rows: Sequence[TokenRow], *, pa
 
 @dataclass(frozen=True)
 class Evaluator:
-    """The same questions for every model."""
+    """Runs the same evaluation for base and adapter."""
 
     rows: Sequence[TokenRow]
     tokenizer: Any
@@ -92,20 +92,20 @@ class Evaluator:
     packing: bool
     world: World
     benchmark_suite: BenchmarkSuite | None = None
-    """Public benchmarks, where the spec asks for any."""
+    """Public benchmarks; None if the spec names none."""
 
     def evaluate(self, trainable: TrainableModel, *, adapter: bool = True) -> EvaluationResult:
-        """Measure the adapter, or the base below it, on every row, and let it answer some."""
+        """Evaluate the adapter, or the base with the adapter disabled."""
         with trainable.evaluating(adapter=adapter):
             hint = DIVERGED_HINT if adapter else BROKEN_BASE_HINT
-            count = partial(
+            statistics = partial(
                 compute_row_statistics,
                 trainable,
                 micro_batch_size=self.micro_batch_size,
                 packing=self.packing,
                 hint=hint,
             )
-            sums = self.world.map_sharded(self.rows, count)
+            sums = self.world.map_sharded(self.rows, statistics)
             return EvaluationResult(
                 sums,
                 self._generate_answers(trainable),
@@ -113,35 +113,34 @@ class Evaluator:
             )
 
     def _generate_answers(self, trainable: TrainableModel) -> tuple[str | None, ...]:
-        places = prompt_row_indices(self.rows, self.spec.generations)
-        asked = [self.rows[place] for place in places]
-        # Of all rows, so that an answer does not depend on which process is asked.
-        limit = choose_max_new_tokens(asked, self.spec.max_answer_tokens)
-        ask = partial(
+        indices = prompt_row_indices(self.rows, self.spec.generations)
+        prompt_rows = [self.rows[index] for index in indices]
+        # Computed over all rows, so that an answer does not depend on the rank that generates it.
+        limit = choose_max_new_tokens(prompt_rows, self.spec.max_answer_tokens)
+        generate = partial(
             generate_answers,
             trainable,
             tokenizer=self.tokenizer,
             batch_size=self.micro_batch_size,
             max_new_tokens=limit,
         )
-        texts = self.world.map_sharded(asked, ask)
-        said = dict(zip(places, texts, strict=True))
-        return tuple(said.get(place) for place in range(len(self.rows)))
+        answers = dict(zip(indices, self.world.map_sharded(prompt_rows, generate), strict=True))
+        return tuple(answers.get(index) for index in range(len(self.rows)))
 
 
 def compare_rows(
     rows: Sequence[TokenRow], base: EvaluationResult, adapter: EvaluationResult
 ) -> tuple[EvaluatedRow, ...]:
-    """Return base and adapter side by side, row by row."""
+    """Return the scores of base and adapter for each row."""
     return tuple(
         EvaluatedRow(
             tokens=row.label_count,
             prompt=row.prompt,
             reference=row.reference,
-            base=score(before.loss, before.correct, row.reference, base.answers[place]),
-            adapter=score(after.loss, after.correct, row.reference, adapter.answers[place]),
+            base=score(before.loss, before.correct, row.reference, base.answers[index]),
+            adapter=score(after.loss, after.correct, row.reference, adapter.answers[index]),
         )
-        for place, (row, before, after) in enumerate(
+        for index, (row, before, after) in enumerate(
             zip(rows, base.row_statistics, adapter.row_statistics, strict=True)
         )
     )

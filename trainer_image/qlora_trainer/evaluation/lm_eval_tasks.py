@@ -1,4 +1,4 @@
-"""Public benchmarks for base and adapter, by lm-evaluation-harness; their data comes the way models do."""
+"""Public benchmarks by lm-evaluation-harness; datasets are pinned and downloaded like models."""
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,18 +18,18 @@ from qlora_trainer.storage.snapshots import Snapshot, SourceResolver
 from qlora_trainer.storage.store import FieldRef
 
 TASKS_FIELD: Final = FieldRef(SecretRole.MODEL, "spec.evaluation.tasks", Reason.INVALID_SPEC)
-"""Who asks for the data; its token is the model's, since both come from the hub."""
+"""The field that requests the data; the model's token is used, since both come from the hub."""
 _DATA: Final = (".parquet", ".jsonl", ".json", ".csv", ".tsv", ".arrow", ".jsonl.gz", ".json.gz", ".zst", ".txt")
 _DATASET_CARD: Final = "README.md"
-"""Says which files belong to which part of a dataset."""
+"""Maps the configurations of a dataset to its files."""
 MAX_TASKS: Final = 128
-"""Leaf tasks of one run: the largest public group, MMLU, has 57."""
+"""Maximum number of leaf tasks per run; the largest public group, MMLU, has 57."""
 SHOWN_TASKS: Final = 4
-"""Tasks of one dataset that the log names; the others are counted."""
+"""Tasks of one dataset that a log line names; the others are counted."""
 
 
 def pin_benchmarks(names: Sequence[str], resolver: SourceResolver) -> PinnedTasks:
-    """Return the leaf tasks of tasks, groups and tags that the harness knows, each with the commit of its data."""
+    """Expand tasks, groups and tags to leaf tasks, each with the commit of its dataset."""
     leaves = tuple(dict.fromkeys(leaf for name in names for leaf in _leaves(name, _index())))
     if len(leaves) > MAX_TASKS:
         raise _refused(f"{len(leaves)} tasks are more than {MAX_TASKS}", "name smaller groups")
@@ -39,7 +39,7 @@ def pin_benchmarks(names: Sequence[str], resolver: SourceResolver) -> PinnedTask
 
 @lru_cache(maxsize=1)
 def _index() -> Mapping[str, Any]:
-    """Return what the harness has, by name; it reads 14,000 files for it, which takes seconds."""
+    """Return the harness's task index; it reads 14,000 files, which takes seconds."""
     with _quiet():
         from lm_eval.tasks import TaskManager  # noqa: PLC0415 (most runs have no tasks)
 
@@ -48,7 +48,7 @@ def _index() -> Mapping[str, Any]:
 
 
 def _leaves(name: str, index: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the leaf tasks below a name."""
+    """Yield the leaf tasks of a task, group or tag."""
     entry = index.get(name)
     if entry is None:
         raise _refused(f"lm-evaluation-harness has no task '{name}'", "see its list of tasks for the spelling")
@@ -78,7 +78,7 @@ def _pin(name: str, entry: Any, commit_of: Callable[[str], str]) -> PinnedTask:
 
 
 def _folder() -> Path:
-    """Return where the harness keeps the configurations of its tasks."""
+    """Return the folder with the harness's task configurations."""
     with _quiet():
         from lm_eval import tasks  # noqa: PLC0415 (most runs have no tasks)
 
@@ -90,7 +90,7 @@ def _resolve(resolver: SourceResolver, dataset: str, revision: str) -> Snapshot:
 
 
 def describe_benchmarks(pinned: PinnedTasks) -> Iterator[str]:
-    """Yield a sentence for each dataset."""
+    """Yield a log line per dataset."""
     names: dict[tuple[str, str], list[str]] = {}
     for task in pinned.tasks:
         names.setdefault((task.dataset, task.commit), []).append(task.name)
@@ -99,12 +99,12 @@ def describe_benchmarks(pinned: PinnedTasks) -> Iterator[str]:
         yield f"{', '.join(tasks[:SHOWN_TASKS])}{more}: {dataset} is at {commit}"
 
 
-def _refused(what: str, remedy: str) -> RunError:
-    return RunError(Reason.INVALID_SPEC, f"{TASKS_FIELD.field}: {what}; {remedy}")
+def _refused(cause: str, fix: str) -> RunError:
+    return RunError(Reason.INVALID_SPEC, f"{TASKS_FIELD.field}: {cause}; {fix}")
 
 
 def fetch_benchmark(task: PinnedTask, snapshot: Snapshot, work: Path) -> dict[str, Any]:
-    """Bring a task's data here, and return the configuration that reads it."""
+    """Download a task's data, and return a task configuration that reads it from disk."""
     folder = snapshot.fetch(_files_of(task, snapshot), work)
     with _quiet():
         from lm_eval.tasks._yaml_loader import load_yaml  # noqa: PLC0415 (the only reader of the files' !function)
@@ -115,16 +115,16 @@ def fetch_benchmark(task: PinnedTask, snapshot: Snapshot, work: Path) -> dict[st
 
 
 def _files_of(task: PinnedTask, snapshot: Snapshot) -> list[str]:
-    """Return the card, and the data of the part where files are kept by part, else all data."""
+    """Return the dataset card and the data files of the task's configuration; all data files if none match it."""
     data = [name for name in snapshot.files if name.endswith(_DATA)]
     own = [name for name in data if task.part and task.part in Path(name).parts]
     return [name for name in snapshot.files if name == _DATASET_CARD] + (own or data)
 
 
 def load_benchmarks(pinned: PinnedTasks, resolver: SourceResolver, work: Path) -> Any:
-    """Return the harness's tasks with their data, or raise RunError; it is the proof that they can be run.
+    """Load the tasks with their data; raises RunError if a task cannot be run.
 
-    Only these tasks' files are read, and not the harness's index of all, for which a GPU would wait.
+    Only these tasks' files are read, not the harness's full index, for which a GPU would wait.
     """
     snapshot_of = cache(lambda dataset, commit: _resolve(resolver, dataset, commit))
     configs = [fetch_benchmark(task, snapshot_of(task.dataset, task.commit), work) for task in pinned.tasks]
@@ -141,30 +141,30 @@ def load_benchmarks(pinned: PinnedTasks, resolver: SourceResolver, work: Path) -
 
 
 class TaskMetric(NamedTuple):
-    """A task's figure, and its standard error where the harness knows it."""
+    """A metric's value, and its standard error if the harness computes one."""
 
     value: float
     stderr: float | None
 
 
 TaskMetrics: TypeAlias = Mapping[tuple[str, str], TaskMetric]
-"""By task and metric."""
+"""Keyed by task and metric."""
 
 
 @dataclass(frozen=True)
 class BenchmarkSuite:
-    """The same benchmarks for every model."""
+    """Runs the same benchmarks for base and adapter."""
 
     tasks: Any
-    """The harness's own, with their data."""
+    """Task objects of the harness, with their data."""
     tokenizer: Any
     batch_size: int
     """Sequences per forward pass."""
     examples_per_task: int | None
-    """Of each task, the first; None is all."""
+    """Number of examples per task, taken from the start; None for all."""
 
     def run(self, trainable: TrainableModel) -> TaskMetrics:
-        """Let a model as it is, in evaluation and with or without its adapter, take every task."""
+        """Run every task with the model as the caller set it up: in eval mode, with the adapter enabled or disabled."""
         with _quiet():
             from lm_eval import evaluate  # noqa: PLC0415
             from lm_eval.models.huggingface import HFLM  # noqa: PLC0415
@@ -189,7 +189,7 @@ def _stderr_of(key: str, figures: Mapping[str, Any]) -> float | None:
 
 
 def compare_task_metrics(base: TaskMetrics, adapter: TaskMetrics) -> tuple[TaskScore, ...]:
-    """Return both side by side."""
+    """Return the metrics of base and adapter per task."""
     return tuple(
         TaskScore(
             task=task,
@@ -205,7 +205,7 @@ def compare_task_metrics(base: TaskMetrics, adapter: TaskMetrics) -> tuple[TaskS
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the harness's deprecation warnings out of the log; its errors stay."""
+    """Suppress the harness's deprecation warnings; errors still propagate."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -1,4 +1,4 @@
-"""What an evaluation's rows add up to: means, scores of answers, and how sure they are; knows no model."""
+"""Metrics over evaluated rows: means, scores of answers, and bootstrap confidence intervals; independent of models."""
 
 import math
 import re
@@ -13,22 +13,22 @@ from qlora_api.report import Confidence, EvaluatedRow, Interval, Intervals, RowS
 from qlora_api.v1alpha1 import EvaluationStatus, Metrics
 
 CONFIDENCE: Final = 0.95
-"""Share of the resamples inside an interval."""
+"""Confidence level of the intervals."""
 RESAMPLES: Final = 2000
 """Enough for two stable digits of a 95 % percentile interval (Efron and Tibshirani 1993, section 13.3, say 1000)."""
 RESAMPLING_SEED: Final = 0
-"""The same for every run, so that two reports on the same rows differ by their models only."""
+"""Fixed, so that two reports on the same rows differ only by their models."""
 MAX_EXPONENT: Final = 700.0
-"""exp() of more overflows a 64-bit float."""
+"""exp() of a larger number overflows a 64-bit float."""
 
 Numbers: TypeAlias = NDArray[np.float64]
 
 _WORD: Final = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W_\u3040-\u30ff\u3400-\u9fff]+")
-"""A word of any script; Chinese and Japanese are written without spaces, so a character counts as one."""
+"""A word in any script; Chinese and Japanese have no spaces, so each character counts as a word."""
 
 
 class _Words:
-    """Splits as rouge-score does for English, and also where it would drop every letter."""
+    """Splits English like rouge-score, and other scripts too, of which rouge-score drops every letter."""
 
     def tokenize(self, text: str) -> list[str]:
         return _WORD.findall(text.lower())
@@ -47,12 +47,12 @@ def rouge_l(reference: str, answer: str) -> float:
 
 
 def exact_match(reference: str, answer: str) -> float:
-    """Return 1 where both are the same words and signs, whatever the white space between them."""
+    """Return 1 if both are equal except for whitespace, otherwise 0."""
     return float(reference.split() == answer.split())
 
 
 def score(loss: float, correct: int, reference: str, answer: str | None) -> RowScore:
-    """Return what one model made of one row."""
+    """Return one model's scores on one row."""
     if answer is None:
         return RowScore(loss=loss, correct=correct)
     return RowScore(
@@ -65,12 +65,12 @@ def score(loss: float, correct: int, reference: str, answer: str | None) -> RowS
 
 
 def perplexity(loss: float) -> float:
-    """Return exp(loss), or the largest that a float holds."""
+    """Return exp(loss), capped to avoid overflow."""
     return math.exp(min(loss, MAX_EXPONENT))
 
 
 def summarize(rows: Sequence[EvaluatedRow]) -> EvaluationStatus:
-    """Return base and adapter side by side."""
+    """Return the metrics of base and adapter."""
     return EvaluationStatus(
         base=_metrics(rows, lambda row: row.base),
         adapter=_metrics(rows, lambda row: row.adapter),
@@ -81,25 +81,25 @@ def summarize(rows: Sequence[EvaluatedRow]) -> EvaluationStatus:
 
 
 def answered(rows: Sequence[EvaluatedRow]) -> list[EvaluatedRow]:
-    """Return the rows that both models answered."""
+    """Return the rows with answers of both models."""
     return [row for row in rows if row.base.answer is not None and row.adapter.answer is not None]
 
 
 def _metrics(rows: Sequence[EvaluatedRow], side: Callable[[EvaluatedRow], RowScore]) -> Metrics:
     tokens = sum(row.tokens for row in rows)
     loss = math.fsum(side(row).loss for row in rows) / tokens
-    replies = [side(row) for row in answered(rows)]
+    scores = [side(row) for row in answered(rows)]
     return Metrics(
         loss=loss,
         perplexity=perplexity(loss),
         token_accuracy=sum(side(row).correct for row in rows) / tokens,
-        exact_match=math.fsum(reply.exact_match or 0 for reply in replies) / len(replies) if replies else None,
-        rouge_l=math.fsum(reply.rouge_l or 0 for reply in replies) / len(replies) if replies else None,
+        exact_match=math.fsum(scored.exact_match or 0 for scored in scores) / len(scores) if scores else None,
+        rouge_l=math.fsum(scored.rouge_l or 0 for scored in scores) / len(scores) if scores else None,
     )
 
 
 def estimate_confidence(rows: Sequence[EvaluatedRow]) -> Confidence:
-    """Resample rows, and answers apart from them, and return how far each figure wanders."""
+    """Return bootstrap confidence intervals; rows and answers are resampled independently."""
     base, adapter = _resampled_means(rows, lambda row: row.base), _resampled_means(rows, lambda row: row.adapter)
     return Confidence(
         level=CONFIDENCE,
@@ -114,7 +114,7 @@ def estimate_confidence(rows: Sequence[EvaluatedRow]) -> Confidence:
 def _resampled_means(
     rows: Sequence[EvaluatedRow], side: Callable[[EvaluatedRow], RowScore]
 ) -> dict[str, NDArray[np.float64]]:
-    """Return each metric of each resample; the seed is the same for both sides, so that resamples are paired."""
+    """Return each metric per resample; base and adapter use the same seed, so their resamples are paired."""
     sums = _resampled_sums([(row.tokens, side(row).loss, side(row).correct) for row in rows])
     loss = sums[:, 1] / sums[:, 0]
     means = {
@@ -122,14 +122,14 @@ def _resampled_means(
         "perplexity": np.exp(np.minimum(loss, MAX_EXPONENT)),
         "token_accuracy": sums[:, 2] / sums[:, 0],
     }
-    if replies := [side(row) for row in answered(rows)]:
-        totals = _resampled_sums([(reply.exact_match, reply.rouge_l) for reply in replies])
-        means |= {"exact_match": totals[:, 0] / len(replies), "rouge_l": totals[:, 1] / len(replies)}
+    if scores := [side(row) for row in answered(rows)]:
+        totals = _resampled_sums([(scored.exact_match, scored.rouge_l) for scored in scores])
+        means |= {"exact_match": totals[:, 0] / len(scores), "rouge_l": totals[:, 1] / len(scores)}
     return means
 
 
 def _resampled_sums(values: Sequence[tuple[float | None, ...]]) -> Numbers:
-    """Return the column sums of RESAMPLES draws with replacement, each as long as the table."""
+    """Return the column sums of RESAMPLES bootstrap samples of the table's rows."""
     table, generator = np.array(values, dtype=np.float64), np.random.default_rng(RESAMPLING_SEED)
     count = len(table)
     return np.stack([table[generator.integers(0, count, count)].sum(axis=0) for _ in range(RESAMPLES)])

@@ -1,4 +1,4 @@
-"""The held-out rows while a training goes on: the same loss as in the evaluation, shared among the processes."""
+"""Validation during training: the same loss as the evaluation, with the rows sharded over the ranks."""
 
 import math
 import time
@@ -15,24 +15,24 @@ from qlora_trainer.runtime.shutdown import StopFlag
 
 
 class Validator:
-    """Held-out rows, and who looks at them."""
+    """Computes the validation loss of the current weights."""
 
     def __init__(self, rows: Sequence[TokenRow], micro_batch_size: int, world: World, *, packing: bool) -> None:
         self._micro_batch_size = micro_batch_size
         self._packing = packing
         self._world = world
-        # Each row is in one process: with rows repeated to fill a last batch some would count twice (trap 27). Where
-        # passes are made in step, shares of different lengths would wait for ever, so that each process takes all rows.
-        self._shard = rows if world.forward_is_collective else [rows[place] for place in world.shard(range(len(rows)))]
+        # Each row is on one rank only: repeating rows to fill the last batch would count some twice (trap 27). If the
+        # forward pass is collective, shards of unequal length would deadlock, so every rank processes all rows.
+        self._shard = rows if world.forward_is_collective else [rows[index] for index in world.shard(range(len(rows)))]
 
     def run(
         self, trainable: TrainableModel, step: int, stop: StopFlag, on_heartbeat: Callable[[], None]
     ) -> ValidationRecord | None:
-        """Return the loss after a step; None when the process was asked to stop meanwhile."""
+        """Return the validation record of a step; None if a stop was requested meanwhile."""
         started = time.perf_counter()
         with trainable.evaluating():
             sums = self._local_sums(trainable, stop, on_heartbeat)
-        # The sums are added up even when they are worthless: all processes must make the same calls.
+        # All-reduced even after a stop, when the sums are incomplete: all ranks must make the same calls.
         loss, correct, tokens = sums if self._world.forward_is_collective else map(self._world.all_reduce_sum, sums)
         if self._world.all_reduce_any(stop.requested)[0]:
             return None
@@ -43,7 +43,7 @@ class Validator:
     def _local_sums(
         self, trainable: TrainableModel, stop: StopFlag, on_heartbeat: Callable[[], None]
     ) -> tuple[float, float, float]:
-        """Return the summed loss, the hits and the tokens of this process's rows."""
+        """Return summed loss, correct labels and number of labels over this rank's rows."""
         loss, correct, tokens = 0.0, 0.0, 0.0
         for group in split_micro_batches(self._shard, self._micro_batch_size, packing=self._packing):
             if stop.requested and not self._world.forward_is_collective:
@@ -55,7 +55,7 @@ class Validator:
 
 
 def check_finite_loss(loss: float, step: int) -> None:
-    """End a run whose adapter can no longer be measured."""
+    """End the run if the validation loss is not finite."""
     if not math.isfinite(loss):
         raise RunError(
             Reason.NON_FINITE_LOSS,

@@ -1,4 +1,4 @@
-"""Where a process's log lies in the output."""
+"""The object in the output that holds a process's log."""
 
 from functools import cached_property
 from typing import Final
@@ -12,11 +12,11 @@ from qlora_trainer.storage.results import open_own_output
 from qlora_trainer.storage.store import Store
 
 _LARGEST_BYTES: Final = 2 * (HEAD_BYTES + TAIL_BYTES)
-"""What is read of what lies there: a log of ours is smaller."""
+"""Largest object that is read; logs that the trainer uploads are smaller."""
 
 
 class LogObject:
-    """One object of the output; the store is opened by the thread that uses it."""
+    """One object in the output; the uploading thread opens the store."""
 
     def __init__(self, config: PrepareConfig | RunConfig, file: LogFile) -> None:
         self._config = config
@@ -28,14 +28,14 @@ class LogObject:
         return open_own_output(self._config)
 
     def read_existing(self) -> bytes:
-        """Return what is there: a queue may stop an attempt and start it again, and its second pod goes on there."""
+        """Return the existing content: after a requeue, the second pod of an attempt appends to the first one's log."""
         try:
             sizes = {entry.path: entry.size for entry in self._output.list(self._folder)}
             return self._output.read(self._path) if 0 < sizes.get(self._path, 0) <= _LARGEST_BYTES else b""
         except RunError as error:
             if error.reason is not Reason.S3_DENIED:
                 raise
-            return b""  # who may only write has its log all the same
+            return b""  # write-only credentials are enough for logs
 
     def put(self, text: bytes) -> None:
         """Write the object."""

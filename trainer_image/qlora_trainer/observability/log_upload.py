@@ -1,4 +1,4 @@
-"""What a process said, kept in the output for those who look when its pod is gone; it never fails or delays a run."""
+"""Uploads a process's log to the output, so that it outlives the pod; an upload never fails or delays a run."""
 
 import json
 import logging
@@ -12,88 +12,89 @@ from qlora_api.v1alpha1 import Checkpoint, Progress
 from qlora_trainer.runtime.shutdown import StopFlag
 
 HEAD_BYTES: Final = MIB
-"""What is kept of the beginning: how the run was set up, and some 2,500 steps."""
+"""Size of the head: the setup, and some 2,500 steps."""
 TAIL_BYTES: Final = 4 * MIB
-"""What is kept of the end: some 10,000 steps, and how it ended."""
+"""Size of the tail: some 10,000 steps, and how the run ended."""
 MAX_FIELD_CHARACTERS: Final = 16_384
-"""Longest field of a line; a longer one, such as an endless traceback, keeps its beginning and its end."""
+"""Longest field of a line; of a longer one, such as a huge traceback, only head and tail are kept."""
 INTERVAL_SECONDS: Final = 300.0
-"""How long a line waits for the next upload where no checkpoint brings one."""
+"""Time between uploads, unless a checkpoint triggers one earlier."""
 FINAL_UPLOAD_SECONDS: Final = 10.0
-"""Longest wait for the last upload; with the last word it is within what torch's launcher gives the other processes."""
+"""Longest wait for the final upload; with the termination message it fits into the 30 s that torch's launcher gives
+the other workers."""
 
 log = logging.getLogger(__name__)
 
 
 class BoundedLog:
-    """The first and the last lines, in bounded memory."""
+    """Head and tail of a log, in bounded memory."""
 
     def __init__(self, first_bytes: int = HEAD_BYTES, last_bytes: int = TAIL_BYTES) -> None:
         self.count = 0
-        """Lines so far, with those that were left out."""
-        self._first_bytes = first_bytes
-        self._limit = last_bytes
-        self._left_out, self._left_out_bytes, self._left_out_last = 0, 0, b""
+        """Number of lines so far, including omitted ones."""
+        self._head_limit = first_bytes
+        self._tail_limit = last_bytes
+        self._omitted, self._omitted_bytes, self._last_omitted = 0, 0, b""
         self._lock = threading.Lock()
         self._clear()
 
     def _clear(self) -> None:
-        self._head_bytes_left = self._first_bytes
-        self._first: list[bytes] = []
-        self._last: deque[bytes] = deque()
-        self._last_bytes = 0
+        self._head_bytes_left = self._head_limit
+        self._head: list[bytes] = []
+        self._tail: deque[bytes] = deque()
+        self._tail_bytes = 0
 
     def add(self, line: str) -> None:
-        """Keep a line; of those in the middle the oldest goes."""
+        """Append a line; when the tail is full, its oldest line is dropped."""
         with self._lock:
             self.count += 1
             self._add(line.encode(errors="replace") + b"\n")
 
     def prepend(self, earlier: bytes) -> None:
-        """Put an earlier log before all that was said so far."""
+        """Insert the log of an earlier pod before all lines so far."""
         with self._lock:
-            said = [*self._first, *self._last]
+            lines = [*self._head, *self._tail]
             self._clear()
-            for raw in [*earlier.splitlines(keepends=True), *said]:
+            for raw in [*earlier.splitlines(keepends=True), *lines]:
                 self._add(raw)
 
     def _add(self, raw: bytes) -> None:
         if len(raw) <= self._head_bytes_left:
-            self._first.append(raw)
+            self._head.append(raw)
             self._head_bytes_left -= len(raw)
             return
         self._head_bytes_left = 0
-        self._last.append(raw)
-        self._last_bytes += len(raw)
-        while self._last_bytes > self._limit:
-            self._drop(self._last.popleft())
+        self._tail.append(raw)
+        self._tail_bytes += len(raw)
+        while self._tail_bytes > self._tail_limit:
+            self._drop(self._tail.popleft())
 
     def _drop(self, raw: bytes) -> None:
-        self._left_out += 1
-        self._left_out_bytes += len(raw)
-        self._left_out_last = raw
-        self._last_bytes -= len(raw)
+        self._omitted += 1
+        self._omitted_bytes += len(raw)
+        self._last_omitted = raw
+        self._tail_bytes -= len(raw)
 
     def text(self) -> bytes:
-        """Return the lines, with one that tells how many are left out."""
+        """Return the lines, with a line in the gap that has the number of omitted ones."""
         with self._lock:
-            return b"".join([*self._first, *self._omission_line(), *self._last])
+            return b"".join([*self._head, *self._omission_line(), *self._tail])
 
     def _omission_line(self) -> list[bytes]:
-        if not self._left_out:
+        if not self._omitted:
             return []
-        told = {
-            "time": time_of(self._left_out_last.decode(errors="replace")),
+        entry = {
+            "time": time_of(self._last_omitted.decode(errors="replace")),
             "level": "warning",
             "logger": __name__,
-            "message": f"{self._left_out:,} lines ({self._left_out_bytes:,} bytes) are left out here: of a long log "
-            "the output has the beginning and the end",
+            "message": f"{self._omitted:,} lines ({self._omitted_bytes:,} bytes) omitted: a long log is uploaded with "
+            "its head and tail only",
         }
-        return [json.dumps(told).encode() + b"\n"]
+        return [json.dumps(entry).encode() + b"\n"]
 
 
 def shorten(line: str) -> str:
-    """Return a line of JSON whose fields have a bounded length."""
+    """Return a JSON line with every field shortened to a bounded length."""
     if len(line) <= MAX_FIELD_CHARACTERS:
         return line
     return json.dumps({name: _shortened(value) for name, value in json.loads(line).items()}, ensure_ascii=False)
@@ -104,13 +105,13 @@ def _shortened(value: Any) -> Any:
     if len(text) <= MAX_FIELD_CHARACTERS:
         return value
     half = MAX_FIELD_CHARACTERS // 2
-    return f"{text[:half]} … {len(text) - 2 * half:,} characters are left out … {text[-half:]}"
+    return f"{text[:half]} … {len(text) - 2 * half:,} characters omitted … {text[-half:]}"
 
 
 class TeeHandler(logging.Handler):
-    """Writes every line to standard output and into the logbook: in one order, and to both though a stop comes between.
+    """Writes every line to standard output and to the uploader, in the same order, even if SIGTERM arrives in between.
 
-    A stop that is raised in the middle of a handler would be taken for the handler's own error, and forgotten.
+    A stop raised inside a handler would be treated as that handler's error, and be lost.
     """
 
     def __init__(self, output: logging.Handler, log_uploader: "LogUploader", stop: StopFlag) -> None:
@@ -119,30 +120,30 @@ class TeeHandler(logging.Handler):
         self._stop = stop
 
     def handle(self, record: logging.LogRecord) -> bool:
-        """Write a line; the handler's lock is for one thread at a time."""
+        """Write a line, with signals delayed; the handler's lock serializes threads."""
         with self._stop.delayed():
             return super().handle(record)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Hand the line on."""
+        """Pass the line to both handlers."""
         for handler in self._handlers:
             handler.handle(record)
 
 
 class LogTarget(Protocol):
-    """One object of the output."""
+    """The object that the log is written to."""
 
     def read_existing(self) -> bytes:
-        """Return what is there: a queue may stop an attempt and start it again, and its second pod goes on there."""
+        """Return the existing content: after a requeue, the second pod of an attempt appends to the first one's log."""
 
     def put(self, text: bytes) -> object:
         """Write the object."""
 
 
 class LogUploader(logging.Handler):
-    """Collects every line of this process, and uploads them from a thread of its own.
+    """Collects every log line of this process, and uploads them from a thread.
 
-    It hears the progress as any sink does: what was said before a checkpoint is to be as safe as the checkpoint.
+    It is a progress sink too: each new checkpoint triggers an upload, so that the log is as safe as the checkpoint.
     """
 
     def __init__(self, interval: float = INTERVAL_SECONDS) -> None:
@@ -158,20 +159,20 @@ class LogUploader(logging.Handler):
         self._checkpoint: Checkpoint | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Keep a line; what it says is free of secrets already, as on standard output."""
+        """Collect a line; secrets are redacted, as on standard output."""
         try:
             self._bounded_log.add(shorten(self.format(record)))
         except Exception:
             self.handleError(record)
 
     def start(self, target: LogTarget) -> None:
-        """From now on, write all that was said so far into the output from time to time."""
+        """Start to upload periodically, including all lines so far."""
         self._target = target
-        self._thread = threading.Thread(target=self._work, name="logbook", daemon=True)
+        self._thread = threading.Thread(target=self._work, name="log-upload", daemon=True)
         self._thread.start()
 
     def report(self, progress: Progress) -> None:
-        """Upload beside the run when there is a new checkpoint."""
+        """Trigger an upload for a new checkpoint."""
         if progress.checkpoint is not None and progress.checkpoint != self._checkpoint:
             self._checkpoint = progress.checkpoint
             with self._wakeup:
@@ -179,10 +180,10 @@ class LogUploader(logging.Handler):
                 self._wakeup.notify()
 
     def note(self, text: str) -> None:
-        """Leave sentences to the log."""
+        """Ignore log messages; they arrive through `emit`."""
 
     def finish(self, seconds: float = FINAL_UPLOAD_SECONDS) -> None:
-        """Upload what is left, in bounded time; the process ends after this."""
+        """Upload the remaining lines, in bounded time, before the process exits."""
         if self._thread is None:
             return
         with self._wakeup:
@@ -190,14 +191,14 @@ class LogUploader(logging.Handler):
             self._wakeup.notify()
         self._thread.join(seconds)
         if self._thread.is_alive():
-            self._warn_once(f"the end of the log is not in the output: it could not be written within {seconds:g} s")
+            self._warn_once(f"the end of the log was not uploaded within {seconds:g} s")
 
     def _work(self) -> None:
-        over = False
-        while not over:
+        finishing = False
+        while not finishing:
             with self._wakeup:
                 self._wakeup.wait_for(lambda: self._upload_due or self._finishing, self._interval)
-                self._upload_due, over = False, self._finishing
+                self._upload_due, finishing = False, self._finishing
             self._upload()
 
     def _upload(self) -> None:
@@ -210,8 +211,8 @@ class LogUploader(logging.Handler):
                 self._existing_prepended = True
             self._target.put(self._bounded_log.text())
         except Exception as error:
-            # Whatever it is: the run is worth more than its log, which standard output has as well.
-            self._warn_once(f"the log is not in the output: {error}")
+            # A failed upload must never end a run, and standard output has the log as well.
+            self._warn_once(f"the log was not uploaded: {error}")
         else:
             self._uploaded = count
 

@@ -1,4 +1,4 @@
-"""Progress reports: to the operator over HTTP, to the log, or to both; a lost report never disturbs a step."""
+"""Progress reports to the operator over HTTP and to the log; a lost report never delays or fails a step."""
 
 import logging
 import os
@@ -20,63 +20,63 @@ LogFn = Callable[[str], None]
 
 
 def no_log(_: str) -> None:
-    """Say nothing."""
+    """Discard a log message."""
 
 
 CA_ENV: Final = "KUBEFLOW_TRAINER_SERVER_CA_CERT"
-"""The path of the certificate authority's file, for an https endpoint."""
+"""Path of the CA certificate for an https endpoint."""
 INTERVAL_SECONDS: Final = 5.0
-"""Least time between two reports of one phase; transformers' KubeflowCallback keeps the same."""
+"""Minimum time between two reports of a phase, as in transformers' KubeflowCallback."""
 HEARTBEAT_SECONDS: Final = 30.0
-"""Time between two signs of life while there is no news."""
+"""Time between two heartbeats while there is no progress to report."""
 _TIMEOUT_SECONDS: Final = 5.0
 
 log = logging.getLogger(__name__)
 
 
 class ProgressSink(Protocol):
-    """Whoever wants to know how far the run is."""
+    """Receiver of progress and log messages."""
 
     def report(self, progress: Progress) -> None:
-        """Take note of the progress; never raises, never waits."""
+        """Receive progress; never raises, never blocks."""
 
     def note(self, text: str) -> None:
-        """Take note of something that a person should know; as careful."""
+        """Receive a log message; never raises, never blocks."""
 
 
 class LogSink:
     """Writes progress to the log."""
 
     def report(self, progress: Progress) -> None:
-        """Log one line."""
+        """Log the progress as one line."""
         log.info("progress", extra=log_fields(**progress.model_dump(mode="json", by_alias=True, exclude_none=True)))
 
     def note(self, text: str) -> None:
-        """Log the sentence."""
+        """Log the message."""
         log.info(text)
 
 
 class Sinks:
-    """Passes progress on to several."""
+    """Forwards to several sinks."""
 
     def __init__(self, sinks: Sequence[ProgressSink]) -> None:
         self._sinks = tuple(sinks)
 
     def report(self, progress: Progress) -> None:
-        """Report to each."""
+        """Report to each sink."""
         for sink in self._sinks:
             sink.report(progress)
 
     def note(self, text: str) -> None:
-        """Tell each."""
+        """Pass the message to each sink."""
         for sink in self._sinks:
             sink.note(text)
 
 
 class Heartbeat:
-    """Repeats the last progress while downloads, evaluations and uploads have no news of their own.
+    """Repeats the last progress during downloads, evaluations and uploads, which report none of their own.
 
-    Between two steps it is silent: there news is due, and its absence is how a run that hangs is seen.
+    It does not repeat it between steps: there progress is expected, and a hang is detected by its absence.
     """
 
     def __init__(self, sink: ProgressSink, seconds: float = HEARTBEAT_SECONDS) -> None:
@@ -95,16 +95,16 @@ class Heartbeat:
         self._thread.join()
 
     def report(self, progress: Progress) -> None:
-        """Pass the progress on, and remember it."""
+        """Forward the progress, and remember it."""
         self._latest = progress
         self._sink.report(progress)
 
     def note(self, text: str) -> None:
-        """Pass the sentence on."""
+        """Forward the message."""
         self._sink.note(text)
 
     def repeat(self, now: datetime) -> None:
-        """Report the last progress again, unless steps are under way."""
+        """Report the last progress again, unless training steps are running."""
         latest = self._latest
         if latest is not None and (latest.phase is not Phase.TRAINING or latest.loss is None):
             self._sink.report(latest.model_copy(update={"updated_at": now}))
@@ -115,7 +115,7 @@ class Heartbeat:
 
 
 def to_body(progress: Progress) -> bytes:
-    """Return the body of Kubeflow Trainer's status protocol; its numbers are strings."""
+    """Return the request body of Kubeflow Trainer's status protocol, in which numbers are strings."""
     values = {
         "current_step": progress.step,
         "total_steps": progress.total_steps,
@@ -143,7 +143,7 @@ def _checkpoint_metrics(checkpoint: Checkpoint | None) -> dict[str, object]:
 
 
 class HttpSink:
-    """Posts the latest progress from a thread of its own."""
+    """Posts the latest progress from a background thread."""
 
     def __init__(self, url: str, token_file: Path | None, ca_file: Path | None = None) -> None:
         self._url = url
@@ -159,7 +159,7 @@ class HttpSink:
 
     @classmethod
     def from_environment(cls) -> "HttpSink | None":
-        """Return the sink that the pod's environment describes; without a URL there is none."""
+        """Return the sink configured by the pod's environment; None without a URL."""
         url = os.environ.get(PROGRESS_URL_ENV)
         if not url:
             return None
@@ -167,16 +167,16 @@ class HttpSink:
         return cls(url, Path(token) if token else None, Path(authority) if authority else None)
 
     def report(self, progress: Progress) -> None:
-        """Keep the progress for the next post; an older one that is still waiting is replaced."""
+        """Queue the progress for the next post; it replaces one that is still queued."""
         with self._wakeup:
             self._pending = progress
             self._wakeup.notify()
 
     def note(self, text: str) -> None:
-        """Leave sentences to the log: the protocol has numbers only."""
+        """Ignore log messages: the protocol has numbers only."""
 
     def close(self) -> None:
-        """Post what is still waiting, and end the thread."""
+        """Post the queued progress, and end the thread."""
         with self._wakeup:
             self._closed = True
             self._wakeup.notify()
@@ -187,7 +187,7 @@ class HttpSink:
             self._post(progress)
 
     def _next_report(self) -> Progress | None:
-        """Wait until there is something to post and it is time to; None when closed."""
+        """Wait for progress to post, at most one per interval; None when closed."""
         with self._wakeup:
             while True:
                 left = self._next - time.monotonic()

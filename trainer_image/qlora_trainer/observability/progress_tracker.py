@@ -1,4 +1,4 @@
-"""How far a run is, and how long it will take: from step records to progress reports."""
+"""Turns step records into progress reports, with percentage, throughput and remaining time."""
 
 import threading
 import time
@@ -12,7 +12,7 @@ from qlora_trainer.observability.progress import INTERVAL_SECONDS, ProgressSink
 
 
 class ProgressTracker:
-    """Reports every phase and every step of a run."""
+    """Reports every phase and step of a run."""
 
     def __init__(self, sink: ProgressSink, total_steps: int) -> None:
         self._sink = sink
@@ -47,12 +47,12 @@ class ProgressTracker:
         self._report()
 
     def on_heartbeat(self) -> None:
-        """Report that the work goes on, with nothing new to say; a report that is young says it already."""
+        """Repeat the last report during a validation, at most once per interval."""
         if time.monotonic() - self._reported_at >= INTERVAL_SECONDS:
             self._report()
 
     def skip_remaining_steps(self) -> None:
-        """Count the steps that early stopping left out as done."""
+        """Count the steps that early stopping skipped as done."""
         self._total = self._done
 
     @property
@@ -60,14 +60,14 @@ class ProgressTracker:
         return self._last.step if self._last else 0
 
     def _count(self, record: StepRecord) -> None:
-        """Add a step to the sums, so that a report costs the same however many there were."""
+        """Add a step to the running sums, so that the cost of a report does not depend on the number of steps."""
         with self._lock:
             self._last = record
             self._seconds += record.seconds
             self._tokens += record.tokens
 
     def _report(self) -> None:
-        # Two threads report, and the sink must hear the later report last.
+        # Two threads report, and the sink must get the reports in order.
         with self._lock:
             self._reported_at = time.monotonic()
             self._sink.report(self._describe())
@@ -89,5 +89,5 @@ class ProgressTracker:
 
 
 def time_and_tokens(records: Sequence[StepRecord]) -> tuple[float, int]:
-    """Return the seconds and the tokens of steps."""
+    """Return the total seconds and tokens of the steps."""
     return sum(record.seconds for record in records), sum(record.tokens for record in records)

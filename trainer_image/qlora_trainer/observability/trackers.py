@@ -1,4 +1,4 @@
-"""Trackers: every metric of a training to TensorBoard, Weights & Biases and MLflow, each from a thread of its own."""
+"""Experiment trackers: TensorBoard, Weights & Biases and MLflow, each fed from its own thread."""
 
 import os
 import queue
@@ -18,29 +18,29 @@ from qlora_trainer.storage.credentials import Credentials, Secrets
 
 TENSORBOARD_FOLDER: Final = "report/tensorboard"
 _EVENT_FILE: Final = "events.out.tfevents.qlora"
-"""TensorBoard knows its files by 'tfevents'; its own names have the host's name and the time in them."""
+"""TensorBoard finds event files by 'tfevents'; its default names contain host and time."""
 _REQUEST_SECONDS: Final = 10
-"""Longest wait for one answer of a tracker."""
+"""Timeout of one request to a tracker."""
 _CLOSE_SECONDS: Final = 20.0
-"""Longest wait for what is still under way in the end."""
-_WAITING: Final = 100_000
-"""Metrics of so many steps may wait for a slow tracker; those beyond are left out."""
+"""Longest wait for pending metrics at the end of a run."""
+_QUEUE_SIZE: Final = 100_000
+"""Steps that may be queued for a slow tracker; metrics beyond that are dropped."""
 
 TrackedMetrics = dict[str, float]
 
 
 class Tracker(Protocol):
-    """A connection to one tracker; whatever it raises ends that tracker and nothing else."""
+    """A connection to one tracker; an exception disables this tracker only."""
 
     def log(self, metrics: TrackedMetrics, step: int) -> None:
-        """Report the metrics of a step."""
+        """Log the metrics of a step."""
 
     def close(self) -> None:
-        """Send what is waiting, and end the run there."""
+        """Send pending metrics, and finish the tracker's run."""
 
 
 def step_metrics(record: StepRecord) -> TrackedMetrics:
-    """Return a step under the usual names."""
+    """Return a step's metrics under the usual names."""
     return {
         "train/loss": record.loss,
         "train/grad_norm": record.grad_norm,
@@ -50,7 +50,7 @@ def step_metrics(record: StepRecord) -> TrackedMetrics:
 
 
 def validation_metrics(record: ValidationRecord) -> TrackedMetrics:
-    """Return a look at the held-out rows under the usual names."""
+    """Return a validation's metrics under the usual names."""
     return {"eval/loss": record.loss, "eval/token_accuracy": record.token_accuracy}
 
 
@@ -58,7 +58,7 @@ class TensorBoard:
     """TensorBoard's event file."""
 
     def __init__(self, folder: Path) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 (only where it is asked for)
+        from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 (only if the spec has it)
 
         shutil.rmtree(folder, ignore_errors=True)
         self._writer: Any = SummaryWriter(log_dir=str(folder))
@@ -69,19 +69,19 @@ class TensorBoard:
             self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Write what is waiting."""
+        """Write pending metrics."""
         self._writer.close()
 
 
 class Wandb:
-    """A run in Weights & Biases; a run that goes on after a stop is the same one there."""
+    """A run in Weights & Biases; a resumed run continues the same W&B run."""
 
     def __init__(self, spec: WandbSpec, credentials: Credentials, config: RunConfig, work: Path) -> None:
-        # Its settings come too late for the line that it prints when it takes a key.
+        # wandb prints a line when it gets an API key, before `settings` takes effect.
         os.environ.setdefault("WANDB_SILENT", "true")
-        import wandb  # noqa: PLC0415 (takes seconds, and only where it is asked for)
+        import wandb  # noqa: PLC0415 (takes seconds, and only if the spec has it)
 
-        given = {"api_key": credentials.get("WANDB_API_KEY"), "base_url": spec.base_url}
+        options = {"api_key": credentials.get("WANDB_API_KEY"), "base_url": spec.base_url}
         self._run = wandb.init(
             project=spec.project,
             entity=spec.entity,
@@ -94,28 +94,28 @@ class Wandb:
                 init_timeout=_REQUEST_SECONDS,
                 console="off",
                 silent=True,
-                **{name: value for name, value in given.items() if value},
+                **{name: value for name, value in options.items() if value},
             ),
         )
 
     def log(self, metrics: TrackedMetrics, step: int) -> None:
-        """Report the metrics of a step."""
+        """Log the metrics of a step."""
         self._run.log(metrics, step=step)
 
     def close(self) -> None:
-        """Wait for wandb's own process to send the rest."""
+        """Wait for wandb's service process to send the rest."""
         self._run.finish()
 
 
 class Mlflow:
-    """A run in MLflow; a run that goes on after a stop is the same one there."""
+    """A run in MLflow; a resumed run continues the same MLflow run."""
 
     def __init__(self, spec: MlflowSpec, credentials: Credentials, config: RunConfig) -> None:
-        # MLflow reads credentials and patience from the environment only.
+        # MLflow reads credentials and timeouts from the environment only.
         os.environ.update(credentials.keys)
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(_REQUEST_SECONDS))
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-        import mlflow  # noqa: PLC0415 (takes seconds, and only where it is asked for)
+        import mlflow  # noqa: PLC0415 (takes seconds, and only if the spec has it)
 
         self._entities = mlflow.entities
         self._client = mlflow.MlflowClient(tracking_uri=spec.uri)
@@ -127,52 +127,52 @@ class Mlflow:
         self._run = (runs[0] if runs else self._client.create_run(experiment, tags=tags)).info.run_id
 
     def log(self, metrics: TrackedMetrics, step: int) -> None:
-        """Report the metrics of a step."""
+        """Log the metrics of a step."""
         now = round(time.time() * 1000)
         values = [self._entities.Metric(name, value, now, step) for name, value in metrics.items()]
         self._client.log_batch(self._run, metrics=values)
 
     def close(self) -> None:
-        """Mark the run there as ended."""
+        """Mark the MLflow run as finished."""
         self._client.set_terminated(self._run)
 
 
 class BackgroundTracker:
-    """Feeds one tracker from a thread, so that it can neither fail nor delay the training."""
+    """Feeds one tracker from a thread, so that it can neither fail nor delay training."""
 
     def __init__(self, name: str, connect: Callable[[], Tracker], note: Callable[[str], None]) -> None:
         self._name = name
         self._connect = connect
         self._note = note
-        self._waiting: queue.Queue[tuple[TrackedMetrics, int] | None] = queue.Queue(_WAITING)
+        self._queue: queue.Queue[tuple[TrackedMetrics, int] | None] = queue.Queue(_QUEUE_SIZE)
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
 
     def log(self, metrics: TrackedMetrics, step: int) -> None:
-        """Keep the metrics for the thread."""
-        if not self._waiting.full():
-            self._waiting.put((metrics, step))
+        """Queue the metrics for the thread."""
+        if not self._queue.full():
+            self._queue.put((metrics, step))
 
     def finish(self) -> None:
-        """Ask the thread to end once it has told everything."""
-        if not self._waiting.full():
-            self._waiting.put(None)
+        """Ask the thread to end once the queue is empty."""
+        if not self._queue.full():
+            self._queue.put(None)
 
     def join(self) -> None:
-        """Wait for that, for a while."""
+        """Wait for the thread to end, in bounded time."""
         self._thread.join(timeout=_CLOSE_SECONDS)
         if self._thread.is_alive():
-            self._note(f"{self._name} has not taken everything in {_CLOSE_SECONDS:.0f} s; the run goes on without it")
+            self._note(f"{self._name} did not finish in {_CLOSE_SECONDS:.0f} s; the run continues without it")
 
     def _work(self) -> None:
         try:
             tracker = self._connect()
-            while (entry := self._waiting.get()) is not None:
+            while (entry := self._queue.get()) is not None:
                 tracker.log(*entry)
             tracker.close()
         except Exception as error:
-            # Trackers raise what they like, and a training is worth more than its picture.
-            self._note(f"{self._name} is given up, and the run goes on without it: {_first_line(error)}")
+            # A tracker may raise anything, and must never end a run.
+            self._note(f"{self._name} failed and is disabled for this run: {_first_line(error)}")
 
 
 def _first_line(error: Exception) -> str:
@@ -181,30 +181,30 @@ def _first_line(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class Trackers:
-    """Everything that a run reports to."""
+    """All trackers of a run."""
 
     tensorboard: BackgroundTracker | None
     others: tuple[BackgroundTracker, ...]
 
     def replay(self, steps: Sequence[StepRecord], held_out: Sequence[ValidationRecord]) -> None:
-        """Give a new event file what an earlier attempt saw; the servers know it already."""
+        """Log the records of earlier attempts to the new event file; the servers have them already."""
         if self.tensorboard is None:
             return
         for record in steps:
             self.tensorboard.log(step_metrics(record), record.step)
-        for look in held_out:
-            self.tensorboard.log(validation_metrics(look), look.step)
+        for validation in held_out:
+            self.tensorboard.log(validation_metrics(validation), validation.step)
 
     def log_step(self, record: StepRecord) -> None:
-        """Report a finished step."""
+        """Log a finished step."""
         self._log(step_metrics(record), record.step)
 
     def log_validation(self, record: ValidationRecord) -> None:
-        """Report a look at the held-out rows."""
+        """Log a validation."""
         self._log(validation_metrics(record), record.step)
 
     def close(self) -> None:
-        """End every tracker, whatever became of the run."""
+        """Close every tracker, also after a failed run."""
         for tracker in self._all():
             tracker.finish()
         for tracker in self._all():
@@ -219,9 +219,9 @@ class Trackers:
 
 
 def open_trackers(config: RunConfig, secrets: Secrets, work: Path, note: Callable[[str], None]) -> Trackers:
-    """Return the trackers that the spec names; they connect in the background."""
+    """Return the trackers in the spec; they connect in the background."""
     spec = config.spec.tracking
-    board = (
+    tensorboard = (
         BackgroundTracker("TensorBoard", lambda: TensorBoard(tensorboard_folder(work, config)), note)
         if spec.tensorboard
         else None
@@ -233,16 +233,16 @@ def open_trackers(config: RunConfig, secrets: Secrets, work: Path, note: Callabl
     if (mlflow := spec.mlflow) is not None:
         keys = secrets.of(SecretRole.MLFLOW)
         others.append(BackgroundTracker("MLflow", lambda: Mlflow(mlflow, keys, config), note))
-    return Trackers(board, tuple(others))
+    return Trackers(tensorboard, tuple(others))
 
 
 def tensorboard_folder(work: Path, config: RunConfig) -> Path:
-    """Return where the event file grows: `tensorboard --logdir` shows it while the training goes on."""
+    """Return the folder of the event file; `tensorboard --logdir` can follow it during training."""
     return work / "tensorboard" / config.prepared.digest
 
 
 def copy_event_file(work: Path, config: RunConfig, files: Path) -> None:
-    """Put the event file among the files of the result, if there is one."""
+    """Copy the event file into the result, if there is one."""
     for events in tensorboard_folder(work, config).glob("*tfevents*"):
         target = files / TENSORBOARD_FOLDER / _EVENT_FILE
         target.parent.mkdir(parents=True, exist_ok=True)

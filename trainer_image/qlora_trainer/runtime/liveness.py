@@ -1,4 +1,4 @@
-"""The sign of life of this process: who does a piece of work gives it, and the watchdog misses it."""
+"""Heartbeat of this process: long-running work ticks it, and the watchdog detects when the ticks stop."""
 
 import contextlib
 import time
@@ -7,7 +7,7 @@ from typing import Final
 
 
 class Liveness:
-    """When the last sign of life was."""
+    """Time since the last heartbeat tick."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -15,16 +15,16 @@ class Liveness:
         self._last_tick = clock()
 
     def tick(self) -> None:
-        """Give a sign: a pass through the model, a token of an answer, a part of an upload or of a download."""
+        """Record progress: a forward pass, a generated token, a part of an upload or download."""
         self._last_tick = self._clock()
 
     def seconds_silent(self) -> float:
-        """Return the seconds without a sign; none while the process rests."""
+        """Return the seconds since the last tick; 0 while paused."""
         return 0.0 if self._pauses else self._clock() - self._last_tick
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Within, silence is no fault: this process waits for one that is watched itself, or for a library."""
+        """Suspend the check within the block, which waits for a rank with its own watchdog, or for a library."""
         self._pauses += 1
         try:
             yield
@@ -34,4 +34,4 @@ class Liveness:
 
 
 LIVENESS: Final = Liveness()
-"""This process's: there is one life, whatever part of it works."""
+"""Shared by all parts of this process."""

@@ -1,6 +1,6 @@
-"""Metrics of this process for Prometheus: who does a piece of work counts it, and a thread answers who asks.
+"""Prometheus metrics of this process, served from a thread.
 
-Nothing here can fail or delay a training: a step sets some numbers, and a port that is taken is left to its owner.
+Nothing here can fail or delay training: a step only sets some numbers, and a port in use is only logged.
 """
 
 import math
@@ -27,7 +27,7 @@ disable_created_metrics()  # type: ignore[no-untyped-call]
 
 
 class Meter:
-    """What a process has measured of its run."""
+    """Metrics of one run."""
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
@@ -46,13 +46,13 @@ class Meter:
         self._uploaded = Counter(*metrics.UPLOADED_BYTES.constructor_args, registry=registry)
 
     def start(self, done: int, total: int, peak_memory: Callable[[], float]) -> None:
-        """A training goes on after so many steps; its memory is asked for when somebody asks for the metrics."""
+        """Record the start of training after `done` steps; peak memory is read at each scrape."""
         self._step.set(done)
         self._steps.set(total)
         self._peak_memory.set_function(peak_memory)
 
     def step(self, record: StepRecord) -> None:
-        """A step is done."""
+        """Record a finished step."""
         self._step.set(record.step)
         self._loss.set(record.loss)
         self._learning_rate.set(record.learning_rate)
@@ -62,28 +62,28 @@ class Meter:
         self._step_seconds.observe(record.seconds)
 
     def validation(self, record: ValidationRecord) -> None:
-        """The held-out rows were looked at."""
+        """Record a validation."""
         self._held_out_loss.set(record.loss)
 
     def checkpoint(self, seconds: float) -> None:
-        """A checkpoint is complete."""
+        """Record the duration of a complete checkpoint."""
         self._checkpoint_seconds.observe(seconds)
 
     @contextmanager
     def upload(self, size: int) -> Iterator[None]:
-        """Count and time an upload that succeeds."""
+        """Count and time an upload, if it succeeds."""
         start = time.perf_counter()
         yield
         self._upload_seconds.observe(time.perf_counter() - start)
         self._uploaded.inc(size)
 
     def render(self) -> bytes:
-        """Return the exposition format."""
+        """Return the metrics in Prometheus' text format."""
         return generate_latest(self.registry)
 
 
 def _nan_gauge(metric: metrics.Metric, registry: CollectorRegistry) -> Gauge:
-    """Return a gauge that is no number until it is known: 0 would be a very good loss."""
+    """Return a gauge that is NaN until it is set: 0 would look like a very good loss."""
     gauge = Gauge(*metric.constructor_args, registry=registry)
     gauge.set(math.nan)
     return gauge
@@ -94,17 +94,17 @@ def _histogram(metric: metrics.Metric, registry: CollectorRegistry) -> Histogram
 
 
 METER: Final = Meter()
-"""This process's, as PULSE is: there is one run in it."""
+"""Shared by all parts of this process, as LIVENESS is."""
 
 
 @contextmanager
 def serve_metrics(note: Callable[[str], None], port: int = metrics.PORT, meter: Meter = METER) -> Iterator[None]:
-    """Answer Prometheus while the block runs; where that cannot be, say so and go on."""
-    everywhere = "::" if socket.has_dualstack_ipv6() else "0.0.0.0"  # noqa: S104 (Prometheus comes from outside)
+    """Serve metrics while the block runs; if the port cannot be opened, log it and continue."""
+    address = "::" if socket.has_dualstack_ipv6() else "0.0.0.0"  # noqa: S104 (Prometheus scrapes from outside)
     try:
-        server, thread = start_http_server(port, everywhere, meter.registry)
+        server, thread = start_http_server(port, address, meter.registry)
     except OSError as error:
-        note(f"no metrics are served: port {port}: {error}")
+        note(f"metrics are not served: port {port}: {error}")
         yield
         return
     try:

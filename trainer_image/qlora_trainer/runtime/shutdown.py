@@ -1,4 +1,4 @@
-"""SIGTERM: a step under way is finished, everything else stops at once."""
+"""SIGTERM and Ctrl-C: the current step finishes, everything else stops immediately."""
 
 import contextlib
 import os
@@ -13,37 +13,37 @@ from qlora_api.reasons import Reason
 from qlora_trainer.errors import RunError, as_run_error
 
 SIGTERM_EXIT_CODE: Final = 143
-"""What a shell calls a process ended by SIGTERM: 128 + 15."""
+"""A shell's exit code for a process ended by SIGTERM: 128 + 15."""
 _STOP_TIMEOUT_SECONDS: Final = GRACE_SECONDS - 10.0
-"""A step or an upload that is still under way then is abandoned; the rest is for the last word."""
+"""A step or upload that still runs after this time is abandoned; the rest is for the termination message."""
 
 
 def interrupted_error(step: int | None = None) -> RunError:
-    """Return what is raised once the process was asked to stop."""
-    return RunError(Reason.INTERRUPTED, "the pod was asked to stop before the run was published", step)
+    """Return the error to raise after a stop was requested."""
+    return RunError(Reason.INTERRUPTED, "the pod was terminated (SIGTERM) before the run was published", step)
 
 
 def as_exit_error(error: BaseException, *, stopped: bool) -> RunError:
-    """Say what ended a run: a library that meets the stop in its own work wraps it in an error of its own."""
+    """Return the cause of an exit; after a stop, unknown errors are Interrupted: a library may wrap the stop in one."""
     known = as_run_error(error)
     return interrupted_error(known.step) if stopped and known.reason is Reason.TRAINER_ERROR else known
 
 
 class StopFlag:
-    """Whether this process was asked to stop."""
+    """Stop request of this process, set by signals."""
 
     def __init__(self) -> None:
         self.requested = False
         self._deferred = False
 
     def install_signal_handlers(self, on_timeout: Callable[[], None]) -> None:
-        """React to SIGTERM; `overdue` is called from a thread when nothing stopped in time, before the process ends."""
+        """Handle SIGTERM; `on_timeout` runs in a thread before the process exits if nothing stopped in time."""
         self._on_timeout = on_timeout
         signal.signal(signal.SIGTERM, self._on_signal)
 
     @contextlib.contextmanager
     def handling_keyboard_interrupt(self, announce: Callable[[], None]) -> Iterator[None]:
-        """Within, the first Ctrl-C lets a step under way finish and is announced; another one ends everything."""
+        """Within the block, the first Ctrl-C lets the step finish and calls `announce`; the second one aborts."""
 
         def on_signal(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 (signal's signature)
             if self.requested or not self._deferred:
@@ -60,7 +60,7 @@ class StopFlag:
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Within, a signal only raises the flag."""
+        """Within the block, a signal only sets the flag."""
         before, self._deferred = self._deferred, True
         try:
             yield
@@ -69,8 +69,8 @@ class StopFlag:
 
     @contextlib.contextmanager
     def delayed(self) -> Iterator[None]:
-        """Within, a signal waits: it comes at the end of what is not to be done by halves."""
-        if self._deferred or threading.current_thread() is not threading.main_thread():  # the thread that hears signals
+        """Delay signals until the end of the block, which must not be interrupted halfway."""
+        if self._deferred or threading.current_thread() is not threading.main_thread():  # which gets signals
             yield
             return
         before = self.requested

@@ -1,4 +1,4 @@
-"""The pod's final word: one line of JSON that the kubelet hands to the operator."""
+"""The pod's termination message: one line of JSON that the kubelet passes to the operator."""
 
 import contextlib
 import threading
@@ -14,14 +14,14 @@ _ELLIPSIS = "…"
 
 
 def failure_message(error: RunError, checkpoint: Checkpoint | None = None) -> TerminationMessage:
-    """Return what is said about a failed run."""
+    """Return the termination message of a failed run."""
     return TerminationMessage(reason=error.reason, message=error.message, step=error.step, checkpoint=checkpoint)
 
 
 class TerminationMessageWriter:
-    """The last word of a process, said once: what several threads notice of one end must not take turns.
+    """Writes a process's termination message exactly once: only the first of several threads that fail counts.
 
-    It hears the progress as any sink does, so that it knows the newest checkpoint of a run that did not end well.
+    It is a progress sink too, so that the message of a failed run has the newest checkpoint.
     """
 
     def __init__(self, path: Path) -> None:
@@ -32,52 +32,52 @@ class TerminationMessageWriter:
         self._written = False
 
     def report(self, progress: Progress) -> None:
-        """Remember how far the run is."""
+        """Remember step and checkpoint."""
         self._checkpoint, self._step = progress.checkpoint, progress.step
 
     def note(self, text: str) -> None:
-        """Leave sentences to the log."""
+        """Ignore log messages."""
 
     def write_failure(self, error: RunError) -> None:
-        """Say why the run failed."""
-        word = failure_message(error, self._checkpoint)
-        self.write(word if word.step is not None else word.model_copy(update={"step": self._step}))
+        """Write the reason of a failure."""
+        message = failure_message(error, self._checkpoint)
+        self.write(message if message.step is not None else message.model_copy(update={"step": self._step}))
 
-    def write(self, word: TerminationMessage) -> None:
-        """Write the word, unless there is one."""
+    def write(self, message: TerminationMessage) -> None:
+        """Write the message, unless one was written."""
         with self._lock:
             if not self._written:
                 self._written = True
-                write_termination_message(word, self._path)
+                write_termination_message(message, self._path)
 
 
-def to_json_line(word: TerminationMessage, limit: int = TERMINATION_MESSAGE_BYTES) -> str:
-    """Return the word as JSON of at most `limit` bytes; only the message is shortened."""
-    line = _dump(word)
-    # Escapes make a character up to six bytes, so the length to keep is searched for, not computed.
-    low, high = 0, len(word.message)
+def to_json_line(message: TerminationMessage, limit: int = TERMINATION_MESSAGE_BYTES) -> str:
+    """Return JSON of at most `limit` bytes; only the text of the message is shortened."""
+    line = _dump(message)
+    # A character takes up to six bytes when escaped, so the length is found by binary search.
+    low, high = 0, len(message.message)
     if len(line.encode()) <= limit:
         return line
     while low < high:
-        kept = (low + high + 1) // 2
-        if len(_dump(_shortened(word, kept)).encode()) <= limit:
-            low = kept
+        middle = (low + high + 1) // 2
+        if len(_dump(_shortened(message, middle)).encode()) <= limit:
+            low = middle
         else:
-            high = kept - 1
-    return _dump(_shortened(word, low))
+            high = middle - 1
+    return _dump(_shortened(message, low))
 
 
-def write_termination_message(word: TerminationMessage, path: Path) -> None:
-    """Write the word where the kubelet looks for it; outside a pod there may be no such place."""
+def write_termination_message(message: TerminationMessage, path: Path) -> None:
+    """Write the message to the path that the kubelet reads; outside a pod the folder may not exist."""
     with contextlib.suppress(OSError):
-        path.write_text(to_json_line(word), encoding="utf-8")
+        path.write_text(to_json_line(message), encoding="utf-8")
 
 
-def _shortened(word: TerminationMessage, characters: int) -> TerminationMessage:
-    return word.model_copy(update={"message": word.message[:characters] + _ELLIPSIS})
+def _shortened(message: TerminationMessage, characters: int) -> TerminationMessage:
+    return message.model_copy(update={"message": message.message[:characters] + _ELLIPSIS})
 
 
-def _dump(word: TerminationMessage) -> str:
-    # A lone surrogate (from an undecodable file name, say) has no UTF-8 form and would end the last word itself.
-    clean = REDACTOR.redact_text(word.message).encode("utf-8", "replace").decode("utf-8")
-    return word.model_copy(update={"message": clean}).model_dump_json(by_alias=True, exclude_none=True)
+def _dump(message: TerminationMessage) -> str:
+    # A lone surrogate (for example from an undecodable file name) has no UTF-8 form and would make writing fail.
+    clean = REDACTOR.redact_text(message.message).encode("utf-8", "replace").decode("utf-8")
+    return message.model_copy(update={"message": clean}).model_dump_json(by_alias=True, exclude_none=True)

@@ -1,4 +1,4 @@
-"""Checkpoints: the state of a training in the output, each complete or invisible, and the way back from one."""
+"""Checkpoints of a training run in its output: uploaded with the manifest last, verified before a run resumes."""
 
 import re
 import tempfile
@@ -26,32 +26,32 @@ _BEST: Final = "best.safetensors"
 _OPTIMIZER: Final = "optimizer.safetensors"
 _RECORD: Final = "record.json"
 _FORMER_OPTIMIZERS: Final = {"paged_adamw": "pagedAdamw", "paged_adamw8bit": "pagedAdamw8bit"}
-"""Names in checkpoints that were written before the trainer spelled optimizers as the manifest does."""
+"""Optimizer names in older checkpoints, mapped to the spelling of the spec."""
 _NAME: Final = re.compile(r"step-(?P<step>\d{6,})-a(?P<attempt>\d+)")
 
 
 class RunFingerprint(ApiModel):
-    """What a checkpoint and the run that goes on from it must agree in."""
+    """What must be equal in a checkpoint and in the run that resumes from it."""
 
     digest: str
-    """The result's: model, data, recipe, seed."""
+    """Digest of the result: model, data, training settings, seed."""
     total_steps: int
     rows: int
-    """Training rows that are left after tokenisation."""
+    """Training rows after tokenization."""
     optimizer: Annotated[str, AfterValidator(lambda name: _FORMER_OPTIMIZERS.get(name, name))]
-    """The kind, whose state another kind cannot read."""
+    """The optimizer's name; another optimizer cannot read its state."""
     division: str = ""
-    """Strategy and number of the processes that the optimizer's state is divided among; empty where it is whole."""
+    """Strategy and number of processes that the optimizer state is sharded over; empty if it is not sharded."""
 
 
 class CheckpointRecord(ApiModel):
-    """The part of a checkpoint that is no tensor."""
+    """record.json: everything in a checkpoint that is not a tensor."""
 
     course: RunFingerprint
     started_at: datetime
     """When the first attempt started."""
     peak_memory_bytes: int = 0
-    """The highest of all attempts so far."""
+    """Maximum over all attempts so far."""
     steps: tuple[StepRecord, ...]
     held_out: tuple[ValidationRecord, ...]
     optimizer: dict[str, float | int | bool | None]
@@ -59,21 +59,21 @@ class CheckpointRecord(ApiModel):
 
 
 class CheckpointManifest(ApiModel):
-    """manifest.json of a checkpoint, written last: who finds it finds every file."""
+    """manifest.json of a checkpoint; it is uploaded last, so if it exists, all files do."""
 
     step: int
     time: datetime
-    """When every file was there."""
+    """When all files were uploaded."""
     verified: bool
-    """Whether the store confirmed the SHA-256 of every file."""
+    """Whether the object store confirmed the SHA-256 of every file."""
     files: tuple[ManifestFile, ...]
 
 
 @dataclass(frozen=True, order=True)
 class CheckpointId:
-    """The folder of a checkpoint; attempts that overlap never write the same object, since each has its number in it.
+    """Step and attempt of a checkpoint; the attempt keeps overlapping attempts from writing the same object.
 
-    The later place is the newer one: of two attempts at one step, that of the later attempt.
+    Ordered by age: at the same step, the checkpoint of the later attempt is the newer one.
     """
 
     step: int
@@ -81,29 +81,29 @@ class CheckpointId:
 
     @property
     def name(self) -> str:
-        """Return the folder's name."""
+        """Return the folder name."""
         return f"step-{self.step:06}-a{self.attempt}"
 
     @classmethod
     def parse(cls, name: str) -> "CheckpointId | None":
-        """Return the place of a folder's name; None where it is none of ours."""
+        """Parse a folder name; None if it is not a checkpoint's."""
         match = _NAME.fullmatch(name)
         return cls(int(match["step"]), int(match["attempt"])) if match else None
 
 
 @dataclass(frozen=True)
 class CheckpointCallbacks:
-    """Who is told what becomes of checkpoints."""
+    """Callbacks for checkpoint events."""
 
     note: Callable[[str], None]
-    """Called with what a person should know."""
+    """Called with log messages."""
     on_complete: Callable[[Checkpoint], None]
-    """Called with each checkpoint that a run can go on from, the newest last."""
+    """Called with each checkpoint that a run can resume from, newest last."""
 
 
 @dataclass(frozen=True)
 class LoadedCheckpoint:
-    """A checkpoint that a run goes on from."""
+    """A checkpoint that a run resumes from."""
 
     checkpoint_id: CheckpointId
     state: TrainingState
@@ -121,9 +121,9 @@ class CheckpointStore:
         callbacks: CheckpointCallbacks,
     ) -> None:
         self.started_at = started
-        """When the run started; that of the first attempt, once its checkpoint was found."""
+        """When the first attempt started; known after `load_latest`, until then the start of this attempt."""
         self.peak_memory_bytes = 0
-        """The highest of earlier attempts, once their checkpoint was found."""
+        """Maximum over earlier attempts; known after `load_latest`."""
         self._output = output
         self._fingerprint = fingerprint
         self._attempt = attempt
@@ -131,44 +131,67 @@ class CheckpointStore:
         self._folder = f"{fingerprint.digest}/checkpoints"
 
     def load_latest(self) -> LoadedCheckpoint | None:
-        """Return the newest state that is whole and of this course; what is not is named and passed over."""
+        """Return the newest intact checkpoint with the same fingerprint; others are logged and skipped.
+
+        Returns:
+            None if the run starts from step 0.
+
+        Raises:
+            RunError: The checkpoints cannot be listed. Errors of a single checkpoint are logged, and it is skipped.
+
+        """
         folders = self._folders()
-        # A run on one computer counts no attempts, and must not write where an earlier one did either.
-        self._attempt = max([self._attempt, *(place.attempt + 1 for place in _parse_ids(folders))])
+        # Outside a cluster every attempt has number 1, but must not write into the folder of an earlier one.
+        self._attempt = max([self._attempt, *(found.attempt + 1 for found in _parse_ids(folders))])
         for name in sorted(folders, key=_sort_key, reverse=True):
             try:
                 found = self._load_folder(name, folders[name])
             except (RunError, ValidationError, SafetensorError, ValueError) as error:
-                self._callbacks.note(f"the checkpoint {self._folder}/{name} is passed over: {error}")
+                self._callbacks.note(f"checkpoint {self._folder}/{name} skipped: {error}")
                 continue
             step = found.checkpoint_id.step
-            self._callbacks.note(
-                f"going on after step {step}, from the checkpoint {self._output.root}/{self._path(name)}"
-            )
+            self._callbacks.note(f"resumed from step {step}, checkpoint {self._output.root}/{self._path(name)}")
             return found
         return None
 
     def load(self, checkpoint_id: CheckpointId) -> TrainingState:
-        """Return the state that another process found."""
+        """Load the checkpoint that the main process chose, on the other ranks.
+
+        Raises:
+            RunError: The store failed.
+            ValueError: A file or the fingerprint does not match.
+
+        """
         return self._load(checkpoint_id)[1]
 
     def save(self, state: TrainingState, keep: int) -> None:
-        """Write a state, and remove all but the newest so many; the manifest comes last."""
-        place = CheckpointId(state.step, self._attempt)
+        """Upload a checkpoint, manifest last, and prune older ones.
+
+        Args:
+            state: The state to save.
+            keep: Number of complete checkpoints that remain; at least 1.
+
+        Raises:
+            RunError: The upload failed. A failure to prune is only logged.
+
+        """
+        checkpoint_id = CheckpointId(state.step, self._attempt)
         with tempfile.TemporaryDirectory() as folder:
             self._write(state, Path(folder))
             files = describe_files(Path(folder))
             confirmed = [
-                self._output.put(f"{self._path(place.name)}/{file.path}", Path(folder, file.path)) for file in files
+                self._output.put(f"{self._path(checkpoint_id.name)}/{file.path}", Path(folder, file.path))
+                for file in files
             ]
         now = datetime.now(UTC).replace(microsecond=0)
-        manifest = CheckpointManifest(step=place.step, time=now, verified=all(confirmed), files=files)
-        self._output.put(f"{self._path(place.name)}/{MANIFEST}", manifest.model_dump_json(by_alias=True).encode())
-        self._callbacks.on_complete(self._describe(place, manifest))
-        self._prune(place, keep)
+        manifest = CheckpointManifest(step=checkpoint_id.step, time=now, verified=all(confirmed), files=files)
+        content = manifest.model_dump_json(by_alias=True).encode()
+        self._output.put(f"{self._path(checkpoint_id.name)}/{MANIFEST}", content)
+        self._callbacks.on_complete(self._describe(checkpoint_id, manifest))
+        self._prune(checkpoint_id, keep)
 
     def delete_all(self) -> None:
-        """Remove every checkpoint; the published adapter has taken their place."""
+        """Delete all checkpoints once the adapter is published; failures are only logged."""
         try:
             for name in self._folders():
                 self._remove(name)
@@ -179,7 +202,7 @@ class CheckpointStore:
         return f"{self._folder}/{name}"
 
     def _folders(self) -> dict[str, bool]:
-        """Return the name of each folder, and whether its manifest is there."""
+        """Return each folder name, and whether the folder has a manifest."""
         found: dict[str, bool] = {}
         for entry in self._output.list(self._folder):
             name, _, file = entry.path.removeprefix(f"{self._folder}/").partition("/")
@@ -187,33 +210,33 @@ class CheckpointStore:
         return found
 
     def _load_folder(self, name: str, complete: bool) -> LoadedCheckpoint:
-        place = CheckpointId.parse(name)
-        if place is None:
-            raise ValueError("it is none of this program's")
+        checkpoint_id = CheckpointId.parse(name)
+        if checkpoint_id is None:
+            raise ValueError("its name is not step-NNNNNN-aN")
         if not complete:
-            raise ValueError("it has no manifest, so that it was never complete")
-        manifest, state = self._load(place)
-        self._callbacks.on_complete(self._describe(place, manifest))
-        return LoadedCheckpoint(place, state)
+            raise ValueError("it has no manifest.json, so it is incomplete")
+        manifest, state = self._load(checkpoint_id)
+        self._callbacks.on_complete(self._describe(checkpoint_id, manifest))
+        return LoadedCheckpoint(checkpoint_id, state)
 
     def _describe(self, checkpoint_id: CheckpointId, manifest: CheckpointManifest) -> Checkpoint:
         uri = f"{self._output.root}/{self._path(checkpoint_id.name)}"
         return Checkpoint(step=checkpoint_id.step, uri=uri, time=manifest.time, verified=manifest.verified)
 
     def _prune(self, newest: CheckpointId, keep: int) -> None:
-        """Remove older checkpoints, and what earlier attempts left incomplete."""
+        """Delete older checkpoints, and incomplete ones of earlier attempts."""
         try:
             folders = self._folders()
-            # Later ones are those that were passed over; they must not crowd out what this run can go on from.
-            usable = sorted(place for place in _parse_ids(folders) if folders[place.name] and place <= newest)
-            partial = [place for place in _parse_ids(folders) if not folders[place.name] and _is_stale(place, newest)]
-            for place in [*usable[:-keep], *partial]:
-                self._remove(place.name)
+            # Newer ones were skipped on load; they must not displace checkpoints that this run can resume from.
+            usable = sorted(found for found in _parse_ids(folders) if folders[found.name] and found <= newest)
+            partial = [found for found in _parse_ids(folders) if not folders[found.name] and _is_stale(found, newest)]
+            for found in [*usable[:-keep], *partial]:
+                self._remove(found.name)
         except RunError as error:
             self._log_prune_failure(error)
 
     def _log_prune_failure(self, error: RunError) -> None:
-        self._callbacks.note(f"old checkpoints stay in {self._output.root}/{self._folder}: {error}")
+        self._callbacks.note(f"old checkpoints in {self._output.root}/{self._folder} were not deleted: {error}")
 
     def _write(self, state: TrainingState, folder: Path) -> None:
         save_file(dict(state.weights), folder / _ADAPTER)
@@ -249,32 +272,37 @@ class CheckpointStore:
         target = folder / file.path
         self._output.download(f"{path}/{file.path}", target)
         if sha256_of(target) != file.sha256:
-            raise ValueError(f"{file.path} is not what its manifest says")
+            raise ValueError(f"{file.path} does not match the SHA-256 in its manifest")
 
     def _remove(self, name: str) -> None:
-        """Remove the manifest first, so that no reader finds half a checkpoint."""
+        """Delete the manifest first, so that no reader sees a partial checkpoint."""
         self._output.delete(f"{self._path(name)}/{MANIFEST}")
         for entry in self._output.list(self._path(name)):
             self._output.delete(entry.path)
 
 
 def _parse_ids(names: Iterable[str]) -> Iterator[CheckpointId]:
-    return (place for name in names if (place := CheckpointId.parse(name)) is not None)
+    return (found for name in names if (found := CheckpointId.parse(name)) is not None)
 
 
 def _sort_key(name: str) -> CheckpointId:
-    """Return the place to sort a name by; what has none comes first of all."""
+    """Return the sort key of a folder name; names that do not parse sort first."""
     return CheckpointId.parse(name) or CheckpointId(-1, 0)
 
 
 def _is_stale(checkpoint_id: CheckpointId, newest: CheckpointId) -> bool:
-    """Return whether nobody writes a place any more, or what is written there is of no use."""
+    """Return whether an incomplete checkpoint of an earlier attempt is no longer needed."""
     return checkpoint_id.attempt < newest.attempt and checkpoint_id.step <= newest.step
 
 
 def check_fingerprint(found: RunFingerprint, wanted: RunFingerprint) -> None:
-    """Refuse the state of another course: its learning rates and its rows would be none of this run's (trap 37)."""
+    """Refuse the state of a run with other settings: its learning rates and rows would not fit this run (trap 37).
+
+    Raises:
+        ValueError: The fields differ; the message names each with both values.
+
+    """
     was, now = found.model_dump(by_alias=True), wanted.model_dump(by_alias=True)
     differing = [f"{name} was {was[name]} and is {now[name]}" for name in was if was[name] != now[name]]
     if differing:
-        raise ValueError(f"it belongs to another course of training: {', '.join(differing)}")
+        raise ValueError(f"it was saved by a run with other settings: {', '.join(differing)}")

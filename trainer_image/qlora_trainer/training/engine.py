@@ -1,4 +1,4 @@
-"""How gradients become a step: added up among the processes, or divided among them by DeepSpeed (ZeRO-2 and ZeRO-3)."""
+"""Forward, backward and optimizer step: with all-reduced gradients, or sharded by DeepSpeed (ZeRO-2 and ZeRO-3)."""
 
 from __future__ import annotations
 
@@ -32,43 +32,60 @@ from qlora_trainer.training.state import (
 )
 
 _RANK_SEPARATOR: Final = ":"
-"""Follows the number of the process in the names of a divided optimizer's state."""
+"""Follows the rank in the names of a sharded optimizer state."""
 
 
 class Engine(Protocol):
-    """What takes gradients and makes steps; every call is made by all processes alike."""
+    """Accumulates gradients and takes optimizer steps; all ranks make the same calls in the same order."""
 
     def initialize(self, state: TrainingState | None) -> None:
-        """Get ready for the first step, or for the one after a state."""
+        """Prepare for the first step, or for the step after `state`."""
 
     def backward(self, batch: Batch, weight: float, *, last: bool) -> float:
-        """Add a batch's gradients, and return its summed loss; `last` says that the step's gradients are complete.
+        """Run forward and backward on a micro-batch and accumulate its gradients.
 
-        The graph goes with this call. While a variable holds it, checkpoints hold their inputs and bitsandbytes' 8-bit
-        layers all of theirs, beside those of the next micro-batch.
+        The graph is freed before this returns: a variable that held it would keep the inputs of checkpointed layers,
+        and every activation of bitsandbytes' 8-bit layers, in memory during the next micro-batch.
+
+        Args:
+            batch: The micro-batch.
+            weight: Factor of the loss in the gradients: 1 / labels of the global batch, or 0 for padding.
+            last: Whether this is the step's last micro-batch.
+
+        Returns:
+            The summed, unweighted loss over the batch's labels, in nats.
+
         """
 
     def gradients(self) -> Mapping[str, torch.Tensor | None]:
-        """Return the gradient of each weight that learns, by name, between the last batch and the update."""
+        """Return the gradient of each trainable weight by name; valid after the last backward, before the step."""
 
     def optimizer_step(self, rate: float) -> float:
-        """Clip, step and clear; return the norm before clipping."""
+        """Clip the gradients, step, and zero them.
+
+        Args:
+            rate: Learning rate of this step.
+
+        Returns:
+            The gradient norm before clipping.
+
+        """
 
     def weights(self) -> Weights:
-        """Return a copy of the weights that learn, whole, by name."""
+        """Return a copy of the trainable weights by name, unsharded, on the CPU."""
 
     def load_weights(self, weights: Weights) -> None:
-        """Give the model other weights, after the last step."""
+        """Replace the model's weights, after the last step."""
 
     def optimizer_state(self) -> FlatState:
-        """Return a copy of the optimizer's state, of all processes where it is divided."""
+        """Return a copy of the optimizer state on the CPU; if it is sharded, with the shards of all ranks."""
 
     def scaler_state(self) -> Mapping[str, float]:
-        """Return the state of the fp16 loss scaler; empty where nothing is scaled."""
+        """Return the state of the fp16 loss scaler; empty if the loss is not scaled."""
 
 
 class LocalEngine:
-    """Each process has everything; gradients are added up once a step."""
+    """Nothing is sharded; gradients are all-reduced once per step."""
 
     def __init__(
         self, trainable: TrainableModel, training: TrainingSpec, settings: RuntimeSettings, world: World
@@ -77,7 +94,7 @@ class LocalEngine:
         self._world = world
         self._max_norm = training.max_grad_norm
         self._optimizer = make_optimizer(trainable.parameters(), training, settings.optimizer)
-        # Only fp16 needs its loss scaled; elsewhere the scaler passes everything through.
+        # Only fp16 needs loss scaling; for other dtypes the scaler is disabled.
         self.scaler = torch.amp.GradScaler(trainable.device.type, enabled=settings.dtype == torch.float16)
 
     def initialize(self, state: TrainingState | None) -> None:
@@ -91,7 +108,7 @@ class LocalEngine:
 
     def backward(self, batch: Batch, weight: float, *, last: bool) -> float:  # noqa: ARG002 (Engine's)
         """See Engine."""
-        # With fp16's scale from the start: small gradients of the logits would be lost before a later one.
+        # Scaled before backward: small gradients of the logits would underflow in fp16 first.
         scaled = self.scaler.scale(torch.tensor(weight, device=self._trainable.device))
         loss = self._trainable.loss_sum(batch, scaled)
         torch.autograd.backward(loss)
@@ -132,7 +149,7 @@ class LocalEngine:
 
 
 class _DeepSpeedModule(Module):
-    """The module that DeepSpeed drives: the weights of the model, and whatever is computed with them."""
+    """The module that DeepSpeed wraps: it owns the weights, and forward computes whatever it is given."""
 
     def __init__(self, peft: Any) -> None:
         super().__init__()
@@ -143,7 +160,7 @@ class _DeepSpeedModule(Module):
 
 
 class DeepSpeedEngine:
-    """DeepSpeed divides optimizer state and gradients among the processes, and with ZeRO-3 every weight."""
+    """DeepSpeed shards optimizer state and gradients over the ranks, and with ZeRO-3 the weights too."""
 
     def __init__(
         self, trainable: TrainableModel, training: TrainingSpec, settings: RuntimeSettings, world: World
@@ -155,16 +172,16 @@ class DeepSpeedEngine:
         self._engine: Any = None
 
     def initialize(self, state: TrainingState | None) -> None:
-        """See Engine; what is divided already stays so."""
+        """See Engine; does nothing if the weights are sharded already."""
         if self._engine is not None:
             return
         import deepspeed  # noqa: PLC0415 (seconds, and only here)
 
-        # Before the weights are divided: afterwards nobody has them whole.
+        # Before sharding: afterwards no rank has the full weights.
         if state is not None:
             load_weights(self._trainable, state.weights)
         optimizer = make_optimizer(self._trainable.parameters(), self._training, self._settings.optimizer)
-        # On a CPU it would compile an operator for processes of one host, and an image has no compiler.
+        # On a CPU DeepSpeed would compile its shared-memory operator, and the image has no compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self._engine, *_ = deepspeed.initialize(
             model=_DeepSpeedModule(self._trainable.wrapped),
@@ -181,23 +198,23 @@ class DeepSpeedEngine:
                 self._engine.optimizer.optimizer.state[parts[number]] = self._on_device(moments)
 
     def _on_device(self, moments: Mapping[str, Any]) -> dict[str, Any]:
-        """Put moments where the weights are; the count of steps stays with the host unless the kernel is fused."""
+        """Move the moments to the weights' device; the step count stays on the CPU unless the kernel is fused."""
         device, fused = self._trainable.device, self._settings.optimizer == OptimizerKind.ADAMW_FUSED
         return {name: value.to(device) if fused or value.ndim else value for name, value in moments.items()}
 
     def _fp32_partitions(self) -> Sequence[torch.Tensor]:
-        """Return this process's parts of the weights in fp32, one per group: what the optimizer inside works on.
+        """Return this rank's fp32 partitions, one per parameter group: what the wrapped optimizer updates.
 
-        Its state_dict would not do: between two steps ZeRO-3 leaves its groups empty.
+        Its state_dict is no substitute: between two steps ZeRO-3 leaves its groups empty.
         """
-        divided = self._engine.optimizer
-        flat = divided.fp32_partitioned_groups_flat if self._world.sharing.shards_weights else None
-        parts: Sequence[torch.Tensor] = flat or divided.single_partition_of_fp32_groups
+        optimizer = self._engine.optimizer
+        flat = optimizer.fp32_partitioned_groups_flat if self._world.sharing.shards_weights else None
+        parts: Sequence[torch.Tensor] = flat or optimizer.single_partition_of_fp32_groups
         return parts
 
     def backward(self, batch: Batch, weight: float, *, last: bool) -> float:
         """See Engine."""
-        # DeepSpeed takes the mean over the processes, and ours is a sum.
+        # DeepSpeed averages over the ranks; the loss here is a sum.
         scaled = torch.tensor(weight * self._world.size, device=self._trainable.device)
         self._engine.set_gradient_accumulation_boundary(last)
         loss = self._engine(lambda: self._trainable.loss_sum(batch, scaled))
@@ -229,9 +246,9 @@ class DeepSpeedEngine:
         """See Engine."""
         import deepspeed  # noqa: PLC0415 (as above)
 
-        named, divided = dict(self._trainable.named_parameters()), self._world.sharing.shards_weights
+        named, sharded = dict(self._trainable.named_parameters()), self._world.sharing.shards_weights
         for name, weight in weights.items():
-            with deepspeed.zero.GatheredParameters([named[name]], modifier_rank=0, enabled=divided), torch.no_grad():
+            with deepspeed.zero.GatheredParameters([named[name]], modifier_rank=0, enabled=sharded), torch.no_grad():
                 named[name].copy_(weight)
 
     def optimizer_state(self) -> FlatState:
@@ -246,27 +263,32 @@ class DeepSpeedEngine:
 
 
 def make_engine(trainable: TrainableModel, training: TrainingSpec, settings: RuntimeSettings, world: World) -> Engine:
-    """Return the engine of the world's strategy, with fresh optimizer state."""
+    """Return the engine for the world's strategy, with fresh optimizer state.
+
+    Raises:
+        RunError: INVALID_SPEC if the strategy cannot compute in the device's dtype.
+
+    """
     if world.sharing.launcher != "deepspeed":
         return LocalEngine(trainable, training, settings, world)
     if settings.dtype == torch.float16:
         raise RunError(
             Reason.INVALID_SPEC,
-            f"spec.distribution {world.strategy} computes in bf16 or fp32, and this device has fast fp16 only; set it "
+            f"spec.distribution {world.strategy} needs bf16 or fp32, and this device is fast in fp16 only; set it "
             f"to {DDP.name}, or choose a GPU of sm_80 or later",
         )
     return DeepSpeedEngine(trainable, training, settings, world)
 
 
 def merge_optimizer_partitions(parts: Sequence[FlatState]) -> FlatState:
-    """Return the optimizer states of all processes as one; an adapter's are megabytes, so one file holds them all."""
+    """Merge the optimizer states of all ranks, prefixed by rank; an adapter's are megabytes, so one file is enough."""
     return {f"{rank}{_RANK_SEPARATOR}{name}": value for rank, part in enumerate(parts) for name, value in part.items()}
 
 
-def select_optimizer_partition(joined: FlatState, rank: int) -> FlatState:
-    """Return the optimizer state of one process."""
+def select_optimizer_partition(merged: FlatState, rank: int) -> FlatState:
+    """Return one rank's optimizer state from a merged one."""
     mine = f"{rank}{_RANK_SEPARATOR}"
-    return {name.removeprefix(mine): value for name, value in joined.items() if name.startswith(mine)}
+    return {name.removeprefix(mine): value for name, value in merged.items() if name.startswith(mine)}
 
 
 def _set_learning_rate(optimizer: Any, rate: float) -> None:

@@ -1,4 +1,4 @@
-"""The training loop: reads top to bottom, and a step is a function of the seed and its number."""
+"""The training loop; randomness depends only on seed and step, so a resumed run matches an uninterrupted one."""
 
 import math
 import time
@@ -36,41 +36,46 @@ from qlora_trainer.training.state import (
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long, and in which portions."""
+    """Number of steps, micro-batch size and learning rates."""
 
     training: TrainingSpec
     micro_batch_size: int
     total_steps: int
 
     def learning_rate(self, step: int) -> float:
-        """Return the rate of a step, counted from 0: up in a line, then down along the chosen course."""
+        """Return a step's learning rate: linear warm-up, then the scheduler's decay.
+
+        Args:
+            step: Counted from 0.
+
+        """
         warmup = warmup_steps(self.training, self.total_steps)
         if step < warmup:
             return self.training.learning_rate * (step + 1) / warmup
-        passed = (step - warmup) / max(self.total_steps - warmup, 1)
-        course = {"cosine": (1 + math.cos(math.pi * passed)) / 2, "linear": 1 - passed, "constant": 1.0}
-        return self.training.learning_rate * course[self.training.scheduler]
+        progress = (step - warmup) / max(self.total_steps - warmup, 1)
+        decay = {"cosine": (1 + math.cos(math.pi * progress)) / 2, "linear": 1 - progress, "constant": 1.0}
+        return self.training.learning_rate * decay[self.training.scheduler]
 
 
 @dataclass(frozen=True)
 class TrainingCallbacks:
-    """Who is told about a training while it goes on; every process tells its own, and only one's passes it on."""
+    """Callbacks of the training loop; every rank calls its own, and only the main process's report anything."""
 
     on_step: Callable[[StepRecord], None]
-    """Called with each finished step."""
+    """Called after each step."""
     on_validation: Callable[[ValidationRecord], None]
-    """Called with each look at the held-out rows."""
+    """Called after each validation."""
     on_heartbeat: Callable[[], None]
-    """Called now and then while that takes its time."""
+    """Called after each batch of a validation."""
     should_checkpoint: Callable[[int, bool], bool]
-    """Asked with the steps done whether to keep the state after them, and told whether this is the last occasion."""
+    """Decides after a step whether to save a checkpoint, from the steps done and whether the loop ends here."""
     checkpoint: Callable[[TrainingState, bool], None]
-    """Called with the state to keep, and whether this is the last occasion: then it is kept when the call returns."""
+    """Saves the state; when the loop ends here (second argument), the checkpoint is complete on return."""
 
 
 @dataclass(frozen=True)
 class TrainingLoop:
-    """What every step of a run shares."""
+    """Model, rows and settings that every step uses."""
 
     trainable: TrainableModel
     rows: Sequence[TokenRow]
@@ -81,7 +86,20 @@ class TrainingLoop:
     held_out: Sequence[TokenRow] = ()
 
     def run(self, stop: StopFlag, callbacks: TrainingCallbacks, start: TrainingState | None = None) -> History:
-        """Train the adapter in place, on from a state if there is one, and return what happened."""
+        """Train the adapter in place.
+
+        Args:
+            stop: Raised by SIGTERM; the loop ends after the current step, with a checkpoint.
+            callbacks: Reports, and checkpoint decisions.
+            start: State to resume from; None starts from step 0.
+
+        Returns:
+            All steps and validations, including those before `start`. The model has the selected weights.
+
+        Raises:
+            RunError: INTERRUPTED after a stop; NON_FINITE_LOSS, LOSS_DIVERGED or TRAINER_ERROR if training failed.
+
+        """
         training, total = self.schedule.training, self.schedule.total_steps
         history, best = (start.history.copy(), start.best) if start else (History(), {})
         self.engine.initialize(start)
@@ -99,7 +117,7 @@ class TrainingLoop:
         return history
 
     def _train_step(self, history: History, callbacks: TrainingCallbacks) -> None:
-        """Take a step, and refuse to go on when there is no point in it."""
+        """Train one step, and end the run if it diverged."""
         record = self.step(len(history.steps))
         check_finite(record, scaling=self.settings.dtype == torch.float16)
         callbacks.on_step(record)
@@ -107,26 +125,26 @@ class TrainingLoop:
         check_divergence(history)
 
     def _evaluate(self, history: History, stop: StopFlag, callbacks: TrainingCallbacks) -> None:
-        """Look at the held-out rows; a look that a stop cut short is as if it had not been."""
-        rows = Validator(self.held_out, self.schedule.micro_batch_size, self.world, packing=self.settings.packing)
-        look = rows.run(self.trainable, len(history.steps), stop, callbacks.on_heartbeat)
-        if look is None:
+        """Run a validation; one that a stop interrupted is discarded."""
+        validator = Validator(self.held_out, self.schedule.micro_batch_size, self.world, packing=self.settings.packing)
+        record = validator.run(self.trainable, len(history.steps), stop, callbacks.on_heartbeat)
+        if record is None:
             return
-        callbacks.on_validation(look)
-        history.add_validation(look)
+        callbacks.on_validation(record)
+        history.add_validation(record)
 
     def _update_best(self, history: History, best: Weights) -> Weights:
-        """Return the weights to keep, after a look."""
-        looks = history.validations
-        is_news = self.schedule.training.keep == "best" and looks and looks[-1] == best_validation(looks)
-        return self.engine.weights() if is_news else best
+        """Return the best weights after a validation."""
+        records = history.validations
+        improved = self.schedule.training.keep == "best" and records and records[-1] == best_validation(records)
+        return self.engine.weights() if improved else best
 
     def _maybe_checkpoint(self, callbacks: TrainingCallbacks, history: History, best: Weights, stop: StopFlag) -> bool:
-        """Let one process keep the state, and return whether all of them have to stop."""
+        """Save a checkpoint from the main process if one is due; return whether all ranks must stop."""
         training, total, step = self.schedule.training, self.schedule.total_steps, len(history.steps)
         (stopping,) = self.world.all_reduce_any(stop.requested)
         last = stopping or is_finished(history, training, total)
-        # A look that is due belongs to the state after its step.
+        # A validation that is due comes first: the checkpoint includes its record.
         ready = self.world.is_main_process and (stopping or not evaluation_is_due(history, training, total))
         (wanted,) = self.world.all_reduce_any(ready and callbacks.should_checkpoint(step, last))
         if wanted:
@@ -134,7 +152,7 @@ class TrainingLoop:
             if self.world.is_main_process:
                 callbacks.checkpoint(state, last)
         if stopping:
-            self.world.barrier()  # who ends first would take the saving process with it
+            self.world.barrier()  # the first rank to exit would take the saving one down with it
         return stopping
 
     def _snapshot_state(self, history: History, best: Weights) -> TrainingState:
@@ -148,13 +166,21 @@ class TrainingLoop:
         )
 
     def step(self, step: int) -> StepRecord:
-        """Learn from one global batch; steps count from 0 here, and from 1 in the record."""
+        """Train on one global batch.
+
+        Args:
+            step: Counted from 0; the record counts from 1.
+
+        Returns:
+            Mean loss per label in nats over all ranks, and the gradient norm before clipping.
+
+        """
         started, training = time.perf_counter(), self.schedule.training
-        # Dropout depends on seed, step and rank alone, so that whatever drew random numbers before does not matter.
+        # Dropout depends only on seed, step and rank, not on what drew random numbers before.
         torch.manual_seed((training.seed << 30) + step * self.world.size + self.world.rank)
         numbers = sample_step(step, len(self.rows), training.global_batch_size, training.seed)
         window = [self.rows[number] for number in numbers]
-        # One divisor for the whole step: a mean of micro-batches' means weighs short rows more (transformers#34191).
+        # Divided by all labels of the step: a mean of micro-batch means overweights short rows (transformers#34191).
         labels = sum(row.label_count for row in window)
         loss = self.world.all_reduce_sum(self._accumulate(window, labels)) / labels
         if step == 0 and (self.world.backward_is_collective or self.world.shard(window)):
@@ -171,20 +197,20 @@ class TrainingLoop:
         )
 
     def _accumulate(self, window: Sequence[TokenRow], labels: int) -> float:
-        """Add up the gradients of this process's micro-batches, and return its summed loss."""
+        """Accumulate the gradients of this rank's micro-batches, and return its summed loss."""
         total, passes = 0.0, self._passes(window)
         for number, (rows, counts) in enumerate(passes, start=1):
             total += self._backward(rows, 1 / labels if counts else 0.0, last=number == len(passes))
         return total
 
     def _backward(self, rows: Sequence[TokenRow], weight: float, *, last: bool) -> float:
-        """Add the gradients of one micro-batch, and return its summed loss."""
+        """Accumulate the gradients of one micro-batch, and return its summed loss."""
         batch = collate(rows, self.trainable.device, packing=self.settings.packing)
         with noisy_embeddings(self.trainable.model, self.schedule.training.neftune_alpha, batch):
             return self.engine.backward(batch, weight, last=last)
 
     def _passes(self, window: Sequence[TokenRow]) -> list[tuple[Sequence[TokenRow], bool]]:
-        """Return this process's passes over its share; where they are made in step, as many as any process has."""
+        """Return this rank's micro-batches; if backward is collective, padded to the maximum number over all ranks."""
         ranks = range(self.world.size) if self.world.backward_is_collective else [self.world.rank]
         groups = {
             rank: split_micro_batches(
@@ -198,15 +224,25 @@ class TrainingLoop:
 def make_loop(
     trainable: TrainableModel, rows: Sequence[TokenRow], schedule: Schedule, settings: RuntimeSettings, world: World
 ) -> TrainingLoop:
-    """Return a loop with fresh optimizer state."""
+    """Return a training loop with fresh optimizer state.
+
+    Raises:
+        RunError: INVALID_SPEC if the strategy cannot compute in the device's dtype.
+
+    """
     return TrainingLoop(
         trainable, rows, schedule, settings, world, make_engine(trainable, schedule.training, settings, world)
     )
 
 
 def check_gradients(gradients: Mapping[str, torch.Tensor | None]) -> None:
-    """Refuse to go on when a part of the adapter gets no gradient: it would never learn, and nothing would say so."""
-    # B starts at zero, so that in the first step A's gradient is zero and only B's can tell.
+    """Check that every adapter weight gets a gradient; one that gets none would silently stay untrained.
+
+    Raises:
+        RunError: TRAINER_ERROR that names the first weight without a gradient.
+
+    """
+    # B is initialized to zero, so in the first step A's gradient is zero and only B's can be checked.
     idle = [
         name for name, gradient in gradients.items() if gradient is None or ("lora_B" in name and not gradient.any())
     ]
@@ -216,7 +252,16 @@ def check_gradients(gradients: Mapping[str, torch.Tensor | None]) -> None:
 
 
 def check_finite(record: StepRecord, *, scaling: bool) -> None:
-    """End a run that diverged; while fp16 scaling looks for its scale, infinite gradients are no alarm."""
+    """Check that loss and gradient norm are finite.
+
+    Args:
+        record: The step.
+        scaling: Whether fp16 loss scaling is on: while it searches for its scale, infinite gradients are normal.
+
+    Raises:
+        RunError: NON_FINITE_LOSS.
+
+    """
     if math.isfinite(record.loss) and (scaling or math.isfinite(record.grad_norm)):
         return
     what = f"loss {record.loss}" if not math.isfinite(record.loss) else f"gradient norm {record.grad_norm}"
@@ -229,7 +274,12 @@ def check_finite(record: StepRecord, *, scaling: bool) -> None:
 
 
 def check_divergence(history: History) -> None:
-    """End a run whose loss left its level for good: what follows would cost time and help nobody."""
+    """Check that the loss has not diverged for good; more steps would only waste GPU time.
+
+    Raises:
+        RunError: LOSS_DIVERGED.
+
+    """
     level = history.level_before_divergence()
     if level is not None:
         last = history.steps[-1]

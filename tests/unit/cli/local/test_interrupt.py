@@ -55,6 +55,6 @@ def test_run_after_ctrl_c_resumes_from_checkpoint(manifest, monkeypatch, tmp_pat
     monkeypatch.setattr(LineScreen, "report", report)
     resumed = CliRunner().invoke(app, ["run", str(manifest)])
     assert resumed.exit_code == 0, resumed.output
-    assert "going on after step 2, from the checkpoint file://" in resumed.stderr
+    assert "resumed from step 2, checkpoint file://" in resumed.stderr
     assert "step 1/" not in resumed.stderr
     assert resumed.stdout.startswith("Published: ")

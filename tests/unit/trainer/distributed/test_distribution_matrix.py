@@ -1,4 +1,4 @@
-"""Every cell of docs/reference/distribution.md: what is allowed learns what DDP does, what is refused says why."""
+"""Every cell of docs/reference/distribution.md: allowed ones train like DDP, refused ones give field and fix."""
 
 import dataclasses
 import json
@@ -35,7 +35,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
 def test_allowed_strategy_has_the_losses_of_ddp(found: dict[str, list[float]], cell: MatrixCell) -> None:
     losses = found[key_of(cell)]
     assert losses == pytest.approx(found[key_of(MatrixCell(cell.base, cell.variant, "ddp"))], rel=2e-3)
-    assert losses[STEPS - 1] < losses[0], "the second step is seen"
+    assert losses[STEPS - 1] < losses[0], "training has an effect"
 
 
 @pytest.mark.parametrize("cell", REFUSED, ids=key_of)
@@ -45,7 +45,7 @@ def test_refused_strategy_names_field_and_fix(cell: MatrixCell) -> None:
     assert any(word in cell.refusal for word in ("set ", "leave "))
 
 
-def test_the_table_has_both_kinds_for_every_strategy() -> None:
+def test_matrix_has_allowed_and_refused_cells_for_every_strategy() -> None:
     for strategy in ("ddp", "zero2", "zero3"):
         assert any(cell.strategy == strategy for cell in ALLOWED)
         assert any(cell.strategy == strategy for cell in REFUSED)
@@ -53,7 +53,7 @@ def test_the_table_has_both_kinds_for_every_strategy() -> None:
 
 @pytest.mark.parametrize("strategy", ["zero2", "zero3"])
 def test_fp16_with_zero_is_refused(strategy: str) -> None:
-    tuned, choices = make_trainable(), dataclasses.replace(SETTINGS, dtype=torch.float16)
+    trainable, settings = make_trainable(), dataclasses.replace(SETTINGS, dtype=torch.float16)
     with pytest.raises(RunError, match="set it to ddp") as caught:
-        make_engine(tuned, TrainingSpec(), choices, World(CPU, size=2, strategy=strategy))
+        make_engine(trainable, TrainingSpec(), settings, World(CPU, size=2, strategy=strategy))
     assert caught.value.reason is Reason.INVALID_SPEC

@@ -1,6 +1,6 @@
-"""Several pods on this computer: their launchers find each other, stop together, and leave one last word.
+"""Several pods on one machine: their launchers find each other, stop together, and write one termination message.
 
-That they publish what one process does, the end-to-end test shows (tests/e2e/test_gang.py).
+That they publish the same result as one process is tested in tests/e2e/test_gang.py.
 """
 
 import contextlib
@@ -41,40 +41,44 @@ from tests.unit.trainer.tiny import prepare_config, run_config, write_job
 STEPS = 6
 
 
-def word(reason: Reason, message: str = "") -> TerminationMessage:
-    return TerminationMessage(reason=reason, message=message)
+def failure(reason: Reason, text: str = "") -> TerminationMessage:
+    return TerminationMessage(reason=reason, message=text)
 
 
 @pytest.mark.parametrize(
-    ("words", "expected"),
+    ("messages", "expected"),
     [
-        pytest.param([word(Reason.PUBLISHED)], "Published: ", id="published"),
+        pytest.param([failure(Reason.PUBLISHED)], "Published: ", id="published"),
         pytest.param(
-            [word(Reason.COLLECTIVE_TIMEOUT, "peer"), word(Reason.CUDA_OUT_OF_MEMORY, "24 GiB")],
+            [failure(Reason.COLLECTIVE_TIMEOUT, "peer"), failure(Reason.CUDA_OUT_OF_MEMORY, "24 GiB")],
             "CudaOutOfMemory: rank 1: 24 GiB",
-            id="the-cause-is-told-after-its-consequence",
+            id="cause-after-its-consequence",
         ),
         pytest.param(
-            [word(Reason.S3_DENIED, "a"), word(Reason.NON_FINITE_LOSS, "b")], "S3Denied: rank 0: a", id="the-first"
+            [failure(Reason.S3_DENIED, "a"), failure(Reason.NON_FINITE_LOSS, "b")],
+            "S3Denied: rank 0: a",
+            id="first-of-equals",
         ),
         pytest.param(
-            [word(Reason.COLLECTIVE_TIMEOUT, "peer"), word(Reason.INTERRUPTED, "stop")],
+            [failure(Reason.COLLECTIVE_TIMEOUT, "peer"), failure(Reason.INTERRUPTED, "stop")],
             "Interrupted: rank 1: stop",
-            id="a-stop-explains-a-lost-peer",
+            id="stop-explains-lost-peer",
         ),
-        pytest.param([word(Reason.COLLECTIVE_TIMEOUT, "peer")], "CollectiveTimeout: rank 0: peer", id="only-that"),
+        pytest.param(
+            [failure(Reason.COLLECTIVE_TIMEOUT, "peer")], "CollectiveTimeout: rank 0: peer", id="only-consequence"
+        ),
     ],
 )
-def test_choose_message_picks_the_root_cause(words: list[TerminationMessage], expected: str) -> None:
-    chosen = choose_message(dict(enumerate(words)), 1, 0)
+def test_choose_message_picks_the_root_cause(messages: list[TerminationMessage], expected: str) -> None:
+    chosen = choose_message(dict(enumerate(messages)), 1, 0)
     assert chosen is not None
     assert f"{chosen.reason}: {chosen.message}" == expected
 
 
 def test_chosen_message_has_the_checkpoint_of_another_rank() -> None:
     checkpoint = Checkpoint(step=4, uri="s3://b/c", time=datetime(2026, 1, 2, tzinfo=UTC))
-    first = word(Reason.COLLECTIVE_TIMEOUT).model_copy(update={"checkpoint": checkpoint})
-    chosen = choose_message({0: first, 1: word(Reason.CUDA_OUT_OF_MEMORY)}, 1, 0)
+    first = failure(Reason.COLLECTIVE_TIMEOUT).model_copy(update={"checkpoint": checkpoint})
+    chosen = choose_message({0: first, 1: failure(Reason.CUDA_OUT_OF_MEMORY)}, 1, 0)
     assert chosen is not None
     assert (chosen.reason, chosen.checkpoint) == (Reason.CUDA_OUT_OF_MEMORY, checkpoint)
 
@@ -85,7 +89,7 @@ def test_workers_without_message_are_explained_by_exit_code_or_oom() -> None:
     assert killed is not None
     assert killed.reason is Reason.HOST_OUT_OF_MEMORY
     assert crashed is not None
-    assert (crashed.reason, "exit code -11" in crashed.message) == (Reason.TRAINER_ERROR, True)
+    assert (crashed.reason, "exited with code -11" in crashed.message) == (Reason.TRAINER_ERROR, True)
 
 
 def test_unresolvable_main_address_times_out() -> None:
@@ -93,10 +97,10 @@ def test_unresolvable_main_address_times_out() -> None:
         wait_for_address("nobody.invalid", 0, StopFlag())
 
 
-def test_a_stop_ends_the_wait_for_an_address() -> None:
+def test_stop_ends_the_wait_for_the_main_address() -> None:
     stop = StopFlag()
     stop.requested = True
-    with pytest.raises(RunError, match="asked to stop"):
+    with pytest.raises(RunError, match="SIGTERM"):
         wait_for_address("nobody.invalid", 60, stop)
 
 
@@ -115,7 +119,7 @@ while open(f"/proc/{ended.pid}/stat").read().split()[2] != "Z":
 print(runs.pid, flush=True)
 time.sleep(60)
 """
-"""Has one process that it did not wait for, and one that runs."""
+"""Has a zombie and a running worker."""
 
 
 def test_exited_worker_gets_no_sigterm() -> None:
@@ -130,7 +134,7 @@ def test_exited_worker_gets_no_sigterm() -> None:
 
 @pytest.fixture
 def config(tmp_path: Path) -> RunConfig:
-    """A prepared run of four-bit rows, with looks and checkpoints."""
+    """A prepared run with validations and checkpoints."""
     folder = tmp_path / "job"
     blocks = {"training": {"evaluateEvery": 3}, "evaluation": {"generations": 3}, "lora": {"dropout": 0}}
     spec = write_job(folder, checkpoint={"steps": 2}, **blocks)
@@ -150,7 +154,7 @@ def plan_of(strategy: str, steps: int = STEPS) -> Plan:
 
 
 def free_port() -> int:
-    """A port that no connection of somebody else takes meanwhile: below those that the kernel gives out."""
+    """A port outside the kernel's ephemeral range, so that no other connection takes it meanwhile."""
     for port in random.sample(range(20_000, 32_000), 100):
         with socket.socket() as listener, contextlib.suppress(OSError):
             listener.bind(("", port))
@@ -159,7 +163,7 @@ def free_port() -> int:
 
 
 class Pods:
-    """Two launchers with folders of their own and one output."""
+    """Two launchers with separate folders and a common output."""
 
     def __init__(self, config: RunConfig, plan: Plan, folder: Path) -> None:
         self.folder = folder
@@ -175,8 +179,8 @@ class Pods:
     def _start(self, index: int) -> subprocess.Popen[bytes]:
         environment = {INDEX_ENV: str(index), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
         paths = ["--config", self.folder / "run.json", "--work", self.folder / f"work-{index}"]
-        word = ["--termination-message", self.folder / f"word-{index}.json"]
-        command = [sys.executable, "-m", "qlora_trainer", "launch", *paths, *word]
+        message = ["--termination-message", self.folder / f"message-{index}.json"]
+        command = [sys.executable, "-m", "qlora_trainer", "launch", *paths, *message]
         with (self.folder / f"log-{index}").open("w") as log:
             return subprocess.Popen(command, env=os.environ | environment, stdout=log, stderr=subprocess.STDOUT)
 
@@ -188,15 +192,15 @@ class Pods:
                 process.kill()
                 process.wait()
 
-    def word(self, index: int) -> TerminationMessage | None:
-        path = self.folder / f"word-{index}.json"
+    def message(self, index: int) -> TerminationMessage | None:
+        path = self.folder / f"message-{index}.json"
         return TerminationMessage.model_validate_json(path.read_text()) if path.exists() else None
 
     def log(self, index: int) -> str:
         return (self.folder / f"log-{index}").read_text()
 
-    def kept_lines(self, index: int) -> list[str]:
-        """What the output has of the log of a pod: of its launcher, and of its training process."""
+    def uploaded_lines(self, index: int) -> list[str]:
+        """The uploaded log of a pod: of its launcher and of its worker."""
         folder = local_path(self.config.spec.output.uri) / self.config.job / "logs"
         names = [f"attempt-1-node-{index}.jsonl", f"attempt-1-node-{index}-rank-{index}.jsonl"]
         return sorted(line for name in names for line in (folder / name).read_text().splitlines())
@@ -208,10 +212,12 @@ def test_sigterm_of_one_pod_saves_a_checkpoint_and_stops_both(config: RunConfig,
         time.sleep(0.1)
     pods.processes[1].send_signal(signal.SIGTERM)
     assert pods.wait() == [143, 143], pods.log(0)[-3000:] + pods.log(1)[-3000:]
-    reasons = [told.reason if (told := pods.word(index)) else None for index in (0, 1)]
+    reasons = [message.reason if (message := pods.message(index)) else None for index in (0, 1)]
     assert reasons == [Reason.INTERRUPTED, Reason.INTERRUPTED]
     lines = [json.loads(line) for line in pods.log(0).splitlines() if line.startswith("{")]
-    assert {line.get("rank") for line in lines} == {0, None}, "each line of a training process has its rank"
+    assert {line.get("rank") for line in lines} == {0, None}, "each line of a worker has its rank"
     assert list(tmp_path.rglob("checkpoints/step-*/manifest.json"))
     for index in (0, 1):
-        assert pods.kept_lines(index) == sorted(line for line in pods.log(index).splitlines() if line.startswith("{"))
+        assert pods.uploaded_lines(index) == sorted(
+            line for line in pods.log(index).splitlines() if line.startswith("{")
+        )

@@ -1,4 +1,4 @@
-"""Two real processes, connected by gloo, learn what one process does, whatever they divide (traps 1, 2 and 27)."""
+"""Two real processes with gloo train the same weights as one process, with every strategy (traps 1, 2 and 27)."""
 
 from pathlib import Path
 
@@ -15,20 +15,20 @@ from tests.unit.trainer.two_processes import STRATEGIES, make_shared_loop
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory) -> Path:
-    """The folder with what two processes with eight rows each left."""
+    """The results of two processes with eight rows each."""
     folder = tmp_path_factory.mktemp("shared")
     run_two("tests.unit.trainer.two_processes", folder)
     return folder
 
 
 @pytest.fixture(scope="module")
-def alone() -> tuple[list[float], dict[str, torch.Tensor]]:
+def single_process() -> tuple[list[float], dict[str, torch.Tensor]]:
     """The losses and the weights of one process with all rows."""
     loop = make_shared_loop(micro_batch=16)
     history = loop.run(StopFlag(), NO_CALLBACKS)
     with loop.trainable.evaluating():
         sums = compute_row_statistics(loop.trainable, token_rows(5, seed=4), 2, packing=True)
-    losses = [record.loss for record in history.steps] + [look.loss for look in history.validations]
+    losses = [record.loss for record in history.steps] + [validation.loss for validation in history.validations]
     return [*losses, *(row.loss for row in sums)], dict(loop.engine.weights())
 
 
@@ -37,32 +37,32 @@ def losses_of(folder: Path, name: str, rank: int = 0) -> list[float]:
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_trap_02_two_processes_equal_one_with_the_same_global_batch(shared, alone, strategy):
-    losses, weights = alone
+def test_trap_02_two_processes_equal_one_with_the_same_global_batch(shared, single_process, strategy):
+    losses, weights = single_process
     assert losses_of(shared, strategy) == pytest.approx(losses, rel=1e-5)
     found = load_file(shared / f"{strategy}-0.safetensors")
     assert found.keys() == weights.keys()
-    for name, wanted in weights.items():
-        torch.testing.assert_close(found[name], wanted, atol=1e-5, rtol=0)
+    for name, expected in weights.items():
+        torch.testing.assert_close(found[name], expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_both_processes_have_the_same_adapter_and_the_same_losses(shared, strategy):
+def test_both_ranks_have_equal_weights_and_losses(shared, strategy):
     first, second = (load_file(shared / f"{strategy}-{rank}.safetensors") for rank in (0, 1))
     assert all(torch.equal(first[name], second[name]) for name in first)
-    # Held-out rows are in one process each, and none of them twice (trap 27).
+    # Each validation row is on one rank only, so none counts twice (trap 27).
     assert losses_of(shared, strategy, 0) == losses_of(shared, strategy, 1)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_sigterm_of_one_process_stops_both_after_the_same_step(shared, strategy):
     texts = {Path(shared, f"{strategy}-{rank}.stopped").read_text() for rank in (0, 1)}
-    assert texts == {"the pod was asked to stop before the run was published"}
+    assert texts == {"the pod was terminated (SIGTERM) before the run was published"}
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_stopped_run_resumes_bit_for_bit(shared, strategy):
-    whole, resumed = (load_file(shared / f"{name}-0.safetensors") for name in (strategy, f"{strategy}-resumed"))
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    uninterrupted, resumed = (load_file(shared / f"{name}-0.safetensors") for name in (strategy, f"{strategy}-resumed"))
+    assert all(torch.equal(uninterrupted[name], resumed[name]) for name in uninterrupted)
     losses = losses_of(shared, f"{strategy}-resumed")
     assert losses == losses_of(shared, strategy)[: len(losses)]

@@ -1,4 +1,4 @@
-"""Public benchmarks: real tasks of the harness on data from a mirror of the hub, without a network."""
+"""Public benchmarks: real tasks of the harness on data from a local hub mirror, without a network."""
 
 import io
 from pathlib import Path
@@ -53,7 +53,7 @@ def questions(count: int) -> bytes:
 
 
 def commit_questions(mirror: Path, commit: str, count: int) -> None:
-    """Make a commit of the dataset the newest one of the mirror."""
+    """Add a commit of the dataset to the mirror as its newest one."""
     repository = mirror / "datasets--allenai--ai2_arc"
     splits = ("train", "validation", "test")
     files = {f"ARC-Easy/{split}-00000-of-00001.parquet": questions(count) for split in splits}
@@ -65,36 +65,35 @@ def commit_questions(mirror: Path, commit: str, count: int) -> None:
     (repository / "refs/main").write_text(commit)
 
 
-def make_places(mirror: Path) -> SourceResolver:
+def make_resolver(mirror: Path) -> SourceResolver:
     commit_questions(mirror, COMMIT, 12)
     return SourceResolver(Platform(hub_mirror=f"file://{mirror}"), environment_secrets())
 
 
 @pytest.fixture(scope="module")
-def places(tmp_path_factory) -> SourceResolver:
-    return make_places(tmp_path_factory.mktemp("mirror"))
+def resolver(tmp_path_factory) -> SourceResolver:
+    return make_resolver(tmp_path_factory.mktemp("mirror"))
 
 
-def test_benchmark_suite_runs_for_base_and_adapter(places, tmp_path):
-    pinned = pin_benchmarks(["arc_easy"], places)
-    battery = BenchmarkSuite(load_benchmarks(pinned, places, tmp_path), make_tokenizer(), 4, examples_per_task=8)
-    tuned = make_trainable()
-    for parameter in tuned.parameters():
+def test_benchmark_suite_runs_for_base_and_adapter(resolver, tmp_path):
+    pinned = pin_benchmarks(["arc_easy"], resolver)
+    suite = BenchmarkSuite(load_benchmarks(pinned, resolver, tmp_path), make_tokenizer(), 4, examples_per_task=8)
+    trainable = make_trainable()
+    for parameter in trainable.parameters():
         parameter.data.normal_(std=0.5)
-    with tuned.evaluating(adapter=False):
-        base = battery.run(tuned)
-    with tuned.evaluating():
-        scores = compare_task_metrics(base, battery.run(tuned))
+    with trainable.evaluating(adapter=False):
+        base = suite.run(trainable)
+    with trainable.evaluating():
+        scores = compare_task_metrics(base, suite.run(trainable))
     assert [(score.task, score.metric) for score in scores] == [("arc_easy", "acc"), ("arc_easy", "acc_norm")]
     assert all((score.base_error or 0) > 0 for score in scores)
-    assert all(
-        score.base > score.adapter for score in scores
-    )  # the noise knows nothing; the key is mostly what the base says
+    # The random adapter is at chance level; the answer key favors the base.
+    assert all(score.base > score.adapter for score in scores)
 
 
-def test_data_that_does_not_fit_its_task_is_refused_before_training(places, tmp_path):
+def test_task_with_unsuitable_data_is_refused_before_training(resolver, tmp_path):
     with pytest.raises(RunError, match=r"spec\.evaluation\.tasks: the data does not load") as caught:
-        load_benchmarks(pin_benchmarks(["arc_challenge"], places), places, tmp_path)
+        load_benchmarks(pin_benchmarks(["arc_challenge"], resolver), resolver, tmp_path)
     assert caught.value.reason == Reason.INVALID_SPEC
 
 
@@ -105,14 +104,14 @@ def test_data_that_does_not_fit_its_task_is_refused_before_training(places, tmp_
         ("humaneval", "'humaneval' runs code that the model writes"),
     ],
 )
-def test_unsupported_tasks_are_refused_by_name(places, name, message):
+def test_unsupported_tasks_are_refused_by_name(resolver, name, message):
     with pytest.raises(RunError, match=message) as caught:
-        pin_benchmarks([name], places)
+        pin_benchmarks([name], resolver)
     assert caught.value.reason == Reason.INVALID_SPEC
 
 
-def test_tag_expands_to_its_tasks(places):
-    found = pin_benchmarks(["ai2_arc", "arc_easy"], places)
+def test_tag_expands_to_its_tasks(resolver):
+    found = pin_benchmarks(["ai2_arc", "arc_easy"], resolver)
     assert found.tasks == (
         PinnedTask(
             name="arc_challenge",
@@ -142,15 +141,16 @@ def test_missing_benchmark_dataset_is_refused(tmp_path):
 
 
 def test_training_uses_the_tasks_pinned_by_prepare(tmp_path, monkeypatch):
-    """Between both, the data got a newer commit; and the index of all tasks takes seconds to read."""
-    places = make_places(tmp_path / "mirror")
+    """The dataset gets a newer commit in between, and the index of all tasks, which takes seconds, is not read."""
+    resolver = make_resolver(tmp_path / "mirror")
     job = write_job(tmp_path / "job", evaluation={"tasks": ["arc_easy"], "taskExamples": 40})
-    prepared = prepare(PrepareConfig(namespace="ml", job="colours", spec=job, platform=places.platform), work=tmp_path)
+    prepare_config = PrepareConfig(namespace="ml", job="colours", spec=job, platform=resolver.platform)
+    prepared = prepare(prepare_config, work=tmp_path)
     commit_questions(tmp_path / "mirror", "f" * 40, 40)
     monkeypatch.setattr(lm_eval_tasks, "_index", None)
-    config = run_config(job, prepared).model_copy(update={"platform": places.platform})
-    battery = load_benchmark_suite(
-        places, open_output(places, job, "colours"), make_tokenizer(), config, tmp_path / "pod"
+    config = run_config(job, prepared).model_copy(update={"platform": resolver.platform})
+    suite = load_benchmark_suite(
+        resolver, open_output(resolver, job, "colours"), make_tokenizer(), config, tmp_path / "pod"
     )
-    (task,) = battery.tasks["tasks"].values()
+    (task,) = suite.tasks["tasks"].values()
     assert len(list(task.test_docs())) == 12

@@ -1,4 +1,4 @@
-"""How far a run is: what a report says follows from all steps, and costs the same for each."""
+"""Progress reports over the steps of all attempts."""
 
 import pytest
 
@@ -13,22 +13,22 @@ STEPS = tuple(
 )
 
 
-def reported(resumed: int) -> RecordingSink:
-    """A run of ten steps that had done some in an earlier attempt."""
+def run_with_resume(resumed: int) -> RecordingSink:
+    """A run of ten steps, some of them done in an earlier attempt."""
     sink = RecordingSink()
-    pace = ProgressTracker(sink, total_steps=10)
-    pace.enter_phase(Phase.TRAINING)
-    pace.resume(STEPS[:resumed])
+    tracker = ProgressTracker(sink, total_steps=10)
+    tracker.enter_phase(Phase.TRAINING)
+    tracker.resume(STEPS[:resumed])
     for record in STEPS[resumed:]:
-        pace.on_step(record)
-    pace.skip_remaining_steps()
-    pace.enter_phase(Phase.EVALUATING)
+        tracker.on_step(record)
+    tracker.skip_remaining_steps()
+    tracker.enter_phase(Phase.EVALUATING)
     return sink
 
 
 @pytest.mark.parametrize("resumed", [0, 3])
 def test_progress_counts_steps_of_all_attempts(resumed):
-    first, *others, last = reported(resumed).seen
+    first, *others, last = run_with_resume(resumed).seen
     assert (first.step, first.percent, first.loss, first.remaining_seconds) == (0, 0, None, None)
     for report in others[1:]:
         seconds, tokens = time_and_tokens(STEPS[: report.step])

@@ -1,4 +1,4 @@
-"""Trackers: what they are told, and that none of them can disturb a run."""
+"""Experiment trackers: what they receive, and that none of them can fail or delay a run."""
 
 import json
 import threading
@@ -33,7 +33,7 @@ def config_with(**tracking_spec) -> RunConfig:
 
 
 def track(config: RunConfig, work: Path, secrets: Secrets = SECRETS) -> list[str]:
-    """Report two steps and a look, and return what was said about it."""
+    """Log two steps and a validation, and return the log messages."""
     notes: list[str] = []
     trackers = open_trackers(config, secrets, work, notes.append)
     for record in STEPS:
@@ -52,7 +52,7 @@ def events_of(folder: Path) -> dict[str, list[tuple[int, float]]]:
     }
 
 
-def test_tensorboard_is_written_by_default_and_published_under_a_steady_name(tmp_path):
+def test_tensorboard_file_is_written_by_default_with_a_fixed_name(tmp_path):
     config, files = config_with(), tmp_path / "files"
     assert track(config, tmp_path) == []
     copy_event_file(tmp_path, config, files)
@@ -69,7 +69,7 @@ def test_tensorboard_is_written_by_default_and_published_under_a_steady_name(tmp
 
 def test_resumed_run_replays_earlier_steps_to_tensorboard(tmp_path):
     config = config_with()
-    track(config, tmp_path)  # the attempt before, whose file is replaced
+    track(config, tmp_path)  # the earlier attempt, whose file is replaced
     trackers = open_trackers(config, SECRETS, tmp_path, pytest.fail)
     trackers.replay(STEPS[:1], ())
     trackers.log_step(STEPS[1])
@@ -87,8 +87,8 @@ def test_without_tensorboard_there_is_no_file(tmp_path):
 
 @pytest.fixture
 def mlflow() -> Iterator[tuple[str, list[tuple[str, str | None, dict]]]]:
-    """A stand-in for an MLflow server: it keeps what it is told, and has no run yet."""
-    told: list[tuple[str, str | None, dict]] = []
+    """A fake MLflow server that records requests, and has no run yet."""
+    requests: list[tuple[str, str | None, dict]] = []
     answers = {
         "experiments/get-by-name": {"experiment": {"experiment_id": "7", "name": "bots"}},
         "runs/create": {"run": {"info": {"run_id": "r1", "run_uuid": "r1", "status": "RUNNING"}, "data": {}}},
@@ -98,7 +98,7 @@ def mlflow() -> Iterator[tuple[str, list[tuple[str, str | None, dict]]]]:
         def do_GET(self) -> None:
             name = self.path.partition("/mlflow/")[2].partition("?")[0]
             body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or b"{}")
-            told.append((name, self.headers["Authorization"], body))
+            requests.append((name, self.headers["Authorization"], body))
             self.send_response(200)
             self.end_headers()
             self.wfile.write(json.dumps(answers.get(name, {})).encode())
@@ -107,10 +107,10 @@ def mlflow() -> Iterator[tuple[str, list[tuple[str, str | None, dict]]]]:
             self.do_GET()
 
         def log_message(self, *_: object) -> None:
-            """Be quiet."""
+            """Log nothing."""
 
     with serving(Handler) as address:
-        yield address, told
+        yield address, requests
 
 
 @pytest.fixture
@@ -123,20 +123,20 @@ def clean_environment(monkeypatch):
 
 @pytest.mark.usefixtures("clean_environment")
 def test_mlflow_logs_every_step_with_the_token_of_the_secret(mlflow, tmp_path):
-    url, told = mlflow
+    url, requests = mlflow
     secrets = Secrets(SECRETS.by_role | {SecretRole.MLFLOW: Credentials({"MLFLOW_TRACKING_TOKEN": "hush"})})
     config = config_with(tensorboard=False, mlflow={"uri": url, "experiment": "bots"})
     assert track(config, tmp_path, secrets) == []
-    assert {authorization for _, authorization, _ in told} == {"Bearer hush"}
-    batches = [body["metrics"] for name, _, body in told if name == "runs/log-batch"]
+    assert {authorization for _, authorization, _ in requests} == {"Bearer hush"}
+    batches = [body["metrics"] for name, _, body in requests if name == "runs/log-batch"]
     metrics = [(metric["key"], metric["step"], metric["value"]) for batch in batches for metric in batch]
     assert [metric for metric in metrics if metric[0].endswith("/loss")] == [
         ("train/loss", 1, 4.0),
         ("train/loss", 2, 2.0),
         ("eval/loss", 2, 2.5),
     ]
-    assert told[-1][0] == "runs/update"
-    assert told[-1][2]["status"] == "FINISHED"
+    assert requests[-1][0] == "runs/update"
+    assert requests[-1][2]["status"] == "FINISHED"
 
 
 @pytest.mark.usefixtures("clean_environment")
@@ -144,7 +144,7 @@ def test_dead_tracker_is_logged_once_and_ignored(tmp_path):
     config = config_with(mlflow={"uri": "http://127.0.0.1:9", "experiment": "bots"})
     notes = track(config, tmp_path)
     assert len(notes) == 1
-    assert notes[0].startswith("MLflow is given up, and the run goes on without it: ")
+    assert notes[0].startswith("MLflow failed and is disabled for this run: ")
     assert events_of(tracking.tensorboard_folder(tmp_path, config))["train/loss"] == [(1, 4.0), (2, 2.0)]
 
 
@@ -160,26 +160,26 @@ def test_slow_tracker_does_not_block(monkeypatch):
     slow.log({"train/loss": 1.0}, 1)
     slow.finish()
     slow.join()
-    assert notes[0].startswith("a tracker has not taken everything in 0 s")
+    assert notes[0].startswith("a tracker did not finish in 0 s")
     released.set()
     slow._thread.join()
 
 
-def test_wandb_gets_the_run_under_the_digest(tmp_path, monkeypatch):
+def test_wandb_run_id_is_the_digest(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     config = config_with(tensorboard=False, wandb={"project": "bots"})
     assert track(config, tmp_path) == []
     (folder,) = (tmp_path / "wandb").glob("offline-run-*")
     (recorded,) = folder.glob("*.wandb")
     assert recorded.name == f"run-{config.prepared.digest}.wandb"
-    # wandb's own process writes the file, and may be a moment behind.
+    # wandb's service process writes the file with a delay.
     deadline = time.monotonic() + 60
     while b"train/loss" not in recorded.read_bytes() and time.monotonic() < deadline:
         time.sleep(0.1)
     assert b"train/loss" in recorded.read_bytes()
 
 
-def test_a_missing_tracker_secret_is_found_before_anything_starts(tmp_path):
+def test_missing_tracker_secret_fails_before_training(tmp_path):
     spec = make_spec(output={"secretRef": None}, tracking={"wandb": {"project": "bots", "secretRef": {"name": "key"}}})
     with pytest.raises(RunError, match=r"spec\.tracking\.wandb\.secretRef: Secret 'key'.*WANDB_API_KEY") as caught:
         load_secrets(spec, "ml", tmp_path)

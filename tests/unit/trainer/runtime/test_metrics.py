@@ -1,4 +1,4 @@
-"""What a training pod answers Prometheus."""
+"""Prometheus metrics of a training pod."""
 
 import math
 import time
@@ -45,8 +45,8 @@ def test_scrape_has_the_newest_values():
         meter.validation(ValidationRecord(step=12, loss=2.25, token_accuracy=0.5, seconds=3.0))
         meter.checkpoint(4.0)
         with urllib.request.urlopen(f"http://127.0.0.1:{port}{metrics.PATH}", timeout=10) as answer:
-            told = read(answer.read().decode())
-    assert told == {
+            values = read(answer.read().decode())
+    assert values == {
         "qlora_trainer_step": 12, "qlora_trainer_planned_steps": 300, "qlora_trainer_loss": 2.5,
         "qlora_trainer_held_out_loss": 2.25, "qlora_trainer_learning_rate": 2e-4, "qlora_trainer_gradient_norm": 0.75,
         "qlora_trainer_tokens_total": 1800, "qlora_trainer_tokens_per_second": 600,
@@ -61,21 +61,21 @@ def test_scrape_has_the_newest_values():
 
 
 def test_unknown_gauges_are_nan():
-    told = read(Meter().render().decode())
-    assert {name for name, value in told.items() if math.isnan(value)} == {
+    values = read(Meter().render().decode())
+    assert {name for name, value in values.items() if math.isnan(value)} == {
         "qlora_trainer_loss", "qlora_trainer_held_out_loss", "qlora_trainer_learning_rate",
         "qlora_trainer_gradient_norm", "qlora_trainer_tokens_per_second",
     }  # fmt: skip
 
 
-def test_a_port_that_is_taken_is_no_reason_to_stop():
+def test_port_in_use_is_logged_and_ignored():
     (port,), notes = free_ports(1), []
     with serve_metrics(refuse_notes, port, Meter()), serve_metrics(notes.append, port, Meter()):
         pass
-    assert notes[0].startswith(f"no metrics are served: port {port}: ")
+    assert notes[0].startswith(f"metrics are not served: port {port}: ")
 
 
-def test_every_metric_is_in_the_reference_and_no_other():
+def test_exposed_metrics_equal_the_reference():
     exposed = {family.name for family in Meter().registry.collect()}
     assert exposed == {metric.name.removesuffix("_total") for metric in metrics.TRAINER}
 
@@ -89,7 +89,7 @@ def test_a_step_costs_microseconds():
 
 
 @pytest.mark.parametrize(("rank", "first"), [(None, True), ("0", True), ("1", False)])
-def test_one_process_of_a_pod_has_the_port(monkeypatch, rank, first):
+def test_only_local_rank_0_serves_metrics(monkeypatch, rank, first):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     if rank is not None:
         monkeypatch.setenv("LOCAL_RANK", rank)
@@ -97,7 +97,7 @@ def test_one_process_of_a_pod_has_the_port(monkeypatch, rank, first):
 
 
 @mock_aws
-def test_uploads_to_s3_are_counted_when_they_have_arrived(tmp_path: Path):
+def test_only_successful_uploads_are_counted(tmp_path: Path):
     keys = Credentials({"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"})
     boto3.client("s3", region_name="us-east-1").create_bucket(Bucket="adapters")
     (tmp_path / "weights").write_bytes(b"w" * 1000)

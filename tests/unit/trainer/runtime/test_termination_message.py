@@ -1,4 +1,4 @@
-"""The pod's last word, its exit code, and progress on the way."""
+"""Termination message, exit code and progress reports of a pod."""
 
 import json
 import os
@@ -42,11 +42,11 @@ def test_termination_message_fits_and_is_valid_json(tmp_path, message):
     content = path.read_bytes()
     assert len(content) <= TERMINATION_MESSAGE_BYTES
     assert b"\n" not in content
-    word = TerminationMessage.model_validate_json(content)
-    assert (word.reason, word.step) == (Reason.DATASET_INVALID, 3)
+    parsed = TerminationMessage.model_validate_json(content)
+    assert (parsed.reason, parsed.step) == (Reason.DATASET_INVALID, 3)
     if len(message) > 2000:
         assert len(content) > TERMINATION_MESSAGE_BYTES - 16
-        assert word.message.endswith("…")
+        assert parsed.message.endswith("…")
 
 
 def test_termination_message_outside_a_pod_is_skipped(tmp_path):
@@ -55,7 +55,7 @@ def test_termination_message_outside_a_pod_is_skipped(tmp_path):
 
 
 class OutOfMemoryError(RuntimeError):
-    """Has the name of torch's."""
+    """Has the same name as torch's."""
 
 
 @pytest.mark.parametrize(
@@ -73,12 +73,12 @@ def test_every_exception_has_a_reason(error, reason):
 
 
 def arguments(command: str, folder: Path) -> list[str]:
-    settings = {"config": folder / "config.json", "work": folder / "work", "termination-message": folder / "word"}
-    return [command, *(f"--{name}={path}" for name, path in settings.items())]
+    paths = {"config": folder / "config.json", "work": folder / "work", "termination-message": folder / "message.json"}
+    return [command, *(f"--{name}={path}" for name, path in paths.items())]
 
 
 def test_secret_is_in_neither_termination_message_nor_log(tmp_path, monkeypatch, capsys):
-    """Whatever a library puts into its exception."""
+    """Even if a library puts it into its exception."""
     mount = tmp_path / "secrets"
     (mount / "output").mkdir(parents=True)
     (mount / "output" / "AWS_SECRET_ACCESS_KEY").write_text("c4n4ry/of+the/output\n")
@@ -97,12 +97,12 @@ def test_secret_is_in_neither_termination_message_nor_log(tmp_path, monkeypatch,
     (line,) = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert (line["level"], line["message"], line["reason"]) == ("error", "the run failed", "TrainerError")
     assert "RuntimeError: [redacted] does not open https://[redacted]@s3.example" in line["exception"]
-    word = (tmp_path / "word").read_text()
-    assert "[redacted] does not open" in word
-    assert "c4n4ry" not in word + line["exception"]
+    message = (tmp_path / "message.json").read_text()
+    assert "[redacted] does not open" in message
+    assert "c4n4ry" not in message + line["exception"]
 
 
-def test_a_failed_prepare_exits_1_with_reason_and_field(tmp_path):
+def test_failed_prepare_exits_1_with_reason_and_field(tmp_path):
     spec = make_spec("file:///nowhere", "file:///nowhere.jsonl", f"file://{tmp_path / 'output'}")
     (tmp_path / "config.json").write_text(prepare_config(spec).model_dump_json(by_alias=True))
     before = signal.getsignal(signal.SIGTERM)
@@ -110,9 +110,9 @@ def test_a_failed_prepare_exits_1_with_reason_and_field(tmp_path):
         code = main(arguments("prepare", tmp_path))
     finally:
         signal.signal(signal.SIGTERM, before)
-    word = TerminationMessage.model_validate_json((tmp_path / "word").read_text())
-    assert (code, word.reason) == (1, Reason.DATASET_NOT_FOUND)
-    assert word.message.startswith("spec.dataset.uri")
+    message = TerminationMessage.model_validate_json((tmp_path / "message.json").read_text())
+    assert (code, message.reason) == (1, Reason.DATASET_NOT_FOUND)
+    assert message.message.startswith("spec.dataset.uri")
 
 
 def test_unreadable_config_is_a_trainer_error(tmp_path):
@@ -124,24 +124,25 @@ def test_unreadable_config_is_a_trainer_error(tmp_path):
         check=False,
     )
     assert done.returncode == 1
-    assert TerminationMessage.model_validate_json((tmp_path / "word").read_text()).reason == Reason.TRAINER_ERROR
+    message = TerminationMessage.model_validate_json((tmp_path / "message.json").read_text())
+    assert message.reason == Reason.TRAINER_ERROR
     assert "ValidationError" in json.loads(done.stdout.splitlines()[-1])["exception"]
 
 
 @pytest.mark.usefixtures("stop")
-def test_sigterm_between_steps_stops_at_once():
+def test_sigterm_between_steps_stops_immediately():
     with pytest.raises(RunError) as caught:
         os.kill(os.getpid(), signal.SIGTERM)
     assert caught.value.reason == Reason.INTERRUPTED
 
 
-def test_sigterm_within_a_step_only_raises_the_flag(stop):
+def test_sigterm_within_a_step_only_sets_the_flag(stop):
     with stop.deferred():
         os.kill(os.getpid(), signal.SIGTERM)
     assert stop.requested
 
 
-def test_ctrl_c_lets_a_step_finish_and_a_second_one_does_not():
+def test_first_ctrl_c_finishes_the_step_and_second_aborts():
     stop, announced, before = StopFlag(), [], signal.getsignal(signal.SIGINT)
     with stop.handling_keyboard_interrupt(lambda: announced.append("stopping")):
         with stop.deferred():
@@ -167,7 +168,7 @@ def progress(step: int, phase: Phase = Phase.TRAINING) -> Progress:
     )
 
 
-def test_the_body_is_kubeflow_trainers():
+def test_progress_body_follows_kubeflow_trainers_protocol():
     assert json.loads(to_body(progress(7)))["trainerStatus"] == {
         "progressPercentage": 7,
         "estimatedRemainingSeconds": 9,
@@ -198,37 +199,37 @@ def test_progress_body_has_the_newest_checkpoint():
 
 
 def test_failure_is_written_once_with_the_newest_checkpoint(tmp_path):
-    farewell = TerminationMessageWriter(tmp_path / "word")
-    farewell.report(progress(7).model_copy(update={"checkpoint": CHECKPOINT}))
-    farewell.write_failure(RunError(Reason.HEARTBEAT_LOST, "no sign of life", step=7))
-    farewell.write_failure(RunError(Reason.INTERRUPTED, "asked to stop", step=7))
-    word = TerminationMessage.model_validate_json((tmp_path / "word").read_text())
-    assert word == TerminationMessage(
-        reason=Reason.HEARTBEAT_LOST, message="no sign of life", step=7, checkpoint=CHECKPOINT
+    writer = TerminationMessageWriter(tmp_path / "message.json")
+    writer.report(progress(7).model_copy(update={"checkpoint": CHECKPOINT}))
+    writer.write_failure(RunError(Reason.HEARTBEAT_LOST, "no heartbeat", step=7))
+    writer.write_failure(RunError(Reason.INTERRUPTED, "terminated", step=7))
+    message = TerminationMessage.model_validate_json((tmp_path / "message.json").read_text())
+    assert message == TerminationMessage(
+        reason=Reason.HEARTBEAT_LOST, message="no heartbeat", step=7, checkpoint=CHECKPOINT
     )
 
 
 @pytest.fixture
 def endpoint():
-    """A progress endpoint that keeps what it is told."""
-    told: list[tuple[str, ProgressReport]] = []
+    """A progress endpoint that records the reports."""
+    received: list[tuple[str, ProgressReport]] = []
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))
-            told.append((self.headers["Authorization"], ProgressReport.model_validate_json(body)))
+            received.append((self.headers["Authorization"], ProgressReport.model_validate_json(body)))
             self.send_response(200)
             self.end_headers()
 
         def log_message(self, *_: object) -> None:
-            """Be quiet."""
+            """Log nothing."""
 
     with serving(Handler) as address:
-        yield f"{address}/status", told
+        yield f"{address}/status", received
 
 
-def test_progress_is_posted_rarely_but_phases_at_once(endpoint, tmp_path, monkeypatch):
-    url, told = endpoint
+def test_progress_posts_are_rate_limited_except_phase_changes(endpoint, tmp_path, monkeypatch):
+    url, received = endpoint
     (tmp_path / "token").write_text("secret\n")
     monkeypatch.setenv(PROGRESS_URL_ENV, url)
     monkeypatch.setenv(PROGRESS_TOKEN_ENV, str(tmp_path / "token"))
@@ -239,23 +240,23 @@ def test_progress_is_posted_rarely_but_phases_at_once(endpoint, tmp_path, monkey
     sink.report(progress(50, Phase.PUBLISHING))
     sink.close()
     assert len(other.seen) == 50
-    assert len(told) <= 3
-    assert {authorization for authorization, _ in told} == {"Bearer secret"}
+    assert len(received) <= 3
+    assert {authorization for authorization, _ in received} == {"Bearer secret"}
     assert {"name": "phase", "value": "Publishing"} in [
-        metric.model_dump() for metric in told[-1][1].trainer_status.metrics
+        metric.model_dump() for metric in received[-1][1].trainer_status.metrics
     ]
 
 
-def test_a_heartbeat_repeats_the_last_report_but_not_between_steps():
+def test_heartbeat_repeats_the_last_report_except_between_steps():
     later, sink = datetime(2026, 1, 3, tzinfo=UTC), RecordingSink()
     heartbeat = Heartbeat(sink)
     heartbeat.repeat(later)
     assert sink.seen == []
     loading = progress(0).model_copy(update={"loss": None})
-    for news in (loading, progress(7), progress(100, Phase.EVALUATING)):
-        heartbeat.report(news)
+    for latest in (loading, progress(7), progress(100, Phase.EVALUATING)):
+        heartbeat.report(latest)
         heartbeat.repeat(later)
-    assert [(seen.step, seen.phase, seen.updated_at == later) for seen in sink.seen] == [
+    assert [(report.step, report.phase, report.updated_at == later) for report in sink.seen] == [
         (0, Phase.TRAINING, False),
         (0, Phase.TRAINING, True),
         (7, Phase.TRAINING, False),
@@ -264,18 +265,18 @@ def test_a_heartbeat_repeats_the_last_report_but_not_between_steps():
     ]
 
 
-def test_a_heartbeat_comes_from_a_thread_of_its_own():
-    beaten = threading.Event()
+def test_heartbeat_runs_in_a_thread():
+    repeated = threading.Event()
 
     class Sink(RecordingSink):
-        def report(self, news: Progress) -> None:
-            super().report(news)
+        def report(self, progress: Progress) -> None:
+            super().report(progress)
             if len(self.seen) == 3:
-                beaten.set()
+                repeated.set()
 
     with Heartbeat(Sink(), seconds=0.01) as heartbeat:
         heartbeat.report(progress(100, Phase.PUBLISHING))
-        assert beaten.wait(timeout=60)
+        assert repeated.wait(timeout=60)
 
 
 def test_http_sink_without_endpoint_is_none_and_a_dead_endpoint_is_ignored(monkeypatch):
@@ -290,9 +291,9 @@ def test_http_sink_without_endpoint_is_none_and_a_dead_endpoint_is_ignored(monke
     ("error", "stopped", "reason"),
     [
         pytest.param(RuntimeError("issues during conversion"), True, Reason.INTERRUPTED, id="wrapped-by-a-library"),
-        pytest.param(RuntimeError("issues during conversion"), False, Reason.TRAINER_ERROR, id="nobody-asked-to-stop"),
+        pytest.param(RuntimeError("issues during conversion"), False, Reason.TRAINER_ERROR, id="no-sigterm"),
         pytest.param(RunError(Reason.S3_DENIED, "no"), True, Reason.S3_DENIED, id="known-cause"),
-        pytest.param(interrupted_error(7), True, Reason.INTERRUPTED, id="the-stop-itself"),
+        pytest.param(interrupted_error(7), True, Reason.INTERRUPTED, id="interrupted-error"),
     ],
 )
 def test_library_error_after_sigterm_is_interrupted(error: Exception, stopped: bool, reason: Reason) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints: what they hold, how a run goes on from one, and what happens to those that are broken."""
+"""Checkpoints: content, resuming bit for bit, and how broken ones are skipped."""
 
 import dataclasses
 import json
@@ -57,32 +57,31 @@ def model_folder(tmp_path_factory):
 
 
 def make_nf4_loop(folder: Path, kind: OptimizerKind = OptimizerKind.ADAMW) -> TrainingLoop:
-    """A loop as a new process would make it, with packing and dropout on."""
+    """A fresh loop as in a new process, with packing and dropout."""
     base = load_base(folder, QuantizationSpec(bits=4), torch.float32, "sdpa", "cpu")
     lora = LoraSpec(rank=4, alpha=8, dropout=0.2, targets=("q_proj", "v_proj"))
-    choices = dataclasses.replace(SETTINGS, optimizer=kind)
+    runtime_settings = dataclasses.replace(SETTINGS, optimizer=kind)
     training = TrainingSpec(global_batch_size=8, learning_rate=0.01, warmup_ratio=0.3, weight_decay=0.01, **VALIDATION)
-    loop = make_loop(
-        attach_lora(base, lora, 1, choices), token_rows(12), Schedule(training, 4, STEPS), choices, World(CPU)
-    )
+    trainable = attach_lora(base, lora, 1, runtime_settings)
+    loop = make_loop(trainable, token_rows(12), Schedule(training, 4, STEPS), runtime_settings, World(CPU))
     return dataclasses.replace(loop, held_out=token_rows(6, seed=1))
 
 
 def make_checkpoints(
-    folder: Path, fingerprint: RunFingerprint = FINGERPRINT, attempt: int = 1, told: list[Checkpoint] | None = None
+    folder: Path, fingerprint: RunFingerprint = FINGERPRINT, attempt: int = 1, completed: list[Checkpoint] | None = None
 ) -> tuple[CheckpointStore, list[str]]:
     notes: list[str] = []
-    witness = CheckpointCallbacks(notes.append, (told if told is not None else []).append)
-    return CheckpointStore(FileStore(f"file://{folder}", OUTPUT_FIELD), fingerprint, attempt, STARTED, witness), notes
+    callbacks = CheckpointCallbacks(notes.append, (completed if completed is not None else []).append)
+    return CheckpointStore(FileStore(f"file://{folder}", OUTPUT_FIELD), fingerprint, attempt, STARTED, callbacks), notes
 
 
 def make_checkpointer(
     checkpoints: CheckpointStore, step: int = 0, notes: list[str] | None = None, **spec
 ) -> AsyncCheckpointer:
-    """Keeps each step, and waits for each checkpoint: a training of milliseconds would be over before the first."""
+    """Saves every step and waits for each checkpoint: these runs would end before the first upload."""
 
     class Waiting(AsyncCheckpointer):
-        def keep(self, state: TrainingState, last: bool) -> None:  # noqa: ARG002 (Keeper's signature)
+        def checkpoint(self, state: TrainingState, last: bool) -> None:  # noqa: ARG002 (AsyncCheckpointer's signature)
             super().checkpoint(state, last=True)
 
     note = (notes if notes is not None else []).append
@@ -93,28 +92,30 @@ def weights_of(loop: TrainingLoop) -> list[torch.Tensor]:
     return [parameter.detach().clone() for parameter in loop.trainable.parameters()]
 
 
-def watch(checkpointer: AsyncCheckpointer, **heard) -> TrainingCallbacks:
-    """Hear some of what happens, and keep what is due."""
-    nothing = {"step": lambda _: None, "held_out": lambda _: None, "alive": lambda: None}
-    return TrainingCallbacks(
-        **nothing | heard, should_checkpoint=checkpointer.should_checkpoint, checkpoint=checkpointer.checkpoint
+def make_callbacks(checkpointer: AsyncCheckpointer, **overrides) -> TrainingCallbacks:
+    """Callbacks that save checkpoints."""
+    return dataclasses.replace(
+        NO_CALLBACKS,
+        should_checkpoint=checkpointer.should_checkpoint,
+        checkpoint=checkpointer.checkpoint,
+        **overrides,
     )
 
 
 def maybe_checkpoint(checkpointer: AsyncCheckpointer, step: int, *, last: bool) -> None:
-    """Do as the loop does after a step."""
+    """Save a checkpoint if it is due, as the loop does after a step."""
     if checkpointer.should_checkpoint(step, last):
         checkpointer.checkpoint(make_state(step), last)
 
 
 def train(loop: TrainingLoop, checkpoints: CheckpointStore, stop_after: int = 0, **spec) -> History:
-    stop, found = StopFlag(), checkpoints.load_latest()
+    stop, loaded = StopFlag(), checkpoints.load_latest()
 
-    def note(record: StepRecord) -> None:
+    def request_stop(record: StepRecord) -> None:
         stop.requested = record.step == stop_after
 
-    keeper = make_checkpointer(checkpoints, found.checkpoint_id.step if found else 0, **spec)
-    return loop.run(stop, watch(keeper, step=note), found.state if found else None)
+    checkpointer = make_checkpointer(checkpoints, loaded.checkpoint_id.step if loaded else 0, **spec)
+    return loop.run(stop, make_callbacks(checkpointer, on_step=request_stop), loaded.state if loaded else None)
 
 
 def without_seconds(history: History) -> list[StepRecord | ValidationRecord]:
@@ -123,8 +124,8 @@ def without_seconds(history: History) -> list[StepRecord | ValidationRecord]:
 
 @pytest.mark.parametrize("kind", [OptimizerKind.ADAMW, OptimizerKind.ADAMW_8BIT])
 def test_trap_30_run_stopped_after_any_step_resumes_bit_for_bit(model_folder, tmp_path, kind):
-    whole = make_nf4_loop(model_folder, kind)
-    expected = train(whole, make_checkpoints(tmp_path / "whole")[0])
+    uninterrupted = make_nf4_loop(model_folder, kind)
+    expected = train(uninterrupted, make_checkpoints(tmp_path / "uninterrupted")[0])
     for step in range(1, STEPS):
         checkpoints, _ = make_checkpoints(tmp_path / f"{step}")
         with pytest.raises(RunError) as caught:
@@ -133,7 +134,7 @@ def test_trap_30_run_stopped_after_any_step_resumes_bit_for_bit(model_folder, tm
         resumed = make_nf4_loop(model_folder, kind)
         found = train(resumed, make_checkpoints(tmp_path / f"{step}")[0])
         assert without_seconds(found) == without_seconds(expected)
-        assert all(torch.equal(*pair) for pair in zip(weights_of(whole), weights_of(resumed), strict=True))
+        assert all(torch.equal(*pair) for pair in zip(weights_of(uninterrupted), weights_of(resumed), strict=True))
 
 
 def test_interrupted_validation_is_repeated_after_resume(model_folder, tmp_path):
@@ -142,18 +143,18 @@ def test_interrupted_validation_is_repeated_after_resume(model_folder, tmp_path)
     def interrupt() -> None:
         stop.requested = True
 
-    watcher = watch(make_checkpointer(make_checkpoints(tmp_path)[0]), alive=interrupt)
+    callbacks = make_callbacks(make_checkpointer(make_checkpoints(tmp_path)[0]), on_heartbeat=interrupt)
     with pytest.raises(RunError) as caught:
-        make_nf4_loop(model_folder).run(stop, watcher)
+        make_nf4_loop(model_folder).run(stop, callbacks)
     assert caught.value.step == 2
     history = train(resumed, make_checkpoints(tmp_path)[0])
-    assert [look.step for look in history.validations] == [2, 4, 5]
+    assert [validation.step for validation in history.validations] == [2, 4, 5]
 
 
 @pytest.fixture(scope="module")
-def kept(model_folder, tmp_path_factory) -> Path:
+def saved(model_folder, tmp_path_factory) -> Path:
     """A folder with the checkpoints of steps 4 and 5."""
-    folder = tmp_path_factory.mktemp("kept")
+    folder = tmp_path_factory.mktemp("saved")
     train(make_nf4_loop(model_folder), make_checkpoints(folder)[0])
     return folder
 
@@ -162,28 +163,28 @@ def step_folders(folder: Path) -> list[str]:
     return sorted(path.parent.name for path in folder.rglob("manifest.json"))
 
 
-def test_prune_keeps_the_newest_and_delete_all_removes_the_rest(kept, tmp_path):
-    assert step_folders(kept) == ["step-000004-a1", "step-000005-a1"]
-    shutil.copytree(kept, tmp_path, dirs_exist_ok=True)
+def test_prune_keeps_the_newest_and_delete_all_removes_the_rest(saved, tmp_path):
+    assert step_folders(saved) == ["step-000004-a1", "step-000005-a1"]
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
     make_checkpoints(tmp_path)[0].delete_all()
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
 def test_checkpoint_is_due_by_time_by_steps_and_at_the_end(tmp_path):
-    def offered(last: bool = False, **spec) -> list[str]:
+    def saved_folders(last: bool = False, **spec) -> list[str]:
         folder = tmp_path / json.dumps([spec, last])
-        keeper = make_checkpointer(make_checkpoints(folder)[0], **spec)
+        checkpointer = make_checkpointer(make_checkpoints(folder)[0], **spec)
         for step in (1, 2, 3):
-            maybe_checkpoint(keeper, step, last=last and step == 3)
+            maybe_checkpoint(checkpointer, step, last=last and step == 3)
         return step_folders(folder)
 
-    assert offered(steps=2) == ["step-000002-a1"]
-    assert offered(steps=None, every="1h") == []
-    assert offered(steps=None, every="1h", last=True) == ["step-000003-a1"]
+    assert saved_folders(steps=2) == ["step-000002-a1"]
+    assert saved_folders(steps=None, every="1h") == []
+    assert saved_folders(steps=None, every="1h", last=True) == ["step-000003-a1"]
 
 
-def test_the_peak_memory_is_that_of_all_attempts(tmp_path):
-    """The first attempt needed 9 bytes, the second, which goes on from there, 5."""
+def test_peak_memory_is_the_maximum_over_attempts(tmp_path):
+    """The first attempt needs 9 bytes, the second, which resumes from it, 5."""
     for step, peak in ((1, 9), (2, 5)):
         checkpoints, _ = make_checkpoints(tmp_path)
         checkpoints.load_latest()
@@ -196,26 +197,26 @@ def test_the_peak_memory_is_that_of_all_attempts(tmp_path):
 def test_training_state_has_its_peak_memory():
     captured = []
     loop = make_test_loop(make_trainable(), token_rows(8), steps=1)
-    watcher = dataclasses.replace(
+    callbacks = dataclasses.replace(
         NO_CALLBACKS, should_checkpoint=lambda *_: True, checkpoint=lambda state, _: captured.append(state)
     )
-    loop.run(StopFlag(), watcher)
+    loop.run(StopFlag(), callbacks)
     assert captured[-1].peak_memory_bytes > 1 << 26  # torch alone takes more
 
 
-def test_prune_with_broken_checkpoints_keeps_the_valid_ones(kept, tmp_path):
-    shutil.copytree(kept, tmp_path, dirs_exist_ok=True)
+def test_prune_with_broken_checkpoints_keeps_the_valid_ones(saved, tmp_path):
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
     (tmp_path / FINGERPRINT.digest / "checkpoints/step-000005-a1/adapter.safetensors").write_bytes(b"cut")
     checkpoints, _ = make_checkpoints(tmp_path)
-    keeper = make_checkpointer(checkpoints, keep=1)
-    maybe_checkpoint(keeper, 3, last=True)
+    checkpointer = make_checkpointer(checkpoints, keep=1)
+    maybe_checkpoint(checkpointer, 3, last=True)
     assert step_folders(tmp_path) == ["step-000003-a1", "step-000004-a1", "step-000005-a1"]
-    maybe_checkpoint(keeper, 4, last=True)
+    maybe_checkpoint(checkpointer, 4, last=True)
     assert step_folders(tmp_path) == ["step-000004-a1", "step-000005-a1"]
 
 
 class Gated(FileStore):
-    """A slow store: an upload waits until it is let through."""
+    """A slow store: an upload blocks until the gate is opened."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(f"file://{folder}", OUTPUT_FIELD)
@@ -239,37 +240,39 @@ def slow_checkpointer(store: Gated, notes: list[str]) -> AsyncCheckpointer:
 
 
 def test_async_checkpoint_does_not_block_steps_and_the_last_one_waits(gated, tmp_path):
-    keeper = slow_checkpointer(gated, [])
+    checkpointer = slow_checkpointer(gated, [])
     for step in (1, 2, 3):
-        maybe_checkpoint(keeper, step, last=False)
+        maybe_checkpoint(checkpointer, step, last=False)
     assert step_folders(tmp_path) == []
     threading.Timer(0.1, gated.opened.set).start()
-    maybe_checkpoint(keeper, 4, last=True)
+    maybe_checkpoint(checkpointer, 4, last=True)
     assert step_folders(tmp_path) == ["step-000001-a1", "step-000004-a1"]
 
 
 def test_step_under_checkpoint_is_not_saved_twice_at_the_end(gated, tmp_path):
-    keeper = slow_checkpointer(gated, [])
-    maybe_checkpoint(keeper, 1, last=False)
+    checkpointer = slow_checkpointer(gated, [])
+    maybe_checkpoint(checkpointer, 1, last=False)
     gated.opened.set()
-    assert not keeper.should_checkpoint(1, last=True)
+    assert not checkpointer.should_checkpoint(1, last=True)
     assert step_folders(tmp_path) == ["step-000001-a1"]
 
 
 @pytest.mark.parametrize(
-    "fault", [RunError(Reason.S3_UNAVAILABLE, "away"), MemoryError("away")], ids=["the-store-is-away", "a-crash"]
+    "fault",
+    [RunError(Reason.S3_UNAVAILABLE, "no answer"), MemoryError("no answer")],
+    ids=["store-unavailable", "crash"],
 )
 def test_failed_checkpoint_is_logged_and_retried(gated, tmp_path, fault):
     notes: list[str] = []
-    keeper = slow_checkpointer(gated, notes)
+    checkpointer = slow_checkpointer(gated, notes)
     gated.fault = fault
     gated.opened.set()
-    maybe_checkpoint(keeper, 1, last=False)
-    keeper.close()
-    assert notes == ["no checkpoint of step 1 was written: away"]
+    maybe_checkpoint(checkpointer, 1, last=False)
+    checkpointer.close()
+    assert notes == ["checkpoint of step 1 failed, will be retried: no answer"]
     gated.fault = None
-    assert keeper.should_checkpoint(1, last=False)
-    maybe_checkpoint(keeper, 2, last=True)
+    assert checkpointer.should_checkpoint(1, last=False)
+    maybe_checkpoint(checkpointer, 2, last=True)
     assert step_folders(tmp_path) == ["step-000002-a1"]
 
 
@@ -282,31 +285,31 @@ def test_trap_39_overlapping_attempts_write_separate_folders(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("here", "attempt", "writes"),
+    ("existing", "attempt", "expected"),
     [
-        pytest.param([], 1, "step-000009-a1", id="the-first"),
-        pytest.param(["step-000004-a1"], 2, "step-000009-a2", id="the-next"),
-        pytest.param(["step-000004-a1"], 1, "step-000009-a2", id="without-a-number-of-its-own"),
-        pytest.param(["step-000004-a3"], 5, "step-000009-a5", id="after-attempts-that-left-nothing"),
+        pytest.param([], 1, "step-000009-a1", id="first"),
+        pytest.param(["step-000004-a1"], 2, "step-000009-a2", id="next"),
+        pytest.param(["step-000004-a1"], 1, "step-000009-a2", id="always-attempt-1"),
+        pytest.param(["step-000004-a3"], 5, "step-000009-a5", id="after-attempts-without-checkpoint"),
     ],
 )
-def test_attempt_writes_a_folder_no_earlier_attempt_used(tmp_path, here, attempt, writes):
-    for name in here:
+def test_attempt_writes_a_folder_no_earlier_attempt_used(tmp_path, existing, attempt, expected):
+    for name in existing:
         (tmp_path / FINGERPRINT.digest / "checkpoints" / name).mkdir(parents=True)
         (tmp_path / FINGERPRINT.digest / "checkpoints" / name / "record.json").write_text("{}")
     checkpoints, _ = make_checkpoints(tmp_path, attempt=attempt)
     assert checkpoints.load_latest() is None
     checkpoints.save(make_state(9), keep=9)
-    assert step_folders(tmp_path) == [writes]
+    assert step_folders(tmp_path) == [expected]
 
 
 def test_on_complete_is_called_after_save_and_after_load(tmp_path):
-    told: list[Checkpoint] = []
-    make_checkpoints(tmp_path, told=told)[0].save(make_state(3), keep=2)
-    make_checkpoints(tmp_path, told=told, attempt=2)[0].load_latest()
-    assert told[0] == told[1]
+    completed: list[Checkpoint] = []
+    make_checkpoints(tmp_path, completed=completed)[0].save(make_state(3), keep=2)
+    make_checkpoints(tmp_path, completed=completed, attempt=2)[0].load_latest()
+    assert completed[0] == completed[1]
     uri = f"file://{tmp_path}/{FINGERPRINT.digest}/checkpoints/step-000003-a1"
-    assert (told[0].step, told[0].uri, told[0].verified) == (3, uri, True)
+    assert (completed[0].step, completed[0].uri, completed[0].verified) == (3, uri, True)
 
 
 def make_bucket() -> S3Store:
@@ -315,61 +318,60 @@ def make_bucket() -> S3Store:
     return S3Store("s3://adapters/team-a/job", OUTPUT_FIELD, keys, S3Config())
 
 
-def in_bucket(store: S3Store, told: list[Checkpoint], notes: list[str]) -> CheckpointStore:
-    return CheckpointStore(store, FINGERPRINT, 1, STARTED, CheckpointCallbacks(notes.append, told.append))
+def in_bucket(store: S3Store, completed: list[Checkpoint], notes: list[str]) -> CheckpointStore:
+    return CheckpointStore(store, FINGERPRINT, 1, STARTED, CheckpointCallbacks(notes.append, completed.append))
 
 
 def test_checkpoints_in_s3_are_loaded_and_deleted(monkeypatch):
     monkeypatch.delenv("AWS_PROFILE", raising=False)
-    told, notes = [], []
+    completed, notes = [], []
     with mock_aws():
         store = make_bucket()
-        checkpoints = in_bucket(store, told, notes)
+        checkpoints = in_bucket(store, completed, notes)
         assert checkpoints.load_latest() is None
         for step in (1, 2):
             checkpoints.save(make_state(step), keep=1)
-        found = in_bucket(store, told, notes).load_latest()
+        found = in_bucket(store, completed, notes).load_latest()
         assert (found.checkpoint_id.step, found.state.optimizer["0/note"]) == (2, 3)
         assert {entry.path.rsplit("/", 2)[1] for entry in store.list()} == {"step-000002-a1"}
         checkpoints.delete_all()
         assert store.list() == ()
-    # moto repeats the digest that it was told, and has none of its own: nothing is verified by that.
-    assert [(checkpoint.step, checkpoint.verified) for checkpoint in told] == [(1, False), (2, False), (2, False)]
-    assert [note.partition(",")[0] for note in notes] == ["going on after step 2"]
+    # moto returns the digest that it was sent and computes none itself, so nothing is verified.
+    assert [(checkpoint.step, checkpoint.verified) for checkpoint in completed] == [(1, False), (2, False), (2, False)]
+    assert [note.partition(",")[0] for note in notes] == ["resumed from step 2"]
 
 
 @pytest.mark.parametrize(
     "broken",
     [
-        pytest.param(lambda folder: (folder / "adapter.safetensors").write_bytes(b"cut"), id="cut"),
-        pytest.param(lambda folder: (folder / "optimizer.safetensors").unlink(), id="lost"),
-        pytest.param(lambda folder: (folder / "record.json").write_text("{}"), id="changed"),
-        pytest.param(lambda folder: (folder / "manifest.json").write_text("{"), id="half-a-manifest"),
+        pytest.param(lambda folder: (folder / "adapter.safetensors").write_bytes(b"cut"), id="truncated-file"),
+        pytest.param(lambda folder: (folder / "optimizer.safetensors").unlink(), id="missing-file"),
+        pytest.param(lambda folder: (folder / "record.json").write_text("{}"), id="changed-file"),
+        pytest.param(lambda folder: (folder / "manifest.json").write_text("{"), id="truncated-manifest"),
     ],
 )
-def test_load_latest_skips_broken_checkpoints(kept, tmp_path, broken: Callable[[Path], object]):
-    shutil.copytree(kept, tmp_path, dirs_exist_ok=True)
+def test_load_latest_skips_broken_checkpoints(saved, tmp_path, broken: Callable[[Path], object]):
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
     broken(tmp_path / FINGERPRINT.digest / "checkpoints/step-000005-a1")
     checkpoints, notes = make_checkpoints(tmp_path)
     found = checkpoints.load_latest()
     assert found is not None
     assert found.checkpoint_id.step == found.state.step == 4
-    assert "step-000005-a1 is passed over: " in notes[0]
-    assert notes[1].startswith("going on after step 4, from the checkpoint file://")
+    assert "step-000005-a1 skipped: " in notes[0]
+    assert notes[1].startswith("resumed from step 4, checkpoint file://")
 
 
-def test_load_latest_logs_and_skips_foreign_folders(kept, tmp_path):
-    shutil.copytree(kept, tmp_path, dirs_exist_ok=True)
+def test_load_latest_logs_and_skips_foreign_folders(saved, tmp_path):
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
     folder = tmp_path / FINGERPRINT.digest / "checkpoints"
     (folder / "step-000005-a1/manifest.json").unlink()
     (folder / "step-000004-a1").rename(folder / "step-four")
     checkpoints, notes = make_checkpoints(tmp_path)
     assert checkpoints.load_latest() is None
     assert notes == [
-        f"the checkpoint {FINGERPRINT.digest}/checkpoints/step-000005-a1 is passed over: it has no manifest, so "
-        "that it "
-        "was never complete",
-        f"the checkpoint {FINGERPRINT.digest}/checkpoints/step-four is passed over: it is none of this program's",
+        f"checkpoint {FINGERPRINT.digest}/checkpoints/step-000005-a1 skipped: it has no manifest.json, so it is "
+        "incomplete",
+        f"checkpoint {FINGERPRINT.digest}/checkpoints/step-four skipped: its name is not step-NNNNNN-aN",
     ]
 
 
@@ -383,17 +385,17 @@ def test_prune_deletes_incomplete_checkpoints_of_earlier_attempts(tmp_path):
     assert left == ["step-000002-a3", "step-000003-a2", "step-000009-a1"]
 
 
-def test_trap_37_checkpoint_with_another_fingerprint_is_refused(kept):
-    checkpoints, notes = make_checkpoints(kept, FINGERPRINT.model_copy(update={"total_steps": 9}))
+def test_trap_37_checkpoint_with_another_fingerprint_is_refused(saved):
+    checkpoints, notes = make_checkpoints(saved, FINGERPRINT.model_copy(update={"total_steps": 9}))
     assert checkpoints.load_latest() is None
-    assert "it belongs to another course of training: totalSteps was 5 and is 9" in notes[0]
+    assert "it was saved by a run with other settings: totalSteps was 5 and is 9" in notes[0]
 
 
-def test_a_checkpoint_that_cannot_be_written_does_not_end_the_run(tmp_path):
+def test_failed_checkpoint_does_not_end_the_run(tmp_path):
     (tmp_path / FINGERPRINT.digest).write_text("a file where the folder should be")
     notes: list[str] = []
     maybe_checkpoint(make_checkpointer(make_checkpoints(tmp_path)[0], notes=notes), 1, last=False)
-    assert notes[0].startswith("no checkpoint of step 1 was written: ")
+    assert notes[0].startswith("checkpoint of step 1 failed, will be retried: ")
 
 
 @pytest.fixture(scope="module")
@@ -404,7 +406,7 @@ def config(tmp_path_factory) -> RunConfig:
 
 
 def moved(config: RunConfig, folder: Path) -> RunConfig:
-    """The same run with an output of its own."""
+    """The same run with a separate output."""
     source = Path(config.prepared.prefix.removeprefix("file://"))
     shutil.copytree(source, folder / "colours" / source.name)
     output = config.spec.output.model_copy(update={"uri": f"file://{folder}"})
@@ -423,9 +425,9 @@ def adapter_of(config: RunConfig) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def uninterrupted(config, tmp_path_factory) -> RunConfig:
-    whole = moved(config, tmp_path_factory.mktemp("whole"))
-    FreshProcesses().run_until(whole, NEVER, tmp_path_factory.mktemp("work"))
-    return whole
+    run = moved(config, tmp_path_factory.mktemp("uninterrupted"))
+    FreshProcesses().run_until(run, NEVER, tmp_path_factory.mktemp("work"))
+    return run
 
 
 @settings(max_examples=3, deadline=None, phases=[Phase.generate])
@@ -435,8 +437,8 @@ def test_run_stopped_after_any_steps_resumes_in_new_processes(stops, config, uni
     stopped, processes, before = moved(config, folder / "output"), FreshProcesses(), None
     for step in [*sorted(stops), NEVER]:
         notes = processes.run_until(stopped, step, folder / "work")
-        going_on = [note.partition(",")[0] for note in notes if note.startswith("going on")]
-        assert going_on == ([f"going on after step {before}"] if before else [])
+        resumed = [note.partition(",")[0] for note in notes if note.startswith("resumed")]
+        assert resumed == ([f"resumed from step {before}"] if before else [])
         before = step
     expected, found = adapter_of(uninterrupted), adapter_of(stopped)
     assert expected.keys() == found.keys()

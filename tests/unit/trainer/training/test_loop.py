@@ -1,4 +1,4 @@
-"""The numbers of training: heads, portions, stops, schedules."""
+"""The training loop: output heads, micro-batches, stops and learning rates."""
 
 import dataclasses
 import math
@@ -38,9 +38,9 @@ def test_model_with_modified_logits_uses_its_own_head():
             self.base_model, self.device = inner.base_model, CPU
 
         def forward(self, **inputs):
-            made = self.inner(**inputs)
-            made.logits = 3.0 * torch.tanh(made.logits / 3.0)
-            return made
+            output = self.inner(**inputs)
+            output.logits = 3.0 * torch.tanh(output.logits / 3.0)
+            return output
 
         def get_output_embeddings(self):
             return self.inner.get_output_embeddings()
@@ -50,20 +50,21 @@ def test_model_with_modified_logits_uses_its_own_head():
 
     assert head_is_plain(make_model())
     assert not head_is_plain(Capped(make_model()))
-    tuned, batch = make_trainable(), collate(token_rows(4), CPU, packing=True)
-    own = dataclasses.replace(tuned, plain_head=False)
-    torch.testing.assert_close(own.loss_sum(batch, ONE), tuned.loss_sum(batch, ONE))
+    trainable, batch = make_trainable(), collate(token_rows(4), CPU, packing=True)
+    own = dataclasses.replace(trainable, plain_head=False)
+    torch.testing.assert_close(own.loss_sum(batch, ONE), trainable.loss_sum(batch, ONE))
 
 
-def test_in_16_bits_the_head_in_pieces_rounds_as_the_model_does(model_folder):
+def test_chunked_head_in_bf16_rounds_like_the_model(model_folder):
     gradients = []
     for plain_head in (True, False):
         base = load_base(model_folder, NF4, torch.bfloat16, "sdpa", "cpu")
-        choices = dataclasses.replace(SETTINGS, dtype=torch.bfloat16)
-        tuned = dataclasses.replace(attach_lora(base, LoraSpec(rank=4, dropout=0.0), 1, choices), plain_head=plain_head)
-        tuned.wrapped.train()
-        tuned.loss_sum(collate(token_rows(6), CPU, packing=True), ONE / 77).backward()
-        gradients.append([parameter.grad for parameter in tuned.parameters()])
+        settings = dataclasses.replace(SETTINGS, dtype=torch.bfloat16)
+        trainable = attach_lora(base, LoraSpec(rank=4, dropout=0.0), 1, settings)
+        trainable = dataclasses.replace(trainable, plain_head=plain_head)
+        trainable.wrapped.train()
+        trainable.loss_sum(collate(token_rows(6), CPU, packing=True), ONE / 77).backward()
+        gradients.append([parameter.grad for parameter in trainable.parameters()])
     assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
 
 
@@ -74,38 +75,38 @@ def test_packed_rows_stay_below_the_token_limit():
     assert [len(group) for group in split_micro_batches([short] * 5, 2, packing=False)] == [2, 2, 1]
 
 
-def test_without_its_adapter_the_model_is_the_base():
-    tuned, rows = make_trainable(), token_rows(8)
-    with tuned.evaluating(adapter=False):
-        before = compute_metrics(tuned, rows, 4, packing=True)
-    run_steps(make_test_loop(tuned, rows))
-    with tuned.evaluating(adapter=False):
-        assert compute_metrics(tuned, rows, 4, packing=True) == before
-    with tuned.evaluating():
-        assert compute_metrics(tuned, rows, 4, packing=True).loss < before.loss
+def test_model_with_disabled_adapter_equals_the_base():
+    trainable, rows = make_trainable(), token_rows(8)
+    with trainable.evaluating(adapter=False):
+        before = compute_metrics(trainable, rows, 4, packing=True)
+    run_steps(make_test_loop(trainable, rows))
+    with trainable.evaluating(adapter=False):
+        assert compute_metrics(trainable, rows, 4, packing=True) == before
+    with trainable.evaluating():
+        assert compute_metrics(trainable, rows, 4, packing=True).loss < before.loss
 
 
 def test_stop_takes_effect_after_the_step_with_a_checkpoint():
-    stop, seen, asked, kept = StopFlag(), [], [], []
+    stop, seen, decisions, saved = StopFlag(), [], [], []
 
-    def note(record: StepRecord) -> None:
+    def on_step(record: StepRecord) -> None:
         seen.append(record.step)
         stop.requested = record.step == 2
 
-    def wants(step, last) -> bool:
-        asked.append((step, last))
+    def should_checkpoint(step, last) -> bool:
+        decisions.append((step, last))
         return True
 
-    watcher = dataclasses.replace(
+    callbacks = dataclasses.replace(
         NO_CALLBACKS,
-        on_step=note,
-        should_checkpoint=wants,
-        checkpoint=lambda state, _: kept.append(len(state.history.steps)),
+        on_step=on_step,
+        should_checkpoint=should_checkpoint,
+        checkpoint=lambda state, _: saved.append(len(state.history.steps)),
     )
     with pytest.raises(RunError) as caught:
-        make_test_loop(make_trainable(), token_rows(8)).run(stop, watcher)
+        make_test_loop(make_trainable(), token_rows(8)).run(stop, callbacks)
     assert (caught.value.reason, caught.value.step, seen) == (Reason.INTERRUPTED, 2, [1, 2])
-    assert (asked, kept) == ([(1, False), (2, True)], [1, 2])
+    assert (decisions, saved) == ([(1, False), (2, True)], [1, 2])
 
 
 @pytest.mark.parametrize(
@@ -116,19 +117,19 @@ def test_stop_takes_effect_after_the_step_with_a_checkpoint():
         ("cosine", [0.5, 1.0, 1.0, (1 + math.cos(math.pi / 4)) / 2, 0.5, (1 + math.cos(3 * math.pi / 4)) / 2]),
     ],
 )
-def test_learning_rate(scheduler, expected):
+def test_learning_rate_of_each_scheduler(scheduler, expected):
     schedule = Schedule(TrainingSpec(learning_rate=1.0, warmup_ratio=0.3, scheduler=scheduler), 1, 6)
     assert [schedule.learning_rate(step) for step in range(6)] == pytest.approx(expected)
 
 
 def test_micro_batch_graph_is_freed_before_the_next(monkeypatch):
-    """Its graph holds checkpoints' inputs, and with 8-bit layers every activation."""
+    """The graph holds inputs of checkpointed layers, and with 8-bit layers every activation."""
     losses: list[weakref.ref] = []
-    real = TrainableModel.loss_sum
+    original = TrainableModel.loss_sum
 
-    def watch(tuned, batch, weight):
+    def watch(trainable, batch, weight):
         assert not [loss for loss in losses if loss() is not None]
-        loss = real(tuned, batch, weight)
+        loss = original(trainable, batch, weight)
         losses.append(weakref.ref(loss))
         return loss
 

@@ -1,4 +1,4 @@
-"""What follows from a history: when to look at the held-out rows, when to stop, what to keep, what has diverged."""
+"""Decisions from the history: validation, early stopping, the best weights, divergence."""
 
 import dataclasses
 import math
@@ -43,7 +43,7 @@ def validations_of(*losses: float, every: int = 2) -> tuple[ValidationRecord, ..
 
 
 @pytest.mark.parametrize(
-    ("done", "looks", "keep", "due"),
+    ("done", "validations", "keep", "due"),
     [
         (0, 0, "last", False),
         (1, 0, "last", False),
@@ -53,9 +53,9 @@ def validations_of(*losses: float, every: int = 2) -> tuple[ValidationRecord, ..
         (5, 2, "best", True),
     ],
 )
-def test_evaluation_is_due_at_each_multiple_and_at_the_end_with_keep_best(done, looks, keep, due):
+def test_evaluation_is_due_at_each_multiple_and_at_the_end_with_keep_best(done, validations, keep, due):
     training = TrainingSpec(evaluate_every=2, keep=keep)
-    history = History(steps_of(*[1.0] * done), validations_of(*[1.0] * looks))
+    history = History(steps_of(*[1.0] * done), validations_of(*[1.0] * validations))
     assert evaluation_is_due(history, training, total_steps=5) is due
     assert not evaluation_is_due(history, TrainingSpec(), total_steps=5)
 
@@ -79,7 +79,7 @@ def test_patience_is_exhausted_after_validations_without_improvement(losses, pat
     )
 
 
-def test_the_best_is_the_earliest_of_the_lowest():
+def test_best_validation_is_the_earliest_with_the_lowest_loss():
     assert best_validation(validations_of(3.0, 1.0, 2.0, 1.0)).step == 4
     assert best_validation(()) is None
     history = History(steps_of(1.0, 1.0, 1.0, 1.0, 1.0), validations_of(1.0, 2.0))
@@ -92,18 +92,18 @@ def test_the_best_is_the_earliest_of_the_lowest():
     [
         pytest.param([2.0] * 40 + [9.0] * 20, 2.0, id="rises-and-stays"),
         pytest.param([2.0] * 40 + [9.0] * 19, None, id="one-step-too-few"),
-        pytest.param([2.0] * 40 + [9.0] * 19 + [3.0] + [9.0] * 19, None, id="comes-back"),
+        pytest.param([2.0] * 40 + [9.0] * 19 + [3.0] + [9.0] * 19, None, id="recovers"),
         pytest.param([6.0] * 20 + [1.0] * 20 + [3.0] * 20, 1.0, id="above-its-lowest-level"),
         pytest.param([2.0] * 40 + [3.4] * 60, None, id="not-far-enough"),
         pytest.param([9.0] * 100, None, id="never-low"),
-        pytest.param([], None, id="nothing"),
+        pytest.param([], None, id="empty"),
     ],
 )
-def test_divergence_is_detected(losses, level):
+def test_level_before_divergence(losses, level):
     assert History(steps_of(*losses)).level_before_divergence() == level
 
 
-def test_noise_of_one_nat_around_a_falling_loss_is_no_divergence():
+def test_noise_of_one_nat_is_no_divergence():
     chance, history = random.Random(0), History()
     for record in steps_of(*(1.0 + 3.0 * 0.99**step + chance.gauss(0.0, 1.0) for step in range(3000))):
         history.add_step(record)
@@ -111,7 +111,7 @@ def test_noise_of_one_nat_around_a_falling_loss_is_no_divergence():
 
 
 def level_by_definition(losses: list[float]) -> float | None:
-    """The same from all losses at once."""
+    """The same, computed from all losses at once."""
     recent, before = losses[-DIVERGED_STEPS:], losses[:-DIVERGED_STEPS]
     blocks = pairwise(range(0, len(before) + 1, DIVERGED_STEPS))
     level = min((median(before[start:end]) for start, end in blocks), default=math.inf)
@@ -123,8 +123,8 @@ LEVELS = st.lists(st.tuples(st.floats(0, 12), st.integers(1, 70)), max_size=6)
 
 @given(LEVELS, st.randoms(use_true_random=False), st.integers(0, 200))
 @settings(max_examples=200, deadline=None)
-def test_a_history_that_grows_decides_at_each_step_as_its_losses_do_at_once(levels, chance, resumed_at):
-    """Losses stay around some levels, each for a while; a resumed history goes on as the one that was not."""
+def test_incremental_level_equals_the_definition(levels, chance, resumed_at):
+    """Losses stay around several levels in turn; a resumed history gives the same answers."""
     losses = [level + chance.gauss(0.0, 0.1) for level, steps in levels for _ in range(steps)]
     records = steps_of(*losses)
     history = History(records[:resumed_at])
@@ -134,15 +134,15 @@ def test_a_history_that_grows_decides_at_each_step_as_its_losses_do_at_once(leve
             history.add_step(records[done])
 
 
-def test_a_step_costs_the_same_however_many_were_before_it():
-    """Of a hundred times as many records no more are looked at."""
+def test_cost_of_a_step_is_independent_of_the_history():
+    """With a hundred times as many records, no more of them are read."""
 
     class Counted(list):
         seen = 0
 
-        def __getitem__(self, place):
-            found = super().__getitem__(place)
-            self.seen += len(found) if isinstance(place, slice) else 1
+        def __getitem__(self, index):
+            found = super().__getitem__(index)
+            self.seen += len(found) if isinstance(index, slice) else 1
             return found
 
     costs = []
@@ -156,24 +156,24 @@ def test_a_step_costs_the_same_however_many_were_before_it():
     assert costs == [DIVERGED_STEPS * (DIVERGED_STEPS + 1)] * 2
 
 
-def test_a_diverged_run_ends_with_its_reason():
+def test_diverged_run_ends_with_loss_diverged():
     with pytest.raises(RunError, match=r"the loss was 2\.000 and has been more than 1\.5 above that for 20") as caught:
         check_divergence(History(steps_of(*[2.0] * 40, *[9.0] * 20)))
     assert (caught.value.reason, caught.value.step) == (Reason.LOSS_DIVERGED, 60)
 
 
-def test_early_stopping_ends_the_loop_and_the_best_adapter_is_kept():
-    """With a learning rate that is far too high the first look is the best."""
-    looks, tuned = [], make_trainable()
+def test_early_stopping_ends_the_loop_with_the_best_adapter():
+    """With a learning rate that is far too high, the first validation is the best."""
+    validations, trainable = [], make_trainable()
     training = {"evaluate_every": 1, "keep": "best", "early_stopping": EarlyStoppingSpec(patience=2)}
-    loop = make_test_loop(tuned, token_rows(8), steps=50, learning_rate=0.3, max_grad_norm=1000.0, **training)
+    loop = make_test_loop(trainable, token_rows(8), steps=50, learning_rate=0.3, max_grad_norm=1000.0, **training)
     loop = dataclasses.replace(loop, held_out=token_rows(8, seed=5))
-    history = loop.run(StopFlag(), dataclasses.replace(NO_CALLBACKS, on_validation=looks.append))
-    assert looks == history.validations
-    best = best_validation(looks)
+    history = loop.run(StopFlag(), dataclasses.replace(NO_CALLBACKS, on_validation=validations.append))
+    assert validations == history.validations
+    best = best_validation(validations)
     assert len(history.steps) == best.step + 2 < 50
-    again = make_trainable()
-    until = make_test_loop(again, token_rows(8), steps=50, learning_rate=0.3, max_grad_norm=1000.0)
+    repeated = make_trainable()
+    shorter = make_test_loop(repeated, token_rows(8), steps=50, learning_rate=0.3, max_grad_norm=1000.0)
     for step in range(best.step):
-        until.step(step)
-    assert all((one == other).all() for one, other in zip(weights_of(tuned), weights_of(again), strict=True))
+        shorter.step(step)
+    assert all((one == other).all() for one, other in zip(weights_of(trainable), weights_of(repeated), strict=True))

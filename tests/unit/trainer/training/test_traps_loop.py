@@ -1,4 +1,4 @@
-"""Mistakes of well-known trainers that this loop does not make: how it counts, shares, orders and looks."""
+"""Known mistakes of training loops that this one does not make: loss normalization, sharding, order, evaluation."""
 
 import dataclasses
 import math
@@ -32,36 +32,36 @@ def model_folder(tmp_path_factory):
 
 @pytest.mark.parametrize("micro_batch", [1, 3, 8])
 def test_trap_01_micro_batches_do_not_change_a_step(micro_batch):
-    rows = token_rows(12)  # the second step has four rows: a last window that is not full
-    whole, parts = make_trainable(), make_trainable()
-    expected = run_steps(make_test_loop(whole, rows, micro_batch=8))
-    found = run_steps(make_test_loop(parts, rows, micro_batch=micro_batch))
+    rows = token_rows(12)  # the second step has only four rows
+    full_batch, split_batch = make_trainable(), make_trainable()
+    expected = run_steps(make_test_loop(full_batch, rows, micro_batch=8))
+    found = run_steps(make_test_loop(split_batch, rows, micro_batch=micro_batch))
     assert [record.loss for record in found] == pytest.approx([record.loss for record in expected], rel=1e-5)
-    for one, other in zip(weights_of(whole), weights_of(parts), strict=True):
+    for one, other in zip(weights_of(full_batch), weights_of(split_batch), strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
 
 
-def test_trap_01_a_step_is_normalised_by_its_own_labels():
-    tuned, rows = make_trainable(), token_rows(8)
+def test_trap_01_loss_is_normalized_by_the_labels_of_the_step():
+    trainable, rows = make_trainable(), token_rows(8)
     batch = collate(rows, CPU, packing=True)
-    expected = float(tuned.loss_sum(batch, ONE).detach()) / len(batch.labels)
-    assert make_test_loop(tuned, rows).step(0).loss == pytest.approx(expected, rel=1e-5)
+    expected = float(trainable.loss_sum(batch, ONE).detach()) / len(batch.labels)
+    assert make_test_loop(trainable, rows).step(0).loss == pytest.approx(expected, rel=1e-5)
 
 
-def test_trap_02_two_processes_share_the_rows_of_a_step():
+def test_trap_02_rows_of_a_step_are_sharded_over_two_ranks():
     world = World(CPU, rank=1, size=2)
     assert [*World(CPU, rank=0, size=2).shard(range(5)), *world.shard(range(5))] == [0, 2, 4, 1, 3]
 
 
-def test_trap_07_a_row_without_labels_makes_no_loss_and_no_nan():
+def test_trap_07_row_without_labels_adds_no_loss_and_no_nan():
     rows = token_rows(7)
-    whole, spoilt = make_trainable(), make_trainable()
-    expected = make_test_loop(whole, rows, micro_batch=1).step(0)
-    found = make_test_loop(spoilt, (*rows, TokenRow((5, 6, 7), ())), micro_batch=1).step(0)
+    clean, with_empty_row = make_trainable(), make_trainable()
+    expected = make_test_loop(clean, rows, micro_batch=1).step(0)
+    found = make_test_loop(with_empty_row, (*rows, TokenRow((5, 6, 7), ())), micro_batch=1).step(0)
     assert (found.loss, found.grad_norm) == pytest.approx((expected.loss, expected.grad_norm), rel=1e-5)
 
 
-def test_trap_28_order_is_a_function_of_seed_and_epoch():
+def test_trap_28_row_order_depends_only_on_seed_and_epoch():
     assert epoch_permutation(3, 100, 7) == epoch_permutation(3, 100, 7)
     assert epoch_permutation(3, 100, 7) != epoch_permutation(4, 100, 7)
     assert epoch_permutation(3, 100, 7) != epoch_permutation(3, 100, 8)
@@ -75,19 +75,19 @@ GOLDEN_ORDER = tuple(torch.randperm(6, generator=torch.Generator().manual_seed(4
 
 def gradients_after(folder, *, evaluate_between: bool) -> list[torch.Tensor]:
     base = load_base(folder, NF4, torch.bfloat16, "sdpa", "cpu")
-    choices = dataclasses.replace(SETTINGS, dtype=torch.bfloat16)
-    tuned = attach_lora(base, LoraSpec(rank=4, dropout=0.0, targets=("all-linear",)), 1, choices)
+    settings = dataclasses.replace(SETTINGS, dtype=torch.bfloat16)
+    trainable = attach_lora(base, LoraSpec(rank=4, dropout=0.0, targets=("all-linear",)), 1, settings)
     rows = token_rows(6)
     if evaluate_between:
-        with tuned.evaluating():
-            compute_metrics(tuned, rows, 1, packing=True)
-            tuned.model(input_ids=torch.tensor([[5]]), use_cache=False)
-    tuned.wrapped.train()
-    tuned.loss_sum(collate(rows, CPU, packing=True), ONE).backward()
-    return [parameter.grad for parameter in tuned.parameters()]
+        with trainable.evaluating():
+            compute_metrics(trainable, rows, 1, packing=True)
+            trainable.model(input_ids=torch.tensor([[5]]), use_cache=False)
+    trainable.wrapped.train()
+    trainable.loss_sum(collate(rows, CPU, packing=True), ONE).backward()
+    return [parameter.grad for parameter in trainable.parameters()]
 
 
-def test_trap_29_an_evaluation_leaves_later_gradients_alone(model_folder):
+def test_trap_29_evaluation_does_not_change_later_gradients(model_folder):
     plain = gradients_after(model_folder, evaluate_between=False)
     evaluated = gradients_after(model_folder, evaluate_between=True)
     assert all(torch.equal(one, other) for one, other in zip(plain, evaluated, strict=True))
@@ -96,9 +96,9 @@ def test_trap_29_an_evaluation_leaves_later_gradients_alone(model_folder):
 @pytest.mark.skipif(
     not torch.cpu.get_capabilities().get("avx512_bf16"), reason="the fault exists with AVX512-BF16 only"
 )
-# torch's own word for the fault: the packed weights' kernel has no gradient.
+# torch's warning about the fault: the kernel for repacked weights has no gradient.
 @pytest.mark.filterwarnings("ignore:bitsandbytes..gemv_4bit. an autograd kernel was not registered:UserWarning")
-def test_trap_29_without_the_switch_an_evaluation_corrupts_gradients(model_folder, monkeypatch):
+def test_trap_29_evaluation_with_repacking_corrupts_gradients(model_folder, monkeypatch):
     plain = gradients_after(model_folder, evaluate_between=False)
     monkeypatch.setattr(model_module, "disable_weight_repacking", lambda _: None)
     evaluated = gradients_after(model_folder, evaluate_between=True)
@@ -119,26 +119,26 @@ def test_trap_29_dropout_does_not_depend_on_what_ran_before():
 
 
 def test_trap_29_evaluating_restores_mode_and_random_numbers():
-    tuned = make_trainable()
-    tuned.wrapped.train()
+    trainable = make_trainable()
+    trainable.wrapped.train()
     before = torch.get_rng_state()
-    with tuned.evaluating(adapter=False):
+    with trainable.evaluating(adapter=False):
         torch.randn(3)
-        assert not tuned.wrapped.training
-    assert tuned.wrapped.training
+        assert not trainable.wrapped.training
+    assert trainable.wrapped.training
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_trap_27_metrics_do_not_depend_on_batches():
-    tuned, rows = make_trainable(), token_rows(9)
-    found = [compute_metrics(tuned, rows, size, packing=packing) for size in (1, 4) for packing in (True, False)]
+    trainable, rows = make_trainable(), token_rows(9)
+    found = [compute_metrics(trainable, rows, size, packing=packing) for size in (1, 4) for packing in (True, False)]
     assert len({metrics.token_accuracy for metrics in found}) == 1
     assert [metrics.loss for metrics in found] == pytest.approx([found[0].loss] * 4, rel=1e-5)
     assert found[0].perplexity == pytest.approx(math.exp(found[0].loss))
 
 
 @pytest.mark.parametrize(
-    ("loss", "norm", "scaling", "fine"),
+    ("loss", "norm", "scaling", "accepted"),
     [
         (1.0, 1.0, False, True),
         (math.nan, 1.0, False, False),
@@ -147,9 +147,9 @@ def test_trap_27_metrics_do_not_depend_on_batches():
         (1.0, math.inf, True, True),
     ],
 )
-def test_trap_26_a_loss_that_is_no_number_ends_the_run_with_its_step(loss, norm, scaling, fine):
+def test_trap_26_non_finite_loss_ends_the_run_with_its_step(loss, norm, scaling, accepted):
     record = StepRecord(step=7, loss=loss, learning_rate=0.5, grad_norm=norm, tokens=1, seconds=1.0)
-    if fine:
+    if accepted:
         check_finite(record, scaling=scaling)
         return
     with pytest.raises(RunError, match="step 7 has") as caught:
