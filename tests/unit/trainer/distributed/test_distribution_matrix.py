@@ -19,8 +19,8 @@ from tests.unit.trainer.tiny import CPU
 from tests.unit.trainer.tuned import SETTINGS, make_trainable
 
 CELLS = tuple(matrix_cells())
-ALLOWED = tuple(cell for cell in CELLS if cell.refusal is None)
-REFUSED = tuple(cell for cell in CELLS if cell.refusal is not None)
+ALLOWED = tuple(cell for cell in CELLS if cell.rejection is None)
+REFUSED = tuple(cell for cell in CELLS if cell.rejection is not None)
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +40,9 @@ def test_allowed_strategy_has_the_losses_of_ddp(found: dict[str, list[float]], c
 
 @pytest.mark.parametrize("cell", REFUSED, ids=key_of)
 def test_refused_strategy_names_field_and_fix(cell: MatrixCell) -> None:
-    assert cell.refusal is not None
-    assert cell.refusal.startswith("spec.")
-    assert any(word in cell.refusal for word in ("set ", "leave "))
+    assert cell.rejection is not None
+    assert cell.rejection.startswith("spec.")
+    assert any(word in cell.rejection for word in ("set ", "leave "))
 
 
 def test_matrix_has_allowed_and_refused_cells_for_every_strategy() -> None:
