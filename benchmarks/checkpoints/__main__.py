@@ -26,8 +26,8 @@ from qlora_trainer.training.async_checkpointer import AsyncCheckpointer  # noqa:
 from qlora_trainer.training.checkpoint_store import CheckpointCallbacks, CheckpointStore  # noqa: E402
 from qlora_trainer.training.loop import TrainingCallbacks  # noqa: E402
 from qlora_trainer.training.state import TrainingState  # noqa: E402
-from tests.cluster.processes import Processes  # noqa: E402
-from tests.cluster.s3 import start_s3  # noqa: E402
+from tests.cluster.host.processes import Processes  # noqa: E402
+from tests.cluster.services.s3 import start_s3  # noqa: E402
 
 RESULT: Final = Path(__file__).parents[1] / "results" / "checkpoints.json"
 STEPS: Final = 30

@@ -29,7 +29,7 @@ from benchmarks.scale.workload import JOBSETS, NAMESPACE, QLORAJOBS, build_ends,
 from benchmarks.trainer.machine import observe_machine
 from tests.cluster.cluster import Cluster
 from tests.cluster.controllers import install_jobset
-from tests.cluster.kwok import pods_that_run
+from tests.cluster.services.kwok import pods_that_run
 from tests.integration.operator_process import ACCOUNT, OPERATOR_NAMESPACE, Operator, install
 
 RESULTS: Final = Path(__file__).parents[1] / "results"

@@ -6,7 +6,7 @@ from typing import Final
 from benchmarks.scale.results import Results
 from benchmarks.scale.trial import IDLE_SECONDS, FirstChildren, without_lease
 from benchmarks.trainer.machine import Machine
-from tests.cluster.binaries import KUBERNETES_VERSION
+from tests.cluster.programs.binaries import KUBERNETES_VERSION
 
 JOBSET: Final = "JobSet v0.10.1"
 MINUTE: Final = 60

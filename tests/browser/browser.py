@@ -10,8 +10,8 @@ from typing import Any, Final, Literal, NamedTuple
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from tests.cluster.packages import ensure_commands
-from tests.cluster.progress import Unavailable
+from tests.cluster.host.progress import Unavailable
+from tests.cluster.programs.packages import ensure_commands
 
 PROGRAMS: Final = ("chromium", "google-chrome")
 

@@ -17,9 +17,9 @@ import yaml
 from aiohttp import web
 
 from qlora_api import names
-from tests.cluster.addresses import free_ports
 from tests.cluster.cluster import Cluster
-from tests.cluster.pki import decode
+from tests.cluster.host.addresses import free_ports
+from tests.cluster.services.pki import decode
 
 MUTATING: Final = frozenset({"POST", "PUT", "PATCH", "DELETE"})
 _NOT_COUNTED: Final = ("/tokenreviews", "/leases")

@@ -17,7 +17,7 @@ from tests.chaos.mutations import Mutation, random_mutations, systematic
 from tests.chaos.promises import Dose, promise
 from tests.cluster.admin import Admin
 from tests.cluster.cluster import Cluster
-from tests.cluster.commands import wait_until
+from tests.cluster.host.commands import wait_until
 from tests.integration.operator_process import JobNamespace, Operator, open_job_namespace, wire_now
 from tests.make import PREPARED_MESSAGE, PUBLISHED_MESSAGE
 

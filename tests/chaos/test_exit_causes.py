@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save
 
 from examples.quickstart.make_model import DEFAULT_MIRROR, make_model
 from tests.chaos.promises import Dose, promise
-from tests.cluster.network import GATEWAY
-from tests.cluster.node import NODE
+from tests.cluster.node.network import GATEWAY
+from tests.cluster.node.node import NODE
 from tests.e2e.installation import Installation, manifest_of, split_reference, wait_for
 from tests.e2e.test_gang import processes_of
 from tests.hub import FakeHub, Repository

@@ -12,7 +12,7 @@ from qlora_api import names
 from tests.chaos.promises import Dose, promise
 from tests.cluster.admin import Admin
 from tests.cluster.cluster import Cluster
-from tests.cluster.commands import wait_until
+from tests.cluster.host.commands import wait_until
 from tests.integration.operator_process import NAME, PREPARE, TRAIN, JobNamespace, Operator, open_job_namespace
 from tests.make import PUBLISHED_MESSAGE
 

@@ -5,10 +5,10 @@ import os
 import sys
 
 from tests.cluster.cluster import Cluster, stop_cluster
-from tests.cluster.images import build_image
-from tests.cluster.paths import lock
+from tests.cluster.host.paths import lock
+from tests.cluster.host.progress import Unavailable, say
+from tests.cluster.node.images import build_image
 from tests.cluster.preparation import prepare
-from tests.cluster.progress import Unavailable, say
 from tests.cluster.state import START_LOCK, all_states, find_state, remove_abandoned
 
 

@@ -10,18 +10,19 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
-from tests.cluster import images, kwok
 from tests.cluster.admin import Admin
-from tests.cluster.binaries import binary
-from tests.cluster.commands import run, succeeds, wait_until
-from tests.cluster.containers import Containerd
-from tests.cluster.control_plane import ControlPlane, start_control_plane
-from tests.cluster.network import GATEWAY, start_bridge
-from tests.cluster.node import NODE, ensure_node_possible, start_node
-from tests.cluster.paths import lock
-from tests.cluster.processes import Processes
-from tests.cluster.progress import Unavailable, say
-from tests.cluster.s3 import S3, start_s3
+from tests.cluster.host.commands import run, succeeds, wait_until
+from tests.cluster.host.paths import lock
+from tests.cluster.host.processes import Processes
+from tests.cluster.host.progress import Unavailable, say
+from tests.cluster.node import images
+from tests.cluster.node.containers import Containerd
+from tests.cluster.node.network import GATEWAY, start_bridge
+from tests.cluster.node.node import NODE, ensure_node_possible, start_node
+from tests.cluster.programs.binaries import binary
+from tests.cluster.services import kwok
+from tests.cluster.services.control_plane import ControlPlane, start_control_plane
+from tests.cluster.services.s3 import S3, start_s3
 from tests.cluster.state import START_LOCK, State, all_states, find_state, remove_abandoned
 
 RESTRICTED: Final = {"pod-security.kubernetes.io/enforce": "restricted"}

@@ -9,14 +9,14 @@ from typing import Any, Final
 
 import yaml
 
-from tests.cluster.addresses import free_ports
-from tests.cluster.binaries import binary, source
 from tests.cluster.cluster import Cluster
-from tests.cluster.control_plane import ControlPlane
-from tests.cluster.paths import CACHE, ensure_folder, lock
-from tests.cluster.pki import encode
-from tests.cluster.processes import Processes
-from tests.cluster.progress import Unavailable
+from tests.cluster.host.addresses import free_ports
+from tests.cluster.host.paths import CACHE, ensure_folder, lock
+from tests.cluster.host.processes import Processes
+from tests.cluster.host.progress import Unavailable
+from tests.cluster.programs.binaries import binary, source
+from tests.cluster.services.control_plane import ControlPlane
+from tests.cluster.services.pki import encode
 
 FAST: Final = {"qps": 500, "burst": 500}
 """Calls per second that a controller may make: JobSet's own default; Kueue's is a tenth."""

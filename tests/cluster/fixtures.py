@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.cluster import Cluster
-from tests.cluster.progress import Unavailable
+from tests.cluster.host.progress import Unavailable
 
 
 @pytest.fixture(scope="session")

@@ -3,16 +3,16 @@
 import os
 from collections.abc import Callable
 
-from tests.cluster.binaries import (
+from tests.cluster.host.progress import Unavailable, say
+from tests.cluster.node.images import build_own_image, named_image
+from tests.cluster.node.node import ensure_node_possible
+from tests.cluster.programs.binaries import (
     CLIENT_PROGRAMS,
     CONTROL_PLANE_PROGRAMS,
     CONTROLLERS,
     NODE_PROGRAMS,
     build_programs,
 )
-from tests.cluster.images import build_own_image, named_image
-from tests.cluster.node import ensure_node_possible
-from tests.cluster.progress import Unavailable, say
 
 
 def prepare(*, node: bool, controllers: bool = False) -> None:

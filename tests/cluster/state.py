@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from tests.cluster.containers import stop_containers
-from tests.cluster.mounts import remove_folder
-from tests.cluster.network import remove_network
-from tests.cluster.node import remove_pod_cgroups
-from tests.cluster.paths import CACHE, STATES, ensure_folder
-from tests.cluster.processes import Processes, ProcessId
-from tests.cluster.progress import say
-from tests.cluster.s3 import S3
+from tests.cluster.host.mounts import remove_folder
+from tests.cluster.host.paths import CACHE, STATES, ensure_folder
+from tests.cluster.host.processes import Processes, ProcessId
+from tests.cluster.host.progress import say
+from tests.cluster.node.containers import stop_containers
+from tests.cluster.node.network import remove_network
+from tests.cluster.node.node import remove_pod_cgroups
+from tests.cluster.services.s3 import S3
 
 START_LOCK: Final = CACHE / "start.lock"
 """The lock under which clusters are claimed and cleaned up."""

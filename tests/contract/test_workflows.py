@@ -9,7 +9,7 @@ from typing import Any, Final
 import pytest
 import yaml
 
-from tests.cluster.binaries import binary
+from tests.cluster.programs.binaries import binary
 from tests.contract.blocks import ROOT
 from tests.contract.programs import check_make, check_paths
 

@@ -14,8 +14,8 @@ import yaml
 from examples.quickstart.make_model import DEFAULT_MIRROR, make_model
 from qlora_api.names import LEADER_LABEL
 from tests.cluster.cluster import RESTRICTED, Cluster
-from tests.cluster.commands import wait_until
-from tests.cluster.images import build_image
+from tests.cluster.host.commands import wait_until
+from tests.cluster.node.images import build_image
 from tests.e2e.recording import Recording
 
 ROOT: Final = Path(__file__).parents[2]

@@ -15,8 +15,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
-from tests.cluster.binaries import binary
-from tests.cluster.commands import CommandError
+from tests.cluster.host.commands import CommandError
+from tests.cluster.programs.binaries import binary
 
 COLUMNS: Final = 110
 ROWS: Final = 32

@@ -4,9 +4,9 @@ from typing import Any, Final
 
 import pytest
 
-from tests.cluster.addresses import free_ports
-from tests.cluster.binaries import binary
-from tests.cluster.network import GATEWAY
+from tests.cluster.host.addresses import free_ports
+from tests.cluster.node.network import GATEWAY
+from tests.cluster.programs.binaries import binary
 from tests.e2e.installation import TRANSCRIPT, Installation, manifest_of
 from tests.hub import FakeHub, Repository
 

@@ -5,8 +5,8 @@ from typing import Any, Final
 
 import pytest
 
-from tests.cluster import buildah
-from tests.cluster.images import ensure_base_image, local_images
+from tests.cluster.node import buildah
+from tests.cluster.node.images import ensure_base_image, local_images
 from tests.e2e.installation import Installation
 
 MAX_ADDED_BYTES: Final = 150 * 10**6

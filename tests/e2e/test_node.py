@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.cluster.cluster import Cluster
-from tests.cluster.images import build_image
+from tests.cluster.node.images import build_image
 
 NAMESPACE = "node-test"
 

@@ -12,7 +12,7 @@ from typing import Any, Final
 import pytest
 
 from examples.quickstart.make_model import make_model
-from tests.cluster.binaries import binary
+from tests.cluster.programs.binaries import binary
 from tests.e2e.installation import QUICKSTART, TRANSCRIPT, Installation, download, measure, wait_for
 
 NAMESPACE: Final = "ml"

@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
-from tests.cluster.commands import run
+from tests.cluster.host.commands import run
 from tests.integration.operator_process import JobNamespace
 
 

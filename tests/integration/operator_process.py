@@ -19,9 +19,9 @@ import yaml
 
 from qlora_api import names
 from qlora_operator.cluster.rbac import build_cluster_rules, build_own_namespace_rules, build_rules
-from tests.cluster.addresses import free_ports
 from tests.cluster.cluster import Cluster
-from tests.cluster.commands import wait_until
+from tests.cluster.host.addresses import free_ports
+from tests.cluster.host.commands import wait_until
 from tests.make import PREPARED_MESSAGE, PUBLISHED_MESSAGE, make_manifest
 
 ROOT: Final = Path(__file__).parents[2]

@@ -20,9 +20,9 @@ from qlora_api.reasons import Reason
 from qlora_api.v1alpha1 import OutputStatus, QLoRAJobStatus
 from qlora_cli.__main__ import app
 from qlora_operator.status.derive import to_wire
-from tests.cluster.binaries import binary
 from tests.cluster.cluster import Cluster
-from tests.cluster.commands import wait_until
+from tests.cluster.host.commands import wait_until
+from tests.cluster.programs.binaries import binary
 from tests.integration.kubelet import serve_logs
 from tests.integration.operator_process import NAME, PREPARE, TRAIN, JobNamespace, Operator, install, open_job_namespace
 from tests.make import PREPARED_MESSAGE, PUBLISHED_MESSAGE, make_manifest, make_result, make_termination_message

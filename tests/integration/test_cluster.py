@@ -3,8 +3,8 @@
 import botocore.exceptions
 import pytest
 
-from tests.cluster.binaries import KUBERNETES_VERSION
 from tests.cluster.cluster import Cluster
+from tests.cluster.programs.binaries import KUBERNETES_VERSION
 
 
 def test_server_has_pinned_version(control_plane: Cluster) -> None:

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from tests.cluster.cluster import Cluster
-from tests.cluster.commands import CommandError
+from tests.cluster.host.commands import CommandError
 
 ROOT = Path(__file__).parents[2]
 MINIMAL: dict[str, Any] = {

@@ -12,9 +12,9 @@ from qlora_api.reasons import Reason
 from qlora_cli.manifests.loader import parse_manifest
 from qlora_cli.manifests.yaml_documents import Document
 from qlora_planner.validation import CLUSTER_RULES
-from tests.cluster.binaries import binary
 from tests.cluster.cluster import Cluster
-from tests.cluster.commands import CommandError, run, wait_until
+from tests.cluster.host.commands import CommandError, run, wait_until
+from tests.cluster.programs.binaries import binary
 from tests.integration.operator_process import NAME, PREPARE, JobNamespace, Operator, install, open_job_namespace
 from tests.make import make_manifest, make_termination_message
 

@@ -13,8 +13,8 @@ from qlora_api.model_config import reduce_config
 from qlora_api.reasons import Reason
 from tests.chaos.promises import promise
 from tests.cluster.cluster import Cluster
-from tests.cluster.commands import wait_until
-from tests.cluster.kwok import A100, T4, GpuProduct, pods_that_run, start_simulator
+from tests.cluster.host.commands import wait_until
+from tests.cluster.services.kwok import A100, T4, GpuProduct, pods_that_run, start_simulator
 from tests.integration.operator_process import PREPARE, TRAIN, JobNamespace, Operator, install, open_job_namespace
 from tests.make import PUBLISHED_MESSAGE, make_prepared, make_termination_message
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tests.cluster.cluster import Cluster
-from tests.cluster.commands import CommandError
+from tests.cluster.host.commands import CommandError
 from tests.hostile import CORPUS, HARMLESS, REFUSED, Hostile
 from tests.integration.test_crd import ROOT
 

@@ -6,8 +6,8 @@ from typing import Any, Final
 
 from qlora_api.names import ConditionType, Phase
 from qlora_operator.status import to_wire, with_observed_generation
-from tests.cluster.binaries import binary
-from tests.cluster.commands import run
+from tests.cluster.host.commands import run
+from tests.cluster.programs.binaries import binary
 from tests.make import make_manifest
 from tests.unit.operator.status.test_derive import kstatus, status_in
 

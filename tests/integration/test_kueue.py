@@ -10,10 +10,10 @@ import pytest
 from qlora_api import names
 from tests.chaos.promises import promise
 from tests.cluster.cluster import Cluster
-from tests.cluster.commands import wait_until
 from tests.cluster.controllers import start_kueue
-from tests.cluster.kwok import pods_that_run
-from tests.cluster.progress import Unavailable
+from tests.cluster.host.commands import wait_until
+from tests.cluster.host.progress import Unavailable
+from tests.cluster.services.kwok import pods_that_run
 from tests.integration.operator_process import JobNamespace, Operator, install, open_job_namespace
 from tests.make import PREPARED_MESSAGE, PUBLISHED_MESSAGE
 

@@ -12,7 +12,7 @@ import pytest
 from qlora_api import names
 from qlora_operator.leader_election.lease import LEASE_DURATION, RENEW_DEADLINE
 from tests.cluster.cluster import Cluster
-from tests.cluster.commands import wait_until
+from tests.cluster.host.commands import wait_until
 from tests.integration.operator_process import (
     ACCOUNT,
     NAME,

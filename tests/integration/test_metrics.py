@@ -10,9 +10,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from qlora_api.report import StepRecord
 from qlora_trainer.runtime.metrics import Meter
-from tests.cluster.binaries import binary
 from tests.cluster.cluster import Cluster
-from tests.cluster.commands import wait_until
+from tests.cluster.host.commands import wait_until
+from tests.cluster.programs.binaries import binary
 from tests.integration.operator_process import NAME, TRAIN, JobNamespace, Operator, install, open_job_namespace
 from tests.integration.test_operator_progress import KUBEFLOW
 from tests.make import PUBLISHED_MESSAGE

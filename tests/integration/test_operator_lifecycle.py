@@ -11,7 +11,7 @@ import yaml
 
 from qlora_api import names
 from tests.cluster.cluster import Cluster
-from tests.cluster.commands import wait_until
+from tests.cluster.host.commands import wait_until
 from tests.integration.operator_process import (
     NAME,
     PREPARE,

@@ -7,7 +7,7 @@ from typing import Any, Final
 import pytest
 
 from tests.cluster.cluster import Cluster
-from tests.cluster.commands import wait_until
+from tests.cluster.host.commands import wait_until
 from tests.integration.operator_process import NAME, PREPARE, TRAIN, JobNamespace, Operator, install
 from tests.make import PUBLISHED_MESSAGE
 

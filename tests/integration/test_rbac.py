@@ -11,7 +11,7 @@ from typing import Final, NamedTuple
 import pytest
 
 from tests.cluster.cluster import Cluster
-from tests.cluster.commands import wait_until
+from tests.cluster.host.commands import wait_until
 from tests.integration.operator_process import ACCOUNT, OPERATOR_NAMESPACE, install
 
 PAGE: Final = Path(__file__).parents[2] / "docs/security.md"

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from tests.chaos.trainer.lives import TrainerRuns
-from tests.cluster.processes import Processes
-from tests.cluster.s3 import S3, start_s3
-from tests.cluster.toxiproxy import Toxiproxy, start_toxiproxy
+from tests.cluster.host.processes import Processes
+from tests.cluster.services.s3 import S3, start_s3
+from tests.cluster.services.toxiproxy import Toxiproxy, start_toxiproxy
 from tests.unit.trainer.conftest import THIRD_PARTY_WARNINGS
 
 

@@ -22,7 +22,7 @@ from qlora_trainer import stages
 from qlora_trainer.__main__ import main
 from qlora_trainer.prepare import prepare
 from qlora_trainer.runtime import shutdown
-from tests.cluster.s3 import S3
+from tests.cluster.services.s3 import S3
 from tests.unit.trainer.tiny import prepare_config, run_config, write_job
 
 if TYPE_CHECKING:

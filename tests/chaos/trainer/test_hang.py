@@ -11,7 +11,7 @@ from qlora_api.report import TerminationMessage
 from qlora_api.v1alpha1 import Plan
 from tests.chaos.promises import promise
 from tests.chaos.trainer.lives import STEPS, TrainerRuns
-from tests.cluster.s3 import S3
+from tests.cluster.services.s3 import S3
 from tests.unit.trainer.processes import ROOT
 
 HEARTBEAT = "8s"

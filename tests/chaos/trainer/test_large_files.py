@@ -11,7 +11,7 @@ from qlora_trainer.storage import s3, s3_multipart
 from qlora_trainer.storage.credentials import Credentials
 from qlora_trainer.storage.s3 import S3Store
 from qlora_trainer.storage.store import OUTPUT_FIELD, ObjectExistsError
-from tests.cluster.s3 import S3
+from tests.cluster.services.s3 import S3
 from tests.unit.trainer.tiny import serving
 
 PART_BYTES = 5 * 1024**2

@@ -6,7 +6,7 @@ from itertools import zip_longest
 
 from tests.chaos.promises import promise
 from tests.chaos.trainer.lives import TrainerProcess, TrainerRun, TrainerRuns
-from tests.cluster.commands import wait_until
+from tests.cluster.host.commands import wait_until
 
 
 def has_checkpoint(lines: list[dict[str, object]]) -> bool:

@@ -14,7 +14,7 @@ from qlora_api.result import Result
 from tests.chaos.promises import Dose, promise
 from tests.chaos.trainer.lives import CONTEXT
 from tests.chaos.trainer.publishers import Reader, check_published, open_store, publish_files, write_files
-from tests.cluster.s3 import S3
+from tests.cluster.services.s3 import S3
 
 
 def start_publisher(root: str, s3: S3, folder: Path, author: int) -> Any:

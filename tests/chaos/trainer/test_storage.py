@@ -23,8 +23,8 @@ from qlora_trainer.training.checkpoint_store import CheckpointCallbacks, Checkpo
 from tests.chaos.promises import Dose, promise
 from tests.chaos.trainer.lives import ADAPTER, STEPS, TrainerRuns
 from tests.chaos.trainer.publishers import check_published, publish_files, write_files
-from tests.cluster.s3 import S3
-from tests.cluster.toxiproxy import Toxiproxy
+from tests.cluster.services.s3 import S3
+from tests.cluster.services.toxiproxy import Toxiproxy
 from tests.unit.trainer.states import FINGERPRINT, make_state
 from tests.unit.trainer.tiny import serving
 

@@ -12,7 +12,7 @@ from qlora_api.names import GRACE_SECONDS
 from qlora_api.reasons import Reason
 from tests.chaos.promises import Dose, promise
 from tests.chaos.trainer.lives import INTERVAL, STEPS, TrainerProcess, TrainerRun, TrainerRuns
-from tests.cluster.toxiproxy import Toxiproxy
+from tests.cluster.services.toxiproxy import Toxiproxy
 
 STOP_SECONDS = 15
 """Longest time from SIGTERM to exit, with a model whose step takes less than a second."""

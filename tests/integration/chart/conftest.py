@@ -7,10 +7,10 @@ from typing import Any, Final
 import pytest
 import yaml
 
-from tests.cluster.binaries import fetch_source
 from tests.cluster.cluster import Cluster
-from tests.cluster.commands import wait_until
-from tests.cluster.progress import Unavailable
+from tests.cluster.host.commands import wait_until
+from tests.cluster.host.progress import Unavailable
+from tests.cluster.programs.binaries import fetch_source
 
 NAMESPACES: Final = ("qlora-system", "team-a", "team-b", "monitoring")
 MONITORING_GROUP: Final = "monitoring.coreos.com"

@@ -9,8 +9,8 @@ from typing import Any, Final
 
 import yaml
 
-from tests.cluster.binaries import binary
-from tests.cluster.commands import run
+from tests.cluster.host.commands import run
+from tests.cluster.programs.binaries import binary
 
 ROOT: Final = Path(__file__).parents[3]
 CHART: Final = ROOT / "charts/qlora-operator"

@@ -5,8 +5,8 @@ from typing import Final
 
 import yaml
 
-from tests.cluster.binaries import binary
-from tests.cluster.commands import run
+from tests.cluster.host.commands import run
+from tests.cluster.programs.binaries import binary
 from tests.integration.chart.rendering import CHART
 
 ALERTS: Final = CHART / "files/alerts.yaml"

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from tests.cluster.addresses import free_ports
+from tests.cluster.host.addresses import free_ports
 from tests.integration.chart.rendering import NAMESPACE, RELEASE, render
 
 

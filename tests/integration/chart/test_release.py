@@ -9,7 +9,7 @@ import pytest
 
 from qlora_operator.resources import build_train_job
 from tests.cluster.cluster import Cluster
-from tests.cluster.commands import CommandError, run, wait_until
+from tests.cluster.host.commands import CommandError, run, wait_until
 from tests.golden.test_children import CPU, INSTALLATION, OWNER, RUN
 from tests.integration.chart.rendering import NAMESPACE, RELEASE, helm, render
 from tests.integration.chart.test_rendering import MONITORING, POLICY, VALUES

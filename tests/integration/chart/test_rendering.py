@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from qlora_api.v1alpha1 import QLoRAJobSpec
-from tests.cluster.binaries import binary
-from tests.cluster.commands import CommandError, run
+from tests.cluster.host.commands import CommandError, run
+from tests.cluster.programs.binaries import binary
 from tests.integration.chart.rendering import CHART, RELEASE, names_of, notes_of, render
 
 FOLDER: Final = Path(__file__).parent / "golden"

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from tests.cluster.cluster import Cluster
-from tests.cluster.commands import wait_until
+from tests.cluster.host.commands import wait_until
 from tests.integration.chart.rendering import BEFORE, CHART, NAMESPACE, RELEASE
 from tests.make import make_manifest
 

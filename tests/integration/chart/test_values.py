@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from tests.cluster.commands import CommandError
+from tests.cluster.host.commands import CommandError
 from tests.integration.chart.rendering import render, render_text
 
 REFUSED: list[tuple[dict[str, Any], str]] = [

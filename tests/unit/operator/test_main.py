@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.cluster.addresses import free_ports
+from tests.cluster.host.addresses import free_ports
 
 
 def start(kubeconfig: Path, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -16,7 +16,7 @@ from qlora_operator.cluster.interface import ClusterBusyError
 from qlora_operator.controller.metrics import Metrics, progress_ratio
 from qlora_operator.health_server import serve_health
 from qlora_operator.progress_server import ReportStore
-from tests.cluster.addresses import free_ports
+from tests.cluster.host.addresses import free_ports
 from tests.fakes import FakeCluster
 from tests.make import NOW, PREPARED_MESSAGE, PUBLISHED_MESSAGE, REF, make_manifest
 from tests.unit.operator.life import PREPARE, TRAIN, reconcile_now

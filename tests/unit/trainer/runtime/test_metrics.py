@@ -19,7 +19,7 @@ from qlora_trainer.runtime.rank import is_local_main_process
 from qlora_trainer.storage.credentials import Credentials
 from qlora_trainer.storage.s3 import S3Store
 from qlora_trainer.storage.store import OUTPUT_FIELD
-from tests.cluster.addresses import free_ports
+from tests.cluster.host.addresses import free_ports
 
 
 def make_step(step: int) -> StepRecord:

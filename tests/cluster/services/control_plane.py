@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from tests.cluster.addresses import free_ports, host_address
-from tests.cluster.binaries import binary
-from tests.cluster.commands import wait_until
-from tests.cluster.paths import ensure_folder
-from tests.cluster.pki import Authority, make_authority
-from tests.cluster.processes import Processes
+from tests.cluster.host.addresses import free_ports, host_address
+from tests.cluster.host.commands import wait_until
+from tests.cluster.host.paths import ensure_folder
+from tests.cluster.host.processes import Processes
+from tests.cluster.programs.binaries import binary
+from tests.cluster.services.pki import Authority, make_authority
 
 SERVICE_RANGE: Final = "10.96.0.0/16"
 """Addresses of Services; the first one is the API server's own."""

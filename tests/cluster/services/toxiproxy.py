@@ -5,9 +5,9 @@ import urllib.request
 from dataclasses import dataclass
 from typing import Any, Final
 
-from tests.cluster.addresses import free_ports
-from tests.cluster.binaries import binary
-from tests.cluster.processes import Processes
+from tests.cluster.host.addresses import free_ports
+from tests.cluster.host.processes import Processes
+from tests.cluster.programs.binaries import binary
 
 HOST: Final = "127.0.0.1"
 

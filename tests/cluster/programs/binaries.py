@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from tests.cluster.commands import run
-from tests.cluster.paths import CACHE, MODULES, ensure_folder, lock
-from tests.cluster.progress import say
-from tests.cluster.toolchain import go_environment, go_program
+from tests.cluster.host.commands import run
+from tests.cluster.host.paths import CACHE, MODULES, ensure_folder, lock
+from tests.cluster.host.progress import say
+from tests.cluster.programs.toolchain import go_environment, go_program
 
 KUBERNETES_VERSION: Final = "v1.36.3"
 """What modules/programs pins; the server reports it, and without it Helm refuses the server."""

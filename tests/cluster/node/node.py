@@ -5,16 +5,16 @@ from typing import Final
 
 import yaml
 
-from tests.cluster.addresses import free_ports
-from tests.cluster.binaries import binary
-from tests.cluster.commands import wait_until
-from tests.cluster.containers import Containerd, start_containerd
-from tests.cluster.control_plane import ControlPlane, answers_ok
-from tests.cluster.images import ensure_pause_image
-from tests.cluster.network import CLUSTER_DOMAIN, GATEWAY, start_dns, start_service_proxy
-from tests.cluster.packages import ensure_commands, require_root
-from tests.cluster.paths import ensure_folder
-from tests.cluster.processes import Processes
+from tests.cluster.host.addresses import free_ports
+from tests.cluster.host.commands import wait_until
+from tests.cluster.host.paths import ensure_folder
+from tests.cluster.host.processes import Processes
+from tests.cluster.node.containers import Containerd, start_containerd
+from tests.cluster.node.images import ensure_pause_image
+from tests.cluster.node.network import CLUSTER_DOMAIN, GATEWAY, start_dns, start_service_proxy
+from tests.cluster.programs.binaries import binary
+from tests.cluster.programs.packages import ensure_commands, require_root
+from tests.cluster.services.control_plane import ControlPlane, answers_ok
 
 NODE: Final = "node1"
 """The one real node's name."""

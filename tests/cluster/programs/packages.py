@@ -5,9 +5,9 @@ import shutil
 from collections.abc import Sequence
 from typing import Final
 
-from tests.cluster.commands import run
-from tests.cluster.paths import CACHE, lock
-from tests.cluster.progress import HOW_TO_RUN, Unavailable, say
+from tests.cluster.host.commands import run
+from tests.cluster.host.paths import CACHE, lock
+from tests.cluster.host.progress import HOW_TO_RUN, Unavailable, say
 
 COMMANDS: Final = {
     "containerd": "containerd",

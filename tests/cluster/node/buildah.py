@@ -5,9 +5,9 @@ import re
 from pathlib import Path
 from typing import Final
 
-from tests.cluster.commands import run
-from tests.cluster.packages import ensure_commands, require_root
-from tests.cluster.paths import CACHE, ensure_folder
+from tests.cluster.host.commands import run
+from tests.cluster.host.paths import CACHE, ensure_folder
+from tests.cluster.programs.packages import ensure_commands, require_root
 
 HOME: Final = CACHE / "buildah"
 

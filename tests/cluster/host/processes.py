@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.cluster.commands import Argv, wait_until
-from tests.cluster.paths import ensure_folder
+from tests.cluster.host.commands import Argv, wait_until
+from tests.cluster.host.paths import ensure_folder
 
 
 class ProcessDiedError(Exception):

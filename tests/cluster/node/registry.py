@@ -7,10 +7,10 @@ from typing import Final
 
 import yaml
 
-from tests.cluster.addresses import free_ports
-from tests.cluster.binaries import binary
-from tests.cluster.paths import CACHE, ensure_folder
-from tests.cluster.processes import Processes
+from tests.cluster.host.addresses import free_ports
+from tests.cluster.host.paths import CACHE, ensure_folder
+from tests.cluster.host.processes import Processes
+from tests.cluster.programs.binaries import binary
 
 HOME: Final = CACHE / "registry"
 DATA: Final = HOME / "data"

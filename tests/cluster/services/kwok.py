@@ -4,10 +4,10 @@ import json
 from dataclasses import dataclass
 from typing import Final
 
-from tests.cluster.addresses import free_ports
-from tests.cluster.binaries import binary, source
-from tests.cluster.control_plane import ControlPlane
-from tests.cluster.processes import Processes
+from tests.cluster.host.addresses import free_ports
+from tests.cluster.host.processes import Processes
+from tests.cluster.programs.binaries import binary, source
+from tests.cluster.services.control_plane import ControlPlane
 
 SIMULATED: Final = "kwok.x-k8s.io/node"
 """The annotation by which a simulator knows its own nodes; the value is the simulator's name."""

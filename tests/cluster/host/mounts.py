@@ -5,8 +5,8 @@ import shutil
 import signal
 from pathlib import Path
 
-from tests.cluster.commands import run, succeeds, wait_until
-from tests.cluster.processes import ProcessId
+from tests.cluster.host.commands import run, succeeds, wait_until
+from tests.cluster.host.processes import ProcessId
 
 
 def remove_folder(folder: Path) -> None:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import yaml
 
-from tests.cluster.commands import run
-from tests.cluster.packages import ensure_commands
-from tests.cluster.paths import ensure_folder
+from tests.cluster.host.commands import run
+from tests.cluster.host.paths import ensure_folder
+from tests.cluster.programs.packages import ensure_commands
 
 
 @dataclass(frozen=True)

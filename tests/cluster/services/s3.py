@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Final
 import boto3
 from botocore.config import Config
 
-from tests.cluster.addresses import free_ports
-from tests.cluster.binaries import binary
-from tests.cluster.paths import ensure_folder
-from tests.cluster.processes import Processes
+from tests.cluster.host.addresses import free_ports
+from tests.cluster.host.paths import ensure_folder
+from tests.cluster.host.processes import Processes
+from tests.cluster.programs.binaries import binary
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client

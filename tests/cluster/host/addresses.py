@@ -3,7 +3,7 @@
 import contextlib
 import socket
 
-from tests.cluster.progress import Unavailable
+from tests.cluster.host.progress import Unavailable
 
 
 def host_address() -> str:

@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-REPOSITORY: Final = Path(__file__).resolve().parents[2]
+REPOSITORY: Final = Path(__file__).resolve().parents[3]
 """The checkout; the Dockerfile is at its root."""
 
-MODULES: Final = Path(__file__).resolve().parent / "modules"
+MODULES: Final = Path(__file__).resolve().parents[1] / "modules"
 """The Go modules: one for all programs that can share the versions of libraries, so that each is compiled once."""
 
 CACHE: Final = Path(os.environ.get("QLORA_TEST_CACHE", Path.home() / ".cache" / "qlora-operator"))

@@ -7,14 +7,14 @@ import shutil
 from pathlib import Path
 from typing import Any, Final
 
-from tests.cluster import buildah
-from tests.cluster.commands import run
-from tests.cluster.containers import PAUSE_IMAGE, Containerd
-from tests.cluster.packages import ensure_commands, require_root
-from tests.cluster.paths import REPOSITORY, ensure_folder, lock
-from tests.cluster.processes import Processes
-from tests.cluster.progress import say
-from tests.cluster.registry import ensure_registry
+from tests.cluster.host.commands import run
+from tests.cluster.host.paths import REPOSITORY, ensure_folder, lock
+from tests.cluster.host.processes import Processes
+from tests.cluster.host.progress import say
+from tests.cluster.node import buildah
+from tests.cluster.node.containers import PAUSE_IMAGE, Containerd
+from tests.cluster.node.registry import ensure_registry
+from tests.cluster.programs.packages import ensure_commands, require_root
 
 BASE_PACKAGES: Final = ("python3", "python3-venv", "ca-certificates")
 BASE_SUITE: Final = "bookworm"

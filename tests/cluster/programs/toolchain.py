@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 from typing import Final
 
-from tests.cluster.commands import CommandError, run
-from tests.cluster.paths import CACHE
-from tests.cluster.progress import say
+from tests.cluster.host.commands import CommandError, run
+from tests.cluster.host.paths import CACHE
+from tests.cluster.host.progress import say
 
 MINIMUM: Final = (1, 26, 7)
 """What the modules' go lines ask for."""

@@ -7,12 +7,12 @@ from typing import Final
 
 import yaml
 
-from tests.cluster.addresses import free_ports
-from tests.cluster.binaries import binary
-from tests.cluster.commands import run, succeeds
-from tests.cluster.control_plane import ControlPlane
-from tests.cluster.paths import ensure_folder
-from tests.cluster.processes import Processes
+from tests.cluster.host.addresses import free_ports
+from tests.cluster.host.commands import run, succeeds
+from tests.cluster.host.paths import ensure_folder
+from tests.cluster.host.processes import Processes
+from tests.cluster.programs.binaries import binary
+from tests.cluster.services.control_plane import ControlPlane
 
 BRIDGE: Final = "cni0"
 BRIDGE_MAC: Final = "02:00:0a:f4:00:01"

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from tests.cluster.commands import run, succeeds, wait_until
-from tests.cluster.mounts import kill_containers
-from tests.cluster.network import write_pod_network
-from tests.cluster.paths import CACHE, ensure_folder
-from tests.cluster.processes import Processes
+from tests.cluster.host.commands import run, succeeds, wait_until
+from tests.cluster.host.mounts import kill_containers
+from tests.cluster.host.paths import CACHE, ensure_folder
+from tests.cluster.host.processes import Processes
+from tests.cluster.node.network import write_pod_network
 
 IMAGE_ROOT: Final = CACHE / "containerd"
 """Images and their unpacked layers: one containerd at a time may use it."""

@@ -1,0 +1,1 @@
+"""What the test cluster needs of this machine."""

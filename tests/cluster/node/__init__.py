@@ -1,0 +1,1 @@
+"""The real node, its network and its images."""
