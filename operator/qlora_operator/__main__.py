@@ -10,7 +10,7 @@ import sys
 from functools import partial
 from typing import Final
 
-from qlora_api.logs import configure_logs, handler_for
+from qlora_api.logs.formatters import configure_logs, handler_for
 from qlora_operator.cluster.http import Api, load_configuration, read_credentials
 from qlora_operator.cluster.server_clock import ServerClock, utc_now
 from qlora_operator.controller.controller import Controller

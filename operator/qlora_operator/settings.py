@@ -8,7 +8,7 @@ from typing import Final
 from pydantic import ValidationError
 
 from qlora_api import names
-from qlora_api.logs import FORMAT_ENV, Format
+from qlora_api.logs.formatters import FORMAT_ENV, Format
 from qlora_api.runconfig import Platform, S3Config
 from qlora_operator.resources import Installation
 

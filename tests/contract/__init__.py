@@ -1,3 +1,3 @@
 import pytest
 
-pytest.register_assert_rewrite("tests.contract.programs")
+pytest.register_assert_rewrite("tests.contract.docs.programs")

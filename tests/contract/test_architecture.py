@@ -5,7 +5,7 @@ from typing import Final
 
 import pytest
 
-from tests.contract.blocks import ROOT
+from tests.contract.docs.blocks import ROOT
 
 PAGES: Final = ("docs/architecture.md", ".github/CONTRIBUTING.md")
 ROOTS: Final = (ROOT, ROOT / "operator", ROOT / "trainer_image")

@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from tests.cluster.programs.binaries import binary
-from tests.contract.blocks import ROOT
-from tests.contract.programs import check_make, check_paths
+from tests.contract.docs.blocks import ROOT
+from tests.contract.docs.programs import check_make, check_paths
 
 WORKFLOWS: Final = sorted((ROOT / ".github/workflows").glob("*.yml"))
 PINNED: Final = re.compile(r"^ *(?:- )?uses: [\w-]+/[\w-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+$")

@@ -10,8 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, TypeVar
 
-from qlora_api.logfiles import PREPARE_ATTEMPT, LogFile
-from qlora_api.logs import bind_process_fields, configure_logs, format_from_environment, handler_for, log_fields
+from qlora_api.logs.files import PREPARE_ATTEMPT, LogFile
+from qlora_api.logs.formatters import (
+    bind_process_fields,
+    configure_logs,
+    format_from_environment,
+    handler_for,
+    log_fields,
+)
 from qlora_api.names import CONFIG_MOUNT, PREPARE_CONFIG_FILE, RUN_CONFIG_FILE, TERMINATION_MESSAGE_PATH, WORK_MOUNT
 from qlora_api.reasons import Reason
 from qlora_api.report import TerminationMessage

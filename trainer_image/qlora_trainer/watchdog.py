@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Final
 
-from qlora_api.logs import log_fields
+from qlora_api.logs.formatters import log_fields
 from qlora_api.reasons import Reason
 from qlora_api.runconfig import RunConfig
 from qlora_api.v1alpha1 import to_timedelta

@@ -6,7 +6,7 @@ from typing import Final
 
 from qlora_api import names
 from qlora_api.job_ref import JobRef
-from qlora_api.logfiles import PREPARE_ATTEMPT
+from qlora_api.logs.files import PREPARE_ATTEMPT
 from qlora_cli.cluster.client import ClusterClient, KubeObject
 
 _INDEX: Final = "batch.kubernetes.io/job-completion-index"

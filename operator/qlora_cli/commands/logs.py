@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from qlora_api.job_ref import JobRef
-from qlora_api.logfiles import PREPARE_ATTEMPT
+from qlora_api.logs.files import PREPARE_ATTEMPT
 from qlora_cli.cluster.client import ClusterClient, ClusterError
 from qlora_cli.cluster.connection import Context, JobName, Kubeconfig, Namespace, exit_on_cluster_error, open_connection
 from qlora_cli.cluster.jobs import ClusterJob, get_job

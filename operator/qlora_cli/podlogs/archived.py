@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.markup import escape
 
-from qlora_api.logfiles import PREPARE_ATTEMPT, LogFile, log_folder
-from qlora_api.logs import time_of
+from qlora_api.logs.files import PREPARE_ATTEMPT, LogFile, log_folder
+from qlora_api.logs.formatters import time_of
 from qlora_api.v1alpha1 import Attempt
 from qlora_cli.cluster.client import ClusterError
 from qlora_cli.cluster.jobs import ClusterJob

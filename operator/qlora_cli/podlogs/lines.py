@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from qlora_api.logs import to_text
+from qlora_api.logs.formatters import to_text
 from qlora_cli.cluster.client import ClusterClient, ClusterError
 from qlora_cli.cluster.pods import TrainerPod
 

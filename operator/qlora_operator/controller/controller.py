@@ -10,7 +10,7 @@ from typing import Final
 from aiohttp import web
 
 from qlora_api.job_ref import JobRef
-from qlora_api.logs import bind_task_fields, log_fields
+from qlora_api.logs.formatters import bind_task_fields, log_fields
 from qlora_operator.cluster.cache import ChildCache, JobCache, ObjectCache
 from qlora_operator.cluster.http import Api, ApiError, NotFoundError
 from qlora_operator.cluster.interface import ClusterBusyError

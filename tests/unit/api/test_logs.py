@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from qlora_api import logs
-from qlora_api.logs import (
+from qlora_api.logs import formatters
+from qlora_api.logs.formatters import (
     Format,
     JsonFormatter,
     TextFormatter,
@@ -22,13 +22,13 @@ from qlora_api.logs import (
     log_fields,
     record_to_dict,
 )
-from qlora_api.redaction import MASK, REDACTOR
+from qlora_api.logs.redaction import MASK, REDACTOR
 
 
 @pytest.fixture(autouse=True)
 def forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     """Start every test with a process without bound fields and secrets."""
-    monkeypatch.setattr(logs, "_process", {})
+    monkeypatch.setattr(formatters, "_process", {})
     monkeypatch.setattr(REDACTOR, "_values", set())
     monkeypatch.setattr(REDACTOR, "_secret_pattern", None)
 
@@ -119,13 +119,13 @@ def test_text_for_a_terminal() -> None:
     ("asked", "form"), [("", Format.JSON), ("json", Format.JSON), ("text", Format.TEXT), ("xml", Format.JSON)]
 )
 def test_environment_selects_log_format(monkeypatch: pytest.MonkeyPatch, asked: str, form: Format) -> None:
-    monkeypatch.setenv(logs.FORMAT_ENV, asked)
-    assert logs.format_from_environment() is form
+    monkeypatch.setenv(formatters.FORMAT_ENV, asked)
+    assert formatters.format_from_environment() is form
 
 
 SCRIPT = """
 import logging, sys, warnings
-from qlora_api.logs import Format, configure_logs, handler_for
+from qlora_api.logs.formatters import Format, configure_logs, handler_for
 configure_logs(handler_for(Format.JSON, sys.stdout), "info")
 logging.getLogger("a.library").info("multi\\nline")
 warnings.warn("old", FutureWarning)

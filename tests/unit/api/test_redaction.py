@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from qlora_api.redaction import MASK, Redactor
+from qlora_api.logs.redaction import MASK, Redactor
 
 CANARY = "c4n4ry0123456789ABCDEFabcdef"
 JWT = f"eyJhbGciOiJSUzI1NiJ9.eyJpc3MiOiJrdWJlcm5ldGVzIn0.{CANARY}"

@@ -4,7 +4,7 @@ from datetime import timedelta
 
 import pytest
 
-from qlora_api.logs import Format
+from qlora_api.logs.formatters import Format
 from qlora_api.runconfig import Platform, S3Config
 from qlora_operator.resources import Installation
 from qlora_operator.settings import LeaderElectionSettings, Settings, SettingsError, read_settings

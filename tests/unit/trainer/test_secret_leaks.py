@@ -14,7 +14,7 @@ import boto3
 import pytest
 from moto import mock_aws
 
-from qlora_api import logs
+from qlora_api.logs import formatters
 from qlora_api.names import PROGRESS_TOKEN_ENV, PROGRESS_URL_ENV, SecretRole
 from qlora_api.report import TerminationMessage
 from qlora_api.runconfig import Platform
@@ -109,7 +109,7 @@ def process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Restore the process-wide configuration that the trainer changes."""
     root, before, stop = logging.getLogger(), list(logging.getLogger().handlers), signal.getsignal(signal.SIGTERM)
     level, environment = root.level, dict(os.environ)
-    monkeypatch.setattr(logs, "_process", {})
+    monkeypatch.setattr(formatters, "_process", {})
     yield
     root.handlers[:] = before
     root.setLevel(level)

@@ -21,7 +21,7 @@ import psutil
 from pydantic import ValidationError
 
 from qlora_api.launcher_config import MAIN_PORT
-from qlora_api.logs import log_fields
+from qlora_api.logs.formatters import log_fields
 from qlora_api.names import ACCELERATE_CONFIG_FILE, MAIN_ADDRESS_ENV
 from qlora_api.reasons import REASONS, Reason
 from qlora_api.report import TerminationMessage

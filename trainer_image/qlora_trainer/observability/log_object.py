@@ -3,7 +3,7 @@
 from functools import cached_property
 from typing import Final
 
-from qlora_api.logfiles import LogFile, log_folder
+from qlora_api.logs.files import LogFile, log_folder
 from qlora_api.reasons import Reason
 from qlora_api.runconfig import PrepareConfig, RunConfig
 from qlora_trainer.errors import RunError

@@ -6,7 +6,7 @@ import threading
 from collections import deque
 from typing import Any, Final, Protocol
 
-from qlora_api.logs import JsonFormatter, time_of
+from qlora_api.logs.formatters import JsonFormatter, time_of
 from qlora_api.units import MIB
 from qlora_api.v1alpha1 import Checkpoint, Progress
 from qlora_trainer.runtime.shutdown import StopFlag

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final, Protocol, Self
 
-from qlora_api.logs import log_fields
+from qlora_api.logs.formatters import log_fields
 from qlora_api.names import PROGRESS_TOKEN_ENV, PROGRESS_URL_ENV, Phase
 from qlora_api.progress import ProgressReport, ReportedMetric, TrainerStatus
 from qlora_api.v1alpha1 import Checkpoint, Progress

@@ -4,8 +4,8 @@ import contextlib
 import threading
 from pathlib import Path
 
+from qlora_api.logs.redaction import REDACTOR
 from qlora_api.names import TERMINATION_MESSAGE_BYTES
-from qlora_api.redaction import REDACTOR
 from qlora_api.report import TerminationMessage
 from qlora_api.v1alpha1 import Checkpoint, Progress
 from qlora_trainer.errors import RunError

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from qlora_api.logs.redaction import REDACTOR
 from qlora_api.names import SECRETS_MOUNT, SecretRole
 from qlora_api.reasons import Reason
-from qlora_api.redaction import REDACTOR
 from qlora_api.v1alpha1 import QLoRAJobSpec, SecretRef
 from qlora_trainer.errors import RunError
 

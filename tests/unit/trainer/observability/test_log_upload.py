@@ -17,11 +17,11 @@ from typing import Any
 
 import pytest
 
-from qlora_api.logfiles import LogFile, log_folder
-from qlora_api.logs import Format, handler_for
+from qlora_api.logs.files import LogFile, log_folder
+from qlora_api.logs.formatters import Format, handler_for
+from qlora_api.logs.redaction import MASK, REDACTOR
 from qlora_api.names import Phase
 from qlora_api.reasons import Reason
-from qlora_api.redaction import MASK, REDACTOR
 from qlora_api.report import TerminationMessage
 from qlora_api.v1alpha1 import Checkpoint, Progress
 from qlora_trainer.__main__ import ProcessContext, exit_with_error, exit_with_message

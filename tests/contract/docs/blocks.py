@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-ROOT: Final = Path(__file__).parents[2]
+ROOT: Final = Path(__file__).parents[3]
 GENERATED: Final = ROOT / "docs/reference"
 """Written from the code, which `make check` compares."""
 FOLDERS: Final = (".github", "docs", "charts", "examples", "benchmarks", "tests")

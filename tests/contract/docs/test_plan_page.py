@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from qlora_cli.__main__ import app
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 CONFIG = ROOT / "tests" / "unit" / "planner" / "configs" / "llama-3.2-3b.json"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGE = (ROOT / "docs" / "plan.md").read_text(encoding="utf-8")

@@ -6,7 +6,7 @@ from typing import Final
 
 import pytest
 
-ROOT: Final = Path(__file__).parents[2]
+ROOT: Final = Path(__file__).parents[3]
 README: Final = (ROOT / "README.md").read_text(encoding="utf-8")
 QUICKSTART: Final = (ROOT / "docs/quickstart.md").read_text(encoding="utf-8")
 LONGEST: Final = 160

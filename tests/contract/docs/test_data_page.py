@@ -6,7 +6,7 @@ from pathlib import Path
 
 from qlora_trainer.data.row_formats import detect_format, instruction_prompt, parse_row
 
-PAGE = (Path(__file__).parents[2] / "docs/data.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[3] / "docs/data.md").read_text(encoding="utf-8")
 
 
 def blocks(language: str) -> list[str]:

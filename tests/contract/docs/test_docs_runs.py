@@ -6,8 +6,8 @@ from typing import Final
 
 import pytest
 
-from tests.contract.blocks import ROOT
-from tests.contract.commands import Command, commands
+from tests.contract.docs.blocks import ROOT
+from tests.contract.docs.commands import Command, commands
 
 RUN_BY: Final = {
     "helm install": "tests/integration/chart/rendering.py",
@@ -26,19 +26,19 @@ RUN_BY: Final = {
     "kubectl wait": "tests/e2e/installation.py",
     "qlora chat": "tests/unit/cli/commands/test_chat.py",
     "qlora events": "tests/integration/test_cli.py",
-    "qlora init": "tests/contract/test_cli_page.py",
+    "qlora init": "tests/contract/docs/test_cli_page.py",
     "qlora list": "tests/integration/test_cli.py",
     "qlora logs": "tests/integration/test_cli.py",
     "qlora merge": "tests/unit/cli/commands/test_merge.py",
-    "qlora plan": "tests/contract/test_plan_page.py",
-    "qlora render": "tests/contract/test_cli_page.py",
+    "qlora plan": "tests/contract/docs/test_plan_page.py",
+    "qlora render": "tests/contract/docs/test_cli_page.py",
     "qlora report": "tests/integration/test_cli.py",
     "qlora rerun": "tests/integration/test_cli.py",
     "qlora run": "tests/unit/cli/commands/test_run.py",
-    "qlora serve-snippet": "tests/contract/test_cli_page.py",
+    "qlora serve-snippet": "tests/contract/docs/test_cli_page.py",
     "qlora status": "tests/integration/test_cli.py",
     "qlora submit": "tests/integration/test_cli.py",
-    "qlora validate": "tests/contract/test_cli_page.py",
+    "qlora validate": "tests/contract/docs/test_cli_page.py",
     "qlora wait": "tests/integration/test_cli.py",
 }
 """The test that runs the command, with its own arguments: it passes the verb to a program."""

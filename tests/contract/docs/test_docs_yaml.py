@@ -13,7 +13,7 @@ from qlora_api import names
 from qlora_cli.manifests.loader import JobManifest, ManifestError, parse_manifest
 from qlora_cli.manifests.yaml_documents import Document, parse_documents, read_documents
 from qlora_planner.validation import CLUSTER_RULES
-from tests.contract.blocks import PAGES, ROOT, Block, blocks
+from tests.contract.docs.blocks import PAGES, ROOT, Block, blocks
 from tests.make import make_manifest, merge
 
 VALUES_SCHEMA: Final = json.loads((ROOT / "charts/qlora-operator/values.schema.json").read_text(encoding="utf-8"))
@@ -25,7 +25,7 @@ OTHERS: Final = {"Application": "argoproj.io/v1alpha1", "Kustomization": "kustom
 RENDERED: Final = "kustomize.config.k8s.io/v1beta1"
 """Rendered by kubectl and applied in tests/integration/test_gitops.py."""
 MISTAKEN: Final = "examples/broken.yaml"
-"""Shows what `qlora validate` says; tests/contract/test_cli_page.py has its sentences."""
+"""Shows what `qlora validate` says; tests/contract/docs/test_cli_page.py has its sentences."""
 MANIFESTS: Final = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "examples").rglob("*.yaml"))]
 
 

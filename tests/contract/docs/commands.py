@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from docs.site.links import prose
-from tests.contract.blocks import PAGES, ROOT, blocks
+from tests.contract.docs.blocks import PAGES, ROOT, blocks
 
 _TYPED: Final = re.compile(r"^\$ ((?:.*\\\n)*.*)$", re.MULTILINE)
 _INLINE: Final = re.compile(

@@ -17,7 +17,7 @@ from qlora_cli.manifests.loader import JobManifest
 from qlora_cli.manifests.overrides import parse_override
 from qlora_cli.manifests.validation_messages import field_at
 from qlora_cli.manifests.yaml_documents import parse_value
-from tests.contract.blocks import ROOT
+from tests.contract.docs.blocks import ROOT
 from tests.make import merge
 
 TREE: Final = re.compile(r"^(?:benchmarks|charts|crds|docs|examples|operator|requirements|tests|trainer_image)/")

@@ -7,8 +7,8 @@ from typing import Final
 
 import pytest
 
-from tests.contract.commands import Command, commands, split
-from tests.contract.programs import (
+from tests.contract.docs.commands import Command, commands, split
+from tests.contract.docs.programs import (
     check_aws,
     check_docker,
     check_helm,

@@ -10,7 +10,7 @@ from enum import StrEnum
 from types import MappingProxyType
 from typing import Any, Final, TextIO
 
-from qlora_api.redaction import REDACTOR
+from qlora_api.logs.redaction import REDACTOR
 
 FORMAT_ENV: Final = "QLORA_LOG_FORMAT"
 """Environment variable with a Format, of the operator and of the trainer."""

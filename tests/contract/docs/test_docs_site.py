@@ -15,7 +15,7 @@ import pytest
 from docs.site.__main__ import build, write_sources
 from docs.site.links import is_outside, links, prose, relink
 from docs.site.sources import pages, place
-from tests.contract.blocks import PAGES, ROOT
+from tests.contract.docs.blocks import PAGES, ROOT
 
 CONFIGURATION: Final = ROOT / "docs/site/zensical.toml"
 

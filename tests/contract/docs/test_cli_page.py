@@ -11,11 +11,11 @@ from qlora_api.v1alpha1 import OutputStatus
 from qlora_cli.__main__ import app
 from qlora_cli.cluster.connection import Connection
 from qlora_cli.commands import serve_snippet
-from tests.contract.commands import commands
+from tests.contract.docs.commands import commands
 from tests.make import DIGEST, make_prepared, make_result
 from tests.unit.cli.fake_cluster import SUCCEEDED, FakeClusterClient, make_raw
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PAGE = (ROOT / "docs/cli.md").read_text(encoding="utf-8")
 REFERENCE = (ROOT / "docs/reference/cli.md").read_text(encoding="utf-8")
 TYPED = [command.words[1:] for command in commands() if command.place.startswith("docs/cli.md:")]

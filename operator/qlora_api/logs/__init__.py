@@ -1,0 +1,1 @@
+"""Log records of all processes: format, files, redaction of secrets."""

@@ -1,0 +1,1 @@
+"""Docs: links, YAML, commands and pasted output."""
