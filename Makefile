@@ -35,7 +35,7 @@ lock: ## compile the hashed requirement files anew; UPGRADE=--upgrade takes newe
 generate: setup ## write the CRD, its copy in the chart, the RBAC rules and the references from the code
 	$(BIN)/python -m qlora_codegen
 
-check: setup ## lint, types, import rules, generated files: under a minute
+check: setup ## lint, types, import rules, generated files (a minute the first time, then 20 seconds)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache
@@ -47,7 +47,7 @@ test: setup ## every test: unit, browser (Chromium), integration (real control p
 	$(BIN)/python -m tests.cluster build --node --controllers
 	$(PYTEST) --numprocesses $(LANES) $(UNIT) tests/browser tests/integration tests/chaos tests/e2e
 
-unit: setup ## the tests that need no cluster
+unit: setup ## the tests that need no cluster (about 5 minutes on 2 cores)
 	$(PYTEST) --numprocesses auto --maxprocesses 8 $(UNIT)
 
 integration: setup ## the tests on a real control plane
@@ -68,7 +68,7 @@ mutants: setup ## take out the fix of every trap in turn and show that its test 
 bench-plan: setup ## how long `qlora plan` takes on 20 public models (10 seconds)
 	$(BIN)/python -m benchmarks.plan
 
-bench-trainer: setup ## the trainer against TRL and the copied recipe on this CPU (9 minutes; nothing else should run)
+bench-trainer: setup ## the trainer against TRL and a common tutorial on this CPU (about 8 minutes; nothing else should run)
 	$(BIN)/python -m benchmarks.trainer
 
 bench-memory: setup ## predicted against measured memory of training steps on this CPU (5 minutes)
@@ -80,7 +80,7 @@ bench-checkpoints: setup ## how long a training waits for its checkpoints in S3 
 bench-scale: setup ## 10,000 QLoRAJobs and JobSet beside them on a real control plane (26 minutes; nothing else should run)
 	$(BIN)/python -m benchmarks.scale
 
-gpu: setup ## the same on a GPU, with the shapes of Llama-3.2-3B and Llama-3.1-8B at random weights
+gpu: setup ## bench-trainer on a GPU, with the shapes of Llama-3.2-3B and Llama-3.1-8B and random weights
 	$(BIN)/python -m benchmarks.trainer --device cuda
 
 docs: setup ## build the site of docs/ into out/site, without a warning (seconds)
