@@ -17,7 +17,6 @@ def missing(text: str) -> list[str]:
     return [path for path in _PATH.findall(text) if not any((root / path).exists() for root in ROOTS)]
 
 
-@pytest.mark.skipif(not (ROOT / "tests/unit/trainer/training").is_dir(), reason="modules or tests have not moved yet")
 @pytest.mark.parametrize("page", PAGES)
 def test_named_paths_exist(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
