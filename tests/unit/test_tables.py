@@ -10,6 +10,8 @@ from qlora_api.accelerators import ACCELERATORS, NVIDIA, DeviceName, accelerator
 from qlora_api.optimizers import OPTIMIZERS, OptimizerName
 from qlora_api.strategies import STRATEGIES, StrategyName
 from qlora_api.units import format_gib
+from qlora_api.v1alpha1 import RowFormat
+from qlora_trainer.data.row_formats import _FORMAT_FIELDS, _PARSERS
 
 ROOT: Final = Path(__file__).parents[2]
 TABLES: Final = {"strategies.py", "optimizers.py", "accelerators.py"}
@@ -19,6 +21,7 @@ SPELLED: Final = re.compile(rf"['\"](?:{'|'.join([*STRATEGIES, NVIDIA.resource])
 def test_every_name_is_a_row():
     assert set(get_args(StrategyName)) == set(STRATEGIES)
     assert set(get_args(OptimizerName)) == set(OPTIMIZERS)
+    assert set(get_args(RowFormat)) == set(_PARSERS) == {row_format for _, row_format in _FORMAT_FIELDS}
     assert set(get_args(DeviceName)) == {"cpu", *(accelerator.device for accelerator in ACCELERATORS)}
 
 

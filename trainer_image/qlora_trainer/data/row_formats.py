@@ -1,7 +1,7 @@
 """Row formats: detected from the fields of a row, and parsed into examples, conversations or text."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Final
 
 from qlora_api.v1alpha1 import RowFormat, RowTemplate
@@ -94,6 +94,25 @@ def fill(template: str, fields: Mapping[str, Any], part: str) -> str:
     return filled
 
 
+def render_question(formats: Collection[str], question: str, fields: Mapping[str, Any]) -> str:
+    """Return a question in the prompt that rows of these formats were trained with.
+
+    Args:
+        formats: Row formats of the training set.
+        question: The question as asked; it is the prompt itself where no format has a prompt of its own.
+        fields: Fields of a row, where the question is one written as a JSON object; else empty.
+
+    """
+    render = next((_PROMPTS[row_format] for row_format in _PROMPTS if row_format in formats), None)
+    return question if render is None else render(question, fields)
+
+
+def _ask_instruction(question: str, fields: Mapping[str, Any]) -> str:
+    return instruction_prompt(fields) if "instruction" in fields else render_instruction(question)
+
+
+_PROMPTS: Final[dict[RowFormat, Callable[[str, Mapping[str, Any]], str]]] = {"instruction": _ask_instruction}
+"""Formats whose rows are rendered into a prompt of their own."""
 _PARSERS: Final[dict[RowFormat, Callable[[Mapping[str, Any]], Row]]] = {
     "instruction": _parse_instruction,
     "chat": parse_chat,

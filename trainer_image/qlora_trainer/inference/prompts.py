@@ -9,7 +9,7 @@ from qlora_api.reasons import Reason
 from qlora_api.report import AdapterRecord
 from qlora_api.v1alpha1 import RowTemplate
 from qlora_trainer.data.chat_template import ChatTemplate, chat_prompt_ids, load_chat_template
-from qlora_trainer.data.row_formats import fill, instruction_prompt, placeholders, render_instruction
+from qlora_trainer.data.row_formats import fill, placeholders, render_question
 from qlora_trainer.data.rows import Message, RowError
 from qlora_trainer.data.tokenization import prompt_ids
 from qlora_trainer.errors import RunError
@@ -39,9 +39,7 @@ class PromptBuilder:
         fields = _as_fields(question)
         if self.template is not None:
             return _fill_template(self.template.prompt, question, fields)
-        if "instruction" in self.formats:
-            return instruction_prompt(fields) if "instruction" in fields else render_instruction(question)
-        return question
+        return render_question(self.formats, question, fields)
 
 
 def make_prompt_builder(record: AdapterRecord, tokenizer: Any) -> PromptBuilder:
