@@ -1,7 +1,7 @@
 """A pytest plugin: which tests run beside each other, and where the time of a run went.
 
-With `--numprocesses`, tests that share something dear (a cluster, a server, a run) stay in one process, as one lane.
-Every other file is a lane of its own. Lanes that mostly wait begin first, and the others fill the cores meanwhile.
+With `--numprocesses`, tests that share something expensive (a cluster, a server, a run) stay in one process: a lane.
+Every other file is a lane of its own. Lanes that mostly wait start first, and the others use the cores meanwhile.
 """
 
 import os
@@ -62,7 +62,7 @@ class Lanes(LoadScopeScheduling):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Lanes:
-    """Take our order instead of that by the number of tests."""
+    """Schedule lanes in the order of FIRST instead of by their number of tests."""
     config.option.loadscopereorder = False
     return Lanes(config, log)
 
@@ -75,19 +75,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Give way, with whatever a test starts, to the lane that takes longest."""
+    """Lower the priority of a test, and of what it starts, below that of the longest lane."""
     if hasattr(item.config, "workerinput") and os.environ.get(BEGAN) and lane_of(item.nodeid) != FIRST[0]:
         os.setpriority(os.PRIO_PROCESS, 0, max(NICENESS, os.getpriority(os.PRIO_PROCESS, 0)))
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Look at the clock."""
+    """Record when the tests started."""
     session.config.stash[STARTED] = time.time()
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Tell where the time went, if `make test` asks."""
+    """Print where the time went, if `make test` asks for it."""
     if BEGAN not in os.environ:
         return
     seconds: dict[str, float] = defaultdict(float)
@@ -97,12 +97,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
                 seconds[report.nodeid] += report.duration
     terminalreporter.section("where the time went")
     started = config.stash[STARTED]
-    for line in tell_times(seconds, started - float(os.environ[BEGAN]), time.time() - started):
+    for line in format_times(seconds, started - float(os.environ[BEGAN]), time.time() - started):
         terminalreporter.write_line(line)
 
 
-def tell_times(tests: Mapping[str, float], building: float, testing: float) -> Iterator[str]:
-    """Say how long everything took: the build, the lanes beside each other, and the slowest tests with their set-up."""
+def format_times(tests: Mapping[str, float], building: float, testing: float) -> Iterator[str]:
+    """Yield lines with the time of the build, of each lane, and of the slowest tests including their setup."""
     yield f"{building:7.0f} s  before the tests: packages, programs and images"
     yield f"{testing:7.0f} s  the tests, in lanes beside each other:"
     lanes: dict[str, list[float]] = defaultdict(list)

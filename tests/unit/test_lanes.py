@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.lanes import FIRST, NAMES_OF_CLUSTERS, lane_of, order_of, tell_times
+from tests.lanes import FIRST, NAMES_OF_CLUSTERS, format_times, lane_of, order_of
 
 QUICKSTART = "tests/e2e/test_quickstart.py::test_it_succeeds"
 CAUSES = "tests/chaos/test_exit_causes.py::test_what_keeps_a_run_from_training[no-s3]"
@@ -45,8 +45,8 @@ def test_every_lane_has_its_place() -> None:
 
 
 def test_the_times_of_lanes_add_up_and_the_slowest_test_comes_first() -> None:
-    told = list(tell_times({QUICKSTART: 100.0, CAUSES: 20.0, LOSS: 2.0, LOGS: 0.5}, building=7, testing=90))
-    assert [line.split() for line in told] == [
+    lines = list(format_times({QUICKSTART: 100.0, CAUSES: 20.0, LOSS: 2.0, LOGS: 0.5}, building=7, testing=90))
+    assert [line.split() for line in lines] == [
         *(["7", "s", "before", "the", "tests:", "packages,", "programs", "and", "images"],),
         *(["90", "s", "the", "tests,", "in", "lanes", "beside", "each", "other:"],),
         *(["120", "s", "node:", "2", "tests"], ["2", "s", "the", "others:", "2", "tests"]),
