@@ -25,6 +25,12 @@ def test_every_name_is_a_row():
     assert set(get_args(DeviceName)) == {"cpu", *(accelerator.device for accelerator in ACCELERATORS)}
 
 
+def test_no_row_of_accelerators_hides_another():
+    """Plans name a device and pods a resource: of two rows with the same one the later would win in silence."""
+    assert len({accelerator.device for accelerator in ACCELERATORS}) == len(ACCELERATORS)
+    assert len({accelerator.resource for accelerator in ACCELERATORS}) == len(ACCELERATORS)
+
+
 def test_no_other_module_spells_a_strategy_or_a_gpu_resource():
     modules = [path for folder in ("operator", "trainer_image") for path in (ROOT / folder).rglob("*.py")]
     assert not [
