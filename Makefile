@@ -35,7 +35,7 @@ lock: ## compile the hashed requirement files anew; UPGRADE=--upgrade takes newe
 generate: setup ## write the CRD, its copy in the chart, the RBAC rules and the references from the code
 	$(BIN)/python -m qlora_codegen
 
-check: setup ## lint, types, import rules, generated files (a minute the first time, then 20 seconds)
+check: setup ## lint, types, import rules, generated files (a minute the first time, then seconds)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache
