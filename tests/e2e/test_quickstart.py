@@ -135,9 +135,9 @@ def test_plain_peft_loads_adapter_and_matches_report(downloaded, finished):
     measured = measure(make_model(), QUICKSTART / "data/heldout.jsonl", downloaded / "adapter")
     reported = json.loads((downloaded / "report/report.json").read_text(encoding="utf-8"))["evaluation"]
     assert measured["tokens"] == reported["tokens"]
-    # Another batch shape rounds in bf16 another way: with 1, 4, 8 and 16 rows a batch, plain PEFT itself finds from
-    # 2.6240 to 2.6274 for one adapter, and from 4.0778 to 4.0823 for its base.
-    assert measured["adapters"] == pytest.approx([reported["adapter"]["loss"]], abs=1e-3)
+    # The trainer computes in bf16: its losses were 0.0006 and 0.0002 from these. Plain PEFT in bf16 was 0.0005 and
+    # 0.0074 from them, and by 0.001 more or less with another batch shape.
+    assert measured["adapters"] == pytest.approx([reported["adapter"]["loss"]], abs=2e-3)
     assert measured["base"] == pytest.approx(reported["base"]["loss"], abs=5e-3)
     assert reported["adapter"]["loss"] <= 0.75 * reported["base"]["loss"]
     assert finished["status"]["evaluation"]["adapter"]["loss"] == pytest.approx(reported["adapter"]["loss"], rel=1e-6)

@@ -28,6 +28,12 @@ VALIDATION = ValidationRecord(step=2, loss=2.5, token_accuracy=0.5, seconds=1.0)
 SECRETS = Secrets({role: Credentials() for role in SecretRole})
 
 
+@pytest.fixture(autouse=True)
+def patient_close(monkeypatch):
+    """Wait for a tracker's start and end for as long as a busy machine may need."""
+    monkeypatch.setattr(tracking, "_CLOSE_SECONDS", 300.0)
+
+
 def config_with(**tracking_spec) -> RunConfig:
     return run_config(make_spec(tracking=tracking_spec), make_prepared())
 
