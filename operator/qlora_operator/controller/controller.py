@@ -68,7 +68,7 @@ class Controller:
         """Wait for the CRD, fill the child cache, then start the queue, the resync and the progress server."""
         await self._wait_for_crd()
         await self._cluster.relist(self.settings.namespaces)
-        self.metrics.jobs.start_leading(self._reports.progress)
+        self.metrics.jobs.start_leading(self._reports.get)
         self.queue.start()
         self._resync = asyncio.create_task(self._resync_forever(), name="resync")
         self._server = await self._start_progress_server()
@@ -123,12 +123,11 @@ class Controller:
     async def _reconcile(self, ref: JobRef) -> timedelta | None:
         bind_task_fields(namespace=ref.namespace, job=ref.name)
         with self.metrics.time_reconcile():
-            report = self._reports.get(ref)
             context = ReconcileContext(
                 self._clock().replace(microsecond=0),
-                report.progress if report else None,
+                self._reports.get(ref),
                 self._reports_since,
-                report.job_uid if report else None,
+                self._reports.job_uid(ref),
             )
             cached = self._job_cache.pop(ref)
             if cached is not None and self.watch_health.has_newer_version(ref, cached.resource_version):

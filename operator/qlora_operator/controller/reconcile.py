@@ -284,17 +284,19 @@ async def write_status(
     """Record an Event for a transition, and write the status if it changed; less of it if that is refused."""
     raw, previous = request.raw, request.previous_status
     report, now = request.context.last_report, request.context.now
-    status, *less = derive_alternatives(previous, decision, report, gpus=gpus, generation=raw.generation, now=now)
+    statuses = derive_alternatives(previous, decision, report, gpus=gpus, generation=raw.generation, now=now)
+    status = next(statuses)
     if (status.phase, status.reason) != (previous.phase, previous.reason):
         await cluster.record_event(build_event(Owner(raw.ref, raw.uid), raw.resource_version, status, now))
     while True:
         try:
             written = await _write_if_changed(raw, previous, status, cluster)
         except InvalidStatusError as error:
-            if not less:
+            less = next(statuses, None)
+            if less is None:
                 raise
-            _log.error("the status of %s was refused, so less of it is written: %s", raw.ref, error)
-            status = less.pop(0)
+            _log.error("the status of %s was refused, so less of it is written: %s", "/".join(raw.ref), error)
+            status = less
         else:
             return ReconcileResult(_requeue_after(decision, now), written, status, request)
 

@@ -15,7 +15,7 @@ from qlora_api.units import KIB
 from qlora_operator.cluster.interface import ClusterBusyError
 from qlora_operator.progress_server.expiring_cache import ExpiringCache
 from qlora_operator.progress_server.pod_authorizer import MAX_CACHED_TOKENS, PodAuthorizer, ReportRejectedError
-from qlora_operator.progress_server.reports import JobReport, ReportStore, read_report
+from qlora_operator.progress_server.reports import ReportStore, read_report
 
 MAX_BODY: Final = 64 * KIB
 STATUS_INTERVAL: Final = timedelta(seconds=5)
@@ -91,8 +91,8 @@ class ProgressEndpoint:
             first = error.errors()[0]
             field = ".".join(map(str, first["loc"])) or "body"
             raise ReportRejectedError(400, f"{field}: {first['msg']}") from error
-        now, previous = self._clock(), self._reports.progress(ref)
-        self._reports.put(ref, JobReport(job_uid, read_report(report, now)))
+        now, previous = self._clock(), self._reports.get(ref)
+        self._reports.put(ref, read_report(report, now), job_uid)
         age = now - previous.updated_at if previous else STATUS_INTERVAL
         self._notify(ref, min(max(STATUS_INTERVAL - age, timedelta(0)), STATUS_INTERVAL))
 

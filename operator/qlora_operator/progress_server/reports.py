@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from datetime import datetime
-from typing import Final, NamedTuple
+from typing import Final
 
 from pydantic import ValidationError
 
@@ -16,31 +16,23 @@ from qlora_api.v1alpha1.patterns import PRINTABLE
 REPORTED_PHASES: Final = frozenset({Phase.TRAINING, Phase.EVALUATING, Phase.PUBLISHING})
 
 
-class JobReport(NamedTuple):
-    """A report, and the QLoRAJob that the pod belongs to."""
-
-    job_uid: str
-    progress: Progress
-
-
 class ReportStore:
     """The last report of every running job, in memory."""
 
     def __init__(self) -> None:
-        self._last: dict[JobRef, JobReport] = {}
+        self._last: dict[JobRef, tuple[Progress, str | None]] = {}
 
-    def get(self, ref: JobRef) -> JobReport | None:
+    def get(self, ref: JobRef) -> Progress | None:
         """Return the last report."""
-        return self._last.get(ref)
+        return self._last.get(ref, (None, None))[0]
 
-    def progress(self, ref: JobRef) -> Progress | None:
-        """Return the progress of the last report."""
-        report = self._last.get(ref)
-        return report.progress if report else None
+    def job_uid(self, ref: JobRef) -> str | None:
+        """Return the uid of the QLoRAJob whose pod sent the last report."""
+        return self._last.get(ref, (None, None))[1]
 
-    def put(self, ref: JobRef, report: JobReport) -> None:
+    def put(self, ref: JobRef, report: Progress, job_uid: str | None = None) -> None:
         """Replace the last report."""
-        self._last[ref] = report
+        self._last[ref] = (report, job_uid)
 
     def forget(self, ref: JobRef) -> None:
         """Drop the report of a run that is over."""

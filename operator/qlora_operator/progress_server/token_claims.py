@@ -1,11 +1,11 @@
 """Reads the claims of a pod's token without verifying it, so that the API server is asked about plausible ones only."""
 
 import base64
-import binascii
+import re
 from datetime import datetime
 from typing import Annotated, Final
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from qlora_api import names
 from qlora_api.units import KIB
@@ -49,14 +49,14 @@ def read_claims(token: str, now: datetime) -> PodIdentity | None:
     if not 0 < len(token) <= MAX_TOKEN:
         return None
     try:
-        header, payload, signature = map(_decode_segment, token.split("."))
+        header, payload, _ = map(_decode_segment, token.split("."))
         _Header.model_validate_json(header)
         claims = _Claims.model_validate_json(payload)
-    except (ValueError, ValidationError):
+    except ValueError:
         return None
     audiences = [claims.aud] if isinstance(claims.aud, str) else claims.aud
     expired = claims.exp + LEEWAY_SECONDS < now.timestamp()
-    if not signature or expired or names.TOKEN_AUDIENCE not in audiences:
+    if expired or names.TOKEN_AUDIENCE not in audiences:
         return None
     pod = claims.kubernetes.pod
     return PodIdentity(claims.kubernetes.namespace, pod.name, pod.uid)
@@ -64,7 +64,6 @@ def read_claims(token: str, now: datetime) -> PodIdentity | None:
 
 def _decode_segment(text: str) -> bytes:
     """Decode base64url without padding; ValueError if it is anything else."""
-    try:
-        return base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
-    except (binascii.Error, UnicodeEncodeError) as error:
-        raise ValueError("not base64url") from error
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", text):
+        raise ValueError("not base64url")
+    return base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
