@@ -11,6 +11,8 @@ from collections.abc import Callable
 from typing import Final, cast
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.log import server_logger
 
 from qlora_operator.progress_server.endpoint import MAX_BODY
 
@@ -29,6 +31,15 @@ ACCEPT_RETRY_SECONDS: Final = 1.0
 """Pause after an error of accept(), such as too many open files; asyncio's own server takes the same."""
 
 _log = logging.getLogger(__name__)
+
+
+def is_not_of_client(record: logging.LogRecord) -> bool:
+    """Return whether a log record is about an error of this process, not of a client that anybody can run."""
+    error = record.exc_info[1] if record.exc_info else None
+    return not isinstance(error, (ConnectionError, HttpProcessingError, web.RequestPayloadError))
+
+
+server_logger.addFilter(is_not_of_client)
 
 
 class BoundedConnection(asyncio.Protocol):

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Final
 
 from pydantic import ValidationError
@@ -77,7 +77,8 @@ def _to_checkpoint(metrics: Mapping[str, str]) -> Checkpoint | None:
     }
     try:
         checkpoint = Checkpoint.model_validate(values)
-    except ValidationError:
+        checkpoint.time.astimezone(UTC)
+    except (ValidationError, OverflowError):
         return None
     # A time without its timezone is ambiguous.
     usable = checkpoint.time.tzinfo and checkpoint.step <= MAX_COUNT and PRINTABLE.matches(checkpoint.uri)

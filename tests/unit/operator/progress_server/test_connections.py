@@ -2,6 +2,7 @@
 
 import asyncio
 import gzip
+import logging
 from collections.abc import AsyncIterator
 from typing import Final
 
@@ -65,10 +66,54 @@ async def test_unknown_path_closes_the_connection_too(server: ProgressServer) ->
         pytest.param(b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n1\r\n", id="half-a-chunk"),
     ],
 )
-async def test_slow_client_is_cut_off(server: ProgressServer, start: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_slow_client_is_cut_off(
+    server: ProgressServer, start: bytes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(connections, "CONNECTION_SECONDS", 0.05)
     async with asyncio.timeout(5):
         assert b"200" not in await send(server, start)
+    assert [record for record in caplog.records if record.levelno >= logging.INFO] == []
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", id="tls"),
+        pytest.param(b"GET / HTTP/9.9\r\n\r\n", id="unknown-version"),
+        pytest.param(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: -1\r\n\r\n", id="negative-length"),
+        pytest.param(
+            b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n", id="two-lengths"
+        ),
+        pytest.param(b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", id="no-chunk-size"),
+        pytest.param(b"GET / HTTP/1.1\r\nHost: a\r\nX: " + b"x" * 9_000 + b"\r\n\r\n", id="long-header"),
+        pytest.param(b"GET /" + b"x" * 9_000 + b" HTTP/1.1\r\n\r\n", id="long-path"),
+        pytest.param(b"GET /%ff%00/../.. HTTP/1.1\r\nHost: a\r\n\r\n", id="strange-path"),
+        pytest.param(b"GET http://[ HTTP/1.1\r\nHost: a\r\n\r\n", id="broken-url"),
+        pytest.param(b"GET / HTTP/1.1\r\nHost: a\r\nX\x00: 1\r\n\r\n", id="nul-in-a-header"),
+    ],
+)
+async def test_malformed_request_is_answered_without_a_log_line(
+    server: ProgressServer, data: bytes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(connections, "CONNECTION_SECONDS", 0.2)
+    async with asyncio.timeout(5):
+        answer = await send(server, data)
+    assert b" 200 " not in answer
+    assert b" 500 " not in answer
+    assert [record for record in caplog.records if record.levelno >= logging.INFO] == []
+
+
+async def test_error_of_the_operator_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    async def fail(_: web.Request) -> web.Response:
+        raise RuntimeError("a bug")
+
+    app = web.Application(middlewares=[close_connection])
+    app.router.add_get("/", fail)
+    server = ProgressServer(app, 0)
+    await server.start()
+    assert b" 500 " in await send(server, REQUEST)
+    assert "a bug" in caplog.text
+    await server.cleanup()
 
 
 async def test_endless_headers_are_cut_off(server: ProgressServer, bodies: list[bytes]) -> None:

@@ -83,6 +83,8 @@ HARMLESS: Final = {
     "checkpoint with a NUL": checkpoint(uri="s3://a/\x00"),
     "checkpoint that reorders text": checkpoint(uri="s3://a/\u202e"),
     "checkpoint at an infinite time": checkpoint(time="1e400"),
+    "checkpoint before the first year": checkpoint(time="0001-01-01T00:00:00+23:59"),
+    "checkpoint after the last year": checkpoint(time="9999-12-31T23:59:59-23:59"),
 }
 
 
