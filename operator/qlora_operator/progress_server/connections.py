@@ -21,7 +21,7 @@ MAX_CONNECTIONS: Final = 256
 MAX_CONNECTIONS_PER_ADDRESS: Final = 32
 """Open connections of one address: a pod needs one, and the pods of a node may share its address."""
 ACCEPTS_PER_SECOND: Final = 500
-"""Twice what 1,000 trainers need, each of which reports every 5 s; a report takes about 0.5 ms of the event loop."""
+"""What 2,500 trainers need, each of which reports every 5 s; `benchmarks/progress_flood.py` shows what it costs."""
 CONNECTION_SECONDS: Final = 10.0
 """Maximum age of a connection: a TokenReview takes at most 5 s, and the rest is for a slow network."""
 MAX_REQUEST: Final = 2 * MAX_BODY

@@ -73,7 +73,7 @@ def derive_alternatives(  # noqa: PLR0913 (as derive_status)
 
 
 def derive_outcome(previous: QLoRAJobStatus, decision: Decision, generation: int, now: datetime) -> QLoRAJobStatus:
-    """Return the last status with phase, reason, attempts and conditions of a decision, and no text from outside."""
+    """Return the last status with phase, reason, attempts and conditions of a decision, all of bounded length."""
     now = now.replace(microsecond=0)
     attempts = merge_attempt(previous.attempts, decision.attempt)
     status = previous.model_copy(
