@@ -154,7 +154,7 @@ async def test_connections_of_one_address_are_bounded(
 
 async def test_open_connections_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "MAX_CONNECTIONS", 2)
-    monkeypatch.setattr(connections, "CONNECTION_SECONDS", 0.2)
+    monkeypatch.setattr(connections, "CONNECTION_SECONDS", 1.0)
     server = ProgressServer(web.Application(), 0)
     await server.start()
     idle = [await asyncio.open_connection("127.0.0.1", server.port) for _ in range(2)]
