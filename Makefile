@@ -80,6 +80,9 @@ bench-checkpoints: setup ## how long a training waits for its checkpoints in S3 
 bench-scale: setup ## 10,000 QLoRAJobs and JobSet beside them on a real control plane (26 minutes; nothing else should run)
 	$(BIN)/python -m benchmarks.scale
 
+bench-progress: setup ## what a flood of the progress endpoint costs the operator's own calls (half a minute)
+	$(BIN)/python -m benchmarks.progress_flood
+
 gpu: setup ## bench-trainer on a GPU, with the shapes of Llama-3.2-3B and Llama-3.1-8B and random weights
 	$(BIN)/python -m benchmarks.trainer --device cuda
 

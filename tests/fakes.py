@@ -1,5 +1,6 @@
 """An in-memory cluster that behaves like an API server towards the operator; tests play the kubelet."""
 
+import asyncio
 import copy
 from collections.abc import Callable
 from datetime import datetime, timedelta
@@ -8,10 +9,17 @@ from typing import Any
 
 from qlora_api import names
 from qlora_api.job_ref import JobRef
-from qlora_operator.cluster.interface import AdmissionDeniedError, ClusterBusyError, NameConflictError, PodIdentity
+from qlora_operator.cluster.interface import (
+    AdmissionDeniedError,
+    ClusterBusyError,
+    InvalidStatusError,
+    NameConflictError,
+    PodIdentity,
+    PodOwner,
+)
 from qlora_operator.cluster.parse import controller_uid, parse_job, parse_observation
 from qlora_operator.models import Manifest, Observation, RawJob
-from tests.make import NOW
+from tests.make import NOW, UID
 
 Write = tuple[str, str]
 """Verb and name of a write."""
@@ -44,6 +52,8 @@ class FakeCluster:
         self.foreground_deletion = False
         """Whether a Job that is deleted stays while its pod ends."""
         self.admission_error: AdmissionDeniedError | None = None
+        self.invalid_status: Callable[[Manifest], str | None] = lambda _: None
+        """Why a status is refused, if it is."""
         self.crash_after: Callable[[int], bool] = lambda _: False
         self._versions = count(1)
         self._uids = count(1)
@@ -178,6 +188,8 @@ class FakeCluster:
         assert self.job
         if self.job["metadata"]["resourceVersion"] != job.resource_version:
             raise ClusterBusyError("conflict")
+        if (why := self.invalid_status(status)) is not None:
+            raise InvalidStatusError(why)
         self.job["status"] = copy.deepcopy(status)
         self.job["metadata"]["resourceVersion"] = self._version()
         self._wrote("status", status["phase"])
@@ -209,25 +221,43 @@ class FakeCluster:
 
 
 class FakeTokenReviewer:
-    """Tokens and the pods that they are bound to; counts the reviews."""
+    """Tokens and the pods that they are bound to; counts the reviews, and those in flight at once."""
 
-    def __init__(self, tokens: dict[str, PodIdentity], jobs: dict[PodIdentity, str], known: set[JobRef]) -> None:
+    def __init__(self, tokens: dict[str, PodIdentity], owners: dict[PodIdentity, PodOwner]) -> None:
         self.tokens = tokens
-        self.jobs = jobs
-        self.known = known
+        self.owners = owners
+        self.job_uids = {JobRef("ml", "support-bot"): UID}
+        """The QLoRAJobs that exist."""
+        self.cached_pods: set[str] = set()
         self.reviews = 0
+        self.max_in_flight = 0
+        self.asked = asyncio.Event()
+        self.answering = asyncio.Event()
+        """Cleared while the API server does not answer."""
+        self.answering.set()
+        self._in_flight = 0
 
     async def review_token(self, token: str) -> PodIdentity | None:
         self.reviews += 1
+        self.asked.set()
+        self._in_flight += 1
+        self.max_in_flight = max(self.max_in_flight, self._in_flight)
+        try:
+            await self.answering.wait()
+        finally:
+            self._in_flight -= 1
         return self.tokens.get(token)
 
-    async def job_of_pod(self, pod: PodIdentity) -> str | None:
-        return self.jobs.get(pod)
+    def caches_pod(self, ref: JobRef, uid: str) -> bool:  # noqa: ARG002 (the interface's signature)
+        return uid in self.cached_pods
+
+    async def owner_of_pod(self, pod: PodIdentity) -> PodOwner | None:
+        return self.owners.get(pod)
 
     async def read_job(self, ref: JobRef) -> RawJob | None:
-        if ref not in self.known:
+        if ref not in self.job_uids:
             return None
-        return RawJob(ref, "uid", 1, "1", NOW, deleting=False, spec={}, status={})
+        return RawJob(ref, self.job_uids[ref], 1, "1", NOW, deleting=False, spec={}, status={})
 
 
 def _wire(moment: datetime) -> str:

@@ -1,5 +1,7 @@
 """Valid objects with one thing changed: `make_job(method="lora")`."""
 
+import base64
+import json
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
@@ -20,6 +22,7 @@ from qlora_api.v1alpha1 import (
     QLoRAJobSpec,
     QLoRAJobStatus,
 )
+from qlora_operator.cluster.interface import PodIdentity
 from qlora_operator.models import ChildJob, Exit, Job, Observation, Pod
 from qlora_operator.resources import Installation, Owner
 
@@ -113,6 +116,23 @@ def make_plan_status() -> Plan:
     return Plan(
         device="cpu", nodes=1, gpus_per_node=0, micro_batch_size=8, gradient_accumulation=2, total_steps=180, reasons=()
     )
+
+
+def make_token(pod: PodIdentity, **change: Any) -> str:
+    """Return a token of a pod as a kubelet mounts it, but for its signature."""
+    claims = {
+        "aud": [names.TOKEN_AUDIENCE],
+        "exp": int(NOW.timestamp()) + 3600,
+        "iss": "https://kubernetes.default.svc.cluster.local",
+        "kubernetes.io": {"namespace": pod.namespace, "pod": {"name": pod.name, "uid": pod.uid}},
+    }
+    header = {"alg": "RS256", "kid": "any"}
+    return ".".join(encode_segment(json.dumps(part).encode()) for part in (header, merge(claims, change), "signature"))
+
+
+def encode_segment(data: bytes) -> str:
+    """Encode as a segment of a JWT."""
+    return base64.urlsafe_b64encode(data).decode().rstrip("=")
 
 
 def make_termination_message(reason: Reason, message: str = "", **facts: Any) -> str:

@@ -1,10 +1,13 @@
 """Body of the progress reports that a training pod posts: Kubeflow Trainer's status protocol."""
 
 from datetime import datetime
-from typing import Annotated
+from typing import Annotated, Final
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.alias_generators import to_camel
+
+MAX_COUNT: Final = 10**15 - 1
+"""Largest number of steps or seconds: a float holds it exactly (to 2**53), and two of them fit the STEP column."""
 
 
 class _WireModel(BaseModel):
@@ -29,7 +32,7 @@ class TrainerStatus(_WireModel):
     """
 
     progress_percentage: int | None = Field(default=None, ge=0, le=100)
-    estimated_remaining_seconds: int | None = Field(default=None, ge=0)
+    estimated_remaining_seconds: int | None = Field(default=None, ge=0, le=MAX_COUNT)
     metrics: Annotated[tuple[ReportedMetric, ...], Field(max_length=64)] = ()
     last_updated_time: datetime
 

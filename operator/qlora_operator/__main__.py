@@ -43,7 +43,9 @@ async def run(settings: Settings) -> None:
     is_leader = elector.is_leader if elector else always_leader
     metrics, clock = Metrics(is_leader), ServerClock()
     api = Api(configuration, is_leader, renew_credentials, metrics.on_api_call, clock.on_server_date)
-    controller = Controller(settings, api, metrics, clock.now)
+    # Another one, so that a slow or overloaded TokenReview never delays a reconcile.
+    review_api = Api(configuration, is_leader, renew_credentials, metrics.on_api_call)
+    controller = Controller(settings, api, metrics, clock.now, review_api)
     async with serve_health(settings.health_port, controller.unhealthy_reason, metrics.render), leadership(elector):
         await run_kopf(settings, configuration, controller)
 

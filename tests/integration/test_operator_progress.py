@@ -1,5 +1,6 @@
 """The progress endpoint with real tokens."""
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -87,6 +88,19 @@ def test_labeled_pod_without_job_may_report(operator: Operator, job_namespace: J
     job_namespace.kubectl("run", "script", "--image=mine", "--labels=qlora.dev/job=plain")
     assert operator.post(job_namespace.namespace, "plain", job_namespace.token("script"), KUBEFLOW) == (200, {})
     wait_until("progress", lambda: job_namespace.status("plain").get("progress") == "42%", timeout=20)
+
+
+def test_pod_of_earlier_job_with_the_same_name_is_forbidden(operator: Operator, job_namespace: JobNamespace) -> None:
+    job_namespace.submit("again")
+    job_namespace.kubectl("run", "earlier", "--image=mine", "--labels=qlora.dev/job=again")
+    token = job_namespace.token("earlier")
+    assert operator.post(job_namespace.namespace, "again", token, KUBEFLOW) == (200, {})
+    job_namespace.kubectl("delete", "qlorajob", "again")
+    time.sleep(1)  # creation times are in seconds
+    job_namespace.submit("again")
+    code, answer = operator.post(job_namespace.namespace, "again", token, KUBEFLOW)
+    assert (code, "belongs to an earlier QLoRAJob progress/again" in answer["message"]) == (403, True)
+    assert "lastReport" not in job_namespace.status("again")
 
 
 def test_report_for_deleted_job_is_not_found(operator: Operator, job_namespace: JobNamespace) -> None:

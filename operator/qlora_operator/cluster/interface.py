@@ -1,6 +1,7 @@
 """Interfaces to the cluster and their errors; `KubeCluster` implements them, and so does the fake of the tests."""
 
 from collections.abc import Collection
+from datetime import datetime
 from typing import NamedTuple, Protocol
 
 from qlora_api.job_ref import JobRef
@@ -29,6 +30,10 @@ class AdmissionDeniedError(Exception):
         """Whether the child itself is invalid, so that no change of the cluster helps."""
 
 
+class InvalidStatusError(Exception):
+    """The API server refused a status as invalid; the message is its."""
+
+
 class JobVersion(NamedTuple):
     """One QLoRAJob of a list."""
 
@@ -44,6 +49,16 @@ class PodIdentity(NamedTuple):
     namespace: str
     name: str
     uid: str
+
+
+class PodOwner(NamedTuple):
+    """What a pod says of the QLoRAJob that it belongs to."""
+
+    job: str
+    """Name of the QLoRAJob, from the pod's label."""
+    job_uid: str | None
+    """uid of the QLoRAJob that controls the pod's Job; None if no QLoRAJob does."""
+    pod_created_at: datetime
 
 
 class Cluster(Protocol):
@@ -89,6 +104,7 @@ class Cluster(Protocol):
 
         Raises:
             ClusterBusyError: The QLoRAJob is gone, or has changed since it was read.
+            InvalidStatusError: The API server refused the status as invalid.
 
         """
 
@@ -112,8 +128,11 @@ class TokenReviewer(Protocol):
     async def review_token(self, token: str) -> PodIdentity | None:
         """Return the pod that a token is bound to; None if it is invalid, or for another audience."""
 
-    async def job_of_pod(self, pod: PodIdentity) -> str | None:
-        """Return the QLoRAJob in the label of a pod; None if the pod is gone or has no such label."""
+    def caches_pod(self, ref: JobRef, uid: str) -> bool:
+        """Return whether the cache has a pod of the QLoRAJob with this uid; without an API call, and possibly late."""
+
+    async def owner_of_pod(self, pod: PodIdentity) -> PodOwner | None:
+        """Return which QLoRAJob a pod belongs to; None if the pod is gone, its Job is, or it has no such label."""
 
     async def read_job(self, ref: JobRef) -> RawJob | None:
         """Return a QLoRAJob, or None if it is gone."""

@@ -14,11 +14,20 @@ from qlora_operator.cluster.http import MERGE_PATCH, Api, ApiError, ConflictErro
 from qlora_operator.cluster.interface import (
     AdmissionDeniedError,
     ClusterBusyError,
+    InvalidStatusError,
     JobVersion,
     NameConflictError,
     PodIdentity,
+    PodOwner,
 )
-from qlora_operator.cluster.parse import Child, controller_uid, parse_job, parse_observation
+from qlora_operator.cluster.parse import (
+    Child,
+    controller_of,
+    controller_uid,
+    parse_job,
+    parse_observation,
+    parse_pod_owner,
+)
 from qlora_operator.models import Manifest, Observation, RawJob
 
 _log = logging.getLogger(__name__)
@@ -27,6 +36,8 @@ ALREADY_EXISTS: Final = "AlreadyExists"
 """Reason of a 409 for an object that exists; with another reason, as of a quota, nothing was created."""
 UNPROCESSABLE: Final = 422
 """HTTP status for an invalid object; quotas and admission policies use others."""
+_INVALID_BODY: Final = frozenset({400, 413, UNPROCESSABLE})
+"""HTTP statuses for a body that will never be accepted: it cannot be parsed, is too large, or does not fit the CRD."""
 _PREFIX: Final = {"v1": "/api/v1", "batch/v1": "/apis/batch/v1", "events.k8s.io/v1": "/apis/events.k8s.io/v1"}
 _PLURAL: Final = {"ConfigMap": "configmaps", "Service": "services", "Job": "jobs", "Event": "events"}
 PAGE_SIZE: Final = 250
@@ -200,6 +211,10 @@ class KubeCluster:
             answer = await self._api.request("PUT", path, body, query=_FIELD_MANAGER_QUERY)
         except (ConflictError, NotFoundError) as error:
             raise ClusterBusyError(f"{job.ref} has changed since it was read") from error
+        except ApiError as error:
+            if error.status in _INVALID_BODY:
+                raise InvalidStatusError(str(error)) from error
+            raise
         return str(answer["metadata"]["resourceVersion"])
 
     async def record_event(self, event: Manifest) -> None:
@@ -222,15 +237,27 @@ class KubeCluster:
         answer = await self._api.request("POST", "/apis/authentication.k8s.io/v1/tokenreviews", body)
         return _pod_identity(answer.get("status", {}))
 
-    async def job_of_pod(self, pod: PodIdentity) -> str | None:
-        """Return the QLoRAJob in the label of a pod; None if the pod is gone or has no such label."""
+    def caches_pod(self, ref: JobRef, uid: str) -> bool:
+        """Return whether the cache has a pod of the QLoRAJob with this uid; without an API call, and possibly late."""
+        return any(pod.uid == uid for pod in self._cache.pods.by_job(ref))
+
+    async def owner_of_pod(self, pod: PodIdentity) -> PodOwner | None:
+        """Return which QLoRAJob a pod belongs to; None if the pod is gone, its Job is, or it has no such label."""
+        item = await self._get_by_uid(f"/api/v1/namespaces/{pod.namespace}/pods/{pod.name}", pod.uid)
+        controller = controller_of(item) if item else None
+        if item is None or controller is None or controller["kind"] != "Job":
+            return parse_pod_owner(item, None) if item else None
+        path = f"/apis/batch/v1/namespaces/{pod.namespace}/jobs/{controller['name']}"
+        job = await self._get_by_uid(path, controller["uid"])
+        return parse_pod_owner(item, controller_of(job)) if job else None
+
+    async def _get_by_uid(self, path: str, uid: str) -> dict[str, Any] | None:
+        """Return an object; None if it is gone, or another one has its name."""
         try:
-            answer = await self._api.request("GET", f"/api/v1/namespaces/{pod.namespace}/pods/{pod.name}")
+            item = await self._api.request("GET", path)
         except NotFoundError:
             return None
-        metadata = answer["metadata"]
-        label = metadata.get("labels", {}).get(names.JOB_LABEL)
-        return str(label) if label and metadata["uid"] == pod.uid else None
+        return item if item["metadata"]["uid"] == uid else None
 
 
 def _job_version(item: dict[str, Any]) -> JobVersion:

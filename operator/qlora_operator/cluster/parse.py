@@ -8,6 +8,7 @@ from typing import Any, Final, Generic, NamedTuple, TypeVar
 from qlora_api import names
 from qlora_api.job_ref import JobRef
 from qlora_api.names import Role
+from qlora_operator.cluster.interface import PodOwner
 from qlora_operator.models import ChildJob, Exit, JobFailure, Observation, Pod, RawJob, Waiting
 
 Json = Mapping[str, Any]
@@ -44,11 +45,22 @@ def parse_job(item: Json) -> RawJob:
     )
 
 
+def controller_of(item: Json) -> Json | None:
+    """Return the reference to the object that controls this one."""
+    return next((owner for owner in item["metadata"].get("ownerReferences", ()) if owner.get("controller")), None)
+
+
 def controller_uid(item: Json) -> str | None:
     """Return the uid of the object that controls this one."""
-    return next(
-        (owner["uid"] for owner in item["metadata"].get("ownerReferences", ()) if owner.get("controller")), None
-    )
+    controller = controller_of(item)
+    return controller["uid"] if controller else None
+
+
+def parse_pod_owner(pod: Json, controller: Json | None) -> PodOwner | None:
+    """Return the QLoRAJob in a pod's label, and the uid of the one that controls its Job; None without the label."""
+    label = pod["metadata"].get("labels", {}).get(names.JOB_LABEL)
+    uid = controller["uid"] if controller and controller["kind"] == names.KIND else None
+    return PodOwner(label, uid, _created(pod)) if label else None
 
 
 class CachedObject(NamedTuple, Generic[Child]):

@@ -7,8 +7,6 @@ from collections.abc import Callable
 from datetime import datetime, timedelta
 from typing import Final
 
-from aiohttp import web
-
 from qlora_api.job_ref import JobRef
 from qlora_api.logs.formatters import bind_task_fields, log_fields
 from qlora_operator.cluster.cache import ChildCache, JobCache, ObjectCache
@@ -22,7 +20,7 @@ from qlora_operator.controller.reconcile import reconcile
 from qlora_operator.controller.watch_health import WatchHealth
 from qlora_operator.controller.workqueue import WorkQueue
 from qlora_operator.lifecycle import ReconcileContext, is_terminal
-from qlora_operator.progress_server import PodAuthorizer, ProgressEndpoint, ReportStore
+from qlora_operator.progress_server import PodAuthorizer, ProgressEndpoint, ProgressServer, ReportStore
 from qlora_operator.settings import Settings
 
 _log = logging.getLogger(__name__)
@@ -38,7 +36,14 @@ STUCK_SECONDS: Final = 300.0
 class Controller:
     """One operator in one event loop."""
 
-    def __init__(self, settings: Settings, api: Api, metrics: Metrics, clock: Callable[[], datetime] = utc_now) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        api: Api,
+        metrics: Metrics,
+        clock: Callable[[], datetime] = utc_now,
+        review_api: Api | None = None,
+    ) -> None:
         self.settings = settings
         self.metrics = metrics
         self.watch_health = WatchHealth(asyncio.get_running_loop().time)
@@ -47,13 +52,17 @@ class Controller:
         self._api = api
         self.child_cache = ChildCache()
         self._cluster = KubeCluster(api, self.child_cache)
+        self._review_api = review_api or api
+        self._authorizer = PodAuthorizer(
+            KubeCluster(self._review_api, self.child_cache), asyncio.get_running_loop().time, clock
+        )
         self._clock = clock
         self._job_cache = JobCache()
         self._reports = ReportStore()
         self._written_versions: dict[JobRef, str] = {}
         self._reports_since: datetime | None = None
         self._resync: asyncio.Task[None] | None = None
-        self._server: web.AppRunner | None = None
+        self._server: ProgressServer | None = None
 
     async def start(self) -> None:
         """Wait for the CRD, fill the child cache, then start the queue, the resync and the progress server."""
@@ -66,12 +75,13 @@ class Controller:
         self._reports_since = self._clock()
 
     async def stop(self) -> None:
-        """Stop accepting reports and keys, let reconciles in progress finish, and close the API connection."""
+        """Stop accepting reports and keys, let reconciles in progress finish, and close the API connections."""
         if self._resync is not None:
             self._resync.cancel()
         if self._server is not None:
             await self._server.cleanup()
         await self.queue.drain(DRAIN_TIMEOUT)
+        await self._review_api.close()
         await self._api.close()
 
     def unhealthy_reason(self) -> str | None:
@@ -80,6 +90,8 @@ class Controller:
             return None
         if not self.queue.alive() or self._resync is None or self._resync.done():
             return "a worker has stopped"
+        if not self._server.alive():
+            return "the progress server has stopped"
         if overdue := self.watch_health.overdue():
             return f"the watch is stalled: no event for {overdue[0]} and {len(overdue) - 1} more"
         age = self.queue.oldest_age()
@@ -106,12 +118,16 @@ class Controller:
         self.watch_health.forget(ref)
         self.metrics.jobs.set_phase(ref, None)
         self._reports.forget(ref)
+        self._authorizer.on_job_delete(ref)
 
     async def _reconcile(self, ref: JobRef) -> timedelta | None:
         bind_task_fields(namespace=ref.namespace, job=ref.name)
         with self.metrics.time_reconcile():
             context = ReconcileContext(
-                self._clock().replace(microsecond=0), self._reports.get(ref), self._reports_since
+                self._clock().replace(microsecond=0),
+                self._reports.get(ref),
+                self._reports_since,
+                self._reports.job_uid(ref),
             )
             cached = self._job_cache.pop(ref)
             if cached is not None and self.watch_health.has_newer_version(ref, cached.resource_version):
@@ -159,10 +175,8 @@ class Controller:
             if not job.fully_reconciled:
                 self.queue.add(job.ref)
 
-    async def _start_progress_server(self) -> web.AppRunner:
-        gate = PodAuthorizer(self._cluster, asyncio.get_running_loop().time)
-        app = ProgressEndpoint(gate, self._reports, self.queue.add_after, self._clock).application()
-        runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=1)
-        await runner.setup()
-        await web.TCPSite(runner, port=self.settings.progress_port).start()
-        return runner
+    async def _start_progress_server(self) -> ProgressServer:
+        endpoint = ProgressEndpoint(self._authorizer, self._reports, self.queue.add_after, self._clock)
+        server = ProgressServer(endpoint.application(), self.settings.progress_port)
+        await server.start()
+        return server

@@ -1,5 +1,6 @@
 """Reconciles one QLoRAJob: read it, list its children, decide, apply the decision, write the status once."""
 
+import logging
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Final
@@ -10,7 +11,7 @@ from qlora_api.job_ref import JobRef
 from qlora_api.names import Phase, Role
 from qlora_api.reasons import Reason
 from qlora_api.v1alpha1 import QLoRAJobSpec, QLoRAJobStatus, to_timedelta
-from qlora_operator.cluster.interface import AdmissionDeniedError, Cluster, NameConflictError
+from qlora_operator.cluster.interface import AdmissionDeniedError, Cluster, InvalidStatusError, NameConflictError
 from qlora_operator.lifecycle import (
     ReconcileContext,
     avoided_nodes,
@@ -33,8 +34,10 @@ from qlora_operator.resources import (
     build_service,
     build_train_job,
 )
-from qlora_operator.status import derive_status, to_wire, with_observed_generation
+from qlora_operator.status import derive_alternatives, to_wire, with_observed_generation
 from qlora_planner.validation import Violation
+
+_log = logging.getLogger(__name__)
 
 ADMISSION_DENIED_RETRY: Final = timedelta(minutes=1)
 """People have to change quotas and policies, so retrying sooner gains nothing."""
@@ -137,11 +140,9 @@ async def list_children_and_gpu_nodes(job: Job, raw: RawJob, cluster: Cluster) -
 
 def without_stale_report(context: ReconcileContext, raw: RawJob) -> ReconcileContext:
     """Drop a report that belongs to a deleted QLoRAJob with the same name."""
-    return (
-        replace(context, last_report=None)
-        if context.last_report and context.last_report.updated_at < raw.created_at
-        else context
-    )
+    report = context.last_report
+    stale = report and (report.updated_at < raw.created_at or context.report_job_uid not in {None, raw.uid})
+    return replace(context, last_report=None) if stale else context
 
 
 def parse(raw: RawJob) -> QLoRAJobSpec | Violation:
@@ -280,14 +281,24 @@ def seconds_left(job: Job) -> int:
 async def write_status(
     request: ReconcileRequest, decision: Decision, gpus: int | None, cluster: Cluster
 ) -> ReconcileResult:
-    """Record an Event for a transition, and write the status if it changed."""
+    """Record an Event for a transition, and write the status if it changed; less of it if that is refused."""
     raw, previous = request.raw, request.previous_status
-    live, now = request.context.last_report, request.context.now
-    status = derive_status(previous, decision, live, gpus=gpus, generation=raw.generation, now=now)
+    report, now = request.context.last_report, request.context.now
+    statuses = derive_alternatives(previous, decision, report, gpus=gpus, generation=raw.generation, now=now)
+    status = next(statuses)
     if (status.phase, status.reason) != (previous.phase, previous.reason):
         await cluster.record_event(build_event(Owner(raw.ref, raw.uid), raw.resource_version, status, now))
-    written = await _write_if_changed(raw, previous, status, cluster)
-    return ReconcileResult(_requeue_after(decision, now), written, status, request)
+    while True:
+        try:
+            written = await _write_if_changed(raw, previous, status, cluster)
+        except InvalidStatusError as error:
+            less = next(statuses, None)
+            if less is None:
+                raise
+            _log.error("the status of %s was refused, so less of it is written: %s", "/".join(raw.ref), error)
+            status = less
+        else:
+            return ReconcileResult(_requeue_after(decision, now), written, status, request)
 
 
 def _requeue_after(decision: Decision, now: datetime) -> timedelta | None:

@@ -17,6 +17,8 @@ class ReconcileContext:
     """The last progress report that this operator process received."""
     reports_since: datetime | None = None
     """When this operator process began to accept reports; None if it does not yet."""
+    report_job_uid: str | None = None
+    """uid of the QLoRAJob whose pod sent the last report, which may have been an earlier one; None if not known."""
 
 
 def startup_timeout(job: Job) -> timedelta:

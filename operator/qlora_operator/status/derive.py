@@ -1,5 +1,7 @@
 """Derives the next status from the last one and a decision; it is written once, and only if it differs."""
 
+from collections.abc import Iterator
+from dataclasses import replace
 from datetime import datetime
 from typing import Any, Final
 
@@ -49,6 +51,41 @@ def derive_status(  # noqa: PLR0913 (everything that a status depends on)
             "evaluation": result.evaluation if result else previous.evaluation,
             "output": derive_output(previous.output, prepared, result),
             **derive_progress(report or previous.last_report, decision.phase, plan),
+        }
+    )
+    return status.model_copy(update={"conditions": derive_conditions(status, now)})
+
+
+def derive_alternatives(  # noqa: PLR0913 (as derive_status)
+    previous: QLoRAJobStatus,
+    decision: Decision,
+    report: Progress | None,
+    *,
+    gpus: int | None,
+    generation: int,
+    now: datetime,
+) -> Iterator[QLoRAJobStatus]:
+    """Yield the next status; then what to write if it is refused: one without the report, and the bare outcome."""
+    yield derive_status(previous, decision, report, gpus=gpus, generation=generation, now=now)
+    if report is not None:
+        yield derive_status(previous, decision, None, gpus=gpus, generation=generation, now=now)
+    yield derive_outcome(previous, decision, generation, now)
+
+
+def derive_outcome(previous: QLoRAJobStatus, decision: Decision, generation: int, now: datetime) -> QLoRAJobStatus:
+    """Return the last status with phase, reason, attempts and conditions of a decision, all of bounded length."""
+    now = now.replace(microsecond=0)
+    attempts = merge_attempt(previous.attempts, decision.attempt)
+    status = previous.model_copy(
+        update={
+            "observed_generation": generation,
+            "phase": decision.phase,
+            "reason": decision.reason,
+            "message": describe_decision(replace(decision, message="")),
+            "attempt": attempts[-1].number if attempts else None,
+            "started_at": previous.started_at or now,
+            "finished_at": now if decision.phase in TERMINAL else None,
+            "attempts": attempts,
         }
     )
     return status.model_copy(update={"conditions": derive_conditions(status, now)})

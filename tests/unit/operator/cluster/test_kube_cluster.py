@@ -8,8 +8,16 @@ from kubernetes.aio import client
 
 from qlora_operator.cluster.cache import ChildCache
 from qlora_operator.cluster.http import Api, ApiError, ConflictError, NotFoundError
-from qlora_operator.cluster.interface import AdmissionDeniedError, ClusterBusyError
+from qlora_operator.cluster.interface import (
+    AdmissionDeniedError,
+    ClusterBusyError,
+    InvalidStatusError,
+    PodIdentity,
+    PodOwner,
+)
 from qlora_operator.cluster.kube_cluster import KubeCluster
+from qlora_operator.cluster.parse import parse_job
+from tests.make import NOW, REF, UID, make_manifest
 
 EVENT = {"apiVersion": "events.k8s.io/v1", "kind": "Event", "reason": "Prepared", "metadata": {"namespace": "ml"}}
 DEADLINE = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"namespace": "ml", "name": "bot-1"}}
@@ -83,3 +91,107 @@ async def test_denied_patch_raises_admission_denied(outdated: KubeCluster) -> No
 async def test_child_changed_or_deleted_meanwhile_raises_cluster_busy(outdated: KubeCluster) -> None:
     with pytest.raises(ClusterBusyError):
         await outdated.ensure(CONFIG)
+
+
+class StoredObjects(Api):
+    """Answers with the objects that have a path, and 404 for all others."""
+
+    def __init__(self, objects: dict[str, dict[str, Any]]) -> None:
+        super().__init__(client.Configuration())
+        self._objects = objects
+
+    async def request(self, _: str, path: str, *__: Any, **___: Any) -> dict[str, Any]:
+        if path not in self._objects:
+            raise NotFoundError(404, "NotFound", "404")
+        return self._objects[path]
+
+
+POD = PodIdentity("ml", "bot-1-0-abcde", "pod-uid")
+POD_PATH = "/api/v1/namespaces/ml/pods/bot-1-0-abcde"
+JOB_PATH = "/apis/batch/v1/namespaces/ml/jobs/bot-1"
+
+
+def make_item(uid: str, *controller: str, label: str = REF.name) -> dict[str, Any]:
+    """Return an object; its controller is given by kind, name and uid."""
+    owners = [{**dict(zip(("kind", "name", "uid"), controller, strict=True)), "controller": True}] if controller else []
+    metadata = {"uid": uid, "creationTimestamp": NOW.isoformat(), "ownerReferences": owners}
+    return {"metadata": metadata | ({"labels": {"qlora.dev/job": label}} if label else {})}
+
+
+OF_JOB = ("Job", "bot-1", "job-uid")
+OF_QLORAJOB = ("QLoRAJob", REF.name, UID)
+
+
+@pytest.mark.parametrize(
+    ("pod", "job", "owner"),
+    [
+        pytest.param(make_item("pod-uid", *OF_JOB), make_item("job-uid", *OF_QLORAJOB), UID, id="of-a-run"),
+        pytest.param(make_item("pod-uid"), None, None, id="own-script"),
+        pytest.param(make_item("pod-uid", "ReplicaSet", "a", "b"), None, None, id="of-a-deployment"),
+        pytest.param(make_item("pod-uid", *OF_JOB), make_item("job-uid"), None, id="of-an-own-job"),
+        pytest.param(
+            make_item("pod-uid", *OF_JOB), make_item("job-uid", "CronJob", "a", "b"), None, id="of-an-own-cron-job"
+        ),
+    ],
+)
+async def test_owner_of_pod_is_the_controller_of_its_job(
+    pod: dict[str, Any], job: dict[str, Any] | None, owner: str | None
+) -> None:
+    api = StoredObjects({POD_PATH: pod} | ({JOB_PATH: job} if job else {}))
+    assert await KubeCluster(api, ChildCache()).owner_of_pod(POD) == PodOwner(REF.name, owner, NOW)
+    await api.close()
+
+
+@pytest.mark.parametrize(
+    "objects",
+    [
+        pytest.param({}, id="pod-is-gone"),
+        pytest.param({POD_PATH: make_item("next-uid")}, id="another-pod-has-the-name"),
+        pytest.param({POD_PATH: make_item("pod-uid", label="")}, id="no-label"),
+        pytest.param({POD_PATH: make_item("pod-uid", *OF_JOB)}, id="job-is-gone"),
+        pytest.param(
+            {POD_PATH: make_item("pod-uid", *OF_JOB), JOB_PATH: make_item("next-uid", *OF_QLORAJOB)},
+            id="another-job-has-the-name",
+        ),
+    ],
+)
+async def test_pod_without_owner_speaks_for_nobody(objects: dict[str, dict[str, Any]]) -> None:
+    api = StoredObjects(objects)
+    assert await KubeCluster(api, ChildCache()).owner_of_pod(POD) is None
+    await api.close()
+
+
+async def test_pod_of_a_watch_event_is_cached() -> None:
+    cache, api = ChildCache(), StoredObjects({})
+    item = make_item("pod-uid", *OF_JOB)
+    metadata = {**item["metadata"], "namespace": "ml", "name": "bot-1-0-abcde", "resourceVersion": "1"}
+    cache.pods.update({"metadata": metadata, "spec": {}})
+    cluster = KubeCluster(api, cache)
+    assert cluster.caches_pod(REF, "pod-uid")
+    assert not cluster.caches_pod(REF, "other-uid")
+    assert not cluster.caches_pod(REF._replace(namespace="other"), "pod-uid")
+    await api.close()
+
+
+class RefusingApi(Api):
+    def __init__(self, status: int) -> None:
+        super().__init__(client.Configuration())
+        self._status = status
+
+    async def request(self, *_: Any, **__: Any) -> NoReturn:
+        raise ApiError(self._status, "Any", "status.step: Too long")
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [(400, InvalidStatusError), (413, InvalidStatusError), (422, InvalidStatusError), (403, ApiError)],
+)
+async def test_refused_status_is_told_from_a_denied_one(status: int, kind: type[Exception]) -> None:
+    metadata = {"uid": UID, "generation": 1, "resourceVersion": "1", "creationTimestamp": NOW.isoformat()}
+    manifest = make_manifest()
+    job = parse_job({**manifest, "metadata": {**manifest["metadata"], **metadata}})
+    api = RefusingApi(status)
+    with pytest.raises(kind, match="Too long") as refusal:
+        await KubeCluster(api, ChildCache()).write_status(job, {})
+    assert type(refusal.value) is kind
+    await api.close()

@@ -13,6 +13,7 @@ from qlora_operator.controller import handlers
 from qlora_operator.controller.controller import STUCK_SECONDS, Controller
 from qlora_operator.controller.metrics import Metrics
 from qlora_operator.controller.watch_health import OVERDUE_SECONDS
+from qlora_operator.progress_server import ProgressServer
 from qlora_operator.resources import Installation
 from qlora_operator.settings import Settings
 from tests.make import REF, UID
@@ -23,7 +24,9 @@ async def controller(monkeypatch: pytest.MonkeyPatch) -> Controller:
     """A running controller without a cluster."""
     controller = Controller(Settings(Installation("trainer:1")), cast("Api", None), Metrics(lambda: True))
     monkeypatch.setattr(controller.queue, "alive", lambda: True)
-    monkeypatch.setattr(controller, "_server", web.AppRunner(web.Application()))
+    server = ProgressServer(web.Application(), 0)
+    monkeypatch.setattr(server, "alive", lambda: True)
+    monkeypatch.setattr(controller, "_server", server)
     monkeypatch.setattr(controller, "_resync", asyncio.get_running_loop().create_future())
     return controller
 
@@ -54,6 +57,11 @@ async def test_stuck_queue_is_unhealthy(controller: Controller, monkeypatch: pyt
 async def test_dead_worker_is_unhealthy(controller: Controller, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(controller.queue, "alive", lambda: False)
     assert controller.unhealthy_reason() == "a worker has stopped"
+
+
+async def test_dead_progress_server_is_unhealthy(controller: Controller, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(controller, "_server", ProgressServer(web.Application(), 0))
+    assert controller.unhealthy_reason() == "the progress server has stopped"
 
 
 async def test_own_status_write_enqueues_nothing(controller: Controller) -> None:

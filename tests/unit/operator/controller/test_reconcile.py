@@ -13,12 +13,16 @@ from qlora_api.names import Phase
 from qlora_api.reasons import Reason
 from qlora_api.runconfig import RunConfig
 from qlora_api.v1alpha1 import Progress
-from qlora_operator.cluster.interface import AdmissionDeniedError
-from qlora_operator.controller.reconcile import ADMISSION_DENIED_RETRY, NAME_CONFLICT_RETRY
+from qlora_operator.cluster.interface import AdmissionDeniedError, InvalidStatusError
+from qlora_operator.controller.reconcile import ADMISSION_DENIED_RETRY, NAME_CONFLICT_RETRY, reconcile
+from qlora_operator.lifecycle import ReconcileContext
 from qlora_operator.models import Manifest
 from tests.fakes import FakeCluster
 from tests.make import (
+    INSTALLATION,
+    NOW,
     PREPARED_MESSAGE,
+    PUBLISHED_MESSAGE,
     REF,
     make_manifest,
     make_prepared,
@@ -376,3 +380,62 @@ async def test_run_that_cannot_fit_requests_no_gpu() -> None:
 async def test_cpu_run_lists_no_nodes(cluster: FakeCluster) -> None:
     await run_to_success(cluster)
     assert cluster.node_lists == 0
+
+
+REPORT = Progress(percent=42, step=10**40, updated_at=NOW + timedelta(hours=1))
+"""A report that makes a status invalid; the endpoint accepts none such."""
+
+
+def refuse_step(status: Manifest) -> str | None:
+    """Refuse a status as the API server does that has an integer of more than 64 bits."""
+    return "status.lastReport.step" if str(10**40) in json.dumps(status) else None
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "message", "phase"),
+    [(0, PUBLISHED_MESSAGE, Phase.SUCCEEDED), (1, make_termination_message(Reason.INVALID_SPEC), Phase.FAILED)],
+)
+async def test_report_that_is_refused_does_not_keep_a_run_from_its_end(
+    cluster: FakeCluster, exit_code: int, message: str, phase: Phase, caplog: pytest.LogCaptureFixture
+) -> None:
+    cluster.invalid_status = refuse_step
+    await reconcile_until_stable(cluster)
+    cluster.end_pod(PREPARE, 0, PREPARED_MESSAGE)
+    cluster.pass_time(timedelta(minutes=1))
+    await reconcile_until_stable(cluster, REPORT)
+    cluster.start_pod(TRAIN)
+    await reconcile_until_stable(cluster, REPORT)
+    assert cluster.status["phase"] == Phase.TRAINING
+    cluster.end_pod(TRAIN, exit_code, message)
+    await reconcile_until_stable(cluster, REPORT)
+    assert cluster.status["phase"] == phase
+    assert cluster.status["attempts"][0]["reason"]
+    assert "the status of ml/support-bot was refused" in caplog.text
+
+
+async def test_result_that_is_refused_does_not_keep_a_run_from_its_end(cluster: FakeCluster) -> None:
+    cluster.invalid_status = lambda status: "status.output" if "adapter" in status.get("output", {}) else None
+    await run_to_success(cluster)
+    assert (cluster.status["phase"], cluster.status["reason"]) == (Phase.SUCCEEDED, Reason.PUBLISHED)
+    assert cluster.condition("Finished") == "True"
+    assert cluster.status["finishedAt"]
+
+
+async def test_status_that_is_always_refused_is_retried(cluster: FakeCluster) -> None:
+    await reconcile_now(cluster)
+    cluster.invalid_status = lambda _: "all of it"
+    with pytest.raises(InvalidStatusError, match="all of it"):
+        await reconcile_now(cluster)
+
+
+async def test_report_for_an_earlier_job_of_that_name_is_dropped(cluster: FakeCluster) -> None:
+    await reconcile_until_stable(cluster)
+    cluster.end_pod(PREPARE, 0, PREPARED_MESSAGE)
+    await reconcile_until_stable(cluster)
+    cluster.start_pod(TRAIN)
+    report = Progress(percent=42, updated_at=cluster.now + timedelta(seconds=5))
+    assert cluster.job
+    for uid, shown in (("uid-of-earlier", "0%"), (cluster.job["metadata"]["uid"], "42%")):
+        context = ReconcileContext(cluster.now, report, cluster.reports_since, uid)
+        await reconcile(REF, cluster, INSTALLATION, context)
+        assert cluster.status["progress"] == shown

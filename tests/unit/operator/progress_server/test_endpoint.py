@@ -1,7 +1,8 @@
 """The progress endpoint over HTTP, with known tokens."""
 
+import asyncio
 from collections.abc import AsyncIterator
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
@@ -12,22 +13,24 @@ from qlora_api.job_ref import JobRef
 from qlora_api.names import Phase
 from qlora_api.progress import ProgressReport
 from qlora_api.v1alpha1 import Checkpoint
-from qlora_operator.cluster.interface import PodIdentity
-from qlora_operator.progress_server import (
-    MAX_BODY,
-    STATUS_INTERVAL,
-    TOKEN_CACHE_SECONDS,
-    PodAuthorizer,
-    ProgressEndpoint,
-    ReportStore,
-    read_report,
-)
+from qlora_operator.cluster.interface import PodIdentity, PodOwner
+from qlora_operator.controller.workqueue import WorkQueue
+from qlora_operator.progress_server import PodAuthorizer, ProgressEndpoint, ReportStore
+from qlora_operator.progress_server.endpoint import MAX_BODY, REPORT_BURST, REPORT_INTERVAL, STATUS_INTERVAL
+from qlora_operator.progress_server.pod_authorizer import TOKEN_CACHE_SECONDS
+from qlora_operator.progress_server.reports import read_report
 from tests.fakes import FakeTokenReviewer
-from tests.make import NOW, REF
+from tests.make import NOW, REF, UID, make_token
 
 POD = PodIdentity(REF.namespace, "support-bot-1-0-abcde", "uid-1")
 POD_OF_OTHER_NAMESPACE = PodIdentity("other", "support-bot-1-0-abcde", "uid-2")
 UNLABELED_POD = PodIdentity(REF.namespace, "stray", "uid-3")
+TOKENS = {
+    "good": make_token(POD),
+    "other": make_token(POD_OF_OTHER_NAMESPACE),
+    "stray": make_token(UNLABELED_POD),
+    "wrong": make_token(POD, jti="forged"),
+}
 
 
 def make_report(metrics: dict[str, str] | None = None, **status: Any) -> dict[str, Any]:
@@ -45,20 +48,23 @@ class Setup:
         self.seconds = 0.0
         self.notified: list[tuple[JobRef, timedelta]] = []
         self.identities = FakeTokenReviewer(
-            {"good": POD, "other": POD_OF_OTHER_NAMESPACE, "stray": UNLABELED_POD},
-            {POD: REF.name, POD_OF_OTHER_NAMESPACE: REF.name, UNLABELED_POD: "gone"},
-            {REF},
+            {TOKENS["good"]: POD, TOKENS["other"]: POD_OF_OTHER_NAMESPACE, TOKENS["stray"]: UNLABELED_POD},
+            {
+                POD: PodOwner(REF.name, UID, NOW),
+                POD_OF_OTHER_NAMESPACE: PodOwner(REF.name, UID, NOW),
+                UNLABELED_POD: PodOwner("gone", None, NOW),
+            },
         )
         self.reports = ReportStore()
-        gate = PodAuthorizer(self.identities, lambda: self.seconds)
-        endpoint = ProgressEndpoint(
-            gate, self.reports, lambda ref, delay: self.notified.append((ref, delay)),
-            lambda: NOW + timedelta(seconds=self.seconds),
-        )  # fmt: skip
+        gate = PodAuthorizer(self.identities, lambda: self.seconds, self.now)
+        endpoint = ProgressEndpoint(gate, self.reports, lambda ref, delay: self.notified.append((ref, delay)), self.now)
         self.client = TestClient(TestServer(endpoint.application()))
 
+    def now(self) -> datetime:
+        return NOW + timedelta(seconds=self.seconds)
+
     async def post(self, token: str = "good", ref: JobRef = REF, body: Any = None) -> tuple[int, str]:
-        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        headers = {"Authorization": f"Bearer {TOKENS[token]}"} if token else {}
         data = body if isinstance(body, bytes) else None
         answer = await self.client.post(
             names.progress_path(*ref), headers=headers, data=data, json=None if data else body or make_report()
@@ -106,7 +112,7 @@ async def test_invalid_report_names_field(setup: Setup, body: Any, said: str) ->
 
 async def test_oversized_body_is_rejected(setup: Setup) -> None:
     answer = await setup.client.post(
-        names.progress_path(*REF), headers={"Authorization": "Bearer good"}, data=b" " * (MAX_BODY + 1)
+        names.progress_path(*REF), headers={"Authorization": f"Bearer {TOKENS['good']}"}, data=b" " * (MAX_BODY + 1)
     )
     assert answer.status == 413
 
@@ -138,6 +144,58 @@ async def test_token_review_is_cached_for_a_minute(setup: Setup) -> None:
 async def test_token_cache_is_per_job(setup: Setup) -> None:
     await setup.post()
     assert (await setup.post(ref=JobRef("ml", "another")))[0] == 403
+
+
+async def test_reports_of_one_job_are_rate_limited(setup: Setup) -> None:
+    answers = [await setup.post() for _ in range(50)]
+    assert [status for status, _ in answers] == [200] * REPORT_BURST + [429] * (50 - REPORT_BURST)
+    assert answers[-1][1] == "report at most every 1 s"
+    setup.seconds = REPORT_INTERVAL.total_seconds()
+    assert [(await setup.post())[0] for _ in range(2)] == [200, 429]
+
+
+async def test_rate_limit_survives_clock_that_is_set_back(setup: Setup) -> None:
+    for _ in range(REPORT_BURST + 1):
+        await setup.post()
+    setup.seconds = -3600.0
+    assert (await setup.post())[0] == 200
+    assert setup.notified[-1] == (REF, STATUS_INTERVAL)
+
+
+async def test_posting_without_pause_reconciles_every_few_seconds(setup: Setup) -> None:
+    queue: WorkQueue[JobRef] = WorkQueue(never, workers=0)
+    for tenth in range(100):
+        setup.seconds = tenth / 10
+        await setup.post()
+    assert len(setup.notified) <= REPORT_BURST + 10
+    for ref, delay in setup.notified[1:]:
+        queue.add_after(ref, delay)
+    assert queue.depth == 0, "every later reconcile waits for the timer of an earlier report"
+    assert len(queue._timers) == 1
+    await queue.drain(timedelta(0))
+
+
+async def test_refusal_of_a_busy_server_says_when_to_try_again(setup: Setup) -> None:
+    setup.identities.answering.clear()
+    first = asyncio.create_task(setup.post())
+    await setup.identities.asked.wait()
+    headers = {"Authorization": f"Bearer {TOKENS['wrong']}"}
+    answer = await setup.client.post(names.progress_path(*REF), headers=headers, json=make_report())
+    assert (answer.status, answer.headers["Retry-After"], answer.headers["Connection"]) == (503, "1", "close")
+    setup.identities.answering.set()
+    assert await first == (200, "")
+
+
+async def test_report_is_of_the_job_with_the_uid(setup: Setup) -> None:
+    await setup.post()
+    assert setup.reports.job_uid(REF) == UID
+    setup.reports.forget(REF)
+    assert (setup.reports.get(REF), setup.reports.job_uid(REF)) == (None, None)
+
+
+async def never(_: JobRef) -> None:
+    """Fail: no worker runs."""
+    raise AssertionError
 
 
 def test_report_metrics_are_parsed() -> None:

@@ -1,0 +1,12 @@
+"""HTTP server for the progress reports of running pods, in Kubeflow Trainer's status protocol.
+
+A pod authenticates with its bound service account token, and can report for its own QLoRAJob only. Losing a report, or
+the server, never fails a run.
+"""
+
+from qlora_operator.progress_server.connections import ProgressServer
+from qlora_operator.progress_server.endpoint import ProgressEndpoint
+from qlora_operator.progress_server.pod_authorizer import PodAuthorizer
+from qlora_operator.progress_server.reports import ReportStore
+
+__all__ = ["PodAuthorizer", "ProgressEndpoint", "ProgressServer", "ReportStore"]

@@ -1,0 +1,85 @@
+"""The last progress report of every running job, and how it is read from the protocol's strings."""
+
+import math
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Final
+
+from pydantic import ValidationError
+
+from qlora_api.job_ref import JobRef
+from qlora_api.names import Phase
+from qlora_api.progress import MAX_COUNT, ProgressReport
+from qlora_api.v1alpha1 import Checkpoint, Progress
+from qlora_api.v1alpha1.patterns import PRINTABLE
+
+REPORTED_PHASES: Final = frozenset({Phase.TRAINING, Phase.EVALUATING, Phase.PUBLISHING})
+
+
+class ReportStore:
+    """The last report of every running job, in memory."""
+
+    def __init__(self) -> None:
+        self._last: dict[JobRef, tuple[Progress, str | None]] = {}
+
+    def get(self, ref: JobRef) -> Progress | None:
+        """Return the last report."""
+        return self._last.get(ref, (None, None))[0]
+
+    def job_uid(self, ref: JobRef) -> str | None:
+        """Return the uid of the QLoRAJob whose pod sent the last report."""
+        return self._last.get(ref, (None, None))[1]
+
+    def put(self, ref: JobRef, report: Progress, job_uid: str | None = None) -> None:
+        """Replace the last report."""
+        self._last[ref] = (report, job_uid)
+
+    def forget(self, ref: JobRef) -> None:
+        """Drop the report of a run that is over."""
+        self._last.pop(ref, None)
+
+
+def read_report(report: ProgressReport, now: datetime) -> Progress:
+    """Convert a report, whose numbers are strings on the wire; values that cannot be parsed are left out."""
+    status = report.trainer_status
+    metrics = {metric.name: metric.value for metric in status.metrics}
+    speed = _to_float(metrics, "tokens_per_second")
+    phase = metrics.get("phase")
+    return Progress(
+        percent=status.progress_percentage or 0,
+        step=_to_int(metrics, "current_step"),
+        total_steps=_to_int(metrics, "total_steps"),
+        remaining_seconds=status.estimated_remaining_seconds,
+        loss=_to_float(metrics, "loss"),
+        tokens_per_second=speed if speed is not None and speed >= 0 else None,
+        phase=Phase(phase) if phase in REPORTED_PHASES else None,
+        checkpoint=_to_checkpoint(metrics),
+        updated_at=now.replace(microsecond=0),
+    )
+
+
+def _to_float(metrics: Mapping[str, str], name: str) -> float | None:
+    try:
+        number = float(metrics[name])
+    except (KeyError, ValueError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _to_int(metrics: Mapping[str, str], name: str) -> int | None:
+    number = _to_float(metrics, name)
+    return int(number) if number is not None and 0 <= number <= MAX_COUNT else None
+
+
+def _to_checkpoint(metrics: Mapping[str, str]) -> Checkpoint | None:
+    values = {
+        name: value for name in Checkpoint.model_fields if (value := metrics.get(f"checkpoint_{name}")) is not None
+    }
+    try:
+        checkpoint = Checkpoint.model_validate(values)
+        checkpoint.time.astimezone(UTC)
+    except (ValidationError, OverflowError):
+        return None
+    # A time without its timezone is ambiguous.
+    usable = checkpoint.time.tzinfo and checkpoint.step <= MAX_COUNT and PRINTABLE.matches(checkpoint.uri)
+    return checkpoint if usable else None
