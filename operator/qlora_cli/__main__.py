@@ -24,6 +24,7 @@ from qlora_cli.commands.submit import submit
 from qlora_cli.commands.suspend import resume, suspend
 from qlora_cli.commands.validate import validate
 from qlora_cli.commands.wait import wait
+from qlora_cli.console import echo
 
 app = typer.Typer(
     name="qlora",
@@ -53,7 +54,7 @@ app.command()(serve_snippet)
 
 def _show_version(value: bool) -> None:
     if value:
-        typer.echo(f"qlora {__version__}")
+        echo(f"qlora {__version__}")
         raise typer.Exit
 
 

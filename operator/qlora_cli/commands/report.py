@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
 from qlora_cli.cluster.client import ClusterError
 from qlora_cli.cluster.connection import Context, JobName, Kubeconfig, Namespace, exit_on_cluster_error, open_connection
 from qlora_cli.cluster.jobs import ClusterJob, get_job
+from qlora_cli.console import Console, print_line
 from qlora_cli.display.formats import print_data
 from qlora_cli.display.result import comparison_table
 from qlora_cli.errors import exit_error_without_remedy
@@ -84,7 +83,7 @@ def download_report(folder: str, target: Path, endpoint: str | None) -> Path:
 
 def show_report(job: ClusterJob, page: Path) -> None:
     """Print the comparison of base and adapter, and where the report is."""
-    console = Console(highlight=False)
+    console = Console()
     if job.status.evaluation:
         console.print(comparison_table(job.status.evaluation))
-    console.print(f"[bold]report[/]  {escape(str(page))}", soft_wrap=True)
+    print_line(console, str(page), "report  ", "bold")

@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
 from qlora_api.job_ref import JobRef
 from qlora_cli.cluster.client import ClusterClient, ClusterError, NotFoundError
 from qlora_cli.cluster.connection import Context, JobName, Kubeconfig, Namespace, exit_on_cluster_error, open_connection
 from qlora_cli.cluster.jobs import ClusterJob, get_job, parse_job
 from qlora_cli.cluster.polling import Clock
+from qlora_cli.console import Console, echo, print_line
 from qlora_cli.display.formats import to_yaml
 from qlora_cli.manifests.overrides import OverrideError, override_manifest, parse_override
 
@@ -47,9 +46,9 @@ def rerun(  # noqa: PLR0913, PLR0917 (an option each)
         manifest = make_manifest(job, all_changes)
         check_rerun(job, force=force)
         if job.succeeded and not all_changes:
-            console.print(f"{name} is already published and will be reused; --overwrite trains again", soft_wrap=True)
+            print_line(console, f"{name} is already published and will be reused; --overwrite trains again")
         delete_and_create(connection.cluster, job, manifest, Clock(), console)
-    typer.echo(f"QLoRAJob {job.ref.namespace}/{job.ref.name} was submitted again")
+    echo(f"QLoRAJob {job.ref.namespace}/{job.ref.name} was submitted again")
 
 
 def check_rerun(job: ClusterJob, *, force: bool) -> None:
@@ -78,7 +77,7 @@ def delete_and_create(
     """Delete the previous run, wait until it is gone, and create it again; if that fails, its manifest is saved."""
     check_manifest(cluster, manifest)
     cluster.delete(job.ref, job.uid)
-    console.print(escape(f"waiting for {job.ref.name} and its pods to be deleted"), soft_wrap=True)
+    print_line(console, f"waiting for {job.ref.name} and its pods to be deleted")
     wait_until_gone(cluster, job.ref, job.uid, clock)
     try:
         return parse_job(cluster.create(manifest))

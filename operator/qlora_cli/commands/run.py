@@ -3,12 +3,12 @@
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from qlora_api.reasons import Reason
 from qlora_api.report import TerminationMessage
 from qlora_api.runconfig import Platform
 from qlora_cli.commands.validate import describe_read_error
+from qlora_cli.console import Console
 from qlora_cli.display.formats import print_data
 from qlora_cli.display.progress import open_screen
 from qlora_cli.display.result import show_result
@@ -33,13 +33,13 @@ def run(  # noqa: PLR0913, PLR0917 (an option each)
     output: OutputOption = OutputFormat.TABLE,
 ) -> None:
     """Prepare, train, evaluate and publish on this machine; credentials come from the environment."""
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True)
     manifest = load_manifest(file, changes or [], console)
     outcome = run_with_progress(manifest, make_platform(hub_mirror, hub_endpoint, s3_endpoint), console)
     if output is not OutputFormat.TABLE:
         print_data(outcome.model_dump(mode="json", by_alias=True, exclude_none=True), output)
     else:
-        show_result(outcome, Console(highlight=False))
+        show_result(outcome, Console())
 
 
 def load_manifest(file: str, changes: list[str], console: Console) -> JobManifest:

@@ -14,6 +14,7 @@ from qlora_api.vllm import VLLM_MAX_LORA_RANKS, max_lora_rank_for
 from qlora_cli.cluster.client import ClusterError
 from qlora_cli.cluster.connection import Context, JobName, Kubeconfig, Namespace, exit_on_cluster_error, open_connection
 from qlora_cli.cluster.jobs import ClusterJob, get_job
+from qlora_cli.console import echo
 from qlora_cli.display.formats import to_yaml
 
 
@@ -112,7 +113,7 @@ def serve_snippet(
     with exit_on_cluster_error():
         connection = open_connection(namespace, context, kubeconfig)
         served = resolve_served_model(get_job(connection.cluster, connection.ref(name)))
-    typer.echo(WRITERS[server](served), nl=False)
+    echo(WRITERS[server](served), nl=False)
 
 
 def write_vllm(served: ServedModel) -> str:

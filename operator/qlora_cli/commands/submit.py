@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from qlora_cli.cluster.client import AlreadyExistsError, ClusterClient, ClusterError
 from qlora_cli.cluster.connection import (
@@ -20,6 +19,7 @@ from qlora_cli.cluster.polling import Clock
 from qlora_cli.commands.status import watch_job
 from qlora_cli.commands.validate import describe_read_error
 from qlora_cli.commands.wait import wait_for_all
+from qlora_cli.console import Console, echo
 from qlora_cli.display.formats import print_data
 from qlora_cli.errors import exit_error_without_remedy
 from qlora_cli.manifests.loader import ManifestError, is_qlorajob, parse_manifest
@@ -125,7 +125,7 @@ def show_created(jobs: list[ClusterJob], output: OutputFormat, *, dry_run: bool)
         return
     for job in jobs:
         result = "would be accepted" if dry_run else "was submitted"
-        typer.echo(f"QLoRAJob {job.ref.namespace}/{job.ref.name} {result}")
+        echo(f"QLoRAJob {job.ref.namespace}/{job.ref.name} {result}")
 
 
 def follow(cluster: ClusterClient, jobs: list[ClusterJob], console: Console) -> None:
