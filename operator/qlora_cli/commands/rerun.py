@@ -7,7 +7,9 @@ from typing import Annotated, Any, Final
 
 import typer
 
+from qlora_api.escapes import shell_command
 from qlora_api.job_ref import JobRef
+from qlora_api.names import JOB_LABEL
 from qlora_cli.cluster.client import ClusterClient, ClusterError, NotFoundError
 from qlora_cli.cluster.connection import Context, JobName, Kubeconfig, Namespace, exit_on_cluster_error, open_connection
 from qlora_cli.cluster.jobs import ClusterJob, get_job, parse_job
@@ -55,7 +57,8 @@ def check_rerun(job: ClusterJob, *, force: bool) -> None:
     """Raise ClusterError if the run has not ended, unless --force is set."""
     if not (job.finished or force):
         raise ClusterError(
-            f"{job.ref.name} is {job.phase}; wait for its end with qlora wait {job.ref.name}, or stop it with --force"
+            f"{job.ref.name} is {job.phase}; wait for its end with {shell_command('qlora', 'wait', job.ref.name)}, or "
+            "stop it with --force"
         )
 
 
@@ -109,8 +112,8 @@ def wait_until_gone(cluster: ClusterClient, ref: JobRef, uid: str, clock: Clock)
             return
         clock.sleep(0.5)
     raise ClusterError(
-        f"{ref.name} is still being deleted after {DELETION_SECONDS / 60:.0f} minutes; see its "
-        f"pods with kubectl get pods --namespace {ref.namespace} -l qlora.dev/job={ref.name}"
+        f"{ref.name} is still being deleted after {DELETION_SECONDS / 60:.0f} minutes; see its pods with "
+        + shell_command("kubectl", "get", "pods", "--namespace", ref.namespace, "-l", f"{JOB_LABEL}={ref.name}")
     )
 
 

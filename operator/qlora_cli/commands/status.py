@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 from rich.live import Live
 
+from qlora_api.escapes import shell_command
 from qlora_api.job_ref import JobRef
 from qlora_cli.cluster.client import ClusterClient
 from qlora_cli.cluster.connection import (
@@ -37,7 +38,9 @@ def status(  # noqa: PLR0913, PLR0917 (an option each)
     output: OutputOption = OutputFormat.TABLE,
 ) -> None:
     """Show the state of a run, why, and the fix if it needs one; with --watch live progress, time left and loss."""
-    with exit_on_cluster_error(f"the run keeps running: qlora status --watch {name}") as console:
+    with exit_on_cluster_error(
+        f"the run keeps running: {shell_command('qlora', 'status', '--watch', name)}"
+    ) as console:
         connection = open_connection(namespace, context, kubeconfig)
         if watch:
             watch_job(connection.cluster, connection.ref(name), console, Clock())

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from qlora_api.escapes import shell_command
 from qlora_cli.cluster.client import AlreadyExistsError, ClusterClient, ClusterError
 from qlora_cli.cluster.connection import (
     Connection,
@@ -113,7 +114,7 @@ def create_job(cluster: ClusterClient, manifest: dict[str, Any], *, dry_run: boo
         name = manifest["metadata"]["name"]
         raise AlreadyExistsError(
             f"QLoRAJob {manifest['metadata']['namespace']}/{name} already exists; choose another name, or run it "
-            f"again with qlora rerun {name}"
+            f"again with {shell_command('qlora', 'rerun', name)}"
         ) from error
 
 
