@@ -1,5 +1,6 @@
 """The only place that writes to a terminal; there, text of others is shown and never interpreted."""
 
+import logging
 from collections.abc import Iterable
 from typing import Any
 
@@ -37,6 +38,20 @@ def print_text(console: rich.console.Console, text: str, label: str = "", style:
 def print_line(console: rich.console.Console, text: str, label: str = "", style: str = "") -> None:
     """Print one line, after a label of our own; a line break inside is an escape, so that nobody can forge a line."""
     print_text(console, escape_line(text), label, style)
+
+
+class _MessageFormatter(logging.Formatter):
+    """Formats a record as its message."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the message, and the traceback if there is one."""
+        return escape_text(super().format(record))
+
+
+def escape_log_messages() -> None:
+    """Escape what libraries log while no handler is configured; Python writes that to standard error."""
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(_MessageFormatter())
 
 
 def echo(text: str = "", *, err: bool = False, nl: bool = True) -> None:

@@ -1,15 +1,17 @@
 """`qlora init`: writes a first manifest with the fields to decide, each with its description."""
 
 import json
+import re
 import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
+import yaml
 
 from qlora_api import names
-from qlora_api.escapes import shell_command
+from qlora_api.escapes import escape_line, shell_command
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_cli.console import Console, echo, print_line
 from qlora_cli.errors import exit_error_without_remedy
@@ -119,7 +121,7 @@ def default_of(path: str) -> Any:
 
 
 def _scalar(value: Any) -> str:
-    """Format a value as YAML on one line."""
-    if isinstance(value, str) and value.replace("-", "").replace("_", "").isalnum() and not value[0].isdigit():
+    """Format a value as YAML on one line: a word as it is, unless it is a word of YAML such as null."""
+    if isinstance(value, str) and re.fullmatch("[A-Za-z][A-Za-z0-9_-]*", value) and yaml.safe_load(value) == value:
         return value
-    return json.dumps(value, ensure_ascii=False)
+    return escape_line(json.dumps(value, ensure_ascii=False))

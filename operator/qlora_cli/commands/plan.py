@@ -84,7 +84,7 @@ def read_jobs(file: str, changes: list[str]) -> Iterator[JobManifest]:
     except (OSError, UnicodeDecodeError) as error:
         raise YamlError(describe_read_error(file, error)) from error
     if not documents:
-        raise YamlError(f"{file}: contains no QLoRAJob")
+        raise YamlError(f"{escape_line(file)}: contains no QLoRAJob")
     yield from (parse_manifest(apply_overrides(document, overrides), COMMON_RULES) for document in documents)
 
 

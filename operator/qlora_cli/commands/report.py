@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from pydantic import TypeAdapter, ValidationError
 
+from qlora_api.v1alpha1.types import OutputUri
 from qlora_cli.cluster.client import ClusterError
 from qlora_cli.cluster.connection import Context, JobName, Kubeconfig, Namespace, exit_on_cluster_error, open_connection
 from qlora_cli.cluster.jobs import ClusterJob, get_job
@@ -56,13 +58,19 @@ def find_report(job: ClusterJob) -> str:
     """Return the URI of the report's folder.
 
     Raises:
-        ClusterError: The run has not published a report.
+        ClusterError: The run has not published a report, or its status has something else than a URI of one.
 
     """
     published = job.status.output.report if job.status.output else None
     if published is None:
         raise ClusterError(f"{job.ref.name} is {job.phase} and has no report: {job.explanation}")
-    return published.rpartition("/")[0]
+    try:
+        return TypeAdapter(OutputUri).validate_python(published).rpartition("/")[0]
+    except ValidationError as error:
+        raise ClusterError(
+            f"status.output.report of {job.ref.name} is {published!r}, and not the URI of a report "
+            f"({error.errors()[0]['msg']}); find the report below spec.output.uri"
+        ) from None
 
 
 def read_report_json(folder: str, endpoint: str | None) -> object:

@@ -120,7 +120,7 @@ def wait_until_gone(cluster: ClusterClient, ref: JobRef, uid: str, clock: Clock)
 def save_manifest(manifest: Mapping[str, Any]) -> Path:
     """Write a manifest to a new temporary file, and return its path."""
     with tempfile.NamedTemporaryFile(
-        "w", prefix=f"{manifest['metadata']['name']}-", suffix=".yaml", delete=False, encoding="utf-8"
+        "w", prefix=f"{Path(manifest['metadata']['name']).name}-", suffix=".yaml", delete=False, encoding="utf-8"
     ) as file:
         file.write(to_yaml(dict(manifest)))
     return Path(file.name)

@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from qlora_api.escapes import escape_line
 from qlora_api.reasons import Reason
 from qlora_api.report import TerminationMessage
 from qlora_api.runconfig import Platform
@@ -57,7 +58,7 @@ def parse_single(file: str, overrides: list[Override]) -> JobManifest:
     """Return the one QLoRAJob of a file."""
     jobs = [document for document in read_documents(file) if is_qlorajob(document)]
     if len(jobs) != 1:
-        raise YamlError(f"{file}: has {len(jobs)} QLoRAJobs; pass a file with one")
+        raise YamlError(f"{escape_line(file)}: has {len(jobs)} QLoRAJobs; pass a file with one")
     return parse_manifest(apply_overrides(jobs[0], overrides), LOCAL_RULES)
 
 

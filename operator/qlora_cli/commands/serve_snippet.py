@@ -147,7 +147,7 @@ def serve_snippet(
 def write_vllm(served: ServedModel) -> str:
     """Return shell commands; vLLM needs local files, so objects in S3 are downloaded first."""
     model, fetched = _local(served.model, "model")
-    options = [("vllm", "serve", model)]
+    options: list[tuple[str, ...]] = [("vllm", "serve", model)]
     options += [_option("--revision", served.revision)] if served.revision else []
     if served.adapter:
         folder, adapter = _local(served.adapter, served.name)

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qlora_api.escapes import shell_command
+from qlora_api.escapes import escape_line, shell_command
 from qlora_cli.cluster.client import AlreadyExistsError, ClusterClient, ClusterError
 from qlora_cli.cluster.connection import (
     Connection,
@@ -77,7 +77,7 @@ def read_jobs(file: str) -> list[Document]:
     except (OSError, UnicodeDecodeError) as error:
         raise YamlError(describe_read_error(file, error)) from error
     if not documents:
-        raise YamlError(f"{file}: contains no QLoRAJob")
+        raise YamlError(f"{escape_line(file)}: contains no QLoRAJob")
     return documents
 
 

@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from qlora_api.escapes import escape_line
 from qlora_cli.console import echo
 from qlora_cli.manifests.loader import ManifestError, is_qlorajob, parse_manifest
 from qlora_cli.manifests.yaml_documents import YamlError, read_documents
@@ -27,7 +28,7 @@ def validate_file(file: str) -> bool:
         echo(describe_read_error(file, error), err=True)
         return False
     if not jobs:
-        echo(f"{file}: contains no QLoRAJob", err=True)
+        echo(f"{escape_line(file)}: contains no QLoRAJob", err=True)
     valid = True
     for job in jobs:
         try:
@@ -41,6 +42,6 @@ def validate_file(file: str) -> bool:
 
 def describe_read_error(file: str, error: Exception) -> str:
     """Return why a file could not be read."""
-    if isinstance(error, OSError):
-        return f"{file}: {error.strerror}"
-    return f"{file}: not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
+    if isinstance(error, YamlError):
+        return str(error)
+    return f"{escape_line(file)}: {error.strerror if isinstance(error, OSError) else 'not UTF-8'}"

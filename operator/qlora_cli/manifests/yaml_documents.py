@@ -9,6 +9,8 @@ from typing import Any, Final
 
 import yaml
 
+from qlora_api.escapes import escape_line
+
 Location = tuple[str | int, ...]
 """Keys and list indices from the document's root to a field."""
 
@@ -65,7 +67,7 @@ def parse_value(text: str) -> Any:
 def read_documents(file: str) -> list[Document]:
     """Parse a file, or standard input for '-'; empty documents are skipped."""
     text = sys.stdin.read() if file == STDIN else Path(file).read_text(encoding="utf-8")
-    return parse_documents(text, "standard input" if file == STDIN else file)
+    return parse_documents(text, "standard input" if file == STDIN else escape_line(file))
 
 
 def parse_documents(text: str, file: str) -> list[Document]:
@@ -120,4 +122,4 @@ def _position(file: str, mark: yaml.Mark | None) -> str:
 
 
 def _message(error: yaml.MarkedYAMLError) -> str:
-    return ", ".join(part for part in (error.context, error.problem) if part)
+    return escape_line(", ".join(part for part in (error.context, error.problem) if part))
