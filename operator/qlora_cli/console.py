@@ -32,7 +32,7 @@ class Console(rich.console.Console):
 
 def print_text(console: rich.console.Console, text: str, label: str = "", style: str = "") -> None:
     """Print a text of one or several lines, after a label of our own."""
-    console.print(Text.assemble((label, style), escape_text(text)), soft_wrap=True)
+    console.print(Text.assemble((escape_line(label), style), escape_text(text)), soft_wrap=True)
 
 
 def print_line(console: rich.console.Console, text: str, label: str = "", style: str = "") -> None:

@@ -9,6 +9,7 @@ from typing import Final, Never
 import typer
 from rich.text import Text
 
+from qlora_api.escapes import escape_line
 from qlora_api.reasons import REASONS, Reason
 from qlora_cli.console import Console, print_line, print_text
 from qlora_cli.local.trainer_libraries import NoGpuError, NoTrainerError
@@ -45,14 +46,14 @@ def exit_on_error(
     except KeyboardInterrupt:
         exit_interrupted(console, stopped)
     except (NoGpuError, NoTrainerError, DoesNotFitError) as error:
-        on_error(console, _REASONS.get(type(error)), str(error))
+        on_error(console, _REASONS.get(type(error)), escape_line(str(error)))
     except Exception as error:
         known = as_run_error(error)
         if known.reason is Reason.INTERRUPTED:
             exit_interrupted(console, f"step {known.step} is done; the same command resumes from its checkpoint")
         if known.reason is Reason.TRAINER_ERROR:
             raise  # a bug in the trainer: a bug report needs its traceback
-        on_error(console, known.reason, known.message)
+        on_error(console, known.reason, escape_line(known.message))
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> Never:

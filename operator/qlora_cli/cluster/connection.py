@@ -7,6 +7,7 @@ from typing import Annotated, TypeAlias
 
 import typer
 
+from qlora_api.escapes import escape_line
 from qlora_api.job_ref import JobRef
 from qlora_cli.cluster.client import ClusterClient, ClusterError
 from qlora_cli.console import Console
@@ -56,7 +57,7 @@ def exit_on_cluster_error(stopped: str = "what runs in the cluster keeps running
     try:
         yield console
     except ClusterError as error:
-        exit_error_without_remedy(console, None, str(error))
+        exit_error_without_remedy(console, None, escape_line(str(error)))
     except KeyboardInterrupt:
         exit_interrupted(console, stopped)
 

@@ -14,7 +14,7 @@ from qlora_api.accelerators import DeviceName
 from qlora_api.escapes import escape_json, escape_line, escape_text
 from qlora_api.local_requests import ChatRequest, ChatTurn, GenerationConfig
 from qlora_api.runconfig import Platform
-from qlora_cli.console import Console, echo, print_line, print_text
+from qlora_cli.console import Console, echo, print_line
 from qlora_cli.display.formats import print_data
 from qlora_cli.errors import exit_error_without_remedy, exit_on_error
 from qlora_cli.local.trainer_libraries import NoGpuError, cuda_available, open_source_resolver
@@ -133,7 +133,7 @@ def chat_interactively(conversation: Any, show: Show, console: Console) -> None:
         try:
             show(answer(conversation, line, console))
         except RunError as error:
-            print_text(console, error.message, "error: ", "bold red")
+            print_line(console, error.message, "error: ", "bold red")
 
 
 def read_questions() -> Iterator[str]:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from pydantic import TypeAdapter, ValidationError
 
+from qlora_api.escapes import escape_line
 from qlora_api.v1alpha1.types import OutputUri
 from qlora_cli.cluster.client import ClusterError
 from qlora_cli.cluster.connection import Context, JobName, Kubeconfig, Namespace, exit_on_cluster_error, open_connection
@@ -48,7 +49,7 @@ def report(  # noqa: PLR0913, PLR0917 (an option each)
                 return
             page = download_report(folder, to or Path(f"{name}-report"), s3_endpoint) / REPORT_PAGE
         except OutputError as error:
-            exit_error_without_remedy(console, None, str(error))
+            exit_error_without_remedy(console, None, escape_line(str(error)))
     show_report(job, page)
     if sys.stdout.isatty() if show is None else show:
         typer.launch(str(page.resolve()))

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from typing import Final, NamedTuple
 
-from qlora_api.escapes import escape_line
+from qlora_api.escapes import escape_json, escape_line
 from qlora_api.logs.formatters import to_text
 from qlora_cli.cluster.client import ClusterClient, ClusterError
 from qlora_cli.cluster.pods import TrainerPod
@@ -75,9 +75,9 @@ def parse_line(line: str) -> LogLine:
         return LogLine(None, line)
     if not isinstance(entry, dict) or "message" not in entry:
         return LogLine(None, line)
-    return LogLine(
-        entry.get("rank"), to_text({name: value for name, value in entry.items() if name not in _PREFIX_FIELDS})
-    )
+    rank = entry.get("rank")
+    text = to_text({name: value for name, value in entry.items() if name not in _PREFIX_FIELDS})
+    return LogLine(rank if isinstance(rank, int) else None, text)
 
 
 class LogPrinter:
@@ -91,7 +91,7 @@ class LogPrinter:
 
     def show(self, pod: TrainerPod, line: str) -> None:
         """Print one line."""
-        rank, text = LogLine(None, line) if self._raw else parse_line(line)
+        rank, text = LogLine(None, escape_json(line)) if self._raw else parse_line(line)
         label = pod.label if rank is None else f"{pod.label}/{rank}"
         style = self._styles.setdefault(label, LABEL_STYLES[len(self._styles) % len(LABEL_STYLES)])
         prefix = f"{label} | " if self._prefix else ""
