@@ -10,6 +10,7 @@ import typer
 from rich.console import Group
 from rich.text import Text
 
+from qlora_api.escapes import escape_line
 from qlora_api.job_ref import JobRef
 from qlora_api.names import KIND, prepare_job_name
 from qlora_cli.cluster.client import ClusterClient, KubeObject
@@ -104,7 +105,7 @@ def tabulate(found: Iterable[Event], now: datetime) -> Group:
         [
             (
                 format_age(event.time, now),
-                Text(event.type, "yellow" if event.type == "Warning" else ""),
+                Text(escape_line(event.type), "yellow" if event.type == "Warning" else ""),
                 *(event.subject, event.reason, event.message),
             )
             for event in found

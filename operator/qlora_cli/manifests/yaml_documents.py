@@ -67,7 +67,7 @@ def parse_value(text: str) -> Any:
 def read_documents(file: str) -> list[Document]:
     """Parse a file, or standard input for '-'; empty documents are skipped."""
     text = sys.stdin.read() if file == STDIN else Path(file).read_text(encoding="utf-8")
-    return parse_documents(text, "standard input" if file == STDIN else escape_line(file))
+    return parse_documents(text, "standard input" if file == STDIN else file)
 
 
 def parse_documents(text: str, file: str) -> list[Document]:
@@ -81,6 +81,7 @@ def parse_documents(text: str, file: str) -> list[Document]:
         YamlError: The text is not valid YAML.
 
     """
+    file = escape_line(file)
     try:
         loader = _Loader(text)
         return [document for document in _documents(loader, file) if document.value is not None]
