@@ -167,8 +167,9 @@ def _option(name: str, value: str) -> tuple[str, ...]:
 
 
 def _lora_module(name: str, folder: str) -> str:
-    """Return a value of --lora-modules: name=path, or JSON if the name has the separator."""
-    return json.dumps({"name": name, "path": folder}) if "=" in name else f"{name}={folder}"
+    """Return a value of --lora-modules: name=path, or JSON, as vLLM reads whatever has a comma."""
+    is_simple = re.fullmatch("[A-Za-z0-9_.-]+", name) and set(",=").isdisjoint(folder)
+    return f"{name}={folder}" if is_simple else json.dumps({"name": name, "path": folder})
 
 
 def _local(uri: str, folder: str) -> tuple[str, list[str]]:

@@ -1,13 +1,12 @@
 """Result of a finished run: the comparison of base and adapter, and the output URIs."""
 
-from rich.console import Console
 from rich.table import Table
 
 from qlora_api.reasons import REASONS
 from qlora_api.report import TerminationMessage
 from qlora_api.result import Result
 from qlora_api.v1alpha1 import EvaluationStatus
-from qlora_cli.console import print_line
+from qlora_cli.console import Console, print_line
 from qlora_cli.uris import to_display_path
 
 
