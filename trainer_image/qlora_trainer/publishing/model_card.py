@@ -59,9 +59,9 @@ def to_markdown(value: Any) -> Any:
     return Markup(_MARKDOWN.sub(r"\\\g<0>", escape_line(value)))  # noqa: S704 (just escaped)
 
 
-def to_code(text: str) -> Markup:
-    """Return a text as code inside a line: between more backticks than it has in a row."""
-    line = escape_line(text)
+def to_code(text: str, *, cell: bool = False) -> Markup:
+    """Return a text as code inside a line or a table's cell: between more backticks than it has in a row."""
+    line = escape_line(text).replace("|", r"\|") if cell else escape_line(text)
     ticks = _longest_run(line) * "`"
     blank = " " if "`" in line else ""
     return Markup(f"{ticks}{blank}{line}{blank}{ticks}")  # noqa: S704 (as above)
