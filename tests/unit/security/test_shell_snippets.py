@@ -8,8 +8,10 @@ from typing import Any, Final
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
 from qlora_api.v1alpha1 import OutputStatus
+from qlora_cli.__main__ import app
 from qlora_cli.cluster.client import ClusterError
 from qlora_cli.cluster.jobs import ClusterJob
 from qlora_cli.commands import report, serve_snippet
@@ -115,6 +117,24 @@ def test_pasted_commands_run_as_intended(tmp_path: Path, scheme: str, field: str
     assert [split_options(command) for command in found] == [
         [word.replace("./-", "-") for word in command] for command in expected
     ]
+
+
+@pytest.mark.parametrize("text", [pytest.param(text, id=key) for key, text in ATTACKS.items() if text])
+def test_next_commands_of_init_name_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str):
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "there")
+    file = text.replace("/", "_")
+    done = CliRunner().invoke(app, ["init", "--", file])
+    commands = done.stderr.rpartition("; next: ")[2].split(", then ")
+    word = f"./{file}" if file.startswith("-") else file
+    assert run_in_bash("\n".join(commands), tmp_path) == [["qlora", "plan", word], ["qlora", "submit", word]]
+
+
+@pytest.mark.parametrize("name", ["null", "true", "on", "yes", "e1"])
+def test_name_that_yaml_reads_otherwise_is_quoted(name: str):
+    done = CliRunner().invoke(app, ["init", "-", "--name", name])
+    assert done.exit_code == 0, done.output
+    assert yaml.safe_load(done.stdout)["metadata"]["name"] == name
 
 
 @pytest.mark.parametrize("text", ATTACKS.values(), ids=ATTACKS)
