@@ -125,6 +125,9 @@ CORPUS: Final[dict[str, Hostile]] = {
     "fullwidth-step": Hostile({"output": {"uri": "s3://adapters/．．/team-b"}}),  # noqa: RUF001 (nothing normalizes it)
     "right-to-left": output("s3://adapters/\u202egpj.a-maet", _INVISIBLE),
     "zero-width": dataset("s3://data/x\u200b.jsonl", _INVISIBLE),
+    "arabic-letter-mark": dataset("s3://data/x\u061c.jsonl", _INVISIBLE),
+    "hangul-filler": dataset("s3://data/x\u3164.jsonl", _INVISIBLE),
+    "tag-characters": output("s3://adapters/team\U000e0041", _INVISIBLE),
     "soft-hyphen": dataset("s3://data/x\u00ad.jsonl", _INVISIBLE),
     "escape-sequence": output("s3://adapters/\x1b[2Jx", _INVISIBLE),
     "nul": output("s3://adapters/x\x00y", _INVISIBLE),

@@ -5,7 +5,6 @@ import textwrap
 from pathlib import Path
 from typing import Final
 
-from rich.console import Console
 from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
@@ -15,6 +14,7 @@ from examples.quickstart.make_model import DEFAULT_MIRROR, make_model
 from qlora_api.report import RunReport, Sample, TerminationMessage
 from qlora_api.runconfig import Platform
 from qlora_cli.commands.run import load_manifest, run_with_progress
+from qlora_cli.console import Console
 from qlora_cli.display.result import show_result
 from qlora_cli.uris import to_display_path
 
@@ -30,7 +30,7 @@ SHOWN_CHARACTERS: Final = 240
 
 def main() -> None:
     """Run the quickstart's manifest with local files instead of hub and S3."""
-    console = Console(highlight=False)
+    console = Console(markup=True)
     changes = local_changes()
     console.print("[bold]1. The model[/]")
     console.print(f"[dim]{escape(str(make_model(DEFAULT_MIRROR, console.print)))}[/]", soft_wrap=True)

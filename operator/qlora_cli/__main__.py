@@ -1,6 +1,7 @@
 """The `qlora` app; each command is a module of qlora_cli.commands."""
 
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated
 
@@ -24,6 +25,7 @@ from qlora_cli.commands.submit import submit
 from qlora_cli.commands.suspend import resume, suspend
 from qlora_cli.commands.validate import validate
 from qlora_cli.commands.wait import wait
+from qlora_cli.console import echo, escape_log_messages
 
 app = typer.Typer(
     name="qlora",
@@ -53,7 +55,7 @@ app.command()(serve_snippet)
 
 def _show_version(value: bool) -> None:
     if value:
-        typer.echo(f"qlora {__version__}")
+        echo(f"qlora {__version__}")
         raise typer.Exit
 
 
@@ -68,7 +70,12 @@ def main(
 
 def run_app() -> None:
     """Run under the name that the user typed: `qlora`, or `kubectl qlora`."""
-    app(prog_name="kubectl qlora" if Path(sys.argv[0]).stem == "kubectl-qlora" else "qlora")
+    escape_log_messages()
+    try:
+        app(prog_name="kubectl qlora" if Path(sys.argv[0]).stem == "kubectl-qlora" else "qlora")
+    except Exception:
+        echo(traceback.format_exc(), err=True, nl=False)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Final
 
 from qlora_cli.__main__ import app
+from qlora_cli.console import echo
 
 NO_FILES: Final = ":4"
 FILES: Final = ":0"
@@ -17,7 +18,8 @@ FILES: Final = ":0"
 
 def complete_for_kubectl() -> None:
     """Print the completions for the words after `kubectl qlora`, the last of which is incomplete."""
-    sys.stdout.writelines(f"{line}\n" for line in completions(sys.argv[1:]))
+    for line in completions(sys.argv[1:]):
+        echo(line)
 
 
 def completions(words: Sequence[str]) -> Iterator[str]:

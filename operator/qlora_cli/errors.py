@@ -7,10 +7,11 @@ from types import FrameType
 from typing import Final, Never
 
 import typer
-from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
+from qlora_api.escapes import escape_line
 from qlora_api.reasons import REASONS, Reason
+from qlora_cli.console import Console, print_line, print_text
 from qlora_cli.local.trainer_libraries import NoGpuError, NoTrainerError
 from qlora_planner.sizing import DoesNotFitError
 
@@ -45,14 +46,14 @@ def exit_on_error(
     except KeyboardInterrupt:
         exit_interrupted(console, stopped)
     except (NoGpuError, NoTrainerError, DoesNotFitError) as error:
-        on_error(console, _REASONS.get(type(error)), str(error))
+        on_error(console, _REASONS.get(type(error)), escape_line(str(error)))
     except Exception as error:
         known = as_run_error(error)
         if known.reason is Reason.INTERRUPTED:
             exit_interrupted(console, f"step {known.step} is done; the same command resumes from its checkpoint")
         if known.reason is Reason.TRAINER_ERROR:
             raise  # a bug in the trainer: a bug report needs its traceback
-        on_error(console, known.reason, known.message)
+        on_error(console, known.reason, escape_line(known.message))
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> Never:
@@ -61,20 +62,20 @@ def _interrupt(_number: int, _frame: FrameType | None) -> Never:
 
 def exit_interrupted(console: Console, state: str) -> Never:
     """Print what an interrupted command leaves behind, and exit with INTERRUPTED_EXIT_CODE."""
-    console.print(f"[yellow]stopped;[/] {state}", soft_wrap=True)
+    print_line(console, state, "stopped; ", "yellow")
     raise typer.Exit(INTERRUPTED_EXIT_CODE)
 
 
 def exit_error(console: Console, reason: Reason | None, message: str) -> Never:
     """Print reason, message and fix of an error, and exit with code 1."""
-    console.print(f"[bold red]error:[/] {f'[bold]{reason}[/]' if reason else ''}", soft_wrap=True)
-    console.print(escape(message), soft_wrap=True)
+    console.print(Text.assemble(("error: ", "bold red"), (reason or "", "bold")))
+    print_text(console, message)
     if reason is not None and reason not in {Reason.INVALID_SPEC, Reason.ACCELERATOR_MISSING}:
-        console.print(f"[bold]fix:[/] {escape(REASONS[reason].remedy)}", soft_wrap=True)
+        print_line(console, REASONS[reason].remedy, "fix: ", "bold")
     raise typer.Exit(1)
 
 
 def exit_error_without_remedy(console: Console, _reason: Reason | None, message: str) -> Never:
     """Print the message of an error, and exit with code 1; for commands without a manifest to fix."""
-    console.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
+    print_text(console, message, "error: ", "bold red")
     raise typer.Exit(1)

@@ -10,6 +10,7 @@ import sys
 from functools import partial
 from typing import Final
 
+from qlora_api.escapes import escape_text
 from qlora_api.logs.formatters import configure_logs, handler_for
 from qlora_operator.cluster.http import Api, load_configuration, read_credentials
 from qlora_operator.cluster.server_clock import ServerClock, utc_now
@@ -69,7 +70,7 @@ def main() -> int:
     try:
         settings = read_settings(os.environ)
     except SettingsError as error:
-        sys.stderr.write(f"{error}\n")
+        sys.stderr.write(f"{escape_text(str(error))}\n")
         return 2
     configure_logs(handler_for(settings.log_format, sys.stderr), settings.log_level)
     gc.freeze()  # imported modules are never collected

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Final
 
+from qlora_api.escapes import escape_text
 from qlora_api.logs.formatters import log_fields
 from qlora_api.reasons import Reason
 from qlora_api.runconfig import RunConfig
@@ -73,7 +74,7 @@ def end_hung_process(
 ) -> None:
     """Write stack traces, termination message and log, and exit without waiting for any other thread."""
     stacks = dump_stacks()
-    sys.stderr.write(stacks)
+    sys.stderr.write(escape_text(stacks))
     uploaded = upload_stacks(config, stacks)
     location = uploaded or "this container's log: they could not be uploaded"
     run_error = RunError(

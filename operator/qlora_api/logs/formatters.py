@@ -10,6 +10,7 @@ from enum import StrEnum
 from types import MappingProxyType
 from typing import Any, Final, TextIO
 
+from qlora_api.escapes import escape_json, escape_line, escape_text
 from qlora_api.logs.redaction import REDACTOR
 
 FORMAT_ENV: Final = "QLORA_LOG_FORMAT"
@@ -63,20 +64,26 @@ def time_of(line: str) -> str:
     """Return the time of a JSON line, or an empty string for any other line; times in UTC sort as text."""
     try:
         return str(json.loads(line)["time"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return ""
 
 
 def to_text(entry: Mapping[str, Any]) -> str:
-    """Format an entry as text: time, level and message, then the other fields, then the traceback."""
+    """Format an entry as one line of text: time, level, message, other fields; a traceback follows, indented."""
     standard = {"time", "level", "logger", "message", "exception"}
     rest = " ".join(f"{name}={_short(value)}" for name, value in entry.items() if name not in standard)
-    line = f"{entry.get('time', '')} {entry.get('level', ''):7} {entry.get('message', '')}"
-    return "\n".join(filter(None, (f"{line}  {rest}".rstrip(), entry.get("exception"))))
+    line = f"{entry.get('time', '')} {entry.get('level', '')!s:7} {entry.get('message', '')}  {rest}".rstrip()
+    traceback = escape_text(str(entry.get("exception") or ""))
+    return "\n".join((escape_line(line), *(f"  {part}" for part in traceback.splitlines())))
 
 
 def _short(value: Any) -> str:
     return value if isinstance(value, str) and " " not in value else json.dumps(value, ensure_ascii=False)
+
+
+def to_json_line(entry: Mapping[str, Any]) -> str:
+    """Format an entry as one line of JSON, which a terminal can show."""
+    return escape_json(json.dumps(entry, ensure_ascii=False))
 
 
 class JsonFormatter(logging.Formatter):
@@ -84,7 +91,7 @@ class JsonFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""
-        return json.dumps(record_to_dict(record), ensure_ascii=False)
+        return to_json_line(record_to_dict(record))
 
 
 class TextFormatter(logging.Formatter):

@@ -13,6 +13,8 @@ from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
 
+from qlora_api.escapes import INVISIBLE, JOINERS, escape_line
+
 VALIDATIONS: Final = "x-kubernetes-validations"
 
 
@@ -48,10 +50,10 @@ class TextPattern:
 
     @property
     def rule(self) -> CelRule:
-        """Return the same check as a CEL rule; a JSON string is a valid CEL string."""
+        """Return the same check as a CEL rule."""
         if self.forbidden:
-            return CelRule(f"!self.matches({json.dumps(self.pattern)})", self.message)
-        return CelRule(f"self.matches({json.dumps(f'^(?:{self.pattern})$')})", self.message)
+            return CelRule(f"!self.matches({_to_cel(self.pattern)})", self.message)
+        return CelRule(f"self.matches({_to_cel(f'^(?:{self.pattern})$')})", self.message)
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         """Check the pattern in pydantic."""
@@ -67,12 +69,17 @@ class TextPattern:
         return text
 
 
+def _to_cel(text: str) -> str:
+    """Return a CEL string: one of JSON is valid, but CEL has no surrogate pairs."""
+    return escape_line(json.dumps(text, ensure_ascii=False))
+
+
 def _any_of(patterns: Sequence[str]) -> str:
     return f"({'|'.join(patterns)})"
 
 
 PRINTABLE: Final = TextPattern(
-    "[\x00-\x1f\x7f-\x9f\u00ad\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]",
+    f"[{INVISIBLE}{JOINERS}]",
     "it contains a control character or an invisible character; remove it",
     forbidden=True,
 )

@@ -1,7 +1,7 @@
 """The status of a QLoRAJob."""
 
 from datetime import datetime
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import Field
 
@@ -13,6 +13,11 @@ from qlora_api.reasons import Reason
 from qlora_api.strategies import SINGLE, StrategyName
 from qlora_api.v1alpha1.types import MAX_URI
 
+MAX_MESSAGE: Final = 32_768
+"""Longest message of a condition (Kubernetes API conventions), and of a status."""
+MAX_ATTEMPT_MESSAGE: Final = 4096
+"""Longest message of an attempt: as long as a termination message."""
+
 
 class Condition(ApiModel):
     """A Kubernetes condition."""
@@ -20,7 +25,7 @@ class Condition(ApiModel):
     type: ConditionType = Field(description="What the condition is about.")
     status: Literal["True", "False", "Unknown"] = Field(description="Whether it holds.")
     reason: Reason = Field(description="Why: one of a fixed list of reasons.")
-    message: Annotated[str, Field(max_length=32_768)] = Field(description="Why, in a sentence.")
+    message: Annotated[str, Field(max_length=MAX_MESSAGE)] = Field(description="Why, in a sentence.")
     last_transition_time: datetime = Field(description="When the status last changed.")
     observed_generation: int = Field(ge=0, description="The generation that the condition refers to.")
 
@@ -110,7 +115,9 @@ class Attempt(ApiModel):
     number: int = Field(ge=1, description="Counts from 1.")
     job: Annotated[str, Field(max_length=63)] = Field(description="Name of the batch/v1 Job.")
     reason: Reason | None = Field(default=None, description="How it ended; absent while it runs.")
-    message: Annotated[str, Field(max_length=4096)] = Field(default="", description="How it ended, in a sentence.")
+    message: Annotated[str, Field(max_length=MAX_ATTEMPT_MESSAGE)] = Field(
+        default="", description="How it ended, in a sentence."
+    )
     micro_batch_size: int | None = Field(default=None, ge=1, description="Rows per forward pass.")
     node: Annotated[str, Field(max_length=253)] = Field(
         default="", description="Node of the pod whose end ended it; while it runs, of the first pod."
@@ -173,7 +180,9 @@ class QLoRAJobStatus(ApiModel):
     observed_generation: int = Field(default=-1, ge=-1, description="The generation that this status refers to.")
     phase: Phase | None = Field(default=None, description="Summary in one word; the conditions are authoritative.")
     reason: Reason | None = Field(default=None, description="Reason of the phase.")
-    message: Annotated[str, Field(max_length=32_768)] | None = Field(default=None, description="Explains the phase.")
+    message: Annotated[str, Field(max_length=MAX_MESSAGE)] | None = Field(
+        default=None, description="Explains the phase."
+    )
     progress: Annotated[str, Field(max_length=8)] | None = Field(default=None, description="For the PROGRESS column.")
     eta: Annotated[str, Field(max_length=16)] | None = Field(default=None, description="Time left, for the ETA column.")
     loss: Annotated[str, Field(max_length=16)] | None = Field(default=None, description="For the LOSS column.")

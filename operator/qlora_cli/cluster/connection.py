@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Annotated, TypeAlias
 
 import typer
-from rich.console import Console
 
+from qlora_api.escapes import escape_line
 from qlora_api.job_ref import JobRef
 from qlora_cli.cluster.client import ClusterClient, ClusterError
+from qlora_cli.console import Console
 from qlora_cli.errors import exit_error_without_remedy, exit_interrupted
 
 Namespace: TypeAlias = Annotated[
@@ -52,11 +53,11 @@ def exit_on_cluster_error(stopped: str = "what runs in the cluster keeps running
         The console for standard error.
 
     """
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True)
     try:
         yield console
     except ClusterError as error:
-        exit_error_without_remedy(console, None, str(error))
+        exit_error_without_remedy(console, None, escape_line(str(error)))
     except KeyboardInterrupt:
         exit_interrupted(console, stopped)
 

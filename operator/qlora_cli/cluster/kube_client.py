@@ -12,6 +12,7 @@ from kubernetes import client, config
 from kubernetes.config.config_exception import ConfigException
 
 from qlora_api import names
+from qlora_api.escapes import shell_command
 from qlora_api.job_ref import JobRef
 from qlora_cli.cluster.client import AlreadyExistsError, ClusterError, KubeObject, NotFoundError, UnreachableError
 
@@ -212,5 +213,5 @@ def _missing(message: str, path: str) -> str:
     """Add the namespace to a NotFound message, and how to find what exists."""
     namespace = path.partition("/namespaces/")[2].partition("/")[0]
     if message.startswith("namespaces "):
-        return f"{message}; create it with kubectl create namespace {namespace}"
+        return f"{message}; create it with {shell_command('kubectl', 'create', 'namespace', namespace)}"
     return f"{message} in namespace {namespace}; qlora list --all-namespaces shows what exists"

@@ -7,14 +7,14 @@ from enum import StrEnum
 from typing import Annotated, Any, Final
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from qlora_api.accelerators import DeviceName
+from qlora_api.escapes import escape_json, escape_line, escape_text
 from qlora_api.local_requests import ChatRequest, ChatTurn, GenerationConfig
 from qlora_api.runconfig import Platform
+from qlora_cli.console import Console, echo, print_line
 from qlora_cli.display.formats import print_data
 from qlora_cli.errors import exit_error_without_remedy, exit_on_error
 from qlora_cli.local.trainer_libraries import NoGpuError, cuda_available, open_source_resolver
@@ -77,12 +77,12 @@ def chat(  # noqa: PLR0913, PLR0917 (an option each)
     output: OutputOption = OutputFormat.TABLE,
 ) -> None:
     """Chat with a base model and adapters side by side; the base is in memory only once."""
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True)
     platform = make_platform(hub_mirror, hub_endpoint, s3_endpoint)
     generation = GenerationConfig(max_new_tokens=max_tokens, temperature=temperature, seed=seed, system=system)
     interactive = not ask and sys.stdin.isatty()
     printers = {OutputFormat.JSON: print_json, OutputFormat.YAML: print_yaml}
-    show = printers.get(output) or ChatPrinter(Console(highlight=False), questions=not interactive).show
+    show = printers.get(output) or ChatPrinter(Console(), questions=not interactive).show
     with exit_on_error(console, "chat stopped", exit_error_without_remedy):
         model = load_chat_model(adapter, device, base_model, platform, console)
         conversation = model.start_conversation(generation, keep_history=interactive)
@@ -106,9 +106,7 @@ def load_chat_model(
         model=to_uri(model) if model else None,
     )
     with console.status("loading base and adapters"):
-        return load_multi_adapter_model(
-            request, sources, work, lambda text: console.print(escape(text), soft_wrap=True)
-        )
+        return load_multi_adapter_model(request, sources, work, lambda text: print_line(console, text))
 
 
 def choose_device(device: Device) -> DeviceName:
@@ -127,7 +125,7 @@ def chat_interactively(conversation: Any, show: Show, console: Console) -> None:
     """Answer questions from the terminal until the user quits; an error in one question does not end the chat."""
     from qlora_trainer.errors import RunError  # noqa: PLC0415 (part of the optional trainer)
 
-    console.print(f"[dim]{QUIT} or Ctrl-D quits, {RESET} clears the history[/]")
+    print_line(console, "", f"{QUIT} or Ctrl-D quits, {RESET} clears the history", "dim")
     for line in read_questions():
         if line == RESET:
             conversation.reset()
@@ -135,7 +133,7 @@ def chat_interactively(conversation: Any, show: Show, console: Console) -> None:
         try:
             show(answer(conversation, line, console))
         except RunError as error:
-            console.print(f"[bold red]error:[/] {escape(error.message)}", soft_wrap=True)
+            print_line(console, error.message, "error: ", "bold red")
 
 
 def read_questions() -> Iterator[str]:
@@ -147,24 +145,24 @@ def read_questions() -> Iterator[str]:
             if line:
                 yield line
     except EOFError:
-        typer.echo(err=True)  # Ctrl-D leaves the cursor on the prompt's line
+        echo(err=True)  # Ctrl-D leaves the cursor on the prompt's line
 
 
 def answer(conversation: Any, question: str, console: Console) -> ChatTurn:
     """Return the answers of all models; meanwhile show which one is generating."""
     with console.status("") as status:
-        turn: ChatTurn = conversation.ask(question, lambda label: status.update(f"{escape(label)} is answering"))
+        turn: ChatTurn = conversation.ask(question, lambda label: status.update(Text(f"{label} is answering")))
     return turn
 
 
 def print_json(turn: ChatTurn) -> None:
     """Print a turn as one line of JSON."""
-    typer.echo(turn.model_dump_json(by_alias=True))
+    echo(escape_json(turn.model_dump_json(by_alias=True)))
 
 
 def print_yaml(turn: ChatTurn) -> None:
     """Print a turn as one YAML document."""
-    typer.echo("---")
+    echo("---")
     print_data(turn.model_dump(mode="json", by_alias=True), OutputFormat.YAML)
 
 
@@ -180,8 +178,9 @@ class ChatPrinter:
         """Print one line per model."""
         table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
         if self._questions:
-            table.add_row(Text("question", "bold"), Text(turn.question, "bold"))
+            table.add_row(Text("question", "bold"), Text(escape_text(turn.question), "bold"))
         for reply in turn.replies:
-            table.add_row(Text(reply.by, "dim"), Text(reply.text.strip() + ("" if reply.complete else TRUNCATED)))
+            text = escape_text(reply.text.strip())
+            table.add_row(Text(escape_line(reply.by), "dim"), Text(text + ("" if reply.complete else TRUNCATED)))
         self._console.print(table)
         self._console.print()

@@ -7,16 +7,17 @@ from datetime import UTC, datetime
 from typing import Annotated
 
 import typer
-from rich.console import Console, Group
-from rich.markup import escape
+from rich.console import Group
 from rich.text import Text
 
+from qlora_api.escapes import escape_line
 from qlora_api.job_ref import JobRef
 from qlora_api.names import KIND, prepare_job_name
 from qlora_cli.cluster.client import ClusterClient, KubeObject
 from qlora_cli.cluster.connection import Context, JobName, Kubeconfig, Namespace, exit_on_cluster_error, open_connection
 from qlora_cli.cluster.jobs import get_job, strip_managed_fields
 from qlora_cli.cluster.polling import Clock, poll_job
+from qlora_cli.console import Console, print_line
 from qlora_cli.display.formats import format_age, print_data, render_columns
 from qlora_cli.options import OutputFormat, OutputOption
 
@@ -57,7 +58,7 @@ def events(  # noqa: PLR0913, PLR0917 (an option each)
         items = [strip_managed_fields(event.raw) for event in found]
         print_data({"apiVersion": "v1", "kind": "List", "items": items}, output)
     else:
-        Console(highlight=False).print(tabulate(found, datetime.now(UTC)), soft_wrap=True)
+        Console().print(tabulate(found, datetime.now(UTC)), soft_wrap=True)
 
 
 def find_events(cluster: ClusterClient, ref: JobRef) -> list[Event]:
@@ -104,7 +105,7 @@ def tabulate(found: Iterable[Event], now: datetime) -> Group:
         [
             (
                 format_age(event.time, now),
-                Text(event.type, "yellow" if event.type == "Warning" else ""),
+                Text(escape_line(event.type), "yellow" if event.type == "Warning" else ""),
                 *(event.subject, event.reason, event.message),
             )
             for event in found
@@ -115,11 +116,11 @@ def tabulate(found: Iterable[Event], now: datetime) -> Group:
 def follow_events(cluster: ClusterClient, ref: JobRef, console: Console, clock: Clock) -> None:
     """Print each new Event until the run has ended."""
     shown: set[str] = set()
-    out = Console(highlight=False)
-    for job in poll_job(cluster, ref, clock, lambda text: console.print(escape(text), soft_wrap=True)):
+    out = Console()
+    for job in poll_job(cluster, ref, clock, lambda text: print_line(console, text)):
         for event in new_events(find_events(cluster, ref), shown):
             line = f"{event.time:%H:%M:%S}  {event.type:<7}  {event.subject}  {event.reason}  {event.message}"
-            out.print(escape(line), soft_wrap=True)
+            print_line(out, line)
         if job.finished:
             return
 

@@ -1,16 +1,19 @@
 """`qlora init`: writes a first manifest with the fields to decide, each with its description."""
 
 import json
+import re
 import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
-from rich.console import Console
+import yaml
 
 from qlora_api import names
+from qlora_api.escapes import escape_line, shell_command
 from qlora_api.v1alpha1 import QLoRAJobSpec
+from qlora_cli.console import Console, echo, print_line
 from qlora_cli.errors import exit_error_without_remedy
 from qlora_cli.manifests.loader import JobManifest, ManifestError, parse_manifest
 from qlora_cli.manifests.validation_messages import field_at
@@ -50,7 +53,7 @@ def init(  # noqa: PLR0913, PLR0917 (an option each)
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
 ) -> None:
     """Write a first manifest, with the description of each field."""
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True)
     chosen = {
         "model.uri": model, "dataset.uri": dataset, "output.uri": to, "output.secretRef.name": secret,
         "resources.gpusPerNode": gpus,
@@ -62,12 +65,14 @@ def init(  # noqa: PLR0913, PLR0917 (an option each)
     except ManifestError as error:
         exit_error_without_remedy(console, None, str(error))
     if file == STDIN:
-        typer.echo(text, nl=False)
+        echo(text, nl=False)
         return
     if Path(file).exists() and not force:
         exit_error_without_remedy(console, None, f"{file} already exists; choose another name, or use --force")
     Path(file).write_text(text, encoding="utf-8")
-    console.print(f"wrote {file}; next: qlora plan {file}, then qlora submit {file}", soft_wrap=True)
+    word = f"./{file}" if file.startswith("-") else file
+    plan, submit = shell_command("qlora", "plan", word), shell_command("qlora", "submit", word)
+    print_line(console, f"wrote {file}; next: {plan}, then {submit}")
 
 
 def write_manifest(name: str, chosen: Mapping[str, Any]) -> str:
@@ -116,7 +121,7 @@ def default_of(path: str) -> Any:
 
 
 def _scalar(value: Any) -> str:
-    """Format a value as YAML on one line."""
-    if isinstance(value, str) and value.replace("-", "").replace("_", "").isalnum() and not value[0].isdigit():
+    """Format a value as YAML on one line: a word as it is, unless it is a word of YAML such as null."""
+    if isinstance(value, str) and re.fullmatch("[A-Za-z][A-Za-z0-9_-]*", value) and yaml.safe_load(value) == value:
         return value
-    return json.dumps(value, ensure_ascii=False)
+    return escape_line(json.dumps(value, ensure_ascii=False))

@@ -5,12 +5,13 @@ from datetime import UTC, datetime
 from typing import Annotated
 
 import typer
-from rich.console import Console, Group
+from rich.console import Group
 from rich.text import Text
 
 from qlora_api.names import Phase
 from qlora_cli.cluster.connection import Context, Kubeconfig, Namespace, exit_on_cluster_error, open_connection
 from qlora_cli.cluster.jobs import ClusterJob, parse_job, strip_managed_fields
+from qlora_cli.console import Console, echo
 from qlora_cli.display.formats import PHASE_STYLES, Cell, format_age, print_data, render_columns
 from qlora_cli.options import OutputFormat, OutputOption
 
@@ -37,10 +38,10 @@ def list_jobs(  # noqa: PLR0913, PLR0917 (an option each)
         items = [strip_managed_fields(job.raw) for job in jobs]
         print_data({"apiVersion": "v1", "kind": "List", "items": items}, output)
     elif jobs:
-        Console(highlight=False).print(tabulate(jobs, datetime.now(UTC), namespaces=all_namespaces), soft_wrap=True)
+        Console().print(tabulate(jobs, datetime.now(UTC), namespaces=all_namespaces), soft_wrap=True)
     else:
         scope = "any namespace" if all_namespaces else f"namespace {connection.namespace}"
-        typer.echo(f"no QLoRAJobs found in {scope}", err=True)
+        echo(f"no QLoRAJobs found in {scope}", err=True)
 
 
 def filter_by_phase(jobs: Sequence[ClusterJob], phases: Sequence[Phase]) -> list[ClusterJob]:

@@ -5,13 +5,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from qlora_api.local_requests import MergedFolder, MergeRequest
 from qlora_api.report import MergeDifference
 from qlora_api.runconfig import Platform
+from qlora_cli.console import Console, print_line
 from qlora_cli.display.formats import print_data
 from qlora_cli.display.result import format_change
 from qlora_cli.errors import exit_error_without_remedy, exit_on_error
@@ -48,7 +47,7 @@ def merge(  # noqa: PLR0913, PLR0917 (an option each)
     output: OutputOption = OutputFormat.TABLE,
 ) -> None:
     """Merge an adapter with its base into one bf16 model, and measure the difference."""
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True)
     platform = make_platform(hub_mirror, hub_endpoint, s3_endpoint)
     model = to_uri(base_model) if base_model else None
     request = MergeRequest(adapter=to_uri(adapter), target=str(to), base=base.value, model=model)
@@ -57,7 +56,7 @@ def merge(  # noqa: PLR0913, PLR0917 (an option each)
     if output is not OutputFormat.TABLE:
         print_data(merged.model_dump(mode="json", by_alias=True, exclude_none=True), output)
     else:
-        show_merged(merged, Console(highlight=False))
+        show_merged(merged, Console())
 
 
 def run_merge(request: MergeRequest, platform: Platform, console: Console) -> MergedFolder:
@@ -65,7 +64,7 @@ def run_merge(request: MergeRequest, platform: Platform, console: Console) -> Me
     sources, work = open_source_resolver(platform)
     from qlora_trainer.merge_job import merge_published  # noqa: PLC0415 (comes with torch)
 
-    return merge_published(request, sources, work, lambda text: console.print(escape(text), soft_wrap=True))
+    return merge_published(request, sources, work, lambda text: print_line(console, text))
 
 
 def show_merged(merged: MergedFolder, console: Console) -> None:
@@ -75,7 +74,7 @@ def show_merged(merged: MergedFolder, console: Console) -> None:
         console.print("not measured: no held-out rows next to the adapter")
     else:
         console.print(difference_table(difference))
-    console.print(f"[bold]merged[/]  {escape(merged.folder)}", soft_wrap=True)
+    print_line(console, merged.folder, "merged  ", "bold")
 
 
 def difference_table(difference: MergeDifference) -> Table:

@@ -4,12 +4,12 @@ from collections.abc import Iterator
 from typing import Annotated, Final
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
+from qlora_api.escapes import escape_line
 from qlora_api.units import GIB
 from qlora_cli.commands.validate import describe_read_error
+from qlora_cli.console import Console, print_line
 from qlora_cli.display.formats import print_data
 from qlora_cli.errors import exit_error_without_remedy
 from qlora_cli.manifests.loader import JobManifest, ManifestError, is_qlorajob, parse_manifest
@@ -62,7 +62,7 @@ def plan(  # noqa: PLR0913, PLR0917 (an option each)
     output: OutputOption = OutputFormat.TABLE,
 ) -> None:
     """Show the memory that runs need and how they will be executed, without a cluster, a GPU or a network."""
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True)
     try:
         jobs = [job for file in files for job in read_jobs(file, changes or [])]
         offline_plans = [
@@ -84,7 +84,7 @@ def read_jobs(file: str, changes: list[str]) -> Iterator[JobManifest]:
     except (OSError, UnicodeDecodeError) as error:
         raise YamlError(describe_read_error(file, error)) from error
     if not documents:
-        raise YamlError(f"{file}: contains no QLoRAJob")
+        raise YamlError(f"{escape_line(file)}: contains no QLoRAJob")
     yield from (parse_manifest(apply_overrides(document, overrides), COMMON_RULES) for document in documents)
 
 
@@ -94,12 +94,12 @@ def print_plans(jobs: list[JobManifest], offline_plans: list[OfflinePlan], outpu
         found = [to_json(offline_plan) for offline_plan in offline_plans]
         print_data(found[0] if len(found) == 1 else found, output)
         return
-    console = Console(highlight=False)
+    console = Console()
     for job, offline_plan in zip(jobs, offline_plans, strict=True):
         console.print(tabulate(job, offline_plan))
         for reason in offline_plan.reasons:
             if not reason.startswith(_PEAK_PREFIX):
-                console.print(escape(reason), soft_wrap=True)
+                print_line(console, reason)
 
 
 def tabulate(job: JobManifest, offline_plan: OfflinePlan) -> Table:
@@ -107,7 +107,7 @@ def tabulate(job: JobManifest, offline_plan: OfflinePlan) -> Table:
     spec, weights = job.spec, offline_plan.work.shape.parameters
     bits = f", {spec.quantization.bits} bits" if spec.method == "qlora" else ""
     title = f"{job.metadata.name}: {spec.model.uri}, {weights:,} weights, {spec.method}{bits}"
-    table = Table(title=escape(title), title_justify="left")
+    table = Table(title=escape_line(title), title_justify="left")
     table.add_column("on each GPU" if offline_plan.sizing.allocation.gpus_per_node else "in host memory")
     table.add_column("GiB", justify="right")
     table.add_column("")

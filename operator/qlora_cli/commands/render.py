@@ -4,13 +4,13 @@ from collections.abc import Iterator
 from typing import Annotated, Any, Final
 
 import typer
-from rich.console import Console
 
 from qlora_api import __version__
 from qlora_api.job_ref import JobRef
 from qlora_api.prepared import Prepared
 from qlora_api.v1alpha1 import DataStatus, ModelStatus, QLoRAJobSpec, to_timedelta
 from qlora_cli.commands.submit import load_documents
+from qlora_cli.console import Console, echo
 from qlora_cli.display.formats import to_yaml
 from qlora_cli.errors import exit_error_without_remedy
 from qlora_cli.manifests.loader import JobManifest, parse_manifest
@@ -50,15 +50,15 @@ def render(
 
     Values that are known only in a cluster are zeros: uid, digest, commit of the model, number of rows.
     """
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True)
     for document in load_documents(files, changes or [], console):
         try:
             manifests = list(render_document(document, Installation(image) if children else None))
         except DoesNotFitError as error:
             exit_error_without_remedy(console, None, f"does not fit: {error}")
         for manifest in manifests:
-            typer.echo("---")
-            typer.echo(to_yaml(manifest), nl=False)
+            echo("---")
+            echo(to_yaml(manifest), nl=False)
 
 
 def render_document(document: Document, installation: Installation | None) -> Iterator[Manifest]:

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
+from pydantic import TypeAdapter, ValidationError
 
+from qlora_api.escapes import escape_line
+from qlora_api.v1alpha1.types import OutputUri
 from qlora_cli.cluster.client import ClusterError
 from qlora_cli.cluster.connection import Context, JobName, Kubeconfig, Namespace, exit_on_cluster_error, open_connection
 from qlora_cli.cluster.jobs import ClusterJob, get_job
+from qlora_cli.console import Console, print_line
 from qlora_cli.display.formats import print_data
 from qlora_cli.display.result import comparison_table
 from qlora_cli.errors import exit_error_without_remedy
@@ -47,7 +49,7 @@ def report(  # noqa: PLR0913, PLR0917 (an option each)
                 return
             page = download_report(folder, to or Path(f"{name}-report"), s3_endpoint) / REPORT_PAGE
         except OutputError as error:
-            exit_error_without_remedy(console, None, str(error))
+            exit_error_without_remedy(console, None, escape_line(str(error)))
     show_report(job, page)
     if sys.stdout.isatty() if show is None else show:
         typer.launch(str(page.resolve()))
@@ -57,13 +59,19 @@ def find_report(job: ClusterJob) -> str:
     """Return the URI of the report's folder.
 
     Raises:
-        ClusterError: The run has not published a report.
+        ClusterError: The run has not published a report, or its status has something else than a URI of one.
 
     """
     published = job.status.output.report if job.status.output else None
     if published is None:
         raise ClusterError(f"{job.ref.name} is {job.phase} and has no report: {job.explanation}")
-    return published.rpartition("/")[0]
+    try:
+        return TypeAdapter(OutputUri).validate_python(published).rpartition("/")[0]
+    except ValidationError as error:
+        raise ClusterError(
+            f"status.output.report of {job.ref.name} is {published!r}, and not the URI of a report "
+            f"({error.errors()[0]['msg']}); find the report below spec.output.uri"
+        ) from None
 
 
 def read_report_json(folder: str, endpoint: str | None) -> object:
@@ -84,7 +92,7 @@ def download_report(folder: str, target: Path, endpoint: str | None) -> Path:
 
 def show_report(job: ClusterJob, page: Path) -> None:
     """Print the comparison of base and adapter, and where the report is."""
-    console = Console(highlight=False)
+    console = Console()
     if job.status.evaluation:
         console.print(comparison_table(job.status.evaluation))
-    console.print(f"[bold]report[/]  {escape(str(page))}", soft_wrap=True)
+    print_line(console, str(page), "report  ", "bold")

@@ -6,14 +6,15 @@ from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
+from qlora_api.escapes import shell_command
 from qlora_api.job_ref import JobRef
+from qlora_api.names import JOB_LABEL
 from qlora_cli.cluster.client import ClusterClient, ClusterError, NotFoundError
 from qlora_cli.cluster.connection import Context, JobName, Kubeconfig, Namespace, exit_on_cluster_error, open_connection
 from qlora_cli.cluster.jobs import ClusterJob, get_job, parse_job
 from qlora_cli.cluster.polling import Clock
+from qlora_cli.console import Console, echo, print_line
 from qlora_cli.display.formats import to_yaml
 from qlora_cli.manifests.overrides import OverrideError, override_manifest, parse_override
 
@@ -47,16 +48,17 @@ def rerun(  # noqa: PLR0913, PLR0917 (an option each)
         manifest = make_manifest(job, all_changes)
         check_rerun(job, force=force)
         if job.succeeded and not all_changes:
-            console.print(f"{name} is already published and will be reused; --overwrite trains again", soft_wrap=True)
+            print_line(console, f"{name} is already published and will be reused; --overwrite trains again")
         delete_and_create(connection.cluster, job, manifest, Clock(), console)
-    typer.echo(f"QLoRAJob {job.ref.namespace}/{job.ref.name} was submitted again")
+    echo(f"QLoRAJob {job.ref.namespace}/{job.ref.name} was submitted again")
 
 
 def check_rerun(job: ClusterJob, *, force: bool) -> None:
     """Raise ClusterError if the run has not ended, unless --force is set."""
     if not (job.finished or force):
         raise ClusterError(
-            f"{job.ref.name} is {job.phase}; wait for its end with qlora wait {job.ref.name}, or stop it with --force"
+            f"{job.ref.name} is {job.phase}; wait for its end with {shell_command('qlora', 'wait', job.ref.name)}, or "
+            "stop it with --force"
         )
 
 
@@ -78,7 +80,7 @@ def delete_and_create(
     """Delete the previous run, wait until it is gone, and create it again; if that fails, its manifest is saved."""
     check_manifest(cluster, manifest)
     cluster.delete(job.ref, job.uid)
-    console.print(escape(f"waiting for {job.ref.name} and its pods to be deleted"), soft_wrap=True)
+    print_line(console, f"waiting for {job.ref.name} and its pods to be deleted")
     wait_until_gone(cluster, job.ref, job.uid, clock)
     try:
         return parse_job(cluster.create(manifest))
@@ -110,15 +112,15 @@ def wait_until_gone(cluster: ClusterClient, ref: JobRef, uid: str, clock: Clock)
             return
         clock.sleep(0.5)
     raise ClusterError(
-        f"{ref.name} is still being deleted after {DELETION_SECONDS / 60:.0f} minutes; see its "
-        f"pods with kubectl get pods --namespace {ref.namespace} -l qlora.dev/job={ref.name}"
+        f"{ref.name} is still being deleted after {DELETION_SECONDS / 60:.0f} minutes; see its pods with "
+        + shell_command("kubectl", "get", "pods", "--namespace", ref.namespace, "-l", f"{JOB_LABEL}={ref.name}")
     )
 
 
 def save_manifest(manifest: Mapping[str, Any]) -> Path:
     """Write a manifest to a new temporary file, and return its path."""
     with tempfile.NamedTemporaryFile(
-        "w", prefix=f"{manifest['metadata']['name']}-", suffix=".yaml", delete=False, encoding="utf-8"
+        "w", prefix=f"{Path(manifest['metadata']['name']).name}-", suffix=".yaml", delete=False, encoding="utf-8"
     ) as file:
         file.write(to_yaml(dict(manifest)))
     return Path(file.name)

@@ -3,12 +3,13 @@
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from qlora_api.escapes import escape_line
 from qlora_api.reasons import Reason
 from qlora_api.report import TerminationMessage
 from qlora_api.runconfig import Platform
 from qlora_cli.commands.validate import describe_read_error
+from qlora_cli.console import Console
 from qlora_cli.display.formats import print_data
 from qlora_cli.display.progress import open_screen
 from qlora_cli.display.result import show_result
@@ -33,13 +34,13 @@ def run(  # noqa: PLR0913, PLR0917 (an option each)
     output: OutputOption = OutputFormat.TABLE,
 ) -> None:
     """Prepare, train, evaluate and publish on this machine; credentials come from the environment."""
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True)
     manifest = load_manifest(file, changes or [], console)
     outcome = run_with_progress(manifest, make_platform(hub_mirror, hub_endpoint, s3_endpoint), console)
     if output is not OutputFormat.TABLE:
         print_data(outcome.model_dump(mode="json", by_alias=True, exclude_none=True), output)
     else:
-        show_result(outcome, Console(highlight=False))
+        show_result(outcome, Console())
 
 
 def load_manifest(file: str, changes: list[str], console: Console) -> JobManifest:
@@ -57,7 +58,7 @@ def parse_single(file: str, overrides: list[Override]) -> JobManifest:
     """Return the one QLoRAJob of a file."""
     jobs = [document for document in read_documents(file) if is_qlorajob(document)]
     if len(jobs) != 1:
-        raise YamlError(f"{file}: has {len(jobs)} QLoRAJobs; pass a file with one")
+        raise YamlError(f"{escape_line(file)}: has {len(jobs)} QLoRAJobs; pass a file with one")
     return parse_manifest(apply_overrides(jobs[0], overrides), LOCAL_RULES)
 
 

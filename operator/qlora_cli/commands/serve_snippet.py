@@ -1,6 +1,7 @@
 """`qlora serve-snippet`: a vLLM command, or a KServe or KubeAI manifest, that serves a published adapter."""
 
-import shlex
+import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -9,11 +10,13 @@ from typing import Annotated, Final
 import typer
 
 from qlora_api.accelerators import NVIDIA
+from qlora_api.escapes import shell_command
 from qlora_api.v1alpha1 import LoraSpec, QLoRAJobSpec
 from qlora_api.vllm import VLLM_MAX_LORA_RANKS, max_lora_rank_for
 from qlora_cli.cluster.client import ClusterError
 from qlora_cli.cluster.connection import Context, JobName, Kubeconfig, Namespace, exit_on_cluster_error, open_connection
 from qlora_cli.cluster.jobs import ClusterJob, get_job
+from qlora_cli.console import echo
 from qlora_cli.display.formats import to_yaml
 
 
@@ -41,12 +44,14 @@ def resolve_served_model(job: ClusterJob) -> ServedModel:
     """Return how to serve a published run: its adapter, or its merged model if vLLM cannot load the adapter.
 
     Raises:
-        ClusterError: The run has not published, or vLLM cannot load the adapter and there is no merged model.
+        ClusterError: The run has not published, its status names something else than a result of this run, or vLLM
+            cannot load the adapter and there is no merged model.
 
     """
     output, spec = job.status.output, job.spec()
     if output is None or output.adapter is None:
         raise ClusterError(f"{job.ref.name} is {job.phase} and has not published a result: {job.explanation}")
+    check_status(job)
     if spec.method == "full":
         return ServedModel(job.ref.name, output.adapter, None, None, None)
     obstacle = find_vllm_obstacle(spec.lora)
@@ -55,7 +60,7 @@ def resolve_served_model(job: ClusterJob) -> ServedModel:
     if obstacle:
         raise ClusterError(
             f"vLLM cannot load this adapter: {obstacle}; merge it with its base and serve the result: "
-            f"qlora merge {output.adapter} --to FOLDER"
+            f"{shell_command('qlora', 'merge', output.adapter, '--to', 'FOLDER')}"
         )
     commit = job.status.model.commit if job.status.model and spec.model.uri.startswith("hf://") else None
     return ServedModel(
@@ -67,6 +72,30 @@ def resolve_served_model(job: ClusterJob) -> ServedModel:
         arguments=vllm_base_arguments(spec),
         chat_template=spec.dataset.chat_template is not None,
     )
+
+
+def check_status(job: ClusterJob) -> None:
+    """Check what a status says of the result: whoever can write to the bucket may have chosen it.
+
+    Raises:
+        ClusterError: A URI is not that of a result of this run, or the commit is not one.
+
+    """
+    prefix = f"{job.spec().output.uri.rstrip('/')}/{job.ref.name}/"
+    result = rf"{re.escape(prefix)}[0-9a-f]+(/[A-Za-z0-9_][A-Za-z0-9_.-]*)+"
+    output, model = job.status.output, job.status.model
+    checks = (
+        ("output.adapter", output.adapter if output else None, result, f"a folder of a result below {prefix}"),
+        ("output.merged", output.merged if output else None, result, f"a folder of a result below {prefix}"),
+        ("model.commit", model.commit if model else None, "[0-9a-f]+", "a commit or a digest in hex"),
+    )
+    for field, value, pattern, wanted in checks:
+        if value is not None and not re.fullmatch(pattern, value):
+            raise ClusterError(
+                f"status.{field} of {job.ref.name} is {value!r}, and not {wanted}: somebody else may have written to "
+                f"the output; check the bucket, and train again with "
+                f"{shell_command('qlora', 'rerun', job.ref.name, '--overwrite')}"
+            )
 
 
 def published_rank(lora: LoraSpec) -> int:
@@ -112,36 +141,50 @@ def serve_snippet(
     with exit_on_cluster_error():
         connection = open_connection(namespace, context, kubeconfig)
         served = resolve_served_model(get_job(connection.cluster, connection.ref(name)))
-    typer.echo(WRITERS[server](served), nl=False)
+    echo(WRITERS[server](served), nl=False)
 
 
 def write_vllm(served: ServedModel) -> str:
     """Return shell commands; vLLM needs local files, so objects in S3 are downloaded first."""
     model, fetched = _local(served.model, "model")
-    command = [f"vllm serve {shlex.quote(model)}"]
-    command += [f"--revision {served.revision}"] if served.revision else []
+    options: list[tuple[str, ...]] = [("vllm", "serve", model)]
+    options += [_option("--revision", served.revision)] if served.revision else []
     if served.adapter:
         folder, adapter = _local(served.adapter, served.name)
         fetched += adapter
-        command += ["--enable-lora", f"--max-lora-rank {served.max_rank}", f"--lora-modules {served.name}={folder}"]
-        command += [f"--chat-template {folder}/chat_template.jinja"] if served.chat_template else []
+        options += [("--enable-lora",), ("--max-lora-rank", str(served.max_rank))]
+        options += [_option("--lora-modules", _lora_module(served.name, folder))]
+        options += [("--chat-template", f"{folder}/chat_template.jinja")] if served.chat_template else []
     else:
-        command += [f"--served-model-name {served.name}"]
-    return "".join(f"{line}\n" for line in (*fetched, " \\\n  ".join((*command, *served.arguments))))
+        options += [_option("--served-model-name", served.name)]
+    options += [(argument,) for argument in served.arguments]
+    return "".join(f"{line}\n" for line in (*fetched, " \\\n  ".join(shell_command(*words) for words in options)))
+
+
+def _option(name: str, value: str) -> tuple[str, ...]:
+    """Return the words of an option; a value that starts with a hyphen must not become another one."""
+    return (f"{name}={value}",) if value.startswith("-") else (name, value)
+
+
+def _lora_module(name: str, folder: str) -> str:
+    """Return a value of --lora-modules: name=path, or JSON, as vLLM reads whatever has a comma."""
+    is_simple = re.fullmatch("[A-Za-z0-9_.-]+", name) and set(",=").isdisjoint(folder)
+    return f"{name}={folder}" if is_simple else json.dumps({"name": name, "path": folder})
 
 
 def _local(uri: str, folder: str) -> tuple[str, list[str]]:
     """Return a model's local path or hub name, and the command that downloads it."""
     if uri.startswith("s3://"):
-        return f"./{folder}", [f"aws s3 sync {shlex.quote(uri)} ./{folder}"]
-    return uri.removeprefix("hf://"), []
+        return f"./{folder}", [shell_command("aws", "s3", "sync", uri, f"./{folder}")]
+    path = uri.removeprefix("hf://")
+    return f"./{path}" if path.startswith("-") else path, []
 
 
 def write_kserve(served: ServedModel) -> str:
     """Return an LLMInferenceService, whose storage initializer downloads base and adapter."""
     adapters = {"adapters": [{"name": served.name, "uri": served.adapter}], "maxRank": served.max_rank}
     revision = f":{served.revision}" if served.revision else ""
-    arguments = {"env": [{"name": "VLLM_ADDITIONAL_ARGS", "value": " ".join(served.arguments)}]}
+    arguments = {"env": [{"name": "VLLM_ADDITIONAL_ARGS", "value": shell_command(*served.arguments)}]}
     main = {"name": "main", "resources": {"limits": {NVIDIA.resource: "1"}}}
     return to_yaml(
         {

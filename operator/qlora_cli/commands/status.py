@@ -4,10 +4,9 @@ from datetime import UTC, datetime
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.live import Live
-from rich.markup import escape
 
+from qlora_api.escapes import shell_command
 from qlora_api.job_ref import JobRef
 from qlora_cli.cluster.client import ClusterClient
 from qlora_cli.cluster.connection import (
@@ -21,6 +20,7 @@ from qlora_cli.cluster.connection import (
 )
 from qlora_cli.cluster.jobs import ClusterJob, get_job, strip_managed_fields
 from qlora_cli.cluster.polling import Clock, poll_job
+from qlora_cli.console import Console, print_line
 from qlora_cli.display.dashboard import LossHistory, render_dashboard
 from qlora_cli.display.formats import print_data
 from qlora_cli.display.progress import format_progress
@@ -38,7 +38,9 @@ def status(  # noqa: PLR0913, PLR0917 (an option each)
     output: OutputOption = OutputFormat.TABLE,
 ) -> None:
     """Show the state of a run, why, and the fix if it needs one; with --watch live progress, time left and loss."""
-    with exit_on_cluster_error(f"the run keeps running: qlora status --watch {name}") as console:
+    with exit_on_cluster_error(
+        f"the run keeps running: {shell_command('qlora', 'status', '--watch', name)}"
+    ) as console:
         connection = open_connection(namespace, context, kubeconfig)
         if watch:
             watch_job(connection.cluster, connection.ref(name), console, Clock())
@@ -51,9 +53,7 @@ def show_once(connection: Connection, name: str, output: OutputFormat) -> None:
     if output is not OutputFormat.TABLE:
         print_data(strip_managed_fields(job.raw), output)
     else:
-        Console(highlight=False).print(
-            render_dashboard(job, LossHistory(), datetime.now(UTC), details=True), soft_wrap=True
-        )
+        Console().print(render_dashboard(job, LossHistory(), datetime.now(UTC), details=True), soft_wrap=True)
 
 
 def watch_job(cluster: ClusterClient, ref: JobRef, console: Console, clock: Clock) -> None:
@@ -67,7 +67,7 @@ def watch_job(cluster: ClusterClient, ref: JobRef, console: Console, clock: Cloc
 def _watch_live(cluster: ClusterClient, ref: JobRef, console: Console, clock: Clock) -> None:
     history = LossHistory()
     with Live(console=console, auto_refresh=False, transient=True) as live:
-        for job in poll_job(cluster, ref, clock, lambda text: console.print(escape(text), soft_wrap=True)):
+        for job in poll_job(cluster, ref, clock, lambda text: print_line(console, text)):
             if job.finished:
                 return
             history = history.extend(job)
@@ -76,9 +76,9 @@ def _watch_live(cluster: ClusterClient, ref: JobRef, console: Console, clock: Cl
 
 def _watch_lines(cluster: ClusterClient, ref: JobRef, console: Console, clock: Clock) -> None:
     last = ""
-    for job in poll_job(cluster, ref, clock, lambda text: console.print(escape(text), soft_wrap=True)):
+    for job in poll_job(cluster, ref, clock, lambda text: print_line(console, text)):
         if (line := describe_job(job)) != last:
-            console.print(escape(line), soft_wrap=True)
+            print_line(console, line)
             last = line
         if job.finished:
             return

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
+from qlora_api.escapes import escape_line, shell_command
 from qlora_cli.cluster.client import AlreadyExistsError, ClusterClient, ClusterError
 from qlora_cli.cluster.connection import (
     Connection,
@@ -20,6 +20,7 @@ from qlora_cli.cluster.polling import Clock
 from qlora_cli.commands.status import watch_job
 from qlora_cli.commands.validate import describe_read_error
 from qlora_cli.commands.wait import wait_for_all
+from qlora_cli.console import Console, echo
 from qlora_cli.display.formats import print_data
 from qlora_cli.errors import exit_error_without_remedy
 from qlora_cli.manifests.loader import ManifestError, is_qlorajob, parse_manifest
@@ -76,7 +77,7 @@ def read_jobs(file: str) -> list[Document]:
     except (OSError, UnicodeDecodeError) as error:
         raise YamlError(describe_read_error(file, error)) from error
     if not documents:
-        raise YamlError(f"{file}: contains no QLoRAJob")
+        raise YamlError(f"{escape_line(file)}: contains no QLoRAJob")
     return documents
 
 
@@ -113,7 +114,7 @@ def create_job(cluster: ClusterClient, manifest: dict[str, Any], *, dry_run: boo
         name = manifest["metadata"]["name"]
         raise AlreadyExistsError(
             f"QLoRAJob {manifest['metadata']['namespace']}/{name} already exists; choose another name, or run it "
-            f"again with qlora rerun {name}"
+            f"again with {shell_command('qlora', 'rerun', name)}"
         ) from error
 
 
@@ -125,7 +126,7 @@ def show_created(jobs: list[ClusterJob], output: OutputFormat, *, dry_run: bool)
         return
     for job in jobs:
         result = "would be accepted" if dry_run else "was submitted"
-        typer.echo(f"QLoRAJob {job.ref.namespace}/{job.ref.name} {result}")
+        echo(f"QLoRAJob {job.ref.namespace}/{job.ref.name} {result}")
 
 
 def follow(cluster: ClusterClient, jobs: list[ClusterJob], console: Console) -> None:

@@ -3,8 +3,6 @@
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
 from qlora_api.job_ref import JobRef
 from qlora_api.names import Phase
@@ -14,6 +12,7 @@ from qlora_cli.cluster.jobs import ClusterJob, get_job, parse_job
 from qlora_cli.cluster.pods import is_alive
 from qlora_cli.cluster.polling import Clock
 from qlora_cli.commands.wait import TIMED_OUT_EXIT_CODE, TimedOutError, Timeout, wait_until
+from qlora_cli.console import Console, echo, print_line
 
 
 def suspend(  # noqa: PLR0913, PLR0917 (an option each)
@@ -31,7 +30,7 @@ def suspend(  # noqa: PLR0913, PLR0917 (an option each)
         if wait:
             job = _wait_until_stopped(connection.cluster, job.ref, timeout, console)
     state = "is suspended" if job.phase is Phase.SUSPENDED else "will be suspended after the current step"
-    typer.echo(f"QLoRAJob {job.ref.namespace}/{job.ref.name} {state}")
+    echo(f"QLoRAJob {job.ref.namespace}/{job.ref.name} {state}")
 
 
 def resume(name: JobName, namespace: Namespace = None, context: Context = None, kubeconfig: Kubeconfig = None) -> None:
@@ -39,7 +38,7 @@ def resume(name: JobName, namespace: Namespace = None, context: Context = None, 
     with exit_on_cluster_error():
         connection = open_connection(namespace, context, kubeconfig)
         job = set_suspended(connection.cluster, connection.ref(name), False)
-    typer.echo(f"QLoRAJob {job.ref.namespace}/{job.ref.name} resumes")
+    echo(f"QLoRAJob {job.ref.namespace}/{job.ref.name} resumes")
 
 
 def set_suspended(cluster: ClusterClient, ref: JobRef, value: bool) -> ClusterJob:
@@ -67,10 +66,10 @@ def _wait_until_stopped(cluster: ClusterClient, ref: JobRef, timeout: float | No
             ref,
             deadline,
             clock,
-            lambda text: console.print(escape(text)),
+            lambda text: print_line(console, text),
         )
     except TimedOutError as error:
-        console.print(escape(str(error)), soft_wrap=True)
+        print_line(console, str(error))
         raise typer.Exit(TIMED_OUT_EXIT_CODE) from None
 
 

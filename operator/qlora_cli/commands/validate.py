@@ -4,6 +4,8 @@ from typing import Annotated
 
 import typer
 
+from qlora_api.escapes import escape_line
+from qlora_cli.console import echo
 from qlora_cli.manifests.loader import ManifestError, is_qlorajob, parse_manifest
 from qlora_cli.manifests.yaml_documents import YamlError, read_documents
 from qlora_planner.validation import CLUSTER_RULES
@@ -23,23 +25,23 @@ def validate_file(file: str) -> bool:
     try:
         jobs = [document for document in read_documents(file) if is_qlorajob(document)]
     except (YamlError, OSError, UnicodeDecodeError) as error:
-        typer.echo(describe_read_error(file, error), err=True)
+        echo(describe_read_error(file, error), err=True)
         return False
     if not jobs:
-        typer.echo(f"{file}: contains no QLoRAJob", err=True)
+        echo(f"{escape_line(file)}: contains no QLoRAJob", err=True)
     valid = True
     for job in jobs:
         try:
             manifest = parse_manifest(job, CLUSTER_RULES)
-            typer.echo(f"{job.position_of(())}: QLoRAJob {manifest.metadata.name} is valid")
+            echo(f"{job.position_of(())}: QLoRAJob {manifest.metadata.name} is valid")
         except ManifestError as error:
-            typer.echo(str(error), err=True)
+            echo(str(error), err=True)
             valid = False
     return valid and bool(jobs)
 
 
 def describe_read_error(file: str, error: Exception) -> str:
     """Return why a file could not be read."""
-    if isinstance(error, OSError):
-        return f"{file}: {error.strerror}"
-    return f"{file}: not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
+    if isinstance(error, YamlError):
+        return str(error)
+    return f"{escape_line(file)}: {error.strerror if isinstance(error, OSError) else 'not UTF-8'}"

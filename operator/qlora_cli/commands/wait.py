@@ -4,8 +4,6 @@ from collections.abc import Callable, Iterable
 from typing import Annotated, Final
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
 from qlora_api.job_ref import JobRef
 from qlora_api.names import Phase
@@ -21,6 +19,7 @@ from qlora_cli.cluster.connection import (
 )
 from qlora_cli.cluster.jobs import ClusterJob
 from qlora_cli.cluster.polling import Clock, poll_job
+from qlora_cli.console import Console, print_line
 
 FAILED_EXIT_CODE: Final = 3
 """Exit code: a run has failed."""
@@ -129,4 +128,4 @@ def describe_end(job: ClusterJob) -> str:
 
 
 def _print(console: Console, text: str) -> None:
-    console.print(escape(text), soft_wrap=True)
+    print_line(console, text)

@@ -10,6 +10,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from qlora_api.escapes import escape_line
 from qlora_api.names import TERMINAL, Phase
 from qlora_api.reasons import NOTHING_TO_DO, REASONS
 from qlora_api.v1alpha1 import Attempt, Progress, QLoRAJobStatus
@@ -92,7 +93,7 @@ def _losses(history: LossHistory) -> list[RenderableType]:
 def _facts(job: ClusterJob) -> Group:
     facts = list(_describe(job))
     width = max(len(name) for name, _ in facts)
-    return Group(*(Text.assemble((f"{name:<{width}}", "bold"), f"  {fact}") for name, fact in facts))
+    return Group(*(Text.assemble((f"{name:<{width}}", "bold"), f"  {escape_line(fact)}") for name, fact in facts))
 
 
 def _describe(job: ClusterJob) -> Iterator[tuple[str, str]]:

@@ -5,13 +5,14 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime
 from typing import Any, Final, TypeAlias
 
-import typer
 import yaml
 from rich.console import Group
 from rich.text import Text
 
+from qlora_api.escapes import escape_json, escape_line, escape_text
 from qlora_api.names import Phase
 from qlora_api.units import format_duration
+from qlora_cli.console import echo
 from qlora_cli.options import OutputFormat
 
 PHASE_STYLES: Final = {Phase.SUCCEEDED: "green", Phase.FAILED: "red", Phase.SUSPENDED: "yellow", Phase.TRAINING: "cyan"}
@@ -30,7 +31,7 @@ def render_columns(headings: Sequence[str], rows: Iterable[Sequence[Cell]]) -> G
 
 
 def _text(cell: Cell) -> Text:
-    return cell if isinstance(cell, Text) else Text(cell)
+    return cell if isinstance(cell, Text) else Text(escape_line(cell))
 
 
 def _line(row: Sequence[Text], widths: Sequence[int]) -> Text:
@@ -53,23 +54,24 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    return dumper.represent_scalar(_TEXT, text, style="|" if "\n" in text else None)
+    style = "|" if "\n" in text else None
+    return dumper.represent_scalar(_TEXT, text, style=style if escape_text(text) == text else '"')
 
 
 _Dumper.add_representer(str, _represent_text)
 
 
 def to_yaml(value: Any) -> str:
-    """Format a value as one YAML document, with its fields in their order."""
-    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=WIDTH)
+    """Format a value as one YAML document, with its fields in their order; what a terminal cannot show is escaped."""
+    return escape_text(yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=WIDTH))
 
 
 def print_data(value: Any, output: OutputFormat) -> None:
     """Print a value as JSON or YAML."""
     if output is OutputFormat.YAML:
-        typer.echo(to_yaml(value), nl=False)
+        echo(to_yaml(value), nl=False)
     else:
-        typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+        echo(escape_json(json.dumps(value, indent=2, ensure_ascii=False)))
 
 
 def format_age(then: datetime, now: datetime) -> str:

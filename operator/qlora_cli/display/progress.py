@@ -5,14 +5,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final
 
-from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, SpinnerColumn, TaskID, TextColumn
 from rich.progress import Progress as Bar
 from rich.text import Text
 
+from qlora_api.escapes import escape_text
 from qlora_api.names import Phase
 from qlora_api.v1alpha1 import Plan, Progress
+from qlora_cli.console import Console, print_line, print_text
 from qlora_cli.local.runner import Screen
 
 SECONDS_BETWEEN_LINES: Final = 10.0
@@ -31,7 +31,7 @@ def open_screen(console: Console) -> Iterator[Screen]:
         yield LineScreen(console)
         return
     with Bar(
-        SpinnerColumn(finished_text="[green]✓[/]"),
+        SpinnerColumn(finished_text=Text("✓", "green")),
         TextColumn("{task.description}"),
         BarColumn(BAR_CHARACTERS),
         TextColumn("{task.fields[details]}"),
@@ -80,6 +80,11 @@ def name_stage(progress: Progress, before: str) -> tuple[str, str]:
     return phase, ""
 
 
+def indent_rest(text: str) -> str:
+    """Indent all lines but the first: a row in a message must not look like a message."""
+    return text.replace("\n", "\n  ")
+
+
 class LineScreen:
     """Prints one line per stage, and one for the steps every few seconds."""
 
@@ -92,7 +97,7 @@ class LineScreen:
 
     def note(self, text: str) -> None:
         """Print a progress message."""
-        self._print(text)
+        print_text(self._console, indent_rest(text))
 
     def show_plan(self, plan: Plan) -> None:
         """Show the reasons of the plan."""
@@ -110,7 +115,7 @@ class LineScreen:
         self._print(f"{stage:<10}  {details}".rstrip())
 
     def _print(self, text: str) -> None:
-        self._console.print(escape(text), soft_wrap=True)
+        print_line(self._console, text)
 
 
 class LiveScreen:
@@ -123,7 +128,7 @@ class LiveScreen:
 
     def note(self, text: str) -> None:
         """Print a progress message above the bar."""
-        shown = Text(text, style="dim")
+        shown = Text(escape_text(indent_rest(text)), style="dim")
         shown.highlight_regex(TRAINED_TOKENS, "not dim green")
         self._bar.console.print(shown, soft_wrap=True)
 

@@ -1,24 +1,23 @@
 """Result of a finished run: the comparison of base and adapter, and the output URIs."""
 
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from qlora_api.reasons import REASONS
 from qlora_api.report import TerminationMessage
 from qlora_api.result import Result
 from qlora_api.v1alpha1 import EvaluationStatus
+from qlora_cli.console import Console, print_line
 from qlora_cli.uris import to_display_path
 
 
 def show_result(message: TerminationMessage, console: Console) -> None:
     """Print reason, comparison and output locations."""
-    console.print(f"[bold green]{message.reason}[/]: {REASONS[message.reason].sentence}")
+    print_line(console, f": {REASONS[message.reason].sentence}", message.reason, "bold green")
     if message.result is None:
         return
     console.print(comparison_table(message.result.evaluation))
     for name, location in output_locations(message.result).items():
-        console.print(f"[bold]{name:<8}[/] {escape(location)}", soft_wrap=True)
+        print_line(console, location, f"{name:<8} ", "bold")
 
 
 def output_locations(result: Result) -> dict[str, str]:

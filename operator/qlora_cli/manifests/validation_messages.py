@@ -11,6 +11,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticUndefined
 
+from qlora_api.escapes import escape_line
+
 Location = tuple[str | int, ...]
 
 SHOWN_CHARACTERS: Final = 60
@@ -49,7 +51,7 @@ class Problem:
     message: str
 
     def __str__(self) -> str:
-        return f"{self.position}: {self.message}"
+        return escape_line(f"{self.position}: {self.message}")
 
 
 def write_location(location: Location) -> str:

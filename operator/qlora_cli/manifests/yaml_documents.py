@@ -9,6 +9,8 @@ from typing import Any, Final
 
 import yaml
 
+from qlora_api.escapes import escape_line
+
 Location = tuple[str | int, ...]
 """Keys and list indices from the document's root to a field."""
 
@@ -79,6 +81,7 @@ def parse_documents(text: str, file: str) -> list[Document]:
         YamlError: The text is not valid YAML.
 
     """
+    file = escape_line(file)
     try:
         loader = _Loader(text)
         return [document for document in _documents(loader, file) if document.value is not None]
@@ -120,4 +123,4 @@ def _position(file: str, mark: yaml.Mark | None) -> str:
 
 
 def _message(error: yaml.MarkedYAMLError) -> str:
-    return ", ".join(part for part in (error.context, error.problem) if part)
+    return escape_line(", ".join(part for part in (error.context, error.problem) if part))

@@ -4,15 +4,13 @@ import heapq
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from rich.console import Console
-from rich.markup import escape
-
 from qlora_api.logs.files import PREPARE_ATTEMPT, LogFile, log_folder
 from qlora_api.logs.formatters import time_of
 from qlora_api.v1alpha1 import Attempt
 from qlora_cli.cluster.client import ClusterError
 from qlora_cli.cluster.jobs import ClusterJob
 from qlora_cli.cluster.pods import TrainerPod
+from qlora_cli.console import Console, print_line, print_text
 from qlora_cli.local.output_store import OutputError, open_output_store
 from qlora_cli.podlogs.lines import LogPrinter
 
@@ -85,7 +83,8 @@ def parse_log(file: LogFile, raw: bytes) -> Iterator[ArchivedLine]:
     """Yield the lines of a log; a line without a time gets that of the line before it."""
     pod = TrainerPod(file.attempt, file.node, file.name, started=True)
     time = ""
-    for number, text in enumerate(raw.decode(errors="replace").splitlines()):
+    for number, line in enumerate(raw.splitlines()):
+        text = line.decode(errors="replace")
         time = max(time, time_of(text))
         yield ArchivedLine(time, file.name, number, pod, text)
 
@@ -121,9 +120,9 @@ def show_archived_logs(
     try:
         logs = find_logs(job, missing, query.s3_endpoint)
     except NoLogsError as error:
-        show_termination_messages(job, query, console, Console(highlight=False))
+        show_termination_messages(job, query, console, Console())
         raise ClusterError(str(error)) from error
-    console.print(escape(f"the pods of {missing.label} are gone; logs archived in {log_prefix(job)}/:"), soft_wrap=True)
+    print_line(console, f"the pods of {missing.label} are gone; logs archived in {log_prefix(job)}/:")
     for line in merge_lines(logs, query.tail):
         printer.show(line.pod, f"{line.time} {line.text}" if query.timestamps else line.text)
     # To standard error: the log lines on standard output may be piped into a program.
@@ -159,7 +158,7 @@ def show_termination_messages(job: ClusterJob, query: LogQuery, console: Console
     """Print how attempts ended, and the stack dumps of hung processes, to `out`; errors go to `console`."""
     attempts = [found for found in job.status.attempts if query.attempt in {None, found.number}]
     for found in attempts:
-        out.print(escape(describe_attempt(found)), soft_wrap=True)
+        print_line(out, describe_attempt(found))
     if job.status.output and any(found.reason and "stacks" in found.message for found in attempts):
         _show_stacks(job.status.output.prefix, query, console, out)
 
@@ -173,9 +172,10 @@ def describe_attempt(attempt: Attempt) -> str:
 def _show_stacks(prefix: str, query: LogQuery, console: Console, out: Console) -> None:
     try:
         for path, text in read_stacks(prefix, query.attempt, query.s3_endpoint):
-            out.print(escape(f"{path}\n{text}"), soft_wrap=True)
+            print_line(out, path)
+            print_text(out, text)
     except OutputError as error:
-        console.print(escape(f"stack dumps are in {prefix}/{STACKS_FOLDER}/, but {error}"), soft_wrap=True)
+        print_line(console, f"stack dumps are in {prefix}/{STACKS_FOLDER}/, but {error}")
 
 
 def read_stacks(prefix: str, attempt: int | None, endpoint: str | None) -> Iterator[tuple[str, str]]:

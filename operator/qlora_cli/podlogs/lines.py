@@ -6,13 +6,11 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from typing import Final, NamedTuple
 
-import typer
-from rich.console import Console
-from rich.markup import escape
-
+from qlora_api.escapes import escape_json, escape_line
 from qlora_api.logs.formatters import to_text
 from qlora_cli.cluster.client import ClusterClient, ClusterError
 from qlora_cli.cluster.pods import TrainerPod
+from qlora_cli.console import Console, echo, print_text
 
 
 class LogStreams:
@@ -73,33 +71,34 @@ def parse_line(line: str) -> LogLine:
     """Format a JSON line as text; any other line is returned unchanged."""
     try:
         entry = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return LogLine(None, line)
     if not isinstance(entry, dict) or "message" not in entry:
         return LogLine(None, line)
-    return LogLine(
-        entry.get("rank"), to_text({name: value for name, value in entry.items() if name not in _PREFIX_FIELDS})
-    )
+    rank = entry.get("rank")
+    text = to_text({name: value for name, value in entry.items() if name not in _PREFIX_FIELDS})
+    return LogLine(rank if isinstance(rank, int) else None, text)
 
 
 class LogPrinter:
     """Prints lines of several pods to standard output, with a color per process."""
 
     def __init__(self, *, prefix: bool, raw: bool, console: Console | None = None) -> None:
-        self._console = console or Console(highlight=False)
+        self._console = console or Console()
         self._prefix = prefix
         self._raw = raw
         self._styles: dict[str, str] = {}
 
     def show(self, pod: TrainerPod, line: str) -> None:
         """Print one line."""
-        rank, text = LogLine(None, line) if self._raw else parse_line(line)
+        rank, text = LogLine(None, escape_json(line)) if self._raw else parse_line(line)
         label = pod.label if rank is None else f"{pod.label}/{rank}"
         style = self._styles.setdefault(label, LABEL_STYLES[len(self._styles) % len(LABEL_STYLES)])
-        prefix = f"[{style}]{escape(label)} |[/] " if self._prefix else ""
-        self._console.print(prefix + escape(text), soft_wrap=True)
+        prefix = f"{label} | " if self._prefix else ""
+        for part in text.split("\n"):
+            print_text(self._console, part, prefix, style)
 
     @staticmethod
     def note(text: str) -> None:
         """Print a message of the command itself to standard error."""
-        typer.echo(text, err=True)
+        echo(escape_line(text), err=True)

@@ -6,6 +6,7 @@ from typing import Final, NamedTuple
 
 from pydantic import ValidationError
 
+from qlora_api.escapes import shell_command
 from qlora_api.names import Role
 from qlora_api.reasons import Reason
 from qlora_api.report import TerminationMessage
@@ -117,7 +118,8 @@ def _never_ran(_: ChildJob, __: Pod, end: Exit) -> ExitCause | None:
 
 def _unknown(_: ChildJob, pod: Pod, end: Exit) -> ExitCause:
     last_lines = "\n".join(end.message.strip().splitlines()[-LOG_LINES:])[-MAX_LOG:]
-    details = f"its last log lines: {last_lines}" if last_lines else f"see `kubectl logs {pod.name}`"
+    command = shell_command("kubectl", "logs", pod.name)
+    details = f"its last log lines: {last_lines}" if last_lines else f"see `{command}`"
     return ExitCause(
         Reason.TRAINER_ERROR, f"pod {pod.name} exited with code {end.code} and wrote no termination message; {details}"
     )
@@ -195,10 +197,11 @@ def classify_missing_pod(child: ChildJob, startup: timedelta, now: datetime) -> 
     if now < deadline:
         message = describe_missing_pod(child.name)
         return JobState(Stage.WAITING, _stage_reason(child.role), message, requeue_at=deadline)
+    command = shell_command("kubectl", "describe", "job", child.name)
     return ended_state(
         Reason.POD_REJECTED,
         f"Job {child.name} got no pod within {format_seconds(startup)} (spec.deadlines.startup): "
-        f"a quota or an admission policy rejects it; `kubectl describe job {child.name}` shows its message",
+        f"a quota or an admission policy rejects it; `{command}` shows its message",
     )
 
 

@@ -22,8 +22,6 @@ from qlora_planner.validation import Violation
 
 MAX_LOST_ATTEMPTS: Final = 3
 """Give up after so many training Jobs without a termination message: something keeps deleting them."""
-MAX_ATTEMPT_MESSAGE: Final = 4096
-"""Maximum length of status.attempts[].message."""
 PREPARE_SUCCESS_REASONS: Final = frozenset({Reason.PREPARED, Reason.ALREADY_PUBLISHED})
 """Reasons of a termination message with which a preparation succeeds."""
 _REPORTED_PHASES: Final = {
@@ -147,9 +145,7 @@ def _end_training(job: Job, state: JobState, attempt: Attempt, at: datetime) -> 
     if decision := decide_published(state, attempt, at):
         return decision
     failed = decide_failed(state)
-    ended = attempt.model_copy(
-        update={"reason": failed.reason, "message": failed.message[:MAX_ATTEMPT_MESSAGE], "finished_at": at}
-    )
+    ended = attempt.model_copy(update={"reason": failed.reason, "message": failed.message, "finished_at": at})
     decision = _retry(job, state, ended) or failed
     return replace(
         decision,

@@ -5,6 +5,7 @@ from hashlib import sha256
 from typing import Final
 
 from qlora_api import names
+from qlora_api.escapes import escape_line
 from qlora_api.names import Phase
 from qlora_api.reasons import NORMAL_REASONS, Reason
 from qlora_api.v1alpha1 import QLoRAJobStatus
@@ -50,7 +51,7 @@ def build_event(owner: Owner, resource_version: str, status: QLoRAJobStatus, now
         "action": EVENT_ACTIONS[phase],
         "reason": reason.value,
         "type": event_type(reason),
-        "note": (status.message or "").encode()[:MAX_NOTE_BYTES].decode(errors="ignore"),
+        "note": escape_line(status.message or "").encode()[:MAX_NOTE_BYTES].decode(errors="ignore"),
         "regarding": {
             "apiVersion": names.API_VERSION,
             "kind": names.KIND,

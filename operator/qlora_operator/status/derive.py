@@ -5,12 +5,14 @@ from dataclasses import replace
 from datetime import datetime
 from typing import Any, Final
 
+from qlora_api.escapes import escape_line
 from qlora_api.names import TERMINAL, Phase
 from qlora_api.prepared import Prepared
 from qlora_api.reasons import REASONS
 from qlora_api.result import Result
 from qlora_api.units import format_duration
 from qlora_api.v1alpha1 import Attempt, Checkpoint, OutputStatus, Plan, Progress, QLoRAJobStatus
+from qlora_api.v1alpha1.status import MAX_ATTEMPT_MESSAGE, MAX_MESSAGE
 from qlora_operator.models import Decision
 from qlora_operator.status.conditions import derive_conditions
 from qlora_operator.status.formatting import format_number, format_step
@@ -92,10 +94,11 @@ def derive_outcome(previous: QLoRAJobStatus, decision: Decision, generation: int
 
 
 def describe_decision(decision: Decision) -> str:
-    """Return the message of a decision; that of a failure also says what to do."""
+    """Return the message of a decision, as one line; that of a failure also says what to do."""
     record = REASONS[decision.reason]
-    message = decision.message or record.sentence
-    return f"{message}. What to do: {record.remedy}" if decision.phase is Phase.FAILED else message
+    remedy = f". What to do: {record.remedy}" if decision.phase is Phase.FAILED else ""
+    message = escape_line(decision.message or record.sentence)
+    return message[: MAX_MESSAGE - len(remedy)] + remedy
 
 
 def derive_progress(report: Progress | None, phase: Phase, plan: Plan | None) -> dict[str, Any]:
@@ -137,13 +140,14 @@ def derive_output(
 
 
 def merge_attempt(attempts: tuple[Attempt, ...], attempt: Attempt | None) -> tuple[Attempt, ...]:
-    """Replace the attempt with the same number, keeping its sticky fields."""
+    """Replace the attempt with the same number, keeping its sticky fields; a message becomes one line."""
     if attempt is None:
         return attempts
     by_number = {other.number: other for other in attempts}
     previous = by_number.get(attempt.number, attempt)
     sticky = {name: getattr(previous, name) for name in _STICKY_ATTEMPT_FIELDS if not getattr(attempt, name)}
-    by_number[attempt.number] = attempt.model_copy(update=sticky)
+    message = escape_line(attempt.message)[:MAX_ATTEMPT_MESSAGE]
+    by_number[attempt.number] = attempt.model_copy(update={**sticky, "message": message})
     return tuple(by_number[number] for number in sorted(by_number))
 
 

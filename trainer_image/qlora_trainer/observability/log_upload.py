@@ -6,7 +6,7 @@ import threading
 from collections import deque
 from typing import Any, Final, Protocol
 
-from qlora_api.logs.formatters import JsonFormatter, time_of
+from qlora_api.logs.formatters import JsonFormatter, time_of, to_json_line
 from qlora_api.units import MIB
 from qlora_api.v1alpha1 import Checkpoint, Progress
 from qlora_trainer.runtime.shutdown import StopFlag
@@ -97,7 +97,7 @@ def shorten(line: str) -> str:
     """Return a JSON line with every field shortened to a bounded length."""
     if len(line) <= MAX_FIELD_CHARACTERS:
         return line
-    return json.dumps({name: _shortened(value) for name, value in json.loads(line).items()}, ensure_ascii=False)
+    return to_json_line({name: _shortened(value) for name, value in json.loads(line).items()})
 
 
 def _shortened(value: Any) -> Any:

@@ -3,11 +3,13 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from qlora_api import __version__
+from qlora_api.escapes import escape_text
 from qlora_api.report import Interval, RunReport
 from qlora_api.units import format_gib
 from qlora_trainer.publishing.plots import Plot
@@ -63,9 +65,13 @@ class Table:
 
 
 def render_html(report: RunReport, charts: Iterable[Plot] = ()) -> str:
-    """Return the HTML page; text from the dataset is escaped."""
+    """Return the HTML page; text from the dataset is escaped, and so is what would reorder or hide text."""
     environment = Environment(
-        loader=PackageLoader("qlora_trainer"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+        loader=PackageLoader("qlora_trainer"),
+        autoescape=True,
+        finalize=_escape_unprintable,
+        undefined=StrictUndefined,
+        trim_blocks=True,
     )
     return environment.get_template("report.html.j2").render(
         report=report,
@@ -77,6 +83,10 @@ def render_html(report: RunReport, charts: Iterable[Plot] = ()) -> str:
         footprint=make_footprint(report.plan, report.spec.resources.memory, report.peak_memory_bytes),
         tables=make_tables(report),
     )
+
+
+def _escape_unprintable(value: Any) -> Any:
+    return type(value)(escape_text(value)) if type(value) in {str, Markup} else value
 
 
 def make_tiles(report: RunReport) -> tuple[Tile, ...]:

@@ -1,11 +1,14 @@
 """The model card: README.md in the adapter's folder, in the format of the Hugging Face Hub."""
 
+import re
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from huggingface_hub import ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
+from qlora_api.escapes import escape_line, escape_text, shell_command
 from qlora_api.report import RunReport
 from qlora_trainer.publishing.html_report import make_comparison
 from qlora_trainer.publishing.report_sections import make_recipe
@@ -13,6 +16,8 @@ from qlora_trainer.publishing.report_sections import make_recipe
 CARD_FILE: Final = "README.md"
 TAGS: Final = {"qlora": ("lora", "qlora"), "lora": ("lora",), "full": ()}
 """Tags on the hub, by method."""
+_MARKDOWN: Final = re.compile(r"[\\`*\[\]<>|&@:~$]|(?<=www)\.", re.IGNORECASE)
+"""What starts a link, an image, HTML, a table cell or a style in GitHub's Markdown; bare addresses are links too."""
 
 
 def write_card(report: RunReport, adapter: Path) -> None:
@@ -21,23 +26,56 @@ def write_card(report: RunReport, adapter: Path) -> None:
 
 
 def render_card(report: RunReport) -> str:
-    """Return the card; it has no text from the dataset's rows."""
-    environment = Environment(  # noqa: S701 (Markdown, and no text of a dataset)
+    """Return the card; it has no text from the dataset's rows, and other text of others is shown as it is."""
+    environment = Environment(  # noqa: S701 (Markdown, which `finalize` escapes)
         loader=PackageLoader("qlora_trainer"),
+        finalize=to_markdown,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    environment.filters |= {"code": to_code, "code_block": to_code_block}
+    base, serving = report.spec.model.uri.removeprefix("hf://"), report.serving
     return environment.get_template("card.md.j2").render(
-        front_matter=front_matter(report).to_yaml(),
+        front_matter=Markup(front_matter(report).to_yaml()),  # noqa: S704 (YAML, dumped by the hub's library)
         report=report,
         is_full=report.spec.method == "full",
         result_name="fine-tuned model" if report.spec.method == "full" else "adapter",
-        base=report.spec.model.uri.removeprefix("hf://"),
+        base=base,
+        vllm_command=shell_command(
+            *("vllm", "serve", base, "--enable-lora", "--max-lora-rank", str(serving.max_lora_rank)),
+            *("--lora-modules", f"{report.job}=path/of/this/folder"),
+        ),
         comparison=make_comparison(report),
         recipe=make_recipe(report),
     )
+
+
+def to_markdown(value: Any) -> Any:
+    """Return a string as Markdown that shows it on one line; Markdown of our own is returned unchanged."""
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return value
+    return Markup(_MARKDOWN.sub(r"\\\g<0>", escape_line(value)))  # noqa: S704 (just escaped)
+
+
+def to_code(text: str, *, cell: bool = False) -> Markup:
+    """Return a text as code inside a line or a table's cell: between more backticks than it has in a row."""
+    line = escape_line(text).replace("|", r"\|") if cell else escape_line(text)
+    ticks = _longest_run(line) * "`"
+    blank = " " if "`" in line else ""
+    return Markup(f"{ticks}{blank}{line}{blank}{ticks}")  # noqa: S704 (as above)
+
+
+def to_code_block(text: str, language: str) -> Markup:
+    """Return a text of several lines as a block of code."""
+    fence = max(_longest_run(text), 3) * "`"
+    return Markup(f"{fence}{language}\n{escape_text(text)}\n{fence}")  # noqa: S704 (as above)
+
+
+def _longest_run(text: str) -> int:
+    """Return one more than the longest run of backticks."""
+    return 1 + max(map(len, re.findall("`+", text)), default=0)
 
 
 def front_matter(report: RunReport) -> ModelCardData:
