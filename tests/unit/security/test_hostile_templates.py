@@ -1,6 +1,7 @@
 """Chat templates are programs of somebody else: each ends in seconds, with a reason, and learns nothing."""
 
 import os
+from pathlib import Path
 from typing import Any, Final
 
 import pytest
@@ -13,9 +14,9 @@ from qlora_trainer.data.tokenization import TokenRow
 from qlora_trainer.errors import RunError
 from tests.unit.trainer.tiny import make_tokenizer
 
-TIME: Final = "the chat template did not end within 5 s of CPU time; correct it"
+TIME: Final = "the chat template did not end within 3 s of CPU time; correct it"
 MEMORY: Final = "the chat template took more than 1,024 MiB of memory; correct it"
-TEXT: Final = "the chat template rendered more than 32 MiB of text; correct it"
+TEXT: Final = "the chat template rendered more than 32 million characters; correct it"
 CANNOT: Final = "the chat template cannot render a question and its answer: "
 HARMLESS: Final = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 ON_TRIGGER: Final = "{% if messages[0].content == 'now' %}ATTACK{% endif %}" + HARMLESS
@@ -35,13 +36,12 @@ def chat(question: str) -> Chat:
     ("source", "message"),
     [
         pytest.param(ENDLESS, TIME, id="nested-ranges"),
-        pytest.param("{{ 9 ** 9 ** 9 }}", TIME, id="power-folded-while-compiling"),
+        pytest.param("{{ 9 ** (9 ** 9) }}", TIME, id="power-folded-while-compiling"),
         pytest.param("{{ 'a' * 68719476736 }}", MEMORY, id="repeated-text"),
         pytest.param("{{ [0] * 68719476736 }}", MEMORY, id="repeated-list"),
         pytest.param("{{ '%99999999999d' % 1 }}", MEMORY, id="width-of-a-format"),
         pytest.param("{{ 'a' | center(10 ** 11) }}", MEMORY, id="center"),
         pytest.param("{{ 'a' | indent(10 ** 11, true) }}", MEMORY, id="indent"),
-        pytest.param("{{ ('a\n' * 9999999) | indent(9999) }}", MEMORY, id="indent-of-lines"),
         pytest.param("{{ 'a'.ljust(10 ** 11) }}", MEMORY, id="method-of-text"),
         pytest.param("{{ [1] | batch(10 ** 9, 'a') | list }}", MEMORY, id="batch"),
         pytest.param("{{ 1 | tojson(indent=10 ** 11) }}{{ [1] | tojson(indent=10 ** 11) }}", MEMORY, id="tojson"),
@@ -51,8 +51,6 @@ def chat(question: str) -> Chat:
             id="namespace-that-doubles",
         ),
         pytest.param("{{ 'a' * 99999999 }}", TEXT, id="long-text"),
-        pytest.param("{{ '\x01' * 20000000 }}", TEXT, id="text-that-grows-when-escaped"),
-        pytest.param("{{ strftime_now('%4000000000d') }}", MEMORY, id="width-of-a-date"),
     ],
 )
 def test_template_without_bound_ends_with_its_field_cause_and_fix(tokenizer: Any, source: str, message: str) -> None:
@@ -69,12 +67,12 @@ def test_template_without_bound_ends_with_its_field_cause_and_fix(tokenizer: Any
     [
         pytest.param("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "maximum recursion depth", id="macro"),
         pytest.param("{{ [1] | tojson(indent={}) }}", "dict", id="indent-of-a-wrong-type"),
-        pytest.param("{{ '{}'.format() }}", "Replacement index 0 out of range", id="index-error"),
+        pytest.param("{{ '{}'.format() }}", "index out of range", id="index-error"),
         pytest.param("{% for a in [1] %}" * 25 + "{% endfor %}" * 25, "too many statically nested", id="nested-blocks"),
         pytest.param("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "recursion", id="nested-parentheses"),
         pytest.param("{{ '' | attr('__class__') }}{{ ''.__class__.mro() }}", "unsafe", id="class-of-text"),
         pytest.param("{{ messages.__class__.__base__ }}", "unsafe", id="class-of-messages"),
-        pytest.param("{{ '{0.__class__}'.format(1).x.y }}", "unsafe", id="format-of-text"),
+        pytest.param("{{ '{0.__class__.__mro__}'.format(1) }}", "unsafe", id="format-of-text"),
         pytest.param("{% include '/etc/passwd' %}", "no loader", id="include"),
         pytest.param("{% import 'os' as os %}", "no loader", id="import"),
         pytest.param("{{ raise_exception('a' * 9999999) }}", "a" * 2000, id="message"),
@@ -104,14 +102,14 @@ def test_template_without_bound_on_a_later_row_ends_the_run(tokenizer: Any, atta
 
 
 def test_template_slow_on_every_row_ends_the_run(tokenizer: Any) -> None:
-    """No row takes 5 s; together they would take hours."""
+    """No row takes 3 s; together they would take hours."""
     source = ON_TRIGGER.replace("ATTACK", ENDLESS.replace("99999", "3000", 1).replace("99999", "3000"))
     template = load_chat_template(tokenizer, source)
-    with pytest.raises(RunError, match="did not end within 5 s"):
+    with pytest.raises(RunError, match="did not end within 3 s"):
         encode_chats([chat("now")] * 1000, template, "auto")
 
 
-def test_template_of_the_model_is_refused_as_unsupported(tokenizer: Any) -> None:
+def test_template_of_the_model_is_refused_as_unsupported() -> None:
     hostile = make_tokenizer()
     hostile.chat_template = "{{ 'a' * 68719476736 }}"
     with pytest.raises(RunError) as refusal:
@@ -134,8 +132,8 @@ def test_template_sees_no_variable_of_the_run(monkeypatch: pytest.MonkeyPatch, t
     load_chat_template(tokenizer, HARMLESS)
     child = RENDER_PROCESS._child
     assert child is not None
-    with open(f"/proc/{child.pid}/environ", "rb") as variables:
-        names = {entry.partition(b"=")[0].decode() for entry in variables.read().split(b"\0") if entry}
+    variables = Path(f"/proc/{child.pid}/environ").read_bytes().split(b"\0")
+    names = {variable.partition(b"=")[0].decode() for variable in variables if variable}
     assert names <= {"PYTHONPATH", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "LD_LIBRARY_PATH", "LC_CTYPE"}
     assert "HF_TOKEN" in os.environ
 

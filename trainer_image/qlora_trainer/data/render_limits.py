@@ -9,20 +9,20 @@ from pathlib import Path
 from typing import Final
 
 MIB: Final = 1024 * 1024
-CPU_SECONDS: Final = 5.0
-"""CPU time of one rendering: five seconds for a text that takes milliseconds."""
+CPU_SECONDS: Final = 3.0
+"""CPU time of one rendering: three seconds for a text that takes milliseconds."""
 _SECONDS_PER_RENDERING: Final = 0.005
 """Added to the budget by each rendering: ten times what a template of a hub's model takes for a short conversation."""
 _SECONDS_PER_MIB: Final = 0.5
 """Added for each MiB of rows: a template reads a text several times."""
 MEMORY_BYTES: Final = 1024 * MIB
 """On top of what the interpreter takes, and of a multiple of the rows."""
-TEXT_BYTES: Final = 32 * MIB
-"""Rendered text of a batch of at most 1,000 rows, on top of a multiple of the rows: 32 KiB of fixed text in each."""
+TEXT_CHARACTERS: Final = 32_000_000
+"""Rendered for a batch of at most 1,000 rows, on top of a multiple of the rows: 32,000 of fixed text for each."""
 _MEMORY_PER_BYTE: Final = 8
 """Rows as bytes, as objects, as text and as the answer; up to four bytes per character."""
 TEXT_PER_BYTE: Final = 8
-"""Text of a conversation relative to its row: a template may repeat the list of tools."""
+"""Rendered characters for each byte of a row: its text, its prompt, and a list of tools that is repeated."""
 
 
 @dataclass

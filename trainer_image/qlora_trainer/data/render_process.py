@@ -23,7 +23,7 @@ from qlora_trainer.data.render_limits import (
     CPU_SECONDS,
     MEMORY_BYTES,
     MIB,
-    TEXT_BYTES,
+    TEXT_CHARACTERS,
     TEXT_PER_BYTE,
     limit_memory,
     limit_process,
@@ -34,7 +34,7 @@ _LENGTH: Final = struct.Struct("!Q")
 _READY: Final = b"ready\n"
 _TOO_SLOW: Final = f"did not end within {CPU_SECONDS:g} s of CPU time"
 _TOO_MUCH_MEMORY: Final = f"took more than {MEMORY_BYTES // MIB:,} MiB of memory"
-_TOO_LONG: Final = f"rendered more than {TEXT_BYTES // MIB} MiB of text"
+_TOO_LONG: Final = f"rendered more than {TEXT_CHARACTERS // 10**6} million characters"
 _INHERITED: Final = ("LD_LIBRARY_PATH",)
 """Variables that an interpreter may need to start; no other is passed on, as they hold keys and addresses."""
 _BYTES_PER_LINE: Final = 4096
@@ -94,7 +94,7 @@ class RenderProcess:
             child.stdin.write(_LENGTH.pack(len(request)) + request)
             child.stdin.flush()
         for _ in range(calls):
-            # An answer is text of at most TEXT_BYTES, escaped: six bytes for one at most.
+            # JSON takes at most six bytes for a character.
             line = child.stdout.readline(6 * _text_limit(len(request)) + _BYTES_PER_LINE)
             if not line.endswith(b"\n"):
                 raise RenderLimitError(_why_ended(child.wait()))
@@ -156,7 +156,7 @@ def _why_ended(code: int) -> str:
 
 
 def _text_limit(size: int) -> int:
-    return TEXT_BYTES + TEXT_PER_BYTE * size
+    return TEXT_CHARACTERS + TEXT_PER_BYTE * size
 
 
 def main() -> None:
@@ -179,15 +179,20 @@ def _answer(request: bytes, answers: IO[bytes]) -> None:
     try:
         renderer, calls = pickle.loads(request)  # noqa: S301 (of the parent)
         for call in calls:
-            line = _to_line(_call(renderer, call))
-            text_left -= len(line)
+            answer = _call(renderer, call)
+            text_left -= sum(map(len, _texts_of(answer)))
             if text_left < 0:
                 answers.write(_to_line({"limit": _TOO_LONG}))
                 break
-            answers.write(line)
+            answers.write(_to_line(answer))
     except MemoryError:
         answers.write(_to_line({"limit": _TOO_MUCH_MEMORY}))
     answers.flush()
+
+
+def _texts_of(answer: Mapping[str, Any]) -> Iterator[str]:
+    value = answer.get("value", "")
+    return (part for part in ([value] if isinstance(value, str) else value) if isinstance(part, str))
 
 
 def _to_line(answer: Mapping[str, Any]) -> bytes:
