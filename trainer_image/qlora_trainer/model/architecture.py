@@ -4,14 +4,23 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from qlora_api.reasons import Reason
 from qlora_trainer.errors import RunError
 from qlora_trainer.model.quantization import QuantizableWeights, count_quantizable
+
+MAX_LAYERS: Final = 1000
+"""Eight times the layers of the largest open models (126 of Llama 3.1 405B): every layer is built as an object."""
+_MODEL_ERRORS: Final = (
+    OSError, ValueError, TypeError, LookupError, AttributeError, ImportError, ArithmeticError, AssertionError,
+    RuntimeError,
+)  # fmt: skip
+"""What transformers raises for a config.json with values that it does not expect."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +47,17 @@ def build_empty(folder: Path, field: str = "spec.model.uri") -> Any:
     """Return the model on the meta device: modules and shapes without weights."""
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        _check_layers(config)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, AttributeError, ImportError) as error:
+    except _MODEL_ERRORS as error:
         raise RunError(Reason.MODEL_UNSUPPORTED, f"{field}: {_why_not(folder, error)}") from error
+
+
+def _check_layers(config: Any) -> None:
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if isinstance(layers, int) and layers > MAX_LAYERS:
+        raise ValueError(f"config.json has {layers:,} layers, more than {MAX_LAYERS:,}")
 
 
 def _why_not(folder: Path, error: Exception) -> str:
@@ -94,8 +110,9 @@ def load_tokenizer(folder: Path, chat_template: str | None = None, field: str = 
     A given chat template replaces the model's own, also in the published tokenizer.
     """
     try:
+        _check_tokenizer_class(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except _MODEL_ERRORS as error:
         raise RunError(
             Reason.MODEL_UNSUPPORTED, f"{field}: its tokenizer cannot be loaded: {str(error)[:500]}"
         ) from error
@@ -104,3 +121,25 @@ def load_tokenizer(folder: Path, chat_template: str | None = None, field: str = 
     if chat_template is not None:
         tokenizer.chat_template = chat_template
     return tokenizer
+
+
+def _check_tokenizer_class(folder: Path) -> None:
+    """Raise ValueError if the class is none of a tokenizer: transformers loads any class that it exports.
+
+    Such as AutoProcessor, to which AutoTokenizer does not pass trust_remote_code on: it asks whether to run code.
+    """
+    for file in ("tokenizer_config.json", "config.json"):
+        path = folder / file
+        content = json.loads(path.read_text()) if path.is_file() else {}
+        name = content.get("tokenizer_class") if isinstance(content, dict) else None
+        if isinstance(name, str) and not _is_tokenizer_class(name):
+            raise ValueError(f"tokenizer_class in {file} is {name[:100]!r}, which is no tokenizer; correct it")
+
+
+def _is_tokenizer_class(name: str) -> bool:
+    """Return whether transformers would load a tokenizer; it ignores unknown names, and every `Fast` at the end."""
+    found = getattr(transformers, name, None)
+    if found is None:
+        return not name.endswith("Fast") or _is_tokenizer_class(name.removesuffix("Fast"))
+    is_placeholder = hasattr(found, "_backends")  # of a tokenizer whose library is not installed; it raises ImportError
+    return is_placeholder or (isinstance(found, type) and issubclass(found, PreTrainedTokenizerBase))

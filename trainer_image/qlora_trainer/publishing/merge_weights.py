@@ -15,11 +15,12 @@ from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from qlora_api.report import AdapterRecord, MergeDifference, MergeReport
 from qlora_api.v1alpha1 import MergeBase, QuantizationSpec
 from qlora_trainer.data.tokenization import TokenRow
+from qlora_trainer.model.architecture import load_tokenizer
 from qlora_trainer.model.attention import FLASH
 from qlora_trainer.model.base_model import load_base
 from qlora_trainer.model.loss import token_losses
@@ -100,13 +101,14 @@ def choose_rows(rows: Sequence[TokenRow]) -> list[TokenRow]:
 
 def save_merged(task: MergeTask, target: Path) -> None:
     """Merge and save; tied embeddings stay tied unless the adapter trained them separately."""
+    tokenizer = load_tokenizer(task.adapter, field=f"the adapter {task.adapter}")  # first, as merging takes long
     base = load_base(task.model, _UNQUANTIZED, torch.bfloat16, "sdpa", "cpu")
     dequantized = _dequantized_weights(task) if task.base == "dequantised" else {}
     for name, weight in dequantized.items():
         base.get_submodule(name).weight.data = weight.to(torch.bfloat16)
     merged = _merge_layers(PeftModel.from_pretrained(base, task.adapter), dequantized)
     merged.save_pretrained(target)
-    AutoTokenizer.from_pretrained(task.adapter).save_pretrained(target)
+    tokenizer.save_pretrained(target)
 
 
 def _dequantized_weights(task: MergeTask) -> dict[str, torch.Tensor]:
@@ -141,7 +143,10 @@ def _unmerged_outputs(task: MergeTask, rows: Sequence[TokenRow]) -> Outputs:
 
 
 def _merged_outputs(folder: Path, rows: Sequence[TokenRow]) -> Outputs:
-    return _outputs(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, local_files_only=True), rows)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16, use_safetensors=True, trust_remote_code=False, local_files_only=True
+    )
+    return _outputs(model, rows)
 
 
 @torch.no_grad()
