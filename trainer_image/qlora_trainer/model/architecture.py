@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 import transformers
@@ -13,14 +13,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from qlora_api.reasons import Reason
 from qlora_trainer.errors import RunError
 from qlora_trainer.model.quantization import QuantizableWeights, count_quantizable
-
-MAX_LAYERS: Final = 1000
-"""Eight times the layers of the largest open models (126 of Llama 3.1 405B): every layer is built as an object."""
-_MODEL_ERRORS: Final = (
-    OSError, ValueError, TypeError, LookupError, AttributeError, ImportError, ArithmeticError, AssertionError,
-    RuntimeError,
-)  # fmt: skip
-"""What transformers raises for a config.json with values that it does not expect."""
 
 
 @dataclass(frozen=True)
@@ -47,17 +39,10 @@ def build_empty(folder: Path, field: str = "spec.model.uri") -> Any:
     """Return the model on the meta device: modules and shapes without weights."""
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        _check_layers(config)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except _MODEL_ERRORS as error:
+    except (OSError, ValueError, KeyError, AttributeError, ImportError) as error:
         raise RunError(Reason.MODEL_UNSUPPORTED, f"{field}: {_why_not(folder, error)}") from error
-
-
-def _check_layers(config: Any) -> None:
-    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
-    if isinstance(layers, int) and layers > MAX_LAYERS:
-        raise ValueError(f"config.json has {layers:,} layers, more than {MAX_LAYERS:,}")
 
 
 def _why_not(folder: Path, error: Exception) -> str:
@@ -112,7 +97,7 @@ def load_tokenizer(folder: Path, chat_template: str | None = None, field: str = 
     try:
         _check_tokenizer_class(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except _MODEL_ERRORS as error:
+    except (OSError, ValueError, KeyError, ImportError) as error:
         raise RunError(
             Reason.MODEL_UNSUPPORTED, f"{field}: its tokenizer cannot be loaded: {str(error)[:500]}"
         ) from error

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from qlora_api.report import AdapterRecord, MergeDifference, MergeReport
 from qlora_api.v1alpha1 import MergeBase, QuantizationSpec
 from qlora_trainer.data.tokenization import TokenRow
+from qlora_trainer.inference.compatibility import check_adapter_config
 from qlora_trainer.model.architecture import load_tokenizer
 from qlora_trainer.model.attention import FLASH
 from qlora_trainer.model.base_model import load_base
@@ -69,6 +70,7 @@ class Outputs:
 
 def merge_adapter(task: MergeTask, target: Path, note: LogFn = no_log) -> MergeReport:
     """Write the merged model in the transformers format, and return its difference from the unmerged model."""
+    check_adapter_config(task.adapter)
     rows = choose_rows(task.rows)
     note(
         f"evaluating base and adapter unmerged on {len(rows)} held-out rows"
