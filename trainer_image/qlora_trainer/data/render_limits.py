@@ -74,4 +74,5 @@ def limit_memory(mapped: int, size: int) -> None:
     """Limit the memory while rows of a size are rendered; macOS has no such limit."""
     if mapped:
         limit = mapped + MEMORY_BYTES + _MEMORY_PER_BYTE * size
-        resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
+        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+        resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))

@@ -31,7 +31,7 @@ _TEXT_NAMES: Final = frozenset({
     "vocab-tgt.json", "target_vocab.json",
 })  # fmt: skip
 """Names that transformers 5 reads for a model or a tokenizer (VOCAB_FILES_NAMES of its tokenizers)."""
-_TEXT_FAMILIES: Final = re.compile(r"tokenizer\.[\w.-]*json|[\w.-]+\.model|[\w.-]+\.safetensors\.index\.json")
+_TEXT_FAMILIES: Final = re.compile(r"tokenizer\.[\w.-]*json|\w[\w.-]*\.model|\w[\w.-]*\.safetensors\.index\.json")
 """Tokenizers by their version, SentencePiece models, and indices of weights."""
 
 
