@@ -114,6 +114,7 @@ class ChatRenderer:
                 raise
             line = error.lineno if isinstance(error, TemplateSyntaxError) else None
             raise TemplateRejectionError(str(error)[:_MAX_ERROR_CHARACTERS], type(error).__name__, line) from error
+        CPU_BUDGET.add_for_text(text)
         return text, list(spans[0]) if self.has_generation_tags else []
 
     def _assistant_spans(self, chat: Chat, text: str, prompt: str) -> list[Span]:

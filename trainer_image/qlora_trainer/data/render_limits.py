@@ -14,7 +14,7 @@ CPU_SECONDS: Final = 3.0
 _SECONDS_PER_RENDERING: Final = 0.005
 """Added to the budget by each rendering: ten times what a template of a hub's model takes for a short conversation."""
 _SECONDS_PER_MIB: Final = 0.5
-"""Added for each MiB of rows: a template reads a text several times."""
+"""Added for each MiB that is rendered: templates read a text several times."""
 MEMORY_BYTES: Final = 1024 * MIB
 """On top of what the interpreter takes, and of a multiple of the rows."""
 TEXT_CHARACTERS: Final = 32_000_000
@@ -53,9 +53,9 @@ class CpuBudget:
         """Add to what is left, up to the time of one rendering."""
         self.left = min(self.left + seconds, CPU_SECONDS)
 
-    def add_for_rows(self, size: int) -> None:
-        """Add what rows of this size may take."""
-        self.add(size / MIB * _SECONDS_PER_MIB)
+    def add_for_text(self, text: str) -> None:
+        """Add what rendering a text of this length may take."""
+        self.add(len(text) / MIB * _SECONDS_PER_MIB)
 
 
 CPU_BUDGET: Final = CpuBudget()
@@ -65,6 +65,7 @@ def limit_process() -> int:
     """Limit this process for good: it writes no file and dumps no core. Return the bytes that it has mapped."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
     CPU_BUDGET.enabled = True
     status = Path("/proc/self/statm")
     return int(status.read_text().split()[0]) * resource.getpagesize() if status.is_file() else 0

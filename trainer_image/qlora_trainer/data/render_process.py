@@ -19,7 +19,6 @@ from typing import IO, Any, Final, NamedTuple
 
 from qlora_trainer.data.chat_renderer import ChatRenderer, TemplateRejectionError, cause_of, set_fixed_clock
 from qlora_trainer.data.render_limits import (
-    CPU_BUDGET,
     CPU_SECONDS,
     MEMORY_BYTES,
     MIB,
@@ -87,7 +86,9 @@ class RenderProcess:
                         stream.close()
 
     def _exchange(self, request: bytes, calls: int) -> Iterator[dict[str, Any]]:
-        child = self._child = self._child or _start()
+        if self._child is None or self._child.poll() is not None:
+            self._child = _start()
+        child = self._child
         if child.stdin is None or child.stdout is None:
             raise RuntimeError("the process that renders chat templates has no pipes")
         with contextlib.suppress(BrokenPipeError):  # the first answer is missing then, and the exit code says why
@@ -169,7 +170,6 @@ def main() -> None:
     while header := sys.stdin.buffer.read(_LENGTH.size):
         (size,) = _LENGTH.unpack(header)
         limit_memory(mapped, size)
-        CPU_BUDGET.add_for_rows(size)
         _answer(sys.stdin.buffer.read(size), answers)
 
 
