@@ -31,7 +31,6 @@ class ChatTemplate:
     """Whether the template marks the assistant's output with `{% generation %}`."""
     stop_token: str = ""
     """Text of the special token after an answer; empty if the template has none."""
-
     field: str = MODEL_FIELD.field
     """Field or option that the template comes from, for messages."""
     reason: Reason = Reason.MODEL_UNSUPPORTED
