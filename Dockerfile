@@ -32,7 +32,8 @@ COPY requirements/sbom.py /opt/sbom.py
 COPY LICENSE /opt/qlora-operator/LICENSE
 RUN /opt/qlora/bin/python3 /opt/sbom.py qlora-operator > /opt/qlora-operator/sbom.cdx.json
 # USER: kopf asks for a user's name, and an arbitrary uid has none in /etc/passwd.
-ENV PATH=/opt/qlora/bin:$PATH PYTHONPATH=/opt/qlora-operator PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 USER=qlora
+ENV PATH=/opt/qlora/bin:$PATH PYTHONPATH=/opt/qlora-operator PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONNOUSERSITE=1 PYTHONSAFEPATH=1 USER=qlora
 USER 65532:65532
 ARG VERSION=0.1.0
 LABEL org.opencontainers.image.title="qlora-operator" \
@@ -51,7 +52,7 @@ RUN /opt/qlora/bin/python3 /opt/sbom.py qlora-trainer > /opt/qlora-operator/sbom
 # Writable paths are the pod's: a training pod has a read-only root and an emptyDir at /work. USER: torch names its
 # caches after the user, and an arbitrary uid has no name in /etc/passwd.
 ENV PATH=/opt/qlora/bin:$PATH PYTHONPATH=/opt/qlora-operator PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
-    HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false USER=qlora
+    PYTHONNOUSERSITE=1 PYTHONSAFEPATH=1 HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false USER=qlora
 USER 65532:65532
 ARG VERSION=0.1.0
 LABEL org.opencontainers.image.title="qlora-trainer" \

@@ -60,7 +60,8 @@ def write_model(combination: Combination, folder: Path) -> None:
     """Write the model with weights in bf16."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(combination.family, **_settings(combination))
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
+    model.save_pretrained(folder)
 
 
 def settings_of(combination: Combination) -> RuntimeSettings:

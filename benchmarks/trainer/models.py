@@ -46,7 +46,8 @@ def make_random_model(name: str, tokenizer: Path) -> Path:
     shutil.rmtree(partial, ignore_errors=True)
     torch.manual_seed(0)
     with torch.device("cuda"):
-        model: Any = AutoModelForCausalLM.from_config(LlamaConfig(**_LLAMA | SHAPES[name]), dtype=torch.bfloat16)
+        config = LlamaConfig(**_LLAMA | SHAPES[name])
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
     model.save_pretrained(partial)
     for file in tokenizer.glob("tokenizer*.json"):
         shutil.copyfile(file, partial / file.name)

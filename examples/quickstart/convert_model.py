@@ -19,7 +19,9 @@ def convert(gguf: Path, target: Path) -> None:
     """Write configuration, weights and tokenizer into a folder."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    source = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    source = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, trust_remote_code=False
+    )
     settings = {key: value for key, value in source.config.to_dict().items() if key not in _SOURCE_ONLY}
     model = LlamaForCausalLM(LlamaConfig(**settings | {"dtype": "bfloat16"}))
     model.load_state_dict(source.state_dict())
@@ -29,7 +31,7 @@ def convert(gguf: Path, target: Path) -> None:
 
 def write_tokenizer(gguf: Path, target: Path) -> None:
     """Write the tokenizer under a class name that releases 4 and 5 of transformers know."""
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
     # SmolLM2 splits numbers into single digits; GGUF stores this only as the pre-tokenizer name "smollm".
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(False)])
     tokenizer.backend_tokenizer.save(str(target / "tokenizer.json"))
@@ -45,8 +47,8 @@ def write_tokenizer(gguf: Path, target: Path) -> None:
 
 def check(files: Path) -> None:
     """Load the files with transformers, and complete a prompt with a known answer."""
-    model: Any = AutoModelForCausalLM.from_pretrained(files)
-    tokenizer: Any = AutoTokenizer.from_pretrained(files)
+    model: Any = AutoModelForCausalLM.from_pretrained(files, trust_remote_code=False)
+    tokenizer: Any = AutoTokenizer.from_pretrained(files, trust_remote_code=False)
     output = model.generate(**tokenizer(PROMPT, return_tensors="pt"), max_new_tokens=8, do_sample=False)
     answer = tokenizer.decode(output[0])
     if model.num_parameters() != PARAMETERS or not tokenizer.chat_template or ANSWER not in answer:

@@ -160,6 +160,11 @@ def configure_libraries(work: Path) -> None:
     }
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+    # A model names kernels, which are programs; where the package `kernels` is installed, transformers downloads them.
+    os.environ["USE_HUB_KERNELS"] = "NO"
+    home = Path(os.environ.get("HOME", "/"))
+    if home.is_relative_to(work):  # a pod's starts empty
+        home.mkdir(exist_ok=True)
 
 
 def run_prepare(options: argparse.Namespace, process: ProcessContext) -> TerminationMessage:

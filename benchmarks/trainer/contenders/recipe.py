@@ -27,7 +27,7 @@ from benchmarks.trainer.measurement import Stopwatch
 
 def main(options: ContenderOptions) -> None:
     """Train and measure."""
-    tokenizer = AutoTokenizer.from_pretrained(options.task.model)
+    tokenizer = AutoTokenizer.from_pretrained(options.task.model, trust_remote_code=False)
     tokenizer.pad_token = tokenizer.eos_token
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -36,7 +36,10 @@ def main(options: ContenderOptions) -> None:
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
     model = AutoModelForCausalLM.from_pretrained(
-        options.task.model, quantization_config=quantization, device_map={"": options.task.device}
+        options.task.model,
+        quantization_config=quantization,
+        device_map={"": options.task.device},
+        trust_remote_code=False,
     )
     model = prepare_model_for_kbit_training(model)
     adapter = LoraConfig(

@@ -33,7 +33,7 @@ FASTEST: Final[dict[str, Any]] = {
 
 def main(options: ContenderOptions, settings: dict[str, Any], name: str) -> None:
     """Train and measure."""
-    tokenizer = AutoTokenizer.from_pretrained(options.task.model)
+    tokenizer = AutoTokenizer.from_pretrained(options.task.model, trust_remote_code=False)
     pairs = task.training_pairs(options.task)
     lengths = [_lengths(pair, tokenizer) for pair in pairs]
     stopwatch = Stopwatch(name, options.task.device, options.every)

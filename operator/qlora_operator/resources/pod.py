@@ -28,6 +28,8 @@ _NODE_FAILURE_TOLERATIONS: Final = tuple(
 )
 LAUNCH_COMMAND: Final = "launch"
 """The trainer's subcommand for several processes."""
+_IGNORED_FILES: Final = ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE", "HF_TOKEN_PATH", "NETRC")
+"""Variables that name files of credentials and commands in a person's HOME; a pod's credentials are its Secrets'."""
 _METRICS_PORT: Final = {"name": metrics.PORT_NAME, "containerPort": metrics.PORT}
 PREPARE_RESOURCES: Final = {"requests": {"cpu": "500m", "memory": "1Gi"}, "limits": {"memory": PREPARE_MEMORY}}
 
@@ -131,14 +133,18 @@ def _container(
 
 
 def _environment(workload: ChildWorkload, installation: Installation) -> list[dict[str, str]]:
-    """Point every cache at the writable folder, and the trainer at the progress endpoint."""
+    """Point every cache at a folder of its own, and the trainer at the progress endpoint.
+
+    HOME is a folder that nothing is downloaded to: libraries read settings from it, some of which are commands.
+    """
     folders = {
-        "HOME": names.WORK_MOUNT,
+        "HOME": f"{names.WORK_MOUNT}/home",
         "HF_HOME": f"{names.WORK_MOUNT}/huggingface",
         "XDG_CACHE_HOME": f"{names.WORK_MOUNT}/cache",
         "MPLCONFIGDIR": f"{names.WORK_MOUNT}/matplotlib",
         "TRITON_CACHE_DIR": f"{names.WORK_MOUNT}/triton",
         "TMPDIR": "/tmp",  # noqa: S108 (an emptyDir of the pod)
+        **dict.fromkeys(_IGNORED_FILES, "/dev/null"),
     }
     return [{"name": name, "value": value} for name, value in (folders | _progress(workload, installation)).items()]
 

@@ -1,39 +1,24 @@
-"""Renders conversations with a chat template, tokenizes them and finds the assistant's tokens for the label mask."""
+"""Encodes conversations with a chat template: tokenizes what it renders and labels the assistant's tokens."""
 
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Final, NamedTuple
 
-from jinja2.exceptions import TemplateError, TemplateSyntaxError
-from transformers.utils.chat_template_utils import render_jinja_template
-
 from qlora_api.reasons import Reason
+from qlora_trainer.data.chat_renderer import CLOSE, ChatRenderer, RenderedChat, TemplateRejectionError
+from qlora_trainer.data.render_process import RENDER_PROCESS, Call, RenderLimitError
 from qlora_trainer.data.rows import Chat, Message, RowError
 from qlora_trainer.data.tokenization import Span, TokenRow
 from qlora_trainer.errors import RunError
+from qlora_trainer.storage.store import MODEL_FIELD
 
-_OPEN, _CLOSE = "\ue000", "\ue001"
-"""Private-use characters that mark an answer while a template renders it."""
 _GENERATION_TAG: Final = re.compile(r"\{%-?\s*generation\s*-?%\}")
 """The tag with which a template marks the assistant's output itself."""
-_TEMPLATE_ERRORS: Final = (
-    TemplateError, TypeError, ValueError, KeyError, AttributeError, ArithmeticError, RecursionError,
-)  # fmt: skip
-"""What a template can raise; Jinja's sandbox raises OverflowError for a range that is too large."""
 _EMPTY_CHAT: Final = Chat(())
 _QUESTION: Final[Message] = {"role": "user", "content": "Hello"}
-
-
-class RenderedChat(NamedTuple):
-    """A rendered conversation, and the character spans of the assistant's turns, each up to its stop token."""
-
-    text: str
-    assistant_spans: tuple[Span, ...]
-    prompt: str
-    """Everything before the last answer, with the generation prompt; empty if no prompt was requested."""
-    answer: str
 
 
 @dataclass(frozen=True)
@@ -46,108 +31,84 @@ class ChatTemplate:
     """Whether the template marks the assistant's output with `{% generation %}`."""
     stop_token: str = ""
     """Text of the special token after an answer; empty if the template has none."""
-
-    def render(self, chat: Chat, *, with_prompt: bool = True) -> RenderedChat:
-        """Render a conversation, or raise RowError; training rows need no prompt."""
-        text, tagged = self._apply(chat.messages, chat)
-        # Without tags, the end of the prompt is the start of the last answer.
-        prompt = self.render_prompt(chat.messages[:-1], chat) if with_prompt or not self.has_generation_tags else ""
-        answer = str(chat.messages[-1]["content"])
-        turns = tagged if self.has_generation_tags else self._assistant_spans(chat, text, prompt)
-        return RenderedChat(text, tuple(self._extend_to_stop_token(text, turn) for turn in turns), prompt, answer)
+    field: str = MODEL_FIELD.field
+    """Field or option that the template comes from, for messages."""
+    reason: Reason = Reason.MODEL_UNSUPPORTED
+    """Reason of a run that the template ends."""
 
     def render_prompt(self, messages: Sequence[Message], chat: Chat = _EMPTY_CHAT) -> str:
         """Render messages with the generation prompt and the tools of `chat`, or raise RowError."""
-        return self._apply(messages, chat, add_generation_prompt=True)[0]
+        return self._render_one(Call("render_prompt", (messages, chat)))
 
-    def _apply(
-        self, messages: Sequence[Message], chat: Chat, *, add_generation_prompt: bool = False
-    ) -> tuple[str, list[Span]]:
-        try:
-            (text,), spans = render_jinja_template(
-                [[dict(message) for message in messages]],
-                tools=[dict(tool) for tool in chat.tools] or None,
-                chat_template=self.source,
-                return_assistant_tokens_mask=self.has_generation_tags,
-                add_generation_prompt=add_generation_prompt,
-                **self.tokenizer.special_tokens_map,
-            )
-        except _TEMPLATE_ERRORS as error:
-            raise RowError(f"the chat template rejects it: {error}; correct the row or the template") from error
-        return text, list(spans[0]) if self.has_generation_tags else []
+    def render_answered(self, messages: Sequence[Message]) -> str:
+        """Render messages that end with an answer, or raise RowError."""
+        return self._render_one(Call("render_messages", (messages, _EMPTY_CHAT)))
 
-    def _assistant_spans(self, chat: Chat, text: str, prompt: str) -> list[Span]:
-        *earlier, last = (index for index, message in enumerate(chat.messages) if message["role"] == "assistant")
-        turns = [self._assistant_span(chat, index, text) for index in earlier]
-        return [
-            *turns,
-            (len(prompt), len(text)) if text.startswith(prompt) else self._find_by_markers(chat, last, text),
-        ]
+    def render(self, chats: Sequence[Chat], with_prompt: Sequence[bool]) -> list[RenderedChat | RowError]:
+        """Render conversations; training rows need no prompt."""
+        calls = [Call("render", (chat,), {"with_prompt": flag}) for chat, flag in zip(chats, with_prompt, strict=True)]
+        return [item if isinstance(item, RowError) else _to_rendered_chat(*item) for item in self._call(calls)]
 
-    def _assistant_span(self, chat: Chat, index: int, text: str) -> Span:
-        """Locate an answer by rendering the conversation without it and with it."""
-        before, _ = self._apply(chat.messages[:index], chat, add_generation_prompt=True)
-        after, _ = self._apply(chat.messages[: index + 1], chat)
-        if text.startswith(before) and text.startswith(after):
-            return len(before), len(after)
-        return self._find_by_markers(chat, index, text)
+    def _render_one(self, call: Call) -> str:
+        (text,) = self._call([call])
+        if isinstance(text, RowError):
+            raise text
+        return str(text)
 
-    def _find_by_markers(self, chat: Chat, index: int, text: str) -> Span:
-        """Locate an answer by markers around it, for templates that render earlier turns differently from the last."""
-        content = chat.messages[index]["content"]
-        for answer in (content, content.strip()):
-            marked = {**chat.messages[index], "content": f"{_OPEN}{answer}{_CLOSE}"}
-            found, _ = self._apply((*chat.messages[:index], marked, *chat.messages[index + 1 :]), chat)
-            start, end = found.find(_OPEN), found.find(_CLOSE) - len(_OPEN)
-            if 0 <= start < end and found.replace(_OPEN, "").replace(_CLOSE, "") == text:
-                return start, end
-        raise RowError(
-            f"the chat template rewrites messages[{index}], so its tokens cannot be located; put {{% generation %}} "
-            "around the answer in spec.dataset.chatTemplate"
+    def _call(self, calls: Sequence[Call]) -> list[Any]:
+        renderer = ChatRenderer(
+            self.source, self.tokenizer.special_tokens_map, self.has_generation_tags, self.stop_token
         )
-
-    def _extend_to_stop_token(self, text: str, turn: Span) -> Span:
-        """End a turn with its stop token: neither before it, nor with the line break after it."""
-        start, end = turn
-        if not self.stop_token:
-            return turn
-        inside = text.rfind(self.stop_token, start, end)
-        if inside >= 0 and not text[inside + len(self.stop_token) : end].strip():
-            return start, inside + len(self.stop_token)
-        after = re.compile(r"\s*" + re.escape(self.stop_token)).match(text, end)
-        return (start, after.end()) if after else turn
+        try:
+            return RENDER_PROCESS.render(renderer, calls)
+        except RenderLimitError as error:
+            raise RunError(self.reason, f"{self.field}: the chat template {error}; correct it") from error
 
 
-def load_chat_template(tokenizer: Any, given: str | None) -> ChatTemplate:
-    """Return the given template or the model's own, after rendering a question and an answer with it."""
+def _to_rendered_chat(text: str, spans: list[list[int]], prompt: str, answer: str) -> RenderedChat:
+    """Return a rendered conversation from its JSON, which has no tuples."""
+    return RenderedChat(text, tuple((start, end) for start, end in spans), prompt, answer)
+
+
+def load_chat_template(tokenizer: Any, given: str | None, field: str = MODEL_FIELD.field) -> ChatTemplate:
+    """Return the given template or the model's own, after rendering a question and an answer with it.
+
+    `field` names what the tokenizer comes from.
+    """
     if not tokenizer.is_fast:
         raise RunError(
             Reason.MODEL_UNSUPPORTED,
-            "spec.model.uri: its tokenizer returns no offsets (it is not a fast tokenizer), which chat rows need; "
+            f"{field}: its tokenizer returns no offsets (it is not a fast tokenizer), which chat rows need; "
             "choose a model with a tokenizer.json",
         )
-    field = "spec.dataset.chatTemplate" if given else "spec.model.uri"
-    source = given or _own_template(tokenizer)
-    template = ChatTemplate(tokenizer, source, has_generation_tags=bool(_GENERATION_TAG.search(source)))
+    source = given or _own_template(tokenizer, field)
+    reason = Reason.INVALID_SPEC if given else Reason.MODEL_UNSUPPORTED
+    template = ChatTemplate(
+        tokenizer,
+        source,
+        has_generation_tags=bool(_GENERATION_TAG.search(source)),
+        field="spec.dataset.chatTemplate" if given else field,
+        reason=reason,
+    )
     try:
-        text, _ = template._apply((_QUESTION, {"role": "assistant", "content": _CLOSE}), _EMPTY_CHAT)
-    except RowError as error:
-        cause = error.__cause__
-        line = f"line {cause.lineno}: " if isinstance(cause, TemplateSyntaxError) else ""
+        text = template.render_answered((_QUESTION, {"role": "assistant", "content": CLOSE}))
+    except TemplateRejectionError as error:
+        line = f"line {error.line}: " if error.line is not None else ""
         raise RunError(
-            Reason.INVALID_SPEC if given else Reason.MODEL_UNSUPPORTED,
-            f"{field}: the chat template cannot render a question and its answer: {line}{cause}; correct it",
+            reason,
+            f"{template.field}: the chat template cannot render a question and its answer: {line}{error.error}; "
+            "correct it",
         ) from error
-    return replace(template, stop_token=_first_special_token(text.partition(_CLOSE)[2], tokenizer))
+    return replace(template, stop_token=_first_special_token(text.partition(CLOSE)[2], tokenizer))
 
 
-def _own_template(tokenizer: Any) -> str:
+def _own_template(tokenizer: Any, field: str) -> str:
     try:
         return str(tokenizer.get_chat_template())
     except ValueError as error:
         raise RunError(
             Reason.MODEL_UNSUPPORTED,
-            "spec.model.uri: the model has no chat template, and chat rows need one; set spec.dataset.chatTemplate, "
+            f"{field}: the model has no chat template, and chat rows need one; set spec.dataset.chatTemplate, "
             "or choose a model that is trained for chat",
         ) from error
 
@@ -163,12 +124,18 @@ def end_of_turn_token(tokenizer: Any) -> int | None:
     """Return the id of the token that the tokenizer's own template puts after an answer; None if there is none."""
     if not tokenizer.chat_template:
         return None
-    try:
-        stop = load_chat_template(tokenizer, None).stop_token
-    except RunError:  # a template that cannot be rendered: with chat rows, prepare has already refused it
-        return None
+    stop = _own_stop_token(tokenizer, str(tokenizer.chat_template))
     token: int | None = tokenizer.convert_tokens_to_ids(stop) if stop else None
     return token
+
+
+@lru_cache(maxsize=2)
+def _own_stop_token(tokenizer: Any, _source: str) -> str:
+    """Render once: every batch of answers asks, and a template that does not end would take its time each time."""
+    try:
+        return load_chat_template(tokenizer, None).stop_token
+    except RunError:  # a template that cannot be rendered: with chat rows, prepare has already refused it
+        return ""
 
 
 def encode_chats(
@@ -179,7 +146,7 @@ def encode_chats(
     Only validation rows need a prompt, and skipping the others saves half of the tokens.
     """
     flags = with_prompt or [True] * len(chats)
-    rendered = [_try_render(template, chat, with_prompt=flag) for chat, flag in zip(chats, flags, strict=True)]
+    rendered = template.render(chats, flags)
     valid = [(item, flag) for item, flag in zip(rendered, flags, strict=True) if isinstance(item, RenderedChat)]
     # The template writes the special tokens, so the tokenizer must not add its own: there would be two start tokens.
     tokens = iter(_tokenize(template.tokenizer, [item.text for item, _ in valid]))
@@ -195,13 +162,6 @@ def encode_chats(
 def chat_prompt_ids(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
     """Return the token ids of rendered prompts; no special tokens are added."""
     return [tokens.ids for tokens in _tokenize(tokenizer, list(texts))]
-
-
-def _try_render(template: ChatTemplate, chat: Chat, *, with_prompt: bool) -> RenderedChat | RowError:
-    try:
-        return template.render(chat, with_prompt=with_prompt)
-    except RowError as error:
-        return error
 
 
 class _TokenizedText(NamedTuple):

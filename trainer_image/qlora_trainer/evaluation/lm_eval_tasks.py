@@ -170,7 +170,11 @@ class BenchmarkSuite:
             from lm_eval.models.huggingface import HFLM  # noqa: PLC0415
 
             model = HFLM(
-                pretrained=trainable.model, tokenizer=self.tokenizer, backend="causal", batch_size=self.batch_size
+                pretrained=trainable.model,
+                tokenizer=self.tokenizer,
+                backend="causal",
+                batch_size=self.batch_size,
+                trust_remote_code=False,
             )
             with trainable.autocast():
                 results = evaluate(model, self.tasks, limit=self.examples_per_task, log_samples=False)["results"]

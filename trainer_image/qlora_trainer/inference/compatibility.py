@@ -3,11 +3,14 @@
 peft itself silently skips the weights of layers that the base does not have.
 """
 
+import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
-from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, get_peft_model, get_peft_model_state_dict
 
 from qlora_api.reasons import Reason
 from qlora_trainer.errors import RunError
@@ -15,9 +18,57 @@ from qlora_trainer.inference.published_adapter import PublishedAdapter
 from qlora_trainer.inference.vllm_limits import Shapes, read_shapes
 from qlora_trainer.model.architecture import build_empty
 
+_CONFIG: Final = "adapter_config.json"
+_WRITTEN: Final = frozenset({
+    "r", "lora_alpha", "lora_dropout", "use_dora", "use_rslora", "ensure_weight_tying", "task_type",
+    "base_model_name_or_path", "fan_in_fan_out", "inference_mode", "peft_version", "revision",
+})  # fmt: skip
+"""Settings that the trainer chooses, or PEFT for it; names of modules and the initialization are checked apart."""
+_MODULE: Final = re.compile(r"[\w.-]+")
+"""PEFT takes other text for a regular expression, which may take for ever."""
+
+
+def check_adapter_config(folder: Path) -> None:
+    """Refuse settings that the trainer never writes: PEFT imports modules, loads models and reads files that they name.
+
+    Such as a peft_type that loads a model of the hub, megatron_core (a module) or cache files of initializations.
+
+    Raises:
+        RunError: INVALID_SPEC with the setting.
+
+    """
+    content = json.loads((folder / _CONFIG).read_text())
+    defaults = LoraConfig().to_dict()
+    foreign = [name for name in sorted({*content, "peft_type"}) if not _is_expected(name, content.get(name), defaults)]
+    if foreign:
+        shown = json.dumps(content.get(foreign[0]))[:100]
+        raise RunError(
+            Reason.INVALID_SPEC,
+            f"the adapter's {_CONFIG}: {foreign[0]} is {shown}, which the trainer never writes; use the adapter as it "
+            "was published",
+        )
+
+
+def _is_expected(name: str, value: Any, defaults: Mapping[str, Any]) -> bool:
+    """Return whether the trainer may have written a setting; PEFT itself ignores those that it does not know."""
+    match name:
+        case "target_modules" | "modules_to_save":
+            return value in (None, "all-linear") or (isinstance(value, list) and all(map(_is_module, value)))
+        case "rank_pattern" | "alpha_pattern":
+            return isinstance(value, dict) and all(map(_is_module, value))
+        case "init_lora_weights":
+            return value in (True, False, "gaussian")
+        case _:
+            return name in _WRITTEN or name not in defaults or value == defaults[name]
+
+
+def _is_module(name: Any) -> bool:
+    return isinstance(name, str) and _MODULE.fullmatch(name) is not None
+
 
 def check_compatible(adapter: PublishedAdapter, base: Path, field: str) -> None:
     """Raise RunError if the adapter does not fit the base; `field` names the option that gave the base."""
+    check_adapter_config(adapter.folder)
     model = build_empty(base, field)
     difference = _count_difference(adapter, model) or _shape_difference(adapter, model)
     if difference:

@@ -253,4 +253,5 @@ def _add_adapter(peft: Any, folder: Path, key: str) -> None:
 
 
 def _make_prompt_builder(published: PublishedAdapter) -> PromptBuilder:
-    return make_prompt_builder(published.record, load_tokenizer(published.folder, field=ADAPTER_FIELD))
+    tokenizer = load_tokenizer(published.folder, field=ADAPTER_FIELD)
+    return make_prompt_builder(published.record, tokenizer, ADAPTER_FIELD)

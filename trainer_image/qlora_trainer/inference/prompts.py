@@ -42,10 +42,13 @@ class PromptBuilder:
         return render_question(self.formats, question, fields)
 
 
-def make_prompt_builder(record: AdapterRecord, tokenizer: Any) -> PromptBuilder:
-    """Return the prompt format in an adapter's record; chat if any of its rows were chats."""
+def make_prompt_builder(record: AdapterRecord, tokenizer: Any, field: str = "--adapter") -> PromptBuilder:
+    """Return the prompt format in an adapter's record; chat if any of its rows were chats.
+
+    `field` names the option that gave the adapter.
+    """
     formats = frozenset(record.format.split("+"))
-    chat = load_chat_template(tokenizer, None) if "chat" in formats else None
+    chat = load_chat_template(tokenizer, None, field) if "chat" in formats else None
     return PromptBuilder(tokenizer, formats, record.template, chat)
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from qlora_api.reasons import Reason
 from qlora_trainer.errors import RunError
@@ -94,6 +95,7 @@ def load_tokenizer(folder: Path, chat_template: str | None = None, field: str = 
     A given chat template replaces the model's own, also in the published tokenizer.
     """
     try:
+        _check_tokenizer_class(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise RunError(
@@ -104,3 +106,25 @@ def load_tokenizer(folder: Path, chat_template: str | None = None, field: str = 
     if chat_template is not None:
         tokenizer.chat_template = chat_template
     return tokenizer
+
+
+def _check_tokenizer_class(folder: Path) -> None:
+    """Raise ValueError if the class is none of a tokenizer: transformers loads any class that it exports.
+
+    Such as AutoProcessor, to which AutoTokenizer does not pass trust_remote_code on: it asks whether to run code.
+    """
+    for file in ("tokenizer_config.json", "config.json"):
+        path = folder / file
+        content = json.loads(path.read_text()) if path.is_file() else {}
+        name = content.get("tokenizer_class") if isinstance(content, dict) else None
+        if isinstance(name, str) and not _is_tokenizer_class(name):
+            raise ValueError(f"tokenizer_class in {file} is {name[:100]!r}, which is no tokenizer; correct it")
+
+
+def _is_tokenizer_class(name: str) -> bool:
+    """Return whether transformers would load a tokenizer; it ignores unknown names, and every `Fast` at the end."""
+    found = getattr(transformers, name, None)
+    if found is None:
+        return not name.endswith("Fast") or _is_tokenizer_class(name.removesuffix("Fast"))
+    is_placeholder = hasattr(found, "_backends")  # of a tokenizer whose library is not installed; it raises ImportError
+    return is_placeholder or (isinstance(found, type) and issubclass(found, PreTrainedTokenizerBase))

@@ -15,11 +15,13 @@ from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from qlora_api.report import AdapterRecord, MergeDifference, MergeReport
 from qlora_api.v1alpha1 import MergeBase, QuantizationSpec
 from qlora_trainer.data.tokenization import TokenRow
+from qlora_trainer.inference.compatibility import check_adapter_config
+from qlora_trainer.model.architecture import load_tokenizer
 from qlora_trainer.model.attention import FLASH
 from qlora_trainer.model.base_model import load_base
 from qlora_trainer.model.loss import token_losses
@@ -68,6 +70,7 @@ class Outputs:
 
 def merge_adapter(task: MergeTask, target: Path, note: LogFn = no_log) -> MergeReport:
     """Write the merged model in the transformers format, and return its difference from the unmerged model."""
+    check_adapter_config(task.adapter)
     rows = choose_rows(task.rows)
     note(
         f"evaluating base and adapter unmerged on {len(rows)} held-out rows"
@@ -100,13 +103,14 @@ def choose_rows(rows: Sequence[TokenRow]) -> list[TokenRow]:
 
 def save_merged(task: MergeTask, target: Path) -> None:
     """Merge and save; tied embeddings stay tied unless the adapter trained them separately."""
+    tokenizer = load_tokenizer(task.adapter, field=f"the adapter {task.adapter}")  # first, as merging takes long
     base = load_base(task.model, _UNQUANTIZED, torch.bfloat16, "sdpa", "cpu")
     dequantized = _dequantized_weights(task) if task.base == "dequantised" else {}
     for name, weight in dequantized.items():
         base.get_submodule(name).weight.data = weight.to(torch.bfloat16)
     merged = _merge_layers(PeftModel.from_pretrained(base, task.adapter), dequantized)
     merged.save_pretrained(target)
-    AutoTokenizer.from_pretrained(task.adapter).save_pretrained(target)
+    tokenizer.save_pretrained(target)
 
 
 def _dequantized_weights(task: MergeTask) -> dict[str, torch.Tensor]:
@@ -141,7 +145,10 @@ def _unmerged_outputs(task: MergeTask, rows: Sequence[TokenRow]) -> Outputs:
 
 
 def _merged_outputs(folder: Path, rows: Sequence[TokenRow]) -> Outputs:
-    return _outputs(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, local_files_only=True), rows)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16, use_safetensors=True, trust_remote_code=False, local_files_only=True
+    )
+    return _outputs(model, rows)
 
 
 @torch.no_grad()

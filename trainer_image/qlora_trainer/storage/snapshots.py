@@ -23,6 +23,16 @@ WEIGHTS_SUFFIX: Final = ".safetensors"
 _PICKLES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack")
 _TEXTS: Final = (".json", ".model", ".txt", ".jinja")
 """Configuration, tokenizer and chat template; code (.py) is never downloaded."""
+_TEXT_NAMES: Final = frozenset({
+    "config.json", "generation_config.json", "chat_template.json",
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "vocab.json", "vocab.txt", "merges.txt", "tekken.json", "dict.txt", "emoji.json", "byte_maps.json",
+    "entity_vocab.json", "normalizer.json", "word_shape.json", "word_pronunciation.json", "vocab-src.json",
+    "vocab-tgt.json", "target_vocab.json",
+})  # fmt: skip
+"""Names that transformers 5 reads for a model or a tokenizer (VOCAB_FILES_NAMES of its tokenizers)."""
+_TEXT_FAMILIES: Final = re.compile(r"tokenizer\.[\w.-]*json|\w[\w.-]*\.model|\w[\w.-]*\.safetensors\.index\.json")
+"""Tokenizers by their version, SentencePiece models, and indices of weights."""
 
 
 class Snapshot(Protocol):
@@ -188,5 +198,5 @@ def weight_files(files: Iterable[str], field_ref: FieldRef) -> tuple[str, ...]:
 
 
 def text_files(files: Iterable[str]) -> tuple[str, ...]:
-    """Return the names of configuration, tokenizer and template files."""
-    return tuple(name for name in files if "/" not in name and name.endswith(_TEXTS))
+    """Return the names of configuration, tokenizer and template files that transformers knows; no other is fetched."""
+    return tuple(name for name in files if name in _TEXT_NAMES or _TEXT_FAMILIES.fullmatch(name))

@@ -1,0 +1,216 @@
+"""The child process that renders chat templates: it has limits of CPU time, memory and text, and no secrets.
+
+Only this process reads what the parent pickles; the parent reads JSON.
+"""
+
+import atexit
+import contextlib
+import json
+import os
+import pickle
+import random
+import signal
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from typing import IO, Any, Final, NamedTuple
+
+from qlora_trainer.data.chat_renderer import ChatRenderer, TemplateRejectionError, cause_of, set_fixed_clock
+from qlora_trainer.data.render_limits import (
+    CPU_SECONDS,
+    MEMORY_BYTES,
+    MIB,
+    TEXT_CHARACTERS,
+    TEXT_PER_BYTE,
+    limit_memory,
+    limit_process,
+)
+from qlora_trainer.data.rows import RowError
+
+_LENGTH: Final = struct.Struct("!Q")
+_READY: Final = b"ready\n"
+_TOO_SLOW: Final = f"did not end within {CPU_SECONDS:g} s of CPU time"
+_TOO_MUCH_MEMORY: Final = f"took more than {MEMORY_BYTES // MIB:,} MiB of memory"
+_TOO_LONG: Final = f"rendered more than {TEXT_CHARACTERS // 10**6} million characters"
+_INHERITED: Final = ("LD_LIBRARY_PATH",)
+"""Variables that an interpreter may need to start; no other is passed on, as they hold keys and addresses."""
+_BYTES_PER_LINE: Final = 4096
+"""Of an answer without its text: error types, spans."""
+
+
+class RenderLimitError(Exception):
+    """A template exceeded a limit of the process; the message completes the sentence "the chat template …"."""
+
+
+class Call(NamedTuple):
+    """A method of ChatRenderer and its arguments."""
+
+    method: str
+    arguments: tuple[Any, ...]
+    options: Mapping[str, Any] = {}
+
+
+class RenderProcess:
+    """Starts the child process when it is needed, and again after a template that exceeded a limit."""
+
+    def __init__(self) -> None:
+        self._child: subprocess.Popen[bytes] | None = None
+        self._lock = threading.Lock()
+
+    def render(self, renderer: ChatRenderer, calls: Sequence[Call]) -> list[Any]:
+        """Return for each call its value, as JSON has it, or the RowError that it raised.
+
+        Raises:
+            RenderLimitError: The template takes too much time or memory, or renders too much text.
+
+        """
+        request = pickle.dumps((renderer, [_dump(call) for call in calls]))
+        with self._lock:
+            try:
+                return [_to_outcome(answer) for answer in self._exchange(request, len(calls))]
+            except BaseException:
+                self.close()  # the answers that are left belong to this request
+                raise
+
+    def close(self) -> None:
+        """End the child process."""
+        child, self._child = self._child, None
+        if child is not None:
+            child.kill()
+            child.wait()
+            for stream in (child.stdin, child.stdout):
+                if stream is not None:
+                    with contextlib.suppress(OSError):  # flushes into a pipe that nobody reads any more
+                        stream.close()
+
+    def _exchange(self, request: bytes, calls: int) -> Iterator[dict[str, Any]]:
+        if self._child is None or self._child.poll() is not None:
+            self._child = _start()
+        child = self._child
+        if child.stdin is None or child.stdout is None:
+            raise RuntimeError("the process that renders chat templates has no pipes")
+        with contextlib.suppress(BrokenPipeError):  # the first answer is missing then, and the exit code says why
+            child.stdin.write(_LENGTH.pack(len(request)) + request)
+            child.stdin.flush()
+        for _ in range(calls):
+            # JSON takes at most six bytes for a character.
+            line = child.stdout.readline(6 * _text_limit(len(request)) + _BYTES_PER_LINE)
+            if not line.endswith(b"\n"):
+                raise RenderLimitError(_why_ended(child.wait()))
+            answer: dict[str, Any] = json.loads(line)
+            if "limit" in answer:
+                raise RenderLimitError(answer["limit"])
+            yield answer
+
+
+def _start() -> subprocess.Popen[bytes]:
+    """Start the process with this one's import path, and none of its variables."""
+    environment = {name: os.environ[name] for name in _INHERITED if name in os.environ} | {
+        "PYTHONPATH": os.pathsep.join(filter(os.path.isabs, sys.path)),
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",  # of numpy, which transformers imports: a buffer for each core of the node
+    }
+    command = [sys.executable, "-P", "-s", "-m", __name__]
+    child = subprocess.Popen(  # noqa: S603 (our own)
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=environment,
+        cwd="/",
+        start_new_session=True,  # Ctrl-C is for the parent
+    )
+    if child.stdout is None or child.stdout.readline() != _READY:
+        raise RuntimeError(f"the process that renders chat templates ended with exit code {child.wait()}; see above")
+    return child
+
+
+RENDER_PROCESS: Final = RenderProcess()
+"""One for all templates of a process."""
+atexit.register(RENDER_PROCESS.close)
+
+
+def _dump(call: Call) -> bytes | None:
+    """Return the arguments as bytes, each call for itself; None for a row that is nested too deeply."""
+    try:
+        return pickle.dumps(tuple(call))
+    except RecursionError:
+        return None
+
+
+def _to_outcome(answer: Mapping[str, Any]) -> Any:
+    if "rejected" in answer:
+        rejection = TemplateRejectionError(*answer["rejected"])
+        rejection.__cause__ = cause_of(rejection)
+        return rejection
+    return RowError(answer["error"]) if "error" in answer else answer["value"]
+
+
+def _why_ended(code: int) -> str:
+    """Say what an exit code means."""
+    if code == -signal.SIGPROF:
+        return _TOO_SLOW
+    if code == -signal.SIGKILL:
+        return _TOO_MUCH_MEMORY  # the kernel's OOM killer, in a pod with less than the limit
+    return f"ended the process that rendered it (exit code {code})"
+
+
+def _text_limit(size: int) -> int:
+    return TEXT_CHARACTERS + TEXT_PER_BYTE * size
+
+
+def main() -> None:
+    """Answer requests until standard input ends."""
+    answers = sys.stdout.buffer
+    set_fixed_clock()
+    mapped = limit_process()
+    answers.write(_READY)
+    answers.flush()
+    while header := sys.stdin.buffer.read(_LENGTH.size):
+        (size,) = _LENGTH.unpack(header)
+        limit_memory(mapped, size)
+        _answer(sys.stdin.buffer.read(size), answers)
+
+
+def _answer(request: bytes, answers: IO[bytes]) -> None:
+    """Write one line for each call, the last one for a limit that was exceeded."""
+    text_left = _text_limit(len(request))
+    try:
+        renderer, calls = pickle.loads(request)  # noqa: S301 (of the parent)
+        for call in calls:
+            answer = _call(renderer, call)
+            text_left -= sum(map(len, _texts_of(answer)))
+            if text_left < 0:
+                answers.write(_to_line({"limit": _TOO_LONG}))
+                break
+            answers.write(_to_line(answer))
+    except MemoryError:
+        answers.write(_to_line({"limit": _TOO_MUCH_MEMORY}))
+    answers.flush()
+
+
+def _texts_of(answer: Mapping[str, Any]) -> Iterator[str]:
+    value = answer.get("value", "")
+    return (part for part in ([value] if isinstance(value, str) else value) if isinstance(part, str))
+
+
+def _to_line(answer: Mapping[str, Any]) -> bytes:
+    return json.dumps(answer, ensure_ascii=False).encode(errors="surrogatepass") + b"\n"
+
+
+def _call(renderer: ChatRenderer, pickled: bytes | None) -> dict[str, Any]:
+    if pickled is None:
+        return {"error": "it is nested too deeply; shorten it"}
+    method, arguments, options = pickle.loads(pickled)  # noqa: S301 (of the parent)
+    random.seed(0)  # Jinja's filter `random` makes the same choice for the same row
+    try:
+        return {"value": getattr(renderer, method)(*arguments, **options)}
+    except TemplateRejectionError as error:
+        return {"rejected": (error.error, error.kind, error.line)}
+    except RowError as error:
+        return {"error": str(error)}
+
+
+if __name__ == "__main__":
+    main()
