@@ -3,20 +3,28 @@
 import copy
 import json
 from collections.abc import Iterator
+from http import HTTPStatus
 from typing import Any, Final
 
 import pytest
 
+from qlora_api import names
 from qlora_api.crd import build_crd, spec_schema
+from tests.cluster.admin import MERGE
 from tests.cluster.cluster import Cluster
-from tests.cluster.host.commands import CommandError, run, wait_until
+from tests.cluster.host.commands import run, wait_until
 from tests.contract.test_chart import uri_fields
 from tests.integration.chart.rendering import NAMESPACE, RELEASE, helm
 from tests.make import make_manifest
 
 COMMIT: Final = "0123456789abcdef0123456789abcdef01234567"
 POLICY: Final = {
-    "models": ["hf://meta-llama/", f"hf://Qwen/Qwen3-8B@{COMMIT}", "s3://models/llama-3.2-3b", "pvc://models/approved/"],
+    "models": [
+        "hf://meta-llama/",
+        f"hf://Qwen/Qwen3-8B@{COMMIT}",
+        "s3://models/llama-3.2-3b",
+        "pvc://models/approved/",
+    ],
     "datasets": [
         "hf://datasets/our-org/",
         "hf://datasets/their-org/data@v1/",
@@ -251,22 +259,25 @@ REFUSED: Final = (
 
 def run_of(blocks: dict[str, Any], name: str = "odd", namespace: str = "team-a") -> dict[str, Any]:
     """Return a QLoRAJob with whole blocks of its spec replaced, which is allowed if none is."""
-    manifest = make_manifest(name, namespace, model={"uri": "hf://meta-llama/x"}, output={"uri": "s3://adapters/team-a/x"})
+    manifest = make_manifest(
+        name, namespace, model={"uri": "hf://meta-llama/x"}, output={"uri": "s3://adapters/team-a/x"}
+    )
     return {**manifest, "spec": {**manifest["spec"], "dataset": {"uri": "s3://data/shared.jsonl"}, **blocks}}
 
 
-def spoken(blocks: dict[str, Any]) -> str:
-    """Return the name of a case: what it changes."""
-    return json.dumps(blocks, ensure_ascii=True) if blocks else "unchanged"
+def spoken(case: str | dict[str, Any]) -> str:
+    """Return the name of a case: the field, or what is changed."""
+    return case if isinstance(case, str) else json.dumps(case)
 
 
-def refusal_of(cluster: Cluster, manifest: dict[str, Any], verb: str = "create") -> str:
-    """Return why the API server rejects a manifest; empty if it does not, and nothing is stored."""
-    try:
-        cluster.kubectl(verb, "--dry-run=server", "--filename=-", stdin=json.dumps(manifest))
-    except CommandError as refusal:
-        return str(refusal)
-    return ""
+PATH: Final = f"/apis/{names.API_VERSION}/namespaces/team-a/{names.PLURAL}"
+DRY_RUN: Final = {"dryRun": "All"}
+
+
+def refusal_of(cluster: Cluster, manifest: dict[str, Any]) -> str:
+    """Return why the API server rejects a new object; empty if it does not, and nothing is stored."""
+    code, answer = cluster.admin.request("POST", PATH, manifest, query=DRY_RUN)
+    return "" if code == 201 else str(answer["message"])
 
 
 @pytest.fixture(scope="module")
@@ -311,12 +322,12 @@ def test_allowed_spelling_is_accepted(release: Cluster, blocks: dict[str, Any]) 
     assert refusal_of(release, run_of(blocks)) == ""
 
 
-@pytest.mark.parametrize(("field", "blocks"), REFUSED, ids=lambda case: case if isinstance(case, str) else spoken(case))
+@pytest.mark.parametrize(("field", "blocks"), REFUSED, ids=spoken)
 def test_odd_spelling_is_rejected_with_its_field(release: Cluster, field: str, blocks: dict[str, Any]) -> None:
     assert field.partition("[")[0] in refusal_of(release, run_of(blocks))
 
 
-@pytest.mark.parametrize(("field", "blocks"), REFUSED, ids=lambda case: case if isinstance(case, str) else spoken(case))
+@pytest.mark.parametrize(("field", "blocks"), REFUSED, ids=spoken)
 def test_policy_alone_rejects_it(bare_release: Cluster, field: str, blocks: dict[str, Any]) -> None:
     refusal = refusal_of(bare_release, run_of(blocks))
     assert f"{field}: " in refusal
@@ -333,22 +344,25 @@ def test_policy_alone_rejects_it(bare_release: Cluster, field: str, blocks: dict
     ],
 )
 def test_change_is_checked_like_creation(bare_release: Cluster, field: str, blocks: dict[str, Any]) -> None:
-    bare_release.kubectl("create", "--filename=-", stdin=json.dumps(run_of({}, "changed")))
+    admin = bare_release.admin
+    admin.create(PATH, run_of({}, "changed"))
     try:
-        assert f"{field}: " in refusal_of(bare_release, run_of(blocks, "changed"), "replace")
+        code, answer = admin.request("PATCH", f"{PATH}/changed", {"spec": blocks}, MERGE, DRY_RUN)
+        assert code == HTTPStatus.FORBIDDEN
+        assert f"{field}: " in answer["message"]
     finally:
-        bare_release.kubectl("delete", "qlj", "changed", "--namespace=team-a")
+        admin.delete(f"{PATH}/changed")
 
 
 def test_run_older_than_the_policy_can_be_suspended_and_deleted(release: Cluster) -> None:
     binding = ("validatingadmissionpolicybinding", f"{RELEASE}-runs")
-    older = run_of({**model("hf://elsewhere/x"), **mlflow("https://elsewhere.example")}, "older")
-    saved = release.get(*binding)
+    older, saved = run_of(model("hf://elsewhere/x"), "older"), release.get(*binding)
     release.kubectl("delete", *binding)
     wait_until("the policy to end", lambda: not refusal_of(release, older), 30, 0.3)
-    release.kubectl("create", "--filename=-", stdin=json.dumps(older))
+    release.admin.create(PATH, older)
     del saved["metadata"]["resourceVersion"]
     release.kubectl("create", "--filename=-", stdin=json.dumps(saved))
-    wait_until("the policy", lambda: "is not allowed" in refusal_of(release, run_of(model("hf://elsewhere/x"))), 30, 0.3)
-    release.kubectl("patch", "qlj", "older", "--namespace=team-a", "--type=merge", '--patch={"spec":{"suspend":true}}')
-    release.kubectl("delete", "qlj", "older", "--namespace=team-a")
+    wait_until("the policy", lambda: refusal_of(release, run_of(model("hf://elsewhere/x"))), 30, 0.3)
+    code, _ = release.admin.request("PATCH", f"{PATH}/older", {"spec": {"suspend": True}}, MERGE)
+    assert code == HTTPStatus.OK
+    release.admin.delete(f"{PATH}/older")

@@ -257,7 +257,8 @@ def test_empty_list_restricts_nothing(key: str) -> None:
 
 
 def test_gpu_quota_counts_every_accelerator() -> None:
-    [quota] = [item for item in render({"policy": {"maxGpusPerNamespace": {"ml": 4}}}) if item["kind"] == "ResourceQuota"]
+    rendered = render({"policy": {"maxGpusPerNamespace": {"ml": 4}}})
+    [quota] = [item for item in rendered if item["kind"] == "ResourceQuota"]
     assert quota["spec"]["hard"] == {f"requests.{accelerator.resource}": "4" for accelerator in ACCELERATORS}
 
 

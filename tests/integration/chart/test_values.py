@@ -76,9 +76,7 @@ EVERYTHING: Final[dict[str, Any]] = {
     "watchNamespaces": ["team-a"],
     "policy": {"models": ["hf://meta-llama/"]},
     "networkPolicy": {"trainer": {"enabled": True}},
-    "monitoring": {
-        name: {"enabled": True} for name in ("serviceMonitor", "podMonitor", "prometheusRule", "dashboard")
-    },
+    "monitoring": {name: {"enabled": True} for name in ("serviceMonitor", "podMonitor", "prometheusRule", "dashboard")},
 }
 """Whatever a value may be used in is rendered."""
 Wrap = Callable[[str], Any]
