@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
@@ -58,6 +59,13 @@ def uri_fields(schema: dict[str, Any], path: str = "spec") -> Iterator[str]:
         is_place = NAMES_A_PLACE.search(name) or "://" in " ".join([leaf.get("pattern", ""), *rules])
         if leaf["type"] == "string" and is_place:
             yield inner
+
+
+def test_policy_knows_the_default_server_of_wandb() -> None:
+    template = (CHART / "templates/_policy.tpl").read_text(encoding="utf-8")
+    [default] = re.findall(r"orValue\('(https://[^']+)'\)", template)
+    [package] = (find_spec("wandb") or pytest.fail("wandb is not installed")).submodule_search_locations or ()
+    assert f'DEFAULT_BASE_URL = "{default}"' in (Path(package) / "sdk/lib/urls.py").read_text(encoding="utf-8")
 
 
 def test_policy_restricts_every_field_that_names_a_uri() -> None:

@@ -25,7 +25,7 @@ trackers:
   fix: report to
   {{- /* Without baseUrl, wandb reports to its public server. */}}
   used: |-
-    object.spec.?tracking.?wandb.optMap(wandb, [{'field': 'spec.tracking.wandb.baseUrl', 'uri': string(wandb.?baseUrl.orValue('https://api.wandb.ai'))}]).orValue([])
+    object.spec.?tracking.?wandb.optMap(wandb, [{'field': 'spec.tracking.wandb.baseUrl', 'uri': string(wandb.?baseUrl.orValue('https://api.forge.coreweave.com'))}]).orValue([])
     + object.spec.?tracking.?mlflow.optMap(mlflow, [{'field': 'spec.tracking.mlflow.uri', 'uri': string(mlflow.uri)}]).orValue([])
 {{- end -}}
 
