@@ -1,6 +1,5 @@
 """Odd spellings of URIs against the chart's policy, on a real API server: what looks allowed and is not is rejected."""
 
-import copy
 import json
 from collections.abc import Iterator
 from http import HTTPStatus
@@ -10,6 +9,7 @@ import pytest
 
 from qlora_api import names
 from qlora_api.crd import build_crd, spec_schema
+from qlora_api.v1alpha1.patterns import VALIDATIONS
 from tests.cluster.admin import MERGE
 from tests.cluster.cluster import Cluster
 from tests.cluster.host.commands import run, wait_until
@@ -280,37 +280,24 @@ def refusal_of(cluster: Cluster, manifest: dict[str, Any]) -> str:
     return "" if code == 201 else str(answer["message"])
 
 
+TEAM_A: Final = {"matchLabels": {"kubernetes.io/metadata.name": "team-a"}}
+RULES: Final = {"policy": {**POLICY, "namespaceSelector": TEAM_A}}
+
+
+def install(cluster: Cluster, values: dict[str, Any]) -> None:
+    """Install the chart, or upgrade it."""
+    command = [*helm("upgrade"), "--install", f"--kubeconfig={cluster.kubeconfig}", "--values=-"]
+    run(command, stdin=json.dumps(values))
+
+
 @pytest.fixture(scope="module")
 def release(plane: Cluster) -> Iterator[Cluster]:
     """The chart with a rule for every field, in force."""
-    command = [*helm("upgrade"), "--install", f"--kubeconfig={plane.kubeconfig}", "--values=-"]
-    namespaces = {"matchLabels": {"kubernetes.io/metadata.name": "team-a"}}
-    run(command, stdin=json.dumps({"policy": {**POLICY, "namespaceSelector": namespaces}}))
+    install(plane, RULES)
     plane.wait_until_served()
     wait_until("the policy", lambda: refusal_of(plane, run_of(model("hf://elsewhere/x"))), 30, 0.3)
     yield plane
     plane.helm("uninstall", RELEASE, f"--namespace={NAMESPACE}")
-
-
-def bare(schema: Any) -> Any:
-    """Return a schema without patterns and rules."""
-    if isinstance(schema, dict):
-        left_out = () if "properties" in schema.get("properties", {}) else ("pattern", "x-kubernetes-validations")
-        return {key: bare(value) for key, value in schema.items() if key not in left_out}
-    return [bare(item) for item in schema] if isinstance(schema, list) else schema
-
-
-@pytest.fixture(scope="module")
-def bare_release(release: Cluster) -> Iterator[Cluster]:
-    """The same with a CRD that checks types only: nothing is rejected but by the policy, and every field may change."""
-    odd = run_of(model("HF://meta-llama/x"))
-    loose = copy.deepcopy(CRD)
-    loose["spec"]["versions"] = bare(loose["spec"]["versions"])
-    release.kubectl("replace", "--filename=-", stdin=json.dumps(loose))
-    wait_until("the bare CRD", lambda: "ValidatingAdmissionPolicy" in refusal_of(release, odd), 30, 0.3)
-    yield release
-    release.kubectl("replace", "--filename=-", stdin=json.dumps(CRD))
-    wait_until("the CRD", lambda: "ValidatingAdmissionPolicy" not in refusal_of(release, odd), 30, 0.3)
 
 
 def test_cases_cover_every_field_that_names_a_uri() -> None:
@@ -325,6 +312,58 @@ def test_allowed_spelling_is_accepted(release: Cluster, blocks: dict[str, Any]) 
 @pytest.mark.parametrize(("field", "blocks"), REFUSED, ids=spoken)
 def test_odd_spelling_is_rejected_with_its_field(release: Cluster, field: str, blocks: dict[str, Any]) -> None:
     assert field.partition("[")[0] in refusal_of(release, run_of(blocks))
+
+
+def test_long_list_keeps_its_message_and_its_cost(release: Cluster) -> None:
+    teams = [f"s3://data/a/long/prefix/of/team-{number}/{{namespace}}/" for number in range(200)]
+    values = {"policy": {"datasets": [*teams, "s3://data/"], "namespaceSelector": TEAM_A}}
+    install(release, values)
+    wait_until("the policy", lambda: not refusal_of(release, run_of(model("hf://elsewhere/x"))), 30, 0.3)
+    longest = [{"uri": f"s3://data/{'a/' * 500}{number}"} for number in range(16)]
+    assert refusal_of(release, run_of({"dataset": {"sources": longest}})) == ""
+    refusal = refusal_of(release, run_of(dataset("s3://elsewhere/x.jsonl")))
+    assert "spec.dataset.uri: s3://elsewhere/x.jsonl is not allowed: use a dataset from s3://data/a/long" in refusal
+    assert "team-9/team-a/ and others, or ask an administrator to add it to policy.datasets" in refusal
+    install(release, RULES)
+    wait_until("the policy", lambda: refusal_of(release, run_of(model("hf://elsewhere/x"))), 30, 0.3)
+
+
+def test_run_older_than_the_policy_can_be_suspended_and_deleted(release: Cluster) -> None:
+    binding = ("validatingadmissionpolicybinding", f"{RELEASE}-runs")
+    older, saved = run_of(model("hf://elsewhere/x"), "older"), release.get(*binding)
+    release.kubectl("delete", *binding)
+    wait_until("the policy to end", lambda: not refusal_of(release, older), 30, 0.3)
+    release.admin.create(PATH, older)
+    del saved["metadata"]["resourceVersion"]
+    release.kubectl("create", "--filename=-", stdin=json.dumps(saved))
+    wait_until("the policy", lambda: refusal_of(release, run_of(model("hf://elsewhere/x"))), 30, 0.3)
+    code, _ = release.admin.request("PATCH", f"{PATH}/older", {"spec": {"suspend": True}}, MERGE)
+    assert code == HTTPStatus.OK
+    release.admin.delete(f"{PATH}/older")
+
+
+def bare(schema: Any) -> Any:
+    """Return a schema without patterns and rules."""
+    if isinstance(schema, dict):
+        return {key: bare(value) for key, value in schema.items() if key not in ("pattern", VALIDATIONS)}
+    return [bare(item) for item in schema] if isinstance(schema, list) else schema
+
+
+@pytest.fixture(scope="module")
+def bare_release(release: Cluster) -> Iterator[Cluster]:
+    """The same with a CRD that checks types only: nothing is rejected but by the policy, and every field may change."""
+    odd = run_of(model("HF://meta-llama/x"))
+    set_versions(release, bare(CRD["spec"]["versions"]))
+    wait_until("the bare CRD", lambda: "ValidatingAdmissionPolicy" in refusal_of(release, odd), 30, 0.3)
+    yield release
+    set_versions(release, CRD["spec"]["versions"])
+    wait_until("the CRD", lambda: "ValidatingAdmissionPolicy" not in refusal_of(release, odd), 30, 0.3)
+
+
+def set_versions(cluster: Cluster, versions: list[dict[str, Any]]) -> None:
+    """Replace the schema of the CRD, which stays the release's."""
+    patch = json.dumps([{"op": "replace", "path": "/spec/versions", "value": versions}])
+    cluster.kubectl("patch", "crd", CRD["metadata"]["name"], "--type=json", f"--patch={patch}")
 
 
 @pytest.mark.parametrize(("field", "blocks"), REFUSED, ids=spoken)
@@ -352,17 +391,3 @@ def test_change_is_checked_like_creation(bare_release: Cluster, field: str, bloc
         assert f"{field}: " in answer["message"]
     finally:
         admin.delete(f"{PATH}/changed")
-
-
-def test_run_older_than_the_policy_can_be_suspended_and_deleted(release: Cluster) -> None:
-    binding = ("validatingadmissionpolicybinding", f"{RELEASE}-runs")
-    older, saved = run_of(model("hf://elsewhere/x"), "older"), release.get(*binding)
-    release.kubectl("delete", *binding)
-    wait_until("the policy to end", lambda: not refusal_of(release, older), 30, 0.3)
-    release.admin.create(PATH, older)
-    del saved["metadata"]["resourceVersion"]
-    release.kubectl("create", "--filename=-", stdin=json.dumps(saved))
-    wait_until("the policy", lambda: refusal_of(release, run_of(model("hf://elsewhere/x"))), 30, 0.3)
-    code, _ = release.admin.request("PATCH", f"{PATH}/older", {"spec": {"suspend": True}}, MERGE)
-    assert code == HTTPStatus.OK
-    release.admin.delete(f"{PATH}/older")
