@@ -1,5 +1,6 @@
 # Two targets: `operator` (no torch) and `trainer`. Any base with Python >= 3.11 serves:
 #   docker build --target operator -t qlora-operator .
+# The tag follows Debian's security updates; a release pins BASE by digest, one for all its images.
 ARG BASE=python:3.12-slim-bookworm
 
 # Packages in one layer, uv gone at its end: a second stage would only store 6 GB of them twice.
@@ -7,9 +8,10 @@ ARG BASE=python:3.12-slim-bookworm
 # UV_NO_CACHE: uv's cache would stay in the layer beside what is installed from it; a build that mounts it says false.
 FROM ${BASE} AS operator-packages
 ARG UV_NO_CACHE=true
+COPY requirements/build.txt /opt/build.txt
 COPY requirements/operator.txt /opt/requirements.txt
 RUN python3 -m venv --without-pip /opt/qlora \
- && python3 -m venv /opt/uv && /opt/uv/bin/pip install --no-cache-dir --quiet uv==0.13.9 \
+ && python3 -m venv /opt/uv && /opt/uv/bin/pip install --no-cache-dir --quiet --require-hashes -r /opt/build.txt \
  && UV_LINK_MODE=copy /opt/uv/bin/uv pip install --quiet --python /opt/qlora/bin/python3 \
       --require-hashes -r /opt/requirements.txt \
  && rm -rf /opt/uv \
@@ -17,9 +19,10 @@ RUN python3 -m venv --without-pip /opt/qlora \
 
 FROM ${BASE} AS trainer-packages
 ARG UV_NO_CACHE=true
+COPY requirements/build.txt /opt/build.txt
 COPY requirements/trainer.txt /opt/requirements.txt
 RUN python3 -m venv --without-pip /opt/qlora \
- && python3 -m venv /opt/uv && /opt/uv/bin/pip install --no-cache-dir --quiet uv==0.13.9 \
+ && python3 -m venv /opt/uv && /opt/uv/bin/pip install --no-cache-dir --quiet --require-hashes -r /opt/build.txt \
  && UV_LINK_MODE=copy UV_COMPILE_BYTECODE=1 /opt/uv/bin/uv pip install --quiet --python /opt/qlora/bin/python3 \
       --require-hashes -r /opt/requirements.txt \
  && rm -rf /opt/uv

@@ -7,30 +7,32 @@ export UV_CACHE_DIR ?= $(CACHE)/uv
 unexport PYTHONDONTWRITEBYTECODE
 PYTHON ?= python3
 BIN := .venv/bin
-UV_VERSION := 0.13.9
-LOCKS := requirements/operator.txt requirements/trainer.txt requirements/cli.txt requirements/dev.txt
+LOCKS := requirements/operator.txt requirements/trainer.txt requirements/cli.txt requirements/build.txt
 # One file at a time on every core, and one thread for torch: more would only wait for each other.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --dist loadfile
 UNIT := tests/unit tests/golden tests/contract
 # Tests on clusters wait more than they compute: two processes more than cores. tests/lanes.py has what stays together.
 LANES := $(shell echo $$(( $$(nproc) < 8 ? $$(nproc) + 2 : 10 )))
 
-.PHONY: help setup lock generate check test unit integration e2e chaos mutants bench-trainer bench-plan bench-memory bench-checkpoints bench-scale gpu docs demo cluster cluster-down
+.PHONY: help setup lock audit generate check test unit integration e2e chaos mutants bench-trainer bench-plan bench-memory bench-checkpoints bench-scale gpu docs demo cluster cluster-down
 
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 setup: .venv/.installed ## make .venv from the hashed requirement files
 
-.venv/.installed: requirements/dev.txt pyproject.toml
-	@test -x $(BIN)/uv || { $(PYTHON) -m venv .venv && $(BIN)/python -m pip install --quiet uv==$(UV_VERSION); }
+.venv/.installed: requirements/dev.txt requirements/build.txt pyproject.toml
+	@test -x $(BIN)/uv || { $(PYTHON) -m venv .venv && $(BIN)/python -m pip install --quiet --require-hashes -r requirements/build.txt; }
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements/dev.txt
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --build-constraints requirements/build.txt --editable .
 	@touch $@
 
 lock: ## compile the hashed requirement files anew; UPGRADE=--upgrade takes newer releases
-	@test -x $(BIN)/uv || { $(PYTHON) -m venv .venv && $(BIN)/python -m pip install --quiet uv==$(UV_VERSION); }
+	@test -x $(BIN)/uv || { $(PYTHON) -m venv .venv && $(BIN)/python -m pip install --quiet --require-hashes -r requirements/build.txt; }
 	$(BIN)/python requirements/compile.py $(UPGRADE)
+
+audit: setup ## look up known vulnerabilities of every locked package outside development (asks a database on the network)
+	$(BIN)/pip-audit --strict --disable-pip $(LOCKS:%=--requirement=%)
 
 generate: setup ## write the CRD, its copy in the chart, the RBAC rules and the references from the code
 	$(BIN)/python -m qlora_codegen

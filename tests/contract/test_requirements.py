@@ -1,5 +1,6 @@
 """What the images must not have, and below what they must not fall."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from packaging.version import Version
 
 ROOT = Path(__file__).parents[2]
 REQUIREMENTS = ROOT / "requirements"
+WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
 SECURITY_PAGE = ROOT / "docs/security.md"
 
 FLOORS = {
@@ -53,3 +55,42 @@ def test_every_floor_is_of_something_in_an_image():
 def test_the_page_names_every_floor():
     page = SECURITY_PAGE.read_text()
     assert [name for name, (floor, hole) in FLOORS.items() if f"| {name} | {floor} | {hole} |" not in page] == []
+
+
+@pytest.mark.parametrize("path", sorted(REQUIREMENTS.glob("*.txt")), ids=lambda path: path.stem)
+def test_every_requirement_is_one_version_with_hashes(path: Path):
+    entries = re.sub(r"^ *#.*\n", "", path.read_text(), flags=re.MULTILINE).replace("\\\n", " ").splitlines()
+    assert entries
+    pinned = re.compile(r"[\w.-]+(\[[\w,-]+\])?==[\w.+!]+( ; [^#@]+?)?( +--hash=sha256:[0-9a-f]{64})+")
+    assert [entry for entry in entries if not pinned.fullmatch(entry)] == []
+
+
+INSTALLERS = ("Dockerfile", "Makefile", *(f".github/workflows/{path.name}" for path in WORKFLOWS))
+
+
+@pytest.mark.parametrize("name", INSTALLERS)
+def test_everything_installed_has_hashes(name: str):
+    lines = (ROOT / name).read_text().replace("\\\n", " ").splitlines()
+    commands = [part for line in lines for part in re.split(r"&&|\|\||;|\{", line) if " install " in part]
+    ours = "--no-deps --build-constraints requirements/build.txt --editable ."
+    assert [part for part in commands if "--require-hashes -r " not in part and ours not in part] == []
+
+
+def test_wheel_is_built_with_hashed_tools():
+    built = [line for path in WORKFLOWS for line in path.read_text().splitlines() if "uv build" in line]
+    assert built
+    assert all("--require-hashes --build-constraints requirements/build.txt" in line for line in built)
+
+
+def test_release_pins_the_base_image_by_digest():
+    workflow = (ROOT / ".github/workflows/release.yml").read_text()
+    assert re.search(r"^ARG BASE=\S+$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    assert 'echo "base=$base@$digest"' in workflow
+    assert "BASE=${{ needs.verify.outputs.base }}" in workflow
+
+
+def test_dockerfile_has_no_other_base_and_downloads_nothing_else():
+    text = (ROOT / "Dockerfile").read_text()
+    sources = set(re.findall(r"^FROM (\S+)", text, re.MULTILINE))
+    assert sources == {"${BASE}", "operator-packages", "trainer-packages"}
+    assert not re.search(r"^ADD |curl|wget|apt-get|git clone", text, re.MULTILINE)

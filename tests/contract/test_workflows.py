@@ -1,7 +1,8 @@
-"""The workflows pass a real linter, pin what they use, ask for few rights, and run commands that exist."""
+"""The workflows pass a linter and a security auditor, pin what they use, ask for few rights, and run what exists."""
 
 import re
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -23,6 +24,14 @@ jobs:
     steps:
       - run: echo ${{ github.event.pull_request.title }}
 """
+UNSAFE: Final = """\
+on: push
+jobs:
+  build:
+    runs-on: ubuntu-24.04
+    steps:
+      - uses: actions/checkout@v7
+"""
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +44,13 @@ def lint(program: Path, *files: Path) -> str:
     """Return what the linter finds; which other linters this machine has makes no difference."""
     command = [program, "-no-color", "-shellcheck=", "-pyflakes=", *files]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout
+
+
+def audit(*files: Path) -> subprocess.CompletedProcess[str]:
+    """Return what zizmor finds, with its strictest rules that need no network."""
+    program = Path(sys.executable).with_name("zizmor")
+    options = ["--offline", "--no-progress", "--persona=pedantic", f"--config={ROOT / '.github/zizmor.yml'}"]
+    return subprocess.run([program, *options, *files], capture_output=True, text=True, check=False)
 
 
 def parsed(path: Path) -> dict[str, Any]:
@@ -61,6 +77,19 @@ def test_linter_finds_a_title_that_becomes_shell_code(actionlint: Path, tmp_path
     broken = tmp_path / "broken.yml"
     broken.write_text(BROKEN, encoding="utf-8")
     assert "potentially untrusted" in lint(actionlint, broken)
+
+
+def test_auditor_has_no_findings() -> None:
+    audited = audit(*WORKFLOWS)
+    assert audited.returncode == 0, audited.stdout
+
+
+def test_auditor_finds_what_the_linter_does_not(actionlint: Path, tmp_path: Path) -> None:
+    unsafe = tmp_path / "unsafe.yml"
+    unsafe.write_text(UNSAFE, encoding="utf-8")
+    assert lint(actionlint, unsafe) == ""
+    found = audit(unsafe).stdout
+    assert [rule for rule in ("artipacked", "excessive-permissions", "unpinned-uses") if rule not in found] == []
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
@@ -90,7 +119,12 @@ def test_job_has_a_time_limit_and_leaves_no_credentials_in_the_checkout(job: dic
 
 
 def test_only_the_tag_workflow_writes() -> None:
-    writers = {path.stem for path in WORKFLOWS if re.search(r": write$", path.read_text("utf-8"), re.MULTILINE)}
+    writers = {
+        path.stem
+        for path in WORKFLOWS
+        for block in (parsed(path), *parsed(path)["jobs"].values())
+        if set(block.get("permissions", {}).values()) - {"read"}
+    }
     assert writers == {"release"}
 
 

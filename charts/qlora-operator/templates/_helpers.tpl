@@ -12,7 +12,7 @@
 
 {{- define "qlora-operator.selector" -}}
 app.kubernetes.io/name: {{ include "qlora-operator.name" . }}
-app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{- end -}}
 
 {{- define "qlora-operator.labels" -}}
@@ -39,5 +39,5 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- end -}}
 
 {{- define "qlora-operator.subjects" -}}
-- {kind: ServiceAccount, name: {{ include "qlora-operator.account" . }}, namespace: {{ .Release.Namespace }}}
+- {kind: ServiceAccount, name: {{ include "qlora-operator.account" . | quote }}, namespace: {{ .Release.Namespace | quote }}}
 {{- end -}}

@@ -56,7 +56,7 @@ matchExpressions: [{key: kubernetes.io/metadata.name, operator: In, values: {{ t
 {{- define "qlora-operator.operatorEgress" -}}
 - to:
     - namespaceSelector:
-        matchLabels: {kubernetes.io/metadata.name: {{ .Release.Namespace }}}
+        matchLabels: {kubernetes.io/metadata.name: {{ .Release.Namespace | quote }}}
       podSelector:
         matchLabels: {{- include "qlora-operator.selector" . | nindent 10 }}
   ports: {{- include "qlora-operator.ports" (list 8080) | trim | nindent 4 }}

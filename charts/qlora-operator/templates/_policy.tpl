@@ -5,9 +5,28 @@
 {{ toJson . }}.map(uri, uri.replace('{namespace}', object.metadata.namespace))
 {{- end -}}
 
-{{- /* Whether a URI is one of those allowed, or below one; the CRD refuses steps upwards. */ -}}
-{{- define "qlora-operator.isAmong" -}}
-{{ .allowed }}.exists(allowed, {{ .value }} == allowed || {{ .value }}.startsWith(allowed.endsWith('/') ? allowed : allowed + '/'))
+{{- /* For each list of `policy`, the URIs of a QLoRAJob that it restricts, and how to go on. A test compares the fields with the CRD. */ -}}
+{{- define "qlora-operator.uriRules" -}}
+models:
+  fix: use a model from
+  used: |-
+    [{'field': 'spec.model.uri', 'uri': string(object.spec.model.uri), 'pinned': object.spec.model.uri + '@' + object.spec.model.revision}]
+datasets:
+  fix: use a dataset from
+  used: |-
+    object.spec.dataset.?uri.optMap(uri, [{'field': 'spec.dataset.uri', 'uri': string(uri)}]).orValue([])
+    + object.spec.dataset.?sources.orValue([]).map(source, {'field': 'spec.dataset.sources[].uri', 'uri': string(source.uri)})
+    + object.spec.dataset.?evaluation.?uri.optMap(uri, [{'field': 'spec.dataset.evaluation.uri', 'uri': string(uri)}]).orValue([])
+outputs:
+  fix: choose a prefix below
+  used: |-
+    [{'field': 'spec.output.uri', 'uri': string(object.spec.output.uri)}]
+trackers:
+  fix: report to
+  {{- /* Without baseUrl, wandb reports to its public server. */}}
+  used: |-
+    object.spec.?tracking.?wandb.optMap(wandb, [{'field': 'spec.tracking.wandb.baseUrl', 'uri': string(wandb.?baseUrl.orValue('https://api.forge.coreweave.com'))}]).orValue([])
+    + object.spec.?tracking.?mlflow.optMap(mlflow, [{'field': 'spec.tracking.mlflow.uri', 'uri': string(mlflow.uri)}]).orValue([])
 {{- end -}}
 
 {{- define "qlora-operator.policyBinding" }}
@@ -30,7 +49,9 @@ spec:
 {{- $image := include "qlora-operator.image" (dict "image" .Values.trainerImage "chart" .Chart) -}}
 {{- $allowed := false -}}
 {{- range .Values.policy.images -}}
-{{- if or (eq $image .) (hasPrefix . $image | and (hasSuffix "/" .)) (regexMatch (printf "^%s[/:@]" (regexQuoteMeta .)) $image) -}}
+{{- $rest := trimPrefix . $image -}}
+{{- $separator := ternary "^(/.*|[:@][^/]*)$" "^[:@][^/]*$" (regexMatch "[./:]" .) -}}
+{{- if or (eq $image .) (hasPrefix . $image | and (or (hasSuffix "/" .) (regexMatch $separator $rest))) -}}
 {{- $allowed = true -}}
 {{- end -}}
 {{- end -}}

@@ -118,3 +118,7 @@
   - delete
   - deletecollection
 {{- end }}
+
+{{- define "qlora-operator.gpuResources" -}}
+- nvidia.com/gpu
+{{- end }}

@@ -202,14 +202,38 @@ def pod_with(image: str) -> dict[str, Any]:
     return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": template["spec"]}
 
 
+FOREIGN_IMAGES: Final = (
+    "busybox",
+    "qlora-trainer-evil:1",
+    "qlora-trainer/evil:1",
+    "qlora-trainer:5000/evil:1",
+    "docker.io/evil/qlora-trainer:1",
+    "evil.example/qlora-trainer",
+    "registry.example/mlx/trainer:1",
+    "registry.example/ml/../evil:1",
+    "registry.example:5000/ml/trainer:1",
+    "registry.example@evil.example/ml/trainer:1",
+    "registry.example.evil/ml/trainer:1",
+    "Registry.example/ml/trainer:1",
+)
+"""None is `qlora-trainer`, with a tag or a digest, or below `registry.example/ml/`."""
+
+
 @pytest.mark.parametrize("build", [job_with, pod_with], ids=["job", "pod"])
 def test_labeled_pods_need_allowed_image(release: Cluster, build: Any) -> None:
     for image in ("qlora-trainer:0.1.0", "registry.example/ml/trainer@sha256:" + "a" * 64):
         create(release, build(image))
-    for image in ("qlora-trainer-evil:1", "registry.example/mlx/trainer:1", "busybox"):
+    for image in FOREIGN_IMAGES:
         assert f"image: {image} is not allowed in a pod with the label qlora.dev/job" in refusal_of(
             release, build(image)
         )
+
+
+def test_image_volume_needs_allowed_image(release: Cluster) -> None:
+    for image, allowed in (("registry.example/ml/data:1", True), ("evil.example/code:1", False)):
+        pod = pod_with("qlora-trainer:0.1.0")
+        pod["spec"]["volumes"].append({"name": "code", "image": {"reference": image}})
+        assert accepts(release, pod) is allowed
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from typing import Any, Final
 import pytest
 import yaml
 
+from qlora_api.accelerators import ACCELERATORS
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from tests.cluster.host.commands import CommandError, run
 from tests.cluster.programs.binaries import binary
@@ -24,7 +25,9 @@ MONITORING: Final = tuple(
 
 POLICY: Final = {
     "models": ["hf://meta-llama/", "s3://models/llama-3.2-3b"],
+    "datasets": ["s3://data/"],
     "outputs": ["s3://adapters/{namespace}/"],
+    "trackers": ["https://mlflow.example"],
     "images": ["qlora-trainer", "registry.example/ml/"],
     "maxGpusPerJob": 8,
     "maxGpusPerNamespace": {"team-a": 16},
@@ -239,6 +242,24 @@ def test_policy_that_denies_trainer_image_fails(allowed: str) -> None:
     values = {"trainerImage": {"repository": "registry.example/ml/trainer"}, "policy": {"images": [allowed]}}
     with pytest.raises(CommandError, match=r"policy\.images does not allow registry\.example/ml/trainer:0\.1\.0"):
         render(values)
+
+
+@pytest.mark.parametrize("allowed", ["qlora-train", "qlora", "library"])
+def test_bare_name_is_no_prefix_of_images(allowed: str) -> None:
+    values = {"trainerImage": {"repository": "qlora/qlora-trainer"}, "policy": {"images": [allowed]}}
+    with pytest.raises(CommandError, match=r"policy\.images does not allow qlora/qlora-trainer:0\.1\.0"):
+        render(values)
+
+
+@pytest.mark.parametrize("key", ["models", "datasets", "outputs", "trackers"])
+def test_empty_list_restricts_nothing(key: str) -> None:
+    assert render({"policy": {key: []}}) == render({})
+
+
+def test_gpu_quota_counts_every_accelerator() -> None:
+    rendered = render({"policy": {"maxGpusPerNamespace": {"ml": 4}}})
+    [quota] = [item for item in rendered if item["kind"] == "ResourceQuota"]
+    assert quota["spec"]["hard"] == {f"requests.{accelerator.resource}": "4" for accelerator in ACCELERATORS}
 
 
 def test_policy_in_docs_is_valid() -> None:

@@ -1,11 +1,15 @@
 """What means nothing to the chart is refused before anything is installed, and the refusal names the value."""
 
-from typing import Any
+import json
+from collections.abc import Callable, Iterator
+from typing import Any, Final
 
 import pytest
 
 from tests.cluster.host.commands import CommandError
-from tests.integration.chart.rendering import render, render_text
+from tests.integration.chart.rendering import CHART, render, render_text
+from tests.integration.chart.test_rendering import MONITORING
+from tests.make import merge
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"replica": 3}, "'replica'"),
@@ -55,3 +59,81 @@ def test_digest_overrides_tag_and_tag_overrides_version(image: dict[str, str], r
 
 def test_global_values_of_helm_are_accepted() -> None:
     assert render({"global": {"region": "eu"}}) == render({})
+
+
+HOSTILE: Final = (
+    "a\ninjected: yes",
+    "a\n---\nkind: Secret",
+    'a", injected: "b',
+    "a}, injected: {b: c",
+    "a'] + ['b",
+    "{{ .Release.Name }}",
+    "0x1f",
+)
+"""Strings that end a YAML scalar, a list or a CEL string, become another type, or are templates themselves."""
+EVERYTHING: Final[dict[str, Any]] = {
+    "crds": {"enabled": False},
+    "watchNamespaces": ["team-a"],
+    "policy": {"models": ["hf://meta-llama/"]},
+    "networkPolicy": {"trainer": {"enabled": True}},
+    "monitoring": {name: {"enabled": True} for name in ("serviceMonitor", "podMonitor", "prometheusRule", "dashboard")},
+}
+"""Whatever a value may be used in is rendered."""
+Wrap = Callable[[str], Any]
+
+
+def strings_of(schema: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Wrap]]:
+    """Yield each value that has free text, with a function that puts some into it."""
+    for name, field in schema.get("properties", {}).items():
+        inner, more = (*path, name), field.get("additionalProperties")
+        if "properties" in field:
+            yield from strings_of(field, inner)
+        elif field["type"] == "string" and "enum" not in field:
+            yield inner, lambda text: text
+        elif field.get("items", {}).get("type") == "string":
+            yield inner, lambda text: [text, "qlora-trainer"]
+        elif field.get("items", {}).get("required") == ["name"]:
+            yield inner, lambda text: [{"name": text}]
+        elif more is True or more == {"type": "string"}:
+            yield inner, lambda text: {text: text}
+        elif "patternProperties" in field:
+            yield inner, lambda text: {text: 1}
+
+
+def strings_in(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        yield from (text for item in value.items() for part in item for text in strings_in(part))
+    elif isinstance(value, list):
+        yield from (text for item in value for text in strings_in(item))
+    elif isinstance(value, str):
+        yield value
+
+
+FINE: Final = ("rejected", "one string", "not rendered")
+
+
+def outcome(path: tuple[str, ...], given: Any, text: str) -> str:
+    """Return what becomes of a value with hostile text: it is rejected by name, is one string, or is not rendered."""
+    values: dict[str, Any] = given
+    for key in reversed(path):
+        values = {key: values}
+    try:
+        manifests = render(merge(EVERYTHING, values), apis=MONITORING)
+    except CommandError as refusal:
+        return "rejected" if f"at '/{'/'.join(path)}" in str(refusal) else str(refusal)[-300:]
+    strings = set(strings_in(manifests))
+    if any(text in string for string in strings) and "injected" not in strings:
+        return "one string"
+    return "not rendered" if manifests == render(EVERYTHING, apis=MONITORING) else "injected"
+
+
+@pytest.mark.parametrize(
+    ("path", "wrap"),
+    [
+        pytest.param(path, wrap, id=".".join(path))
+        for path, wrap in strings_of(json.loads((CHART / "values.schema.json").read_text(encoding="utf-8")))
+    ],
+)
+def test_text_stays_one_string_or_is_rejected(path: tuple[str, ...], wrap: Wrap) -> None:
+    outcomes = {text: outcome(path, wrap(text), text) for text in HOSTILE}
+    assert {text: found for text, found in outcomes.items() if found not in FINE} == {}
