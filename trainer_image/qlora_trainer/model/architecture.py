@@ -1,10 +1,11 @@
 """Class, parameters and modules of a model, from its configuration; no weights are loaded."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -12,6 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from qlora_api.reasons import Reason
 from qlora_trainer.errors import RunError
 from qlora_trainer.model.quantization import QuantizableWeights, count_quantizable
+
+_POSITION_TABLE: Final = re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings?|pos_encoding)(\.weight)?$")
+"""Names of tables of positions in transformers."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,10 @@ class Architecture:
     tied: frozenset[str]
     """Names of the embedding and the output layer if their weights are tied."""
     quantizable: QuantizableWeights
+    vocabulary: int
+    """Rows of the embedding: every token id is below it."""
+    positions: int | None
+    """Tokens of the longest row that learned or tabulated positions allow; None if positions are computed."""
 
 
 def load_architecture(folder: Path, field: str = "spec.model.uri") -> Architecture:
@@ -69,7 +77,21 @@ def describe(model: Any) -> Architecture:
         modules_with_weights=modules_with_weights(model),
         tied=frozenset(name for name, module in modules.items() if tied and module in {output, embedding}),
         quantizable=count_quantizable(model),
+        vocabulary=embedding.weight.shape[0],
+        positions=_position_limit(model),
     )
+
+
+def _position_limit(model: Any) -> int | None:
+    """Return the rows of the smallest table of positions, of learned ones (GPT-2, OPT) or computed ones (GPT-J)."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    tables = [
+        tensor.shape[0]
+        for name, tensor in (*model.named_parameters(), *model.named_buffers())
+        if tensor.dim() == 2 and _POSITION_TABLE.search(name)
+    ]
+    # OPT's table has two rows that stand for no position.
+    return min([limit, *tables]) if tables and limit else min(tables, default=None)
 
 
 def linear_modules(model: Any) -> dict[str, Any]:
