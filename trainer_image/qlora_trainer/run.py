@@ -30,6 +30,7 @@ from qlora_trainer.storage.snapshots import SourceResolver
 from qlora_trainer.storage.store import Store
 from qlora_trainer.training.async_checkpointer import AsyncCheckpointer
 from qlora_trainer.training.checkpoint_store import CheckpointCallbacks, CheckpointStore
+from qlora_trainer.training.loop import describe_skipped
 from qlora_trainer.training.state import History
 
 
@@ -130,6 +131,8 @@ def _train_and_evaluate(context: RunContext, secrets: Secrets) -> TrainingOutput
     progress.enter_phase(Phase.TRAINING)
     trackers = open_trackers(config, secrets, work, context.sink.note) if world.is_main_process else stages.NO_TRACKERS
     history = stages.train(loop, checkpointer, start, stages.TrainingReporter(progress, trackers), context.stop)
+    for sentence in describe_skipped(history):
+        context.sink.note(sentence)
     progress.enter_phase(Phase.EVALUATING)
     adapter = evaluator.evaluate(trainable)
     check = stages.make_loading_check(trainable, data.held_out, config, settings, folder)

@@ -2,8 +2,10 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
+from typing import Final
 
 import torch
 
@@ -32,6 +34,9 @@ from qlora_trainer.training.state import (
     evaluation_is_due,
     is_finished,
 )
+
+MAX_SKIPPED_STEPS: Final = 20
+"""Steps in a row that fp16 loss scaling may skip: from torch's first scale, 65,536, it halves the scale to 1 in 16."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +118,7 @@ class TrainingLoop:
                     self._train_step(history, callbacks)
                 if self._maybe_checkpoint(callbacks, history, best, stop):
                     raise interrupted_error(len(history.steps))
+        check_trained(history)
         self.engine.load_weights(best)
         return history
 
@@ -122,6 +128,7 @@ class TrainingLoop:
         check_finite(record, scaling=self.settings.dtype == torch.float16)
         callbacks.on_step(record)
         history.add_step(record)
+        check_skipped(history)
         check_divergence(history)
 
     def _evaluate(self, history: History, stop: StopFlag, callbacks: TrainingCallbacks) -> None:
@@ -270,6 +277,51 @@ def check_finite(record: StepRecord, *, scaling: bool) -> None:
         f"step {record.step} has {what} at learning rate {record.learning_rate:.2e}; lower "
         "spec.training.learningRate, or check the dataset",
         record.step,
+    )
+
+
+def check_skipped(history: History) -> None:
+    """Check that fp16 loss scaling has found a scale; gradients that are NaN at every scale train nothing.
+
+    Raises:
+        RunError: NON_FINITE_LOSS.
+
+    """
+    recent = history.steps[-MAX_SKIPPED_STEPS:]
+    skipped = sum(1 for _ in takewhile(_was_skipped, reversed(recent)))
+    if skipped == MAX_SKIPPED_STEPS:
+        raise _untrainable(f"the gradients of the last {skipped} steps were not finite", history)
+
+
+def check_trained(history: History) -> None:
+    """Check that a step changed the weights; without one, the adapter would be published as it started.
+
+    Raises:
+        RunError: NON_FINITE_LOSS.
+
+    """
+    if all(_was_skipped(record) or record.grad_norm == 0 for record in history.steps):
+        raise _untrainable(f"none of {len(history.steps)} steps had finite gradients other than zero", history)
+
+
+def describe_skipped(history: History) -> Iterator[str]:
+    """Yield a log line if fp16 loss scaling skipped steps."""
+    if skipped := sum(map(_was_skipped, history.steps)):
+        yield f"{skipped} of {len(history.steps)} steps were skipped while fp16 loss scaling searched for its scale"
+
+
+def _was_skipped(record: StepRecord) -> bool:
+    """Return whether the optimizer left out a step; only fp16 loss scaling gets here with such a gradient norm."""
+    return not math.isfinite(record.grad_norm)
+
+
+def _untrainable(what: str, history: History) -> RunError:
+    step = history.steps[-1].step if history.steps else None
+    return RunError(
+        Reason.NON_FINITE_LOSS,
+        f"{what}, so nothing is trained; in fp16, which a GPU older than sm_80 computes in, some models overflow: "
+        "choose a GPU with bf16 by spec.resources.gpuProduct, or another model",
+        step,
     )
 
 
