@@ -95,9 +95,34 @@ def _position_limit(model: Any) -> int | None:
 
 
 def linear_modules(model: Any) -> dict[str, Any]:
-    """Return the linear modules of a model by name, without its output layer."""
-    output = model.get_output_embeddings()
-    return {name: module for name, module in model.named_modules() if _is_linear(module) and module is not output}
+    """Return the linear modules of the language model by name, without its output layer."""
+    output, decoder = model.get_output_embeddings(), _decoder_prefix(model)
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if _is_linear(module) and module is not output and name.startswith(decoder)
+    }
+
+
+def other_modalities(model: Any) -> tuple[str, ...]:
+    """Return the parts of a model that are beside its text decoder, such as a vision tower; text never reaches them."""
+    decoder, output = _decoder_prefix(model), model.get_output_embeddings()
+    if not decoder:
+        return ()
+    parent, _, _ = decoder.rstrip(".").rpartition(".")
+    return tuple(
+        f"{parent}.{name}" if parent else name
+        for name, module in model.get_submodule(parent).named_children()
+        if not decoder.startswith(f"{parent}.{name}." if parent else f"{name}.") and module is not output
+    )
+
+
+def _decoder_prefix(model: Any) -> str:
+    """Return the path of the text decoder with a dot at its end; empty for a model that has no other part."""
+    if model.config.get_text_config() is model.config:
+        return ""
+    decoder = model.get_decoder()
+    return next((f"{name}." for name, module in model.named_modules() if module is decoder and name), "")
 
 
 def modules_with_weights(model: Any) -> frozenset[str]:
