@@ -54,6 +54,7 @@ from qlora_trainer.runtime.metrics import METER
 from qlora_trainer.runtime.shutdown import StopFlag
 from qlora_trainer.storage.snapshots import SourceResolver, text_files, weight_files
 from qlora_trainer.storage.store import MODEL_FIELD, Store
+from qlora_trainer.training.agreement import agree_on_settings, check_same_start
 from qlora_trainer.training.async_checkpointer import AsyncCheckpointer
 from qlora_trainer.training.checkpoint_store import CheckpointStore, RunFingerprint
 from qlora_trainer.training.loop import Schedule, TrainingCallbacks, TrainingLoop, make_loop
@@ -102,11 +103,12 @@ def fetch_model(resolver: SourceResolver, config: RunConfig, work: Path) -> Path
     return snapshot.fetch([*text_files(snapshot.files), *weight_files(snapshot.files, MODEL_FIELD)], work)
 
 
-def load_model(config: RunConfig, folder: Path) -> tuple[TrainableModel, RuntimeSettings]:
+def load_model(config: RunConfig, folder: Path, world: World) -> tuple[TrainableModel, RuntimeSettings]:
     """Load the base, attach the adapter or unfreeze all weights, and return the settings with their reasons."""
     spec, plan = config.spec, config.plan
     hardware = observe_hardware(plan.device)
     settings = resolve_runtime_settings(config, hardware, load_text_config(folder))
+    settings = agree_on_settings(world, settings, hardware.name)
     is_full = spec.method == "full"
     dtype = torch.float32 if is_full else settings.dtype
     with LIVENESS.paused():  # transformers calls nothing of ours while it reads weights
@@ -118,7 +120,9 @@ def load_model(config: RunConfig, folder: Path) -> tuple[TrainableModel, Runtime
         settings = settings.without_packing("this architecture carries state from one packed row into the next")
     if is_full:
         return prepare_full_finetune(base, settings), settings
-    return attach_lora(base, spec.lora, spec.training.seed, settings), settings
+    trainable = attach_lora(base, spec.lora, spec.training.seed, settings)
+    check_same_start(world, trainable)
+    return trainable, settings
 
 
 def make_training_loop(

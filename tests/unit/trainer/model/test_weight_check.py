@@ -127,7 +127,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_broken_weights_are_refused_in_preparation(model, tmp_path, case):
+def test_trap_45_broken_weights_are_refused_in_preparation(model, tmp_path, case):
     damage, reason, fragments = BROKEN[case]
     damage(model)
     error = prepare_error(f"file://{model}", tmp_path)
@@ -150,7 +150,7 @@ def test_broken_weights_on_the_hub_are_refused_without_downloading_them(model, t
 
 @pytest.mark.parametrize("bits", [4, 8, 16])
 @pytest.mark.parametrize("case", ["no-embedding", "no-projection", "other-shape"])
-def test_broken_weights_are_never_loaded(model, bits, case):
+def test_trap_44_broken_weights_are_never_loaded(model, bits, case):
     damage, reason, fragments = BROKEN[case]
     damage(model)
     with pytest.raises(RunError) as caught:
@@ -180,7 +180,7 @@ def test_weights_that_are_not_part_of_the_architecture_are_logged(model, tmp_pat
     assert [note for note in notes if "1 weights in the model's files are not part" in note]
 
 
-def test_row_with_a_token_beyond_the_embedding_is_refused(model, tmp_path):
+def test_trap_48_row_with_a_token_beyond_the_embedding_is_refused(model, tmp_path):
     tokenizer = make_tokenizer()
     tokenizer.add_tokens(["<novel>"])
     tokenizer.save_pretrained(model)

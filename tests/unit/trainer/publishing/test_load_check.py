@@ -52,7 +52,7 @@ def test_failed_load_check_reports_exit_code_or_signal(tmp_path, monkeypatch, sc
 
 
 @pytest.mark.parametrize("bits", [4, 8, 16])
-def test_reloaded_adapter_has_the_loss_that_was_measured_in_training(tmp_path, bits):
+def test_trap_47_reloaded_adapter_has_the_loss_of_training(tmp_path, bits):
     """Answers of one token, over many sets of rows: what is averaged over few labels shows each difference."""
     write_model(tmp_path / "model")
     quantization, dtype = QuantizationSpec(bits=bits), torch.bfloat16

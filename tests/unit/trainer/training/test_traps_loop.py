@@ -18,13 +18,8 @@ from qlora_trainer.evaluation.evaluator import compute_metrics
 from qlora_trainer.model import base_model as model_module
 from qlora_trainer.model.base_model import attach_lora, load_base
 from qlora_trainer.runtime.shutdown import StopFlag
-from qlora_trainer.training.loop import (
-    MAX_SKIPPED_STEPS,
-    TrainingLoop,
-    check_finite,
-    check_trained,
-    describe_skipped,
-)
+from qlora_trainer.training.health import MAX_SKIPPED_STEPS, check_finite, check_trained, describe_skipped
+from qlora_trainer.training.loop import TrainingLoop
 from qlora_trainer.training.state import History, TrainingState
 from tests.unit.trainer.tiny import CPU, write_model
 from tests.unit.trainer.tuned import (
@@ -183,7 +178,7 @@ def fp16_loop(folder, steps: int, **training) -> TrainingLoop:
 
 
 @pytest.mark.parametrize("steps", [3, 60])
-def test_fp16_gradients_that_are_never_finite_end_the_run(model_folder, steps):
+def test_trap_42_fp16_gradients_that_are_never_finite_end_the_run(model_folder, steps):
     loop = fp16_loop(model_folder, steps)
     for parameter in loop.trainable.parameters():
         parameter.register_hook(lambda gradient: gradient * math.nan)
@@ -210,7 +205,7 @@ def test_fp16_gradients_that_overflow_at_first_are_trained_and_the_skipped_steps
     ]
 
 
-def test_fp16_run_resumes_from_a_checkpoint_like_an_uninterrupted_one(model_folder):
+def test_trap_43_fp16_run_resumes_like_an_uninterrupted_one(model_folder):
     uninterrupted, first, second = (fp16_loop(model_folder, steps=4) for _ in range(3))
     expected = run_steps(uninterrupted)
     states: list[TrainingState] = []
