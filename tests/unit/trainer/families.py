@@ -48,6 +48,7 @@ FAMILIES: Final[dict[str, Family]] = {
                 "num_attention_heads": 2,
                 "image_size": 56,
                 "patch_size": 14,
+                "vision_use_head": False,  # as in the public models
             },
             "mm_tokens_per_image": 4,
             "boi_token_index": 380,
@@ -68,11 +69,14 @@ FAMILIES: Final[dict[str, Family]] = {
 }
 
 
+def family_config(name: str) -> Any:
+    """The configuration of a tiny model of a family, or of another architecture."""
+    settings = FAMILIES.get(name, Family()).settings
+    # A model of several modalities has the sizes of each in a block of its own.
+    return AutoConfig.for_model(name, **({} if "text_config" in settings else SMALL) | dict(settings))
+
+
 def write_family(name: str, folder: Path) -> None:
     """Write a tiny random model of a family, or of another architecture, with weights in bf16."""
-    family = FAMILIES.get(name, Family())
-    # A model of several modalities has the sizes of each in a block of its own.
-    sizes = {} if "text_config" in family.settings else SMALL
-    config = AutoConfig.for_model(name, **sizes | dict(family.settings))
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(family_config(name), dtype=torch.bfloat16).save_pretrained(folder)
