@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import re
 import threading
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -24,6 +26,8 @@ class Repository:
     """If set, the repository is gated, and this token opens it."""
     status: int | None = None
     """HTTP status for every request, such as 429 or 503."""
+    ranges: bool = True
+    """Whether it answers a request for a part of a file with that part; some proxies send the whole file."""
 
 
 class FakeHub:
@@ -35,6 +39,8 @@ class FakeHub:
     def __init__(self, repositories: Mapping[str, Repository], address: str = "127.0.0.1") -> None:
         self.repositories = dict(repositories)
         self.requests: list[str] = []
+        self.sent: Counter[str] = Counter()
+        """Bytes of each file that were sent."""
         self._server = ThreadingHTTPServer((address, 0), self._make_handler())
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
 
@@ -97,8 +103,17 @@ class FakeHub:
         if content is None:
             _send(request, 404, b"Entry not found", {"X-Error-Code": "EntryNotFound"})
             return
-        etag = hashlib.sha256(content).hexdigest()
-        _send(request, 200, content, {"ETag": f'"{etag}"', "X-Repo-Commit": repository.commit})
+        headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": repository.commit}
+        asked = re.fullmatch(r"bytes=0-(\d+)", request.headers.get("Range", ""))
+        if asked is None or not repository.ranges:
+            self.sent[file] += len(content)
+            _send(request, 200, content, headers)
+        elif not content:
+            _send(request, 416, b"", {"Content-Range": "bytes */0"})
+        else:
+            part = content[: int(asked[1]) + 1]
+            self.sent[file] += len(part)
+            _send(request, 206, part, {**headers, "Content-Range": f"bytes 0-{len(part) - 1}/{len(content)}"})
 
     def _allowed(self, request: BaseHTTPRequestHandler, name: str, revision: str) -> Repository | None:
         """Return the repository, or send the hub's error if it is missing or gated."""

@@ -43,6 +43,6 @@ def prepare_run(spec: QLoRAJobSpec, work: Path) -> PreparedRun:
     data = stages.load_data(output, config, work)
     folder = stages.fetch_model(resolver, config, work)
     world = join_planned_world(config.plan)
-    trainable, settings = stages.load_model(config, folder)
+    trainable, settings = stages.load_model(config, folder, world)
     loop = stages.make_training_loop(trainable, data, config, settings, world)
     return PreparedRun(config, output, folder, data, trainable, settings, world, loop)

@@ -23,6 +23,8 @@ class Accelerator:
     """Node label: how many pods time-slice a GPU; absent, 0 and 1: it is not time-sliced."""
     capability_labels: tuple[str, str]
     """Node labels: major and minor number of the compute capability."""
+    oldest_capability: tuple[int, int]
+    """The oldest GPUs that the trainer's torch has kernels for."""
 
 
 NVIDIA: Final = Accelerator(
@@ -32,6 +34,7 @@ NVIDIA: Final = Accelerator(
     memory_label="nvidia.com/gpu.memory",
     replicas_label="nvidia.com/gpu.replicas",
     capability_labels=("nvidia.com/gpu.compute.major", "nvidia.com/gpu.compute.minor"),
+    oldest_capability=(7, 5),  # torch.cuda.get_arch_list() of the pinned wheel begins with sm_75: no V100, P100 or P40
 )
 """The labels are those of NVIDIA GPU Feature Discovery."""
 ACCELERATORS: Final = (NVIDIA,)

@@ -50,6 +50,7 @@ class Reason(StrEnum):
     IMAGE_PULL_FAILED = "ImagePullFailed"
     POD_REJECTED = "PodRejected"
     ACCELERATOR_MISSING = "AcceleratorMissing"
+    ACCELERATOR_FAILED = "AcceleratorFailed"
     S3_UNAVAILABLE = "S3Unavailable"
     HUB_UNAVAILABLE = "HubUnavailable"
     HUB_RATE_LIMITED = "HubRateLimited"
@@ -559,6 +560,25 @@ REASONS: Final[dict[Reason, ReasonRecord]] = {
             "NVIDIA driver",
             "nvidia-smi",
             "device plugin",
+        ),
+        retry=RetryAction.OTHER_NODE,
+        cluster_fault=True,
+    ),
+    Reason.ACCELERATOR_FAILED: ReasonRecord(
+        sentence="A GPU, its driver or its connection failed.",
+        remedy="Look for Xid messages in the node's kernel log (`dmesg`), and drain the node if they come back.",
+        moments=_TRAINING,
+        background="The hardware reports an uncorrectable memory error, falls off the bus, or ends a kernel; the "
+        "message has CUDA's own words.",
+        topic=Topic.DISRUPTION,
+        also_known_as=(
+            "uncorrectable ECC error",
+            "unspecified launch failure",
+            "GPU is lost",
+            "Xid",
+            "NVLink error",
+            "CUDA error: unknown error",
+            "CUDA-capable device(s) is/are busy or unavailable",
         ),
         retry=RetryAction.OTHER_NODE,
         cluster_fault=True,

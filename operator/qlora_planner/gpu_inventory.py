@@ -88,7 +88,7 @@ def _with_nodes(pool: GpuPool, count: int) -> GpuPool:
 
 
 def _read_node(node: Mapping[str, Any], accelerator: Accelerator) -> GpuPool | None:
-    """Return the GPUs of a node; None if it has none, or no label with their memory."""
+    """Return the GPUs of a node; None if it has none, no label with their memory, or ones too old for the trainer."""
     labels: Mapping[str, str] = node["metadata"].get("labels", {})
     count = int(node.get("status", {}).get("allocatable", {}).get(accelerator.resource, "0"))
     mebibytes = labels.get(accelerator.memory_label, "")
@@ -99,6 +99,8 @@ def _read_node(node: Mapping[str, Any], accelerator: Accelerator) -> GpuPool | N
     major_label, minor_label = accelerator.capability_labels
     major, minor = labels.get(major_label, ""), labels.get(minor_label, "0")
     capability = (int(major), int(minor)) if major.isdigit() and minor.isdigit() else None
+    if capability is not None and capability < accelerator.oldest_capability:
+        return None
     product = labels.get(accelerator.product_label, "")
     return GpuPool(product, int(mebibytes) * MIB, count, 1, capability, accelerator)
 

@@ -51,6 +51,8 @@ SEARCHES: Final = {
     "DiskPressure": Reason.EVICTED,
     "NodeNotReady": Reason.NODE_LOST,
     "No CUDA GPUs are available": Reason.ACCELERATOR_MISSING,
+    "uncorrectable ECC error": Reason.ACCELERATOR_FAILED,
+    "Xid": Reason.ACCELERATOR_FAILED,
     "NaN loss": Reason.NON_FINITE_LOSS,
     "loss diverged": Reason.LOSS_DIVERGED,
     "resume training": Reason.SUSPENDED_BY_USER,

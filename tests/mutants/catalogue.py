@@ -108,7 +108,7 @@ MUTATIONS: Final = (
     ),
     Mutation(
         trap=11,
-        file=f"{_TRAINER}/training/loop.py",
+        file=f"{_TRAINER}/training/health.py",
         old="if gradient is None or (",
         new="if gradient is not None and (",
         test=f"{_TESTS}/model/test_traps_model.py::test_trap_11_missing_gradients_end_the_run",
@@ -173,7 +173,7 @@ MUTATIONS: Final = (
     ),
     Mutation(
         trap=22,
-        file=f"{_TRAINER}/training/loop.py",
+        file=f"{_TRAINER}/training/health.py",
         old="    if math.isfinite(record.loss) and (scaling or",
         new="    if scaling or (math.isfinite(record.loss) and",
         test=f"{_TESTS}/model/test_traps_model.py::test_trap_22_fp16_that_overflows_ends_the_run",
@@ -201,7 +201,7 @@ MUTATIONS: Final = (
     ),
     Mutation(
         trap=26,
-        file=f"{_TRAINER}/training/loop.py",
+        file=f"{_TRAINER}/training/health.py",
         old="    if math.isfinite(record.loss) and (scaling or math.isfinite(record.grad_norm)):\n",
         new="    if scaling or math.isfinite(record.grad_norm):\n",
         test=f"{_TESTS}/training/test_traps_loop.py::test_trap_26_non_finite_loss_ends_the_run_with_its_step",
@@ -278,8 +278,8 @@ MUTATIONS: Final = (
     Mutation(
         trap=36,
         file=f"{_TRAINER}/model/architecture.py",
-        old=" if _is_linear(module) and module is not output}",
-        new=" if _is_linear(module)}",
+        old="if _is_linear(module) and module is not output and name.startswith(decoder)",
+        new="if _is_linear(module) and name.startswith(decoder)",
         test=f"{_TESTS}/model/test_traps_model.py::test_trap_36_output_layer_never_gets_an_adapter",
     ),
     Mutation(
@@ -324,6 +324,66 @@ MUTATIONS: Final = (
         old="            output.put(path, source, if_none_match=True)\n",
         new="            output.put(path, source)\n",
         test=f"{_TESTS}/publishing/test_publish.py::test_trap_41_files_of_an_overwritten_result_are_never_replaced",
+    ),
+    Mutation(
+        trap=42,
+        file=f"{_TRAINER}/training/health.py",
+        old="    if skipped == MAX_SKIPPED_STEPS:\n",
+        new="    if skipped > MAX_SKIPPED_STEPS:\n",
+        test=f"{_TESTS}/training/test_traps_loop.py::test_trap_42_fp16_gradients_that_are_never_finite_end_the_run",
+    ),
+    Mutation(
+        trap=43,
+        file=f"{_TRAINER}/training/engine.py",
+        old="{name: type(fresh[name])(value) for name, value in state.scaler.items()}",
+        new="dict(state.scaler)",
+        test=f"{_TESTS}/training/test_traps_loop.py::test_trap_43_fp16_run_resumes_like_an_uninterrupted_one",
+        fails_with="TypeError",  # torch's: the growth interval must be an int
+    ),
+    Mutation(
+        trap=44,
+        file=f"{_TRAINER}/model/base_model.py",
+        old="    check_weight_files(folder)\n",
+        new="",
+        test=f"{_TESTS}/model/test_weight_check.py::test_trap_44_broken_weights_are_never_loaded",
+    ),
+    Mutation(
+        trap=45,
+        file=f"{_TRAINER}/prepare.py",
+        old="    check_stored_quantization(empty.config, spec)\n",
+        new="",
+        test=f"{_TESTS}/model/test_weight_check.py::test_trap_45_broken_weights_are_refused_in_preparation",
+    ),
+    Mutation(
+        trap=46,
+        file=f"{_TRAINER}/model/adapter.py",
+        old="        exclude_modules=_exclude(other_modalities(base)),\n",
+        new="",
+        test=f"{_TESTS}/model/test_model_families.py::test_family_trains_and_gradient_checkpointing_is_exact",
+        fails_with="RunError",
+    ),
+    Mutation(
+        trap=47,
+        file=f"{_TRAINER}/stages.py",
+        old="return LoadingCheck(task, mean_loss(trainable, rows))",
+        new="from qlora_trainer.evaluation.evaluator import compute_metrics\n"
+        "    with trainable.evaluating():\n"
+        "        return LoadingCheck(task, compute_metrics(trainable, rows, 4, packing=True).loss)",
+        test=f"{_TESTS}/publishing/test_load_check.py::test_trap_47_reloaded_adapter_has_the_loss_of_training",
+    ),
+    Mutation(
+        trap=48,
+        file=f"{_TRAINER}/prepare.py",
+        old="    if tokenized.largest_token >= model.vocabulary:\n",
+        new="    if False:\n",
+        test=f"{_TESTS}/model/test_weight_check.py::test_trap_48_row_with_a_token_beyond_the_embedding_is_refused",
+    ),
+    Mutation(
+        trap=49,
+        file=f"{_TRAINER}/training/agreement.py",
+        old="    if len({choice[1:] for choice in choices}) > 1:\n",
+        new="    if len(choices) < 1:\n",
+        test=f"{_TESTS}/training/test_agreement.py::test_trap_49_processes_that_compute_differently_are_refused",
     ),
 )
 

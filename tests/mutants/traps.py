@@ -44,4 +44,12 @@ TRAPS: Final = {
     39: "two attempts that overlap write the same checkpoint",
     40: "a process that hangs holds its GPU for hours (pytorch's collectives wait for half an hour)",
     41: "a result that is trained again is replaced file by file, so that readers mix two of them",
+    42: "fp16 skips every step, and the untrained adapter is published (unsloth-zoo#866)",
+    43: "the state of the fp16 scaler does not survive JSON, and no run on a T4 resumes",
+    44: "weights that are in no file are random, and the whole run trains on them (sglang#32279)",
+    45: "a base that its publisher quantized, cut off or copied in part is found on the GPU (unsloth#39)",
+    46: "the adapter is on a vision tower, which gets no gradient from text (axolotl#3500)",
+    47: "8-bit layers and bf16 kernels compute rows in one pass another way than alone (bitsandbytes#28)",
+    48: "a token or a position beyond the model's table is a device-side assertion (unsloth#237)",
+    49: "processes on different GPUs train in different dtypes, and their gradients are summed",
 }

@@ -1,8 +1,35 @@
 """RunError, the exception for failures that somebody can act on, and the conversion of all others to it."""
 
 import traceback
+from typing import Final
 
 from qlora_api.reasons import Reason
+
+_OUT_OF_GPU_MEMORY: Final = (
+    "cuda error: out of memory",
+    "cuda out of memory",
+    "cublas_status_alloc_failed",
+    "cuda failure 2 ",
+    "cudaerrormemoryallocation",
+)
+"""What CUDA, cuBLAS and NCCL say where torch raises no OutOfMemoryError; error 2 is cudaErrorMemoryAllocation."""
+_GPU_FAILURES: Final = (
+    "uncorrectable ecc error",
+    "uncorrectable nvlink error",
+    "unspecified launch failure",
+    "hardware stack error",
+    "device(s) is/are busy or unavailable",
+    "gpu is lost",
+    "gpu has fallen off the bus",
+    "nvml_error_gpu_is_lost",
+    "cuda error: unknown error",
+    "cuda error: initialization error",
+    "cuda driver initialization failed",
+    "cuda unknown error",
+    "the launch timed out and was terminated",
+    "system not yet initialized",
+)
+"""CUDA's messages about a fault of one GPU or node, which other GPUs do not have (CUDA runtime API, cudaError_t)."""
 
 
 class RunError(Exception):
@@ -19,11 +46,14 @@ def as_run_error(error: BaseException) -> RunError:
     """Convert the exception that ended a run to a RunError; an unexpected one becomes TrainerError."""
     if isinstance(error, RunError):
         return error
+    said = str(error).lower()
     # By name, so that explaining a failure never imports torch.
-    if type(error).__name__ == "OutOfMemoryError":
+    if type(error).__name__ == "OutOfMemoryError" or any(words in said for words in _OUT_OF_GPU_MEMORY):
         return RunError(Reason.CUDA_OUT_OF_MEMORY, f"spec.training.microBatchSize or maxLength is too high: {error}")
     if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
         return RunError(Reason.HOST_OUT_OF_MEMORY, f"spec.resources.memory is too low: {str(error) or 'MemoryError'}")
+    if any(words in said for words in _GPU_FAILURES):
+        return RunError(Reason.ACCELERATOR_FAILED, f"{type(error).__name__}: {str(error).splitlines()[0]}")
     if _is_collective_failure(error):
         return RunError(Reason.COLLECTIVE_TIMEOUT, f"{type(error).__name__}: {str(error).splitlines()[0]}")
     frames = traceback.extract_tb(error.__traceback__)

@@ -1,9 +1,11 @@
 """Checks everything about a run that needs no GPU, the cheapest check first, and tokenizes its rows."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from sys import maxsize
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
@@ -38,6 +40,7 @@ from qlora_trainer.storage.results import (
     update_latest,
     with_merged,
 )
+from qlora_trainer.storage.safetensors_headers import check_shards, fetch_headers
 from qlora_trainer.storage.snapshots import Snapshot, SourceResolver, text_files, weight_files
 from qlora_trainer.storage.store import MODEL_FIELD, Store
 
@@ -67,6 +70,8 @@ def prepare(
         note(sentence)
     tasks = check_benchmarks(spec, resolver, work, note)
     with tokenize_rows(spec, dataset, rows, model.tokenizer, work) as tokenized:
+        for sentence in check_rows_fit(model, tokenized):
+            note(sentence)
         for sentence in describe_lengths(tokenized.status, spec.training):
             note(sentence)
         for sentence in preview_rows(tokenized, model.tokenizer):
@@ -112,13 +117,19 @@ class InspectedModel:
     tokenizer: Any
     adapter: Mapping[str, Any]
     """spec.lora resolved for this model; empty with method full."""
+    vocabulary: int
+    """Rows of the embedding: every token id is below it."""
+    positions: int | None
+    """Tokens of the longest row that its table of positions allows; None if positions are computed."""
+    trained_positions: int
+    """Tokens of the longest row that it was pretrained on."""
     sentences: tuple[str, ...]
     """Log lines about the model."""
 
 
 def inspect_model(spec: QLoRAJobSpec, snapshot: Snapshot, work: Path) -> InspectedModel:
     """Return the model's facts from its small files, without its weights."""
-    weight_files(snapshot.files, MODEL_FIELD)
+    weights = weight_files(snapshot.files, MODEL_FIELD)
     if "config.json" not in snapshot.files:
         raise RunError(
             Reason.MODEL_UNSUPPORTED, "spec.model.uri: no config.json; use a model in the Hugging Face format"
@@ -128,10 +139,16 @@ def inspect_model(spec: QLoRAJobSpec, snapshot: Snapshot, work: Path) -> Inspect
     from qlora_trainer.model.adapter import resolve_adapter  # noqa: PLC0415
     from qlora_trainer.model.architecture import build_empty, describe, load_tokenizer  # noqa: PLC0415
     from qlora_trainer.model.full_finetune import check_parameter_limit  # noqa: PLC0415
-    from qlora_trainer.model.quantization import check_quantizable, describe_quantizable  # noqa: PLC0415
+    from qlora_trainer.model.quantization import (  # noqa: PLC0415
+        check_quantizable,
+        check_stored_quantization,
+        describe_quantizable,
+    )
     from qlora_trainer.model.target_modules import check_modules  # noqa: PLC0415
 
     empty, bits = build_empty(folder), spec.quantization.bits
+    check_stored_quantization(empty.config, spec)
+    unused = check_weights(snapshot, folder, weights, work)
     architecture = describe(empty)
     check_quantizable(architecture.name, architecture.quantizable, bits)
     if spec.method == "full":
@@ -147,8 +164,53 @@ def inspect_model(spec: QLoRAJobSpec, snapshot: Snapshot, work: Path) -> Inspect
         config=reduce_config(json.loads((folder / "config.json").read_text())),
     )
     size = f"{architecture.name} with {architecture.parameters:,} weights"
-    sentences = (size, *describe_quantizable(architecture.quantizable, bits))
-    return InspectedModel(status, load_tokenizer(folder), adapter, sentences)
+    return InspectedModel(
+        status,
+        load_tokenizer(folder),
+        adapter,
+        vocabulary=architecture.vocabulary,
+        positions=architecture.positions,
+        trained_positions=getattr(empty.config.get_text_config(), "max_position_embeddings", None) or maxsize,
+        sentences=(size, *unused, *describe_quantizable(architecture.quantizable, bits)),
+    )
+
+
+def check_weights(snapshot: Snapshot, texts: Path, names: Sequence[str], work: Path) -> tuple[str, ...]:
+    """Check all weights by the headers of their files, and return log lines; no weight is downloaded."""
+    from qlora_trainer.model.weight_check import check_weight_files  # noqa: PLC0415 (as above)
+
+    check_shards(texts, snapshot.files, MODEL_FIELD)
+    work.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=work) as folder:
+        for name in text_files(snapshot.files):
+            Path(folder, name).symlink_to((texts / name).absolute())
+        fetch_headers(snapshot, names, Path(folder), MODEL_FIELD)
+        return check_weight_files(Path(folder))
+
+
+def check_rows_fit(model: InspectedModel, tokenized: "TokenizedDataset") -> Iterator[str]:
+    """Check that the model has an embedding and a position for every token of the rows; yield a log line.
+
+    On a GPU a missing one ends the run with a device-side assertion that names neither.
+    """
+    if tokenized.largest_token >= model.vocabulary:
+        raise RunError(
+            Reason.MODEL_UNSUPPORTED,
+            f"spec.model.uri: a row has the token id {tokenized.largest_token}, and the model's embedding has "
+            f"{model.vocabulary} rows, so its tokenizer has more tokens than the model; use the tokenizer that the "
+            "model was published with, or resize the embedding",
+        )
+    if model.positions is not None and tokenized.longest_row > model.positions:
+        raise RunError(
+            Reason.MODEL_UNSUPPORTED,
+            f"spec.training.maxLength: the longest row has {tokenized.longest_row} tokens, and the model has "
+            f"{model.positions} positions; set maxLength to {model.positions}",
+        )
+    if tokenized.longest_row > model.trained_positions:
+        yield (
+            f"the longest row has {tokenized.longest_row:,} tokens, more than the {model.trained_positions:,} that the "
+            "model was pretrained on (max_position_embeddings); lower spec.training.maxLength unless that is intended"
+        )
 
 
 def tokenize_rows(

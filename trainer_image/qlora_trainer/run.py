@@ -30,6 +30,7 @@ from qlora_trainer.storage.snapshots import SourceResolver
 from qlora_trainer.storage.store import Store
 from qlora_trainer.training.async_checkpointer import AsyncCheckpointer
 from qlora_trainer.training.checkpoint_store import CheckpointCallbacks, CheckpointStore
+from qlora_trainer.training.health import describe_skipped
 from qlora_trainer.training.state import History
 
 
@@ -110,7 +111,7 @@ def _train_and_evaluate(context: RunContext, secrets: Secrets) -> TrainingOutput
         folder = stages.fetch_model(context.resolver, config, work)
         tokenizer = load_tokenizer(folder, config.spec.dataset.chat_template)
         benchmark_suite = stages.load_benchmark_suite(context.resolver, context.output, tokenizer, config, work)
-    trainable, settings = stages.load_model(config, folder)
+    trainable, settings = stages.load_model(config, folder, world)
     evaluator = stages.make_evaluator(data, tokenizer, config, settings, benchmark_suite, world)
     loop = stages.make_training_loop(trainable, data, config, settings, world)
     fingerprint = stages.make_fingerprint(config, data, settings, world)
@@ -130,6 +131,8 @@ def _train_and_evaluate(context: RunContext, secrets: Secrets) -> TrainingOutput
     progress.enter_phase(Phase.TRAINING)
     trackers = open_trackers(config, secrets, work, context.sink.note) if world.is_main_process else stages.NO_TRACKERS
     history = stages.train(loop, checkpointer, start, stages.TrainingReporter(progress, trackers), context.stop)
+    for sentence in describe_skipped(history):
+        context.sink.note(sentence)
     progress.enter_phase(Phase.EVALUATING)
     adapter = evaluator.evaluate(trainable)
     check = stages.make_loading_check(trainable, data.held_out, config, settings, folder)

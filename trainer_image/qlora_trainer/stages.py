@@ -20,13 +20,11 @@ from qlora_api.report import (
 )
 from qlora_api.result import Result
 from qlora_api.runconfig import RunConfig
-from qlora_api.v1alpha1 import Metrics
 from qlora_trainer.data import shards
 from qlora_trainer.data.preview import preview, shown_rows
 from qlora_trainer.data.tokenization import TokenRow
 from qlora_trainer.distributed.world import World
 from qlora_trainer.errors import RunError
-from qlora_trainer.evaluation import evaluator
 from qlora_trainer.evaluation.evaluator import Evaluator
 from qlora_trainer.evaluation.lm_eval_tasks import BenchmarkSuite, load_benchmarks
 from qlora_trainer.model.base_model import (
@@ -43,13 +41,20 @@ from qlora_trainer.model.runtime_settings import RuntimeSettings, resolve_runtim
 from qlora_trainer.observability.progress_tracker import ProgressTracker
 from qlora_trainer.observability.trackers import Trackers
 from qlora_trainer.publishing.gate import check_gate, describe_rejected, find_violations
-from qlora_trainer.publishing.load_check import CHECKED_ROWS, LoadingTask, load_in_fresh_process, rows_of_task
+from qlora_trainer.publishing.load_check import (
+    CHECKED_ROWS,
+    LoadingTask,
+    load_in_fresh_process,
+    mean_loss,
+    rows_of_task,
+)
 from qlora_trainer.publishing.publish import WEIGHTS_FOLDER, upload_rejected, write_weights
 from qlora_trainer.runtime.liveness import LIVENESS
 from qlora_trainer.runtime.metrics import METER
 from qlora_trainer.runtime.shutdown import StopFlag
 from qlora_trainer.storage.snapshots import SourceResolver, text_files, weight_files
 from qlora_trainer.storage.store import MODEL_FIELD, Store
+from qlora_trainer.training.agreement import agree_on_settings, check_same_start
 from qlora_trainer.training.async_checkpointer import AsyncCheckpointer
 from qlora_trainer.training.checkpoint_store import CheckpointStore, RunFingerprint
 from qlora_trainer.training.loop import Schedule, TrainingCallbacks, TrainingLoop, make_loop
@@ -98,11 +103,12 @@ def fetch_model(resolver: SourceResolver, config: RunConfig, work: Path) -> Path
     return snapshot.fetch([*text_files(snapshot.files), *weight_files(snapshot.files, MODEL_FIELD)], work)
 
 
-def load_model(config: RunConfig, folder: Path) -> tuple[TrainableModel, RuntimeSettings]:
+def load_model(config: RunConfig, folder: Path, world: World) -> tuple[TrainableModel, RuntimeSettings]:
     """Load the base, attach the adapter or unfreeze all weights, and return the settings with their reasons."""
     spec, plan = config.spec, config.plan
     hardware = observe_hardware(plan.device)
     settings = resolve_runtime_settings(config, hardware, load_text_config(folder))
+    settings = agree_on_settings(world, settings, hardware.name)
     is_full = spec.method == "full"
     dtype = torch.float32 if is_full else settings.dtype
     with LIVENESS.paused():  # transformers calls nothing of ours while it reads weights
@@ -114,15 +120,9 @@ def load_model(config: RunConfig, folder: Path) -> tuple[TrainableModel, Runtime
         settings = settings.without_packing("this architecture carries state from one packed row into the next")
     if is_full:
         return prepare_full_finetune(base, settings), settings
-    return attach_lora(base, spec.lora, spec.training.seed, settings), settings
-
-
-def evaluate_held_out(
-    trainable: TrainableModel, rows: Sequence[TokenRow], config: RunConfig, settings: RuntimeSettings
-) -> Metrics:
-    """Evaluate the model in its current state on held-out rows."""
-    with trainable.evaluating():
-        return evaluator.compute_metrics(trainable, rows, config.plan.micro_batch_size, packing=settings.packing)
+    trainable = attach_lora(base, spec.lora, spec.training.seed, settings)
+    check_same_start(world, trainable)
+    return trainable, settings
 
 
 def make_training_loop(
@@ -293,7 +293,7 @@ def make_loading_check(
         attention=settings.attention,
         rows=rows_of_task(rows),
     )
-    return LoadingCheck(task, evaluate_held_out(trainable, rows, config, settings).loss)
+    return LoadingCheck(task, mean_loss(trainable, rows))
 
 
 def check_loadable(check: LoadingCheck, files: Path) -> None:

@@ -151,7 +151,7 @@ class ModelShape:
     supports_packing: bool = True
     """Rows can be packed; if their attention would mix, the trainer pads them instead."""
     vision_tower: Block | None = None
-    """Layers that text does not pass through, but which are loaded and get adapters like the others."""
+    """Layers that text does not pass through: they are loaded and quantized like the others, but get no adapter."""
 
     @property
     def layers(self) -> int:
@@ -180,8 +180,7 @@ class ModelShape:
 
     def named_linears(self) -> Iterator[tuple[str, Linear]]:
         """Yield the linear layers that can have an adapter, with their full paths."""
-        for block in self.blocks:
-            yield from block.named_linears()
+        yield from self.decoder.named_linears()
 
     def named_modules(self) -> Iterator[tuple[str, int]]:
         """Yield every module with parameters, with its full path and their number; a tied weight twice."""

@@ -57,6 +57,12 @@ def test_existing_object_is_not_overwritten_and_no_parts_remain(store: S3Store, 
     assert pending_uploads(store) == []
 
 
+@pytest.mark.parametrize("size", [0, 5, 100, 1000])
+def test_start_of_an_object_is_read_with_its_size(store: S3Store, size: int) -> None:
+    store.put("model.safetensors", bytes(size))
+    assert store.read_start("model.safetensors", 100) == (bytes(min(size, 100)), size)
+
+
 class TruncatingHandler(BaseHTTPRequestHandler):
     """Announces ten bytes, and sends only four in the first `truncations` responses."""
 

@@ -15,12 +15,14 @@ def make_node(
     memory: str | None = "23028",
     gpus: str | None = "1",
     replicas: str = "1",
+    capability: tuple[int, int] = (8, 6),
     **spec: Any,
 ) -> dict[str, Any]:
     """A node with GPUs; labels as gpu-feature-discovery writes them."""
-    labels = {"nvidia.com/gpu.product": product, "nvidia.com/gpu.compute.major": "8", "zone": "a"}
+    major, minor = capability
+    labels = {"nvidia.com/gpu.product": product, "nvidia.com/gpu.compute.major": f"{major}", "zone": "a"}
     labels |= {"nvidia.com/gpu.replicas": replicas}
-    labels |= {"nvidia.com/gpu.compute.minor": "6"} | ({"nvidia.com/gpu.memory": memory} if memory else {})
+    labels |= {"nvidia.com/gpu.compute.minor": f"{minor}"} | ({"nvidia.com/gpu.memory": memory} if memory else {})
     allocatable = {"cpu": "8"} | ({"nvidia.com/gpu": gpus} if gpus else {})
     return {"metadata": {"name": "n", "labels": labels}, "spec": spec, "status": {"allocatable": allocatable}}
 
@@ -44,6 +46,7 @@ def test_equal_nodes_are_pooled_smallest_first() -> None:
         pytest.param(make_node(gpus="0"), id="all-unhealthy"),
         pytest.param(make_node(memory=None), id="memory-unknown"),
         pytest.param(make_node(unschedulable=True), id="cordoned"),
+        pytest.param(make_node("Tesla-V100-SXM2-16GB", "16384", capability=(7, 0)), id="too-old-for-torch"),
         pytest.param(make_node(replicas="4", gpus="4"), id="sliced-by-time"),
         pytest.param(make_node(taints=[{"key": "team", "value": "b", "effect": "NoSchedule"}]), id="tainted"),
         pytest.param({"metadata": {"name": "n"}, "status": {"allocatable": {"cpu": "8"}}}, id="no-gpus"),

@@ -37,6 +37,25 @@ FAMILIES: Final[dict[str, Family]] = {
         {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8}, attention="eager", plain_head=False
     ),
     "gemma3_text": Family({"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8}),
+    # Its vision tower has linear modules of the same names, which text never reaches.
+    "gemma3": Family(
+        {
+            "text_config": SMALL | {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8},
+            "vision_config": {
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "image_size": 56,
+                "patch_size": 14,
+                "vision_use_head": False,  # as in the public models
+            },
+            "mm_tokens_per_image": 4,
+            "boi_token_index": 380,
+            "eoi_token_index": 381,
+            "image_token_index": 382,
+        }
+    ),
     "phi": Family(linears=frozenset({"q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"})),
     "phi3": Family(linears=frozenset({"qkv_proj", "o_proj", "gate_up_proj", "down_proj"})),
     "gpt_neox": Family(linears=frozenset({"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"})),
@@ -50,9 +69,14 @@ FAMILIES: Final[dict[str, Family]] = {
 }
 
 
+def family_config(name: str) -> Any:
+    """The configuration of a tiny model of a family, or of another architecture."""
+    settings = FAMILIES.get(name, Family()).settings
+    # A model of several modalities has the sizes of each in a block of its own.
+    return AutoConfig.for_model(name, **({} if "text_config" in settings else SMALL) | dict(settings))
+
+
 def write_family(name: str, folder: Path) -> None:
     """Write a tiny random model of a family, or of another architecture, with weights in bf16."""
-    family = FAMILIES.get(name, Family())
-    config = AutoConfig.for_model(name, **SMALL | dict(family.settings))
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(family_config(name), dtype=torch.bfloat16).save_pretrained(folder)

@@ -252,7 +252,15 @@ def test_hub_model_is_pinned_without_downloading_weights(uris, tmp_path, model_f
         config = prepare_config(make_spec(HUB_MODEL, *uris[1:]), platform=Platform(hub_endpoint=hub.endpoint))
         prepared = prepare(config, work=tmp_path / "work")
     assert prepared.model.commit == COMMIT
-    assert not [request for request in hub.requests if "safetensors" in request]
+    weights = (model_folder / "model.safetensors").stat().st_size
+    assert 0 < hub.sent["model.safetensors"] < weights, "only the header is requested"
+
+
+def test_hub_without_ranges_gives_the_same_result(uris, tmp_path, model_folder):
+    """A proxy that ignores the Range header sends whole files, of which only the header is read."""
+    with FakeHub({"org/tiny": repository(model_folder, ranges=False)}) as hub:
+        config = prepare_config(make_spec(HUB_MODEL, *uris[1:]), platform=Platform(hub_endpoint=hub.endpoint))
+        assert prepare(config, work=tmp_path / "work").model.commit == COMMIT
 
 
 @pytest.mark.parametrize(

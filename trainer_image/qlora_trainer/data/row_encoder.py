@@ -74,6 +74,10 @@ class RowCounts:
     dropped: int = 0
     lengths: "array[int]" = field(default_factory=lambda: array("I"))
     """Tokens of each row before truncation."""
+    longest: int = 0
+    """Tokens of the longest row that is kept, after truncation."""
+    largest_token: int = 0
+    """The largest token id in the rows that are kept."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,8 @@ class LengthPolicy:
             return None
         counts.rows += times
         counts.tokens += times * len(row.input_ids)
+        counts.longest = max(counts.longest, len(row.input_ids))
+        counts.largest_token = max(counts.largest_token, *row.input_ids)
         return row
 
     def raise_if_refused(self) -> None:

@@ -29,6 +29,10 @@ class TokenizedDataset:
     status: DataStatus
     digest: str
     """SHA-256 of the token rows of both splits: the result of all settings that affect the data."""
+    longest_row: int
+    """Tokens of the longest row, after truncation."""
+    largest_token: int
+    """The largest token id of any row."""
 
     @property
     def training_file(self) -> Path:
@@ -70,7 +74,14 @@ def tokenize_dataset(
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-    return TokenizedDataset(folder, _describe(dataset, scan, counts), digest)
+    splits = (counts.training, counts.held_out)
+    return TokenizedDataset(
+        folder,
+        _describe(dataset, scan, counts),
+        digest,
+        longest_row=max(split.longest for split in splits),
+        largest_token=max(split.largest_token for split in splits),
+    )
 
 
 def _write(  # noqa: PLR0913, PLR0917 (source, transformation and target of the rows)

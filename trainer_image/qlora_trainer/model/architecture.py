@@ -1,10 +1,11 @@
 """Class, parameters and modules of a model, from its configuration; no weights are loaded."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 import transformers
@@ -13,6 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from qlora_api.reasons import Reason
 from qlora_trainer.errors import RunError
 from qlora_trainer.model.quantization import QuantizableWeights, count_quantizable
+
+_POSITION_TABLE: Final = re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings?|pos_encoding)(\.weight)?$")
+"""Names of tables of positions in transformers."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,10 @@ class Architecture:
     tied: frozenset[str]
     """Names of the embedding and the output layer if their weights are tied."""
     quantizable: QuantizableWeights
+    vocabulary: int
+    """Rows of the embedding: every token id is below it."""
+    positions: int | None
+    """Tokens of the longest row that learned or tabulated positions allow; None if positions are computed."""
 
 
 def load_architecture(folder: Path, field: str = "spec.model.uri") -> Architecture:
@@ -70,13 +78,52 @@ def describe(model: Any) -> Architecture:
         modules_with_weights=modules_with_weights(model),
         tied=frozenset(name for name, module in modules.items() if tied and module in {output, embedding}),
         quantizable=count_quantizable(model),
+        vocabulary=embedding.weight.shape[0],
+        positions=_position_limit(model),
     )
 
 
+def _position_limit(model: Any) -> int | None:
+    """Return the rows of the smallest table of positions, of learned ones (GPT-2, OPT) or computed ones (GPT-J)."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    tables = [
+        tensor.shape[0]
+        for name, tensor in (*model.named_parameters(), *model.named_buffers())
+        if tensor.dim() == 2 and _POSITION_TABLE.search(name)
+    ]
+    # OPT's table has two rows that stand for no position.
+    return min([limit, *tables]) if tables and limit else min(tables, default=None)
+
+
 def linear_modules(model: Any) -> dict[str, Any]:
-    """Return the linear modules of a model by name, without its output layer."""
-    output = model.get_output_embeddings()
-    return {name: module for name, module in model.named_modules() if _is_linear(module) and module is not output}
+    """Return the linear modules of the language model by name, without its output layer."""
+    output, decoder = model.get_output_embeddings(), _decoder_prefix(model)
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if _is_linear(module) and module is not output and name.startswith(decoder)
+    }
+
+
+def other_modalities(model: Any) -> tuple[str, ...]:
+    """Return the parts of a model that are beside its text decoder, such as a vision tower; text never reaches them."""
+    decoder, output = _decoder_prefix(model), model.get_output_embeddings()
+    if not decoder:
+        return ()
+    parent, _, _ = decoder.rstrip(".").rpartition(".")
+    return tuple(
+        f"{parent}.{name}" if parent else name
+        for name, module in model.get_submodule(parent).named_children()
+        if not decoder.startswith(f"{parent}.{name}." if parent else f"{name}.") and module is not output
+    )
+
+
+def _decoder_prefix(model: Any) -> str:
+    """Return the path of the text decoder with a dot at its end; empty for a model that has no other part."""
+    if model.config.get_text_config() is model.config:
+        return ""
+    decoder = model.get_decoder()
+    return next((f"{name}." for name, module in model.named_modules() if module is decoder and name), "")
 
 
 def modules_with_weights(model: Any) -> frozenset[str]:

@@ -25,6 +25,7 @@ from qlora_trainer.model.loss import (
 )
 from qlora_trainer.model.runtime_settings import RuntimeSettings
 from qlora_trainer.model.unpacked_attention import use_unpacked_sdpa
+from qlora_trainer.model.weight_check import check_loaded, check_weight_files, is_quantized
 
 _PACKING_TOLERANCE: Final = 0.05
 """Relative distance that 16-bit rounding explains; rows that attend to each other are far above (0.3 and more)."""
@@ -137,17 +138,28 @@ def load_text_config(folder: Path) -> Any:
 def load_base(
     folder: Path, quantization: QuantizationSpec, dtype: torch.dtype, attention: str, device: DeviceName
 ) -> Any:
-    """Load the base from safetensors and quantize it while loading; code of its repository is never run."""
-    model = AutoModelForCausalLM.from_pretrained(
+    """Load the base from safetensors and quantize it while loading; code of its repository is never run.
+
+    Raises:
+        RunError: MODEL_UNSUPPORTED if weights are missing or have another shape.
+
+    """
+    check_weight_files(folder)
+    # Weights that are stored quantized are loaded by the configuration that they were stored with.
+    stored = is_quantized(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+    quantizer = {} if stored else {"quantization_config": quantization_config(quantization, dtype)}
+    model, found = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=dtype,
-        quantization_config=quantization_config(quantization, dtype),
         attn_implementation=attention,
         device_map={"": torch_device(device)},
         use_safetensors=True,
         trust_remote_code=False,
         local_files_only=True,
+        output_loading_info=True,
+        **quantizer,
     )
+    check_loaded(found)
     disable_weight_repacking(model)
     use_unpacked_sdpa(model)
     # prepare_model_for_kbit_training would cast embeddings and output layer to fp32: gigabytes, no gain (peft#816).

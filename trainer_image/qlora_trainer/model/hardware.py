@@ -1,5 +1,6 @@
 """Hardware detection, done once so that all decisions are pure functions."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -46,10 +47,41 @@ def observe_hardware(device: DeviceName) -> Hardware:
             "plugin",
         )
     capability = torch.cuda.get_device_capability()
+    check_kernels(capability, torch.cuda.get_arch_list(), torch.cuda.get_device_name())
     free, _ = torch.cuda.mem_get_info()
     return Hardware(
         device, capability, capability >= (8, 0), free, torch.cuda.get_device_name(), _has_flash_attention()
     )
+
+
+def check_kernels(capability: tuple[int, int], architectures: Sequence[str], name: str) -> None:
+    """Check that torch has kernels for a GPU; its own error, "no kernel image", comes with the first operation.
+
+    Args:
+        capability: Compute capability of the GPU.
+        architectures: What torch was compiled for: sm_75, which also runs on later minor versions, or compute_90, which
+            also runs on everything later.
+        name: The GPU's name, for the message.
+
+    Raises:
+        RunError: ACCELERATOR_MISSING, which another node can cure.
+
+    """
+    if not any(_runs_on(architecture, capability) for architecture in architectures):
+        raise RunError(
+            Reason.ACCELERATOR_MISSING,
+            f"the GPU of this node, {name} (sm_{capability[0]}{capability[1]}), is none that the trainer's torch has "
+            f"kernels for ({', '.join(architectures)}); name another one in spec.resources.gpuProduct",
+        )
+
+
+def _runs_on(architecture: str, capability: tuple[int, int]) -> bool:
+    """Return whether code compiled for an architecture runs on a GPU; sm_90a is for features that only it has."""
+    kind, _, number = architecture.partition("_")
+    compiled = (int(number.rstrip("af")[:-1]), int(number.rstrip("af")[-1]))
+    if kind == "compute":
+        return compiled <= capability
+    return compiled[0] == capability[0] and compiled[1] <= capability[1]
 
 
 def _has_flash_attention() -> bool:

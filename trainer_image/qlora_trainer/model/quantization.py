@@ -1,6 +1,6 @@
 """How much of a model bitsandbytes can quantize, computed without weights: it supports linear layers only."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -10,6 +10,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from qlora_api.reasons import Reason
 from qlora_api.units import GIB
+from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer.errors import RunError
 
 _MIN_QUANTIZED_SHARE: Final = 0.5
@@ -55,6 +56,50 @@ def check_quantizable(name: str, found: QuantizableWeights, bits: int) -> None:
             "all weights stay in 16 bits; set spec.method to lora and spec.quantization.bits to 16, or choose another "
             "model",
         )
+
+
+def check_stored_quantization(config: Any, spec: QLoRAJobSpec) -> None:
+    """Check that a base whose publisher stored it quantized can be trained as the spec says.
+
+    Args:
+        config: The model's configuration; transformers loads by its `quantization_config`, whatever the spec says.
+        spec: The run.
+
+    Raises:
+        RunError: MODEL_UNSUPPORTED.
+
+    """
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        return
+    settings = stored if isinstance(stored, Mapping) else stored.to_dict()
+    bits = _bitsandbytes_bits(settings)
+    original = "use the repository with the original weights, which this one was made from"
+    if bits is None:
+        raise RunError(
+            Reason.MODEL_UNSUPPORTED,
+            f"spec.model.uri: its weights are stored quantized ({settings.get('quant_method', 'unknown method')}), "
+            f"and an adapter can be trained on 16-bit weights, or on those that bitsandbytes quantized; {original}",
+        )
+    if spec.method == "full" or spec.quantization.bits != bits:
+        raise RunError(
+            Reason.MODEL_UNSUPPORTED,
+            f"spec.quantization.bits: the model's weights are already stored in {bits} bits by bitsandbytes; set "
+            f"spec.method to qlora and bits to {bits}, or {original}",
+        )
+    if spec.output.merged != "none":
+        raise RunError(
+            Reason.MODEL_UNSUPPORTED,
+            f"spec.output.merged: an adapter is merged into 16-bit weights, and the model's are stored in {bits} bits; "
+            f"remove it, or {original}",
+        )
+
+
+def _bitsandbytes_bits(settings: Mapping[str, Any]) -> int | None:
+    """Return the bits of weights that bitsandbytes stored; None for other methods."""
+    if settings.get("quant_method") != "bitsandbytes":
+        return None
+    return 4 if settings.get("load_in_4bit") else 8 if settings.get("load_in_8bit") else None
 
 
 def describe_quantizable(found: QuantizableWeights, bits: int) -> Iterator[str]:

@@ -48,6 +48,10 @@ class RuntimeSettings:
         """Return the settings for a model that does not support packing."""
         return replace(self, packing=False, reasons=self.reasons | {"packing": f"off: {reason}"})
 
+    def with_gradient_checkpointing(self, reason: str) -> "RuntimeSettings":
+        """Return the settings for a process that another one needs to recompute activations with it."""
+        return replace(self, gradient_checkpointing=True, reasons=self.reasons | {"gradient checkpointing": reason})
+
 
 def resolve_runtime_settings(config: RunConfig, hardware: Hardware, model: Any) -> RuntimeSettings:
     """Resolve all settings from the model's configuration, before its weights are loaded."""

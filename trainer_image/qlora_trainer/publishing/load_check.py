@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final, TypeAlias
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 from qlora_api.accelerators import DeviceName
 from qlora_api.base import ApiModel
@@ -19,10 +19,13 @@ from qlora_api.v1alpha1 import QuantizationSpec
 from qlora_trainer.data.tokenization import Span, TokenRow
 from qlora_trainer.errors import RunError
 
+if TYPE_CHECKING:
+    from qlora_trainer.model.base_model import TrainableModel
+
 CHECKED_ROWS: Final = 4
 """Held-out rows whose loss is compared: enough to distinguish a trained adapter from an empty one."""
 _TOLERANCE: Final = 0.02
-"""Nats per token; reloading changes only the rounding."""
+"""Nats per token. Both sides compute the same passes, so that only what was saved can differ."""
 _TIMEOUT_SECONDS: Final = 1800.0
 _WITHHELD: Final = ("AWS_", "HF_TOKEN", "KUBEFLOW_")
 """Prefixes of environment variables that are not passed to the process: it needs no network access."""
@@ -83,12 +86,23 @@ def describe_exit(code: int) -> str:
     return f"was killed by {name}, which usually means out of memory" if name == "SIGKILL" else f"was killed by {name}"
 
 
+def mean_loss(trainable: "TrainableModel", rows: Sequence[TokenRow]) -> float:
+    """Return the mean loss per label in nats, with each row in a pass of its own.
+
+    Training and fresh process both compute it so: 8-bit layers choose the columns that they keep in 16 bits over all
+    rows of a pass (bitsandbytes#28), and bf16 kernels round by the shape of a pass.
+    """
+    from qlora_trainer.evaluation.evaluator import compute_metrics  # noqa: PLC0415 (the fresh process imports late)
+
+    with trainable.evaluating():
+        return compute_metrics(trainable, rows, micro_batch_size=1, packing=False).loss
+
+
 def compute_loss(task: LoadingTask, adapter: Path) -> float:
     """Load the result with the public API of peft or transformers, and return the mean loss on the rows."""
     import torch  # noqa: PLC0415 (the parent imports this module as well)
     from peft import PeftModel  # noqa: PLC0415
 
-    from qlora_trainer.evaluation.evaluator import compute_metrics  # noqa: PLC0415
     from qlora_trainer.model.base_model import TrainableModel, head_is_plain, load_base  # noqa: PLC0415
 
     dtype, is_full = getattr(torch, task.dtype), task.method == "full"
@@ -98,9 +112,7 @@ def compute_loss(task: LoadingTask, adapter: Path) -> float:
     peft = base if is_full else PeftModel.from_pretrained(base, adapter)
     model = base if is_full else peft.get_base_model()
     trainable = TrainableModel(peft, model, base.device, dtype, plain)
-    rows = [TokenRow(ids, label_spans) for ids, label_spans in task.rows]
-    with trainable.evaluating():
-        return compute_metrics(trainable, rows, micro_batch_size=1, packing=False).loss
+    return mean_loss(trainable, [TokenRow(ids, label_spans) for ids, label_spans in task.rows])
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Final, Literal, TypeAlias
 
 import httpx2
-from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub import HfApi, get_session, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -17,6 +17,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
 from huggingface_hub.utils.tqdm import tqdm
 
 from qlora_api.reasons import Reason
@@ -27,6 +28,8 @@ from qlora_trainer.storage.store import FieldRef
 RepoType: TypeAlias = Literal["model", "dataset"]
 
 _TIMEOUT_SECONDS: Final = 20.0
+_RANGE_NOT_SATISFIABLE: Final = 416
+"""The answer to a request for the first bytes of an empty file."""
 PUBLIC_HUB: Final = "https://huggingface.co"
 
 
@@ -83,6 +86,34 @@ class Hub:
                 tqdm_class=_LivenessProgressBar,
             )
         return Path(str(path))
+
+    def read_start(
+        self, name: str, commit: str, file: str, count: int, repo_type: RepoType = "model"
+    ) -> tuple[bytes, int]:
+        """Return the first `count` bytes of a file of a commit, and its size; raises like `resolve`."""
+        url = hf_hub_url(name, file, repo_type=repo_type, revision=commit, endpoint=self.endpoint)
+        headers = {
+            **build_hf_headers(token=self._token),
+            "Range": f"bytes=0-{count - 1}",
+            "Accept-Encoding": "identity",
+        }
+        with (
+            self._translating_errors(f"{name}/{file}@{commit}"),
+            get_session().stream(
+                "GET", url, headers=headers, timeout=_TIMEOUT_SECONDS, follow_redirects=True
+            ) as response,
+        ):
+            if response.status_code == _RANGE_NOT_SATISFIABLE:
+                return b"", 0
+            hf_raise_for_status(response)
+            size = response.headers.get("Content-Range", "").rpartition("/")[2] or response.headers["Content-Length"]
+            # A server that ignores the range sends the whole file, of which no more is read.
+            start = bytearray()
+            for chunk in response.iter_bytes():
+                start += chunk
+                if len(start) >= count:
+                    break
+            return bytes(start[:count]), int(size)
 
     @property
     def _token(self) -> str | Literal[False]:

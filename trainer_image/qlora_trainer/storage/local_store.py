@@ -59,6 +59,14 @@ class FileStore:
         except FileNotFoundError as error:
             raise self._missing(path) from error
 
+    def read_start(self, path: str, count: int) -> tuple[bytes, int]:
+        """Return the first bytes of a file, and its size."""
+        try:
+            with self.path_of(path).open("rb") as stream:
+                return stream.read(count), os.fstat(stream.fileno()).st_size
+        except FileNotFoundError as error:
+            raise self._missing(path) from error
+
     def download(self, path: str, target: Path) -> None:
         """Copy a file."""
         target.parent.mkdir(parents=True, exist_ok=True)

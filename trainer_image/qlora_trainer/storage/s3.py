@@ -26,6 +26,8 @@ from qlora_trainer.storage.store import Entry, FieldRef, MissingObjectError, Obj
 
 _DENIED: Final = {"403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"}
 _MISSING: Final = {"404", "NoSuchKey", "NoSuchBucket", "NotFound"}
+_EMPTY: Final = {"416", "InvalidRange"}
+"""The answer to a request for the first bytes of an object without any."""
 _SKEWED: Final = "RequestTimeTooSkewed"
 _LONGEST_SKEW: Final = timedelta(minutes=15)
 """Maximum clock skew between signature and server (Amazon S3, Signature Version 4)."""
@@ -110,6 +112,19 @@ class S3Store:
     def _content(self, path: str) -> bytes:
         content: bytes = self._client.get_object(**self._target(path))["Body"].read()
         return content
+
+    def read_start(self, path: str, count: int) -> tuple[bytes, int]:
+        """Return the first bytes of an object, and its size."""
+        with self._translating_errors(path):
+            try:
+                found = self._client.get_object(**self._target(path), Range=f"bytes=0-{count - 1}")
+            except ClientError as error:
+                if _code(error) in _EMPTY:
+                    return b"", 0
+                raise
+            with found["Body"] as body:
+                size = int(found.get("ContentRange", "").rpartition("/")[2] or found["ContentLength"])
+                return body.read(count), size
 
     def download(self, path: str, target: Path) -> None:
         """Download an object to a file."""

@@ -58,6 +58,9 @@ class Snapshot(Protocol):
 
         """
 
+    def read_start(self, name: str, count: int) -> tuple[bytes, int]:
+        """Return the first `count` bytes of a file, or all if it has fewer, and its size."""
+
 
 @dataclass(frozen=True)
 class HubSnapshot:
@@ -77,6 +80,10 @@ class HubSnapshot:
         }
         name, path = next(iter(paths.items()))
         return path.parents[name.count("/")]
+
+    def read_start(self, name: str, count: int) -> tuple[bytes, int]:
+        """Request the first bytes of a file."""
+        return self.hub.read_start(self.name, self.commit, name, count, self.repo_type)
 
 
 @dataclass(frozen=True)
@@ -99,6 +106,10 @@ class StoredSnapshot:
                 self.store.download(_join(self.folder, name), partial)
                 partial.replace(target / name)
         return target
+
+    def read_start(self, name: str, count: int) -> tuple[bytes, int]:
+        """Request the first bytes of a file."""
+        return self.store.read_start(_join(self.folder, name), count)
 
 
 @dataclass(frozen=True)

@@ -84,6 +84,9 @@ class Store(Protocol):
     def read(self, path: str) -> bytes:
         """Return the content of an object, or raise MissingObjectError."""
 
+    def read_start(self, path: str, count: int) -> tuple[bytes, int]:
+        """Return the first `count` bytes of an object, or all if it has fewer, and its size; or MissingObjectError."""
+
     def download(self, path: str, target: Path) -> None:
         """Download an object to a file, or raise MissingObjectError."""
 

@@ -104,7 +104,9 @@ class LocalEngine:
         load_weights(self._trainable, state.weights)
         load_optimizer(self._optimizer, state.optimizer)
         if state.scaler:
-            self.scaler.load_state_dict(dict(state.scaler))
+            # JSON has one kind of number, and torch refuses a growth interval that is not an int.
+            fresh = self.scaler.state_dict()
+            self.scaler.load_state_dict({name: type(fresh[name])(value) for name, value in state.scaler.items()})
 
     def backward(self, batch: Batch, weight: float, *, last: bool) -> float:  # noqa: ARG002 (Engine's)
         """See Engine."""

@@ -2,19 +2,17 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from qlora_api.reasons import Reason
 from qlora_api.report import StepRecord, ValidationRecord
 from qlora_api.steps import warmup_steps
 from qlora_api.v1alpha1 import TrainingSpec
 from qlora_trainer.data.batching import collate, pad_passes, sample_step, split_micro_batches
 from qlora_trainer.data.tokenization import TokenRow
 from qlora_trainer.distributed.world import World
-from qlora_trainer.errors import RunError
 from qlora_trainer.evaluation.validation import Validator
 from qlora_trainer.model.base_model import TrainableModel
 from qlora_trainer.model.hardware import peak_memory_bytes
@@ -22,9 +20,14 @@ from qlora_trainer.model.neftune import noisy_embeddings
 from qlora_trainer.model.runtime_settings import RuntimeSettings
 from qlora_trainer.runtime.shutdown import StopFlag, interrupted_error
 from qlora_trainer.training.engine import Engine, make_engine
+from qlora_trainer.training.health import (
+    check_divergence,
+    check_finite,
+    check_gradients,
+    check_skipped,
+    check_trained,
+)
 from qlora_trainer.training.state import (
-    DIVERGED_RISE,
-    DIVERGED_STEPS,
     History,
     TrainingState,
     Weights,
@@ -113,6 +116,7 @@ class TrainingLoop:
                     self._train_step(history, callbacks)
                 if self._maybe_checkpoint(callbacks, history, best, stop):
                     raise interrupted_error(len(history.steps))
+        check_trained(history)
         self.engine.load_weights(best)
         return history
 
@@ -122,6 +126,7 @@ class TrainingLoop:
         check_finite(record, scaling=self.settings.dtype == torch.float16)
         callbacks.on_step(record)
         history.add_step(record)
+        check_skipped(history)
         check_divergence(history)
 
     def _evaluate(self, history: History, stop: StopFlag, callbacks: TrainingCallbacks) -> None:
@@ -233,59 +238,3 @@ def make_loop(
     return TrainingLoop(
         trainable, rows, schedule, settings, world, make_engine(trainable, schedule.training, settings, world)
     )
-
-
-def check_gradients(gradients: Mapping[str, torch.Tensor | None]) -> None:
-    """Check that every adapter weight gets a gradient; one that gets none would silently stay untrained.
-
-    Raises:
-        RunError: TRAINER_ERROR that names the first weight without a gradient.
-
-    """
-    # B is initialized to zero, so in the first step A's gradient is zero and only B's can be checked.
-    idle = [
-        name for name, gradient in gradients.items() if gradient is None or ("lora_B" in name and not gradient.any())
-    ]
-    if idle:
-        what = f"no gradient reaches {len(idle)} weights of the adapter, such as {idle[0]}"
-        raise RunError(Reason.TRAINER_ERROR, what, step=1)
-
-
-def check_finite(record: StepRecord, *, scaling: bool) -> None:
-    """Check that loss and gradient norm are finite.
-
-    Args:
-        record: The step.
-        scaling: Whether fp16 loss scaling is on: while it searches for its scale, infinite gradients are normal.
-
-    Raises:
-        RunError: NON_FINITE_LOSS.
-
-    """
-    if math.isfinite(record.loss) and (scaling or math.isfinite(record.grad_norm)):
-        return
-    what = f"loss {record.loss}" if not math.isfinite(record.loss) else f"gradient norm {record.grad_norm}"
-    raise RunError(
-        Reason.NON_FINITE_LOSS,
-        f"step {record.step} has {what} at learning rate {record.learning_rate:.2e}; lower "
-        "spec.training.learningRate, or check the dataset",
-        record.step,
-    )
-
-
-def check_divergence(history: History) -> None:
-    """Check that the loss has not diverged for good; more steps would only waste GPU time.
-
-    Raises:
-        RunError: LOSS_DIVERGED.
-
-    """
-    level = history.level_before_divergence()
-    if level is not None:
-        last = history.steps[-1]
-        raise RunError(
-            Reason.LOSS_DIVERGED,
-            f"the loss was {level:.3f} and has been more than {DIVERGED_RISE} above that for {DIVERGED_STEPS} steps; "
-            f"it is {last.loss:.3f} at step {last.step}; lower spec.training.learningRate, or raise warmupRatio",
-            last.step,
-        )

@@ -34,6 +34,7 @@ RETRIED = {
     Reason.HUB_UNAVAILABLE: RetryAction.RESUME,
     Reason.HUB_RATE_LIMITED: RetryAction.RESUME,
     Reason.ACCELERATOR_MISSING: RetryAction.OTHER_NODE,
+    Reason.ACCELERATOR_FAILED: RetryAction.OTHER_NODE,
     Reason.CUDA_OUT_OF_MEMORY: RetryAction.SHRINK_MICRO_BATCH,
     Reason.HOST_OUT_OF_MEMORY: RetryAction.SHRINK_MICRO_BATCH,
 }
@@ -68,7 +69,7 @@ def test_reason_maps_to_retry_action(reason: Reason) -> None:
     assert used_attempts(ended) == (reason not in NOT_COUNTED)
     assert (retry_at(ended) is not None) == (reason in DELAYED)
     on_node = tuple(attempt.model_copy(update={"node": "node-1"}) for attempt in ended)
-    assert avoided_nodes(on_node) == (("node-1",) if reason is Reason.ACCELERATOR_MISSING else ())
+    assert avoided_nodes(on_node) == (("node-1",) if RETRIED.get(reason) is RetryAction.OTHER_NODE else ())
 
 
 @pytest.mark.parametrize("reason", Reason)

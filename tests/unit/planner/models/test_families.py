@@ -6,16 +6,18 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from qlora_api.v1alpha1 import LoraSpec
 from qlora_planner.memory.adapter import find_trainable
 from qlora_planner.models.families import FAMILIES, read_shape
 from qlora_planner.models.shapes import ModelShape, UnknownModelError
+from qlora_trainer.model.adapter import lora_config
 from tests.make import make_spec
 from tests.unit.planner.public import NAMES, build, load_config
 from tests.unit.trainer.families import FAMILIES as TINY
-from tests.unit.trainer.tiny import SMALL
+from tests.unit.trainer.families import family_config
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
@@ -29,7 +31,8 @@ def weights_by_module(model: Any) -> dict[str, int]:
 
 
 def adapted_by_peft(model: Any, targets: str | list[str]) -> int:
-    peft = get_peft_model(model, LoraConfig(r=8, target_modules=targets))
+    lora = LoraSpec(rank=8, dropout=0, targets=(targets,) if isinstance(targets, str) else tuple(targets))
+    peft = get_peft_model(model, lora_config(lora, model))
     return sum(parameter.numel() for parameter in peft.parameters() if parameter.requires_grad)
 
 
@@ -60,7 +63,7 @@ def test_empty_config_has_class_defaults(family: str) -> None:
 
 @pytest.mark.parametrize("family", sorted(TINY))
 def test_config_saved_by_transformers_is_read(family: str, tmp_path: Path) -> None:
-    config = AutoConfig.for_model(family, **SMALL | dict(TINY[family].settings))
+    config = family_config(family)
     config.save_pretrained(tmp_path)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)

@@ -6,12 +6,13 @@ import pytest
 import torch
 from transformers import Gemma2Config, GPT2Config, GPTNeoXConfig, LlamaConfig
 
+from qlora_api.accelerators import NVIDIA
 from qlora_api.reasons import Reason
 from qlora_api.runconfig import RunConfig
 from qlora_trainer.errors import RunError
 from qlora_trainer.model.attention import FLASH, AttentionFacts, attention_facts, choose_attention
 from qlora_trainer.model.full_finetune import check_parameter_limit, choose_full_finetune_optimizer
-from qlora_trainer.model.hardware import Hardware, observe_hardware
+from qlora_trainer.model.hardware import Hardware, check_kernels, observe_hardware
 from qlora_trainer.model.optimizer import OptimizerKind
 from qlora_trainer.model.runtime_settings import choose_gradient_checkpointing, compute_dtype, resolve_runtime_settings
 from tests.make import make_prepared
@@ -166,3 +167,38 @@ def test_full_finetune_weights_reduce_memory_for_activations():
 def test_observe_hardware_detects_cpu_and_free_memory():
     hardware = observe_hardware("cpu")
     assert (hardware.device, hardware.capability, hardware.free_bytes > 0) == ("cpu", None, True)
+
+
+PINNED = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120")
+
+
+@pytest.mark.parametrize(
+    ("capability", "architectures", "supported"),
+    [
+        pytest.param((7, 5), PINNED, True, id="t4"),
+        pytest.param((8, 9), PINNED, True, id="l4-runs-sm_86"),
+        pytest.param((12, 1), PINNED, True, id="later-minor-version"),
+        pytest.param((7, 0), PINNED, False, id="v100"),
+        pytest.param((6, 0), PINNED, False, id="p100"),
+        pytest.param((11, 0), PINNED, False, id="between"),
+        pytest.param((11, 0), (*PINNED, "compute_90"), True, id="compiled-when-loaded"),
+        pytest.param((9, 0), ("sm_90a",), True, id="hopper-only"),
+    ],
+)
+def test_gpu_that_torch_has_no_kernels_for_is_refused(capability, architectures, supported):
+    if supported:
+        check_kernels(capability, architectures, "GPU")
+        return
+    with pytest.raises(RunError, match=r"has kernels for.*spec\.resources\.gpuProduct") as caught:
+        check_kernels(capability, architectures, "GPU")
+    assert caught.value.reason == Reason.ACCELERATOR_MISSING
+
+
+def test_planner_and_torch_agree_on_the_oldest_gpu():
+    oldest = NVIDIA.oldest_capability
+    if torch.cuda.get_arch_list():
+        check_kernels(oldest, torch.cuda.get_arch_list(), "oldest")
+        with pytest.raises(RunError):
+            check_kernels((oldest[0], oldest[1] - 1), torch.cuda.get_arch_list(), "older")
+    else:
+        check_kernels(oldest, PINNED, "oldest")  # a torch for CPUs has no list

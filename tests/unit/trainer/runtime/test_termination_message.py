@@ -58,11 +58,37 @@ class OutOfMemoryError(RuntimeError):
     """Has the same name as torch's."""
 
 
+class DistBackendError(RuntimeError):
+    """Has the same name as torch's."""
+
+
+class AcceleratorError(RuntimeError):
+    """Has the same name as torch's."""
+
+
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
         (RunError(Reason.S3_DENIED, "no"), Reason.S3_DENIED),
         (OutOfMemoryError("CUDA out of memory"), Reason.CUDA_OUT_OF_MEMORY),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be …"), Reason.CUDA_OUT_OF_MEMORY),
+        (
+            RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+            Reason.CUDA_OUT_OF_MEMORY,
+        ),
+        (DistBackendError("NCCL error …: Cuda failure 2 'out of memory'"), Reason.CUDA_OUT_OF_MEMORY),
+        (RuntimeError("CUDA error: uncorrectable ECC error encountered"), Reason.ACCELERATOR_FAILED),
+        (AcceleratorError("CUDA error: unspecified launch failure"), Reason.ACCELERATOR_FAILED),
+        (DistBackendError("Cuda failure 214 'uncorrectable ECC error encountered'"), Reason.ACCELERATOR_FAILED),
+        (RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable"), Reason.ACCELERATOR_FAILED),
+        (
+            RuntimeError("Unable to determine the device handle for GPU 0000:1B:00.0: GPU is lost."),
+            Reason.ACCELERATOR_FAILED,
+        ),
+        (DistBackendError("Watchdog caught collective operation timeout"), Reason.COLLECTIVE_TIMEOUT),
+        # What the code or the data did wrong would do it again on another GPU.
+        (AcceleratorError("CUDA error: device-side assert triggered"), Reason.TRAINER_ERROR),
+        (RuntimeError("CUDA error: no kernel image is available for execution"), Reason.TRAINER_ERROR),
         (MemoryError(), Reason.HOST_OUT_OF_MEMORY),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), Reason.HOST_OUT_OF_MEMORY),
         (KeyError("x"), Reason.TRAINER_ERROR),

@@ -15,7 +15,7 @@ from qlora_api.report import StepRecord, ValidationRecord
 from qlora_api.v1alpha1 import EarlyStoppingSpec, TrainingSpec
 from qlora_trainer.errors import RunError
 from qlora_trainer.runtime.shutdown import StopFlag
-from qlora_trainer.training.loop import check_divergence
+from qlora_trainer.training.health import check_divergence
 from qlora_trainer.training.state import (
     DIVERGED_RISE,
     DIVERGED_STEPS,

@@ -1,6 +1,7 @@
 """Known mistakes of training loops that this one does not make: loss normalization, sharding, order, evaluation."""
 
 import dataclasses
+import json
 import math
 
 import pytest
@@ -16,9 +17,21 @@ from qlora_trainer.errors import RunError
 from qlora_trainer.evaluation.evaluator import compute_metrics
 from qlora_trainer.model import base_model as model_module
 from qlora_trainer.model.base_model import attach_lora, load_base
-from qlora_trainer.training.loop import check_finite
+from qlora_trainer.runtime.shutdown import StopFlag
+from qlora_trainer.training.health import MAX_SKIPPED_STEPS, check_finite, check_trained, describe_skipped
+from qlora_trainer.training.loop import TrainingLoop
+from qlora_trainer.training.state import History, TrainingState
 from tests.unit.trainer.tiny import CPU, write_model
-from tests.unit.trainer.tuned import NF4, SETTINGS, make_test_loop, make_trainable, run_steps, token_rows, weights_of
+from tests.unit.trainer.tuned import (
+    NF4,
+    NO_CALLBACKS,
+    SETTINGS,
+    make_test_loop,
+    make_trainable,
+    run_steps,
+    token_rows,
+    weights_of,
+)
 
 ONE = torch.ones(())
 
@@ -155,3 +168,63 @@ def test_trap_26_non_finite_loss_ends_the_run_with_its_step(loss, norm, scaling,
     with pytest.raises(RunError, match="step 7 has") as caught:
         check_finite(record, scaling=scaling)
     assert (caught.value.reason, caught.value.step) == (Reason.NON_FINITE_LOSS, 7)
+
+
+def fp16_loop(folder, steps: int, **training) -> TrainingLoop:
+    base = load_base(folder, NF4, torch.float16, "sdpa", "cpu")
+    settings = dataclasses.replace(SETTINGS, dtype=torch.float16)
+    trainable = attach_lora(base, LoraSpec(rank=4, dropout=0.0), 1, settings)
+    return make_test_loop(trainable, token_rows(8), runtime_settings=settings, steps=steps, **training)
+
+
+@pytest.mark.parametrize("steps", [3, 60])
+def test_trap_42_fp16_gradients_that_are_never_finite_end_the_run(model_folder, steps):
+    loop = fp16_loop(model_folder, steps)
+    for parameter in loop.trainable.parameters():
+        parameter.register_hook(lambda gradient: gradient * math.nan)
+    before = weights_of(loop.trainable)
+    with pytest.raises(RunError, match=r"nothing is trained; in fp16.*spec\.resources\.gpuProduct") as caught:
+        run_steps(loop)
+    assert caught.value.reason == Reason.NON_FINITE_LOSS
+    assert caught.value.step == min(steps, MAX_SKIPPED_STEPS)
+    assert all(torch.equal(one, other) for one, other in zip(before, weights_of(loop.trainable), strict=True))
+
+
+def test_fp16_gradients_that_overflow_at_first_are_trained_and_the_skipped_steps_counted(model_folder):
+    loop, calls = fp16_loop(model_folder, steps=6), []
+
+    def overflow_twice(gradient: torch.Tensor) -> torch.Tensor:
+        calls.append(None)
+        return gradient * math.inf if len(calls) <= 4 else gradient  # two micro-batches a step
+
+    loop.trainable.parameters()[-1].register_hook(overflow_twice)
+    history = loop.run(StopFlag(), NO_CALLBACKS)
+    assert [math.isfinite(record.grad_norm) for record in history.steps] == [False] * 2 + [True] * 4
+    assert list(describe_skipped(history)) == [
+        "2 of 6 steps were skipped while fp16 loss scaling searched for its scale"
+    ]
+
+
+def test_trap_43_fp16_run_resumes_like_an_uninterrupted_one(model_folder):
+    uninterrupted, first, second = (fp16_loop(model_folder, steps=4) for _ in range(3))
+    expected = run_steps(uninterrupted)
+    states: list[TrainingState] = []
+    callbacks = dataclasses.replace(
+        NO_CALLBACKS,
+        should_checkpoint=lambda step, last: step == 2,  # noqa: ARG005
+        checkpoint=lambda state, last: states.append(state),  # noqa: ARG005
+    )
+    first.run(StopFlag(), callbacks)
+    as_json = json.loads(json.dumps({name: float(value) for name, value in states[0].scaler.items()}))
+    resumed = second.run(StopFlag(), NO_CALLBACKS, dataclasses.replace(states[0], scaler=as_json))
+    assert [record.loss for record in resumed.steps] == [record.loss for record in expected]
+    assert second.engine.scaler_state() == uninterrupted.engine.scaler_state()
+    both = zip(weights_of(uninterrupted.trainable), weights_of(second.trainable), strict=True)
+    assert all(torch.equal(one, other) for one, other in both)
+
+
+def test_weights_that_no_step_changed_are_not_a_result():
+    record = StepRecord(step=1, loss=2.0, learning_rate=0.1, grad_norm=0.0, tokens=1, seconds=1.0)
+    with pytest.raises(RunError, match="none of 2 steps had finite gradients other than zero"):
+        check_trained(History([record, record.model_copy(update={"step": 2})]))
+    check_trained(History([record, record.model_copy(update={"step": 2, "grad_norm": 0.1})]))
