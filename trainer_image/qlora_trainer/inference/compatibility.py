@@ -52,7 +52,7 @@ def check_adapter_config(folder: Path) -> None:
 def _is_expected(name: str, value: Any, defaults: Mapping[str, Any]) -> bool:
     """Return whether the trainer may have written a setting; PEFT itself ignores those that it does not know."""
     match name:
-        case "target_modules" | "modules_to_save":
+        case "target_modules" | "modules_to_save" | "exclude_modules":
             return value in (None, "all-linear") or (isinstance(value, list) and all(map(_is_module, value)))
         case "rank_pattern" | "alpha_pattern":
             return isinstance(value, dict) and all(map(_is_module, value))

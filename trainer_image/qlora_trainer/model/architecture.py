@@ -105,16 +105,15 @@ def linear_modules(model: Any) -> dict[str, Any]:
     }
 
 
-def other_modalities(model: Any) -> tuple[str, ...]:
-    """Return the parts of a model that are beside its text decoder, such as a vision tower; text never reaches them."""
-    decoder, output = _decoder_prefix(model), model.get_output_embeddings()
-    if not decoder:
-        return ()
-    parent, _, _ = decoder.rstrip(".").rpartition(".")
+def linear_modules_beside_text(model: Any) -> tuple[str, ...]:
+    """Return the linear modules of other modalities, such as those of a vision tower; text never reaches them."""
+    output, decoder = model.get_output_embeddings(), _decoder_prefix(model)
     return tuple(
-        f"{parent}.{name}" if parent else name
-        for name, module in model.get_submodule(parent).named_children()
-        if not decoder.startswith(f"{parent}.{name}." if parent else f"{name}.") and module is not output
+        sorted(
+            name
+            for name, module in model.named_modules()
+            if _is_linear(module) and module is not output and not name.startswith(decoder)
+        )
     )
 
 
