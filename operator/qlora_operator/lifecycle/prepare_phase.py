@@ -9,7 +9,7 @@ from qlora_api.reasons import REASONS, Reason, RetryAction
 from qlora_api.v1alpha1 import Plan
 from qlora_operator.lifecycle.context import startup_timeout
 from qlora_operator.lifecycle.exit_reasons import describe_missing_pod
-from qlora_operator.lifecycle.gang import classify
+from qlora_operator.lifecycle.gang import classify_child
 from qlora_operator.lifecycle.retry_policy import AT_ONCE
 from qlora_operator.lifecycle.train_phase import PREPARE_SUCCESS_REASONS, decide_failed, make_attempt
 from qlora_operator.models import Action, ChildJob, Decision, Job, JobState, Manifest, Observation, Stage
@@ -27,7 +27,7 @@ def follow_preparation(job: Job, children: Observation, number: int, now: dateti
     if prepare is None:
         message = describe_missing_pod(prepare_job_name(job.ref.name))
         return Decision(Phase.PREPARING, Reason.PREPARING, message, Action.PREPARE)
-    state = classify(prepare, startup_timeout(job), now)
+    state = classify_child(job, prepare, now)
     if state.stage is Stage.LOST:
         return Decision(Phase.PREPARING, Reason.PREPARING, state.message, Action.DELETE_ALL_JOBS)
     if state.stage is not Stage.ENDED:

@@ -7,8 +7,8 @@ from typing import Final
 from qlora_api.names import Phase, train_job_name
 from qlora_api.reasons import Reason, RetryAction
 from qlora_api.v1alpha1 import Attempt
-from qlora_operator.lifecycle.context import ReconcileContext, heartbeat_deadline, startup_timeout
-from qlora_operator.lifecycle.gang import classify
+from qlora_operator.lifecycle.context import ReconcileContext, heartbeat_deadline
+from qlora_operator.lifecycle.gang import classify_child
 from qlora_operator.lifecycle.retry_policy import (
     AT_ONCE,
     MOST_ATTEMPTS,
@@ -64,7 +64,7 @@ def _exit_time(pod: Pod) -> float:
 
 def follow_training(job: Job, train: ChildJob, context: ReconcileContext) -> Decision:
     """Decide what follows from the state of a training Job."""
-    state, attempt = classify(train, startup_timeout(job), context.now), observed_attempt(job, train)
+    state, attempt = classify_child(job, train, context.now), observed_attempt(job, train)
     if state.stage is Stage.LOST:
         return decide_lost(attempt, context.now)
     if state.stage is Stage.WAITING:
