@@ -49,6 +49,8 @@ class PinnedTask(ApiModel):
     commit: str
     part: str | None = None
     """Configuration of the dataset, if it has several."""
+    data: Sha256 | None = None
+    """SHA-256 over its files, as preparation loaded them: in a mirror, a commit is only a folder's name."""
 
 
 class PinnedTasks(ApiModel):

@@ -96,13 +96,14 @@ def check_benchmarks(spec: QLoRAJobSpec, resolver: SourceResolver, work: Path, n
         describe_benchmarks,
         load_benchmarks,
         pin_benchmarks,
+        record_data,
     )
 
     tasks = pin_benchmarks(spec.evaluation.tasks, resolver)
     for sentence in describe_benchmarks(tasks):
         note(sentence)
     load_benchmarks(tasks, resolver, work)
-    return tasks
+    return record_data(tasks, resolver, work)
 
 
 @dataclass(frozen=True)

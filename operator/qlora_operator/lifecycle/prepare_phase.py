@@ -15,6 +15,7 @@ from qlora_operator.lifecycle.train_phase import PREPARE_SUCCESS_REASONS, decide
 from qlora_operator.models import Action, ChildJob, Decision, Job, JobState, Manifest, Observation, Stage
 from qlora_planner import make_plan
 from qlora_planner.gpu_inventory import read_gpu_inventory
+from qlora_planner.models.shapes import MismatchError
 from qlora_planner.sizing import DoesNotFitError
 
 PREPARE_PAUSE: Final = timedelta(seconds=15)
@@ -61,6 +62,8 @@ def _after_preparation(job: Job, prepared: Prepared, gpu_nodes: tuple[Manifest, 
     except DoesNotFitError as error:
         message = f"spec.model.uri: {prepared.model.architecture} {error}"
         return Decision(Phase.FAILED, Reason.DOES_NOT_FIT, message, prepared=prepared)
+    except MismatchError as error:
+        return Decision(Phase.FAILED, Reason.INVALID_SPEC, str(error), prepared=prepared)
     if job.status.plan != plan or job.status.output is None:
         message = "model, dataset and output were checked"
         return Decision(Phase.SCHEDULING, Reason.PREPARED, message, plan=plan, prepared=prepared, requeue_after=AT_ONCE)

@@ -630,8 +630,11 @@ def read_shape(config: Mapping[str, Any]) -> ModelShape:
             f"the size of a model of type '{kind}' is not known (known types: {known}); {SET_GPUS_EXPLICITLY}"
         )
     try:
-        return family.model_validate(config).shape()
+        shape = family.model_validate(config).shape()
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = ".".join(map(str, first["loc"]))
         raise UnknownModelError(f"config.json: {field}: {first['msg']}; {SET_GPUS_EXPLICITLY}") from None
+    if not shape.attention.head_dim or shape.mlp.experts_per_token > shape.mlp.experts:
+        raise UnknownModelError(f"config.json: its heads or experts do not fit its sizes; {SET_GPUS_EXPLICITLY}")
+    return shape
