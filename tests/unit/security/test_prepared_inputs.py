@@ -16,6 +16,7 @@ from qlora_api.runconfig import Platform, RunConfig
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer import stages
 from qlora_trainer.data import shards
+from qlora_trainer.data.dataset import Dataset, DatasetScan, scan_rows
 from qlora_trainer.errors import RunError
 from qlora_trainer.evaluation.lm_eval_tasks import load_benchmarks
 from qlora_trainer.prepare import prepare
@@ -140,6 +141,24 @@ def test_run_of_an_earlier_version_is_read_without_digests(run: Run, tmp_path: P
     config = run.config.model_copy(update={"prepared": earlier})
     assert find_inputs(run.output, earlier) is None
     run._replace(config=config).read(tmp_path / "pod")
+
+
+def test_rows_that_change_while_prepare_reads_them_are_refused(
+    prepared_once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The files of a claim are read in place, and twice: split and digest would be of other rows than the tokens."""
+    rows = write_rows(tmp_path / "rows.jsonl", instruction_rows())
+    spec = make_spec(f"file://{prepared_once}/model", rows, f"file://{tmp_path}/output")
+
+    def swap_after_the_scan(dataset: Dataset, fraction: float) -> DatasetScan:
+        scan = scan_rows(dataset, fraction)
+        write_rows(tmp_path / "rows.jsonl", instruction_rows()[::-1])
+        return scan
+
+    monkeypatch.setattr("qlora_trainer.prepare.scan_rows", swap_after_the_scan)
+    with pytest.raises(RunError, match=r"^spec\.dataset\.uri: rows changed while preparation read them") as caught:
+        prepare(prepare_config(spec), work=tmp_path / "work")
+    assert caught.value.reason is Reason.DATASET_INVALID
 
 
 REPOSITORY = "models--org--tiny"
