@@ -29,7 +29,7 @@ class ModelStatus(ApiModel):
     """What the model was resolved to."""
 
     uri: Annotated[str, Field(max_length=MAX_URI)] = Field(description="The model, as in the spec.")
-    commit: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] = Field(
+    commit: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$", max_length=40)] = Field(
         description="Commit or content hash used for training."
     )
     architecture: Annotated[str, Field(max_length=128)] = Field(description="Class of the model.")
