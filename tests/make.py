@@ -1,5 +1,6 @@
 """Valid objects with one thing changed: `make_job(method="lora")`."""
 
+import json
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
@@ -122,6 +123,16 @@ def make_termination_message(reason: Reason, message: str = "", **facts: Any) ->
 
 PREPARED_MESSAGE: Final = make_termination_message(Reason.PREPARED, prepared=make_prepared())
 PUBLISHED_MESSAGE: Final = make_termination_message(Reason.PUBLISHED, result=make_result())
+
+
+def message_for(job: str, message: str, spec: Mapping[str, Any] | None = None) -> str:
+    """Return a termination message as the pods of another QLoRAJob write it: of its own prefix and model."""
+    default, prepared = make_spec_manifest(), make_prepared()
+    own = merge(default, spec or {})
+    prefix = f"{names.output_root(own['output']['uri'], job)}/{DIGEST}"
+    for old, new in ((prepared.prefix, prefix), (prepared.model.uri, own["model"]["uri"])):
+        message = message.replace(old, json.dumps(new)[1:-1])
+    return message
 
 
 def make_exit(code: int = 0, message: str = "", reason: str = "") -> Exit:
