@@ -10,8 +10,11 @@ import boto3
 import pytest
 from moto import mock_aws
 
+from qlora_api.model_config import MAX_CONFIG
+from qlora_api.names import TERMINATION_MESSAGE_BYTES
 from qlora_api.prepared import PinnedTask, PinnedTasks, Prepared
 from qlora_api.reasons import Reason
+from qlora_api.report import TerminationMessage
 from qlora_api.runconfig import Platform, RunConfig
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_trainer import stages
@@ -20,6 +23,7 @@ from qlora_trainer.data.dataset import Dataset, DatasetScan, scan_rows
 from qlora_trainer.errors import RunError
 from qlora_trainer.evaluation.lm_eval_tasks import load_benchmarks
 from qlora_trainer.prepare import prepare
+from qlora_trainer.runtime.termination_message import to_json_line
 from qlora_trainer.storage.credentials import environment_secrets
 from qlora_trainer.storage.local_store import FileStore
 from qlora_trainer.storage.prepared_inputs import find_inputs
@@ -141,6 +145,16 @@ def test_run_of_an_earlier_version_is_read_without_digests(run: Run, tmp_path: P
     config = run.config.model_copy(update={"prepared": earlier})
     assert find_inputs(run.output, earlier) is None
     run._replace(config=config).read(tmp_path / "pod")
+
+
+def test_facts_with_digests_fit_into_a_termination_message(run: Run) -> None:
+    prepared = run.config.prepared
+    assert (prepared.full_digest or "")[:16] == prepared.digest
+    config = f'{{"model_type":"{"x" * (MAX_CONFIG - 17)}"}}'
+    model = prepared.model.model_copy(update={"uri": "s3://" + "m" * 200, "config": config})
+    largest = prepared.model_copy(update={"prefix": "s3://" + "p" * 300, "model": model})
+    line = to_json_line(TerminationMessage(reason=Reason.PREPARED, prepared=largest), limit=10**6)
+    assert len(line) <= TERMINATION_MESSAGE_BYTES
 
 
 def test_rows_that_change_while_prepare_reads_them_are_refused(
