@@ -144,6 +144,16 @@ PREPARED_MESSAGE: Final = make_termination_message(Reason.PREPARED, prepared=mak
 PUBLISHED_MESSAGE: Final = make_termination_message(Reason.PUBLISHED, result=make_result())
 
 
+def message_for(job: str, message: str, spec: Mapping[str, Any] | None = None) -> str:
+    """Return a termination message as the pods of another QLoRAJob write it: of its own prefix and model."""
+    default, prepared = make_spec_manifest(), make_prepared()
+    own = merge(default, spec or {})
+    prefix = f"{names.output_root(own['output']['uri'], job)}/{DIGEST}"
+    for old, new in ((prepared.prefix, prefix), (prepared.model.uri, own["model"]["uri"])):
+        message = message.replace(old, json.dumps(new)[1:-1])
+    return message
+
+
 def make_exit(code: int = 0, message: str = "", reason: str = "") -> Exit:
     """The end of a container."""
     return Exit(code, reason or ("Completed" if code == 0 else "Error"), message, NOW)

@@ -8,7 +8,7 @@ from qlora_api import names
 from qlora_api.model_config import reduce_config
 from qlora_api.names import Role
 from qlora_api.reasons import Reason
-from tests.make import PUBLISHED_MESSAGE, make_manifest, make_prepared, make_termination_message
+from tests.make import PUBLISHED_MESSAGE, make_manifest, make_prepared, make_termination_message, message_for
 
 Manifest = dict[str, Any]
 
@@ -19,6 +19,8 @@ JOBS: Final = f"/apis/batch/v1/namespaces/{NAMESPACE}/jobs"
 PODS: Final = f"/api/v1/namespaces/{NAMESPACE}/pods"
 
 
+JOB_OF_POD: Final = f"{{{{ index $.metadata.labels `{names.JOB_LABEL}` }}}}"
+"""In a stage's template: the name of the QLoRAJob that a pod belongs to."""
 MODEL: Final = Path(__file__).parents[2] / "tests/unit/planner/configs/llama-3.2-3b.json"
 """The configuration from which the simulated runs are sized."""
 
@@ -59,7 +61,8 @@ def build_jobset(number: int) -> Manifest:
 
 def build_ends() -> str:
     """Return the stages of pods that end after one second, each with the trainer's termination message."""
-    return "\n---\n".join((_build_end(Role.PREPARE, _prepared_message()), _build_end(Role.TRAIN, PUBLISHED_MESSAGE)))
+    messages = {Role.PREPARE: _prepared_message(), Role.TRAIN: PUBLISHED_MESSAGE}
+    return "\n---\n".join(_build_end(role, message_for(JOB_OF_POD, text)) for role, text in messages.items())
 
 
 def _prepared_message() -> str:

@@ -4,6 +4,8 @@ import json
 from collections.abc import Mapping
 from typing import Any, Final
 
+from qlora_api.base import check_numbers
+
 SIZE_KEYS: Final = frozenset(
     {
         "activation",
@@ -63,3 +65,15 @@ def reduce_config(config: Mapping[str, Any]) -> str:
 def _reduced(config: Mapping[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in config.items() if key in SIZE_KEYS and value != {}}
     return {key: _reduced(value) if isinstance(value, Mapping) else value for key, value in kept.items()}
+
+
+def check_config(text: str) -> str:
+    """Return a reduced config.json; raise ValueError unless it is empty or a JSON object with usable numbers."""
+    try:
+        content = json.loads(text or "{}")
+        check_numbers(content)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if isinstance(content, dict):
+        return text
+    raise ValueError("it is not a JSON object")

@@ -130,6 +130,11 @@ def train_job_name(job: str, attempt: int) -> str:
     return f"{job}-{attempt}"
 
 
+def output_root(uri: str, job: str) -> str:
+    """Return the URI below which all results of a job are, one folder per digest; `uri` is spec.output.uri."""
+    return f"{uri.rstrip('/')}/{job}"
+
+
 def progress_path(namespace: str, job: str) -> str:
     """Return the path of the progress endpoint that a pod of this QLoRAJob posts to."""
     return f"/apis/{GROUP}/{VERSION}/namespaces/{namespace}/{PLURAL}/{job}/status"

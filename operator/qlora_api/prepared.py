@@ -4,16 +4,20 @@ from typing import Annotated
 
 from pydantic import Field
 
-from qlora_api.base import ApiModel
+from qlora_api.base import ApiModel, ReportedModel, Sha256
 from qlora_api.result import Result
 from qlora_api.v1alpha1 import DataStatus, ModelStatus
 
 
-class Prepared(ApiModel):
+class Prepared(ReportedModel):
     """What preparation found, without a GPU; also stored in the output as prepared/prepared.json."""
 
     digest: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
     """First 16 hex digits of the SHA-256 over everything that decides the result; equal digests mean equal results."""
+    full_digest: Sha256 | None = None
+    """All 64 digits of it; None if an earlier version prepared the run."""
+    inputs: Sha256 | None = None
+    """SHA-256 of the PreparedInputs in the output; None if an earlier version prepared the run."""
     prefix: str
     """<output.uri>/<job>/<digest>, the prefix of everything that belongs to this result."""
     model: ModelStatus
@@ -21,6 +25,17 @@ class Prepared(ApiModel):
     trainer_version: str
     published: Result | None = None
     """The result, if a complete manifest with this digest already exists."""
+
+
+class PreparedInputs(ApiModel):
+    """prepared/inputs-….json: what training must find as preparation left it; too long for a termination message."""
+
+    prepared: dict[str, Sha256]
+    """SHA-256 of the files that preparation wrote, by their path below the result's prefix."""
+    model: dict[str, Sha256]
+    """SHA-256 of the model's configuration, tokenizer and chat template, by name."""
+    weights: dict[str, str]
+    """ETags of the model's weights, which preparation does not download, by name; empty if the store has none."""
 
 
 class PinnedTask(ApiModel):
@@ -34,6 +49,8 @@ class PinnedTask(ApiModel):
     commit: str
     part: str | None = None
     """Configuration of the dataset, if it has several."""
+    data: Sha256 | None = None
+    """SHA-256 over its files, as preparation loaded them: in a mirror, a commit is only a folder's name."""
 
 
 class PinnedTasks(ApiModel):

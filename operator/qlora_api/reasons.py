@@ -280,8 +280,8 @@ REASONS: Final[dict[Reason, ReasonRecord]] = {
         remedy="Correct the field that the message names.",
         moments=(Moment.MANIFEST, Moment.PREPARATION, Moment.TRAINING),
         background="Most mistakes are refused when the manifest is applied. The rest show later: an output bucket or "
-        "an evaluation task that does not exist, a child's name that another object has, a strategy or a full "
-        "fine-tuning that the GPU does not support.",
+        "an evaluation task that does not exist, a child's name that another object has, a file in the output "
+        "that somebody else wrote or changed, a strategy or a full fine-tuning that the GPU does not support.",
         topic=Topic.MANIFEST,
         also_known_as=(
             "invalid manifest",

@@ -1,11 +1,8 @@
 """What the trainer writes: its termination message, the report, the manifests."""
 
 from datetime import datetime
-from typing import Annotated
 
-from pydantic import Field
-
-from qlora_api.base import ApiModel
+from qlora_api.base import ApiModel, ReportedModel, Sha256
 from qlora_api.prepared import Prepared
 from qlora_api.reasons import Reason
 from qlora_api.result import Result
@@ -19,10 +16,8 @@ from qlora_api.v1alpha1 import (
     RowTemplate,
 )
 
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
-
-class TerminationMessage(ApiModel):
+class TerminationMessage(ReportedModel):
     """A container's termination message: one line of JSON, at most TERMINATION_MESSAGE_BYTES."""
 
     reason: Reason
@@ -253,6 +248,8 @@ class ResultManifest(ApiModel):
     """manifest.json, written last and only once: if it exists, the result is complete and verified."""
 
     digest: str
+    full_digest: Sha256 | None = None
+    """All 64 digits of the digest; None in manifests of earlier versions."""
     job: str
     namespace: str
     run: str = ""

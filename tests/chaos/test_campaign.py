@@ -19,7 +19,7 @@ from tests.cluster.admin import Admin
 from tests.cluster.cluster import Cluster
 from tests.cluster.host.commands import wait_until
 from tests.integration.operator_process import JobNamespace, Operator, open_job_namespace, wire_now
-from tests.make import PREPARED_MESSAGE, PUBLISHED_MESSAGE
+from tests.make import PREPARED_MESSAGE, PUBLISHED_MESSAGE, message_for
 
 REFUSALS: Final = frozenset({400, 413, 422})
 WAITING: Final = frozenset({"Suspended", "Queued"})
@@ -57,9 +57,10 @@ class Campaign:
         return all(is_settled(job) for job in self.jobs())
 
     def _end(self, pod: dict[str, Any]) -> None:
-        name = pod["metadata"]["name"]
-        role = pod["metadata"]["labels"].get(names.ROLE_LABEL)
+        name, labels = pod["metadata"]["name"], pod["metadata"]["labels"]
+        job, role = labels.get(names.JOB_LABEL, ""), labels.get(names.ROLE_LABEL)
         message = PREPARED_MESSAGE if role == Role.PREPARE else PUBLISHED_MESSAGE
+        message = message_for(job, message, self.accepted[job].spec if job in self.accepted else None)
         ended = {
             "exitCode": 0,
             "message": message,

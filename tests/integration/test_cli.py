@@ -25,7 +25,14 @@ from tests.cluster.host.commands import wait_until
 from tests.cluster.programs.binaries import binary
 from tests.integration.kubelet import serve_logs
 from tests.integration.operator_process import NAME, PREPARE, TRAIN, JobNamespace, Operator, install, open_job_namespace
-from tests.make import PREPARED_MESSAGE, PUBLISHED_MESSAGE, make_manifest, make_result, make_termination_message
+from tests.make import (
+    PREPARED_MESSAGE,
+    PUBLISHED_MESSAGE,
+    make_manifest,
+    make_result,
+    make_termination_message,
+    message_for,
+)
 
 QLORA: Final = Path(sys.executable).with_name("qlora")
 
@@ -154,7 +161,7 @@ def test_failed_run_sets_exit_code(shell: Shell, job_namespace: JobNamespace) ->
 @pytest.mark.usefixtures("_operator")
 def test_logs_follow_all_pods(shell: Shell, job_namespace: JobNamespace, tmp_path: Path) -> None:
     shell.qlora("submit", "-", "--set", "resources.nodes=2", stdin=manifest("pair"))
-    job_namespace.end_pod("pair-prepare", 0, PREPARED_MESSAGE)
+    job_namespace.end_pod("pair-prepare", 0, message_for("pair", PREPARED_MESSAGE))
     pods = [job_namespace.pod_of("pair-1", index) for index in range(2)]
     with serve_logs(job_namespace, "nowhere", tmp_path) as kubelet:
         kubelet.lines.update({pods[0]: ["zero", "first"], pods[1]: ["[other]"]})
@@ -167,7 +174,7 @@ def test_logs_follow_all_pods(shell: Shell, job_namespace: JobNamespace, tmp_pat
         kubelet.lines[pods[0]].append("second")
         kubelet.ended.update(pods)
         for index in range(2):
-            job_namespace.end_pod("pair-1", 0, PUBLISHED_MESSAGE, index)
+            job_namespace.end_pod("pair-1", 0, message_for("pair", PUBLISHED_MESSAGE), index)
         assert following.communicate(timeout=60)[0] == "1-0 | zero\n1-0 | first\n1-0 | second\n"
 
 

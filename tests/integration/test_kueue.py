@@ -15,7 +15,7 @@ from tests.cluster.host.commands import wait_until
 from tests.cluster.host.progress import Unavailable
 from tests.cluster.services.kwok import pods_that_run
 from tests.integration.operator_process import JobNamespace, Operator, install, open_job_namespace
-from tests.make import PREPARED_MESSAGE, PUBLISHED_MESSAGE
+from tests.make import PREPARED_MESSAGE, PUBLISHED_MESSAGE, message_for
 
 QUEUE: Final = "gpu-queue"
 KUEUE: Final = "kueue.x-k8s.io/v1beta1"
@@ -76,14 +76,14 @@ def build_queue(namespace: str) -> list[dict[str, Any]]:
 def submit(job_namespace: JobNamespace, name: str, priority: str = "ordinary") -> str:
     """Bring a run to where it asks for a GPU, and return the name of the Job that asks."""
     job_namespace.submit(name, resources={"gpusPerNode": 1}, queue={"name": QUEUE, "priorityClass": priority})
-    job_namespace.end_pod(names.prepare_job_name(name), 0, PREPARED_MESSAGE)
+    job_namespace.end_pod(names.prepare_job_name(name), 0, message_for(name, PREPARED_MESSAGE))
     return names.train_job_name(name, 1)
 
 
 def finish(job_namespace: JobNamespace, name: str) -> None:
     """End a run's training pod, once it runs, with a published adapter."""
     wait_for(job_namespace, name, "Training")
-    job_namespace.end_pod(names.train_job_name(name, 1), 0, PUBLISHED_MESSAGE)
+    job_namespace.end_pod(names.train_job_name(name, 1), 0, message_for(name, PUBLISHED_MESSAGE))
     wait_for(job_namespace, name, "Succeeded", "Published")
 
 

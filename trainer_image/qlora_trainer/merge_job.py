@@ -27,7 +27,7 @@ from qlora_trainer.observability.progress import LogFn, no_log
 from qlora_trainer.publishing.merge_weights import MEASURED_TOKENS, MergeTask, merge_adapter
 from qlora_trainer.publishing.publish import ROWS, MergedModel, publish_merged
 from qlora_trainer.runtime.liveness import LIVENESS
-from qlora_trainer.storage.results import RECORD, with_merged
+from qlora_trainer.storage.results import MANIFEST, RECORD, check_own_uris, merged_folder, with_merged
 from qlora_trainer.storage.snapshots import SourceResolver
 from qlora_trainer.storage.store import FieldRef, Store, sha256_of
 
@@ -54,7 +54,8 @@ def add_merged(resolver: SourceResolver, output: Store, config: RunConfig, resul
     with LIVENESS.paused():  # the adapter is published, no GPU is computing, and a layer may take minutes
         merged = MergedModel(folder, merge_adapter(task, folder))
     uri = publish_merged(output, config, result.adapter, merged, datetime.now(UTC))
-    return result.model_copy(update={"merged": uri})
+    path = f"{digest}/{merged_folder(config.spec.output.merge_base)}/{MANIFEST}"
+    return check_own_uris(output, result.model_copy(update={"merged": uri}), path)
 
 
 def merge_published(request: MergeRequest, resolver: SourceResolver, work: Path, note: LogFn = no_log) -> MergedFolder:

@@ -11,7 +11,7 @@ from uuid import uuid4
 
 from qlora_api import __version__
 from qlora_api.model_config import reduce_config
-from qlora_api.prepared import PinnedTasks, Prepared
+from qlora_api.prepared import PinnedTasks, Prepared, PreparedInputs
 from qlora_api.reasons import Reason
 from qlora_api.report import ResultManifest
 from qlora_api.runconfig import PrepareConfig
@@ -28,9 +28,10 @@ from qlora_trainer.data.dataset import (
 from qlora_trainer.errors import RunError
 from qlora_trainer.observability.progress import LogFn, no_log
 from qlora_trainer.publishing.gate import check_gate, describe_rejected, has_required_metrics
-from qlora_trainer.result_digest import ResolvedSpec, result_digest
+from qlora_trainer.result_digest import ResolvedSpec, full_digest, result_digest
 from qlora_trainer.runtime.rank import default_work
 from qlora_trainer.storage.credentials import Secrets, load_secrets
+from qlora_trainer.storage.prepared_inputs import store_inputs
 from qlora_trainer.storage.results import (
     find_rejected,
     find_reusable,
@@ -42,7 +43,7 @@ from qlora_trainer.storage.results import (
 )
 from qlora_trainer.storage.safetensors_headers import check_shards, fetch_headers
 from qlora_trainer.storage.snapshots import Snapshot, SourceResolver, text_files, weight_files
-from qlora_trainer.storage.store import MODEL_FIELD, Store
+from qlora_trainer.storage.store import MODEL_FIELD, Store, sha256_of
 
 if TYPE_CHECKING:
     from qlora_trainer.data.tokenized_dataset import TokenizedDataset
@@ -78,7 +79,7 @@ def prepare(
             note(sentence)
         prepared = _name_result(output, config, resolve_spec(spec, model, tokenized))
         if prepared.published is None:
-            store_prepared(output, prepared, tokenized, tasks)
+            prepared = store_prepared(output, prepared, model, tokenized, tasks)
         else:
             update_latest(output, prepared.digest, prepared.prefix)
     note(f"prepared {prepared.prefix}")
@@ -100,13 +101,14 @@ def check_benchmarks(spec: QLoRAJobSpec, resolver: SourceResolver, work: Path, n
         describe_benchmarks,
         load_benchmarks,
         pin_benchmarks,
+        record_data,
     )
 
     tasks = pin_benchmarks(spec.evaluation.tasks, resolver)
     for sentence in describe_benchmarks(tasks):
         note(sentence)
     load_benchmarks(tasks, resolver, work)
-    return tasks
+    return record_data(tasks, resolver, work)
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,10 @@ class InspectedModel:
     """Tokens of the longest row that it was pretrained on."""
     sentences: tuple[str, ...]
     """Log lines about the model."""
+    files: dict[str, str]
+    """SHA-256 of its small files by name."""
+    weights: dict[str, str]
+    """ETags of its weights by name; empty if the store has none, or a hub pins the content."""
 
 
 def inspect_model(spec: QLoRAJobSpec, snapshot: Snapshot, work: Path) -> InspectedModel:
@@ -134,7 +140,9 @@ def inspect_model(spec: QLoRAJobSpec, snapshot: Snapshot, work: Path) -> Inspect
         raise RunError(
             Reason.MODEL_UNSUPPORTED, "spec.model.uri: no config.json; use a model in the Hugging Face format"
         )
-    folder = snapshot.fetch(text_files(snapshot.files), work)
+    texts = text_files(snapshot.files)
+    folder = snapshot.fetch(texts, work)
+    files = {name: sha256_of(folder / name) for name in texts}
     # torch and transformers take seconds to import; checks above this line fail immediately.
     from qlora_trainer.model.adapter import resolve_adapter  # noqa: PLC0415
     from qlora_trainer.model.architecture import build_empty, describe, load_tokenizer  # noqa: PLC0415
@@ -172,6 +180,8 @@ def inspect_model(spec: QLoRAJobSpec, snapshot: Snapshot, work: Path) -> Inspect
         positions=architecture.positions,
         trained_positions=getattr(empty.config.get_text_config(), "max_position_embeddings", None) or maxsize,
         sentences=(size, *unused, *describe_quantizable(architecture.quantizable, bits)),
+        files=files,
+        weights={name: snapshot.etags.get(name, "") for name in weights},
     )
 
 
@@ -250,9 +260,9 @@ def resolve_spec(spec: QLoRAJobSpec, model: InspectedModel, tokenized: "Tokenize
 
 def _name_result(output: Store, config: PrepareConfig, resolved: ResolvedSpec) -> Prepared:
     spec = config.spec
-    digest = result_digest(spec, resolved)
+    digest, full = result_digest(spec, resolved), full_digest(spec, resolved)
     prefix = f"{output.root}/{digest}"
-    published = find_reusable(output, digest, spec.output.if_exists, config.uid)
+    published = find_reusable(output, digest, spec.output.if_exists, config.uid, full)
     if published is not None and spec.output.if_exists == "Fail":
         raise RunError(
             Reason.OUTPUT_EXISTS,
@@ -262,9 +272,10 @@ def _name_result(output: Store, config: PrepareConfig, resolved: ResolvedSpec) -
     if published is not None:
         location = f"It was published as {published.result.adapter} by a run whose gate it passed."
         check_gate(spec.evaluation.gate, published.result.evaluation, location)
-    manifest = published or _accept_rejected(output, config, digest)
+    manifest = published or _accept_rejected(output, config, digest, full)
     return Prepared(
         digest=digest,
+        full_digest=full,
         prefix=prefix,
         model=resolved.model,
         dataset=resolved.dataset,
@@ -273,9 +284,9 @@ def _name_result(output: Store, config: PrepareConfig, resolved: ResolvedSpec) -
     )
 
 
-def _accept_rejected(output: Store, config: PrepareConfig, digest: str) -> ResultManifest | None:
+def _accept_rejected(output: Store, config: PrepareConfig, digest: str, full: str) -> ResultManifest | None:
     """Publish a result that another gate rejected and this one accepts, without training again."""
-    spec, rejected = config.spec, find_rejected(output, digest)
+    spec, rejected = config.spec, find_rejected(output, digest, full)
     if rejected is None or not has_required_metrics(spec.evaluation.gate, rejected.result.evaluation):
         return None
     if not is_reusable(rejected, spec.output.if_exists, config.uid):
@@ -284,13 +295,22 @@ def _accept_rejected(output: Store, config: PrepareConfig, digest: str) -> Resul
     return put_manifest(output, rejected)
 
 
-def store_prepared(output: Store, prepared: Prepared, tokenized: "TokenizedDataset", tasks: PinnedTasks) -> None:
-    """Upload the token rows and the pinned benchmark tasks, and the facts last."""
+def store_prepared(
+    output: Store, prepared: Prepared, model: InspectedModel, tokenized: "TokenizedDataset", tasks: PinnedTasks
+) -> Prepared:
+    """Upload the token rows, the pinned benchmark tasks and the digests, and the facts last; return the facts."""
     from qlora_trainer.data import shards  # noqa: PLC0415 (pyarrow is slow to import)
 
-    folder = prepared.digest
-    output.put(f"{folder}/{shards.TRAINING}", tokenized.training_file)
-    output.put(f"{folder}/{shards.EVALUATION}", tokenized.held_out_file)
+    files: dict[str, Path | bytes] = {
+        shards.TRAINING: tokenized.training_file,
+        shards.EVALUATION: tokenized.held_out_file,
+    }
     if tasks.tasks:
-        output.put(f"{folder}/{shards.TASKS}", tasks.model_dump_json(by_alias=True, indent=2).encode())
-    output.put(f"{folder}/{shards.FACTS}", prepared.model_dump_json(by_alias=True, indent=2).encode())
+        files[shards.TASKS] = tasks.model_dump_json(by_alias=True, indent=2).encode()
+    for name, source in files.items():
+        output.put(f"{prepared.digest}/{name}", source)
+    digests = {name: sha256_of(source) for name, source in files.items()}
+    inputs = PreparedInputs(prepared=digests, model=model.files, weights=model.weights)
+    recorded = store_inputs(output, prepared, inputs)
+    output.put(f"{prepared.digest}/{shards.FACTS}", recorded.model_dump_json(by_alias=True, indent=2).encode())
+    return recorded

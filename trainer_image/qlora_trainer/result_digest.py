@@ -75,7 +75,12 @@ class ResolvedSpec:
 
 
 def result_digest(spec: QLoRAJobSpec, resolved: ResolvedSpec) -> str:
-    """Return 16 hex digits; settings that do not change a result are left out.
+    """Return the first 16 hex digits of the full digest, which name the result."""
+    return full_digest(spec, resolved)[:_DIGITS]
+
+
+def full_digest(spec: QLoRAJobSpec, resolved: ResolvedSpec) -> str:
+    """Return 64 hex digits; settings that do not change a result are left out.
 
     The digest covers resolved values, so that `auto` and the value it resolves to give the same result. Output,
     resources, names and deadlines are not in it, nor are the URIs of the rows: the dataset's digest covers the rendered
@@ -94,7 +99,7 @@ def result_digest(spec: QLoRAJobSpec, resolved: ResolvedSpec) -> str:
         "trainer": __version__,
     }
     canonical = json.dumps(determining, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()[:_DIGITS]
+    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def _fields(spec: QLoRAJobSpec) -> dict[str, Any]:

@@ -52,7 +52,9 @@ from qlora_trainer.publishing.publish import WEIGHTS_FOLDER, upload_rejected, wr
 from qlora_trainer.runtime.liveness import LIVENESS
 from qlora_trainer.runtime.metrics import METER
 from qlora_trainer.runtime.shutdown import StopFlag
-from qlora_trainer.storage.snapshots import SourceResolver, text_files, weight_files
+from qlora_trainer.storage.prepared_inputs import check_model, check_prepared_file, find_inputs
+from qlora_trainer.storage.results import open_output
+from qlora_trainer.storage.snapshots import Snapshot, SourceResolver, text_files, weight_files
 from qlora_trainer.storage.store import MODEL_FIELD, Store
 from qlora_trainer.training.agreement import agree_on_settings, check_same_start
 from qlora_trainer.training.async_checkpointer import AsyncCheckpointer
@@ -81,7 +83,9 @@ def load_rows(output: Store, config: RunConfig, name: str, work: Path) -> Sequen
     """Download one file of token rows; rows are read by index, not held in memory."""
     digest = config.prepared.digest
     path = work / "rows" / digest / name
+    inputs = find_inputs(output, config.prepared)
     output.download(f"{digest}/{name}", path)
+    check_prepared_file(inputs, name, path, config.prepared)
     return shards.open_shard(path)
 
 
@@ -92,6 +96,15 @@ def make_preview(data: Data, tokenizer: Any) -> tuple[tuple[TextSpan, ...], ...]
 
 def fetch_model(resolver: SourceResolver, config: RunConfig, work: Path) -> Path:
     """Download the model's files at the commit that prepare checked, and return their folder."""
+    snapshot = _resolve_model(resolver, config)
+    folder = snapshot.fetch([*text_files(snapshot.files), *weight_files(snapshot.files, MODEL_FIELD)], work)
+    if snapshot.etags:  # of a bucket, which may have changed during the download
+        snapshot = _resolve_model(resolver, config)
+    check_model(find_inputs(open_output(resolver, config.spec, config.job), config.prepared), snapshot, folder)
+    return folder
+
+
+def _resolve_model(resolver: SourceResolver, config: RunConfig) -> Snapshot:
     model = config.prepared.model
     revision = model.commit if model.uri.startswith("hf://") else config.spec.model.revision
     snapshot = resolver.resolve(model.uri, revision, MODEL_FIELD)
@@ -100,7 +113,7 @@ def fetch_model(resolver: SourceResolver, config: RunConfig, work: Path) -> Path
             Reason.MODEL_NOT_FOUND,
             f"{MODEL_FIELD.field}: the files at {model.uri} changed since prepare; create the QLoRAJob again",
         )
-    return snapshot.fetch([*text_files(snapshot.files), *weight_files(snapshot.files, MODEL_FIELD)], work)
+    return snapshot
 
 
 def load_model(config: RunConfig, folder: Path, world: World) -> tuple[TrainableModel, RuntimeSettings]:
@@ -238,7 +251,9 @@ def load_benchmark_suite(
     spec = config.spec.evaluation
     if not spec.tasks:
         return None
-    pinned = PinnedTasks.model_validate_json(output.read(f"{config.prepared.digest}/{shards.TASKS}"))
+    content = output.read(f"{config.prepared.digest}/{shards.TASKS}")
+    check_prepared_file(find_inputs(output, config.prepared), shards.TASKS, content, config.prepared)
+    pinned = PinnedTasks.model_validate_json(content)
     tasks = load_benchmarks(pinned, resolver, work)
     return BenchmarkSuite(tasks, tokenizer, config.plan.micro_batch_size, spec.task_examples)
 

@@ -3,11 +3,11 @@
 from datetime import datetime
 from typing import Annotated, Final, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, AwareDatetime, Field
 
 from qlora_api.accelerators import NVIDIA, DeviceName
 from qlora_api.base import ApiModel
-from qlora_api.model_config import MAX_CONFIG
+from qlora_api.model_config import MAX_CONFIG, check_config
 from qlora_api.names import ConditionType, Phase
 from qlora_api.reasons import Reason
 from qlora_api.strategies import SINGLE, StrategyName
@@ -34,10 +34,12 @@ class ModelStatus(ApiModel):
     """What the model was resolved to."""
 
     uri: Annotated[str, Field(max_length=MAX_URI)] = Field(description="The model, as in the spec.")
-    commit: Annotated[str, Field(max_length=64)] = Field(description="Commit or content hash used for training.")
+    commit: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$", max_length=40)] = Field(
+        description="Commit or content hash used for training."
+    )
     architecture: Annotated[str, Field(max_length=128)] = Field(description="Class of the model.")
     parameters: int = Field(ge=0, description="Weights of the base model.")
-    config: Annotated[str, Field(max_length=MAX_CONFIG)] = Field(
+    config: Annotated[str, Field(max_length=MAX_CONFIG), AfterValidator(check_config)] = Field(
         default="", description="The part of its config.json that decides the model's size, as JSON."
     )
 
@@ -105,7 +107,7 @@ class Checkpoint(ApiModel):
 
     step: int = Field(ge=0, description="Optimizer steps done.")
     uri: Annotated[str, Field(max_length=2048)] = Field(description="Folder with its files and their manifest.")
-    time: datetime = Field(description="When it was completed.")
+    time: AwareDatetime = Field(description="When it was completed.")
     verified: bool = Field(default=False, description="Whether the store confirmed the SHA-256 of every file.")
 
 

@@ -31,6 +31,7 @@ from qlora_planner.validation import CLUSTER_RULES
 
 UNKNOWN_UID: Final = "00000000-0000-0000-0000-000000000000"
 UNKNOWN_DIGEST: Final = "0" * 16
+UNKNOWN_COMMIT: Final = "0" * 40
 """Placeholders for what only the API server or preparation can know."""
 FIRST_ATTEMPT: Final = 1
 
@@ -91,7 +92,7 @@ def placeholder_prepared(spec: QLoRAJobSpec, name: str) -> Prepared:
     return Prepared(
         digest=UNKNOWN_DIGEST,
         prefix=f"{spec.output.uri}/{name}/{UNKNOWN_DIGEST}",
-        model=ModelStatus(uri=spec.model.uri, commit=UNKNOWN_DIGEST, architecture="", parameters=0),
+        model=ModelStatus(uri=spec.model.uri, commit=UNKNOWN_COMMIT, architecture="", parameters=0),
         dataset=DataStatus(
             digest="", format=spec.dataset.format, training_rows=spec.training.global_batch_size,
             longest_row_tokens=spec.training.max_length, **data,

@@ -13,8 +13,8 @@ from typing import Final
 from qlora_api.names import TERMINAL, Phase, Role
 from qlora_api.reasons import Reason
 from qlora_api.v1alpha1 import QLoRAJobStatus
-from qlora_operator.lifecycle.context import ReconcileContext, startup_timeout
-from qlora_operator.lifecycle.gang import classify, deletion_deadline, is_busy
+from qlora_operator.lifecycle.context import ReconcileContext
+from qlora_operator.lifecycle.gang import classify_child, deletion_deadline, is_busy
 from qlora_operator.lifecycle.prepare_phase import follow_preparation
 from qlora_operator.lifecycle.retry_policy import retry_at
 from qlora_operator.lifecycle.suspend import suspend
@@ -63,7 +63,7 @@ def _late_publication(job: Job, children: Observation, number: int, context: Rec
     """Succeed if an attempt that was given up has published after all."""
     for child in children.jobs:
         if child.role is Role.TRAIN and child.attempt < number:
-            state = classify(child, startup_timeout(job), context.now)
+            state = classify_child(job, child, context.now)
             if decision := decide_published(state, make_attempt(job, child.attempt), context.now):
                 return decision
     return None

@@ -4,7 +4,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
 
+from qlora_api.names import output_root
 from qlora_api.reasons import REASONS, Reason
+from qlora_api.report import TerminationMessage
+from qlora_api.result import is_below
+from qlora_api.v1alpha1.types import MAX_URI
+from qlora_operator.lifecycle.context import startup_timeout
 from qlora_operator.lifecycle.exit_reasons import (
     NODE_GRACE_PERIOD,
     classify_abandoned,
@@ -18,7 +23,7 @@ from qlora_operator.lifecycle.exit_reasons import (
     is_abandoned,
     parse_termination_message,
 )
-from qlora_operator.models import ChildJob, JobState, Pod, Stage
+from qlora_operator.models import ChildJob, Job, JobState, Pod, Stage
 
 
 def classify(child: ChildJob, startup: timedelta, now: datetime) -> JobState:
@@ -35,6 +40,35 @@ def classify(child: ChildJob, startup: timedelta, now: datetime) -> JobState:
     if len(child.pods) < child.completions:
         return classify_missing_pod(child, startup, now)
     return _with_deletion_deadline(child, _classify_unfinished(child, startup, now))
+
+
+def classify_child(job: Job, child: ChildJob, now: datetime) -> JobState:
+    """Return the state of a child Job of a QLoRAJob; a termination message with facts of another run does not count."""
+    state = classify(child, startup_timeout(job), now)
+    foreign = _find_foreign_fact(job, state.termination_message) if state.termination_message else None
+    if foreign is None:
+        return state
+    return ended_state(
+        Reason.TRAINER_ERROR,
+        f"the termination message of Job {child.name} is not of this run: its {foreign}; find out who can write to the "
+        "output, or run code in the pod",
+    )
+
+
+def _find_foreign_fact(job: Job, message: TerminationMessage) -> str | None:
+    """Return what a message says that cannot be of this run; whoever takes over a pod can write any message."""
+    prepared, digest = message.prepared, job.status.output.digest if job.status.output else ""
+    root = output_root(job.spec.output.uri, job.ref.name)
+    prefix = f"{root}/{prepared.digest if prepared else digest}".rstrip("/")
+    if prepared is not None and (prepared.prefix, prepared.model.uri) != (prefix, job.spec.model.uri):
+        return f"prefix is {prepared.prefix[:MAX_URI]!r} for model {prepared.model.uri!r}"
+    for result in (message.result, prepared.published if prepared else None):
+        if result is not None and (foreign := result.find_foreign_uri(prefix)):
+            return f"{foreign} is not below {prefix}"
+    checkpoint = message.checkpoint
+    if checkpoint is not None and not is_below(checkpoint.uri, prefix):
+        return f"checkpoint {checkpoint.uri[:MAX_URI]!r} is not below {prefix}"
+    return None
 
 
 def _classify_without_pods(child: ChildJob) -> JobState:

@@ -9,12 +9,13 @@ from qlora_api.reasons import REASONS, Reason, RetryAction
 from qlora_api.v1alpha1 import Plan
 from qlora_operator.lifecycle.context import startup_timeout
 from qlora_operator.lifecycle.exit_reasons import describe_missing_pod
-from qlora_operator.lifecycle.gang import classify
+from qlora_operator.lifecycle.gang import classify_child
 from qlora_operator.lifecycle.retry_policy import AT_ONCE
 from qlora_operator.lifecycle.train_phase import PREPARE_SUCCESS_REASONS, decide_failed, make_attempt
 from qlora_operator.models import Action, ChildJob, Decision, Job, JobState, Manifest, Observation, Stage
 from qlora_planner import make_plan
 from qlora_planner.gpu_inventory import read_gpu_inventory
+from qlora_planner.models.shapes import MismatchError
 from qlora_planner.sizing import DoesNotFitError
 
 PREPARE_PAUSE: Final = timedelta(seconds=15)
@@ -27,7 +28,7 @@ def follow_preparation(job: Job, children: Observation, number: int, now: dateti
     if prepare is None:
         message = describe_missing_pod(prepare_job_name(job.ref.name))
         return Decision(Phase.PREPARING, Reason.PREPARING, message, Action.PREPARE)
-    state = classify(prepare, startup_timeout(job), now)
+    state = classify_child(job, prepare, now)
     if state.stage is Stage.LOST:
         return Decision(Phase.PREPARING, Reason.PREPARING, state.message, Action.DELETE_ALL_JOBS)
     if state.stage is not Stage.ENDED:
@@ -61,6 +62,8 @@ def _after_preparation(job: Job, prepared: Prepared, gpu_nodes: tuple[Manifest, 
     except DoesNotFitError as error:
         message = f"spec.model.uri: {prepared.model.architecture} {error}"
         return Decision(Phase.FAILED, Reason.DOES_NOT_FIT, message, prepared=prepared)
+    except MismatchError as error:
+        return Decision(Phase.FAILED, Reason.INVALID_SPEC, str(error), prepared=prepared)
     if job.status.plan != plan or job.status.output is None:
         message = "model, dataset and output were checked"
         return Decision(Phase.SCHEDULING, Reason.PREPARED, message, plan=plan, prepared=prepared, requeue_after=AT_ONCE)

@@ -4,8 +4,8 @@ from typing import Final
 
 from qlora_api.names import Phase, Role
 from qlora_api.reasons import Reason
-from qlora_operator.lifecycle.context import ReconcileContext, startup_timeout
-from qlora_operator.lifecycle.gang import classify
+from qlora_operator.lifecycle.context import ReconcileContext
+from qlora_operator.lifecycle.gang import classify_child
 from qlora_operator.lifecycle.retry_policy import AT_ONCE
 from qlora_operator.lifecycle.train_phase import observed_attempt
 from qlora_operator.models import Action, Decision, Job, Observation, Stage
@@ -21,7 +21,7 @@ def suspend(job: Job, children: Observation, number: int, context: ReconcileCont
         return None
     train = children.train(number)
     if train is not None and not train.deleting:
-        if classify(train, startup_timeout(job), context.now).stage not in _RUNNING:
+        if classify_child(job, train, context.now).stage not in _RUNNING:
             return None
         ended = observed_attempt(job, train).model_copy(
             update={"reason": Reason.SUSPENDED_BY_USER, "message": _STOPPING, "finished_at": context.now}

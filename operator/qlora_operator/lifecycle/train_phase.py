@@ -5,10 +5,10 @@ from datetime import datetime, timedelta
 from typing import Final
 
 from qlora_api.names import Phase, train_job_name
-from qlora_api.reasons import Reason, RetryAction
+from qlora_api.reasons import NORMAL_REASONS, Reason, RetryAction
 from qlora_api.v1alpha1 import Attempt
-from qlora_operator.lifecycle.context import ReconcileContext, heartbeat_deadline, startup_timeout
-from qlora_operator.lifecycle.gang import classify
+from qlora_operator.lifecycle.context import ReconcileContext, heartbeat_deadline
+from qlora_operator.lifecycle.gang import classify_child
 from qlora_operator.lifecycle.retry_policy import (
     AT_ONCE,
     MOST_ATTEMPTS,
@@ -62,7 +62,7 @@ def _exit_time(pod: Pod) -> float:
 
 def follow_training(job: Job, train: ChildJob, context: ReconcileContext) -> Decision:
     """Decide what follows from the state of a training Job."""
-    state, attempt = classify(train, startup_timeout(job), context.now), observed_attempt(job, train)
+    state, attempt = classify_child(job, train, context.now), observed_attempt(job, train)
     if state.stage is Stage.LOST:
         return decide_lost(attempt, context.now)
     if state.stage is Stage.WAITING:
@@ -119,8 +119,8 @@ def decide_published(state: JobState, attempt: Attempt, at: datetime) -> Decisio
 
 
 def decide_failed(state: JobState) -> Decision:
-    """Fail the run; a success reason without its details is a bug of the trainer."""
-    if state.reason in {*PREPARE_SUCCESS_REASONS, Reason.PUBLISHED}:
+    """Fail the run; a pod cannot end with the reason of a run that proceeds, nor succeed without the details."""
+    if state.reason in NORMAL_REASONS:
         message = f"the termination message says {state.reason}, but lacks the details that belong to it"
         return Decision(Phase.FAILED, Reason.TRAINER_ERROR, message)
     return Decision(Phase.FAILED, state.reason, state.message)

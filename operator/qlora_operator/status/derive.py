@@ -9,7 +9,7 @@ from qlora_api.escapes import escape_line
 from qlora_api.names import TERMINAL, Phase
 from qlora_api.prepared import Prepared
 from qlora_api.reasons import REASONS
-from qlora_api.result import Result
+from qlora_api.result import Result, is_below
 from qlora_api.units import format_duration
 from qlora_api.v1alpha1 import Attempt, Checkpoint, OutputStatus, Plan, Progress, QLoRAJobStatus
 from qlora_api.v1alpha1.status import MAX_ATTEMPT_MESSAGE, MAX_MESSAGE
@@ -33,6 +33,7 @@ def derive_status(  # noqa: PLR0913 (everything that a status depends on)
     """Return the next status; what the last one knows and the decision does not is carried over."""
     now = now.replace(microsecond=0)
     prepared, result = decision.prepared, decision.result
+    report = without_foreign_checkpoint(report, previous.output)
     plan = decision.plan or previous.plan
     attempts = merge_attempt(previous.attempts, decision.attempt)
     status = previous.model_copy(
@@ -125,6 +126,14 @@ def derive_checkpoint(previous: QLoRAJobStatus, decision: Decision, report: Prog
     if decision.phase is Phase.SUCCEEDED:
         return None
     return decision.checkpoint or (report.checkpoint if report else None) or previous.checkpoint
+
+
+def without_foreign_checkpoint(report: Progress | None, output: OutputStatus | None) -> Progress | None:
+    """Leave out a checkpoint that is not below the prefix of the run; whoever takes over a pod can report any URI."""
+    if report is None or report.checkpoint is None:
+        return report
+    own = output is not None and is_below(report.checkpoint.uri, output.prefix)
+    return report if own else report.model_copy(update={"checkpoint": None})
 
 
 def derive_output(

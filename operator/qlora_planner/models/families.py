@@ -20,7 +20,9 @@ from qlora_planner.models.shapes import (
     UnknownModelError,
 )
 
-Count = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(gt=0, le=2**31)]
+Layers = Annotated[int, Field(gt=0, le=10_000)]
+"""Layers of a stack, which sizing visits one by one: ten times as many as any published model has, as a bound."""
 Names = tuple[str, ...]
 
 
@@ -47,7 +49,7 @@ class _Decoder(_Config):
     vocab_size: Count = 32_000
     hidden_size: Count = 4096
     intermediate_size: Count = 11_008
-    num_hidden_layers: Count = 32
+    num_hidden_layers: Layers = 32
     num_attention_heads: Count = 32
     num_key_value_heads: Count | None = None
     head_dim: Count | None = None
@@ -235,7 +237,7 @@ class _Gemma(_Decoder):
     vocab_size: Count = 256_000
     hidden_size: Count = 3072
     intermediate_size: Count = 24_576
-    num_hidden_layers: Count = 28
+    num_hidden_layers: Layers = 28
     num_attention_heads: Count = 16
     num_key_value_heads: Count | None = 16
     head_dim: Count | None = 256
@@ -262,7 +264,7 @@ class _Gemma2(_Gemma):
 
     hidden_size: Count = 2304
     intermediate_size: Count = 9216
-    num_hidden_layers: Count = 26
+    num_hidden_layers: Layers = 26
     num_attention_heads: Count = 8
     num_key_value_heads: Count | None = 4
     hidden_activation: str = "gelu_pytorch_tanh"
@@ -330,7 +332,7 @@ class _Siglip(_Config):
     model_type: Literal["siglip_vision_model"] = "siglip_vision_model"
     hidden_size: Count = 768
     intermediate_size: Count = 3072
-    num_hidden_layers: Count = 12
+    num_hidden_layers: Layers = 12
     num_channels: Count = 3
     image_size: Count = 224
     patch_size: Count = 16
@@ -387,7 +389,7 @@ class _Phi(_Config):
     vocab_size: Count = 51_200
     hidden_size: Count = 2048
     intermediate_size: Count = 8192
-    num_hidden_layers: Count = 24
+    num_hidden_layers: Layers = 24
     num_attention_heads: Count = 32
     num_key_value_heads: Count | None = None
     head_dim: Count | None = None
@@ -481,7 +483,7 @@ class _GptNeoX(_Config):
     vocab_size: Count = 50_432
     hidden_size: Count = 6144
     intermediate_size: Count = 24_576
-    num_hidden_layers: Count = 44
+    num_hidden_layers: Layers = 44
     num_attention_heads: Count = 64
     hidden_act: str = "gelu"
     attention_bias: bool = True
@@ -530,7 +532,7 @@ class _Falcon(_Config):
 
     vocab_size: Count = 65_024
     hidden_size: Count = 4544
-    num_hidden_layers: Count = 32
+    num_hidden_layers: Layers = 32
     num_attention_heads: Count = 71
     num_kv_heads: Count | None = None
     ffn_hidden_size: Count | None = None
@@ -628,8 +630,11 @@ def read_shape(config: Mapping[str, Any]) -> ModelShape:
             f"the size of a model of type '{kind}' is not known (known types: {known}); {SET_GPUS_EXPLICITLY}"
         )
     try:
-        return family.model_validate(config).shape()
+        shape = family.model_validate(config).shape()
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = ".".join(map(str, first["loc"]))
         raise UnknownModelError(f"config.json: {field}: {first['msg']}; {SET_GPUS_EXPLICITLY}") from None
+    if not shape.attention.head_dim or shape.mlp.experts_per_token > shape.mlp.experts:
+        raise UnknownModelError(f"config.json: its heads or experts do not fit its sizes; {SET_GPUS_EXPLICITLY}")
+    return shape

@@ -23,7 +23,7 @@ def config(root: str) -> RunConfig:
     prepared = Prepared(
         digest=DIGEST,
         prefix=f"{root}/{DIGEST}",
-        model=ModelStatus(uri="hf://o/m", commit="c", architecture="A", parameters=1),
+        model=ModelStatus(uri="hf://o/m", commit="c" * 40, architecture="A", parameters=1),
         dataset=DataStatus(
             digest="d",
             format="instruction",

@@ -70,10 +70,34 @@ def training_digests(sources: Sequence[Digests], source_weights: Sequence[Source
                 yield digest
 
 
+class DatasetDigest:
+    """The SHA-256 over all rows in use, in order, each with its split; training rows first, whatever the order."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+        self._held_out: list[bytes] = []
+
+    def add_training(self, row: bytes, times: int = 1) -> None:
+        """Add a training row."""
+        self._digest.update(f"training {row.hex()}\n".encode() * times)
+
+    def add_held_out(self, row: bytes) -> None:
+        """Add a held-out row."""
+        self._held_out.append(row)
+
+    def hexdigest(self) -> str:
+        """Return the digest of the rows so far."""
+        digest = self._digest.copy()
+        for row in self._held_out:
+            digest.update(f"evaluation {row.hex()}\n".encode())
+        return digest.hexdigest()
+
+
 def dataset_digest(training: Iterable[bytes], held_out: Iterable[bytes]) -> str:
-    """Return the SHA-256 over all rows in use, in order, each with its split."""
-    digest = hashlib.sha256()
-    for split, rows in (("training", training), ("evaluation", held_out)):
-        for row in rows:
-            digest.update(f"{split} {row.hex()}\n".encode())
+    """Return the digest of a dataset."""
+    digest = DatasetDigest()
+    for row in training:
+        digest.add_training(row)
+    for row in held_out:
+        digest.add_held_out(row)
     return digest.hexdigest()

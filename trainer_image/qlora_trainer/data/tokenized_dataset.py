@@ -14,6 +14,7 @@ from qlora_api.v1alpha1 import DataStatus, RowLengths, TrainingSpec
 from qlora_trainer.data import shards
 from qlora_trainer.data.dataset import Dataset, DatasetScan
 from qlora_trainer.data.row_encoder import LengthPolicy, RowCounts, RowEncoder, make_length_policy
+from qlora_trainer.data.splits import DatasetDigest
 from qlora_trainer.errors import RunError
 from qlora_trainer.storage.store import sha256_of
 
@@ -87,7 +88,8 @@ def tokenize_dataset(
 def _write(  # noqa: PLR0913, PLR0917 (source, transformation and target of the rows)
     dataset: Dataset, scan: DatasetScan, encoder: RowEncoder, policy: LengthPolicy, folder: Path, counts: _SplitCounts
 ) -> str:
-    """Write both files and return the digest of their rows."""
+    """Write both files and return the digest of their rows; these must be the rows that were scanned and split."""
+    seen = DatasetDigest()
     with (
         shards.ShardWriter(folder / _TRAINING, with_text=False) as training,
         shards.ShardWriter(folder / _HELD_OUT, with_text=True) as validation,
@@ -96,13 +98,24 @@ def _write(  # noqa: PLR0913, PLR0917 (source, transformation and target of the 
             held_out = source_weight.held_out if dataset.held_out is None else frozenset[bytes]()
             for encoded in encoder.encode_rows(source, held_out.__contains__):
                 times = source_weight.times(encoded.digest)
+                seen.add_training(encoded.digest, times)
                 if times and (row := policy.apply(encoded, counts.training, times)):
                     training.add(row, times)
-                if encoded.digest in held_out and (row := policy.apply(encoded, counts.held_out)):
+                if encoded.digest not in held_out:
+                    continue
+                seen.add_held_out(encoded.digest)
+                if row := policy.apply(encoded, counts.held_out):
                     validation.add(row)
         for encoded in encoder.encode_rows(dataset.held_out, lambda _: True) if dataset.held_out else ():
+            seen.add_held_out(encoded.digest)
             if row := policy.apply(encoded, counts.held_out):
                 validation.add(row)
+        if seen.hexdigest() != scan.digest:
+            raise RunError(
+                Reason.DATASET_INVALID,
+                f"{dataset.sources[0].field_ref.field}: rows changed while preparation read them twice; create the "
+                "QLoRAJob again when nobody writes to the files",
+            )
         return sha256_of(f"{training.digest} {validation.digest}".encode())
 
 

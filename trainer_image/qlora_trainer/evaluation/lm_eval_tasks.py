@@ -15,7 +15,7 @@ from qlora_api.report import TaskScore
 from qlora_trainer.errors import RunError
 from qlora_trainer.model.base_model import TrainableModel
 from qlora_trainer.storage.snapshots import Snapshot, SourceResolver
-from qlora_trainer.storage.store import FieldRef
+from qlora_trainer.storage.store import FieldRef, sha256_of
 
 TASKS_FIELD: Final = FieldRef(SecretRole.MODEL, "spec.evaluation.tasks", Reason.INVALID_SPEC)
 """The field that requests the data; the model's token is used, since both come from the hub."""
@@ -106,12 +106,35 @@ def _refused(cause: str, fix: str) -> RunError:
 def fetch_benchmark(task: PinnedTask, snapshot: Snapshot, work: Path) -> dict[str, Any]:
     """Download a task's data, and return a task configuration that reads it from disk."""
     folder = snapshot.fetch(_files_of(task, snapshot), work)
+    if task.data is not None and _digest_data(task, snapshot, folder) != task.data:
+        raise _refused(
+            f"the data of task '{task.name}' in {task.dataset} changed since preparation", "create the QLoRAJob again"
+        )
     with _quiet():
         from lm_eval.tasks._yaml_loader import load_yaml  # noqa: PLC0415 (the only reader of the files' !function)
 
         config = load_yaml(_folder() / task.file)
     reading = {**(config.get("dataset_kwargs") or {}), "cache_dir": str(work / "benchmarks")}
     return {**config, "dataset_path": str(folder), "dataset_kwargs": reading}
+
+
+def record_data(pinned: PinnedTasks, resolver: SourceResolver, work: Path) -> PinnedTasks:
+    """Return the tasks with the digests of their data, which has been downloaded."""
+
+    @cache
+    def digest_of(dataset: str, part: str | None) -> str:
+        task = next(task for task in pinned.tasks if (task.dataset, task.part) == (dataset, part))
+        snapshot = _resolve(resolver, dataset, task.commit)
+        return _digest_data(task, snapshot, snapshot.fetch(_files_of(task, snapshot), work))
+
+    return PinnedTasks(
+        tasks=tuple(task.model_copy(update={"data": digest_of(task.dataset, task.part)}) for task in pinned.tasks)
+    )
+
+
+def _digest_data(task: PinnedTask, snapshot: Snapshot, folder: Path) -> str:
+    listing = "\n".join(f"{name} {sha256_of(folder / name)}" for name in sorted(_files_of(task, snapshot)))
+    return sha256_of(listing.encode())
 
 
 def _files_of(task: PinnedTask, snapshot: Snapshot) -> list[str]:

@@ -214,6 +214,7 @@ def build_manifest(config: RunConfig, result: Result, files: tuple[ManifestFile,
     prepared = config.prepared
     return ResultManifest(
         digest=prepared.digest,
+        full_digest=prepared.full_digest,
         job=config.job,
         namespace=config.namespace,
         run=config.uid,

@@ -2,8 +2,8 @@
 
 import hashlib
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -46,6 +46,10 @@ class Snapshot(Protocol):
     def files(self) -> tuple[str, ...]:
         """Return the names of all files."""
 
+    @property
+    def etags(self) -> Mapping[str, str]:
+        """Return the ETags of the files by name; empty if the store has none, or a hub pins the content."""
+
     def fetch(self, names: Iterable[str], work: Path) -> Path:
         """Download files, unless they are local.
 
@@ -71,6 +75,7 @@ class HubSnapshot:
     repo_type: RepoType
     commit: str
     files: tuple[str, ...]
+    etags: Mapping[str, str] = field(default_factory=dict)
 
     def fetch(self, names: Iterable[str], work: Path) -> Path:
         """Download files into the library's cache, and return the folder of the commit."""
@@ -94,6 +99,7 @@ class StoredSnapshot:
     folder: str
     commit: str
     files: tuple[str, ...]
+    etags: Mapping[str, str] = field(default_factory=dict)
 
     def fetch(self, names: Iterable[str], work: Path) -> Path:
         """Download missing files, and return their folder."""
@@ -143,6 +149,7 @@ class SourceResolver:
             return self._mirrored(self.platform.hub_mirror, name, revision, field_ref, repo_type)
         hub = Hub(field_ref, self.platform.hub_endpoint, self.secrets.of(field_ref.role).get("HF_TOKEN"))
         commit, files = hub.resolve(name, revision, repo_type)
+        _check_commit(commit, f"{name} at revision {revision}", field_ref)
         return HubSnapshot(hub, name, repo_type, commit, files)
 
     def _mirrored(self, mirror: str, name: str, revision: str, field_ref: FieldRef, repo_type: RepoType) -> Snapshot:
@@ -150,6 +157,7 @@ class SourceResolver:
         repository = f"{repo_type}s--{name.replace('/', '--')}"
         try:
             commit = _mirrored_commit(store, repository, revision)
+            _check_commit(commit, f"{repository}/refs/{revision} of the mirror {mirror}", field_ref)
             return _stored(store, f"{repository}/snapshots/{commit}", commit, field_ref)
         except MissingObjectError as error:
             raise RunError(
@@ -162,7 +170,16 @@ class SourceResolver:
 def _mirrored_commit(store: Store, repository: str, revision: str) -> str:
     if _COMMIT.fullmatch(revision):
         return revision
-    return store.read(f"{repository}/refs/{revision}").decode().strip()
+    return store.read(f"{repository}/refs/{revision}").decode(errors="replace").strip()
+
+
+def _check_commit(commit: str, source: str, field_ref: FieldRef) -> None:
+    """Raise RunError unless it is a commit: it becomes a path, and goes into the status and into commands."""
+    if not _COMMIT.fullmatch(commit):
+        raise RunError(
+            field_ref.not_found,
+            f"{field_ref.field}: {source} does not name a commit but {commit[:_COMMIT_DIGITS]!r}; synchronize it again",
+        )
 
 
 def _stored(store: Store, folder: str, commit: str | None, field_ref: FieldRef) -> StoredSnapshot:
@@ -171,8 +188,9 @@ def _stored(store: Store, folder: str, commit: str | None, field_ref: FieldRef) 
     if not entries:
         raise MissingObjectError(field_ref.not_found, f"{field_ref.field}: {_join(store.root, folder)} holds no files")
     prefix = f"{folder}/" if folder else ""
-    names = tuple(entry.path.removeprefix(prefix) for entry in entries)
-    return StoredSnapshot(store, folder, commit or _content_hash(store, entries), names)
+    etags = {entry.path.removeprefix(prefix): entry.etag for entry in entries}
+    commit = commit or _content_hash(store, entries)
+    return StoredSnapshot(store, folder, commit, tuple(etags), {name: etag for name, etag in etags.items() if etag})
 
 
 def _content_hash(store: Store, entries: Iterable[Entry]) -> str:

@@ -8,11 +8,11 @@ from qlora_api.names import Phase
 from qlora_api.reasons import Reason
 from qlora_api.v1alpha1 import Checkpoint, Progress
 from tests.fakes import FakeCluster
-from tests.make import NOW, PREPARED_MESSAGE, PUBLISHED_MESSAGE, make_manifest, make_termination_message
+from tests.make import NOW, PREPARED_MESSAGE, PUBLISHED_MESSAGE, make_manifest, make_prepared, make_termination_message
 from tests.unit.operator.life import PREPARE, TRAIN, reconcile_now, reconcile_until_stable, run_to_success
 
 SECOND = "support-bot-2"
-CHECKPOINT = Checkpoint(step=50, uri="s3://adapters/x/checkpoints/step-000050-a1", time=NOW, verified=True)
+CHECKPOINT = Checkpoint(step=50, uri=f"{make_prepared().prefix}/checkpoints/step-000050-a1", time=NOW, verified=True)
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ async def test_suspended_training_resumes_as_next_attempt(cluster: FakeCluster) 
     await reconcile_until_stable(cluster)
     assert outcome(cluster) == ("Suspended", "SuspendedByUser")
     assert ("Job", TRAIN) not in cluster.children
-    assert "the checkpoint of step 50 is in s3://adapters/x/checkpoints/" in cluster.status["message"]
+    assert f"the checkpoint of step 50 is in {make_prepared().prefix}/checkpoints/" in cluster.status["message"]
     cluster.change(suspend=False)
     await reconcile_until_stable(cluster)
     assert (cluster.status["phase"], cluster.status["attempt"]) == (Phase.SCHEDULING, 2)

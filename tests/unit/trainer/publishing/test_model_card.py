@@ -35,7 +35,9 @@ def make_report(**spec: Any) -> RunReport:
         prepared=Prepared(
             digest=DIGEST,
             prefix=f"s3://adapters/team-a/support-bot/{DIGEST}",
-            model=ModelStatus(uri=job_spec.model.uri, commit="c0ffee", architecture="LlamaForCausalLM", parameters=1),
+            model=ModelStatus(
+                uri=job_spec.model.uri, commit="c0ffee" + "0" * 34, architecture="LlamaForCausalLM", parameters=1
+            ),
             dataset=DataStatus(
                 digest="d" * 64,
                 format="instruction",

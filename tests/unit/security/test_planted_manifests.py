@@ -1,0 +1,157 @@
+"""Whoever can write the bucket plants manifests: none brings foreign URIs or numbers into the status of a run."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_api.reasons import Reason
+from qlora_api.report import MergedManifest, MergeReport, ResultManifest
+from qlora_api.v1alpha1 import OutputSpec
+from qlora_trainer.errors import RunError
+from qlora_trainer.publishing.publish import publish, upload_rejected
+from qlora_trainer.storage.local_store import FileStore
+from qlora_trainer.storage.results import MANIFEST, REJECTED_RECORD, find_rejected, find_reusable, with_merged
+from qlora_trainer.storage.store import OUTPUT_FIELD
+from tests.make import NOW
+from tests.unit.trainer.results import DIGEST, config, result
+
+FULL_DIGEST = DIGEST + "0" * 48
+Change = Callable[[dict[str, Any], str], object]
+"""Changes the content of a manifest; its second argument is the prefix of the run."""
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> FileStore:
+    """The output of a job with a published and a rejected result."""
+    store = FileStore(f"file://{tmp_path}/output/colours", OUTPUT_FIELD)
+    run = config(store.root)
+    run = run.model_copy(update={"prepared": run.prepared.model_copy(update={"full_digest": FULL_DIGEST})})
+    prefix = run.prepared.prefix
+    own = result(1.0).model_copy(update={"adapter": f"{prefix}/adapter", "report": f"{prefix}/report/report.json"})
+    for name in ("adapter/adapter_config.json", "report/report.json"):
+        (tmp_path / "files" / name).parent.mkdir(parents=True)
+        (tmp_path / "files" / name).write_text("{}")
+    publish(store, run, own, tmp_path / "files", NOW)
+    upload_rejected(store, run, own, tmp_path / "files", NOW)
+    return store
+
+
+def replaced(*path: str, by: object) -> Change:
+    """Replace a field."""
+
+    def change(content: dict[str, Any], prefix: str) -> None:
+        for name in path[:-1]:
+            content = content[name]
+        content[path[-1]] = by.replace("PREFIX", prefix) if isinstance(by, str) else by
+
+    return change
+
+
+ATTACKS = {
+    "other-job": (replaced("job", by="other"), "it is of job 'other'"),
+    "escape-in-job": (replaced("job", by="\x1b]52;c;x"), r"it is of job '\\x1b"),
+    "other-digest": (replaced("digest", by="f" * 16), "with digest 'ffff"),
+    "other-full-digest": (replaced("fullDigest", by=DIGEST + "1" * 48), "its full digest is"),
+    "short-full-digest": (replaced("fullDigest", by=DIGEST), "fullDigest: String should match"),
+    "shell-in-adapter": (replaced("result", "adapter", by="hf://x$(touch${IFS}x)"), "its adapter 'hf://x"),
+    "shell-below-prefix": (replaced("result", "adapter", by="PREFIX/$(touch x)"), "its adapter '"),
+    "line-below-prefix": (replaced("result", "adapter", by="PREFIX/adapter\n"), "its adapter '"),
+    "query-below-prefix": (replaced("result", "adapter", by="PREFIX/adapter?x"), "its adapter '"),
+    "prefix-itself": (replaced("result", "adapter", by="PREFIX"), "its adapter '"),
+    "folder-next-to-prefix": (replaced("result", "adapter", by="PREFIX-evil/adapter"), "its adapter '"),
+    "out-of-prefix": (replaced("result", "adapter", by="PREFIX/../evil/adapter"), "its adapter '"),
+    "empty-segment": (replaced("result", "adapter", by="PREFIX//etc"), "its adapter '"),
+    "other-bucket": (replaced("result", "adapter", by="s3://evil/colours/0123456789abcdef/adapter"), "its adapter '"),
+    "script-as-report": (replaced("result", "report", by="javascript:alert(1)"), "its report '"),
+    "foreign-merged-model": (replaced("result", "merged", by="hf://evil/model"), "its merged '"),
+    "endless-adapter": (replaced("result", "adapter", by="s3://" + "x" * 9999), "result.adapter: String should have"),
+    "no-files": (replaced("files", by=[]), f"{DIGEST}/.*adapter is missing or has another size"),
+    "huge-steps": (replaced("result", "steps", by=10**40), "result: .*an integer is above 2"),
+    "nan-speed": (replaced("result", "tokensPerSecond", by=float("nan")), "result: .*nan is not a finite number"),
+    "infinite-loss": (replaced("result", "evaluation", "base", "loss", by="1e999"), "inf is not a finite number"),
+    "text-as-rows": (replaced("result", "evaluation", "rows", by="many"), "result.evaluation.rows: Input should be"),
+    "result-of-another-type": (replaced("result", by=[1]), "result: Input should be"),
+    "unknown-field": (replaced("owner", by="me"), "owner: Extra inputs"),
+}
+
+
+def plant(output: FileStore, path: str, change: Change) -> None:
+    content = json.loads(output.read(path))
+    change(content, f"{output.root}/{DIGEST}")
+    output.put(path, json.dumps(content).encode())
+
+
+@pytest.mark.parametrize(("change", "cause"), ATTACKS.values(), ids=ATTACKS)
+def test_planted_manifest_is_refused(output: FileStore, change: Change, cause: str) -> None:
+    plant(output, f"{DIGEST}/{MANIFEST}", change)
+    with pytest.raises(RunError, match=cause) as caught:
+        find_reusable(output, DIGEST, "Skip", "", FULL_DIGEST)
+    start = f"spec.output.uri: {output.root}/{DIGEST}/manifest.json is not a manifest of this run: "
+    assert (caught.value.reason, caught.value.message.startswith(start)) == (Reason.INVALID_SPEC, True)
+    assert "\x1b" not in caught.value.message
+
+
+@pytest.mark.parametrize(("change", "cause"), ATTACKS.values(), ids=ATTACKS)
+def test_planted_rejected_result_is_not_published(output: FileStore, change: Change, cause: str) -> None:
+    plant(output, f"{DIGEST}/{REJECTED_RECORD}", change)
+    with pytest.raises(RunError, match=cause):
+        find_rejected(output, DIGEST, FULL_DIGEST)
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"null", b"\xff", b"[" * 100_000, b'{"digest": 1}'])
+def test_manifest_that_is_none_is_refused(output: FileStore, content: bytes) -> None:
+    output.put(f"{DIGEST}/{MANIFEST}", content)
+    with pytest.raises(RunError, match=r"is not a manifest of this run: .*; delete it to train again"):
+        find_reusable(output, DIGEST, "Skip", "", FULL_DIGEST)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"other size"])
+def test_manifest_whose_adapter_is_incomplete_is_refused(output: FileStore, content: bytes | None) -> None:
+    path = f"{DIGEST}/adapter/adapter_config.json"
+    output.delete(path)
+    if content is not None:
+        output.put(path, content)
+    with pytest.raises(RunError, match=r"adapter_config\.json is missing or has another size"):
+        find_reusable(output, DIGEST, "Skip", "", FULL_DIGEST)
+
+
+@pytest.mark.parametrize(
+    "uri", ["hf://evil/model", "PREFIX/merged/$(x)", "PREFIX/../evil", "s3://evil/merged/original"]
+)
+def test_foreign_merged_model_is_refused(output: FileStore, uri: str) -> None:
+    published = find_reusable(output, DIGEST, "Skip", "", FULL_DIGEST)
+    assert published is not None
+    planted = MergedManifest(
+        digest=DIGEST,
+        model=uri.replace("PREFIX", f"{output.root}/{DIGEST}"),
+        adapter=published.result.adapter,
+        base_model="hf://o/m",
+        base_commit="c",
+        created_at=NOW,
+        merge=MergeReport(base="original"),
+        files=(),
+    )
+    output.put(f"{DIGEST}/merged/original/{MANIFEST}", planted.model_dump_json(by_alias=True).encode())
+    spec = OutputSpec(uri="s3://adapters/team-a", merged="bf16")
+    with pytest.raises(RunError, match=r"merged/original/manifest\.json is not a manifest of this run: its merged '"):
+        with_merged(output, DIGEST, spec, published.result)
+
+
+HONEST = {
+    "as-published": lambda _, __: None,
+    "of-an-earlier-version": lambda content, _: content.pop("fullDigest"),
+    "of-the-same-job-in-another-namespace": replaced("namespace", by="other"),
+    "of-another-qlorajob": replaced("run", by="uid"),
+}
+
+
+@pytest.mark.parametrize("change", HONEST.values(), ids=HONEST)
+def test_honest_result_is_found(output: FileStore, change: Change) -> None:
+    plant(output, f"{DIGEST}/{MANIFEST}", change)
+    found = find_reusable(output, DIGEST, "Skip", "", FULL_DIGEST)
+    assert found == ResultManifest.model_validate_json(output.read(f"{DIGEST}/{MANIFEST}"))
+    assert find_reusable(output, DIGEST, "Skip", "") == found  # prepared by an earlier version
+    assert find_rejected(output, DIGEST, FULL_DIGEST) is not None
