@@ -4,7 +4,12 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
+
+from qlora_api.units import MIB
+
+MAX_ROW_BYTES: Final = 64 * MIB
+"""Maximum size of a row: a million tokens take about 4 MiB, so a longer line means that the file is no JSONL."""
 
 
 class RowError(ValueError):
@@ -17,6 +22,17 @@ def kind_of(value: Any) -> str:
         return "null"
     names = {bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
     return names.get(type(value), f"a {type(value).__name__}")
+
+
+def is_nested_deeper(value: Any, levels: int) -> bool:
+    """Return whether lists and objects are nested in more than so many levels."""
+    nested = [value] if isinstance(value, (dict, list)) else []
+    for _ in range(levels):
+        children = (child for parent in nested for child in (parent.values() if isinstance(parent, dict) else parent))
+        nested = [child for child in children if isinstance(child, (dict, list))]
+        if not nested:
+            return False
+    return True
 
 
 def text_of(fields: Mapping[str, Any], name: str, *, blank: bool = False, within: str = "") -> str:
