@@ -1,6 +1,5 @@
 """Checks everything about a run that needs no GPU, the cheapest check first, and tokenizes its rows."""
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +37,7 @@ from qlora_trainer.storage.results import (
     update_latest,
     with_merged,
 )
-from qlora_trainer.storage.snapshots import Snapshot, SourceResolver, text_files, weight_files
+from qlora_trainer.storage.snapshots import Snapshot, SourceResolver, check_text_files, text_files, weight_files
 from qlora_trainer.storage.store import MODEL_FIELD, Store
 
 if TYPE_CHECKING:
@@ -123,10 +122,12 @@ def inspect_model(spec: QLoRAJobSpec, snapshot: Snapshot, work: Path) -> Inspect
         raise RunError(
             Reason.MODEL_UNSUPPORTED, "spec.model.uri: no config.json; use a model in the Hugging Face format"
         )
-    folder = snapshot.fetch(text_files(snapshot.files), work)
+    names = text_files(snapshot.files)
+    folder = snapshot.fetch(names, work)
+    check_text_files(folder, names, MODEL_FIELD)
     # torch and transformers take seconds to import; checks above this line fail immediately.
     from qlora_trainer.model.adapter import resolve_adapter  # noqa: PLC0415
-    from qlora_trainer.model.architecture import build_empty, describe, load_tokenizer  # noqa: PLC0415
+    from qlora_trainer.model.architecture import build_empty, describe, load_tokenizer, read_config  # noqa: PLC0415
     from qlora_trainer.model.full_finetune import check_parameter_limit  # noqa: PLC0415
     from qlora_trainer.model.quantization import check_quantizable, describe_quantizable  # noqa: PLC0415
     from qlora_trainer.model.target_modules import check_modules  # noqa: PLC0415
@@ -144,7 +145,7 @@ def inspect_model(spec: QLoRAJobSpec, snapshot: Snapshot, work: Path) -> Inspect
         commit=snapshot.commit,
         architecture=architecture.name,
         parameters=architecture.parameters,
-        config=reduce_config(json.loads((folder / "config.json").read_text())),
+        config=reduce_config(read_config(folder)),
     )
     size = f"{architecture.name} with {architecture.parameters:,} weights"
     sentences = (size, *describe_quantizable(architecture.quantizable, bits))

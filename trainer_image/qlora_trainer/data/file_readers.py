@@ -16,20 +16,19 @@ from pathlib import Path
 from typing import IO, Any, Final, NamedTuple, TextIO, cast
 
 from qlora_api.units import GIB, MIB
-from qlora_trainer.data.rows import MAX_ROW_BYTES, RowError, is_nested_deeper, kind_of
+from qlora_api.untrusted_json import MAX_NESTING, is_nested_deeper
+from qlora_trainer.data.rows import MAX_ROW_BYTES, RowError, kind_of
 from qlora_trainer.runtime.resource_limits import memory_limit
 
 MAX_COLUMNS: Final = 10_000
 """Columns of a table; each is a field of every row, and a dataset has a handful."""
-MAX_NESTING: Final = 100
-"""Levels of a JSON value, the same as Arrow's limit for a Parquet schema; tool schemas have about ten."""
 MAX_READ_BYTES: Final = GIB
 """Memory that one read of a columnar file may take, a quarter of the prepare pod's: an honest page has about 1 MiB, but
 a few hundred bytes may declare gigabytes (a dictionary, a run of nulls, a compressed page)."""
 MAX_GZIP_RATIO: Final = 200
 """Decompressed bytes per byte of a .gz file. Text has 3 to 20, deflate's maximum is 1,032."""
-_MIN_DECOMPRESSED_BYTES: Final = GIB
-"""Size that a .gz file may have whatever its ratio: seconds of reading."""
+MIN_DECOMPRESSED_BYTES: Final = 64 * MIB
+"""Size that a .gz file may have whatever its ratio: seconds of reading, even if every byte is a line."""
 _CHUNK_BYTES: Final = 1 << 18
 _CHUNK_CHARACTERS: Final = 1 << 18
 _BATCH_ROWS: Final = 256
@@ -120,7 +119,7 @@ _TOO_MANY_DIGITS: Final = (
 def _as_object(value: Any) -> Mapping[str, Any]:
     if not isinstance(value, dict):
         raise RowError(f"is {kind_of(value)}, not an object; write {{…}}")
-    if is_nested_deeper(value, MAX_NESTING):
+    if is_nested_deeper(value):
         raise RowError(_TOO_DEEP)
     return value
 
@@ -255,6 +254,8 @@ def _check_header(names: Sequence[str]) -> None:
     duplicate = next((name for name, count in Counter(names).items() if count > 1), None)
     if duplicate is not None:
         raise FileError(f"has two columns '{duplicate}'; rename one")
+    if not names:
+        raise FileError("has no columns; write one for each field of the row format")
     if "" in names:
         raise FileError(f"column {names.index('') + 1} has no name; name it in the header")
     if len(names) == 1 and (separator := next((mark for mark in ";\t|" if mark in names[0]), None)):
@@ -366,7 +367,7 @@ class _Decompressed(io.RawIOBase):
 
     def __init__(self, path: Path) -> None:
         self._stream = gzip.open(path)
-        self._left = max(_MIN_DECOMPRESSED_BYTES, MAX_GZIP_RATIO * path.stat().st_size)
+        self._left = max(MIN_DECOMPRESSED_BYTES, MAX_GZIP_RATIO * path.stat().st_size)
 
     def readable(self) -> bool:
         """Return True."""
@@ -379,7 +380,7 @@ class _Decompressed(io.RawIOBase):
         if self._left < 0:
             raise FileError(
                 f"expands to more than {MAX_GZIP_RATIO} times its size, and to more than "
-                f"{_MIN_DECOMPRESSED_BYTES // MIB:,} MiB; write it without repeated content, or without .gz"
+                f"{MIN_DECOMPRESSED_BYTES // MIB:,} MiB; write it without repeated content, or without .gz"
             )
         return size
 
