@@ -78,7 +78,9 @@ def year_beyond_python(path: Path) -> None:
 
 
 def text_that_is_not_utf8(path: Path) -> None:
-    raw = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(np.array([0, 2], np.int32)), pa.py_buffer(b"\xff\xfe")])
+    raw = pa.Array.from_buffers(
+        pa.string(), 1, [None, pa.py_buffer(np.array([0, 2], np.int32)), pa.py_buffer(b"\xff\xfe")]
+    )
     write_columns(path, text=raw)
 
 

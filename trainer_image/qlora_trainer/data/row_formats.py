@@ -4,9 +4,9 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Final
 
+from qlora_api.units import MIB
 from qlora_api.v1alpha1 import RowFormat, RowTemplate
 from qlora_trainer.data.chat_messages import parse_chat
-from qlora_api.units import MIB
 from qlora_trainer.data.rows import MAX_TEXT_BYTES, Example, Row, RowError, Text, check_size, text_of
 
 _FORMAT_FIELDS: Final[tuple[tuple[str, RowFormat], ...]] = (

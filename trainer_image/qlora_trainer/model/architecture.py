@@ -57,7 +57,8 @@ def build_empty(folder: Path, field: str = "spec.model.uri") -> Any:
     if parameters > MAX_PARAMETERS:
         raise RunError(
             Reason.MODEL_UNSUPPORTED,
-            f"{field}: config.json describes a model with {parameters:,} weights, more than {MAX_PARAMETERS:,}; correct it",
+            f"{field}: config.json describes a model with {parameters:,} weights, more than "
+            f"{MAX_PARAMETERS:,}; correct it",
         )
     return model
 
@@ -82,7 +83,8 @@ def _why_not(content: Mapping[str, Any], error: Exception) -> str:
             f"model type '{content.get('model_type')}' needs code from its repository (auto_map), which is never run; "
             "choose an architecture that the trainer's transformers release knows"
         )
-    return f"the trainer's transformers release cannot build it: {type(error).__name__}: {str(error)[:500]}"
+    cause = f"{type(error).__name__}: {str(error)[:500]}"
+    return f"the trainer's transformers release cannot build it: {cause}; use another model"
 
 
 def describe(model: Any) -> Architecture:

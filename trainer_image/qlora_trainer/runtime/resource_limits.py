@@ -33,7 +33,7 @@ def _data_bytes() -> int:
 
 @contextlib.contextmanager
 def cpu_time_limit(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError in the block after so much CPU time of the process; only the main thread can be interrupted."""
+    """Raise TimeoutError in the block after so much CPU time; only the main thread can be interrupted."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -10,7 +10,6 @@ from typing import Final, Protocol
 from qlora_api.reasons import Reason
 from qlora_api.runconfig import Platform
 from qlora_api.units import MIB
-from qlora_api.untrusted_json import InvalidJsonError, parse_object
 from qlora_trainer.errors import RunError
 from qlora_trainer.storage.credentials import Secrets
 from qlora_trainer.storage.huggingface_hub import Hub, RepoType
@@ -27,9 +26,6 @@ _TEXTS: Final = (".json", ".model", ".txt", ".jinja")
 """Configuration, tokenizer and chat template; code (.py) is never downloaded."""
 MAX_TEXT_FILE_BYTES: Final = 128 * MIB
 """Maximum size of such a file: the largest tokenizer.json have 34 MB (Gemma 3), and are expanded in memory."""
-MAX_SHARDS: Final = 10_000
-"""Files with the weights of a model; the largest models have hundreds."""
-_INDEX: Final = f"model{WEIGHTS_SUFFIX}.index.json"
 
 
 class Snapshot(Protocol):
@@ -200,7 +196,7 @@ def text_files(files: Iterable[str]) -> tuple[str, ...]:
 
 
 def check_text_files(folder: Path, names: Iterable[str], field_ref: FieldRef) -> None:
-    """Raise ModelUnsupported if a configuration or tokenizer file is too large to be loaded, or the index is invalid."""
+    """Raise ModelUnsupported if a configuration or tokenizer file is too large to be loaded."""
     for name in names:
         size = (folder / name).stat().st_size
         if size > MAX_TEXT_FILE_BYTES:
@@ -209,20 +205,3 @@ def check_text_files(folder: Path, names: Iterable[str], field_ref: FieldRef) ->
                 f"{field_ref.field}: {name} has {size:,} bytes, more than {MAX_TEXT_FILE_BYTES:,}; remove it, or use "
                 "another model",
             )
-    if _INDEX in names:
-        _check_index(folder / _INDEX, field_ref)
-
-
-def _check_index(path: Path, field_ref: FieldRef) -> None:
-    """Check that an index of shards maps names of weights to names of files in its folder."""
-    try:
-        files = parse_object(path.read_bytes(), MAX_TEXT_FILE_BYTES).get("weight_map")
-    except InvalidJsonError as error:
-        raise RunError(Reason.MODEL_UNSUPPORTED, f"{field_ref.field}: {_INDEX} {error}; save the model again") from error
-    shards = set(map(str, files.values())) if isinstance(files, dict) else set()
-    if not shards or len(shards) > MAX_SHARDS or any("/" in name or name.startswith(".") for name in shards):
-        raise RunError(
-            Reason.MODEL_UNSUPPORTED,
-            f"{field_ref.field}: {_INDEX} must have a weight_map with 1 to {MAX_SHARDS:,} files of the model's folder, "
-            f"and it has {len(shards):,}; save the model again",
-        )
