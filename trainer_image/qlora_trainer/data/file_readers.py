@@ -221,7 +221,7 @@ def _read_csv(path: Path, delimiter: str) -> Iterator[FileRow]:
 
 @dataclass
 class _RecordLines:
-    """Lines of a CSV file, up to the maximum size of a record: a quote that is never closed takes all lines after it."""
+    """Lines of a CSV file, up to the maximum size of a record: a quote that is never closed takes all that follow."""
 
     stream: TextIO
     size: int = 0
@@ -366,7 +366,7 @@ class _Decompressed(io.RawIOBase):
     """Content of a .gz file, up to the maximum size."""
 
     def __init__(self, path: Path) -> None:
-        self._stream = gzip.open(path)
+        self._stream = gzip.GzipFile(path)
         self._left = max(MIN_DECOMPRESSED_BYTES, MAX_GZIP_RATIO * path.stat().st_size)
 
     def readable(self) -> bool:

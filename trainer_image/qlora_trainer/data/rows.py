@@ -11,8 +11,8 @@ from qlora_api.units import MIB
 MAX_ROW_BYTES: Final = 64 * MIB
 """Maximum size of a row in a text file: a million tokens take about 4 MiB, so a longer line is no row."""
 MAX_TEXT_BYTES: Final = 8 * MIB
-"""Maximum text of a row: 2 million tokens, twice the highest maxLength. The tokenizer takes 256 bytes per token (measured
-with tokenizers 0.23), and text that it does not know has a token per byte: 2 GiB of the prepare pod's 4."""
+"""Maximum text of a row: 2 million tokens, twice the highest maxLength. The tokenizer takes 256 bytes per token (as
+measured with tokenizers 0.23), and text that it does not know has a token per byte: 2 GiB of the prepare pod's 4."""
 _SHOWN_CHARACTERS: Final = 500
 """Longest error message of a row: it may quote names and values from the row."""
 

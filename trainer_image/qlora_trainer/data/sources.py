@@ -180,9 +180,13 @@ def _located_rows(files: tuple[Path, ...], field_ref: FieldRef) -> Iterator[tupl
             raise RunError(Reason.DATASET_NOT_FOUND, f"{field_ref.field}: there is no file {path}; correct the URI")
         try:
             for number, content in read_rows(path):
-                rows += 1
-                if rows > MAX_ROWS:
-                    raise FileError(f"is beyond {MAX_ROWS:,} rows; split the dataset, or set maxSamples")
                 yield f"{prefix}row {number}", content
+                rows += 1
+                _check_number(rows)
         except FileError as error:
             raise RunError(Reason.DATASET_INVALID, f"{field_ref.field}: {path.name} {shorten(error)}") from error
+
+
+def _check_number(rows: int) -> None:
+    if rows > MAX_ROWS:
+        raise FileError(f"brings the source to more than {MAX_ROWS:,} rows; use several sources, or set maxSamples")
