@@ -63,7 +63,7 @@ def time_of(line: str) -> str:
     """Return the time of a JSON line, or an empty string for any other line; times in UTC sort as text."""
     try:
         return str(json.loads(line)["time"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return ""
 
 
@@ -71,8 +71,8 @@ def to_text(entry: Mapping[str, Any]) -> str:
     """Format an entry as text: time, level and message, then the other fields, then the traceback."""
     standard = {"time", "level", "logger", "message", "exception"}
     rest = " ".join(f"{name}={_short(value)}" for name, value in entry.items() if name not in standard)
-    line = f"{entry.get('time', '')} {entry.get('level', ''):7} {entry.get('message', '')}"
-    return "\n".join(filter(None, (f"{line}  {rest}".rstrip(), entry.get("exception"))))
+    line = f"{entry.get('time', '')} {entry.get('level', '')!s:7} {entry.get('message', '')}"
+    return "\n".join(filter(None, (f"{line}  {rest}".rstrip(), str(entry.get("exception") or ""))))
 
 
 def _short(value: Any) -> str:

@@ -73,7 +73,7 @@ def parse_line(line: str) -> LogLine:
     """Format a JSON line as text; any other line is returned unchanged."""
     try:
         entry = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return LogLine(None, line)
     if not isinstance(entry, dict) or "message" not in entry:
         return LogLine(None, line)

@@ -5,10 +5,16 @@ import time
 from pathlib import Path
 
 import pytest
+from tokenizers import Regex, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import PreTrainedTokenizerFast
 
 from qlora_api.reasons import Reason
 from qlora_planner.models.families import read_recorded_shape, read_shape
 from qlora_planner.models.shapes import UnknownModelError
+from qlora_trainer.data import tokenization
+from qlora_trainer.data.tokenization import prompt_ids
 from qlora_trainer.errors import RunError
 from qlora_trainer.model.architecture import build_empty, load_tokenizer
 from qlora_trainer.runtime.resource_limits import memory_limit
@@ -104,6 +110,29 @@ def test_text_file_that_is_too_large_is_refused_unread(tmp_path):
         stream.truncate(2 << 30)
     with pytest.raises(RunError, match=r"tokenizer\.json has 2,147,483,648 bytes, more than 134,217,728; remove it"):
         check_text_files(tmp_path, ("tokenizer.json",), MODEL_FIELD)
+
+
+def test_regular_expression_of_exponential_time_is_model_unsupported():
+    """The library stops such a match with a panic, which Python sees as a BaseException."""
+    tokenizer = Tokenizer(WordLevel({"a": 0}, unk_token="a"))
+    tokenizer.pre_tokenizer = Split(Regex("(a|aa)+$"), "isolated")
+    with pytest.raises(RunError, match=r"spec\.model\.uri: its tokenizer cannot encode a row: Onig: ") as caught:
+        prompt_ids(["a" * 34 + "b"], PreTrainedTokenizerFast(tokenizer_object=tokenizer))
+    assert caught.value.reason is Reason.MODEL_UNSUPPORTED
+
+
+def test_tokenizer_that_does_not_come_back_is_model_unsupported(monkeypatch):
+    monkeypatch.setattr(tokenization, "MAX_SECONDS", 0.1)
+    with pytest.raises(RunError, match=r"spec\.model\.uri: its tokenizer takes more than 0\.1 s for 1 rows") as caught:
+        prompt_ids(["a"], lambda *_, **__: time.sleep(5))
+    assert caught.value.reason is Reason.MODEL_UNSUPPORTED
+
+
+def test_tokenizer_without_a_token_for_a_text_is_model_unsupported():
+    tokenizer = Tokenizer(WordLevel({"a": 0}, unk_token="missing"))
+    with pytest.raises(RunError, match=r"its tokenizer cannot encode a row: WordLevel error") as caught:
+        prompt_ids(["b"], PreTrainedTokenizerFast(tokenizer_object=tokenizer))
+    assert caught.value.reason is Reason.MODEL_UNSUPPORTED
 
 
 def test_memory_limit_ends_with_its_block():

@@ -11,7 +11,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from qlora_api.reasons import Reason
 from qlora_trainer.data.rows import Chat, Message, RowError
-from qlora_trainer.data.tokenization import Span, TokenRow
+from qlora_trainer.data.tokenization import Span, TokenRow, tokenize
 from qlora_trainer.errors import RunError
 
 _OPEN, _CLOSE = "\ue000", "\ue001"
@@ -213,7 +213,7 @@ class _TokenizedText(NamedTuple):
 def _tokenize(tokenizer: Any, texts: list[str]) -> list[_TokenizedText]:
     if not texts:
         return []
-    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+    encoded = tokenize(tokenizer, texts, add_special_tokens=False, return_offsets_mapping=True)
     return [_TokenizedText(*pair) for pair in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)]
 
 
