@@ -15,6 +15,8 @@ from qlora_api.v1alpha1 import DataSource
 from qlora_trainer.data import file_readers, row_formats, rows, sources
 from qlora_trainer.data.sources import make_source
 from qlora_trainer.errors import RunError
+from qlora_trainer.storage import store
+from qlora_trainer.storage.local_store import FileStore
 from qlora_trainer.storage.store import DATASET_FIELD
 from tests.unit.security.children import run_in_child
 
@@ -213,3 +215,13 @@ def test_rows_of_a_source_are_bounded(tmp_path, monkeypatch):
     source = make_source(DATASET_FIELD, (tmp_path / "x.arrow",), DataSource(uri="s3://data/rows"), None)
     with pytest.raises(RunError, match=r"x\.arrow brings the source to more than 1,000 rows; use several sources"):
         list(source.rows())
+
+
+def test_files_of_a_folder_are_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "MAX_LISTED", 3)
+    for number in range(4):
+        (tmp_path / f"{number}.jsonl").touch()
+    with pytest.raises(
+        RunError, match=r"spec\.dataset\.uri: file:///.* holds more than 3 files; use a folder with fewer"
+    ):
+        FileStore(tmp_path.as_uri(), DATASET_FIELD).list()
