@@ -14,7 +14,7 @@ UNIT := tests/unit tests/golden tests/contract
 # Tests on clusters wait more than they compute: two processes more than cores. tests/lanes.py has what stays together.
 LANES := $(shell echo $$(( $$(nproc) < 8 ? $$(nproc) + 2 : 10 )))
 
-.PHONY: help setup lock audit generate check test unit integration e2e chaos mutants bench-trainer bench-plan bench-memory bench-checkpoints bench-scale gpu docs demo cluster cluster-down
+.PHONY: help setup lock audit generate check test unit integration e2e chaos fuzz mutants bench-trainer bench-plan bench-memory bench-checkpoints bench-scale gpu docs demo cluster cluster-down
 
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -63,6 +63,11 @@ e2e: setup ## the tests on a real node (root on Debian, or QLORA_TEST_KUBECONFIG
 chaos: setup ## every fault of docs/reliability.md in full, and the page's table from it (up to an hour)
 	$(BIN)/python -m tests.cluster build --node
 	$(BIN)/pytest tests/chaos --chaos full --durations=0 --durations-min=5
+
+FUZZ_MINUTES ?= 60
+fuzz: setup ## readers of foreign data with random files and messages, until FUZZ_MINUTES (60) are over
+	end=$$(( $$(date +%s) + 60 * $(FUZZ_MINUTES) )); while (( $$(date +%s) < end )); do \
+	  $(PYTEST) --numprocesses auto --hypothesis-profile fuzz tests/unit/security/test_fuzz_*.py || exit 1; done
 
 mutants: setup ## take out the fix of every trap in turn and show that its test fails (minutes); TRAPS="8 29" chooses
 	$(BIN)/python -m tests.mutants $(TRAPS)

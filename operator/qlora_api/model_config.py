@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from qlora_api.base import check_numbers
+from qlora_api.units import MIB
 
 SIZE_KEYS: Final = frozenset(
     {
@@ -52,6 +53,10 @@ SIZE_KEYS: Final = frozenset(
     }
 )
 """Keys that qlora_planner.models.families reads; layer_types is left out because it can be kilobytes long."""
+MAX_CONFIG_BYTES: Final = 4 * MIB
+"""Maximum size of a config.json; the longest have lists of modules that are not quantized, in hundreds of KiB."""
+MAX_PARAMETERS: Final = 10**13
+"""Weights of a model, ten times as many as the largest published ones; more is a mistake or an attack."""
 MAX_CONFIG: Final = 2048
 """Maximum characters of a reduced config.json: it is part of a pod's termination message, which has 4,096 bytes."""
 

@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from math import isfinite
 from typing import Any, Final
 
 from qlora_api.accelerators import ACCELERATORS, NVIDIA, Accelerator
@@ -56,7 +57,10 @@ def parse_quantity(quantity: str) -> int:
     match = _QUANTITY.fullmatch(quantity)
     if match is None:
         raise ValueError(f"'{quantity}' is not an amount of memory; write a number and a unit, as in 24Gi or 80G")
-    return int(float(match[1]) * (_UNITS | _BINARY)[match[2] or ""])
+    size = float(match[1]) * (_UNITS | _BINARY)[match[2] or ""]
+    if not isfinite(size):
+        raise ValueError(f"'{quantity[:20]}…' is too large; write a number and a unit, as in 24Gi or 80G")
+    return int(size)
 
 
 def memory_of_product(product: str) -> int | None:

@@ -1,6 +1,5 @@
 """Makes the plan of a run: device, strategy, micro-batch and steps, each with its reason."""
 
-import json
 from math import ceil
 from typing import Final, NamedTuple
 
@@ -12,7 +11,7 @@ from qlora_api.v1alpha1 import DataStatus, Plan, QLoRAJobSpec, TrainingSpec
 from qlora_planner.explain import explain_sizing
 from qlora_planner.gpu_inventory import GpuInventory
 from qlora_planner.memory.estimate import SequenceLengths, TrainingWorkload
-from qlora_planner.models.families import read_shape
+from qlora_planner.models.families import read_recorded_shape
 from qlora_planner.models.shapes import UnknownModelError
 from qlora_planner.sizing import DoesNotFitError, Misfit, Sizing, size_run
 from qlora_planner.suggestions import describe_misfit
@@ -66,7 +65,7 @@ def make_plan(spec: QLoRAJobSpec, prepared: Prepared, inventory: GpuInventory = 
 def _size(spec: QLoRAJobSpec, prepared: Prepared, inventory: GpuInventory) -> tuple[TrainingWorkload, Sizing] | None:
     """Return the sizing of a run; None if the model is unknown, or the inventory has too few GPUs."""
     try:
-        shape = read_shape(json.loads(prepared.model.config or "{}"))
+        shape = read_recorded_shape(prepared.model.config)
         work = TrainingWorkload(spec, shape, sequence_lengths(prepared.dataset, spec.training))
         sizing = size_run(work, inventory)
     except UnknownModelError:

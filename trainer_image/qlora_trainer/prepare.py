@@ -1,6 +1,5 @@
 """Checks everything about a run that needs no GPU, the cheapest check first, and tokenizes its rows."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +41,7 @@ from qlora_trainer.storage.results import (
     with_merged,
 )
 from qlora_trainer.storage.safetensors_headers import check_shards, fetch_headers
-from qlora_trainer.storage.snapshots import Snapshot, SourceResolver, text_files, weight_files
+from qlora_trainer.storage.snapshots import Snapshot, SourceResolver, check_text_files, text_files, weight_files
 from qlora_trainer.storage.store import MODEL_FIELD, Store, sha256_of
 
 if TYPE_CHECKING:
@@ -142,10 +141,11 @@ def inspect_model(spec: QLoRAJobSpec, snapshot: Snapshot, work: Path) -> Inspect
         )
     texts = text_files(snapshot.files)
     folder = snapshot.fetch(texts, work)
+    check_text_files(folder, texts, MODEL_FIELD)
     files = {name: sha256_of(folder / name) for name in texts}
     # torch and transformers take seconds to import; checks above this line fail immediately.
     from qlora_trainer.model.adapter import resolve_adapter  # noqa: PLC0415
-    from qlora_trainer.model.architecture import build_empty, describe, load_tokenizer  # noqa: PLC0415
+    from qlora_trainer.model.architecture import build_empty, describe, load_tokenizer, read_config  # noqa: PLC0415
     from qlora_trainer.model.full_finetune import check_parameter_limit  # noqa: PLC0415
     from qlora_trainer.model.quantization import (  # noqa: PLC0415
         check_quantizable,
@@ -169,7 +169,7 @@ def inspect_model(spec: QLoRAJobSpec, snapshot: Snapshot, work: Path) -> Inspect
         commit=snapshot.commit,
         architecture=architecture.name,
         parameters=architecture.parameters,
-        config=reduce_config(json.loads((folder / "config.json").read_text())),
+        config=reduce_config(read_config(folder)),
     )
     size = f"{architecture.name} with {architecture.parameters:,} weights"
     return InspectedModel(

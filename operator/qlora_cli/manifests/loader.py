@@ -72,9 +72,7 @@ def parse_manifest(document: Document, rules: tuple[Rule, ...]) -> JobManifest:
     """
     try:
         # Strict, and from JSON, to reject what the API server rejects: "8" for 8, snake_case.
-        manifest = JobManifest.model_validate_json(
-            json.dumps(document.value), strict=True, by_alias=True, by_name=False
-        )
+        manifest = JobManifest.model_validate_json(_to_json(document), strict=True, by_alias=True, by_name=False)
     except ValidationError as error:
         details = sorted(error.errors(include_url=False), key=lambda detail: document.index_of(detail["loc"]))
         raise ManifestError(_problem(document, detail) for detail in details) from None
@@ -83,6 +81,14 @@ def parse_manifest(document: Document, rules: tuple[Rule, ...]) -> JobManifest:
             Problem(_position_of_message(document, found.message), found.message) for found in violations
         )
     return manifest
+
+
+def _to_json(document: Document) -> str:
+    try:
+        return json.dumps(document.value)
+    except (TypeError, ValueError) as error:
+        message = f"has a key or a value that JSON does not have ({error}); write text or a number, without a YAML tag"
+        raise ManifestError([Problem(document.position_of(()), message)]) from error
 
 
 def _problem(document: Document, detail: ErrorDetails) -> Problem:

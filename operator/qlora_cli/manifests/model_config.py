@@ -1,11 +1,12 @@
 """Finds a model's config.json locally: from --config, in the model's folder, or in a hub cache."""
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from qlora_api.model_config import MAX_CONFIG_BYTES
+from qlora_api.untrusted_json import InvalidJsonError, parse_object
 from qlora_api.v1alpha1 import ModelSpec
 from qlora_cli.uris import to_display_path
 
@@ -31,12 +32,12 @@ def load_config(model: ModelSpec, given: str | None, mirror: str | None) -> Mapp
     """
     path = Path(given) if given else find_config(model, mirror)
     try:
-        content: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as stream:
+            return parse_object(stream.read(MAX_CONFIG_BYTES + 1), MAX_CONFIG_BYTES)
     except OSError as error:
         raise NoConfigError(f"{path}: {error.strerror}") from error
-    except ValueError as error:
-        raise NoConfigError(f"{path}: {error}") from error
-    return content
+    except InvalidJsonError as error:
+        raise NoConfigError(f"{path} {error}; pass the model's own {_CONFIG}") from error
 
 
 def find_config(model: ModelSpec, mirror: str | None) -> Path:

@@ -4,6 +4,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,6 +16,11 @@ Location = tuple[str | int, ...]
 """Keys and list indices from the document's root to a field."""
 
 STDIN: Final = "-"
+MAX_FIELDS: Final = 100_000
+"""Fields of a document, with what its aliases repeat; a QLoRAJob has a hundred, a large CRD tens of thousands."""
+_NO_VALUE: Final = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError)
+"""What PyYAML raises besides YAMLError for a scalar that its tag or Python does not allow, such as an integer of 5,000
+digits or a month 13."""
 _FLOAT: Final = re.compile(r"[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$")
 _YAML_TAG: Final = "tag:yaml.org,2002:"
 
@@ -62,6 +68,8 @@ def parse_value(text: str) -> Any:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
     except yaml.YAMLError as error:
         raise YamlError(f"{text!r} is not YAML") from error
+    except (*_NO_VALUE, RecursionError) as error:
+        raise YamlError(f"{text[:100]!r} is not a YAML value: {error}") from error
 
 
 def read_documents(file: str) -> list[Document]:
@@ -91,12 +99,19 @@ def parse_documents(text: str, file: str) -> list[Document]:
         raise YamlError(f"{file}: an anchor contains itself, or the nesting is too deep") from error
     except yaml.YAMLError as error:
         raise YamlError(f"{file}: {str(error).splitlines()[0]}") from error
+    except _NO_VALUE as error:
+        raise YamlError(f"{file}: a value cannot be read: {error}; quote it, or remove its tag") from error
 
 
 def _documents(loader: _Loader, file: str) -> Iterator[Document]:
     while loader.check_node():
         node: Any = loader.get_node()
-        positions = dict(_positions(node, (), file))
+        positions = dict(islice(_positions(node, (), file), MAX_FIELDS + 1))
+        if len(positions) > MAX_FIELDS:
+            raise yaml.MarkedYAMLError(
+                problem=f"has more than {MAX_FIELDS:,} fields, with those that aliases repeat; split it",
+                problem_mark=node.start_mark,
+            )
         yield Document(file, loader.construct_document(node), positions)
 
 

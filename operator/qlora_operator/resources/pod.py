@@ -1,14 +1,33 @@
 """The pods, under Pod Security `restricted`: no API token, no root, no writable root file system."""
 
-from typing import Any, Final
+from math import ceil
+from typing import Any, Final, NamedTuple
 
 from qlora_api import metrics, names
 from qlora_api.accelerators import accelerator_of
 from qlora_api.names import Role, SecretRole
+from qlora_api.prepared import Prepared
+from qlora_api.units import GIB
 from qlora_api.v1alpha1 import Plan, QLoRAJobSpec, ResourcesSpec, Toleration
 from qlora_operator.models import PREPARE_MEMORY, AttemptInputs, Manifest
 from qlora_operator.resources.claims import build_claim_mounts, build_claim_volumes
 from qlora_operator.resources.metadata import ChildWorkload, Installation, build_labels
+
+
+class DiskLimits(NamedTuple):
+    """Size limits of the emptyDir volumes in GiB: far above what a run needs, and an end for one that fills a disk."""
+
+    work: int
+    tmp: int
+
+
+class _NodeResources(NamedTuple):
+    """What a pod takes of its node, and which nodes it may run on."""
+
+    container: dict[str, Any]
+    disk: DiskLimits
+    placement: dict[str, Any]
+
 
 NON_ROOT: Final = 65532
 """User and group of the images."""
@@ -31,12 +50,21 @@ LAUNCH_COMMAND: Final = "launch"
 _IGNORED_FILES: Final = ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE", "HF_TOKEN_PATH", "NETRC")
 """Variables that name files of credentials and commands in a person's HOME; a pod's credentials are its Secrets'."""
 _METRICS_PORT: Final = {"name": metrics.PORT_NAME, "containerPort": metrics.PORT}
+_PREPARE_DISK: Final = DiskLimits(work=256, tmp=8)
+"""A dataset of 20 million rows, the most that prepare reads, has about 80 GB, and its token rows as much."""
+_FIXED_DISK: Final = DiskLimits(work=64, tmp=8)
+"""Of a training pod, besides what follows from its model and dataset: caches, logs, benchmarks."""
+_WEIGHT_BYTES: Final = 32
+"""Disk per weight of the base: its files (up to 4), a merged or fully trained copy (4) and two checkpoints with the
+states of the optimizer (12 each, with method full)."""
+_TOKEN_BYTES: Final = 32
+"""Disk per training token: its id and label spans, compressed and as the memory-mapped copy, and both while writing."""
 PREPARE_RESOURCES: Final = {"requests": {"cpu": "500m", "memory": "1Gi"}, "limits": {"memory": PREPARE_MEMORY}}
 
 
 def build_prepare_pod(workload: ChildWorkload, spec: QLoRAJobSpec, installation: Installation) -> Manifest:
     """Return the prepare pod: without a GPU, and without the tolerations and selectors of GPU nodes."""
-    return _build(workload, spec, installation, PREPARE_RESOURCES, {})
+    return _build(workload, spec, installation, _NodeResources(PREPARE_RESOURCES, _PREPARE_DISK, {}))
 
 
 def build_train_pod(
@@ -44,7 +72,8 @@ def build_train_pod(
 ) -> Manifest:
     """Return the pod template of a training attempt on one or several nodes."""
     plan, resources = run.plan, spec.resources
-    pod = _build(workload, spec, installation, _train_resources(resources, plan), _placement(resources, plan))
+    taken = _NodeResources(_train_resources(resources, plan), _disk_limits(run.prepared), _placement(resources, plan))
+    pod = _build(workload, spec, installation, taken)
     pod["tolerations"] = [*pod.get("tolerations", ()), *_NODE_FAILURE_TOLERATIONS]
     if run.avoided_nodes:
         pod.setdefault("affinity", {})["nodeAffinity"] = _node_affinity_excluding(run.avoided_nodes)
@@ -85,8 +114,7 @@ def _build(
     workload: ChildWorkload,
     spec: QLoRAJobSpec,
     installation: Installation,
-    resources: dict[str, Any],
-    placement: dict[str, Any],
+    taken: _NodeResources,
 ) -> Manifest:
     account = spec.output.service_account_name
     pull_secrets = [{"name": name} for name in installation.pull_secrets]
@@ -104,9 +132,9 @@ def _build(
             "fsGroup": NON_ROOT,
             "seccompProfile": {"type": "RuntimeDefault"},
         },
-        **placement,
-        "containers": [_container(workload, spec, installation, resources)],
-        "volumes": _volumes(workload, spec, installation),
+        **taken.placement,
+        "containers": [_container(workload, spec, installation, taken.container)],
+        "volumes": _volumes(workload, spec, installation, taken.disk),
     }
 
 
@@ -179,7 +207,15 @@ def _mounts(spec: QLoRAJobSpec, installation: Installation) -> list[dict[str, An
     ]
 
 
-def _volumes(workload: ChildWorkload, spec: QLoRAJobSpec, installation: Installation) -> list[dict[str, Any]]:
+def _disk_limits(prepared: Prepared) -> DiskLimits:
+    weights = ceil(prepared.model.parameters * _WEIGHT_BYTES / GIB)
+    rows = ceil(prepared.dataset.training_tokens * _TOKEN_BYTES / GIB)
+    return DiskLimits(_FIXED_DISK.work + weights + rows, _FIXED_DISK.tmp + weights)
+
+
+def _volumes(
+    workload: ChildWorkload, spec: QLoRAJobSpec, installation: Installation, disk: DiskLimits
+) -> list[dict[str, Any]]:
     """Return the volumes; Secrets are optional: a pod that waits for a missing one would hold its GPU."""
     secrets = [
         {"name": f"secret-{role}", "secret": {"secretName": name, "optional": True}}
@@ -193,8 +229,8 @@ def _volumes(workload: ChildWorkload, spec: QLoRAJobSpec, installation: Installa
     projected = [{"name": "token", "projected": {"sources": [{"serviceAccountToken": token}]}}]
     return [
         {"name": "config", "configMap": {"name": workload.name}},
-        {"name": "work", "emptyDir": {}},
-        {"name": "tmp", "emptyDir": {}},
+        {"name": "work", "emptyDir": {"sizeLimit": f"{disk.work}Gi"}},
+        {"name": "tmp", "emptyDir": {"sizeLimit": f"{disk.tmp}Gi"}},
         *secrets,
         *(projected if installation.progress_url else []),
         *build_claim_volumes(spec),

@@ -8,6 +8,8 @@ from typing import Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from qlora_api.model_config import MAX_CONFIG, MAX_PARAMETERS
+from qlora_api.untrusted_json import InvalidJsonError, parse_object
 from qlora_planner.models.shapes import (
     SET_GPUS_EXPLICITLY,
     Attention,
@@ -20,9 +22,14 @@ from qlora_planner.models.shapes import (
     UnknownModelError,
 )
 
-Count = Annotated[int, Field(gt=0, le=2**31)]
-Layers = Annotated[int, Field(gt=0, le=10_000)]
-"""Layers of a stack, which sizing visits one by one: ten times as many as any published model has, as a bound."""
+# Strict: 1.0, true and "1" are no numbers of layers.
+Size = Annotated[int, Field(gt=0, le=1 << 24, strict=True)]
+"""Dimension of a weight; the largest in use are vocabularies, of up to 2^18 tokens."""
+Count = Annotated[int, Field(gt=0, le=1 << 12, strict=True)]
+"""Layers, heads or experts; the largest models have hundreds."""
+Window = Annotated[int, Field(gt=0, le=1 << 40, strict=True)]
+"""Tokens that a sliding layer sees."""
+Fraction = Annotated[float, Field(ge=0, le=1)]
 Names = tuple[str, ...]
 
 
@@ -35,7 +42,7 @@ class _Config(BaseModel):
 class _Rope(_Config):
     """rope_parameters; missing keys are at the top level (transformers 4) or have a default."""
 
-    partial_rotary_factor: float | None = None
+    partial_rotary_factor: Fraction | None = None
 
 
 class _Decoder(_Config):
@@ -46,13 +53,13 @@ class _Decoder(_Config):
     qk_norm: ClassVar[bool] = False
     root: ClassVar[str] = "model"
 
-    vocab_size: Count = 32_000
-    hidden_size: Count = 4096
-    intermediate_size: Count = 11_008
-    num_hidden_layers: Layers = 32
+    vocab_size: Size = 32_000
+    hidden_size: Size = 4096
+    intermediate_size: Size = 11_008
+    num_hidden_layers: Count = 32
     num_attention_heads: Count = 32
     num_key_value_heads: Count | None = None
-    head_dim: Count | None = None
+    head_dim: Size | None = None
     hidden_act: str = "silu"
     attention_bias: bool = False
     mlp_bias: bool = False
@@ -154,9 +161,9 @@ class _Decoder(_Config):
 class _Mistral(_Decoder):
     family = "mistral"
 
-    intermediate_size: Count = 14_336
+    intermediate_size: Size = 14_336
     num_key_value_heads: Count | None = 8
-    sliding_window: Count | None = 4096
+    sliding_window: Window | None = 4096
     # The class has no biases, whatever the config.json says.
     attention_bias: Literal[False] = False
     mlp_bias: Literal[False] = False
@@ -169,7 +176,7 @@ class _Mistral(_Decoder):
 class _Mixtral(_Mistral):
     family = "mixtral"
 
-    sliding_window: Count | None = None
+    sliding_window: Window | None = None
     num_local_experts: Count = 8
     num_experts_per_tok: Count = 2
 
@@ -200,12 +207,12 @@ class _Mixtral(_Mistral):
 class _Qwen2(_Decoder):
     family = "qwen2"
 
-    vocab_size: Count = 151_936
-    intermediate_size: Count = 22_016
+    vocab_size: Size = 151_936
+    intermediate_size: Size = 22_016
     num_key_value_heads: Count | None = 32
     use_sliding_window: bool = False
-    sliding_window: Count | None = 4096
-    max_window_layers: int = 28
+    sliding_window: Window | None = 4096
+    max_window_layers: Annotated[int, Field(ge=0)] = 28
     mlp_bias: Literal[False] = False
 
     @property
@@ -224,7 +231,7 @@ class _Qwen3(_Qwen2):
     family = "qwen3"
     qk_norm = True
 
-    head_dim: Count | None = 128
+    head_dim: Size | None = 128
 
     @property
     def biases(self) -> tuple[bool, bool]:
@@ -234,13 +241,13 @@ class _Qwen3(_Qwen2):
 class _Gemma(_Decoder):
     family = "gemma"
 
-    vocab_size: Count = 256_000
-    hidden_size: Count = 3072
-    intermediate_size: Count = 24_576
-    num_hidden_layers: Layers = 28
+    vocab_size: Size = 256_000
+    hidden_size: Size = 3072
+    intermediate_size: Size = 24_576
+    num_hidden_layers: Count = 28
     num_attention_heads: Count = 16
     num_key_value_heads: Count | None = 16
-    head_dim: Count | None = 256
+    head_dim: Size | None = 256
     hidden_act: str = "gelu_pytorch_tanh"
     mlp_bias: Literal[False] = False
     tie_word_embeddings: bool = True
@@ -262,13 +269,13 @@ class _Gemma2(_Gemma):
     default_pattern: ClassVar[int] = 2
     """One in so many layers has full attention."""
 
-    hidden_size: Count = 2304
-    intermediate_size: Count = 9216
-    num_hidden_layers: Layers = 26
+    hidden_size: Size = 2304
+    intermediate_size: Size = 9216
+    num_hidden_layers: Count = 26
     num_attention_heads: Count = 8
     num_key_value_heads: Count | None = 4
     hidden_activation: str = "gelu_pytorch_tanh"
-    sliding_window: Count | None = 4096
+    sliding_window: Window | None = 4096
     attn_logit_softcapping: float | None = 50.0
     final_logit_softcapping: float | None = 30.0
     layer_types: tuple[str, ...] | None = None
@@ -310,7 +317,7 @@ class _Gemma3Text(_Gemma2):
     family = "gemma3_text"
     qk_norm = True
 
-    vocab_size: Count = 262_208
+    vocab_size: Size = 262_208
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
     sliding_window_pattern: Count = 6
@@ -330,12 +337,12 @@ class _Siglip(_Config):
     """The vision tower of Gemma 3."""
 
     model_type: Literal["siglip_vision_model"] = "siglip_vision_model"
-    hidden_size: Count = 768
-    intermediate_size: Count = 3072
-    num_hidden_layers: Layers = 12
+    hidden_size: Size = 768
+    intermediate_size: Size = 3072
+    num_hidden_layers: Count = 12
     num_channels: Count = 3
-    image_size: Count = 224
-    patch_size: Count = 16
+    image_size: Size = 224
+    patch_size: Size = 16
     vision_use_head: Literal[False]
     """Must be false: the attention pool, transformers' default, is not modeled, and no Gemma 3 has one."""
 
@@ -386,16 +393,16 @@ class _Gemma3(_Config):
 class _Phi(_Config):
     """Phi-1 and Phi-2: attention parallel to the MLP, biases everywhere, layer norms."""
 
-    vocab_size: Count = 51_200
-    hidden_size: Count = 2048
-    intermediate_size: Count = 8192
-    num_hidden_layers: Layers = 24
+    vocab_size: Size = 51_200
+    hidden_size: Size = 2048
+    intermediate_size: Size = 8192
+    num_hidden_layers: Count = 24
     num_attention_heads: Count = 32
     num_key_value_heads: Count | None = None
-    head_dim: Count | None = None
+    head_dim: Size | None = None
     hidden_act: str = "gelu_new"
     qk_layernorm: bool = False
-    partial_rotary_factor: float = 0.5
+    partial_rotary_factor: Fraction = 0.5
     rope_parameters: _Rope | None = None
     tie_word_embeddings: bool = False
 
@@ -442,11 +449,11 @@ class _Phi3(_Decoder):
 
     family = "phi3"
 
-    vocab_size: Count = 32_064
-    hidden_size: Count = 3072
-    intermediate_size: Count = 8192
-    sliding_window: Count | None = None
-    partial_rotary_factor: float = 1.0
+    vocab_size: Size = 32_064
+    hidden_size: Size = 3072
+    intermediate_size: Size = 8192
+    sliding_window: Window | None = None
+    partial_rotary_factor: Fraction = 1.0
     rope_parameters: _Rope | None = None
 
     @property
@@ -480,15 +487,15 @@ class _Phi3(_Decoder):
 class _GptNeoX(_Config):
     """GPT-NeoX and Pythia: fused projections, layer norms."""
 
-    vocab_size: Count = 50_432
-    hidden_size: Count = 6144
-    intermediate_size: Count = 24_576
-    num_hidden_layers: Layers = 44
+    vocab_size: Size = 50_432
+    hidden_size: Size = 6144
+    intermediate_size: Size = 24_576
+    num_hidden_layers: Count = 44
     num_attention_heads: Count = 64
     hidden_act: str = "gelu"
     attention_bias: bool = True
     use_parallel_residual: bool = True
-    rotary_pct: float = 0.25
+    rotary_pct: Fraction = 0.25
     rope_parameters: _Rope | None = None
     tie_word_embeddings: bool = False
 
@@ -530,12 +537,12 @@ class _GptNeoX(_Config):
 class _Falcon(_Config):
     """Falcon: grouped keys and values, and a linear layer class of its own, which is not quantized."""
 
-    vocab_size: Count = 65_024
-    hidden_size: Count = 4544
-    num_hidden_layers: Layers = 32
+    vocab_size: Size = 65_024
+    hidden_size: Size = 4544
+    num_hidden_layers: Count = 32
     num_attention_heads: Count = 71
     num_kv_heads: Count | None = None
-    ffn_hidden_size: Count | None = None
+    ffn_hidden_size: Size | None = None
     num_ln_in_parallel_attn: int | None = None
     new_decoder_architecture: bool = False
     multi_query: bool = True
@@ -635,6 +642,19 @@ def read_shape(config: Mapping[str, Any]) -> ModelShape:
         first = error.errors(include_url=False)[0]
         field = ".".join(map(str, first["loc"]))
         raise UnknownModelError(f"config.json: {field}: {first['msg']}; {SET_GPUS_EXPLICITLY}") from None
-    if not shape.attention.head_dim or shape.mlp.experts_per_token > shape.mlp.experts:
-        raise UnknownModelError(f"config.json: its heads or experts do not fit its sizes; {SET_GPUS_EXPLICITLY}")
+    if shape.mlp.experts_per_token > shape.mlp.experts:
+        raise UnknownModelError(f"config.json: more experts per token than experts; {SET_GPUS_EXPLICITLY}")
+    if shape.attention.head_dim == 0 or shape.parameters > MAX_PARAMETERS:
+        raise UnknownModelError(
+            f"config.json: a model of {shape.parameters:,} weights with heads of size {shape.attention.head_dim} "
+            f"cannot be; {SET_GPUS_EXPLICITLY}"
+        )
     return shape
+
+
+def read_recorded_shape(config: str) -> ModelShape:
+    """Return the shape from the config.json that prepare recorded, which is empty if it was too long."""
+    try:
+        return read_shape(parse_object(config or "{}", MAX_CONFIG))
+    except InvalidJsonError as error:
+        raise UnknownModelError(f"config.json: {error}; {SET_GPUS_EXPLICITLY}") from error

@@ -11,7 +11,7 @@ from qlora_api.reasons import Reason
 from qlora_trainer.data.chat_renderer import CLOSE, ChatRenderer, RenderedChat, TemplateRejectionError
 from qlora_trainer.data.render_process import RENDER_PROCESS, Call, RenderLimitError
 from qlora_trainer.data.rows import Chat, Message, RowError
-from qlora_trainer.data.tokenization import Span, TokenRow
+from qlora_trainer.data.tokenization import Span, TokenRow, tokenize
 from qlora_trainer.errors import RunError
 from qlora_trainer.storage.store import MODEL_FIELD
 
@@ -173,7 +173,7 @@ class _TokenizedText(NamedTuple):
 def _tokenize(tokenizer: Any, texts: list[str]) -> list[_TokenizedText]:
     if not texts:
         return []
-    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+    encoded = tokenize(tokenizer, texts, add_special_tokens=False, return_offsets_mapping=True)
     return [_TokenizedText(*pair) for pair in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)]
 
 

@@ -6,21 +6,36 @@ import gzip
 import io
 import json
 import re
+import sys
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import IO, Any, Final, NamedTuple, TextIO, cast
 
-from qlora_api.units import MIB
-from qlora_trainer.data.rows import RowError, kind_of
+from qlora_api.units import GIB, MIB
+from qlora_api.untrusted_json import MAX_NESTING, is_nested_deeper
+from qlora_trainer.data.rows import MAX_ROW_BYTES, RowError, kind_of
+from qlora_trainer.runtime.resource_limits import memory_limit
 
-MAX_ROW_BYTES: Final = 64 * MIB
-"""Maximum size of a row: a million tokens take about 4 MiB, so a longer line means that the file is no JSONL."""
+MAX_COLUMNS: Final = 10_000
+"""Columns of a table; each is a field of every row, and a dataset has a handful."""
+MAX_READ_BYTES: Final = GIB
+"""Memory that one read of a columnar file may take, a quarter of the prepare pod's: an honest page has about 1 MiB, but
+a few hundred bytes may declare gigabytes (a dictionary, a run of nulls, a compressed page)."""
+MAX_GZIP_RATIO: Final = 200
+"""Decompressed bytes per byte of a .gz file. Text has 3 to 20, deflate's maximum is 1,032."""
+MIN_DECOMPRESSED_BYTES: Final = 64 * MIB
+"""Size that a .gz file may have whatever its ratio: seconds of reading, even if every byte is a line."""
+_CHUNK_BYTES: Final = 1 << 18
 _CHUNK_CHARACTERS: Final = 1 << 18
 _BATCH_ROWS: Final = 256
-"""Rows of a columnar file that are converted to Python objects at a time."""
+"""Rows of a columnar file that are converted to Python objects at a time; fewer if they are large."""
+_BATCH_BYTES: Final = 64 * MIB
+_FOOTER_ITEMS: Final = 100_000
+"""Row groups or columns in the footer of a Parquet file; each takes kilobytes of memory."""
 _UTF16_MARKS: Final = (b"\xff\xfe", b"\xfe\xff")
 _SPACE: Final = re.compile(r"\s*")
 _DECODER: Final = json.JSONDecoder()
@@ -83,18 +98,29 @@ def _read_jsonl(path: Path) -> Iterator[FileRow]:
 def parse_line(content: bytes) -> Mapping[str, Any]:
     """Parse a line as a JSON object, or raise RowError."""
     try:
-        return _as_object(json.loads(content.decode("utf-8")))
+        value = json.loads(content.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise RowError(f"byte {error.start + 1} is not UTF-8; save the file as UTF-8") from error
     except json.JSONDecodeError as error:
         raise RowError(f"broken JSON at column {error.colno}: {error.msg}") from error
     except RecursionError as error:
-        raise RowError("the JSON is nested too deeply; write a flat object") from error
+        raise RowError(_TOO_DEEP) from error
+    except ValueError as error:
+        raise RowError(_TOO_MANY_DIGITS) from error
+    return _as_object(value)
+
+
+_TOO_DEEP: Final = f"the JSON is nested too deeply, more than {MAX_NESTING} levels; write a flat object"
+_TOO_MANY_DIGITS: Final = (
+    f"an integer has more than {sys.get_int_max_str_digits():,} digits, Python's limit; write it as a string"
+)
 
 
 def _as_object(value: Any) -> Mapping[str, Any]:
     if not isinstance(value, dict):
         raise RowError(f"is {kind_of(value)}, not an object; write {{…}}")
+    if is_nested_deeper(value):
+        raise RowError(_TOO_DEEP)
     return value
 
 
@@ -167,25 +193,51 @@ def _element(window: _Window, number: int) -> Any:
     except json.JSONDecodeError as error:
         raise FileError(f"row {number}: broken JSON: {error.msg}; the rows after it are not read") from error
     except RecursionError as error:
-        raise FileError(f"row {number}: the JSON is nested too deeply; write flat objects") from error
+        raise FileError(f"row {number}: {_TOO_DEEP}") from error
+    except ValueError as error:
+        raise FileError(f"row {number}: {_TOO_MANY_DIGITS}") from error
 
 
 def _read_csv(path: Path, delimiter: str) -> Iterator[FileRow]:
     csv.field_size_limit(MAX_ROW_BYTES)
     with _open_text(path) as stream:
-        lines = csv.reader(stream, delimiter=delimiter, strict=True)
+        lines = _RecordLines(stream)
+        records = csv.reader(lines, delimiter=delimiter, strict=True)
         number = 0
         try:
-            header = next(lines, None)
+            header = next(records, None)
             if header is None:
                 return
             _check_header(header)
             number = 1
-            for number, cells in enumerate(lines, start=2):
+            lines.size = 0
+            for number, cells in enumerate(records, start=2):
+                lines.size = 0
                 if cells:
                     yield FileRow(number, _to_fields(header, cells))
         except csv.Error as error:
             raise FileError(f'row {number + 1}: {error}; quote cells with " and double the quotes in them') from error
+
+
+@dataclass
+class _RecordLines:
+    """Lines of a CSV file, up to the maximum size of a record: a quote that is never closed takes all that follow."""
+
+    stream: TextIO
+    size: int = 0
+    """Characters since the start of the record, where the reader sets it to 0."""
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        line = self.stream.readline(MAX_ROW_BYTES + 1)
+        self.size += len(line)
+        if self.size > MAX_ROW_BYTES:
+            raise csv.Error(f"has more than {MAX_ROW_BYTES // MIB} MiB")
+        if not line:
+            raise StopIteration
+        return line
 
 
 def _to_fields(header: Sequence[str], cells: Sequence[str]) -> Mapping[str, Any] | RowError:
@@ -197,9 +249,13 @@ def _to_fields(header: Sequence[str], cells: Sequence[str]) -> Mapping[str, Any]
 
 
 def _check_header(names: Sequence[str]) -> None:
-    duplicates = [name for name in dict.fromkeys(names) if names.count(name) > 1]
-    if duplicates:
-        raise FileError(f"has two columns '{duplicates[0]}'; rename one")
+    if len(names) > MAX_COLUMNS:
+        raise FileError(f"has {len(names):,} columns, more than {MAX_COLUMNS:,}; keep those that the row format reads")
+    duplicate = next((name for name, count in Counter(names).items() if count > 1), None)
+    if duplicate is not None:
+        raise FileError(f"has two columns '{duplicate}'; rename one")
+    if not names:
+        raise FileError("has no columns; write one for each field of the row format")
     if "" in names:
         raise FileError(f"column {names.index('') + 1} has no name; name it in the header")
     if len(names) == 1 and (separator := next((mark for mark in ";\t|" if mark in names[0]), None)):
@@ -207,26 +263,58 @@ def _check_header(names: Sequence[str]) -> None:
 
 
 def _read_parquet(path: Path) -> Iterator[FileRow]:
-    import pyarrow as pa  # noqa: PLC0415 (slow to import)
-    import pyarrow.parquet as pq  # noqa: PLC0415
+    import pyarrow.parquet as pq  # noqa: PLC0415 (slow to import)
 
-    try:
-        with pq.ParquetFile(path, memory_map=True) as file:
+    with _reading_columns("Parquet"):
+        with memory_limit(MAX_READ_BYTES):
+            file = pq.ParquetFile(path, memory_map=True, thrift_container_size_limit=_FOOTER_ITEMS)
+        with file:
             _check_header(file.schema_arrow.names)
-            yield from _numbered(file.iter_batches(batch_size=_BATCH_ROWS))
-    except (pa.ArrowException, OSError) as error:
-        raise FileError(f"is not a readable Parquet file ({_first_line(error)}); write it again") from error
+            groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
+            rows = _rows_per_batch(sum(group.total_byte_size for group in groups), file.metadata.num_rows)
+            yield from _numbered(file.iter_batches(batch_size=rows, use_threads=False))
 
 
 def _read_arrow(path: Path) -> Iterator[FileRow]:
     import pyarrow as pa  # noqa: PLC0415 (slow to import)
 
-    try:
-        with pa.memory_map(str(path)) as source, _open_ipc(source) as batches:
+    with _reading_columns("Arrow"):
+        with memory_limit(MAX_READ_BYTES):
+            source = pa.memory_map(str(path))
+            batches = _open_ipc(source)
+        with source, batches:
             _check_header(batches.schema.names)
-            yield from _numbered(_record_batches(batches))
-    except (pa.ArrowException, OSError) as error:
-        raise FileError(f"is not a readable Arrow file ({_first_line(error)}); write it again") from error
+            yield from _numbered(map(_validated, _record_batches(batches)))
+
+
+def _validated(batch: Any) -> Any:
+    """Check that no offset of a batch points out of its buffers, which Arrow does not do when it reads them."""
+    batch.validate(full=True)
+    return batch
+
+
+@contextlib.contextmanager
+def _reading_columns(file_type: str) -> Iterator[None]:
+    import pyarrow as pa  # noqa: PLC0415 (slow to import)
+
+    pa.allocate_buffer(1)  # the allocator reserves its arena now, so that it does not count as memory of the file
+    try:
+        yield
+    except FileError:
+        raise
+    except MemoryError as error:
+        raise FileError(
+            f"needs more than {MAX_READ_BYTES // MIB:,} MiB of memory for {_BATCH_ROWS} rows or fewer; write it again "
+            "with smaller rows, pages and dictionaries"
+        ) from error
+    # ValueError and the like: a value that Python cannot hold, such as a year beyond 9999 or text that is not UTF-8.
+    except (pa.ArrowException, OSError, ValueError, ArithmeticError, LookupError) as error:
+        raise FileError(f"is not a readable {file_type} file ({_first_line(error)}); write it again") from error
+
+
+def _rows_per_batch(size: int, rows: int) -> int:
+    """Return the rows to read at a time; size and number of rows are what the file says, and may be wrong."""
+    return max(1, min(_BATCH_ROWS, _BATCH_BYTES * max(rows, 1) // max(size, 1)))
 
 
 def _open_ipc(source: Any) -> Any:
@@ -248,11 +336,17 @@ def _record_batches(reader: Any) -> Iterator[Any]:
 
 def _numbered(batches: Iterator[Any]) -> Iterator[FileRow]:
     number = 0
-    for batch in batches:
-        for start in range(0, batch.num_rows, _BATCH_ROWS):
-            for row in batch.slice(start, _BATCH_ROWS).to_pylist():
+    while (batch := _within_memory(lambda: next(batches, None))) is not None:
+        step = _rows_per_batch(batch.nbytes, batch.num_rows)
+        for start in range(0, batch.num_rows, step):
+            for row in _within_memory(batch.slice(start, step).to_pylist):
                 number += 1
                 yield FileRow(number, row)
+
+
+def _within_memory(read: Callable[[], Any]) -> Any:
+    with memory_limit(MAX_READ_BYTES):
+        return read()
 
 
 def _first_line(error: Exception) -> str:
@@ -261,10 +355,39 @@ def _first_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _open_bytes(path: Path) -> Iterator[IO[bytes]]:
-    with gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as stream:
+    compressed = path.name.lower().endswith(".gz")
+    with io.BufferedReader(_Decompressed(path), _CHUNK_BYTES) if compressed else path.open("rb") as stream:
         if stream.peek(2)[:2] in _UTF16_MARKS:
             raise FileError("is UTF-16; save it as UTF-8")
         yield cast("IO[bytes]", stream)
+
+
+class _Decompressed(io.RawIOBase):
+    """Content of a .gz file, up to the maximum size."""
+
+    def __init__(self, path: Path) -> None:
+        self._stream = gzip.GzipFile(path)
+        self._left = max(MIN_DECOMPRESSED_BYTES, MAX_GZIP_RATIO * path.stat().st_size)
+
+    def readable(self) -> bool:
+        """Return True."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Read the next bytes, or raise FileError."""
+        size = self._stream.readinto(buffer)
+        self._left -= size
+        if self._left < 0:
+            raise FileError(
+                f"expands to more than {MAX_GZIP_RATIO} times its size, and to more than "
+                f"{MIN_DECOMPRESSED_BYTES // MIB:,} MiB; write it without repeated content, or without .gz"
+            )
+        return size
+
+    def close(self) -> None:
+        """Close the file."""
+        self._stream.close()
+        super().close()
 
 
 @contextlib.contextmanager

@@ -3,21 +3,20 @@
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
-from typing import Any, Final, NamedTuple, TypeVar, cast
+from typing import Any, Final, NamedTuple, cast
 
 from qlora_api.reasons import Reason
 from qlora_api.v1alpha1 import RowFormat, TrainingSpec
 from qlora_trainer.data.chat_template import ChatTemplate, encode_chats
-from qlora_trainer.data.rows import Chat, Example, Row, RowError, Text
-from qlora_trainer.data.sources import RowErrors, Source
+from qlora_trainer.data.rows import MAX_TEXT_BYTES, Chat, Example, Row, RowError, Text
+from qlora_trainer.data.sources import LocatedRow, RowErrors, Source
 from qlora_trainer.data.tokenization import TokenRow, encode_examples, encode_texts
 from qlora_trainer.errors import RunError
 
 BATCH_ROWS: Final = 1000
 """Rows per call of the tokenizer: larger batches save no time and take more memory."""
-
-Item = TypeVar("Item")
+_BATCH_BYTES: Final = MAX_TEXT_BYTES
+"""Text per call of the tokenizer, unless a single row has more."""
 
 
 class EncodedRow(NamedTuple):
@@ -43,7 +42,7 @@ class RowEncoder:
         `needs_prompt` takes the hash of a row; it is true for validation rows.
         """
         problems = RowErrors()
-        for batch in batched(source.rows(), BATCH_ROWS):
+        for batch in _batches(source.rows()):
             encoded = self._encode([located.row for located in batch], source.row_format, needs_prompt)
             for located, row in zip(batch, encoded, strict=True):
                 if isinstance(row, RowError):
@@ -122,8 +121,15 @@ def make_length_policy(training: TrainingSpec) -> LengthPolicy:
     return LengthPolicy(training.max_length, training.long_rows)
 
 
-def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    """Yield lists of at most `size` items."""
-    stream = iter(items)
-    while batch := list(islice(stream, size)):
+def _batches(rows: Iterable[LocatedRow]) -> Iterator[list[LocatedRow]]:
+    """Yield the rows in batches of bounded number and size."""
+    batch: list[LocatedRow] = []
+    size = 0
+    for located in rows:
+        size += located.row.size
+        if batch and (size > _BATCH_BYTES or len(batch) == BATCH_ROWS):
+            yield batch
+            batch, size = [], located.row.size
+        batch.append(located)
+    if batch:
         yield batch

@@ -4,9 +4,10 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Final
 
+from qlora_api.units import MIB
 from qlora_api.v1alpha1 import RowFormat, RowTemplate
 from qlora_trainer.data.chat_messages import parse_chat
-from qlora_trainer.data.rows import Example, Row, RowError, Text, text_of
+from qlora_trainer.data.rows import MAX_TEXT_BYTES, Example, Row, RowError, Text, check_size, text_of
 
 _FORMAT_FIELDS: Final[tuple[tuple[str, RowFormat], ...]] = (
     ("messages", "chat"),
@@ -35,8 +36,8 @@ def detect_format(fields: Mapping[str, Any]) -> tuple[RowFormat, str]:
 def parse_row(fields: Mapping[str, Any], row_format: RowFormat, template: RowTemplate | None = None) -> Row:
     """Parse the fields of a row, or raise RowError that names the invalid field."""
     if template is not None:
-        return Example(fill(template.prompt, fields, "prompt"), fill(template.answer, fields, "answer"))
-    return _PARSERS[row_format](fields)
+        return check_size(Example(fill(template.prompt, fields, "prompt"), fill(template.answer, fields, "answer")))
+    return check_size(_PARSERS[row_format](fields))
 
 
 def _parse_instruction(fields: Mapping[str, Any]) -> Example:
@@ -78,6 +79,7 @@ def placeholders(template: str) -> tuple[str, ...]:
 
 def fill(template: str, fields: Mapping[str, Any], part: str) -> str:
     """Fill a template with the fields of a row; single fields may be empty, the result must not be."""
+    size = 0
 
     def value(match: re.Match[str]) -> str:
         name = match[1]
@@ -86,7 +88,12 @@ def fill(template: str, fields: Mapping[str, Any], part: str) -> str:
             raise RowError(
                 f"spec.dataset.template.{part} uses the field '{name}', but the row has {known}; correct one of them"
             )
-        return text_of(fields, name, blank=True)
+        text = text_of(fields, name, blank=True)
+        nonlocal size
+        size += len(text)
+        if size > MAX_TEXT_BYTES:
+            raise RowError(f"spec.dataset.template.{part} renders more than {MAX_TEXT_BYTES // MIB} MiB; shorten it")
+        return text
 
     filled = _PLACEHOLDER.sub(value, template)
     if not filled.strip():

@@ -4,7 +4,17 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
+
+from qlora_api.units import MIB
+
+MAX_ROW_BYTES: Final = 64 * MIB
+"""Maximum size of a row in a text file: a million tokens take about 4 MiB, so a longer line is no row."""
+MAX_TEXT_BYTES: Final = 8 * MIB
+"""Maximum text of a row: 2 million tokens, twice the highest maxLength. The tokenizer takes 256 bytes per token (as
+measured with tokenizers 0.23), and text that it does not know has a token per byte: 2 GiB of the prepare pod's 4."""
+_SHOWN_CHARACTERS: Final = 500
+"""Longest error message of a row: it may quote names and values from the row."""
 
 
 class RowError(ValueError):
@@ -17,6 +27,22 @@ def kind_of(value: Any) -> str:
         return "null"
     names = {bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
     return names.get(type(value), f"a {type(value).__name__}")
+
+
+def shorten(message: object) -> str:
+    """Return a message as text that can be written anywhere: cut to a length, half characters escaped."""
+    text = str(message)
+    cut = text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}…"
+    return cut.encode(errors="backslashreplace").decode()
+
+
+def size_of(content: Any) -> int:
+    """Return the size of a text or of a nested value in bytes, or raise RowError if it is not valid Unicode."""
+    text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False, default=str)
+    try:
+        return len(text.encode())
+    except UnicodeEncodeError as error:
+        raise RowError("contains bytes that are not UTF-8, or half a character; save the file as UTF-8") from error
 
 
 def text_of(fields: Mapping[str, Any], name: str, *, blank: bool = False, within: str = "") -> str:
@@ -32,17 +58,11 @@ def text_of(fields: Mapping[str, Any], name: str, *, blank: bool = False, within
         raise RowError(f"{label} is {kind_of(value)}{shown}, not text; write a string")
     if not blank and not value.strip():
         raise RowError(f"{label} is empty; fill it, or remove the row")
-    if not _is_unicode(value):
-        raise RowError(f"{label} contains bytes that are not UTF-8, or half a character; save the file as UTF-8")
-    return value
-
-
-def _is_unicode(text: str) -> bool:
     try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+        size_of(value)
+    except RowError as error:
+        raise RowError(f"{label} {error}") from error
+    return value
 
 
 Message: TypeAlias = Mapping[str, Any]
@@ -61,6 +81,11 @@ class Example:
         """Return the SHA-256 of the content; equal rows have equal digests."""
         return _sha256([self.prompt, self.answer])
 
+    @property
+    def size(self) -> int:
+        """Return the bytes of the text."""
+        return size_of(self.prompt) + size_of(self.answer)
+
 
 @dataclass(frozen=True)
 class Chat:
@@ -75,6 +100,11 @@ class Chat:
         """Return the SHA-256 of the content."""
         return _sha256({"messages": self.messages, "tools": self.tools})
 
+    @property
+    def size(self) -> int:
+        """Return the bytes of all messages and tools, or raise RowError if they are not valid Unicode."""
+        return size_of(self.messages) + size_of(self.tools)
+
 
 @dataclass(frozen=True)
 class Text:
@@ -87,8 +117,20 @@ class Text:
         """Return the SHA-256 of the content."""
         return _sha256({"text": self.text})
 
+    @property
+    def size(self) -> int:
+        """Return the bytes of the text."""
+        return size_of(self.text)
+
 
 Row: TypeAlias = Example | Chat | Text
+
+
+def check_size(row: Row) -> Row:
+    """Return the row, or raise RowError if it has more text than can be tokenized."""
+    if row.size > MAX_TEXT_BYTES:
+        raise RowError(f"has more than {MAX_TEXT_BYTES // MIB} MiB of text; split it into several rows")
+    return row
 
 
 def _sha256(content: Any) -> bytes:

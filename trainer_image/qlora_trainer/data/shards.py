@@ -11,6 +11,7 @@ from uuid import uuid4
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from qlora_api.units import MIB
 from qlora_trainer.data.tokenization import TokenRow
 
 TRAINING: Final = "prepared/train.parquet"
@@ -20,7 +21,11 @@ TASKS: Final = "prepared/tasks.json"
 """Leaf tasks of the requested lm-eval benchmarks."""
 
 GROUP_ROWS: Final = 1000
-"""Rows per row group, and per read."""
+"""Rows per row group, and per read; a group ends earlier if its rows are large."""
+_GROUP_BYTES: Final = 256 * MIB
+"""Memory of the rows of a group."""
+_TOKEN_BYTES: Final = 40
+"""Memory of a token id in a tuple: an int of 32 bytes and its pointer."""
 
 _SCHEMA: Final = pa.schema(
     [
@@ -47,6 +52,7 @@ class ShardWriter:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._with_text = with_text
         self._pending: list[TokenRow] = []
+        self._pending_bytes = 0
         self._content = hashlib.sha256()
         self._file = pq.ParquetWriter(path, _SCHEMA, compression="zstd")
 
@@ -72,11 +78,13 @@ class ShardWriter:
         for _ in range(times):
             self._content.update(content)
             self._pending.append(row)
-            if len(self._pending) == GROUP_ROWS:
+            self._pending_bytes += _TOKEN_BYTES * (len(row.input_ids) + len(row.prompt_ids))
+            self._pending_bytes += len(row.prompt) + len(row.reference)
+            if len(self._pending) == GROUP_ROWS or self._pending_bytes > _GROUP_BYTES:
                 self._write_group()
 
     def _write_group(self) -> None:
-        rows, self._pending = self._pending, []
+        rows, self._pending, self._pending_bytes = self._pending, [], 0
         if rows:
             self._file.write_table(_to_table(rows, with_text=self._with_text))
 

@@ -1,11 +1,17 @@
 """Encodes prompts, answers and texts as token rows: special tokens once, labels up to the end-of-text token."""
 
+import queue
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
+from qlora_api.reasons import Reason
 from qlora_trainer.data.rows import Example, Text
+from qlora_trainer.errors import RunError
 
+MAX_SECONDS: Final = 300.0
+"""Time for a batch: tokenizers take 1 to 10 s for the 8 MiB that it may have, and Python's own up to a minute."""
 Span: TypeAlias = tuple[int, int]
 """A half-open range of positions."""
 
@@ -56,8 +62,39 @@ def encode_texts(texts: Sequence[Text], tokenizer: Any) -> list[TokenRow]:
 
 def prompt_ids(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
     """Tokenize texts with the tokenizer's start token, exactly once, and without an end-of-text token."""
-    encoded: list[list[int]] = tokenizer(list(texts), add_special_tokens=True)["input_ids"]
+    encoded: list[list[int]] = tokenize(tokenizer, texts, add_special_tokens=True)["input_ids"]
     return [_without_end(_single_start(ids, tokenizer), tokenizer) for ids in encoded]
+
+
+def tokenize(tokenizer: Any, texts: Sequence[str], **options: Any) -> Any:
+    """Return what the tokenizer makes of a batch of texts, or raise ModelUnsupported if it fails or takes too long.
+
+    Its regular expressions are the model author's, and may take exponential time. In another thread, as native code
+    cannot be interrupted: the run ends while it still computes.
+    """
+    results: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+
+    def call() -> None:
+        try:
+            results.put((tokenizer(list(texts), **options), None))
+        except BaseException as error:  # a panic of the tokenizers library is no Exception
+            results.put((None, error))
+
+    threading.Thread(target=call, name="tokenizer", daemon=True).start()
+    try:
+        encoded, error = results.get(timeout=MAX_SECONDS)
+    except queue.Empty:
+        raise RunError(
+            Reason.MODEL_UNSUPPORTED,
+            f"spec.model.uri: its tokenizer takes more than {MAX_SECONDS:g} s for {len(texts)} rows; use another "
+            "model, or shorten the rows",
+        ) from None
+    if error is not None:
+        raise RunError(
+            Reason.MODEL_UNSUPPORTED,
+            f"spec.model.uri: its tokenizer cannot encode a row: {str(error)[:500]}; use another model",
+        ) from error
+    return encoded
 
 
 def _single_start(ids: list[int], tokenizer: Any) -> list[int]:

@@ -11,9 +11,18 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from qlora_api.model_config import MAX_CONFIG_BYTES, MAX_PARAMETERS
 from qlora_api.reasons import Reason
+from qlora_api.units import GIB
+from qlora_api.untrusted_json import InvalidJsonError, parse_object
 from qlora_trainer.errors import RunError
 from qlora_trainer.model.quantization import QuantizableWeights, count_quantizable
+from qlora_trainer.runtime.resource_limits import cpu_time_limit, memory_limit
+
+_BUILD_BYTES: Final = GIB
+"""Memory of a model without weights: its modules take kilobytes each, whatever their size."""
+_BUILD_SECONDS: Final = 60.0
+"""CPU time to build it: seconds for the largest ones; a config.json may ask for a billion layers."""
 
 _POSITION_TABLE: Final = re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings?|pos_encoding)(\.weight)?$")
 """Names of tables of positions in transformers."""
@@ -45,25 +54,47 @@ def load_architecture(folder: Path, field: str = "spec.model.uri") -> Architectu
 
 def build_empty(folder: Path, field: str = "spec.model.uri") -> Any:
     """Return the model on the meta device: modules and shapes without weights."""
+    content = read_config(folder, field)
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, AttributeError, ImportError) as error:
-        raise RunError(Reason.MODEL_UNSUPPORTED, f"{field}: {_why_not(folder, error)}") from error
+        with memory_limit(_BUILD_BYTES), cpu_time_limit(_BUILD_SECONDS):
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    # transformers raises whatever Python or torch raise for the numbers and types that a config.json may have.
+    except Exception as error:
+        raise RunError(Reason.MODEL_UNSUPPORTED, f"{field}: {_why_not(content, error)}") from error
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    if parameters > MAX_PARAMETERS:
+        raise RunError(
+            Reason.MODEL_UNSUPPORTED,
+            f"{field}: config.json describes a model with {parameters:,} weights, more than "
+            f"{MAX_PARAMETERS:,}; correct it",
+        )
+    return model
 
 
-def _why_not(folder: Path, error: Exception) -> str:
-    config = folder / "config.json"
-    if not config.is_file():
-        return "there is no config.json; use the folder of a model in the Hugging Face format"
-    content = json.loads(config.read_text())
+def read_config(folder: Path, field: str = "spec.model.uri") -> Mapping[str, Any]:
+    """Return the content of config.json, or raise ModelUnsupported if it is no JSON object of a reasonable size."""
+    try:
+        with (folder / "config.json").open("rb") as stream:
+            return parse_object(stream.read(MAX_CONFIG_BYTES + 1), MAX_CONFIG_BYTES)
+    except FileNotFoundError as error:
+        raise RunError(
+            Reason.MODEL_UNSUPPORTED,
+            f"{field}: there is no config.json; use the folder of a model in the Hugging Face format",
+        ) from error
+    except InvalidJsonError as error:
+        raise RunError(Reason.MODEL_UNSUPPORTED, f"{field}: config.json {error}; correct it") from error
+
+
+def _why_not(content: Mapping[str, Any], error: Exception) -> str:
     if "auto_map" in content:
         return (
             f"model type '{content.get('model_type')}' needs code from its repository (auto_map), which is never run; "
             "choose an architecture that the trainer's transformers release knows"
         )
-    return f"the trainer's transformers release cannot build it: {type(error).__name__}: {str(error)[:500]}"
+    cause = f"{type(error).__name__}: {str(error)[:500]}"
+    return f"the trainer's transformers release cannot build it: {cause}; use another model"
 
 
 def describe(model: Any) -> Architecture:
@@ -143,7 +174,8 @@ def load_tokenizer(folder: Path, chat_template: str | None = None, field: str = 
     try:
         _check_tokenizer_class(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    # The tokenizers library raises plain Exception for a file that it cannot read.
+    except Exception as error:
         raise RunError(
             Reason.MODEL_UNSUPPORTED, f"{field}: its tokenizer cannot be loaded: {str(error)[:500]}"
         ) from error

@@ -12,6 +12,7 @@ from qlora_trainer.storage.store import (
     FieldRef,
     MissingObjectError,
     ObjectExistsError,
+    check_count,
     claim_folder,
     local_path,
     sha256_of,
@@ -29,7 +30,8 @@ class FileStore:
 
     def list(self, prefix: str = "") -> tuple[Entry, ...]:
         """Return every file below a folder, sorted by path."""
-        files = sorted(path for path in (self.folder / prefix).rglob("*") if path.is_file())
+        found = (path for path in (self.folder / prefix).rglob("*") if path.is_file())
+        files = sorted(check_count(found, self.root, self._field_ref))
         names = [path.relative_to(self.folder).as_posix() for path in files]
         return tuple(Entry(name, self.path_of(name).stat().st_size) for name in names)
 

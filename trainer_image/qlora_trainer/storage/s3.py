@@ -22,7 +22,15 @@ from qlora_trainer.runtime.liveness import LIVENESS
 from qlora_trainer.runtime.metrics import METER
 from qlora_trainer.storage.credentials import Credentials
 from qlora_trainer.storage.s3_multipart import SINGLE_PUT_BYTES, upload_in_parts
-from qlora_trainer.storage.store import Entry, FieldRef, MissingObjectError, ObjectExistsError, escapes_root, sha256_of
+from qlora_trainer.storage.store import (
+    Entry,
+    FieldRef,
+    MissingObjectError,
+    ObjectExistsError,
+    check_count,
+    escapes_root,
+    sha256_of,
+)
 
 _DENIED: Final = {"403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"}
 _MISSING: Final = {"404", "NoSuchKey", "NoSuchBucket", "NotFound"}
@@ -83,7 +91,8 @@ class S3Store:
         folder = f"{self._key(prefix).rstrip('/')}/" if prefix else self._prefix
         with self._translating_errors(prefix):
             pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=folder)
-            objects = [found for page in pages for found in page.get("Contents", ())]
+            contents = (found for page in pages for found in page.get("Contents", ()))
+            objects = tuple(check_count(contents, self.root, self._field_ref))
         entries = [
             Entry(found["Key"].removeprefix(self._prefix), found["Size"], found["ETag"].strip('"'))
             for found in objects

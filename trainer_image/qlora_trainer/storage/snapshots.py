@@ -9,6 +9,7 @@ from typing import Final, Protocol
 
 from qlora_api.reasons import Reason
 from qlora_api.runconfig import Platform
+from qlora_api.units import MIB
 from qlora_trainer.errors import RunError
 from qlora_trainer.storage.credentials import Secrets
 from qlora_trainer.storage.huggingface_hub import Hub, RepoType
@@ -33,6 +34,8 @@ _TEXT_NAMES: Final = frozenset({
 """Names that transformers 5 reads for a model or a tokenizer (VOCAB_FILES_NAMES of its tokenizers)."""
 _TEXT_FAMILIES: Final = re.compile(r"tokenizer\.[\w.-]*json|\w[\w.-]*\.model|\w[\w.-]*\.safetensors\.index\.json")
 """Tokenizers by their version, SentencePiece models, and indices of weights."""
+MAX_TEXT_FILE_BYTES: Final = 128 * MIB
+"""Maximum size of such a file: the largest tokenizer.json have 34 MB (Gemma 3), and are expanded in memory."""
 
 
 class Snapshot(Protocol):
@@ -229,3 +232,15 @@ def weight_files(files: Iterable[str], field_ref: FieldRef) -> tuple[str, ...]:
 def text_files(files: Iterable[str]) -> tuple[str, ...]:
     """Return the names of configuration, tokenizer and template files that transformers knows; no other is fetched."""
     return tuple(name for name in files if name in _TEXT_NAMES or _TEXT_FAMILIES.fullmatch(name))
+
+
+def check_text_files(folder: Path, names: Iterable[str], field_ref: FieldRef) -> None:
+    """Raise ModelUnsupported if a configuration or tokenizer file is too large to be loaded."""
+    for name in names:
+        size = (folder / name).stat().st_size
+        if size > MAX_TEXT_FILE_BYTES:
+            raise RunError(
+                Reason.MODEL_UNSUPPORTED,
+                f"{field_ref.field}: {name} has {size:,} bytes, more than {MAX_TEXT_FILE_BYTES:,}; remove it, or use "
+                "another model",
+            )

@@ -1,9 +1,10 @@
 """Interface of the stores for data and results: s3://, file://, and pvc:// for reading."""
 
 import hashlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final, Protocol, TypeVar
 from urllib.parse import unquote, urlparse
 
 from qlora_api.names import CLAIM_SCHEME, CLAIMS_MOUNT, SecretRole
@@ -12,6 +13,9 @@ from qlora_api.units import MIB
 from qlora_trainer.errors import RunError
 
 _CHUNK_BYTES: Final = MIB
+MAX_LISTED: Final = 100_000
+"""Objects of a listing: a hundred requests to S3; a dataset or a model has hundreds of files."""
+Item = TypeVar("Item")
 
 
 class ObjectExistsError(Exception):
@@ -115,6 +119,17 @@ class Store(Protocol):
 
     def delete(self, path: str) -> None:
         """Delete an object; a missing one is not an error."""
+
+
+def check_count(items: Iterable[Item], root: str, field_ref: FieldRef) -> Iterator[Item]:
+    """Yield the items of a listing, or raise the field's not-found reason if there are too many."""
+    for number, item in enumerate(items):
+        if number == MAX_LISTED:
+            raise RunError(
+                field_ref.not_found,
+                f"{field_ref.field}: {root} holds more than {MAX_LISTED:,} files; use a folder with fewer",
+            )
+        yield item
 
 
 def split_uri(uri: str) -> tuple[str, str]:

@@ -1,0 +1,48 @@
+"""JSON from outside, such as a model's config.json: bounded in size and nesting, and an object."""
+
+import json
+from typing import Any, Final
+
+MAX_NESTING: Final = 100
+"""Levels of lists and objects, the same as Arrow's limit for a Parquet schema; tool schemas have about ten."""
+
+
+class InvalidJsonError(ValueError):
+    """The text is no JSON object within the bounds; the message says why, to be put after its name."""
+
+
+def is_nested_deeper(value: Any, levels: int = MAX_NESTING) -> bool:
+    """Return whether lists and objects are nested in more than so many levels."""
+    nested = [value] if isinstance(value, (dict, list)) else []
+    for _ in range(levels):
+        children = (child for parent in nested for child in (parent.values() if isinstance(parent, dict) else parent))
+        nested = [child for child in children if isinstance(child, (dict, list))]
+        if not nested:
+            return False
+    return True
+
+
+def parse_object(content: str | bytes, max_bytes: int) -> dict[str, Any]:
+    """Parse a JSON object.
+
+    Args:
+        content: The JSON; of a longer file, `max_bytes` + 1 bytes are enough.
+        max_bytes: Maximum length.
+
+    Raises:
+        InvalidJsonError: It is longer, not JSON, nested too deeply or not an object.
+
+    """
+    if len(content) > max_bytes:
+        raise InvalidJsonError(f"has more than {max_bytes:,} bytes")
+    try:
+        value = json.loads(content)
+    except RecursionError as error:
+        raise InvalidJsonError(f"is nested in more than {MAX_NESTING} levels") from error
+    except ValueError as error:
+        raise InvalidJsonError(f"is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise InvalidJsonError("is not a JSON object")
+    if is_nested_deeper(value):
+        raise InvalidJsonError(f"is nested in more than {MAX_NESTING} levels")
+    return value
