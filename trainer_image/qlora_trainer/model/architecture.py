@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from qlora_api.reasons import Reason
 from qlora_trainer.errors import RunError
+from qlora_trainer.model.model_files import check_model_files
 from qlora_trainer.model.quantization import QuantizableWeights, count_quantizable
 
 
@@ -38,6 +39,7 @@ def build_empty(folder: Path, field: str = "spec.model.uri") -> Any:
     """Return the model on the meta device: modules and shapes without weights."""
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        check_model_files(folder, field)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (OSError, ValueError, KeyError, AttributeError, ImportError) as error:

@@ -23,6 +23,7 @@ from qlora_trainer.model.loss import (
     positions_per_chunk,
     token_losses,
 )
+from qlora_trainer.model.model_files import check_model_files
 from qlora_trainer.model.runtime_settings import RuntimeSettings
 from qlora_trainer.model.unpacked_attention import use_unpacked_sdpa
 
@@ -138,6 +139,7 @@ def load_base(
     folder: Path, quantization: QuantizationSpec, dtype: torch.dtype, attention: str, device: DeviceName
 ) -> Any:
     """Load the base from safetensors and quantize it while loading; code of its repository is never run."""
+    check_model_files(folder)
     model = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=dtype,

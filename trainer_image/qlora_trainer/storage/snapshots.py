@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
 
+from qlora_api.object_names import ObjectName
 from qlora_api.reasons import Reason
 from qlora_api.runconfig import Platform
 from qlora_trainer.errors import RunError
@@ -19,8 +20,10 @@ from qlora_trainer.storage.store import Entry, FieldRef, MissingObjectError, Sto
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 _COMMIT_DIGITS: Final = 40
 """Content hashes are cut to the length of a git commit, to fit wherever a commit does."""
+_MAX_REF_BYTES: Final = 256
+"""A ref has a commit and a newline."""
 WEIGHTS_SUFFIX: Final = ".safetensors"
-_PICKLES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack")
+PICKLES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack")
 _TEXTS: Final = (".json", ".model", ".txt", ".jinja")
 """Configuration, tokenizer and chat template; code (.py) is never downloaded."""
 
@@ -33,7 +36,7 @@ class Snapshot(Protocol):
         """Return the commit, or the content hash of a folder."""
 
     @property
-    def files(self) -> tuple[str, ...]:
+    def files(self) -> tuple[ObjectName, ...]:
         """Return the names of all files."""
 
     def fetch(self, names: Iterable[str], work: Path) -> Path:
@@ -57,7 +60,7 @@ class HubSnapshot:
     name: str
     repo_type: RepoType
     commit: str
-    files: tuple[str, ...]
+    files: tuple[ObjectName, ...]
 
     def fetch(self, names: Iterable[str], work: Path) -> Path:
         """Download files into the library's cache, and return the folder of the commit."""
@@ -76,18 +79,19 @@ class StoredSnapshot:
     store: Store
     folder: str
     commit: str
-    files: tuple[str, ...]
+    files: tuple[ObjectName, ...]
 
     def fetch(self, names: Iterable[str], work: Path) -> Path:
         """Download missing files, and return their folder."""
         if isinstance(self.store, FileStore):
-            return self.store.folder / self.folder
-        target = work / "snapshots" / self.commit
+            return self.store.path_of(self.folder) if self.folder else self.store.folder
+        target = ObjectName(self.commit).below(work / "snapshots")
         for name in names:
-            if not (target / name).is_file():
-                partial = target / f"{name}.part"
+            file = ObjectName(name).below(target)
+            if not file.is_file():
+                partial = file.with_name(f"{file.name}.part")
                 self.store.download(_join(self.folder, name), partial)
-                partial.replace(target / name)
+                partial.replace(file)
         return target
 
 
@@ -128,7 +132,7 @@ class SourceResolver:
         store = self.open_store(mirror, field_ref)
         repository = f"{repo_type}s--{name.replace('/', '--')}"
         try:
-            commit = _mirrored_commit(store, repository, revision)
+            commit = _mirrored_commit(store, repository, revision, field_ref)
             return _stored(store, f"{repository}/snapshots/{commit}", commit, field_ref)
         except MissingObjectError as error:
             raise RunError(
@@ -138,10 +142,14 @@ class SourceResolver:
             ) from error
 
 
-def _mirrored_commit(store: Store, repository: str, revision: str) -> str:
+def _mirrored_commit(store: Store, repository: str, revision: str, field_ref: FieldRef) -> str:
     if _COMMIT.fullmatch(revision):
         return revision
-    return store.read(f"{repository}/refs/{revision}").decode().strip()
+    commit = store.read(f"{repository}/refs/{revision}", _MAX_REF_BYTES).decode(errors="replace").strip()
+    if not _COMMIT.fullmatch(commit):
+        where = f"{field_ref.field}: {store.root}/{repository}/refs/{revision}"
+        raise RunError(field_ref.not_found, f"{where} has no commit of 40 hexadecimal digits; synchronize the mirror")
+    return commit
 
 
 def _stored(store: Store, folder: str, commit: str | None, field_ref: FieldRef) -> StoredSnapshot:
@@ -149,8 +157,7 @@ def _stored(store: Store, folder: str, commit: str | None, field_ref: FieldRef) 
     entries = store.list(folder)
     if not entries:
         raise MissingObjectError(field_ref.not_found, f"{field_ref.field}: {_join(store.root, folder)} holds no files")
-    prefix = f"{folder}/" if folder else ""
-    names = tuple(entry.path.removeprefix(prefix) for entry in entries)
+    names = tuple(entry.path.relative_to(folder) for entry in entries)
     return StoredSnapshot(store, folder, commit or _content_hash(store, entries), names)
 
 
@@ -177,7 +184,7 @@ def weight_files(files: Iterable[str], field_ref: FieldRef) -> tuple[str, ...]:
     weights = [name for name in top if name.endswith(WEIGHTS_SUFFIX) and not name.startswith("consolidated")]
     if weights:
         return tuple([name for name in weights if name.startswith("model")] or weights)
-    pickles = [name for name in files if name.endswith(_PICKLES)]
+    pickles = [name for name in files if name.endswith(PICKLES)]
     if pickles:
         raise RunError(
             Reason.UNSAFE_MODEL_FORMAT,
