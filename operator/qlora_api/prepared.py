@@ -5,6 +5,7 @@ from typing import Annotated
 from pydantic import Field
 
 from qlora_api.base import ApiModel, ReportedModel, Sha256
+from qlora_api.object_names import ObjectName
 from qlora_api.result import Result
 from qlora_api.v1alpha1 import DataStatus, ModelStatus
 
@@ -42,7 +43,7 @@ class PinnedTask(ApiModel):
     """One leaf task of a public benchmark, with its data pinned to a commit, so that every attempt uses the same."""
 
     name: str
-    file: str
+    file: ObjectName
     """Path of its configuration in lm-evaluation-harness's tasks folder."""
     dataset: str
     """Dataset repository on the hub."""

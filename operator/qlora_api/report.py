@@ -1,8 +1,12 @@
 """What the trainer writes: its termination message, the report, the manifests."""
 
 from datetime import datetime
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from qlora_api.base import ApiModel, ReportedModel, Sha256
+from qlora_api.object_names import ObjectName
 from qlora_api.prepared import Prepared
 from qlora_api.reasons import Reason
 from qlora_api.result import Result
@@ -15,6 +19,8 @@ from qlora_api.v1alpha1 import (
     QuantizationSpec,
     RowTemplate,
 )
+from qlora_api.v1alpha1.patterns import REVISION
+from qlora_api.v1alpha1.types import ModelUri
 
 
 class TerminationMessage(ReportedModel):
@@ -109,16 +115,16 @@ class AdapterRecord(ApiModel):
 
     job: str
     digest: str
-    base: str
+    base: ModelUri
     """URI of the base model."""
-    commit: str
+    commit: Annotated[str, REVISION]
     method: str
     quantization: QuantizationSpec
     """How the base was stored in training."""
-    dtype: str
+    dtype: Literal["float32", "bfloat16", "float16"]
     """Compute dtype of the base."""
-    attention: str
-    """Attention implementation in use."""
+    attention: Literal["eager", "sdpa", "flash_attention_2"]
+    """Attention implementation in use; transformers would download any other name from the hub, as code."""
     format: str
     """Format of the rows, and so of the prompts; several are joined by '+'. Chats use the chat template of the
     tokenizer that is published with the adapter."""
@@ -238,9 +244,9 @@ class RunReport(ApiModel):
 class ManifestFile(ApiModel):
     """One object of the result."""
 
-    path: str
+    path: ObjectName
     """Relative to the manifest's folder."""
-    size: int
+    size: Annotated[int, Field(ge=0)]
     sha256: Sha256
 
 

@@ -10,6 +10,7 @@ from uuid import uuid4
 
 from qlora_api.local_requests import MergedFolder, MergeRequest
 from qlora_api.names import SecretRole
+from qlora_api.object_names import ObjectName
 from qlora_api.reasons import Reason
 from qlora_api.report import AdapterRecord, EvaluatedRow
 from qlora_api.result import Result
@@ -21,7 +22,13 @@ from qlora_trainer.data.shards import EVALUATION, open_shard
 from qlora_trainer.data.tokenization import TokenRow, encode_examples
 from qlora_trainer.errors import RunError
 from qlora_trainer.inference.compatibility import check_compatible
-from qlora_trainer.inference.published_adapter import PublishedAdapter, fetch_adapter, fetch_base, open_adapter
+from qlora_trainer.inference.published_adapter import (
+    PublishedAdapter,
+    fetch_base,
+    fetch_published,
+    open_adapter,
+    parents,
+)
 from qlora_trainer.model.architecture import load_tokenizer
 from qlora_trainer.observability.progress import LogFn, no_log
 from qlora_trainer.publishing.merge_weights import MEASURED_TOKENS, MergeTask, merge_adapter
@@ -42,7 +49,7 @@ def add_merged(resolver: SourceResolver, output: Store, config: RunConfig, resul
     complete = with_merged(output, digest, config.spec.output, result)
     if complete is not None:
         return complete
-    adapter = fetch_adapter(output, result.adapter.removeprefix(f"{output.root}/"), work)
+    adapter = fetch_published(output, digest, result.adapter, work)
     task = MergeTask(
         model=stages.fetch_model(resolver, config, work),
         adapter=adapter,
@@ -50,7 +57,7 @@ def add_merged(resolver: SourceResolver, output: Store, config: RunConfig, resul
         record=AdapterRecord.model_validate_json((adapter / RECORD).read_text()),
         rows=stages.load_rows(output, config, EVALUATION, work),
     )
-    folder = stages.empty_folder(work / "merged" / digest)
+    folder = stages.empty_folder(ObjectName(digest).below(work / "merged"))
     with LIVENESS.paused():  # the adapter is published, no GPU is computing, and a layer may take minutes
         merged = MergedModel(folder, merge_adapter(task, folder))
     uri = publish_merged(output, config, result.adapter, merged, datetime.now(UTC))
@@ -65,7 +72,7 @@ def merge_published(request: MergeRequest, resolver: SourceResolver, work: Path,
     published = open_adapter(resolver, request.adapter, ADAPTER_FIELD, work)
     record = published.record
     check_init(record, request.base)
-    note(f"{record.job}: an adapter for {record.base} at {record.commit}")
+    note(f"{record.job}: an adapter for {record.base} at {record.commit}{published.caveat}")
     model = fetch_base(resolver, record, request.model, work)
     check_compatible(published, model, "--base-model" if request.model else "the adapter's base")
     task = MergeTask(model, published.folder, request.base, record, find_rows(resolver, published, work))
@@ -118,7 +125,8 @@ def find_rows(resolver: SourceResolver, published: PublishedAdapter, work: Path)
     for parent in parents(published.uri):
         store = resolver.open_store(parent, FieldRef(SecretRole.OUTPUT, ADAPTER_FIELD))
         # Permission to read an adapter does not imply permission to read its parent, and only the measurement needs it.
-        with contextlib.suppress(RunError):
+        # What others left there may be no rows.
+        with contextlib.suppress(RunError, ValueError):
             if store.exists(EVALUATION):
                 return _prepared_rows(store, work)
             if store.exists(ROWS):
@@ -126,15 +134,8 @@ def find_rows(resolver: SourceResolver, published: PublishedAdapter, work: Path)
     return ()
 
 
-def parents(uri: str) -> tuple[str, ...]:
-    """Return the URIs that may be the root of the adapter's result: its parent and its grandparent."""
-    scheme, _, path = uri.partition("://")
-    folders = path.split("/")
-    return tuple(f"{scheme}://{'/'.join(folders[:-levels])}" for levels in (1, 2) if any(folders[:-levels]))
-
-
 def _prepared_rows(store: Store, work: Path) -> Sequence[TokenRow]:
-    path = work / "rows" / sha256_of(store.root.encode())[:16] / EVALUATION
+    path = ObjectName(sha256_of(store.root.encode())[:16]).below(work / "rows") / EVALUATION
     store.download(EVALUATION, path)
     return open_shard(path)
 

@@ -40,7 +40,7 @@ from qlora_trainer.storage.results import (
     update_latest,
     with_merged,
 )
-from qlora_trainer.storage.safetensors_headers import check_shards, fetch_headers
+from qlora_trainer.storage.safetensors_headers import fetch_headers
 from qlora_trainer.storage.snapshots import Snapshot, SourceResolver, check_text_files, text_files, weight_files
 from qlora_trainer.storage.store import MODEL_FIELD, Store, sha256_of
 
@@ -187,7 +187,8 @@ def inspect_model(spec: QLoRAJobSpec, snapshot: Snapshot, work: Path) -> Inspect
 
 def check_weights(snapshot: Snapshot, texts: Path, names: Sequence[str], work: Path) -> tuple[str, ...]:
     """Check all weights by the headers of their files, and return log lines; no weight is downloaded."""
-    from qlora_trainer.model.weight_check import check_weight_files  # noqa: PLC0415 (as above)
+    from qlora_trainer.model.model_files import check_shards  # noqa: PLC0415 (as above)
+    from qlora_trainer.model.weight_check import check_weight_files  # noqa: PLC0415
 
     check_shards(texts, snapshot.files, MODEL_FIELD)
     work.mkdir(parents=True, exist_ok=True)

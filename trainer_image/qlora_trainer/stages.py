@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import torch
 
+from qlora_api.object_names import ObjectName
 from qlora_api.prepared import PinnedTasks
 from qlora_api.reasons import Reason
 from qlora_api.report import (
@@ -82,7 +83,7 @@ def load_data(output: Store, config: RunConfig, work: Path) -> Data:
 def load_rows(output: Store, config: RunConfig, name: str, work: Path) -> Sequence[TokenRow]:
     """Download one file of token rows; rows are read by index, not held in memory."""
     digest = config.prepared.digest
-    path = work / "rows" / digest / name
+    path = ObjectName(f"{digest}/{name}").below(work / "rows")
     inputs = find_inputs(output, config.prepared)
     output.download(f"{digest}/{name}", path)
     check_prepared_file(inputs, name, path, config.prepared)
@@ -228,7 +229,7 @@ def train(
 def write_trained_weights(loop: TrainingLoop, tokenizer: Any, config: RunConfig, work: Path) -> Path:
     """Write the trained weights and return their folder; collective if sharded, written by the main process."""
     weights = loop.engine.weights() if loop.world.forward_is_collective else None
-    folder = work / "results" / config.prepared.digest
+    folder = ObjectName(config.prepared.digest).below(work / "results")
     if loop.world.is_main_process:
         write_weights(loop.trainable, tokenizer, build_record(config, loop.settings), empty_folder(folder), weights)
     return folder

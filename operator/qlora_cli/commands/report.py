@@ -84,7 +84,7 @@ def download_report(folder: str, target: Path, endpoint: str | None) -> Path:
     """Download every file of the report, and return their folder."""
     with open_output_store(folder, endpoint) as files:
         for entry in files.list():
-            files.download(entry.path, target / entry.path)
+            files.download(entry.path, entry.path.below(target))
     if not (target / REPORT_PAGE).is_file():
         raise OutputError(f"{folder} has no {REPORT_PAGE}; was it deleted?")
     return target

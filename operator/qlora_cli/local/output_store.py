@@ -1,11 +1,12 @@
 """Reads a run's output with the local credentials."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Final, Protocol
 
+from qlora_api.object_names import ObjectName
 from qlora_api.reasons import Reason
 from qlora_api.runconfig import S3Config
 
@@ -23,15 +24,15 @@ class StoredFile(Protocol):
     """One file of a listing."""
 
     @property
-    def path(self) -> str:
+    def path(self) -> ObjectName:
         """Return its path, relative to the prefix."""
 
 
 class OutputStore(Protocol):
     """A prefix of an output; every path is relative to it."""
 
-    def list(self, prefix: str = "") -> tuple[StoredFile, ...]:
-        """Return every file below a folder, sorted by path."""
+    def list(self, prefix: str = "", on_refused: Callable[[str], None] | None = None) -> tuple[StoredFile, ...]:
+        """Return every file below a folder, sorted by path; `on_refused` gets messages about refused names."""
 
     def read(self, path: str) -> bytes:
         """Return a file's content."""

@@ -1,11 +1,13 @@
 """Finds a model's config.json locally: from --config, in the model's folder, or in a hub cache."""
 
+import contextlib
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from qlora_api.model_config import MAX_CONFIG_BYTES
+from qlora_api.object_names import ObjectName
 from qlora_api.untrusted_json import InvalidJsonError, parse_object
 from qlora_api.v1alpha1 import ModelSpec
 from qlora_cli.uris import to_display_path
@@ -74,4 +76,5 @@ def _in_cache(cache: Path, name: str, revision: str) -> Path | None:
 def _candidates(repository: Path, revision: str) -> Iterator[Path]:
     reference = repository / "refs" / revision
     commit = reference.read_text().strip() if reference.is_file() else revision
-    yield repository / "snapshots" / commit / _CONFIG
+    with contextlib.suppress(ValueError):  # a ref that names no folder
+        yield ObjectName(commit).below(repository / "snapshots") / _CONFIG

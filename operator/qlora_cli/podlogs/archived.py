@@ -46,6 +46,10 @@ class ArchivedLine:
     text: str
 
 
+def _ignore(_: str) -> None:
+    """Skip an object with a refused name: it is no log, like every other that is not named as one."""
+
+
 def log_prefix(job: ClusterJob) -> str:
     """Return the URI of the folder with a QLoRAJob's logs."""
     return f"{job.spec().output.uri.rstrip('/')}/{job.ref.name}/{log_folder(job.uid)}"
@@ -67,7 +71,7 @@ def read_archived_logs(job: ClusterJob, missing: MissingLogs, endpoint: str | No
     """Return the missing logs that the output has, one list of lines per process."""
     found = []
     with open_output_store(log_prefix(job), endpoint) as output:
-        for entry in output.list():
+        for entry in output.list("", _ignore):
             file = LogFile.parse(entry.path)
             if file is not None and file in missing:
                 found.append(list(parse_log(file, output.read(entry.path))))
@@ -182,6 +186,6 @@ def read_stacks(prefix: str, attempt: int | None, endpoint: str | None) -> Itera
     """Yield the URI and text of stack dumps, of one attempt or of all."""
     wanted = f"{STACKS_FOLDER}/attempt-{attempt}-" if attempt is not None else f"{STACKS_FOLDER}/"
     with open_output_store(prefix, endpoint) as output:
-        for entry in output.list(STACKS_FOLDER):
+        for entry in output.list(STACKS_FOLDER, _ignore):
             if entry.path.startswith(wanted):
                 yield f"{prefix}/{entry.path}", output.read(entry.path).decode(errors="replace")

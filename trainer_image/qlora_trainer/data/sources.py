@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+from qlora_api.object_names import ObjectName
 from qlora_api.reasons import Reason
 from qlora_api.v1alpha1 import DataSource, RowFormat, RowFormatName, RowTemplate
 from qlora_trainer.data.file_readers import SUPPORTED_EXTENSIONS, FileError, detect_file_type, is_data_file, read_rows
@@ -48,7 +49,7 @@ def _from_hub(resolver: SourceResolver, uri: str, field_ref: FieldRef, work: Pat
         )
     files = _select_files(file_name, (file for file in snapshot.files if file.startswith(path)), uri, field_ref)
     root = snapshot.fetch(files, work)
-    return tuple(root / file for file in files)
+    return tuple(ObjectName(file).below(root) for file in files)
 
 
 def _select_files(name: str, names: Iterable[str], uri: str, field_ref: FieldRef) -> tuple[str, ...]:
@@ -74,7 +75,8 @@ def _local_copy(store: Store, name: str, work: Path) -> Path:
     """Download a file and return its path; files of a local folder are read in place."""
     if isinstance(store, FileStore):
         return store.path_of(name)
-    target = work / "datasets" / hashlib.sha256(store.root.encode()).hexdigest()[:16] / name
+    folder = ObjectName(hashlib.sha256(store.root.encode()).hexdigest()[:16]).below(work / "datasets")
+    target = ObjectName(name).below(folder)
     store.download(name, target)
     return target
 

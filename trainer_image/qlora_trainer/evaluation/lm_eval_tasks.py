@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeAlias
 
 from qlora_api.names import SecretRole
+from qlora_api.object_names import ObjectName
 from qlora_api.prepared import PinnedTask, PinnedTasks
 from qlora_api.reasons import Reason
 from qlora_api.report import TaskScore
@@ -73,7 +74,7 @@ def _pin(name: str, entry: Any, commit_of: Callable[[str], str]) -> PinnedTask:
         raise _refused(f"task '{name}' runs code that the model writes", "choose another task")
     file = Path(entry.yaml_path).relative_to(_folder()).as_posix()
     return PinnedTask(
-        name=name, file=file, dataset=dataset, commit=commit_of(dataset), part=entry.cfg.get("dataset_name")
+        name=name, file=ObjectName(file), dataset=dataset, commit=commit_of(dataset), part=entry.cfg.get("dataset_name")
     )
 
 
@@ -113,7 +114,9 @@ def fetch_benchmark(task: PinnedTask, snapshot: Snapshot, work: Path) -> dict[st
     with _quiet():
         from lm_eval.tasks._yaml_loader import load_yaml  # noqa: PLC0415 (the only reader of the files' !function)
 
-        config = load_yaml(_folder() / task.file)
+        config = load_yaml(task.file.below(_folder()))
+    if config.get("unsafe_code"):  # prepare refuses it, but others can write the list of tasks
+        raise _refused(f"task '{task.name}' runs code that the model writes", "choose another task")
     reading = {**(config.get("dataset_kwargs") or {}), "cache_dir": str(work / "benchmarks")}
     return {**config, "dataset_path": str(folder), "dataset_kwargs": reading}
 
@@ -137,7 +140,7 @@ def _digest_data(task: PinnedTask, snapshot: Snapshot, folder: Path) -> str:
     return sha256_of(listing.encode())
 
 
-def _files_of(task: PinnedTask, snapshot: Snapshot) -> list[str]:
+def _files_of(task: PinnedTask, snapshot: Snapshot) -> Sequence[str]:
     """Return the dataset card and the data files of the task's configuration; all data files if none match it."""
     data = [name for name in snapshot.files if name.endswith(_DATA)]
     own = [name for name in data if task.part and task.part in Path(name).parts]

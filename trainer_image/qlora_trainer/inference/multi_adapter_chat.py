@@ -139,6 +139,9 @@ def load_multi_adapter_model(
     """Download adapters and base, check that they fit together, and load them."""
     adapters = [open_adapter(resolver, uri, ADAPTER_FIELD, work) for uri in request.adapters]
     labels = label_adapters(adapters)
+    for label, published in labels.items():
+        if published.caveat:
+            note(f"{label}: {published.uri}{published.caveat}")
     check_same_base(labels, base_given=request.model is not None)
     check_module_conflicts(labels)
     folder = fetch_base(resolver, adapters[0].record, request.model, work)

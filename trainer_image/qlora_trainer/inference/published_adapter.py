@@ -1,6 +1,8 @@
-"""Downloads a published adapter and its base, for merging and chat."""
+"""Downloads a published adapter, verified against its manifest, and its base, for merging and chat."""
 
+import contextlib
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -8,17 +10,28 @@ from typing import Final
 from pydantic import ValidationError
 
 from qlora_api.names import CLAIM_SCHEME, SecretRole
+from qlora_api.object_names import ObjectName
 from qlora_api.reasons import Reason
-from qlora_api.report import AdapterRecord
+from qlora_api.report import AdapterRecord, ManifestFile, ResultManifest
 from qlora_trainer.errors import RunError
+from qlora_trainer.observability.progress import no_log
 from qlora_trainer.storage.local_store import FileStore
-from qlora_trainer.storage.results import MANIFEST, RECORD
-from qlora_trainer.storage.snapshots import Snapshot, SourceResolver, text_files, weight_files
-from qlora_trainer.storage.store import FieldRef, Store, sha256_of
+from qlora_trainer.storage.results import (
+    MANIFEST,
+    MAX_MANIFEST_BYTES,
+    RECORD,
+    REJECTED_RECORD,
+    download_listed,
+    find_manifest,
+)
+from qlora_trainer.storage.snapshots import PICKLES, Snapshot, SourceResolver, text_files, weight_files
+from qlora_trainer.storage.store import FieldRef, MissingObjectError, ObjectTooLargeError, Store, sha256_of
 
 _READABLE: Final = ("file://", "s3://")
 _SETTINGS: Final = "adapter_config.json"
 """The file by which peft recognizes an adapter."""
+_CODE: Final = (".py", *PICKLES)
+"""Suffixes of files that loading would run; an adapter of ours has none."""
 _RECORDED_BASE: Final = FieldRef(SecretRole.MODEL, "the adapter's base (--base-model overrides it)")
 _GIVEN_BASE: Final = FieldRef(SecretRole.MODEL, "--base-model")
 
@@ -30,10 +43,30 @@ class PublishedAdapter:
     uri: str
     folder: Path
     record: AdapterRecord
+    verified: bool = True
+    """Whether a manifest lists its files; without one, they are as somebody left them."""
+
+    @property
+    def caveat(self) -> str:
+        """Return what to add to a message about an adapter that was not verified; empty for others."""
+        if self.verified:
+            return ""
+        return f"; NOT verified: no {MANIFEST} above it lists its files, so trust its source or give a published one"
 
 
 def open_adapter(resolver: SourceResolver, uri: str, field: str, work: Path) -> PublishedAdapter:
-    """Download an adapter; raise RunError if it is not a published one. `field` names the option that gave its URI."""
+    """Download an adapter, and verify it if there is a manifest of its result.
+
+    Args:
+        resolver: Opens the adapter's store, and those of the folders above it.
+        uri: URI of the adapter's folder.
+        field: Option that gave the URI.
+        work: Folder for downloads.
+
+    Raises:
+        RunError: It is not a published adapter, or not the one that its manifest lists.
+
+    """
     if not uri.startswith(_READABLE):
         raise RunError(Reason.INVALID_SPEC, f"{field}: {uri} is neither a folder nor an s3:// URI; download it first")
     store = resolver.open_store(uri, FieldRef(SecretRole.OUTPUT, field))
@@ -43,14 +76,128 @@ def open_adapter(resolver: SourceResolver, uri: str, field: str, work: Path) -> 
             Reason.INVALID_SPEC,
             f"{field}: {store.root} was trained with method full and is a complete model; load it with transformers",
         )
-    return PublishedAdapter(store.root, fetch_adapter(store, "", work), record)
+    listed = _find_listed(resolver, store.root, field)
+    if listed is None:
+        return PublishedAdapter(store.root, _fetch_unverified(store, work), record, verified=False)
+    folder = fetch_listed(store, "", listed, work)
+    return PublishedAdapter(store.root, folder, _parse_record((folder / RECORD).read_bytes(), store, field))
+
+
+def parents(uri: str, levels: int = 2) -> tuple[str, ...]:
+    """Return the URIs that may be the root of the adapter's result: its parent, its grandparent, and so on."""
+    scheme, _, path = uri.partition("://")
+    folders = path.split("/")
+    above = (folders[:-level] for level in range(1, levels + 1))
+    return tuple(f"{scheme}://{'/'.join(names)}" for names in above if any(names))
+
+
+_MAX_LEVELS: Final = 3
+"""Folders between an adapter and the folder of its manifest's paths: rejected/<content>/adapter has the most."""
+
+
+def _find_listed(resolver: SourceResolver, uri: str, field: str) -> tuple[ManifestFile, ...] | None:
+    """Return the files of an adapter as its result's manifest lists them, relative to it; None without a manifest."""
+    found = None
+    for parent in parents(uri, _MAX_LEVELS):
+        for manifest in _manifests_in(resolver, parent, field):
+            found = f"{parent}/{MANIFEST}"
+            if listed := list_adapter(manifest.files, local_name(uri, parent)):
+                return listed
+    if found is not None:
+        raise RunError(
+            Reason.INVALID_SPEC, f"{field}: {found} does not list {uri}; give the adapter that the manifest names"
+        )
+    return None
+
+
+def _manifests_in(resolver: SourceResolver, parent: str, field: str) -> Iterator[ResultManifest]:
+    """Yield the manifests of a folder that may be a result's; without permission to read it there are none."""
+    store = resolver.open_store(parent, FieldRef(SecretRole.OUTPUT, field))
+    for name in (MANIFEST, REJECTED_RECORD):
+        try:
+            yield ResultManifest.model_validate_json(store.read(name, MAX_MANIFEST_BYTES))
+        except ValueError:
+            continue  # another program's; an adapter that no manifest lists is opened with a note only
+        except RunError as error:
+            if not isinstance(error, (MissingObjectError, ObjectTooLargeError)) and error.reason != Reason.S3_DENIED:
+                raise
+
+
+def local_name(uri: str, parent: str) -> str:
+    """Return the path of a folder relative to one above it."""
+    return uri.removeprefix(parent).strip("/")
+
+
+def list_adapter(files: Sequence[ManifestFile], folder: str) -> tuple[ManifestFile, ...]:
+    """Return the files of a manifest that are below a folder, relative to it; none if they are not an adapter's."""
+    below = tuple(
+        file.model_copy(update={"path": file.path.relative_to(folder)})
+        for file in files
+        if file.path.startswith(f"{folder}/")
+    )
+    return below if any(file.path == RECORD for file in below) else ()
+
+
+def fetch_published(output: Store, digest: str, adapter: str, work: Path) -> Path:
+    """Download an adapter of a result as the result's manifest lists it.
+
+    Args:
+        output: Output of the job.
+        digest: Result digest.
+        adapter: URI of the adapter, as its result names it.
+        work: Folder for downloads.
+
+    Raises:
+        RunError: UPLOAD_FAILED if the manifest is missing or lists no such adapter, or a file is not what it lists.
+
+    """
+    root = f"{output.root}/{digest}"
+    manifest, folder = find_manifest(output, digest), local_name(adapter, root)
+    listed = list_adapter(manifest.files, folder) if manifest and adapter.startswith(f"{root}/") else ()
+    if not listed:
+        raise RunError(
+            Reason.UPLOAD_FAILED, f"spec.output.uri: {root}/{MANIFEST} does not list the adapter {adapter}; restore it"
+        )
+    return fetch_listed(output, f"{digest}/{folder}", listed, work)
+
+
+def fetch_listed(store: Store, folder: str, files: Sequence[ManifestFile], work: Path) -> Path:
+    """Download listed files of a folder and return the local folder, which has these files only."""
+    listing = "\n".join(f"{file.path} {file.size} {file.sha256}" for file in files)
+    target = _new_target(listing, work)
+    download_listed(store, folder, files, target)
+    return target
+
+
+def _fetch_unverified(store: Store, work: Path) -> Path:
+    """Download all files but code and return their folder; a local folder is used in place."""
+    if isinstance(store, FileStore):
+        return store.folder
+    entries = store.list()
+    listing = "\n".join(f"{entry.path} {entry.size} {store.fingerprint(entry)}" for entry in entries)
+    target = _new_target(listing, work)
+    for entry in entries:
+        file = entry.path.below(target)
+        if not file.is_file() and not entry.path.endswith(_CODE):
+            partial = file.with_name(f"{file.name}.part")
+            store.download(entry.path, partial)
+            partial.replace(file)
+    return target
+
+
+def _new_target(listing: str, work: Path) -> Path:
+    return ObjectName(sha256_of(listing.encode())[:16]).below(work / "adapters")
 
 
 def _read_record(store: Store, field: str) -> AdapterRecord:
     if not store.exists(RECORD):
         raise RunError(Reason.INVALID_SPEC, f"{field}: {_why_none(store)}")
+    return _parse_record(store.read(RECORD, MAX_MANIFEST_BYTES), store, field)
+
+
+def _parse_record(content: bytes, store: Store, field: str) -> AdapterRecord:
     try:
-        return AdapterRecord.model_validate_json(store.read(RECORD))
+        return AdapterRecord.model_validate_json(content)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         location = ".".join(map(str, first["loc"])) or "content"
@@ -62,32 +209,17 @@ def _read_record(store: Store, field: str) -> AdapterRecord:
 
 def _why_none(store: Store) -> str:
     """Say what a folder without an adapter record is, and what to give instead."""
-    if not store.list():
+    if not store.list("", no_log):
         return f"{store.root} holds no files; give the folder 'adapter' of a published result"
     if store.exists(MANIFEST):
-        content = json.loads(store.read(MANIFEST))
-        return f"{store.root} is a result folder; its adapter is {(content.get('result') or content)['adapter']}"
+        with contextlib.suppress(ValueError, LookupError, AttributeError, TypeError, RecursionError):
+            content = json.loads(store.read(MANIFEST, MAX_MANIFEST_BYTES))
+            return f"{store.root} is a result folder; its adapter is {(content.get('result') or content)['adapter']}"
     if store.exists(_SETTINGS):
         return (
             f"{store.root} is an adapter without {RECORD}, so its base and prompt format are unknown; load it with peft"
         )
     return f"{store.root} has no {RECORD}; give the folder 'adapter' of a published result"
-
-
-def fetch_adapter(store: Store, path: str, work: Path) -> Path:
-    """Download all files below a path and return their folder; a local folder is used in place."""
-    if isinstance(store, FileStore):
-        return store.folder / path
-    entries = store.list(path)
-    listing = "\n".join(f"{entry.path} {entry.size} {store.fingerprint(entry)}" for entry in entries)
-    target = work / "adapters" / sha256_of(listing.encode())[:16]
-    for entry in entries:
-        file = target / entry.path.removeprefix(f"{path}/" if path else "")
-        if not file.is_file():
-            partial = file.with_name(f"{file.name}.part")
-            store.download(entry.path, partial)
-            partial.replace(file)
-    return target
 
 
 def fetch_base(resolver: SourceResolver, record: AdapterRecord, given: str | None, work: Path) -> Path:

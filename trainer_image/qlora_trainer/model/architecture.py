@@ -16,6 +16,7 @@ from qlora_api.reasons import Reason
 from qlora_api.units import GIB
 from qlora_api.untrusted_json import InvalidJsonError, parse_object
 from qlora_trainer.errors import RunError
+from qlora_trainer.model.model_files import check_model_files
 from qlora_trainer.model.quantization import QuantizableWeights, count_quantizable
 from qlora_trainer.runtime.resource_limits import cpu_time_limit, memory_limit
 
@@ -58,8 +59,11 @@ def build_empty(folder: Path, field: str = "spec.model.uri") -> Any:
     try:
         with memory_limit(_BUILD_BYTES), cpu_time_limit(_BUILD_SECONDS):
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            check_model_files(folder, field)
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except RunError:
+        raise
     # transformers raises whatever Python or torch raise for the numbers and types that a config.json may have.
     except Exception as error:
         raise RunError(Reason.MODEL_UNSUPPORTED, f"{field}: {_why_not(content, error)}") from error

@@ -23,6 +23,7 @@ from qlora_trainer.model.loss import (
     positions_per_chunk,
     token_losses,
 )
+from qlora_trainer.model.model_files import check_model_files
 from qlora_trainer.model.runtime_settings import RuntimeSettings
 from qlora_trainer.model.unpacked_attention import use_unpacked_sdpa
 from qlora_trainer.model.weight_check import check_loaded, check_weight_files, is_quantized
@@ -144,6 +145,7 @@ def load_base(
         RunError: MODEL_UNSUPPORTED if weights are missing or have another shape.
 
     """
+    check_model_files(folder)
     check_weight_files(folder)
     # Weights that are stored quantized are loaded by the configuration that they were stored with.
     stored = is_quantized(AutoConfig.from_pretrained(folder, trust_remote_code=False))

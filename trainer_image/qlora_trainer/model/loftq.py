@@ -4,7 +4,6 @@ PEFT's replace_lora_weights_loftq needs a CUDA device and ignores the adapter's 
 differs from the rank. The computation is one SVD per module.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -16,6 +15,7 @@ from safetensors import safe_open
 
 from qlora_api.reasons import Reason
 from qlora_trainer.errors import RunError
+from qlora_trainer.model.model_files import SHARD_INDEX, load_shard_index
 
 ADAPTER_NAME: Final = "default"
 _ITERATIONS: Final = 16
@@ -51,9 +51,9 @@ def _adapted(model: Any) -> Iterator[tuple[str, Linear4bit]]:
 
 def _files_of_weights(folder: Path) -> Mapping[str, Path]:
     """Return the safetensors file of each weight in a model folder."""
-    index = folder / "model.safetensors.index.json"
+    index = folder / SHARD_INDEX
     if index.is_file():
-        return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+        return load_shard_index(index)
     only = folder / "model.safetensors"
     with safe_open(only, framework="pt") as opened:
         return dict.fromkeys(opened.keys(), only)

@@ -84,8 +84,8 @@ def check_stored_quantization(config: Any, spec: QLoRAJobSpec) -> None:
     if spec.method == "full" or spec.quantization.bits != bits:
         raise RunError(
             Reason.MODEL_UNSUPPORTED,
-            f"spec.quantization.bits: the model's weights are already stored in {bits} bits by bitsandbytes; set "
-            f"spec.method to qlora and bits to {bits}, or {original}",
+            f"spec.quantization.bits: the model's weights are already stored in {bits} bits by bitsandbytes; write "
+            f"qlora in spec.method and {bits} in bits, or {original}",
         )
     if spec.output.merged != "none":
         raise RunError(

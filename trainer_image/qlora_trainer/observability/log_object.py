@@ -8,6 +8,7 @@ from qlora_api.reasons import Reason
 from qlora_api.runconfig import PrepareConfig, RunConfig
 from qlora_trainer.errors import RunError
 from qlora_trainer.observability.log_upload import HEAD_BYTES, TAIL_BYTES
+from qlora_trainer.observability.progress import no_log
 from qlora_trainer.storage.results import open_own_output
 from qlora_trainer.storage.store import Store
 
@@ -30,7 +31,7 @@ class LogObject:
     def read_existing(self) -> bytes:
         """Return the existing content: after a requeue, the second pod of an attempt appends to the first one's log."""
         try:
-            sizes = {entry.path: entry.size for entry in self._output.list(self._folder)}
+            sizes: dict[str, int] = {entry.path: entry.size for entry in self._output.list(self._folder, no_log)}
             return self._output.read(self._path) if 0 < sizes.get(self._path, 0) <= _LARGEST_BYTES else b""
         except RunError as error:
             if error.reason is not Reason.S3_DENIED:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 from qlora_api.names import SecretRole
+from qlora_api.object_names import ObjectName
 from qlora_api.report import StepRecord, ValidationRecord
 from qlora_api.runconfig import RunConfig
 from qlora_api.v1alpha1 import MlflowSpec, WandbSpec
@@ -238,7 +239,7 @@ def open_trackers(config: RunConfig, secrets: Secrets, work: Path, note: Callabl
 
 def tensorboard_folder(work: Path, config: RunConfig) -> Path:
     """Return the folder of the event file; `tensorboard --logdir` can follow it during training."""
-    return work / "tensorboard" / config.prepared.digest
+    return ObjectName(config.prepared.digest).below(work / "tensorboard")
 
 
 def copy_event_file(work: Path, config: RunConfig, files: Path) -> None:

@@ -1,6 +1,5 @@
 """Writes adapter and report to files and uploads them; the manifest comes last and is written once."""
 
-import contextlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,6 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
+from qlora_api.object_names import ObjectName
 from qlora_api.prepared import Prepared
 from qlora_api.reasons import Reason
 from qlora_api.report import (
@@ -35,7 +35,7 @@ from qlora_trainer.storage.results import (
     describe_files,
     find_manifest,
     find_merged,
-    is_reusable,
+    if_reusable,
     manifest_json,
     merged_folder,
     put_manifest,
@@ -113,11 +113,12 @@ def write_report(report: RunReport, rows: Sequence[EvaluatedRow], folder: Path) 
 def publish(output: Store, config: RunConfig, result: Result, folder: Path, now: datetime) -> Result:
     """Upload a folder and then its manifest; an existing result is returned instead, unless it is to be replaced."""
     digest, if_exists = config.prepared.digest, config.spec.output.if_exists
-    published = find_manifest(output, digest)
-    if published is None or not is_reusable(published, if_exists, config.uid):
+    previous = find_manifest(output, digest)
+    published = if_reusable(output, previous, if_exists, config.uid)
+    if published is None:
         subfolder, files = _upload(output, config.prepared, folder)
         relocated = _relocate_result(result, config.prepared.prefix, subfolder)
-        published = _put_or_replace_manifest(output, build_manifest(config, relocated, files, now), published)
+        published = _put_or_replace_manifest(output, build_manifest(config, relocated, files, now), previous)
     update_latest(output, digest, config.prepared.prefix)
     return published.result
 
@@ -158,9 +159,14 @@ def publish_merged(output: Store, config: RunConfig, adapter: str, merged: Merge
         merge=merged.report,
         files=files,
     )
-    with contextlib.suppress(ObjectExistsError):
-        output.put(f"{prepared.digest}/{merged_folder(base)}/{MANIFEST}", manifest_json(manifest), if_none_match=True)
-    return find_merged(output, prepared.digest, base, adapter) or manifest.model
+    path = f"{prepared.digest}/{merged_folder(base)}/{MANIFEST}"
+    try:
+        output.put(path, manifest_json(manifest), if_none_match=True)
+    except ObjectExistsError:
+        if published := find_merged(output, prepared.digest, base, adapter):
+            return published
+        output.put(path, manifest_json(manifest))  # that of a replaced adapter, or one whose files are not there
+    return manifest.model
 
 
 def _upload(
@@ -172,7 +178,7 @@ def _upload(
     candidates = [subfolder, f"{subfolder}/{_content_folder(files)}".removeprefix("/")]
     for candidate in candidates:
         relocated = _relocate_files(files, candidate) if candidate else files
-        if _put_files(output, prepared.digest, relocated, [folder / file.path for file in files]):
+        if _put_files(output, prepared.digest, relocated, [file.path.below(folder) for file in files]):
             return candidate, relocated
     location = f"{prepared.prefix}/{candidates[-1]}"
     raise RunError(
@@ -199,7 +205,7 @@ def _content_folder(files: tuple[ManifestFile, ...]) -> str:
 
 
 def _relocate_files(files: tuple[ManifestFile, ...], subfolder: str) -> tuple[ManifestFile, ...]:
-    return tuple(file.model_copy(update={"path": f"{subfolder}/{file.path}"}) for file in files)
+    return tuple(file.model_copy(update={"path": ObjectName(f"{subfolder}/{file.path}")}) for file in files)
 
 
 def _relocate_result(result: Result, prefix: str, subfolder: str) -> Result:

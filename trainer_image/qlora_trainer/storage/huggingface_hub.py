@@ -20,10 +20,11 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
 from huggingface_hub.utils.tqdm import tqdm
 
+from qlora_api.object_names import ObjectName
 from qlora_api.reasons import Reason
 from qlora_trainer.errors import RunError
 from qlora_trainer.runtime.liveness import LIVENESS
-from qlora_trainer.storage.store import FieldRef
+from qlora_trainer.storage.store import FieldRef, check_name
 
 RepoType: TypeAlias = Literal["model", "dataset"]
 
@@ -50,7 +51,7 @@ class Hub:
     endpoint: str | None = None
     token: str | None = field(default=None, repr=False)
 
-    def resolve(self, name: str, revision: str, repo_type: RepoType = "model") -> tuple[str, tuple[str, ...]]:
+    def resolve(self, name: str, revision: str, repo_type: RepoType = "model") -> tuple[str, tuple[ObjectName, ...]]:
         """Resolve a revision to a commit.
 
         Args:
@@ -69,8 +70,9 @@ class Hub:
         with self._translating_errors(f"{name}@{revision}"):
             get_info = api.dataset_info if repo_type == "dataset" else api.model_info
             info = get_info(name, revision=revision, timeout=_TIMEOUT_SECONDS)
-        files = tuple(sorted(sibling.rfilename for sibling in info.siblings or ()))
-        return str(info.sha), files
+        root = f"{self.endpoint or PUBLIC_HUB}/{name}"
+        names = sorted(sibling.rfilename for sibling in info.siblings or ())
+        return str(info.sha), tuple(check_name(file, root, self.field_ref) for file in names)
 
     def download(self, name: str, commit: str, file: str, cache: Path, repo_type: RepoType = "model") -> Path:
         """Download a file of a commit into the cache and return its path; raises like `resolve`."""

@@ -1,10 +1,13 @@
 """Store in a local folder: file:// URIs, and pvc:// URIs for reading."""
 
+import contextlib
 import os
 import shutil
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from qlora_api.names import CLAIM_SCHEME
 from qlora_api.reasons import Reason
 from qlora_trainer.errors import RunError
 from qlora_trainer.storage.store import (
@@ -13,7 +16,9 @@ from qlora_trainer.storage.store import (
     MissingObjectError,
     ObjectExistsError,
     check_count,
-    claim_folder,
+    check_name,
+    check_size,
+    link_boundary,
     local_path,
     sha256_of,
 )
@@ -26,60 +31,74 @@ class FileStore:
         self.root = uri.rstrip("/")
         self.folder = local_path(uri)
         self._field_ref = field_ref
-        self._claim = claim_folder(uri)
+        self._boundary = link_boundary(uri, field_ref.role)
 
-    def list(self, prefix: str = "") -> tuple[Entry, ...]:
+    def list(self, prefix: str = "", on_refused: Callable[[str], None] | None = None) -> tuple[Entry, ...]:
         """Return every file below a folder, sorted by path."""
-        found = (path for path in (self.folder / prefix).rglob("*") if path.is_file())
-        files = sorted(check_count(found, self.root, self._field_ref))
-        names = [path.relative_to(self.folder).as_posix() for path in files]
-        return tuple(Entry(name, self.path_of(name).stat().st_size) for name in names)
+        folder = self.path_of(prefix) if prefix else self.folder
+        entries = []
+        found = (path for path in folder.rglob("*") if path.is_file())
+        for file in sorted(check_count(found, self.root, self._field_ref)):
+            try:
+                name = check_name(file.relative_to(self.folder).as_posix(), self.root, self._field_ref)
+                entries.append(Entry(name, self.path_of(name).stat().st_size))
+            except RunError as error:
+                if on_refused is None:
+                    raise
+                on_refused(error.message)
+        return tuple(entries)
 
     def path_of(self, path: str) -> Path:
         """Return the local path of a file.
 
         Raises:
-            RunError: A symbolic link in a claim points outside it, where the pod has its Secrets, for example.
+            RunError: The path is no object name, or a symbolic link in a claim or output points outside it, where the
+                pod has its Secrets, for example.
 
         """
-        file = self.folder / path
-        if self._claim is not None and not file.resolve().is_relative_to(self._claim.resolve()):
+        file = check_name(path, self.root, self._field_ref).below(self.folder)
+        self._check_inside(file)
+        return file
+
+    def _check_inside(self, file: Path) -> None:
+        if self._boundary is None:
+            return
+        try:
+            inside = file.resolve().is_relative_to(self._boundary.resolve())
+        except (OSError, RuntimeError):  # a circle of links
+            inside = False
+        if not inside:
+            container = "claim" if self.root.startswith(CLAIM_SCHEME) else "folder"
             raise RunError(
                 self._field_ref.not_found,
-                f"{self._field_ref.field}: {file} points outside its claim; put the file itself there",
+                f"{self._field_ref.field}: {file} points outside its {container}; put the file itself there",
             )
-        return file
 
     def fingerprint(self, entry: Entry) -> str:
         """Return the SHA-256 of the file; timestamps would change with every copy."""
         return sha256_of(self.path_of(entry.path))
 
-    def read(self, path: str) -> bytes:
+    def read(self, path: str, max_bytes: int | None = None) -> bytes:
         """Return the content of a file."""
-        try:
-            return self.path_of(path).read_bytes()
-        except FileNotFoundError as error:
-            raise self._missing(path) from error
+        with self._translating_errors(path), self.path_of(path).open("rb") as stream:
+            content = stream.read(-1 if max_bytes is None else max_bytes + 1)
+        return check_size(content, max_bytes, f"{self.root}/{path}", self._field_ref)
 
     def read_start(self, path: str, count: int) -> tuple[bytes, int]:
         """Return the first bytes of a file, and its size."""
-        try:
-            with self.path_of(path).open("rb") as stream:
-                return stream.read(count), os.fstat(stream.fileno()).st_size
-        except FileNotFoundError as error:
-            raise self._missing(path) from error
+        with self._translating_errors(path), self.path_of(path).open("rb") as stream:
+            return stream.read(count), os.fstat(stream.fileno()).st_size
 
     def download(self, path: str, target: Path) -> None:
         """Copy a file."""
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            shutil.copyfile(self.path_of(path), target)
-        except FileNotFoundError as error:
-            raise self._missing(path) from error
+        source = self.path_of(path)
+        with self._translating_errors(path):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
 
     def put(self, path: str, source: Path | bytes, *, if_none_match: bool = False) -> bool:
         """Write a file atomically; the conditional form is a hard link, which fails if the target exists."""
-        target = self.folder / path
+        target = self.path_of(path)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             temporary = self._write_temporary(target, source)
@@ -121,17 +140,33 @@ class FileStore:
 
     def exists(self, path: str) -> bool:
         """Return whether the file exists."""
-        return (self.folder / path).is_file()
+        return self.path_of(path).is_file()
 
     def sha256(self, path: str) -> str:
         """Return the SHA-256 of a file."""
-        return sha256_of(self.folder / path)
+        with self._translating_errors(path):
+            return sha256_of(self.path_of(path))
+
+    stored_sha256 = sha256
 
     def delete(self, path: str) -> None:
-        """Delete a file; a missing one is not an error."""
-        (self.folder / path).unlink(missing_ok=True)
+        """Delete a file, or a link and not what it points to; a missing one is not an error."""
+        file = check_name(path, self.root, self._field_ref).below(self.folder)
+        self._check_inside(file.parent)
+        with self._translating_errors(path), contextlib.suppress(NotADirectoryError):
+            file.unlink(missing_ok=True)
 
-    def _missing(self, path: str) -> MissingObjectError:
-        return MissingObjectError(
-            self._field_ref.not_found, f"{self._field_ref.field}: there is no {self.folder / path}; correct the URI"
-        )
+    @contextlib.contextmanager
+    def _translating_errors(self, path: str) -> Iterator[None]:
+        """Map errors of the file system to RunErrors that name the field."""
+        where = f"{self._field_ref.field}: "
+        try:
+            yield
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+            message = f"{where}there is no {self.path_of(path)}; correct the URI"
+            raise MissingObjectError(self._field_ref.not_found, message) from error
+        except OSError as error:
+            message = (
+                f"{where}cannot access {self.path_of(path)}: {error.strerror}; correct its permissions or its name"
+            )
+            raise RunError(Reason.S3_DENIED, message) from error

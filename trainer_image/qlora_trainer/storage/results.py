@@ -1,21 +1,25 @@
 """Layout of results below spec.output.uri: manifests, merged models and rejected results."""
 
 import json
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, Literal, TypeAlias, TypeVar
 
-from pydantic import ValidationError
-
 from qlora_api.names import output_root
+from qlora_api.object_names import ObjectName
 from qlora_api.reasons import Reason
 from qlora_api.report import ManifestFile, MergedManifest, ResultManifest
 from qlora_api.result import Result
 from qlora_api.runconfig import PrepareConfig, RunConfig
+from qlora_api.units import MIB
 from qlora_api.v1alpha1 import MergeBase, OutputSpec, QLoRAJobSpec
 from qlora_trainer.errors import RunError
 from qlora_trainer.storage.credentials import load_secrets
 from qlora_trainer.storage.snapshots import SourceResolver
-from qlora_trainer.storage.store import OUTPUT_FIELD, ObjectExistsError, Store, sha256_of
+from qlora_trainer.storage.store import OUTPUT_FIELD, ObjectExistsError, ObjectTooLargeError, Store, sha256_of
+
+log = logging.getLogger(__name__)
 
 MANIFEST: Final = "manifest.json"
 """Written last, in one request: if it exists, the result is complete."""
@@ -30,6 +34,11 @@ REJECTED: Final = "rejected"
 """Folder of a result that its gate rejected."""
 REJECTED_RECORD: Final = f"{REJECTED}/rejected.json"
 """Manifest of a rejected result, written last as well."""
+MAX_MANIFEST_BYTES: Final = 16 * MIB
+"""Largest manifest that is read; one lists some twenty files, with about 200 bytes each."""
+_NOT_OF_A_RESULT: Final = frozenset({MANIFEST, "checkpoints", "hangs", "merged", "prepared"})
+"""First segments of objects next to a result that its manifest does not list."""
+_Manifest = TypeVar("_Manifest", ResultManifest, MergedManifest)
 
 
 def open_output(resolver: SourceResolver, spec: QLoRAJobSpec, job: str) -> Store:
@@ -44,14 +53,14 @@ def open_own_output(config: PrepareConfig | RunConfig) -> Store:
 
 
 def find_manifest(output: Store, digest: str) -> ResultManifest | None:
-    """Return the manifest of a published result, or None."""
-    return _find(output, f"{digest}/{MANIFEST}")
+    """Return the manifest of a published result, or None; what is no manifest is logged and skipped."""
+    return _find(output, digest, MANIFEST, ResultManifest)
 
 
 def find_reusable(
     output: Store, digest: str, if_exists: IfExists, run: str, full_digest: str | None = None
 ) -> ResultManifest | None:
-    """Return the manifest of a result that makes training unnecessary.
+    """Return the manifest of a result that makes training unnecessary; its files must be those that it lists.
 
     Args:
         output: Output of the job.
@@ -61,14 +70,20 @@ def find_reusable(
         full_digest: All digits of the digest; None if an earlier version prepared the run.
 
     Raises:
-        RunError: INVALID_SPEC if the manifest is not one of this job's results, or lists files that do not exist.
+        RunError: INVALID_SPEC if the manifest is of another job, digest or place.
 
     """
     found = find_manifest(output, digest)
     if found is None or not is_reusable(found, if_exists, run):
         return None
     check_own(output, found, f"{digest}/{MANIFEST}", full_digest)
-    return found
+    return _if_intact(output, found)
+
+
+def if_reusable(output: Store, found: ResultManifest | None, if_exists: IfExists, run: str) -> ResultManifest | None:
+    """Return a manifest if its result may be reused, and the output has all its files as it lists them."""
+    reusable = found is not None and is_reusable(found, if_exists, run)
+    return _if_intact(output, found) if reusable else None
 
 
 def is_reusable(manifest: ResultManifest, if_exists: IfExists, run: str) -> bool:
@@ -79,14 +94,14 @@ def is_reusable(manifest: ResultManifest, if_exists: IfExists, run: str) -> bool
 def find_rejected(output: Store, digest: str, full_digest: str | None = None) -> ResultManifest | None:
     """Return the manifest of a result that a gate rejected, or None; raises like `find_reusable`."""
     path = f"{digest}/{REJECTED_RECORD}"
-    found = _find(output, path)
+    found = _find(output, digest, REJECTED_RECORD, ResultManifest)
     if found is not None:
         check_own(output, found, path, full_digest)
-    return found
+    return _if_intact(output, found)
 
 
 def check_own(output: Store, manifest: ResultManifest, path: str, full_digest: str | None) -> None:
-    """Raise RunError unless a manifest is of a result of this job and digest, and its adapter is complete.
+    """Raise RunError unless a manifest is of a result of this job and digest, and lists an adapter of it.
 
     Whoever can write the bucket can plant a manifest, which must not bring URIs of their own into the status. The
     namespace is not compared: equal jobs of two namespaces that share an output share their results.
@@ -98,13 +113,9 @@ def check_own(output: Store, manifest: ResultManifest, path: str, full_digest: s
     if None not in {full_digest, manifest.full_digest} and manifest.full_digest != full_digest:
         raise _not_own(output, path, f"its full digest is {manifest.full_digest}, not {full_digest}")
     check_own_uris(output, manifest.result, path)
-    folder = manifest.result.adapter.removeprefix(f"{output.root}/")
-    listed = {(f"{digest}/{file.path}", file.size) for file in manifest.files}
-    stored = {(entry.path, entry.size) for entry in output.list(folder)}
-    adapter = {(name, size) for name, size in listed if name.startswith(f"{folder}/")}
-    if not adapter or not adapter <= stored:
-        missing = min(adapter - stored, default=(folder, 0))[0]
-        raise _not_own(output, path, f"{output.root}/{missing} is missing or has another size")
+    folder = manifest.result.adapter.removeprefix(f"{output.root}/{digest}/")
+    if not any(file.path.startswith(f"{folder}/") for file in manifest.files):
+        raise _not_own(output, path, f"it lists no file of {manifest.result.adapter}")
 
 
 def check_own_uris(output: Store, result: Result, path: str) -> Result:
@@ -130,11 +141,9 @@ def merged_folder(base: MergeBase) -> str:
 
 def find_merged(output: Store, digest: str, base: MergeBase, adapter: str) -> str | None:
     """Return the URI of an adapter's merged model if it is complete; that of a replaced adapter does not count."""
-    path = f"{digest}/{merged_folder(base)}/{MANIFEST}"
-    if not output.exists(path):
-        return None
-    found = _parse(MergedManifest, output, path)
-    return found.model if found.adapter == adapter else None
+    found = _find(output, digest, f"{merged_folder(base)}/{MANIFEST}", MergedManifest)
+    intact = _if_intact(output, found) if found is not None and found.adapter == adapter else None
+    return intact.model if intact else None
 
 
 def with_merged(output: Store, digest: str, spec: OutputSpec, result: Result) -> Result | None:
@@ -148,16 +157,67 @@ def with_merged(output: Store, digest: str, spec: OutputSpec, result: Result) ->
     return check_own_uris(output, found, f"{digest}/{merged_folder(spec.merge_base)}/{MANIFEST}")
 
 
-def _find(output: Store, path: str) -> ResultManifest | None:
-    return _parse(ResultManifest, output, path) if output.exists(path) else None
-
-
-def _parse(kind: type[AnyManifest], output: Store, path: str) -> AnyManifest:
+def _find(output: Store, digest: str, name: str, model: type[_Manifest]) -> _Manifest | None:
+    path = f"{digest}/{name}"
+    if not output.exists(path):
+        return None
     try:
-        return kind.model_validate_json(output.read(path))
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        raise _not_own(output, path, f"{'.'.join(map(str, first['loc'])) or 'content'}: {first['msg']}") from error
+        found = model.model_validate_json(output.read(path, MAX_MANIFEST_BYTES))
+    except (ValueError, ObjectTooLargeError) as error:
+        log.warning("%s/%s skipped, it is no manifest: %s", output.root, path, error)
+        return None
+    if found.digest != digest:  # its files would be looked for, and replaced ones deleted, in another result
+        log.warning("%s/%s skipped, it is the manifest of %s", output.root, path, found.digest)
+        return None
+    return found
+
+
+def _if_intact(output: Store, manifest: _Manifest | None) -> _Manifest | None:
+    """Return the manifest if the output has all files that it lists; log the first difference."""
+    if manifest is None:
+        return None
+    sizes = sizes_below(output, manifest.digest)
+    for file in manifest.files:
+        path = f"{manifest.digest}/{file.path}"
+        if sizes.get(path) != file.size or output.stored_sha256(path) not in {"", file.sha256}:
+            log.warning("%s/%s does not match its manifest, so the result is not used", output.root, path)
+            return None
+    return manifest
+
+
+def sizes_below(output: Store, folder: str) -> dict[str, int]:
+    """Return the size in bytes of each object below a folder; names that nothing of ours has are logged and skipped."""
+    return {entry.path: entry.size for entry in output.list(folder, log.warning)}
+
+
+def download_listed(output: Store, folder: str, files: Sequence[ManifestFile], target: Path) -> None:
+    """Download the files that a manifest lists and nothing else.
+
+    Args:
+        output: Store with the files.
+        folder: Folder in the store that the files' paths are relative to; may be empty.
+        files: The files, with size and SHA-256.
+        target: Local folder.
+
+    Raises:
+        RunError: UPLOAD_FAILED if a file is missing or has another size or content.
+
+    """
+    sizes = sizes_below(output, folder)
+    for file in files:
+        path, local = f"{folder}/{file.path}".removeprefix("/"), file.path.below(target)
+        if not _matches(local, file) and sizes.get(path) == file.size:
+            output.download(path, local)
+        if not _matches(local, file):
+            raise RunError(
+                Reason.UPLOAD_FAILED,
+                f"{output.root}/{path} is missing or does not match size and SHA-256 in its manifest: somebody changed "
+                "it after it was uploaded; restore it, or train again",
+            )
+
+
+def _matches(local: Path, file: ManifestFile) -> bool:
+    return local.is_file() and local.stat().st_size == file.size and sha256_of(local) == file.sha256
 
 
 def put_manifest(output: Store, manifest: ResultManifest) -> ResultManifest:
@@ -165,7 +225,9 @@ def put_manifest(output: Store, manifest: ResultManifest) -> ResultManifest:
     try:
         output.put(f"{manifest.digest}/{MANIFEST}", manifest_json(manifest), if_none_match=True)
     except ObjectExistsError:
-        return find_manifest(output, manifest.digest) or manifest
+        if published := _if_intact(output, find_manifest(output, manifest.digest)):
+            return published
+        replace_manifest(output, manifest)
     return manifest
 
 
@@ -179,13 +241,13 @@ def remove_replaced(output: Store, former: ResultManifest) -> None:
     current = find_manifest(output, former.digest) or former
     listed = {file.path for file in current.files}
     for file in former.files:
-        if file.path not in listed:
+        if file.path not in listed and file.path.partition("/")[0] not in _NOT_OF_A_RESULT:
             output.delete(f"{former.digest}/{file.path}")
     if former.result.adapter != current.result.adapter:
         # Delete the manifests of merged models first: a listing has them after their files.
-        entries = output.list(f"{former.digest}/merged")
-        for entry in sorted(entries, key=lambda entry: not entry.path.endswith(f"/{MANIFEST}")):
-            output.delete(entry.path)
+        paths = sizes_below(output, f"{former.digest}/merged")
+        for path in sorted(paths, key=lambda path: not path.endswith(f"/{MANIFEST}")):
+            output.delete(path)
 
 
 def manifest_json(manifest: ResultManifest | MergedManifest) -> bytes:
@@ -202,6 +264,8 @@ def describe_files(folder: Path) -> tuple[ManifestFile, ...]:
     """Return every file below a folder, sorted by path, with size and SHA-256."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     return tuple(
-        ManifestFile(path=path.relative_to(folder).as_posix(), size=path.stat().st_size, sha256=sha256_of(path))
+        ManifestFile(
+            path=ObjectName(path.relative_to(folder).as_posix()), size=path.stat().st_size, sha256=sha256_of(path)
+        )
         for path in paths
     )

@@ -2,9 +2,10 @@
 
 import base64
 import contextlib
+import hashlib
 import io
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -17,6 +18,7 @@ from s3transfer.utils import S3_RETRYABLE_DOWNLOAD_ERRORS
 
 from qlora_api.reasons import Reason
 from qlora_api.runconfig import S3Config
+from qlora_api.units import MIB
 from qlora_trainer.errors import RunError
 from qlora_trainer.runtime.liveness import LIVENESS
 from qlora_trainer.runtime.metrics import METER
@@ -28,7 +30,8 @@ from qlora_trainer.storage.store import (
     MissingObjectError,
     ObjectExistsError,
     check_count,
-    escapes_root,
+    check_name,
+    check_size,
     sha256_of,
 )
 
@@ -86,41 +89,44 @@ class S3Store:
         with self._translating_errors(""):
             self._client = make_client(credentials, config)
 
-    def list(self, prefix: str = "") -> tuple[Entry, ...]:
+    def list(self, prefix: str = "", on_refused: Callable[[str], None] | None = None) -> tuple[Entry, ...]:
         """Return every object below a folder, sorted by path."""
-        folder = f"{self._key(prefix).rstrip('/')}/" if prefix else self._prefix
+        folder = f"{self._key(prefix)}/" if prefix else self._prefix
         with self._translating_errors(prefix):
             pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=folder)
             contents = (found for page in pages for found in page.get("Contents", ()))
             objects = tuple(check_count(contents, self.root, self._field_ref))
-        entries = [
-            Entry(found["Key"].removeprefix(self._prefix), found["Size"], found["ETag"].strip('"'))
-            for found in objects
-            if not found["Key"].endswith("/")
-        ]
-        if escape := next((entry.path for entry in entries if escapes_root(entry.path)), None):
-            raise RunError(
-                self._field_ref.not_found,
-                f"{self._field_ref.field}: an object below {self.root} is named '{escape}', which points outside "
-                "the folder that it would be copied to; rename it",
-            )
+        entries = []
+        for found in objects:
+            if found["Key"].endswith("/"):
+                continue
+            try:
+                name = check_name(found["Key"].removeprefix(self._prefix), self.root, self._field_ref)
+            except RunError as error:
+                if on_refused is None:
+                    raise
+                on_refused(error.message)
+            else:
+                entries.append(Entry(name, found["Size"], found["ETag"].strip('"')))
         return tuple(sorted(entries, key=lambda entry: entry.path))
 
     def fingerprint(self, entry: Entry) -> str:
         """Return the ETag from the listing."""
         return entry.etag
 
-    def read(self, path: str) -> bytes:
+    def read(self, path: str, max_bytes: int | None = None) -> bytes:
         """Return the content of an object."""
+        limit = None if max_bytes is None else max_bytes + 1
+        content: bytes = self._retried(path, lambda body: body.read(limit))
+        return check_size(content, max_bytes, f"{self.root}/{path}", self._field_ref)
+
+    def _retried(self, path: str, consume: Callable[[Any], Any]) -> Any:
+        """Return what a function makes of an object's content, which may break off."""
         with self._translating_errors(path):
             for _ in range(_READ_ATTEMPTS - 1):
                 with contextlib.suppress(*S3_RETRYABLE_DOWNLOAD_ERRORS):
-                    return self._content(path)
-            return self._content(path)
-
-    def _content(self, path: str) -> bytes:
-        content: bytes = self._client.get_object(**self._target(path))["Body"].read()
-        return content
+                    return consume(self._client.get_object(**self._target(path))["Body"])
+            return consume(self._client.get_object(**self._target(path))["Body"])
 
     def read_start(self, path: str, count: int) -> tuple[bytes, int]:
         """Return the first bytes of an object, and its size."""
@@ -137,9 +143,14 @@ class S3Store:
 
     def download(self, path: str, target: Path) -> None:
         """Download an object to a file."""
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with self._translating_errors(path):
-            self._client.download_file(self._bucket, self._key(path), str(target), Callback=lambda _: LIVENESS.tick())
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with self._translating_errors(path):
+                client, key = self._client, self._key(path)
+                client.download_file(self._bucket, key, str(target), Callback=lambda _: LIVENESS.tick())
+        except (FileExistsError, IsADirectoryError, NotADirectoryError) as error:
+            message = f"{self._field_ref.field}: {self.root}/{path} is an object and a folder; rename one of them"
+            raise RunError(self._field_ref.not_found, message) from error
 
     def put(self, path: str, source: Path | bytes, *, if_none_match: bool = False) -> bool:
         """Upload with a SHA-256 checksum, then verify size and checksum.
@@ -205,10 +216,18 @@ class S3Store:
         return True
 
     def sha256(self, path: str) -> str:
-        """Return the SHA-256 from the object's metadata; empty if it has none."""
+        """Return the SHA-256 of the content that is read: its metadata, and in some servers its checksum, may lie."""
+        digest: str = self._retried(path, _sha256_of_body)
+        return digest
+
+    def stored_sha256(self, path: str) -> str:
+        """Return the checksum of an object that was uploaded in one request; empty for others."""
+        if not self._sends_checksums:
+            return ""
         with self._translating_errors(path):
-            head = self._client.head_object(**self._target(path))
-        return str(head.get("Metadata", {}).get(_DIGEST_METADATA, ""))
+            head = self._client.head_object(**self._target(path), ChecksumMode="ENABLED")
+        checksum = str(head.get("ChecksumSHA256", ""))
+        return "" if "-" in checksum else base64.b64decode(checksum).hex()
 
     def delete(self, path: str) -> None:
         """Delete an object; a missing one is not an error."""
@@ -219,7 +238,8 @@ class S3Store:
         return {"Bucket": self._bucket, "Key": self._key(path)}
 
     def _key(self, path: str) -> str:
-        return f"{self._prefix}{path}" if path else self._prefix.rstrip("/")
+        """Return the key of a name; every request gets its key here."""
+        return f"{self._prefix}{check_name(path, self.root, self._field_ref)}"
 
     @contextlib.contextmanager
     def _translating_errors(self, path: str) -> Iterator[None]:
@@ -274,6 +294,14 @@ def _skew(error: ClientError) -> timedelta:
         return abs(datetime.now(UTC) - parsedate_to_datetime(date))
     except (TypeError, ValueError):
         return timedelta(0)
+
+
+def _sha256_of_body(body: Any) -> str:
+    digest = hashlib.sha256()
+    for chunk in body.iter_chunks(MIB):
+        digest.update(chunk)
+        LIVENESS.tick()
+    return digest.hexdigest()
 
 
 def _base64_of(digest: str) -> str:

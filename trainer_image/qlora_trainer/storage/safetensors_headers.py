@@ -12,8 +12,6 @@ from qlora_trainer.errors import RunError
 from qlora_trainer.storage.snapshots import Snapshot
 from qlora_trainer.storage.store import FieldRef
 
-INDEX: Final = "model.safetensors.index.json"
-"""Maps the name of each weight to the file that has it; only models in several files have one."""
 _LENGTH_BYTES: Final = 8
 """The file begins with the length of the header, a little-endian 64-bit integer (the format's description)."""
 _FIRST_READ_BYTES: Final = 100_000
@@ -21,31 +19,6 @@ _FIRST_READ_BYTES: Final = 100_000
 _MAX_HEADER_BYTES: Final = 100 * MIB
 """The limit of the safetensors library."""
 _LFS_POINTER: Final = b"version https://git-lfs"
-
-
-def check_shards(folder: Path, files: Iterable[str], field_ref: FieldRef) -> None:
-    """Check that every file which the index names is there.
-
-    Raises:
-        RunError: The field's not-found reason.
-
-    """
-    index = folder / INDEX
-    if not index.is_file():
-        return
-    try:
-        shards = {str(shard) for shard in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise RunError(
-            Reason.MODEL_UNSUPPORTED, f"{field_ref.field}: {INDEX} is not an index of weights; copy the model again"
-        ) from error
-    missing = sorted(shards - set(files))
-    if missing:
-        raise RunError(
-            field_ref.not_found,
-            f"{field_ref.field}: {INDEX} names {len(shards)} files, and {len(missing)} of them "
-            f"{'is' if len(missing) == 1 else 'are'} missing, such as {missing[0]!r}; copy the model again",
-        )
 
 
 def fetch_headers(snapshot: Snapshot, names: Iterable[str], folder: Path, field_ref: FieldRef) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Protocol
 
+from qlora_api.object_names import ObjectName
 from qlora_api.reasons import Reason
 from qlora_api.runconfig import Platform
 from qlora_api.units import MIB
@@ -20,8 +21,10 @@ from qlora_trainer.storage.store import Entry, FieldRef, MissingObjectError, Sto
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 _COMMIT_DIGITS: Final = 40
 """Content hashes are cut to the length of a git commit, to fit wherever a commit does."""
+_MAX_REF_BYTES: Final = 256
+"""A ref has a commit and a newline."""
 WEIGHTS_SUFFIX: Final = ".safetensors"
-_PICKLES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack")
+PICKLES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack")
 _TEXTS: Final = (".json", ".model", ".txt", ".jinja")
 """Configuration, tokenizer and chat template; code (.py) is never downloaded."""
 _TEXT_NAMES: Final = frozenset({
@@ -46,7 +49,7 @@ class Snapshot(Protocol):
         """Return the commit, or the content hash of a folder."""
 
     @property
-    def files(self) -> tuple[str, ...]:
+    def files(self) -> tuple[ObjectName, ...]:
         """Return the names of all files."""
 
     @property
@@ -77,7 +80,7 @@ class HubSnapshot:
     name: str
     repo_type: RepoType
     commit: str
-    files: tuple[str, ...]
+    files: tuple[ObjectName, ...]
     etags: Mapping[str, str] = field(default_factory=dict)
 
     def fetch(self, names: Iterable[str], work: Path) -> Path:
@@ -101,19 +104,20 @@ class StoredSnapshot:
     store: Store
     folder: str
     commit: str
-    files: tuple[str, ...]
+    files: tuple[ObjectName, ...]
     etags: Mapping[str, str] = field(default_factory=dict)
 
     def fetch(self, names: Iterable[str], work: Path) -> Path:
         """Download missing files, and return their folder."""
         if isinstance(self.store, FileStore):
-            return self.store.folder / self.folder
-        target = work / "snapshots" / self.commit
+            return self.store.path_of(self.folder) if self.folder else self.store.folder
+        target = ObjectName(self.commit).below(work / "snapshots")
         for name in names:
-            if not (target / name).is_file():
-                partial = target / f"{name}.part"
+            file = ObjectName(name).below(target)
+            if not file.is_file():
+                partial = file.with_name(f"{file.name}.part")
                 self.store.download(_join(self.folder, name), partial)
-                partial.replace(target / name)
+                partial.replace(file)
         return target
 
     def read_start(self, name: str, count: int) -> tuple[bytes, int]:
@@ -173,7 +177,7 @@ class SourceResolver:
 def _mirrored_commit(store: Store, repository: str, revision: str) -> str:
     if _COMMIT.fullmatch(revision):
         return revision
-    return store.read(f"{repository}/refs/{revision}").decode(errors="replace").strip()
+    return store.read(f"{repository}/refs/{revision}", _MAX_REF_BYTES).decode(errors="replace").strip()
 
 
 def _check_commit(commit: str, source: str, field_ref: FieldRef) -> None:
@@ -190,8 +194,7 @@ def _stored(store: Store, folder: str, commit: str | None, field_ref: FieldRef) 
     entries = store.list(folder)
     if not entries:
         raise MissingObjectError(field_ref.not_found, f"{field_ref.field}: {_join(store.root, folder)} holds no files")
-    prefix = f"{folder}/" if folder else ""
-    etags = {entry.path.removeprefix(prefix): entry.etag for entry in entries}
+    etags = {entry.path.relative_to(folder): entry.etag for entry in entries}
     commit = commit or _content_hash(store, entries)
     return StoredSnapshot(store, folder, commit, tuple(etags), {name: etag for name, etag in etags.items() if etag})
 
@@ -219,7 +222,7 @@ def weight_files(files: Iterable[str], field_ref: FieldRef) -> tuple[str, ...]:
     weights = [name for name in top if name.endswith(WEIGHTS_SUFFIX) and not name.startswith("consolidated")]
     if weights:
         return tuple([name for name in weights if name.startswith("model")] or weights)
-    pickles = [name for name in files if name.endswith(_PICKLES)]
+    pickles = [name for name in files if name.endswith(PICKLES)]
     if pickles:
         raise RunError(
             Reason.UNSAFE_MODEL_FORMAT,

@@ -1,13 +1,14 @@
 """Interface of the stores for data and results: s3://, file://, and pvc:// for reading."""
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol, TypeVar
 from urllib.parse import unquote, urlparse
 
 from qlora_api.names import CLAIM_SCHEME, CLAIMS_MOUNT, SecretRole
+from qlora_api.object_names import ObjectName
 from qlora_api.reasons import Reason
 from qlora_api.units import MIB
 from qlora_trainer.errors import RunError
@@ -26,11 +27,15 @@ class MissingObjectError(RunError):
     """The object does not exist; the reason is that of the field."""
 
 
+class ObjectTooLargeError(RunError):
+    """The object is larger than anything that is expected at its path."""
+
+
 @dataclass(frozen=True)
 class Entry:
     """One object of a listing; `size` is in bytes."""
 
-    path: str
+    path: ObjectName
     size: int
     etag: str = ""
 
@@ -64,29 +69,31 @@ OUTPUT_FIELD: Final = FieldRef(SecretRole.OUTPUT, "spec.output.uri")
 
 
 class Store(Protocol):
-    """A folder of objects; every path is relative to `root`."""
+    """A folder of objects; every path is relative to `root`, and refused if it is no ObjectName."""
 
     root: str
 
-    def list(self, prefix: str = "") -> tuple[Entry, ...]:
+    def list(self, prefix: str = "", on_refused: Callable[[str], None] | None = None) -> tuple[Entry, ...]:
         """List the objects below a folder.
 
         Args:
             prefix: Folder relative to `root`, without a trailing slash; empty for all objects.
+            on_refused: Called with a message for each object whose name or link points elsewhere; without it,
+                such an object is an error.
 
         Returns:
             The entries, sorted by path.
 
         Raises:
-            RunError: Access fails, or the name of an object points outside the store.
+            RunError: Access fails, or the name or link of an object points outside the store.
 
         """
 
     def fingerprint(self, entry: Entry) -> str:
         """Return a value that changes with the content: the ETag in S3, the SHA-256 of a file."""
 
-    def read(self, path: str) -> bytes:
-        """Return the content of an object, or raise MissingObjectError."""
+    def read(self, path: str, max_bytes: int | None = None) -> bytes:
+        """Return the content of an object, or raise MissingObjectError, or ObjectTooLargeError above a limit."""
 
     def read_start(self, path: str, count: int) -> tuple[bytes, int]:
         """Return the first `count` bytes of an object, or all if it has fewer, and its size; or MissingObjectError."""
@@ -115,7 +122,10 @@ class Store(Protocol):
         """Return whether the object exists."""
 
     def sha256(self, path: str) -> str:
-        """Return the SHA-256 of an object as hex digits; empty if the store has none."""
+        """Return the SHA-256 of an object's content as hex digits, computed here."""
+
+    def stored_sha256(self, path: str) -> str:
+        """Return the SHA-256 that the store verified on upload, without reading the content; empty if it has none."""
 
     def delete(self, path: str) -> None:
         """Delete an object; a missing one is not an error."""
@@ -135,7 +145,7 @@ def check_count(items: Iterable[Item], root: str, field_ref: FieldRef) -> Iterat
 def split_uri(uri: str) -> tuple[str, str]:
     """Split the URI of an object into the URI of its folder and its name."""
     folder, _, name = uri.rstrip("/").rpartition("/")
-    return folder, name
+    return folder, unquote(name) if uri.startswith("file://") else name
 
 
 def local_path(uri: str) -> Path:
@@ -152,9 +162,38 @@ def claim_folder(uri: str) -> Path | None:
     return Path(CLAIMS_MOUNT, uri.removeprefix(CLAIM_SCHEME).partition("/")[0])
 
 
-def escapes_root(path: str) -> bool:
-    """Return whether an object name, which anyone with write access chooses, points outside the target folder."""
-    return path.startswith("/") or ".." in path.split("/")
+_HUB_CACHE_SNAPSHOTS: Final = "snapshots"
+"""Folder in a repository of the hub's cache whose files are links to the repository's blobs."""
+
+
+def link_boundary(uri: str, role: SecretRole) -> Path | None:
+    """Return the folder that no symbolic link may lead out of.
+
+    Others write claims and outputs. Models and datasets of file:// URIs are the person's own: None.
+    """
+    if (claim := claim_folder(uri)) is not None or role is not SecretRole.OUTPUT:
+        return claim
+    folder = local_path(uri.rstrip("/"))
+    in_hub_cache = folder.parent.name == _HUB_CACHE_SNAPSHOTS and "--" in folder.parent.parent.name
+    return folder.parent.parent if in_hub_cache else folder
+
+
+def check_name(path: str, root: str, field_ref: FieldRef) -> ObjectName:
+    """Return a path as an object name, or raise RunError: whoever chose it could lead out of the store."""
+    try:
+        return ObjectName(path)
+    except ValueError as error:
+        raise RunError(
+            field_ref.not_found, f"{field_ref.field}: an object below {root} cannot be read or written: {error}"
+        ) from error
+
+
+def check_size(content: bytes, max_bytes: int | None, where: str, field_ref: FieldRef) -> bytes:
+    """Return what was read with one byte more than the limit, or raise ObjectTooLargeError."""
+    if max_bytes is not None and len(content) > max_bytes:
+        message = f"{field_ref.field}: {where} is larger than {max_bytes} bytes; delete it"
+        raise ObjectTooLargeError(field_ref.not_found, message)
+    return content
 
 
 def sha256_of(source: Path | bytes) -> str:

@@ -2,23 +2,23 @@
 
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Final
 
 import torch
-from pydantic import AfterValidator, ValidationError
-from safetensors import SafetensorError
+from pydantic import AfterValidator, AwareDatetime
 from safetensors.torch import load_file, save_file
 
 from qlora_api.base import ApiModel
 from qlora_api.report import ManifestFile, StepRecord, ValidationRecord
+from qlora_api.units import KIB, MIB
 from qlora_api.v1alpha1 import Checkpoint
 from qlora_trainer.errors import RunError
-from qlora_trainer.storage.results import MANIFEST, describe_files
-from qlora_trainer.storage.store import Store, sha256_of
+from qlora_trainer.storage.results import MANIFEST, MAX_MANIFEST_BYTES, describe_files, download_listed
+from qlora_trainer.storage.store import Store
 from qlora_trainer.training.state import FlatState, History, TrainingState
 
 _ADAPTER: Final = "adapter.safetensors"
@@ -27,7 +27,15 @@ _OPTIMIZER: Final = "optimizer.safetensors"
 _RECORD: Final = "record.json"
 _FORMER_OPTIMIZERS: Final = {"paged_adamw": "pagedAdamw", "paged_adamw8bit": "pagedAdamw8bit"}
 """Optimizer names in older checkpoints, mapped to the spelling of the spec."""
-_NAME: Final = re.compile(r"step-(?P<step>\d{6,})-a(?P<attempt>\d+)")
+_FILES: Final = frozenset({_ADAPTER, _BEST, _OPTIMIZER, _RECORD})
+"""What a checkpoint consists of; a manifest that lists other files is none of ours."""
+_NAME: Final = re.compile(r"step-(?P<step>[0-9]{6,9})-a(?P<attempt>[0-9]{1,9})")
+_MAX_ATTEMPT: Final = 10**8
+"""Attempts above are not counted: nothing of ours is numbered so high, and the next number must still be a name."""
+_MAX_OPTIMIZER_BYTES: Final = 64 * MIB
+"""Upper bound of the optimizer's numbers in record.json: about 300 bytes for each of 200,000 weights."""
+_MAX_STEP_BYTES: Final = KIB
+"""Upper bound of a step in record.json; it takes about 150 bytes, and a validation about as much."""
 
 
 class RunFingerprint(ApiModel):
@@ -48,7 +56,7 @@ class CheckpointRecord(ApiModel):
     """record.json: everything in a checkpoint that is not a tensor."""
 
     course: RunFingerprint
-    started_at: datetime
+    started_at: AwareDatetime
     """When the first attempt started."""
     peak_memory_bytes: int = 0
     """Maximum over all attempts so far."""
@@ -62,7 +70,7 @@ class CheckpointManifest(ApiModel):
     """manifest.json of a checkpoint; it is uploaded last, so if it exists, all files do."""
 
     step: int
-    time: datetime
+    time: AwareDatetime
     """When all files were uploaded."""
     verified: bool
     """Whether the object store confirmed the SHA-256 of every file."""
@@ -88,7 +96,8 @@ class CheckpointId:
     def parse(cls, name: str) -> "CheckpointId | None":
         """Parse a folder name; None if it is not a checkpoint's."""
         match = _NAME.fullmatch(name)
-        return cls(int(match["step"]), int(match["attempt"])) if match else None
+        found = cls(int(match["step"]), int(match["attempt"])) if match else None
+        return found if found is not None and found.name == name else None  # no further leading zeros
 
 
 @dataclass(frozen=True)
@@ -137,16 +146,18 @@ class CheckpointStore:
             None if the run starts from step 0.
 
         Raises:
-            RunError: The checkpoints cannot be listed. Errors of a single checkpoint are logged, and it is skipped.
+            RunError: The checkpoints cannot be listed. A checkpoint that cannot be loaded, whatever is wrong with it,
+                is logged and skipped.
 
         """
         folders = self._folders()
         # Outside a cluster every attempt has number 1, but must not write into the folder of an earlier one.
-        self._attempt = max([self._attempt, *(found.attempt + 1 for found in _parse_ids(folders))])
+        earlier = (found.attempt + 1 for found in _parse_ids(folders) if found.attempt < _MAX_ATTEMPT)
+        self._attempt = max([self._attempt, *earlier])
         for name in sorted(folders, key=_sort_key, reverse=True):
             try:
                 found = self._load_folder(name, folders[name])
-            except (RunError, ValidationError, SafetensorError, ValueError) as error:
+            except Exception as error:  # others write here too, and pydantic, safetensors and torch raise many types
                 self._callbacks.note(f"checkpoint {self._folder}/{name} skipped: {error}")
                 continue
             step = found.checkpoint_id.step
@@ -180,7 +191,7 @@ class CheckpointStore:
             self._write(state, Path(folder))
             files = describe_files(Path(folder))
             confirmed = [
-                self._output.put(f"{self._path(checkpoint_id.name)}/{file.path}", Path(folder, file.path))
+                self._output.put(f"{self._path(checkpoint_id.name)}/{file.path}", file.path.below(Path(folder)))
                 for file in files
             ]
         now = datetime.now(UTC).replace(microsecond=0)
@@ -204,7 +215,7 @@ class CheckpointStore:
     def _folders(self) -> dict[str, bool]:
         """Return each folder name, and whether the folder has a manifest."""
         found: dict[str, bool] = {}
-        for entry in self._output.list(self._folder):
+        for entry in self._output.list(self._folder, self._callbacks.note):
             name, _, file = entry.path.removeprefix(f"{self._folder}/").partition("/")
             found[name] = found.get(name, False) or file == MANIFEST
         return found
@@ -256,28 +267,32 @@ class CheckpointStore:
 
     def _load(self, checkpoint_id: CheckpointId) -> tuple[CheckpointManifest, TrainingState]:
         path = self._path(checkpoint_id.name)
-        manifest = CheckpointManifest.model_validate_json(self._output.read(f"{path}/{MANIFEST}"))
-        with tempfile.TemporaryDirectory() as folder:
-            for file in manifest.files:
-                self._fetch(path, file, Path(folder))
-            record = CheckpointRecord.model_validate_json(Path(folder, _RECORD).read_bytes())
+        manifest = CheckpointManifest.model_validate_json(self._output.read(f"{path}/{MANIFEST}", MAX_MANIFEST_BYTES))
+        self._check_files(manifest)
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            download_listed(self._output, path, manifest.files, folder)
+            record = CheckpointRecord.model_validate_json((folder / _RECORD).read_bytes())
             check_fingerprint(record.course, self._fingerprint)
-            optimizer: FlatState = {**record.optimizer, **load_file(Path(folder, _OPTIMIZER))}
-            weights, best = load_file(Path(folder, _ADAPTER)), load_file(Path(folder, _BEST))
+            check_steps(record.steps, checkpoint_id.step)
+            optimizer: FlatState = {**record.optimizer, **load_file(folder / _OPTIMIZER)}
+            weights, best = load_file(folder / _ADAPTER), load_file(folder / _BEST)
         self.started_at, self.peak_memory_bytes = record.started_at, record.peak_memory_bytes
         history = History(record.steps, record.held_out)
         return manifest, TrainingState(history, weights, optimizer, record.scaler, best)
 
-    def _fetch(self, path: str, file: ManifestFile, folder: Path) -> None:
-        target = folder / file.path
-        self._output.download(f"{path}/{file.path}", target)
-        if sha256_of(target) != file.sha256:
-            raise ValueError(f"{file.path} does not match the SHA-256 in its manifest")
+    def _check_files(self, manifest: CheckpointManifest) -> None:
+        """Raise ValueError unless the manifest lists the files of a checkpoint, each once, with a record to read."""
+        sizes: dict[str, int] = {file.path: file.size for file in manifest.files}
+        if sizes.keys() != _FILES or len(manifest.files) != len(_FILES):
+            raise ValueError(f"its manifest lists {', '.join(sorted(sizes)[:8])} and not {', '.join(sorted(_FILES))}")
+        if sizes[_RECORD] > _MAX_OPTIMIZER_BYTES + _MAX_STEP_BYTES * self._fingerprint.total_steps:
+            raise ValueError(f"its {_RECORD} has {sizes[_RECORD]} bytes, too many for this run's steps")
 
     def _remove(self, name: str) -> None:
         """Delete the manifest first, so that no reader sees a partial checkpoint."""
         self._output.delete(f"{self._path(name)}/{MANIFEST}")
-        for entry in self._output.list(self._path(name)):
+        for entry in self._output.list(self._path(name), self._callbacks.note):
             self._output.delete(entry.path)
 
 
@@ -293,6 +308,12 @@ def _sort_key(name: str) -> CheckpointId:
 def _is_stale(checkpoint_id: CheckpointId, newest: CheckpointId) -> bool:
     """Return whether an incomplete checkpoint of an earlier attempt is no longer needed."""
     return checkpoint_id.attempt < newest.attempt and checkpoint_id.step <= newest.step
+
+
+def check_steps(steps: Sequence[StepRecord], last: int) -> None:
+    """Raise ValueError unless there is one record per step, up to the last one."""
+    if [record.step for record in steps] != list(range(1, last + 1)):
+        raise ValueError(f"its record has not exactly the steps from 1 to {last}")
 
 
 def check_fingerprint(found: RunFingerprint, wanted: RunFingerprint) -> None:

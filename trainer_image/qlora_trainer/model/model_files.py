@@ -1,0 +1,80 @@
+"""Files of a model's folder that name other files; the author of the model chooses these names."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Final
+
+from pydantic import BaseModel, ValidationError
+
+from qlora_api.object_names import ObjectName
+from qlora_api.reasons import Reason
+from qlora_trainer.errors import RunError
+from qlora_trainer.storage.store import FieldRef
+
+SHARD_INDEX: Final = "model.safetensors.index.json"
+"""Which safetensors file has which weight, in the Hugging Face format."""
+_ANY_SHARD_INDEX: Final = "*.safetensors.index.json"
+"""config.json may name another index (`transformers_weights`), also in a subfolder."""
+_WEIGHTS_SUFFIX: Final = ".safetensors"
+_ADAPTER: Final = "adapter_config.json"
+
+
+class _ShardIndex(BaseModel):
+    weight_map: dict[str, ObjectName]
+
+
+def check_model_files(folder: Path, field: str = "spec.model.uri") -> None:
+    """Refuse a model's folder that would make transformers read weights from somewhere else.
+
+    Raises:
+        RunError: UNSAFE_MODEL_FORMAT for an index that names other files than safetensors files of the folder;
+            MODEL_UNSUPPORTED for an adapter, instead of which transformers loads the base that it names.
+
+    """
+    for index in sorted(folder.rglob(_ANY_SHARD_INDEX)):
+        load_shard_index(index, field)
+    if (folder / _ADAPTER).is_file():
+        raise RunError(
+            Reason.MODEL_UNSUPPORTED, f"{field}: {_ADAPTER}: this is an adapter and not a model; name its base, merged"
+        )
+
+
+def load_shard_index(index: Path, field: str = "spec.model.uri") -> Mapping[str, Path]:
+    """Return the safetensors file of each weight, as an index lists them; raises like `check_model_files`."""
+    try:
+        files = _ShardIndex.model_validate_json(index.read_bytes()).weight_map
+    except ValidationError as error:
+        raise _refused(index, field, error.errors(include_url=False)[0]["msg"]) from error
+    if stray := next((file for file in files.values() if not file.endswith(_WEIGHTS_SUFFIX)), None):
+        raise _refused(index, field, f"'{stray}' is no {_WEIGHTS_SUFFIX} file")
+    return {name: file.below(index.parent) for name, file in files.items()}
+
+
+def check_shards(folder: Path, files: Iterable[str], field_ref: FieldRef) -> None:
+    """Check that every file which the index names is there.
+
+    Args:
+        folder: The model's small files.
+        files: The names of all files of the model, relative to its folder.
+        field_ref: The field of the spec, for messages.
+
+    Raises:
+        RunError: The field's not-found reason, or as `check_model_files`.
+
+    """
+    index = folder / SHARD_INDEX
+    if not index.is_file():
+        return
+    shards = {path.relative_to(folder).as_posix() for path in load_shard_index(index, field_ref.field).values()}
+    missing = sorted(shards - set(files))
+    if missing:
+        raise RunError(
+            field_ref.not_found,
+            f"{field_ref.field}: {SHARD_INDEX} names {len(shards)} files, and {len(missing)} of them "
+            f"{'is' if len(missing) == 1 else 'are'} missing, such as {missing[0]!r}; copy the model again",
+        )
+
+
+def _refused(index: Path, field: str, cause: str) -> RunError:
+    message = f"{field}: {index.name}: weight_map: {cause}; correct the index, or choose another revision"
+    return RunError(Reason.UNSAFE_MODEL_FORMAT, message)
