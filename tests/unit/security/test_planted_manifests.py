@@ -53,9 +53,7 @@ def replaced(*path: str, by: object) -> Change:
 ATTACKS = {
     "other-job": (replaced("job", by="other"), "it is of job 'other'"),
     "escape-in-job": (replaced("job", by="\x1b]52;c;x"), r"it is of job '\\x1b"),
-    "other-digest": (replaced("digest", by="f" * 16), "with digest 'ffff"),
     "other-full-digest": (replaced("fullDigest", by=DIGEST + "1" * 48), "its full digest is"),
-    "short-full-digest": (replaced("fullDigest", by=DIGEST), "fullDigest: String should match"),
     "shell-in-adapter": (replaced("result", "adapter", by="hf://x$(touch${IFS}x)"), "its adapter 'hf://x"),
     "shell-below-prefix": (replaced("result", "adapter", by="PREFIX/$(touch x)"), "its adapter '"),
     "line-below-prefix": (replaced("result", "adapter", by="PREFIX/adapter\n"), "its adapter '"),
@@ -67,15 +65,22 @@ ATTACKS = {
     "other-bucket": (replaced("result", "adapter", by="s3://evil/colours/0123456789abcdef/adapter"), "its adapter '"),
     "script-as-report": (replaced("result", "report", by="javascript:alert(1)"), "its report '"),
     "foreign-merged-model": (replaced("result", "merged", by="hf://evil/model"), "its merged '"),
-    "endless-adapter": (replaced("result", "adapter", by="s3://" + "x" * 9999), "result.adapter: String should have"),
-    "no-files": (replaced("files", by=[]), f"{DIGEST}/.*adapter is missing or has another size"),
-    "huge-steps": (replaced("result", "steps", by=10**40), "result: .*an integer is above 2"),
-    "nan-speed": (replaced("result", "tokensPerSecond", by=float("nan")), "result: .*nan is not a finite number"),
-    "infinite-loss": (replaced("result", "evaluation", "base", "loss", by="1e999"), "inf is not a finite number"),
-    "text-as-rows": (replaced("result", "evaluation", "rows", by="many"), "result.evaluation.rows: Input should be"),
-    "result-of-another-type": (replaced("result", by=[1]), "result: Input should be"),
-    "unknown-field": (replaced("owner", by="me"), "owner: Extra inputs"),
+    "no-files": (replaced("files", by=[]), "it lists no file of .*/adapter"),
 }
+
+"""Manifests of somebody else, and what is said of them: they are neither used nor replaced."""
+DAMAGED: dict[str, Change] = {
+    "other-digest": replaced("digest", by="f" * 16),
+    "short-full-digest": replaced("fullDigest", by=DIGEST),
+    "endless-adapter": replaced("result", "adapter", by="s3://" + "x" * 9999),
+    "huge-steps": replaced("result", "steps", by=10**40),
+    "nan-speed": replaced("result", "tokensPerSecond", by=float("nan")),
+    "infinite-loss": replaced("result", "evaluation", "base", "loss", by="1e999"),
+    "text-as-rows": replaced("result", "evaluation", "rows", by="many"),
+    "result-of-another-type": replaced("result", by=[1]),
+    "unknown-field": replaced("owner", by="me"),
+}
+"""What no trainer writes: it is skipped, and the run trains and replaces it."""
 
 
 def plant(output: FileStore, path: str, change: Change) -> None:
@@ -101,21 +106,27 @@ def test_planted_rejected_result_is_not_published(output: FileStore, change: Cha
         find_rejected(output, DIGEST, FULL_DIGEST)
 
 
+@pytest.mark.parametrize("change", DAMAGED.values(), ids=DAMAGED)
+def test_damaged_manifest_is_skipped(output: FileStore, change: Change) -> None:
+    for path in (f"{DIGEST}/{MANIFEST}", f"{DIGEST}/{REJECTED_RECORD}"):
+        plant(output, path, change)
+    assert find_reusable(output, DIGEST, "Skip", "", FULL_DIGEST) is None
+    assert find_rejected(output, DIGEST, FULL_DIGEST) is None
+
+
 @pytest.mark.parametrize("content", [b"", b"[]", b"null", b"\xff", b"[" * 100_000, b'{"digest": 1}'])
-def test_manifest_that_is_none_is_refused(output: FileStore, content: bytes) -> None:
+def test_manifest_that_is_none_is_skipped(output: FileStore, content: bytes) -> None:
     output.put(f"{DIGEST}/{MANIFEST}", content)
-    with pytest.raises(RunError, match=r"is not a manifest of this run: .*; delete it to train again"):
-        find_reusable(output, DIGEST, "Skip", "", FULL_DIGEST)
+    assert find_reusable(output, DIGEST, "Skip", "", FULL_DIGEST) is None
 
 
 @pytest.mark.parametrize("content", [None, b"", b"other size"])
-def test_manifest_whose_adapter_is_incomplete_is_refused(output: FileStore, content: bytes | None) -> None:
+def test_manifest_whose_adapter_is_incomplete_is_skipped(output: FileStore, content: bytes | None) -> None:
     path = f"{DIGEST}/adapter/adapter_config.json"
     output.delete(path)
     if content is not None:
         output.put(path, content)
-    with pytest.raises(RunError, match=r"adapter_config\.json is missing or has another size"):
-        find_reusable(output, DIGEST, "Skip", "", FULL_DIGEST)
+    assert find_reusable(output, DIGEST, "Skip", "", FULL_DIGEST) is None
 
 
 @pytest.mark.parametrize(
