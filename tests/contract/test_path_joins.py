@@ -22,6 +22,7 @@ ALLOWED: Final = {
     ("object_names.py", "folder / self"): "ObjectName.below itself",
     ("store.py", "Path(CLAIMS_MOUNT, uri.removeprefix(CLAIM_SCHEME))"): "a URI of the spec, whose pattern has no '..'",
     ("store.py", "Path(CLAIMS_MOUNT, uri.removeprefix(CLAIM_SCHEME).partition('/')[0])"): "as above",
+    ("architecture.py", "folder / file"): "tokenizer_config.json or config.json",
     ("__main__.py", "Path(CONFIG_MOUNT, file)"): "PREPARE_CONFIG_FILE or RUN_CONFIG_FILE",
     ("credentials.py", "mount / role"): "a SecretRole",
     ("credentials.py", "folder / key"): "one of _KEYS",

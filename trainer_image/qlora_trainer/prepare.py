@@ -10,6 +10,7 @@ from uuid import uuid4
 
 from qlora_api import __version__
 from qlora_api.model_config import reduce_config
+from qlora_api.object_names import ObjectName
 from qlora_api.prepared import PinnedTasks, Prepared, PreparedInputs
 from qlora_api.reasons import Reason
 from qlora_api.report import ResultManifest
@@ -142,7 +143,7 @@ def inspect_model(spec: QLoRAJobSpec, snapshot: Snapshot, work: Path) -> Inspect
     texts = text_files(snapshot.files)
     folder = snapshot.fetch(texts, work)
     check_text_files(folder, texts, MODEL_FIELD)
-    files = {name: sha256_of(folder / name) for name in texts}
+    files = {name: sha256_of(ObjectName(name).below(folder)) for name in texts}
     # torch and transformers take seconds to import; checks above this line fail immediately.
     from qlora_trainer.model.adapter import resolve_adapter  # noqa: PLC0415
     from qlora_trainer.model.architecture import build_empty, describe, load_tokenizer, read_config  # noqa: PLC0415
@@ -194,7 +195,7 @@ def check_weights(snapshot: Snapshot, texts: Path, names: Sequence[str], work: P
     work.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=work) as folder:
         for name in text_files(snapshot.files):
-            Path(folder, name).symlink_to((texts / name).absolute())
+            ObjectName(name).below(Path(folder)).symlink_to(ObjectName(name).below(texts).absolute())
         fetch_headers(snapshot, names, Path(folder), MODEL_FIELD)
         return check_weight_files(Path(folder))
 

@@ -234,7 +234,7 @@ def test_ref_of_a_mirror_is_a_commit(tmp_path: Path, ref: str) -> None:
     folder.mkdir(parents=True)
     (folder / "main").write_bytes(ref.encode("latin-1"))
     resolver = SourceResolver(Platform(hub_mirror=f"file://{tmp_path}/mirror"), environment_secrets())
-    with pytest.raises(RunError, match="has no commit of 40 hexadecimal digits; synchronize the mirror"):
+    with pytest.raises(RunError, match=r"does not name a commit but .*; synchronize it again"):
         resolver.resolve("hf://org/tiny", "main", MODEL_FIELD)
 
 

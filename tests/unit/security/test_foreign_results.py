@@ -45,8 +45,8 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         yield client
 
 
-def s3_store() -> S3Store:
-    return S3Store("s3://data/out", OUTPUT_FIELD, Credentials({}), S3Config())
+def s3_store(folder: str = "out") -> S3Store:
+    return S3Store(f"s3://data/{folder}", OUTPUT_FIELD, Credentials({}), S3Config())
 
 
 def open_checkpoints(output: Store) -> tuple[CheckpointStore, list[str]]:
@@ -225,7 +225,7 @@ def files(tmp_path: Path) -> Path:
 @pytest.fixture
 def output(tmp_path: Path, files: Path) -> FileStore:
     """Publish a result next to the folder of another one."""
-    store = FileStore(f"file://{tmp_path}/out", OUTPUT_FIELD)
+    store = FileStore(f"file://{tmp_path}/colours", OUTPUT_FIELD)
     publish(store, config(store.root), published_as(store), files, NOW)
     store.put("fedcba9876543210/adapter/adapter_model.safetensors", b"of another result")
     (tmp_path / "thesis.txt").write_text("mine")
@@ -233,7 +233,8 @@ def output(tmp_path: Path, files: Path) -> FileStore:
 
 
 def published_as(store: Store, folder: str = "adapter", loss: float = 1.0):
-    return result(loss).model_copy(update={"adapter": f"{store.root}/{DIGEST}/{folder}"})
+    prefix = f"{store.root}/{DIGEST}"
+    return result(loss).model_copy(update={"adapter": f"{prefix}/{folder}", "report": f"{prefix}/report/report.json"})
 
 
 def change_manifest(output: FileStore, change: Callable[[Any], object]) -> None:
@@ -327,7 +328,8 @@ def opened(output: Store, work: Path, folder: str = "adapter") -> PublishedAdapt
 def published(request: pytest.FixtureRequest, tmp_path: Path, files: Path) -> Store:
     if request.param == "s3":
         request.getfixturevalue("bucket")
-    store: Store = s3_store() if request.param == "s3" else FileStore(f"file://{tmp_path}/out", OUTPUT_FIELD)
+    local = f"file://{tmp_path}/out/colours"
+    store: Store = s3_store("out/colours") if request.param == "s3" else FileStore(local, OUTPUT_FIELD)
     publish(store, config(store.root), published_as(store), files, NOW)
     return store
 

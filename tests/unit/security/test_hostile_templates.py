@@ -46,7 +46,7 @@ def chat(question: str) -> Chat:
         pytest.param("{{ [1] | batch(10 ** 9, 'a') | list }}", MEMORY, id="batch"),
         pytest.param("{{ 1 | tojson(indent=10 ** 11) }}{{ [1] | tojson(indent=10 ** 11) }}", MEMORY, id="tojson"),
         pytest.param(
-            "{% set n = namespace(t='aaaaaaaa') %}{% for i in range(60) %}{% set n.t = n.t ~ n.t %}{% endfor %}",
+            "{% set n = namespace(t='a' * 99999999) %}{% for i in range(60) %}{% set n.t = n.t ~ n.t %}{% endfor %}",
             MEMORY,
             id="namespace-that-doubles",
         ),

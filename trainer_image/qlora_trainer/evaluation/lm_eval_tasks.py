@@ -136,7 +136,9 @@ def record_data(pinned: PinnedTasks, resolver: SourceResolver, work: Path) -> Pi
 
 
 def _digest_data(task: PinnedTask, snapshot: Snapshot, folder: Path) -> str:
-    listing = "\n".join(f"{name} {sha256_of(folder / name)}" for name in sorted(_files_of(task, snapshot)))
+    listing = "\n".join(
+        f"{name} {sha256_of(ObjectName(name).below(folder))}" for name in sorted(_files_of(task, snapshot))
+    )
     return sha256_of(listing.encode())
 
 

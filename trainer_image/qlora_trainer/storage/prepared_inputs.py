@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 from typing import Final
 
+from qlora_api.object_names import ObjectName
 from qlora_api.prepared import Prepared, PreparedInputs
 from qlora_api.reasons import Reason
 from qlora_trainer.errors import RunError
@@ -57,7 +58,7 @@ def check_model(inputs: PreparedInputs | None, snapshot: Snapshot, folder: Path)
     """
     if inputs is None:
         return
-    texts = {name: sha256_of(folder / name) for name in text_files(snapshot.files)}
+    texts = {name: sha256_of(ObjectName(name).below(folder)) for name in text_files(snapshot.files)}
     weights = {name: snapshot.etags.get(name, "") for name in weight_files(snapshot.files, MODEL_FIELD)}
     changed = sorted(inputs.model.items() ^ texts.items() | inputs.weights.items() ^ weights.items())
     if changed:

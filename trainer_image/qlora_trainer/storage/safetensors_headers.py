@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
+from qlora_api.object_names import ObjectName
 from qlora_api.reasons import Reason
 from qlora_api.units import MIB
 from qlora_trainer.errors import RunError
@@ -36,7 +37,7 @@ def fetch_headers(snapshot: Snapshot, names: Iterable[str], folder: Path, field_
     """
     for name in names:
         header, size = _read_header(snapshot, name, field_ref)
-        path = folder / name
+        path = ObjectName(name).below(folder)
         with path.open("wb") as stream:
             stream.write(header)
             stream.truncate(size)

@@ -240,7 +240,7 @@ def text_files(files: Iterable[str]) -> tuple[str, ...]:
 def check_text_files(folder: Path, names: Iterable[str], field_ref: FieldRef) -> None:
     """Raise ModelUnsupported if a configuration or tokenizer file is too large to be loaded."""
     for name in names:
-        size = (folder / name).stat().st_size
+        size = ObjectName(name).below(folder).stat().st_size
         if size > MAX_TEXT_FILE_BYTES:
             raise RunError(
                 Reason.MODEL_UNSUPPORTED,

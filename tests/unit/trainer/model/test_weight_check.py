@@ -121,7 +121,7 @@ BROKEN = {
     "stored-in-8-bits": (
         declare(quant_method="bitsandbytes", load_in_8bit=True),
         Reason.MODEL_UNSUPPORTED,
-        ["spec.quantization.bits", "already stored in 8 bits", "bits to 8"],
+        ["spec.quantization.bits", "already stored in 8 bits", "and 8 in bits"],
     ),
 }
 
