@@ -1,13 +1,25 @@
 """The result of preparation: reported by the prepare pod, input of the training pod."""
 
-from typing import Annotated
+import re
+from typing import Annotated, Final
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from qlora_api.base import ApiModel, ReportedModel, Sha256
+from qlora_api.model_config import check_config
 from qlora_api.object_names import ObjectName
 from qlora_api.result import Result
 from qlora_api.v1alpha1 import DataStatus, ModelStatus
+
+_COMMIT: Final = re.compile(r"[0-9a-f]{40}")
+
+
+def _check_reported(model: ModelStatus) -> ModelStatus:
+    """Check what a pod reports; a status that an earlier version wrote must stay readable."""
+    if not _COMMIT.fullmatch(model.commit):
+        raise ValueError("commit has not 40 hexadecimal digits")
+    check_config(model.config)
+    return model
 
 
 class Prepared(ReportedModel):
@@ -21,7 +33,7 @@ class Prepared(ReportedModel):
     """SHA-256 of the PreparedInputs in the output; None if an earlier version prepared the run."""
     prefix: str
     """<output.uri>/<job>/<digest>, the prefix of everything that belongs to this result."""
-    model: ModelStatus
+    model: Annotated[ModelStatus, AfterValidator(_check_reported)]
     dataset: DataStatus
     trainer_version: str
     published: Result | None = None

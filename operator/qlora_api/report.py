@@ -1,9 +1,10 @@
 """What the trainer writes: its termination message, the report, the manifests."""
 
+import math
 from datetime import datetime
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from qlora_api.base import ApiModel, ReportedModel, Sha256
 from qlora_api.object_names import ObjectName
@@ -174,13 +175,19 @@ class TaskScore(ApiModel):
     adapter_error: float | None
 
 
+def _number_from_json(value: Any) -> Any:
+    """Return infinity for null, as which pydantic writes a number that is not finite."""
+    return math.inf if value is None else value
+
+
 class StepRecord(ApiModel):
     """One optimizer step."""
 
     step: int
     loss: float
     learning_rate: float
-    grad_norm: float
+    grad_norm: Annotated[float, BeforeValidator(_number_from_json)]
+    """Before clipping; infinite in a step that fp16 loss scaling skipped."""
     tokens: int
     """Non-padding tokens of the step."""
     seconds: float

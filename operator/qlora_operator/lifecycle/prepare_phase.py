@@ -64,7 +64,7 @@ def _after_preparation(job: Job, prepared: Prepared, gpu_nodes: tuple[Manifest, 
         return Decision(Phase.FAILED, Reason.DOES_NOT_FIT, message, prepared=prepared)
     except MismatchError as error:
         return Decision(Phase.FAILED, Reason.INVALID_SPEC, str(error), prepared=prepared)
-    if job.status.plan != plan or job.status.output is None:
+    if job.status.plan != plan or job.status.output is None or job.status.output.digest != prepared.digest:
         message = "model, dataset and output were checked"
         return Decision(Phase.SCHEDULING, Reason.PREPARED, message, plan=plan, prepared=prepared, requeue_after=AT_ONCE)
     attempt = make_attempt(job, number)

@@ -8,18 +8,24 @@ from typing import Any, Final, NoReturn
 
 import botocore.session
 import pytest
+import torch
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM
 
 from qlora_api import names
 from qlora_api.local_requests import MergeRequest
 from qlora_api.reasons import Reason
+from qlora_api.v1alpha1 import LoraSpec
 from qlora_trainer.errors import RunError
 from qlora_trainer.inference.compatibility import check_adapter_config
 from qlora_trainer.merge_job import merge_published
+from qlora_trainer.model.adapter import lora_config
 from qlora_trainer.model.architecture import load_tokenizer
 from qlora_trainer.storage.snapshots import text_files
 from tests.make import make_spec
 from tests.unit.security.test_hostile_manifests import render
 from tests.unit.trainer.conftest import THIRD_PARTY_WARNINGS
+from tests.unit.trainer.families import family_config
 from tests.unit.trainer.tiny import make_tokenizer, write_model
 from tests.unit.trainer.trained import PLAIN, RESOLVER, write_published
 from tests.unit.trainer.tuned import NF4
@@ -55,6 +61,19 @@ def change_json(file: Path, **changes: Any) -> Callable[[], Any]:
 
 def test_adapter_of_the_trainer_is_accepted(adapter: Path) -> None:
     check_adapter_config(adapter)
+
+
+# PEFT prepares patterns for experts that all-linear then does not ask for.
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match:RuntimeWarning")
+@pytest.mark.parametrize("targets", [("q_proj",), ("all-linear",)])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gemma3"])
+def test_settings_that_peft_rewrites_are_accepted(tmp_path: Path, family: str, targets: tuple[str, ...]) -> None:
+    """PEFT changes the settings of models whose experts transformers stacks in one weight."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(family_config(family))
+    lora = LoraSpec(rank=4, dropout=0, targets=targets)
+    get_peft_model(model, lora_config(lora, model)).peft_config["default"].save_pretrained(tmp_path)
+    check_adapter_config(tmp_path)
 
 
 @pytest.mark.parametrize(

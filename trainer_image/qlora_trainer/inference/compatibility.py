@@ -26,6 +26,8 @@ _WRITTEN: Final = frozenset({
 """Settings that the trainer chooses, or PEFT for it; names of modules and the initialization are checked apart."""
 _MODULE: Final = re.compile(r"[\w.-]+")
 """PEFT takes other text for a regular expression, which may take for ever."""
+_FUSED: Final = re.compile(r"\.\*\\\.(\w|\\[.-])+")
+"""The pattern that PEFT itself writes for experts that transformers stacks in one weight: `.*\\.gate_up_proj`."""
 
 
 def check_adapter_config(folder: Path) -> None:
@@ -54,8 +56,10 @@ def _is_expected(name: str, value: Any, defaults: Mapping[str, Any]) -> bool:
     match name:
         case "target_modules" | "modules_to_save" | "exclude_modules":
             return value in (None, "all-linear") or (isinstance(value, list) and all(map(_is_module, value)))
+        case "target_parameters":  # PEFT writes an empty list, or the experts, for models that stack them
+            return value is None or (isinstance(value, list) and all(map(_is_module, value)))
         case "rank_pattern" | "alpha_pattern":
-            return isinstance(value, dict) and all(map(_is_module, value))
+            return isinstance(value, dict) and all(_is_module(key) or _FUSED.fullmatch(key) for key in value)
         case "init_lora_weights":
             return value in (True, False, "gaussian")
         case _:

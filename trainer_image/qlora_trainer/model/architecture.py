@@ -120,11 +120,11 @@ def describe(model: Any) -> Architecture:
 
 def _position_limit(model: Any) -> int | None:
     """Return the rows of the smallest table of positions, of learned ones (GPT-2, OPT) or computed ones (GPT-J)."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit, decoder = getattr(model.config.get_text_config(), "max_position_embeddings", None), _decoder_prefix(model)
     tables = [
         tensor.shape[0]
         for name, tensor in (*model.named_parameters(), *model.named_buffers())
-        if tensor.dim() == 2 and _POSITION_TABLE.search(name)
+        if tensor.dim() == 2 and name.startswith(decoder) and _POSITION_TABLE.search(name)
     ]
     # OPT's table has two rows that stand for no position.
     return min([limit, *tables]) if tables and limit else min(tables, default=None)

@@ -13,6 +13,7 @@ from qlora_trainer.storage.store import FieldRef
 
 SHARD_INDEX: Final = "model.safetensors.index.json"
 """Which safetensors file has which weight, in the Hugging Face format."""
+_SINGLE_FILE: Final = "model.safetensors"
 _ANY_SHARD_INDEX: Final = "*.safetensors.index.json"
 """config.json may name another index (`transformers_weights`), also in a subfolder."""
 _WEIGHTS_SUFFIX: Final = ".safetensors"
@@ -62,11 +63,11 @@ def check_shards(folder: Path, files: Iterable[str], field_ref: FieldRef) -> Non
         RunError: The field's not-found reason, or as `check_model_files`.
 
     """
-    index = folder / SHARD_INDEX
-    if not index.is_file():
+    index, names = folder / SHARD_INDEX, set(files)
+    if not index.is_file() or _SINGLE_FILE in names:  # transformers prefers the single file
         return
     shards = {path.relative_to(folder).as_posix() for path in load_shard_index(index, field_ref.field).values()}
-    missing = sorted(shards - set(files))
+    missing = sorted(shards - names)
     if missing:
         raise RunError(
             field_ref.not_found,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
@@ -36,6 +37,22 @@ def check_weight_files(folder: Path, field: str = "spec.model.uri") -> tuple[str
     """
     if is_quantized(AutoConfig.from_pretrained(folder, trust_remote_code=False)):
         return ()  # the quantizer renames the weights while loading; check_loaded sees what it left out
+    try:
+        found = _load_without_tensors(folder)
+    except (OSError, ValueError, SafetensorError) as error:  # files under other names, offsets that overlap
+        raise RunError(
+            Reason.MODEL_UNSUPPORTED,
+            f"{field}: its weight files cannot be read: {str(error)[:500]}; copy the model again",
+        ) from error
+    check_loaded(found, field)
+    unused = sorted(found["unexpected_keys"])
+    if not unused:
+        return ()
+    return (f"{len(unused)} weights in the model's files are not part of its architecture: {_some(unused)}",)
+
+
+def _load_without_tensors(folder: Path) -> Mapping[str, Any]:
+    """Return transformers' loading info of a model on the meta device."""
     with _quiet():
         _, found = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -47,11 +64,7 @@ def check_weight_files(folder: Path, field: str = "spec.model.uri") -> tuple[str
             ignore_mismatched_sizes=True,  # listed in what is returned
             output_loading_info=True,
         )
-    check_loaded(found, field)
-    unused = sorted(found["unexpected_keys"])
-    if not unused:
-        return ()
-    return (f"{len(unused)} weights in the model's files are not part of its architecture: {_some(unused)}",)
+    return dict(found)
 
 
 def check_loaded(found: Mapping[str, Any], field: str = "spec.model.uri") -> None:

@@ -17,6 +17,9 @@ _DATA_FIELD: Final = 5
 def memory_limit(size: int) -> Iterator[None]:
     """Let allocations in the block fail with MemoryError once the process has `size` bytes more than at its start."""
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    if not _STATM.is_file():  # macOS has neither the file nor the limit
+        yield
+        return
     limit = _data_bytes() + size
     if resource.RLIM_INFINITY not in {soft, hard}:
         limit = min(limit, soft, hard)

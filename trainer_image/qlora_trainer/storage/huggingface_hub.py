@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Final, Literal, TypeAlias
 
 import httpx2
-from huggingface_hub import HfApi, get_session, hf_hub_download, hf_hub_url
+from huggingface_hub import HfApi, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -17,7 +17,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff  # type: ignore[attr-defined]
 from huggingface_hub.utils.tqdm import tqdm
 
 from qlora_api.object_names import ObjectName
@@ -101,14 +101,21 @@ class Hub:
         }
         with (
             self._translating_errors(f"{name}/{file}@{commit}"),
-            get_session().stream(
+            http_stream_backoff(
                 "GET", url, headers=headers, timeout=_TIMEOUT_SECONDS, follow_redirects=True
             ) as response,
         ):
             if response.status_code == _RANGE_NOT_SATISFIABLE:
                 return b"", 0
             hf_raise_for_status(response)
-            size = response.headers.get("Content-Range", "").rpartition("/")[2] or response.headers["Content-Length"]
+            answer = response.headers
+            size = answer.get("Content-Range", "").rpartition("/")[2] or answer.get("Content-Length", "")
+            if not size.isdecimal():
+                raise RunError(
+                    Reason.HUB_UNAVAILABLE,
+                    f"{self.field_ref.field}: {self.endpoint or PUBLIC_HUB} does not say how long {file} is; use a "
+                    "proxy that keeps Content-Length and Content-Range",
+                )
             # A server that ignores the range sends the whole file, of which no more is read.
             start = bytearray()
             for chunk in response.iter_bytes():

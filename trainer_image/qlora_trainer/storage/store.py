@@ -174,8 +174,8 @@ def link_boundary(uri: str, role: SecretRole) -> Path | None:
     if (claim := claim_folder(uri)) is not None or role is not SecretRole.OUTPUT:
         return claim
     folder = local_path(uri.rstrip("/"))
-    in_hub_cache = folder.parent.name == _HUB_CACHE_SNAPSHOTS and "--" in folder.parent.parent.name
-    return folder.parent.parent if in_hub_cache else folder
+    repositories = (parent.parent for parent in folder.parents if parent.name == _HUB_CACHE_SNAPSHOTS)
+    return next((repository for repository in repositories if "--" in repository.name), folder)
 
 
 def check_name(path: str, root: str, field_ref: FieldRef) -> ObjectName:

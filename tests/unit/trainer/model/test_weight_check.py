@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel, GPTJConfig, GPTJForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTJConfig,
+    GPTJForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
 
 from qlora_api.reasons import Reason
 from qlora_api.runconfig import Platform
@@ -19,6 +27,7 @@ from qlora_trainer.model.architecture import describe
 from qlora_trainer.model.base_model import load_base
 from qlora_trainer.prepare import prepare
 from tests.hub import FakeHub, Repository
+from tests.unit.trainer.families import family_config
 from tests.unit.trainer.tiny import (
     instruction_rows,
     make_spec,
@@ -115,6 +124,11 @@ BROKEN = {
         Reason.UNSAFE_MODEL_FORMAT,
         [INDEX, "'..'"],
     ),
+    "other-name": (
+        lambda folder: (folder / WEIGHTS).rename(folder / "weights.safetensors"),
+        Reason.MODEL_UNSUPPORTED,
+        ["weight files cannot be read"],
+    ),
     "gptq": (declare(quant_method="gptq", bits=4), Reason.MODEL_UNSUPPORTED, ["(gptq)", "original weights"]),
     "fp8": (declare(quant_method="fp8"), Reason.MODEL_UNSUPPORTED, ["(fp8)", "original weights"]),
     "nameless": (declare(bits=4), Reason.MODEL_UNSUPPORTED, ["original weights"]),
@@ -158,6 +172,13 @@ def test_trap_44_broken_weights_are_never_loaded(model, bits, case):
     assert caught.value.reason == reason
     for fragment in fragments:
         assert fragment in caught.value.message
+
+
+def test_stale_index_beside_a_single_file_is_ignored(model, tmp_path):
+    shard(model)
+    write_model(model)
+    assert {path.name for path in model.glob("*.safetensors*")} >= {WEIGHTS, INDEX}
+    assert prepare(prepare_config(spec_of(f"file://{model}", tmp_path)), work=tmp_path / "work").published is None
 
 
 def test_base_stored_by_bitsandbytes_in_the_bits_of_the_spec_is_prepared_and_not_merged(model, tmp_path):
@@ -221,6 +242,8 @@ def test_rows_longer_than_the_pretrained_context_are_logged(tmp_path):
         pytest.param(
             GPTJForCausalLM(GPTJConfig(n_positions=56, n_embd=32, n_layer=1, n_head=2, rotary_dim=8)), 56, id="gptj"
         ),
+        # Its table is of the vision tower.
+        pytest.param(AutoModelForCausalLM.from_config(family_config("gemma3")), None, id="gemma3"),
     ],
 )
 def test_position_limit_is_the_size_of_the_table(model, positions):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import shutil
 import threading
 from collections.abc import Callable
@@ -274,6 +275,15 @@ def test_failed_checkpoint_is_logged_and_retried(gated, tmp_path, fault):
     assert checkpointer.should_checkpoint(1, last=False)
     maybe_checkpoint(checkpointer, 2, last=True)
     assert step_folders(tmp_path) == ["step-000002-a1"]
+
+
+def test_history_with_a_step_that_fp16_skipped_is_resumed(tmp_path):
+    """JSON has no infinity, so the gradient norm of such a step is null there."""
+    state = make_state(2)
+    skipped = state.history.steps[0].model_copy(update={"grad_norm": math.inf})
+    history = History([skipped, state.history.steps[1]])
+    make_checkpoints(tmp_path)[0].save(dataclasses.replace(state, history=history), keep=1)
+    assert make_checkpoints(tmp_path)[0].load_latest().state.history.steps == history.steps
 
 
 def test_trap_39_overlapping_attempts_write_separate_folders(tmp_path):
