@@ -24,7 +24,7 @@ TURNS: Final = (("single", "ddp"), ("zero2", "zero3"))
 """What runs at a time: the pods of all four would not find the memory that they ask for."""
 LONGEST_GOODBYE: Final = 60.0
 """Seconds from the death of one pod to the end of the other one."""
-LONG_RUN_STEPS: Final = 400
+LONG_RUN_STEPS: Final = 300
 """Steps of the small model that take much longer than what is reported of them: it is killed on the way."""
 CHECKPOINT_STEPS: Final = 20
 
@@ -119,7 +119,7 @@ def phases_of(installation: Installation, name: str) -> set[str]:
 def test_pod_killed_gang_resumes_once_from_checkpoint(installation: Installation) -> None:
     installation.make_namespace(NAMESPACE)
     name = "killed-pod"
-    training = {**tiny.BLOCKS["training"], "maxSteps": LONG_RUN_STEPS, "globalBatchSize": 8}
+    training = {**tiny.BLOCKS["training"], "epochs": 100, "maxSteps": LONG_RUN_STEPS, "globalBatchSize": 8}
     blocks = {**tiny.BLOCKS, "training": training, "checkpoint": {"steps": CHECKPOINT_STEPS}}
     installation.submit(gang_manifest(name, 2, "ddp", **blocks))
     wait_for("a checkpoint", lambda: checkpointed_step_of(installation, name) > 0, SECONDS)
