@@ -66,9 +66,12 @@ def person(monkeypatch):
 def test_base_and_adapters_answer_side_by_side(model, adapters):
     result = qlora(adapters, "--ask", "What colour has the sky?", "--device", "cpu")
     assert result.exit_code == 0, result.output
-    assert command_lines(result.stderr) == [
-        f"file://{model} in 4 bits (nf4, double quantization), with colours, talker"
+    *unverified, shown = command_lines(result.stderr)
+    assert [line.partition(";")[0] for line in unverified] == [
+        f"{path.parent.name}: file://{path}" for path in adapters
     ]
+    assert all("NOT verified: no manifest.json above it" in line for line in unverified)
+    assert shown == f"file://{model} in 4 bits (nf4, double quantization), with colours, talker"
     lines = [line.split("  ")[0] for line in result.stdout.splitlines() if line[:1].strip()]
     assert lines == ["question", "base", "colours", "talker"]
 

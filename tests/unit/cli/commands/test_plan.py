@@ -190,10 +190,8 @@ def test_unknown_model_type_is_an_error(tmp_path: Path) -> None:
     assert "the size of a model of type 'mamba' is not known" in output
     assert "set spec.resources.gpusPerNode and spec.training.microBatchSize yourself" in output
     config.write_text("{")
-    assert plan("--config", str(config)) == (
-        1,
-        f"error: {config}: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)\n",
-    )
+    cause = "is not JSON: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"
+    assert plan("--config", str(config)) == (1, f"error: {config} {cause}; pass the model's own config.json\n")
 
 
 def test_plan_imports_no_trainer_libraries(tmp_path: Path) -> None:
