@@ -45,11 +45,6 @@ def chat(question: str) -> Chat:
         pytest.param("{{ 'a'.ljust(10 ** 11) }}", MEMORY, id="method-of-text"),
         pytest.param("{{ [1] | batch(10 ** 9, 'a') | list }}", MEMORY, id="batch"),
         pytest.param("{{ 1 | tojson(indent=10 ** 11) }}{{ [1] | tojson(indent=10 ** 11) }}", MEMORY, id="tojson"),
-        pytest.param(
-            "{% set n = namespace(t='a' * 99999999) %}{% for i in range(60) %}{% set n.t = n.t ~ n.t %}{% endfor %}",
-            MEMORY,
-            id="namespace-that-doubles",
-        ),
         pytest.param("{{ 'a' * 99999999 }}", TEXT, id="long-text"),
     ],
 )
@@ -60,6 +55,13 @@ def test_template_without_bound_ends_with_its_field_cause_and_fix(tokenizer: Any
         Reason.INVALID_SPEC,
         f"spec.dataset.chatTemplate: {message}",
     )
+
+
+def test_template_that_doubles_a_text_ends_by_time_or_by_memory(tokenizer: Any) -> None:
+    source = "{% set n = namespace(t='aaaaaaaa') %}{% for i in range(60) %}{% set n.t = n.t ~ n.t %}{% endfor %}"
+    with pytest.raises(RunError) as refusal:
+        load_chat_template(tokenizer, source)
+    assert refusal.value.message.partition(": ")[2] in {TIME, MEMORY}, "copying a GiB takes seconds on a busy machine"
 
 
 @pytest.mark.parametrize(

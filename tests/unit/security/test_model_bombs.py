@@ -53,17 +53,19 @@ def write_config(folder: Path, content: object) -> Path:
     return folder
 
 
+# The limit's exception may come inside hypothesis' callback of the garbage collector, which drops it; it is repeated.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("config", CONFIGS)
 def test_config_that_cannot_be_built_is_model_unsupported(tmp_path, monkeypatch, config):
     monkeypatch.setattr("qlora_trainer.model.architecture._BUILD_SECONDS", 5.0)
     content, message = CONFIGS[config]
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(RunError) as caught:
         build_empty(write_config(tmp_path, content))
     assert caught.value.reason is Reason.MODEL_UNSUPPORTED
     assert message in caught.value.message
     assert len(caught.value.message) < 1000
-    assert time.monotonic() - start < MAX_SECONDS
+    assert time.process_time() - start < MAX_SECONDS
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,7 @@ async def operator(configuration: client.Configuration, monkeypatch: pytest.Monk
 
 async def read_job(operator: Operator) -> Any:
     """Call the API server as a reconcile does; it must not wait for anything that the flood does."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         return await operator.api.request("GET", "/api/own")
 
 
