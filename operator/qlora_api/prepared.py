@@ -11,12 +11,13 @@ from qlora_api.object_names import ObjectName
 from qlora_api.result import Result
 from qlora_api.v1alpha1 import DataStatus, ModelStatus
 
-_COMMIT: Final = re.compile(r"[0-9a-f]{40}")
+COMMIT: Final = re.compile(r"[0-9a-f]{40}")
+"""A git commit, or a content hash cut to its length."""
 
 
 def _check_reported(model: ModelStatus) -> ModelStatus:
     """Check what a pod reports; a status that an earlier version wrote must stay readable."""
-    if not _COMMIT.fullmatch(model.commit):
+    if not COMMIT.fullmatch(model.commit):
         raise ValueError("commit has not 40 hexadecimal digits")
     check_config(model.config)
     return model

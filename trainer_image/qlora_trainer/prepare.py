@@ -137,9 +137,8 @@ def inspect_model(spec: QLoRAJobSpec, snapshot: Snapshot, work: Path) -> Inspect
     """Return the model's facts from its small files, without its weights."""
     weights = weight_files(snapshot.files, MODEL_FIELD)
     if "config.json" not in snapshot.files:
-        raise RunError(
-            Reason.MODEL_UNSUPPORTED, "spec.model.uri: no config.json; use a model in the Hugging Face format"
-        )
+        what = "spec.model.uri: no config.json; use a model in the Hugging Face format"
+        raise RunError(Reason.MODEL_UNSUPPORTED, what)
     texts = text_files(snapshot.files)
     folder = snapshot.fetch(texts, work)
     check_text_files(folder, texts, MODEL_FIELD)
@@ -165,16 +164,15 @@ def inspect_model(spec: QLoRAJobSpec, snapshot: Snapshot, work: Path) -> Inspect
     else:
         check_modules(architecture, spec)
     adapter = {} if spec.method == "full" else resolve_adapter(empty, spec.lora)
-    status = ModelStatus(
-        uri=spec.model.uri,
-        commit=snapshot.commit,
-        architecture=architecture.name,
-        parameters=architecture.parameters,
-        config=reduce_config(read_config(folder)),
-    )
     size = f"{architecture.name} with {architecture.parameters:,} weights"
     return InspectedModel(
-        status,
+        ModelStatus(
+            uri=spec.model.uri,
+            commit=snapshot.commit,
+            architecture=architecture.name,
+            parameters=architecture.parameters,
+            config=reduce_config(read_config(folder)),
+        ),
         load_tokenizer(folder),
         adapter,
         vocabulary=architecture.vocabulary,

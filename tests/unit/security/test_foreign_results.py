@@ -334,6 +334,17 @@ def published(request: pytest.FixtureRequest, tmp_path: Path, files: Path) -> St
     return store
 
 
+def test_planted_manifest_without_files_is_not_taken_for_the_result(output: FileStore, files: Path) -> None:
+    """It appears while a run trains: the run must upload its own files, and not report those that are not there."""
+    change_manifest(output, lambda found: found.update(files=[]))
+    for name in names_in(output.folder / DIGEST / "adapter"):
+        output.delete(f"{DIGEST}/adapter/{name}")
+    publish(output, config(output.root), published_as(output), files, NOW)
+    published = find_reusable(output, DIGEST, "Skip", "")
+    assert published is not None
+    assert {file.path for file in published.files} >= {f"adapter/{name}" for name in LISTED}
+
+
 def names_in(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 

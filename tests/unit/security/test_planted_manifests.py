@@ -143,7 +143,7 @@ def test_foreign_merged_model_is_refused(output: FileStore, uri: str) -> None:
         base_commit="c",
         created_at=NOW,
         merge=MergeReport(base="original"),
-        files=(),
+        files=published.files,
     )
     output.put(f"{DIGEST}/merged/original/{MANIFEST}", planted.model_dump_json(by_alias=True).encode())
     spec = OutputSpec(uri="s3://adapters/team-a", merged="bf16")

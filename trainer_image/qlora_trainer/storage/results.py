@@ -23,7 +23,6 @@ log = logging.getLogger(__name__)
 
 MANIFEST: Final = "manifest.json"
 """Written last, in one request: if it exists, the result is complete."""
-AnyManifest = TypeVar("AnyManifest", ResultManifest, MergedManifest)
 IfExists: TypeAlias = Literal["Skip", "Fail", "Overwrite"]
 """spec.output.ifExists."""
 LATEST: Final = "latest.json"
@@ -175,6 +174,9 @@ def _find(output: Store, digest: str, name: str, model: type[_Manifest]) -> _Man
 def _if_intact(output: Store, manifest: _Manifest | None) -> _Manifest | None:
     """Return the manifest if the output has all files that it lists; log the first difference."""
     if manifest is None:
+        return None
+    if not manifest.files:
+        log.warning("the manifest of %s/%s lists no files, so the result is not used", output.root, manifest.digest)
         return None
     sizes = sizes_below(output, manifest.digest)
     for file in manifest.files:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from qlora_api.object_names import ObjectName
+from qlora_api.prepared import COMMIT
 from qlora_api.reasons import Reason
 from qlora_api.runconfig import Platform
 from qlora_api.units import MIB
@@ -18,7 +19,6 @@ from qlora_trainer.storage.local_store import FileStore
 from qlora_trainer.storage.open_store import open_store
 from qlora_trainer.storage.store import Entry, FieldRef, MissingObjectError, Store
 
-_COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 _COMMIT_DIGITS: Final = 40
 """Content hashes are cut to the length of a git commit, to fit wherever a commit does."""
 _MAX_REF_BYTES: Final = 256
@@ -175,14 +175,14 @@ class SourceResolver:
 
 
 def _mirrored_commit(store: Store, repository: str, revision: str) -> str:
-    if _COMMIT.fullmatch(revision):
+    if COMMIT.fullmatch(revision):
         return revision
     return store.read(f"{repository}/refs/{revision}", _MAX_REF_BYTES).decode(errors="replace").strip()
 
 
 def _check_commit(commit: str, source: str, field_ref: FieldRef) -> None:
     """Raise RunError unless it is a commit: it becomes a path, and goes into the status and into commands."""
-    if not _COMMIT.fullmatch(commit):
+    if not COMMIT.fullmatch(commit):
         raise RunError(
             field_ref.not_found,
             f"{field_ref.field}: {source} does not name a commit but {commit[:_COMMIT_DIGITS]!r}; synchronize it again",

@@ -186,7 +186,7 @@ class RefusingApi(Api):
     ("status", "kind"),
     [(400, InvalidStatusError), (413, InvalidStatusError), (422, InvalidStatusError), (403, ApiError)],
 )
-async def test_refused_status_is_told_from_a_denied_one(status: int, kind: type[Exception]) -> None:
+async def test_invalid_status_error_differs_from_forbidden(status: int, kind: type[Exception]) -> None:
     metadata = {"uid": UID, "generation": 1, "resourceVersion": "1", "creationTimestamp": NOW.isoformat()}
     manifest = make_manifest()
     job = parse_job({**manifest, "metadata": {**manifest["metadata"], **metadata}})

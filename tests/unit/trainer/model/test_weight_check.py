@@ -211,7 +211,7 @@ def test_trap_48_row_with_a_token_beyond_the_embedding_is_refused(model, tmp_pat
     assert "token id 384, and the model's embedding has 384 rows" in error.message
 
 
-def test_row_beyond_learned_positions_is_refused_and_within_them_prepared(tmp_path):
+def test_row_longer_than_position_table_is_refused(tmp_path):
     opt_with_positions(40).save_pretrained(tmp_path / "opt")
     make_tokenizer().save_pretrained(tmp_path / "opt")
     error = prepare_error(f"file://{tmp_path}/opt", tmp_path)

@@ -187,7 +187,7 @@ def test_merged_model_of_a_replaced_adapter_is_not_found(tmp_path, files):
     first = publish(store, config(store.root), result(1.0), files, NOW)
     manifest = MergedManifest(
         digest=DIGEST, model="m", adapter=first.adapter, base_model="hf://o/m", base_commit="c", created_at=NOW,
-        merge=MergeReport(base="original"), files=(),
+        merge=MergeReport(base="original"), files=describe_files(files),
     )  # fmt: skip
     store.put(f"{DIGEST}/merged/original/manifest.json", manifest.model_dump_json(by_alias=True).encode())
     assert find_merged(store, DIGEST, "original", first.adapter) == "m"
