@@ -1,7 +1,6 @@
 """Whatever ends a run or keeps it from starting, provoked on a real node: its reason, and what is decided."""
 
 import json
-import os
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from tests.chaos.promises import Dose, promise
 from tests.cluster.node.network import GATEWAY
 from tests.cluster.node.node import NODE
 from tests.e2e.installation import Installation, manifest_of, split_reference, wait_for
-from tests.e2e.test_gang import processes_of
+from tests.e2e.pod_processes import processes_of, send_signal
 from tests.hub import FakeHub, Repository
 
 NAMESPACE: Final = "exit-causes"
@@ -375,8 +374,7 @@ def freeze(run: Run) -> None:
 def strike(run: Run, signal_: signal.Signals) -> None:
     processes = processes_of(f"{run.name}-{run.attempt()}-0")
     assert processes
-    for process in processes:
-        os.kill(process, signal_)
+    send_signal(processes, signal_)
 
 
 def pause(run: Run) -> None:

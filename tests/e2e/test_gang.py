@@ -3,7 +3,6 @@
 What the strategies learn is compared on a model of two layers: dividing a larger one shows nothing else.
 """
 
-import os
 import signal
 import time
 from collections.abc import Mapping
@@ -14,7 +13,7 @@ import pytest
 
 from tests.e2e import tiny
 from tests.e2e.installation import Installation, download, manifest_of, measure, wait_for
-from tests.e2e.test_operator_killed import read_process
+from tests.e2e.pod_processes import alive, processes_of, send_signal
 
 NAMESPACE: Final = "gang"
 SECONDS: Final = 600
@@ -126,8 +125,7 @@ def test_pod_killed_gang_resumes_once_from_checkpoint(installation: Installation
     victim, survivor = processes_of(f"{name}-1-1"), processes_of(f"{name}-1-0")
     assert victim
     assert survivor
-    for process in victim:
-        os.kill(process, signal.SIGKILL)
+    send_signal(victim, signal.SIGKILL)
     died = time.monotonic()
     wait_for("the end of the other pod", lambda: not alive(survivor), LONGEST_GOODBYE)
     print(f"the other pod was gone after {time.monotonic() - died:.0f} s")
@@ -144,18 +142,3 @@ def test_pod_killed_gang_resumes_once_from_checkpoint(installation: Installation
 
 def checkpointed_step_of(installation: Installation, name: str) -> int:
     return int(installation.job(name, NAMESPACE)["status"].get("checkpoint", {}).get("step", 0))
-
-
-def processes_of(hostname: str) -> list[int]:
-    """Ids, on the host, of the processes of a training pod."""
-    return [
-        int(path.parent.name)
-        for path in Path("/proc").glob("[0-9]*/environ")
-        if f"HOSTNAME={hostname}".encode() in read_process(path).split(b"\0")
-    ]
-
-
-def alive(processes: list[int]) -> bool:
-    """Whether any of them still runs; one that its parent has not waited for does not."""
-    states = (read_process(Path(f"/proc/{process}/stat")).rpartition(b")")[2].split()[:1] for process in processes)
-    return any(state and state != [b"Z"] for state in states)

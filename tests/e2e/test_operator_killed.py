@@ -1,6 +1,5 @@
 """The operator dies again and again while a job runs; the job does not notice."""
 
-import os
 import random
 import signal
 import time
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Final
 
 from tests.e2e.installation import OPERATOR_NAMESPACE, RELEASE, Installation, manifest_of, wait_for
+from tests.e2e.pod_processes import read_process, send_signal
 
 NAMESPACE: Final = "killed"
 NAME: Final = "survivor"
@@ -25,20 +25,11 @@ def operator_processes() -> list[int]:
     ]
 
 
-def read_process(path: Path) -> bytes:
-    """Return a file of /proc about a process; empty if it has ended, or may not be read."""
-    try:
-        return path.read_bytes()
-    except (FileNotFoundError, ProcessLookupError, PermissionError):
-        return b""
-
-
 def kill_operator(installation: Installation) -> None:
     """Kill it with SIGKILL, and delete its pod, so that the Deployment creates a new one without a back-off."""
+    wait_for("an operator", operator_processes, 60)
     victims = operator_processes()
-    assert victims
-    for process in victims:
-        os.kill(process, signal.SIGKILL)
+    send_signal(victims, signal.SIGKILL)
     for pod in installation.operator_pods():
         name = pod["metadata"]["name"]
         flags = [f"--namespace={OPERATOR_NAMESPACE}", "--grace-period=0", "--force", "--ignore-not-found"]
@@ -60,7 +51,6 @@ def test_a_job_survives_every_kill_of_the_operator(installation: Installation) -
     seen: dict[str, set[str]] = {}
     deadline = time.monotonic() + 600
     while (phase := phase_of(installation)) not in {"Succeeded", "Failed"} and time.monotonic() < deadline:
-        wait_for("a new operator", operator_processes, 60)
         time.sleep(moments.uniform(0, LONGEST_LIFE))
         kill_operator(installation)
         phases.append(phase)
