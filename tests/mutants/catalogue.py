@@ -160,7 +160,7 @@ MUTATIONS: Final = (
     Mutation(
         trap=20,
         file=f"{_TRAINER}/publishing/publish.py",
-        old='    config["base_model_name_or_path"] = uri.removeprefix("hf://")\n',
+        old='    config["base_model_name_or_path"] = uri.removeprefix("hf://").removeprefix("file://")\n',
         new="",
         test=f"{_TESTS}/publishing/test_traps_result.py::test_trap_20_adapter_has_no_local_path",
     ),
@@ -384,6 +384,20 @@ MUTATIONS: Final = (
         old="    if len({choice[1:] for choice in choices}) > 1:\n",
         new="    if len(choices) < 1:\n",
         test=f"{_TESTS}/training/test_agreement.py::test_trap_49_processes_that_compute_differently_are_refused",
+    ),
+    Mutation(
+        trap=50,
+        file=f"{_TRAINER}/publishing/stop_tokens.py",
+        old="        tokenizer = with_eos_token(tokenizer, trained)\n",
+        new="",
+        test=f"{_TESTS}/publishing/test_stop_tokens.py::test_trap_50_server_stops_at_the_token_that_was_trained",
+    ),
+    Mutation(
+        trap=50,
+        file=f"{_TRAINER}/publishing/merge_weights.py",
+        old="    if stops := read_stop_tokens(task.adapter):\n",
+        new="    if stops := None:\n",
+        test=f"{_TESTS}/publishing/test_stop_tokens.py::test_trap_50_merged_model_stops_at_the_token_that_was_trained",
     ),
 )
 

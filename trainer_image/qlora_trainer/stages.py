@@ -50,6 +50,7 @@ from qlora_trainer.publishing.load_check import (
     rows_of_task,
 )
 from qlora_trainer.publishing.publish import WEIGHTS_FOLDER, upload_rejected, write_weights
+from qlora_trainer.publishing.stop_tokens import save_stop_tokens
 from qlora_trainer.runtime.liveness import LIVENESS
 from qlora_trainer.runtime.metrics import METER
 from qlora_trainer.runtime.shutdown import StopFlag
@@ -231,7 +232,9 @@ def write_trained_weights(loop: TrainingLoop, tokenizer: Any, config: RunConfig,
     weights = loop.engine.weights() if loop.world.forward_is_collective else None
     folder = ObjectName(config.prepared.digest).below(work / "results")
     if loop.world.is_main_process:
-        write_weights(loop.trainable, tokenizer, build_record(config, loop.settings), empty_folder(folder), weights)
+        record = build_record(config, loop.settings)
+        target = write_weights(loop.trainable, tokenizer, record, empty_folder(folder), weights)
+        save_stop_tokens(loop.trainable.model, tokenizer, loop.rows, target)
     return folder
 
 

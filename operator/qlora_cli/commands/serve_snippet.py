@@ -154,6 +154,7 @@ def write_vllm(served: ServedModel) -> str:
         fetched += adapter
         options += [("--enable-lora",), ("--max-lora-rank", str(served.max_rank))]
         options += [_option("--lora-modules", _lora_module(served.name, folder))]
+        options += [_option("--generation-config", folder)]  # has its stop tokens, which the base may not have
         options += [("--chat-template", f"{folder}/chat_template.jinja")] if served.chat_template else []
     else:
         options += [_option("--served-model-name", served.name)]

@@ -83,10 +83,11 @@ def intended(served: ServedModel) -> list[list[str]]:
         fetched.append(["aws", "s3", "sync", served.adapter or "", folder])
     values = {"--revision": served.revision or "", "--max-lora-rank": "16"}
     values["--lora-modules"] = f"{served.name}={folder}"
+    values["--generation-config"] = folder
     values["--chat-template"] = f"{folder}/chat_template.jinja"
     words = ["vllm", "serve", model]
     for option, value in values.items():
-        words += [option, value] if value else []
+        words += [option, value] if value or option == "--generation-config" else []
         words += ["--enable-lora"] if option == "--revision" else []
     return [*fetched, [*words, *served.arguments]]
 

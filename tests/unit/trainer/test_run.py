@@ -138,7 +138,8 @@ def test_card_has_the_metrics_and_the_load_commands(published, spec):
     }
     change, interval = report.evaluation.adapter.loss - report.evaluation.base.loss, report.confidence.change.loss
     assert f"| {change:+.3f} ({interval.low:+.3f} to {interval.high:+.3f}) |" in text
-    assert f"vllm serve {spec.model.uri} --enable-lora --max-lora-rank 8 --lora-modules colours=" in text
+    base = spec.model.uri.removeprefix("file://")
+    assert f"vllm serve {base} --enable-lora --max-lora-rank 8 --lora-modules colours=" in text
     assert "### Instruction:" in text
     assert report.serving == ServingCheck(vllm=True, problems=(), max_lora_rank=8)
 

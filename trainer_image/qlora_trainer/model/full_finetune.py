@@ -10,6 +10,7 @@ from transformers import AutoConfig
 from qlora_api.reasons import Reason
 from qlora_api.units import format_gib
 from qlora_trainer.errors import RunError
+from qlora_trainer.model.generation_config import save_model
 from qlora_trainer.model.hardware import Hardware
 from qlora_trainer.model.optimizer import OptimizerKind, choose_optimizer
 
@@ -71,7 +72,7 @@ def _fits(kind: OptimizerKind, hardware: Hardware, parameters: int, parts: int =
 def save_full_model(model: Any, uri: str, target: Path) -> None:
     """Save the model in the dtype of the base, with the base's URI instead of a local path in config.json."""
     stored = AutoConfig.from_pretrained(model.name_or_path, trust_remote_code=False).dtype
-    model.to(stored or torch.float32).save_pretrained(target)
+    save_model(model.to(stored or torch.float32), target)
     config = target / "config.json"
     content = json.loads(config.read_text())
     config.write_text(json.dumps(content | {"_name_or_path": uri.removeprefix("hf://")}, indent=2, sort_keys=True))

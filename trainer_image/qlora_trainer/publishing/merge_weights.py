@@ -24,6 +24,7 @@ from qlora_trainer.inference.compatibility import check_adapter_config
 from qlora_trainer.model.architecture import load_tokenizer
 from qlora_trainer.model.attention import FLASH
 from qlora_trainer.model.base_model import load_base
+from qlora_trainer.model.generation_config import read_stop_tokens, save_model, write_generation_config
 from qlora_trainer.model.loss import token_losses
 from qlora_trainer.observability.progress import LogFn, no_log
 
@@ -109,7 +110,9 @@ def save_merged(task: MergeTask, target: Path) -> None:
     for name, weight in dequantized.items():
         base.get_submodule(name).weight.data = weight.to(torch.bfloat16)
     merged = _merge_layers(PeftModel.from_pretrained(base, task.adapter), dequantized)
-    merged.save_pretrained(target)
+    save_model(merged, target)
+    if stops := read_stop_tokens(task.adapter):
+        write_generation_config(merged.generation_config, stops, target)
     tokenizer.save_pretrained(target)
 
 

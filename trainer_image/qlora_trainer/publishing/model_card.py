@@ -16,6 +16,9 @@ from qlora_trainer.publishing.report_sections import make_recipe
 CARD_FILE: Final = "README.md"
 TAGS: Final = {"qlora": ("lora", "qlora"), "lora": ("lora",), "full": ()}
 """Tags on the hub, by method."""
+LOADABLE: Final = ("hf://", "file://")
+"""Bases that peft and vLLM find by the name that is left without the scheme; others have to be downloaded."""
+BASE_FOLDER: Final = "path/of/the/base"
 _MARKDOWN: Final = re.compile(r"[\\`*\[\]<>|&@:~$]|(?<=www)\.", re.IGNORECASE)
 """What starts a link, an image, HTML, a table cell or a style in GitHub's Markdown; bare addresses are links too."""
 
@@ -36,16 +39,20 @@ def render_card(report: RunReport) -> str:
         keep_trailing_newline=True,
     )
     environment.filters |= {"code": to_code, "code_block": to_code_block}
-    base, serving = report.spec.model.uri.removeprefix("hf://"), report.serving
+    uri, serving = report.spec.model.uri, report.serving
+    base = uri.removeprefix("hf://")
+    loadable = base.removeprefix("file://") if uri.startswith(LOADABLE) else BASE_FOLDER
     return environment.get_template("card.md.j2").render(
         front_matter=Markup(front_matter(report).to_yaml()),  # noqa: S704 (YAML, dumped by the hub's library)
         report=report,
         is_full=report.spec.method == "full",
         result_name="fine-tuned model" if report.spec.method == "full" else "adapter",
         base=base,
+        is_base_loadable=loadable != BASE_FOLDER,
+        base_folder=BASE_FOLDER,
         vllm_command=shell_command(
-            *("vllm", "serve", base, "--enable-lora", "--max-lora-rank", str(serving.max_lora_rank)),
-            *("--lora-modules", f"{report.job}=path/of/this/folder"),
+            *("vllm", "serve", loadable, "--enable-lora", "--max-lora-rank", str(serving.max_lora_rank)),
+            *("--lora-modules", f"{report.job}=path/of/this/folder", "--generation-config", "path/of/this/folder"),
         ),
         comparison=make_comparison(report),
         recipe=make_recipe(report),

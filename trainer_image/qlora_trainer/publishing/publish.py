@@ -91,9 +91,12 @@ def save_adapter(trainable: TrainableModel, record: AdapterRecord, target: Path,
 
 
 def canonical_config(text: str, uri: str, commit: str) -> str:
-    """Name the base by its hub name and not by a local path (vLLM compares names), and sort the modules."""
+    """Name the base as peft loads it (vLLM compares names), and not the copy that was trained on; sort the modules.
+
+    What peft cannot load, in a bucket or a claim, keeps its URI; the model card says to download it.
+    """
     config = json.loads(text)
-    config["base_model_name_or_path"] = uri.removeprefix("hf://")
+    config["base_model_name_or_path"] = uri.removeprefix("hf://").removeprefix("file://")
     config["revision"] = commit if uri.startswith("hf://") else None
     for field in ("target_modules", "modules_to_save"):
         if isinstance(config.get(field), list):

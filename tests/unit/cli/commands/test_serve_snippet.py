@@ -42,7 +42,8 @@ def test_vllm_gets_the_base_at_its_commit_and_the_adapter_from_a_folder():
         f"  --revision {COMMIT} \\\n"
         "  --enable-lora \\\n"
         "  --max-lora-rank 16 \\\n"
-        "  --lora-modules support-bot=./support-bot\n"
+        "  --lora-modules support-bot=./support-bot \\\n"
+        "  --generation-config ./support-bot\n"
     )
 
 
