@@ -52,4 +52,5 @@ TRAPS: Final = {
     47: "8-bit layers and bf16 kernels compute rows in one pass another way than alone (bitsandbytes#28)",
     48: "a token or a position beyond the model's table is a device-side assertion (unsloth#237)",
     49: "processes on different GPUs train in different dtypes, and their gradients are summed",
+    50: "the stop token that was trained is not published, so that servers do not stop",
 }
