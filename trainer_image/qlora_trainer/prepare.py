@@ -71,7 +71,7 @@ def prepare(
         note(sentence)
     tasks = check_benchmarks(spec, resolver, work, note)
     with tokenize_rows(spec, dataset, rows, model.tokenizer, work) as tokenized:
-        for sentence in check_rows_fit(model, tokenized):
+        for sentence in (*check_rows_fit(model, tokenized), *rehearse_run(spec, model, tokenized, work)):
             note(sentence)
         for sentence in describe_lengths(tokenized.status, spec.training):
             note(sentence)
@@ -116,6 +116,10 @@ class InspectedModel:
     """What a model's small files say about it."""
 
     status: ModelStatus
+    type: str
+    """model_type of its config.json."""
+    folder: Path
+    """Has its small files."""
     tokenizer: Any
     adapter: Mapping[str, Any]
     """spec.lora resolved for this model; empty with method full."""
@@ -173,6 +177,8 @@ def inspect_model(spec: QLoRAJobSpec, snapshot: Snapshot, work: Path) -> Inspect
             parameters=architecture.parameters,
             config=reduce_config(read_config(folder)),
         ),
+        empty.config.model_type,
+        folder,
         load_tokenizer(folder),
         adapter,
         vocabulary=architecture.vocabulary,
@@ -221,6 +227,23 @@ def check_rows_fit(model: InspectedModel, tokenized: "TokenizedDataset") -> Iter
             f"the longest row has {tokenized.longest_row:,} tokens, more than the {model.trained_positions:,} that the "
             "model was pretrained on (max_position_embeddings); lower spec.training.maxLength unless that is intended"
         )
+
+
+def rehearse_run(spec: QLoRAJobSpec, model: InspectedModel, tokenized: "TokenizedDataset", work: Path) -> Iterator[str]:
+    """Rehearse a run with a model of a family that no test of the trainer takes through one; yield a log line."""
+    from qlora_trainer.rehearsal import PROVEN_TYPES, RehearsalTask, rehearse_in_process  # noqa: PLC0415 (as above)
+
+    if model.type in PROVEN_TYPES:
+        return
+    task = RehearsalTask(
+        folder=str(model.folder.absolute()),
+        method=spec.method,
+        quantization=spec.quantization,
+        lora=spec.lora,
+        merged=None if spec.output.merged == "none" else spec.output.merge_base,
+        largest_token=tokenized.largest_token,
+    )
+    yield from rehearse_in_process(task, model.status.architecture, work)
 
 
 def tokenize_rows(

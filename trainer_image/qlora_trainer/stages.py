@@ -133,6 +133,8 @@ def load_model(config: RunConfig, folder: Path, world: World) -> tuple[Trainable
         exact = packing_is_exact(base)
     if settings.packing and not exact:
         settings = settings.without_packing("this architecture carries state from one packed row into the next")
+    if settings.gradient_checkpointing and not base.supports_gradient_checkpointing:
+        settings = settings.without_gradient_checkpointing("off: this architecture does not support it")
     if is_full:
         return prepare_full_finetune(base, settings), settings
     trainable = attach_lora(base, spec.lora, spec.training.seed, settings)

@@ -52,6 +52,10 @@ class RuntimeSettings:
         """Return the settings for a process that another one needs to recompute activations with it."""
         return replace(self, gradient_checkpointing=True, reasons=self.reasons | {"gradient checkpointing": reason})
 
+    def without_gradient_checkpointing(self, reason: str) -> "RuntimeSettings":
+        """Return the settings for a model that cannot recompute its activations."""
+        return replace(self, gradient_checkpointing=False, reasons=self.reasons | {"gradient checkpointing": reason})
+
 
 def resolve_runtime_settings(config: RunConfig, hardware: Hardware, model: Any) -> RuntimeSettings:
     """Resolve all settings from the model's configuration, before its weights are loaded."""

@@ -14,6 +14,7 @@ import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from peft.utils.integrations import dequantize_module_weight
 from transformers import AutoModelForCausalLM
 
@@ -103,17 +104,22 @@ def choose_rows(rows: Sequence[TokenRow]) -> list[TokenRow]:
 
 
 def save_merged(task: MergeTask, target: Path) -> None:
-    """Merge and save; tied embeddings stay tied unless the adapter trained them separately."""
+    """Merge and save the model with its tokenizer."""
     tokenizer = load_tokenizer(task.adapter, field=f"the adapter {task.adapter}")  # first, as merging takes long
-    base = load_base(task.model, _UNQUANTIZED, torch.bfloat16, "sdpa", "cpu")
-    dequantized = _dequantized_weights(task) if task.base == "dequantised" else {}
-    for name, weight in dequantized.items():
-        base.get_submodule(name).weight.data = weight.to(torch.bfloat16)
-    merged = _merge_layers(PeftModel.from_pretrained(base, task.adapter), dequantized)
+    merged = build_merged(task)
     save_model(merged, target)
     if stops := read_stop_tokens(task.adapter):
         write_generation_config(merged.generation_config, stops, target)
     tokenizer.save_pretrained(target)
+
+
+def build_merged(task: MergeTask) -> Any:
+    """Return the merged model; tied embeddings stay tied unless the adapter trained them separately."""
+    base = load_base(task.model, _UNQUANTIZED, torch.bfloat16, "sdpa", "cpu")
+    dequantized = _dequantized_weights(task) if task.base == "dequantised" else {}
+    for name, weight in dequantized.items():
+        base.get_submodule(name).weight.data = weight.to(torch.bfloat16)
+    return _merge_layers(PeftModel.from_pretrained(base, task.adapter), dequantized)
 
 
 def _dequantized_weights(task: MergeTask) -> dict[str, torch.Tensor]:
@@ -130,10 +136,11 @@ def _merge_layers(peft: Any, dequantized: dict[str, torch.Tensor]) -> Any:
     """Merge one layer at a time: sums in bf16 lose most of a small update, and all of fp32 would not fit in memory."""
     for name, layer in peft.get_base_model().named_modules():
         if isinstance(layer, LoraLayer):
-            linear = layer.get_base_layer()
-            linear.weight.data = dequantized.get(name, linear.weight.data).float()
+            # The stacked experts of a mixture have several weights, each with an adapter of its own.
+            weight = layer.get_param() if isinstance(layer, ParamWrapper) else layer.get_base_layer().weight
+            weight.data = dequantized.get(name, weight.data).float()
             layer.merge(safe_merge=True)
-            linear.weight.data = linear.weight.data.to(torch.bfloat16)
+            weight.data = weight.data.to(torch.bfloat16)
     merged = peft.unload().to(torch.bfloat16)
     output = merged.get_output_embeddings()
     if output is not None and output.weight is not merged.get_input_embeddings().weight:
