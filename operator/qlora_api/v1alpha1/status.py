@@ -122,7 +122,16 @@ class Attempt(ApiModel):
     node: Annotated[str, Field(max_length=253)] = Field(
         default="", description="Node of the pod whose end ended it; while it runs, of the first pod."
     )
-    started_at: datetime | None = Field(default=None, description="When its container started.")
+    started_at: datetime | None = Field(default=None, description="When its container first started.")
+    running_since: datetime | None = Field(
+        default=None,
+        description="When the containers started that run now; absent while the attempt waits, such as in its queue.",
+    )
+    container_seconds: int | None = Field(
+        default=None,
+        ge=0,
+        description="Seconds that its containers ran, without those that run now; deadlines.total limits their sum.",
+    )
     finished_at: datetime | None = Field(default=None, description="When it ended.")
 
 

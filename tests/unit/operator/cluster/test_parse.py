@@ -84,7 +84,7 @@ def make_raw_child(owner: str = UID, conditions: tuple[dict[str, Any], ...] = ()
 
 def test_job_past_deadline_with_terminating_pod() -> None:
     target = {"type": "FailureTarget", "status": "True", "reason": "DeadlineExceeded"}
-    child = parse_child(make_raw_child(conditions=(target,)), ())
+    child = parse_child(make_raw_child(conditions=(target,)))
     assert (child.role, child.attempt, child.deadline_exceeded, child.finished) == (Role.TRAIN, 2, True, False)
 
 
@@ -96,7 +96,7 @@ def test_a_failed_job() -> None:
         "message": "m",
         "lastTransitionTime": BORN,
     }
-    child = parse_child(make_raw_child(conditions=(failed,)), ())
+    child = parse_child(make_raw_child(conditions=(failed,)))
     assert (child.failure, child.deadline_exceeded) == (JobFailure("BackoffLimitExceeded", "m", NOW), False)
 
 
