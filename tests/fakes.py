@@ -97,10 +97,10 @@ class FakeCluster:
     def set_pod(self, job: str, phase: str, state: Manifest, **status: Any) -> None:
         """Set the state of a Job's pod, making it if needed."""
         owner = self.children["Job", job]
-        pod = self.pods.setdefault(job, self._make_pod(owner))
+        pod = self.pods.setdefault(job, self.make_pod(owner))
         container = {"name": names.CONTAINER, "state": state}
         known = [entry for entry in pod.get("status", {}).get("conditions", ()) if entry["type"] == "PodScheduled"]
-        [scheduled] = known or [{"type": "PodScheduled", "status": "True", "lastTransitionTime": _wire(self.now)}]
+        [scheduled] = known or [{"type": "PodScheduled", "status": "True", "lastTransitionTime": wire_time(self.now)}]
         pod["spec"]["nodeName"] = "node-1"
         pod["status"] = {"phase": phase, "containerStatuses": [container], "conditions": [scheduled], **status}
 
@@ -112,7 +112,7 @@ class FakeCluster:
         """Delete a pod without its kubelet's reaction."""
         pod = self.pods[job]
         pod["metadata"] |= {
-            "deletionTimestamp": _wire(self.now + grace), "deletionGracePeriodSeconds": int(grace.total_seconds()),
+            "deletionTimestamp": wire_time(self.now + grace), "deletionGracePeriodSeconds": int(grace.total_seconds()),
         }  # fmt: skip
         pod["status"]["conditions"].append({"type": "DisruptionTarget", "status": "True", "reason": disruption_reason})
 
@@ -124,30 +124,30 @@ class FakeCluster:
         self.finish_job(job, "Failed" if code else "Complete")
 
     def _node_time(self) -> str:
-        return _wire(self.now + self.node_clock_skew)
+        return wire_time(self.now + self.node_clock_skew)
 
     def _started(self, job: str) -> str:
         return str(self.pods[job]["status"]["containerStatuses"][0]["state"]["running"]["startedAt"])
 
     def finish_job(self, job: str, kind: str, reason: str = "BackoffLimitExceeded") -> None:
         """Set the final condition of a Job, as its controller does."""
-        condition = {"type": kind, "status": "True", "reason": reason, "lastTransitionTime": _wire(self.now)}
+        condition = {"type": kind, "status": "True", "reason": reason, "lastTransitionTime": wire_time(self.now)}
         self.children["Job", job]["status"] = self.children["Job", job].get("status", {}) | {"conditions": [condition]}
 
     # What the Job controller and a queue do
 
     def _start_job(self, job: Manifest) -> None:
         """Write the time from which Kubernetes counts activeDeadlineSeconds, unless the Job is suspended."""
-        job["status"] = {} if job["spec"].get("suspend") else {"startTime": _wire(self.now)}
+        job["status"] = {} if job["spec"].get("suspend") else {"startTime": wire_time(self.now)}
 
     def suspend_job(self, name: str, message: str, grace: timedelta = timedelta(seconds=60)) -> None:
         """Suspend a Job as Kueue does when it preempts one; its pods get their grace period."""
         job = self.children["Job", name]
         job["spec"]["suspend"] = True
-        suspended = {"type": "Suspended", "status": "True", "lastTransitionTime": _wire(self.now)}
+        suspended = {"type": "Suspended", "status": "True", "lastTransitionTime": wire_time(self.now)}
         job["status"] = {"conditions": [suspended]}
         for pod in self.pods_of(name):
-            pod["metadata"].setdefault("deletionTimestamp", _wire(self.now + grace))
+            pod["metadata"].setdefault("deletionTimestamp", wire_time(self.now + grace))
             pod["metadata"].setdefault("deletionGracePeriodSeconds", int(grace.total_seconds()))
         self.record_job_event(name, "Stopped", message)
 
@@ -159,7 +159,7 @@ class FakeCluster:
 
     def record_job_event(self, name: str, reason: str, message: str) -> None:
         """Record an Event on a Job."""
-        event = {"reason": reason, "message": message, "lastTimestamp": _wire(self.now), "metadata": {}}
+        event = {"reason": reason, "message": message, "lastTimestamp": wire_time(self.now), "metadata": {}}
         self.job_events.setdefault(self.children["Job", name]["metadata"]["uid"], []).append(event)
 
     def pods_of(self, name: str) -> list[Manifest]:
@@ -231,8 +231,10 @@ class FakeCluster:
         self._wrote("patch", child["metadata"]["name"])
 
     async def delete_job(self, ref: JobRef, name: str) -> None:  # noqa: ARG002 (the interface's signature)
+        if ("Job", name) not in self.children:
+            return
         if self.foreground_deletion:
-            self.children["Job", name]["metadata"]["deletionTimestamp"] = _wire(self.now)
+            self.children["Job", name]["metadata"]["deletionTimestamp"] = wire_time(self.now)
         else:
             self.remove(name)
         self._wrote("delete", name)
@@ -261,12 +263,20 @@ class FakeCluster:
         return str(next(self._versions))
 
     def _new_metadata(self) -> Manifest:
-        return {"uid": f"uid-{next(self._uids)}", "creationTimestamp": _wire(self.now)}
+        return {"uid": f"uid-{next(self._uids)}", "creationTimestamp": wire_time(self.now)}
 
-    def _make_pod(self, job: Manifest) -> Manifest:
-        owner = {"kind": "Job", "name": job["metadata"]["name"], "uid": job["metadata"]["uid"], "controller": True}
-        metadata = {"name": f"{job['metadata']['name']}-0-abcde", "ownerReferences": [owner], **self._new_metadata()}
-        return {"metadata": metadata, "spec": {}}
+    def make_pod(self, job: Manifest, index: int = 0) -> Manifest:
+        """Return a new pod of a Job."""
+        name = job["metadata"]["name"]
+        owner = {"kind": "Job", "name": name, "uid": job["metadata"]["uid"], "controller": True}
+        new = self._new_metadata()
+        metadata = {
+            "name": f"{name}-{index}-{new['uid']}",
+            "ownerReferences": [owner],
+            "annotations": {"batch.kubernetes.io/job-completion-index": str(index)},
+            **new,
+        }
+        return {"metadata": metadata, "spec": {}, "status": {"phase": "Pending"}}
 
     def pass_time(self, duration: timedelta) -> None:
         """Move the clock."""
@@ -313,5 +323,6 @@ class FakeTokenReviewer:
         return RawJob(ref, self.job_uids[ref], 1, "1", NOW, deleting=False, spec={}, status={})
 
 
-def _wire(moment: datetime) -> str:
+def wire_time(moment: datetime) -> str:
+    """Format a time as the API server does."""
     return moment.strftime("%Y-%m-%dT%H:%M:%SZ")
