@@ -18,6 +18,9 @@ MAX_MESSAGE: Final = 32_768
 MAX_ATTEMPT_MESSAGE: Final = 4096
 """Longest message of an attempt: as long as a termination message."""
 
+MAX_CONTAINER_SECONDS: Final = 10**9
+"""Longest time of an attempt, 31 years: longer than any deadline that is not capped."""
+
 
 class Condition(ApiModel):
     """A Kubernetes condition."""
@@ -130,6 +133,7 @@ class Attempt(ApiModel):
     container_seconds: int | None = Field(
         default=None,
         ge=0,
+        le=MAX_CONTAINER_SECONDS,
         description="Seconds that its containers ran, without those that run now; deadlines.total limits their sum.",
     )
     finished_at: datetime | None = Field(default=None, description="When it ended.")

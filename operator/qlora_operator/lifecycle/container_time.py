@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from datetime import datetime, timedelta
 
 from qlora_api.v1alpha1 import Attempt
+from qlora_api.v1alpha1.status import MAX_CONTAINER_SECONDS
 from qlora_operator.models import ChildJob, Pod
 
 
@@ -60,7 +61,7 @@ def close_start(attempt: Attempt, end: datetime | None) -> Attempt:
     if since is None:
         return attempt
     seconds = max((end or since) - since, timedelta(0)).total_seconds()
-    total = (attempt.container_seconds or 0) + int(seconds)
+    total = min((attempt.container_seconds or 0) + int(seconds), MAX_CONTAINER_SECONDS)
     return attempt.model_copy(update={"running_since": None, "container_seconds": total})
 
 

@@ -26,11 +26,12 @@ def job_deadline(job: Job, child: ChildJob, attempts: tuple[Attempt, ...], now: 
     attempt = next((attempt for attempt in attempts if attempt.number == child.attempt), None)
     if attempt is None or attempt.running_since is None:
         return None
-    left = time_left(job.spec.deadlines, attempts, attempt.running_since)
-    if attempt.running_since + left <= now:
+    if time_left(job.spec.deadlines, attempts, now) <= timedelta(0):
         return STOP_NOW
     waited = max(attempt.running_since - child.started_at, timedelta(0))
-    return int((waited + left + SAFETY_MARGIN).total_seconds())
+    return int(
+        (waited + time_left(job.spec.deadlines, attempts, attempt.running_since) + SAFETY_MARGIN).total_seconds()
+    )
 
 
 def _prepare_deadline(prepare: ChildJob, job_started: datetime) -> int | None:

@@ -138,7 +138,7 @@ def _follow_running(
         return _end_training(job, JobState(Stage.ENDED, Reason.HEARTBEAT_LOST, message), attempt, context.now)
     report = context.last_report
     phase = report.phase if report and report.phase in _REPORTED_PHASES else Phase.TRAINING
-    requeue_at = earliest(context.now, hung_at, state.requeue_at, context.now + left)
+    requeue_at = earliest(context.now, hung_at, state.requeue_at, context.now + max(left, AT_ONCE))
     message = state.message or _describe_run(train)
     if left <= AT_ONCE:  # job_deadline makes Kubernetes stop it
         limit = f"{job.spec.deadlines.total} (spec.deadlines.total)"
