@@ -62,6 +62,8 @@ NO_POD_EVENT: Final = "FailedCreate"
 """Reason of the Event of the Job controller for a pod that the API server refused."""
 SUSPENDED_EVENT: Final = "Stopped"
 """Reason of the Event of Kueue for a Job that it has suspended."""
+EVENT_LEAD: Final = timedelta(seconds=15)
+"""By how much an Event may be earlier than the Job controller's note in the Job of what it is about."""
 NAME_CONFLICT_RETRY: Final = timedelta(seconds=5)
 """The garbage collector needs a few seconds to delete the children of a deleted QLoRAJob."""
 
@@ -178,7 +180,7 @@ async def with_event_message(child: ChildJob, ref: JobRef, cluster: Cluster, *, 
     if not looked_up:
         return child
     reasons = {SUSPENDED_EVENT} if child.suspended else {NO_POD_EVENT}
-    since = child.started_at or child.suspended_at or child.created_at
+    since = (child.started_at or child.suspended_at or child.created_at) - EVENT_LEAD
     return replace(child, event_message=await cluster.find_event(ref, child.uid, reasons, since))
 
 

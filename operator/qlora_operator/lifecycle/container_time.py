@@ -65,6 +65,12 @@ def close_start(attempt: Attempt, end: datetime | None) -> Attempt:
     return attempt.model_copy(update={"running_since": None, "container_seconds": total})
 
 
+def stop_counting(attempt: Attempt, heard_at: datetime | None, now: datetime) -> Attempt:
+    """Return an attempt whose containers stopped at an unknown time: when a pod reported last, or now if none did."""
+    reported = attempt.running_since is not None and heard_at is not None and heard_at >= attempt.running_since
+    return close_start(attempt, heard_at if reported else now)
+
+
 def container_time(attempts: Iterable[Attempt], now: datetime) -> timedelta:
     """Return how long the containers of all attempts have run."""
     return sum((_container_time(attempt, now) for attempt in attempts), timedelta(0))

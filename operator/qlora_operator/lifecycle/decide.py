@@ -13,6 +13,7 @@ from datetime import datetime
 from qlora_api.names import TERMINAL, Phase, Role
 from qlora_api.reasons import Reason
 from qlora_api.v1alpha1 import QLoRAJobStatus
+from qlora_operator.lifecycle.container_time import stop_counting
 from qlora_operator.lifecycle.context import ReconcileContext
 from qlora_operator.lifecycle.exit_reasons import POD_CREATION_TIME, waits_long_for_pod
 from qlora_operator.lifecycle.gang import classify_child, deletion_deadline, is_busy
@@ -110,8 +111,11 @@ def _follow_current_attempt(job: Job, children: Observation, number: int, contex
     """Follow the current attempt; it is lost if the status lists it and its Job does not exist."""
     if train := children.train(number):
         return follow_training(job, train, context)
-    recorded = any(attempt.number == number for attempt in job.status.attempts)
-    return decide_lost(recorded_attempt(job, number), context.now) if recorded else None
+    if not any(attempt.number == number for attempt in job.status.attempts):
+        return None
+    report = context.last_report or job.status.last_report
+    lost = stop_counting(recorded_attempt(job, number), report.updated_at if report else None, context.now)
+    return decide_lost(lost, context.now)
 
 
 def _wait_for_earlier_attempts(

@@ -46,7 +46,7 @@ def _due_prepare(status: QLoRAJobStatus, children: Observation, prepare: ChildJo
     if prepare.holds_resources:
         return None
     trains = [child.created_at for child in children.jobs if child.role is Role.TRAIN]
-    needed_until = _finished_at(status) or min(trains, default=None)
+    needed_until = _finished_at(status) or min((at for at in trains if at >= prepare.created_at), default=None)
     return needed_until + END_GRACE if needed_until is not None else None
 
 

@@ -311,3 +311,30 @@ async def test_hanging_peer_of_published_run_holds_nothing() -> None:
     run.kubernetes.end_trainer(TRAIN, 0, PUBLISHED_MESSAGE)
     await run.run(3 * MINUTE)
     assert (run.outcome, TRAIN in run.jobs) == (("Succeeded", "Published"), False)
+
+
+async def test_repeated_preparation_with_sidecar_is_kept_until_training_starts() -> None:
+    run = Simulation()
+    run.kubernetes.sidecar = True
+    await run.prepare()
+    await run.run(2 * MINUTE)
+    for number in range(1, 4):
+        run.kubernetes.end_trainer(train(number), 1, make_termination_message(Reason.S3_UNAVAILABLE, "503"))
+        await run.run(5 * MINUTE)
+        run.kubernetes.end_trainer(PREPARE, 0, PREPARED_MESSAGE)
+        await run.run(2 * MINUTE)
+        assert (run.outcome, len(run.ends)) == (("Training", "Training"), number + 1)
+
+
+async def test_attempt_lost_while_the_operator_was_away_counts_until_its_last_report() -> None:
+    run = Simulation(deadlines={"total": "1h"})
+    await run.prepare()
+    await run.run(10 * MINUTE)
+    run.heartbeat()
+    await run.run(MINUTE)
+    run.cluster.remove(TRAIN)
+    for _ in range(600):
+        run.kubernetes.step(MINUTE)
+    await run.run(MINUTE)
+    assert run.ends[0] == "PodLost"
+    assert container_seconds(run) == pytest.approx(10 * 60, abs=90)
