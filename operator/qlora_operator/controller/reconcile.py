@@ -8,7 +8,7 @@ from typing import Final
 from pydantic import ValidationError
 
 from qlora_api.job_ref import JobRef
-from qlora_api.names import Phase
+from qlora_api.names import Phase, Role
 from qlora_api.reasons import Reason
 from qlora_api.v1alpha1 import QLoRAJobSpec, QLoRAJobStatus, to_timedelta
 from qlora_operator.cluster.interface import AdmissionDeniedError, Cluster, InvalidStatusError, NameConflictError
@@ -149,8 +149,10 @@ def is_first_step(decision: Decision, job: Job) -> bool:
 def is_noop(decision: Decision, job: Job, children: Observation, now: datetime) -> bool:
     """Return whether a decision changes and records nothing, so that a stale cache can do no harm."""
     facts = (decision.plan, decision.prepared, decision.result, decision.attempt and decision.attempt.reason)
+    # The deadline of a preparation depends on its own pod only, and a newer view corrects it.
+    training = replace(children, jobs=tuple(child for child in children.jobs if child.role is Role.TRAIN))
     to_do = (
-        outdated_deadlines(decision, job, children, now),
+        outdated_deadlines(decision, job, training, now),
         leftover_jobs(job.status, children, now),
         unexplained_jobs(job, children, now),
     )

@@ -208,15 +208,19 @@ def classify_missing_pod(child: ChildJob, now: datetime) -> JobState:
 
 
 def waits_long_for_pod(child: ChildJob, now: datetime) -> bool:
-    """Return whether a Job has waited longer for a pod than the Job controller takes to create one."""
+    """Return whether a Job has waited longer for a pod than the Job controller takes to create one.
+
+    A Job that has not started is none of these: among thousands, the Job controller has not come to it yet.
+    """
     waits = len(child.pods) < child.completions and not (child.suspended or child.finished or child.failing)
-    return waits and now >= (child.started_at or child.created_at) + POD_CREATION_TIME
+    return waits and child.started_at is not None and now >= child.started_at + POD_CREATION_TIME
 
 
-def next_event_lookup(child: ChildJob, now: datetime) -> datetime:
+def next_event_lookup(child: ChildJob, now: datetime) -> datetime | None:
     """Return when to look for the Events of a Job without a pod: ever later, as the Job controller's own back-off."""
-    waited = now - (child.started_at or child.created_at)
-    return now + min(max(waited, POD_CREATION_TIME), LONGEST_EVENT_LOOKUP)
+    if child.started_at is None:
+        return None
+    return now + min(max(now - child.started_at, POD_CREATION_TIME), LONGEST_EVENT_LOOKUP)
 
 
 def classify_unfinished(pod: Pod, role: Role, startup: timedelta, now: datetime) -> JobState:
