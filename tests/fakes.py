@@ -2,7 +2,7 @@
 
 import asyncio
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import datetime, timedelta
 from itertools import count
 from typing import Any
@@ -17,7 +17,7 @@ from qlora_operator.cluster.interface import (
     PodIdentity,
     PodOwner,
 )
-from qlora_operator.cluster.parse import controller_uid, parse_job, parse_observation
+from qlora_operator.cluster.parse import controller_uid, parse_event_message, parse_job, parse_observation
 from qlora_operator.models import Manifest, Observation, RawJob
 from tests.make import NOW, UID
 
@@ -48,6 +48,10 @@ class FakeCluster:
         self.nodes: list[Manifest] = []
         self.node_lists = 0
         self.child_lists = 0
+        self.event_lists = 0
+        self.job_reads = 0
+        self.job_events: dict[str, list[Manifest]] = {}
+        """Events of Kubernetes and of the queue, by the uid of the Job."""
         self._cached: tuple[list[Manifest], list[Manifest]] | None = None
         self.foreground_deletion = False
         """Whether a Job that is deleted stays while its pod ends."""
@@ -73,9 +77,10 @@ class FakeCluster:
         self.job["metadata"]["resourceVersion"] = self._version()
 
     def remove(self, name: str) -> None:
-        """Delete a Job and its pod."""
-        self.children.pop(("Job", name), None)
-        self.pods.pop(name, None)
+        """Delete a Job and its pods."""
+        job = self.children.pop(("Job", name), None)
+        for key in [key for key, pod in self.pods.items() if job and controller_uid(pod) == job["metadata"]["uid"]]:
+            del self.pods[key]
 
     @property
     def status(self) -> dict[str, Any]:
@@ -92,9 +97,10 @@ class FakeCluster:
     def set_pod(self, job: str, phase: str, state: Manifest, **status: Any) -> None:
         """Set the state of a Job's pod, making it if needed."""
         owner = self.children["Job", job]
-        pod = self.pods.setdefault(job, self._make_pod(owner))
+        pod = self.pods.setdefault(job, self.make_pod(owner))
         container = {"name": names.CONTAINER, "state": state}
-        scheduled = {"type": "PodScheduled", "status": "True", "lastTransitionTime": _wire(self.now)}
+        known = [entry for entry in pod.get("status", {}).get("conditions", ()) if entry["type"] == "PodScheduled"]
+        [scheduled] = known or [{"type": "PodScheduled", "status": "True", "lastTransitionTime": wire_time(self.now)}]
         pod["spec"]["nodeName"] = "node-1"
         pod["status"] = {"phase": phase, "containerStatuses": [container], "conditions": [scheduled], **status}
 
@@ -105,7 +111,9 @@ class FakeCluster:
     def delete_pod(self, job: str, grace: timedelta, disruption_reason: str) -> None:
         """Delete a pod without its kubelet's reaction."""
         pod = self.pods[job]
-        pod["metadata"]["deletionTimestamp"] = _wire(self.now + grace)
+        pod["metadata"] |= {
+            "deletionTimestamp": wire_time(self.now + grace), "deletionGracePeriodSeconds": int(grace.total_seconds()),
+        }  # fmt: skip
         pod["status"]["conditions"].append({"type": "DisruptionTarget", "status": "True", "reason": disruption_reason})
 
     def end_pod(self, job: str, code: int, message: str, *, keep_start: bool = False) -> None:
@@ -116,15 +124,48 @@ class FakeCluster:
         self.finish_job(job, "Failed" if code else "Complete")
 
     def _node_time(self) -> str:
-        return _wire(self.now + self.node_clock_skew)
+        return wire_time(self.now + self.node_clock_skew)
 
     def _started(self, job: str) -> str:
         return str(self.pods[job]["status"]["containerStatuses"][0]["state"]["running"]["startedAt"])
 
     def finish_job(self, job: str, kind: str, reason: str = "BackoffLimitExceeded") -> None:
         """Set the final condition of a Job, as its controller does."""
-        condition = {"type": kind, "status": "True", "reason": reason, "lastTransitionTime": _wire(self.now)}
-        self.children["Job", job]["status"] = {"conditions": [condition]}
+        condition = {"type": kind, "status": "True", "reason": reason, "lastTransitionTime": wire_time(self.now)}
+        self.children["Job", job]["status"] = self.children["Job", job].get("status", {}) | {"conditions": [condition]}
+
+    # What the Job controller and a queue do
+
+    def _start_job(self, job: Manifest) -> None:
+        """Write the time from which Kubernetes counts activeDeadlineSeconds, unless the Job is suspended."""
+        job["status"] = {} if job["spec"].get("suspend") else {"startTime": wire_time(self.now)}
+
+    def suspend_job(self, name: str, message: str, grace: timedelta = timedelta(seconds=60)) -> None:
+        """Suspend a Job as Kueue does when it preempts one; its pods get their grace period."""
+        job = self.children["Job", name]
+        job["spec"]["suspend"] = True
+        suspended = {"type": "Suspended", "status": "True", "lastTransitionTime": wire_time(self.now)}
+        job["status"] = {"conditions": [suspended]}
+        for pod in self.pods_of(name):
+            pod["metadata"].setdefault("deletionTimestamp", wire_time(self.now + grace))
+            pod["metadata"].setdefault("deletionGracePeriodSeconds", int(grace.total_seconds()))
+        self.record_job_event(name, "Stopped", message)
+
+    def resume_job(self, name: str) -> None:
+        """Admit a Job; Kubernetes counts its deadline anew."""
+        job = self.children["Job", name]
+        job["spec"]["suspend"] = False
+        self._start_job(job)
+
+    def record_job_event(self, name: str, reason: str, message: str) -> None:
+        """Record an Event on a Job."""
+        event = {"reason": reason, "message": message, "lastTimestamp": wire_time(self.now), "metadata": {}}
+        self.job_events.setdefault(self.children["Job", name]["metadata"]["uid"], []).append(event)
+
+    def pods_of(self, name: str) -> list[Manifest]:
+        """Return the pods of a Job."""
+        uid = self.children["Job", name]["metadata"]["uid"]
+        return [pod for pod in self.pods.values() if controller_uid(pod) == uid]
 
     # What the watches do
 
@@ -139,6 +180,7 @@ class FakeCluster:
     # The Cluster interface
 
     async def read_job(self, ref: JobRef) -> RawJob | None:
+        self.job_reads += 1
         if self.job is None or self.job["metadata"]["name"] != ref.name:
             return None
         return parse_job(copy.deepcopy(self.job))
@@ -153,6 +195,10 @@ class FakeCluster:
     def _live_children(self) -> tuple[list[Manifest], list[Manifest]]:
         jobs = [child for (kind, _), child in self.children.items() if kind == "Job"]
         return copy.deepcopy(jobs), copy.deepcopy(list(self.pods.values()))
+
+    async def find_event(self, ref: JobRef, uid: str, reasons: Collection[str], since: datetime) -> str:  # noqa: ARG002
+        self.event_lists += 1
+        return parse_event_message(self.job_events.get(uid, ()), reasons, since)
 
     async def find_gpu_nodes(self) -> tuple[Manifest, ...]:
         self.node_lists += 1
@@ -170,16 +216,25 @@ class FakeCluster:
             self.created.append(key[1])
             self.children[key] = copy.deepcopy(child)
             self.children[key]["metadata"] |= self._new_metadata()
+            if key[0] == "Job":
+                self._start_job(self.children[key])
         self._wrote("ensure", f"{key[0]}/{key[1]}")
         return existing is None
 
     async def patch(self, child: Manifest) -> None:
-        self.children[child["kind"], child["metadata"]["name"]]["spec"] |= child["spec"]
+        spec = self.children[child["kind"], child["metadata"]["name"]]["spec"] | child["spec"]
+        self.children[child["kind"], child["metadata"]["name"]]["spec"] = {
+            name: value
+            for name, value in spec.items()
+            if value is not None  # a merge patch: null removes a field
+        }
         self._wrote("patch", child["metadata"]["name"])
 
     async def delete_job(self, ref: JobRef, name: str) -> None:  # noqa: ARG002 (the interface's signature)
+        if ("Job", name) not in self.children:
+            return
         if self.foreground_deletion:
-            self.children["Job", name]["metadata"]["deletionTimestamp"] = _wire(self.now)
+            self.children["Job", name]["metadata"]["deletionTimestamp"] = wire_time(self.now)
         else:
             self.remove(name)
         self._wrote("delete", name)
@@ -208,12 +263,20 @@ class FakeCluster:
         return str(next(self._versions))
 
     def _new_metadata(self) -> Manifest:
-        return {"uid": f"uid-{next(self._uids)}", "creationTimestamp": _wire(self.now)}
+        return {"uid": f"uid-{next(self._uids)}", "creationTimestamp": wire_time(self.now)}
 
-    def _make_pod(self, job: Manifest) -> Manifest:
-        owner = {"kind": "Job", "name": job["metadata"]["name"], "uid": job["metadata"]["uid"], "controller": True}
-        metadata = {"name": f"{job['metadata']['name']}-0-abcde", "ownerReferences": [owner], **self._new_metadata()}
-        return {"metadata": metadata, "spec": {}}
+    def make_pod(self, job: Manifest, index: int = 0) -> Manifest:
+        """Return a new pod of a Job."""
+        name = job["metadata"]["name"]
+        owner = {"kind": "Job", "name": name, "uid": job["metadata"]["uid"], "controller": True}
+        new = self._new_metadata()
+        metadata = {
+            "name": f"{name}-{index}-{new['uid']}",
+            "ownerReferences": [owner],
+            "annotations": {"batch.kubernetes.io/job-completion-index": str(index)},
+            **new,
+        }
+        return {"metadata": metadata, "spec": {}, "status": {"phase": "Pending"}}
 
     def pass_time(self, duration: timedelta) -> None:
         """Move the clock."""
@@ -260,5 +323,6 @@ class FakeTokenReviewer:
         return RawJob(ref, self.job_uids[ref], 1, "1", NOW, deleting=False, spec={}, status={})
 
 
-def _wire(moment: datetime) -> str:
+def wire_time(moment: datetime) -> str:
+    """Format a time as the API server does."""
     return moment.strftime("%Y-%m-%dT%H:%M:%SZ")

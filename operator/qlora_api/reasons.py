@@ -479,8 +479,8 @@ REASONS: Final[dict[Reason, ReasonRecord]] = {
         remedy="For a training pod raise spec.deadlines.total; for the prepare pod, whose deadline is fixed, lower "
         "spec.dataset.maxSamples or split the dataset.",
         moments=_BOTH,
-        background="`spec.deadlines.total` bounds all attempts together, each from the start of its container; "
-        "preparation has {prepare_hours} hour.",
+        background="`spec.deadlines.total` bounds the time that containers run, of all attempts together; that of a "
+        "preparation has {prepare_hours} hour. Waiting does not count.",
         topic=Topic.TIME,
         also_known_as=("activeDeadlineSeconds", "timed out", "job took too long"),
     ),
@@ -543,8 +543,8 @@ REASONS: Final[dict[Reason, ReasonRecord]] = {
             "RunContainerError",
             "exec format error",
         ),
-        outcome="What the API server refuses is retried every minute. What the kubelet refuses, and a Job that gets no "
-        "pod within `spec.deadlines.startup`, ends the run.",
+        outcome="What the API server refuses is tried again until it is let in: a Job every minute by the operator, "
+        "its pods by Kubernetes. What the kubelet refuses ends the run.",
     ),
     Reason.ACCELERATOR_MISSING: ReasonRecord(
         sentence="A GPU was requested, but the container finds no CUDA device.",

@@ -12,7 +12,8 @@ from typing import Final
 
 from qlora_api.escapes import escape_text
 from qlora_api.logs.formatters import configure_logs, handler_for
-from qlora_operator.cluster.http import Api, load_configuration, read_credentials
+from qlora_operator.cluster.http import Api, ApiError, load_configuration, read_credentials
+from qlora_operator.cluster.interface import ClusterBusyError
 from qlora_operator.cluster.server_clock import ServerClock, utc_now
 from qlora_operator.controller.controller import Controller
 from qlora_operator.controller.handlers import run_kopf
@@ -26,6 +27,8 @@ _log = logging.getLogger("qlora_operator")
 
 NOISY_LOGGERS: Final = ("kopf.objects", "kopf.activities.probe", "aiohttp.access")
 """Library loggers that log routine events at INFO."""
+COMPARED_ANSWERS: Final = 10
+"""Most answers, one a second, that the operator waits for at start if its clock seems wrong."""
 GC_THRESHOLD: Final = 20_000
 """Allocations after which Python runs the cyclic garbage collector. A page of a list makes many more, none of them in a
 cycle: with the default of 700, collections take more than half of the time in which a page is read."""
@@ -48,7 +51,18 @@ async def run(settings: Settings) -> None:
     review_api = Api(configuration, is_leader, renew_credentials, metrics.on_api_call)
     controller = Controller(settings, api, metrics, clock.now, review_api)
     async with serve_health(settings.health_port, controller.unhealthy_reason, metrics.render), leadership(elector):
+        await compare_clocks(clock, api)
         await run_kopf(settings, configuration, controller)
+
+
+async def compare_clocks(clock: ServerClock, api: Api) -> None:
+    """Wait for a few answers of the API server if the first contradicts the local clock: decisions depend on it."""
+    for _ in range(COMPARED_ANSWERS):
+        with contextlib.suppress(ClusterBusyError, ApiError):
+            await api.request("GET", "/version")
+        if not clock.in_doubt:
+            return
+        await asyncio.sleep(1)
 
 
 def always_leader() -> bool:

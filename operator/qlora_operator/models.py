@@ -17,7 +17,13 @@ from qlora_api.v1alpha1 import Attempt, Checkpoint, Plan, QLoRAJobSpec, QLoRAJob
 PREPARE_MEMORY: Final = "4Gi"
 """Memory limit of a prepare pod: it tokenizes in one process and holds one dataset in memory."""
 PREPARE_DEADLINE: Final = timedelta(hours=1)
-"""activeDeadlineSeconds of a prepare Job: it reads the dataset once and the model's small files."""
+"""Longest time that the container of a prepare Job runs: it reads the dataset once and the model's small files."""
+
+
+def earliest(now: datetime, *moments: datetime | None) -> datetime | None:
+    """Return the earliest moment that is yet to come; a decision at a moment that has passed has been made already."""
+    return min((moment for moment in moments if moment is not None and moment > now), default=None)
+
 
 Manifest = dict[str, Any]
 """A Kubernetes object, as the API server accepts it."""
@@ -80,6 +86,8 @@ class Pod:
     deleting: bool = False
     deletion_timestamp: datetime | None = None
     """When the grace period of a pod that is being deleted ends."""
+    deletion_requested_at: datetime | None = None
+    """When its deletion was requested: that grace period earlier."""
     scheduled_at: datetime | None = None
     unschedulable: str = ""
     """The scheduler's message while no node fits; empty otherwise."""
@@ -95,6 +103,11 @@ class Pod:
     message: str = ""
     index: int = 0
     """Completion index in its Job."""
+
+    @property
+    def ended(self) -> bool:
+        """Return whether its trainer has ended or will never run, whatever other containers do."""
+        return self.exit is not None or self.phase in {"Succeeded", "Failed"}
 
 
 @dataclass(frozen=True)
@@ -115,18 +128,29 @@ class ChildJob:
     attempt: int
     """0 for prepare."""
     created_at: datetime
+    uid: str = ""
+    started_at: datetime | None = None
+    """When the Job controller started or resumed it; None before that."""
     deadline_seconds: int | None = None
     deleting: bool = False
     suspended: bool = False
-    """Its queue controller has not admitted it yet, or has evicted it."""
+    """Its queue controller has not admitted it yet, or has evicted it; or the Job controller has not resumed it yet."""
+    suspended_at: datetime | None = None
+    """When the Job controller suspended it, while it is suspended."""
     complete: bool = False
     failure: JobFailure | None = None
+    failing: bool = False
+    """Kubernetes is terminating its pods, after one of them failed or the deadline passed."""
     deadline_exceeded: bool = False
     """Its deadline has passed; Kubernetes is terminating its pods, or has done so."""
     completions: int = 1
     """Number of pods that it should have."""
     pods: tuple[Pod, ...] = ()
     """Its pods in order of their index; of two with the same index, the newer."""
+    earlier_pods: tuple[Pod, ...] = ()
+    """Pods that are being deleted since it was suspended, although it has been resumed."""
+    event_message: str = ""
+    """Message of the newest Event that says why it has no pod, or why it was suspended; empty unless looked up."""
 
     @property
     def pod(self) -> Pod | None:
@@ -145,9 +169,8 @@ class ChildJob:
 
     @property
     def holds_resources(self) -> bool:
-        """Return whether its pods may still hold nodes or wait for some."""
-        ended = [pod for pod in self.pods if pod.exit is not None]
-        return not self.finished and len(ended) < self.completions
+        """Return whether its trainers may still hold nodes or wait for some."""
+        return not self.finished and sum(pod.ended for pod in self.pods) < self.completions
 
 
 @dataclass(frozen=True)
@@ -197,8 +220,6 @@ class AttemptInputs:
     attempt: int
     plan: Plan
     prepared: Prepared
-    seconds_left: int
-    """What earlier attempts left of spec.deadlines.total."""
     avoided_nodes: tuple[str, ...] = ()
     """Nodes on which an attempt failed because of the node."""
 

@@ -16,7 +16,7 @@ from tests.make import make_manifest
 Schema = dict[str, Any]
 Path = tuple[str | int, ...]
 SOON: Final[Mapping[str, Any]] = {"deadlines": {"startup": "60s"}}
-"""A short startup deadline for Jobs that get no pod, such as those whose service account does not exist."""
+"""A short startup deadline, for pods that do not start and services that are away."""
 BASES: Final[tuple[Mapping[str, Any], ...]] = (
     {},
     {"resources": {"nodes": 2, "gpusPerNode": 2}, "quantization": {"bits": 8}},

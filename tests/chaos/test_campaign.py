@@ -24,6 +24,8 @@ from tests.make import PREPARED_MESSAGE, PUBLISHED_MESSAGE, message_for
 REFUSALS: Final = frozenset({400, 413, 422})
 WAITING: Final = frozenset({"Suspended", "Queued"})
 """Phases that only a person or a queue controller ends."""
+REFUSED: Final = "PodRejected"
+"""Reason of a run whose pod waits for what the API server's refusal names, such as a service account."""
 JOBS: Final = f"/apis/{names.GROUP}/{names.VERSION}/namespaces/{{namespace}}/{names.PLURAL}"
 
 
@@ -89,7 +91,7 @@ def is_settled(job: dict[str, Any]) -> bool:
     """Return whether the run has ended or waits, and the status is that of its latest generation."""
     holds, status = conditions_of(job), job["status"]
     ended = "True" in {holds.get("Ready"), holds.get("Stalled")}
-    waits = status.get("phase") in WAITING and holds.get("Ready") == "False"
+    waits = (status.get("phase") in WAITING or status.get("reason") == REFUSED) and holds.get("Ready") == "False"
     return bool(status["observedGeneration"] == job["metadata"]["generation"]) and (ended or waits)
 
 

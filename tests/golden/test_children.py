@@ -9,7 +9,7 @@ from typing import Final
 import pytest
 import yaml
 
-from qlora_api.v1alpha1 import QLoRAJobSpec, to_timedelta
+from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_operator.models import AttemptInputs, Manifest
 from qlora_operator.resources import (
     build_prepare_config,
@@ -52,8 +52,7 @@ QUEUED: Final = make_spec(queue={"name": "gpus", "priorityClass": "nightly"})
 
 
 def run_of(spec: QLoRAJobSpec, attempt: int = 1, avoided: tuple[str, ...] = ()) -> AttemptInputs:
-    seconds = int(to_timedelta(spec.deadlines.total).total_seconds())
-    return AttemptInputs(attempt, make_plan(spec, make_prepared()), make_prepared(), seconds, avoided)
+    return AttemptInputs(attempt, make_plan(spec, make_prepared()), make_prepared(), avoided)
 
 
 RUN: Final = run_of(CPU)

@@ -56,6 +56,12 @@
   - list
   - watch
 - apiGroups:
+  - ''
+  resources:
+  - events
+  verbs:
+  - list
+- apiGroups:
   - events.k8s.io
   resources:
   - events

@@ -75,7 +75,12 @@ class DeadlinesSpec(ApiModel):
     startup: Duration = Field(
         default="30m", description="Longest time from a pod being scheduled to a node until its container starts."
     )
-    total: Duration = Field(default="24h", description="Longest time that all training attempts together may take.")
+    total: Duration = Field(
+        default="24h",
+        description=(
+            "Longest time that the containers of all training attempts together may run; waiting does not count."
+        ),
+    )
     heartbeat: Duration = Field(
         default="10m",
         description=(

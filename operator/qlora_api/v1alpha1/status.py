@@ -18,6 +18,9 @@ MAX_MESSAGE: Final = 32_768
 MAX_ATTEMPT_MESSAGE: Final = 4096
 """Longest message of an attempt: as long as a termination message."""
 
+MAX_CONTAINER_SECONDS: Final = 10**9
+"""Longest time of an attempt, 31 years: longer than any deadline that is not capped."""
+
 
 class Condition(ApiModel):
     """A Kubernetes condition."""
@@ -122,7 +125,17 @@ class Attempt(ApiModel):
     node: Annotated[str, Field(max_length=253)] = Field(
         default="", description="Node of the pod whose end ended it; while it runs, of the first pod."
     )
-    started_at: datetime | None = Field(default=None, description="When its container started.")
+    started_at: datetime | None = Field(default=None, description="When its container first started.")
+    running_since: datetime | None = Field(
+        default=None,
+        description="When the containers started that run now; absent while the attempt waits, such as in its queue.",
+    )
+    container_seconds: int | None = Field(
+        default=None,
+        ge=0,
+        le=MAX_CONTAINER_SECONDS,
+        description="Seconds that its containers ran, without those that run now; deadlines.total limits their sum.",
+    )
     finished_at: datetime | None = Field(default=None, description="When it ended.")
 
 

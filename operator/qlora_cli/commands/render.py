@@ -8,7 +8,7 @@ import typer
 from qlora_api import __version__
 from qlora_api.job_ref import JobRef
 from qlora_api.prepared import Prepared
-from qlora_api.v1alpha1 import DataStatus, ModelStatus, QLoRAJobSpec, to_timedelta
+from qlora_api.v1alpha1 import DataStatus, ModelStatus, QLoRAJobSpec
 from qlora_cli.commands.submit import load_documents
 from qlora_cli.console import Console, echo
 from qlora_cli.display.formats import to_yaml
@@ -78,8 +78,7 @@ def render_children(job: JobManifest, installation: Installation) -> Iterator[Ma
     yield build_prepare_config(owner, spec, installation)
     yield build_prepare_job(owner, spec, installation)
     prepared = placeholder_prepared(spec, job.metadata.name)
-    seconds = int(to_timedelta(spec.deadlines.total).total_seconds())
-    run = AttemptInputs(FIRST_ATTEMPT, make_plan(spec, prepared), prepared, seconds)
+    run = AttemptInputs(FIRST_ATTEMPT, make_plan(spec, prepared), prepared)
     yield build_run_config(owner, spec, run, installation)
     if run.plan.nodes > 1:
         yield build_service(owner, FIRST_ATTEMPT)

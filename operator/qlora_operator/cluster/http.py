@@ -16,6 +16,8 @@ REQUEST_SECONDS: Final = 30
 MERGE_PATCH: Final = "application/merge-patch+json"
 """Merge patches, not server-side apply: the client sends an apply patch as JSON, which the API server parses as YAML,
 and YAML has no surrogate pairs, so an emoji in a manifest would be rejected."""
+REDIRECT: Final = 300
+"""The first HTTP status that is no success."""
 UNAUTHORIZED: Final = 401
 TOO_MANY_REQUESTS: Final = 429
 MAX_RETRY_AFTER: Final = 60.0
@@ -78,7 +80,7 @@ def _ignore_call(_: str, __: int | None, ___: float) -> None:
 
 
 OnServerDate = Callable[[str, float], None]
-"""Called with the Date header of each response, and the duration of the call in seconds."""
+"""Called with the Date header of each successful response, and the duration of the call in seconds."""
 
 
 def _ignore_date(_: str, __: float) -> None:
@@ -165,7 +167,8 @@ class Api:
         finally:
             took = perf_counter() - start
             self._on_call(method, status, took)
-        self._on_server_date(response.headers.get("Date", ""), took)
+        if response.status < REDIRECT:  # an error may be a load balancer's, whose clock counts for nothing
+            self._on_server_date(response.headers.get("Date", ""), took)
         return Response(response.status, response.headers.get("Retry-After", ""), text)
 
     async def _honor_retry_after(self, response: Response) -> bool:

@@ -79,6 +79,20 @@ class Cluster(Protocol):
     async def find_gpu_nodes(self) -> tuple[Manifest, ...]:
         """Return the nodes whose labels describe their GPUs; none if the operator may not list nodes."""
 
+    async def find_event(self, ref: JobRef, uid: str, reasons: Collection[str], since: datetime) -> str:
+        """Return the message of the newest Event on a child with such a reason.
+
+        Args:
+            ref: The QLoRAJob, in whose namespace the child is.
+            uid: The child's uid.
+            reasons: Reasons of Events.
+            since: Older Events do not count.
+
+        Returns:
+            The message; empty without such an Event, or if the operator may not list Events.
+
+        """
+
     async def ensure(self, child: Manifest) -> bool:
         """Create a child, or update the ConfigMap if it exists; return whether it was created.
 

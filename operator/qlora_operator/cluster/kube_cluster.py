@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Collection, Mapping
+from datetime import datetime
 from typing import Any, Final
 
 from qlora_api import names
@@ -24,6 +25,7 @@ from qlora_operator.cluster.parse import (
     Child,
     controller_of,
     controller_uid,
+    parse_event_message,
     parse_job,
     parse_observation,
     parse_pod_owner,
@@ -146,6 +148,16 @@ class KubeCluster:
             _log.warning("cannot list nodes, so runs are not sized: %s", error)
             return ()
         return tuple(node for answer in answers for node in answer["items"])
+
+    async def find_event(self, ref: JobRef, uid: str, reasons: Collection[str], since: datetime) -> str:
+        """Return the message of the newest Event on a child with such a reason; empty if none can be found."""
+        query = {"fieldSelector": f"involvedObject.uid={uid}", "limit": str(PAGE_SIZE)}
+        try:
+            page = await self._api.request("GET", f"/api/v1/namespaces/{ref.namespace}/events", query=query)
+        except ApiError as error:
+            _log.warning("cannot list Events, so the status does not say why a Job has no pod: %s", error)
+            return ""
+        return parse_event_message(page["items"], reasons, since)
 
     async def ensure(self, child: Manifest) -> bool:
         """Create a child, or update the ConfigMap if it exists; an object of another owner is never adopted."""

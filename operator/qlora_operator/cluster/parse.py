@@ -1,8 +1,8 @@
 """Parses the API server's JSON into the operator's values; no other module knows its field names."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 from qlora_api import names
@@ -17,6 +17,8 @@ Child = TypeVar("Child", ChildJob, Pod)
 _INDEX: Final = "batch.kubernetes.io/job-completion-index"
 """Annotation of a pod of an Indexed Job."""
 
+MAX_EVENT_MESSAGE: Final = 1024
+"""Longest message of an Event (Kubernetes, pkg/apis/core/validation/events.go)."""
 _FAILING: Final = ("FailureTarget", "Failed")
 """Conditions of a Job whose pods are being terminated, and of one whose pods have terminated."""
 
@@ -76,9 +78,7 @@ class CachedObject(NamedTuple, Generic[Child]):
 def parse_cached_job(item: Json) -> CachedObject[ChildJob] | None:
     """Parse a batch/v1 Job; None if it has no role label, so is not one of ours."""
     return (
-        _to_cached_object(item, parse_child(item, ()))
-        if names.ROLE_LABEL in item["metadata"].get("labels", {})
-        else None
+        _to_cached_object(item, parse_child(item)) if names.ROLE_LABEL in item["metadata"].get("labels", {}) else None
     )
 
 
@@ -92,6 +92,19 @@ def _to_cached_object(item: Json, value: Child) -> CachedObject[Child]:
     return CachedObject(metadata["uid"], controller_uid(item) or "", int(metadata.get("resourceVersion", 0)), value)
 
 
+def parse_event_message(events: Iterable[Json], reasons: Collection[str], since: datetime) -> str:
+    """Return the message of the newest core/v1 Event with such a reason, without what Kubernetes puts before it."""
+    found = [event for event in events if event.get("reason") in reasons and _last_seen(event) >= since]
+    newest = max(found, key=_last_seen, default=None)
+    return str(newest.get("message", "")).removeprefix("Error creating: ")[:MAX_EVENT_MESSAGE] if newest else ""
+
+
+def _last_seen(event: Json) -> datetime:
+    """Return when an Event occurred last; one that was written with the events.k8s.io API has other fields for it."""
+    series = (event.get("series") or {}).get("lastObservedTime")
+    return parse_time(series or event.get("lastTimestamp") or event.get("eventTime")) or _created(event)
+
+
 def parse_observation(job: RawJob, jobs: Iterable[Json], pods: Iterable[Json]) -> Observation:
     """Parse Jobs and pods, and return those that belong to this QLoRAJob."""
     return assemble_observation(job, filter(None, map(parse_cached_job, jobs)), map(parse_cached_pod, pods))
@@ -101,20 +114,35 @@ def assemble_observation(
     job: RawJob, jobs: Iterable[CachedObject[ChildJob]], pods: Iterable[CachedObject[Pod]]
 ) -> Observation:
     """Return the Jobs of this QLoRAJob with their pods; children of an earlier one with the same name are left out."""
-    pods_of_job: dict[str, dict[int, Pod]] = {}
+    pods_of_job: dict[str, list[Pod]] = {}
     for pod in sorted(pods, key=lambda pod: pod.value.created_at or job.created_at):
-        pods_of_job.setdefault(pod.owner_uid, {})[pod.value.index] = pod.value
+        pods_of_job.setdefault(pod.owner_uid, []).append(pod.value)
     return Observation(
-        tuple(
-            replace(child.value, pods=_by_index(pods_of_job.get(child.uid, {})))
-            for child in jobs
-            if child.owner_uid == job.uid
-        )
+        tuple(_with_pods(child.value, pods_of_job.get(child.uid, [])) for child in jobs if child.owner_uid == job.uid)
     )
 
 
-def _by_index(pods: Mapping[int, Pod]) -> tuple[Pod, ...]:
-    return tuple(pods[index] for index in sorted(pods))
+def _with_pods(child: ChildJob, pods: Iterable[Pod]) -> ChildJob:
+    """Return the Job with its pods by index; those from before it was suspended and resumed are kept apart."""
+    current: dict[int, Pod] = {}
+    earlier: list[Pod] = []
+    for pod in pods:
+        if not child.suspended and _is_of_earlier_start(pod, child.started_at):
+            earlier.append(pod)
+        else:
+            current[pod.index] = pod
+    return replace(child, pods=tuple(current[index] for index in sorted(current)), earlier_pods=tuple(earlier))
+
+
+def _is_of_earlier_start(pod: Pod, started: datetime | None) -> bool:
+    """Return whether a pod is being deleted because its Job was suspended, and the Job has been resumed since.
+
+    The creation of a pod does not tell: the Job controller creates pods before it writes the time of the resumption.
+    """
+    if not pod.deleting or started is None or pod.created_at is None:
+        return False
+    requested = pod.deletion_requested_at
+    return pod.created_at < started and (requested is None or requested <= started)
 
 
 def _index_of(pod: Json) -> int:
@@ -122,30 +150,29 @@ def _index_of(pod: Json) -> int:
     return int(pod["metadata"].get("annotations", {}).get(_INDEX, 0))
 
 
-def parse_child(item: Json, pods: tuple[Pod, ...]) -> ChildJob:
-    """Parse a child Job; pods from before it was suspended and resumed are left out."""
+def parse_child(item: Json) -> ChildJob:
+    """Parse a child Job, without its pods."""
     metadata, conditions = item["metadata"], _conditions(item)
-    started = parse_time(item.get("status", {}).get("startTime"))
-    failed = conditions.get("Failed")
+    suspension, failed = conditions.get("Suspended", {}), conditions.get("Failed")
+    # Between the change of spec.suspend and that of the condition, startTime is that of the earlier start.
+    suspended = bool(item["spec"].get("suspend", False) or suspension)
     return ChildJob(
         name=metadata["name"],
         role=Role(metadata["labels"][names.ROLE_LABEL]),
         attempt=int(metadata["labels"].get(names.ATTEMPT_LABEL, 0)),
         created_at=_created(item),
+        uid=metadata["uid"],
+        started_at=None if suspended else parse_time(item.get("status", {}).get("startTime")),
         deadline_seconds=item["spec"].get("activeDeadlineSeconds"),
         deleting="deletionTimestamp" in metadata,
-        suspended=item["spec"].get("suspend", False),
+        suspended=suspended,
+        suspended_at=parse_time(suspension.get("lastTransitionTime")),
         complete="Complete" in conditions,
         failure=_failure(failed) if failed else None,
+        failing="FailureTarget" in conditions,
         deadline_exceeded=any(conditions.get(kind, {}).get("reason") == "DeadlineExceeded" for kind in _FAILING),
         completions=item["spec"].get("completions", 1),
-        pods=tuple(pod for pod in pods if not _is_of_earlier_start(pod, started)),
     )
-
-
-def _is_of_earlier_start(pod: Pod, started: datetime | None) -> bool:
-    """Return whether a pod is terminating because its Job was suspended, and the Job has been resumed since."""
-    return pod.deleting and started is not None and pod.created_at is not None and pod.created_at < started
 
 
 def _conditions(item: Json) -> dict[str, Json]:
@@ -179,6 +206,7 @@ def parse_pod(item: Json) -> Pod:
         created_at=_created(item),
         deleting="deletionTimestamp" in metadata,
         deletion_timestamp=parse_time(metadata.get("deletionTimestamp")),
+        deletion_requested_at=_deletion_requested_at(metadata),
         scheduled_at=_scheduled_at(item, conditions),
         unschedulable=_unschedulable(status),
         started_at=parse_time(started.get("startedAt")),
@@ -189,6 +217,12 @@ def parse_pod(item: Json) -> Pod:
         reason=status.get("reason", ""),
         message=status.get("message", ""),
     )
+
+
+def _deletion_requested_at(metadata: Json) -> datetime | None:
+    """Return when the deletion of a pod was requested; its deletionTimestamp is the end of the grace period."""
+    ends, grace = parse_time(metadata.get("deletionTimestamp")), metadata.get("deletionGracePeriodSeconds")
+    return ends - timedelta(seconds=grace) if ends is not None and grace is not None else None
 
 
 def _container_state(status: Json) -> Json:

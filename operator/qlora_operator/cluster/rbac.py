@@ -36,6 +36,7 @@ NAMESPACED: Final = (
     Permission("", "configmaps", ("get", "create", "patch"), "Pass its configuration to a pod."),
     Permission("", "services", ("get", "create", "patch"), "Give the pods of a multi-node run DNS names."),
     Permission("", "pods", ("get", "list", "watch"), "See why a pod waits, and read its termination message."),
+    Permission("", "events", ("list",), "Say why a Job has no pod, such as a quota."),
     Permission("events.k8s.io", "events", ("create",), "Record Events for the user."),
 )
 """Wherever QLoRAJobs are reconciled: in the cluster, or in the namespaces of `watchNamespaces`."""

@@ -12,17 +12,32 @@ from qlora_api.names import Phase, Role
 from qlora_api.reasons import Reason
 from qlora_api.v1alpha1 import QLoRAJobSpec, QLoRAJobStatus, to_timedelta
 from qlora_operator.cluster.interface import AdmissionDeniedError, Cluster, InvalidStatusError, NameConflictError
+from qlora_operator.controller.requeue import requeue_delay
 from qlora_operator.lifecycle import (
     ReconcileContext,
     avoided_nodes,
     decide,
     is_terminal,
+    job_deadline,
+    leftover_jobs,
     needs_gpu_nodes,
+    next_leftover,
     rejected,
-    time_left,
+    unexplained_jobs,
 )
+from qlora_operator.lifecycle.leftovers import END_GRACE
 from qlora_operator.lifecycle.retry_policy import AT_ONCE, LONGEST_WAIT
-from qlora_operator.models import Action, AttemptInputs, Decision, Job, Manifest, Observation, RawJob
+from qlora_operator.models import (
+    Action,
+    AttemptInputs,
+    ChildJob,
+    Decision,
+    Job,
+    Manifest,
+    Observation,
+    RawJob,
+    earliest,
+)
 from qlora_operator.resources import (
     Installation,
     Owner,
@@ -34,13 +49,21 @@ from qlora_operator.resources import (
     build_service,
     build_train_job,
 )
-from qlora_operator.status import derive_alternatives, to_wire, with_observed_generation
+from qlora_operator.status import derive_alternatives, merge_attempt, to_wire, with_observed_generation
 from qlora_planner.validation import Violation
 
 _log = logging.getLogger(__name__)
 
 ADMISSION_DENIED_RETRY: Final = timedelta(minutes=1)
 """People have to change quotas and policies, so retrying sooner gains nothing."""
+CLEAN_UP_AFTER: Final = {Phase.FAILED: AT_ONCE, Phase.SUCCEEDED: END_GRACE}
+"""When a run that is over is reconciled again, to release what it holds."""
+NO_POD_EVENT: Final = "FailedCreate"
+"""Reason of the Event of the Job controller for a pod that the API server refused."""
+SUSPENDED_EVENT: Final = "Stopped"
+"""Reason of the Event of Kueue for a Job that it has suspended."""
+EVENT_LEAD: Final = timedelta(seconds=15)
+"""By how much an Event may be earlier than the Job controller's note in the Job of what it is about."""
 NAME_CONFLICT_RETRY: Final = timedelta(seconds=5)
 """The garbage collector needs a few seconds to delete the children of a deleted QLoRAJob."""
 
@@ -100,18 +123,20 @@ async def reconcile_once(
         return None if from_cache else await write_status(request, rejected((spec,)), None, cluster)
     job = Job(raw.ref, raw.uid, raw.generation, raw.created_at, spec, request.previous_status)
     children = cluster.children_from_cache(raw)
+    now = request.context.now
     decision = decide(job, children, request.context)
-    cache_is_enough = is_noop(decision, job, children) or (
+    cache_is_enough = is_noop(decision, job, children, now) or (
         is_first_step(decision, job) and not (from_cache and children.jobs)
     )
     if from_cache and not cache_is_enough:
         return None
     if not cache_is_enough:
-        children = await list_children_and_gpu_nodes(job, raw, cluster)
+        children = await list_children_and_gpu_nodes(job, raw, cluster, now)
         decision = decide(job, children, request.context)
     decision, created = await apply_decision(decision, job, children, cluster, installation)
     if created and is_first_step(decision, job):
         return ReconcileResult(AT_ONCE)  # status comes after the first steps of all queued QLoRAJobs
+    decision = await limit_jobs(decision, job, children, cluster, now)
     return await write_status(request, decision, spec.resources.nodes * spec.resources.gpus_per_node, cluster)
 
 
@@ -121,21 +146,44 @@ def is_first_step(decision: Decision, job: Job) -> bool:
     return step and job.status.phase is None
 
 
-def is_noop(decision: Decision, job: Job, children: Observation) -> bool:
+def is_noop(decision: Decision, job: Job, children: Observation, now: datetime) -> bool:
     """Return whether a decision changes and records nothing, so that a stale cache can do no harm."""
     facts = (decision.plan, decision.prepared, decision.result, decision.attempt and decision.attempt.reason)
+    # The deadline of a preparation depends on its own pod only, and a newer view corrects it.
+    training = replace(children, jobs=tuple(child for child in children.jobs if child.role is Role.TRAIN))
+    to_do = (
+        outdated_deadlines(decision, job, training, now),
+        leftover_jobs(job.status, children, now),
+        unexplained_jobs(job, children, now),
+    )
     return (
         decision.action is Action.NONE
         and (decision.phase, decision.reason) == (job.status.phase, job.status.reason)
         and not any(facts)
-        and not outdated_deadlines(job, children)
+        and not any(to_do)
     )
 
 
-async def list_children_and_gpu_nodes(job: Job, raw: RawJob, cluster: Cluster) -> Observation:
-    """List the children live, and the GPU nodes if a plan depends on them."""
+async def list_children_and_gpu_nodes(job: Job, raw: RawJob, cluster: Cluster, now: datetime) -> Observation:
+    """List the children live, the GPU nodes if a plan depends on them, and Events of a Job that has no pod."""
     children = await cluster.list_children(raw)
-    return replace(children, gpu_nodes=await cluster.find_gpu_nodes()) if needs_gpu_nodes(job, children) else children
+    if needs_gpu_nodes(job, children):
+        children = replace(children, gpu_nodes=await cluster.find_gpu_nodes())
+    unexplained = unexplained_jobs(job, children, now)
+    jobs = [
+        await with_event_message(child, raw.ref, cluster, looked_up=child.name in unexplained)
+        for child in children.jobs
+    ]
+    return replace(children, jobs=tuple(jobs))
+
+
+async def with_event_message(child: ChildJob, ref: JobRef, cluster: Cluster, *, looked_up: bool) -> ChildJob:
+    """Return a Job with the message of the Event that says why it has no pod, or why it was suspended."""
+    if not looked_up:
+        return child
+    reasons = {SUSPENDED_EVENT} if child.suspended else {NO_POD_EVENT}
+    since = (child.started_at or child.suspended_at or child.created_at) - EVENT_LEAD
+    return replace(child, event_message=await cluster.find_event(ref, child.uid, reasons, since))
 
 
 def without_stale_report(context: ReconcileContext, raw: RawJob) -> ReconcileContext:
@@ -155,16 +203,18 @@ def parse(raw: RawJob) -> QLoRAJobSpec | Violation:
 
 
 async def reconcile_finished(request: ReconcileRequest, cluster: Cluster) -> ReconcileResult:
-    """Clean up after a run: delete Jobs that a failed run left running, and all Jobs once spec.ttl has expired."""
+    """Clean up after a run: delete the Jobs that outlive it, and all Jobs once spec.ttl has expired."""
     raw, previous, now = request.raw, request.previous_status, request.context.now
     expires = expires_at(raw, previous)
     expired = expires is not None and now >= expires
-    if jobs_to_delete(cluster.children_from_cache(raw), previous, expired=expired):
-        for name in jobs_to_delete(await cluster.list_children(raw), previous, expired=expired):
+    children = cluster.children_from_cache(raw)
+    if jobs_to_delete(children, previous, now, expired=expired):
+        for name in jobs_to_delete(await cluster.list_children(raw), previous, now, expired=expired):
             await cluster.delete_job(raw.ref, name)
     status = with_observed_generation(previous, raw.generation)
-    wait = expires - now if expires is not None and not expired else None
-    return ReconcileResult(wait, await _write_if_changed(raw, previous, status, cluster), status)
+    requeue_at = earliest(now, expires, next_leftover(previous, children, now))
+    written = await _write_if_changed(raw, previous, status, cluster)
+    return ReconcileResult(requeue_delay(now, requeue_at, None, progressed=written is not None), written, status)
 
 
 def expires_at(raw: RawJob, status: QLoRAJobStatus) -> datetime | None:
@@ -175,12 +225,10 @@ def expires_at(raw: RawJob, status: QLoRAJobStatus) -> datetime | None:
     return status.finished_at + min(to_timedelta(spec.ttl), LONGEST_WAIT)
 
 
-def jobs_to_delete(children: Observation, status: QLoRAJobStatus, *, expired: bool) -> list[str]:
-    """Return the Jobs of a finished run to delete: all after expiry, before that what a failed run left running."""
-    failed = status.phase is Phase.FAILED
-    return [
-        child.name for child in children.jobs if (expired or (failed and child.holds_resources)) and not child.deleting
-    ]
+def jobs_to_delete(children: Observation, status: QLoRAJobStatus, now: datetime, *, expired: bool) -> list[str]:
+    """Return the Jobs of a finished run to delete: all after expiry, before that those that outlive it."""
+    jobs = children.jobs if expired else leftover_jobs(status, children, now)
+    return [child.name for child in jobs if not child.deleting]
 
 
 async def apply_decision(
@@ -201,10 +249,18 @@ async def apply_decision(
         await delete_running_jobs(job, children, cluster)
     if decision.action is Action.DELETE_PREPARE_JOB and children.prepare is not None and not children.prepare.deleting:
         await cluster.delete_job(job.ref, children.prepare.name)
-    if decision.action is Action.NONE:
-        for deadline in outdated_deadlines(job, children):
-            await cluster.patch(deadline)
     return decision, created
+
+
+async def limit_jobs(decision: Decision, job: Job, children: Observation, cluster: Cluster, now: datetime) -> Decision:
+    """Adjust the deadlines of the Jobs, delete those that outlive what they were for, and return when the next will."""
+    if decision.action is Action.NONE:
+        for deadline in outdated_deadlines(decision, job, children, now):
+            await cluster.patch(deadline)
+        for leftover in leftover_jobs(job.status, children, now):
+            await cluster.delete_job(job.ref, leftover.name)
+    requeue_at = earliest(now, decision.requeue_at, next_leftover(job.status, children, now))
+    return replace(decision, requeue_at=requeue_at or decision.requeue_at)
 
 
 def build_children(decision: Decision, job: Job, installation: Installation) -> tuple[Manifest, ...]:
@@ -220,7 +276,6 @@ def build_children(decision: Decision, job: Job, installation: Installation) -> 
             decision.attempt.number,
             decision.plan,
             decision.prepared,
-            seconds_left=seconds_left(job),
             avoided_nodes=avoided_nodes(job.status.attempts),
         )
         return (
@@ -262,20 +317,15 @@ async def delete_all_jobs(job: Job, children: Observation, cluster: Cluster) -> 
             await cluster.delete_job(job.ref, child.name)
 
 
-def outdated_deadlines(job: Job, children: Observation) -> list[Manifest]:
-    """Return the patches that running training Jobs need after a change of spec.deadlines.total."""
-    seconds = seconds_left(job)
+def outdated_deadlines(decision: Decision, job: Job, children: Observation, now: datetime) -> list[Manifest]:
+    """Return the patches that Jobs need when a container starts, is suspended, or spec.deadlines.total changes."""
+    attempts = merge_attempt(job.status.attempts, decision.attempt)
     return [
         build_deadline(job.ref, child.name, seconds)
         for child in children.jobs
-        if child.role is Role.TRAIN and not (child.finished or child.deleting) and child.deadline_seconds != seconds
+        if not (child.finished or child.failing or child.deleting or not child.holds_resources)
+        and (seconds := job_deadline(job, child, attempts, now)) != child.deadline_seconds
     ]
-
-
-def seconds_left(job: Job) -> int:
-    """Return the seconds of spec.deadlines.total left for the current attempt; Kubernetes requires at least 1."""
-    ended = [attempt for attempt in job.status.attempts if attempt.reason]
-    return max(int(time_left(job.spec.deadlines, ended).total_seconds()), 1)
 
 
 async def write_status(
@@ -298,16 +348,9 @@ async def write_status(
             _log.error("the status of %s was refused, so less of it is written: %s", "/".join(raw.ref), error)
             status = less
         else:
-            return ReconcileResult(_requeue_after(decision, now), written, status, request)
-
-
-def _requeue_after(decision: Decision, now: datetime) -> timedelta | None:
-    """Return when to reconcile again; a failed run is reconciled at once, to release what it holds."""
-    if decision.phase is Phase.FAILED:
-        return timedelta(0)
-    if decision.requeue_at is not None:
-        return max(decision.requeue_at - now, timedelta(0))
-    return decision.requeue_after
+            after = CLEAN_UP_AFTER.get(decision.phase, decision.requeue_after)
+            delay = requeue_delay(now, decision.requeue_at, after, progressed=written is not None)
+            return ReconcileResult(delay, written, status, request)
 
 
 async def _write_if_changed(

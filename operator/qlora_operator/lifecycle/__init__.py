@@ -1,10 +1,12 @@
 """Decides what to do next, from spec, status and children; pure functions and tables."""
 
 from qlora_operator.lifecycle.context import ReconcileContext
-from qlora_operator.lifecycle.decide import decide, is_terminal, needs_gpu_nodes, rejected
+from qlora_operator.lifecycle.decide import decide, is_terminal, needs_gpu_nodes, rejected, unexplained_jobs
 from qlora_operator.lifecycle.exit_reasons import cause_of_exit
 from qlora_operator.lifecycle.gang import classify
-from qlora_operator.lifecycle.retry_policy import avoided_nodes, time_left
+from qlora_operator.lifecycle.job_deadline import job_deadline
+from qlora_operator.lifecycle.leftovers import leftover_jobs, next_leftover
+from qlora_operator.lifecycle.retry_policy import avoided_nodes
 
 __all__ = [
     "ReconcileContext",
@@ -13,7 +15,10 @@ __all__ = [
     "classify",
     "decide",
     "is_terminal",
+    "job_deadline",
+    "leftover_jobs",
     "needs_gpu_nodes",
+    "next_leftover",
     "rejected",
-    "time_left",
+    "unexplained_jobs",
 ]

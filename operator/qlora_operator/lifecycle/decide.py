@@ -8,22 +8,27 @@ two machines. The new prepare finds the manifest if the result was published.
 """
 
 from dataclasses import replace
-from typing import Final
+from datetime import datetime
 
 from qlora_api.names import TERMINAL, Phase, Role
 from qlora_api.reasons import Reason
 from qlora_api.v1alpha1 import QLoRAJobStatus
+from qlora_operator.lifecycle.container_time import stop_counting
 from qlora_operator.lifecycle.context import ReconcileContext
+from qlora_operator.lifecycle.exit_reasons import POD_CREATION_TIME, waits_long_for_pod
 from qlora_operator.lifecycle.gang import classify_child, deletion_deadline, is_busy
 from qlora_operator.lifecycle.prepare_phase import follow_preparation
 from qlora_operator.lifecycle.retry_policy import retry_at
 from qlora_operator.lifecycle.suspend import suspend
-from qlora_operator.lifecycle.train_phase import decide_lost, decide_published, follow_training, make_attempt
-from qlora_operator.models import Action, ChildJob, Decision, Job, Observation
+from qlora_operator.lifecycle.train_phase import (
+    decide_lost,
+    decide_published,
+    follow_training,
+    preempted,
+    recorded_attempt,
+)
+from qlora_operator.models import Action, ChildJob, Decision, Job, Observation, earliest
 from qlora_planner.validation import Violation, check
-
-_ENDED_BY_OPERATOR: Final = frozenset({Reason.HEARTBEAT_LOST, Reason.NODE_LOST, Reason.SUSPENDED_BY_USER})
-"""Reasons with which the operator, not Kubernetes, ended an attempt; its pods may still run."""
 
 
 def rejected(violations: tuple[Violation, ...]) -> Decision:
@@ -54,6 +59,19 @@ def needs_gpu_nodes(job: Job, children: Observation) -> bool:
     return bool(job.spec.resources.gpus_per_node) and prepared and not training
 
 
+def unexplained_jobs(job: Job, children: Observation, now: datetime) -> tuple[str, ...]:
+    """Return the Jobs whose Events say why they have no pod, or why a queue has suspended them."""
+    return tuple(
+        child.name
+        for child in children.jobs
+        if not child.deleting and (waits_long_for_pod(child, now) or _just_preempted(job, child, now))
+    )
+
+
+def _just_preempted(job: Job, child: ChildJob, now: datetime) -> bool:
+    return preempted(job, child) and now < (child.suspended_at or now) + 2 * POD_CREATION_TIME
+
+
 def is_terminal(status: QLoRAJobStatus) -> bool:
     """Return whether the run is over."""
     return status.phase in TERMINAL
@@ -64,7 +82,7 @@ def _late_publication(job: Job, children: Observation, number: int, context: Rec
     for child in children.jobs:
         if child.role is Role.TRAIN and child.attempt < number:
             state = classify_child(job, child, context.now)
-            if decision := decide_published(state, make_attempt(job, child.attempt), context.now):
+            if decision := decide_published(state, recorded_attempt(job, child.attempt), context.now):
                 return decision
     return None
 
@@ -93,21 +111,25 @@ def _follow_current_attempt(job: Job, children: Observation, number: int, contex
     """Follow the current attempt; it is lost if the status lists it and its Job does not exist."""
     if train := children.train(number):
         return follow_training(job, train, context)
-    recorded = any(attempt.number == number for attempt in job.status.attempts)
-    return decide_lost(make_attempt(job, number), context.now) if recorded else None
+    if not any(attempt.number == number for attempt in job.status.attempts):
+        return None
+    report = context.last_report or job.status.last_report
+    lost = stop_counting(recorded_attempt(job, number), report.updated_at if report else None, context.now)
+    return decide_lost(lost, context.now)
 
 
 def _wait_for_earlier_attempts(
     status: QLoRAJobStatus, children: Observation, number: int, context: ReconcileContext
 ) -> Decision | None:
-    """Wait until the pods of earlier attempts have ended and the back-off is over."""
-    given_up = {attempt.number for attempt in status.attempts if attempt.reason in _ENDED_BY_OPERATOR}
+    """Wait until the trainers of earlier attempts have ended or are given up, and the back-off is over.
+
+    A Job that does not finish by itself is deleted (`leftovers`); what else runs in its pods is not waited for.
+    """
     earlier = [child for child in children.jobs if child.role is Role.TRAIN and child.attempt < number]
     unfinished = [child for child in earlier if not child.finished]
     waiting = Decision(Phase.SCHEDULING, status.reason or Reason.SCHEDULING, status.message or "")
-    if any(child.attempt in given_up and not child.deleting for child in unfinished):
-        return replace(waiting, action=Action.DELETE_RUNNING_JOBS)
-    if any(child.attempt not in given_up or is_busy(child, context.now) for child in unfinished):
-        return replace(waiting, requeue_at=max(filter(None, map(deletion_deadline, unfinished)), default=None))
+    if any(not child.deleting or is_busy(child, context.now) for child in unfinished):
+        ends = (deletion_deadline(child, context.now) for child in unfinished)
+        return replace(waiting, requeue_at=earliest(context.now, *ends))
     retry_time = retry_at(status.attempts)
     return replace(waiting, requeue_at=retry_time) if retry_time is not None and context.now < retry_time else None

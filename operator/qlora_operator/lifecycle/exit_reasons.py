@@ -10,7 +10,7 @@ from qlora_api.escapes import shell_command
 from qlora_api.names import Role
 from qlora_api.reasons import Reason
 from qlora_api.report import TerminationMessage
-from qlora_operator.models import PREPARE_MEMORY, ChildJob, Exit, JobState, Pod, Stage
+from qlora_operator.models import PREPARE_DEADLINE, PREPARE_MEMORY, ChildJob, Exit, JobState, Pod, Stage
 
 IMAGE_PULL_ERRORS: Final = frozenset({"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull"})
 CONTAINER_START_ERRORS: Final = frozenset({"StartError", "ContainerCannotRun", "CreateContainerError"})
@@ -26,6 +26,10 @@ DISRUPTION_REASONS: Final = {
 """By reason of the DisruptionTarget condition (Kubernetes documentation, Disruptions); any other is a drain."""
 NODE_GRACE_PERIOD: Final = timedelta(seconds=30)
 """A healthy kubelet terminates a pod within its grace period; this is time for it to report that."""
+POD_CREATION_TIME: Final = timedelta(seconds=15)
+"""The Job controller creates a pod within a second, and 20 a second (kube-controller-manager, --kube-api-qps)."""
+LONGEST_EVENT_LOOKUP: Final = timedelta(minutes=5)
+"""Longest time between two lookups of the Events of a Job without a pod."""
 LOG_LINES: Final = 5
 """Last log lines that a status message quotes."""
 MAX_LOG: Final = 1000
@@ -176,10 +180,10 @@ def classify_abandoned(pod: Pod) -> JobState:
 
 def deadline_message(child: ChildJob) -> str:
     """Return the message for a Job that exceeded its deadline."""
-    limit = f" of {child.deadline_seconds} seconds" if child.deadline_seconds else ""
-    fixed = child.role is Role.PREPARE
-    source = "fixed for a prepare pod" if fixed else "what was left of spec.deadlines.total"
-    return f"Job {child.name} exceeded its deadline{limit} ({source})"
+    if child.role is Role.PREPARE:
+        limit = f"{PREPARE_DEADLINE.total_seconds():g} seconds"
+        return f"Job {child.name} exceeded its deadline of {limit} (fixed for a prepare pod)"
+    return f"Job {child.name} exceeded its deadline (what was left of spec.deadlines.total)"
 
 
 def _stage_reason(role: Role) -> Reason:
@@ -191,18 +195,32 @@ def describe_missing_pod(job: str) -> str:
     return f"Job {job} has no pod yet"
 
 
-def classify_missing_pod(child: ChildJob, startup: timedelta, now: datetime) -> JobState:
-    """Wait for the pod until the startup deadline; after that, a quota or an admission policy denies it."""
-    deadline = child.created_at + startup
-    if now < deadline:
-        message = describe_missing_pod(child.name)
-        return JobState(Stage.WAITING, _stage_reason(child.role), message, requeue_at=deadline)
-    command = shell_command("kubectl", "describe", "job", child.name)
-    return ended_state(
-        Reason.POD_REJECTED,
-        f"Job {child.name} got no pod within {format_seconds(startup)} (spec.deadlines.startup): "
-        f"a quota or an admission policy rejects it; `{command}` shows its message",
-    )
+def classify_missing_pod(child: ChildJob, now: datetime) -> JobState:
+    """Wait for a pod: whatever keeps the Job controller from creating it, such as a quota, may change."""
+    requeue_at = next_event_lookup(child, now)
+    if child.event_message:
+        message = f"Job {child.name} gets no pod: {child.event_message}"
+        return JobState(Stage.WAITING, Reason.POD_REJECTED, message, requeue_at=requeue_at)
+    message = describe_missing_pod(child.name)
+    if waits_long_for_pod(child, now):
+        message = f"{message}; `{shell_command('kubectl', 'describe', 'job', child.name)}` shows its Events"
+    return JobState(Stage.WAITING, _stage_reason(child.role), message, requeue_at=requeue_at)
+
+
+def waits_long_for_pod(child: ChildJob, now: datetime) -> bool:
+    """Return whether a Job has waited longer for a pod than the Job controller takes to create one.
+
+    A Job that has not started is none of these: among thousands, the Job controller has not come to it yet.
+    """
+    waits = len(child.pods) < child.completions and not (child.suspended or child.finished or child.failing)
+    return waits and child.started_at is not None and now >= child.started_at + POD_CREATION_TIME
+
+
+def next_event_lookup(child: ChildJob, now: datetime) -> datetime | None:
+    """Return when to look for the Events of a Job without a pod: ever later, as the Job controller's own back-off."""
+    if child.started_at is None:
+        return None
+    return now + min(max(now - child.started_at, POD_CREATION_TIME), LONGEST_EVENT_LOOKUP)
 
 
 def classify_unfinished(pod: Pod, role: Role, startup: timedelta, now: datetime) -> JobState:

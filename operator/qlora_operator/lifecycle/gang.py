@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
+from typing import Final
 
-from qlora_api.names import output_root
+from qlora_api.names import Role, output_root
 from qlora_api.reasons import REASONS, Reason
 from qlora_api.report import TerminationMessage
 from qlora_api.result import is_below
@@ -23,7 +24,11 @@ from qlora_operator.lifecycle.exit_reasons import (
     is_abandoned,
     parse_termination_message,
 )
-from qlora_operator.models import ChildJob, Job, JobState, Pod, Stage
+from qlora_operator.models import ChildJob, Job, JobState, Pod, Stage, earliest
+
+PEER_PATIENCE: Final = timedelta(minutes=5)
+"""Longest wait for the other pods of a run after one failed: the Job controller stops them within their grace period,
+or they lose their connections to it."""
 
 
 def classify(child: ChildJob, startup: timedelta, now: datetime) -> JobState:
@@ -34,12 +39,13 @@ def classify(child: ChildJob, startup: timedelta, now: datetime) -> JobState:
     if child.suspended and not child.finished:
         return JobState(Stage.WAITING, Reason.QUEUED, f"Job {child.name} is suspended until its queue admits it")
     if failures := [pod for pod in child.pods if _failed(pod) or is_abandoned(pod, now)]:
-        return _classify_failures(child, failures)
+        return _with_deletion_deadline(child, _classify_failures(child, failures, now), now)
     if child.finished:
         return _classify_without_pods(child)
-    if len(child.pods) < child.completions:
-        return classify_missing_pod(child, startup, now)
-    return _with_deletion_deadline(child, _classify_unfinished(child, startup, now))
+    # Kubernetes creates no pod while one of an earlier start has not ended (podReplacementPolicy: Failed).
+    if abandoned := [pod for pod in child.earlier_pods if is_abandoned(pod, now)]:
+        return classify_abandoned(abandoned[0])
+    return _with_deletion_deadline(child, _classify_unfinished(child, startup, now), now)
 
 
 def classify_child(job: Job, child: ChildJob, now: datetime) -> JobState:
@@ -81,24 +87,26 @@ def _classify_without_pods(child: ChildJob) -> JobState:
 
 
 def is_busy(child: ChildJob, now: datetime) -> bool:
-    """Return whether a pod of a Job may still hold a node."""
-    return not child.finished and any(pod.exit is None and not is_abandoned(pod, now) for pod in child.pods)
+    """Return whether the trainer in a pod of a Job may still run."""
+    return not child.finished and any(_is_busy(pod, now) for pod in (*child.pods, *child.earlier_pods))
 
 
-def deletion_deadline(child: ChildJob) -> datetime | None:
-    """Return when the last pod that is being deleted should have ended."""
-    ends = [
-        pod.deletion_timestamp + NODE_GRACE_PERIOD
-        for pod in child.pods
-        if pod.exit is None and pod.deletion_timestamp is not None
-    ]
-    return max(ends, default=None)
+def _is_busy(pod: Pod, now: datetime) -> bool:
+    return not (pod.ended or is_abandoned(pod, now))
 
 
-def _with_deletion_deadline(child: ChildJob, state: JobState) -> JobState:
-    """Requeue when a pod that is being deleted should have ended."""
-    moments = [moment for moment in (deletion_deadline(child), state.requeue_at) if moment is not None]
-    return replace(state, requeue_at=min(moments, default=None))
+def deletion_deadline(child: ChildJob, now: datetime) -> datetime | None:
+    """Return when the next pod that is being deleted should have ended."""
+    pods = (*child.pods, *child.earlier_pods)
+    ends = (pod.deletion_timestamp + NODE_GRACE_PERIOD for pod in pods if pod.deletion_timestamp and not pod.ended)
+    return earliest(now, *ends)
+
+
+def _with_deletion_deadline(child: ChildJob, state: JobState, now: datetime) -> JobState:
+    """Requeue when a pod that is being deleted should have ended, unless the Job has."""
+    if state.stage is Stage.ENDED:
+        return state
+    return replace(state, requeue_at=earliest(now, deletion_deadline(child, now), state.requeue_at))
 
 
 def _succeeded(pod: Pod) -> bool:
@@ -113,14 +121,15 @@ def _failed(pod: Pod) -> bool:
     return pod.exit.code != 0 if pod.exit is not None else pod.phase == "Failed"
 
 
-def _classify_failures(child: ChildJob, failures: Sequence[Pod]) -> JobState:
-    """Return the failure that is most likely the cause; as a consequence may show first, wait for all pods to end."""
+def _classify_failures(child: ChildJob, failures: Sequence[Pod], now: datetime) -> JobState:
+    """Return the failure that is most likely the cause; as a consequence may show first, wait a while for all pods."""
     states = [_classify_failure(child, pod) for pod in _by_end_time(failures)]
     state = min(states, key=lambda state: REASONS[state.reason].consequence_rank)
-    if child.completions == 1 or child.finished or REASONS[state.reason].consequence_rank == 0:
+    patience_ends = child.ended_at(now) + PEER_PATIENCE
+    if REASONS[state.reason].consequence_rank == 0 or not is_busy(child, now) or now >= patience_ends:
         return state
     message = f"pod {failures[0].name} ended, and the other pods of the run are being stopped: {state.message}"
-    return JobState(Stage.RUNNING, Reason.TRAINING, message)
+    return JobState(Stage.RUNNING, Reason.TRAINING, message, requeue_at=patience_ends)
 
 
 def _classify_failure(child: ChildJob, pod: Pod) -> JobState:
@@ -136,17 +145,26 @@ def _by_end_time(pods: Sequence[Pod]) -> list[Pod]:
 
 def _classify_unfinished(child: ChildJob, startup: timedelta, now: datetime) -> JobState:
     """Wait until all pods run; those that have a node hold it for the others until the startup deadline."""
-    states = [classify_unfinished(pod, child.role, startup, now) for pod in child.pods if pod.exit is None]
+    missing = child.completions - len(child.pods)
+    if missing and child.failing:
+        reason = Reason.PREPARING if child.role is Role.PREPARE else Reason.TRAINING
+        return JobState(Stage.RUNNING, reason, f"the pods of Job {child.name} are being stopped")
+    states = [classify_missing_pod(child, now)] if missing else []
+    states += [classify_unfinished(pod, child.role, startup, now) for pod in child.pods if pod.exit is None]
     waiting = [state for state in states if state.stage is not Stage.RUNNING]
     if not waiting:
         return states[0]
     worst = next((state for state in waiting if state.stage is Stage.ENDED), waiting[0])
+    requeue_at = earliest(now, *(state.requeue_at for state in waiting))
     scheduled = [pod.scheduled_at for pod in child.pods if pod.scheduled_at is not None]
-    if worst.requeue_at is not None or worst.stage is Stage.ENDED or not scheduled:
-        return worst
+    if worst.stage is Stage.ENDED or not scheduled or len(scheduled) == child.completions:
+        return replace(worst, requeue_at=requeue_at)
     deadline = min(scheduled) + startup
     if now < deadline:
-        return JobState(worst.stage, worst.reason, worst.message, requeue_at=deadline)
+        return replace(worst, requeue_at=earliest(now, requeue_at, deadline))
+    if missing and any(pod.started_at for pod in child.pods):
+        message = f"{missing} of {child.completions} pods of Job {child.name} disappeared"
+        return ended_state(Reason.INTERRUPTED, message)
     return ended_state(
         Reason.STARTUP_DEADLINE_EXCEEDED,
         f"only {len(scheduled)} of {child.completions} pods got a node within {format_seconds(startup)} "

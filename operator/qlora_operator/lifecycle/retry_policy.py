@@ -7,6 +7,7 @@ from typing import Final
 from qlora_api.reasons import REASONS, Reason, RetryAction
 from qlora_api.units import format_gib
 from qlora_api.v1alpha1 import Attempt, DeadlinesSpec, Plan, to_timedelta
+from qlora_operator.lifecycle.container_time import container_time
 from qlora_operator.models import JobState
 
 MOST_ATTEMPTS: Final = 100
@@ -34,12 +35,9 @@ def _blames_node(attempt: Attempt) -> bool:
     return attempt.reason is not None and REASONS[attempt.reason].retry is RetryAction.OTHER_NODE
 
 
-def time_left(deadlines: DeadlinesSpec, attempts: Sequence[Attempt]) -> timedelta:
-    """Return what the ended attempts left of spec.deadlines.total; negative if they exceeded it."""
-    spent = (
-        attempt.finished_at - attempt.started_at for attempt in attempts if attempt.started_at and attempt.finished_at
-    )
-    return min(to_timedelta(deadlines.total), LONGEST_WAIT) - sum(spent, timedelta(0))
+def time_left(deadlines: DeadlinesSpec, attempts: Sequence[Attempt], now: datetime) -> timedelta:
+    """Return what the containers of all attempts left of spec.deadlines.total; negative if they exceeded it."""
+    return min(to_timedelta(deadlines.total), LONGEST_WAIT) - container_time(attempts, now)
 
 
 def choose_remedy(state: JobState, plan: Plan) -> RetryAction | None:

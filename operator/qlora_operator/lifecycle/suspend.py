@@ -7,7 +7,7 @@ from qlora_api.reasons import Reason
 from qlora_operator.lifecycle.context import ReconcileContext
 from qlora_operator.lifecycle.gang import classify_child
 from qlora_operator.lifecycle.retry_policy import AT_ONCE
-from qlora_operator.lifecycle.train_phase import observed_attempt
+from qlora_operator.lifecycle.train_phase import end_attempt, observed_attempt
 from qlora_operator.models import Action, Decision, Job, Observation, Stage
 
 _STOPPING: Final = "training is being stopped: it writes a checkpoint and ends"
@@ -23,9 +23,7 @@ def suspend(job: Job, children: Observation, number: int, context: ReconcileCont
     if train is not None and not train.deleting:
         if classify_child(job, train, context.now).stage not in _RUNNING:
             return None
-        ended = observed_attempt(job, train).model_copy(
-            update={"reason": Reason.SUSPENDED_BY_USER, "message": _STOPPING, "finished_at": context.now}
-        )
+        ended = end_attempt(observed_attempt(job, train, context), Reason.SUSPENDED_BY_USER, _STOPPING, context.now)
         return Decision(Phase.SUSPENDED, Reason.SUSPENDED_BY_USER, _STOPPING, attempt=ended, requeue_after=AT_ONCE)
     if train is not None or any(attempt.number == number for attempt in job.status.attempts):
         return None

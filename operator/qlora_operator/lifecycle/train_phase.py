@@ -7,7 +7,9 @@ from typing import Final
 from qlora_api.names import Phase, train_job_name
 from qlora_api.reasons import NORMAL_REASONS, Reason, RetryAction
 from qlora_api.v1alpha1 import Attempt
+from qlora_operator.lifecycle.container_time import close_start, container_end, track_starts
 from qlora_operator.lifecycle.context import ReconcileContext, heartbeat_deadline
+from qlora_operator.lifecycle.exit_reasons import POD_CREATION_TIME
 from qlora_operator.lifecycle.gang import classify_child
 from qlora_operator.lifecycle.retry_policy import (
     AT_ONCE,
@@ -17,11 +19,13 @@ from qlora_operator.lifecycle.retry_policy import (
     time_left,
     used_attempts,
 )
-from qlora_operator.models import Action, ChildJob, Decision, Job, JobState, Pod, Stage
+from qlora_operator.models import Action, ChildJob, Decision, Job, JobState, Pod, Stage, earliest
 from qlora_planner.validation import Violation
 
 MAX_LOST_ATTEMPTS: Final = 3
 """Give up after so many training Jobs without a termination message: something keeps deleting them."""
+DEADLINE_TOLERANCE: Final = timedelta(minutes=1)
+"""By how much container time may fall short of a deadline that it met: times are whole seconds, of several clocks."""
 PREPARE_SUCCESS_REASONS: Final = frozenset({Reason.PREPARED, Reason.ALREADY_PUBLISHED})
 """Reasons of a termination message with which a preparation succeeds."""
 _REPORTED_PHASES: Final = {
@@ -42,12 +46,25 @@ def make_attempt(job: Job, number: int) -> Attempt:
     )
 
 
-def observed_attempt(job: Job, train: ChildJob) -> Attempt:
-    """Return an attempt with what its Job and pods show: start time and node."""
+def recorded_attempt(job: Job, number: int) -> Attempt:
+    """Return an attempt as the last status has it; a new one if it is not there."""
+    recorded = next((attempt for attempt in job.status.attempts if attempt.number == number), None)
+    return recorded or make_attempt(job, number)
+
+
+def observed_attempt(job: Job, train: ChildJob, context: ReconcileContext) -> Attempt:
+    """Return an attempt with what its Job and pods show: the times of its containers, and the node."""
     pod = _decisive_pod(train)
-    started = [pod.started_at for pod in train.pods if pod.started_at is not None]
-    observed = {"started_at": min(started, default=None), "node": pod.node if pod else ""}
-    return make_attempt(job, train.attempt).model_copy(update=observed)
+    attempt = make_attempt(job, train.attempt).model_copy(update={"node": pod.node if pod else ""})
+    recorded = recorded_attempt(job, train.attempt)
+    report = context.last_report or job.status.last_report
+    return track_starts(attempt, recorded, train, report.updated_at if report else None, context.now)
+
+
+def end_attempt(attempt: Attempt, reason: Reason, message: str, at: datetime) -> Attempt:
+    """Return an attempt that has ended."""
+    ended = {"reason": reason, "message": message, "finished_at": at}
+    return close_start(attempt, at).model_copy(update=ended)
 
 
 def _decisive_pod(train: ChildJob) -> Pod | None:
@@ -62,39 +79,71 @@ def _exit_time(pod: Pod) -> float:
 
 def follow_training(job: Job, train: ChildJob, context: ReconcileContext) -> Decision:
     """Decide what follows from the state of a training Job."""
-    state, attempt = classify_child(job, train, context.now), observed_attempt(job, train)
+    state, attempt = classify_child(job, train, context.now), observed_attempt(job, train, context)
     if state.stage is Stage.LOST:
         return decide_lost(attempt, context.now)
+    if state.reason is Reason.QUEUED:
+        message, requeue_at = _describe_queued(job, train, state, attempt), next_suspension_lookup(train, context.now)
+        return Decision(Phase.QUEUED, Reason.QUEUED, message, attempt=attempt, requeue_at=requeue_at)
     if state.stage is Stage.WAITING:
-        phase = Phase.QUEUED if state.reason is Reason.QUEUED else Phase.SCHEDULING
-        return Decision(phase, state.reason, state.message, attempt=attempt, requeue_at=state.requeue_at)
+        return Decision(Phase.SCHEDULING, state.reason, state.message, attempt=attempt, requeue_at=state.requeue_at)
     if state.stage is Stage.RUNNING:
         return _follow_running(job, train, state, attempt, context)
-    return _end_training(job, state, *_correct_clock_skew(attempt, train.ended_at(context.now), context.now))
+    end = container_end(train, context.now)
+    return _end_training(
+        job, _check_deadline(job, train, state, end_attempt(attempt, state.reason, "", end)), attempt, end
+    )
 
 
-def _correct_clock_skew(attempt: Attempt, end: datetime, now: datetime) -> tuple[Attempt, datetime]:
-    """Shift the times of an attempt if its node's clock is ahead of ours, or the next attempt would have to wait."""
-    ahead = end - now
-    if ahead <= timedelta(0):
-        return attempt, end
-    start = attempt.started_at - ahead if attempt.started_at else None
-    return attempt.model_copy(update={"started_at": start}), now
+def _check_deadline(job: Job, train: ChildJob, state: JobState, ended: Attempt) -> JobState:
+    """Return how a Job ended; if its deadline passed while its containers waited, the attempt was interrupted."""
+    attempts = (*job.status.attempts[: ended.number - 1], ended)
+    left = time_left(job.spec.deadlines, attempts, ended.finished_at or job.created_at)
+    if state.reason is not Reason.DEADLINE_EXCEEDED or left <= DEADLINE_TOLERANCE:
+        return state
+    message = f"Job {train.name} exceeded its activeDeadlineSeconds before its containers ran for spec.deadlines.total"
+    return JobState(Stage.ENDED, Reason.INTERRUPTED, message)
+
+
+def _describe_queued(job: Job, train: ChildJob, state: JobState, attempt: Attempt) -> str:
+    """Return why an attempt is in its queue; one that has run says who suspended it, as far as that is known."""
+    if not attempt.container_seconds:
+        return state.message
+    if not train.event_message and job.status.phase is Phase.QUEUED and job.status.message:
+        return job.status.message
+    why = train.event_message or "its queue took its nodes back"
+    return f"Job {train.name} was suspended and resumes from its last checkpoint once it is admitted again: {why}"
+
+
+def preempted(job: Job, train: ChildJob) -> bool:
+    """Return whether a queue has suspended the Job of an attempt that ran."""
+    ran = any(attempt.number == train.attempt and attempt.started_at for attempt in job.status.attempts)
+    return train.suspended and not train.finished and ran
+
+
+def next_suspension_lookup(train: ChildJob, now: datetime) -> datetime | None:
+    """Return when the Event of a suspension should be there: its queue records it after it has suspended the Job."""
+    return earliest(now, train.suspended_at + POD_CREATION_TIME if train.suspended_at else None)
 
 
 def _follow_running(
     job: Job, train: ChildJob, state: JobState, attempt: Attempt, context: ReconcileContext
 ) -> Decision:
+    others = [known for known in job.status.attempts if known.number != attempt.number]
+    left = time_left(job.spec.deadlines, (*others, attempt), context.now)
     hung_at = heartbeat_deadline(job, train, context)
-    if hung_at is not None and context.now >= hung_at:
+    if hung_at is not None and context.now >= hung_at and left > AT_ONCE:
         pod = train.pod.name if train.pod else train.name
         message = f"pod {pod} has not reported since {_describe_last_report(job, context)}"
         return _end_training(job, JobState(Stage.ENDED, Reason.HEARTBEAT_LOST, message), attempt, context.now)
     report = context.last_report
     phase = report.phase if report and report.phase in _REPORTED_PHASES else Phase.TRAINING
-    rechecks = [moment for moment in (hung_at, state.requeue_at) if moment is not None]
+    requeue_at = earliest(context.now, hung_at, state.requeue_at, context.now + max(left, AT_ONCE))
     message = state.message or _describe_run(train)
-    return Decision(phase, _REPORTED_PHASES[phase], message, attempt=attempt, requeue_at=min(rechecks, default=None))
+    if left <= AT_ONCE:  # job_deadline makes Kubernetes stop it
+        limit = f"{job.spec.deadlines.total} (spec.deadlines.total)"
+        message = f"training is being stopped: all attempts together ran for {limit}"
+    return Decision(phase, _REPORTED_PHASES[phase], message, attempt=attempt, requeue_at=requeue_at)
 
 
 def _describe_last_report(job: Job, context: ReconcileContext) -> str:
@@ -114,7 +163,7 @@ def decide_published(state: JobState, attempt: Attempt, at: datetime) -> Decisio
     if state.reason is not Reason.PUBLISHED or result is None:
         return None
     message = f"the adapter is published as {result.adapter}"
-    ended = attempt.model_copy(update={"reason": Reason.PUBLISHED, "message": "", "finished_at": at})
+    ended = end_attempt(attempt, Reason.PUBLISHED, "", at)
     return Decision(Phase.SUCCEEDED, Reason.PUBLISHED, message, result=result, attempt=ended)
 
 
@@ -129,7 +178,7 @@ def decide_failed(state: JobState) -> Decision:
 def decide_lost(attempt: Attempt, now: datetime) -> Decision:
     """Record an attempt without a known end, and prepare again: prepare finds the result if it was published."""
     message = f"Job {attempt.job} disappeared without a termination message"
-    lost = attempt.model_copy(update={"reason": Reason.POD_LOST, "message": message, "finished_at": now})
+    lost = end_attempt(attempt, Reason.POD_LOST, message, now)
     if lost.number >= MAX_LOST_ATTEMPTS:
         final_message = (
             f"{message}, as did {lost.number - 1} before it; find out what deletes Jobs or pods in this namespace"
@@ -145,7 +194,7 @@ def _end_training(job: Job, state: JobState, attempt: Attempt, at: datetime) -> 
     if decision := decide_published(state, attempt, at):
         return decision
     failed = decide_failed(state)
-    ended = attempt.model_copy(update={"reason": failed.reason, "message": failed.message, "finished_at": at})
+    ended = end_attempt(attempt, failed.reason, failed.message, at)
     decision = _retry(job, state, ended) or failed
     return replace(
         decision,
@@ -160,7 +209,7 @@ def _retry(job: Job, state: JobState, ended: Attempt) -> Decision | None:
     action = choose_remedy(state, plan) if plan else None
     if action is None or plan is None:
         return None
-    if exhausted := _exhausted(job, attempts):
+    if exhausted := _exhausted(job, attempts, ended.finished_at or job.created_at):
         message = f"{exhausted.message}; the last one ended with {ended.reason}: {state.message}"
         return Decision(Phase.FAILED, exhausted.reason, message)
     plan = shrink(plan, ended.number) if action is RetryAction.SHRINK_MICRO_BATCH else plan
@@ -168,14 +217,14 @@ def _retry(job: Job, state: JobState, ended: Attempt) -> Decision | None:
     return Decision(Phase.SCHEDULING, state.reason, message, plan=plan, requeue_after=AT_ONCE)
 
 
-def _exhausted(job: Job, attempts: tuple[Attempt, ...]) -> Violation | None:
+def _exhausted(job: Job, attempts: tuple[Attempt, ...], now: datetime) -> Violation | None:
     """Return the limit that another attempt would exceed, if any."""
     limit = job.spec.retries.max_attempts
     if (used := used_attempts(attempts)) >= limit:
         return Violation(Reason.RETRIES_EXHAUSTED, f"{used} of {limit} attempts (spec.retries.maxAttempts) failed")
     if len(attempts) >= MOST_ATTEMPTS:
         return Violation(Reason.RETRIES_EXHAUSTED, f"{len(attempts)} attempts ended, most of them by disruptions")
-    if time_left(job.spec.deadlines, attempts) <= AT_ONCE:
+    if time_left(job.spec.deadlines, attempts, now) <= AT_ONCE:
         message = f"all attempts together exceeded {job.spec.deadlines.total} (spec.deadlines.total)"
         return Violation(Reason.DEADLINE_EXCEEDED, message)
     return None

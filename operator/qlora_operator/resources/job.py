@@ -1,11 +1,9 @@
 """The batch/v1 Jobs: one for prepare, one per training attempt."""
 
-from datetime import timedelta
-
 from qlora_api import names
 from qlora_api.job_ref import JobRef
 from qlora_api.v1alpha1 import QLoRAJobSpec, QueueSpec
-from qlora_operator.models import PREPARE_DEADLINE, AttemptInputs, Manifest
+from qlora_operator.models import AttemptInputs, Manifest
 from qlora_operator.resources.metadata import (
     ChildWorkload,
     Installation,
@@ -21,14 +19,14 @@ from qlora_operator.resources.pod import build_prepare_pod, build_train_pod
 def build_prepare_job(owner: Owner, spec: QLoRAJobSpec, installation: Installation) -> Manifest:
     """Return the Job that checks model, dataset and output without a GPU."""
     workload = prepare_workload(owner)
-    return _build(workload, build_prepare_pod(workload, spec, installation), PREPARE_DEADLINE)
+    return _build(workload, build_prepare_pod(workload, spec, installation))
 
 
 def build_train_job(owner: Owner, spec: QLoRAJobSpec, run: AttemptInputs, installation: Installation) -> Manifest:
     """Return the Job of one training attempt: a gang of one pod per node."""
     workload, plan = train_workload(owner, run.attempt), run.plan
     pod = build_train_pod(workload, spec, run, installation)
-    job = _build(workload, pod, timedelta(seconds=run.seconds_left), plan.nodes)
+    job = _build(workload, pod, plan.nodes)
     return _queue(job, spec.queue) if spec.queue else job
 
 
@@ -41,8 +39,8 @@ def _queue(job: Manifest, queue: QueueSpec) -> Manifest:
     return {**job, "metadata": metadata, "spec": {"suspend": True, **job["spec"]}}
 
 
-def build_deadline(ref: JobRef, name: str, seconds: int) -> Manifest:
-    """Return the patch of activeDeadlineSeconds, the one field of a running Job that follows the spec."""
+def build_deadline(ref: JobRef, name: str, seconds: int | None) -> Manifest:
+    """Return the merge patch of activeDeadlineSeconds, the one field of a Job that changes; None removes it."""
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
@@ -51,8 +49,11 @@ def build_deadline(ref: JobRef, name: str, seconds: int) -> Manifest:
     }
 
 
-def _build(workload: ChildWorkload, pod: Manifest, deadline: timedelta, pods: int = 1) -> Manifest:
-    """Return a Job whose pods are never restarted: the operator, not the Job controller, decides on retries."""
+def _build(workload: ChildWorkload, pod: Manifest, pods: int = 1) -> Manifest:
+    """Return a Job whose pods are never restarted: the operator, not the Job controller, decides on retries.
+
+    It has no deadline until a container runs (`lifecycle.job_deadline`).
+    """
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
@@ -63,7 +64,6 @@ def _build(workload: ChildWorkload, pod: Manifest, deadline: timedelta, pods: in
             "parallelism": pods,
             "backoffLimit": 0,
             "podReplacementPolicy": "Failed",
-            "activeDeadlineSeconds": int(deadline.total_seconds()),
             "template": {
                 "metadata": {"labels": build_labels(workload)},
                 "spec": pod,

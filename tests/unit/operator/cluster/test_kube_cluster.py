@@ -195,3 +195,35 @@ async def test_invalid_status_error_differs_from_forbidden(status: int, kind: ty
         await KubeCluster(api, ChildCache()).write_status(job, {})
     assert type(refusal.value) is kind
     await api.close()
+
+
+class EventsApi(Api):
+    """Answers lists of Events, or refuses them."""
+
+    def __init__(self, events: list[dict[str, Any]] | None) -> None:
+        super().__init__(client.Configuration())
+        self._events = events
+        self.queries: list[Any] = []
+
+    async def request(self, *_: Any, **options: Any) -> dict[str, Any]:
+        self.queries.append(options["query"])
+        if self._events is None:
+            raise ApiError(403, "Forbidden", "cannot list resource events")
+        return {"items": self._events}
+
+
+@pytest.mark.parametrize(
+    ("events", "message"),
+    [
+        ([{"reason": "FailedCreate", "message": "Error creating: no", "lastTimestamp": "2026-03-01T12:00:00Z"}], "no"),
+        ([], ""),
+        (None, ""),
+    ],
+)
+async def test_event_of_a_job_is_found_if_events_may_be_listed(
+    events: list[dict[str, Any]] | None, message: str
+) -> None:
+    api = EventsApi(events)
+    assert await KubeCluster(api, ChildCache()).find_event(REF, "job-uid", {"FailedCreate"}, NOW) == message
+    assert api.queries[0]["fieldSelector"] == "involvedObject.uid=job-uid"
+    await api.close()

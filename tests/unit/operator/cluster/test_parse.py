@@ -1,12 +1,12 @@
 """What the API server's JSON means."""
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 
 from qlora_api.names import Role
-from qlora_operator.cluster.parse import parse_child, parse_observation, parse_pod
+from qlora_operator.cluster.parse import parse_child, parse_event_message, parse_observation, parse_pod
 from qlora_operator.models import Exit, JobFailure, Pod, RawJob, Waiting
 from tests.make import NOW, REF, UID
 
@@ -84,7 +84,7 @@ def make_raw_child(owner: str = UID, conditions: tuple[dict[str, Any], ...] = ()
 
 def test_job_past_deadline_with_terminating_pod() -> None:
     target = {"type": "FailureTarget", "status": "True", "reason": "DeadlineExceeded"}
-    child = parse_child(make_raw_child(conditions=(target,)), ())
+    child = parse_child(make_raw_child(conditions=(target,)))
     assert (child.role, child.attempt, child.deadline_exceeded, child.finished) == (Role.TRAIN, 2, True, False)
 
 
@@ -96,7 +96,7 @@ def test_a_failed_job() -> None:
         "message": "m",
         "lastTransitionTime": BORN,
     }
-    child = parse_child(make_raw_child(conditions=(failed,)), ())
+    child = parse_child(make_raw_child(conditions=(failed,)))
     assert (child.failure, child.deadline_exceeded) == (JobFailure("BackoffLimitExceeded", "m", NOW), False)
 
 
@@ -104,3 +104,62 @@ def test_children_of_other_job_uid_are_ignored() -> None:
     job = RawJob(REF, UID, 1, "1", datetime(2026, 1, 1, tzinfo=UTC), deleting=False, spec={}, status={})
     seen = parse_observation(job, [make_raw_child(), make_raw_child(owner="somebody else")], [])
     assert len(seen.jobs) == 1
+
+
+STARTED = "2026-03-01T12:10:00Z"
+RESUMED = {"type": "Suspended", "status": "False", "lastTransitionTime": STARTED}
+
+
+def make_raw_pod_of_job(name: str, *, created: str, asked: str = "", index: int = 0) -> dict[str, Any]:
+    deletion: dict[str, Any] = {}
+    if asked:
+        ends = (datetime.fromisoformat(asked) + timedelta(seconds=60)).isoformat()
+        deletion = {"deletionTimestamp": ends, "deletionGracePeriodSeconds": 60}
+    metadata = {
+        **META, "name": name, "uid": name, "creationTimestamp": created, **deletion,
+        "ownerReferences": [{"uid": "u", "controller": True}],
+        "annotations": {"batch.kubernetes.io/job-completion-index": str(index)},
+    }  # fmt: skip
+    return {"metadata": metadata, "spec": {}, "status": {"phase": "Running"}}
+
+
+@pytest.mark.parametrize(
+    ("pod", "earlier"),
+    [
+        pytest.param({"created": BORN}, False, id="of-a-slow-batch"),
+        pytest.param({"created": "2026-03-01T12:09:58Z", "asked": "2026-03-01T12:30:00Z"}, False, id="drained-later"),
+        pytest.param({"created": "2026-03-01T12:11:00Z", "asked": "2026-03-01T12:12:00Z"}, False, id="drained-at-once"),
+        pytest.param({"created": BORN, "asked": "2026-03-01T12:09:30Z"}, True, id="suspended"),
+        pytest.param({"created": BORN, "asked": STARTED}, True, id="suspended-and-resumed-in-one-second"),
+    ],
+)
+def test_pods_of_an_earlier_start_are_kept_apart(pod: dict[str, str], earlier: bool) -> None:
+    job = RawJob(REF, UID, 1, "1", NOW, deleting=False, spec={}, status={})
+    raw = make_raw_child(conditions=(RESUMED,))
+    raw["status"]["startTime"] = STARTED
+    [child] = parse_observation(job, [raw], [make_raw_pod_of_job("old", **pod)]).jobs
+    assert (len(child.pods), len(child.earlier_pods)) == ((0, 1) if earlier else (1, 0))
+
+
+def test_job_is_suspended_until_its_controller_has_resumed_it() -> None:
+    """Between the two, its startTime is that of the earlier start."""
+    raw = make_raw_child(conditions=({**RESUMED, "status": "True"},))
+    raw["spec"]["suspend"] = False
+    raw["status"]["startTime"] = BORN
+    child = parse_child(raw)
+    assert (child.suspended, child.started_at) == (True, None)
+
+
+def test_message_of_newest_event_since_a_time() -> None:
+    def event(reason: str, message: str, **times: Any) -> dict[str, Any]:
+        return {"reason": reason, "message": message, "metadata": META, **times}
+
+    events = [
+        event("FailedCreate", "Error creating: old", lastTimestamp="2026-03-01T11:00:00Z"),
+        event("FailedCreate", "Error creating: exceeded quota", lastTimestamp=STARTED),
+        event("FailedCreate", "Error creating: exceeded another", series={"lastObservedTime": "2026-03-01T12:20:00Z"}),
+        event("SuccessfulCreate", "Created pod", eventTime="2026-03-01T12:30:00Z", lastTimestamp=None, series=None),
+    ]
+    assert parse_event_message(events, {"FailedCreate"}, NOW) == "exceeded another"
+    assert parse_event_message(events[:2], {"FailedCreate"}, NOW) == "exceeded quota"
+    assert parse_event_message(events[:1], {"FailedCreate"}, NOW) == ""

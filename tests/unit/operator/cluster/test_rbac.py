@@ -23,6 +23,7 @@ def test_operator_permissions() -> None:
         "/configmaps": "get create patch",
         "/services": "get create patch",
         "/pods": "get list watch",
+        "/events": "list",
         "events.k8s.io/events": "create",
         "authentication.k8s.io/tokenreviews": "create",
         "/nodes": "list",

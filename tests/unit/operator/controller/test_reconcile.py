@@ -16,6 +16,7 @@ from qlora_api.v1alpha1 import Progress
 from qlora_operator.cluster.interface import AdmissionDeniedError, InvalidStatusError
 from qlora_operator.controller.reconcile import ADMISSION_DENIED_RETRY, NAME_CONFLICT_RETRY, reconcile
 from qlora_operator.lifecycle import ReconcileContext
+from qlora_operator.lifecycle.job_deadline import SAFETY_MARGIN
 from qlora_operator.models import Manifest
 from tests.fakes import FakeCluster
 from tests.make import (
@@ -267,10 +268,15 @@ async def test_job_deadline_follows_spec(cluster: FakeCluster) -> None:
     await reconcile_until_stable(cluster)
     cluster.end_pod(PREPARE, 0, PREPARED_MESSAGE)
     await reconcile_until_stable(cluster)
+    created_at = cluster.now
+    assert "activeDeadlineSeconds" not in cluster.children["Job", TRAIN]["spec"]
     cluster.start_pod(TRAIN)
+    await reconcile_until_stable(cluster)
     cluster.change(deadlines={"total": "48h"})
     await reconcile_until_stable(cluster)
-    assert cluster.children["Job", TRAIN]["spec"]["activeDeadlineSeconds"] == 48 * 3600
+    deadline = timedelta(seconds=cluster.children["Job", TRAIN]["spec"]["activeDeadlineSeconds"])
+    expected = timedelta(hours=48) + SAFETY_MARGIN
+    assert expected <= deadline <= expected + (cluster.now - created_at)
 
 
 async def test_children_of_deleted_job_with_same_name_are_waited_for(cluster: FakeCluster) -> None:

@@ -172,17 +172,14 @@ def ended_child(end: Exit, **pod: Any) -> ChildJob:
         pytest.param(
             make_child(pod=None, failure=JobFailure("DeadlineExceeded", "too long"), deadline_exceeded=True),
             Reason.DEADLINE_EXCEEDED,
-            "86400 seconds (what was left of spec.deadlines.total)",
+            "exceeded its deadline (what was left of spec.deadlines.total)",
             id="deadline",
         ),
         pytest.param(
             make_child(pod=make_pod(exit=make_exit(143)), deadline_exceeded=True),
             Reason.DEADLINE_EXCEEDED,
-            "86400 seconds",
+            "exceeded its deadline (what was left of spec.deadlines.total)",
             id="deadline-while-the-pod-ends",
-        ),
-        pytest.param(
-            make_child(pod=None, created_at=LONG_AGO), Reason.POD_REJECTED, "quota", id="pod-is-never-created"
         ),
         pytest.param(
             make_child(
@@ -220,6 +217,15 @@ def test_exit_maps_to_reason(child: ChildJob, reason: Reason, said: str) -> None
     [
         pytest.param(make_child(pod=None), Stage.WAITING, Reason.SCHEDULING, id="no-pod-yet"),
         pytest.param(make_child(Role.PREPARE, pod=None), Stage.WAITING, Reason.PREPARING, id="no-prepare-pod-yet"),
+        pytest.param(
+            make_child(pod=None, created_at=LONG_AGO), Stage.WAITING, Reason.SCHEDULING, id="pod-is-never-created"
+        ),
+        pytest.param(
+            make_child(pod=None, created_at=LONG_AGO, event_message="exceeded quota: gpus"),
+            Stage.WAITING,
+            Reason.POD_REJECTED,
+            id="pod-is-refused",
+        ),
         pytest.param(make_child(pod=make_pending_pod()), Stage.WAITING, Reason.SCHEDULING, id="pending"),
         pytest.param(
             make_child(pod=make_pending_pod(unschedulable="0/3 nodes are available"), created_at=LONG_AGO),

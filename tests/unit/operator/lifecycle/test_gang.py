@@ -105,10 +105,27 @@ def test_unscheduled_gang_waits_without_deadline() -> None:
     assert (state.stage, state.reason, state.requeue_at) == (Stage.WAITING, Reason.UNSCHEDULABLE, None)
 
 
-def test_missing_pod_fails_at_startup_deadline() -> None:
-    waiting = classify(gang(pod_of(0), created_at=NOW), STARTUP, NOW)
-    assert (waiting.stage, waiting.requeue_at) == (Stage.WAITING, NOW + STARTUP)
-    assert classify(gang(pod_of(0), created_at=NOW - STARTUP), STARTUP, NOW).reason is Reason.POD_REJECTED
+def test_pod_that_is_not_created_ends_placed_gang_at_startup_deadline() -> None:
+    placed = pod_of(0, started_at=None, scheduled_at=NOW)
+    child = gang(placed, created_at=NOW - timedelta(days=1), started_at=NOW, event_message="exceeded quota: gpus")
+    waiting = classify(child, STARTUP, NOW + timedelta(minutes=1))
+    assert (waiting.stage, waiting.reason) == (Stage.WAITING, Reason.POD_REJECTED)
+    assert waiting.message == "Job support-bot-1 gets no pod: exceeded quota: gpus"
+    ended = classify(replace(child, pods=(replace(placed, started_at=NOW),)), STARTUP, NOW + STARTUP)
+    assert (ended.stage, ended.reason) == (Stage.ENDED, Reason.INTERRUPTED)
+    assert classify(child, STARTUP, NOW + STARTUP).reason is Reason.STARTUP_DEADLINE_EXCEEDED
+
+
+def test_gang_without_any_node_waits_for_missing_pods() -> None:
+    child = gang(make_pending_pod(index=0), created_at=NOW - timedelta(days=1), started_at=NOW)
+    assert classify(child, STARTUP, NOW + 10 * STARTUP).stage is Stage.WAITING
+
+
+def test_pods_that_kubernetes_stops_are_not_missing() -> None:
+    """A pod of a gang is deleted; the Job controller has removed it, and stops the others."""
+    stopping = pod_of(1, deleting=True, deletion_timestamp=NOW + timedelta(minutes=1))
+    state = classify(gang(stopping, failing=True, created_at=NOW - 2 * STARTUP), STARTUP, NOW)
+    assert (state.stage, state.reason) == (Stage.RUNNING, Reason.TRAINING)
 
 
 def test_gang_without_pods_is_lost() -> None:
