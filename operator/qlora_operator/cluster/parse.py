@@ -139,8 +139,17 @@ def parse_child(item: Json, pods: tuple[Pod, ...]) -> ChildJob:
         failure=_failure(failed) if failed else None,
         deadline_exceeded=any(conditions.get(kind, {}).get("reason") == "DeadlineExceeded" for kind in _FAILING),
         completions=item["spec"].get("completions", 1),
+        avoided_nodes=_avoided_nodes(item),
         pods=tuple(pod for pod in pods if not _is_of_earlier_start(pod, started)),
     )
+
+
+def _avoided_nodes(job: Json) -> tuple[str, ...]:
+    """Return the nodes that the node affinity of a Job's pods excludes."""
+    affinity = job["spec"].get("template", {}).get("spec", {}).get("affinity", {}).get("nodeAffinity", {})
+    terms = affinity.get("requiredDuringSchedulingIgnoredDuringExecution", {}).get("nodeSelectorTerms") or ()
+    fields = [field for term in terms for field in term.get("matchFields") or () if field.get("operator") == "NotIn"]
+    return tuple(dict.fromkeys(node for field in fields for node in field.get("values") or ()))
 
 
 def _is_of_earlier_start(pod: Pod, started: datetime | None) -> bool:

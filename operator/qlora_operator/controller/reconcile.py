@@ -14,14 +14,17 @@ from qlora_api.v1alpha1 import QLoRAJobSpec, QLoRAJobStatus, to_timedelta
 from qlora_operator.cluster.interface import AdmissionDeniedError, Cluster, InvalidStatusError, NameConflictError
 from qlora_operator.lifecycle import (
     ReconcileContext,
-    avoided_nodes,
     decide,
+    disliked_nodes,
     is_terminal,
     needs_gpu_nodes,
     rejected,
+    retry_limits,
+    revive,
     time_left,
 )
-from qlora_operator.lifecycle.retry_policy import AT_ONCE, LONGEST_WAIT
+from qlora_operator.lifecycle.budgets import LONGEST_WAIT
+from qlora_operator.lifecycle.retry_policy import AT_ONCE
 from qlora_operator.models import Action, AttemptInputs, Decision, Job, Manifest, Observation, RawJob
 from qlora_operator.resources import (
     Installation,
@@ -94,7 +97,7 @@ async def reconcile_once(
         return ReconcileResult()
     request = ReconcileRequest(raw, QLoRAJobStatus.model_validate(raw.status), without_stale_report(context, raw))
     if is_terminal(request.previous_status):
-        return await reconcile_finished(request, cluster)
+        return await reconcile_terminal(request, cluster, from_cache=from_cache)
     spec = parse(raw)
     if isinstance(spec, Violation):
         return None if from_cache else await write_status(request, rejected((spec,)), None, cluster)
@@ -110,6 +113,8 @@ async def reconcile_once(
         children = await list_children_and_gpu_nodes(job, raw, cluster)
         decision = decide(job, children, request.context)
     decision, created = await apply_decision(decision, job, children, cluster, installation)
+    if decision.phase is Phase.FAILED:
+        decision = replace(decision, retry_limits=retry_limits(job))
     if created and is_first_step(decision, job):
         return ReconcileResult(AT_ONCE)  # status comes after the first steps of all queued QLoRAJobs
     return await write_status(request, decision, spec.resources.nodes * spec.resources.gpus_per_node, cluster)
@@ -152,6 +157,27 @@ def parse(raw: RawJob) -> QLoRAJobSpec | Violation:
     except ValidationError as error:
         sentences = (f"{'.'.join(('spec', *map(str, entry['loc'])))}: {entry['msg']}" for entry in error.errors())
         return Violation(Reason.INVALID_SPEC, "; ".join(sentences))
+
+
+async def reconcile_terminal(
+    request: ReconcileRequest, cluster: Cluster, *, from_cache: bool
+) -> ReconcileResult | None:
+    """Continue a failed run if a limit of its spec was raised, else clean up; None: read it live."""
+    raw, spec = request.raw, parse(request.raw)
+    if not isinstance(spec, Violation):
+        job = Job(raw.ref, raw.uid, raw.generation, raw.created_at, spec, request.previous_status)
+        if decision := revive(job, request.context.now):
+            return None if from_cache else await revive_run(job, decision, request, cluster)
+    return await reconcile_finished(request, cluster)
+
+
+async def revive_run(job: Job, decision: Decision, request: ReconcileRequest, cluster: Cluster) -> ReconcileResult:
+    """Delete the Jobs that a failed run left running, and let it continue."""
+    children = await cluster.list_children(request.raw)
+    await delete_running_jobs(job, children, cluster)
+    if decision.action is Action.DELETE_PREPARE_JOB and children.prepare and not children.prepare.deleting:
+        await cluster.delete_job(job.ref, children.prepare.name)
+    return await write_status(request, decision, None, cluster)
 
 
 async def reconcile_finished(request: ReconcileRequest, cluster: Cluster) -> ReconcileResult:
@@ -221,7 +247,8 @@ def build_children(decision: Decision, job: Job, installation: Installation) -> 
             decision.plan,
             decision.prepared,
             seconds_left=seconds_left(job),
-            avoided_nodes=avoided_nodes(job.status.attempts),
+            avoided_nodes=decision.attempt.avoided_nodes or (),
+            disliked_nodes=disliked_nodes(job.status.attempts),
         )
         return (
             build_run_config(owner, job.spec, run, installation),
@@ -275,7 +302,8 @@ def outdated_deadlines(job: Job, children: Observation) -> list[Manifest]:
 def seconds_left(job: Job) -> int:
     """Return the seconds of spec.deadlines.total left for the current attempt; Kubernetes requires at least 1."""
     ended = [attempt for attempt in job.status.attempts if attempt.reason]
-    return max(int(time_left(job.spec.deadlines, ended).total_seconds()), 1)
+    earlier = timedelta(seconds=job.status.earlier_attempts.seconds if job.status.earlier_attempts else 0)
+    return max(int(time_left(job.spec.deadlines, ended, earlier).total_seconds()), 1)
 
 
 async def write_status(

@@ -5,23 +5,16 @@ from datetime import datetime, timedelta
 from typing import Final
 
 from qlora_api.names import Phase, train_job_name
-from qlora_api.reasons import NORMAL_REASONS, Reason, RetryAction
+from qlora_api.reasons import NORMAL_REASONS, REASONS, Reason, RetryAction
+from qlora_api.result import is_below
 from qlora_api.v1alpha1 import Attempt
+from qlora_operator.lifecycle.budgets import find_exhausted
 from qlora_operator.lifecycle.context import ReconcileContext, heartbeat_deadline
 from qlora_operator.lifecycle.gang import classify_child
-from qlora_operator.lifecycle.retry_policy import (
-    AT_ONCE,
-    MOST_ATTEMPTS,
-    choose_remedy,
-    shrink,
-    time_left,
-    used_attempts,
-)
+from qlora_operator.lifecycle.node_health import avoided_nodes, find_released
+from qlora_operator.lifecycle.retry_policy import AT_ONCE, choose_remedy, shrink
 from qlora_operator.models import Action, ChildJob, Decision, Job, JobState, Pod, Stage
-from qlora_planner.validation import Violation
 
-MAX_LOST_ATTEMPTS: Final = 3
-"""Give up after so many training Jobs without a termination message: something keeps deleting them."""
 PREPARE_SUCCESS_REASONS: Final = frozenset({Reason.PREPARED, Reason.ALREADY_PUBLISHED})
 """Reasons of a termination message with which a preparation succeeds."""
 _REPORTED_PHASES: Final = {
@@ -34,11 +27,12 @@ _REPORTED_PHASES: Final = {
 
 def make_attempt(job: Job, number: int) -> Attempt:
     """Return a new attempt that follows the recorded plan."""
-    plan = job.status.plan
+    plan, checkpoint = job.status.plan, job.status.checkpoint
     return Attempt(
         number=number,
         job=train_job_name(job.ref.name, number),
         micro_batch_size=plan.micro_batch_size if plan else None,
+        checkpoint_step=checkpoint.step if checkpoint else None,
     )
 
 
@@ -46,7 +40,11 @@ def observed_attempt(job: Job, train: ChildJob) -> Attempt:
     """Return an attempt with what its Job and pods show: start time and node."""
     pod = _decisive_pod(train)
     started = [pod.started_at for pod in train.pods if pod.started_at is not None]
-    observed = {"started_at": min(started, default=None), "node": pod.node if pod else ""}
+    observed = {
+        "started_at": min(started, default=None),
+        "node": pod.node if pod else "",
+        "avoided_nodes": train.avoided_nodes or None,
+    }
     return make_attempt(job, train.attempt).model_copy(update=observed)
 
 
@@ -64,13 +62,32 @@ def follow_training(job: Job, train: ChildJob, context: ReconcileContext) -> Dec
     """Decide what follows from the state of a training Job."""
     state, attempt = classify_child(job, train, context.now), observed_attempt(job, train)
     if state.stage is Stage.LOST:
-        return decide_lost(attempt, context.now)
+        return decide_lost(job, attempt, context.now)
     if state.stage is Stage.WAITING:
+        if state.reason is Reason.UNSCHEDULABLE and (released := _follow_unschedulable(job, state, attempt, context)):
+            return released
         phase = Phase.QUEUED if state.reason is Reason.QUEUED else Phase.SCHEDULING
         return Decision(phase, state.reason, state.message, attempt=attempt, requeue_at=state.requeue_at)
     if state.stage is Stage.RUNNING:
         return _follow_running(job, train, state, attempt, context)
-    return _end_training(job, state, *_correct_clock_skew(attempt, train.ended_at(context.now), context.now))
+    attempt, end = _correct_clock_skew(attempt, train.ended_at(context.now), context.now)
+    return _end_training(job, state, attempt, end, context)
+
+
+def _follow_unschedulable(job: Job, state: JobState, attempt: Attempt, context: ReconcileContext) -> Decision | None:
+    """Replace an attempt whose pods may not use a node that is no longer avoided; wait while all of them still are."""
+    avoided = avoided_nodes(job.status.attempts, context.quarantined_nodes, context.now)
+    if released := find_released(attempt, avoided):
+        nodes = ", ".join(released)
+        message = f"no node fits but {nodes}, which the next attempt may use again: {state.message}"
+        ended = JobState(Stage.ENDED, Reason.UNSCHEDULABLE, message)
+        return _end_training(job, ended, attempt, context.now, context)
+    if not attempt.avoided_nodes:
+        return None
+    release = min(avoided[node] for node in attempt.avoided_nodes)
+    message = f"{state.message}; avoided until {release:%H:%M} UTC, because attempts failed there: "
+    message += ", ".join(attempt.avoided_nodes)
+    return Decision(Phase.SCHEDULING, state.reason, message, attempt=attempt, requeue_at=release)
 
 
 def _correct_clock_skew(attempt: Attempt, end: datetime, now: datetime) -> tuple[Attempt, datetime]:
@@ -89,7 +106,7 @@ def _follow_running(
     if hung_at is not None and context.now >= hung_at:
         pod = train.pod.name if train.pod else train.name
         message = f"pod {pod} has not reported since {_describe_last_report(job, context)}"
-        return _end_training(job, JobState(Stage.ENDED, Reason.HEARTBEAT_LOST, message), attempt, context.now)
+        return _end_training(job, JobState(Stage.ENDED, Reason.HEARTBEAT_LOST, message), attempt, context.now, context)
     report = context.last_report
     phase = report.phase if report and report.phase in _REPORTED_PHASES else Phase.TRAINING
     rechecks = [moment for moment in (hung_at, state.requeue_at) if moment is not None]
@@ -126,26 +143,43 @@ def decide_failed(state: JobState) -> Decision:
     return Decision(Phase.FAILED, state.reason, state.message)
 
 
-def decide_lost(attempt: Attempt, now: datetime) -> Decision:
+def decide_lost(job: Job, attempt: Attempt, now: datetime) -> Decision:
     """Record an attempt without a known end, and prepare again: prepare finds the result if it was published."""
     message = f"Job {attempt.job} disappeared without a termination message"
-    lost = attempt.model_copy(update={"reason": Reason.POD_LOST, "message": message, "finished_at": now})
-    if lost.number >= MAX_LOST_ATTEMPTS:
-        final_message = (
-            f"{message}, as did {lost.number - 1} before it; find out what deletes Jobs or pods in this namespace"
-        )
-        return Decision(Phase.FAILED, Reason.POD_LOST, final_message, attempt=lost)
+    lost = attempt.model_copy(
+        update={
+            "reason": Reason.POD_LOST,
+            "domain": REASONS[Reason.POD_LOST].domain,
+            "message": message,
+            "finished_at": now,
+        }
+    )
+    if exhausted := find_exhausted(job.spec, job.status, (*_earlier_attempts(job, lost), lost)):
+        return Decision(Phase.FAILED, exhausted.reason, f"{exhausted.message}: {message}", attempt=lost)
     message = f"{message}; preparation runs again"
     return Decision(
         Phase.PREPARING, Reason.POD_LOST, message, Action.DELETE_PREPARE_JOB, attempt=lost, requeue_after=AT_ONCE
     )
 
 
-def _end_training(job: Job, state: JobState, attempt: Attempt, at: datetime) -> Decision:
+def _earlier_attempts(job: Job, attempt: Attempt) -> tuple[Attempt, ...]:
+    return tuple(other for other in job.status.attempts if other.number < attempt.number)
+
+
+def _end_training(job: Job, state: JobState, attempt: Attempt, at: datetime, context: ReconcileContext) -> Decision:
     if decision := decide_published(state, attempt, at):
         return decision
     failed = decide_failed(state)
-    ended = attempt.model_copy(update={"reason": failed.reason, "message": failed.message, "finished_at": at})
+    ended = attempt.model_copy(
+        update={
+            "reason": failed.reason,
+            "domain": state.domain or REASONS[failed.reason].domain,
+            "message": failed.message,
+            "node": state.node or attempt.node,
+            "checkpoint_step": _newest_checkpoint_step(job, state, context),
+            "finished_at": at,
+        }
+    )
     decision = _retry(job, state, ended) or failed
     return replace(
         decision,
@@ -154,28 +188,24 @@ def _end_training(job: Job, state: JobState, attempt: Attempt, at: datetime) -> 
     )
 
 
+def _newest_checkpoint_step(job: Job, state: JobState, context: ReconcileContext) -> int | None:
+    """Return the step of the newest checkpoint of the run that status, report or termination message know."""
+    message, report, output = state.termination_message, context.last_report, job.status.output
+    reported = report.checkpoint if report else None
+    own = reported is not None and output is not None and is_below(reported.uri, output.prefix)
+    known = (job.status.checkpoint, message.checkpoint if message else None, reported if own else None)
+    return max((checkpoint.step for checkpoint in known if checkpoint is not None), default=None)
+
+
 def _retry(job: Job, state: JobState, ended: Attempt) -> Decision | None:
     """Return the decision to retry, if another attempt can fix the failure; it resumes from the last checkpoint."""
-    plan, attempts = job.status.plan, (*job.status.attempts[: ended.number - 1], ended)
+    plan = job.status.plan
     action = choose_remedy(state, plan) if plan else None
     if action is None or plan is None:
         return None
-    if exhausted := _exhausted(job, attempts):
+    if exhausted := find_exhausted(job.spec, job.status, (*_earlier_attempts(job, ended), ended)):
         message = f"{exhausted.message}; the last one ended with {ended.reason}: {state.message}"
         return Decision(Phase.FAILED, exhausted.reason, message)
     plan = shrink(plan, ended.number) if action is RetryAction.SHRINK_MICRO_BATCH else plan
     message = f"attempt {ended.number} ended: {state.message}; the next one resumes from the last checkpoint"
     return Decision(Phase.SCHEDULING, state.reason, message, plan=plan, requeue_after=AT_ONCE)
-
-
-def _exhausted(job: Job, attempts: tuple[Attempt, ...]) -> Violation | None:
-    """Return the limit that another attempt would exceed, if any."""
-    limit = job.spec.retries.max_attempts
-    if (used := used_attempts(attempts)) >= limit:
-        return Violation(Reason.RETRIES_EXHAUSTED, f"{used} of {limit} attempts (spec.retries.maxAttempts) failed")
-    if len(attempts) >= MOST_ATTEMPTS:
-        return Violation(Reason.RETRIES_EXHAUSTED, f"{len(attempts)} attempts ended, most of them by disruptions")
-    if time_left(job.spec.deadlines, attempts) <= AT_ONCE:
-        message = f"all attempts together exceeded {job.spec.deadlines.total} (spec.deadlines.total)"
-        return Violation(Reason.DEADLINE_EXCEEDED, message)
-    return None

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Final
 
 from pydantic import ValidationError
@@ -13,6 +13,8 @@ from qlora_api.progress import MAX_COUNT, ProgressReport
 from qlora_api.v1alpha1 import Checkpoint, Progress
 from qlora_api.v1alpha1.patterns import PRINTABLE
 
+QUIET: Final = timedelta(minutes=5)
+"""Trainers report every 5 s: a namespace that was quiet for so long could not reach the operator, or had no trainer."""
 REPORTED_PHASES: Final = frozenset({Phase.TRAINING, Phase.EVALUATING, Phase.PUBLISHING})
 
 
@@ -21,6 +23,9 @@ class ReportStore:
 
     def __init__(self) -> None:
         self._last: dict[JobRef, tuple[Progress, str | None]] = {}
+        self._idle: set[JobRef] = set()
+        self._received_at: dict[str, datetime] = {}
+        self._resumed_at: dict[str, datetime] = {}
 
     def get(self, ref: JobRef) -> Progress | None:
         """Return the last report."""
@@ -33,10 +38,32 @@ class ReportStore:
     def put(self, ref: JobRef, report: Progress, job_uid: str | None = None) -> None:
         """Replace the last report."""
         self._last[ref] = (report, job_uid)
+        self._idle.discard(ref)
+        received_at = self._received_at.get(ref.namespace)
+        if received_at is not None and report.updated_at - received_at >= QUIET:
+            self._resumed_at[ref.namespace] = report.updated_at
+        self._received_at[ref.namespace] = report.updated_at
+
+    def set_idle(self, ref: JobRef) -> None:
+        """Expect no further report of a run, until one arrives: none of its pods trains."""
+        self._idle.add(ref)
+
+    def others(self, ref: JobRef) -> tuple[datetime, ...]:
+        """Return when each of the other running QLoRAJobs of a namespace last reported."""
+        return tuple(
+            report.updated_at
+            for other, (report, _) in self._last.items()
+            if other.namespace == ref.namespace and other != ref and other not in self._idle
+        )
+
+    def resumed_at(self, namespace: str) -> datetime | None:
+        """Return when reports of a namespace arrived again after it was quiet; None if that never happened."""
+        return self._resumed_at.get(namespace)
 
     def forget(self, ref: JobRef) -> None:
         """Drop the report of a run that is over."""
         self._last.pop(ref, None)
+        self._idle.discard(ref)
 
 
 def read_report(report: ProgressReport, now: datetime) -> Progress:

@@ -104,3 +104,13 @@ def test_children_of_other_job_uid_are_ignored() -> None:
     job = RawJob(REF, UID, 1, "1", datetime(2026, 1, 1, tzinfo=UTC), deleting=False, spec={}, status={})
     seen = parse_observation(job, [make_raw_child(), make_raw_child(owner="somebody else")], [])
     assert len(seen.jobs) == 1
+
+
+def test_nodes_that_the_pods_of_a_job_avoid() -> None:
+    item = make_raw_child()
+    fields = [{"key": "metadata.name", "operator": "NotIn", "values": [node]} for node in ("gpu-1", "gpu-2")]
+    required = {"nodeSelectorTerms": [{"matchFields": fields}, {"matchExpressions": []}]}
+    affinity = {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": required}}
+    item["spec"]["template"] = {"spec": {"affinity": affinity}}
+    assert parse_child(item, ()).avoided_nodes == ("gpu-1", "gpu-2")
+    assert parse_child(make_raw_child(), ()).avoided_nodes == ()
