@@ -143,5 +143,5 @@ def _exhausted_patience(domain: Domain | None, same: Sequence[Attempt], since: s
         return None
     reasons = ", ".join(dict.fromkeys(str(attempt.reason) for attempt in same))
     patience = format_duration(int(PATIENCE.total_seconds()))
-    message = f"{len(same)} attempts ended with {reasons}{since}, and the pauses between them took {patience}"
+    message = f"{len(same)} attempts ended with {reasons}{since}; the next pause would exceed {patience} of waiting"
     return Violation(Reason.RETRIES_EXHAUSTED, message)

@@ -136,7 +136,7 @@ def test_service_budget_is_hours_of_pauses(reason: Reason) -> None:
     found = exhausted(*attempts_of(*[reason] * count))
     assert found == (
         Reason.RETRIES_EXHAUSTED,
-        f"{count} attempts ended with {reason}, and the pauses between them took 6h00m",
+        f"{count} attempts ended with {reason}; the next pause would exceed 6h00m of waiting",
     )
 
 
