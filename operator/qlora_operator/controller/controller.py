@@ -142,6 +142,8 @@ class Controller:
             self._reports.forget(ref)
         elif result.status is not None and result.status.phase not in RUNNING:
             self._reports.set_idle(ref)
+        elif result.status is not None and result.status.last_report is not None:
+            self._reports.expect(ref, result.status.last_report.updated_at)
         await self._update_node_failures(ref, result, context)
         return result.requeue_after
 

@@ -20,9 +20,9 @@ class Reception:
     """Which reports the progress server received from the other running pods of a namespace."""
 
     last_reports: tuple[datetime, ...] = ()
-    """When each of the other running QLoRAJobs last reported."""
+    """When each of the other QLoRAJobs that should report last did."""
     resumed_at: datetime | None = None
-    """When reports of the namespace arrived again after it was quiet; None if that never happened."""
+    """When reports of the namespace arrived first, or again after it was quiet; None if none did."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def heartbeat_deadline(job: Job, train: ChildJob, context: ReconcileContext) -> 
     timeout = min(2 * to_timedelta(job.spec.deadlines.heartbeat), LONGEST_WAIT)
     reception = context.reception
     silent_since = max(report.updated_at, context.reports_since, reception.resumed_at or context.reports_since)
-    others = [moment for moment in reception.last_reports if moment >= silent_since - RECEPTION_GAP]
+    others = [moment for moment in reception.last_reports if moment >= report.updated_at - RECEPTION_GAP]
     if not others:
         return silent_since + ALONE_FACTOR * timeout
     if max(others) < context.now - RECEPTION_GAP:

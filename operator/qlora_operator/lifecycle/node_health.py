@@ -57,22 +57,30 @@ def node_failures(run: JobRef, attempts: Sequence[Attempt]) -> tuple[NodeFailure
 
 
 def recent_failures(failures: Iterable[NodeFailure], now: datetime) -> tuple[NodeFailure, ...]:
-    """Return the failures that still count."""
-    return tuple(failure for failure in failures if now < failure.at + QUARANTINE)
+    """Return the failures that may still decide about a quarantine."""
+    return tuple(failure for failure in failures if now < failure.at + 2 * QUARANTINE)
 
 
 def quarantined_nodes(failures: Iterable[NodeFailure], now: datetime) -> dict[str, datetime]:
     """Return the nodes that no run uses for now, and until when."""
     recent = recent_failures(failures, now)
-    nodes_of: dict[JobRef, set[str]] = {}
-    for failure in recent:
-        nodes_of.setdefault(failure.run, set()).add(failure.node)
-    evidence = [failure for failure in recent if len(nodes_of[failure.run]) < BLAMELESS_NODES]
-    runs_of: dict[str, set[JobRef]] = {}
+    evidence = [failure for failure in recent if _failed_nodes(failure, recent) < BLAMELESS_NODES]
+    until: dict[str, datetime] = {}
     for failure in evidence:
-        runs_of.setdefault(failure.node, set()).add(failure.run)
-    quarantined = {node for node, runs in runs_of.items() if len(runs) >= QUARANTINE_RUNS}
-    return {node: max(f.at for f in evidence if f.node == node) + QUARANTINE for node in sorted(quarantined)}
+        if _failed_runs(failure, evidence) >= QUARANTINE_RUNS and now < failure.at + QUARANTINE:
+            until[failure.node] = max(until.get(failure.node, now), failure.at + QUARANTINE)
+    return dict(sorted(until.items()))
+
+
+def _failed_nodes(failure: NodeFailure, failures: Sequence[NodeFailure]) -> int:
+    """Return on how many nodes the run of a failure failed at about the same time."""
+    return len({f.node for f in failures if f.run == failure.run and abs(f.at - failure.at) <= QUARANTINE})
+
+
+def _failed_runs(failure: NodeFailure, failures: Sequence[NodeFailure]) -> int:
+    """Return how many runs failed on the node of a failure until then."""
+    before = (f for f in failures if f.node == failure.node and timedelta(0) <= failure.at - f.at <= QUARANTINE)
+    return len({f.run for f in before})
 
 
 def avoided_nodes(

@@ -23,7 +23,7 @@ class ReportStore:
 
     def __init__(self) -> None:
         self._last: dict[JobRef, tuple[Progress, str | None]] = {}
-        self._idle: set[JobRef] = set()
+        self._reporting: dict[JobRef, datetime] = {}
         self._received_at: dict[str, datetime] = {}
         self._resumed_at: dict[str, datetime] = {}
 
@@ -38,32 +38,36 @@ class ReportStore:
     def put(self, ref: JobRef, report: Progress, job_uid: str | None = None) -> None:
         """Replace the last report."""
         self._last[ref] = (report, job_uid)
-        self._idle.discard(ref)
+        self._reporting[ref] = report.updated_at
         received_at = self._received_at.get(ref.namespace)
-        if received_at is not None and report.updated_at - received_at >= QUIET:
+        if received_at is None or report.updated_at - received_at >= QUIET:
             self._resumed_at[ref.namespace] = report.updated_at
         self._received_at[ref.namespace] = report.updated_at
 
+    def expect(self, ref: JobRef, reported_at: datetime) -> None:
+        """Expect further reports of a run whose last one an earlier operator process received."""
+        self._reporting.setdefault(ref, reported_at)
+
     def set_idle(self, ref: JobRef) -> None:
         """Expect no further report of a run, until one arrives: none of its pods trains."""
-        self._idle.add(ref)
+        self._reporting.pop(ref, None)
 
     def others(self, ref: JobRef) -> tuple[datetime, ...]:
-        """Return when each of the other running QLoRAJobs of a namespace last reported."""
+        """Return when each of the other QLoRAJobs of a namespace that should report last did."""
         return tuple(
-            report.updated_at
-            for other, (report, _) in self._last.items()
-            if other.namespace == ref.namespace and other != ref and other not in self._idle
+            reported_at
+            for other, reported_at in self._reporting.items()
+            if other.namespace == ref.namespace and other != ref
         )
 
     def resumed_at(self, namespace: str) -> datetime | None:
-        """Return when reports of a namespace arrived again after it was quiet; None if that never happened."""
+        """Return when reports of a namespace arrived first, or again after it was quiet; None if none did."""
         return self._resumed_at.get(namespace)
 
     def forget(self, ref: JobRef) -> None:
         """Drop the report of a run that is over."""
         self._last.pop(ref, None)
-        self._idle.discard(ref)
+        self.set_idle(ref)
 
 
 def read_report(report: ProgressReport, now: datetime) -> Progress:

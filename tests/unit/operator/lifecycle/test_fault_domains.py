@@ -394,6 +394,19 @@ async def test_runs_that_fall_silent_together_do_not_hang(cluster: FakeCluster) 
     assert (await reconcile_now(cluster, live)).requeue_after == timedelta(minutes=5)
 
 
+async def test_runs_silent_since_before_a_restart_do_not_hang(cluster: FakeCluster) -> None:
+    await start(cluster)
+    cluster.start_pod(TRAIN)
+    live = silent(cluster)
+    cluster.others_reported_at = (cluster.now,)
+    await reconcile_until_stable(cluster, live)
+    cluster.pass_time(timedelta(hours=2))
+    cluster.reports_since = cluster.now
+    for _ in range(12):
+        await wait(cluster, timedelta(minutes=20))
+    assert cluster.status["phase"] == Phase.TRAINING
+
+
 async def test_run_without_neighbours_hangs_after_a_longer_time(cluster: FakeCluster) -> None:
     await start(cluster)
     cluster.start_pod(TRAIN)

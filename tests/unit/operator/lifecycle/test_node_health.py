@@ -64,7 +64,10 @@ def test_node_of_two_runs_is_quarantined_until_an_hour_after_the_last() -> None:
     failures = [failure("a"), failure("b", at=NOW + timedelta(minutes=20))]
     until = NOW + timedelta(minutes=20) + QUARANTINE
     assert quarantined_nodes(failures, NOW + timedelta(minutes=30)) == {"gpu-1": until}
-    assert quarantined_nodes(failures, NOW + QUARANTINE) == {}, "the first failure is too old"
+    assert quarantined_nodes(failures, until - timedelta(seconds=1)) == {"gpu-1": until}
+    assert quarantined_nodes(failures, until) == {}
+    again = [*failures, failure("b", at=until)]
+    assert quarantined_nodes(again, until) == {}, "it is tried again, and one run alone does not bring it back"
 
 
 @pytest.mark.parametrize(
@@ -72,6 +75,7 @@ def test_node_of_two_runs_is_quarantined_until_an_hour_after_the_last() -> None:
     [
         pytest.param([failure("a"), failure("a")], id="one-run-twice"),
         pytest.param([failure("a"), failure("b", "gpu-2")], id="two-nodes"),
+        pytest.param([failure("a", at=NOW - timedelta(minutes=61)), failure("b")], id="not-within-an-hour"),
         pytest.param([failure(run, f"gpu-{n}") for run in "ab" for n in range(3)], id="runs-that-fail-everywhere"),
         pytest.param([], id="none"),
     ],
@@ -112,4 +116,5 @@ def test_store_forgets_old_failures() -> None:
     store.update(JobRef("ml", "a"), ())
     assert store.quarantined(NOW) == {"gpu-1": NOW + QUARANTINE}, "a QLoRAJob made again does not clear its node"
     assert store.quarantined(NOW + QUARANTINE) == {}
+    assert store.quarantined(NOW + 2 * QUARANTINE) == {}
     assert store.quarantined(NOW) == {}

@@ -180,7 +180,16 @@ def test_store_notices_that_reports_arrive_again() -> None:
     store = ReportStore()
     for minutes in (0, 4, 8):
         store.put(JobRef("ml", "a"), at(minutes))
-    assert store.resumed_at("ml") is None
+    assert (store.resumed_at("ml"), store.resumed_at("web")) == (NOW, None)
     store.put(JobRef("web", "c"), at(60))
     store.put(JobRef("ml", "b"), at(60))
-    assert (store.resumed_at("ml"), store.resumed_at("web")) == (NOW + timedelta(hours=1), None)
+    assert (store.resumed_at("ml"), store.resumed_at("web")) == (NOW + timedelta(hours=1), NOW + timedelta(hours=1))
+
+
+def test_restarted_store_expects_runs_that_reported_before() -> None:
+    store = ReportStore()
+    store.expect(JobRef("ml", "a"), NOW)
+    assert store.others(JobRef("ml", "b")) == (NOW,)
+    store.put(JobRef("ml", "a"), at(1))
+    store.expect(JobRef("ml", "a"), NOW)
+    assert store.others(JobRef("ml", "b")) == (NOW + timedelta(minutes=1),)
