@@ -163,8 +163,9 @@ async def reconcile_terminal(
     request: ReconcileRequest, cluster: Cluster, *, from_cache: bool
 ) -> ReconcileResult | None:
     """Continue a failed run if a limit of its spec was raised, else clean up; None: read it live."""
-    raw, spec = request.raw, parse(request.raw)
-    if not isinstance(spec, Violation):
+    raw = request.raw
+    spec = parse(raw) if request.previous_status.phase is Phase.FAILED else None
+    if isinstance(spec, QLoRAJobSpec):
         job = Job(raw.ref, raw.uid, raw.generation, raw.created_at, spec, request.previous_status)
         if decision := revive(job, request.context.now):
             return None if from_cache else await revive_run(job, decision, request, cluster)

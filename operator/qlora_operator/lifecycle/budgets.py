@@ -8,9 +8,12 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Final, NamedTuple
 
+from qlora_api.escapes import escape_line
 from qlora_api.reasons import REASONS, Domain, Reason
+from qlora_api.report import UNEXPLAINED_EXIT
 from qlora_api.units import format_duration
 from qlora_api.v1alpha1 import Attempt, DeadlinesSpec, QLoRAJobSpec, QLoRAJobStatus, to_timedelta
+from qlora_api.v1alpha1.status import MAX_ATTEMPT_MESSAGE
 from qlora_planner.validation import Violation
 
 LONGEST_WAIT: Final = timedelta(days=3650)
@@ -126,10 +129,15 @@ def _exhausted_nodes(same: Sequence[Attempt], since: str) -> Violation | None:
 
 
 def _is_same_error(attempt: Attempt, last: Attempt) -> bool:
-    """Return whether the trainer reported the same error; an exit that it did not explain names its pod instead."""
-    if attempt.reason is not Reason.TRAINER_ERROR or attempt.message.startswith(f"pod {attempt.job}-"):
+    """Return whether the trainer reported the same error; an exit that it did not explain is never the same."""
+    if attempt.reason is not Reason.TRAINER_ERROR or UNEXPLAINED_EXIT in attempt.message:
         return False
-    return _VARIABLE.sub("#", attempt.message) == _VARIABLE.sub("#", last.message)
+    return _without_variables(attempt.message) == _without_variables(last.message)
+
+
+def _without_variables(message: str) -> str:
+    # As the status keeps it, which all but the last of the compared messages come from.
+    return _VARIABLE.sub("#", escape_line(message)[:MAX_ATTEMPT_MESSAGE])
 
 
 def _exhausted_patience(domain: Domain | None, same: Sequence[Attempt], since: str) -> Violation | None:

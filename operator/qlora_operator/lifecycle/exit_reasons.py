@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from qlora_api.escapes import shell_command
 from qlora_api.names import Role
 from qlora_api.reasons import Domain, Reason
-from qlora_api.report import TerminationMessage
+from qlora_api.report import UNEXPLAINED_EXIT, TerminationMessage
 from qlora_operator.models import PREPARE_MEMORY, ChildJob, Exit, JobState, Pod, Stage
 
 IMAGE_PULL_ERRORS: Final = frozenset({"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull"})
@@ -123,7 +123,7 @@ def _unknown(_: ChildJob, pod: Pod, end: Exit) -> ExitCause:
     command = shell_command("kubectl", "logs", pod.name)
     details = f"its last log lines: {last_lines}" if last_lines else f"see `{command}`"
     return ExitCause(
-        Reason.TRAINER_ERROR, f"pod {pod.name} exited with code {end.code} and wrote no termination message; {details}"
+        Reason.TRAINER_ERROR, f"pod {pod.name} exited with code {end.code} and {UNEXPLAINED_EXIT}; {details}"
     )
 
 

@@ -10,7 +10,7 @@ from datetime import datetime, timedelta
 from typing import Final, NamedTuple
 
 from qlora_api.job_ref import JobRef
-from qlora_api.reasons import REASONS, Domain, RetryAction
+from qlora_api.reasons import REASONS, Domain, Reason, RetryAction
 from qlora_api.v1alpha1 import Attempt
 from qlora_api.v1alpha1.status import MAX_AVOIDED_NODES
 from qlora_operator.lifecycle.budgets import domain_of
@@ -24,6 +24,9 @@ QUARANTINE_RUNS: Final = 2
 BLAMELESS_NODES: Final = 3
 """A run whose attempts failed on so many nodes within QUARANTINE is the likelier cause: it is evidence against none."""
 
+MOST_BAD_NODES: Final = 3
+"""More nodes that fail for the same reason within QUARANTINE have a common cause, such as a registry or a network."""
+
 
 class NodeFailure(NamedTuple):
     """An attempt that ended because of its node."""
@@ -31,6 +34,7 @@ class NodeFailure(NamedTuple):
     run: JobRef
     node: str
     at: datetime
+    reason: Reason
 
 
 def is_blamed(attempt: Attempt) -> bool:
@@ -50,9 +54,9 @@ def _must_avoid(attempt: Attempt) -> bool:
 def node_failures(run: JobRef, attempts: Sequence[Attempt]) -> tuple[NodeFailure, ...]:
     """Return the failures of nodes that the status of a run shows."""
     return tuple(
-        NodeFailure(run, attempt.node, attempt.finished_at)
+        NodeFailure(run, attempt.node, attempt.finished_at, attempt.reason)
         for attempt in attempts
-        if attempt.finished_at is not None and is_blamed(attempt)
+        if attempt.finished_at is not None and attempt.reason is not None and is_blamed(attempt)
     )
 
 
@@ -64,7 +68,7 @@ def recent_failures(failures: Iterable[NodeFailure], now: datetime) -> tuple[Nod
 def quarantined_nodes(failures: Iterable[NodeFailure], now: datetime) -> dict[str, datetime]:
     """Return the nodes that no run uses for now, and until when."""
     recent = recent_failures(failures, now)
-    evidence = [failure for failure in recent if _failed_nodes(failure, recent) < BLAMELESS_NODES]
+    evidence = [failure for failure in recent if not _has_common_cause(failure, recent)]
     until: dict[str, datetime] = {}
     for failure in evidence:
         if _failed_runs(failure, evidence) >= QUARANTINE_RUNS and now < failure.at + QUARANTINE:
@@ -72,9 +76,12 @@ def quarantined_nodes(failures: Iterable[NodeFailure], now: datetime) -> dict[st
     return dict(sorted(until.items()))
 
 
-def _failed_nodes(failure: NodeFailure, failures: Sequence[NodeFailure]) -> int:
-    """Return on how many nodes the run of a failure failed at about the same time."""
-    return len({f.node for f in failures if f.run == failure.run and abs(f.at - failure.at) <= QUARANTINE})
+def _has_common_cause(failure: NodeFailure, failures: Sequence[NodeFailure]) -> bool:
+    """Return whether too many nodes failed at about the same time: for the same run, or for the same reason."""
+    near = [f for f in failures if abs(f.at - failure.at) <= QUARANTINE]
+    by_run = {f.node for f in near if f.run == failure.run}
+    by_reason = {f.node for f in near if f.reason is failure.reason}
+    return len(by_run) >= BLAMELESS_NODES or len(by_reason) > MOST_BAD_NODES
 
 
 def _failed_runs(failure: NodeFailure, failures: Sequence[NodeFailure]) -> int:

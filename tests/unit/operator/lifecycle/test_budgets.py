@@ -6,6 +6,7 @@ from typing import Any, Final
 import pytest
 
 from qlora_api.reasons import NORMAL_REASONS, REASONS, Domain, Reason
+from qlora_api.report import UNEXPLAINED_EXIT
 from qlora_api.v1alpha1 import Attempt, QLoRAJobStatus
 from qlora_operator.lifecycle.budgets import (
     MAX_NODE_ATTEMPTS,
@@ -103,6 +104,9 @@ def test_node_budget_is_bounded_whatever_max_attempts(reason: Reason) -> None:
         (("a", "a"), ("ValueError: 7", "ValueError: 7"), False),
         (("a", "a", "a"), ("ValueError: 7",) * 3, True),
         (("a", "b"), ("ValueError: 7", "KeyError: 7"), False),
+        (("a", "b"), (r"CUDA error: assert\nfor 7", "CUDA error: assert\nfor 8"), True),
+        (("a", "b"), (f"pod bot-1-0-abcde exited with code 139 and {UNEXPLAINED_EXIT}",) * 2, False),
+        (("a", "b"), (f"the worker processes exited with code -11 and {UNEXPLAINED_EXIT}",) * 2, False),
         (("a", "b", "a"), ("CUDA error: 0x7fab at 5", "KeyError", "CUDA error: 0x7fac at 6"), False),
         (("a", "b", "c"), ("CUDA error: 0x7fab at 5", "KeyError", "CUDA error: 0x7fac at 6"), True),
     ],

@@ -39,8 +39,8 @@ def failed(reason: Reason = Reason.ACCELERATOR_FAILED, node: str = "gpu-1", **ch
     )
 
 
-def failure(run: str, node: str = "gpu-1", at: datetime = NOW) -> NodeFailure:
-    return NodeFailure(JobRef("ml", run), node, at)
+def failure(run: str, node: str = "gpu-1", at: datetime = NOW, reason: Reason = Reason.POD_REJECTED) -> NodeFailure:
+    return NodeFailure(JobRef("ml", run), node, at, reason)
 
 
 @pytest.mark.parametrize("reason", Reason)
@@ -77,11 +77,18 @@ def test_node_of_two_runs_is_quarantined_until_an_hour_after_the_last() -> None:
         pytest.param([failure("a"), failure("b", "gpu-2")], id="two-nodes"),
         pytest.param([failure("a", at=NOW - timedelta(minutes=61)), failure("b")], id="not-within-an-hour"),
         pytest.param([failure(run, f"gpu-{n}") for run in "ab" for n in range(3)], id="runs-that-fail-everywhere"),
+        pytest.param([failure(f"{r}{n}", f"gpu-{n}") for r in "ab" for n in range(4)], id="nodes-that-fail-alike"),
         pytest.param([], id="none"),
     ],
 )
 def test_node_is_not_quarantined(failures: list[NodeFailure]) -> None:
     assert quarantined_nodes(failures, NOW) == {}
+
+
+def test_three_bad_nodes_are_quarantined_at_once() -> None:
+    failures = [failure(f"{run}{node}", f"gpu-{node}") for run in "ab" for node in range(3)]
+    other = [failure(run, "gpu-9", reason=Reason.ACCELERATOR_FAILED) for run in "cd"]
+    assert list(quarantined_nodes([*failures, *other], NOW)) == ["gpu-0", "gpu-1", "gpu-2", "gpu-9"]
 
 
 def test_run_avoids_its_node_for_a_while() -> None:
