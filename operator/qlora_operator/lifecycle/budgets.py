@@ -123,7 +123,7 @@ def _exhausted_nodes(same: Sequence[Attempt], since: str) -> Violation | None:
     if len(same) < MAX_NODE_ATTEMPTS:
         return None
     nodes = sorted({attempt.node for attempt in same if attempt.node})
-    where = f"on {len(nodes)} nodes ({', '.join(nodes)})" if nodes else "before they had a node"
+    where = f"on {', '.join(nodes)}" if nodes else "before they had a node"
     message = f"{len(same)} attempts failed {where}{since}, the most that nodes may end without a new checkpoint"
     return Violation(Reason.RETRIES_EXHAUSTED, message)
 

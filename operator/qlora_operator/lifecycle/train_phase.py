@@ -87,7 +87,8 @@ def _follow_unschedulable(job: Job, state: JobState, attempt: Attempt, context: 
     release = min(avoided[node] for node in attempt.avoided_nodes)
     message = f"{state.message}; avoided until {release:%H:%M} UTC, because attempts failed there: "
     message += ", ".join(attempt.avoided_nodes)
-    return Decision(Phase.SCHEDULING, state.reason, message, attempt=attempt, requeue_at=release)
+    recheck = min(release, state.requeue_at or release)
+    return Decision(Phase.SCHEDULING, state.reason, message, attempt=attempt, requeue_at=recheck)
 
 
 def _correct_clock_skew(attempt: Attempt, end: datetime, now: datetime) -> tuple[Attempt, datetime]:
