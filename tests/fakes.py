@@ -35,6 +35,9 @@ class FakeCluster:
     def __init__(self) -> None:
         self.now: datetime = NOW
         self.reports_since: datetime = NOW
+        self.quarantined_nodes: dict[str, datetime] = {}
+        self.others_reported_at: tuple[datetime, ...] | None = None
+        """When other running QLoRAJobs last reported; None: one does all the time."""
         self.clock_skew = timedelta(0)
         """How far the operator's clock is ahead of the API server's."""
         self.node_clock_skew = timedelta(0)

@@ -103,6 +103,18 @@ ATTEMPTS: Final = Metric(
     ("reason",),
     "the reasons that occur, about 30",
 )
+NODE_FAILURES: Final = Metric(
+    "qlora_node_attempts_failed_total",
+    MetricType.COUNTER,
+    "Training attempts that ended because of their node while this replica was the leader, by node.",
+    ("node",),
+    "nodes that failed",
+)
+NODES_QUARANTINED: Final = Metric(
+    "qlora_nodes_quarantined",
+    MetricType.GAUGE,
+    "Nodes that no new attempt uses for now, because they ended attempts of several QLoRAJobs.",
+)
 JOB_WAIT_SECONDS: Final = Metric(
     "qlora_job_wait_duration_seconds",
     MetricType.HISTOGRAM,
@@ -141,7 +153,8 @@ LOSS: Final = Metric(
 )
 OPERATOR: Final = (
     BUILD, LEADER, RECONCILES, RECONCILE_SECONDS, API_REQUESTS, API_SECONDS, QUEUE_DEPTH, QUEUE_AGE,
-    JOBS, JOBS_FINISHED, ATTEMPTS, JOB_WAIT_SECONDS, JOB_RUN_SECONDS, PROGRESS, ETA, LOSS,
+    JOBS, JOBS_FINISHED, ATTEMPTS, NODE_FAILURES, NODES_QUARANTINED, JOB_WAIT_SECONDS, JOB_RUN_SECONDS,
+    PROGRESS, ETA, LOSS,
 )  # fmt: skip
 """Metrics of every replica of the operator; a replica on standby exposes no QLoRAJob metrics."""
 

@@ -66,13 +66,33 @@ class Reason(StrEnum):
     TRAINER_ERROR = "TrainerError"
 
 
+class Domain(StrEnum):
+    """Where the cause of an attempt's end lies; each domain has a retry budget of its own.
+
+    lifecycle/budgets.py has the budgets (docs/decisions/0021-fault-domains.md).
+    """
+
+    AUTHOR = "author"
+    """The manifest, its data or its credentials: no other attempt."""
+    RUN = "run"
+    """What the run needs, such as memory: spec.retries.maxAttempts."""
+    NODE = "node"
+    """One node, or unknown: other nodes, a bounded number of times."""
+    SERVICE = "service"
+    """An object store or hub that serves many runs: hours of waiting."""
+    CLUSTER = "cluster"
+    """The cluster took the pod away: hours of waiting."""
+
+
 class RetryAction(StrEnum):
     """What the next attempt does differently."""
 
     RESUME = "resume"
     """Nothing: the cause is outside the run."""
     OTHER_NODE = "other node"
-    """It avoids the node."""
+    """It avoids the node for a while: the node caused it."""
+    PREFER_OTHER_NODE = "prefer other node"
+    """It prefers other nodes: the node may have caused it."""
     SHRINK_MICRO_BATCH = "shrink micro-batch"
     """Half the rows per forward pass, and twice the gradient accumulation."""
 
@@ -133,18 +153,21 @@ class ReasonRecord:
     """What people search for: error messages, exit codes, terms of Kubernetes."""
     normal: bool = False
     """Whether its Event is Normal, because the run proceeds as it should; otherwise it is a Warning."""
-    retry: RetryAction | None = None
-    """What the next attempt does differently; None: not retried, somebody has to fix the cause first."""
-    counts_against_retries: bool = True
-    """Whether such an attempt counts against spec.retries.maxAttempts; False for disruptions."""
-    needs_time: bool = False
-    """Whether the cause recovers by itself after a while, so that the next attempt is delayed (back-off)."""
+    domain: Domain | None = None
+    """Where the cause lies, which decides the retry budget; None: no attempt fails with this reason."""
+    next_attempt: RetryAction = RetryAction.RESUME
+    """What the next attempt does differently, if the domain has a budget."""
     consequence_rank: int = 0
     """0: a root cause. The higher, the more likely it only follows from the end of another pod of the run."""
     cluster_fault: bool = False
     """Whether the alert QLoRAAttemptsLost counts it."""
     outcome: str = ""
     """What happens to the run, if the fields above do not say it; for the reference."""
+
+    @property
+    def retry(self) -> RetryAction | None:
+        """Return what the next attempt does differently; None: not retried, somebody has to fix the cause first."""
+        return None if self.domain in {None, Domain.AUTHOR} else self.next_attempt
 
 
 NOTHING_TO_DO: Final = "Nothing to do."
@@ -209,14 +232,14 @@ REASONS: Final[dict[Reason, ReasonRecord]] = {
         background="A running attempt finishes its step, writes a checkpoint and ends.",
         also_known_as=("suspend", "pause", "paused", "resume", "resume training"),
         normal=True,
-        counts_against_retries=False,
-        outcome="It does not count against `spec.retries.maxAttempts`; another attempt resumes from the last "
-        "checkpoint when `spec.suspend` is false.",
+        outcome="It does not count against any budget; another attempt resumes from the last checkpoint when "
+        "`spec.suspend` is false.",
     ),
     Reason.UNSCHEDULABLE: ReasonRecord(
         sentence="No node fits the training pod; the message is the scheduler's.",
         remedy="Free or add a matching node, or ask for less in the spec.resources of a new QLoRAJob.",
         moments=(Moment.WAITING,),
+        domain=Domain.CLUSTER,
         background="All GPUs are in use, no node has what `spec.resources.gpuProduct` or `nodeSelector` asks for, a "
         "taint has no toleration, or the nodes are too small for `gpusPerNode`, `cpu` or `memory`.",
         also_known_as=(
@@ -229,7 +252,8 @@ REASONS: Final[dict[Reason, ReasonRecord]] = {
             "didn't match Pod's node affinity/selector",
             "GPU unavailable",
         ),
-        outcome="The pod stays and starts when a node fits; it may wait forever.",
+        outcome="The pod stays and starts when a node fits; it may wait forever. If it waits only because the attempt "
+        "avoids nodes that failed, another attempt that may use them follows after {quarantine_minutes} min.",
     ),
     Reason.TRAINING: ReasonRecord(
         sentence="The adapter is being trained.",
@@ -279,6 +303,7 @@ REASONS: Final[dict[Reason, ReasonRecord]] = {
         sentence="The manifest asks for something that cannot be done.",
         remedy="Correct the field that the message names.",
         moments=(Moment.MANIFEST, Moment.PREPARATION, Moment.TRAINING),
+        domain=Domain.AUTHOR,
         background="Most mistakes are refused when the manifest is applied. The rest show later: an output bucket or "
         "an evaluation task that does not exist, a child's name that another object has, a file in the output "
         "that somebody else wrote or changed, a strategy or a full fine-tuning that the GPU does not support.",
@@ -294,6 +319,7 @@ REASONS: Final[dict[Reason, ReasonRecord]] = {
         sentence="A Secret named in the manifest does not exist in its namespace, or has no keys.",
         remedy="Create the Secret in the namespace of the QLoRAJob, then create the QLoRAJob again.",
         moments=_BOTH,
+        domain=Domain.AUTHOR,
         background="The Secret is missing, is in another namespace, or its keys have other names. The operator reads "
         "no Secrets: the pod that mounts it reports it.",
         topic=Topic.CREDENTIALS,
@@ -308,6 +334,7 @@ REASONS: Final[dict[Reason, ReasonRecord]] = {
         sentence="The model or its revision does not exist at the URI.",
         remedy="Correct spec.model.uri or spec.model.revision.",
         moments=_BOTH,
+        domain=Domain.AUTHOR,
         background="The name or revision is misspelled, or the mirror or bucket does not have the model.",
         topic=Topic.MODEL,
         also_known_as=("404 Not Found", "RepositoryNotFoundError", "RevisionNotFoundError", "EntryNotFoundError"),
@@ -317,6 +344,7 @@ REASONS: Final[dict[Reason, ReasonRecord]] = {
         remedy="Accept the model's license on the hub, and name a Secret with a valid HF_TOKEN in "
         "spec.model.secretRef.",
         moments=_BOTH,
+        domain=Domain.AUTHOR,
         background="The token's account did not accept the license, the token has expired or may not read, or the "
         "repository is private or missing: the hub does not distinguish these.",
         topic=Topic.CREDENTIALS,
@@ -333,6 +361,7 @@ REASONS: Final[dict[Reason, ReasonRecord]] = {
         sentence="The model has only pickle weights; loading pickle runs code.",
         remedy="Choose a revision with .safetensors files, or convert the weights first.",
         moments=_PREPARATION,
+        domain=Domain.AUTHOR,
         background="There are only `.bin` or `.pt` files and no `.safetensors`; no setting loads them.",
         topic=Topic.MODEL,
         also_known_as=("pytorch_model.bin", "no safetensors", "weights_only", "torch.load"),
@@ -341,6 +370,7 @@ REASONS: Final[dict[Reason, ReasonRecord]] = {
         sentence="The model's architecture, tokenizer or modules do not fit the manifest.",
         remedy="Change the field that the message names; the message lists what fits.",
         moments=_BOTH,
+        domain=Domain.AUTHOR,
         background="transformers does not know the architecture without code from the repository, the tokenizer has no "
         "end-of-text token or chat template, no module matches `spec.lora.targets`, or the model cannot be quantized "
         "as asked.",
@@ -357,6 +387,7 @@ REASONS: Final[dict[Reason, ReasonRecord]] = {
         sentence="The run needs more memory than any GPU available to it; no GPU was requested.",
         remedy="Make the change that the message names, or add a larger GPU; then create the QLoRAJob again.",
         moments=(Moment.PLANNING,),
+        domain=Domain.AUTHOR,
         background="The peak is computed from the shapes of the model and the lengths of the rows; "
         "[`qlora plan`](../plan.md) shows the same offline, by component.",
         topic=Topic.MANIFEST,
@@ -366,6 +397,7 @@ REASONS: Final[dict[Reason, ReasonRecord]] = {
         sentence="No object was found at the URI of a dataset.",
         remedy="Correct spec.dataset.uri.",
         moments=_BOTH,
+        domain=Domain.AUTHOR,
         background="The bucket, the object or the file does not exist, or there is no data file under the prefix.",
         topic=Topic.DATASET,
         also_known_as=("NoSuchBucket", "NoSuchKey", "404 Not Found (S3)", "FileNotFoundError"),
@@ -374,6 +406,7 @@ REASONS: Final[dict[Reason, ReasonRecord]] = {
         sentence="A row cannot be used; the message has its number and the cause.",
         remedy="Correct the row in the dataset.",
         moments=_PREPARATION,
+        domain=Domain.AUTHOR,
         background="All rows are read before a GPU is requested. A field is missing or has another type, the turns of "
         "a chat are in the wrong order, or the file is not what its name says ([data](../data.md)).",
         topic=Topic.DATASET,
@@ -383,6 +416,7 @@ REASONS: Final[dict[Reason, ReasonRecord]] = {
         sentence="The dataset leaves no row for training or for evaluation.",
         remedy="Add rows.",
         moments=_PREPARATION,
+        domain=Domain.AUTHOR,
         background="A file has no rows, all rows are longer than `spec.training.maxLength`, or all rows with something "
         "to train on are held out.",
         topic=Topic.DATASET,
@@ -392,6 +426,7 @@ REASONS: Final[dict[Reason, ReasonRecord]] = {
         sentence="The object store denies access to the credentials.",
         remedy="Grant the credentials read access to the inputs and write access to the prefix of spec.output.uri.",
         moments=_BOTH,
+        domain=Domain.AUTHOR,
         background="The keys are wrong or missing, or the policy allows too little. During training it means that the "
         "keys were changed or have expired since preparation.",
         topic=Topic.CREDENTIALS,
@@ -408,6 +443,7 @@ REASONS: Final[dict[Reason, ReasonRecord]] = {
         sentence="This result was published before, and spec.output.ifExists is Fail.",
         remedy="Set spec.output.ifExists to Skip or Overwrite, or choose another spec.output.uri.",
         moments=_PREPARATION,
+        domain=Domain.AUTHOR,
         background="Preparation found a complete manifest under the name of this result.",
         topic=Topic.MANIFEST,
         also_known_as=("output already exists", "refuses to overwrite", "412 PreconditionFailed"),
@@ -416,6 +452,7 @@ REASONS: Final[dict[Reason, ReasonRecord]] = {
         sentence="The loss became NaN or infinite.",
         remedy="See the message; usually lower spec.training.learningRate or correct the dataset.",
         moments=_TRAINING,
+        domain=Domain.AUTHOR,
         background="At step 0 the base model itself is broken, or its weights overflow in the dtype; later the "
         "learning rate is too high, or a row is an outlier.",
         topic=Topic.RECIPE,
@@ -427,6 +464,7 @@ REASONS: Final[dict[Reason, ReasonRecord]] = {
         remedy="Read the report under rejected/, then change the dataset or the recipe; or create the QLoRAJob again "
         "with a gate that the result passes, which publishes it without training again.",
         moments=_TRAINING,
+        domain=Domain.AUTHOR,
         background="Training is complete, and its adapter and report are kept; see [gate](../results.md#gate).",
         topic=Topic.RESULT,
         also_known_as=("quality gate", "evaluation threshold", "adapter worse than base", "regression"),
@@ -435,6 +473,7 @@ REASONS: Final[dict[Reason, ReasonRecord]] = {
         sentence="The loss rose far above its earlier level and stayed there.",
         remedy="Lower spec.training.learningRate, or raise spec.training.warmupRatio or spec.training.globalBatchSize.",
         moments=_TRAINING,
+        domain=Domain.AUTHOR,
         background="The message has the earlier level and the loss now. Checkpoints from before the rise are kept.",
         topic=Topic.RECIPE,
         also_known_as=("loss diverged", "loss explodes", "loss spike", "training unstable", "learning rate too high"),
@@ -443,6 +482,8 @@ REASONS: Final[dict[Reason, ReasonRecord]] = {
         sentence="The GPU ran out of memory.",
         remedy="Lower spec.training.microBatchSize or spec.training.maxLength, or choose a larger GPU.",
         moments=_TRAINING,
+        domain=Domain.RUN,
+        next_attempt=RetryAction.SHRINK_MICRO_BATCH,
         background="The prediction was too low, or something else uses the GPU. Micro-batches are halved down to one "
         "row, then activations are recomputed (gradient checkpointing); when nothing is left to shrink, the run ends.",
         topic=Topic.MEMORY,
@@ -454,13 +495,14 @@ REASONS: Final[dict[Reason, ReasonRecord]] = {
             "CUBLAS_STATUS_ALLOC_FAILED",
             "out of memory on the GPU",
         ),
-        retry=RetryAction.SHRINK_MICRO_BATCH,
     ),
     Reason.HOST_OUT_OF_MEMORY: ReasonRecord(
         sentence="The container exceeded its memory limit; the message says which pod's.",
         remedy="For a training pod raise spec.resources.memory; for the prepare pod, whose limit is fixed, lower "
         "spec.dataset.maxSamples or split the dataset.",
         moments=_BOTH,
+        domain=Domain.RUN,
+        next_attempt=RetryAction.SHRINK_MICRO_BATCH,
         background="On a CPU another attempt with a smaller micro-batch may fix it. With a GPU there is none: the "
         "container's memory then holds the dataset, and the model while it is loaded. The prepare pod has "
         "{prepare_memory} and is not retried.",
@@ -472,13 +514,13 @@ REASONS: Final[dict[Reason, ReasonRecord]] = {
             "MemoryError",
             "DefaultCPUAllocator: can't allocate memory",
         ),
-        retry=RetryAction.SHRINK_MICRO_BATCH,
     ),
     Reason.DEADLINE_EXCEEDED: ReasonRecord(
         sentence="A pod exceeded its deadline; the message says which one.",
         remedy="For a training pod raise spec.deadlines.total; for the prepare pod, whose deadline is fixed, lower "
         "spec.dataset.maxSamples or split the dataset.",
         moments=_BOTH,
+        domain=Domain.AUTHOR,
         background="`spec.deadlines.total` bounds the time that containers run, of all attempts together; that of a "
         "preparation has {prepare_hours} hour. Waiting does not count.",
         topic=Topic.TIME,
@@ -488,6 +530,8 @@ REASONS: Final[dict[Reason, ReasonRecord]] = {
         sentence="The pod did not start in time and was removed, so that it holds no GPU.",
         remedy="See the message for what it waited for, or raise spec.deadlines.startup.",
         moments=(Moment.STARTING,),
+        domain=Domain.NODE,
+        next_attempt=RetryAction.OTHER_NODE,
         background="A volume is missing or cannot be attached, a node is unhealthy, or, with several nodes, pods wait "
         "for others that never start.",
         topic=Topic.CLUSTER,
@@ -500,13 +544,14 @@ REASONS: Final[dict[Reason, ReasonRecord]] = {
         ),
     ),
     Reason.RETRIES_EXHAUSTED: ReasonRecord(
-        sentence="Every attempt that spec.retries.maxAttempts allows has failed; the message has the cause of the "
-        "last one.",
-        remedy="Fix the cause, then create the QLoRAJob again under the same name; it resumes from its last "
-        "checkpoint.",
+        sentence="A retry budget is spent; the message says which one, and the cause of the last attempt's end.",
+        remedy="Fix the cause, then raise spec.retries.maxAttempts, or create the QLoRAJob again under the same name; "
+        "it resumes from its last checkpoint.",
         moments=_TRAINING,
-        background="`status.attempts` has the reason, the node and the message of each. Disruptions do not count, but "
-        "there are at most {most_attempts} attempts of any kind.",
+        domain=Domain.AUTHOR,
+        background="`status.attempts` has the reason, the domain, the node and the message of the last "
+        "{most_attempts} attempts. Each domain has [a budget of its own](../attempts.md#retries), and a checkpoint "
+        "that is further than the last one refills all of them.",
         topic=Topic.RETRIES,
         also_known_as=("BackoffLimitExceeded", "CrashLoopBackOff", "too many restarts", "maxAttempts"),
     ),
@@ -514,8 +559,10 @@ REASONS: Final[dict[Reason, ReasonRecord]] = {
         sentence="The node cannot pull the trainer image.",
         remedy="Correct the image, the registry or the pull credentials.",
         moments=(Moment.STARTING,),
-        background="The kubelet keeps trying. When `spec.deadlines.startup` has passed, the run ends and the node is "
-        "free.",
+        domain=Domain.NODE,
+        next_attempt=RetryAction.OTHER_NODE,
+        background="The kubelet keeps trying. When `spec.deadlines.startup` has passed, the attempt ends and the node "
+        "is free.",
         topic=Topic.CLUSTER,
         also_known_as=(
             "ImagePullBackOff",
@@ -530,6 +577,8 @@ REASONS: Final[dict[Reason, ReasonRecord]] = {
         sentence="The cluster refused the pod; the message is the API server's or the kubelet's.",
         remedy="Change the policy, quota or limit that the message names.",
         moments=(Moment.MANIFEST, Moment.WAITING, Moment.STARTING),
+        domain=Domain.NODE,
+        next_attempt=RetryAction.OTHER_NODE,
         background="A ResourceQuota, an admission policy or Pod Security refused the pod, or the kubelet could not "
         "start its container.",
         topic=Topic.CLUSTER,
@@ -544,12 +593,15 @@ REASONS: Final[dict[Reason, ReasonRecord]] = {
             "exec format error",
         ),
         outcome="What the API server refuses is tried again until it is let in: a Job every minute by the operator, "
-        "its pods by Kubernetes. What the kubelet refuses ends the run.",
+        "its pods by Kubernetes. What the kubelet refuses is retried on other nodes: {node_attempts} such attempts "
+        "without a new checkpoint end the run.",
     ),
     Reason.ACCELERATOR_MISSING: ReasonRecord(
         sentence="A GPU was requested, but the container finds no CUDA device.",
         remedy="Check the node's driver and device plugin.",
         moments=_TRAINING,
+        domain=Domain.NODE,
+        next_attempt=RetryAction.OTHER_NODE,
         background="torch finds no CUDA device: the driver or the device plugin is broken, or the hardware was "
         "changed.",
         topic=Topic.DISRUPTION,
@@ -561,13 +613,14 @@ REASONS: Final[dict[Reason, ReasonRecord]] = {
             "nvidia-smi",
             "device plugin",
         ),
-        retry=RetryAction.OTHER_NODE,
         cluster_fault=True,
     ),
     Reason.ACCELERATOR_FAILED: ReasonRecord(
         sentence="A GPU, its driver or its connection failed.",
         remedy="Look for Xid messages in the node's kernel log (`dmesg`), and drain the node if they come back.",
         moments=_TRAINING,
+        domain=Domain.NODE,
+        next_attempt=RetryAction.OTHER_NODE,
         background="The hardware reports an uncorrectable memory error, falls off the bus, or ends a kernel; the "
         "message has CUDA's own words.",
         topic=Topic.DISRUPTION,
@@ -580,13 +633,13 @@ REASONS: Final[dict[Reason, ReasonRecord]] = {
             "CUDA error: unknown error",
             "CUDA-capable device(s) is/are busy or unavailable",
         ),
-        retry=RetryAction.OTHER_NODE,
         cluster_fault=True,
     ),
     Reason.S3_UNAVAILABLE: ReasonRecord(
         sentence="The object store does not respond.",
         remedy="Check its endpoint and the network.",
         moments=_BOTH,
+        domain=Domain.SERVICE,
         background=_SERVICE_DOWN,
         topic=Topic.SERVICE,
         also_known_as=(
@@ -598,14 +651,13 @@ REASONS: Final[dict[Reason, ReasonRecord]] = {
             "ConnectTimeoutError",
             "MinIO down",
         ),
-        retry=RetryAction.RESUME,
-        needs_time=True,
         cluster_fault=True,
     ),
     Reason.HUB_UNAVAILABLE: ReasonRecord(
         sentence="The model hub does not respond.",
         remedy="Check the network, or set up a mirror.",
         moments=_BOTH,
+        domain=Domain.SERVICE,
         background=_SERVICE_DOWN,
         topic=Topic.SERVICE,
         also_known_as=(
@@ -618,36 +670,33 @@ REASONS: Final[dict[Reason, ReasonRecord]] = {
             "huggingface.co unreachable",
             "ConnectError",
         ),
-        retry=RetryAction.RESUME,
-        needs_time=True,
         cluster_fault=True,
     ),
     Reason.HUB_RATE_LIMITED: ReasonRecord(
         sentence="The model hub refuses further requests for now (rate limit).",
         remedy="Wait, use a token, or set up a mirror.",
         moments=_BOTH,
+        domain=Domain.SERVICE,
         background="Many runs request anonymously from one address. A mirror in S3 fixes it for good.",
         topic=Topic.SERVICE,
         also_known_as=("429 Too Many Requests", "rate limit", "HfHubHTTPError 429"),
-        retry=RetryAction.RESUME,
-        needs_time=True,
     ),
     Reason.UPLOAD_FAILED: ReasonRecord(
         sentence="A file could not be uploaded and verified.",
         remedy="Check the object store.",
         moments=_BOTH,
+        domain=Domain.SERVICE,
         background="What was read back differs from what was sent, or a prefix of the output has files from another "
         "writer.",
         topic=Topic.SERVICE,
         also_known_as=("checksum mismatch", "BadDigest", "ETag mismatch", "EntityTooLarge", "NoSuchUpload"),
-        retry=RetryAction.RESUME,
-        needs_time=True,
         cluster_fault=True,
     ),
     Reason.INTERRUPTED: ReasonRecord(
         sentence="The pod was stopped by a drain, an eviction or a deletion.",
         remedy=_CREATE_AGAIN,
         moments=_BOTH,
+        domain=Domain.CLUSTER,
         background="A training pod has its grace period to finish the step and write a checkpoint; steps after the "
         "last checkpoint are trained again.",
         topic=Topic.DISRUPTION,
@@ -662,24 +711,22 @@ REASONS: Final[dict[Reason, ReasonRecord]] = {
             "preemptible VM",
             "Terminating",
         ),
-        retry=RetryAction.RESUME,
-        counts_against_retries=False,
         consequence_rank=1,
     ),
     Reason.PREEMPTED: ReasonRecord(
         sentence="The pod was preempted by a pod with a higher priority.",
         remedy=_CREATE_AGAIN,
         moments=_BOTH,
+        domain=Domain.CLUSTER,
         background="The scheduler took the node for a pod with a higher PriorityClass.",
         topic=Topic.DISRUPTION,
         also_known_as=("Preempting", "PreemptionByScheduler", "Preempted by pod", "PriorityClass"),
-        retry=RetryAction.RESUME,
-        counts_against_retries=False,
     ),
     Reason.EVICTED: ReasonRecord(
         sentence="The node ran short of disk or memory and evicted the pod; the message is the kubelet's.",
         remedy="Give the node more disk for emptyDir volumes, or choose larger nodes with spec.resources.nodeSelector.",
         moments=_BOTH,
+        domain=Domain.NODE,
         background="Caches and checkpoints are in emptyDir volumes on the node's disk.",
         topic=Topic.DISRUPTION,
         also_known_as=(
@@ -689,12 +736,12 @@ REASONS: Final[dict[Reason, ReasonRecord]] = {
             "No space left on device",
             "TerminationByKubelet",
         ),
-        retry=RetryAction.RESUME,
     ),
     Reason.NODE_LOST: ReasonRecord(
         sentence="The node of the pod does not respond.",
         remedy=_CREATE_AGAIN,
         moments=_BOTH,
+        domain=Domain.CLUSTER,
         background="The node died, lost its network or was deleted; Kubernetes needs about three minutes to be sure.",
         topic=Topic.DISRUPTION,
         also_known_as=(
@@ -705,30 +752,29 @@ REASONS: Final[dict[Reason, ReasonRecord]] = {
             "ContainerStatusUnknown",
             "spot node deleted",
         ),
-        retry=RetryAction.RESUME,
-        counts_against_retries=False,
         cluster_fault=True,
     ),
     Reason.POD_LOST: ReasonRecord(
         sentence="The pod disappeared without a termination message.",
         remedy=_CREATE_AGAIN,
         moments=_TRAINING,
+        domain=Domain.CLUSTER,
         background="Somebody or something deleted the Job with its pods, or the pods without a grace period.",
         topic=Topic.VANISHED,
         also_known_as=("pod not found", "Job deleted", "kubectl delete --force", "pod disappeared"),
-        counts_against_retries=False,
         cluster_fault=True,
-        outcome="Preparation runs again and finds what was published; the run ends after {most_lost} such attempts. It "
-        "does not count against `spec.retries.maxAttempts`.",
+        outcome="Preparation runs again and finds what was published; the run ends after {most_lost} such attempts "
+        "without a new checkpoint.",
     ),
     Reason.HEARTBEAT_LOST: ReasonRecord(
         sentence="The run sent no heartbeat for spec.deadlines.heartbeat and was stopped, so that it holds no GPU.",
         remedy="Read the stack dumps under hangs/ in status.output.prefix, or raise spec.deadlines.heartbeat.",
         moments=_TRAINING,
+        domain=Domain.NODE,
+        next_attempt=RetryAction.PREFER_OTHER_NODE,
         background="A process hangs: in a read that never returns, in a kernel, or waiting for another process.",
         topic=Topic.HANG,
         also_known_as=("training hangs", "stuck at step", "deadlock", "no progress", "liveness"),
-        retry=RetryAction.RESUME,
         cluster_fault=True,
     ),
     Reason.COLLECTIVE_TIMEOUT: ReasonRecord(
@@ -736,6 +782,8 @@ REASONS: Final[dict[Reason, ReasonRecord]] = {
         remedy="See which pod ended first, and check the network between the nodes; NetworkPolicies must let the pods "
         "of a run reach each other.",
         moments=_TRAINING,
+        domain=Domain.NODE,
+        next_attempt=RetryAction.PREFER_OTHER_NODE,
         background="Another pod of the run ended first, and its own termination message explains it better; or packets "
         "are dropped.",
         topic=Topic.HANG,
@@ -749,7 +797,6 @@ REASONS: Final[dict[Reason, ReasonRecord]] = {
             "TCPStore",
             "torch.distributed",
         ),
-        retry=RetryAction.RESUME,
         consequence_rank=2,
         cluster_fault=True,
     ),
@@ -757,6 +804,8 @@ REASONS: Final[dict[Reason, ReasonRecord]] = {
         sentence="The trainer failed with an unexpected error.",
         remedy="Read the pod's log, and report it with the message.",
         moments=_BOTH,
+        domain=Domain.NODE,
+        next_attempt=RetryAction.PREFER_OTHER_NODE,
         background="The trainer, a library or an image of your own has a bug.",
         topic=Topic.TRAINER,
         also_known_as=("exit code 1", "Traceback", "RuntimeError", "segmentation fault", "exit code 139"),

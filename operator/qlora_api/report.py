@@ -2,7 +2,7 @@
 
 import math
 from datetime import datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import BeforeValidator, Field
 
@@ -22,6 +22,9 @@ from qlora_api.v1alpha1 import (
 )
 from qlora_api.v1alpha1.patterns import REVISION
 from qlora_api.v1alpha1.types import ModelUri
+
+UNEXPLAINED_EXIT: Final = "wrote no termination message"
+"""Part of the message about an exit that nobody explains; such messages are not compared with each other."""
 
 
 class TerminationMessage(ReportedModel):

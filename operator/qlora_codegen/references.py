@@ -5,12 +5,13 @@ from typing import Final
 
 from qlora_api import metrics
 from qlora_api.names import FIELD_MANAGER, GROUP
-from qlora_api.reasons import REASONS, Moment, Reason, ReasonRecord, RetryAction, Topic
+from qlora_api.reasons import REASONS, Domain, Moment, Reason, ReasonRecord, RetryAction, Topic
+from qlora_api.v1alpha1.status import MAX_ATTEMPTS_LISTED
+from qlora_operator.lifecycle.budgets import BACKOFFS, LONGEST_PAUSE, MAX_LOST_ATTEMPTS, MAX_NODE_ATTEMPTS, PATIENCE
+from qlora_operator.lifecycle.node_health import QUARANTINE
 from qlora_operator.lifecycle.prepare_phase import PREPARE_PAUSE
-from qlora_operator.lifecycle.retry_policy import FIRST_PAUSE, LONGEST_PAUSE, MOST_ATTEMPTS
-from qlora_operator.lifecycle.train_phase import MAX_LOST_ATTEMPTS
 from qlora_operator.models import PREPARE_DEADLINE, PREPARE_MEMORY
-from qlora_operator.resources.event import EVENT_ACTIONS, event_type
+from qlora_operator.resources.event import EVENT_ACTIONS, QUARANTINE_REASON, event_type
 
 MOMENTS: Final = {
     Moment.MANIFEST: "no GPU is held. See `qlora status NAME`; `qlora validate FILE` needs no cluster.",
@@ -25,14 +26,25 @@ MOMENTS: Final = {
 NEXT_ATTEMPTS: Final = {
     RetryAction.RESUME: "resumes from the last checkpoint",
     RetryAction.OTHER_NODE: "resumes from the last checkpoint, on another node",
+    RetryAction.PREFER_OTHER_NODE: "resumes from the last checkpoint, if possible on another node",
     RetryAction.SHRINK_MICRO_BATCH: "resumes with half the micro-batch and twice the gradient accumulation",
 }
 """What the next attempt does."""
+_HOURS: Final = f"{PATIENCE.total_seconds() / 3600:g} h"
+BUDGETS: Final = {
+    Domain.RUN: "`spec.retries.maxAttempts`",
+    Domain.NODE: f"{MAX_NODE_ATTEMPTS} attempts",
+    Domain.SERVICE: f"{_HOURS} of pauses",
+    Domain.CLUSTER: f"{_HOURS} of pauses",
+}
+"""What is spent by attempts that bring no new checkpoint."""
 FIGURES: Final = {
     "prepare_memory": PREPARE_MEMORY,
     "prepare_hours": f"{PREPARE_DEADLINE.total_seconds() / 3600:g}",
-    "most_attempts": MOST_ATTEMPTS,
+    "most_attempts": MAX_ATTEMPTS_LISTED,
     "most_lost": MAX_LOST_ATTEMPTS,
+    "node_attempts": MAX_NODE_ATTEMPTS,
+    "quarantine_minutes": f"{QUARANTINE.total_seconds() / 60:g}",
 }
 """Values of the placeholders in records."""
 TOPICS: Final = {
@@ -90,8 +102,9 @@ def describe_outcome(record: ReasonRecord) -> str:
         return "Not needed: the run continues."
     if record.retry is None:
         return "No. The run has ended, and somebody has to fix the cause first."
-    counts = "counts" if record.counts_against_retries else "does not count"
-    sentences = [f"The next attempt {NEXT_ATTEMPTS[record.retry]}; it {counts} against `spec.retries.maxAttempts`."]
+    pauses = _describe_pauses(record.domain)
+    delay = f" {pauses}" if pauses else ""
+    sentences = [f"The next attempt {NEXT_ATTEMPTS[record.retry]}{delay}. Budget: {_describe_budget(record)}."]
     if record.retry is RetryAction.RESUME and Moment.PREPARATION in record.moments:
         sentences.append(
             f"Preparation is retried after {PREPARE_PAUSE.total_seconds():g} s, until `spec.deadlines.startup` "
@@ -114,24 +127,39 @@ def _links(reasons: Iterable[Reason]) -> str:
 
 
 def render_next_attempts() -> str:
-    """Return the table of the page about attempts: what follows each reason."""
-    reasons_by_attempt: dict[tuple[str, str], list[Reason]] = {}
+    """Return the table of the page about attempts: what follows each reason, by domain."""
+    rows: dict[tuple[Domain, RetryAction], list[Reason]] = {}
     for reason, record in REASONS.items():
-        if record.retry is not None or not record.counts_against_retries:
-            reasons_by_attempt.setdefault(_next_attempt(record), []).append(reason)
-    rows = (
-        f"| {', '.join(f'`{reason}`' for reason in reasons)} | {attempt} | {counts} |"
-        for (attempt, counts), reasons in reasons_by_attempt.items()
+        if record.domain is not None and record.retry is not None:
+            rows.setdefault((record.domain, record.retry), []).append(reason)
+    lines = (
+        f"| {domain} | {', '.join(f'`{reason}`' for reason in reasons)} | {NEXT_ATTEMPTS[action]} | "
+        f"{_describe_pauses(domain) or 'at once'} | {BUDGETS[domain]} |"
+        for (domain, action), reasons in sorted(rows.items(), key=lambda row: list(Domain).index(row[0][0]))
     )
-    none = "| anything else | none: somebody has to fix the cause first | |"
-    return "\n".join(["| ended with | the next attempt | counts |", "|---|---|---|", *rows, none])
+    author = f"| {Domain.AUTHOR} | every other failure | none: somebody has to fix the cause first | | none |"
+    return "\n".join(
+        ["| domain | ended with | the next attempt | when | budget |", "|---|---|---|---|---|", author, *lines]
+    )
 
 
-def _next_attempt(record: ReasonRecord) -> tuple[str, str]:
-    attempt = NEXT_ATTEMPTS[record.retry or RetryAction.RESUME]
-    pauses = f"{FIRST_PAUSE.total_seconds():g} s, {2 * FIRST_PAUSE.total_seconds():g} s, … "
-    delay = f", after {pauses}{LONGEST_PAUSE.total_seconds() / 60:g} min" if record.needs_time else ""
-    return f"{attempt}{delay}", "yes" if record.counts_against_retries else "no"
+def _describe_budget(record: ReasonRecord) -> str:
+    budget = BUDGETS[record.domain] if record.domain else "none"
+    return f"{budget} without a new checkpoint"
+
+
+def _describe_pauses(domain: Domain | None) -> str:
+    """Return when the next attempt follows, or nothing if that is at once."""
+    backoff = BACKOFFS.get(domain) if domain else None
+    if backoff is None:
+        return ""
+    first = int(backoff.first.total_seconds())
+    pauses = f"after {_brief(first)}, {_brief(2 * first)}, … {_brief(int(LONGEST_PAUSE.total_seconds()))}"
+    return f"at once, then {pauses}" if backoff.immediate else pauses
+
+
+def _brief(seconds: int) -> str:
+    return f"{seconds // 60} min" if seconds % 60 == 0 else f"{seconds} s"
 
 
 def render_cluster_faults() -> str:
@@ -158,6 +186,9 @@ def render_events() -> str:
             f"`reportingController` is `{GROUP}/{FIELD_MANAGER}`, `note` is the status's message, `reason` its",
             "reason. `type` is Warning for what fails a run, and for what hinders one that continues.",
             f"`action` is a verb for the phase: {actions}.",
+            "",
+            f"`{QUARANTINE_REASON}` is no reason of a status: the node in its note ended attempts of several QLoRAJobs",
+            "and no new attempt uses it for a while ([attempts](../attempts.md#nodes)).",
             "",
             "| reason | type | meaning |",
             "|---|---|---|",

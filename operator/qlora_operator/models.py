@@ -9,10 +9,10 @@ from typing import Any, Final
 from qlora_api.job_ref import JobRef
 from qlora_api.names import Phase, Role
 from qlora_api.prepared import Prepared
-from qlora_api.reasons import Reason
+from qlora_api.reasons import Domain, Reason
 from qlora_api.report import TerminationMessage
 from qlora_api.result import Result
-from qlora_api.v1alpha1 import Attempt, Checkpoint, Plan, QLoRAJobSpec, QLoRAJobStatus
+from qlora_api.v1alpha1 import Attempt, Checkpoint, Plan, QLoRAJobSpec, QLoRAJobStatus, RetryLimits
 
 PREPARE_MEMORY: Final = "4Gi"
 """Memory limit of a prepare pod: it tokenizes in one process and holds one dataset in memory."""
@@ -145,6 +145,8 @@ class ChildJob:
     """Its deadline has passed; Kubernetes is terminating its pods, or has done so."""
     completions: int = 1
     """Number of pods that it should have."""
+    avoided_nodes: tuple[str, ...] = ()
+    """Nodes on which its pods may not run."""
     pods: tuple[Pod, ...] = ()
     """Its pods in order of their index; of two with the same index, the newer."""
     earlier_pods: tuple[Pod, ...] = ()
@@ -211,6 +213,10 @@ class JobState:
     termination_message: TerminationMessage | None = None
     requeue_at: datetime | None = None
     """When the state changes without an event."""
+    domain: Domain | None = None
+    """Where the cause of its end lies; None: where the reason's record says."""
+    node: str = ""
+    """The node of the pod whose end decided; empty if unknown."""
 
 
 @dataclass(frozen=True)
@@ -221,7 +227,9 @@ class AttemptInputs:
     plan: Plan
     prepared: Prepared
     avoided_nodes: tuple[str, ...] = ()
-    """Nodes on which an attempt failed because of the node."""
+    """Nodes on which its pods may not run, because attempts failed there."""
+    disliked_nodes: tuple[str, ...] = ()
+    """Nodes on which its pods run only if no other fits."""
 
 
 class Action(StrEnum):
@@ -253,5 +261,9 @@ class Decision:
     """The attempt as observed now; it replaces the one with the same number."""
     checkpoint: Checkpoint | None = None
     """The last checkpoint that an ended attempt reported."""
+    retry_limits: RetryLimits | None = None
+    """The limits of the spec, if the run fails."""
+    forgiven_attempts: int | None = None
+    """Attempts up to this number no longer count against any retry budget."""
     requeue_at: datetime | None = None
     requeue_after: timedelta | None = None

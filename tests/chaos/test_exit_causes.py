@@ -125,7 +125,8 @@ STARTS: Final = {
     "two-unreachable-pods": Start(
         "CollectiveTimeout",
         ("got no address within",),
-        {"resources": {"nodes": 2}, "deadlines": {"startup": "20s"}, "retries": {"maxAttempts": 1}},
+        {"resources": {"nodes": 2}, "deadlines": {"startup": "20s"}},
+        waits=True,
         is_slow=True,
     ),
     "broken-weights": Start(
@@ -445,12 +446,13 @@ def test_disk_limit_exceeded_ends_as_evicted(configured: Installation, outcome: 
     limits = {"apiVersion": "v1", "kind": "LimitRange", "metadata": metadata, "spec": {"limits": [limit]}}
     configured.cluster.apply(limits)
     run = Run(configured, "small-disk", SMALL_DISK)
-    configured.submit(run_manifest(run.name, SMALL_DISK, retries={"maxAttempts": 1}))
-    status = run.finished()
-    assert (status["phase"], status["reason"]) == ("Failed", "RetriesExhausted"), status["message"]
-    assert [attempt["reason"] for attempt in status["attempts"]] == ["Evicted"]
+    configured.submit(run_manifest(run.name, SMALL_DISK))
+    wait_for("an eviction", lambda: run.status().get("reason") == "Evicted", SECONDS)
+    status = run.status()
+    run.change(suspend=True)
+    assert (status["phase"], [attempt["domain"] for attempt in status["attempts"]]) == ("Scheduling", ["node"])
     assert "ephemeral" in status["message"]
-    outcome("Evicted, then RetriesExhausted")
+    outcome("Evicted, then another attempt")
 
 
 @pytest.mark.full_dose

@@ -7,7 +7,7 @@ from typing import Final
 
 import pytest
 
-from qlora_api.reasons import NORMAL_REASONS, REASONS, Moment, Reason, ReasonRecord, Topic
+from qlora_api.reasons import NORMAL_REASONS, REASONS, Domain, Moment, Reason, ReasonRecord, Topic
 from qlora_codegen.references import MOMENTS, TOPICS, describe, describe_outcome
 
 DOCS: Final = Path(__file__).parents[2] / "docs"
@@ -125,14 +125,10 @@ def test_every_failure_has_search_terms() -> None:
 def test_the_outcome_is_what_the_operator_does(reason: Reason) -> None:
     record = REASONS[reason]
     outcome = describe_outcome(record)
-    goes_on = record.retry is not None or record.normal or reason in {Reason.POD_LOST, *_WAITS}
-    assert ("somebody has to fix" in outcome) == (not goes_on)
-    assert ("not count against" in outcome) == (not record.counts_against_retries)
-    assert record.retry is None or Moment.TRAINING in record.moments
-
-
-_WAITS: Final = {Reason.UNSCHEDULABLE, Reason.POD_REJECTED}
-"""Reasons that end neither a run nor an attempt by themselves."""
+    assert ("somebody has to fix" in outcome) == (record.domain is Domain.AUTHOR)
+    assert (record.domain is None) == record.normal
+    assert ("spec.retries.maxAttempts" in outcome) == (record.domain is Domain.RUN)
+    assert record.retry is None or {Moment.TRAINING, Moment.STARTING, Moment.WAITING} & set(record.moments)
 
 
 def test_troubleshooting_links_every_failure_reason() -> None:
@@ -149,5 +145,5 @@ def test_every_topic_has_its_row() -> None:
 
 def test_attempts_page_lists_every_retried_reason() -> None:
     page = (DOCS / "attempts.md").read_text(encoding="utf-8")
-    followed = [reason for reason, record in REASONS.items() if record.retry or not record.counts_against_retries]
+    followed = [reason for reason, record in REASONS.items() if record.retry]
     assert [reason for reason in followed if f"`{reason}`" not in page] == []

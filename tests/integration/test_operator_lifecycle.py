@@ -214,9 +214,11 @@ def test_startup_deadline_releases_node(job_namespace: JobNamespace) -> None:
     job_namespace.bind_pod(TRAIN)
     job_namespace.set_pod(TRAIN, "Pending", {"waiting": {"reason": "ImagePullBackOff", "message": "denied"}})
     job_namespace.wait_for("Scheduling", "ImagePullFailed")
-    assert "denied" in job_namespace.wait_for("Failed", "ImagePullFailed")["message"]
     pod = job_namespace.pod_name(TRAIN)
     wait_until("the pod is told to end", lambda: "deletionTimestamp" in job_namespace.metadata("pods", pod), timeout=20)
+    (attempt,) = job_namespace.wait_for("Scheduling", "ImagePullFailed")["attempts"]
+    assert (attempt["reason"], attempt["domain"]) == ("ImagePullFailed", "node")
+    assert "denied" in attempt["message"]
 
 
 @pytest.mark.usefixtures("operator")

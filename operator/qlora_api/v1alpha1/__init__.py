@@ -25,6 +25,7 @@ from qlora_api.v1alpha1.status import (
     Checkpoint,
     Condition,
     DataStatus,
+    EarlierAttempts,
     EvaluationStatus,
     Metrics,
     ModelStatus,
@@ -32,6 +33,7 @@ from qlora_api.v1alpha1.status import (
     Plan,
     Progress,
     QLoRAJobStatus,
+    RetryLimits,
     RowLengths,
 )
 from qlora_api.v1alpha1.tracking import MlflowSpec, TrackingSpec, WandbSpec
@@ -59,6 +61,7 @@ __all__ = [
     "DataStatus",
     "DatasetSpec",
     "DeadlinesSpec",
+    "EarlierAttempts",
     "EarlyStoppingSpec",
     "EvaluationSpec",
     "EvaluationSplit",
@@ -80,6 +83,7 @@ __all__ = [
     "QueueSpec",
     "ResourcesSpec",
     "RetriesSpec",
+    "RetryLimits",
     "RowFormat",
     "RowFormatName",
     "RowLengths",

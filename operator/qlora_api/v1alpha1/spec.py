@@ -63,8 +63,10 @@ class RetriesSpec(ApiModel):
         ge=1,
         le=50,
         description=(
-            "Maximum number of training attempts; each resumes from the last checkpoint. Only failures that another "
-            "attempt can fix are retried. Attempts that a drain, a preemption or a lost node ended do not count."
+            "Maximum number of training attempts that fail for a cause in the run itself, such as memory; each resumes "
+            "from the last checkpoint, and a new checkpoint sets the count back. Attempts that a node, a service or "
+            "the cluster ended have budgets of their own. Raising it continues a run that failed with "
+            "RetriesExhausted."
         ),
     )
 

@@ -1,6 +1,6 @@
 """The status of a QLoRAJob."""
 
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Annotated, Final, Literal
 
 from pydantic import AwareDatetime, Field
@@ -9,7 +9,7 @@ from qlora_api.accelerators import NVIDIA, DeviceName
 from qlora_api.base import ApiModel
 from qlora_api.model_config import MAX_CONFIG
 from qlora_api.names import ConditionType, Phase
-from qlora_api.reasons import Reason
+from qlora_api.reasons import Domain, Reason
 from qlora_api.strategies import SINGLE, StrategyName
 from qlora_api.v1alpha1.types import MAX_URI
 
@@ -17,6 +17,10 @@ MAX_MESSAGE: Final = 32_768
 """Longest message of a condition (Kubernetes API conventions), and of a status."""
 MAX_ATTEMPT_MESSAGE: Final = 4096
 """Longest message of an attempt: as long as a termination message."""
+MAX_ATTEMPTS_LISTED: Final = 100
+"""Longest status.attempts; older attempts are summed up in status.earlierAttempts."""
+MAX_AVOIDED_NODES: Final = 16
+"""Most nodes that one attempt avoids: those that failed last."""
 
 MAX_CONTAINER_SECONDS: Final = 10**9
 """Longest time of an attempt, 31 years: longer than any deadline that is not capped."""
@@ -118,12 +122,24 @@ class Attempt(ApiModel):
     number: int = Field(ge=1, description="Counts from 1.")
     job: Annotated[str, Field(max_length=63)] = Field(description="Name of the batch/v1 Job.")
     reason: Reason | None = Field(default=None, description="How it ended; absent while it runs.")
+    domain: Domain | None = Field(
+        default=None,
+        description="Where the cause of its end lies, which decides the retry budget that it counts against.",
+    )
     message: Annotated[str, Field(max_length=MAX_ATTEMPT_MESSAGE)] = Field(
         default="", description="How it ended, in a sentence."
     )
     micro_batch_size: int | None = Field(default=None, ge=1, description="Rows per forward pass.")
     node: Annotated[str, Field(max_length=253)] = Field(
         default="", description="Node of the pod whose end ended it; while it runs, of the first pod."
+    )
+    avoided_nodes: (
+        Annotated[tuple[Annotated[str, Field(max_length=253)], ...], Field(max_length=MAX_AVOIDED_NODES)] | None
+    ) = Field(default=None, description="Nodes on which its pods may not run, because attempts failed there.")
+    checkpoint_step: int | None = Field(
+        default=None,
+        ge=0,
+        description="Step of the newest checkpoint of the run while it ran; a new one refills budgets.",
     )
     started_at: datetime | None = Field(default=None, description="When its container first started.")
     running_since: datetime | None = Field(
@@ -137,6 +153,30 @@ class Attempt(ApiModel):
         description="Seconds that its containers ran, without those that run now; deadlines.total limits their sum.",
     )
     finished_at: datetime | None = Field(default=None, description="When it ended.")
+
+    def run_time(self, now: datetime) -> timedelta:
+        """Return how long its containers have run."""
+        running = max(now - self.running_since, timedelta(0)) if self.running_since else timedelta(0)
+        if self.container_seconds is not None:
+            return timedelta(seconds=self.container_seconds) + running
+        if running or self.started_at is None or self.finished_at is None:
+            return running
+        return self.finished_at - self.started_at  # of an operator that recorded only these
+
+
+class EarlierAttempts(ApiModel):
+    """Attempts that status.attempts has no room for."""
+
+    count: int = Field(ge=0, description="How many.")
+    seconds: int = Field(ge=0, description="What they took of spec.deadlines.total.")
+
+
+class RetryLimits(ApiModel):
+    """The limits of the spec with which a run failed; raising the one that it exceeded continues the run."""
+
+    max_attempts: int = Field(ge=1, description="spec.retries.maxAttempts.")
+    total: Annotated[str, Field(max_length=16)] = Field(description="spec.deadlines.total.")
+    startup: Annotated[str, Field(max_length=16)] = Field(description="spec.deadlines.startup.")
 
 
 class Metrics(ApiModel):
@@ -211,8 +251,17 @@ class QLoRAJobStatus(ApiModel):
     dataset: DataStatus | None = Field(default=None, description="What preparation found in the dataset.")
     plan: Plan | None = Field(default=None, description="How the run is executed.")
     last_report: Progress | None = Field(default=None, description="The last report of the running pod.")
-    attempts: Annotated[tuple[Attempt, ...], Field(max_length=100)] = Field(
-        default=(), description="Training attempts, oldest first."
+    attempts: Annotated[tuple[Attempt, ...], Field(max_length=MAX_ATTEMPTS_LISTED)] = Field(
+        default=(), description="Training attempts, oldest first: the first one and the newest."
+    )
+    earlier_attempts: EarlierAttempts | None = Field(
+        default=None, description="The attempts between the first one and the others that are listed."
+    )
+    forgiven_attempts: int | None = Field(
+        default=None, ge=1, description="Attempts up to this number no longer count against any retry budget."
+    )
+    retry_limits: RetryLimits | None = Field(
+        default=None, description="The limits with which the run failed; raising the one that it exceeded continues it."
     )
     checkpoint: Checkpoint | None = Field(
         default=None, description="What the next attempt resumes from; absent before the first, and once published."

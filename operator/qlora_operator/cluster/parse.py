@@ -172,7 +172,16 @@ def parse_child(item: Json) -> ChildJob:
         failing="FailureTarget" in conditions,
         deadline_exceeded=any(conditions.get(kind, {}).get("reason") == "DeadlineExceeded" for kind in _FAILING),
         completions=item["spec"].get("completions", 1),
+        avoided_nodes=_avoided_nodes(item),
     )
+
+
+def _avoided_nodes(job: Json) -> tuple[str, ...]:
+    """Return the nodes that the node affinity of a Job's pods excludes."""
+    affinity = job["spec"].get("template", {}).get("spec", {}).get("affinity", {}).get("nodeAffinity", {})
+    terms = affinity.get("requiredDuringSchedulingIgnoredDuringExecution", {}).get("nodeSelectorTerms") or ()
+    fields = [field for term in terms for field in term.get("matchFields") or () if field.get("operator") == "NotIn"]
+    return tuple(dict.fromkeys(node for field in fields for node in field.get("values") or ()))
 
 
 def _conditions(item: Json) -> dict[str, Json]:

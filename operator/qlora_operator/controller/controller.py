@@ -15,12 +15,14 @@ from qlora_operator.cluster.interface import ClusterBusyError
 from qlora_operator.cluster.kube_cluster import KubeCluster
 from qlora_operator.cluster.parse import Child, Json
 from qlora_operator.cluster.server_clock import utc_now
-from qlora_operator.controller.metrics import Metrics
-from qlora_operator.controller.reconcile import reconcile
+from qlora_operator.controller.metrics import RUNNING, Metrics
+from qlora_operator.controller.node_failures import NodeFailures
+from qlora_operator.controller.reconcile import ReconcileResult, reconcile
 from qlora_operator.controller.watch_health import WatchHealth
 from qlora_operator.controller.workqueue import WorkQueue
-from qlora_operator.lifecycle import ReconcileContext, is_terminal
+from qlora_operator.lifecycle import Reception, ReconcileContext, is_terminal
 from qlora_operator.progress_server import PodAuthorizer, ProgressEndpoint, ProgressServer, ReportStore
+from qlora_operator.resources import Owner, build_quarantine_event
 from qlora_operator.settings import Settings
 
 _log = logging.getLogger(__name__)
@@ -59,6 +61,8 @@ class Controller:
         self._clock = clock
         self._job_cache = JobCache()
         self._reports = ReportStore()
+        self._node_failures = NodeFailures()
+        metrics.track_quarantine(lambda: len(self._node_failures.quarantined(self._clock())))
         self._written_versions: dict[JobRef, str] = {}
         self._reports_since: datetime | None = None
         self._resync: asyncio.Task[None] | None = None
@@ -123,12 +127,7 @@ class Controller:
     async def _reconcile(self, ref: JobRef) -> timedelta | None:
         bind_task_fields(namespace=ref.namespace, job=ref.name)
         with self.metrics.time_reconcile():
-            context = ReconcileContext(
-                self._clock().replace(microsecond=0),
-                self._reports.get(ref),
-                self._reports_since,
-                self._reports.job_uid(ref),
-            )
+            context = self._make_context(ref)
             cached = self._job_cache.pop(ref)
             if cached is not None and self.watch_health.has_newer_version(ref, cached.resource_version):
                 cached = None
@@ -141,7 +140,36 @@ class Controller:
             _log.info("%s: %s", result.status.reason, result.status.message, extra=summary)
         if result.status is not None and is_terminal(result.status):
             self._reports.forget(ref)
+        elif result.status is not None and result.status.phase not in RUNNING:
+            self._reports.set_idle(ref)
+        elif result.status is not None and result.status.last_report is not None:
+            self._reports.expect(ref, result.status.last_report.updated_at)
+        await self._update_node_failures(ref, result, context)
         return result.requeue_after
+
+    def _make_context(self, ref: JobRef) -> ReconcileContext:
+        now = self._clock().replace(microsecond=0)
+        return ReconcileContext(
+            now,
+            self._reports.get(ref),
+            self._reports_since,
+            self._reports.job_uid(ref),
+            self._node_failures.quarantined(now),
+            Reception(self._reports.others(ref), self._reports.resumed_at(ref.namespace)),
+        )
+
+    async def _update_node_failures(self, ref: JobRef, result: ReconcileResult, context: ReconcileContext) -> None:
+        """Take the attempts of a run into account, and record an Event for each node that is quarantined by them."""
+        if result.status is None:
+            return
+        self._node_failures.update(ref, result.status.attempts)
+        if result.request is None or result.written_version is None:
+            return
+        owner = Owner(ref, result.request.raw.uid)
+        for node, until in self._node_failures.quarantined(context.now).items():
+            if node not in context.quarantined_nodes:
+                _log.warning("node %s is quarantined until %s", node, until, extra=log_fields(node=node))
+                await self._cluster.record_event(build_quarantine_event(owner, node, until, context.now))
 
     async def _wait_for_crd(self) -> None:
         """Wait until the CRD is served: an operator that starts before it would watch nothing and appear healthy."""

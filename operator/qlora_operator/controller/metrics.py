@@ -21,6 +21,7 @@ from qlora_api.names import TERMINAL, Phase
 from qlora_api.v1alpha1 import Progress, QLoRAJobStatus
 from qlora_operator.cluster.interface import ClusterBusyError
 from qlora_operator.controller.reconcile import ReconcileResult
+from qlora_operator.lifecycle import is_blamed
 
 RUNNING: Final = frozenset({Phase.TRAINING, Phase.EVALUATING, Phase.PUBLISHING})
 """Phases in which a progress report is current."""
@@ -106,6 +107,8 @@ class Metrics:
         self._queue_age = Gauge(*metrics.QUEUE_AGE.constructor_args, registry=registry)
         self._finished = Counter(*metrics.JOBS_FINISHED.constructor_args, registry=registry)
         self._attempts = Counter(*metrics.ATTEMPTS.constructor_args, registry=registry)
+        self._node_failures = Counter(*metrics.NODE_FAILURES.constructor_args, registry=registry)
+        self._quarantined = Gauge(*metrics.NODES_QUARANTINED.constructor_args, registry=registry)
         self._wait_seconds = _histogram(metrics.JOB_WAIT_SECONDS, registry)
         self._run_seconds = _histogram(metrics.JOB_RUN_SECONDS, registry)
         for result in ("success", "busy", "error"):
@@ -115,6 +118,10 @@ class Metrics:
         """Read depth and age of the work queue at each scrape."""
         self._queue_depth.set_function(depth)
         self._queue_age.set_function(oldest_age)
+
+    def track_quarantine(self, count: Callable[[], float]) -> None:
+        """Count the quarantined nodes at each scrape."""
+        self._quarantined.set_function(count)
 
     @contextmanager
     def time_reconcile(self) -> Iterator[None]:
@@ -155,6 +162,8 @@ class Metrics:
         for attempt in after.attempts:
             if attempt.reason and attempt.number not in ended:
                 self._attempts.labels(attempt.reason.value).inc()
+                if is_blamed(attempt):
+                    self._node_failures.labels(attempt.node).inc()
 
     def render(self) -> bytes:
         """Return all metrics in the Prometheus exposition format."""

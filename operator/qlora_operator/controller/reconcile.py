@@ -15,18 +15,21 @@ from qlora_operator.cluster.interface import AdmissionDeniedError, Cluster, Inva
 from qlora_operator.controller.requeue import requeue_delay
 from qlora_operator.lifecycle import (
     ReconcileContext,
-    avoided_nodes,
     decide,
+    disliked_nodes,
     is_terminal,
     job_deadline,
     leftover_jobs,
     needs_gpu_nodes,
     next_leftover,
     rejected,
+    retry_limits,
+    revive,
     unexplained_jobs,
 )
+from qlora_operator.lifecycle.budgets import LONGEST_WAIT
 from qlora_operator.lifecycle.leftovers import END_GRACE
-from qlora_operator.lifecycle.retry_policy import AT_ONCE, LONGEST_WAIT
+from qlora_operator.lifecycle.retry_policy import AT_ONCE
 from qlora_operator.models import (
     Action,
     AttemptInputs,
@@ -117,7 +120,7 @@ async def reconcile_once(
         return ReconcileResult()
     request = ReconcileRequest(raw, QLoRAJobStatus.model_validate(raw.status), without_stale_report(context, raw))
     if is_terminal(request.previous_status):
-        return await reconcile_finished(request, cluster)
+        return await reconcile_terminal(request, cluster, from_cache=from_cache)
     spec = parse(raw)
     if isinstance(spec, Violation):
         return None if from_cache else await write_status(request, rejected((spec,)), None, cluster)
@@ -134,6 +137,8 @@ async def reconcile_once(
         children = await list_children_and_gpu_nodes(job, raw, cluster, now)
         decision = decide(job, children, request.context)
     decision, created = await apply_decision(decision, job, children, cluster, installation)
+    if decision.phase is Phase.FAILED:
+        decision = replace(decision, retry_limits=retry_limits(job))
     if created and is_first_step(decision, job):
         return ReconcileResult(AT_ONCE)  # status comes after the first steps of all queued QLoRAJobs
     decision = await limit_jobs(decision, job, children, cluster, now)
@@ -200,6 +205,28 @@ def parse(raw: RawJob) -> QLoRAJobSpec | Violation:
     except ValidationError as error:
         sentences = (f"{'.'.join(('spec', *map(str, entry['loc'])))}: {entry['msg']}" for entry in error.errors())
         return Violation(Reason.INVALID_SPEC, "; ".join(sentences))
+
+
+async def reconcile_terminal(
+    request: ReconcileRequest, cluster: Cluster, *, from_cache: bool
+) -> ReconcileResult | None:
+    """Continue a failed run if a limit of its spec was raised, else clean up; None: read it live."""
+    raw = request.raw
+    spec = parse(raw) if request.previous_status.phase is Phase.FAILED else None
+    if isinstance(spec, QLoRAJobSpec):
+        job = Job(raw.ref, raw.uid, raw.generation, raw.created_at, spec, request.previous_status)
+        if decision := revive(job, request.context.now):
+            return None if from_cache else await revive_run(job, decision, request, cluster)
+    return await reconcile_finished(request, cluster)
+
+
+async def revive_run(job: Job, decision: Decision, request: ReconcileRequest, cluster: Cluster) -> ReconcileResult:
+    """Delete the Jobs that a failed run left running, and let it continue."""
+    children = await cluster.list_children(request.raw)
+    await delete_running_jobs(job, children, cluster)
+    if decision.action is Action.DELETE_PREPARE_JOB and children.prepare and not children.prepare.deleting:
+        await cluster.delete_job(job.ref, children.prepare.name)
+    return await write_status(request, decision, None, cluster)
 
 
 async def reconcile_finished(request: ReconcileRequest, cluster: Cluster) -> ReconcileResult:
@@ -276,7 +303,8 @@ def build_children(decision: Decision, job: Job, installation: Installation) -> 
             decision.attempt.number,
             decision.plan,
             decision.prepared,
-            avoided_nodes=avoided_nodes(job.status.attempts),
+            avoided_nodes=decision.attempt.avoided_nodes or (),
+            disliked_nodes=disliked_nodes(job.status.attempts),
         )
         return (
             build_run_config(owner, job.spec, run, installation),

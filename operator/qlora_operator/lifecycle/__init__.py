@@ -1,24 +1,40 @@
 """Decides what to do next, from spec, status and children; pure functions and tables."""
 
-from qlora_operator.lifecycle.context import ReconcileContext
+from qlora_operator.lifecycle.context import Reception, ReconcileContext
 from qlora_operator.lifecycle.decide import decide, is_terminal, needs_gpu_nodes, rejected, unexplained_jobs
 from qlora_operator.lifecycle.exit_reasons import cause_of_exit
 from qlora_operator.lifecycle.gang import classify
 from qlora_operator.lifecycle.job_deadline import job_deadline
 from qlora_operator.lifecycle.leftovers import leftover_jobs, next_leftover
-from qlora_operator.lifecycle.retry_policy import avoided_nodes
+from qlora_operator.lifecycle.node_health import (
+    NodeFailure,
+    disliked_nodes,
+    is_blamed,
+    node_failures,
+    quarantined_nodes,
+    recent_failures,
+)
+from qlora_operator.lifecycle.revive import retry_limits, revive
 
 __all__ = [
+    "NodeFailure",
+    "Reception",
     "ReconcileContext",
-    "avoided_nodes",
     "cause_of_exit",
     "classify",
     "decide",
+    "disliked_nodes",
+    "is_blamed",
     "is_terminal",
     "job_deadline",
     "leftover_jobs",
     "needs_gpu_nodes",
     "next_leftover",
+    "node_failures",
+    "quarantined_nodes",
+    "recent_failures",
     "rejected",
+    "retry_limits",
+    "revive",
     "unexplained_jobs",
 ]

@@ -73,16 +73,7 @@ def stop_counting(attempt: Attempt, heard_at: datetime | None, now: datetime) ->
 
 def container_time(attempts: Iterable[Attempt], now: datetime) -> timedelta:
     """Return how long the containers of all attempts have run."""
-    return sum((_container_time(attempt, now) for attempt in attempts), timedelta(0))
-
-
-def _container_time(attempt: Attempt, now: datetime) -> timedelta:
-    running = max(now - attempt.running_since, timedelta(0)) if attempt.running_since else timedelta(0)
-    if attempt.container_seconds is not None:
-        return timedelta(seconds=attempt.container_seconds) + running
-    if running or attempt.started_at is None or attempt.finished_at is None:
-        return running
-    return attempt.finished_at - attempt.started_at  # of an operator that recorded only these
+    return sum((attempt.run_time(now) for attempt in attempts), timedelta(0))
 
 
 def _container_start(pod: Pod, now: datetime) -> datetime:

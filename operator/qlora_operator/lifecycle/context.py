@@ -1,11 +1,28 @@
 """What a decision depends on besides the cluster: the time and the progress reports."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from typing import Final
 
 from qlora_api.v1alpha1 import Progress, to_timedelta
-from qlora_operator.lifecycle.retry_policy import LONGEST_WAIT
+from qlora_operator.lifecycle.budgets import LONGEST_WAIT
 from qlora_operator.models import ChildJob, Job
+
+RECEPTION_GAP: Final = timedelta(minutes=5)
+"""Trainers report every 5 s, so the operator has received nothing for so long only if nothing reaches it."""
+ALONE_FACTOR: Final = 3
+"""How many times longer a run may be silent if no other run of its namespace shows that reports arrive."""
+
+
+@dataclass(frozen=True)
+class Reception:
+    """Which reports the progress server received from the other running pods of a namespace."""
+
+    last_reports: tuple[datetime, ...] = ()
+    """When each of the other QLoRAJobs that should report last did."""
+    resumed_at: datetime | None = None
+    """When reports of the namespace arrived first, or again after it was quiet; None if none did."""
 
 
 @dataclass(frozen=True)
@@ -19,6 +36,10 @@ class ReconcileContext:
     """When this operator process began to accept reports; None if it does not yet."""
     report_job_uid: str | None = None
     """uid of the QLoRAJob whose pod sent the last report, which may have been an earlier one; None if not known."""
+    quarantined_nodes: Mapping[str, datetime] = field(default_factory=dict)
+    """Nodes that ended attempts of several runs, and until when no run uses them."""
+    reception: Reception = Reception()
+    """Whether the reports of other runs in the namespace arrive."""
 
 
 def startup_timeout(job: Job) -> timedelta:
@@ -30,7 +51,8 @@ def heartbeat_deadline(job: Job, train: ChildJob, context: ReconcileContext) -> 
     """Return when a running attempt counts as hung without another report; None if it has never reported.
 
     A pod that cannot reach the operator loses only its reports, so only a pod that has reported once is expected to
-    continue. The trainer's watchdog exits after one heartbeat; the second one leaves it time to.
+    continue. The trainer's watchdog exits after one heartbeat; the second one leaves it time to. If every run of the
+    namespace fell silent, the reports do not arrive, and no run counts as hung; a run that is alone has longer.
     """
     report = context.last_report or job.status.last_report
     # Not the start time of the pods, which comes from the clocks of their nodes.
@@ -38,4 +60,11 @@ def heartbeat_deadline(job: Job, train: ChildJob, context: ReconcileContext) -> 
     if report is None or context.reports_since is None or not created or report.updated_at < max(created):
         return None
     timeout = min(2 * to_timedelta(job.spec.deadlines.heartbeat), LONGEST_WAIT)
-    return max(report.updated_at, context.reports_since) + timeout
+    reception = context.reception
+    silent_since = max(report.updated_at, context.reports_since, reception.resumed_at or context.reports_since)
+    others = [moment for moment in reception.last_reports if moment >= report.updated_at - RECEPTION_GAP]
+    if not others:
+        return silent_since + ALONE_FACTOR * timeout
+    if max(others) < context.now - RECEPTION_GAP:
+        return max(silent_since + timeout, context.now + RECEPTION_GAP)
+    return silent_since + timeout

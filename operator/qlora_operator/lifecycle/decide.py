@@ -13,12 +13,13 @@ from datetime import datetime
 from qlora_api.names import TERMINAL, Phase, Role
 from qlora_api.reasons import Reason
 from qlora_api.v1alpha1 import QLoRAJobStatus
+from qlora_operator.lifecycle.budgets import retry_at
 from qlora_operator.lifecycle.container_time import stop_counting
 from qlora_operator.lifecycle.context import ReconcileContext
 from qlora_operator.lifecycle.exit_reasons import POD_CREATION_TIME, waits_long_for_pod
 from qlora_operator.lifecycle.gang import classify_child, deletion_deadline, is_busy
+from qlora_operator.lifecycle.node_health import avoided_nodes
 from qlora_operator.lifecycle.prepare_phase import follow_preparation
-from qlora_operator.lifecycle.retry_policy import retry_at
 from qlora_operator.lifecycle.suspend import suspend
 from qlora_operator.lifecycle.train_phase import (
     decide_lost,
@@ -47,8 +48,19 @@ def decide(job: Job, children: Observation, context: ReconcileContext) -> Decisi
         or _restart_preparation(job.status, children, number)
         or _follow_current_attempt(job, children, number, context)
         or _wait_for_earlier_attempts(job.status, children, number, context)
-        or follow_preparation(job, children, number, context.now)
+        or _avoid_nodes(follow_preparation(job, children, number, context.now), job, context)
     )
+
+
+def _avoid_nodes(decision: Decision, job: Job, context: ReconcileContext) -> Decision:
+    """Return the decision with the nodes that a new attempt avoids, because attempts failed there."""
+    avoided = avoided_nodes(job.status.attempts, context.quarantined_nodes, context.now)
+    if decision.action is not Action.TRAIN or decision.attempt is None or not avoided:
+        return decision
+    nodes = ", ".join(f"{node} (until {until:%H:%M} UTC)" for node, until in avoided.items())
+    attempt = decision.attempt.model_copy(update={"avoided_nodes": tuple(avoided)})
+    message = f"{decision.message}; it avoids nodes on which attempts failed: {nodes}"
+    return replace(decision, attempt=attempt, message=message)
 
 
 def needs_gpu_nodes(job: Job, children: Observation) -> bool:
@@ -93,7 +105,9 @@ def _restart_preparation(status: QLoRAJobStatus, children: Observation, number: 
     A training attempt no longer needs its prepare Job, so deleting that changes nothing.
     """
     prepare_deleted = children.prepare is not None and children.prepare.deleting and children.train(number) is None
-    if not prepare_deleted and not any(_is_lost(child, status) for child in children.jobs if child.role is Role.TRAIN):
+    if not prepare_deleted and not any(
+        _is_lost(child, status, number) for child in children.jobs if child.role is Role.TRAIN
+    ):
         return None
     message = (
         "Jobs were deleted, or lost without a termination message; preparation runs again and finds what was published"
@@ -101,10 +115,10 @@ def _restart_preparation(status: QLoRAJobStatus, children: Observation, number: 
     return Decision(Phase.PREPARING, Reason.PREPARING, message, Action.DELETE_ALL_JOBS)
 
 
-def _is_lost(train: ChildJob, status: QLoRAJobStatus) -> bool:
-    reasons = {attempt.number: attempt.reason for attempt in status.attempts if attempt.reason}
-    reason = reasons.get(train.attempt)
-    return reason is Reason.POD_LOST or (train.deleting and reason is None)
+def _is_lost(train: ChildJob, status: QLoRAJobStatus, number: int) -> bool:
+    """Return whether a Job was lost; one of an earlier attempt that is no longer listed was not."""
+    lost = any(attempt.number == train.attempt and attempt.reason is Reason.POD_LOST for attempt in status.attempts)
+    return lost or (train.deleting and train.attempt >= number)
 
 
 def _follow_current_attempt(job: Job, children: Observation, number: int, context: ReconcileContext) -> Decision | None:
@@ -115,7 +129,7 @@ def _follow_current_attempt(job: Job, children: Observation, number: int, contex
         return None
     report = context.last_report or job.status.last_report
     lost = stop_counting(recorded_attempt(job, number), report.updated_at if report else None, context.now)
-    return decide_lost(lost, context.now)
+    return decide_lost(job, lost, context.now)
 
 
 def _wait_for_earlier_attempts(
@@ -131,5 +145,5 @@ def _wait_for_earlier_attempts(
     if any(not child.deleting or is_busy(child, context.now) for child in unfinished):
         ends = (deletion_deadline(child, context.now) for child in unfinished)
         return replace(waiting, requeue_at=earliest(context.now, *ends))
-    retry_time = retry_at(status.attempts)
+    retry_time = retry_at(status.attempts, status.forgiven_attempts)
     return replace(waiting, requeue_at=retry_time) if retry_time is not None and context.now < retry_time else None

@@ -1,6 +1,7 @@
 """Classifies how a container or pod ended into one of the reasons of `qlora_api.reasons`; the first match wins."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Final, NamedTuple
 
@@ -8,8 +9,8 @@ from pydantic import ValidationError
 
 from qlora_api.escapes import shell_command
 from qlora_api.names import Role
-from qlora_api.reasons import Reason
-from qlora_api.report import TerminationMessage
+from qlora_api.reasons import Domain, Reason
+from qlora_api.report import UNEXPLAINED_EXIT, TerminationMessage
 from qlora_operator.models import PREPARE_DEADLINE, PREPARE_MEMORY, ChildJob, Exit, JobState, Pod, Stage
 
 IMAGE_PULL_ERRORS: Final = frozenset({"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull"})
@@ -41,6 +42,8 @@ class ExitCause(NamedTuple):
 
     reason: Reason
     message: str
+    domain: Domain | None = None
+    """Where the cause lies, if not where the reason's record says."""
 
 
 def parse_termination_message(text: str) -> TerminationMessage | None:
@@ -103,9 +106,8 @@ def _interrupted(_: ChildJob, pod: Pod, end: Exit) -> ExitCause | None:
 def _killed(_: ChildJob, pod: Pod, end: Exit) -> ExitCause | None:
     if end.code != SIGKILL_EXIT:
         return None
-    return ExitCause(
-        Reason.INTERRUPTED, f"pod {pod.name} was killed by SIGKILL (exit code {end.code}); the kubelet reports no cause"
-    )
+    message = f"pod {pod.name} was killed by SIGKILL (exit code {end.code}); the kubelet reports no cause"
+    return ExitCause(Reason.INTERRUPTED, message, Domain.NODE)
 
 
 def _node_lost(_: ChildJob, pod: Pod, end: Exit) -> ExitCause | None:
@@ -125,7 +127,7 @@ def _unknown(_: ChildJob, pod: Pod, end: Exit) -> ExitCause:
     command = shell_command("kubectl", "logs", pod.name)
     details = f"its last log lines: {last_lines}" if last_lines else f"see `{command}`"
     return ExitCause(
-        Reason.TRAINER_ERROR, f"pod {pod.name} exited with code {end.code} and wrote no termination message; {details}"
+        Reason.TRAINER_ERROR, f"pod {pod.name} exited with code {end.code} and {UNEXPLAINED_EXIT}; {details}"
     )
 
 
@@ -151,19 +153,29 @@ def ended_state(reason: Reason, message: str) -> JobState:
     return JobState(Stage.ENDED, reason, message)
 
 
+def _ended_on_node(pod: Pod, cause: ExitCause) -> JobState:
+    return JobState(Stage.ENDED, cause.reason, cause.message, domain=cause.domain, node=pod.node)
+
+
 def classify_exit(child: ChildJob, pod: Pod, end: Exit) -> JobState:
     """Classify a container that ended; one that was interrupted by the deadline of its Job exceeded that."""
     cause = cause_of_exit(child, pod, end)
     if child.deadline_exceeded and cause.reason is Reason.INTERRUPTED:
         return ended_state(Reason.DEADLINE_EXCEEDED, deadline_message(child))
-    return JobState(Stage.ENDED, cause.reason, cause.message, parse_termination_message(end.message))
+    return replace(_ended_on_node(pod, cause), termination_message=parse_termination_message(end.message))
 
 
-def classify_rejection(pod: Pod) -> JobState:
-    """Classify a pod that the kubelet failed before its container ran."""
+def classify_rejection(child: ChildJob, pod: Pod) -> JobState:
+    """Classify a pod that failed before its container ran."""
+    if child.deadline_exceeded:
+        return ended_state(Reason.DEADLINE_EXCEEDED, deadline_message(child))
     if cause := cause_of_disruption(pod):
-        return ended_state(*cause)
-    return ended_state(Reason.POD_REJECTED, pod.message or f"pod {pod.name} failed before its container ran")
+        return _ended_on_node(pod, cause)
+    if pod.deleting:
+        message = f"pod {pod.name} was deleted before its container ran"
+        return ended_state(Reason.INTERRUPTED, message)
+    message = pod.message or f"pod {pod.name} failed before its container ran"
+    return _ended_on_node(pod, ExitCause(Reason.POD_REJECTED, message))
 
 
 def is_abandoned(pod: Pod, now: datetime) -> bool:
@@ -173,9 +185,8 @@ def is_abandoned(pod: Pod, now: datetime) -> bool:
 
 def classify_abandoned(pod: Pod) -> JobState:
     """Classify a pod whose node does not respond."""
-    return ended_state(
-        Reason.NODE_LOST, f"node {pod.node} does not respond: pod {pod.name} is being deleted and does not terminate"
-    )
+    message = f"node {pod.node} does not respond: pod {pod.name} is being deleted and does not terminate"
+    return _ended_on_node(pod, ExitCause(Reason.NODE_LOST, message))
 
 
 def deadline_message(child: ChildJob) -> str:
@@ -241,11 +252,10 @@ def _classify_startup(pod: Pod, role: Role, deadline: datetime, startup: timedel
     if now < deadline:
         reason = Reason.IMAGE_PULL_FAILED if is_image_error else _stage_reason(role)
         return JobState(Stage.WAITING, reason, f"pod {pod.name} on node {pod.node}: {waiting}", requeue_at=deadline)
-    return ended_state(
-        Reason.IMAGE_PULL_FAILED if is_image_error else Reason.STARTUP_DEADLINE_EXCEEDED,
-        f"pod {pod.name} did not start on node {pod.node} within {format_seconds(startup)} (spec.deadlines.startup): "
-        f"{waiting}",
-    )
+    reason = Reason.IMAGE_PULL_FAILED if is_image_error else Reason.STARTUP_DEADLINE_EXCEEDED
+    limit = f"{format_seconds(startup)} (spec.deadlines.startup)"
+    message = f"pod {pod.name} did not start on node {pod.node} within {limit}: {waiting}"
+    return _ended_on_node(pod, ExitCause(reason, message))
 
 
 def _describe_waiting(pod: Pod) -> str:

@@ -6,7 +6,7 @@ from datetime import datetime, timedelta
 from typing import Final
 
 from qlora_api.names import Role, output_root
-from qlora_api.reasons import REASONS, Reason
+from qlora_api.reasons import REASONS, Domain, Reason
 from qlora_api.report import TerminationMessage
 from qlora_api.result import is_below
 from qlora_api.v1alpha1.types import MAX_URI
@@ -54,11 +54,11 @@ def classify_child(job: Job, child: ChildJob, now: datetime) -> JobState:
     foreign = _find_foreign_fact(job, state.termination_message) if state.termination_message else None
     if foreign is None:
         return state
-    return ended_state(
-        Reason.TRAINER_ERROR,
+    message = (
         f"the termination message of Job {child.name} is not of this run: its {foreign}; find out who can write to the "
-        "output, or run code in the pod",
+        "output, or run code in the pod"
     )
+    return replace(ended_state(Reason.TRAINER_ERROR, message), domain=Domain.AUTHOR)
 
 
 def _find_foreign_fact(job: Job, message: TerminationMessage) -> str | None:
@@ -135,7 +135,7 @@ def _classify_failures(child: ChildJob, failures: Sequence[Pod], now: datetime) 
 def _classify_failure(child: ChildJob, pod: Pod) -> JobState:
     if pod.exit is not None:
         return classify_exit(child, pod, pod.exit)
-    return classify_rejection(pod) if pod.phase == "Failed" else classify_abandoned(pod)
+    return classify_rejection(child, pod) if pod.phase == "Failed" else classify_abandoned(pod)
 
 
 def _by_end_time(pods: Sequence[Pod]) -> list[Pod]:
@@ -165,8 +165,9 @@ def _classify_unfinished(child: ChildJob, startup: timedelta, now: datetime) -> 
     if missing and any(pod.started_at for pod in child.pods):
         message = f"{missing} of {child.completions} pods of Job {child.name} disappeared"
         return ended_state(Reason.INTERRUPTED, message)
-    return ended_state(
-        Reason.STARTUP_DEADLINE_EXCEEDED,
+    message = (
         f"only {len(scheduled)} of {child.completions} pods got a node within {format_seconds(startup)} "
-        f"(spec.deadlines.startup): {worst.message}",
+        f"(spec.deadlines.startup): {worst.message}"
     )
+    # No node is to blame: the run asks for more nodes at once than are free.
+    return replace(ended_state(Reason.STARTUP_DEADLINE_EXCEEDED, message), domain=Domain.RUN)

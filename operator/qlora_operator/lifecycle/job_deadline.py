@@ -8,7 +8,7 @@ from typing import Final
 
 from qlora_api.names import Role
 from qlora_api.v1alpha1 import Attempt
-from qlora_operator.lifecycle.retry_policy import time_left
+from qlora_operator.lifecycle.budgets import time_left
 from qlora_operator.models import PREPARE_DEADLINE, ChildJob, Job
 
 SAFETY_MARGIN: Final = timedelta(minutes=10)
@@ -26,12 +26,12 @@ def job_deadline(job: Job, child: ChildJob, attempts: tuple[Attempt, ...], now: 
     attempt = next((attempt for attempt in attempts if attempt.number == child.attempt), None)
     if attempt is None or attempt.running_since is None:
         return None
-    if time_left(job.spec.deadlines, attempts, now) <= timedelta(0):
+    limits, earlier = job.spec.deadlines, job.status.earlier_attempts
+    if time_left(limits, attempts, earlier, now) <= timedelta(0):
         return STOP_NOW
     waited = max(attempt.running_since - child.started_at, timedelta(0))
-    return int(
-        (waited + time_left(job.spec.deadlines, attempts, attempt.running_since) + SAFETY_MARGIN).total_seconds()
-    )
+    left = time_left(limits, attempts, earlier, attempt.running_since)
+    return int((waited + left + SAFETY_MARGIN).total_seconds())
 
 
 def _prepare_deadline(prepare: ChildJob, job_started: datetime) -> int | None:

@@ -5,25 +5,18 @@ from datetime import datetime, timedelta
 from typing import Final
 
 from qlora_api.names import Phase, train_job_name
-from qlora_api.reasons import NORMAL_REASONS, Reason, RetryAction
+from qlora_api.reasons import NORMAL_REASONS, REASONS, Domain, Reason, RetryAction
+from qlora_api.result import is_below
 from qlora_api.v1alpha1 import Attempt
+from qlora_operator.lifecycle.budgets import find_exhausted, time_left
 from qlora_operator.lifecycle.container_time import close_start, container_end, track_starts
 from qlora_operator.lifecycle.context import ReconcileContext, heartbeat_deadline
 from qlora_operator.lifecycle.exit_reasons import POD_CREATION_TIME
 from qlora_operator.lifecycle.gang import classify_child
-from qlora_operator.lifecycle.retry_policy import (
-    AT_ONCE,
-    MOST_ATTEMPTS,
-    choose_remedy,
-    shrink,
-    time_left,
-    used_attempts,
-)
+from qlora_operator.lifecycle.node_health import avoided_nodes, find_released
+from qlora_operator.lifecycle.retry_policy import AT_ONCE, choose_remedy, shrink
 from qlora_operator.models import Action, ChildJob, Decision, Job, JobState, Pod, Stage, earliest
-from qlora_planner.validation import Violation
 
-MAX_LOST_ATTEMPTS: Final = 3
-"""Give up after so many training Jobs without a termination message: something keeps deleting them."""
 DEADLINE_TOLERANCE: Final = timedelta(minutes=1)
 """By how much container time may fall short of a deadline that it met: times are whole seconds, of several clocks."""
 PREPARE_SUCCESS_REASONS: Final = frozenset({Reason.PREPARED, Reason.ALREADY_PUBLISHED})
@@ -38,11 +31,12 @@ _REPORTED_PHASES: Final = {
 
 def make_attempt(job: Job, number: int) -> Attempt:
     """Return a new attempt that follows the recorded plan."""
-    plan = job.status.plan
+    plan, checkpoint = job.status.plan, job.status.checkpoint
     return Attempt(
         number=number,
         job=train_job_name(job.ref.name, number),
         micro_batch_size=plan.micro_batch_size if plan else None,
+        checkpoint_step=checkpoint.step if checkpoint else None,
     )
 
 
@@ -55,15 +49,17 @@ def recorded_attempt(job: Job, number: int) -> Attempt:
 def observed_attempt(job: Job, train: ChildJob, context: ReconcileContext) -> Attempt:
     """Return an attempt with what its Job and pods show: the times of its containers, and the node."""
     pod = _decisive_pod(train)
-    attempt = make_attempt(job, train.attempt).model_copy(update={"node": pod.node if pod else ""})
+    observed = {"node": pod.node if pod else "", "avoided_nodes": train.avoided_nodes or None}
+    attempt = make_attempt(job, train.attempt).model_copy(update=observed)
     recorded = recorded_attempt(job, train.attempt)
     report = context.last_report or job.status.last_report
     return track_starts(attempt, recorded, train, report.updated_at if report else None, context.now)
 
 
-def end_attempt(attempt: Attempt, reason: Reason, message: str, at: datetime) -> Attempt:
-    """Return an attempt that has ended."""
-    ended = {"reason": reason, "message": message, "finished_at": at}
+def end_attempt(attempt: Attempt, reason: Reason, message: str, at: datetime, domain: Domain | None = None) -> Attempt:
+    """Return an attempt that has ended; the domain is that of its reason unless another one is given."""
+    domain = domain or REASONS[reason].domain
+    ended = {"reason": reason, "domain": domain, "message": message, "finished_at": at}
     return close_start(attempt, at).model_copy(update=ended)
 
 
@@ -81,24 +77,43 @@ def follow_training(job: Job, train: ChildJob, context: ReconcileContext) -> Dec
     """Decide what follows from the state of a training Job."""
     state, attempt = classify_child(job, train, context.now), observed_attempt(job, train, context)
     if state.stage is Stage.LOST:
-        return decide_lost(attempt, context.now)
+        return decide_lost(job, attempt, context.now)
     if state.reason is Reason.QUEUED:
         message, requeue_at = _describe_queued(job, train, state, attempt), next_suspension_lookup(train, context.now)
         return Decision(Phase.QUEUED, Reason.QUEUED, message, attempt=attempt, requeue_at=requeue_at)
     if state.stage is Stage.WAITING:
+        if state.reason is Reason.UNSCHEDULABLE and (released := _follow_unschedulable(job, state, attempt, context)):
+            return released
         return Decision(Phase.SCHEDULING, state.reason, state.message, attempt=attempt, requeue_at=state.requeue_at)
     if state.stage is Stage.RUNNING:
         return _follow_running(job, train, state, attempt, context)
     end = container_end(train, context.now)
-    return _end_training(
-        job, _check_deadline(job, train, state, end_attempt(attempt, state.reason, "", end)), attempt, end
-    )
+    state = _check_deadline(job, train, state, end_attempt(attempt, state.reason, "", end))
+    return _end_training(job, state, attempt, end, context)
+
+
+def _follow_unschedulable(job: Job, state: JobState, attempt: Attempt, context: ReconcileContext) -> Decision | None:
+    """Replace an attempt whose pods may not use a node that is no longer avoided; wait while all of them still are."""
+    avoided = avoided_nodes(job.status.attempts, context.quarantined_nodes, context.now)
+    if released := find_released(attempt, avoided):
+        nodes = ", ".join(released)
+        message = f"no node fits but {nodes}, which the next attempt may use again: {state.message}"
+        ended = JobState(Stage.ENDED, Reason.UNSCHEDULABLE, message)
+        return _end_training(job, ended, attempt, context.now, context)
+    if not attempt.avoided_nodes:
+        return None
+    release = min(avoided[node] for node in attempt.avoided_nodes)
+    message = f"{state.message}; avoided until {release:%H:%M} UTC, because attempts failed there: "
+    message += ", ".join(attempt.avoided_nodes)
+    recheck = earliest(context.now, release, state.requeue_at)
+    return Decision(Phase.SCHEDULING, state.reason, message, attempt=attempt, requeue_at=recheck)
 
 
 def _check_deadline(job: Job, train: ChildJob, state: JobState, ended: Attempt) -> JobState:
     """Return how a Job ended; if its deadline passed while its containers waited, the attempt was interrupted."""
-    attempts = (*job.status.attempts[: ended.number - 1], ended)
-    left = time_left(job.spec.deadlines, attempts, ended.finished_at or job.created_at)
+    attempts = (*_earlier_attempts(job, ended), ended)
+    end = ended.finished_at or job.created_at
+    left = time_left(job.spec.deadlines, attempts, job.status.earlier_attempts, end)
     if state.reason is not Reason.DEADLINE_EXCEEDED or left <= DEADLINE_TOLERANCE:
         return state
     message = f"Job {train.name} exceeded its activeDeadlineSeconds before its containers ran for spec.deadlines.total"
@@ -130,12 +145,12 @@ def _follow_running(
     job: Job, train: ChildJob, state: JobState, attempt: Attempt, context: ReconcileContext
 ) -> Decision:
     others = [known for known in job.status.attempts if known.number != attempt.number]
-    left = time_left(job.spec.deadlines, (*others, attempt), context.now)
+    left = time_left(job.spec.deadlines, (*others, attempt), job.status.earlier_attempts, context.now)
     hung_at = heartbeat_deadline(job, train, context)
     if hung_at is not None and context.now >= hung_at and left > AT_ONCE:
         pod = train.pod.name if train.pod else train.name
         message = f"pod {pod} has not reported since {_describe_last_report(job, context)}"
-        return _end_training(job, JobState(Stage.ENDED, Reason.HEARTBEAT_LOST, message), attempt, context.now)
+        return _end_training(job, JobState(Stage.ENDED, Reason.HEARTBEAT_LOST, message), attempt, context.now, context)
     report = context.last_report
     phase = report.phase if report and report.phase in _REPORTED_PHASES else Phase.TRAINING
     requeue_at = earliest(context.now, hung_at, state.requeue_at, context.now + max(left, AT_ONCE))
@@ -175,26 +190,32 @@ def decide_failed(state: JobState) -> Decision:
     return Decision(Phase.FAILED, state.reason, state.message)
 
 
-def decide_lost(attempt: Attempt, now: datetime) -> Decision:
+def decide_lost(job: Job, attempt: Attempt, now: datetime) -> Decision:
     """Record an attempt without a known end, and prepare again: prepare finds the result if it was published."""
     message = f"Job {attempt.job} disappeared without a termination message"
     lost = end_attempt(attempt, Reason.POD_LOST, message, now)
-    if lost.number >= MAX_LOST_ATTEMPTS:
-        final_message = (
-            f"{message}, as did {lost.number - 1} before it; find out what deletes Jobs or pods in this namespace"
-        )
-        return Decision(Phase.FAILED, Reason.POD_LOST, final_message, attempt=lost)
+    if exhausted := find_exhausted(job.spec, job.status, (*_earlier_attempts(job, lost), lost), now):
+        return Decision(Phase.FAILED, exhausted.reason, f"{exhausted.message}: {message}", attempt=lost)
     message = f"{message}; preparation runs again"
     return Decision(
         Phase.PREPARING, Reason.POD_LOST, message, Action.DELETE_PREPARE_JOB, attempt=lost, requeue_after=AT_ONCE
     )
 
 
-def _end_training(job: Job, state: JobState, attempt: Attempt, at: datetime) -> Decision:
+def _earlier_attempts(job: Job, attempt: Attempt) -> tuple[Attempt, ...]:
+    return tuple(other for other in job.status.attempts if other.number < attempt.number)
+
+
+def _end_training(job: Job, state: JobState, attempt: Attempt, at: datetime, context: ReconcileContext) -> Decision:
     if decision := decide_published(state, attempt, at):
         return decision
     failed = decide_failed(state)
-    ended = end_attempt(attempt, failed.reason, failed.message, at)
+    ended = end_attempt(attempt, failed.reason, failed.message, at, state.domain).model_copy(
+        update={
+            "node": state.node or attempt.node,
+            "checkpoint_step": _newest_checkpoint_step(job, state, context),
+        }
+    )
     decision = _retry(job, state, ended) or failed
     return replace(
         decision,
@@ -203,28 +224,25 @@ def _end_training(job: Job, state: JobState, attempt: Attempt, at: datetime) -> 
     )
 
 
+def _newest_checkpoint_step(job: Job, state: JobState, context: ReconcileContext) -> int | None:
+    """Return the step of the newest checkpoint of the run that status, report or termination message know."""
+    message, report, output = state.termination_message, context.last_report, job.status.output
+    reported = report.checkpoint if report else None
+    own = reported is not None and output is not None and is_below(reported.uri, output.prefix)
+    known = (job.status.checkpoint, message.checkpoint if message else None, reported if own else None)
+    return max((checkpoint.step for checkpoint in known if checkpoint is not None), default=None)
+
+
 def _retry(job: Job, state: JobState, ended: Attempt) -> Decision | None:
     """Return the decision to retry, if another attempt can fix the failure; it resumes from the last checkpoint."""
-    plan, attempts = job.status.plan, (*job.status.attempts[: ended.number - 1], ended)
+    plan = job.status.plan
     action = choose_remedy(state, plan) if plan else None
     if action is None or plan is None:
         return None
-    if exhausted := _exhausted(job, attempts, ended.finished_at or job.created_at):
+    attempts = (*_earlier_attempts(job, ended), ended)
+    if exhausted := find_exhausted(job.spec, job.status, attempts, ended.finished_at or job.created_at):
         message = f"{exhausted.message}; the last one ended with {ended.reason}: {state.message}"
         return Decision(Phase.FAILED, exhausted.reason, message)
     plan = shrink(plan, ended.number) if action is RetryAction.SHRINK_MICRO_BATCH else plan
     message = f"attempt {ended.number} ended: {state.message}; the next one resumes from the last checkpoint"
     return Decision(Phase.SCHEDULING, state.reason, message, plan=plan, requeue_after=AT_ONCE)
-
-
-def _exhausted(job: Job, attempts: tuple[Attempt, ...], now: datetime) -> Violation | None:
-    """Return the limit that another attempt would exceed, if any."""
-    limit = job.spec.retries.max_attempts
-    if (used := used_attempts(attempts)) >= limit:
-        return Violation(Reason.RETRIES_EXHAUSTED, f"{used} of {limit} attempts (spec.retries.maxAttempts) failed")
-    if len(attempts) >= MOST_ATTEMPTS:
-        return Violation(Reason.RETRIES_EXHAUSTED, f"{len(attempts)} attempts ended, most of them by disruptions")
-    if time_left(job.spec.deadlines, attempts, now) <= AT_ONCE:
-        message = f"all attempts together exceeded {job.spec.deadlines.total} (spec.deadlines.total)"
-        return Violation(Reason.DEADLINE_EXCEEDED, message)
-    return None

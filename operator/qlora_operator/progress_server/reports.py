@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Final
 
 from pydantic import ValidationError
@@ -13,6 +13,8 @@ from qlora_api.progress import MAX_COUNT, ProgressReport
 from qlora_api.v1alpha1 import Checkpoint, Progress
 from qlora_api.v1alpha1.patterns import PRINTABLE
 
+QUIET: Final = timedelta(minutes=5)
+"""Trainers report every 5 s: a namespace that was quiet for so long could not reach the operator, or had no trainer."""
 REPORTED_PHASES: Final = frozenset({Phase.TRAINING, Phase.EVALUATING, Phase.PUBLISHING})
 
 
@@ -21,6 +23,9 @@ class ReportStore:
 
     def __init__(self) -> None:
         self._last: dict[JobRef, tuple[Progress, str | None]] = {}
+        self._reporting: dict[JobRef, datetime] = {}
+        self._received_at: dict[str, datetime] = {}
+        self._resumed_at: dict[str, datetime] = {}
 
     def get(self, ref: JobRef) -> Progress | None:
         """Return the last report."""
@@ -33,10 +38,36 @@ class ReportStore:
     def put(self, ref: JobRef, report: Progress, job_uid: str | None = None) -> None:
         """Replace the last report."""
         self._last[ref] = (report, job_uid)
+        self._reporting[ref] = report.updated_at
+        received_at = self._received_at.get(ref.namespace)
+        if received_at is None or report.updated_at - received_at >= QUIET:
+            self._resumed_at[ref.namespace] = report.updated_at
+        self._received_at[ref.namespace] = report.updated_at
+
+    def expect(self, ref: JobRef, reported_at: datetime) -> None:
+        """Expect further reports of a run whose last one an earlier operator process received."""
+        self._reporting.setdefault(ref, reported_at)
+
+    def set_idle(self, ref: JobRef) -> None:
+        """Expect no further report of a run, until one arrives: none of its pods trains."""
+        self._reporting.pop(ref, None)
+
+    def others(self, ref: JobRef) -> tuple[datetime, ...]:
+        """Return when each of the other QLoRAJobs of a namespace that should report last did."""
+        return tuple(
+            reported_at
+            for other, reported_at in self._reporting.items()
+            if other.namespace == ref.namespace and other != ref
+        )
+
+    def resumed_at(self, namespace: str) -> datetime | None:
+        """Return when reports of a namespace arrived first, or again after it was quiet; None if none did."""
+        return self._resumed_at.get(namespace)
 
     def forget(self, ref: JobRef) -> None:
         """Drop the report of a run that is over."""
         self._last.pop(ref, None)
+        self.set_idle(ref)
 
 
 def read_report(report: ProgressReport, now: datetime) -> Progress:

@@ -14,6 +14,8 @@ from qlora_operator.resources.metadata import Owner
 
 MAX_NOTE_BYTES: Final = 1024
 """Maximum size of an Event's note in bytes."""
+QUARANTINE_REASON: Final = "NodeQuarantined"
+"""The Event's reason when a node has ended attempts of several runs."""
 EVENT_ACTIONS: Final = {
     Phase.PENDING: "Accept",
     Phase.PREPARING: "Prepare",
@@ -38,6 +40,21 @@ def build_event(owner: Owner, resource_version: str, status: QLoRAJobStatus, now
     """Return the Event of a transition; its name is derived from the transition, so a repeat is a no-op."""
     phase, reason = status.phase or Phase.PENDING, status.reason or Reason.ACCEPTED
     identity = "/".join((owner.uid, resource_version, phase, reason))
+    texts = {"action": EVENT_ACTIONS[phase], "reason": reason.value, "type": event_type(reason)}
+    return _build(owner, identity, status.message or "", now) | texts
+
+
+def build_quarantine_event(owner: Owner, node: str, until: datetime, now: datetime) -> Manifest:
+    """Return the Event of a node that is quarantined from now on; it regards the run that failed there last."""
+    note = (
+        f"node {node} ended attempts of several QLoRAJobs: no new attempt uses it until {until:%Y-%m-%d %H:%M} UTC; "
+        "check its GPUs, driver, device plugin and network"
+    )
+    texts = {"action": "Quarantine", "reason": QUARANTINE_REASON, "type": "Warning"}
+    return _build(owner, f"{owner.uid}/{node}/{until.isoformat()}", note, now) | texts
+
+
+def _build(owner: Owner, identity: str, note: str, now: datetime) -> Manifest:
     return {
         "apiVersion": "events.k8s.io/v1",
         "kind": "Event",
@@ -48,10 +65,7 @@ def build_event(owner: Owner, resource_version: str, status: QLoRAJobStatus, now
         "eventTime": now.strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
         "reportingController": f"{names.GROUP}/{names.FIELD_MANAGER}",
         "reportingInstance": names.FIELD_MANAGER,
-        "action": EVENT_ACTIONS[phase],
-        "reason": reason.value,
-        "type": event_type(reason),
-        "note": escape_line(status.message or "").encode()[:MAX_NOTE_BYTES].decode(errors="ignore"),
+        "note": escape_line(note).encode()[:MAX_NOTE_BYTES].decode(errors="ignore"),
         "regarding": {
             "apiVersion": names.API_VERSION,
             "kind": names.KIND,

@@ -75,17 +75,27 @@ def build_train_pod(
     taken = _NodeResources(_train_resources(resources, plan), _disk_limits(run.prepared), _placement(resources, plan))
     pod = _build(workload, spec, installation, taken)
     pod["tolerations"] = [*pod.get("tolerations", ()), *_NODE_FAILURE_TOLERATIONS]
-    if run.avoided_nodes:
-        pod.setdefault("affinity", {})["nodeAffinity"] = _node_affinity_excluding(run.avoided_nodes)
+    if affinity := _node_affinity(run):
+        pod.setdefault("affinity", {})["nodeAffinity"] = affinity
     if plan.processes > 1:
         _add_rendezvous(pod, workload, plan)
     return pod
 
 
-def _node_affinity_excluding(nodes: tuple[str, ...]) -> Manifest:
-    """Return the node affinity that excludes some nodes."""
-    fields = [{"key": "metadata.name", "operator": "NotIn", "values": [node]} for node in nodes]
-    return {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [{"matchFields": fields}]}}
+def _node_affinity(run: AttemptInputs) -> Manifest:
+    """Return the node affinity that excludes the avoided nodes, and prefers others to those that may be at fault."""
+    affinity: Manifest = {}
+    if run.avoided_nodes:
+        excluded = {"nodeSelectorTerms": [_other_nodes_than(run.avoided_nodes)]}
+        affinity["requiredDuringSchedulingIgnoredDuringExecution"] = excluded
+    if disliked := tuple(node for node in run.disliked_nodes if node not in run.avoided_nodes):
+        preferred = [{"weight": 100, "preference": _other_nodes_than(disliked)}]
+        affinity["preferredDuringSchedulingIgnoredDuringExecution"] = preferred
+    return affinity
+
+
+def _other_nodes_than(nodes: tuple[str, ...]) -> Manifest:
+    return {"matchFields": [{"key": "metadata.name", "operator": "NotIn", "values": [node]} for node in nodes]}
 
 
 def _add_rendezvous(pod: Manifest, workload: ChildWorkload, plan: Plan) -> None:

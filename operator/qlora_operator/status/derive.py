@@ -11,13 +11,13 @@ from qlora_api.prepared import Prepared
 from qlora_api.reasons import REASONS
 from qlora_api.result import Result, is_below
 from qlora_api.units import format_duration
-from qlora_api.v1alpha1 import Attempt, Checkpoint, OutputStatus, Plan, Progress, QLoRAJobStatus
-from qlora_api.v1alpha1.status import MAX_ATTEMPT_MESSAGE, MAX_MESSAGE
+from qlora_api.v1alpha1 import Attempt, Checkpoint, EarlierAttempts, OutputStatus, Plan, Progress, QLoRAJobStatus
+from qlora_api.v1alpha1.status import MAX_ATTEMPT_MESSAGE, MAX_ATTEMPTS_LISTED, MAX_MESSAGE
 from qlora_operator.models import Decision
 from qlora_operator.status.conditions import derive_conditions
 from qlora_operator.status.formatting import format_number, format_step
 
-_STICKY_ATTEMPT_FIELDS: Final = ("started_at", "micro_batch_size", "node")
+_STICKY_ATTEMPT_FIELDS: Final = ("started_at", "micro_batch_size", "node", "avoided_nodes", "checkpoint_step")
 """Fields of an attempt that are kept once they are known, since its pods may be gone."""
 
 
@@ -49,7 +49,9 @@ def derive_status(  # noqa: PLR0913 (everything that a status depends on)
             "model": prepared.model if prepared else previous.model,
             "dataset": prepared.dataset if prepared else previous.dataset,
             "plan": plan,
-            "attempts": attempts,
+            **list_attempts(attempts, previous.earlier_attempts, now),
+            "forgiven_attempts": decision.forgiven_attempts or previous.forgiven_attempts,
+            "retry_limits": decision.retry_limits,
             "checkpoint": derive_checkpoint(previous, decision, report),
             "evaluation": result.evaluation if result else previous.evaluation,
             "output": derive_output(previous.output, prepared, result),
@@ -88,7 +90,9 @@ def derive_outcome(previous: QLoRAJobStatus, decision: Decision, generation: int
             "attempt": attempts[-1].number if attempts else None,
             "started_at": previous.started_at or now,
             "finished_at": now if decision.phase in TERMINAL else None,
-            "attempts": attempts,
+            **list_attempts(attempts, previous.earlier_attempts, now),
+            "forgiven_attempts": decision.forgiven_attempts or previous.forgiven_attempts,
+            "retry_limits": decision.retry_limits,
         }
     )
     return status.model_copy(update={"conditions": derive_conditions(status, now)})
@@ -158,6 +162,18 @@ def merge_attempt(attempts: tuple[Attempt, ...], attempt: Attempt | None) -> tup
     message = escape_line(attempt.message)[:MAX_ATTEMPT_MESSAGE]
     by_number[attempt.number] = attempt.model_copy(update={**sticky, "message": message})
     return tuple(by_number[number] for number in sorted(by_number))
+
+
+def list_attempts(attempts: tuple[Attempt, ...], earlier: EarlierAttempts | None, now: datetime) -> dict[str, Any]:
+    """Return the attempts that a status lists: the first one and the newest; the others are summed up."""
+    surplus = len(attempts) - MAX_ATTEMPTS_LISTED
+    if surplus <= 0:
+        return {"attempts": attempts, "earlier_attempts": earlier}
+    dropped = attempts[1 : 1 + surplus]
+    seconds = sum(int(attempt.run_time(attempt.finished_at or now).total_seconds()) for attempt in dropped)
+    count, before = len(dropped), earlier or EarlierAttempts(count=0, seconds=0)
+    total = EarlierAttempts(count=before.count + count, seconds=before.seconds + max(seconds, 0))
+    return {"attempts": (attempts[0], *attempts[1 + surplus :]), "earlier_attempts": total}
 
 
 def with_observed_generation(previous: QLoRAJobStatus, generation: int) -> QLoRAJobStatus:

@@ -8,7 +8,7 @@ from qlora_api import names
 from qlora_api.v1alpha1 import Progress
 from qlora_operator.cluster.interface import ClusterBusyError
 from qlora_operator.controller.reconcile import ReconcileResult, reconcile
-from qlora_operator.lifecycle import ReconcileContext
+from qlora_operator.lifecycle import Reception, ReconcileContext
 from tests.fakes import CrashError, FakeCluster
 from tests.make import INSTALLATION, PREPARED_MESSAGE, PUBLISHED_MESSAGE, REF
 
@@ -17,7 +17,11 @@ TRAIN: Final = names.train_job_name(REF.name, 1)
 
 
 async def reconcile_now(cluster: FakeCluster, report: Progress | None = None) -> ReconcileResult:
-    watch = ReconcileContext(cluster.now + cluster.clock_skew, report, cluster.reports_since)
+    now = cluster.now + cluster.clock_skew
+    others = Reception((now,) if cluster.others_reported_at is None else cluster.others_reported_at)
+    watch = ReconcileContext(
+        now, report, cluster.reports_since, quarantined_nodes=cluster.quarantined_nodes, reception=others
+    )
     return await reconcile(REF, cluster, INSTALLATION, watch)
 
 

@@ -24,7 +24,7 @@ from qlora_api.launcher_config import MAIN_PORT
 from qlora_api.logs.formatters import log_fields
 from qlora_api.names import ACCELERATE_CONFIG_FILE, MAIN_ADDRESS_ENV
 from qlora_api.reasons import REASONS, Reason
-from qlora_api.report import TerminationMessage
+from qlora_api.report import UNEXPLAINED_EXIT, TerminationMessage
 from qlora_api.runconfig import RunConfig
 from qlora_api.v1alpha1 import Plan, to_timedelta
 from qlora_trainer.errors import RunError
@@ -211,7 +211,7 @@ def choose_message(messages: Mapping[int, TerminationMessage], code: int, killed
     if code == 0:
         return None
     return failure_message(
-        RunError(Reason.TRAINER_ERROR, f"the worker processes exited with code {code} and wrote no termination message")
+        RunError(Reason.TRAINER_ERROR, f"the worker processes exited with code {code} and {UNEXPLAINED_EXIT}")
     )
 
 

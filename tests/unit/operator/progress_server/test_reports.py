@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any, Final
 
 import jsonschema
@@ -11,11 +12,12 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from qlora_api.crd import status_schema
+from qlora_api.job_ref import JobRef
 from qlora_api.names import Phase
 from qlora_api.progress import MAX_COUNT, ProgressReport
-from qlora_api.v1alpha1 import Checkpoint, QLoRAJobStatus
+from qlora_api.v1alpha1 import Checkpoint, Progress, QLoRAJobStatus
 from qlora_operator.models import Decision
-from qlora_operator.progress_server.reports import read_report
+from qlora_operator.progress_server.reports import ReportStore, read_report
 from qlora_operator.status import derive_status, to_wire
 from tests.make import NOW, make_plan_status
 from tests.unit.operator.status.test_derive import REASONS
@@ -153,3 +155,41 @@ def test_status_of_any_accepted_report_fits_the_crd(trainer_status: dict[str, An
     except ValidationError:
         return
     assert_accepted(status)
+
+
+def at(minutes: float) -> Progress:
+    return Progress(updated_at=NOW + timedelta(minutes=minutes))
+
+
+def test_store_tells_which_other_runs_of_a_namespace_report() -> None:
+    store, first, second = ReportStore(), JobRef("ml", "a"), JobRef("ml", "b")
+    store.put(first, at(0))
+    store.put(JobRef("web", "c"), at(0))
+    assert store.others(first) == ()
+    store.put(second, at(1))
+    assert store.others(first) == (NOW + timedelta(minutes=1),)
+    store.set_idle(second)
+    assert store.others(first) == ()
+    store.put(second, at(2))
+    assert store.others(first) == (NOW + timedelta(minutes=2),)
+    store.forget(second)
+    assert store.others(first) == ()
+
+
+def test_store_notices_that_reports_arrive_again() -> None:
+    store = ReportStore()
+    for minutes in (0, 4, 8):
+        store.put(JobRef("ml", "a"), at(minutes))
+    assert (store.resumed_at("ml"), store.resumed_at("web")) == (NOW, None)
+    store.put(JobRef("web", "c"), at(60))
+    store.put(JobRef("ml", "b"), at(60))
+    assert (store.resumed_at("ml"), store.resumed_at("web")) == (NOW + timedelta(hours=1), NOW + timedelta(hours=1))
+
+
+def test_restarted_store_expects_runs_that_reported_before() -> None:
+    store = ReportStore()
+    store.expect(JobRef("ml", "a"), NOW)
+    assert store.others(JobRef("ml", "b")) == (NOW,)
+    store.put(JobRef("ml", "a"), at(1))
+    store.expect(JobRef("ml", "a"), NOW)
+    assert store.others(JobRef("ml", "b")) == (NOW + timedelta(minutes=1),)

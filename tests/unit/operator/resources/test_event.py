@@ -105,6 +105,8 @@ async def test_events_of_interrupted_and_suspended_run() -> None:
         await reconcile_until_stable(cluster)
         cluster.end_pod(TRAIN.replace("-1", f"-{attempt}"), 1, make_termination_message(Reason.INTERRUPTED))
         await reconcile_until_stable(cluster)
+        cluster.pass_time(timedelta(seconds=10))
+        await reconcile_until_stable(cluster)
     cluster.change(suspend=True)
     await reconcile_until_stable(cluster)
     cluster.change(suspend=False)

@@ -1,0 +1,69 @@
+"""Continues a failed run in place, from its last checkpoint, once a limit of the spec that it exceeded was raised."""
+
+from datetime import datetime
+from typing import Final
+
+from qlora_api.names import Phase
+from qlora_api.reasons import Domain, Reason
+from qlora_api.v1alpha1 import RetryLimits, to_timedelta
+from qlora_operator.lifecycle.budgets import domain_of, find_exhausted
+from qlora_operator.models import Action, Decision, Job
+
+REVIVABLE: Final = frozenset({
+    Reason.RETRIES_EXHAUSTED,
+    Reason.DEADLINE_EXCEEDED,
+    Reason.STARTUP_DEADLINE_EXCEEDED,
+})  # fmt: skip
+"""Reasons of a failure that a limit of the spec decided."""
+
+
+def retry_limits(job: Job) -> RetryLimits:
+    """Return the limits of the spec, to record them when a run fails."""
+    deadlines = job.spec.deadlines
+    return RetryLimits(max_attempts=job.spec.retries.max_attempts, total=deadlines.total, startup=deadlines.startup)
+
+
+def revive(job: Job, now: datetime) -> Decision | None:
+    """Return the decision to continue a failed run if the limit that it exceeded was raised, else None."""
+    raised = _raised_field(job)
+    if job.status.phase is not Phase.FAILED or job.status.reason not in REVIVABLE or raised is None:
+        return None
+    attempts = job.status.attempts
+    last = attempts[-1] if attempts else None
+    # What nodes, services and the cluster took has no limit in the spec: raising maxAttempts grants all of it again.
+    forgive = raised == "spec.retries.maxAttempts" and last is not None and domain_of(last) is not Domain.RUN
+    forgiven = last.number if forgive and last else job.status.forgiven_attempts
+    status = job.status.model_copy(update={"forgiven_attempts": forgiven})
+    if attempts and find_exhausted(job.spec, status, attempts, now):
+        return None
+    return continue_run(job, f"{raised} was raised", forgiven, now)
+
+
+def continue_run(job: Job, why: str, forgiven: int | None, now: datetime) -> Decision:
+    """Return the decision that continues a failed run; a run that never had a plan prepares again."""
+    if job.status.plan is None:
+        message = f"{why}; preparation runs again"
+        return Decision(Phase.PREPARING, Reason.PREPARING, message, Action.DELETE_PREPARE_JOB, requeue_at=now)
+    message = f"{why}; the next attempt resumes from the last checkpoint"
+    return Decision(Phase.SCHEDULING, Reason.SCHEDULING, message, forgiven_attempts=forgiven, requeue_at=now)
+
+
+def _raised_field(job: Job) -> str | None:
+    """Return the field that allows more than when the run failed, and that could have ended it."""
+    before, deadlines = job.status.retry_limits, job.spec.deadlines
+    trained = job.status.plan is not None
+    match job.status.reason:
+        case Reason.RETRIES_EXHAUSTED if before is None or job.spec.retries.max_attempts > before.max_attempts:
+            field = "spec.retries.maxAttempts"
+        case Reason.DEADLINE_EXCEEDED if trained and (before is None or _is_longer(deadlines.total, before.total)):
+            field = "spec.deadlines.total"
+        case Reason.STARTUP_DEADLINE_EXCEEDED if before is not None and _is_longer(deadlines.startup, before.startup):
+            field = "spec.deadlines.startup"
+        case _:
+            return None
+    # A run that failed before limits were recorded: its spec must have changed since.
+    return field if before is not None or job.generation > job.status.observed_generation else None
+
+
+def _is_longer(duration: str, other: str) -> bool:
+    return to_timedelta(duration) > to_timedelta(other)

@@ -1,0 +1,127 @@
+"""Which nodes new attempts avoid, for how long, and whom a failure blames."""
+
+from datetime import datetime, timedelta
+from typing import Any, Final
+
+import pytest
+
+from qlora_api.job_ref import JobRef
+from qlora_api.reasons import Domain, Reason
+from qlora_api.v1alpha1 import Attempt
+from qlora_api.v1alpha1.status import MAX_AVOIDED_NODES
+from qlora_operator.controller.node_failures import NodeFailures
+from qlora_operator.lifecycle.node_health import (
+    AVOIDANCE,
+    QUARANTINE,
+    NodeFailure,
+    avoided_nodes,
+    disliked_nodes,
+    find_released,
+    is_blamed,
+    quarantined_nodes,
+)
+from tests.make import NOW
+
+BLAMED: Final = {
+    Reason.ACCELERATOR_MISSING,
+    Reason.ACCELERATOR_FAILED,
+    Reason.HEARTBEAT_LOST,
+    Reason.COLLECTIVE_TIMEOUT,
+    Reason.POD_REJECTED,
+    Reason.IMAGE_PULL_FAILED,
+    Reason.STARTUP_DEADLINE_EXCEEDED,
+}
+
+
+def failed(reason: Reason = Reason.ACCELERATOR_FAILED, node: str = "gpu-1", **change: Any) -> Attempt:
+    return Attempt.model_validate(
+        {"number": 1, "job": "bot-1", "reason": reason, "node": node, "finished_at": NOW, **change}
+    )
+
+
+def failure(run: str, node: str = "gpu-1", at: datetime = NOW, reason: Reason = Reason.POD_REJECTED) -> NodeFailure:
+    return NodeFailure(JobRef("ml", run), node, at, reason)
+
+
+@pytest.mark.parametrize("reason", Reason)
+def test_reason_blames_node(reason: Reason) -> None:
+    assert is_blamed(failed(reason)) == (reason in BLAMED)
+
+
+@pytest.mark.parametrize("reason", [Reason.HEARTBEAT_LOST, Reason.COLLECTIVE_TIMEOUT])
+def test_hang_is_evidence_but_the_run_may_return_to_its_node(reason: Reason) -> None:
+    assert avoided_nodes((failed(reason),), {}, NOW) == {}
+    assert disliked_nodes((failed(reason),)) == ("gpu-1",)
+
+
+def test_attempt_without_node_or_of_another_domain_blames_none() -> None:
+    assert not is_blamed(failed(node=""))
+    assert not is_blamed(failed(Reason.STARTUP_DEADLINE_EXCEEDED, domain=Domain.RUN))
+    assert not is_blamed(failed(Reason.INTERRUPTED, domain=Domain.NODE))
+
+
+def test_node_of_two_runs_is_quarantined_until_an_hour_after_the_last() -> None:
+    failures = [failure("a"), failure("b", at=NOW + timedelta(minutes=20))]
+    until = NOW + timedelta(minutes=20) + QUARANTINE
+    assert quarantined_nodes(failures, NOW + timedelta(minutes=30)) == {"gpu-1": until}
+    assert quarantined_nodes(failures, until - timedelta(seconds=1)) == {"gpu-1": until}
+    assert quarantined_nodes(failures, until) == {}
+    again = [*failures, failure("b", at=until)]
+    assert quarantined_nodes(again, until) == {}, "it is tried again, and one run alone does not bring it back"
+
+
+@pytest.mark.parametrize(
+    "failures",
+    [
+        pytest.param([failure("a"), failure("a")], id="one-run-twice"),
+        pytest.param([failure("a"), failure("b", "gpu-2")], id="two-nodes"),
+        pytest.param([failure("a", at=NOW - timedelta(minutes=61)), failure("b")], id="not-within-an-hour"),
+        pytest.param([failure(run, f"gpu-{n}") for run in "ab" for n in range(3)], id="runs-that-fail-everywhere"),
+        pytest.param([failure(f"{r}{n}", f"gpu-{n}") for r in "ab" for n in range(4)], id="nodes-that-fail-alike"),
+        pytest.param([], id="none"),
+    ],
+)
+def test_node_is_not_quarantined(failures: list[NodeFailure]) -> None:
+    assert quarantined_nodes(failures, NOW) == {}
+
+
+def test_three_bad_nodes_are_quarantined_at_once() -> None:
+    failures = [failure(f"{run}{node}", f"gpu-{node}") for run in "ab" for node in range(3)]
+    other = [failure(run, "gpu-9", reason=Reason.ACCELERATOR_FAILED) for run in "cd"]
+    assert list(quarantined_nodes([*failures, *other], NOW)) == ["gpu-0", "gpu-1", "gpu-2", "gpu-9"]
+
+
+def test_run_avoids_its_node_for_a_while() -> None:
+    attempts = (failed(), failed(Reason.TRAINER_ERROR, "gpu-2", number=2))
+    assert avoided_nodes(attempts, {}, NOW) == {"gpu-1": NOW + AVOIDANCE}
+    assert avoided_nodes(attempts, {}, NOW + AVOIDANCE) == {}
+    assert disliked_nodes(attempts) == ("gpu-1", "gpu-2")
+
+
+def test_quarantine_outlasts_avoidance() -> None:
+    until = NOW + timedelta(minutes=50)
+    assert avoided_nodes((failed(),), {"gpu-1": until, "gpu-9": until}, NOW) == {"gpu-1": until, "gpu-9": until}
+
+
+def test_avoided_nodes_are_bounded_and_the_newest() -> None:
+    quarantined = {f"gpu-{n:02}": NOW + timedelta(minutes=n + 1) for n in range(40)}
+    assert list(avoided_nodes((), quarantined, NOW)) == [f"gpu-{n}" for n in range(40 - MAX_AVOIDED_NODES, 40)]
+
+
+def test_released_nodes_are_those_no_longer_avoided() -> None:
+    attempt = failed(avoided_nodes=("gpu-1", "gpu-2"))
+    assert find_released(attempt, {"gpu-2": NOW}) == ("gpu-1",)
+    assert find_released(failed(), {}) == ()
+
+
+def test_store_forgets_old_failures() -> None:
+    store = NodeFailures()
+    for run in ("a", "b"):
+        store.update(JobRef("ml", run), (failed(),))
+    store.update(JobRef("ml", "c"), ())
+    assert store.quarantined(NOW) == {"gpu-1": NOW + QUARANTINE}
+    store.update(JobRef("ml", "a"), ())
+    assert store.quarantined(NOW) == {"gpu-1": NOW + QUARANTINE}, "a QLoRAJob made again does not clear its node"
+    assert store.quarantined(NOW + QUARANTINE) == {}
+    assert store.quarantined(NOW + 2 * QUARANTINE) == {}
+    assert store.quarantined(NOW) == {}
