@@ -11,8 +11,17 @@ from qlora_operator.models import ChildJob, Observation
 END_GRACE: Final = timedelta(seconds=30)
 """What a Job gets to finish by itself once its trainer has ended; peers and sidecars stop within the default grace
 period of a pod, 30 s. A Job that has finished holds nothing, and is kept for its logs."""
-ENDED_BY_OPERATOR: Final = frozenset({Reason.HEARTBEAT_LOST, Reason.NODE_LOST, Reason.SUSPENDED_BY_USER})
-"""Reasons with which the operator, not the pods, ended an attempt: its pods may run, and are stopped at once."""
+ENDED_BY_OPERATOR: Final = frozenset({
+    Reason.HEARTBEAT_LOST,
+    Reason.NODE_LOST,
+    Reason.POD_LOST,
+    Reason.SUSPENDED_BY_USER,
+    Reason.STARTUP_DEADLINE_EXCEEDED,
+    Reason.IMAGE_PULL_FAILED,
+    Reason.POD_REJECTED,
+    Reason.UNSCHEDULABLE,
+})  # fmt: skip
+"""Reasons with which the operator, not the pods, ended an attempt: its pods may wait or run, and are stopped at once."""
 
 
 def leftover_jobs(status: QLoRAJobStatus, children: Observation, now: datetime) -> tuple[ChildJob, ...]:

@@ -163,6 +163,8 @@ def test_message_of_newest_event_since_a_time() -> None:
     assert parse_event_message(events, {"FailedCreate"}, NOW) == "exceeded another"
     assert parse_event_message(events[:2], {"FailedCreate"}, NOW) == "exceeded quota"
     assert parse_event_message(events[:1], {"FailedCreate"}, NOW) == ""
+
+
 def test_nodes_that_the_pods_of_a_job_avoid() -> None:
     item = make_raw_child()
     fields = [{"key": "metadata.name", "operator": "NotIn", "values": [node]} for node in ("gpu-1", "gpu-2")]
