@@ -11,6 +11,8 @@ KINDS: Final = ("qlorajobs", "jobs", "configmaps", "services", "events")
 TRANSIENT_REASONS: Final = frozenset({"Preparing", "Scheduling", "Unschedulable"})
 """Reasons of short-lived states, which not every run reports; every other Event records a step."""
 _RANDOM_KEYS: Final = frozenset({"uid", "resourceVersion", "managedFields", "clusterIP", "clusterIPs"})
+_DURATIONS: Final = frozenset({"activeDeadlineSeconds", "containerSeconds"})
+"""They count seconds, which two runs do not take alike."""
 _MASKS: Final = (
     (re.compile(r"\b\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z"), "<time>"),
     (re.compile(r"\b[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\b"), "<uid>"),
@@ -45,7 +47,7 @@ def _own_part(item: dict[str, Any]) -> dict[str, Any]:
 def mask(value: Any, namespace: str) -> Any:
     """Replace times, uids, names of pods and the namespace."""
     if isinstance(value, dict):
-        return {key: mask(entry, namespace) for key, entry in value.items() if key not in _RANDOM_KEYS}
+        return {key: mask(entry, namespace) for key, entry in value.items() if key not in _RANDOM_KEYS | _DURATIONS}
     if isinstance(value, list):
         return [mask(entry, namespace) for entry in value]
     if not isinstance(value, str):

@@ -204,7 +204,9 @@ def test_failure_has_reason_and_remedy(job_namespace: JobNamespace) -> None:
 def test_total_deadline_fails_run(job_namespace: JobNamespace) -> None:
     job_namespace.submit(deadlines={"total": "1s"})
     job_namespace.end_pod(PREPARE, 0, PREPARED_MESSAGE)
-    assert "exceeded its deadline of 1 seconds" in job_namespace.wait_for("Failed", "DeadlineExceeded")["message"]
+    job_namespace.start_pod(TRAIN)
+    status = job_namespace.wait_for("Failed", "DeadlineExceeded")
+    assert "exceeded its deadline (what was left of spec.deadlines.total)" in status["message"]
 
 
 @pytest.mark.usefixtures("operator")
