@@ -124,7 +124,7 @@ def test_every_failure_has_search_terms() -> None:
 @pytest.mark.parametrize("reason", Reason)
 def test_the_outcome_is_what_the_operator_does(reason: Reason) -> None:
     record = REASONS[reason]
-    outcome = describe_outcome(record)
+    outcome = describe_outcome(reason)
     goes_on = record.retry is not None or record.normal or reason in {Reason.POD_LOST, *_WAITS}
     assert ("somebody has to fix" in outcome) == (not goes_on)
     assert ("not count against" in outcome) == (not record.counts_against_retries)

@@ -127,14 +127,16 @@ def parse_child(item: Json, pods: tuple[Pod, ...]) -> ChildJob:
     metadata, conditions = item["metadata"], _conditions(item)
     started = parse_time(item.get("status", {}).get("startTime"))
     failed = conditions.get("Failed")
+    role = Role(metadata["labels"][names.ROLE_LABEL])
     return ChildJob(
         name=metadata["name"],
-        role=Role(metadata["labels"][names.ROLE_LABEL]),
-        attempt=int(metadata["labels"].get(names.ATTEMPT_LABEL, 0)),
+        role=role,
+        attempt=int(metadata["labels"].get(names.NUMBER_LABELS[role], role is Role.PREPARE)),
         created_at=_created(item),
         deadline_seconds=item["spec"].get("activeDeadlineSeconds"),
         deleting="deletionTimestamp" in metadata,
         suspended=item["spec"].get("suspend", False),
+        queue=metadata["labels"].get(names.QUEUE_LABEL, ""),
         complete="Complete" in conditions,
         failure=_failure(failed) if failed else None,
         deadline_exceeded=any(conditions.get(kind, {}).get("reason") == "DeadlineExceeded" for kind in _FAILING),

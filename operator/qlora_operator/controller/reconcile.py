@@ -30,6 +30,7 @@ from qlora_operator.resources import (
     build_event,
     build_prepare_config,
     build_prepare_job,
+    build_queue_labels,
     build_run_config,
     build_service,
     build_train_job,
@@ -128,7 +129,9 @@ def is_noop(decision: Decision, job: Job, children: Observation) -> bool:
         decision.action is Action.NONE
         and (decision.phase, decision.reason) == (job.status.phase, job.status.reason)
         and not any(facts)
-        and not outdated_deadlines(job, children)
+        and decision.preparation in (None, job.status.preparation)
+        and not needed_patches(job, children)
+        and not outdated_prepare_jobs(job, children)
     )
 
 
@@ -195,25 +198,23 @@ async def apply_decision(
         return on_name_conflict(error), created
     except AdmissionDeniedError as error:
         return on_admission_denied(error), created
-    if decision.action is Action.DELETE_ALL_JOBS:
-        await delete_all_jobs(job, children, cluster)
     if decision.action is Action.DELETE_RUNNING_JOBS:
         await delete_running_jobs(job, children, cluster)
-    if decision.action is Action.DELETE_PREPARE_JOB and children.prepare is not None and not children.prepare.deleting:
-        await cluster.delete_job(job.ref, children.prepare.name)
     if decision.action is Action.NONE:
-        for deadline in outdated_deadlines(job, children):
-            await cluster.patch(deadline)
+        for patch in needed_patches(job, children):
+            await cluster.patch(patch)
+    for name in outdated_prepare_jobs(job, children):
+        await cluster.delete_job(job.ref, name)
     return decision, created
 
 
 def build_children(decision: Decision, job: Job, installation: Installation) -> tuple[Manifest, ...]:
     """Return the children to create, the ConfigMap first, because the pod mounts it."""
     owner = Owner(job.ref, job.uid)
-    if decision.action is Action.PREPARE:
+    if decision.action is Action.PREPARE and decision.preparation:
         return (
             build_prepare_config(owner, job.spec, installation),
-            build_prepare_job(owner, job.spec, installation),
+            build_prepare_job(owner, job.spec, installation, decision.preparation.number),
         )
     if decision.action is Action.TRAIN and decision.plan and decision.prepared and decision.attempt:
         run = AttemptInputs(
@@ -255,11 +256,32 @@ async def delete_running_jobs(job: Job, children: Observation, cluster: Cluster)
             await cluster.delete_job(job.ref, child.name)
 
 
-async def delete_all_jobs(job: Job, children: Observation, cluster: Cluster) -> None:
-    """Delete every child Job, prepare first: after a crash in between, the remaining training Job shows why."""
-    for child in sorted(children.jobs, key=lambda child: child.attempt):
-        if not child.deleting:
-            await cluster.delete_job(job.ref, child.name)
+def outdated_prepare_jobs(job: Job, children: Observation) -> list[str]:
+    """Return the prepare Jobs before the recorded one; nothing waits for their deletion."""
+    current = job.status.preparation.number if job.status.preparation else 1
+    return [
+        child.name
+        for child in children.jobs
+        if child.role is Role.PREPARE and child.attempt < current and not child.deleting
+    ]
+
+
+def needed_patches(job: Job, children: Observation) -> list[Manifest]:
+    """Return the patches that running Jobs need."""
+    return [*outdated_deadlines(job, children), *missing_queue_labels(job, children)]
+
+
+def missing_queue_labels(job: Job, children: Observation) -> list[Manifest]:
+    """Return the patches that put a prepare Job into the queue of its run, if a queue controller has suspended it."""
+    queue = job.spec.queue
+    if queue is None:
+        return []
+    return [
+        build_queue_labels(job.ref, child.name, queue)
+        for child in children.jobs
+        if child.role is Role.PREPARE and child.suspended and child.queue != queue.name
+        if not (child.finished or child.deleting)
+    ]
 
 
 def outdated_deadlines(job: Job, children: Observation) -> list[Manifest]:

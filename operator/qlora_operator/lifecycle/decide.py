@@ -1,10 +1,10 @@
 """Decides the next phase and action, from the spec, the last status and the children.
 
 Facts are written to the status before anything relies on them, so a crash between any two writes loses nothing: a
-training Job is created only when model, output and plan are in the status. When a Job's termination message is lost,
-the prepare Job is deleted, then the loss is recorded, then the Job is deleted, then prepare runs again. This order
-proves that a prepare Job that exists once the loss is recorded is newer than the loss, without comparing the clocks of
-two machines. The new prepare finds the manifest if the result was published.
+training Job is created only when model, output and plan are in the status, a prepare Job only when its number is. When
+a Job's termination message is lost, one write records the loss and the number of the next prepare Job. So the prepare
+Job of the recorded number is newer than the loss, without comparing the clocks of two machines, and nothing waits for
+the deletion of an older one. The new prepare finds the manifest if the result was published.
 """
 
 from dataclasses import replace
@@ -16,14 +16,24 @@ from qlora_api.v1alpha1 import QLoRAJobStatus
 from qlora_operator.lifecycle.context import ReconcileContext
 from qlora_operator.lifecycle.gang import classify_child, deletion_deadline, is_busy
 from qlora_operator.lifecycle.prepare_phase import follow_preparation
+from qlora_operator.lifecycle.prepare_retries import current_preparation, next_preparation
 from qlora_operator.lifecycle.retry_policy import retry_at
 from qlora_operator.lifecycle.suspend import suspend
-from qlora_operator.lifecycle.train_phase import decide_lost, decide_published, follow_training, make_attempt
-from qlora_operator.models import Action, ChildJob, Decision, Job, Observation
+from qlora_operator.lifecycle.train_phase import (
+    decide_lost,
+    decide_published,
+    follow_training,
+    make_attempt,
+    observed_attempt,
+)
+from qlora_operator.models import Action, Decision, Job, Observation
 from qlora_planner.validation import Violation, check
 
-_ENDED_BY_OPERATOR: Final = frozenset({Reason.HEARTBEAT_LOST, Reason.NODE_LOST, Reason.SUSPENDED_BY_USER})
+_ENDED_BY_OPERATOR: Final = frozenset(
+    {Reason.HEARTBEAT_LOST, Reason.NODE_LOST, Reason.POD_LOST, Reason.SUSPENDED_BY_USER}
+)
 """Reasons with which the operator, not Kubernetes, ended an attempt; its pods may still run."""
+_DELETED: Final = "the training Job is being deleted; then preparation runs again and finds what was published"
 
 
 def rejected(violations: tuple[Violation, ...]) -> Decision:
@@ -39,7 +49,6 @@ def decide(job: Job, children: Observation, context: ReconcileContext) -> Decisi
     return (
         _late_publication(job, children, number, context)
         or suspend(job, children, number, context)
-        or _restart_preparation(job.status, children, number)
         or _follow_current_attempt(job, children, number, context)
         or _wait_for_earlier_attempts(job.status, children, number, context)
         or follow_preparation(job, children, number, context.now)
@@ -69,32 +78,24 @@ def _late_publication(job: Job, children: Observation, number: int, context: Rec
     return None
 
 
-def _restart_preparation(status: QLoRAJobStatus, children: Observation, number: int) -> Decision | None:
-    """Delete all Jobs after a lost attempt, or while prepare is being deleted, until they are gone.
-
-    A training attempt no longer needs its prepare Job, so deleting that changes nothing.
-    """
-    prepare_deleted = children.prepare is not None and children.prepare.deleting and children.train(number) is None
-    if not prepare_deleted and not any(_is_lost(child, status) for child in children.jobs if child.role is Role.TRAIN):
-        return None
-    message = (
-        "Jobs were deleted, or lost without a termination message; preparation runs again and finds what was published"
-    )
-    return Decision(Phase.PREPARING, Reason.PREPARING, message, Action.DELETE_ALL_JOBS)
-
-
-def _is_lost(train: ChildJob, status: QLoRAJobStatus) -> bool:
-    reasons = {attempt.number: attempt.reason for attempt in status.attempts if attempt.reason}
-    reason = reasons.get(train.attempt)
-    return reason is Reason.POD_LOST or (train.deleting and reason is None)
-
-
 def _follow_current_attempt(job: Job, children: Observation, number: int, context: ReconcileContext) -> Decision | None:
-    """Follow the current attempt; it is lost if the status lists it and its Job does not exist."""
-    if train := children.train(number):
-        return follow_training(job, train, context)
-    recorded = any(attempt.number == number for attempt in job.status.attempts)
-    return decide_lost(make_attempt(job, number), context.now) if recorded else None
+    """Follow the current attempt; it is lost if its Job was deleted, and prepare runs again.
+
+    A Job whose deletion cannot finish, because its node is dead, is not waited for.
+    """
+    train = children.train(number)
+    if train is None:
+        recorded = any(attempt.number == number for attempt in job.status.attempts)
+        decision = decide_lost(make_attempt(job, number), context.now) if recorded else None
+    elif not train.deleting:
+        decision = follow_training(job, train, context)
+    elif is_busy(train, context.now):
+        return Decision(Phase.PREPARING, Reason.PREPARING, _DELETED, requeue_at=deletion_deadline(train))
+    else:
+        decision = decide_lost(observed_attempt(job, train), context.now)
+    if decision is None or decision.phase is not Phase.PREPARING:
+        return decision
+    return replace(decision, preparation=next_preparation(current_preparation(job.status, children)))
 
 
 def _wait_for_earlier_attempts(

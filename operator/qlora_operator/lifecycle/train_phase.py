@@ -17,7 +17,7 @@ from qlora_operator.lifecycle.retry_policy import (
     time_left,
     used_attempts,
 )
-from qlora_operator.models import Action, ChildJob, Decision, Job, JobState, Pod, Stage
+from qlora_operator.models import ChildJob, Decision, Job, JobState, Pod, Stage
 from qlora_planner.validation import Violation
 
 MAX_LOST_ATTEMPTS: Final = 3
@@ -136,9 +136,7 @@ def decide_lost(attempt: Attempt, now: datetime) -> Decision:
         )
         return Decision(Phase.FAILED, Reason.POD_LOST, final_message, attempt=lost)
     message = f"{message}; preparation runs again"
-    return Decision(
-        Phase.PREPARING, Reason.POD_LOST, message, Action.DELETE_PREPARE_JOB, attempt=lost, requeue_after=AT_ONCE
-    )
+    return Decision(Phase.PREPARING, Reason.POD_LOST, message, attempt=lost, requeue_after=AT_ONCE)
 
 
 def _end_training(job: Job, state: JobState, attempt: Attempt, at: datetime) -> Decision:
