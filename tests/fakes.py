@@ -174,7 +174,9 @@ class FakeCluster:
         return existing is None
 
     async def patch(self, child: Manifest) -> None:
-        self.children[child["kind"], child["metadata"]["name"]]["spec"] |= child["spec"]
+        existing = self.children[child["kind"], child["metadata"]["name"]]
+        existing["spec"] |= child.get("spec", {})
+        existing["metadata"]["labels"] |= child["metadata"].get("labels", {})
         self._wrote("patch", child["metadata"]["name"])
 
     async def delete_job(self, ref: JobRef, name: str) -> None:  # noqa: ARG002 (the interface's signature)

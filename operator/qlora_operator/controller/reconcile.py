@@ -21,6 +21,7 @@ from qlora_operator.lifecycle import (
     rejected,
     time_left,
 )
+from qlora_operator.lifecycle.prepare_retries import next_preparation
 from qlora_operator.lifecycle.retry_policy import AT_ONCE, LONGEST_WAIT
 from qlora_operator.models import Action, AttemptInputs, Decision, Job, Manifest, Observation, RawJob
 from qlora_operator.resources import (
@@ -44,6 +45,8 @@ ADMISSION_DENIED_RETRY: Final = timedelta(minutes=1)
 """People have to change quotas and policies, so retrying sooner gains nothing."""
 NAME_CONFLICT_RETRY: Final = timedelta(seconds=5)
 """The garbage collector needs a few seconds to delete the children of a deleted QLoRAJob."""
+NAME_CONFLICT_PATIENCE: Final = timedelta(minutes=5)
+"""A prepare Job of a deleted QLoRAJob that still exists then is on a node that does not respond."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,7 @@ async def reconcile_once(
     if not cache_is_enough:
         children = await list_children_and_gpu_nodes(job, raw, cluster)
         decision = decide(job, children, request.context)
-    decision, created = await apply_decision(decision, job, children, cluster, installation)
+    decision, created = await apply_decision(decision, job, children, cluster, installation, request.context.now)
     if created and is_first_step(decision, job):
         return ReconcileResult(AT_ONCE)  # status comes after the first steps of all queued QLoRAJobs
     return await write_status(request, decision, spec.resources.nodes * spec.resources.gpus_per_node, cluster)
@@ -186,8 +189,8 @@ def jobs_to_delete(children: Observation, status: QLoRAJobStatus, *, expired: bo
     ]
 
 
-async def apply_decision(
-    decision: Decision, job: Job, children: Observation, cluster: Cluster, installation: Installation
+async def apply_decision(  # noqa: PLR0913, PLR0917 (everything that a decision is applied to)
+    decision: Decision, job: Job, children: Observation, cluster: Cluster, installation: Installation, now: datetime
 ) -> tuple[Decision, bool]:
     """Apply a decision to the children; return it, or its replacement if a child is refused, and if any was created."""
     created = False
@@ -195,7 +198,7 @@ async def apply_decision(
         for child in build_children(decision, job, installation):
             created |= await cluster.ensure(child)
     except NameConflictError as error:
-        return on_name_conflict(error), created
+        return on_name_conflict(error, decision, job, now), created
     except AdmissionDeniedError as error:
         return on_admission_denied(error), created
     if decision.action is Action.DELETE_RUNNING_JOBS:
@@ -232,11 +235,18 @@ def build_children(decision: Decision, job: Job, installation: Installation) -> 
     return ()
 
 
-def on_name_conflict(error: NameConflictError) -> Decision:
-    """Wait for the child of an earlier QLoRAJob to be deleted; fail if the name belongs to something else."""
-    if error.being_deleted:
-        return Decision(Phase.PENDING, Reason.ACCEPTED, str(error), requeue_after=NAME_CONFLICT_RETRY)
-    return Decision(Phase.FAILED, Reason.INVALID_SPEC, str(error))
+def on_name_conflict(error: NameConflictError, decision: Decision, job: Job, now: datetime) -> Decision:
+    """Wait for the child of an earlier QLoRAJob to be deleted; fail if the name belongs to something else.
+
+    A prepare Job is not waited for without end: the next one has another name.
+    """
+    if not error.being_deleted:
+        return Decision(Phase.FAILED, Reason.INVALID_SPEC, str(error))
+    waiting = Decision(Phase.PENDING, Reason.ACCEPTED, str(error), requeue_after=NAME_CONFLICT_RETRY)
+    waited = job.status.started_at is not None and now >= job.status.started_at + NAME_CONFLICT_PATIENCE
+    if decision.action is Action.PREPARE and decision.preparation is not None and waited:
+        return replace(waiting, preparation=next_preparation(decision.preparation))
+    return replace(waiting, preparation=decision.preparation)
 
 
 def on_admission_denied(error: AdmissionDeniedError) -> Decision:

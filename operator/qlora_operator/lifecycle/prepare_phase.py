@@ -14,6 +14,7 @@ from qlora_operator.lifecycle.prepare_retries import (
     current_preparation,
     describe_end,
     describe_retries,
+    is_unexplained,
     may_be_retried,
     next_preparation,
     next_try,
@@ -86,13 +87,15 @@ def _retry_preparation(
     job: Job, prepare: ChildJob, state: JobState, current: Preparation, now: datetime
 ) -> Decision | None:
     """Record a failure, and when it is tried again or that it is not; None if the manifest or the dataset is wrong."""
-    if not may_be_retried(state.reason):
+    if not may_be_retried(state.reason) and not is_unexplained(prepare, state):
         return None
     now = now.replace(microsecond=0)
     failed = count_failure(current, prepare, state, now)
     retry_at = retry_time(job, failed, now)
     if retry_at is None:
-        return replace(decide_failed(replace(state, message=describe_end(failed))), preparation=failed)
+        # Whatever starts a failed run again needs another preparation.
+        failure = decide_failed(replace(state, message=describe_end(failed)))
+        return replace(failure, preparation=next_preparation(current))
     failed = failed.model_copy(update={"retry_at": retry_at})
     message = describe_retries(job, failed)
     return Decision(Phase.PREPARING, state.reason, message, preparation=failed, requeue_at=retry_at)

@@ -10,13 +10,18 @@ from qlora_api.names import MOST_PREPARATIONS
 from qlora_api.reasons import REASONS, Reason, RetryAction
 from qlora_api.v1alpha1 import Preparation, QLoRAJobStatus
 from qlora_operator.lifecycle.context import startup_timeout
+from qlora_operator.lifecycle.exit_reasons import parse_termination_message
 from qlora_operator.models import ChildJob, Job, JobState, Observation
 
 FIRST_PAUSE: Final = timedelta(seconds=15)
 """Back-off after the first failed preparation; it doubles up to LONGEST_PAUSE, and no GPU is held meanwhile."""
 LONGEST_PAUSE: Final = timedelta(minutes=5)
+_MOST_DOUBLINGS: Final = 20
+"""More doublings than LONGEST_PAUSE allows, and few enough for a timedelta."""
 PATIENCE: Final = timedelta(hours=6)
 """How long a failure of a service, a node or the cluster is tried again: long enough to wake somebody who mends it."""
+UNEXPLAINED_TRIES: Final = 3
+"""Failures after which a pod that ends without a termination message is no longer thought to have met a bad node."""
 _TRANSIENT: Final = frozenset(
     {
         Reason.POD_LOST,
@@ -49,6 +54,12 @@ def next_try(failed: Preparation) -> Preparation:
 def may_be_retried(reason: Reason) -> bool:
     """Return whether preparation can succeed later without another manifest."""
     return reason in _TRANSIENT or REASONS[reason].appears_late
+
+
+def is_unexplained(prepare: ChildJob, state: JobState) -> bool:
+    """Return whether the pod ended without a termination message, as after a signal or on a broken node."""
+    end = prepare.pod.exit if prepare.pod else None
+    return state.reason is Reason.TRAINER_ERROR and end is not None and parse_termination_message(end.message) is None
 
 
 def count_failure(current: Preparation, prepare: ChildJob, state: JobState, now: datetime) -> Preparation:
@@ -86,15 +97,18 @@ def retry_time(job: Job, failed: Preparation, now: datetime) -> datetime | None:
     deadline = _deadline(job, failed)
     if deadline is None or now >= deadline or failed.number >= MOST_PREPARATIONS:
         return None
+    if failed.reason is Reason.TRAINER_ERROR and failed.failures >= UNEXPLAINED_TRIES:
+        return None
+    doublings = min(failed.failures - 1, _MOST_DOUBLINGS)
     # The last try is at the deadline.
-    return min(now + min(FIRST_PAUSE * 2.0 ** (failed.failures - 1), LONGEST_PAUSE), deadline)
+    return min(now + min(FIRST_PAUSE * 2**doublings, LONGEST_PAUSE), deadline)
 
 
 def describe_retries(job: Job, failed: Preparation) -> str:
     """Return how preparation failed, and until when it is tried again."""
     since, deadline = _since(failed), _deadline(job, failed)
-    if since is None or deadline is None:
-        return failed.message
+    if since is None or deadline is None or failed.reason is Reason.TRAINER_ERROR:
+        return f"{_sentence(failed)}; it is tried again"
     until = f"{deadline:%H:%M}" if since.date() == deadline.date() else f"{deadline:%Y-%m-%d %H:%M}"
     return f"{_sentence(failed)}; it is tried again until {until} UTC{_field(failed)}"
 
