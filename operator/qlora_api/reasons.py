@@ -417,9 +417,9 @@ REASONS: Final[dict[Reason, ReasonRecord]] = {
         sentence="The bucket of the output does not exist.",
         remedy="Create the bucket, or correct spec.output.uri.",
         moments=_BOTH,
-        background="The operator creates no buckets.",
+        background="The bucket is created later, or its name is misspelled; neither operator nor trainer creates it.",
         topic=Topic.MANIFEST,
-        also_known_as=("NoSuchBucket (output)", "bucket does not exist"),
+        also_known_as=("output bucket missing", "bucket does not exist"),
         appears_late=True,
     ),
     Reason.OUTPUT_EXISTS: ReasonRecord(

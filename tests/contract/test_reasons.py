@@ -85,7 +85,7 @@ def test_a_section_has_all_parts(name: str, section: str) -> None:
         describe(record),
         *_aliases(record),
         *(f"- **{moment}:** {MOMENTS[moment]}" for moment in record.moments),
-        f"- **Retried:** {describe_outcome(record)}",
+        f"- **Retried:** {describe_outcome(Reason(name))}",
         f"- **What to do:** {record.remedy}",
     ]
     assert [line for line in section.splitlines() if line] == lines

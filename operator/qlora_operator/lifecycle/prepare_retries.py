@@ -101,7 +101,7 @@ def retry_time(job: Job, failed: Preparation, now: datetime) -> datetime | None:
         return None
     doublings = min(failed.failures - 1, _MOST_DOUBLINGS)
     # The last try is at the deadline.
-    return min(now + min(FIRST_PAUSE * 2**doublings, LONGEST_PAUSE), deadline)
+    return min(now + min(FIRST_PAUSE * 2.0**doublings, LONGEST_PAUSE), deadline)
 
 
 def describe_retries(job: Job, failed: Preparation) -> str:
