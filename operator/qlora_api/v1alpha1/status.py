@@ -140,6 +140,9 @@ class Preparation(ApiModel):
         default=None, description="When the first of them ended that lacked a Secret, a model, a dataset or access."
     )
     retry_at: datetime | None = Field(default=None, description="When the next prepare Job is created.")
+    avoided_nodes: Annotated[tuple[Annotated[str, Field(max_length=253)], ...], Field(max_length=8)] = Field(
+        default=(), description="Nodes of the last pods that failed; the next pod prefers others."
+    )
 
 
 class Metrics(ApiModel):

@@ -217,7 +217,7 @@ def build_children(decision: Decision, job: Job, installation: Installation) -> 
     if decision.action is Action.PREPARE and decision.preparation:
         return (
             build_prepare_config(owner, job.spec, installation),
-            build_prepare_job(owner, job.spec, installation, decision.preparation.number),
+            build_prepare_job(owner, job.spec, installation, decision.preparation),
         )
     if decision.action is Action.TRAIN and decision.plan and decision.prepared and decision.attempt:
         run = AttemptInputs(

@@ -22,6 +22,8 @@ PATIENCE: Final = timedelta(hours=6)
 """How long a failure of a service, a node or the cluster is tried again: long enough to wake somebody who mends it."""
 UNEXPLAINED_TRIES: Final = 3
 """Failures after which a pod that ends without a termination message is no longer thought to have met a bad node."""
+MOST_AVOIDED: Final = 8
+"""Nodes that the next prepare pod would rather not run on, at most."""
 _TRANSIENT: Final = frozenset(
     {
         Reason.POD_LOST,
@@ -78,8 +80,15 @@ def count_failure(current: Preparation, prepare: ChildJob, state: JobState, now:
             "message": state.message,
             "missing_since": missing or (now if late else None),
             "failing_since": None if late else failing or now,
+            "avoided_nodes": current.avoided_nodes if late else _avoid(current.avoided_nodes, prepare),
         }
     )
+
+
+def _avoid(nodes: tuple[str, ...], prepare: ChildJob) -> tuple[str, ...]:
+    """Return the nodes of the last failures; a node without a network looks like a service that is down."""
+    node = prepare.pod.node if prepare.pod else ""
+    return tuple(dict.fromkeys((*nodes, node) if node else nodes))[-MOST_AVOIDED:]
 
 
 def _shift(since: datetime | None, by: timedelta, now: datetime) -> datetime | None:

@@ -4,7 +4,7 @@ from datetime import timedelta
 
 from qlora_api import names
 from qlora_api.job_ref import JobRef
-from qlora_api.v1alpha1 import QLoRAJobSpec, QueueSpec
+from qlora_api.v1alpha1 import Preparation, QLoRAJobSpec, QueueSpec
 from qlora_operator.models import PREPARE_DEADLINE, AttemptInputs, Manifest
 from qlora_operator.resources.metadata import (
     ChildWorkload,
@@ -18,10 +18,14 @@ from qlora_operator.resources.metadata import (
 from qlora_operator.resources.pod import build_prepare_pod, build_train_pod
 
 
-def build_prepare_job(owner: Owner, spec: QLoRAJobSpec, installation: Installation, number: int = 1) -> Manifest:
-    """Return the Job that checks model, dataset and output without a GPU; `number` counts its repetitions."""
-    workload = prepare_workload(owner, number)
-    return _build(workload, build_prepare_pod(workload, spec, installation), PREPARE_DEADLINE)
+def build_prepare_job(
+    owner: Owner, spec: QLoRAJobSpec, installation: Installation, preparation: Preparation | None = None
+) -> Manifest:
+    """Return the Job that checks model, dataset and output without a GPU; by default the first one."""
+    current = preparation or Preparation()
+    workload = prepare_workload(owner, current.number)
+    pod = build_prepare_pod(workload, spec, installation, current.avoided_nodes)
+    return _build(workload, pod, PREPARE_DEADLINE)
 
 
 def build_train_job(owner: Owner, spec: QLoRAJobSpec, run: AttemptInputs, installation: Installation) -> Manifest:

@@ -64,10 +64,16 @@ _TOKEN_BYTES: Final = 32
 PREPARE_RESOURCES: Final = {"requests": {"cpu": "500m", "memory": "1Gi"}, "limits": {"memory": PREPARE_MEMORY}}
 
 
-def build_prepare_pod(workload: ChildWorkload, spec: QLoRAJobSpec, installation: Installation) -> Manifest:
-    """Return the prepare pod, without a GPU."""
+def build_prepare_pod(
+    workload: ChildWorkload, spec: QLoRAJobSpec, installation: Installation, avoided_nodes: tuple[str, ...] = ()
+) -> Manifest:
+    """Return the prepare pod, without a GPU; it prefers other nodes to those that are avoided."""
     taken = _NodeResources(PREPARE_RESOURCES, _PREPARE_DISK, _prepare_placement(spec.resources))
-    return _build(workload, spec, installation, taken)
+    pod = _build(workload, spec, installation, taken)
+    if avoided_nodes:
+        preferred = [{"weight": 100, "preference": _other_nodes_than(avoided_nodes)}]
+        pod["affinity"] = {"nodeAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": preferred}}
+    return pod
 
 
 def build_train_pod(
@@ -87,8 +93,11 @@ def build_train_pod(
 
 def _node_affinity_excluding(nodes: tuple[str, ...]) -> Manifest:
     """Return the node affinity that excludes some nodes."""
-    fields = [{"key": "metadata.name", "operator": "NotIn", "values": [node]} for node in nodes]
-    return {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [{"matchFields": fields}]}}
+    return {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [_other_nodes_than(nodes)]}}
+
+
+def _other_nodes_than(nodes: tuple[str, ...]) -> Manifest:
+    return {"matchFields": [{"key": "metadata.name", "operator": "NotIn", "values": [node]} for node in nodes]}
 
 
 def _add_rendezvous(pod: Manifest, workload: ChildWorkload, plan: Plan) -> None:

@@ -88,7 +88,7 @@ async def test_what_is_missing_is_waited_for_and_found(cluster: FakeCluster, rea
     cluster.end_pod(PREPARE_AGAIN, 0, PREPARED_MESSAGE)
     await reconcile_until_stable(cluster)
     assert TRAIN in jobs(cluster)
-    assert cluster.status["preparation"] == {"number": 2, "failures": 0, "message": ""}
+    assert cluster.status["preparation"] == {"number": 2, "failures": 0, "message": "", "avoidedNodes": []}
 
 
 @pytest.mark.parametrize("reason", MISSING)
@@ -204,6 +204,17 @@ async def test_node_failure_is_retried_whatever_age_of_run(
     cluster.end_pod(PREPARE_AGAIN, 0, PREPARED_MESSAGE)
     await reconcile_until_stable(cluster)
     assert TRAIN in jobs(cluster)
+
+
+async def test_node_where_preparation_failed_is_avoided_by_the_next(cluster: FakeCluster) -> None:
+    await reconcile_until_stable(cluster)
+    fail_to_start(cluster, PREPARE)
+    await reconcile_until_stable(cluster)
+    cluster.pass_time(timedelta(seconds=15))
+    await reconcile_until_stable(cluster)
+    pod = cluster.children["Job", PREPARE_AGAIN]["spec"]["template"]["spec"]
+    [preferred] = pod["affinity"]["nodeAffinity"]["preferredDuringSchedulingIgnoredDuringExecution"]
+    assert preferred["preference"]["matchFields"][0]["values"] == ["node-1"]
 
 
 async def test_trainer_that_crashes_everywhere_fails_run_after_three_tries(cluster: FakeCluster) -> None:

@@ -4,6 +4,7 @@ from typing import Any, Final
 
 import pytest
 
+from qlora_api.v1alpha1 import Preparation
 from qlora_operator.resources import Owner, build_prepare_job
 from tests.make import INSTALLATION, REF, UID, make_spec
 
@@ -14,8 +15,8 @@ NODE_FAILURES: Final = [
 POOL: Final = {"key": "pool", "operator": "Equal", "value": "ml", "effect": "NoSchedule"}
 
 
-def prepare_pod(number: int = 1, **resources: Any) -> dict[str, Any]:
-    job = build_prepare_job(Owner(REF, UID), make_spec(resources=resources), INSTALLATION, number)
+def prepare_pod(preparation: Preparation | None = None, **resources: Any) -> dict[str, Any]:
+    job = build_prepare_job(Owner(REF, UID), make_spec(resources=resources), INSTALLATION, preparation)
     return dict(job["spec"]["template"]["spec"])
 
 
@@ -39,6 +40,14 @@ def test_prepare_pod_selects_nodes_that_its_image_runs_on(label: str) -> None:
     assert prepare_pod(nodeSelector={label: "x", "pool": "ml"})["nodeSelector"] == {label: "x"}
 
 
+def test_repeated_preparation_prefers_nodes_where_none_failed() -> None:
+    pod = prepare_pod(Preparation(number=3, avoided_nodes=("bad", "worse")))
+    fields = [{"key": "metadata.name", "operator": "NotIn", "values": [node]} for node in ("bad", "worse")]
+    preferred = [{"weight": 100, "preference": {"matchFields": fields}}]
+    assert pod["affinity"] == {"nodeAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": preferred}}
+    assert "affinity" not in prepare_pod(Preparation(number=3))
+
+
 def test_preparations_share_one_config_map() -> None:
-    volumes = [prepare_pod(number)["volumes"][0] for number in (1, 2, 40)]
+    volumes = [prepare_pod(Preparation(number=number))["volumes"][0] for number in (1, 2, 40)]
     assert volumes == [{"name": "config", "configMap": {"name": f"{REF.name}-prepare"}}] * 3
