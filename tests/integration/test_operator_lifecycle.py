@@ -231,7 +231,6 @@ def test_job_of_other_owner_is_not_adopted(job_namespace: JobNamespace) -> None:
 @pytest.mark.usefixtures("operator")
 def test_denied_child_is_in_status(job_namespace: JobNamespace) -> None:
     job_namespace.submit(resources={"tolerations": [{"key": "team", "operator": "Exists", "value": "ml"}]})
-    job_namespace.end_pod(PREPARE, 0, PREPARED_MESSAGE)
     assert "value must be empty" in job_namespace.wait_for("Failed", "InvalidSpec")["message"]
 
 
