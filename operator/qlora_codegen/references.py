@@ -88,23 +88,23 @@ def describe_outcome(reason: Reason) -> str:
     """Return whether the run is retried after a reason, and how."""
     record = REASONS[reason]
     if record.moments == _TRAINING_ONLY or not prepare_retries.may_be_retried(reason):
-        return _describe_next_attempt(record)
+        return _describe_next_attempt(record, "No. The run has ended")
     pauses = f"{prepare_retries.FIRST_PAUSE.total_seconds():g} s to {_minutes(prepare_retries.LONGEST_PAUSE)} min"
     end = (
         "`spec.deadlines.startup` has passed since it was first missing"
         if record.appears_late
         else f"{prepare_retries.PATIENCE.total_seconds() / 3600:g} h have passed since the first failure"
     )
-    return f"Preparation is tried again after {pauses}, until {end}. {_describe_next_attempt(record)}"
+    after = _describe_next_attempt(record, "A training attempt that ends so ends the run")
+    return f"Preparation is tried again after {pauses}, until {end}. {after}"
 
 
-def _describe_next_attempt(record: ReasonRecord) -> str:
+def _describe_next_attempt(record: ReasonRecord, ended: str) -> str:
     if record.outcome:
         return record.outcome.format(**FIGURES)
     if record.normal:
         return "Not needed: the run continues."
     if record.retry is None:
-        ended = "A training attempt that ends so ends the run" if record.appears_late else "No. The run has ended"
         return f"{ended}, and somebody has to fix the cause first."
     counts = "counts" if record.counts_against_retries else "does not count"
     return f"The next attempt {NEXT_ATTEMPTS[record.retry]}; it {counts} against `spec.retries.maxAttempts`."
