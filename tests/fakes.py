@@ -225,12 +225,14 @@ class FakeCluster:
         return existing is None
 
     async def patch(self, child: Manifest) -> None:
-        spec = self.children[child["kind"], child["metadata"]["name"]]["spec"] | child["spec"]
-        self.children[child["kind"], child["metadata"]["name"]]["spec"] = {
+        existing = self.children[child["kind"], child["metadata"]["name"]]
+        spec = existing["spec"] | child.get("spec", {})
+        existing["spec"] = {
             name: value
             for name, value in spec.items()
             if value is not None  # a merge patch: null removes a field
         }
+        existing["metadata"]["labels"] |= child["metadata"].get("labels", {})
         self._wrote("patch", child["metadata"]["name"])
 
     async def delete_job(self, ref: JobRef, name: str) -> None:  # noqa: ARG002 (the interface's signature)

@@ -182,9 +182,9 @@ def make_child(role: Role = Role.TRAIN, attempt: int = 1, **change: Any) -> Chil
     """A child Job with a running pod; `pod` is its only one, `pods` are several."""
     train = role is Role.TRAIN
     values: dict[str, Any] = {
-        "name": names.train_job_name(REF.name, attempt) if train else names.prepare_job_name(REF.name),
+        "name": names.train_job_name(REF.name, attempt) if train else names.prepare_job_name(REF.name, attempt),
         "role": role,
-        "attempt": attempt if train else 0,
+        "attempt": attempt,
         "created_at": NOW - timedelta(minutes=5),
         "deadline_seconds": 86_400 if train else 3600,
         "pod": make_pod(),

@@ -21,8 +21,15 @@ LEADER_LABEL: Final = "qlora.dev/leader"
 ATTEMPT_LABEL: Final = "qlora.dev/attempt"
 """On the children of a training attempt; the value is its number, from 1."""
 
+PREPARATION_LABEL: Final = "qlora.dev/preparation"
+"""On a prepare Job and its pods; the value is its number, from 1. A label of its own: every selector of ATTEMPT_LABEL,
+such as that of `qlora logs`, means training pods."""
+
 MAX_JOB_NAME: Final = 52
-"""Leaves room for '-prepare' within 63 characters: a Job's name becomes a label value on its pods."""
+"""Leaves room for '-prepare-0' or '-prep9999-0' within 63 characters: the host name of a pod of an Indexed Job is the
+Job's name and the pod's index."""
+MOST_PREPARATIONS: Final = 9999
+"""The highest number of a prepare Job, see MAX_JOB_NAME."""
 
 
 class Role(StrEnum):
@@ -31,6 +38,9 @@ class Role(StrEnum):
     PREPARE = "prepare"
     TRAIN = "train"
 
+
+NUMBER_LABELS: Final = {Role.PREPARE: PREPARATION_LABEL, Role.TRAIN: ATTEMPT_LABEL}
+"""By role: the label with the number of a child."""
 
 CONTAINER: Final = "trainer"
 """The only container of prepare and training pods; its termination message has the result."""
@@ -67,7 +77,7 @@ PROGRESS_TOKEN_ENV: Final = "KUBEFLOW_TRAINER_SERVER_TOKEN"  # noqa: S105 (a var
 """The path of the bearer token's file."""
 
 QUEUE_LABEL: Final = "kueue.x-k8s.io/queue-name"
-"""On a training Job that Kueue admits; the value is spec.queue.name."""
+"""On a training Job, and a prepare Job if a queue holds it, that Kueue admits; the value is spec.queue.name."""
 PRIORITY_CLASS_LABEL: Final = "kueue.x-k8s.io/priority-class"
 """Next to QUEUE_LABEL; the value is spec.queue.priorityClass."""
 
@@ -120,9 +130,12 @@ class ConditionType(StrEnum):
     SUSPENDED = "Suspended"
 
 
-def prepare_job_name(job: str) -> str:
-    """Return the name of a QLoRAJob's prepare Job, and of its ConfigMap."""
-    return f"{job}-prepare"
+def prepare_job_name(job: str, number: int = 1) -> str:
+    """Return the name of a prepare Job; the first one's is also that of the ConfigMap of all of them.
+
+    No other QLoRAJob's child can have it: those end in '-prepare' or in a hyphen and digits.
+    """
+    return f"{job}-prepare" if number == 1 else f"{job}-prep{number}"
 
 
 def train_job_name(job: str, attempt: int) -> str:

@@ -37,6 +37,7 @@ class Reason(StrEnum):
     DATASET_INVALID = "DatasetInvalid"
     DATASET_EMPTY = "DatasetEmpty"
     S3_DENIED = "S3Denied"
+    OUTPUT_NOT_FOUND = "OutputNotFound"
     OUTPUT_EXISTS = "OutputExists"
     NON_FINITE_LOSS = "NonFiniteLoss"
     GATE_FAILED = "GateFailed"
@@ -159,6 +160,8 @@ class ReasonRecord:
     """What the next attempt does differently, if the domain has a budget."""
     consequence_rank: int = 0
     """0: a root cause. The higher, the more likely it only follows from the end of another pod of the run."""
+    appears_late: bool = False
+    """Whether what is missing may be made by others after the QLoRAJob, so that preparation waits for it."""
     cluster_fault: bool = False
     """Whether the alert QLoRAAttemptsLost counts it."""
     outcome: str = ""
@@ -304,8 +307,8 @@ REASONS: Final[dict[Reason, ReasonRecord]] = {
         remedy="Correct the field that the message names.",
         moments=(Moment.MANIFEST, Moment.PREPARATION, Moment.TRAINING),
         domain=Domain.AUTHOR,
-        background="Most mistakes are refused when the manifest is applied. The rest show later: an output bucket or "
-        "an evaluation task that does not exist, a child's name that another object has, a file in the output "
+        background="Most mistakes are refused when the manifest is applied. The rest show later: an evaluation "
+        "task that does not exist, a child's name that another object has, a file in the output "
         "that somebody else wrote or changed, a strategy or a full fine-tuning that the GPU does not support.",
         topic=Topic.MANIFEST,
         also_known_as=(
@@ -317,7 +320,7 @@ REASONS: Final[dict[Reason, ReasonRecord]] = {
     ),
     Reason.SECRET_NOT_FOUND: ReasonRecord(
         sentence="A Secret named in the manifest does not exist in its namespace, or has no keys.",
-        remedy="Create the Secret in the namespace of the QLoRAJob, then create the QLoRAJob again.",
+        remedy="Create the Secret in the namespace of the QLoRAJob; if the run has failed, create the QLoRAJob again.",
         moments=_BOTH,
         domain=Domain.AUTHOR,
         background="The Secret is missing, is in another namespace, or its keys have other names. The operator reads "
@@ -329,6 +332,7 @@ REASONS: Final[dict[Reason, ReasonRecord]] = {
             "NoCredentialsError",
             "Unable to locate credentials",
         ),
+        appears_late=True,
     ),
     Reason.MODEL_NOT_FOUND: ReasonRecord(
         sentence="The model or its revision does not exist at the URI.",
@@ -338,6 +342,7 @@ REASONS: Final[dict[Reason, ReasonRecord]] = {
         background="The name or revision is misspelled, or the mirror or bucket does not have the model.",
         topic=Topic.MODEL,
         also_known_as=("404 Not Found", "RepositoryNotFoundError", "RevisionNotFoundError", "EntryNotFoundError"),
+        appears_late=True,
     ),
     Reason.GATED_MODEL_NO_ACCESS: ReasonRecord(
         sentence="The model hub denies the token access to this model.",
@@ -356,6 +361,7 @@ REASONS: Final[dict[Reason, ReasonRecord]] = {
             "HF_TOKEN",
             "access to model is restricted",
         ),
+        appears_late=True,
     ),
     Reason.UNSAFE_MODEL_FORMAT: ReasonRecord(
         sentence="The model has only pickle weights; loading pickle runs code.",
@@ -401,6 +407,7 @@ REASONS: Final[dict[Reason, ReasonRecord]] = {
         background="The bucket, the object or the file does not exist, or there is no data file under the prefix.",
         topic=Topic.DATASET,
         also_known_as=("NoSuchBucket", "NoSuchKey", "404 Not Found (S3)", "FileNotFoundError"),
+        appears_late=True,
     ),
     Reason.DATASET_INVALID: ReasonRecord(
         sentence="A row cannot be used; the message has its number and the cause.",
@@ -421,6 +428,7 @@ REASONS: Final[dict[Reason, ReasonRecord]] = {
         "to train on are held out.",
         topic=Topic.DATASET,
         also_known_as=("empty dataset", "num_samples=0", "all rows too long", "no training examples"),
+        appears_late=True,
     ),
     Reason.S3_DENIED: ReasonRecord(
         sentence="The object store denies access to the credentials.",
@@ -438,6 +446,17 @@ REASONS: Final[dict[Reason, ReasonRecord]] = {
             "ExpiredToken",
             "RequestTimeTooSkewed",
         ),
+        appears_late=True,
+    ),
+    Reason.OUTPUT_NOT_FOUND: ReasonRecord(
+        sentence="The bucket of the output does not exist.",
+        remedy="Create the bucket, or correct spec.output.uri.",
+        moments=_BOTH,
+        domain=Domain.AUTHOR,
+        background="The bucket is created later, or its name is misspelled; neither operator nor trainer creates it.",
+        topic=Topic.MANIFEST,
+        also_known_as=("output bucket missing", "bucket does not exist"),
+        appears_late=True,
     ),
     Reason.OUTPUT_EXISTS: ReasonRecord(
         sentence="This result was published before, and spec.output.ifExists is Fail.",
@@ -757,14 +776,14 @@ REASONS: Final[dict[Reason, ReasonRecord]] = {
     Reason.POD_LOST: ReasonRecord(
         sentence="The pod disappeared without a termination message.",
         remedy=_CREATE_AGAIN,
-        moments=_TRAINING,
+        moments=_BOTH,
         domain=Domain.CLUSTER,
         background="Somebody or something deleted the Job with its pods, or the pods without a grace period.",
         topic=Topic.VANISHED,
         also_known_as=("pod not found", "Job deleted", "kubectl delete --force", "pod disappeared"),
         cluster_fault=True,
-        outcome="Preparation runs again and finds what was published; the run ends after {most_lost} such attempts "
-        "without a new checkpoint.",
+        outcome="After a training attempt, preparation runs again and finds what was published; the run ends after "
+        "{most_lost} such attempts without a new checkpoint.",
     ),
     Reason.HEARTBEAT_LOST: ReasonRecord(
         sentence="The run sent no heartbeat for spec.deadlines.heartbeat and was stopped, so that it holds no GPU.",

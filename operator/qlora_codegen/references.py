@@ -1,15 +1,16 @@
 """References of reasons, Events and metrics, rendered from the tables that operator and trainer use."""
 
 from collections.abc import Iterable, Iterator
+from datetime import timedelta
 from typing import Final
 
 from qlora_api import metrics
 from qlora_api.names import FIELD_MANAGER, GROUP
 from qlora_api.reasons import REASONS, Domain, Moment, Reason, ReasonRecord, RetryAction, Topic
 from qlora_api.v1alpha1.status import MAX_ATTEMPTS_LISTED
+from qlora_operator.lifecycle import prepare_retries
 from qlora_operator.lifecycle.budgets import BACKOFFS, LONGEST_PAUSE, MAX_LOST_ATTEMPTS, MAX_NODE_ATTEMPTS, PATIENCE
 from qlora_operator.lifecycle.node_health import QUARANTINE
-from qlora_operator.lifecycle.prepare_phase import PREPARE_PAUSE
 from qlora_operator.models import PREPARE_DEADLINE, PREPARE_MEMORY
 from qlora_operator.resources.event import EVENT_ACTIONS, QUARANTINE_REASON, event_type
 
@@ -61,6 +62,7 @@ TOPICS: Final = {
     "retried": (Topic.DISRUPTION, Topic.HANG, Topic.SERVICE),
 }
 """Topics of each table of the troubleshooting page, by the name of the table."""
+_TRAINING_ONLY: Final = (Moment.TRAINING,)
 
 
 def render_reasons() -> str:
@@ -84,7 +86,7 @@ def _section(reason: Reason, record: ReasonRecord) -> Iterator[str]:
     if record.also_known_as:
         yield from (f"Also known as: {', '.join(f'`{words}`' for words in record.also_known_as)}.", "")
     yield from (f"- **{moment}:** {MOMENTS[moment]}" for moment in record.moments)
-    yield f"- **Retried:** {describe_outcome(record)}"
+    yield f"- **Retried:** {describe_outcome(reason)}"
     yield f"- **What to do:** {record.remedy}"
     yield ""
 
@@ -94,23 +96,35 @@ def describe(record: ReasonRecord) -> str:
     return f"{record.sentence} {record.background.format(**FIGURES)}"
 
 
-def describe_outcome(record: ReasonRecord) -> str:
+def describe_outcome(reason: Reason) -> str:
     """Return whether the run is retried after a reason, and how."""
+    record = REASONS[reason]
+    if record.moments == _TRAINING_ONLY or not prepare_retries.may_be_retried(reason):
+        return _describe_next_attempt(record, "No. The run has ended")
+    pauses = f"{prepare_retries.FIRST_PAUSE.total_seconds():g} s to {_minutes(prepare_retries.LONGEST_PAUSE)} min"
+    end = (
+        "`spec.deadlines.startup` has passed since it was first missing"
+        if record.appears_late
+        else f"{prepare_retries.PATIENCE.total_seconds() / 3600:g} h have passed since the first failure"
+    )
+    after = _describe_next_attempt(record, "A training attempt that ends so ends the run")
+    return f"Preparation is tried again after {pauses}, until {end}. {after}"
+
+
+def _describe_next_attempt(record: ReasonRecord, ended: str) -> str:
     if record.outcome:
         return record.outcome.format(**FIGURES)
     if record.normal:
         return "Not needed: the run continues."
     if record.retry is None:
-        return "No. The run has ended, and somebody has to fix the cause first."
+        return f"{ended}, and somebody has to fix the cause first."
     pauses = _describe_pauses(record.domain)
     delay = f" {pauses}" if pauses else ""
-    sentences = [f"The next attempt {NEXT_ATTEMPTS[record.retry]}{delay}. Budget: {_describe_budget(record)}."]
-    if record.retry is RetryAction.RESUME and Moment.PREPARATION in record.moments:
-        sentences.append(
-            f"Preparation is retried after {PREPARE_PAUSE.total_seconds():g} s, until `spec.deadlines.startup` "
-            "has passed since the QLoRAJob was created."
-        )
-    return " ".join(sentences)
+    return f"The next attempt {NEXT_ATTEMPTS[record.retry]}{delay}. Budget: {_describe_budget(record)}."
+
+
+def _minutes(duration: timedelta) -> str:
+    return f"{duration.total_seconds() / 60:g}"
 
 
 def render_topics(table: str) -> str:

@@ -12,7 +12,7 @@ from qlora_api.prepared import Prepared
 from qlora_api.reasons import Domain, Reason
 from qlora_api.report import TerminationMessage
 from qlora_api.result import Result
-from qlora_api.v1alpha1 import Attempt, Checkpoint, Plan, QLoRAJobSpec, QLoRAJobStatus, RetryLimits
+from qlora_api.v1alpha1 import Attempt, Checkpoint, Plan, Preparation, QLoRAJobSpec, QLoRAJobStatus, RetryLimits
 
 PREPARE_MEMORY: Final = "4Gi"
 """Memory limit of a prepare pod: it tokenizes in one process and holds one dataset in memory."""
@@ -126,7 +126,7 @@ class ChildJob:
     name: str
     role: Role
     attempt: int
-    """0 for prepare."""
+    """Number of the training attempt, or of the preparation."""
     created_at: datetime
     uid: str = ""
     started_at: datetime | None = None
@@ -137,6 +137,8 @@ class ChildJob:
     """Its queue controller has not admitted it yet, or has evicted it; or the Job controller has not resumed it yet."""
     suspended_at: datetime | None = None
     """When the Job controller suspended it, while it is suspended."""
+    queue: str = ""
+    """The Kueue queue in its label; empty if none."""
     complete: bool = False
     failure: JobFailure | None = None
     failing: bool = False
@@ -185,8 +187,9 @@ class Observation:
 
     @property
     def prepare(self) -> ChildJob | None:
-        """Return the prepare Job."""
-        return next((job for job in self.jobs if job.role is Role.PREPARE), None)
+        """Return the newest prepare Job."""
+        prepare = (job for job in self.jobs if job.role is Role.PREPARE)
+        return max(prepare, key=lambda job: job.attempt, default=None)
 
     def train(self, attempt: int) -> ChildJob | None:
         """Return the Job of a training attempt."""
@@ -240,10 +243,6 @@ class Action(StrEnum):
     TRAIN = "train"
     DELETE_RUNNING_JOBS = "stop"
     """Delete the Jobs that still run."""
-    DELETE_PREPARE_JOB = "forget"
-    """Delete the prepare Job, whose results are outdated."""
-    DELETE_ALL_JOBS = "start over"
-    """Delete all child Jobs; the next prepare finds what was published meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -257,6 +256,8 @@ class Decision:
     plan: Plan | None = None
     prepared: Prepared | None = None
     result: Result | None = None
+    preparation: Preparation | None = None
+    """The current preparation, if it is to be recorded."""
     attempt: Attempt | None = None
     """The attempt as observed now; it replaces the one with the same number."""
     checkpoint: Checkpoint | None = None

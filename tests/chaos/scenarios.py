@@ -5,9 +5,11 @@ from typing import Final
 
 from qlora_api import names
 from qlora_api.reasons import Reason
+from tests.cluster.host.commands import wait_until
 from tests.integration.operator_process import NAME, PREPARE, TRAIN, JobNamespace
 from tests.make import PREPARED_MESSAGE, PUBLISHED_MESSAGE, make_termination_message
 
+PREPARE_AGAIN: Final = names.prepare_job_name(NAME, 2)
 SECOND: Final = names.train_job_name(NAME, 2)
 SIGTERM_EXIT: Final = 143
 Scenario = Callable[[JobNamespace], None]
@@ -45,6 +47,19 @@ def refused(job_namespace: JobNamespace) -> None:
     job_namespace.wait_for("Failed", "DatasetInvalid")
 
 
+def late_secret(job_namespace: JobNamespace) -> None:
+    """A Secret appears after the first preparation."""
+    job_namespace.submit(deadlines={"startup": "10s"})
+    job_namespace.wait_for("Preparing")
+    job_namespace.end_pod(PREPARE, 3, make_termination_message(Reason.SECRET_NOT_FOUND, "spec.output.secretRef: no"))
+    job_namespace.wait_for("Preparing", "SecretNotFound")
+    job_namespace.end_pod(PREPARE_AGAIN, 0, PREPARED_MESSAGE)
+    train(job_namespace)
+    job_namespace.end_pod(TRAIN, 0, PUBLISHED_MESSAGE)
+    job_namespace.wait_for("Succeeded", "Published")
+    wait_until("the first prepare Job is gone", lambda: PREPARE not in job_namespace.jobs(), timeout=30)
+
+
 def interrupted(job_namespace: JobNamespace) -> None:
     """A drain ends the first attempt, and the second one publishes."""
     job_namespace.submit()
@@ -67,5 +82,6 @@ def two_nodes(job_namespace: JobNamespace) -> None:
 
 
 SCENARIOS: Final[dict[str, Scenario]] = {
-    "published": published, "refused": refused, "interrupted": interrupted, "two-nodes": two_nodes,
+    "published": published, "refused": refused, "late-secret": late_secret, "interrupted": interrupted,
+    "two-nodes": two_nodes,
 }  # fmt: skip

@@ -115,12 +115,14 @@ STARTS: Final = {
     "no-s3": Start(
         "S3Unavailable",
         ("spec.output",),
-        {"output": {"secretRef": {"name": NO_S3}}, "deadlines": {"startup": "10s"}},
+        {"output": {"secretRef": {"name": NO_S3}}},
+        waits=True,
     ),
     "no-volume": Start(
         "StartupDeadlineExceeded",
         ("did not start", "spec.deadlines.startup"),
         {"dataset": {"uri": "pvc://broken/rows.jsonl"}, "deadlines": {"startup": "10s"}},
+        waits=True,
     ),
     "two-unreachable-pods": Start(
         "CollectiveTimeout",
@@ -238,7 +240,7 @@ def test_unstartable_run_fails_with_reason(
     if case.waits:
         wait_for(case.reason, lambda: run.status().get("reason") == case.reason, SECONDS)
         status = run.status()
-        assert status["phase"] == "Scheduling"
+        assert status["phase"] in {"Preparing", "Scheduling"}
     else:
         status = run.finished()
         assert status["phase"] == "Failed"
@@ -253,6 +255,10 @@ def test_unstartable_run_fails_with_reason(
     outcome(f"{case.reason}")
 
 
+def preparation_failures(run: Run) -> int:
+    return int(run.status().get("preparation", {}).get("failures", 0))
+
+
 def running_pods(run: Run) -> list[str]:
     pods = run.installation.children("pods", run.name, run.namespace)
     return [pod["metadata"]["name"] for pod in pods if pod["status"]["phase"] in {"Pending", "Running"}]
@@ -260,16 +266,16 @@ def running_pods(run: Run) -> list[str]:
 
 @NEVER_STARTS
 @pytest.mark.full_dose
-def test_hub_rate_limited_fails_after_startup_deadline(
-    configured: Installation, outcome: Callable[[str], None]
-) -> None:
-    """429 is retried until spec.deadlines.startup, then reported."""
+def test_hub_rate_limited_is_reported_and_tried_again(configured: Installation, outcome: Callable[[str], None]) -> None:
+    """429 is retried for hours, whatever spec.deadlines.startup says."""
     with FakeHub({"example/busy": Repository(status=429)}, GATEWAY) as hub:
         configured.configure({"platform.hub.mirror": "", "platform.hub.endpoint": hub.endpoint})
         try:
             run = Run(configured, "busy-hub")
             configured.submit(run_manifest(run.name, model={"uri": "hf://example/busy"}, deadlines={"startup": "10s"}))
-            assert run.finished()["reason"] == "HubRateLimited"
+            wait_for("a second try", lambda: preparation_failures(run) > 1, SECONDS)
+            assert (run.status()["phase"], run.status()["reason"]) == ("Preparing", "HubRateLimited")
+            run.kubectl("delete", "qlj", run.name, "--wait=false")
         finally:
             configured.configure({"platform.hub.mirror": "s3://models/hub", "platform.hub.endpoint": ""})
     outcome("HubRateLimited")
@@ -277,21 +283,22 @@ def test_hub_rate_limited_fails_after_startup_deadline(
 
 @promise(
     fault="the trainer image does not exist",
-    promise="the run says ImagePullFailed with the kubelet's message, and fails after spec.deadlines.startup",
+    promise="the run says ImagePullFailed with the kubelet's message, holds no GPU, and runs once there is the image",
     how="the operator's trainer image has a tag that the node does not have",
 )
 @pytest.mark.full_dose
-def test_image_missing_fails_after_startup_deadline(configured: Installation, outcome: Callable[[str], None]) -> None:
+def test_image_missing_is_reported_and_waited_for(configured: Installation, outcome: Callable[[str], None]) -> None:
     configured.configure({"trainerImage.tag": "never-built"})
     try:
         run = Run(configured, "no-image")
-        configured.submit(run_manifest(run.name, deadlines={"startup": "10s"}))
-        status = run.finished()
+        configured.submit(run_manifest(run.name, deadlines={"startup": "20s"}))
+        wait_for("a failed preparation", lambda: preparation_failures(run) > 0, SECONDS)
+        status = run.status()
     finally:
         configured.configure({"trainerImage.tag": split_reference(configured.trainer_image)[1]})
-    assert (status["phase"], status["reason"]) == ("Failed", "ImagePullFailed")
+    assert (status["phase"], status["reason"]) == ("Preparing", "ImagePullFailed")
     assert "never-built" in status["message"]
-    wait_for("nothing running", lambda: not running_pods(run), 90)
+    assert run.finished()["reason"] == "Published"
     outcome(status["message"].partition(": ")[2].partition(":")[0])
 
 

@@ -13,7 +13,7 @@ from tests.chaos.promises import Dose, promise
 from tests.cluster.admin import Admin
 from tests.cluster.cluster import Cluster
 from tests.cluster.host.commands import wait_until
-from tests.integration.operator_process import NAME, PREPARE, TRAIN, JobNamespace, Operator, open_job_namespace
+from tests.integration.operator_process import NAME, TRAIN, JobNamespace, Operator, open_job_namespace
 from tests.make import PUBLISHED_MESSAGE
 
 LONG_AGO: Final = "2001-01-01T00:00:00Z"
@@ -25,6 +25,8 @@ EDITS: Final[dict[str, Any]] = {
     "pending": {"phase": "Pending", "reason": "Accepted"},
     "no-attempts": {"attempts": []},
     "no-plan": {"plan": None},
+    "no-preparation": {"preparation": None},
+    "preparation-8": {"preparation": {"number": 8, "failures": 3, "message": ""}},
     "no-output": {"output": None, "model": None, "dataset": None},
     "lost-attempt": {"attempts": [LOST]},
     "attempt-99": {"attempts": [{"number": 99, "job": "elsewhere", "message": ""}]},
@@ -143,7 +145,7 @@ def running(job_namespace: JobNamespace) -> list[str]:
     return [
         job["metadata"]["name"]
         for job in job_namespace.items("jobs")
-        if job["metadata"]["name"] != PREPARE
+        if job["metadata"]["labels"][names.ROLE_LABEL] == names.Role.TRAIN
         and "deletionTimestamp" not in job["metadata"]
         and not any(entry["status"] == "True" for entry in job["status"].get("conditions", ()))
     ]

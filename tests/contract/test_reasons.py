@@ -85,7 +85,7 @@ def test_a_section_has_all_parts(name: str, section: str) -> None:
         describe(record),
         *_aliases(record),
         *(f"- **{moment}:** {MOMENTS[moment]}" for moment in record.moments),
-        f"- **Retried:** {describe_outcome(record)}",
+        f"- **Retried:** {describe_outcome(Reason(name))}",
         f"- **What to do:** {record.remedy}",
     ]
     assert [line for line in section.splitlines() if line] == lines
@@ -124,11 +124,16 @@ def test_every_failure_has_search_terms() -> None:
 @pytest.mark.parametrize("reason", Reason)
 def test_the_outcome_is_what_the_operator_does(reason: Reason) -> None:
     record = REASONS[reason]
-    outcome = describe_outcome(record)
-    assert ("somebody has to fix" in outcome) == (record.domain is Domain.AUTHOR)
+    outcome = describe_outcome(reason)
+    goes_on = record.retry is not None or record.normal or reason in {Reason.POD_LOST, *_WAITS}
+    assert ("somebody has to fix" in outcome) == (not goes_on)
     assert (record.domain is None) == record.normal
     assert ("spec.retries.maxAttempts" in outcome) == (record.domain is Domain.RUN)
     assert record.retry is None or {Moment.TRAINING, Moment.STARTING, Moment.WAITING} & set(record.moments)
+
+
+_WAITS: Final = {Reason.UNSCHEDULABLE, Reason.POD_REJECTED}
+"""Reasons that end neither a run nor an attempt by themselves."""
 
 
 def test_troubleshooting_links_every_failure_reason() -> None:

@@ -15,6 +15,8 @@ MODEL_FILES: Final = "models--example--pickled"
 COMMIT: Final = "1" * 40
 GOOD_ROW: Final = b'{"instruction": "Say hello.", "response": "Hello."}\n'
 
+IMPATIENT: Final[dict[str, dict[str, Any]]] = {"resources": {"gpusPerNode": 1}, "deadlines": {"startup": "30s"}}
+"""What is missing is waited for so long; the image is on the node, so that a pod starts in a few seconds."""
 CASES: Final[dict[str, tuple[dict[str, Any], str, tuple[str, ...]]]] = {
     "missing-dataset": (
         {"dataset": {"uri": "s3://quickstart/none.jsonl"}},
@@ -61,7 +63,7 @@ def submitted(installation: Installation) -> Installation:
     put_broken_inputs(installation)
     serve_read_only(installation)
     for name, (blocks, _, _) in CASES.items():
-        installation.submit(manifest_of(name, NAMESPACE, **{"resources": {"gpusPerNode": 1}, **blocks}))
+        installation.submit(manifest_of(name, NAMESPACE, **IMPATIENT, **blocks))
     return installation
 
 
@@ -107,7 +109,8 @@ def assert_refused(installation: Installation, name: str, reason: str, fragments
     assert conditions["Finished"]["reason"] == reason, conditions["Finished"]["message"]
     for fragment in fragments:
         assert fragment in conditions["Finished"]["message"]
-    assert [each["metadata"]["name"] for each in installation.children("jobs", name, NAMESPACE)] == [f"{name}-prepare"]
+    roles = {each["metadata"]["labels"]["qlora.dev/role"] for each in installation.children("jobs", name, NAMESPACE)}
+    assert roles <= {"prepare"}
 
 
 def test_a_gated_model(submitted: Installation):
@@ -120,9 +123,8 @@ def test_a_gated_model(submitted: Installation):
             submitted.cluster.apply({**secret, "stringData": {"HF_TOKEN": "hf_refused"}})
             model = {"uri": "hf://example/gated"}
             with_token = {**model, "secretRef": {"name": "hf-token"}}
-            gpu = {"gpusPerNode": 1}
-            submitted.submit(manifest_of("gated-no-token", NAMESPACE, model=model, resources=gpu))
-            submitted.submit(manifest_of("gated-refused", NAMESPACE, model=with_token, resources=gpu))
+            submitted.submit(manifest_of("gated-no-token", NAMESPACE, model=model, **IMPATIENT))
+            submitted.submit(manifest_of("gated-refused", NAMESPACE, model=with_token, **IMPATIENT))
             for name in ("gated-no-token", "gated-refused"):
                 assert_refused(submitted, name, "GatedModelNoAccess", ("spec.model", "example/gated"))
         finally:

@@ -150,9 +150,9 @@ def rerun_a_published_run(shell: Shell, job_namespace: JobNamespace) -> None:
 @pytest.mark.usefixtures("_operator")
 def test_failed_run_sets_exit_code(shell: Shell, job_namespace: JobNamespace) -> None:
     shell.qlora("submit", "-", stdin=manifest("broken"))
-    job_namespace.end_pod("broken-prepare", 1, make_termination_message(Reason.DATASET_EMPTY, "no rows"))
+    job_namespace.end_pod("broken-prepare", 1, make_termination_message(Reason.DATASET_INVALID, "no answer"))
     ended = shell.qlora("wait", "broken")
-    assert (ended.exit_code, "broken Failed (DatasetEmpty): no rows. What to do: " in ended.stderr) == (3, True)
+    assert (ended.exit_code, "broken Failed (DatasetInvalid): no answer. What to do: " in ended.stderr) == (3, True)
     assert "broken" in shell.qlora("list", "--phase", "Failed").stdout
     gone = shell.qlora("logs", "broken", "--attempt", "3")
     assert "broken is Failed and has no pods" in gone.stderr

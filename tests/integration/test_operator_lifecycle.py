@@ -25,6 +25,7 @@ from tests.integration.operator_process import (
 )
 from tests.make import PREPARED_MESSAGE, PUBLISHED_MESSAGE, make_prepared, make_result, make_termination_message
 
+PREPARE_AGAIN: Final = names.prepare_job_name(NAME, 2)
 COLLECTED: Final = 90.0
 """Seconds: the garbage collector looks for new kinds every 30, and collects nothing of a kind that it does not know."""
 
@@ -166,11 +167,10 @@ def test_deleted_children_of_finished_run_are_not_recreated(job_namespace: JobNa
 @pytest.mark.usefixtures("operator")
 def test_job_without_termination_message_is_prepared_again(job_namespace: JobNamespace) -> None:
     job_namespace.run_to_training()
-    first = job_namespace.jobs()[PREPARE]
     job_namespace.kubectl("delete", "job", TRAIN)
     wait_until("PodLost on record", lambda: "PodLost" in ends_of_attempts(job_namespace), timeout=30)
-    wait_until("a new prepare Job", lambda: job_namespace.jobs().get(PREPARE) not in {None, first}, timeout=30)
-    job_namespace.end_pod(PREPARE, 0, PREPARED_MESSAGE)
+    job_namespace.end_pod(PREPARE_AGAIN, 0, PREPARED_MESSAGE)
+    wait_until("the first prepare Job is deleted", lambda: PREPARE not in job_namespace.jobs(), timeout=30)
     second = names.train_job_name(NAME, 2)
     job_namespace.start_pod(second)
     job_namespace.end_pod(second, 0, PUBLISHED_MESSAGE)
@@ -186,7 +186,7 @@ def test_manifest_with_emoji_is_prepared_again(job_namespace: JobNamespace) -> N
     job_namespace.wait_for("Training")
     job_namespace.kubectl("delete", "job", TRAIN, PREPARE)
     wait_until("PodLost on record", lambda: "PodLost" in ends_of_attempts(job_namespace), timeout=30)
-    job_namespace.end_pod(PREPARE, 0, PREPARED_MESSAGE)
+    job_namespace.end_pod(PREPARE_AGAIN, 0, PREPARED_MESSAGE)
     job_namespace.start_pod(names.train_job_name(NAME, 2))
     assert job_namespace.wait_for("Training")["attempt"] == 2
 
@@ -236,7 +236,6 @@ def test_job_of_other_owner_is_not_adopted(job_namespace: JobNamespace) -> None:
 @pytest.mark.usefixtures("operator")
 def test_denied_child_is_in_status(job_namespace: JobNamespace) -> None:
     job_namespace.submit(resources={"tolerations": [{"key": "team", "operator": "Exists", "value": "ml"}]})
-    job_namespace.end_pod(PREPARE, 0, PREPARED_MESSAGE)
     assert "value must be empty" in job_namespace.wait_for("Failed", "InvalidSpec")["message"]
 
 

@@ -75,7 +75,11 @@ class DeadlinesSpec(ApiModel):
     """Time limits."""
 
     startup: Duration = Field(
-        default="30m", description="Longest time from a pod being scheduled to a node until its container starts."
+        default="30m",
+        description=(
+            "Longest time from a pod being scheduled to a node until its container starts; and how long preparation "
+            "waits for a Secret, a model, a dataset, a bucket or access that is missing."
+        ),
     )
     total: Duration = Field(
         default="24h",

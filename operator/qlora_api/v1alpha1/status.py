@@ -8,7 +8,7 @@ from pydantic import AwareDatetime, Field
 from qlora_api.accelerators import NVIDIA, DeviceName
 from qlora_api.base import ApiModel
 from qlora_api.model_config import MAX_CONFIG
-from qlora_api.names import ConditionType, Phase
+from qlora_api.names import MOST_PREPARATIONS, ConditionType, Phase
 from qlora_api.reasons import Domain, Reason
 from qlora_api.strategies import SINGLE, StrategyName
 from qlora_api.v1alpha1.types import MAX_URI
@@ -179,6 +179,25 @@ class RetryLimits(ApiModel):
     startup: Annotated[str, Field(max_length=16)] = Field(description="spec.deadlines.startup.")
 
 
+class Preparation(ApiModel):
+    """The current preparation, and the failures since the last one that was needed."""
+
+    number: int = Field(default=1, ge=1, le=MOST_PREPARATIONS, description="Counts the prepare Jobs from 1.")
+    failures: int = Field(default=0, ge=0, description="Failed preparations since the last success or suspension.")
+    reason: Reason | None = Field(default=None, description="How the last of them ended.")
+    message: Annotated[str, Field(max_length=MAX_ATTEMPT_MESSAGE)] = Field(
+        default="", description="How it ended, in a sentence."
+    )
+    failing_since: datetime | None = Field(default=None, description="When the first of them ended.")
+    missing_since: datetime | None = Field(
+        default=None, description="When the first of them ended that lacked a Secret, a model, a dataset or access."
+    )
+    retry_at: datetime | None = Field(default=None, description="When the next prepare Job is created.")
+    avoided_nodes: Annotated[tuple[Annotated[str, Field(max_length=253)], ...], Field(max_length=8)] = Field(
+        default=(), description="Nodes of the last pods that failed; the next pod prefers others."
+    )
+
+
 class Metrics(ApiModel):
     """Quality on the held-out rows: means over supervised tokens, and over answers if any were generated."""
 
@@ -249,6 +268,7 @@ class QLoRAJobStatus(ApiModel):
     finished_at: datetime | None = Field(default=None, description="When the job ended.")
     model: ModelStatus | None = Field(default=None, description="What the model was resolved to.")
     dataset: DataStatus | None = Field(default=None, description="What preparation found in the dataset.")
+    preparation: Preparation | None = Field(default=None, description="The current preparation.")
     plan: Plan | None = Field(default=None, description="How the run is executed.")
     last_report: Progress | None = Field(default=None, description="The last report of the running pod.")
     attempts: Annotated[tuple[Attempt, ...], Field(max_length=MAX_ATTEMPTS_LISTED)] = Field(

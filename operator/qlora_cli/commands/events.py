@@ -12,7 +12,7 @@ from rich.text import Text
 
 from qlora_api.escapes import escape_line
 from qlora_api.job_ref import JobRef
-from qlora_api.names import KIND, prepare_job_name
+from qlora_api.names import KIND
 from qlora_cli.cluster.client import ClusterClient, KubeObject
 from qlora_cli.cluster.connection import Context, JobName, Kubeconfig, Namespace, exit_on_cluster_error, open_connection
 from qlora_cli.cluster.jobs import get_job, strip_managed_fields
@@ -77,7 +77,7 @@ def belongs_to_job(subject: KubeObject, job: str) -> bool:
     kind, name = subject.get("kind"), subject.get("name", "")
     if kind == KIND:
         return bool(name == job)
-    child = rf"(?:{re.escape(prepare_job_name(job))}|{re.escape(job)}-[1-9][0-9]*)"
+    child = rf"{re.escape(job)}-(?:prepare|prep[1-9][0-9]*|[1-9][0-9]*)"
     patterns = {"Job": child, "Workload": rf"job-{child}-[0-9a-f]+", "Pod": rf"{child}-[0-9]+-[a-z0-9]{{5}}"}
     return kind in patterns and bool(re.fullmatch(patterns[kind], name))
 

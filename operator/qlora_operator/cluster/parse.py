@@ -156,10 +156,11 @@ def parse_child(item: Json) -> ChildJob:
     suspension, failed = conditions.get("Suspended", {}), conditions.get("Failed")
     # Between the change of spec.suspend and that of the condition, startTime is that of the earlier start.
     suspended = bool(item["spec"].get("suspend", False) or suspension)
+    role = Role(metadata["labels"][names.ROLE_LABEL])
     return ChildJob(
         name=metadata["name"],
-        role=Role(metadata["labels"][names.ROLE_LABEL]),
-        attempt=int(metadata["labels"].get(names.ATTEMPT_LABEL, 0)),
+        role=role,
+        attempt=int(metadata["labels"].get(names.NUMBER_LABELS[role], role is Role.PREPARE)),
         created_at=_created(item),
         uid=metadata["uid"],
         started_at=None if suspended else parse_time(item.get("status", {}).get("startTime")),
@@ -167,6 +168,7 @@ def parse_child(item: Json) -> ChildJob:
         deleting="deletionTimestamp" in metadata,
         suspended=suspended,
         suspended_at=parse_time(suspension.get("lastTransitionTime")),
+        queue=metadata["labels"].get(names.QUEUE_LABEL, ""),
         complete="Complete" in conditions,
         failure=_failure(failed) if failed else None,
         failing="FailureTarget" in conditions,

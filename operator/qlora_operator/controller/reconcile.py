@@ -29,6 +29,7 @@ from qlora_operator.lifecycle import (
 )
 from qlora_operator.lifecycle.budgets import LONGEST_WAIT
 from qlora_operator.lifecycle.leftovers import END_GRACE
+from qlora_operator.lifecycle.prepare_retries import next_preparation
 from qlora_operator.lifecycle.retry_policy import AT_ONCE
 from qlora_operator.models import (
     Action,
@@ -48,6 +49,7 @@ from qlora_operator.resources import (
     build_event,
     build_prepare_config,
     build_prepare_job,
+    build_queue_labels,
     build_run_config,
     build_service,
     build_train_job,
@@ -69,6 +71,8 @@ EVENT_LEAD: Final = timedelta(seconds=15)
 """By how much an Event may be earlier than the Job controller's note in the Job of what it is about."""
 NAME_CONFLICT_RETRY: Final = timedelta(seconds=5)
 """The garbage collector needs a few seconds to delete the children of a deleted QLoRAJob."""
+NAME_CONFLICT_PATIENCE: Final = timedelta(minutes=5)
+"""A prepare Job of a deleted QLoRAJob that still exists then is on a node that does not respond."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +140,7 @@ async def reconcile_once(
     if not cache_is_enough:
         children = await list_children_and_gpu_nodes(job, raw, cluster, now)
         decision = decide(job, children, request.context)
-    decision, created = await apply_decision(decision, job, children, cluster, installation)
+    decision, created = await apply_decision(decision, job, children, cluster, installation, now)
     if decision.phase is Phase.FAILED:
         decision = replace(decision, retry_limits=retry_limits(job))
     if created and is_first_step(decision, job):
@@ -158,6 +162,8 @@ def is_noop(decision: Decision, job: Job, children: Observation, now: datetime) 
     training = replace(children, jobs=tuple(child for child in children.jobs if child.role is Role.TRAIN))
     to_do = (
         outdated_deadlines(decision, job, training, now),
+        missing_queue_labels(job, children),
+        outdated_prepare_jobs(job, children),
         leftover_jobs(job.status, children, now),
         unexplained_jobs(job, children, now),
     )
@@ -165,6 +171,7 @@ def is_noop(decision: Decision, job: Job, children: Observation, now: datetime) 
         decision.action is Action.NONE
         and (decision.phase, decision.reason) == (job.status.phase, job.status.reason)
         and not any(facts)
+        and decision.preparation in (None, job.status.preparation)
         and not any(to_do)
     )
 
@@ -224,8 +231,6 @@ async def revive_run(job: Job, decision: Decision, request: ReconcileRequest, cl
     """Delete the Jobs that a failed run left running, and let it continue."""
     children = await cluster.list_children(request.raw)
     await delete_running_jobs(job, children, cluster)
-    if decision.action is Action.DELETE_PREPARE_JOB and children.prepare and not children.prepare.deleting:
-        await cluster.delete_job(job.ref, children.prepare.name)
     return await write_status(request, decision, None, cluster)
 
 
@@ -258,8 +263,8 @@ def jobs_to_delete(children: Observation, status: QLoRAJobStatus, now: datetime,
     return [child.name for child in jobs if not child.deleting]
 
 
-async def apply_decision(
-    decision: Decision, job: Job, children: Observation, cluster: Cluster, installation: Installation
+async def apply_decision(  # noqa: PLR0913, PLR0917 (everything that a decision is applied to)
+    decision: Decision, job: Job, children: Observation, cluster: Cluster, installation: Installation, now: datetime
 ) -> tuple[Decision, bool]:
     """Apply a decision to the children; return it, or its replacement if a child is refused, and if any was created."""
     created = False
@@ -267,23 +272,21 @@ async def apply_decision(
         for child in build_children(decision, job, installation):
             created |= await cluster.ensure(child)
     except NameConflictError as error:
-        return on_name_conflict(error), created
+        return on_name_conflict(error, decision, job, now), created
     except AdmissionDeniedError as error:
         return on_admission_denied(error), created
-    if decision.action is Action.DELETE_ALL_JOBS:
-        await delete_all_jobs(job, children, cluster)
     if decision.action is Action.DELETE_RUNNING_JOBS:
         await delete_running_jobs(job, children, cluster)
-    if decision.action is Action.DELETE_PREPARE_JOB and children.prepare is not None and not children.prepare.deleting:
-        await cluster.delete_job(job.ref, children.prepare.name)
+    for name in outdated_prepare_jobs(job, children):
+        await cluster.delete_job(job.ref, name)
     return decision, created
 
 
 async def limit_jobs(decision: Decision, job: Job, children: Observation, cluster: Cluster, now: datetime) -> Decision:
     """Adjust the deadlines of the Jobs, delete those that outlive what they were for, and return when the next will."""
     if decision.action is Action.NONE:
-        for deadline in outdated_deadlines(decision, job, children, now):
-            await cluster.patch(deadline)
+        for patch in (*outdated_deadlines(decision, job, children, now), *missing_queue_labels(job, children)):
+            await cluster.patch(patch)
         for leftover in leftover_jobs(job.status, children, now):
             await cluster.delete_job(job.ref, leftover.name)
     requeue_at = earliest(now, decision.requeue_at, next_leftover(job.status, children, now))
@@ -293,10 +296,10 @@ async def limit_jobs(decision: Decision, job: Job, children: Observation, cluste
 def build_children(decision: Decision, job: Job, installation: Installation) -> tuple[Manifest, ...]:
     """Return the children to create, the ConfigMap first, because the pod mounts it."""
     owner = Owner(job.ref, job.uid)
-    if decision.action is Action.PREPARE:
+    if decision.action is Action.PREPARE and decision.preparation:
         return (
             build_prepare_config(owner, job.spec, installation),
-            build_prepare_job(owner, job.spec, installation),
+            build_prepare_job(owner, job.spec, installation, decision.preparation),
         )
     if decision.action is Action.TRAIN and decision.plan and decision.prepared and decision.attempt:
         run = AttemptInputs(
@@ -314,11 +317,18 @@ def build_children(decision: Decision, job: Job, installation: Installation) -> 
     return ()
 
 
-def on_name_conflict(error: NameConflictError) -> Decision:
-    """Wait for the child of an earlier QLoRAJob to be deleted; fail if the name belongs to something else."""
-    if error.being_deleted:
-        return Decision(Phase.PENDING, Reason.ACCEPTED, str(error), requeue_after=NAME_CONFLICT_RETRY)
-    return Decision(Phase.FAILED, Reason.INVALID_SPEC, str(error))
+def on_name_conflict(error: NameConflictError, decision: Decision, job: Job, now: datetime) -> Decision:
+    """Wait for the child of an earlier QLoRAJob to be deleted; fail if the name belongs to something else.
+
+    A prepare Job is not waited for without end: the next one has another name.
+    """
+    if not error.being_deleted:
+        return Decision(Phase.FAILED, Reason.INVALID_SPEC, str(error))
+    waiting = Decision(Phase.PENDING, Reason.ACCEPTED, str(error), requeue_after=NAME_CONFLICT_RETRY)
+    waited = job.status.started_at is not None and now >= job.status.started_at + NAME_CONFLICT_PATIENCE
+    if decision.action is Action.PREPARE and decision.preparation is not None and waited:
+        return replace(waiting, preparation=next_preparation(decision.preparation))
+    return replace(waiting, preparation=decision.preparation)
 
 
 def on_admission_denied(error: AdmissionDeniedError) -> Decision:
@@ -338,11 +348,27 @@ async def delete_running_jobs(job: Job, children: Observation, cluster: Cluster)
             await cluster.delete_job(job.ref, child.name)
 
 
-async def delete_all_jobs(job: Job, children: Observation, cluster: Cluster) -> None:
-    """Delete every child Job, prepare first: after a crash in between, the remaining training Job shows why."""
-    for child in sorted(children.jobs, key=lambda child: child.attempt):
-        if not child.deleting:
-            await cluster.delete_job(job.ref, child.name)
+def outdated_prepare_jobs(job: Job, children: Observation) -> list[str]:
+    """Return the prepare Jobs before the recorded one; nothing waits for their deletion."""
+    current = job.status.preparation.number if job.status.preparation else 1
+    return [
+        child.name
+        for child in children.jobs
+        if child.role is Role.PREPARE and child.attempt < current and not child.deleting
+    ]
+
+
+def missing_queue_labels(job: Job, children: Observation) -> list[Manifest]:
+    """Return the patches that put a prepare Job into the queue of its run, if a queue controller has suspended it."""
+    queue = job.spec.queue
+    if queue is None:
+        return []
+    return [
+        build_queue_labels(job.ref, child.name, queue)
+        for child in children.jobs
+        if child.role is Role.PREPARE and child.suspended and child.queue != queue.name
+        if not (child.finished or child.deleting)
+    ]
 
 
 def outdated_deadlines(decision: Decision, job: Job, children: Observation, now: datetime) -> list[Manifest]:

@@ -1,14 +1,15 @@
 """Decides the next phase and action, from the spec, the last status and the children.
 
 Facts are written to the status before anything relies on them, so a crash between any two writes loses nothing: a
-training Job is created only when model, output and plan are in the status. When a Job's termination message is lost,
-the prepare Job is deleted, then the loss is recorded, then the Job is deleted, then prepare runs again. This order
-proves that a prepare Job that exists once the loss is recorded is newer than the loss, without comparing the clocks of
-two machines. The new prepare finds the manifest if the result was published.
+training Job is created only when model, output and plan are in the status, a prepare Job only when its number is. When
+a Job's termination message is lost, one write records the loss and the number of the next prepare Job. So the prepare
+Job of the recorded number is newer than the loss, without comparing the clocks of two machines, and nothing waits for
+the deletion of an older one. The new prepare finds the manifest if the result was published.
 """
 
 from dataclasses import replace
 from datetime import datetime
+from typing import Final
 
 from qlora_api.names import TERMINAL, Phase, Role
 from qlora_api.reasons import Reason
@@ -20,16 +21,20 @@ from qlora_operator.lifecycle.exit_reasons import POD_CREATION_TIME, waits_long_
 from qlora_operator.lifecycle.gang import classify_child, deletion_deadline, is_busy
 from qlora_operator.lifecycle.node_health import avoided_nodes
 from qlora_operator.lifecycle.prepare_phase import follow_preparation
+from qlora_operator.lifecycle.prepare_retries import current_preparation, next_preparation
 from qlora_operator.lifecycle.suspend import suspend
 from qlora_operator.lifecycle.train_phase import (
     decide_lost,
     decide_published,
     follow_training,
+    observed_attempt,
     preempted,
     recorded_attempt,
 )
 from qlora_operator.models import Action, ChildJob, Decision, Job, Observation, earliest
 from qlora_planner.validation import Violation, check
+
+_DELETED: Final = "the training Job is being deleted; then preparation runs again and finds what was published"
 
 
 def rejected(violations: tuple[Violation, ...]) -> Decision:
@@ -45,7 +50,6 @@ def decide(job: Job, children: Observation, context: ReconcileContext) -> Decisi
     return (
         _late_publication(job, children, number, context)
         or suspend(job, children, number, context)
-        or _restart_preparation(job.status, children, number)
         or _follow_current_attempt(job, children, number, context)
         or _wait_for_earlier_attempts(job.status, children, number, context)
         or _avoid_nodes(follow_preparation(job, children, number, context.now), job, context)
@@ -99,32 +103,28 @@ def _late_publication(job: Job, children: Observation, number: int, context: Rec
     return None
 
 
-def _restart_preparation(status: QLoRAJobStatus, children: Observation, number: int) -> Decision | None:
-    """Delete all Jobs after a lost attempt, or while prepare is being deleted, until they are gone.
-
-    A training attempt no longer needs its prepare Job, so deleting that changes nothing.
-    """
-    prepare_deleted = children.prepare is not None and children.prepare.deleting and children.train(number) is None
-    if not prepare_deleted and not any(
-        _is_lost(child, status, number) for child in children.jobs if child.role is Role.TRAIN
-    ):
-        return None
-    message = (
-        "Jobs were deleted, or lost without a termination message; preparation runs again and finds what was published"
-    )
-    return Decision(Phase.PREPARING, Reason.PREPARING, message, Action.DELETE_ALL_JOBS)
-
-
-def _is_lost(train: ChildJob, status: QLoRAJobStatus, number: int) -> bool:
-    """Return whether a Job was lost; one of an earlier attempt that is no longer listed was not."""
-    lost = any(attempt.number == train.attempt and attempt.reason is Reason.POD_LOST for attempt in status.attempts)
-    return lost or (train.deleting and train.attempt >= number)
-
-
 def _follow_current_attempt(job: Job, children: Observation, number: int, context: ReconcileContext) -> Decision | None:
-    """Follow the current attempt; it is lost if the status lists it and its Job does not exist."""
-    if train := children.train(number):
-        return follow_training(job, train, context)
+    """Follow the current attempt; it is lost if its Job was deleted, and prepare runs again.
+
+    A Job whose deletion cannot finish, because its node is dead, is not waited for.
+    """
+    train = children.train(number)
+    if train is None:
+        decision = _lose_vanished_attempt(job, number, context)
+    elif not train.deleting:
+        decision = follow_training(job, train, context)
+    elif is_busy(train, context.now):
+        deadline = deletion_deadline(train, context.now)
+        return Decision(Phase.PREPARING, Reason.PREPARING, _DELETED, requeue_at=deadline)
+    else:
+        decision = decide_lost(job, observed_attempt(job, train, context), context.now)
+    if decision is None or decision.phase is not Phase.PREPARING:
+        return decision
+    return replace(decision, preparation=next_preparation(current_preparation(job.status, children)))
+
+
+def _lose_vanished_attempt(job: Job, number: int, context: ReconcileContext) -> Decision | None:
+    """Record the loss of an attempt that the status lists and whose Job does not exist."""
     if not any(attempt.number == number for attempt in job.status.attempts):
         return None
     report = context.last_report or job.status.last_report

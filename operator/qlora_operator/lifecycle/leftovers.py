@@ -21,7 +21,7 @@ ENDED_BY_OPERATOR: Final = frozenset({
     Reason.POD_REJECTED,
     Reason.UNSCHEDULABLE,
 })  # fmt: skip
-"""Reasons with which the operator, not the pods, ended an attempt: its pods may wait or run, and are stopped at once."""
+"""Reasons with which the operator ended an attempt, not its pods: they may wait or run, and are stopped at once."""
 
 
 def leftover_jobs(status: QLoRAJobStatus, children: Observation, now: datetime) -> tuple[ChildJob, ...]:

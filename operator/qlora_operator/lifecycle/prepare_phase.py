@@ -1,15 +1,25 @@
 """The prepare phase: from the prepare Job to the plan and the first training Job."""
 
-from datetime import datetime, timedelta
-from typing import Final
+from dataclasses import replace
+from datetime import datetime
 
 from qlora_api.names import Phase, prepare_job_name
 from qlora_api.prepared import Prepared
-from qlora_api.reasons import REASONS, Reason, RetryAction
-from qlora_api.v1alpha1 import Plan
-from qlora_operator.lifecycle.context import startup_timeout
+from qlora_api.reasons import Reason
+from qlora_api.v1alpha1 import Plan, Preparation
 from qlora_operator.lifecycle.exit_reasons import describe_missing_pod
 from qlora_operator.lifecycle.gang import classify_child
+from qlora_operator.lifecycle.prepare_retries import (
+    count_failure,
+    current_preparation,
+    describe_end,
+    describe_retries,
+    is_unexplained,
+    may_be_retried,
+    next_preparation,
+    next_try,
+    retry_time,
+)
 from qlora_operator.lifecycle.retry_policy import AT_ONCE
 from qlora_operator.lifecycle.train_phase import PREPARE_SUCCESS_REASONS, decide_failed, make_attempt
 from qlora_operator.models import Action, ChildJob, Decision, Job, JobState, Manifest, Observation, Stage
@@ -18,37 +28,77 @@ from qlora_planner.gpu_inventory import read_gpu_inventory
 from qlora_planner.models.shapes import MismatchError
 from qlora_planner.sizing import DoesNotFitError
 
-PREPARE_PAUSE: Final = timedelta(seconds=15)
-"""Back-off between two prepare Jobs when an object store or the hub is unavailable."""
-
 
 def follow_preparation(job: Job, children: Observation, number: int, now: datetime) -> Decision:
     """Decide what follows from the state of the prepare Job; its results are recorded before training starts."""
+    current = current_preparation(job.status, children)
+    decision = _wait_for_retry(job, current, now) or _follow_job(job, children, current, number, now)
+    return replace(decision, preparation=decision.preparation or current)
+
+
+def _wait_for_retry(job: Job, current: Preparation, now: datetime) -> Decision | None:
+    """Wait for the end of the back-off after a recorded failure, then record the number of the next prepare Job."""
+    if current.reason is None or current.retry_at is None:
+        return None
+    waiting = Decision(Phase.PREPARING, current.reason, describe_retries(job, current))
+    if now < current.retry_at:
+        return replace(waiting, requeue_at=current.retry_at)
+    return replace(waiting, preparation=next_try(current), requeue_after=AT_ONCE)
+
+
+def _follow_job(job: Job, children: Observation, current: Preparation, number: int, now: datetime) -> Decision:
     prepare = children.prepare
-    if prepare is None:
-        message = describe_missing_pod(prepare_job_name(job.ref.name))
-        return Decision(Phase.PREPARING, Reason.PREPARING, message, Action.PREPARE)
+    if prepare is None or prepare.attempt < current.number:
+        message = describe_missing_pod(prepare_job_name(job.ref.name, current.number))
+        return _keep_failure_visible(job, current, JobState(Stage.WAITING, Reason.PREPARING, message), Action.PREPARE)
+    if prepare.deleting:
+        message = f"Job {prepare.name} is being deleted; preparation runs again"
+        following = next_preparation(current)
+        return Decision(Phase.PREPARING, Reason.PREPARING, message, preparation=following, requeue_after=AT_ONCE)
     state = classify_child(job, prepare, now)
-    if state.stage is Stage.LOST:
-        return Decision(Phase.PREPARING, Reason.PREPARING, state.message, Action.DELETE_ALL_JOBS)
-    if state.stage is not Stage.ENDED:
-        message = state.message or "model, dataset and output are being checked"
-        return Decision(Phase.PREPARING, state.reason, message, requeue_at=state.requeue_at)
+    if state.stage not in {Stage.ENDED, Stage.LOST}:
+        return _keep_failure_visible(job, current, _explain_queue(job, prepare, state))
     prepared = state.termination_message.prepared if state.termination_message else None
     if state.reason not in PREPARE_SUCCESS_REASONS or prepared is None:
-        return _retry_preparation(job, prepare, state, now) or decide_failed(state)
-    return _after_preparation(job, prepared, children.gpu_nodes, number)
+        return _retry_preparation(job, prepare, state, current, now) or decide_failed(state)
+    decision = _after_preparation(job, prepared, children.gpu_nodes, number)
+    return replace(decision, preparation=Preparation(number=current.number))
 
 
-def _retry_preparation(job: Job, prepare: ChildJob, state: JobState, now: datetime) -> Decision | None:
-    """Retry prepare after a transient failure, until spec.deadlines.startup has passed; no GPU is held meanwhile."""
-    if REASONS[state.reason].retry is not RetryAction.RESUME or now >= job.created_at + startup_timeout(job):
+def _keep_failure_visible(job: Job, current: Preparation, state: JobState, action: Action = Action.NONE) -> Decision:
+    """Show the last failure while a preparation is tried again, unless something else holds it up."""
+    reason, message = state.reason, state.message or "model, dataset and output are being checked"
+    if current.reason is not None and reason is Reason.PREPARING:
+        reason, message = current.reason, describe_retries(job, current)
+    return Decision(Phase.PREPARING, reason, message, action, requeue_at=state.requeue_at)
+
+
+def _explain_queue(job: Job, prepare: ChildJob, state: JobState) -> JobState:
+    if state.reason is not Reason.QUEUED or job.spec.queue is not None:
+        return state
+    message = (
+        f"spec.queue: Job {prepare.name} is suspended, and the run names no queue that could admit it; set spec.queue, "
+        "or let the queue controller leave out this namespace"
+    )
+    return replace(state, message=message)
+
+
+def _retry_preparation(
+    job: Job, prepare: ChildJob, state: JobState, current: Preparation, now: datetime
+) -> Decision | None:
+    """Record a failure, and when it is tried again or that it is not; None if the manifest or the dataset is wrong."""
+    if not may_be_retried(state.reason) and not is_unexplained(prepare, state):
         return None
-    retry_time = prepare.ended_at(now) + PREPARE_PAUSE
-    message = f"{state.message}; preparation is retried"
-    if now < retry_time:
-        return Decision(Phase.PREPARING, state.reason, message, requeue_at=retry_time)
-    return Decision(Phase.PREPARING, state.reason, message, Action.DELETE_ALL_JOBS)
+    now = now.replace(microsecond=0)
+    failed = count_failure(current, prepare, state, now)
+    retry_at = retry_time(job, failed, now)
+    if retry_at is None:
+        # Whatever starts a failed run again needs another preparation.
+        failure = decide_failed(replace(state, message=describe_end(failed)))
+        return replace(failure, preparation=next_preparation(current))
+    failed = failed.model_copy(update={"retry_at": retry_at})
+    message = describe_retries(job, failed)
+    return Decision(Phase.PREPARING, state.reason, message, preparation=failed, requeue_at=retry_at)
 
 
 def _after_preparation(job: Job, prepared: Prepared, gpu_nodes: tuple[Manifest, ...], number: int) -> Decision:

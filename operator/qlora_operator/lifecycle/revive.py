@@ -5,9 +5,11 @@ from typing import Final
 
 from qlora_api.names import Phase
 from qlora_api.reasons import Domain, Reason
-from qlora_api.v1alpha1 import RetryLimits, to_timedelta
+from qlora_api.v1alpha1 import Preparation, RetryLimits, to_timedelta
 from qlora_operator.lifecycle.budgets import domain_of, find_exhausted
-from qlora_operator.models import Action, Decision, Job
+from qlora_operator.lifecycle.prepare_retries import next_preparation
+from qlora_operator.lifecycle.retry_policy import AT_ONCE
+from qlora_operator.models import Decision, Job
 
 REVIVABLE: Final = frozenset({
     Reason.RETRIES_EXHAUSTED,
@@ -43,7 +45,8 @@ def continue_run(job: Job, why: str, forgiven: int | None, now: datetime) -> Dec
     """Return the decision that continues a failed run; a run that never had a plan prepares again."""
     if job.status.plan is None:
         message = f"{why}; preparation runs again"
-        return Decision(Phase.PREPARING, Reason.PREPARING, message, Action.DELETE_PREPARE_JOB, requeue_at=now)
+        following = next_preparation(job.status.preparation or Preparation())
+        return Decision(Phase.PREPARING, Reason.PREPARING, message, preparation=following, requeue_after=AT_ONCE)
     message = f"{why}; the next attempt resumes from the last checkpoint"
     return Decision(Phase.SCHEDULING, Reason.SCHEDULING, message, forgiven_attempts=forgiven, requeue_at=now)
 

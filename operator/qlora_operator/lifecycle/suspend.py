@@ -6,6 +6,7 @@ from qlora_api.names import Phase, Role
 from qlora_api.reasons import Reason
 from qlora_operator.lifecycle.context import ReconcileContext
 from qlora_operator.lifecycle.gang import classify_child
+from qlora_operator.lifecycle.prepare_retries import current_preparation, next_preparation
 from qlora_operator.lifecycle.retry_policy import AT_ONCE
 from qlora_operator.lifecycle.train_phase import end_attempt, observed_attempt
 from qlora_operator.models import Action, Decision, Job, Observation, Stage
@@ -27,10 +28,15 @@ def suspend(job: Job, children: Observation, number: int, context: ReconcileCont
         return Decision(Phase.SUSPENDED, Reason.SUSPENDED_BY_USER, _STOPPING, attempt=ended, requeue_after=AT_ONCE)
     if train is not None or any(attempt.number == number for attempt in job.status.attempts):
         return None
+    # Time in suspension is no time of patience: a preparation that has failed begins anew.
+    current = current_preparation(job.status, children)
+    preparation = next_preparation(current) if current.failures else None
     if running := {child.role for child in children.jobs if child.holds_resources}:
         message = _STOPPING if Role.TRAIN in running else _STOPPING_PREPARATION
-        return Decision(Phase.SUSPENDED, Reason.SUSPENDED_BY_USER, message, Action.DELETE_RUNNING_JOBS)
-    return Decision(Phase.SUSPENDED, Reason.SUSPENDED_BY_USER, _describe(job))
+        return Decision(
+            Phase.SUSPENDED, Reason.SUSPENDED_BY_USER, message, Action.DELETE_RUNNING_JOBS, preparation=preparation
+        )
+    return Decision(Phase.SUSPENDED, Reason.SUSPENDED_BY_USER, _describe(job), preparation=preparation)
 
 
 def _describe(job: Job) -> str:

@@ -15,7 +15,7 @@ from qlora_operator.lifecycle.exit_reasons import POD_CREATION_TIME
 from qlora_operator.lifecycle.gang import classify_child
 from qlora_operator.lifecycle.node_health import avoided_nodes, find_released
 from qlora_operator.lifecycle.retry_policy import AT_ONCE, choose_remedy, shrink
-from qlora_operator.models import Action, ChildJob, Decision, Job, JobState, Pod, Stage, earliest
+from qlora_operator.models import ChildJob, Decision, Job, JobState, Pod, Stage, earliest
 
 DEADLINE_TOLERANCE: Final = timedelta(minutes=1)
 """By how much container time may fall short of a deadline that it met: times are whole seconds, of several clocks."""
@@ -197,9 +197,7 @@ def decide_lost(job: Job, attempt: Attempt, now: datetime) -> Decision:
     if exhausted := find_exhausted(job.spec, job.status, (*_earlier_attempts(job, lost), lost), now):
         return Decision(Phase.FAILED, exhausted.reason, f"{exhausted.message}: {message}", attempt=lost)
     message = f"{message}; preparation runs again"
-    return Decision(
-        Phase.PREPARING, Reason.POD_LOST, message, Action.DELETE_PREPARE_JOB, attempt=lost, requeue_after=AT_ONCE
-    )
+    return Decision(Phase.PREPARING, Reason.POD_LOST, message, attempt=lost, requeue_after=AT_ONCE)
 
 
 def _earlier_attempts(job: Job, attempt: Attempt) -> tuple[Attempt, ...]:

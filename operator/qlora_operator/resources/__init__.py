@@ -2,7 +2,7 @@
 
 from qlora_operator.resources.config_map import build_prepare_config, build_run_config
 from qlora_operator.resources.event import build_event, build_quarantine_event
-from qlora_operator.resources.job import build_deadline, build_prepare_job, build_train_job
+from qlora_operator.resources.job import build_deadline, build_prepare_job, build_queue_labels, build_train_job
 from qlora_operator.resources.metadata import Installation, Owner
 from qlora_operator.resources.service import build_service
 
@@ -14,6 +14,7 @@ __all__ = [
     "build_prepare_config",
     "build_prepare_job",
     "build_quarantine_event",
+    "build_queue_labels",
     "build_run_config",
     "build_service",
     "build_train_job",

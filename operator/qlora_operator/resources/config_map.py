@@ -20,7 +20,7 @@ from qlora_operator.resources.metadata import (
 
 
 def build_prepare_config(owner: Owner, spec: QLoRAJobSpec, installation: Installation) -> Manifest:
-    """Return the ConfigMap of the prepare pod."""
+    """Return the ConfigMap of the prepare pods."""
     config = PrepareConfig(
         namespace=owner.ref.namespace,
         job=owner.ref.name,
@@ -28,7 +28,7 @@ def build_prepare_config(owner: Owner, spec: QLoRAJobSpec, installation: Install
         spec=spec,
         platform=installation.platform,
     )
-    return _build(prepare_workload(owner), config)
+    return _build(prepare_workload(owner, number=1), config)
 
 
 def build_run_config(owner: Owner, spec: QLoRAJobSpec, run: AttemptInputs, installation: Installation) -> Manifest:

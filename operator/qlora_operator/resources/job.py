@@ -2,7 +2,7 @@
 
 from qlora_api import names
 from qlora_api.job_ref import JobRef
-from qlora_api.v1alpha1 import QLoRAJobSpec, QueueSpec
+from qlora_api.v1alpha1 import Preparation, QLoRAJobSpec, QueueSpec
 from qlora_operator.models import AttemptInputs, Manifest
 from qlora_operator.resources.metadata import (
     ChildWorkload,
@@ -16,10 +16,13 @@ from qlora_operator.resources.metadata import (
 from qlora_operator.resources.pod import build_prepare_pod, build_train_pod
 
 
-def build_prepare_job(owner: Owner, spec: QLoRAJobSpec, installation: Installation) -> Manifest:
-    """Return the Job that checks model, dataset and output without a GPU."""
-    workload = prepare_workload(owner)
-    return _build(workload, build_prepare_pod(workload, spec, installation))
+def build_prepare_job(
+    owner: Owner, spec: QLoRAJobSpec, installation: Installation, preparation: Preparation | None = None
+) -> Manifest:
+    """Return the Job that checks model, dataset and output without a GPU; by default the first one."""
+    current = preparation or Preparation()
+    workload = prepare_workload(owner, current.number)
+    return _build(workload, build_prepare_pod(workload, spec, installation, current.avoided_nodes))
 
 
 def build_train_job(owner: Owner, spec: QLoRAJobSpec, run: AttemptInputs, installation: Installation) -> Manifest:
@@ -32,15 +35,32 @@ def build_train_job(owner: Owner, spec: QLoRAJobSpec, run: AttemptInputs, instal
 
 def _queue(job: Manifest, queue: QueueSpec) -> Manifest:
     """Return the Job suspended until Kueue admits it; without a queue controller it waits, and holds nothing."""
-    labels = {names.QUEUE_LABEL: queue.name}
-    if queue.priority_class:
-        labels[names.PRIORITY_CLASS_LABEL] = queue.priority_class
-    metadata = {**job["metadata"], "labels": {**job["metadata"]["labels"], **labels}}
+    metadata = {**job["metadata"], "labels": {**job["metadata"]["labels"], **_queue_labels(queue)}}
     return {**job, "metadata": metadata, "spec": {"suspend": True, **job["spec"]}}
 
 
+def _queue_labels(queue: QueueSpec) -> dict[str, str]:
+    return {
+        names.QUEUE_LABEL: queue.name,
+        **({names.PRIORITY_CLASS_LABEL: queue.priority_class} if queue.priority_class else {}),
+    }
+
+
+def build_queue_labels(ref: JobRef, name: str, queue: QueueSpec) -> Manifest:
+    """Return the patch that puts a suspended Job into the queue of its run; Kueue accepts it until it admits the Job.
+
+    A prepare Job is only in a queue where one manages all Jobs (manageJobsWithoutQueueName), so that elsewhere a
+    manifest is checked at once, and the check takes nothing of the queue's quota.
+    """
+    return {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": {"name": name, "namespace": ref.namespace, "labels": _queue_labels(queue)},
+    }
+
+
 def build_deadline(ref: JobRef, name: str, seconds: int | None) -> Manifest:
-    """Return the merge patch of activeDeadlineSeconds, the one field of a Job that changes; None removes it."""
+    """Return the merge patch of activeDeadlineSeconds; None removes it."""
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",

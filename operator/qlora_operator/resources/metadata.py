@@ -35,15 +35,21 @@ class ChildWorkload(NamedTuple):
     owner: Owner
     role: Role
     attempt: int
-    """0 for prepare."""
+    """Number of the training attempt, or of the preparation."""
     name: str
     """Name of the Job, the ConfigMap and the Service."""
     config_file: str
 
+    @property
+    def config_map(self) -> str:
+        """Return the name of its ConfigMap; all preparations of a QLoRAJob share one, as they have the same content."""
+        return names.prepare_job_name(self.owner.ref.name) if self.role is Role.PREPARE else self.name
 
-def prepare_workload(owner: Owner) -> ChildWorkload:
-    """Return the workload of prepare."""
-    return ChildWorkload(owner, Role.PREPARE, 0, names.prepare_job_name(owner.ref.name), names.PREPARE_CONFIG_FILE)
+
+def prepare_workload(owner: Owner, number: int) -> ChildWorkload:
+    """Return the workload of one preparation."""
+    name = names.prepare_job_name(owner.ref.name, number)
+    return ChildWorkload(owner, Role.PREPARE, number, name, names.PREPARE_CONFIG_FILE)
 
 
 def train_workload(owner: Owner, attempt: int) -> ChildWorkload:
@@ -55,12 +61,12 @@ def train_workload(owner: Owner, attempt: int) -> ChildWorkload:
 
 def build_labels(workload: ChildWorkload) -> dict[str, str]:
     """Return the labels of a child and of its pods."""
-    labels = {
+    return {
         names.MANAGED_BY_LABEL: names.FIELD_MANAGER,
         names.JOB_LABEL: workload.owner.ref.name,
         names.ROLE_LABEL: workload.role.value,
+        names.NUMBER_LABELS[workload.role]: str(workload.attempt),
     }
-    return labels | ({names.ATTEMPT_LABEL: str(workload.attempt)} if workload.attempt else {})
 
 
 def build_metadata(workload: ChildWorkload) -> dict[str, Any]:

@@ -47,6 +47,8 @@ _NODE_FAILURE_TOLERATIONS: Final = tuple(
 )
 LAUNCH_COMMAND: Final = "launch"
 """The trainer's subcommand for several processes."""
+_PLATFORM_LABELS: Final = frozenset({"kubernetes.io/arch", "kubernetes.io/os"})
+"""Node labels that decide whether an image can run."""
 _IGNORED_FILES: Final = ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE", "HF_TOKEN_PATH", "NETRC")
 """Variables that name files of credentials and commands in a person's HOME; a pod's credentials are its Secrets'."""
 _METRICS_PORT: Final = {"name": metrics.PORT_NAME, "containerPort": metrics.PORT}
@@ -62,9 +64,16 @@ _TOKEN_BYTES: Final = 32
 PREPARE_RESOURCES: Final = {"requests": {"cpu": "500m", "memory": "1Gi"}, "limits": {"memory": PREPARE_MEMORY}}
 
 
-def build_prepare_pod(workload: ChildWorkload, spec: QLoRAJobSpec, installation: Installation) -> Manifest:
-    """Return the prepare pod: without a GPU, and without the tolerations and selectors of GPU nodes."""
-    return _build(workload, spec, installation, _NodeResources(PREPARE_RESOURCES, _PREPARE_DISK, {}))
+def build_prepare_pod(
+    workload: ChildWorkload, spec: QLoRAJobSpec, installation: Installation, avoided_nodes: tuple[str, ...] = ()
+) -> Manifest:
+    """Return the prepare pod, without a GPU; it prefers other nodes to those that are avoided."""
+    taken = _NodeResources(PREPARE_RESOURCES, _PREPARE_DISK, _prepare_placement(spec.resources))
+    pod = _build(workload, spec, installation, taken)
+    if avoided_nodes:
+        preferred = [{"weight": 100, "preference": _other_nodes_than(avoided_nodes)}]
+        pod["affinity"] = {"nodeAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": preferred}}
+    return pod
 
 
 def build_train_pod(
@@ -238,7 +247,7 @@ def _volumes(
     }
     projected = [{"name": "token", "projected": {"sources": [{"serviceAccountToken": token}]}}]
     return [
-        {"name": "config", "configMap": {"name": workload.name}},
+        {"name": "config", "configMap": {"name": workload.config_map}},
         {"name": "work", "emptyDir": {"sizeLimit": f"{disk.work}Gi"}},
         {"name": "tmp", "emptyDir": {"sizeLimit": f"{disk.tmp}Gi"}},
         *secrets,
@@ -268,6 +277,25 @@ def _placement(resources: ResourcesSpec, plan: Plan) -> dict[str, Any]:
     return {
         **({"nodeSelector": selector} if selector else {}),
         **({"tolerations": tolerations} if tolerations else {}),
+    }
+
+
+def _prepare_placement(resources: ResourcesSpec) -> dict[str, Any]:
+    """Return node selector and tolerations of a prepare pod.
+
+    It may run wherever the run may, and leaves a dead node as soon. It need not run there: a selector of GPU nodes
+    would have an autoscaler add one before anything is checked. What the image needs is selected (docs/decisions).
+    """
+    selector = {label: value for label, value in resources.node_selector.items() if label in _PLATFORM_LABELS}
+    keyless = [toleration for toleration in resources.tolerations if not toleration.key]
+    return {
+        **({"nodeSelector": selector} if selector else {}),
+        "tolerations": [
+            *(_toleration(toleration) for toleration in resources.tolerations if toleration.key),
+            *_NODE_FAILURE_TOLERATIONS,
+            # The first match decides on the eviction; one without a key matches the taints of a failed node too.
+            *map(_toleration, keyless),
+        ],
     }
 
 

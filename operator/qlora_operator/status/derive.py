@@ -11,7 +11,16 @@ from qlora_api.prepared import Prepared
 from qlora_api.reasons import REASONS
 from qlora_api.result import Result, is_below
 from qlora_api.units import format_duration
-from qlora_api.v1alpha1 import Attempt, Checkpoint, EarlierAttempts, OutputStatus, Plan, Progress, QLoRAJobStatus
+from qlora_api.v1alpha1 import (
+    Attempt,
+    Checkpoint,
+    EarlierAttempts,
+    OutputStatus,
+    Plan,
+    Preparation,
+    Progress,
+    QLoRAJobStatus,
+)
 from qlora_api.v1alpha1.status import MAX_ATTEMPT_MESSAGE, MAX_ATTEMPTS_LISTED, MAX_MESSAGE
 from qlora_operator.models import Decision
 from qlora_operator.status.conditions import derive_conditions
@@ -48,6 +57,7 @@ def derive_status(  # noqa: PLR0913 (everything that a status depends on)
             "finished_at": now if decision.phase in TERMINAL else None,
             "model": prepared.model if prepared else previous.model,
             "dataset": prepared.dataset if prepared else previous.dataset,
+            "preparation": derive_preparation(previous.preparation, decision.preparation),
             "plan": plan,
             **list_attempts(attempts, previous.earlier_attempts, now),
             "forgiven_attempts": decision.forgiven_attempts or previous.forgiven_attempts,
@@ -90,6 +100,7 @@ def derive_outcome(previous: QLoRAJobStatus, decision: Decision, generation: int
             "attempt": attempts[-1].number if attempts else None,
             "started_at": previous.started_at or now,
             "finished_at": now if decision.phase in TERMINAL else None,
+            "preparation": derive_preparation(previous.preparation, decision.preparation),
             **list_attempts(attempts, previous.earlier_attempts, now),
             "forgiven_attempts": decision.forgiven_attempts or previous.forgiven_attempts,
             "retry_limits": decision.retry_limits,
@@ -150,6 +161,13 @@ def derive_output(
     prefix = result.adapter.rpartition("/")[0]
     output = output or OutputStatus(digest=prefix.rpartition("/")[2][:64], prefix=prefix)
     return output.model_copy(update={"adapter": result.adapter, "report": result.report, "merged": result.merged})
+
+
+def derive_preparation(previous: Preparation | None, preparation: Preparation | None) -> Preparation | None:
+    """Return the preparation of the decision, if it has one, with its message as one line."""
+    if preparation is None:
+        return previous
+    return preparation.model_copy(update={"message": escape_line(preparation.message)[:MAX_ATTEMPT_MESSAGE]})
 
 
 def merge_attempt(attempts: tuple[Attempt, ...], attempt: Attempt | None) -> tuple[Attempt, ...]:

@@ -13,6 +13,7 @@ from tests.fakes import CrashError, FakeCluster
 from tests.make import INSTALLATION, PREPARED_MESSAGE, PUBLISHED_MESSAGE, REF
 
 PREPARE: Final = names.prepare_job_name(REF.name)
+PREPARE_AGAIN: Final = names.prepare_job_name(REF.name, 2)
 TRAIN: Final = names.train_job_name(REF.name, 1)
 
 

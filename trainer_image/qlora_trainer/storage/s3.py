@@ -16,6 +16,7 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
 from s3transfer.utils import S3_RETRYABLE_DOWNLOAD_ERRORS
 
+from qlora_api.names import SecretRole
 from qlora_api.reasons import Reason
 from qlora_api.runconfig import S3Config
 from qlora_api.units import MIB
@@ -264,7 +265,8 @@ class S3Store:
         code = _code(error)
         if code == "NoSuchBucket":
             message = f"{where}: bucket '{self._bucket}' does not exist; create it or correct the URI"
-            return MissingObjectError(self._field_ref.not_found, message)
+            is_output = self._field_ref.role is SecretRole.OUTPUT
+            return MissingObjectError(Reason.OUTPUT_NOT_FOUND if is_output else self._field_ref.not_found, message)
         if code in _MISSING:
             return MissingObjectError(self._field_ref.not_found, f"{where}: there is no such object; correct the URI")
         if code == _SKEWED or (code in _DENIED and _skew(error) > _LONGEST_SKEW):

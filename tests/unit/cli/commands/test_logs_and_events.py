@@ -134,6 +134,7 @@ def test_log_of_pod_on_lost_node_is_missing(capsys: pytest.CaptureFixture[str]):
     [
         ("QLoRAJob a", True), ("QLoRAJob a-1", False), ("Job a-1", True), ("Job a-prepare", True), ("Job a-1-1", False),
         ("Pod a-1-0-x2v4z", True), ("Pod a-prepare-0-x2v4z", True), ("Pod a-1-1-0-x2v4z", False), ("Job a-0", False),
+        ("Job a-prep2", True), ("Pod a-prep31-0-x2v4z", True), ("Job a-prep", False), ("Job a-prepare-2", False),
         ("Pod b-1-0-x2v4z", False), ("Workload job-a-1-0f3b2", True), ("Service a-1", False),
     ],
 )  # fmt: skip

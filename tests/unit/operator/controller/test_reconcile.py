@@ -32,6 +32,7 @@ from tests.make import (
 )
 from tests.unit.operator.life import (
     PREPARE,
+    PREPARE_AGAIN,
     TRAIN,
     reconcile_now,
     reconcile_until_stable,
@@ -109,7 +110,7 @@ async def lose_and_recover(cluster: FakeCluster) -> None:
     cluster.remove(TRAIN)
     await reconcile_until_stable(cluster)
     published = make_prepared(published=make_result())
-    cluster.end_pod(PREPARE, 0, make_termination_message(Reason.ALREADY_PUBLISHED, prepared=published))
+    cluster.end_pod(PREPARE_AGAIN, 0, make_termination_message(Reason.ALREADY_PUBLISHED, prepared=published))
     await reconcile_until_stable(cluster)
 
 
@@ -146,7 +147,7 @@ async def test_lost_attempt_is_prepared_again_once_despite_skew(cluster: FakeClu
     cluster.clock_skew = timedelta(minutes=minutes)
     await lose_and_recover(cluster)
     assert (cluster.status["phase"], cluster.status["reason"]) == ("Succeeded", "AlreadyPublished")
-    assert cluster.created == [PREPARE, PREPARE, TRAIN, TRAIN, PREPARE]
+    assert cluster.created == [PREPARE, PREPARE, TRAIN, TRAIN, PREPARE_AGAIN]
 
 
 async def test_invalid_child_fails_run(cluster: FakeCluster) -> None:
@@ -218,11 +219,10 @@ async def test_finished_job_without_pod_is_prepared_again(cluster: FakeCluster) 
     cluster.pass_time(timedelta(minutes=1))
     await reconcile_until_stable(cluster)
     assert cluster.status["attempts"][0]["reason"] == "PodLost"
-    assert ("Job", PREPARE) in cluster.children
-    assert ("Job", TRAIN) not in cluster.children
-    cluster.end_pod(
-        PREPARE, 0, make_termination_message(Reason.ALREADY_PUBLISHED, prepared=make_prepared(published=make_result()))
-    )
+    assert ("Job", PREPARE_AGAIN) in cluster.children
+    assert ("Job", PREPARE) not in cluster.children
+    published = make_prepared(published=make_result())
+    cluster.end_pod(PREPARE_AGAIN, 0, make_termination_message(Reason.ALREADY_PUBLISHED, prepared=published))
     await reconcile_until_stable(cluster)
     assert (cluster.status["phase"], cluster.status["reason"]) == ("Succeeded", "AlreadyPublished")
 
@@ -232,7 +232,7 @@ async def test_repeatedly_deleted_jobs_fail_run(cluster: FakeCluster) -> None:
         await reconcile_until_stable(cluster)
         cluster.pass_time(timedelta(minutes=1))
         await reconcile_until_stable(cluster)
-        cluster.end_pod(PREPARE, 0, PREPARED_MESSAGE)
+        cluster.end_pod(names.prepare_job_name(REF.name, attempt), 0, PREPARED_MESSAGE)
         await reconcile_until_stable(cluster)
         cluster.pass_time(timedelta(minutes=1))
         cluster.remove(names.train_job_name(REF.name, attempt))

@@ -180,26 +180,3 @@ async def test_next_attempt_waits_for_previous_pods(cluster: FakeCluster) -> Non
     cluster.finish_job(TRAIN, "Failed")
     await reconcile_until_stable(cluster)
     assert ("Job", SECOND) in cluster.children
-
-
-async def test_prepare_is_retried_after_service_failure(cluster: FakeCluster) -> None:
-    await reconcile_until_stable(cluster)
-    cluster.end_pod(PREPARE, 1, make_termination_message(Reason.S3_UNAVAILABLE, "connect timeout"))
-    await reconcile_until_stable(cluster)
-    assert (cluster.status["phase"], cluster.status["reason"]) == (Phase.PREPARING, Reason.S3_UNAVAILABLE)
-    assert cluster.status["message"] == "connect timeout; preparation is retried"
-    assert cluster.created.count(PREPARE) == 2, "the Job and its ConfigMap, once"
-    cluster.pass_time(timedelta(seconds=15))
-    await reconcile_until_stable(cluster)
-    assert cluster.created.count(PREPARE) == 3, "the Job again"
-    cluster.end_pod(PREPARE, 0, PREPARED_MESSAGE)
-    await reconcile_until_stable(cluster)
-    assert ("Job", TRAIN) in cluster.children
-
-
-async def test_prepare_fails_when_service_stays_unavailable(cluster: FakeCluster) -> None:
-    await reconcile_until_stable(cluster)
-    cluster.pass_time(timedelta(minutes=31))
-    cluster.end_pod(PREPARE, 1, make_termination_message(Reason.S3_UNAVAILABLE, "connect timeout"))
-    await reconcile_until_stable(cluster)
-    assert (cluster.status["phase"], cluster.status["reason"]) == (Phase.FAILED, Reason.S3_UNAVAILABLE)

@@ -253,7 +253,7 @@ def test_s3_writes_a_manifest_once(files):
     [
         (MODEL_FIELD, Reason.MODEL_NOT_FOUND),
         (DATASET_FIELD, Reason.DATASET_NOT_FOUND),
-        (OUTPUT_FIELD, Reason.INVALID_SPEC),
+        (OUTPUT_FIELD, Reason.OUTPUT_NOT_FOUND),
     ],
 )
 def test_missing_bucket_is_reported_for_the_field_that_names_it(field_ref, reason):
