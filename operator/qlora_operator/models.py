@@ -38,8 +38,22 @@ class RawJob:
 
 
 @dataclass(frozen=True)
+class Skew:
+    """What another version wrote into a QLoRAJob that this one would not, or cannot read."""
+
+    invalid: str = ""
+    """Why this version would refuse the spec at creation; empty if it would not."""
+    unreadable: str = ""
+    """Which fields that the next attempt depends on cannot be read, and what to do; empty if all can."""
+    unknown_words: bool = False
+    """Whether the spec has a word that the CRD of this version does not have, such as a strategy."""
+    recorded: bool = False
+    """Whether the status has a plan or attempts, readable or not."""
+
+
+@dataclass(frozen=True)
 class Job:
-    """A QLoRAJob with validated spec and last status."""
+    """A QLoRAJob with its spec and last status, as far as this version can read them."""
 
     ref: JobRef
     uid: str
@@ -47,6 +61,7 @@ class Job:
     created_at: datetime
     spec: QLoRAJobSpec
     status: QLoRAJobStatus
+    skew: Skew = Skew()
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,6 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Final
 
-from pydantic import ValidationError
-
 from qlora_api.job_ref import JobRef
 from qlora_api.names import Phase, Role
 from qlora_api.reasons import Reason
@@ -17,6 +15,8 @@ from qlora_operator.lifecycle import (
     avoided_nodes,
     decide,
     is_terminal,
+    is_under_way,
+    keep_as_it_is,
     needs_gpu_nodes,
     rejected,
     time_left,
@@ -34,7 +34,8 @@ from qlora_operator.resources import (
     build_service,
     build_train_job,
 )
-from qlora_operator.status import derive_alternatives, to_wire, with_observed_generation
+from qlora_operator.status import derive_alternatives, to_wire, with_observed_generation, without_refused_reasons
+from qlora_operator.stored_job import ReadJob, keep_unknown, read_job
 from qlora_planner.validation import Violation
 
 _log = logging.getLogger(__name__)
@@ -92,13 +93,14 @@ async def reconcile_once(
     """Reconcile a QLoRAJob once; None: the cached copy is not enough to act on, read it live."""
     if raw.deleting:
         return ReconcileResult()
-    request = ReconcileRequest(raw, QLoRAJobStatus.model_validate(raw.status), without_stale_report(context, raw))
-    if is_terminal(request.previous_status):
-        return await reconcile_finished(request, cluster)
-    spec = parse(raw)
-    if isinstance(spec, Violation):
-        return None if from_cache else await write_status(request, rejected((spec,)), None, cluster)
-    job = Job(raw.ref, raw.uid, raw.generation, raw.created_at, spec, request.previous_status)
+    read = read_job(raw)
+    request = ReconcileRequest(raw, read.status, without_stale_report(context, raw))
+    if is_terminal(read.status):
+        return await reconcile_finished(request, read.spec, cluster)
+    spec = read.spec
+    if spec is None:
+        return None if from_cache else await reconcile_unreadable(request, read, cluster)
+    job = Job(raw.ref, raw.uid, raw.generation, raw.created_at, spec, read.status, read.skew)
     children = cluster.children_from_cache(raw)
     decision = decide(job, children, request.context)
     cache_is_enough = is_noop(decision, job, children) or (
@@ -145,19 +147,18 @@ def without_stale_report(context: ReconcileContext, raw: RawJob) -> ReconcileCon
     return replace(context, last_report=None) if stale else context
 
 
-def parse(raw: RawJob) -> QLoRAJobSpec | Violation:
-    """Parse the spec, or return which field is invalid and why."""
-    try:
-        return QLoRAJobSpec.model_validate(raw.spec)
-    except ValidationError as error:
-        sentences = (f"{'.'.join(('spec', *map(str, entry['loc'])))}: {entry['msg']}" for entry in error.errors())
-        return Violation(Reason.INVALID_SPEC, "; ".join(sentences))
+async def reconcile_unreadable(request: ReconcileRequest, read: ReadJob, cluster: Cluster) -> ReconcileResult:
+    """Leave a run alone whose spec lacks a field that this version requires; refuse it if it is not under way."""
+    keeps = read.skew.unknown_words or is_under_way(read.status, read.skew, await cluster.list_children(request.raw))
+    violation = Violation(Reason.INVALID_SPEC, read.skew.invalid)
+    decision = keep_as_it_is(read.status, read.skew) if keeps else rejected((violation,))
+    return await write_status(request, decision, None, cluster)
 
 
-async def reconcile_finished(request: ReconcileRequest, cluster: Cluster) -> ReconcileResult:
+async def reconcile_finished(request: ReconcileRequest, spec: QLoRAJobSpec | None, cluster: Cluster) -> ReconcileResult:
     """Clean up after a run: delete Jobs that a failed run left running, and all Jobs once spec.ttl has expired."""
     raw, previous, now = request.raw, request.previous_status, request.context.now
-    expires = expires_at(raw, previous)
+    expires = expires_at(spec, previous)
     expired = expires is not None and now >= expires
     if jobs_to_delete(cluster.children_from_cache(raw), previous, expired=expired):
         for name in jobs_to_delete(await cluster.list_children(raw), previous, expired=expired):
@@ -167,10 +168,9 @@ async def reconcile_finished(request: ReconcileRequest, cluster: Cluster) -> Rec
     return ReconcileResult(wait, await _write_if_changed(raw, previous, status, cluster), status)
 
 
-def expires_at(raw: RawJob, status: QLoRAJobStatus) -> datetime | None:
-    """Return when the children of a finished run are deleted; None if the spec has no ttl or is invalid."""
-    spec = parse(raw)
-    if isinstance(spec, Violation) or spec.ttl is None or status.finished_at is None:
+def expires_at(spec: QLoRAJobSpec | None, status: QLoRAJobStatus) -> datetime | None:
+    """Return when the children of a finished run are deleted; None if the spec has no ttl or cannot be read."""
+    if spec is None or spec.ttl is None or status.finished_at is None:
         return None
     return status.finished_at + min(to_timedelta(spec.ttl), LONGEST_WAIT)
 
@@ -264,6 +264,8 @@ async def delete_all_jobs(job: Job, children: Observation, cluster: Cluster) -> 
 
 def outdated_deadlines(job: Job, children: Observation) -> list[Manifest]:
     """Return the patches that running training Jobs need after a change of spec.deadlines.total."""
+    if job.skew.unreadable:
+        return []
     seconds = seconds_left(job)
     return [
         build_deadline(job.ref, child.name, seconds)
@@ -292,7 +294,7 @@ async def write_status(
         try:
             written = await _write_if_changed(raw, previous, status, cluster)
         except InvalidStatusError as error:
-            less = next(statuses, None)
+            less = without_refused_reasons(status, str(error)) or next(statuses, None)
             if less is None:
                 raise
             _log.error("the status of %s was refused, so less of it is written: %s", "/".join(raw.ref), error)
@@ -313,4 +315,14 @@ def _requeue_after(decision: Decision, now: datetime) -> timedelta | None:
 async def _write_if_changed(
     raw: RawJob, previous: QLoRAJobStatus, status: QLoRAJobStatus, cluster: Cluster
 ) -> str | None:
-    return await cluster.write_status(raw, to_wire(status)) if status != previous else None
+    """Write a status that changed, with what another version stored in it, or without that if the CRD refuses it."""
+    if status == previous:
+        return None
+    wire = to_wire(status)
+    merged = keep_unknown(raw.status, to_wire(previous), wire)
+    try:
+        return await cluster.write_status(raw, merged)
+    except InvalidStatusError:
+        if merged == wire:
+            raise
+    return await cluster.write_status(raw, wire)

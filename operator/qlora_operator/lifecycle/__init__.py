@@ -1,7 +1,14 @@
 """Decides what to do next, from spec, status and children; pure functions and tables."""
 
 from qlora_operator.lifecycle.context import ReconcileContext
-from qlora_operator.lifecycle.decide import decide, is_terminal, needs_gpu_nodes, rejected
+from qlora_operator.lifecycle.decide import (
+    decide,
+    is_terminal,
+    is_under_way,
+    keep_as_it_is,
+    needs_gpu_nodes,
+    rejected,
+)
 from qlora_operator.lifecycle.exit_reasons import cause_of_exit
 from qlora_operator.lifecycle.gang import classify
 from qlora_operator.lifecycle.retry_policy import avoided_nodes, time_left
@@ -13,6 +20,8 @@ __all__ = [
     "classify",
     "decide",
     "is_terminal",
+    "is_under_way",
+    "keep_as_it_is",
     "needs_gpu_nodes",
     "rejected",
     "time_left",

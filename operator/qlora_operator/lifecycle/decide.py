@@ -19,7 +19,7 @@ from qlora_operator.lifecycle.prepare_phase import follow_preparation
 from qlora_operator.lifecycle.retry_policy import retry_at
 from qlora_operator.lifecycle.suspend import suspend
 from qlora_operator.lifecycle.train_phase import decide_lost, decide_published, follow_training, make_attempt
-from qlora_operator.models import Action, ChildJob, Decision, Job, Observation
+from qlora_operator.models import Action, ChildJob, Decision, Job, Observation, Skew
 from qlora_planner.validation import Violation, check
 
 _ENDED_BY_OPERATOR: Final = frozenset({Reason.HEARTBEAT_LOST, Reason.NODE_LOST, Reason.SUSPENDED_BY_USER})
@@ -32,9 +32,45 @@ def rejected(violations: tuple[Violation, ...]) -> Decision:
 
 
 def decide(job: Job, children: Observation, context: ReconcileContext) -> Decision:
-    """Return the phase of the run and the next action; the first function that applies decides."""
-    if violations := check(job.spec):
-        return rejected(violations)
+    """Return the phase of the run and the next action; a spec is judged once, before the first training Job exists."""
+    if not is_under_way(job.status, job.skew, children) and (verdict := judge(job)):
+        return verdict
+    decision = _decide(job, children, context)
+    return keep_as_it_is(job.status, job.skew) if job.skew.unreadable and not _is_harmless(decision) else decision
+
+
+def is_under_way(status: QLoRAJobStatus, skew: Skew, children: Observation) -> bool:
+    """Return whether a run has a plan, an attempt or a training Job, so that its spec is judged no more."""
+    recorded = status.plan is not None or bool(status.attempts) or skew.recorded
+    return recorded or any(child.role is Role.TRAIN for child in children.jobs)
+
+
+def judge(job: Job) -> Decision | None:
+    """Refuse the spec of a run that is not under way; one with words of a newer CRD waits for the newer operator."""
+    if job.skew.unknown_words:
+        return keep_as_it_is(job.status, job.skew)
+    if job.skew.invalid:
+        return rejected((Violation(Reason.INVALID_SPEC, job.skew.invalid),))
+    violations = check(job.spec)
+    return rejected(violations) if violations else None
+
+
+def keep_as_it_is(status: QLoRAJobStatus, skew: Skew) -> Decision:
+    """Change nothing but the message, for a run that depends on something that this version cannot read."""
+    return Decision(status.phase or Phase.PENDING, status.reason or Reason.ACCEPTED, skew.unreadable)
+
+
+def _is_harmless(decision: Decision) -> bool:
+    """Return whether a decision follows, suspends or succeeds the run; it neither starts nor fails anything."""
+    attempt = decision.attempt
+    follows = decision.action is Action.NONE and decision.phase is not Phase.FAILED
+    return decision.reason is Reason.SUSPENDED_BY_USER or (
+        follows and (attempt is None or attempt.reason in {None, Reason.PUBLISHED})
+    )
+
+
+def _decide(job: Job, children: Observation, context: ReconcileContext) -> Decision:
+    """Return what follows from the children; the first function that applies decides."""
     number = 1 + max((attempt.number for attempt in job.status.attempts if attempt.reason), default=0)
     return (
         _late_publication(job, children, number, context)
