@@ -26,6 +26,9 @@ _KINDS_OF_WARNINGS: Final = 256
 """Different log lines that are remembered, so as not to be repeated."""
 _logged: Final[dict[tuple[str, str], None]] = {}
 """Kinds and fields of the warnings so far, oldest first."""
+_MAX_ERRORS: Final = 1000
+"""Errors that are looked at: a file can have millions of unknown fields, and each error takes memory."""
+_TOO_MANY: Final = f"more than {_MAX_ERRORS}"
 _UNKNOWN_FIELD: Final = "extra_forbidden"
 _BEYOND_BOUNDS: Final = frozenset(
     {
@@ -58,7 +61,7 @@ def ignore_unknown(model: type[Model], document: str | bytes | Mapping[str, Any]
     try:
         return validate(document)  # type: ignore[arg-type]
     except ValidationError as error:
-        unknown = unknown_fields(_errors(error))
+        unknown = unknown_fields(_errors(error)) if error.error_count() <= _MAX_ERRORS else _TOO_MANY
     value = validate(document, extra="ignore")  # type: ignore[arg-type]
     _log_unknown(model.__name__, unknown, source)
     return value

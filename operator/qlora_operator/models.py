@@ -131,6 +131,8 @@ class ChildJob:
     """0 for prepare."""
     created_at: datetime
     deadline_seconds: int | None = None
+    image: str | None = None
+    """Image of its pods."""
     deleting: bool = False
     suspended: bool = False
     """Its queue controller has not admitted it yet, or has evicted it."""

@@ -85,6 +85,13 @@ class Plan(ApiModel):
         default=None, description=f"Value of {NVIDIA.product_label} that the run was sized for; absent: any."
     )
     peak_bytes: int | None = Field(default=None, ge=0, description="Estimated peak memory per GPU, in bytes.")
+    image: Annotated[str, Field(max_length=1024)] | None = Field(
+        default=None,
+        description=(
+            "Trainer image that prepared the run; every later pod of the run has it too, whatever image the "
+            "installation changes to. Absent: the installation's."
+        ),
+    )
     reasons: Annotated[tuple[Annotated[str, Field(max_length=256)], ...], Field(max_length=32)] = Field(
         default=(), description="Why each choice was made."
     )

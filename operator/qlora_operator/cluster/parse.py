@@ -133,6 +133,7 @@ def parse_child(item: Json, pods: tuple[Pod, ...]) -> ChildJob:
         attempt=int(metadata["labels"].get(names.ATTEMPT_LABEL, 0)),
         created_at=_created(item),
         deadline_seconds=item["spec"].get("activeDeadlineSeconds"),
+        image=_image(item),
         deleting="deletionTimestamp" in metadata,
         suspended=item["spec"].get("suspend", False),
         complete="Complete" in conditions,
@@ -141,6 +142,11 @@ def parse_child(item: Json, pods: tuple[Pod, ...]) -> ChildJob:
         completions=item["spec"].get("completions", 1),
         pods=tuple(pod for pod in pods if not _is_of_earlier_start(pod, started)),
     )
+
+
+def _image(item: Json) -> str | None:
+    containers = item["spec"].get("template", {}).get("spec", {}).get("containers", ())
+    return next((entry.get("image") for entry in containers if entry.get("name") == names.CONTAINER), None)
 
 
 def _is_of_earlier_start(pod: Pod, started: datetime | None) -> bool:

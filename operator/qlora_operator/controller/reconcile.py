@@ -210,6 +210,8 @@ async def apply_decision(
 def build_children(decision: Decision, job: Job, installation: Installation) -> tuple[Manifest, ...]:
     """Return the children to create, the ConfigMap first, because the pod mounts it."""
     owner = Owner(job.ref, job.uid)
+    image = job.status.plan.image if job.status.plan else None
+    installation = replace(installation, image=image or installation.image)
     if decision.action is Action.PREPARE:
         return (
             build_prepare_config(owner, job.spec, installation),

@@ -35,7 +35,7 @@ def decide(job: Job, children: Observation, context: ReconcileContext) -> Decisi
     """Return the phase of the run and the next action; a spec is judged once, before the first training Job exists."""
     if not is_under_way(job.status, job.skew, children) and (verdict := judge(job)):
         return verdict
-    decision = _decide(job, children, context)
+    decision = _pin_image(_decide(job, children, context), children)
     return keep_as_it_is(job.status, job.skew) if job.skew.unreadable and not _is_harmless(decision) else decision
 
 
@@ -67,6 +67,14 @@ def _is_harmless(decision: Decision) -> bool:
     return decision.reason is Reason.SUSPENDED_BY_USER or (
         follows and (attempt is None or attempt.reason in {None, Reason.PUBLISHED})
     )
+
+
+def _pin_image(decision: Decision, children: Observation) -> Decision:
+    """Record the image that prepared a run in its new plan: another one may name the result by another digest."""
+    new_plan = decision.plan if decision.reason is Reason.PREPARED else None
+    if new_plan is None or new_plan.image is not None or children.prepare is None:
+        return decision
+    return replace(decision, plan=new_plan.model_copy(update={"image": children.prepare.image}))
 
 
 def _decide(job: Job, children: Observation, context: ReconcileContext) -> Decision:

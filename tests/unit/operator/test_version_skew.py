@@ -18,6 +18,7 @@ from qlora_operator.stored_job import keep_unknown, read_job
 from qlora_planner import validation
 from tests.fakes import FakeCluster
 from tests.make import (
+    INSTALLATION,
     PREPARED_MESSAGE,
     PUBLISHED_MESSAGE,
     REF,
@@ -27,6 +28,7 @@ from tests.make import (
     make_spec_manifest,
     make_termination_message,
 )
+from tests.unit.operator import life
 from tests.unit.operator.life import PREPARE, TRAIN, reconcile_now, reconcile_until_stable
 
 UNKNOWN: Final = "fieldOfTomorrow"
@@ -455,3 +457,42 @@ async def test_reading_never_raises_on_hostile_shapes() -> None:
             read_job(replace(raw, status={**raw.status, key: value}))
         for key in (*raw.spec, "unknown"):
             read_job(replace(raw, spec={**raw.spec, key: value}))
+
+
+NEW_IMAGE: Final = "registry.example/trainer:2"
+
+
+def image_of(cluster: FakeCluster, job: str) -> str:
+    return str(cluster.children["Job", job]["spec"]["template"]["spec"]["containers"][0]["image"])
+
+
+async def test_run_keeps_the_image_that_prepared_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = await start_preparing()
+    first = image_of(cluster, PREPARE)
+    monkeypatch.setattr(life, "INSTALLATION", replace(INSTALLATION, image=NEW_IMAGE))
+    cluster.end_pod(PREPARE, 0, PREPARED_MESSAGE)
+    await reconcile_until_stable(cluster)
+    assert (cluster.status["plan"]["image"], image_of(cluster, TRAIN)) == (first, first)
+    cluster.start_pod(TRAIN)
+    cluster.end_pod(TRAIN, 1, make_termination_message(Reason.CUDA_OUT_OF_MEMORY))
+    await reconcile_until_stable(cluster)
+    assert image_of(cluster, SECOND) == first
+    cluster.remove(SECOND)
+    cluster.remove(PREPARE)
+    await reconcile_until_stable(cluster)
+    assert cluster.status["phase"] == "Preparing"
+    assert image_of(cluster, PREPARE) == first
+
+
+async def test_new_run_has_the_image_of_the_installation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(life, "INSTALLATION", replace(INSTALLATION, image=NEW_IMAGE))
+    assert image_of(await start_training(), TRAIN) == NEW_IMAGE
+
+
+async def test_plan_of_earlier_version_has_the_image_of_the_installation(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = await start_training()
+    edit(cluster, "status", lambda status: {**status, "plan": {**status["plan"], "image": None}})
+    monkeypatch.setattr(life, "INSTALLATION", replace(INSTALLATION, image=NEW_IMAGE))
+    cluster.end_pod(TRAIN, 1, make_termination_message(Reason.INTERRUPTED))
+    await reconcile_until_stable(cluster)
+    assert image_of(cluster, SECOND) == NEW_IMAGE
