@@ -143,7 +143,7 @@ def test_failed_prepare_exits_1_with_reason_and_field(tmp_path):
 
 
 def test_config_of_newer_operator_is_read(tmp_path):
-    expected = prepare_config(make_spec(tmp_path))
+    expected = prepare_config(make_spec("hf://a/b", "s3://data/rows.jsonl", "s3://adapters"))
     content = expected.model_dump(mode="json", by_alias=True, exclude_none=True)
     content["tomorrow"] = content["spec"]["tomorrow"] = content["spec"]["training"]["tomorrow"] = {"a": [1]}
     (tmp_path / "prepare.json").write_text(json.dumps(content))
