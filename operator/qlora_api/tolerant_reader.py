@@ -77,6 +77,8 @@ class Stored(Generic[Model]):
     """Why this version would refuse it at creation; unknown fields are not listed."""
     unreadable: tuple[str, ...] = ()
     """Paths of the fields that were left out, because their type or word is unknown."""
+    unknown: str = ""
+    """Unknown fields, for a message; empty if there are none."""
 
 
 def read_stored(model: type[Model], document: Mapping[str, Any], source: str) -> Stored[Model]:
@@ -85,12 +87,13 @@ def read_stored(model: type[Model], document: Mapping[str, Any], source: str) ->
         return Stored(model.model_validate(document))
     except ValidationError as error:
         errors = _errors(error)
-    _log_unknown(model.__name__, unknown_fields(errors), source)
+    unknown = unknown_fields(errors)
+    _log_unknown(model.__name__, unknown, source)
     invalid = tuple(error for error in errors if error["type"] != _UNKNOWN_FIELD)
     if not invalid:
-        return Stored(model.model_validate(document, extra="ignore"))
+        return Stored(model.model_validate(document, extra="ignore"), unknown=unknown)
     unreadable: list[str] = []
-    return Stored(_read_fields(model, document, "", unreadable), invalid, tuple(unreadable))
+    return Stored(_read_fields(model, document, "", unreadable), invalid, tuple(unreadable), unknown)
 
 
 def _read_fields(model: type[Model], document: object, path: str, unreadable: list[str]) -> Model | None:

@@ -47,6 +47,8 @@ class Skew:
     """Which fields that the next attempt depends on cannot be read, and what to do; empty if all can."""
     unknown_words: bool = False
     """Whether the spec has a word that the CRD of this version does not have, such as a strategy."""
+    ignored: str = ""
+    """Fields of the spec that this version does not know; empty if there are none."""
     recorded: bool = False
     """Whether the status has a plan or attempts, readable or not."""
 

@@ -50,6 +50,7 @@ def read_job(raw: RawJob) -> ReadJob:
         invalid,
         unreadable=_describe(unreadable) if unreadable else "",
         unknown_words=bool(words),
+        ignored=spec.unknown,
         recorded=bool(raw.status.get("plan") or raw.status.get("attempts")),
     )
     return ReadJob(spec.value, status.value or QLoRAJobStatus(), skew)

@@ -10,9 +10,11 @@ two machines. The new prepare finds the manifest if the result was published.
 from dataclasses import replace
 from typing import Final
 
+from qlora_api import __version__
 from qlora_api.names import TERMINAL, Phase, Role
 from qlora_api.reasons import Reason
 from qlora_api.v1alpha1 import QLoRAJobStatus
+from qlora_api.v1alpha1.status import MAX_PLAN_REASON, MAX_PLAN_REASONS
 from qlora_operator.lifecycle.context import ReconcileContext
 from qlora_operator.lifecycle.gang import classify_child, deletion_deadline, is_busy
 from qlora_operator.lifecycle.prepare_phase import follow_preparation
@@ -35,7 +37,7 @@ def decide(job: Job, children: Observation, context: ReconcileContext) -> Decisi
     """Return the phase of the run and the next action; a spec is judged once, before the first training Job exists."""
     if not is_under_way(job.status, job.skew, children) and (verdict := judge(job)):
         return verdict
-    decision = _pin_image(_decide(job, children, context), children)
+    decision = _complete_plan(_decide(job, children, context), job, children)
     return keep_as_it_is(job.status, job.skew) if job.skew.unreadable and not _is_harmless(decision) else decision
 
 
@@ -69,12 +71,19 @@ def _is_harmless(decision: Decision) -> bool:
     )
 
 
-def _pin_image(decision: Decision, children: Observation) -> Decision:
-    """Record the image that prepared a run in its new plan: another one may name the result by another digest."""
-    new_plan = decision.plan if decision.reason is Reason.PREPARED else None
-    if new_plan is None or new_plan.image is not None or children.prepare is None:
+def _complete_plan(decision: Decision, job: Job, children: Observation) -> Decision:
+    """Add to a new plan the image that prepared the run, and what of the spec is ignored.
+
+    Another image may name the result by another digest, so that what was trained would not be found.
+    """
+    plan = decision.plan if decision.reason is Reason.PREPARED else None
+    if plan is None or plan.image is not None or children.prepare is None:
         return decision
-    return replace(decision, plan=new_plan.model_copy(update={"image": children.prepare.image}))
+    reasons = plan.reasons
+    if job.skew.ignored:
+        sentence = f"ignored, because operator {__version__} does not know it: spec fields {job.skew.ignored}"
+        reasons = (*reasons, sentence[:MAX_PLAN_REASON])[-MAX_PLAN_REASONS:]
+    return replace(decision, plan=plan.model_copy(update={"image": children.prepare.image, "reasons": reasons}))
 
 
 def _decide(job: Job, children: Observation, context: ReconcileContext) -> Decision:

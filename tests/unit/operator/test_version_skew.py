@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import pytest
 
-from qlora_api import names, tolerant_reader
+from qlora_api import __version__, names, tolerant_reader
 from qlora_api.names import Phase
 from qlora_api.reasons import Reason
 from qlora_api.v1alpha1 import QLoRAJobSpec
@@ -122,6 +122,15 @@ async def test_run_under_newer_crd_goes_on(start: Callable[[], Any]) -> None:
     edit(cluster, "status", with_unknown_fields)
     await reconcile_until_stable(cluster)
     assert state(cluster) == before
+
+
+async def test_plan_says_which_fields_of_a_newer_crd_were_ignored() -> None:
+    cluster = await start_preparing()
+    edit(cluster, "spec", lambda spec: {**full_spec(spec), UNKNOWN: 1})
+    cluster.end_pod(PREPARE, 0, PREPARED_MESSAGE)
+    await reconcile_until_stable(cluster)
+    expected = f"ignored, because operator {__version__} does not know it: spec fields {UNKNOWN}"
+    assert cluster.status["plan"]["reasons"][-1] == expected
 
 
 @pytest.mark.parametrize("start", STAGES[1:])
