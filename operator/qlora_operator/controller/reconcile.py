@@ -192,9 +192,9 @@ async def apply_decision(
         for child in build_children(decision, job, installation):
             created |= await cluster.ensure(child)
     except NameConflictError as error:
-        return on_name_conflict(error), created
+        return on_name_conflict(error, job), created
     except AdmissionDeniedError as error:
-        return on_admission_denied(error), created
+        return on_admission_denied(error, job), created
     if decision.action is Action.DELETE_ALL_JOBS:
         await delete_all_jobs(job, children, cluster)
     if decision.action is Action.DELETE_RUNNING_JOBS:
@@ -233,16 +233,18 @@ def build_children(decision: Decision, job: Job, installation: Installation) -> 
     return ()
 
 
-def on_name_conflict(error: NameConflictError) -> Decision:
-    """Wait for the child of an earlier QLoRAJob to be deleted; fail if the name belongs to something else."""
+def on_name_conflict(error: NameConflictError, job: Job) -> Decision:
+    """Wait for the child of an earlier QLoRAJob to be deleted; fail a new run if the name is of something else."""
     if error.being_deleted:
         return Decision(Phase.PENDING, Reason.ACCEPTED, str(error), requeue_after=NAME_CONFLICT_RETRY)
+    if job.status.attempts:
+        return Decision(Phase.SCHEDULING, Reason.POD_REJECTED, str(error), requeue_after=ADMISSION_DENIED_RETRY)
     return Decision(Phase.FAILED, Reason.INVALID_SPEC, str(error))
 
 
-def on_admission_denied(error: AdmissionDeniedError) -> Decision:
-    """Fail if the child can never be created; wait if a quota or a policy may change."""
-    if error.permanent:
+def on_admission_denied(error: AdmissionDeniedError, job: Job) -> Decision:
+    """Fail if the child can never be created; wait if a policy may change, or if one like it was valid before."""
+    if error.permanent and not job.status.attempts:
         return Decision(Phase.FAILED, Reason.INVALID_SPEC, str(error))
     return Decision(Phase.PENDING, Reason.POD_REJECTED, str(error), requeue_after=ADMISSION_DENIED_RETRY)
 

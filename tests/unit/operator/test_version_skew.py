@@ -13,6 +13,8 @@ from qlora_api import __version__, names, tolerant_reader
 from qlora_api.names import Phase
 from qlora_api.reasons import Reason
 from qlora_api.v1alpha1 import QLoRAJobSpec
+from qlora_operator.cluster.interface import AdmissionDeniedError
+from qlora_operator.controller.reconcile import ADMISSION_DENIED_RETRY
 from qlora_operator.models import Manifest
 from qlora_operator.stored_job import keep_unknown, read_job
 from qlora_planner import validation
@@ -466,6 +468,25 @@ async def test_reading_never_raises_on_hostile_shapes() -> None:
             read_job(replace(raw, status={**raw.status, key: value}))
         for key in (*raw.spec, "unknown"):
             read_job(replace(raw, spec={**raw.spec, key: value}))
+
+
+@pytest.mark.parametrize("refusal", ["invalid", "taken"])
+async def test_run_with_attempts_waits_where_a_new_one_would_be_invalid(refusal: str) -> None:
+    cluster = await start_training()
+    cluster.end_pod(TRAIN, 1, make_termination_message(Reason.INTERRUPTED))
+    if refusal == "invalid":
+        cluster.admission_error = AdmissionDeniedError("Job was denied: 422 Invalid", permanent=True)
+    else:
+        cluster.children["Job", SECOND] = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": SECOND}}
+    for _ in range(5):
+        outcome = await reconcile_now(cluster)
+    assert cluster.status["reason"] == "PodRejected"
+    assert outcome.requeue_after == ADMISSION_DENIED_RETRY
+    cluster.admission_error = None
+    cluster.children.pop(("Job", SECOND), None)
+    await reconcile_until_stable(cluster)
+    assert cluster.status["attempts"][-1]["job"] == SECOND
+    assert cluster.status["phase"] == "Scheduling"
 
 
 NEW_IMAGE: Final = "registry.example/trainer:2"
