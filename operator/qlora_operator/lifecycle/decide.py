@@ -63,9 +63,9 @@ def keep_as_it_is(status: QLoRAJobStatus, skew: Skew) -> Decision:
 
 
 def _is_harmless(decision: Decision) -> bool:
-    """Return whether a decision follows, suspends or succeeds the run; it neither starts nor fails anything."""
+    """Return whether a decision follows, suspends or succeeds the run; it neither plans, starts nor fails anything."""
     attempt = decision.attempt
-    follows = decision.action is Action.NONE and decision.phase is not Phase.FAILED
+    follows = decision.action is Action.NONE and decision.plan is None and decision.phase is not Phase.FAILED
     return decision.reason is Reason.SUSPENDED_BY_USER or (
         follows and (attempt is None or attempt.reason in {None, Reason.PUBLISHED})
     )

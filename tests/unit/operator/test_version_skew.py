@@ -221,6 +221,20 @@ async def test_unreadable_run_is_left_alone_until_the_newer_operator_comes(block
     assert ("Job", SECOND) in cluster.children
 
 
+@pytest.mark.parametrize(("block", "path", "value"), UNREADABLE)
+async def test_unreadable_run_between_attempts_is_not_planned_again(block: str, path: str, value: Any) -> None:
+    cluster = await start_training()
+    cluster.end_pod(TRAIN, 1, make_termination_message(Reason.INTERRUPTED))
+    await reconcile_now(cluster)
+    assert cluster.status["phase"] == "Scheduling"
+    edit(cluster, block, lambda document: set_in(document, path, value))
+    plan, attempts = cluster.status["plan"], cluster.status["attempts"]
+    await reconcile_until_stable(cluster)
+    assert (cluster.status["phase"], cluster.status["plan"]) == ("Scheduling", plan)
+    assert cluster.status["attempts"] == attempts
+    assert ("Job", SECOND) not in cluster.children
+
+
 async def test_unreadable_run_is_suspended_and_released() -> None:
     cluster = await start_training()
     edit(cluster, "spec", lambda spec: set_in(spec, "distribution", "zero4"))
