@@ -44,8 +44,24 @@ class RawJob:
 
 
 @dataclass(frozen=True)
+class Skew:
+    """What another version wrote into a QLoRAJob that this one would not, or cannot read."""
+
+    invalid: str = ""
+    """Why this version would refuse the spec at creation; empty if it would not."""
+    unreadable: str = ""
+    """Which fields that the next attempt depends on cannot be read, and what to do; empty if all can."""
+    unknown_words: bool = False
+    """Whether the spec has a word that the CRD of this version does not have, such as a strategy."""
+    ignored: str = ""
+    """Fields of the spec that this version does not know; empty if there are none."""
+    recorded: bool = False
+    """Whether the status has a plan or attempts, readable or not."""
+
+
+@dataclass(frozen=True)
 class Job:
-    """A QLoRAJob with validated spec and last status."""
+    """A QLoRAJob with its spec and last status, as far as this version can read them."""
 
     ref: JobRef
     uid: str
@@ -53,6 +69,7 @@ class Job:
     created_at: datetime
     spec: QLoRAJobSpec
     status: QLoRAJobStatus
+    skew: Skew = Skew()
 
 
 @dataclass(frozen=True)
@@ -132,6 +149,8 @@ class ChildJob:
     started_at: datetime | None = None
     """When the Job controller started or resumed it; None before that."""
     deadline_seconds: int | None = None
+    image: str | None = None
+    """Image of its pods."""
     deleting: bool = False
     suspended: bool = False
     """Its queue controller has not admitted it yet, or has evicted it; or the Job controller has not resumed it yet."""

@@ -22,6 +22,7 @@ from qlora_api.names import CONFIG_MOUNT, PREPARE_CONFIG_FILE, RUN_CONFIG_FILE, 
 from qlora_api.reasons import Reason
 from qlora_api.report import TerminationMessage
 from qlora_api.runconfig import PrepareConfig, RunConfig
+from qlora_api.tolerant_reader import ignore_unknown
 from qlora_trainer.errors import RunError
 from qlora_trainer.observability.log_upload import LogUploader, TeeHandler
 from qlora_trainer.runtime.rank import DONE_SUFFIX, default_work, is_local_main_process, per_rank_path, rank_of_process
@@ -135,7 +136,7 @@ def configure_log(process: ProcessContext) -> None:
 
 def read_config(path: Path, kind: type[Config]) -> Config:
     """Read the configuration, and add the run's name to every later log line."""
-    config = kind.model_validate_json(path.read_text())
+    config = ignore_unknown(kind, path.read_text(), path.name)
     bind_process_fields(namespace=config.namespace, job=config.job)
     if isinstance(config, RunConfig):
         bind_process_fields(attempt=config.attempt)

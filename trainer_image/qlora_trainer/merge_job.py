@@ -15,6 +15,7 @@ from qlora_api.reasons import Reason
 from qlora_api.report import AdapterRecord, EvaluatedRow
 from qlora_api.result import Result
 from qlora_api.runconfig import RunConfig
+from qlora_api.tolerant_reader import ignore_unknown
 from qlora_api.v1alpha1 import MergeBase
 from qlora_trainer import stages
 from qlora_trainer.data.rows import Example
@@ -54,7 +55,7 @@ def add_merged(resolver: SourceResolver, output: Store, config: RunConfig, resul
         model=stages.fetch_model(resolver, config, work),
         adapter=adapter,
         base=config.spec.output.merge_base,
-        record=AdapterRecord.model_validate_json((adapter / RECORD).read_text()),
+        record=ignore_unknown(AdapterRecord, (adapter / RECORD).read_text(), RECORD),
         rows=stages.load_rows(output, config, EVALUATION, work),
     )
     folder = stages.empty_folder(ObjectName(digest).below(work / "merged"))
@@ -143,6 +144,6 @@ def _prepared_rows(store: Store, work: Path) -> Sequence[TokenRow]:
 def _reported_rows(store: Store, published: PublishedAdapter) -> Sequence[TokenRow]:
     """Tokenize the first prompts and references of a report; rows of plain text have neither."""
     lines = store.read(ROWS).decode().splitlines()
-    rows = (EvaluatedRow.model_validate_json(line) for line in lines)
+    rows = (ignore_unknown(EvaluatedRow, line, ROWS) for line in lines)
     examples = islice((Example(row.prompt, row.reference) for row in rows if row.prompt), MEASURED_TOKENS)
     return encode_examples(list(examples), load_tokenizer(published.folder, field=ADAPTER_FIELD), "completion")

@@ -21,6 +21,7 @@ from qlora_api.report import (
 )
 from qlora_api.result import Result
 from qlora_api.runconfig import RunConfig
+from qlora_api.tolerant_reader import ignore_unknown
 from qlora_trainer.data import shards
 from qlora_trainer.data.preview import preview, shown_rows
 from qlora_trainer.data.tokenization import TokenRow
@@ -259,7 +260,7 @@ def load_benchmark_suite(
         return None
     content = output.read(f"{config.prepared.digest}/{shards.TASKS}")
     check_prepared_file(find_inputs(output, config.prepared), shards.TASKS, content, config.prepared)
-    pinned = PinnedTasks.model_validate_json(content)
+    pinned = ignore_unknown(PinnedTasks, content, shards.TASKS)
     tasks = load_benchmarks(pinned, resolver, work)
     return BenchmarkSuite(tasks, tokenizer, config.plan.micro_batch_size, spec.task_examples)
 

@@ -15,6 +15,9 @@ from qlora_api.v1alpha1.types import MAX_URI
 
 MAX_MESSAGE: Final = 32_768
 """Longest message of a condition (Kubernetes API conventions), and of a status."""
+MAX_PLAN_REASON: Final = 256
+"""Longest reason of a plan."""
+MAX_PLAN_REASONS: Final = 32
 MAX_ATTEMPT_MESSAGE: Final = 4096
 """Longest message of an attempt: as long as a termination message."""
 MAX_ATTEMPTS_LISTED: Final = 100
@@ -92,9 +95,16 @@ class Plan(ApiModel):
         default=None, description=f"Value of {NVIDIA.product_label} that the run was sized for; absent: any."
     )
     peak_bytes: int | None = Field(default=None, ge=0, description="Estimated peak memory per GPU, in bytes.")
-    reasons: Annotated[tuple[Annotated[str, Field(max_length=256)], ...], Field(max_length=32)] = Field(
-        default=(), description="Why each choice was made."
+    image: Annotated[str, Field(max_length=1024)] | None = Field(
+        default=None,
+        description=(
+            "Trainer image that prepared the run; every later pod of the run has it too, whatever image the "
+            "installation changes to. Absent: the installation's."
+        ),
     )
+    reasons: Annotated[
+        tuple[Annotated[str, Field(max_length=MAX_PLAN_REASON)], ...], Field(max_length=MAX_PLAN_REASONS)
+    ] = Field(default=(), description="Why each choice was made.")
 
     @property
     def processes_per_node(self) -> int:

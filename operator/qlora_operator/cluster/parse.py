@@ -165,6 +165,7 @@ def parse_child(item: Json) -> ChildJob:
         uid=metadata["uid"],
         started_at=None if suspended else parse_time(item.get("status", {}).get("startTime")),
         deadline_seconds=item["spec"].get("activeDeadlineSeconds"),
+        image=_image(item),
         deleting="deletionTimestamp" in metadata,
         suspended=suspended,
         suspended_at=parse_time(suspension.get("lastTransitionTime")),
@@ -184,6 +185,11 @@ def _avoided_nodes(job: Json) -> tuple[str, ...]:
     terms = affinity.get("requiredDuringSchedulingIgnoredDuringExecution", {}).get("nodeSelectorTerms") or ()
     fields = [field for term in terms for field in term.get("matchFields") or () if field.get("operator") == "NotIn"]
     return tuple(dict.fromkeys(node for field in fields for node in field.get("values") or ()))
+
+
+def _image(item: Json) -> str | None:
+    containers = item["spec"].get("template", {}).get("spec", {}).get("containers", ())
+    return next((entry.get("image") for entry in containers if entry.get("name") == names.CONTAINER), None)
 
 
 def _conditions(item: Json) -> dict[str, Json]:

@@ -5,8 +5,6 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Final
 
-from pydantic import ValidationError
-
 from qlora_api.job_ref import JobRef
 from qlora_api.names import Phase, Role
 from qlora_api.reasons import Reason
@@ -18,7 +16,9 @@ from qlora_operator.lifecycle import (
     decide,
     disliked_nodes,
     is_terminal,
+    is_under_way,
     job_deadline,
+    keep_as_it_is,
     leftover_jobs,
     needs_gpu_nodes,
     next_leftover,
@@ -54,7 +54,14 @@ from qlora_operator.resources import (
     build_service,
     build_train_job,
 )
-from qlora_operator.status import derive_alternatives, merge_attempt, to_wire, with_observed_generation
+from qlora_operator.status import (
+    derive_alternatives,
+    merge_attempt,
+    to_wire,
+    with_observed_generation,
+    without_refused_reasons,
+)
+from qlora_operator.stored_job import ReadJob, keep_unknown, read_job
 from qlora_planner.validation import Violation
 
 _log = logging.getLogger(__name__)
@@ -122,13 +129,14 @@ async def reconcile_once(
     """Reconcile a QLoRAJob once; None: the cached copy is not enough to act on, read it live."""
     if raw.deleting:
         return ReconcileResult()
-    request = ReconcileRequest(raw, QLoRAJobStatus.model_validate(raw.status), without_stale_report(context, raw))
-    if is_terminal(request.previous_status):
-        return await reconcile_terminal(request, cluster, from_cache=from_cache)
-    spec = parse(raw)
-    if isinstance(spec, Violation):
-        return None if from_cache else await write_status(request, rejected((spec,)), None, cluster)
-    job = Job(raw.ref, raw.uid, raw.generation, raw.created_at, spec, request.previous_status)
+    read = read_job(raw)
+    request = ReconcileRequest(raw, read.status, without_stale_report(context, raw))
+    if is_terminal(read.status):
+        return await reconcile_terminal(request, read, cluster, from_cache=from_cache)
+    spec = read.spec
+    if spec is None:
+        return None if from_cache else await reconcile_unreadable(request, read, cluster)
+    job = Job(raw.ref, raw.uid, raw.generation, raw.created_at, spec, read.status, read.skew)
     children = cluster.children_from_cache(raw)
     now = request.context.now
     decision = decide(job, children, request.context)
@@ -205,26 +213,24 @@ def without_stale_report(context: ReconcileContext, raw: RawJob) -> ReconcileCon
     return replace(context, last_report=None) if stale else context
 
 
-def parse(raw: RawJob) -> QLoRAJobSpec | Violation:
-    """Parse the spec, or return which field is invalid and why."""
-    try:
-        return QLoRAJobSpec.model_validate(raw.spec)
-    except ValidationError as error:
-        sentences = (f"{'.'.join(('spec', *map(str, entry['loc'])))}: {entry['msg']}" for entry in error.errors())
-        return Violation(Reason.INVALID_SPEC, "; ".join(sentences))
+async def reconcile_unreadable(request: ReconcileRequest, read: ReadJob, cluster: Cluster) -> ReconcileResult:
+    """Leave a run alone whose spec lacks a field that this version requires; refuse it if it is not under way."""
+    keeps = read.skew.unknown_words or is_under_way(read.status, read.skew, await cluster.list_children(request.raw))
+    violation = Violation(Reason.INVALID_SPEC, read.skew.invalid)
+    decision = keep_as_it_is(read.status, read.skew) if keeps else rejected((violation,))
+    return await write_status(request, decision, None, cluster)
 
 
 async def reconcile_terminal(
-    request: ReconcileRequest, cluster: Cluster, *, from_cache: bool
+    request: ReconcileRequest, read: ReadJob, cluster: Cluster, *, from_cache: bool
 ) -> ReconcileResult | None:
     """Continue a failed run if a limit of its spec was raised, else clean up; None: read it live."""
     raw = request.raw
-    spec = parse(raw) if request.previous_status.phase is Phase.FAILED else None
-    if isinstance(spec, QLoRAJobSpec):
-        job = Job(raw.ref, raw.uid, raw.generation, raw.created_at, spec, request.previous_status)
+    if read.spec is not None and not read.skew.unreadable:
+        job = Job(raw.ref, raw.uid, raw.generation, raw.created_at, read.spec, read.status, read.skew)
         if decision := revive(job, request.context.now):
             return None if from_cache else await revive_run(job, decision, request, cluster)
-    return await reconcile_finished(request, cluster)
+    return await reconcile_finished(request, read.spec, cluster)
 
 
 async def revive_run(job: Job, decision: Decision, request: ReconcileRequest, cluster: Cluster) -> ReconcileResult:
@@ -234,10 +240,10 @@ async def revive_run(job: Job, decision: Decision, request: ReconcileRequest, cl
     return await write_status(request, decision, None, cluster)
 
 
-async def reconcile_finished(request: ReconcileRequest, cluster: Cluster) -> ReconcileResult:
+async def reconcile_finished(request: ReconcileRequest, spec: QLoRAJobSpec | None, cluster: Cluster) -> ReconcileResult:
     """Clean up after a run: delete the Jobs that outlive it, and all Jobs once spec.ttl has expired."""
     raw, previous, now = request.raw, request.previous_status, request.context.now
-    expires = expires_at(raw, previous)
+    expires = expires_at(spec, previous)
     expired = expires is not None and now >= expires
     children = cluster.children_from_cache(raw)
     if jobs_to_delete(children, previous, now, expired=expired):
@@ -249,10 +255,9 @@ async def reconcile_finished(request: ReconcileRequest, cluster: Cluster) -> Rec
     return ReconcileResult(requeue_delay(now, requeue_at, None, progressed=written is not None), written, status)
 
 
-def expires_at(raw: RawJob, status: QLoRAJobStatus) -> datetime | None:
-    """Return when the children of a finished run are deleted; None if the spec has no ttl or is invalid."""
-    spec = parse(raw)
-    if isinstance(spec, Violation) or spec.ttl is None or status.finished_at is None:
+def expires_at(spec: QLoRAJobSpec | None, status: QLoRAJobStatus) -> datetime | None:
+    """Return when the children of a finished run are deleted; None if the spec has no ttl or cannot be read."""
+    if spec is None or spec.ttl is None or status.finished_at is None:
         return None
     return status.finished_at + min(to_timedelta(spec.ttl), LONGEST_WAIT)
 
@@ -274,7 +279,7 @@ async def apply_decision(  # noqa: PLR0913, PLR0917 (everything that a decision 
     except NameConflictError as error:
         return on_name_conflict(error, decision, job, now), created
     except AdmissionDeniedError as error:
-        return on_admission_denied(error), created
+        return on_admission_denied(error, job), created
     if decision.action is Action.DELETE_RUNNING_JOBS:
         await delete_running_jobs(job, children, cluster)
     for name in outdated_prepare_jobs(job, children):
@@ -296,6 +301,8 @@ async def limit_jobs(decision: Decision, job: Job, children: Observation, cluste
 def build_children(decision: Decision, job: Job, installation: Installation) -> tuple[Manifest, ...]:
     """Return the children to create, the ConfigMap first, because the pod mounts it."""
     owner = Owner(job.ref, job.uid)
+    image = job.status.plan.image if job.status.plan else None
+    installation = replace(installation, image=image or installation.image)
     if decision.action is Action.PREPARE and decision.preparation:
         return (
             build_prepare_config(owner, job.spec, installation),
@@ -318,10 +325,12 @@ def build_children(decision: Decision, job: Job, installation: Installation) -> 
 
 
 def on_name_conflict(error: NameConflictError, decision: Decision, job: Job, now: datetime) -> Decision:
-    """Wait for the child of an earlier QLoRAJob to be deleted; fail if the name belongs to something else.
+    """Wait for the child of an earlier QLoRAJob to be deleted; fail a new run if the name is of something else.
 
     A prepare Job is not waited for without end: the next one has another name.
     """
+    if not error.being_deleted and job.status.attempts:
+        return Decision(Phase.SCHEDULING, Reason.POD_REJECTED, str(error), requeue_after=ADMISSION_DENIED_RETRY)
     if not error.being_deleted:
         return Decision(Phase.FAILED, Reason.INVALID_SPEC, str(error))
     waiting = Decision(Phase.PENDING, Reason.ACCEPTED, str(error), requeue_after=NAME_CONFLICT_RETRY)
@@ -331,9 +340,9 @@ def on_name_conflict(error: NameConflictError, decision: Decision, job: Job, now
     return replace(waiting, preparation=decision.preparation)
 
 
-def on_admission_denied(error: AdmissionDeniedError) -> Decision:
-    """Fail if the child can never be created; wait if a quota or a policy may change."""
-    if error.permanent:
+def on_admission_denied(error: AdmissionDeniedError, job: Job) -> Decision:
+    """Fail if the child can never be created; wait if a policy may change, or if one like it was valid before."""
+    if error.permanent and not job.status.attempts:
         return Decision(Phase.FAILED, Reason.INVALID_SPEC, str(error))
     return Decision(Phase.PENDING, Reason.POD_REJECTED, str(error), requeue_after=ADMISSION_DENIED_RETRY)
 
@@ -373,6 +382,8 @@ def missing_queue_labels(job: Job, children: Observation) -> list[Manifest]:
 
 def outdated_deadlines(decision: Decision, job: Job, children: Observation, now: datetime) -> list[Manifest]:
     """Return the patches that Jobs need when a container starts, is suspended, or spec.deadlines.total changes."""
+    if job.skew.unreadable:
+        return []
     attempts = merge_attempt(job.status.attempts, decision.attempt)
     return [
         build_deadline(job.ref, child.name, seconds)
@@ -396,7 +407,7 @@ async def write_status(
         try:
             written = await _write_if_changed(raw, previous, status, cluster)
         except InvalidStatusError as error:
-            less = next(statuses, None)
+            less = without_refused_reasons(status, str(error)) or next(statuses, None)
             if less is None:
                 raise
             _log.error("the status of %s was refused, so less of it is written: %s", "/".join(raw.ref), error)
@@ -410,4 +421,14 @@ async def write_status(
 async def _write_if_changed(
     raw: RawJob, previous: QLoRAJobStatus, status: QLoRAJobStatus, cluster: Cluster
 ) -> str | None:
-    return await cluster.write_status(raw, to_wire(status)) if status != previous else None
+    """Write a status that changed, with what another version stored in it, or without that if the CRD refuses it."""
+    if status == previous:
+        return None
+    wire = to_wire(status)
+    merged = keep_unknown(raw.status, to_wire(previous), wire)
+    try:
+        return await cluster.write_status(raw, merged)
+    except InvalidStatusError:
+        if merged == wire:
+            raise
+    return await cluster.write_status(raw, wire)

@@ -1,7 +1,15 @@
 """Decides what to do next, from spec, status and children; pure functions and tables."""
 
 from qlora_operator.lifecycle.context import Reception, ReconcileContext
-from qlora_operator.lifecycle.decide import decide, is_terminal, needs_gpu_nodes, rejected, unexplained_jobs
+from qlora_operator.lifecycle.decide import (
+    decide,
+    is_terminal,
+    is_under_way,
+    keep_as_it_is,
+    needs_gpu_nodes,
+    rejected,
+    unexplained_jobs,
+)
 from qlora_operator.lifecycle.exit_reasons import cause_of_exit
 from qlora_operator.lifecycle.gang import classify
 from qlora_operator.lifecycle.job_deadline import job_deadline
@@ -26,7 +34,9 @@ __all__ = [
     "disliked_nodes",
     "is_blamed",
     "is_terminal",
+    "is_under_way",
     "job_deadline",
+    "keep_as_it_is",
     "leftover_jobs",
     "needs_gpu_nodes",
     "next_leftover",

@@ -11,9 +11,11 @@ from dataclasses import replace
 from datetime import datetime
 from typing import Final
 
+from qlora_api import __version__
 from qlora_api.names import TERMINAL, Phase, Role
 from qlora_api.reasons import Reason
 from qlora_api.v1alpha1 import QLoRAJobStatus
+from qlora_api.v1alpha1.status import MAX_PLAN_REASON, MAX_PLAN_REASONS
 from qlora_operator.lifecycle.budgets import retry_at
 from qlora_operator.lifecycle.container_time import stop_counting
 from qlora_operator.lifecycle.context import ReconcileContext
@@ -31,7 +33,7 @@ from qlora_operator.lifecycle.train_phase import (
     preempted,
     recorded_attempt,
 )
-from qlora_operator.models import Action, ChildJob, Decision, Job, Observation, earliest
+from qlora_operator.models import Action, ChildJob, Decision, Job, Observation, Skew, earliest
 from qlora_planner.validation import Violation, check
 
 _DELETED: Final = "the training Job is being deleted; then preparation runs again and finds what was published"
@@ -43,9 +45,60 @@ def rejected(violations: tuple[Violation, ...]) -> Decision:
 
 
 def decide(job: Job, children: Observation, context: ReconcileContext) -> Decision:
-    """Return the phase of the run and the next action; the first function that applies decides."""
-    if violations := check(job.spec):
-        return rejected(violations)
+    """Return the phase of the run and the next action; a spec is judged once, before the first training Job exists."""
+    if not is_under_way(job.status, job.skew, children) and (verdict := judge(job)):
+        return verdict
+    decision = _complete_plan(_decide(job, children, context), job, children)
+    return keep_as_it_is(job.status, job.skew) if job.skew.unreadable and not _is_harmless(decision) else decision
+
+
+def is_under_way(status: QLoRAJobStatus, skew: Skew, children: Observation) -> bool:
+    """Return whether a run has a plan, an attempt or a training Job, so that its spec is judged no more."""
+    recorded = status.plan is not None or bool(status.attempts) or skew.recorded
+    return recorded or any(child.role is Role.TRAIN for child in children.jobs)
+
+
+def judge(job: Job) -> Decision | None:
+    """Refuse the spec of a run that is not under way; one with words of a newer CRD waits for the newer operator."""
+    if job.skew.unknown_words:
+        return keep_as_it_is(job.status, job.skew)
+    if job.skew.invalid:
+        return rejected((Violation(Reason.INVALID_SPEC, job.skew.invalid),))
+    violations = check(job.spec)
+    return rejected(violations) if violations else None
+
+
+def keep_as_it_is(status: QLoRAJobStatus, skew: Skew) -> Decision:
+    """Change nothing but the message, for a run that depends on something that this version cannot read."""
+    return Decision(status.phase or Phase.PENDING, status.reason or Reason.ACCEPTED, skew.unreadable)
+
+
+def _is_harmless(decision: Decision) -> bool:
+    """Return whether a decision follows, suspends or succeeds the run; it neither plans, starts nor fails anything."""
+    attempt = decision.attempt
+    follows = decision.action is Action.NONE and decision.plan is None and decision.phase is not Phase.FAILED
+    return decision.reason is Reason.SUSPENDED_BY_USER or (
+        follows and (attempt is None or attempt.reason in {None, Reason.PUBLISHED})
+    )
+
+
+def _complete_plan(decision: Decision, job: Job, children: Observation) -> Decision:
+    """Add to a new plan the image that prepared the run, and what of the spec is ignored.
+
+    Another image may name the result by another digest, so that what was trained would not be found.
+    """
+    plan = decision.plan if decision.reason is Reason.PREPARED else None
+    if plan is None or plan.image is not None or children.prepare is None:
+        return decision
+    reasons = plan.reasons
+    if job.skew.ignored:
+        sentence = f"ignored, because operator {__version__} does not know it: spec fields {job.skew.ignored}"
+        reasons = (*reasons, sentence[:MAX_PLAN_REASON])[-MAX_PLAN_REASONS:]
+    return replace(decision, plan=plan.model_copy(update={"image": children.prepare.image, "reasons": reasons}))
+
+
+def _decide(job: Job, children: Observation, context: ReconcileContext) -> Decision:
+    """Return what follows from the children; the first function that applies decides."""
     number = 1 + max((attempt.number for attempt in job.status.attempts if attempt.reason), default=0)
     return (
         _late_publication(job, children, number, context)

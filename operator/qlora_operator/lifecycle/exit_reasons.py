@@ -1,5 +1,6 @@
 """Classifies how a container or pod ended into one of the reasons of `qlora_api.reasons`; the first match wins."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime, timedelta
@@ -11,6 +12,7 @@ from qlora_api.escapes import shell_command
 from qlora_api.names import Role
 from qlora_api.reasons import Domain, Reason
 from qlora_api.report import UNEXPLAINED_EXIT, TerminationMessage
+from qlora_api.tolerant_reader import ignore_unknown
 from qlora_operator.models import PREPARE_DEADLINE, PREPARE_MEMORY, ChildJob, Exit, JobState, Pod, Stage
 
 IMAGE_PULL_ERRORS: Final = frozenset({"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull"})
@@ -33,6 +35,8 @@ LONGEST_EVENT_LOOKUP: Final = timedelta(minutes=5)
 """Longest time between two lookups of the Events of a Job without a pod."""
 LOG_LINES: Final = 5
 """Last log lines that a status message quotes."""
+MAX_REASON: Final = 64
+"""Characters of an unknown reason that a status message quotes."""
 MAX_LOG: Final = 1000
 """Characters of log that a status message quotes at most."""
 
@@ -50,10 +54,30 @@ def parse_termination_message(text: str) -> TerminationMessage | None:
     """Parse a termination message; if Kubernetes fell back to the log, it is the last line of that."""
     for candidate in (text.strip(), text.strip().rpartition("\n")[2]):
         try:
-            return TerminationMessage.model_validate_json(candidate)
-        except ValidationError:
-            continue
+            return ignore_unknown(TerminationMessage, candidate, "a termination message")
+        except ValidationError as error:
+            if (message := _with_unknown_reason(candidate, error)) is not None:
+                return message
     return None
+
+
+def _with_unknown_reason(text: str, error: ValidationError) -> TerminationMessage | None:
+    """Parse a message of a newer trainer that is invalid by its reason only: its facts say what has happened."""
+    invalid = [entry for entry in error.errors() if entry["type"] != "extra_forbidden"]
+    if [(entry["loc"], entry["type"]) for entry in invalid] != [(("reason",), "enum")]:
+        return None
+    document = json.loads(text)
+    try:
+        message = ignore_unknown(TerminationMessage, {**document, "reason": Reason.TRAINER_ERROR}, "a message")
+    except ValidationError:  # of the numbers, which are checked last
+        return None
+    if message.prepared is not None:
+        reason = Reason.ALREADY_PUBLISHED if message.prepared.published else Reason.PREPARED
+        return message.model_copy(update={"reason": reason})
+    if message.result is not None:
+        return message.model_copy(update={"reason": Reason.PUBLISHED})
+    unknown = f"the trainer is of another version and ended with {str(document['reason'])[:MAX_REASON]!r}"
+    return message.model_copy(update={"message": f"{unknown}: {message.message}"})
 
 
 def _from_termination_message(_: ChildJob, pod: Pod, end: Exit) -> ExitCause | None:

@@ -6,6 +6,14 @@ from qlora_operator.status.derive import (
     merge_attempt,
     to_wire,
     with_observed_generation,
+    without_refused_reasons,
 )
 
-__all__ = ["derive_alternatives", "derive_status", "merge_attempt", "to_wire", "with_observed_generation"]
+__all__ = [
+    "derive_alternatives",
+    "derive_status",
+    "merge_attempt",
+    "to_wire",
+    "with_observed_generation",
+    "without_refused_reasons",
+]

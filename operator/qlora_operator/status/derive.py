@@ -1,19 +1,21 @@
 """Derives the next status from the last one and a decision; it is written once, and only if it differs."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import datetime
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from qlora_api.escapes import escape_line
 from qlora_api.names import TERMINAL, Phase
 from qlora_api.prepared import Prepared
-from qlora_api.reasons import REASONS
+from qlora_api.reasons import REASONS, Reason
 from qlora_api.result import Result, is_below
 from qlora_api.units import format_duration
 from qlora_api.v1alpha1 import (
     Attempt,
     Checkpoint,
+    Condition,
     EarlierAttempts,
     OutputStatus,
     Plan,
@@ -26,6 +28,9 @@ from qlora_operator.models import Decision
 from qlora_operator.status.conditions import derive_conditions
 from qlora_operator.status.formatting import format_number, format_step
 
+Entry = TypeVar("Entry", Attempt, Condition)
+_UNSUPPORTED_VALUE: Final = re.compile(r'Unsupported value: "(\w+)"')
+"""How the API server names a word that is not on a list of the CRD."""
 _STICKY_ATTEMPT_FIELDS: Final = ("started_at", "micro_batch_size", "node", "avoided_nodes", "checkpoint_step")
 """Fields of an attempt that are kept once they are known, since its pods may be gone."""
 
@@ -200,6 +205,27 @@ def with_observed_generation(previous: QLoRAJobStatus, generation: int) -> QLoRA
         condition.model_copy(update={"observed_generation": generation}) for condition in previous.conditions
     )
     return previous.model_copy(update={"observed_generation": generation, "conditions": conditions})
+
+
+def without_refused_reasons(status: QLoRAJobStatus, error: str) -> QLoRAJobStatus | None:
+    """Return the status with other reasons than those that an older CRD refused; None if it has none of them."""
+    refused = set(_UNSUPPORTED_VALUE.findall(error)) - {Reason.TRAINER_ERROR, Reason.ACCEPTED}
+    if not refused & {status.reason, *(attempt.reason for attempt in status.attempts)}:
+        return None
+    known = Reason.TRAINER_ERROR if status.phase is Phase.FAILED else Reason.ACCEPTED
+    message = f"{status.reason}: {status.message} (the installed CRD is older than the operator and lacks a reason)"
+    return status.model_copy(
+        update={
+            "reason": known if status.reason in refused else status.reason,
+            "message": message[:MAX_MESSAGE],
+            "attempts": tuple(_with_reason(entry, refused, Reason.TRAINER_ERROR) for entry in status.attempts),
+            "conditions": tuple(_with_reason(entry, refused, known) for entry in status.conditions),
+        }
+    )
+
+
+def _with_reason(entry: Entry, refused: set[str], known: Reason) -> Entry:
+    return entry.model_copy(update={"reason": known}) if entry.reason in refused else entry
 
 
 def to_wire(status: QLoRAJobStatus) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from qlora_api.names import CLAIM_SCHEME, SecretRole
 from qlora_api.object_names import ObjectName
 from qlora_api.reasons import Reason
 from qlora_api.report import AdapterRecord, ManifestFile, ResultManifest
+from qlora_api.tolerant_reader import ignore_unknown
 from qlora_trainer.errors import RunError
 from qlora_trainer.observability.progress import no_log
 from qlora_trainer.storage.local_store import FileStore
@@ -115,7 +116,7 @@ def _manifests_in(resolver: SourceResolver, parent: str, field: str) -> Iterator
     store = resolver.open_store(parent, FieldRef(SecretRole.OUTPUT, field))
     for name in (MANIFEST, REJECTED_RECORD):
         try:
-            yield ResultManifest.model_validate_json(store.read(name, MAX_MANIFEST_BYTES))
+            yield ignore_unknown(ResultManifest, store.read(name, MAX_MANIFEST_BYTES), name)
         except ValueError:
             continue  # another program's; an adapter that no manifest lists is opened with a note only
         except RunError as error:
@@ -197,7 +198,7 @@ def _read_record(store: Store, field: str) -> AdapterRecord:
 
 def _parse_record(content: bytes, store: Store, field: str) -> AdapterRecord:
     try:
-        return AdapterRecord.model_validate_json(content)
+        return ignore_unknown(AdapterRecord, content, RECORD)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         location = ".".join(map(str, first["loc"])) or "content"

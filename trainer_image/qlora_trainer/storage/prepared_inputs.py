@@ -7,6 +7,7 @@ from typing import Final
 from qlora_api.object_names import ObjectName
 from qlora_api.prepared import Prepared, PreparedInputs
 from qlora_api.reasons import Reason
+from qlora_api.tolerant_reader import ignore_unknown
 from qlora_trainer.errors import RunError
 from qlora_trainer.storage.snapshots import Snapshot, text_files, weight_files
 from qlora_trainer.storage.store import MODEL_FIELD, OUTPUT_FIELD, Store, sha256_of
@@ -38,7 +39,7 @@ def find_inputs(output: Store, prepared: Prepared) -> PreparedInputs | None:
     name = _name_of(prepared)
     content = output.read(f"{prepared.digest}/{name}")
     _check(name, prepared.inputs, content, prepared)
-    return PreparedInputs.model_validate_json(content)
+    return ignore_unknown(PreparedInputs, content, name)
 
 
 def check_prepared_file(inputs: PreparedInputs | None, name: str, source: Path | bytes, prepared: Prepared) -> None:

@@ -12,6 +12,7 @@ from qlora_api.reasons import Reason
 from qlora_api.report import ManifestFile, MergedManifest, ResultManifest
 from qlora_api.result import Result
 from qlora_api.runconfig import PrepareConfig, RunConfig
+from qlora_api.tolerant_reader import ignore_unknown
 from qlora_api.units import MIB
 from qlora_api.v1alpha1 import MergeBase, OutputSpec, QLoRAJobSpec
 from qlora_trainer.errors import RunError
@@ -161,7 +162,7 @@ def _find(output: Store, digest: str, name: str, model: type[_Manifest]) -> _Man
     if not output.exists(path):
         return None
     try:
-        found = model.model_validate_json(output.read(path, MAX_MANIFEST_BYTES))
+        found = ignore_unknown(model, output.read(path, MAX_MANIFEST_BYTES), path)
     except (ValueError, ObjectTooLargeError) as error:
         log.warning("%s/%s skipped, it is no manifest: %s", output.root, path, error)
         return None

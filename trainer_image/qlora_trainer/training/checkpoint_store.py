@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from qlora_api.base import ApiModel
 from qlora_api.report import ManifestFile, StepRecord, ValidationRecord
+from qlora_api.tolerant_reader import ignore_unknown
 from qlora_api.units import KIB, MIB
 from qlora_api.v1alpha1 import Checkpoint
 from qlora_trainer.errors import RunError
@@ -267,12 +268,13 @@ class CheckpointStore:
 
     def _load(self, checkpoint_id: CheckpointId) -> tuple[CheckpointManifest, TrainingState]:
         path = self._path(checkpoint_id.name)
-        manifest = CheckpointManifest.model_validate_json(self._output.read(f"{path}/{MANIFEST}", MAX_MANIFEST_BYTES))
+        content = self._output.read(f"{path}/{MANIFEST}", MAX_MANIFEST_BYTES)
+        manifest = ignore_unknown(CheckpointManifest, content, f"{path}/{MANIFEST}")
         self._check_files(manifest)
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             download_listed(self._output, path, manifest.files, folder)
-            record = CheckpointRecord.model_validate_json((folder / _RECORD).read_bytes())
+            record = ignore_unknown(CheckpointRecord, (folder / _RECORD).read_bytes(), f"{path}/{_RECORD}")
             check_fingerprint(record.course, self._fingerprint)
             check_steps(record.steps, checkpoint_id.step)
             optimizer: FlatState = {**record.optimizer, **load_file(folder / _OPTIMIZER)}

@@ -16,8 +16,9 @@ from qlora_api.names import PROGRESS_TOKEN_ENV, PROGRESS_URL_ENV, TERMINATION_ME
 from qlora_api.progress import ProgressReport
 from qlora_api.reasons import Reason
 from qlora_api.report import TerminationMessage
+from qlora_api.runconfig import PrepareConfig
 from qlora_api.v1alpha1 import Checkpoint, Progress
-from qlora_trainer.__main__ import COMMANDS, main
+from qlora_trainer.__main__ import COMMANDS, main, read_config
 from qlora_trainer.errors import RunError, as_run_error
 from qlora_trainer.observability.progress import Heartbeat, HttpSink, Sinks, to_body
 from qlora_trainer.runtime.shutdown import StopFlag, as_exit_error, interrupted_error
@@ -139,6 +140,14 @@ def test_failed_prepare_exits_1_with_reason_and_field(tmp_path):
     message = TerminationMessage.model_validate_json((tmp_path / "message.json").read_text())
     assert (code, message.reason) == (1, Reason.DATASET_NOT_FOUND)
     assert message.message.startswith("spec.dataset.uri")
+
+
+def test_config_of_newer_operator_is_read(tmp_path):
+    expected = prepare_config(make_spec("hf://a/b", "s3://data/rows.jsonl", "s3://adapters"))
+    content = expected.model_dump(mode="json", by_alias=True, exclude_none=True)
+    content["tomorrow"] = content["spec"]["tomorrow"] = content["spec"]["training"]["tomorrow"] = {"a": [1]}
+    (tmp_path / "prepare.json").write_text(json.dumps(content))
+    assert read_config(tmp_path / "prepare.json", PrepareConfig) == expected
 
 
 def test_unreadable_config_is_a_trainer_error(tmp_path):

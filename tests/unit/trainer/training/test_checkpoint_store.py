@@ -1,6 +1,7 @@
 """Checkpoints: content, resuming bit for bit, and how broken ones are skipped."""
 
 import dataclasses
+import hashlib
 import json
 import math
 import shutil
@@ -369,6 +370,23 @@ def test_load_latest_skips_broken_checkpoints(saved, tmp_path, broken: Callable[
     assert found.checkpoint_id.step == found.state.step == 4
     assert "step-000005-a1 skipped: " in notes[0]
     assert notes[1].startswith("resumed from step 4, checkpoint file://")
+
+
+def test_load_latest_resumes_from_checkpoint_of_newer_version(saved, tmp_path):
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    folder = tmp_path / FINGERPRINT.digest / "checkpoints/step-000005-a1"
+    record = json.loads((folder / "record.json").read_text())
+    record["course"]["tomorrow"] = record["steps"][0]["tomorrow"] = record["tomorrow"] = {"a": 1}
+    (folder / "record.json").write_text(json.dumps(record))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["tomorrow"] = True
+    for file in manifest["files"]:
+        content = (folder / file["path"]).read_bytes()
+        file |= {"size": len(content), "sha256": hashlib.sha256(content).hexdigest(), "tomorrow": None}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    found = make_checkpoints(tmp_path)[0].load_latest()
+    assert found is not None
+    assert found.state.step == 5
 
 
 def test_load_latest_logs_and_skips_foreign_folders(saved, tmp_path):
