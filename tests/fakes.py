@@ -102,7 +102,8 @@ class FakeCluster:
         owner = self.children["Job", job]
         pod = self.pods.setdefault(job, self.make_pod(owner))
         container = {"name": names.CONTAINER, "state": state}
-        known = [entry for entry in pod.get("status", {}).get("conditions", ()) if entry["type"] == "PodScheduled"]
+        conditions = pod.get("status", {}).get("conditions", ())
+        known = [entry for entry in conditions if (entry["type"], entry["status"]) == ("PodScheduled", "True")]
         [scheduled] = known or [{"type": "PodScheduled", "status": "True", "lastTransitionTime": wire_time(self.now)}]
         pod["spec"]["nodeName"] = "node-1"
         pod["status"] = {"phase": phase, "containerStatuses": [container], "conditions": [scheduled], **status}

@@ -1,22 +1,14 @@
 """Continues a failed run in place, from its last checkpoint, once a limit of the spec that it exceeded was raised."""
 
 from datetime import datetime
-from typing import Final
 
 from qlora_api.names import Phase
-from qlora_api.reasons import Domain, Reason
+from qlora_api.reasons import REASONS, Domain, Reason
 from qlora_api.v1alpha1 import Preparation, RetryLimits, to_timedelta
 from qlora_operator.lifecycle.budgets import domain_of, find_exhausted
 from qlora_operator.lifecycle.prepare_retries import next_preparation
 from qlora_operator.lifecycle.retry_policy import AT_ONCE
 from qlora_operator.models import Decision, Job
-
-REVIVABLE: Final = frozenset({
-    Reason.RETRIES_EXHAUSTED,
-    Reason.DEADLINE_EXCEEDED,
-    Reason.STARTUP_DEADLINE_EXCEEDED,
-})  # fmt: skip
-"""Reasons of a failure that a limit of the spec decided."""
 
 
 def retry_limits(job: Job) -> RetryLimits:
@@ -28,7 +20,7 @@ def retry_limits(job: Job) -> RetryLimits:
 def revive(job: Job, now: datetime) -> Decision | None:
     """Return the decision to continue a failed run if the limit that it exceeded was raised, else None."""
     raised = _raised_field(job)
-    if job.status.phase is not Phase.FAILED or job.status.reason not in REVIVABLE or raised is None:
+    if job.status.phase is not Phase.FAILED or raised is None:
         return None
     attempts = job.status.attempts
     last = attempts[-1] if attempts else None
@@ -60,12 +52,16 @@ def _raised_field(job: Job) -> str | None:
             field = "spec.retries.maxAttempts"
         case Reason.DEADLINE_EXCEEDED if trained and (before is None or _is_longer(deadlines.total, before.total)):
             field = "spec.deadlines.total"
-        case Reason.STARTUP_DEADLINE_EXCEEDED if before is not None and _is_longer(deadlines.startup, before.startup):
+        case reason if _waited_for_startup(reason) and before and _is_longer(deadlines.startup, before.startup):
             field = "spec.deadlines.startup"
         case _:
             return None
     # A run that failed before limits were recorded: its spec must have changed since.
     return field if before is not None or job.generation > job.status.observed_generation else None
+
+
+def _waited_for_startup(reason: Reason | None) -> bool:
+    return reason is Reason.STARTUP_DEADLINE_EXCEEDED or (reason is not None and REASONS[reason].appears_late)
 
 
 def _is_longer(duration: str, other: str) -> bool:

@@ -206,10 +206,9 @@ async def test_stale_startup_deadline_is_checked_live(cluster: FakeCluster) -> N
 
 
 async def test_failed_run_deletes_only_live_jobs(cluster: FakeCluster) -> None:
-    await reconcile_until_stable(cluster)
-    cluster.set_pod(PREPARE, "Pending", {"waiting": {"reason": "ImagePullBackOff", "message": "denied"}})
-    await reconcile_until_stable(cluster)
+    await run_to_training(cluster)
+    assert cluster.job
+    cluster.job["status"] |= {"phase": "Failed", "reason": "TrainerError", "finishedAt": "2026-03-01T12:00:00Z"}
     cluster.pause_watches()
-    cluster.pass_time(timedelta(minutes=30))
     await reconcile_until_stable(cluster)
-    assert (cluster.status["phase"], cluster.writes.count(("delete", PREPARE))) == ("Failed", 1)
+    assert [name for verb, name in cluster.writes if verb == "delete"] == [TRAIN]

@@ -270,14 +270,14 @@ async def test_third_attempt_may_be_lost_after_two_drains(cluster: FakeCluster) 
     assert cluster.status["attempts"][2]["reason"] == "PodLost"
     await wait(cluster, timedelta(minutes=1))
     assert cluster.status["phase"] == Phase.PREPARING
-    cluster.end_pod(PREPARE, 0, PREPARED_MESSAGE)
+    cluster.end_pod(names.prepare_job_name(REF.name, 2), 0, PREPARED_MESSAGE)
     await wait(cluster, timedelta(minutes=1))
     assert ("Job", train(4)) in cluster.children
 
 
 @pytest.mark.parametrize("cause", ["suspension", "drain"])
 async def test_attempts_beyond_a_hundred_keep_the_status_writable(cluster: FakeCluster, cause: str) -> None:
-    cluster.invalid_status = lambda status: "too many attempts" if len(status["attempts"]) > 100 else None
+    cluster.invalid_status = lambda status: "too many attempts" if len(status.get("attempts", ())) > 100 else None
     await start(cluster)
     assert cluster.job
     many = [Attempt(number=number, job=train(number), **SUSPENDED) for number in range(1, 99)]
