@@ -115,6 +115,7 @@ class ChildJob:
     attempt: int
     """0 for prepare."""
     created_at: datetime
+    uid: str = ""
     deadline_seconds: int | None = None
     deleting: bool = False
     suspended: bool = False

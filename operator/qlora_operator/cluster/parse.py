@@ -2,13 +2,14 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 from qlora_api import names
 from qlora_api.job_ref import JobRef
 from qlora_api.names import Role
-from qlora_operator.cluster.interface import PodOwner
+from qlora_operator.cluster.interface import PodIdentity, PodOwner
+from qlora_operator.cluster.tolerant import check_types, parse_or_skip
 from qlora_operator.models import ChildJob, Exit, JobFailure, Observation, Pod, RawJob, Waiting
 
 Json = Mapping[str, Any]
@@ -21,33 +22,41 @@ _FAILING: Final = ("FailureTarget", "Failed")
 """Conditions of a Job whose pods are being terminated, and of one whose pods have terminated."""
 
 
+_EARLIEST: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_LATEST: Final = datetime(9000, 1, 1, tzinfo=UTC)
+"""Bounds of a time that was read, so that adding a duration to it cannot overflow."""
+
+
 def parse_time(text: str | None) -> datetime | None:
-    """Parse an RFC 3339 time."""
-    return datetime.fromisoformat(text) if text else None
+    """Parse an RFC 3339 time, which has a time zone."""
+    return min(max(datetime.fromisoformat(text), _EARLIEST), _LATEST) if text else None
 
 
 def _created(item: Json) -> datetime:
-    return datetime.fromisoformat(item["metadata"]["creationTimestamp"])
+    return min(max(datetime.fromisoformat(item["metadata"]["creationTimestamp"]), _EARLIEST), _LATEST)
 
 
 def parse_job(item: Json) -> RawJob:
     """Parse a QLoRAJob; spec and status stay unparsed."""
     metadata = item["metadata"]
-    return RawJob(
-        ref=JobRef(metadata["namespace"], metadata["name"]),
-        uid=metadata["uid"],
-        generation=metadata["generation"],
-        resource_version=metadata["resourceVersion"],
-        created_at=_created(item),
-        deleting="deletionTimestamp" in metadata,
-        spec=item.get("spec", {}),
-        status=item.get("status", {}),
+    return check_types(
+        RawJob(
+            ref=JobRef(metadata["namespace"], metadata["name"]),
+            uid=metadata["uid"],
+            generation=metadata["generation"],
+            resource_version=str(int(metadata["resourceVersion"])),
+            created_at=_created(item),
+            deleting="deletionTimestamp" in metadata,
+            spec=item.get("spec") or {},
+            status=item.get("status") or {},
+        )
     )
 
 
 def controller_of(item: Json) -> Json | None:
     """Return the reference to the object that controls this one."""
-    return next((owner for owner in item["metadata"].get("ownerReferences", ()) if owner.get("controller")), None)
+    owners = item["metadata"].get("ownerReferences") or ()
+    return next((owner for owner in owners if owner.get("controller")), None)
 
 
 def controller_uid(item: Json) -> str | None:
@@ -56,9 +65,14 @@ def controller_uid(item: Json) -> str | None:
     return controller["uid"] if controller else None
 
 
+def labels_of(item: Json) -> Mapping[str, str]:
+    """Return the labels of an object."""
+    return item["metadata"].get("labels") or {}
+
+
 def parse_pod_owner(pod: Json, controller: Json | None) -> PodOwner | None:
     """Return the QLoRAJob in a pod's label, and the uid of the one that controls its Job; None without the label."""
-    label = pod["metadata"].get("labels", {}).get(names.JOB_LABEL)
+    label = labels_of(pod).get(names.JOB_LABEL)
     uid = controller["uid"] if controller and controller["kind"] == names.KIND else None
     return PodOwner(label, uid, _created(pod)) if label else None
 
@@ -74,33 +88,44 @@ class CachedObject(NamedTuple, Generic[Child]):
 
 
 def parse_cached_job(item: Json) -> CachedObject[ChildJob] | None:
-    """Parse a batch/v1 Job; None if it has no role label, so is not one of ours."""
-    return (
-        _to_cached_object(item, parse_child(item, ()))
-        if names.ROLE_LABEL in item["metadata"].get("labels", {})
-        else None
-    )
+    """Parse a batch/v1 Job; None if it has no role label or no controller, so is not one of ours."""
+    if names.ROLE_LABEL not in labels_of(item) or not controller_uid(item):
+        return None
+    return _to_cached_object(item, parse_child(item, ()))
 
 
-def parse_cached_pod(item: Json) -> CachedObject[Pod]:
-    """Parse a pod."""
-    return _to_cached_object(item, parse_pod(item))
+def parse_cached_pod(item: Json) -> CachedObject[Pod] | None:
+    """Parse a pod; None if it has no controller, so is not one of a Job's."""
+    return _to_cached_object(item, parse_pod(item)) if controller_uid(item) else None
 
 
 def _to_cached_object(item: Json, value: Child) -> CachedObject[Child]:
     metadata = item["metadata"]
-    return CachedObject(metadata["uid"], controller_uid(item) or "", int(metadata.get("resourceVersion", 0)), value)
+    version = int(metadata.get("resourceVersion", 0))
+    return CachedObject(_text(metadata["uid"]), _text(controller_uid(item)), version, check_types(value))
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r:.50} is not text")
+    return value
 
 
 def parse_observation(job: RawJob, jobs: Iterable[Json], pods: Iterable[Json]) -> Observation:
-    """Parse Jobs and pods, and return those that belong to this QLoRAJob."""
-    return assemble_observation(job, filter(None, map(parse_cached_job, jobs)), map(parse_cached_pod, pods))
+    """Parse Jobs and pods, and return those that belong to this QLoRAJob; unreadable ones are skipped."""
+    parsed_jobs = (parse_or_skip("Job", parse_cached_job, item) for item in jobs)
+    parsed_pods = (parse_or_skip("Pod", parse_cached_pod, item) for item in pods)
+    return assemble_observation(job, filter(None, parsed_jobs), filter(None, parsed_pods))
 
 
 def assemble_observation(
     job: RawJob, jobs: Iterable[CachedObject[ChildJob]], pods: Iterable[CachedObject[Pod]]
 ) -> Observation:
-    """Return the Jobs of this QLoRAJob with their pods; children of an earlier one with the same name are left out."""
+    """Return the Jobs of this QLoRAJob with their pods.
+
+    A Job counts if this QLoRAJob controls it and it has the name that is derived from its role and attempt: children of
+    an earlier QLoRAJob with the same name, and copies that somebody made of a child, are left out.
+    """
     pods_of_job: dict[str, dict[int, Pod]] = {}
     for pod in sorted(pods, key=lambda pod: pod.value.created_at or job.created_at):
         pods_of_job.setdefault(pod.owner_uid, {})[pod.value.index] = pod.value
@@ -108,9 +133,15 @@ def assemble_observation(
         tuple(
             replace(child.value, pods=_by_index(pods_of_job.get(child.uid, {})))
             for child in jobs
-            if child.owner_uid == job.uid
+            if child.owner_uid == job.uid and child.value.name == _derived_name(job.ref, child.value)
         )
     )
+
+
+def _derived_name(ref: JobRef, child: ChildJob) -> str:
+    if child.role is Role.PREPARE:
+        return names.prepare_job_name(ref.name)
+    return names.train_job_name(ref.name, child.attempt)
 
 
 def _by_index(pods: Mapping[int, Pod]) -> tuple[Pod, ...]:
@@ -119,7 +150,7 @@ def _by_index(pods: Mapping[int, Pod]) -> tuple[Pod, ...]:
 
 def _index_of(pod: Json) -> int:
     """Return a pod's completion index in an Indexed Job."""
-    return int(pod["metadata"].get("annotations", {}).get(_INDEX, 0))
+    return int((pod["metadata"].get("annotations") or {}).get(_INDEX, 0))
 
 
 def parse_child(item: Json, pods: tuple[Pod, ...]) -> ChildJob:
@@ -129,6 +160,7 @@ def parse_child(item: Json, pods: tuple[Pod, ...]) -> ChildJob:
     failed = conditions.get("Failed")
     return ChildJob(
         name=metadata["name"],
+        uid=metadata["uid"],
         role=Role(metadata["labels"][names.ROLE_LABEL]),
         attempt=int(metadata["labels"].get(names.ATTEMPT_LABEL, 0)),
         created_at=_created(item),
@@ -224,3 +256,21 @@ def _exit(state: Json | None) -> Exit | None:
     return Exit(
         state["exitCode"], state.get("reason", ""), state.get("message", ""), parse_time(state.get("finishedAt"))
     )
+
+
+_ACCOUNT_PREFIX: Final = "system:serviceaccount:"
+_POD_NAME: Final = "authentication.kubernetes.io/pod-name"
+_POD_UID: Final = "authentication.kubernetes.io/pod-uid"
+
+
+def parse_pod_identity(review: Json) -> PodIdentity | None:
+    """Parse a TokenReview; None for a token without a pod, or for another audience."""
+    status = review.get("status", {})
+    user = status.get("user", {})
+    extra, username = user.get("extra", {}), user.get("username", "")
+    if not status.get("authenticated") or names.TOKEN_AUDIENCE not in status.get("audiences", ()):
+        return None
+    if not username.startswith(_ACCOUNT_PREFIX) or _POD_NAME not in extra or _POD_UID not in extra:
+        return None
+    namespace = username.removeprefix(_ACCOUNT_PREFIX).partition(":")[0]
+    return PodIdentity(namespace, _text(extra[_POD_NAME][0]), _text(extra[_POD_UID][0]))

@@ -22,7 +22,7 @@ from qlora_operator.lifecycle import (
     time_left,
 )
 from qlora_operator.lifecycle.retry_policy import AT_ONCE, LONGEST_WAIT
-from qlora_operator.models import Action, AttemptInputs, Decision, Job, Manifest, Observation, RawJob
+from qlora_operator.models import Action, AttemptInputs, ChildJob, Decision, Job, Manifest, Observation, RawJob
 from qlora_operator.resources import (
     Installation,
     Owner,
@@ -160,8 +160,8 @@ async def reconcile_finished(request: ReconcileRequest, cluster: Cluster) -> Rec
     expires = expires_at(raw, previous)
     expired = expires is not None and now >= expires
     if jobs_to_delete(cluster.children_from_cache(raw), previous, expired=expired):
-        for name in jobs_to_delete(await cluster.list_children(raw), previous, expired=expired):
-            await cluster.delete_job(raw.ref, name)
+        for child in jobs_to_delete(await cluster.list_children(raw), previous, expired=expired):
+            await cluster.delete_job(raw.ref, child)
     status = with_observed_generation(previous, raw.generation)
     wait = expires - now if expires is not None and not expired else None
     return ReconcileResult(wait, await _write_if_changed(raw, previous, status, cluster), status)
@@ -175,12 +175,10 @@ def expires_at(raw: RawJob, status: QLoRAJobStatus) -> datetime | None:
     return status.finished_at + min(to_timedelta(spec.ttl), LONGEST_WAIT)
 
 
-def jobs_to_delete(children: Observation, status: QLoRAJobStatus, *, expired: bool) -> list[str]:
+def jobs_to_delete(children: Observation, status: QLoRAJobStatus, *, expired: bool) -> list[ChildJob]:
     """Return the Jobs of a finished run to delete: all after expiry, before that what a failed run left running."""
     failed = status.phase is Phase.FAILED
-    return [
-        child.name for child in children.jobs if (expired or (failed and child.holds_resources)) and not child.deleting
-    ]
+    return [child for child in children.jobs if (expired or (failed and child.holds_resources)) and not child.deleting]
 
 
 async def apply_decision(
@@ -200,7 +198,7 @@ async def apply_decision(
     if decision.action is Action.DELETE_RUNNING_JOBS:
         await delete_running_jobs(job, children, cluster)
     if decision.action is Action.DELETE_PREPARE_JOB and children.prepare is not None and not children.prepare.deleting:
-        await cluster.delete_job(job.ref, children.prepare.name)
+        await cluster.delete_job(job.ref, children.prepare)
     if decision.action is Action.NONE:
         for deadline in outdated_deadlines(job, children):
             await cluster.patch(deadline)
@@ -252,21 +250,21 @@ async def delete_running_jobs(job: Job, children: Observation, cluster: Cluster)
     """
     for child in children.jobs:
         if child.holds_resources and not child.deleting:
-            await cluster.delete_job(job.ref, child.name)
+            await cluster.delete_job(job.ref, child)
 
 
 async def delete_all_jobs(job: Job, children: Observation, cluster: Cluster) -> None:
     """Delete every child Job, prepare first: after a crash in between, the remaining training Job shows why."""
     for child in sorted(children.jobs, key=lambda child: child.attempt):
         if not child.deleting:
-            await cluster.delete_job(job.ref, child.name)
+            await cluster.delete_job(job.ref, child)
 
 
 def outdated_deadlines(job: Job, children: Observation) -> list[Manifest]:
     """Return the patches that running training Jobs need after a change of spec.deadlines.total."""
     seconds = seconds_left(job)
     return [
-        build_deadline(job.ref, child.name, seconds)
+        build_deadline(job.ref, child, seconds)
         for child in children.jobs
         if child.role is Role.TRAIN and not (child.finished or child.deleting) and child.deadline_seconds != seconds
     ]

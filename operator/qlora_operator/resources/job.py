@@ -5,7 +5,7 @@ from datetime import timedelta
 from qlora_api import names
 from qlora_api.job_ref import JobRef
 from qlora_api.v1alpha1 import QLoRAJobSpec, QueueSpec
-from qlora_operator.models import PREPARE_DEADLINE, AttemptInputs, Manifest
+from qlora_operator.models import PREPARE_DEADLINE, AttemptInputs, ChildJob, Manifest
 from qlora_operator.resources.metadata import (
     ChildWorkload,
     Installation,
@@ -41,12 +41,15 @@ def _queue(job: Manifest, queue: QueueSpec) -> Manifest:
     return {**job, "metadata": metadata, "spec": {"suspend": True, **job["spec"]}}
 
 
-def build_deadline(ref: JobRef, name: str, seconds: int) -> Manifest:
-    """Return the patch of activeDeadlineSeconds, the one field of a running Job that follows the spec."""
+def build_deadline(ref: JobRef, child: ChildJob, seconds: int) -> Manifest:
+    """Return the patch of activeDeadlineSeconds, the one field of a running Job that follows the spec.
+
+    With the uid, the API server refuses it for another Job that has the name by now.
+    """
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
-        "metadata": {"name": name, "namespace": ref.namespace},
+        "metadata": {"name": child.name, "namespace": ref.namespace, "uid": child.uid},
         "spec": {"activeDeadlineSeconds": seconds},
     }
 
