@@ -119,7 +119,7 @@ def _read_node(node: Mapping[str, Any], accelerator: Accelerator) -> GpuPool | N
     capability = (int(major), int(minor)) if major.isdecimal() and minor.isdecimal() else None
     if capability is not None and capability < accelerator.oldest_capability:
         return None
-    product = labels.get(accelerator.product_label, "")
+    product: object = labels.get(accelerator.product_label, "")
     if not isinstance(product, str):
         return None
     return GpuPool(product, int(mebibytes) * MIB, count, 1, capability, accelerator)

@@ -66,6 +66,8 @@ class ReconcileResult:
     """The current status; None if the QLoRAJob is gone, or its first step is taken but not yet written."""
     request: ReconcileRequest | None = None
     """The input of the reconcile; None if the run had already ended."""
+    gone: bool = False
+    """Whether the QLoRAJob does not exist."""
 
 
 async def reconcile(
@@ -82,7 +84,7 @@ async def reconcile(
             return result
     raw = await cluster.read_job(ref)
     if raw is None:
-        return ReconcileResult()
+        return ReconcileResult(gone=True)
     return await reconcile_once(raw, cluster, installation, context, from_cache=False) or ReconcileResult()
 
 

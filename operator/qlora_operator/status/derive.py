@@ -6,7 +6,7 @@ from datetime import datetime
 from typing import Any, Final
 
 from qlora_api.escapes import escape_line
-from qlora_api.names import TERMINAL, Phase
+from qlora_api.names import TERMINAL, ConditionType, Phase
 from qlora_api.prepared import Prepared
 from qlora_api.reasons import REASONS
 from qlora_api.result import Result, is_below
@@ -161,9 +161,15 @@ def merge_attempt(attempts: tuple[Attempt, ...], attempt: Attempt | None) -> tup
 
 
 def with_observed_generation(previous: QLoRAJobStatus, generation: int) -> QLoRAJobStatus:
-    """Return the status of a finished run, with the latest generation as observed."""
+    """Return the status of a finished run, with the latest generation as observed, and without an earlier error."""
     conditions = tuple(
-        condition.model_copy(update={"observed_generation": generation}) for condition in previous.conditions
+        condition.model_copy(
+            update={
+                "observed_generation": generation,
+                **({"message": previous.message or ""} if condition.type is ConditionType.RECONCILING else {}),
+            }
+        )
+        for condition in previous.conditions
     )
     return previous.model_copy(update={"observed_generation": generation, "conditions": conditions})
 
