@@ -11,7 +11,7 @@ from qlora_api import names
 from qlora_api.job_ref import JobRef
 from qlora_api.logs.formatters import bind_task_fields, log_fields
 from qlora_operator.cluster.cache import ChildCache, JobCache, ObjectCache
-from qlora_operator.cluster.http import Api, ApiError, NotFoundError
+from qlora_operator.cluster.http import Api, NotFoundError
 from qlora_operator.cluster.interface import ClusterBusyError
 from qlora_operator.cluster.kube_cluster import KubeCluster
 from qlora_operator.cluster.parse import Child, Json, parse_job
@@ -227,7 +227,7 @@ class Controller:
             try:
                 await self._wait_for_crd(namespace, deadline)
                 await self._cluster.relist([namespace])
-            except (ClusterBusyError, ApiError) as error:
+            except Exception as error:
                 self.served_namespaces.on_failure(namespace, LIST, error)
                 failures.append(error)
             else:

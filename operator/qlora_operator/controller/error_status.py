@@ -47,9 +47,10 @@ def with_error(raw: RawJob, message: str, now: datetime) -> Manifest:
     finished = status["phase"] in TERMINAL
     if not finished:
         status["message"] = message
-    conditions = [entry for entry in status.get("conditions", ()) if entry.get("type") != ConditionType.RECONCILING]
-    stored: Mapping[str, Any] = next((entry for entry in status.get("conditions", ()) if entry not in conditions), {})
-    reconciling = _reconciling(stored, "False" if finished else "True", now)
+    stored = [entry for entry in status.get("conditions", ()) if isinstance(entry, Mapping)]
+    conditions = [entry for entry in stored if entry.get("type") != ConditionType.RECONCILING]
+    former: Mapping[str, Any] = next((entry for entry in stored if entry not in conditions), {})
+    reconciling = _reconciling(former, "False" if finished else "True", now)
     reconciling |= {"reason": status["reason"], "message": message, "observedGeneration": raw.generation}
     return {**status, "conditions": [*conditions, reconciling]}
 
