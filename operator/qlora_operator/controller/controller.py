@@ -11,7 +11,7 @@ from qlora_api import names
 from qlora_api.job_ref import JobRef
 from qlora_api.logs.formatters import bind_task_fields, log_fields
 from qlora_operator.cluster.cache import ChildCache, JobCache, ObjectCache
-from qlora_operator.cluster.http import Api, NotFoundError
+from qlora_operator.cluster.http import Api, ApiError, NotFoundError
 from qlora_operator.cluster.interface import ClusterBusyError
 from qlora_operator.cluster.kube_cluster import KubeCluster
 from qlora_operator.cluster.parse import Child, Json, parse_job
@@ -274,7 +274,8 @@ class Controller:
                 await self._resync_namespace(namespace)
             except Exception as error:
                 self.served_namespaces.on_failure(namespace, LIST, error)
-                _log.warning("resync of namespace %r failed, will retry: %r", namespace, error)
+                foreseen = isinstance(error, ApiError | ClusterBusyError)
+                _log.info("resync of namespace %r failed, will retry: %r", namespace, error, exc_info=not foreseen)
             else:
                 self.served_namespaces.on_success(namespace, LIST)
 
