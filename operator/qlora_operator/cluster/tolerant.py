@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any, Final, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import ConfigDict, create_model
 
 from qlora_api.escapes import escape_line
 from qlora_operator.models import ChildJob, Pod, RawJob
@@ -26,17 +26,18 @@ MAX_REASON: Final = 200
 """Longest reason in a warning."""
 
 
-class _Strict(BaseModel):
-    """Checks the type of every field of a value, also inside of it."""
+def _strict_model(kind: type) -> Any:
+    return create_model(kind.__name__, __config__=_STRICT, value=(kind, ...))
 
-    model_config = ConfigDict(revalidate_instances="always", strict=True)
 
-    value: ChildJob | Pod | RawJob
+_STRICT: Final = ConfigDict(revalidate_instances="always", strict=True)
+_STRICT_MODELS: Final = {kind: _strict_model(kind) for kind in (ChildJob, Pod, RawJob)}
+"""Models that check the type of every field of a value, also inside of it."""
 
 
 def check_types(value: Checked) -> Checked:
     """Return the value; ValueError if a field of it has another type than declared."""
-    _Strict(value=value)
+    _STRICT_MODELS[type(value)].model_validate({"value": value})
     return value
 
 

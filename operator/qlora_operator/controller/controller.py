@@ -88,8 +88,7 @@ class Controller:
         """
         self._starting_since = self._time()
         self.served_namespaces.restart()
-        async with asyncio.timeout(STARTUP_SECONDS):
-            await self._list_first()
+        await self._list_first()
         self.metrics.jobs.start_leading(self._reports.get)
         self.queue.start()
         self._resync = asyncio.create_task(self._resync_forever(), name="resync")
@@ -225,8 +224,9 @@ class Controller:
         namespaces = self.settings.namespaces or ("",)
         for namespace in namespaces:
             try:
-                await self._wait_for_crd(namespace, deadline)
-                await self._cluster.relist([namespace])
+                async with asyncio.timeout(STARTUP_SECONDS / len(namespaces)):
+                    await self._wait_for_crd(namespace, deadline)
+                    await self._cluster.relist([namespace])
             except Exception as error:
                 self.served_namespaces.on_failure(namespace, LIST, error)
                 failures.append(error)
@@ -253,7 +253,7 @@ class Controller:
         next_resync, retry = self._time() + self._resync_seconds(), FIRST_RETRY
         while True:
             await asyncio.sleep(self._pause_seconds(next_resync, retry))
-            if self._time() >= next_resync:
+            if self._time() >= next_resync or not self.served_namespaces.unlisted():
                 await self.resync()
                 next_resync, retry = self._time() + self._resync_seconds(), FIRST_RETRY
             else:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qlora_api.v1alpha1 import ResourcesSpec
@@ -129,6 +129,9 @@ ODD_VALUES = st.one_of(
 """What may stand in any field."""
 
 
+ON_ANY_MACHINE = settings(suppress_health_check=[HealthCheck.too_slow])
+
+
 @st.composite
 def mutated(draw: st.DrawFn, item: Json) -> Json:
     """Draw an object with up to three fields removed or replaced."""
@@ -172,6 +175,7 @@ def assert_well_typed(children: Any) -> None:
             assert pod.created_at.tzinfo is not None
 
 
+@ON_ANY_MACHINE
 @given(job=mutated(make_child(2, "odd-job")), pod=mutated(make_pod("odd-job", "odd-pod")))
 def test_mutated_children_hide_no_other_child(job: Json, pod: Json) -> None:
     good = parse_observation(JOB, [make_child()], [make_pod()]).jobs
@@ -192,12 +196,14 @@ def test_mutated_children_hide_no_other_child(job: Json, pod: Json) -> None:
     assert cache.children_of(JOB).jobs == good
 
 
+@ON_ANY_MACHINE
 @given(item=mutated(make_job_item("odd")))
 async def test_mutated_qlorajob_hides_no_other_qlorajob(item: Json) -> None:
     api = Answers([item, make_job_item()])
     assert REF in [job.ref for job in await KubeCluster(api, ChildCache()).list_jobs(())]
 
 
+@ON_ANY_MACHINE
 @given(job=mutated(make_child(2, "odd-job")), pod=mutated(make_pod("odd-job", "odd-pod")))
 async def test_mutated_children_do_not_end_a_relist(job: Json, pod: Json) -> None:
     cache, api = ChildCache(), Answers([job, pod, make_child(), make_pod()])
@@ -205,6 +211,7 @@ async def test_mutated_children_do_not_end_a_relist(job: Json, pod: Json) -> Non
     assert f"{REF.name}-1" in [child.name for child in cache.children_of(JOB).jobs]
 
 
+@ON_ANY_MACHINE
 @given(node=mutated(NODE))
 async def test_mutated_node_hides_no_other_node(node: Json) -> None:
     api = Answers([node, NODE])
@@ -214,6 +221,7 @@ async def test_mutated_node_hides_no_other_node(node: Json) -> None:
     assert "NVIDIA-A10" in [pool.product for pool in read_gpu_inventory([node, NODE], ResourcesSpec())]
 
 
+@ON_ANY_MACHINE
 @given(review=mutated(REVIEW))
 async def test_mutated_token_review_is_refused_or_a_pod(review: Json) -> None:
     api = Answers([review])

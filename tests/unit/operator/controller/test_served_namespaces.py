@@ -29,15 +29,15 @@ class ApiByNamespace(Api):
 
     def __init__(self, **errors: Exception | None) -> None:
         self.errors = {name.replace("_", "-"): error for name, error in errors.items()}
-        self.hanging = asyncio.Event()
-        self.hanging.set()
+        self.hanging: set[str] = set()
 
     async def close(self) -> None:
         pass
 
     async def request(self, _method: str, path: str, *_: Any, **__: Any) -> dict[str, Any]:
-        await self.hanging.wait()
         namespace = path.partition("/namespaces/")[2].partition("/")[0]
+        if namespace in self.hanging:
+            await asyncio.Event().wait()
         if error := self.errors.get(namespace):
             raise error
         manifest = make_manifest(namespace=namespace)
@@ -119,9 +119,20 @@ async def test_startup_without_any_namespace_fails() -> None:
 async def test_startup_that_hangs_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "STARTUP_SECONDS", 0.02)
     api = ApiByNamespace()
-    api.hanging.clear()
+    api.hanging = set(NAMESPACES)
     with pytest.raises(TimeoutError):
         await make_controller(api).start()
+
+
+async def test_namespace_that_hangs_at_startup_keeps_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "STARTUP_SECONDS", 0.5)
+    api = ApiByNamespace()
+    api.hanging = {"team-a"}
+    controller = make_controller(api)
+    await controller.start()
+    watch(controller, *NAMESPACES)
+    assert served(controller) == {"team-a": False, "team-b": True}
+    await controller.stop()
 
 
 async def test_stalled_watch_of_an_unserved_namespace_is_no_reason_to_restart(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -99,7 +99,6 @@ def test_watch_that_delivers_is_never_overdue(steps: list[tuple[str, JobRef]]) -
     assert world.health.overdue() == ()
 
 
-@settings(max_examples=100)
 @given(steps=STEPS)
 def test_two_lists_leave_no_entries_of_deleted_qlorajobs(steps: list[tuple[str, JobRef]]) -> None:
     world = World()
