@@ -18,7 +18,7 @@ from qlora_operator.cluster.interface import (
     PodOwner,
 )
 from qlora_operator.cluster.parse import controller_uid, parse_event_message, parse_job, parse_observation
-from qlora_operator.models import Manifest, Observation, RawJob
+from qlora_operator.models import ChildJob, Manifest, Observation, RawJob
 from tests.make import NOW, UID
 
 Write = tuple[str, str]
@@ -236,8 +236,9 @@ class FakeCluster:
         existing["metadata"]["labels"] |= child["metadata"].get("labels", {})
         self._wrote("patch", child["metadata"]["name"])
 
-    async def delete_job(self, ref: JobRef, name: str) -> None:  # noqa: ARG002 (the interface's signature)
-        if ("Job", name) not in self.children:
+    async def delete_job(self, ref: JobRef, child: ChildJob) -> None:  # noqa: ARG002 (the interface's signature)
+        name = child.name
+        if self.children.get(("Job", name), {}).get("metadata", {}).get("uid") != child.uid:
             return
         if self.foreground_deletion:
             self.children["Job", name]["metadata"]["deletionTimestamp"] = wire_time(self.now)

@@ -52,7 +52,9 @@ BUILD: Final = Metric(
     "qlora_operator_build_info", MetricType.GAUGE, "The operator's version, as a label; always 1.", ("version",)
 )
 LEADER: Final = Metric(
-    "qlora_operator_leader", MetricType.GAUGE, "1 in the replica that is the leader, 0 in replicas on standby."
+    "qlora_operator_leader",
+    MetricType.GAUGE,
+    "1 in the replica that is the leader and works; 0 in replicas on standby, and while it starts or is unhealthy.",
 )
 RECONCILES: Final = Metric(
     "qlora_operator_reconcile_total",
@@ -66,6 +68,25 @@ RECONCILE_SECONDS: Final = Metric(
     MetricType.HISTOGRAM,
     "Time of a reconcile.",
     buckets=_CALL_BUCKETS,
+)
+RECONCILE_ERRORS: Final = Metric(
+    "qlora_operator_reconcile_errors_total",
+    MetricType.COUNTER,
+    "Reconciles that ended with an error, by its type; its message is in the condition Reconciling of the QLoRAJob.",
+    ("error",),
+    "the types that occur, about 5",
+)
+STALLED: Final = Metric(
+    "qlora_operator_stalled_seconds",
+    MetricType.GAUGE,
+    "Time for which no reconcile has succeeded although some are due, or since startup began while it has not ended.",
+)
+NAMESPACE_SERVED: Final = Metric(
+    "qlora_operator_namespace_served",
+    MetricType.GAUGE,
+    "1 if the operator can list and watch a namespace of watchNamespaces (without them: all), else 0.",
+    ("namespace",),
+    "the watched namespaces",
 )
 API_REQUESTS: Final = Metric(
     "qlora_operator_api_requests_total",
@@ -152,7 +173,8 @@ LOSS: Final = Metric(
     _RUNNING,
 )
 OPERATOR: Final = (
-    BUILD, LEADER, RECONCILES, RECONCILE_SECONDS, API_REQUESTS, API_SECONDS, QUEUE_DEPTH, QUEUE_AGE,
+    BUILD, LEADER, RECONCILES, RECONCILE_SECONDS, RECONCILE_ERRORS, API_REQUESTS, API_SECONDS, QUEUE_DEPTH, QUEUE_AGE,
+    STALLED, NAMESPACE_SERVED,
     JOBS, JOBS_FINISHED, ATTEMPTS, NODE_FAILURES, NODES_QUARANTINED, JOB_WAIT_SECONDS, JOB_RUN_SECONDS,
     PROGRESS, ETA, LOSS,
 )  # fmt: skip

@@ -50,6 +50,7 @@ async def run(settings: Settings) -> None:
     # Another one, so that a slow or overloaded TokenReview never delays a reconcile.
     review_api = Api(configuration, is_leader, renew_credentials, metrics.on_api_call)
     controller = Controller(settings, api, metrics, clock.now, review_api)
+    metrics.track_work(controller.is_working)
     async with serve_health(settings.health_port, controller.unhealthy_reason, metrics.render), leadership(elector):
         await compare_clocks(clock, api)
         await run_kopf(settings, configuration, controller)

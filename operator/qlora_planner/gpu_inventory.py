@@ -20,6 +20,9 @@ google/RB-Modulation#5 and TianheWu/CoSeR#10."""
 _UNITS: Final = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY: Final = {"Ki": KIB, "Mi": MIB, "Gi": GIB, "Ti": TIB}
 _QUANTITY: Final = re.compile(r"([0-9]+(?:\.[0-9]+)?)(Ki|Mi|Gi|Ti|k|M|G|T)?")
+MAX_GPUS_PER_NODE: Final = 1024
+MAX_GPU_MEBIBYTES: Final = 64 * 1024 * 1024
+"""64 TiB: whatever a label says, a GPU with more is none; a typo must not become a plan."""
 _NOT_SHARED: Final = frozenset({"0", "1"})
 _BLOCKING_EFFECTS: Final = frozenset({"NoSchedule", "NoExecute"})
 
@@ -72,6 +75,8 @@ def memory_of_product(product: str) -> int | None:
 def read_gpu_inventory(nodes: Iterable[Mapping[str, Any]], resources: ResourcesSpec) -> GpuInventory:
     """Return the GPUs of the nodes that would accept the pods of a run, smallest memory first.
 
+    A node that cannot be read, or whose labels are no GPUs that exist, is left out; it does not hide the others.
+
     Args:
         nodes: Node objects as the API server returns them.
         resources: spec.resources, whose nodeSelector, tolerations and gpuProduct apply.
@@ -81,7 +86,7 @@ def read_gpu_inventory(nodes: Iterable[Mapping[str, Any]], resources: ResourcesS
         pool
         for node in nodes
         for accelerator in ACCELERATORS
-        if _accepts_pods(node, resources, accelerator) and (pool := _read_node(node, accelerator))
+        if (pool := _read_if_accepted(node, resources, accelerator))
     )
     counted = (_with_nodes(pool, count) for pool, count in pools.items())
     return tuple(sorted(counted, key=lambda pool: (pool.memory, pool.gpus_per_node, pool.product)))
@@ -91,21 +96,32 @@ def _with_nodes(pool: GpuPool, count: int) -> GpuPool:
     return replace(pool, nodes=count)
 
 
+def _read_if_accepted(node: Mapping[str, Any], resources: ResourcesSpec, accelerator: Accelerator) -> GpuPool | None:
+    try:
+        return _read_node(node, accelerator) if _accepts_pods(node, resources, accelerator) else None
+    except (AttributeError, LookupError, TypeError, ValueError):
+        return None
+
+
 def _read_node(node: Mapping[str, Any], accelerator: Accelerator) -> GpuPool | None:
     """Return the GPUs of a node; None if it has none, no label with their memory, or ones too old for the trainer."""
     labels: Mapping[str, str] = node["metadata"].get("labels", {})
-    count = int(node.get("status", {}).get("allocatable", {}).get(accelerator.resource, "0"))
+    count = parse_quantity(node.get("status", {}).get("allocatable", {}).get(accelerator.resource, "0"))
     mebibytes = labels.get(accelerator.memory_label, "")
     # A time-sliced GPU is advertised several times, and all replicas share its memory.
     shared = labels.get(accelerator.replicas_label, "1") not in _NOT_SHARED
-    if count == 0 or shared or not mebibytes.isdigit():
+    if not 1 <= count <= MAX_GPUS_PER_NODE or shared or not mebibytes.isdecimal():
+        return None
+    if not 1 <= int(mebibytes) <= MAX_GPU_MEBIBYTES:
         return None
     major_label, minor_label = accelerator.capability_labels
     major, minor = labels.get(major_label, ""), labels.get(minor_label, "0")
-    capability = (int(major), int(minor)) if major.isdigit() and minor.isdigit() else None
+    capability = (int(major), int(minor)) if major.isdecimal() and minor.isdecimal() else None
     if capability is not None and capability < accelerator.oldest_capability:
         return None
-    product = labels.get(accelerator.product_label, "")
+    product: object = labels.get(accelerator.product_label, "")
+    if not isinstance(product, str):
+        return None
     return GpuPool(product, int(mebibytes) * MIB, count, 1, capability, accelerator)
 
 

@@ -17,19 +17,23 @@ from qlora_operator.cluster.parse import (
     Child,
     Json,
     assemble_observation,
+    labels_of,
     parse_cached_job,
     parse_cached_pod,
     parse_job,
 )
+from qlora_operator.cluster.tolerant import parse_or_skip
 from qlora_operator.models import ChildJob, Observation, Pod, RawJob
 
 
 class ObjectCache(Generic[Child]):
     """The newest known version of every object of one kind, indexed by the QLoRAJob in its label."""
 
-    def __init__(self, parse: Callable[[Json], CachedObject[Child] | None]) -> None:
+    def __init__(self, kind: str, parse: Callable[[Json], CachedObject[Child] | None]) -> None:
+        self._kind = kind
         self._parse: Callable[[Json], CachedObject[Child] | None] = parse
         self._objects: defaultdict[JobRef, dict[str, CachedObject[Child]]] = defaultdict(dict)
+        self._refs: dict[str, JobRef] = {}
         self._deleted_uids: set[str] = set()
 
     def by_job(self, ref: JobRef) -> Iterable[CachedObject[Child]]:
@@ -37,23 +41,36 @@ class ObjectCache(Generic[Child]):
         return self._objects[ref].values() if ref in self._objects else ()
 
     def update(self, item: Json) -> JobRef | None:
-        """Store an object; return its QLoRAJob if the value changed, None for an older version or a deleted object."""
-        ref, cached = _job_ref_of(item), self._parse(item)
-        if ref is None or cached is None or cached.uid in self._deleted_uids:
+        """Store an object; return its QLoRAJob if the value changed, None for an older version or a deleted object.
+
+        One that can no longer be read, or no longer names its QLoRAJob, is removed as if it were deleted.
+        """
+        parsed = parse_or_skip(self._kind, self._parse_with_ref, item)
+        if parsed is None:
+            return self._remove(uid_of(item))
+        ref, cached = parsed
+        if cached.uid in self._deleted_uids:
             return None
-        known = self._objects[ref].get(cached.uid)
+        former = self._refs.get(cached.uid, ref)
+        known = self._objects[former].get(cached.uid) if former in self._objects else None
         if known is not None and known.version >= cached.version:
             return None
+        if former != ref:
+            self._remove(cached.uid)
         self._objects[ref][cached.uid] = cached
-        return ref if known is None or known.value != cached.value else None
+        self._refs[cached.uid] = ref
+        return former if known is None or former != ref or known.value != cached.value else None
+
+    def _parse_with_ref(self, item: Json) -> tuple[JobRef, CachedObject[Child]] | None:
+        ref, cached = _job_ref_of(item), self._parse(item)
+        return (ref, cached) if ref is not None and cached is not None else None
 
     def delete(self, item: Json) -> JobRef | None:
         """Remove a deleted object; return its QLoRAJob."""
-        ref, uid = _job_ref_of(item), item["metadata"]["uid"]
-        if ref is not None:
+        ref, uid = parse_or_skip(self._kind, _job_ref_of, item), uid_of(item)
+        if ref is not None and uid:
             self._deleted_uids.add(uid)
-            self._remove(ref, uid)
-        return ref
+        return self._remove(uid) or ref
 
     def replace(self, namespace: str, listed: set[str], version: int) -> set[JobRef]:
         """Remove objects that a complete list does not contain, unless they are newer; return their QLoRAJobs.
@@ -71,23 +88,26 @@ class ObjectCache(Generic[Child]):
             if namespace in {"", ref.namespace} and uid not in listed and cached.version <= version
         ]
         self._deleted_uids.clear()
-        for ref, uid in gone:
-            self._remove(ref, uid)
+        for _, uid in gone:
+            self._remove(uid)
         return {ref for ref, _ in gone}
 
-    def _remove(self, ref: JobRef, uid: str) -> None:
-        if ref in self._objects:
-            self._objects[ref].pop(uid, None)
+    def _remove(self, uid: str) -> JobRef | None:
+        """Remove an object; return the QLoRAJob that it was cached for."""
+        ref = self._refs.pop(uid, None)
+        if ref is not None:
+            del self._objects[ref][uid]
             if not self._objects[ref]:
                 del self._objects[ref]
+        return ref
 
 
 class ChildCache:
     """Jobs and pods of every QLoRAJob, from the watches and the last complete lists."""
 
     def __init__(self) -> None:
-        self.jobs: ObjectCache[ChildJob] = ObjectCache(parse_cached_job)
-        self.pods: ObjectCache[Pod] = ObjectCache(parse_cached_pod)
+        self.jobs: ObjectCache[ChildJob] = ObjectCache("Job", parse_cached_job)
+        self.pods: ObjectCache[Pod] = ObjectCache("Pod", parse_cached_pod)
 
     def children_of(self, job: RawJob) -> Observation:
         """Return the cached children of this QLoRAJob, matched by uid."""
@@ -96,9 +116,13 @@ class ChildCache:
 
 def _job_ref_of(item: Json) -> JobRef | None:
     """Return the QLoRAJob that an object's label names; the uid of its owner reference is checked later."""
-    metadata = item["metadata"]
-    name = metadata.get("labels", {}).get(names.JOB_LABEL)
-    return JobRef(metadata["namespace"], name) if name else None
+    name = labels_of(item).get(names.JOB_LABEL)
+    return JobRef(str(item["metadata"]["namespace"]), str(name)) if name else None
+
+
+def uid_of(item: Json) -> str:
+    """Return the uid of an object; empty if it has none."""
+    return parse_or_skip("Object", lambda item: str(item["metadata"]["uid"]), item) or ""
 
 
 COMPRESSION_LEVEL: Final = 1
@@ -119,7 +143,7 @@ class JobCache:
     def pop(self, ref: JobRef) -> RawJob | None:
         """Remove and return the copy; a retry must read the QLoRAJob live instead."""
         text = self._jobs.pop(ref, None)
-        return parse_job(json.loads(zlib.decompress(text))) if text else None
+        return parse_or_skip(names.KIND, parse_job, json.loads(zlib.decompress(text))) if text else None
 
     def forget(self, ref: JobRef) -> None:
         """Drop the copy of a QLoRAJob."""

@@ -183,14 +183,23 @@ class Api:
 
 
 def _parse_response(response: Response) -> dict[str, Any]:
-    try:
-        body = json.loads(response.text)
-    except ValueError:
-        body = {"message": response.text[:200].decode(errors="replace")}
+    body = _read_object(response.text)
     if response.status < 400:
-        return dict(body)
+        if body is None:  # the page of a proxy, say
+            raise ClusterBusyError(f"the answer is no JSON object: {response.text[:200].decode(errors='replace')}")
+        return body
+    if body is None:
+        body = {"message": response.text[:200].decode(errors="replace")}
     message = f"{response.status} {body.get('reason', '')}: {body.get('message', '')}"
     if response.status in _RETRYABLE_STATUSES:
         raise ClusterBusyError(message)
     error = {404: NotFoundError, 409: ConflictError}.get(response.status, ApiError)
     raise error(response.status, body.get("reason", ""), message)
+
+
+def _read_object(text: bytes) -> dict[str, Any] | None:
+    try:
+        body = json.loads(text)
+    except (RecursionError, ValueError):
+        return None
+    return body if isinstance(body, dict) else None

@@ -5,7 +5,7 @@ from datetime import datetime
 from typing import NamedTuple, Protocol
 
 from qlora_api.job_ref import JobRef
-from qlora_operator.models import Manifest, Observation, RawJob
+from qlora_operator.models import ChildJob, Manifest, Observation, RawJob
 
 
 class ClusterBusyError(Exception):
@@ -110,8 +110,8 @@ class Cluster(Protocol):
 
         """
 
-    async def delete_job(self, ref: JobRef, name: str) -> None:
-        """Delete a child Job after its pods (foreground); no error if it is gone."""
+    async def delete_job(self, ref: JobRef, child: ChildJob) -> None:
+        """Delete a child Job after its pods (foreground); no error if it is gone, or another Job has its name now."""
 
     async def write_status(self, job: RawJob, status: Manifest) -> str:
         """Replace the status, and return the new resourceVersion.

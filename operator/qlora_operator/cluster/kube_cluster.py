@@ -4,13 +4,14 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Collection, Mapping
 from datetime import datetime
+from functools import partial
 from typing import Any, Final
 
 from qlora_api import names
 from qlora_api.accelerators import ACCELERATORS
 from qlora_api.job_ref import JobRef
 from qlora_api.names import TERMINAL
-from qlora_operator.cluster.cache import ChildCache, ObjectCache
+from qlora_operator.cluster.cache import ChildCache, ObjectCache, uid_of
 from qlora_operator.cluster.http import MERGE_PATCH, Api, ApiError, ConflictError, NotFoundError
 from qlora_operator.cluster.interface import (
     AdmissionDeniedError,
@@ -28,9 +29,12 @@ from qlora_operator.cluster.parse import (
     parse_event_message,
     parse_job,
     parse_observation,
+    parse_pod_identity,
     parse_pod_owner,
 )
-from qlora_operator.models import Manifest, Observation, RawJob
+from qlora_operator.cluster.parse_node import parse_node
+from qlora_operator.cluster.tolerant import parse_or_skip
+from qlora_operator.models import ChildJob, Manifest, Observation, RawJob
 
 _log = logging.getLogger(__name__)
 
@@ -47,9 +51,6 @@ PAGE_SIZE: Final = 250
 each peaked at 196 MiB in pages of 500 and at 162 MiB in pages of 250, at the same speed."""
 _MANAGED_BY_SELECTOR: Final = f"{names.MANAGED_BY_LABEL}={names.FIELD_MANAGER}"
 _FIELD_MANAGER_QUERY: Final = {"fieldManager": names.FIELD_MANAGER}
-_ACCOUNT_PREFIX: Final = "system:serviceaccount:"
-_POD_NAME: Final = "authentication.kubernetes.io/pod-name"
-_POD_UID: Final = "authentication.kubernetes.io/pod-uid"
 
 
 def _jobs_path(namespace: str = "") -> str:
@@ -74,11 +75,12 @@ class KubeCluster:
         self._cache = children
 
     async def read_job(self, ref: JobRef) -> RawJob | None:
-        """Return a QLoRAJob, or None if it is gone."""
+        """Return a QLoRAJob, or None if it is gone or cannot be read."""
         try:
-            return parse_job(await self._api.request("GET", f"{_jobs_path(ref.namespace)}/{ref.name}"))
+            item = await self._api.request("GET", f"{_jobs_path(ref.namespace)}/{ref.name}")
         except NotFoundError:
             return None
+        return parse_or_skip(names.KIND, parse_job, item)
 
     async def check_api_served(self, namespaces: Collection[str]) -> None:
         """List one QLoRAJob; NotFoundError means that the CRD is not served yet."""
@@ -88,10 +90,11 @@ class KubeCluster:
     async def list_jobs(self, namespaces: Collection[str]) -> list[JobVersion]:
         """Return every QLoRAJob of the namespaces, or of the cluster if none is given."""
         return [
-            _job_version(item)
+            version
             for namespace in namespaces or ("",)
             async for page in self._pages(_jobs_path(namespace))
             for item in page["items"]
+            if (version := parse_or_skip(names.KIND, _job_version, item))
         ]
 
     async def relist(self, namespaces: Collection[str]) -> set[JobRef]:
@@ -109,7 +112,7 @@ class KubeCluster:
         changed: set[JobRef] = set()
         version = 0
         async for page in self._pages(path, {"labelSelector": _MANAGED_BY_SELECTOR}):
-            listed |= {item["metadata"]["uid"] for item in page["items"]}
+            listed |= {uid_of(item) for item in page["items"]}
             changed |= {ref for item in page["items"] if (ref := cache.update(item))}
             version = int(page["metadata"]["resourceVersion"])
         return changed | cache.replace(namespace, listed, version)
@@ -120,7 +123,7 @@ class KubeCluster:
         while True:
             paging = {"limit": str(PAGE_SIZE)} | ({"continue": token} if token else {})
             page = await self._api.request("GET", path, query={**(query or {}), **paging})
-            yield page
+            yield {**page, "items": page.get("items") or ()}
             token = page["metadata"].get("continue", "")
             if not token:
                 return
@@ -136,7 +139,7 @@ class KubeCluster:
             self._api.request("GET", f"/apis/batch/v1/namespaces/{job.ref.namespace}/jobs", query=selector),
             self._api.request("GET", f"/api/v1/namespaces/{job.ref.namespace}/pods", query=selector),
         )
-        return parse_observation(job, jobs["items"], pods["items"])
+        return parse_observation(job, jobs.get("items") or (), pods.get("items") or ())
 
     async def find_gpu_nodes(self) -> tuple[Manifest, ...]:
         """Return the nodes whose labels describe their GPUs; none if the operator may not list nodes."""
@@ -147,7 +150,8 @@ class KubeCluster:
         except ApiError as error:
             _log.warning("cannot list nodes, so runs are not sized: %s", error)
             return ()
-        return tuple(node for answer in answers for node in answer["items"])
+        nodes = (parse_or_skip("Node", parse_node, item) for answer in answers for item in answer.get("items") or ())
+        return tuple(filter(None, nodes))
 
     async def find_event(self, ref: JobRef, uid: str, reasons: Collection[str], since: datetime) -> str:
         """Return the message of the newest Event on a child with such a reason; empty if none can be found."""
@@ -181,7 +185,8 @@ class KubeCluster:
             existing = await self._api.request("GET", _object_path(child))
         except NotFoundError as error:
             raise ClusterBusyError(f"{child['metadata']['name']} was deleted meanwhile") from error
-        if controller_uid(existing) != controller_uid(child) or "deletionTimestamp" in existing["metadata"]:
+        controller = parse_or_skip(child["kind"], controller_uid, existing)
+        if controller != controller_uid(child) or "deletionTimestamp" in existing["metadata"]:
             raise _name_conflict(child, existing)
         if child["kind"] == "ConfigMap":
             version = {"resourceVersion": existing["metadata"]["resourceVersion"]}
@@ -196,12 +201,17 @@ class KubeCluster:
         except (ConflictError, NotFoundError) as error:
             raise ClusterBusyError(f"{child['metadata']['name']} has changed since it was read") from error
 
-    async def delete_job(self, ref: JobRef, name: str) -> None:
-        """Delete a child Job after its pods (foreground); no error if it is gone."""
-        body = {"apiVersion": "v1", "kind": "DeleteOptions", "propagationPolicy": "Foreground"}
+    async def delete_job(self, ref: JobRef, child: ChildJob) -> None:
+        """Delete a child Job after its pods (foreground); no error if it is gone, or another Job has its name now."""
+        body = {
+            "apiVersion": "v1",
+            "kind": "DeleteOptions",
+            "propagationPolicy": "Foreground",
+            "preconditions": {"uid": child.uid},
+        }
         try:
-            await self._api.request("DELETE", f"/apis/batch/v1/namespaces/{ref.namespace}/jobs/{name}", body)
-        except NotFoundError:
+            await self._api.request("DELETE", f"/apis/batch/v1/namespaces/{ref.namespace}/jobs/{child.name}", body)
+        except (ConflictError, NotFoundError):
             return
 
     async def write_status(self, job: RawJob, status: Manifest) -> str:
@@ -247,7 +257,7 @@ class KubeCluster:
             "spec": {"token": token, "audiences": [names.TOKEN_AUDIENCE]},
         }
         answer = await self._api.request("POST", "/apis/authentication.k8s.io/v1/tokenreviews", body)
-        return _pod_identity(answer.get("status", {}))
+        return parse_or_skip("TokenReview", parse_pod_identity, answer)
 
     def caches_pod(self, ref: JobRef, uid: str) -> bool:
         """Return whether the cache has a pod of the QLoRAJob with this uid; without an API call, and possibly late."""
@@ -256,20 +266,23 @@ class KubeCluster:
     async def owner_of_pod(self, pod: PodIdentity) -> PodOwner | None:
         """Return which QLoRAJob a pod belongs to; None if the pod is gone, its Job is, or it has no such label."""
         item = await self._get_by_uid(f"/api/v1/namespaces/{pod.namespace}/pods/{pod.name}", pod.uid)
-        controller = controller_of(item) if item else None
-        if item is None or controller is None or controller["kind"] != "Job":
-            return parse_pod_owner(item, None) if item else None
-        path = f"/apis/batch/v1/namespaces/{pod.namespace}/jobs/{controller['name']}"
-        job = await self._get_by_uid(path, controller["uid"])
-        return parse_pod_owner(item, controller_of(job)) if job else None
+        controller = parse_or_skip("Pod", controller_of, item) if item else None
+        if item is None or controller is None or controller.get("kind") != "Job":
+            return parse_or_skip("Pod", partial(parse_pod_owner, controller=None), item) if item else None
+        path = f"/apis/batch/v1/namespaces/{pod.namespace}/jobs/{controller.get('name')}"
+        job = await self._get_by_uid(path, controller.get("uid"))
+        if job is None:
+            return None
+        owner = parse_or_skip("Job", controller_of, job)
+        return parse_or_skip("Pod", partial(parse_pod_owner, controller=owner), item)
 
-    async def _get_by_uid(self, path: str, uid: str) -> dict[str, Any] | None:
+    async def _get_by_uid(self, path: str, uid: str | None) -> dict[str, Any] | None:
         """Return an object; None if it is gone, or another one has its name."""
         try:
             item = await self._api.request("GET", path)
         except NotFoundError:
             return None
-        return item if item["metadata"]["uid"] == uid else None
+        return item if uid and uid_of(item) == uid else None
 
 
 def _job_version(item: dict[str, Any]) -> JobVersion:
@@ -281,8 +294,8 @@ def _job_version(item: dict[str, Any]) -> JobVersion:
 def _name_conflict(child: Manifest, existing: dict[str, Any]) -> NameConflictError:
     """Return the error for a name that is taken; the garbage collector will delete children of an earlier QLoRAJob."""
     owner = child["metadata"]["ownerReferences"][0]
-    references = existing["metadata"].get("ownerReferences", ())
-    same_name = any(reference["kind"] == names.KIND and reference["name"] == owner["name"] for reference in references)
+    references = existing["metadata"].get("ownerReferences") or ()
+    same_name = any((other.get("kind"), other.get("name")) == (names.KIND, owner["name"]) for other in references)
     child_name = f"{child['kind']} {child['metadata']['name']}"
     if same_name or "deletionTimestamp" in existing["metadata"]:
         return NameConflictError(f"{child_name} of an earlier QLoRAJob is still being deleted", being_deleted=True)
@@ -291,15 +304,3 @@ def _name_conflict(child: Manifest, existing: dict[str, Any]) -> NameConflictErr
         "delete it or choose another name",
         being_deleted=False,
     )
-
-
-def _pod_identity(status: dict[str, Any]) -> PodIdentity | None:
-    """Parse the status of a TokenReview; None for a token without a pod, or for another audience."""
-    user = status.get("user", {})
-    extra, username = user.get("extra", {}), user.get("username", "")
-    if not status.get("authenticated") or names.TOKEN_AUDIENCE not in status.get("audiences", ()):
-        return None
-    if not username.startswith(_ACCOUNT_PREFIX) or _POD_NAME not in extra or _POD_UID not in extra:
-        return None
-    namespace = username.removeprefix(_ACCOUNT_PREFIX).partition(":")[0]
-    return PodIdentity(namespace, extra[_POD_NAME][0], extra[_POD_UID][0])

@@ -2,13 +2,14 @@
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 from qlora_api import names
 from qlora_api.job_ref import JobRef
 from qlora_api.names import Role
-from qlora_operator.cluster.interface import PodOwner
+from qlora_operator.cluster.interface import PodIdentity, PodOwner
+from qlora_operator.cluster.tolerant import check_types, parse_or_skip
 from qlora_operator.models import ChildJob, Exit, JobFailure, Observation, Pod, RawJob, Waiting
 
 Json = Mapping[str, Any]
@@ -23,33 +24,41 @@ _FAILING: Final = ("FailureTarget", "Failed")
 """Conditions of a Job whose pods are being terminated, and of one whose pods have terminated."""
 
 
+_EARLIEST: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_LATEST: Final = datetime(9000, 1, 1, tzinfo=UTC)
+"""Bounds of a time that was read, so that adding a duration to it cannot overflow."""
+
+
 def parse_time(text: str | None) -> datetime | None:
-    """Parse an RFC 3339 time."""
-    return datetime.fromisoformat(text) if text else None
+    """Parse an RFC 3339 time, which has a time zone."""
+    return min(max(datetime.fromisoformat(text), _EARLIEST), _LATEST) if text else None
 
 
 def _created(item: Json) -> datetime:
-    return datetime.fromisoformat(item["metadata"]["creationTimestamp"])
+    return min(max(datetime.fromisoformat(item["metadata"]["creationTimestamp"]), _EARLIEST), _LATEST)
 
 
 def parse_job(item: Json) -> RawJob:
     """Parse a QLoRAJob; spec and status stay unparsed."""
     metadata = item["metadata"]
-    return RawJob(
-        ref=JobRef(metadata["namespace"], metadata["name"]),
-        uid=metadata["uid"],
-        generation=metadata["generation"],
-        resource_version=metadata["resourceVersion"],
-        created_at=_created(item),
-        deleting="deletionTimestamp" in metadata,
-        spec=item.get("spec", {}),
-        status=item.get("status", {}),
+    return check_types(
+        RawJob(
+            ref=JobRef(metadata["namespace"], metadata["name"]),
+            uid=metadata["uid"],
+            generation=metadata["generation"],
+            resource_version=str(int(metadata["resourceVersion"])),
+            created_at=_created(item),
+            deleting="deletionTimestamp" in metadata,
+            spec=item.get("spec") or {},
+            status=item.get("status") or {},
+        )
     )
 
 
 def controller_of(item: Json) -> Json | None:
     """Return the reference to the object that controls this one."""
-    return next((owner for owner in item["metadata"].get("ownerReferences", ()) if owner.get("controller")), None)
+    owners = item["metadata"].get("ownerReferences") or ()
+    return next((owner for owner in owners if owner.get("controller")), None)
 
 
 def controller_uid(item: Json) -> str | None:
@@ -58,9 +67,14 @@ def controller_uid(item: Json) -> str | None:
     return controller["uid"] if controller else None
 
 
+def labels_of(item: Json) -> Mapping[str, str]:
+    """Return the labels of an object."""
+    return item["metadata"].get("labels") or {}
+
+
 def parse_pod_owner(pod: Json, controller: Json | None) -> PodOwner | None:
     """Return the QLoRAJob in a pod's label, and the uid of the one that controls its Job; None without the label."""
-    label = pod["metadata"].get("labels", {}).get(names.JOB_LABEL)
+    label = labels_of(pod).get(names.JOB_LABEL)
     uid = controller["uid"] if controller and controller["kind"] == names.KIND else None
     return PodOwner(label, uid, _created(pod)) if label else None
 
@@ -76,27 +90,45 @@ class CachedObject(NamedTuple, Generic[Child]):
 
 
 def parse_cached_job(item: Json) -> CachedObject[ChildJob] | None:
-    """Parse a batch/v1 Job; None if it has no role label, so is not one of ours."""
-    return (
-        _to_cached_object(item, parse_child(item)) if names.ROLE_LABEL in item["metadata"].get("labels", {}) else None
-    )
+    """Parse a batch/v1 Job; None if it has no role label or no controller, so is not one of ours."""
+    if names.ROLE_LABEL not in labels_of(item) or not controller_uid(item):
+        return None
+    return _to_cached_object(item, parse_child(item))
 
 
-def parse_cached_pod(item: Json) -> CachedObject[Pod]:
-    """Parse a pod."""
-    return _to_cached_object(item, parse_pod(item))
+def parse_cached_pod(item: Json) -> CachedObject[Pod] | None:
+    """Parse a pod; None if it has no controller, so is not one of a Job's."""
+    return _to_cached_object(item, parse_pod(item)) if controller_uid(item) else None
 
 
 def _to_cached_object(item: Json, value: Child) -> CachedObject[Child]:
     metadata = item["metadata"]
-    return CachedObject(metadata["uid"], controller_uid(item) or "", int(metadata.get("resourceVersion", 0)), value)
+    version = int(metadata.get("resourceVersion", 0))
+    return CachedObject(_text(metadata["uid"]), _text(controller_uid(item)), version, check_types(value))
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r:.50} is not text")
+    return value
 
 
 def parse_event_message(events: Iterable[Json], reasons: Collection[str], since: datetime) -> str:
     """Return the message of the newest core/v1 Event with such a reason, without what Kubernetes puts before it."""
-    found = [event for event in events if event.get("reason") in reasons and _last_seen(event) >= since]
-    newest = max(found, key=_last_seen, default=None)
-    return str(newest.get("message", "")).removeprefix("Error creating: ")[:MAX_EVENT_MESSAGE] if newest else ""
+    read = (parse_or_skip("Event", _parse_event, item) for item in events)
+    found = [event for event in read if event is not None and event.reason in reasons and event.last_seen >= since]
+    newest = max(found, key=lambda event: event.last_seen, default=None)
+    return newest.message.removeprefix("Error creating: ")[:MAX_EVENT_MESSAGE] if newest else ""
+
+
+class _Event(NamedTuple):
+    reason: str
+    message: str
+    last_seen: datetime
+
+
+def _parse_event(item: Json) -> _Event:
+    return _Event(_text(item.get("reason", "")), _text(item.get("message", "")), _last_seen(item))
 
 
 def _last_seen(event: Json) -> datetime:
@@ -106,20 +138,36 @@ def _last_seen(event: Json) -> datetime:
 
 
 def parse_observation(job: RawJob, jobs: Iterable[Json], pods: Iterable[Json]) -> Observation:
-    """Parse Jobs and pods, and return those that belong to this QLoRAJob."""
-    return assemble_observation(job, filter(None, map(parse_cached_job, jobs)), map(parse_cached_pod, pods))
+    """Parse Jobs and pods, and return those that belong to this QLoRAJob; unreadable ones are skipped."""
+    parsed_jobs = (parse_or_skip("Job", parse_cached_job, item) for item in jobs)
+    parsed_pods = (parse_or_skip("Pod", parse_cached_pod, item) for item in pods)
+    return assemble_observation(job, filter(None, parsed_jobs), filter(None, parsed_pods))
 
 
 def assemble_observation(
     job: RawJob, jobs: Iterable[CachedObject[ChildJob]], pods: Iterable[CachedObject[Pod]]
 ) -> Observation:
-    """Return the Jobs of this QLoRAJob with their pods; children of an earlier one with the same name are left out."""
+    """Return the Jobs of this QLoRAJob with their pods.
+
+    A Job counts if this QLoRAJob controls it and it has the name that is derived from its role and attempt: children of
+    an earlier QLoRAJob with the same name, and copies that somebody made of a child, are left out.
+    """
     pods_of_job: dict[str, list[Pod]] = {}
     for pod in sorted(pods, key=lambda pod: pod.value.created_at or job.created_at):
         pods_of_job.setdefault(pod.owner_uid, []).append(pod.value)
     return Observation(
-        tuple(_with_pods(child.value, pods_of_job.get(child.uid, [])) for child in jobs if child.owner_uid == job.uid)
+        tuple(
+            _with_pods(child.value, pods_of_job.get(child.uid, []))
+            for child in jobs
+            if child.owner_uid == job.uid and child.value.name == _derived_name(job.ref, child.value)
+        )
     )
+
+
+def _derived_name(ref: JobRef, child: ChildJob) -> str:
+    if child.role is Role.PREPARE:
+        return names.prepare_job_name(ref.name, child.attempt)
+    return names.train_job_name(ref.name, child.attempt)
 
 
 def _with_pods(child: ChildJob, pods: Iterable[Pod]) -> ChildJob:
@@ -147,7 +195,7 @@ def _is_of_earlier_start(pod: Pod, started: datetime | None) -> bool:
 
 def _index_of(pod: Json) -> int:
     """Return a pod's completion index in an Indexed Job."""
-    return int(pod["metadata"].get("annotations", {}).get(_INDEX, 0))
+    return int((pod["metadata"].get("annotations") or {}).get(_INDEX, 0))
 
 
 def parse_child(item: Json) -> ChildJob:
@@ -160,7 +208,7 @@ def parse_child(item: Json) -> ChildJob:
     return ChildJob(
         name=metadata["name"],
         role=role,
-        attempt=int(metadata["labels"].get(names.NUMBER_LABELS[role], role is Role.PREPARE)),
+        attempt=int(labels_of(item).get(names.NUMBER_LABELS[role], role is Role.PREPARE)),
         created_at=_created(item),
         uid=metadata["uid"],
         started_at=None if suspended else parse_time(item.get("status", {}).get("startTime")),
@@ -275,3 +323,21 @@ def _exit(state: Json | None) -> Exit | None:
     return Exit(
         state["exitCode"], state.get("reason", ""), state.get("message", ""), parse_time(state.get("finishedAt"))
     )
+
+
+_ACCOUNT_PREFIX: Final = "system:serviceaccount:"
+_POD_NAME: Final = "authentication.kubernetes.io/pod-name"
+_POD_UID: Final = "authentication.kubernetes.io/pod-uid"
+
+
+def parse_pod_identity(review: Json) -> PodIdentity | None:
+    """Parse a TokenReview; None for a token without a pod, or for another audience."""
+    status = review.get("status", {})
+    user = status.get("user", {})
+    extra, username = user.get("extra", {}), user.get("username", "")
+    if not status.get("authenticated") or names.TOKEN_AUDIENCE not in status.get("audiences", ()):
+        return None
+    if not username.startswith(_ACCOUNT_PREFIX) or _POD_NAME not in extra or _POD_UID not in extra:
+        return None
+    namespace = username.removeprefix(_ACCOUNT_PREFIX).partition(":")[0]
+    return PodIdentity(namespace, _text(extra[_POD_NAME][0]), _text(extra[_POD_UID][0]))

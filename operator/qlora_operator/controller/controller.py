@@ -3,21 +3,25 @@
 import asyncio
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from datetime import datetime, timedelta
 from typing import Final
 
+from qlora_api import names
 from qlora_api.job_ref import JobRef
 from qlora_api.logs.formatters import bind_task_fields, log_fields
 from qlora_operator.cluster.cache import ChildCache, JobCache, ObjectCache
 from qlora_operator.cluster.http import Api, ApiError, NotFoundError
 from qlora_operator.cluster.interface import ClusterBusyError
 from qlora_operator.cluster.kube_cluster import KubeCluster
-from qlora_operator.cluster.parse import Child, Json
+from qlora_operator.cluster.parse import Child, Json, parse_job
 from qlora_operator.cluster.server_clock import utc_now
+from qlora_operator.cluster.tolerant import parse_or_skip
+from qlora_operator.controller.error_status import write_error
 from qlora_operator.controller.metrics import RUNNING, Metrics
 from qlora_operator.controller.node_failures import NodeFailures
 from qlora_operator.controller.reconcile import ReconcileResult, reconcile
+from qlora_operator.controller.served_namespaces import LIST, ServedNamespaces
 from qlora_operator.controller.watch_health import WatchHealth
 from qlora_operator.controller.workqueue import WorkQueue
 from qlora_operator.lifecycle import Reception, ReconcileContext, is_terminal
@@ -32,7 +36,13 @@ CRD_TIMEOUT: Final = timedelta(seconds=30)
 DRAIN_TIMEOUT: Final = timedelta(seconds=8)
 """Grace period for reconciles in progress after SIGTERM."""
 STUCK_SECONDS: Final = 300.0
-"""A reconcile takes seconds; one that runs or waits this long will never finish."""
+"""A reconcile takes seconds; if none succeeds for this long although some are due, none ever will."""
+STARTUP_SECONDS: Final = 300.0
+"""Longest start-up: listing the children of ten thousand QLoRAJobs takes a minute from a slow API server."""
+UNSERVED_SECONDS: Final = 600.0
+"""As long may no namespace at all be served, the first lists of the watches included."""
+FIRST_RETRY: Final = timedelta(seconds=10)
+"""Pause before the lists of a namespace that is not served are repeated, doubled up to the interval of the resync."""
 
 
 class Controller:
@@ -48,16 +58,18 @@ class Controller:
     ) -> None:
         self.settings = settings
         self.metrics = metrics
-        self.watch_health = WatchHealth(asyncio.get_running_loop().time)
+        self._time = asyncio.get_running_loop().time
+        self.watch_health = WatchHealth(self._time)
+        watched = (names.PLURAL, "jobs", "pods")
+        self.served_namespaces = ServedNamespaces(settings.namespaces, watched, self._time)
         self.queue: WorkQueue[JobRef] = WorkQueue(self._reconcile, settings.workers)
-        metrics.track_queue(lambda: self.queue.depth, self.queue.oldest_age)
+        metrics.track_queue(lambda: self.queue.depth, self.queue.oldest_age, self.stalled_seconds)
+        metrics.jobs.served_namespaces = self.served_namespaces.by_namespace
         self._api = api
         self.child_cache = ChildCache()
         self._cluster = KubeCluster(api, self.child_cache)
         self._review_api = review_api or api
-        self._authorizer = PodAuthorizer(
-            KubeCluster(self._review_api, self.child_cache), asyncio.get_running_loop().time, clock
-        )
+        self._authorizer = PodAuthorizer(KubeCluster(self._review_api, self.child_cache), self._time, clock)
         self._clock = clock
         self._job_cache = JobCache()
         self._reports = ReportStore()
@@ -66,12 +78,21 @@ class Controller:
         self._written_versions: dict[JobRef, str] = {}
         self._reports_since: datetime | None = None
         self._resync: asyncio.Task[None] | None = None
+        self._starting_since: float | None = None
         self._server: ProgressServer | None = None
 
     async def start(self) -> None:
-        """Wait for the CRD, fill the child cache, then start the queue, the resync and the progress server."""
-        await self._wait_for_crd()
-        await self._cluster.relist(self.settings.namespaces)
+        """Fill the child cache, then start the queue, the resync and the progress server.
+
+        Raises:
+            TimeoutError: It took longer than STARTUP_SECONDS.
+            ApiError: No namespace can be served, because of the operator's rights or a CRD that is missing.
+            ClusterBusyError: No namespace can be served, because the API server does not answer.
+
+        """
+        self._starting_since = self._time()
+        self.served_namespaces.restart()
+        await self._list_first()
         self.metrics.jobs.start_leading(self._reports.get)
         self.queue.start()
         self._resync = asyncio.create_task(self._resync_forever(), name="resync")
@@ -88,24 +109,45 @@ class Controller:
         await self._review_api.close()
         await self._api.close()
 
+    def is_working(self) -> bool:
+        """Return whether start-up has ended, and nothing keeps the operator from its work."""
+        return self._server is not None and self.unhealthy_reason() is None
+
+    def stalled_seconds(self) -> float:
+        """Return for how many seconds no reconcile has succeeded although some are due, or start-up has not ended."""
+        if self._starting_since is None:
+            return 0.0
+        return self.queue.stalled_seconds() if self._server else self._time() - self._starting_since
+
     def unhealthy_reason(self) -> str | None:
-        """Return a fault that only a restart can fix, or None; a standby replica is healthy."""
-        if self._server is None:
+        """Return a fault that only a restart or another replica can fix, or None; a standby replica is healthy."""
+        if self._starting_since is None:
             return None
+        stalled = self.stalled_seconds()
+        if self._server is None:
+            return f"start-up has not ended for {stalled:.0f} seconds" if stalled > STARTUP_SECONDS else None
+        return next(self._faults(self._server, stalled), None)
+
+    def _faults(self, server: ProgressServer, stalled: float) -> Iterator[str]:
         if not self.queue.alive() or self._resync is None or self._resync.done():
-            return "a worker has stopped"
-        if not self._server.alive():
-            return "the progress server has stopped"
-        if overdue := self.watch_health.overdue():
-            return f"the watch is stalled: no event for {overdue[0]} and {len(overdue) - 1} more"
-        age = self.queue.oldest_age()
-        return f"the work queue is stuck for {age:.0f} seconds" if age > STUCK_SECONDS else None
+            yield "a worker has stopped"
+        if not server.alive():
+            yield "the progress server has stopped"
+        if self.served_namespaces.unserved_seconds() > UNSERVED_SECONDS:
+            yield f"no namespace can be served: {self.served_namespaces.why()}"
+        overdue = [ref for ref in self.watch_health.overdue() if self.served_namespaces.is_served(ref.namespace)]
+        if overdue:
+            yield f"the watch is stalled: no event for {overdue[0]} and {len(overdue) - 1} more"
+        if stalled > STUCK_SECONDS:
+            yield f"no reconcile has succeeded for {stalled:.0f} seconds"
 
     def on_job_update(self, ref: JobRef, item: Json) -> None:
         """Queue a QLoRAJob that changed; the event of the operator's own status write is skipped."""
-        version = item["metadata"]["resourceVersion"]
-        self.watch_health.on_event(ref, version)
-        if self._written_versions.get(ref) != version:
+        raw = parse_or_skip(names.KIND, parse_job, item)
+        if raw is None:
+            return
+        self.watch_health.on_event(ref, raw.resource_version)
+        if self._written_versions.get(ref) != raw.resource_version:
             self._job_cache.on_update(ref, item)
             self.queue.add(ref)
 
@@ -115,8 +157,15 @@ class Controller:
         if ref is not None:
             self.queue.add(ref)
 
-    def on_job_delete(self, ref: JobRef) -> None:
-        """Drop all state of a deleted QLoRAJob."""
+    def on_job_delete(self, ref: JobRef, item: Json) -> None:
+        """Drop all state of a deleted QLoRAJob; a reconcile that is under way is repeated, and finds it gone."""
+        if raw := parse_or_skip(names.KIND, parse_job, item):
+            self.watch_health.on_delete(ref, raw.resource_version)
+        self._forget(ref)
+        if self.queue.is_active(ref):
+            self.queue.add(ref)
+
+    def _forget(self, ref: JobRef) -> None:
         self._written_versions.pop(ref, None)
         self._job_cache.forget(ref)
         self.watch_health.forget(ref)
@@ -126,16 +175,21 @@ class Controller:
 
     async def _reconcile(self, ref: JobRef) -> timedelta | None:
         bind_task_fields(namespace=ref.namespace, job=ref.name)
-        with self.metrics.time_reconcile():
-            context = self._make_context(ref)
-            cached = self._job_cache.pop(ref)
-            if cached is not None and self.watch_health.has_newer_version(ref, cached.resource_version):
-                cached = None
-            result = await reconcile(ref, self._cluster, self.settings.installation, context, cached)
+        context = self._make_context(ref)
+        try:
+            with self.metrics.time_reconcile():
+                result = await self._reconcile_once(ref, context)
+        except ClusterBusyError:
+            raise
+        except Exception as error:
+            await self._report_error(ref, error)
+            raise
+        if result.gone:
+            self._forget(ref)
+            return None
         self.metrics.on_reconciled(ref, result)
         if result.written_version is not None and result.status is not None:
-            self._written_versions[ref] = result.written_version
-            self.watch_health.expect_version(ref, result.written_version)
+            self._on_written(ref, result.written_version)
             summary = log_fields(phase=result.status.phase, reason=result.status.reason, attempt=result.status.attempt)
             _log.info("%s: %s", result.status.reason, result.status.message, extra=summary)
         if result.status is not None and is_terminal(result.status):
@@ -171,15 +225,51 @@ class Controller:
                 _log.warning("node %s is quarantined until %s", node, until, extra=log_fields(node=node))
                 await self._cluster.record_event(build_quarantine_event(owner, node, until, context.now))
 
-    async def _wait_for_crd(self) -> None:
+    async def _reconcile_once(self, ref: JobRef, context: ReconcileContext) -> ReconcileResult:
+        cached = self._job_cache.pop(ref)
+        if cached is not None and self.watch_health.has_newer_version(ref, cached.resource_version):
+            cached = None
+        return await reconcile(ref, self._cluster, self.settings.installation, context, cached)
+
+    def _on_written(self, ref: JobRef, version: str) -> None:
+        self._written_versions[ref] = version
+        self.watch_health.expect_version(ref, version)
+
+    async def _report_error(self, ref: JobRef, error: Exception) -> None:
+        """Write an error into the status of the QLoRAJob that it kept from being reconciled."""
+        try:
+            version = await write_error(ref, error, self._cluster, self._clock())
+        except Exception as failure:
+            _log.warning("the error was not written to the status: %r", failure)
+            return
+        if version is not None:
+            self._on_written(ref, version)
+
+    async def _list_first(self) -> None:
+        """List the children of each namespace; one that fails is retried later, unless none is left."""
+        deadline = self._time() + CRD_TIMEOUT.total_seconds()
+        failures: list[Exception] = []
+        namespaces = self.settings.namespaces or ("",)
+        for namespace in namespaces:
+            try:
+                async with asyncio.timeout(STARTUP_SECONDS / len(namespaces)):
+                    await self._wait_for_crd(namespace, deadline)
+                    await self._cluster.relist([namespace])
+            except Exception as error:
+                self.served_namespaces.on_failure(namespace, LIST, error)
+                failures.append(error)
+            else:
+                self.served_namespaces.on_success(namespace, LIST)
+        if len(failures) == len(namespaces):
+            raise failures[0]
+
+    async def _wait_for_crd(self, namespace: str, deadline: float) -> None:
         """Wait until the CRD is served: an operator that starts before it would watch nothing and appear healthy."""
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + CRD_TIMEOUT.total_seconds()
         while True:
             try:
-                await self._cluster.check_api_served(self.settings.namespaces)
+                await self._cluster.check_api_served([namespace])
             except (ClusterBusyError, NotFoundError) as error:
-                if loop.time() > deadline:
+                if self._time() > deadline:
                     raise
                 _log.info("waiting for the QLoRAJob API: %s", error)
                 await asyncio.sleep(1)
@@ -187,21 +277,45 @@ class Controller:
                 return
 
     async def _resync_forever(self) -> None:
+        """Resync all namespaces at an interval, and those that failed sooner, with back-off."""
+        next_resync, retry = self._time() + self._resync_seconds(), FIRST_RETRY
         while True:
-            await asyncio.sleep(self.settings.resync.total_seconds() * random.uniform(0.9, 1.1))  # noqa: S311 (no secret)
-            try:
+            await asyncio.sleep(self._pause_seconds(next_resync, retry))
+            if self._time() >= next_resync or not self.served_namespaces.unlisted():
                 await self.resync()
-            except (ClusterBusyError, ApiError) as error:
-                _log.warning("resync failed, will retry: %s", error)
+                next_resync, retry = self._time() + self._resync_seconds(), FIRST_RETRY
+            else:
+                await self.resync(self.served_namespaces.unlisted())
+                retry = min(retry * 2, self.settings.resync)
 
-    async def resync(self) -> None:
-        """Relist children and QLoRAJobs; queue those that are unfinished or were stale in the cache."""
-        for ref in await self._cluster.relist(self.settings.namespaces):
+    def _resync_seconds(self) -> float:
+        return self.settings.resync.total_seconds() * random.uniform(0.9, 1.1)  # noqa: S311 (no secret)
+
+    def _pause_seconds(self, next_resync: float, retry: timedelta) -> float:
+        left = max(next_resync - self._time(), 0.0)
+        return min(left, retry.total_seconds()) if self.served_namespaces.unlisted() else left
+
+    async def resync(self, namespaces: Collection[str] = ()) -> None:
+        """Resync each of the namespaces, or all that are watched; what fails in one does not reach the others."""
+        for namespace in namespaces or self.settings.namespaces or ("",):
+            try:
+                await self._resync_namespace(namespace)
+            except Exception as error:
+                self.served_namespaces.on_failure(namespace, LIST, error)
+                foreseen = isinstance(error, ApiError | ClusterBusyError)
+                _log.info("resync of namespace %r failed, will retry: %r", namespace, error, exc_info=not foreseen)
+            else:
+                self.served_namespaces.on_success(namespace, LIST)
+
+    async def _resync_namespace(self, namespace: str) -> None:
+        """Relist children and QLoRAJobs; queue those that are unfinished, gone, or were stale in the cache."""
+        for ref in await self._cluster.relist([namespace]):
             self.queue.add(ref)
-        for job in await self._cluster.list_jobs(self.settings.namespaces):
-            self.watch_health.expect_version(job.ref, job.resource_version)
-            if not job.fully_reconciled:
-                self.queue.add(job.ref)
+        before = self.watch_health.known_versions(namespace)
+        jobs = await self._cluster.list_jobs([namespace])
+        gone = self.watch_health.on_list(before, {job.ref: job.resource_version for job in jobs})
+        for ref in (*gone, *(job.ref for job in jobs if not job.fully_reconciled)):
+            self.queue.add(ref)
 
     async def _start_progress_server(self) -> ProgressServer:
         endpoint = ProgressEndpoint(self._authorizer, self._reports, self.queue.add_after, self._clock)

@@ -5,7 +5,7 @@ does not run costs nothing, and one that has ended is no longer exported.
 """
 
 from collections import Counter as Tally
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from time import perf_counter
@@ -36,6 +36,7 @@ class JobCollector(Collector):
         self.report_of: Callable[[JobRef], Progress | None] = _no_report
         self._phases: dict[JobRef, Phase] = {}
         self._is_leader = False
+        self.served_namespaces: Callable[[], Iterable[tuple[str, bool]]] = tuple
 
     def start_leading(self, report_of: Callable[[JobRef], Progress | None]) -> None:
         """Start exporting: as the leader, this replica knows every QLoRAJob and its reports."""
@@ -55,6 +56,10 @@ class JobCollector(Collector):
         for phase in Phase if self._is_leader else ():
             jobs.add_metric([phase.value], tally[phase])
         yield jobs
+        served = _family(metrics.NAMESPACE_SERVED)
+        for namespace, is_served in self.served_namespaces() if self._is_leader else ():
+            served.add_metric([namespace], is_served)
+        yield served
         yield from self._collect_reports()
 
     def _collect_reports(self) -> Iterator[GaugeMetricFamily]:
@@ -98,13 +103,17 @@ class Metrics:
         self.jobs = JobCollector()
         registry.register(self.jobs)
         Gauge(*metrics.BUILD.constructor_args, registry=registry).labels(__version__).set(1)
-        Gauge(*metrics.LEADER.constructor_args, registry=registry).set_function(is_leader)
+        self._is_leader = is_leader
+        self._leader = Gauge(*metrics.LEADER.constructor_args, registry=registry)
+        self._leader.set_function(is_leader)
         self._reconciles = Counter(*metrics.RECONCILES.constructor_args, registry=registry)
         self._reconcile_seconds = _histogram(metrics.RECONCILE_SECONDS, registry)
         self._calls = Counter(*metrics.API_REQUESTS.constructor_args, registry=registry)
         self._call_seconds = _histogram(metrics.API_SECONDS, registry)
         self._queue_depth = Gauge(*metrics.QUEUE_DEPTH.constructor_args, registry=registry)
         self._queue_age = Gauge(*metrics.QUEUE_AGE.constructor_args, registry=registry)
+        self._stalled = Gauge(*metrics.STALLED.constructor_args, registry=registry)
+        self._errors = Counter(*metrics.RECONCILE_ERRORS.constructor_args, registry=registry)
         self._finished = Counter(*metrics.JOBS_FINISHED.constructor_args, registry=registry)
         self._attempts = Counter(*metrics.ATTEMPTS.constructor_args, registry=registry)
         self._node_failures = Counter(*metrics.NODE_FAILURES.constructor_args, registry=registry)
@@ -114,10 +123,17 @@ class Metrics:
         for result in ("success", "busy", "error"):
             self._reconciles.labels(result)
 
-    def track_queue(self, depth: Callable[[], float], oldest_age: Callable[[], float]) -> None:
-        """Read depth and age of the work queue at each scrape."""
+    def track_queue(
+        self, depth: Callable[[], float], oldest_age: Callable[[], float], stalled: Callable[[], float]
+    ) -> None:
+        """Read depth and age of the work queue, and for how long nothing was done, at each scrape."""
         self._queue_depth.set_function(depth)
         self._queue_age.set_function(oldest_age)
+        self._stalled.set_function(stalled)
+
+    def track_work(self, is_working: Callable[[], bool]) -> None:
+        """Count this replica as the leader only while it works."""
+        self._leader.set_function(lambda: self._is_leader() and is_working())
 
     def track_quarantine(self, count: Callable[[], float]) -> None:
         """Count the quarantined nodes at each scrape."""
@@ -132,6 +148,9 @@ class Metrics:
             result = "success"
         except ClusterBusyError:
             result = "busy"
+            raise
+        except Exception as error:
+            self._errors.labels(type(error).__name__).inc()
             raise
         finally:
             self._reconciles.labels(result).inc()

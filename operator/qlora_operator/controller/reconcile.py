@@ -103,6 +103,8 @@ class ReconcileResult:
     """The current status; None if the QLoRAJob is gone, or its first step is taken but not yet written."""
     request: ReconcileRequest | None = None
     """The input of the reconcile; None if the run had already ended."""
+    gone: bool = False
+    """Whether the QLoRAJob does not exist."""
 
 
 async def reconcile(
@@ -119,7 +121,7 @@ async def reconcile(
             return result
     raw = await cluster.read_job(ref)
     if raw is None:
-        return ReconcileResult()
+        return ReconcileResult(gone=True)
     return await reconcile_once(raw, cluster, installation, context, from_cache=False) or ReconcileResult()
 
 
@@ -247,8 +249,8 @@ async def reconcile_finished(request: ReconcileRequest, spec: QLoRAJobSpec | Non
     expired = expires is not None and now >= expires
     children = cluster.children_from_cache(raw)
     if jobs_to_delete(children, previous, now, expired=expired):
-        for name in jobs_to_delete(await cluster.list_children(raw), previous, now, expired=expired):
-            await cluster.delete_job(raw.ref, name)
+        for child in jobs_to_delete(await cluster.list_children(raw), previous, now, expired=expired):
+            await cluster.delete_job(raw.ref, child)
     status = with_observed_generation(previous, raw.generation)
     requeue_at = earliest(now, expires, next_leftover(previous, children, now))
     written = await _write_if_changed(raw, previous, status, cluster)
@@ -262,10 +264,10 @@ def expires_at(spec: QLoRAJobSpec | None, status: QLoRAJobStatus) -> datetime | 
     return status.finished_at + min(to_timedelta(spec.ttl), LONGEST_WAIT)
 
 
-def jobs_to_delete(children: Observation, status: QLoRAJobStatus, now: datetime, *, expired: bool) -> list[str]:
+def jobs_to_delete(children: Observation, status: QLoRAJobStatus, now: datetime, *, expired: bool) -> list[ChildJob]:
     """Return the Jobs of a finished run to delete: all after expiry, before that those that outlive it."""
     jobs = children.jobs if expired else leftover_jobs(status, children, now)
-    return [child.name for child in jobs if not child.deleting]
+    return [child for child in jobs if not child.deleting]
 
 
 async def apply_decision(  # noqa: PLR0913, PLR0917 (everything that a decision is applied to)
@@ -282,8 +284,8 @@ async def apply_decision(  # noqa: PLR0913, PLR0917 (everything that a decision 
         return on_admission_denied(error, job), created
     if decision.action is Action.DELETE_RUNNING_JOBS:
         await delete_running_jobs(job, children, cluster)
-    for name in outdated_prepare_jobs(job, children):
-        await cluster.delete_job(job.ref, name)
+    for outdated in outdated_prepare_jobs(job, children):
+        await cluster.delete_job(job.ref, outdated)
     return decision, created
 
 
@@ -293,7 +295,7 @@ async def limit_jobs(decision: Decision, job: Job, children: Observation, cluste
         for patch in (*outdated_deadlines(decision, job, children, now), *missing_queue_labels(job, children)):
             await cluster.patch(patch)
         for leftover in leftover_jobs(job.status, children, now):
-            await cluster.delete_job(job.ref, leftover.name)
+            await cluster.delete_job(job.ref, leftover)
     requeue_at = earliest(now, decision.requeue_at, next_leftover(job.status, children, now))
     return replace(decision, requeue_at=requeue_at or decision.requeue_at)
 
@@ -354,14 +356,14 @@ async def delete_running_jobs(job: Job, children: Observation, cluster: Cluster)
     """
     for child in children.jobs:
         if child.holds_resources and not child.deleting:
-            await cluster.delete_job(job.ref, child.name)
+            await cluster.delete_job(job.ref, child)
 
 
-def outdated_prepare_jobs(job: Job, children: Observation) -> list[str]:
+def outdated_prepare_jobs(job: Job, children: Observation) -> list[ChildJob]:
     """Return the prepare Jobs before the recorded one; nothing waits for their deletion."""
     current = job.status.preparation.number if job.status.preparation else 1
     return [
-        child.name
+        child
         for child in children.jobs
         if child.role is Role.PREPARE and child.attempt < current and not child.deleting
     ]
@@ -373,7 +375,7 @@ def missing_queue_labels(job: Job, children: Observation) -> list[Manifest]:
     if queue is None:
         return []
     return [
-        build_queue_labels(job.ref, child.name, queue)
+        build_queue_labels(job.ref, child, queue)
         for child in children.jobs
         if child.role is Role.PREPARE and child.suspended and child.queue != queue.name
         if not (child.finished or child.deleting)
@@ -386,7 +388,7 @@ def outdated_deadlines(decision: Decision, job: Job, children: Observation, now:
         return []
     attempts = merge_attempt(job.status.attempts, decision.attempt)
     return [
-        build_deadline(job.ref, child.name, seconds)
+        build_deadline(job.ref, child, seconds)
         for child in children.jobs
         if not (child.finished or child.failing or child.deleting or not child.holds_resources)
         and (seconds := job_deadline(job, child, attempts, now)) != child.deadline_seconds

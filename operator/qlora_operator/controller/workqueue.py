@@ -24,6 +24,8 @@ BASE_BACKOFF_SECONDS: Final = 0.5
 """Delay in seconds after the first error, doubled with each further one."""
 MAX_BACKOFF_SECONDS: Final = 300.0
 """Upper bound of the back-off in seconds, before jitter."""
+PASS_SECONDS: Final = 240.0
+"""Longest processing of one key; one that hangs would otherwise occupy a worker for ever."""
 
 
 def backoff_seconds(failures: int, jitter: float) -> float:
@@ -45,6 +47,8 @@ class WorkQueue(Generic[Key]):
         self._failures: Counter[Key] = Counter()
         self._tasks: list[asyncio.Task[None]] = []
         self._closed = False
+        self._busy_since = 0.0
+        self._last_success = 0.0
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -57,7 +61,10 @@ class WorkQueue(Generic[Key]):
         """Queue a key, unless it is queued already."""
         if self._closed or key in self._since:
             return
-        self._since[key] = asyncio.get_running_loop().time()
+        now = asyncio.get_running_loop().time()
+        if not self._since and not self._active:
+            self._busy_since = now
+        self._since[key] = now
         if key not in self._active:
             self._ready.put_nowait(key)
 
@@ -76,6 +83,19 @@ class WorkQueue(Generic[Key]):
         """Return the age in seconds of the oldest key that is queued or being processed."""
         now = asyncio.get_running_loop().time()
         return max((now - since for since in (*self._since.values(), *self._active.values())), default=0.0)
+
+    def stalled_seconds(self) -> float:
+        """Return for how many seconds no key was processed without an error although some were there all the time.
+
+        The age of the queue would not do: with slow answers of the API server, a burst of keys takes its time.
+        """
+        if not self._since and not self._active:
+            return 0.0
+        return asyncio.get_running_loop().time() - max(self._busy_since, self._last_success)
+
+    def is_active(self, key: Key) -> bool:
+        """Return whether a key is being processed."""
+        return key in self._active
 
     def start(self) -> None:
         """Start the workers."""
@@ -124,13 +144,17 @@ class WorkQueue(Generic[Key]):
     async def _attempt(self, key: Key) -> timedelta | None:
         """Process a key; any error is logged and counted, and the key is requeued with back-off."""
         try:
-            delay = await self._work(key)
+            async with asyncio.timeout(PASS_SECONDS):
+                delay = await self._work(key)
         except ClusterBusyError as error:
             _log.info("%s", error)
+        except TimeoutError:
+            _log.warning("reconcile of %s took longer than %.0f s, so it is repeated", key, PASS_SECONDS)
         except Exception:
             _log.exception("reconcile of %s failed", key)
         else:
             del self._failures[key]
+            self._last_success = asyncio.get_running_loop().time()
             return delay
         self._failures[key] += 1
         return timedelta(seconds=backoff_seconds(self._failures[key], self._jitter()))

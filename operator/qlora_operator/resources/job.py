@@ -3,7 +3,7 @@
 from qlora_api import names
 from qlora_api.job_ref import JobRef
 from qlora_api.v1alpha1 import Preparation, QLoRAJobSpec, QueueSpec
-from qlora_operator.models import AttemptInputs, Manifest
+from qlora_operator.models import AttemptInputs, ChildJob, Manifest
 from qlora_operator.resources.metadata import (
     ChildWorkload,
     Installation,
@@ -46,26 +46,27 @@ def _queue_labels(queue: QueueSpec) -> dict[str, str]:
     }
 
 
-def build_queue_labels(ref: JobRef, name: str, queue: QueueSpec) -> Manifest:
+def build_queue_labels(ref: JobRef, child: ChildJob, queue: QueueSpec) -> Manifest:
     """Return the patch that puts a suspended Job into the queue of its run; Kueue accepts it until it admits the Job.
 
     A prepare Job is only in a queue where one manages all Jobs (manageJobsWithoutQueueName), so that elsewhere a
     manifest is checked at once, and the check takes nothing of the queue's quota.
     """
-    return {
-        "apiVersion": "batch/v1",
-        "kind": "Job",
-        "metadata": {"name": name, "namespace": ref.namespace, "labels": _queue_labels(queue)},
-    }
+    patch = _build_patch(ref, child)
+    return {**patch, "metadata": {**patch["metadata"], "labels": _queue_labels(queue)}}
 
 
-def build_deadline(ref: JobRef, name: str, seconds: int | None) -> Manifest:
+def build_deadline(ref: JobRef, child: ChildJob, seconds: int | None) -> Manifest:
     """Return the merge patch of activeDeadlineSeconds; None removes it."""
+    return {**_build_patch(ref, child), "spec": {"activeDeadlineSeconds": seconds}}
+
+
+def _build_patch(ref: JobRef, child: ChildJob) -> Manifest:
+    """Return a patch without changes; with the uid, the API server refuses it for another Job that has the name now."""
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
-        "metadata": {"name": name, "namespace": ref.namespace},
-        "spec": {"activeDeadlineSeconds": seconds},
+        "metadata": {"name": child.name, "namespace": ref.namespace, "uid": child.uid},
     }
 
 

@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import Any, Final, TypeVar
 
 from qlora_api.escapes import escape_line
-from qlora_api.names import TERMINAL, Phase
+from qlora_api.names import TERMINAL, ConditionType, Phase
 from qlora_api.prepared import Prepared
 from qlora_api.reasons import REASONS, Reason
 from qlora_api.result import Result, is_below
@@ -200,9 +200,15 @@ def list_attempts(attempts: tuple[Attempt, ...], earlier: EarlierAttempts | None
 
 
 def with_observed_generation(previous: QLoRAJobStatus, generation: int) -> QLoRAJobStatus:
-    """Return the status of a finished run, with the latest generation as observed."""
+    """Return the status of a finished run, with the latest generation as observed, and without an earlier error."""
     conditions = tuple(
-        condition.model_copy(update={"observed_generation": generation}) for condition in previous.conditions
+        condition.model_copy(
+            update={
+                "observed_generation": generation,
+                **({"message": previous.message or ""} if condition.type is ConditionType.RECONCILING else {}),
+            }
+        )
+        for condition in previous.conditions
     )
     return previous.model_copy(update={"observed_generation": generation, "conditions": conditions})
 

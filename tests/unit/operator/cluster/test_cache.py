@@ -30,9 +30,13 @@ def make_item(uid: str, owner: str, version: int, namespace: str = REF.namespace
     }  # fmt: skip
 
 
-def raw_job(version: int = 1, *conditions: str, uid: str = "job", namespace: str = REF.namespace) -> Json:
+def raw_job(
+    version: int = 1, *conditions: str, uid: str = "job", namespace: str = REF.namespace, attempt: int = 1
+) -> Json:
     holds = [{"type": kind, "status": "True"} for kind in conditions]
-    return make_item(uid, UID, version, namespace, **{"qlora.dev/role": "train"}) | {"status": {"conditions": holds}}
+    item = make_item(uid, UID, version, namespace, **{"qlora.dev/role": "train", "qlora.dev/attempt": str(attempt)})
+    item["metadata"]["name"] = f"{REF.name}-{attempt}"
+    return item | {"status": {"conditions": holds}}
 
 
 def raw_pod(version: int = 1, uid: str = "pod", **status: Any) -> Json:
@@ -118,14 +122,14 @@ class PagedApi(Api):
 async def test_relist_repairs_missed_events() -> None:
     children = ChildCache()
     children.jobs.update(raw_job(1))
-    children.jobs.update(raw_job(1, uid="deleted"))
-    children.jobs.update(raw_job(99, uid="newer than the list"))
-    jobs = [raw_job(5, "Complete"), raw_job(6, uid="never told")]
+    children.jobs.update(raw_job(1, uid="deleted", attempt=2))
+    children.jobs.update(raw_job(99, uid="newer than the list", attempt=4))
+    jobs = [raw_job(5, "Complete"), raw_job(6, uid="never told", attempt=3)]
     assert await KubeCluster(PagedApi(jobs, [raw_pod(7)], 10), children).relist(()) == {REF}
-    assert {child.name: child.complete for child in children.children_of(JOB).jobs} == {
+    assert {child.uid: child.complete for child in children.children_of(JOB).jobs} == {
         "job": True, "never told": False, "newer than the list": False,
     }  # fmt: skip
-    assert len(next(child for child in children.children_of(JOB).jobs if child.name == "job").pods) == 1
+    assert len(next(child for child in children.children_of(JOB).jobs if child.uid == "job").pods) == 1
 
 
 async def test_unchanged_relist_enqueues_nothing() -> None:
@@ -137,7 +141,27 @@ async def test_unchanged_relist_enqueues_nothing() -> None:
 
 async def test_relist_of_one_namespace_keeps_others() -> None:
     children = ChildCache()
-    children.jobs.update(raw_job(1, namespace=OTHER.namespace))
+    children.jobs.update(raw_job(1, uid="elsewhere", namespace=OTHER.namespace))
     children.jobs.update(raw_job(1))
     assert await KubeCluster(PagedApi([], [], 10), children).relist([REF.namespace]) == {REF}
-    assert [sighting.uid for sighting in children.jobs.by_job(OTHER)] == ["job"]
+    assert [sighting.uid for sighting in children.jobs.by_job(OTHER)] == ["elsewhere"]
+
+
+def test_child_that_becomes_unreadable_is_removed_and_enqueues_its_job() -> None:
+    children = ChildCache()
+    children.jobs.update(raw_job(1))
+    changed = raw_job(2)
+    changed["metadata"]["labels"]["qlora.dev/role"] = "debug"
+    assert children.jobs.update(changed) == REF
+    assert children.children_of(JOB).jobs == ()
+
+
+def test_child_whose_job_label_changes_leaves_no_copy() -> None:
+    children = ChildCache()
+    children.jobs.update(raw_job(1))
+    changed = raw_job(2)
+    changed["metadata"]["labels"]["qlora.dev/job"] = "other"
+    assert children.jobs.update(changed) == REF
+    assert children.children_of(JOB).jobs == ()
+    children.jobs.delete(changed)
+    assert (children.jobs._objects, children.jobs._refs) == ({}, {})

@@ -10,7 +10,15 @@ import pytest
 from aiohttp import web
 from kubernetes.aio import client
 
-from qlora_operator.cluster.http import MAX_TRIES, Api, ApiError, ConflictError, NotFoundError
+from qlora_operator.cluster.http import (
+    MAX_TRIES,
+    Api,
+    ApiError,
+    ConflictError,
+    NotFoundError,
+    Response,
+    _parse_response,
+)
 from qlora_operator.cluster.interface import ClusterBusyError
 
 
@@ -96,3 +104,10 @@ async def test_only_dates_of_successful_responses_are_passed_on(api: Api, monkey
             await api.request("GET", f"/{status}")
     [heard] = [parsedate_to_datetime(date) for date in dates]
     assert abs(datetime.now(UTC) - heard) < timedelta(seconds=10)
+
+
+@pytest.mark.parametrize("status", [200, 403])
+@pytest.mark.parametrize("text", [b"<html>maintenance</html>", b"[]", b"null", b"", b"1" * 5000, b"[" * 100_000])
+def test_answer_that_is_no_object_is_an_error(text: bytes, status: int) -> None:
+    with pytest.raises(ClusterBusyError if status == 200 else ApiError):
+        _parse_response(Response(status, "", text))

@@ -6,6 +6,7 @@ from typing import Any, NoReturn
 import pytest
 from kubernetes.aio import client
 
+from qlora_api.names import Role
 from qlora_operator.cluster.cache import ChildCache
 from qlora_operator.cluster.http import Api, ApiError, ConflictError, NotFoundError
 from qlora_operator.cluster.interface import (
@@ -17,6 +18,8 @@ from qlora_operator.cluster.interface import (
 )
 from qlora_operator.cluster.kube_cluster import KubeCluster
 from qlora_operator.cluster.parse import parse_job
+from qlora_operator.models import ChildJob
+from qlora_operator.resources import build_deadline
 from tests.make import NOW, REF, UID, make_manifest
 
 EVENT = {"apiVersion": "events.k8s.io/v1", "kind": "Event", "reason": "Prepared", "metadata": {"namespace": "ml"}}
@@ -227,3 +230,32 @@ async def test_event_of_a_job_is_found_if_events_may_be_listed(
     assert await KubeCluster(api, ChildCache()).find_event(REF, "job-uid", {"FailedCreate"}, NOW) == message
     assert api.queries[0]["fieldSelector"] == "involvedObject.uid=job-uid"
     await api.close()
+
+
+CHILD = ChildJob("bot-1", Role.TRAIN, 1, NOW, uid="job-uid")
+
+
+class RecordingApi(Api):
+    """Records the bodies of all requests."""
+
+    def __init__(self) -> None:
+        self.bodies: list[Any] = []
+
+    async def request(self, _: str, __: str, body: Any = None, **___: Any) -> dict[str, Any]:
+        self.bodies.append(body)
+        return {}
+
+
+async def test_deletion_names_the_uid() -> None:
+    api = RecordingApi()
+    await KubeCluster(api, ChildCache()).delete_job(REF, CHILD)
+    assert [body["preconditions"] for body in api.bodies] == [{"uid": "job-uid"}]
+
+
+@pytest.mark.parametrize("conflicting", ["Conflict"], indirect=True)
+async def test_job_whose_name_another_has_now_is_gone(conflicting: KubeCluster) -> None:
+    await conflicting.delete_job(REF, CHILD)
+
+
+def test_patch_of_the_deadline_names_the_uid() -> None:
+    assert build_deadline(REF, CHILD, 60)["metadata"] == {"namespace": "ml", "name": "bot-1", "uid": "job-uid"}

@@ -8,15 +8,16 @@ import kopf
 import pytest
 from aiohttp import web
 
-from qlora_operator.cluster.http import Api
+from qlora_operator.cluster.http import Api, ApiError
 from qlora_operator.controller import handlers
-from qlora_operator.controller.controller import STUCK_SECONDS, Controller
+from qlora_operator.controller.controller import STARTUP_SECONDS, STUCK_SECONDS, UNSERVED_SECONDS, Controller
 from qlora_operator.controller.metrics import Metrics
+from qlora_operator.controller.served_namespaces import LIST
 from qlora_operator.controller.watch_health import OVERDUE_SECONDS
 from qlora_operator.progress_server import ProgressServer
 from qlora_operator.resources import Installation
 from qlora_operator.settings import Settings
-from tests.make import REF, UID
+from tests.make import NOW, REF, UID, make_manifest
 
 
 @pytest.fixture
@@ -28,6 +29,9 @@ async def controller(monkeypatch: pytest.MonkeyPatch) -> Controller:
     monkeypatch.setattr(server, "alive", lambda: True)
     monkeypatch.setattr(controller, "_server", server)
     monkeypatch.setattr(controller, "_resync", asyncio.get_running_loop().create_future())
+    monkeypatch.setattr(controller, "_starting_since", asyncio.get_running_loop().time())
+    for part in (LIST, "qlorajobs", "jobs", "pods"):
+        controller.served_namespaces.on_success("", part)
     return controller
 
 
@@ -50,8 +54,36 @@ async def test_overdue_watch_is_unhealthy(controller: Controller, monkeypatch: p
 
 
 async def test_stuck_queue_is_unhealthy(controller: Controller, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(controller.queue, "oldest_age", lambda: STUCK_SECONDS + 1)
-    assert "the work queue is stuck" in str(controller.unhealthy_reason())
+    monkeypatch.setattr(controller.queue, "stalled_seconds", lambda: STUCK_SECONDS + 1)
+    assert "no reconcile has succeeded for 301 seconds" in str(controller.unhealthy_reason())
+    assert not controller.is_working()
+
+
+async def test_old_queue_is_healthy_while_reconciles_succeed(
+    controller: Controller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(controller.queue, "oldest_age", lambda: 10 * STUCK_SECONDS)
+    assert controller.unhealthy_reason() is None
+    assert controller.is_working()
+
+
+async def test_startup_that_does_not_end_is_unhealthy(controller: Controller, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(controller, "_server", None)
+    assert controller.unhealthy_reason() is None
+    assert not controller.is_working()
+    monkeypatch.setattr(controller, "_starting_since", asyncio.get_running_loop().time() - STARTUP_SECONDS - 1)
+    assert "start-up has not ended" in str(controller.unhealthy_reason())
+    assert controller.stalled_seconds() > STARTUP_SECONDS
+
+
+async def test_operator_that_serves_no_namespace_is_unhealthy(
+    controller: Controller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    controller.served_namespaces.on_failure("", "pods", ApiError(403, "Forbidden", "pods is forbidden"))
+    assert controller.unhealthy_reason() is None
+    later = asyncio.get_running_loop().time() + UNSERVED_SECONDS + 1
+    monkeypatch.setattr(controller.served_namespaces, "_clock", lambda: later)
+    assert controller.unhealthy_reason() == "no namespace can be served: ApiError: pods is forbidden"
 
 
 async def test_dead_worker_is_unhealthy(controller: Controller, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,10 +98,27 @@ async def test_dead_progress_server_is_unhealthy(controller: Controller, monkeyp
 
 async def test_own_status_write_enqueues_nothing(controller: Controller) -> None:
     controller._written_versions[REF] = "10"
-    controller.on_job_update(REF, {"metadata": {"resourceVersion": "10"}})
+    controller.on_job_update(REF, make_item("10"))
     assert controller.queue.depth == 0
-    controller.on_job_update(REF, {"metadata": {"resourceVersion": "11"}})
+    controller.on_job_update(REF, make_item("11"))
     assert controller.queue.depth == 1
+
+
+@pytest.mark.parametrize(
+    "item", [{}, {"metadata": None}, {"metadata": {"resourceVersion": "first"}}, {**make_manifest(), "spec": "none"}]
+)
+async def test_unreadable_job_event_enqueues_nothing(controller: Controller, item: dict[str, Any]) -> None:
+    controller.on_job_update(REF, item)
+    controller.on_job_delete(REF, item)
+    assert controller.queue.depth == 0
+
+
+async def test_startup_that_fails_is_not_repeated_by_kopf() -> None:
+    [handler] = [
+        handler for handler in kopf.get_default_registry()._activities.get_all_handlers()
+        if handler.fn is handlers.on_startup
+    ]  # fmt: skip
+    assert handler.errors is kopf.ErrorsMode.PERMANENT
 
 
 async def test_child_event_enqueues_owner(controller: Controller) -> None:
@@ -91,6 +140,12 @@ async def test_deleted_child_enqueues_job(controller: Controller) -> None:
     await handlers.on_pod_event(event=event, memo=kopf.Memo(controller=controller))
     assert controller.queue.depth == 1
     await controller.queue.drain(timedelta(0))
+
+
+def make_item(version: str) -> dict[str, Any]:
+    manifest = make_manifest()
+    metadata = {"uid": UID, "generation": 1, "resourceVersion": version, "creationTimestamp": NOW.isoformat()}
+    return {**manifest, "metadata": {**manifest["metadata"], **metadata}}
 
 
 def make_child_item(version: str) -> dict[str, Any]:

@@ -80,3 +80,44 @@ def test_deleted_job_expects_no_event(clock: Clock) -> None:
     proof.forget(REF)
     clock.now = OVERDUE_SECONDS + 1
     assert proof.overdue() == ()
+
+
+def test_deletion_during_a_list_is_not_expected_again(clock: Clock) -> None:
+    proof = WatchHealth(clock)
+    proof.on_event(REF, "10")
+    before = proof.known_versions("")
+    proof.on_delete(REF, "11")
+    assert proof.on_list(before, {REF: "10"}) == set()
+    clock.now = OVERDUE_SECONDS + 1
+    assert proof.overdue() == ()
+
+
+def test_job_that_a_later_list_lacks_is_dropped(clock: Clock) -> None:
+    proof = WatchHealth(clock)
+    proof.expect_version(REF, "10")
+    assert proof.on_list(proof.known_versions(""), {}) == {REF}
+    clock.now = OVERDUE_SECONDS + 1
+    assert proof.overdue() == ()
+
+
+def test_job_written_during_a_list_that_lacks_it_is_kept(clock: Clock) -> None:
+    proof = WatchHealth(clock)
+    before = proof.known_versions("")
+    proof.expect_version(REF, "10")
+    assert proof.on_list(before, {}) == set()
+    clock.now = OVERDUE_SECONDS + 1
+    assert proof.overdue() == (REF,)
+
+
+def test_list_of_another_namespace_drops_nothing(clock: Clock) -> None:
+    proof = WatchHealth(clock)
+    proof.expect_version(REF, "10")
+    assert proof.on_list(proof.known_versions("other"), {}) == set()
+
+
+def test_version_written_before_a_deletion_is_not_expected(clock: Clock) -> None:
+    proof = WatchHealth(clock)
+    proof.on_delete(REF, "11")
+    proof.expect_version(REF, "10")
+    clock.now = OVERDUE_SECONDS + 1
+    assert proof.overdue() == ()

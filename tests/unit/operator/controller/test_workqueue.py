@@ -8,6 +8,7 @@ from datetime import timedelta
 import pytest
 
 from qlora_operator.cluster.interface import ClusterBusyError
+from qlora_operator.controller import workqueue
 from qlora_operator.controller.workqueue import MAX_BACKOFF_SECONDS, WorkQueue, backoff_seconds
 
 Work = Callable[[str], Awaitable[timedelta | None]]
@@ -153,3 +154,55 @@ def test_backoff_doubles_up_to_maximum_with_jitter() -> None:
     assert [backoff_seconds(failures, 0.5) for failures in (1, 2, 3)] == [0.5, 1.0, 2.0]
     assert backoff_seconds(100, 0.5) == MAX_BACKOFF_SECONDS
     assert (backoff_seconds(1, 0.0), backoff_seconds(1, 1.0)) == (0.25, 0.75)
+
+
+async def test_queue_stalls_only_while_nothing_succeeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = asyncio.get_running_loop().time()
+    failing = True
+
+    async def work(_: str) -> None:
+        if failing:
+            raise KeyError
+
+    queue = WorkQueue(work, 1, jitter=lambda: 0.5)
+    assert queue.stalled_seconds() == 0.0
+    queue.add("a")
+    queue.add("b")
+    monkeypatch.setattr(asyncio.get_running_loop(), "time", lambda: now + 100)
+    assert queue.stalled_seconds() == pytest.approx(100, abs=1)
+    await queue._work_on(await queue._ready.get())
+    assert queue.stalled_seconds() == pytest.approx(100, abs=1)
+    failing = False
+    queue.add("c")
+    await queue._work_on(await queue._ready.get())
+    assert queue.stalled_seconds() == 0.0
+    await queue._work_on(await queue._ready.get())
+    assert queue.stalled_seconds() == 0.0
+    await queue.drain(timedelta(0))
+
+
+async def test_key_that_always_fails_stalls_nothing() -> None:
+    async def work(_: str) -> None:
+        raise KeyError
+
+    async with running(work) as queue:
+        queue.add("a")
+        await asyncio.sleep(0.05)
+        assert queue.stalled_seconds() == 0.0
+
+
+async def test_key_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workqueue, "PASS_SECONDS", 0.02)
+    done: list[str] = []
+
+    async def work(key: str) -> None:
+        if key == "hangs":
+            await asyncio.Event().wait()
+        done.append(key)
+
+    async with running(work, workers=1) as queue:
+        queue.add("hangs")
+        queue.add("waits")
+        await asyncio.sleep(0.1)
+        assert queue.alive()
+    assert done == ["waits"]
