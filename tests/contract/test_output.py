@@ -24,6 +24,7 @@ WRITERS: Final = {
     "operator/qlora_operator/__main__.py": "an invalid setting, before logs are configured; escaped",
     "trainer_image/qlora_trainer/watchdog.py": "stack traces of a process that hangs; escaped",
     "trainer_image/qlora_trainer/publishing/load_check.py": "a number, for the parent process",
+    "trainer_image/qlora_trainer/rehearsal.py": "JSON, for the parent process",
 }
 """Other modules that write to a standard stream, and what."""
 COMMAND: Final = re.compile(

@@ -130,8 +130,8 @@ MUTATIONS: Final = (
     Mutation(
         trap=17,
         file=f"{_TRAINER}/publishing/merge_weights.py",
-        old="dequantized.get(name, linear.weight.data).float()",
-        new="dequantized.get(name, linear.weight.data)",
+        old="dequantized.get(name, weight.data).float()",
+        new="dequantized.get(name, weight.data)",
         test=f"{_TESTS}/publishing/test_traps_result.py::test_trap_17_small_update_survives_the_merge",
     ),
     Mutation(

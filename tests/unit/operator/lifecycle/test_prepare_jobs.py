@@ -8,11 +8,17 @@ import pytest
 from qlora_api import names
 from qlora_api.names import Role
 from qlora_api.reasons import Reason
+from qlora_operator.cluster.parse import parse_child
 from qlora_operator.controller.reconcile import NAME_CONFLICT_RETRY
+from qlora_operator.models import ChildJob
 from tests.fakes import FakeCluster
 from tests.make import PREPARED_MESSAGE, REF, make_manifest, make_termination_message
 from tests.unit.operator.life import PREPARE, PREPARE_AGAIN, TRAIN, reconcile_now, reconcile_until_stable, without_times
 from tests.unit.operator.lifecycle.test_prepare_retries import fail_once, jobs, newest, outcome, prepare_name
+
+
+def child_of(cluster: FakeCluster, name: str) -> ChildJob:
+    return parse_child(cluster.children["Job", name])
 
 
 @pytest.fixture
@@ -27,7 +33,7 @@ async def test_prepare_job_on_dead_node_holds_nothing_up(cluster: FakeCluster) -
     await reconcile_until_stable(cluster)
     cluster.start_pod(PREPARE)
     cluster.foreground_deletion = True
-    await cluster.delete_job(REF, PREPARE)
+    await cluster.delete_job(REF, child_of(cluster, PREPARE))
     await reconcile_until_stable(cluster)
     assert PREPARE_AGAIN in jobs(cluster)
     cluster.end_pod(PREPARE_AGAIN, 0, PREPARED_MESSAGE)
@@ -39,7 +45,7 @@ async def test_prepare_job_of_deleted_run_on_dead_node_holds_no_name(cluster: Fa
     """A QLoRAJob of the same name is created while the prepare Job of the former cannot go."""
     await reconcile_until_stable(cluster)
     cluster.foreground_deletion = True
-    await cluster.delete_job(REF, PREPARE)
+    await cluster.delete_job(REF, child_of(cluster, PREPARE))
     del cluster.children["ConfigMap", PREPARE]
     cluster.submit(make_manifest())
     for _ in range(3):
@@ -59,7 +65,7 @@ async def test_training_job_on_dead_node_that_somebody_deletes_holds_nothing_up(
     cluster.start_pod(TRAIN)
     await reconcile_until_stable(cluster)
     cluster.foreground_deletion = True
-    await cluster.delete_job(REF, TRAIN)
+    await cluster.delete_job(REF, child_of(cluster, TRAIN))
     cluster.delete_pod(TRAIN, timedelta(seconds=60), "")
     await reconcile_until_stable(cluster)
     assert cluster.status["message"].startswith("the training Job is being deleted"), "its pod may still publish"
