@@ -130,6 +130,14 @@ def train_job_name(job: str, attempt: int) -> str:
     return f"{job}-{attempt}"
 
 
+def gang_service_name(job: str, attempt: int) -> str:
+    """Return the name of the headless Service of an attempt on several nodes.
+
+    Up to Kubernetes 1.35 the name of a Service must start with a letter (DNS-1035); that of a QLoRAJob need not.
+    """
+    return f"qlora-{train_job_name(job, attempt)}"
+
+
 def output_root(uri: str, job: str) -> str:
     """Return the URI below which all results of a job are, one folder per digest; `uri` is spec.output.uri."""
     return f"{uri.rstrip('/')}/{job}"

@@ -30,14 +30,14 @@ class Owner(NamedTuple):
 
 
 class ChildWorkload(NamedTuple):
-    """The identity that a Job shares with its ConfigMap and Service."""
+    """The identity that a Job shares with its ConfigMap."""
 
     owner: Owner
     role: Role
     attempt: int
     """0 for prepare."""
     name: str
-    """Name of the Job, the ConfigMap and the Service."""
+    """Name of the Job and the ConfigMap."""
     config_file: str
 
 
