@@ -21,6 +21,9 @@ LEADER_LABEL: Final = "qlora.dev/leader"
 ATTEMPT_LABEL: Final = "qlora.dev/attempt"
 """On the children of a training attempt; the value is its number, from 1."""
 
+RETRY_ANNOTATION: Final = "qlora.dev/retry-requested-at"
+"""On a QLoRAJob: a value that the operator has not seen yet lets a failed run try again from its checkpoint."""
+
 MAX_JOB_NAME: Final = 52
 """Leaves room for '-prepare' within 63 characters: a Job's name becomes a label value on its pods."""
 

@@ -32,6 +32,7 @@ from qlora_api.v1alpha1.status import (
     Plan,
     Progress,
     QLoRAJobStatus,
+    RetryStatus,
     RowLengths,
 )
 from qlora_api.v1alpha1.tracking import MlflowSpec, TrackingSpec, WandbSpec
@@ -80,6 +81,7 @@ __all__ = [
     "QueueSpec",
     "ResourcesSpec",
     "RetriesSpec",
+    "RetryStatus",
     "RowFormat",
     "RowFormatName",
     "RowLengths",

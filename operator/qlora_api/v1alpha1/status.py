@@ -8,13 +8,17 @@ from pydantic import AwareDatetime, Field
 from qlora_api.accelerators import NVIDIA, DeviceName
 from qlora_api.base import ApiModel
 from qlora_api.model_config import MAX_CONFIG
-from qlora_api.names import ConditionType, Phase
+from qlora_api.names import RETRY_ANNOTATION, ConditionType, Phase
 from qlora_api.reasons import Reason
 from qlora_api.strategies import SINGLE, StrategyName
 from qlora_api.v1alpha1.types import MAX_URI
 
 MAX_MESSAGE: Final = 32_768
 """Longest message of a condition (Kubernetes API conventions), and of a status."""
+MAX_ATTEMPTS: Final = 100
+"""Attempts that a status keeps: the latest ones."""
+MAX_RETRY_REQUEST: Final = 64
+"""Longest recorded value of the annotation; a longer one is recorded as its SHA-256."""
 MAX_ATTEMPT_MESSAGE: Final = 4096
 """Longest message of an attempt: as long as a termination message."""
 
@@ -174,6 +178,21 @@ class Progress(ApiModel):
     updated_at: datetime = Field(description="When the pod reported.")
 
 
+class RetryStatus(ApiModel):
+    """What became of the annotation qlora.dev/retry-requested-at."""
+
+    request: Annotated[str, Field(max_length=MAX_RETRY_REQUEST)] = Field(
+        description=f"Value of the annotation {RETRY_ANNOTATION} that was seen last; another one is a new request."
+    )
+    pending: bool = Field(default=False, description="Whether the retry is about to begin.")
+    after_attempt: int = Field(
+        default=0,
+        ge=0,
+        description="Attempts up to this number were made before the last retry; budgets count later ones.",
+    )
+    time: datetime | None = Field(default=None, description="When the last retry began; absent if there was none.")
+
+
 class QLoRAJobStatus(ApiModel):
     """The current state of the run."""
 
@@ -198,14 +217,21 @@ class QLoRAJobStatus(ApiModel):
     dataset: DataStatus | None = Field(default=None, description="What preparation found in the dataset.")
     plan: Plan | None = Field(default=None, description="How the run is executed.")
     last_report: Progress | None = Field(default=None, description="The last report of the running pod.")
-    attempts: Annotated[tuple[Attempt, ...], Field(max_length=100)] = Field(
-        default=(), description="Training attempts, oldest first."
+    attempts: Annotated[tuple[Attempt, ...], Field(max_length=MAX_ATTEMPTS)] = Field(
+        default=(), description=f"Training attempts, oldest first; the latest {MAX_ATTEMPTS}."
+    )
+    retry: RetryStatus | None = Field(
+        default=None, description=f"The last request to try again after a failure (annotation {RETRY_ANNOTATION})."
     )
     checkpoint: Checkpoint | None = Field(
         default=None, description="What the next attempt resumes from; absent before the first, and once published."
     )
     evaluation: EvaluationStatus | None = Field(default=None, description="Base model and adapter compared.")
     output: OutputStatus | None = Field(default=None, description="Where the result is.")
+    children_deleted_at: datetime | None = Field(
+        default=None,
+        description="When ttl had expired, and Jobs, pods, ConfigMaps and Services of the run were deleted.",
+    )
     conditions: Annotated[tuple[Condition, ...], Field(max_length=16)] = Field(
         default=(), description="Kubernetes conditions of the run."
     )

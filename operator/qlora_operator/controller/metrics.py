@@ -20,7 +20,7 @@ from qlora_api.job_ref import JobRef
 from qlora_api.names import TERMINAL, Phase
 from qlora_api.v1alpha1 import Progress, QLoRAJobStatus
 from qlora_operator.cluster.interface import ClusterBusyError
-from qlora_operator.controller.reconcile import ReconcileResult
+from qlora_operator.controller.result import ReconcileResult
 
 RUNNING: Final = frozenset({Phase.TRAINING, Phase.EVALUATING, Phase.PUBLISHING})
 """Phases in which a progress report is current."""

@@ -1,7 +1,7 @@
 """Reconciles one QLoRAJob: read it, list its children, decide, apply the decision, write the status once."""
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Final
 
@@ -10,8 +10,10 @@ from pydantic import ValidationError
 from qlora_api.job_ref import JobRef
 from qlora_api.names import Phase, Role
 from qlora_api.reasons import Reason
-from qlora_api.v1alpha1 import QLoRAJobSpec, QLoRAJobStatus, to_timedelta
+from qlora_api.v1alpha1 import QLoRAJobSpec, QLoRAJobStatus
 from qlora_operator.cluster.interface import AdmissionDeniedError, Cluster, InvalidStatusError, NameConflictError
+from qlora_operator.controller.finished import reconcile_finished
+from qlora_operator.controller.result import ReconcileRequest, ReconcileResult, write_if_changed
 from qlora_operator.lifecycle import (
     ReconcileContext,
     avoided_nodes,
@@ -21,7 +23,17 @@ from qlora_operator.lifecycle import (
     rejected,
     time_left,
 )
-from qlora_operator.lifecycle.retry_policy import AT_ONCE, LONGEST_WAIT
+from qlora_operator.lifecycle.retry_policy import AT_ONCE
+from qlora_operator.lifecycle.retry_request import (
+    begin_retry,
+    budgeted_attempts,
+    describe_no_effect,
+    is_pending,
+    is_recorded,
+    is_settled,
+    note_request,
+    record_request,
+)
 from qlora_operator.models import Action, AttemptInputs, Decision, Job, Manifest, Observation, RawJob
 from qlora_operator.resources import (
     Installation,
@@ -34,7 +46,7 @@ from qlora_operator.resources import (
     build_service,
     build_train_job,
 )
-from qlora_operator.status import derive_alternatives, to_wire, with_observed_generation
+from qlora_operator.status import derive_alternatives
 from qlora_planner.validation import Violation
 
 _log = logging.getLogger(__name__)
@@ -43,29 +55,6 @@ ADMISSION_DENIED_RETRY: Final = timedelta(minutes=1)
 """People have to change quotas and policies, so retrying sooner gains nothing."""
 NAME_CONFLICT_RETRY: Final = timedelta(seconds=5)
 """The garbage collector needs a few seconds to delete the children of a deleted QLoRAJob."""
-
-
-@dataclass(frozen=True)
-class ReconcileRequest:
-    """The input of one reconcile: the QLoRAJob, its status so far, the time and the last progress report."""
-
-    raw: RawJob
-    previous_status: QLoRAJobStatus
-    context: ReconcileContext
-
-
-@dataclass(frozen=True)
-class ReconcileResult:
-    """The outcome of one reconcile, as in controller-runtime."""
-
-    requeue_after: timedelta | None = None
-    """Delay until the next reconcile, if one is needed without an event."""
-    written_version: str | None = None
-    """The resourceVersion of the status, if one was written."""
-    status: QLoRAJobStatus | None = None
-    """The current status; None if the QLoRAJob is gone, or its first step is taken but not yet written."""
-    request: ReconcileRequest | None = None
-    """The input of the reconcile; None if the run had already ended."""
 
 
 async def reconcile(
@@ -94,7 +83,7 @@ async def reconcile_once(
         return ReconcileResult()
     request = ReconcileRequest(raw, QLoRAJobStatus.model_validate(raw.status), without_stale_report(context, raw))
     if is_terminal(request.previous_status):
-        return await reconcile_finished(request, cluster)
+        return await reconcile_ended(request, cluster, installation, from_cache=from_cache)
     spec = parse(raw)
     if isinstance(spec, Violation):
         return None if from_cache else await write_status(request, rejected((spec,)), None, cluster)
@@ -154,33 +143,42 @@ def parse(raw: RawJob) -> QLoRAJobSpec | Violation:
         return Violation(Reason.INVALID_SPEC, "; ".join(sentences))
 
 
-async def reconcile_finished(request: ReconcileRequest, cluster: Cluster) -> ReconcileResult:
-    """Clean up after a run: delete Jobs that a failed run left running, and all Jobs once spec.ttl has expired."""
+async def reconcile_ended(
+    request: ReconcileRequest, cluster: Cluster, installation: Installation, *, from_cache: bool
+) -> ReconcileResult | None:
+    """Reconcile a run that has ended, unless somebody asks to start it again; None: read the QLoRAJob live first."""
+    if is_settled(request.previous_status, request.raw.retry_request):
+        return await reconcile_finished(request, cluster, installation.retention, from_cache=from_cache)
+    return None if from_cache else await answer_retry_request(request, cluster)
+
+
+async def answer_retry_request(request: ReconcileRequest, cluster: Cluster) -> ReconcileResult:
+    """Record a request to retry a finished run; once it is recorded, start a failed run again.
+
+    The Jobs are deleted before the status says so: after a crash in between, the rest of them is deleted.
+    """
     raw, previous, now = request.raw, request.previous_status, request.context.now
-    expires = expires_at(raw, previous)
-    expired = expires is not None and now >= expires
-    if jobs_to_delete(cluster.children_from_cache(raw), previous, expired=expired):
-        for name in jobs_to_delete(await cluster.list_children(raw), previous, expired=expired):
-            await cluster.delete_job(raw.ref, name)
-    status = with_observed_generation(previous, raw.generation)
-    wait = expires - now if expires is not None and not expired else None
-    return ReconcileResult(wait, await _write_if_changed(raw, previous, status, cluster), status)
+    if not is_pending(previous, raw.retry_request):
+        status = record_request(previous, raw.retry_request)
+        await _warn_of_request_without_effect(request, cluster)
+        written = await write_if_changed(raw, previous, status, cluster)
+        # An older CRD stores nothing of it, and repeating the write at once would not change that.
+        return ReconcileResult(None if written == raw.resource_version else AT_ONCE, written, status)
+    for child in (await cluster.list_children(raw)).jobs:
+        if not child.deleting:
+            await cluster.delete_job(raw.ref, child.name)
+    begun, decision = begin_retry(previous, now)
+    return await write_status(replace(request, previous_status=begun), decision, 0, cluster)
 
 
-def expires_at(raw: RawJob, status: QLoRAJobStatus) -> datetime | None:
-    """Return when the children of a finished run are deleted; None if the spec has no ttl or is invalid."""
-    spec = parse(raw)
-    if isinstance(spec, Violation) or spec.ttl is None or status.finished_at is None:
-        return None
-    return status.finished_at + min(to_timedelta(spec.ttl), LONGEST_WAIT)
-
-
-def jobs_to_delete(children: Observation, status: QLoRAJobStatus, *, expired: bool) -> list[str]:
-    """Return the Jobs of a finished run to delete: all after expiry, before that what a failed run left running."""
-    failed = status.phase is Phase.FAILED
-    return [
-        child.name for child in children.jobs if (expired or (failed and child.holds_resources)) and not child.deleting
-    ]
+async def _warn_of_request_without_effect(request: ReconcileRequest, cluster: Cluster) -> None:
+    """Record an Event for a new request to retry a run that has not failed; a new run has none to refer to."""
+    raw, status = request.raw, request.previous_status
+    if is_recorded(status, raw.retry_request) or status.phase in {None, Phase.FAILED}:
+        return
+    told = status.model_copy(update={"message": describe_no_effect(status)})
+    event = build_event(Owner(raw.ref, raw.uid), f"{raw.resource_version}/retry", told, request.context.now)
+    await cluster.record_event(event)
 
 
 async def apply_decision(
@@ -221,7 +219,7 @@ def build_children(decision: Decision, job: Job, installation: Installation) -> 
             decision.plan,
             decision.prepared,
             seconds_left=seconds_left(job),
-            avoided_nodes=avoided_nodes(job.status.attempts),
+            avoided_nodes=avoided_nodes(budgeted_attempts(job.status)),
         )
         return (
             build_run_config(owner, job.spec, run, installation),
@@ -274,7 +272,7 @@ def outdated_deadlines(job: Job, children: Observation) -> list[Manifest]:
 
 def seconds_left(job: Job) -> int:
     """Return the seconds of spec.deadlines.total left for the current attempt; Kubernetes requires at least 1."""
-    ended = [attempt for attempt in job.status.attempts if attempt.reason]
+    ended = [attempt for attempt in budgeted_attempts(job.status) if attempt.reason]
     return max(int(time_left(job.spec.deadlines, ended).total_seconds()), 1)
 
 
@@ -284,13 +282,17 @@ async def write_status(
     """Record an Event for a transition, and write the status if it changed; less of it if that is refused."""
     raw, previous = request.raw, request.previous_status
     report, now = request.context.last_report, request.context.now
-    statuses = derive_alternatives(previous, decision, report, gpus=gpus, generation=raw.generation, now=now)
+    await _warn_of_request_without_effect(request, cluster)
+    statuses = (
+        note_request(status, raw.retry_request)
+        for status in derive_alternatives(previous, decision, report, gpus=gpus, generation=raw.generation, now=now)
+    )
     status = next(statuses)
     if (status.phase, status.reason) != (previous.phase, previous.reason):
         await cluster.record_event(build_event(Owner(raw.ref, raw.uid), raw.resource_version, status, now))
     while True:
         try:
-            written = await _write_if_changed(raw, previous, status, cluster)
+            written = await write_if_changed(raw, previous, status, cluster)
         except InvalidStatusError as error:
             less = next(statuses, None)
             if less is None:
@@ -308,9 +310,3 @@ def _requeue_after(decision: Decision, now: datetime) -> timedelta | None:
     if decision.requeue_at is not None:
         return max(decision.requeue_at - now, timedelta(0))
     return decision.requeue_after
-
-
-async def _write_if_changed(
-    raw: RawJob, previous: QLoRAJobStatus, status: QLoRAJobStatus, cluster: Cluster
-) -> str | None:
-    return await cluster.write_status(raw, to_wire(status)) if status != previous else None

@@ -17,6 +17,7 @@ from qlora_operator.lifecycle.context import ReconcileContext
 from qlora_operator.lifecycle.gang import classify_child, deletion_deadline, is_busy
 from qlora_operator.lifecycle.prepare_phase import follow_preparation
 from qlora_operator.lifecycle.retry_policy import retry_at
+from qlora_operator.lifecycle.retry_request import budgeted_attempts
 from qlora_operator.lifecycle.suspend import suspend
 from qlora_operator.lifecycle.train_phase import decide_lost, decide_published, follow_training, make_attempt
 from qlora_operator.models import Action, ChildJob, Decision, Job, Observation
@@ -109,5 +110,5 @@ def _wait_for_earlier_attempts(
         return replace(waiting, action=Action.DELETE_RUNNING_JOBS)
     if any(child.attempt not in given_up or is_busy(child, context.now) for child in unfinished):
         return replace(waiting, requeue_at=max(filter(None, map(deletion_deadline, unfinished)), default=None))
-    retry_time = retry_at(status.attempts)
+    retry_time = retry_at(budgeted_attempts(status))
     return replace(waiting, requeue_at=retry_time) if retry_time is not None and context.now < retry_time else None

@@ -11,6 +11,7 @@ from qlora_operator.lifecycle.context import startup_timeout
 from qlora_operator.lifecycle.exit_reasons import describe_missing_pod
 from qlora_operator.lifecycle.gang import classify_child
 from qlora_operator.lifecycle.retry_policy import AT_ONCE
+from qlora_operator.lifecycle.retry_request import last_retry
 from qlora_operator.lifecycle.train_phase import PREPARE_SUCCESS_REASONS, decide_failed, make_attempt
 from qlora_operator.models import Action, ChildJob, Decision, Job, JobState, Manifest, Observation, Stage
 from qlora_planner import make_plan
@@ -42,7 +43,8 @@ def follow_preparation(job: Job, children: Observation, number: int, now: dateti
 
 def _retry_preparation(job: Job, prepare: ChildJob, state: JobState, now: datetime) -> Decision | None:
     """Retry prepare after a transient failure, until spec.deadlines.startup has passed; no GPU is held meanwhile."""
-    if REASONS[state.reason].retry is not RetryAction.RESUME or now >= job.created_at + startup_timeout(job):
+    begun = last_retry(job.status) or job.created_at
+    if REASONS[state.reason].retry is not RetryAction.RESUME or now >= begun + startup_timeout(job):
         return None
     retry_time = prepare.ended_at(now) + PREPARE_PAUSE
     message = f"{state.message}; preparation is retried"

@@ -17,6 +17,7 @@ from qlora_operator.lifecycle.retry_policy import (
     time_left,
     used_attempts,
 )
+from qlora_operator.lifecycle.retry_request import budgeted_attempts
 from qlora_operator.models import Action, ChildJob, Decision, Job, JobState, Pod, Stage
 from qlora_planner.validation import Violation
 
@@ -156,7 +157,8 @@ def _end_training(job: Job, state: JobState, attempt: Attempt, at: datetime) -> 
 
 def _retry(job: Job, state: JobState, ended: Attempt) -> Decision | None:
     """Return the decision to retry, if another attempt can fix the failure; it resumes from the last checkpoint."""
-    plan, attempts = job.status.plan, (*job.status.attempts[: ended.number - 1], ended)
+    plan = job.status.plan
+    attempts = (*(other for other in budgeted_attempts(job.status) if other.number < ended.number), ended)
     action = choose_remedy(state, plan) if plan else None
     if action is None or plan is None:
         return None

@@ -7,6 +7,7 @@ from qlora_api import names
 from qlora_api.job_ref import JobRef
 from qlora_api.names import Role
 from qlora_api.runconfig import Platform
+from qlora_operator.models import Retention
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class Installation:
     platform: Platform = field(default_factory=Platform)
     pull_secrets: tuple[str, ...] = ()
     """Names of imagePullSecrets in the QLoRAJob's namespace."""
+    retention: Retention = field(default_factory=Retention)
 
 
 class Owner(NamedTuple):

@@ -12,7 +12,7 @@ from qlora_api.reasons import REASONS
 from qlora_api.result import Result, is_below
 from qlora_api.units import format_duration
 from qlora_api.v1alpha1 import Attempt, Checkpoint, OutputStatus, Plan, Progress, QLoRAJobStatus
-from qlora_api.v1alpha1.status import MAX_ATTEMPT_MESSAGE, MAX_MESSAGE
+from qlora_api.v1alpha1.status import MAX_ATTEMPT_MESSAGE, MAX_ATTEMPTS, MAX_MESSAGE
 from qlora_operator.models import Decision
 from qlora_operator.status.conditions import derive_conditions
 from qlora_operator.status.formatting import format_number, format_step
@@ -149,7 +149,10 @@ def derive_output(
 
 
 def merge_attempt(attempts: tuple[Attempt, ...], attempt: Attempt | None) -> tuple[Attempt, ...]:
-    """Replace the attempt with the same number, keeping its sticky fields; a message becomes one line."""
+    """Replace the attempt with the same number, keeping its sticky fields; a message becomes one line.
+
+    The oldest attempts are dropped if there are too many, which retries that users requested can bring about.
+    """
     if attempt is None:
         return attempts
     by_number = {other.number: other for other in attempts}
@@ -157,7 +160,7 @@ def merge_attempt(attempts: tuple[Attempt, ...], attempt: Attempt | None) -> tup
     sticky = {name: getattr(previous, name) for name in _STICKY_ATTEMPT_FIELDS if not getattr(attempt, name)}
     message = escape_line(attempt.message)[:MAX_ATTEMPT_MESSAGE]
     by_number[attempt.number] = attempt.model_copy(update={**sticky, "message": message})
-    return tuple(by_number[number] for number in sorted(by_number))
+    return tuple(by_number[number] for number in sorted(by_number)[-MAX_ATTEMPTS:])
 
 
 def with_observed_generation(previous: QLoRAJobStatus, generation: int) -> QLoRAJobStatus:
