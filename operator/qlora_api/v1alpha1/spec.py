@@ -242,8 +242,9 @@ class QLoRAJobSpec(ApiModel):
     ttl: Duration | None = Field(
         default=None,
         description=(
-            "How long after the run has ended Jobs and pods are deleted; the QLoRAJob itself stays. Absent: they are "
-            "kept until it is deleted. Mutable."
+            "How long after the run has ended Jobs, pods, ConfigMaps and Services are deleted; the QLoRAJob itself "
+            "stays. Absent: what the installation says (chart value ttl), else they are kept until it is deleted. "
+            "Mutable."
         ),
     )
 
