@@ -107,6 +107,8 @@ class Phase(StrEnum):
 
 
 TERMINAL: Final = frozenset({Phase.SUCCEEDED, Phase.FAILED})
+RUNNING: Final = frozenset({Phase.TRAINING, Phase.EVALUATING, Phase.PUBLISHING})
+"""Phases in which training pods run."""
 
 
 class ConditionType(StrEnum):

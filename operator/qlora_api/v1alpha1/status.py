@@ -15,6 +15,8 @@ from qlora_api.v1alpha1.types import MAX_URI
 
 MAX_MESSAGE: Final = 32_768
 """Longest message of a condition (Kubernetes API conventions), and of a status."""
+MAX_SUMMARY: Final = 100
+"""Longest beginning of a message that a column shows, in characters."""
 MAX_ATTEMPTS: Final = 100
 """Attempts that a status keeps: the latest ones."""
 MAX_RETRY_REQUEST: Final = 64
@@ -209,7 +211,10 @@ class QLoRAJobStatus(ApiModel):
     tokens_per_second: Annotated[str, Field(max_length=16)] | None = Field(
         default=None, description="For the TOK/S column."
     )
-    gpus: int | None = Field(default=None, ge=0, description="GPUs that the run holds or will request.")
+    summary: Annotated[str, Field(max_length=MAX_SUMMARY)] | None = Field(
+        default=None, description="The beginning of the message, for the MESSAGE column."
+    )
+    gpus: int | None = Field(default=None, ge=0, description="GPUs that pods of the run hold now.")
     attempt: int | None = Field(default=None, ge=1, description="Number of the latest attempt.")
     started_at: datetime | None = Field(default=None, description="When the operator first saw the job.")
     finished_at: datetime | None = Field(default=None, description="When the job ended.")

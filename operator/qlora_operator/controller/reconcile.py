@@ -46,7 +46,7 @@ from qlora_operator.resources import (
     build_service,
     build_train_job,
 )
-from qlora_operator.status import derive_alternatives
+from qlora_operator.status import derive_alternatives, held_gpus
 from qlora_planner.validation import Violation
 
 _log = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ async def reconcile_once(
         return await reconcile_ended(request, cluster, installation, from_cache=from_cache)
     spec = parse(raw)
     if isinstance(spec, Violation):
-        return None if from_cache else await write_status(request, rejected((spec,)), None, cluster)
+        return None if from_cache else await write_status(request, rejected((spec,)), 0, cluster)
     job = Job(raw.ref, raw.uid, raw.generation, raw.created_at, spec, request.previous_status)
     children = cluster.children_from_cache(raw)
     decision = decide(job, children, request.context)
@@ -101,7 +101,8 @@ async def reconcile_once(
     decision, created = await apply_decision(decision, job, children, cluster, installation)
     if created and is_first_step(decision, job):
         return ReconcileResult(AT_ONCE)  # status comes after the first steps of all queued QLoRAJobs
-    return await write_status(request, decision, spec.resources.nodes * spec.resources.gpus_per_node, cluster)
+    gpus = held_gpus(children, decision.plan or job.status.plan)
+    return await write_status(request, decision, gpus, cluster)
 
 
 def is_first_step(decision: Decision, job: Job) -> bool:
@@ -276,9 +277,7 @@ def seconds_left(job: Job) -> int:
     return max(int(time_left(job.spec.deadlines, ended).total_seconds()), 1)
 
 
-async def write_status(
-    request: ReconcileRequest, decision: Decision, gpus: int | None, cluster: Cluster
-) -> ReconcileResult:
+async def write_status(request: ReconcileRequest, decision: Decision, gpus: int, cluster: Cluster) -> ReconcileResult:
     """Record an Event for a transition, and write the status if it changed; less of it if that is refused."""
     raw, previous = request.raw, request.previous_status
     report, now = request.context.last_report, request.context.now
