@@ -14,9 +14,6 @@ from qlora_cli.manifests.validation_messages import Problem, describe_error, rea
 from qlora_cli.manifests.yaml_documents import Document
 from qlora_planner.validation import Rule, check
 
-GO_EXPONENT: Final = 1e21
-"""From here on Go writes a number with an exponent, which the API server takes for no integer."""
-
 
 def _expect(expected: str) -> AfterValidator:
     def compare(text: str) -> str:
@@ -88,20 +85,10 @@ def parse_manifest(document: Document, rules: tuple[Rule, ...]) -> JobManifest:
 
 def _to_json(document: Document) -> str:
     try:
-        return json.dumps(_with_whole_numbers(document.value))
+        return json.dumps(document.value)
     except (TypeError, ValueError) as error:
         message = f"has a key or a value that JSON does not have ({error}); write text or a number, without a YAML tag"
         raise ManifestError([Problem(document.position_of(()), message)]) from error
-
-
-def _with_whole_numbers(value: Any) -> Any:
-    """Return a value with 16.0 and 1e3 as integers: what kubectl sends, since it writes numbers as Go does."""
-    if isinstance(value, dict):
-        return {key: _with_whole_numbers(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_with_whole_numbers(item) for item in value]
-    whole = isinstance(value, float) and value.is_integer() and abs(value) < GO_EXPONENT
-    return int(value) if whole else value
 
 
 def _problem(document: Document, detail: ErrorDetails) -> Problem:

@@ -26,6 +26,8 @@ MAX_LISTS: Final = 16
 """Lists in lists that are taken apart; kubectl writes one."""
 _NOT_AN_INTEGER: Final = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+$")
 """1:30, which YAML 1.1 takes for 90, and Kubernetes for text."""
+GO_EXPONENT: Final = 1e21
+"""From here on Go writes a number with an exponent, which the API server takes for no integer."""
 _FLOAT: Final = re.compile(r"[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$")
 _YAML_TAG: Final = "tag:yaml.org,2002:"
 
@@ -42,11 +44,18 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_implicit_resolver(f"{_YAML_TAG}float", _FLOAT, list("-+.0123456789"))
 
 
-def _construct_number(loader: _Loader, node: yaml.ScalarNode) -> Any:
+def _construct_integer(loader: _Loader, node: yaml.ScalarNode) -> int | str:
     return node.value if _NOT_AN_INTEGER.match(node.value) else loader.construct_yaml_int(node)
 
 
-_Loader.add_constructor(f"{_YAML_TAG}int", _construct_number)
+def _construct_float(loader: _Loader, node: yaml.ScalarNode) -> int | float:
+    """Return 16.0 and 1e3 as integers: what kubectl sends, since it writes numbers as Go does."""
+    number = loader.construct_yaml_float(node)
+    return int(number) if number.is_integer() and abs(number) < GO_EXPONENT else number
+
+
+_Loader.add_constructor(f"{_YAML_TAG}int", _construct_integer)
+_Loader.add_constructor(f"{_YAML_TAG}float", _construct_float)
 
 
 class YamlError(Exception):

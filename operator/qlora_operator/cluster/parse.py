@@ -53,7 +53,7 @@ def _retry_request(metadata: Json) -> str | None:
     value = (metadata.get("annotations") or {}).get(names.RETRY_ANNOTATION)
     if value is None or len(value) <= MAX_RETRY_REQUEST:
         return value
-    return sha256(value.encode()).hexdigest()
+    return sha256(value.encode(errors="replace")).hexdigest()
 
 
 def controller_of(item: Json) -> Json | None:
