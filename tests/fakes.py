@@ -79,6 +79,12 @@ class FakeCluster:
         self.job["metadata"]["generation"] += 1
         self.job["metadata"]["resourceVersion"] = self._version()
 
+    def annotate(self, key: str, value: str) -> None:
+        """Set an annotation, which is no new generation."""
+        assert self.job
+        self.job["metadata"].setdefault("annotations", {})[key] = value
+        self.job["metadata"]["resourceVersion"] = self._version()
+
     def remove(self, name: str) -> None:
         """Delete a Job and its pods."""
         job = self.children.pop(("Job", name), None)
@@ -245,6 +251,19 @@ class FakeCluster:
         else:
             self.remove(name)
         self._wrote("delete", name)
+
+    async def delete_configuration(self, job: RawJob) -> None:
+        for kind, name in list(self.children):
+            if kind in {"ConfigMap", "Service"} and controller_uid(self.children[kind, name]) == job.uid:
+                del self.children[kind, name]
+                self._wrote("delete", f"{kind}/{name}")
+
+    async def delete_qlorajob(self, job: RawJob) -> None:
+        assert self.job
+        if self.job["metadata"]["resourceVersion"] != job.resource_version:
+            raise ClusterBusyError("conflict")
+        self.job = None
+        self._wrote("delete", f"QLoRAJob/{job.ref.name}")
 
     async def write_status(self, job: RawJob, status: Manifest) -> str:
         assert self.job

@@ -160,7 +160,7 @@ CORPUS: Final[dict[str, Hostile]] = {
     "queue-with-label": Hostile({"queue": {"name": "gpu,x=y"}}, "spec.queue.name", "must look like", "should match"),
     # into labels and selectors
     "node-selector-key": Hostile(
-        {"resources": {"nodeSelector": {"a b\nc": "x"}}}, "spec.resources.nodeSelector", "write a label key", ""
+        {"resources": {"nodeSelector": {"a b\nc": "x"}}}, "spec.resources.nodeSelector", "write a label key"
     ),
     "node-selector-value": Hostile(
         {"resources": {"nodeSelector": {"pool": "x, y in (z)"}}}, "spec.resources.nodeSelector", "write a label value"

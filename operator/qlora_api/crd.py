@@ -26,13 +26,14 @@ PRINTER_COLUMNS: Final = (
     ("ETA", "string", ".status.eta", 0),
     ("Loss", "string", ".status.loss", 0),
     ("GPUs", "integer", ".status.gpus", 0),
+    ("Reason", "string", ".status.reason", 0),
     ("Age", "date", ".metadata.creationTimestamp", 0),
     ("Model", "string", ".spec.model.uri", 1),
     ("Step", "string", ".status.step", 1),
     ("Tok/s", "string", ".status.tokensPerSecond", 1),
     ("Attempt", "integer", ".status.attempt", 1),
     ("Adapter", "string", ".status.output.adapter", 1),
-    ("Reason", "string", ".status.reason", 1),
+    ("Message", "string", ".status.summary", 1),
 )
 """Printer columns: name, type, JSON path, priority (1: with -o wide only)."""
 

@@ -24,6 +24,8 @@ ATTEMPT_LABEL: Final = "qlora.dev/attempt"
 PREPARATION_LABEL: Final = "qlora.dev/preparation"
 """On a prepare Job and its pods; the value is its number, from 1. A label of its own: every selector of ATTEMPT_LABEL,
 such as that of `qlora logs`, means training pods."""
+RETRY_ANNOTATION: Final = "qlora.dev/retry-requested-at"
+"""On a QLoRAJob: a value that the operator has not seen yet lets a failed run try again from its checkpoint."""
 
 MAX_JOB_NAME: Final = 52
 """Leaves room for '-prepare-0' or '-prep9999-0' within 63 characters: the host name of a pod of an Indexed Job is the
@@ -114,6 +116,8 @@ class Phase(StrEnum):
 
 
 TERMINAL: Final = frozenset({Phase.SUCCEEDED, Phase.FAILED})
+RUNNING: Final = frozenset({Phase.TRAINING, Phase.EVALUATING, Phase.PUBLISHING})
+"""Phases in which training pods run."""
 
 
 class ConditionType(StrEnum):
@@ -141,6 +145,14 @@ def prepare_job_name(job: str, number: int = 1) -> str:
 def train_job_name(job: str, attempt: int) -> str:
     """Return the name of the Job, and of its ConfigMap, of one training attempt; attempts count from 1."""
     return f"{job}-{attempt}"
+
+
+def gang_service_name(job: str, attempt: int) -> str:
+    """Return the name of the headless Service of an attempt on several nodes.
+
+    Up to Kubernetes 1.35 the name of a Service must start with a letter (DNS-1035); that of a QLoRAJob need not.
+    """
+    return f"qlora-{train_job_name(job, attempt)}"
 
 
 def output_root(uri: str, job: str) -> str:

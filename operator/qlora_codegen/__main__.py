@@ -32,6 +32,7 @@ from qlora_operator.cluster.rbac import (
     build_cluster_rules,
     build_edit_rules,
     build_own_namespace_rules,
+    build_retention_rules,
     build_rules,
     build_view_rules,
 )
@@ -70,6 +71,7 @@ def chart_rules_file() -> str:
     """Return the RBAC rules of the operator and of its users, and the resources that are GPUs, as named templates."""
     templates = {
         "rules": build_rules(),
+        "retentionRules": build_retention_rules(),
         "clusterRules": build_cluster_rules(),
         "homeRules": build_own_namespace_rules(),
         "viewRules": build_view_rules(),

@@ -41,6 +41,18 @@ class RawJob:
     deleting: bool
     spec: Mapping[str, Any]
     status: Mapping[str, Any]
+    retry_request: str | None = None
+    """Value of the annotation qlora.dev/retry-requested-at, of bounded length; None without it."""
+
+
+@dataclass(frozen=True)
+class Retention:
+    """What an installation deletes of runs that have ended, and how long after their end."""
+
+    ttl: timedelta | None = None
+    """Default of spec.ttl: deletes Jobs, pods, ConfigMaps and Services."""
+    jobs: timedelta | None = None
+    """Deletes the QLoRAJob itself; None keeps it."""
 
 
 @dataclass(frozen=True)

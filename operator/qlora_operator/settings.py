@@ -5,13 +5,17 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Final
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from qlora_api import names
 from qlora_api.logs.formatters import FORMAT_ENV, Format
 from qlora_api.runconfig import Platform, S3Config
+from qlora_api.v1alpha1 import to_timedelta
+from qlora_api.v1alpha1.types import Duration
+from qlora_operator.models import Retention
 from qlora_operator.resources import Installation
 
+_DURATION: Final[TypeAdapter[str]] = TypeAdapter(Duration)
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 PULL_POLICIES: Final = ("Always", "IfNotPresent", "Never")
 MAX_PORT: Final = 65_535
@@ -71,6 +75,9 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
             progress_url=environment.get("QLORA_PROGRESS_URL", ""),
             platform=_platform(environment),
             pull_secrets=_names(environment.get("QLORA_IMAGE_PULL_SECRETS", "")),
+            retention=Retention(
+                ttl=_duration(environment, "QLORA_TTL"), jobs=_duration(environment, "QLORA_RETENTION")
+            ),
         ),
         namespaces=_names(environment.get("QLORA_NAMESPACES", "")),
         workers=_number(environment, "QLORA_WORKERS", 64, MAX_WORKERS),
@@ -121,6 +128,14 @@ def _number(environment: Mapping[str, str], name: str, default: int, maximum: in
     if not text.isdecimal() or not 1 <= int(text) <= maximum:
         raise SettingsError(f"{name} is {text!r}: write a number from 1 to {maximum}")
     return int(text)
+
+
+def _duration(environment: Mapping[str, str], name: str) -> timedelta | None:
+    text = environment.get(name) or None
+    try:
+        return to_timedelta(_DURATION.validate_python(text)) if text else None
+    except ValidationError as error:
+        raise SettingsError(f"{name} is {text!r}: write a number and one unit: 12h or 30d") from error
 
 
 def _choice(environment: Mapping[str, str], name: str, choices: tuple[str, ...], default: str) -> str:

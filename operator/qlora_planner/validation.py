@@ -12,6 +12,7 @@ from qlora_api.reasons import Reason
 from qlora_api.strategies import DDP, SHARDING_OPTIMIZER, SHARDING_WEIGHTS, ZERO2
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_api.v1alpha1.patterns import NO_LOOPBACK
+from qlora_planner.placement_rules import cpu_is_positive, memory_is_plausible, tolerations_are_valid
 from qlora_planner.sharding_limits import has_shardable_optimizer, needs_unsharded_weights
 
 
@@ -242,6 +243,9 @@ COMMON_RULES: Final[tuple[Rule, ...]] = (
     weights_can_be_sharded,
     optimizer_can_be_sharded,
     dataset_has_one_source,
+    cpu_is_positive,
+    memory_is_plausible,
+    tolerations_are_valid,
 )
 """Rules for both `qlora run` and a cluster."""
 CLUSTER_RULES: Final[tuple[Rule, ...]] = (*COMMON_RULES, uris_are_reachable, trackers_are_not_loopback)

@@ -29,6 +29,41 @@ BAD_URLS: Final = (
 SOURCES: Final = "spec.dataset.sources"
 URI_FIELDS: Final = ("model.uri", "dataset.uri", "dataset.evaluation.uri", "output.uri")
 
+LONG: Final = "a" * 64
+NODE: Final = "spec.resources"
+PODS_REFUSED: Final[tuple[Change, ...]] = (
+    {f"{NODE}.nodeSelector": {LONG: "x"}},
+    {f"{NODE}.nodeSelector": {f"example.com/{LONG}": "x"}},
+    {f"{NODE}.nodeSelector": {f"{'a.' * 127}a/zone": "x"}},
+    {f"{NODE}.nodeSelector": {"a..b/zone": "x"}},
+    {f"{NODE}.nodeSelector": {"Example.com/zone": "x"}},
+    {f"{NODE}.nodeSelector": {"a b": "x"}},
+    {f"{NODE}.nodeSelector": {"": "x"}},
+    {f"{NODE}.nodeSelector": {"zone": LONG}},
+    {f"{NODE}.tolerations": [{"key": "gpu", "operator": "Exists", "value": "true"}]},
+    {f"{NODE}.tolerations": [{"operator": "Exists", "value": "true"}]},
+    {f"{NODE}.tolerations": [{"key": "spot", "operator": "Exists", "tolerationSeconds": 60}]},
+    {
+        f"{NODE}.tolerations": [
+            {"key": "spot", "operator": "Exists", "effect": "NoSchedule", "tolerationSeconds": 60},
+        ]
+    },
+    {f"{NODE}.tolerations": [{"value": "x"}]},
+    {f"{NODE}.tolerations": [{}]},
+    {f"{NODE}.tolerations": [{"effect": "NoExecute", "operator": "Equal"}]},
+    {f"{NODE}.tolerations": [{"key": LONG, "operator": "Exists"}]},
+    {f"{NODE}.tolerations": [{"key": "a.-b/c", "operator": "Exists"}]},
+    {f"{NODE}.tolerations": [{"key": f"{'a' * 254}/c", "operator": "Exists"}]},
+    *({f"{NODE}.memory": memory} for memory in ("512m", "16", "0", "0Gi", "1Mi", "0.1Mi", "64000000000m", "2000Ti")),
+    *({f"{NODE}.cpu": cpu} for cpu in ("0", "0m", "0.00", "2Gi", "4k")),
+    *({"spec.output.secretRef.name": name} for name in ("a..b", "a.-b", "-a", "A", "a_b", "a" * 254)),
+    *({"spec.output.serviceAccountName": name} for name in ("a..b", "a.-b", "a-.b")),
+    *({"spec.queue.name": name} for name in ("a..b", "a.-b", LONG)),
+    *({"spec.queue": {"name": "a", "priorityClass": name}} for name in ("a..b", "-a")),
+    *({"spec.model.uri": f"pvc://{name}/model"} for name in ("a..b", "a-.b", "a" * 254)),
+)
+"""What the API server would refuse, or never make sense of, in the pods of the run: after its preparation."""
+
 REFUSED: Final[tuple[Change, ...]] = (
     {"metadata.name": "x" * 53},
     {"metadata.name": "support.bot"},
@@ -60,6 +95,7 @@ REFUSED: Final[tuple[Change, ...]] = (
     {"spec.resources.nodeSelector": {"zone": "-a"}},
     {"spec.resources.tolerations": [{"key": "a b", "operator": "Exists"}]},
     {"spec.resources.tolerations": [{"key": "a", "value": "a b"}]},
+    *PODS_REFUSED,
     *({"spec.tracking.mlflow": {"uri": url, "experiment": "a"}} for url in BAD_URLS),
     {"spec.lora.rank": 0},
     {"spec.lora.rnak": 8},
@@ -73,6 +109,15 @@ ACCEPTED: Final[tuple[Change, ...]] = (
     {"spec.distribution": "zero2", "spec.resources.nodes": 2},
     {"spec.lora.init": "loftq", "spec.output.merged": "bf16", "spec.output.mergeBase": "dequantised"},
     {"spec.tracking.mlflow": {"uri": "http://mlflow.ml.svc:5000", "experiment": "a"}},
+    {f"{NODE}.nodeSelector": {"a" * 63: "", f"{'a' * 60}.example.com/{'B' * 63}": "x_y.z"}},
+    {f"{NODE}.nodeSelector": {f"{'a.' * 126}a/zone": "x"}},
+    {f"{NODE}.tolerations": [{"operator": "Exists"}, {"key": "gpu", "value": "true", "effect": "NoSchedule"}]},
+    {f"{NODE}.tolerations": [{"key": "gpu"}, {"key": "gpu", "operator": "Exists", "value": ""}]},
+    {f"{NODE}.tolerations": [{"key": "x", "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 0}]},
+    *({f"{NODE}.memory": memory} for memory in ("17179869184", "256Mi", "1.5Gi", "0.5Ti", "1024Ti", "300M", "1.1Gi")),
+    *({f"{NODE}.cpu": cpu} for cpu in ("1m", "0.5", "500m", "64", "10", "0.01")),
+    {"spec.output.secretRef.name": "team-a.s3", "spec.output.serviceAccountName": "7.a-b"},
+    {"spec.queue": {"name": "team-a.gpus", "priorityClass": "7"}, "spec.model.uri": "pvc://models.team-a/llama"},
 )
 
 

@@ -37,16 +37,20 @@
   - configmaps
   verbs:
   - get
+  - list
   - create
   - patch
+  - delete
 - apiGroups:
   - ''
   resources:
   - services
   verbs:
   - get
+  - list
   - create
   - patch
+  - delete
 - apiGroups:
   - ''
   resources:
@@ -67,6 +71,15 @@
   - events
   verbs:
   - create
+{{- end }}
+
+{{- define "qlora-operator.retentionRules" -}}
+- apiGroups:
+  - qlora.dev
+  resources:
+  - qlorajobs
+  verbs:
+  - delete
 {{- end }}
 
 {{- define "qlora-operator.clusterRules" -}}

@@ -35,6 +35,7 @@ from qlora_api.v1alpha1.status import (
     Progress,
     QLoRAJobStatus,
     RetryLimits,
+    RetryStatus,
     RowLengths,
 )
 from qlora_api.v1alpha1.tracking import MlflowSpec, TrackingSpec, WandbSpec
@@ -86,6 +87,7 @@ __all__ = [
     "ResourcesSpec",
     "RetriesSpec",
     "RetryLimits",
+    "RetryStatus",
     "RowFormat",
     "RowFormatName",
     "RowLengths",

@@ -55,6 +55,11 @@ class TextPattern:
             return CelRule(f"!self.matches({_to_cel(self.pattern)})", self.message)
         return CelRule(f"self.matches({_to_cel(f'^(?:{self.pattern})$')})", self.message)
 
+    @property
+    def rule_for_keys(self) -> CelRule:
+        """Return the same check as a CEL rule on every key of a map."""
+        return CelRule(f"self.all(key, {self.rule.expression.replace('self.', 'key.', 1)})", self.message)
+
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         """Check the pattern in pydantic."""
         return core_schema.no_info_after_validator_function(self._check, handler(source))
@@ -84,6 +89,8 @@ PRINTABLE: Final = TextPattern(
     forbidden=True,
 )
 
+SUBDOMAIN: Final = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*"
+"""A DNS-1123 subdomain: the name of a Secret, a ServiceAccount, a claim, a queue."""
 _SEGMENT: Final = r"[A-Za-z0-9_][A-Za-z0-9._-]*"
 """One segment of a repository name on the hub."""
 NON_HUB_URI: Final = "(s3|file|pvc)://.*"
@@ -110,6 +117,11 @@ HUB_MODEL: Final = TextPattern(
 HUB_DATASET: Final = TextPattern(
     f"{NON_HUB_URI}|hf://datasets/{_SEGMENT}/{_SEGMENT}(@[A-Za-z0-9_][A-Za-z0-9._-]*)?/.*",
     "write hf://datasets/organization/name/file.jsonl, with @revision after the name if needed",
+)
+CLAIM_NAME: Final = TextPattern(
+    "^pvc://[^/]{254}",
+    "the name of a PersistentVolumeClaim has at most 253 characters; correct the part before the first '/'",
+    forbidden=True,
 )
 REVISION: Final = TextPattern(
     r"[A-Za-z0-9_][A-Za-z0-9_.+-]*(/[A-Za-z0-9_][A-Za-z0-9_.+-]*)*", "write the name of a branch or tag, or a commit"
@@ -147,8 +159,17 @@ LABEL: Final = TextPattern(
     "write a label value: letters, digits, '-', '_' and '.', with a letter or digit at both ends",
 )
 LABEL_KEY: Final = TextPattern(
-    "([a-z0-9]([a-z0-9.-]*[a-z0-9])?/)?[A-Za-z0-9]([A-Za-z0-9_.-]*[A-Za-z0-9])?",
-    "write a label key, such as topology.kubernetes.io/zone",
+    f"({SUBDOMAIN}/)?[A-Za-z0-9]([A-Za-z0-9_.-]{{0,61}}[A-Za-z0-9])?",
+    "write a label key, such as topology.kubernetes.io/zone: at most 63 characters after the '/'",
+)
+LABEL_PREFIX: Final = TextPattern(
+    "^[^/]{254}", "the prefix of a label key has at most 253 characters; shorten what is before the '/'", forbidden=True
+)
+CPU: Final = TextPattern(
+    r"[0-9.]*[1-9][0-9.]*m?", "write a number of cores above 0, such as 2, or thousandths of a core, such as 500m"
+)
+WHOLE_BYTES: Final = TextPattern(
+    "m$", "m means thousandths of a byte; write a number and a unit, such as 512Mi or 16Gi", forbidden=True
 )
 NO_FILE_URI: Final = CelRule(
     "!self.startsWith('file://')", "file:// works with 'qlora run' only; upload it and use s3://"

@@ -11,13 +11,39 @@ from qlora_api.optimizers import SHARDABLE
 from qlora_api.strategies import DDP, FOR_SEVERAL, SHARDING_OPTIMIZER, SHARDING_WEIGHTS, ZERO2, Distribution
 from qlora_api.v1alpha1.checkpoint import CheckpointSpec
 from qlora_api.v1alpha1.data import DatasetSpec, ModelSpec, OutputSpec
+from qlora_api.v1alpha1.patterns import CPU, LABEL_KEY, LABEL_PREFIX, SUBDOMAIN, WHOLE_BYTES, CelRule
 from qlora_api.v1alpha1.tracking import TrackingSpec
 from qlora_api.v1alpha1.training import EvaluationSpec, LoraSpec, QuantizationSpec, TrainingSpec
 from qlora_api.v1alpha1.types import Duration, LabelKey, LabelValue, Quantity, SecretRef, cel
 
+MIN_MEMORY: Final = 256
+"""Least memory of a training pod in MiB: its Python libraries alone take more; a smaller number lacks its unit."""
+MAX_MEMORY: Final = 1024
+"""Most memory of a training pod in TiB: no machine has as much."""
+_MEMORY_RANGE: Final = CelRule(
+    f"quantity(self).compareTo(quantity('{MIN_MEMORY}Mi')) >= 0 && "
+    f"quantity(self).compareTo(quantity('{MAX_MEMORY}Ti')) <= 0",
+    f"a training pod takes from {MIN_MEMORY}Mi to {MAX_MEMORY}Ti of memory; write a number and a unit, such as 16Gi",
+)
+
 
 class Toleration(ApiModel):
     """A Kubernetes toleration."""
+
+    model_config = cel(
+        (
+            "self.operator != 'Exists' || !has(self.value) || self.value == ''",
+            "operator Exists matches every value; leave value out, or set operator to Equal",
+        ),
+        (
+            "self.operator != 'Equal' || has(self.key)",
+            "operator Equal needs a key; add the taint's key, or set operator to Exists for all taints",
+        ),
+        (
+            "!has(self.tolerationSeconds) || (has(self.effect) && self.effect == 'NoExecute')",
+            "tolerationSeconds is for evictions; set effect to NoExecute, or leave tolerationSeconds out",
+        ),
+    )
 
     key: LabelKey | None = Field(default=None, description="Taint key; absent with operator Exists: all taints.")
     operator: Literal["Exists", "Equal"] = Field(default="Equal", description="How the value is matched.")
@@ -40,11 +66,13 @@ class ResourcesSpec(ApiModel):
     gpu_product: LabelValue = Field(
         default="", description=f"Required value of the node label {NVIDIA.product_label}; empty: any."
     )
-    cpu: Quantity = Field(default="2", description="CPU request of each training pod.")
-    memory: Quantity = Field(default="16Gi", description="Memory request and limit of each training pod.")
-    node_selector: Annotated[dict[LabelKey, LabelValue], Field(max_length=16)] = Field(
-        default={}, description="Labels that the nodes must have."
+    cpu: Annotated[Quantity, CPU.rule] = Field(default="2", description="CPU request of each training pod.")
+    memory: Annotated[Quantity, WHOLE_BYTES.rule, _MEMORY_RANGE] = Field(
+        default="16Gi", description="Memory request and limit of each training pod."
     )
+    node_selector: Annotated[
+        dict[LabelKey, LabelValue], Field(max_length=16), LABEL_KEY.rule_for_keys, LABEL_PREFIX.rule_for_keys
+    ] = Field(default={}, description="Labels that the nodes must have.")
     tolerations: Annotated[tuple[Toleration, ...], Field(max_length=16)] = Field(
         default=(), description=f"Taints that the training pods tolerate; {NVIDIA.resource} is always tolerated."
     )
@@ -99,10 +127,10 @@ class DeadlinesSpec(ApiModel):
 class QueueSpec(ApiModel):
     """A Kueue queue, which starts the training Job when there is room."""
 
-    name: Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$", max_length=63)] = Field(
+    name: Annotated[str, Field(pattern=f"^{SUBDOMAIN}$", max_length=63, examples=["team-a"])] = Field(
         description="Name of a LocalQueue in the QLoRAJob's namespace."
     )
-    priority_class: Annotated[str, Field(pattern=r"^([a-z0-9]([-a-z0-9.]*[a-z0-9])?)?$", max_length=63)] = Field(
+    priority_class: Annotated[str, Field(pattern=f"^({SUBDOMAIN})?$", max_length=63, examples=["nightly"])] = Field(
         default="", description="Name of a WorkloadPriorityClass; empty: the queue's default."
     )
 
@@ -225,8 +253,9 @@ class QLoRAJobSpec(ApiModel):
     ttl: Duration | None = Field(
         default=None,
         description=(
-            "How long after the run has ended Jobs and pods are deleted; the QLoRAJob itself stays. Absent: they are "
-            "kept until it is deleted. Mutable."
+            "How long after the run has ended Jobs, pods, ConfigMaps and Services are deleted; the QLoRAJob itself "
+            "stays. Absent: what the installation says (chart value ttl), else they are kept until it is deleted. "
+            "Mutable."
         ),
     )
 

@@ -8,7 +8,7 @@ from pydantic import AwareDatetime, Field
 from qlora_api.accelerators import NVIDIA, DeviceName
 from qlora_api.base import ApiModel
 from qlora_api.model_config import MAX_CONFIG
-from qlora_api.names import MOST_PREPARATIONS, ConditionType, Phase
+from qlora_api.names import MOST_PREPARATIONS, RETRY_ANNOTATION, ConditionType, Phase
 from qlora_api.reasons import Domain, Reason
 from qlora_api.strategies import SINGLE, StrategyName
 from qlora_api.v1alpha1.types import MAX_URI
@@ -18,6 +18,10 @@ MAX_MESSAGE: Final = 32_768
 MAX_PLAN_REASON: Final = 256
 """Longest reason of a plan."""
 MAX_PLAN_REASONS: Final = 32
+MAX_SUMMARY: Final = 100
+"""Longest beginning of a message that a column shows, in characters."""
+MAX_RETRY_REQUEST: Final = 64
+"""Longest recorded value of the annotation; a longer one is recorded as its SHA-256."""
 MAX_ATTEMPT_MESSAGE: Final = 4096
 """Longest message of an attempt: as long as a termination message."""
 MAX_ATTEMPTS_LISTED: Final = 100
@@ -256,6 +260,21 @@ class Progress(ApiModel):
     updated_at: datetime = Field(description="When the pod reported.")
 
 
+class RetryStatus(ApiModel):
+    """What became of the annotation qlora.dev/retry-requested-at."""
+
+    request: Annotated[str, Field(max_length=MAX_RETRY_REQUEST)] = Field(
+        description=f"Value of the annotation {RETRY_ANNOTATION} that was seen last; another one is a new request."
+    )
+    pending: bool = Field(default=False, description="Whether the retry is about to begin.")
+    after_attempt: int = Field(
+        default=0,
+        ge=0,
+        description="Attempts up to this number were made before the last retry; budgets count later ones.",
+    )
+    time: datetime | None = Field(default=None, description="When the last retry began; absent if there was none.")
+
+
 class QLoRAJobStatus(ApiModel):
     """The current state of the run."""
 
@@ -272,7 +291,10 @@ class QLoRAJobStatus(ApiModel):
     tokens_per_second: Annotated[str, Field(max_length=16)] | None = Field(
         default=None, description="For the TOK/S column."
     )
-    gpus: int | None = Field(default=None, ge=0, description="GPUs that the run holds or will request.")
+    summary: Annotated[str, Field(max_length=MAX_SUMMARY)] | None = Field(
+        default=None, description="The beginning of the message, for the MESSAGE column."
+    )
+    gpus: int | None = Field(default=None, ge=0, description="GPUs that pods of the run hold now.")
     attempt: int | None = Field(default=None, ge=1, description="Number of the latest attempt.")
     started_at: datetime | None = Field(default=None, description="When the operator first saw the job.")
     finished_at: datetime | None = Field(default=None, description="When the job ended.")
@@ -293,11 +315,18 @@ class QLoRAJobStatus(ApiModel):
     retry_limits: RetryLimits | None = Field(
         default=None, description="The limits with which the run failed; raising the one that it exceeded continues it."
     )
+    retry: RetryStatus | None = Field(
+        default=None, description=f"The last request to try again after a failure (annotation {RETRY_ANNOTATION})."
+    )
     checkpoint: Checkpoint | None = Field(
         default=None, description="What the next attempt resumes from; absent before the first, and once published."
     )
     evaluation: EvaluationStatus | None = Field(default=None, description="Base model and adapter compared.")
     output: OutputStatus | None = Field(default=None, description="Where the result is.")
+    children_deleted_at: datetime | None = Field(
+        default=None,
+        description="When ttl had expired, and Jobs, pods, ConfigMaps and Services of the run were deleted.",
+    )
     conditions: Annotated[tuple[Condition, ...], Field(max_length=16)] = Field(
         default=(), description="Kubernetes conditions of the run."
     )

@@ -10,14 +10,17 @@ from qlora_api.base import ApiModel
 from qlora_api.units import SECONDS
 from qlora_api.v1alpha1.patterns import (
     BUCKET,
+    CLAIM_NAME,
     HUB_DATASET,
     HUB_MODEL,
     LABEL,
     LABEL_KEY,
+    LABEL_PREFIX,
     NO_FILE_URI,
     NO_IP_BUCKET,
     NO_PATH_TRAVERSAL,
     PRINTABLE,
+    SUBDOMAIN,
     VALIDATIONS,
 )
 
@@ -55,8 +58,9 @@ Duration = Annotated[
 ]
 _Uri = Annotated[
     str,
-    Field(pattern=r"^((hf|s3|file)://.+|pvc://[a-z0-9]([-a-z0-9.]*[a-z0-9])?/.*)$", max_length=MAX_URI),
+    Field(pattern=f"^((hf|s3|file)://.+|pvc://{SUBDOMAIN}/.*)$", max_length=MAX_URI),
     PRINTABLE,
+    CLAIM_NAME,
     NO_PATH_TRAVERSAL,
     BUCKET,
     NO_IP_BUCKET,
@@ -74,11 +78,11 @@ OutputUri = Annotated[
     NO_FILE_URI,
 ]
 MergeBase = Literal["original", "dequantised"]
-ObjectName = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$", max_length=253)]
+ObjectName = Annotated[str, Field(pattern=f"^{SUBDOMAIN}$", max_length=253, examples=["s3-credentials"])]
 Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?$", max_length=16)]
 ModuleName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.\-]+$", max_length=128)]
 TaskName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.:\-]*$", max_length=128)]
-LabelKey = Annotated[str, Field(max_length=317), LABEL_KEY]
+LabelKey = Annotated[str, Field(max_length=317), LABEL_KEY, LABEL_PREFIX]
 LabelValue = Annotated[str, Field(max_length=63), LABEL]
 
 

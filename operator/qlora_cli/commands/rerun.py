@@ -1,7 +1,8 @@
-"""`qlora rerun`: runs a finished QLoRAJob again under the same name."""
+"""`qlora rerun`: runs a finished QLoRAJob again under the same name, a failed one in place."""
 
 import tempfile
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -9,7 +10,8 @@ import typer
 
 from qlora_api.escapes import shell_command
 from qlora_api.job_ref import JobRef
-from qlora_api.names import JOB_LABEL
+from qlora_api.names import JOB_LABEL, RETRY_ANNOTATION, Phase
+from qlora_api.v1alpha1 import MUTABLE_FIELDS
 from qlora_cli.cluster.client import ClusterClient, ClusterError, NotFoundError
 from qlora_cli.cluster.connection import Context, JobName, Kubeconfig, Namespace, exit_on_cluster_error, open_connection
 from qlora_cli.cluster.jobs import ClusterJob, get_job, parse_job
@@ -20,6 +22,8 @@ from qlora_cli.manifests.overrides import OverrideError, override_manifest, pars
 
 DELETION_SECONDS: Final = 300.0
 """Longest wait for the deletion of the previous run; pods have a grace period of a minute, a lost node takes longer."""
+TAKEN_UP_SECONDS: Final = 15.0
+"""Longest wait for the operator to see a request; it does so at once if it is not busy."""
 _MANIFEST_METADATA: Final = ("name", "namespace", "labels", "annotations")
 """Metadata that a manifest sets; the rest is set by the API server."""
 
@@ -36,21 +40,65 @@ def rerun(  # noqa: PLR0913, PLR0917 (an option each)
     force: Annotated[
         bool, typer.Option("--force", help="Also rerun a run that has not ended; it is stopped first.")
     ] = False,
+    recreate: Annotated[
+        bool,
+        typer.Option("--recreate", help="Also delete and create a failed run, instead of retrying it in place."),
+    ] = False,
     namespace: Namespace = None,
     context: Context = None,
     kubeconfig: Kubeconfig = None,
 ) -> None:
-    """Delete a finished run and create it again; it resumes from its checkpoint, or reuses a published result."""
+    """Run a finished run again: a failed one in place, from its checkpoint; another is deleted and created again."""
     with exit_on_cluster_error("qlora list shows whether the run was created again") as console:
         all_changes = [*(changes or []), *(["output.ifExists=Overwrite"] if overwrite else [])]
         connection = open_connection(namespace, context, kubeconfig)
         job = get_job(connection.cluster, connection.ref(name))
         manifest = make_manifest(job, all_changes)
         check_rerun(job, force=force)
+        if not recreate and can_retry_in_place(job, manifest):
+            echo(retry_in_place(connection.cluster, job, manifest, datetime.now(UTC), Clock()))
+            return
         if job.succeeded and not all_changes:
             print_line(console, f"{name} is already published and will be reused; --overwrite trains again")
         delete_and_create(connection.cluster, job, manifest, Clock(), console)
     echo(f"QLoRAJob {job.ref.namespace}/{job.ref.name} was submitted again")
+
+
+def can_retry_in_place(job: ClusterJob, manifest: Mapping[str, Any]) -> bool:
+    """Return whether the operator can try a run again as it is: it failed, and nothing immutable changes."""
+    return job.phase is Phase.FAILED and changed_blocks(job, manifest).keys() <= MUTABLE_FIELDS
+
+
+def changed_blocks(job: ClusterJob, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the blocks of the spec that differ from those of the run; None for one that is left out."""
+    before, after = job.raw["spec"], manifest["spec"]
+    return {name: after.get(name) for name in {*before, *after} if before.get(name) != after.get(name)}
+
+
+def retry_in_place(
+    cluster: ClusterClient, job: ClusterJob, manifest: Mapping[str, Any], now: datetime, clock: Clock
+) -> str:
+    """Ask the operator to try a failed run again, with changes of mutable fields; return what became of that."""
+    request, blocks = now.isoformat(), changed_blocks(job, manifest)
+    annotations = {"metadata": {"annotations": {RETRY_ANNOTATION: request}}}
+    cluster.patch(job.ref, annotations | ({"spec": blocks} if blocks else {}))
+    name = f"QLoRAJob {job.ref.namespace}/{job.ref.name}"
+    if not wait_until_taken_up(cluster, job.ref, request, clock):
+        command = shell_command("qlora", "rerun", "--recreate", job.ref.name)
+        return f"{name}: no operator has seen the request yet; if the run stays Failed, use {command}"
+    resumed = f"; it resumes from step {job.status.checkpoint.step}" if job.status.checkpoint else ""
+    return f"{name} is tried again{resumed}"
+
+
+def wait_until_taken_up(cluster: ClusterClient, ref: JobRef, request: str, clock: Clock) -> bool:
+    """Return whether the operator has recorded the request in time."""
+    deadline = clock.now() + TAKEN_UP_SECONDS
+    while clock.now() < deadline:
+        status = get_job(cluster, ref).status
+        if status.retry is not None and status.retry.request == request:
+            return True
+        clock.sleep(0.5)
+    return False
 
 
 def check_rerun(job: ClusterJob, *, force: bool) -> None:

@@ -10,7 +10,7 @@ from pydantic_core import ErrorDetails
 
 from qlora_api import names
 from qlora_api.v1alpha1 import QLoRAJobSpec
-from qlora_cli.manifests.validation_messages import Problem, describe_error, write_location
+from qlora_cli.manifests.validation_messages import Problem, describe_error, read_location, write_location
 from qlora_cli.manifests.yaml_documents import Document
 from qlora_planner.validation import Rule, check
 
@@ -99,4 +99,4 @@ def _problem(document: Document, detail: ErrorDetails) -> Problem:
 
 def _position_of_message(document: Document, message: str) -> str:
     """Return the position of the field whose path is the first word of a rule's message."""
-    return document.position_of(tuple(message.split(maxsplit=1)[0].split(".")))
+    return document.position_of(read_location(message.split(maxsplit=1)[0]))

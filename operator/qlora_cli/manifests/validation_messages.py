@@ -3,6 +3,7 @@
 import difflib
 import inspect
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final, get_args
@@ -14,6 +15,7 @@ from pydantic_core import ErrorDetails, PydanticUndefined
 from qlora_api.escapes import escape_line
 
 Location = tuple[str | int, ...]
+_PART: Final = re.compile(r"\[[0-9]+\]|[^.\[]+")
 
 SHOWN_CHARACTERS: Final = 60
 """Maximum characters of a wrong value in a message."""
@@ -57,6 +59,11 @@ class Problem:
 def write_location(location: Location) -> str:
     """Format ('spec', 'lora', 'targets', 0) as `spec.lora.targets[0]`."""
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).removeprefix(".")
+
+
+def read_location(path: str) -> Location:
+    """Parse what `write_location` formats."""
+    return tuple(int(part[1:-1]) if part.startswith("[") else part for part in _PART.findall(path))
 
 
 def describe_error(detail: ErrorDetails, root: type[BaseModel]) -> str:

@@ -2,6 +2,7 @@
 
 import re
 import sys
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -21,6 +22,12 @@ MAX_FIELDS: Final = 100_000
 _NO_VALUE: Final = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError)
 """What PyYAML raises besides YAMLError for a scalar that its tag or Python does not allow, such as an integer of 5,000
 digits or a month 13."""
+MAX_LISTS: Final = 16
+"""Lists in lists that are taken apart; kubectl writes one."""
+_NOT_AN_INTEGER: Final = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+$")
+"""1:30, which YAML 1.1 takes for 90, and Kubernetes for text."""
+GO_EXPONENT: Final = 1e21
+"""From here on Go writes a number with an exponent, which the API server takes for no integer."""
 _FLOAT: Final = re.compile(r"[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$")
 _YAML_TAG: Final = "tag:yaml.org,2002:"
 
@@ -35,6 +42,20 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.add_implicit_resolver(f"{_YAML_TAG}float", _FLOAT, list("-+.0123456789"))
+
+
+def _construct_integer(loader: _Loader, node: yaml.ScalarNode) -> int | str:
+    return node.value if _NOT_AN_INTEGER.match(node.value) else loader.construct_yaml_int(node)
+
+
+def _construct_float(loader: _Loader, node: yaml.ScalarNode) -> int | float:
+    """Return 16.0 and 1e3 as integers: what kubectl sends, since it writes numbers as Go does."""
+    number = loader.construct_yaml_float(node)
+    return int(number) if number.is_integer() and abs(number) < GO_EXPONENT else number
+
+
+_Loader.add_constructor(f"{_YAML_TAG}int", _construct_integer)
+_Loader.add_constructor(f"{_YAML_TAG}float", _construct_float)
 
 
 class YamlError(Exception):
@@ -73,9 +94,24 @@ def parse_value(text: str) -> Any:
 
 
 def read_documents(file: str) -> list[Document]:
-    """Parse a file, or standard input for '-'; empty documents are skipped."""
+    """Parse a file, or standard input for '-', into objects; empty documents are skipped, and lists taken apart."""
     text = sys.stdin.read() if file == STDIN else Path(file).read_text(encoding="utf-8")
-    return parse_documents(text, "standard input" if file == STDIN else file)
+    documents = parse_documents(text, "standard input" if file == STDIN else file)
+    return [item for document in documents for item in items_of(document)]
+
+
+def items_of(document: Document, depth: int = MAX_LISTS) -> list[Document]:
+    """Return the items of a List, as `kubectl get -o yaml` writes and `kubectl apply` reads it, or the document."""
+    value = document.value
+    is_list = isinstance(value, dict) and str(value.get("kind", "")).endswith("List")
+    if not is_list or not isinstance(value.get("items"), list) or not depth:
+        return [document]
+    positions: defaultdict[str | int, dict[Location, str]] = defaultdict(dict)
+    for path, position in document.positions.items():
+        if len(path) > 1 and path[0] == "items":
+            positions[path[1]][path[2:]] = position
+    items = [Document(document.file, item, positions[index]) for index, item in enumerate(value["items"])]
+    return [nested for item in items if item.value is not None for nested in items_of(item, depth - 1)]
 
 
 def parse_documents(text: str, file: str) -> list[Document]:

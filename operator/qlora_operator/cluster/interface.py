@@ -113,6 +113,17 @@ class Cluster(Protocol):
     async def delete_job(self, ref: JobRef, child: ChildJob) -> None:
         """Delete a child Job after its pods (foreground); no error if it is gone, or another Job has its name now."""
 
+    async def delete_configuration(self, job: RawJob) -> None:
+        """Delete the ConfigMaps and Services that a QLoRAJob owns; no error if there are none."""
+
+    async def delete_qlorajob(self, job: RawJob) -> None:
+        """Delete a QLoRAJob, and with it its children; no error if it is gone.
+
+        Raises:
+            ClusterBusyError: It has changed since it was read.
+
+        """
+
     async def write_status(self, job: RawJob, status: Manifest) -> str:
         """Replace the status, and return the new resourceVersion.
 

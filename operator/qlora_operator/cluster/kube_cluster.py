@@ -214,6 +214,31 @@ class KubeCluster:
         except (ConflictError, NotFoundError):
             return
 
+    async def delete_configuration(self, job: RawJob) -> None:
+        """Delete the ConfigMaps and Services that a QLoRAJob owns; no error if there are none."""
+        selector = {"labelSelector": f"{_MANAGED_BY_SELECTOR},{names.JOB_LABEL}={job.ref.name}"}
+        for plural in ("configmaps", "services"):
+            path = f"/api/v1/namespaces/{job.ref.namespace}/{plural}"
+            async for page in self._pages(path, selector):
+                for item in page["items"]:
+                    if controller_uid(item) == job.uid:
+                        await self._delete(f"{path}/{item['metadata']['name']}", {"uid": item["metadata"]["uid"]})
+
+    async def delete_qlorajob(self, job: RawJob) -> None:
+        """Delete a QLoRAJob, and with it its children; no error if it is gone."""
+        version = {"uid": job.uid, "resourceVersion": job.resource_version}
+        await self._delete(f"{_jobs_path(job.ref.namespace)}/{job.ref.name}", version)
+
+    async def _delete(self, path: str, preconditions: dict[str, str]) -> None:
+        """Delete an object if it is still the one that was read."""
+        body = {"apiVersion": "v1", "kind": "DeleteOptions", "preconditions": preconditions}
+        try:
+            await self._api.request("DELETE", path, {**body, "propagationPolicy": "Background"})
+        except NotFoundError:
+            return
+        except ConflictError as error:
+            raise ClusterBusyError(f"{path.rpartition('/')[2]} has changed since it was read") from error
+
     async def write_status(self, job: RawJob, status: Manifest) -> str:
         """Replace the status, and return the new resourceVersion; ClusterBusyError if the QLoRAJob has changed."""
         body = {
@@ -287,7 +312,10 @@ class KubeCluster:
 
 def _job_version(item: dict[str, Any]) -> JobVersion:
     job = parse_job(item)
-    fully_reconciled = job.status.get("phase") in TERMINAL and job.status.get("observedGeneration") == job.generation
+    finished = job.status.get("phase") in TERMINAL and job.status.get("observedGeneration") == job.generation
+    retry = job.status.get("retry") or {}
+    settled = not retry.get("pending") and job.retry_request in {None, retry.get("request")}
+    fully_reconciled = finished and settled
     return JobVersion(job.ref, job.resource_version, fully_reconciled)
 
 

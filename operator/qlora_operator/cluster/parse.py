@@ -3,11 +3,13 @@
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from hashlib import sha256
 from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 from qlora_api import names
 from qlora_api.job_ref import JobRef
 from qlora_api.names import Role
+from qlora_api.v1alpha1.status import MAX_RETRY_REQUEST
 from qlora_operator.cluster.interface import PodIdentity, PodOwner
 from qlora_operator.cluster.tolerant import check_types, parse_or_skip
 from qlora_operator.models import ChildJob, Exit, JobFailure, Observation, Pod, RawJob, Waiting
@@ -51,8 +53,17 @@ def parse_job(item: Json) -> RawJob:
             deleting="deletionTimestamp" in metadata,
             spec=item.get("spec") or {},
             status=item.get("status") or {},
+            retry_request=_retry_request(metadata),
         )
     )
+
+
+def _retry_request(metadata: Json) -> str | None:
+    """Return the value of the annotation; its SHA-256 if it is too long for the status."""
+    value = (metadata.get("annotations") or {}).get(names.RETRY_ANNOTATION)
+    if value is None or len(value) <= MAX_RETRY_REQUEST:
+        return value
+    return sha256(value.encode(errors="replace")).hexdigest()
 
 
 def controller_of(item: Json) -> Json | None:

@@ -33,13 +33,28 @@ NAMESPACED: Final = (
         ("get", "list", "watch", "create", "patch", "delete"),
         "Run prepare and training; delete a Job that holds a GPU for nothing.",
     ),
-    Permission("", "configmaps", ("get", "create", "patch"), "Pass its configuration to a pod."),
-    Permission("", "services", ("get", "create", "patch"), "Give the pods of a multi-node run DNS names."),
+    Permission(
+        "",
+        "configmaps",
+        ("get", "list", "create", "patch", "delete"),
+        "Pass its configuration to a pod; find and delete those of a run whose ttl has expired.",
+    ),
+    Permission(
+        "",
+        "services",
+        ("get", "list", "create", "patch", "delete"),
+        "Give the pods of a multi-node run DNS names; find and delete those of a run whose ttl has expired.",
+    ),
     Permission("", "pods", ("get", "list", "watch"), "See why a pod waits, and read its termination message."),
     Permission("", "events", ("list",), "Say why a Job has no pod, such as a quota."),
     Permission("events.k8s.io", "events", ("create",), "Record Events for the user."),
 )
 """Wherever QLoRAJobs are reconciled: in the cluster, or in the namespaces of `watchNamespaces`."""
+
+RETENTION: Final = (
+    Permission(names.GROUP, names.PLURAL, ("delete",), "Delete finished QLoRAJobs after the time in `retention`."),
+)
+"""Next to NAMESPACED, only if the installation has a `retention`."""
 
 CLUSTER_SCOPED: Final = (
     Permission("authentication.k8s.io", "tokenreviews", ("create",), "Find out which pod posts progress."),
@@ -77,6 +92,11 @@ def _to_rules(permissions: tuple[Permission, ...]) -> list[dict[str, Any]]:
 def build_rules() -> list[dict[str, Any]]:
     """Return the rules of the Role, or of the ClusterRole."""
     return _to_rules(NAMESPACED)
+
+
+def build_retention_rules() -> list[dict[str, Any]]:
+    """Return the rules that an installation with a retention adds to them."""
+    return _to_rules(RETENTION)
 
 
 def build_cluster_rules() -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from typing import Final
 from qlora_api import names
 from qlora_api.job_ref import JobRef
 from qlora_api.logs.formatters import bind_task_fields, log_fields
+from qlora_api.names import RUNNING
 from qlora_operator.cluster.cache import ChildCache, JobCache, ObjectCache
 from qlora_operator.cluster.http import Api, ApiError, NotFoundError
 from qlora_operator.cluster.interface import ClusterBusyError
@@ -18,9 +19,10 @@ from qlora_operator.cluster.parse import Child, Json, parse_job
 from qlora_operator.cluster.server_clock import utc_now
 from qlora_operator.cluster.tolerant import parse_or_skip
 from qlora_operator.controller.error_status import write_error
-from qlora_operator.controller.metrics import RUNNING, Metrics
+from qlora_operator.controller.metrics import Metrics
 from qlora_operator.controller.node_failures import NodeFailures
-from qlora_operator.controller.reconcile import ReconcileResult, reconcile
+from qlora_operator.controller.reconcile import reconcile
+from qlora_operator.controller.result import ReconcileResult
 from qlora_operator.controller.served_namespaces import LIST, ServedNamespaces
 from qlora_operator.controller.watch_health import WatchHealth
 from qlora_operator.controller.workqueue import WorkQueue

@@ -17,14 +17,11 @@ from prometheus_client.registry import Collector
 
 from qlora_api import __version__, metrics
 from qlora_api.job_ref import JobRef
-from qlora_api.names import TERMINAL, Phase
+from qlora_api.names import RUNNING, TERMINAL, Phase
 from qlora_api.v1alpha1 import Progress, QLoRAJobStatus
 from qlora_operator.cluster.interface import ClusterBusyError
-from qlora_operator.controller.reconcile import ReconcileResult
+from qlora_operator.controller.result import ReconcileResult
 from qlora_operator.lifecycle import is_blamed
-
-RUNNING: Final = frozenset({Phase.TRAINING, Phase.EVALUATING, Phase.PUBLISHING})
-"""Phases in which a progress report is current."""
 
 disable_created_metrics()  # type: ignore[no-untyped-call]
 

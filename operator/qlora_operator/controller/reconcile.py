@@ -1,16 +1,17 @@
 """Reconciles one QLoRAJob: read it, list its children, decide, apply the decision, write the status once."""
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Final
 
 from qlora_api.job_ref import JobRef
 from qlora_api.names import Phase, Role
 from qlora_api.reasons import Reason
-from qlora_api.v1alpha1 import QLoRAJobSpec, QLoRAJobStatus, to_timedelta
 from qlora_operator.cluster.interface import AdmissionDeniedError, Cluster, InvalidStatusError, NameConflictError
+from qlora_operator.controller.finished import reconcile_finished
 from qlora_operator.controller.requeue import requeue_delay
+from qlora_operator.controller.result import ReconcileRequest, ReconcileResult, write_if_changed
 from qlora_operator.lifecycle import (
     ReconcileContext,
     decide,
@@ -27,10 +28,18 @@ from qlora_operator.lifecycle import (
     revive,
     unexplained_jobs,
 )
-from qlora_operator.lifecycle.budgets import LONGEST_WAIT
 from qlora_operator.lifecycle.leftovers import END_GRACE
 from qlora_operator.lifecycle.prepare_retries import next_preparation
 from qlora_operator.lifecycle.retry_policy import AT_ONCE
+from qlora_operator.lifecycle.retry_request import (
+    begin_retry,
+    describe_no_effect,
+    is_pending,
+    is_recorded,
+    is_settled,
+    note_request,
+    record_request,
+)
 from qlora_operator.models import (
     Action,
     AttemptInputs,
@@ -54,14 +63,8 @@ from qlora_operator.resources import (
     build_service,
     build_train_job,
 )
-from qlora_operator.status import (
-    derive_alternatives,
-    merge_attempt,
-    to_wire,
-    with_observed_generation,
-    without_refused_reasons,
-)
-from qlora_operator.stored_job import ReadJob, keep_unknown, read_job
+from qlora_operator.status import derive_alternatives, held_gpus, merge_attempt, without_refused_reasons
+from qlora_operator.stored_job import ReadJob, read_job
 from qlora_planner.validation import Violation
 
 _log = logging.getLogger(__name__)
@@ -80,31 +83,6 @@ NAME_CONFLICT_RETRY: Final = timedelta(seconds=5)
 """The garbage collector needs a few seconds to delete the children of a deleted QLoRAJob."""
 NAME_CONFLICT_PATIENCE: Final = timedelta(minutes=5)
 """A prepare Job of a deleted QLoRAJob that still exists then is on a node that does not respond."""
-
-
-@dataclass(frozen=True)
-class ReconcileRequest:
-    """The input of one reconcile: the QLoRAJob, its status so far, the time and the last progress report."""
-
-    raw: RawJob
-    previous_status: QLoRAJobStatus
-    context: ReconcileContext
-
-
-@dataclass(frozen=True)
-class ReconcileResult:
-    """The outcome of one reconcile, as in controller-runtime."""
-
-    requeue_after: timedelta | None = None
-    """Delay until the next reconcile, if one is needed without an event."""
-    written_version: str | None = None
-    """The resourceVersion of the status, if one was written."""
-    status: QLoRAJobStatus | None = None
-    """The current status; None if the QLoRAJob is gone, or its first step is taken but not yet written."""
-    request: ReconcileRequest | None = None
-    """The input of the reconcile; None if the run had already ended."""
-    gone: bool = False
-    """Whether the QLoRAJob does not exist."""
 
 
 async def reconcile(
@@ -134,7 +112,7 @@ async def reconcile_once(
     read = read_job(raw)
     request = ReconcileRequest(raw, read.status, without_stale_report(context, raw))
     if is_terminal(read.status):
-        return await reconcile_terminal(request, read, cluster, from_cache=from_cache)
+        return await reconcile_ended(request, read, cluster, installation, from_cache=from_cache)
     spec = read.spec
     if spec is None:
         return None if from_cache else await reconcile_unreadable(request, read, cluster)
@@ -156,7 +134,8 @@ async def reconcile_once(
     if created and is_first_step(decision, job):
         return ReconcileResult(AT_ONCE)  # status comes after the first steps of all queued QLoRAJobs
     decision = await limit_jobs(decision, job, children, cluster, now)
-    return await write_status(request, decision, spec.resources.nodes * spec.resources.gpus_per_node, cluster)
+    gpus = held_gpus(children, decision.plan or job.status.plan)
+    return await write_status(request, decision, gpus, cluster)
 
 
 def is_first_step(decision: Decision, job: Job) -> bool:
@@ -220,54 +199,60 @@ async def reconcile_unreadable(request: ReconcileRequest, read: ReadJob, cluster
     keeps = read.skew.unknown_words or is_under_way(read.status, read.skew, await cluster.list_children(request.raw))
     violation = Violation(Reason.INVALID_SPEC, read.skew.invalid)
     decision = keep_as_it_is(read.status, read.skew) if keeps else rejected((violation,))
-    return await write_status(request, decision, None, cluster)
+    return await write_status(request, decision, request.previous_status.gpus or 0, cluster)
 
 
-async def reconcile_terminal(
-    request: ReconcileRequest, read: ReadJob, cluster: Cluster, *, from_cache: bool
+async def reconcile_ended(
+    request: ReconcileRequest, read: ReadJob, cluster: Cluster, installation: Installation, *, from_cache: bool
 ) -> ReconcileResult | None:
-    """Continue a failed run if a limit of its spec was raised, else clean up; None: read it live."""
-    raw = request.raw
+    """Reconcile a run that has ended, unless it is to continue; None: read the QLoRAJob live first.
+
+    Somebody may ask for it, or have raised the limit that ended it.
+    """
+    raw, previous = request.raw, request.previous_status
+    if not is_settled(previous, raw.retry_request):
+        return None if from_cache else await answer_retry_request(request, cluster)
     if read.spec is not None and not read.skew.unreadable:
         job = Job(raw.ref, raw.uid, raw.generation, raw.created_at, read.spec, read.status, read.skew)
         if decision := revive(job, request.context.now):
             return None if from_cache else await revive_run(job, decision, request, cluster)
-    return await reconcile_finished(request, read.spec, cluster)
+    return await reconcile_finished(request, cluster, installation.retention, from_cache=from_cache)
 
 
 async def revive_run(job: Job, decision: Decision, request: ReconcileRequest, cluster: Cluster) -> ReconcileResult:
     """Delete the Jobs that a failed run left running, and let it continue."""
     children = await cluster.list_children(request.raw)
     await delete_running_jobs(job, children, cluster)
-    return await write_status(request, decision, None, cluster)
+    return await write_status(request, decision, 0, cluster)
 
 
-async def reconcile_finished(request: ReconcileRequest, spec: QLoRAJobSpec | None, cluster: Cluster) -> ReconcileResult:
-    """Clean up after a run: delete the Jobs that outlive it, and all Jobs once spec.ttl has expired."""
+async def answer_retry_request(request: ReconcileRequest, cluster: Cluster) -> ReconcileResult:
+    """Record a request to retry a finished run; once it is recorded, start a failed run again.
+
+    The Jobs are deleted before the status says so: after a crash in between, the rest of them is deleted.
+    """
     raw, previous, now = request.raw, request.previous_status, request.context.now
-    expires = expires_at(spec, previous)
-    expired = expires is not None and now >= expires
-    children = cluster.children_from_cache(raw)
-    if jobs_to_delete(children, previous, now, expired=expired):
-        for child in jobs_to_delete(await cluster.list_children(raw), previous, now, expired=expired):
+    if not is_pending(previous, raw.retry_request):
+        status = record_request(previous, raw.retry_request)
+        await _warn_of_request_without_effect(request, cluster)
+        written = await write_if_changed(raw, previous, status, cluster)
+        # An older CRD stores nothing of it, and repeating the write at once would not change that.
+        return ReconcileResult(None if written == raw.resource_version else AT_ONCE, written, status)
+    for child in (await cluster.list_children(raw)).jobs:
+        if not child.deleting:
             await cluster.delete_job(raw.ref, child)
-    status = with_observed_generation(previous, raw.generation)
-    requeue_at = earliest(now, expires, next_leftover(previous, children, now))
-    written = await _write_if_changed(raw, previous, status, cluster)
-    return ReconcileResult(requeue_delay(now, requeue_at, None, progressed=written is not None), written, status)
+    begun, decision = begin_retry(previous, now)
+    return await write_status(replace(request, previous_status=begun), decision, 0, cluster)
 
 
-def expires_at(spec: QLoRAJobSpec | None, status: QLoRAJobStatus) -> datetime | None:
-    """Return when the children of a finished run are deleted; None if the spec has no ttl or cannot be read."""
-    if spec is None or spec.ttl is None or status.finished_at is None:
-        return None
-    return status.finished_at + min(to_timedelta(spec.ttl), LONGEST_WAIT)
-
-
-def jobs_to_delete(children: Observation, status: QLoRAJobStatus, now: datetime, *, expired: bool) -> list[ChildJob]:
-    """Return the Jobs of a finished run to delete: all after expiry, before that those that outlive it."""
-    jobs = children.jobs if expired else leftover_jobs(status, children, now)
-    return [child for child in jobs if not child.deleting]
+async def _warn_of_request_without_effect(request: ReconcileRequest, cluster: Cluster) -> None:
+    """Record an Event for a new request to retry a run that has not failed; a new run has none to refer to."""
+    raw, status = request.raw, request.previous_status
+    if is_recorded(status, raw.retry_request) or status.phase in {None, Phase.FAILED}:
+        return
+    told = status.model_copy(update={"message": describe_no_effect(status)})
+    event = build_event(Owner(raw.ref, raw.uid), f"{raw.resource_version}/retry", told, request.context.now)
+    await cluster.record_event(event)
 
 
 async def apply_decision(  # noqa: PLR0913, PLR0917 (everything that a decision is applied to)
@@ -395,19 +380,21 @@ def outdated_deadlines(decision: Decision, job: Job, children: Observation, now:
     ]
 
 
-async def write_status(
-    request: ReconcileRequest, decision: Decision, gpus: int | None, cluster: Cluster
-) -> ReconcileResult:
+async def write_status(request: ReconcileRequest, decision: Decision, gpus: int, cluster: Cluster) -> ReconcileResult:
     """Record an Event for a transition, and write the status if it changed; less of it if that is refused."""
     raw, previous = request.raw, request.previous_status
     report, now = request.context.last_report, request.context.now
-    statuses = derive_alternatives(previous, decision, report, gpus=gpus, generation=raw.generation, now=now)
+    await _warn_of_request_without_effect(request, cluster)
+    statuses = (
+        note_request(status, raw.retry_request)
+        for status in derive_alternatives(previous, decision, report, gpus=gpus, generation=raw.generation, now=now)
+    )
     status = next(statuses)
     if (status.phase, status.reason) != (previous.phase, previous.reason):
         await cluster.record_event(build_event(Owner(raw.ref, raw.uid), raw.resource_version, status, now))
     while True:
         try:
-            written = await _write_if_changed(raw, previous, status, cluster)
+            written = await write_if_changed(raw, previous, status, cluster)
         except InvalidStatusError as error:
             less = without_refused_reasons(status, str(error)) or next(statuses, None)
             if less is None:
@@ -418,19 +405,3 @@ async def write_status(
             after = CLEAN_UP_AFTER.get(decision.phase, decision.requeue_after)
             delay = requeue_delay(now, decision.requeue_at, after, progressed=written is not None)
             return ReconcileResult(delay, written, status, request)
-
-
-async def _write_if_changed(
-    raw: RawJob, previous: QLoRAJobStatus, status: QLoRAJobStatus, cluster: Cluster
-) -> str | None:
-    """Write a status that changed, with what another version stored in it, or without that if the CRD refuses it."""
-    if status == previous:
-        return None
-    wire = to_wire(status)
-    merged = keep_unknown(raw.status, to_wire(previous), wire)
-    try:
-        return await cluster.write_status(raw, merged)
-    except InvalidStatusError:
-        if merged == wire:
-            raise
-    return await cluster.write_status(raw, wire)

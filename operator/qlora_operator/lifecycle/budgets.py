@@ -12,7 +12,7 @@ from qlora_api.escapes import escape_line
 from qlora_api.reasons import REASONS, Domain, Reason
 from qlora_api.report import UNEXPLAINED_EXIT
 from qlora_api.units import format_duration
-from qlora_api.v1alpha1 import Attempt, DeadlinesSpec, EarlierAttempts, QLoRAJobSpec, QLoRAJobStatus, to_timedelta
+from qlora_api.v1alpha1 import Attempt, DeadlinesSpec, QLoRAJobSpec, QLoRAJobStatus, to_timedelta
 from qlora_api.v1alpha1.status import MAX_ATTEMPT_MESSAGE
 from qlora_operator.lifecycle.container_time import container_time
 from qlora_planner.validation import Violation
@@ -87,17 +87,23 @@ def find_exhausted(
     counted = since_progress(attempts, status.forgiven_attempts)
     if counted and (violation := _exhausted_domain(spec, counted)):
         return violation
-    if time_left(spec.deadlines, attempts, status.earlier_attempts, now) <= timedelta(0):
+    if time_left(spec.deadlines, status, attempts, now) <= timedelta(0):
         message = f"all attempts together exceeded {spec.deadlines.total} (spec.deadlines.total)"
         return Violation(Reason.DEADLINE_EXCEEDED, message)
     return None
 
 
 def time_left(
-    deadlines: DeadlinesSpec, attempts: Sequence[Attempt], earlier: EarlierAttempts | None, now: datetime
+    deadlines: DeadlinesSpec, status: QLoRAJobStatus, attempts: Sequence[Attempt], now: datetime
 ) -> timedelta:
-    """Return what the containers of all attempts left of spec.deadlines.total; negative if they exceeded it."""
-    spent = container_time(attempts, now) + timedelta(seconds=earlier.seconds if earlier else 0)
+    """Return what the containers of all attempts left of spec.deadlines.total; negative if they exceeded it.
+
+    A retry that somebody requested starts with all of it.
+    """
+    retried_after = status.retry.after_attempt if status.retry else 0
+    earlier = status.earlier_attempts.seconds if status.earlier_attempts and not retried_after else 0
+    counted = [attempt for attempt in attempts if attempt.number > retried_after]
+    spent = container_time(counted, now) + timedelta(seconds=earlier)
     return min(to_timedelta(deadlines.total), LONGEST_WAIT) - spent
 
 

@@ -26,11 +26,11 @@ def job_deadline(job: Job, child: ChildJob, attempts: tuple[Attempt, ...], now: 
     attempt = next((attempt for attempt in attempts if attempt.number == child.attempt), None)
     if attempt is None or attempt.running_since is None:
         return None
-    limits, earlier = job.spec.deadlines, job.status.earlier_attempts
-    if time_left(limits, attempts, earlier, now) <= timedelta(0):
+    limits = job.spec.deadlines
+    if time_left(limits, job.status, attempts, now) <= timedelta(0):
         return STOP_NOW
     waited = max(attempt.running_since - child.started_at, timedelta(0))
-    left = time_left(limits, attempts, earlier, attempt.running_since)
+    left = time_left(limits, job.status, attempts, attempt.running_since)
     return int((waited + left + SAFETY_MARGIN).total_seconds())
 
 

@@ -113,7 +113,7 @@ def _check_deadline(job: Job, train: ChildJob, state: JobState, ended: Attempt) 
     """Return how a Job ended; if its deadline passed while its containers waited, the attempt was interrupted."""
     attempts = (*_earlier_attempts(job, ended), ended)
     end = ended.finished_at or job.created_at
-    left = time_left(job.spec.deadlines, attempts, job.status.earlier_attempts, end)
+    left = time_left(job.spec.deadlines, job.status, attempts, end)
     if state.reason is not Reason.DEADLINE_EXCEEDED or left <= DEADLINE_TOLERANCE:
         return state
     message = f"Job {train.name} exceeded its activeDeadlineSeconds before its containers ran for spec.deadlines.total"
@@ -145,7 +145,7 @@ def _follow_running(
     job: Job, train: ChildJob, state: JobState, attempt: Attempt, context: ReconcileContext
 ) -> Decision:
     others = [known for known in job.status.attempts if known.number != attempt.number]
-    left = time_left(job.spec.deadlines, (*others, attempt), job.status.earlier_attempts, context.now)
+    left = time_left(job.spec.deadlines, job.status, (*others, attempt), context.now)
     hung_at = heartbeat_deadline(job, train, context)
     if hung_at is not None and context.now >= hung_at and left > AT_ONCE:
         pod = train.pod.name if train.pod else train.name

@@ -7,6 +7,7 @@ from qlora_api import names
 from qlora_api.job_ref import JobRef
 from qlora_api.names import Role
 from qlora_api.runconfig import Platform
+from qlora_operator.models import Retention
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class Installation:
     platform: Platform = field(default_factory=Platform)
     pull_secrets: tuple[str, ...] = ()
     """Names of imagePullSecrets in the QLoRAJob's namespace."""
+    retention: Retention = field(default_factory=Retention)
 
 
 class Owner(NamedTuple):
@@ -30,14 +32,14 @@ class Owner(NamedTuple):
 
 
 class ChildWorkload(NamedTuple):
-    """The identity that a Job shares with its ConfigMap and Service."""
+    """The identity that a Job shares with its ConfigMap."""
 
     owner: Owner
     role: Role
     attempt: int
     """Number of the training attempt, or of the preparation."""
     name: str
-    """Name of the Job, the ConfigMap and the Service."""
+    """Name of the Job and the ConfigMap."""
     config_file: str
 
     @property

@@ -83,7 +83,6 @@ def build_train_pod(
     plan, resources = run.plan, spec.resources
     taken = _NodeResources(_train_resources(resources, plan), _disk_limits(run.prepared), _placement(resources, plan))
     pod = _build(workload, spec, installation, taken)
-    pod["tolerations"] = [*pod.get("tolerations", ()), *_NODE_FAILURE_TOLERATIONS]
     if affinity := _node_affinity(run):
         pod.setdefault("affinity", {})["nodeAffinity"] = affinity
     if plan.processes > 1:
@@ -112,8 +111,8 @@ def _add_rendezvous(pod: Manifest, workload: ChildWorkload, plan: Plan) -> None:
     container = pod["containers"][0]
     container["args"][0] = LAUNCH_COMMAND
     if plan.nodes > 1:
-        pod["subdomain"] = workload.name
-        main = {"name": names.MAIN_ADDRESS_ENV, "value": f"{workload.name}-0.{workload.name}"}
+        pod["subdomain"] = names.gang_service_name(workload.owner.ref.name, workload.attempt)
+        main = {"name": names.MAIN_ADDRESS_ENV, "value": f"{workload.name}-0.{pod['subdomain']}"}
         container["env"].append(main)
         pod.setdefault("affinity", {}).update(_pod_anti_affinity(workload))
     if plan.gpus_per_node > 1:
@@ -265,18 +264,22 @@ def _train_resources(resources: ResourcesSpec, plan: Plan) -> dict[str, Any]:
 
 
 def _placement(resources: ResourcesSpec, plan: Plan) -> dict[str, Any]:
-    """Return node selector and tolerations of the spec; a GPU pod also tolerates the taint of GPU nodes.
+    """Return node selector and tolerations of a training pod.
 
     A run that was sized for a GPU product selects it, so that it never lands on a smaller GPU.
     """
     product, accelerator = resources.gpu_product or plan.gpu_product, accelerator_of(plan.device)
     selector = {**resources.node_selector, **({accelerator.product_label: product} if product else {})}
-    tolerations = [_toleration(toleration) for toleration in resources.tolerations]
-    if plan.gpus_per_node:
-        tolerations.append({"key": accelerator.resource, "operator": "Exists", "effect": "NoSchedule"})
+    gpu_taint = {"key": accelerator.resource, "operator": "Exists", "effect": "NoSchedule"}
     return {
         **({"nodeSelector": selector} if selector else {}),
-        **({"tolerations": tolerations} if tolerations else {}),
+        "tolerations": [
+            *(_toleration(toleration) for toleration in resources.tolerations if toleration.key),
+            *([gpu_taint] if plan.gpus_per_node else []),
+            *_NODE_FAILURE_TOLERATIONS,
+            # The first match decides on the eviction; one without a key matches the taints of a failed node too.
+            *(_toleration(toleration) for toleration in resources.tolerations if not toleration.key),
+        ],
     }
 
 

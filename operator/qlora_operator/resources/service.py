@@ -1,6 +1,7 @@
 """The headless Service that gives the pods of a training attempt DNS names, before they are ready."""
 
 from qlora_api.launcher_config import MAIN_PORT
+from qlora_api.names import gang_service_name
 from qlora_operator.models import Manifest
 from qlora_operator.resources.metadata import Owner, build_labels, build_metadata, train_workload
 
@@ -11,7 +12,7 @@ def build_service(owner: Owner, attempt: int) -> Manifest:
     return {
         "apiVersion": "v1",
         "kind": "Service",
-        "metadata": build_metadata(workload),
+        "metadata": build_metadata(workload) | {"name": gang_service_name(owner.ref.name, attempt)},
         "spec": {
             "clusterIP": "None",
             # The processes rendezvous before any pod is ready.

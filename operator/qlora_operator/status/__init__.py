@@ -3,6 +3,7 @@
 from qlora_operator.status.derive import (
     derive_alternatives,
     derive_status,
+    held_gpus,
     merge_attempt,
     to_wire,
     with_observed_generation,
@@ -12,6 +13,7 @@ from qlora_operator.status.derive import (
 __all__ = [
     "derive_alternatives",
     "derive_status",
+    "held_gpus",
     "merge_attempt",
     "to_wire",
     "with_observed_generation",

@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import Any, Final, TypeVar
 
 from qlora_api.escapes import escape_line
-from qlora_api.names import TERMINAL, ConditionType, Phase
+from qlora_api.names import RUNNING, TERMINAL, ConditionType, Phase, Role
 from qlora_api.prepared import Prepared
 from qlora_api.reasons import REASONS, Reason
 from qlora_api.result import Result, is_below
@@ -23,8 +23,8 @@ from qlora_api.v1alpha1 import (
     Progress,
     QLoRAJobStatus,
 )
-from qlora_api.v1alpha1.status import MAX_ATTEMPT_MESSAGE, MAX_ATTEMPTS_LISTED, MAX_MESSAGE
-from qlora_operator.models import Decision
+from qlora_api.v1alpha1.status import MAX_ATTEMPT_MESSAGE, MAX_ATTEMPTS_LISTED, MAX_MESSAGE, MAX_SUMMARY
+from qlora_operator.models import Decision, Observation
 from qlora_operator.status.conditions import derive_conditions
 from qlora_operator.status.formatting import format_number, format_step
 
@@ -35,12 +35,15 @@ _STICKY_ATTEMPT_FIELDS: Final = ("started_at", "micro_batch_size", "node", "avoi
 """Fields of an attempt that are kept once they are known, since its pods may be gone."""
 
 
+_ENDED_POD_PHASES: Final = frozenset({"Succeeded", "Failed"})
+
+
 def derive_status(  # noqa: PLR0913 (everything that a status depends on)
     previous: QLoRAJobStatus,
     decision: Decision,
     report: Progress | None,
     *,
-    gpus: int | None,
+    gpus: int,
     generation: int,
     now: datetime,
 ) -> QLoRAJobStatus:
@@ -56,7 +59,8 @@ def derive_status(  # noqa: PLR0913 (everything that a status depends on)
             "phase": decision.phase,
             "reason": decision.reason,
             "message": describe_decision(decision),
-            "gpus": plan.nodes * plan.gpus_per_node if plan else gpus,
+            "summary": summarize(decision),
+            "gpus": gpus if decision.phase not in TERMINAL else 0,
             "attempt": attempts[-1].number if attempts else None,
             "started_at": previous.started_at or now,
             "finished_at": now if decision.phase in TERMINAL else None,
@@ -81,7 +85,7 @@ def derive_alternatives(  # noqa: PLR0913 (as derive_status)
     decision: Decision,
     report: Progress | None,
     *,
-    gpus: int | None,
+    gpus: int,
     generation: int,
     now: datetime,
 ) -> Iterator[QLoRAJobStatus]:
@@ -89,19 +93,24 @@ def derive_alternatives(  # noqa: PLR0913 (as derive_status)
     yield derive_status(previous, decision, report, gpus=gpus, generation=generation, now=now)
     if report is not None:
         yield derive_status(previous, decision, None, gpus=gpus, generation=generation, now=now)
-    yield derive_outcome(previous, decision, generation, now)
+    yield derive_outcome(previous, decision, gpus=gpus, generation=generation, now=now)
 
 
-def derive_outcome(previous: QLoRAJobStatus, decision: Decision, generation: int, now: datetime) -> QLoRAJobStatus:
+def derive_outcome(
+    previous: QLoRAJobStatus, decision: Decision, *, gpus: int, generation: int, now: datetime
+) -> QLoRAJobStatus:
     """Return the last status with phase, reason, attempts and conditions of a decision, all of bounded length."""
     now = now.replace(microsecond=0)
     attempts = merge_attempt(previous.attempts, decision.attempt)
+    bare = replace(decision, message="")
     status = previous.model_copy(
         update={
             "observed_generation": generation,
             "phase": decision.phase,
             "reason": decision.reason,
-            "message": describe_decision(replace(decision, message="")),
+            "message": describe_decision(bare),
+            "summary": summarize(bare),
+            "gpus": gpus if decision.phase not in TERMINAL else 0,
             "attempt": attempts[-1].number if attempts else None,
             "started_at": previous.started_at or now,
             "finished_at": now if decision.phase in TERMINAL else None,
@@ -122,13 +131,27 @@ def describe_decision(decision: Decision) -> str:
     return message[: MAX_MESSAGE - len(remedy)] + remedy
 
 
+def summarize(decision: Decision) -> str:
+    """Return the beginning of the message of a decision, without what to do."""
+    message = escape_line(decision.message or REASONS[decision.reason].sentence)
+    return message if len(message) <= MAX_SUMMARY else f"{message[: MAX_SUMMARY - 1]}…"
+
+
+def held_gpus(children: Observation, plan: Plan | None) -> int:
+    """Return the GPUs that pods of a run hold: from their placement on a node until they have ended."""
+    training = (child for child in children.jobs if child.role is Role.TRAIN)
+    holding = [pod for child in training for pod in child.pods if pod.node and pod.phase not in _ENDED_POD_PHASES]
+    return len(holding) * plan.gpus_per_node if plan else 0
+
+
 def derive_progress(report: Progress | None, phase: Phase, plan: Plan | None) -> dict[str, Any]:
     """Return the progress fields from the last report; before the first one, a running pod is at 0%."""
     if report is None:
-        running = phase in {Phase.TRAINING, Phase.EVALUATING, Phase.PUBLISHING}
-        initial = {"progress": "0%", "step": format_step(0, plan.total_steps if plan else None)} if running else {}
+        initial = (
+            {"progress": "0%", "step": format_step(0, plan.total_steps if plan else None)} if phase in RUNNING else {}
+        )
         return {"progress": "100%"} if phase is Phase.SUCCEEDED else initial
-    remaining = report.remaining_seconds if phase not in TERMINAL else None
+    remaining = report.remaining_seconds if phase in RUNNING else None
     total = report.total_steps or (plan.total_steps if plan else None)
     speed = report.tokens_per_second
     return {
@@ -210,7 +233,8 @@ def with_observed_generation(previous: QLoRAJobStatus, generation: int) -> QLoRA
         )
         for condition in previous.conditions
     )
-    return previous.model_copy(update={"observed_generation": generation, "conditions": conditions})
+    gpus = previous.gpus and 0
+    return previous.model_copy(update={"observed_generation": generation, "gpus": gpus, "conditions": conditions})
 
 
 def without_refused_reasons(status: QLoRAJobStatus, error: str) -> QLoRAJobStatus | None:

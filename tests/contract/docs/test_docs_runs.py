@@ -13,6 +13,7 @@ RUN_BY: Final = {
     "helm install": "tests/integration/chart/rendering.py",
     "helm test": "tests/e2e/test_chart.py",
     "helm upgrade": "tests/e2e/installation.py",
+    "kubectl annotate": "tests/integration/test_finished_runs.py",
     "kubectl apply": "tests/e2e/test_quickstart.py",
     "kubectl auth": "tests/integration/test_rbac.py",
     "kubectl create": "tests/integration/test_crd.py",

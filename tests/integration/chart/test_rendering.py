@@ -38,6 +38,8 @@ VALUES: Final[dict[str, dict[str, Any]]] = {
     "defaults": {},
     "namespaced": {
         "watchNamespaces": ["team-a", "team-b"],
+        "ttl": "7d",
+        "retention": "90d",
         "serviceAccount": {"name": "qlora"},
         "rbac": {"aggregate": False},
         "crds": {"enabled": False},
@@ -56,6 +58,7 @@ VALUES: Final[dict[str, dict[str, Any]]] = {
         "affinity": {"nodeAffinity": {}},
         "podAnnotations": {"team": "ml"},
         "priorityClassName": "system-cluster-critical",
+        "retention": "365d",
     },
     "bare": {
         "replicas": 1,

@@ -13,14 +13,14 @@ import pytest
 import yaml
 from lupa.lua51 import LuaRuntime, lua_type
 
-from qlora_api.names import TERMINAL, ConditionType, Phase
+from qlora_api.names import RETRY_ANNOTATION, TERMINAL, ConditionType, Phase
 from qlora_operator.status import to_wire
 from tests.make import make_manifest
 from tests.unit.operator.status.test_derive import status_in
 
 FOLDER: Final = Path(__file__).parents[3] / "examples/gitops/argocd"
 CONFIG: Final = FOLDER / "argocd-cm.yaml"
-ACTIONS: Final = ("suspend", "resume", "rerun")
+ACTIONS: Final = ("suspend", "resume", "retry", "rerun")
 HEALTH: Final = {Phase.SUCCEEDED: "Healthy", Phase.FAILED: "Degraded", Phase.SUSPENDED: "Suspended"}
 KIND: Final = "qlora.dev_QLoRAJob"
 LIBRARIES: Final = ("io", "package", "require", "debug", "dofile", "loadfile", "loadstring", "load", "module")
@@ -104,6 +104,7 @@ def test_actions_that_make_no_sense_are_disabled(phase: Phase, suspend: bool) ->
     assert {name: action["disabled"] for name, action in found.items()} == {
         "suspend": finished or suspend,
         "resume": finished or not suspend,
+        "retry": phase is not Phase.FAILED,
         "rerun": not finished,
     }
 
@@ -114,6 +115,17 @@ def test_suspend_and_resume_change_one_field(action: str, suspend: bool) -> None
     changed = run_lua(script(f"actions/{action}"), job)
     assert changed["spec"] == {**job["spec"], "suspend": suspend}
     assert changed["metadata"] == job["metadata"]
+
+
+@pytest.mark.parametrize("annotations", [None, {RETRY_ANNOTATION: "before", "team": "a"}])
+def test_retry_sets_only_the_annotation(annotations: dict[str, str] | None) -> None:
+    job = job_in(Phase.FAILED)
+    job["metadata"] |= {"annotations": annotations} if annotations else {}
+    changed = run_lua(script("actions/retry"), job)
+    assert changed["spec"] == job["spec"]
+    requested = changed["metadata"]["annotations"].pop(RETRY_ANNOTATION)
+    assert re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z", requested)
+    assert changed["metadata"]["annotations"] == ({"team": "a"} if annotations else {})
 
 
 def test_rerun_makes_a_copy_that_argo_cd_does_not_take_for_the_first() -> None:

@@ -7,7 +7,8 @@ from typing import Any, Final
 from qlora_api import names
 from qlora_api.v1alpha1 import Progress
 from qlora_operator.cluster.interface import ClusterBusyError
-from qlora_operator.controller.reconcile import ReconcileResult, reconcile
+from qlora_operator.controller.reconcile import reconcile
+from qlora_operator.controller.result import ReconcileResult
 from qlora_operator.lifecycle import Reception, ReconcileContext
 from tests.fakes import CrashError, FakeCluster
 from tests.make import INSTALLATION, PREPARED_MESSAGE, PUBLISHED_MESSAGE, REF

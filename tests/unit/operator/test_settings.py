@@ -6,6 +6,7 @@ import pytest
 
 from qlora_api.logs.formatters import Format
 from qlora_api.runconfig import Platform, S3Config
+from qlora_operator.models import Retention
 from qlora_operator.resources import Installation
 from qlora_operator.settings import LeaderElectionSettings, Settings, SettingsError, read_settings
 
@@ -27,13 +28,14 @@ def test_everything() -> None:
             "QLORA_S3_CHECKSUMS": "when_required", "QLORA_LOG_LEVEL": "debug", "QLORA_LOG_FORMAT": "text",
             "QLORA_IMAGE_PULL_SECRETS": "registry, mirror", "KUBECONFIG": "/kube",
             "POD_NAMESPACE": "qlora", "POD_NAME": "operator-x7b", "QLORA_LEASE": "my-release",
-            "QLORA_RESYNC_SECONDS": "30",
+            "QLORA_RESYNC_SECONDS": "30", "QLORA_TTL": "7d", "QLORA_RETENTION": "90d",
         }
     )  # fmt: skip
     s3 = S3Config(endpoint="http://s3", region="eu", addressing="path", checksums="when_required")
     platform = Platform(s3=s3, hub_endpoint="https://hub", hub_mirror="s3://hub")
+    retention = Retention(ttl=timedelta(days=7), jobs=timedelta(days=90))
     assert settings == Settings(
-        Installation("trainer:1", "Always", "http://operator:8080", platform, ("registry", "mirror")),
+        Installation("trainer:1", "Always", "http://operator:8080", platform, ("registry", "mirror"), retention),
         ("ml", "research"), 4, 9000, 9001, "debug", Format.TEXT, "/kube", timedelta(seconds=30),
         LeaderElectionSettings("qlora", "operator-x7b", "my-release"),
     )  # fmt: skip
@@ -45,7 +47,9 @@ def test_a_pod_without_a_name_cannot_agree_with_others() -> None:
 
 
 def test_empty_values_of_the_chart_are_defaults() -> None:
-    empty = dict.fromkeys(("QLORA_S3_ENDPOINT", "QLORA_S3_ADDRESSING", "QLORA_NAMESPACES", "QLORA_HUB_MIRROR"), "")
+    empty = dict.fromkeys(
+        ("QLORA_S3_ENDPOINT", "QLORA_S3_ADDRESSING", "QLORA_NAMESPACES", "QLORA_HUB_MIRROR", "QLORA_TTL"), ""
+    )
     assert read_settings(IMAGE | empty) == Settings(Installation("trainer:1"))
 
 
@@ -56,6 +60,7 @@ def test_empty_values_of_the_chart_are_defaults() -> None:
         ("QLORA_HEALTH_PORT", "70000"), ("QLORA_LOG_LEVEL", "loud"),
         ("QLORA_LOG_FORMAT", "xml"), ("QLORA_IMAGE_PULL_POLICY", "Sometimes"),
         ("QLORA_RESYNC_SECONDS", "0"), ("QLORA_S3_ADDRESSING", "sideways"), ("QLORA_S3_CHECKSUMS", "never"),
+        ("QLORA_TTL", "1 week"), ("QLORA_TTL", "0s"), ("QLORA_RETENTION", "90"), ("QLORA_RETENTION", "99999999d"),
     ],
 )  # fmt: skip
 def test_an_error_names_the_variable(variable: str, value: str) -> None:

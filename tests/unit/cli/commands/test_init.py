@@ -53,7 +53,7 @@ def test_invalid_options_write_no_manifest(tmp_path: Path):
     [
         (["sus"], ["suspend\tLet a run write a checkpoint, stop and...", ":4"]),
         (["status", "--watc"], ["--watch\tKeep running and show changes until the run ends.", ":4"]),
-        (["list", "-o", ""], ["table", "json", "yaml", ":4"]),
+        (["list", "-o", ""], ["table", "wide", "json", "yaml", ":4"]),
         (["submit", ""], [":0"]),
     ],
 )

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import typer
 
+from qlora_api.crd import PRINTER_COLUMNS
 from qlora_api.names import Phase
 from qlora_api.reasons import Reason
 from qlora_api.v1alpha1 import Attempt, OutputStatus
@@ -40,6 +41,24 @@ def test_list_has_the_youngest_last_and_cuts_nothing():
         f"{'ml':<12}{'old':<55}Succeeded   100%                           1         Published   1d01h",
         f"{'ml':<12}{long:<55}Training    40%                            1         Training    1m00s",
     ]
+
+
+def test_wide_list_has_the_columns_of_kubectl_and_a_short_message():
+    found = FAILED.model_copy(update={"gpus": 0, "step": "3/60", "summary": "spec.dataset.uri: no row can be used"})
+    [heading, line] = render_to_lines(listing.tabulate([make_job(found)], NOW, namespaces=False, wide=True))
+    shown = {name for name, *_ in PRINTER_COLUMNS}
+    assert set(heading.split()) == {"NAME"} | {name.upper() for name in shown}
+    assert line.split() == [
+        "support-bot", "Failed", "0", "DatasetEmpty", "10m00s", "hf://HuggingFaceTB/SmolLM2-135M-Instruct", "3/60",
+        *["spec.dataset.uri:", "no", "row", "can", "be", "used"],
+    ]  # fmt: skip
+
+
+def test_default_columns_of_list_have_the_order_of_kubectl():
+    [heading] = render_to_lines(listing.tabulate([], NOW, namespaces=False))
+    default = ["NAME", *(name.upper() for name, _, _, priority in PRINTER_COLUMNS if priority == 0)]
+    assert [name for name in heading.split() if name != "ATTEMPT"] == default
+    assert "REASON" in default
 
 
 def test_list_shows_the_phases_that_are_asked_for():

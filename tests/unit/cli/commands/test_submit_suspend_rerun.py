@@ -5,11 +5,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from qlora_cli.cluster.client import AlreadyExistsError, ClusterError
+from qlora_api.names import RETRY_ANNOTATION
+from qlora_api.v1alpha1 import Checkpoint, QLoRAJobStatus, RetryStatus
+from qlora_cli.cluster.client import AlreadyExistsError, ClusterError, KubeObject
 from qlora_cli.cluster.connection import Connection
 from qlora_cli.cluster.jobs import parse_job
 from qlora_cli.commands import rerun, submit, suspend
-from tests.make import REF, UID
+from tests.make import NOW, REF, UID
 from tests.unit.cli.fake_cluster import (
     FAILED,
     SUCCEEDED,
@@ -105,3 +107,46 @@ def test_rerun_job_recreated_by_others_is_an_error():
 def test_rerun_deletion_timeout_is_an_error():
     with pytest.raises(ClusterError, match="is still being deleted after 5 minutes"):
         rerun.wait_until_gone(FakeClusterClient(make_raw(status=FAILED)), REF, UID, FakeTime().clock)
+
+
+REQUEST = {"metadata": {"annotations": {RETRY_ANNOTATION: NOW.isoformat()}}}
+
+
+def retry(raw: KubeObject, changes: list[str], *, seen: bool = True) -> tuple[FakeClusterClient, str]:
+    job = parse_job(raw)
+    after = FAILED.model_copy(update={"retry": RetryStatus(request=NOW.isoformat())}) if seen else FAILED
+    cluster = FakeClusterClient(raw, make_raw(status=after))
+    manifest = rerun.make_manifest(job, changes)
+    assert rerun.can_retry_in_place(job, manifest)
+    return cluster, rerun.retry_in_place(cluster, job, manifest, NOW, FakeTime().clock)
+
+
+def test_failed_run_is_retried_in_place():
+    cluster, said = retry(make_raw(status=FAILED), [])
+    assert cluster.writes == [("patch", REQUEST)]
+    assert said == "QLoRAJob ml/support-bot is tried again"
+
+
+def test_retry_names_the_step_that_it_resumes_from():
+    checkpoint = Checkpoint(step=120, uri="s3://adapters/c", time=NOW)
+    _, said = retry(make_raw(status=FAILED.model_copy(update={"checkpoint": checkpoint})), [])
+    assert said == "QLoRAJob ml/support-bot is tried again; it resumes from step 120"
+
+
+def test_retry_changes_mutable_fields_with_the_request():
+    cluster, _ = retry(make_raw(status=FAILED), ["deadlines.total=48h", "ttl=7d"])
+    assert cluster.writes == [("patch", {**REQUEST, "spec": {"deadlines": {"total": "48h"}, "ttl": "7d"}})]
+
+
+def test_retry_that_no_operator_sees_names_the_way_around():
+    _, said = retry(make_raw(status=FAILED), [], seen=False)
+    assert said.endswith("if the run stays Failed, use qlora rerun --recreate support-bot")
+
+
+@pytest.mark.parametrize(
+    ("status", "changes"),
+    [(SUCCEEDED, []), (FAILED, ["lora.rank=8"]), (FAILED, ["output.ifExists=Overwrite"]), (make_training(1), [])],
+)
+def test_run_that_succeeded_or_gets_another_recipe_is_not_retried_in_place(status: QLoRAJobStatus, changes: list[str]):
+    job = make_job(status)
+    assert not rerun.can_retry_in_place(job, rerun.make_manifest(job, changes))

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,63 @@ def test_numbers_are_read_as_kubernetes_reads_them():
         0,
         ["standard input:1: QLoRAJob support-bot is valid"],
     )
+
+
+@pytest.mark.parametrize("number", ["16.0", "1.6e1", "16e0", "0x10", "+16", "1_6"])
+def test_integer_may_be_written_as_kubernetes_reads_it(number):
+    assert validate(JOB.replace("rank: 16", f"rank: {number}"))[0] == 0
+
+
+def test_integer_written_with_exponent_is_one():
+    assert validate(JOB + "  training: {maxSteps: 1e3, epochs: 3.0}\n")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("number", "said"), [("16.5", "16.5"), ("1e-1", "0.1"), ("1e30", "1e+30"), (".inf", "Infinity"), ("1:30", '"1:30"')]
+)
+def test_number_that_is_no_integer_is_named(number, said):
+    message = f"standard input:11: spec.lora.rank: must be an integer, got {said}"
+    assert validate(JOB.replace("rank: 16", f"rank: {number}")) == (1, [message])
+
+
+def in_list(*texts, kind="List", api_version="v1"):
+    items = "".join(textwrap.indent(text, "  ").replace("  ", "- ", 1) for text in texts)
+    return f"apiVersion: {api_version}\nkind: {kind}\nmetadata: {{resourceVersion: ''}}\nitems:\n{items}"
+
+
+def test_jobs_in_a_list_are_checked_with_their_lines():
+    broken = JOB.replace("rank: 16", "rank: 0")
+    assert validate(in_list(JOB, "apiVersion: v1\nkind: Secret\n", broken)) == (
+        1,
+        [
+            "standard input:5: QLoRAJob support-bot is valid",
+            f"standard input:{5 + len(JOB.splitlines()) + 2 + 10}: spec.lora.rank: must be ≥ 1, got 0",
+        ],
+    )
+
+
+@pytest.mark.parametrize(("kind", "version"), [("List", "v1"), ("QLoRAJobList", "qlora.dev/v1alpha1")])
+def test_lists_of_kubectl_and_of_the_api_are_read(kind, version):
+    assert validate(in_list(JOB, kind=kind, api_version=version)) == (
+        0, ["standard input:5: QLoRAJob support-bot is valid"]
+    )  # fmt: skip
+
+
+def test_lists_in_lists_are_read():
+    code, lines = validate(in_list(in_list(JOB)))
+    assert (code, len(lines)) == (0, 1)
+
+
+def test_object_of_the_api_server_is_valid():
+    """With status and metadata as `qlora list -o yaml` writes them."""
+    status = "status: {phase: Failed, observedGeneration: 1}\n"
+    written = JOB.replace("name: support-bot", "name: support-bot\n  uid: abc\n  generation: 1", 1)
+    assert validate(in_list(written + status))[0] == 0
+
+
+@pytest.mark.parametrize("items", ["[]", "[null]", "{}", ""])
+def test_list_without_jobs_is_reported(items):
+    assert validate(f"apiVersion: v1\nkind: List\nitems: {items}\n") == (1, ["-: contains no QLoRAJob"])
 
 
 @pytest.mark.parametrize(

@@ -73,3 +73,8 @@ def test_invalid_override_is_reported_at_the_option(change, message):
 def test_override_below_a_scalar_is_rejected():
     with pytest.raises(OverrideError, match=r"spec\.lora\.rank has no fields"):
         parse("lora.rank.size=8")
+
+
+def test_whole_number_is_the_integer_that_kubectl_sends():
+    [override] = [parse_override("training.maxSteps=1e3")]
+    assert repr(override.value) == "1000"

@@ -16,9 +16,9 @@ from qlora_operator.cluster.interface import (
     PodIdentity,
     PodOwner,
 )
-from qlora_operator.cluster.kube_cluster import KubeCluster
+from qlora_operator.cluster.kube_cluster import KubeCluster, _job_version
 from qlora_operator.cluster.parse import parse_job
-from qlora_operator.models import ChildJob
+from qlora_operator.models import ChildJob, RawJob
 from qlora_operator.resources import build_deadline
 from tests.make import NOW, REF, UID, make_manifest
 
@@ -259,3 +259,83 @@ async def test_job_whose_name_another_has_now_is_gone(conflicting: KubeCluster) 
 
 def test_patch_of_the_deadline_names_the_uid() -> None:
     assert build_deadline(REF, CHILD, 60)["metadata"] == {"namespace": "ml", "name": "bot-1", "uid": "job-uid"}
+
+
+class ListedChildren(Api):
+    """Lists ConfigMaps and Services in two pages, and records what is deleted."""
+
+    def __init__(self, *items: dict[str, Any]) -> None:
+        super().__init__(client.Configuration())
+        self._items = items
+        self.selectors: set[str] = set()
+        self.deleted: list[tuple[str, dict[str, Any]]] = []
+
+    async def request(self, method: str, path: str, body: Any = None, query: Any = None, **_: Any) -> dict[str, Any]:
+        if method == "DELETE":
+            self.deleted.append((path, body["preconditions"]))
+            return {}
+        self.selectors.add(query["labelSelector"])
+        if "continue" in query:
+            return {"metadata": {}, "items": self._items[1:]}
+        return {"metadata": {"continue": "more"}, "items": self._items[:1]}
+
+
+def make_child(name: str, owner_uid: str) -> dict[str, Any]:
+    item = make_item(f"{name}-uid", "QLoRAJob", REF.name, owner_uid)
+    return {"metadata": {**item["metadata"], "name": name}}
+
+
+async def test_configuration_of_other_owners_is_not_deleted() -> None:
+    """One with the same name was deleted before, or somebody has copied the label."""
+    foreign = {"metadata": {"name": "copy", "uid": "copy-uid", "labels": {"qlora.dev/job": REF.name}}}
+    api = ListedChildren(make_child("bot-1", UID), make_child("bot-2", "former"), foreign, make_child("bot-3", UID))
+    await KubeCluster(api, ChildCache()).delete_configuration(raw_job())
+    await api.close()
+    assert api.deleted == [
+        (f"/api/v1/namespaces/ml/{plural}/{name}", {"uid": f"{name}-uid"})
+        for plural in ("configmaps", "services")
+        for name in ("bot-1", "bot-3")
+    ]
+    assert api.selectors == {f"app.kubernetes.io/managed-by=qlora-operator,qlora.dev/job={REF.name}"}
+
+
+async def test_qlorajob_is_deleted_only_as_it_was_read() -> None:
+    api = ListedChildren()
+    await KubeCluster(api, ChildCache()).delete_qlorajob(raw_job())
+    await api.close()
+    path = f"/apis/qlora.dev/v1alpha1/namespaces/ml/qlorajobs/{REF.name}"
+    assert api.deleted == [(path, {"uid": UID, "resourceVersion": "7"})]
+
+
+@pytest.mark.parametrize("conflicting", ["Conflict"], indirect=True)
+async def test_qlorajob_that_changed_is_not_deleted(conflicting: KubeCluster) -> None:
+    with pytest.raises(ClusterBusyError):
+        await conflicting.delete_qlorajob(raw_job())
+
+
+@pytest.mark.parametrize(
+    ("annotation", "retry", "settled"),
+    [
+        (None, None, True),
+        ("a", None, False),
+        ("a", {"request": "a", "pending": False}, True),
+        ("a", {"request": "a", "pending": True}, False),
+        ("b", {"request": "a", "pending": False}, False),
+        (None, {"request": "a", "pending": False}, True),
+    ],
+)
+def test_finished_job_with_open_retry_request_is_not_fully_reconciled(
+    annotation: str | None, retry: dict[str, Any] | None, settled: bool
+) -> None:
+    made = make_manifest()
+    metadata = {"uid": UID, "generation": 1, "resourceVersion": "7", "creationTimestamp": NOW.isoformat()}
+    annotations = {"annotations": {"qlora.dev/retry-requested-at": annotation}} if annotation else {}
+    status = {"phase": "Failed", "observedGeneration": 1} | ({"retry": retry} if retry else {})
+    item = {**made, "metadata": {**made["metadata"], **metadata, **annotations}, "status": status}
+    assert _job_version(item).fully_reconciled is settled
+
+
+def raw_job() -> RawJob:
+    made = make_manifest()
+    metadata = {"uid": UID, "generation": 1, "resourceVersion": "7", "creationTimestamp": NOW.isoformat()}
+    return parse_job({**made, "metadata": {**made["metadata"], **metadata}})

@@ -5,10 +5,12 @@ from qlora_operator.cluster.rbac import (
     EDIT,
     NAMESPACED,
     OWN_NAMESPACE,
+    RETENTION,
     VIEW,
     build_cluster_rules,
     build_edit_rules,
     build_own_namespace_rules,
+    build_retention_rules,
     build_rules,
     build_view_rules,
 )
@@ -20,13 +22,19 @@ def test_operator_permissions() -> None:
         "qlora.dev/qlorajobs/status": "update",
         "qlora.dev/qlorajobs/finalizers": "update",
         "batch/jobs": "get list watch create patch delete",
-        "/configmaps": "get create patch",
-        "/services": "get create patch",
+        "/configmaps": "get list create patch delete",
+        "/services": "get list create patch delete",
         "/pods": "get list watch",
         "/events": "list",
         "events.k8s.io/events": "create",
         "authentication.k8s.io/tokenreviews": "create",
         "/nodes": "list",
+    }
+
+
+def test_operator_deletes_qlorajobs_only_with_retention() -> None:
+    assert {f"{entry.group}/{entry.resource}": " ".join(entry.verbs) for entry in RETENTION} == {
+        "qlora.dev/qlorajobs": "delete",
     }
 
 
@@ -47,7 +55,7 @@ def test_user_roles_exclude_status() -> None:
 
 
 def test_rules_have_no_wildcard_and_no_secret() -> None:
-    operator = build_rules() + build_cluster_rules() + build_own_namespace_rules()
+    operator = build_rules() + build_retention_rules() + build_cluster_rules() + build_own_namespace_rules()
     rules = operator + build_view_rules() + build_edit_rules()
     words = {word for rule in rules for values in rule.values() for word in values}
     assert not words & {"*", "secrets", "pods/exec", "impersonate", "escalate", "bind"}

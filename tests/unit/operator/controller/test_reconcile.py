@@ -361,6 +361,36 @@ async def test_run_is_sized_by_cluster_gpus() -> None:
     assert (cluster.status["plan"], cluster.node_lists) == (plan, seen)
 
 
+async def test_gpus_column_is_what_pods_hold() -> None:
+    cluster = FakeCluster()
+    cluster.submit(make_manifest(resources={"gpusPerNode": 1}, queue={"name": "gpus"}))
+    cluster.nodes = [gpu_node("Tesla-T4", 15_360)]
+    seen = {}
+
+    async def record() -> None:
+        await reconcile_until_stable(cluster)
+        seen[cluster.status["phase"]] = cluster.status["gpus"]
+
+    await record()
+    cluster.end_pod(PREPARE, 0, prepared_message("llama-3.2-3b"))
+    await record()
+    cluster.children["Job", TRAIN]["spec"]["suspend"] = False
+    await record()
+    cluster.start_pod(TRAIN)
+    await record()
+    cluster.change(suspend=True)
+    await record()
+    cluster.change(suspend=False)
+    await reconcile_until_stable(cluster)
+    cluster.children["Job", SECOND]["spec"]["suspend"] = False
+    cluster.start_pod(SECOND)
+    await reconcile_until_stable(cluster)
+    assert cluster.status["gpus"] == 1
+    cluster.end_pod(SECOND, 1, make_termination_message(Reason.NON_FINITE_LOSS, "loss is NaN"))
+    await record()
+    assert seen == {"Preparing": 0, "Queued": 0, "Scheduling": 0, "Training": 1, "Suspended": 0, "Failed": 0}
+
+
 async def test_run_is_sized_when_prepare_pod_has_ended() -> None:
     cluster = FakeCluster()
     cluster.submit(make_manifest(resources={"gpusPerNode": 1}))

@@ -288,5 +288,5 @@ async def test_ttl_deletes_children(cluster: FakeCluster) -> None:
     before = cluster.status
     cluster.pass_time(timedelta(hours=24))
     await reconcile_until_stable(cluster)
-    assert [name for kind, name in cluster.children if kind == "Job"] == []
-    assert cluster.status == before
+    assert cluster.children == {}
+    assert cluster.status == before | {"childrenDeletedAt": cluster.status["childrenDeletedAt"]}

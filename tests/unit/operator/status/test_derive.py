@@ -1,18 +1,28 @@
 """Status as other tools read it: kstatus, the columns, the schema."""
 
 from datetime import timedelta
-from typing import Any
+from typing import Any, Final
 
 import pytest
 
-from qlora_api.names import TERMINAL, ConditionType, Phase
+from qlora_api.names import RUNNING, TERMINAL, ConditionType, Phase, Role
 from qlora_api.reasons import Reason
 from qlora_api.units import format_duration
 from qlora_api.v1alpha1 import Attempt, Progress, QLoRAJobStatus
-from qlora_operator.models import Decision
-from qlora_operator.status import derive_status, to_wire, with_observed_generation
+from qlora_api.v1alpha1.status import MAX_SUMMARY
+from qlora_operator.models import Decision, Pod
+from qlora_operator.status import derive_status, held_gpus, to_wire, with_observed_generation
 from qlora_operator.status.formatting import format_number, format_step
-from tests.make import NOW, make_plan_status, make_prepared, make_result
+from tests.make import (
+    NOW,
+    make_child,
+    make_observation,
+    make_pending_pod,
+    make_plan_status,
+    make_pod,
+    make_prepared,
+    make_result,
+)
 
 REASONS = {
     Phase.PENDING: Reason.ACCEPTED,
@@ -120,9 +130,49 @@ def test_attempt_start_is_kept_once_known() -> None:
     assert [(attempt.started_at, attempt.reason) for attempt in ended.attempts] == [(NOW, Reason.S3_DENIED)]
 
 
-def test_gpus_follow_plan_once_planned() -> None:
-    assert status_in(Phase.PREPARING).gpus == 1
-    assert status_in(Phase.SCHEDULING, plan=make_plan_status()).gpus == 0
+GANG: Final = make_plan_status().model_copy(update={"nodes": 3, "gpus_per_node": 4})
+
+
+@pytest.mark.parametrize(
+    ("pods", "gpus"),
+    [
+        ((), 0),
+        ((make_pending_pod(), make_pending_pod(index=1)), 0),
+        ((make_pod(), make_pending_pod(index=1)), 4),
+        ((make_pod(), make_pod(index=1), make_pod(index=2)), 12),
+        ((make_pod(), make_pod(index=1, deleting=True)), 8),
+        ((make_pod(phase="Succeeded"), make_pod(index=1, phase="Failed"), make_pod(index=2)), 4),
+    ],
+)
+def test_gpus_are_those_that_pods_on_nodes_hold(pods: tuple[Pod, ...], gpus: int) -> None:
+    assert held_gpus(make_observation(make_child(pods=pods, pod=None)), GANG) == gpus
+
+
+def test_preparation_and_run_without_plan_hold_no_gpu() -> None:
+    assert held_gpus(make_observation(make_child(Role.PREPARE)), GANG) == 0
+    assert held_gpus(make_observation(make_child()), None) == 0
+
+
+@pytest.mark.parametrize("phase", TERMINAL)
+def test_finished_run_holds_no_gpu(phase: Phase) -> None:
+    assert status_in(phase).gpus == 0
+    former = QLoRAJobStatus(phase=phase, gpus=2)
+    assert with_observed_generation(former, 1).gpus == 0, "of an operator that counted what had been requested"
+
+
+@pytest.mark.parametrize("phase", [phase for phase in Phase if phase not in RUNNING])
+def test_run_without_running_pod_has_no_eta(phase: Phase) -> None:
+    live = Progress(percent=42, remaining_seconds=190, updated_at=NOW)
+    status = derive_status(QLoRAJobStatus(), Decision(phase, REASONS[phase], ""), live, gpus=0, generation=1, now=NOW)
+    assert (status.eta, status.last_report) == (None, live)
+
+
+def test_summary_is_beginning_of_message_without_remedy() -> None:
+    assert status_in(Phase.FAILED).summary == "because"
+    decision = Decision(Phase.FAILED, Reason.S3_DENIED, "x\ny" * 100)
+    summary = derive_status(QLoRAJobStatus(), decision, None, gpus=0, generation=1, now=NOW).summary
+    assert summary is not None
+    assert (len(summary), summary[-1], "\n" in summary) == (MAX_SUMMARY, "…", False)
 
 
 def test_report_fills_columns() -> None:
