@@ -8,7 +8,7 @@ from qlora_operator.cluster.interface import Cluster, InvalidStatusError
 from qlora_operator.lifecycle import ReconcileContext
 from qlora_operator.models import RawJob
 from qlora_operator.status import to_wire
-from qlora_operator.stored_job import keep_unknown
+from qlora_operator.stored_job import keep_unknown, read_job
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ async def write_if_changed(
     if status == previous:
         return None
     wire = to_wire(status)
-    merged = keep_unknown(raw.status, to_wire(previous), wire)
+    merged = keep_unknown(raw.status, to_wire(read_job(raw).status), wire)  # previous may have been changed
     try:
         return await cluster.write_status(raw, merged)
     except InvalidStatusError:

@@ -41,9 +41,18 @@ async def reconcile_until_stable(cluster: FakeCluster, report: Progress | None =
     raise AssertionError(f"never settles: {cluster.writes}")
 
 
+def newest_preparation(cluster: FakeCluster) -> str:
+    """The name of the prepare Job with the highest number."""
+    labels = {name: job["metadata"]["labels"] for (kind, name), job in cluster.children.items() if kind == "Job"}
+    numbers = {
+        name: int(label[names.PREPARATION_LABEL]) for name, label in labels.items() if names.PREPARATION_LABEL in label
+    }
+    return max(numbers, key=numbers.__getitem__)
+
+
 async def run_to_success(cluster: FakeCluster) -> None:
     await reconcile_until_stable(cluster)
-    cluster.end_pod(PREPARE, 0, PREPARED_MESSAGE)
+    cluster.end_pod(newest_preparation(cluster), 0, PREPARED_MESSAGE)
     cluster.pass_time(timedelta(minutes=1))
     await reconcile_until_stable(cluster)
     cluster.start_pod(TRAIN)

@@ -25,7 +25,7 @@ async def ended(*, ok: bool = True, **change: object) -> FakeCluster:
         await run_to_success(cluster)
     else:
         await reconcile_until_stable(cluster)
-        cluster.end_pod(PREPARE, 1, make_termination_message(Reason.DATASET_EMPTY, "spec.dataset.uri: no rows"))
+        cluster.end_pod(PREPARE, 1, make_termination_message(Reason.DATASET_INVALID, "spec.dataset.uri: row 1"))
         await reconcile_until_stable(cluster)
     return cluster
 

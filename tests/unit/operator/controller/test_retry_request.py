@@ -8,17 +8,20 @@ import pytest
 from qlora_api import names
 from qlora_api.names import Phase
 from qlora_api.reasons import Reason
-from qlora_api.v1alpha1.status import MAX_ATTEMPTS
+from qlora_api.v1alpha1.status import MAX_ATTEMPTS_LISTED
 from qlora_operator.cluster.parse import parse_job
 from qlora_operator.controller.reconcile import reconcile_once
 from qlora_operator.lifecycle import ReconcileContext
-from qlora_operator.lifecycle.retry_policy import LONGEST_PAUSE
+from qlora_operator.lifecycle.budgets import LONGEST_PAUSE
+from qlora_operator.lifecycle.job_deadline import SAFETY_MARGIN
 from qlora_operator.models import RawJob
 from tests.fakes import FakeCluster
 from tests.make import INSTALLATION, PREPARED_MESSAGE, PUBLISHED_MESSAGE, REF, make_manifest, make_termination_message
 from tests.unit.operator.life import (
     PREPARE,
+    PREPARE_AGAIN,
     TRAIN,
+    newest_preparation,
     reconcile_now,
     reconcile_until_stable,
     run_to_success,
@@ -26,8 +29,8 @@ from tests.unit.operator.life import (
 )
 
 FIRST: Final = "2026-03-01T12:00:00Z"
-MISSING: Final = make_termination_message(Reason.SECRET_NOT_FOUND, "spec.output.secretRef: there is no such Secret")
-HANG: Final = make_termination_message(Reason.COLLECTIVE_TIMEOUT, "a collective operation timed out")
+REFUSED: Final = make_termination_message(Reason.DATASET_INVALID, "spec.dataset.uri: row 1: no field")
+OUT_OF_MEMORY: Final = make_termination_message(Reason.CUDA_OUT_OF_MEMORY, "CUDA out of memory")
 
 
 def submitted(**change: Any) -> FakeCluster:
@@ -38,17 +41,17 @@ def submitted(**change: Any) -> FakeCluster:
 
 async def fail_preparation(cluster: FakeCluster) -> None:
     await reconcile_until_stable(cluster)
-    cluster.end_pod(PREPARE, 1, MISSING)
+    cluster.end_pod(newest_preparation(cluster), 1, REFUSED)
     await reconcile_until_stable(cluster)
-    assert (cluster.status["phase"], cluster.status["reason"]) == ("Failed", "SecretNotFound")
+    assert (cluster.status["phase"], cluster.status["reason"]) == ("Failed", "DatasetInvalid")
 
 
 async def fail_attempt(cluster: FakeCluster, number: int) -> None:
-    """One attempt starts and hangs; the back-off before the next one passes."""
+    """One attempt starts and runs out of memory; the back-off before the next one passes."""
     train = names.train_job_name(REF.name, number)
     cluster.start_pod(train)
     await reconcile_until_stable(cluster)
-    cluster.end_pod(train, 1, HANG)
+    cluster.end_pod(train, 1, OUT_OF_MEMORY)
     await reconcile_until_stable(cluster)
     cluster.pass_time(LONGEST_PAUSE)
     await reconcile_until_stable(cluster)
@@ -56,7 +59,7 @@ async def fail_attempt(cluster: FakeCluster, number: int) -> None:
 
 async def prepare(cluster: FakeCluster) -> None:
     await reconcile_until_stable(cluster)
-    cluster.end_pod(PREPARE, 0, PREPARED_MESSAGE)
+    cluster.end_pod(newest_preparation(cluster), 0, PREPARED_MESSAGE)
     await reconcile_until_stable(cluster)
 
 
@@ -79,11 +82,10 @@ def attempts(cluster: FakeCluster) -> list[tuple[int, str | None]]:
 async def test_run_that_failed_in_preparation_is_prepared_again() -> None:
     cluster = submitted()
     await fail_preparation(cluster)
-    uid = cluster.children["Job", PREPARE]["metadata"]["uid"]
     await request_retry(cluster)
     assert (cluster.status["phase"], cluster.status["reason"]) == ("Preparing", "Preparing")
     assert "finishedAt" not in cluster.status
-    assert cluster.children["Job", PREPARE]["metadata"]["uid"] != uid
+    assert newest_preparation(cluster) == PREPARE_AGAIN
     conditions = {kind: cluster.condition(kind) for kind in ("Ready", "Reconciling", "Stalled", "Finished")}
     assert conditions == {"Ready": "False", "Reconciling": "True", "Stalled": "False", "Finished": "False"}
     await run_to_success(cluster)
@@ -102,7 +104,7 @@ async def test_retry_continues_attempts_and_starts_budgets_anew() -> None:
     assert cluster.status["phase"] == Phase.SCHEDULING, "the first of two attempts since the retry"
     await fail_attempt(cluster, 4)
     assert (cluster.status["phase"], cluster.status["reason"]) == ("Failed", "RetriesExhausted")
-    assert attempts(cluster) == [(number, "CollectiveTimeout") for number in (1, 2, 3, 4)]
+    assert attempts(cluster) == [(number, "CudaOutOfMemory") for number in (1, 2, 3, 4)]
 
 
 async def test_retry_has_whole_time_limit_again() -> None:
@@ -111,12 +113,15 @@ async def test_retry_has_whole_time_limit_again() -> None:
     cluster.start_pod(TRAIN)
     await reconcile_until_stable(cluster)
     cluster.pass_time(timedelta(minutes=110))
-    cluster.end_pod(TRAIN, 1, HANG, keep_start=True)
+    cluster.end_pod(TRAIN, 1, OUT_OF_MEMORY, keep_start=True)
     await reconcile_until_stable(cluster)
     await request_retry(cluster)
     await prepare(cluster)
-    second = cluster.children["Job", names.train_job_name(REF.name, 2)]
-    assert second["spec"]["activeDeadlineSeconds"] == 7200
+    second = names.train_job_name(REF.name, 2)
+    cluster.start_pod(second)
+    await reconcile_until_stable(cluster)
+    limit = cluster.children["Job", second]["spec"]["activeDeadlineSeconds"] - SAFETY_MARGIN.total_seconds()
+    assert 7200 <= limit < 7260
 
 
 async def test_same_request_is_carried_out_once_and_another_again() -> None:
@@ -127,9 +132,7 @@ async def test_same_request_is_carried_out_once_and_another_again() -> None:
         assert cluster.status["phase"] == "Preparing"
     await fail_preparation(cluster)
     await request_retry(cluster, "again")
-    assert (cluster.status["phase"], cluster.created.count(PREPARE)) == ("Failed", 1 + 3), (
-        "a ConfigMap and a Job for each"
-    )
+    assert (cluster.status["phase"], newest_preparation(cluster)) == ("Failed", f"{REF.name}-prep3")
 
 
 async def test_long_request_is_recorded_within_the_bounds_of_the_status() -> None:
@@ -252,14 +255,16 @@ async def test_history_of_attempts_stays_within_the_bounds_of_the_status() -> No
     await fail_attempt(cluster, 1)
     assert cluster.job
     [ended] = cluster.status["attempts"]
-    history = [{**ended, "number": number, "job": f"{REF.name}-{number}"} for number in range(1, MAX_ATTEMPTS + 1)]
-    cluster.job["status"] = {**cluster.status, "attempts": history, "attempt": MAX_ATTEMPTS}
+    history = [
+        {**ended, "number": number, "job": f"{REF.name}-{number}"} for number in range(1, MAX_ATTEMPTS_LISTED + 1)
+    ]
+    cluster.job["status"] = {**cluster.status, "attempts": history, "attempt": MAX_ATTEMPTS_LISTED}
     await request_retry(cluster)
     await prepare(cluster)
-    last = names.train_job_name(REF.name, MAX_ATTEMPTS + 1)
+    last = names.train_job_name(REF.name, MAX_ATTEMPTS_LISTED + 1)
     cluster.start_pod(last)
     await reconcile_until_stable(cluster)
     cluster.end_pod(last, 0, PUBLISHED_MESSAGE)
     await reconcile_until_stable(cluster)
     assert cluster.status["phase"] == "Succeeded"
-    assert [number for number, _ in attempts(cluster)] == list(range(2, MAX_ATTEMPTS + 2))
+    assert [number for number, _ in attempts(cluster)] == [1, *range(3, MAX_ATTEMPTS_LISTED + 2)]

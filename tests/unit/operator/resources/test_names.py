@@ -28,7 +28,7 @@ JOB_NAMES: Final = st.from_regex(DNS_1123_LABEL, fullmatch=True).filter(lambda n
 
 def build_gang(name: str, attempt: int) -> tuple[Manifest, Manifest, Manifest]:
     owner = Owner(JobRef("ml", name), UID)
-    run = AttemptInputs(attempt, make_plan(SPEC, make_prepared()), make_prepared(), 60)
+    run = AttemptInputs(attempt, make_plan(SPEC, make_prepared()), make_prepared())
     return (
         build_service(owner, attempt),
         build_train_job(owner, SPEC, run, INSTALLATION),

@@ -26,7 +26,7 @@ def eviction_seconds(tolerations: list[dict[str, Any]], taint: dict[str, str]) -
 
 def train_tolerations(*tolerations: dict[str, Any]) -> list[dict[str, Any]]:
     spec = make_spec(resources={"gpusPerNode": 1, "tolerations": list(tolerations)})
-    run = AttemptInputs(1, make_plan(spec, make_prepared()), make_prepared(), 60)
+    run = AttemptInputs(1, make_plan(spec, make_prepared()), make_prepared())
     pod = build_train_job(OWNER, spec, run, INSTALLATION)["spec"]["template"]["spec"]
     return list(pod["tolerations"])
 
