@@ -64,6 +64,8 @@ def prepare(
     check_loss(spec.training.loss, dataset)
     rows = scan_rows(dataset, spec.dataset.evaluation.fraction)
     note(f"{rows.training_rows:,} rows to train on, {rows.held_out_rows:,} held out")
+    for sentence in rows.sentences:
+        note(sentence)
     snapshot = resolver.resolve(spec.model.uri, spec.model.revision, MODEL_FIELD)
     note(f"{spec.model.uri} is at commit {snapshot.commit}")
     model = inspect_model(spec, snapshot, work)

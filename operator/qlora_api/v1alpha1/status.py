@@ -63,6 +63,11 @@ class DataStatus(ApiModel):
     dropped_rows: int = Field(
         default=0, ge=0, description="Rows left out: too long (training.longRows), or without a token to train on."
     )
+    split_rows: int = Field(
+        default=0,
+        ge=0,
+        description="Conversations of which several rows were made, as the chat template rewrites earlier answers.",
+    )
     longest_row_tokens: int = Field(ge=0, description="Tokens of the longest row, before truncation.")
     row_lengths: RowLengths | None = Field(default=None, description="Lengths of the training and held-out rows.")
 

@@ -1,11 +1,14 @@
 """The dataset of a run: its sources, its validation set, and the scan that splits and counts the rows."""
 
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Final, NamedTuple
 
 from qlora_api.reasons import Reason
 from qlora_api.v1alpha1 import DataSource, DataStatus, QLoRAJobSpec, TrainingSpec
+from qlora_trainer.data.rows import group_of
 from qlora_trainer.data.sources import Source, local_files, make_source
 from qlora_trainer.data.splits import (
     SourceWeight,
@@ -68,17 +71,25 @@ class DatasetScan:
     training_rows: int
     """Rows in an epoch; a row that is repeated counts each time."""
     held_out_rows: int
+    sentences: tuple[str, ...] = ()
+    """Log lines about the split."""
 
 
 def scan_rows(dataset: Dataset, fraction: float) -> DatasetScan:
     """Read and check every row once; only hashes stay in memory."""
-    digests = [_digests(source) for source in dataset.sources]
+    scanned = [_scan(source) for source in dataset.sources]
+    digests = [source.digests for source in scanned]
+    sentences: tuple[str, ...] = ()
     if dataset.held_out is None:
-        held_out = split_validation(digests, fraction, DATASET_FIELD)
+        split = split_validation(digests, [source.groups for source in scanned], fraction, DATASET_FIELD)
+        held_out = split.held_out
         validation = [digest for rows in digests for digest in rows if digest in held_out]
+        sentences = () if split.by_question else (_ONE_QUESTION,)
     else:
-        validation = _digests(dataset.held_out)
+        separate = _scan(dataset.held_out)
+        validation = separate.digests
         held_out = frozenset(validation)
+        sentences = tuple(_describe_overlap(scanned, separate, held_out))
     source_weights = tuple(
         make_source_weight(rows, source.weight, held_out) for rows, source in zip(digests, dataset.sources, strict=True)
     )
@@ -88,11 +99,43 @@ def scan_rows(dataset: Dataset, fraction: float) -> DatasetScan:
         dataset_digest(training_digests(digests, source_weights), validation),
         sum(1 for _ in training_digests(digests, source_weights)),
         len(validation),
+        sentences,
     )
 
 
-def _digests(source: Source) -> list[bytes]:
-    return [located.row.digest for located in source.rows()]
+_ONE_QUESTION: Final = (
+    "every row has the same prompt, so held-out rows have the prompt of training rows; spec.dataset.evaluation.uri "
+    "names a separate validation set"
+)
+
+
+class _ScannedSource(NamedTuple):
+    """Content hash and group of each row."""
+
+    digests: list[bytes]
+    groups: "array[int]"
+
+
+def _scan(source: Source) -> _ScannedSource:
+    scanned = _ScannedSource([], array("Q"))
+    for located in source.rows():
+        scanned.digests.append(located.row.digest)
+        scanned.groups.append(group_of(located.row))
+    return scanned
+
+
+def _describe_overlap(
+    training: Sequence[_ScannedSource], separate: _ScannedSource, held_out: frozenset[bytes]
+) -> Iterator[str]:
+    """Yield a log line if training rows have the prompt, but not the answer, of a row of the separate validation set."""
+    questions = frozenset(separate.groups)
+    overlap = sum(
+        group in questions and digest not in held_out
+        for source in training
+        for digest, group in zip(source.digests, source.groups, strict=True)
+    )
+    if overlap:
+        yield f"{overlap:,} training rows have the prompt of a held-out row; remove them unless that is intended"
 
 
 def check_loss(loss: str, dataset: Dataset) -> None:
@@ -124,6 +167,11 @@ def describe_lengths(status: DataStatus, training: TrainingSpec) -> Iterator[str
         yield (
             f"tokens per row: mean {lengths.mean:g}, median {lengths.p50:,}, 95th percentile {lengths.p95:,}, "
             f"99th percentile {lengths.p99:,}"
+        )
+    if status.split_rows:
+        yield (
+            f"{status.split_rows:,} conversations are split: the chat template rewrites earlier answers once a "
+            "conversation goes on, so each such answer is a row of its own, which ends with it"
         )
     if status.truncated_rows:
         yield f"{status.truncated_rows:,} rows are truncated to {training.max_length:,} tokens"

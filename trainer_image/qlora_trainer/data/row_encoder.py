@@ -2,7 +2,7 @@
 
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, NamedTuple, cast
 
 from qlora_api.reasons import Reason
@@ -25,6 +25,12 @@ class EncodedRow(NamedTuple):
     location: str
     digest: bytes
     row: TokenRow
+
+    @property
+    def parts(self) -> tuple["EncodedRow", ...]:
+        """Return the row, after those of its earlier answers if the chat template rewrites these."""
+        rows = (*self.row.earlier, replace(self.row, earlier=()))
+        return tuple(self._replace(row=row) for row in rows)
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,8 @@ class RowCounts:
     tokens: int = 0
     truncated: int = 0
     dropped: int = 0
+    split: int = 0
+    """Conversations that several rows were made of."""
     lengths: "array[int]" = field(default_factory=lambda: array("I"))
     """Tokens of each row before truncation."""
     longest: int = 0
