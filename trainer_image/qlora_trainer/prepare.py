@@ -20,6 +20,7 @@ from qlora_trainer.data.dataset import (
     Dataset,
     DatasetScan,
     check_loss,
+    describe_invalid,
     describe_lengths,
     describe_sources,
     open_dataset,
@@ -64,7 +65,7 @@ def prepare(
     check_loss(spec.training.loss, dataset)
     rows = scan_rows(dataset, spec.dataset.evaluation.fraction)
     note(f"{rows.training_rows:,} rows to train on, {rows.held_out_rows:,} held out")
-    for sentence in rows.sentences:
+    for sentence in (*rows.sentences, *describe_invalid(rows.invalid)):
         note(sentence)
     snapshot = resolver.resolve(spec.model.uri, spec.model.revision, MODEL_FIELD)
     note(f"{spec.model.uri} is at commit {snapshot.commit}")
@@ -72,7 +73,7 @@ def prepare(
     for sentence in model.sentences:
         note(sentence)
     tasks = check_benchmarks(spec, resolver, work, note)
-    with tokenize_rows(spec, dataset, rows, model.tokenizer, work) as tokenized:
+    with tokenize_rows(spec, dataset, rows, model.tokenizer, work, note) as tokenized:
         for sentence in check_rows_fit(model, tokenized):
             note(sentence)
         for sentence in describe_lengths(tokenized.status, spec.training):
@@ -226,7 +227,7 @@ def check_rows_fit(model: InspectedModel, tokenized: "TokenizedDataset") -> Iter
 
 
 def tokenize_rows(
-    spec: QLoRAJobSpec, dataset: Dataset, rows: DatasetScan, tokenizer: Any, work: Path
+    spec: QLoRAJobSpec, dataset: Dataset, rows: DatasetScan, tokenizer: Any, work: Path, note: LogFn = no_log
 ) -> "TokenizedDataset":
     """Tokenize all rows into local files."""
     from qlora_trainer.data.chat_template import load_chat_template  # noqa: PLC0415 (as above)
@@ -235,7 +236,11 @@ def tokenize_rows(
 
     chats = any(source.row_format == "chat" for source in dataset.all_sources)
     chat = load_chat_template(tokenizer, spec.dataset.chat_template) if chats else None
-    return tokenize_dataset(dataset, rows, RowEncoder(tokenizer, spec.training.loss, chat), spec.training, work)
+    encoder = RowEncoder(tokenizer, spec.training.loss, chat)
+    tokenized = tokenize_dataset(dataset, rows, encoder, spec.training, work)
+    for sentence in describe_invalid(encoder.rejected):
+        note(sentence)
+    return tokenized
 
 
 def preview_rows(tokenized: "TokenizedDataset", tokenizer: Any) -> Iterator[str]:

@@ -1,5 +1,6 @@
 """Parser for chat rows: OpenAI's, ShareGPT's, or a prompt and a completion as messages; checks every message."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
@@ -19,6 +20,7 @@ _LABEL_FLAGS: Final = ("weight", "train", "loss")
 _SYSTEM_FIELDS: Final = ("system", "system_prompt")
 """Fields of a row with the system message, as in ShareGPT datasets."""
 _MEDIA_FIELDS: Final = ("image", "images", "video", "videos", "audio", "audios")
+_MESSAGES_AS_TEXT: Final = re.compile(r'\s*\[\s*\{\s*"(role|content|from|value)"\s*:')
 _TEXT_PARTS: Final = ("text", "input_text", "output_text")
 CHAT_FIELDS: Final = ("messages", "conversations", "prompt", "completion", "tools", "functions", *_SYSTEM_FIELDS)
 """Fields of a row that are read."""
@@ -63,7 +65,7 @@ def _messages(fields: Mapping[str, Any]) -> tuple[str, Sequence[Any], int]:
     name = next((name for name in ("messages", "conversations") if fields.get(name) is not None), None)
     if name is not None:
         return name, _as_list(fields[name], name), 0
-    if fields.get("prompt") is None:
+    if not is_messages(fields.get("prompt")):
         raise RowError("field 'messages' (or 'conversations') is missing; add it")
     prompt = _as_list(fields["prompt"], "prompt")
     completion = fields.get("completion")
@@ -72,6 +74,11 @@ def _messages(fields: Mapping[str, Any]) -> tuple[str, Sequence[Any], int]:
     if isinstance(completion, str) and not completion.lstrip().startswith("["):
         completion = [{"role": "assistant", "content": completion}]
     return "prompt+completion", [*prompt, *_as_list(completion, "completion")], len(prompt)
+
+
+def is_messages(prompt: Any) -> bool:
+    """Return whether the prompt of a row is messages, also as JSON in text, and not a text."""
+    return isinstance(prompt, list) or (isinstance(prompt, str) and bool(_MESSAGES_AS_TEXT.match(prompt)))
 
 
 def _as_list(turns: Any, name: str) -> list[Any]:

@@ -2,14 +2,14 @@
 
 from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final, NamedTuple
 
 from qlora_api.reasons import Reason
 from qlora_api.v1alpha1 import DataSource, DataStatus, QLoRAJobSpec, TrainingSpec
 from qlora_trainer.data.rows import group_of
-from qlora_trainer.data.sources import Source, local_files, make_source
+from qlora_trainer.data.sources import RowErrors, Source, local_files, make_source
 from qlora_trainer.data.splits import (
     SourceWeight,
     check_training_rows_left,
@@ -49,16 +49,19 @@ def open_dataset(spec: QLoRAJobSpec, resolver: SourceResolver, work: Path) -> Da
     for field, source in dataset.sources_by_field:
         field_ref = FieldRef(DATASET_FIELD.role, field)
         files = local_files(resolver, source.uri, field_ref, work)
-        sources.append(make_source(field_ref, files, source, template))
+        sources.append(make_source(field_ref, files.paths, source, template, files.left_out))
+    sources = [replace(source, drops_invalid=dataset.on_invalid_row == "drop") for source in sources]
     uri = dataset.evaluation.uri
     if uri is None:
         return Dataset(tuple(sources), None)
     # With a single source, the validation set has its format; with several, the format is detected.
     same_format = len(sources) == 1
     source = DataSource(uri=uri, format=sources[0].row_format if same_format else dataset.format)
-    held_out = make_source(EVALUATION_FIELD, local_files(resolver, uri, EVALUATION_FIELD, work), source, template)
+    files = local_files(resolver, uri, EVALUATION_FIELD, work)
+    held_out = make_source(EVALUATION_FIELD, files.paths, source, template, files.left_out)
     reason = f"same format as {sources[0].field_ref.field}" if same_format else held_out.format_reason
-    return Dataset(tuple(sources), replace(held_out, format_reason=reason))
+    drops_invalid = dataset.on_invalid_row == "drop"
+    return Dataset(tuple(sources), replace(held_out, format_reason=reason, drops_invalid=drops_invalid))
 
 
 @dataclass(frozen=True)
@@ -73,11 +76,13 @@ class DatasetScan:
     held_out_rows: int
     sentences: tuple[str, ...] = ()
     """Log lines about the split."""
+    invalid: RowErrors = field(default_factory=RowErrors)
+    """Rows that are left out as they cannot be used."""
 
 
 def scan_rows(dataset: Dataset, fraction: float) -> DatasetScan:
     """Read and check every row once; only hashes stay in memory."""
-    scanned = [_scan(source) for source in dataset.sources]
+    scanned, invalid = [_scan(source) for source in dataset.sources], RowErrors()
     digests = [source.digests for source in scanned]
     sentences: tuple[str, ...] = ()
     if dataset.held_out is None:
@@ -90,6 +95,9 @@ def scan_rows(dataset: Dataset, fraction: float) -> DatasetScan:
         validation = separate.digests
         held_out = frozenset(validation)
         sentences = tuple(_describe_overlap(scanned, separate, held_out))
+        invalid.extend(separate.invalid)
+    for source in scanned:
+        invalid.extend(source.invalid)
     source_weights = tuple(
         make_source_weight(rows, source.weight, held_out) for rows, source in zip(digests, dataset.sources, strict=True)
     )
@@ -100,6 +108,7 @@ def scan_rows(dataset: Dataset, fraction: float) -> DatasetScan:
         sum(1 for _ in training_digests(digests, source_weights)),
         len(validation),
         sentences,
+        invalid,
     )
 
 
@@ -110,15 +119,16 @@ _ONE_QUESTION: Final = (
 
 
 class _ScannedSource(NamedTuple):
-    """Content hash and group of each row."""
+    """Content hash and group of each row, and the rows that are left out."""
 
     digests: list[bytes]
     groups: "array[int]"
+    invalid: RowErrors
 
 
 def _scan(source: Source) -> _ScannedSource:
-    scanned = _ScannedSource([], array("Q"))
-    for located in source.rows():
+    scanned = _ScannedSource([], array("Q"), RowErrors())
+    for located in source.rows(scanned.invalid):
         scanned.digests.append(located.row.digest)
         scanned.groups.append(group_of(located.row))
     return scanned
@@ -158,6 +168,20 @@ def describe_sources(dataset: Dataset) -> Iterator[str]:
             f"{source.field_ref.field}: {source.files[0].name}{more}: {source.row_format} rows, "
             f"{source.format_reason}{weight}"
         )
+        if source.left_out:
+            shown = ", ".join(source.left_out[:3]) + (" …" if len(source.left_out) > 3 else "")  # noqa: PLR2004
+            yield (
+                f"{source.field_ref.field}: {len(source.left_out)} files are of another split, and are not read: "
+                f"{shown}; name them in the URI to use them"
+            )
+
+
+def describe_invalid(invalid: RowErrors) -> Iterator[str]:
+    """Yield log lines about rows that are left out as they cannot be used."""
+    if invalid.total:
+        yield f"{invalid.total:,} rows cannot be used and are left out (spec.dataset.onInvalidRow), the first of them:"
+    for location, reason in invalid.first:
+        yield f"left out, {location}: {reason}"
 
 
 def describe_lengths(status: DataStatus, training: TrainingSpec) -> Iterator[str]:

@@ -34,8 +34,6 @@ _READY: Final = b"ready\n"
 _TOO_SLOW: Final = f"did not end within {CPU_SECONDS:g} s of CPU time"
 _TOO_MUCH_MEMORY: Final = f"took more than {MEMORY_BYTES // MIB:,} MiB of memory"
 _TOO_LONG: Final = f"rendered more than {TEXT_CHARACTERS // 10**6} million characters"
-_TEXTS_PER_PART: Final = 2
-"""Of a conversation: its text and its prompt."""
 _TOO_MANY_PARTS: Final = (
     "the chat template rewrites its earlier answers, so that each is learned from a text of its own, and together these "
     "are too long; split the row"
@@ -186,9 +184,8 @@ def _answer(request: bytes, answers: IO[bytes]) -> None:
         renderer, calls = pickle.loads(request)  # noqa: S301 (of the parent)
         for call in calls:
             answer = _call(renderer, call)
-            texts = _texts_of(answer)
-            size = sum(map(len, texts))
-            if size > text_left and len(texts) > _TEXTS_PER_PART:
+            size = sum(map(len, _texts_of(answer)))
+            if size > text_left and len(answer["value"]) > 1 and isinstance(answer["value"], list):
                 answer, size = {"error": _TOO_MANY_PARTS}, 0
             text_left -= size
             if text_left < 0:

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from qlora_api.units import MIB
 from qlora_api.v1alpha1 import RowFormat, RowTemplate
-from qlora_trainer.data.chat_messages import parse_chat
+from qlora_trainer.data.chat_messages import is_messages, parse_chat
 from qlora_trainer.data.json_values import parse_json_text
 from qlora_trainer.data.rows import MAX_TEXT_BYTES, Example, Row, RowError, Text, check_size, text_of
 
@@ -30,7 +30,7 @@ def detect_format(fields: Mapping[str, Any]) -> tuple[RowFormat, str]:
     # A table of several formats has the columns of all; those of the others are null or empty.
     filled = [name for name in fields if fields[name] is not None and fields[name] != ""]
     found = next(((fmt, field) for names in (filled, fields) for field, fmt in _FORMAT_FIELDS if field in names), None)
-    if found == ("completion", "prompt") and _is_messages(fields["prompt"]):
+    if found == ("completion", "prompt") and is_messages(fields["prompt"]):
         return "chat", "prompt"
     if found is None:
         raise RowError(
@@ -38,10 +38,6 @@ def detect_format(fields: Mapping[str, Any]) -> tuple[RowFormat, str]:
             "and output (or response), prompt and completion, or text; or set spec.dataset.template"
         )
     return found
-
-
-def _is_messages(value: Any) -> bool:
-    return isinstance(value, list)
 
 
 def parse_row(fields: Mapping[str, Any], row_format: RowFormat, template: RowTemplate | None = None) -> Row:

@@ -14,12 +14,15 @@ from qlora_api.v1alpha1 import DataStatus, RowLengths, TrainingSpec
 from qlora_trainer.data import shards
 from qlora_trainer.data.dataset import Dataset, DatasetScan
 from qlora_trainer.data.row_encoder import EncodedRow, LengthPolicy, RowCounts, RowEncoder, make_length_policy
+from qlora_trainer.data.sources import RowErrors
 from qlora_trainer.data.splits import DatasetDigest
 from qlora_trainer.errors import RunError
 from qlora_trainer.storage.store import sha256_of
 
 _TRAINING, _HELD_OUT = "train.parquet", "evaluation.parquet"
 _PERCENTILES: Final = (50, 95, 99)
+_MAX_LOCATION: Final = 64
+"""Characters of a row's file and number in the status."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ def tokenize_dataset(
     splits = (counts.training, counts.held_out)
     return TokenizedDataset(
         folder,
-        _describe(dataset, scan, counts),
+        _describe(dataset, scan, counts, encoder.rejected),
         digest,
         longest_row=max(split.longest for split in splits),
         largest_token=max(split.largest_token for split in splits),
@@ -142,8 +145,11 @@ def _check_rows_left(counts: RowCounts, name: str, training: TrainingSpec) -> No
     )
 
 
-def _describe(dataset: Dataset, scan: DatasetScan, counts: _SplitCounts) -> DataStatus:
+def _describe(dataset: Dataset, scan: DatasetScan, counts: _SplitCounts, rejected: RowErrors) -> DataStatus:
     """Summarize the dataset for the status; lengths cover both splits."""
+    invalid = RowErrors()
+    invalid.extend(scan.invalid)
+    invalid.extend(rejected)
     training, held_out = counts.training, counts.held_out
     lengths = np.concatenate([np.asarray(training.lengths), np.asarray(held_out.lengths)])
     p50, p95, p99 = (int(value) for value in np.percentile(lengths, _PERCENTILES, method="higher"))
@@ -155,6 +161,8 @@ def _describe(dataset: Dataset, scan: DatasetScan, counts: _SplitCounts) -> Data
         training_tokens=training.tokens,
         truncated_rows=training.truncated + held_out.truncated,
         dropped_rows=training.dropped + held_out.dropped,
+        invalid_rows=invalid.total,
+        invalid_row_numbers=tuple(location[-_MAX_LOCATION:] for location, _ in invalid.first),
         split_rows=training.split + held_out.split,
         longest_row_tokens=int(lengths.max()),
         row_lengths=RowLengths(mean=round(float(lengths.mean()), 1), p50=p50, p95=p95, p99=p99),
