@@ -73,8 +73,10 @@ def prepare(
     for sentence in model.sentences:
         note(sentence)
     tasks = check_benchmarks(spec, resolver, work, note)
-    with tokenize_rows(spec, dataset, rows, model.tokenizer, work, note) as tokenized:
+    with tokenize_rows(spec, dataset, rows, model.tokenizer, work) as tokenized:
         for sentence in check_rows_fit(model, tokenized):
+            note(sentence)
+        for sentence in describe_invalid(tokenized.rejected):
             note(sentence)
         for sentence in describe_lengths(tokenized.status, spec.training):
             note(sentence)
@@ -227,7 +229,7 @@ def check_rows_fit(model: InspectedModel, tokenized: "TokenizedDataset") -> Iter
 
 
 def tokenize_rows(
-    spec: QLoRAJobSpec, dataset: Dataset, rows: DatasetScan, tokenizer: Any, work: Path, note: LogFn = no_log
+    spec: QLoRAJobSpec, dataset: Dataset, rows: DatasetScan, tokenizer: Any, work: Path
 ) -> "TokenizedDataset":
     """Tokenize all rows into local files."""
     from qlora_trainer.data.chat_template import load_chat_template  # noqa: PLC0415 (as above)
@@ -237,10 +239,7 @@ def tokenize_rows(
     chats = any(source.row_format == "chat" for source in dataset.all_sources)
     chat = load_chat_template(tokenizer, spec.dataset.chat_template) if chats else None
     encoder = RowEncoder(tokenizer, spec.training.loss, chat)
-    tokenized = tokenize_dataset(dataset, rows, encoder, spec.training, work)
-    for sentence in describe_invalid(encoder.rejected):
-        note(sentence)
-    return tokenized
+    return tokenize_dataset(dataset, rows, encoder, spec.training, work)
 
 
 def preview_rows(tokenized: "TokenizedDataset", tokenizer: Any) -> Iterator[str]:

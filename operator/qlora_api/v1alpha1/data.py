@@ -144,8 +144,8 @@ class DatasetSpec(ApiModel):
     on_invalid_row: Literal["refuse", "drop"] = Field(
         default="refuse",
         description=(
-            "What happens to a row that cannot be used, such as one without an answer: refuse the run, or drop the row. "
-            "More than one in ten is always refused."
+            "What happens to rows that cannot be used, such as those without an answer: refuse the run, or drop them, "
+            "up to one row in ten."
         ),
     )
     secret_ref: SecretRef | None = Field(

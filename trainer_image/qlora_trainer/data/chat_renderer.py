@@ -27,6 +27,8 @@ from qlora_trainer.data.tokenization import Span
 GENERATION_TAG: Final = re.compile(r"\{%-?\s*generation\s*-?%\}")
 """The tag with which a template marks the assistant's output itself."""
 _MARKED: Final[Message] = {"role": "assistant", "content": CLOSE}
+_OBJECT_ARGUMENTS: Final = ("arguments",)
+"""Shape that says that the template takes the arguments of calls as objects."""
 _OPENING_TAG: Final = re.compile(r"\s*(<[A-Za-z_]+>)")
 _CAUSES: Final = {
     cause.__name__: cause
@@ -108,7 +110,9 @@ class ChatRenderer:
         answers = [index for index, message in enumerate(chat.messages) if message["role"] == "assistant"]
         pending = [index for index in (answers[-1:] if loss == "completion" else answers) if index not in chat.masked]
         if loss == "completion" and not pending:
-            raise RowError(f"messages[{answers[-1]}] has the weight 0, and spec.training.loss completion learns only it")
+            raise RowError(
+                f"messages[{answers[-1]}] has the weight 0, and spec.training.loss completion learns only it"
+            )
         check = FieldCheck(lambda changed: self._apply(changed.messages, changed)[0], self.rendered_shapes)
         rendered, part = [], chat
         while True:
@@ -155,7 +159,8 @@ class ChatRenderer:
 
     def _with_arguments(self, chat: Chat) -> Chat:
         """Return the conversation with arguments as the template takes them: as objects, or as JSON in text."""
-        if not (arguments := call_arguments(chat.messages)):
+        arguments = call_arguments(chat.messages)
+        if not arguments or _OBJECT_ARGUMENTS in self.rendered_shapes:
             return chat
         as_text = replace(chat, messages=with_text_arguments(chat.messages))
         try:
@@ -167,12 +172,15 @@ class ChatRenderer:
                 return chat
             return as_text
         # Written as Python writes them, which is no JSON: such a template expects text.
-        return as_text if any(str(found) in text and not _is_json(str(found)) for found in arguments) else chat
+        if any(str(found) in text and not _is_json(str(found)) for found in arguments):
+            return as_text
+        self.rendered_shapes.add(_OBJECT_ARGUMENTS)
+        return chat
 
     def _render_part(
         self, chat: Chat, pending: Sequence[int], check: FieldCheck, loss: str, *, with_prompt: bool
     ) -> tuple[RenderedChat, list[int]]:
-        """Render a conversation, and return which of the pending answers are learned from it; the last one always is."""
+        """Render a conversation, and return which of the pending answers are learned from it: its last, at least."""
         text, tags = self._apply(chat.messages, chat)
         check.check_context(chat, text)
         tagged = bool(GENERATION_TAG.search(self._source_for(chat)))
@@ -189,9 +197,7 @@ class ChatRenderer:
         elif hidden := [index for index in masked if index not in spans]:
             raise RowError(f"messages[{hidden[0]}] has the weight 0, and the chat template rewrites it; remove the row")
         answer = str(chat.messages[-1]["content"])
-        found = RenderedChat(
-            text, self._ends(text, spans, learned), self._ends(text, spans, masked), prompt, answer
-        )
+        found = RenderedChat(text, self._ends(text, spans, learned), self._ends(text, spans, masked), prompt, answer)
         return found, learned
 
     def _ends(self, text: str, spans: Mapping[int, list[Span]], answers: Sequence[int]) -> tuple[Span, ...]:

@@ -7,8 +7,9 @@ from functools import lru_cache
 from typing import Any, Final, NamedTuple
 
 from qlora_api.reasons import Reason
-from qlora_trainer.data.chat_renderer import CLOSE, ChatRenderer, RenderedChat, TemplateRejectionError
+from qlora_trainer.data.chat_renderer import ChatRenderer, RenderedChat, TemplateRejectionError
 from qlora_trainer.data.render_process import RENDER_PROCESS, Call, RenderLimitError
+from qlora_trainer.data.rendered_fields import CLOSE
 from qlora_trainer.data.rows import MAX_TEXT_BYTES, Chat, Message, RowError
 from qlora_trainer.data.tokenization import Span, TokenRow, tokenize
 from qlora_trainer.errors import RunError
@@ -61,9 +62,7 @@ class ChatTemplate:
         return str(text)
 
     def _call(self, calls: Sequence[Call]) -> list[Any]:
-        renderer = ChatRenderer(
-            self.source, self.tokenizer.special_tokens_map, self.stop_token, self.tools_source
-        )
+        renderer = ChatRenderer(self.source, self.tokenizer.special_tokens_map, self.stop_token, self.tools_source)
         try:
             return RENDER_PROCESS.render(renderer, calls)
         except RenderLimitError as error:
@@ -241,9 +240,7 @@ def _tokenize(tokenizer: Any, texts: list[str]) -> list[_TokenizedText]:
     return [_TokenizedText(*pair) for pair in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)]
 
 
-def _to_token_row(
-    part: _Part, tokens: _TokenizedText, prompt: list[int] | None, template: ChatTemplate
-) -> TokenRow:
+def _to_token_row(part: _Part, tokens: _TokenizedText, prompt: list[int] | None, template: ChatTemplate) -> TokenRow:
     rendered, ids = part.rendered, tokens.ids
     turns = [_token_span(tokens.offsets, turn) for turn in rendered.assistant_spans]
     if part.loss == "completion":

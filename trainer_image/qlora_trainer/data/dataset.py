@@ -46,8 +46,8 @@ def open_dataset(spec: QLoRAJobSpec, resolver: SourceResolver, work: Path) -> Da
     """Download the files and detect the row format of each source."""
     dataset, template = spec.dataset, spec.dataset.template
     sources = []
-    for field, source in dataset.sources_by_field:
-        field_ref = FieldRef(DATASET_FIELD.role, field)
+    for path, source in dataset.sources_by_field:
+        field_ref = FieldRef(DATASET_FIELD.role, path)
         files = local_files(resolver, source.uri, field_ref, work)
         sources.append(make_source(field_ref, files.paths, source, template, files.left_out))
     sources = [replace(source, drops_invalid=dataset.on_invalid_row == "drop") for source in sources]
@@ -137,7 +137,7 @@ def _scan(source: Source) -> _ScannedSource:
 def _describe_overlap(
     training: Sequence[_ScannedSource], separate: _ScannedSource, held_out: frozenset[bytes]
 ) -> Iterator[str]:
-    """Yield a log line if training rows have the prompt, but not the answer, of a row of the separate validation set."""
+    """Yield a log line if training rows have the prompt, but not the answer, of rows of the separate validation set."""
     questions = frozenset(separate.groups)
     overlap = sum(
         group in questions and digest not in held_out
@@ -169,7 +169,7 @@ def describe_sources(dataset: Dataset) -> Iterator[str]:
             f"{source.format_reason}{weight}"
         )
         if source.left_out:
-            shown = ", ".join(source.left_out[:3]) + (" …" if len(source.left_out) > 3 else "")  # noqa: PLR2004
+            shown = ", ".join(source.left_out[:3]) + (" …" if len(source.left_out) > 3 else "")
             yield (
                 f"{source.field_ref.field}: {len(source.left_out)} files are of another split, and are not read: "
                 f"{shown}; name them in the URI to use them"

@@ -35,8 +35,8 @@ _TOO_SLOW: Final = f"did not end within {CPU_SECONDS:g} s of CPU time"
 _TOO_MUCH_MEMORY: Final = f"took more than {MEMORY_BYTES // MIB:,} MiB of memory"
 _TOO_LONG: Final = f"rendered more than {TEXT_CHARACTERS // 10**6} million characters"
 _TOO_MANY_PARTS: Final = (
-    "the chat template rewrites its earlier answers, so that each is learned from a text of its own, and together these "
-    "are too long; split the row"
+    "the chat template rewrites its earlier answers, so that each is learned from a text of its own, and these are too "
+    "long together; split the row"
 )
 _INHERITED: Final = ("LD_LIBRARY_PATH",)
 """Variables that an interpreter may need to start; no other is passed on, as they hold keys and addresses."""

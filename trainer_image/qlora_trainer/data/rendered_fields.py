@@ -37,9 +37,9 @@ class FieldCheck:
     def check_context(self, chat: Chat, text: str) -> None:
         """Raise RowError if the template drops a tool, or a field of a message that is no answer."""
         if chat.tools and ("tools",) not in self._reached:
-            for name, tools in _tool_variants(chat.tools):
+            for part, tools in _tool_variants(chat.tools):
                 if not self._changes(Chat(chat.messages, tools), text):
-                    raise dropped(f"field 'tools' ({name})")
+                    raise dropped(part)
             self._reached.add(("tools",))
         for index, message in enumerate(chat.messages):
             if message["role"] != "assistant" and (name := self.dropped_field(chat, index, text)):
@@ -88,11 +88,13 @@ class FieldCheck:
 
 def dropped(where: str) -> RowError:
     """Return the error for a field that the template drops."""
-    return RowError(f"{where} is not learned: the model's chat template drops it; {_FIX}")
+    return RowError(f"{where} is dropped by the model's chat template; {_FIX}")
 
 
 def _contains(text: str, content: str) -> bool:
     """Return whether a text has a content, but for white space, as it is or as JSON."""
+    if content.strip() in text:
+        return True
     squeezed = _squeeze(text)
     return _squeeze(content) in squeezed or _squeeze(json.dumps(content, ensure_ascii=False)[1:-1]) in squeezed
 
@@ -127,29 +129,23 @@ def _with(chat: Chat, index: int, name: str, value: Any) -> Chat:
 
 
 def _variants(name: str, value: Any) -> Iterator[Variant]:
+    yield name, _changed(value)
     if name != "tool_calls":
-        yield name, _changed(value)
         return
-    found = False
     for key in ("name", "arguments"):
         if any(_inner(call).get(key) for call in value):
-            found = True
             yield f"tool_calls ({key})", [_change_key(call, key) for call in value]
-    if not found:
-        yield name, _changed(value)
 
 
 def _tool_variants(tools: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, tuple[Mapping[str, Any], ...]]]:
-    found = False
+    if has_text(list(tools)):
+        yield "field 'tools'", tuple(_changed(tool) for tool in tools)
     for key in ("name", "description"):
         if any(_inner(tool).get(key) for tool in tools):
-            found = True
-            yield key, tuple(_change_key(tool, key) for tool in tools)
+            yield f"field 'tools' ({key})", tuple(_change_key(tool, key) for tool in tools)
     if any(_has_properties(tool) for tool in tools):
-        found = True
-        yield "parameters", tuple(_change_key(tool, "parameters") if _has_properties(tool) else tool for tool in tools)
-    if not found and has_text(list(tools)):
-        yield "all of it", tuple(_changed(tool) for tool in tools)
+        changed = (_change_key(tool, "parameters") if _has_properties(tool) else tool for tool in tools)
+        yield "field 'tools' (parameters)", tuple(changed)
 
 
 def _has_properties(tool: Mapping[str, Any]) -> bool:

@@ -52,8 +52,8 @@ class RowEncoder:
     def encode_rows(self, source: Source, needs_prompt: Callable[[bytes], bool]) -> Iterator[EncodedRow]:
         """Yield the token rows of a source; after the last one, raise DatasetInvalid if the chat template rejected any.
 
-        `needs_prompt` takes the hash of a row; it is true for validation rows. Where invalid rows are left out, one that
-        the template rejects has no tokens.
+        `needs_prompt` takes the hash of a row; it is true for validation rows. Where invalid rows are left out, those
+        that the template rejects have no tokens.
         """
         problems, seen = RowErrors(), 0
         for batch in _batches(source.rows()):

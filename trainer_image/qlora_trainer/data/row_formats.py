@@ -68,7 +68,7 @@ def _history(turns: Any) -> str:
         turns = parse_json_text(turns, "field 'history'")
     if not turns:
         return ""
-    if not isinstance(turns, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in turns):  # noqa: PLR2004
+    if not isinstance(turns, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in turns):
         raise RowError("field 'history' is not a list of [question, answer]; write [[…, …]], or remove it")
     texts = [{"question": question, "answer": answer} for question, answer in turns]
     for index, turn in enumerate(texts):
@@ -78,7 +78,7 @@ def _history(turns: Any) -> str:
 
 
 def _one_of(fields: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
-    """Return the field that a row has of several; where a table has the columns of all, the others are null or empty."""
+    """Return the field that a row has of several; in a table that has all of them, the others are null or empty."""
     present = [name for name in names if fields.get(name) is not None] or [name for name in names if name in fields]
     filled = [name for name in present if fields[name] != ""]
     if len(filled) > 1:

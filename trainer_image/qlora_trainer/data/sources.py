@@ -12,7 +12,8 @@ from urllib.parse import unquote
 from qlora_api.object_names import ObjectName
 from qlora_api.reasons import Reason
 from qlora_api.v1alpha1 import DataSource, RowFormat, RowFormatName, RowTemplate
-from qlora_trainer.data.file_readers import SUPPORTED_EXTENSIONS, FileError, detect_file_type, is_data_file, read_rows
+from qlora_trainer.data.compressed_files import FileError
+from qlora_trainer.data.file_readers import SUPPORTED_EXTENSIONS, detect_file_type, is_data_file, read_rows
 from qlora_trainer.data.row_formats import detect_format, parse_row
 from qlora_trainer.data.rows import Row, RowError, shorten
 from qlora_trainer.data.split_names import SelectedFiles, is_pattern, matches_pattern, select_split, split_pattern
@@ -114,6 +115,8 @@ MAX_LISTED_ROWS: Final = 20
 """Invalid rows that the log and the report list where they are left out."""
 MAX_DROPPED_SHARE: Final = 0.1
 """Share of the rows that may be left out as invalid: if more are, the format of the dataset is another one."""
+_SMALL_NUMBER: Final = 5
+"""Rows that may be left out of a small dataset, if they are not more than half."""
 
 
 class LocatedRow(NamedTuple):
@@ -184,10 +187,10 @@ class Source:
         if not seen:
             raise RunError(Reason.DATASET_EMPTY, f"{self.field_ref.field}: the file has no rows; add rows")
 
-
     def check_invalid(self, problems: RowErrors, seen: int, what: str) -> None:
         """Raise DatasetInvalid if there are invalid rows, or more of them than may be left out."""
-        if not problems.total or (self.drops_invalid and problems.total <= MAX_DROPPED_SHARE * seen):
+        allowed = max(MAX_DROPPED_SHARE * seen, min(_SMALL_NUMBER, seen // 2))
+        if not problems.total or (self.drops_invalid and problems.total <= allowed):
             return
         limit = f", more than {MAX_DROPPED_SHARE:.0%}, which onInvalidRow leaves out" if self.drops_invalid else ""
         raise RunError(

@@ -63,8 +63,9 @@ def split_validation(
         rows = by_digest.get(digest, frozenset((digest,)))
         if digest not in held_out and len(held_out) + len(rows) <= count:
             held_out |= rows
-    smallest = held_out or min(members.values(), key=lambda rows: (len(rows), min(rows)))
-    return ValidationSplit(frozenset(smallest), by_question=True)
+    if not held_out:
+        held_out |= min(members.values(), key=lambda rows: (len(rows), min(rows)))
+    return ValidationSplit(frozenset(held_out), by_question=True)
 
 
 def _members(sources: Sequence[Digests], groups: Sequence[Sequence[int]]) -> dict[int, frozenset[bytes]]:

@@ -28,7 +28,7 @@ class TokenRow:
     prompt: str = ""
     reference: str = ""
     earlier: "tuple[TokenRow, ...]" = ()
-    """Rows for answers that the chat template renders otherwise once the conversation goes on, each up to its answer."""
+    """Rows for answers that the chat template renders otherwise once the conversation goes on; each ends with one."""
 
     @property
     def label_count(self) -> int:

@@ -37,6 +37,8 @@ class TokenizedDataset:
     """Tokens of the longest row, after truncation."""
     largest_token: int
     """The largest token id of any row."""
+    rejected: RowErrors = field(default_factory=RowErrors)
+    """Rows that are left out as the chat template rejects them."""
 
     @property
     def training_file(self) -> Path:
@@ -85,6 +87,7 @@ def tokenize_dataset(
         digest,
         longest_row=max(split.longest for split in splits),
         largest_token=max(split.largest_token for split in splits),
+        rejected=encoder.rejected,
     )
 
 

@@ -22,7 +22,7 @@ def text_call(arguments: str) -> dict[str, object]:
     ("fields", "expected"),
     [
         pytest.param({"messages": json.dumps([ASK, ANSWER])}, Chat((ASK, ANSWER)), id="messages-as-text"),
-        pytest.param({"messages": [ASK, ANSWER], "tools": json.dumps([TOOL])}, Chat((ASK, ANSWER), (TOOL,)), id="tools"),
+        pytest.param({"messages": [ASK, ANSWER], "tools": json.dumps([TOOL])}, Chat((ASK, ANSWER), (TOOL,)), id="all"),
         pytest.param({"messages": [ASK, ANSWER], "tools": [json.dumps(TOOL)]}, Chat((ASK, ANSWER), (TOOL,)), id="tool"),
         pytest.param({"messages": [ASK, ANSWER], "tools": "[]"}, Chat((ASK, ANSWER)), id="no-tools-as-text"),
         pytest.param({"messages": [ASK, ANSWER], "tools": ""}, Chat((ASK, ANSWER)), id="tools-of-csv"),
@@ -32,7 +32,7 @@ def text_call(arguments: str) -> dict[str, object]:
             Chat((ASK, CALLING)), id="arguments-as-text",
         ),
         pytest.param(
-            {"messages": [ASK, {**CALLING, "tool_calls": json.dumps([CALL])}]}, Chat((ASK, CALLING)), id="calls-as-text",
+            {"messages": [ASK, {**CALLING, "tool_calls": json.dumps([CALL])}]}, Chat((ASK, CALLING)), id="calls-json",
         ),
         pytest.param(
             {"messages": [ASK, {"role": "assistant", "content": None,
@@ -107,9 +107,9 @@ def test_null_in_arguments_that_are_text_is_kept():
             "messages[1].tool_calls[0].function.arguments is text, but not JSON", id="arguments",
         ),
         pytest.param(
-            {"messages": [ASK, {**CALLING, "tool_calls": [text_call("7")]}]}, "arguments is a number, not an", id="seven",
+            {"messages": [ASK, {**CALLING, "tool_calls": [text_call("7")]}]}, "arguments is a number, not", id="seven",
         ),
-        pytest.param({"messages": [ASK, {**CALLING, "tool_calls": 7}]}, "tool_calls is a number, not a list", id="calls"),
+        pytest.param({"messages": [ASK, {**CALLING, "tool_calls": 7}]}, "tool_calls is a number, not a", id="calls"),
         pytest.param(
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}, ANSWER]},
             "messages[0].content[0] has the type 'image_url', and only text is trained on", id="image-part",

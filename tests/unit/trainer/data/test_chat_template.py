@@ -173,7 +173,7 @@ def test_template_that_drops_questions_is_refused_with_the_field(tokenizer):
     dropping = CHATML.replace("{{ m.content }}", "{{ '…' if not loop.last else m.content }}")
     (row,) = encode_chats([LONG], load_chat_template(tokenizer, dropping), "auto")
     assert isinstance(row, RowError)
-    assert str(row).startswith("messages[0].content is not learned: the model's chat template drops it; set spec.")
+    assert str(row).startswith("messages[0].content is dropped by the model's chat template; set spec.")
 
 
 def test_template_that_drops_earlier_answers_learns_each_in_its_own_row(tokenizer):

@@ -112,10 +112,14 @@ def test_invalid_row_is_numbered_and_later_rows_are_read(tmp_path, name, content
         pytest.param("x.arrow", "{}\n", "is not a readable Arrow file", id="no-arrow"),
         pytest.param("x.jsonl.zst", "{}\n", "is an incomplete or invalid zstd file", id="no-zstd"),
         pytest.param("x.jsonl.zst", zstd("{}\n" * 99)[:-9], "is an incomplete or invalid zstd file", id="cut-zstd"),
-        pytest.param("x.json", '[{"a": 1}]\n[{"a": 2}]', "its array is followed by '['; write all rows in", id="arrays"),
+        pytest.param(
+            "x.json", '[{"a": 1}]\n[{"a": 2}]', "its array is followed by '['; write all rows in", id="arrays"
+        ),
         pytest.param("x.json", '{"a": 1}\n', "is not an array", id="json-one-object"),
         pytest.param("x.jsonl", LFS, "is a pointer of git-lfs, and not the file; run 'git lfs pull'", id="lfs"),
-        pytest.param("x.parquet", LFS, "is a pointer of git-lfs, and not the file; run 'git lfs pull'", id="lfs-parquet"),
+        pytest.param(
+            "x.parquet", LFS, "is a pointer of git-lfs, and not the file; run 'git lfs pull'", id="lfs-parquet"
+        ),
         pytest.param("x.jsonl", b"PAR1\x15\x04", "is a Parquet file; name it .parquet", id="named-wrongly"),
         pytest.param("x.csv", b"PK\x03\x04\x14", "is a zip archive or an Excel file", id="excel"),
         pytest.param("x.json", "<!DOCTYPE html><p>Log in</p>", "is an HTML page, such as that of a login", id="html"),
@@ -181,7 +185,10 @@ def test_memory_does_not_grow_with_the_rows(tmp_path, name):
 def test_maps_of_parquet_are_objects(tmp_path):
     maps = pa.array([[("city", "Rome")], None], pa.map_(pa.string(), pa.string()))
     pq.write_table(pa.table({"arguments": maps}), tmp_path / "x.parquet")
-    assert [row.content for row in read_rows(tmp_path / "x.parquet")] == [{"arguments": {"city": "Rome"}}, {"arguments": None}]
+    assert [row.content for row in read_rows(tmp_path / "x.parquet")] == [
+        {"arguments": {"city": "Rome"}},
+        {"arguments": None},
+    ]
 
 
 def test_zstd_file_that_expands_too_much_is_refused(tmp_path, monkeypatch):

@@ -69,7 +69,10 @@ def said(content="It is sunny.", **more):
 
 
 def call(arguments, **more):
-    return said(None, tool_calls=[{"type": "function", "function": {"name": "get_weather", "arguments": arguments}}]) | more
+    return (
+        said(None, tool_calls=[{"type": "function", "function": {"name": "get_weather", "arguments": arguments}}])
+        | more
+    )
 
 
 RESULT = {"role": "tool", "content": "sunny"}
@@ -85,17 +88,16 @@ def learned(tokenizer, row):
     """Return the texts that are learned, of each row that the conversation became."""
     assert isinstance(row, TokenRow), row
     return [
-        [tokenizer.decode(part.input_ids[start:end]) for start, end in part.label_spans]
-        for part in (*row.earlier, row)
+        [tokenizer.decode(part.input_ids[start:end]) for start, end in part.label_spans] for part in (*row.earlier, row)
     ]
 
 
 @pytest.mark.parametrize(
     ("source", "messages", "fields", "field"),
     [
-        pytest.param(PLAIN, [user(), call({"city": "Rome"})], {}, "messages[1].tool_calls (name)", id="calls"),
-        pytest.param(PLAIN, [user(), said()], {"tools": [WEATHER]}, "field 'tools' (name)", id="tools"),
-        pytest.param(PLAIN, [user(), said(reasoning_content="Sun?")], {}, "messages[1].reasoning_content", id="thought"),
+        pytest.param(PLAIN, [user(), call({"city": "Rome"})], {}, "messages[1].tool_calls is", id="calls"),
+        pytest.param(PLAIN, [user(), said()], {"tools": [WEATHER]}, "field 'tools' is", id="tools"),
+        pytest.param(PLAIN, [user(), said(reasoning_content="Sun?")], {}, "messages[1].reasoning_content", id="think"),
         pytest.param(PLAIN, [user(name="Alice"), said()], {}, "messages[0].name", id="name"),
         pytest.param(PLAIN, [user(), said(), user("Why?"), said(plan="sum")], {}, "messages[3].plan", id="any-field"),
         pytest.param(PLAIN, [user(), said(steps=[{"do": "look"}])], {}, "messages[1].steps", id="nested-field"),
@@ -126,7 +128,9 @@ def test_field_that_the_template_drops_is_refused(tokenizer, source, messages, f
     row = encode(tokenizer, source, messages, **fields)
     assert isinstance(row, RowError), learned(tokenizer, row)
     assert field in str(row)
-    assert "the model's chat template drops it; set spec.dataset.chatTemplate, use another model, or leave" in str(row)
+    assert "is dropped by the model's chat template; set spec.dataset.chatTemplate, use another model, or leave" in str(
+        row
+    )
 
 
 def test_identifiers_and_flags_of_messages_may_be_dropped(tokenizer):
@@ -246,7 +250,8 @@ def test_model_with_templates_by_name_uses_the_one_for_tools(tokenizer):
 def test_label_begins_where_the_answer_does_though_prompt_and_answer_differ(tokenizer):
     """The prompt begins a thought, and an answer that has none does not go on with it."""
     source = STRIPPED.replace("m.content.split", "_CALLS_m.content.split").replace(
-        "{{ _CALLS_", "{% for c in m.tool_calls or [] %}[{{ c.function.name }} {{ c.function.arguments }}]{% endfor %}{{ "
+        "{{ _CALLS_",
+        "{% for c in m.tool_calls or [] %}[{{ c.function.name }} {{ c.function.arguments }}]{% endfor %}{{ ",
     )
     row = encode(tokenizer, source, [user(), call({"city": "Rome"})])
     assert learned(tokenizer, row) == [['[get_weather {"city": "Rome"}]<|im_end|>']]
@@ -256,7 +261,7 @@ def test_shape_of_messages_is_tried_once(tokenizer, monkeypatch):
     """What a template renders is tried by rendering again, which must not double the time of every row."""
     from qlora_trainer.data.chat_renderer import ChatRenderer  # noqa: PLC0415 (patched below)
 
-    calls, apply = [], ChatRenderer._apply  # noqa: SLF001 (counts renderings)
+    calls, apply = [], ChatRenderer._apply
     monkeypatch.setattr(ChatRenderer, "_apply", lambda *found, **more: calls.append(1) or apply(*found, **more))
     renderer = ChatRenderer(TOOLS, tokenizer.special_tokens_map, "<|im_end|>")
     chat = parse_row({"messages": [user(), call({"city": "Rome"}), RESULT, said()], "tools": [WEATHER]}, "chat")

@@ -23,7 +23,9 @@ def digests(count: int, question: str = "question") -> list[bytes]:
 
 def split(sources: list[list[Example]], fraction: float) -> frozenset[bytes]:
     groups = [[group_of(row) for row in rows] for rows in sources]
-    return split_validation([[row.digest for row in rows] for rows in sources], groups, fraction, DATASET_FIELD).held_out
+    return split_validation(
+        [[row.digest for row in rows] for rows in sources], groups, fraction, DATASET_FIELD
+    ).held_out
 
 
 def examples(count: int, *answers: str) -> list[Example]:
@@ -58,7 +60,7 @@ def test_split_of_different_questions_is_the_rows_with_the_lowest_hashes():
     [
         pytest.param([Example("Name {}", "Bo"), Example("Name {}", "Al")], id="answers"),
         pytest.param([Example("Name {}", "Bo"), Example(" name\n{} ", "Bo")], id="white-space-and-case"),
-        pytest.param([Example("Ｎame {}", "Bo"), Example("Name {}", "Bo.")], id="unicode-form"),
+        pytest.param([Example("\uff2eame {}", "Bo"), Example("Name {}", "Bo.")], id="unicode-form"),
         pytest.param([Example("Name {}", str(number)) for number in range(7)], id="seven-answers"),
     ],
 )
@@ -73,7 +75,7 @@ def test_rows_with_the_same_question_are_on_one_side(copies):
 def test_conversation_cut_into_rows_is_on_one_side():
     turns = [{"role": role, "content": role} for role in ("user", "assistant") * 3]
     rows = [
-        Chat(tuple([{"role": "user", "content": f"Hi {number}"}, *turns[1 : 2 * length]]))
+        Chat(({"role": "user", "content": f"Hi {number}"}, *turns[1 : 2 * length]))
         for number in range(20)
         for length in (1, 2, 3)
     ]
