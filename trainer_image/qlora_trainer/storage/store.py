@@ -153,7 +153,7 @@ def local_path(uri: str) -> Path:
     if uri.startswith(CLAIM_SCHEME):
         return Path(CLAIMS_MOUNT, uri.removeprefix(CLAIM_SCHEME))
     # A '#' or '?' that is not escaped is part of the path, too.
-    return Path("/", unquote(uri.removeprefix("file://").partition("/")[2]))
+    return Path(f"/{unquote(uri.removeprefix('file://').partition('/')[2])}")
 
 
 def claim_folder(uri: str) -> Path | None:
