@@ -4,11 +4,17 @@ import json
 
 import pytest
 
+from qlora_api.runconfig import Platform
 from qlora_trainer.data.chat_template import encode_chats, load_chat_template
+from qlora_trainer.data.dataset import open_dataset, scan_rows
+from qlora_trainer.data.row_encoder import RowEncoder
 from qlora_trainer.data.row_formats import parse_row
 from qlora_trainer.data.rows import RowError
 from qlora_trainer.data.tokenization import TokenRow
-from tests.unit.trainer.tiny import make_tokenizer
+from qlora_trainer.data.tokenized_dataset import tokenize_dataset
+from qlora_trainer.storage.credentials import environment_secrets
+from qlora_trainer.storage.snapshots import SourceResolver
+from tests.unit.trainer.tiny import make_spec, make_tokenizer, write_rows
 
 PLAIN = (  # knows roles and contents only
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -269,3 +275,21 @@ def test_shape_of_messages_is_tried_once(tokenizer, monkeypatch):
     first = len(calls)
     renderer.render(chat)
     assert len(calls) - first < first / 2
+
+
+def test_chats_that_the_template_drops_or_splits_are_counted(tokenizer, tmp_path):
+    def thought(number):
+        return said(f"<think>\n{number}\n</think>\n\nYes.")
+
+    rows = [{"messages": [user(f"{n}?"), thought(n), user("Sure?"), thought(n)]} for n in range(10)]
+    rows.append({"messages": [user("x?"), said(plan="none")]})
+    uri = write_rows(tmp_path / "rows.jsonl", rows)
+    spec = make_spec("file:///m", uri, "file:///o", dataset={"onInvalidRow": "drop"}, training={"maxLength": 512})
+    dataset = open_dataset(spec, SourceResolver(Platform(), environment_secrets()), tmp_path)
+    encoder = RowEncoder(tokenizer, "auto", load_chat_template(tokenizer, THOUGHTS))
+    scan = scan_rows(dataset, 0.2)
+    with tokenize_dataset(dataset, scan, encoder, spec.training, tmp_path / "work") as made:
+        status, rejected = made.status, made.rejected
+    assert (status.split_rows, status.training_rows + status.evaluation_rows) == (10, 20)
+    assert (status.invalid_rows, status.invalid_row_numbers) == (1, ("row 11",))
+    assert "messages[1].plan is dropped" in rejected.first[0][1]
