@@ -20,6 +20,7 @@ from qlora_trainer.data.dataset import (
     Dataset,
     DatasetScan,
     check_loss,
+    describe_invalid,
     describe_lengths,
     describe_sources,
     open_dataset,
@@ -64,6 +65,8 @@ def prepare(
     check_loss(spec.training.loss, dataset)
     rows = scan_rows(dataset, spec.dataset.evaluation.fraction)
     note(f"{rows.training_rows:,} rows to train on, {rows.held_out_rows:,} held out")
+    for sentence in (*rows.sentences, *describe_invalid(rows.invalid)):
+        note(sentence)
     snapshot = resolver.resolve(spec.model.uri, spec.model.revision, MODEL_FIELD)
     note(f"{spec.model.uri} is at commit {snapshot.commit}")
     model = inspect_model(spec, snapshot, work)
@@ -72,6 +75,8 @@ def prepare(
     tasks = check_benchmarks(spec, resolver, work, note)
     with tokenize_rows(spec, dataset, rows, model.tokenizer, work) as tokenized:
         for sentence in (*check_rows_fit(model, tokenized), *rehearse_run(spec, model, tokenized, work)):
+            note(sentence)
+        for sentence in describe_invalid(tokenized.rejected):
             note(sentence)
         for sentence in describe_lengths(tokenized.status, spec.training):
             note(sentence)
@@ -256,7 +261,8 @@ def tokenize_rows(
 
     chats = any(source.row_format == "chat" for source in dataset.all_sources)
     chat = load_chat_template(tokenizer, spec.dataset.chat_template) if chats else None
-    return tokenize_dataset(dataset, rows, RowEncoder(tokenizer, spec.training.loss, chat), spec.training, work)
+    encoder = RowEncoder(tokenizer, spec.training.loss, chat)
+    return tokenize_dataset(dataset, rows, encoder, spec.training, work)
 
 
 def preview_rows(tokenized: "TokenizedDataset", tokenizer: Any) -> Iterator[str]:

@@ -25,6 +25,7 @@ LEFT_OUT: Final[Mapping[str, str]] = {
     "dataset.format": "the detected format of the rows is in the digest",
     "dataset.template": _ROW_SETTINGS,
     "dataset.chat_template": "it is in the digest unless it is the model's own",
+    "dataset.on_invalid_row": _ROW_SETTINGS,
     "dataset.secret_ref": _ACCESS,
     "dataset.evaluation": _ROW_SETTINGS,
     "dataset.max_samples": _ROW_SETTINGS,

@@ -114,9 +114,10 @@ class DatasetSpec(ApiModel):
     uri: DatasetUri | None = Field(
         default=None,
         description=(
-            "One data file (.jsonl, .json, .csv, .tsv, also with .gz; .parquet; .arrow): s3://bucket/key, "
-            "hf://datasets/organization/name/file, pvc://claim/path or file://. With a trailing '/': every such file "
-            "below it, sorted by name."
+            "One data file (.jsonl, .json, .csv, .tsv, also with .gz or .zst; .parquet; .arrow): s3://bucket/key, "
+            "hf://datasets/organization/name/file, pvc://claim/path or file://. With wildcards (part-*.jsonl): every "
+            "file that matches. With a trailing '/': every such file below it, sorted by name, but none that its name "
+            "says to be of a test or validation split if others are of a train split."
         ),
         examples=["s3://data/support/train.jsonl"],
     )
@@ -139,6 +140,13 @@ class DatasetSpec(ApiModel):
         min_length=1,
         max_length=32_768,
         description="Jinja chat template to use instead of the model's own; published with the adapter.",
+    )
+    on_invalid_row: Literal["refuse", "drop"] = Field(
+        default="refuse",
+        description=(
+            "What happens to rows that cannot be used, such as those without an answer: refuse the run, or drop them, "
+            "up to one row in ten."
+        ),
     )
     secret_ref: SecretRef | None = Field(
         default=None, description="Secret with AWS_* keys or HF_TOKEN for the dataset. Default: output.secretRef."

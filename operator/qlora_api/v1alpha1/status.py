@@ -77,6 +77,17 @@ class DataStatus(ApiModel):
     dropped_rows: int = Field(
         default=0, ge=0, description="Rows left out: too long (training.longRows), or without a token to train on."
     )
+    split_rows: int = Field(
+        default=0,
+        ge=0,
+        description="Conversations of which several rows were made, as the chat template rewrites earlier answers.",
+    )
+    invalid_rows: int = Field(
+        default=0, ge=0, description="Rows left out as they cannot be used (dataset.onInvalidRow)."
+    )
+    invalid_row_numbers: Annotated[tuple[Annotated[str, Field(max_length=64)], ...], Field(max_length=20)] = Field(
+        default=(), description="The first of them: their files, if there are several, and their numbers."
+    )
     longest_row_tokens: int = Field(ge=0, description="Tokens of the longest row, before truncation.")
     row_lengths: RowLengths | None = Field(default=None, description="Lengths of the training and held-out rows.")
 

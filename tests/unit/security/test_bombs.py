@@ -12,7 +12,7 @@ import pytest
 
 from qlora_api.units import MIB
 from qlora_api.v1alpha1 import DataSource
-from qlora_trainer.data import file_readers, row_formats, rows, sources
+from qlora_trainer.data import compressed_files, file_readers, row_formats, rows, sources
 from qlora_trainer.data.sources import make_source
 from qlora_trainer.errors import RunError
 from qlora_trainer.storage import store
@@ -21,14 +21,14 @@ from qlora_trainer.storage.store import DATASET_FIELD
 from tests.unit.security.children import run_in_child
 
 SCALED = {"MAX_READ_BYTES": 128 * MIB, "MAX_ROW_BYTES": 4 * MIB, "MIN_DECOMPRESSED_BYTES": 8 * MIB}
-"""Bounds of file_readers in these tests: an eighth or less, so that a bomb is quick to write and to read."""
+"""Bounds of the readers in these tests: an eighth or less, so that a bomb is quick to write and to read."""
 MAX_PEAK_BYTES = 1280 * MIB
 """What one read may take here, the libraries, and an arena of 1 GiB that Arrow's allocator reserves."""
 
 
 def read_dataset(path: Path) -> str:
     for name, value in SCALED.items():
-        setattr(file_readers, name, value)
+        setattr(compressed_files if name == "MIN_DECOMPRESSED_BYTES" else file_readers, name, value)
     row_formats.MAX_TEXT_BYTES = rows.MAX_TEXT_BYTES = MIB
     source = make_source(DATASET_FIELD, (path,), DataSource(uri="s3://data/rows"), None)
     return str(sum(1 for located in source.rows() if located.row.digest))

@@ -290,4 +290,4 @@ def test_local_dataset_with_an_honest_name_is_found(tmp_path: Path, name: str) -
     (tmp_path / name).write_text("{}")
     resolver = SourceResolver(Platform(), environment_secrets())
     uris = ((tmp_path / name).as_uri(), f"{tmp_path.as_uri()}/")
-    assert [local_files(resolver, uri, DATASET_FIELD, tmp_path) for uri in uris] == [(tmp_path / name,)] * 2
+    assert [local_files(resolver, uri, DATASET_FIELD, tmp_path).paths for uri in uris] == [(tmp_path / name,)] * 2

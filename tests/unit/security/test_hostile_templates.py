@@ -169,5 +169,5 @@ def test_row_nested_too_deeply_is_named_and_others_are_rendered(tokenizer: Any) 
     "content", ["half \ud83d", "\x00\x1b[2J", "\u2028 \U0001f600 \ue000", "{{ 1 }}{% generation %}"]
 )
 def test_content_reaches_the_text_as_it_is(tokenizer: Any, content: str) -> None:
-    template = ChatTemplate(tokenizer, HARMLESS, has_generation_tags=False)
+    template = ChatTemplate(tokenizer, HARMLESS)
     assert template.render_prompt([{"role": "user", "content": content}]) == f"user: {content}\n"

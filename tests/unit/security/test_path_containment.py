@@ -69,7 +69,7 @@ def test_symlink_within_claim_is_followed(claim: Path) -> None:
     ],
 )
 def test_chat_template_cannot_escape_its_sandbox(source: str) -> None:
-    template = ChatTemplate(make_tokenizer(), source, has_generation_tags=False)
+    template = ChatTemplate(make_tokenizer(), source)
     with pytest.raises(RowError, match="the chat template rejects it") as refusal:
         template.render_prompt([{"role": "user", "content": "Hello"}], Chat(()))
     assert isinstance(refusal.value.__cause__, SecurityError | OverflowError | RecursionError)

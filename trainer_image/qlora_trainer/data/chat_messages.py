@@ -1,15 +1,29 @@
-"""Parser for chat rows in OpenAI or ShareGPT format; checks every message."""
+"""Parser for chat rows: OpenAI's, ShareGPT's, or a prompt and a completion as messages; checks every message."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
+from qlora_trainer.data.json_values import check_unicode, has_text, parse_json_text, without_nulls
 from qlora_trainer.data.rows import Chat, Message, RowError, kind_of, text_of
+from qlora_trainer.data.tool_calls import parse_calls, parse_function_call, parse_tools
 
+_CALL: Final = "call"
 _ROLES: Final = {
     "system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant",
     "gpt": "assistant", "model": "assistant", "tool": "tool", "observation": "tool", "function": "tool",
+    "tool_response": "tool", "function_call": _CALL, "tool_call": _CALL,
 }  # fmt: skip
-"""Role names in datasets, and the ones that chat templates use."""
+"""Role names in datasets, and the ones that chat templates use; a call in a message of its own is the assistant's."""
+_LABEL_FLAGS: Final = ("weight", "train", "loss")
+"""Fields of a message that say whether its answer is trained on: of OpenAI, axolotl and ms-swift."""
+_SYSTEM_FIELDS: Final = ("system", "system_prompt")
+"""Fields of a row with the system message, as in ShareGPT datasets."""
+_MEDIA_FIELDS: Final = ("image", "images", "video", "videos", "audio", "audios")
+_MESSAGES_AS_TEXT: Final = re.compile(r'\s*\[\s*\{\s*"(role|content|from|value)"\s*:')
+_TEXT_PARTS: Final = ("text", "input_text", "output_text")
+CHAT_FIELDS: Final = ("messages", "conversations", "prompt", "completion", "tools", "functions", *_SYSTEM_FIELDS)
+"""Fields of a row that are read."""
 
 
 class _MessageKeys(NamedTuple):
@@ -21,22 +35,63 @@ _OPENAI: Final = _MessageKeys("role", "content")
 _SHAREGPT: Final = _MessageKeys("from", "value")
 
 
+class _Turn(NamedTuple):
+    """A message, and whether it is trained on; None if the row does not say."""
+
+    message: Message
+    trained: bool | None
+
+
 def parse_chat(fields: Mapping[str, Any]) -> Chat:
     """Parse a row as a conversation, or raise RowError that names the invalid message."""
-    name = "messages" if "messages" in fields else "conversations"
-    turns = fields.get(name)
-    if turns is None:
+    if field := next((field for field in _MEDIA_FIELDS if fields.get(field)), None):
+        raise RowError(f"field '{field}' has media, and only text is trained on; remove the row, or the field")
+    name, found, untrained = _messages(fields)
+    turns = [_parse_message(turn, f"{name}[{index}]") for index, turn in enumerate(found)]
+    messages = tuple(turn.message for turn in turns)
+    _check_order(messages, name)
+    masked = tuple(
+        index
+        for index, (message, trained) in enumerate(turns)
+        if message["role"] == "assistant" and (index < untrained or trained is False)
+    )
+    if len(masked) == sum(message["role"] == "assistant" for message in messages):
+        raise RowError(f"every answer in '{name}' has the weight 0, so nothing is learned; remove the row")
+    return _with_system(Chat(messages, parse_tools(fields), masked), fields, name)
+
+
+def _messages(fields: Mapping[str, Any]) -> tuple[str, Sequence[Any], int]:
+    """Return name and messages of the conversation, and how many of them are prompt, whose answers are not learned."""
+    name = next((name for name in ("messages", "conversations") if fields.get(name) is not None), None)
+    if name is not None:
+        return name, _as_list(fields[name], name), 0
+    if not is_messages(fields.get("prompt")):
         raise RowError("field 'messages' (or 'conversations') is missing; add it")
+    prompt = _as_list(fields["prompt"], "prompt")
+    completion = fields.get("completion")
+    if completion is None:
+        raise RowError("field 'completion' is missing; add it")
+    if isinstance(completion, str) and not completion.lstrip().startswith("["):
+        completion = [{"role": "assistant", "content": completion}]
+    return "prompt+completion", [*prompt, *_as_list(completion, "completion")], len(prompt)
+
+
+def is_messages(prompt: Any) -> bool:
+    """Return whether the prompt of a row is messages, also as JSON in text, and not a text."""
+    return isinstance(prompt, list) or (isinstance(prompt, str) and bool(_MESSAGES_AS_TEXT.match(prompt)))
+
+
+def _as_list(turns: Any, name: str) -> list[Any]:
+    if isinstance(turns, str) and turns.lstrip().startswith("["):
+        turns = parse_json_text(turns, f"field '{name}'")
     if not isinstance(turns, list):
         raise RowError(f"field '{name}' is {kind_of(turns)}, not a list of messages; write [{{…}}, {{…}}]")
     if not turns:
         raise RowError(f"field '{name}' is empty; add a question and an answer, or remove the row")
-    messages = tuple(_parse_message(turn, f"{name}[{index}]") for index, turn in enumerate(turns))
-    _check_order(messages, name)
-    return Chat(messages, _parse_tools(fields.get("tools")))
+    return turns
 
 
-def _parse_message(turn: Any, where: str) -> Message:
+def _parse_message(turn: Any, where: str) -> _Turn:
     if not isinstance(turn, dict):
         raise RowError(f"{where} is {kind_of(turn)}, not a message; write {{'role': …, 'content': …}}")
     # Messages from a columnar file have every key of the column, most of them null.
@@ -45,10 +100,75 @@ def _parse_message(turn: Any, where: str) -> Message:
     role = _ROLES.get(role_name)
     if role is None:
         raise RowError(f"{where}.{keys.role} is '{role_name}'; write {', '.join(_ROLES)}")
-    calls = turn.get("tool_calls")
-    content = text_of(turn, keys.content, within=where, blank=bool(calls))
-    others = {key: value for key, value in turn.items() if key not in {*_SHAREGPT, *_OPENAI} and value is not None}
-    return {"role": role, "content": content, **others}
+    if role == _CALL:
+        calls = parse_calls(text_of(turn, keys.content, within=where), f"{where}.{keys.content}")
+        return _Turn({"role": "assistant", "content": "", "tool_calls": calls}, _label_flag(turn, where, "assistant"))
+    calls = [*parse_calls(turn.get("tool_calls"), f"{where}.tool_calls"), *parse_function_call(turn, where)]
+    content = _content(turn, keys, where, blank=bool(calls))
+    return _Turn(
+        {"role": role, "content": content, **({"tool_calls": calls} if calls else {}), **_others(turn, keys, where)},
+        _label_flag(turn, where, role),
+    )
+
+
+def _content(turn: Mapping[str, Any], keys: _MessageKeys, where: str, *, blank: bool) -> str:
+    # A call has no text of its own, in some datasets not even the key.
+    fields = {keys.content: ""} if blank else {}
+    if keys.content in turn:
+        fields = {keys.content: _joined(turn[keys.content], f"{where}.{keys.content}")}
+    return text_of(fields, keys.content, within=where, blank=blank)
+
+
+def _joined(content: Any, where: str) -> Any:
+    """Join the text parts of a content, as vLLM does for the templates of text models."""
+    if not isinstance(content, list):
+        return content
+    return "\n".join(_part_text(part, f"{where}[{index}]") for index, part in enumerate(content))
+
+
+def _part_text(part: Any, where: str) -> str:
+    if isinstance(part, str):
+        return part
+    if not isinstance(part, dict):
+        raise RowError(f"{where} is {kind_of(part)}, not a part of a content; write {{'type': 'text', 'text': …}}")
+    kind = part.get("type") or ("text" if part.get("text") is not None else None)
+    if kind not in _TEXT_PARTS:
+        raise RowError(f"{where} has the type '{kind}', and only text is trained on; write text, or remove the row")
+    return text_of(part, "text", within=where, blank=True)
+
+
+def _others(turn: Mapping[str, Any], keys: _MessageKeys, where: str) -> dict[str, Any]:
+    """Return the other fields that have content, for the chat template."""
+    read = {*keys, "tool_calls", "function_call", *_LABEL_FLAGS}
+    others = {key: without_nulls(value) for key, value in turn.items() if key not in read and value is not None}
+    check_unicode(others, where)
+    return others
+
+
+def _label_flag(turn: Mapping[str, Any], where: str, role: str) -> bool | None:
+    """Return whether the message is trained on, or None if it does not say."""
+    given = [flag for flag in _LABEL_FLAGS if turn.get(flag) is not None]
+    for flag in given:
+        if not isinstance(turn[flag], (bool, int, float)) or turn[flag] not in {0, 1}:
+            raise RowError(f"{where}.{flag} is {turn[flag]!r}; write 0 (not learned) or 1")
+    if role != "assistant" and turn.get("train"):
+        raise RowError(f"{where}.train is true, and only answers of the assistant are learned; remove it")
+    return all(turn[flag] for flag in given) if given else None
+
+
+def _with_system(chat: Chat, fields: Mapping[str, Any], name: str) -> Chat:
+    """Return the conversation with the system message that the row has in a field of its own."""
+    given = next((field for field in _SYSTEM_FIELDS if has_text(fields.get(field))), None)
+    if given is None:
+        return chat
+    content = text_of(fields, given)
+    first = chat.messages[0]
+    if first["role"] != "system":
+        masked = tuple(index + 1 for index in chat.masked)
+        return Chat(({"role": "system", "content": content}, *chat.messages), chat.tools, masked)
+    if first["content"].strip() != content.strip():
+        raise RowError(f"has a system message in field '{given}' and another in {name}[0]; keep one")
+    return chat
 
 
 def _check_order(messages: tuple[Message, ...], name: str) -> None:
@@ -64,11 +184,3 @@ def _check_order(messages: tuple[Message, ...], name: str) -> None:
         raise RowError(f"{name}[{index}] is {who}; a conversation starts with the user (after a system message)")
     if roles[-1] != "assistant":
         raise RowError(f"{name}[{len(roles) - 1}], the last, is from the {roles[-1]}; end with the assistant's answer")
-
-
-def _parse_tools(tools: Any) -> tuple[Mapping[str, Any], ...]:
-    if tools is None:
-        return ()
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise RowError("field 'tools' is not a list of objects; write JSON schemas, or remove it")
-    return tuple(tools)

@@ -1,22 +1,20 @@
 """Encodes conversations with a chat template: tokenizes what it renders and labels the assistant's tokens."""
 
-import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Final, NamedTuple
 
 from qlora_api.reasons import Reason
-from qlora_trainer.data.chat_renderer import CLOSE, ChatRenderer, RenderedChat, TemplateRejectionError
+from qlora_trainer.data.chat_renderer import ChatRenderer, RenderedChat, TemplateRejectionError
 from qlora_trainer.data.render_process import RENDER_PROCESS, Call, RenderLimitError
-from qlora_trainer.data.rows import Chat, Message, RowError
+from qlora_trainer.data.rendered_fields import CLOSE
+from qlora_trainer.data.rows import MAX_TEXT_BYTES, Chat, Message, RowError
 from qlora_trainer.data.tokenization import Span, TokenRow, tokenize
 from qlora_trainer.errors import RunError
 from qlora_trainer.storage.store import MODEL_FIELD
 
-_GENERATION_TAG: Final = re.compile(r"\{%-?\s*generation\s*-?%\}")
-"""The tag with which a template marks the assistant's output itself."""
 _EMPTY_CHAT: Final = Chat(())
 _QUESTION: Final[Message] = {"role": "user", "content": "Hello"}
 
@@ -27,14 +25,14 @@ class ChatTemplate:
 
     tokenizer: Any
     source: str
-    has_generation_tags: bool
-    """Whether the template marks the assistant's output with `{% generation %}`."""
     stop_token: str = ""
     """Text of the special token after an answer; empty if the template has none."""
     field: str = MODEL_FIELD.field
     """Field or option that the template comes from, for messages."""
     reason: Reason = Reason.MODEL_UNSUPPORTED
     """Reason of a run that the template ends."""
+    tools_source: str = ""
+    """The model's template for conversations with tools; empty if it has one for all."""
 
     def render_prompt(self, messages: Sequence[Message], chat: Chat = _EMPTY_CHAT) -> str:
         """Render messages with the generation prompt and the tools of `chat`, or raise RowError."""
@@ -44,10 +42,18 @@ class ChatTemplate:
         """Render messages that end with an answer, or raise RowError."""
         return self._render_one(Call("render_messages", (messages, _EMPTY_CHAT)))
 
-    def render(self, chats: Sequence[Chat], with_prompt: Sequence[bool]) -> list[RenderedChat | RowError]:
-        """Render conversations; training rows need no prompt."""
-        calls = [Call("render", (chat,), {"with_prompt": flag}) for chat, flag in zip(chats, with_prompt, strict=True)]
-        return [item if isinstance(item, RowError) else _to_rendered_chat(*item) for item in self._call(calls)]
+    def render(
+        self, chats: Sequence[Chat], with_prompt: Sequence[bool], loss: str
+    ) -> list[list[RenderedChat] | RowError]:
+        """Render each conversation, in several parts where the template rewrites earlier answers."""
+        calls = [
+            Call("render", (chat,), {"with_prompt": flag, "loss": loss})
+            for chat, flag in zip(chats, with_prompt, strict=True)
+        ]
+        return [
+            item if isinstance(item, RowError) else [_to_rendered_chat(*part) for part in item]
+            for item in self._call(calls)
+        ]
 
     def _render_one(self, call: Call) -> str:
         (text,) = self._call([call])
@@ -56,18 +62,22 @@ class ChatTemplate:
         return str(text)
 
     def _call(self, calls: Sequence[Call]) -> list[Any]:
-        renderer = ChatRenderer(
-            self.source, self.tokenizer.special_tokens_map, self.has_generation_tags, self.stop_token
-        )
+        renderer = ChatRenderer(self.source, self.tokenizer.special_tokens_map, self.stop_token, self.tools_source)
         try:
             return RENDER_PROCESS.render(renderer, calls)
         except RenderLimitError as error:
             raise RunError(self.reason, f"{self.field}: the chat template {error}; correct it") from error
 
 
-def _to_rendered_chat(text: str, spans: list[list[int]], prompt: str, answer: str) -> RenderedChat:
+def _to_rendered_chat(
+    text: str, spans: list[list[int]], masked: list[list[int]], prompt: str, answer: str
+) -> RenderedChat:
     """Return a rendered conversation from its JSON, which has no tuples."""
-    return RenderedChat(text, tuple((start, end) for start, end in spans), prompt, answer)
+    return RenderedChat(text, _to_spans(spans), _to_spans(masked), prompt, answer)
+
+
+def _to_spans(pairs: list[list[int]]) -> tuple[Span, ...]:
+    return tuple((start, end) for start, end in pairs)
 
 
 def load_chat_template(tokenizer: Any, given: str | None, field: str = MODEL_FIELD.field) -> ChatTemplate:
@@ -81,14 +91,14 @@ def load_chat_template(tokenizer: Any, given: str | None, field: str = MODEL_FIE
             f"{field}: its tokenizer returns no offsets (it is not a fast tokenizer), which chat rows need; "
             "choose a model with a tokenizer.json",
         )
-    source = given or _own_template(tokenizer, field)
+    source, tools_source = (given, "") if given else _own_templates(tokenizer, field)
     reason = Reason.INVALID_SPEC if given else Reason.MODEL_UNSUPPORTED
     template = ChatTemplate(
         tokenizer,
         source,
-        has_generation_tags=bool(_GENERATION_TAG.search(source)),
         field="spec.dataset.chatTemplate" if given else field,
         reason=reason,
+        tools_source=tools_source,
     )
     try:
         text = template.render_answered((_QUESTION, {"role": "assistant", "content": CLOSE}))
@@ -102,15 +112,28 @@ def load_chat_template(tokenizer: Any, given: str | None, field: str = MODEL_FIE
     return replace(template, stop_token=_first_special_token(text.partition(CLOSE)[2], tokenizer))
 
 
-def _own_template(tokenizer: Any, field: str) -> str:
-    try:
-        return str(tokenizer.get_chat_template())
-    except ValueError as error:
+_DEFAULT, _TOOL_USE = "default", "tool_use"
+"""Names that transformers gives to a model's templates, where it has several."""
+
+
+def _own_templates(tokenizer: Any, field: str) -> tuple[str, str]:
+    """Return the model's template, and the one that it has for conversations with tools; empty if it is the same."""
+    own = tokenizer.chat_template
+    if not own:
         raise RunError(
             Reason.MODEL_UNSUPPORTED,
             f"{field}: the model has no chat template, and chat rows need one; set spec.dataset.chatTemplate, "
             "or choose a model that is trained for chat",
-        ) from error
+        )
+    if isinstance(own, str):
+        return own, ""
+    if _DEFAULT not in own and len(own) > 1:
+        raise RunError(
+            Reason.MODEL_UNSUPPORTED,
+            f"{field}: none of the model's chat templates ({', '.join(sorted(own))}) is named default; set "
+            "spec.dataset.chatTemplate to the one that fits",
+        )
+    return str(own.get(_DEFAULT, next(iter(own.values())))), str(own.get(_TOOL_USE, ""))
 
 
 def _first_special_token(tail: str, tokenizer: Any) -> str:
@@ -146,17 +169,57 @@ def encode_chats(
     Only validation rows need a prompt, and skipping the others saves half of the tokens.
     """
     flags = with_prompt or [True] * len(chats)
-    rendered = template.render(chats, flags)
-    valid = [(item, flag) for item, flag in zip(rendered, flags, strict=True) if isinstance(item, RenderedChat)]
-    # The template writes the special tokens, so the tokenizer must not add its own: there would be two start tokens.
-    tokens = iter(_tokenize(template.tokenizer, [item.text for item, _ in valid]))
-    prompts = iter(chat_prompt_ids([item.prompt for item, flag in valid if flag], template.tokenizer))
-    return [
-        item
-        if isinstance(item, RowError)
-        else _to_token_row(item, next(tokens), next(prompts) if flag else None, template, loss)
-        for item, flag in zip(rendered, flags, strict=True)
+    rendered = template.render(chats, flags, loss)
+    parts = [
+        # An earlier part ends with an answer that is learned.
+        _Part(found, flag, loss, len(chat.messages) - 1 not in chat.masked)
+        if found is item[-1]
+        else _Part(found, flag, "assistant", learns_end=True)
+        for chat, item, flag in zip(chats, rendered, flags, strict=True)
+        if not isinstance(item, RowError)
+        for found in item
     ]
+    encoded = (row for batch in _batches(parts) for row in _encode_parts(batch, template))
+    return [item if isinstance(item, RowError) else _join_parts([next(encoded) for _ in item]) for item in rendered]
+
+
+class _Part(NamedTuple):
+    """A rendered conversation, or the start of one up to an earlier answer, and how it is encoded."""
+
+    rendered: RenderedChat
+    with_prompt: bool
+    loss: str
+    learns_end: bool
+    """Whether the answer that it ends with is trained on."""
+
+
+def _batches(parts: Sequence[_Part]) -> Iterator[list[_Part]]:
+    """Yield parts whose text can be tokenized at once: a conversation of many parts is a multiple of its row."""
+    batch: list[_Part] = []
+    size = 0
+    for part in parts:
+        size += len(part.rendered.text)
+        if batch and size > MAX_TEXT_BYTES:
+            yield batch
+            batch, size = [], len(part.rendered.text)
+        batch.append(part)
+    if batch:
+        yield batch
+
+
+def _encode_parts(parts: Sequence[_Part], template: ChatTemplate) -> Iterator[TokenRow]:
+    # The template writes the special tokens, so the tokenizer must not add its own: there would be two start tokens.
+    tokens = _tokenize(template.tokenizer, [part.rendered.text for part in parts])
+    texts = [part.rendered.prompt for part in parts if part.with_prompt]
+    prompts = iter(chat_prompt_ids(texts, template.tokenizer))
+    for part, encoded in zip(parts, tokens, strict=True):
+        yield _to_token_row(part, encoded, next(prompts) if part.with_prompt else None, template)
+
+
+def _join_parts(parts: Sequence[TokenRow]) -> TokenRow:
+    """Return the row of the whole conversation, with those of its earlier answers."""
+    *earlier, whole = (part for part in parts if part.label_spans)
+    return replace(whole, earlier=tuple(earlier)) if earlier else whole
 
 
 def chat_prompt_ids(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
@@ -177,17 +240,25 @@ def _tokenize(tokenizer: Any, texts: list[str]) -> list[_TokenizedText]:
     return [_TokenizedText(*pair) for pair in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)]
 
 
-def _to_token_row(
-    rendered: RenderedChat, tokens: _TokenizedText, prompt: list[int] | None, template: ChatTemplate, loss: str
-) -> TokenRow:
+def _to_token_row(part: _Part, tokens: _TokenizedText, prompt: list[int] | None, template: ChatTemplate) -> TokenRow:
+    rendered, ids = part.rendered, tokens.ids
     turns = [_token_span(tokens.offsets, turn) for turn in rendered.assistant_spans]
-    if loss == "completion":
+    if part.loss == "completion":
         turns = turns[-1:]
-    ids, turns = _with_stop_token(tokens.ids, turns, template)
-    label_spans = [(1, len(ids))] if loss == "all" else turns
+    if part.learns_end:
+        ids, turns = _with_stop_token(ids, turns, template)
+    masked = [_token_span(tokens.offsets, turn) for turn in rendered.masked_spans]
+    label_spans = _all_but(masked, len(ids)) if part.loss == "all" else turns
     if prompt is None:
         return TokenRow(tuple(ids), tuple(label_spans))
     return TokenRow(tuple(ids), tuple(label_spans), tuple(prompt), rendered.prompt, rendered.answer)
+
+
+def _all_but(masked: Sequence[Span], length: int) -> list[Span]:
+    """Return the spans of all tokens but the first and the masked ones."""
+    starts = [1, *(end for _, end in masked)]
+    ends = [*(start for start, _ in masked), length]
+    return [(start, end) for start, end in zip(starts, ends, strict=True) if start < end]
 
 
 def _token_span(offsets: Sequence[Span], turn: Span) -> Span:

@@ -1,12 +1,15 @@
 """The dataset of a run: its sources, its validation set, and the scan that splits and counts the rows."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Final, NamedTuple
 
 from qlora_api.reasons import Reason
 from qlora_api.v1alpha1 import DataSource, DataStatus, QLoRAJobSpec, TrainingSpec
-from qlora_trainer.data.sources import Source, local_files, make_source
+from qlora_trainer.data.rows import group_of
+from qlora_trainer.data.sources import RowErrors, Source, local_files, make_source
 from qlora_trainer.data.splits import (
     SourceWeight,
     check_training_rows_left,
@@ -43,19 +46,22 @@ def open_dataset(spec: QLoRAJobSpec, resolver: SourceResolver, work: Path) -> Da
     """Download the files and detect the row format of each source."""
     dataset, template = spec.dataset, spec.dataset.template
     sources = []
-    for field, source in dataset.sources_by_field:
-        field_ref = FieldRef(DATASET_FIELD.role, field)
+    for path, source in dataset.sources_by_field:
+        field_ref = FieldRef(DATASET_FIELD.role, path)
         files = local_files(resolver, source.uri, field_ref, work)
-        sources.append(make_source(field_ref, files, source, template))
+        sources.append(make_source(field_ref, files.paths, source, template, files.left_out))
+    sources = [replace(source, drops_invalid=dataset.on_invalid_row == "drop") for source in sources]
     uri = dataset.evaluation.uri
     if uri is None:
         return Dataset(tuple(sources), None)
     # With a single source, the validation set has its format; with several, the format is detected.
     same_format = len(sources) == 1
     source = DataSource(uri=uri, format=sources[0].row_format if same_format else dataset.format)
-    held_out = make_source(EVALUATION_FIELD, local_files(resolver, uri, EVALUATION_FIELD, work), source, template)
+    files = local_files(resolver, uri, EVALUATION_FIELD, work)
+    held_out = make_source(EVALUATION_FIELD, files.paths, source, template, files.left_out)
     reason = f"same format as {sources[0].field_ref.field}" if same_format else held_out.format_reason
-    return Dataset(tuple(sources), replace(held_out, format_reason=reason))
+    drops_invalid = dataset.on_invalid_row == "drop"
+    return Dataset(tuple(sources), replace(held_out, format_reason=reason, drops_invalid=drops_invalid))
 
 
 @dataclass(frozen=True)
@@ -68,17 +74,30 @@ class DatasetScan:
     training_rows: int
     """Rows in an epoch; a row that is repeated counts each time."""
     held_out_rows: int
+    sentences: tuple[str, ...] = ()
+    """Log lines about the split."""
+    invalid: RowErrors = field(default_factory=RowErrors)
+    """Rows that are left out as they cannot be used."""
 
 
 def scan_rows(dataset: Dataset, fraction: float) -> DatasetScan:
     """Read and check every row once; only hashes stay in memory."""
-    digests = [_digests(source) for source in dataset.sources]
+    scanned, invalid = [_scan(source) for source in dataset.sources], RowErrors()
+    digests = [source.digests for source in scanned]
+    sentences: tuple[str, ...] = ()
     if dataset.held_out is None:
-        held_out = split_validation(digests, fraction, DATASET_FIELD)
+        split = split_validation(digests, [source.groups for source in scanned], fraction, DATASET_FIELD)
+        held_out = split.held_out
         validation = [digest for rows in digests for digest in rows if digest in held_out]
+        sentences = () if split.by_question else (_ONE_QUESTION,)
     else:
-        validation = _digests(dataset.held_out)
+        separate = _scan(dataset.held_out)
+        validation = separate.digests
         held_out = frozenset(validation)
+        sentences = tuple(_describe_overlap(scanned, separate, held_out))
+        invalid.extend(separate.invalid)
+    for source in scanned:
+        invalid.extend(source.invalid)
     source_weights = tuple(
         make_source_weight(rows, source.weight, held_out) for rows, source in zip(digests, dataset.sources, strict=True)
     )
@@ -88,11 +107,45 @@ def scan_rows(dataset: Dataset, fraction: float) -> DatasetScan:
         dataset_digest(training_digests(digests, source_weights), validation),
         sum(1 for _ in training_digests(digests, source_weights)),
         len(validation),
+        sentences,
+        invalid,
     )
 
 
-def _digests(source: Source) -> list[bytes]:
-    return [located.row.digest for located in source.rows()]
+_ONE_QUESTION: Final = (
+    "every row has the same prompt, so held-out rows have the prompt of training rows; spec.dataset.evaluation.uri "
+    "names a separate validation set"
+)
+
+
+class _ScannedSource(NamedTuple):
+    """Content hash and group of each row, and the rows that are left out."""
+
+    digests: list[bytes]
+    groups: "array[int]"
+    invalid: RowErrors
+
+
+def _scan(source: Source) -> _ScannedSource:
+    scanned = _ScannedSource([], array("Q"), RowErrors())
+    for located in source.rows(scanned.invalid):
+        scanned.digests.append(located.row.digest)
+        scanned.groups.append(group_of(located.row))
+    return scanned
+
+
+def _describe_overlap(
+    training: Sequence[_ScannedSource], separate: _ScannedSource, held_out: frozenset[bytes]
+) -> Iterator[str]:
+    """Yield a log line if training rows have the prompt, but not the answer, of rows of the separate validation set."""
+    questions = frozenset(separate.groups)
+    overlap = sum(
+        group in questions and digest not in held_out
+        for source in training
+        for digest, group in zip(source.digests, source.groups, strict=True)
+    )
+    if overlap:
+        yield f"{overlap:,} training rows have the prompt of a held-out row; remove them unless that is intended"
 
 
 def check_loss(loss: str, dataset: Dataset) -> None:
@@ -115,6 +168,20 @@ def describe_sources(dataset: Dataset) -> Iterator[str]:
             f"{source.field_ref.field}: {source.files[0].name}{more}: {source.row_format} rows, "
             f"{source.format_reason}{weight}"
         )
+        if source.left_out:
+            shown = ", ".join(source.left_out[:3]) + (" …" if len(source.left_out) > 3 else "")
+            yield (
+                f"{source.field_ref.field}: {len(source.left_out)} files are of another split, and are not read: "
+                f"{shown}; name them in the URI to use them"
+            )
+
+
+def describe_invalid(invalid: RowErrors) -> Iterator[str]:
+    """Yield log lines about rows that are left out as they cannot be used."""
+    if invalid.total:
+        yield f"{invalid.total:,} rows cannot be used and are left out (spec.dataset.onInvalidRow), the first of them:"
+    for location, reason in invalid.first:
+        yield f"left out, {location}: {reason}"
 
 
 def describe_lengths(status: DataStatus, training: TrainingSpec) -> Iterator[str]:
@@ -124,6 +191,11 @@ def describe_lengths(status: DataStatus, training: TrainingSpec) -> Iterator[str
         yield (
             f"tokens per row: mean {lengths.mean:g}, median {lengths.p50:,}, 95th percentile {lengths.p95:,}, "
             f"99th percentile {lengths.p99:,}"
+        )
+    if status.split_rows:
+        yield (
+            f"{status.split_rows:,} conversations are split: the chat template rewrites earlier answers once a "
+            "conversation goes on, so each such answer is a row of its own, which ends with it"
         )
     if status.truncated_rows:
         yield f"{status.truncated_rows:,} rows are truncated to {training.max_length:,} tokens"

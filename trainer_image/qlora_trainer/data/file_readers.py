@@ -2,21 +2,21 @@
 
 import contextlib
 import csv
-import gzip
 import io
 import json
 import re
 import sys
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import count
+from functools import partial
+from itertools import chain, count
 from pathlib import Path
 from typing import IO, Any, Final, NamedTuple, TextIO, cast
 
 from qlora_api.units import GIB, MIB
 from qlora_api.untrusted_json import MAX_NESTING, is_nested_deeper
+from qlora_trainer.data.compressed_files import COMPRESSED_SUFFIXES, FileError, check_content, open_bytes
 from qlora_trainer.data.rows import MAX_ROW_BYTES, RowError, kind_of
 from qlora_trainer.runtime.resource_limits import memory_limit
 
@@ -25,24 +25,18 @@ MAX_COLUMNS: Final = 10_000
 MAX_READ_BYTES: Final = GIB
 """Memory that one read of a columnar file may take, a quarter of the prepare pod's: an honest page has about 1 MiB, but
 a few hundred bytes may declare gigabytes (a dictionary, a run of nulls, a compressed page)."""
-MAX_GZIP_RATIO: Final = 200
-"""Decompressed bytes per byte of a .gz file. Text has 3 to 20, deflate's maximum is 1,032."""
-MIN_DECOMPRESSED_BYTES: Final = 64 * MIB
-"""Size that a .gz file may have whatever its ratio: seconds of reading, even if every byte is a line."""
-_CHUNK_BYTES: Final = 1 << 18
 _CHUNK_CHARACTERS: Final = 1 << 18
 _BATCH_ROWS: Final = 256
 """Rows of a columnar file that are converted to Python objects at a time; fewer if they are large."""
 _BATCH_BYTES: Final = 64 * MIB
 _FOOTER_ITEMS: Final = 100_000
 """Row groups or columns in the footer of a Parquet file; each takes kilobytes of memory."""
-_UTF16_MARKS: Final = (b"\xff\xfe", b"\xfe\xff")
+_START_BYTES: Final = 64
+_ARRAY_OF_OBJECTS: Final = re.compile(rb"\[\s*(\{|$)")
+_DESCRIPTIONS: Final = frozenset({"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"})
+"""Files that the datasets library writes beside the data."""
 _SPACE: Final = re.compile(r"\s*")
 _DECODER: Final = json.JSONDecoder()
-
-
-class FileError(ValueError):
-    """A file cannot be read, at all or beyond a row; the message says why and how to fix it."""
 
 
 class FileRow(NamedTuple):
@@ -55,15 +49,14 @@ class FileRow(NamedTuple):
 
 def read_rows(path: Path) -> Iterator[FileRow]:
     """Yield every row of a file, invalid ones as RowError; raise FileError where the file cannot be read further."""
-    try:
-        yield from _READERS[detect_file_type(path.name)](path)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise FileError(f"is an incomplete or invalid gzip file ({error}); compress it again") from error
+    yield from _READERS[detect_file_type(path.name)](path)
 
 
 def detect_file_type(name: str) -> str:
     """Return the type of a file by its extension: jsonl, json, csv, tsv, parquet or arrow."""
-    plain = name.lower().removesuffix(".gz")
+    plain = name.lower()
+    for suffix in COMPRESSED_SUFFIXES:
+        plain = plain.removesuffix(suffix)
     compressed = len(plain) < len(name)
     extension = plain.rpartition(".")[2] if "." in plain else ""
     file_type = _EXTENSIONS.get(extension)
@@ -73,32 +66,47 @@ def detect_file_type(name: str) -> str:
 
 
 def is_data_file(path: str) -> bool:
-    """Return whether a file of a folder is data; hidden files, `_…` files and unsupported types are not."""
+    """Return whether a file of a folder is data; hidden files, `_…` files and unsupported types are not.
+
+    Nor is what the datasets library writes beside the data: its descriptions, and the results of earlier `map` calls.
+    """
     name = path.rpartition("/")[2]
     with contextlib.suppress(FileError):
-        return not name.startswith((".", "_")) and bool(detect_file_type(name))
+        beside = name in _DESCRIPTIONS or (name.startswith("cache-") and name.endswith(".arrow"))
+        return not beside and not name.startswith((".", "_")) and bool(detect_file_type(name))
     return False
 
 
 def _read_jsonl(path: Path) -> Iterator[FileRow]:
-    with _open_bytes(path) as stream:
-        for number in count(1):
-            line = stream.readline(MAX_ROW_BYTES + 1)
-            if not line:
-                return
-            if len(line) > MAX_ROW_BYTES:
-                raise FileError(
-                    f"row {number} has more than {MAX_ROW_BYTES // MIB} MiB; write one JSON object per line"
-                )
-            content = line.removeprefix(b"\xef\xbb\xbf").strip()
-            if content:
+    with open_bytes(path) as stream:
+        lines = _lines(stream)
+        first = next(lines, None)
+        if first is None:
+            return
+        if not _ARRAY_OF_OBJECTS.match(first[1]):
+            for number, content in chain([first], lines):
                 yield FileRow(number, _try_parse(parse_line, content))
+            return
+    yield from _read_json(path)
+
+
+def _lines(stream: IO[bytes]) -> Iterator[tuple[int, bytes]]:
+    """Yield the lines that are not blank, with their numbers."""
+    for number in count(1):
+        line = stream.readline(MAX_ROW_BYTES + 1)
+        if not line:
+            return
+        if len(line) > MAX_ROW_BYTES:
+            raise FileError(f"row {number} has more than {MAX_ROW_BYTES // MIB} MiB; write one JSON object per line")
+        content = line.removeprefix(b"\xef\xbb\xbf").strip()
+        if content:
+            yield number, content
 
 
 def parse_line(content: bytes) -> Mapping[str, Any]:
-    """Parse a line as a JSON object, or raise RowError."""
+    """Parse a line as a JSON object, which a comma may follow as in an array, or raise RowError."""
     try:
-        value = json.loads(content.decode("utf-8"))
+        value = json.loads(content.removesuffix(b",").decode("utf-8"))
     except UnicodeDecodeError as error:
         raise RowError(f"byte {error.start + 1} is not UTF-8; save the file as UTF-8") from error
     except json.JSONDecodeError as error:
@@ -170,6 +178,9 @@ class _Window:
 
 def _read_json(path: Path) -> Iterator[FileRow]:
     """Yield the elements of one array; after a broken one, the start of the next cannot be found."""
+    if _has_lines_of_objects(path):
+        yield from _read_jsonl(path)
+        return
     with _open_text(path) as stream:
         window = _Window(stream)
         if not (first := window.peek()):
@@ -179,12 +190,29 @@ def _read_json(path: Path) -> Iterator[FileRow]:
         window.position += 1
         for number in count(1):
             if window.peek() == "]":
-                return
+                break
             yield FileRow(number, _try_parse(_as_object, _element(window, number)))
             if (separator := window.peek()) not in {",", "]"}:
                 found = f"{separator!r}" if separator else "the end of the file"
                 raise FileError(f"row {number} is followed by {found}; write a comma, or ] after the last row")
             window.position += separator == ","
+        window.position += 1
+        if more := window.peek():
+            raise FileError(f"its array is followed by {more!r}; write all rows in one array")
+
+
+def _has_lines_of_objects(path: Path) -> bool:
+    """Return whether a file named .json has JSON lines: two lines that are objects, or one and the start of another."""
+    with open_bytes(path) as stream:
+        start = cast("io.BufferedReader", stream).peek(_START_BYTES).removeprefix(b"\xef\xbb\xbf").lstrip()
+        if start and not start.startswith(b"{"):
+            return False
+        lines = _lines(stream)
+        first = next(lines, None)
+        if first is None or not first[1].startswith(b"{") or isinstance(_try_parse(parse_line, first[1]), RowError):
+            return False
+        second = next(lines, None)
+        return second is not None and second[1].startswith(b"{")
 
 
 def _element(window: _Window, number: int) -> Any:
@@ -208,7 +236,8 @@ def _read_csv(path: Path, delimiter: str) -> Iterator[FileRow]:
             header = next(records, None)
             if header is None:
                 return
-            _check_header(header)
+            # pandas writes its index into a first column without a name.
+            _check_header(header[1:] if header[:1] == [""] else header)
             number = 1
             lines.size = 0
             for number, cells in enumerate(records, start=2):
@@ -245,7 +274,7 @@ def _to_fields(header: Sequence[str], cells: Sequence[str]) -> Mapping[str, Any]
         return RowError(
             f"has {len(cells)} cells where the header has {len(header)}; quote cells that contain the separator"
         )
-    return dict(zip(header, cells, strict=True))
+    return {name: cell for name, cell in zip(header, cells, strict=True) if name}
 
 
 def _check_header(names: Sequence[str]) -> None:
@@ -265,6 +294,7 @@ def _check_header(names: Sequence[str]) -> None:
 def _read_parquet(path: Path) -> Iterator[FileRow]:
     import pyarrow.parquet as pq  # noqa: PLC0415 (slow to import)
 
+    _check_start(path, b"PAR1")
     with _reading_columns("Parquet"):
         with memory_limit(MAX_READ_BYTES):
             file = pq.ParquetFile(path, memory_map=True, thrift_container_size_limit=_FOOTER_ITEMS)
@@ -278,6 +308,7 @@ def _read_parquet(path: Path) -> Iterator[FileRow]:
 def _read_arrow(path: Path) -> Iterator[FileRow]:
     import pyarrow as pa  # noqa: PLC0415 (slow to import)
 
+    _check_start(path, b"ARROW1")
     with _reading_columns("Arrow"):
         with memory_limit(MAX_READ_BYTES):
             source = pa.memory_map(str(path))
@@ -285,6 +316,11 @@ def _read_arrow(path: Path) -> Iterator[FileRow]:
         with source, batches:
             _check_header(batches.schema.names)
             yield from _numbered(map(_validated, _record_batches(batches)))
+
+
+def _check_start(path: Path, own: bytes) -> None:
+    with path.open("rb") as stream:
+        check_content(stream.read(_START_BYTES), own)
 
 
 def _validated(batch: Any) -> Any:
@@ -339,7 +375,7 @@ def _numbered(batches: Iterator[Any]) -> Iterator[FileRow]:
     while (batch := _within_memory(lambda: next(batches, None))) is not None:
         step = _rows_per_batch(batch.nbytes, batch.num_rows)
         for start in range(0, batch.num_rows, step):
-            for row in _within_memory(batch.slice(start, step).to_pylist):
+            for row in _within_memory(partial(batch.slice(start, step).to_pylist, maps_as_pydicts="strict")):
                 number += 1
                 yield FileRow(number, row)
 
@@ -354,46 +390,9 @@ def _first_line(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _open_bytes(path: Path) -> Iterator[IO[bytes]]:
-    compressed = path.name.lower().endswith(".gz")
-    with io.BufferedReader(_Decompressed(path), _CHUNK_BYTES) if compressed else path.open("rb") as stream:
-        if stream.peek(2)[:2] in _UTF16_MARKS:
-            raise FileError("is UTF-16; save it as UTF-8")
-        yield cast("IO[bytes]", stream)
-
-
-class _Decompressed(io.RawIOBase):
-    """Content of a .gz file, up to the maximum size."""
-
-    def __init__(self, path: Path) -> None:
-        self._stream = gzip.GzipFile(path)
-        self._left = max(MIN_DECOMPRESSED_BYTES, MAX_GZIP_RATIO * path.stat().st_size)
-
-    def readable(self) -> bool:
-        """Return True."""
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        """Read the next bytes, or raise FileError."""
-        size = self._stream.readinto(buffer)
-        self._left -= size
-        if self._left < 0:
-            raise FileError(
-                f"expands to more than {MAX_GZIP_RATIO} times its size, and to more than "
-                f"{MIN_DECOMPRESSED_BYTES // MIB:,} MiB; write it without repeated content, or without .gz"
-            )
-        return size
-
-    def close(self) -> None:
-        """Close the file."""
-        self._stream.close()
-        super().close()
-
-
-@contextlib.contextmanager
 def _open_text(path: Path) -> Iterator[TextIO]:
     """Open as text; bytes that are not UTF-8 become lone surrogates, which `text_of` rejects."""
-    with _open_bytes(path) as stream:
+    with open_bytes(path) as stream:
         yield io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 
@@ -407,4 +406,4 @@ _READERS: Final[dict[str, Callable[[Path], Iterator[FileRow]]]] = {
 }
 _EXTENSIONS: Final = {name: name for name in _READERS} | {"ndjson": "jsonl", "feather": "arrow", "pq": "parquet"}
 _COLUMNAR: Final = ("parquet", "arrow")
-SUPPORTED_EXTENSIONS: Final = ".jsonl, .json, .csv or .tsv (each also with .gz), .parquet or .arrow"
+SUPPORTED_EXTENSIONS: Final = ".jsonl, .json, .csv or .tsv (each also with .gz or .zst), .parquet or .arrow"

@@ -34,6 +34,10 @@ _READY: Final = b"ready\n"
 _TOO_SLOW: Final = f"did not end within {CPU_SECONDS:g} s of CPU time"
 _TOO_MUCH_MEMORY: Final = f"took more than {MEMORY_BYTES // MIB:,} MiB of memory"
 _TOO_LONG: Final = f"rendered more than {TEXT_CHARACTERS // 10**6} million characters"
+_TOO_MANY_PARTS: Final = (
+    "the chat template rewrites its earlier answers, so that each is learned from a text of its own, and these are too "
+    "long together; split the row"
+)
 _INHERITED: Final = ("LD_LIBRARY_PATH",)
 """Variables that an interpreter may need to start; no other is passed on, as they hold keys and addresses."""
 _BYTES_PER_LINE: Final = 4096
@@ -180,7 +184,10 @@ def _answer(request: bytes, answers: IO[bytes]) -> None:
         renderer, calls = pickle.loads(request)  # noqa: S301 (of the parent)
         for call in calls:
             answer = _call(renderer, call)
-            text_left -= sum(map(len, _texts_of(answer)))
+            size = sum(map(len, _texts_of(answer)))
+            if size > text_left and len(answer["value"]) > 1 and isinstance(answer["value"], list):
+                answer, size = {"error": _TOO_MANY_PARTS}, 0
+            text_left -= size
             if text_left < 0:
                 answers.write(_to_line({"limit": _TOO_LONG}))
                 break
@@ -190,9 +197,9 @@ def _answer(request: bytes, answers: IO[bytes]) -> None:
     answers.flush()
 
 
-def _texts_of(answer: Mapping[str, Any]) -> Iterator[str]:
+def _texts_of(answer: Mapping[str, Any]) -> list[str]:
     value = answer.get("value", "")
-    return (part for part in ([value] if isinstance(value, str) else value) if isinstance(part, str))
+    return [value] if isinstance(value, str) else [text for part in value for text in part if isinstance(text, str)]
 
 
 def _to_line(answer: Mapping[str, Any]) -> bytes:

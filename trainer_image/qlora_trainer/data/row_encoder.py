@@ -2,7 +2,7 @@
 
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, NamedTuple, cast
 
 from qlora_api.reasons import Reason
@@ -19,12 +19,23 @@ _BATCH_BYTES: Final = MAX_TEXT_BYTES
 """Text per call of the tokenizer, unless a single row has more."""
 
 
+_NO_TOKENS: Final = TokenRow((), ())
+
+
 class EncodedRow(NamedTuple):
     """A token row, its location in the source, and the content hash that decides on its split."""
 
     location: str
     digest: bytes
     row: TokenRow
+
+    @property
+    def parts(self) -> tuple["EncodedRow", ...]:
+        """Return the row, after those of its earlier answers if the chat template rewrites these."""
+        if not self.row.input_ids:
+            return ()
+        rows = (*self.row.earlier, replace(self.row, earlier=()))
+        return tuple(self._replace(row=row) for row in rows)
 
 
 @dataclass(frozen=True)
@@ -35,22 +46,26 @@ class RowEncoder:
     loss: str
     chat: ChatTemplate | None
     """None if no source has chat rows."""
+    rejected: RowErrors = field(default_factory=RowErrors)
+    """Rows that the chat template rejects."""
 
     def encode_rows(self, source: Source, needs_prompt: Callable[[bytes], bool]) -> Iterator[EncodedRow]:
         """Yield the token rows of a source; after the last one, raise DatasetInvalid if the chat template rejected any.
 
-        `needs_prompt` takes the hash of a row; it is true for validation rows.
+        `needs_prompt` takes the hash of a row; it is true for validation rows. Where invalid rows are left out, those
+        that the template rejects have no tokens.
         """
-        problems = RowErrors()
+        problems, seen = RowErrors(), 0
         for batch in _batches(source.rows()):
             encoded = self._encode([located.row for located in batch], source.row_format, needs_prompt)
             for located, row in zip(batch, encoded, strict=True):
+                seen += 1
                 if isinstance(row, RowError):
                     problems.add(located.location, row)
-                else:
-                    yield EncodedRow(located.location, located.row.digest, row)
-        if problems.total:
-            raise RunError(Reason.DATASET_INVALID, f"{source.field_ref.field}: {problems}")
+                    self.rejected.add(located.location, row)
+                    row = _NO_TOKENS  # noqa: PLW2901 (its hash is counted, as in the scan)
+                yield EncodedRow(located.location, located.row.digest, row)
+        source.check_invalid(problems, seen, "rows cannot be used with the chat template")
 
     def _encode(
         self, rows: Sequence[Row], row_format: RowFormat, needs_prompt: Callable[[bytes], bool]
@@ -71,6 +86,8 @@ class RowCounts:
     tokens: int = 0
     truncated: int = 0
     dropped: int = 0
+    split: int = 0
+    """Conversations that several rows were made of."""
     lengths: "array[int]" = field(default_factory=lambda: array("I"))
     """Tokens of each row before truncation."""
     longest: int = 0

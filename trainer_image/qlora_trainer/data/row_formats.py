@@ -6,7 +6,8 @@ from typing import Any, Final
 
 from qlora_api.units import MIB
 from qlora_api.v1alpha1 import RowFormat, RowTemplate
-from qlora_trainer.data.chat_messages import parse_chat
+from qlora_trainer.data.chat_messages import is_messages, parse_chat
+from qlora_trainer.data.json_values import parse_json_text
 from qlora_trainer.data.rows import MAX_TEXT_BYTES, Example, Row, RowError, Text, check_size, text_of
 
 _FORMAT_FIELDS: Final[tuple[tuple[str, RowFormat], ...]] = (
@@ -19,12 +20,18 @@ _FORMAT_FIELDS: Final[tuple[tuple[str, RowFormat], ...]] = (
 """Field and the format it indicates; the first field that a row has decides."""
 _ANSWER_FIELDS: Final = ("output", "response")
 _CONTEXT_FIELDS: Final = ("input", "context")
+_SYSTEM_FIELDS: Final = ("system", "system_prompt")
+"""Fields with a text before the first block, where Alpaca has its preamble."""
 _PLACEHOLDER: Final = re.compile(r"\{([^{}]+)\}")
 
 
 def detect_format(fields: Mapping[str, Any]) -> tuple[RowFormat, str]:
     """Return the format of a row and the field it was detected by, or raise RowError."""
-    found = next(((row_format, field) for field, row_format in _FORMAT_FIELDS if field in fields), None)
+    # A table of several formats has the columns of all; those of the others are null or empty.
+    filled = [name for name in fields if fields[name] is not None and fields[name] != ""]
+    found = next(((fmt, field) for names in (filled, fields) for field, fmt in _FORMAT_FIELDS if field in names), None)
+    if found == ("completion", "prompt") and is_messages(fields["prompt"]):
+        return "chat", "prompt"
     if found is None:
         raise RowError(
             f"has the fields {', '.join(map(str, fields)) or '(none)'}; write messages (or conversations), instruction "
@@ -50,14 +57,33 @@ def _parse_instruction(fields: Mapping[str, Any]) -> Example:
 
 def instruction_prompt(fields: Mapping[str, Any]) -> str:
     """Return the prompt of an instruction row; the answer may be missing."""
-    return render_instruction(text_of(fields, "instruction"), _optional(fields, _one_of(fields, _CONTEXT_FIELDS)))
+    asked = render_instruction(text_of(fields, "instruction"), _optional(fields, _one_of(fields, _CONTEXT_FIELDS)))
+    system = _optional(fields, _one_of(fields, _SYSTEM_FIELDS))
+    return f"{system}\n\n" * bool(system) + _history(fields.get("history")) + asked
+
+
+def _history(turns: Any) -> str:
+    """Return the earlier questions and answers of an Alpaca row, each in the format of the last."""
+    if isinstance(turns, str) and turns.strip():
+        turns = parse_json_text(turns, "field 'history'")
+    if not turns:
+        return ""
+    if not isinstance(turns, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in turns):
+        raise RowError("field 'history' is not a list of [question, answer]; write [[…, …]], or remove it")
+    texts = [{"question": question, "answer": answer} for question, answer in turns]
+    for index, turn in enumerate(texts):
+        for name in turn:
+            text_of(turn, name, within=f"history[{index}]")
+    return "".join(f"{render_instruction(turn['question'])}{turn['answer']}\n\n" for turn in texts)
 
 
 def _one_of(fields: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
-    present = [name for name in names if name in fields]
-    if len(present) > 1:
-        raise RowError(f"has both '{present[0]}' and '{present[1]}'; keep one")
-    return present[0] if present else None
+    """Return the field that a row has of several; in a table that has all of them, the others are null or empty."""
+    present = [name for name in names if fields.get(name) is not None] or [name for name in names if name in fields]
+    filled = [name for name in present if fields[name] != ""]
+    if len(filled) > 1:
+        raise RowError(f"has both '{filled[0]}' and '{filled[1]}'; keep one")
+    return next(iter([*filled, *present]), None)
 
 
 def _optional(fields: Mapping[str, Any], name: str | None) -> str:
@@ -101,6 +127,12 @@ def fill(template: str, fields: Mapping[str, Any], part: str) -> str:
     return filled
 
 
+def _parse_completion(fields: Mapping[str, Any]) -> Example:
+    if fields.get("label") is False:  # the form of KTO
+        raise RowError("field 'label' is false, so its completion is an unwanted one; remove the row, or the field")
+    return Example(text_of(fields, "prompt"), text_of(fields, "completion"))
+
+
 def render_question(formats: Collection[str], question: str, fields: Mapping[str, Any]) -> str:
     """Return a question in the prompt that rows of these formats were trained with.
 
@@ -123,6 +155,6 @@ _PROMPTS: Final[dict[RowFormat, Callable[[str, Mapping[str, Any]], str]]] = {"in
 _PARSERS: Final[dict[RowFormat, Callable[[Mapping[str, Any]], Row]]] = {
     "instruction": _parse_instruction,
     "chat": parse_chat,
-    "completion": lambda fields: Example(text_of(fields, "prompt"), text_of(fields, "completion")),
+    "completion": _parse_completion,
     "text": lambda fields: Text(text_of(fields, "text")),
 }

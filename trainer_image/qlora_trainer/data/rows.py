@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
@@ -82,6 +83,11 @@ class Example:
         return _sha256([self.prompt, self.answer])
 
     @property
+    def question(self) -> str:
+        """Return the text by which rows are grouped before they are split."""
+        return self.prompt
+
+    @property
     def size(self) -> int:
         """Return the bytes of the text."""
         return size_of(self.prompt) + size_of(self.answer)
@@ -94,11 +100,19 @@ class Chat:
     messages: tuple[Message, ...]
     tools: tuple[Mapping[str, Any], ...] = ()
     """JSON schemas of the tools that the assistant may call."""
+    masked: tuple[int, ...] = ()
+    """Indices of the answers that are not trained on."""
 
     @property
     def digest(self) -> bytes:
         """Return the SHA-256 of the content."""
-        return _sha256({"messages": self.messages, "tools": self.tools})
+        masked = {"masked": self.masked} if self.masked else {}
+        return _sha256({"messages": self.messages, "tools": self.tools, **masked})
+
+    @property
+    def question(self) -> str:
+        """Return the first message of the user, by which conversations are grouped before they are split."""
+        return next((str(message["content"]) for message in self.messages if message["role"] == "user"), "")
 
     @property
     def size(self) -> int:
@@ -118,6 +132,11 @@ class Text:
         return _sha256({"text": self.text})
 
     @property
+    def question(self) -> str:
+        """Return the text itself."""
+        return self.text
+
+    @property
     def size(self) -> int:
         """Return the bytes of the text."""
         return size_of(self.text)
@@ -131,6 +150,12 @@ def check_size(row: Row) -> Row:
     if row.size > MAX_TEXT_BYTES:
         raise RowError(f"has more than {MAX_TEXT_BYTES // MIB} MiB of text; split it into several rows")
     return row
+
+
+def group_of(row: Row) -> int:
+    """Return 64 bits of the hash of a row's question, whatever its case, white space and Unicode form."""
+    question = " ".join(unicodedata.normalize("NFKC", row.question).casefold().split())
+    return int.from_bytes(hashlib.sha256(question.encode()).digest()[:8], "big")
 
 
 def _sha256(content: Any) -> bytes:

@@ -2,37 +2,49 @@
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final, NamedTuple
+from urllib.parse import unquote
 
 from qlora_api.object_names import ObjectName
 from qlora_api.reasons import Reason
 from qlora_api.v1alpha1 import DataSource, RowFormat, RowFormatName, RowTemplate
-from qlora_trainer.data.file_readers import SUPPORTED_EXTENSIONS, FileError, detect_file_type, is_data_file, read_rows
+from qlora_trainer.data.compressed_files import FileError
+from qlora_trainer.data.file_readers import SUPPORTED_EXTENSIONS, detect_file_type, is_data_file, read_rows
 from qlora_trainer.data.row_formats import detect_format, parse_row
 from qlora_trainer.data.rows import Row, RowError, shorten
+from qlora_trainer.data.split_names import SelectedFiles, is_pattern, matches_pattern, select_split, split_pattern
 from qlora_trainer.errors import RunError
 from qlora_trainer.storage.local_store import FileStore
 from qlora_trainer.storage.snapshots import SourceResolver
-from qlora_trainer.storage.store import FieldRef, Store, split_uri
+from qlora_trainer.storage.store import EVALUATION_FIELD, FieldRef, Store
 
 _HUB_URI: Final = re.compile(r"hf://datasets/([^/@]+/[^/@]+)(?:@([^/]+))?/(.*)")
 
 
-def local_files(resolver: SourceResolver, uri: str, field_ref: FieldRef, work: Path) -> tuple[Path, ...]:
-    """Return the local path of a file, or of every data file below a URI that ends with '/'."""
+class LocalFiles(NamedTuple):
+    """Local paths of the files of a source, and the names of files that belong to another split."""
+
+    paths: tuple[Path, ...]
+    left_out: tuple[str, ...] = ()
+
+
+def local_files(resolver: SourceResolver, uri: str, field_ref: FieldRef, work: Path) -> LocalFiles:
+    """Return the local path of a file, of all that a pattern matches, or of all below a URI that ends with '/'."""
     if uri.startswith("hf://"):
         return _from_hub(resolver, uri, field_ref, work)
-    folder, name = (uri, "") if uri.endswith("/") else split_uri(uri)
+    folder, name = (uri, "") if uri.endswith("/") else split_pattern(uri)
     store = resolver.open_store(folder, field_ref)
-    names = (entry.path for entry in store.list()) if not name else ()
-    return tuple(_local_copy(store, file, work) for file in _select_files(name, names, uri, field_ref))
+    several = not name or is_pattern(name)
+    names = tuple(entry.path for entry in store.list()) if several else ()
+    selected = _select_files(name, names, uri, field_ref)
+    return LocalFiles(tuple(_local_copy(store, file, work) for file in selected.names), selected.left_out)
 
 
-def _from_hub(resolver: SourceResolver, uri: str, field_ref: FieldRef, work: Path) -> tuple[Path, ...]:
+def _from_hub(resolver: SourceResolver, uri: str, field_ref: FieldRef, work: Path) -> LocalFiles:
     match = _HUB_URI.fullmatch(uri)
     if match is None:
         raise RunError(
@@ -40,21 +52,28 @@ def _from_hub(resolver: SourceResolver, uri: str, field_ref: FieldRef, work: Pat
             f"{field_ref.field}: '{uri}' has no file; write hf://datasets/organization/name/file.jsonl",
         )
     name, revision, path = match[1], match[2] or "main", match[3]
-    file_name = "" if path.endswith("/") else path
     snapshot = resolver.resolve(f"hf://{name}", revision, field_ref, repo_type="dataset")
-    if file_name and file_name not in snapshot.files:
-        raise RunError(
-            field_ref.not_found,
-            f"{field_ref.field}: {name}@{snapshot.commit} has no file '{file_name}'; correct the URI",
-        )
-    files = _select_files(file_name, (file for file in snapshot.files if file.startswith(path)), uri, field_ref)
+    if path.endswith("/") or not path:
+        below = {str(file).removeprefix(path): file for file in snapshot.files if file.startswith(path)}
+        selected = _select_files("", tuple(below), uri, field_ref)
+        files, left_out = [below[file] for file in selected.names], selected.left_out
+    else:
+        # A name that was copied from the address of a page has escapes.
+        path = path if path in snapshot.files or is_pattern(path) else unquote(path)
+        if path not in snapshot.files and not is_pattern(path):
+            raise RunError(
+                field_ref.not_found,
+                f"{field_ref.field}: {name}@{snapshot.commit} has no file '{path}'; correct the URI",
+            )
+        selected = _select_files(path, snapshot.files, uri, field_ref)
+        files, left_out = [ObjectName(file) for file in selected.names], selected.left_out
     root = snapshot.fetch(files, work)
-    return tuple(ObjectName(file).below(root) for file in files)
+    return LocalFiles(tuple(ObjectName(file).below(root) for file in files), left_out)
 
 
-def _select_files(name: str, names: Iterable[str], uri: str, field_ref: FieldRef) -> tuple[str, ...]:
-    """Return the named file, or all data files if no name is given; raise if the type is not supported."""
-    if name:
+def _select_files(name: str, names: Sequence[str], uri: str, field_ref: FieldRef) -> SelectedFiles:
+    """Return the named file, or all data files that a pattern matches, or those of the split if no name is given."""
+    if name and (not is_pattern(name) or name in names):
         try:
             detect_file_type(name)
         except FileError as error:
@@ -62,13 +81,18 @@ def _select_files(name: str, names: Iterable[str], uri: str, field_ref: FieldRef
                 Reason.DATASET_INVALID,
                 f"{field_ref.field}: {error}, or end the URI with '/' to read every file below it",
             ) from error
-        return (name,)
-    files = tuple(sorted(filter(is_data_file, names)))
+        return SelectedFiles((name,), ())
+    data = sorted(filter(is_data_file, names))
+    files = [file for file in data if matches_pattern(file, name)] if name else data
     if not files:
-        raise RunError(
-            field_ref.not_found, f"{field_ref.field}: {uri} has no file of type {SUPPORTED_EXTENSIONS}; correct the URI"
-        )
-    return files
+        what = f"no data file matches {uri}" if name else f"{uri} has no file of type {SUPPORTED_EXTENSIONS}"
+        raise RunError(field_ref.not_found, f"{field_ref.field}: {what}; correct the URI")
+    # A pattern names the files, of whatever split.
+    return (
+        SelectedFiles(tuple(files), ())
+        if name
+        else select_split(files, for_evaluation=field_ref.field == EVALUATION_FIELD.field)
+    )
 
 
 def _local_copy(store: Store, name: str, work: Path) -> Path:
@@ -87,6 +111,14 @@ SHOWN_ROW_ERRORS: Final = 5
 """Invalid rows that a message lists; the others are only counted."""
 
 
+MAX_LISTED_ROWS: Final = 20
+"""Invalid rows that the log and the report list where they are left out."""
+MAX_DROPPED_SHARE: Final = 0.1
+"""Share of the rows that may be left out as invalid: if more are, the format of the dataset is another one."""
+_SMALL_NUMBER: Final = 5
+"""Rows that may be left out of a small dataset, if they are not more than half."""
+
+
 class LocatedRow(NamedTuple):
     """A row and its location in the source."""
 
@@ -96,20 +128,26 @@ class LocatedRow(NamedTuple):
 
 @dataclass
 class RowErrors:
-    """Invalid rows of a source: messages of the first ones, and the total."""
+    """Invalid rows of a source: locations and messages of the first ones, and the total."""
 
-    first: list[str] = field(default_factory=list)
+    first: list[tuple[str, str]] = field(default_factory=list)
     total: int = 0
 
     def add(self, location: str, reason: object) -> None:
         """Add an invalid row."""
         self.total += 1
-        if self.total <= SHOWN_ROW_ERRORS:
-            self.first.append(f"{location}: {shorten(reason)}")
+        if self.total <= MAX_LISTED_ROWS:
+            self.first.append((location, shorten(reason)))
+
+    def extend(self, others: "RowErrors") -> None:
+        """Add the invalid rows of another source."""
+        self.total += others.total
+        self.first = [*self.first, *others.first][:MAX_LISTED_ROWS]
 
     def __str__(self) -> str:
-        more = f"; and {self.total - len(self.first)} more" if self.total > len(self.first) else ""
-        return "; ".join(self.first) + more
+        shown = [f"{location}: {reason}" for location, reason in self.first[:SHOWN_ROW_ERRORS]]
+        more = f"; and {self.total - len(shown)} more" if self.total > len(shown) else ""
+        return "; ".join(shown) + more
 
 
 @dataclass(frozen=True)
@@ -124,10 +162,17 @@ class Source:
     template: RowTemplate | None = None
     limit: int | None = None
     weight: float = 1.0
+    left_out: tuple[str, ...] = ()
+    """Files of the folder that belong to another split."""
+    drops_invalid: bool = False
+    """Whether invalid rows are left out (spec.dataset.onInvalidRow)."""
 
-    def rows(self) -> Iterator[LocatedRow]:
-        """Yield every valid row; after the last one, raise DatasetInvalid if any row was invalid, or DatasetEmpty."""
-        problems, seen = RowErrors(), 0
+    def rows(self, problems: RowErrors | None = None) -> Iterator[LocatedRow]:
+        """Yield every valid row, and add the others to `problems`.
+
+        After the last one, raise DatasetInvalid if rows were invalid and are not to be left out, or DatasetEmpty.
+        """
+        problems, seen = RowErrors() if problems is None else problems, 0
         for location, found in islice(_located_rows(self.files, self.field_ref), self.limit):
             seen += 1
             try:
@@ -138,22 +183,31 @@ class Source:
                 problems.add(location, error)
             else:
                 yield LocatedRow(location, row)
-        if problems.total:
-            raise RunError(
-                Reason.DATASET_INVALID,
-                f"{self.field_ref.field}: {problems.total} of {seen} rows cannot be used as {self.row_format} rows. "
-                f"{problems}",
-            )
+        self.check_invalid(problems, seen, f"rows cannot be used as {self.row_format} rows")
         if not seen:
             raise RunError(Reason.DATASET_EMPTY, f"{self.field_ref.field}: the file has no rows; add rows")
 
+    def check_invalid(self, problems: RowErrors, seen: int, what: str) -> None:
+        """Raise DatasetInvalid if there are invalid rows, or more of them than may be left out."""
+        allowed = max(MAX_DROPPED_SHARE * seen, min(_SMALL_NUMBER, seen // 2))
+        if not problems.total or (self.drops_invalid and problems.total <= allowed):
+            return
+        limit = f", more than {MAX_DROPPED_SHARE:.0%}, which onInvalidRow leaves out" if self.drops_invalid else ""
+        raise RunError(
+            Reason.DATASET_INVALID, f"{self.field_ref.field}: {problems.total} of {seen} {what}{limit}. {problems}"
+        )
+
 
 def make_source(
-    field_ref: FieldRef, files: tuple[Path, ...], source: DataSource, template: RowTemplate | None
+    field_ref: FieldRef,
+    files: tuple[Path, ...],
+    source: DataSource,
+    template: RowTemplate | None,
+    left_out: tuple[str, ...] = (),
 ) -> Source:
     """Return a source with its row format; auto is resolved by the first valid row."""
     row_format, reason = _detect_format(field_ref, files, source.format, template)
-    return Source(field_ref, files, row_format, reason, template, source.max_samples, source.weight)
+    return Source(field_ref, files, row_format, reason, template, source.max_samples, source.weight, left_out)
 
 
 def _detect_format(

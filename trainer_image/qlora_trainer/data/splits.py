@@ -5,6 +5,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import numpy as np
+
 from qlora_api.reasons import Reason
 from qlora_trainer.errors import RunError
 from qlora_trainer.storage.store import FieldRef
@@ -26,10 +28,23 @@ class SourceWeight:
         return 0 if digest in self.held_out else self.full_passes + (digest in self.extra_rows)
 
 
-def split_validation(sources: Sequence[Digests], fraction: float, field_ref: FieldRef) -> frozenset[bytes]:
+@dataclass(frozen=True)
+class ValidationSplit:
+    """The hashes of the held-out rows."""
+
+    held_out: frozenset[bytes]
+    by_question: bool
+    """Whether rows with the same question are on the same side; false if all have the same."""
+
+
+def split_validation(
+    sources: Sequence[Digests], groups: Sequence[Sequence[int]], fraction: float, field_ref: FieldRef
+) -> ValidationSplit:
     """Return the validation split: the fraction of distinct rows with the lowest hashes, at least one.
 
-    Duplicates of a row are on the same side of the split.
+    Rows of a group, those with the same question, are on the same side: groups are held out in the order of their
+    lowest hashes, without those that are too large. Where every group has one row, these are the rows with the lowest
+    hashes.
     """
     distinct = sorted({digest for digests in sources for digest in digests})
     if len(distinct) < 2:
@@ -39,7 +54,29 @@ def split_validation(sources: Sequence[Digests], fraction: float, field_ref: Fie
             "add rows, or set spec.dataset.evaluation.uri",
         )
     count = min(max(round(fraction * len(distinct)), 1), len(distinct) - 1)
-    return frozenset(distinct[:count])
+    members = _members(sources, groups)
+    if len(members) == 1 and len(next(iter(members.values()))) == len(distinct):
+        return ValidationSplit(frozenset(distinct[:count]), by_question=False)
+    by_digest = {digest: rows for rows in members.values() for digest in rows}
+    held_out: set[bytes] = set()
+    for digest in distinct:
+        rows = by_digest.get(digest, frozenset((digest,)))
+        if digest not in held_out and len(held_out) + len(rows) <= count:
+            held_out |= rows
+    if not held_out:
+        held_out |= min(members.values(), key=lambda rows: (len(rows), min(rows)))
+    return ValidationSplit(frozenset(held_out), by_question=True)
+
+
+def _members(sources: Sequence[Digests], groups: Sequence[Sequence[int]]) -> dict[int, frozenset[bytes]]:
+    """Return the distinct rows of each group that has several; most have one, and are not kept in memory."""
+    numbers, counts = np.unique(np.concatenate([np.asarray(of, dtype=np.uint64) for of in groups]), return_counts=True)
+    shared: dict[int, set[bytes]] = {int(number): set() for number in numbers[counts > 1]}
+    for digests, of in zip(sources, groups, strict=True):
+        for digest, group in zip(digests, of, strict=True):
+            if group in shared:
+                shared[group].add(digest)
+    return {group: frozenset(rows) for group, rows in shared.items() if len(rows) > 1}
 
 
 def make_source_weight(digests: Digests, weight: float, held_out: frozenset[bytes]) -> SourceWeight:

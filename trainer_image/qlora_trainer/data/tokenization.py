@@ -27,6 +27,8 @@ class TokenRow:
     """Tokens of the prompt, for generation. Only validation rows have these and the two texts; plain text has none."""
     prompt: str = ""
     reference: str = ""
+    earlier: "tuple[TokenRow, ...]" = ()
+    """Rows for answers that the chat template renders otherwise once the conversation goes on; each ends with one."""
 
     @property
     def label_count(self) -> int:

@@ -13,13 +13,16 @@ from qlora_api.reasons import Reason
 from qlora_api.v1alpha1 import DataStatus, RowLengths, TrainingSpec
 from qlora_trainer.data import shards
 from qlora_trainer.data.dataset import Dataset, DatasetScan
-from qlora_trainer.data.row_encoder import LengthPolicy, RowCounts, RowEncoder, make_length_policy
+from qlora_trainer.data.row_encoder import EncodedRow, LengthPolicy, RowCounts, RowEncoder, make_length_policy
+from qlora_trainer.data.sources import RowErrors
 from qlora_trainer.data.splits import DatasetDigest
 from qlora_trainer.errors import RunError
 from qlora_trainer.storage.store import sha256_of
 
 _TRAINING, _HELD_OUT = "train.parquet", "evaluation.parquet"
 _PERCENTILES: Final = (50, 95, 99)
+_MAX_LOCATION: Final = 64
+"""Characters of a row's file and number in the status."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ class TokenizedDataset:
     """Tokens of the longest row, after truncation."""
     largest_token: int
     """The largest token id of any row."""
+    rejected: RowErrors = field(default_factory=RowErrors)
+    """Rows that are left out as the chat template rejects them."""
 
     @property
     def training_file(self) -> Path:
@@ -78,10 +83,11 @@ def tokenize_dataset(
     splits = (counts.training, counts.held_out)
     return TokenizedDataset(
         folder,
-        _describe(dataset, scan, counts),
+        _describe(dataset, scan, counts, encoder.rejected),
         digest,
         longest_row=max(split.longest for split in splits),
         largest_token=max(split.largest_token for split in splits),
+        rejected=encoder.rejected,
     )
 
 
@@ -99,17 +105,14 @@ def _write(  # noqa: PLR0913, PLR0917 (source, transformation and target of the 
             for encoded in encoder.encode_rows(source, held_out.__contains__):
                 times = source_weight.times(encoded.digest)
                 seen.add_training(encoded.digest, times)
-                if times and (row := policy.apply(encoded, counts.training, times)):
-                    training.add(row, times)
-                if encoded.digest not in held_out:
-                    continue
-                seen.add_held_out(encoded.digest)
-                if row := policy.apply(encoded, counts.held_out):
-                    validation.add(row)
+                if times:
+                    _add(encoded, training, policy, counts.training, times)
+                if encoded.digest in held_out:
+                    seen.add_held_out(encoded.digest)
+                    _add(encoded, validation, policy, counts.held_out)
         for encoded in encoder.encode_rows(dataset.held_out, lambda _: True) if dataset.held_out else ():
             seen.add_held_out(encoded.digest)
-            if row := policy.apply(encoded, counts.held_out):
-                validation.add(row)
+            _add(encoded, validation, policy, counts.held_out)
         if seen.hexdigest() != scan.digest:
             raise RunError(
                 Reason.DATASET_INVALID,
@@ -117,6 +120,16 @@ def _write(  # noqa: PLR0913, PLR0917 (source, transformation and target of the 
                 "QLoRAJob again when nobody writes to the files",
             )
         return sha256_of(f"{training.digest} {validation.digest}".encode())
+
+
+def _add(
+    encoded: EncodedRow, shard: shards.ShardWriter, policy: LengthPolicy, counts: RowCounts, times: int = 1
+) -> None:
+    parts = encoded.parts
+    counts.split += times * (len(parts) > 1)
+    for part in parts:
+        if row := policy.apply(part, counts, times):
+            shard.add(row, times)
 
 
 def _check_rows_left(counts: RowCounts, name: str, training: TrainingSpec) -> None:
@@ -135,8 +148,11 @@ def _check_rows_left(counts: RowCounts, name: str, training: TrainingSpec) -> No
     )
 
 
-def _describe(dataset: Dataset, scan: DatasetScan, counts: _SplitCounts) -> DataStatus:
+def _describe(dataset: Dataset, scan: DatasetScan, counts: _SplitCounts, rejected: RowErrors) -> DataStatus:
     """Summarize the dataset for the status; lengths cover both splits."""
+    invalid = RowErrors()
+    invalid.extend(scan.invalid)
+    invalid.extend(rejected)
     training, held_out = counts.training, counts.held_out
     lengths = np.concatenate([np.asarray(training.lengths), np.asarray(held_out.lengths)])
     p50, p95, p99 = (int(value) for value in np.percentile(lengths, _PERCENTILES, method="higher"))
@@ -148,6 +164,9 @@ def _describe(dataset: Dataset, scan: DatasetScan, counts: _SplitCounts) -> Data
         training_tokens=training.tokens,
         truncated_rows=training.truncated + held_out.truncated,
         dropped_rows=training.dropped + held_out.dropped,
+        invalid_rows=invalid.total,
+        invalid_row_numbers=tuple(location[-_MAX_LOCATION:] for location, _ in invalid.first),
+        split_rows=training.split + held_out.split,
         longest_row_tokens=int(lengths.max()),
         row_lengths=RowLengths(mean=round(float(lengths.mean()), 1), p50=p50, p95=p95, p99=p99),
     )

@@ -1,6 +1,6 @@
 """The HTML report: one self-contained file that opens offline, on any screen size."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, Final, NamedTuple
@@ -12,6 +12,7 @@ from qlora_api import __version__
 from qlora_api.escapes import escape_text
 from qlora_api.report import Interval, RunReport
 from qlora_api.units import format_gib
+from qlora_api.v1alpha1 import DataStatus
 from qlora_trainer.publishing.plots import Plot
 from qlora_trainer.publishing.report_sections import make_footprint, make_lineage, make_recipe
 
@@ -169,7 +170,17 @@ def make_data_rows(report: RunReport) -> tuple[tuple[str, str], ...]:
         ("Tokens", f"{data.training_tokens:,}, the longest row {data.longest_row_tokens:,}"),
         ("Truncated to maxLength", f"{data.truncated_rows:,} rows"),
         ("Dropped", f"{data.dropped_rows:,} rows"),
+        *_invalid_rows(data),
     )
+
+
+def _invalid_rows(data: DataStatus) -> Iterator[tuple[str, str]]:
+    """Yield what was left out or split, if anything was."""
+    if data.invalid_rows:
+        more = " …" if data.invalid_rows > len(data.invalid_row_numbers) else ""
+        yield "Left out as invalid", f"{data.invalid_rows:,} rows: {', '.join(data.invalid_row_numbers)}{more}"
+    if data.split_rows:
+        yield "Split", f"{data.split_rows:,} conversations, one row per answer that the chat template rewrites later"
 
 
 def make_loading_rows(report: RunReport) -> tuple[tuple[str, str], ...]:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol, TypeVar
-from urllib.parse import unquote, urlparse
+from urllib.parse import unquote
 
 from qlora_api.names import CLAIM_SCHEME, CLAIMS_MOUNT, SecretRole
 from qlora_api.object_names import ObjectName
@@ -152,7 +152,8 @@ def local_path(uri: str) -> Path:
     """Return the local path of a file:// URI, or of a pvc:// URI in a pod that mounts the claim."""
     if uri.startswith(CLAIM_SCHEME):
         return Path(CLAIMS_MOUNT, uri.removeprefix(CLAIM_SCHEME))
-    return Path(unquote(urlparse(uri).path))
+    # A '#' or '?' that is not escaped is part of the path, too.
+    return Path(f"/{unquote(uri.removeprefix('file://').partition('/')[2])}")
 
 
 def claim_folder(uri: str) -> Path | None:

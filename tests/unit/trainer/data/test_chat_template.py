@@ -169,11 +169,20 @@ def test_answer_rewritten_by_template_is_labeled_as_rendered(tokenizer):
     assert label_texts(tokenizer, row) == ["IT IS BLUE.<|im_end|>", "It is green, indeed.<|im_end|>"]
 
 
-def test_template_that_drops_earlier_answers_needs_generation_tags(tokenizer):
+def test_template_that_drops_questions_is_refused_with_the_field(tokenizer):
     dropping = CHATML.replace("{{ m.content }}", "{{ '…' if not loop.last else m.content }}")
     (row,) = encode_chats([LONG], load_chat_template(tokenizer, dropping), "auto")
     assert isinstance(row, RowError)
-    assert "put {% generation %} around the answer" in str(row)
+    assert str(row).startswith("messages[0].content is dropped by the model's chat template; set spec.")
+
+
+def test_template_that_drops_earlier_answers_learns_each_in_its_own_row(tokenizer):
+    dropping = CHATML.replace("{{ m.content }}", "{{ '…' if m.role == 'assistant' and not loop.last else m.content }}")
+    row = encode(tokenizer, dropping, LONG)
+    assert [label_texts(tokenizer, part) for part in (*row.earlier, row)] == [
+        ["It is blue.<|im_end|>"],
+        ["It is green, indeed.<|im_end|>"],
+    ]
 
 
 @pytest.mark.parametrize("source", [CHATML, LLAMA3, THINKING, MISTRAL, TAGGED, BARE])

@@ -10,12 +10,18 @@ import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
 
-from qlora_trainer.data import file_readers
+from qlora_trainer.data import compressed_files, file_readers
 from qlora_trainer.data.file_readers import FileError, FileRow, detect_file_type, is_data_file, read_rows
 from qlora_trainer.data.rows import RowError
 
 ROWS = [{"prompt": "1+1=", "completion": "2"}, {"prompt": 'say "a,\nb"', "completion": "ünïcode 🦙"}]
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:12ab\nsize 12345\n"
 CSV = 'prompt,completion\n1+1=,2\n"say ""a,\nb""",ünïcode 🦙\n'
+
+
+def zstd(text: str) -> bytes:
+    compressed: bytes = pa.compress(text.encode(), codec="zstd", asbytes=True)
+    return compressed
 
 
 def write_parquet(path: Path) -> None:
@@ -41,6 +47,16 @@ WRITERS = {
     "rows.jsonl.gz": lambda path: path.write_bytes(gzip.compress("\n".join(map(json.dumps, ROWS)).encode())),
     "rows.json.gz": lambda path: path.write_bytes(gzip.compress(json.dumps(ROWS).encode())),
     "rows.csv.gz": lambda path: path.write_bytes(gzip.compress(CSV.encode())),
+    "rows.jsonl.zst": lambda path: path.write_bytes(zstd("\n".join(map(json.dumps, ROWS)))),
+    "rows.csv.zst": lambda path: path.write_bytes(zstd(CSV)),
+    "lines.json": lambda path: path.write_text("".join(f"{json.dumps(row)}\n" for row in ROWS)),
+    "commas.jsonl": lambda path: path.write_text("".join(f"{json.dumps(row)},\n" for row in ROWS)),
+    "commas.json": lambda path: path.write_text("".join(f"{json.dumps(row)},\n" for row in ROWS)),
+    "array.jsonl": lambda path: path.write_text("[\n" + ",\n".join(map(json.dumps, ROWS)) + "\n]\n"),
+    "gzip.jsonl": lambda path: path.write_bytes(gzip.compress("\n".join(map(json.dumps, ROWS)).encode())),
+    "gzip.csv": lambda path: path.write_bytes(gzip.compress(CSV.encode())),
+    "zstd.json": lambda path: path.write_bytes(zstd(json.dumps(ROWS))),
+    "index.csv": lambda path: path.write_text(',prompt,completion\n0,1+1=,2\n1,"say ""a,\nb""",ünïcode 🦙\n'),
     "rows.parquet": write_parquet,
     "rows.feather": lambda path: pyarrow.feather.write_feather(pa.Table.from_pylist(ROWS), str(path)),
     "rows.arrow": write_stream,
@@ -94,6 +110,20 @@ def test_invalid_row_is_numbered_and_later_rows_are_read(tmp_path, name, content
         pytest.param("x.jsonl.gz", gzip.compress(b"{}\n" * 9)[:-9], "is an incomplete", id="cut-gzip"),
         pytest.param("x.parquet", "{}\n", "is not a readable Parquet file", id="no-parquet"),
         pytest.param("x.arrow", "{}\n", "is not a readable Arrow file", id="no-arrow"),
+        pytest.param("x.jsonl.zst", "{}\n", "is an incomplete or invalid zstd file", id="no-zstd"),
+        pytest.param("x.jsonl.zst", zstd("{}\n" * 99)[:-9], "is an incomplete or invalid zstd file", id="cut-zstd"),
+        pytest.param(
+            "x.json", '[{"a": 1}]\n[{"a": 2}]', "its array is followed by '['; write all rows in", id="arrays"
+        ),
+        pytest.param("x.json", '{"a": 1}\n', "is not an array", id="json-one-object"),
+        pytest.param("x.jsonl", LFS, "is a pointer of git-lfs, and not the file; run 'git lfs pull'", id="lfs"),
+        pytest.param(
+            "x.parquet", LFS, "is a pointer of git-lfs, and not the file; run 'git lfs pull'", id="lfs-parquet"
+        ),
+        pytest.param("x.jsonl", b"PAR1\x15\x04", "is a Parquet file; name it .parquet", id="named-wrongly"),
+        pytest.param("x.csv", b"PK\x03\x04\x14", "is a zip archive or an Excel file", id="excel"),
+        pytest.param("x.json", "<!DOCTYPE html><p>Log in</p>", "is an HTML page, such as that of a login", id="html"),
+        pytest.param("x.jsonl", b"BZh91AY", "is compressed by bzip2; compress it by gzip or zstd", id="bzip2"),
         pytest.param("x.txt", "{}\n", "'x.txt' is not a supported file type; use .jsonl, .json", id="unknown"),
     ],
 )
@@ -150,3 +180,18 @@ def test_memory_does_not_grow_with_the_rows(tmp_path, name):
     finally:
         tracemalloc.stop()
     assert peak < 3 << 20, "the file's rows have 4 MB"
+
+
+def test_maps_of_parquet_are_objects(tmp_path):
+    maps = pa.array([[("city", "Rome")], None], pa.map_(pa.string(), pa.string()))
+    pq.write_table(pa.table({"arguments": maps}), tmp_path / "x.parquet")
+    assert [row.content for row in read_rows(tmp_path / "x.parquet")] == [
+        {"arguments": {"city": "Rome"}},
+        {"arguments": None},
+    ]
+
+
+def test_zstd_file_that_expands_too_much_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(compressed_files, "MIN_DECOMPRESSED_BYTES", 1 << 20)
+    with pytest.raises(FileError, match="expands to more than 200 times its size"):
+        read(tmp_path, "x.jsonl.zst", zstd("{}\n" * (1 << 20)))

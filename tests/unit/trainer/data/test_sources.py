@@ -1,7 +1,9 @@
 """Sources: format detection, invalid rows, and the files that a URI selects."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from urllib.parse import quote
 
 import boto3
 import pytest
@@ -10,12 +12,13 @@ from moto import mock_aws
 from qlora_api.reasons import Reason
 from qlora_api.runconfig import Platform
 from qlora_api.v1alpha1 import DataSource
+from qlora_trainer.data.dataset import Dataset, describe_invalid, describe_sources
 from qlora_trainer.data.rows import Example
-from qlora_trainer.data.sources import local_files, make_source
+from qlora_trainer.data.sources import RowErrors, local_files, make_source
 from qlora_trainer.errors import RunError
 from qlora_trainer.storage.credentials import environment_secrets
 from qlora_trainer.storage.snapshots import SourceResolver
-from qlora_trainer.storage.store import DATASET_FIELD
+from qlora_trainer.storage.store import DATASET_FIELD, EVALUATION_FIELD
 
 GOOD = '{"instruction": "Say hi", "output": "hi"}'
 RESOLVER = SourceResolver(Platform(), environment_secrets())
@@ -80,8 +83,97 @@ def test_uri_with_trailing_slash_reads_every_data_file_in_order(tmp_path):
     for name in ("b.jsonl", "a/c.csv", "a/b.jsonl", "README.md", "_SUCCESS"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(GOOD)
-    files = local_files(RESOLVER, f"file://{tmp_path}/", DATASET_FIELD, tmp_path)
+    files = local_files(RESOLVER, f"file://{tmp_path}/", DATASET_FIELD, tmp_path).paths
     assert [str(file.relative_to(tmp_path)) for file in files] == ["a/b.jsonl", "a/c.csv", "b.jsonl"]
+
+
+def write_files(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(GOOD)
+
+
+@pytest.mark.parametrize(
+    ("names", "field", "read", "left_out"),
+    [
+        pytest.param(
+            ["test-00000-of-00001.jsonl", "train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl", "valid.jsonl"],
+            DATASET_FIELD,
+            ["train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl"],
+            ("test-00000-of-00001.jsonl", "valid.jsonl"),
+            id="train",
+        ),
+        pytest.param(
+            ["train.jsonl", "test.jsonl", "dev.jsonl"], EVALUATION_FIELD, ["dev.jsonl"], ("test.jsonl", "train.jsonl"),
+            id="evaluation",
+        ),
+        pytest.param(["train.jsonl", "test.jsonl"], EVALUATION_FIELD, ["test.jsonl"], ("train.jsonl",), id="test"),
+        pytest.param(
+            ["train/a.jsonl", "test/a.jsonl", "extra.jsonl"], DATASET_FIELD, ["extra.jsonl", "a.jsonl"],
+            ("test/a.jsonl",), id="folders",
+        ),
+        pytest.param(["test.jsonl", "val.jsonl"], DATASET_FIELD, ["test.jsonl", "val.jsonl"], (), id="no-train"),
+        pytest.param(
+            ["latest.jsonl", "trainers.jsonl", "contest.jsonl"], DATASET_FIELD,
+            ["contest.jsonl", "latest.jsonl", "trainers.jsonl"], (), id="other-words",
+        ),
+    ],
+)  # fmt: skip
+def test_folder_is_read_without_the_files_of_other_splits(tmp_path, names, field, read, left_out):
+    write_files(tmp_path / "data", *names)
+    files = local_files(RESOLVER, f"file://{tmp_path}/data/", field, tmp_path)
+    assert ([path.name for path in files.paths], files.left_out) == (read, left_out)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "read"),
+    [
+        ("part-*.jsonl", ["part-0.jsonl", "part-1.jsonl"]),
+        ("part-[1].jsonl", ["part-1.jsonl"]),
+        ("part-?.jsonl", ["part-0.jsonl", "part-1.jsonl"]),
+        ("*/test-*.jsonl", ["en/test-0.jsonl"]),
+        ("**/*-0.jsonl", ["en/test-0.jsonl", "en/train-0.jsonl", "part-0.jsonl"]),
+        ("*", ["part-0.jsonl", "part-1.jsonl", "what[0].jsonl"]),
+        ("what[0].jsonl", ["what[0].jsonl"]),
+    ],
+)
+def test_pattern_names_the_files_that_match(tmp_path, pattern, read):
+    write_files(tmp_path / "d", "part-0.jsonl", "part-1.jsonl", "en/test-0.jsonl", "en/train-0.jsonl", "what[0].jsonl")
+    (tmp_path / "d/README.md").write_text("no rows")
+    for uri in (f"file://{tmp_path}/d/{pattern}", f"file://{tmp_path}/d/{quote(pattern)}"):
+        files = local_files(RESOLVER, uri, DATASET_FIELD, tmp_path)
+        assert [str(path.relative_to(tmp_path / "d")) for path in files.paths] == read
+
+
+def test_pattern_that_matches_nothing_is_refused(tmp_path):
+    with pytest.raises(RunError, match=r"no data file matches .*x\*\.jsonl; correct the URI") as caught:
+        local_files(RESOLVER, f"file://{tmp_path}/x*.jsonl", DATASET_FIELD, tmp_path)
+    assert caught.value.reason == Reason.DATASET_NOT_FOUND
+
+
+@pytest.mark.parametrize("name", ["my data.jsonl", "50%.jsonl", "a#1?/b c#2.jsonl", "ünï+co%20de.jsonl"])
+def test_odd_file_names_are_read(tmp_path, name):
+    write_files(tmp_path, name)
+    (path,) = local_files(RESOLVER, (tmp_path / name).as_uri(), DATASET_FIELD, tmp_path).paths
+    assert path == tmp_path / name
+    if "%20" not in name:
+        assert local_files(RESOLVER, f"file://{tmp_path}/{name}", DATASET_FIELD, tmp_path).paths[0] == tmp_path / name
+
+
+def test_files_that_the_datasets_library_writes_beside_the_data_are_no_data(tmp_path):
+    write_files(tmp_path, "d/data-00000-of-00001.arrow", "d/cache-12ab.arrow", "d/state.json", "d/dataset_info.json")
+    files = local_files(RESOLVER, f"file://{tmp_path}/d/", DATASET_FIELD, tmp_path)
+    assert [path.name for path in files.paths] == ["data-00000-of-00001.arrow"]
+
+
+def test_left_out_splits_are_logged(tmp_path):
+    write_files(tmp_path / "d", "train.jsonl", "test.jsonl")
+    files = local_files(RESOLVER, f"file://{tmp_path}/d/", DATASET_FIELD, tmp_path)
+    source = make_source(DATASET_FIELD, files.paths, DataSource(uri="file:///d/"), None, files.left_out)
+    (_, sentence) = describe_sources(Dataset((source,), None))
+    assert sentence == (
+        "spec.dataset.uri: 1 files are of another split, and are not read: test.jsonl; name them in the URI to use them"
+    )
 
 
 def test_invalid_row_in_one_of_several_files_names_the_file(tmp_path):
@@ -97,7 +189,11 @@ def test_invalid_row_in_one_of_several_files_names_the_file(tmp_path):
 @pytest.mark.parametrize(
     ("uri", "reason", "message"),
     [
-        ("file:///data/rows.txt", Reason.DATASET_INVALID, "use .jsonl, .json, .csv or .tsv (each also with .gz)"),
+        (
+            "file:///data/rows.txt",
+            Reason.DATASET_INVALID,
+            "use .jsonl, .json, .csv or .tsv (each also with .gz or .zst)",
+        ),
         ("file:///data/rows", Reason.DATASET_INVALID, "or end the URI with '/' to read every file below it"),
         ("hf://datasets/org/name", Reason.DATASET_NOT_FOUND, "write hf://datasets/organization/name/file.jsonl"),
     ],
@@ -123,7 +219,32 @@ def test_s3_prefix_downloads_every_data_file_below_it(tmp_path, monkeypatch):
         client.create_bucket(Bucket="rows")
         for key in ("chats/b.jsonl", "chats/a.csv", "chats/_SUCCESS", "chats/", "other/c.jsonl"):
             client.put_object(Bucket="rows", Key=key, Body=GOOD.encode())
-        files = local_files(RESOLVER, "s3://rows/chats/", DATASET_FIELD, tmp_path)
-        (one,) = local_files(RESOLVER, "s3://rows/other/c.jsonl", DATASET_FIELD, tmp_path)
+        files = local_files(RESOLVER, "s3://rows/chats/", DATASET_FIELD, tmp_path).paths
+        (one,) = local_files(RESOLVER, "s3://rows/other/c.jsonl", DATASET_FIELD, tmp_path).paths
+        some = local_files(RESOLVER, "s3://rows/chats/?.j*l", DATASET_FIELD, tmp_path).paths
     assert [file.name for file in files] == ["a.csv", "b.jsonl"]
+    assert [file.name for file in some] == ["b.jsonl"]
     assert one.read_text() == files[1].read_text() == GOOD
+
+
+def test_invalid_rows_are_left_out_on_request_and_listed(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join([GOOD] * 9 + ['{"instruction": "c", "output": ""}', "{oops"] + [GOOD] * 9))
+    source = make_source(DATASET_FIELD, (path,), DataSource(uri="file:///x"), None)
+    invalid = RowErrors()
+    dropping = replace(source, drops_invalid=True)
+    assert len(list(dropping.rows(invalid))) == 18
+    assert (invalid.total, [location for location, _ in invalid.first]) == (2, ["row 10", "row 11"])
+    assert list(describe_invalid(invalid))[1] == "left out, row 10: field 'output' is empty; fill it, or remove the row"
+    with pytest.raises(RunError, match=r"2 of 20 rows cannot be used as instruction rows\. row 10"):
+        list(source.rows())
+
+
+def test_more_than_one_invalid_row_in_ten_is_refused(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join([GOOD] * 50 + ["{}"] * 6))
+    source = make_source(DATASET_FIELD, (path,), DataSource(uri="file:///x"), None)
+    with pytest.raises(
+        RunError, match="6 of 56 rows cannot be used as instruction rows, more than 10%, which onInvalid"
+    ):
+        list(replace(source, drops_invalid=True).rows())

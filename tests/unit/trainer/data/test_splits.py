@@ -3,7 +3,7 @@
 import pytest
 
 from qlora_api.reasons import Reason
-from qlora_trainer.data.rows import Example
+from qlora_trainer.data.rows import Chat, Example, group_of
 from qlora_trainer.data.splits import (
     check_training_rows_left,
     dataset_digest,
@@ -21,30 +21,86 @@ def digests(count: int, question: str = "question") -> list[bytes]:
     return [Example(f"{question} {number}", "answer").digest for number in range(count)]
 
 
+def split(sources: list[list[Example]], fraction: float) -> frozenset[bytes]:
+    groups = [[group_of(row) for row in rows] for rows in sources]
+    return split_validation(
+        [[row.digest for row in rows] for rows in sources], groups, fraction, DATASET_FIELD
+    ).held_out
+
+
+def examples(count: int, *answers: str) -> list[Example]:
+    return [Example(f"question {number}", answer) for number in range(count) for answer in answers or ("answer",)]
+
+
 @pytest.mark.parametrize(("rows", "fraction", "held_out"), [(100, 0.05, 5), (3, 0.05, 1), (2, 0.5, 1), (2, 0.01, 1)])
 def test_split_holds_out_fraction_and_at_least_one_row(rows, fraction, held_out):
-    assert len(split_validation([digests(rows)], fraction, DATASET_FIELD)) == held_out
+    assert len(split([examples(rows)], fraction)) == held_out
 
 
 def test_split_depends_on_row_content_only():
-    rows = digests(50)
-    assert split_validation([rows], 0.2, DATASET_FIELD) == split_validation(
-        [rows[30:], rows[29::-1]], 0.2, DATASET_FIELD
-    )
+    rows = examples(50, "yes", "no")
+    assert split([rows], 0.2) == split([rows[30:], rows[29::-1]], 0.2)
 
 
 def test_split_keeps_duplicates_on_one_side():
     rows = digests(20) * 3
-    held_out = split_validation([rows], 0.2, DATASET_FIELD)
+    held_out = split([examples(20) * 3], 0.2)
     source_weight = make_source_weight(rows, 1, held_out)
     training = list(training_digests([rows], [source_weight]))
     assert (len(training), len(held_out)) == (48, 4)
     assert not held_out & set(training)
 
 
+def test_split_of_different_questions_is_the_rows_with_the_lowest_hashes():
+    assert split([examples(100)], 0.1) == frozenset(sorted(digests(100))[:10])
+
+
+@pytest.mark.parametrize(
+    "copies",
+    [
+        pytest.param([Example("Name {}", "Bo"), Example("Name {}", "Al")], id="answers"),
+        pytest.param([Example("Name {}", "Bo"), Example(" name\n{} ", "Bo")], id="white-space-and-case"),
+        pytest.param([Example("\uff2eame {}", "Bo"), Example("Name {}", "Bo.")], id="unicode-form"),
+        pytest.param([Example("Name {}", str(number)) for number in range(7)], id="seven-answers"),
+    ],
+)
+def test_rows_with_the_same_question_are_on_one_side(copies):
+    rows = [Example(copy.prompt.format(number), copy.answer) for number in range(40) for copy in copies]
+    held_out = split([rows], 0.2)
+    sides = {(group_of(row), row.digest in held_out) for row in rows}
+    assert len({group for group, _ in sides}) == len(sides) == 40
+    assert 0.1 * len(rows) <= len(held_out) <= 0.2 * len(rows)
+
+
+def test_conversation_cut_into_rows_is_on_one_side():
+    turns = [{"role": role, "content": role} for role in ("user", "assistant") * 3]
+    rows = [
+        Chat(({"role": "user", "content": f"Hi {number}"}, *turns[1 : 2 * length]))
+        for number in range(20)
+        for length in (1, 2, 3)
+    ]
+    assert len({group_of(row) for row in rows}) == 20
+
+
+def test_rows_of_large_group_are_not_held_out_unless_nothing_else_is():
+    common = [Example("Hello", str(number)) for number in range(60)]
+    held_out = split([[*common, *examples(40)]], 0.1)
+    assert len(held_out) == 10
+    assert not held_out & {row.digest for row in common}
+    assert split([[*common, Example("Bye", "a"), Example("Bye", "b")]], 0.01) == {
+        Example("Bye", "a").digest, Example("Bye", "b").digest
+    }  # fmt: skip
+
+
+def test_rows_that_all_have_one_question_are_split_by_row():
+    rows = [Example("Write a poem.", str(number)).digest for number in range(10)]
+    found = split_validation([rows], [[7] * 10], 0.2, DATASET_FIELD)
+    assert (found.held_out, found.by_question) == (frozenset(sorted(rows)[:2]), False)
+
+
 def test_split_of_one_distinct_row_is_refused():
     with pytest.raises(RunError) as caught:
-        split_validation([digests(1) * 5], 0.5, DATASET_FIELD)
+        split([examples(1) * 5], 0.5)
     assert caught.value.reason == Reason.DATASET_EMPTY
 
 
