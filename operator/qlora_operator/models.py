@@ -201,6 +201,8 @@ class AttemptInputs:
     """What earlier attempts left of spec.deadlines.total."""
     avoided_nodes: tuple[str, ...] = ()
     """Nodes on which an attempt failed because of the node."""
+    checkpoint: Checkpoint | None = None
+    """The newest checkpoint that an earlier attempt reported."""
 
 
 class Action(StrEnum):

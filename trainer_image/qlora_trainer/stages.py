@@ -21,6 +21,7 @@ from qlora_api.report import (
 )
 from qlora_api.result import Result
 from qlora_api.runconfig import RunConfig
+from qlora_api.v1alpha1 import Checkpoint
 from qlora_trainer.data import shards
 from qlora_trainer.data.preview import preview, shown_rows
 from qlora_trainer.data.tokenization import TokenRow
@@ -187,13 +188,15 @@ class TrainingReporter:
         self.trackers.log_validation(record)
 
 
-def find_resume_state(checkpoints: CheckpointStore, world: World) -> TrainingState | None:
+def find_resume_state(
+    checkpoints: CheckpointStore, world: World, reported: Checkpoint | None = None
+) -> TrainingState | None:
     """Return the state to resume from; the main process chooses the checkpoint, and all processes load the same one."""
-    latest = checkpoints.load_latest() if world.is_main_process else None
-    checkpoint_id = world.broadcast(latest.checkpoint_id if latest else None)
-    if latest is not None or checkpoint_id is None:
+    latest = checkpoints.load_latest(reported) if world.is_main_process else None
+    chosen = world.broadcast((latest.checkpoint_id, latest.digest) if latest else None)
+    if latest is not None or chosen is None:
         return latest.state if latest else None
-    return checkpoints.load(checkpoint_id)
+    return checkpoints.load(*chosen)
 
 
 def train(

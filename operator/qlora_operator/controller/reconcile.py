@@ -19,6 +19,7 @@ from qlora_operator.lifecycle import (
     is_terminal,
     needs_gpu_nodes,
     rejected,
+    reported_checkpoint,
     time_left,
 )
 from qlora_operator.lifecycle.retry_policy import AT_ONCE, LONGEST_WAIT
@@ -222,6 +223,7 @@ def build_children(decision: Decision, job: Job, installation: Installation) -> 
             decision.prepared,
             seconds_left=seconds_left(job),
             avoided_nodes=avoided_nodes(job.status.attempts),
+            checkpoint=reported_checkpoint(job.status, decision.attempt.number),
         )
         return (
             build_run_config(owner, job.spec, run, installation),
