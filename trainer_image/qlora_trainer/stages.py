@@ -54,7 +54,7 @@ from qlora_trainer.publishing.publish import WEIGHTS_FOLDER, upload_rejected, wr
 from qlora_trainer.runtime.liveness import LIVENESS
 from qlora_trainer.runtime.metrics import METER
 from qlora_trainer.runtime.shutdown import StopFlag
-from qlora_trainer.storage.prepared_inputs import check_model, check_prepared_file, find_inputs
+from qlora_trainer.storage.prepared_inputs import check_model, check_prepared_file, find_inputs, find_prepared_file
 from qlora_trainer.storage.results import open_output
 from qlora_trainer.storage.snapshots import Snapshot, SourceResolver, text_files, weight_files
 from qlora_trainer.storage.store import MODEL_FIELD, Store
@@ -84,8 +84,9 @@ def load_data(output: Store, config: RunConfig, work: Path) -> Data:
 def load_rows(output: Store, config: RunConfig, name: str, work: Path) -> Sequence[TokenRow]:
     """Download one file of token rows; rows are read by index, not held in memory."""
     digest = config.prepared.digest
-    path = ObjectName(f"{digest}/{name}").below(work / "rows")
     inputs = find_inputs(output, config.prepared)
+    name = find_prepared_file(inputs, name)
+    path = ObjectName(f"{digest}/{name}").below(work / "rows")
     output.download(f"{digest}/{name}", path)
     check_prepared_file(inputs, name, path, config.prepared)
     return shards.open_shard(path)
@@ -255,8 +256,10 @@ def load_benchmark_suite(
     spec = config.spec.evaluation
     if not spec.tasks:
         return None
-    content = output.read(f"{config.prepared.digest}/{shards.TASKS}")
-    check_prepared_file(find_inputs(output, config.prepared), shards.TASKS, content, config.prepared)
+    inputs = find_inputs(output, config.prepared)
+    name = find_prepared_file(inputs, shards.TASKS)
+    content = output.read(f"{config.prepared.digest}/{name}")
+    check_prepared_file(inputs, name, content, config.prepared)
     pinned = PinnedTasks.model_validate_json(content)
     tasks = load_benchmarks(pinned, resolver, work)
     return BenchmarkSuite(tasks, tokenizer, config.plan.micro_batch_size, spec.task_examples)

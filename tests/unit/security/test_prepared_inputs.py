@@ -261,6 +261,32 @@ def test_swapped_benchmark_tasks_are_refused(benchmarks: tuple[Run, Path], tmp_p
     assert load_suite(run, tmp_path) is not None
 
 
+def test_runs_of_one_digest_keep_their_own_benchmark_tasks(tmp_path: Path) -> None:
+    """Benchmarks are no part of the digest, and a benchmark's `main` moves on between two preparations."""
+    resolver = make_resolver(tmp_path / "mirror")
+    spec = write_job(tmp_path / "job", evaluation={"tasks": ["arc_easy"]})
+    first = prepared_run(spec, tmp_path / "work", resolver.platform)
+    later = "b" * 40
+    commit_questions(tmp_path / "mirror", later, 4)
+    second = prepared_run(spec, tmp_path / "work", resolver.platform)
+    assert first.config.prepared.digest == second.config.prepared.digest
+    assert first.config.prepared.inputs != second.config.prepared.inputs
+    for run in (first, second, first):
+        assert load_suite(run, tmp_path / "suite") is not None
+        run.read(tmp_path / "rows")
+
+
+def test_rows_that_are_there_with_other_content_are_not_replaced(run: Run, tmp_path: Path) -> None:
+    """Another version of pyarrow writes other bytes for the same rows."""
+    (run.folder / shards.TRAINING).write_bytes(b"other bytes")
+    spec = run.config.spec
+    again = prepared_run(spec, tmp_path / "again")
+    assert (run.folder / shards.TRAINING).read_bytes() == b"other bytes"
+    again.read(tmp_path / "rows")
+    with pytest.raises(RunError, match=r"prepared/train\.parquet changed since preparation"):
+        run.read(tmp_path / "first")
+
+
 def test_swapped_benchmark_data_are_refused(benchmarks: tuple[Run, Path], tmp_path: Path) -> None:
     run, mirror = benchmarks
     pinned = PinnedTasks.model_validate_json((run.folder / shards.TASKS).read_text())
