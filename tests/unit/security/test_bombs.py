@@ -156,8 +156,8 @@ BOMBS: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "parquet-compressed-pages": (
         "x.parquet",
         compressed_pages,
-        "spec.dataset.uri: x.parquet needs more than 128 MiB of memory for 256 rows or fewer; write it again with smaller "
-        "rows, pages and dictionaries",
+        "spec.dataset.uri: x.parquet needs more than 128 MiB of memory for 256 rows or fewer; write it again with "
+        "smaller rows, pages and dictionaries",
     ),
     "parquet-columns": ("x.parquet", many_columns, "has 20,000 columns, more than 10,000"),
     "parquet-year": ("x.parquet", year_beyond_python, "is not a readable Parquet file"),
@@ -168,10 +168,10 @@ BOMBS: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "arrow-compressed-batch": (
         "x.arrow",
         compressed_batch,
-        "spec.dataset.uri: x.arrow needs more than 128 MiB of memory for a record batch, or for 256 of its rows; write it "
-        "again with smaller record batches, rows and dictionaries",
+        "spec.dataset.uri: x.arrow needs more than 128 MiB of memory for a record batch, or for 256 of its rows; write "
+        "it again with smaller record batches, rows and dictionaries",
     ),
-    "arrow-declared-size": ("x.arrow", batch_of_a_declared_size, "x.arrow needs more than 128 MiB of memory for a record"),
+    "arrow-declared-size": ("x.arrow", batch_of_a_declared_size, "x.arrow needs more than 128 MiB of memory for a"),
     "arrow-categories": ("x.arrow", categories_of_one_text, "needs more than 128 MiB of memory"),
     "arrow-no-columns": ("x.arrow", no_columns, "has no columns"),
     "csv-columns": ("x.csv", csv_of_columns, "has 200,000 columns, more than 10,000"),
