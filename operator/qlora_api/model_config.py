@@ -61,7 +61,7 @@ MAX_CONFIG: Final = 2048
 """Maximum characters of a reduced config.json: it is part of a pod's termination message, which has 4,096 bytes."""
 
 _MAX_ESCAPED_CONFIG: Final = MAX_CONFIG + 256
-"""Maximum characters of it in that message, which has a backslash before each quote and leaves 1,800 bytes for others."""
+"""Maximum characters of it in that message, where quotes have backslashes; the other facts take up to 1,800 bytes."""
 
 
 def reduce_config(config: Mapping[str, Any]) -> str:

@@ -5,7 +5,7 @@ from hashlib import sha256
 from typing import Final
 
 from qlora_api import names
-from qlora_api.escapes import escape_line
+from qlora_api.escapes import cut_escaped, escape_line
 from qlora_api.names import Phase
 from qlora_api.reasons import NORMAL_REASONS, Reason
 from qlora_api.v1alpha1 import QLoRAJobStatus
@@ -51,7 +51,7 @@ def build_event(owner: Owner, resource_version: str, status: QLoRAJobStatus, now
         "action": EVENT_ACTIONS[phase],
         "reason": reason.value,
         "type": event_type(reason),
-        "note": escape_line(status.message or "").encode()[:MAX_NOTE_BYTES].decode(errors="ignore"),
+        "note": cut_escaped(escape_line(status.message or ""), MAX_NOTE_BYTES, max_bytes=MAX_NOTE_BYTES),
         "regarding": {
             "apiVersion": names.API_VERSION,
             "kind": names.KIND,

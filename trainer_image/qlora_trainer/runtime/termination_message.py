@@ -52,7 +52,7 @@ class TerminationMessageWriter:
 
 
 def to_json_line(message: TerminationMessage, limit: int = TERMINATION_MESSAGE_BYTES) -> str:
-    """Return JSON of at most `limit` bytes: without URIs that the operator knows, and with the text shortened, if needed.
+    """Return JSON of at most `limit` bytes; if needed, without URIs that the operator knows, and with a shorter text.
 
     What remains is bounded by the models: 2 KiB of the model's configuration, and numbers.
     """
