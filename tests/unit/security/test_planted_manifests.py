@@ -106,6 +106,36 @@ def test_planted_rejected_result_is_not_published(output: FileStore, change: Cha
         find_rejected(output, DIGEST, FULL_DIGEST)
 
 
+@pytest.mark.parametrize("moment", ["before", "during"])
+@pytest.mark.parametrize(("change", "cause"), ATTACKS.values(), ids=ATTACKS)
+def test_manifest_planted_before_publication_is_refused(
+    output: FileStore, tmp_path: Path, change: Change, cause: str, moment: str
+) -> None:
+    """The run has trained, and finds a manifest: when it looks, or when it writes its own."""
+    path = f"{DIGEST}/{MANIFEST}"
+    plant(output, path, change)
+    planted = output.read(path)
+
+    class PlantedLate(FileStore):
+        """The output, without a manifest until one is written."""
+
+        def exists(self, path: str) -> bool:
+            return moment == "before" and super().exists(path)
+
+        def put(self, path: str, source: Path | bytes, *, if_none_match: bool = False) -> bool:
+            nonlocal moment
+            moment = "before" if path.endswith(MANIFEST) else moment
+            return super().put(path, source, if_none_match=if_none_match)
+
+    run = config(output.root)
+    run = run.model_copy(update={"prepared": run.prepared.model_copy(update={"full_digest": FULL_DIGEST})})
+    own = result(2.0).model_copy(update={"adapter": f"{run.prepared.prefix}/adapter"})
+    with pytest.raises(RunError, match=cause) as caught:
+        publish(PlantedLate(output.root, OUTPUT_FIELD), run, own, tmp_path / "files", NOW)
+    assert caught.value.reason == Reason.INVALID_SPEC
+    assert output.read(path) == planted
+
+
 @pytest.mark.parametrize("change", DAMAGED.values(), ids=DAMAGED)
 def test_damaged_manifest_is_skipped(output: FileStore, change: Change) -> None:
     for path in (f"{DIGEST}/{MANIFEST}", f"{DIGEST}/{REJECTED_RECORD}"):

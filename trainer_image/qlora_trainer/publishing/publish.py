@@ -114,7 +114,7 @@ def publish(output: Store, config: RunConfig, result: Result, folder: Path, now:
     """Upload a folder and then its manifest; an existing result is returned instead, unless it is to be replaced."""
     digest, if_exists = config.prepared.digest, config.spec.output.if_exists
     previous = find_manifest(output, digest)
-    published = if_reusable(output, previous, if_exists, config.uid)
+    published = if_reusable(output, previous, if_exists, config.uid, config.prepared.full_digest)
     if published is None:
         subfolder, files = _upload(output, config.prepared, folder)
         relocated = _relocate_result(result, config.prepared.prefix, subfolder)

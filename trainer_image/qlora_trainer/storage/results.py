@@ -72,17 +72,21 @@ def find_reusable(
         RunError: INVALID_SPEC if the manifest is of another job, digest or place.
 
     """
-    found = find_manifest(output, digest)
+    return if_reusable(output, find_manifest(output, digest), if_exists, run, full_digest)
+
+
+def if_reusable(
+    output: Store, found: ResultManifest | None, if_exists: IfExists, run: str, full_digest: str | None
+) -> ResultManifest | None:
+    """Return a manifest that was found if its result may be reused; arguments and errors are those of find_reusable."""
     if found is None or not is_reusable(found, if_exists, run):
         return None
-    check_own(output, found, f"{digest}/{MANIFEST}", full_digest)
+    return _if_own_and_intact(output, found, full_digest)
+
+
+def _if_own_and_intact(output: Store, found: ResultManifest, full_digest: str | None) -> ResultManifest | None:
+    check_own(output, found, f"{found.digest}/{MANIFEST}", full_digest)
     return _if_intact(output, found)
-
-
-def if_reusable(output: Store, found: ResultManifest | None, if_exists: IfExists, run: str) -> ResultManifest | None:
-    """Return a manifest if its result may be reused, and the output has all its files as it lists them."""
-    reusable = found is not None and is_reusable(found, if_exists, run)
-    return _if_intact(output, found) if reusable else None
 
 
 def is_reusable(manifest: ResultManifest, if_exists: IfExists, run: str) -> bool:
@@ -223,11 +227,17 @@ def _matches(local: Path, file: ManifestFile) -> bool:
 
 
 def put_manifest(output: Store, manifest: ResultManifest) -> ResultManifest:
-    """Publish a result by writing its manifest; return it, or the existing one if another run was faster."""
+    """Publish a result by writing its manifest; return it, or the existing one if another run was faster.
+
+    Raises:
+        RunError: INVALID_SPEC if the existing one is of another job, digest or place.
+
+    """
     try:
         output.put(f"{manifest.digest}/{MANIFEST}", manifest_json(manifest), if_none_match=True)
     except ObjectExistsError:
-        if published := _if_intact(output, find_manifest(output, manifest.digest)):
+        found = find_manifest(output, manifest.digest)
+        if found is not None and (published := _if_own_and_intact(output, found, manifest.full_digest)):
             return published
         replace_manifest(output, manifest)
     return manifest
