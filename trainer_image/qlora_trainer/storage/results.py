@@ -12,7 +12,7 @@ from qlora_api.reasons import Reason
 from qlora_api.report import ManifestFile, MergedManifest, ResultManifest
 from qlora_api.result import Result
 from qlora_api.runconfig import PrepareConfig, RunConfig
-from qlora_api.units import MIB
+from qlora_api.units import GIB, MIB
 from qlora_api.v1alpha1 import MergeBase, OutputSpec, QLoRAJobSpec
 from qlora_trainer.errors import RunError
 from qlora_trainer.storage.credentials import load_secrets
@@ -35,6 +35,8 @@ REJECTED_RECORD: Final = f"{REJECTED}/rejected.json"
 """Manifest of a rejected result, written last as well."""
 MAX_MANIFEST_BYTES: Final = 16 * MIB
 """Largest manifest that is read; one lists some twenty files, with about 200 bytes each."""
+_MAX_VERIFIED_BYTES: Final = GIB
+"""Largest file that is read to verify a result without a new training; adapters are smaller, full models are not."""
 _NOT_OF_A_RESULT: Final = frozenset({MANIFEST, "checkpoints", "hangs", "merged", "prepared"})
 """First segments of objects next to a result that its manifest does not list."""
 _Manifest = TypeVar("_Manifest", ResultManifest, MergedManifest)
@@ -185,10 +187,18 @@ def _if_intact(output: Store, manifest: _Manifest | None) -> _Manifest | None:
     sizes = sizes_below(output, manifest.digest)
     for file in manifest.files:
         path = f"{manifest.digest}/{file.path}"
-        if sizes.get(path) != file.size or output.stored_sha256(path) not in {"", file.sha256}:
+        if sizes.get(path) != file.size or not _has_content(output, path, file):
             log.warning("%s/%s does not match its manifest, so the result is not used", output.root, path)
             return None
     return manifest
+
+
+def _has_content(output: Store, path: str, file: ManifestFile) -> bool:
+    """Return whether an object has the listed SHA-256; what the store computed none of is read, if it is not large."""
+    stored = output.stored_sha256(path)
+    if not stored and file.size <= _MAX_VERIFIED_BYTES:
+        stored = output.sha256(path)
+    return stored in {"", file.sha256}
 
 
 def sizes_below(output: Store, folder: str) -> dict[str, int]:

@@ -15,8 +15,21 @@ from qlora_api.units import MIB
 from qlora_trainer.errors import RunError
 
 _CHUNK_BYTES: Final = MIB
-_READ_SUFFIXES: Final = tuple(
-    ".arrow .csv .feather .gz .jinja .json .jsonl .model .ndjson .parquet .pq .safetensors .tsv .txt".split()
+_READ_SUFFIXES: Final = (
+    ".arrow",
+    ".csv",
+    ".feather",
+    ".gz",
+    ".jinja",
+    ".json",
+    ".jsonl",
+    ".model",
+    ".ndjson",
+    ".parquet",
+    ".pq",
+    ".safetensors",
+    ".tsv",
+    ".txt",
 )
 """Endings of files that are read from datasets and models; to leave one out would change what is learned."""
 MAX_LISTED: Final = 100_000
