@@ -25,7 +25,7 @@ from qlora_trainer.publishing.report_builder import ReportInputs, build_report, 
 from qlora_trainer.runtime.rank import default_work
 from qlora_trainer.runtime.shutdown import StopFlag
 from qlora_trainer.storage.credentials import Secrets, load_secrets
-from qlora_trainer.storage.results import find_reusable, open_output, update_latest
+from qlora_trainer.storage.results import MANIFEST, check_own_uris, find_reusable, open_output, update_latest
 from qlora_trainer.storage.snapshots import SourceResolver
 from qlora_trainer.storage.store import Store
 from qlora_trainer.training.async_checkpointer import AsyncCheckpointer
@@ -160,5 +160,6 @@ def _publish(context: RunContext, output: TrainingOutput) -> Result:
     result = build_result(config, report)
     stages.enforce_gate(context.output, config, result, files, output.checkpoints)
     result = publish(context.output, config, result, files, datetime.now(UTC))
+    check_own_uris(context.output, result, f"{config.prepared.digest}/{MANIFEST}")  # if another one was there first
     output.checkpoints.delete_all()
     return result

@@ -17,7 +17,7 @@ from qlora_cli.console import Console, print_line
 from qlora_cli.display.formats import print_data
 from qlora_cli.display.result import comparison_table
 from qlora_cli.errors import exit_error_without_remedy
-from qlora_cli.local.output_store import OutputError, open_output_store
+from qlora_cli.local.output_store import MAX_READ_BYTES, OutputError, open_output_store
 from qlora_cli.options import OutputFormat, OutputOption, S3Endpoint
 
 REPORT_PAGE = "report.html"
@@ -77,7 +77,7 @@ def find_report(job: ClusterJob) -> str:
 def read_report_json(folder: str, endpoint: str | None) -> object:
     """Return the content of report.json."""
     with open_output_store(folder, endpoint) as files:
-        return json.loads(files.read(REPORT_JSON))
+        return json.loads(files.read(REPORT_JSON, MAX_READ_BYTES))
 
 
 def download_report(folder: str, target: Path, endpoint: str | None) -> Path:

@@ -36,7 +36,8 @@ from qlora_trainer.storage.results import (
     describe_files,
     find_manifest,
     find_merged,
-    if_reusable,
+    find_published_meanwhile,
+    is_reusable,
     manifest_json,
     merged_folder,
     put_manifest,
@@ -116,9 +117,9 @@ def write_report(report: RunReport, rows: Sequence[EvaluatedRow], folder: Path) 
 def publish(output: Store, config: RunConfig, result: Result, folder: Path, now: datetime) -> Result:
     """Upload a folder and then its manifest; an existing result is returned instead, unless it is to be replaced."""
     digest, if_exists = config.prepared.digest, config.spec.output.if_exists
-    previous = find_manifest(output, digest)
-    published = if_reusable(output, previous, if_exists, config.uid, config.prepared.full_digest)
-    own = None
+    previous, published, own = find_manifest(output, digest), None, None
+    if previous is not None and is_reusable(previous, if_exists, config.uid):
+        published = find_published_meanwhile(output, previous, build_manifest(config, result, (), now))
     if published is None:
         subfolder, files = _upload(output, config.prepared, folder)
         relocated = _relocate_result(result, config.prepared.prefix, subfolder)

@@ -74,21 +74,24 @@ def find_reusable(
         RunError: INVALID_SPEC if the manifest is of another job, digest or place.
 
     """
-    return if_reusable(output, find_manifest(output, digest), if_exists, run, full_digest)
-
-
-def if_reusable(
-    output: Store, found: ResultManifest | None, if_exists: IfExists, run: str, full_digest: str | None
-) -> ResultManifest | None:
-    """Return a manifest that was found if its result may be reused; arguments and errors are those of find_reusable."""
+    found = find_manifest(output, digest)
     if found is None or not is_reusable(found, if_exists, run):
         return None
-    return _if_own_and_intact(output, found, full_digest)
-
-
-def _if_own_and_intact(output: Store, found: ResultManifest, full_digest: str | None) -> ResultManifest | None:
-    check_own(output, found, f"{found.digest}/{MANIFEST}", full_digest)
+    check_own(output, found, f"{digest}/{MANIFEST}", full_digest)
     return _if_intact(output, found)
+
+
+def find_published_meanwhile(output: Store, found: ResultManifest | None, own: ResultManifest) -> ResultManifest | None:
+    """Return a manifest that appeared while this run trained, if the output has all its files as it lists them.
+
+    Raises:
+        RunError: INVALID_SPEC if it is of another job or digest. `check_own_uris` checks what it points to.
+
+    """
+    intact = _if_intact(output, found)
+    if intact is not None:
+        _check_identity(output, intact, f"{own.digest}/{MANIFEST}", own.job, own.full_digest)
+    return intact
 
 
 def is_reusable(manifest: ResultManifest, if_exists: IfExists, run: str) -> bool:
@@ -113,14 +116,18 @@ def check_own(output: Store, manifest: ResultManifest, path: str, full_digest: s
     """
     digest = path.partition("/")[0]
     job = output.root.rpartition("/")[2]
-    if (manifest.digest, manifest.job) != (digest, job):
-        raise _not_own(output, path, f"it is of job {manifest.job[:63]!r} with digest {manifest.digest[:64]!r}")
-    if None not in {full_digest, manifest.full_digest} and manifest.full_digest != full_digest:
-        raise _not_own(output, path, f"its full digest is {manifest.full_digest}, not {full_digest}")
+    _check_identity(output, manifest, path, job, full_digest)
     check_own_uris(output, manifest.result, path)
     folder = manifest.result.adapter.removeprefix(f"{output.root}/{digest}/")
     if not any(file.path.startswith(f"{folder}/") for file in manifest.files):
         raise _not_own(output, path, f"it lists no file of {manifest.result.adapter}")
+
+
+def _check_identity(output: Store, manifest: ResultManifest, path: str, job: str, full_digest: str | None) -> None:
+    if (manifest.digest, manifest.job) != (path.partition("/")[0], job):
+        raise _not_own(output, path, f"it is of job {manifest.job[:63]!r} with digest {manifest.digest[:64]!r}")
+    if None not in {full_digest, manifest.full_digest} and manifest.full_digest != full_digest:
+        raise _not_own(output, path, f"its full digest is {manifest.full_digest}, not {full_digest}")
 
 
 def check_own_uris(output: Store, result: Result, path: str) -> Result:
@@ -240,14 +247,13 @@ def put_manifest(output: Store, manifest: ResultManifest) -> ResultManifest:
     """Publish a result by writing its manifest; return it, or the existing one if another run was faster.
 
     Raises:
-        RunError: INVALID_SPEC if the existing one is of another job, digest or place.
+        RunError: INVALID_SPEC if the existing one is of another job or digest.
 
     """
     try:
         output.put(f"{manifest.digest}/{MANIFEST}", manifest_json(manifest), if_none_match=True)
     except ObjectExistsError:
-        found = find_manifest(output, manifest.digest)
-        if found is not None and (published := _if_own_and_intact(output, found, manifest.full_digest)):
+        if published := find_published_meanwhile(output, find_manifest(output, manifest.digest), manifest):
             return published
         replace_manifest(output, manifest)
     return manifest
