@@ -137,9 +137,9 @@ def test_manifest_planted_before_publication_is_refused(
     run = config(output.root)
     run = run.model_copy(update={"prepared": run.prepared.model_copy(update={"full_digest": FULL_DIGEST})})
     own = result(2.0).model_copy(update={"adapter": f"{run.prepared.prefix}/adapter"})
-    with pytest.raises(RunError, match=cause) as caught:
-        found = publish(PlantedLate(output.root, OUTPUT_FIELD), run, own, tmp_path / "files", NOW)
-        check_own_uris(output, found, path)  # as a run does
+    late = PlantedLate(output.root, OUTPUT_FIELD)
+    with pytest.raises(RunError, match=cause) as caught:  # a run checks the URIs of what is published, too
+        check_own_uris(output, publish(late, run, own, tmp_path / "files", NOW), path)
     assert caught.value.reason == Reason.INVALID_SPEC
     assert output.read(path) == planted
 
