@@ -107,7 +107,7 @@ class Checkpoint(ApiModel):
     uri: Annotated[str, Field(max_length=2048)] = Field(description="Folder with its files and their manifest.")
     time: AwareDatetime = Field(description="When it was completed.")
     verified: bool = Field(default=False, description="Whether the store confirmed the SHA-256 of every file.")
-    digest: Sha256 | None = Field(
+    digest: Annotated[Sha256, Field(max_length=64)] | None = Field(
         default=None, description="SHA-256 of its manifest, in hex; absent if an earlier version wrote it."
     )
 
