@@ -36,6 +36,7 @@ _SUSPICIOUS: Final = re.compile(f"[{INVISIBLE}{_SURROGATES}{JOINERS}{_VARIATION_
 _IN_LINE: Final = re.compile(_UNPRINTABLE)
 _IN_TEXT: Final = re.compile(rf"(?![\n\t]|\r\n)(?:{_UNPRINTABLE})")
 _BLANKS: Final = {"\n": r"\n", "\r": r"\r", "\t": r"\t"}
+_PARTIAL_ESCAPE: Final = re.compile(r"\\(x[0-9a-f]?|u[0-9a-f]{0,3}|U[0-9a-f]{0,7})?\Z")
 _FIRST_TWO_BYTES: Final = 0x80
 """From here on bash reads \\xHH as one byte of UTF-8, not as a character."""
 
@@ -48,6 +49,14 @@ def escape_text(text: str) -> str:
 def escape_line(text: str) -> str:
     """Return a text as one line: as `escape_text`, with escapes for line breaks and tabs too."""
     return text if _is_plain(text) else _IN_LINE.sub(_escape, text)
+
+
+def cut_escaped(line: str, max_characters: int, max_bytes: int | None = None) -> str:
+    """Return the start of an escaped line, without a part of an escape or a lone joiner at its end."""
+    cut = line[:max_characters]
+    if max_bytes is not None:
+        cut = cut.encode()[:max_bytes].decode(errors="ignore")
+    return line if cut == line else _PARTIAL_ESCAPE.sub("", cut).rstrip(JOINERS)
 
 
 def escape_json(document: str) -> str:

@@ -60,11 +60,14 @@ MAX_PARAMETERS: Final = 10**13
 MAX_CONFIG: Final = 2048
 """Maximum characters of a reduced config.json: it is part of a pod's termination message, which has 4,096 bytes."""
 
+_MAX_ESCAPED_CONFIG: Final = MAX_CONFIG + 256
+"""Maximum characters of it in that message, where quotes have backslashes; the other facts take up to 1,800 bytes."""
+
 
 def reduce_config(config: Mapping[str, Any]) -> str:
     """Return the part of a config.json that decides the size, as JSON; empty if that is longer than MAX_CONFIG."""
     text = json.dumps(_reduced(config), separators=(",", ":"), sort_keys=True)
-    return text if len(text) <= MAX_CONFIG else ""
+    return text if len(text) <= MAX_CONFIG and len(json.dumps(text)) <= _MAX_ESCAPED_CONFIG else ""
 
 
 def _reduced(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from typing import Any, Final, Self
 from pydantic import GetCoreSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
+from qlora_api.escapes import cut_escaped
+
 MAX_SEGMENT_BYTES: Final = 255
 """NAME_MAX of Linux file systems, in UTF-8."""
 MAX_NAME_BYTES: Final = 1024
@@ -70,4 +72,4 @@ def _quoted(text: str) -> str:
     """Return a printable form of any text, shortened."""
     printable = all(unicodedata.category(character) not in _UNPRINTABLE for character in text)
     quoted = f"'{text}'" if printable else ascii(text)
-    return quoted if len(quoted) <= MAX_SEGMENT_BYTES else f"{quoted[:MAX_SEGMENT_BYTES]}…"
+    return quoted if len(quoted) <= MAX_SEGMENT_BYTES else f"{cut_escaped(quoted, MAX_SEGMENT_BYTES)}…"

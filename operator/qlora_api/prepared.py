@@ -40,6 +40,27 @@ class Prepared(ReportedModel):
     published: Result | None = None
     """The result, if a complete manifest with this digest already exists."""
 
+    def without_known_uris(self) -> "Prepared":
+        """Return the facts without the URIs that the operator knows; with long ones, they are most of a message."""
+        published = self.published and self.published.without_prefix(self.prefix)
+        model = self.model.model_copy(update={"uri": ""})
+        return self.model_copy(update={"prefix": "", "model": model, "published": published})
+
+    def with_known_uris(self, root: str, model_uri: str) -> "Prepared":
+        """Return the facts of `without_known_uris` as they were.
+
+        Args:
+            root: Output of the job, which the prefix is below.
+            model_uri: spec.model.uri.
+
+        """
+        if self.prefix or self.model.uri:
+            return self
+        prefix = f"{root}/{self.digest}"
+        model = self.model.model_copy(update={"uri": model_uri})
+        published = self.published and self.published.with_prefix(prefix)
+        return self.model_copy(update={"prefix": prefix, "model": model, "published": published})
+
 
 class PreparedInputs(ApiModel):
     """prepared/inputs-….json: what training must find as preparation left it; too long for a termination message."""

@@ -33,12 +33,22 @@ class Result(ReportedModel):
     steps: int
     tokens_per_second: float
 
+    def without_prefix(self, prefix: str) -> "Result":
+        """Return the result with URIs relative to the run's prefix: `/adapter`."""
+        return self.model_copy(update={name: uri.removeprefix(prefix) for name, uri in self._uris() if uri})
+
+    def with_prefix(self, prefix: str) -> "Result":
+        """Return the result of `without_prefix` as it was."""
+        return self.model_copy(update={name: f"{prefix}{uri}" for name, uri in self._uris() if uri and uri[0] == "/"})
+
+    def _uris(self) -> tuple[tuple[str, str | None], ...]:
+        return ("adapter", self.adapter), ("report", self.report), ("merged", self.merged)
+
     def find_foreign_uri(self, prefix: str) -> str | None:
         """Return the first field with a URI that is not below the run's prefix, as `adapter 's3://…'`; else None."""
-        uris = {"adapter": self.adapter, "report": self.report, "merged": self.merged}
         foreign = (
             f"{name} {uri[:_SHOWN_CHARACTERS]!r}"
-            for name, uri in uris.items()
+            for name, uri in self._uris()
             if uri is not None and not is_below(uri, prefix)
         )
         return next(foreign, None)

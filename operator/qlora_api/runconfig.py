@@ -4,7 +4,7 @@ from typing import Literal
 
 from qlora_api.base import ApiModel
 from qlora_api.prepared import Prepared
-from qlora_api.v1alpha1 import Plan, QLoRAJobSpec
+from qlora_api.v1alpha1 import Checkpoint, Plan, QLoRAJobSpec
 
 
 class S3Config(ApiModel):
@@ -50,4 +50,7 @@ class RunConfig(ApiModel):
     spec: QLoRAJobSpec
     plan: Plan
     prepared: Prepared
+    checkpoint: Checkpoint | None = None
+    """The newest checkpoint that an earlier attempt reported: only it, and those that its manifest names, are resumed
+    from. None if the operator knows of none, and without an operator: any in the output is."""
     platform: Platform = Platform()

@@ -264,6 +264,8 @@ class AttemptInputs:
     """Nodes on which its pods may not run, because attempts failed there."""
     disliked_nodes: tuple[str, ...] = ()
     """Nodes on which its pods run only if no other fits."""
+    checkpoint: Checkpoint | None = None
+    """The newest checkpoint that an earlier attempt reported."""
 
 
 class Action(StrEnum):

@@ -91,6 +91,7 @@ class Operator:
         self._environment = {
             "KUBECONFIG": str(self.kubeconfig),
             "PATH": os.environ["PATH"],
+            "PYTHONPATH": os.environ.get("PYTHONPATH", ""),  # the checkout that is tested, and not an installed one
             "QLORA_TRAINER_IMAGE": "trainer:test",
             "QLORA_PROGRESS_URL": f"http://127.0.0.1:{self.progress_port}",
             "QLORA_PROGRESS_PORT": str(self.progress_port),

@@ -306,7 +306,7 @@ MUTATIONS: Final = (
     ),
     Mutation(
         trap=39,
-        file=f"{_TRAINER}/training/checkpoint_store.py",
+        file=f"{_TRAINER}/training/checkpoint_manifest.py",
         old='        return f"step-{self.step:06}-a{self.attempt}"\n',
         new='        return f"step-{self.step:06}-a1"\n',
         test=f"{_TESTS}/training/test_checkpoint_store.py::test_trap_39_overlapping_attempts_write_separate_folders",

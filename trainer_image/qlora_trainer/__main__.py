@@ -176,7 +176,7 @@ def run_prepare(options: argparse.Namespace, process: ProcessContext) -> Termina
     process.start_log_upload(config, LogFile(PREPARE_ATTEMPT))
     prepared = prepare(config, log.info, work=options.work)
     reason = Reason.ALREADY_PUBLISHED if prepared.published else Reason.PREPARED
-    return TerminationMessage(reason=reason, message="", prepared=prepared, result=prepared.published)
+    return TerminationMessage(reason=reason, message="", prepared=prepared)
 
 
 def run_train(options: argparse.Namespace, process: ProcessContext) -> TerminationMessage | None:

@@ -32,7 +32,7 @@ from qlora_trainer.publishing.gate import check_gate, describe_rejected, has_req
 from qlora_trainer.result_digest import ResolvedSpec, full_digest, result_digest
 from qlora_trainer.runtime.rank import default_work
 from qlora_trainer.storage.credentials import Secrets, load_secrets
-from qlora_trainer.storage.prepared_inputs import store_inputs
+from qlora_trainer.storage.prepared_inputs import store_inputs, store_prepared_file
 from qlora_trainer.storage.results import (
     find_rejected,
     find_reusable,
@@ -336,9 +336,7 @@ def store_prepared(
     }
     if tasks.tasks:
         files[shards.TASKS] = tasks.model_dump_json(by_alias=True, indent=2).encode()
-    for name, source in files.items():
-        output.put(f"{prepared.digest}/{name}", source)
-    digests = {name: sha256_of(source) for name, source in files.items()}
+    digests = dict(store_prepared_file(output, prepared.digest, name, source) for name, source in files.items())
     inputs = PreparedInputs(prepared=digests, model=model.files, weights=model.weights)
     recorded = store_inputs(output, prepared, inputs)
     output.put(f"{prepared.digest}/{shards.FACTS}", recorded.model_dump_json(by_alias=True, indent=2).encode())

@@ -124,7 +124,7 @@ def _train_and_evaluate(context: RunContext, secrets: Secrets) -> TrainingOutput
         context.started,
         CheckpointCallbacks(context.sink.note, progress.on_checkpoint),
     )
-    start = stages.find_resume_state(checkpoints, world)
+    start = stages.find_resume_state(checkpoints, world, config.checkpoint)
     checkpointer = AsyncCheckpointer(checkpoints, config.spec.checkpoint, context.sink.note, start.step if start else 0)
     if world.forward_is_collective:
         loop.engine.initialize(start)  # shards the base as early as possible, before the first evaluation

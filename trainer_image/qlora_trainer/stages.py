@@ -22,6 +22,7 @@ from qlora_api.report import (
 from qlora_api.result import Result
 from qlora_api.runconfig import RunConfig
 from qlora_api.tolerant_reader import ignore_unknown
+from qlora_api.v1alpha1 import Checkpoint
 from qlora_trainer.data import shards
 from qlora_trainer.data.preview import preview, shown_rows
 from qlora_trainer.data.tokenization import TokenRow
@@ -55,7 +56,7 @@ from qlora_trainer.publishing.stop_tokens import save_stop_tokens
 from qlora_trainer.runtime.liveness import LIVENESS
 from qlora_trainer.runtime.metrics import METER
 from qlora_trainer.runtime.shutdown import StopFlag
-from qlora_trainer.storage.prepared_inputs import check_model, check_prepared_file, find_inputs
+from qlora_trainer.storage.prepared_inputs import check_model, check_prepared_file, find_inputs, find_prepared_file
 from qlora_trainer.storage.results import open_output
 from qlora_trainer.storage.snapshots import Snapshot, SourceResolver, text_files, weight_files
 from qlora_trainer.storage.store import MODEL_FIELD, Store
@@ -85,8 +86,9 @@ def load_data(output: Store, config: RunConfig, work: Path) -> Data:
 def load_rows(output: Store, config: RunConfig, name: str, work: Path) -> Sequence[TokenRow]:
     """Download one file of token rows; rows are read by index, not held in memory."""
     digest = config.prepared.digest
-    path = ObjectName(f"{digest}/{name}").below(work / "rows")
     inputs = find_inputs(output, config.prepared)
+    name = find_prepared_file(inputs, name)
+    path = ObjectName(f"{digest}/{name}").below(work / "rows")
     output.download(f"{digest}/{name}", path)
     check_prepared_file(inputs, name, path, config.prepared)
     return shards.open_shard(path)
@@ -191,13 +193,15 @@ class TrainingReporter:
         self.trackers.log_validation(record)
 
 
-def find_resume_state(checkpoints: CheckpointStore, world: World) -> TrainingState | None:
+def find_resume_state(
+    checkpoints: CheckpointStore, world: World, reported: Checkpoint | None = None
+) -> TrainingState | None:
     """Return the state to resume from; the main process chooses the checkpoint, and all processes load the same one."""
-    latest = checkpoints.load_latest() if world.is_main_process else None
-    checkpoint_id = world.broadcast(latest.checkpoint_id if latest else None)
-    if latest is not None or checkpoint_id is None:
+    latest = checkpoints.load_latest(reported) if world.is_main_process else None
+    chosen = world.broadcast((latest.checkpoint_id, latest.digest) if latest else None)
+    if latest is not None or chosen is None:
         return latest.state if latest else None
-    return checkpoints.load(checkpoint_id)
+    return checkpoints.load(*chosen)
 
 
 def train(
@@ -258,9 +262,11 @@ def load_benchmark_suite(
     spec = config.spec.evaluation
     if not spec.tasks:
         return None
-    content = output.read(f"{config.prepared.digest}/{shards.TASKS}")
-    check_prepared_file(find_inputs(output, config.prepared), shards.TASKS, content, config.prepared)
-    pinned = ignore_unknown(PinnedTasks, content, shards.TASKS)
+    inputs = find_inputs(output, config.prepared)
+    name = find_prepared_file(inputs, shards.TASKS)
+    content = output.read(f"{config.prepared.digest}/{name}")
+    check_prepared_file(inputs, name, content, config.prepared)
+    pinned = ignore_unknown(PinnedTasks, content, name)
     tasks = load_benchmarks(pinned, resolver, work)
     return BenchmarkSuite(tasks, tokenizer, config.plan.micro_batch_size, spec.task_examples)
 

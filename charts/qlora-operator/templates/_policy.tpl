@@ -13,10 +13,14 @@ models:
     [{'field': 'spec.model.uri', 'uri': string(object.spec.model.uri), 'pinned': object.spec.model.uri + '@' + object.spec.model.revision}]
 datasets:
   fix: use a dataset from
+  {{- /* An entry for a repository is also one for its branches, tags and commits, which are between its name and the file's. */}}
   used: |-
-    object.spec.dataset.?uri.optMap(uri, [{'field': 'spec.dataset.uri', 'uri': string(uri)}]).orValue([])
+    (object.spec.dataset.?uri.optMap(uri, [{'field': 'spec.dataset.uri', 'uri': string(uri)}]).orValue([])
     + object.spec.dataset.?sources.orValue([]).map(source, {'field': 'spec.dataset.sources[].uri', 'uri': string(source.uri)})
     + object.spec.dataset.?evaluation.?uri.optMap(uri, [{'field': 'spec.dataset.evaluation.uri', 'uri': string(uri)}]).orValue([])
+    ).map(used, !used.uri.matches('^hf://datasets/[^/@]+/[^/@]+@[A-Za-z0-9_][A-Za-z0-9._-]*/') || used.uri.matches('(?i)^hf://[^@]*@(refs|pr)/') ? used : {
+    'field': used.field, 'uri': used.uri,
+    'unpinned': used.uri.substring(0, used.uri.indexOf('@')) + used.uri.substring(used.uri.indexOf('/', used.uri.indexOf('@')))})
 outputs:
   fix: choose a prefix below
   used: |-

@@ -6,7 +6,7 @@ from typing import Annotated, Final, Literal
 from pydantic import AwareDatetime, Field
 
 from qlora_api.accelerators import NVIDIA, DeviceName
-from qlora_api.base import ApiModel
+from qlora_api.base import ApiModel, Sha256
 from qlora_api.model_config import MAX_CONFIG
 from qlora_api.names import MOST_PREPARATIONS, RETRY_ANNOTATION, ConditionType, Phase
 from qlora_api.reasons import Domain, Reason
@@ -139,6 +139,9 @@ class Checkpoint(ApiModel):
     uri: Annotated[str, Field(max_length=2048)] = Field(description="Folder with its files and their manifest.")
     time: AwareDatetime = Field(description="When it was completed.")
     verified: bool = Field(default=False, description="Whether the store confirmed the SHA-256 of every file.")
+    digest: Annotated[Sha256, Field(max_length=64)] | None = Field(
+        default=None, description="SHA-256 of its manifest, in hex; absent if an earlier version wrote it."
+    )
 
 
 class Attempt(ApiModel):

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from pydantic import TypeAdapter, ValidationError
 
 from qlora_api.escapes import escape_line
-from qlora_api.v1alpha1.types import OutputUri
+from qlora_api.names import output_root
+from qlora_api.result import is_below
 from qlora_cli.cluster.client import ClusterError
 from qlora_cli.cluster.connection import Context, JobName, Kubeconfig, Namespace, exit_on_cluster_error, open_connection
 from qlora_cli.cluster.jobs import ClusterJob, get_job
@@ -17,7 +17,7 @@ from qlora_cli.console import Console, print_line
 from qlora_cli.display.formats import print_data
 from qlora_cli.display.result import comparison_table
 from qlora_cli.errors import exit_error_without_remedy
-from qlora_cli.local.output_store import OutputError, open_output_store
+from qlora_cli.local.output_store import MAX_READ_BYTES, OutputError, open_output_store
 from qlora_cli.options import OutputFormat, OutputOption, S3Endpoint
 
 REPORT_PAGE = "report.html"
@@ -65,19 +65,19 @@ def find_report(job: ClusterJob) -> str:
     published = job.status.output.report if job.status.output else None
     if published is None:
         raise ClusterError(f"{job.ref.name} is {job.phase} and has no report: {job.explanation}")
-    try:
-        return TypeAdapter(OutputUri).validate_python(published).rpartition("/")[0]
-    except ValidationError as error:
+    root = output_root(job.spec().output.uri, job.ref.name)
+    if not is_below(published, root):
         raise ClusterError(
-            f"status.output.report of {job.ref.name} is {published!r}, and not the URI of a report "
-            f"({error.errors()[0]['msg']}); find the report below spec.output.uri"
-        ) from None
+            f"status.output.report of {job.ref.name} is {published!r}, and not the URI of a report below {root}; find "
+            "the report there"
+        )
+    return published.rpartition("/")[0]
 
 
 def read_report_json(folder: str, endpoint: str | None) -> object:
     """Return the content of report.json."""
     with open_output_store(folder, endpoint) as files:
-        return json.loads(files.read(REPORT_JSON))
+        return json.loads(files.read(REPORT_JSON, MAX_READ_BYTES))
 
 
 def download_report(folder: str, target: Path, endpoint: str | None) -> Path:

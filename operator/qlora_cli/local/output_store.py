@@ -9,6 +9,7 @@ from typing import Final, Protocol
 from qlora_api.object_names import ObjectName
 from qlora_api.reasons import Reason
 from qlora_api.runconfig import S3Config
+from qlora_api.units import MIB
 
 CREDENTIALS: Final = (
     "boto3 uses the credentials of this machine: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; "
@@ -18,6 +19,10 @@ CREDENTIALS: Final = (
 
 class OutputError(Exception):
     """The output cannot be read from this machine; the message has the cause and the fix."""
+
+
+MAX_READ_BYTES: Final = 256 * MIB
+"""Longest file that is held in memory: logs have 5 MiB, and a report of 100,000 steps has 30 MiB."""
 
 
 class StoredFile(Protocol):
@@ -34,8 +39,8 @@ class OutputStore(Protocol):
     def list(self, prefix: str = "", on_refused: Callable[[str], None] | None = None) -> tuple[StoredFile, ...]:
         """Return every file below a folder, sorted by path; `on_refused` gets messages about refused names."""
 
-    def read(self, path: str) -> bytes:
-        """Return a file's content."""
+    def read(self, path: str, max_bytes: int | None = None) -> bytes:
+        """Return a file's content; one that is longer is an error."""
 
     def download(self, path: str, target: Path) -> None:
         """Download a file."""

@@ -11,7 +11,7 @@ from qlora_cli.cluster.client import ClusterError
 from qlora_cli.cluster.jobs import ClusterJob
 from qlora_cli.cluster.pods import TrainerPod
 from qlora_cli.console import Console, print_line, print_text
-from qlora_cli.local.output_store import OutputError, open_output_store
+from qlora_cli.local.output_store import MAX_READ_BYTES, OutputError, open_output_store
 from qlora_cli.podlogs.lines import LogPrinter
 
 
@@ -74,7 +74,7 @@ def read_archived_logs(job: ClusterJob, missing: MissingLogs, endpoint: str | No
         for entry in output.list("", _ignore):
             file = LogFile.parse(entry.path)
             if file is not None and file in missing:
-                found.append(list(parse_log(file, output.read(entry.path))))
+                found.append(list(parse_log(file, output.read(entry.path, MAX_READ_BYTES))))
     return found
 
 
@@ -188,4 +188,4 @@ def read_stacks(prefix: str, attempt: int | None, endpoint: str | None) -> Itera
     with open_output_store(prefix, endpoint) as output:
         for entry in output.list(STACKS_FOLDER, _ignore):
             if entry.path.startswith(wanted):
-                yield f"{prefix}/{entry.path}", output.read(entry.path).decode(errors="replace")
+                yield f"{prefix}/{entry.path}", output.read(entry.path, MAX_READ_BYTES).decode(errors="replace")

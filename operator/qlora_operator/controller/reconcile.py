@@ -24,6 +24,7 @@ from qlora_operator.lifecycle import (
     needs_gpu_nodes,
     next_leftover,
     rejected,
+    reported_checkpoint,
     retry_limits,
     revive,
     unexplained_jobs,
@@ -302,6 +303,7 @@ def build_children(decision: Decision, job: Job, installation: Installation) -> 
             decision.prepared,
             avoided_nodes=decision.attempt.avoided_nodes or (),
             disliked_nodes=disliked_nodes(job.status.attempts),
+            checkpoint=reported_checkpoint(job.status, decision.attempt.number),
         )
         return (
             build_run_config(owner, job.spec, run, installation),

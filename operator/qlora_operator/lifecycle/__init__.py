@@ -22,6 +22,7 @@ from qlora_operator.lifecycle.node_health import (
     quarantined_nodes,
     recent_failures,
 )
+from qlora_operator.lifecycle.resumption import reported_checkpoint
 from qlora_operator.lifecycle.revive import retry_limits, revive
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "quarantined_nodes",
     "recent_failures",
     "rejected",
+    "reported_checkpoint",
     "retry_limits",
     "revive",
     "unexplained_jobs",

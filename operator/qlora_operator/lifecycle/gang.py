@@ -50,7 +50,7 @@ def classify(child: ChildJob, startup: timedelta, now: datetime) -> JobState:
 
 def classify_child(job: Job, child: ChildJob, now: datetime) -> JobState:
     """Return the state of a child Job of a QLoRAJob; a termination message with facts of another run does not count."""
-    state = classify(child, startup_timeout(job), now)
+    state = _with_known_uris(job, classify(child, startup_timeout(job), now))
     foreign = _find_foreign_fact(job, state.termination_message) if state.termination_message else None
     if foreign is None:
         return state
@@ -59,6 +59,16 @@ def classify_child(job: Job, child: ChildJob, now: datetime) -> JobState:
         "output, or run code in the pod"
     )
     return replace(ended_state(Reason.TRAINER_ERROR, message), domain=Domain.AUTHOR)
+
+
+def _with_known_uris(job: Job, state: JobState) -> JobState:
+    """Put the URIs back that a prepare pod left out of a termination message that would have been too long."""
+    message = state.termination_message
+    if message is None or message.prepared is None:
+        return state
+    root = output_root(job.spec.output.uri, job.ref.name)
+    prepared = message.prepared.with_known_uris(root, job.spec.model.uri)
+    return replace(state, termination_message=message.model_copy(update={"prepared": prepared}))
 
 
 def _find_foreign_fact(job: Job, message: TerminationMessage) -> str | None:

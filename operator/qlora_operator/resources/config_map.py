@@ -41,6 +41,7 @@ def build_run_config(owner: Owner, spec: QLoRAJobSpec, run: AttemptInputs, insta
         spec=spec,
         plan=run.plan,
         prepared=run.prepared,
+        checkpoint=run.checkpoint,
         platform=installation.platform,
     )
     return _build(train_workload(owner, run.attempt), config, _launch_files(spec, run.plan))

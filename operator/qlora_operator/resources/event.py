@@ -5,7 +5,7 @@ from hashlib import sha256
 from typing import Final
 
 from qlora_api import names
-from qlora_api.escapes import escape_line
+from qlora_api.escapes import cut_escaped, escape_line
 from qlora_api.names import Phase
 from qlora_api.reasons import NORMAL_REASONS, Reason
 from qlora_api.v1alpha1 import QLoRAJobStatus
@@ -65,7 +65,7 @@ def _build(owner: Owner, identity: str, note: str, now: datetime) -> Manifest:
         "eventTime": now.strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
         "reportingController": f"{names.GROUP}/{names.FIELD_MANAGER}",
         "reportingInstance": names.FIELD_MANAGER,
-        "note": escape_line(note).encode()[:MAX_NOTE_BYTES].decode(errors="ignore"),
+        "note": cut_escaped(escape_line(note), MAX_NOTE_BYTES, max_bytes=MAX_NOTE_BYTES),
         "regarding": {
             "apiVersion": names.API_VERSION,
             "kind": names.KIND,

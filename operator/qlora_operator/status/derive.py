@@ -6,7 +6,7 @@ from dataclasses import replace
 from datetime import datetime
 from typing import Any, Final, TypeVar
 
-from qlora_api.escapes import escape_line
+from qlora_api.escapes import cut_escaped, escape_line
 from qlora_api.names import RUNNING, TERMINAL, ConditionType, Phase, Role
 from qlora_api.prepared import Prepared
 from qlora_api.reasons import REASONS, Reason
@@ -127,8 +127,7 @@ def describe_decision(decision: Decision) -> str:
     """Return the message of a decision, as one line; that of a failure also says what to do."""
     record = REASONS[decision.reason]
     remedy = f". What to do: {record.remedy}" if decision.phase is Phase.FAILED else ""
-    message = escape_line(decision.message or record.sentence)
-    return message[: MAX_MESSAGE - len(remedy)] + remedy
+    return cut_escaped(escape_line(decision.message or record.sentence), MAX_MESSAGE - len(remedy)) + remedy
 
 
 def summarize(decision: Decision) -> str:
@@ -205,7 +204,7 @@ def merge_attempt(attempts: tuple[Attempt, ...], attempt: Attempt | None) -> tup
     by_number = {other.number: other for other in attempts}
     previous = by_number.get(attempt.number, attempt)
     sticky = {name: getattr(previous, name) for name in _STICKY_ATTEMPT_FIELDS if not getattr(attempt, name)}
-    message = escape_line(attempt.message)[:MAX_ATTEMPT_MESSAGE]
+    message = cut_escaped(escape_line(attempt.message), MAX_ATTEMPT_MESSAGE)
     by_number[attempt.number] = attempt.model_copy(update={**sticky, "message": message})
     return tuple(by_number[number] for number in sorted(by_number))
 

@@ -8,7 +8,7 @@ import unicodedata
 import pytest
 import yaml
 
-from qlora_api.escapes import escape_json, escape_line, escape_text, shell_command
+from qlora_api.escapes import cut_escaped, escape_json, escape_line, escape_text, shell_command
 
 UNPRINTABLE = [
     chr(code) for code in range(sys.maxunicode + 1) if unicodedata.category(chr(code)) in {"Cc", "Cf", "Cs", "Zl", "Zp"}
@@ -29,6 +29,23 @@ HONEST = (
 def test_no_unprintable_character_is_left(escape):
     left = [hex(ord(character)) for character in UNPRINTABLE if character in escape(f"a{character}b")]
     assert left == ([] if escape is escape_line else ["0x9", "0xa"])
+
+
+@pytest.mark.parametrize(
+    "character", ["\x1b", "\n", "\u202e", "\U000e0041", "\U0001f468\u200d\U0001f469", "é", "\\x41"]
+)
+@pytest.mark.parametrize("max_bytes", [None, 40])
+def test_cut_line_ends_in_no_part_of_an_escape(character: str, max_bytes: int | None):
+    """Wherever it is cut, what is left is the start of the text, as it would be escaped alone."""
+    text = f"{character}x" * 20
+    line = escape_line(text)
+    starts = {escape_line(text[:length]) for length in range(len(text) + 1)}
+    for limit in range(len(line) + 2):
+        cut = cut_escaped(line, limit, max_bytes)
+        assert len(cut) <= limit
+        assert len(cut.encode()) <= (max_bytes or len(line) * 4)
+        assert cut in starts or character == "\\x41"
+        assert not cut.endswith(("\u200d", "\\", "\\x1", "\\u202", "\\U000e004"))
 
 
 @pytest.mark.parametrize("character", IGNORABLE)

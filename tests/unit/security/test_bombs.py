@@ -110,6 +110,14 @@ def compressed_batch(path: Path) -> None:
     write_ipc(path, "zstd", prompt=text, completion=text, system=text)
 
 
+def batch_of_a_declared_size(path: Path) -> None:
+    """Write a compressed batch whose first buffer claims to have 4 EiB once it is decompressed."""
+    compressed_batch(path)
+    content = path.read_bytes()
+    start = content.index(b"\x28\xb5\x2f\xfd")  # of a zstd frame, which the size in 8 bytes precedes
+    path.write_bytes(content[: start - 8] + (1 << 62).to_bytes(8, "little") + content[start:])
+
+
 def categories_of_one_text(path: Path) -> None:
     write_ipc(path, prompt=one_value(16 * MIB, 10_000), completion=pa.array(["b"] * 10_000))
 
@@ -145,14 +153,25 @@ ROWS_CANNOT_BE_USED = "rows cannot be used as"
 BOMBS: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "parquet-dictionary": ("x.parquet", dictionary_of_one_text, "needs more than 128 MiB of memory"),
     "parquet-dictionary-in-list": ("x.parquet", list_of_one_text, "needs more than 128 MiB of memory"),
-    "parquet-compressed-pages": ("x.parquet", compressed_pages, "needs more than 128 MiB of memory"),
+    "parquet-compressed-pages": (
+        "x.parquet",
+        compressed_pages,
+        "spec.dataset.uri: x.parquet needs more than 128 MiB of memory for 256 rows or fewer; write it again with "
+        "smaller rows, pages and dictionaries",
+    ),
     "parquet-columns": ("x.parquet", many_columns, "has 20,000 columns, more than 10,000"),
     "parquet-year": ("x.parquet", year_beyond_python, "is not a readable Parquet file"),
     "parquet-not-utf8": ("x.parquet", text_that_is_not_utf8, "is not a readable Parquet file"),
     "parquet-truncated": ("x.parquet", truncated_parquet, "is not a readable Parquet file"),
     "arrow-offsets": ("x.arrow", offsets_out_of_the_buffer, "is not a readable Arrow file"),
     "arrow-views": ("x.arrow", views_of_one_list, "needs more than 128 MiB of memory"),
-    "arrow-compressed-batch": ("x.arrow", compressed_batch, "needs more than 128 MiB of memory"),
+    "arrow-compressed-batch": (
+        "x.arrow",
+        compressed_batch,
+        "spec.dataset.uri: x.arrow needs more than 128 MiB of memory for a record batch, or for 256 of its rows; write "
+        "it again with smaller record batches, rows and dictionaries",
+    ),
+    "arrow-declared-size": ("x.arrow", batch_of_a_declared_size, "x.arrow needs more than 128 MiB of memory for a"),
     "arrow-categories": ("x.arrow", categories_of_one_text, "needs more than 128 MiB of memory"),
     "arrow-no-columns": ("x.arrow", no_columns, "has no columns"),
     "csv-columns": ("x.csv", csv_of_columns, "has 200,000 columns, more than 10,000"),

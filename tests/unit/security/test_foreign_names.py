@@ -144,14 +144,47 @@ PLANTED = ("a//b", "/abs", "x/../../y", "x/./y", "back\\slash", "c:/x", "bidi\u2
 
 
 @pytest.mark.parametrize("key", PLANTED)
-def test_planted_key_is_an_error_or_is_reported_and_skipped(bucket: Any, key: str) -> None:
-    bucket.put_object(Bucket="data", Key=f"out/{key}", Body=b"evil")
+@pytest.mark.parametrize("ending", ["", ".jsonl", ".JSONL.GZ", ".safetensors", ".jinja"])
+def test_planted_key_is_an_error_or_is_reported_and_skipped(
+    bucket: Any, key: str, ending: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without a file that is read, the data would be others; an image with an odd name is nobody's data."""
+    bucket.put_object(Bucket="data", Key=f"out/{key}{ending}", Body=b"evil")
     bucket.put_object(Bucket="data", Key="out/good", Body=b"")
-    with pytest.raises(RunError, match=r"spec\.dataset\.uri: an object below s3://data/out .*; rename it"):
-        s3_store(DATASET_FIELD).list()
+    if ending:
+        with pytest.raises(RunError, match=r"spec\.dataset\.uri: an object below s3://data/out .*; rename it"):
+            s3_store(DATASET_FIELD).list()
+    else:
+        assert [entry.path for entry in s3_store(DATASET_FIELD).list()] == ["good"]
+        assert "rename it" in caplog.text
     skipped: list[str] = []
     assert [entry.path for entry in s3_store().list("", skipped.append)] == ["good"]
     assert len(skipped) == 1
+
+
+@pytest.mark.parametrize("name", ["\U0001f469\u200d\U0001f4bb.png", "می‌خواهم.md", "a\u202eb"])
+def test_files_with_odd_names_that_nothing_reads_are_skipped(
+    tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Models and datasets on the hub have images and notes beside their files."""
+    for file in (name, "train.jsonl"):
+        (tmp_path / file).write_text("{}")
+    assert [entry.path for entry in FileStore(tmp_path.as_uri(), DATASET_FIELD).list()] == ["train.jsonl"]
+    with FakeHub({"org/model": Repository({name: b"", "config.json": b"{}"})}) as hub:
+        assert Hub(MODEL_FIELD, hub.endpoint).resolve("org/model", "main")[1] == ("config.json",)
+    assert caplog.text.count("rename it") == 2
+
+
+def test_link_out_of_a_claim_that_nothing_reads_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qlora_trainer.storage.store.CLAIMS_MOUNT", str(tmp_path))
+    (tmp_path / "claim").mkdir()
+    (tmp_path / "secret").write_text("{}")
+    (tmp_path / "claim/notes.md").symlink_to(tmp_path / "secret")
+    store = FileStore("pvc://claim/", DATASET_FIELD)
+    assert store.list() == ()
+    (tmp_path / "claim/train.jsonl").symlink_to(tmp_path / "secret")
+    with pytest.raises(RunError, match="points outside its claim"):
+        store.list()
 
 
 def test_key_that_is_also_a_folder_is_reported(bucket: Any, tmp_path: Path) -> None:

@@ -13,7 +13,14 @@ from qlora_api.v1alpha1 import OutputSpec
 from qlora_trainer.errors import RunError
 from qlora_trainer.publishing.publish import publish, upload_rejected
 from qlora_trainer.storage.local_store import FileStore
-from qlora_trainer.storage.results import MANIFEST, REJECTED_RECORD, find_rejected, find_reusable, with_merged
+from qlora_trainer.storage.results import (
+    MANIFEST,
+    REJECTED_RECORD,
+    check_own_uris,
+    find_rejected,
+    find_reusable,
+    with_merged,
+)
 from qlora_trainer.storage.store import OUTPUT_FIELD
 from tests.make import NOW
 from tests.unit.trainer.results import DIGEST, config, result
@@ -103,6 +110,37 @@ def test_planted_rejected_result_is_not_published(output: FileStore, change: Cha
     plant(output, f"{DIGEST}/{REJECTED_RECORD}", change)
     with pytest.raises(RunError, match=cause):
         find_rejected(output, DIGEST, FULL_DIGEST)
+
+
+@pytest.mark.parametrize("moment", ["before", "during"])
+@pytest.mark.parametrize(("change", "cause"), [attack for name, attack in ATTACKS.items() if name != "no-files"])
+def test_manifest_planted_before_publication_is_refused(
+    output: FileStore, tmp_path: Path, change: Change, cause: str, moment: str
+) -> None:
+    """The run has trained, and finds a manifest: when it looks, or when it writes its own."""
+    path = f"{DIGEST}/{MANIFEST}"
+    plant(output, path, change)
+    planted = output.read(path)
+
+    class PlantedLate(FileStore):
+        """The output, without a manifest until one is written."""
+
+        def exists(self, path: str) -> bool:
+            return moment == "before" and super().exists(path)
+
+        def put(self, path: str, source: Path | bytes, *, if_none_match: bool = False) -> bool:
+            nonlocal moment
+            moment = "before" if path.endswith(MANIFEST) else moment
+            return super().put(path, source, if_none_match=if_none_match)
+
+    run = config(output.root)
+    run = run.model_copy(update={"prepared": run.prepared.model_copy(update={"full_digest": FULL_DIGEST})})
+    own = result(2.0).model_copy(update={"adapter": f"{run.prepared.prefix}/adapter"})
+    late = PlantedLate(output.root, OUTPUT_FIELD)
+    with pytest.raises(RunError, match=cause) as caught:  # a run checks the URIs of what is published, too
+        check_own_uris(output, publish(late, run, own, tmp_path / "files", NOW), path)
+    assert caught.value.reason == Reason.INVALID_SPEC
+    assert output.read(path) == planted
 
 
 @pytest.mark.parametrize("change", DAMAGED.values(), ids=DAMAGED)

@@ -1,5 +1,6 @@
 """Whoever can write the output or a mirror swaps files between preparation and training: training refuses them."""
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,13 +11,15 @@ import boto3
 import pytest
 from moto import mock_aws
 
-from qlora_api.model_config import MAX_CONFIG
-from qlora_api.names import TERMINATION_MESSAGE_BYTES
+from qlora_api.model_config import MAX_CONFIG, reduce_config
+from qlora_api.names import TERMINATION_MESSAGE_BYTES, output_root
 from qlora_api.prepared import PinnedTask, PinnedTasks, Prepared
 from qlora_api.reasons import Reason
 from qlora_api.report import TerminationMessage
 from qlora_api.runconfig import Platform, RunConfig
 from qlora_api.v1alpha1 import QLoRAJobSpec
+from qlora_api.v1alpha1.types import MAX_URI
+from qlora_operator.lifecycle.gang import classify_child
 from qlora_trainer import stages
 from qlora_trainer.data import shards
 from qlora_trainer.data.dataset import Dataset, DatasetScan, scan_rows
@@ -30,6 +33,7 @@ from qlora_trainer.storage.prepared_inputs import find_inputs
 from qlora_trainer.storage.results import open_output
 from qlora_trainer.storage.snapshots import SourceResolver
 from qlora_trainer.storage.store import MODEL_FIELD
+from tests.make import DIGEST, NOW, make_job, make_prepared, make_prepared_child, make_result
 from tests.unit.trainer.conftest import THIRD_PARTY_WARNINGS
 from tests.unit.trainer.evaluation.test_lm_eval_tasks import COMMIT, commit_questions, make_resolver
 from tests.unit.trainer.tiny import (
@@ -147,14 +151,49 @@ def test_run_of_an_earlier_version_is_read_without_digests(run: Run, tmp_path: P
     run._replace(config=config).read(tmp_path / "pod")
 
 
+def largest_config() -> str:
+    """Return the longest configuration that preparation records; in a message, quotes have backslashes."""
+    configs = (reduce_config({"activation": ["\\"] * quotes}) for quotes in range(400, 0, -1))
+    plain = (reduce_config({"model_type": "x" * size}) for size in range(MAX_CONFIG, 0, -1))
+    return max(
+        (next(filter(None, candidates)) for candidates in (configs, plain)), key=lambda text: len(json.dumps(text))
+    )
+
+
 def test_facts_with_digests_fit_into_a_termination_message(run: Run) -> None:
     prepared = run.config.prepared
     assert (prepared.full_digest or "")[:16] == prepared.digest
-    config = f'{{"model_type":"{"x" * (MAX_CONFIG - 17)}"}}'
-    model = prepared.model.model_copy(update={"uri": "s3://" + "m" * 200, "config": config})
+    model = prepared.model.model_copy(update={"uri": "s3://" + "m" * 200, "config": largest_config()})
     largest = prepared.model_copy(update={"prefix": "s3://" + "p" * 300, "model": model})
     line = to_json_line(TerminationMessage(reason=Reason.PREPARED, prepared=largest), limit=10**6)
     assert len(line) <= TERMINATION_MESSAGE_BYTES
+
+
+def test_facts_with_the_longest_uris_reach_the_operator_as_they_are() -> None:
+    """The URIs alone would be longer than a termination message, of characters with one byte or with four."""
+    for character in "mü🦙":
+        spec = make_spec(
+            f"pvc://models/{character * (MAX_URI - 13)}", "s3://data/rows.jsonl", f"s3://data/{'o' * (MAX_URI - 10)}"
+        )
+        job = replace(make_job(), spec=spec)
+        root = output_root(spec.output.uri, job.ref.name)
+        result = make_result()
+        published = result.model_copy(
+            update={
+                "adapter": f"{root}/{DIGEST}/{'f' * 16}/adapter",
+                "report": f"{root}/{DIGEST}/{'f' * 16}/report/report.json",
+                "merged": f"{root}/{DIGEST}/merged/dequantised/{'f' * 16}",
+            }
+        )
+        model = make_prepared().model.model_copy(update={"uri": spec.model.uri, "config": largest_config()})
+        facts = {"full_digest": "d" * 64, "inputs": "e" * 64, "prefix": f"{root}/{DIGEST}", "model": model}
+        for found in (None, published):
+            prepared = make_prepared(**facts, published=found)
+            line = to_json_line(TerminationMessage(reason=Reason.ALREADY_PUBLISHED, prepared=prepared))
+            assert len(line.encode()) <= TERMINATION_MESSAGE_BYTES
+            state = classify_child(job, make_prepared_child(line), NOW)
+            assert state.termination_message is not None
+            assert (state.reason, state.termination_message.prepared) == (Reason.ALREADY_PUBLISHED, prepared)
 
 
 def test_rows_that_change_while_prepare_reads_them_are_refused(
@@ -259,6 +298,32 @@ def test_swapped_benchmark_tasks_are_refused(benchmarks: tuple[Run, Path], tmp_p
         load_suite(run, tmp_path)
     path.write_text(honest)
     assert load_suite(run, tmp_path) is not None
+
+
+def test_runs_of_one_digest_keep_their_own_benchmark_tasks(tmp_path: Path) -> None:
+    """Benchmarks are no part of the digest, and a benchmark's `main` moves on between two preparations."""
+    resolver = make_resolver(tmp_path / "mirror")
+    spec = write_job(tmp_path / "job", evaluation={"tasks": ["arc_easy"]})
+    first = prepared_run(spec, tmp_path / "work", resolver.platform)
+    later = "b" * 40
+    commit_questions(tmp_path / "mirror", later, 4)
+    second = prepared_run(spec, tmp_path / "work", resolver.platform)
+    assert first.config.prepared.digest == second.config.prepared.digest
+    assert first.config.prepared.inputs != second.config.prepared.inputs
+    for run in (first, second, first):
+        assert load_suite(run, tmp_path / "suite") is not None
+        run.read(tmp_path / "rows")
+
+
+def test_rows_that_are_there_with_other_content_are_not_replaced(run: Run, tmp_path: Path) -> None:
+    """Another version of pyarrow writes other bytes for the same rows."""
+    (run.folder / shards.TRAINING).write_bytes(b"other bytes")
+    spec = run.config.spec
+    again = prepared_run(spec, tmp_path / "again")
+    assert (run.folder / shards.TRAINING).read_bytes() == b"other bytes"
+    again.read(tmp_path / "rows")
+    with pytest.raises(RunError, match=r"prepared/train\.parquet changed since preparation"):
+        run.read(tmp_path / "first")
 
 
 def test_swapped_benchmark_data_are_refused(benchmarks: tuple[Run, Path], tmp_path: Path) -> None:

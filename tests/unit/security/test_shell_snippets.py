@@ -201,7 +201,20 @@ def test_revision_that_is_no_commit_is_refused(commit: str):
         resolve_served_model(published(commit=commit))
 
 
-@pytest.mark.parametrize("uri", ["", "x", "hf://a/b", "/etc/x", "s3://a/../b", "s3://buck\u202eet/x/report.json"])
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "",
+        "x",
+        "hf://a/b",
+        "/etc/x",
+        "s3://a/../b",
+        "s3://buck\u202eet/x/report.json",
+        "s3://evil/support-bot/0123456789abcdef/report/report.json",
+        "s3://adapters/team-a/support-bot-evil/report/report.json",
+        f"{BELOW}/../../other/x/report/report.json",
+    ],
+)
 def test_report_of_an_odd_uri_is_refused(uri: str):
     with pytest.raises(ClusterError, match=r"status\.output\.report of support-bot is .*not the URI of a report"):
         report.find_report(published(report=uri))

@@ -295,7 +295,7 @@ def _read_parquet(path: Path) -> Iterator[FileRow]:
     import pyarrow.parquet as pq  # noqa: PLC0415 (slow to import)
 
     _check_start(path, b"PAR1")
-    with _reading_columns("Parquet"):
+    with _reading_columns("Parquet", f"{_BATCH_ROWS} rows or fewer", "rows, pages and dictionaries"):
         with memory_limit(MAX_READ_BYTES):
             file = pq.ParquetFile(path, memory_map=True, thrift_container_size_limit=_FOOTER_ITEMS)
         with file:
@@ -309,7 +309,8 @@ def _read_arrow(path: Path) -> Iterator[FileRow]:
     import pyarrow as pa  # noqa: PLC0415 (slow to import)
 
     _check_start(path, b"ARROW1")
-    with _reading_columns("Arrow"):
+    what = f"a record batch, or for {_BATCH_ROWS} of its rows"
+    with _reading_columns("Arrow", what, "record batches, rows and dictionaries"):
         with memory_limit(MAX_READ_BYTES):
             source = pa.memory_map(str(path))
             batches = _open_ipc(source)
@@ -330,7 +331,8 @@ def _validated(batch: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _reading_columns(file_type: str) -> Iterator[None]:
+def _reading_columns(file_type: str, what: str, parts: str) -> Iterator[None]:
+    """Turn errors of pyarrow into FileError; for one about memory, `what` is read at a time and has these parts."""
     import pyarrow as pa  # noqa: PLC0415 (slow to import)
 
     pa.allocate_buffer(1)  # the allocator reserves its arena now, so that it does not count as memory of the file
@@ -340,8 +342,7 @@ def _reading_columns(file_type: str) -> Iterator[None]:
         raise
     except MemoryError as error:
         raise FileError(
-            f"needs more than {MAX_READ_BYTES // MIB:,} MiB of memory for {_BATCH_ROWS} rows or fewer; write it again "
-            "with smaller rows, pages and dictionaries"
+            f"needs more than {MAX_READ_BYTES // MIB:,} MiB of memory for {what}; write it again with smaller {parts}"
         ) from error
     # ValueError and the like: a value that Python cannot hold, such as a year beyond 9999 or text that is not UTF-8.
     except (pa.ArrowException, OSError, ValueError, ArithmeticError, LookupError) as error:

@@ -1,6 +1,7 @@
 """Progress reports to the operator over HTTP and to the log; a lost report never delays or fails a step."""
 
 import logging
+import math
 import os
 import ssl
 import threading
@@ -27,6 +28,9 @@ CA_ENV: Final = "KUBEFLOW_TRAINER_SERVER_CA_CERT"
 """Path of the CA certificate for an https endpoint."""
 INTERVAL_SECONDS: Final = 5.0
 """Minimum time between two reports of a phase, as in transformers' KubeflowCallback."""
+_CHECKPOINT_SECONDS: Final = 1.0
+"""Minimum time before the report of a new checkpoint: the next attempt resumes only from one that was reported, and
+the operator accepts a report each second."""
 HEARTBEAT_SECONDS: Final = 30.0
 """Time between two heartbeats while there is no progress to report."""
 _TIMEOUT_SECONDS: Final = 5.0
@@ -150,8 +154,8 @@ class HttpSink:
         self._token_file = token_file
         self._context = ssl.create_default_context(cafile=ca_file) if ca_file else None
         self._pending: Progress | None = None
-        self._phase: str | None = None
-        self._next = 0.0
+        self._posted: Progress | None = None
+        self._posted_at = -math.inf
         self._closed = False
         self._wakeup = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="progress", daemon=True)
@@ -190,15 +194,20 @@ class HttpSink:
         """Wait for progress to post, at most one per interval; None when closed."""
         with self._wakeup:
             while True:
-                left = self._next - time.monotonic()
                 waiting = self._pending
-                if waiting is not None and (left <= 0 or self._closed or waiting.phase != self._phase):
-                    self._pending, self._phase = None, waiting.phase
-                    self._next = time.monotonic() + INTERVAL_SECONDS
+                left = self._posted_at + self._interval(waiting) - time.monotonic() if waiting else math.inf
+                if waiting is not None and (left <= 0 or self._closed):
+                    self._pending, self._posted, self._posted_at = None, waiting, time.monotonic()
                     return waiting
                 if self._closed:
                     return None
                 self._wakeup.wait(left if waiting is not None else None)
+
+    def _interval(self, progress: Progress) -> float:
+        """Return the seconds that must have passed since the last post."""
+        if self._posted is None or progress.phase != self._posted.phase:
+            return 0.0
+        return INTERVAL_SECONDS if progress.checkpoint == self._posted.checkpoint else _CHECKPOINT_SECONDS
 
     def _post(self, progress: Progress) -> None:
         headers = {"Content-Type": "application/json"}

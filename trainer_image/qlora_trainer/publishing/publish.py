@@ -1,6 +1,7 @@
 """Writes adapter and report to files and uploads them; the manifest comes last and is written once."""
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -35,7 +36,8 @@ from qlora_trainer.storage.results import (
     describe_files,
     find_manifest,
     find_merged,
-    if_reusable,
+    find_published_meanwhile,
+    is_reusable,
     manifest_json,
     merged_folder,
     put_manifest,
@@ -45,6 +47,8 @@ from qlora_trainer.storage.results import (
 )
 from qlora_trainer.storage.store import ObjectExistsError, Store, sha256_of
 from qlora_trainer.training.state import Weights
+
+log = logging.getLogger(__name__)
 
 WEIGHTS_FOLDER: Final = {"qlora": "adapter", "lora": "adapter", "full": "model"}
 """Folder of the result, by method."""
@@ -116,12 +120,17 @@ def write_report(report: RunReport, rows: Sequence[EvaluatedRow], folder: Path) 
 def publish(output: Store, config: RunConfig, result: Result, folder: Path, now: datetime) -> Result:
     """Upload a folder and then its manifest; an existing result is returned instead, unless it is to be replaced."""
     digest, if_exists = config.prepared.digest, config.spec.output.if_exists
-    previous = find_manifest(output, digest)
-    published = if_reusable(output, previous, if_exists, config.uid)
+    previous, published, own = find_manifest(output, digest), None, None
+    if previous is not None and is_reusable(previous, if_exists, config.uid):
+        published = find_published_meanwhile(output, previous, build_manifest(config, result, (), now))
     if published is None:
         subfolder, files = _upload(output, config.prepared, folder)
         relocated = _relocate_result(result, config.prepared.prefix, subfolder)
-        published = _put_or_replace_manifest(output, build_manifest(config, relocated, files, now), previous)
+        own = build_manifest(config, relocated, files, now)
+        published = _put_or_replace_manifest(output, own, previous)
+    if published is not own:
+        publisher = published.run or "an unnamed run"
+        log.warning("%s published %s meanwhile: its adapter is the result, not this run's", publisher, digest)
     update_latest(output, digest, config.prepared.prefix)
     return published.result
 

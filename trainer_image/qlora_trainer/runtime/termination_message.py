@@ -52,8 +52,14 @@ class TerminationMessageWriter:
 
 
 def to_json_line(message: TerminationMessage, limit: int = TERMINATION_MESSAGE_BYTES) -> str:
-    """Return JSON of at most `limit` bytes; only the text of the message is shortened."""
+    """Return JSON of at most `limit` bytes; if needed, without URIs that the operator knows, and with a shorter text.
+
+    What remains is bounded by the models: 2 KiB of the model's configuration, and numbers.
+    """
     line = _dump(message)
+    if len(line.encode()) > limit and message.prepared is not None:
+        message = message.model_copy(update={"prepared": message.prepared.without_known_uris()})
+        line = _dump(message)
     # A character takes up to six bytes when escaped, so the length is found by binary search.
     low, high = 0, len(message.message)
     if len(line.encode()) <= limit:

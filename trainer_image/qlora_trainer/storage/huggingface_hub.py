@@ -1,7 +1,7 @@
 """Hugging Face Hub client: maps errors to reasons; the token is passed with each call and never stored."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal, TypeAlias
@@ -24,7 +24,7 @@ from qlora_api.object_names import ObjectName
 from qlora_api.reasons import Reason
 from qlora_trainer.errors import RunError
 from qlora_trainer.runtime.liveness import LIVENESS
-from qlora_trainer.storage.store import FieldRef, check_name
+from qlora_trainer.storage.store import FieldRef, check_name, report_refused
 
 RepoType: TypeAlias = Literal["model", "dataset"]
 
@@ -72,7 +72,14 @@ class Hub:
             info = get_info(name, revision=revision, timeout=_TIMEOUT_SECONDS)
         root = f"{self.endpoint or PUBLIC_HUB}/{name}"
         names = sorted(sibling.rfilename for sibling in info.siblings or ())
-        return str(info.sha), tuple(check_name(file, root, self.field_ref) for file in names)
+        return str(info.sha), tuple(self._check_names(names, root))
+
+    def _check_names(self, files: Iterable[str], root: str) -> Iterator[ObjectName]:
+        for file in files:
+            try:
+                yield check_name(file, root, self.field_ref)
+            except RunError as error:
+                report_refused(file, error, None)
 
     def download(self, name: str, commit: str, file: str, cache: Path, repo_type: RepoType = "model") -> Path:
         """Download a file of a commit into the cache and return its path; raises like `resolve`."""

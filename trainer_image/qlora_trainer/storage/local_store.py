@@ -20,6 +20,7 @@ from qlora_trainer.storage.store import (
     check_size,
     link_boundary,
     local_path,
+    report_refused,
     sha256_of,
 )
 
@@ -43,9 +44,7 @@ class FileStore:
                 name = check_name(file.relative_to(self.folder).as_posix(), self.root, self._field_ref)
                 entries.append(Entry(name, self.path_of(name).stat().st_size))
             except RunError as error:
-                if on_refused is None:
-                    raise
-                on_refused(error.message)
+                report_refused(file.name, error, on_refused)
         return tuple(entries)
 
     def path_of(self, path: str) -> Path:

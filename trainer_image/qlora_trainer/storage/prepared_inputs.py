@@ -10,12 +10,40 @@ from qlora_api.reasons import Reason
 from qlora_api.tolerant_reader import ignore_unknown
 from qlora_trainer.errors import RunError
 from qlora_trainer.storage.snapshots import Snapshot, text_files, weight_files
-from qlora_trainer.storage.store import MODEL_FIELD, OUTPUT_FIELD, Store, sha256_of
+from qlora_trainer.storage.store import MODEL_FIELD, OUTPUT_FIELD, ObjectExistsError, Store, sha256_of
 
 _SHOWN_DIGITS: Final = 16
 """Digits of a SHA-256 in a message; the comparison is of all 64."""
 
 log = logging.getLogger(__name__)
+
+
+def store_prepared_file(output: Store, digest: str, name: str, source: Path | bytes) -> tuple[str, str]:
+    """Upload a file that training will read, and return its path below the result's prefix and its SHA-256.
+
+    Runs with equal results may differ in such files, as benchmarks do not change the adapter; if the name is taken by
+    other content, the file gets a name of its own, so that no run replaces what another one recorded.
+    """
+    sha256 = sha256_of(source)
+    try:
+        output.put(f"{digest}/{name}", source, if_none_match=True)
+    except ObjectExistsError:
+        path = f"{digest}/{name}"
+        if (output.stored_sha256(path) or output.sha256(path)) != sha256:
+            name = _name_by_content(name, sha256)
+            output.put(f"{digest}/{name}", source)
+    return name, sha256
+
+
+def find_prepared_file(inputs: PreparedInputs | None, name: str) -> str:
+    """Return the path of a file that preparation recorded under this name, or under one with its SHA-256."""
+    recorded = inputs.prepared.items() if inputs else ()
+    return next((path for path, sha256 in recorded if path in {name, _name_by_content(name, sha256)}), name)
+
+
+def _name_by_content(name: str, sha256: str) -> str:
+    stem, dot, extension = name.rpartition(".")
+    return f"{stem}-{sha256[:_SHOWN_DIGITS]}{dot}{extension}"
 
 
 def store_inputs(output: Store, prepared: Prepared, inputs: PreparedInputs) -> Prepared:

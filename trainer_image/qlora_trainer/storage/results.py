@@ -13,7 +13,7 @@ from qlora_api.report import ManifestFile, MergedManifest, ResultManifest
 from qlora_api.result import Result
 from qlora_api.runconfig import PrepareConfig, RunConfig
 from qlora_api.tolerant_reader import ignore_unknown
-from qlora_api.units import MIB
+from qlora_api.units import GIB, MIB
 from qlora_api.v1alpha1 import MergeBase, OutputSpec, QLoRAJobSpec
 from qlora_trainer.errors import RunError
 from qlora_trainer.storage.credentials import load_secrets
@@ -36,6 +36,8 @@ REJECTED_RECORD: Final = f"{REJECTED}/rejected.json"
 """Manifest of a rejected result, written last as well."""
 MAX_MANIFEST_BYTES: Final = 16 * MIB
 """Largest manifest that is read; one lists some twenty files, with about 200 bytes each."""
+_MAX_VERIFIED_BYTES: Final = GIB
+"""Largest file that is read to verify a result without a new training; adapters are smaller, full models are not."""
 _NOT_OF_A_RESULT: Final = frozenset({MANIFEST, "checkpoints", "hangs", "merged", "prepared"})
 """First segments of objects next to a result that its manifest does not list."""
 _Manifest = TypeVar("_Manifest", ResultManifest, MergedManifest)
@@ -80,10 +82,17 @@ def find_reusable(
     return _if_intact(output, found)
 
 
-def if_reusable(output: Store, found: ResultManifest | None, if_exists: IfExists, run: str) -> ResultManifest | None:
-    """Return a manifest if its result may be reused, and the output has all its files as it lists them."""
-    reusable = found is not None and is_reusable(found, if_exists, run)
-    return _if_intact(output, found) if reusable else None
+def find_published_meanwhile(output: Store, found: ResultManifest | None, own: ResultManifest) -> ResultManifest | None:
+    """Return a manifest that appeared while this run trained, if the output has all its files as it lists them.
+
+    Raises:
+        RunError: INVALID_SPEC if it is of another job or digest. `check_own_uris` checks what it points to.
+
+    """
+    intact = _if_intact(output, found)
+    if intact is not None:
+        _check_identity(output, intact, f"{own.digest}/{MANIFEST}", own.job, own.full_digest)
+    return intact
 
 
 def is_reusable(manifest: ResultManifest, if_exists: IfExists, run: str) -> bool:
@@ -108,14 +117,18 @@ def check_own(output: Store, manifest: ResultManifest, path: str, full_digest: s
     """
     digest = path.partition("/")[0]
     job = output.root.rpartition("/")[2]
-    if (manifest.digest, manifest.job) != (digest, job):
-        raise _not_own(output, path, f"it is of job {manifest.job[:63]!r} with digest {manifest.digest[:64]!r}")
-    if None not in {full_digest, manifest.full_digest} and manifest.full_digest != full_digest:
-        raise _not_own(output, path, f"its full digest is {manifest.full_digest}, not {full_digest}")
+    _check_identity(output, manifest, path, job, full_digest)
     check_own_uris(output, manifest.result, path)
     folder = manifest.result.adapter.removeprefix(f"{output.root}/{digest}/")
     if not any(file.path.startswith(f"{folder}/") for file in manifest.files):
         raise _not_own(output, path, f"it lists no file of {manifest.result.adapter}")
+
+
+def _check_identity(output: Store, manifest: ResultManifest, path: str, job: str, full_digest: str | None) -> None:
+    if (manifest.digest, manifest.job) != (path.partition("/")[0], job):
+        raise _not_own(output, path, f"it is of job {manifest.job[:63]!r} with digest {manifest.digest[:64]!r}")
+    if None not in {full_digest, manifest.full_digest} and manifest.full_digest != full_digest:
+        raise _not_own(output, path, f"its full digest is {manifest.full_digest}, not {full_digest}")
 
 
 def check_own_uris(output: Store, result: Result, path: str) -> Result:
@@ -182,10 +195,18 @@ def _if_intact(output: Store, manifest: _Manifest | None) -> _Manifest | None:
     sizes = sizes_below(output, manifest.digest)
     for file in manifest.files:
         path = f"{manifest.digest}/{file.path}"
-        if sizes.get(path) != file.size or output.stored_sha256(path) not in {"", file.sha256}:
+        if sizes.get(path) != file.size or not _has_content(output, path, file):
             log.warning("%s/%s does not match its manifest, so the result is not used", output.root, path)
             return None
     return manifest
+
+
+def _has_content(output: Store, path: str, file: ManifestFile) -> bool:
+    """Return whether an object has the listed SHA-256; what the store computed none of is read, if it is not large."""
+    stored = output.stored_sha256(path)
+    if not stored and file.size <= _MAX_VERIFIED_BYTES:
+        stored = output.sha256(path)
+    return stored in {"", file.sha256}
 
 
 def sizes_below(output: Store, folder: str) -> dict[str, int]:
@@ -224,11 +245,16 @@ def _matches(local: Path, file: ManifestFile) -> bool:
 
 
 def put_manifest(output: Store, manifest: ResultManifest) -> ResultManifest:
-    """Publish a result by writing its manifest; return it, or the existing one if another run was faster."""
+    """Publish a result by writing its manifest; return it, or the existing one if another run was faster.
+
+    Raises:
+        RunError: INVALID_SPEC if the existing one is of another job or digest.
+
+    """
     try:
         output.put(f"{manifest.digest}/{MANIFEST}", manifest_json(manifest), if_none_match=True)
     except ObjectExistsError:
-        if published := _if_intact(output, find_manifest(output, manifest.digest)):
+        if published := find_published_meanwhile(output, find_manifest(output, manifest.digest), manifest):
             return published
         replace_manifest(output, manifest)
     return manifest

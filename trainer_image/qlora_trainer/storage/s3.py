@@ -33,6 +33,7 @@ from qlora_trainer.storage.store import (
     check_count,
     check_name,
     check_size,
+    report_refused,
     sha256_of,
 )
 
@@ -104,9 +105,7 @@ class S3Store:
             try:
                 name = check_name(found["Key"].removeprefix(self._prefix), self.root, self._field_ref)
             except RunError as error:
-                if on_refused is None:
-                    raise
-                on_refused(error.message)
+                report_refused(found["Key"], error, on_refused)
             else:
                 entries.append(Entry(name, found["Size"], found["ETag"].strip('"')))
         return tuple(sorted(entries, key=lambda entry: entry.path))

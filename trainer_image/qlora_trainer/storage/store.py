@@ -1,6 +1,7 @@
 """Interface of the stores for data and results: s3://, file://, and pvc:// for reading."""
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +15,28 @@ from qlora_api.units import MIB
 from qlora_trainer.errors import RunError
 
 _CHUNK_BYTES: Final = MIB
+_READ_SUFFIXES: Final = (
+    ".arrow",
+    ".csv",
+    ".feather",
+    ".gz",
+    ".jinja",
+    ".json",
+    ".jsonl",
+    ".model",
+    ".ndjson",
+    ".parquet",
+    ".pq",
+    ".safetensors",
+    ".tsv",
+    ".txt",
+)
+"""Endings of files that are read from datasets and models; to leave one out would change what is learned."""
 MAX_LISTED: Final = 100_000
 """Objects of a listing: a hundred requests to S3; a dataset or a model has hundreds of files."""
 Item = TypeVar("Item")
+
+log = logging.getLogger(__name__)
 
 
 class ObjectExistsError(Exception):
@@ -79,7 +99,7 @@ class Store(Protocol):
         Args:
             prefix: Folder relative to `root`, without a trailing slash; empty for all objects.
             on_refused: Called with a message for each object whose name or link points elsewhere; without it,
-                such an object is an error.
+                such an object is an error if its ending says that it is data or part of a model, and logged if not.
 
         Returns:
             The entries, sorted by path.
@@ -187,6 +207,13 @@ def check_name(path: str, root: str, field_ref: FieldRef) -> ObjectName:
         raise RunError(
             field_ref.not_found, f"{field_ref.field}: an object below {root} cannot be read or written: {error}"
         ) from error
+
+
+def report_refused(path: str, error: RunError, on_refused: Callable[[str], None] | None) -> None:
+    """Report an object that a listing leaves out; raise the error if the listing is of data or a model, and has to."""
+    if on_refused is None and path.lower().endswith(_READ_SUFFIXES):
+        raise error
+    (on_refused or log.warning)(error.message)
 
 
 def check_size(content: bytes, max_bytes: int | None, where: str, field_ref: FieldRef) -> bytes:

@@ -1,6 +1,5 @@
 """Checkpoints of a training run in its output: uploaded with the manifest last, verified before a run resumes."""
 
-import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,13 +12,14 @@ from pydantic import AfterValidator, AwareDatetime
 from safetensors.torch import load_file, save_file
 
 from qlora_api.base import ApiModel
-from qlora_api.report import ManifestFile, StepRecord, ValidationRecord
+from qlora_api.report import StepRecord, ValidationRecord
 from qlora_api.tolerant_reader import ignore_unknown
 from qlora_api.units import KIB, MIB
 from qlora_api.v1alpha1 import Checkpoint
 from qlora_trainer.errors import RunError
 from qlora_trainer.storage.results import MANIFEST, MAX_MANIFEST_BYTES, describe_files, download_listed
-from qlora_trainer.storage.store import Store
+from qlora_trainer.storage.store import Store, sha256_of
+from qlora_trainer.training.checkpoint_manifest import CheckpointId, CheckpointManifest, Digests, check_digest
 from qlora_trainer.training.state import FlatState, History, TrainingState
 
 _ADAPTER: Final = "adapter.safetensors"
@@ -30,7 +30,6 @@ _FORMER_OPTIMIZERS: Final = {"paged_adamw": "pagedAdamw", "paged_adamw8bit": "pa
 """Optimizer names in older checkpoints, mapped to the spelling of the spec."""
 _FILES: Final = frozenset({_ADAPTER, _BEST, _OPTIMIZER, _RECORD})
 """What a checkpoint consists of; a manifest that lists other files is none of ours."""
-_NAME: Final = re.compile(r"step-(?P<step>[0-9]{6,9})-a(?P<attempt>[0-9]{1,9})")
 _MAX_ATTEMPT: Final = 10**8
 """Attempts above are not counted: nothing of ours is numbered so high, and the next number must still be a name."""
 _MAX_OPTIMIZER_BYTES: Final = 64 * MIB
@@ -67,40 +66,6 @@ class CheckpointRecord(ApiModel):
     scaler: dict[str, float]
 
 
-class CheckpointManifest(ApiModel):
-    """manifest.json of a checkpoint; it is uploaded last, so if it exists, all files do."""
-
-    step: int
-    time: AwareDatetime
-    """When all files were uploaded."""
-    verified: bool
-    """Whether the object store confirmed the SHA-256 of every file."""
-    files: tuple[ManifestFile, ...]
-
-
-@dataclass(frozen=True, order=True)
-class CheckpointId:
-    """Step and attempt of a checkpoint; the attempt keeps overlapping attempts from writing the same object.
-
-    Ordered by age: at the same step, the checkpoint of the later attempt is the newer one.
-    """
-
-    step: int
-    attempt: int
-
-    @property
-    def name(self) -> str:
-        """Return the folder name."""
-        return f"step-{self.step:06}-a{self.attempt}"
-
-    @classmethod
-    def parse(cls, name: str) -> "CheckpointId | None":
-        """Parse a folder name; None if it is not a checkpoint's."""
-        match = _NAME.fullmatch(name)
-        found = cls(int(match["step"]), int(match["attempt"])) if match else None
-        return found if found is not None and found.name == name else None  # no further leading zeros
-
-
 @dataclass(frozen=True)
 class CheckpointCallbacks:
     """Callbacks for checkpoint events."""
@@ -116,6 +81,8 @@ class LoadedCheckpoint:
     """A checkpoint that a run resumes from."""
 
     checkpoint_id: CheckpointId
+    digest: str
+    """SHA-256 of its manifest."""
     state: TrainingState
 
 
@@ -139,9 +106,15 @@ class CheckpointStore:
         self._attempt = attempt
         self._callbacks = callbacks
         self._folder = f"{fingerprint.digest}/checkpoints"
+        self._digests: dict[str, str] = {}
+        """SHA-256 of the manifests of the checkpoints that this run wrote or resumed from, by folder name."""
 
-    def load_latest(self) -> LoadedCheckpoint | None:
+    def load_latest(self, reported: Checkpoint | None = None) -> LoadedCheckpoint | None:
         """Return the newest intact checkpoint with the same fingerprint; others are logged and skipped.
+
+        Args:
+            reported: The newest checkpoint that an earlier attempt reported. If its digest is known, only it and the
+                earlier ones that its manifest names are loaded: anybody who can write the bucket can add others.
 
         Returns:
             None if the run starts from step 0.
@@ -151,13 +124,13 @@ class CheckpointStore:
                 is logged and skipped.
 
         """
-        folders = self._folders()
+        folders, trusted = self._folders(), self._trusted_digests(reported)
         # Outside a cluster every attempt has number 1, but must not write into the folder of an earlier one.
         earlier = (found.attempt + 1 for found in _parse_ids(folders) if found.attempt < _MAX_ATTEMPT)
         self._attempt = max([self._attempt, *earlier])
         for name in sorted(folders, key=_sort_key, reverse=True):
             try:
-                found = self._load_folder(name, folders[name])
+                found = self._load_folder(name, folders[name], trusted)
             except Exception as error:  # others write here too, and pydantic, safetensors and torch raise many types
                 self._callbacks.note(f"checkpoint {self._folder}/{name} skipped: {error}")
                 continue
@@ -166,15 +139,20 @@ class CheckpointStore:
             return found
         return None
 
-    def load(self, checkpoint_id: CheckpointId) -> TrainingState:
+    def load(self, checkpoint_id: CheckpointId, digest: str) -> TrainingState:
         """Load the checkpoint that the main process chose, on the other ranks.
+
+        Args:
+            checkpoint_id: Its step and attempt.
+            digest: SHA-256 of the manifest that the main process read; it may have been replaced since.
 
         Raises:
             RunError: The store failed.
-            ValueError: A file or the fingerprint does not match.
+            ValueError: The manifest, a file or the fingerprint does not match.
 
         """
-        return self._load(checkpoint_id)[1]
+        manifest, _ = self._read_manifest(checkpoint_id, {checkpoint_id.name: digest})
+        return self._load(checkpoint_id, manifest)
 
     def save(self, state: TrainingState, keep: int) -> None:
         """Upload a checkpoint, manifest last, and prune older ones.
@@ -196,10 +174,14 @@ class CheckpointStore:
                 for file in files
             ]
         now = datetime.now(UTC).replace(microsecond=0)
-        manifest = CheckpointManifest(step=checkpoint_id.step, time=now, verified=all(confirmed), files=files)
+        earlier = dict(sorted(self._digests.items(), key=lambda item: _sort_key(item[0]))[-keep:])
+        manifest = CheckpointManifest(
+            step=checkpoint_id.step, time=now, verified=all(confirmed), files=files, earlier=earlier
+        )
         content = manifest.model_dump_json(by_alias=True).encode()
         self._output.put(f"{self._path(checkpoint_id.name)}/{MANIFEST}", content)
-        self._callbacks.on_complete(self._describe(checkpoint_id, manifest))
+        self._digests = {**earlier, checkpoint_id.name: sha256_of(content)}
+        self._callbacks.on_complete(self._describe(checkpoint_id, manifest, sha256_of(content)))
         self._prune(checkpoint_id, keep)
 
     def delete_all(self) -> None:
@@ -221,19 +203,31 @@ class CheckpointStore:
             found[name] = found.get(name, False) or file == MANIFEST
         return found
 
-    def _load_folder(self, name: str, complete: bool) -> LoadedCheckpoint:
+    def _trusted_digests(self, reported: Checkpoint | None) -> dict[str, str] | None:
+        """Return the digest of the reported checkpoint by its name; None if there is none, or it is of another run."""
+        folder, _, name = reported.uri.rpartition("/") if reported else ("", "", "")
+        own = folder == f"{self._output.root}/{self._folder}"
+        return {name: reported.digest} if own and reported is not None and reported.digest else None
+
+    def _load_folder(self, name: str, complete: bool, trusted: dict[str, str] | None) -> LoadedCheckpoint:
         checkpoint_id = CheckpointId.parse(name)
         if checkpoint_id is None:
             raise ValueError("its name is not step-NNNNNN-aN")
         if not complete:
             raise ValueError("it has no manifest.json, so it is incomplete")
-        manifest, state = self._load(checkpoint_id)
-        self._callbacks.on_complete(self._describe(checkpoint_id, manifest))
-        return LoadedCheckpoint(checkpoint_id, state)
+        manifest, digest = self._read_manifest(checkpoint_id, trusted)
+        if trusted is not None:
+            trusted.update(manifest.earlier)
+        state = self._load(checkpoint_id, manifest)
+        self._digests = {**manifest.earlier, name: digest}
+        self._callbacks.on_complete(self._describe(checkpoint_id, manifest, digest))
+        return LoadedCheckpoint(checkpoint_id, digest, state)
 
-    def _describe(self, checkpoint_id: CheckpointId, manifest: CheckpointManifest) -> Checkpoint:
+    def _describe(self, checkpoint_id: CheckpointId, manifest: CheckpointManifest, digest: str) -> Checkpoint:
         uri = f"{self._output.root}/{self._path(checkpoint_id.name)}"
-        return Checkpoint(step=checkpoint_id.step, uri=uri, time=manifest.time, verified=manifest.verified)
+        return Checkpoint(
+            step=checkpoint_id.step, uri=uri, time=manifest.time, verified=manifest.verified, digest=digest
+        )
 
     def _prune(self, newest: CheckpointId, keep: int) -> None:
         """Delete older checkpoints, and incomplete ones of earlier attempts."""
@@ -266,11 +260,16 @@ class CheckpointStore:
         )
         (folder / _RECORD).write_text(record.model_dump_json(by_alias=True))
 
-    def _load(self, checkpoint_id: CheckpointId) -> tuple[CheckpointManifest, TrainingState]:
-        path = self._path(checkpoint_id.name)
-        content = self._output.read(f"{path}/{MANIFEST}", MAX_MANIFEST_BYTES)
-        manifest = ignore_unknown(CheckpointManifest, content, f"{path}/{MANIFEST}")
+    def _read_manifest(self, checkpoint_id: CheckpointId, trusted: Digests | None) -> tuple[CheckpointManifest, str]:
+        """Return a manifest and its SHA-256."""
+        path = f"{self._path(checkpoint_id.name)}/{MANIFEST}"
+        content = self._output.read(path, MAX_MANIFEST_BYTES)
+        check_digest(checkpoint_id.name, sha256_of(content), trusted)
+        return ignore_unknown(CheckpointManifest, content, path), sha256_of(content)
+
+    def _load(self, checkpoint_id: CheckpointId, manifest: CheckpointManifest) -> TrainingState:
         self._check_files(manifest)
+        path = self._path(checkpoint_id.name)
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             download_listed(self._output, path, manifest.files, folder)
@@ -281,7 +280,7 @@ class CheckpointStore:
             weights, best = load_file(folder / _ADAPTER), load_file(folder / _BEST)
         self.started_at, self.peak_memory_bytes = record.started_at, record.peak_memory_bytes
         history = History(record.steps, record.held_out)
-        return manifest, TrainingState(history, weights, optimizer, record.scaler, best)
+        return TrainingState(history, weights, optimizer, record.scaler, best)
 
     def _check_files(self, manifest: CheckpointManifest) -> None:
         """Raise ValueError unless the manifest lists the files of a checkpoint, each once, with a record to read."""

@@ -97,6 +97,15 @@ def test_logs_are_read_from_s3_with_the_keys_of_this_computer(monkeypatch: pytes
     assert paper.lines == ["1-0 | 2026-03-01T12:00:01.000Z info    from S3"]
 
 
+def test_log_that_somebody_made_huge_is_not_read_into_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(archived, "MAX_READ_BYTES", 1000)
+    leave_log(tmp_path, "attempt-1-node-0-rank-0.jsonl", "x" * 2000)
+    with pytest.raises(ClusterError, match=r"attempt-1-node-0-rank-0\.jsonl is larger than 1000 bytes; delete it"):
+        archived.show_archived_logs(
+            make_left(tmp_path, make_ended(1)), MissingLogs(1), WISH, printer()[1], PlainConsole().console
+        )
+
+
 def test_archived_line_shows_its_rank(tmp_path: Path):
     raw = json.dumps({"time": "2026-03-01T12:00:01Z", "level": "info", "message": "a step", "rank": 3})
     leave_log(tmp_path, "attempt-1-node-1-rank-3.jsonl", raw)

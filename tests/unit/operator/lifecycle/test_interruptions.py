@@ -6,6 +6,7 @@ import pytest
 
 from qlora_api.names import Phase
 from qlora_api.reasons import Reason
+from qlora_api.runconfig import RunConfig
 from qlora_api.v1alpha1 import Checkpoint, Progress
 from qlora_operator.lifecycle.job_deadline import SAFETY_MARGIN
 from tests.fakes import FakeCluster
@@ -13,7 +14,13 @@ from tests.make import NOW, PREPARED_MESSAGE, PUBLISHED_MESSAGE, make_manifest, 
 from tests.unit.operator.life import PREPARE, TRAIN, reconcile_now, reconcile_until_stable, run_to_success
 
 SECOND = "support-bot-2"
-CHECKPOINT = Checkpoint(step=50, uri=f"{make_prepared().prefix}/checkpoints/step-000050-a1", time=NOW, verified=True)
+CHECKPOINT = Checkpoint(
+    step=50,
+    uri=f"{make_prepared().prefix}/checkpoints/step-000050-a1",
+    time=NOW + timedelta(days=1),
+    verified=True,
+    digest="d" * 64,
+)
 
 
 @pytest.fixture
@@ -33,6 +40,11 @@ async def start(cluster: FakeCluster) -> None:
 
 def report(cluster: FakeCluster) -> Progress:
     return Progress(percent=20, step=50, updated_at=cluster.now, phase=Phase.TRAINING, checkpoint=CHECKPOINT)
+
+
+def run_config(cluster: FakeCluster, name: str) -> RunConfig:
+    """Return the configuration of a training attempt."""
+    return RunConfig.model_validate_json(cluster.children["ConfigMap", name]["data"]["run.json"])
 
 
 def outcome(cluster: FakeCluster) -> tuple[str, str]:
@@ -65,6 +77,8 @@ async def test_suspended_training_resumes_as_next_attempt(cluster: FakeCluster) 
     cluster.change(suspend=False)
     await reconcile_until_stable(cluster)
     assert (cluster.status["phase"], cluster.status["attempt"]) == (Phase.SCHEDULING, 2)
+    assert run_config(cluster, TRAIN).checkpoint is None
+    assert run_config(cluster, SECOND).checkpoint == CHECKPOINT
     cluster.start_pod(SECOND)
     cluster.end_pod(SECOND, 0, PUBLISHED_MESSAGE)
     await reconcile_until_stable(cluster)

@@ -221,13 +221,14 @@ CHECKPOINT = {
     "checkpoint_uri": "s3://adapters/team-a/support-bot/0123456789abcdef/checkpoints/step-000100-a1",
     "checkpoint_time": "2026-03-01T11:59:00Z",
     "checkpoint_verified": "True",
+    "checkpoint_digest": "d" * 64,
 }
 
 
 def test_checkpoint_of_report_is_parsed() -> None:
     report = read_report(ProgressReport.model_validate(make_report(CHECKPOINT)), NOW)
     assert report.checkpoint == Checkpoint(
-        step=100, uri=CHECKPOINT["checkpoint_uri"], time=NOW - timedelta(minutes=1), verified=True
+        step=100, uri=CHECKPOINT["checkpoint_uri"], time=NOW - timedelta(minutes=1), verified=True, digest="d" * 64
     )
 
 
@@ -239,6 +240,7 @@ def test_checkpoint_of_report_is_parsed() -> None:
         pytest.param({"checkpoint_time": "2026-03-01T11:59:00"}, id="a-time-without-a-zone"),
         pytest.param({"checkpoint_verified": "perhaps"}, id="neither-yes-nor-no"),
         pytest.param({"checkpoint_uri": None}, id="nowhere"),
+        pytest.param({"checkpoint_digest": "latest"}, id="no-digest"),
     ],
 )
 def test_unparsable_checkpoint_is_left_out(change: dict[str, str | None]) -> None:

@@ -67,6 +67,12 @@ def test_long_message_is_cut_between_characters(message: str) -> None:
     assert message.startswith(note)
 
 
+def test_long_message_is_cut_between_escapes() -> None:
+    for shift in range(5):
+        note = build_event(OWNER, "1", make_status(message="x" * shift + "\x1b" * 2000), NOW)["note"]
+        assert note.endswith("\\x1b")
+
+
 @pytest.mark.parametrize("phase", Phase)
 def test_every_phase_has_a_valid_event_action(phase: Phase) -> None:
     assert 0 < len(EVENT_ACTIONS[phase]) <= 128

@@ -9,7 +9,7 @@ from qlora_api.names import RUNNING, TERMINAL, ConditionType, Phase, Role
 from qlora_api.reasons import Reason
 from qlora_api.units import format_duration
 from qlora_api.v1alpha1 import Attempt, Progress, QLoRAJobStatus
-from qlora_api.v1alpha1.status import MAX_SUMMARY
+from qlora_api.v1alpha1.status import MAX_ATTEMPT_MESSAGE, MAX_MESSAGE, MAX_SUMMARY
 from qlora_operator.models import Decision, Pod
 from qlora_operator.status import derive_status, held_gpus, to_wire, with_observed_generation
 from qlora_operator.status.formatting import format_number, format_step
@@ -114,6 +114,18 @@ def test_failure_message_has_remedy() -> None:
     assert status_in(Phase.FAILED).message == (
         "because. What to do: Lower spec.training.microBatchSize or spec.training.maxLength, or choose a larger GPU."
     )
+
+
+@pytest.mark.parametrize("shift", range(5))
+def test_messages_are_cut_between_escapes(shift: int) -> None:
+    text = "x" * shift + "\x1b" * MAX_MESSAGE
+    attempt = Attempt(number=1, job="support-bot-1", reason=Reason.TRAINER_ERROR).model_copy(update={"message": text})
+    decision = Decision(Phase.FAILED, Reason.TRAINER_ERROR, text, attempt=attempt)
+    status = derive_status(QLoRAJobStatus(), decision, None, gpus=1, generation=1, now=NOW)
+    assert (status.message or "").partition(". What to do: ")[0].endswith("\\x1b")
+    assert status.attempts[0].message.endswith("\\x1b")
+    assert len(status.message or "") <= MAX_MESSAGE
+    assert len(status.attempts[0].message) <= MAX_ATTEMPT_MESSAGE
 
 
 def test_result_is_in_status() -> None:

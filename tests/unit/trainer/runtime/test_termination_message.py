@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -20,7 +21,7 @@ from qlora_api.runconfig import PrepareConfig
 from qlora_api.v1alpha1 import Checkpoint, Progress
 from qlora_trainer.__main__ import COMMANDS, main, read_config
 from qlora_trainer.errors import RunError, as_run_error
-from qlora_trainer.observability.progress import Heartbeat, HttpSink, Sinks, to_body
+from qlora_trainer.observability.progress import INTERVAL_SECONDS, Heartbeat, HttpSink, Sinks, to_body
 from qlora_trainer.runtime.shutdown import StopFlag, as_exit_error, interrupted_error
 from qlora_trainer.runtime.termination_message import (
     TerminationMessageWriter,
@@ -219,7 +220,11 @@ def test_progress_body_follows_kubeflow_trainers_protocol():
 
 
 CHECKPOINT = Checkpoint(
-    step=5, uri="s3://b/job/d/checkpoints/step-000005-a1", time=datetime(2026, 1, 2, tzinfo=UTC), verified=True
+    step=5,
+    uri="s3://b/job/d/checkpoints/step-000005-a1",
+    time=datetime(2026, 1, 2, tzinfo=UTC),
+    verified=True,
+    digest="d" * 64,
 )
 
 
@@ -230,6 +235,7 @@ def test_progress_body_has_the_newest_checkpoint():
         {"name": "checkpoint_uri", "value": "s3://b/job/d/checkpoints/step-000005-a1"},
         {"name": "checkpoint_time", "value": "2026-01-02T00:00:00Z"},
         {"name": "checkpoint_verified", "value": "True"},
+        {"name": "checkpoint_digest", "value": "d" * 64},
     ]
 
 
@@ -280,6 +286,20 @@ def test_progress_posts_are_rate_limited_except_phase_changes(endpoint, tmp_path
     assert {"name": "phase", "value": "Publishing"} in [
         metric.model_dump() for metric in received[-1][1].trainer_status.metrics
     ]
+
+
+def test_new_checkpoint_is_posted_before_the_next_interval(endpoint):
+    url, received = endpoint
+    sink = HttpSink(url, None)
+    sink.report(progress(1))
+    started = time.monotonic()
+    while len(received) < 1 and time.monotonic() - started < 30:
+        time.sleep(0.01)
+    sink.report(progress(2).model_copy(update={"checkpoint": CHECKPOINT}))
+    while len(received) < 2 and time.monotonic() - started < 30:
+        time.sleep(0.01)
+    assert time.monotonic() - started < INTERVAL_SECONDS - 1
+    sink.close()
 
 
 def test_heartbeat_repeats_the_last_report_except_between_steps():
