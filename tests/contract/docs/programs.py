@@ -37,6 +37,7 @@ _COMMON: Final = {
     "--context",
 }
 _KUBECTL: Final[Mapping[str, frozenset[str]]] = {
+    "annotate": frozenset({"--overwrite"}),
     "apply": frozenset({"--server-side"}),
     "auth": frozenset({"--list"}),
     "cluster-info": frozenset(),
