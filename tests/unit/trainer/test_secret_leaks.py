@@ -218,7 +218,7 @@ def test_failure_messages_leak_no_credential(
 
 def test_manifests_reference_secrets_by_name_and_mount_them_as_files() -> None:
     spec = make_canary_spec("http://mlflow:5000", resources={"gpusPerNode": 0})
-    run = AttemptInputs(1, make_plan(spec, make_prepared()), make_prepared(), 3600, ())
+    run = AttemptInputs(1, make_plan(spec, make_prepared()), make_prepared())
     children = (
         build_prepare_config(OWNER, spec, INSTALLATION),
         build_prepare_job(OWNER, spec, INSTALLATION),

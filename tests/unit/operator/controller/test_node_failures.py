@@ -12,7 +12,7 @@ from qlora_api.v1alpha1 import Attempt, QLoRAJobStatus
 from qlora_operator.cluster.http import Api
 from qlora_operator.controller.controller import Controller
 from qlora_operator.controller.metrics import Metrics
-from qlora_operator.controller.reconcile import ReconcileRequest, ReconcileResult
+from qlora_operator.controller.result import ReconcileRequest, ReconcileResult
 from qlora_operator.lifecycle import ReconcileContext
 from qlora_operator.models import Manifest, RawJob
 from qlora_operator.resources import Installation

@@ -165,7 +165,7 @@ def test_preparation_and_run_without_plan_hold_no_gpu() -> None:
     assert held_gpus(make_observation(make_child()), None) == 0
 
 
-@pytest.mark.parametrize("phase", TERMINAL)
+@pytest.mark.parametrize("phase", sorted(TERMINAL))
 def test_finished_run_holds_no_gpu(phase: Phase) -> None:
     assert status_in(phase).gpus == 0
     former = QLoRAJobStatus(phase=phase, gpus=2)
