@@ -228,6 +228,8 @@ class FakeCluster:
             self.children[key]["metadata"] |= self._new_metadata()
             if key[0] == "Job":
                 self._start_job(self.children[key])
+        elif key[0] == "ConfigMap":
+            existing["data"] = copy.deepcopy(child["data"])
         self._wrote("ensure", f"{key[0]}/{key[1]}")
         return existing is None
 

@@ -212,6 +212,9 @@ class Preparation(ApiModel):
 
     number: int = Field(default=1, ge=1, le=MOST_PREPARATIONS, description="Counts the prepare Jobs from 1.")
     failures: int = Field(default=0, ge=0, description="Failed preparations since the last success or suspension.")
+    unexplained: int = Field(
+        default=0, ge=0, description="How many of the last ones in a row ended without a termination message."
+    )
     reason: Reason | None = Field(default=None, description="How the last of them ended.")
     message: Annotated[str, Field(max_length=MAX_ATTEMPT_MESSAGE)] = Field(
         default="", description="How it ended, in a sentence."

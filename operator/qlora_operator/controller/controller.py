@@ -27,6 +27,7 @@ from qlora_operator.controller.served_namespaces import LIST, ServedNamespaces
 from qlora_operator.controller.watch_health import WatchHealth
 from qlora_operator.controller.workqueue import WorkQueue
 from qlora_operator.lifecycle import Reception, ReconcileContext, is_terminal
+from qlora_operator.lifecycle.context import NODE_FAILURES_LOAD
 from qlora_operator.progress_server import PodAuthorizer, ProgressEndpoint, ProgressServer, ReportStore
 from qlora_operator.resources import Owner, build_quarantine_event
 from qlora_operator.settings import Settings
@@ -211,6 +212,7 @@ class Controller:
             self._reports_since,
             self._reports.job_uid(ref),
             self._node_failures.quarantined(now),
+            self._reports_since is not None and now >= self._reports_since + NODE_FAILURES_LOAD,
             Reception(self._reports.others(ref), self._reports.resumed_at(ref.namespace)),
         )
 

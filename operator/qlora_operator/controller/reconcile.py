@@ -8,12 +8,14 @@ from typing import Final
 from qlora_api.job_ref import JobRef
 from qlora_api.names import Phase, Role
 from qlora_api.reasons import Reason
+from qlora_api.v1alpha1 import Progress
 from qlora_operator.cluster.interface import AdmissionDeniedError, Cluster, InvalidStatusError, NameConflictError
 from qlora_operator.controller.finished import reconcile_finished
 from qlora_operator.controller.requeue import requeue_delay
 from qlora_operator.controller.result import ReconcileRequest, ReconcileResult, write_if_changed
 from qlora_operator.lifecycle import (
     ReconcileContext,
+    checkpoint_of_restart,
     decide,
     disliked_nodes,
     is_terminal,
@@ -29,6 +31,7 @@ from qlora_operator.lifecycle import (
     revive,
     unexplained_jobs,
 )
+from qlora_operator.lifecycle.gang import classify_child
 from qlora_operator.lifecycle.leftovers import END_GRACE
 from qlora_operator.lifecycle.prepare_retries import next_preparation
 from qlora_operator.lifecycle.retry_policy import AT_ONCE
@@ -64,7 +67,13 @@ from qlora_operator.resources import (
     build_service,
     build_train_job,
 )
-from qlora_operator.status import derive_alternatives, held_gpus, merge_attempt, without_refused_reasons
+from qlora_operator.status import (
+    derive_alternatives,
+    derive_checkpoint,
+    held_gpus,
+    merge_attempt,
+    without_refused_reasons,
+)
 from qlora_operator.stored_job import ReadJob, read_job
 from qlora_planner.validation import Violation
 
@@ -135,6 +144,7 @@ async def reconcile_once(
     if created and is_first_step(decision, job):
         return ReconcileResult(AT_ONCE)  # status comes after the first steps of all queued QLoRAJobs
     decision = await limit_jobs(decision, job, children, cluster, now)
+    await refresh_run_config(decision, job, children, cluster, installation, request.context.last_report)
     gpus = held_gpus(children, decision.plan or job.status.plan)
     return await write_status(request, decision, gpus, cluster)
 
@@ -147,7 +157,8 @@ def is_first_step(decision: Decision, job: Job) -> bool:
 
 def is_noop(decision: Decision, job: Job, children: Observation, now: datetime) -> bool:
     """Return whether a decision changes and records nothing, so that a stale cache can do no harm."""
-    facts = (decision.plan, decision.prepared, decision.result, decision.attempt and decision.attempt.reason)
+    ended = decision.attempt and decision.attempt.reason
+    facts = (decision.plan, decision.prepared, decision.result, decision.checkpoint, ended)
     # The deadline of a preparation depends on its own pod only, and a newer view corrects it.
     training = replace(children, jobs=tuple(child for child in children.jobs if child.role is Role.TRAIN))
     to_do = (
@@ -284,6 +295,32 @@ async def limit_jobs(decision: Decision, job: Job, children: Observation, cluste
             await cluster.delete_job(job.ref, leftover)
     requeue_at = earliest(now, decision.requeue_at, next_leftover(job.status, children, now))
     return replace(decision, requeue_at=requeue_at or decision.requeue_at)
+
+
+async def refresh_run_config(  # noqa: PLR0913, PLR0917 (as apply_decision)
+    decision: Decision,
+    job: Job,
+    children: Observation,
+    cluster: Cluster,
+    installation: Installation,
+    report: Progress | None,
+) -> None:
+    """Give the newest checkpoint to the next start of an attempt that its queue has suspended; its ConfigMap stays."""
+    attempt, plan = decision.attempt, job.status.plan
+    train = children.train(attempt.number) if attempt and attempt.container_seconds else None
+    if decision.phase is not Phase.QUEUED or attempt is None or train is None or plan is None:
+        return
+    message = classify_child(job, children.prepare, train.created_at).termination_message if children.prepare else None
+    if message is None or message.prepared is None:
+        return
+    newest = derive_checkpoint(job.status, decision, report)
+    if job.status.phase is Phase.QUEUED and newest == job.status.checkpoint:
+        return
+    known = {"checkpoint": newest, "last_report": report or job.status.last_report}
+    checkpoint = checkpoint_of_restart(job.status.model_copy(update=known), train.suspended_at)
+    run = AttemptInputs(attempt.number, plan, message.prepared, checkpoint=checkpoint)
+    installation = replace(installation, image=plan.image or installation.image)
+    await cluster.ensure(build_run_config(Owner(job.ref, job.uid), job.spec, run, installation))
 
 
 def build_children(decision: Decision, job: Job, installation: Installation) -> tuple[Manifest, ...]:

@@ -22,7 +22,7 @@ from qlora_operator.lifecycle.node_health import (
     quarantined_nodes,
     recent_failures,
 )
-from qlora_operator.lifecycle.resumption import reported_checkpoint
+from qlora_operator.lifecycle.resumption import checkpoint_of_restart, reported_checkpoint
 from qlora_operator.lifecycle.revive import retry_limits, revive
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "Reception",
     "ReconcileContext",
     "cause_of_exit",
+    "checkpoint_of_restart",
     "classify",
     "decide",
     "disliked_nodes",

@@ -101,7 +101,7 @@ def time_left(
     A retry that somebody requested starts with all of it.
     """
     retried_after = status.retry.after_attempt if status.retry else 0
-    earlier = status.earlier_attempts.seconds if status.earlier_attempts and not retried_after else 0
+    earlier = status.earlier_attempts.seconds if status.earlier_attempts else 0
     counted = [attempt for attempt in attempts if attempt.number > retried_after]
     spent = container_time(counted, now) + timedelta(seconds=earlier)
     return min(to_timedelta(deadlines.total), LONGEST_WAIT) - spent

@@ -25,6 +25,10 @@ class Reception:
     """When reports of the namespace arrived first, or again after it was quiet; None if none did."""
 
 
+NODE_FAILURES_LOAD: Final = timedelta(minutes=5)
+"""After its start an operator reads the statuses of all runs within this time; 10,000 take less than a minute."""
+
+
 @dataclass(frozen=True)
 class ReconcileContext:
     """The time of a reconcile, and the progress report known by then."""
@@ -38,6 +42,8 @@ class ReconcileContext:
     """uid of the QLoRAJob whose pod sent the last report, which may have been an earlier one; None if not known."""
     quarantined_nodes: Mapping[str, datetime] = field(default_factory=dict)
     """Nodes that ended attempts of several runs, and until when no run uses them."""
+    node_failures_known: bool = True
+    """Whether the statuses of all runs have been read since the operator started, so that no quarantine is missing."""
     reception: Reception = Reception()
     """Whether the reports of other runs in the namespace arrive."""
 

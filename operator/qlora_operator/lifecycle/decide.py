@@ -49,6 +49,7 @@ def decide(job: Job, children: Observation, context: ReconcileContext) -> Decisi
     if not is_under_way(job.status, job.skew, children) and (verdict := judge(job)):
         return verdict
     decision = _complete_plan(_decide(job, children, context), job, children)
+    decision = _take_checkpoint(decision, job, children, context)
     return keep_as_it_is(job.status, job.skew) if job.skew.unreadable and not _is_harmless(decision) else decision
 
 
@@ -95,6 +96,18 @@ def _complete_plan(decision: Decision, job: Job, children: Observation) -> Decis
         sentence = f"ignored, because operator {__version__} does not know it: spec fields {job.skew.ignored}"
         reasons = (*reasons, sentence[:MAX_PLAN_REASON])[-MAX_PLAN_REASONS:]
     return replace(decision, plan=plan.model_copy(update={"image": children.prepare.image, "reasons": reasons}))
+
+
+def _take_checkpoint(decision: Decision, job: Job, children: Observation, context: ReconcileContext) -> Decision:
+    """Add the newest checkpoint that an attempt wrote as it was stopped, after its end was recorded."""
+    found = [decision.checkpoint] if decision.checkpoint else []
+    for child in children.jobs:
+        message = classify_child(job, child, context.now).termination_message if child.role is Role.TRAIN else None
+        found += [message.checkpoint] if message and message.checkpoint else []
+    newest, known = max(found, key=lambda checkpoint: checkpoint.time, default=None), job.status.checkpoint
+    if newest is None or decision.phase is Phase.SUCCEEDED or (known is not None and newest.time <= known.time):
+        return decision
+    return replace(decision, checkpoint=newest)
 
 
 def _decide(job: Job, children: Observation, context: ReconcileContext) -> Decision:

@@ -184,9 +184,10 @@ def _ended_on_node(pod: Pod, cause: ExitCause) -> JobState:
 def classify_exit(child: ChildJob, pod: Pod, end: Exit) -> JobState:
     """Classify a container that ended; one that was interrupted by the deadline of its Job exceeded that."""
     cause = cause_of_exit(child, pod, end)
+    state = _ended_on_node(pod, cause)
     if child.deadline_exceeded and cause.reason is Reason.INTERRUPTED:
-        return ended_state(Reason.DEADLINE_EXCEEDED, deadline_message(child))
-    return replace(_ended_on_node(pod, cause), termination_message=parse_termination_message(end.message))
+        state = ended_state(Reason.DEADLINE_EXCEEDED, deadline_message(child))
+    return replace(state, termination_message=parse_termination_message(end.message))
 
 
 def classify_rejection(child: ChildJob, pod: Pod) -> JobState:

@@ -179,5 +179,5 @@ def _classify_unfinished(child: ChildJob, startup: timedelta, now: datetime) -> 
         f"only {len(scheduled)} of {child.completions} pods got a node within {format_seconds(startup)} "
         f"(spec.deadlines.startup): {worst.message}"
     )
-    # No node is to blame: the run asks for more nodes at once than are free.
-    return replace(ended_state(Reason.STARTUP_DEADLINE_EXCEEDED, message), domain=Domain.RUN)
+    # No node is to blame: more nodes are asked for at once than are free.
+    return replace(ended_state(Reason.STARTUP_DEADLINE_EXCEEDED, message), domain=Domain.CLUSTER)

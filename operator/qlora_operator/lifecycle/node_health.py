@@ -5,9 +5,10 @@ quarantined, so that no run uses it, for a longer time. Both times end: a pod th
 replaced by one that may use it. A node is never excluded for ever, and no pod waits for ever because of this.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from qlora_api.job_ref import JobRef
 from qlora_api.reasons import REASONS, Domain, Reason, RetryAction
@@ -67,27 +68,45 @@ def recent_failures(failures: Iterable[NodeFailure], now: datetime) -> tuple[Nod
 
 def quarantined_nodes(failures: Iterable[NodeFailure], now: datetime) -> dict[str, datetime]:
     """Return the nodes that no run uses for now, and until when."""
-    recent = recent_failures(failures, now)
-    evidence = [failure for failure in recent if not _has_common_cause(failure, recent)]
+    recent = sorted(recent_failures(failures, now), key=lambda failure: failure.at)
+    blameless = _with_common_cause(recent, lambda failure: failure.run, BLAMELESS_NODES)
+    blameless |= _with_common_cause(recent, lambda failure: failure.reason, MOST_BAD_NODES + 1)
+    evidence = [failure for number, failure in enumerate(recent) if number not in blameless]
     until: dict[str, datetime] = {}
-    for failure in evidence:
-        if _failed_runs(failure, evidence) >= QUARANTINE_RUNS and now < failure.at + QUARANTINE:
-            until[failure.node] = max(until.get(failure.node, now), failure.at + QUARANTINE)
+    for node, same in _grouped(evidence, lambda failure: failure.node).items():
+        for number, (_, failure) in enumerate(same):
+            runs = {f.run for _, f in same[: number + 1] if failure.at - f.at <= QUARANTINE}
+            if len(runs) >= QUARANTINE_RUNS and now < failure.at + QUARANTINE:
+                until[node] = failure.at + QUARANTINE
     return dict(sorted(until.items()))
 
 
-def _has_common_cause(failure: NodeFailure, failures: Sequence[NodeFailure]) -> bool:
-    """Return whether too many nodes failed at about the same time: for the same run, or for the same reason."""
-    near = [f for f in failures if abs(f.at - failure.at) <= QUARANTINE]
-    by_run = {f.node for f in near if f.run == failure.run}
-    by_reason = {f.node for f in near if f.reason is failure.reason}
-    return len(by_run) >= BLAMELESS_NODES or len(by_reason) > MOST_BAD_NODES
+def _grouped(
+    failures: Sequence[NodeFailure], key: Callable[[NodeFailure], Hashable]
+) -> dict[Any, list[tuple[int, NodeFailure]]]:
+    """Return the failures with their positions, by a key, in the order that they have."""
+    groups: dict[Any, list[tuple[int, NodeFailure]]] = {}
+    for number, failure in enumerate(failures):
+        groups.setdefault(key(failure), []).append((number, failure))
+    return groups
 
 
-def _failed_runs(failure: NodeFailure, failures: Sequence[NodeFailure]) -> int:
-    """Return how many runs failed on the node of a failure until then."""
-    before = (f for f in failures if f.node == failure.node and timedelta(0) <= failure.at - f.at <= QUARANTINE)
-    return len({f.run for f in before})
+def _with_common_cause(failures: Sequence[NodeFailure], key: Callable[[NodeFailure], Hashable], nodes: int) -> set[int]:
+    """Return the positions of failures, sorted by time, near which so many nodes failed for the same key."""
+    found: set[int] = set()
+    for same in _grouped(failures, key).values():
+        first = last = 0
+        near: Counter[str] = Counter()
+        for number, failure in same:
+            while last < len(same) and same[last][1].at - failure.at <= QUARANTINE:
+                near[same[last][1].node] += 1
+                last += 1
+            while failure.at - same[first][1].at > QUARANTINE:
+                near -= Counter([same[first][1].node])  # drops what reaches zero
+                first += 1
+            if len(near) >= nodes:
+                found.add(number)
+    return found
 
 
 def avoided_nodes(

@@ -10,6 +10,7 @@ from qlora_api.v1alpha1 import Plan, Preparation
 from qlora_operator.lifecycle.exit_reasons import describe_missing_pod
 from qlora_operator.lifecycle.gang import classify_child
 from qlora_operator.lifecycle.prepare_retries import (
+    LONGEST_PAUSE,
     count_failure,
     current_preparation,
     describe_end,
@@ -90,6 +91,8 @@ def _retry_preparation(
     if not may_be_retried(state.reason) and not is_unexplained(prepare, state):
         return None
     now = now.replace(microsecond=0)
+    if job.status.preparation is None and (job.status.phase, job.status.reason) == (Phase.PREPARING, state.reason):
+        return _retry_unrecorded(prepare, state, now)
     failed = count_failure(current, prepare, state, now)
     retry_at = retry_time(job, failed, now)
     if retry_at is None:
@@ -99,6 +102,16 @@ def _retry_preparation(
     failed = failed.model_copy(update={"retry_at": retry_at})
     message = describe_retries(job, failed)
     return Decision(Phase.PREPARING, state.reason, message, preparation=failed, requeue_at=retry_at)
+
+
+def _retry_unrecorded(prepare: ChildJob, state: JobState, now: datetime) -> Decision:
+    """Prepare again after a pause, where a CRD that is older than the operator does not store what was recorded."""
+    retry_at = prepare.ended_at(prepare.created_at) + LONGEST_PAUSE
+    message = f"{state.message}; it is tried again (the installed CRD is older than the operator: upgrade it)"
+    if now < retry_at:
+        return Decision(Phase.PREPARING, state.reason, message, requeue_at=retry_at)
+    following = Preparation(number=prepare.attempt + 1)
+    return Decision(Phase.PREPARING, state.reason, message, Action.PREPARE, preparation=following)
 
 
 def _after_preparation(job: Job, prepared: Prepared, gpu_nodes: tuple[Manifest, ...], number: int) -> Decision:

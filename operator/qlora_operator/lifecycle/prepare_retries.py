@@ -21,7 +21,7 @@ _MOST_DOUBLINGS: Final = 20
 PATIENCE: Final = timedelta(hours=6)
 """How long a failure of a service, a node or the cluster is tried again: long enough to wake somebody who mends it."""
 UNEXPLAINED_TRIES: Final = 3
-"""Failures after which a pod that ends without a termination message is no longer thought to have met a bad node."""
+"""Failures in a row after which a pod without a termination message is no longer thought to have met a bad node."""
 MOST_AVOIDED: Final = 8
 """Nodes that the next prepare pod would rather not run on, at most."""
 _TRANSIENT: Final = frozenset(
@@ -72,6 +72,7 @@ def count_failure(current: Preparation, prepare: ChildJob, state: JobState, now:
     return current.model_copy(
         update={
             "failures": current.failures + 1,
+            "unexplained": current.unexplained + 1 if is_unexplained(prepare, state) else 0,
             "reason": state.reason,
             "message": state.message,
             "missing_since": missing or (now if late else None),
@@ -102,7 +103,7 @@ def retry_time(job: Job, failed: Preparation, now: datetime) -> datetime | None:
     deadline = _deadline(job, failed)
     if deadline is None or now >= deadline or failed.number >= MOST_PREPARATIONS:
         return None
-    if failed.reason is Reason.TRAINER_ERROR and failed.failures >= UNEXPLAINED_TRIES:
+    if failed.unexplained >= UNEXPLAINED_TRIES:
         return None
     doublings = min(failed.failures - 1, _MOST_DOUBLINGS)
     # The last try is at the deadline.

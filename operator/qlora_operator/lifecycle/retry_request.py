@@ -10,7 +10,9 @@ from typing import Final
 from qlora_api.names import RETRY_ANNOTATION, Phase
 from qlora_api.reasons import Reason
 from qlora_api.v1alpha1 import Attempt, Preparation, QLoRAJobStatus, RetryStatus
+from qlora_operator.lifecycle.container_time import close_start
 from qlora_operator.lifecycle.prepare_retries import next_preparation
+from qlora_operator.lifecycle.retry_policy import AT_ONCE
 from qlora_operator.models import Decision
 
 _NO_EFFECT: Final = f"the annotation {RETRY_ANNOTATION} has no effect:"
@@ -68,16 +70,26 @@ def begin_retry(status: QLoRAJobStatus, now: datetime) -> tuple[QLoRAJobStatus, 
     attempts = tuple(attempt if attempt.reason else _ended_with_run(attempt, status) for attempt in status.attempts)
     last = max((attempt.number for attempt in attempts), default=0)
     retry = status.retry and status.retry.model_copy(update={"pending": False, "after_attempt": last, "time": now})
+    earlier = status.earlier_attempts and status.earlier_attempts.model_copy(update={"seconds": 0})
+    # The image may be what was corrected; with another one, the run may get another digest and a new plan.
+    plan = status.plan and status.plan.model_copy(update={"image": None})
     begun = status.model_copy(
-        update={"attempts": attempts, "retry": retry, "forgiven_attempts": last or None, "children_deleted_at": None}
+        update={
+            "attempts": attempts,
+            "earlier_attempts": earlier,
+            "forgiven_attempts": last or None,
+            "plan": plan,
+            "retry": retry,
+        }
     )
-    following = next_preparation(status.preparation or Preparation())
-    return begun, Decision(Phase.PREPARING, Reason.PREPARING, _describe_retry(status), preparation=following)
+    following, message = next_preparation(status.preparation or Preparation()), _describe_retry(status)
+    decision = Decision(Phase.PREPARING, Reason.PREPARING, message, preparation=following, requeue_after=AT_ONCE)
+    return begun, decision
 
 
 def _ended_with_run(attempt: Attempt, status: QLoRAJobStatus) -> Attempt:
     end = {"reason": status.reason or Reason.TRAINER_ERROR, "finished_at": status.finished_at}
-    return attempt.model_copy(update=end)
+    return close_start(attempt, status.finished_at).model_copy(update=end)
 
 
 def _describe_retry(status: QLoRAJobStatus) -> str:

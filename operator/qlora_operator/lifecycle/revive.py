@@ -48,16 +48,14 @@ def _raised_field(job: Job) -> str | None:
     before, deadlines = job.status.retry_limits, job.spec.deadlines
     trained = job.status.plan is not None
     match job.status.reason:
-        case Reason.RETRIES_EXHAUSTED if before is None or job.spec.retries.max_attempts > before.max_attempts:
-            field = "spec.retries.maxAttempts"
-        case Reason.DEADLINE_EXCEEDED if trained and (before is None or _is_longer(deadlines.total, before.total)):
-            field = "spec.deadlines.total"
+        case Reason.RETRIES_EXHAUSTED if before and job.spec.retries.max_attempts > before.max_attempts:
+            return "spec.retries.maxAttempts"
+        case Reason.DEADLINE_EXCEEDED if trained and before and _is_longer(deadlines.total, before.total):
+            return "spec.deadlines.total"
         case reason if _waited_for_startup(reason) and before and _is_longer(deadlines.startup, before.startup):
-            field = "spec.deadlines.startup"
+            return "spec.deadlines.startup"
         case _:
             return None
-    # A run that failed before limits were recorded: its spec must have changed since.
-    return field if before is not None or job.generation > job.status.observed_generation else None
 
 
 def _waited_for_startup(reason: Reason | None) -> bool:

@@ -10,7 +10,7 @@ from qlora_api.result import is_below
 from qlora_api.v1alpha1 import Attempt
 from qlora_operator.lifecycle.budgets import find_exhausted, time_left
 from qlora_operator.lifecycle.container_time import close_start, container_end, track_starts
-from qlora_operator.lifecycle.context import ReconcileContext, heartbeat_deadline
+from qlora_operator.lifecycle.context import NODE_FAILURES_LOAD, ReconcileContext, heartbeat_deadline
 from qlora_operator.lifecycle.exit_reasons import POD_CREATION_TIME
 from qlora_operator.lifecycle.gang import classify_child
 from qlora_operator.lifecycle.node_health import avoided_nodes, find_released
@@ -94,6 +94,10 @@ def follow_training(job: Job, train: ChildJob, context: ReconcileContext) -> Dec
 
 def _follow_unschedulable(job: Job, state: JobState, attempt: Attempt, context: ReconcileContext) -> Decision | None:
     """Replace an attempt whose pods may not use a node that is no longer avoided; wait while all of them still are."""
+    if not context.node_failures_known and attempt.avoided_nodes:
+        message = f"{state.message}; avoided, because attempts failed there: {', '.join(attempt.avoided_nodes)}"
+        again = earliest(context.now, context.now + NODE_FAILURES_LOAD, state.requeue_at)
+        return Decision(Phase.SCHEDULING, state.reason, message, attempt=attempt, requeue_at=again)
     avoided = avoided_nodes(job.status.attempts, context.quarantined_nodes, context.now)
     if released := find_released(attempt, avoided):
         nodes = ", ".join(released)
@@ -117,7 +121,7 @@ def _check_deadline(job: Job, train: ChildJob, state: JobState, ended: Attempt) 
     if state.reason is not Reason.DEADLINE_EXCEEDED or left <= DEADLINE_TOLERANCE:
         return state
     message = f"Job {train.name} exceeded its activeDeadlineSeconds before its containers ran for spec.deadlines.total"
-    return JobState(Stage.ENDED, Reason.INTERRUPTED, message)
+    return replace(state, reason=Reason.INTERRUPTED, message=message)
 
 
 def _describe_queued(job: Job, train: ChildJob, state: JobState, attempt: Attempt) -> str:
@@ -238,9 +242,9 @@ def _retry(job: Job, state: JobState, ended: Attempt) -> Decision | None:
     if action is None or plan is None:
         return None
     attempts = (*_earlier_attempts(job, ended), ended)
+    plan = shrink(plan, ended.number) if action is RetryAction.SHRINK_MICRO_BATCH else plan
     if exhausted := find_exhausted(job.spec, job.status, attempts, ended.finished_at or job.created_at):
         message = f"{exhausted.message}; the last one ended with {ended.reason}: {state.message}"
-        return Decision(Phase.FAILED, exhausted.reason, message)
-    plan = shrink(plan, ended.number) if action is RetryAction.SHRINK_MICRO_BATCH else plan
+        return Decision(Phase.FAILED, exhausted.reason, message, plan=plan)  # for a run that is continued
     message = f"attempt {ended.number} ended: {state.message}; the next one resumes from the last checkpoint"
     return Decision(Phase.SCHEDULING, state.reason, message, plan=plan, requeue_after=AT_ONCE)

@@ -2,6 +2,7 @@
 
 from qlora_operator.status.derive import (
     derive_alternatives,
+    derive_checkpoint,
     derive_status,
     held_gpus,
     merge_attempt,
@@ -12,6 +13,7 @@ from qlora_operator.status.derive import (
 
 __all__ = [
     "derive_alternatives",
+    "derive_checkpoint",
     "derive_status",
     "held_gpus",
     "merge_attempt",

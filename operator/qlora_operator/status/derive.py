@@ -64,11 +64,12 @@ def derive_status(  # noqa: PLR0913 (everything that a status depends on)
             "attempt": attempts[-1].number if attempts else None,
             "started_at": previous.started_at or now,
             "finished_at": now if decision.phase in TERMINAL else None,
+            "children_deleted_at": previous.children_deleted_at if decision.phase in TERMINAL else None,
             "model": prepared.model if prepared else previous.model,
             "dataset": prepared.dataset if prepared else previous.dataset,
             "preparation": derive_preparation(previous.preparation, decision.preparation),
             "plan": plan,
-            **list_attempts(attempts, previous.earlier_attempts, now),
+            **list_attempts(attempts, previous, now),
             "forgiven_attempts": decision.forgiven_attempts or previous.forgiven_attempts,
             "retry_limits": decision.retry_limits,
             "checkpoint": derive_checkpoint(previous, decision, report),
@@ -114,8 +115,9 @@ def derive_outcome(
             "attempt": attempts[-1].number if attempts else None,
             "started_at": previous.started_at or now,
             "finished_at": now if decision.phase in TERMINAL else None,
+            "children_deleted_at": previous.children_deleted_at if decision.phase in TERMINAL else None,
             "preparation": derive_preparation(previous.preparation, decision.preparation),
-            **list_attempts(attempts, previous.earlier_attempts, now),
+            **list_attempts(attempts, previous, now),
             "forgiven_attempts": decision.forgiven_attempts or previous.forgiven_attempts,
             "retry_limits": decision.retry_limits,
         }
@@ -167,7 +169,9 @@ def derive_checkpoint(previous: QLoRAJobStatus, decision: Decision, report: Prog
     """Return the checkpoint that another attempt would resume from; None once the adapter is published."""
     if decision.phase is Phase.SUCCEEDED:
         return None
-    return decision.checkpoint or (report.checkpoint if report else None) or previous.checkpoint
+    known = (decision.checkpoint, report.checkpoint if report else None, previous.checkpoint)
+    # A termination message has a newer one than the last report, which stays known after it.
+    return max((found for found in known if found is not None), key=lambda found: found.time, default=None)
 
 
 def without_foreign_checkpoint(report: Progress | None, output: OutputStatus | None) -> Progress | None:
@@ -209,14 +213,15 @@ def merge_attempt(attempts: tuple[Attempt, ...], attempt: Attempt | None) -> tup
     return tuple(by_number[number] for number in sorted(by_number))
 
 
-def list_attempts(attempts: tuple[Attempt, ...], earlier: EarlierAttempts | None, now: datetime) -> dict[str, Any]:
+def list_attempts(attempts: tuple[Attempt, ...], previous: QLoRAJobStatus, now: datetime) -> dict[str, Any]:
     """Return the attempts that a status lists: the first one and the newest; the others are summed up."""
     surplus = len(attempts) - MAX_ATTEMPTS_LISTED
     if surplus <= 0:
-        return {"attempts": attempts, "earlier_attempts": earlier}
-    dropped = attempts[1 : 1 + surplus]
-    seconds = sum(int(attempt.run_time(attempt.finished_at or now).total_seconds()) for attempt in dropped)
-    count, before = len(dropped), earlier or EarlierAttempts(count=0, seconds=0)
+        return {"attempts": attempts, "earlier_attempts": previous.earlier_attempts}
+    dropped, retried_after = attempts[1 : 1 + surplus], previous.retry.after_attempt if previous.retry else 0
+    counted = [attempt for attempt in dropped if attempt.number > retried_after]
+    seconds = sum(int(attempt.run_time(attempt.finished_at or now).total_seconds()) for attempt in counted)
+    count, before = len(dropped), previous.earlier_attempts or EarlierAttempts(count=0, seconds=0)
     total = EarlierAttempts(count=before.count + count, seconds=before.seconds + max(seconds, 0))
     return {"attempts": (attempts[0], *attempts[1 + surplus :]), "earlier_attempts": total}
 
@@ -239,7 +244,8 @@ def with_observed_generation(previous: QLoRAJobStatus, generation: int) -> QLoRA
 def without_refused_reasons(status: QLoRAJobStatus, error: str) -> QLoRAJobStatus | None:
     """Return the status with other reasons than those that an older CRD refused; None if it has none of them."""
     refused = set(_UNSUPPORTED_VALUE.findall(error)) - {Reason.TRAINER_ERROR, Reason.ACCEPTED}
-    if not refused & {status.reason, *(attempt.reason for attempt in status.attempts)}:
+    preparing = status.preparation.reason if status.preparation else None
+    if not refused & {status.reason, preparing, *(attempt.reason for attempt in status.attempts)}:
         return None
     known = Reason.TRAINER_ERROR if status.phase is Phase.FAILED else Reason.ACCEPTED
     message = f"{status.reason}: {status.message} (the installed CRD is older than the operator and lacks a reason)"
@@ -249,6 +255,7 @@ def without_refused_reasons(status: QLoRAJobStatus, error: str) -> QLoRAJobStatu
             "message": message[:MAX_MESSAGE],
             "attempts": tuple(_with_reason(entry, refused, Reason.TRAINER_ERROR) for entry in status.attempts),
             "conditions": tuple(_with_reason(entry, refused, known) for entry in status.conditions),
+            "preparation": None if preparing in refused else status.preparation,
         }
     )
 

@@ -192,7 +192,7 @@ async def test_gang_that_got_some_nodes_blames_none() -> None:
     cluster.start_pod(TRAIN)
     await wait(cluster, timedelta(minutes=31))
     first = cluster.status["attempts"][0]
-    assert (first["reason"], first["domain"]) == ("StartupDeadlineExceeded", Domain.RUN)
+    assert (first["reason"], first["domain"]) == ("StartupDeadlineExceeded", Domain.CLUSTER)
     assert affinity_of(cluster, 2) == {}
 
 

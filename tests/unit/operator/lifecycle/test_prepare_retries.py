@@ -86,7 +86,9 @@ async def test_what_is_missing_is_waited_for_and_found(cluster: FakeCluster, rea
     cluster.end_pod(PREPARE_AGAIN, 0, PREPARED_MESSAGE)
     await reconcile_until_stable(cluster)
     assert TRAIN in jobs(cluster)
-    assert cluster.status["preparation"] == {"number": 2, "failures": 0, "message": "", "avoidedNodes": []}
+    assert cluster.status["preparation"] == {
+        "number": 2, "failures": 0, "unexplained": 0, "message": "", "avoidedNodes": [],
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("reason", MISSING)

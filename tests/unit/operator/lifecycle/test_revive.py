@@ -131,16 +131,14 @@ async def test_author_must_act_whatever_is_raised(cluster: FakeCluster) -> None:
     assert outcome(cluster) == ("Failed", "NonFiniteLoss")
 
 
-@pytest.mark.parametrize("newer_spec", [True, False])
-async def test_run_that_failed_before_limits_were_recorded(cluster: FakeCluster, newer_spec: bool) -> None:
+async def test_run_that_failed_before_limits_were_recorded_stays_failed(cluster: FakeCluster) -> None:
     await run_out_of_memory(cluster)
     assert cluster.job
     del cluster.job["status"]["retryLimits"]
     cluster.job["spec"]["retries"] = {"maxAttempts": 2}
-    if newer_spec:
-        cluster.change()
+    cluster.change(ttl="7d")
     await reconcile_until_stable(cluster)
-    assert (cluster.status["phase"] == Phase.SCHEDULING) == newer_spec
+    assert cluster.status["phase"] == Phase.FAILED
 
 
 async def test_raised_startup_deadline_prepares_again(cluster: FakeCluster) -> None:
