@@ -26,6 +26,7 @@ from qlora_api.v1alpha1 import LoraSpec, MergeBase, QuantizationSpec, TrainingSp
 from qlora_trainer.data.tokenization import TokenRow
 from qlora_trainer.distributed.world import World
 from qlora_trainer.errors import RunError
+from qlora_trainer.model.architecture import load_architecture
 from qlora_trainer.model.attention import attention_facts, choose_attention
 from qlora_trainer.model.base_model import (
     TrainableModel,
@@ -41,6 +42,7 @@ from qlora_trainer.model.hardware import observe_hardware
 from qlora_trainer.model.optimizer import OptimizerKind
 from qlora_trainer.model.runtime_settings import RuntimeSettings
 from qlora_trainer.model.shrunk_model import CannotShrinkError, write_shrunk_model
+from qlora_trainer.model.target_modules import ALL_LINEAR, match_modules
 from qlora_trainer.model.weight_check import check_loaded
 from qlora_trainer.publishing.load_check import LoadingTask, compute_loss, mean_loss, rows_of_task
 from qlora_trainer.publishing.merge_weights import MergeTask, build_merged
@@ -69,6 +71,8 @@ _TIMEOUT_SECONDS: Final = 600.0
 """Several times what the slowest architecture takes on half a core."""
 _ROWS: Final = 4
 _ROW_TOKENS: Final = 24
+_RANK: Final = 8
+"""Largest rank of an adapter on a copy."""
 _TOLERANCE: Final = 0.1
 """Nats per token between training and reloading; bf16 on a CPU rounds by up to 0.02, a lost adapter is far above."""
 
@@ -130,7 +134,8 @@ def rehearse_in_process(task: RehearsalTask, architecture: str, work: Path) -> I
         raise RunError(
             Reason.MODEL_UNSUPPORTED,
             f"spec.model.uri: a copy of {architecture} with few layers and random weights could not be trained as this "
-            f"manifest says: {found.failed}; use another model, or other spec.lora.targets or spec.quantization",
+            f"manifest says: {found.failed}; use another model, or change spec.lora,"
+            " spec.quantization or spec.output.merged",
         )
     yield (
         f"{architecture} was not rehearsed: {found.not_rehearsed}"
@@ -150,11 +155,28 @@ def rehearse(task: RehearsalTask, work: Path) -> Rehearsal:
     # The copy is at fault, not the model.
     except Exception as error:
         return Rehearsal(not_rehearsed=f"transformers cannot train its copy: {_describe(error)}")
+    if obstacle := find_obstacle(task.lora, copy):
+        return Rehearsal(not_rehearsed=obstacle)
+    ranks = {name: min(rank, _RANK) for name, rank in task.lora.rank_pattern.items()}
+    # A copy is narrower, and PiSSA and LoftQ need a weight that is as wide as the rank.
+    lora = task.lora.model_copy(update={"rank": min(task.lora.rank, _RANK), "rank_pattern": ranks})
     try:
-        _run(task, copy, work)
+        _run(task.model_copy(update={"lora": lora}), copy, work)
     except StageError as error:
         return Rehearsal(failed=str(error))
     return Rehearsal()
+
+
+def find_obstacle(lora: LoraSpec, copy: Path) -> str:
+    """Return why the copy cannot have the adapter that the manifest describes; empty if it can."""
+    names = (*lora.targets, *lora.modules_to_save, *lora.rank_pattern, *lora.alpha_pattern)
+    if any(part.isdigit() for name in names for part in name.split(".")):
+        return "spec.lora names single layers, and a copy has fewer"
+    architecture = load_architecture(copy)
+    linears, modules = set(architecture.linears), architecture.modules_with_weights
+    missing = [name for name in lora.targets if name != ALL_LINEAR and not match_modules(linears, [name])]
+    missing += [name for name in lora.modules_to_save if not match_modules(modules, [name])]
+    return f"its copy has no {', '.join(missing)}" if missing else ""
 
 
 def _train_with_transformers(copy: Path) -> None:
@@ -192,7 +214,7 @@ def _run(task: RehearsalTask, copy: Path, work: Path) -> None:
             trainable = _train(task, _load(task, copy, settings), settings, rows, checkpointing=checkpointing)
     with _stage("evaluation"):
         expected = mean_loss(trainable, rows)
-    with _stage("generating an answer"), trainable.evaluating():
+    with _stage("generating an answer"), trainable.evaluating(), trainable.autocast():
         trainable.model.generate(input_ids=_tokens(vocabulary)[None], max_new_tokens=2, do_sample=False, pad_token_id=0)
     with _stage("saving"):
         target = _save(task, trainable, settings, work)

@@ -113,8 +113,8 @@ def scan_rows(dataset: Dataset, fraction: float) -> DatasetScan:
 
 
 _ONE_QUESTION: Final = (
-    "every row has the same prompt, so held-out rows have the prompt of training rows; spec.dataset.evaluation.uri "
-    "names a separate validation set"
+    "most rows share their prompts with many others, so held-out rows have prompts of training rows; "
+    "spec.dataset.evaluation.uri names a separate validation set"
 )
 
 

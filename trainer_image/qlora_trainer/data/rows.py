@@ -5,6 +5,7 @@ import json
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, Final, TypeAlias
 
 from qlora_api.units import MIB
@@ -111,8 +112,12 @@ class Chat:
 
     @property
     def question(self) -> str:
-        """Return the first message of the user, by which conversations are grouped before they are split."""
-        return next((str(message["content"]) for message in self.messages if message["role"] == "user"), "")
+        """Return what comes before the first answer, by which conversations are grouped before they are split.
+
+        A system message may hold the document that a question is about.
+        """
+        asked = takewhile(lambda message: message["role"] != "assistant", self.messages)
+        return "\n".join(str(message["content"]) for message in asked)
 
     @property
     def size(self) -> int:

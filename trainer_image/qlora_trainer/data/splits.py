@@ -34,7 +34,7 @@ class ValidationSplit:
 
     held_out: frozenset[bytes]
     by_question: bool
-    """Whether rows with the same question are on the same side; false if all have the same."""
+    """Whether rows with the same question are on the same side; false if too many have the same."""
 
 
 def split_validation(
@@ -44,7 +44,7 @@ def split_validation(
 
     Rows of a group, those with the same question, are on the same side: groups are held out in the order of their
     lowest hashes, without those that are too large. Where every group has one row, these are the rows with the lowest
-    hashes.
+    hashes; so too where groups would hold less than half, or more than twice of what is to be held out.
     """
     distinct = sorted({digest for digests in sources for digest in digests})
     if len(distinct) < 2:
@@ -65,6 +65,9 @@ def split_validation(
             held_out |= rows
     if not held_out:
         held_out |= min(members.values(), key=lambda rows: (len(rows), min(rows)))
+    # A few questions with many answers each leave no groups of the right size.
+    if 2 * len(held_out) < count or len(held_out) > 2 * count:
+        return ValidationSplit(frozenset(distinct[:count]), by_question=False)
     return ValidationSplit(frozenset(held_out), by_question=True)
 
 

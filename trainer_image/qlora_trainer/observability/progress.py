@@ -146,6 +146,23 @@ def _checkpoint_metrics(checkpoint: Checkpoint | None) -> dict[str, object]:
     return {f"checkpoint_{name}": value for name, value in checkpoint.model_dump(mode="json").items()}
 
 
+class DeliveredReports:
+    """What the operator knows, because a report of it was accepted."""
+
+    def __init__(self) -> None:
+        self.checkpoint = ""
+        """Folder name of the newest checkpoint."""
+
+    def record(self, progress: Progress) -> None:
+        """Record an accepted report."""
+        if progress.checkpoint is not None:
+            self.checkpoint = progress.checkpoint.uri.rpartition("/")[2]
+
+
+DELIVERED: Final = DeliveredReports()
+"""Of this process."""
+
+
 class HttpSink:
     """Posts the latest progress from a background thread."""
 
@@ -218,6 +235,6 @@ class HttpSink:
             # The URL is the operator's, from the pod's own environment.
             request = urllib.request.Request(self._url, data=to_body(progress), headers=headers, method="POST")  # noqa: S310
             with urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS, context=self._context):  # noqa: S310
-                pass
+                DELIVERED.record(progress)
         except (OSError, ValueError) as error:
             log.info("progress was not delivered", extra=log_fields(error=str(error)))

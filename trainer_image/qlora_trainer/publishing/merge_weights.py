@@ -115,7 +115,7 @@ def save_merged(task: MergeTask, target: Path) -> None:
 
 def build_merged(task: MergeTask) -> Any:
     """Return the merged model; tied embeddings stay tied unless the adapter trained them separately."""
-    base = load_base(task.model, _UNQUANTIZED, torch.bfloat16, "sdpa", "cpu")
+    base = load_base(task.model, _UNQUANTIZED, torch.bfloat16, task.attention, "cpu")
     dequantized = _dequantized_weights(task) if task.base == "dequantised" else {}
     for name, weight in dequantized.items():
         base.get_submodule(name).weight.data = weight.to(torch.bfloat16)

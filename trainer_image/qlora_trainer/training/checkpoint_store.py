@@ -17,6 +17,7 @@ from qlora_api.tolerant_reader import ignore_unknown
 from qlora_api.units import KIB, MIB
 from qlora_api.v1alpha1 import Checkpoint
 from qlora_trainer.errors import RunError
+from qlora_trainer.observability.progress import DELIVERED
 from qlora_trainer.storage.results import MANIFEST, MAX_MANIFEST_BYTES, describe_files, download_listed
 from qlora_trainer.storage.store import Store, sha256_of
 from qlora_trainer.training.checkpoint_manifest import CheckpointId, CheckpointManifest, Digests, check_digest
@@ -106,6 +107,8 @@ class CheckpointStore:
         self._attempt = attempt
         self._callbacks = callbacks
         self._folder = f"{fingerprint.digest}/checkpoints"
+        self._resumed_from = ""
+        """Folder name of the reported checkpoint that this run resumed from, or of one that it named."""
         self._digests: dict[str, str] = {}
         """SHA-256 of the manifests of the checkpoints that this run wrote or resumed from, by folder name."""
 
@@ -135,6 +138,7 @@ class CheckpointStore:
                 self._callbacks.note(f"checkpoint {self._folder}/{name} skipped: {error}")
                 continue
             step = found.checkpoint_id.step
+            self._resumed_from = name if trusted is not None else ""
             self._callbacks.note(f"resumed from step {step}, checkpoint {self._output.root}/{self._path(name)}")
             return found
         return None
@@ -236,8 +240,11 @@ class CheckpointStore:
             # Newer ones were skipped on load; they must not displace checkpoints that this run can resume from.
             usable = sorted(found for found in _parse_ids(folders) if folders[found.name] and found <= newest)
             partial = [found for found in _parse_ids(folders) if not folders[found.name] and _is_stale(found, newest)]
+            # The operator names the last one that it heard of to the next attempt, which believes no newer one.
+            reported = DELIVERED.checkpoint or self._resumed_from
             for found in [*usable[:-keep], *partial]:
-                self._remove(found.name)
+                if found.name != reported:
+                    self._remove(found.name)
         except RunError as error:
             self._log_prune_failure(error)
 

@@ -142,3 +142,26 @@ def test_dataset_digest_depends_on_split_and_repeats():
         dataset_digest(rows[:2] * 2, rows[2:]),
     }
     assert len(different) == 3
+
+
+def test_few_questions_with_many_rows_are_split_by_row():
+    """Half of the rows, or a single one, would be held out by question."""
+    for sizes in ((500, 500), (400, 300, 300), (499, 499, 1)):
+        rows = [
+            Example(f"question {number}", f"answer {row}") for number, size in enumerate(sizes) for row in range(size)
+        ]
+        assert len(split([rows], 0.05)) == round(0.05 * len(rows))
+
+
+def test_same_question_about_different_documents_is_not_the_same_prompt():
+    chats = [
+        Chat(
+            (
+                {"role": "system", "content": f"document {number}"},
+                {"role": "user", "content": "Summarize it."},
+                {"role": "assistant", "content": "Done."},
+            )
+        )
+        for number in range(100)
+    ]
+    assert len({chat.question for chat in chats}) == 100
