@@ -232,9 +232,7 @@ def test_report_is_read_from_object_store(installed: Cluster, tmp_path: Path, mo
     for name in ("report.html", "report.json", "evaluation.jsonl"):
         client.put_object(Bucket=bucket, Key=f"{NAME}/a/report/{name}", Body=b'{"digest": "a"}')
     client.close()
-    output = OutputStatus(
-        digest="a", prefix=prefix, adapter=f"{prefix}/adapter", report=f"{prefix}/report/report.json"
-    )
+    output = OutputStatus(digest="a", prefix=prefix, adapter=f"{prefix}/adapter", report=f"{prefix}/report/report.json")
     status = to_wire(QLoRAJobStatus(phase="Succeeded", reason="Published", output=output))
     with open_job_namespace(installed, "cli-report") as job_namespace:
         job_namespace.submit(output={"uri": f"s3://{bucket}"})

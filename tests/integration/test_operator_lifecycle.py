@@ -234,10 +234,15 @@ def test_job_of_other_owner_is_not_adopted(job_namespace: JobNamespace) -> None:
     assert (after["uid"], after.get("ownerReferences")) == (before["uid"], None)
 
 
-@pytest.mark.usefixtures("operator")
-def test_denied_child_is_in_status(job_namespace: JobNamespace) -> None:
-    job_namespace.submit(resources={"tolerations": [{"key": "team", "operator": "Exists", "value": "ml"}]})
-    assert "value must be empty" in job_namespace.wait_for("Failed", "InvalidSpec")["message"]
+def test_denied_pod_is_in_status(installed: Cluster, job_namespace: JobNamespace, tmp_path: Path) -> None:
+    """A spec that makes an invalid pod is refused at submission, so it takes a wrong setting of the operator."""
+    operator = Operator(installed, tmp_path, job_namespace.namespace, QLORA_TRAINER_IMAGE="trainer:test ").start()
+    try:
+        job_namespace.submit()
+        message = job_namespace.wait_for("Preparing", "PodRejected")["message"]
+    finally:
+        operator.stop()
+    assert "must not have leading or trailing whitespace" in message
 
 
 @pytest.mark.usefixtures("operator")
