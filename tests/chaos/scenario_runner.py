@@ -12,7 +12,7 @@ from tests.chaos.proxy import Call, Fault, Proxy
 from tests.chaos.scenarios import SCENARIOS
 from tests.chaos.snapshot import compare, take_snapshot
 from tests.cluster.cluster import Cluster
-from tests.integration.operator_process import Operator, open_job_namespace
+from tests.integration.operator_process import START_PATIENCE, STEP_PATIENCE, Operator, open_job_namespace
 
 
 class WriteRecorder(Fault):
@@ -66,7 +66,7 @@ class ScenarioRunner:
     cluster: Cluster
     proxy: Proxy
     operator: Operator
-    patience: float = 30
+    patience: float = START_PATIENCE + STEP_PATIENCE
     _number: Any = field(default_factory=count)
 
     def run(self, title: str, recorder: WriteRecorder) -> FinalState:

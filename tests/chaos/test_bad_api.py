@@ -218,7 +218,6 @@ def test_api_server_fault_leaves_runs_complete(
 ) -> None:
     title = ["refused", "interrupted"][dose(short=0, full=1)]
     reference = runner.run(title, WriteRecorder())
-    runner.patience = 180
     start = time.monotonic()
     recorder = fault(dose(short=doses[0], full=doses[1]))
     with supervised(runner.operator) as supervisor:

@@ -75,7 +75,7 @@ def test_delayed_watch_events_same_outcome(runner: ScenarioRunner, dose: Dose, o
     seconds = dose(short=3, full=30)
     for title in titles:
         reference = runner.run(title, WriteRecorder())
-        runner.patience = STEPS * seconds
+        runner.patience += STEPS * seconds
         late = runner.run(title, Late(seconds))
         assert reference.differences(late) == []
         outcome(f"{title}: {seconds} s late, {sum(late.created.values())} Jobs as in the reference")
@@ -89,7 +89,6 @@ def test_delayed_watch_events_same_outcome(runner: ScenarioRunner, dose: Dose, o
 @pytest.mark.timeout(1800)
 def test_dropped_watch_events_same_outcome(runner: ScenarioRunner, dose: Dose, outcome: Callable[[str], None]) -> None:
     reference = runner.run("interrupted", WriteRecorder())
-    runner.patience = 60
     lost = 0
     for seed in range(dose(short=1, full=10)):
         lossy = Lossy(random.Random(seed))

@@ -39,6 +39,10 @@ LOG_ERRORS: Final = re.compile(r"Traceback|serviceaccount:\S+ cannot")
 """What an operator's log must not have: an error that nobody foresaw, or a right that it lacks."""
 PREPARE: Final = names.prepare_job_name(NAME)
 TRAIN: Final = names.train_job_name(NAME, 1)
+START_PATIENCE: Final = 180.0
+"""Seconds that an operator may take to start; on a machine with a load of six per core it has taken 103."""
+STEP_PATIENCE: Final = 90.0
+"""Seconds that one step may take, of the operator or of Kubernetes' controllers."""
 
 
 def install(cluster: Cluster) -> None:
@@ -104,9 +108,13 @@ class Operator:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> "Operator":
-        """Start, and return when it is healthy."""
+        """Start, and return when it is healthy; one that does not get there must not act on the runs of later tests."""
         self.spawn()
-        wait_until(f"healthy operator, see {self.log}", self.healthy, timeout=60, interval=0.05)
+        try:
+            wait_until(f"healthy operator, see {self.log}", self.healthy, timeout=START_PATIENCE, interval=0.05)
+        except BaseException:
+            self.stop()
+            raise
         return self
 
     def spawn(self) -> None:
@@ -182,8 +190,8 @@ class JobNamespace:
 
     cluster: Cluster
     namespace: str
-    patience: float = 30
-    """Seconds that one step of the operator, or of Kubernetes's controllers, may take."""
+    patience: float = STEP_PATIENCE
+    """Seconds that one step may take."""
 
     def kubectl(self, *args: str, stdin: str | None = None) -> str:
         """Run kubectl in this namespace."""
@@ -298,7 +306,7 @@ class JobNamespace:
 
 
 @contextmanager
-def open_job_namespace(cluster: Cluster, title: str, patience: float = 30) -> Iterator[JobNamespace]:
+def open_job_namespace(cluster: Cluster, title: str, patience: float = STEP_PATIENCE) -> Iterator[JobNamespace]:
     """A namespace of its own, named after a test."""
     namespace = re.sub(r"[^a-z0-9]+", "-", title.lower())[:50].strip("-")
     cluster.create_namespace(namespace)

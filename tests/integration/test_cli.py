@@ -16,6 +16,7 @@ import yaml
 from click.testing import Result
 from typer.testing import CliRunner
 
+from qlora_api import names
 from qlora_api.reasons import Reason
 from qlora_api.v1alpha1 import OutputStatus, QLoRAJobStatus
 from qlora_cli.__main__ import app
@@ -29,7 +30,6 @@ from tests.make import (
     PREPARED_MESSAGE,
     PUBLISHED_MESSAGE,
     make_manifest,
-    make_result,
     make_termination_message,
     message_for,
 )
@@ -227,15 +227,15 @@ def test_invalid_manifest_is_explained(shell: Shell, args: tuple[str, ...], mess
 
 def test_report_is_read_from_object_store(installed: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bucket = installed.s3.make_bucket("cli-report")
-    result = make_result().model_copy(update={"report": f"s3://{bucket}/a/report/report.json"})
+    prefix = f"{names.output_root(f's3://{bucket}', NAME)}/a"
     client = installed.s3.client()
     for name in ("report.html", "report.json", "evaluation.jsonl"):
-        client.put_object(Bucket=bucket, Key=f"a/report/{name}", Body=b'{"digest": "a"}')
+        client.put_object(Bucket=bucket, Key=f"{NAME}/a/report/{name}", Body=b'{"digest": "a"}')
     client.close()
-    output = OutputStatus(digest="a", prefix=f"s3://{bucket}/a", adapter=result.adapter, report=result.report)
+    output = OutputStatus(digest="a", prefix=prefix, adapter=f"{prefix}/adapter", report=f"{prefix}/report/report.json")
     status = to_wire(QLoRAJobStatus(phase="Succeeded", reason="Published", output=output))
     with open_job_namespace(installed, "cli-report") as job_namespace:
-        job_namespace.submit()
+        job_namespace.submit(output={"uri": f"s3://{bucket}"})
         patch = json.dumps({"status": status})
         job_namespace.kubectl("patch", "qlorajob", NAME, "--subresource=status", "--type=merge", f"--patch={patch}")
         shell = Shell(installed.kubeconfig, job_namespace.namespace)

@@ -125,9 +125,9 @@ def test_deadline_change_is_accepted(created):
 def test_short_names_and_columns(created, namespace):
     created(MINIMAL)
     narrow = namespace.kubectl("get", "qlj", "-n", "crd").splitlines()[0].split()
-    assert narrow == ["NAME", "PHASE", "PROGRESS", "ETA", "LOSS", "GPUS", "AGE"]
+    assert narrow == ["NAME", "PHASE", "PROGRESS", "ETA", "LOSS", "GPUS", "REASON", "AGE"]
     wide = namespace.kubectl("get", "qlora", "-n", "crd", "-o", "wide").splitlines()[0].split()
-    assert wide[7:] == ["MODEL", "STEP", "TOK/S", "ATTEMPT", "ADAPTER", "REASON"]
+    assert wide[8:] == ["MODEL", "STEP", "TOK/S", "ATTEMPT", "ADAPTER", "MESSAGE"]
 
 
 def test_kubectl_explain_describes_lora_fields(namespace):

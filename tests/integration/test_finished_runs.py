@@ -24,7 +24,7 @@ from tests.integration.operator_process import (
 )
 from tests.make import PREPARED_MESSAGE, PUBLISHED_MESSAGE, make_termination_message, message_for
 
-MISSING: Final = make_termination_message(Reason.SECRET_NOT_FOUND, "spec.output.secretRef: there is no such Secret")
+INVALID: Final = make_termination_message(Reason.DATASET_INVALID, "row 7: field output is missing")
 NAN: Final = make_termination_message(Reason.NON_FINITE_LOSS, "the loss is NaN")
 
 
@@ -65,13 +65,12 @@ def children(job_namespace: JobNamespace) -> set[str]:
 @pytest.mark.usefixtures("operator")
 def test_failed_run_is_retried_in_place_once_per_request(job_namespace: JobNamespace) -> None:
     job_namespace.submit()
-    job_namespace.end_pod(PREPARE, 1, MISSING)
-    job_namespace.wait_for("Failed", "SecretNotFound")
-    before, uid = job_namespace.jobs()[PREPARE], job_namespace.metadata("qlorajobs", NAME)["uid"]
+    job_namespace.end_pod(PREPARE, 1, INVALID)
+    job_namespace.wait_for("Failed", "DatasetInvalid")
+    uid = job_namespace.metadata("qlorajobs", NAME)["uid"]
     request_retry(job_namespace, "first")
     job_namespace.wait_for("Preparing")
-    wait_until("new prepare Job", lambda: job_namespace.jobs().get(PREPARE, before) != before)
-    job_namespace.end_pod(PREPARE, 0, PREPARED_MESSAGE)
+    job_namespace.end_pod(names.prepare_job_name(NAME, 2), 0, PREPARED_MESSAGE)
     job_namespace.start_pod(TRAIN)
     job_namespace.wait_for("Training")
     job_namespace.end_pod(TRAIN, 0, PUBLISHED_MESSAGE)

@@ -86,7 +86,7 @@ def former_crd() -> Schema:
         block.pop("x-kubernetes-validations", None)
     status = properties(crd, "status")
     for owner in (status, *(status[name]["items"]["properties"] for name in ("attempts", "conditions"))):
-        owner["reason"]["enum"].remove("AcceleratorFailed")
+        owner["reason"]["enum"].remove("S3Unavailable")
     return crd
 
 
@@ -134,7 +134,7 @@ def start(namespace: JobNamespace, name: str, attempt: int = 1) -> None:
 
 
 def fail(namespace: JobNamespace, name: str, reason: str, attempt: int = 1) -> None:
-    message = make_termination_message(Reason(reason), "of the node")
+    message = make_termination_message(Reason(reason), "of the attempt")
     namespace.end_pod(names.train_job_name(name, attempt), 1, message)
 
 
@@ -209,7 +209,7 @@ def test_runs_of_five_phases_outlive_crds_of_three_versions(
 
     serve(installed, former_crd(), lambda: "init" not in spec()["lora"])
     restart_and_check()
-    fail(job_namespace, "retrying", "AcceleratorFailed", 2)
+    fail(job_namespace, "retrying", "S3Unavailable", 2)
     start(job_namespace, "retrying", 3)
     reasons = [attempt.get("reason") for attempt in job_namespace.status("retrying")["attempts"]]
     assert reasons[1:] == ["TrainerError", None]

@@ -9,7 +9,7 @@ import yaml
 from tests.cluster.cluster import Cluster
 from tests.cluster.host.commands import wait_until
 from tests.integration.chart.rendering import BEFORE, CHART, NAMESPACE, RELEASE
-from tests.make import make_manifest
+from tests.make import make_manifest, merge
 
 JOB: Final = "support-bot"
 STATUS: Final = {"observedGeneration": 1, "phase": "Training", "reason": "Training", "progress": "40%"}
@@ -49,7 +49,9 @@ def test_upgrade_updates_crd_and_keeps_runs_and_values(plane: Cluster, namespace
     crd = plane.get("crd", "qlorajobs.qlora.dev")
     assert crd["metadata"]["labels"]["helm.sh/chart"] == f"qlora-operator-{chart_version()}"
     assert job(plane)["metadata"]["uid"] == before["metadata"]["uid"]
-    assert (job(plane)["spec"], job(plane)["status"]) == (before["spec"], before["status"])
+    # Fields that are new get their defaults.
+    assert merge(job(plane)["spec"], before["spec"]) == job(plane)["spec"]
+    assert job(plane)["status"] == before["status"]
     assert '"QLORA_LOG_LEVEL","value":"debug"' in json.dumps(
         plane.get("deployment", RELEASE, release), separators=(",", ":")
     )
