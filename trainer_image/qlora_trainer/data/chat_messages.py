@@ -15,6 +15,8 @@ _ROLES: Final = {
     "tool_response": "tool", "function_call": _CALL, "tool_call": _CALL,
 }  # fmt: skip
 """Role names in datasets, and the ones that chat templates use; a call in a message of its own is the assistant's."""
+_MAY_BE_EMPTY: Final = ("system", "tool")
+"""Roles whose content may be empty: no instructions, and the result of a command that prints nothing."""
 _LABEL_FLAGS: Final = ("weight", "train", "loss")
 """Fields of a message that say whether its answer is trained on: of OpenAI, axolotl and ms-swift."""
 _SYSTEM_FIELDS: Final = ("system", "system_prompt")
@@ -57,7 +59,7 @@ def parse_chat(fields: Mapping[str, Any]) -> Chat:
     )
     if len(masked) == sum(message["role"] == "assistant" for message in messages):
         raise RowError(f"every answer in '{name}' has the weight 0, so nothing is learned; remove the row")
-    return _with_system(Chat(messages, parse_tools(fields), masked), fields, name)
+    return _with_system(_without_empty_system(Chat(messages, parse_tools(fields), masked)), fields, name)
 
 
 def _messages(fields: Mapping[str, Any]) -> tuple[str, Sequence[Any], int]:
@@ -104,16 +106,16 @@ def _parse_message(turn: Any, where: str) -> _Turn:
         calls = parse_calls(text_of(turn, keys.content, within=where), f"{where}.{keys.content}")
         return _Turn({"role": "assistant", "content": "", "tool_calls": calls}, _label_flag(turn, where, "assistant"))
     calls = [*parse_calls(turn.get("tool_calls"), f"{where}.tool_calls"), *parse_function_call(turn, where)]
-    content = _content(turn, keys, where, blank=bool(calls))
+    content = _content(turn, keys, where, calls=bool(calls), blank=bool(calls) or role in _MAY_BE_EMPTY)
     return _Turn(
         {"role": role, "content": content, **({"tool_calls": calls} if calls else {}), **_others(turn, keys, where)},
         _label_flag(turn, where, role),
     )
 
 
-def _content(turn: Mapping[str, Any], keys: _MessageKeys, where: str, *, blank: bool) -> str:
+def _content(turn: Mapping[str, Any], keys: _MessageKeys, where: str, *, calls: bool, blank: bool) -> str:
     # A call has no text of its own, in some datasets not even the key.
-    fields = {keys.content: ""} if blank else {}
+    fields = {keys.content: ""} if calls else {}
     if keys.content in turn:
         fields = {keys.content: _joined(turn[keys.content], f"{where}.{keys.content}")}
     return text_of(fields, keys.content, within=where, blank=blank)
@@ -140,9 +142,13 @@ def _part_text(part: Any, where: str) -> str:
 def _others(turn: Mapping[str, Any], keys: _MessageKeys, where: str) -> dict[str, Any]:
     """Return the other fields that have content, for the chat template."""
     read = {*keys, "tool_calls", "function_call", *_LABEL_FLAGS}
-    others = {key: without_nulls(value) for key, value in turn.items() if key not in read and value is not None}
+    others = {key: without_nulls(value) for key, value in turn.items() if key not in read and not _is_blank(value)}
     check_unicode(others, where)
     return others
+
+
+def _is_blank(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and not value.strip())
 
 
 def _label_flag(turn: Mapping[str, Any], where: str, role: str) -> bool | None:
@@ -154,6 +160,14 @@ def _label_flag(turn: Mapping[str, Any], where: str, role: str) -> bool | None:
     if role != "assistant" and turn.get("train"):
         raise RowError(f"{where}.train is true, and only answers of the assistant are learned; remove it")
     return all(turn[flag] for flag in given) if given else None
+
+
+def _without_empty_system(chat: Chat) -> Chat:
+    """Return the conversation without a system message that says nothing, as datasets with a fixed form have it."""
+    first = chat.messages[0]
+    if first["role"] != "system" or first["content"].strip() or set(first) != {"role", "content"}:
+        return chat
+    return Chat(chat.messages[1:], chat.tools, tuple(index - 1 for index in chat.masked))
 
 
 def _with_system(chat: Chat, fields: Mapping[str, Any], name: str) -> Chat:

@@ -7,7 +7,8 @@ from functools import lru_cache
 from typing import Any, Final, NamedTuple
 
 from qlora_api.reasons import Reason
-from qlora_trainer.data.chat_renderer import ChatRenderer, RenderedChat, TemplateRejectionError
+from qlora_trainer.data.chat_parts import RenderedChat
+from qlora_trainer.data.chat_renderer import ChatRenderer, TemplateRejectionError
 from qlora_trainer.data.render_process import RENDER_PROCESS, Call, RenderLimitError
 from qlora_trainer.data.rendered_fields import CLOSE
 from qlora_trainer.data.rows import MAX_TEXT_BYTES, Chat, Message, RowError

@@ -24,6 +24,10 @@ _MEMORY_PER_BYTE: Final = 8
 TEXT_PER_BYTE: Final = 8
 """Rendered characters for each byte of a row: its text, its prompt, and a list of tools that is repeated."""
 
+PARTS_CHARACTERS: Final = 32_000
+PARTS_PER_BYTE: Final = 64
+"""Rendered for each byte of a row that becomes several: 120 answers, each with half of the row before it on average."""
+
 
 @dataclass
 class CpuBudget:

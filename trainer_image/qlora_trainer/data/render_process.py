@@ -22,6 +22,8 @@ from qlora_trainer.data.render_limits import (
     CPU_SECONDS,
     MEMORY_BYTES,
     MIB,
+    PARTS_CHARACTERS,
+    PARTS_PER_BYTE,
     TEXT_CHARACTERS,
     TEXT_PER_BYTE,
     limit_memory,
@@ -100,7 +102,7 @@ class RenderProcess:
             child.stdin.flush()
         for _ in range(calls):
             # JSON takes at most six bytes for a character.
-            line = child.stdout.readline(6 * _text_limit(len(request)) + _BYTES_PER_LINE)
+            line = child.stdout.readline(6 * (_text_limit(len(request)) + TEXT_CHARACTERS) + _BYTES_PER_LINE)
             if not line.endswith(b"\n"):
                 raise RenderLimitError(_why_ended(child.wait()))
             answer: dict[str, Any] = json.loads(line)
@@ -164,6 +166,10 @@ def _text_limit(size: int) -> int:
     return TEXT_CHARACTERS + TEXT_PER_BYTE * size
 
 
+def _parts_limit(size: int) -> int:
+    return min(PARTS_CHARACTERS + PARTS_PER_BYTE * size, TEXT_CHARACTERS)
+
+
 def main() -> None:
     """Answer requests until standard input ends."""
     answers = sys.stdout.buffer
@@ -184,10 +190,11 @@ def _answer(request: bytes, answers: IO[bytes]) -> None:
         renderer, calls = pickle.loads(request)  # noqa: S301 (of the parent)
         for call in calls:
             answer = _call(renderer, call)
-            size = sum(map(len, _texts_of(answer)))
-            if size > text_left and len(answer["value"]) > 1 and isinstance(answer["value"], list):
-                answer, size = {"error": _TOO_MANY_PARTS}, 0
-            text_left -= size
+            *earlier, whole = _texts_of(answer)
+            if sum(map(len, earlier)) > _parts_limit(len(call or b"")):
+                answer, whole = {"error": _TOO_MANY_PARTS}, ""
+            # A row has a budget of its own for earlier parts, so that no row is refused for those beside it.
+            text_left -= len(whole)
             if text_left < 0:
                 answers.write(_to_line({"limit": _TOO_LONG}))
                 break
@@ -198,8 +205,9 @@ def _answer(request: bytes, answers: IO[bytes]) -> None:
 
 
 def _texts_of(answer: Mapping[str, Any]) -> list[str]:
+    """Return the text of each part, the last of the whole conversation."""
     value = answer.get("value", "")
-    return [value] if isinstance(value, str) else [text for part in value for text in part if isinstance(text, str)]
+    return [value] if isinstance(value, str) else [part.text + part.prompt for part in value]
 
 
 def _to_line(answer: Mapping[str, Any]) -> bytes:

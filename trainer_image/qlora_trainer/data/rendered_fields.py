@@ -5,15 +5,15 @@ template drops it. Each is tried once for messages of the same shape, as a templ
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from qlora_trainer.data.json_values import has_text
 from qlora_trainer.data.rows import Chat, Message, RowError
 
-OPEN, CLOSE = "\ue000", "\ue001"
-"""Private-use characters that mark a text while a template renders it."""
+CLOSE: Final = "\ue001"
+"""Private-use character that changes a text, to see whether a template renders it."""
 _METADATA: Final = frozenset({
     "id", "uuid", "message_id", "turn_id", "turn_identifier", "conversation_id", "parent_id", "tool_call_id", "index",
     "timestamp", "created_at", "updated_at", "date", "time", "language", "lang", "country", "state", "hashed_ip",
@@ -21,6 +21,14 @@ _METADATA: Final = frozenset({
 })  # fmt: skip
 """Fields of a message that identify or describe it, and are no part of what is said."""
 _FIX: Final = "set spec.dataset.chatTemplate, use another model, or leave the field out"
+
+
+class Marks(NamedTuple):
+    """Two characters that mark a text while a template renders it, and do not occur in the conversation."""
+
+    open: str
+    close: str
+
 
 Variant = tuple[str, Any]
 """Name of a part of a field, and the field with only that part changed."""
@@ -31,19 +39,27 @@ class FieldCheck:
     """Finds fields that a template drops; `render` returns the text of a conversation, or raises RowError."""
 
     render: Callable[[Chat], str]
+    marks: Marks
     _reached: set[tuple[Any, ...]] = field(default_factory=set)
     """Shapes of messages whose field is known to be rendered."""
 
-    def check_context(self, chat: Chat, text: str) -> None:
-        """Raise RowError if the template drops a tool, or a field of a message that is no answer."""
-        if chat.tools and ("tools",) not in self._reached:
-            for part, tools in _tool_variants(chat.tools):
-                if not self._changes(Chat(chat.messages, tools), text):
-                    raise dropped(part)
-            self._reached.add(("tools",))
-        for index, message in enumerate(chat.messages):
-            if message["role"] != "assistant" and (name := self.dropped_field(chat, index, text)):
-                raise dropped(f"messages[{index}].{name}")
+    def check_tools(self, chat: Chat, text: str) -> None:
+        """Raise RowError if the template drops a tool."""
+        if not chat.tools or ("tools",) in self._reached:
+            return
+        for part, tools in _tool_variants(chat.tools):
+            if not self._changes(Chat(chat.messages, tools), text):
+                raise dropped(part)
+        self._reached.add(("tools",))
+
+    def dropped_context(self, chat: Chat, text: str, messages: Iterable[int]) -> dict[int, str]:
+        """Return the messages that the template drops, none of them an answer, each with its first dropped field."""
+        found = (
+            (index, self.dropped_field(chat, index, text))
+            for index in messages
+            if chat.messages[index]["role"] != "assistant"
+        )
+        return {index: name for index, name in found if name is not None}
 
     def dropped_field(self, chat: Chat, index: int, text: str) -> str | None:
         """Return the field of a message that is not in the text, or None."""
@@ -62,15 +78,15 @@ class FieldCheck:
 
     def _drops_content(self, chat: Chat, index: int, text: str) -> bool:
         content, shape = chat.messages[index]["content"], _shape_of(chat, index, "content")
-        if _contains(text, content):
+        if contains(text, content):
             if shape not in self._reached and not self._changes(_with(chat, index, "content", content + CLOSE), text):
                 return True
             self._reached.add(shape)
             return False
         # Rewritten: in other letters, for example. Its first and its last character tell whether all of it is there.
         return not (
-            self._shows(_with(chat, index, "content", OPEN + content), OPEN)
-            and self._shows(_with(chat, index, "content", content + CLOSE), CLOSE)
+            self._shows(_with(chat, index, "content", self.marks.open + content), self.marks.open)
+            and self._shows(_with(chat, index, "content", content + self.marks.close), self.marks.close)
         )
 
     def _changes(self, chat: Chat, text: str) -> bool:
@@ -91,7 +107,7 @@ def dropped(where: str) -> RowError:
     return RowError(f"{where} is dropped by the model's chat template; {_FIX}")
 
 
-def _contains(text: str, content: str) -> bool:
+def contains(text: str, content: str) -> bool:
     """Return whether a text has a content, but for white space, as it is or as JSON."""
     if content.strip() in text:
         return True

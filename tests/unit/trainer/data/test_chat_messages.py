@@ -72,6 +72,24 @@ def text_call(arguments: str) -> dict[str, object]:
             {"prompt": [ASK, ANSWER, ASK], "completion": [ANSWER]},
             Chat((ASK, ANSWER, ASK, ANSWER), masked=(1,)), id="answer-in-the-prompt",
         ),
+        pytest.param(
+            {"messages": [{"role": "system", "content": ""}, ASK, {**ANSWER, "weight": 0}, ASK, ANSWER]},
+            Chat((ASK, ANSWER, ASK, ANSWER), masked=(1,)), id="empty-system",
+        ),
+        pytest.param({"messages": [{"role": "system", "content": None}, ASK, ANSWER]}, Chat((ASK, ANSWER)), id="null"),
+        pytest.param(
+            {"conversations": [{"from": "system", "value": " "}, {"from": "human", "value": "Hi"},
+                               {"from": "gpt", "value": "Hello"}], "system": "Be."},
+            Chat(({"role": "system", "content": "Be."}, ASK, ANSWER)), id="empty-system-of-sharegpt",
+        ),
+        pytest.param(
+            {"messages": [ASK, CALLING, {"role": "tool", "content": ""}, ANSWER]},
+            Chat((ASK, CALLING, {"role": "tool", "content": ""}, ANSWER)), id="empty-result-of-a-tool",
+        ),
+        pytest.param(
+            {"messages": [{**ASK, "name": ""}, {**ANSWER, "thinking": "", "reasoning_content": " \n"}]},
+            Chat((ASK, ANSWER)), id="blank-fields",
+        ),
     ],
 )  # fmt: skip
 def test_row_is_read_as_its_author_meant_it(fields, expected):
@@ -124,6 +142,9 @@ def test_null_in_arguments_that_are_text_is_kept():
             {"messages": [{"role": "system", "content": "Be."}, ASK, ANSWER], "system": "Be not."},
             "has a system message in field 'system' and another in messages[0]; keep one", id="two-systems",
         ),
+        pytest.param({"messages": [{"role": "user", "content": " "}, ANSWER]}, "[0].content is empty", id="empty-user"),
+        pytest.param({"messages": [ASK, {"role": "assistant", "content": ""}]}, "[1].content is empty", id="empty"),
+        pytest.param({"messages": [ASK, CALLING, {"role": "tool"}, ANSWER]}, "[2].content is missing", id="no-result"),
         pytest.param({"prompt": [ASK]}, "field 'completion' is missing", id="no-completion"),
         pytest.param({"prompt": [ASK], "completion": []}, "field 'completion' is empty", id="empty-completion"),
         pytest.param(

@@ -179,11 +179,10 @@ def test_thoughts_in_a_field_of_their_own_are_learned_likewise(tokenizer):
     ]
 
 
-def test_calls_that_the_template_renders_otherwise_when_they_are_last_are_learned(tokenizer):
+def test_calls_without_thoughts_that_the_template_renders_otherwise_when_they_are_last_stay_in_one_row(tokenizer):
     row = encode(tokenizer, THOUGHTS, [user(), call({"city": "Rome"}), RESULT, said()], tools=[])
-    assert [text for part in learned(tokenizer, row) for text in part] == [
-        '<think>\n\n</think>\n\n<call>get_weather: {"city": "Rome"}</call><|im_end|>',
-        "<think>\n\n</think>\n\nIt is sunny.<|im_end|>",
+    assert learned(tokenizer, row) == [
+        ['<call>get_weather: {"city": "Rome"}</call><|im_end|>', "<think>\n\n</think>\n\nIt is sunny.<|im_end|>"]
     ]
 
 
