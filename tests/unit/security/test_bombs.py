@@ -200,7 +200,7 @@ BOMBS: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "jsonl-half-character-in-tools": (
         "x.jsonl",
         lambda path: path.write_text(chat_row(tools=[{"name": "\ud800"}])),
-        "row 1: contains bytes that are not UTF-8, or half a character",
+        "contains bytes that are not UTF-8, or half a character",
     ),
     "jsonl-infinity": ("x.jsonl", lambda path: path.write_text('{"text": 1e400}'), "field 'text' is a number (inf)"),
     "jsonl-half-character-in-name": (
