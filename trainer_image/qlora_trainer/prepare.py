@@ -74,7 +74,7 @@ def prepare(
         note(sentence)
     tasks = check_benchmarks(spec, resolver, work, note)
     with tokenize_rows(spec, dataset, rows, model.tokenizer, work) as tokenized:
-        for sentence in (*check_rows_fit(model, tokenized), *rehearse_run(spec, model, tokenized, work)):
+        for sentence in check_rows_fit(model, tokenized):
             note(sentence)
         for sentence in describe_invalid(tokenized.rejected):
             note(sentence)
@@ -84,6 +84,8 @@ def prepare(
             note(sentence)
         prepared = _name_result(output, config, resolve_spec(spec, model, tokenized))
         if prepared.published is None:
+            for sentence in rehearse_run(spec, model, tokenized, work):
+                note(sentence)
             prepared = store_prepared(output, prepared, model, tokenized, tasks)
         else:
             update_latest(output, prepared.digest, prepared.prefix)
@@ -151,7 +153,6 @@ def inspect_model(spec: QLoRAJobSpec, snapshot: Snapshot, work: Path) -> Inspect
     texts = text_files(snapshot.files)
     folder = snapshot.fetch(texts, work)
     check_text_files(folder, texts, MODEL_FIELD)
-    files = {name: sha256_of(ObjectName(name).below(folder)) for name in texts}
     # torch and transformers take seconds to import; checks above this line fail immediately.
     from qlora_trainer.model.adapter import resolve_adapter  # noqa: PLC0415
     from qlora_trainer.model.architecture import build_empty, describe, load_tokenizer, read_config  # noqa: PLC0415
@@ -190,7 +191,7 @@ def inspect_model(spec: QLoRAJobSpec, snapshot: Snapshot, work: Path) -> Inspect
         positions=architecture.positions,
         trained_positions=getattr(empty.config.get_text_config(), "max_position_embeddings", None) or maxsize,
         sentences=(size, *unused, *describe_quantizable(architecture.quantizable, bits)),
-        files=files,
+        files={name: sha256_of(ObjectName(name).below(folder)) for name in texts},
         weights={name: snapshot.etags.get(name, "") for name in weights},
     )
 

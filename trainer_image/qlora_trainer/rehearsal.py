@@ -134,8 +134,8 @@ def rehearse_in_process(task: RehearsalTask, architecture: str, work: Path) -> I
         raise RunError(
             Reason.MODEL_UNSUPPORTED,
             f"spec.model.uri: a copy of {architecture} with few layers and random weights could not be trained as this "
-            f"manifest says: {found.failed}; use another model, or change spec.lora,"
-            " spec.quantization or spec.output.merged",
+            f"manifest says: {found.failed}; use another model, or change spec.lora, spec.quantization or "
+            "spec.output.merged",
         )
     yield (
         f"{architecture} was not rehearsed: {found.not_rehearsed}"
@@ -191,8 +191,8 @@ def _train_with_transformers(copy: Path) -> None:
     model.generate(input_ids=ids, max_new_tokens=2, do_sample=False, pad_token_id=0)
 
 
-def _tokens(vocabulary: int, start: int = 3) -> Any:
-
+def _tokens(vocabulary: int, start: int = 3) -> torch.Tensor:
+    """Return arbitrary token ids [_ROW_TOKENS]."""
     return (torch.arange(_ROW_TOKENS) * 37 + start) % vocabulary
 
 
@@ -211,7 +211,8 @@ def _run(task: RehearsalTask, copy: Path, work: Path) -> None:
         if checkpointing and not base.supports_gradient_checkpointing:
             continue
         with _stage(f"a training step {'with' if checkpointing else 'without'} gradient checkpointing"):
-            trainable = _train(task, _load(task, copy, settings), settings, rows, checkpointing=checkpointing)
+            fresh = _load(task, copy, settings) if checkpointing else base
+            trainable = _train(task, fresh, settings, rows, checkpointing=checkpointing)
     with _stage("evaluation"):
         expected = mean_loss(trainable, rows)
     with _stage("generating an answer"), trainable.evaluating(), trainable.autocast():

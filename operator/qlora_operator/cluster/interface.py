@@ -137,16 +137,6 @@ class Cluster(Protocol):
         """Create a Kubernetes Event; a repeat is a no-op, and a rejection is only logged."""
 
 
-class Lister(Protocol):
-    """The cluster as the resync uses it."""
-
-    async def list_jobs(self, namespaces: Collection[str]) -> list[JobVersion]:
-        """Return every QLoRAJob of the namespaces, or of the cluster if none is given."""
-
-    async def relist(self, namespaces: Collection[str]) -> set[JobRef]:
-        """List all children into the cache, and return the QLoRAJobs whose cached children were stale."""
-
-
 class TokenReviewer(Protocol):
     """The cluster as the progress endpoint uses it."""
 

@@ -166,8 +166,11 @@ def derive_progress(report: Progress | None, phase: Phase, plan: Plan | None) ->
 
 
 def derive_checkpoint(previous: QLoRAJobStatus, decision: Decision, report: Progress | None) -> Checkpoint | None:
-    """Return the checkpoint that another attempt would resume from; None once the adapter is published."""
-    if decision.phase is Phase.SUCCEEDED:
+    """Return the checkpoint that another attempt would resume from; None once the trainer has deleted all of them.
+
+    It does so when the adapter is published, or uploaded as rejected by the gate.
+    """
+    if decision.phase is Phase.SUCCEEDED or decision.reason is Reason.GATE_FAILED:
         return None
     known = (decision.checkpoint, report.checkpoint if report else None, previous.checkpoint)
     # A termination message has a newer one than the last report, which stays known after it.

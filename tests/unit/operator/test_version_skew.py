@@ -118,7 +118,7 @@ def set_in(document: Any, path: str, value: Any) -> Any:
 
 
 @pytest.mark.parametrize("start", STAGES)
-async def test_run_under_newer_crd_goes_on(start: Callable[[], Any]) -> None:
+async def test_run_under_newer_crd_continues(start: Callable[[], Any]) -> None:
     cluster = await start()
     before = state(cluster)
     edit(cluster, "spec", lambda spec: with_unknown_fields(full_spec(spec)))
@@ -137,7 +137,7 @@ async def test_plan_says_which_fields_of_a_newer_crd_were_ignored() -> None:
 
 
 @pytest.mark.parametrize("start", STAGES[1:])
-async def test_run_under_stricter_rules_goes_on(start: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_run_under_stricter_rules_continues(start: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
     cluster = await start()
     before = state(cluster)
     monkeypatch.setattr(validation, "CLUSTER_RULES", (lambda _: "spec.model is not to be trained any more",))

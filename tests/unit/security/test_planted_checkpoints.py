@@ -123,7 +123,7 @@ def test_only_reported_checkpoints_are_resumed_from(
     assert any(note in line for line in run.notes), run.notes
 
 
-def test_chain_of_digests_goes_on_after_a_resume(run: Run) -> None:
+def test_chain_of_digests_continues_after_a_resume(run: Run) -> None:
     second = run.attempt(2)
     assert second.load_latest(run.reported[-1]) is not None
     second.save(make_state(5), keep=2)

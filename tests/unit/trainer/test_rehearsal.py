@@ -139,3 +139,18 @@ def test_family_that_tests_train_is_not_rehearsed(tmp_path, monkeypatch):
     prepare(
         prepare_config(make_spec(f"file://{folder}", rows, f"file://{tmp_path / 'output'}")), work=tmp_path / "work"
     )
+
+
+def test_result_that_was_published_before_is_not_rehearsed(tmp_path, monkeypatch):
+    rehearsed: list[str] = []
+    monkeypatch.setattr(rehearsal, "rehearse_in_process", lambda *_: iter(rehearsed.append("yes") or ()))
+    folder = tmp_path / "model"
+    write_family("olmo2", folder)
+    make_tokenizer().save_pretrained(folder)
+    rows = write_rows(tmp_path / "rows.jsonl", instruction_rows())
+    config = prepare_config(make_spec(f"file://{folder}", rows, f"file://{tmp_path / 'output'}"))
+    prepared = prepare(config, work=tmp_path / "work")
+    monkeypatch.setattr("qlora_trainer.prepare._name_result", lambda *_: prepared.model_copy(update={"published": 1}))
+    monkeypatch.setattr("qlora_trainer.prepare.update_latest", lambda *_: None)
+    prepare(config, work=tmp_path / "work")
+    assert rehearsed == ["yes"]

@@ -24,8 +24,6 @@ _SYSTEM_FIELDS: Final = ("system", "system_prompt")
 _MEDIA_FIELDS: Final = ("image", "images", "video", "videos", "audio", "audios")
 _MESSAGES_AS_TEXT: Final = re.compile(r'\s*\[\s*\{\s*"(role|content|from|value)"\s*:')
 _TEXT_PARTS: Final = ("text", "input_text", "output_text")
-CHAT_FIELDS: Final = ("messages", "conversations", "prompt", "completion", "tools", "functions", *_SYSTEM_FIELDS)
-"""Fields of a row that are read."""
 
 
 class _MessageKeys(NamedTuple):

@@ -62,7 +62,7 @@ class ChatParts:
         spans, parts = dict(whole.spans), []
         for index in pending[:-1] if last in pending else pending:
             spans.pop(index, None)
-            found = [] if index == shown else self._learned_spans(whole, index, finder)
+            found = [] if index == shown else self._label_spans_of(whole, index, finder)
             if found:
                 spans[index] = found
             else:
@@ -74,7 +74,7 @@ class ChatParts:
                 raise RowError(f"messages[{index}] has the weight 0, and the chat template rewrites it; remove the row")
         return [*(self._finish(part) for part in parts), self._finish(replace(whole, spans=spans), pending, masked)]
 
-    def _learned_spans(self, whole: _Part, index: int, finder: AnswerFinder) -> list[Span]:
+    def _label_spans_of(self, whole: _Part, index: int, finder: AnswerFinder) -> list[Span]:
         """Return the spans of an answer in the whole conversation; none if not all of it is there."""
         if whole.check.dropped_field(self.chat, index, whole.text):
             return []

@@ -162,12 +162,6 @@ def check_count(items: Iterable[Item], root: str, field_ref: FieldRef) -> Iterat
         yield item
 
 
-def split_uri(uri: str) -> tuple[str, str]:
-    """Split the URI of an object into the URI of its folder and its name."""
-    folder, _, name = uri.rstrip("/").rpartition("/")
-    return folder, unquote(name) if uri.startswith("file://") else name
-
-
 def local_path(uri: str) -> Path:
     """Return the local path of a file:// URI, or of a pvc:// URI in a pod that mounts the claim."""
     if uri.startswith(CLAIM_SCHEME):

@@ -75,6 +75,6 @@ def test_override_below_a_scalar_is_rejected():
         parse("lora.rank.size=8")
 
 
-def test_whole_number_is_the_integer_that_kubectl_sends():
+def test_float_without_fraction_is_an_integer_as_for_kubectl():
     [override] = [parse_override("training.maxSteps=1e3")]
     assert repr(override.value) == "1000"

@@ -133,7 +133,7 @@ def make_raw_pod_of_job(name: str, *, created: str, asked: str = "", index: int 
         pytest.param({"created": BORN, "asked": STARTED}, True, id="suspended-and-resumed-in-one-second"),
     ],
 )
-def test_pods_of_an_earlier_start_are_kept_apart(pod: dict[str, str], earlier: bool) -> None:
+def test_pods_from_before_a_suspension_are_separated(pod: dict[str, str], earlier: bool) -> None:
     job = RawJob(REF, UID, 1, "1", NOW, deleting=False, spec={}, status={})
     raw = make_raw_child(conditions=(RESUMED,))
     raw["status"]["startTime"] = STARTED

@@ -107,7 +107,7 @@ async def test_retry_continues_attempts_and_starts_budgets_anew() -> None:
     assert attempts(cluster) == [(number, "CudaOutOfMemory") for number in (1, 2, 3, 4)]
 
 
-async def test_retry_has_whole_time_limit_again() -> None:
+async def test_retry_resets_total_deadline() -> None:
     cluster = submitted(retries={"maxAttempts": 1}, deadlines={"total": "2h"})
     await prepare(cluster)
     cluster.start_pod(TRAIN)

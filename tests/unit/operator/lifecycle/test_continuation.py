@@ -99,7 +99,7 @@ async def test_attempt_that_was_silent_at_its_end_may_have_written_newer_checkpo
     assert (told.step if told else None) == step
 
 
-async def test_run_that_ran_out_of_memory_goes_on_with_a_smaller_micro_batch() -> None:
+async def test_run_out_of_memory_continues_with_smaller_micro_batch() -> None:
     cluster = submitted(retries={"maxAttempts": 1})
     await start(cluster)
     size = cluster.status["plan"]["microBatchSize"]
@@ -150,3 +150,13 @@ async def test_preparation_is_repeated_where_the_crd_does_not_store_its_number()
         cluster.pass_time(timedelta(minutes=3))
         await reconcile_now(cluster)
     assert newest_preparation(cluster) == names.prepare_job_name(REF.name, 2)
+
+
+async def test_run_that_the_gate_refused_has_no_checkpoint_to_resume_from() -> None:
+    cluster = submitted()
+    await start(cluster)
+    await reconcile_until_stable(cluster, report(cluster, 100))
+    cluster.end_pod(TRAIN, 1, make_termination_message(Reason.GATE_FAILED, "loss 2.0 > 1.0"), keep_start=True)
+    await reconcile_until_stable(cluster)
+    assert (cluster.status["phase"], cluster.status["reason"]) == ("Failed", "GateFailed")
+    assert "checkpoint" not in cluster.status

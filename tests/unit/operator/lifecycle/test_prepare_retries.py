@@ -226,7 +226,7 @@ async def test_trainer_that_crashes_everywhere_fails_run_after_three_tries(clust
     assert outcome(cluster) == ("Failed", Reason.TRAINER_ERROR)
 
 
-async def test_lost_attempt_at_hour_five_has_whole_patience_again(cluster: FakeCluster) -> None:
+async def test_attempt_lost_after_five_hours_resets_preparation_budget(cluster: FakeCluster) -> None:
     await fail_once(cluster, Reason.SECRET_NOT_FOUND)
     cluster.pass_time(timedelta(seconds=15))
     await reconcile_until_stable(cluster)

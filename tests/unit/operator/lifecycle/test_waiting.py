@@ -65,7 +65,7 @@ async def test_refused_pod_is_waited_for_with_the_sentence_of_the_api_server(job
     assert run.outcome == (("Preparing", "Preparing") if job == PREPARE else ("Training", "Training"))
 
 
-async def test_missing_pod_without_event_says_where_to_look() -> None:
+async def test_missing_pod_without_event_names_kubectl_describe() -> None:
     run = Simulation()
     run.kubernetes.pods_per_step = 0
     await run.run(MINUTE)

@@ -161,7 +161,7 @@ def at(minutes: float) -> Progress:
     return Progress(updated_at=NOW + timedelta(minutes=minutes))
 
 
-def test_store_tells_which_other_runs_of_a_namespace_report() -> None:
+def test_store_lists_other_reporting_runs_of_a_namespace() -> None:
     store, first, second = ReportStore(), JobRef("ml", "a"), JobRef("ml", "b")
     store.put(first, at(0))
     store.put(JobRef("web", "c"), at(0))

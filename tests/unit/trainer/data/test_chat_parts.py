@@ -101,7 +101,7 @@ def test_system_message_with_a_mark_is_refused_like_any_other_that_is_dropped():
         render(source, [{"role": "system", "content": "Be \ue000 \ue001."}, user("\ue000\ue001"), said()])
 
 
-def test_thoughts_of_equal_answers_are_each_learned():
+def test_thoughts_of_equal_answers_each_have_labels():
     parts = render(THOUGHTS, [user(), said(THOUGHT + "Blue."), user(), said(THOUGHT + "Blue.")])
     assert [labels(part) for part in parts] == [[THOUGHT + "Blue.<|im_end|>"]] * 2
 

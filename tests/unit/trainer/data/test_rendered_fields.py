@@ -90,7 +90,7 @@ def encode(tokenizer, source, messages, loss="auto", **fields):
     return row
 
 
-def learned(tokenizer, row):
+def label_texts(tokenizer, row):
     """Return the texts that are learned, of each row that the conversation became."""
     assert isinstance(row, TokenRow), row
     return [
@@ -132,7 +132,7 @@ def learned(tokenizer, row):
 )  # fmt: skip
 def test_field_that_the_template_drops_is_refused(tokenizer, source, messages, fields, field):
     row = encode(tokenizer, source, messages, **fields)
-    assert isinstance(row, RowError), learned(tokenizer, row)
+    assert isinstance(row, RowError), label_texts(tokenizer, row)
     assert field in str(row)
     assert "is dropped by the model's chat template; set spec.dataset.chatTemplate, use another model, or leave" in str(
         row
@@ -141,7 +141,7 @@ def test_field_that_the_template_drops_is_refused(tokenizer, source, messages, f
 
 def test_identifiers_and_flags_of_messages_may_be_dropped(tokenizer):
     messages = [user(id="m1", timestamp="2024-07-26", toxic=False), said(name=None, annotations=[], score=0.9)]
-    assert learned(tokenizer, encode(tokenizer, PLAIN, messages)) == [["It is sunny.<|im_end|>"]]
+    assert label_texts(tokenizer, encode(tokenizer, PLAIN, messages)) == [["It is sunny.<|im_end|>"]]
     answered = [user(), call({"city": "Rome"}), {**RESULT, "name": "get_weather", "tool_call_id": "c1"}, said()]
     assert isinstance(encode(tokenizer, TOOLS, answered), TokenRow)
 
@@ -154,26 +154,26 @@ def test_content_that_the_template_writes_as_json_or_in_capitals_is_not_dropped(
 
 @pytest.mark.parametrize("arguments", [{"city": "Rome"}, '{"city": "Rome"}'], ids=["object", "text"])
 @pytest.mark.parametrize("source", [TOOLS, TEXT_ARGUMENTS, PRINTED_ARGUMENTS], ids=["tojson", "text", "printed"])
-def test_arguments_are_learned_once_encoded_as_the_template_takes_them(tokenizer, source, arguments):
+def test_arguments_are_encoded_once_as_the_template_takes_them(tokenizer, source, arguments):
     row = encode(tokenizer, source, [user(), call(arguments)], tools=[WEATHER])
-    assert learned(tokenizer, row) == [['<call>get_weather: {"city": "Rome"}</call><|im_end|>']]
+    assert label_texts(tokenizer, row) == [['<call>get_weather: {"city": "Rome"}</call><|im_end|>']]
 
 
-def test_thoughts_of_every_answer_are_learned_though_the_template_strips_earlier_ones(tokenizer):
+def test_thoughts_of_every_answer_have_labels_though_the_template_strips_earlier_ones(tokenizer):
     row = encode(
         tokenizer, THOUGHTS,
         [user("2+2?"), said("<think>\nadd\n</think>\n\nFour."), user("3+3?"), said("<think>\nmore\n</think>\n\nSix.")],
     )  # fmt: skip
-    assert learned(tokenizer, row) == [
+    assert label_texts(tokenizer, row) == [
         ["<think>\nadd\n</think>\n\nFour.<|im_end|>"],
         ["<think>\nmore\n</think>\n\nSix.<|im_end|>"],
     ]
     assert "add" not in tokenizer.decode(row.input_ids), "the context is what a server renders"
 
 
-def test_thoughts_in_a_field_of_their_own_are_learned_likewise(tokenizer):
+def test_reasoning_content_has_labels(tokenizer):
     messages = [user("2+2?"), said("Four.", reasoning_content="add"), user("3+3?"), said("Six.", reasoning_content="m")]
-    assert learned(tokenizer, encode(tokenizer, THOUGHTS, messages)) == [
+    assert label_texts(tokenizer, encode(tokenizer, THOUGHTS, messages)) == [
         ["<think>\nadd\n</think>\n\nFour.<|im_end|>"],
         ["<think>\nm\n</think>\n\nSix.<|im_end|>"],
     ]
@@ -181,14 +181,14 @@ def test_thoughts_in_a_field_of_their_own_are_learned_likewise(tokenizer):
 
 def test_calls_without_thoughts_that_the_template_renders_otherwise_when_they_are_last_stay_in_one_row(tokenizer):
     row = encode(tokenizer, THOUGHTS, [user(), call({"city": "Rome"}), RESULT, said()], tools=[])
-    assert learned(tokenizer, row) == [
+    assert label_texts(tokenizer, row) == [
         ['<call>get_weather: {"city": "Rome"}</call><|im_end|>', "<think>\n\n</think>\n\nIt is sunny.<|im_end|>"]
     ]
 
 
 def test_earlier_answer_without_thoughts_needs_no_row_of_its_own(tokenizer):
     row = encode(tokenizer, THOUGHTS, [user("Hi"), said("Ho"), user("3+3?"), said("<think>\nmore\n</think>\n\nSix.")])
-    assert learned(tokenizer, row) == [["Ho<|im_end|>", "<think>\nmore\n</think>\n\nSix.<|im_end|>"]]
+    assert label_texts(tokenizer, row) == [["Ho<|im_end|>", "<think>\nmore\n</think>\n\nSix.<|im_end|>"]]
 
 
 @pytest.mark.parametrize(
@@ -200,41 +200,41 @@ def test_earlier_answer_without_thoughts_needs_no_row_of_its_own(tokenizer):
 )
 def test_thoughts_that_the_template_always_strips_follow_its_prompt(tokenizer, content, expected):
     row = encode(tokenizer, STRIPPED, [user("2+2?"), said(content)])
-    assert learned(tokenizer, row) == [[expected]]
+    assert label_texts(tokenizer, row) == [[expected]]
     if "think" in content:
         assert tokenizer.decode(row.input_ids).count("<think>") == 1
         assert row.input_ids[: len(row.prompt_ids)] == row.prompt_ids
 
 
-def test_every_answer_is_learned_where_the_template_always_strips_thoughts(tokenizer):
+def test_every_answer_has_labels_where_the_template_always_strips_thoughts(tokenizer):
     thought = "<think>\nadd\n</think>\n\n"
     row = encode(tokenizer, STRIPPED, [user("2+2?"), said(thought + "Four."), user("3+3?"), said(thought + "Six.")])
-    assert learned(tokenizer, row) == [
+    assert label_texts(tokenizer, row) == [
         ["add\n</think>\n\nFour.<|im_end|>"], ["add\n</think>\n\nSix.<|im_end|>"]
     ]  # fmt: skip
 
 
 @pytest.mark.parametrize("flag", [{"weight": 0}, {"train": False}, {"loss": False}, {"weight": 0.0}])
-def test_answer_with_weight_zero_is_not_learned(tokenizer, flag):
+def test_answer_with_weight_zero_has_no_labels(tokenizer, flag):
     messages = [user("q1"), said("WRONG", **flag), user("again"), said("RIGHT", weight=1)]
-    assert learned(tokenizer, encode(tokenizer, PLAIN, messages)) == [["RIGHT<|im_end|>"]]
-    everything = "".join(*learned(tokenizer, encode(tokenizer, PLAIN, messages, "all")))
+    assert label_texts(tokenizer, encode(tokenizer, PLAIN, messages)) == [["RIGHT<|im_end|>"]]
+    everything = "".join(*label_texts(tokenizer, encode(tokenizer, PLAIN, messages, "all")))
     assert "WRONG" not in everything
     assert "again" in everything
 
 
-def test_last_answer_with_weight_zero_is_neither_learned_nor_ended(tokenizer):
+def test_last_answer_with_weight_zero_has_neither_labels_nor_stop_token(tokenizer):
     row = encode(tokenizer, PLAIN, [user("q1"), said("RIGHT"), user("again"), said("WRONG", weight=0)])
-    assert learned(tokenizer, row) == [["RIGHT<|im_end|>"]]
+    assert label_texts(tokenizer, row) == [["RIGHT<|im_end|>"]]
     refused = encode(tokenizer, PLAIN, [user("q1"), said("RIGHT"), user("x"), said("WRONG", weight=0)], "completion")
     assert "messages[3] has the weight 0" in str(refused)
 
 
-def test_only_the_completion_of_messages_is_learned(tokenizer):
+def test_only_the_completion_of_messages_has_labels(tokenizer):
     prompt = [user("q1"), said("a1"), user("q2")]
     chat = parse_row({"prompt": prompt, "completion": [said("a2")]}, "chat")
     (row,) = encode_chats([chat], load_chat_template(tokenizer, PLAIN), "auto")
-    assert learned(tokenizer, row) == [["a2<|im_end|>"]]
+    assert label_texts(tokenizer, row) == [["a2<|im_end|>"]]
 
 
 def test_model_with_templates_by_name_uses_the_one_for_tools(tokenizer):
@@ -249,7 +249,7 @@ def test_model_with_templates_by_name_uses_the_one_for_tools(tokenizer):
     ]
     tools, plain = encode_chats(chats, template, "auto")
     assert json.dumps(WEATHER) in tokenizer.decode(tools.input_ids)
-    assert learned(tokenizer, plain) == [["It is sunny.<|im_end|>"]]
+    assert label_texts(tokenizer, plain) == [["It is sunny.<|im_end|>"]]
 
 
 def test_label_begins_where_the_answer_does_though_prompt_and_answer_differ(tokenizer):
@@ -259,7 +259,7 @@ def test_label_begins_where_the_answer_does_though_prompt_and_answer_differ(toke
         "{% for c in m.tool_calls or [] %}[{{ c.function.name }} {{ c.function.arguments }}]{% endfor %}{{ ",
     )
     row = encode(tokenizer, source, [user(), call({"city": "Rome"})])
-    assert learned(tokenizer, row) == [['[get_weather {"city": "Rome"}]<|im_end|>']]
+    assert label_texts(tokenizer, row) == [['[get_weather {"city": "Rome"}]<|im_end|>']]
 
 
 def test_shape_of_messages_is_tried_once(tokenizer, monkeypatch):
