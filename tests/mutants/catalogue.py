@@ -45,9 +45,9 @@ MUTATIONS: Final = (
     ),
     Mutation(
         trap=4,
-        file=f"{_TRAINER}/data/chat_renderer.py",
-        old="        if not self.stop_token:\n            return turn\n",
-        new="        if self.stop_token:\n            return turn\n",
+        file=f"{_TRAINER}/data/answer_spans.py",
+        old="    if not stop_token:\n        return turn\n",
+        new="    if stop_token:\n        return turn\n",
         test=f"{_TESTS}/data/test_traps_data.py::test_trap_04_assistant_turns_are_labels_up_to_their_stop_token",
     ),
     Mutation(
