@@ -118,12 +118,18 @@ def test_result_folder_is_rejected_and_names_its_adapter(tmp_path):
     assert rejection(f"file://{tmp_path}", tmp_path).endswith(f"is a result folder; its adapter is {RESULT.adapter}")
 
 
-def test_record_of_a_newer_release_is_rejected_and_names_the_field(tmp_path):
-    uri = write_record(tmp_path, later=1)
-    assert rejection(uri, tmp_path) == (
-        f"ADAPTER: {uri}/qlora.json: later: Extra inputs are not permitted; use the release that wrote it or a later "
-        "one"
+def test_unknown_field_in_the_record_of_a_newer_release_is_ignored_with_a_warning(tmp_path, caplog):
+    record = opened(write_record(tmp_path, laterField=1), tmp_path).record
+    assert record == RECORD
+    assert "qlora.json: fields that this version does not know are ignored, here and in others alike: laterField" in (
+        caplog.text
     )
+
+
+def test_unknown_value_in_the_record_of_a_newer_release_is_rejected_and_names_the_field(tmp_path):
+    uri = write_record(tmp_path, dtype="float8")
+    assert rejection(uri, tmp_path).startswith(f"ADAPTER: {uri}/qlora.json: dtype: Input should be ")
+    assert rejection(uri, tmp_path).endswith("; use the release that wrote it or a later one")
 
 
 def test_full_finetune_result_is_rejected_as_adapter(tmp_path):
