@@ -50,7 +50,7 @@ spec:
 
 {{- /* Policy that refuses the trainer's own image would keep every run from starting. */ -}}
 {{- define "qlora-operator.checkImages" -}}
-{{- $image := include "qlora-operator.image" (dict "image" .Values.trainerImage "chart" .Chart) -}}
+{{- $image := include "qlora-operator.image" (dict "image" .Values.trainerImage "root" .) -}}
 {{- $allowed := false -}}
 {{- range .Values.policy.images -}}
 {{- $rest := trimPrefix . $image -}}

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any, Final
 
@@ -60,6 +61,33 @@ VALUES: Final[dict[str, dict[str, Any]]] = {
         "priorityClassName": "system-cluster-critical",
         "retention": "365d",
     },
+    "fitted": {
+        "nameOverride": "tuning",
+        "commonLabels": {"cost-center": "42", "release": "theirs"},
+        "image": {"registry": "mirror.example:5000"},
+        "global": {"imageRegistry": "registry.example/"},
+        "strategy": {"type": "Recreate"},
+        "logFormat": "text",
+        "podLabels": {"sidecar.istio.io/inject": "false", "app.kubernetes.io/name": "other"},
+        "deploymentAnnotations": {"reloader.stakater.com/auto": "true"},
+        "topologySpreadConstraints": [
+            {"maxSkew": 1, "topologyKey": "topology.kubernetes.io/zone", "whenUnsatisfiable": "ScheduleAnyway"}
+        ],
+        "podSecurityContext": {"runAsUser": None, "runAsGroup": None},
+        "extraEnv": [{"name": "HTTPS_PROXY", "value": "http://proxy.example:3128"}],
+        "extraVolumes": [{"name": "ca", "configMap": {"name": "company-ca"}}],
+        "extraVolumeMounts": [{"name": "ca", "mountPath": "/etc/company-ca", "readOnly": True}],
+        "extraObjects": [
+            {
+                "apiVersion": "v1",
+                "kind": "ConfigMap",
+                "metadata": {"name": "{{ .Release.Name }}-ca", "namespace": "{{ .Release.Namespace }}"},
+                "data": {"ca.crt": "-----BEGIN CERTIFICATE-----"},
+            }
+        ],
+        "service": {"ipFamilyPolicy": "PreferDualStack", "ipFamilies": ["IPv6", "IPv4"], "annotations": {"a": "b"}},
+        "monitoring": {"podMonitor": {"enabled": True, "labels": {"release": "prometheus"}}},
+    },
     "bare": {
         "replicas": 1,
         "crds": {"keep": False},
@@ -115,6 +143,33 @@ def test_installations_with_names_of_their_own_share_only_the_crd() -> None:
     assert {name for name in first & second if not name.startswith("ConfigMap/")} == {
         "CustomResourceDefinition/qlorajobs.qlora.dev"
     }
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_parent_chart_installs_it_by_condition_and_shares_its_globals(tmp_path: Path, enabled: bool) -> None:
+    parent = {
+        "apiVersion": "v2",
+        "name": "platform",
+        "version": "0.1.0",
+        "dependencies": [
+            {"name": "qlora-operator", "version": "*", "repository": "", "condition": "qlora-operator.enabled"}
+        ],
+    }
+    values = {"global": {"imageRegistry": "registry.example"}, "qlora-operator": {"enabled": enabled, "replicas": 1}}
+    (tmp_path / "Chart.yaml").write_text(yaml.safe_dump(parent), encoding="utf-8")
+    (tmp_path / "values.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+    shutil.copytree(CHART, tmp_path / "charts/qlora-operator")
+    text = run([binary("helm"), "template", "platform", tmp_path])
+    deployments = [each for each in yaml.load_all(text, yaml.CSafeLoader) if each and each["kind"] == "Deployment"]
+    images = [each["spec"]["template"]["spec"]["containers"][0]["image"] for each in deployments]
+    assert images == (["registry.example/qlora-operator:0.1.0"] if enabled else [])
+
+
+def test_labels_of_the_selector_are_the_same_whatever_the_values_say() -> None:
+    [deployment] = [each for each in render(VALUES["fitted"]) if each["kind"] == "Deployment"]
+    selector = deployment["spec"]["selector"]["matchLabels"]
+    assert selector == {"app.kubernetes.io/name": "tuning", "app.kubernetes.io/instance": RELEASE}
+    assert selector.items() <= deployment["spec"]["template"]["metadata"]["labels"].items()
 
 
 def test_namespaced_installation_has_no_cluster_permissions_on_runs() -> None:

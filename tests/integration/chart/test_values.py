@@ -30,6 +30,12 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"workers": 1000}, "/workers"),
     ({"logLevel": "verbose"}, "/logLevel"),
     ({"podAnnotations": {"team": 1}}, "/podAnnotations/team"),
+    ({"enabled": "yes"}, "/enabled"),
+    ({"commonLabels": {"team": 1}}, "/commonLabels/team"),
+    ({"extraEnv": [{"name": "QLORA_TTL", "value": "1d"}]}, "/extraEnv/0/name"),
+    ({"extraObjects": [{"kind": "ConfigMap"}]}, "/extraObjects/0"),
+    ({"service": {"ipFamilies": ["IPv5"]}}, "/service/ipFamilies/0"),
+    ({"image": {"registry": "https://registry.example"}}, "/image/registry"),
 ]
 
 
@@ -38,6 +44,13 @@ def test_unknown_value_is_rejected_by_name(values: dict[str, Any], named: str) -
     with pytest.raises(CommandError) as refusal:
         render_text(values)
     assert named in str(refusal.value)
+
+
+def test_registry_is_put_before_the_repository() -> None:
+    assert image_of({"image": {"registry": "mirror.example:5000/"}}) == "mirror.example:5000/qlora-operator:0.1.0"
+    assert image_of({"global": {"imageRegistry": "registry.example"}}) == "registry.example/qlora-operator:0.1.0"
+    both = {"global": {"imageRegistry": "registry.example"}, "image": {"registry": "mirror.example"}}
+    assert image_of(both) == "mirror.example/qlora-operator:0.1.0"
 
 
 def image_of(values: dict[str, Any]) -> str:
