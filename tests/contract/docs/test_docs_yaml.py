@@ -7,6 +7,7 @@ from typing import Any, Final
 
 import jsonschema
 import pytest
+import yaml
 from kubernetes import client
 
 from qlora_api import names
@@ -17,6 +18,7 @@ from tests.contract.docs.blocks import PAGES, ROOT, Block, blocks
 from tests.make import make_manifest, merge
 
 VALUES_SCHEMA: Final = json.loads((ROOT / "charts/qlora-operator/values.schema.json").read_text(encoding="utf-8"))
+CHART: Final = yaml.safe_load((ROOT / "charts/qlora-operator/Chart.yaml").read_text(encoding="utf-8"))
 JOB_SCHEMA: Final = json.loads((ROOT / "crds/qlorajob.schema.json").read_text(encoding="utf-8"))
 SPEC_FIELDS: Final = frozenset(JOB_SCHEMA["properties"]["spec"]["properties"])
 BUILT_IN: Final = frozenset({"v1", "apps/v1", "batch/v1"})
@@ -81,6 +83,19 @@ def check_document(document: Document) -> str:
     if set(value) == {"spec"} or set(value) <= SPEC_FIELDS:
         check_fragment(value.get("spec", value))
         return "part of a spec"
+    return check_chart_part(value)
+
+
+def check_chart_part(value: Mapping[str, Any]) -> str:
+    """Check values of the chart, or what a parent chart has for it."""
+    if set(value) == {"dependencies"}:
+        [dependency] = value["dependencies"]
+        assert [dependency[key] for key in ("name", "version")] == [CHART[key] for key in ("name", "version")]
+        return "part of a parent's Chart.yaml"
+    if CHART["name"] in value:
+        assert set(value) == {"global", CHART["name"]}
+        check_values({"global": value["global"], **value[CHART["name"]]})
+        return "values of a parent"
     check_values(value)
     return "values"
 
