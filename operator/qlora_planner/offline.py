@@ -9,12 +9,13 @@ from qlora_api.accelerators import usual_device
 from qlora_api.units import MIB, format_gib
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_planner.explain import explain_sizing
-from qlora_planner.gpu_inventory import GpuInventory, GpuPool, memory_of_product, parse_quantity
+from qlora_planner.gpu_inventory import GpuInventory, GpuPool, memory_of_product
 from qlora_planner.memory.adapter import check_base
 from qlora_planner.memory.estimate import Layout, MemoryEstimate, SequenceLengths, TrainingWorkload, estimate_memory
 from qlora_planner.memory.weights import FP32
 from qlora_planner.models.families import read_shape
 from qlora_planner.plan import choose_micro_batch, choose_strategy, describe_accumulation
+from qlora_planner.quantities import parse_quantity
 from qlora_planner.sizing import DoesNotFitError, GpuAllocation, Misfit, Sizing, size_run
 from qlora_planner.suggestions import describe_misfit
 

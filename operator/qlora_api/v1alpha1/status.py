@@ -18,6 +18,8 @@ MAX_MESSAGE: Final = 32_768
 MAX_PLAN_REASON: Final = 256
 """Longest reason of a plan."""
 MAX_PLAN_REASONS: Final = 32
+MAX_GPU_PRODUCTS: Final = 32
+"""Most GPU products that a plan names; clusters have a handful."""
 MAX_SUMMARY: Final = 100
 """Longest beginning of a message that a column shows, in characters."""
 MAX_RETRY_REQUEST: Final = 64
@@ -108,6 +110,20 @@ class Plan(ApiModel):
     )
     gpu_product: Annotated[str, Field(max_length=63)] | None = Field(
         default=None, description=f"Value of {NVIDIA.product_label} that the run was sized for; absent: any."
+    )
+    gpu_products: (
+        Annotated[tuple[Annotated[str, Field(max_length=63)], ...], Field(max_length=MAX_GPU_PRODUCTS)] | None
+    ) = Field(
+        default=None,
+        description=(
+            f"Values of {NVIDIA.product_label} of the nodes that its pods may run on, in the order in which they are "
+            "preferred, the smallest GPU first; absent: gpuProduct only."
+        ),
+    )
+    min_gpu_memory: int | None = Field(
+        default=None,
+        ge=1,
+        description="Least memory of each GPU in bytes, where products do not tell it; absent: gpuProducts decide.",
     )
     peak_bytes: int | None = Field(default=None, ge=0, description="Estimated peak memory per GPU, in bytes.")
     image: Annotated[str, Field(max_length=1024)] | None = Field(
