@@ -28,6 +28,8 @@ class Accelerator:
     """Bytes per unit of the memory label."""
     replicas_label: str = ""
     """Node label: how many pods time-slice a GPU; absent, 0 and 1: it is not time-sliced."""
+    launch_type: str = "MULTI_GPU"
+    """What accelerate's configuration calls several processes on such GPUs."""
     partition_mark: str = ""
     """Part of the product's name if a resource is a partition of a GPU, of which a process can use only one."""
     capability_labels: tuple[str, str] | None = None
@@ -78,6 +80,9 @@ NVIDIA: Final = Accelerator(
 )
 """The labels are those of NVIDIA GPU Feature Discovery."""
 ACCELERATORS: Final = (NVIDIA,)
+PRODUCT_LABELS: Final = " or ".join(accelerator.product_label for accelerator in ACCELERATORS)
+RESOURCES: Final = " or ".join(accelerator.resource for accelerator in ACCELERATORS)
+"""For descriptions of fields."""
 _BY_DEVICE: Final[Mapping[str, Accelerator]] = {accelerator.device: accelerator for accelerator in ACCELERATORS}
 
 

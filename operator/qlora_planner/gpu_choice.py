@@ -67,13 +67,24 @@ def choose_gpus(
     groups = _find_groups(work, fitting, others_are_too_small=len(fitting) < len(sized))
     if not groups:
         return None if fitting else _nearest(work, sized)
-    ranked = sorted(groups, key=_rank, reverse=True)
-    queue_chooses = work.spec.queue is not None and work.spec.resources.nodes == 1
-    offered = [sizing for group in (ranked if queue_chooses else ranked[:1]) for sizing in group]
+    best = max(groups, key=_rank)
+    offered = [*best, *(_other_groups(groups, best) if _queue_chooses(work) else ())]
     base = min(offered, key=lambda sizing: sizing.allocation.pool.usable)
     chosen = tuple(sizing.allocation.pool for sizing in offered)
     reasons = explain_products(work, base, inventory, chosen, unusable)
     return GpuChoice(base, chosen, reasons, _find_min_memory(base, inventory, chosen))
+
+
+def _queue_chooses(work: TrainingWorkload) -> bool:
+    """Return whether a queue may have quota for GPUs that give another result, and no other pod has to agree."""
+    return work.spec.queue is not None and work.spec.resources.nodes == 1
+
+
+def _other_groups(groups: Iterable[list[Sizing]], best: Sequence[Sizing]) -> list[Sizing]:
+    """Return the sizings of the other groups on GPUs of the same vendor, whose resource the pods request."""
+    vendor = best[0].allocation.pool.accelerator
+    others = [sizing for group in groups if group is not best for sizing in group]
+    return [sizing for sizing in others if sizing.allocation.pool.accelerator == vendor]
 
 
 def _find_groups(

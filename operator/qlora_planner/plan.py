@@ -67,7 +67,11 @@ def make_plan(
     """
     if spec.resources.gpus_per_node and (sized := _size(spec, prepared, inventory, unusable)) is not None:
         return _plan_of(*sized, prepared)
-    return _default_plan(spec, prepared, unusable if spec.resources.gpus_per_node else ())
+    if not spec.resources.gpus_per_node:
+        return _default_plan(spec, prepared, "cpu")
+    most = max(inventory, key=lambda pool: pool.count_pods(1), default=None)
+    device = most.accelerator.device if most else usual_device(spec.resources.gpus_per_node)
+    return _default_plan(spec, prepared, device, unusable)
 
 
 def _size(
@@ -130,10 +134,11 @@ def _explain_duration(work: TrainingWorkload, sizing: Sizing, steps: int) -> tup
     return explain_duration(allocation.pool.product, allocation.processes, weights, tokens, recomputed=recomputed)
 
 
-def _default_plan(spec: QLoRAJobSpec, prepared: Prepared, unusable: Sequence[UnusableNodes]) -> Plan:
+def _default_plan(
+    spec: QLoRAJobSpec, prepared: Prepared, device: DeviceName, unusable: Sequence[UnusableNodes] = ()
+) -> Plan:
     """Choose by the default recipe, without an estimate of memory."""
     resources, training = spec.resources, spec.training
-    device = usual_device(resources.gpus_per_node)
     strategy = choose_strategy(spec.distribution, resources.processes)
     rows = ceil(training.global_batch_size / resources.processes)
     micro_batch = choose_micro_batch(training, rows, device)

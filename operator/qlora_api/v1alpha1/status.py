@@ -5,7 +5,7 @@ from typing import Annotated, Final, Literal
 
 from pydantic import AwareDatetime, Field
 
-from qlora_api.accelerators import NVIDIA, DeviceName
+from qlora_api.accelerators import PRODUCT_LABELS, DeviceName
 from qlora_api.base import ApiModel, Sha256
 from qlora_api.model_config import MAX_CONFIG
 from qlora_api.names import MOST_PREPARATIONS, RETRY_ANNOTATION, ConditionType, Phase
@@ -109,14 +109,14 @@ class Plan(ApiModel):
         description="Whether activations are recomputed in the backward pass; absent: the trainer decides.",
     )
     gpu_product: Annotated[str, Field(max_length=63)] | None = Field(
-        default=None, description=f"Value of {NVIDIA.product_label} that the run was sized for; absent: any."
+        default=None, description=f"Value of {PRODUCT_LABELS} that the run was sized for; absent: any."
     )
     gpu_products: (
         Annotated[tuple[Annotated[str, Field(max_length=63)], ...], Field(max_length=MAX_GPU_PRODUCTS)] | None
     ) = Field(
         default=None,
         description=(
-            f"Values of {NVIDIA.product_label} of the nodes that its pods may run on, in the order in which they are "
+            f"Values of {PRODUCT_LABELS} of the nodes that its pods may run on, in the order in which they are "
             "preferred, the smallest GPU first; absent: gpuProduct only."
         ),
     )

@@ -4,7 +4,9 @@ from typing import Any
 
 import pytest
 
+from qlora_api.accelerators import NVIDIA, Accelerator
 from qlora_api.v1alpha1 import ResourcesSpec
+from qlora_planner import gpu_inventory
 from qlora_planner.gpu_inventory import (
     GpuPool,
     UnusableNodes,
@@ -109,6 +111,17 @@ def test_node_selector_and_windows_are_named() -> None:
     windows = make_node()
     windows["metadata"]["labels"]["kubernetes.io/os"] = "windows"
     assert read_gpu_inventory([windows], ResourcesSpec()) == ()
+
+
+def test_other_vendor_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its memory label may be in bytes, and its GPUs may have no compute capability."""
+    row = Accelerator("cuda", "example.com/gpu", "example.com/product", "example.com/memory", memory_unit=1)
+    monkeypatch.setattr(gpu_inventory, "ACCELERATORS", (NVIDIA, row))
+    labels = {"example.com/product": "Max-1100", "example.com/memory": str(48 << 30)}
+    other = {"metadata": {"name": "x", "labels": labels}, "status": {"allocatable": {"example.com/gpu": "2"}}}
+    pool = GpuPool("Max-1100", 48 << 30, 2, accelerator=row)
+    assert read_gpu_inventory([make_node(), other], ResourcesSpec()) == (A10, pool)
+    assert (pool.dtype, pool.partitioned) == ("bfloat16", False)
 
 
 def test_amount_that_cannot_be_read_excludes_no_node() -> None:
