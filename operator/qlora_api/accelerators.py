@@ -1,11 +1,16 @@
 """Supported accelerators, one row each; so far NVIDIA GPUs only."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, Literal
+
+from qlora_api.units import MIB
 
 DeviceName = Literal["cpu", "cuda"]
 """The device type of a run, as torch calls it."""
+Capability = tuple[int, int]
+"""(8, 0) for sm_80."""
+ComputeDtype = Literal["bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
@@ -18,13 +23,31 @@ class Accelerator:
     product_label: str
     """Node label: the GPU's product name."""
     memory_label: str
-    """Node label: memory of each GPU, in MiB."""
-    replicas_label: str
+    """Node label: memory of each GPU."""
+    memory_unit: int = MIB
+    """Bytes per unit of the memory label."""
+    replicas_label: str = ""
     """Node label: how many pods time-slice a GPU; absent, 0 and 1: it is not time-sliced."""
-    capability_labels: tuple[str, str]
-    """Node labels: major and minor number of the compute capability."""
-    oldest_capability: tuple[int, int]
-    """The oldest GPUs that the trainer's torch has kernels for."""
+    launch_type: str = "MULTI_GPU"
+    """What accelerate's configuration calls several processes on such GPUs."""
+    partition_mark: str = ""
+    """Part of the product's name if a resource is a partition of a GPU, of which a process can use only one."""
+    capability_labels: tuple[str, str] | None = None
+    """Node labels: major and minor number of the compute capability; None if the vendor has no such number."""
+    oldest_capability: Capability | None = None
+    """The oldest GPUs that the trainer's torch has kernels for; None: all of the vendor's."""
+    native_bf16: Capability | None = None
+    """The oldest GPUs with native bf16; None: all of the vendor's."""
+    peak_tflops: Mapping[str, int] = field(default_factory=dict, hash=False)
+    """Dense 16-bit TFLOP/s, by pattern of the product's name."""
+
+    def compute_dtype(self, capability: Capability | None) -> ComputeDtype | None:
+        """Return the dtype that the trainer computes in on such a GPU; None if its capability has to be known."""
+        if self.native_bf16 is None:
+            return "bfloat16"
+        if capability is None:
+            return None
+        return "bfloat16" if capability >= self.native_bf16 else "float16"
 
 
 NVIDIA: Final = Accelerator(
@@ -33,11 +56,33 @@ NVIDIA: Final = Accelerator(
     product_label="nvidia.com/gpu.product",
     memory_label="nvidia.com/gpu.memory",
     replicas_label="nvidia.com/gpu.replicas",
+    partition_mark="-MIG-",  # NVIDIA/k8s-device-plugin#446: a process sees one MIG instance, however many the pod has
     capability_labels=("nvidia.com/gpu.compute.major", "nvidia.com/gpu.compute.minor"),
     oldest_capability=(7, 5),  # torch.cuda.get_arch_list() of the pinned wheel begins with sm_75: no V100, P100 or P40
+    native_bf16=(8, 0),  # Ampere
+    peak_tflops={  # NVIDIA's data sheets
+        r"\bT4\b": 65,
+        r"\bV100\b": 125,
+        r"\bA10\b": 125,
+        r"\bA30\b": 165,
+        r"\bA40\b": 150,
+        r"\bA100\b": 312,
+        r"\bL4\b": 121,
+        r"\bL40\b": 181,
+        r"\bL40S\b": 362,
+        r"RTX-3090\b": 71,
+        r"RTX-4090\b": 165,
+        r"\bH100-PCIE": 756,
+        r"\bH100\b": 989,
+        r"\bH200\b": 989,
+        r"\bB200\b": 2250,
+    },
 )
 """The labels are those of NVIDIA GPU Feature Discovery."""
 ACCELERATORS: Final = (NVIDIA,)
+PRODUCT_LABELS: Final = " or ".join(accelerator.product_label for accelerator in ACCELERATORS)
+RESOURCES: Final = " or ".join(accelerator.resource for accelerator in ACCELERATORS)
+"""For descriptions of fields."""
 _BY_DEVICE: Final[Mapping[str, Accelerator]] = {accelerator.device: accelerator for accelerator in ACCELERATORS}
 
 

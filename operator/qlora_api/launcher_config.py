@@ -2,6 +2,7 @@
 
 from typing import Any, Final
 
+from qlora_api.accelerators import accelerator_of
 from qlora_api.names import DEEPSPEED_FILE
 from qlora_api.strategies import STRATEGIES, StrategyName
 from qlora_api.v1alpha1 import Plan
@@ -15,11 +16,11 @@ BUCKET_NUMBERS: Final = 50_000_000
 def accelerate_config(plan: Plan) -> dict[str, Any]:
     """Return the file for `accelerate launch --config_file`; each node adds its rank and the main process's address."""
     uses_deepspeed = STRATEGIES[plan.strategy].launcher == "deepspeed"
-    distributed_type = "DEEPSPEED" if uses_deepspeed else "MULTI_CPU" if plan.device == "cpu" else "MULTI_GPU"
+    several = "MULTI_CPU" if plan.device == "cpu" else accelerator_of(plan.device).launch_type
     deepspeed = {"deepspeed_config_file": DEEPSPEED_FILE, "deepspeed_multinode_launcher": "standard"}
     return {
         "compute_environment": "LOCAL_MACHINE",
-        "distributed_type": distributed_type,
+        "distributed_type": "DEEPSPEED" if uses_deepspeed else several,
         "num_machines": plan.nodes,
         "num_processes": plan.processes,
         "main_process_port": MAIN_PORT,

@@ -11,8 +11,6 @@ from qlora_planner.sizing import COMPUTE_BOUND_TOKENS, Sizing, micro_batches, pa
 
 MIN_QUANTIZED_SHARE: Final = 0.5
 """Fraction of the layers' weights that is quantized, below which the plan says so (as prepare does)."""
-NATIVE_BF16: Final = (8, 0)
-"""Lowest compute capability with native bf16 (NVIDIA Ampere)."""
 
 
 def explain_sizing(work: TrainingWorkload, sizing: Sizing, *, flexible: bool = False) -> tuple[str, ...]:
@@ -54,12 +52,10 @@ def _explain_strategy(work: TrainingWorkload, sizing: Sizing) -> str:
 
 def explain_dtype(pool: GpuPool) -> str:
     """Explain in which 16-bit dtype the trainer will compute."""
-    if pool.capability is None:
+    if pool.dtype is None:
         return "dtype bfloat16 where the GPU has it (sm_80 and later), else float16"
-    sm = f"sm_{pool.capability[0]}{pool.capability[1]}"
-    if pool.capability >= NATIVE_BF16:
-        return f"dtype bfloat16: {sm} has native bf16"
-    return f"dtype float16: {sm} predates native bf16"
+    gpu = pool.product if pool.capability is None else f"sm_{pool.capability[0]}{pool.capability[1]}"
+    return f"dtype {pool.dtype}: {gpu} {'has' if pool.dtype == 'bfloat16' else 'predates'} native bf16"
 
 
 def _explain_base(work: TrainingWorkload) -> tuple[str, ...]:

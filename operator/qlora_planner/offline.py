@@ -9,24 +9,25 @@ from qlora_api.accelerators import usual_device
 from qlora_api.units import MIB, format_gib
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_planner.explain import explain_sizing
-from qlora_planner.gpu_inventory import GpuInventory, GpuPool, memory_of_product, parse_quantity
+from qlora_planner.gpu_inventory import GpuInventory, GpuPool, memory_of_product
 from qlora_planner.memory.adapter import check_base
 from qlora_planner.memory.estimate import Layout, MemoryEstimate, SequenceLengths, TrainingWorkload, estimate_memory
 from qlora_planner.memory.weights import FP32
 from qlora_planner.models.families import read_shape
 from qlora_planner.plan import choose_micro_batch, choose_strategy, describe_accumulation
+from qlora_planner.quantities import parse_quantity
 from qlora_planner.sizing import DoesNotFitError, GpuAllocation, Misfit, Sizing, size_run
 from qlora_planner.suggestions import describe_misfit
 
 _COMMON_GPUS: Final = (
-    ("16 GB GPU (T4)", 15_360),
-    ("24 GB GPU (A10, L4)", 23_028),
-    ("40 GB GPU (A100)", 40_960),
-    ("48 GB GPU (L40S)", 46_068),
-    ("80 GB GPU (H100)", 81_559),
-    ("141 GB GPU (H200)", 143_771),
+    ("16 GB GPU (T4)", 15_360, (7, 5)),
+    ("24 GB GPU (A10, L4)", 23_028, (8, 6)),
+    ("40 GB GPU (A100)", 40_960, (8, 0)),
+    ("48 GB GPU (L40S)", 46_068, (8, 9)),
+    ("80 GB GPU (H100)", 81_559, (9, 0)),
+    ("141 GB GPU (H200)", 143_771, (9, 0)),
 )
-"""Common GPUs and their memory in MiB, as nvidia-smi shows it."""
+"""Common GPUs, their memory in MiB, as nvidia-smi shows it, and their compute capability."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,12 @@ def make_offline_plan(
         raise DoesNotFitError("spec.training.globalBatchSize is smaller than the number of GPUs; raise it")
     if isinstance(sizing, Misfit):
         raise DoesNotFitError(describe_misfit(work, inventory, sizing))
-    return OfflinePlan(work, sizing, (*explain_sizing(work, sizing, flexible=flexible), *_explain_rest(work, sizing)))
+    reasons = (
+        *explain_sizing(work, sizing, flexible=flexible),
+        *_explain_gpus(work, inventory, flexible=flexible),
+        *_explain_rest(work, sizing),
+    )
+    return OfflinePlan(work, sizing, reasons)
 
 
 def _gpus(spec: QLoRAJobSpec, gpus_per_node: int | None) -> int:
@@ -84,7 +90,22 @@ def _inventory(spec: QLoRAJobSpec, gpu_memory: str | None, gpus_per_node: int | 
         return (GpuPool(product, parse_quantity(gpu_memory), count, nodes),)
     if (memory := memory_of_product(product)) is not None:
         return (GpuPool(product, memory, count, nodes),)
-    return tuple(GpuPool(name, mebibytes * MIB, count, nodes) for name, mebibytes in _COMMON_GPUS)
+    return tuple(GpuPool(name, size * MIB, count, nodes, capability) for name, size, capability in _COMMON_GPUS)
+
+
+def _explain_gpus(work: TrainingWorkload, inventory: GpuInventory, *, flexible: bool) -> tuple[str, ...]:
+    """Say which GPUs hold the run, and which do not; nothing where only one kind was given."""
+    if len(inventory) == 1:
+        return ()
+    sizings = {pool: size_run(work, (pool,), flexible=flexible) for pool in inventory}
+    fit = [f"{pool.product} in {pool.dtype}" for pool, sizing in sizings.items() if _holds(sizing)]
+    other = [f"{pool.product}" for pool, sizing in sizings.items() if not _holds(sizing)]
+    left_out = f"; left out: {', '.join(other)}" if other else ""
+    return (f"GPUs that fit: {', '.join(fit)}{left_out}",) if fit else ()
+
+
+def _holds(sizing: Sizing | Misfit | None) -> bool:
+    return isinstance(sizing, Sizing) and not sizing.tight
 
 
 def _on_cpu(work: TrainingWorkload) -> OfflinePlan:

@@ -5,7 +5,7 @@ from typing import Final
 from qlora_api.units import MIB, TIB
 from qlora_api.v1alpha1 import QLoRAJobSpec, Toleration
 from qlora_api.v1alpha1.spec import MAX_MEMORY, MIN_MEMORY
-from qlora_planner.gpu_inventory import parse_quantity
+from qlora_planner.quantities import parse_quantity
 
 _MEMORY_RANGE: Final = range(MIN_MEMORY * MIB, MAX_MEMORY * TIB + 1)
 

@@ -1,5 +1,6 @@
 """Makes the plan of a run: device, strategy, micro-batch and steps, each with its reason."""
 
+from collections.abc import Sequence
 from math import ceil
 from typing import Final, NamedTuple
 
@@ -9,11 +10,12 @@ from qlora_api.steps import steps_of_epochs, steps_per_epoch, total_steps
 from qlora_api.strategies import DDP, SINGLE, Distribution, StrategyName
 from qlora_api.v1alpha1 import DataStatus, Plan, QLoRAJobSpec, TrainingSpec
 from qlora_planner.explain import explain_sizing
-from qlora_planner.gpu_inventory import GpuInventory
+from qlora_planner.gpu_choice import GpuChoice, choose_gpus, explain_unusable
+from qlora_planner.gpu_inventory import GpuInventory, UnusableNodes
 from qlora_planner.memory.estimate import SequenceLengths, TrainingWorkload
 from qlora_planner.models.families import read_recorded_shape
 from qlora_planner.models.shapes import UnknownModelError
-from qlora_planner.sizing import DoesNotFitError, Misfit, Sizing, size_run
+from qlora_planner.sizing import DoesNotFitError, Misfit, Sizing
 from qlora_planner.suggestions import describe_misfit
 from qlora_planner.time_estimate import explain_duration
 
@@ -44,35 +46,47 @@ class Steps(NamedTuple):
     reason: str
 
 
-def make_plan(spec: QLoRAJobSpec, prepared: Prepared, inventory: GpuInventory = ()) -> Plan:
+def make_plan(
+    spec: QLoRAJobSpec,
+    prepared: Prepared,
+    inventory: GpuInventory = (),
+    unusable: Sequence[UnusableNodes] = (),
+) -> Plan:
     """Choose device, strategy, micro-batch and number of steps; sized by memory if GPUs and model are known.
 
     Args:
         spec: A spec without violations.
         prepared: What prepare found out about model and dataset.
         inventory: GPUs of the cluster; without any, the plan follows the default recipe.
+        unusable: GPU products whose nodes never accept the pods of the run; the plan's reasons name them.
 
     Raises:
         DoesNotFitError: No GPU of the inventory can hold the run; the message says by how much, and what would fit.
         MismatchError: The spec asks for what the model does not have.
 
     """
-    if spec.resources.gpus_per_node and (sized := _size(spec, prepared, inventory)) is not None:
-        return _plan_of(sized, spec, prepared)
-    return _default_plan(spec, prepared)
+    if spec.resources.gpus_per_node and (sized := _size(spec, prepared, inventory, unusable)) is not None:
+        return _plan_of(*sized, prepared)
+    if not spec.resources.gpus_per_node:
+        return _default_plan(spec, prepared, "cpu")
+    most = max(inventory, key=lambda pool: pool.count_pods(1), default=None)
+    device = most.accelerator.device if most else usual_device(spec.resources.gpus_per_node)
+    return _default_plan(spec, prepared, device, unusable)
 
 
-def _size(spec: QLoRAJobSpec, prepared: Prepared, inventory: GpuInventory) -> tuple[TrainingWorkload, Sizing] | None:
-    """Return the sizing of a run; None if the model is unknown, or the inventory has too few GPUs."""
+def _size(
+    spec: QLoRAJobSpec, prepared: Prepared, inventory: GpuInventory, unusable: Sequence[UnusableNodes]
+) -> tuple[TrainingWorkload, GpuChoice] | None:
+    """Return the GPUs and the layout of a run; None if the model is unknown, or the inventory has too few GPUs."""
     try:
         shape = read_recorded_shape(prepared.model.config)
         work = TrainingWorkload(spec, shape, sequence_lengths(prepared.dataset, spec.training))
-        sizing = size_run(work, inventory)
+        choice = choose_gpus(work, inventory, unusable)
     except UnknownModelError:
         return None
-    if isinstance(sizing, Misfit):
-        raise DoesNotFitError(describe_misfit(work, inventory, sizing))
-    return None if sizing is None else (work, sizing)
+    if isinstance(choice, Misfit):
+        raise DoesNotFitError(describe_misfit(work, inventory, choice))
+    return None if choice is None else (work, choice)
 
 
 def sequence_lengths(dataset: DataStatus, training: TrainingSpec) -> SequenceLengths:
@@ -82,8 +96,8 @@ def sequence_lengths(dataset: DataStatus, training: TrainingSpec) -> SequenceLen
     return SequenceLengths(longest, max(1.0, min(mean, longest)))
 
 
-def _plan_of(sized: tuple[TrainingWorkload, Sizing], spec: QLoRAJobSpec, prepared: Prepared) -> Plan:
-    work, sizing = sized
+def _plan_of(work: TrainingWorkload, choice: GpuChoice, prepared: Prepared) -> Plan:
+    spec, sizing = work.spec, choice.sizing
     allocation, layout = sizing.allocation, sizing.layout
     rows = ceil(spec.training.global_batch_size / allocation.processes)
     steps = count_steps(spec.training, prepared.dataset.training_rows)
@@ -97,9 +111,12 @@ def _plan_of(sized: tuple[TrainingWorkload, Sizing], spec: QLoRAJobSpec, prepare
         total_steps=steps.total,
         gradient_checkpointing=layout.checkpointing,
         gpu_product=allocation.pool.product or None,
+        gpu_products=choice.products or None,
+        min_gpu_memory=choice.min_memory,
         peak_bytes=sizing.estimate.peak,
         reasons=(
             *explain_sizing(work, sizing),
+            *choice.reasons,
             describe_accumulation(spec.training.global_batch_size, rows, layout.micro_batch, allocation.processes),
             steps.reason,
             *_explain_duration(work, sizing, steps.total),
@@ -117,10 +134,11 @@ def _explain_duration(work: TrainingWorkload, sizing: Sizing, steps: int) -> tup
     return explain_duration(allocation.pool.product, allocation.processes, weights, tokens, recomputed=recomputed)
 
 
-def _default_plan(spec: QLoRAJobSpec, prepared: Prepared) -> Plan:
+def _default_plan(
+    spec: QLoRAJobSpec, prepared: Prepared, device: DeviceName, unusable: Sequence[UnusableNodes] = ()
+) -> Plan:
     """Choose by the default recipe, without an estimate of memory."""
     resources, training = spec.resources, spec.training
-    device = usual_device(resources.gpus_per_node)
     strategy = choose_strategy(spec.distribution, resources.processes)
     rows = ceil(training.global_batch_size / resources.processes)
     micro_batch = choose_micro_batch(training, rows, device)
@@ -140,6 +158,7 @@ def _default_plan(spec: QLoRAJobSpec, prepared: Prepared) -> Plan:
             micro_batch.reason,
             describe_accumulation(training.global_batch_size, rows, micro_batch.size, resources.processes),
             steps.reason,
+            *explain_unusable(unusable),
         ),
     )
 

@@ -1,5 +1,6 @@
 """What cannot be sharded among processes: validation rejects it, and the planner does not choose it."""
 
+from qlora_api.accelerators import ComputeDtype
 from qlora_api.optimizers import SHARDABLE
 from qlora_api.strategies import Strategy
 from qlora_api.v1alpha1 import QLoRAJobSpec
@@ -28,3 +29,8 @@ def supports_strategy(spec: QLoRAJobSpec, strategy: Strategy) -> bool:
     if strategy.shards_optimizer and not has_shardable_optimizer(spec):
         return False
     return not strategy.shards_weights or needs_unsharded_weights(spec) is None
+
+
+def supports_dtype(strategy: Strategy, dtype: ComputeDtype | None) -> bool:
+    """Return whether a strategy can compute in a dtype; the trainer scales losses in float16, DeepSpeed does not."""
+    return dtype != "float16" or strategy.launcher != "deepspeed"

@@ -11,7 +11,7 @@ from qlora_planner.gpu_inventory import GpuInventory, GpuPool
 from qlora_planner.memory.adapter import ALL_LINEAR
 from qlora_planner.memory.estimate import PACK_TOKENS, Layout, MemoryEstimate, TrainingWorkload, estimate_memory
 from qlora_planner.models.shapes import SET_GPUS_EXPLICITLY, UnknownModelError
-from qlora_planner.sharding_limits import supports_strategy
+from qlora_planner.sharding_limits import supports_dtype, supports_strategy
 
 COMPUTE_BOUND_TOKENS: Final = 2048
 """Tokens of a pass above which gradient checkpointing for a larger pass loses time: dequantizing a weight moves 4.5
@@ -82,9 +82,11 @@ def size_run(work: TrainingWorkload, inventory: GpuInventory, *, flexible: bool 
         UnknownModelError: The memory of this model or adapter is not known.
 
     """
-    _check_known(work)
+    check_known(work)
     candidates = [
-        _size_allocation(work, allocation) for allocation in find_allocations(work, inventory, flexible=flexible)
+        size_allocation(work, allocation)
+        for allocation in find_allocations(work, inventory, flexible=flexible)
+        if allocation.pool.count_pods(allocation.gpus_per_node) >= allocation.nodes
     ]
     fitting = [sizing for sizing in candidates if isinstance(sizing, Sizing)]
     if fitting:
@@ -93,7 +95,7 @@ def size_run(work: TrainingWorkload, inventory: GpuInventory, *, flexible: bool 
     return min(misfits, key=lambda misfit: misfit.missing, default=None)
 
 
-def _check_known(work: TrainingWorkload) -> None:
+def check_known(work: TrainingWorkload) -> None:
     """Reject adapters on stacked experts: peft adds each update to a copy of all weights, which was never measured."""
     if (
         any(block.stacked for block in work.shape.blocks)
@@ -107,15 +109,32 @@ def _check_known(work: TrainingWorkload) -> None:
 
 
 def find_allocations(work: TrainingWorkload, inventory: GpuInventory, *, flexible: bool) -> tuple[GpuAllocation, ...]:
-    """Return the allocations that the inventory allows."""
+    """Return the allocations that each GPU of the inventory allows, whatever the number of its nodes."""
     resources, global_batch_size = work.spec.resources, work.spec.training.global_batch_size
-    return tuple(
+    allocations = (
         GpuAllocation(pool, resources.nodes, gpus)
         for pool in inventory
-        if pool.nodes >= resources.nodes
         for gpus in (_counts(pool.gpus_per_node) if flexible else [max(resources.gpus_per_node, 1)])
-        if gpus <= pool.gpus_per_node and resources.nodes * gpus <= global_batch_size
     )
+    return tuple(
+        allocation
+        for allocation in allocations
+        if allocation.gpus_per_node <= allocation.pool.gpus_per_node
+        and allocation.processes <= global_batch_size
+        and find_conflict(work, allocation) is None
+    )
+
+
+def find_conflict(work: TrainingWorkload, allocation: GpuAllocation) -> str | None:
+    """Return why a run of several processes cannot use a kind of GPU, or None."""
+    if allocation.processes == 1:
+        return None
+    if allocation.pool.partitioned:
+        return "partitions of a GPU cannot train together"
+    requested = STRATEGIES.get(work.spec.distribution)
+    if requested is not None and not supports_dtype(requested, allocation.pool.dtype):
+        return f"{requested.name} cannot compute in {allocation.pool.dtype}"
+    return None
 
 
 def _counts(maximum: int) -> list[int]:
@@ -128,10 +147,10 @@ def _cost(allocation: GpuAllocation) -> int:
     return allocation.processes * allocation.pool.memory
 
 
-def _size_allocation(work: TrainingWorkload, allocation: GpuAllocation) -> Sizing | Misfit:
+def size_allocation(work: TrainingWorkload, allocation: GpuAllocation) -> Sizing | Misfit:
     """Return the first layout that fits, the simplest first; else the smallest, if it might fit."""
     nearest: Sizing | None = None
-    for layout in find_layouts(work, allocation.processes):
+    for layout in find_layouts(work, allocation):
         fastest = _fastest(work, allocation, layout)
         if isinstance(fastest, Sizing):
             return fastest
@@ -142,21 +161,26 @@ def _size_allocation(work: TrainingWorkload, allocation: GpuAllocation) -> Sizin
     return Misfit(nearest) if nearest.cannot_fit else nearest
 
 
-def find_layouts(work: TrainingWorkload, processes: int) -> Iterator[Layout]:
+def find_layouts(work: TrainingWorkload, allocation: GpuAllocation) -> Iterator[Layout]:
     """Yield combinations of strategy and optimizer, the simplest first."""
-    for strategy in find_strategies(work, processes):
+    for strategy in find_strategies(work, allocation):
         for optimizer in find_optimizers(work, strategy):
-            yield Layout(processes, strategy.name, 1, False, optimizer)
+            yield Layout(allocation.processes, strategy.name, 1, False, optimizer)
 
 
-def find_strategies(work: TrainingWorkload, processes: int) -> tuple[Strategy, ...]:
+def find_strategies(work: TrainingWorkload, allocation: GpuAllocation) -> tuple[Strategy, ...]:
     """Return the strategies to try: the requested one, or all that apply, those that shard least first."""
-    if processes == 1:
+    if allocation.processes == 1:
         return (SINGLE,)
     requested = work.spec.distribution
     if requested != "auto":
         return (STRATEGIES[requested],)
-    return tuple(strategy for strategy in FOR_SEVERAL if supports_strategy(work.spec, strategy))
+    dtype = allocation.pool.dtype
+    return tuple(
+        strategy
+        for strategy in FOR_SEVERAL
+        if supports_strategy(work.spec, strategy) and supports_dtype(strategy, dtype)
+    )
 
 
 def find_optimizers(work: TrainingWorkload, strategy: Strategy) -> tuple[OptimizerName, ...]:

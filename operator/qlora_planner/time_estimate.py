@@ -3,25 +3,9 @@
 import re
 from typing import Final
 
+from qlora_api.accelerators import ACCELERATORS
+
 TERA: Final = 10**12
-PEAK_TFLOPS: Final = {
-    r"\bT4\b": 65,
-    r"\bV100\b": 125,
-    r"\bA10\b": 125,
-    r"\bA30\b": 165,
-    r"\bA40\b": 150,
-    r"\bA100\b": 312,
-    r"\bL4\b": 121,
-    r"\bL40\b": 181,
-    r"\bL40S\b": 362,
-    r"RTX-3090\b": 71,
-    r"RTX-4090\b": 165,
-    r"\bH100-PCIE": 756,
-    r"\bH100\b": 989,
-    r"\bH200\b": 989,
-    r"\bB200\b": 2250,
-}
-"""Dense 16-bit TFLOP/s (NVIDIA's data sheets), by pattern of the product label."""
 MFU_RANGE: Final = (0.22, 0.47)
 """Lowest and highest MFU of published runs at 4 FLOPs per weight and token: 70B on four H100 (fsdp_qlora's benchmarks,
 March 2024) and 8B on one RTX 4090 (torchtune's README); a 3B model on an A100 reached 0.33 (the same README)."""
@@ -56,8 +40,9 @@ def explain_duration(product: str, gpus: int, weights: int, tokens: float, *, re
 
 
 def peak_flops(product: str) -> int | None:
-    """Return the peak FLOP/s of a GPU by the value of nvidia.com/gpu.product; None if unknown."""
-    return next((tera * TERA for name, tera in PEAK_TFLOPS.items() if re.search(name, product, re.IGNORECASE)), None)
+    """Return the peak FLOP/s of a GPU by the value of its product label; None if unknown."""
+    known = ((name, tera) for accelerator in ACCELERATORS for name, tera in accelerator.peak_tflops.items())
+    return next((tera * TERA for name, tera in known if re.search(name, product, re.IGNORECASE)), None)
 
 
 def to_text(seconds: float) -> str:

@@ -48,6 +48,12 @@ GANG: Final = make_spec(
 """Two pods with four processes each."""
 
 
+SIZED: Final = {
+    "gpu_product": "NVIDIA-A10",
+    "gpu_products": ("NVIDIA-A10", "NVIDIA-L40S", "NVIDIA-A100-SXM4-80GB"),
+    "min_gpu_memory": 23_028 << 20,
+}
+"""What a plan says about GPUs after it was sized, where there is a smaller one of the same name."""
 QUEUED: Final = make_spec(queue={"name": "gpus", "priorityClass": "nightly"})
 
 
@@ -55,7 +61,13 @@ def run_of(spec: QLoRAJobSpec, attempt: int = 1, avoided: tuple[str, ...] = ()) 
     return AttemptInputs(attempt, make_plan(spec, make_prepared()), make_prepared(), avoided)
 
 
+def sized_run_of(spec: QLoRAJobSpec) -> AttemptInputs:
+    run = run_of(spec, 2, ("gpu-1",))
+    return replace(run, plan=run.plan.model_copy(update=SIZED), disliked_nodes=("gpu-2",))
+
+
 RUN: Final = run_of(CPU)
+ONE_GPU: Final = make_spec(resources={"gpusPerNode": 1})
 
 CHILDREN: Final[dict[str, Callable[[], Manifest]]] = {
     "prepare-job-cpu": lambda: build_prepare_job(OWNER, CPU, INSTALLATION),
@@ -68,6 +80,8 @@ CHILDREN: Final[dict[str, Callable[[], Manifest]]] = {
     "run-config": lambda: build_run_config(OWNER, CPU, RUN, INSTALLATION),
     "train-job-queued": lambda: build_train_job(OWNER, QUEUED, run_of(QUEUED), INSTALLATION),
     "train-job-elsewhere": lambda: build_train_job(OWNER, GANG, run_of(GANG, 2, ("gpu-1", "gpu-7")), INSTALLATION),
+    "train-job-products": lambda: build_train_job(OWNER, ONE_GPU, sized_run_of(ONE_GPU), INSTALLATION),
+    "train-job-gang-products": lambda: build_train_job(OWNER, GANG, sized_run_of(GANG), INSTALLATION),
     "train-job-gang": lambda: build_train_job(OWNER, GANG, run_of(GANG), INSTALLATION),
     "run-config-gang": lambda: build_run_config(OWNER, GANG, run_of(GANG), INSTALLATION),
     "service-gang": lambda: build_service(OWNER, 1),

@@ -23,6 +23,7 @@ SECOND: Final = "support-bot-2"
 GPU: Final = {"gpusPerNode": 1}
 MEDIUM: Final = GpuProduct("NVIDIA-L4", 23_034, (8, 9), "ada-lovelace")
 """A product that only the test of a dead node has nodes of."""
+A10: Final = GpuProduct("NVIDIA-A10", 23_028, (8, 6), "ampere")
 MORTAL: Final = "mortal"
 """Name of the simulator that dies."""
 LONGEST_LOSS: Final = 400.0
@@ -31,9 +32,10 @@ LONGEST_LOSS: Final = 400.0
 
 @pytest.fixture(scope="module")
 def simulated() -> Iterator[Cluster]:
-    """One node with a small GPU and two with eight large ones."""
+    """A node with an old small GPU, one with a small GPU and two with eight large ones."""
     with Cluster.start(f"gpus-{os.getpid()}", kwok_nodes=2, stages=pods_that_run(), s3=False) as cluster:
-        cluster.add_simulated_nodes(1, T4, 1, "small")
+        cluster.add_simulated_nodes(1, T4, 1, "old")
+        cluster.add_simulated_nodes(1, A10, 1, "small")
         install(cluster)
         yield cluster
 
@@ -84,9 +86,21 @@ def node_of(job_namespace: JobNamespace, job: str) -> str:
 def test_small_run_is_scheduled_on_smallest_gpu(job_namespace: JobNamespace) -> None:
     prepare(job_namespace, "llama-3.2-3b")
     status = job_namespace.wait_for("Training")
-    assert status["plan"]["gpuProduct"] == T4.name
-    assert 0 < status["plan"]["peakBytes"] < T4.memory_mib << 20
+    assert status["plan"]["gpuProduct"] == A10.name
+    assert status["plan"]["gpuProducts"] == [A10.name, A100.name]
+    assert 0 < status["plan"]["peakBytes"] < A10.memory_mib << 20
     assert node_of(job_namespace, TRAIN) == "small-0"
+
+
+def test_small_run_goes_to_a_large_gpu_when_the_small_one_is_taken(job_namespace: JobNamespace) -> None:
+    job_namespace.cluster.kubectl("cordon", "small-0")
+    try:
+        prepare(job_namespace, "llama-3.2-3b")
+        status = job_namespace.wait_for("Training")
+        assert status["plan"]["gpuProducts"] == [A10.name, A100.name]
+        assert node_of(job_namespace, TRAIN).startswith("gpu-")
+    finally:
+        job_namespace.cluster.kubectl("uncordon", "small-0")
 
 
 def test_large_run_is_scheduled_on_large_gpu(job_namespace: JobNamespace) -> None:

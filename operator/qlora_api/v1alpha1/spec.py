@@ -4,7 +4,7 @@ from typing import Annotated, Final, Literal
 
 from pydantic import Field
 
-from qlora_api.accelerators import NVIDIA
+from qlora_api.accelerators import PRODUCT_LABELS, RESOURCES
 from qlora_api.base import ApiModel
 from qlora_api.names import SecretRole
 from qlora_api.optimizers import SHARDABLE
@@ -64,7 +64,7 @@ class ResourcesSpec(ApiModel):
         default=1, ge=0, le=16, description="GPUs per training pod, one process per GPU; 0 trains on the CPU."
     )
     gpu_product: LabelValue = Field(
-        default="", description=f"Required value of the node label {NVIDIA.product_label}; empty: any."
+        default="", description=f"Required value of the node label {PRODUCT_LABELS}; empty: any."
     )
     cpu: Annotated[Quantity, CPU.rule] = Field(default="2", description="CPU request of each training pod.")
     memory: Annotated[Quantity, WHOLE_BYTES.rule, _MEMORY_RANGE] = Field(
@@ -74,7 +74,7 @@ class ResourcesSpec(ApiModel):
         dict[LabelKey, LabelValue], Field(max_length=16), LABEL_KEY.rule_for_keys, LABEL_PREFIX.rule_for_keys
     ] = Field(default={}, description="Labels that the nodes must have.")
     tolerations: Annotated[tuple[Toleration, ...], Field(max_length=16)] = Field(
-        default=(), description=f"Taints that the training pods tolerate; {NVIDIA.resource} is always tolerated."
+        default=(), description=f"Taints that the training pods tolerate; {RESOURCES} is always tolerated."
     )
 
     @property

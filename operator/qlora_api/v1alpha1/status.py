@@ -5,7 +5,7 @@ from typing import Annotated, Final, Literal
 
 from pydantic import AwareDatetime, Field
 
-from qlora_api.accelerators import NVIDIA, DeviceName
+from qlora_api.accelerators import PRODUCT_LABELS, DeviceName
 from qlora_api.base import ApiModel, Sha256
 from qlora_api.model_config import MAX_CONFIG
 from qlora_api.names import MOST_PREPARATIONS, RETRY_ANNOTATION, ConditionType, Phase
@@ -18,6 +18,8 @@ MAX_MESSAGE: Final = 32_768
 MAX_PLAN_REASON: Final = 256
 """Longest reason of a plan."""
 MAX_PLAN_REASONS: Final = 32
+MAX_GPU_PRODUCTS: Final = 32
+"""Most GPU products that a plan names; clusters have a handful."""
 MAX_SUMMARY: Final = 100
 """Longest beginning of a message that a column shows, in characters."""
 MAX_RETRY_REQUEST: Final = 64
@@ -107,7 +109,21 @@ class Plan(ApiModel):
         description="Whether activations are recomputed in the backward pass; absent: the trainer decides.",
     )
     gpu_product: Annotated[str, Field(max_length=63)] | None = Field(
-        default=None, description=f"Value of {NVIDIA.product_label} that the run was sized for; absent: any."
+        default=None, description=f"Value of {PRODUCT_LABELS} that the run was sized for; absent: any."
+    )
+    gpu_products: (
+        Annotated[tuple[Annotated[str, Field(max_length=63)], ...], Field(max_length=MAX_GPU_PRODUCTS)] | None
+    ) = Field(
+        default=None,
+        description=(
+            f"Values of {PRODUCT_LABELS} of the nodes that its pods may run on, in the order in which they are "
+            "preferred, the smallest GPU first; absent: gpuProduct only."
+        ),
+    )
+    min_gpu_memory: int | None = Field(
+        default=None,
+        ge=1,
+        description="Least memory of each GPU in bytes, where products do not tell it; absent: gpuProducts decide.",
     )
     peak_bytes: int | None = Field(default=None, ge=0, description="Estimated peak memory per GPU, in bytes.")
     image: Annotated[str, Field(max_length=1024)] | None = Field(

@@ -17,10 +17,10 @@ from qlora_cli.manifests.model_config import NoConfigError, load_config
 from qlora_cli.manifests.overrides import OverrideError, apply_overrides, parse_override
 from qlora_cli.manifests.yaml_documents import YamlError, read_documents
 from qlora_cli.options import HubMirror, OutputFormat, OutputOption
-from qlora_planner.gpu_inventory import parse_quantity
 from qlora_planner.memory.estimate import SLACK
 from qlora_planner.models.shapes import MismatchError, UnknownModelError
 from qlora_planner.offline import OfflinePlan, make_offline_plan, to_json
+from qlora_planner.quantities import parse_quantity
 from qlora_planner.sizing import DoesNotFitError, GpuAllocation
 from qlora_planner.validation import COMMON_RULES
 

@@ -8,6 +8,7 @@ from math import ceil
 from pathlib import Path
 from typing import Any, Final
 
+from qlora_api.accelerators import ACCELERATORS
 from qlora_api.runconfig import Platform
 from qlora_planner.gpu_inventory import RESERVED_SHARE, GpuInventory, GpuPool
 
@@ -72,12 +73,15 @@ def find_gpus() -> GpuInventory:
     """Return the local GPUs as torch reports them; all are assumed to be of the first one's type."""
     import torch  # noqa: PLC0415 (takes seconds)
 
-    if not torch.cuda.is_available():
-        return ()
-    first = torch.cuda.get_device_properties(0)
-    # torch's total excludes the memory reserved by the driver; the inventory includes it.
-    memory = ceil(first.total_memory / (1 - RESERVED_SHARE))
-    return (GpuPool(first.name, memory, torch.cuda.device_count(), 1, (first.major, first.minor)),)
+    for accelerator in ACCELERATORS:
+        backend = torch.get_device_module(accelerator.device)
+        if backend.is_available():
+            first = backend.get_device_properties(0)
+            # torch's total excludes the memory reserved by the driver; the inventory includes it.
+            memory = ceil(first.total_memory / (1 - RESERVED_SHARE))
+            capability = (first.major, first.minor) if accelerator.capability_labels else None
+            return (GpuPool(first.name, memory, backend.device_count(), 1, capability, accelerator),)
+    return ()
 
 
 def cuda_available() -> bool:

@@ -9,6 +9,7 @@ from qlora_operator.models import Manifest
 
 
 class _NodeMetadata(BaseModel):
+    name: str = ""
     labels: dict[str, str] = {}
 
 
@@ -36,5 +37,5 @@ class _Node(BaseModel):
 
 
 def parse_node(item: Mapping[str, Any]) -> Manifest:
-    """Return labels, taints and allocatable resources of a Node, with the types that the API promises."""
+    """Return name, labels, taints and allocatable resources of a Node, with the types that the API promises."""
     return _Node.model_validate(item).model_dump()

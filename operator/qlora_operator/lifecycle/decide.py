@@ -7,6 +7,7 @@ Job of the recorded number is newer than the loss, without comparing the clocks 
 the deletion of an older one. The new prepare finds the manifest if the result was published.
 """
 
+from collections.abc import Collection
 from dataclasses import replace
 from datetime import datetime
 from typing import Final
@@ -33,7 +34,7 @@ from qlora_operator.lifecycle.train_phase import (
     preempted,
     recorded_attempt,
 )
-from qlora_operator.models import Action, ChildJob, Decision, Job, Observation, Skew, earliest
+from qlora_operator.models import Action, ChildJob, Decision, Job, Manifest, Observation, Skew, earliest
 from qlora_planner.validation import Violation, check
 
 _DELETED: Final = "the training Job is being deleted; then preparation runs again and finds what was published"
@@ -118,8 +119,20 @@ def _decide(job: Job, children: Observation, context: ReconcileContext) -> Decis
         or suspend(job, children, number, context)
         or _follow_current_attempt(job, children, number, context)
         or _wait_for_earlier_attempts(job.status, children, number, context)
-        or _avoid_nodes(follow_preparation(job, children, number, context.now), job, context)
+        or _avoid_nodes(_prepare(job, children, number, context), job, context)
     )
+
+
+def _prepare(job: Job, children: Observation, number: int, context: ReconcileContext) -> Decision:
+    """Follow the preparation; a plan counts a node that no run uses for now like one that is cordoned."""
+    gpu_nodes = tuple(_cordon(node, context.quarantined_nodes) for node in children.gpu_nodes)
+    return follow_preparation(job, replace(children, gpu_nodes=gpu_nodes), number, context.now)
+
+
+def _cordon(node: Manifest, quarantined: Collection[str]) -> Manifest:
+    if node.get("metadata", {}).get("name") not in quarantined:
+        return node
+    return {**node, "spec": {**node.get("spec", {}), "unschedulable": True}}
 
 
 def _avoid_nodes(decision: Decision, job: Job, context: ReconcileContext) -> Decision:

@@ -25,7 +25,7 @@ from qlora_operator.lifecycle.retry_policy import AT_ONCE
 from qlora_operator.lifecycle.train_phase import PREPARE_SUCCESS_REASONS, decide_failed, make_attempt
 from qlora_operator.models import Action, ChildJob, Decision, Job, JobState, Manifest, Observation, Stage
 from qlora_planner import make_plan
-from qlora_planner.gpu_inventory import read_gpu_inventory
+from qlora_planner.gpu_inventory import find_unusable_nodes, read_gpu_inventory
 from qlora_planner.models.shapes import MismatchError
 from qlora_planner.sizing import DoesNotFitError
 
@@ -147,4 +147,6 @@ def _plan_once(job: Job, prepared: Prepared, gpu_nodes: tuple[Manifest, ...]) ->
     output = job.status.output
     if job.status.plan is not None and output is not None and output.digest == prepared.digest:
         return job.status.plan
-    return make_plan(job.spec, prepared, read_gpu_inventory(gpu_nodes, job.spec.resources))
+    resources = job.spec.resources
+    inventory, unusable = read_gpu_inventory(gpu_nodes, resources), find_unusable_nodes(gpu_nodes, resources)
+    return make_plan(job.spec, prepared, inventory, unusable)

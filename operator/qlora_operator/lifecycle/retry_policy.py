@@ -21,16 +21,22 @@ def choose_remedy(state: JobState, plan: Plan) -> RetryAction | None:
 
 
 def can_shrink(plan: Plan) -> bool:
-    """Return whether a smaller micro-batch or gradient checkpointing is left to try.
+    """Return whether a smaller micro-batch, gradient checkpointing or a larger GPU is left to try.
 
     If the plan leaves checkpointing to the trainer (None), the trainer has already chosen it by free memory.
     """
-    return plan.micro_batch_size > 1 or plan.gradient_checkpointing is False
+    larger_gpus = len(plan.gpu_products or ()) > 1
+    return plan.micro_batch_size > 1 or plan.gradient_checkpointing is False or larger_gpus
 
 
 def shrink(plan: Plan, attempt: int) -> Plan:
-    """Return the plan with half the micro-batch, or with checkpointing if that is 1; equal results but for rounding."""
+    """Return the plan with half the micro-batch; if that is 1, with checkpointing, and then without the smallest GPU.
+
+    The results are equal but for rounding.
+    """
     rows, passes = plan.micro_batch_size, plan.gradient_accumulation
+    if rows == 1 and plan.gradient_checkpointing is not False and plan.gpu_products:
+        return _without_smallest_gpu(plan, attempt)
     if rows == 1:
         reason = f"gradient checkpointing on: attempt {attempt} ran out of memory with 1 row"
         return _corrected(plan, reason, gradient_checkpointing=True)
@@ -41,7 +47,14 @@ def shrink(plan: Plan, attempt: int) -> Plan:
     return _corrected(plan, reason, micro_batch_size=micro_batch, gradient_accumulation=accumulation)
 
 
-def _corrected(plan: Plan, reason: str, **change: int | bool) -> Plan:
+def _without_smallest_gpu(plan: Plan, attempt: int) -> Plan:
+    """Return the plan without the GPU product that it was sized for; where that one was not used, it is smaller."""
+    larger = tuple(product for product in plan.gpu_products or () if product != plan.gpu_product)
+    reason = f"{plan.gpu_product} left out: attempt {attempt} ran out of memory with 1 row"
+    return _corrected(plan, reason, gpu_products=larger, gpu_product=larger[0])
+
+
+def _corrected(plan: Plan, reason: str, **change: object) -> Plan:
     """Return the changed plan, and move the memory estimate that proved too low into the reason."""
     estimate = f", where {format_gib(plan.peak_bytes)} were predicted" if plan.peak_bytes else ""
     return plan.model_copy(update={**change, "peak_bytes": None, "reasons": (*plan.reasons, f"{reason}{estimate}")})

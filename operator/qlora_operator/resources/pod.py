@@ -8,10 +8,16 @@ from qlora_api.accelerators import accelerator_of
 from qlora_api.names import Role, SecretRole
 from qlora_api.prepared import Prepared
 from qlora_api.units import GIB
-from qlora_api.v1alpha1 import Plan, QLoRAJobSpec, ResourcesSpec, Toleration
+from qlora_api.v1alpha1 import Plan, QLoRAJobSpec, ResourcesSpec
 from qlora_operator.models import PREPARE_MEMORY, AttemptInputs, Manifest
 from qlora_operator.resources.claims import build_claim_mounts, build_claim_volumes
 from qlora_operator.resources.metadata import ChildWorkload, Installation, build_labels
+from qlora_operator.resources.placement import (
+    build_prepare_affinity,
+    build_prepare_placement,
+    build_train_affinity,
+    build_train_placement,
+)
 
 
 class DiskLimits(NamedTuple):
@@ -33,22 +39,8 @@ NON_ROOT: Final = 65532
 """User and group of the images."""
 TOKEN_SECONDS: Final = 3600
 """Lifetime of the progress token; the kubelet renews it."""
-UNREACHABLE_SECONDS: Final = 60
-"""tolerationSeconds of the pods of a node that became unreachable (50 s without a kubelet heartbeat): the other pods of
-the run wait for them and hold their GPUs. Kubernetes' default is 300 s."""
-_NODE_FAILURE_TOLERATIONS: Final = tuple(
-    {
-        "key": f"node.kubernetes.io/{state}",
-        "operator": "Exists",
-        "effect": "NoExecute",
-        "tolerationSeconds": UNREACHABLE_SECONDS,
-    }
-    for state in ("not-ready", "unreachable")
-)
 LAUNCH_COMMAND: Final = "launch"
 """The trainer's subcommand for several processes."""
-_PLATFORM_LABELS: Final = frozenset({"kubernetes.io/arch", "kubernetes.io/os"})
-"""Node labels that decide whether an image can run."""
 _IGNORED_FILES: Final = ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE", "HF_TOKEN_PATH", "NETRC")
 """Variables that name files of credentials and commands in a person's HOME; a pod's credentials are its Secrets'."""
 _METRICS_PORT: Final = {"name": metrics.PORT_NAME, "containerPort": metrics.PORT}
@@ -68,12 +60,9 @@ def build_prepare_pod(
     workload: ChildWorkload, spec: QLoRAJobSpec, installation: Installation, avoided_nodes: tuple[str, ...] = ()
 ) -> Manifest:
     """Return the prepare pod, without a GPU; it prefers other nodes to those that are avoided."""
-    taken = _NodeResources(PREPARE_RESOURCES, _PREPARE_DISK, _prepare_placement(spec.resources))
-    pod = _build(workload, spec, installation, taken)
-    if avoided_nodes:
-        preferred = [{"weight": 100, "preference": _other_nodes_than(avoided_nodes)}]
-        pod["affinity"] = {"nodeAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": preferred}}
-    return pod
+    taken = _NodeResources(PREPARE_RESOURCES, _PREPARE_DISK, build_prepare_placement(spec.resources))
+    affinity = build_prepare_affinity(avoided_nodes)
+    return _build(workload, spec, installation, taken) | ({"affinity": affinity} if affinity else {})
 
 
 def build_train_pod(
@@ -81,29 +70,14 @@ def build_train_pod(
 ) -> Manifest:
     """Return the pod template of a training attempt on one or several nodes."""
     plan, resources = run.plan, spec.resources
-    taken = _NodeResources(_train_resources(resources, plan), _disk_limits(run.prepared), _placement(resources, plan))
+    placement = build_train_placement(resources, plan)
+    taken = _NodeResources(_train_resources(resources, plan), _disk_limits(run.prepared), placement)
     pod = _build(workload, spec, installation, taken)
-    if affinity := _node_affinity(run):
-        pod.setdefault("affinity", {})["nodeAffinity"] = affinity
+    if affinity := build_train_affinity(spec, run, build_labels(workload)):
+        pod["affinity"] = affinity
     if plan.processes > 1:
         _add_rendezvous(pod, workload, plan)
     return pod
-
-
-def _node_affinity(run: AttemptInputs) -> Manifest:
-    """Return the node affinity that excludes the avoided nodes, and prefers others to those that may be at fault."""
-    affinity: Manifest = {}
-    if run.avoided_nodes:
-        excluded = {"nodeSelectorTerms": [_other_nodes_than(run.avoided_nodes)]}
-        affinity["requiredDuringSchedulingIgnoredDuringExecution"] = excluded
-    if disliked := tuple(node for node in run.disliked_nodes if node not in run.avoided_nodes):
-        preferred = [{"weight": 100, "preference": _other_nodes_than(disliked)}]
-        affinity["preferredDuringSchedulingIgnoredDuringExecution"] = preferred
-    return affinity
-
-
-def _other_nodes_than(nodes: tuple[str, ...]) -> Manifest:
-    return {"matchFields": [{"key": "metadata.name", "operator": "NotIn", "values": [node]} for node in nodes]}
 
 
 def _add_rendezvous(pod: Manifest, workload: ChildWorkload, plan: Plan) -> None:
@@ -114,18 +88,10 @@ def _add_rendezvous(pod: Manifest, workload: ChildWorkload, plan: Plan) -> None:
         pod["subdomain"] = names.gang_service_name(workload.owner.ref.name, workload.attempt)
         main = {"name": names.MAIN_ADDRESS_ENV, "value": f"{workload.name}-0.{pod['subdomain']}"}
         container["env"].append(main)
-        pod.setdefault("affinity", {}).update(_pod_anti_affinity(workload))
     if plan.gpus_per_node > 1:
         # NCCL moves tensors between the GPUs of a node through shared memory; a container's own has 64 MiB.
         container["volumeMounts"].append({"name": "shm", "mountPath": "/dev/shm"})  # noqa: S108 (an emptyDir)
         pod["volumes"].append({"name": "shm", "emptyDir": {"medium": "Memory"}})
-
-
-def _pod_anti_affinity(workload: ChildWorkload) -> Manifest:
-    """Prefer one node per pod: two on one would share its network and cores."""
-    term = {"labelSelector": {"matchLabels": build_labels(workload)}, "topologyKey": "kubernetes.io/hostname"}
-    weighted = {"weight": 100, "podAffinityTerm": term}
-    return {"podAntiAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": [weighted]}}
 
 
 def _build(
@@ -261,46 +227,3 @@ def _train_resources(resources: ResourcesSpec, plan: Plan) -> dict[str, Any]:
         "requests": {"cpu": resources.cpu, "memory": resources.memory},
         "limits": {"memory": resources.memory, **gpus},
     }
-
-
-def _placement(resources: ResourcesSpec, plan: Plan) -> dict[str, Any]:
-    """Return node selector and tolerations of a training pod.
-
-    A run that was sized for a GPU product selects it, so that it never lands on a smaller GPU.
-    """
-    product, accelerator = resources.gpu_product or plan.gpu_product, accelerator_of(plan.device)
-    selector = {**resources.node_selector, **({accelerator.product_label: product} if product else {})}
-    gpu_taint = {"key": accelerator.resource, "operator": "Exists", "effect": "NoSchedule"}
-    return {
-        **({"nodeSelector": selector} if selector else {}),
-        "tolerations": [
-            *(_toleration(toleration) for toleration in resources.tolerations if toleration.key),
-            *([gpu_taint] if plan.gpus_per_node else []),
-            *_NODE_FAILURE_TOLERATIONS,
-            # The first match decides on the eviction; one without a key matches the taints of a failed node too.
-            *(_toleration(toleration) for toleration in resources.tolerations if not toleration.key),
-        ],
-    }
-
-
-def _prepare_placement(resources: ResourcesSpec) -> dict[str, Any]:
-    """Return node selector and tolerations of a prepare pod.
-
-    It may run wherever the run may, and leaves a dead node as soon. It need not run there: a selector of GPU nodes
-    would have an autoscaler add one before anything is checked. What the image needs is selected (docs/decisions).
-    """
-    selector = {label: value for label, value in resources.node_selector.items() if label in _PLATFORM_LABELS}
-    keyless = [toleration for toleration in resources.tolerations if not toleration.key]
-    return {
-        **({"nodeSelector": selector} if selector else {}),
-        "tolerations": [
-            *(_toleration(toleration) for toleration in resources.tolerations if toleration.key),
-            *_NODE_FAILURE_TOLERATIONS,
-            # The first match decides on the eviction; one without a key matches the taints of a failed node too.
-            *map(_toleration, keyless),
-        ],
-    }
-
-
-def _toleration(toleration: Toleration) -> dict[str, Any]:
-    return toleration.model_dump(by_alias=True, exclude_none=True)

@@ -4,8 +4,17 @@ from typing import Any
 
 import pytest
 
+from qlora_api.accelerators import NVIDIA, Accelerator
 from qlora_api.v1alpha1 import ResourcesSpec
-from qlora_planner.gpu_inventory import GpuPool, memory_of_product, parse_quantity, read_gpu_inventory
+from qlora_planner import gpu_inventory
+from qlora_planner.gpu_inventory import (
+    GpuPool,
+    UnusableNodes,
+    find_unusable_nodes,
+    memory_of_product,
+    read_gpu_inventory,
+)
+from qlora_planner.quantities import parse_cores, parse_quantity
 
 GIBIBYTE = 1 << 30
 
@@ -16,6 +25,8 @@ def make_node(
     gpus: str | None = "1",
     replicas: str = "1",
     capability: tuple[int, int] = (8, 6),
+    *,
+    allocatable: dict[str, str] | None = None,
     **spec: Any,
 ) -> dict[str, Any]:
     """A node with GPUs; labels as gpu-feature-discovery writes them."""
@@ -23,8 +34,8 @@ def make_node(
     labels = {"nvidia.com/gpu.product": product, "nvidia.com/gpu.compute.major": f"{major}", "zone": "a"}
     labels |= {"nvidia.com/gpu.replicas": replicas}
     labels |= {"nvidia.com/gpu.compute.minor": f"{minor}"} | ({"nvidia.com/gpu.memory": memory} if memory else {})
-    allocatable = {"cpu": "8"} | ({"nvidia.com/gpu": gpus} if gpus else {})
-    return {"metadata": {"name": "n", "labels": labels}, "spec": spec, "status": {"allocatable": allocatable}}
+    found = {"cpu": "8"} | ({"nvidia.com/gpu": gpus} if gpus else {}) | (allocatable or {})
+    return {"metadata": {"name": "n", "labels": labels}, "spec": spec, "status": {"allocatable": found}}
 
 
 A10 = GpuPool("NVIDIA-A10", 23_028 << 20, 1, 1, (8, 6))
@@ -45,7 +56,6 @@ def test_equal_nodes_are_pooled_smallest_first() -> None:
         pytest.param(make_node(gpus=None), id="labels-but-no-device-plugin"),
         pytest.param(make_node(gpus="0"), id="all-unhealthy"),
         pytest.param(make_node(memory=None), id="memory-unknown"),
-        pytest.param(make_node(unschedulable=True), id="cordoned"),
         pytest.param(make_node("Tesla-V100-SXM2-16GB", "16384", capability=(7, 0)), id="too-old-for-torch"),
         pytest.param(make_node(replicas="4", gpus="4"), id="sliced-by-time"),
         pytest.param(make_node(taints=[{"key": "team", "value": "b", "effect": "NoSchedule"}]), id="tainted"),
@@ -54,6 +64,74 @@ def test_equal_nodes_are_pooled_smallest_first() -> None:
 )
 def test_nodes_without_usable_gpus_are_ignored(node: dict[str, Any]) -> None:
     assert read_gpu_inventory([node], ResourcesSpec()) == ()
+
+
+def taint(key: str, effect: str = "NoSchedule") -> dict[str, str]:
+    return {"key": key, "effect": effect}
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        pytest.param({"unschedulable": True, "taints": [taint("node.kubernetes.io/unschedulable")]}, id="cordoned"),
+        pytest.param({"taints": [taint("node.kubernetes.io/not-ready")]}, id="not-ready"),
+        pytest.param({"taints": [taint("node.kubernetes.io/unreachable", "NoExecute")]}, id="unreachable"),
+        pytest.param({"taints": [taint("node.kubernetes.io/disk-pressure")]}, id="disk-pressure"),
+        pytest.param({"taints": [taint("ToBeDeletedByClusterAutoscaler")]}, id="scaled-down"),
+        pytest.param({"taints": [taint("karpenter.sh/disrupted")]}, id="consolidated"),
+        pytest.param({"taints": [taint("node.cilium.io/agent-not-ready")]}, id="network-starts"),
+    ],
+)
+def test_nodes_that_accept_no_pod_for_now_are_counted_as_unready(spec: dict[str, Any]) -> None:
+    """A run that was planned during an upgrade must not be told that it fits nowhere."""
+    (pool,) = read_gpu_inventory([make_node(), make_node(**spec)], ResourcesSpec())
+    assert (pool.nodes, pool.unready, pool.count_pods(1), pool.count_pods(1, ready=True)) == (2, 1, 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("node", "why"),
+    [
+        pytest.param(make_node(taints=[taint("team")]), "taint team, which", id="tainted"),
+        pytest.param(make_node(allocatable={"memory": "15944120Ki"}), "15.2 GiB of host memory, and", id="memory"),
+        pytest.param(make_node(allocatable={"cpu": "1930m"}), "1930m CPU, and spec.resources.cpu is 2", id="cpu"),
+        pytest.param(make_node(replicas="4"), "time-sliced: its memory", id="time-sliced"),
+        pytest.param(make_node(capability=(7, 0)), "sm_70, and the trainer has kernels from sm_75", id="too-old"),
+    ],
+)
+def test_nodes_that_never_accept_the_pods_are_named_with_the_reason(node: dict[str, Any], why: str) -> None:
+    assert read_gpu_inventory([node], ResourcesSpec()) == ()
+    (found,) = find_unusable_nodes([node], ResourcesSpec())
+    assert (found.product, found.why[: len(why)]) == ("NVIDIA-A10", why)
+    assert find_unusable_nodes([node, make_node()], ResourcesSpec()) == ()
+
+
+def test_node_selector_and_windows_are_named() -> None:
+    resources = ResourcesSpec.model_validate({"nodeSelector": {"zone": "b"}})
+    assert find_unusable_nodes([make_node()], resources) == (UnusableNodes("NVIDIA-A10", "no node with zone=b"),)
+    windows = make_node()
+    windows["metadata"]["labels"]["kubernetes.io/os"] = "windows"
+    assert read_gpu_inventory([windows], ResourcesSpec()) == ()
+
+
+def test_other_vendor_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its memory label may be in bytes, and its GPUs may have no compute capability."""
+    row = Accelerator("cuda", "example.com/gpu", "example.com/product", "example.com/memory", memory_unit=1)
+    monkeypatch.setattr(gpu_inventory, "ACCELERATORS", (NVIDIA, row))
+    labels = {"example.com/product": "Max-1100", "example.com/memory": str(48 << 30)}
+    other = {"metadata": {"name": "x", "labels": labels}, "status": {"allocatable": {"example.com/gpu": "2"}}}
+    pool = GpuPool("Max-1100", 48 << 30, 2, accelerator=row)
+    assert read_gpu_inventory([make_node(), other], ResourcesSpec()) == (A10, pool)
+    assert (pool.dtype, pool.partitioned) == ("bfloat16", False)
+
+
+def test_amount_that_cannot_be_read_excludes_no_node() -> None:
+    node = make_node(allocatable={"memory": "12345678901234m", "cpu": "many"})
+    assert read_gpu_inventory([node], ResourcesSpec()) == (A10,)
+
+
+@pytest.mark.parametrize(("quantity", "cores"), [("2", 2), ("0.5", 0.5), ("7910m", 7.91), ("1k", 1000)])
+def test_cores_are_parsed(quantity: str, cores: float) -> None:
+    assert parse_cores(quantity) == cores
 
 
 TEAM = {"key": "team", "value": "b", "effect": "NoSchedule"}

@@ -22,10 +22,10 @@ from qlora_cli.manifests.loader import ManifestError, parse_manifest
 from qlora_cli.manifests.yaml_documents import YamlError, parse_documents, parse_value
 from qlora_cli.podlogs.lines import parse_line
 from qlora_operator.lifecycle.exit_reasons import parse_termination_message
-from qlora_planner.gpu_inventory import parse_quantity
 from qlora_planner.models.families import FAMILIES, read_recorded_shape
 from qlora_planner.models.shapes import MismatchError, UnknownModelError
 from qlora_planner.offline import make_offline_plan
+from qlora_planner.quantities import parse_quantity
 from qlora_planner.sizing import DoesNotFitError
 from qlora_planner.validation import CLUSTER_RULES
 from tests.make import PREPARED_MESSAGE, PUBLISHED_MESSAGE, make_manifest, make_spec

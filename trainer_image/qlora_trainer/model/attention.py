@@ -52,7 +52,7 @@ def choose_attention(facts: AttentionFacts, hardware: Hardware) -> tuple[str, st
 
 def _against_flash(facts: AttentionFacts, hardware: Hardware) -> str:
     if hardware.capability is None:
-        return "the device is a CPU"
+        return "the device is a CPU" if hardware.device == "cpu" else "the device is no CUDA GPU"
     if hardware.capability < _FLASH_CAPABILITY:
         return f"sm_{hardware.capability[0]}{hardware.capability[1]} is older than sm_80"
     if not hardware.flash_attention:

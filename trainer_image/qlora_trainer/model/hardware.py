@@ -8,7 +8,7 @@ from typing import Final
 
 import torch
 
-from qlora_api.accelerators import DeviceName
+from qlora_api.accelerators import DeviceName, accelerator_of
 from qlora_api.reasons import Reason
 from qlora_api.units import GIB, KIB
 from qlora_trainer.errors import RunError
@@ -26,7 +26,7 @@ class Hardware:
 
     device: DeviceName
     capability: tuple[int, int] | None
-    """CUDA compute capability: (8, 0) is sm_80; None for a CPU."""
+    """CUDA compute capability: (8, 0) is sm_80; None for a device without such a number."""
     native_bf16: bool
     free_bytes: int
     name: str
@@ -40,18 +40,20 @@ def observe_hardware(device: DeviceName) -> Hardware:
         bf16 = bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
         threads = torch.get_num_threads()
         return Hardware("cpu", None, bf16, _free_host_bytes(), f"CPU, {threads} thread{'s' if threads > 1 else ''}")
-    if not torch.cuda.is_available():
+    accelerator, backend = accelerator_of(device), torch.get_device_module(device)
+    if not backend.is_available():
         raise RunError(
             Reason.ACCELERATOR_MISSING,
-            "the plan assigns a GPU to this pod, but torch finds no CUDA device; check the node's driver and device "
-            "plugin",
+            f"the plan assigns a GPU to this pod, but torch finds no {device.upper()} device; check the node's driver "
+            "and device plugin",
         )
-    capability = torch.cuda.get_device_capability()
-    check_kernels(capability, torch.cuda.get_arch_list(), torch.cuda.get_device_name())
-    free, _ = torch.cuda.mem_get_info()
-    return Hardware(
-        device, capability, capability >= (8, 0), free, torch.cuda.get_device_name(), _has_flash_attention()
-    )
+    name, capability = backend.get_device_name(), None
+    if accelerator.capability_labels is not None:
+        capability = backend.get_device_capability()
+        check_kernels(capability, backend.get_arch_list(), name)
+    free, _ = backend.mem_get_info()
+    native_bf16 = accelerator.compute_dtype(capability) == "bfloat16"
+    return Hardware(device, capability, native_bf16, free, name, _has_flash_attention())
 
 
 def check_kernels(capability: tuple[int, int], architectures: Sequence[str], name: str) -> None:
@@ -109,19 +111,23 @@ def _available_bytes(meminfo: str) -> int:
 
 def torch_device(device: DeviceName) -> torch.device:
     """Return this process's device."""
-    return torch.device("cpu") if device == "cpu" else torch.device(device, torch.cuda.current_device())
+    return (
+        torch.device("cpu")
+        if device == "cpu"
+        else torch.device(device, torch.get_device_module(device).current_device())
+    )
 
 
 def release_cached_memory(device: DeviceName) -> None:
     """Release unused memory of torch's caching allocator, so that another process can use it."""
     if device != "cpu":
-        torch.cuda.empty_cache()
+        torch.get_device_module(device).empty_cache()
 
 
 def peak_memory_bytes(device: torch.device) -> int:
     """Return the peak so far, in bytes: reserved by the allocator on a GPU, resident set size on a CPU."""
     if device.type != "cpu":
-        return int(torch.cuda.max_memory_reserved(device))
+        return int(torch.get_device_module(device).max_memory_reserved(device))
     import resource  # noqa: PLC0415 (missing on Windows, where the rest of the module works)
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB

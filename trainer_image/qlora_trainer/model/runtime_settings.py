@@ -96,8 +96,9 @@ def resolve_runtime_settings(config: RunConfig, hardware: Hardware, model: Any) 
 
 def compute_dtype(hardware: Hardware) -> tuple[torch.dtype, str]:
     """Return the compute dtype of the base and the reason; adapters are always fp32."""
-    if hardware.capability is not None:
-        sm = f"sm_{hardware.capability[0]}{hardware.capability[1]}"
+    if hardware.device != "cpu":
+        capability = hardware.capability
+        sm = f"sm_{capability[0]}{capability[1]}" if capability else hardware.name
         if hardware.native_bf16:
             return torch.bfloat16, f"{sm} has native bf16"
         return torch.float16, f"{sm} predates native bf16"

@@ -149,7 +149,8 @@ def _metric_cell(value: float, interval: Interval, number_format: str) -> Metric
 def make_plan_rows(report: RunReport) -> tuple[tuple[str, str], ...]:
     """Return device, strategy, batch and steps of the run."""
     plan, training = report.plan, report.spec.training
-    gpus = f", {plan.gpus_per_node} x {plan.gpu_product or 'GPU'} each" if plan.gpus_per_node else ""
+    product = plan.gpu_product if len(plan.gpu_products or ()) < 2 else None  # the settings name the one that it was
+    gpus = f", {plan.gpus_per_node} x {product or 'GPU'} each" if plan.gpus_per_node else ""
     return (
         ("Device", f"{plan.device}: {plan.nodes} node{'s' if plan.nodes > 1 else ''}{gpus}"),
         ("Strategy", f"{plan.strategy}, {plan.processes} process{'es' if plan.processes > 1 else ''}"),

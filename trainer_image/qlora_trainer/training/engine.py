@@ -103,7 +103,7 @@ class LocalEngine:
             return
         load_weights(self._trainable, state.weights)
         load_optimizer(self._optimizer, state.optimizer)
-        if state.scaler:
+        if state.scaler and self.scaler.is_enabled():  # an earlier attempt may have computed in another dtype
             # JSON has one kind of number, and torch refuses a growth interval that is not an int.
             fresh = self.scaler.state_dict()
             self.scaler.load_state_dict({name: type(fresh[name])(value) for name, value in state.scaler.items()})

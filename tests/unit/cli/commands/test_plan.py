@@ -77,6 +77,15 @@ def test_without_a_gpu_the_smallest_usual_one_is_named(name: str, gpu: str) -> N
     )
 
 
+def test_gpus_that_fit_and_those_that_do_not_are_named() -> None:
+    reasons = figures("--config", config_of("llama-2-70b"))["reasons"]
+    assert reasons[1].startswith("dtype bfloat16: sm_")
+    (products,) = (reason for reason in reasons if reason.startswith("GPUs that fit: "))
+    assert "80 GB GPU (H100) in bfloat16, 141 GB GPU (H200) in bfloat16; left out: 16 GB GPU (T4), 24 GB" in products
+    one = figures("--config", config_of("llama-3.2-3b"), "--gpu-memory", "24Gi")["reasons"]
+    assert not [reason for reason in one if reason.startswith("GPUs that fit")]
+
+
 def test_gpu_product_name_has_its_memory() -> None:
     product = ["--set", "resources.gpuProduct=NVIDIA-A100-SXM4-40GB"]
     found = figures("--config", config_of("llama-3.1-8b"), *product)

@@ -353,12 +353,25 @@ async def test_run_is_sized_by_cluster_gpus() -> None:
     assert plan["gpuProduct"] == "Tesla-T4"
     assert 0 < plan["peakBytes"] < 15_360 << 20
     pod = cluster.children["Job", TRAIN]["spec"]["template"]["spec"]
-    assert pod["nodeSelector"] == {"nvidia.com/gpu.product": "Tesla-T4"}
+    (term,) = pod["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]["nodeSelectorTerms"]
+    product = {"key": "nvidia.com/gpu.product", "operator": "In", "values": ["Tesla-T4"]}
+    assert (term, "nodeSelector" in pod) == ({"matchExpressions": [product]}, False)
     seen = cluster.node_lists
     cluster.nodes = []
     cluster.start_pod(TRAIN)
     await reconcile_until_stable(cluster)
     assert (cluster.status["plan"], cluster.node_lists) == (plan, seen)
+
+
+async def test_quarantined_node_does_not_decide_on_the_gpus_of_a_run() -> None:
+    cluster = FakeCluster()
+    cluster.submit(make_manifest(resources={"gpusPerNode": 1}))
+    cluster.nodes = [gpu_node("NVIDIA-A10", 23_028), gpu_node("Tesla-T4", 15_360)]
+    await reconcile_until_stable(cluster)
+    cluster.quarantined_nodes = {"Tesla-T4": NOW + timedelta(minutes=40)}
+    cluster.end_pod(PREPARE, 0, prepared_message("llama-3.2-3b"))
+    await reconcile_until_stable(cluster)
+    assert cluster.status["plan"]["gpuProducts"] == ["NVIDIA-A10"]
 
 
 async def test_gpus_column_is_what_pods_hold() -> None:

@@ -68,6 +68,19 @@ def test_micro_batch_of_one_cannot_shrink() -> None:
     assert choose_remedy(state, plan_of(micro_batch_size=1, gradient_checkpointing=True)) is None
 
 
+def test_micro_batch_of_one_on_several_products_leaves_the_smallest_out() -> None:
+    state = JobState(Stage.ENDED, Reason.CUDA_OUT_OF_MEMORY)
+    smallest = {"micro_batch_size": 1, "gradient_checkpointing": True, "peak_bytes": 15 << 30}
+    plan = plan_of(**smallest, gpu_product="A", gpu_products=("A", "B"))
+    assert choose_remedy(state, plan) is RetryAction.SHRINK_MICRO_BATCH
+    larger = shrink(plan, 4)
+    assert (larger.gpu_product, larger.gpu_products) == ("B", ("B",))
+    assert (larger.micro_batch_size, larger.gradient_accumulation) == (1, plan.gradient_accumulation)
+    assert larger.reasons[-1] == "A left out: attempt 4 ran out of memory with 1 row, where 15.0 GiB were predicted"
+    assert choose_remedy(state, larger) is None
+    assert shrink(plan.model_copy(update={"gradient_checkpointing": False}), 4).gpu_products == ("A", "B")
+
+
 def test_micro_batch_of_one_turns_on_checkpointing() -> None:
     state = JobState(Stage.ENDED, Reason.CUDA_OUT_OF_MEMORY)
     plan = plan_of(micro_batch_size=1, gradient_checkpointing=False)

@@ -170,9 +170,9 @@ def test_trap_26_non_finite_loss_ends_the_run_with_its_step(loss, norm, scaling,
     assert (caught.value.reason, caught.value.step) == (Reason.NON_FINITE_LOSS, 7)
 
 
-def fp16_loop(folder, steps: int, **training) -> TrainingLoop:
-    base = load_base(folder, NF4, torch.float16, "sdpa", "cpu")
-    settings = dataclasses.replace(SETTINGS, dtype=torch.float16)
+def fp16_loop(folder, steps: int, *, dtype=torch.float16, **training) -> TrainingLoop:
+    base = load_base(folder, NF4, dtype, "sdpa", "cpu")
+    settings = dataclasses.replace(SETTINGS, dtype=dtype)
     trainable = attach_lora(base, LoraSpec(rank=4, dropout=0.0), 1, settings)
     return make_test_loop(trainable, token_rows(8), runtime_settings=settings, steps=steps, **training)
 
@@ -221,6 +221,8 @@ def test_trap_43_fp16_run_resumes_like_an_uninterrupted_one(model_folder):
     assert second.engine.scaler_state() == uninterrupted.engine.scaler_state()
     both = zip(weights_of(uninterrupted.trainable), weights_of(second.trainable), strict=True)
     assert all(torch.equal(one, other) for one, other in both)
+    another_gpu = fp16_loop(model_folder, steps=4, dtype=torch.float32)
+    assert len(another_gpu.run(StopFlag(), NO_CALLBACKS, states[0]).steps) == len(expected)
 
 
 def test_weights_that_no_step_changed_are_not_a_result():

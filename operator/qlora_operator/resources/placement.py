@@ -1,0 +1,170 @@
+"""Which nodes the pods of a run may use, and which they prefer."""
+
+from typing import Any, Final
+
+from qlora_api.accelerators import accelerator_of
+from qlora_api.v1alpha1 import Plan, QLoRAJobSpec, ResourcesSpec, Toleration
+from qlora_operator.models import AttemptInputs, Manifest
+
+UNREACHABLE_SECONDS: Final = 60
+"""tolerationSeconds of the pods of a node that became unreachable (50 s without a kubelet heartbeat): the other pods of
+the run wait for them and hold their GPUs. Kubernetes' default is 300 s."""
+_NODE_FAILURE_TOLERATIONS: Final = tuple(
+    {
+        "key": f"node.kubernetes.io/{state}",
+        "operator": "Exists",
+        "effect": "NoExecute",
+        "tolerationSeconds": UNREACHABLE_SECONDS,
+    }
+    for state in ("not-ready", "unreachable")
+)
+_PLATFORM_LABELS: Final = frozenset({"kubernetes.io/arch", "kubernetes.io/os"})
+"""Node labels that decide whether an image can run."""
+_OTHER_NODE_WEIGHT: Final = 100
+"""Weight of a node on which no attempt failed: Kubernetes' maximum."""
+_SMALLEST_GPU_WEIGHT: Final = 50
+"""Weight of the smallest GPU; a larger one on which no attempt failed is preferred to it."""
+_SAME_PRODUCT_WEIGHT: Final = 50
+"""Weight of the GPU product of the other pods of a run, all of which are as slow as the slowest."""
+
+
+def build_train_placement(resources: ResourcesSpec, plan: Plan) -> dict[str, Any]:
+    """Return node selector and tolerations of a training pod."""
+    accelerator = accelerator_of(plan.device)
+    # A plan of a version before gpuProducts names one product.
+    product = resources.gpu_product or (plan.gpu_product if plan.gpu_products is None else None)
+    selector = {**resources.node_selector, **({accelerator.product_label: product} if product else {})}
+    gpu_taint = {"key": accelerator.resource, "operator": "Exists"}
+    return {
+        **({"nodeSelector": selector} if selector else {}),
+        "tolerations": [
+            *(_toleration(toleration) for toleration in resources.tolerations if toleration.key),
+            *([gpu_taint] if plan.gpus_per_node else []),
+            *_NODE_FAILURE_TOLERATIONS,
+            # The first match decides on the eviction; one without a key matches the taints of a failed node too.
+            *(_toleration(toleration) for toleration in resources.tolerations if not toleration.key),
+        ],
+    }
+
+
+def build_prepare_placement(resources: ResourcesSpec) -> dict[str, Any]:
+    """Return node selector and tolerations of a prepare pod.
+
+    It may run wherever the run may, and leaves a dead node as soon. It need not run there: a selector of GPU nodes
+    would have an autoscaler add one before anything is checked. What the image needs is selected (docs/decisions).
+    """
+    selector = {label: value for label, value in resources.node_selector.items() if label in _PLATFORM_LABELS}
+    keyless = [toleration for toleration in resources.tolerations if not toleration.key]
+    return {
+        **({"nodeSelector": selector} if selector else {}),
+        "tolerations": [
+            *(_toleration(toleration) for toleration in resources.tolerations if toleration.key),
+            *_NODE_FAILURE_TOLERATIONS,
+            # The first match decides on the eviction; one without a key matches the taints of a failed node too.
+            *map(_toleration, keyless),
+        ],
+    }
+
+
+def _toleration(toleration: Toleration) -> dict[str, Any]:
+    return toleration.model_dump(by_alias=True, exclude_none=True)
+
+
+def build_train_affinity(spec: QLoRAJobSpec, run: AttemptInputs, labels: dict[str, str]) -> Manifest:
+    """Return the affinity of the pods of a training attempt; empty if they may run anywhere.
+
+    Args:
+        spec: The spec.
+        run: The attempt, with its plan and the nodes that it avoids.
+        labels: The labels of its pods.
+
+    """
+    node_affinity = _build_node_affinity(spec, run)
+    pod_affinity = _build_pod_affinity(run.plan, labels) if run.plan.nodes > 1 else {}
+    return {**({"nodeAffinity": node_affinity} if node_affinity else {}), **pod_affinity}
+
+
+def build_prepare_affinity(avoided_nodes: tuple[str, ...]) -> Manifest:
+    """Return the affinity of a prepare pod, which prefers other nodes to those that are avoided."""
+    if not avoided_nodes:
+        return {}
+    return {"nodeAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": _prefer_others(avoided_nodes)}}
+
+
+def _build_node_affinity(spec: QLoRAJobSpec, run: AttemptInputs) -> Manifest:
+    """Return the node affinity: GPUs that fit, without the avoided nodes; nodes that may be at fault come last."""
+    terms = (gpus | _other_nodes_than(run.avoided_nodes) for gpus in _require_gpus(spec, run.plan))
+    required = [term for term in terms if term]
+    disliked = tuple(node for node in run.disliked_nodes if node not in run.avoided_nodes)
+    preferred = [*_prefer_small_gpus(run.plan), *_prefer_others(disliked)]
+    return {
+        **({"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": required}} if required else {}),
+        **({"preferredDuringSchedulingIgnoredDuringExecution": preferred} if preferred else {}),
+    }
+
+
+def _require_gpus(spec: QLoRAJobSpec, plan: Plan) -> list[Manifest]:
+    """Return alternatives of what the labels of a node must say about its GPUs, so that they are not too small."""
+    accelerator, products = accelerator_of(plan.device), list(plan.gpu_products or ())
+    product = {"key": accelerator.product_label, "operator": "In", "values": products}
+    # Gt has no equality; the label has whole units.
+    least = str((plan.min_gpu_memory or 0) // accelerator.memory_unit - 1)
+    memory = {"key": accelerator.memory_label, "operator": "Gt", "values": [least]}
+    expressions = [
+        *([product] if products and not spec.resources.gpu_product else []),
+        *([memory] if plan.min_gpu_memory else []),
+    ]
+    exclusive = _exclude_shared_gpus(plan) if plan.gpus_per_node > 1 and not products else [[]]
+    return [
+        {"matchExpressions": [*expressions, *alternative]} if expressions or alternative else {}
+        for alternative in exclusive
+    ]
+
+
+def _exclude_shared_gpus(plan: Plan) -> list[list[Manifest]]:
+    """Return alternatives that exclude time-sliced GPUs: several of a pod may be one GPU, which NCCL refuses."""
+    label = accelerator_of(plan.device).replicas_label
+    if not label:
+        return [[]]
+    return [
+        [{"key": label, "operator": "DoesNotExist"}],
+        [{"key": label, "operator": "In", "values": ["0", "1"]}],
+    ]
+
+
+def _prefer_small_gpus(plan: Plan) -> list[Manifest]:
+    """Return preferences with falling weights, so that large GPUs are left to the runs that need them."""
+    products, label = plan.gpu_products or (), accelerator_of(plan.device).product_label
+    return [
+        {
+            "weight": max(_SMALLEST_GPU_WEIGHT * (len(products) - 1 - index) // (len(products) - 1), 1),
+            "preference": {"matchExpressions": [{"key": label, "operator": "In", "values": [product]}]},
+        }
+        for index, product in enumerate(products[:-1])
+    ]
+
+
+def _prefer_others(nodes: tuple[str, ...]) -> list[Manifest]:
+    return [{"weight": _OTHER_NODE_WEIGHT, "preference": _other_nodes_than(nodes)}] if nodes else []
+
+
+def _other_nodes_than(nodes: tuple[str, ...]) -> Manifest:
+    fields = [{"key": "metadata.name", "operator": "NotIn", "values": [node]} for node in nodes]
+    return {"matchFields": fields} if fields else {}
+
+
+def _build_pod_affinity(plan: Plan, labels: dict[str, str]) -> Manifest:
+    """Prefer one node per pod, since two on one would share its network and cores; and one GPU product for all.
+
+    Neither is required: a gang whose first pod chose a product without room for the others would wait for ever.
+    """
+    affinity = {"podAntiAffinity": _prefer_pods(labels, "kubernetes.io/hostname", _OTHER_NODE_WEIGHT)}
+    if len(plan.gpu_products or ()) > 1:
+        label = accelerator_of(plan.device).product_label
+        affinity["podAffinity"] = _prefer_pods(labels, label, _SAME_PRODUCT_WEIGHT)
+    return affinity
+
+
+def _prefer_pods(labels: dict[str, str], topology_key: str, weight: int) -> Manifest:
+    term = {"labelSelector": {"matchLabels": dict(labels)}, "topologyKey": topology_key}
+    return {"preferredDuringSchedulingIgnoredDuringExecution": [{"weight": weight, "podAffinityTerm": term}]}
