@@ -99,7 +99,7 @@ class FakeCluster:
 
     def condition(self, kind: str) -> str:
         """The status of a condition."""
-        return next(entry["status"] for entry in self.status["conditions"] if entry["type"] == kind)
+        return next(str(entry["status"]) for entry in self.status["conditions"] if entry["type"] == kind)
 
     # What a kubelet does
 

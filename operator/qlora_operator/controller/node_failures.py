@@ -57,7 +57,7 @@ class NodeFailures:
             if (kept := tuple(failure for failure in failures if is_recent(failure.at, now)))
         }
         self._starts = {
-            run: kept
+            run: recent
             for run, starts in self._starts.items()
-            if (kept := tuple(start for start in starts if is_recent(start.at, now)))
+            if (recent := tuple(start for start in starts if is_recent(start.at, now)))
         }

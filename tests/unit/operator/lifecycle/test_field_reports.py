@@ -14,7 +14,7 @@ from qlora_operator.models import Manifest
 from tests.fake_kubernetes import is_running
 from tests.fakes import wire_time
 from tests.make import PREPARED_MESSAGE, PUBLISHED_MESSAGE
-from tests.unit.operator.life import TRAIN
+from tests.unit.operator.life import PREPARE_AGAIN, TRAIN
 from tests.unit.operator.lifecycle.test_histories import check_end
 from tests.unit.operator.simulation import Simulation
 
@@ -94,6 +94,13 @@ async def pod_is_removed_by_force(run: Simulation) -> None:
     del run.cluster.pods[pod_of(run)["metadata"]["name"]]
     run.cluster.finish_job(TRAIN, "Failed")
     await run.run(2 * MINUTE)
+    await prepare_again(run)
+
+
+async def prepare_again(run: Simulation) -> None:
+    """After a loss the preparation looks for what was published."""
+    run.kubernetes.end_trainer(PREPARE_AGAIN, 0, PREPARED_MESSAGE)
+    await run.run(2 * MINUTE)
 
 
 async def pod_is_removed_and_made_again(run: Simulation) -> None:
@@ -158,9 +165,7 @@ async def job_is_deleted_while_the_operator_is_away(run: Simulation) -> None:
     run.cluster.remove(TRAIN)
     run.cluster.pass_time(5 * HOUR)
     await run.run(5 * MINUTE)
-    if run.kubernetes.runs(names.prepare_job_name("support-bot", 2)):
-        run.kubernetes.end_trainer(names.prepare_job_name("support-bot", 2), 0, PREPARED_MESSAGE)
-    await run.run(2 * MINUTE)
+    await prepare_again(run)
 
 
 async def pod_succeeds_and_is_evicted_at_once(run: Simulation) -> None:
