@@ -26,6 +26,7 @@ from benchmarks.scale.workload import NAMESPACE, PODS, QLORAJOBS, Manifest
 from qlora_api import names
 from qlora_api.names import Role
 from qlora_operator.cluster.http import MERGE_PATCH, Api
+from qlora_operator.cluster.interface import ClusterBusyError
 from tests.fakes import FakeCluster
 from tests.integration.operator_process import Operator
 from tests.make import make_manifest
@@ -36,6 +37,8 @@ REPORT_SECONDS: Final = 5.0
 CHECKPOINT_STEPS: Final = 60
 """Reports between two checkpoints: five minutes."""
 START: Final = datetime(2026, 3, 1, tzinfo=UTC)
+TOKEN_CLIENTS: Final = 4
+"""Tokens that are requested concurrently: each is signed."""
 CALLS: Final = "qlora_operator_api_requests_total"
 ACCOUNTS: Final = f"/api/v1/namespaces/{NAMESPACE}/serviceaccounts/default/token"
 
@@ -96,11 +99,20 @@ async def find_tokens(api: Api) -> dict[str, str]:
             bound = {"kind": "Pod", "apiVersion": "v1", "name": pod["metadata"]["name"], "uid": pod["metadata"]["uid"]}
             spec = {"audiences": [names.TOKEN_AUDIENCE], "boundObjectRef": bound, "expirationSeconds": 3600}
             body = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": spec}
-            answer = await api.request("POST", ACCOUNTS, body)
+            answer = await _patiently(api, ACCOUNTS, body)
             tokens[pod["metadata"]["labels"][names.JOB_LABEL]] = answer["status"]["token"]
 
-    await asyncio.gather(*(ask() for _ in range(CLIENTS)))
+    await asyncio.gather(*(ask() for _ in range(TOKEN_CLIENTS)))
     return tokens
+
+
+async def _patiently(api: Api, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+    """Create an object on a machine that is busy."""
+    while True:
+        try:
+            return await api.request("POST", path, body)
+        except ClusterBusyError as error:
+            print(error, flush=True)
 
 
 class Reporters:

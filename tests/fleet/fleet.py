@@ -121,7 +121,7 @@ class Fleet:
         )  # fmt: skip
         result = await reconcile(run.ref, run.cluster, INSTALLATION, context)
         if result.status is not None:
-            self._failures.update(run.ref, result.status.attempts)
+            self._failures.update(run.ref, result.status.attempts, result.status.checkpoint)
         run.due = None if result.requeue_after is None else self.now + result.requeue_after
         if run.due is not None:
             self._wake(run, run.due)

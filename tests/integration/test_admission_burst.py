@@ -71,7 +71,7 @@ def admit(job_namespace: JobNamespace, job: str) -> None:
 
 def in_parallel(act: Callable[[str], Any], names_: list[str]) -> None:
     """Do the same for many names at once."""
-    with ThreadPoolExecutor(16) as pool:
+    with ThreadPoolExecutor(8) as pool:
         list(pool.map(act, names_))
 
 

@@ -226,7 +226,7 @@ class Controller:
         """Take the attempts of a run into account, and record an Event for each node that is quarantined by them."""
         if result.status is None:
             return
-        self._node_failures.update(ref, result.status.attempts)
+        self._node_failures.update(ref, result.status.attempts, result.status.checkpoint)
         if result.request is None or result.written_version is None:
             return
         owner = Owner(ref, result.request.raw.uid)

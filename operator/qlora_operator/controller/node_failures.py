@@ -5,7 +5,7 @@ from datetime import datetime, timedelta
 from typing import Final
 
 from qlora_api.job_ref import JobRef
-from qlora_api.v1alpha1 import Attempt
+from qlora_api.v1alpha1 import Attempt, Checkpoint
 from qlora_operator.lifecycle import (
     NodeFailure,
     NodeStart,
@@ -29,9 +29,9 @@ class NodeFailures:
         self._computed_at: datetime | None = None
         """None: a failure was added since."""
 
-    def update(self, run: JobRef, attempts: Sequence[Attempt]) -> None:
+    def update(self, run: JobRef, attempts: Sequence[Attempt], checkpoint: Checkpoint | None = None) -> None:
         """Replace the failures of a run."""
-        failures, starts = node_failures(run, attempts), node_starts(attempts)
+        failures, starts = node_failures(run, attempts, checkpoint), node_starts(attempts)
         if failures and failures != self._failures.get(run):
             self._failures[run], self._computed_at = failures, None
         if starts and starts != self._starts.get(run):

@@ -13,7 +13,7 @@ from typing import Any, Final, NamedTuple
 from qlora_api.job_ref import JobRef
 from qlora_api.reasons import REASONS, Domain, Reason, RetryAction
 from qlora_api.report import UNEXPLAINED_EXIT
-from qlora_api.v1alpha1 import Attempt
+from qlora_api.v1alpha1 import Attempt, Checkpoint
 from qlora_api.v1alpha1.status import MAX_AVOIDED_NODES
 from qlora_operator.lifecycle.budgets import domain_of
 
@@ -28,8 +28,7 @@ QUARANTINE_RUNS: Final = 2
 CRASHED_RUNS: Final = 3
 """The same if some of them crashed without a word, which looks like a bug of the trainer."""
 BLAMELESS_NODES: Final = 3
-"""A run whose attempts failed on so many nodes within QUARANTINE is the likelier cause, unless as many runs failed on a
-node as nodes failed the run."""
+"""A run whose attempts failed on so many nodes within QUARANTINE is the likelier cause, unless it got further since."""
 MOST_BAD_NODES: Final = 3
 """More nodes that fail for the same reason within QUARANTINE have a common cause, such as a registry or a network, if
 they are more than half of the nodes on which attempts began or failed meanwhile."""
@@ -44,6 +43,8 @@ class NodeFailure(NamedTuple):
     node: str
     at: datetime
     reason: Reason
+    recovered: bool = False
+    """Whether the run got further elsewhere, which shows that it was not the cause."""
 
 
 class NodeStart(NamedTuple):
@@ -67,10 +68,17 @@ def _must_avoid(attempt: Attempt) -> bool:
     return must and bool(attempt.node) and domain_of(attempt) is Domain.NODE
 
 
-def node_failures(run: JobRef, attempts: Sequence[Attempt]) -> tuple[NodeFailure, ...]:
-    """Return the failures of nodes that the status of a run shows."""
+def node_failures(
+    run: JobRef, attempts: Sequence[Attempt], checkpoint: Checkpoint | None = None
+) -> tuple[NodeFailure, ...]:
+    """Return the failures of nodes that the attempts and the newest checkpoint of a run show."""
+    published = any(attempt.reason is Reason.PUBLISHED for attempt in attempts)
+    steps = (attempt.checkpoint_step or 0 for attempt in attempts)
+    newest = max((*steps, checkpoint.step if checkpoint else 0))
     return tuple(
-        NodeFailure(run, attempt.node, attempt.finished_at, attempt.reason)
+        NodeFailure(
+            run, attempt.node, attempt.finished_at, attempt.reason, published or newest > (attempt.checkpoint_step or 0)
+        )
         for attempt in attempts
         if attempt.finished_at is not None and attempt.reason is not None
         if is_blamed(attempt) or _crashed(attempt)
@@ -112,12 +120,11 @@ def quarantine_ends(
     tried_nodes = _count_near(tried, [failure.at for failure in recent])
     alike = _count_near_by(recent, lambda failure: failure.reason, lambda failure: failure.node)
     nodes_of_run = _count_near_by(recent, lambda failure: failure.run, lambda failure: failure.node)
-    runs_of_node = _count_near_by(recent, lambda failure: failure.node, lambda failure: failure.run)
     evidence = [
         failure
         for number, failure in enumerate(recent)
         if alike[number] <= _most_alike(failure.reason, tried_nodes[number])
-        if nodes_of_run[number] < BLAMELESS_NODES or nodes_of_run[number] <= runs_of_node[number]
+        if failure.recovered or (nodes_of_run[number] < BLAMELESS_NODES and failure.reason is not Reason.TRAINER_ERROR)
     ]
     by_node = _grouped(evidence, lambda failure: failure.node)
     ends = {node: _quarantine_end([failure for _, failure in same]) for node, same in sorted(by_node.items())}

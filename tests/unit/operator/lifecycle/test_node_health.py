@@ -8,7 +8,7 @@ import pytest
 from qlora_api.job_ref import JobRef
 from qlora_api.reasons import Domain, Reason
 from qlora_api.report import UNEXPLAINED_EXIT
-from qlora_api.v1alpha1 import Attempt
+from qlora_api.v1alpha1 import Attempt, Checkpoint
 from qlora_api.v1alpha1.status import MAX_AVOIDED_NODES
 from qlora_operator.controller.node_failures import NodeFailures
 from qlora_operator.lifecycle.node_health import (
@@ -108,23 +108,45 @@ def test_nodes_that_fail_alike_are_quarantined_if_most_nodes_start_pods(healthy:
     assert quarantined_nodes(failures, NOW, earlier) == {}, "they may have failed since"
 
 
-def test_node_on_which_more_runs_fail_than_nodes_fail_each_run_is_quarantined() -> None:
+def test_run_that_got_further_elsewhere_is_evidence_whatever_number_of_nodes_failed_it() -> None:
     """Among many bad nodes every run meets several of them."""
     failures = [
-        failure(run, f"gpu-{node}", reason=reason) for run in "abc" for node, reason in enumerate(BLAMED_BY_NODE)
+        failure(run, f"gpu-{node}", reason=reason) for run in "ab" for node, reason in enumerate(BLAMED_BY_NODE)
     ]
-    assert list(quarantined_nodes(failures, NOW)) == ["gpu-0", "gpu-1", "gpu-2"]
-    assert quarantined_nodes([f for f in failures if f.run.name != "c"], NOW) == {}
+    assert quarantined_nodes(failures, NOW) == {}, "it may be the runs"
+    recovered = [failure._replace(recovered=True) for failure in failures]
+    assert list(quarantined_nodes(recovered, NOW)) == ["gpu-0", "gpu-1", "gpu-2"]
+
+
+@pytest.mark.parametrize(
+    ("steps", "last", "checkpoint", "expected"),
+    [
+        pytest.param((None, None), Reason.INTERRUPTED, None, [False], id="no-checkpoint"),
+        pytest.param((None, 50), Reason.INTERRUPTED, None, [True], id="checkpoint-of-the-next-attempt"),
+        pytest.param((50, 50), Reason.INTERRUPTED, 50, [False], id="no-further-checkpoint"),
+        pytest.param((50, 50), None, 60, [True], id="checkpoint-while-it-runs"),
+        pytest.param((None, None), Reason.PUBLISHED, None, [True], id="published"),
+    ],
+)
+def test_run_has_recovered_once_it_got_further(
+    steps: tuple[int | None, int | None], last: Reason | None, checkpoint: int | None, expected: list[bool]
+) -> None:
+    first = failed(checkpoint_step=steps[0])
+    second = failed(last, "gpu-2", number=2, checkpoint_step=steps[1], domain=Domain.CLUSTER)  # type: ignore[arg-type]
+    newest = Checkpoint(step=checkpoint, uri="s3://a/b", time=NOW) if checkpoint else None
+    found = node_failures(JobRef("ml", "a"), (first, second), newest)
+    assert [failure.recovered for failure in found] == expected
 
 
 def crash(run: str, node: str = "gpu-1") -> NodeFailure:
-    return failure(run, node, reason=Reason.TRAINER_ERROR)
+    return failure(run, node, reason=Reason.TRAINER_ERROR)._replace(recovered=True)
 
 
-def test_node_on_which_three_runs_crash_is_quarantined_unless_they_crash_elsewhere() -> None:
+def test_node_on_which_three_runs_crash_is_quarantined_if_they_train_elsewhere() -> None:
     starts = [NodeStart(f"well-{node}", NOW) for node in range(3)]
     assert list(quarantined_nodes([crash(run) for run in "abc"], NOW, starts)) == ["gpu-1"]
     assert quarantined_nodes([crash(run) for run in "ab"], NOW, starts) == {}
+    assert quarantined_nodes([crash(run)._replace(recovered=False) for run in "abc"], NOW, starts) == {}
     assert quarantined_nodes([crash(run) for run in "abc"], NOW) == {}, "no other node shows that the trainer is well"
     everywhere = [crash(f"{run}{node}", f"gpu-{node}") for run in "abc" for node in range(4)]
     assert quarantined_nodes(everywhere, NOW, starts) == {}
