@@ -6,16 +6,19 @@ import pytest
 
 from qlora_api.names import Phase
 from qlora_api.reasons import Reason
-from qlora_api.v1alpha1 import QLoRAJobStatus
+from qlora_api.v1alpha1 import Progress, QLoRAJobStatus
 from qlora_operator.cluster.http import Api
 from qlora_operator.controller.controller import Controller, only_progress
 from qlora_operator.controller.metrics import Metrics
+from qlora_operator.controller.reconcile import reconcile
 from qlora_operator.controller.result import ReconcileRequest, ReconcileResult
 from qlora_operator.lifecycle import ReconcileContext
 from qlora_operator.models import RawJob
 from qlora_operator.resources import Installation
 from qlora_operator.settings import Settings
-from tests.make import NOW, REF, UID, make_manifest
+from tests.fakes import FakeCluster
+from tests.make import INSTALLATION, NOW, PREPARED_MESSAGE, REF, UID, make_manifest
+from tests.unit.operator.life import PREPARE, TRAIN, reconcile_until_stable
 
 
 def event(version: str, phase: str) -> dict[str, Any]:
@@ -64,3 +67,19 @@ def test_only_transitions_are_logged(change: dict[str, Any], expected: bool) -> 
     request = ReconcileRequest(raw, before, ReconcileContext(NOW))
     result = ReconcileResult(written_version="2", status=before.model_copy(update=change), request=request)
     assert only_progress(result) == expected
+
+
+async def test_report_of_a_running_run_is_written_without_reading_or_listing() -> None:
+    cluster = FakeCluster()
+    cluster.submit(make_manifest())
+    await reconcile_until_stable(cluster)
+    cluster.end_pod(PREPARE, 0, PREPARED_MESSAGE)
+    await reconcile_until_stable(cluster)
+    cluster.start_pod(TRAIN)
+    await reconcile_until_stable(cluster)
+    cached = await cluster.read_job(REF)
+    calls = (cluster.job_reads, cluster.child_lists, len(cluster.writes))
+    context = ReconcileContext(cluster.now, Progress(step=7, updated_at=cluster.now), cluster.reports_since)
+    await reconcile(REF, cluster, INSTALLATION, context, cached)
+    assert cluster.status["lastReport"]["step"] == 7
+    assert (cluster.job_reads, cluster.child_lists, len(cluster.writes) - 1) == calls
