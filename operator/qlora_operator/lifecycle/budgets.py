@@ -114,7 +114,8 @@ def find_exhausted(
     An attempt on a node that is known to be bad says nothing about the run; it is only waited for.
     """
     counted = since_progress(attempts, status.forgiven_attempts)
-    if counted and (violation := _exhausted_domain(spec, counted, bad_nodes)):
+    only_waited = bool(attempts) and attempts[-1].reason is Reason.UNSCHEDULABLE
+    if counted and not only_waited and (violation := _exhausted_domain(spec, counted, bad_nodes)):
         return violation
     if time_left(spec.deadlines, status, attempts, now) <= timedelta(0):
         message = f"all attempts together exceeded {spec.deadlines.total} (spec.deadlines.total)"

@@ -206,6 +206,8 @@ def test_gang_that_got_some_nodes_backs_off_and_two_do_not_meet_again() -> None:
 def test_attempts_replaced_while_they_wait_use_up_no_patience() -> None:
     released = attempts_of(*[Reason.UNSCHEDULABLE] * 90)
     assert exhausted(*released) is None
+    after_nodes = attempts_of(*[Reason.POD_REJECTED] * 8, Reason.UNSCHEDULABLE)
+    assert exhausted(*after_nodes) is None, "what excused the nodes may be forgotten by now"
     assert retry_at(released) is None
 
 
