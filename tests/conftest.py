@@ -7,4 +7,10 @@ settings.register_profile("tests", deadline=None, derandomize=True)
 settings.register_profile("fuzz", deadline=None, max_examples=2000)
 settings.load_profile("tests")
 
-pytest_plugins = ["tests.chaos.promises", "tests.cluster.fixtures", "tests.e2e.installation", "tests.lanes"]
+pytest_plugins = [
+    "tests.chaos.promises",
+    "tests.cluster.fixtures",
+    "tests.e2e.installation",
+    "tests.integration.fixtures",
+    "tests.lanes",
+]

@@ -57,18 +57,18 @@ class FakeKubernetes:
 
     def end_trainer(self, job: str, code: int, message: str, index: int = 0) -> None:
         """End the trainer in a pod."""
-        [pod] = [pod for pod in self.cluster.pods_of(job) if _index(pod) == index and _running(pod)]
+        [pod] = [pod for pod in self.cluster.pods_of(job) if _index(pod) == index and is_running(pod)]
         self._end(pod, code, message)
 
     def runs(self, job: str) -> bool:
         """Return whether the first pod of a Job runs, and nobody has asked it to stop."""
         pods = self.cluster.pods_of(job) if ("Job", job) in self.cluster.children else []
-        return any(_index(pod) == 0 and _running(pod) and not _deleting(pod) for pod in pods)
+        return any(_index(pod) == 0 and is_running(pod) and not is_deleting(pod) for pod in pods)
 
     def step(self, duration: timedelta) -> None:
         """Let time pass, then let each controller act once."""
-        running = [pod for pod in self.cluster.pods.values() if _running(pod) and "-prepare-" not in _name(pod)]
-        if any(not _deleting(pod) for pod in running):
+        running = [pod for pod in self.cluster.pods.values() if is_running(pod) and "-prepare-" not in name_of(pod)]
+        if any(not is_deleting(pod) for pod in running):
             self.ran += duration
         elif running:
             self.ran_while_stopping += duration
@@ -87,8 +87,8 @@ class FakeKubernetes:
     def _control(self, name: str) -> None:
         job, pods = self._job(name), self.cluster.pods_of(name)
         for pod in pods:
-            if _deleting(pod) and (_ended(pod) or "nodeName" not in pod["spec"]):
-                del self.cluster.pods[_name(pod)]
+            if is_deleting(pod) and (has_ended(pod) or "nodeName" not in pod["spec"]):
+                del self.cluster.pods[name_of(pod)]
         pods = self.cluster.pods_of(name)
         if "deletionTimestamp" in job["metadata"]:
             self._delete(pods)
@@ -111,15 +111,15 @@ class FakeKubernetes:
         if not _condition(job, "FailureTarget"):
             self._check_failure(job, failed)
         if target := _condition(job, "FailureTarget"):
-            self._delete([pod for pod in pods if not _ended(pod)])
-            if all(_ended(pod) for pod in pods):
+            self._delete([pod for pod in pods if not has_ended(pod)])
+            if all(has_ended(pod) for pod in pods):
                 self._set_condition(job, "Failed", target["reason"])
             return
         if sum(_phase(pod) == "Succeeded" for pod in pods) == job["spec"]["completions"]:
             self._set_condition(job, "Complete")
             return
-        if not any(_deleting(pod) and not _ended(pod) for pod in pods):
-            self._create_pods(name, job, {_index(pod) for pod in pods if not _deleting(pod)})
+        if not any(is_deleting(pod) and not has_ended(pod) for pod in pods):
+            self._create_pods(name, job, {_index(pod) for pod in pods if not is_deleting(pod)})
 
     def _check_failure(self, job: Manifest, failed: list[Manifest]) -> None:
         deadline, started = job["spec"].get("activeDeadlineSeconds"), parse_time(job["status"]["startTime"])
@@ -139,7 +139,7 @@ class FakeKubernetes:
             return
         for index in missing[: self.pods_per_step]:
             pod = self.cluster.make_pod(job, index)
-            self.cluster.pods[_name(pod)] = pod
+            self.cluster.pods[name_of(pod)] = pod
 
     def _set_condition(self, job: Manifest, kind: str, reason: str = "") -> None:
         entry = {"type": kind, "status": "True", "reason": reason, "lastTransitionTime": wire_time(self.cluster.now)}
@@ -147,7 +147,7 @@ class FakeKubernetes:
 
     def _delete(self, pods: list[Manifest]) -> None:
         for pod in pods:
-            if not _deleting(pod):
+            if not is_deleting(pod):
                 pod["metadata"] |= {
                     "deletionTimestamp": wire_time(self.cluster.now + GRACE),
                     "deletionGracePeriodSeconds": names.GRACE_SECONDS,
@@ -156,8 +156,8 @@ class FakeKubernetes:
     # The scheduler and the kubelets
 
     def _schedule(self, pod: Manifest) -> None:
-        taken = [other for other in self.cluster.pods.values() if "nodeName" in other["spec"] and not _ended(other)]
-        if "nodeName" in pod["spec"] or _deleting(pod):
+        taken = [other for other in self.cluster.pods.values() if "nodeName" in other["spec"] and not has_ended(other)]
+        if "nodeName" in pod["spec"] or is_deleting(pod):
             return
         if len(taken) < self.nodes:
             pod["spec"]["nodeName"] = f"node-{len(taken)}"
@@ -168,10 +168,10 @@ class FakeKubernetes:
             pod["status"] = {"phase": "Pending", "conditions": [why]}
 
     def _run(self, pod: Manifest) -> None:
-        if "nodeName" not in pod["spec"] or _ended(pod):
+        if "nodeName" not in pod["spec"] or has_ended(pod):
             return
         now = self.cluster.now
-        if _deleting(pod):
+        if is_deleting(pod):
             asked = _deletion_end(pod) - GRACE
             if not self.immortal and now - asked >= self.stop_time:
                 self._stop(pod)
@@ -179,7 +179,7 @@ class FakeKubernetes:
             self._set_state(pod, "Running", {"running": {"startedAt": wire_time(now)}})
 
     def _stop(self, pod: Manifest) -> None:
-        if _running(pod):
+        if is_running(pod):
             self._end(pod, 143, make_termination_message(Reason.INTERRUPTED, "asked to stop"))
         pod["status"]["phase"] = "Failed"
 
@@ -194,7 +194,7 @@ class FakeKubernetes:
         pod["status"] |= {"phase": phase, "containerStatuses": [{"name": names.CONTAINER, "state": state}]}
 
 
-def _name(pod: Manifest) -> str:
+def name_of(pod: Manifest) -> str:
     return str(pod["metadata"]["name"])
 
 
@@ -206,7 +206,7 @@ def _phase(pod: Manifest) -> str:
     return str(pod["status"]["phase"])
 
 
-def _ended(pod: Manifest) -> bool:
+def has_ended(pod: Manifest) -> bool:
     return _phase(pod) in _TERMINAL
 
 
@@ -215,11 +215,11 @@ def _state(pod: Manifest) -> dict[str, Any]:
     return dict(statuses[0]["state"]) if statuses else {}
 
 
-def _running(pod: Manifest) -> bool:
+def is_running(pod: Manifest) -> bool:
     return "running" in _state(pod)
 
 
-def _deleting(pod: Manifest) -> bool:
+def is_deleting(pod: Manifest) -> bool:
     return "deletionTimestamp" in pod["metadata"]
 
 

@@ -99,7 +99,7 @@ class FakeCluster:
 
     def condition(self, kind: str) -> str:
         """The status of a condition."""
-        return next(entry["status"] for entry in self.status["conditions"] if entry["type"] == kind)
+        return next(str(entry["status"]) for entry in self.status["conditions"] if entry["type"] == kind)
 
     # What a kubelet does
 
@@ -181,7 +181,7 @@ class FakeCluster:
 
     def pause_watches(self, *, lose_all: bool = False) -> None:
         """Freeze the cached children; lose_all empties the cache."""
-        self._cached = ([], []) if lose_all else self._live_children()
+        self._cached = ([], []) if lose_all else copy.deepcopy(self._live_children())
 
     def resume_watches(self) -> None:
         """Let the cached children follow the live ones again."""
@@ -204,7 +204,7 @@ class FakeCluster:
 
     def _live_children(self) -> tuple[list[Manifest], list[Manifest]]:
         jobs = [child for (kind, _), child in self.children.items() if kind == "Job"]
-        return copy.deepcopy(jobs), copy.deepcopy(list(self.pods.values()))
+        return jobs, list(self.pods.values())
 
     async def find_event(self, ref: JobRef, uid: str, reasons: Collection[str], since: datetime) -> str:  # noqa: ARG002
         self.event_lists += 1

@@ -18,6 +18,7 @@ LANES: Final = {
     "tests/e2e": "node",
     "tests/chaos/test_exit_causes.py": "node",
     "tests/integration/chart": "chart",
+    "tests/integration/test_admission_burst.py": "simulated nodes",
     "tests/integration/test_gpu_nodes.py": "simulated nodes",
     "tests/integration/test_kueue.py": "simulated nodes",
     "tests/integration": "control plane",

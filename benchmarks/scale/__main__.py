@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Final
 
 from benchmarks.scale.audit import Audit
-from benchmarks.scale.page import write_page
+from benchmarks.scale.page import describe_machine, write_page
+from benchmarks.scale.reporting import Reporting, describe_reporting, measure_reporting
 from benchmarks.scale.results import Results
 from benchmarks.scale.trial import (
     CompletedRuns,
@@ -25,8 +26,16 @@ from benchmarks.scale.trial import (
     measure_restart,
     wait_for_quiet,
 )
-from benchmarks.scale.workload import JOBSETS, NAMESPACE, QLORAJOBS, build_ends, build_jobset, build_qlorajob
-from benchmarks.trainer.machine import observe_machine
+from benchmarks.scale.workload import (
+    JOBSETS,
+    NAMESPACE,
+    QLORAJOBS,
+    build_ends,
+    build_jobset,
+    build_prepare_end,
+    build_qlorajob,
+)
+from benchmarks.trainer.machine import Machine, observe_machine
 from tests.cluster.cluster import Cluster
 from tests.cluster.controllers import install_jobset
 from tests.cluster.services.kwok import pods_that_run
@@ -43,11 +52,25 @@ def main() -> int:
     """Run the benchmark and write its results."""
     options = parse()
     machine = observe_machine(LIBRARIES)
+    if options.reporting:
+        return report(options, machine)
     results = asyncio.run(measure(options.jobs, options.runs))
     page = write_page(results, machine)
-    RESULTS.joinpath("scale.md").write_text(page)
+    _, heading, reporting = RESULTS.joinpath("scale.md").read_text().partition("\n## ")
+    RESULTS.joinpath("scale.md").write_text(f"{page}{heading}{reporting}")
     RESULTS.joinpath("scale.json").write_text(json.dumps(asdict(results), indent=1) + "\n")
     print(page)
+    return 0
+
+
+def report(options: argparse.Namespace, machine: Machine) -> int:
+    """Measure runs that report, and replace their section of the page."""
+    measured = asyncio.run(measure_reports(options.reporting, options.finished, options.seconds))
+    page = RESULTS / "scale.md"
+    rest = page.read_text().partition("\n## ")[0].rstrip()
+    section = "\n".join(describe_reporting(measured, describe_machine(machine)))
+    page.write_text(f"{rest}\n\n{section}\n")
+    print(section)
     return 0
 
 
@@ -56,6 +79,9 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks.scale", description=__doc__)
     parser.add_argument("--jobs", type=int, default=10_000)
     parser.add_argument("--runs", type=int, default=2_000)
+    parser.add_argument("--reporting", type=int, default=0, help="measure only so many runs that report")
+    parser.add_argument("--finished", type=int, default=10_000, help="beside so many that have finished")
+    parser.add_argument("--seconds", type=float, default=120.0, help="for so long")
     return parser.parse_args()
 
 
@@ -96,6 +122,15 @@ async def measure_simulation(runs: int) -> CompletedRuns:
         operator.start()
         async with connect(cluster) as api:
             return await measure_completed_runs(api, operator, audit, build_qlorajob, runs)
+
+
+async def measure_reports(runs: int, finished: int, seconds: float) -> Reporting:
+    """Measure the operator while runs report."""
+    print(f"{runs} QLoRAJobs that report beside {finished} that have finished", flush=True)
+    stages = "\n---\n".join((pods_that_run(), build_prepare_end()))
+    with open_cluster(stages) as (cluster, audit), install_operator(cluster, audit) as operator:
+        async with connect(cluster) as api:
+            return await measure_reporting(api, operator, audit, build_qlorajob, runs, finished, seconds)
 
 
 @contextmanager

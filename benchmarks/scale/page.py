@@ -26,13 +26,18 @@ def write_page(results: Results, machine: Machine) -> str:
             "",
             *_writes(results),
             "",
-            f"- {machine.processor}, {machine.cores} cores, {machine.memory_gib} GiB",
-            f"- {machine.system}; Kubernetes {KUBERNETES_VERSION}, "
-            + ", ".join(f"{name} {version}" for name, version in machine.libraries.items()),
-            f"- load before the start: {machine.load}",
+            *describe_machine(machine),
             "",
         ]
     )
+
+
+def describe_machine(machine: Machine) -> Iterator[str]:
+    """Yield what a measurement ran on."""
+    libraries = ", ".join(f"{name} {version}" for name, version in machine.libraries.items())
+    yield f"- {machine.processor}, {machine.cores} cores, {machine.memory_gib} GiB"
+    yield f"- {machine.system}; Kubernetes {KUBERNETES_VERSION}, {libraries}"
+    yield f"- load before the start: {machine.load}"
 
 
 def _first_children(results: Results) -> Iterator[str]:

@@ -65,6 +65,11 @@ def build_ends() -> str:
     return "\n---\n".join(_build_end(role, message_for(JOB_OF_POD, text)) for role, text in messages.items())
 
 
+def build_prepare_end() -> str:
+    """Return the stage of prepare pods that end after one second; training pods run until a test ends them."""
+    return _build_end(Role.PREPARE, message_for(JOB_OF_POD, _prepared_message()))
+
+
 def _prepared_message() -> str:
     prepared = make_prepared()
     model = prepared.model.model_copy(update={"config": reduce_config(json.loads(MODEL.read_text()))})

@@ -9,24 +9,10 @@ import pytest
 from tests.chaos.proxy import Proxy, Upstream
 from tests.chaos.scenario_runner import ScenarioRunner
 from tests.cluster.cluster import Cluster
-from tests.integration.operator_process import JobNamespace, Operator, install, open_job_namespace
+from tests.integration.operator_process import Operator
 
 RESYNC: Final = 5
 """Resync interval in seconds, instead of ten minutes; it makes up for lost events."""
-
-
-@pytest.fixture(scope="session")
-def installed(control_plane: Cluster) -> Cluster:
-    """The CRD and the operator's account."""
-    install(control_plane)
-    return control_plane
-
-
-@pytest.fixture
-def job_namespace(installed: Cluster, request: pytest.FixtureRequest) -> Iterator[JobNamespace]:
-    """A namespace per test."""
-    with open_job_namespace(installed, request.node.name) as job_namespace:
-        yield job_namespace
 
 
 @pytest.fixture

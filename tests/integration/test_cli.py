@@ -25,7 +25,7 @@ from tests.cluster.cluster import Cluster
 from tests.cluster.host.commands import wait_until
 from tests.cluster.programs.binaries import binary
 from tests.integration.kubelet import serve_logs
-from tests.integration.operator_process import NAME, PREPARE, TRAIN, JobNamespace, Operator, install, open_job_namespace
+from tests.integration.operator_process import NAME, PREPARE, TRAIN, JobNamespace, Operator, open_job_namespace
 from tests.make import (
     PREPARED_MESSAGE,
     PUBLISHED_MESSAGE,
@@ -57,12 +57,6 @@ class Shell:
     def _place(self, args: tuple[str, ...]) -> tuple[str, ...]:
         kubeconfig = () if "--kubeconfig" in args else ("--kubeconfig", str(self.kubeconfig))
         return (*kubeconfig, "--namespace", self.namespace)
-
-
-@pytest.fixture(scope="module")
-def installed(control_plane: Cluster) -> Cluster:
-    install(control_plane)
-    return control_plane
 
 
 @pytest.fixture(scope="module")

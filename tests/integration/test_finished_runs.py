@@ -20,24 +20,11 @@ from tests.integration.operator_process import (
     Operator,
     build_rbac,
     install,
-    open_job_namespace,
 )
 from tests.make import PREPARED_MESSAGE, PUBLISHED_MESSAGE, make_termination_message, message_for
 
 INVALID: Final = make_termination_message(Reason.DATASET_INVALID, "row 7: field output is missing")
 NAN: Final = make_termination_message(Reason.NON_FINITE_LOSS, "the loss is NaN")
-
-
-@pytest.fixture(scope="module")
-def installed(control_plane: Cluster) -> Cluster:
-    install(control_plane)
-    return control_plane
-
-
-@pytest.fixture
-def job_namespace(installed: Cluster, request: pytest.FixtureRequest) -> Iterator[JobNamespace]:
-    with open_job_namespace(installed, request.node.name) as job_namespace:
-        yield job_namespace
 
 
 @pytest.fixture

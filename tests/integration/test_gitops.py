@@ -1,7 +1,6 @@
 """The example repository of runs, and what GitOps controllers do with a run, on a real API server."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,7 +14,7 @@ from qlora_planner.validation import CLUSTER_RULES
 from tests.cluster.cluster import Cluster
 from tests.cluster.host.commands import CommandError, run, wait_until
 from tests.cluster.programs.binaries import binary
-from tests.integration.operator_process import NAME, PREPARE, JobNamespace, Operator, install, open_job_namespace
+from tests.integration.operator_process import NAME, PREPARE, JobNamespace, Operator
 from tests.make import make_manifest, make_termination_message
 
 RUNS: Final = Path(__file__).parents[2] / "examples/gitops/runs/overlays"
@@ -26,18 +25,6 @@ ARGO, FLUX = "argocd-controller", "kustomize-controller"
 
 def render(overlay: str) -> list[dict[str, Any]]:
     return list(yaml.safe_load_all(run([binary("kubectl"), "kustomize", OVERLAYS[overlay]])))
-
-
-@pytest.fixture(scope="module")
-def installed(control_plane: Cluster) -> Cluster:
-    install(control_plane)
-    return control_plane
-
-
-@pytest.fixture
-def job_namespace(installed: Cluster, request: pytest.FixtureRequest) -> Iterator[JobNamespace]:
-    with open_job_namespace(installed, request.node.name) as job_namespace:
-        yield job_namespace
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)

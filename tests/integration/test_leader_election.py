@@ -21,8 +21,6 @@ from tests.integration.operator_process import (
     TRAIN,
     JobNamespace,
     Operator,
-    install,
-    open_job_namespace,
 )
 from tests.make import PREPARED_MESSAGE, PUBLISHED_MESSAGE
 
@@ -75,13 +73,6 @@ class Replicas:
         self.cluster.kubectl("delete", "pods", *self.operators, f"--namespace={OPERATOR_NAMESPACE}", "--now")
         for operator in self.operators.values():
             operator.stop_and_check_log()
-
-
-@pytest.fixture
-def job_namespace(control_plane: Cluster, request: pytest.FixtureRequest) -> Iterator[JobNamespace]:
-    install(control_plane)
-    with open_job_namespace(control_plane, request.node.name) as job_namespace:
-        yield job_namespace
 
 
 @pytest.fixture

@@ -10,10 +10,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from qlora_api.report import StepRecord
 from qlora_trainer.runtime.metrics import Meter
-from tests.cluster.cluster import Cluster
 from tests.cluster.host.commands import wait_until
 from tests.cluster.programs.binaries import binary
-from tests.integration.operator_process import NAME, TRAIN, JobNamespace, Operator, install, open_job_namespace
+from tests.integration.operator_process import NAME, TRAIN, JobNamespace, Operator
 from tests.integration.test_operator_progress import KUBEFLOW
 from tests.make import PUBLISHED_MESSAGE
 
@@ -33,13 +32,6 @@ def value(operator: Operator, name: str, **labels: str) -> float | None:
             if sample.name == name and sample.labels == labels:
                 return sample.value
     return None
-
-
-@pytest.fixture
-def job_namespace(control_plane: Cluster, request: pytest.FixtureRequest) -> Iterator[JobNamespace]:
-    install(control_plane)
-    with open_job_namespace(control_plane, request.node.name) as job_namespace:
-        yield job_namespace
 
 
 @pytest.fixture

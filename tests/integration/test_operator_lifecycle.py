@@ -20,27 +20,12 @@ from tests.integration.operator_process import (
     TRAIN,
     JobNamespace,
     Operator,
-    install,
-    open_job_namespace,
 )
 from tests.make import PREPARED_MESSAGE, PUBLISHED_MESSAGE, make_prepared, make_result, make_termination_message
 
 PREPARE_AGAIN: Final = names.prepare_job_name(NAME, 2)
 COLLECTED: Final = 90.0
 """Seconds: the garbage collector looks for new kinds every 30, and collects nothing of a kind that it does not know."""
-
-
-@pytest.fixture(scope="module")
-def installed(control_plane: Cluster) -> Cluster:
-    install(control_plane)
-    return control_plane
-
-
-@pytest.fixture
-def job_namespace(installed: Cluster, request: pytest.FixtureRequest) -> Iterator[JobNamespace]:
-    """A namespace of its own for every test."""
-    with open_job_namespace(installed, request.node.name) as job_namespace:
-        yield job_namespace
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from qlora_api import names
 from qlora_api.reasons import Reason
 from tests.cluster.cluster import Cluster
 from tests.cluster.host.commands import wait_until
-from tests.integration.operator_process import JobNamespace, Operator, install, open_job_namespace
+from tests.integration.operator_process import JobNamespace, Operator, install
 from tests.make import (
     PREPARED_MESSAGE,
     PUBLISHED_MESSAGE,
@@ -102,12 +102,6 @@ def installed(control_plane: Cluster) -> Iterator[Cluster]:
     install(control_plane)
     yield control_plane
     control_plane.kubectl("replace", "--filename=-", stdin=json.dumps(load_crd()))
-
-
-@pytest.fixture
-def job_namespace(installed: Cluster, request: pytest.FixtureRequest) -> Iterator[JobNamespace]:
-    with open_job_namespace(installed, request.node.name) as job_namespace:
-        yield job_namespace
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from typing import Final, Generic
 
 from qlora_api import names
 from qlora_api.job_ref import JobRef
+from qlora_operator.cluster.interface import PodOwner
 from qlora_operator.cluster.parse import (
     CachedObject,
     Child,
@@ -39,6 +40,11 @@ class ObjectCache(Generic[Child]):
     def by_job(self, ref: JobRef) -> Iterable[CachedObject[Child]]:
         """Return the cached objects of a QLoRAJob."""
         return self._objects[ref].values() if ref in self._objects else ()
+
+    def find(self, uid: str) -> tuple[JobRef, CachedObject[Child]] | None:
+        """Return an object with the QLoRAJob in its label."""
+        ref = self._refs.get(uid)
+        return (ref, self._objects[ref][uid]) if ref is not None else None
 
     def update(self, item: Json) -> JobRef | None:
         """Store an object; return its QLoRAJob if the value changed, None for an older version or a deleted object.
@@ -112,6 +118,14 @@ class ChildCache:
     def children_of(self, job: RawJob) -> Observation:
         """Return the cached children of this QLoRAJob, matched by uid."""
         return assemble_observation(job, self.jobs.by_job(job.ref), self.pods.by_job(job.ref))
+
+    def owner_of_pod(self, namespace: str, uid: str) -> PodOwner | None:
+        """Return which QLoRAJob a cached pod and its cached Job belong to; None if one of them is not cached."""
+        pod = self.pods.find(uid)
+        job = self.jobs.find(pod[1].owner_uid) if pod else None
+        if pod is None or job is None or pod[0].namespace != namespace or pod[1].value.created_at is None:
+            return None
+        return PodOwner(pod[0].name, job[1].owner_uid, pod[1].value.created_at)
 
 
 def _job_ref_of(item: Json) -> JobRef | None:

@@ -289,7 +289,12 @@ class KubeCluster:
         return any(pod.uid == uid for pod in self._cache.pods.by_job(ref))
 
     async def owner_of_pod(self, pod: PodIdentity) -> PodOwner | None:
-        """Return which QLoRAJob a pod belongs to; None if the pod is gone, its Job is, or it has no such label."""
+        """Return which QLoRAJob a pod belongs to; None if the pod is gone, its Job is, or it has no such label.
+
+        The API server accepts a token only while its pod exists, so the pod of the cache is enough.
+        """
+        if cached := self._cache.owner_of_pod(pod.namespace, pod.uid):
+            return cached
         item = await self._get_by_uid(f"/api/v1/namespaces/{pod.namespace}/pods/{pod.name}", pod.uid)
         controller = parse_or_skip("Pod", controller_of, item) if item else None
         if item is None or controller is None or controller.get("kind") != "Job":

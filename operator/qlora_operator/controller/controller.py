@@ -5,12 +5,13 @@ import logging
 import random
 from collections.abc import Callable, Collection, Iterator
 from datetime import datetime, timedelta
-from typing import Final
+from typing import Any, Final
 
 from qlora_api import names
 from qlora_api.job_ref import JobRef
 from qlora_api.logs.formatters import bind_task_fields, log_fields
 from qlora_api.names import RUNNING
+from qlora_api.v1alpha1 import QLoRAJobStatus
 from qlora_operator.cluster.cache import ChildCache, JobCache, ObjectCache
 from qlora_operator.cluster.http import Api, ApiError, NotFoundError
 from qlora_operator.cluster.interface import ClusterBusyError
@@ -145,13 +146,17 @@ class Controller:
             yield f"no reconcile has succeeded for {stalled:.0f} seconds"
 
     def on_job_update(self, ref: JobRef, item: Json) -> None:
-        """Queue a QLoRAJob that changed; the event of the operator's own status write is skipped."""
+        """Queue a QLoRAJob that changed; that of the operator's own status write is kept for the next report."""
         raw = parse_or_skip(names.KIND, parse_job, item)
         if raw is None:
             return
         self.watch_health.on_event(ref, raw.resource_version)
-        if self._written_versions.get(ref) != raw.resource_version:
-            self._job_cache.on_update(ref, item)
+        is_own = self._written_versions.get(ref) == raw.resource_version
+        if is_own and raw.status.get("phase") not in RUNNING:
+            self._job_cache.forget(ref)
+            return
+        self._job_cache.on_update(ref, item)
+        if not is_own:
             self.queue.add(ref)
 
     def on_child_event(self, cache: ObjectCache[Child], change: str | None, item: Json) -> None:
@@ -193,8 +198,8 @@ class Controller:
         self.metrics.on_reconciled(ref, result)
         if result.written_version is not None and result.status is not None:
             self._on_written(ref, result.written_version)
-            summary = log_fields(phase=result.status.phase, reason=result.status.reason, attempt=result.status.attempt)
-            _log.info("%s: %s", result.status.reason, result.status.message, extra=summary)
+            if not only_progress(result):
+                _log.info("%s: %s", result.status.reason, result.status.message, extra=_summary(result.status))
         if result.status is not None and is_terminal(result.status):
             self._reports.forget(ref)
         elif result.status is not None and result.status.phase not in RUNNING:
@@ -212,6 +217,7 @@ class Controller:
             self._reports_since,
             self._reports.job_uid(ref),
             self._node_failures.quarantined(now),
+            frozenset(self._node_failures.quarantine_ends(now)),
             self._reports_since is not None and now >= self._reports_since + NODE_FAILURES_LOAD,
             Reception(self._reports.others(ref), self._reports.resumed_at(ref.namespace)),
         )
@@ -220,7 +226,7 @@ class Controller:
         """Take the attempts of a run into account, and record an Event for each node that is quarantined by them."""
         if result.status is None:
             return
-        self._node_failures.update(ref, result.status.attempts)
+        self._node_failures.update(ref, result.status.attempts, result.status.checkpoint)
         if result.request is None or result.written_version is None:
             return
         owner = Owner(ref, result.request.raw.uid)
@@ -326,3 +332,15 @@ class Controller:
         server = ProgressServer(endpoint.application(), self.settings.progress_port)
         await server.start()
         return server
+
+
+def only_progress(result: ReconcileResult) -> bool:
+    """Return whether a status says the same as before, but for what the last report says."""
+    before, after = result.request.previous_status if result.request else None, result.status
+    if before is None or after is None:
+        return False
+    return all(getattr(before, name) == getattr(after, name) for name in ("phase", "reason", "message", "attempt"))
+
+
+def _summary(status: QLoRAJobStatus) -> dict[str, Any]:
+    return log_fields(phase=status.phase, reason=status.reason, attempt=status.attempt)

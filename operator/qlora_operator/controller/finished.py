@@ -30,7 +30,7 @@ async def reconcile_finished(
     if not clean:
         status = status.model_copy(update={"children_deleted_at": now})
     requeue_at = earliest(now, *expiries, next_leftover(previous, children, now))
-    written = await write_if_changed(raw, previous, status, cluster)
+    written = await write_if_changed(request, status, cluster)
     return ReconcileResult(requeue_delay(now, requeue_at, None, progressed=written is not None), written, status)
 
 

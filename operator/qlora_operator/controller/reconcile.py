@@ -247,14 +247,14 @@ async def answer_retry_request(request: ReconcileRequest, cluster: Cluster) -> R
     if not is_pending(previous, raw.retry_request):
         status = record_request(previous, raw.retry_request)
         await _warn_of_request_without_effect(request, cluster)
-        written = await write_if_changed(raw, previous, status, cluster)
+        written = await write_if_changed(request, status, cluster)
         # An older CRD stores nothing of it, and repeating the write at once would not change that.
         return ReconcileResult(None if written == raw.resource_version else AT_ONCE, written, status)
     for child in (await cluster.list_children(raw)).jobs:
         if not child.deleting:
             await cluster.delete_job(raw.ref, child)
     begun, decision = begin_retry(previous, now)
-    return await write_status(replace(request, previous_status=begun), decision, 0, cluster)
+    return await write_status(replace(request, previous_status=begun, read_status=previous), decision, 0, cluster)
 
 
 async def _warn_of_request_without_effect(request: ReconcileRequest, cluster: Cluster) -> None:
@@ -433,7 +433,7 @@ async def write_status(request: ReconcileRequest, decision: Decision, gpus: int,
         await cluster.record_event(build_event(Owner(raw.ref, raw.uid), raw.resource_version, status, now))
     while True:
         try:
-            written = await write_if_changed(raw, previous, status, cluster)
+            written = await write_if_changed(request, status, cluster)
         except InvalidStatusError as error:
             less = without_refused_reasons(status, str(error)) or next(statuses, None)
             if less is None:

@@ -8,7 +8,7 @@ from qlora_operator.cluster.interface import Cluster, InvalidStatusError
 from qlora_operator.lifecycle import ReconcileContext
 from qlora_operator.models import RawJob
 from qlora_operator.status import to_wire
-from qlora_operator.stored_job import keep_unknown, read_job
+from qlora_operator.stored_job import keep_unknown
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,8 @@ class ReconcileRequest:
     raw: RawJob
     previous_status: QLoRAJobStatus
     context: ReconcileContext
+    read_status: QLoRAJobStatus | None = None
+    """The status as it was read, if previous_status was changed since."""
 
 
 @dataclass(frozen=True)
@@ -36,19 +38,17 @@ class ReconcileResult:
     """Whether the QLoRAJob does not exist."""
 
 
-async def write_if_changed(
-    raw: RawJob, previous: QLoRAJobStatus, status: QLoRAJobStatus, cluster: Cluster
-) -> str | None:
+async def write_if_changed(request: ReconcileRequest, status: QLoRAJobStatus, cluster: Cluster) -> str | None:
     """Write a status that changed, with what another version stored in it, or without that if the CRD refuses it.
 
     Returns:
         The new resourceVersion; None if the status is the one that was read.
 
     """
-    if status == previous:
+    if status == request.previous_status:
         return None
-    wire = to_wire(status)
-    merged = keep_unknown(raw.status, to_wire(read_job(raw).status), wire)  # previous may have been changed
+    raw, wire = request.raw, to_wire(status)
+    merged = keep_unknown(raw.status, to_wire(request.read_status or request.previous_status), wire)
     try:
         return await cluster.write_status(raw, merged)
     except InvalidStatusError:

@@ -16,17 +16,21 @@ from qlora_operator.lifecycle.job_deadline import job_deadline
 from qlora_operator.lifecycle.leftovers import leftover_jobs, next_leftover
 from qlora_operator.lifecycle.node_health import (
     NodeFailure,
+    NodeStart,
     disliked_nodes,
     is_blamed,
+    is_recent,
     node_failures,
+    node_starts,
+    quarantine_ends,
     quarantined_nodes,
-    recent_failures,
 )
 from qlora_operator.lifecycle.resumption import checkpoint_of_restart, reported_checkpoint
 from qlora_operator.lifecycle.revive import retry_limits, revive
 
 __all__ = [
     "NodeFailure",
+    "NodeStart",
     "Reception",
     "ReconcileContext",
     "cause_of_exit",
@@ -35,6 +39,7 @@ __all__ = [
     "decide",
     "disliked_nodes",
     "is_blamed",
+    "is_recent",
     "is_terminal",
     "is_under_way",
     "job_deadline",
@@ -43,8 +48,9 @@ __all__ = [
     "needs_gpu_nodes",
     "next_leftover",
     "node_failures",
+    "node_starts",
+    "quarantine_ends",
     "quarantined_nodes",
-    "recent_failures",
     "rejected",
     "reported_checkpoint",
     "retry_limits",

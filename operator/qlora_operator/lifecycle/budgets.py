@@ -4,9 +4,10 @@ A checkpoint that is further than the last one refills every budget: only attemp
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import datetime, timedelta
 from typing import Final, NamedTuple
+from zlib import crc32
 
 from qlora_api.escapes import escape_line
 from qlora_api.reasons import REASONS, Domain, Reason
@@ -44,6 +45,8 @@ BACKOFFS: Final = {
     Domain.CLUSTER: Backoff(timedelta(seconds=10), immediate=1),
 }
 """By domain; an attempt that the run itself ended is followed at once, because the next one differs."""
+PARTLY_PLACED: Final = Backoff(timedelta(minutes=2))
+"""For a gang of which only some pods got a node in time; other runs need time to take what it gave back."""
 _VARIABLE: Final = re.compile(r"0x[0-9a-f]+|\d+")
 """Addresses and numbers, in which two messages about the same error differ."""
 
@@ -54,12 +57,19 @@ def domain_of(attempt: Attempt) -> Domain | None:
 
 
 def since_progress(attempts: Sequence[Attempt], forgiven: int | None = None) -> tuple[Attempt, ...]:
-    """Return the ended attempts that count: from the one that wrote the newest checkpoint."""
+    """Return the ended attempts that count: from the one that wrote the newest checkpoint.
+
+    One that was replaced while it waited, because a node may be used again, has only waited.
+    """
     start, newest = 0, 0
     for index, attempt in enumerate(attempts):
         if (attempt.checkpoint_step or 0) > newest:
             start, newest = index, attempt.checkpoint_step or 0
-    return tuple(attempt for attempt in attempts[start:] if attempt.reason and attempt.number > (forgiven or 0))
+    return tuple(
+        attempt
+        for attempt in attempts[start:]
+        if attempt.reason and attempt.number > (forgiven or 0) and attempt.reason is not Reason.UNSCHEDULABLE
+    )
 
 
 def pause_after(domain: Domain | None, count: int) -> timedelta:
@@ -70,22 +80,42 @@ def pause_after(domain: Domain | None, count: int) -> timedelta:
     return min(backoff.first * 2.0 ** min(count - backoff.immediate - 1, 20), LONGEST_PAUSE)
 
 
+def _pause_after_attempt(attempt: Attempt, count: int) -> timedelta:
+    """Return the pause after an attempt, the given one of its domain since the last checkpoint.
+
+    Two gangs that each got a part of the nodes would meet again after the same pause, so theirs differ by their names.
+    """
+    domain = domain_of(attempt)
+    if attempt.reason is not Reason.STARTUP_DEADLINE_EXCEEDED or domain is not Domain.CLUSTER:
+        return pause_after(domain, count)
+    pause = min(PARTLY_PLACED.first * 2.0 ** min(count - 1, 20), LONGEST_PAUSE)
+    return pause * (0.5 + crc32(attempt.job.encode()) / 2**32)
+
+
 def retry_at(attempts: Sequence[Attempt], forgiven: int | None = None) -> datetime | None:
     """Return when the back-off before the next attempt ends; None if there is none."""
     counted = since_progress(attempts, forgiven)
     last = counted[-1] if counted else None
     if last is None or last.finished_at is None:
         return None
-    pause = pause_after(domain_of(last), len(_of_domain(counted, domain_of(last))))
+    pause = _pause_after_attempt(last, len(_of_domain(counted, domain_of(last))))
     return last.finished_at + pause if pause else None
 
 
 def find_exhausted(
-    spec: QLoRAJobSpec, status: QLoRAJobStatus, attempts: Sequence[Attempt], now: datetime
+    spec: QLoRAJobSpec,
+    status: QLoRAJobStatus,
+    attempts: Sequence[Attempt],
+    now: datetime,
+    bad_nodes: Collection[str] = (),
 ) -> Violation | None:
-    """Return which budget leaves no other attempt after these, how it was spent, and what the next step is."""
+    """Return which budget leaves no other attempt after these, how it was spent, and what the next step is.
+
+    An attempt on a node that is known to be bad says nothing about the run; it is only waited for.
+    """
     counted = since_progress(attempts, status.forgiven_attempts)
-    if counted and (violation := _exhausted_domain(spec, counted)):
+    only_waited = bool(attempts) and attempts[-1].reason is Reason.UNSCHEDULABLE
+    if counted and not only_waited and (violation := _exhausted_domain(spec, counted, bad_nodes)):
         return violation
     if time_left(spec.deadlines, status, attempts, now) <= timedelta(0):
         message = f"all attempts together exceeded {spec.deadlines.total} (spec.deadlines.total)"
@@ -111,7 +141,7 @@ def _of_domain(counted: Sequence[Attempt], domain: Domain | None) -> list[Attemp
     return [attempt for attempt in counted if domain_of(attempt) is domain]
 
 
-def _exhausted_domain(spec: QLoRAJobSpec, counted: Sequence[Attempt]) -> Violation | None:
+def _exhausted_domain(spec: QLoRAJobSpec, counted: Sequence[Attempt], bad_nodes: Collection[str]) -> Violation | None:
     last = counted[-1]
     domain = domain_of(last)
     same = _of_domain(counted, domain)
@@ -119,23 +149,24 @@ def _exhausted_domain(spec: QLoRAJobSpec, counted: Sequence[Attempt]) -> Violati
     if domain is Domain.RUN and len(same) >= (limit := spec.retries.max_attempts):
         message = f"{len(same)} of {limit} attempts (spec.retries.maxAttempts) failed{since}"
         return Violation(Reason.RETRIES_EXHAUSTED, message)
-    if domain is Domain.NODE:
-        return _exhausted_nodes(same, since)
-    return _exhausted_patience(domain, same, since)
+    if domain is Domain.NODE and (violation := _exhausted_nodes(same, since, bad_nodes)):
+        return violation
+    return _exhausted_patience(same, since)
 
 
-def _exhausted_nodes(same: Sequence[Attempt], since: str) -> Violation | None:
+def _exhausted_nodes(same: Sequence[Attempt], since: str, bad_nodes: Collection[str]) -> Violation | None:
     """Return that other nodes do not help: they have failed too often, or all in the same way."""
     repeated = [attempt for attempt in same if _is_same_error(attempt, same[-1])]
     nodes = sorted({attempt.node for attempt in repeated if attempt.node})
     if len(nodes) > 1 or len(repeated) >= REPEATED_ERRORS:
         message = f"{len(repeated)} attempts ended with the same error on {' and '.join(nodes) or 'their nodes'}"
         return Violation(Reason.TRAINER_ERROR, message)
-    if len(same) < MAX_NODE_ATTEMPTS:
+    unexplained = [attempt for attempt in same if attempt.node not in bad_nodes]
+    if len(unexplained) < MAX_NODE_ATTEMPTS:
         return None
-    nodes = sorted({attempt.node for attempt in same if attempt.node})
+    nodes = sorted({attempt.node for attempt in unexplained if attempt.node})
     where = f"on {', '.join(nodes)}" if nodes else "before they had a node"
-    message = f"{len(same)} attempts failed {where}{since}, the most that nodes may end without a new checkpoint"
+    message = f"{len(unexplained)} attempts failed {where}{since}, the most that nodes may end without a new checkpoint"
     return Violation(Reason.RETRIES_EXHAUSTED, message)
 
 
@@ -151,13 +182,13 @@ def _without_variables(message: str) -> str:
     return _VARIABLE.sub("#", escape_line(message)[:MAX_ATTEMPT_MESSAGE])
 
 
-def _exhausted_patience(domain: Domain | None, same: Sequence[Attempt], since: str) -> Violation | None:
+def _exhausted_patience(same: Sequence[Attempt], since: str) -> Violation | None:
     """Return that waiting for a service, or for the cluster, has taken long enough."""
     losses = sum(attempt.reason is Reason.POD_LOST for attempt in same)
     if same and same[-1].reason is Reason.POD_LOST and losses >= MAX_LOST_ATTEMPTS:
         message = f"{losses} attempts disappeared without a termination message{since}"
         return Violation(Reason.POD_LOST, f"{message}; find out what deletes Jobs or pods in this namespace")
-    waited = sum((pause_after(domain, count) for count in range(1, len(same) + 1)), timedelta(0))
+    waited = sum((_pause_after_attempt(attempt, count) for count, attempt in enumerate(same, 1)), timedelta(0))
     if waited <= PATIENCE:
         return None
     reasons = ", ".join(dict.fromkeys(str(attempt.reason) for attempt in same))

@@ -1,6 +1,6 @@
 """What a decision depends on besides the cluster: the time and the progress reports."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Final
@@ -42,6 +42,8 @@ class ReconcileContext:
     """uid of the QLoRAJob whose pod sent the last report, which may have been an earlier one; None if not known."""
     quarantined_nodes: Mapping[str, datetime] = field(default_factory=dict)
     """Nodes that ended attempts of several runs, and until when no run uses them."""
+    bad_nodes: Collection[str] = ()
+    """Nodes that were quarantined within the last hours."""
     node_failures_known: bool = True
     """Whether the statuses of all runs have been read since the operator started, so that no quarantine is missing."""
     reception: Reception = Reception()

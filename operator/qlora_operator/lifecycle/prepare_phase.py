@@ -44,7 +44,7 @@ def _wait_for_retry(job: Job, current: Preparation, now: datetime) -> Decision |
     waiting = Decision(Phase.PREPARING, current.reason, describe_retries(job, current))
     if now < current.retry_at:
         return replace(waiting, requeue_at=current.retry_at)
-    return replace(waiting, preparation=next_try(current), requeue_after=AT_ONCE)
+    return replace(waiting, preparation=next_try(current, now), requeue_after=AT_ONCE)
 
 
 def _follow_job(job: Job, children: Observation, current: Preparation, number: int, now: datetime) -> Decision:

@@ -20,6 +20,8 @@ _MOST_DOUBLINGS: Final = 20
 """More doublings than LONGEST_PAUSE allows, and few enough for a timedelta."""
 PATIENCE: Final = timedelta(hours=6)
 """How long a failure of a service, a node or the cluster is tried again: long enough to wake somebody who mends it."""
+SHORTEST_ABSENCE: Final = timedelta(minutes=10)
+"""An operator that acts so much later was not there: no busy queue takes as long."""
 UNEXPLAINED_TRIES: Final = 3
 """Failures in a row after which a pod without a termination message is no longer thought to have met a bad node."""
 MOST_AVOIDED: Final = 8
@@ -44,9 +46,11 @@ def next_preparation(current: Preparation) -> Preparation:
     return Preparation(number=min(current.number + 1, MOST_PREPARATIONS))
 
 
-def next_try(failed: Preparation) -> Preparation:
-    """Return a failed preparation that is tried again, with its failures."""
-    return failed.model_copy(update={"number": failed.number + 1, "retry_at": None})
+def next_try(failed: Preparation, now: datetime) -> Preparation:
+    """Return a failed preparation that is tried again, with its failures; time without an operator is no patience."""
+    late = _absence(failed.retry_at, now)
+    times = {name: _shift(getattr(failed, name), late, now) for name in ("missing_since", "failing_since")}
+    return failed.model_copy(update={"number": failed.number + 1, "retry_at": None, **times})
 
 
 def may_be_retried(reason: Reason) -> bool:
@@ -64,9 +68,9 @@ def count_failure(current: Preparation, prepare: ChildJob, state: JobState, now:
     """Return the preparation with one more failure.
 
     What is missing keeps its time, whatever fails in between. The services answer if something is missing, so their
-    next failure is a new one. Waiting for a queue or a node is not failing.
+    next failure is a new one. Waiting for a queue or a node is not failing, nor is a failure that nobody saw for long.
     """
-    late, waited = REASONS[state.reason].appears_late, _time_without_node(prepare)
+    late, waited = REASONS[state.reason].appears_late, _time_without_node(prepare) + _time_unseen(prepare, now)
     missing = _shift(current.missing_since, waited, now)
     failing = _shift(current.failing_since, waited, now)
     return current.model_copy(
@@ -96,6 +100,17 @@ def _time_without_node(prepare: ChildJob) -> timedelta:
     """Return how long the pod waited for its node; both times are the control plane's."""
     scheduled = prepare.pod.scheduled_at if prepare.pod else None
     return max(scheduled - prepare.created_at, timedelta(0)) if scheduled else timedelta(0)
+
+
+def _time_unseen(prepare: ChildJob, now: datetime) -> timedelta:
+    """Return for how long the Job has been marked as failed; both times are the control plane's."""
+    return _absence(prepare.failure.at if prepare.failure else None, now)
+
+
+def _absence(due: datetime | None, now: datetime) -> timedelta:
+    """Return for how long no operator was there to do what was due; a busy one is a little late."""
+    late = now - due if due is not None else timedelta(0)
+    return late if late > SHORTEST_ABSENCE else timedelta(0)
 
 
 def retry_time(job: Job, failed: Preparation, now: datetime) -> datetime | None:

@@ -5,9 +5,10 @@ from datetime import datetime
 from qlora_api.names import Phase
 from qlora_api.reasons import REASONS, Domain, Reason
 from qlora_api.v1alpha1 import Preparation, RetryLimits, to_timedelta
-from qlora_operator.lifecycle.budgets import domain_of, find_exhausted
+from qlora_operator.lifecycle.budgets import domain_of, find_exhausted, time_left
 from qlora_operator.lifecycle.prepare_retries import next_preparation
 from qlora_operator.lifecycle.retry_policy import AT_ONCE
+from qlora_operator.lifecycle.train_phase import DEADLINE_TOLERANCE
 from qlora_operator.models import Decision, Job
 
 
@@ -19,7 +20,7 @@ def retry_limits(job: Job) -> RetryLimits:
 
 def revive(job: Job, now: datetime) -> Decision | None:
     """Return the decision to continue a failed run if the limit that it exceeded was raised, else None."""
-    raised = _raised_field(job)
+    raised = _raised_field(job, now)
     if job.status.phase is not Phase.FAILED or raised is None:
         return None
     attempts = job.status.attempts
@@ -43,19 +44,26 @@ def continue_run(job: Job, why: str, forgiven: int | None, now: datetime) -> Dec
     return Decision(Phase.SCHEDULING, Reason.SCHEDULING, message, forgiven_attempts=forgiven, requeue_at=now)
 
 
-def _raised_field(job: Job) -> str | None:
+def _raised_field(job: Job, now: datetime) -> str | None:
     """Return the field that allows more than when the run failed, and that could have ended it."""
     before, deadlines = job.status.retry_limits, job.spec.deadlines
-    trained = job.status.plan is not None
     match job.status.reason:
         case Reason.RETRIES_EXHAUSTED if before and job.spec.retries.max_attempts > before.max_attempts:
             return "spec.retries.maxAttempts"
-        case Reason.DEADLINE_EXCEEDED if trained and before and _is_longer(deadlines.total, before.total):
+        case Reason.DEADLINE_EXCEEDED if (
+            before and _is_longer(deadlines.total, before.total) and _ran_out(job, before, now)
+        ):
             return "spec.deadlines.total"
         case reason if _waited_for_startup(reason) and before and _is_longer(deadlines.startup, before.startup):
             return "spec.deadlines.startup"
         case _:
             return None
+
+
+def _ran_out(job: Job, before: RetryLimits, now: datetime) -> bool:
+    """Return whether the attempts used up what they had; a preparation has an hour of its own, which is fixed."""
+    deadlines = job.spec.deadlines.model_copy(update={"total": before.total})
+    return time_left(deadlines, job.status, job.status.attempts, now) <= DEADLINE_TOLERANCE
 
 
 def _waited_for_startup(reason: Reason | None) -> bool:

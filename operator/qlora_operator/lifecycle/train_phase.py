@@ -1,5 +1,6 @@
 """The train phase: follows a training attempt from its Job to its end, and decides whether to retry."""
 
+from collections.abc import Collection
 from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Final
@@ -218,7 +219,7 @@ def _end_training(job: Job, state: JobState, attempt: Attempt, at: datetime, con
             "checkpoint_step": _newest_checkpoint_step(job, state, context),
         }
     )
-    decision = _retry(job, state, ended) or failed
+    decision = _retry(job, state, ended, context.bad_nodes) or failed
     return replace(
         decision,
         attempt=ended,
@@ -235,7 +236,7 @@ def _newest_checkpoint_step(job: Job, state: JobState, context: ReconcileContext
     return max((checkpoint.step for checkpoint in known if checkpoint is not None), default=None)
 
 
-def _retry(job: Job, state: JobState, ended: Attempt) -> Decision | None:
+def _retry(job: Job, state: JobState, ended: Attempt, bad_nodes: Collection[str]) -> Decision | None:
     """Return the decision to retry, if another attempt can fix the failure; it resumes from the last checkpoint."""
     plan = job.status.plan
     action = choose_remedy(state, plan) if plan else None
@@ -243,7 +244,7 @@ def _retry(job: Job, state: JobState, ended: Attempt) -> Decision | None:
         return None
     attempts = (*_earlier_attempts(job, ended), ended)
     plan = shrink(plan, ended.number) if action is RetryAction.SHRINK_MICRO_BATCH else plan
-    if exhausted := find_exhausted(job.spec, job.status, attempts, ended.finished_at or job.created_at):
+    if exhausted := find_exhausted(job.spec, job.status, attempts, ended.finished_at or job.created_at, bad_nodes):
         message = f"{exhausted.message}; the last one ended with {ended.reason}: {state.message}"
         return Decision(Phase.FAILED, exhausted.reason, message, plan=plan)  # for a run that is continued
     message = f"attempt {ended.number} ended: {state.message}; the next one resumes from the last checkpoint"

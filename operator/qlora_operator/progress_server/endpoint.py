@@ -18,8 +18,6 @@ from qlora_operator.progress_server.pod_authorizer import MAX_CACHED_TOKENS, Pod
 from qlora_operator.progress_server.reports import ReportStore, read_report
 
 MAX_BODY: Final = 64 * KIB
-STATUS_INTERVAL: Final = timedelta(seconds=5)
-"""Minimum interval between two status updates that only progress causes."""
 REPORT_INTERVAL: Final = timedelta(seconds=1)
 """Mean interval between reports of one QLoRAJob from which on they are rejected; trainers report every 5 s."""
 REPORT_BURST: Final = 5
@@ -92,9 +90,10 @@ class ProgressEndpoint:
             field = ".".join(map(str, first["loc"])) or "body"
             raise ReportRejectedError(400, f"{field}: {first['msg']}") from error
         now, previous = self._clock(), self._reports.get(ref)
-        self._reports.put(ref, read_report(report, now), job_uid)
-        age = now - previous.updated_at if previous else STATUS_INTERVAL
-        self._notify(ref, min(max(STATUS_INTERVAL - age, timedelta(0)), STATUS_INTERVAL))
+        latest = read_report(report, now)
+        self._reports.put(ref, latest, job_uid)
+        urgent = previous is None or (previous.phase, previous.checkpoint) != (latest.phase, latest.checkpoint)
+        self._notify(ref, self._reports.time_to_status(ref, now, urgent=urgent))
 
 
 def _reject(error: ReportRejectedError) -> web.Response:

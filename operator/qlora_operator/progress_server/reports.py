@@ -15,6 +15,12 @@ from qlora_api.v1alpha1.patterns import PRINTABLE
 
 QUIET: Final = timedelta(minutes=5)
 """Trainers report every 5 s: a namespace that was quiet for so long could not reach the operator, or had no trainer."""
+STATUS_INTERVAL: Final = timedelta(seconds=5)
+"""Shortest time between two writes of a status that only progress causes."""
+LONGEST_STATUS_INTERVAL: Final = timedelta(minutes=1)
+STATUS_WRITES: Final = 20.0
+"""Such writes a second of all runs: from a hundred runs on each is written less often, so that the API server, and
+everyone who watches QLoRAJobs, has no more to do for a thousand."""
 REPORTED_PHASES: Final = frozenset({Phase.TRAINING, Phase.EVALUATING, Phase.PUBLISHING})
 
 
@@ -26,6 +32,8 @@ class ReportStore:
         self._reporting: dict[JobRef, datetime] = {}
         self._received_at: dict[str, datetime] = {}
         self._resumed_at: dict[str, datetime] = {}
+        self._status_at: dict[JobRef, datetime] = {}
+        """When the status of each run was, or will be, brought up to date."""
 
     def get(self, ref: JobRef) -> Progress | None:
         """Return the last report."""
@@ -43,6 +51,19 @@ class ReportStore:
         if received_at is None or report.updated_at - received_at >= QUIET:
             self._resumed_at[ref.namespace] = report.updated_at
         self._received_at[ref.namespace] = report.updated_at
+
+    def time_to_status(self, ref: JobRef, now: datetime, *, urgent: bool) -> timedelta:
+        """Return the time until the status of a run is to show its last report; urgent ones do not wait for others."""
+        interval = STATUS_INTERVAL if urgent else self._status_interval()
+        last = self._status_at.get(ref, now - interval)
+        due = min(last, now + interval) if last > now else max(now, last + interval)
+        self._status_at[ref] = due
+        return due - now
+
+    def _status_interval(self) -> timedelta:
+        """Return the time between two writes of one status: the runs that report share STATUS_WRITES."""
+        shared = timedelta(seconds=len(self._reporting) / STATUS_WRITES)
+        return min(max(STATUS_INTERVAL, shared), LONGEST_STATUS_INTERVAL)
 
     def expect(self, ref: JobRef, reported_at: datetime) -> None:
         """Expect further reports of a run whose last one an earlier operator process received."""
@@ -67,6 +88,7 @@ class ReportStore:
     def forget(self, ref: JobRef) -> None:
         """Drop the report of a run that is over."""
         self._last.pop(ref, None)
+        self._status_at.pop(ref, None)
         self.set_idle(ref)
 
 

@@ -6,6 +6,7 @@ from typing import Any, NoReturn
 import pytest
 from kubernetes.aio import client
 
+from qlora_api import names
 from qlora_api.names import Role
 from qlora_operator.cluster.cache import ChildCache
 from qlora_operator.cluster.http import Api, ApiError, ConflictError, NotFoundError
@@ -173,6 +174,23 @@ async def test_pod_of_a_watch_event_is_cached() -> None:
     assert cluster.caches_pod(REF, "pod-uid")
     assert not cluster.caches_pod(REF, "other-uid")
     assert not cluster.caches_pod(REF._replace(namespace="other"), "pod-uid")
+    await api.close()
+
+
+async def test_owner_of_a_cached_pod_costs_no_call() -> None:
+    cache, api = ChildCache(), StoredObjects({})
+    for kind, name, item in (
+        (cache.pods, "bot-1-0-abcde", make_item("pod-uid", *OF_JOB)),
+        (cache.jobs, "bot-1", make_item("job-uid", *OF_QLORAJOB)),
+    ):
+        labels = {**item["metadata"]["labels"], names.ROLE_LABEL: "train", names.ATTEMPT_LABEL: "1"}
+        versioned = {"namespace": POD.namespace, "name": name, "resourceVersion": "1", "labels": labels}
+        kind.update({"metadata": item["metadata"] | versioned, "spec": {}})
+    cluster = KubeCluster(api, cache)
+    owner = await cluster.owner_of_pod(POD)
+    assert owner is not None
+    assert (owner.job, owner.job_uid) == (REF.name, UID)
+    assert await cluster.owner_of_pod(POD._replace(namespace="other")) is None, "asked live, where it is not"
     await api.close()
 
 

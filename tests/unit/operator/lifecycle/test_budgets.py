@@ -189,3 +189,32 @@ def test_domain_of_an_attempt_precedes_that_of_its_reason() -> None:
     assert domain_of(killed) is Domain.NODE
     assert domain_of(attempts_of(Reason.INTERRUPTED)[0]) is Domain.CLUSTER
     assert retry_at((killed,)) == NOW + timedelta(minutes=1)
+
+
+def partly_placed(*runs: str) -> list[timedelta]:
+    """Return the pause of each run after a gang of it got only some of its nodes."""
+    ends = {"reason": Reason.STARTUP_DEADLINE_EXCEEDED, "domain": Domain.CLUSTER, "finished_at": NOW}
+    return [(retry_at((Attempt(number=1, job=f"{run}-1", **ends),)) or NOW) - NOW for run in runs]
+
+
+def test_gang_that_got_some_nodes_backs_off_and_two_do_not_meet_again() -> None:
+    pauses = partly_placed(*(f"gang-{number}" for number in range(20)))
+    assert all(timedelta(minutes=1) <= pause <= timedelta(minutes=3) for pause in pauses)
+    assert len(set(pauses)) == 20
+
+
+def test_attempts_replaced_while_they_wait_use_up_no_patience() -> None:
+    released = attempts_of(*[Reason.UNSCHEDULABLE] * 90)
+    assert exhausted(*released) is None
+    after_nodes = attempts_of(*[Reason.POD_REJECTED] * 8, Reason.UNSCHEDULABLE)
+    assert exhausted(*after_nodes) is None, "what excused the nodes may be forgotten by now"
+    assert retry_at(released) is None
+
+
+def test_attempts_on_bad_nodes_are_only_waited_for() -> None:
+    attempts = attempts_of(*[Reason.POD_REJECTED] * 8, node="gpu-1")
+    assert exhausted(*attempts) is not None
+    assert find_exhausted(make_spec(), STATUS, attempts, NOW, {"gpu-1"}) is None
+    found = find_exhausted(make_spec(), STATUS, attempts_of(*[Reason.POD_REJECTED] * 50, node="gpu-1"), NOW, {"gpu-1"})
+    assert found is not None
+    assert "exceed 6h" in found.message

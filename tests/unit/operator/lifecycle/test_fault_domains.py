@@ -193,6 +193,9 @@ async def test_gang_that_got_some_nodes_blames_none() -> None:
     await wait(cluster, timedelta(minutes=31))
     first = cluster.status["attempts"][0]
     assert (first["reason"], first["domain"]) == ("StartupDeadlineExceeded", Domain.CLUSTER)
+    assert [name for kind, name in cluster.children if kind == "Job" and name != PREPARE] == [], "it holds no node"
+    assert cluster.status["gpus"] == 0
+    await wait(cluster, timedelta(minutes=3))
     assert affinity_of(cluster, 2) == {}
 
 

@@ -7,17 +7,22 @@ import pytest
 
 from qlora_api.job_ref import JobRef
 from qlora_api.reasons import Domain, Reason
-from qlora_api.v1alpha1 import Attempt
+from qlora_api.report import UNEXPLAINED_EXIT
+from qlora_api.v1alpha1 import Attempt, Checkpoint
 from qlora_api.v1alpha1.status import MAX_AVOIDED_NODES
 from qlora_operator.controller.node_failures import NodeFailures
 from qlora_operator.lifecycle.node_health import (
     AVOIDANCE,
+    LONGEST_QUARANTINE,
     QUARANTINE,
     NodeFailure,
+    NodeStart,
     avoided_nodes,
     disliked_nodes,
     find_released,
     is_blamed,
+    node_failures,
+    quarantine_ends,
     quarantined_nodes,
 )
 from tests.make import NOW
@@ -31,6 +36,9 @@ BLAMED: Final = {
     Reason.IMAGE_PULL_FAILED,
     Reason.STARTUP_DEADLINE_EXCEEDED,
 }
+
+BLAMED_BY_NODE: Final = (Reason.ACCELERATOR_FAILED, Reason.POD_REJECTED, Reason.STARTUP_DEADLINE_EXCEEDED)
+"""A reason for each of three nodes."""
 
 
 def failed(reason: Reason = Reason.ACCELERATOR_FAILED, node: str = "gpu-1", **change: Any) -> Attempt:
@@ -91,6 +99,88 @@ def test_three_bad_nodes_are_quarantined_at_once() -> None:
     assert list(quarantined_nodes([*failures, *other], NOW)) == ["gpu-0", "gpu-1", "gpu-2", "gpu-9"]
 
 
+@pytest.mark.parametrize(("healthy", "expected"), [(4, 0), (5, 5), (40, 5)])
+def test_nodes_that_fail_alike_are_quarantined_if_most_nodes_start_pods(healthy: int, expected: int) -> None:
+    failures = [failure(f"{run}{node}", f"gpu-{node}") for run in "ab" for node in range(5)]
+    starts = [NodeStart(f"well-{node}", NOW - timedelta(minutes=30)) for node in range(healthy)]
+    assert len(quarantined_nodes(failures, NOW, starts)) == expected
+    earlier = [start._replace(at=NOW - 2 * QUARANTINE) for start in starts]
+    assert quarantined_nodes(failures, NOW, earlier) == {}, "they may have failed since"
+
+
+def test_run_that_got_further_elsewhere_is_evidence_whatever_number_of_nodes_failed_it() -> None:
+    """Among many bad nodes every run meets several of them."""
+    failures = [
+        failure(run, f"gpu-{node}", reason=reason) for run in "ab" for node, reason in enumerate(BLAMED_BY_NODE)
+    ]
+    assert quarantined_nodes(failures, NOW) == {}, "it may be the runs"
+    recovered = [failure._replace(recovered=True) for failure in failures]
+    assert list(quarantined_nodes(recovered, NOW)) == ["gpu-0", "gpu-1", "gpu-2"]
+
+
+@pytest.mark.parametrize(
+    ("steps", "last", "checkpoint", "expected"),
+    [
+        pytest.param((None, None), Reason.INTERRUPTED, None, [False], id="no-checkpoint"),
+        pytest.param((None, 50), Reason.INTERRUPTED, None, [True], id="checkpoint-of-the-next-attempt"),
+        pytest.param((50, 50), Reason.INTERRUPTED, 50, [False], id="no-further-checkpoint"),
+        pytest.param((50, 50), None, 60, [True], id="checkpoint-while-it-runs"),
+        pytest.param((None, None), Reason.PUBLISHED, None, [True], id="published"),
+    ],
+)
+def test_run_has_recovered_once_it_got_further(
+    steps: tuple[int | None, int | None], last: Reason | None, checkpoint: int | None, expected: list[bool]
+) -> None:
+    first = failed(checkpoint_step=steps[0])
+    second = failed(last, "gpu-2", number=2, checkpoint_step=steps[1], domain=Domain.CLUSTER)  # type: ignore[arg-type]
+    newest = Checkpoint(step=checkpoint, uri="s3://a/b", time=NOW) if checkpoint else None
+    found = node_failures(JobRef("ml", "a"), (first, second), newest)
+    assert [failure.recovered for failure in found] == expected
+
+
+def crash(run: str, node: str = "gpu-1") -> NodeFailure:
+    return failure(run, node, reason=Reason.TRAINER_ERROR)._replace(recovered=True)
+
+
+def test_node_on_which_three_runs_crash_is_quarantined_if_they_train_elsewhere() -> None:
+    starts = [NodeStart(f"well-{node}", NOW) for node in range(3)]
+    assert list(quarantined_nodes([crash(run) for run in "abc"], NOW, starts)) == ["gpu-1"]
+    assert quarantined_nodes([crash(run) for run in "ab"], NOW, starts) == {}
+    assert quarantined_nodes([crash(run)._replace(recovered=False) for run in "abc"], NOW, starts) == {}
+    assert quarantined_nodes([crash(run) for run in "abc"], NOW) == {}, "no other node shows that the trainer is well"
+    everywhere = [crash(f"{run}{node}", f"gpu-{node}") for run in "abc" for node in range(4)]
+    assert quarantined_nodes(everywhere, NOW, starts) == {}
+
+
+def test_error_that_the_trainer_explains_is_no_evidence_of_a_crash() -> None:
+    explained = failed(Reason.TRAINER_ERROR, message="KeyError: 'text'")
+    unexplained = failed(Reason.TRAINER_ERROR, message=f"pod x exited with code 139 and {UNEXPLAINED_EXIT}")
+    assert node_failures(JobRef("ml", "a"), (explained,)) == ()
+    assert node_failures(JobRef("ml", "a"), (unexplained,)) != ()
+    assert not is_blamed(unexplained), "no metric counts it"
+
+
+def test_node_that_fails_again_after_its_quarantine_is_not_used_for_twice_as_long() -> None:
+    first = [failure("a"), failure("b")]
+    until = NOW + QUARANTINE
+    relapse = failure("c", at=until + timedelta(minutes=1))
+    assert quarantined_nodes([*first, relapse], relapse.at) == {"gpu-1": relapse.at + 2 * QUARANTINE}
+    late = failure("c", at=until + QUARANTINE + timedelta(minutes=1))
+    assert quarantined_nodes([*first, late], late.at) == {}, "it has been well for as long"
+    assert quarantine_ends([*first, late], late.at) == {"gpu-1": until}
+    at, failures = until, list(first)
+    for number in range(4):
+        failures.append(failure(f"run-{number}", at=at))
+        at = quarantined_nodes(failures, at)["gpu-1"]
+    assert at - failures[-1].at == LONGEST_QUARANTINE
+
+
+@pytest.mark.parametrize("reason", [Reason.NODE_LOST, Reason.INTERRUPTED])
+def test_run_prefers_other_nodes_to_one_that_went_down(reason: Reason) -> None:
+    assert disliked_nodes((failed(reason, domain=Domain.CLUSTER),)) == ("gpu-1",)
+    assert avoided_nodes((failed(reason, domain=Domain.CLUSTER),), {}, NOW) == {}
+
+
 def test_run_avoids_its_node_for_a_while() -> None:
     attempts = (failed(), failed(Reason.TRAINER_ERROR, "gpu-2", number=2))
     assert avoided_nodes(attempts, {}, NOW) == {"gpu-1": NOW + AVOIDANCE}
@@ -123,5 +213,5 @@ def test_store_forgets_old_failures() -> None:
     store.update(JobRef("ml", "a"), ())
     assert store.quarantined(NOW) == {"gpu-1": NOW + QUARANTINE}, "a QLoRAJob made again does not clear its node"
     assert store.quarantined(NOW + QUARANTINE) == {}
-    assert store.quarantined(NOW + 2 * QUARANTINE) == {}
+    assert store.quarantined(NOW + 2 * LONGEST_QUARANTINE) == {}
     assert store.quarantined(NOW) == {}

@@ -280,6 +280,21 @@ async def test_wait_for_a_node_uses_up_no_patience(cluster: FakeCluster) -> None
     assert outcome(cluster) == ("Preparing", "S3Unavailable")
 
 
+@pytest.mark.parametrize("reason", [Reason.SECRET_NOT_FOUND, Reason.HUB_UNAVAILABLE])
+async def test_absence_of_the_operator_uses_up_no_patience(cluster: FakeCluster, reason: Reason) -> None:
+    await fail_once(cluster, reason)
+    cluster.pass_time(timedelta(hours=9))  # nobody repeats the preparation
+    await fail_once(cluster, reason)
+    assert outcome(cluster) == ("Preparing", reason)
+    cluster.pass_time(timedelta(minutes=2))
+    await reconcile_until_stable(cluster)
+    last = max(jobs(cluster))
+    cluster.end_pod(last, 1, make_termination_message(reason, "it is missing"))
+    cluster.pass_time(timedelta(hours=9))  # nobody sees that it has failed
+    await reconcile_until_stable(cluster)
+    assert outcome(cluster) == ("Preparing", reason)
+
+
 async def test_wait_for_a_secret_uses_up_no_patience_with_services(cluster: FakeCluster) -> None:
     cluster.change(deadlines={"startup": "7d"})
     await fail_once(cluster, Reason.S3_UNAVAILABLE)

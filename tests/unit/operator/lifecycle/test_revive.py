@@ -167,3 +167,23 @@ async def test_revival_survives_crash_after_each_write(cluster: FakeCluster) -> 
     await reconcile_until_stable(cluster)
     cluster.crash_after = lambda _: False
     await succeed(cluster, 2)
+
+
+async def test_raised_total_deadline_does_not_continue_a_preparation_that_took_too_long(cluster: FakeCluster) -> None:
+    """The hour of a preparation is fixed; the run would fail again with the same Job."""
+    await start(cluster)
+    cluster.remove(TRAIN)
+    await reconcile_until_stable(cluster)
+    assert cluster.status["phase"] == Phase.PREPARING
+    again = names.prepare_job_name(REF.name, 2)
+    cluster.start_pod(again)
+    cluster.pass_time(timedelta(hours=1))
+    cluster.end_pod(again, 143, "", keep_start=True)
+    cluster.finish_job(again, "Failed", "DeadlineExceeded")
+    await reconcile_until_stable(cluster)
+    assert outcome(cluster) == ("Failed", "DeadlineExceeded")
+    writes = len(cluster.writes)
+    cluster.change(deadlines={"total": "1000h"})
+    await reconcile_until_stable(cluster)
+    assert outcome(cluster) == ("Failed", "DeadlineExceeded")
+    assert [write for write in cluster.writes[writes:] if write[0] != "status"] == []

@@ -16,9 +16,9 @@ from qlora_api.v1alpha1 import Checkpoint
 from qlora_operator.cluster.interface import PodIdentity, PodOwner
 from qlora_operator.controller.workqueue import WorkQueue
 from qlora_operator.progress_server import PodAuthorizer, ProgressEndpoint, ReportStore
-from qlora_operator.progress_server.endpoint import MAX_BODY, REPORT_BURST, REPORT_INTERVAL, STATUS_INTERVAL
+from qlora_operator.progress_server.endpoint import MAX_BODY, REPORT_BURST, REPORT_INTERVAL
 from qlora_operator.progress_server.pod_authorizer import TOKEN_CACHE_SECONDS
-from qlora_operator.progress_server.reports import read_report
+from qlora_operator.progress_server.reports import LONGEST_STATUS_INTERVAL, STATUS_INTERVAL, STATUS_WRITES, read_report
 from tests.fakes import FakeTokenReviewer
 from tests.make import NOW, REF, UID, make_token
 
@@ -130,6 +130,39 @@ async def test_status_updates_are_rate_limited(setup: Setup) -> None:
     setup.seconds = 1.0
     await setup.post()
     assert setup.notified[1] == (REF, STATUS_INTERVAL - timedelta(seconds=1))
+
+
+def report_from(setup: Setup, runs: int) -> None:
+    """Let other runs report."""
+    for number in range(runs):
+        setup.reports.put(JobRef("ml", f"run-{number}"), read_report(ProgressReport.model_validate(make_report()), NOW))
+
+
+@pytest.mark.parametrize(("runs", "seconds"), [(50, 5.0), (199, 10.0), (999, 50.0), (9_999, 60.0)])
+async def test_many_runs_share_the_writes_of_statuses(setup: Setup, runs: int, seconds: float) -> None:
+    report_from(setup, runs)
+    await setup.post()
+    for setup.seconds in (5.0, 9.9):
+        await setup.post()
+    delays = [delay.total_seconds() for _, delay in setup.notified]
+    expected = [0.0, max(seconds - 5, 0.0), max(seconds - 9.9, 0.1)]
+    assert delays == pytest.approx(expected)
+    assert seconds <= LONGEST_STATUS_INTERVAL.total_seconds()
+    assert seconds == max(STATUS_INTERVAL.total_seconds(), min(60.0, (runs + 1) / STATUS_WRITES))
+
+
+async def test_new_checkpoint_or_phase_waits_for_no_other_run(setup: Setup) -> None:
+    report_from(setup, 999)
+    await setup.post()
+    setup.seconds = 10.0
+    await setup.post()
+    assert setup.notified[-1] == (REF, timedelta(seconds=40))
+    setup.seconds = 12.0
+    await setup.post(body=make_report({"phase": "Evaluating"}))
+    assert setup.notified[-1] == (REF, STATUS_INTERVAL)
+    setup.seconds = 13.0
+    await setup.post(body=make_report({"phase": "Training"}))
+    assert setup.notified[-1] == (REF, STATUS_INTERVAL - timedelta(seconds=1)), "no pod can force a write a second"
 
 
 async def test_token_review_is_cached_for_a_minute(setup: Setup) -> None:

@@ -1,0 +1,1 @@
+"""What broken nodes cost a fleet: `python -m benchmarks.fleet`."""
