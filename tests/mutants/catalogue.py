@@ -278,8 +278,8 @@ MUTATIONS: Final = (
     Mutation(
         trap=36,
         file=f"{_TRAINER}/model/architecture.py",
-        old="if _is_linear(module) and module is not output and name.startswith(decoder)",
-        new="if _is_linear(module) and name.startswith(decoder)",
+        old="if _is_linear(each) and each is not output)",
+        new="if _is_linear(each))",
         test=f"{_TESTS}/model/test_traps_model.py::test_trap_36_output_layer_never_gets_an_adapter",
     ),
     Mutation(
@@ -357,7 +357,7 @@ MUTATIONS: Final = (
     Mutation(
         trap=46,
         file=f"{_TRAINER}/model/adapter.py",
-        old="        exclude_modules=list(linear_modules_beside_text(base)) or None,\n",
+        old="        exclude_modules=list(excluded_linear_modules(base)) or None,\n",
         new="",
         test=f"{_TESTS}/model/test_model_families.py::test_family_trains_and_gradient_checkpointing_is_exact",
         fails_with="RunError",
