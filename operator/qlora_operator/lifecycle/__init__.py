@@ -22,7 +22,7 @@ from qlora_operator.lifecycle.node_health import (
     quarantined_nodes,
     recent_failures,
 )
-from qlora_operator.lifecycle.resumption import checkpoint_of_restart, reported_checkpoint
+from qlora_operator.lifecycle.resumption import checkpoint_of_restart, reported_checkpoint, reported_manifests
 from qlora_operator.lifecycle.revive import retry_limits, revive
 
 __all__ = [
@@ -47,6 +47,7 @@ __all__ = [
     "recent_failures",
     "rejected",
     "reported_checkpoint",
+    "reported_manifests",
     "retry_limits",
     "revive",
     "unexplained_jobs",

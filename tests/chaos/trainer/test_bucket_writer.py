@@ -19,7 +19,7 @@ from qlora_api.names import Phase
 from qlora_api.prepared import Prepared
 from qlora_api.reasons import Reason
 from qlora_api.result import Result
-from qlora_api.runconfig import RunConfig
+from qlora_api.runconfig import Published, RunConfig
 from qlora_api.v1alpha1 import Checkpoint, Progress, QLoRAJobSpec
 from qlora_trainer import stages
 from qlora_trainer.errors import RunError
@@ -67,14 +67,17 @@ class Attacker:
     def write(self, key: str, content: bytes) -> None:
         self.client.put_object(Bucket=self.bucket, Key=key, Body=content)
 
+    def write_all(self, objects: dict[str, bytes]) -> None:
+        for key, content in objects.items():
+            self.write(key, content)
+
     def delete(self, key: str) -> None:
         self.client.delete_object(Bucket=self.bucket, Key=key)
 
     def restore(self, objects: dict[str, bytes]) -> None:
         for key in self.objects().keys() - objects.keys():
             self.delete(key)
-        for key, content in objects.items():
-            self.write(key, content)
+        self.write_all(objects)
 
     def plant_names(self) -> None:
         """Write objects whose names lead elsewhere, or are those of code; the server refuses some itself."""
@@ -141,16 +144,20 @@ class Victim:
         self.attacker.prefix = self.prepared.prefix.removeprefix(f"s3://{self.attacker.bucket}/")
         self.config: RunConfig = run_config(self.spec, self.prepared, total_steps=STEPS)
 
-    def prepare(self) -> Prepared:
-        return prepare(prepare_config(self.spec), work=self.folder / "work")
+    def prepare(self, published: Published = None) -> Prepared:
+        config = prepare_config(self.spec).model_copy(update={"published": published})
+        return prepare(config, work=self.folder / "work")
 
     def others_files(self) -> set[Path]:
         """Return the files outside the folders that runs and consumers work in."""
         paths = (path.relative_to(self.folder) for path in self.folder.rglob("*"))
         return {path for path in paths if not path.parts[0].startswith(("work", "consumer"))}
 
-    def run(self, sink: Sink, checkpoint: Checkpoint | None = None, attempt: int = 1) -> Result | None:
-        config = self.config.model_copy(update={"checkpoint": checkpoint, "attempt": attempt})
+    def run(
+        self, sink: Sink, checkpoint: Checkpoint | None = None, attempt: int = 1, published: Published = None
+    ) -> Result | None:
+        known = {"checkpoint": checkpoint, "attempt": attempt, "published": published}
+        config = self.config.model_copy(update=known)
         return run(config, sink, work=self.folder / f"work-{attempt}", stop=sink.stop)
 
     def weights(self, result: Result) -> bytes:
@@ -248,15 +255,61 @@ def test_planted_files_of_a_result_are_not_published(victim: Victim, honest: Hon
     assert victim.weights(result) == honest.weights
 
 
-@pytest.mark.parametrize("change", [{"job": "other"}, {"fullDigest": "0" * 64}], ids=str)
-def test_manifest_planted_during_training_is_refused(victim: Victim, honest: HonestRun, change: dict[str, Any]) -> None:
+FORGED: Final[dict[str, dict[str, Any]]] = {
+    "of-another-job": {"job": "other"},
+    "of-another-digest": {"fullDigest": "0" * 64},
+    "complete": {},
+}
+
+
+@pytest.mark.parametrize("change", FORGED.values(), ids=FORGED)
+@pytest.mark.parametrize("phase", [Phase.TRAINING, Phase.EVALUATING, Phase.PUBLISHING])
+def test_result_planted_during_a_run_is_not_its_result(
+    victim: Victim, honest: HonestRun, change: dict[str, Any], phase: Phase
+) -> None:
+    """Its files and its manifest are of one another; the run publishes its own beside it."""
     victim.attacker.restore(honest.prepared)
-    key, content = f"{victim.attacker.prefix}/manifest.json", json.dumps(honest.manifest() | change).encode()
-    planted = {**honest.published, key: content}
-    with pytest.raises(RunError, match=r"manifest\.json is not a manifest of this run") as refused:
-        victim.run(Sink(partial(victim.attacker.restore, planted), Phase.PUBLISHING))
-    assert refused.value.reason is Reason.INVALID_SPEC
-    assert victim.attacker.objects("manifest.json")[key] == content
+    key, planted = f"{victim.attacker.prefix}/manifest.json", forge_result(honest, change)
+    sink = Sink(partial(victim.attacker.write_all, planted), phase)
+    result = victim.run(sink)
+    assert result is not None
+    assert result.adapter not in {honest.result.adapter, None}
+    assert victim.weights(result) == honest.weights
+    assert victim.attacker.objects("manifest.json")[key] == planted[key]
+    (manifest,) = {seen.manifest for seen in sink.seen[-1:]}
+    assert manifest is not None
+    assert hashlib.sha256(victim.attacker.objects()[manifest.uri.split("/", 3)[3]]).hexdigest() == manifest.digest
+
+
+def forge_result(honest: HonestRun, change: dict[str, Any]) -> dict[str, bytes]:
+    """Return a complete result with the weights of somebody else, signed for."""
+    forged = {key: content for key, content in honest.published.items() if "/adapter/" in key or "/report/" in key}
+    manifest = honest.manifest() | change
+    (prefix,) = {key.rpartition("/")[0] for key in honest.published if _MANIFEST.search(key)}
+    for file in manifest["files"]:
+        key = f"{prefix}/{file['path']}"
+        forged[key] = others(forged[key]) if key.endswith(".safetensors") else forged[key]
+        file |= {"size": len(forged[key]), "sha256": hashlib.sha256(forged[key]).hexdigest()}
+    return {**forged, f"{prefix}/manifest.json": json.dumps(manifest).encode()}
+
+
+def test_only_a_reported_result_is_taken_after_a_pod_was_lost(victim: Victim, honest: HonestRun) -> None:
+    """The next preparation and the next attempt know the manifests that earlier attempts reported."""
+    victim.attacker.restore(honest.prepared)
+    sink = Sink()
+    result = victim.run(sink)
+    assert result is not None
+    manifest = sink.seen[-1].manifest
+    assert manifest is not None
+    assert victim.prepare((manifest,)).published == result
+    assert victim.run(Sink(), attempt=2, published=(manifest,)) == result
+    victim.attacker.write_all(forge_result(honest, {}))
+    assert victim.prepare().published is not None
+    for published in ((), (manifest,)):
+        assert victim.prepare(published).published is None
+        again = victim.run(Sink(), attempt=2, published=published)
+        assert again is not None
+        assert victim.weights(again) == honest.weights
 
 
 def test_changed_files_of_a_result_are_not_taken_for_published(victim: Victim, honest: HonestRun) -> None:
