@@ -1,8 +1,6 @@
 """Whoever can write the output changes objects between every two steps of a run: it publishes its own, or refuses."""
 
-import contextlib
 import hashlib
-import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,8 +10,6 @@ from typing import Any, Final
 from uuid import uuid4
 
 import pytest
-import torch
-from safetensors.torch import load, save
 
 from qlora_api.names import Phase
 from qlora_api.prepared import Prepared
@@ -29,6 +25,7 @@ from qlora_trainer.run import run
 from qlora_trainer.runtime.shutdown import StopFlag
 from qlora_trainer.storage.credentials import environment_secrets
 from qlora_trainer.storage.snapshots import SourceResolver
+from tests.chaos.trainer.bucket_writer import CODE, Attacker, forge_result, others
 from tests.cluster.services.s3 import S3
 from tests.unit.trainer.tiny import (
     RecordingSink,
@@ -42,71 +39,6 @@ from tests.unit.trainer.tiny import (
 
 STEPS: Final = 4
 _MANIFEST: Final = re.compile(r"/[0-9a-f]{16}/manifest\.json$")
-OTHERS: Final = 666.0
-"""Every weight of somebody else."""
-CODE: Final = b"import pathlib; pathlib.Path('PWNED').touch()"
-HOSTILE_KEYS: Final = ("../evil", "checkpoints//etc/x", "checkpoints/step-000009-a9//x", "adapter/evil.py", "a\x1b[2J")
-"""Below the result's prefix."""
-
-
-class Attacker:
-    """Somebody with the keys of the output's bucket."""
-
-    def __init__(self, s3: S3, bucket: str) -> None:
-        self.client, self.bucket, self.prefix = s3.client(), bucket, ""
-
-    def objects(self, contains: str = "") -> dict[str, bytes]:
-        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket)
-        keys = [found["Key"] for page in pages for found in page.get("Contents", ()) if contains in found["Key"]]
-        found = {}
-        for key in keys:
-            with contextlib.suppress(self.client.exceptions.NoSuchKey):  # the server lists some names otherwise
-                found[key] = self.client.get_object(Bucket=self.bucket, Key=key)["Body"].read()
-        return found
-
-    def write(self, key: str, content: bytes) -> None:
-        self.client.put_object(Bucket=self.bucket, Key=key, Body=content)
-
-    def write_all(self, objects: dict[str, bytes]) -> None:
-        for key, content in objects.items():
-            self.write(key, content)
-
-    def delete(self, key: str) -> None:
-        self.client.delete_object(Bucket=self.bucket, Key=key)
-
-    def restore(self, objects: dict[str, bytes]) -> None:
-        for key in self.objects().keys() - objects.keys():
-            self.delete(key)
-        self.write_all(objects)
-
-    def plant_names(self) -> None:
-        """Write objects whose names lead elsewhere, or are those of code; the server refuses some itself."""
-        for name in HOSTILE_KEYS:
-            try:
-                self.write(f"{self.prefix}/{name}", CODE)
-            except self.client.exceptions.ClientError:
-                continue
-
-    def forge_checkpoints(self) -> None:
-        """Replace the weights of all checkpoints, sign for them, and offer a copy with a higher attempt."""
-        for key, content in self.objects("adapter.safetensors").items():
-            if "/checkpoints/" in key:
-                self._forge_checkpoint(key.rpartition("/")[0], content)
-
-    def _forge_checkpoint(self, folder: str, weights: bytes) -> None:
-        self.write(f"{folder}/adapter.safetensors", others(weights))
-        manifest: Any = json.loads(self.objects(f"{folder}/manifest.json")[f"{folder}/manifest.json"])
-        for file in manifest["files"]:
-            content = self.objects(f"{folder}/{file['path']}")[f"{folder}/{file['path']}"]
-            file |= {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-        self.write(f"{folder}/manifest.json", json.dumps(manifest).encode())
-        for key, content in self.objects(f"{folder}/").items():
-            self.write(key.replace("-a1/", "-a99/"), content)
-
-
-def others(content: bytes) -> bytes:
-    """Return a safetensors file with other weights of the same size."""
-    return save({name: torch.full_like(tensor, OTHERS) for name, tensor in load(content).items()}, {"format": "pt"})
 
 
 class Sink(RecordingSink):
@@ -175,10 +107,6 @@ class HonestRun:
     published: dict[str, bytes]
     result: Result
     weights: bytes
-
-    def manifest(self) -> dict[str, Any]:
-        (content,) = (content for key, content in self.published.items() if _MANIFEST.search(key))
-        return dict(json.loads(content))
 
 
 @pytest.fixture(scope="module")
@@ -269,7 +197,7 @@ def test_result_planted_during_a_run_is_not_its_result(
 ) -> None:
     """Its files and its manifest are of one another; the run publishes its own beside it."""
     victim.attacker.restore(honest.prepared)
-    key, planted = f"{victim.attacker.prefix}/manifest.json", forge_result(honest, change)
+    key, planted = f"{victim.attacker.prefix}/manifest.json", forge_result(honest.published, change)
     sink = Sink(partial(victim.attacker.write_all, planted), phase)
     result = victim.run(sink)
     assert result is not None
@@ -279,18 +207,6 @@ def test_result_planted_during_a_run_is_not_its_result(
     (manifest,) = {seen.manifest for seen in sink.seen[-1:]}
     assert manifest is not None
     assert hashlib.sha256(victim.attacker.objects()[manifest.uri.split("/", 3)[3]]).hexdigest() == manifest.digest
-
-
-def forge_result(honest: HonestRun, change: dict[str, Any]) -> dict[str, bytes]:
-    """Return a complete result with the weights of somebody else, signed for."""
-    forged = {key: content for key, content in honest.published.items() if "/adapter/" in key or "/report/" in key}
-    manifest = honest.manifest() | change
-    (prefix,) = {key.rpartition("/")[0] for key in honest.published if _MANIFEST.search(key)}
-    for file in manifest["files"]:
-        key = f"{prefix}/{file['path']}"
-        forged[key] = others(forged[key]) if key.endswith(".safetensors") else forged[key]
-        file |= {"size": len(forged[key]), "sha256": hashlib.sha256(forged[key]).hexdigest()}
-    return {**forged, f"{prefix}/manifest.json": json.dumps(manifest).encode()}
 
 
 def test_only_a_reported_result_is_taken_after_a_pod_was_lost(victim: Victim, honest: HonestRun) -> None:
@@ -303,7 +219,7 @@ def test_only_a_reported_result_is_taken_after_a_pod_was_lost(victim: Victim, ho
     assert manifest is not None
     assert victim.prepare((manifest,)).published == result
     assert victim.run(Sink(), attempt=2, published=(manifest,)) == result
-    victim.attacker.write_all(forge_result(honest, {}))
+    victim.attacker.write_all(forge_result(honest.published, {}))
     assert victim.prepare().published is not None
     for published in ((), (manifest,)):
         assert victim.prepare(published).published is None

@@ -219,7 +219,9 @@ TOKENS: Final = {
     "header-is-a-list": jwt(CLAIMS, []),
     "other-audience": jwt({**CLAIMS, "aud": ["https://kubernetes.default.svc"]}),
     "audience-as-object": jwt({**CLAIMS, "aud": {TOKEN_AUDIENCE: 1}}),
-    "audience-is-part": jwt({**CLAIMS, "aud": TOKEN_AUDIENCE + "-x"}),  # a text is no list: CVE-2024-53861
+    "audience-is-part": jwt(
+        {**CLAIMS, "aud": TOKEN_AUDIENCE + "-x"}
+    ),  # PyJWT took a text for a list of issuers, CVE-2024-53861
     "audience-is-a-letter": jwt({**CLAIMS, "aud": TOKEN_AUDIENCE[0]}),
     "expired": jwt({**CLAIMS, "exp": NOW.timestamp() - 3600}),
     "expiry-as-text": jwt({**CLAIMS, "exp": "never"}),
