@@ -20,6 +20,7 @@ class BucketAttack:
 
 OWN_RESULT: Final = "`Succeeded` with its own weights"
 REFUSED: Final = "`Failed`, `InvalidSpec`"
+MODEL_REFUSED: Final = "`Failed`, `ModelNotFound`"
 BEFORE_TRAINING: Final = "before training"
 INTERRUPTED: Final = "after a first attempt"
 TRAINING: Final = "while it trains"
@@ -32,7 +33,7 @@ ATTACKS: Final = {
     "rows-deleted": BucketAttack(BEFORE_TRAINING, "token rows deleted", _PREPARED_DIGEST, REFUSED),
     "digests-changed": BucketAttack(BEFORE_TRAINING, "their digests changed", _PREPARED_DIGEST, REFUSED),
     "facts-changed": BucketAttack(BEFORE_TRAINING, "`prepared.json` changed", "not read by the pod", OWN_RESULT),
-    "weights-swapped": BucketAttack(BEFORE_TRAINING, "model weights swapped", _PREPARED_DIGEST, REFUSED),
+    "weights-swapped": BucketAttack(BEFORE_TRAINING, "model weights swapped", _PREPARED_DIGEST, MODEL_REFUSED),
     "checkpoints-forged": BucketAttack(
         INTERRUPTED, "checkpoints replaced with their manifests, and later ones added", "the pod, by the digest in "
         "the status; the log names them", OWN_RESULT,

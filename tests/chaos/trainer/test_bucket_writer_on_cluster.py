@@ -25,6 +25,7 @@ from tests.chaos.trainer.bucket_attacks import (
     BEFORE_TRAINING,
     INTERRUPTED,
     LOST,
+    MODEL_REFUSED,
     OWN_RESULT,
     PUBLISHED,
     REFUSED,
@@ -179,8 +180,9 @@ def test_attack_during_a_run_ends_as_the_page_says(scene: Scene, attack: str) ->
     pods = scene.pods(attack, **acts[ATTACKS[attack].when])
     status = pods.play()
     end = (status["phase"], status["reason"])
-    if ATTACKS[attack].end == REFUSED:
-        assert end == ("Failed", Reason.INVALID_SPEC), status
+    if ATTACKS[attack].end in {REFUSED, MODEL_REFUSED}:
+        reason = Reason.INVALID_SPEC if ATTACKS[attack].end == REFUSED else Reason.MODEL_NOT_FOUND
+        assert end == ("Failed", reason), status
         return
     assert end == ("Succeeded", "Published" if ATTACKS[attack].end == OWN_RESULT else "AlreadyPublished"), status
     assert scene.weights_of(status) == scene.weights

@@ -182,9 +182,19 @@ def test_only_a_reported_manifest_counts_after_an_attempt(output: FileStore, nam
     assert find(honest) is None
 
 
+def test_rejected_result_that_a_later_gate_accepted_is_found_under_its_new_name(output: FileStore) -> None:
+    rejected = reported(output, REJECTED_RECORD)
+    assert find_reusable(output, DIGEST, "Skip", "", FULL_DIGEST, published=(rejected,)) is None
+    output.put(f"{DIGEST}/{MANIFEST}", output.read(f"{DIGEST}/{REJECTED_RECORD}"))
+    found = find_reusable(output, DIGEST, "Skip", "", FULL_DIGEST, published=(rejected,))
+    assert found == find_rejected(output, DIGEST, FULL_DIGEST, (rejected,))
+    assert found is not None
+
+
 @pytest.mark.parametrize("uri", ["s3://evil/manifest.json", "PREFIX/../manifest.json", "PREFIX//manifest.json", ""])
 def test_reported_manifest_outside_the_output_is_not_read(output: FileStore, uri: str) -> None:
-    named = reported(output).model_copy(update={"uri": uri.replace("PREFIX", f"{output.root}/{DIGEST}")})
+    planted = uri.replace("PREFIX", f"{output.root}/{DIGEST}")
+    named = reported(output).model_copy(update={"uri": planted, "digest": "0" * 64})
     assert find_reusable(output, DIGEST, "Skip", "", FULL_DIGEST, published=(named,)) is None
 
 

@@ -97,16 +97,26 @@ def _find_reported(
     for reported in published:
         path = reported.uri.removeprefix(f"{output.root}/")
         own = is_below(reported.uri, f"{output.root}/{digest}") and path.endswith(f"/{name}")
-        if not own or not output.exists(path):
-            continue
-        if sha256_of(output.read(path, MAX_MANIFEST_BYTES)) != reported.digest:
-            log.warning("%s is not the manifest that an attempt of this run reported, and is skipped", reported.uri)
-        elif found := _find(output, digest, path.partition("/")[2], ResultManifest):
-            check_own(output, found, path, full_digest)
-            return _if_intact(output, found)
+        # A rejected result that a later gate accepted has its manifest under both names.
+        for candidate in dict.fromkeys([path, f"{digest}/{name}"] if own else [f"{digest}/{name}"]):
+            if _is_reported(output, candidate, reported):
+                found = _find(output, digest, candidate.partition("/")[2], ResultManifest)
+                if found is not None:
+                    check_own(output, found, candidate, full_digest)
+                return _if_intact(output, found)
     if not published and output.exists(f"{digest}/{name}"):
         log.warning("%s/%s/%s is skipped: no attempt of this run reported it", output.root, digest, name)
     return None
+
+
+def _is_reported(output: Store, path: str, reported: ManifestRef) -> bool:
+    """Return whether an object is the manifest that was reported; another one is logged."""
+    if not output.exists(path):
+        return False
+    same = sha256_of(output.read(path, MAX_MANIFEST_BYTES)) == reported.digest
+    if not same:
+        log.warning("%s/%s is skipped: it is not the manifest that an attempt of this run reported", output.root, path)
+    return same
 
 
 def is_reusable(manifest: ResultManifest, if_exists: IfExists, run: str) -> bool:
@@ -240,9 +250,9 @@ def is_complete(output: Store, manifest: ResultManifest | None) -> bool:
 
 
 def find_manifest_of(output: Store, digest: str, adapter: str) -> ResultManifest | None:
-    """Return the manifest of an adapter: the one in the folder above it, or else that of the digest."""
-    folder = adapter.removeprefix(f"{output.root}/{digest}/").rpartition("/")[0]
-    own = _find(output, digest, f"{folder}/{MANIFEST}", ResultManifest) if folder else None
+    """Return the manifest of an adapter: that of the folder of a result beside another one, or else of the digest."""
+    folder, _, rest = adapter.removeprefix(f"{output.root}/{digest}/").partition("/")
+    own = _find(output, digest, f"{folder}/{MANIFEST}", ResultManifest) if rest else None
     return own or find_manifest(output, digest)
 
 
@@ -276,5 +286,6 @@ def update_latest(output: Store, digest: str, manifest: str) -> None:
 
 
 def manifest_uri(prefix: str, published: Published = None) -> str:
-    """Return the URI of the manifest of a result that was found: the one that was reported, if any was."""
-    return published[0].uri if published else f"{prefix}/{MANIFEST}"
+    """Return the URI of the manifest of a result that was found: the one that was reported, if one was."""
+    uris = (reported.uri for reported in published or ())
+    return next((uri for uri in uris if uri.endswith(f"/{MANIFEST}")), f"{prefix}/{MANIFEST}")
