@@ -89,9 +89,9 @@ class PlayedPods:
             message.write_failure(error)
             code = 1
         if job in self.lost:
-            self.namespace.kubectl("delete", "job", job, "--cascade=foreground", "--wait=false")
             pod = self.namespace.pod_name(job)
-            self.namespace.kubectl("delete", "pod", pod, "--force", "--grace-period=0")
+            self.namespace.kubectl("delete", "job", job, "--cascade=foreground", "--wait=false")
+            self.namespace.kubectl("delete", "pod", pod, "--force", "--grace-period=0", "--ignore-not-found")
             self.lost[job]()
         else:
             self.namespace.end_pod(job, code, (self.folder / f"{job}.json").read_text())

@@ -143,7 +143,7 @@ ACTS: Final[dict[str, Callable[[Scene], object]]] = {
     "lost-result-forged": forge,
     "lost-result-deleted": lambda scene: delete(scene, "manifest.json"),
     "adapter-changed": lambda scene: change(scene, "adapter/adapter_model.safetensors", others),
-    "record-changed": lambda scene: change(scene, "adapter/qlora.json", lambda content: content.replace(b"hf", b"ff")),
+    "record-changed": lambda scene: change(scene, "adapter/qlora.json", lambda content: b" " + content),
     "everything-forged": forge,
 }
 
