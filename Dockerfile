@@ -1,6 +1,7 @@
 # Two targets: `operator` (no torch) and `trainer`. Any base with Python >= 3.11 serves:
 #   docker build --target operator -t qlora-operator .
-# The tag follows Debian's security updates; a release pins BASE by digest, one for all its images.
+# The tag follows Debian's security updates; a release looks up its digest and pins BASE by it, one for all its images.
+# Write a digest here only if you looked it up: docker buildx imagetools inspect python:3.12-slim-bookworm
 ARG BASE=python:3.12-slim-bookworm
 
 # Packages in one layer, uv gone at its end: a second stage would only store 6 GB of them twice.

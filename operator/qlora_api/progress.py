@@ -27,8 +27,8 @@ class TrainerStatus(_WireModel):
     """One report of a running pod.
 
     transformers' KubeflowCallback sends the metrics current_step, total_steps and loss; our trainer adds phase,
-    tokens_per_second, and checkpoint_step, checkpoint_uri, checkpoint_time, checkpoint_verified and checkpoint_digest
-    of its newest checkpoint.
+    tokens_per_second; checkpoint_step, checkpoint_uri, checkpoint_time, checkpoint_verified and checkpoint_digest of
+    its newest checkpoint; and manifest_uri and manifest_digest of the result that it is about to publish.
     """
 
     progress_percentage: int | None = Field(default=None, ge=0, le=100)

@@ -4,7 +4,7 @@ from typing import Literal
 
 from qlora_api.base import ApiModel
 from qlora_api.prepared import Prepared
-from qlora_api.v1alpha1 import Checkpoint, Plan, QLoRAJobSpec
+from qlora_api.v1alpha1 import Checkpoint, ManifestRef, Plan, QLoRAJobSpec
 
 
 class S3Config(ApiModel):
@@ -28,6 +28,13 @@ class Platform(ApiModel):
     """s3:// or file:// prefix with a copy of a hub cache (models--organization--name/…), used instead of the hub."""
 
 
+Published = tuple[ManifestRef, ...] | None
+"""The manifests that earlier attempts of the run reported: only they are believed to be results of it.
+
+None: any in the output is believed, since no attempt came before, none was heard of, or there is no operator.
+"""
+
+
 class PrepareConfig(ApiModel):
     """prepare.json."""
 
@@ -36,6 +43,7 @@ class PrepareConfig(ApiModel):
     uid: str = ""
     """Uid of the QLoRAJob; empty without a cluster."""
     spec: QLoRAJobSpec
+    published: Published = None
     platform: Platform = Platform()
 
 
@@ -53,4 +61,5 @@ class RunConfig(ApiModel):
     checkpoint: Checkpoint | None = None
     """The newest checkpoint that an earlier attempt reported: only it, and those that its manifest names, are resumed
     from. None if the operator knows of none, and without an operator: any in the output is."""
+    published: Published = None
     platform: Platform = Platform()

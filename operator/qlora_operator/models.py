@@ -12,6 +12,7 @@ from qlora_api.prepared import Prepared
 from qlora_api.reasons import Domain, Reason
 from qlora_api.report import TerminationMessage
 from qlora_api.result import Result
+from qlora_api.runconfig import Published
 from qlora_api.v1alpha1 import Attempt, Checkpoint, Plan, Preparation, QLoRAJobSpec, QLoRAJobStatus, RetryLimits
 
 PREPARE_MEMORY: Final = "4Gi"
@@ -266,6 +267,8 @@ class AttemptInputs:
     """Nodes on which its pods run only if no other fits."""
     checkpoint: Checkpoint | None = None
     """The newest checkpoint that an earlier attempt reported."""
+    published: Published = None
+    """The manifests that earlier attempts reported; None: any is believed."""
 
 
 class Action(StrEnum):

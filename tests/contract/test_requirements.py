@@ -86,7 +86,48 @@ def test_release_pins_the_base_image_by_digest():
     workflow = (ROOT / ".github/workflows/release.yml").read_text()
     assert re.search(r"^ARG BASE=\S+$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
     assert 'echo "base=$base@$digest"' in workflow
+    assert "[[ $digest =~ ^sha256:[0-9a-f]{64}$ ]]" in workflow
     assert "BASE=${{ needs.verify.outputs.base }}" in workflow
+
+
+def unpinned(dockerfile: str) -> list[str]:
+    """Return the images that are neither a stage, nor have a digest, nor are the one that a release pins."""
+    stages = set(re.findall(r"^FROM \S.*? AS (\S+)", dockerfile, re.MULTILINE | re.IGNORECASE))
+    images = re.findall(r"^FROM (?:--\S+ +)*(\S+)", dockerfile, re.MULTILINE | re.IGNORECASE)
+    images += re.findall(r"(?:--from=|,from=|^# *syntax=)(\S+?)(?=[,\s])", dockerfile, re.MULTILINE)
+    pinned = re.compile(r"\S+@sha256:[0-9a-f]{64}")
+    return [image for image in images if image not in {*stages, "${BASE}"} and not pinned.fullmatch(image)]
+
+
+DOCKERFILES = sorted(path for path in ROOT.rglob("*Dockerfile*") if not set(path.parts) & {".git", ".venv"})
+
+
+@pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_image_is_pinned_by_digest_or_by_the_release(path: Path):
+    assert unpinned(path.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "FROM python:3.12-slim-bookworm",
+        "from --platform=linux/amd64 python:3.12 AS a",
+        "FROM python@sha256:abc",
+        "FROM ${OTHER}",
+        "COPY --from=ghcr.io/astral-sh/uv:latest /uv /uv",
+        "RUN --mount=type=bind,from=busybox,target=/x true",
+        "# syntax=docker/dockerfile:1\n",
+    ],
+)
+def test_image_without_a_digest_is_found(line: str):
+    assert len(unpinned(f"{line}\nRUN true\n")) == 1
+
+
+def test_release_and_audit_scan_the_image():
+    for name in ("release", "audit"):
+        workflow = (ROOT / f".github/workflows/{name}.yml").read_text()
+        assert "uses: anchore/scan-action@" in workflow
+        assert "fail-build" not in workflow
 
 
 def test_dockerfile_has_no_other_base_and_downloads_nothing_else():

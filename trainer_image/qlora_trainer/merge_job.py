@@ -44,10 +44,14 @@ ADAPTER_FIELD = "ADAPTER"
 TARGET_FIELD = "--to"
 
 
-def add_merged(resolver: SourceResolver, output: Store, config: RunConfig, result: Result, work: Path) -> Result:
-    """Return the result with the merged model that the spec asks for; an existing one is reused."""
+def add_merged(  # noqa: PLR0913 (what is merged, from where to where)
+    resolver: SourceResolver, output: Store, config: RunConfig, result: Result, work: Path, *, reuse: bool
+) -> Result:
+    """Return the result with the merged model that the spec asks for; `reuse` takes one that is in the output."""
     digest = config.prepared.digest
-    complete = with_merged(output, digest, config.spec.output, result)
+    if config.spec.output.merged == "none":
+        return result
+    complete = with_merged(output, digest, config.spec.output, result) if reuse else None
     if complete is not None:
         return complete
     adapter = fetch_published(output, digest, result.adapter, work)

@@ -14,6 +14,7 @@ from qlora_api.object_names import ObjectName
 from qlora_api.prepared import PinnedTasks, Prepared, PreparedInputs
 from qlora_api.reasons import Reason
 from qlora_api.report import ResultManifest
+from qlora_api.result import Result
 from qlora_api.runconfig import PrepareConfig
 from qlora_api.v1alpha1 import ModelStatus, QLoRAJobSpec
 from qlora_trainer.data.dataset import (
@@ -37,6 +38,7 @@ from qlora_trainer.storage.results import (
     find_rejected,
     find_reusable,
     is_reusable,
+    manifest_uri,
     open_output,
     put_manifest,
     update_latest,
@@ -88,7 +90,7 @@ def prepare(
                 note(sentence)
             prepared = store_prepared(output, prepared, model, tokenized, tasks)
         else:
-            update_latest(output, prepared.digest, prepared.prefix)
+            update_latest(output, prepared.digest, manifest_uri(prepared.prefix, config.published))
     note(f"prepared {prepared.prefix}")
     return prepared
 
@@ -292,8 +294,8 @@ def _name_result(output: Store, config: PrepareConfig, resolved: ResolvedSpec) -
     spec = config.spec
     digest, full = result_digest(spec, resolved), full_digest(spec, resolved)
     prefix = f"{output.root}/{digest}"
-    published = find_reusable(output, digest, spec.output.if_exists, config.uid, full)
-    if published is not None and spec.output.if_exists == "Fail":
+    published = find_reusable(output, digest, spec.output.if_exists, config.uid, full, published=config.published)
+    if published is not None and spec.output.if_exists == "Fail" and config.published is None:
         raise RunError(
             Reason.OUTPUT_EXISTS,
             f"spec.output.ifExists: {prefix} was published at {published.created_at:%Y-%m-%d %H:%M} UTC; set Skip to "
@@ -310,19 +312,27 @@ def _name_result(output: Store, config: PrepareConfig, resolved: ResolvedSpec) -
         model=resolved.model,
         dataset=resolved.dataset,
         trainer_version=__version__,
-        published=with_merged(output, digest, spec.output, manifest.result) if manifest else None,
+        published=_complete(output, config, digest, manifest.result) if manifest else None,
     )
+
+
+def _complete(output: Store, config: PrepareConfig, digest: str, result: Result) -> Result | None:
+    """Return a published result with its merged model; None if a training pod has to merge it."""
+    if config.published is not None and config.spec.output.merged != "none":
+        return None  # no attempt reports the digest of a merged model
+    return with_merged(output, digest, config.spec.output, result)
 
 
 def _accept_rejected(output: Store, config: PrepareConfig, digest: str, full: str) -> ResultManifest | None:
     """Publish a result that another gate rejected and this one accepts, without training again."""
-    spec, rejected = config.spec, find_rejected(output, digest, full)
+    spec, rejected = config.spec, find_rejected(output, digest, full, config.published)
     if rejected is None or not has_required_metrics(spec.evaluation.gate, rejected.result.evaluation):
         return None
     if not is_reusable(rejected, spec.output.if_exists, config.uid):
         return None
     check_gate(spec.evaluation.gate, rejected.result.evaluation, describe_rejected(rejected.result))
-    return put_manifest(output, rejected)
+    put_manifest(output, rejected)
+    return rejected
 
 
 def store_prepared(

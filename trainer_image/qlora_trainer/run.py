@@ -25,7 +25,7 @@ from qlora_trainer.publishing.report_builder import ReportInputs, build_report, 
 from qlora_trainer.runtime.rank import default_work
 from qlora_trainer.runtime.shutdown import StopFlag
 from qlora_trainer.storage.credentials import Secrets, load_secrets
-from qlora_trainer.storage.results import MANIFEST, check_own_uris, find_reusable, open_output, update_latest
+from qlora_trainer.storage.results import find_reusable, manifest_uri, open_output, update_latest
 from qlora_trainer.storage.snapshots import SourceResolver
 from qlora_trainer.storage.store import Store
 from qlora_trainer.training.async_checkpointer import AsyncCheckpointer
@@ -82,25 +82,33 @@ def run(
         config, world, resolver, output, ProgressTracker(sink, config.plan.total_steps), sink, work, stop
     )
     result = _find_published(context)
+    # A merged model in the output is believed like the adapter it is of: if it was there before the first attempt.
+    reuse = result is not None and config.published is None
     if result is None:
         training_output = _train_and_evaluate(context, secrets)
         if world.is_main_process:
             result = _publish(context, training_output)
-    return add_merged(resolver, output, config, result, work) if world.is_main_process and result else None
+    return add_merged(resolver, output, config, result, work, reuse=reuse) if world.is_main_process and result else None
 
 
 def _find_published(context: RunContext) -> Result | None:
     """Return the result if another run published it since prepare; the main process checks and broadcasts."""
-    digest, prefix = context.config.prepared.digest, context.config.prepared.prefix
-    if_exists = context.config.spec.output.if_exists
+    config, prepared = context.config, context.config.prepared
     found = (
-        find_reusable(context.output, digest, if_exists, context.config.uid, context.config.prepared.full_digest)
+        find_reusable(
+            context.output,
+            prepared.digest,
+            config.spec.output.if_exists,
+            config.uid,
+            prepared.full_digest,
+            published=config.published,
+        )
         if context.world.is_main_process
         else None
     )
     published = context.world.broadcast(found)
     if published is not None and context.world.is_main_process:
-        update_latest(context.output, digest, prefix)
+        update_latest(context.output, prepared.digest, manifest_uri(prepared.prefix, config.published))
     return published.result if published else None
 
 
@@ -158,8 +166,8 @@ def _publish(context: RunContext, output: TrainingOutput) -> Result:
     copy_event_file(context.work, config, files)
     stages.check_loadable(output.load_check, files)
     result = build_result(config, report)
-    stages.enforce_gate(context.output, config, result, files, output.checkpoints)
-    result = publish(context.output, config, result, files, datetime.now(UTC))
-    check_own_uris(context.output, result, f"{config.prepared.digest}/{MANIFEST}")  # if another one was there first
+    announce = context.progress.on_manifest
+    stages.enforce_gate(context.output, config, result, files, output.checkpoints, announce)
+    result = publish(context.output, config, result, files, datetime.now(UTC), announce)
     output.checkpoints.delete_all()
     return result

@@ -51,7 +51,7 @@ from qlora_trainer.publishing.load_check import (
     mean_loss,
     rows_of_task,
 )
-from qlora_trainer.publishing.publish import WEIGHTS_FOLDER, upload_rejected, write_weights
+from qlora_trainer.publishing.publish import WEIGHTS_FOLDER, AnnounceFn, upload_rejected, write_weights
 from qlora_trainer.publishing.stop_tokens import save_stop_tokens
 from qlora_trainer.runtime.liveness import LIVENESS
 from qlora_trainer.runtime.metrics import METER
@@ -295,11 +295,18 @@ def build_record(config: RunConfig, settings: RuntimeSettings) -> AdapterRecord:
     )
 
 
-def enforce_gate(output: Store, config: RunConfig, result: Result, files: Path, checkpoints: CheckpointStore) -> None:
+def enforce_gate(  # noqa: PLR0913, PLR0917 (what is judged and uploaded, and who is told)
+    output: Store,
+    config: RunConfig,
+    result: Result,
+    files: Path,
+    checkpoints: CheckpointStore,
+    announce: AnnounceFn,
+) -> None:
     """Raise GateFailed if the gate rejects the result, after uploading it so that the training is not lost."""
     gate = config.spec.evaluation.gate
     if find_violations(gate, result.evaluation):
-        rejected = upload_rejected(output, config, result, files, datetime.now(UTC))
+        rejected = upload_rejected(output, config, result, files, datetime.now(UTC), announce)
         checkpoints.delete_all()
         check_gate(gate, rejected.evaluation, describe_rejected(rejected))
 

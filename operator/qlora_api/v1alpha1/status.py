@@ -160,6 +160,13 @@ class Checkpoint(ApiModel):
     )
 
 
+class ManifestRef(ApiModel):
+    """The manifest of a result, as the pod that writes it reported it."""
+
+    uri: Annotated[str, Field(max_length=2048)] = Field(description="URI of the manifest.")
+    digest: Annotated[Sha256, Field(max_length=64)] = Field(description="SHA-256 of the manifest, in hex.")
+
+
 class Attempt(ApiModel):
     """One training Job."""
 
@@ -277,6 +284,10 @@ class OutputStatus(ApiModel):
     adapter: Annotated[str, Field(max_length=2048)] | None = Field(default=None, description="URI of the adapter.")
     report: Annotated[str, Field(max_length=2048)] | None = Field(default=None, description="URI of report.json.")
     merged: Annotated[str, Field(max_length=2048)] | None = Field(default=None, description="URI of the merged model.")
+    manifest: ManifestRef | None = Field(
+        default=None,
+        description="The manifest that a pod of the run has published, or was about to publish when it reported last.",
+    )
 
 
 class Progress(ApiModel):
@@ -290,6 +301,7 @@ class Progress(ApiModel):
     tokens_per_second: float | None = Field(default=None, ge=0, description="Non-padding tokens per second.")
     phase: Phase | None = Field(default=None, description="Training, Evaluating or Publishing.")
     checkpoint: Checkpoint | None = Field(default=None, description="The newest complete checkpoint.")
+    manifest: ManifestRef | None = Field(default=None, description="The manifest that the pod is about to publish.")
     updated_at: datetime = Field(description="When the pod reported.")
 
 

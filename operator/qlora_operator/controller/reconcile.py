@@ -27,6 +27,7 @@ from qlora_operator.lifecycle import (
     next_leftover,
     rejected,
     reported_checkpoint,
+    reported_manifests,
     retry_limits,
     revive,
     unexplained_jobs,
@@ -318,7 +319,8 @@ async def refresh_run_config(  # noqa: PLR0913, PLR0917 (as apply_decision)
         return
     known = {"checkpoint": newest, "last_report": report or job.status.last_report}
     checkpoint = checkpoint_of_restart(job.status.model_copy(update=known), train.suspended_at)
-    run = AttemptInputs(attempt.number, plan, message.prepared, checkpoint=checkpoint)
+    published = reported_manifests(job.spec, job.status, attempt.number + 1)
+    run = AttemptInputs(attempt.number, plan, message.prepared, checkpoint=checkpoint, published=published)
     installation = replace(installation, image=plan.image or installation.image)
     await cluster.ensure(build_run_config(Owner(job.ref, job.uid), job.spec, run, installation))
 
@@ -330,7 +332,7 @@ def build_children(decision: Decision, job: Job, installation: Installation) -> 
     installation = replace(installation, image=image or installation.image)
     if decision.action is Action.PREPARE and decision.preparation:
         return (
-            build_prepare_config(owner, job.spec, installation),
+            build_prepare_config(owner, job.spec, installation, reported_manifests(job.spec, job.status)),
             build_prepare_job(owner, job.spec, installation, decision.preparation),
         )
     if decision.action is Action.TRAIN and decision.plan and decision.prepared and decision.attempt:
@@ -341,6 +343,7 @@ def build_children(decision: Decision, job: Job, installation: Installation) -> 
             avoided_nodes=decision.attempt.avoided_nodes or (),
             disliked_nodes=disliked_nodes(job.status.attempts),
             checkpoint=reported_checkpoint(job.status, decision.attempt.number),
+            published=reported_manifests(job.spec, job.status, decision.attempt.number),
         )
         return (
             build_run_config(owner, job.spec, run, installation),

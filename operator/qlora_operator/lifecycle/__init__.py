@@ -25,7 +25,7 @@ from qlora_operator.lifecycle.node_health import (
     quarantine_ends,
     quarantined_nodes,
 )
-from qlora_operator.lifecycle.resumption import checkpoint_of_restart, reported_checkpoint
+from qlora_operator.lifecycle.resumption import checkpoint_of_restart, reported_checkpoint, reported_manifests
 from qlora_operator.lifecycle.revive import retry_limits, revive
 
 __all__ = [
@@ -53,6 +53,7 @@ __all__ = [
     "quarantined_nodes",
     "rejected",
     "reported_checkpoint",
+    "reported_manifests",
     "retry_limits",
     "revive",
     "unexplained_jobs",

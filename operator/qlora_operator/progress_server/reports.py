@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from qlora_api.job_ref import JobRef
 from qlora_api.names import Phase
 from qlora_api.progress import MAX_COUNT, ProgressReport
-from qlora_api.v1alpha1 import Checkpoint, Progress
+from qlora_api.v1alpha1 import Checkpoint, ManifestRef, Progress
 from qlora_api.v1alpha1.patterns import PRINTABLE
 
 QUIET: Final = timedelta(minutes=5)
@@ -107,6 +107,7 @@ def read_report(report: ProgressReport, now: datetime) -> Progress:
         tokens_per_second=speed if speed is not None and speed >= 0 else None,
         phase=Phase(phase) if phase in REPORTED_PHASES else None,
         checkpoint=_to_checkpoint(metrics),
+        manifest=_to_manifest(metrics),
         updated_at=now.replace(microsecond=0),
     )
 
@@ -136,3 +137,11 @@ def _to_checkpoint(metrics: Mapping[str, str]) -> Checkpoint | None:
     # A time without its timezone is ambiguous.
     usable = checkpoint.time.tzinfo and checkpoint.step <= MAX_COUNT and PRINTABLE.matches(checkpoint.uri)
     return checkpoint if usable else None
+
+
+def _to_manifest(metrics: Mapping[str, str]) -> ManifestRef | None:
+    try:
+        manifest = ManifestRef(uri=metrics["manifest_uri"], digest=metrics["manifest_digest"])
+    except (KeyError, ValidationError):
+        return None
+    return manifest if PRINTABLE.matches(manifest.uri) else None

@@ -5,7 +5,7 @@ import json
 from qlora_api.base import ApiModel
 from qlora_api.launcher_config import accelerate_config, deepspeed_config
 from qlora_api.names import ACCELERATE_CONFIG_FILE, DEEPSPEED_CONFIG_FILE
-from qlora_api.runconfig import PrepareConfig, RunConfig
+from qlora_api.runconfig import PrepareConfig, Published, RunConfig
 from qlora_api.strategies import STRATEGIES
 from qlora_api.v1alpha1 import Plan, QLoRAJobSpec
 from qlora_operator.models import AttemptInputs, Manifest
@@ -19,13 +19,16 @@ from qlora_operator.resources.metadata import (
 )
 
 
-def build_prepare_config(owner: Owner, spec: QLoRAJobSpec, installation: Installation) -> Manifest:
+def build_prepare_config(
+    owner: Owner, spec: QLoRAJobSpec, installation: Installation, published: Published = None
+) -> Manifest:
     """Return the ConfigMap of the prepare pods."""
     config = PrepareConfig(
         namespace=owner.ref.namespace,
         job=owner.ref.name,
         uid=owner.uid,
         spec=spec,
+        published=published,
         platform=installation.platform,
     )
     return _build(prepare_workload(owner, number=1), config)
@@ -42,6 +45,7 @@ def build_run_config(owner: Owner, spec: QLoRAJobSpec, run: AttemptInputs, insta
         plan=run.plan,
         prepared=run.prepared,
         checkpoint=run.checkpoint,
+        published=run.published,
         platform=installation.platform,
     )
     return _build(train_workload(owner, run.attempt), config, _launch_files(spec, run.plan))

@@ -17,6 +17,7 @@ from qlora_api.v1alpha1 import (
     Checkpoint,
     Condition,
     EarlierAttempts,
+    ManifestRef,
     OutputStatus,
     Plan,
     Preparation,
@@ -50,7 +51,7 @@ def derive_status(  # noqa: PLR0913 (everything that a status depends on)
     """Return the next status; what the last one knows and the decision does not is carried over."""
     now = now.replace(microsecond=0)
     prepared, result = decision.prepared, decision.result
-    report = without_foreign_checkpoint(report, previous.output)
+    report = without_foreign_uris(report, previous.output)
     plan = decision.plan or previous.plan
     attempts = merge_attempt(previous.attempts, decision.attempt)
     status = previous.model_copy(
@@ -74,7 +75,7 @@ def derive_status(  # noqa: PLR0913 (everything that a status depends on)
             "retry_limits": decision.retry_limits,
             "checkpoint": derive_checkpoint(previous, decision, report),
             "evaluation": result.evaluation if result else previous.evaluation,
-            "output": derive_output(previous.output, prepared, result),
+            "output": derive_output(previous.output, prepared, result, report),
             **derive_progress(report or previous.last_report, decision.phase, plan),
         }
     )
@@ -177,24 +178,35 @@ def derive_checkpoint(previous: QLoRAJobStatus, decision: Decision, report: Prog
     return max((found for found in known if found is not None), key=lambda found: found.time, default=None)
 
 
-def without_foreign_checkpoint(report: Progress | None, output: OutputStatus | None) -> Progress | None:
-    """Leave out a checkpoint that is not below the prefix of the run; whoever takes over a pod can report any URI."""
-    if report is None or report.checkpoint is None:
+def without_foreign_uris(report: Progress | None, output: OutputStatus | None) -> Progress | None:
+    """Leave out what is not below the prefix of the run; whoever takes over a pod can report any URI."""
+    if report is None:
         return report
-    own = output is not None and is_below(report.checkpoint.uri, output.prefix)
-    return report if own else report.model_copy(update={"checkpoint": None})
+    named = {"checkpoint": report.checkpoint, "manifest": report.manifest}
+    foreign = {
+        name: None for name, found in named.items() if found and not (output and is_below(found.uri, output.prefix))
+    }
+    return report.model_copy(update=foreign) if foreign else report
 
 
 def derive_output(
-    previous: OutputStatus | None, prepared: Prepared | None, result: Result | None
+    previous: OutputStatus | None, prepared: Prepared | None, result: Result | None, report: Progress | None = None
 ) -> OutputStatus | None:
     """Return where the result is, or will be published."""
     output = OutputStatus(digest=prepared.digest, prefix=prepared.prefix) if prepared else previous
+    if output is not None:
+        output = output.model_copy(update={"manifest": _derive_manifest(output.prefix, previous, report)})
     if result is None:
         return output
     prefix = result.adapter.rpartition("/")[0]
     output = output or OutputStatus(digest=prefix.rpartition("/")[2][:64], prefix=prefix)
     return output.model_copy(update={"adapter": result.adapter, "report": result.report, "merged": result.merged})
+
+
+def _derive_manifest(prefix: str, previous: OutputStatus | None, report: Progress | None) -> ManifestRef | None:
+    """Return the manifest below a prefix that was reported last."""
+    known = (report.manifest if report else None, previous.manifest if previous else None)
+    return next((manifest for manifest in known if manifest and is_below(manifest.uri, prefix)), None)
 
 
 def derive_preparation(previous: Preparation | None, preparation: Preparation | None) -> Preparation | None:

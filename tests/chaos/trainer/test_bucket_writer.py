@@ -1,8 +1,6 @@
 """Whoever can write the output changes objects between every two steps of a run: it publishes its own, or refuses."""
 
-import contextlib
 import hashlib
-import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,14 +10,12 @@ from typing import Any, Final
 from uuid import uuid4
 
 import pytest
-import torch
-from safetensors.torch import load, save
 
 from qlora_api.names import Phase
 from qlora_api.prepared import Prepared
 from qlora_api.reasons import Reason
 from qlora_api.result import Result
-from qlora_api.runconfig import RunConfig
+from qlora_api.runconfig import Published, RunConfig
 from qlora_api.v1alpha1 import Checkpoint, Progress, QLoRAJobSpec
 from qlora_trainer import stages
 from qlora_trainer.errors import RunError
@@ -29,6 +25,7 @@ from qlora_trainer.run import run
 from qlora_trainer.runtime.shutdown import StopFlag
 from qlora_trainer.storage.credentials import environment_secrets
 from qlora_trainer.storage.snapshots import SourceResolver
+from tests.chaos.trainer.bucket_writer import CODE, Attacker, forge_result, others
 from tests.cluster.services.s3 import S3
 from tests.unit.trainer.tiny import (
     RecordingSink,
@@ -42,68 +39,6 @@ from tests.unit.trainer.tiny import (
 
 STEPS: Final = 4
 _MANIFEST: Final = re.compile(r"/[0-9a-f]{16}/manifest\.json$")
-OTHERS: Final = 666.0
-"""Every weight of somebody else."""
-CODE: Final = b"import pathlib; pathlib.Path('PWNED').touch()"
-HOSTILE_KEYS: Final = ("../evil", "checkpoints//etc/x", "checkpoints/step-000009-a9//x", "adapter/evil.py", "a\x1b[2J")
-"""Below the result's prefix."""
-
-
-class Attacker:
-    """Somebody with the keys of the output's bucket."""
-
-    def __init__(self, s3: S3, bucket: str) -> None:
-        self.client, self.bucket, self.prefix = s3.client(), bucket, ""
-
-    def objects(self, contains: str = "") -> dict[str, bytes]:
-        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket)
-        keys = [found["Key"] for page in pages for found in page.get("Contents", ()) if contains in found["Key"]]
-        found = {}
-        for key in keys:
-            with contextlib.suppress(self.client.exceptions.NoSuchKey):  # the server lists some names otherwise
-                found[key] = self.client.get_object(Bucket=self.bucket, Key=key)["Body"].read()
-        return found
-
-    def write(self, key: str, content: bytes) -> None:
-        self.client.put_object(Bucket=self.bucket, Key=key, Body=content)
-
-    def delete(self, key: str) -> None:
-        self.client.delete_object(Bucket=self.bucket, Key=key)
-
-    def restore(self, objects: dict[str, bytes]) -> None:
-        for key in self.objects().keys() - objects.keys():
-            self.delete(key)
-        for key, content in objects.items():
-            self.write(key, content)
-
-    def plant_names(self) -> None:
-        """Write objects whose names lead elsewhere, or are those of code; the server refuses some itself."""
-        for name in HOSTILE_KEYS:
-            try:
-                self.write(f"{self.prefix}/{name}", CODE)
-            except self.client.exceptions.ClientError:
-                continue
-
-    def forge_checkpoints(self) -> None:
-        """Replace the weights of all checkpoints, sign for them, and offer a copy with a higher attempt."""
-        for key, content in self.objects("adapter.safetensors").items():
-            if "/checkpoints/" in key:
-                self._forge_checkpoint(key.rpartition("/")[0], content)
-
-    def _forge_checkpoint(self, folder: str, weights: bytes) -> None:
-        self.write(f"{folder}/adapter.safetensors", others(weights))
-        manifest: Any = json.loads(self.objects(f"{folder}/manifest.json")[f"{folder}/manifest.json"])
-        for file in manifest["files"]:
-            content = self.objects(f"{folder}/{file['path']}")[f"{folder}/{file['path']}"]
-            file |= {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-        self.write(f"{folder}/manifest.json", json.dumps(manifest).encode())
-        for key, content in self.objects(f"{folder}/").items():
-            self.write(key.replace("-a1/", "-a99/"), content)
-
-
-def others(content: bytes) -> bytes:
-    """Return a safetensors file with other weights of the same size."""
-    return save({name: torch.full_like(tensor, OTHERS) for name, tensor in load(content).items()}, {"format": "pt"})
 
 
 class Sink(RecordingSink):
@@ -141,16 +76,20 @@ class Victim:
         self.attacker.prefix = self.prepared.prefix.removeprefix(f"s3://{self.attacker.bucket}/")
         self.config: RunConfig = run_config(self.spec, self.prepared, total_steps=STEPS)
 
-    def prepare(self) -> Prepared:
-        return prepare(prepare_config(self.spec), work=self.folder / "work")
+    def prepare(self, published: Published = None) -> Prepared:
+        config = prepare_config(self.spec).model_copy(update={"published": published})
+        return prepare(config, work=self.folder / "work")
 
     def others_files(self) -> set[Path]:
         """Return the files outside the folders that runs and consumers work in."""
         paths = (path.relative_to(self.folder) for path in self.folder.rglob("*"))
         return {path for path in paths if not path.parts[0].startswith(("work", "consumer"))}
 
-    def run(self, sink: Sink, checkpoint: Checkpoint | None = None, attempt: int = 1) -> Result | None:
-        config = self.config.model_copy(update={"checkpoint": checkpoint, "attempt": attempt})
+    def run(
+        self, sink: Sink, checkpoint: Checkpoint | None = None, attempt: int = 1, published: Published = None
+    ) -> Result | None:
+        known = {"checkpoint": checkpoint, "attempt": attempt, "published": published}
+        config = self.config.model_copy(update=known)
         return run(config, sink, work=self.folder / f"work-{attempt}", stop=sink.stop)
 
     def weights(self, result: Result) -> bytes:
@@ -168,10 +107,6 @@ class HonestRun:
     published: dict[str, bytes]
     result: Result
     weights: bytes
-
-    def manifest(self) -> dict[str, Any]:
-        (content,) = (content for key, content in self.published.items() if _MANIFEST.search(key))
-        return dict(json.loads(content))
 
 
 @pytest.fixture(scope="module")
@@ -248,15 +183,49 @@ def test_planted_files_of_a_result_are_not_published(victim: Victim, honest: Hon
     assert victim.weights(result) == honest.weights
 
 
-@pytest.mark.parametrize("change", [{"job": "other"}, {"fullDigest": "0" * 64}], ids=str)
-def test_manifest_planted_during_training_is_refused(victim: Victim, honest: HonestRun, change: dict[str, Any]) -> None:
+FORGED: Final[dict[str, dict[str, Any]]] = {
+    "of-another-job": {"job": "other"},
+    "of-another-digest": {"fullDigest": "0" * 64},
+    "complete": {},
+}
+
+
+@pytest.mark.parametrize("change", FORGED.values(), ids=FORGED)
+@pytest.mark.parametrize("phase", [Phase.TRAINING, Phase.EVALUATING, Phase.PUBLISHING])
+def test_result_planted_during_a_run_is_not_its_result(
+    victim: Victim, honest: HonestRun, change: dict[str, Any], phase: Phase
+) -> None:
+    """Its files and its manifest are of one another; the run publishes its own beside it."""
     victim.attacker.restore(honest.prepared)
-    key, content = f"{victim.attacker.prefix}/manifest.json", json.dumps(honest.manifest() | change).encode()
-    planted = {**honest.published, key: content}
-    with pytest.raises(RunError, match=r"manifest\.json is not a manifest of this run") as refused:
-        victim.run(Sink(partial(victim.attacker.restore, planted), Phase.PUBLISHING))
-    assert refused.value.reason is Reason.INVALID_SPEC
-    assert victim.attacker.objects("manifest.json")[key] == content
+    key, planted = f"{victim.attacker.prefix}/manifest.json", forge_result(honest.published, change)
+    sink = Sink(partial(victim.attacker.write_all, planted), phase)
+    result = victim.run(sink)
+    assert result is not None
+    assert result.adapter not in {honest.result.adapter, None}
+    assert victim.weights(result) == honest.weights
+    assert victim.attacker.objects("manifest.json")[key] == planted[key]
+    (manifest,) = {seen.manifest for seen in sink.seen[-1:]}
+    assert manifest is not None
+    assert hashlib.sha256(victim.attacker.objects()[manifest.uri.split("/", 3)[3]]).hexdigest() == manifest.digest
+
+
+def test_only_a_reported_result_is_taken_after_a_pod_was_lost(victim: Victim, honest: HonestRun) -> None:
+    """The next preparation and the next attempt know the manifests that earlier attempts reported."""
+    victim.attacker.restore(honest.prepared)
+    sink = Sink()
+    result = victim.run(sink)
+    assert result is not None
+    manifest = sink.seen[-1].manifest
+    assert manifest is not None
+    assert victim.prepare((manifest,)).published == result
+    assert victim.run(Sink(), attempt=2, published=(manifest,)) == result
+    victim.attacker.write_all(forge_result(honest.published, {}))
+    assert victim.prepare().published is not None
+    for published in ((), (manifest,)):
+        assert victim.prepare(published).published is None
+        again = victim.run(Sink(), attempt=2, published=published)
+        assert again is not None
+        assert victim.weights(again) == honest.weights
 
 
 def test_changed_files_of_a_result_are_not_taken_for_published(victim: Victim, honest: HonestRun) -> None:

@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 
+from qlora_api.report import ResultManifest
 from qlora_api.result import Result
 from tests.chaos.promises import Dose, promise
 from tests.chaos.trainer.lives import CONTEXT
 from tests.chaos.trainer.publishers import Reader, check_published, open_store, publish_files, write_files
 from tests.cluster.services.s3 import S3
+from tests.unit.trainer.results import DIGEST
 
 
 def start_publisher(root: str, s3: S3, folder: Path, author: int) -> Any:
@@ -76,7 +78,7 @@ def test_kills_while_publishing(s3: S3, tmp_path: Path, dose: Dose, outcome: Cal
 
 @promise(
     fault="several publishers at once",
-    promise="there is exactly one manifest, and the files it lists are intact",
+    promise="the digest has exactly one manifest, every publisher's own result is complete, and its files are intact",
     how="publishers with different files start at the same time",
 )
 def test_publishers_at_once(s3: S3, tmp_path: Path, dose: Dose, outcome: Callable[[str], None]) -> None:
@@ -93,7 +95,15 @@ def test_publishers_at_once(s3: S3, tmp_path: Path, dose: Dose, outcome: Callabl
         found = list(pool.map(publish_together, range(1, count + 1)))
     manifest = check_published(s3.client(), root)
     assert manifest is not None
-    assert set(map(Result.model_dump_json, found)) == {manifest.result.model_dump_json()}
-    manifests = [entry.path for entry in open_store(root, s3.environment()).list() if "manifest" in entry.path]
-    assert len(manifests) == 1
-    outcome(f"{count} publishers, one manifest, every digest matches")
+    store = open_store(root, s3.environment())
+    manifests = {manifest.result.adapter: manifest}
+    for beside in (result for result in found if result != manifest.result):
+        name = beside.adapter.removeprefix(f"{store.root}/").replace("/adapter", "/manifest.json")
+        manifests[beside.adapter] = ResultManifest.model_validate_json(store.read(name))
+        for file in manifests[beside.adapter].files:
+            assert store.sha256(f"{DIGEST}/{file.path}") == file.sha256, file.path
+    assert {adapter: published.result.evaluation for adapter, published in manifests.items()} == {
+        result.adapter: result.evaluation for result in found
+    }
+    assert len(manifests) == count
+    outcome(f"{count} publishers, {count} complete results, every digest matches")

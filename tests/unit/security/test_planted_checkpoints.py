@@ -13,11 +13,12 @@ import torch
 from safetensors.torch import save_file
 
 from qlora_api.reasons import Reason
-from qlora_api.v1alpha1 import Attempt, Checkpoint, Progress, QLoRAJobStatus
-from qlora_operator.lifecycle import reported_checkpoint
+from qlora_api.v1alpha1 import Attempt, Checkpoint, ManifestRef, OutputStatus, Progress, QLoRAJobStatus
+from qlora_operator.lifecycle import reported_checkpoint, reported_manifests
 from qlora_trainer.storage.local_store import FileStore
 from qlora_trainer.storage.store import OUTPUT_FIELD
 from qlora_trainer.training.checkpoint_store import CheckpointCallbacks, CheckpointStore
+from tests.make import make_spec
 from tests.unit.trainer.states import FINGERPRINT, make_state
 
 STARTED: Final = datetime(2026, 1, 2, tzinfo=UTC)
@@ -181,3 +182,29 @@ def test_checkpoint_is_passed_on_unless_the_last_attempt_was_never_heard_of(
     status: QLoRAJobStatus, known: bool
 ) -> None:
     assert reported_checkpoint(status, len(status.attempts) + 1) == (status.checkpoint if known else None)
+
+
+@pytest.mark.parametrize(
+    ("status", "published"),
+    [
+        pytest.param(status(None, None), None, id="first-attempt-believes-equal-runs"),
+        pytest.param(status(None, 6, 0), (), id="none-was-reported"),
+        pytest.param(status(12, 6, 0, 10), (), id="last-attempt-left-a-termination-message"),
+        pytest.param(status(None, 6, 0, 10), None, id="last-attempt-was-never-heard-of"),
+        pytest.param(status(None, None, 0), None, id="reports-do-not-arrive"),
+        pytest.param(status(None, 6, 0, None), (), id="last-attempt-never-started"),
+    ],
+)
+def test_only_reported_results_are_believed_unless_the_last_attempt_was_never_heard_of(
+    status: QLoRAJobStatus, published: tuple[ManifestRef, ...] | None
+) -> None:
+    assert reported_manifests(make_spec(), status) == published
+    manifest = ManifestRef(uri="s3://b/d/manifest.json", digest="e" * 64)
+    output = OutputStatus(digest="d", prefix="s3://b/d", manifest=manifest)
+    known = status.model_copy(update={"output": output})
+    assert reported_manifests(make_spec(), known) == (None if published is None else (manifest,))
+
+
+def test_run_that_overwrites_believes_no_result_before_its_first_attempt() -> None:
+    spec = make_spec(output={"ifExists": "Overwrite"})
+    assert reported_manifests(spec, QLoRAJobStatus()) == ()

@@ -1,5 +1,6 @@
 """Whoever can write the bucket plants manifests: none brings foreign URIs or numbers into the status of a run."""
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,21 +10,24 @@ import pytest
 
 from qlora_api.reasons import Reason
 from qlora_api.report import MergedManifest, MergeReport, ResultManifest
-from qlora_api.v1alpha1 import OutputSpec
+from qlora_api.v1alpha1 import ManifestRef, OutputSpec
 from qlora_trainer.errors import RunError
+from qlora_trainer.inference.published_adapter import fetch_published, open_adapter
 from qlora_trainer.publishing.publish import publish, upload_rejected
+from qlora_trainer.storage.credentials import environment_secrets
 from qlora_trainer.storage.local_store import FileStore
 from qlora_trainer.storage.results import (
     MANIFEST,
     REJECTED_RECORD,
-    check_own_uris,
     find_rejected,
     find_reusable,
     with_merged,
 )
+from qlora_trainer.storage.snapshots import SourceResolver
 from qlora_trainer.storage.store import OUTPUT_FIELD
 from tests.make import NOW
 from tests.unit.trainer.results import DIGEST, config, result
+from tests.unit.trainer.trained import make_record
 
 FULL_DIGEST = DIGEST + "0" * 48
 Change = Callable[[dict[str, Any], str], object]
@@ -38,9 +42,11 @@ def output(tmp_path: Path) -> FileStore:
     run = run.model_copy(update={"prepared": run.prepared.model_copy(update={"full_digest": FULL_DIGEST})})
     prefix = run.prepared.prefix
     own = result(1.0).model_copy(update={"adapter": f"{prefix}/adapter", "report": f"{prefix}/report/report.json"})
-    for name in ("adapter/adapter_config.json", "report/report.json"):
+    record = make_record(run.spec.quantization).model_dump_json(by_alias=True)
+    for name, content in (("adapter/adapter_config.json", "{}"), ("report/report.json", "{}")):
         (tmp_path / "files" / name).parent.mkdir(parents=True)
-        (tmp_path / "files" / name).write_text("{}")
+        (tmp_path / "files" / name).write_text(content)
+    (tmp_path / "files/adapter/qlora.json").write_text(record)
     publish(store, run, own, tmp_path / "files", NOW)
     upload_rejected(store, run, own, tmp_path / "files", NOW)
     return store
@@ -113,9 +119,13 @@ def test_planted_rejected_result_is_not_published(output: FileStore, change: Cha
 
 
 @pytest.mark.parametrize("moment", ["before", "during"])
-@pytest.mark.parametrize(("change", "cause"), [attack for name, attack in ATTACKS.items() if name != "no-files"])
-def test_manifest_planted_before_publication_is_refused(
-    output: FileStore, tmp_path: Path, change: Change, cause: str, moment: str
+@pytest.mark.parametrize(
+    "change",
+    [*(change for name, (change, _) in ATTACKS.items() if name != "no-files"), lambda *_: None],
+    ids=[*(name for name in ATTACKS if name != "no-files"), "complete-and-of-this-job-and-digest"],
+)
+def test_manifest_planted_before_publication_is_not_the_result(
+    output: FileStore, tmp_path: Path, change: Change, moment: str
 ) -> None:
     """The run has trained, and finds a manifest: when it looks, or when it writes its own."""
     path = f"{DIGEST}/{MANIFEST}"
@@ -137,10 +147,55 @@ def test_manifest_planted_before_publication_is_refused(
     run = run.model_copy(update={"prepared": run.prepared.model_copy(update={"full_digest": FULL_DIGEST})})
     own = result(2.0).model_copy(update={"adapter": f"{run.prepared.prefix}/adapter"})
     late = PlantedLate(output.root, OUTPUT_FIELD)
-    with pytest.raises(RunError, match=cause) as caught:  # a run checks the URIs of what is published, too
-        check_own_uris(output, publish(late, run, own, tmp_path / "files", NOW), path)
-    assert caught.value.reason == Reason.INVALID_SPEC
+    found = publish(late, run, own, tmp_path / "files", NOW)
+    assert found.evaluation.base.loss == 2.0
+    assert found.adapter.startswith(f"{run.prepared.prefix}/")
+    assert found.adapter != own.adapter
     assert output.read(path) == planted
+    resolver = SourceResolver(run.platform, environment_secrets())
+    opened = open_adapter(resolver, found.adapter, "ADAPTER", tmp_path / "work")
+    assert (opened.verified, fetch_published(output, DIGEST, found.adapter, tmp_path / "work")) == (True, opened.folder)
+
+
+def reported(output: FileStore, name: str = MANIFEST) -> ManifestRef:
+    """The manifest that is there, as the pod that wrote it reported it."""
+    digest = hashlib.sha256(output.read(f"{DIGEST}/{name}")).hexdigest()
+    return ManifestRef(uri=f"{output.root}/{DIGEST}/{name}", digest=digest)
+
+
+@pytest.mark.parametrize("name", [MANIFEST, REJECTED_RECORD])
+def test_only_a_reported_manifest_counts_after_an_attempt(output: FileStore, name: str) -> None:
+    """Its pod was lost after it had published; the digest of what it published is in the status."""
+
+    def find(*published: ManifestRef) -> ResultManifest | None:
+        if name == REJECTED_RECORD:
+            return find_rejected(output, DIGEST, FULL_DIGEST, published)
+        return find_reusable(output, DIGEST, "Skip", "", FULL_DIGEST, published=published)
+
+    honest, path = reported(output, name), f"{DIGEST}/{name}"
+    assert find(honest) == ResultManifest.model_validate_json(output.read(path))
+    assert find() is None
+    plant(output, path, replaced("result", "steps", by=9))  # complete, and of this job and digest
+    assert find(honest) is None
+    assert find(honest.model_copy(update={"uri": f"{output.root}/{DIGEST}/0123/{name}"})) is None
+    output.delete(path)
+    assert find(honest) is None
+
+
+def test_rejected_result_that_a_later_gate_accepted_is_found_under_its_new_name(output: FileStore) -> None:
+    rejected = reported(output, REJECTED_RECORD)
+    assert find_reusable(output, DIGEST, "Skip", "", FULL_DIGEST, published=(rejected,)) is None
+    output.put(f"{DIGEST}/{MANIFEST}", output.read(f"{DIGEST}/{REJECTED_RECORD}"))
+    found = find_reusable(output, DIGEST, "Skip", "", FULL_DIGEST, published=(rejected,))
+    assert found == find_rejected(output, DIGEST, FULL_DIGEST, (rejected,))
+    assert found is not None
+
+
+@pytest.mark.parametrize("uri", ["s3://evil/manifest.json", "PREFIX/../manifest.json", "PREFIX//manifest.json", ""])
+def test_reported_manifest_outside_the_output_is_not_read(output: FileStore, uri: str) -> None:
+    planted = uri.replace("PREFIX", f"{output.root}/{DIGEST}")
+    named = reported(output).model_copy(update={"uri": planted, "digest": "0" * 64})
+    assert find_reusable(output, DIGEST, "Skip", "", FULL_DIGEST, published=(named,)) is None
 
 
 @pytest.mark.parametrize("change", DAMAGED.values(), ids=DAMAGED)

@@ -16,14 +16,14 @@ from qlora_api.report import AdapterRecord, ManifestFile, ResultManifest
 from qlora_api.tolerant_reader import ignore_unknown
 from qlora_trainer.errors import RunError
 from qlora_trainer.observability.progress import no_log
+from qlora_trainer.storage.listed_files import download_listed
 from qlora_trainer.storage.local_store import FileStore
 from qlora_trainer.storage.results import (
     MANIFEST,
     MAX_MANIFEST_BYTES,
     RECORD,
     REJECTED_RECORD,
-    download_listed,
-    find_manifest,
+    find_manifest_of,
 )
 from qlora_trainer.storage.snapshots import PICKLES, Snapshot, SourceResolver, text_files, weight_files
 from qlora_trainer.storage.store import FieldRef, MissingObjectError, ObjectTooLargeError, Store, sha256_of
@@ -102,8 +102,10 @@ def _find_listed(resolver: SourceResolver, uri: str, field: str) -> tuple[Manife
     for parent in parents(uri, _MAX_LEVELS):
         for manifest in _manifests_in(resolver, parent, field):
             found = f"{parent}/{MANIFEST}"
-            if listed := list_adapter(manifest.files, local_name(uri, parent)):
-                return listed
+            # A result beside another one has its manifest in its own folder, whose name is in the files' paths.
+            for root in (parent, parent.rpartition("/")[0]):
+                if listed := list_adapter(manifest.files, local_name(uri, root)):
+                    return listed
     if found is not None:
         raise RunError(
             Reason.INVALID_SPEC, f"{field}: {found} does not list {uri}; give the adapter that the manifest names"
@@ -153,8 +155,9 @@ def fetch_published(output: Store, digest: str, adapter: str, work: Path) -> Pat
 
     """
     root = f"{output.root}/{digest}"
-    manifest, folder = find_manifest(output, digest), local_name(adapter, root)
-    listed = list_adapter(manifest.files, folder) if manifest and adapter.startswith(f"{root}/") else ()
+    manifest = find_manifest_of(output, digest, adapter) if adapter.startswith(f"{root}/") else None
+    folder = local_name(adapter, root)
+    listed = list_adapter(manifest.files, folder) if manifest else ()
     if not listed:
         raise RunError(
             Reason.UPLOAD_FAILED, f"spec.output.uri: {root}/{MANIFEST} does not list the adapter {adapter}; restore it"

@@ -15,7 +15,7 @@ from typing import Final, Protocol, Self
 from qlora_api.logs.formatters import log_fields
 from qlora_api.names import PROGRESS_TOKEN_ENV, PROGRESS_URL_ENV, Phase
 from qlora_api.progress import ProgressReport, ReportedMetric, TrainerStatus
-from qlora_api.v1alpha1 import Checkpoint, Progress
+from qlora_api.v1alpha1 import Checkpoint, ManifestRef, Progress
 
 LogFn = Callable[[str], None]
 
@@ -29,8 +29,8 @@ CA_ENV: Final = "KUBEFLOW_TRAINER_SERVER_CA_CERT"
 INTERVAL_SECONDS: Final = 5.0
 """Minimum time between two reports of a phase, as in transformers' KubeflowCallback."""
 _CHECKPOINT_SECONDS: Final = 1.0
-"""Minimum time before the report of a new checkpoint: the next attempt resumes only from one that was reported, and
-the operator accepts a report each second."""
+"""Minimum time before the report of a new checkpoint or manifest: the next attempt believes only what was reported,
+and the operator accepts a report each second."""
 HEARTBEAT_SECONDS: Final = 30.0
 """Time between two heartbeats while there is no progress to report."""
 _TIMEOUT_SECONDS: Final = 5.0
@@ -126,7 +126,8 @@ def to_body(progress: Progress) -> bytes:
         "loss": progress.loss,
         "tokens_per_second": progress.tokens_per_second,
         "phase": progress.phase,
-        **_checkpoint_metrics(progress.checkpoint),
+        **_prefixed("checkpoint", progress.checkpoint),
+        **_prefixed("manifest", progress.manifest),
     }
     status = TrainerStatus(
         progress_percentage=progress.percent,
@@ -140,10 +141,10 @@ def to_body(progress: Progress) -> bytes:
     return report.model_dump_json(by_alias=True, exclude_none=True).encode()
 
 
-def _checkpoint_metrics(checkpoint: Checkpoint | None) -> dict[str, object]:
-    if checkpoint is None:
+def _prefixed(prefix: str, reported: Checkpoint | ManifestRef | None) -> dict[str, object]:
+    if reported is None:
         return {}
-    return {f"checkpoint_{name}": value for name, value in checkpoint.model_dump(mode="json").items()}
+    return {f"{prefix}_{name}": value for name, value in reported.model_dump(mode="json").items()}
 
 
 class DeliveredReports:
@@ -224,7 +225,8 @@ class HttpSink:
         """Return the seconds that must have passed since the last post."""
         if self._posted is None or progress.phase != self._posted.phase:
             return 0.0
-        return INTERVAL_SECONDS if progress.checkpoint == self._posted.checkpoint else _CHECKPOINT_SECONDS
+        posted = (self._posted.checkpoint, self._posted.manifest)
+        return INTERVAL_SECONDS if (progress.checkpoint, progress.manifest) == posted else _CHECKPOINT_SECONDS
 
     def _post(self, progress: Progress) -> None:
         headers = {"Content-Type": "application/json"}

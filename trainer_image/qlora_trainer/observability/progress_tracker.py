@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 
 from qlora_api.names import Phase
 from qlora_api.report import StepRecord
-from qlora_api.v1alpha1 import Checkpoint, Progress
+from qlora_api.v1alpha1 import Checkpoint, ManifestRef, Progress
 from qlora_trainer.observability.progress import INTERVAL_SECONDS, ProgressSink
 
 
@@ -22,6 +22,7 @@ class ProgressTracker:
         self._seconds = 0.0
         self._tokens = 0
         self._checkpoint: Checkpoint | None = None
+        self._manifest: ManifestRef | None = None
         self._reported_at = time.monotonic()
         self._lock = threading.Lock()
 
@@ -44,6 +45,11 @@ class ProgressTracker:
     def on_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Report a checkpoint; called from the thread that wrote it."""
         self._checkpoint = checkpoint
+        self._report()
+
+    def on_manifest(self, manifest: ManifestRef) -> None:
+        """Report the manifest of the result, before it is written."""
+        self._manifest = manifest
         self._report()
 
     def on_heartbeat(self) -> None:
@@ -84,6 +90,7 @@ class ProgressTracker:
             tokens_per_second=round(tokens / seconds, 1) if last and seconds else None,
             phase=self._phase,
             checkpoint=self._checkpoint,
+            manifest=self._manifest,
             updated_at=datetime.now(UTC),
         )
 

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -22,21 +22,21 @@ from qlora_api.report import (
 )
 from qlora_api.result import Result
 from qlora_api.runconfig import RunConfig
+from qlora_api.v1alpha1 import ManifestRef
 from qlora_trainer.errors import RunError
 from qlora_trainer.model.adapter import rewrite_for_original_base
 from qlora_trainer.model.base_model import TrainableModel
 from qlora_trainer.model.full_finetune import save_full_model
 from qlora_trainer.publishing.html_report import render_html
 from qlora_trainer.publishing.plots import draw_loss, draw_plots
+from qlora_trainer.storage.listed_files import describe_files
 from qlora_trainer.storage.results import (
     MANIFEST,
     RECORD,
     REJECTED,
     REJECTED_RECORD,
-    describe_files,
     find_manifest,
-    find_merged,
-    find_published_meanwhile,
+    is_complete,
     is_reusable,
     manifest_json,
     merged_folder,
@@ -56,6 +56,12 @@ REPORT: Final = "report/report.json"
 PAGE: Final = "report/report.html"
 ROWS: Final = "report/evaluation.jsonl"
 LOSS_PLOT: Final = "report/loss.png"
+AnnounceFn = Callable[[ManifestRef], None]
+"""Reports a manifest before it is written."""
+
+
+def no_announcement(_: ManifestRef) -> None:
+    """Report nothing, since nobody records it."""
 
 
 @dataclass(frozen=True)
@@ -117,49 +123,79 @@ def write_report(report: RunReport, rows: Sequence[EvaluatedRow], folder: Path) 
     (folder / PAGE).write_text(render_html(report, draw_plots(report, rows)), encoding="utf-8")
 
 
-def publish(output: Store, config: RunConfig, result: Result, folder: Path, now: datetime) -> Result:
-    """Upload a folder and then its manifest; an existing result is returned instead, unless it is to be replaced."""
+def publish(  # noqa: PLR0913, PLR0917 (what is published, when, and who is told)
+    output: Store,
+    config: RunConfig,
+    result: Result,
+    folder: Path,
+    now: datetime,
+    announce: AnnounceFn = no_announcement,
+) -> Result:
+    """Upload a folder and then its manifest, and return the result with the URIs of its files.
+
+    What somebody published meanwhile is replaced if it is incomplete, or as spec.output.ifExists says. Otherwise it may
+    be the result of an equal run, or forged: this run's own goes beside it, with a manifest of its own.
+    """
     digest, if_exists = config.prepared.digest, config.spec.output.if_exists
-    previous, published, own = find_manifest(output, digest), None, None
-    if previous is not None and is_reusable(previous, if_exists, config.uid):
-        published = find_published_meanwhile(output, previous, build_manifest(config, result, (), now))
-    if published is None:
-        subfolder, files = _upload(output, config.prepared, folder)
-        relocated = _relocate_result(result, config.prepared.prefix, subfolder)
-        own = build_manifest(config, relocated, files, now)
-        published = _put_or_replace_manifest(output, own, previous)
-    if published is not own:
-        publisher = published.run or "an unnamed run"
-        log.warning("%s published %s meanwhile: its adapter is the result, not this run's", publisher, digest)
-    update_latest(output, digest, config.prepared.prefix)
-    return published.result
+    previous = find_manifest(output, digest)
+    if previous is not None and is_reusable(previous, if_exists, config.uid) and is_complete(output, previous):
+        return _publish_beside(output, config, result, folder, now, announce)
+    subfolder, files = _upload(output, config.prepared, folder)
+    manifest = build_manifest(config, _relocate_result(result, config.prepared.prefix, subfolder), files, now)
+    announce(_refer(config.prepared, MANIFEST, manifest))
+    if previous is not None:
+        replace_manifest(output, manifest)
+        remove_replaced(output, previous)
+    elif not put_manifest(output, manifest):
+        return _publish_beside(output, config, result, folder, now, announce)
+    update_latest(output, digest, f"{config.prepared.prefix}/{MANIFEST}")
+    return manifest.result
 
 
-def _put_or_replace_manifest(
-    output: Store, manifest: ResultManifest, previous: ResultManifest | None
-) -> ResultManifest:
-    """Publish a manifest, and return the one that is in the output then."""
-    if previous is None:
-        return put_manifest(output, manifest)
-    replace_manifest(output, manifest)
-    remove_replaced(output, previous)
-    return manifest
+def _publish_beside(  # noqa: PLR0913, PLR0917 (as publish)
+    output: Store, config: RunConfig, result: Result, folder: Path, now: datetime, announce: AnnounceFn
+) -> Result:
+    """Publish in a folder named by the files' content, with a manifest of its own."""
+    prepared = config.prepared
+    subfolder, files = _upload(output, prepared, folder, _content_folder(describe_files(folder)))
+    name = f"{subfolder.partition('/')[0]}/{MANIFEST}"
+    manifest = build_manifest(config, _relocate_result(result, prepared.prefix, subfolder), files, now)
+    log.warning(
+        "%s/%s is of somebody else: this run's result is published as %s",
+        prepared.prefix,
+        MANIFEST,
+        manifest.result.adapter,
+    )
+    announce(_refer(prepared, name, manifest))
+    output.put(f"{prepared.digest}/{name}", manifest_json(manifest))
+    update_latest(output, prepared.digest, f"{prepared.prefix}/{name}")
+    return manifest.result
 
 
-def upload_rejected(output: Store, config: RunConfig, result: Result, folder: Path, now: datetime) -> Result:
+def _refer(prepared: Prepared, name: str, manifest: ResultManifest) -> ManifestRef:
+    return ManifestRef(uri=f"{prepared.prefix}/{name}", digest=sha256_of(manifest_json(manifest)))
+
+
+def upload_rejected(  # noqa: PLR0913, PLR0917 (as publish)
+    output: Store,
+    config: RunConfig,
+    result: Result,
+    folder: Path,
+    now: datetime,
+    announce: AnnounceFn = no_announcement,
+) -> Result:
     """Upload a result that the gate rejected to the folder `rejected`, with the manifest that it would have."""
     subfolder, files = _upload(output, config.prepared, folder, REJECTED)
     rejected = _relocate_result(result, config.prepared.prefix, subfolder)
     record = build_manifest(config, rejected, files, now)
+    announce(_refer(config.prepared, REJECTED_RECORD, record))
     output.put(f"{config.prepared.digest}/{REJECTED_RECORD}", manifest_json(record))
     return rejected
 
 
 def publish_merged(output: Store, config: RunConfig, adapter: str, merged: MergedModel, now: datetime) -> str:
-    """Upload a merged model and then its manifest, and return its URI; an existing one is returned instead."""
+    """Upload a merged model and then its manifest, and return its URI; files that are there already are kept."""
     prepared, base = config.prepared, merged.report.base
-    if published := find_merged(output, prepared.digest, base, adapter):
-        return published
     subfolder, files = _upload(output, prepared, merged.folder, merged_folder(base))
     manifest = MergedManifest(
         digest=prepared.digest,
@@ -171,13 +207,8 @@ def publish_merged(output: Store, config: RunConfig, adapter: str, merged: Merge
         merge=merged.report,
         files=files,
     )
-    path = f"{prepared.digest}/{merged_folder(base)}/{MANIFEST}"
-    try:
-        output.put(path, manifest_json(manifest), if_none_match=True)
-    except ObjectExistsError:
-        if published := find_merged(output, prepared.digest, base, adapter):
-            return published
-        output.put(path, manifest_json(manifest))  # that of a replaced adapter, or one whose files are not there
+    # One that is there is of a replaced adapter, of an equal run whose files are the same, or forged.
+    output.put(f"{prepared.digest}/{merged_folder(base)}/{MANIFEST}", manifest_json(manifest))
     return manifest.model
 
 

@@ -3,20 +3,19 @@
 import json
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Final, Literal, TypeAlias, TypeVar
 
 from qlora_api.names import output_root
-from qlora_api.object_names import ObjectName
 from qlora_api.reasons import Reason
 from qlora_api.report import ManifestFile, MergedManifest, ResultManifest
-from qlora_api.result import Result
-from qlora_api.runconfig import PrepareConfig, RunConfig
+from qlora_api.result import Result, is_below
+from qlora_api.runconfig import PrepareConfig, Published, RunConfig
 from qlora_api.tolerant_reader import ignore_unknown
 from qlora_api.units import GIB, MIB
-from qlora_api.v1alpha1 import MergeBase, OutputSpec, QLoRAJobSpec
+from qlora_api.v1alpha1 import ManifestRef, MergeBase, OutputSpec, QLoRAJobSpec
 from qlora_trainer.errors import RunError
 from qlora_trainer.storage.credentials import load_secrets
+from qlora_trainer.storage.listed_files import sizes_below
 from qlora_trainer.storage.snapshots import SourceResolver
 from qlora_trainer.storage.store import OUTPUT_FIELD, ObjectExistsError, ObjectTooLargeError, Store, sha256_of
 
@@ -59,8 +58,14 @@ def find_manifest(output: Store, digest: str) -> ResultManifest | None:
     return _find(output, digest, MANIFEST, ResultManifest)
 
 
-def find_reusable(
-    output: Store, digest: str, if_exists: IfExists, run: str, full_digest: str | None = None
+def find_reusable(  # noqa: PLR0913 (what decides it)
+    output: Store,
+    digest: str,
+    if_exists: IfExists,
+    run: str,
+    full_digest: str | None = None,
+    *,
+    published: Published = None,
 ) -> ResultManifest | None:
     """Return the manifest of a result that makes training unnecessary; its files must be those that it lists.
 
@@ -70,11 +75,14 @@ def find_reusable(
         if_exists: spec.output.ifExists.
         run: UID of the run; with Overwrite, only a result of this run is reusable.
         full_digest: All digits of the digest; None if an earlier version prepared the run.
+        published: The manifests that earlier attempts reported; only they count, unless it is None.
 
     Raises:
         RunError: INVALID_SPEC if the manifest is of another job, digest or place.
 
     """
+    if published is not None:
+        return _find_reported(output, digest, MANIFEST, full_digest, published)
     found = find_manifest(output, digest)
     if found is None or not is_reusable(found, if_exists, run):
         return None
@@ -82,17 +90,33 @@ def find_reusable(
     return _if_intact(output, found)
 
 
-def find_published_meanwhile(output: Store, found: ResultManifest | None, own: ResultManifest) -> ResultManifest | None:
-    """Return a manifest that appeared while this run trained, if the output has all its files as it lists them.
+def _find_reported(
+    output: Store, digest: str, name: str, full_digest: str | None, published: Sequence[ManifestRef]
+) -> ResultManifest | None:
+    """Return the newest manifest of this name that an attempt of the run reported, as it was reported."""
+    for reported in published:
+        path = reported.uri.removeprefix(f"{output.root}/")
+        own = is_below(reported.uri, f"{output.root}/{digest}") and path.endswith(f"/{name}")
+        # A rejected result that a later gate accepted has its manifest under both names.
+        for candidate in dict.fromkeys([path, f"{digest}/{name}"] if own else [f"{digest}/{name}"]):
+            if _is_reported(output, candidate, reported):
+                found = _find(output, digest, candidate.partition("/")[2], ResultManifest)
+                if found is not None:
+                    check_own(output, found, candidate, full_digest)
+                return _if_intact(output, found)
+    if not published and output.exists(f"{digest}/{name}"):
+        log.warning("%s/%s/%s is skipped: no attempt of this run reported it", output.root, digest, name)
+    return None
 
-    Raises:
-        RunError: INVALID_SPEC if it is of another job or digest. `check_own_uris` checks what it points to.
 
-    """
-    intact = _if_intact(output, found)
-    if intact is not None:
-        _check_identity(output, intact, f"{own.digest}/{MANIFEST}", own.job, own.full_digest)
-    return intact
+def _is_reported(output: Store, path: str, reported: ManifestRef) -> bool:
+    """Return whether an object is the manifest that was reported; another one is logged."""
+    if not output.exists(path):
+        return False
+    same = sha256_of(output.read(path, MAX_MANIFEST_BYTES)) == reported.digest
+    if not same:
+        log.warning("%s/%s is skipped: it is not the manifest that an attempt of this run reported", output.root, path)
+    return same
 
 
 def is_reusable(manifest: ResultManifest, if_exists: IfExists, run: str) -> bool:
@@ -100,8 +124,12 @@ def is_reusable(manifest: ResultManifest, if_exists: IfExists, run: str) -> bool
     return if_exists != "Overwrite" or (run != "" and manifest.run == run)
 
 
-def find_rejected(output: Store, digest: str, full_digest: str | None = None) -> ResultManifest | None:
-    """Return the manifest of a result that a gate rejected, or None; raises like `find_reusable`."""
+def find_rejected(
+    output: Store, digest: str, full_digest: str | None = None, published: Published = None
+) -> ResultManifest | None:
+    """Return the manifest of a result that a gate rejected, or None; arguments and errors as of `find_reusable`."""
+    if published is not None:
+        return _find_reported(output, digest, REJECTED_RECORD, full_digest, published)
     path = f"{digest}/{REJECTED_RECORD}"
     found = _find(output, digest, REJECTED_RECORD, ResultManifest)
     if found is not None:
@@ -117,18 +145,14 @@ def check_own(output: Store, manifest: ResultManifest, path: str, full_digest: s
     """
     digest = path.partition("/")[0]
     job = output.root.rpartition("/")[2]
-    _check_identity(output, manifest, path, job, full_digest)
+    if (manifest.digest, manifest.job) != (digest, job):
+        raise _not_own(output, path, f"it is of job {manifest.job[:63]!r} with digest {manifest.digest[:64]!r}")
+    if None not in {full_digest, manifest.full_digest} and manifest.full_digest != full_digest:
+        raise _not_own(output, path, f"its full digest is {manifest.full_digest}, not {full_digest}")
     check_own_uris(output, manifest.result, path)
     folder = manifest.result.adapter.removeprefix(f"{output.root}/{digest}/")
     if not any(file.path.startswith(f"{folder}/") for file in manifest.files):
         raise _not_own(output, path, f"it lists no file of {manifest.result.adapter}")
-
-
-def _check_identity(output: Store, manifest: ResultManifest, path: str, job: str, full_digest: str | None) -> None:
-    if (manifest.digest, manifest.job) != (path.partition("/")[0], job):
-        raise _not_own(output, path, f"it is of job {manifest.job[:63]!r} with digest {manifest.digest[:64]!r}")
-    if None not in {full_digest, manifest.full_digest} and manifest.full_digest != full_digest:
-        raise _not_own(output, path, f"its full digest is {manifest.full_digest}, not {full_digest}")
 
 
 def check_own_uris(output: Store, result: Result, path: str) -> Result:
@@ -209,55 +233,27 @@ def _has_content(output: Store, path: str, file: ManifestFile) -> bool:
     return stored in {"", file.sha256}
 
 
-def sizes_below(output: Store, folder: str) -> dict[str, int]:
-    """Return the size in bytes of each object below a folder; names that nothing of ours has are logged and skipped."""
-    return {entry.path: entry.size for entry in output.list(folder, log.warning)}
-
-
-def download_listed(output: Store, folder: str, files: Sequence[ManifestFile], target: Path) -> None:
-    """Download the files that a manifest lists and nothing else.
-
-    Args:
-        output: Store with the files.
-        folder: Folder in the store that the files' paths are relative to; may be empty.
-        files: The files, with size and SHA-256.
-        target: Local folder.
-
-    Raises:
-        RunError: UPLOAD_FAILED if a file is missing or has another size or content.
-
-    """
-    sizes = sizes_below(output, folder)
-    for file in files:
-        path, local = f"{folder}/{file.path}".removeprefix("/"), file.path.below(target)
-        if not _matches(local, file) and sizes.get(path) == file.size:
-            output.download(path, local)
-        if not _matches(local, file):
-            raise RunError(
-                Reason.UPLOAD_FAILED,
-                f"{output.root}/{path} is missing or does not match size and SHA-256 in its manifest: somebody changed "
-                "it after it was uploaded; restore it, or train again",
-            )
-
-
-def _matches(local: Path, file: ManifestFile) -> bool:
-    return local.is_file() and local.stat().st_size == file.size and sha256_of(local) == file.sha256
-
-
-def put_manifest(output: Store, manifest: ResultManifest) -> ResultManifest:
-    """Publish a result by writing its manifest; return it, or the existing one if another run was faster.
-
-    Raises:
-        RunError: INVALID_SPEC if the existing one is of another job or digest.
-
-    """
+def put_manifest(output: Store, manifest: ResultManifest) -> bool:
+    """Publish a result by writing its manifest; return False if there is one whose files are complete."""
     try:
         output.put(f"{manifest.digest}/{MANIFEST}", manifest_json(manifest), if_none_match=True)
     except ObjectExistsError:
-        if published := find_published_meanwhile(output, find_manifest(output, manifest.digest), manifest):
-            return published
+        if is_complete(output, find_manifest(output, manifest.digest)):
+            return False
         replace_manifest(output, manifest)
-    return manifest
+    return True
+
+
+def is_complete(output: Store, manifest: ResultManifest | None) -> bool:
+    """Return whether there is a manifest, and the output has all files that it lists."""
+    return _if_intact(output, manifest) is not None
+
+
+def find_manifest_of(output: Store, digest: str, adapter: str) -> ResultManifest | None:
+    """Return the manifest of an adapter: that of the folder of a result beside another one, or else of the digest."""
+    folder, _, rest = adapter.removeprefix(f"{output.root}/{digest}/").partition("/")
+    own = _find(output, digest, f"{folder}/{MANIFEST}", ResultManifest) if rest else None
+    return own or find_manifest(output, digest)
 
 
 def replace_manifest(output: Store, manifest: ResultManifest) -> None:
@@ -284,17 +280,12 @@ def manifest_json(manifest: ResultManifest | MergedManifest) -> bytes:
     return manifest.model_dump_json(by_alias=True, indent=2).encode()
 
 
-def update_latest(output: Store, digest: str, prefix: str) -> None:
-    """Point the job's latest.json to the manifest of its newest result."""
-    output.put(LATEST, json.dumps({"digest": digest, "manifest": f"{prefix}/{MANIFEST}"}).encode())
+def update_latest(output: Store, digest: str, manifest: str) -> None:
+    """Point the job's latest.json to the URI of the manifest of its newest result."""
+    output.put(LATEST, json.dumps({"digest": digest, "manifest": manifest}).encode())
 
 
-def describe_files(folder: Path) -> tuple[ManifestFile, ...]:
-    """Return every file below a folder, sorted by path, with size and SHA-256."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    return tuple(
-        ManifestFile(
-            path=ObjectName(path.relative_to(folder).as_posix()), size=path.stat().st_size, sha256=sha256_of(path)
-        )
-        for path in paths
-    )
+def manifest_uri(prefix: str, published: Published = None) -> str:
+    """Return the URI of the manifest of a result that was found: the one that was reported, if one was."""
+    uris = (reported.uri for reported in published or ())
+    return next((uri for uri in uris if uri.endswith(f"/{MANIFEST}")), f"{prefix}/{MANIFEST}")

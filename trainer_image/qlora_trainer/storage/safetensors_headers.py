@@ -8,8 +8,9 @@ from typing import Final
 
 from qlora_api.object_names import ObjectName
 from qlora_api.reasons import Reason
-from qlora_api.units import MIB
+from qlora_api.units import GIB, MIB
 from qlora_trainer.errors import RunError
+from qlora_trainer.runtime.resource_limits import memory_limit
 from qlora_trainer.storage.snapshots import Snapshot
 from qlora_trainer.storage.store import FieldRef
 
@@ -19,6 +20,8 @@ _FIRST_READ_BYTES: Final = 100_000
 """97 % of the headers on the Hugging Face Hub are shorter (huggingface_hub#1855), so most need one request."""
 _MAX_HEADER_BYTES: Final = 100 * MIB
 """The limit of the safetensors library."""
+_HEADER_MEMORY_BYTES: Final = GIB
+"""Memory to parse a header: ten times the largest one, as tensors take; empty lists take thirty times their size."""
 _LFS_POINTER: Final = b"version https://git-lfs"
 
 
@@ -69,9 +72,12 @@ def _read_header(snapshot: Snapshot, name: str, field_ref: FieldRef) -> tuple[by
 def _tensor_bytes(header: bytes, name: str, field_ref: FieldRef) -> int:
     """Return the size of all tensors in bytes."""
     try:
-        tensors = json.loads(header)
+        with memory_limit(_HEADER_MEMORY_BYTES):
+            tensors = json.loads(header)
         return max((int(tensors[key]["data_offsets"][1]) for key in tensors if key != "__metadata__"), default=0)
-    except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+    except MemoryError as error:
+        raise _broken(field_ref, name, f"needs more than {_HEADER_MEMORY_BYTES // MIB:,} MiB for its header") from error
+    except (ArithmeticError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise _broken(field_ref, name, "has a header that is not JSON of tensors; copy the model again") from error
 
 

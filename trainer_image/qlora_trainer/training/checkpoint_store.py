@@ -18,7 +18,11 @@ from qlora_api.units import KIB, MIB
 from qlora_api.v1alpha1 import Checkpoint
 from qlora_trainer.errors import RunError
 from qlora_trainer.observability.progress import DELIVERED
-from qlora_trainer.storage.results import MANIFEST, MAX_MANIFEST_BYTES, describe_files, download_listed
+from qlora_trainer.storage.listed_files import describe_files, download_listed
+from qlora_trainer.storage.results import (
+    MANIFEST,
+    MAX_MANIFEST_BYTES,
+)
 from qlora_trainer.storage.store import Store, sha256_of
 from qlora_trainer.training.checkpoint_manifest import CheckpointId, CheckpointManifest, Digests, check_digest
 from qlora_trainer.training.state import FlatState, History, TrainingState

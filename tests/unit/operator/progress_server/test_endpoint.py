@@ -12,7 +12,7 @@ from qlora_api import names
 from qlora_api.job_ref import JobRef
 from qlora_api.names import Phase
 from qlora_api.progress import ProgressReport
-from qlora_api.v1alpha1 import Checkpoint
+from qlora_api.v1alpha1 import Checkpoint, ManifestRef
 from qlora_operator.cluster.interface import PodIdentity, PodOwner
 from qlora_operator.controller.workqueue import WorkQueue
 from qlora_operator.progress_server import PodAuthorizer, ProgressEndpoint, ReportStore
@@ -279,3 +279,28 @@ def test_checkpoint_of_report_is_parsed() -> None:
 def test_unparsable_checkpoint_is_left_out(change: dict[str, str | None]) -> None:
     metrics = {name: value for name, value in (CHECKPOINT | change).items() if value is not None}
     assert read_report(ProgressReport.model_validate(make_report(metrics)), NOW).checkpoint is None
+
+
+MANIFEST = {
+    "manifest_uri": "s3://adapters/team-a/support-bot/0123456789abcdef/manifest.json",
+    "manifest_digest": "e" * 64,
+}
+
+
+def test_manifest_of_report_is_parsed() -> None:
+    report = read_report(ProgressReport.model_validate(make_report(MANIFEST)), NOW)
+    assert report.manifest == ManifestRef(uri=MANIFEST["manifest_uri"], digest="e" * 64)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param({"manifest_uri": None}, id="nowhere"),
+        pytest.param({"manifest_uri": "s3://b/\x1b[2J"}, id="escapes"),
+        pytest.param({"manifest_digest": None}, id="no-digest"),
+        pytest.param({"manifest_digest": "E" * 64}, id="another-spelling"),
+    ],
+)
+def test_unparsable_manifest_is_left_out(change: dict[str, str | None]) -> None:
+    metrics = {name: value for name, value in (MANIFEST | change).items() if value is not None}
+    assert read_report(ProgressReport.model_validate(make_report(metrics)), NOW).manifest is None

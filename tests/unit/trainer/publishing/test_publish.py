@@ -14,12 +14,17 @@ from moto import mock_aws
 from qlora_api.names import SecretRole
 from qlora_api.reasons import Reason
 from qlora_api.report import MergedManifest, MergeReport, ResultManifest
+from qlora_api.result import Result
 from qlora_api.runconfig import RunConfig, S3Config
+from qlora_api.v1alpha1 import ManifestRef
 from qlora_trainer.errors import RunError
-from qlora_trainer.publishing.publish import publish
+from qlora_trainer.publishing.publish import publish, upload_rejected
 from qlora_trainer.storage.credentials import Credentials
+from qlora_trainer.storage.listed_files import describe_files
 from qlora_trainer.storage.local_store import FileStore
-from qlora_trainer.storage.results import describe_files, find_merged
+from qlora_trainer.storage.results import (
+    find_merged,
+)
 from qlora_trainer.storage.s3 import S3Store
 from qlora_trainer.storage.store import (
     DATASET_FIELD,
@@ -73,12 +78,12 @@ def test_manifest_is_written_after_all_files_and_before_latest(tmp_path, files):
     }
 
 
-def test_second_publisher_returns_the_result_of_the_first(tmp_path, files):
+def test_second_publisher_publishes_its_own_result_beside_the_first(tmp_path, files):
     class Racing(RecordingStore):
         """Another publisher writes its manifest during this upload."""
 
         def put(self, path: str, source: Path | bytes, *, if_none_match: bool = False) -> None:
-            if path.endswith("manifest.json"):
+            if path == f"{DIGEST}/manifest.json":
                 rival = RecordingStore(tmp_path / "output")
                 FileStore.put(rival, path, first.read(path))
             super().put(path, source, if_none_match=if_none_match)
@@ -86,14 +91,28 @@ def test_second_publisher_returns_the_result_of_the_first(tmp_path, files):
     first = RecordingStore(tmp_path / "first")
     publish(first, config(first.root), result(1.0), files, NOW)
     second = Racing(tmp_path / "output")
-    assert publish(second, config(second.root), result(2.0), files, NOW) == result(1.0)
-    assert json.loads(second.read("latest.json"))["digest"] == DIGEST
+    found = publish(second, config(second.root), result(2.0), files, NOW)
+    assert check_beside(second, found).result.evaluation == result(2.0).evaluation
+    assert second.read(f"{DIGEST}/manifest.json") == first.read(f"{DIGEST}/manifest.json")
 
 
 def check_manifest(store: FileStore | S3Store) -> ResultManifest:
     """Check that every file of the manifest exists with its checksum, and return the manifest."""
     manifest = ResultManifest.model_validate_json(store.read(f"{DIGEST}/manifest.json"))
     for file in manifest.files:
+        assert sha256_of(store.read(f"{DIGEST}/{file.path}")) == file.sha256, file.path
+    return manifest
+
+
+def check_beside(store: FileStore | S3Store, found: Result) -> ResultManifest:
+    """Check a result that was published beside another one, which may be forged, and return its manifest."""
+    folder = found.adapter.removeprefix(f"{store.root}/").removesuffix("/adapter")
+    latest = {"digest": DIGEST, "manifest": f"{store.root}/{folder}/manifest.json"}
+    assert (folder.count("/"), json.loads(store.read("latest.json"))) == (1, latest)
+    manifest = ResultManifest.model_validate_json(store.read(f"{folder}/manifest.json"))
+    assert manifest.result == found
+    for file in manifest.files:
+        assert f"{DIGEST}/{file.path}".startswith(f"{folder}/")
         assert sha256_of(store.read(f"{DIGEST}/{file.path}")) == file.sha256, file.path
     return manifest
 
@@ -112,7 +131,7 @@ def test_second_publisher_does_not_replace_files(tmp_path, files):
     shutil.copytree(files, winner)
     (files / "adapter/adapter_model.safetensors").write_bytes(b"other weights")
     store = Slow(tmp_path / "output")
-    assert publish(store, config(store.root), result(2.0), files, NOW) == result(1.0)
+    check_beside(store, publish(store, config(store.root), result(2.0), files, NOW))
     assert check_manifest(store).files == describe_files(winner)
 
 
@@ -169,17 +188,19 @@ def test_trap_41_files_of_an_overwritten_result_are_never_replaced(tmp_path, fil
 
 
 @pytest.mark.parametrize(
-    ("run", "loss"),
+    ("run", "replaced"),
     [
-        pytest.param("first", 1.0, id="own-result-is-reused"),
-        pytest.param("second", 2.0, id="result-of-another-run-is-replaced"),
-        pytest.param("", 2.0, id="without-uid-is-replaced"),
+        pytest.param("first", False, id="result-of-an-earlier-attempt-is-kept"),
+        pytest.param("second", True, id="result-of-another-run-is-replaced"),
+        pytest.param("", True, id="without-uid-is-replaced"),
     ],
 )
-def test_overwrite_replaces_only_results_of_other_runs(tmp_path, files, run, loss):
+def test_overwrite_replaces_only_results_of_other_runs(tmp_path, files, run, replaced):
     store = RecordingStore(tmp_path / "output")
     publish(store, overwriting(store.root, "first"), result(1.0), files, NOW)
-    assert publish(store, overwriting(store.root, run), result(2.0), files, NOW).evaluation.base.loss == loss
+    found = publish(store, overwriting(store.root, run), result(2.0), files, NOW)
+    assert found.evaluation.base.loss == 2.0
+    assert (check_manifest(store).result == found) is replaced
 
 
 def test_merged_model_of_a_replaced_adapter_is_not_found(tmp_path, files):
@@ -204,9 +225,28 @@ def test_equal_files_of_a_crashed_attempt_are_used(tmp_path, files):
 def test_published_result_is_not_changed(tmp_path, files):
     store = RecordingStore(tmp_path / "output")
     publish(store, config(store.root), result(1.0), files, NOW)
-    store.writes.clear()
-    assert publish(store, config(store.root), result(2.0), files, NOW) == result(1.0)
-    assert store.writes == ["latest.json"]
+    first = {path: store.read(path) for path in store.writes if path != "latest.json"}
+    check_beside(store, publish(store, config(store.root), result(2.0), files, NOW))
+    assert {path: store.read(path) for path in first} == first
+
+
+@pytest.mark.parametrize("there", ["nothing", "a-result", "a-replaced-result", "a-rejected-result"])
+def test_manifest_is_announced_as_it_is_written_and_before(tmp_path, files, there):
+    store, announced = RecordingStore(tmp_path / "output"), []
+    if there != "nothing":
+        publish(store, config(store.root), result(1.0), files, NOW)
+
+    def announce(manifest: ManifestRef) -> None:
+        announced.append((manifest, store.exists(path_of(manifest)) and store.read(path_of(manifest))))
+
+    def path_of(manifest: ManifestRef) -> str:
+        return manifest.uri.removeprefix(f"{store.root}/")
+
+    run = overwriting(store.root, "second") if there == "a-replaced-result" else config(store.root)
+    (upload_rejected if there == "a-rejected-result" else publish)(store, run, result(2.0), files, NOW, announce)
+    manifest, before = announced[-1]
+    assert sha256_of(store.read(path_of(manifest))) == manifest.digest
+    assert before != store.read(path_of(manifest))
 
 
 @pytest.fixture
@@ -244,7 +284,7 @@ def test_s3_writes_a_manifest_once(files):
     publish(store, config(store.root), result(1.0), files, NOW)
     with pytest.raises(ObjectExistsError):
         store.put(f"{DIGEST}/manifest.json", b"{}", if_none_match=True)
-    assert publish(store, config(store.root), result(2.0), files, NOW) == result(1.0)
+    check_beside(store, publish(store, config(store.root), result(2.0), files, NOW))
 
 
 @pytest.mark.usefixtures("bucket")

@@ -18,7 +18,8 @@ from qlora_api.progress import ProgressReport
 from qlora_api.reasons import Reason
 from qlora_api.report import TerminationMessage
 from qlora_api.runconfig import PrepareConfig
-from qlora_api.v1alpha1 import Checkpoint, Progress
+from qlora_api.v1alpha1 import Checkpoint, ManifestRef, Progress
+from qlora_operator.progress_server.reports import read_report
 from qlora_trainer.__main__ import COMMANDS, main, read_config
 from qlora_trainer.errors import RunError, as_run_error
 from qlora_trainer.observability.progress import INTERVAL_SECONDS, Heartbeat, HttpSink, Sinks, to_body
@@ -237,6 +238,13 @@ def test_progress_body_has_the_newest_checkpoint():
         {"name": "checkpoint_verified", "value": "True"},
         {"name": "checkpoint_digest", "value": "d" * 64},
     ]
+
+
+def test_progress_body_has_the_manifest_of_the_result():
+    manifest = ManifestRef(uri="s3://b/job/d/manifest.json", digest="e" * 64)
+    body = to_body(progress(7).model_copy(update={"manifest": manifest}))
+    report = read_report(ProgressReport.model_validate_json(body), datetime(2026, 1, 2, tzinfo=UTC))
+    assert report.manifest == manifest
 
 
 def test_failure_is_written_once_with_the_newest_checkpoint(tmp_path):
