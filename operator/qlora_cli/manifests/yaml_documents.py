@@ -162,6 +162,9 @@ def _positions(node: yaml.Node, location: Location, file: str) -> Iterator[tuple
         children = [(position, value, value) for position, value in enumerate(node.value)]
     seen: set[str | int] = set()
     for name, start, child in children:
+        if not isinstance(name, (str, int)):  # such as {{ .Values.name }}, a mapping whose key is a mapping
+            problem = "invalid map key; quote the value, or render the template (helm template) before it is read"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=start.start_mark)
         if name in seen:
             raise yaml.MarkedYAMLError(problem=f"duplicate key '{name}'", problem_mark=start.start_mark)
         seen.add(name)
