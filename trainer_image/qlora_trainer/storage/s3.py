@@ -86,7 +86,7 @@ def make_client(credentials: Credentials, config: S3Config) -> Any:
     )
 
 
-def _checksum_settings(config: S3Config) -> dict[str, str]:
+def _checksum_settings(config: S3Config) -> dict[str, Any]:
     """Return the settings for servers that reject checksums; by default boto3's own apply, such as its variables."""
     if config.checksums == "when_supported":
         return {}
