@@ -10,7 +10,6 @@ DeviceName = Literal["cpu", "cuda"]
 """The device type of a run, as torch calls it."""
 Capability = tuple[int, int]
 """(8, 0) for sm_80."""
-ComputeDtype = Literal["bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
@@ -41,13 +40,11 @@ class Accelerator:
     peak_tflops: Mapping[str, int] = field(default_factory=dict, hash=False)
     """Dense 16-bit TFLOP/s, by pattern of the product's name."""
 
-    def compute_dtype(self, capability: Capability | None) -> ComputeDtype | None:
-        """Return the dtype that the trainer computes in on such a GPU; None if its capability has to be known."""
+    def has_native_bf16(self, capability: Capability | None) -> bool | None:
+        """Return whether such a GPU computes in bf16; None if its capability has to be known."""
         if self.native_bf16 is None:
-            return "bfloat16"
-        if capability is None:
-            return None
-        return "bfloat16" if capability >= self.native_bf16 else "float16"
+            return True
+        return None if capability is None else capability >= self.native_bf16
 
 
 NVIDIA: Final = Accelerator(

@@ -67,7 +67,7 @@ def choose_gpus(
     groups = _find_groups(work, fitting, others_are_too_small=len(fitting) < len(sized))
     if not groups:
         return None if fitting else _nearest(work, sized)
-    best = max(groups, key=_rank)
+    best = max(groups, key=lambda group: _rank(group, work.shape.family))
     offered = [*best, *(_other_groups(groups, best) if _queue_chooses(work) else ())]
     base = min(offered, key=lambda sizing: sizing.allocation.pool.usable)
     chosen = tuple(sizing.allocation.pool for sizing in offered)
@@ -95,7 +95,7 @@ def _find_groups(
     Where it could land on GPUs that are too small, it waits for nodes of those that fit.
     """
     named = [sizing for sizing in fitting if sizing.allocation.pool.product]
-    groups = _group_by_result(named or fitting)
+    groups = _group_by_result(named or fitting, work.shape.family)
     enough = [group for group in groups if _count_pods(group) >= work.spec.resources.nodes]
     return enough or (groups if others_are_too_small else [])
 
@@ -111,19 +111,20 @@ def _nearest(work: TrainingWorkload, sized: Iterable[Sizing | Misfit]) -> Misfit
     return min(misfits, key=lambda misfit: misfit.missing, default=None)
 
 
-def _group_by_result(fitting: Iterable[Sizing]) -> list[list[Sizing]]:
+def _group_by_result(fitting: Iterable[Sizing], family: str) -> list[list[Sizing]]:
     """Return the sizings in groups that give the same result."""
     groups: dict[Hashable, list[Sizing]] = {}
     for sizing in fitting:
-        groups.setdefault(_result_key(sizing), []).append(sizing)
+        groups.setdefault(_result_key(sizing, family), []).append(sizing)
     return list(groups.values())
 
 
-def _result_key(sizing: Sizing) -> Hashable:
+def _result_key(sizing: Sizing, family: str) -> Hashable:
     """Return what must be equal where two GPUs give the same result; one whose dtype is not known equals no other."""
     pool = sizing.allocation.pool
-    unknown = (pool.product, pool.memory) if pool.dtype is None or not pool.product else ()
-    return (pool.accelerator.device, pool.dtype, sizing.layout.optimizer, unknown)
+    dtype = pool.dtype(family)
+    unknown = (pool.product, pool.memory) if dtype is None or not pool.product else ()
+    return (pool.accelerator.device, dtype, sizing.layout.optimizer, unknown)
 
 
 def _pods(allocation: GpuAllocation, *, ready: bool = False) -> int:
@@ -134,13 +135,13 @@ def _count_pods(group: Iterable[Sizing], *, ready: bool = False) -> int:
     return sum(_pods(sizing.allocation, ready=ready) for sizing in group)
 
 
-def _rank(group: Sequence[Sizing]) -> tuple[int, int, bool, int]:
+def _rank(group: Sequence[Sizing], family: str) -> tuple[int, int, bool, int]:
     """Return the order of the groups: by the pods that run now, by all pods, bfloat16 first, the smallest first."""
     pool = group[0].allocation.pool
     return (
         _count_pods(group, ready=True),
         _count_pods(group),
-        pool.dtype == "bfloat16",
+        pool.dtype(family) == "bfloat16",
         -min(sizing.allocation.pool.memory for sizing in group),
     )
 
@@ -177,11 +178,14 @@ def explain_products(
     }
     not_chosen = [UnusableNodes(product, why) for product, why in reversed(left_out.items())]
     fit = f"; sized for {base.allocation.pool.product}, the smallest of them"
-    scaled = [pool.product for pool in chosen if pool.dtype == "float16"]
-    mixed = 0 < len(scaled) < len(chosen)
+    older = {
+        pool.product: dtype for pool in chosen if (dtype := pool.dtype(work.shape.family)) not in (None, "bfloat16")
+    }
+    mixed = 0 < len(older) < len(chosen)
+    dtype = next(iter(older.values()), None)
     return (
         *([_list("GPUs that fit: ", names[:MAX_GPU_PRODUCTS], fit)] if len(names) > 1 else []),
-        *([_list("the queue chooses among them; dtype float16 on ", scaled, ", else bfloat16")] if mixed else []),
+        *([_list(f"the queue chooses among them; dtype {dtype} on ", list(older), ", else bfloat16")] if mixed else []),
         *explain_unusable((*not_chosen, *unusable)),
     )
 
@@ -205,12 +209,12 @@ def _explain_left_out(work: TrainingWorkload, base: Sizing, pool: GpuPool) -> st
     nearest = sizing.nearest if isinstance(sizing, Misfit) else sizing
     if isinstance(sizing, Misfit) or (nearest.tight and not base.tight):
         return f"{format_gib(nearest.estimate.peak - pool.usable)} too small"
-    dtype = base.allocation.pool.dtype
-    if pool.dtype != dtype:
-        return f"computes in {pool.dtype or 'a dtype that no label tells'}, not {dtype or 'one that is known'}"
+    own, dtype = pool.dtype(work.shape.family), base.allocation.pool.dtype(work.shape.family)
+    if own != dtype:
+        return f"computes in {own or 'a dtype that no label tells'}, not {dtype or 'one that is known'}"
     if nearest.layout.optimizer != base.layout.optimizer:
         return f"optimizer {nearest.layout.optimizer}, not {base.layout.optimizer}"
-    return "fewer GPUs than the run takes" if pool.dtype else "no label tells its dtype"
+    return "fewer GPUs than the run takes" if own else "no label tells its dtype"
 
 
 def _list(start: str, items: Sequence[str], end: str = "") -> str:

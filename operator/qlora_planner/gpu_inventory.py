@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final, NamedTuple
 
-from qlora_api.accelerators import ACCELERATORS, NVIDIA, Accelerator, Capability, ComputeDtype
+from qlora_api.accelerators import ACCELERATORS, NVIDIA, Accelerator, Capability
+from qlora_api.precision import ComputeDtype, compute_dtype_of, name_capability
 from qlora_api.units import TIB
 from qlora_api.v1alpha1 import ResourcesSpec
 from qlora_planner.node_rules import find_obstacle, is_unready
@@ -45,10 +46,9 @@ class GpuPool:
         """Return the bytes of each GPU that a process can allocate."""
         return int(self.memory * (1 - RESERVED_SHARE))
 
-    @property
-    def dtype(self) -> ComputeDtype | None:
-        """Return the dtype that the trainer computes in; None if it is not known before."""
-        return self.accelerator.compute_dtype(self.capability)
+    def dtype(self, family: str) -> ComputeDtype | None:
+        """Return the dtype that the trainer computes a model of this family in; None if it is not known before."""
+        return compute_dtype_of(self.accelerator, self.capability, family)
 
     @property
     def partitioned(self) -> bool:
@@ -151,9 +151,7 @@ def _find_gpu_obstacle(node: Mapping[str, Any], pool: GpuPool) -> str | None:
     """Return why the trainer cannot use the GPUs of a node, or None."""
     oldest, labels = pool.accelerator.oldest_capability, node["metadata"].get("labels", {})
     if pool.capability is not None and oldest is not None and pool.capability < oldest:
-        return (
-            f"sm_{pool.capability[0]}{pool.capability[1]}, and the trainer has kernels from sm_{oldest[0]}{oldest[1]}"
-        )
+        return f"{name_capability(pool.capability)}, and the trainer has kernels from {name_capability(oldest)}"
     # A time-sliced GPU is advertised several times, and all replicas share its memory.
     if labels.get(pool.accelerator.replicas_label, "1") not in _NOT_SHARED:
         return "time-sliced: its memory is shared by several pods"

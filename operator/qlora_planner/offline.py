@@ -98,7 +98,7 @@ def _explain_gpus(work: TrainingWorkload, inventory: GpuInventory, *, flexible: 
     if len(inventory) == 1:
         return ()
     sizings = {pool: size_run(work, (pool,), flexible=flexible) for pool in inventory}
-    fit = [f"{pool.product} in {pool.dtype}" for pool, sizing in sizings.items() if _holds(sizing)]
+    fit = [f"{pool.product} in {pool.dtype(work.shape.family)}" for pool, sizing in sizings.items() if _holds(sizing)]
     other = [f"{pool.product}" for pool, sizing in sizings.items() if not _holds(sizing)]
     left_out = f"; left out: {', '.join(other)}" if other else ""
     return (f"GPUs that fit: {', '.join(fit)}{left_out}",) if fit else ()

@@ -132,8 +132,9 @@ def find_conflict(work: TrainingWorkload, allocation: GpuAllocation) -> str | No
     if allocation.pool.partitioned:
         return "partitions of a GPU cannot train together"
     requested = STRATEGIES.get(work.spec.distribution)
-    if requested is not None and not supports_dtype(requested, allocation.pool.dtype):
-        return f"{requested.name} cannot compute in {allocation.pool.dtype}"
+    dtype = allocation.pool.dtype(work.shape.family)
+    if requested is not None and not supports_dtype(requested, dtype):
+        return f"{requested.name} cannot compute in {dtype}"
     return None
 
 
@@ -150,6 +151,7 @@ def _cost(allocation: GpuAllocation) -> int:
 def size_allocation(work: TrainingWorkload, allocation: GpuAllocation) -> Sizing | Misfit:
     """Return the first layout that fits, the simplest first; else the smallest, if it might fit."""
     nearest: Sizing | None = None
+    work = work.on(allocation.pool.accelerator, allocation.pool.capability)
     for layout in find_layouts(work, allocation):
         fastest = _fastest(work, allocation, layout)
         if isinstance(fastest, Sizing):
@@ -175,7 +177,7 @@ def find_strategies(work: TrainingWorkload, allocation: GpuAllocation) -> tuple[
     requested = work.spec.distribution
     if requested != "auto":
         return (STRATEGIES[requested],)
-    dtype = allocation.pool.dtype
+    dtype = allocation.pool.dtype(work.shape.family)
     return tuple(
         strategy
         for strategy in FOR_SEVERAL

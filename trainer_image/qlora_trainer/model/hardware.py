@@ -52,7 +52,7 @@ def observe_hardware(device: DeviceName) -> Hardware:
         capability = backend.get_device_capability()
         check_kernels(capability, backend.get_arch_list(), name)
     free, _ = backend.mem_get_info()
-    native_bf16 = accelerator.compute_dtype(capability) == "bfloat16"
+    native_bf16 = bool(accelerator.has_native_bf16(capability))
     return Hardware(device, capability, native_bf16, free, name, _has_flash_attention())
 
 
@@ -87,7 +87,8 @@ def _runs_on(architecture: str, capability: tuple[int, int]) -> bool:
 
 
 def _has_flash_attention() -> bool:
-    return find_spec("flash_attn") is not None
+    # The package of FlashAttention 4 has the same name, and no kernels of version 2.
+    return find_spec("flash_attn") is not None and find_spec("flash_attn_2_cuda") is not None
 
 
 def _free_host_bytes() -> int:

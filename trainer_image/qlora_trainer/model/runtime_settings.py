@@ -5,6 +5,8 @@ from typing import Any, Final
 
 import torch
 
+from qlora_api.accelerators import accelerator_of
+from qlora_api.precision import compute_dtype_of, explain_choice, name_capability
 from qlora_api.runconfig import RunConfig
 from qlora_api.strategies import STRATEGIES
 from qlora_api.units import format_gib
@@ -60,7 +62,7 @@ class RuntimeSettings:
 def resolve_runtime_settings(config: RunConfig, hardware: Hardware, model: Any) -> RuntimeSettings:
     """Resolve all settings from the model's configuration, before its weights are loaded."""
     spec, plan = config.spec, config.plan
-    dtype, dtype_reason = compute_dtype(hardware)
+    dtype, dtype_reason = compute_dtype(hardware, model.model_type)
     attention, attention_reason = choose_attention(attention_facts(model), hardware)
     requested, weights = spec.training.optimizer, config.prepared.model.parameters
     if spec.method == "full":
@@ -117,14 +119,12 @@ def _pass_tokens(config: RunConfig) -> int:
     return min(config.plan.micro_batch_size * length, max(MAX_PACKED_TOKENS, length) if training.packing else 1 << 62)
 
 
-def compute_dtype(hardware: Hardware) -> tuple[torch.dtype, str]:
+def compute_dtype(hardware: Hardware, model_type: str) -> tuple[torch.dtype, str]:
     """Return the compute dtype of the base and the reason; adapters are always fp32."""
     if hardware.device != "cpu":
-        capability = hardware.capability
-        sm = f"sm_{capability[0]}{capability[1]}" if capability else hardware.name
-        if hardware.native_bf16:
-            return torch.bfloat16, f"{sm} has native bf16"
-        return torch.float16, f"{sm} predates native bf16"
+        name = compute_dtype_of(accelerator_of(hardware.device), hardware.capability, model_type) or "float16"
+        gpu = name_capability(hardware.capability) if hardware.capability else hardware.name
+        return getattr(torch, name), explain_choice(name, gpu, model_type)
     if hardware.native_bf16:
         return torch.bfloat16, "the CPU has AVX512-BF16, which is about twice as fast as fp32"
     return torch.float32, "the CPU has no native bf16"

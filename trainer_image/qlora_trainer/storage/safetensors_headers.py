@@ -12,7 +12,7 @@ from qlora_api.units import GIB, MIB
 from qlora_trainer.errors import RunError
 from qlora_trainer.runtime.resource_limits import memory_limit
 from qlora_trainer.storage.snapshots import Snapshot
-from qlora_trainer.storage.store import FieldRef
+from qlora_trainer.storage.store import LFS_POINTER, FieldRef
 
 _LENGTH_BYTES: Final = 8
 """The file begins with the length of the header, a little-endian 64-bit integer (the format's description)."""
@@ -22,7 +22,6 @@ _MAX_HEADER_BYTES: Final = 100 * MIB
 """The limit of the safetensors library."""
 _HEADER_MEMORY_BYTES: Final = GIB
 """Memory to parse a header: ten times the largest one, as tensors take; empty lists take thirty times their size."""
-_LFS_POINTER: Final = b"version https://git-lfs"
 
 
 def fetch_headers(snapshot: Snapshot, names: Iterable[str], folder: Path, field_ref: FieldRef) -> None:
@@ -49,7 +48,7 @@ def fetch_headers(snapshot: Snapshot, names: Iterable[str], folder: Path, field_
 def _read_header(snapshot: Snapshot, name: str, field_ref: FieldRef) -> tuple[bytes, int]:
     """Return the first bytes of a file up to the end of its header, and the size of the file."""
     start, size = snapshot.read_start(name, _FIRST_READ_BYTES)
-    if start.startswith(_LFS_POINTER):
+    if start.startswith(LFS_POINTER):
         raise _broken(field_ref, name, "is a pointer of git-lfs; run `git lfs pull` where the model was cloned")
     if len(start) < _LENGTH_BYTES:
         raise _broken(field_ref, name, f"has {size} bytes; copy the model again")
