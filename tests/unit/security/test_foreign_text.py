@@ -29,7 +29,7 @@ from qlora_cli.cluster.pods import parse_pod
 from qlora_cli.commands import events, wait
 from qlora_cli.commands.chat import ChatPrinter
 from qlora_cli.commands.merge import show_merged
-from qlora_cli.commands.validate import describe_read_error
+from qlora_cli.manifests.yaml_documents import describe_read_error
 from qlora_cli.console import Console, echo, print_line
 from qlora_cli.display.dashboard import LossHistory, render_dashboard
 from qlora_cli.display.formats import print_data, render_columns, to_yaml
