@@ -31,8 +31,8 @@ _PEAK_PREFIX: Final = "peak "
 def check_memory(quantity: str | None) -> str | None:
     """Validate --gpu-memory if it is given."""
     try:
-        if quantity is not None:
-            parse_quantity(quantity)
+        if quantity is not None and parse_quantity(quantity) < GIB:
+            raise typer.BadParameter(f"{quantity!r} is less than 1 GiB; write a number and a unit, as in 24Gi")
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     return quantity
@@ -136,6 +136,6 @@ def memory_rows(offline_plan: OfflinePlan) -> list[tuple[str, int, str]]:
 def describe_capacity(allocation: GpuAllocation) -> str:
     """Return the memory that is available, for the row with the peak."""
     if not allocation.gpus_per_node:
-        return f"of {allocation.pool.memory / GIB:.4g}, spec.resources.memory"
+        return f"of {allocation.pool.memory / GIB:.4g}, spec.resources.memory, which Python and torch share"
     name = allocation.pool.product or f"GPU of {allocation.pool.memory / GIB:.4g} GiB"
     return f"of {allocation.pool.usable / GIB:.2f} available to a process on a {name}"

@@ -1,15 +1,18 @@
 """`qlora init`, completion behind kubectl, and the name that a user typed."""
 
+import inspect
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_cli.__main__ import app
+from qlora_cli.command_table import COMMANDS
 from qlora_cli.commands.init import SHOWN_FIELDS, default_of, write_manifest
 from qlora_cli.commands.run import load_manifest
 from qlora_cli.completion import completions
@@ -121,3 +124,18 @@ def test_help_uses_invoked_program_name(program: str, name: str):
         [Path(sys.executable).with_name(program), "status", "--help"], capture_output=True, text=True, check=True
     )
     assert f"Usage: {name} status [OPTIONS]" in told.stdout
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_summary_of_each_command_is_that_of_its_help(name: str):
+    documentation = inspect.getdoc(get_command(app).commands[name].callback)
+    assert documentation is not None
+    assert " ".join(documentation.split("\n\n")[0].split()) == COMMANDS[name].summary
+
+
+@pytest.mark.parametrize(
+    ("typed", "known"), [("train", "run"), ("get", "list"), ("delete", "suspend"), ("help", "--help")]
+)
+def test_name_of_another_program_is_answered_with_the_command(typed: str, known: str):
+    refused = CliRunner().invoke(app, [typed, "job.yaml"], prog_name="qlora")
+    assert (refused.exit_code, f"write qlora {known}" in " ".join(refused.stderr.split())) == (2, True)

@@ -52,8 +52,12 @@ def validate(text: str) -> tuple[int, list[str]]:
             15,
             "spec.output.uri: is required; write uri: s3://adapters/team-a",
         ),
-        ("s3://adapters/team-a", "gs://a", 16, 'spec.output.uri: gs:// is not read; copy it to s3://, or to a local file '
-         'for qlora run, got "gs://a"'),
+        (
+            "s3://adapters/team-a",
+            "gs://a",
+            16,
+            "spec.output.uri: gs:// is not read; copy it to s3://, or to a local file for qlora run, got \"gs://a\"",
+        ),
         ("support-bot", "support.bot", 4, 'metadata.name: must look like support-bot, got "support.bot"'),
         ("support-bot", "x" * 53, 4, "metadata.name: may have 52 characters"),
         ("v1alpha1", "v1", 1, 'apiVersion: must be qlora.dev/v1alpha1, got "qlora.dev/v1"'),

@@ -78,8 +78,8 @@ def test_manifest_with_local_data_is_valid_with_a_note_and_not_submitted(tmp_pat
         0,
         [
             f"{job}:1: QLoRAJob support-bot is valid for qlora run",
-            f"{job}:9: spec.dataset.uri: {tmp_path}/my.jsonl is on this machine; only qlora run {job} can use it, a cluster "
-            "needs s3://",
+            f"{job}:9: spec.dataset.uri: {tmp_path}/my.jsonl is on this machine; only qlora run {job} can use it, "
+            "a cluster needs s3://",
         ],
     )
     for command in ("submit", "render"):
