@@ -9,13 +9,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import unquote, urlparse
+from urllib.parse import urlparse
 
 from qlora_cli.manifests.validation_messages import write_location
 from qlora_cli.manifests.yaml_documents import Document, Location
-from qlora_cli.uris import to_display_path
+from qlora_cli.uris import FILE_SCHEME, path_of_relative_uri, to_display_path
 
-FILE_SCHEME: Final = "file:"
 DATA_FILE: Final = re.compile(r"\.(jsonl|json|csv|tsv|parquet|arrow|txt)(\.gz|\.zst)?$", re.IGNORECASE)
 """Names of data files; a path with another name is one only if it exists, or starts with './', '../', '/' or '~'."""
 _EXPLICIT: Final = re.compile(r"~?/|\.\.?(/|$)|~$")
@@ -46,7 +45,7 @@ def to_local_uri(location: Location, text: str, base: Path) -> str:
 
     """
     if text.startswith(FILE_SCHEME):
-        path = _path_of_uri(text)
+        path = path_of_relative_uri(text)
         return text if path is None else _as_uri(path, base)
     is_path = "://" not in text and text != "" and "\0" not in text
     return _as_uri(text, base) if is_path and _is_local(location, text, base) else text
@@ -70,13 +69,6 @@ def _uri_fields(value: Any) -> Iterator[tuple[dict[str, Any], Location]]:
 def _with_uri(block: Any, location: Location) -> Iterator[tuple[dict[str, Any], Location]]:
     if isinstance(block, dict) and isinstance(block.get("uri"), str):
         yield block, (*location, "uri")
-
-
-def _path_of_uri(uri: str) -> str | None:
-    """Return the path of a file: URI that is not absolute, such as file://my.jsonl or file:my.jsonl, or None."""
-    if re.match(r"file://(localhost)?/", uri):
-        return None
-    return unquote(uri.removeprefix(FILE_SCHEME).removeprefix("//"))
 
 
 def _is_local(location: Location, text: str, base: Path) -> bool:
