@@ -49,23 +49,28 @@ def uri_to_write(field: str, text: str) -> str:
     found = _SCHEME.fullmatch(text)
     if found and (wanted := _scheme_to_write(block, *found.groups())):
         return wanted
+    text = text if "://" not in text else "train.jsonl"
     path = text if text.startswith(("/", ".")) else f"./{text}"
     is_name = _HUB_NAME.fullmatch(text)
     if block == "model":
         return f"write hf://{text if is_name else 'organization/name'}, or {path} for a local folder"
     if block == "output":
         return f"write s3://{text.lstrip('./') or 'bucket/prefix'}, or {path} for a local folder"
-    name = text if is_name else "organization/name"
-    return f"write hf://datasets/{name}/FILE, or {path} for a local file or folder"
+    wanted = f"hf://datasets/{text}/FILE" if is_name and "." not in text else f"s3://bucket/{text.lstrip('./')}"
+    return f"write {wanted}, or {path} for a local file or folder"
 
 
 def _scheme_to_write(block: str, scheme: str, slashes: str, rest: str) -> str | None:
+    if scheme in {"hf", "s3", "pvc"} and not rest.strip("/"):
+        return None
     if scheme in {"hf", "s3", "pvc"} and slashes != "//":
         return f"write {scheme}://{rest}"
     if scheme in {"huggingface", "hub"}:
         return _hub_uri(rest, is_model=block == "model")
     if scheme in {"pvc", "hf"} and block == "output":
         return "a result is published to a bucket; write s3://bucket/prefix"
+    if scheme == "pvc":
+        return "write pvc://claim/path; the name of a claim has lower-case letters, digits, dots and hyphens"
     return f"{scheme}:// is not read; {LOCAL_OR_S3}" if slashes else None
 
 

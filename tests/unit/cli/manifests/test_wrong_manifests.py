@@ -48,6 +48,8 @@ WRONG = [
     (block("model", "  model: {name: a/b}"), "spec.model.uri", "is required; write uri: hf://"),
     (block("model", "  model:\n  uri: hf://a/b"), "spec.model", "has no value; write model: {uri: hf://"),
     (block("model", "  model: [{uri: hf://a/b}]"), "spec.model", "write model: {uri: hf://a/b}, without the '-'"),
+    (block("dataset", "  dataset: {uri: pvc://Rows/x.csv}"), "spec.dataset.uri", "write pvc://claim/path"),
+    (block("dataset", "  dataset: {uri: 's3://'}"), "spec.dataset.uri", "write s3://bucket/train.jsonl, or"),
     (block("dataset", "  dataset: my.jsonl"), "spec.dataset", "write dataset: {uri: my.jsonl}"),
     (block("dataset", "  dataset: [a.jsonl, b.jsonl]"), "spec.dataset", "write dataset: {sources: [{uri: a.jsonl}, {uri: b.js"),
     (block("dataset", "  dataset: {uri: [s3://bkt/a, s3://bkt/b]}"), "spec.dataset.uri", "write sources: [{uri: s3://bkt/a}, {"),
