@@ -49,13 +49,14 @@ def uri_to_write(field: str, text: str) -> str:
     found = _SCHEME.fullmatch(text)
     if found and (wanted := _scheme_to_write(block, *found.groups())):
         return wanted
-    text = text if "://" not in text else "train.jsonl"
+    if "://" in text:
+        text = {"model": "model", "dataset": "train.jsonl", "output": "out"}[block]
     path = text if text.startswith(("/", ".")) else f"./{text}"
     is_name = _HUB_NAME.fullmatch(text)
     if block == "model":
         return f"write hf://{text if is_name else 'organization/name'}, or {path} for a local folder"
     if block == "output":
-        return f"write s3://{text.lstrip('./') or 'bucket/prefix'}, or {path} for a local folder"
+        return f"write s3://{text if is_name else 'bucket/prefix'}, or {path} for a local folder"
     wanted = f"hf://datasets/{text}/FILE" if is_name and "." not in text else f"s3://bucket/{text.lstrip('./')}"
     return f"write {wanted}, or {path} for a local file or folder"
 
