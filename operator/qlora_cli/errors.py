@@ -12,6 +12,7 @@ from rich.text import Text
 from qlora_api.escapes import escape_line
 from qlora_api.reasons import REASONS, Reason
 from qlora_cli.console import Console, print_line, print_text
+from qlora_cli.hub_cache import hub_caches
 from qlora_cli.local.trainer_libraries import NoGpuError, NoTrainerError
 from qlora_planner.sizing import DoesNotFitError
 
@@ -53,7 +54,15 @@ def exit_on_error(
             exit_interrupted(console, f"step {known.step} is done; the same command resumes from its checkpoint")
         if known.reason is Reason.TRAINER_ERROR:
             raise  # a bug in the trainer: a bug report needs its traceback
-        on_error(console, known.reason, escape_line(known.message))
+        on_error(console, known.reason, escape_line(f"{known.message}{_cache_hint(known.reason)}"))
+
+
+def _cache_hint(reason: Reason) -> str:
+    """Return how to work from the hub's cache if the hub does not answer."""
+    cache = hub_caches(None)[0]
+    if reason is not Reason.HUB_UNAVAILABLE or not any(cache.glob("models--*")):
+        return ""
+    return f"; to use the models in {cache}, set HF_HUB_OFFLINE=1"
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> Never:

@@ -6,6 +6,7 @@ from typing import Annotated, TypeAlias
 import typer
 
 from qlora_api.runconfig import Platform, S3Config
+from qlora_cli.hub_cache import offline_hub_cache
 from qlora_cli.uris import to_uri
 
 
@@ -18,7 +19,10 @@ class OutputFormat(StrEnum):
 
 
 HubMirror: TypeAlias = Annotated[
-    str | None, typer.Option(help="Folder or URI with a copy of a hub cache, used instead of the hub.")
+    str | None,
+    typer.Option(
+        help="Folder or URI with a copy of a hub cache, used instead of the hub; HF_HUB_OFFLINE=1: the hub cache."
+    ),
 ]
 HubEndpoint: TypeAlias = Annotated[str | None, typer.Option(help="URL of the model hub; default: the public one.")]
 S3Endpoint: TypeAlias = Annotated[str | None, typer.Option(help="URL of an S3-compatible server; default: AWS.")]
@@ -30,9 +34,8 @@ BaseModel: TypeAlias = Annotated[
 
 
 def make_platform(hub_mirror: str | None, hub_endpoint: str | None, s3_endpoint: str | None) -> Platform:
-    """Return the settings of hub and object store."""
+    """Return the settings of hub and object store; offline, the hub's cache is the mirror."""
+    mirror = hub_mirror or offline_hub_cache()
     return Platform(
-        s3=S3Config(endpoint=s3_endpoint),
-        hub_endpoint=hub_endpoint,
-        hub_mirror=to_uri(hub_mirror) if hub_mirror else None,
+        s3=S3Config(endpoint=s3_endpoint), hub_endpoint=hub_endpoint, hub_mirror=to_uri(mirror) if mirror else None
     )

@@ -118,6 +118,11 @@ def _on_cpu(work: TrainingWorkload) -> OfflinePlan:
     if estimate_memory(work, layout).peak > allocation.pool.memory:
         layout = replace(layout, checkpointing=True)
     sizing = Sizing(allocation, layout, estimate_memory(work, layout))
+    if (peak := sizing.estimate.peak) > allocation.pool.memory:
+        raise DoesNotFitError(
+            f"spec.resources.memory is {resources.memory}, and the weights and activations of the run alone take "
+            f"{format_gib(peak)}, without Python and its libraries; raise it, or lower maxLength or microBatchSize"
+        )
     reasons = (
         "device cpu: spec.resources.gpusPerNode is 0",
         micro.reason,

@@ -1,7 +1,7 @@
 """What cannot be sharded among processes: validation rejects it, and the planner does not choose it."""
 
-from qlora_api.precision import ComputeDtype
 from qlora_api.optimizers import SHARDABLE
+from qlora_api.precision import ComputeDtype
 from qlora_api.strategies import Strategy
 from qlora_api.v1alpha1 import QLoRAJobSpec
 

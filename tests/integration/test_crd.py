@@ -101,6 +101,35 @@ def test_invalid_spec_is_rejected_with_field_and_fix(namespace, path, value, mes
     assert message in refusal
 
 
+ONE_MISTAKE = [
+    ("spec.model.uri", "meta-llama/Llama-3.1-8B", "write hf://organization/name, s3://bucket/prefix or pvc://"),
+    ("spec.model.uri", "hf://Llama-3.2-3B", "the revision goes into spec.model.revision"),
+    ("spec.model.uri", "s3://B/x", "a bucket has 3 to 63 lower-case letters"),
+    ("spec.dataset.uri", "my.jsonl", "write s3://bucket/file, hf://datasets/organization/name/file or pvc://"),
+    ("spec.dataset.uri", "hf://datasets/name", "write hf://datasets/organization/name/file.jsonl"),
+    ("spec.output.uri", "out", "write s3://bucket/prefix"),
+    ("spec.output.uri", "hf://org/name", "results are published to a bucket"),
+    ("spec.resources.memory", "512m", "m means thousandths of a byte"),
+    ("spec.resources.memory", "16GB", "spec.resources.memory in body should match"),
+    ("spec.resources.memory", "16", "a training pod takes from"),
+    ("spec.resources.cpu", "two", "spec.resources.cpu in body should match"),
+    ("spec.resources.cpu", "0", "write a number of cores above 0"),
+    ("spec.training.microBatchSize", 0, "should be greater than or equal to 1"),
+    ("spec.quantization.bits", 5, "Unsupported value: 5"),
+    ("spec.method", "lora", "methods lora and full need quantization.bits 16"),
+]
+
+
+@pytest.mark.parametrize(("path", "value", "message"), ONE_MISTAKE, ids=[f"{p}={v!r:.20}" for p, v, _ in ONE_MISTAKE])
+def test_one_mistake_gives_one_message(namespace, path, value, message):
+    manifest = with_field(path, value)
+    manifest["metadata"]["name"] = "one-mistake"  # no job of this name exists, so that no field is immutable
+    refusal = refusal_of(namespace, yaml.safe_dump(manifest))
+    refusal = refusal.replace("<nil>: Invalid value: null: some validation rules were not checked", "")
+    assert message in refusal
+    assert sum(refusal.count(kind) for kind in ("Invalid value", "Unsupported value", "Required value")) == 1, refusal
+
+
 CHANGES = [
     ("lora", {"rank": 8}),
     ("model", {"uri": "hf://meta-llama/Llama-3.2-3B", "secretRef": {"name": "added-later"}}),

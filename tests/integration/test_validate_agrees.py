@@ -19,7 +19,14 @@ from tests.make import make_manifest
 
 Change = dict[str, Any]
 INVISIBLE: Final = "\u200b"
-INVALID_URIS: Final = ("s3://bucket/a/../b", "s3://B/a", "s3://10.0.0.1/a", "file:///a", f"s3://bucket/a{INVISIBLE}b")
+INVALID_URIS: Final = (
+    "s3://bucket/a/../b",
+    "s3://B/a",
+    "s3://10.0.0.1/a",
+    "file:///a",
+    "organization/name",
+    f"s3://bucket/a{INVISIBLE}b",
+)
 BAD_URLS: Final = (
     "https://user@host/",
     "http://169.254.169.254/",

@@ -41,9 +41,13 @@ class TextPattern:
     pattern: str
     message: str
     forbidden: bool = False
+    where: str = ""
+    """Pattern of the strings that it is about; on others another rule says what is wrong, and one message is enough."""
 
     def matches(self, text: str) -> bool:
         """Return whether a string satisfies the pattern."""
+        if self.where and re.search(self.where, text) is None:
+            return True
         if self.forbidden:
             return re.search(self.pattern, text) is None
         return re.fullmatch(self.pattern, text) is not None
@@ -52,13 +56,16 @@ class TextPattern:
     def rule(self) -> CelRule:
         """Return the same check as a CEL rule."""
         if self.forbidden:
-            return CelRule(f"!self.matches({_to_cel(self.pattern)})", self.message)
-        return CelRule(f"self.matches({_to_cel(f'^(?:{self.pattern})$')})", self.message)
+            condition = f"!self.matches({_to_cel(self.pattern)})"
+        else:
+            condition = f"self.matches({_to_cel(f'^(?:{self.pattern})$')})"
+        guard = f"!self.matches({_to_cel(self.where)}) || " if self.where else ""
+        return CelRule(f"{guard}{condition}", self.message)
 
     @property
     def rule_for_keys(self) -> CelRule:
         """Return the same check as a CEL rule on every key of a map."""
-        return CelRule(f"self.all(key, {self.rule.expression.replace('self.', 'key.', 1)})", self.message)
+        return CelRule(f"self.all(key, {self.rule.expression.replace('self.', 'key.')})", self.message)
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         """Check the pattern in pydantic."""
@@ -72,6 +79,19 @@ class TextPattern:
         if not self.matches(text):
             raise ValueError(self.message)
         return text
+
+
+@dataclass(frozen=True)
+class PatternMessage:
+    """Says in words what a field's pattern asks for: in the CRD a CEL rule with this message replaces the pattern."""
+
+    message: str
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """Replace the pattern by a CEL rule."""
+        json_schema = dict(handler(schema))
+        rule = {"rule": f"self.matches({_to_cel(json_schema.pop('pattern'))})", "message": self.message}
+        return {**json_schema, VALIDATIONS: [rule, *json_schema.get(VALIDATIONS, ())]}
 
 
 def _to_cel(text: str) -> str:
@@ -93,8 +113,9 @@ SUBDOMAIN: Final = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9]
 """A DNS-1123 subdomain: the name of a Secret, a ServiceAccount, a claim, a queue."""
 _SEGMENT: Final = r"[A-Za-z0-9_][A-Za-z0-9._-]*"
 """One segment of a repository name on the hub."""
-NON_HUB_URI: Final = "(s3|file|pvc)://.*"
-"""URIs that are not on the hub."""
+_ON_THE_HUB: Final = "^hf://"
+_IN_A_BUCKET: Final = "^s3://"
+QUANTITY: Final = r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?$"
 
 NO_PATH_TRAVERSAL: Final = TextPattern(
     r"^(hf|s3|pvc)://(.*/)?\.\.?(/|$)",
@@ -102,8 +123,9 @@ NO_PATH_TRAVERSAL: Final = TextPattern(
     forbidden=True,
 )
 BUCKET: Final = TextPattern(
-    r"(hf|file|pvc)://.*|s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/.*)?",
+    r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/.*)?",
     "write s3://bucket/key; a bucket has 3 to 63 lower-case letters, digits, dots and hyphens",
+    where=_IN_A_BUCKET,
 )
 NO_IP_BUCKET: Final = TextPattern(
     r"^s3://([0-9]+(\.[0-9]+){3}|[^/]*\.\.[^/]*)(/|$)",
@@ -111,12 +133,14 @@ NO_IP_BUCKET: Final = TextPattern(
     forbidden=True,
 )
 HUB_MODEL: Final = TextPattern(
-    f"{NON_HUB_URI}|hf://{_SEGMENT}/{_SEGMENT}",
+    f"hf://{_SEGMENT}/{_SEGMENT}",
     "write hf://organization/name; the revision goes into spec.model.revision",
+    where=_ON_THE_HUB,
 )
 HUB_DATASET: Final = TextPattern(
-    f"{NON_HUB_URI}|hf://datasets/{_SEGMENT}/{_SEGMENT}(@[A-Za-z0-9_][A-Za-z0-9._-]*)?/.*",
+    f"hf://datasets/{_SEGMENT}/{_SEGMENT}(@[A-Za-z0-9_][A-Za-z0-9._-]*)?/.*",
     "write hf://datasets/organization/name/file.jsonl, with @revision after the name if needed",
+    where=_ON_THE_HUB,
 )
 CLAIM_NAME: Final = TextPattern(
     "^pvc://[^/]{254}",
@@ -166,10 +190,15 @@ LABEL_PREFIX: Final = TextPattern(
     "^[^/]{254}", "the prefix of a label key has at most 253 characters; shorten what is before the '/'", forbidden=True
 )
 CPU: Final = TextPattern(
-    r"[0-9.]*[1-9][0-9.]*m?", "write a number of cores above 0, such as 2, or thousandths of a core, such as 500m"
+    r"[0-9.]*[1-9][0-9.]*m?",
+    "write a number of cores above 0, such as 2, or thousandths of a core, such as 500m",
+    where=QUANTITY,
 )
 WHOLE_BYTES: Final = TextPattern(
-    "m$", "m means thousandths of a byte; write a number and a unit, such as 512Mi or 16Gi", forbidden=True
+    "m$",
+    "m means thousandths of a byte; write a number and a unit, such as 512Mi or 16Gi",
+    forbidden=True,
+    where=QUANTITY,
 )
 NO_FILE_URI: Final = CelRule(
     "!self.startsWith('file://')", "file:// works with 'qlora run' only; upload it and use s3://"

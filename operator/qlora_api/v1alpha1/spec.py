@@ -21,8 +21,9 @@ MIN_MEMORY: Final = 256
 MAX_MEMORY: Final = 1024
 """Most memory of a training pod in TiB: no machine has as much."""
 _MEMORY_RANGE: Final = CelRule(
-    f"quantity(self).compareTo(quantity('{MIN_MEMORY}Mi')) >= 0 && "
-    f"quantity(self).compareTo(quantity('{MAX_MEMORY}Ti')) <= 0",
+    "!isQuantity(self) || self.endsWith('m') || "
+    f"(quantity(self).compareTo(quantity('{MIN_MEMORY}Mi')) >= 0 && "
+    f"quantity(self).compareTo(quantity('{MAX_MEMORY}Ti')) <= 0)",
     f"a training pod takes from {MIN_MEMORY}Mi to {MAX_MEMORY}Ti of memory; write a number and a unit, such as 16Gi",
 )
 
@@ -172,7 +173,7 @@ class QLoRAJobSpec(ApiModel):
             "methods lora and full need quantization.bits 16; for a quantized base set method to qlora",
         ),
         (
-            "self.lora.init != 'pissa' || self.quantization.bits == 16",
+            "self.lora.init != 'pissa' || self.quantization.bits == 16 || self.method != 'qlora'",
             "lora.init pissa subtracts singular vectors from the base weights, which 4 or 8 bits cannot hold; set "
             "method to lora and quantization.bits to 16, or lora.init to loftq",
         ),

@@ -93,7 +93,7 @@ class TrainingSpec(ApiModel):
 
     model_config = cel(
         (
-            "!has(self.microBatchSize) || self.globalBatchSize % self.microBatchSize == 0",
+            "!has(self.microBatchSize) || self.microBatchSize < 1 || self.globalBatchSize % self.microBatchSize == 0",
             "microBatchSize must divide globalBatchSize; leave it out to let the plan choose",
         ),
         (

@@ -20,8 +20,10 @@ from qlora_api.v1alpha1.patterns import (
     NO_IP_BUCKET,
     NO_PATH_TRAVERSAL,
     PRINTABLE,
+    QUANTITY,
     SUBDOMAIN,
     VALIDATIONS,
+    PatternMessage,
 )
 
 MAX_URI: Final = 1024
@@ -66,11 +68,18 @@ _Uri = Annotated[
     NO_IP_BUCKET,
     NO_FILE_URI,
 ]
-ModelUri = Annotated[_Uri, HUB_MODEL]
-DatasetUri = Annotated[_Uri, HUB_DATASET]
+ModelUri = Annotated[
+    _Uri, PatternMessage("write hf://organization/name, s3://bucket/prefix or pvc://claim/path"), HUB_MODEL
+]
+DatasetUri = Annotated[
+    _Uri,
+    PatternMessage("write s3://bucket/file, hf://datasets/organization/name/file or pvc://claim/path"),
+    HUB_DATASET,
+]
 OutputUri = Annotated[
     str,
     Field(pattern=r"^(s3|file)://.+$", max_length=MAX_URI),
+    PatternMessage("write s3://bucket/prefix; results are published to a bucket"),
     PRINTABLE,
     NO_PATH_TRAVERSAL,
     BUCKET,
@@ -79,7 +88,7 @@ OutputUri = Annotated[
 ]
 MergeBase = Literal["original", "dequantised"]
 ObjectName = Annotated[str, Field(pattern=f"^{SUBDOMAIN}$", max_length=253, examples=["s3-credentials"])]
-Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?$", max_length=16)]
+Quantity = Annotated[str, Field(pattern=QUANTITY, max_length=16)]
 ModuleName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.\-]+$", max_length=128)]
 TaskName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.:\-]*$", max_length=128)]
 LabelKey = Annotated[str, Field(max_length=317), LABEL_KEY, LABEL_PREFIX]

@@ -42,6 +42,19 @@ def open_connection(namespace: str | None, context: str | None, kubeconfig: str 
     return Connection(cluster, namespace or default)
 
 
+@dataclass(frozen=True)
+class Connect:
+    """The options that select a cluster; connects when it is needed."""
+
+    namespace: str | None
+    context: str | None
+    kubeconfig: str | None
+
+    def open(self) -> Connection:
+        """Connect."""
+        return open_connection(self.namespace, self.context, self.kubeconfig)
+
+
 @contextlib.contextmanager
 def exit_on_cluster_error(stopped: str = "what runs in the cluster keeps running") -> Iterator[Console]:
     """Turn a ClusterError into a message and exit code 1.
@@ -74,4 +87,12 @@ def complete_names(context: typer.Context, incomplete: str) -> list[str]:
 
 JobName: TypeAlias = Annotated[
     str, typer.Argument(metavar="NAME", help="Name of a QLoRAJob.", autocompletion=complete_names)
+]
+ResultName: TypeAlias = Annotated[
+    str,
+    typer.Argument(
+        metavar="NAME",
+        help="Name of a QLoRAJob, or a folder or s3:// URI with its result.",
+        autocompletion=complete_names,
+    ),
 ]

@@ -23,7 +23,10 @@ PAGE_SIZE: Final = 500
 MERGE_PATCH: Final = "application/merge-patch+json"
 _RETRYABLE_STATUSES: Final = frozenset({429, 500, 502, 503, 504})
 _IN_POD: Final = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
-_NO_KUBECONFIG: Final = "no cluster is configured: {error}; set KUBECONFIG or pass --kubeconfig"
+_NO_KUBECONFIG: Final = (
+    "no cluster is configured: {error}; set KUBECONFIG or pass --kubeconfig. Without a cluster, qlora run trains on "
+    "this machine, and report and serve-snippet take the folder of a result"
+)
 
 
 def connect(kubeconfig: str | None, context: str | None) -> tuple["KubeClient", str]:
@@ -192,7 +195,7 @@ def _raise_for_status(status: int, text: bytes, path: str) -> Never:
     if status == 404 and not reason:
         raise ClusterError(
             f"the cluster has no CRD {names.PLURAL}.{names.GROUP}; install the chart qlora-operator, or the CRD "
-            "with kubectl apply --server-side -f crds/"
+            f"with kubectl apply --server-side -f crds/{names.PLURAL}.{names.GROUP}.yaml"
         )
     if status == 404:
         raise NotFoundError(_missing(message, path))

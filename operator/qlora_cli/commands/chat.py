@@ -27,7 +27,7 @@ from qlora_cli.options import (
     S3Endpoint,
     make_platform,
 )
-from qlora_cli.uris import to_uri
+from qlora_cli.uris import to_model_uri, to_uri
 
 QUIT: Final = "/quit"
 RESET: Final = "/new"
@@ -103,7 +103,7 @@ def load_chat_model(
     request = ChatRequest(
         adapters=tuple(map(to_uri, adapters)),
         device=choose_device(device),
-        model=to_uri(model) if model else None,
+        model=to_model_uri(model) if model else None,
     )
     with console.status("loading base and adapters"):
         return load_multi_adapter_model(request, sources, work, lambda text: print_line(console, text))

@@ -8,14 +8,14 @@ from rich.table import Table
 
 from qlora_api.escapes import escape_line
 from qlora_api.units import GIB
-from qlora_cli.commands.validate import describe_read_error
 from qlora_cli.console import Console, print_line
 from qlora_cli.display.formats import print_data
 from qlora_cli.errors import exit_error_without_remedy
-from qlora_cli.manifests.loader import JobManifest, ManifestError, is_qlorajob, parse_manifest
+from qlora_cli.manifests.job_files import read_jobs
+from qlora_cli.manifests.loader import JobManifest, ManifestError, parse_manifest
 from qlora_cli.manifests.model_config import NoConfigError, load_config
-from qlora_cli.manifests.overrides import OverrideError, apply_overrides, parse_override
-from qlora_cli.manifests.yaml_documents import YamlError, read_documents
+from qlora_cli.manifests.overrides import OverrideError, parse_override
+from qlora_cli.manifests.yaml_documents import YamlError
 from qlora_cli.options import HubMirror, OutputFormat, OutputOption
 from qlora_planner.memory.estimate import SLACK
 from qlora_planner.models.shapes import MismatchError, UnknownModelError
@@ -31,8 +31,8 @@ _PEAK_PREFIX: Final = "peak "
 def check_memory(quantity: str | None) -> str | None:
     """Validate --gpu-memory if it is given."""
     try:
-        if quantity is not None:
-            parse_quantity(quantity)
+        if quantity is not None and parse_quantity(quantity) < GIB:
+            raise typer.BadParameter(f"{quantity!r} is less than 1 GiB; write a number and a unit, as in 24Gi")
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     return quantity
@@ -64,7 +64,7 @@ def plan(  # noqa: PLR0913, PLR0917 (an option each)
     """Show the memory that runs need and how they will be executed, without a cluster, a GPU or a network."""
     console = Console(stderr=True)
     try:
-        jobs = [job for file in files for job in read_jobs(file, changes or [])]
+        jobs = [job for file in files for job in parse_jobs(file, changes or [])]
         offline_plans = [
             make_offline_plan(job.spec, load_config(job.spec.model, config, hub_mirror), gpu_memory, gpus_per_node)
             for job in jobs
@@ -76,16 +76,10 @@ def plan(  # noqa: PLR0913, PLR0917 (an option each)
     print_plans(jobs, offline_plans, output)
 
 
-def read_jobs(file: str, changes: list[str]) -> Iterator[JobManifest]:
+def parse_jobs(file: str, changes: list[str]) -> Iterator[JobManifest]:
     """Yield the QLoRAJobs of a file, with the overrides applied."""
     overrides = [parse_override(change) for change in changes]
-    try:
-        documents = [document for document in read_documents(file) if is_qlorajob(document)]
-    except (OSError, UnicodeDecodeError) as error:
-        raise YamlError(describe_read_error(file, error)) from error
-    if not documents:
-        raise YamlError(f"{escape_line(file)}: contains no QLoRAJob")
-    yield from (parse_manifest(apply_overrides(document, overrides), COMMON_RULES) for document in documents)
+    yield from (parse_manifest(document, COMMON_RULES) for document in read_jobs(file, overrides))
 
 
 def print_plans(jobs: list[JobManifest], offline_plans: list[OfflinePlan], output: OutputFormat) -> None:
@@ -142,6 +136,6 @@ def memory_rows(offline_plan: OfflinePlan) -> list[tuple[str, int, str]]:
 def describe_capacity(allocation: GpuAllocation) -> str:
     """Return the memory that is available, for the row with the peak."""
     if not allocation.gpus_per_node:
-        return f"of {allocation.pool.memory / GIB:.4g}, spec.resources.memory"
+        return f"of {allocation.pool.memory / GIB:.4g}, spec.resources.memory, which Python and torch share"
     name = allocation.pool.product or f"GPU of {allocation.pool.memory / GIB:.4g} GiB"
     return f"of {allocation.pool.usable / GIB:.2f} available to a process on a {name}"

@@ -1,7 +1,8 @@
-"""`qlora report`: downloads and opens the report of a published run."""
+"""`qlora report`: shows and opens the report of a published run, from a folder, a bucket or a cluster."""
 
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -10,22 +11,25 @@ import typer
 from qlora_api.escapes import escape_line
 from qlora_api.names import output_root
 from qlora_api.result import is_below
+from qlora_api.v1alpha1 import EvaluationStatus
 from qlora_cli.cluster.client import ClusterError
-from qlora_cli.cluster.connection import Context, JobName, Kubeconfig, Namespace, exit_on_cluster_error, open_connection
+from qlora_cli.cluster.connection import Connect, Context, Kubeconfig, Namespace, ResultName, exit_on_cluster_error
 from qlora_cli.cluster.jobs import ClusterJob, get_job
 from qlora_cli.console import Console, print_line
 from qlora_cli.display.formats import print_data
 from qlora_cli.display.result import comparison_table
 from qlora_cli.errors import exit_error_without_remedy
 from qlora_cli.local.output_store import MAX_READ_BYTES, OutputError, open_output_store
+from qlora_cli.local.published_results import find_result, is_result
 from qlora_cli.options import OutputFormat, OutputOption, S3Endpoint
+from qlora_cli.uris import to_display_path
 
 REPORT_PAGE = "report.html"
 REPORT_JSON = "report.json"
 
 
 def report(  # noqa: PLR0913, PLR0917 (an option each)
-    name: JobName,
+    name: ResultName,
     to: Annotated[
         Path | None, typer.Option("--to", metavar="FOLDER", help="Folder for the files; default: ./NAME-report.")
     ] = None,
@@ -38,21 +42,42 @@ def report(  # noqa: PLR0913, PLR0917 (an option each)
     kubeconfig: Kubeconfig = None,
     output: OutputOption = OutputFormat.TABLE,
 ) -> None:
-    """Download the report of a published run, with the local S3 credentials, and open it."""
+    """Show and open the report of a published run; from a bucket it is downloaded, with the local S3 credentials."""
     with exit_on_cluster_error() as console:
-        connection = open_connection(namespace, context, kubeconfig)
-        job = get_job(connection.cluster, connection.ref(name))
-        folder = find_report(job)
         try:
+            found = _locate(name, s3_endpoint, console, Connect(namespace, context, kubeconfig))
             if output is not OutputFormat.TABLE:
-                print_data(read_report_json(folder, s3_endpoint), output)
+                print_data(read_report_json(found.folder, s3_endpoint), output)
                 return
-            page = download_report(folder, to or Path(f"{name}-report"), s3_endpoint) / REPORT_PAGE
+            if found.folder.startswith("file://") and to is None:
+                page = Path(to_display_path(found.folder)) / REPORT_PAGE
+            else:
+                page = download_report(found.folder, to or Path(f"{found.name}-report"), s3_endpoint) / REPORT_PAGE
         except OutputError as error:
             exit_error_without_remedy(console, None, escape_line(str(error)))
-    show_report(job, page)
+    show_report(found.evaluation, page)
     if sys.stdout.isatty() if show is None else show:
         typer.launch(str(page.resolve()))
+
+
+@dataclass(frozen=True)
+class Report:
+    """Where a report is, and the comparison in it."""
+
+    name: str
+    folder: str
+    """URI."""
+    evaluation: EvaluationStatus | None
+
+
+def _locate(name: str, endpoint: str | None, console: Console, connect: Connect) -> Report:
+    """Return the report of a result in a folder or a bucket, or of a QLoRAJob."""
+    if is_result(name):
+        result = find_result(name, endpoint, lambda text: print_line(console, text))
+        return Report(result.report.job, f"{result.uri}/report", result.report.evaluation)
+    connection = connect.open()
+    job = get_job(connection.cluster, connection.ref(name))
+    return Report(name, find_report(job), job.status.evaluation)
 
 
 def find_report(job: ClusterJob) -> str:
@@ -90,9 +115,9 @@ def download_report(folder: str, target: Path, endpoint: str | None) -> Path:
     return target
 
 
-def show_report(job: ClusterJob, page: Path) -> None:
+def show_report(evaluation: EvaluationStatus | None, page: Path) -> None:
     """Print the comparison of base and adapter, and where the report is."""
     console = Console()
-    if job.status.evaluation:
-        console.print(comparison_table(job.status.evaluation))
+    if evaluation:
+        console.print(comparison_table(evaluation))
     print_line(console, str(page), "report  ", "bold")

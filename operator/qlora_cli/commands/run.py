@@ -4,20 +4,19 @@ from typing import Annotated
 
 import typer
 
-from qlora_api.escapes import escape_line
 from qlora_api.reasons import Reason
 from qlora_api.report import TerminationMessage
 from qlora_api.runconfig import Platform
-from qlora_cli.commands.validate import describe_read_error
 from qlora_cli.console import Console
 from qlora_cli.display.formats import print_data
 from qlora_cli.display.progress import open_screen
 from qlora_cli.display.result import show_result
 from qlora_cli.errors import exit_error, exit_on_error
 from qlora_cli.local.runner import load_trainer, run_locally
-from qlora_cli.manifests.loader import JobManifest, ManifestError, is_qlorajob, parse_manifest
-from qlora_cli.manifests.overrides import Override, OverrideError, apply_overrides, parse_override
-from qlora_cli.manifests.yaml_documents import YamlError, read_documents
+from qlora_cli.manifests.job_files import read_single_job
+from qlora_cli.manifests.loader import JobManifest, ManifestError, parse_manifest
+from qlora_cli.manifests.overrides import OverrideError, parse_override
+from qlora_cli.manifests.yaml_documents import YamlError
 from qlora_cli.options import HubEndpoint, HubMirror, OutputFormat, OutputOption, S3Endpoint, make_platform
 from qlora_planner.validation import LOCAL_RULES
 
@@ -47,19 +46,9 @@ def load_manifest(file: str, changes: list[str], console: Console) -> JobManifes
     """Return the one QLoRAJob of a file with the changes applied, or exit with every problem."""
     try:
         overrides = [parse_override(change) for change in changes]
-        return parse_single(file, overrides)
+        return parse_manifest(read_single_job(file, overrides), LOCAL_RULES)
     except (OverrideError, YamlError, ManifestError) as error:
         exit_error(console, Reason.INVALID_SPEC, str(error))
-    except (OSError, UnicodeDecodeError) as error:
-        exit_error(console, Reason.INVALID_SPEC, describe_read_error(file, error))
-
-
-def parse_single(file: str, overrides: list[Override]) -> JobManifest:
-    """Return the one QLoRAJob of a file."""
-    jobs = [document for document in read_documents(file) if is_qlorajob(document)]
-    if len(jobs) != 1:
-        raise YamlError(f"{escape_line(file)}: has {len(jobs)} QLoRAJobs; pass a file with one")
-    return parse_manifest(apply_overrides(jobs[0], overrides), LOCAL_RULES)
 
 
 def run_with_progress(manifest: JobManifest, platform: Platform, console: Console) -> TerminationMessage:

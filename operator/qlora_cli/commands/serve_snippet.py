@@ -16,12 +16,22 @@ from qlora_api.units import KIB
 from qlora_api.v1alpha1 import LoraSpec, QLoRAJobSpec
 from qlora_api.vllm import VLLM_MAX_LORA_RANKS, max_lora_rank_for
 from qlora_cli.cluster.client import ClusterError
-from qlora_cli.cluster.connection import Context, JobName, Kubeconfig, Namespace, exit_on_cluster_error, open_connection
+from qlora_cli.cluster.connection import (
+    Context,
+    Kubeconfig,
+    Namespace,
+    ResultName,
+    exit_on_cluster_error,
+    open_connection,
+)
 from qlora_cli.cluster.jobs import ClusterJob, get_job
-from qlora_cli.console import echo
+from qlora_cli.console import Console, echo, print_line
 from qlora_cli.display.formats import to_yaml
+from qlora_cli.errors import exit_error_without_remedy
 from qlora_cli.local.output_store import OutputError, open_output_store
+from qlora_cli.local.published_results import find_result, is_result
 from qlora_cli.options import S3Endpoint
+from qlora_cli.uris import to_display_path
 
 GENERATION_CONFIG: Final = "generation_config.json"
 _MAX_GENERATION_CONFIG_BYTES: Final = 64 * KIB
@@ -62,26 +72,45 @@ def resolve_served_model(job: ClusterJob) -> ServedModel:
             cannot load the adapter and there is no merged model.
 
     """
-    output, spec = job.status.output, job.spec()
+    output = job.status.output
     if output is None or output.adapter is None:
         raise ClusterError(f"{job.ref.name} is {job.phase} and has not published a result: {job.explanation}")
     check_status(job)
+    commit = job.status.model.commit if job.status.model else None
+    return make_served_model(job.ref.name, job.spec(), commit, output.adapter, output.merged)
+
+
+def make_served_model(
+    name: str, spec: QLoRAJobSpec, commit: str | None, adapter: str, merged: str | None
+) -> ServedModel:
+    """Return how to serve a result.
+
+    Args:
+        name: Name of the model for clients.
+        spec: The spec that it was trained with.
+        commit: Commit of the base model, if it is known.
+        adapter: URI of the adapter, or of the complete model of method full.
+        merged: URI of the merged model; None: there is none.
+
+    Raises:
+        ClusterError: vLLM cannot load the adapter, and there is no merged model.
+
+    """
     if spec.method == "full":
-        return ServedModel(job.ref.name, output.adapter, None, None, None)
+        return ServedModel(name, adapter, None, None, None)
     obstacle = find_vllm_obstacle(spec.lora)
-    if obstacle and output.merged:
-        return ServedModel(job.ref.name, output.merged, None, None, None)
+    if obstacle and merged:
+        return ServedModel(name, merged, None, None, None)
     if obstacle:
         raise ClusterError(
             f"vLLM cannot load this adapter: {obstacle}; merge it with its base and serve the result: "
-            f"{shell_command('qlora', 'merge', output.adapter, '--to', 'FOLDER')}"
+            f"{shell_command('qlora', 'merge', to_display_path(adapter), '--to', 'FOLDER')}"
         )
-    commit = job.status.model.commit if job.status.model and spec.model.uri.startswith("hf://") else None
     return ServedModel(
-        name=job.ref.name,
+        name=name,
         model=spec.model.uri,
-        revision=commit,
-        adapter=output.adapter,
+        revision=commit if spec.model.uri.startswith("hf://") else None,
+        adapter=adapter,
         max_rank=max_lora_rank_for(published_rank(spec.lora)),
         arguments=vllm_base_arguments(spec),
         chat_template=spec.dataset.chat_template is not None,
@@ -145,7 +174,7 @@ class Server(StrEnum):
 
 
 def serve_snippet(  # noqa: PLR0913, PLR0917 (an option each)
-    name: JobName,
+    name: ResultName,
     server: Annotated[Server, typer.Option("--for", help="Model server.")] = Server.VLLM,
     s3_endpoint: S3Endpoint = None,
     namespace: Namespace = None,
@@ -153,15 +182,37 @@ def serve_snippet(  # noqa: PLR0913, PLR0917 (an option each)
     kubeconfig: Kubeconfig = None,
 ) -> None:
     """Print how to serve a published run, with the base model's commit and the right --max-lora-rank."""
-    with exit_on_cluster_error():
-        connection = open_connection(namespace, context, kubeconfig)
-        served = resolve_served_model(get_job(connection.cluster, connection.ref(name)))
+    with exit_on_cluster_error() as console:
+        if is_result(name):
+            served = _resolve_in_folder(name, s3_endpoint, console)
+        else:
+            connection = open_connection(namespace, context, kubeconfig)
+            served = resolve_served_model(get_job(connection.cluster, connection.ref(name)))
+        if server is not Server.VLLM and (path := _local_path(served)):
+            raise ClusterError(
+                f"{path} is on this machine, which no pod can read; upload it and give its s3:// URI, or use --for vllm"
+            )
     if served.adapter:
         try:
             served = replace(served, generation_config=read_generation_config(served.adapter, s3_endpoint))
         except OutputError as error:
             echo(f"{escape_line(str(error))}; {_UNKNOWN_STOPS[server]}", err=True)
     echo(WRITERS[server](served), nl=False)
+
+
+def _resolve_in_folder(text: str, endpoint: str | None, console: Console) -> ServedModel:
+    try:
+        result = find_result(text, endpoint, lambda note: print_line(console, note))
+    except OutputError as error:
+        exit_error_without_remedy(console, None, escape_line(str(error)))
+    report = result.report
+    return make_served_model(report.job, report.spec, report.prepared.model.commit, result.adapter, result.merged)
+
+
+def _local_path(served: ServedModel) -> str | None:
+    """Return the first local path that a server would need."""
+    uris = [uri for uri in (served.model, served.adapter) if uri and uri.startswith("file://")]
+    return to_display_path(uris[0]) if uris else None
 
 
 def read_generation_config(adapter: str, endpoint: str | None) -> str:
@@ -220,7 +271,7 @@ def _local(uri: str, folder: str) -> tuple[str, list[str]]:
     """Return a model's local path or hub name, and the command that downloads it."""
     if uri.startswith("s3://"):
         return f"./{folder}", [shell_command("aws", "s3", "sync", uri, f"./{folder}")]
-    path = uri.removeprefix("hf://")
+    path = to_display_path(uri).removeprefix("hf://")
     return f"./{path}" if path.startswith("-") else path, []
 
 

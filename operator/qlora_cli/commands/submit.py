@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qlora_api.escapes import escape_line, shell_command
+from qlora_api.escapes import shell_command
 from qlora_cli.cluster.client import AlreadyExistsError, ClusterClient, ClusterError
 from qlora_cli.cluster.connection import (
     Connection,
@@ -18,14 +18,15 @@ from qlora_cli.cluster.connection import (
 from qlora_cli.cluster.jobs import ClusterJob, parse_job, strip_managed_fields
 from qlora_cli.cluster.polling import Clock
 from qlora_cli.commands.status import watch_job
-from qlora_cli.commands.validate import describe_read_error
 from qlora_cli.commands.wait import wait_for_all
 from qlora_cli.console import Console, echo
 from qlora_cli.display.formats import print_data
 from qlora_cli.errors import exit_error_without_remedy
-from qlora_cli.manifests.loader import ManifestError, is_qlorajob, parse_manifest
-from qlora_cli.manifests.overrides import OverrideError, apply_overrides, parse_override
-from qlora_cli.manifests.yaml_documents import Document, YamlError, read_documents
+from qlora_cli.manifests.job_files import read_jobs
+from qlora_cli.manifests.loader import ManifestError, parse_manifest
+from qlora_cli.manifests.local_paths import local_fields
+from qlora_cli.manifests.overrides import OverrideError, parse_override
+from qlora_cli.manifests.yaml_documents import Document, YamlError
 from qlora_cli.options import OutputFormat, OutputOption
 from qlora_planner.validation import CLUSTER_RULES
 
@@ -61,23 +62,14 @@ def load_documents(files: list[str], changes: list[str], console: Console) -> li
     """Return every QLoRAJob of the files with the changes applied, or exit with every problem."""
     try:
         overrides = [parse_override(change) for change in changes]
-        documents = [apply_overrides(document, overrides) for file in files for document in read_jobs(file)]
+        documents = [document for file in files for document in read_jobs(file, overrides)]
     except (OverrideError, YamlError) as error:
         exit_error_without_remedy(console, None, str(error))
     problems = list(find_problems(documents))
+    if problems and any(local_fields(document.value) for document in documents):
+        problems.append(f"to train with local files, on this machine: {shell_command('qlora', 'run', files[0])}")
     if problems:
         exit_error_without_remedy(console, None, "\n".join(problems))
-    return documents
-
-
-def read_jobs(file: str) -> list[Document]:
-    """Return the QLoRAJobs of a file."""
-    try:
-        documents = [document for document in read_documents(file) if is_qlorajob(document)]
-    except (OSError, UnicodeDecodeError) as error:
-        raise YamlError(describe_read_error(file, error)) from error
-    if not documents:
-        raise YamlError(f"{escape_line(file)}: contains no QLoRAJob")
     return documents
 
 

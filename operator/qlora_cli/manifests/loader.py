@@ -10,8 +10,9 @@ from pydantic_core import ErrorDetails
 
 from qlora_api import names
 from qlora_api.v1alpha1 import QLoRAJobSpec
+from qlora_cli.manifests.repair import check_repaired
 from qlora_cli.manifests.validation_messages import Problem, describe_error, read_location, write_location
-from qlora_cli.manifests.yaml_documents import Document
+from qlora_cli.manifests.yaml_documents import Document, Duplicate
 from qlora_planner.validation import Rule, check
 
 
@@ -58,7 +59,7 @@ class ManifestError(Exception):
 def is_qlorajob(document: Document) -> bool:
     """Return whether a document is meant to be a QLoRAJob; a file may have other kinds as well."""
     if not isinstance(document.value, dict):
-        return True
+        return not isinstance(document.value, list)
     group = str(document.value.get("apiVersion", "")).split("/")[0]
     return group == names.GROUP or str(document.value.get("kind", "")).lower() == names.KIND.lower()
 
@@ -67,19 +68,20 @@ def parse_manifest(document: Document, rules: tuple[Rule, ...]) -> JobManifest:
     """Parse a document as a QLoRAJob and check the rules.
 
     Raises:
-        ManifestError: With every problem of the schema or, if there is none, of the rules.
+        ManifestError: With every problem, in the order of the file: what the schema refuses, keys that a block has
+            twice, and every rule whose fields are valid.
 
     """
-    try:
-        # Strict, and from JSON, to reject what the API server rejects: "8" for 8, snake_case.
-        manifest = JobManifest.model_validate_json(_to_json(document), strict=True, by_alias=True, by_name=False)
-    except ValidationError as error:
-        details = sorted(_own_errors(error), key=lambda detail: document.index_of(detail["loc"]))
-        raise ManifestError(_problem(document, detail) for detail in details) from None
-    if violations := check(manifest.spec, rules):
-        raise ManifestError(
-            Problem(_position_of_message(document, found.message), found.message) for found in violations
-        )
+    problems = [_duplicate(found) for found in document.duplicates]
+    manifest, details = _parse(document)
+    if manifest is not None:
+        messages = [violation.message for violation in check(manifest.spec, rules)]
+    else:
+        problems += [_problem(document, detail) for detail in details]
+        messages = check_repaired(document.value, details, rules, _parse_value)
+    problems += [_violation(document, message) for message in messages]
+    if manifest is None or problems:
+        raise ManifestError(sorted(problems, key=lambda problem: document.index_of(read_location(problem.field))))
     return manifest
 
 
@@ -90,20 +92,36 @@ def _own_errors(error: ValidationError) -> list[ErrorDetails]:
     return [detail for detail in details if detail["type"] != "too_short" or detail["loc"] not in parents]
 
 
-def _to_json(document: Document) -> str:
+def _parse(document: Document) -> tuple[JobManifest | None, list[ErrorDetails]]:
+    """Return the manifest, or what pydantic finds."""
     try:
-        return json.dumps(document.value)
+        return _parse_value(document.value), []
+    except ValidationError as error:
+        return None, _own_errors(error)
     except (TypeError, ValueError) as error:
         message = f"has a key or a value that JSON does not have ({error}); write text or a number, without a YAML tag"
         raise ManifestError([Problem(document.position_of(()), message)]) from error
 
 
+def _parse_value(value: Any) -> JobManifest:
+    # Strict, and from JSON, to reject what the API server rejects: "8" for 8, snake_case.
+    return JobManifest.model_validate_json(json.dumps(value), strict=True, by_alias=True, by_name=False)
+
+
 def _problem(document: Document, detail: ErrorDetails) -> Problem:
     location = detail["loc"]
     path = write_location(location) or "a QLoRAJob"
-    return Problem(document.position_of(location), f"{path}: {describe_error(detail, JobManifest)}")
+    return Problem(document.position_of(location), f"{path}: {describe_error(detail, JobManifest)}", path)
 
 
-def _position_of_message(document: Document, message: str) -> str:
-    """Return the position of the field whose path is the first word of a rule's message."""
-    return document.position_of(read_location(message.split(maxsplit=1)[0]))
+def _duplicate(found: Duplicate) -> Problem:
+    path = write_location(found.location)
+    return Problem(
+        found.position, f"{path}: duplicate key '{found.location[-1]}', first at {found.first}; keep one of them", path
+    )
+
+
+def _violation(document: Document, message: str) -> Problem:
+    """Return the problem of a rule's message, whose first word is the path of the field."""
+    path = message.split(maxsplit=1)[0]
+    return Problem(document.position_of(read_location(path)), message, path)

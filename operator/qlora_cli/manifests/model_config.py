@@ -1,7 +1,6 @@
 """Finds a model's config.json locally: from --config, in the model's folder, or in a hub cache."""
 
 import contextlib
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -10,6 +9,7 @@ from qlora_api.model_config import MAX_CONFIG_BYTES
 from qlora_api.object_names import ObjectName
 from qlora_api.untrusted_json import InvalidJsonError, parse_object
 from qlora_api.v1alpha1 import ModelSpec
+from qlora_cli.hub_cache import hub_caches
 from qlora_cli.uris import to_display_path
 
 _HUB: Final = "hf://"
@@ -57,14 +57,6 @@ def find_config(model: ModelSpec, mirror: str | None) -> Path:
         f"spec.model.uri: {_CONFIG} of {name} at {model.revision} is not in {searched}; "
         f"run 'hf download {name} {_CONFIG}', or pass --config {_CONFIG}"
     )
-
-
-def hub_caches(mirror: str | None) -> tuple[Path, ...]:
-    """Return the folders with the layout of a hub cache: the mirror, or the cache of huggingface_hub."""
-    if mirror:
-        return (Path(to_display_path(mirror)).expanduser(),)
-    home = os.environ.get("HF_HOME", "~/.cache/huggingface")
-    return (Path(os.environ.get("HF_HUB_CACHE", f"{home}/hub")).expanduser(),)
 
 
 def _in_cache(cache: Path, name: str, revision: str) -> Path | None:

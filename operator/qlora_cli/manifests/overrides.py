@@ -3,10 +3,11 @@
 import copy
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Final
 
+from qlora_cli.manifests.local_paths import to_local_uri
 from qlora_cli.manifests.yaml_documents import Document, parse_value
-from qlora_cli.uris import to_uri
 
 SET_OPTION: Final = "--set"
 
@@ -24,13 +25,15 @@ class Override:
 
 
 def parse_override(text: str) -> Override:
-    """Parse lora.rank=8 or spec.lora.rank=8; a local path as the value of a `uri` becomes a file:// URI."""
+    """Parse lora.rank=8 or spec.lora.rank=8; a local path becomes a file:// URI."""
     path, sign, value = text.partition("=")
     location = ("spec", *path.strip().removeprefix("spec.").split("."))
     if not sign or not all(location):
         raise OverrideError(f"write {SET_OPTION} path=value, such as {SET_OPTION} lora.rank=8; got {text!r}")
     parsed = parse_value(value)
-    return Override(location, to_uri(parsed) if location[-1] == "uri" and isinstance(parsed, str) else parsed)
+    if location[-1] == "uri" and isinstance(parsed, str):
+        return Override(location, to_local_uri(location, parsed, Path.cwd()))
+    return Override(location, parsed)
 
 
 def apply_overrides(document: Document, overrides: Iterable[Override]) -> Document:

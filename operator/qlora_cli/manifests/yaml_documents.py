@@ -4,7 +4,7 @@ import re
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final
@@ -12,6 +12,8 @@ from typing import Any, Final
 import yaml
 
 from qlora_api.escapes import escape_line
+from qlora_api.units import MIB
+from qlora_cli.manifests.yaml_hints import explain_yaml_error
 
 Location = tuple[str | int, ...]
 """Keys and list indices from the document's root to a field."""
@@ -30,6 +32,9 @@ GO_EXPONENT: Final = 1e21
 """From here on Go writes a number with an exponent, which the API server takes for no integer."""
 _FLOAT: Final = re.compile(r"[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$")
 _YAML_TAG: Final = "tag:yaml.org,2002:"
+MAX_FILE_BYTES: Final = 8 * MIB
+"""Largest file that is read; etcd stores objects of at most 1.5 MiB, and a file may have several."""
+_UTF_16: Final = (b"\xff\xfe", b"\xfe\xff")
 
 
 class _Loader(yaml.SafeLoader):
@@ -59,7 +64,17 @@ _Loader.add_constructor(f"{_YAML_TAG}float", _construct_float)
 
 
 class YamlError(Exception):
-    """The text is not valid YAML; the message starts with the position."""
+    """A file cannot be read, or is not valid YAML; the message starts with its name or the position."""
+
+
+@dataclass(frozen=True)
+class Duplicate:
+    """A key that a mapping has twice, which the API server refuses."""
+
+    location: Location
+    position: str
+    first: str
+    """Position of the first one."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +84,7 @@ class Document:
     file: str
     value: Any
     positions: Mapping[Location, str]
+    duplicates: tuple[Duplicate, ...] = ()
 
     def position_of(self, location: Location) -> str:
         """Return file and line of a field, or of its nearest parent that has a position."""
@@ -95,9 +111,56 @@ def parse_value(text: str) -> Any:
 
 def read_documents(file: str) -> list[Document]:
     """Parse a file, or standard input for '-', into objects; empty documents are skipped, and lists taken apart."""
-    text = sys.stdin.read() if file == STDIN else Path(file).read_text(encoding="utf-8")
-    documents = parse_documents(text, "standard input" if file == STDIN else file)
+    documents = parse_documents(read_text(file), name_of(file))
     return [item for document in documents for item in items_of(document)]
+
+
+def name_of(file: str) -> str:
+    """Return the name of a file in messages."""
+    return "standard input" if file == STDIN else file
+
+
+def read_text(file: str) -> str:
+    """Return the text of a file, or of standard input.
+
+    Raises:
+        YamlError: It cannot be read, is too large, or is not text.
+
+    """
+    try:
+        content = _read_bytes(file)
+    except (OSError, ValueError) as error:
+        raise YamlError(describe_read_error(file, error)) from error
+    name = escape_line(name_of(file))
+    if len(content) > MAX_FILE_BYTES:
+        raise YamlError(f"{name}: has more than {MAX_FILE_BYTES // MIB} MiB, which no manifest has; give the manifest")
+    if content.startswith(_UTF_16):
+        raise YamlError(f"{name}: is UTF-16, as PowerShell writes it; save it as UTF-8")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise YamlError(f"{name}:{line}: not UTF-8; save it as UTF-8, or give the manifest") from error
+    if "\0" in text:
+        raise YamlError(f"{name}: is a binary file; give the manifest, a YAML file")
+    return text
+
+
+def _read_bytes(file: str) -> bytes:
+    if file == STDIN:
+        return sys.stdin.buffer.read(MAX_FILE_BYTES + 1)
+    with Path(file).open("rb") as stream:
+        return stream.read(MAX_FILE_BYTES + 1)
+
+
+def describe_read_error(file: str, error: Exception) -> str:
+    """Return why a file could not be read, and what to give instead."""
+    name = escape_line(name_of(file))
+    if isinstance(error, IsADirectoryError):
+        return f"{name}: is a folder; give a manifest in it, such as {escape_line(str(Path(file) / 'job.yaml'))}"
+    if isinstance(error, FileNotFoundError):
+        return f"{name}: No such file or directory; correct the path, or write a manifest with qlora init"
+    return f"{name}: {(error.strerror if isinstance(error, OSError) else None) or error}"
 
 
 def items_of(document: Document, depth: int = MAX_LISTS) -> list[Document]:
@@ -110,7 +173,14 @@ def items_of(document: Document, depth: int = MAX_LISTS) -> list[Document]:
     for path, position in document.positions.items():
         if len(path) > 1 and path[0] == "items":
             positions[path[1]][path[2:]] = position
-    items = [Document(document.file, item, positions[index]) for index, item in enumerate(value["items"])]
+    duplicates: defaultdict[str | int, list[Duplicate]] = defaultdict(list)
+    for found in document.duplicates:
+        if len(found.location) > 1 and found.location[0] == "items":
+            duplicates[found.location[1]].append(replace(found, location=found.location[2:]))
+    items = [
+        Document(document.file, item, positions[index], tuple(duplicates[index]))
+        for index, item in enumerate(value["items"])
+    ]
     return [nested for item in items if item.value is not None for nested in items_of(item, depth - 1)]
 
 
@@ -130,29 +200,35 @@ def parse_documents(text: str, file: str) -> list[Document]:
         loader = _Loader(text)
         return [document for document in _documents(loader, file) if document.value is not None]
     except yaml.MarkedYAMLError as error:
-        raise YamlError(f"{_position(file, error.problem_mark or error.context_mark)}: {_message(error)}") from error
+        mark = error.problem_mark or error.context_mark
+        line, message = explain_yaml_error(text, mark.line if mark else None, _message(error))
+        raise YamlError(f"{file if line is None else f'{file}:{line + 1}'}: {message}") from error
     except RecursionError as error:
         raise YamlError(f"{file}: an anchor contains itself, or the nesting is too deep") from error
     except yaml.YAMLError as error:
-        raise YamlError(f"{file}: {str(error).splitlines()[0]}") from error
+        raise YamlError(f"{file}: {explain_yaml_error(text, None, str(error).splitlines()[0])[1]}") from error
     except _NO_VALUE as error:
-        raise YamlError(f"{file}: a value cannot be read: {error}; quote it, or remove its tag") from error
+        problem = f"a value cannot be read: {error}; quote it, or remove its tag"
+        raise YamlError(f"{file}: {explain_yaml_error(text, None, problem)[1]}") from error
 
 
 def _documents(loader: _Loader, file: str) -> Iterator[Document]:
     while loader.check_node():
         node: Any = loader.get_node()
-        positions = dict(islice(_positions(node, (), file), MAX_FIELDS + 1))
+        duplicates: list[Duplicate] = []
+        positions = dict(islice(_positions(node, (), file, duplicates), MAX_FIELDS + 1))
         if len(positions) > MAX_FIELDS:
             raise yaml.MarkedYAMLError(
                 problem=f"has more than {MAX_FIELDS:,} fields, with those that aliases repeat; split it",
                 problem_mark=node.start_mark,
             )
-        yield Document(file, loader.construct_document(node), positions)
+        yield Document(file, loader.construct_document(node), positions, tuple(duplicates))
 
 
-def _positions(node: yaml.Node, location: Location, file: str) -> Iterator[tuple[Location, str]]:
-    """Yield the position of each field below a node; a duplicate key is an error, as for the API server."""
+def _positions(
+    node: yaml.Node, location: Location, file: str, duplicates: list[Duplicate]
+) -> Iterator[tuple[Location, str]]:
+    """Yield the position of each field below a node, and collect keys that a mapping has twice."""
     if not location:
         yield location, _position(file, node.start_mark)
     children: list[tuple[str | int, yaml.Node, yaml.Node]] = []
@@ -160,13 +236,14 @@ def _positions(node: yaml.Node, location: Location, file: str) -> Iterator[tuple
         children = [(_key_of(key), key, value) for key, value in node.value]
     elif isinstance(node, yaml.SequenceNode):
         children = [(position, value, value) for position, value in enumerate(node.value)]
-    seen: set[str | int] = set()
+    seen: dict[str | int, str] = {}
     for name, start, child in children:
+        position = _position(file, start.start_mark)
         if name in seen:
-            raise yaml.MarkedYAMLError(problem=f"duplicate key '{name}'", problem_mark=start.start_mark)
-        seen.add(name)
-        yield (*location, name), _position(file, start.start_mark)
-        yield from _positions(child, (*location, name), file)
+            duplicates.append(Duplicate((*location, name), position, seen[name]))
+        seen.setdefault(name, position)
+        yield (*location, name), position
+        yield from _positions(child, (*location, name), file, duplicates)
 
 
 def _key_of(node: yaml.Node) -> str:

@@ -29,14 +29,13 @@ from qlora_cli.cluster.pods import parse_pod
 from qlora_cli.commands import events, wait
 from qlora_cli.commands.chat import ChatPrinter
 from qlora_cli.commands.merge import show_merged
-from qlora_cli.commands.validate import describe_read_error
 from qlora_cli.console import Console, echo, print_line
 from qlora_cli.display.dashboard import LossHistory, render_dashboard
 from qlora_cli.display.formats import print_data, render_columns, to_yaml
 from qlora_cli.display.progress import LineScreen, LiveScreen, open_screen
 from qlora_cli.errors import exit_error, exit_error_without_remedy, exit_interrupted, exit_on_error
 from qlora_cli.manifests.loader import ManifestError, parse_manifest
-from qlora_cli.manifests.yaml_documents import YamlError, parse_documents
+from qlora_cli.manifests.yaml_documents import YamlError, describe_read_error, parse_documents
 from qlora_cli.options import OutputFormat
 from qlora_cli.podlogs.archived import describe_attempt, parse_log
 from qlora_cli.podlogs.lines import LogPrinter

@@ -185,6 +185,20 @@ def test_plan_error_message_has_a_fix(options: list[str], sentence: str) -> None
     assert sentence in output
 
 
+def test_gpu_memory_in_bytes_is_rejected() -> None:
+    code, output = plan("--config", config_of("llama-3.2-3b"), "--gpu-memory", "80")
+    assert (code, "'80' is less than 1 GiB; write a number and a unit, as in 24Gi" in " ".join(output.split())) == (
+        2,
+        True,
+    )
+
+
+def test_host_memory_below_the_tensors_alone_does_not_fit() -> None:
+    change = ("--set", "resources.gpusPerNode=0", "--set", "resources.memory=500Mi")
+    code, output = plan("--config", config_of("llama-3.2-3b"), *change)
+    assert (code, "spec.resources.memory is 500Mi, and the weights and activations" in output) == (1, True)
+
+
 def test_gpu_memory_without_unit_is_rejected() -> None:
     code, output = plan("--config", config_of("llama-3.2-3b"), "--gpu-memory", "24GB")
     assert code == 2

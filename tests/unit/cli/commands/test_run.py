@@ -212,7 +212,7 @@ def test_run_is_sized_for_the_local_gpu(trainer, job):
     [
         (JOB.replace("rank: 16", "rank: 0"), "job.yaml:11: spec.lora.rank: must be ≥ 1, got 0"),
         (f"{JOB}---\n{JOB}", "job.yaml: has 2 QLoRAJobs; pass a file with one"),
-        ("kind: Secret\n", "job.yaml: has 0 QLoRAJobs; pass a file with one"),
+        ("kind: Secret\n", "job.yaml: contains no QLoRAJob, only Secret; write a manifest with qlora init"),
         ("a: [", "job.yaml:1: while parsing a flow node"),
     ],
 )

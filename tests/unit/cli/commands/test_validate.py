@@ -24,9 +24,9 @@ def validate(text: str) -> tuple[int, list[str]]:
         ("rank: 16", "rank: 0", 11, "spec.lora.rank: must be ≥ 1, got 0"),
         ("rank: 16", "rank: 2000", 11, "spec.lora.rank: must be ≤ 1024, got 2000"),
         ("rank: 16", "rank: 1.5", 11, "spec.lora.rank: must be an integer, got 1.5"),
-        ("rank: 16", 'rank: "16"', 11, 'spec.lora.rank: must be an integer, got "16"'),
+        ("rank: 16", 'rank: "16"', 11, 'spec.lora.rank: must be an integer, got "16"; write 16, without quotes'),
         ("rank: 16", "dropout: 1", 11, "spec.lora.dropout: must be < 1, got 1"),
-        ("rank: 16", "dora: 1", 11, "spec.lora.dora: must be true or false, got 1"),
+        ("rank: 16", "dora: 1", 11, "spec.lora.dora: must be true or false, got 1; write true, without quotes"),
         ("rank: 16", "rnk: 8", 11, "spec.lora.rnk: unknown field; did you mean rank?"),
         (
             "rank: 16",
@@ -41,7 +41,7 @@ def validate(text: str) -> tuple[int, list[str]]:
             "spec.lora.colour: unknown field; known are rank, alpha, rankPattern, alphaPattern, "
             "dropout, targets, dora, rslora, init, modulesToSave",
         ),
-        ("[q_proj, v_proj]", "q_proj", 12, 'spec.lora.targets: must be a list, got "q_proj"'),
+        ("[q_proj, v_proj]", "q_proj", 12, 'spec.lora.targets: must be a list, got "q_proj"; write targets: [q_proj]'),
         ("[q_proj, v_proj]", "[]", 12, "spec.lora.targets: must have 1 or more entries, got []"),
         (
             "[q_proj, v_proj]",
@@ -61,7 +61,7 @@ def validate(text: str) -> tuple[int, list[str]]:
             "support-bot",
             "{{ .Values.name }}",
             4,
-            "invalid map key; quote the value, or render the template (helm template) before it is read",
+            "has template expressions, {{ … }}; render it first, such as with helm template, and give the output",
         ),
         (
             "rank: 16",
@@ -69,29 +69,33 @@ def validate(text: str) -> tuple[int, list[str]]:
             11,
             "invalid map key; quote the value, or render the template (helm template) before it is read",
         ),
-        ("[q_proj, v_proj]", "[q_proj, 8]", 12, "spec.lora.targets[1]: must be a string, got 8"),
-        ("rank: 16", "use_dora: true", 11, "spec.lora.use_dora: unknown field; did you mean dora?"),
+        ("[q_proj, v_proj]", "[q_proj, 8]", 12, 'spec.lora.targets[1]: must be a string, got 8; write "8"'),
+        ("rank: 16", "use_dora: true", 11, "spec.lora.use_dora: unknown field; write spec.lora.dora: true"),
         ("gpusPerNode: 0", "memory: 16GB", 14, 'spec.resources.memory: must look like 16Gi, got "16GB"'),
-        ("    uri: s3://adapters/team-a\n", "    ifExists: Skip\n", 15, "spec.output.uri: is required"),
-        ("s3://adapters/team-a", "a", 16, 'spec.output.uri: must look like s3://adapters/team-a, got "a"'),
+        (
+            "    uri: s3://adapters/team-a\n",
+            "    ifExists: Skip\n",
+            15,
+            "spec.output.uri: is required; write uri: s3://adapters/team-a",
+        ),
+        (
+            "s3://adapters/team-a",
+            "gs://a",
+            16,
+            "spec.output.uri: gs:// is not read; copy it to s3://, or to a local file for qlora run, got \"gs://a\"",
+        ),
         ("support-bot", "support.bot", 4, 'metadata.name: must look like support-bot, got "support.bot"'),
         ("support-bot", "x" * 53, 4, "metadata.name: may have 52 characters"),
         ("v1alpha1", "v1", 1, 'apiVersion: must be qlora.dev/v1alpha1, got "qlora.dev/v1"'),
         ("kind: QLoRAJob", "kind: QloraJob", 2, 'kind: must be QLoRAJob, got "QloraJob"'),
-        (
-            "s3://data",
-            "file:///data",
-            9,
-            "spec.dataset.uri is file:///data/train.jsonl, and file:// works with 'qlora run' only; "
-            "upload it and use s3://",
-        ),
         (
             "[q_proj, v_proj]",
             "[q_proj, all-linear]",
             12,
             "spec.lora.targets lists all-linear with other names; list it alone, or list module names without it",
         ),
-        ("rank: 16", "rank: 16\n    rank: 8", 12, "duplicate key 'rank'"),
+        ("rank: 16", "rank: 16\n    rank: 8", 12,
+         "spec.lora.rank: duplicate key 'rank', first at standard input:11; keep one of them"),
     ],
 )  # fmt: skip
 def test_problem_has_line_field_and_fix(old, new, line, message):
@@ -112,7 +116,8 @@ def test_all_problems_are_reported_in_file_order():
     assert validate(f"{secret}{broken}---\n{JOB}") == (
         1,
         [
-            f'standard input:11: spec.model.uri: must look like hf://{MODEL}, got "organization/name"',
+            "standard input:11: spec.model.uri: write hf://organization/name, or ./organization/name for a local "
+            'folder, got "organization/name"',
             "standard input:15: spec.lora.rank: must be ≥ 1, got 0",
             "standard input:22: QLoRAJob support-bot is valid",
         ],
@@ -178,16 +183,18 @@ def test_object_of_the_api_server_is_valid():
     assert validate(in_list(written + status))[0] == 0
 
 
-@pytest.mark.parametrize("items", ["[]", "[null]", "{}", ""])
-def test_list_without_jobs_is_reported(items):
-    assert validate(f"apiVersion: v1\nkind: List\nitems: {items}\n") == (1, ["-: contains no QLoRAJob"])
+@pytest.mark.parametrize(("items", "only"), [("[]", ""), ("[null]", ""), ("{}", ", only List"), ("", ", only List")])
+def test_list_without_jobs_is_reported(items, only):
+    assert validate(f"apiVersion: v1\nkind: List\nitems: {items}\n") == (
+        1, [f"standard input: contains no QLoRAJob{only}; write a manifest with qlora init"]
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("kind: Secret\n", "-: contains no QLoRAJob"),
-        ("", "-: contains no QLoRAJob"),
+        ("kind: Secret\n", "standard input: contains no QLoRAJob, only Secret; write a manifest with qlora init"),
+        ("", "standard input: contains no QLoRAJob; write a manifest with qlora init"),
         ("just text\n", 'standard input:1: a QLoRAJob: must be a mapping of fields, got "just text"'),
         ("spec: {x: &a [*a]}\n", "standard input: an anchor contains itself, or the nesting is too deep"),
     ],

@@ -1,0 +1,110 @@
+"""Results in a folder: found from above and from inside, the newest of several."""
+
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from qlora_api.report import Confidence, Interval, Intervals, ResultManifest, RunReport, ServingCheck
+from qlora_api.v1alpha1 import Plan
+from qlora_cli.__main__ import app
+from qlora_cli.local.output_store import OutputError
+from qlora_cli.local.published_results import find_result, is_result
+from tests.make import DIGEST, NOW, make_prepared, make_result, make_spec
+
+SAME = Interval(low=1, high=2)
+ALIKE = Intervals(loss=SAME, perplexity=SAME, token_accuracy=SAME)
+OLD, NEW = "a" * 16, "b" * 16
+
+
+def make_report(job: str) -> RunReport:
+    return RunReport(
+        job=job,
+        namespace="ml",
+        digest=DIGEST,
+        spec=make_spec(),
+        plan=Plan(device="cpu", nodes=1, gpus_per_node=0, micro_batch_size=4, gradient_accumulation=2, total_steps=1),
+        prepared=make_prepared(),
+        choices={},
+        history=(),
+        adapter_step=0,
+        evaluation=make_result().evaluation,
+        confidence=Confidence(level=0.95, resamples=1, seed=0, base=ALIKE, adapter=ALIKE, change=ALIKE),
+        samples=(),
+        serving=ServingCheck(vllm=True, max_lora_rank=16),
+        started_at=NOW,
+        finished_at=NOW,
+        training_seconds=1,
+        tokens_per_second=1,
+        peak_memory_bytes=1,
+        versions={},
+    )
+
+
+def write_result(output: Path, digest: str = NEW, day: int = 2, job: str = "support-bot") -> Path:
+    folder = output / "support-bot" / digest
+    for part in ("adapter", "report"):
+        (folder / part).mkdir(parents=True)
+    (folder / "report/report.json").write_text(make_report(job).model_dump_json(by_alias=True))
+    (folder / "report/report.html").write_text("<p>")
+    manifest = ResultManifest(
+        digest=digest,
+        job=job,
+        namespace="ml",
+        base_model="hf://a/b",
+        base_commit="d" * 40,
+        dataset_uri="s3://data/rows.jsonl",
+        dataset_digest="d" * 64,
+        trainer_version="0.1.0",
+        created_at=NOW + timedelta(days=day),
+        result=make_result(),
+        files=(),
+    )
+    (folder / "manifest.json").write_text(manifest.model_dump_json(by_alias=True))
+    return folder
+
+
+@pytest.mark.parametrize("below", ["", "support-bot", f"support-bot/{NEW}", f"support-bot/{NEW}/adapter"])
+def test_result_is_found_from_above_and_from_inside(tmp_path: Path, below: str) -> None:
+    folder = write_result(tmp_path)
+    found = find_result(str(tmp_path / below), None, pytest.fail)
+    assert (found.uri, found.adapter) == (folder.as_uri(), f"{folder.as_uri()}/adapter")
+
+
+def test_newest_of_several_results_is_taken_and_named(tmp_path: Path) -> None:
+    write_result(tmp_path, OLD, day=3)
+    write_result(tmp_path, NEW, day=2)
+    notes: list[str] = []
+    assert find_result(str(tmp_path), None, notes.append).uri.endswith(OLD)
+    assert notes == [f"{tmp_path} has 2 results; this is the newest, support-bot/{OLD}"]
+
+
+def test_folder_without_result_is_refused_with_the_next_step(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"has no published result, .* give the output of a run"):
+        find_result(str(tmp_path), None, pytest.fail)
+
+
+def test_name_of_a_foreign_result_becomes_no_path(tmp_path: Path) -> None:
+    write_result(tmp_path, job="../../elsewhere")
+    with pytest.raises(OutputError, match="no QLoRAJob has such a name"):
+        find_result(str(tmp_path), None, pytest.fail)
+
+
+def test_name_of_a_qlorajob_is_no_folder_unless_it_has_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bot").mkdir()
+    assert (is_result("bot"), is_result("./bot"), is_result("s3://bucket/out")) == (False, True, True)
+    write_result(tmp_path / "out")
+    assert is_result("out")
+
+
+def test_report_and_serve_snippet_read_a_folder(tmp_path: Path) -> None:
+    folder = write_result(tmp_path)
+    reported = CliRunner().invoke(app, ["report", str(tmp_path), "--no-open"])
+    assert (reported.exit_code, reported.stderr) == (0, "")
+    assert reported.stdout.endswith(f"report  {folder}/report/report.html\n")
+    served = CliRunner().invoke(app, ["serve-snippet", str(tmp_path)])
+    assert f"--lora-modules support-bot={folder}/adapter" in served.stdout
+    refused = CliRunner().invoke(app, ["serve-snippet", str(tmp_path), "--for", "kserve"])
+    assert (refused.exit_code, "upload it and give its s3:// URI" in refused.stderr) == (1, True)
