@@ -78,6 +78,9 @@ PROGRESS_URL_ENV: Final = "KUBEFLOW_TRAINER_SERVER_URL"
 PROGRESS_TOKEN_ENV: Final = "KUBEFLOW_TRAINER_SERVER_TOKEN"  # noqa: S105 (a variable's name)
 """The path of the bearer token's file."""
 
+WATCHED_NAMESPACES_ANNOTATION: Final = f"{GROUP}/watched-namespaces"
+"""On the Lease of an installation: the namespaces that it watches, separated by commas; empty: all."""
+
 QUEUE_LABEL: Final = "kueue.x-k8s.io/queue-name"
 """On a training Job, and a prepare Job if a queue holds it, that Kueue admits; the value is spec.queue.name."""
 PRIORITY_CLASS_LABEL: Final = "kueue.x-k8s.io/priority-class"

@@ -8,7 +8,7 @@ from typing import Final
 from qlora_api.job_ref import JobRef
 from qlora_api.names import Phase, Role
 from qlora_api.reasons import Reason
-from qlora_api.v1alpha1 import Progress
+from qlora_api.v1alpha1 import Progress, QLoRAJobStatus
 from qlora_operator.cluster.interface import AdmissionDeniedError, Cluster, InvalidStatusError, NameConflictError
 from qlora_operator.controller.finished import reconcile_finished
 from qlora_operator.controller.requeue import requeue_delay
@@ -119,8 +119,15 @@ async def reconcile_once(
     """Reconcile a QLoRAJob once; None: the cached copy is not enough to act on, read it live."""
     if raw.deleting:
         return ReconcileResult()
+    claimed_by = raw.status.get("operator")
+    if other := context.claimant.find_other(claimed_by):
+        return ReconcileResult(belongs_to=other)
     read = read_job(raw)
+    if claimed_by not in {None, context.claimant.installation}:
+        read = read._replace(status=without_reports(read.status))
     request = ReconcileRequest(raw, read.status, without_stale_report(context, raw))
+    if not is_terminal(read.status) and context.claimant.must_claim(claimed_by):
+        return await claim(request, cluster)
     if is_terminal(read.status):
         return await reconcile_ended(request, read, cluster, installation, from_cache=from_cache)
     spec = read.spec
@@ -147,6 +154,23 @@ async def reconcile_once(
     await refresh_run_config(decision, job, children, cluster, installation, request.context.last_report)
     gpus = held_gpus(children, decision.plan or job.status.plan)
     return await write_status(request, decision, gpus, cluster)
+
+
+def without_reports(status: QLoRAJobStatus) -> QLoRAJobStatus:
+    """Drop the last report, which another installation received: the pod reports to that one, and not to this."""
+    return status.model_copy(update={"last_report": None})
+
+
+async def claim(request: ReconcileRequest, cluster: Cluster) -> ReconcileResult:
+    """Record which installation reconciles the run; of two that try, the API server refuses the second one."""
+    previous = request.previous_status
+    decision = Decision(
+        previous.phase or Phase.PENDING,
+        previous.reason or Reason.ACCEPTED,
+        previous.message or "",
+        requeue_after=AT_ONCE,
+    )
+    return await write_status(request, decision, previous.gpus or 0, cluster)
 
 
 def is_first_step(decision: Decision, job: Job) -> bool:
@@ -424,8 +448,9 @@ async def write_status(request: ReconcileRequest, decision: Decision, gpus: int,
     raw, previous = request.raw, request.previous_status
     report, now = request.context.last_report, request.context.now
     await _warn_of_request_without_effect(request, cluster)
+    claimed = {"operator": request.context.claimant.installation or None}
     statuses = (
-        note_request(status, raw.retry_request)
+        note_request(status, raw.retry_request).model_copy(update=claimed)
         for status in derive_alternatives(previous, decision, report, gpus=gpus, generation=raw.generation, now=now)
     )
     status = next(statuses)
