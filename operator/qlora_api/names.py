@@ -83,6 +83,9 @@ WATCHED_NAMESPACES_ANNOTATION: Final = f"{GROUP}/watched-namespaces"
 
 QUEUE_LABEL: Final = "kueue.x-k8s.io/queue-name"
 """On a training Job, and a prepare Job if a queue holds it, that Kueue admits; the value is spec.queue.name."""
+KUEUE_GROUP: Final = "kueue.x-k8s.io"
+KUEUE_JOB_LABEL: Final = "kueue.x-k8s.io/job-uid"
+"""On a Workload of Kueue; the value is the uid of its Job."""
 PRIORITY_CLASS_LABEL: Final = "kueue.x-k8s.io/priority-class"
 """Next to QUEUE_LABEL; the value is spec.queue.priorityClass."""
 

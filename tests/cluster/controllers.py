@@ -53,13 +53,14 @@ def install_jobset(cluster: Cluster) -> Controller:
     return install(cluster, "jobset", {"apiVersion": "config.jobset.x-k8s.io/v1alpha1"})
 
 
-def start_kueue(cluster: Cluster) -> None:
-    """Start Kueue for Jobs that name a queue, with the webhooks that hold such Jobs back."""
+def start_kueue(cluster: Cluster, **options: Any) -> None:
+    """Start Kueue for Jobs that name a queue, with the webhooks that hold such Jobs back; options are its own."""
     config = {
         "apiVersion": "config.kueue.x-k8s.io/v1beta1",
         "integrations": {"frameworks": ["batch/job"]},
         # It needs certificates at a fixed place, and nobody asks for it here.
         "featureGates": {"VisibilityOnDemand": False},
+        **options,
     }
     controller = install(cluster, "kueue", config)
     with metrics_certificate(plane_of(cluster)):

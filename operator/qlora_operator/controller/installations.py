@@ -1,7 +1,7 @@
 """Which installation each QLoRAJob belongs to, so that two never work on one namespace.
 
 An installation claims QLoRAJobs in their status, which no tenant may write. A claim counts as long as the Lease of its
-installation is renewed and says that it watches the namespace (docs/decisions/0028-installations.md).
+installation is renewed and says that it watches the namespace (docs/decisions/0030-installations.md).
 """
 
 import asyncio

@@ -34,6 +34,7 @@ from qlora_operator.lifecycle import (
 from qlora_operator.lifecycle.gang import classify_child
 from qlora_operator.lifecycle.leftovers import END_GRACE
 from qlora_operator.lifecycle.prepare_retries import next_preparation
+from qlora_operator.lifecycle.queue import queued_jobs
 from qlora_operator.lifecycle.retry_policy import AT_ONCE
 from qlora_operator.lifecycle.retry_request import (
     begin_retry,
@@ -137,7 +138,9 @@ async def reconcile_once(
     children = cluster.children_from_cache(raw)
     now = request.context.now
     decision = decide(job, children, request.context)
-    cache_is_enough = is_noop(decision, job, children, now) or (
+    # A queue is asked when its time has come, not after each event.
+    asks_queue = not from_cache and bool(queued_jobs(children))
+    cache_is_enough = (is_noop(decision, job, children, now) and not asks_queue) or (
         is_first_step(decision, job) and not (from_cache and children.jobs)
     )
     if from_cache and not cache_is_enough:
@@ -207,11 +210,18 @@ async def list_children_and_gpu_nodes(job: Job, raw: RawJob, cluster: Cluster, n
     if needs_gpu_nodes(job, children):
         children = replace(children, gpu_nodes=await cluster.find_gpu_nodes())
     unexplained = unexplained_jobs(job, children, now)
+    queued = queued_jobs(children)
     jobs = [
         await with_event_message(child, raw.ref, cluster, looked_up=child.name in unexplained)
         for child in children.jobs
     ]
+    jobs = [await with_workload(child, raw.ref, cluster) if child.name in queued else child for child in jobs]
     return replace(children, jobs=tuple(jobs))
+
+
+async def with_workload(child: ChildJob, ref: JobRef, cluster: Cluster) -> ChildJob:
+    """Return a Job with what its queue says."""
+    return replace(child, workload=await cluster.find_workload(ref, child.uid))
 
 
 async def with_event_message(child: ChildJob, ref: JobRef, cluster: Cluster, *, looked_up: bool) -> ChildJob:
@@ -313,12 +323,23 @@ async def apply_decision(  # noqa: PLR0913, PLR0917 (everything that a decision 
 async def limit_jobs(decision: Decision, job: Job, children: Observation, cluster: Cluster, now: datetime) -> Decision:
     """Adjust the deadlines of the Jobs, delete those that outlive what they were for, and return when the next will."""
     if decision.action is Action.NONE:
-        for patch in (*outdated_deadlines(decision, job, children, now), *missing_queue_labels(job, children)):
+        for patch in outdated_deadlines(decision, job, children, now):
             await cluster.patch(patch)
+        decision = await queue_jobs(decision, job, children, cluster)
         for leftover in leftover_jobs(job.status, children, now):
             await cluster.delete_job(job.ref, leftover)
     requeue_at = earliest(now, decision.requeue_at, next_leftover(job.status, children, now))
     return replace(decision, requeue_at=requeue_at or decision.requeue_at)
+
+
+async def queue_jobs(decision: Decision, job: Job, children: Observation, cluster: Cluster) -> Decision:
+    """Put suspended Jobs into the queue of their run; a queue that admits one meanwhile refuses the change."""
+    try:
+        for patch in missing_queue_labels(job, children):
+            await cluster.patch(patch)
+    except AdmissionDeniedError as error:
+        return replace(decision, message=f"spec.queue: {error}", requeue_after=ADMISSION_DENIED_RETRY)
+    return decision
 
 
 async def refresh_run_config(  # noqa: PLR0913, PLR0917 (as apply_decision)
@@ -418,15 +439,15 @@ def outdated_prepare_jobs(job: Job, children: Observation) -> list[ChildJob]:
 
 
 def missing_queue_labels(job: Job, children: Observation) -> list[Manifest]:
-    """Return the patches that put a prepare Job into the queue of its run, if a queue controller has suspended it."""
-    queue = job.spec.queue
+    """Return the patches that put suspended Jobs into the queue of their run: prepare Jobs, and after it changed."""
+    queue, queued = job.spec.queue, queued_jobs(children)
     if queue is None:
         return []
     return [
         build_queue_labels(job.ref, child, queue)
         for child in children.jobs
-        if child.role is Role.PREPARE and child.suspended and child.queue != queue.name
-        if not (child.finished or child.deleting)
+        if child.name in queued
+        and (child.queue, child.priority_class) != (queue.name, queue.priority_class or child.priority_class)
     ]
 
 

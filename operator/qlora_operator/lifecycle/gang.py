@@ -24,6 +24,7 @@ from qlora_operator.lifecycle.exit_reasons import (
     is_abandoned,
     parse_termination_message,
 )
+from qlora_operator.lifecycle.queue import next_queue_lookup
 from qlora_operator.models import ChildJob, Job, JobState, Pod, Stage, earliest
 
 PEER_PATIENCE: Final = timedelta(minutes=5)
@@ -31,13 +32,22 @@ PEER_PATIENCE: Final = timedelta(minutes=5)
 or they lose their connections to it."""
 
 
+_FOREIGN_CONTROLLER: Final = (
+    "spec.queue: Job {job} was handed over to {manager} (spec.managedBy), which runs it in another cluster, without its "
+    "configuration and out of the operator's sight; name a queue of this cluster, then retry the run"
+)
+
+
 def classify(child: ChildJob, startup: timedelta, now: datetime) -> JobState:
     """Return the state of a child Job, and why it ended if it did."""
+    if child.managed_by and not child.finished:
+        return ended_state(Reason.INVALID_SPEC, _FOREIGN_CONTROLLER.format(job=child.name, manager=child.managed_by))
     first = child.pod
     if first is not None and first.exit is not None and _succeeded(first):
         return classify_exit(child, first, first.exit)
     if child.suspended and not child.finished:
-        return JobState(Stage.WAITING, Reason.QUEUED, f"Job {child.name} is suspended until its queue admits it")
+        message = f"Job {child.name} is suspended until its queue admits it"
+        return JobState(Stage.WAITING, Reason.QUEUED, message, requeue_at=next_queue_lookup(child, now))
     if failures := [pod for pod in child.pods if _failed(pod) or is_abandoned(pod, now)]:
         return _with_deletion_deadline(child, _classify_failures(child, failures, now), now)
     if child.finished:
