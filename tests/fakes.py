@@ -217,7 +217,7 @@ class FakeCluster:
 
     async def find_workload(self, ref: JobRef, uid: str) -> Workload | None:  # noqa: ARG002
         self.workload_lists += 1
-        names_by_uid = {child["metadata"]["uid"]: name for (kind, name), child in self.children.items() if kind == "Job"}
+        names_by_uid = {child["metadata"]["uid"]: name for (_, name), child in self.children.items()}
         return self.workloads.get(names_by_uid.get(uid, ""))
 
     async def find_gpu_nodes(self) -> tuple[Manifest, ...]:

@@ -109,7 +109,9 @@ def test_queued_run_waits_for_admission(job_namespace: JobNamespace) -> None:
     wait_for(job_namespace, "first", "Training")
     job = submit(job_namespace, "second")
     status = wait_for(job_namespace, "second", "Queued")
-    message = f"Job {job} is suspended until its queue admits it: queue {QUEUE}: couldn't assign flavors to pod set main: "
+    message = (
+        f"Job {job} is suspended until its queue admits it: queue {QUEUE}: couldn't assign flavors to pod set main: "
+    )
     wait_for_message(job_namespace, "second", f"{message}insufficient unused quota for nvidia.com/gpu in flavor any")
     assert status["gpus"] == 0
     assert job_namespace.pods_of(job) == []

@@ -107,7 +107,7 @@ class Installations:
         return Claimant(self.own, former, claims_first=bool(self.own) and (contested or not claimed))
 
     def find_other(self, ref: JobRef) -> str:
-        """Return the installation to which a QLoRAJob is left; one without a claim goes to whoever has the namespace."""
+        """Return the installation that a QLoRAJob is left to; one without a claim goes to whoever has the namespace."""
         known = self._namespaces.get(ref.namespace)
         if known is None:
             return ""
@@ -130,7 +130,7 @@ class Installations:
         return (name for name, known in self._namespaces.items() if known.waiting)
 
     async def follow(self, release: Callable[[JobRef], None]) -> NoReturn:
-        """Release QLoRAJobs once the installation that they were left to is gone, or watches their namespace no more."""
+        """Release QLoRAJobs whose other installation is gone, or no longer watches their namespace."""
         while True:
             await asyncio.sleep(REFRESH_SECONDS)
             for ref in await self.refresh():

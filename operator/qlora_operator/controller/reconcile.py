@@ -117,21 +117,28 @@ async def reconcile(
 async def reconcile_once(
     raw: RawJob, cluster: Cluster, installation: Installation, context: ReconcileContext, *, from_cache: bool
 ) -> ReconcileResult | None:
-    """Reconcile a QLoRAJob once; None: the cached copy is not enough to act on, read it live."""
+    """Reconcile a QLoRAJob once, unless it belongs to another installation; None: read it live first."""
     if raw.deleting:
         return ReconcileResult()
-    claimed_by = raw.status.get("operator")
-    if other := context.claimant.find_other(claimed_by):
+    claimant, claimed_by = context.claimant, raw.status.get("operator")
+    if other := claimant.find_other(claimed_by):
         return ReconcileResult(belongs_to=other)
     read = read_job(raw)
-    if claimed_by not in {None, context.claimant.installation}:
+    if claimed_by is not None and claimed_by != claimant.installation:
         read = read._replace(status=without_reports(read.status))
     request = ReconcileRequest(raw, read.status, without_stale_report(context, raw))
-    if not is_terminal(read.status) and context.claimant.must_claim(claimed_by):
-        return await claim(request, cluster)
     if is_terminal(read.status):
         return await reconcile_ended(request, read, cluster, installation, from_cache=from_cache)
-    spec = read.spec
+    if claimant.must_claim(claimed_by):
+        return await claim(request, cluster)
+    return await reconcile_unfinished(request, read, cluster, installation, from_cache=from_cache)
+
+
+async def reconcile_unfinished(
+    request: ReconcileRequest, read: ReadJob, cluster: Cluster, installation: Installation, *, from_cache: bool
+) -> ReconcileResult | None:
+    """Reconcile a run that has not ended; None: the cached copy is not enough to act on, read it live."""
+    raw, spec = request.raw, read.spec
     if spec is None:
         return None if from_cache else await reconcile_unreadable(request, read, cluster)
     job = Job(raw.ref, raw.uid, raw.generation, raw.created_at, spec, read.status, read.skew)

@@ -27,7 +27,7 @@ class Reception:
 
 @dataclass(frozen=True)
 class Claimant:
-    """An installation of the operator, which claims QLoRAJobs in their status (docs/decisions/0030-installations.md)."""
+    """An installation, which claims QLoRAJobs in their status (docs/decisions/0030-installations.md)."""
 
     installation: str = ""
     """Namespace and name of its Lease; empty outside a cluster, where there is none."""

@@ -32,16 +32,8 @@ PEER_PATIENCE: Final = timedelta(minutes=5)
 or they lose their connections to it."""
 
 
-_FOREIGN_CONTROLLER: Final = (
-    "spec.queue: Job {job} was handed over to {manager} (spec.managedBy), which runs it in another cluster, without its "
-    "configuration and out of the operator's sight; name a queue of this cluster, then retry the run"
-)
-
-
 def classify(child: ChildJob, startup: timedelta, now: datetime) -> JobState:
     """Return the state of a child Job, and why it ended if it did."""
-    if child.managed_by and not child.finished:
-        return ended_state(Reason.INVALID_SPEC, _FOREIGN_CONTROLLER.format(job=child.name, manager=child.managed_by))
     first = child.pod
     if first is not None and first.exit is not None and _succeeded(first):
         return classify_exit(child, first, first.exit)
@@ -60,6 +52,8 @@ def classify(child: ChildJob, startup: timedelta, now: datetime) -> JobState:
 
 def classify_child(job: Job, child: ChildJob, now: datetime) -> JobState:
     """Return the state of a child Job of a QLoRAJob; a termination message with facts of another run does not count."""
+    if child.managed_by and not child.finished:
+        return ended_state(Reason.INVALID_SPEC, _describe_dispatched(child))
     state = _with_known_uris(job, classify(child, startup_timeout(job), now))
     foreign = _find_foreign_fact(job, state.termination_message) if state.termination_message else None
     if foreign is None:
@@ -69,6 +63,13 @@ def classify_child(job: Job, child: ChildJob, now: datetime) -> JobState:
         "output, or run code in the pod"
     )
     return replace(ended_state(Reason.TRAINER_ERROR, message), domain=Domain.AUTHOR)
+
+
+def _describe_dispatched(child: ChildJob) -> str:
+    return (
+        f"spec.queue: Job {child.name} was handed over to {child.managed_by} (spec.managedBy), which runs it in "
+        "another cluster, without its configuration; name a queue of this cluster, then retry the run"
+    )
 
 
 def _with_known_uris(job: Job, state: JobState) -> JobState:

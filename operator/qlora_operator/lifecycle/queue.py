@@ -1,8 +1,10 @@
 """What a Job in a queue waits for, in the queue's own words."""
 
+from collections.abc import Callable
 from datetime import datetime, timedelta
 from typing import Final
 
+from qlora_api.names import KUEUE_GROUP
 from qlora_operator.lifecycle.exit_reasons import LONGEST_EVENT_LOOKUP
 from qlora_operator.models import ChildJob, Job, Observation, Workload
 
@@ -37,30 +39,77 @@ def describe_wait(job: Job, child: ChildJob, sentence: str, now: datetime) -> st
     return f"{sentence}: {details}" if details else sentence
 
 
-def _describe(child: ChildJob, workload: Workload, now: datetime) -> str:
-    """Return what a Workload waits for; the first thing that applies."""
-    if not workload.kueue_served:
-        return (
-            "spec.queue: the cluster has no Kueue (it does not serve kueue.x-k8s.io), so nothing will admit it; install "
-            "Kueue, or create a run without spec.queue"
-        )
-    if not workload.name:
-        waited = now - (child.suspended_at or child.created_at)
-        return _NO_WORKLOAD if waited >= WORKLOAD_CREATION_TIME else ""
-    if not workload.active:
-        why = f": {workload.evicted}" if workload.evicted else ""
-        return f"Workload {workload.name} is deactivated{why}; to queue it again, set its spec.active to true"
-    queue = f"queue {workload.queue or child.queue}"
-    if workload.requeue_at is not None and workload.requeue_at > now and not workload.quota_reserved:
-        return f"{queue}: {workload.pending or workload.evicted}; it is queued again at {workload.requeue_at:%H:%M:%S} UTC"
-    if workload.admitted:
-        return f"{queue} has admitted it, and Kueue is about to start it"
-    if workload.quota_reserved and workload.checks:
-        return f"{queue} has reserved quota, and these admission checks are not ready: {', '.join(workload.checks)}"
-    return f"{queue}: {workload.pending}" if workload.pending else ""
+def _without_kueue(_: ChildJob, workload: Workload, __: datetime) -> str | None:
+    if workload.kueue_served:
+        return None
+    return (
+        f"spec.queue: the cluster has no Kueue (it does not serve {KUEUE_GROUP}), so nothing will admit it; install "
+        "Kueue, or create a run without spec.queue"
+    )
 
 
-_NO_WORKLOAD: Final = (
-    "spec.queue: Kueue has created no Workload for it; let Kueue manage batch/job and this namespace, or create a run "
-    "without spec.queue"
+def _without_workload(child: ChildJob, workload: Workload, now: datetime) -> str | None:
+    if workload.name:
+        return None
+    if now < (child.suspended_at or child.created_at) + WORKLOAD_CREATION_TIME:
+        return ""
+    return (
+        "spec.queue: Kueue has created no Workload for it; let Kueue manage batch/job and this namespace, or create a "
+        "run without spec.queue"
+    )
+
+
+def _deactivated(_: ChildJob, workload: Workload, __: datetime) -> str | None:
+    if workload.active:
+        return None
+    why = f": {workload.evicted}" if workload.evicted else ""
+    return f"Workload {workload.name} is deactivated{why}; to queue it again, set its spec.active to true"
+
+
+def _in_back_off(child: ChildJob, workload: Workload, now: datetime) -> str | None:
+    if workload.requeue_at is None or workload.requeue_at <= now or workload.quota_reserved:
+        return None
+    why = workload.pending or workload.evicted
+    return f"{_queue(child, workload)}: {why}; it is queued again at {workload.requeue_at:%H:%M:%S} UTC"
+
+
+def _evicted(child: ChildJob, workload: Workload, _: datetime) -> str | None:
+    """Say who takes its quota; Kueue keeps the quota reserved until its pods have ended."""
+    being_evicted = workload.evicted and workload.quota_reserved
+    return f"{_queue(child, workload)}: {workload.evicted}" if being_evicted else None
+
+
+def _admitted(child: ChildJob, workload: Workload, _: datetime) -> str | None:
+    return f"{_queue(child, workload)} has admitted it, and Kueue is about to start it" if workload.admitted else None
+
+
+def _checked(child: ChildJob, workload: Workload, _: datetime) -> str | None:
+    if not (workload.quota_reserved and workload.checks):
+        return None
+    checks = ", ".join(workload.checks)
+    return f"{_queue(child, workload)} has reserved quota, and these admission checks are not ready: {checks}"
+
+
+def _pending(child: ChildJob, workload: Workload, _: datetime) -> str | None:
+    return f"{_queue(child, workload)}: {workload.pending}" if workload.pending else None
+
+
+def _queue(child: ChildJob, workload: Workload) -> str:
+    return f"queue {workload.queue or child.queue}"
+
+
+_WAITS: Final[tuple[Callable[[ChildJob, Workload, datetime], str | None], ...]] = (
+    _without_kueue,
+    _without_workload,
+    _deactivated,
+    _in_back_off,
+    _evicted,
+    _admitted,
+    _checked,
+    _pending,
 )
+"""What a Job in a queue may wait for; the first that applies is said."""
+
+
+def _describe(child: ChildJob, workload: Workload, now: datetime) -> str:
+    return next((text for wait in _WAITS if (text := wait(child, workload, now)) is not None), "")

@@ -2,18 +2,24 @@
 
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from typing import Any
 
 import pytest
 
 from qlora_api.job_ref import JobRef
 from qlora_api.v1alpha1 import Progress
-from qlora_operator.cluster.http import ApiError
+from qlora_operator.cluster.http import Api, ApiError, NotFoundError
 from qlora_operator.cluster.interface import ClusterBusyError
+from qlora_operator.controller.controller import Controller
+from qlora_operator.controller.error_status import write_error
 from qlora_operator.controller.installations import GONE_SECONDS, Installations
+from qlora_operator.controller.metrics import Metrics
 from qlora_operator.controller.reconcile import reconcile
 from qlora_operator.controller.result import ReconcileResult
 from qlora_operator.leader_election.installation_lease import InstallationLease
 from qlora_operator.lifecycle import Claimant, ReconcileContext
+from qlora_operator.resources import Installation
+from qlora_operator.settings import LeaderElectionSettings, Settings
 from tests.fakes import FakeCluster
 from tests.make import INSTALLATION, NOW, PREPARED_MESSAGE, REF, make_manifest
 from tests.unit.operator.life import PREPARE, TRAIN
@@ -220,3 +226,58 @@ async def test_run_that_was_taken_over_continues_and_is_not_hung() -> None:
     assert (cluster.status["operator"], cluster.status["phase"]) == (OURS, "Training")
     assert cluster.created == before
     assert cluster.now - NOW > timedelta(hours=4)
+
+
+class ApiWithOtherInstallation(Api):
+    """An API server whose QLoRAJobs another installation has claimed, and its Lease."""
+
+    def __init__(self) -> None:
+        self.lease: dict[str, Any] | None = {"metadata": {"resourceVersion": "1"}}
+        self.writes: list[tuple[str, dict[str, Any]]] = []
+        manifest = make_manifest("first", "team-a")
+        metadata = {"uid": "1", "generation": 1, "resourceVersion": "5", "creationTimestamp": NOW.isoformat()}
+        self.job = {**manifest, "metadata": {**manifest["metadata"], **metadata}, "status": {"operator": THEIRS}}
+
+    async def request(self, method: str, path: str, body: Any = None, **_: Any) -> dict[str, Any]:
+        if method != "GET":
+            self.writes.append((path, body))
+            return {"metadata": {"resourceVersion": "6"}}
+        if "/leases/" in path:
+            if self.lease is None:
+                raise NotFoundError(404, "NotFound", "404")
+            return self.lease
+        return self.job if path.endswith("/first") else {"metadata": {"resourceVersion": "9"}, "items": []}
+
+
+async def test_operator_reports_a_namespace_that_it_leaves_and_takes_it_over() -> None:
+    api = ApiWithOtherInstallation()
+    election = LeaderElectionSettings("qlora-system", "pod", "qlora-operator")
+    settings = Settings(Installation("trainer:1"), leader_election=election)
+    controller = Controller(settings, api, Metrics(lambda: True))
+    controller.metrics.jobs.start_leading(lambda _: None)
+    controller.on_job_update(FIRST, api.job)
+    for ref in (FIRST, FIRST, SECOND):
+        assert await controller._reconcile(ref) is None
+    assert [(path.rpartition("/")[2], body["reason"], body["type"]) for path, body in api.writes] == [
+        ("events", "ServedByOtherInstallation", "Warning")
+    ]
+    assert f"namespace team-a is served by installation {THEIRS}, so {OURS} leaves" in api.writes[0][1]["note"]
+    assert 'qlora_operator_namespace_served{namespace="team-a"} 0.0' in controller.metrics.render().decode()
+    assert controller.unhealthy_reason() is None
+    assert await controller._installations.refresh() == []
+    api.lease = None
+    assert sorted(await controller._installations.refresh()) == [FIRST, SECOND]
+    assert 'namespace="team-a"' not in controller.metrics.render().decode()
+    await controller._reconcile(FIRST)
+    statuses = [body["status"] for path, body in api.writes if path.endswith("/first/status")]
+    assert [status["operator"] for status in statuses] == [OURS]
+
+
+async def test_error_is_not_written_into_the_status_of_another_installation() -> None:
+    cluster = FakeCluster()
+    cluster.submit(make_manifest())
+    assert cluster.job
+    cluster.job["status"] = {"operator": THEIRS}
+    context = ReconcileContext(NOW, claimant=Claimant(OURS))
+    assert await write_error(REF, ValueError("x"), cluster, context) is None
+    assert cluster.writes == []

@@ -63,6 +63,10 @@ def pending(message: str = FULL, **change: Any) -> Workload:
             ": queue gpus has admitted it, and Kueue is about to start it", id="admitted",
         ),
         pytest.param(
+            Workload(**NAMED, quota_reserved=True, admitted=True, evicted=EVICTED), MINUTE,
+            f": queue gpus: {EVICTED}", id="being-evicted",
+        ),
+        pytest.param(
             pending("Exceeded the PodsReady timeout", requeue_at=NOW + 2 * HOUR), HOUR,
             f": queue gpus: Exceeded the PodsReady timeout; it is queued again at {NOW + 2 * HOUR:%H:%M:%S} UTC",
             id="back-off",
