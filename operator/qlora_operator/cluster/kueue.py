@@ -6,6 +6,7 @@ from typing import Any, Final
 
 from qlora_api import names
 from qlora_operator.cluster.http import Api, ApiError, NotFoundError
+from qlora_operator.cluster.interface import ClusterBusyError
 from qlora_operator.cluster.parse import Json, conditions_of, parse_time
 from qlora_operator.cluster.tolerant import check_types, parse_or_skip
 from qlora_operator.models import Workload
@@ -30,7 +31,7 @@ class Workloads:
         self._refused = ""
 
     async def find(self, namespace: str, job_uid: str) -> Workload | None:
-        """Return the Workload of a Job; None if that is unknown, because the operator may not read Workloads."""
+        """Return the Workload of a Job; None if that is unknown: without the right, or with a broken Kueue."""
         try:
             self._version = self._version or await self._discover()
             path = f"/apis/{names.KUEUE_GROUP}/{self._version}/namespaces/{namespace}/workloads"
@@ -39,7 +40,7 @@ class Workloads:
         except NotFoundError:
             self._version = ""
             return NO_KUEUE
-        except ApiError as error:
+        except (ApiError, ClusterBusyError) as error:  # a conversion webhook that does not answer is a 500
             if str(error) != self._refused:
                 _log.warning("cannot list Workloads, so the status does not say what a queue waits for: %s", error)
             self._refused = str(error)

@@ -83,9 +83,15 @@ async def test_missing_right_is_harmless_and_logged_once(caplog: pytest.LogCaptu
         "cannot list Workloads, so the status does not say what a queue waits for: "
         "workloads.kueue.x-k8s.io is forbidden"
     ]
-    api.error = ClusterBusyError("503")
-    with pytest.raises(ClusterBusyError):
-        await workloads.find("ml", "uid-1")
+    await api.close()
+
+
+async def test_broken_conversion_webhook_of_kueue_is_harmless() -> None:
+    api = KueueApi("v1beta2", error=ClusterBusyError("500: conversion webhook for kueue.x-k8s.io/v1beta1 failed"))
+    workloads = Workloads(api)
+    assert await workloads.find("ml", "uid-1") is None
+    api.error = None
+    assert await workloads.find("ml", "uid-1") == READ
     await api.close()
 
 
