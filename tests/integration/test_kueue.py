@@ -18,7 +18,7 @@ from tests.integration.operator_process import JobNamespace, Operator, install, 
 from tests.make import PREPARED_MESSAGE, PUBLISHED_MESSAGE, message_for
 
 QUEUE: Final = "gpu-queue"
-KUEUE: Final = "kueue.x-k8s.io/v1beta1"
+KUEUE: Final = "kueue.x-k8s.io/v1beta2"
 PREEMPTED: Final = 60.0
 """Seconds for Kueue to stop a run and to start another, on a busy machine."""
 

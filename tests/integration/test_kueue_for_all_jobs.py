@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import pytest
 
@@ -24,9 +24,6 @@ from tests.integration.test_kueue import (
     wait_for_message,
 )
 from tests.make import PREPARED_MESSAGE, message_for
-
-BLOCKER: Final = "blocker"
-"""A Job of somebody else that is more important, and takes the whole quota."""
 
 
 @pytest.fixture(scope="module")
@@ -51,43 +48,44 @@ def job_namespace(with_kueue: Cluster, tmp_path: Path, request: pytest.FixtureRe
         operator.stop_and_check_log()
 
 
-def block(job_namespace: JobNamespace) -> None:
-    """Let somebody more important take the whole quota."""
-    container = {"name": "main", "image": "other:test", "resources": {"requests": {"cpu": "64"}}}
-    labels = {names.QUEUE_LABEL: QUEUE, names.PRIORITY_CLASS_LABEL: "urgent"}
-    job_namespace.cluster.apply({
-        "apiVersion": "batch/v1",
-        "kind": "Job",
-        "metadata": {"name": BLOCKER, "namespace": job_namespace.namespace, "labels": labels},
-        "spec": {"template": {"spec": {"restartPolicy": "Never", "containers": [container]}}},
-    })  # fmt: skip
-    wait_until("it is admitted", lambda: bool(job_namespace.pods_of(BLOCKER)), timeout=PREEMPTED)
+def block(job_namespace: JobNamespace, name: str) -> None:
+    """Let a more important run take the whole quota."""
+    quota = {"gpusPerNode": 1, "cpu": "64"}
+    job_namespace.submit(name, resources=quota, queue={"name": QUEUE, "priorityClass": "urgent"})
+    job_namespace.end_pod(names.prepare_job_name(name), 0, message_for(name, PREPARED_MESSAGE))
+    wait_for(job_namespace, name, "Training")
+
+
+def unblock(job_namespace: JobNamespace, name: str) -> None:
+    """Delete that run."""
+    job_namespace.kubectl("delete", "qlj", name)
+    wait_until("it is gone", lambda: not job_namespace.pods_of(names.train_job_name(name, 1)), timeout=PREEMPTED)
 
 
 def test_preparation_gets_the_queue_of_its_run_and_survives_preemption(job_namespace: JobNamespace) -> None:
     prepare = names.prepare_job_name("ordinary")
     job_namespace.submit("ordinary", resources={"gpusPerNode": 1}, queue={"name": QUEUE, "priorityClass": "ordinary"})
     first = job_namespace.pod_of(prepare)
-    block(job_namespace)
+    block(job_namespace, "urgent")
     wait_for(job_namespace, "ordinary", "Preparing", "Queued")
     wait_for_message(
         job_namespace, "ordinary",
         f"Job {prepare} is suspended until its queue admits it: queue {QUEUE}: couldn't assign flavors to pod set main",
     )  # fmt: skip
-    job_namespace.kubectl("delete", "job", BLOCKER)
+    unblock(job_namespace, "urgent")
     wait_for(job_namespace, "ordinary", "Preparing", "Preparing")
     assert job_namespace.pod_of(prepare) != first
     job_namespace.end_pod(prepare, 0, message_for("ordinary", PREPARED_MESSAGE))
     wait_for(job_namespace, "ordinary", "Training")
-    block(job_namespace)
+    block(job_namespace, "again")
     status = wait_for(job_namespace, "ordinary", "Queued")
     assert status["attempts"][0].get("runningSince") is None
     wait_until("no GPU is counted", lambda: job_namespace.status("ordinary")["gpus"] == 0, timeout=PREEMPTED)
-    job_namespace.kubectl("delete", "job", BLOCKER)
+    unblock(job_namespace, "again")
     finish(job_namespace, "ordinary")
     status = job_namespace.status("ordinary")
     assert (status["attempt"], status["preparation"].get("reason")) == (1, None)
-    assert sorted(job_namespace.jobs()) == ["ordinary-1", prepare]
+    assert sorted(name for name in job_namespace.jobs() if name.startswith("ordinary")) == ["ordinary-1", prepare]
 
 
 def test_run_without_a_queue_says_so_and_continues_with_one(job_namespace: JobNamespace) -> None:

@@ -191,7 +191,8 @@ class Controller:
     async def _reconcile(self, ref: JobRef) -> timedelta | None:
         bind_task_fields(namespace=ref.namespace, job=ref.name)
         if other := self._installations.find_other(ref):
-            return await self._leave_to(other, ref)
+            await self._leave_to(other, ref)
+            return None
         context = self._make_context(ref)
         try:
             with self.metrics.time_reconcile():
@@ -203,7 +204,8 @@ class Controller:
             raise
         if result.belongs_to:
             self._installations.observe(ref, result.belongs_to)
-            return await self._leave_to(result.belongs_to, ref)
+            await self._leave_to(result.belongs_to, ref)
+            return None
         if result.gone:
             self._forget(ref)
             return None

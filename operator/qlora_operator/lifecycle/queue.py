@@ -35,8 +35,9 @@ def describe_wait(job: Job, child: ChildJob, sentence: str, now: datetime) -> st
     if child.workload is None:
         last = job.status.message or ""
         return last if last.startswith(sentence) else sentence
-    details = _describe(child, child.workload, now)
-    return f"{sentence}: {details}" if details else sentence
+    details, evicted = _describe(child, child.workload, now), child.workload.evicted
+    said = not details or (evicted and evicted in sentence and details.endswith(evicted))
+    return sentence if said else f"{sentence}: {details}"
 
 
 def _without_kueue(_: ChildJob, workload: Workload, __: datetime) -> str | None:

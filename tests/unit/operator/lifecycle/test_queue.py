@@ -81,6 +81,14 @@ def test_run_that_waits_says_what_its_queue_says(workload: Workload | None, age:
     assert len(message) == len(SENTENCE) or expected
 
 
+def test_reason_of_an_eviction_is_said_once() -> None:
+    workload = Workload(**NAMED, quota_reserved=True, admitted=True, evicted=EVICTED)
+    child = ChildJob(TRAIN, Role.TRAIN, 1, NOW, suspended=True, queue="gpus", workload=workload)
+    assert describe_wait(make_job(), child, f"Job {TRAIN} was suspended: {EVICTED}", NOW) == (
+        f"Job {TRAIN} was suspended: {EVICTED}"
+    )
+
+
 def test_default_queue_of_the_namespace_counts_as_a_queue() -> None:
     child = ChildJob(PREPARE, Role.PREPARE, 1, NOW, suspended=True, queue="default", workload=pending(queue="default"))
     assert describe_wait(make_job(), child, SENTENCE, NOW) == f"{SENTENCE}: queue default: {FULL}"
