@@ -78,12 +78,18 @@ def parse_workload(item: Json) -> Workload:
             active=spec.get("active") is not False,
             admitted="Admitted" in held,
             quota_reserved="QuotaReserved" in held,
-            pending=missing.get("QuotaReserved", {}).get("message", ""),
+            pending=_current_message(item, missing.get("QuotaReserved", {})),
             evicted=held.get("Evicted", {}).get("message", ""),
             checks=tuple(_describe_check(check) for check in _unready(status))[:MAX_CHECKS],
             requeue_at=parse_time(requeue_state.get("requeueAt")),
         )
     )
+
+
+def _current_message(item: Json, condition: Json) -> str:
+    """Return the message of a condition; empty if it is older than the spec, as after a change of the queue."""
+    generation = item["metadata"].get("generation", 0)
+    return str(condition.get("message", "")) if condition.get("observedGeneration", generation) >= generation else ""
 
 
 def _unready(status: Json) -> list[Mapping[str, Any]]:

@@ -10,6 +10,8 @@ from qlora_operator.models import ChildJob, Job, Observation, Workload
 
 FIRST_LOOKUP: Final = timedelta(seconds=5)
 """Kueue creates the Workload of a Job and tries to admit it within a second or two."""
+DEACTIVATED: Final = "The workload is deactivated"
+"""What Kueue says if somebody has set spec.active to false, and not Kueue itself with a reason."""
 WORKLOAD_CREATION_TIME: Final = timedelta(minutes=1)
 """Without a Workload after this time, Kueue does not manage the Job."""
 
@@ -63,46 +65,52 @@ def _without_workload(child: ChildJob, workload: Workload, now: datetime) -> str
 def _deactivated(_: ChildJob, workload: Workload, __: datetime) -> str | None:
     if workload.active:
         return None
-    why = f": {workload.evicted}" if workload.evicted else ""
+    why = f": {workload.evicted}" if workload.evicted not in {"", DEACTIVATED} else ""
     return f"Workload {workload.name} is deactivated{why}; to queue it again, set its spec.active to true"
 
 
-def _in_back_off(child: ChildJob, workload: Workload, now: datetime) -> str | None:
+def _moving(child: ChildJob, workload: Workload, _: datetime) -> str | None:
+    """Say nothing while a Job moves to another queue; Kueue follows within a second."""
+    return "" if not workload.queue or workload.queue != child.queue else None
+
+
+def _in_back_off(_: ChildJob, workload: Workload, now: datetime) -> str | None:
     if workload.requeue_at is None or workload.requeue_at <= now or workload.quota_reserved:
         return None
     why = workload.pending or workload.evicted
-    return f"{_queue(child, workload)}: {why}; it is queued again at {workload.requeue_at:%H:%M:%S} UTC"
+    return f"{_queue(workload)}: {why}; it is queued again at {workload.requeue_at:%H:%M:%S} UTC"
 
 
-def _evicted(child: ChildJob, workload: Workload, _: datetime) -> str | None:
+def _evicted(_: ChildJob, workload: Workload, __: datetime) -> str | None:
     """Say who takes its quota; Kueue keeps the quota reserved until its pods have ended."""
     being_evicted = workload.evicted and workload.quota_reserved
-    return f"{_queue(child, workload)}: {workload.evicted}" if being_evicted else None
+    return f"{_queue(workload)}: {workload.evicted}" if being_evicted else None
 
 
-def _admitted(child: ChildJob, workload: Workload, _: datetime) -> str | None:
-    return f"{_queue(child, workload)} has admitted it, and Kueue is about to start it" if workload.admitted else None
+def _admitted(_: ChildJob, workload: Workload, __: datetime) -> str | None:
+    return f"{_queue(workload)} has admitted it, and Kueue is about to start it" if workload.admitted else None
 
 
-def _checked(child: ChildJob, workload: Workload, _: datetime) -> str | None:
+def _checked(_: ChildJob, workload: Workload, __: datetime) -> str | None:
     if not (workload.quota_reserved and workload.checks):
         return None
     checks = ", ".join(workload.checks)
-    return f"{_queue(child, workload)} has reserved quota, and these admission checks are not ready: {checks}"
+    return f"{_queue(workload)} has reserved quota, and these admission checks are not ready: {checks}"
 
 
-def _pending(child: ChildJob, workload: Workload, _: datetime) -> str | None:
-    return f"{_queue(child, workload)}: {workload.pending}" if workload.pending else None
+def _pending(_: ChildJob, workload: Workload, __: datetime) -> str | None:
+    return f"{_queue(workload)}: {workload.pending}" if workload.pending else None
 
 
-def _queue(child: ChildJob, workload: Workload) -> str:
-    return f"queue {workload.queue or child.queue}"
+def _queue(workload: Workload) -> str:
+    return f"queue {workload.queue}"
 
 
 _WAITS: Final[tuple[Callable[[ChildJob, Workload, datetime], str | None], ...]] = (
     _without_kueue,
     _without_workload,
     _deactivated,
+    _moving,
     _in_back_off,
     _evicted,
     _admitted,

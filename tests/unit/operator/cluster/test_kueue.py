@@ -140,6 +140,13 @@ def test_workload_is_read(spec: dict[str, Any], status: dict[str, Any], expected
     assert choose_workload([{"metadata": {"name": "w"}, "spec": spec, "status": status}]) == expected
 
 
+@pytest.mark.parametrize(("observed", "expected"), [(1, ""), (2, "no LocalQueue"), (3, "no LocalQueue")])
+def test_message_that_is_older_than_the_spec_is_left_out(observed: int, expected: str) -> None:
+    reserved = {**condition("QuotaReserved", "False", "no LocalQueue"), "observedGeneration": observed}
+    item = {"metadata": {"name": "w", "generation": 2}, "spec": {}, "status": {"conditions": [reserved]}}
+    assert choose_workload([item]).pending == expected
+
+
 def test_newest_workload_counts_and_an_unreadable_one_does_not() -> None:
     newer = {**WAITING, "metadata": {"name": "newer", "creationTimestamp": "2026-01-02T00:00:00Z"}}
     broken = {"metadata": {"name": 7, "creationTimestamp": "2026-01-03T00:00:00Z"}}

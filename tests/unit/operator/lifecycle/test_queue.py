@@ -54,6 +54,12 @@ def pending(message: str = FULL, **change: Any) -> Workload:
             id="deactivated",
         ),
         pytest.param(
+            pending(active=False, evicted="The workload is deactivated"), HOUR,
+            f": Workload {NAMED['name']} is deactivated; to queue it again", id="deactivated-by-somebody",
+        ),
+        pytest.param(pending("LocalQueue  doesn't exist", queue=""), HOUR, "", id="not-in-its-queue-yet"),
+        pytest.param(pending("full", queue="former"), HOUR, "", id="still-in-another-queue"),
+        pytest.param(
             Workload(**NAMED, quota_reserved=True, checks=("provisioning (Pending: asked for nodes)",)), HOUR,
             ": queue gpus has reserved quota, and these admission checks are not ready: provisioning (Pending: asked",
             id="admission-check",
