@@ -24,6 +24,9 @@ SPEC_FIELDS: Final = frozenset(JOB_SCHEMA["properties"]["spec"]["properties"])
 BUILT_IN: Final = frozenset({"v1", "apps/v1", "batch/v1"})
 OTHERS: Final = {"Application": "argoproj.io/v1alpha1", "Kustomization": "kustomize.toolkit.fluxcd.io/v1"}
 """Kinds of Argo CD and Flux; what of them is ours is the path that they apply."""
+KUEUE: Final = "kueue.x-k8s.io/v1beta2"
+KUEUE_KINDS: Final = frozenset({"ClusterQueue", "LocalQueue", "ResourceFlavor"})
+"""Applied with the same fields in tests/integration/test_kueue.py."""
 RENDERED: Final = "kustomize.config.k8s.io/v1beta1"
 """Rendered by kubectl and applied in tests/integration/test_gitops.py."""
 MISTAKEN: Final = "examples/broken.yaml"
@@ -71,6 +74,9 @@ def check_document(document: Document) -> str:
         return names.KIND
     if group in BUILT_IN:
         check_built_in(value, f"V1{kind}")
+        return str(kind)
+    if group == KUEUE:
+        assert kind in KUEUE_KINDS
         return str(kind)
     if group == RENDERED or (kind in OTHERS and OTHERS[kind] == group):
         path = value["spec"].get("path") or value["spec"]["source"]["path"] if "spec" in value else "."
