@@ -18,7 +18,7 @@ from qlora_operator.cluster.interface import (
     PodOwner,
 )
 from qlora_operator.cluster.parse import controller_uid, parse_event_message, parse_job, parse_observation
-from qlora_operator.models import ChildJob, Manifest, Observation, RawJob
+from qlora_operator.models import ChildJob, Manifest, Observation, RawJob, Workload
 from tests.make import NOW, UID
 
 Write = tuple[str, str]
@@ -53,12 +53,17 @@ class FakeCluster:
         self.child_lists = 0
         self.event_lists = 0
         self.job_reads = 0
+        self.workload_lists = 0
+        self.workloads: dict[str, Workload] = {}
+        """What a queue says of a Job, by its name; the operator may not read what is not here."""
         self.job_events: dict[str, list[Manifest]] = {}
         """Events of Kubernetes and of the queue, by the uid of the Job."""
         self._cached: tuple[list[Manifest], list[Manifest]] | None = None
         self.foreground_deletion = False
         """Whether a Job that is deleted stays while its pod ends."""
         self.admission_error: AdmissionDeniedError | None = None
+        self.patch_error: AdmissionDeniedError | None = None
+        """Why a change of labels is refused, if it is."""
         self.invalid_status: Callable[[Manifest], str | None] = lambda _: None
         """Why a status is refused, if it is."""
         self.crash_after: Callable[[int], bool] = lambda _: False
@@ -210,6 +215,11 @@ class FakeCluster:
         self.event_lists += 1
         return parse_event_message(self.job_events.get(uid, ()), reasons, since)
 
+    async def find_workload(self, ref: JobRef, uid: str) -> Workload | None:  # noqa: ARG002
+        self.workload_lists += 1
+        names_by_uid = {child["metadata"]["uid"]: name for (_, name), child in self.children.items()}
+        return self.workloads.get(names_by_uid.get(uid, ""))
+
     async def find_gpu_nodes(self) -> tuple[Manifest, ...]:
         self.node_lists += 1
         return tuple(copy.deepcopy(self.nodes))
@@ -235,6 +245,8 @@ class FakeCluster:
 
     async def patch(self, child: Manifest) -> None:
         existing = self.children[child["kind"], child["metadata"]["name"]]
+        if self.patch_error is not None and child["metadata"].get("labels"):
+            raise self.patch_error
         spec = existing["spec"] | child.get("spec", {})
         existing["spec"] = {
             name: value

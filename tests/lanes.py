@@ -21,6 +21,7 @@ LANES: Final = {
     "tests/integration/test_admission_burst.py": "simulated nodes",
     "tests/integration/test_gpu_nodes.py": "simulated nodes",
     "tests/integration/test_kueue.py": "simulated nodes",
+    "tests/integration/test_kueue_for_all_jobs.py": "simulated nodes",
     "tests/integration": "control plane",
     "tests/chaos/trainer": "object store",
     "tests/chaos": "operator under faults",

@@ -84,7 +84,8 @@ STALLED: Final = Metric(
 NAMESPACE_SERVED: Final = Metric(
     "qlora_operator_namespace_served",
     MetricType.GAUGE,
-    "1 if the operator can list and watch a namespace of watchNamespaces (without them: all), else 0.",
+    "1 if the operator can list and watch a namespace of watchNamespaces (without them: all), else 0; also 0 for a "
+    "namespace that is left to another installation.",
     ("namespace",),
     "the watched namespaces",
 )

@@ -78,8 +78,14 @@ PROGRESS_URL_ENV: Final = "KUBEFLOW_TRAINER_SERVER_URL"
 PROGRESS_TOKEN_ENV: Final = "KUBEFLOW_TRAINER_SERVER_TOKEN"  # noqa: S105 (a variable's name)
 """The path of the bearer token's file."""
 
+WATCHED_NAMESPACES_ANNOTATION: Final = f"{GROUP}/watched-namespaces"
+"""On the Lease of an installation: the namespaces that it watches, separated by commas; empty: all."""
+
 QUEUE_LABEL: Final = "kueue.x-k8s.io/queue-name"
 """On a training Job, and a prepare Job if a queue holds it, that Kueue admits; the value is spec.queue.name."""
+KUEUE_GROUP: Final = "kueue.x-k8s.io"
+KUEUE_JOB_LABEL: Final = "kueue.x-k8s.io/job-uid"
+"""On a Workload of Kueue; the value is the uid of its Job."""
 PRIORITY_CLASS_LABEL: Final = "kueue.x-k8s.io/priority-class"
 """Next to QUEUE_LABEL; the value is spec.queue.priorityClass."""
 

@@ -223,8 +223,8 @@ REASONS: Final[dict[Reason, ReasonRecord]] = {
         sentence="The training Job waits in its queue and holds no node.",
         remedy=NOTHING_TO_DO,
         moments=(Moment.WAITING,),
-        background="Kueue starts the Job when the LocalQueue named in `spec.queue.name` has room. Without Kueue in the "
-        "cluster, the Job waits forever.",
+        background="Kueue starts the Job when the LocalQueue named in `spec.queue.name` has room. The message says "
+        "what it waits for in Kueue's words. Without Kueue in the cluster, the Job waits forever.",
         also_known_as=("Kueue", "Workload not admitted", "QuotaReserved", "Job is suspended"),
         normal=True,
     ),

@@ -12,7 +12,7 @@ from qlora_operator.lifecycle import prepare_retries
 from qlora_operator.lifecycle.budgets import BACKOFFS, LONGEST_PAUSE, MAX_LOST_ATTEMPTS, MAX_NODE_ATTEMPTS, PATIENCE
 from qlora_operator.lifecycle.node_health import QUARANTINE
 from qlora_operator.models import PREPARE_DEADLINE, PREPARE_MEMORY
-from qlora_operator.resources.event import EVENT_ACTIONS, QUARANTINE_REASON, event_type
+from qlora_operator.resources.event import EVENT_ACTIONS, INSTALLATION_REASON, QUARANTINE_REASON, event_type
 
 MOMENTS: Final = {
     Moment.MANIFEST: "no GPU is held. See `qlora status NAME`; `qlora validate FILE` needs no cluster.",
@@ -202,7 +202,9 @@ def render_events() -> str:
             f"`action` is a verb for the phase: {actions}.",
             "",
             f"`{QUARANTINE_REASON}` is no reason of a status: the node in its note ended attempts of several QLoRAJobs",
-            "and no new attempt uses it for a while ([attempts](../attempts.md#nodes)).",
+            "and no new attempt uses it for a while ([attempts](../attempts.md#nodes)). Nor is",
+            f"`{INSTALLATION_REASON}`: the operator that recorded it leaves the QLoRAJobs of the namespace to another",
+            "installation ([two installations](../operations.md#two-installations)).",
             "",
             "| reason | type | meaning |",
             "|---|---|---|",

@@ -76,7 +76,7 @@ def make_elector(settings: Settings, api: Api, loop: asyncio.AbstractEventLoop) 
     election = settings.leader_election
     if election is None:
         return None
-    lock = KubeLeaseLock(api, election.namespace, election.lease, election.pod)
+    lock = KubeLeaseLock(api, election.namespace, election.lease, election.pod, settings.namespaces)
     return LeaderElector(lock, election.pod, loop.time, utc_now)
 
 

@@ -150,6 +150,28 @@ class JobFailure:
 
 
 @dataclass(frozen=True)
+class Workload:
+    """What Kueue says of a Job that waits in a queue; without a name, there is none."""
+
+    name: str = ""
+    kueue_served: bool = True
+    """Whether the cluster has Kueue's API."""
+    queue: str = ""
+    active: bool = True
+    """Whether Kueue may admit it (spec.active)."""
+    admitted: bool = False
+    quota_reserved: bool = False
+    pending: str = ""
+    """Why no quota is reserved: message of the condition QuotaReserved."""
+    evicted: str = ""
+    """Why it was taken out of the quota: message of the condition Evicted; empty if it was not, or since admitted."""
+    checks: tuple[str, ...] = ()
+    """Admission checks that are not ready, with their state and message."""
+    requeue_at: datetime | None = None
+    """Until when it is left out of the queue, after its pods did not get ready in time."""
+
+
+@dataclass(frozen=True)
 class ChildJob:
     """A batch/v1 Job that belongs to the QLoRAJob, with its pods."""
 
@@ -171,6 +193,12 @@ class ChildJob:
     """When the Job controller suspended it, while it is suspended."""
     queue: str = ""
     """The Kueue queue in its label; empty if none."""
+    priority_class: str = ""
+    """The WorkloadPriorityClass in its label; empty if none."""
+    workload: Workload | None = None
+    """What its queue says; None unless looked up."""
+    managed_by: str = ""
+    """The controller that runs it instead of Kubernetes' own (spec.managedBy); empty if none."""
     complete: bool = False
     failure: JobFailure | None = None
     failing: bool = False

@@ -36,6 +36,11 @@ class LeaderElectionSettings:
     pod: str
     lease: str
 
+    @property
+    def installation(self) -> str:
+        """Return what all replicas of this installation have in common, and no other installation has."""
+        return f"{self.namespace}/{self.lease}"
+
 
 @dataclass(frozen=True)
 class Settings:

@@ -11,6 +11,7 @@ import yaml
 
 from tests.cluster.cluster import Cluster
 from tests.cluster.host.addresses import free_ports
+from tests.cluster.host.commands import wait_until
 from tests.cluster.host.paths import CACHE, ensure_folder, lock
 from tests.cluster.host.processes import Processes
 from tests.cluster.host.progress import Unavailable
@@ -21,6 +22,8 @@ from tests.cluster.services.pki import encode
 FAST: Final = {"qps": 500, "burst": 500}
 """Calls per second that a controller may make: JobSet's own default; Kueue's is a tenth."""
 KUEUE_METRICS: Final = Path("/etc/kueue/metrics/certs")
+CERTIFICATES: Final = 2
+LOG_CHARACTERS: Final = 1_000_000
 METRICS_LOCK: Final = CACHE / "kueue.lock"
 WEBHOOKS_OF_KUEUE: Final = ("batch-v1-job", "kueue-x-k8s-io")
 """Parts of the paths that are served; the rest is for kinds that this cluster does not have."""
@@ -53,18 +56,26 @@ def install_jobset(cluster: Cluster) -> Controller:
     return install(cluster, "jobset", {"apiVersion": "config.jobset.x-k8s.io/v1alpha1"})
 
 
-def start_kueue(cluster: Cluster) -> None:
-    """Start Kueue for Jobs that name a queue, with the webhooks that hold such Jobs back."""
+def start_kueue(cluster: Cluster, **options: Any) -> None:
+    """Start Kueue for Jobs that name a queue, with the webhooks that hold such Jobs back; options are its own."""
     config = {
-        "apiVersion": "config.kueue.x-k8s.io/v1beta1",
+        "apiVersion": "config.kueue.x-k8s.io/v1beta2",
         "integrations": {"frameworks": ["batch/job"]},
         # It needs certificates at a fixed place, and nobody asks for it here.
         "featureGates": {"VisibilityOnDemand": False},
+        **options,
     }
     controller = install(cluster, "kueue", config)
     with metrics_certificate(plane_of(cluster)):
         controller.start()
+        wait_until("Kueue watches its certificates", lambda: watches_certificates(cluster), timeout=60)
     cluster.apply(*build_webhooks(plane_of(cluster), controller.port))
+
+
+def watches_certificates(cluster: Cluster) -> bool:
+    """Return whether Kueue has opened both certificates: that of its webhooks, and that of its metrics."""
+    log = processes_of(cluster).tail("kueue", LOG_CHARACTERS)
+    return log.count("Starting certificate poll+watcher") == CERTIFICATES
 
 
 @contextmanager

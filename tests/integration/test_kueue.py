@@ -18,7 +18,7 @@ from tests.integration.operator_process import JobNamespace, Operator, install, 
 from tests.make import PREPARED_MESSAGE, PUBLISHED_MESSAGE, message_for
 
 QUEUE: Final = "gpu-queue"
-KUEUE: Final = "kueue.x-k8s.io/v1beta1"
+KUEUE: Final = "kueue.x-k8s.io/v1beta2"
 PREEMPTED: Final = 60.0
 """Seconds for Kueue to stop a run and to start another, on a busy machine."""
 
@@ -98,12 +98,22 @@ def wait_for(job_namespace: JobNamespace, name: str, phase: str, reason: str = "
     return job_namespace.status(name)
 
 
+def wait_for_message(job_namespace: JobNamespace, name: str, message: str) -> None:
+    """Wait until the status begins with what a queue says."""
+    said = f"{name} says {message}"
+    wait_until(said, lambda: job_namespace.status(name).get("message", "").startswith(message), timeout=PREEMPTED)
+
+
 def test_queued_run_waits_for_admission(job_namespace: JobNamespace) -> None:
     submit(job_namespace, "first")
     wait_for(job_namespace, "first", "Training")
     job = submit(job_namespace, "second")
     status = wait_for(job_namespace, "second", "Queued")
-    assert status["message"] == f"Job {job} is suspended until its queue admits it"
+    message = (
+        f"Job {job} is suspended until its queue admits it: queue {QUEUE}: couldn't assign flavors to pod set main: "
+    )
+    wait_for_message(job_namespace, "second", f"{message}insufficient unused quota for nvidia.com/gpu in flavor any")
+    assert status["gpus"] == 0
     assert job_namespace.pods_of(job) == []
     finish(job_namespace, "first")
     finish(job_namespace, "second")
@@ -124,7 +134,11 @@ def test_preempted_run_resumes_same_attempt(job_namespace: JobNamespace) -> None
     wait_for(job_namespace, "urgent", "Training")
     status = wait_for(job_namespace, "ordinary", "Queued")
     assert [attempt.get("reason") for attempt in status["attempts"]] == [None]
+    assert [attempt.get("runningSince") for attempt in status["attempts"]] == [None]
     wait_until("the pod has left its GPU", lambda: job_namespace.pods_of(job) == [], timeout=PREEMPTED)
+    wait_until("no GPU is counted", lambda: job_namespace.status("ordinary")["gpus"] == 0, timeout=PREEMPTED)
+    message = f"Job {job} was suspended and resumes from its last checkpoint once it is admitted again: Preempted to"
+    wait_for_message(job_namespace, "ordinary", message)
     finish(job_namespace, "urgent")
     wait_for(job_namespace, "ordinary", "Training")
     assert job_namespace.pods_of(job) != [pod]

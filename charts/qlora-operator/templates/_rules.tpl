@@ -71,6 +71,12 @@
   - events
   verbs:
   - create
+- apiGroups:
+  - kueue.x-k8s.io
+  resources:
+  - workloads
+  verbs:
+  - list
 {{- end }}
 
 {{- define "qlora-operator.retentionRules" -}}
@@ -95,6 +101,12 @@
   - nodes
   verbs:
   - list
+- apiGroups:
+  - coordination.k8s.io
+  resources:
+  - leases
+  verbs:
+  - get
 {{- end }}
 
 {{- define "qlora-operator.homeRules" -}}

@@ -13,6 +13,8 @@ from qlora_api.reasons import Domain, Reason
 from qlora_api.strategies import SINGLE, StrategyName
 from qlora_api.v1alpha1.types import MAX_URI
 
+MAX_INSTALLATION: Final = 63 + 1 + 253
+"""Longest namespace, a slash, and longest name of a Lease."""
 MAX_MESSAGE: Final = 32_768
 """Longest message of a condition (Kubernetes API conventions), and of a status."""
 MAX_PLAN_REASON: Final = 256
@@ -341,6 +343,10 @@ class QLoRAJobStatus(ApiModel):
     )
     gpus: int | None = Field(default=None, ge=0, description="GPUs that pods of the run hold now.")
     attempt: int | None = Field(default=None, ge=1, description="Number of the latest attempt.")
+    operator: Annotated[str, Field(max_length=MAX_INSTALLATION)] | None = Field(
+        default=None,
+        description="The installation that reconciles the run, as namespace/name of its Lease; no other one does.",
+    )
     started_at: datetime | None = Field(default=None, description="When the operator first saw the job.")
     finished_at: datetime | None = Field(default=None, description="When the job ended.")
     model: ModelStatus | None = Field(default=None, description="What the model was resolved to.")

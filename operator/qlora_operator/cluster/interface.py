@@ -5,7 +5,7 @@ from datetime import datetime
 from typing import NamedTuple, Protocol
 
 from qlora_api.job_ref import JobRef
-from qlora_operator.models import ChildJob, Manifest, Observation, RawJob
+from qlora_operator.models import ChildJob, Manifest, Observation, RawJob, Workload
 
 
 class ClusterBusyError(Exception):
@@ -93,6 +93,15 @@ class Cluster(Protocol):
 
         """
 
+    async def find_workload(self, ref: JobRef, uid: str) -> Workload | None:
+        """Return what Kueue says of a child Job in a queue; None if the operator may not read that.
+
+        Args:
+            ref: The QLoRAJob, in whose namespace the child is.
+            uid: The child's uid.
+
+        """
+
     async def ensure(self, child: Manifest) -> bool:
         """Create a child, or update the ConfigMap if it exists; return whether it was created.
 
@@ -107,6 +116,7 @@ class Cluster(Protocol):
 
         Raises:
             ClusterBusyError: The child is gone, or has changed since it was read.
+            AdmissionDeniedError: The API server, or an admission policy such as a queue's, denied the change.
 
         """
 

@@ -22,6 +22,7 @@ from qlora_operator.cluster.interface import (
     PodIdentity,
     PodOwner,
 )
+from qlora_operator.cluster.kueue import Workloads
 from qlora_operator.cluster.parse import (
     Child,
     controller_of,
@@ -34,7 +35,7 @@ from qlora_operator.cluster.parse import (
 )
 from qlora_operator.cluster.parse_node import parse_node
 from qlora_operator.cluster.tolerant import parse_or_skip
-from qlora_operator.models import ChildJob, Manifest, Observation, RawJob
+from qlora_operator.models import ChildJob, Manifest, Observation, RawJob, Workload
 
 _log = logging.getLogger(__name__)
 
@@ -73,6 +74,7 @@ class KubeCluster:
     def __init__(self, api: Api, children: ChildCache) -> None:
         self._api = api
         self._cache = children
+        self._workloads = Workloads(api)
 
     async def read_job(self, ref: JobRef) -> RawJob | None:
         """Return a QLoRAJob, or None if it is gone or cannot be read."""
@@ -163,6 +165,10 @@ class KubeCluster:
             return ""
         return parse_event_message(page["items"], reasons, since)
 
+    async def find_workload(self, ref: JobRef, uid: str) -> Workload | None:
+        """Return what Kueue says of a child Job in a queue; None if the operator may not read that."""
+        return await self._workloads.find(ref.namespace, uid)
+
     async def ensure(self, child: Manifest) -> bool:
         """Create a child, or update the ConfigMap if it exists; an object of another owner is never adopted."""
         try:
@@ -200,6 +206,9 @@ class KubeCluster:
             )
         except (ConflictError, NotFoundError) as error:
             raise ClusterBusyError(f"{child['metadata']['name']} has changed since it was read") from error
+        except ApiError as error:
+            message = f"the change of {child['kind']} {child['metadata']['name']} was denied: {error}"
+            raise AdmissionDeniedError(message, permanent=error.status == UNPROCESSABLE) from error
 
     async def delete_job(self, ref: JobRef, child: ChildJob) -> None:
         """Delete a child Job after its pods (foreground); no error if it is gone, or another Job has its name now."""

@@ -22,6 +22,8 @@ _INDEX: Final = "batch.kubernetes.io/job-completion-index"
 
 MAX_EVENT_MESSAGE: Final = 1024
 """Longest message of an Event (Kubernetes, pkg/apis/core/validation/events.go)."""
+JOB_CONTROLLER: Final = "kubernetes.io/job-controller"
+"""Value of spec.managedBy for Kubernetes' own controller (Kubernetes API, JobSpec)."""
 _FAILING: Final = ("FailureTarget", "Failed")
 """Conditions of a Job whose pods are being terminated, and of one whose pods have terminated."""
 
@@ -229,6 +231,8 @@ def parse_child(item: Json) -> ChildJob:
         suspended=suspended,
         suspended_at=parse_time(suspension.get("lastTransitionTime")),
         queue=metadata["labels"].get(names.QUEUE_LABEL, ""),
+        priority_class=metadata["labels"].get(names.PRIORITY_CLASS_LABEL, ""),
+        managed_by=_foreign_controller(item),
         complete="Complete" in conditions,
         failure=_failure(failed) if failed else None,
         failing="FailureTarget" in conditions,
@@ -236,6 +240,12 @@ def parse_child(item: Json) -> ChildJob:
         completions=item["spec"].get("completions", 1),
         avoided_nodes=_avoided_nodes(item),
     )
+
+
+def _foreign_controller(job: Json) -> str:
+    """Return which controller runs a Job, unless it is that of Kubernetes."""
+    managed_by = job["spec"].get("managedBy") or JOB_CONTROLLER
+    return "" if managed_by == JOB_CONTROLLER else managed_by
 
 
 def _avoided_nodes(job: Json) -> tuple[str, ...]:
@@ -251,13 +261,17 @@ def _image(item: Json) -> str | None:
     return next((entry.get("image") for entry in containers if entry.get("name") == names.CONTAINER), None)
 
 
-def _conditions(item: Json) -> dict[str, Json]:
-    """Return the conditions whose status is True, by type."""
+def conditions_of(item: Json, status: str) -> dict[str, Json]:
+    """Return the conditions with a status, by type."""
     return {
         condition["type"]: condition
         for condition in item.get("status", {}).get("conditions") or ()
-        if condition["status"] == "True"
+        if condition["status"] == status
     }
+
+
+def _conditions(item: Json) -> dict[str, Json]:
+    return conditions_of(item, "True")
 
 
 def _failure(condition: Json) -> JobFailure:

@@ -48,6 +48,7 @@ NAMESPACED: Final = (
     Permission("", "pods", ("get", "list", "watch"), "See why a pod waits, and read its termination message."),
     Permission("", "events", ("list",), "Say why a Job has no pod, such as a quota."),
     Permission("events.k8s.io", "events", ("create",), "Record Events for the user."),
+    Permission("kueue.x-k8s.io", "workloads", ("list",), "Say what a run in a queue waits for; without Kueue, unused."),
 )
 """Wherever QLoRAJobs are reconciled: in the cluster, or in the namespaces of `watchNamespaces`."""
 
@@ -59,8 +60,9 @@ RETENTION: Final = (
 CLUSTER_SCOPED: Final = (
     Permission("authentication.k8s.io", "tokenreviews", ("create",), "Find out which pod posts progress."),
     Permission("", "nodes", ("list",), "Find out what GPUs there are, to size a run before it requests one."),
+    Permission("coordination.k8s.io", "leases", ("get",), "Find out whether another installation is still there."),
 )
-"""TokenReviews and nodes are cluster-scoped."""
+"""TokenReviews and nodes are cluster-scoped; another installation may be in any namespace."""
 
 OWN_NAMESPACE: Final = (
     Permission("coordination.k8s.io", "leases", ("get", "create", "update"), "Elect the leader."),

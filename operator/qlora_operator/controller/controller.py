@@ -20,6 +20,7 @@ from qlora_operator.cluster.parse import Child, Json, parse_job
 from qlora_operator.cluster.server_clock import utc_now
 from qlora_operator.cluster.tolerant import parse_or_skip
 from qlora_operator.controller.error_status import write_error
+from qlora_operator.controller.installations import Installations
 from qlora_operator.controller.metrics import Metrics
 from qlora_operator.controller.node_failures import NodeFailures
 from qlora_operator.controller.reconcile import reconcile
@@ -27,10 +28,11 @@ from qlora_operator.controller.result import ReconcileResult
 from qlora_operator.controller.served_namespaces import LIST, ServedNamespaces
 from qlora_operator.controller.watch_health import WatchHealth
 from qlora_operator.controller.workqueue import WorkQueue
+from qlora_operator.leader_election.installation_lease import KubeInstallationReader
 from qlora_operator.lifecycle import Reception, ReconcileContext, is_terminal
 from qlora_operator.lifecycle.context import NODE_FAILURES_LOAD
 from qlora_operator.progress_server import PodAuthorizer, ProgressEndpoint, ProgressServer, ReportStore
-from qlora_operator.resources import Owner, build_quarantine_event
+from qlora_operator.resources import Owner, build_installation_event, build_quarantine_event
 from qlora_operator.settings import Settings
 
 _log = logging.getLogger(__name__)
@@ -68,7 +70,7 @@ class Controller:
         self.served_namespaces = ServedNamespaces(settings.namespaces, watched, self._time)
         self.queue: WorkQueue[JobRef] = WorkQueue(self._reconcile, settings.workers)
         metrics.track_queue(lambda: self.queue.depth, self.queue.oldest_age, self.stalled_seconds)
-        metrics.jobs.served_namespaces = self.served_namespaces.by_namespace
+        metrics.jobs.served_namespaces = self._served_by_namespace
         self._api = api
         self.child_cache = ChildCache()
         self._cluster = KubeCluster(api, self.child_cache)
@@ -78,10 +80,14 @@ class Controller:
         self._job_cache = JobCache()
         self._reports = ReportStore()
         self._node_failures = NodeFailures()
+        election = settings.leader_election
+        own = election.installation if election else ""
+        self._installations = Installations(own, KubeInstallationReader(api), self._time)
         metrics.track_quarantine(lambda: len(self._node_failures.quarantined(self._clock())))
         self._written_versions: dict[JobRef, str] = {}
         self._reports_since: datetime | None = None
         self._resync: asyncio.Task[None] | None = None
+        self._following: asyncio.Task[None] | None = None
         self._starting_since: float | None = None
         self._server: ProgressServer | None = None
 
@@ -100,13 +106,15 @@ class Controller:
         self.metrics.jobs.start_leading(self._reports.get)
         self.queue.start()
         self._resync = asyncio.create_task(self._resync_forever(), name="resync")
+        self._following = asyncio.create_task(self._installations.follow(self.queue.add), name="installations")
         self._server = await self._start_progress_server()
         self._reports_since = self._clock()
 
     async def stop(self) -> None:
         """Stop accepting reports and keys, let reconciles in progress finish, and close the API connections."""
-        if self._resync is not None:
-            self._resync.cancel()
+        for task in (self._resync, self._following):
+            if task is not None:
+                task.cancel()
         if self._server is not None:
             await self._server.cleanup()
         await self.queue.drain(DRAIN_TIMEOUT)
@@ -135,6 +143,8 @@ class Controller:
     def _faults(self, server: ProgressServer, stalled: float) -> Iterator[str]:
         if not self.queue.alive() or self._resync is None or self._resync.done():
             yield "a worker has stopped"
+        if self._following is not None and self._following.done():
+            yield "other installations are no longer followed"
         if not server.alive():
             yield "the progress server has stopped"
         if self.served_namespaces.unserved_seconds() > UNSERVED_SECONDS:
@@ -151,6 +161,7 @@ class Controller:
         if raw is None:
             return
         self.watch_health.on_event(ref, raw.resource_version)
+        self._installations.observe(ref, raw.status.get("operator"))
         is_own = self._written_versions.get(ref) == raw.resource_version
         if is_own and raw.status.get("phase") not in RUNNING:
             self._job_cache.forget(ref)
@@ -176,6 +187,7 @@ class Controller:
     def _forget(self, ref: JobRef) -> None:
         self._written_versions.pop(ref, None)
         self._job_cache.forget(ref)
+        self._installations.forget(ref)
         self.watch_health.forget(ref)
         self.metrics.jobs.set_phase(ref, None)
         self._reports.forget(ref)
@@ -183,6 +195,9 @@ class Controller:
 
     async def _reconcile(self, ref: JobRef) -> timedelta | None:
         bind_task_fields(namespace=ref.namespace, job=ref.name)
+        if other := self._installations.find_other(ref):
+            await self._leave_to(other, ref)
+            return None
         context = self._make_context(ref)
         try:
             with self.metrics.time_reconcile():
@@ -190,14 +205,19 @@ class Controller:
         except ClusterBusyError:
             raise
         except Exception as error:
-            await self._report_error(ref, error)
+            await self._report_error(ref, error, context)
             raise
+        if result.belongs_to:
+            self._installations.observe(ref, result.belongs_to)
+            await self._leave_to(result.belongs_to, ref)
+            return None
         if result.gone:
             self._forget(ref)
             return None
         self.metrics.on_reconciled(ref, result)
         if result.written_version is not None and result.status is not None:
             self._on_written(ref, result.written_version)
+            self._installations.on_write(ref, result.status.operator)
             if not only_progress(result):
                 _log.info("%s: %s", result.status.reason, result.status.message, extra=_summary(result.status))
         if result.status is not None and is_terminal(result.status):
@@ -208,6 +228,25 @@ class Controller:
             self._reports.expect(ref, result.status.last_report.updated_at)
         await self._update_node_failures(ref, result, context)
         return result.requeue_after
+
+    async def _leave_to(self, other: str, ref: JobRef) -> None:
+        """Do nothing to a QLoRAJob of another installation; log it for the first of each namespace, with an Event."""
+        self._job_cache.forget(ref)
+        self.metrics.jobs.set_phase(ref, None)
+        if not self._installations.leave(ref):
+            return
+        own = self._installations.own or "an operator outside the cluster"
+        message = f"namespace {ref.namespace} is served by installation {other}, so {own} leaves its QLoRAJobs alone"
+        _log.warning("%s", message)
+        if raw := await self._cluster.read_job(ref):
+            owner = Owner(ref, raw.uid)
+            await self._cluster.record_event(build_installation_event(owner, own, message, self._clock()))
+
+    def _served_by_namespace(self) -> Iterator[tuple[str, bool]]:
+        left = set(self._installations.left_namespaces())
+        for namespace, served in self.served_namespaces.by_namespace():
+            yield namespace, served and namespace not in left
+        yield from ((namespace, False) for namespace in sorted(left) if namespace not in self.settings.namespaces)
 
     def _make_context(self, ref: JobRef) -> ReconcileContext:
         now = self._clock().replace(microsecond=0)
@@ -220,6 +259,7 @@ class Controller:
             frozenset(self._node_failures.quarantine_ends(now)),
             self._reports_since is not None and now >= self._reports_since + NODE_FAILURES_LOAD,
             Reception(self._reports.others(ref), self._reports.resumed_at(ref.namespace)),
+            self._installations.claimant(ref.namespace),
         )
 
     async def _update_node_failures(self, ref: JobRef, result: ReconcileResult, context: ReconcileContext) -> None:
@@ -245,10 +285,10 @@ class Controller:
         self._written_versions[ref] = version
         self.watch_health.expect_version(ref, version)
 
-    async def _report_error(self, ref: JobRef, error: Exception) -> None:
+    async def _report_error(self, ref: JobRef, error: Exception, context: ReconcileContext) -> None:
         """Write an error into the status of the QLoRAJob that it kept from being reconciled."""
         try:
-            version = await write_error(ref, error, self._cluster, self._clock())
+            version = await write_error(ref, error, self._cluster, context)
         except Exception as failure:
             _log.warning("the error was not written to the status: %r", failure)
             return

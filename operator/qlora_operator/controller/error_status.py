@@ -12,18 +12,19 @@ from qlora_api.job_ref import JobRef
 from qlora_api.names import TERMINAL, ConditionType, Phase
 from qlora_api.reasons import Reason
 from qlora_operator.cluster.interface import Cluster
+from qlora_operator.lifecycle import ReconcileContext
 from qlora_operator.models import Manifest, RawJob
 
 MAX_ERROR: Final = 512
 """Longest text of an error in a status."""
 
 
-async def write_error(ref: JobRef, error: Exception, cluster: Cluster, now: datetime) -> str | None:
+async def write_error(ref: JobRef, error: Exception, cluster: Cluster, context: ReconcileContext) -> str | None:
     """Write the error unless the status says it already; return the new resourceVersion, or None."""
     raw = await cluster.read_job(ref)
-    if raw is None or raw.deleting:
+    if raw is None or raw.deleting or context.claimant.find_other(raw.status.get("operator")):
         return None
-    status = with_error(raw, describe_error(error), now)
+    status = with_error(raw, describe_error(error), context.now)
     return await cluster.write_status(raw, status) if status != raw.status else None
 
 

@@ -8,7 +8,7 @@ from typing import Final
 from qlora_api.job_ref import JobRef
 from qlora_api.names import Phase, Role
 from qlora_api.reasons import Reason
-from qlora_api.v1alpha1 import Progress
+from qlora_api.v1alpha1 import Progress, QLoRAJobStatus
 from qlora_operator.cluster.interface import AdmissionDeniedError, Cluster, InvalidStatusError, NameConflictError
 from qlora_operator.controller.finished import reconcile_finished
 from qlora_operator.controller.requeue import requeue_delay
@@ -35,6 +35,7 @@ from qlora_operator.lifecycle import (
 from qlora_operator.lifecycle.gang import classify_child
 from qlora_operator.lifecycle.leftovers import END_GRACE
 from qlora_operator.lifecycle.prepare_retries import next_preparation
+from qlora_operator.lifecycle.queue import queued_jobs
 from qlora_operator.lifecycle.retry_policy import AT_ONCE
 from qlora_operator.lifecycle.retry_request import (
     begin_retry,
@@ -117,21 +118,37 @@ async def reconcile(
 async def reconcile_once(
     raw: RawJob, cluster: Cluster, installation: Installation, context: ReconcileContext, *, from_cache: bool
 ) -> ReconcileResult | None:
-    """Reconcile a QLoRAJob once; None: the cached copy is not enough to act on, read it live."""
+    """Reconcile a QLoRAJob once, unless it belongs to another installation; None: read it live first."""
     if raw.deleting:
         return ReconcileResult()
+    claimant, claimed_by = context.claimant, raw.status.get("operator")
+    if other := claimant.find_other(claimed_by):
+        return ReconcileResult(belongs_to=other)
     read = read_job(raw)
+    if claimed_by is not None and claimed_by != claimant.installation:
+        read = read._replace(status=without_reports(read.status))
     request = ReconcileRequest(raw, read.status, without_stale_report(context, raw))
     if is_terminal(read.status):
         return await reconcile_ended(request, read, cluster, installation, from_cache=from_cache)
-    spec = read.spec
+    if claimant.must_claim(claimed_by):
+        return await claim(request, cluster)
+    return await reconcile_unfinished(request, read, cluster, installation, from_cache=from_cache)
+
+
+async def reconcile_unfinished(
+    request: ReconcileRequest, read: ReadJob, cluster: Cluster, installation: Installation, *, from_cache: bool
+) -> ReconcileResult | None:
+    """Reconcile a run that has not ended; None: the cached copy is not enough to act on, read it live."""
+    raw, spec = request.raw, read.spec
     if spec is None:
         return None if from_cache else await reconcile_unreadable(request, read, cluster)
     job = Job(raw.ref, raw.uid, raw.generation, raw.created_at, spec, read.status, read.skew)
     children = cluster.children_from_cache(raw)
     now = request.context.now
     decision = decide(job, children, request.context)
-    cache_is_enough = is_noop(decision, job, children, now) or (
+    # A queue is asked when its time has come, not after each event.
+    asks_queue = not from_cache and bool(queued_jobs(children))
+    cache_is_enough = (is_noop(decision, job, children, now) and not asks_queue) or (
         is_first_step(decision, job) and not (from_cache and children.jobs)
     )
     if from_cache and not cache_is_enough:
@@ -148,6 +165,23 @@ async def reconcile_once(
     await refresh_run_config(decision, job, children, cluster, installation, request.context.last_report)
     gpus = held_gpus(children, decision.plan or job.status.plan)
     return await write_status(request, decision, gpus, cluster)
+
+
+def without_reports(status: QLoRAJobStatus) -> QLoRAJobStatus:
+    """Drop the last report, which another installation received: the pod reports to that one, and not to this."""
+    return status.model_copy(update={"last_report": None})
+
+
+async def claim(request: ReconcileRequest, cluster: Cluster) -> ReconcileResult:
+    """Record which installation reconciles the run; of two that try, the API server refuses the second one."""
+    previous = request.previous_status
+    decision = Decision(
+        previous.phase or Phase.PENDING,
+        previous.reason or Reason.ACCEPTED,
+        previous.message or "",
+        requeue_after=AT_ONCE,
+    )
+    return await write_status(request, decision, previous.gpus or 0, cluster)
 
 
 def is_first_step(decision: Decision, job: Job) -> bool:
@@ -184,11 +218,18 @@ async def list_children_and_gpu_nodes(job: Job, raw: RawJob, cluster: Cluster, n
     if needs_gpu_nodes(job, children):
         children = replace(children, gpu_nodes=await cluster.find_gpu_nodes())
     unexplained = unexplained_jobs(job, children, now)
+    queued = queued_jobs(children)
     jobs = [
         await with_event_message(child, raw.ref, cluster, looked_up=child.name in unexplained)
         for child in children.jobs
     ]
+    jobs = [await with_workload(child, raw.ref, cluster) if child.name in queued else child for child in jobs]
     return replace(children, jobs=tuple(jobs))
+
+
+async def with_workload(child: ChildJob, ref: JobRef, cluster: Cluster) -> ChildJob:
+    """Return a Job with what its queue says."""
+    return replace(child, workload=await cluster.find_workload(ref, child.uid))
 
 
 async def with_event_message(child: ChildJob, ref: JobRef, cluster: Cluster, *, looked_up: bool) -> ChildJob:
@@ -290,12 +331,23 @@ async def apply_decision(  # noqa: PLR0913, PLR0917 (everything that a decision 
 async def limit_jobs(decision: Decision, job: Job, children: Observation, cluster: Cluster, now: datetime) -> Decision:
     """Adjust the deadlines of the Jobs, delete those that outlive what they were for, and return when the next will."""
     if decision.action is Action.NONE:
-        for patch in (*outdated_deadlines(decision, job, children, now), *missing_queue_labels(job, children)):
+        for patch in outdated_deadlines(decision, job, children, now):
             await cluster.patch(patch)
+        decision = await queue_jobs(decision, job, children, cluster)
         for leftover in leftover_jobs(job.status, children, now):
             await cluster.delete_job(job.ref, leftover)
     requeue_at = earliest(now, decision.requeue_at, next_leftover(job.status, children, now))
     return replace(decision, requeue_at=requeue_at or decision.requeue_at)
+
+
+async def queue_jobs(decision: Decision, job: Job, children: Observation, cluster: Cluster) -> Decision:
+    """Put suspended Jobs into the queue of their run; a queue that admits one meanwhile refuses the change."""
+    try:
+        for patch in missing_queue_labels(job, children):
+            await cluster.patch(patch)
+    except AdmissionDeniedError as error:
+        return replace(decision, message=f"spec.queue: {error}", requeue_after=ADMISSION_DENIED_RETRY)
+    return decision
 
 
 async def refresh_run_config(  # noqa: PLR0913, PLR0917 (as apply_decision)
@@ -397,15 +449,15 @@ def outdated_prepare_jobs(job: Job, children: Observation) -> list[ChildJob]:
 
 
 def missing_queue_labels(job: Job, children: Observation) -> list[Manifest]:
-    """Return the patches that put a prepare Job into the queue of its run, if a queue controller has suspended it."""
-    queue = job.spec.queue
+    """Return the patches that put suspended Jobs into the queue of their run: prepare Jobs, and after it changed."""
+    queue, queued = job.spec.queue, queued_jobs(children)
     if queue is None:
         return []
     return [
         build_queue_labels(job.ref, child, queue)
         for child in children.jobs
-        if child.role is Role.PREPARE and child.suspended and child.queue != queue.name
-        if not (child.finished or child.deleting)
+        if child.name in queued
+        and (child.queue, child.priority_class) != (queue.name, queue.priority_class or child.priority_class)
     ]
 
 
@@ -427,8 +479,9 @@ async def write_status(request: ReconcileRequest, decision: Decision, gpus: int,
     raw, previous = request.raw, request.previous_status
     report, now = request.context.last_report, request.context.now
     await _warn_of_request_without_effect(request, cluster)
+    claimed = {"operator": request.context.claimant.installation or None}
     statuses = (
-        note_request(status, raw.retry_request)
+        note_request(status, raw.retry_request).model_copy(update=claimed)
         for status in derive_alternatives(previous, decision, report, gpus=gpus, generation=raw.generation, now=now)
     )
     status = next(statuses)

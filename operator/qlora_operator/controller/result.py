@@ -34,6 +34,8 @@ class ReconcileResult:
     """The current status; None if the QLoRAJob is gone, or its first step is taken but not yet written."""
     request: ReconcileRequest | None = None
     """The input of the reconcile; None if the run had already ended."""
+    belongs_to: str = ""
+    """The other installation that the QLoRAJob belongs to, so that nothing was done."""
     gone: bool = False
     """Whether the QLoRAJob does not exist."""
 

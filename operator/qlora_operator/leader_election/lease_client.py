@@ -1,5 +1,6 @@
 """The Lease and the label of the leader's pod, through the Kubernetes API."""
 
+from collections.abc import Collection
 from datetime import datetime, timedelta
 from typing import Any, Final
 
@@ -16,8 +17,9 @@ _MICRO_TIME: Final = "%Y-%m-%dT%H:%M:%S.%fZ"
 class KubeLeaseLock:
     """One Lease, and the label by which the progress Service selects the leader's pod."""
 
-    def __init__(self, api: Api, namespace: str, name: str, pod: str) -> None:
+    def __init__(self, api: Api, namespace: str, name: str, pod: str, watched: Collection[str] = ()) -> None:
         self._api = api
+        self._watched = ",".join(watched)
         self._namespace = namespace
         self._name = name
         self._pod = pod
@@ -33,6 +35,7 @@ class KubeLeaseLock:
     async def write(self, lease: Lease) -> Lease:
         """Create the record, or replace the version that was read; ClusterBusyError if it has changed meanwhile."""
         body = _build(lease, self._namespace, self._name)
+        body["metadata"]["annotations"] = {names.WATCHED_NAMESPACES_ANNOTATION: self._watched}
         try:
             if not lease.version:
                 return _parse(await self._api.request("POST", self._collection_path, body))

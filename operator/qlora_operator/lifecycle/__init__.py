@@ -1,6 +1,6 @@
 """Decides what to do next, from spec, status and children; pure functions and tables."""
 
-from qlora_operator.lifecycle.context import Reception, ReconcileContext
+from qlora_operator.lifecycle.context import Claimant, Reception, ReconcileContext
 from qlora_operator.lifecycle.decide import (
     decide,
     is_terminal,
@@ -29,6 +29,7 @@ from qlora_operator.lifecycle.resumption import checkpoint_of_restart, reported_
 from qlora_operator.lifecycle.revive import retry_limits, revive
 
 __all__ = [
+    "Claimant",
     "NodeFailure",
     "NodeStart",
     "Reception",

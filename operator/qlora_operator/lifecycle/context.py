@@ -25,6 +25,27 @@ class Reception:
     """When reports of the namespace arrived first, or again after it was quiet; None if none did."""
 
 
+@dataclass(frozen=True)
+class Claimant:
+    """An installation, which claims QLoRAJobs in their status (docs/decisions/0030-installations.md)."""
+
+    installation: str = ""
+    """Namespace and name of its Lease; empty outside a cluster, where there is none."""
+    former: frozenset[str] = frozenset()
+    """Installations that are gone, or no longer watch the namespace: their claims are void."""
+    claims_first: bool = False
+    """Whether it has yet to claim a QLoRAJob of the namespace, which it does before it acts on any."""
+
+    def find_other(self, claim: object) -> str:
+        """Return the installation that a QLoRAJob belongs to if it is another one; the claim may be of any type."""
+        others = isinstance(claim, str) and claim not in {"", self.installation, *self.former}
+        return str(claim) if others else ""
+
+    def must_claim(self, claim: object) -> bool:
+        """Return whether a claim has to be written before anything else."""
+        return self.claims_first and claim != self.installation
+
+
 NODE_FAILURES_LOAD: Final = timedelta(minutes=5)
 """After its start an operator reads the statuses of all runs within this time; 10,000 take less than a minute."""
 
@@ -48,6 +69,8 @@ class ReconcileContext:
     """Whether the statuses of all runs have been read since the operator started, so that no quarantine is missing."""
     reception: Reception = Reception()
     """Whether the reports of other runs in the namespace arrive."""
+    claimant: Claimant = Claimant()
+    """The installation that this operator process belongs to."""
 
 
 def startup_timeout(job: Job) -> timedelta:

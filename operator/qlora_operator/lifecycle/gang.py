@@ -24,6 +24,7 @@ from qlora_operator.lifecycle.exit_reasons import (
     is_abandoned,
     parse_termination_message,
 )
+from qlora_operator.lifecycle.queue import next_queue_lookup
 from qlora_operator.models import ChildJob, Job, JobState, Pod, Stage, earliest
 
 PEER_PATIENCE: Final = timedelta(minutes=5)
@@ -37,7 +38,8 @@ def classify(child: ChildJob, startup: timedelta, now: datetime) -> JobState:
     if first is not None and first.exit is not None and _succeeded(first):
         return classify_exit(child, first, first.exit)
     if child.suspended and not child.finished:
-        return JobState(Stage.WAITING, Reason.QUEUED, f"Job {child.name} is suspended until its queue admits it")
+        message = f"Job {child.name} is suspended until its queue admits it"
+        return JobState(Stage.WAITING, Reason.QUEUED, message, requeue_at=next_queue_lookup(child, now))
     if failures := [pod for pod in child.pods if _failed(pod) or is_abandoned(pod, now)]:
         return _with_deletion_deadline(child, _classify_failures(child, failures, now), now)
     if child.finished:
@@ -50,6 +52,8 @@ def classify(child: ChildJob, startup: timedelta, now: datetime) -> JobState:
 
 def classify_child(job: Job, child: ChildJob, now: datetime) -> JobState:
     """Return the state of a child Job of a QLoRAJob; a termination message with facts of another run does not count."""
+    if child.managed_by and not child.finished:
+        return ended_state(Reason.INVALID_SPEC, _describe_dispatched(child))
     state = _with_known_uris(job, classify(child, startup_timeout(job), now))
     foreign = _find_foreign_fact(job, state.termination_message) if state.termination_message else None
     if foreign is None:
@@ -59,6 +63,13 @@ def classify_child(job: Job, child: ChildJob, now: datetime) -> JobState:
         "output, or run code in the pod"
     )
     return replace(ended_state(Reason.TRAINER_ERROR, message), domain=Domain.AUTHOR)
+
+
+def _describe_dispatched(child: ChildJob) -> str:
+    return (
+        f"spec.queue: Job {child.name} was handed over to {child.managed_by} (spec.managedBy), which runs it in "
+        "another cluster, without its configuration; name a queue of this cluster, then retry the run"
+    )
 
 
 def _with_known_uris(job: Job, state: JobState) -> JobState:

@@ -21,6 +21,7 @@ from qlora_operator.lifecycle.prepare_retries import (
     next_try,
     retry_time,
 )
+from qlora_operator.lifecycle.queue import describe_wait
 from qlora_operator.lifecycle.retry_policy import AT_ONCE
 from qlora_operator.lifecycle.train_phase import PREPARE_SUCCESS_REASONS, decide_failed, make_attempt
 from qlora_operator.models import Action, ChildJob, Decision, Job, JobState, Manifest, Observation, Stage
@@ -58,7 +59,7 @@ def _follow_job(job: Job, children: Observation, current: Preparation, number: i
         return Decision(Phase.PREPARING, Reason.PREPARING, message, preparation=following, requeue_after=AT_ONCE)
     state = classify_child(job, prepare, now)
     if state.stage not in {Stage.ENDED, Stage.LOST}:
-        return _keep_failure_visible(job, current, _explain_queue(job, prepare, state))
+        return _keep_failure_visible(job, current, _explain_queue(job, prepare, state, now))
     prepared = state.termination_message.prepared if state.termination_message else None
     if state.reason not in PREPARE_SUCCESS_REASONS or prepared is None:
         return _retry_preparation(job, prepare, state, current, now) or decide_failed(state)
@@ -74,14 +75,10 @@ def _keep_failure_visible(job: Job, current: Preparation, state: JobState, actio
     return Decision(Phase.PREPARING, reason, message, action, requeue_at=state.requeue_at)
 
 
-def _explain_queue(job: Job, prepare: ChildJob, state: JobState) -> JobState:
-    if state.reason is not Reason.QUEUED or job.spec.queue is not None:
+def _explain_queue(job: Job, prepare: ChildJob, state: JobState, now: datetime) -> JobState:
+    if state.reason is not Reason.QUEUED:
         return state
-    message = (
-        f"spec.queue: Job {prepare.name} is suspended, and the run names no queue that could admit it; set spec.queue, "
-        "or let the queue controller leave out this namespace"
-    )
-    return replace(state, message=message)
+    return replace(state, message=describe_wait(job, prepare, state.message, now))
 
 
 def _retry_preparation(

@@ -15,6 +15,7 @@ from qlora_operator.lifecycle.context import NODE_FAILURES_LOAD, ReconcileContex
 from qlora_operator.lifecycle.exit_reasons import POD_CREATION_TIME
 from qlora_operator.lifecycle.gang import classify_child
 from qlora_operator.lifecycle.node_health import avoided_nodes, find_released
+from qlora_operator.lifecycle.queue import describe_wait
 from qlora_operator.lifecycle.retry_policy import AT_ONCE, choose_remedy, shrink
 from qlora_operator.models import ChildJob, Decision, Job, JobState, Pod, Stage, earliest
 
@@ -80,7 +81,8 @@ def follow_training(job: Job, train: ChildJob, context: ReconcileContext) -> Dec
     if state.stage is Stage.LOST:
         return decide_lost(job, attempt, context.now)
     if state.reason is Reason.QUEUED:
-        message, requeue_at = _describe_queued(job, train, state, attempt), next_suspension_lookup(train, context.now)
+        message = _describe_queued(job, train, state, attempt, context.now)
+        requeue_at = earliest(context.now, next_suspension_lookup(train, context.now), state.requeue_at)
         return Decision(Phase.QUEUED, Reason.QUEUED, message, attempt=attempt, requeue_at=requeue_at)
     if state.stage is Stage.WAITING:
         if state.reason is Reason.UNSCHEDULABLE and (released := _follow_unschedulable(job, state, attempt, context)):
@@ -125,14 +127,15 @@ def _check_deadline(job: Job, train: ChildJob, state: JobState, ended: Attempt) 
     return replace(state, reason=Reason.INTERRUPTED, message=message)
 
 
-def _describe_queued(job: Job, train: ChildJob, state: JobState, attempt: Attempt) -> str:
-    """Return why an attempt is in its queue; one that has run says who suspended it, as far as that is known."""
+def _describe_queued(job: Job, train: ChildJob, state: JobState, attempt: Attempt, now: datetime) -> str:
+    """Return what an attempt waits for; one that has run says who suspended it, as far as that is known."""
     if not attempt.container_seconds:
-        return state.message
-    if not train.event_message and job.status.phase is Phase.QUEUED and job.status.message:
+        return describe_wait(job, train, state.message, now)
+    sentence = f"Job {train.name} was suspended and resumes from its last checkpoint once it is admitted again"
+    why = train.event_message or (train.workload.evicted if train.workload else "")
+    if not why and job.status.phase is Phase.QUEUED and job.status.message:
         return job.status.message
-    why = train.event_message or "its queue took its nodes back"
-    return f"Job {train.name} was suspended and resumes from its last checkpoint once it is admitted again: {why}"
+    return describe_wait(job, train, f"{sentence}: {why or 'its queue took its nodes back'}", now)
 
 
 def preempted(job: Job, train: ChildJob) -> bool:

@@ -16,6 +16,8 @@ MAX_NOTE_BYTES: Final = 1024
 """Maximum size of an Event's note in bytes."""
 QUARANTINE_REASON: Final = "NodeQuarantined"
 """The Event's reason when a node has ended attempts of several runs."""
+INSTALLATION_REASON: Final = "ServedByOtherInstallation"
+"""The Event's reason when an installation leaves the QLoRAJobs of a namespace to another one."""
 EVENT_ACTIONS: Final = {
     Phase.PENDING: "Accept",
     Phase.PREPARING: "Prepare",
@@ -52,6 +54,12 @@ def build_quarantine_event(owner: Owner, node: str, until: datetime, now: dateti
     )
     texts = {"action": "Quarantine", "reason": QUARANTINE_REASON, "type": "Warning"}
     return _build(owner, f"{owner.uid}/{node}/{until.isoformat()}", note, now) | texts
+
+
+def build_installation_event(owner: Owner, own: str, note: str, now: datetime) -> Manifest:
+    """Return the Event of an installation that leaves a namespace to another one; one for each QLoRAJob at most."""
+    texts = {"action": "Leave", "reason": INSTALLATION_REASON, "type": "Warning"}
+    return _build(owner, f"{owner.uid}/{own}/{INSTALLATION_REASON}", note, now) | texts
 
 
 def _build(owner: Owner, identity: str, note: str, now: datetime) -> Manifest:

@@ -24,6 +24,8 @@ SPEC_FIELDS: Final = frozenset(JOB_SCHEMA["properties"]["spec"]["properties"])
 BUILT_IN: Final = frozenset({"v1", "apps/v1", "batch/v1"})
 OTHERS: Final = {"Application": "argoproj.io/v1alpha1", "Kustomization": "kustomize.toolkit.fluxcd.io/v1"}
 """Kinds of Argo CD and Flux; what of them is ours is the path that they apply."""
+KUEUE: Final = frozenset(("kueue.x-k8s.io/v1beta2", kind) for kind in ("ClusterQueue", "LocalQueue", "ResourceFlavor"))
+"""Applied with the same fields in tests/integration/test_kueue.py."""
 RENDERED: Final = "kustomize.config.k8s.io/v1beta1"
 """Rendered by kubectl and applied in tests/integration/test_gitops.py."""
 MISTAKEN: Final = "examples/broken.yaml"
@@ -69,8 +71,9 @@ def check_document(document: Document) -> str:
     if group == names.API_VERSION:
         check_job(document)
         return names.KIND
-    if group in BUILT_IN:
-        check_built_in(value, f"V1{kind}")
+    if group in BUILT_IN or (group, kind) in KUEUE:
+        if group in BUILT_IN:
+            check_built_in(value, f"V1{kind}")
         return str(kind)
     if group == RENDERED or (kind in OTHERS and OTHERS[kind] == group):
         path = value["spec"].get("path") or value["spec"]["source"]["path"] if "spec" in value else "."
