@@ -5,8 +5,8 @@ from datetime import timedelta
 
 from qlora_api.v1alpha1 import QLoRAJobStatus
 from qlora_operator.cluster.interface import Cluster, InvalidStatusError
-from qlora_operator.lifecycle import ReconcileContext
-from qlora_operator.models import RawJob
+from qlora_operator.lifecycle import ReconcileContext, account
+from qlora_operator.models import Observation, RawJob
 from qlora_operator.status import to_wire
 from qlora_operator.stored_job import keep_unknown, read_job
 
@@ -34,6 +34,15 @@ class ReconcileResult:
     """The input of the reconcile; None if the run had already ended."""
     gone: bool = False
     """Whether the QLoRAJob does not exist."""
+
+
+def account_gpu_time(request: ReconcileRequest, status: QLoRAJobStatus, children: Observation | None) -> QLoRAJobStatus:
+    """Return a new status with the GPU time that the pods held since the last one."""
+    if children is None:
+        return status
+    context = request.context
+    watched = context.reports_since is not None and context.node_failures_known
+    return account(request.previous_status, status, children, context.last_report, watched=watched, now=context.now)
 
 
 async def write_if_changed(

@@ -24,11 +24,13 @@ from qlora_operator.lifecycle.node_health import (
 )
 from qlora_operator.lifecycle.resumption import checkpoint_of_restart, reported_checkpoint
 from qlora_operator.lifecycle.revive import retry_limits, revive
+from qlora_operator.lifecycle.usage import account, is_uncertain
 
 __all__ = [
     "NodeFailure",
     "Reception",
     "ReconcileContext",
+    "account",
     "cause_of_exit",
     "checkpoint_of_restart",
     "classify",
@@ -36,6 +38,7 @@ __all__ = [
     "disliked_nodes",
     "is_blamed",
     "is_terminal",
+    "is_uncertain",
     "is_under_way",
     "job_deadline",
     "keep_as_it_is",

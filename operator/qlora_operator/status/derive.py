@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import Any, Final, TypeVar
 
 from qlora_api.escapes import cut_escaped, escape_line
-from qlora_api.names import RUNNING, TERMINAL, ConditionType, Phase, Role
+from qlora_api.names import RUNNING, TERMINAL, ConditionType, Phase
 from qlora_api.prepared import Prepared
 from qlora_api.reasons import REASONS, Reason
 from qlora_api.result import Result, is_below
@@ -24,18 +24,16 @@ from qlora_api.v1alpha1 import (
     QLoRAJobStatus,
 )
 from qlora_api.v1alpha1.status import MAX_ATTEMPT_MESSAGE, MAX_ATTEMPTS_LISTED, MAX_MESSAGE, MAX_SUMMARY
-from qlora_operator.models import Decision, Observation
+from qlora_api.v1alpha1.usage import sum_usage
+from qlora_operator.models import Decision
 from qlora_operator.status.conditions import derive_conditions
 from qlora_operator.status.formatting import format_number, format_step
 
 Entry = TypeVar("Entry", Attempt, Condition)
 _UNSUPPORTED_VALUE: Final = re.compile(r'Unsupported value: "(\w+)"')
 """How the API server names a word that is not on a list of the CRD."""
-_STICKY_ATTEMPT_FIELDS: Final = ("started_at", "micro_batch_size", "node", "avoided_nodes", "checkpoint_step")
+_STICKY_ATTEMPT_FIELDS: Final = ("started_at", "micro_batch_size", "node", "avoided_nodes", "checkpoint_step", "usage")
 """Fields of an attempt that are kept once they are known, since its pods may be gone."""
-
-
-_ENDED_POD_PHASES: Final = frozenset({"Succeeded", "Failed"})
 
 
 def derive_status(  # noqa: PLR0913 (everything that a status depends on)
@@ -138,13 +136,6 @@ def summarize(decision: Decision) -> str:
     return message if len(message) <= MAX_SUMMARY else f"{message[: MAX_SUMMARY - 1]}…"
 
 
-def held_gpus(children: Observation, plan: Plan | None) -> int:
-    """Return the GPUs that pods of a run hold: from their placement on a node until they have ended."""
-    training = (child for child in children.jobs if child.role is Role.TRAIN)
-    holding = [pod for child in training for pod in child.pods if pod.node and pod.phase not in _ENDED_POD_PHASES]
-    return len(holding) * plan.gpus_per_node if plan else 0
-
-
 def derive_progress(report: Progress | None, phase: Phase, plan: Plan | None) -> dict[str, Any]:
     """Return the progress fields from the last report; before the first one, a running pod is at 0%."""
     if report is None:
@@ -225,7 +216,12 @@ def list_attempts(attempts: tuple[Attempt, ...], previous: QLoRAJobStatus, now: 
     counted = [attempt for attempt in dropped if attempt.number > retried_after]
     seconds = sum(int(attempt.run_time(attempt.finished_at or now).total_seconds()) for attempt in counted)
     count, before = len(dropped), previous.earlier_attempts or EarlierAttempts(count=0, seconds=0)
-    total = EarlierAttempts(count=before.count + count, seconds=before.seconds + max(seconds, 0))
+    known = [part for part in (before.usage, *(attempt.usage for attempt in dropped)) if part is not None]
+    total = EarlierAttempts(
+        count=before.count + count,
+        seconds=before.seconds + max(seconds, 0),
+        usage=sum_usage(known) if known else None,
+    )
     return {"attempts": (attempts[0], *attempts[1 + surplus :]), "earlier_attempts": total}
 
 
