@@ -23,6 +23,7 @@ from qlora_cli.commands.serve_snippet import serve_snippet
 from qlora_cli.commands.status import status
 from qlora_cli.commands.submit import submit
 from qlora_cli.commands.suspend import resume, suspend
+from qlora_cli.commands.usage import usage
 from qlora_cli.commands.validate import validate
 from qlora_cli.commands.wait import wait
 from qlora_cli.console import echo, escape_log_messages
@@ -49,6 +50,7 @@ app.command()(events)
 app.command()(suspend)
 app.command()(resume)
 app.command()(rerun)
+app.command()(usage)
 app.command()(report)
 app.command()(serve_snippet)
 

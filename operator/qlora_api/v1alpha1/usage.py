@@ -10,6 +10,7 @@ from typing import Annotated, Final
 from pydantic import Field
 
 from qlora_api.base import MAX_INTEGER, ApiModel
+from qlora_api.gpu_prices import Currency, Price
 from qlora_api.progress import MAX_COUNT
 
 MAX_HOLDING: Final = 128
@@ -59,6 +60,13 @@ class AttemptUsage(GpuUsage):
     """GPU-seconds of an attempt, and the pods that add to them."""
 
     gpus_per_pod: int = Field(ge=0, description="GPUs of each of its pods.")
+    gpu_product: Annotated[str, Field(max_length=63)] | None = Field(
+        default=None, description="Product of these GPUs, as the plan names it; absent: any."
+    )
+    price: Price | None = Field(
+        default=None, description="Price of a GPU-hour when it started; absent: the installation has none."
+    )
+    currency: Currency | None = Field(default=None, description="Currency of the price (ISO 4217).")
     holding: Annotated[tuple[HeldPod, ...], Field(max_length=MAX_HOLDING)] = Field(
         default=(), description="Pods that hold their GPUs now."
     )
@@ -75,6 +83,9 @@ class RunUsage(GpuUsage):
         ge=0,
         le=MAX_COUNT,
         description="The highest step that an attempt reported; up to it, steps are repeated.",
+    )
+    saved: _Seconds = Field(
+        default=0, description="GPU-seconds that an earlier run trained for the result that this one found published."
     )
 
 

@@ -35,7 +35,8 @@ async def reconcile_finished(
         status = status.model_copy(update={"children_deleted_at": now})
     requeue_at = earliest(now, *expiries, next_leftover(previous, children, now))
     written = await write_if_changed(raw, previous, status, cluster)
-    return ReconcileResult(requeue_delay(now, requeue_at, None, progressed=written is not None), written, status)
+    delay = requeue_delay(now, requeue_at, None, progressed=written is not None)
+    return ReconcileResult(delay, written, status, request)
 
 
 async def delete_children(request: ReconcileRequest, cluster: Cluster, *, expired: bool) -> None:

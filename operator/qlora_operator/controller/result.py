@@ -31,7 +31,7 @@ class ReconcileResult:
     status: QLoRAJobStatus | None = None
     """The current status; None if the QLoRAJob is gone, or its first step is taken but not yet written."""
     request: ReconcileRequest | None = None
-    """The input of the reconcile; None if the run had already ended."""
+    """The input of the reconcile; None if it only recorded a request to retry."""
     gone: bool = False
     """Whether the QLoRAJob does not exist."""
 
@@ -41,8 +41,15 @@ def account_gpu_time(request: ReconcileRequest, status: QLoRAJobStatus, children
     if children is None:
         return status
     context = request.context
-    watched = context.reports_since is not None and context.node_failures_known
-    return account(request.previous_status, status, children, context.last_report, watched=watched, now=context.now)
+    return account(
+        request.previous_status,
+        status,
+        children,
+        context.last_report,
+        watched=context.reports_since is not None and context.node_failures_known,
+        now=context.now,
+        prices=context.prices,
+    )
 
 
 async def write_if_changed(

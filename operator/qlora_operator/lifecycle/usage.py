@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Final
 
+from qlora_api.gpu_prices import NO_PRICES, GpuPrices
+from qlora_api.progress import MAX_COUNT
 from qlora_api.reasons import Reason
-from qlora_api.v1alpha1 import Attempt, AttemptUsage, GpuUsage, HeldPod, Progress, QLoRAJobStatus, RunUsage
+from qlora_api.v1alpha1 import Attempt, AttemptUsage, GpuUsage, HeldPod, Plan, Progress, QLoRAJobStatus, RunUsage
 from qlora_api.v1alpha1.usage import MAX_HOLDING, PARTS, sum_usage
 from qlora_operator.lifecycle.exit_reasons import NODE_GRACE_PERIOD, is_abandoned
 from qlora_operator.lifecycle.pod_timeline import Parts, Reports, Span, Timeline, split
@@ -47,6 +49,7 @@ def account(  # noqa: PLR0913 (everything that it depends on)
     *,
     watched: bool,
     now: datetime,
+    prices: GpuPrices = NO_PRICES,
 ) -> QLoRAJobStatus:
     """Return the new status with the GPU time of its attempts, their sum, and the GPUs that pods hold now.
 
@@ -57,13 +60,14 @@ def account(  # noqa: PLR0913 (everything that it depends on)
         report: The last progress report that this operator process received.
         watched: Whether a pod that is gone was there until now, since this process has seen all changes.
         now: The current time.
+        prices: Prices of a GPU-hour, for attempts that begin.
 
     """
     view = View(_reports(previous, report), watched, now.replace(microsecond=0))
     recorded = {attempt.number: attempt for attempt in previous.attempts}
-    gpus = status.plan.gpus_per_node if status.plan else 0
+    fresh = _fresh_usage(status.plan, prices)
     attempts = tuple(
-        _account_attempt(attempt, recorded.get(attempt.number), gpus, children.train(attempt.number), view)
+        _account_attempt(attempt, recorded.get(attempt.number), fresh, children.train(attempt.number), view)
         for attempt in status.attempts
     )
     known = [attempt.usage for attempt in attempts if attempt.usage is not None]
@@ -72,7 +76,8 @@ def account(  # noqa: PLR0913 (everything that it depends on)
     earlier = [status.earlier_attempts.usage] if status.earlier_attempts and status.earlier_attempts.usage else []
     held_now = sum(len(usage.holding) * usage.gpus_per_pod for usage in known)
     last = view.reports.last
-    total = _total([*earlier, *known], max(view.reports.highest_step, (last and last.step) or 0))
+    highest_step = min(max(view.reports.highest_step, (last and last.step) or 0), MAX_COUNT)
+    total = _total([*earlier, *known], highest_step, status.usage.saved if status.usage else 0)
     return status.model_copy(update={"attempts": attempts, "usage": total, "gpus": held_now})
 
 
@@ -98,6 +103,19 @@ def holds_gpus(pod: Pod, now: datetime) -> bool:
     return bool(pod.node) and pod.phase not in ENDED_POD_PHASES and not is_abandoned(pod, now)
 
 
+def _fresh_usage(plan: Plan | None, prices: GpuPrices) -> AttemptUsage:
+    """Return the usage of an attempt whose pods have held nothing yet."""
+    if plan is None or not plan.gpus_per_node:
+        return AttemptUsage(gpus_per_pod=0)
+    price = prices.price_of(plan.gpu_product)
+    return AttemptUsage(
+        gpus_per_pod=plan.gpus_per_node,
+        gpu_product=plan.gpu_product,
+        price=price,
+        currency=prices.currency if price else None,
+    )
+
+
 def _reports(previous: QLoRAJobStatus, report: Progress | None) -> Reports:
     before = previous.last_report
     last = report if before is None or (report is not None and report.updated_at >= before.updated_at) else before
@@ -121,14 +139,14 @@ def _bound(pod: Pod) -> datetime:
 
 
 def _account_attempt(
-    attempt: Attempt, recorded: Attempt | None, gpus: int, child: ChildJob | None, view: View
+    attempt: Attempt, recorded: Attempt | None, fresh: AttemptUsage, child: ChildJob | None, view: View
 ) -> Attempt:
     """Return an attempt with the time that its pods held since the last pass."""
     pods = _pods(child)
     of_older_version = attempt.usage is None and recorded is not None and recorded.reason is not None
     if of_older_version or (attempt.usage is None and not pods):
         return attempt
-    usage = attempt.usage or AttemptUsage(gpus_per_pod=gpus)
+    usage = attempt.usage or fresh
     accounted = {pod.uid: pod.until for pod in usage.holding}
     holding: list[HeldPod] = []
     spans: list[tuple[Span, Timeline]] = []
@@ -232,7 +250,7 @@ def _add(
     )
 
 
-def _total(usages: Iterable[GpuUsage], highest_step: int) -> RunUsage:
+def _total(usages: Iterable[GpuUsage], highest_step: int, saved: int) -> RunUsage:
     total = sum_usage(usages)
     hours = f"{total.held / SECONDS_PER_HOUR:.2f}" if total.held else None
-    return RunUsage(**dict(total), gpu_hours=hours, highest_step=highest_step)
+    return RunUsage(**dict(total), gpu_hours=hours, highest_step=highest_step, saved=saved)

@@ -22,6 +22,7 @@ from qlora_api.v1alpha1 import (
     Preparation,
     Progress,
     QLoRAJobStatus,
+    RunUsage,
 )
 from qlora_api.v1alpha1.status import MAX_ATTEMPT_MESSAGE, MAX_ATTEMPTS_LISTED, MAX_MESSAGE, MAX_SUMMARY
 from qlora_api.v1alpha1.usage import sum_usage
@@ -73,6 +74,7 @@ def derive_status(  # noqa: PLR0913 (everything that a status depends on)
             "checkpoint": derive_checkpoint(previous, decision, report),
             "evaluation": result.evaluation if result else previous.evaluation,
             "output": derive_output(previous.output, prepared, result),
+            "usage": derive_usage(previous.usage, decision),
             **derive_progress(report or previous.last_report, decision.phase, plan),
         }
     )
@@ -186,6 +188,12 @@ def derive_output(
     prefix = result.adapter.rpartition("/")[0]
     output = output or OutputStatus(digest=prefix.rpartition("/")[2][:64], prefix=prefix)
     return output.model_copy(update={"adapter": result.adapter, "report": result.report, "merged": result.merged})
+
+
+def derive_usage(previous: RunUsage | None, decision: Decision) -> RunUsage | None:
+    """Return the GPU time so far, with what it saves that the result was there already."""
+    found = decision.result.gpu_seconds if decision.result and decision.reason is Reason.ALREADY_PUBLISHED else None
+    return (previous or RunUsage()).model_copy(update={"saved": found}) if found else previous
 
 
 def derive_preparation(previous: Preparation | None, preparation: Preparation | None) -> Preparation | None:
