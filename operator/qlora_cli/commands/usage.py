@@ -133,7 +133,7 @@ def _read_date(text: str, option: str, example: str) -> datetime:
 def read_prices(path: Path) -> GpuPrices:
     """Return the prices of a file."""
     try:
-        return GpuPrices.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
+        return GpuPrices.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise typer.BadParameter(
             f"{escape_line(str(path))}: {escape_line(str(error))}", param_hint="--prices"
@@ -166,7 +166,7 @@ def show(
         for line in describe_rest(total_of(rows), savings):
             print_line(console, line)
     if unrecorded and output is not UsageFormat.JSON:
-        echo(f"{unrecorded} runs of an earlier version have no recorded GPU time", err=True)
+        echo(f"runs of an earlier version, without recorded GPU time: {unrecorded}", err=True)
 
 
 def count_unrecorded(jobs: Sequence[ClusterJob]) -> int:
@@ -213,8 +213,8 @@ def describe_rest(total: GpuTime, savings: Savings) -> Iterator[str]:
         yield f"lost   {hours(seconds)} GPU-hours: {reason}"
     if savings.reused:
         known = f"{hours(savings.reused_gpu_seconds)} GPU-hours: " if savings.reused_gpu_seconds else ""
-        unknown = f" (of {savings.reused_unknown} the GPU time is not known)" if savings.reused_unknown else ""
-        yield f"saved  {known}{savings.reused} results were found published{unknown}"
+        unknown = f", of unknown GPU time: {savings.reused_unknown}" if savings.reused_unknown else ""
+        yield f"saved  {known}results found published: {savings.reused}{unknown}"
     if savings.refused:
         reasons = ", ".join(f"{count} {reason}" for reason, count in savings.refused.most_common())
         yield f"saved  {savings.refused_gpus} GPUs, for an unknown time, were never held by refused runs: {reasons}"
