@@ -149,26 +149,37 @@ def _account_attempt(
     usage = attempt.usage or fresh
     accounted = {pod.uid: pod.until for pod in usage.holding}
     holding: list[HeldPod] = []
+    ends: list[datetime] = []
     spans: list[tuple[Span, Timeline]] = []
     for pod in pods:
         timeline = _timeline(pod, child, view)
-        start = accounted.pop(pod.uid, None) or _first_sight(pod, timeline, usage)
+        if pod.uid not in accounted and timeline.released and _ended_at(pod) is None:
+            continue  # accounted when it ended; or, if no pass saw it run, nobody knows for how long
+        start = accounted.pop(pod.uid, None) or _first_sight(timeline, usage)
         end = max(_known_until(timeline, view.reports), start)
         spans.append((Span(start, end), timeline))
-        if timeline.released is None:
+        if timeline.released is not None:
+            ends.append(_ended_at(pod) or end)
+        else:
             holding.append(HeldPod(uid=pod.uid, until=end))
     for start in accounted.values():
         gone = Timeline(start, start, exited=_exited(attempt, start))
         spans.append((Span(start, _gone_at(start, child, view)), gone))
     idle = attempt.reason in IDLE_AFTER_LAST_REPORT
     parts = [split(span, timeline, view.reports.since(timeline.bound), idle=idle) for span, timeline in spans]
-    return attempt.model_copy(update={"usage": _add(usage, [span for span, _ in spans], parts, holding)})
+    added = _add(usage, [span for span, _ in spans], parts)
+    # An end in the future, by its node's clock, is kept: so that the pod is not accounted again once that has come.
+    until = max((moment for moment in (added.until, *ends) if moment is not None), default=None)
+    return attempt.model_copy(
+        update={"usage": added.model_copy(update={"until": until, "holding": tuple(holding[:MAX_HOLDING])})}
+    )
 
 
 def _timeline(pod: Pod, child: ChildJob | None, view: View) -> Timeline:
     """Return what is known of a pod; the times of its containers, by its node's clock, are moved into what it held."""
     now, bound = view.now, min(_bound(pod), view.now)
-    started = min(max(pod.started_at, bound), now) if pod.started_at else None
+    # By a clock that is ahead it starts in the future: then its start is not known yet.
+    started = max(pod.started_at, bound) if pod.started_at and pod.started_at <= now else None
     behind = max(started - pod.started_at, timedelta(0)) if started and pod.started_at else timedelta(0)
     exited = pod.exit.finished_at if pod.exit else None
     exited = min(max(exited + behind, started or bound), now) if exited else None
@@ -193,16 +204,13 @@ def _gang_bound(pod: Pod, child: ChildJob | None, reports: Reports) -> datetime 
     return max(bound) if complete or reports.since(max(bound)).last else None
 
 
-def _first_sight(pod: Pod, timeline: Timeline, usage: AttemptUsage) -> datetime:
+def _first_sight(timeline: Timeline, usage: AttemptUsage) -> datetime:
     """Return from when a pod counts that did not hold GPUs at the last pass.
 
-    One that has ended was accounted when it did, unless no pass has seen it run. What it held is then known from its
-    times only.
+    One that has ended was accounted when it did, unless no pass has seen it run.
     """
     if timeline.released is None:
         return timeline.bound
-    if _ended_at(pod) is None:
-        return timeline.released
     return min(max(timeline.bound, usage.until or timeline.bound), timeline.released)
 
 
@@ -232,9 +240,7 @@ def _exited(attempt: Attempt, start: datetime) -> datetime | None:
     return max(ended, start) if ended is not None else None
 
 
-def _add(
-    usage: AttemptUsage, spans: Sequence[Span], parts: Sequence[Parts], holding: Sequence[HeldPod]
-) -> AttemptUsage:
+def _add(usage: AttemptUsage, spans: Sequence[Span], parts: Sequence[Parts]) -> AttemptUsage:
     """Return the usage of an attempt with the time of its pods since the last pass."""
     added = {part: getattr(usage, part) + sum(pod[part] for pod in parts) * usage.gpus_per_pod for part in PARTS}
     pod_seconds = usage.pod_seconds + sum(span.seconds for span in spans)
@@ -245,7 +251,6 @@ def _add(
             "held": pod_seconds * usage.gpus_per_pod,
             "since": min((moment for moment in (usage.since, *(span.start for span in spans)) if moment), default=None),
             "until": max((moment for moment in (usage.until, *(span.end for span in spans)) if moment), default=None),
-            "holding": tuple(holding[:MAX_HOLDING]),
         }
     )
 

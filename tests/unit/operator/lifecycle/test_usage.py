@@ -205,6 +205,39 @@ def test_pod_that_ended_while_the_operator_was_away_is_accounted_by_its_times() 
     assert book.usage.pod_seconds == 500
 
 
+def test_pod_that_ended_at_an_unknown_time_held_until_that_is_seen() -> None:
+    book = Book()
+    book.account(10, child_of(pod_of("a", 10)))
+    refused = pod_of("a", 10, phase="Failed", reason="UnexpectedAdmissionError")
+    assert book.account(15, child_of(refused)) == {"starting": 5}
+    after = book.status
+    book.account(900, child_of(refused))
+    assert book.status == after, "nothing more to write"
+    unseen = Book()
+    assert unseen.account(900, child_of(refused)) == {}
+    after = unseen.status
+    unseen.account(990, child_of(refused))
+    assert unseen.status == after
+
+
+@pytest.mark.parametrize("ahead", [-3600, -30, 30, 3600])
+def test_pod_on_a_node_with_a_wrong_clock_counts_once(ahead: int) -> None:
+    book = Book()
+    book.account(10, child_of(pod_of("a", 10)))
+    running = pod_of("a", 10, 20 + ahead)
+    book.account(21, child_of(running))
+    before = book.status
+    book.account(25, child_of(running))
+    assert book.status == before, "nothing new is known"
+    ended = pod_of("a", 10, 20 + ahead, 120 + ahead)
+    book.account(121, child_of(ended))
+    held = book.usage.pod_seconds
+    assert 110 - min(abs(ahead), 10) <= held <= 111
+    for seconds in (122, 130, 3700, 4000):
+        book.account(seconds, child_of(ended))
+        assert book.usage.pod_seconds == held
+
+
 def test_replaced_and_earlier_pods_count_once() -> None:
     book = Book()
     book.account(20, child_of(pod_of("a", 10, 20)))
@@ -373,6 +406,7 @@ async def test_attempts_that_are_no_longer_listed_stay_in_the_sum() -> None:
         run.cluster.change(suspend=True)
         await run.run(2 * STEP, STEP)
         run.cluster.change(suspend=number == last)
+    await run.run(timedelta(minutes=2), STEP)
     status = QLoRAJobStatus.model_validate(run.status)
     assert status.earlier_attempts
     assert status.earlier_attempts.usage
