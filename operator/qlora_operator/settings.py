@@ -55,10 +55,10 @@ class Settings:
     """Empty means the pod's service account."""
     resync: timedelta = timedelta(minutes=10)
     """Interval of the resync, which finds what lost events would have reported."""
-    gpu_prices: GpuPrices = NO_PRICES
-    """Prices of a GPU-hour, recorded with each attempt."""
     leader_election: LeaderElectionSettings | None = None
     """None outside a cluster, where there is only one replica."""
+    gpu_prices: GpuPrices = NO_PRICES
+    """Prices of a GPU-hour, recorded with each attempt."""
 
 
 def read_settings(environment: Mapping[str, str]) -> Settings:
