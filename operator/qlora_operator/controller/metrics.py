@@ -185,7 +185,12 @@ class Metrics:
                 self._run_seconds.labels(status.phase.value).observe(_seconds(status.finished_at - start))
 
     def _count_gpu_time(self, namespace: str, before: QLoRAJobStatus, after: QLoRAJobStatus) -> None:
-        """Count what a write added: each GPU-second is in one write only, whichever replica writes it."""
+        """Count what a write added: each GPU-second is in one write only, whichever replica writes it.
+
+        Except with an older CRD, which stores nothing of it: there each write would add everything again.
+        """
+        if before.usage is None and any(attempt.started_at for attempt in before.attempts):
+            return
         old, new = before.usage or RunUsage(), after.usage or RunUsage()
         for part in PARTS:
             self._gpu_seconds.labels(namespace, part).inc(max(getattr(new, part) - getattr(old, part), 0))

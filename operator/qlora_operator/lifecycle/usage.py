@@ -72,7 +72,7 @@ def account(  # noqa: PLR0913 (everything that it depends on)
     )
     known = [attempt.usage for attempt in attempts if attempt.usage is not None]
     if not known:
-        return status
+        return status.model_copy(update={"gpus": status.gpus and 0})
     earlier = [status.earlier_attempts.usage] if status.earlier_attempts and status.earlier_attempts.usage else []
     held_now = sum(len(usage.holding) * usage.gpus_per_pod for usage in known)
     last = view.reports.last

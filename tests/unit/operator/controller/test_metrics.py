@@ -259,3 +259,16 @@ async def test_result_found_again_is_saved_gpu_time(scrape: Scrape) -> None:
     assert cluster.status["usage"]["saved"] == 7200
     assert scrape.value("qlora_gpu_seconds_saved_total", namespace="ml") == 7200
     assert scrape.value("qlora_jobs_ended_without_gpu_total", namespace="ml", reason="AlreadyPublished") == 1
+
+
+async def test_gpu_seconds_that_an_older_crd_drops_are_not_counted_again_and_again(scrape: Scrape) -> None:
+    cluster = await run_with_gpus(scrape)
+    before = gpu_seconds(scrape)
+    for _ in range(3):
+        cluster.pass_time(timedelta(minutes=10))
+        for status in (cluster.status, *cluster.status["attempts"]):
+            status.pop("usage", None)
+        scrape.reports.put(REF, make_report(updated_at=cluster.now))
+        scrape.metrics.on_reconciled(REF, await reconcile_now(cluster, scrape.reports.get(REF)))
+    assert cluster.status["usage"]["held"] > 0
+    assert gpu_seconds(scrape) == before

@@ -261,6 +261,13 @@ def test_attempt_of_an_earlier_version_is_left_without_usage() -> None:
     assert book.status.usage is None
 
 
+def test_gpus_of_an_attempt_whose_pods_went_during_an_upgrade_are_not_held() -> None:
+    book = Book()
+    book.status = book.status.model_copy(update={"gpus": 4})
+    book.account(900)
+    assert book.status.gpus == 0
+
+
 @pytest.mark.parametrize(
     ("pods", "gpus"),
     [
