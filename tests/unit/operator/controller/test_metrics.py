@@ -266,8 +266,9 @@ async def test_gpu_seconds_that_an_older_crd_drops_are_not_counted_again_and_aga
     before = gpu_seconds(scrape)
     for _ in range(3):
         cluster.pass_time(timedelta(minutes=10))
-        for status in (cluster.status, *cluster.status["attempts"]):
-            status.pop("usage", None)
+        assert cluster.job
+        for stored in (cluster.job["status"], *cluster.job["status"]["attempts"]):
+            stored.pop("usage", None)
         scrape.reports.put(REF, make_report(updated_at=cluster.now))
         scrape.metrics.on_reconciled(REF, await reconcile_now(cluster, scrape.reports.get(REF)))
     assert cluster.status["usage"]["held"] > 0
