@@ -42,6 +42,8 @@ class FakeKubernetes:
         self.ran = timedelta(0)
         """How long a training container ran that was not yet asked to stop."""
         self.ran_while_stopping = timedelta(0)
+        self.held = timedelta(0)
+        """How long training pods held their nodes, summed over pods."""
         self._released: set[str] = set()
 
     # What a test or a queue does
@@ -72,6 +74,8 @@ class FakeKubernetes:
             self.ran += duration
         elif running:
             self.ran_while_stopping += duration
+        training = [pod for pod in self.cluster.pods.values() if "-prepare-" not in name_of(pod)]
+        self.held += duration * sum("nodeName" in pod["spec"] and not has_ended(pod) for pod in training)
         self.cluster.pass_time(duration)
         for name in [name for kind, name in self.cluster.children if kind == "Job"]:
             self._control(name)
@@ -181,6 +185,9 @@ class FakeKubernetes:
     def _stop(self, pod: Manifest) -> None:
         if is_running(pod):
             self._end(pod, 143, make_termination_message(Reason.INTERRUPTED, "asked to stop"))
+        if self.sidecar and _state(pod):
+            sidecar = {"terminated": {"exitCode": 143, "finishedAt": wire_time(self.cluster.now)}}
+            pod["status"]["containerStatuses"].append({"name": "sidecar", "state": sidecar})
         pod["status"]["phase"] = "Failed"
 
     def _end(self, pod: Manifest, code: int, message: str) -> None:

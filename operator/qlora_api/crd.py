@@ -32,6 +32,7 @@ PRINTER_COLUMNS: Final = (
     ("Step", "string", ".status.step", 1),
     ("Tok/s", "string", ".status.tokensPerSecond", 1),
     ("Attempt", "integer", ".status.attempt", 1),
+    ("GPU-hours", "string", ".status.usage.gpuHours", 1),
     ("Adapter", "string", ".status.output.adapter", 1),
     ("Message", "string", ".status.summary", 1),
 )

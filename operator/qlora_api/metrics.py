@@ -151,6 +151,35 @@ JOB_RUN_SECONDS: Final = Metric(
     "2",
     _RUN_BUCKETS,
 )
+_NAMESPACES: Final = "namespaces with QLoRAJobs"
+GPU_SECONDS: Final = Metric(
+    "qlora_gpu_seconds_total",
+    MetricType.COUNTER,
+    "GPU-seconds that training pods held, by what for, as recorded in the statuses while this replica was the leader.",
+    ("namespace", "part"),
+    f"6 x {_NAMESPACES}",
+)
+GPU_SECONDS_LOST: Final = Metric(
+    "qlora_gpu_seconds_lost_total",
+    MetricType.COUNTER,
+    "GPU-seconds held for nothing, by the reason of the end that caused it; of a failed run all that it held.",
+    ("namespace", "reason"),
+    f"the reasons that occur x {_NAMESPACES}",
+)
+GPU_SECONDS_SAVED: Final = Metric(
+    "qlora_gpu_seconds_saved_total",
+    MetricType.COUNTER,
+    "GPU-seconds of the training steps of results that were found published, instead of trained again.",
+    ("namespace",),
+    _NAMESPACES,
+)
+JOBS_WITHOUT_GPU: Final = Metric(
+    "qlora_jobs_ended_without_gpu_total",
+    MetricType.COUNTER,
+    "QLoRAJobs that ended before a pod held a GPU, by reason: AlreadyPublished, or why they were refused.",
+    ("namespace", "reason"),
+    f"the reasons that occur x {_NAMESPACES}",
+)
 _RUNNING: Final = "QLoRAJobs that train, evaluate or publish"
 PROGRESS: Final = Metric(
     "qlora_job_progress_ratio",
@@ -177,6 +206,7 @@ OPERATOR: Final = (
     BUILD, LEADER, RECONCILES, RECONCILE_SECONDS, RECONCILE_ERRORS, API_REQUESTS, API_SECONDS, QUEUE_DEPTH, QUEUE_AGE,
     STALLED, NAMESPACE_SERVED,
     JOBS, JOBS_FINISHED, ATTEMPTS, NODE_FAILURES, NODES_QUARANTINED, JOB_WAIT_SECONDS, JOB_RUN_SECONDS,
+    GPU_SECONDS, GPU_SECONDS_LOST, GPU_SECONDS_SAVED, JOBS_WITHOUT_GPU,
     PROGRESS, ETA, LOSS,
 )  # fmt: skip
 """Metrics of every replica of the operator; a replica on standby exposes no QLoRAJob metrics."""

@@ -32,6 +32,8 @@ class Result(ReportedModel):
     evaluation: EvaluationStatus
     steps: int
     tokens_per_second: float
+    gpu_seconds: Annotated[int, Field(ge=0)] | None = None
+    """GPU-seconds of its training steps; None on a CPU, and if an earlier version published it."""
 
     def without_prefix(self, prefix: str) -> "Result":
         """Return the result with URIs relative to the run's prefix: `/adapter`."""

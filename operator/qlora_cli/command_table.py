@@ -79,6 +79,9 @@ COMMANDS: Final[Mapping[str, CommandEntry]] = {
         "rerun",
         "Run a finished run again: a failed one in place, from its checkpoint; another is deleted and created again.",
     ),
+    "usage": CommandEntry(
+        "usage", "usage", "Show what runs held of GPUs, for what, and what it cost: by run, team or month."
+    ),
     "report": CommandEntry(
         "report",
         "report",

@@ -104,6 +104,10 @@ class Exit:
     finished_at: datetime | None = None
 
 
+ENDED_POD_PHASES: Final = frozenset({"Succeeded", "Failed"})
+"""Phases of a pod whose containers have all ended, so that the scheduler gives its GPUs to others."""
+
+
 @dataclass(frozen=True)
 class Pod:
     """One pod of a child Job."""
@@ -133,11 +137,13 @@ class Pod:
     message: str = ""
     index: int = 0
     """Completion index in its Job."""
+    released_at: datetime | None = None
+    """When the last of its containers ended, and with it the pod; None while one runs, or if that is unknown."""
 
     @property
     def ended(self) -> bool:
         """Return whether its trainer has ended or will never run, whatever other containers do."""
-        return self.exit is not None or self.phase in {"Succeeded", "Failed"}
+        return self.exit is not None or self.phase in ENDED_POD_PHASES
 
 
 @dataclass(frozen=True)
@@ -213,6 +219,8 @@ class ChildJob:
     """Its pods in order of their index; of two with the same index, the newer."""
     earlier_pods: tuple[Pod, ...] = ()
     """Pods that are being deleted since it was suspended, although it has been resumed."""
+    replaced_pods: tuple[Pod, ...] = ()
+    """Pods whose index a newer pod has."""
     event_message: str = ""
     """Message of the newest Event that says why it has no pod, or why it was suspended; empty unless looked up."""
 

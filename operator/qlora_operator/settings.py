@@ -8,6 +8,7 @@ from typing import Final
 from pydantic import TypeAdapter, ValidationError
 
 from qlora_api import names
+from qlora_api.gpu_prices import NO_PRICES, GpuPrices
 from qlora_api.logs.formatters import FORMAT_ENV, Format
 from qlora_api.runconfig import Platform, S3Config
 from qlora_api.v1alpha1 import to_timedelta
@@ -61,6 +62,8 @@ class Settings:
     """Interval of the resync, which finds what lost events would have reported."""
     leader_election: LeaderElectionSettings | None = None
     """None outside a cluster, where there is only one replica."""
+    gpu_prices: GpuPrices = NO_PRICES
+    """Prices of a GPU-hour, recorded with each attempt."""
 
 
 def read_settings(environment: Mapping[str, str]) -> Settings:
@@ -92,6 +95,7 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
         log_format=Format(_choice(environment, FORMAT_ENV, tuple(Format), Format.JSON)),
         kubeconfig=environment.get("KUBECONFIG", ""),
         resync=timedelta(seconds=_number(environment, "QLORA_RESYNC_SECONDS", 600, MAX_RESYNC)),
+        gpu_prices=_gpu_prices(environment),
         leader_election=_leader_election(environment),
     )
 
@@ -122,6 +126,16 @@ def _platform(environment: Mapping[str, str]) -> Platform:
         hub_endpoint=environment.get("QLORA_HUB_ENDPOINT") or None,
         hub_mirror=environment.get("QLORA_HUB_MIRROR") or None,
     )
+
+
+def _gpu_prices(environment: Mapping[str, str]) -> GpuPrices:
+    text = environment.get("QLORA_GPU_PRICES")
+    try:
+        return GpuPrices.model_validate_json(text) if text else NO_PRICES
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"])) or "value"
+        raise SettingsError(f"QLORA_GPU_PRICES: {field}: {first['msg']}") from error
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ KINDS: Final = ("qlorajobs", "jobs", "configmaps", "services", "events")
 TRANSIENT_REASONS: Final = frozenset({"Preparing", "Scheduling", "Unschedulable"})
 """Reasons of short-lived states, which not every run reports; every other Event records a step."""
 _RANDOM_KEYS: Final = frozenset({"uid", "resourceVersion", "managedFields", "clusterIP", "clusterIPs"})
-_DURATIONS: Final = frozenset({"activeDeadlineSeconds", "containerSeconds"})
+_DURATIONS: Final = frozenset({"activeDeadlineSeconds", "containerSeconds", "podSeconds"})
 """They count seconds, which two runs do not take alike."""
 _MASKS: Final = (
     (re.compile(r"\b\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z"), "<time>"),

@@ -16,6 +16,7 @@ from tests.cluster.node.network import GATEWAY
 from tests.cluster.node.node import NODE
 from tests.e2e.installation import Installation, manifest_of, split_reference, wait_for
 from tests.e2e.pod_processes import processes_of, send_signal
+from tests.gpu_time import check_gpu_time
 from tests.hub import FakeHub, Repository
 
 NAMESPACE: Final = "exit-causes"
@@ -89,6 +90,15 @@ class Run:
 
     def reasons(self) -> list[str | None]:
         return [attempt.get("reason") for attempt in self.status().get("attempts", ())]
+
+    def check_gpu_time(self) -> None:
+        """Compare what the status accounts with the kubelet's times, once nothing is held."""
+        wait_for("the end of all pods", lambda: not self.holding(), SECONDS)
+        pods = self.installation.children("pods", self.name, self.namespace)
+        check_gpu_time(self.status(), pods)
+
+    def holding(self) -> list[dict[str, Any]]:
+        return [pod for attempt in self.status()["attempts"] for pod in attempt["usage"]["holding"]]
 
 
 @dataclass(frozen=True)
@@ -478,6 +488,7 @@ def test_host_oom_retries_with_smaller_micro_batch(configured: Installation, out
     assert rows == [ROWS >> power for power in range(len(rows))]
     assert len(rows) > 1
     assert last["reason"] == "Published"
+    run.check_gpu_time()
     assert status["plan"]["microBatchSize"] * status["plan"]["gradientAccumulation"] == ROWS
     outcome(f"HostOutOfMemory, then published with micro-batches of {' > '.join(map(str, rows))} rows")
 
@@ -496,4 +507,5 @@ def test_operator_upgrade_leaves_training_running(configured: Installation, outc
     status = run.finished()
     configured.configure({"logLevel": "info"})
     assert (status["phase"], run.reasons()) == ("Succeeded", ["Published"])
+    run.check_gpu_time()
     outcome("one attempt, Published")

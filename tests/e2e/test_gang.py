@@ -14,6 +14,7 @@ import pytest
 from tests.e2e import tiny
 from tests.e2e.installation import Installation, download, manifest_of, measure, wait_for
 from tests.e2e.pod_processes import alive, processes_of, send_signal
+from tests.gpu_time import check_gpu_time
 
 NAMESPACE: Final = "gang"
 SECONDS: Final = 600
@@ -88,6 +89,7 @@ def test_two_pods_trained_it(installation: Installation, runs: dict[str, dict[st
     assert hosts == {f"{strategy}-1-0", f"{strategy}-1-1"}
     # The termination message is reported a moment before its process ends.
     wait_for("the end of both", lambda: phases_of(installation, strategy) == {"Succeeded"}, 60)
+    check_usage(installation, strategy)
 
 
 def test_sharded_training_publishes_loadable_adapter(
@@ -138,6 +140,18 @@ def test_pod_killed_gang_resumes_once_from_checkpoint(installation: Installation
     assert jobs == {f"{name}-prepare", f"{name}-1", f"{name}-2"}
     log = installation.cluster.kubectl("logs", f"--namespace={NAMESPACE}", f"job/{name}-2", "--container=trainer")
     assert "resumed from step" in log
+    check_usage(installation, name)
+
+
+def check_usage(installation: Installation, name: str) -> None:
+    """What the status accounts is what the kubelet saw, once the operator has seen the end of all pods."""
+    wait_for("the account", lambda: not holding(installation, name), 60)
+    check_gpu_time(installation.job(name, NAMESPACE)["status"], training_pods(installation, name))
+
+
+def holding(installation: Installation, name: str) -> list[dict[str, Any]]:
+    attempts = installation.job(name, NAMESPACE)["status"]["attempts"]
+    return [pod for attempt in attempts for pod in attempt["usage"]["holding"]]
 
 
 def checkpointed_step_of(installation: Installation, name: str) -> int:

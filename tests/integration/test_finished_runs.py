@@ -1,5 +1,6 @@
 """Runs that have ended, with the real operator and its permissions: retried in place, expired, deleted."""
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -11,6 +12,7 @@ from qlora_api.reasons import Reason
 from qlora_operator.cluster.rbac import build_cluster_rules, build_retention_rules, build_rules
 from tests.cluster.cluster import Cluster
 from tests.cluster.host.commands import wait_until
+from tests.gpu_time import check_gpu_time
 from tests.integration.operator_process import (
     ACCOUNT,
     NAME,
@@ -68,6 +70,25 @@ def test_failed_run_is_retried_in_place_once_per_request(job_namespace: JobNames
     notes = [event.get("note", "") for event in job_namespace.items("events")]
     assert any("has no effect: the run has succeeded" in note for note in notes)
     assert job_namespace.metadata("qlorajobs", NAME)["uid"] == uid
+
+
+@pytest.mark.usefixtures("operator")
+def test_gpu_time_is_that_of_the_pods(job_namespace: JobNamespace) -> None:
+    job_namespace.submit(resources={"nodes": 2})
+    job_namespace.end_pod(PREPARE, 0, PREPARED_MESSAGE)
+    for index in range(2):
+        job_namespace.bind_pod(TRAIN, index)
+        time.sleep(2)
+    for index in range(2):
+        job_namespace.start_pod(TRAIN, index)
+    job_namespace.wait_for("Training")
+    time.sleep(3)
+    for index in range(2):
+        job_namespace.end_pod(TRAIN, 0, PUBLISHED_MESSAGE, index)
+    job_namespace.wait_for("Succeeded")
+    wait_until("nothing is held", lambda: not job_namespace.status()["attempts"][0]["usage"]["holding"])
+    assert job_namespace.status()["usage"]["podSeconds"] >= 10
+    check_gpu_time(job_namespace.status(), job_namespace.items("pods"))
 
 
 def fail_gang(job_namespace: JobNamespace, name: str, **change: Any) -> None:

@@ -53,10 +53,12 @@ from qlora_api.v1alpha1.types import (
     SecretRef,
     to_timedelta,
 )
+from qlora_api.v1alpha1.usage import AttemptUsage, GpuUsage, HeldPod, RunUsage
 
 __all__ = [
     "MUTABLE_FIELDS",
     "Attempt",
+    "AttemptUsage",
     "Checkpoint",
     "CheckpointSpec",
     "Condition",
@@ -70,6 +72,8 @@ __all__ = [
     "EvaluationSplit",
     "EvaluationStatus",
     "GateSpec",
+    "GpuUsage",
+    "HeldPod",
     "LoraSpec",
     "ManifestRef",
     "MergeBase",
@@ -94,6 +98,7 @@ __all__ = [
     "RowFormatName",
     "RowLengths",
     "RowTemplate",
+    "RunUsage",
     "SecretRef",
     "Toleration",
     "TrackingSpec",

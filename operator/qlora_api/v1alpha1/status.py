@@ -12,6 +12,7 @@ from qlora_api.names import MOST_PREPARATIONS, RETRY_ANNOTATION, ConditionType, 
 from qlora_api.reasons import Domain, Reason
 from qlora_api.strategies import SINGLE, StrategyName
 from qlora_api.v1alpha1.types import MAX_URI
+from qlora_api.v1alpha1.usage import AttemptUsage, GpuUsage, RunUsage
 
 MAX_INSTALLATION: Final = 63 + 1 + 253
 """Longest namespace, a slash, and longest name of a Lease."""
@@ -206,6 +207,9 @@ class Attempt(ApiModel):
         description="Seconds that its containers ran, without those that run now; deadlines.total limits their sum.",
     )
     finished_at: datetime | None = Field(default=None, description="When it ended.")
+    usage: AttemptUsage | None = Field(
+        default=None, description="GPU-seconds that its pods held; absent if an earlier version recorded the attempt."
+    )
 
     def run_time(self, now: datetime) -> timedelta:
         """Return how long its containers have run."""
@@ -222,6 +226,7 @@ class EarlierAttempts(ApiModel):
 
     count: int = Field(ge=0, description="How many.")
     seconds: int = Field(ge=0, description="What they took of spec.deadlines.total.")
+    usage: GpuUsage | None = Field(default=None, description="GPU-seconds that their pods held.")
 
 
 class RetryLimits(ApiModel):
@@ -342,6 +347,9 @@ class QLoRAJobStatus(ApiModel):
         default=None, description="The beginning of the message, for the MESSAGE column."
     )
     gpus: int | None = Field(default=None, ge=0, description="GPUs that pods of the run hold now.")
+    usage: RunUsage | None = Field(
+        default=None, description="GPU-seconds that the pods of all attempts held, and for what."
+    )
     attempt: int | None = Field(default=None, ge=1, description="Number of the latest attempt.")
     operator: Annotated[str, Field(max_length=MAX_INSTALLATION)] | None = Field(
         default=None,

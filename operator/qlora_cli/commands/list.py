@@ -27,7 +27,7 @@ class ListFormat(StrEnum):
 
 
 _HEADINGS: Final = ("NAME", "PHASE", "PROGRESS", "ETA", "LOSS", "GPUS", "ATTEMPT", "REASON", "AGE")
-_WIDE_HEADINGS: Final = ("MODEL", "STEP", "TOK/S", "ADAPTER", "MESSAGE")
+_WIDE_HEADINGS: Final = ("MODEL", "STEP", "TOK/S", "GPU-HOURS", "ADAPTER", "MESSAGE")
 
 
 def list_jobs(  # noqa: PLR0913, PLR0917 (an option each)
@@ -90,5 +90,6 @@ def _row(job: ClusterJob, now: datetime) -> tuple[Cell, ...]:
 def _wide_row(job: ClusterJob) -> tuple[Cell, ...]:
     status, model = job.status, job.raw["spec"].get("model") or {}
     adapter = status.output and status.output.adapter
-    shown = (model.get("uri"), status.step, status.tokens_per_second, adapter, status.summary)
+    gpu_hours = status.usage and status.usage.gpu_hours
+    shown = (model.get("uri"), status.step, status.tokens_per_second, gpu_hours, adapter, status.summary)
     return tuple(value or "" for value in shown)

@@ -13,7 +13,8 @@ from rich.text import Text
 from qlora_api.escapes import escape_line
 from qlora_api.names import TERMINAL, Phase
 from qlora_api.reasons import NOTHING_TO_DO, REASONS
-from qlora_api.v1alpha1 import Attempt, Progress, QLoRAJobStatus
+from qlora_api.v1alpha1 import Attempt, Progress, QLoRAJobStatus, RunUsage
+from qlora_api.v1alpha1.usage import PARTS
 from qlora_cli.cluster.jobs import ClusterJob
 from qlora_cli.display.formats import PHASE_STYLES, format_age, render_columns
 from qlora_cli.display.progress import clock_time
@@ -106,6 +107,8 @@ def _describe(job: ClusterJob) -> Iterator[tuple[str, str]]:
         yield "data", f"{data.training_rows:,} training rows, {data.evaluation_rows:,} held-out rows, {data.format}"
     if status.plan:
         yield "plan", _describe_plan(status)
+    if status.usage and status.usage.held:
+        yield "usage", _describe_usage(status.usage)
     if status.checkpoint:
         yield "checkpoint", f"step {status.checkpoint.step}, {status.checkpoint.uri}"
     if status.output and status.output.adapter:
@@ -129,6 +132,12 @@ def _describe_plan(status: QLoRAJobStatus) -> str:
     devices = f"{plan.nodes} x {plan.gpus_per_node} GPUs" if plan.gpus_per_node else f"{plan.nodes} x CPU"
     batch = f"micro-batch {plan.micro_batch_size} x {plan.gradient_accumulation}"
     return f"{devices}, {plan.strategy}, {batch}, {plan.total_steps} steps"
+
+
+def _describe_usage(usage: RunUsage) -> str:
+    parts = ((part, getattr(usage, part)) for part in PARTS)
+    shares = ", ".join(f"{part} {100 * seconds / usage.held:.0f}%" for part, seconds in parts if seconds)
+    return f"{usage.gpu_hours} GPU-hours: {shares}"
 
 
 def _output_uris(adapter: str, merged: str | None, report: str | None) -> Iterator[tuple[str, str]]:

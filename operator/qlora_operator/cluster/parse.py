@@ -12,7 +12,7 @@ from qlora_api.names import Role
 from qlora_api.v1alpha1.status import MAX_RETRY_REQUEST
 from qlora_operator.cluster.interface import PodIdentity, PodOwner
 from qlora_operator.cluster.tolerant import check_types, parse_or_skip
-from qlora_operator.models import ChildJob, Exit, JobFailure, Observation, Pod, RawJob, Waiting
+from qlora_operator.models import ENDED_POD_PHASES, ChildJob, Exit, JobFailure, Observation, Pod, RawJob, Waiting
 
 Json = Mapping[str, Any]
 Child = TypeVar("Child", ChildJob, Pod)
@@ -187,12 +187,15 @@ def _with_pods(child: ChildJob, pods: Iterable[Pod]) -> ChildJob:
     """Return the Job with its pods by index; those from before it was suspended and resumed are kept apart."""
     current: dict[int, Pod] = {}
     earlier: list[Pod] = []
+    replaced: list[Pod] = []
     for pod in pods:
         if not child.suspended and _is_of_earlier_start(pod, child.started_at):
             earlier.append(pod)
         else:
+            replaced += [current[pod.index]] if pod.index in current else []
             current[pod.index] = pod
-    return replace(child, pods=tuple(current[index] for index in sorted(current)), earlier_pods=tuple(earlier))
+    pods = tuple(current[index] for index in sorted(current))
+    return replace(child, pods=pods, earlier_pods=tuple(earlier), replaced_pods=tuple(replaced))
 
 
 def _is_of_earlier_start(pod: Pod, started: datetime | None) -> bool:
@@ -306,6 +309,18 @@ def parse_pod(item: Json) -> Pod:
         disruption_reason=disruption.get("reason", ""),
         reason=status.get("reason", ""),
         message=status.get("message", ""),
+        released_at=_released_at(status, disruption),
+    )
+
+
+def _released_at(status: Json, disruption: Json) -> datetime | None:
+    """Return when a pod that has ended did: its last container, or, if none ran, what disrupted it."""
+    if status.get("phase") not in ENDED_POD_PHASES:
+        return None
+    containers = (*(status.get("containerStatuses") or ()), *(status.get("initContainerStatuses") or ()))
+    ends = [((container.get("state") or {}).get("terminated") or {}).get("finishedAt") for container in containers]
+    return max((end for end in map(parse_time, ends) if end is not None), default=None) or parse_time(
+        disruption.get("lastTransitionTime")
     )
 
 

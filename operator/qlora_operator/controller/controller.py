@@ -260,6 +260,7 @@ class Controller:
             self._reports_since is not None and now >= self._reports_since + NODE_FAILURES_LOAD,
             Reception(self._reports.others(ref), self._reports.resumed_at(ref.namespace)),
             self._installations.claimant(ref.namespace),
+            self.settings.gpu_prices,
         )
 
     async def _update_node_failures(self, ref: JobRef, result: ReconcileResult, context: ReconcileContext) -> None:

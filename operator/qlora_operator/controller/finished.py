@@ -2,7 +2,8 @@
 
 from qlora_operator.cluster.interface import Cluster
 from qlora_operator.controller.requeue import requeue_delay
-from qlora_operator.controller.result import ReconcileRequest, ReconcileResult, write_if_changed
+from qlora_operator.controller.result import ReconcileRequest, ReconcileResult, account_gpu_time, write_if_changed
+from qlora_operator.lifecycle import is_uncertain
 from qlora_operator.lifecycle.leftovers import next_leftover
 from qlora_operator.lifecycle.retention import children_expire_at, job_expires_at, jobs_to_delete
 from qlora_operator.models import Retention, earliest
@@ -19,19 +20,23 @@ async def reconcile_finished(
     clean = previous.children_deleted_at is not None or not expired
     children = cluster.children_from_cache(raw)
     done = clean and not jobs_to_delete(children, previous, now, expired=expired)
-    if from_cache and (job_expired or not done):
+    uncertain = is_uncertain(previous, children, now)
+    if from_cache and (job_expired or not done or uncertain):
         return None
     if job_expired:
         await cluster.delete_qlorajob(raw)
         return ReconcileResult(gone=True)
     if not done:
         await delete_children(request, cluster, expired=expired)
-    status = with_observed_generation(previous, raw.generation)
+    if uncertain:
+        children = await cluster.list_children(raw)
+    status = account_gpu_time(request, with_observed_generation(previous, raw.generation), children)
     if not clean:
         status = status.model_copy(update={"children_deleted_at": now})
     requeue_at = earliest(now, *expiries, next_leftover(previous, children, now))
     written = await write_if_changed(request, status, cluster)
-    return ReconcileResult(requeue_delay(now, requeue_at, None, progressed=written is not None), written, status)
+    delay = requeue_delay(now, requeue_at, None, progressed=written is not None)
+    return ReconcileResult(delay, written, status, request)
 
 
 async def delete_children(request: ReconcileRequest, cluster: Cluster, *, expired: bool) -> None:

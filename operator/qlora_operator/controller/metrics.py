@@ -17,8 +17,10 @@ from prometheus_client.registry import Collector
 
 from qlora_api import __version__, metrics
 from qlora_api.job_ref import JobRef
+from qlora_api.lost_gpu_time import lost_gpu_seconds
 from qlora_api.names import RUNNING, TERMINAL, Phase
-from qlora_api.v1alpha1 import Progress, QLoRAJobStatus
+from qlora_api.v1alpha1 import Progress, QLoRAJobStatus, RunUsage
+from qlora_api.v1alpha1.usage import PARTS
 from qlora_operator.cluster.interface import ClusterBusyError
 from qlora_operator.controller.result import ReconcileResult
 from qlora_operator.lifecycle import is_blamed
@@ -115,6 +117,10 @@ class Metrics:
         self._attempts = Counter(*metrics.ATTEMPTS.constructor_args, registry=registry)
         self._node_failures = Counter(*metrics.NODE_FAILURES.constructor_args, registry=registry)
         self._quarantined = Gauge(*metrics.NODES_QUARANTINED.constructor_args, registry=registry)
+        self._gpu_seconds = Counter(*metrics.GPU_SECONDS.constructor_args, registry=registry)
+        self._gpu_seconds_lost = Counter(*metrics.GPU_SECONDS_LOST.constructor_args, registry=registry)
+        self._gpu_seconds_saved = Counter(*metrics.GPU_SECONDS_SAVED.constructor_args, registry=registry)
+        self._jobs_without_gpu = Counter(*metrics.JOBS_WITHOUT_GPU.constructor_args, registry=registry)
         self._wait_seconds = _histogram(metrics.JOB_WAIT_SECONDS, registry)
         self._run_seconds = _histogram(metrics.JOB_RUN_SECONDS, registry)
         for result in ("success", "busy", "error"):
@@ -164,14 +170,33 @@ class Metrics:
         self.jobs.set_phase(ref, status.phase if status else None)
         if status is None or request is None or result.written_version is None:
             return
+        self._count_gpu_time(ref.namespace, request.previous_status, status)
+        if request.previous_status.phase in TERMINAL:
+            return
         self._count_attempts(request.previous_status, status)
         start, before = training_started_at(status), training_started_at(request.previous_status)
         if start is not None and before is None:
             self._wait_seconds.observe(_seconds(start - request.raw.created_at))
         if status.phase in TERMINAL and status.finished_at and status.reason:
             self._finished.labels(status.phase.value, status.reason.value).inc()
+            if not status.attempts:
+                self._jobs_without_gpu.labels(ref.namespace, status.reason.value).inc()
             if start is not None:
                 self._run_seconds.labels(status.phase.value).observe(_seconds(status.finished_at - start))
+
+    def _count_gpu_time(self, namespace: str, before: QLoRAJobStatus, after: QLoRAJobStatus) -> None:
+        """Count what a write added: each GPU-second is in one write only, whichever replica writes it.
+
+        Except with an older CRD, which stores nothing of it: there each write would add everything again.
+        """
+        if before.usage is None and any(attempt.started_at for attempt in before.attempts):
+            return
+        old, new = before.usage or RunUsage(), after.usage or RunUsage()
+        for part in PARTS:
+            self._gpu_seconds.labels(namespace, part).inc(max(getattr(new, part) - getattr(old, part), 0))
+        for reason, seconds in (lost_gpu_seconds(after) - lost_gpu_seconds(before)).items():
+            self._gpu_seconds_lost.labels(namespace, reason.value).inc(seconds)
+        self._gpu_seconds_saved.labels(namespace).inc(max(new.saved - old.saved, 0))
 
     def _count_attempts(self, before: QLoRAJobStatus, after: QLoRAJobStatus) -> None:
         ended = {attempt.number for attempt in before.attempts if attempt.reason}

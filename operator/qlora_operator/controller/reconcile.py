@@ -12,13 +12,14 @@ from qlora_api.v1alpha1 import Progress, QLoRAJobStatus
 from qlora_operator.cluster.interface import AdmissionDeniedError, Cluster, InvalidStatusError, NameConflictError
 from qlora_operator.controller.finished import reconcile_finished
 from qlora_operator.controller.requeue import requeue_delay
-from qlora_operator.controller.result import ReconcileRequest, ReconcileResult, write_if_changed
+from qlora_operator.controller.result import ReconcileRequest, ReconcileResult, account_gpu_time, write_if_changed
 from qlora_operator.lifecycle import (
     ReconcileContext,
     checkpoint_of_restart,
     decide,
     disliked_nodes,
     is_terminal,
+    is_uncertain,
     is_under_way,
     job_deadline,
     keep_as_it_is,
@@ -72,7 +73,6 @@ from qlora_operator.resources import (
 from qlora_operator.status import (
     derive_alternatives,
     derive_checkpoint,
-    held_gpus,
     merge_attempt,
     without_refused_reasons,
 )
@@ -163,8 +163,7 @@ async def reconcile_unfinished(
         return ReconcileResult(AT_ONCE)  # status comes after the first steps of all queued QLoRAJobs
     decision = await limit_jobs(decision, job, children, cluster, now)
     await refresh_run_config(decision, job, children, cluster, installation, request.context.last_report)
-    gpus = held_gpus(children, decision.plan or job.status.plan)
-    return await write_status(request, decision, gpus, cluster)
+    return await write_status(request, decision, children, cluster)
 
 
 def without_reports(status: QLoRAJobStatus) -> QLoRAJobStatus:
@@ -181,7 +180,7 @@ async def claim(request: ReconcileRequest, cluster: Cluster) -> ReconcileResult:
         previous.message or "",
         requeue_after=AT_ONCE,
     )
-    return await write_status(request, decision, previous.gpus or 0, cluster)
+    return await write_status(request, decision, None, cluster)
 
 
 def is_first_step(decision: Decision, job: Job) -> bool:
@@ -202,6 +201,7 @@ def is_noop(decision: Decision, job: Job, children: Observation, now: datetime) 
         outdated_prepare_jobs(job, children),
         leftover_jobs(job.status, children, now),
         unexplained_jobs(job, children, now),
+        is_uncertain(job.status, children, now),
     )
     return (
         decision.action is Action.NONE
@@ -253,7 +253,7 @@ async def reconcile_unreadable(request: ReconcileRequest, read: ReadJob, cluster
     keeps = read.skew.unknown_words or is_under_way(read.status, read.skew, await cluster.list_children(request.raw))
     violation = Violation(Reason.INVALID_SPEC, read.skew.invalid)
     decision = keep_as_it_is(read.status, read.skew) if keeps else rejected((violation,))
-    return await write_status(request, decision, request.previous_status.gpus or 0, cluster)
+    return await write_status(request, decision, None, cluster)
 
 
 async def reconcile_ended(
@@ -277,7 +277,7 @@ async def revive_run(job: Job, decision: Decision, request: ReconcileRequest, cl
     """Delete the Jobs that a failed run left running, and let it continue."""
     children = await cluster.list_children(request.raw)
     await delete_running_jobs(job, children, cluster)
-    return await write_status(request, decision, 0, cluster)
+    return await write_status(request, decision, children, cluster)
 
 
 async def answer_retry_request(request: ReconcileRequest, cluster: Cluster) -> ReconcileResult:
@@ -292,11 +292,13 @@ async def answer_retry_request(request: ReconcileRequest, cluster: Cluster) -> R
         written = await write_if_changed(request, status, cluster)
         # An older CRD stores nothing of it, and repeating the write at once would not change that.
         return ReconcileResult(None if written == raw.resource_version else AT_ONCE, written, status)
-    for child in (await cluster.list_children(raw)).jobs:
+    children = await cluster.list_children(raw)
+    for child in children.jobs:
         if not child.deleting:
             await cluster.delete_job(raw.ref, child)
     begun, decision = begin_retry(previous, now)
-    return await write_status(replace(request, previous_status=begun, read_status=previous), decision, 0, cluster)
+    begun_request = replace(request, previous_status=begun, read_status=previous)
+    return await write_status(begun_request, decision, children, cluster)
 
 
 async def _warn_of_request_without_effect(request: ReconcileRequest, cluster: Cluster) -> None:
@@ -474,14 +476,20 @@ def outdated_deadlines(decision: Decision, job: Job, children: Observation, now:
     ]
 
 
-async def write_status(request: ReconcileRequest, decision: Decision, gpus: int, cluster: Cluster) -> ReconcileResult:
-    """Record an Event for a transition, and write the status if it changed; less of it if that is refused."""
+async def write_status(
+    request: ReconcileRequest, decision: Decision, children: Observation | None, cluster: Cluster
+) -> ReconcileResult:
+    """Record an Event for a transition, and write the status if it changed; less of it if that is refused.
+
+    Without the children, GPUs and their time stay as they are.
+    """
     raw, previous = request.raw, request.previous_status
     report, now = request.context.last_report, request.context.now
+    gpus = previous.gpus or 0
     await _warn_of_request_without_effect(request, cluster)
     claimed = {"operator": request.context.claimant.installation or None}
     statuses = (
-        note_request(status, raw.retry_request).model_copy(update=claimed)
+        note_request(account_gpu_time(request, status, children), raw.retry_request).model_copy(update=claimed)
         for status in derive_alternatives(previous, decision, report, gpus=gpus, generation=raw.generation, now=now)
     )
     status = next(statuses)

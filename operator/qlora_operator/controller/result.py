@@ -5,8 +5,8 @@ from datetime import timedelta
 
 from qlora_api.v1alpha1 import QLoRAJobStatus
 from qlora_operator.cluster.interface import Cluster, InvalidStatusError
-from qlora_operator.lifecycle import ReconcileContext
-from qlora_operator.models import RawJob
+from qlora_operator.lifecycle import ReconcileContext, account
+from qlora_operator.models import Observation, RawJob
 from qlora_operator.status import to_wire
 from qlora_operator.stored_job import keep_unknown
 
@@ -33,11 +33,27 @@ class ReconcileResult:
     status: QLoRAJobStatus | None = None
     """The current status; None if the QLoRAJob is gone, or its first step is taken but not yet written."""
     request: ReconcileRequest | None = None
-    """The input of the reconcile; None if the run had already ended."""
+    """The input of the reconcile; None if it only recorded a request to retry."""
     belongs_to: str = ""
     """The other installation that the QLoRAJob belongs to, so that nothing was done."""
     gone: bool = False
     """Whether the QLoRAJob does not exist."""
+
+
+def account_gpu_time(request: ReconcileRequest, status: QLoRAJobStatus, children: Observation | None) -> QLoRAJobStatus:
+    """Return a new status with the GPU time that the pods held since the last one."""
+    if children is None:
+        return status
+    context = request.context
+    return account(
+        request.previous_status,
+        status,
+        children,
+        context.last_report,
+        watched=context.reports_since is not None and context.node_failures_known,
+        now=context.now,
+        prices=context.prices,
+    )
 
 
 async def write_if_changed(request: ReconcileRequest, status: QLoRAJobStatus, cluster: Cluster) -> str | None:

@@ -27,6 +27,7 @@ from qlora_operator.lifecycle.node_health import (
 )
 from qlora_operator.lifecycle.resumption import checkpoint_of_restart, reported_checkpoint, reported_manifests
 from qlora_operator.lifecycle.revive import retry_limits, revive
+from qlora_operator.lifecycle.usage import account, is_uncertain
 
 __all__ = [
     "Claimant",
@@ -34,6 +35,7 @@ __all__ = [
     "NodeStart",
     "Reception",
     "ReconcileContext",
+    "account",
     "cause_of_exit",
     "checkpoint_of_restart",
     "classify",
@@ -42,6 +44,7 @@ __all__ = [
     "is_blamed",
     "is_recent",
     "is_terminal",
+    "is_uncertain",
     "is_under_way",
     "job_deadline",
     "keep_as_it_is",

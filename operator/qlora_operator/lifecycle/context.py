@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Final
 
+from qlora_api.gpu_prices import NO_PRICES, GpuPrices
 from qlora_api.v1alpha1 import Progress, to_timedelta
 from qlora_operator.lifecycle.budgets import LONGEST_WAIT
 from qlora_operator.models import ChildJob, Job
@@ -71,6 +72,8 @@ class ReconcileContext:
     """Whether the reports of other runs in the namespace arrive."""
     claimant: Claimant = Claimant()
     """The installation that this operator process belongs to."""
+    prices: GpuPrices = NO_PRICES
+    """Prices of a GPU-hour in this installation."""
 
 
 def startup_timeout(job: Job) -> timedelta:

@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import Any, Final, TypeVar
 
 from qlora_api.escapes import cut_escaped, escape_line
-from qlora_api.names import RUNNING, TERMINAL, ConditionType, Phase, Role
+from qlora_api.names import RUNNING, TERMINAL, ConditionType, Phase
 from qlora_api.prepared import Prepared
 from qlora_api.reasons import REASONS, Reason
 from qlora_api.result import Result, is_below
@@ -23,20 +23,19 @@ from qlora_api.v1alpha1 import (
     Preparation,
     Progress,
     QLoRAJobStatus,
+    RunUsage,
 )
 from qlora_api.v1alpha1.status import MAX_ATTEMPT_MESSAGE, MAX_ATTEMPTS_LISTED, MAX_MESSAGE, MAX_SUMMARY
-from qlora_operator.models import Decision, Observation
+from qlora_api.v1alpha1.usage import sum_usage
+from qlora_operator.models import Decision
 from qlora_operator.status.conditions import derive_conditions
 from qlora_operator.status.formatting import format_number, format_step
 
 Entry = TypeVar("Entry", Attempt, Condition)
 _UNSUPPORTED_VALUE: Final = re.compile(r'Unsupported value: "(\w+)"')
 """How the API server names a word that is not on a list of the CRD."""
-_STICKY_ATTEMPT_FIELDS: Final = ("started_at", "micro_batch_size", "node", "avoided_nodes", "checkpoint_step")
+_STICKY_ATTEMPT_FIELDS: Final = ("started_at", "micro_batch_size", "node", "avoided_nodes", "checkpoint_step", "usage")
 """Fields of an attempt that are kept once they are known, since its pods may be gone."""
-
-
-_ENDED_POD_PHASES: Final = frozenset({"Succeeded", "Failed"})
 
 
 def derive_status(  # noqa: PLR0913 (everything that a status depends on)
@@ -76,6 +75,7 @@ def derive_status(  # noqa: PLR0913 (everything that a status depends on)
             "checkpoint": derive_checkpoint(previous, decision, report),
             "evaluation": result.evaluation if result else previous.evaluation,
             "output": derive_output(previous.output, prepared, result, report),
+            "usage": derive_usage(previous.usage, decision),
             **derive_progress(report or previous.last_report, decision.phase, plan),
         }
     )
@@ -137,13 +137,6 @@ def summarize(decision: Decision) -> str:
     """Return the beginning of the message of a decision, without what to do."""
     message = escape_line(decision.message or REASONS[decision.reason].sentence)
     return message if len(message) <= MAX_SUMMARY else f"{message[: MAX_SUMMARY - 1]}…"
-
-
-def held_gpus(children: Observation, plan: Plan | None) -> int:
-    """Return the GPUs that pods of a run hold: from their placement on a node until they have ended."""
-    training = (child for child in children.jobs if child.role is Role.TRAIN)
-    holding = [pod for child in training for pod in child.pods if pod.node and pod.phase not in _ENDED_POD_PHASES]
-    return len(holding) * plan.gpus_per_node if plan else 0
 
 
 def derive_progress(report: Progress | None, phase: Phase, plan: Plan | None) -> dict[str, Any]:
@@ -209,6 +202,12 @@ def _derive_manifest(prefix: str, previous: OutputStatus | None, report: Progres
     return next((manifest for manifest in known if manifest and is_below(manifest.uri, prefix)), None)
 
 
+def derive_usage(previous: RunUsage | None, decision: Decision) -> RunUsage | None:
+    """Return the GPU time so far, with what it saves that the result was there already."""
+    found = decision.result.gpu_seconds if decision.result and decision.reason is Reason.ALREADY_PUBLISHED else None
+    return (previous or RunUsage()).model_copy(update={"saved": found}) if found else previous
+
+
 def derive_preparation(previous: Preparation | None, preparation: Preparation | None) -> Preparation | None:
     """Return the preparation of the decision, if it has one, with its message as one line."""
     if preparation is None:
@@ -237,7 +236,12 @@ def list_attempts(attempts: tuple[Attempt, ...], previous: QLoRAJobStatus, now: 
     counted = [attempt for attempt in dropped if attempt.number > retried_after]
     seconds = sum(int(attempt.run_time(attempt.finished_at or now).total_seconds()) for attempt in counted)
     count, before = len(dropped), previous.earlier_attempts or EarlierAttempts(count=0, seconds=0)
-    total = EarlierAttempts(count=before.count + count, seconds=before.seconds + max(seconds, 0))
+    known = [part for part in (before.usage, *(attempt.usage for attempt in dropped)) if part is not None]
+    total = EarlierAttempts(
+        count=before.count + count,
+        seconds=before.seconds + max(seconds, 0),
+        usage=sum_usage(known) if known else None,
+    )
     return {"attempts": (attempts[0], *attempts[1 + surplus :]), "earlier_attempts": total}
 
 

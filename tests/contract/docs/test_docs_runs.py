@@ -39,6 +39,7 @@ RUN_BY: Final = {
     "qlora serve-snippet": "tests/contract/docs/test_cli_page.py",
     "qlora status": "tests/integration/test_cli.py",
     "qlora submit": "tests/integration/test_cli.py",
+    "qlora usage": "tests/contract/docs/test_usage_page.py",
     "qlora validate": "tests/contract/docs/test_cli_page.py",
     "qlora wait": "tests/integration/test_cli.py",
 }

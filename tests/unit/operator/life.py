@@ -64,7 +64,7 @@ async def run_to_success(cluster: FakeCluster) -> None:
 
 def without_times(status: dict[str, Any]) -> str:
     """A status that can be compared with another life's."""
-    return json.dumps(_strip(status, {"lastTransitionTime", "startedAt", "finishedAt", "containerSeconds"}))
+    return json.dumps(_strip(status, {"lastTransitionTime", "startedAt", "finishedAt", "containerSeconds", "usage"}))
 
 
 def _strip(value: Any, keys: set[str]) -> Any:

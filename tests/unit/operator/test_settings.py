@@ -4,6 +4,7 @@ from datetime import timedelta
 
 import pytest
 
+from qlora_api.gpu_prices import GpuPrices
 from qlora_api.logs.formatters import Format
 from qlora_api.runconfig import Platform, S3Config
 from qlora_operator.models import Retention
@@ -29,6 +30,7 @@ def test_everything() -> None:
             "QLORA_IMAGE_PULL_SECRETS": "registry, mirror", "KUBECONFIG": "/kube",
             "POD_NAMESPACE": "qlora", "POD_NAME": "operator-x7b", "QLORA_LEASE": "my-release",
             "QLORA_RESYNC_SECONDS": "30", "QLORA_TTL": "7d", "QLORA_RETENTION": "90d",
+            "QLORA_GPU_PRICES": '{"currency": "EUR", "gpuPrices": {"NVIDIA-A10": "1.10"}}',
         }
     )  # fmt: skip
     s3 = S3Config(endpoint="http://s3", region="eu", addressing="path", checksums="when_required")
@@ -38,6 +40,7 @@ def test_everything() -> None:
         Installation("trainer:1", "Always", "http://operator:8080", platform, ("registry", "mirror"), retention),
         ("ml", "research"), 4, 9000, 9001, "debug", Format.TEXT, "/kube", timedelta(seconds=30),
         LeaderElectionSettings("qlora", "operator-x7b", "my-release"),
+        GpuPrices(currency="EUR", gpu_prices={"NVIDIA-A10": "1.10"}),
     )  # fmt: skip
 
 
@@ -61,6 +64,8 @@ def test_empty_values_of_the_chart_are_defaults() -> None:
         ("QLORA_LOG_FORMAT", "xml"), ("QLORA_IMAGE_PULL_POLICY", "Sometimes"),
         ("QLORA_RESYNC_SECONDS", "0"), ("QLORA_S3_ADDRESSING", "sideways"), ("QLORA_S3_CHECKSUMS", "never"),
         ("QLORA_TTL", "1 week"), ("QLORA_TTL", "0s"), ("QLORA_RETENTION", "90"), ("QLORA_RETENTION", "99999999d"),
+        ("QLORA_GPU_PRICES", "2.50"), ("QLORA_GPU_PRICES", '{"gpuPrices": {"A10": 2.5}}'),
+        ("QLORA_GPU_PRICES", '{"currency": "dollars"}'),
     ],
 )  # fmt: skip
 def test_an_error_names_the_variable(variable: str, value: str) -> None:

@@ -72,11 +72,13 @@ def collect_samples(rows: Sequence[EvaluatedRow]) -> tuple[Sample, ...]:
 
 def build_result(config: RunConfig, report: RunReport) -> Result:
     """Return the summary of a run."""
-    prefix = config.prepared.prefix
+    prefix, plan = config.prepared.prefix, config.plan
+    gpus = plan.nodes * plan.gpus_per_node
     return Result(
         adapter=f"{prefix}/{WEIGHTS_FOLDER[config.spec.method]}",
         report=f"{prefix}/{REPORT}",
         evaluation=report.evaluation,
         steps=len(report.history),
         tokens_per_second=round(report.tokens_per_second, 1),
+        gpu_seconds=round(report.training_seconds * gpus) if gpus else None,
     )

@@ -62,6 +62,7 @@ def in_state(**state: Any) -> list[dict[str, Any]]:
                 disruption_message="evicted",
                 reason="Evicted",
                 message="disk pressure",
+                released_at=NOW,
             ),
             id="evicted",
         ),

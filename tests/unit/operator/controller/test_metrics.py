@@ -11,6 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from qlora_api import __version__, metrics
 from qlora_api.job_ref import JobRef
 from qlora_api.names import Phase
+from qlora_api.reasons import Reason
 from qlora_api.v1alpha1 import Progress
 from qlora_operator.cluster.interface import ClusterBusyError
 from qlora_operator.controller.metrics import Metrics, progress_ratio
@@ -18,7 +19,17 @@ from qlora_operator.health_server import serve_health
 from qlora_operator.progress_server import ReportStore
 from tests.cluster.host.addresses import free_ports
 from tests.fakes import FakeCluster
-from tests.make import NOW, PREPARED_MESSAGE, PUBLISHED_MESSAGE, REF, make_manifest
+from tests.make import (
+    NOW,
+    PREPARED_MESSAGE,
+    PUBLISHED_MESSAGE,
+    REF,
+    make_manifest,
+    make_prepared,
+    make_result,
+    make_termination_message,
+)
+from tests.unit.operator.controller.test_reconcile import gpu_node
 from tests.unit.operator.life import PREPARE, TRAIN, reconcile_now
 
 FINISHED: Final = ("qlora_jobs_finished_total", "qlora_job_attempts_ended_total")
@@ -194,3 +205,71 @@ async def test_metrics_are_served_on_health_port(scrape: Scrape) -> None:
             assert "qlora_operator_leader 1.0" in await answer.text()
         async with session.get(f"http://127.0.0.1:{port}/healthz") as answer:
             assert (answer.status, await answer.text()) == (200, "ok")
+
+
+# GPU time
+
+
+async def run_with_gpus(scrape: Scrape) -> FakeCluster:
+    cluster = FakeCluster()
+    cluster.submit(make_manifest(resources={"gpusPerNode": 2}))
+    cluster.nodes = [gpu_node("NVIDIA-A10", 23_028)]
+    await run_to_training(scrape, cluster)
+    return cluster
+
+
+def gpu_seconds(scrape: Scrape) -> float:
+    return sum(value for name, _, value in scrape.samples() if name == "qlora_gpu_seconds_total")
+
+
+async def test_gpu_seconds_are_those_of_the_status_across_restarts_and_after_the_end(scrape: Scrape) -> None:
+    cluster = await run_with_gpus(scrape)
+    cluster.pass_time(timedelta(minutes=10))
+    scrape.reports.put(REF, make_report(updated_at=cluster.now))
+    await scrape.reconcile_until_stable(cluster)
+    before = gpu_seconds(scrape)
+    assert before > 0
+    successor = Scrape()
+    cluster.pass_time(timedelta(minutes=10))
+    cluster.end_pod(TRAIN, 0, PUBLISHED_MESSAGE)
+    await successor.reconcile_until_stable(cluster)
+    await successor.reconcile_until_stable(cluster)
+    assert before + gpu_seconds(successor) == cluster.status["usage"]["held"]
+    assert successor.value("qlora_gpu_seconds_total", namespace="ml", part="training")
+    assert successor.value("qlora_jobs_finished_total", phase="Succeeded", reason="Published") == 1
+
+
+async def test_gpu_seconds_of_a_failed_run_are_lost(scrape: Scrape) -> None:
+    cluster = await run_with_gpus(scrape)
+    cluster.pass_time(timedelta(minutes=10))
+    cluster.end_pod(TRAIN, 1, make_termination_message(Reason.NON_FINITE_LOSS, "loss is NaN"))
+    await scrape.reconcile_until_stable(cluster)
+    lost = scrape.value("qlora_gpu_seconds_lost_total", namespace="ml", reason="NonFiniteLoss")
+    assert lost == cluster.status["usage"]["held"] > 0
+
+
+async def test_result_found_again_is_saved_gpu_time(scrape: Scrape) -> None:
+    cluster = FakeCluster()
+    cluster.submit(make_manifest(resources={"gpusPerNode": 2}))
+    await scrape.reconcile_until_stable(cluster)
+    published = make_result().model_copy(update={"gpu_seconds": 7200})
+    message = make_termination_message(Reason.ALREADY_PUBLISHED, prepared=make_prepared(published=published))
+    cluster.end_pod(PREPARE, 0, message)
+    await scrape.reconcile_until_stable(cluster)
+    assert cluster.status["usage"]["saved"] == 7200
+    assert scrape.value("qlora_gpu_seconds_saved_total", namespace="ml") == 7200
+    assert scrape.value("qlora_jobs_ended_without_gpu_total", namespace="ml", reason="AlreadyPublished") == 1
+
+
+async def test_gpu_seconds_that_an_older_crd_drops_are_not_counted_again_and_again(scrape: Scrape) -> None:
+    cluster = await run_with_gpus(scrape)
+    before = gpu_seconds(scrape)
+    for _ in range(3):
+        cluster.pass_time(timedelta(minutes=10))
+        assert cluster.job
+        for stored in (cluster.job["status"], *cluster.job["status"]["attempts"]):
+            stored.pop("usage", None)
+        scrape.reports.put(REF, make_report(updated_at=cluster.now))
+        scrape.metrics.on_reconciled(REF, await reconcile_now(cluster, scrape.reports.get(REF)))
+    assert cluster.status["usage"]["held"] > 0
+    assert gpu_seconds(scrape) == before

@@ -1,25 +1,21 @@
 """Status as other tools read it: kstatus, the columns, the schema."""
 
 from datetime import timedelta
-from typing import Any, Final
+from typing import Any
 
 import pytest
 
-from qlora_api.names import RUNNING, TERMINAL, ConditionType, Phase, Role
+from qlora_api.names import RUNNING, TERMINAL, ConditionType, Phase
 from qlora_api.reasons import Reason
 from qlora_api.units import format_duration
 from qlora_api.v1alpha1 import Attempt, Progress, QLoRAJobStatus
 from qlora_api.v1alpha1.status import MAX_ATTEMPT_MESSAGE, MAX_MESSAGE, MAX_SUMMARY
-from qlora_operator.models import Decision, Pod
-from qlora_operator.status import derive_status, held_gpus, to_wire, with_observed_generation
+from qlora_operator.models import Decision
+from qlora_operator.status import derive_status, to_wire, with_observed_generation
 from qlora_operator.status.formatting import format_number, format_step
 from tests.make import (
     NOW,
-    make_child,
-    make_observation,
-    make_pending_pod,
     make_plan_status,
-    make_pod,
     make_prepared,
     make_result,
 )
@@ -140,29 +136,6 @@ def test_attempt_start_is_kept_once_known() -> None:
     running = status_in(Phase.TRAINING, attempt=Attempt(number=1, job="a-1", started_at=NOW))
     ended = status_in(Phase.FAILED, running, attempt=Attempt(number=1, job="a-1", reason=Reason.S3_DENIED))
     assert [(attempt.started_at, attempt.reason) for attempt in ended.attempts] == [(NOW, Reason.S3_DENIED)]
-
-
-GANG: Final = make_plan_status().model_copy(update={"nodes": 3, "gpus_per_node": 4})
-
-
-@pytest.mark.parametrize(
-    ("pods", "gpus"),
-    [
-        ((), 0),
-        ((make_pending_pod(), make_pending_pod(index=1)), 0),
-        ((make_pod(), make_pending_pod(index=1)), 4),
-        ((make_pod(), make_pod(index=1), make_pod(index=2)), 12),
-        ((make_pod(), make_pod(index=1, deleting=True)), 8),
-        ((make_pod(phase="Succeeded"), make_pod(index=1, phase="Failed"), make_pod(index=2)), 4),
-    ],
-)
-def test_gpus_are_those_that_pods_on_nodes_hold(pods: tuple[Pod, ...], gpus: int) -> None:
-    assert held_gpus(make_observation(make_child(pods=pods, pod=None)), GANG) == gpus
-
-
-def test_preparation_and_run_without_plan_hold_no_gpu() -> None:
-    assert held_gpus(make_observation(make_child(Role.PREPARE)), GANG) == 0
-    assert held_gpus(make_observation(make_child()), None) == 0
 
 
 @pytest.mark.parametrize("phase", sorted(TERMINAL))
