@@ -8,6 +8,7 @@ from qlora_api.units import format_gib
 from qlora_api.v1alpha1.status import MAX_GPU_PRODUCTS, MAX_PLAN_REASON
 from qlora_planner.gpu_inventory import GpuInventory, GpuPool, UnusableNodes
 from qlora_planner.memory.estimate import TrainingWorkload
+from qlora_planner.sharding_limits import supports_dtype
 from qlora_planner.sizing import (
     GpuAllocation,
     Misfit,
@@ -70,7 +71,8 @@ def choose_gpus(
     best = max(groups, key=lambda group: _rank(group, work.shape.family))
     offered = [*best, *(_other_groups(groups, best) if _queue_chooses(work) else ())]
     base = min(offered, key=lambda sizing: sizing.allocation.pool.usable)
-    chosen = tuple(sizing.allocation.pool for sizing in offered)
+    pools = (sizing.allocation.pool for sizing in offered)
+    chosen = tuple(pool for pool in pools if supports_dtype(base.layout.sharing, pool.dtype))
     reasons = explain_products(work, base, inventory, chosen, unusable)
     return GpuChoice(base, chosen, reasons, _find_min_memory(base, inventory, chosen))
 

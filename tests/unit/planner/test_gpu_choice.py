@@ -128,6 +128,17 @@ def test_deepspeed_gets_no_gpu_that_computes_in_float16() -> None:
     assert isinstance(found, Misfit) or found is None or found.sizing.layout.strategy == "ddp"
 
 
+def test_queue_gets_no_gpu_that_cannot_compute_with_the_strategy() -> None:
+    full = work_of(**FULL, resources={"gpusPerNode": 4}, queue={"name": "gpus"})
+    ampere, turing = (
+        replace(A100, product="A100-40", memory=40 << 30),
+        replace(RTX_8000, gpus_per_node=4, memory=96 << 30),
+    )
+    assert products_of(full, turing) == ("Quadro-RTX-8000",)
+    found = choice_of(full, ampere, turing)
+    assert (found.sizing.layout.strategy, found.products) == ("zero2", ("A100-40",))
+
+
 def test_optimizer_of_a_full_run_is_the_same_on_every_product() -> None:
     full = work_of(**FULL)
     found = choice_of(full, replace(A100, product="NVIDIA-L40S", memory=46_068 * MIB, nodes=9), A100)
