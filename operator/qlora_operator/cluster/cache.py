@@ -156,9 +156,21 @@ class JobCache:
 
     def pop(self, ref: JobRef) -> RawJob | None:
         """Remove and return the copy; a retry must read the QLoRAJob live instead."""
-        text = self._jobs.pop(ref, None)
-        return parse_or_skip(names.KIND, parse_job, json.loads(zlib.decompress(text))) if text else None
+        return read_copy(self.take(ref))
+
+    def take(self, ref: JobRef) -> bytes | None:
+        """Remove and return the copy, to be read with `read_copy`."""
+        return self._jobs.pop(ref, None)
+
+    def put_back(self, ref: JobRef, copy: bytes) -> None:
+        """Return a copy that was taken for nothing, unless a newer one has arrived."""
+        self._jobs.setdefault(ref, copy)
 
     def forget(self, ref: JobRef) -> None:
         """Drop the copy of a QLoRAJob."""
         self._jobs.pop(ref, None)
+
+
+def read_copy(copy: bytes | None) -> RawJob | None:
+    """Parse a copy of a QLoRAJob; None if there is none."""
+    return parse_or_skip(names.KIND, parse_job, json.loads(zlib.decompress(copy))) if copy else None

@@ -12,7 +12,7 @@ from qlora_api.job_ref import JobRef
 from qlora_api.logs.formatters import bind_task_fields, log_fields
 from qlora_api.names import RUNNING
 from qlora_api.v1alpha1 import QLoRAJobStatus
-from qlora_operator.cluster.cache import ChildCache, JobCache, ObjectCache
+from qlora_operator.cluster.cache import ChildCache, JobCache, ObjectCache, read_copy
 from qlora_operator.cluster.http import Api, ApiError, NotFoundError
 from qlora_operator.cluster.interface import ClusterBusyError
 from qlora_operator.cluster.kube_cluster import KubeCluster
@@ -277,10 +277,15 @@ class Controller:
                 await self._cluster.record_event(build_quarantine_event(owner, node, until, context.now))
 
     async def _reconcile_once(self, ref: JobRef, context: ReconcileContext) -> ReconcileResult:
-        cached = self._job_cache.pop(ref)
+        copy = self._job_cache.take(ref)
+        cached = read_copy(copy)
         if cached is not None and self.watch_health.has_newer_version(ref, cached.resource_version):
-            cached = None
-        return await reconcile(ref, self._cluster, self.settings.installation, context, cached)
+            copy = cached = None
+        result = await reconcile(ref, self._cluster, self.settings.installation, context, cached)
+        running = result.status is not None and result.status.phase in RUNNING
+        if copy is not None and running and result.written_version is None:
+            self._job_cache.put_back(ref, copy)  # for the next report
+        return result
 
     def _on_written(self, ref: JobRef, version: str) -> None:
         self._written_versions[ref] = version

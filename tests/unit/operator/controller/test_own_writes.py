@@ -57,6 +57,21 @@ async def test_write_of_somebody_else_is_reconciled(controller: Controller) -> N
     assert controller.queue.depth == 1
 
 
+async def test_copy_that_was_taken_for_nothing_is_kept_unless_a_newer_one_arrived(controller: Controller) -> None:
+    controller.on_job_update(REF, event("7", "Training"))
+    copy = controller._job_cache.take(REF)
+    assert copy is not None
+    controller._job_cache.put_back(REF, copy)
+    kept = controller._job_cache.pop(REF)
+    assert kept is not None
+    assert kept.resource_version == "7"
+    controller.on_job_update(REF, event("8", "Training"))
+    controller._job_cache.put_back(REF, copy)
+    newer = controller._job_cache.pop(REF)
+    assert newer is not None
+    assert newer.resource_version == "8"
+
+
 @pytest.mark.parametrize(
     ("change", "expected"),
     [({"progress": "7%"}, True), ({"message": "pod b runs"}, False), ({"reason": Reason.EVALUATING}, False)],
