@@ -13,12 +13,13 @@ from qlora_api.report import MergedManifest, MergeReport, ResultManifest
 from qlora_api.v1alpha1 import ManifestRef, OutputSpec
 from qlora_trainer.errors import RunError
 from qlora_trainer.inference.published_adapter import fetch_published, open_adapter
-from qlora_trainer.publishing.publish import publish, upload_rejected
+from qlora_trainer.publishing.publish import MergedModel, publish, publish_merged, upload_rejected
 from qlora_trainer.storage.credentials import environment_secrets
 from qlora_trainer.storage.local_store import FileStore
 from qlora_trainer.storage.results import (
     MANIFEST,
     REJECTED_RECORD,
+    find_merged,
     find_rejected,
     find_reusable,
     with_merged,
@@ -241,6 +242,19 @@ def test_foreign_merged_model_is_refused(output: FileStore, uri: str) -> None:
     spec = OutputSpec(uri="s3://adapters/team-a", merged="bf16")
     with pytest.raises(RunError, match=r"merged/original/manifest\.json is not a manifest of this run: its merged '"):
         with_merged(output, DIGEST, spec, published.result)
+
+
+def test_merged_model_planted_during_a_run_is_not_its_merged_model(output: FileStore, tmp_path: Path) -> None:
+    """It is complete, and of the run's adapter; the run uploads its own beside it."""
+    run = config(output.root)
+    adapter, folder = f"{run.prepared.prefix}/adapter", tmp_path / "merged"
+    for weights in (b"evil", b"own"):
+        (folder / weights.decode()).mkdir(parents=True)
+        (folder / weights.decode() / "model.safetensors").write_bytes(weights)
+        merged = MergedModel(folder / weights.decode(), MergeReport(base="original"))
+        uri = publish_merged(output, run, adapter, merged, NOW)
+    assert output.read(f"{uri.removeprefix(f'{output.root}/')}/model.safetensors") == b"own"
+    assert find_merged(output, DIGEST, "original", adapter) == uri
 
 
 HONEST = {
