@@ -33,6 +33,10 @@ ALLOWED: Final = {
     ("tokenized_dataset.py", "work / 'tokens' / uuid4().hex"): "random digits",
     ("model_config.py", "repository / 'refs' / revision"): "spec.model.revision, whose pattern has no '..'",
     ("model_config.py", "cache / f\"models--{name.replace('/', '--')}\""): "spec.model.uri; a segment without '/'",
+    (
+        "local_paths.py",
+        "base.absolute() / Path(path).expanduser()",
+    ): "a path that `qlora run` is to read on this machine",
 }
 """Joins of texts that nobody else chooses, with the reason."""
 _CONSTANT: Final = re.compile(r"_?[A-Z][A-Z0-9_]*")

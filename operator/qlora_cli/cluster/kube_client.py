@@ -195,7 +195,7 @@ def _raise_for_status(status: int, text: bytes, path: str) -> Never:
     if status == 404 and not reason:
         raise ClusterError(
             f"the cluster has no CRD {names.PLURAL}.{names.GROUP}; install the chart qlora-operator, or the CRD "
-            f"with kubectl apply --server-side -f crds/{names.PLURAL}.{names.GROUP}.yaml"
+            "with kubectl apply --server-side -f crds/qlorajobs.qlora.dev.yaml"
         )
     if status == 404:
         raise NotFoundError(_missing(message, path))

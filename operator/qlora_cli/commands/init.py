@@ -142,8 +142,9 @@ def choose_fields(options: InitOptions, folder: Path) -> tuple[dict[str, Any], d
         chosen["resources.gpusPerNode"] = min(found, 1)
         if is_local:
             notes["resources.gpusPerNode"] = f"This machine has {found} GPUs that nvidia-smi lists."
-    if is_local and not (folder / Path(_to_path(data))).is_dir():
-        preview = preview_data(folder / Path(_to_path(data)))
+    rows = Path(to_display_path(to_local_uri(("spec", "dataset", "uri"), data, folder)))
+    if is_local and not rows.is_dir():
+        preview = preview_data(rows)
         notes["dataset.uri"] = f"{preview}."
         chosen |= _choose_for(preview)
     if (longest := _longest_of_model(model, folder)) and longest < default_of("training.maxLength"):
@@ -160,10 +161,6 @@ def _choose_for(preview: DataPreview) -> dict[str, Any]:
     if preview.complete and preview.rows < FEW_ROWS // 4:
         chosen["training.globalBatchSize"] = 4
     return chosen
-
-
-def _to_path(text: str) -> str:
-    return to_display_path(text) if text.startswith("file:///") else text.removeprefix("file://").removeprefix("file:")
 
 
 def _to_manifest_path(block: str, text: str, folder: Path) -> str:

@@ -90,7 +90,7 @@ def test_paths_of_a_new_manifest_are_relative_to_its_folder(tmp_path: Path, monk
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "there is no file my.jsonl"),
+        (None, "there is no file "),
         ("", "has no rows that can be read"),
         ('{"a": 1}\n', "has the fields a; write"),
     ],
