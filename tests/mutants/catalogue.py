@@ -357,7 +357,7 @@ MUTATIONS: Final = (
     Mutation(
         trap=46,
         file=f"{_TRAINER}/model/adapter.py",
-        old="        exclude_modules=list(linear_modules_beside_text(base)) or None,\n",
+        old="        exclude_modules=list(excluded_linear_modules(base)) or None,\n",
         new="",
         test=f"{_TESTS}/model/test_model_families.py::test_family_trains_and_gradient_checkpointing_is_exact",
         fails_with="RunError",

@@ -71,6 +71,7 @@ _TIMEOUT_SECONDS: Final = 600.0
 """Several times what the slowest architecture takes on half a core."""
 _ROWS: Final = 4
 _ROW_TOKENS: Final = 24
+_PADDED_TOKENS: Final = 5
 _RANK: Final = 8
 """Largest rank of an adapter on a copy."""
 _TOLERANCE: Final = 0.1
@@ -215,8 +216,8 @@ def _run(task: RehearsalTask, copy: Path, work: Path) -> None:
             trainable = _train(task, fresh, settings, rows, checkpointing=checkpointing)
     with _stage("evaluation"):
         expected = mean_loss(trainable, rows)
-    with _stage("generating an answer"), trainable.evaluating(), trainable.autocast():
-        trainable.model.generate(input_ids=_tokens(vocabulary)[None], max_new_tokens=2, do_sample=False, pad_token_id=0)
+    with _stage("generating answers"), trainable.evaluating(), trainable.autocast():
+        _generate(trainable.model, vocabulary)
     with _stage("saving"):
         target = _save(task, trainable, settings, work)
     loading = LoadingTask(
@@ -250,6 +251,14 @@ def _stage(name: str) -> Iterator[None]:
 def _describe(error: BaseException) -> str:
     text = " ".join(str(error).split())
     return text[:300] if isinstance(error, RunError | ValueError) else f"{type(error).__name__}: {text[:300]}"
+
+
+def _generate(model: Any, vocabulary: int) -> None:
+    """Generate as the evaluation does: prompts of different lengths in one batch, padded on the left."""
+    ids = _tokens(vocabulary).repeat(2, 1)
+    mask = torch.ones_like(ids)
+    mask[1, :_PADDED_TOKENS] = 0
+    model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=2, do_sample=False, pad_token_id=0)
 
 
 def _settings(copy: Path) -> RuntimeSettings:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin
 
 from qlora_api.reasons import Reason
 from qlora_api.v1alpha1 import LoraSpec, QuantizationSpec
@@ -28,8 +28,27 @@ LLAMA_70B = {
     "num_key_value_heads": 8,
     "vocab_size": 128256,
 }
-SPARSE_ATTENTION = SMALL | {"num_key_value_heads": 4, "index_n_heads": 2, "q_lora_rank": 32, "kv_lora_rank": 16}
-"""An indexer chooses what to attend to by topk, through which no gradient flows."""
+LONGCAT = {
+    "vocab_size": 384,
+    "hidden_size": 64,
+    "num_layers": 2,
+    "ffn_hidden_size": 128,
+    "expert_ffn_hidden_size": 64,
+    "num_attention_heads": 4,
+    "n_routed_experts": 4,
+    "zero_expert_num": 2,
+    "moe_topk": 2,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 16,
+    "head_dim": 16,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+}
+"""Its router multiplies with the weight of a linear layer, which in 4 bits is no matrix."""
 
 
 def make_task(folder: Path, **changes: Any) -> RehearsalTask:
@@ -82,11 +101,32 @@ def test_stacked_experts_are_trained_and_merged(tmp_path):
     assert rehearse(task, tmp_path) == Rehearsal()
 
 
+def test_sparse_attention_is_trained_without_its_indexer(tmp_path):
+    settings = SMALL | {"num_key_value_heads": 4, "index_n_heads": 2, "q_lora_rank": 32, "kv_lora_rank": 16}
+    assert rehearse(make_task(write_config(tmp_path / "model", "deepseek_v32", **settings)), tmp_path) == Rehearsal()
+
+
+def test_prompts_of_different_lengths_are_generated_from(tmp_path, monkeypatch):
+    """An evaluation pads them on the left, which a model may not support."""
+    monkeypatch.setattr(rehearsal, "_train_with_transformers", lambda _: None)
+    real = GenerationMixin.generate
+
+    def refuse_padding(self: Any, attention_mask: Any = None, **settings: Any) -> Any:
+        if attention_mask is not None and not attention_mask.all():
+            raise NotImplementedError("left padding")
+        return real(self, attention_mask=attention_mask, **settings)
+
+    monkeypatch.setattr(GenerationMixin, "generate", refuse_padding)
+    found = rehearse(make_task(write_config(tmp_path / "model", "olmo2", **SMALL)), tmp_path)
+    assert found.failed == "generating answers failed with NotImplementedError: left padding"
+
+
 def test_stage_that_fails_is_named_with_its_error(tmp_path):
-    folder = write_config(tmp_path / "model", "deepseek_v32", **SPARSE_ATTENTION)
+    folder = write_config(tmp_path / "model", "longcat_flash", **LONGCAT)
     found = rehearse(make_task(folder), tmp_path)
-    assert found.failed.startswith("a training step without gradient checkpointing failed with no gradient reaches")
-    assert "indexer" in found.failed
+    assert found.failed.startswith(
+        "comparing packed rows with separate ones failed with RuntimeError: mm: mat1 and mat2"
+    )
 
 
 def test_model_that_transformers_cannot_train_either_is_not_refused(tmp_path, monkeypatch):
@@ -120,12 +160,14 @@ def test_process_that_is_killed_or_slow_refuses_nothing(tmp_path, monkeypatch, p
 
 def test_preparation_refuses_what_the_rehearsal_cannot_train(tmp_path):
     folder = tmp_path / "model"
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("deepseek_v32", **SPARSE_ATTENTION))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("longcat_flash", **LONGCAT))
     model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     rows = write_rows(tmp_path / "rows.jsonl", instruction_rows())
-    spec = make_spec(f"file://{folder}", rows, f"file://{tmp_path / 'output'}", lora={"targets": ["all-linear"]})
-    with pytest.raises(RunError, match=r"spec\.model\.uri: a copy of DeepseekV32.* no gradient reaches") as caught:
+    spec = make_spec(
+        f"file://{folder}", rows, f"file://{tmp_path / 'output'}", lora={"targets": ["all-linear"], "dropout": 0.0}
+    )
+    with pytest.raises(RunError, match=r"spec\.model\.uri: a copy of LongcatFlash.* mat1 and mat2") as caught:
         prepare(prepare_config(spec), work=tmp_path / "work")
     assert caught.value.reason is Reason.MODEL_UNSUPPORTED
 

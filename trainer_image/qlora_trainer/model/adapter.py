@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from qlora_api.reasons import Reason
 from qlora_api.v1alpha1 import LoraSpec
 from qlora_trainer.errors import RunError
-from qlora_trainer.model.architecture import linear_modules, linear_modules_beside_text, modules_with_weights
+from qlora_trainer.model.architecture import excluded_linear_modules, linear_modules, modules_with_weights
 from qlora_trainer.model.loftq import ADAPTER_NAME, init_from_quantization_error
 from qlora_trainer.model.target_modules import ALL_LINEAR, expand_pattern, match_modules
 
@@ -46,8 +46,8 @@ def lora_config(lora: LoraSpec, base: Any) -> Any:
         rank_pattern=expand_pattern(linears, lora.rank_pattern),
         alpha_pattern=expand_pattern(linears, lora.alpha_pattern),
         lora_dropout=lora.dropout,
-        # An adapter there would get no gradient from text.
-        exclude_modules=list(linear_modules_beside_text(base)) or None,
+        # An adapter there would get no gradient, or change the shape of what the module returns.
+        exclude_modules=list(excluded_linear_modules(base)) or None,
         target_modules=ALL_LINEAR if lora.targets == (ALL_LINEAR,) else sorted(lora.targets),
         modules_to_save=list(modules_to_save) or None,
         ensure_weight_tying=trains_tied_weight(base, modules_to_save),

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -27,6 +27,8 @@ _BUILD_SECONDS: Final = 60.0
 
 _POSITION_TABLE: Final = re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings?|pos_encoding)(\.weight)?$")
 """Names of tables of positions in transformers."""
+_INDEXER: Final = re.compile(r"(^|\.)(indexer|lightning_indexer)\.")
+"""Modules of sparse attention (DeepSeek V3.2): they choose positions by topk, through which no gradient flows."""
 
 
 @dataclass(frozen=True)
@@ -131,25 +133,42 @@ def _position_limit(model: Any) -> int | None:
 
 
 def linear_modules(model: Any) -> dict[str, Any]:
-    """Return the linear modules of the language model by name, without its output layer."""
-    output, decoder = model.get_output_embeddings(), _decoder_prefix(model)
+    """Return the linear modules of the language model that can have an adapter by name; its output layer cannot."""
+    decoder = _decoder_prefix(model)
     return {
         name: module
-        for name, module in model.named_modules()
-        if _is_linear(module) and module is not output and name.startswith(decoder)
+        for name, module in _all_linear_modules(model)
+        if name.startswith(decoder) and not _INDEXER.search(name) and _computes_as_linear(module)
     }
 
 
-def linear_modules_beside_text(model: Any) -> tuple[str, ...]:
-    """Return the linear modules of other modalities, such as those of a vision tower; text never reaches them."""
-    output, decoder = model.get_output_embeddings(), _decoder_prefix(model)
-    return tuple(
-        sorted(
-            name
-            for name, module in model.named_modules()
-            if _is_linear(module) and module is not output and not name.startswith(decoder)
-        )
-    )
+def excluded_linear_modules(model: Any) -> tuple[str, ...]:
+    """Return the other linear modules: those of a vision tower, which text never reaches, of indexers, and routers."""
+    adaptable = linear_modules(model)
+    return tuple(sorted(name for name, _ in _all_linear_modules(model) if name not in adaptable))
+
+
+def _all_linear_modules(model: Any) -> Iterator[tuple[str, Any]]:
+    output = model.get_output_embeddings()
+    return ((name, each) for name, each in model.named_modules() if _is_linear(each) and each is not output)
+
+
+def _computes_as_linear(module: torch.nn.Module) -> bool:
+    """Return whether a layer maps rows of features to rows of features, to which PEFT adds those of an adapter.
+
+    Routers of Llama 4 and PhiMoE are a linear layer that returns a tuple, and DeepSeek V4 has one of blocks.
+    """
+    is_plain = not isinstance(module, torch.nn.Linear) or type(module).forward is torch.nn.Linear.forward
+    if is_plain or type(module).__module__.startswith("bitsandbytes."):
+        return True
+    weights = {name: torch.empty_like(weight, device="meta") for name, weight in module.named_parameters()}
+    rows = torch.empty(1, 2, module.in_features, dtype=module.weight.dtype, device="meta")
+    try:
+        output = torch.func.functional_call(module, weights, (rows,))
+    # Whatever torch raises for an input that the layer was not made for.
+    except Exception:
+        return False
+    return isinstance(output, torch.Tensor) and output.shape == (1, 2, module.out_features)
 
 
 def _decoder_prefix(model: Any) -> str:

@@ -21,6 +21,7 @@ class AttentionFacts:
     logit_softcapping: bool
     """It caps attention scores (Gemma 2); transformers refuses that with SDPA, and few other kernels support it."""
     head_size: int
+    """0 without attention."""
     sdpa: bool
     flash: bool
 
@@ -29,13 +30,21 @@ def attention_facts(model: Any) -> AttentionFacts:
     """Read the facts from a model's configuration and class."""
     known = type(model) in MODEL_FOR_CAUSAL_LM_MAPPING
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(model)] if known else None
-    sizes = [getattr(model, name, None) for name in ("head_dim", "global_head_dim")]
+    sizes = [size for name in ("head_dim", "global_head_dim") for size in _layer_values(model, name)]
+    heads = min((count for count in _layer_values(model, "num_attention_heads") if count), default=0)
     return AttentionFacts(
         logit_softcapping=bool(getattr(model, "attn_logit_softcapping", None)),
-        head_size=max([size for size in sizes if size] or [model.hidden_size // model.num_attention_heads]),
+        head_size=max([size for size in sizes if size] or [model.hidden_size // heads if heads else 0]),
         sdpa=bool(getattr(model_class, "_supports_sdpa", True)),
         flash=bool(getattr(model_class, "_supports_flash_attn", False)),
     )
+
+
+def _layer_values(model: Any, name: str) -> tuple[Any, ...]:
+    """Return the values of a setting; one that varies between layers cannot be read from the whole configuration."""
+    if name in (getattr(model, "per_layer_attributes", None) or ()):
+        return tuple(getattr(layer, name) for layer in model.per_layer_config)
+    return (getattr(model, name, None),)
 
 
 def choose_attention(facts: AttentionFacts, hardware: Hardware) -> tuple[str, str]:

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
+from itertools import product
 from pathlib import Path
 from typing import Any, Final
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 MAX_PARAMETERS: Final = 48_000_000
 """Weights of the copy: 192 MB in fp32, next to torch in a prepare pod with 4 GiB. A vocabulary of 262,144 takes 17
@@ -19,10 +20,15 @@ _DIVISORS: Final = (1, 2, 4, 8, 16, 32, 64)
 _WIDTHS: Final = (
     *("hidden_size", "intermediate_size", "ffn_dim", "ffn_hidden_size", "n_embd", "n_inner", "d_model", "d_ff"),
     *("moe_intermediate_size", "shared_expert_intermediate_size", "shared_intermediate_size", "word_embed_proj_dim"),
-    *("intermediate_size_mlp", "dim_feedforward", "embedding_size", "hidden_dim"),
+    *("intermediate_size_mlp", "dim_feedforward", "embedding_size", "hidden_dim", "embedding_dim", "lru_width"),
+    *("attention_hidden_size", "mamba_d_ssm", "q_lora_rank", "kv_lora_rank", "o_lora_rank", "hidden_size_global"),
 )
 """Settings that are the width of a layer."""
-_HEADS: Final = ("num_attention_heads", "num_key_value_heads", "n_head", "n_heads")
+_HEADS: Final = (
+    *("num_attention_heads", "num_key_value_heads", "n_head", "n_heads", "num_heads", "kv_n_heads"),
+    *("mamba_n_heads", "mamba_num_heads", "n_mamba_heads", "linear_num_key_heads", "linear_num_value_heads"),
+    *("index_n_heads", "indexer_n_heads"),
+)
 """Dividing widths and heads alike keeps the size of a head."""
 _WIDTH_UNIT: Final = 64
 """Widths are multiples of it: NF4 quantizes in blocks of 64, and kernels want rows of 16 bytes."""
@@ -31,6 +37,10 @@ _MOST_EXPERTS: Final = 8
 _CHOSEN: Final = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_top_k", "num_selected_experts")
 _GROUPS: Final = ("n_group", "topk_group", "first_k_dense_replace")
 """Settings that are 1 in the copy if the model has them at all."""
+_SHARED_LAYERS: Final = ("num_kv_shared_layers",)
+"""Settings of how many of the last layers use what earlier ones computed: none in the copy, which has too few."""
+_KINDS: Final = ("layer_types", "layers_block_type")
+"""Lists with the kind of each layer, which a configuration may compute from a shorter one."""
 
 
 class CannotShrinkError(Exception):
@@ -49,9 +59,10 @@ def write_shrunk_model(folder: Path, target: Path) -> None:
 
     """
     config, errors = AutoConfig.from_pretrained(folder, trust_remote_code=False), []
-    for divisor in _DIVISORS:
-        shrunk = shrink(config, divisor)
+    # Layers of some kinds share the weights of others of their kind, of which there must be two (Zamba).
+    for divisor, repeats in product(_DIVISORS, (1, 2)):
         try:
+            shrunk = shrink(config, divisor, repeats)
             with torch.device("meta"):
                 empty = AutoModelForCausalLM.from_config(shrunk, trust_remote_code=False)
             if sum(weight.numel() for weight in empty.parameters()) > MAX_PARAMETERS:
@@ -67,11 +78,20 @@ def write_shrunk_model(folder: Path, target: Path) -> None:
     raise CannotShrinkError(str(errors[-1]) if errors else "its narrowest copy is too large")
 
 
-def shrink(config: Any, divisor: int) -> Any:
-    """Return the configuration with few layers and experts, and with its widths divided."""
+def shrink(config: Any, divisor: int, repeats: int = 1) -> Any:
+    """Return the configuration with few layers and experts, and with its widths divided.
+
+    Args:
+        config: Of any model.
+        divisor: Of the widths.
+        repeats: How many layers of each kind the copy has at least.
+
+    """
     shrunk = deepcopy(config)
     for part in _parts(shrunk):
-        _shrink_depth(part)
+        varying = part.to_dict().get("per_layer_config") or {}
+        part.per_layer_config = None
+        _shrink_depth(part, repeats)
         for name in _WIDTHS:
             value = getattr(part, name, None)
             if type(value) is int and divisor > 1:
@@ -86,19 +106,23 @@ def shrink(config: Any, divisor: int) -> Any:
             _cap(part, name, 2)
         for name in _GROUPS:
             _cap(part, name, 1)
+        for name in _SHARED_LAYERS:
+            _cap(part, name, 0)
+        if varying:
+            layers = {int(layer): settings for layer, settings in varying.items()}
+            part.per_layer_config = {layer: layers[layer] for layer in layers if layer < part.num_hidden_layers}
     return shrunk
 
 
 def _parts(config: Any) -> Iterator[Any]:
-    """Yield a configuration and those of its modalities."""
+    """Yield a configuration and those in it, such as of its modalities."""
     yield config
-    for name in vars(config):
-        part = getattr(config, name)
-        if hasattr(part, "to_dict") and name.endswith("_config") and hasattr(part, "hidden_size"):
+    for name, part in list(vars(config).items()):  # getattr refuses settings that vary between layers
+        if isinstance(part, PreTrainedConfig) and name.endswith("_config"):
             yield part
 
 
-def _shrink_depth(part: Any) -> None:
+def _shrink_depth(part: Any, repeats: int) -> None:
     """Keep as many layers as it takes to have one of each kind, and shorten the lists with an entry per layer."""
     depth = getattr(part, "num_hidden_layers", None)
     if type(depth) is not int or depth <= _LEAST_LAYERS:
@@ -106,16 +130,19 @@ def _shrink_depth(part: Any) -> None:
     lists = {
         name: value for name, value in vars(part).items() if isinstance(value, list | tuple) and len(value) == depth
     }
-    layers = min(max([_LEAST_LAYERS, *map(_first_of_each, lists.values())]), _MOST_LAYERS)
+    kinds = [getattr(part, name, None) for name in _KINDS]
+    every = [*lists.values(), *(value for value in kinds if isinstance(value, list | tuple) and len(value) == depth)]
+    layers = min(max([_LEAST_LAYERS, *(_first_of_each(value, repeats) for value in every)]), _MOST_LAYERS)
     part.num_hidden_layers = layers
     for name, value in lists.items():
         setattr(part, name, value[:layers])
 
 
-def _first_of_each(kinds: Sequence[Any]) -> int:
-    """Return how many entries there are up to the last one that is new."""
+def _first_of_each(kinds: Sequence[Any], repeats: int) -> int:
+    """Return how many entries there are up to the last one that is among the first `repeats` of its kind."""
     seen = [str(kind) for kind in kinds]
-    return max(seen.index(kind) for kind in set(seen)) + 1
+    positions = {kind: [index for index, each in enumerate(seen) if each == kind] for kind in set(seen)}
+    return max(indices[:repeats][-1] for indices in positions.values()) + 1
 
 
 def _cap(part: Any, name: str, most: int) -> None:
