@@ -18,6 +18,16 @@ _MIN_QUANTIZED_SHARE: Final = 0.5
 _UNQUANTIZED_BYTES_PER_WEIGHT: Final = 2
 """Bytes of a weight that stays in 16 bits."""
 
+_CONVERTIBLE: Final = {
+    "mxfp4": "Mxfp4Config",
+    "fp8": "FineGrainedFP8Config",
+    "compressed-tensors": "CompressedTensorsConfig",
+}
+"""Configurations of transformers that load stored weights as 16-bit ones, by quant_method.
+
+Some models are published in no other way: gpt-oss in MXFP4, DeepSeek-V3 and Kimi in FP8.
+"""
+
 
 @dataclass(frozen=True)
 class QuantizableWeights:
@@ -76,6 +86,12 @@ def check_stored_quantization(config: Any, spec: QLoRAJobSpec) -> None:
     bits = _bitsandbytes_bits(settings)
     original = "use the repository with the original weights, which this one was made from"
     if bits is None:
+        convertible = _CONVERTIBLE.get(str(settings.get("quant_method")))
+        if convertible:
+            original += (
+                ", or convert it once with from_pretrained(…, dtype=torch.bfloat16, "
+                f"quantization_config={convertible}(dequantize=True)) and save_pretrained of transformers"
+            )
         raise RunError(
             Reason.MODEL_UNSUPPORTED,
             f"spec.model.uri: its weights are stored quantized ({settings.get('quant_method', 'unknown method')}), "

@@ -130,7 +130,31 @@ BROKEN = {
         ["weight files cannot be read"],
     ),
     "gptq": (declare(quant_method="gptq", bits=4), Reason.MODEL_UNSUPPORTED, ["(gptq)", "original weights"]),
-    "fp8": (declare(quant_method="fp8"), Reason.MODEL_UNSUPPORTED, ["(fp8)", "original weights"]),
+    "awq": (
+        declare(quant_method="awq", bits=4, group_size=128, version="gemm", zero_point=True),
+        Reason.MODEL_UNSUPPORTED,
+        ["(awq)", "original weights"],
+    ),
+    "gpt-oss": (
+        declare(quant_method="mxfp4", modules_to_not_convert=["model.layers.*.self_attn", "lm_head"]),
+        Reason.MODEL_UNSUPPORTED,
+        ["(mxfp4)", "original weights", "quantization_config=Mxfp4Config(dequantize=True)"],
+    ),
+    "deepseek-v3": (
+        declare(quant_method="fp8", activation_scheme="dynamic", fmt="e4m3", weight_block_size=[128, 128]),
+        Reason.MODEL_UNSUPPORTED,
+        ["(fp8)", "original weights", "quantization_config=FineGrainedFP8Config(dequantize=True)"],
+    ),
+    "qwen3-fp8": (
+        declare(quant_method="fp8", activation_scheme="dynamic", modules_to_not_convert=["lm_head"]),
+        Reason.MODEL_UNSUPPORTED,
+        ["(fp8)", "FineGrainedFP8Config(dequantize=True)"],
+    ),
+    "llama-4-fp8": (
+        declare(quant_method="compressed-tensors", format="float-quantized", quantization_status="compressed"),
+        Reason.MODEL_UNSUPPORTED,
+        ["(compressed-tensors)", "CompressedTensorsConfig(dequantize=True)"],
+    ),
     "nameless": (declare(bits=4), Reason.MODEL_UNSUPPORTED, ["original weights"]),
     "stored-in-8-bits": (
         declare(quant_method="bitsandbytes", load_in_8bit=True),
