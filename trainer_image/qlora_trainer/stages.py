@@ -40,7 +40,7 @@ from qlora_trainer.model.base_model import (
     prepare_full_finetune,
 )
 from qlora_trainer.model.hardware import observe_hardware, peak_memory_bytes, release_cached_memory
-from qlora_trainer.model.runtime_settings import RuntimeSettings, resolve_runtime_settings
+from qlora_trainer.model.runtime_settings import RuntimeSettings, check_memory_beside_base, resolve_runtime_settings
 from qlora_trainer.observability.progress_tracker import ProgressTracker
 from qlora_trainer.observability.trackers import Trackers
 from qlora_trainer.publishing.gate import check_gate, describe_rejected, find_violations
@@ -125,12 +125,17 @@ def load_model(config: RunConfig, folder: Path, world: World) -> tuple[Trainable
     """Load the base, attach the adapter or unfreeze all weights, and return the settings with their reasons."""
     spec, plan = config.spec, config.plan
     hardware = observe_hardware(plan.device)
-    settings = resolve_runtime_settings(config, hardware, load_text_config(folder))
+    model = load_text_config(folder)
+    settings = resolve_runtime_settings(config, hardware, model)
     settings = agree_on_settings(world, settings, hardware.name)
     is_full = spec.method == "full"
     dtype = torch.float32 if is_full else settings.dtype
     with LIVENESS.paused():  # transformers calls nothing of ours while it reads weights
         base = load_base(folder, spec.quantization, dtype, settings.attention, plan.device)
+    # Families that the plan does not know are not sized, and their base takes most of the memory.
+    release_cached_memory(plan.device)
+    settings = check_memory_beside_base(settings, config, observe_hardware(plan.device), model)
+    settings = agree_on_settings(world, settings, hardware.name)
     base.get_input_embeddings().register_forward_hook(lambda *_: LIVENESS.tick())  # called in every forward pass
     with autocast_to(settings.dtype, base.device):
         exact = packing_is_exact(base)

@@ -62,8 +62,6 @@ def resolve_runtime_settings(config: RunConfig, hardware: Hardware, model: Any) 
     spec, plan = config.spec, config.plan
     dtype, dtype_reason = compute_dtype(hardware)
     attention, attention_reason = choose_attention(attention_facts(model), hardware)
-    length = min(config.prepared.dataset.longest_row_tokens, spec.training.max_length)
-    tokens = min(plan.micro_batch_size * length, max(MAX_PACKED_TOKENS, length) if spec.training.packing else 1 << 62)
     requested, weights = spec.training.optimizer, config.prepared.model.parameters
     if spec.method == "full":
         parts = plan.processes if STRATEGIES[plan.strategy].shards_optimizer else 1
@@ -72,7 +70,7 @@ def resolve_runtime_settings(config: RunConfig, hardware: Hardware, model: Any) 
     else:
         optimizer, optimizer_reason = choose_optimizer(requested, hardware.device)
     checkpointing, checkpointing_reason = (
-        choose_gradient_checkpointing(hardware, model, tokens)
+        choose_gradient_checkpointing(hardware, model, _pass_tokens(config))
         if plan.gradient_checkpointing is None
         else (plan.gradient_checkpointing, "the plan, from the model's shape, the rows and the GPU's memory")
     )
@@ -92,6 +90,31 @@ def resolve_runtime_settings(config: RunConfig, hardware: Hardware, model: Any) 
             "start": "every weight as the base has it" if spec.method == "full" else INIT_DESCRIPTIONS[spec.lora.init],
         },
     )
+
+
+def check_memory_beside_base(
+    settings: RuntimeSettings, config: RunConfig, hardware: Hardware, model: Any
+) -> RuntimeSettings:
+    """Return the settings with gradient checkpointing on if the loaded base left too little memory without it.
+
+    Args:
+        settings: Resolved before the base was loaded.
+        config: The run; what its plan decided stays.
+        hardware: Observed after the base was loaded.
+        model: Configuration of the language model.
+
+    """
+    if settings.gradient_checkpointing or config.plan.gradient_checkpointing is not None:
+        return settings
+    needed, reason = choose_gradient_checkpointing(hardware, model, _pass_tokens(config))
+    return settings.with_gradient_checkpointing(f"on: {reason} beside the base") if needed else settings
+
+
+def _pass_tokens(config: RunConfig) -> int:
+    """Return the tokens of the longest forward pass."""
+    training = config.spec.training
+    length = min(config.prepared.dataset.longest_row_tokens, training.max_length)
+    return min(config.plan.micro_batch_size * length, max(MAX_PACKED_TOKENS, length) if training.packing else 1 << 62)
 
 
 def compute_dtype(hardware: Hardware) -> tuple[torch.dtype, str]:

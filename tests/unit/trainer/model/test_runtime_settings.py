@@ -1,5 +1,6 @@
 """Settings that hardware and model decide: dtype, attention, gradient checkpointing, optimizer."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,14 +10,21 @@ from transformers import Gemma2Config, GPT2Config, GPTNeoXConfig, LlamaConfig
 from qlora_api.accelerators import NVIDIA
 from qlora_api.reasons import Reason
 from qlora_api.runconfig import RunConfig
+from qlora_trainer import stages
+from qlora_trainer.distributed.world import World
 from qlora_trainer.errors import RunError
 from qlora_trainer.model.attention import FLASH, AttentionFacts, attention_facts, choose_attention
 from qlora_trainer.model.full_finetune import check_parameter_limit, choose_full_finetune_optimizer
 from qlora_trainer.model.hardware import Hardware, check_kernels, observe_hardware
 from qlora_trainer.model.optimizer import OptimizerKind
-from qlora_trainer.model.runtime_settings import choose_gradient_checkpointing, compute_dtype, resolve_runtime_settings
+from qlora_trainer.model.runtime_settings import (
+    check_memory_beside_base,
+    choose_gradient_checkpointing,
+    compute_dtype,
+    resolve_runtime_settings,
+)
 from tests.make import make_prepared
-from tests.unit.trainer.tiny import make_spec, run_config
+from tests.unit.trainer.tiny import make_spec, run_config, write_model
 
 GIB = 1 << 30
 CPU = Hardware("cpu", None, native_bf16=False, free_bytes=8 * GIB, name="CPU, 2 threads")
@@ -112,6 +120,32 @@ def test_plan_decides_gradient_checkpointing(planned, value):
     settings = resolve_runtime_settings(sized, CPU, MODEL)
     assert settings.gradient_checkpointing is planned
     assert settings.reasons["gradient checkpointing"].startswith(f"{value}: the plan, from the model's shape")
+
+
+def test_gradient_checkpointing_is_on_if_the_loaded_base_left_too_little_memory():
+    """The plan sizes the families that it knows; of a base of others only the loaded one says what it takes."""
+    large = LlamaConfig()
+    before = resolve_runtime_settings(config(), replace(CPU, free_bytes=80 * GIB), large)
+    assert not before.gradient_checkpointing
+    assert check_memory_beside_base(before, config(), replace(CPU, free_bytes=70 * GIB), large) is before
+    after = check_memory_beside_base(before, config(), replace(CPU, free_bytes=1 * GIB), large)
+    assert after.gradient_checkpointing
+    assert after.reasons["gradient checkpointing"].endswith("half of the free memory is 0.5 GiB beside the base")
+
+
+def test_gradient_checkpointing_of_the_plan_stays_whatever_the_loaded_base_left():
+    sized = config()
+    sized = sized.model_copy(update={"plan": sized.plan.model_copy(update={"gradient_checkpointing": False})})
+    before = resolve_runtime_settings(sized, CPU, MODEL)
+    assert check_memory_beside_base(before, sized, replace(CPU, free_bytes=1), MODEL) is before
+
+
+def test_loaded_base_counts_when_gradient_checkpointing_is_chosen(tmp_path, monkeypatch):
+    observed = iter((80 * GIB, 1))
+    monkeypatch.setattr(stages, "observe_hardware", lambda _: replace(CPU, free_bytes=next(observed)))
+    write_model(tmp_path)
+    _, settings = stages.load_model(config(), tmp_path, World(torch.device("cpu")))
+    assert settings.gradient_checkpointing
 
 
 @pytest.mark.parametrize(
