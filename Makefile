@@ -14,7 +14,7 @@ UNIT := tests/unit tests/golden tests/contract
 # Tests on clusters wait more than they compute: two processes more than cores. tests/lanes.py has what stays together.
 LANES := $(shell echo $$(( $$(nproc) < 8 ? $$(nproc) + 2 : 10 )))
 
-.PHONY: help setup lock audit generate check test unit integration e2e chaos fuzz mutants bench-trainer bench-plan bench-memory bench-checkpoints bench-scale gpu docs demo cluster cluster-down
+.PHONY: help setup lock audit generate check test unit integration e2e chaos fuzz mutants bench-trainer bench-plan bench-memory bench-checkpoints bench-families bench-scale gpu docs demo cluster cluster-down
 
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -83,6 +83,9 @@ bench-memory: setup ## predicted against measured memory of training steps on th
 
 bench-checkpoints: setup ## how long a training waits for its checkpoints in S3 (3 minutes)
 	$(BIN)/python -m benchmarks.checkpoints
+
+bench-families: setup ## every causal architecture of transformers as a tiny model through a whole run (about an hour on 2 idle cores; continues where it was stopped)
+	$(BIN)/python -W ignore -m benchmarks.families
 
 bench-scale: setup ## 10,000 QLoRAJobs and JobSet beside them on a real control plane (26 minutes; nothing else should run)
 	$(BIN)/python -m benchmarks.scale

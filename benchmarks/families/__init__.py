@@ -1,0 +1,1 @@
+"""Every causal architecture of the pinned transformers, as a tiny model, through a whole run."""
