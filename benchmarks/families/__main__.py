@@ -63,9 +63,8 @@ def main() -> int:
         print(f"{method:5} {model_type:24} {found.outcome:8} {found.stage:9} {found.seconds:5} {found.sentence[:300]}")
         sys.stdout.flush()
     options.results.write_text("".join(f"{json.dumps(asdict(each))}\n" for _, each in sorted(outcomes.items())))
-    options.results.with_suffix(".md").write_text(
-        write_page(list(outcomes.values()), observe_machine(_LIBRARIES).libraries)
-    )
+    page = write_page(list(outcomes.values()), len(architectures()), observe_machine(_LIBRARIES).libraries)
+    options.results.with_suffix(".md").write_text(page)
     return int(any(each.outcome == "failed" for each in outcomes.values()))
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.models.auto.modeling_auto import (
@@ -51,8 +52,12 @@ def architectures() -> tuple[str, ...]:
 
 
 def write_model(model_type: str, folder: Path) -> None:
-    """Write a tiny model with weights in bf16, and a tokenizer."""
+    """Write a tiny model with weights in bf16, and a tokenizer; only a configuration if it has no causal class."""
     write_tokenizer(folder)
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        AutoConfig.for_model(model_type).save_pretrained(folder)
+        save_file({"weight": torch.zeros(1)}, folder / "model.safetensors")
+        return
     errors: list[str] = []
     for divisor, repeats in product(_DIVISORS, (1, 2)):
         try:
@@ -63,7 +68,7 @@ def write_model(model_type: str, folder: Path) -> None:
             continue
         model.save_pretrained(folder)
         return
-    raise NoTinyModelError(errors[-1] if errors else "too large")
+    raise NoTinyModelError(errors[0])
 
 
 def _build(model_type: str, divisor: int, repeats: int) -> Any:
@@ -83,7 +88,7 @@ def _build(model_type: str, divisor: int, repeats: int) -> Any:
 
 
 def _from_config(config: Any, **options: Any) -> Any:
-    """Build the class that a run loads; a model of several modalities has another one where it has no causal class."""
+    """Build the class that a run loads."""
     return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
 
 

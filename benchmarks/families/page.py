@@ -10,8 +10,15 @@ _COLUMNS: Final = ("model_type", *METHODS, "packed", "merged", "what the refusal
 _SENTENCE: Final = 220
 
 
-def write_page(outcomes: Sequence[Outcome], libraries: Mapping[str, str]) -> str:
-    """Return the page in Markdown."""
+def write_page(outcomes: Sequence[Outcome], architectures: int, libraries: Mapping[str, str]) -> str:
+    """Return the page in Markdown.
+
+    Args:
+        outcomes: Of the architectures that were tried.
+        architectures: How many there are.
+        libraries: Versions by name.
+
+    """
     types = sorted({each.model_type for each in outcomes})
     found = {(each.model_type, each.method): each for each in outcomes}
     rows = [
@@ -25,9 +32,9 @@ def write_page(outcomes: Sequence[Outcome], libraries: Mapping[str, str]) -> str
             "a whole run: prepared, trained for two steps, evaluated, published, loaded by PEFT alone, and merged. "
             "[How](../families/README.md).",
             "",
-            f"| method | {' | '.join(('trained', 'refused in preparation', 'failed later', 'no tiny model'))} |",
-            "|---|---|---|---|---|",
-            *(_summary(method, outcomes) for method in METHODS),
+            "| method | trained | refused in preparation | failed later | no tiny model | not tried yet |",
+            "|---|---|---|---|---|---|",
+            *(_summary(method, outcomes, architectures) for method in METHODS),
             "",
             f"| {' | '.join(_COLUMNS)} |",
             f"|{'---|' * len(_COLUMNS)}",
@@ -39,10 +46,10 @@ def write_page(outcomes: Sequence[Outcome], libraries: Mapping[str, str]) -> str
     )
 
 
-def _summary(method: str, outcomes: Sequence[Outcome]) -> str:
+def _summary(method: str, outcomes: Sequence[Outcome], architectures: int) -> str:
     counts = Counter(each.outcome for each in outcomes if each.method == method)
-    kinds = ("trained", "refused", "failed", "no model")
-    return f"| {method} | {' | '.join(str(counts[kind]) for kind in kinds)} |"
+    numbers = [*(counts[kind] for kind in ("trained", "refused", "failed", "no model")), architectures - counts.total()]
+    return f"| {method} | {' | '.join(map(str, numbers))} |"
 
 
 def _row(outcomes: Sequence[Outcome]) -> str:

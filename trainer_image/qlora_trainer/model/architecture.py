@@ -99,6 +99,11 @@ def _why_not(content: Mapping[str, Any], error: Exception) -> str:
             f"model type '{content.get('model_type')}' needs code from its repository (auto_map), which is never run; "
             "choose an architecture that the trainer's transformers release knows"
         )
+    if "Unrecognized configuration class" in str(error):
+        return (
+            f"transformers has no causal language model of the type '{content.get('model_type')}', so that its text "
+            "decoder cannot be trained alone; use a model that generates text"
+        )
     cause = f"{type(error).__name__}: {str(error)[:500]}"
     return f"the trainer's transformers release cannot build it: {cause}; use another model"
 
@@ -153,7 +158,7 @@ def _all_linear_modules(model: Any) -> Iterator[tuple[str, Any]]:
     return ((name, each) for name, each in model.named_modules() if _is_linear(each) and each is not output)
 
 
-def _computes_as_linear(module: torch.nn.Module) -> bool:
+def _computes_as_linear(module: Any) -> bool:
     """Return whether a layer maps rows of features to rows of features, to which PEFT adds those of an adapter.
 
     Routers of Llama 4 and PhiMoE are a linear layer that returns a tuple, and DeepSeek V4 has one of blocks.

@@ -48,21 +48,16 @@ class PackedLayout:
         unpacked = packed.index_select(0, self.token_of_slot.flatten())
         return unpacked.view(*self.filled.shape, *packed.shape[1:]).transpose(1, 2)
 
-    def unpack_mask(self, mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def unpack_mask(self, mask: torch.Tensor) -> torch.Tensor:
         """Unpack a mask [1, 1 or heads, tokens, tokens] into [rows, 1 or heads, width, width]; padding is masked.
 
-        Args:
-            mask: Of booleans, or of numbers that are added to the scores (Doge has those, for each head).
-            dtype: Of the numbers.
-
+        It has booleans, or numbers that are added to the scores: Doge has those, for each head.
         """
         if mask not in self.masks:
             unpacked = mask[0][:, self.token_of_slot[:, :, None], self.token_of_slot[:, None, :]].transpose(0, 1)
-            filled = self.filled[:, None, None, :]
-            is_boolean = mask.dtype == torch.bool
-            self.masks[mask] = (
-                unpacked & filled if is_boolean else unpacked.to(dtype).masked_fill(~filled, torch.finfo(dtype).min)
-            )
+            hidden = ~self.filled[:, None, None, :]
+            masked = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+            self.masks[mask] = unpacked.masked_fill(hidden, masked)
         return self.masks[mask]
 
     def repack(self, states: torch.Tensor) -> torch.Tensor:
@@ -109,7 +104,9 @@ def unpacked_attention(
     dtype = torch.float32 if layout.filled.shape[1] <= _FP32_MAX_ROW_TOKENS else query.dtype
     unpacked = [layout.unpack(states).to(dtype) for states in (query, key, value)]
     with torch.autocast(query.device.type, enabled=False):
-        output, _ = sdpa_attention_forward(module, *unpacked, layout.unpack_mask(attention_mask, dtype), **settings)
+        mask = layout.unpack_mask(attention_mask)
+        mask = mask if mask.dtype == torch.bool else mask.to(dtype)
+        output, _ = sdpa_attention_forward(module, *unpacked, mask, **settings)
     return layout.repack(output).to(query.dtype), None
 
 

@@ -7,8 +7,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_api.v1alpha1 import LoraSpec
+from qlora_trainer.errors import RunError
 from qlora_trainer.model.adapter import lora_config, resolve_adapter
-from qlora_trainer.model.architecture import linear_modules
+from qlora_trainer.model.architecture import build_empty, linear_modules
 from qlora_trainer.model.attention import attention_facts
 from qlora_trainer.model.base_model import packing_is_exact
 from qlora_trainer.model.shrunk_model import shrink
@@ -108,3 +109,9 @@ def test_copy_of_layers_that_differ_keeps_what_its_layers_have():
     shrunk = shrink(config, 1)
     assert shrunk.num_hidden_layers == 2
     assert [layer.head_dim for layer in shrunk.per_layer_config] == [16, 32]
+
+
+def test_type_without_a_causal_class_is_named(tmp_path):
+    AutoConfig.for_model("llava").save_pretrained(tmp_path)
+    with pytest.raises(RunError, match=r"spec\.model\.uri: .* no causal language model of the type 'llava'"):
+        build_empty(tmp_path)
