@@ -278,8 +278,8 @@ MUTATIONS: Final = (
     Mutation(
         trap=36,
         file=f"{_TRAINER}/model/architecture.py",
-        old="if _is_linear(module) and module is not output and name.startswith(decoder)",
-        new="if _is_linear(module) and name.startswith(decoder)",
+        old="if _is_linear(each) and each is not output)",
+        new="if _is_linear(each))",
         test=f"{_TESTS}/model/test_traps_model.py::test_trap_36_output_layer_never_gets_an_adapter",
     ),
     Mutation(
