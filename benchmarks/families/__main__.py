@@ -73,8 +73,7 @@ def preload() -> None:
     for name in _PRELOADED:
         import_module(name)
     get_checkpoint_conversion_mapping("olmo2")
-    publish.draw_plots = lambda *_: iter(())
-    publish.draw_loss = lambda *_: b""
+    vars(publish).update(draw_plots=lambda *_: iter(()), draw_loss=lambda *_: b"")
     gc.freeze()  # a collection would look at all of it again, and copy its pages
 
 
