@@ -84,7 +84,7 @@ bench-memory: setup ## predicted against measured memory of training steps on th
 bench-checkpoints: setup ## how long a training waits for its checkpoints in S3 (3 minutes)
 	$(BIN)/python -m benchmarks.checkpoints
 
-bench-families: setup ## every causal architecture of transformers as a tiny model through a whole run (about an hour on 2 idle cores; continues where it was stopped)
+bench-families: setup ## every causal architecture of transformers as a tiny model through a whole run (hours; continues where it was stopped)
 	$(BIN)/python -W ignore -m benchmarks.families
 
 bench-preparation: setup ## how many rows a second a preparation reads, renders and tokenizes (2 minutes)

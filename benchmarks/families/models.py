@@ -32,7 +32,7 @@ _INDEXER: Final = {
 }
 SETTINGS: Final[Mapping[str, Mapping[str, Any]]] = {
     "blt": {"encoder_hash_byte_group_vocab": 512},
-    "dbrx": {"attn_config": {"rope_theta": 10_000.0, "kv_n_heads": 8}},
+    "dbrx": {"attn_config": {"rope_theta": 10_000.0, "kv_n_heads": 8, "clip_qkv": 8.0}},
     "dots1": {"n_routed_experts": 8, "n_shared_experts": 1},
     "gemma3n_text": {"vocab_size_per_layer_input": 512},
     "hunyuan_v1_dense": {"head_dim": 64},
