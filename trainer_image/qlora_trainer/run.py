@@ -10,6 +10,7 @@ from qlora_api.result import Result
 from qlora_api.runconfig import RunConfig
 from qlora_trainer import stages
 from qlora_trainer.distributed.world import World, join_planned_world
+from qlora_trainer.evaluation.base_evaluation import BaseEvaluationStore
 from qlora_trainer.evaluation.evaluator import EvaluationResult, compare_rows
 from qlora_trainer.evaluation.lm_eval_tasks import compare_task_metrics
 from qlora_trainer.inference.vllm_limits import check_vllm_limits
@@ -124,12 +125,15 @@ def _train_and_evaluate(context: RunContext, secrets: Secrets) -> TrainingOutput
         context.started,
         CheckpointCallbacks(context.sink.note, progress.on_checkpoint),
     )
+    base_store = BaseEvaluationStore(
+        context.output, stages.make_evaluation_fingerprint(config, settings, benchmark_suite), context.sink.note
+    )
     start = stages.find_resume_state(checkpoints, world, config.checkpoint)
     checkpointer = AsyncCheckpointer(checkpoints, config.spec.checkpoint, context.sink.note, start.step if start else 0)
     if world.forward_is_collective:
         loop.engine.initialize(start)  # shards the base as early as possible, before the first evaluation
     progress.enter_phase(Phase.EVALUATING)
-    base = evaluator.evaluate(trainable, adapter=False)
+    base = stages.evaluate_base(evaluator, trainable, base_store, checkpoints)
     progress.enter_phase(Phase.TRAINING)
     trackers = open_trackers(config, secrets, work, context.sink.note) if world.is_main_process else stages.NO_TRACKERS
     history = stages.train(loop, checkpointer, start, stages.TrainingReporter(progress, trackers), context.stop)

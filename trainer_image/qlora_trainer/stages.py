@@ -28,7 +28,8 @@ from qlora_trainer.data.preview import preview, shown_rows
 from qlora_trainer.data.tokenization import TokenRow
 from qlora_trainer.distributed.world import World
 from qlora_trainer.errors import RunError
-from qlora_trainer.evaluation.evaluator import Evaluator
+from qlora_trainer.evaluation.base_evaluation import BaseEvaluationStore, EvaluationFingerprint
+from qlora_trainer.evaluation.evaluator import EvaluationResult, Evaluator
 from qlora_trainer.evaluation.lm_eval_tasks import BenchmarkSuite, load_benchmarks
 from qlora_trainer.model.base_model import (
     TrainableModel,
@@ -59,7 +60,7 @@ from qlora_trainer.runtime.shutdown import StopFlag
 from qlora_trainer.storage.prepared_inputs import check_model, check_prepared_file, find_inputs, find_prepared_file
 from qlora_trainer.storage.results import open_output
 from qlora_trainer.storage.snapshots import Snapshot, SourceResolver, text_files, weight_files
-from qlora_trainer.storage.store import MODEL_FIELD, Store
+from qlora_trainer.storage.store import MODEL_FIELD, Store, sha256_of
 from qlora_trainer.training.agreement import agree_on_settings, check_same_start
 from qlora_trainer.training.async_checkpointer import AsyncCheckpointer
 from qlora_trainer.training.checkpoint_store import CheckpointStore, RunFingerprint
@@ -268,7 +269,42 @@ def load_benchmark_suite(
     check_prepared_file(inputs, name, content, config.prepared)
     pinned = ignore_unknown(PinnedTasks, content, name)
     tasks = load_benchmarks(pinned, resolver, work)
-    return BenchmarkSuite(tasks, tokenizer, config.plan.micro_batch_size, spec.task_examples)
+    digest = sha256_of(content)
+    return BenchmarkSuite(tasks, tokenizer, config.plan.micro_batch_size, spec.task_examples, digest)
+
+
+def evaluate_base(
+    evaluator: Evaluator, trainable: TrainableModel, store: BaseEvaluationStore, checkpoints: CheckpointStore
+) -> EvaluationResult:
+    """Evaluate the base, as far as no earlier attempt did; the main process reads and writes the results."""
+    world = evaluator.world
+    trusted = checkpoints.trusted_base_evaluation
+    earlier = world.broadcast(store.load(evaluator.rows, trusted) if world.is_main_process else None)
+    result = evaluator.evaluate(
+        trainable, adapter=False, earlier=earlier, on_part=store.save if world.is_main_process else lambda _: None
+    )
+    checkpoints.base_evaluation = store.digest
+    return result
+
+
+def make_evaluation_fingerprint(
+    config: RunConfig, settings: RuntimeSettings, suite: BenchmarkSuite | None
+) -> EvaluationFingerprint:
+    """Return what the results of an evaluation depend on."""
+    spec, plan, bits = config.spec.evaluation, config.plan, config.spec.quantization.bits
+    return EvaluationFingerprint(
+        digest=config.prepared.digest,
+        generations=spec.generations,
+        max_answer_tokens=spec.max_answer_tokens,
+        task_examples=spec.task_examples,
+        benchmarks=suite.digest if suite else "",
+        bits=bits,
+        device=plan.device,
+        dtype=settings.dtype_name,
+        attention=settings.attention,
+        packing=settings.packing,
+        micro_batch_size=plan.micro_batch_size if bits == 8 else 0,
+    )
 
 
 def build_record(config: RunConfig, settings: RuntimeSettings) -> AdapterRecord:

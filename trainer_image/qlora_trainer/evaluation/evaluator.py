@@ -1,8 +1,8 @@
 """Evaluates a model on the validation set: loss and token accuracy over labels, generated answers, benchmarks."""
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final
 
@@ -94,23 +94,53 @@ class Evaluator:
     benchmark_suite: BenchmarkSuite | None = None
     """Public benchmarks; None if the spec names none."""
 
-    def evaluate(self, trainable: TrainableModel, *, adapter: bool = True) -> EvaluationResult:
-        """Evaluate the adapter, or the base with the adapter disabled."""
+    def evaluate(
+        self,
+        trainable: TrainableModel,
+        *,
+        adapter: bool = True,
+        earlier: EvaluationResult | None = None,
+        on_part: Callable[[EvaluationResult], None] = lambda _: None,
+    ) -> EvaluationResult:
+        """Evaluate the adapter, or the base with the adapter disabled.
+
+        Args:
+            trainable: The model.
+            adapter: Whether the adapter is enabled.
+            earlier: What is evaluated already, possibly without some benchmarks.
+            on_part: Called with everything so far after each part.
+
+        """
         with trainable.evaluating(adapter=adapter):
-            hint = DIVERGED_HINT if adapter else BROKEN_BASE_HINT
-            statistics = partial(
-                compute_row_statistics,
-                trainable,
-                micro_batch_size=self.micro_batch_size,
-                packing=self.packing,
-                hint=hint,
-            )
-            sums = self.world.map_sharded(self.rows, statistics)
-            return EvaluationResult(
-                sums,
-                self._generate_answers(trainable),
-                self.benchmark_suite.run(trainable) if self.benchmark_suite else {},
-            )
+            result = earlier
+            if result is None:
+                hint = DIVERGED_HINT if adapter else BROKEN_BASE_HINT
+                result = EvaluationResult(
+                    self._compute_statistics(trainable, hint), self._generate_answers(trainable), {}
+                )
+                on_part(result)
+            for metrics in self._run_benchmarks(trainable, {task for task, _ in result.task_metrics}):
+                result = replace(result, task_metrics={**result.task_metrics, **metrics})
+                on_part(result)
+            return result
+
+    def _compute_statistics(self, trainable: TrainableModel, hint: str) -> tuple[RowStatistics, ...]:
+        statistics = partial(
+            compute_row_statistics,
+            trainable,
+            micro_batch_size=self.micro_batch_size,
+            packing=self.packing,
+            hint=hint,
+        )
+        return self.world.map_sharded(self.rows, statistics)
+
+    def _run_benchmarks(self, trainable: TrainableModel, finished: Container[str]) -> Iterator[TaskMetrics]:
+        """Yield the metrics of each task that is not finished; all processes compute all, as tasks differ in size."""
+        if self.benchmark_suite is None:
+            return
+        for name in self.benchmark_suite.names:
+            if name not in finished:
+                yield self.benchmark_suite.run(trainable, name)
 
     def _generate_answers(self, trainable: TrainableModel) -> tuple[str | None, ...]:
         indices = prompt_row_indices(self.rows, self.spec.generations)

@@ -190,9 +190,16 @@ class BenchmarkSuite:
     """Sequences per forward pass."""
     examples_per_task: int | None
     """Number of examples per task, taken from the start; None for all."""
+    digest: str = ""
+    """SHA-256 of the pinned tasks."""
 
-    def run(self, trainable: TrainableModel) -> TaskMetrics:
-        """Run every task with the model as the caller set it up: in eval mode, with the adapter enabled or disabled."""
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Return the names of the tasks."""
+        return tuple(self.tasks["tasks"])
+
+    def run(self, trainable: TrainableModel, name: str) -> TaskMetrics:
+        """Run a task with the model as the caller set it up: in eval mode, with the adapter enabled or disabled."""
         with _quiet():
             from lm_eval import evaluate  # noqa: PLC0415
             from lm_eval.models.huggingface import HFLM  # noqa: PLC0415
@@ -205,7 +212,8 @@ class BenchmarkSuite:
                 trust_remote_code=False,
             )
             with trainable.autocast():
-                results = evaluate(model, self.tasks, limit=self.examples_per_task, log_samples=False)["results"]
+                tasks = {"tasks": {name: self.tasks["tasks"][name]}}
+                results = evaluate(model, tasks, limit=self.examples_per_task, log_samples=False)["results"]
         return {
             (task, key.removesuffix(",none")): TaskMetric(float(value), _stderr_of(key, figures))
             for task, figures in results.items()

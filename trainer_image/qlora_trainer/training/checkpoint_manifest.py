@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Final
+from typing import Annotated, Final, Literal
 
 from pydantic import AwareDatetime, Field
 
@@ -54,6 +54,8 @@ class CheckpointManifest(ApiModel):
     earlier: dict[Annotated[str, Field(max_length=32)], Sha256] = Field(default={})
     """SHA-256 of the manifests of the checkpoints before it, by the names of their folders. Who knows the digest of
     this manifest knows theirs, and can resume from them if a file of this one is damaged."""
+    base_evaluation: Sha256 | Literal[""] = ""
+    """SHA-256 of the evaluation of the base, which a run that resumes does not repeat; empty if it is not stored."""
 
 
 def check_digest(name: str, digest: str, trusted: Digests | None) -> None:

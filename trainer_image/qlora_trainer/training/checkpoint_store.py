@@ -5,18 +5,19 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Final, Literal
 
 import torch
 from pydantic import AfterValidator, AwareDatetime
 from safetensors.torch import load_file, save_file
 
-from qlora_api.base import ApiModel
+from qlora_api.base import ApiModel, Sha256
 from qlora_api.report import StepRecord, ValidationRecord
 from qlora_api.tolerant_reader import ignore_unknown
 from qlora_api.units import KIB, MIB
 from qlora_api.v1alpha1 import Checkpoint
 from qlora_trainer.errors import RunError
+from qlora_trainer.evaluation.base_evaluation import BASE_EVALUATION
 from qlora_trainer.observability.progress import DELIVERED
 from qlora_trainer.storage.results import MANIFEST, MAX_MANIFEST_BYTES, describe_files, download_listed
 from qlora_trainer.storage.store import Store, sha256_of
@@ -102,6 +103,11 @@ class CheckpointStore:
         """When the first attempt started; known after `load_latest`, until then the start of this attempt."""
         self.peak_memory_bytes = 0
         """Maximum over earlier attempts; known after `load_latest`."""
+        self.base_evaluation: Sha256 | Literal[""] = ""
+        """SHA-256 of the evaluation of the base, for the manifests."""
+        self.trusted_base_evaluation: str | None = None
+        """SHA-256 that the manifest of the checkpoint that the run resumes from names; known after `load_latest`. None
+        if no checkpoint was reported, so that any is accepted."""
         self._output = output
         self._fingerprint = fingerprint
         self._attempt = attempt
@@ -128,6 +134,7 @@ class CheckpointStore:
 
         """
         folders, trusted = self._folders(), self._trusted_digests(reported)
+        self.trusted_base_evaluation = None if trusted is None else ""
         # Outside a cluster every attempt has number 1, but must not write into the folder of an earlier one.
         earlier = (found.attempt + 1 for found in _parse_ids(folders) if found.attempt < _MAX_ATTEMPT)
         self._attempt = max([self._attempt, *earlier])
@@ -180,7 +187,12 @@ class CheckpointStore:
         now = datetime.now(UTC).replace(microsecond=0)
         earlier = dict(sorted(self._digests.items(), key=lambda item: _sort_key(item[0]))[-keep:])
         manifest = CheckpointManifest(
-            step=checkpoint_id.step, time=now, verified=all(confirmed), files=files, earlier=earlier
+            step=checkpoint_id.step,
+            time=now,
+            verified=all(confirmed),
+            files=files,
+            earlier=earlier,
+            base_evaluation=self.base_evaluation,
         )
         content = manifest.model_dump_json(by_alias=True).encode()
         self._output.put(f"{self._path(checkpoint_id.name)}/{MANIFEST}", content)
@@ -189,9 +201,12 @@ class CheckpointStore:
         self._prune(checkpoint_id, keep)
 
     def delete_all(self) -> None:
-        """Delete all checkpoints once the adapter is published; failures are only logged."""
+        """Delete all checkpoints, and the evaluation of the base, once the adapter is published.
+
+        Failures are only logged.
+        """
         try:
-            for name in self._folders():
+            for name in dict.fromkeys(name for name, _ in self._files()):
                 self._remove(name)
         except RunError as error:
             self._log_prune_failure(error)
@@ -200,12 +215,18 @@ class CheckpointStore:
         return f"{self._folder}/{name}"
 
     def _folders(self) -> dict[str, bool]:
-        """Return each folder name, and whether the folder has a manifest."""
+        """Return the folder name of each checkpoint, and whether the folder has a manifest."""
         found: dict[str, bool] = {}
+        for name, file in self._files():
+            if name != BASE_EVALUATION:
+                found[name] = found.get(name, False) or file == MANIFEST
+        return found
+
+    def _files(self) -> Iterator[tuple[str, str]]:
+        """Yield the folder name and the name of each file."""
         for entry in self._output.list(self._folder, self._callbacks.note):
             name, _, file = entry.path.removeprefix(f"{self._folder}/").partition("/")
-            found[name] = found.get(name, False) or file == MANIFEST
-        return found
+            yield name, file
 
     def _trusted_digests(self, reported: Checkpoint | None) -> dict[str, str] | None:
         """Return the digest of the reported checkpoint by its name; None if there is none, or it is of another run."""
@@ -223,6 +244,7 @@ class CheckpointStore:
         if trusted is not None:
             trusted.update(manifest.earlier)
         state = self._load(checkpoint_id, manifest)
+        self.trusted_base_evaluation = None if trusted is None else manifest.base_evaluation
         self._digests = {**manifest.earlier, name: digest}
         self._callbacks.on_complete(self._describe(checkpoint_id, manifest, digest))
         return LoadedCheckpoint(checkpoint_id, digest, state)

@@ -82,9 +82,9 @@ def test_benchmark_suite_runs_for_base_and_adapter(resolver, tmp_path):
     for parameter in trainable.parameters():
         parameter.data.normal_(std=0.5)
     with trainable.evaluating(adapter=False):
-        base = suite.run(trainable)
+        base = suite.run(trainable, "arc_easy")
     with trainable.evaluating():
-        scores = compare_task_metrics(base, suite.run(trainable))
+        scores = compare_task_metrics(base, suite.run(trainable, "arc_easy"))
     assert [(score.task, score.metric) for score in scores] == [("arc_easy", "acc"), ("arc_easy", "acc_norm")]
     assert all((score.base_error or 0) > 0 for score in scores)
     # The random adapter is at chance level; the answer key favors the base.
