@@ -12,5 +12,5 @@ def test_result_has_the_gpu_seconds_of_its_steps(nodes: int, gpus: int, expected
     report = make_report()
     plan = report.plan.model_copy(update={"nodes": nodes, "gpus_per_node": gpus})
     config = RunConfig.model_construct(prepared=report.prepared, plan=plan, spec=report.spec)
-    result = build_result(config, report.model_copy(update={"plan": plan, "training_seconds": 900.2}))
+    result = build_result(config, report.model_copy(update={"plan": plan, "training_seconds": 900.04}))
     assert result.gpu_seconds == expected
