@@ -61,9 +61,8 @@ class RowEncoder:
     def _note_special_tokens(self, located: LocatedRow) -> None:
         if self._special_tokens is None:
             return
-        end = str(self.tokenizer.eos_token or "")  # at the end of an answer it is the one that is added there
-        for text in _written(located.row):
-            if found := self._special_tokens.search(text.rstrip().removesuffix(end)):
+        for text in _written(located.row, str(self.tokenizer.eos_token or "")):
+            if found := self._special_tokens.search(text):
                 self.special.add(located.location, f"'{found[0]}'")
                 return
 
@@ -97,12 +96,17 @@ class RowEncoder:
         return encode_examples(cast("Sequence[Example]", rows), self.tokenizer, self.loss)
 
 
-def _written(row: Row) -> Iterator[str]:
-    """Yield the texts of a row that are no part of a template: a prompt may be rendered by spec.dataset.template."""
+def _written(row: Row, end: str) -> Iterator[str]:
+    """Yield the texts of a row that are no part of a template: a prompt may be rendered by spec.dataset.template.
+
+    An end-of-text token at the end of an answer is left out, as it is the one that is expected there.
+    """
     if isinstance(row, Chat):
-        yield from (str(message["content"]) for message in row.messages)
+        for message in row.messages:
+            content = str(message["content"])
+            yield content.rstrip().removesuffix(end) if message["role"] == "assistant" else content
     elif isinstance(row, Example):
-        yield row.answer
+        yield row.answer.rstrip().removesuffix(end)
 
 
 @dataclass

@@ -20,7 +20,8 @@ def evaluated(rows: int, tokens: int) -> RunReport:
     base = report.evaluation.base.model_copy(update={"loss": 2.0})
     adapter = report.evaluation.adapter.model_copy(update={"loss": 1.0})
     evaluation = report.evaluation.model_copy(update={"rows": rows, "tokens": tokens, "base": base, "adapter": adapter})
-    return report.model_copy(update={"evaluation": evaluation})
+    made = {"versions": {"qlora-operator": "0.1.0"}, "choices": {"device": "CPU"}}
+    return report.model_copy(update={"evaluation": evaluation, **made})
 
 
 def printed(report: RunReport) -> str:
