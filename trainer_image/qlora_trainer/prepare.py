@@ -1,7 +1,7 @@
 """Checks everything about a run that needs no GPU, the cheapest check first, and tokenizes its rows."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from sys import maxsize
 from tempfile import TemporaryDirectory
@@ -26,6 +26,7 @@ from qlora_trainer.data.dataset import (
     open_dataset,
     scan_rows,
 )
+from qlora_trainer.data.sources import RowErrors
 from qlora_trainer.errors import RunError
 from qlora_trainer.observability.progress import LogFn, no_log
 from qlora_trainer.publishing.gate import check_gate, describe_rejected, has_required_metrics
@@ -44,7 +45,7 @@ from qlora_trainer.storage.results import (
 )
 from qlora_trainer.storage.safetensors_headers import fetch_headers
 from qlora_trainer.storage.snapshots import Snapshot, SourceResolver, check_text_files, text_files, weight_files
-from qlora_trainer.storage.store import MODEL_FIELD, Store, sha256_of
+from qlora_trainer.storage.store import MODEL_FIELD, ObjectExistsError, Store, sha256_of
 
 if TYPE_CHECKING:
     from qlora_trainer.data.tokenized_dataset import TokenizedDataset
@@ -57,8 +58,8 @@ def prepare(
     spec, work = config.spec, work or default_work()
     resolver = SourceResolver(config.platform, secrets or load_secrets(spec, config.namespace))
     output = open_output(resolver, spec, config.job)
-    check_writable(output)
-    note(f"{output.root} is writable")
+    for sentence in check_writable(output):
+        note(sentence)
     dataset = open_dataset(spec, resolver, work)
     for sentence in describe_sources(dataset):
         note(sentence)
@@ -73,12 +74,12 @@ def prepare(
     for sentence in model.sentences:
         note(sentence)
     tasks = check_benchmarks(spec, resolver, work, note)
-    with tokenize_rows(spec, dataset, rows, model.tokenizer, work) as tokenized:
+    with tokenize_rows(spec, dataset, rows, model.tokenizer, work, note) as tokenized:
         for sentence in check_rows_fit(model, tokenized):
             note(sentence)
         for sentence in describe_invalid(tokenized.rejected):
             note(sentence)
-        for sentence in describe_lengths(tokenized.status, spec.training):
+        for sentence in (*describe_lengths(tokenized.status, spec.training), *describe_prompts(tokenized)):
             note(sentence)
         for sentence in preview_rows(tokenized, model.tokenizer):
             note(sentence)
@@ -93,10 +94,22 @@ def prepare(
     return prepared
 
 
-def check_writable(output: Store) -> None:
-    """Write and delete an object, so that a missing permission is found now and not after training."""
-    probe = f".probe-{uuid4().hex}"
-    output.put(probe, b"Written to check that the output is writable.\n")
+def check_writable(output: Store) -> Iterator[str]:
+    """Write an object as results are written, and delete it; yield log lines.
+
+    A missing permission, or a store without conditional writes, is found now and not after training.
+    """
+    probe, content = f".probe-{uuid4().hex}", b"Written to check that the output is writable.\n"
+    output.put(probe, content, if_none_match=True)
+    try:
+        output.put(probe, content, if_none_match=True)
+    except ObjectExistsError:
+        yield f"{output.root} is writable"
+    else:
+        yield (
+            f"{output.root} is writable, but its object store ignores If-None-Match: of two runs that publish the same "
+            "result at once, the later replaces the files of the earlier"
+        )
     output.delete(probe)
 
 
@@ -252,18 +265,46 @@ def rehearse_run(spec: QLoRAJobSpec, model: InspectedModel, tokenized: "Tokenize
     yield from rehearse_in_process(task, model.status.architecture, work)
 
 
-def tokenize_rows(
-    spec: QLoRAJobSpec, dataset: Dataset, rows: DatasetScan, tokenizer: Any, work: Path
+def tokenize_rows(  # noqa: PLR0913, PLR0917 (all that rows are made of)
+    spec: QLoRAJobSpec, dataset: Dataset, rows: DatasetScan, tokenizer: Any, work: Path, note: LogFn
 ) -> "TokenizedDataset":
-    """Tokenize all rows into local files."""
+    """Tokenize all rows into local files; if no held-out row has an answer that fits, hold out others."""
     from qlora_trainer.data.chat_template import load_chat_template  # noqa: PLC0415 (as above)
     from qlora_trainer.data.row_encoder import RowEncoder  # noqa: PLC0415
-    from qlora_trainer.data.tokenized_dataset import tokenize_dataset  # noqa: PLC0415
+    from qlora_trainer.data.tokenized_dataset import NoHeldOutRowError, tokenize_dataset  # noqa: PLC0415
 
     chats = any(source.row_format == "chat" for source in dataset.all_sources)
     chat = load_chat_template(tokenizer, spec.dataset.chat_template) if chats else None
     encoder = RowEncoder(tokenizer, spec.training.loss, chat)
-    return tokenize_dataset(dataset, rows, encoder, spec.training, work)
+    try:
+        return tokenize_dataset(dataset, rows, encoder, spec.training, work)
+    except NoHeldOutRowError as error:
+        if dataset.held_out is not None:
+            raise
+        try:
+            others = scan_rows(dataset, spec.dataset.evaluation.fraction, error.unusable)
+        except RunError:  # no two rows are left
+            raise error from None
+        note(f"{error.message}; other rows are held out")
+        return tokenize_dataset(
+            dataset, others, replace(encoder, rejected=RowErrors(), special=RowErrors()), spec.training, work
+        )
+
+
+def describe_prompts(tokenized: "TokenizedDataset") -> Iterator[str]:
+    """Yield log lines if texts are not what they seem, or answers are learned where a server does not ask for them."""
+    if tokenized.special.total:
+        location, token = tokenized.special.first[0]
+        yield (
+            f"{tokenized.special.total:,} rows have special tokens of the tokenizer in their text, such as {token} in "
+            f"{location}; they are read as these tokens, by servers too: remove them unless that is intended"
+        )
+    if tokenized.beside_prompt:
+        yield (
+            f"{tokenized.beside_prompt:,} of {tokenized.status.evaluation_rows:,} held-out rows do not begin with the "
+            "prompt that a server renders for them, so what is learned is not what a server asks for; if the chat "
+            "template's prompt begins a thought (<think>), begin the answers with one, or set spec.dataset.chatTemplate"
+        )
 
 
 def preview_rows(tokenized: "TokenizedDataset", tokenizer: Any) -> Iterator[str]:

@@ -67,6 +67,7 @@ def _messages(fields: Mapping[str, Any]) -> tuple[str, Sequence[Any], int]:
         return name, _as_list(fields[name], name), 0
     if not is_messages(fields.get("prompt")):
         raise RowError("field 'messages' (or 'conversations') is missing; add it")
+    check_wanted(fields)
     prompt = _as_list(fields["prompt"], "prompt")
     completion = fields.get("completion")
     if completion is None:
@@ -74,6 +75,12 @@ def _messages(fields: Mapping[str, Any]) -> tuple[str, Sequence[Any], int]:
     if isinstance(completion, str) and not completion.lstrip().startswith("["):
         completion = [{"role": "assistant", "content": completion}]
     return "prompt+completion", [*prompt, *_as_list(completion, "completion")], len(prompt)
+
+
+def check_wanted(fields: Mapping[str, Any]) -> None:
+    """Raise RowError if a completion is marked as one that a model should not write, as rows for KTO are."""
+    if fields.get("label") is False:
+        raise RowError("field 'label' is false, so its completion is an unwanted one; remove the row, or the field")
 
 
 def is_messages(prompt: Any) -> bool:
@@ -101,7 +108,9 @@ def _parse_message(turn: Any, where: str) -> _Turn:
     if role is None:
         raise RowError(f"{where}.{keys.role} is '{role_name}'; write {', '.join(_ROLES)}")
     if role == _CALL:
-        calls = parse_calls(text_of(turn, keys.content, within=where), f"{where}.{keys.content}")
+        found = parse_calls(text_of(turn, keys.content, within=where), f"{where}.{keys.content}")
+        # ShareGPT has the function alone, and templates expect OpenAI's form.
+        calls = [call if "function" in call else {"type": "function", "function": call} for call in found]
         return _Turn({"role": "assistant", "content": "", "tool_calls": calls}, _label_flag(turn, where, "assistant"))
     calls = [*parse_calls(turn.get("tool_calls"), f"{where}.tool_calls"), *parse_function_call(turn, where)]
     content = _content(turn, keys, where, calls=bool(calls), blank=bool(calls) or role in _MAY_BE_EMPTY)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import IO, Any, Final, cast
 
 from qlora_api.units import MIB
+from qlora_trainer.storage.store import LFS_POINTER
 
 MAX_COMPRESSION_RATIO: Final = 200
 """Decompressed bytes per byte of a compressed file. Text has 3 to 20; deflate's maximum is 1,032, zstd's is higher."""
@@ -20,7 +21,7 @@ _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 _FOREIGN: Final = (
     (b"\xff\xfe", "is UTF-16; save it as UTF-8"),
     (b"\xfe\xff", "is UTF-16; save it as UTF-8"),
-    (b"version https://git-lfs", "is a pointer of git-lfs, and not the file; run 'git lfs pull', and copy it again"),
+    (LFS_POINTER, "is a pointer of git-lfs, and not the file; run 'git lfs pull', and copy it again"),
     (b"PAR1", "is a Parquet file; name it .parquet"),
     (b"ARROW1", "is an Arrow file; name it .arrow"),
     (b"PK\x03\x04", "is a zip archive or an Excel file; extract it, or save it as CSV"),

@@ -80,13 +80,22 @@ class DatasetScan:
     """Rows that are left out as they cannot be used."""
 
 
-def scan_rows(dataset: Dataset, fraction: float) -> DatasetScan:
-    """Read and check every row once; only hashes stay in memory."""
+def scan_rows(dataset: Dataset, fraction: float, unusable: frozenset[bytes] = frozenset()) -> DatasetScan:
+    """Read and check every row once; only hashes stay in memory.
+
+    Args:
+        dataset: The sources.
+        fraction: Share of the rows to hold out.
+        unusable: Hashes of rows that are not held out, as nothing could be evaluated on them.
+
+    """
     scanned, invalid = [_scan(source) for source in dataset.sources], RowErrors()
     digests = [source.digests for source in scanned]
     sentences: tuple[str, ...] = ()
     if dataset.held_out is None:
-        split = split_validation(digests, [source.groups for source in scanned], fraction, DATASET_FIELD)
+        usable = [source.without(unusable) for source in scanned] if unusable else scanned
+        groups = [source.groups for source in usable]
+        split = split_validation([source.digests for source in usable], groups, fraction, DATASET_FIELD)
         held_out = split.held_out
         validation = [digest for rows in digests for digest in rows if digest in held_out]
         sentences = () if split.by_question else (_ONE_QUESTION,)
@@ -124,6 +133,14 @@ class _ScannedSource(NamedTuple):
     digests: list[bytes]
     groups: "array[int]"
     invalid: RowErrors
+
+    def without(self, left_out: frozenset[bytes]) -> "_ScannedSource":
+        """Return the source without some of its rows."""
+        indices = [index for index, digest in enumerate(self.digests) if digest not in left_out]
+        return self._replace(
+            digests=[self.digests[index] for index in indices],
+            groups=array("Q", (self.groups[index] for index in indices)),
+        )
 
 
 def _scan(source: Source) -> _ScannedSource:

@@ -33,6 +33,8 @@ _FOOTER_ITEMS: Final = 100_000
 """Row groups or columns in the footer of a Parquet file; each takes kilobytes of memory."""
 _START_BYTES: Final = 64
 _ARRAY_OF_OBJECTS: Final = re.compile(rb"\[\s*(\{|$)")
+_APPLE_ARCHIVE: Final = "__MACOSX"
+"""Folder with metadata of the files in an archive that macOS made."""
 _DESCRIPTIONS: Final = frozenset({"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"})
 """Files that the datasets library writes beside the data."""
 _SPACE: Final = re.compile(r"\s*")
@@ -66,11 +68,13 @@ def detect_file_type(name: str) -> str:
 
 
 def is_data_file(path: str) -> bool:
-    """Return whether a file of a folder is data; hidden files, `_…` files and unsupported types are not.
+    """Return whether a file of a folder is data; unsupported types, and what is hidden or begins with `_`, are not.
 
     Nor is what the datasets library writes beside the data: its descriptions, and the results of earlier `map` calls.
     """
-    name = path.rpartition("/")[2]
+    *folders, name = path.split("/")
+    if any(folder.startswith(".") or folder == _APPLE_ARCHIVE for folder in folders):
+        return False  # such as .ipynb_checkpoints, which has copies of the files
     with contextlib.suppress(FileError):
         beside = name in _DESCRIPTIONS or (name.startswith("cache-") and name.endswith(".arrow"))
         return not beside and not name.startswith((".", "_")) and bool(detect_file_type(name))
@@ -236,6 +240,7 @@ def _read_csv(path: Path, delimiter: str) -> Iterator[FileRow]:
             header = next(records, None)
             if header is None:
                 return
+            header = [name.strip() for name in header]  # "instruction, output" has a blank in the second name
             # pandas writes its index into a first column without a name.
             _check_header(header[1:] if header[:1] == [""] else header)
             number = 1

@@ -1,8 +1,10 @@
 """Encodes rows as token rows in batches, and applies spec.training.longRows to rows that are too long."""
 
+import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Final, NamedTuple, cast
 
 from qlora_api.reasons import Reason
@@ -48,6 +50,21 @@ class RowEncoder:
     """None if no source has chat rows."""
     rejected: RowErrors = field(default_factory=RowErrors)
     """Rows that the chat template rejects."""
+    special: RowErrors = field(default_factory=RowErrors)
+    """Rows whose own text has a special token of the tokenizer, so that it is read as that token."""
+
+    @cached_property
+    def _special_tokens(self) -> re.Pattern[str] | None:
+        found = [token for token in getattr(self.tokenizer, "all_special_tokens", ()) if len(token) > 1]
+        return re.compile("|".join(map(re.escape, found))) if found else None
+
+    def _note_special_tokens(self, located: LocatedRow) -> None:
+        if self._special_tokens is None:
+            return
+        for text in _written(located.row, str(self.tokenizer.eos_token or "")):
+            if found := self._special_tokens.search(text):
+                self.special.add(located.location, f"'{found[0]}'")
+                return
 
     def encode_rows(self, source: Source, needs_prompt: Callable[[bytes], bool]) -> Iterator[EncodedRow]:
         """Yield the token rows of a source; after the last one, raise DatasetInvalid if the chat template rejected any.
@@ -60,6 +77,7 @@ class RowEncoder:
             encoded = self._encode([located.row for located in batch], source.row_format, needs_prompt)
             for located, row in zip(batch, encoded, strict=True):
                 seen += 1
+                self._note_special_tokens(located)
                 if isinstance(row, RowError):
                     problems.add(located.location, row)
                     self.rejected.add(located.location, row)
@@ -78,6 +96,19 @@ class RowEncoder:
         return encode_examples(cast("Sequence[Example]", rows), self.tokenizer, self.loss)
 
 
+def _written(row: Row, end: str) -> Iterator[str]:
+    """Yield the texts of a row that are no part of a template: a prompt may be rendered by spec.dataset.template.
+
+    An end-of-text token at the end of an answer is left out, as it is the one that is expected there.
+    """
+    if isinstance(row, Chat):
+        for message in row.messages:
+            content = str(message["content"])
+            yield content.rstrip().removesuffix(end) if message["role"] == "assistant" else content
+    elif isinstance(row, Example):
+        yield row.answer.rstrip().removesuffix(end)
+
+
 @dataclass
 class RowCounts:
     """Counts of kept, truncated and dropped rows of one split."""
@@ -88,6 +119,10 @@ class RowCounts:
     dropped: int = 0
     split: int = 0
     """Conversations that several rows were made of."""
+    rejected: int = 0
+    """Rows that the chat template rejects."""
+    beside_prompt: int = 0
+    """Rows that do not begin with the prompt that a server renders; known of validation rows only."""
     lengths: "array[int]" = field(default_factory=lambda: array("I"))
     """Tokens of each row before truncation."""
     longest: int = 0

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from qlora_api.units import MIB
 from qlora_api.v1alpha1 import RowFormat, RowTemplate
-from qlora_trainer.data.chat_messages import is_messages, parse_chat
+from qlora_trainer.data.chat_messages import check_wanted, is_messages, parse_chat
 from qlora_trainer.data.json_values import parse_json_text
 from qlora_trainer.data.rows import MAX_TEXT_BYTES, Example, Row, RowError, Text, check_size, text_of
 
@@ -22,6 +22,8 @@ _ANSWER_FIELDS: Final = ("output", "response")
 _CONTEXT_FIELDS: Final = ("input", "context")
 _SYSTEM_FIELDS: Final = ("system", "system_prompt")
 """Fields with a text before the first block, where Alpaca has its preamble."""
+_PREFERENCE_FIELDS: Final = frozenset({"chosen", "rejected"})
+"""Fields of rows for DPO and its relatives."""
 _PLACEHOLDER: Final = re.compile(r"\{([^{}]+)\}")
 
 
@@ -30,6 +32,11 @@ def detect_format(fields: Mapping[str, Any]) -> tuple[RowFormat, str]:
     # A table of several formats has the columns of all; those of the others are null or empty.
     filled = [name for name in fields if fields[name] is not None and fields[name] != ""]
     found = next(((fmt, field) for names in (filled, fields) for field, fmt in _FORMAT_FIELDS if field in names), None)
+    if fields.keys() >= _PREFERENCE_FIELDS and (found is None or found == ("completion", "prompt")):
+        raise RowError(
+            f"has the preference fields {', '.join(sorted(_PREFERENCE_FIELDS))}, of which nothing is learned; write "
+            "the chosen answers as messages, or as prompt and completion"
+        )
     if found == ("completion", "prompt") and is_messages(fields["prompt"]):
         return "chat", "prompt"
     if found is None:
@@ -128,8 +135,7 @@ def fill(template: str, fields: Mapping[str, Any], part: str) -> str:
 
 
 def _parse_completion(fields: Mapping[str, Any]) -> Example:
-    if fields.get("label") is False:  # the form of KTO
-        raise RowError("field 'label' is false, so its completion is an unwanted one; remove the row, or the field")
+    check_wanted(fields)
     return Example(text_of(fields, "prompt"), text_of(fields, "completion"))
 
 

@@ -54,6 +54,8 @@ def _decode_call(call: dict[str, Any], label: str) -> dict[str, Any]:
     if not isinstance(arguments, str):
         return call
     decoded = parse_json_text(arguments, f"{label}.arguments") if arguments.strip() else {}
+    if decoded is None:
+        decoded = {}
     if not isinstance(decoded, dict):
         raise RowError(f"{label}.arguments is {kind_of(decoded)}, not an object; write the arguments by their names")
     return {**call, "arguments": decoded}

@@ -32,6 +32,9 @@ _TIMEOUT_SECONDS: Final = 20.0
 _RANGE_NOT_SATISFIABLE: Final = 416
 """The answer to a request for the first bytes of an empty file."""
 PUBLIC_HUB: Final = "https://huggingface.co"
+_NOT_TRUSTED: Final = "CERTIFICATE_VERIFY_FAILED"
+"""What OpenSSL says of a server whose certificate no known CA has signed."""
+_SHOWN_CHARACTERS: Final = 200
 
 
 class _LivenessProgressBar(tqdm):
@@ -160,9 +163,16 @@ class Hub:
             return RunError(
                 Reason.HUB_RATE_LIMITED, f"{where}: too many requests; wait, use a token or set up a mirror"
             )
+        if _NOT_TRUSTED in str(error):
+            return RunError(
+                Reason.HUB_UNAVAILABLE,
+                f"{where}: its certificate is not trusted ({_first_line(error)}); name the file with its CA's "
+                "certificate in SSL_CERT_FILE, or use a hub or a mirror whose CA is known",
+            )
+        what_failed = f"status {status}" if status else _first_line(error)
         return RunError(
             Reason.HUB_UNAVAILABLE,
-            f"{where}: {type(error).__name__} {status or ''}; check the network, or set up a mirror",
+            f"{where}: {type(error).__name__}, {what_failed}; check the network, or set up a mirror",
         )
 
     def _no_access(self, where: str, status: int) -> RunError:
@@ -172,3 +182,7 @@ class Hub:
             f"{where}: the hub refuses {token} ({status}). The repository is gated, private or missing: accept its "
             f"license on the hub, and name a Secret with a valid HF_TOKEN in spec.{self.field_ref.role}.secretRef",
         )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or ["no further message"])[0][:_SHOWN_CHARACTERS]

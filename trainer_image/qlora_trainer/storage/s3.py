@@ -41,6 +41,14 @@ _DENIED: Final = {"403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNot
 _MISSING: Final = {"404", "NoSuchKey", "NoSuchBucket", "NotFound"}
 _EMPTY: Final = {"416", "InvalidRange"}
 """The answer to a request for the first bytes of an object without any."""
+_NOT_IMPLEMENTED: Final = {"NotImplemented", "501"}
+_REFUSES_HEADERS: Final = {"InvalidArgument", "InvalidRequest", "NotImplemented", "MalformedTrailerError", "400", "501"}
+"""Codes of servers that do not know the headers of checksums."""
+_CHECKSUM_HINT: Final = (
+    ", or, if it refuses checksum headers, set platform.s3.checksums of the chart, or AWS_REQUEST_CHECKSUM_CALCULATION "
+    "for 'qlora run', to when_required"
+)
+_REQUESTER_PAYS: Final = "; if the bucket makes its readers pay (requester pays), copy the objects into another one"
 _SKEWED: Final = "RequestTimeTooSkewed"
 _LONGEST_SKEW: Final = timedelta(minutes=15)
 """Maximum clock skew between signature and server (Amazon S3, Signature Version 4)."""
@@ -73,10 +81,16 @@ def make_client(credentials: Credentials, config: S3Config) -> Any:
             retries={"mode": "standard", "total_max_attempts": _REQUEST_ATTEMPTS},
             connect_timeout=5,
             read_timeout=60,
-            request_checksum_calculation=config.checksums,
-            response_checksum_validation=config.checksums,
+            **_checksum_settings(config),
         ),
     )
+
+
+def _checksum_settings(config: S3Config) -> dict[str, Any]:
+    """Return the settings for servers that reject checksums; by default boto3's own apply, such as its variables."""
+    if config.checksums == "when_supported":
+        return {}
+    return {"request_checksum_calculation": config.checksums, "response_checksum_validation": config.checksums}
 
 
 class S3Store:
@@ -87,9 +101,9 @@ class S3Store:
         self._bucket, _, prefix = self.root.removeprefix("s3://").partition("/")
         self._prefix = f"{prefix}/" if prefix else ""
         self._field_ref = field_ref
-        self._sends_checksums = config.checksums == "when_supported"
         with self._translating_errors(""):
             self._client = make_client(credentials, config)
+        self._sends_checksums = self._client.meta.config.request_checksum_calculation == "when_supported"
 
     def list(self, prefix: str = "", on_refused: Callable[[str], None] | None = None) -> tuple[Entry, ...]:
         """Return every object below a folder, sorted by path."""
@@ -174,6 +188,13 @@ class S3Store:
             except ClientError as error:
                 if _code(error) in {"412", "PreconditionFailed"}:
                     raise ObjectExistsError(path) from error
+                if condition and _code(error) in _NOT_IMPLEMENTED:
+                    raise RunError(
+                        Reason.INVALID_SPEC,
+                        f"{self._field_ref.field}: the object store of {self.root} has no conditional writes "
+                        f"({_code(error)} to If-None-Match), which keep runs from replacing each other's results; use "
+                        "a store that has them",
+                    ) from error
                 if _code(error) not in {"409", "ConditionalRequestConflict"} or attempt == _CONFLICT_ATTEMPTS:
                     raise
                 time.sleep(_CONFLICT_WAIT_SECONDS * attempt)
@@ -277,10 +298,12 @@ class S3Store:
         if code in _DENIED:
             return RunError(
                 Reason.S3_DENIED,
-                f"{where}: {error.operation_name} is refused ({code}); grant the credentials access to this prefix",
+                f"{where}: {error.operation_name} is refused ({code}); grant the credentials access to this prefix"
+                f"{'' if self._field_ref.role is SecretRole.OUTPUT else _REQUESTER_PAYS}",
             )
+        hint = _CHECKSUM_HINT if self._sends_checksums and code in _REFUSES_HEADERS else ""
         return RunError(
-            Reason.S3_UNAVAILABLE, f"{where}: {error.operation_name} fails with {code}; check the object store"
+            Reason.S3_UNAVAILABLE, f"{where}: {error.operation_name} fails with {code}; check the object store{hint}"
         )
 
 

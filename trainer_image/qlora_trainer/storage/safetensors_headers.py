@@ -11,7 +11,7 @@ from qlora_api.reasons import Reason
 from qlora_api.units import MIB
 from qlora_trainer.errors import RunError
 from qlora_trainer.storage.snapshots import Snapshot
-from qlora_trainer.storage.store import FieldRef
+from qlora_trainer.storage.store import LFS_POINTER, FieldRef
 
 _LENGTH_BYTES: Final = 8
 """The file begins with the length of the header, a little-endian 64-bit integer (the format's description)."""
@@ -19,7 +19,6 @@ _FIRST_READ_BYTES: Final = 100_000
 """97 % of the headers on the Hugging Face Hub are shorter (huggingface_hub#1855), so most need one request."""
 _MAX_HEADER_BYTES: Final = 100 * MIB
 """The limit of the safetensors library."""
-_LFS_POINTER: Final = b"version https://git-lfs"
 
 
 def fetch_headers(snapshot: Snapshot, names: Iterable[str], folder: Path, field_ref: FieldRef) -> None:
@@ -46,7 +45,7 @@ def fetch_headers(snapshot: Snapshot, names: Iterable[str], folder: Path, field_
 def _read_header(snapshot: Snapshot, name: str, field_ref: FieldRef) -> tuple[bytes, int]:
     """Return the first bytes of a file up to the end of its header, and the size of the file."""
     start, size = snapshot.read_start(name, _FIRST_READ_BYTES)
-    if start.startswith(_LFS_POINTER):
+    if start.startswith(LFS_POINTER):
         raise _broken(field_ref, name, "is a pointer of git-lfs; run `git lfs pull` where the model was cloned")
     if len(start) < _LENGTH_BYTES:
         raise _broken(field_ref, name, f"has {size} bytes; copy the model again")

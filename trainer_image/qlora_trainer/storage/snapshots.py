@@ -1,6 +1,7 @@
 """Files of a model or dataset at one commit, from the Hub, its mirror, S3 or a folder."""
 
 import hashlib
+import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from qlora_trainer.storage.credentials import Secrets
 from qlora_trainer.storage.huggingface_hub import Hub, RepoType
 from qlora_trainer.storage.local_store import FileStore
 from qlora_trainer.storage.open_store import open_store
-from qlora_trainer.storage.store import Entry, FieldRef, MissingObjectError, Store
+from qlora_trainer.storage.store import LFS_POINTER, Entry, FieldRef, MissingObjectError, Store
 
 _COMMIT_DIGITS: Final = 40
 """Content hashes are cut to the length of a git commit, to fit wherever a commit does."""
@@ -37,6 +38,8 @@ _TEXT_NAMES: Final = frozenset({
 """Names that transformers 5 reads for a model or a tokenizer (VOCAB_FILES_NAMES of its tokenizers)."""
 _TEXT_FAMILIES: Final = re.compile(r"tokenizer\.[\w.-]*json|\w[\w.-]*\.model|\w[\w.-]*\.safetensors\.index\.json")
 """Tokenizers by their version, SentencePiece models, and indices of weights."""
+_OBJECTS: Final = frozenset({"config.json", "generation_config.json", "tokenizer_config.json"})
+"""Files that are JSON objects; the errors of their readers name neither file nor cause."""
 MAX_TEXT_FILE_BYTES: Final = 128 * MIB
 """Maximum size of such a file: the largest tokenizer.json have 34 MB (Gemma 3), and are expanded in memory."""
 
@@ -238,12 +241,23 @@ def text_files(files: Iterable[str]) -> tuple[str, ...]:
 
 
 def check_text_files(folder: Path, names: Iterable[str], field_ref: FieldRef) -> None:
-    """Raise ModelUnsupported if a configuration or tokenizer file is too large to be loaded."""
+    """Raise ModelUnsupported if a configuration or tokenizer file is too large to be loaded, or is another file."""
     for name in names:
-        size = ObjectName(name).below(folder).stat().st_size
-        if size > MAX_TEXT_FILE_BYTES:
-            raise RunError(
-                Reason.MODEL_UNSUPPORTED,
-                f"{field_ref.field}: {name} has {size:,} bytes, more than {MAX_TEXT_FILE_BYTES:,}; remove it, or use "
-                "another model",
-            )
+        if (problem := _problem_of(name, ObjectName(name).below(folder))) is not None:
+            raise RunError(Reason.MODEL_UNSUPPORTED, f"{field_ref.field}: {name} {problem}")
+
+
+def _problem_of(name: str, path: Path) -> str | None:
+    """Return why a small file cannot be read, and what to do; None if it can."""
+    size = path.stat().st_size
+    if size > MAX_TEXT_FILE_BYTES:
+        return f"has {size:,} bytes, more than {MAX_TEXT_FILE_BYTES:,}; remove it, or use another model"
+    with path.open("rb") as stream:
+        if stream.read(len(LFS_POINTER)) == LFS_POINTER:
+            return "is a pointer of git-lfs; run `git lfs pull` where the model was cloned"
+    if name not in _OBJECTS:
+        return None
+    try:
+        return None if isinstance(json.loads(path.read_bytes()), dict) else "is no JSON object; copy the model again"
+    except (ValueError, RecursionError) as error:
+        return f"is no JSON object ({error}); copy the model again"

@@ -82,6 +82,8 @@ class FieldRef:
         )
 
 
+LFS_POINTER: Final = b"version https://git-lfs"
+"""What a file begins with that git-lfs has not replaced by its content (the specification of git-lfs pointers)."""
 MODEL_FIELD: Final = FieldRef(SecretRole.MODEL, "spec.model.uri")
 DATASET_FIELD: Final = FieldRef(SecretRole.DATASET, "spec.dataset.uri")
 EVALUATION_FIELD: Final = FieldRef(SecretRole.DATASET, "spec.dataset.evaluation.uri")

@@ -43,7 +43,8 @@ def text_call(arguments: str) -> dict[str, object]:
             {"conversations": [{"from": "human", "value": "Hi"},
                                {"from": "function_call", "value": '{"name": "look", "arguments": {}}'},
                                {"from": "observation", "value": "7"}, {"from": "gpt", "value": "Hello"}]},
-            Chat((ASK, {"role": "assistant", "content": "", "tool_calls": [{"name": "look", "arguments": {}}]},
+            Chat((ASK, {"role": "assistant", "content": "",
+                        "tool_calls": [{"type": "function", "function": {"name": "look", "arguments": {}}}]},
                   {"role": "tool", "content": "7"}, ANSWER)), id="call-of-sharegpt",
         ),
         pytest.param(
