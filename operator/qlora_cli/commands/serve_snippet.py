@@ -3,14 +3,16 @@
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Annotated, Final
 
 import typer
 
 from qlora_api.accelerators import NVIDIA
-from qlora_api.escapes import shell_command
+from qlora_api.escapes import escape_line, shell_command
+from qlora_api.names import CLAIM_SCHEME
+from qlora_api.units import KIB
 from qlora_api.v1alpha1 import LoraSpec, QLoRAJobSpec
 from qlora_api.vllm import VLLM_MAX_LORA_RANKS, max_lora_rank_for
 from qlora_cli.cluster.client import ClusterError
@@ -18,6 +20,15 @@ from qlora_cli.cluster.connection import Context, JobName, Kubeconfig, Namespace
 from qlora_cli.cluster.jobs import ClusterJob, get_job
 from qlora_cli.console import echo
 from qlora_cli.display.formats import to_yaml
+from qlora_cli.local.output_store import OutputError, open_output_store
+from qlora_cli.options import S3Endpoint
+
+GENERATION_CONFIG: Final = "generation_config.json"
+_MAX_GENERATION_CONFIG_BYTES: Final = 64 * KIB
+"""It has a dozen numbers; a ConfigMap, which KubeAI makes of it, may have 1 MiB."""
+_KSERVE_ADAPTERS: Final = "/mnt/lora"
+"""Folder that KServe downloads each adapter of an LLMInferenceService into, by its name."""
+_KUBEAI_FOLDER: Final = "/config"
 
 
 @dataclass(frozen=True)
@@ -38,6 +49,9 @@ class ServedModel:
     """Additional arguments of vLLM."""
     chat_template: bool = False
     """Whether the adapter has its own chat template."""
+    generation_config: str | None = None
+    """Content of the adapter's generation_config.json, which has its stop tokens; empty if it has none, and None if it
+    cannot be read from this machine."""
 
 
 def resolve_served_model(job: ClusterJob) -> ServedModel:
@@ -130,9 +144,10 @@ class Server(StrEnum):
     KUBEAI = "kubeai"
 
 
-def serve_snippet(
+def serve_snippet(  # noqa: PLR0913, PLR0917 (an option each)
     name: JobName,
     server: Annotated[Server, typer.Option("--for", help="Model server.")] = Server.VLLM,
+    s3_endpoint: S3Endpoint = None,
     namespace: Namespace = None,
     context: Context = None,
     kubeconfig: Kubeconfig = None,
@@ -141,7 +156,34 @@ def serve_snippet(
     with exit_on_cluster_error():
         connection = open_connection(namespace, context, kubeconfig)
         served = resolve_served_model(get_job(connection.cluster, connection.ref(name)))
+    if served.adapter:
+        try:
+            served = replace(served, generation_config=read_generation_config(served.adapter, s3_endpoint))
+        except OutputError as error:
+            echo(f"{escape_line(str(error))}; {_UNKNOWN_STOPS[server]}", err=True)
     echo(WRITERS[server](served), nl=False)
+
+
+def read_generation_config(adapter: str, endpoint: str | None) -> str:
+    """Return an adapter's generation_config.json as one line of JSON; empty if there is none, as in older results.
+
+    Raises:
+        OutputError: The adapter cannot be read from this machine.
+
+    """
+    if adapter.startswith(CLAIM_SCHEME):
+        raise OutputError(f"{adapter} is in a volume of the cluster")
+    with open_output_store(adapter, endpoint) as files:
+        if not any(file.path == GENERATION_CONFIG for file in files.list(on_refused=lambda _: None)):
+            return ""
+        content = files.read(GENERATION_CONFIG, _MAX_GENERATION_CONFIG_BYTES)
+    try:
+        config = json.loads(content)
+    except ValueError as error:
+        raise OutputError(f"{GENERATION_CONFIG} of {adapter} is not JSON") from error
+    if not isinstance(config, dict):
+        raise OutputError(f"{GENERATION_CONFIG} of {adapter} is not an object")
+    return json.dumps(config)
 
 
 def write_vllm(served: ServedModel) -> str:
@@ -154,7 +196,8 @@ def write_vllm(served: ServedModel) -> str:
         fetched += adapter
         options += [("--enable-lora",), ("--max-lora-rank", str(served.max_rank))]
         options += [_option("--lora-modules", _lora_module(served.name, folder))]
-        options += [_option("--generation-config", folder)]  # has its stop tokens, which the base may not have
+        # It has the adapter's stop tokens, which the base may not have.
+        options += [_option("--generation-config", folder)] if served.generation_config != "" else []
         options += [("--chat-template", f"{folder}/chat_template.jinja")] if served.chat_template else []
     else:
         options += [_option("--served-model-name", served.name)]
@@ -185,7 +228,9 @@ def write_kserve(served: ServedModel) -> str:
     """Return an LLMInferenceService, whose storage initializer downloads base and adapter."""
     adapters = {"adapters": [{"name": served.name, "uri": served.adapter}], "maxRank": served.max_rank}
     revision = f":{served.revision}" if served.revision else ""
-    arguments = {"env": [{"name": "VLLM_ADDITIONAL_ARGS", "value": shell_command(*served.arguments)}]}
+    stops = served.adapter and served.generation_config != ""
+    words = (*([f"--generation-config={_KSERVE_ADAPTERS}/{served.name}"] if stops else []), *served.arguments)
+    arguments = {"env": [{"name": "VLLM_ADDITIONAL_ARGS", "value": shell_command(*words)}]}
     main = {"name": "main", "resources": {"limits": {NVIDIA.resource: "1"}}}
     return to_yaml(
         {
@@ -200,7 +245,7 @@ def write_kserve(served: ServedModel) -> str:
                 },
                 "replicas": 1,
                 "router": {"scheduler": {}, "route": {}, "gateway": {}},
-                "template": {"containers": [main | (arguments if served.arguments else {})]},
+                "template": {"containers": [main | (arguments if words else {})]},
             },
         }
     )
@@ -210,6 +255,10 @@ def write_kubeai(served: ServedModel) -> str:
     """Return a Model; clients request an adapter as MODEL_ADAPTER."""
     ranks = ["--enable-lora", f"--max-lora-rank={served.max_rank}"] if served.adapter else []
     arguments = [*ranks, *served.arguments, *([f"--revision={served.revision}"] if served.revision else [])]
+    # KubeAI loads adapters into a running vLLM, so that the file has to come with the Model.
+    files = [{"path": f"{_KUBEAI_FOLDER}/{GENERATION_CONFIG}", "content": served.generation_config}]
+    if served.generation_config:
+        arguments.append(f"--generation-config={_KUBEAI_FOLDER}")
     return to_yaml(
         {
             "apiVersion": "kubeai.org/v1",
@@ -221,6 +270,7 @@ def write_kubeai(served: ServedModel) -> str:
                 "url": served.model,
                 **({"adapters": [{"name": served.name, "url": served.adapter}]} if served.adapter else {}),
                 **({"args": arguments} if arguments else {}),
+                **({"files": files} if served.generation_config else {}),
                 "resourceProfile": "nvidia-gpu-l4:1",
                 "minReplicas": 1,
             },
@@ -228,6 +278,14 @@ def write_kubeai(served: ServedModel) -> str:
     )
 
 
+_OLDER: Final = "leave --generation-config out if the adapter has none, as those of older trainers"
+_UNKNOWN_STOPS: Final[Mapping[Server, str]] = {
+    Server.VLLM: _OLDER,
+    Server.KSERVE: _OLDER,
+    Server.KUBEAI: f"add the adapter's {GENERATION_CONFIG} to files, and --generation-config={_KUBEAI_FOLDER} to args, "
+    "so that answers end where they did in the evaluation",
+}
+"""What to do by hand if the adapter's files cannot be read from this machine."""
 WRITERS: Final[Mapping[Server, Callable[[ServedModel], str]]] = {
     Server.VLLM: write_vllm,
     Server.KSERVE: write_kserve,

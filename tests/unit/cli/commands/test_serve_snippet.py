@@ -1,5 +1,6 @@
 """`qlora serve-snippet` and `qlora report`: what becomes of a published run elsewhere."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,63 @@ def test_vllm_gets_what_else_an_adapter_needs():
     assert "--revision" not in written
     assert "--chat-template ./support-bot/chat_template.jinja" in written
     assert written.endswith("--quantization=bitsandbytes\n")
+
+
+STOPS = '{"eos_token_id": [1, 5]}'
+
+
+def served_with(generation_config: str | None, **change: Any) -> serve_snippet.ServedModel:
+    return replace(resolve_served_model(published(**change)), generation_config=generation_config)
+
+
+@pytest.mark.parametrize("server", serve_snippet.Server)
+def test_adapter_without_generation_config_is_served_with_that_of_its_base(server: serve_snippet.Server):
+    assert "--generation-config" not in serve_snippet.WRITERS[server](served_with(""))
+    assert "--generation-config" in serve_snippet.WRITERS[server](served_with(STOPS))
+
+
+def test_kserve_reads_the_stop_tokens_where_it_downloads_the_adapter():
+    service = yaml.safe_load(serve_snippet.write_kserve(served_with(STOPS, lora={"init": "loftq"})))
+    assert service["spec"]["template"]["containers"][0]["env"] == [
+        {
+            "name": "VLLM_ADDITIONAL_ARGS",
+            "value": "--generation-config=/mnt/lora/support-bot --quantization=bitsandbytes",
+        }
+    ]
+
+
+def test_kubeai_gets_the_stop_tokens_as_a_file():
+    """It loads adapters into a running vLLM: their files are not there when that starts."""
+    spec = yaml.safe_load(serve_snippet.write_kubeai(served_with(STOPS)))["spec"]
+    assert spec["files"] == [{"path": "/config/generation_config.json", "content": STOPS}]
+    assert "--generation-config=/config" in spec["args"]
+    assert "files" not in yaml.safe_load(serve_snippet.write_kubeai(served_with(None)))["spec"]
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        pytest.param(None, "", id="older-release"),
+        pytest.param(b'{\n "eos_token_id": [1, 5]\n}', STOPS, id="present"),
+        pytest.param(b"[]", OutputError, id="no-object"),
+        pytest.param(b"{", OutputError, id="no-json"),
+        pytest.param(b" " * 70_000, OutputError, id="too-large"),
+    ],
+)
+def test_generation_config_is_read_from_the_output(tmp_path: Path, content: bytes | None, expected: Any):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    if content is not None:
+        (tmp_path / "generation_config.json").write_bytes(content)
+    if expected is OutputError:
+        with pytest.raises(OutputError):
+            serve_snippet.read_generation_config(tmp_path.as_uri(), None)
+    else:
+        assert serve_snippet.read_generation_config(tmp_path.as_uri(), None) == expected
+
+
+def test_generation_config_in_a_claim_is_not_read():
+    with pytest.raises(OutputError, match="in a volume of the cluster"):
+        serve_snippet.read_generation_config("pvc://claim/adapter", None)
 
 
 def test_kserve_gets_a_service_with_the_adapter():
