@@ -74,13 +74,20 @@ def parse_manifest(document: Document, rules: tuple[Rule, ...]) -> JobManifest:
         # Strict, and from JSON, to reject what the API server rejects: "8" for 8, snake_case.
         manifest = JobManifest.model_validate_json(_to_json(document), strict=True, by_alias=True, by_name=False)
     except ValidationError as error:
-        details = sorted(error.errors(include_url=False), key=lambda detail: document.index_of(detail["loc"]))
+        details = sorted(_own_errors(error), key=lambda detail: document.index_of(detail["loc"]))
         raise ManifestError(_problem(document, detail) for detail in details) from None
     if violations := check(manifest.spec, rules):
         raise ManifestError(
             Problem(_position_of_message(document, found.message), found.message) for found in violations
         )
     return manifest
+
+
+def _own_errors(error: ValidationError) -> list[ErrorDetails]:
+    """Return the errors, without lists that pydantic calls too short as it counts their valid entries only."""
+    details = error.errors(include_url=False)
+    parents = {detail["loc"][:-1] for detail in details}
+    return [detail for detail in details if detail["type"] != "too_short" or detail["loc"] not in parents]
 
 
 def _to_json(document: Document) -> str:

@@ -15,6 +15,7 @@ from pydantic_core import ErrorDetails, PydanticUndefined
 from qlora_api.escapes import escape_line
 
 Location = tuple[str | int, ...]
+_PATTERN_CHARACTERS: Final = frozenset("*^$|()[]\\+?")
 _PART: Final = re.compile(r"\[[0-9]+\]|[^.\[]+")
 
 SHOWN_CHARACTERS: Final = 60
@@ -73,9 +74,16 @@ def describe_error(detail: ErrorDetails, root: type[BaseModel]) -> str:
     if kind == "extra_forbidden":
         return f"unknown field{_suggestion(location, root)}"
     if kind == "string_pattern_mismatch":
-        return f"must look like {_example(location, root) or detail['ctx']['pattern']}, got {value}"
+        example = _example(location, root) or detail["ctx"]["pattern"]
+        hint = "; patterns are not supported, write each name" if _is_pattern(location, detail["input"]) else ""
+        return f"must look like {example}, got {value}{hint}"
     sentence = _SENTENCES.get(kind)
     return sentence.format(value=value, **detail.get("ctx", {})) if sentence else detail["msg"]
+
+
+def _is_pattern(location: Location, value: Any) -> bool:
+    """Return whether an entry of a list of names is meant as a wildcard or a regular expression."""
+    return isinstance(location[-1], int) and isinstance(value, str) and not _PATTERN_CHARACTERS.isdisjoint(value)
 
 
 def _shorten(value: Any) -> str:
@@ -134,10 +142,12 @@ def field_at(location: Location, root: type[BaseModel]) -> FieldInfo | None:
 
 
 def _example(location: Location, root: type[BaseModel]) -> str | None:
-    """Return a valid value: the field's example, or its default."""
-    field = field_at(location, root)
+    """Return a valid value: the field's example, or its default; for an entry of a list, the first entry of these."""
+    is_entry = isinstance(location[-1], int)
+    field = field_at(location[:-1] if is_entry else location, root)
     if field is None:
         return None
-    if field.examples:
-        return str(field.examples[0])
-    return None if field.default in (None, "", PydanticUndefined) else str(field.default)
+    value = field.examples[0] if field.examples else field.default
+    if is_entry:
+        return str(value[0]) if isinstance(value, (list, tuple)) and value else None
+    return None if value in (None, "", PydanticUndefined) else str(value)

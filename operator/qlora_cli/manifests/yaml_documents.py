@@ -157,7 +157,7 @@ def _positions(node: yaml.Node, location: Location, file: str) -> Iterator[tuple
         yield location, _position(file, node.start_mark)
     children: list[tuple[str | int, yaml.Node, yaml.Node]] = []
     if isinstance(node, yaml.MappingNode):
-        children = [(key.value, key, value) for key, value in node.value]
+        children = [(_key_of(key), key, value) for key, value in node.value]
     elif isinstance(node, yaml.SequenceNode):
         children = [(position, value, value) for position, value in enumerate(node.value)]
     seen: set[str | int] = set()
@@ -167,6 +167,14 @@ def _positions(node: yaml.Node, location: Location, file: str) -> Iterator[tuple
         seen.add(name)
         yield (*location, name), _position(file, start.start_mark)
         yield from _positions(child, (*location, name), file)
+
+
+def _key_of(node: yaml.Node) -> str:
+    """Return a key, or raise YAMLError: {{ .Values.name }} is a mapping whose key is a mapping."""
+    if not isinstance(node, yaml.ScalarNode):
+        problem = "invalid map key; quote the value, or render the template (helm template) before it is read"
+        raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+    return str(node.value)
 
 
 def _position(file: str, mark: yaml.Mark | None) -> str:

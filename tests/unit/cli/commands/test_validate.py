@@ -43,6 +43,32 @@ def validate(text: str) -> tuple[int, list[str]]:
         ),
         ("[q_proj, v_proj]", "q_proj", 12, 'spec.lora.targets: must be a list, got "q_proj"'),
         ("[q_proj, v_proj]", "[]", 12, "spec.lora.targets: must have 1 or more entries, got []"),
+        (
+            "[q_proj, v_proj]",
+            r"['.*\.(q|v)_proj']",
+            12,
+            r'spec.lora.targets[0]: must look like q_proj, got ".*\\.(q|v)_proj"; '
+            "patterns are not supported, write each name",
+        ),
+        (
+            "[q_proj, v_proj]",
+            "['*_proj', q_proj]",
+            12,
+            'spec.lora.targets[0]: must look like q_proj, got "*_proj"; patterns are not supported, write each name',
+        ),
+        ("[q_proj, v_proj]", "[q proj]", 12, 'spec.lora.targets[0]: must look like q_proj, got "q proj"'),
+        (
+            "support-bot",
+            "{{ .Values.name }}",
+            4,
+            "invalid map key; quote the value, or render the template (helm template) before it is read",
+        ),
+        (
+            "rank: 16",
+            "? [a, b]\n    : 8",
+            11,
+            "invalid map key; quote the value, or render the template (helm template) before it is read",
+        ),
         ("[q_proj, v_proj]", "[q_proj, 8]", 12, "spec.lora.targets[1]: must be a string, got 8"),
         ("rank: 16", "use_dora: true", 11, "spec.lora.use_dora: unknown field; did you mean dora?"),
         ("gpusPerNode: 0", "memory: 16GB", 14, 'spec.resources.memory: must look like 16Gi, got "16GB"'),
