@@ -4,6 +4,7 @@ from math import ceil
 from typing import Final
 
 from qlora_api.optimizers import ADAMW
+from qlora_api.precision import OVERFLOWS_IN_FP16, compute_dtype_of
 from qlora_api.units import GIB, format_gib
 from qlora_planner.gpu_inventory import GpuPool
 from qlora_planner.memory.estimate import TrainingWorkload
@@ -11,8 +12,6 @@ from qlora_planner.sizing import COMPUTE_BOUND_TOKENS, Sizing, micro_batches, pa
 
 MIN_QUANTIZED_SHARE: Final = 0.5
 """Fraction of the layers' weights that is quantized, below which the plan says so (as prepare does)."""
-NATIVE_BF16: Final = (8, 0)
-"""Lowest compute capability with native bf16 (NVIDIA Ampere)."""
 
 
 def explain_sizing(work: TrainingWorkload, sizing: Sizing, *, flexible: bool = False) -> tuple[str, ...]:
@@ -24,10 +23,11 @@ def explain_sizing(work: TrainingWorkload, sizing: Sizing, *, flexible: bool = F
         flexible: Whether the number of GPUs was chosen too, instead of taken from spec.resources.
 
     """
+    work = work.on(sizing.allocation.pool.capability)
     return (
         _explain_gpus(sizing, flexible=flexible),
         *([_explain_strategy(work, sizing)] if sizing.allocation.processes > 1 else []),
-        explain_dtype(sizing.allocation.pool),
+        explain_dtype(sizing.allocation.pool, work.shape.family),
         *_explain_base(work),
         _explain_attention(work),
         _explain_optimizer(work, sizing),
@@ -52,14 +52,13 @@ def _explain_strategy(work: TrainingWorkload, sizing: Sizing) -> str:
     return f"strategy {strategy}: {sizing.layout.sharing.chosen_because}"
 
 
-def explain_dtype(pool: GpuPool) -> str:
-    """Explain in which 16-bit dtype the trainer will compute."""
+def explain_dtype(pool: GpuPool, family: str) -> str:
+    """Explain in which dtype the trainer will compute a model of this family."""
     if pool.capability is None:
-        return "dtype bfloat16 where the GPU has it (sm_80 and later), else float16"
-    sm = f"sm_{pool.capability[0]}{pool.capability[1]}"
-    if pool.capability >= NATIVE_BF16:
-        return f"dtype bfloat16: {sm} has native bf16"
-    return f"dtype float16: {sm} predates native bf16"
+        older = "float32, as this family overflows in float16" if family in OVERFLOWS_IN_FP16 else "float16"
+        return f"dtype bfloat16 where the GPU has it (sm_80 and later), else {older}"
+    dtype, reason = compute_dtype_of(pool.capability, family)
+    return f"dtype {dtype}: {reason}"
 
 
 def _explain_base(work: TrainingWorkload) -> tuple[str, ...]:
@@ -71,7 +70,7 @@ def _explain_base(work: TrainingWorkload) -> tuple[str, ...]:
     unquantized = (layers - shape.quantizable) * work.width
     return (
         f"base: only {shape.quantizable / layers:.0%} of its layers' weights can be stored in {bits} bits; the rest, "
-        f"such as stacked experts, takes {format_gib(unquantized)} in 16",
+        f"such as stacked experts, takes {format_gib(unquantized)} in {8 * work.width}",
     )
 
 

@@ -131,6 +131,7 @@ def _cost(allocation: GpuAllocation) -> int:
 def _size_allocation(work: TrainingWorkload, allocation: GpuAllocation) -> Sizing | Misfit:
     """Return the first layout that fits, the simplest first; else the smallest, if it might fit."""
     nearest: Sizing | None = None
+    work = work.on(allocation.pool.capability)
     for layout in find_layouts(work, allocation.processes):
         fastest = _fastest(work, allocation, layout)
         if isinstance(fastest, Sizing):

@@ -180,9 +180,9 @@ MUTATIONS: Final = (
     ),
     Mutation(
         trap=23,
-        file=f"{_TRAINER}/model/runtime_settings.py",
-        old="        if hardware.native_bf16:\n            return torch.bfloat16, f",
-        new="        if hardware.capability:\n            return torch.bfloat16, f",
+        file="operator/qlora_api/precision.py",
+        old="    if capability >= NATIVE_BF16:\n",
+        new="    if capability:\n",
         test=f"{_TESTS}/model/test_traps_model.py::test_trap_23_a_t4_computes_in_fp16_with_sdpa",
     ),
     Mutation(

@@ -7,6 +7,7 @@ from typing import Final
 
 from qlora_api.accelerators import NVIDIA, DeviceName
 from qlora_api.optimizers import ADAMW, OptimizerName
+from qlora_api.precision import compute_dtype_of
 from qlora_api.strategies import SINGLE, STRATEGIES, Strategy, StrategyName
 from qlora_api.units import MIB
 from qlora_api.v1alpha1 import QLoRAJobSpec
@@ -113,6 +114,13 @@ class TrainingWorkload:
     shape: ModelShape
     rows: SequenceLengths
     device: DeviceName = NVIDIA.device
+    fp32: bool = False
+    """Whether a GPU computes in fp32: one without bf16, if the family overflows in fp16."""
+
+    def on(self, capability: tuple[int, int] | None) -> "TrainingWorkload":
+        """Return the run on GPUs of this compute capability; if it is not known, they have bf16."""
+        fp32 = capability is not None and compute_dtype_of(capability, self.shape.family)[0] == "float32"
+        return self if fp32 == self.fp32 else replace(self, fp32=fp32)
 
     @property
     def full_finetune(self) -> bool:
@@ -121,8 +129,13 @@ class TrainingWorkload:
 
     @property
     def width(self) -> int:
-        """Return the bytes per unquantized weight; on a CPU the worst case, fp32, where it has no bf16."""
-        return FP32 if self.full_finetune or self.device == "cpu" else HALF
+        """Return the bytes per unquantized weight."""
+        return FP32 if self.full_finetune else self.compute_width
+
+    @property
+    def compute_width(self) -> int:
+        """Return the bytes per activation; on a CPU the worst case, fp32, where it has no bf16."""
+        return FP32 if self.fp32 or self.device == "cpu" else HALF
 
     @property
     def attention(self) -> Kernel:
@@ -170,7 +183,7 @@ class TrainingWorkload:
             batch=self.largest_batch(micro_batch),
             device=self.device,
             attention=self.attention,
-            compute=FP32 if self.device == "cpu" else HALF,
+            compute=self.compute_width,
             bits=self.spec.quantization.bits,
             ranks=self.ranks,
             dropout=lora.dropout > 0 and not self.full_finetune,

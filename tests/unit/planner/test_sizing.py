@@ -311,3 +311,32 @@ def test_model_without_packing_support_is_padded() -> None:
     falcon, phi = (make_work(name, SequenceLengths(100, 50), **blocks) for name in ("falcon-7b", "phi-2"))
     assert (falcon.largest_batch(64).tokens, falcon.largest_batch(64).packing) == (6400, False)
     assert (phi.largest_batch(64).tokens, phi.largest_batch(64).packing) == (4000, True)
+
+
+T4 = GpuPool("Tesla-T4", 15 * GIBIBYTE, 1, 1, (7, 5))
+A10 = replace(T4, product="NVIDIA-A10", capability=(8, 6))
+
+
+@pytest.mark.parametrize(
+    ("name", "offer", "dtype"),
+    [
+        pytest.param("gemma-3-1b", T4, "dtype float32: sm_75 predates native bf16, and gemma3_text overflows", id="t4"),
+        pytest.param("gemma-3-1b", A10, "dtype bfloat16: sm_86 has native bf16", id="a10"),
+        pytest.param("smollm2-135m", T4, "dtype float16: sm_75 predates native bf16", id="llama"),
+        pytest.param(
+            "gemma-3-1b",
+            replace(T4, capability=None),
+            "dtype bfloat16 where the GPU has it (sm_80 and later), else float32, as this family overflows in float16",
+            id="unknown",
+        ),
+    ],
+)
+def test_family_that_overflows_in_fp16_computes_in_fp32_where_the_gpu_has_no_bf16(name, offer, dtype):
+    work = make_work(name, SequenceLengths(256, 256))
+    assert any(reason.startswith(dtype) for reason in explain_sizing(work, sized(work, offer)))
+
+
+def test_fp32_is_counted_where_the_gpu_has_no_bf16():
+    work = make_work("gemma-3-1b", SequenceLengths(256, 256), quantization={"bits": 16})
+    on_t4, on_a10 = (nearest_of(work, (offer,)).estimate.base.total for offer in (T4, A10))
+    assert on_t4 == 2 * on_a10

@@ -228,8 +228,9 @@ def _modules(published: PublishedAdapter) -> _Modules:
 def _load(adapters: Mapping[str, PublishedAdapter], folder: Path, device: DeviceName) -> MultiAdapterModel:
     """Load the base, quantized as in training, and every adapter on it."""
     hardware = observe_hardware(device)
-    dtype, _ = compute_dtype(hardware)
-    attention, _ = choose_attention(attention_facts(load_text_config(folder)), hardware)
+    config = load_text_config(folder)
+    dtype, _ = compute_dtype(hardware, config.model_type)
+    attention, _ = choose_attention(attention_facts(config), hardware)
     keys = {label: f"adapter_{number:03}" for number, label in enumerate(adapters)}  # peft's names have no dots
     first, *others = adapters
     base = load_base(folder, adapters[first].record.quantization, dtype, attention, device)

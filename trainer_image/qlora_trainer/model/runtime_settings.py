@@ -5,6 +5,7 @@ from typing import Any, Final
 
 import torch
 
+from qlora_api.precision import compute_dtype_of
 from qlora_api.runconfig import RunConfig
 from qlora_api.strategies import STRATEGIES
 from qlora_api.units import format_gib
@@ -60,7 +61,7 @@ class RuntimeSettings:
 def resolve_runtime_settings(config: RunConfig, hardware: Hardware, model: Any) -> RuntimeSettings:
     """Resolve all settings from the model's configuration, before its weights are loaded."""
     spec, plan = config.spec, config.plan
-    dtype, dtype_reason = compute_dtype(hardware)
+    dtype, dtype_reason = compute_dtype(hardware, model.model_type)
     attention, attention_reason = choose_attention(attention_facts(model), hardware)
     length = min(config.prepared.dataset.longest_row_tokens, spec.training.max_length)
     tokens = min(plan.micro_batch_size * length, max(MAX_PACKED_TOKENS, length) if spec.training.packing else 1 << 62)
@@ -94,13 +95,11 @@ def resolve_runtime_settings(config: RunConfig, hardware: Hardware, model: Any) 
     )
 
 
-def compute_dtype(hardware: Hardware) -> tuple[torch.dtype, str]:
+def compute_dtype(hardware: Hardware, model_type: str) -> tuple[torch.dtype, str]:
     """Return the compute dtype of the base and the reason; adapters are always fp32."""
     if hardware.capability is not None:
-        sm = f"sm_{hardware.capability[0]}{hardware.capability[1]}"
-        if hardware.native_bf16:
-            return torch.bfloat16, f"{sm} has native bf16"
-        return torch.float16, f"{sm} predates native bf16"
+        name, reason = compute_dtype_of(hardware.capability, model_type)
+        return getattr(torch, name), reason
     if hardware.native_bf16:
         return torch.bfloat16, "the CPU has AVX512-BF16, which is about twice as fast as fp32"
     return torch.float32, "the CPU has no native bf16"

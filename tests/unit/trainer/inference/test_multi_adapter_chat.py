@@ -63,7 +63,7 @@ def opened(*adapters, work, **request):
 
 def alone(model, adapter=None, bits: QuantizationSpec = NF4) -> TrainableModel:
     """The base with one adapter, loaded with peft's public API."""
-    dtype, _ = compute_dtype(observe_hardware("cpu"))
+    dtype, _ = compute_dtype(observe_hardware("cpu"), "llama")
     base = load_base(model, bits, dtype, "sdpa", "cpu")
     peft = PeftModel.from_pretrained(base, adapter).eval() if adapter else base.eval()
     return TrainableModel(peft, peft.get_base_model() if adapter else base, base.device, dtype, plain_head=False)

@@ -28,17 +28,19 @@ def gpu(*capability: int, flash: bool = True) -> Hardware:
 
 
 @pytest.mark.parametrize(
-    ("hardware", "dtype", "reason"),
+    ("hardware", "family", "dtype", "reason"),
     [
-        (gpu(9, 0), torch.bfloat16, "sm_90 has native bf16"),
-        (gpu(8, 0), torch.bfloat16, "sm_80 has native bf16"),
-        (gpu(7, 5), torch.float16, "sm_75 predates native bf16"),
-        (CPU, torch.float32, "the CPU has no native bf16"),
-        (Hardware("cpu", None, True, GIB, "CPU"), torch.bfloat16, "AVX512-BF16"),
+        (gpu(9, 0), "llama", torch.bfloat16, "sm_90 has native bf16"),
+        (gpu(8, 0), "gemma3_text", torch.bfloat16, "sm_80 has native bf16"),
+        (gpu(7, 5), "llama", torch.float16, "sm_75 predates native bf16"),
+        (gpu(7, 5), "gemma3_text", torch.float32, "gemma3_text overflows in fp16"),
+        (gpu(7, 5), "qwen3_moe", torch.float32, "qwen3_moe overflows in fp16"),
+        (CPU, "llama", torch.float32, "the CPU has no native bf16"),
+        (Hardware("cpu", None, True, GIB, "CPU"), "gemma2", torch.bfloat16, "AVX512-BF16"),
     ],
 )
-def test_compute_dtype_by_hardware(hardware, dtype, reason):
-    found, why = compute_dtype(hardware)
+def test_compute_dtype_by_hardware_and_family(hardware, family, dtype, reason):
+    found, why = compute_dtype(hardware, family)
     assert (found, reason in why) == (dtype, True)
 
 

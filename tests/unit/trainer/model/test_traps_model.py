@@ -170,7 +170,7 @@ def test_trap_22_fp16_that_overflows_ends_the_run(model_folder, monkeypatch):
 
 def test_trap_23_a_t4_computes_in_fp16_with_sdpa(model_folder):
     kernel, why = choose_attention(attention_facts(load_text_config(model_folder)), T4)
-    assert (compute_dtype(T4)[0], kernel) == (torch.float16, "sdpa")
+    assert (compute_dtype(T4, "llama")[0], kernel) == (torch.float16, "sdpa")
     assert "sm_75 is older than sm_80" in why
 
 
