@@ -9,13 +9,19 @@ _OUT_OF_GPU_MEMORY: Final = (
     "cuda error: out of memory",
     "cuda out of memory",
     "cublas_status_alloc_failed",
+    "cublas_status_not_initialized",
+    "cudnn_status_alloc_failed",
+    "cusparse_status_alloc_failed",
     "cuda failure 2 ",
+    "cuda failure 'out of memory'",
     "cudaerrormemoryallocation",
 )
-"""What CUDA, cuBLAS and NCCL say where torch raises no OutOfMemoryError; error 2 is cudaErrorMemoryAllocation."""
+"""What CUDA, its libraries and NCCL say where torch raises no OutOfMemoryError; error 2 is cudaErrorMemoryAllocation,
+and cuBLAS is not initialized where its workspace does not fit (pytorch#109420)."""
 _GPU_FAILURES: Final = (
-    "uncorrectable ecc error",
-    "uncorrectable nvlink error",
+    "uncorrectable",
+    "nvrm: xid",
+    "row remapping failure",
     "unspecified launch failure",
     "hardware stack error",
     "device(s) is/are busy or unavailable",

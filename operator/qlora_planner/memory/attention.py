@@ -9,9 +9,13 @@ from qlora_planner.memory.torch_ops import Recorder
 from qlora_planner.models.shapes import Attention
 
 UNPACKED_FP32_TOKENS: Final = 256
-"""Longest row in tokens up to which packed rows are unpacked in fp32: qlora_trainer.model.unpacked_attention."""
+"""Longest row in tokens up to which a CPU unpacks packed rows in fp32: qlora_trainer.model.unpacked_attention."""
 _HEADS_FIRST: Final = frozenset({"phi", "phi3", "gpt_neox", "falcon"})
 """Families that copy queries into head-major memory; those of the others keep the projection's layout."""
+
+
+_OWN_ATTENTION: Final = frozenset({"falcon"})
+"""Families whose class calls SDPA itself (no _supports_attention_backend), so that it cannot be replaced."""
 
 
 @dataclass(frozen=True)
@@ -25,10 +29,10 @@ class AttentionRecorder:
 
     @property
     def is_unpacked(self) -> bool:
-        """Return whether packed rows are unpacked for attention: on a CPU, where that saves token pairs."""
+        """Return whether packed rows are unpacked for SDPA: where that saves token pairs."""
         batch, config = self.config.batch, self.config
         saves = batch.rows * batch.longest**2 < batch.tokens**2
-        return batch.packing and config.device == "cpu" and config.attention == "sdpa" and saves
+        return batch.packing and config.attention == "sdpa" and self.family not in _OWN_ATTENTION and saves
 
     def needs_mask(self, *, sliding: bool) -> bool:
         """Return whether a mask is materialized; a plain causal one is left to the kernel."""
@@ -86,7 +90,8 @@ class AttentionRecorder:
         batch = self.config.batch
         elements = x.elements // batch.tokens * batch.rows * batch.longest
         unpacked = self.record.emit(elements, x.width, [x])
-        return self.record.cast(unpacked, FP32 if batch.longest <= UNPACKED_FP32_TOKENS else x.width)
+        in_fp32 = self.config.device == "cpu" and batch.longest <= UNPACKED_FP32_TOKENS
+        return self.record.cast(unpacked, FP32 if in_fp32 else x.width)
 
     def _fused(self, query: Tensor, key: Tensor, value: Tensor, *, sliding: bool) -> Tensor:
         """Record one fused kernel, which saves its inputs, its output and the logsumexp of each softmax."""

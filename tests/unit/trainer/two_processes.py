@@ -46,6 +46,9 @@ def train_uninterrupted(world: World, folder: Path) -> None:
         )
     losses = [record.loss for record in history.steps] + [validation.loss for validation in history.validations]
     write_results(loop, [*losses, *(row.loss for row in sums)], world.strategy, folder)
+    if world.backward_is_collective:
+        state = loop.engine.optimizer_state()
+        Path(folder, f"{world.strategy}-{world.rank}.state").write_text(" ".join(sorted({name[:2] for name in state})))
 
 
 def checkpoints_of(world: World, folder: Path) -> CheckpointStore:

@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from typing import Any, Final, TypeVar
 
 import torch
@@ -14,9 +15,9 @@ from qlora_api.strategies import SINGLE, STRATEGIES, Strategy, StrategyName
 from qlora_api.v1alpha1 import Plan
 from qlora_trainer.runtime.liveness import LIVENESS
 
-COLLECTIVE_TIMEOUT: Final = timedelta(minutes=30)
-"""Longest wait in a collective: covers the slowest download or evaluation of a rank. The heartbeat detects a hang
-earlier."""
+COLLECTIVE_TIMEOUT: Final = timedelta(hours=12)
+"""Longest wait in a collective: covers the slowest download or evaluation of a rank, such as 141 GB at 4 MB/s. The
+heartbeat detects a hang after minutes."""
 
 Item = TypeVar("Item")
 Found = TypeVar("Found")
@@ -92,6 +93,17 @@ class World:
         distributed.all_gather_object(values, value)
         return tuple(values)
 
+    def gather(self, value: Found) -> tuple[Found, ...]:
+        """Return the values of all ranks, in rank order, on rank 0, and nothing on the others.
+
+        Through host memory: NCCL would collect the values of all ranks in the memory of every GPU.
+        """
+        if self.size == 1:
+            return (value,)
+        values: list[Any] | None = [None] * self.size if self.is_main_process else None
+        distributed.gather_object(value, values, dst=0, group=_host_group())
+        return tuple(values or ())
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.size > 1:
@@ -130,6 +142,12 @@ class World:
         return float(cell)
 
 
+@cache
+def _host_group() -> Any:
+    """Return a process group of all ranks whose collectives use host memory; the first call is collective."""
+    return distributed.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
+
+
 def _gradient_of(parameter: torch.nn.Parameter) -> torch.Tensor:
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
@@ -153,5 +171,6 @@ def join_planned_world(plan: Plan) -> World:
 
 def leave_world() -> None:
     """Destroy the process group: without that, torch's threads may abort the process at exit."""
+    _host_group.cache_clear()
     if distributed.is_initialized():
         distributed.destroy_process_group()

@@ -85,7 +85,8 @@ def _runs_on(architecture: str, capability: tuple[int, int]) -> bool:
 
 
 def _has_flash_attention() -> bool:
-    return find_spec("flash_attn") is not None
+    # The package of FlashAttention 4 has the same name, and no kernels of version 2.
+    return find_spec("flash_attn") is not None and find_spec("flash_attn_2_cuda") is not None
 
 
 def _free_host_bytes() -> int:

@@ -1,4 +1,4 @@
-"""Attention of packed rows on a CPU: computed as a padded batch of rows instead of one long, mostly masked sequence.
+"""SDPA of packed rows: computed as a padded batch of rows instead of one long, mostly masked sequence.
 
 SDPA computes every pair of positions, whatever the mask says. Sixteen packed rows of 40 tokens are 410,000 pairs; as a
 batch they are 26,000.
@@ -16,13 +16,13 @@ from transformers.masking_utils import sdpa_mask
 UNPACKED_SDPA: Final = "sdpa_unpacked"
 """Name of this attention in transformers' registry."""
 _FP32_MAX_ROW_TOKENS: Final = 256
-"""Maximum row length that is computed in fp32: torch 2.15's bf16 kernel takes 17 ms backward where the fp32 one takes 7
+"""Maximum row length that a CPU computes in fp32: torch 2.15's bf16 kernel takes 17 ms backward, the fp32 one 7
 (16 rows of 60 tokens, 9 heads of 64, AVX512-BF16); from 512 tokens on the bf16 kernel is faster."""
 
 
 def use_unpacked_sdpa(model: Any) -> None:
-    """Replace SDPA in a model on a CPU, if its class supports custom attention functions."""
-    if model.device.type == "cpu" and model.config._attn_implementation == "sdpa" and model._supports_attention_backend:
+    """Replace SDPA in a model, if its class supports custom attention functions."""
+    if model.config._attn_implementation == "sdpa" and model._supports_attention_backend:
         model.set_attn_implementation(UNPACKED_SDPA)
 
 
@@ -96,7 +96,8 @@ def unpacked_attention(
             module, query, key, value, attention_mask, **settings
         )
         return result
-    dtype = torch.float32 if layout.filled.shape[1] <= _FP32_MAX_ROW_TOKENS else query.dtype
+    in_fp32 = query.device.type == "cpu" and layout.filled.shape[1] <= _FP32_MAX_ROW_TOKENS
+    dtype = torch.float32 if in_fp32 else query.dtype
     unpacked = [layout.unpack(states).to(dtype) for states in (query, key, value)]
     with torch.autocast(query.device.type, enabled=False):
         output, _ = sdpa_attention_forward(module, *unpacked, layout.unpack_mask(attention_mask), **settings)

@@ -78,7 +78,7 @@ class Engine(Protocol):
         """Replace the model's weights, after the last step."""
 
     def optimizer_state(self) -> FlatState:
-        """Return a copy of the optimizer state on the CPU; if it is sharded, with the shards of all ranks."""
+        """Return a copy of the optimizer state on the CPU; if it is sharded, with the shards of all ranks on rank 0."""
 
     def scaler_state(self) -> Mapping[str, float]:
         """Return the state of the fp16 loss scaler; empty if the loss is not scaled."""
@@ -257,7 +257,7 @@ class DeepSpeedEngine:
         """See Engine."""
         state = self._engine.optimizer.optimizer.state
         mine = {number: state[part] for number, part in enumerate(self._fp32_partitions())}
-        return merge_optimizer_partitions(self._world.all_gather(dict(flatten(mine))))
+        return merge_optimizer_partitions(self._world.gather(dict(flatten(mine))))
 
     def scaler_state(self) -> Mapping[str, float]:
         """See Engine."""

@@ -98,6 +98,8 @@ def selected_step(history: History, training: TrainingSpec) -> int:
     return best.step if best else len(history.steps)
 
 
+_PAGED_STATES: Final = frozenset({"state1", "state2"})
+"""The moments in bitsandbytes' state of a weight; its other tensors are small."""
 _NESTED: Final = "/"
 """Separator of nested keys in a flat name; bitsandbytes nests its 8-bit states one level deeper."""
 
@@ -147,8 +149,24 @@ def copy_optimizer(optimizer: torch.optim.Optimizer) -> FlatState:
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: FlatState) -> None:
     """Load a flat state into a fresh optimizer, which keeps its own hyperparameters."""
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": unflatten(state), "param_groups": groups})
+    found: dict[str, Any] = {"state": unflatten(state), "param_groups": optimizer.state_dict()["param_groups"]}
+    if getattr(optimizer, "is_paged", False):
+        _load_paged(optimizer, found)
+    else:
+        optimizer.load_state_dict(found)
+
+
+@torch.no_grad()
+def _load_paged(optimizer: Any, found: dict[str, Any]) -> None:
+    """Load a state into pages: bitsandbytes itself loads it into the memory of the GPU, which may be too small."""
+    optimizer.load_state_dict(found, move_to_device=False)
+    for parameter, own in optimizer.state.items():
+        for name, value in own.items():
+            if name in _PAGED_STATES:
+                pages = optimizer.get_state_buffer(parameter, dtype=value.dtype)
+                own[name] = pages.copy_(value)
+            elif isinstance(value, torch.Tensor):
+                own[name] = value.to(parameter.device)
 
 
 def flatten(state: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

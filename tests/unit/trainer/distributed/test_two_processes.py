@@ -66,3 +66,9 @@ def test_stopped_run_resumes_bit_for_bit(shared, strategy):
     assert all(torch.equal(uninterrupted[name], resumed[name]) for name in uninterrupted)
     losses = losses_of(shared, f"{strategy}-resumed")
     assert losses == losses_of(shared, strategy)[: len(losses)]
+
+
+@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+def test_only_the_main_process_holds_the_optimizer_state_of_all(shared, strategy):
+    """With method full it is 8 bytes a weight: other ranks that held it too would run out of host memory."""
+    assert [Path(shared, f"{strategy}-{rank}.state").read_text() for rank in (0, 1)] == ["0: 1:", ""]

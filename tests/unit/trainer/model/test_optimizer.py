@@ -2,6 +2,7 @@
 
 import copy
 
+import bitsandbytes
 import pytest
 import torch
 
@@ -9,6 +10,7 @@ from qlora_api.optimizers import OPTIMIZERS
 from qlora_api.v1alpha1 import TrainingSpec
 from qlora_trainer.model.optimizer import OptimizerKind, choose_optimizer, make_optimizer, parameter_groups
 from qlora_trainer.training.checkpoint_store import RunFingerprint
+from qlora_trainer.training.state import copy_optimizer, load_optimizer
 
 CPU_KINDS = (OptimizerKind.ADAMW, OptimizerKind.ADAMW_8BIT)
 
@@ -85,3 +87,31 @@ def test_fingerprint_accepts_former_optimizer_names(kind):
 
 def test_every_optimizer_is_implemented():
     assert {kind.optimizer.name for kind in OptimizerKind} == set(OPTIMIZERS)
+
+
+class PagedAdamW(bitsandbytes.optim.AdamW8bit):
+    """AdamW whose large states are in pages, as bitsandbytes' paged ones are on a GPU."""
+
+    def __init__(self, weights: list[torch.nn.Parameter]) -> None:
+        super().__init__(weights)
+        self.is_paged = True
+        self.paged: list[int] = []
+
+    def get_state_buffer(self, p: torch.nn.Parameter, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        buffer = torch.zeros_like(p, dtype=dtype)
+        self.paged.append(buffer.data_ptr())
+        return buffer
+
+
+def test_state_of_paged_optimizer_is_in_pages_after_a_resume():
+    weights = parameters()
+    optimizer = PagedAdamW(weights)
+    take_steps(optimizer, weights, range(2))
+    state = copy_optimizer(optimizer)
+    resumed = PagedAdamW(copies := copy.deepcopy(weights))
+    load_optimizer(resumed, state)
+    pages = {resumed.state[weight][name].data_ptr() for weight in copies for name in ("state1", "state2")}
+    assert pages == set(resumed.paged)
+    take_steps(optimizer, weights, range(2, 4))
+    take_steps(resumed, copies, range(2, 4))
+    assert all(torch.equal(one, other) for one, other in zip(weights, copies, strict=True))

@@ -2,15 +2,17 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from qlora_api.v1alpha1 import QuantizationSpec
 from qlora_trainer.data.batching import collate
+from qlora_trainer.data.tokenization import TokenRow
 from qlora_trainer.model import unpacked_attention
 from qlora_trainer.model.base_model import load_base
 from qlora_trainer.model.unpacked_attention import UNPACKED_SDPA, packed_layout
 from tests.unit.trainer.families import FAMILIES, write_family
-from tests.unit.trainer.tiny import CPU
+from tests.unit.trainer.tiny import CPU, write_model
 from tests.unit.trainer.tuned import token_rows
 
 
@@ -93,3 +95,26 @@ def test_model_unpacks_packed_rows(tmp_path, monkeypatch):
     model(input_ids=batch.input_ids, use_cache=False)
     unpacked_shape, packed_shape = (5, max(len(row.input_ids) for row in rows)), (1, batch.input_ids.shape[1])
     assert seen == [unpacked_shape] * (len(seen) // 2) + [packed_shape] * (len(seen) // 2)
+
+
+def count_flops(model, batch) -> int:
+    with FlopCounterMode(display=False) as counter:
+        model(**batch).logits.sum().backward()
+    return counter.get_total_flops()
+
+
+def test_packed_rows_cost_as_much_as_the_same_rows_alone(tmp_path):
+    """Without unpacking, these 16 rows cost 16 times the attention."""
+    write_model(tmp_path, hidden_size=256, max_position_embeddings=512)
+    base = load_base(tmp_path, QuantizationSpec(bits=16), torch.float32, "sdpa", "cpu")
+    base.get_input_embeddings().requires_grad_()
+    rows = [TokenRow(tuple(range(2, 2 + 60 + number % 5)), ((1, 20),)) for number in range(16)]
+    ids = [torch.tensor([row.input_ids]) for row in rows]
+    places = [torch.arange(len(row.input_ids))[None] for row in rows]
+    alone = sum(
+        count_flops(base, {"input_ids": one, "position_ids": place}) for one, place in zip(ids, places, strict=True)
+    )
+    packed = {"input_ids": torch.cat(ids, 1), "position_ids": torch.cat(places, 1)}
+    assert count_flops(base, packed) == pytest.approx(alone, rel=0.05)
+    base.set_attn_implementation("sdpa")
+    assert count_flops(base, packed) > 1.1 * alone

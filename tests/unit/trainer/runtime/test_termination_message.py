@@ -87,6 +87,14 @@ class AcceleratorError(RuntimeError):
             RuntimeError("Unable to determine the device handle for GPU 0000:1B:00.0: GPU is lost."),
             Reason.ACCELERATOR_FAILED,
         ),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), Reason.CUDA_OUT_OF_MEMORY),
+        (
+            RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
+            Reason.CUDA_OUT_OF_MEMORY,
+        ),
+        (DistBackendError("ncclUnhandledCudaError: Cuda failure 'out of memory'"), Reason.CUDA_OUT_OF_MEMORY),
+        (RuntimeError("CUDA error: uncorrectable NVLink error detected"), Reason.ACCELERATOR_FAILED),
+        (RuntimeError("NVRM: Xid (PCI:0000:1b:00): 79, GPU has fallen off the bus."), Reason.ACCELERATOR_FAILED),
         (DistBackendError("Watchdog caught collective operation timeout"), Reason.COLLECTIVE_TIMEOUT),
         # What the code or the data did wrong would do it again on another GPU.
         (AcceleratorError("CUDA error: device-side assert triggered"), Reason.TRAINER_ERROR),
