@@ -5,6 +5,7 @@ from rich.table import Table
 from qlora_api.reasons import REASONS
 from qlora_api.report import TerminationMessage
 from qlora_api.result import Result
+from qlora_api.significance import describe_small_validation
 from qlora_api.v1alpha1 import EvaluationStatus
 from qlora_cli.console import Console, print_line
 from qlora_cli.uris import to_display_path
@@ -33,7 +34,12 @@ def output_locations(result: Result) -> dict[str, str]:
 def comparison_table(evaluation: EvaluationStatus) -> Table:
     """Return a table that compares base model and adapter."""
     base, adapter = evaluation.base, evaluation.adapter
-    table = Table(title=f"{evaluation.rows} held-out rows, {evaluation.tokens} answer tokens", title_justify="left")
+    table = Table(
+        title=f"{evaluation.rows} held-out rows, {evaluation.tokens} answer tokens",
+        title_justify="left",
+        caption=describe_small_validation(evaluation.rows, evaluation.tokens) or None,
+        caption_justify="left",
+    )
     table.add_column("")
     for heading in ("base", "adapter", "change"):
         table.add_column(heading, justify="right")

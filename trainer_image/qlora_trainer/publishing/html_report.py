@@ -11,6 +11,7 @@ from markupsafe import Markup
 from qlora_api import __version__
 from qlora_api.escapes import escape_text
 from qlora_api.report import Interval, RunReport
+from qlora_api.significance import describe_small_validation
 from qlora_api.units import format_gib
 from qlora_api.v1alpha1 import DataStatus
 from qlora_trainer.publishing.plots import Plot
@@ -79,6 +80,7 @@ def render_html(report: RunReport, charts: Iterable[Plot] = ()) -> str:
         charts=tuple(charts),
         tiles=make_tiles(report),
         comparison=make_comparison(report),
+        small_validation=describe_small_validation(report.evaluation.rows, report.evaluation.tokens),
         plan=make_plan_rows(report),
         open_samples=_OPEN_SAMPLES,
         footprint=make_footprint(report.plan, report.spec.resources.memory, report.peak_memory_bytes),
@@ -95,7 +97,7 @@ def make_tiles(report: RunReport) -> tuple[Tile, ...]:
     base, adapter, predicted = report.evaluation.base, report.evaluation.adapter, report.plan.peak_bytes
     expected = f", {format_gib(predicted, 2)} predicted" if predicted is not None else ""
     return (
-        Tile("held-out loss", f"{base.loss:.3f} → {adapter.loss:.3f}", _tone(adapter.loss - base.loss)),
+        Tile("held-out loss", f"{base.loss:.3f} → {adapter.loss:.3f}", _tone(adapter.loss - base.loss, report)),
         Tile("optimizer steps", f"{len(report.history)}"),
         Tile("training time", format_duration(report.training_seconds)),
         Tile("tokens per second", f"{report.tokens_per_second:,.0f}"),
@@ -136,7 +138,7 @@ def _compare(metric: ReportMetric, report: RunReport) -> MetricComparison:
         _metric_cell(base, getattr(confidence.base, metric.field), number_format),
         _metric_cell(adapter, getattr(confidence.adapter, metric.field), number_format),
         _metric_cell(change, getattr(confidence.change, metric.field), f"+{number_format}"),
-        _tone(change if metric.less_is_better else -change),
+        _tone(change if metric.less_is_better else -change, report),
     )
 
 
@@ -216,8 +218,10 @@ def describe_merge(report: RunReport) -> tuple[Table, ...]:
     )
 
 
-def _tone(change: float) -> str:
-    """Return the CSS class for a change of a metric that should decrease."""
+def _tone(change: float, report: RunReport) -> str:
+    """Return the CSS class for a change of a metric that should decrease; none if too few rows were evaluated."""
+    if describe_small_validation(report.evaluation.rows, report.evaluation.tokens):
+        return ""
     return "good" if change < 0 else "bad" if change > 0 else ""
 
 

@@ -10,6 +10,7 @@ from markupsafe import Markup
 
 from qlora_api.escapes import escape_line, escape_text, shell_command
 from qlora_api.report import RunReport
+from qlora_api.significance import describe_small_validation
 from qlora_trainer.publishing.html_report import make_comparison
 from qlora_trainer.publishing.report_sections import make_recipe
 
@@ -55,6 +56,7 @@ def render_card(report: RunReport) -> str:
             *("--lora-modules", f"{report.job}=path/of/this/folder", "--generation-config", "path/of/this/folder"),
         ),
         comparison=make_comparison(report),
+        small_validation=describe_small_validation(report.evaluation.rows, report.evaluation.tokens),
         recipe=make_recipe(report),
     )
 
