@@ -14,7 +14,7 @@ UNIT := tests/unit tests/golden tests/contract
 # Tests on clusters wait more than they compute: two processes more than cores. tests/lanes.py has what stays together.
 LANES := $(shell echo $$(( $$(nproc) < 8 ? $$(nproc) + 2 : 10 )))
 
-.PHONY: help setup lock audit generate check test unit integration e2e chaos fuzz mutants bench-trainer bench-plan bench-memory bench-checkpoints bench-scale gpu docs demo cluster cluster-down
+.PHONY: help setup lock audit generate check test unit integration e2e chaos fuzz mutants bench-trainer bench-plan bench-memory bench-checkpoints bench-preparation bench-short-answers bench-scale gpu docs demo cluster cluster-down
 
 help: ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -83,6 +83,12 @@ bench-memory: setup ## predicted against measured memory of training steps on th
 
 bench-checkpoints: setup ## how long a training waits for its checkpoints in S3 (3 minutes)
 	$(BIN)/python -m benchmarks.checkpoints
+
+bench-preparation: setup ## how many rows a second a preparation reads, renders and tokenizes (2 minutes)
+	$(BIN)/python -m benchmarks.preparation
+
+bench-short-answers: setup ## 320 runs with answers of one to three words, each of which must be published (20 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.short_answers
 
 bench-scale: setup ## 10,000 QLoRAJobs and JobSet beside them on a real control plane (26 minutes; nothing else should run)
 	$(BIN)/python -m benchmarks.scale

@@ -70,7 +70,11 @@ def load_in_fresh_process(task: LoadingTask, adapter: Path, expected_loss: float
             f"the adapter does not load in a fresh process, which {describe_exit(done.returncode)}: "
             f"{done.stderr[-1000:]}",
         )
-    loss = float(done.stdout.split()[-1])
+    compare_losses(float(done.stdout.split()[-1]), expected_loss)
+
+
+def compare_losses(loss: float, expected_loss: float) -> None:
+    """Raise TrainerError if an adapter that was loaded does not have the loss that it had after training."""
     if not math.isfinite(loss) or abs(loss - expected_loss) > _TOLERANCE * max(expected_loss, 1.0):
         raise RunError(
             Reason.TRAINER_ERROR,

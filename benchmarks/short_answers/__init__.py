@@ -1,0 +1,1 @@
+"""Whether runs with short answers are published."""
