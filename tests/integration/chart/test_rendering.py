@@ -329,6 +329,6 @@ def test_gpu_quota_counts_every_accelerator() -> None:
 
 def test_policy_in_docs_is_valid() -> None:
     page = (CHART.parents[1] / "docs/operations.md").read_text(encoding="utf-8")
-    [block] = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    [block] = [found for found in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL) if "\npolicy:" in found]
     kinds = {manifest["kind"] for manifest in render(yaml.safe_load(block))}
     assert kinds >= {"ValidatingAdmissionPolicy", "ValidatingAdmissionPolicyBinding", "ResourceQuota"}
