@@ -125,9 +125,10 @@ async def reconcile_once(
     if other := claimant.find_other(claimed_by):
         return ReconcileResult(belongs_to=other)
     read = read_job(raw)
+    stored = read.status
     if claimed_by is not None and claimed_by != claimant.installation:
-        read = read._replace(status=without_reports(read.status))
-    request = ReconcileRequest(raw, read.status, without_stale_report(context, raw))
+        read = read._replace(status=without_reports(stored))
+    request = ReconcileRequest(raw, read.status, without_stale_report(context, raw), stored)
     if is_terminal(read.status):
         return await reconcile_ended(request, read, cluster, installation, from_cache=from_cache)
     if claimant.must_claim(claimed_by):
