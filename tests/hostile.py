@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from tests.make import make_manifest, merge
 
-SCHEME: Final = "^((hf|s3|file)://"
+SCHEME: Final = "s3://bucket/"
 """Part of the API server's message for an unsupported URI."""
 
 

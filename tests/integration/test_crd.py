@@ -156,7 +156,7 @@ def test_short_names_and_columns(created, namespace):
     narrow = namespace.kubectl("get", "qlj", "-n", "crd").splitlines()[0].split()
     assert narrow == ["NAME", "PHASE", "PROGRESS", "ETA", "LOSS", "GPUS", "REASON", "AGE"]
     wide = namespace.kubectl("get", "qlora", "-n", "crd", "-o", "wide").splitlines()[0].split()
-    assert wide[8:] == ["MODEL", "STEP", "TOK/S", "ATTEMPT", "ADAPTER", "MESSAGE"]
+    assert wide[8:] == ["MODEL", "STEP", "TOK/S", "ATTEMPT", "GPU-HOURS", "ADAPTER", "MESSAGE"]
 
 
 def test_kubectl_explain_describes_lora_fields(namespace):
