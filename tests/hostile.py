@@ -90,8 +90,8 @@ CORPUS: Final[dict[str, Hostile]] = {
     "revision-query": Hostile({"model": {"revision": "main?x=1#y"}}, "spec.model.revision", "write the name of a"),
     "encoded-steps": Hostile({"output": {"uri": "s3://adapters/%2e%2e/team-b"}}),  # S3 decodes nothing
     # other places
-    "metadata-as-model": model("http://169.254.169.254/latest/meta-data/", "must look like", SCHEME),
-    "metadata-as-rows": dataset("https://169.254.169.254/x.jsonl", "must look like", SCHEME),
+    "metadata-as-model": model("http://169.254.169.254/latest/meta-data/", "copy it to s3://", SCHEME),
+    "metadata-as-rows": dataset("https://169.254.169.254/x.jsonl", "copy it to s3://", SCHEME),
     "metadata-as-bucket": dataset("s3://169.254.169.254/latest/x.jsonl", "correct the bucket"),
     "bucket-with-port": output("s3://169.254.169.254:80/x", _BUCKET),
     "bucket-with-user": output("s3://key:secret@adapters/x", _BUCKET),
@@ -99,10 +99,10 @@ CORPUS: Final[dict[str, Hostile]] = {
     "bucket-dots": output("s3://a..b/x", "correct the bucket"),
     "file-in-cluster": model("file:///var/run/secrets", "only"),
     "rows-in-cluster": dataset("file:///etc/passwd.jsonl", "only"),
-    "file-in-capitals": model("FILE:///etc", "must look like", SCHEME),
-    "scheme-behind-blank": model(" file:///etc", "must look like", SCHEME),
-    "data-uri": model("data:text/plain,x", "must look like", SCHEME),
-    "two-uris": dataset("s3://data/x.jsonl\ns3://other/y.jsonl", "must look like", SCHEME),
+    "file-in-capitals": model("FILE:///etc", "write hf://organization/name", SCHEME),
+    "scheme-behind-blank": model(" file:///etc", "write hf://organization/name", SCHEME),
+    "data-uri": model("data:text/plain,x", "write hf://organization/name", SCHEME),
+    "two-uris": dataset("s3://data/x.jsonl\ns3://other/y.jsonl", "write s3://bucket/train.jsonl", SCHEME),
     "tracker-metadata": mlflow("http://169.254.169.254/latest/api/token", _METADATA),
     "tracker-name": mlflow("http://metadata.google.internal/computeMetadata/v1/", _METADATA),
     "tracker-name-in-capitals": mlflow("http://MetaData.Google.Internal/", _METADATA),
@@ -136,7 +136,7 @@ CORPUS: Final[dict[str, Hostile]] = {
     ),
     # names
     "name-with-path": name("../../etc", _SUBDOMAIN, _RFC),
-    "name-with-shell": name("$(reboot)", _SUBDOMAIN, _RFC),
+    "name-with-shell": name("$(reboot)", "is a placeholder; write the value", _RFC),
     "name-in-cyrillic": name("suppоrt-bot", _SUBDOMAIN, _RFC),  # noqa: RUF001 (a Cyrillic letter)
     "name-with-dot": name("support.bot", _SUBDOMAIN, "use hyphens"),
     "name-too-long": name("a" * 53, "may have 52 characters", "may have 52 characters"),
@@ -152,7 +152,7 @@ CORPUS: Final[dict[str, Hostile]] = {
         {"model": {"secretRef": {"name": "../admin"}}}, "spec.model.secretRef.name", "must look like",
         "should match '^[a-z0-9]",
     ),
-    "claim-elsewhere": model("pvc://kube-system:data/x", "must look like", SCHEME),
+    "claim-elsewhere": model("pvc://kube-system:data/x", "write pvc://claim/path", SCHEME),
     "account-elsewhere": Hostile(
         {"output": {"serviceAccountName": "system:admin"}}, "spec.output.serviceAccountName", "must look like",
         "should match '^[a-z0-9]",
