@@ -122,7 +122,9 @@ def test_leader_on_sigterm_releases_lease(replicas: Replicas, job_namespace: Job
     assert seconds_to_first_write(job_namespace, NAME) < HAND_OVER
     assert leader.terminate() == 0
     assert seconds_to_first_write(job_namespace, "meanwhile") < HAND_OVER
-    assert sorted(job_namespace.jobs()) == [names.prepare_job_name("meanwhile"), PREPARE]
+    expected = [names.prepare_job_name("meanwhile"), PREPARE]
+    # The first write claims the namespace for the installation, if the first replica had not done so yet.
+    wait_until("both preparations", lambda: sorted(job_namespace.jobs()) == expected, timeout=10)
 
 
 def test_standby_on_sigterm_exits(replicas: Replicas) -> None:

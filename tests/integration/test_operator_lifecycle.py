@@ -58,7 +58,7 @@ def test_printer_columns(job_namespace: JobNamespace) -> None:
     header, row = job_namespace.kubectl("get", "qlj", "--output=wide").splitlines()
     assert header.split() == [
         "NAME", "PHASE", "PROGRESS", "ETA", "LOSS", "GPUS", "REASON", "AGE", "MODEL", "STEP", "TOK/S", "ATTEMPT",
-        "ADAPTER", "MESSAGE",
+        "GPU-HOURS", "ADAPTER", "MESSAGE",
     ]  # fmt: skip
     assert row.split()[:3] == [NAME, "Succeeded", "100%"]
     assert "Published" in row.split()
