@@ -46,7 +46,8 @@ def _due(status: QLoRAJobStatus, children: Observation, child: ChildJob) -> date
     attempt = next((attempt for attempt in status.attempts if attempt.number == child.attempt), None)
     if attempt is not None and attempt.reason in ENDED_BY_OPERATOR:
         return child.created_at
-    ended_at = attempt.finished_at if attempt is not None and attempt.reason else _finished_at(status)
+    # The peers of a gang end before its main process has published: an attempt's end is that of the first of them.
+    ended_at = _finished_at(status) or (attempt.finished_at if attempt is not None and attempt.reason else None)
     return ended_at + END_GRACE if ended_at is not None else None
 
 

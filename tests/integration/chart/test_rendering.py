@@ -85,7 +85,7 @@ VALUES: Final[dict[str, dict[str, Any]]] = {
                 "data": {"ca.crt": "-----BEGIN CERTIFICATE-----"},
             }
         ],
-        "service": {"ipFamilyPolicy": "PreferDualStack", "ipFamilies": ["IPv6", "IPv4"], "annotations": {"a": "b"}},
+        "service": {"ipFamilyPolicy": "PreferDualStack", "ipFamilies": ["IPv4"], "annotations": {"a": "b"}},
         "monitoring": {"podMonitor": {"enabled": True, "labels": {"release": "prometheus"}}},
     },
     "bare": {

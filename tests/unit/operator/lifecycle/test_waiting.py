@@ -9,7 +9,7 @@ from qlora_api.reasons import Reason
 from qlora_operator.lifecycle.job_deadline import SAFETY_MARGIN, STOP_NOW
 from qlora_operator.lifecycle.leftovers import END_GRACE
 from tests.make import PREPARED_MESSAGE, PUBLISHED_MESSAGE, make_termination_message
-from tests.unit.operator.life import PREPARE, TRAIN
+from tests.unit.operator.life import PREPARE, TRAIN, reconcile_now
 from tests.unit.operator.simulation import Simulation, train
 
 SECOND: Final = train(2)
@@ -311,6 +311,21 @@ async def test_hanging_peer_of_published_run_holds_nothing() -> None:
     run.kubernetes.end_trainer(TRAIN, 0, PUBLISHED_MESSAGE)
     await run.run(3 * MINUTE)
     assert (run.outcome, TRAIN in run.jobs) == (("Succeeded", "Published"), False)
+
+
+async def test_gang_whose_peers_end_long_before_it_is_published_keeps_its_pods() -> None:
+    run = Simulation(**GANG)
+    await run.prepare()
+    await run.run(MINUTE)
+    run.kubernetes.end_trainer(TRAIN, 0, PUBLISHED_MESSAGE, index=1)
+    await run.run(2 * MINUTE)
+    for index in range(GANG["resources"]["nodes"]):
+        if index != 1:
+            run.kubernetes.end_trainer(TRAIN, 0, PUBLISHED_MESSAGE, index=index)
+    for _ in range(3):  # before the Job controller has seen it
+        await reconcile_now(run.cluster)
+    await run.run(5 * MINUTE)
+    assert (run.outcome, TRAIN in run.jobs) == (("Succeeded", "Published"), True)
 
 
 async def test_repeated_preparation_with_sidecar_is_kept_until_training_starts() -> None:
