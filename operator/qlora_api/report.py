@@ -4,7 +4,7 @@ import math
 from datetime import datetime
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AwareDatetime, BeforeValidator, Field
 
 from qlora_api.base import ApiModel, ReportedModel, Sha256
 from qlora_api.object_names import ObjectName
@@ -275,7 +275,7 @@ class ResultManifest(ApiModel):
     dataset_uri: str
     dataset_digest: str
     trainer_version: str
-    created_at: datetime
+    created_at: AwareDatetime
     result: Result
     files: tuple[ManifestFile, ...]
 
@@ -290,6 +290,6 @@ class MergedManifest(ApiModel):
     """URI of the adapter that was merged."""
     base_model: str
     base_commit: str
-    created_at: datetime
+    created_at: AwareDatetime
     merge: MergeReport
     files: tuple[ManifestFile, ...]

@@ -50,14 +50,22 @@ def report(  # noqa: PLR0913, PLR0917 (an option each)
                 print_data(read_report_json(found.folder, s3_endpoint), output)
                 return
             if found.folder.startswith("file://") and to is None:
-                page = Path(to_display_path(found.folder)) / REPORT_PAGE
+                page = _find_page(Path(to_display_path(found.folder)))
             else:
                 page = download_report(found.folder, to or Path(f"{found.name}-report"), s3_endpoint) / REPORT_PAGE
         except OutputError as error:
             exit_error_without_remedy(console, None, escape_line(str(error)))
     show_report(found.evaluation, page)
     if sys.stdout.isatty() if show is None else show:
-        typer.launch(str(page.resolve()))
+        typer.launch(page.absolute().as_uri())
+
+
+def _find_page(folder: Path) -> Path:
+    """Return the page in a local report; a link is refused, since whatever it points to would be opened."""
+    page = folder / REPORT_PAGE
+    if page.is_symlink() or not page.is_file():
+        raise OutputError(f"{page} is no file; copy the result again, links included as files")
+    return page
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from qlora_api.accelerators import NVIDIA
 from qlora_api.escapes import escape_line, shell_command
 from qlora_api.names import CLAIM_SCHEME
 from qlora_api.units import KIB
+from qlora_api.untrusted_json import InvalidJsonError, parse_object
 from qlora_api.v1alpha1 import LoraSpec, QLoRAJobSpec
 from qlora_api.vllm import VLLM_MAX_LORA_RANKS, max_lora_rank_for
 from qlora_cli.cluster.client import ClusterError
@@ -229,12 +230,9 @@ def read_generation_config(adapter: str, endpoint: str | None) -> str:
             return ""
         content = files.read(GENERATION_CONFIG, _MAX_GENERATION_CONFIG_BYTES)
     try:
-        config = json.loads(content)
-    except ValueError as error:
-        raise OutputError(f"{GENERATION_CONFIG} of {adapter} is not JSON") from error
-    if not isinstance(config, dict):
-        raise OutputError(f"{GENERATION_CONFIG} of {adapter} is not an object")
-    return json.dumps(config)
+        return json.dumps(parse_object(content, _MAX_GENERATION_CONFIG_BYTES))
+    except InvalidJsonError as error:
+        raise OutputError(f"{GENERATION_CONFIG} of {adapter} {error}") from error
 
 
 def write_vllm(served: ServedModel) -> str:

@@ -1,5 +1,6 @@
 """Experiment trackers: TensorBoard, Weights & Biases and MLflow, each fed from its own thread."""
 
+import contextlib
 import os
 import queue
 import shutil
@@ -74,6 +75,14 @@ class TensorBoard:
         self._writer.close()
 
 
+def set_up_wandb(work: Path) -> None:
+    """Let wandb read ./wandb/settings, which may name a server, where nobody else writes; its first call does."""
+    import wandb  # noqa: PLC0415 (as above)
+
+    with contextlib.chdir(work):
+        wandb.setup()
+
+
 class Wandb:
     """A run in Weights & Biases; a resumed run continues the same W&B run."""
 
@@ -82,6 +91,7 @@ class Wandb:
         os.environ.setdefault("WANDB_SILENT", "true")
         import wandb  # noqa: PLC0415 (takes seconds, and only if the spec has it)
 
+        set_up_wandb(work)
         options = {"api_key": credentials.get("WANDB_API_KEY"), "base_url": spec.base_url}
         self._run = wandb.init(
             project=spec.project,

@@ -17,6 +17,9 @@ from matplotlib.ticker import MaxNLocator
 
 from qlora_api.report import EvaluatedRow, RunReport
 
+# On import matplotlib reads ./matplotlibrc, which could have it run LaTeX.
+mpl.rcdefaults()
+
 Item = TypeVar("Item")
 
 _RAW: Final = "#8fb0ea"

@@ -282,7 +282,12 @@ def manifest_json(manifest: ResultManifest | MergedManifest) -> bytes:
 
 def update_latest(output: Store, digest: str, manifest: str) -> None:
     """Point the job's latest.json to the URI of the manifest of its newest result."""
-    output.put(LATEST, json.dumps({"digest": digest, "manifest": manifest}).encode())
+    try:
+        output.put(LATEST, json.dumps({"digest": digest, "manifest": manifest}).encode())
+    except RunError as error:
+        if error.reason is not Reason.UPLOAD_FAILED:
+            raise
+        log.info("%s was replaced by another run at the same time", LATEST)
 
 
 def manifest_uri(prefix: str, published: Published = None) -> str:

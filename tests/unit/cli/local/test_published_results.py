@@ -108,3 +108,18 @@ def test_report_and_serve_snippet_read_a_folder(tmp_path: Path) -> None:
     assert f"--lora-modules support-bot={folder}/adapter" in served.stdout
     refused = CliRunner().invoke(app, ["serve-snippet", str(tmp_path), "--for", "kserve"])
     assert (refused.exit_code, "upload it and give its s3:// URI" in refused.stderr) == (1, True)
+
+
+def test_report_that_is_a_link_is_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr("typer.launch", opened.append)
+    page = write_result(tmp_path) / "report/report.html"
+    assert CliRunner().invoke(app, ["report", str(tmp_path), "--open"]).exit_code == 0
+    assert opened == [page.as_uri()]
+    program = tmp_path / "program.desktop"
+    program.write_text("[Desktop Entry]")
+    page.unlink()
+    page.symlink_to(program)
+    refused = CliRunner().invoke(app, ["report", str(tmp_path), "--open"])
+    assert (refused.exit_code, len(opened)) == (1, 1)
+    assert "report.html is no file; copy the result again" in " ".join(refused.output.split())
