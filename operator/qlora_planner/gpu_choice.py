@@ -72,7 +72,7 @@ def choose_gpus(
     offered = [*best, *(_other_groups(groups, best) if _queue_chooses(work) else ())]
     base = min(offered, key=lambda sizing: sizing.allocation.pool.usable)
     pools = (sizing.allocation.pool for sizing in offered)
-    chosen = tuple(pool for pool in pools if supports_dtype(base.layout.sharing, pool.dtype))
+    chosen = tuple(pool for pool in pools if supports_dtype(base.layout.sharing, pool.dtype(work.shape.family)))
     reasons = explain_products(work, base, inventory, chosen, unusable)
     return GpuChoice(base, chosen, reasons, _find_min_memory(base, inventory, chosen))
 

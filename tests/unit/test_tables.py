@@ -14,7 +14,8 @@ from qlora_api.v1alpha1 import RowFormat
 from qlora_trainer.data.row_formats import _FORMAT_FIELDS, _PARSERS
 
 ROOT: Final = Path(__file__).parents[2]
-TABLES: Final = {"strategies.py", "optimizers.py", "accelerators.py"}
+TABLES: Final = {"strategies.py", "optimizers.py", "accelerators.py", "synonyms.py"}
+"""The tables, and the names that other tools have for their rows."""
 SPELLED: Final = re.compile(rf"['\"](?:{'|'.join([*STRATEGIES, NVIDIA.resource])})['\"]")
 
 

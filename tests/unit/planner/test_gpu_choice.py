@@ -217,4 +217,4 @@ def check_choice(work: TrainingWorkload, found: GpuChoice, pools: Sequence[GpuPo
         if labels_match and enough_memory and pool.gpus_per_node >= work.spec.resources.gpus_per_node:
             assert needed <= pool.usable
     if work.spec.queue is None:
-        assert len({pool.dtype for pool in found.pools}) == 1
+        assert len({pool.dtype(work.shape.family) for pool in found.pools}) == 1

@@ -121,7 +121,7 @@ def test_other_vendor_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     other = {"metadata": {"name": "x", "labels": labels}, "status": {"allocatable": {"example.com/gpu": "2"}}}
     pool = GpuPool("Max-1100", 48 << 30, 2, accelerator=row)
     assert read_gpu_inventory([make_node(), other], ResourcesSpec()) == (A10, pool)
-    assert (pool.dtype, pool.partitioned) == ("bfloat16", False)
+    assert (pool.dtype("llama"), pool.partitioned) == ("bfloat16", False)
 
 
 def test_amount_that_cannot_be_read_excludes_no_node() -> None:
