@@ -180,9 +180,9 @@ MUTATIONS: Final = (
     ),
     Mutation(
         trap=23,
-        file="operator/qlora_api/precision.py",
-        old="    if capability >= NATIVE_BF16:\n",
-        new="    if capability:\n",
+        file="operator/qlora_api/accelerators.py",
+        old="else capability >= self.native_bf16",
+        new="else True",
         test=f"{_TESTS}/model/test_traps_model.py::test_trap_23_a_t4_computes_in_fp16_with_sdpa",
     ),
     Mutation(

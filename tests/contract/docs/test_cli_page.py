@@ -56,6 +56,7 @@ def test_serve_snippet_prints_what_the_page_shows(line: tuple[str, ...], monkeyp
     output = OutputStatus(digest=DIGEST, prefix=make_prepared().prefix, adapter=make_result().adapter)
     raw = make_raw(status=SUCCEEDED.model_copy(update={"model": model, "output": output}))
     monkeypatch.setattr(serve_snippet, "open_connection", lambda *_: Connection(FakeClusterClient(raw), "ml"))
+    monkeypatch.setattr(serve_snippet, "read_generation_config", lambda *_: '{"eos_token_id": 2}')
     printed = CliRunner().invoke(app, line)
     assert printed.exit_code == 0, printed.output
     assert (printed.output in PAGE) == ("--for" not in line)

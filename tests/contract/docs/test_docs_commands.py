@@ -31,7 +31,7 @@ PROGRAMS: Final[Mapping[str, Callable[[Sequence[str]], None]]] = {
     "pip": check_pip,
     "python": check_python,
 }
-ELSEWHERE: Final = frozenset({"echo", "export", "grep", "jq", "kyverno"})
+ELSEWHERE: Final = frozenset({"echo", "export", "grep", "jq", "kyverno", "sha256sum"})
 """Programs that process our output, and shell builtins; their arguments are not checked."""
 
 
