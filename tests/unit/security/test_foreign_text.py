@@ -182,9 +182,11 @@ def manifest_error(text: str) -> str:
 
 def duplicate_key(text: str) -> str:
     value = json.dumps(text)
-    with pytest.raises(YamlError) as caught:
-        parse_documents(f"{value}: 1\n{value}: 2\n", text)
-    return str(caught.value)
+    [document] = parse_documents(f"{value}: 1\n{value}: 2\n", text)
+    with pytest.raises(ManifestError) as caught:
+        parse_manifest(document, COMMON_RULES)
+    [problem] = (problem for problem in caught.value.problems if "duplicate key" in str(problem))
+    return str(problem)
 
 
 def merged(text: str) -> str:
@@ -364,13 +366,14 @@ def test_plain_output_is_filtered(capsys: pytest.CaptureFixture[str]):
 SCRIPT: Final = """
 import logging, sys
 from qlora_cli import __main__ as cli
+from qlora_cli.commands import list as module
 
-@cli.app.command()
 def fail() -> None:
     logging.getLogger("library").warning("warned \x1b[31m")
     raise ValueError("a row: \x1b]52;c;eA==\x07")
 
-sys.argv = ["qlora", "fail"]
+module.list_jobs = fail
+sys.argv = ["qlora", "list"]
 cli.run_app()
 """
 
