@@ -116,7 +116,7 @@ def rehearse_in_process(task: RehearsalTask, architecture: str, work: Path) -> I
     work.mkdir(parents=True, exist_ok=True)
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "qlora_trainer.rehearsal"],
+            [sys.executable, "-P", "-m", "qlora_trainer.rehearsal"],
             input=task.model_dump_json(by_alias=True),
             capture_output=True,
             text=True,

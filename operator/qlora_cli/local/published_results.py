@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from qlora_api.report import ResultManifest, RunReport
 from qlora_api.tolerant_reader import ignore_unknown
 from qlora_cli.local.output_store import MAX_READ_BYTES, OutputError, OutputStore, open_output_store
-from qlora_cli.manifests.local_paths import looks_like_folder_or_uri
+from qlora_cli.manifests.local_paths import is_folder_or_uri
 from qlora_cli.uris import to_display_path, to_uri
 
 MANIFEST: Final = "manifest.json"
@@ -43,7 +43,7 @@ class PublishedResult:
 
 def is_result(text: str) -> bool:
     """Return whether an argument is a folder or URI with results, and not the name of a QLoRAJob."""
-    if looks_like_folder_or_uri(text):
+    if is_folder_or_uri(text):
         return True
     return any(next(Path(text).glob(f"{level}{MANIFEST}"), None) is not None for level in _RESULT_LEVELS)
 

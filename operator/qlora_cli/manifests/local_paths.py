@@ -106,6 +106,6 @@ def is_missing(path: str) -> bool:
     return not any(character in path for character in "*?[") and not Path(path).exists()
 
 
-def looks_like_folder_or_uri(text: str) -> bool:
+def is_folder_or_uri(text: str) -> bool:
     """Return whether an argument is a path or a URI, and not the name of a QLoRAJob."""
     return bool(urlparse(text).scheme) or "/" in text or text.startswith((".", "~"))

@@ -155,7 +155,7 @@ def _account_attempt(
         timeline = _timeline(pod, child, view)
         if pod.uid not in accounted and timeline.released and _ended_at(pod) is None:
             continue  # accounted when it ended; or, if no pass saw it run, nobody knows for how long
-        start = accounted.pop(pod.uid, None) or _first_sight(timeline, usage)
+        start = accounted.pop(pod.uid, None) or _first_known_at(timeline, usage)
         end = max(_known_until(timeline, view.reports), start)
         spans.append((Span(start, end), timeline))
         if timeline.released is not None:
@@ -204,7 +204,7 @@ def _gang_bound(pod: Pod, child: ChildJob | None, reports: Reports) -> datetime 
     return max(bound) if complete or reports.since(max(bound)).last else None
 
 
-def _first_sight(timeline: Timeline, usage: AttemptUsage) -> datetime:
+def _first_known_at(timeline: Timeline, usage: AttemptUsage) -> datetime:
     """Return from when a pod counts that did not hold GPUs at the last pass.
 
     One that has ended was accounted when it did, unless no pass has seen it run.

@@ -1,12 +1,16 @@
 """What lies in the working folder configures no library: it may be a folder of data that somebody else made."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).parents[3]
+IN_PODS_ONLY = {"launcher.py"}
+"""Starts Python without -P: in the image PYTHONSAFEPATH=1 does the same, for the workers too."""
 LATEX = "from qlora_trainer.publishing import plots; print(plots.mpl.rcParams['text.usetex'])"
 SERVER = """
 import wandb
@@ -51,3 +55,14 @@ def test_file_in_the_working_folder_changes_no_setting(
         check=True,
     )
     assert found.stdout.strip().splitlines()[-1] == printed
+
+
+def test_module_in_the_working_folder_is_not_imported_by_child_processes() -> None:
+    found = {
+        path.name
+        for folder in ("operator", "trainer_image")
+        for path in (ROOT / folder).rglob("*.py")
+        if re.search(r'sys\.executable,\s*"-m"', path.read_text(encoding="utf-8"))
+    }
+    assert found == IN_PODS_ONLY
+    assert (ROOT / "Dockerfile").read_text(encoding="utf-8").count("PYTHONSAFEPATH=1") == 2

@@ -56,7 +56,7 @@ def load_in_fresh_process(task: LoadingTask, adapter: Path, expected_loss: float
     """Load the adapter in a fresh process; raise TrainerError if that fails, so that it is not published."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith(_WITHHELD)}
     done = subprocess.run(  # noqa: S603 (our own interpreter and module)
-        [sys.executable, "-m", "qlora_trainer.publishing.load_check", str(adapter)],
+        [sys.executable, "-P", "-m", "qlora_trainer.publishing.load_check", str(adapter)],
         input=task.model_dump_json(by_alias=True),
         env=environment | {"HF_HUB_OFFLINE": "1"},
         capture_output=True,

@@ -98,7 +98,7 @@ def test_attempt_is_divided_where_a_month_ends_within_it() -> None:
     assert table([across], period=read_period(None, None, "2026-10-31")) == {}
 
 
-def test_months_add_up_to_the_whole() -> None:
+def test_months_sum_to_the_total() -> None:
     long = job("long", attempt(1, usage_of(datetime(2026, 9, 13, 7, tzinfo=UTC), starting=7, training=3600, idle=11)))
     rows = tabulate_gpu_time([long], [MONTH], Period(), NOW)
     assert len(rows) == 3

@@ -61,7 +61,7 @@ def calling(arguments: Any) -> dict[str, Any]:
     return {"messages": messages, "tools": [TOOL]}
 
 
-class Learned:
+class TokenizedRows:
     """What a dataset becomes: the texts of its labels, whole rows, and the log lines."""
 
     def __init__(self, folder: Path, files: dict[str, bytes], template: str = CHATML, **blocks: Any) -> None:
@@ -167,27 +167,27 @@ SHAREGPT = [{"from": "human", "value": "q1"}, {"from": "gpt", "value": "a1"}]
     ],
 )
 def test_file_is_read(tmp_path, files, labels):
-    learned = Learned(tmp_path, files)
-    assert learned.labels == sorted(labels)
-    assert "tools" not in learned.text or "weather" in learned.text
+    tokenized = TokenizedRows(tmp_path, files)
+    assert tokenized.labels == sorted(labels)
+    assert "tools" not in tokenized.text or "weather" in tokenized.text
 
 
-def test_arguments_in_text_and_nulls_of_parquet_are_learned_as_the_model_writes_them(tmp_path):
+def test_tool_arguments_as_json_text_and_parquet_nulls_are_tokenized_as_the_model_writes_them(tmp_path):
     rows = lines(calling('{"city": "Rome"}'), calling({"city": "Oslo"}))
-    learned = Learned(tmp_path / "a", {"x.jsonl": rows})
-    assert learned.labels == ['<call>weather {"city": "Oslo"}⏎', '<call>weather {"city": "Rome"}⏎']
+    tokenized = TokenizedRows(tmp_path / "a", {"x.jsonl": rows})
+    assert tokenized.labels == ['<call>weather {"city": "Oslo"}⏎', '<call>weather {"city": "Rome"}⏎']
     table = parquet(calling({"city": "Rome", "ticker": None}), calling({"city": None, "ticker": "X"}))
-    learned = Learned(tmp_path / "b", {"x.parquet": table})
-    assert set(learned.labels) == {'<call>weather {"city": "Rome"}⏎', '<call>weather {"ticker": "X"}⏎'}
-    assert "null" not in learned.text
+    tokenized = TokenizedRows(tmp_path / "b", {"x.parquet": table})
+    assert set(tokenized.labels) == {'<call>weather {"city": "Rome"}⏎', '<call>weather {"ticker": "X"}⏎'}
+    assert "null" not in tokenized.text
 
 
 def test_call_in_the_form_of_sharegpt_is_rendered_as_one_of_openai(tmp_path):
     call = {"from": "function_call", "value": json.dumps({"name": "weather", "arguments": {"city": "Rome"}})}
     turns = [{"from": "human", "value": "q"}, call, {"from": "observation", "value": "sun"}, SHAREGPT[1]]
     rows = lines({"conversations": turns, "tools": json.dumps([TOOL])}, chat("q2", "a2"), calling("null"))
-    learned = Learned(tmp_path, {"x.jsonl": rows})
-    assert learned.labels == ['<call>weather {"city": "Rome"}⏎', "<call>weather {}⏎", "a1⏎", "a2⏎"]
+    tokenized = TokenizedRows(tmp_path, {"x.jsonl": rows})
+    assert tokenized.labels == ['<call>weather {"city": "Rome"}⏎', "<call>weather {}⏎", "a1⏎", "a2⏎"]
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def test_call_in_the_form_of_sharegpt_is_rendered_as_one_of_openai(tmp_path):
 )
 def test_special_tokens_in_the_text_of_rows_are_reported(tmp_path, row, said):
     other = chat("q2", "a2") if "messages" in row else {"prompt": "q2", "completion": "a2"}
-    notes = Learned(tmp_path, {"x.jsonl": lines(row, other)}).notes
+    notes = TokenizedRows(tmp_path, {"x.jsonl": lines(row, other)}).notes
     found = [note for note in notes if "1 rows have special tokens" in note and "'</s>' in row 1" in note]
     assert bool(found) is said
 
@@ -210,9 +210,9 @@ def test_special_tokens_in_the_text_of_rows_are_reported(tmp_path, row, said):
 def test_answer_with_weight_zero_is_context_only(tmp_path):
     messages = chat("q", "WRONG", "again", "RIGHT")["messages"]
     messages[1]["weight"] = 0
-    learned = Learned(tmp_path, {"x.jsonl": lines({"messages": messages}, chat("q2", "fine"))})
-    assert learned.labels == ["RIGHT⏎", "fine⏎"]
-    assert "WRONG" in learned.text
+    tokenized = TokenizedRows(tmp_path, {"x.jsonl": lines({"messages": messages}, chat("q2", "fine"))})
+    assert tokenized.labels == ["RIGHT⏎", "fine⏎"]
+    assert "WRONG" in tokenized.text
 
 
 @pytest.mark.parametrize(
@@ -233,7 +233,7 @@ def test_answer_with_weight_zero_is_context_only(tmp_path):
 )
 def test_rows_are_refused_with_their_cause(tmp_path, content, message):
     with pytest.raises(RunError, match=r"spec\.dataset\.uri") as caught:
-        Learned(tmp_path, {"x.jsonl": content})
+        TokenizedRows(tmp_path, {"x.jsonl": content})
     assert message in caught.value.message
     assert caught.value.reason == Reason.DATASET_INVALID
 
@@ -250,19 +250,22 @@ def test_rows_are_refused_with_their_cause(tmp_path, content, message):
 )
 def test_file_is_refused_with_its_cause(tmp_path, files, message):
     with pytest.raises(RunError, match=r"spec\.dataset\.uri") as caught:
-        Learned(tmp_path, files)
+        TokenizedRows(tmp_path, files)
     assert message in caught.value.message
     assert caught.value.reason == Reason.DATASET_INVALID
 
 
 def test_tools_that_the_template_drops_are_refused(tmp_path):
     with pytest.raises(RunError, match="field 'tools' is dropped by the model's chat template"):
-        Learned(tmp_path, {"x.jsonl": lines(calling({"city": "Rome"}), chat("q", "a"))}, NO_TOOLS)
+        TokenizedRows(tmp_path, {"x.jsonl": lines(calling({"city": "Rome"}), chat("q", "a"))}, NO_TOOLS)
 
 
 def test_rows_are_the_same_on_every_day(tmp_path):
     dated = "{{ strftime_now('%d %b %Y') }}" + CHATML
-    assert Learned(tmp_path, {"x.jsonl": lines(chat("q", "a"), chat("r", "b"))}, dated).text.count("26 Jul 2024") == 2
+    assert (
+        TokenizedRows(tmp_path, {"x.jsonl": lines(chat("q", "a"), chat("r", "b"))}, dated).text.count("26 Jul 2024")
+        == 2
+    )
 
 
 def long_prompt(number: int) -> dict[str, Any]:
@@ -273,9 +276,9 @@ def long_prompt(number: int) -> dict[str, Any]:
 def test_held_out_row_that_is_too_long_is_replaced_by_another(tmp_path, short):
     """Whichever rows are too long, the run has a validation row as long as two rows fit."""
     rows = lines(*(alpaca(number) if number < short else long_prompt(number) for number in range(6)))
-    learned = Learned(tmp_path, {"x.jsonl": rows}, dataset={"evaluation": {"fraction": 0.1}})
-    assert (learned.held_out, learned.status.training_rows) == (1, short - 1)
-    assert learned.labels == [f"a{number}⏎" for number in range(short)]
+    tokenized = TokenizedRows(tmp_path, {"x.jsonl": rows}, dataset={"evaluation": {"fraction": 0.1}})
+    assert (tokenized.held_out, tokenized.status.training_rows) == (1, short - 1)
+    assert tokenized.labels == [f"a{number}⏎" for number in range(short)]
 
 
 def test_rows_that_are_all_too_long_are_refused(tmp_path):
@@ -283,7 +286,7 @@ def test_rows_that_are_all_too_long_are_refused(tmp_path):
     with pytest.raises(
         RunError, match=r"spec\.training\.maxLength: every (training|held-out) row has a prompt"
     ) as caught:
-        Learned(tmp_path, {"x.jsonl": rows}, dataset={"evaluation": {"fraction": 0.1}})
+        TokenizedRows(tmp_path, {"x.jsonl": rows}, dataset={"evaluation": {"fraction": 0.1}})
     assert caught.value.reason == Reason.DATASET_EMPTY
 
 
@@ -294,9 +297,9 @@ STRICT = "{%- if 'bad' in messages[0].content %}{{ raise_exception('no bad words
 def test_held_out_row_that_the_template_rejects_is_replaced_by_another(tmp_path, bad):
     rows = lines(*(chat("bad" if number == bad else f"q{number}", f"a{number}") for number in range(3)))
     blocks = {"onInvalidRow": "drop", "evaluation": {"fraction": 0.1}}
-    learned = Learned(tmp_path, {"x.jsonl": rows}, STRICT, dataset=blocks)
-    assert (learned.held_out, len(learned.labels)) == (1, 2)
-    assert any("no bad words" in note for note in learned.notes)
+    tokenized = TokenizedRows(tmp_path, {"x.jsonl": rows}, STRICT, dataset=blocks)
+    assert (tokenized.held_out, len(tokenized.labels)) == (1, 2)
+    assert any("no bad words" in note for note in tokenized.notes)
 
 
 def test_validation_set_that_the_template_rejects_is_refused_with_that_cause(tmp_path):
@@ -305,7 +308,7 @@ def test_validation_set_that_the_template_rejects_is_refused_with_that_cause(tmp
     held_out.write_bytes(lines(*(chat(f"bad {number}", "a") for number in range(2))))
     blocks = {"onInvalidRow": "drop", "evaluation": {"uri": f"file://{held_out}"}}
     with pytest.raises(RunError) as caught:
-        Learned(tmp_path / "rows", {"x.jsonl": lines(chat("q", "a"))}, STRICT, dataset=blocks)
+        TokenizedRows(tmp_path / "rows", {"x.jsonl": lines(chat("q", "a"))}, STRICT, dataset=blocks)
     assert "no bad words" in caught.value.message
     assert "maxLength" not in caught.value.message
 
@@ -325,7 +328,9 @@ R1 = (
     ],
 )
 def test_answers_that_do_not_follow_the_prompt_of_a_server_are_reported(tmp_path, template, answer, said):
-    learned = Learned(tmp_path, {"x.jsonl": lines(*(chat(f"q{number}", answer) for number in range(10)))}, template)
-    found = [note for note in learned.notes if "do not begin with the prompt that a server renders" in note]
+    tokenized = TokenizedRows(
+        tmp_path, {"x.jsonl": lines(*(chat(f"q{number}", answer) for number in range(10)))}, template
+    )
+    found = [note for note in tokenized.notes if "do not begin with the prompt that a server renders" in note]
     assert bool(found) is said
     assert not said or found[0].startswith("2 of 2 held-out rows")
