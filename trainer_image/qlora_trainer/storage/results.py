@@ -35,6 +35,8 @@ REJECTED_RECORD: Final = f"{REJECTED}/rejected.json"
 """Manifest of a rejected result, written last as well."""
 MAX_MANIFEST_BYTES: Final = 16 * MIB
 """Largest manifest that is read; one lists some twenty files, with about 200 bytes each."""
+_SHOWN_CHARACTERS: Final = 1000
+"""Of the errors in a manifest: somebody else's may have a hundred thousand."""
 _MAX_VERIFIED_BYTES: Final = GIB
 """Largest file that is read to verify a result without a new training; adapters are smaller, full models are not."""
 _NOT_OF_A_RESULT: Final = frozenset({MANIFEST, "checkpoints", "hangs", "merged", "prepared"})
@@ -201,7 +203,7 @@ def _find(output: Store, digest: str, name: str, model: type[_Manifest]) -> _Man
     try:
         found = ignore_unknown(model, output.read(path, MAX_MANIFEST_BYTES), path)
     except (ValueError, ObjectTooLargeError) as error:
-        log.warning("%s/%s skipped, it is no manifest: %s", output.root, path, error)
+        log.warning("%s/%s skipped, it is no manifest: %s", output.root, path, str(error)[:_SHOWN_CHARACTERS])
         return None
     if found.digest != digest:  # its files would be looked for, and replaced ones deleted, in another result
         log.warning("%s/%s skipped, it is the manifest of %s", output.root, path, found.digest)
