@@ -23,10 +23,10 @@ from qlora_api.reasons import Reason
 from qlora_api.report import TerminationMessage
 from qlora_api.runconfig import PrepareConfig, RunConfig
 from qlora_api.tolerant_reader import ignore_unknown
-from qlora_trainer.errors import RunError
+from qlora_trainer.errors import RunError, interrupted_error
 from qlora_trainer.observability.log_upload import LogUploader, TeeHandler
 from qlora_trainer.runtime.rank import DONE_SUFFIX, default_work, is_local_main_process, per_rank_path, rank_of_process
-from qlora_trainer.runtime.shutdown import SIGTERM_EXIT_CODE, StopFlag, as_exit_error, interrupted_error
+from qlora_trainer.runtime.shutdown import SIGTERM_EXIT_CODE, StopFlag, as_exit_error
 from qlora_trainer.runtime.termination_message import TerminationMessageWriter
 
 log = logging.getLogger("qlora_trainer")

@@ -1,4 +1,4 @@
-"""RunError, the exception for failures that somebody can act on, and the conversion of all others to it."""
+"""RunError, the exception for failures that somebody can act on, StopRequested, and the conversion of all others."""
 
 import traceback
 from typing import Final
@@ -46,6 +46,18 @@ class RunError(Exception):
         self.reason = reason
         self.message = message
         self.step = step
+
+
+class StopRequested(BaseException):
+    """SIGTERM outside a step.
+
+    No Exception, so that code that skips what fails does not skip a checkpoint, and libraries do not carry on.
+    """
+
+
+def interrupted_error(step: int | None = None) -> RunError:
+    """Return the error of a run that ends because a stop was requested."""
+    return RunError(Reason.INTERRUPTED, "the pod was terminated (SIGTERM) before the run was published", step)
 
 
 def as_run_error(error: BaseException) -> RunError:

@@ -27,9 +27,9 @@ from qlora_api.reasons import REASONS, Reason
 from qlora_api.report import UNEXPLAINED_EXIT, TerminationMessage
 from qlora_api.runconfig import RunConfig
 from qlora_api.v1alpha1 import Plan, to_timedelta
-from qlora_trainer.errors import RunError
+from qlora_trainer.errors import RunError, StopRequested
 from qlora_trainer.runtime.rank import DONE_SUFFIX, RANK_PLACEHOLDER
-from qlora_trainer.runtime.shutdown import StopFlag, interrupted_error
+from qlora_trainer.runtime.shutdown import StopFlag
 from qlora_trainer.runtime.termination_message import failure_message
 
 INDEX_ENV: Final = "JOB_COMPLETION_INDEX"
@@ -85,7 +85,7 @@ def wait_for_address(address: str, seconds: float, stop: StopFlag) -> None:
     deadline = time.monotonic() + seconds
     while not _resolves(address):
         if stop.requested:
-            raise interrupted_error()
+            raise StopRequested
         if time.monotonic() > deadline:
             raise RunError(
                 Reason.COLLECTIVE_TIMEOUT,

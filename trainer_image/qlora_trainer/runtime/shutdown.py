@@ -10,7 +10,7 @@ from typing import Final
 
 from qlora_api.names import GRACE_SECONDS
 from qlora_api.reasons import Reason
-from qlora_trainer.errors import RunError, as_run_error
+from qlora_trainer.errors import RunError, StopRequested, as_run_error, interrupted_error
 
 SIGTERM_EXIT_CODE: Final = 143
 """A shell's exit code for a process ended by SIGTERM: 128 + 15."""
@@ -18,14 +18,9 @@ _STOP_TIMEOUT_SECONDS: Final = GRACE_SECONDS - 10.0
 """A step or upload that still runs after this time is abandoned; the rest is for the termination message."""
 
 
-def interrupted_error(step: int | None = None) -> RunError:
-    """Return the error to raise after a stop was requested."""
-    return RunError(Reason.INTERRUPTED, "the pod was terminated (SIGTERM) before the run was published", step)
-
-
 def as_exit_error(error: BaseException, *, stopped: bool) -> RunError:
     """Return the cause of an exit; after a stop, unknown errors are Interrupted: a library may wrap the stop in one."""
-    known = as_run_error(error)
+    known = interrupted_error() if isinstance(error, StopRequested) else as_run_error(error)
     return interrupted_error(known.step) if stopped and known.reason is Reason.TRAINER_ERROR else known
 
 
@@ -77,7 +72,7 @@ class StopFlag:
         with self.deferred():
             yield
         if self.requested and not before:
-            raise interrupted_error()
+            raise StopRequested
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 (signal's signature)
         if self.requested:
@@ -87,7 +82,7 @@ class StopFlag:
         timer.daemon = True
         timer.start()
         if not self._deferred:
-            raise interrupted_error()
+            raise StopRequested
 
     def _exit_on_timeout(self) -> None:
         self._on_timeout()

@@ -13,12 +13,13 @@ from qlora_api.v1alpha1 import TrainingSpec
 from qlora_trainer.data.batching import collate, pad_passes, sample_step, split_micro_batches
 from qlora_trainer.data.tokenization import TokenRow
 from qlora_trainer.distributed.world import World
+from qlora_trainer.errors import interrupted_error
 from qlora_trainer.evaluation.validation import Validator
 from qlora_trainer.model.base_model import TrainableModel
 from qlora_trainer.model.hardware import peak_memory_bytes
 from qlora_trainer.model.neftune import noisy_embeddings
 from qlora_trainer.model.runtime_settings import RuntimeSettings
-from qlora_trainer.runtime.shutdown import StopFlag, interrupted_error
+from qlora_trainer.runtime.shutdown import StopFlag
 from qlora_trainer.training.engine import Engine, make_engine
 from qlora_trainer.training.health import (
     check_divergence,

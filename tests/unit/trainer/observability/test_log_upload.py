@@ -25,7 +25,7 @@ from qlora_api.reasons import Reason
 from qlora_api.report import TerminationMessage
 from qlora_api.v1alpha1 import Checkpoint, Progress
 from qlora_trainer.__main__ import ProcessContext, exit_with_error, exit_with_message
-from qlora_trainer.errors import RunError
+from qlora_trainer.errors import RunError, StopRequested
 from qlora_trainer.observability.log_object import LogObject
 from qlora_trainer.observability.log_upload import (
     HEAD_BYTES,
@@ -342,7 +342,7 @@ def record(text: str) -> logging.LogRecord:
 def test_sigterm_within_a_log_line_is_delayed(stop: StopFlag) -> None:
     uploader = LogUploader()
     lines, uploads = TeeHandler(SigtermHandler(), uploader, stop), list[bytes]()
-    with pytest.raises(RunError, match="SIGTERM"):
+    with pytest.raises(StopRequested):
         lines.handle(record("said"))
     lines.handle(record("the end"))
     uploader.start(FakeLogTarget(uploads.append))
@@ -362,7 +362,7 @@ def test_log_line_of_another_thread_does_not_delay_sigterm(stop: StopFlag) -> No
     thread.start()
     try:
         assert entered.wait(SOON)
-        with pytest.raises(RunError, match="SIGTERM"):
+        with pytest.raises(StopRequested):
             os.kill(os.getpid(), signal.SIGTERM)
     finally:
         released.set()

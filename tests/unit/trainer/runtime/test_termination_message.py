@@ -21,9 +21,9 @@ from qlora_api.runconfig import PrepareConfig
 from qlora_api.v1alpha1 import Checkpoint, ManifestRef, Progress
 from qlora_operator.progress_server.reports import read_report
 from qlora_trainer.__main__ import COMMANDS, main, read_config
-from qlora_trainer.errors import RunError, as_run_error
+from qlora_trainer.errors import RunError, StopRequested, as_run_error, interrupted_error
 from qlora_trainer.observability.progress import INTERVAL_SECONDS, Heartbeat, HttpSink, Sinks, to_body
-from qlora_trainer.runtime.shutdown import StopFlag, as_exit_error, interrupted_error
+from qlora_trainer.runtime.shutdown import StopFlag, as_exit_error
 from qlora_trainer.runtime.termination_message import (
     TerminationMessageWriter,
     failure_message,
@@ -176,9 +176,9 @@ def test_unreadable_config_is_a_trainer_error(tmp_path):
 
 @pytest.mark.usefixtures("stop")
 def test_sigterm_between_steps_stops_immediately():
-    with pytest.raises(RunError) as caught:
+    with pytest.raises(StopRequested) as caught:
         os.kill(os.getpid(), signal.SIGTERM)
-    assert caught.value.reason == Reason.INTERRUPTED
+    assert as_exit_error(caught.value, stopped=True).reason == Reason.INTERRUPTED
 
 
 def test_sigterm_within_a_step_only_sets_the_flag(stop):

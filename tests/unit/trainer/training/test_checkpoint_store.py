@@ -4,7 +4,9 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import shutil
+import signal
 import threading
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -23,7 +25,7 @@ from qlora_api.report import RunReport, StepRecord, ValidationRecord
 from qlora_api.runconfig import RunConfig, S3Config
 from qlora_api.v1alpha1 import Checkpoint, CheckpointSpec, EarlyStoppingSpec, LoraSpec, QuantizationSpec, TrainingSpec
 from qlora_trainer.distributed.world import World
-from qlora_trainer.errors import RunError
+from qlora_trainer.errors import RunError, StopRequested
 from qlora_trainer.model.base_model import attach_lora, load_base
 from qlora_trainer.model.optimizer import OptimizerKind
 from qlora_trainer.prepare import prepare
@@ -370,6 +372,17 @@ def test_load_latest_skips_broken_checkpoints(saved, tmp_path, broken: Callable[
     assert found.checkpoint_id.step == found.state.step == 4
     assert "step-000005-a1 skipped: " in notes[0]
     assert notes[1].startswith("resumed from step 4, checkpoint file://")
+
+
+@pytest.mark.usefixtures("stop")
+@pytest.mark.parametrize("method", ["read", "download"])
+def test_sigterm_while_a_checkpoint_is_read_ends_the_run(saved, monkeypatch, method):
+    """It skips no checkpoint: the run would train from step 0, and stop after one step."""
+    monkeypatch.setattr(FileStore, method, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    checkpoints, notes = make_checkpoints(saved)
+    with pytest.raises(StopRequested):
+        checkpoints.load_latest()
+    assert notes == []
 
 
 def test_load_latest_resumes_from_checkpoint_of_newer_version(saved, tmp_path):
