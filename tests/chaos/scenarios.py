@@ -57,7 +57,7 @@ def late_secret(job_namespace: JobNamespace) -> None:
     train(job_namespace)
     job_namespace.end_pod(TRAIN, 0, PUBLISHED_MESSAGE)
     job_namespace.wait_for("Succeeded", "Published")
-    wait_until("the first prepare Job is gone", lambda: PREPARE not in job_namespace.jobs(), timeout=30)
+    wait_until("the first prepare Job is gone", lambda: PREPARE not in job_namespace.jobs())
 
 
 def interrupted(job_namespace: JobNamespace) -> None:

@@ -93,7 +93,7 @@ def trigger_reconcile(job_namespace: JobNamespace) -> None:
     generation = int(job_namespace.metadata("qlorajobs", NAME)["generation"]) + 1
     change = json.dumps({"spec": {"retries": {"maxAttempts": generation + 1}}})
     job_namespace.kubectl("patch", "qlorajob", NAME, "--type=merge", f"--patch={change}")
-    wait_until("a reconcile", lambda: job_namespace.status().get("observedGeneration") == generation, timeout=20)
+    wait_until("a reconcile", lambda: job_namespace.status().get("observedGeneration") == generation)
 
 
 @promise(
@@ -110,7 +110,7 @@ def test_edited_status_of_finished_run_starts_nothing(
         before = job_namespace.jobs()
         edit(job_namespace, scenario.admin, EDITS[name])
         trigger_reconcile(job_namespace)
-        wait_until("an end", lambda: job_namespace.status().get("phase") in {"Succeeded", "Failed"}, timeout=20)
+        wait_until("an end", lambda: job_namespace.status().get("phase") in {"Succeeded", "Failed"})
         assert job_namespace.jobs() == before
 
     scenario.run(chosen, finished)

@@ -72,8 +72,8 @@ class Installation:
     def configure(self, values: dict[str, str]) -> None:
         """Change values of the chart, and wait until an operator with these values is the leader."""
         self.cluster.helm("upgrade", RELEASE, ROOT / "charts/qlora-operator", *release_flags(values))
-        wait_for("the end of the replicas before", lambda: len(self.operator_pods()) == REPLICAS, 60)
-        wait_for("a leader", self.leaders, 60)
+        wait_for("the end of the replicas before", lambda: len(self.operator_pods()) == REPLICAS, 180)
+        wait_for("a leader", self.leaders, 180)
 
     def leaders(self) -> list[dict[str, Any]]:
         """Return the pods behind the progress Service."""

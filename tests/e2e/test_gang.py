@@ -88,7 +88,7 @@ def test_two_pods_trained_it(installation: Installation, runs: dict[str, dict[st
     hosts = {pod["spec"]["hostname"] for pod in training_pods(installation, strategy)}
     assert hosts == {f"{strategy}-1-0", f"{strategy}-1-1"}
     # The termination message is reported a moment before its process ends.
-    wait_for("the end of both", lambda: phases_of(installation, strategy) == {"Succeeded"}, 60)
+    wait_for("the end of both", lambda: phases_of(installation, strategy) == {"Succeeded"}, 180)
     check_usage(installation, strategy)
 
 
@@ -145,7 +145,7 @@ def test_pod_killed_gang_resumes_once_from_checkpoint(installation: Installation
 
 def check_usage(installation: Installation, name: str) -> None:
     """What the status accounts is what the kubelet saw, once the operator has seen the end of all pods."""
-    wait_for("the account", lambda: not holding(installation, name), 60)
+    wait_for("the account", lambda: not holding(installation, name), 180)
     check_gpu_time(installation.job(name, NAMESPACE)["status"], training_pods(installation, name))
 
 

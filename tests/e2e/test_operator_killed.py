@@ -27,7 +27,7 @@ def operator_processes() -> list[int]:
 
 def kill_operator(installation: Installation) -> None:
     """Kill it with SIGKILL, and delete its pod, so that the Deployment creates a new one without a back-off."""
-    wait_for("an operator", operator_processes, 60)
+    wait_for("an operator", operator_processes, 180)
     victims = operator_processes()
     send_signal(victims, signal.SIGKILL)
     for pod in installation.operator_pods():
@@ -36,7 +36,7 @@ def kill_operator(installation: Installation) -> None:
         installation.cluster.kubectl("delete", "pod", name, *flags)
     # The pods come back under other names, which would have to wait for the Lease of the dead one.
     installation.cluster.kubectl("delete", "lease", RELEASE, f"--namespace={OPERATOR_NAMESPACE}", "--ignore-not-found")
-    wait_for("the death of the operator", lambda: not set(victims) & set(operator_processes()), 30)
+    wait_for("the death of the operator", lambda: not set(victims) & set(operator_processes()), 180)
 
 
 def test_a_job_survives_every_kill_of_the_operator(installation: Installation) -> None:
@@ -58,7 +58,7 @@ def test_a_job_survives_every_kill_of_the_operator(installation: Installation) -
             seen.setdefault(job["metadata"]["name"], set()).add(job["metadata"]["uid"])
     print("killed while", ", ".join(phases))
 
-    job = installation.wait_until_finished(NAME, NAMESPACE, 60)
+    job = installation.wait_until_finished(NAME, NAMESPACE, 600)
 
     assert (job["status"]["phase"], job["status"]["reason"]) == ("Succeeded", "Published")
     assert len(phases) >= LEAST_KILLS

@@ -81,7 +81,7 @@ def waiting(installation: Installation) -> Installation:
 def test_an_unmodified_script_reports_progress(waiting: Installation):
     pod = build_pod("script", "scripted", waiting.trainer_image, ["python3", "/script/train.py"])
     waiting.cluster.run_pod(pod, timeout=240)
-    wait_for("the last report", lambda: last_report(waiting, "scripted").get("percent") == 100, 30)
+    wait_for("the last report", lambda: last_report(waiting, "scripted").get("percent") == 100, 180)
     report = last_report(waiting, "scripted")
     assert report["loss"] > 0
     assert last_report(waiting, "neighbour") == {}
@@ -94,7 +94,7 @@ def last_report(installation: Installation, job: str) -> dict[str, Any]:
 def test_pod_reports_for_other_job_is_forbidden(waiting: Installation):
     speaker = build_pod("speaker", "scripted", waiting.trainer_image, ["sleep", "600"])
     waiting.cluster.apply(speaker)
-    wait_for("the speaker", lambda: waiting.cluster.phase("speaker", NAMESPACE) == "Running", 60)
+    wait_for("the speaker", lambda: waiting.cluster.phase("speaker", NAMESPACE) == "Running", 180)
     token = waiting.cluster.kubectl(
         "exec", f"--namespace={NAMESPACE}", "speaker", "--", "cat", "/var/run/progress/token"
     )

@@ -32,7 +32,7 @@ def finished(installation: Installation) -> dict[str, Any]:
         record("kubectl", "apply", f"--namespace={NAMESPACE}", "--filename=examples/quickstart/job.yaml")
         record("kubectl", "qlora", "status", NAME, f"--namespace={NAMESPACE}", "--watch")
         job = installation.wait_until_finished(NAME, NAMESPACE, TRAINING_SECONDS)
-        wait_for("the watch to see the end", lambda: "Succeeded" in read_watch() or "Failed" in read_watch(), 20)
+        wait_for("the watch to see the end", lambda: "Succeeded" in read_watch() or "Failed" in read_watch(), 180)
     write_transcript(installation)
     return job
 

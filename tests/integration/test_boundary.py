@@ -55,7 +55,7 @@ def make_foreign_job(namespace: str, owner_uid: str, role: str, attempt: str) ->
 
 
 def wait_for_preparation(namespace: JobNamespace) -> None:
-    wait_until(f"preparation in {namespace.namespace}", lambda: PREPARE in namespace.jobs(), timeout=30)
+    wait_until(f"preparation in {namespace.namespace}", lambda: PREPARE in namespace.jobs())
 
 
 def test_job_with_labels_of_a_child_stops_nobody(team_a: JobNamespace, team_b: JobNamespace, tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_namespace_without_rights_is_served_once_it_has_them(
         return f'qlora_operator_namespace_served{{namespace="{namespace}"}} {value}.0' in operator.metrics()
 
     try:
-        wait_until("team a served", lambda: is_served(team_a.namespace), timeout=30)
+        wait_until("team a served", lambda: is_served(team_a.namespace))
         team_a.submit()
         wait_for_preparation(team_a)
         team_b.submit()

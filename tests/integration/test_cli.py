@@ -164,7 +164,7 @@ def test_logs_follow_all_pods(shell: Shell, job_namespace: JobNamespace, tmp_pat
             job_namespace.start_pod("pair-1", index)
         assert shell.qlora("logs", "pair", "--tail", "1").stdout == "1-0 | first\n1-1 | [other]\n"
         following = shell.start("logs", "pair", "--follow", "--node", "0")
-        wait_until("a reader", lambda: len(kubelet.readers) == 3, timeout=30)
+        wait_until("a reader", lambda: len(kubelet.readers) == 3)
         kubelet.lines[pods[0]].append("second")
         kubelet.ended.update(pods)
         for index in range(2):

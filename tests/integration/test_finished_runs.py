@@ -111,7 +111,7 @@ def test_expired_run_leaves_only_its_qlorajob(job_namespace: JobNamespace) -> No
     service = names.gang_service_name("7b-1", 1)
     expired = {"configmaps/7b-1-prepare", "configmaps/7b-1-1", f"services/{service}", "jobs/7b-1-prepare"}
     kept = {"configmaps/7b-prepare", "configmaps/7b-1", f"services/{names.gang_service_name('7b', 1)}"}
-    wait_until("expiry", lambda: not expired & children(job_namespace), timeout=40)
+    wait_until("expiry", lambda: not expired & children(job_namespace))
     assert kept <= children(job_namespace)
     assert job_namespace.status("7b-1")["childrenDeletedAt"]
     assert job_namespace.status("7b-1")["reason"] == "NonFiniteLoss"

@@ -102,4 +102,4 @@ def test_suspension_by_other_manager_is_kept(job_namespace: JobNamespace) -> Non
     patch = json.dumps({"spec": {"suspend": True}})
     job_namespace.kubectl("patch", "qlorajob", NAME, "--type=merge", "--field-manager=qlora", f"--patch={patch}")
     assert apply(job_namespace, ARGO)["spec"]["suspend"] is True
-    wait_until("no drift", lambda: drift(job_namespace, ARGO) == "", timeout=10)
+    wait_until("no drift", lambda: drift(job_namespace, ARGO) == "")

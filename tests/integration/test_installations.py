@@ -94,7 +94,7 @@ def test_second_installation_leaves_the_namespace_and_takes_over_when_the_first_
     control_plane.kubectl("delete", "lease", "first", f"--namespace={OPERATOR_NAMESPACE}")
     wait_for_claim(job_namespace, "support-bot", "second")
     wait_for_claim(job_namespace, "another", "second")
-    wait_until("it is served", lambda: is_served(second, namespace), timeout=30)
+    wait_until("it is served", lambda: is_served(second, namespace))
     assert before.items() <= job_namespace.jobs().items()
     # Installed again, it is the second one.
     again = start("first")

@@ -62,7 +62,7 @@ class Replicas:
         """Start both; return the leader and the standby."""
         first, second = self.operators
         self.operators[first].start()
-        wait_until("a leader", lambda: self.holder() == first, timeout=20)
+        wait_until("a leader", lambda: self.holder() == first)
         self.operators[second].start()
         return self.operators[first], self.operators[second]
 
@@ -107,7 +107,7 @@ def test_standby_takes_over_from_dead_leader(replicas: Replicas, job_namespace: 
     assert seconds_to_first_write(job_namespace, "meanwhile") < FAIL_OVER
     assert replicas.marked() == sorted(replicas.operators)  # the dead one's pod keeps its label until it starts again
     leader.start()
-    wait_until("one label", lambda: replicas.marked() == [replicas.holder()], timeout=10)
+    wait_until("one label", lambda: replicas.marked() == [replicas.holder()])
     job_namespace.end_pod(TRAIN, 0, PUBLISHED_MESSAGE)
     job_namespace.wait_for("Succeeded", "Published")
     assert job_namespace.jobs() == {
@@ -124,7 +124,7 @@ def test_leader_on_sigterm_releases_lease(replicas: Replicas, job_namespace: Job
     assert seconds_to_first_write(job_namespace, "meanwhile") < HAND_OVER
     expected = [names.prepare_job_name("meanwhile"), PREPARE]
     # The first write claims the namespace for the installation, if the first replica had not done so yet.
-    wait_until("both preparations", lambda: sorted(job_namespace.jobs()) == expected, timeout=10)
+    wait_until("both preparations", lambda: sorted(job_namespace.jobs()) == expected)
 
 
 def test_standby_on_sigterm_exits(replicas: Replicas) -> None:

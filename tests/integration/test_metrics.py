@@ -71,7 +71,7 @@ def test_metrics_of_run_end_to_end(operator: Operator, job_namespace: JobNamespa
 
     job_namespace.end_pod(TRAIN, 0, PUBLISHED_MESSAGE)
     job_namespace.wait_for("Succeeded")
-    wait_until("the job's series to end", lambda: not loss_series(operator), timeout=20)
+    wait_until("the job's series to end", lambda: not loss_series(operator))
     assert value(operator, "qlora_jobs_finished_total", phase="Succeeded", reason="Published") == 1
     assert value(operator, "qlora_job_wait_duration_seconds_count") == 1
     assert lint(operator.metrics()) == ""

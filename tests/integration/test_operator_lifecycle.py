@@ -154,9 +154,9 @@ def test_deleted_children_of_finished_run_are_not_recreated(job_namespace: JobNa
 def test_job_without_termination_message_is_prepared_again(job_namespace: JobNamespace) -> None:
     job_namespace.run_to_training()
     job_namespace.kubectl("delete", "job", TRAIN)
-    wait_until("PodLost on record", lambda: "PodLost" in ends_of_attempts(job_namespace), timeout=30)
+    wait_until("PodLost on record", lambda: "PodLost" in ends_of_attempts(job_namespace))
     job_namespace.end_pod(PREPARE_AGAIN, 0, PREPARED_MESSAGE)
-    wait_until("the first prepare Job is deleted", lambda: PREPARE not in job_namespace.jobs(), timeout=30)
+    wait_until("the first prepare Job is deleted", lambda: PREPARE not in job_namespace.jobs())
     second = names.train_job_name(NAME, 2)
     job_namespace.start_pod(second)
     job_namespace.end_pod(second, 0, PUBLISHED_MESSAGE)
@@ -171,7 +171,7 @@ def test_manifest_with_emoji_is_prepared_again(job_namespace: JobNamespace) -> N
     job_namespace.start_pod(TRAIN)
     job_namespace.wait_for("Training")
     job_namespace.kubectl("delete", "job", TRAIN, PREPARE)
-    wait_until("PodLost on record", lambda: "PodLost" in ends_of_attempts(job_namespace), timeout=30)
+    wait_until("PodLost on record", lambda: "PodLost" in ends_of_attempts(job_namespace))
     job_namespace.end_pod(PREPARE_AGAIN, 0, PREPARED_MESSAGE)
     job_namespace.start_pod(names.train_job_name(NAME, 2))
     assert job_namespace.wait_for("Training")["attempt"] == 2
@@ -203,7 +203,7 @@ def test_startup_deadline_releases_node(job_namespace: JobNamespace) -> None:
     job_namespace.set_pod(TRAIN, "Pending", {"waiting": {"reason": "ImagePullBackOff", "message": "denied"}})
     job_namespace.wait_for("Scheduling", "ImagePullFailed")
     pod = job_namespace.pod_name(TRAIN)
-    wait_until("the pod is told to end", lambda: "deletionTimestamp" in job_namespace.metadata("pods", pod), timeout=20)
+    wait_until("the pod is told to end", lambda: "deletionTimestamp" in job_namespace.metadata("pods", pod))
     (attempt,) = job_namespace.wait_for("Scheduling", "ImagePullFailed")["attempts"]
     assert (attempt["reason"], attempt["domain"]) == ("ImagePullFailed", "node")
     assert "denied" in attempt["message"]
@@ -233,7 +233,7 @@ def test_denied_pod_is_in_status(installed: Cluster, job_namespace: JobNamespace
 @pytest.mark.usefixtures("operator")
 def test_quota_is_waited_for(job_namespace: JobNamespace) -> None:
     job_namespace.kubectl("create", "quota", "none", "--hard=count/jobs.batch=0")
-    wait_until("quota", lambda: bool(job_namespace.items("resourcequotas")[0].get("status")), timeout=20)
+    wait_until("quota", lambda: bool(job_namespace.items("resourcequotas")[0].get("status")))
     job_namespace.submit()
     assert "exceeded quota" in job_namespace.wait_for("Pending", "PodRejected")["message"]
 
@@ -248,7 +248,7 @@ def test_deadline_of_running_attempt_follows_spec(job_namespace: JobNamespace) -
     def deadline() -> int:
         return int(job_namespace.kubectl("get", "job", TRAIN, "--output=jsonpath={.spec.activeDeadlineSeconds}"))
 
-    wait_until("new deadline", lambda: 0 <= deadline() - 48 * 3600 - SAFETY_MARGIN.total_seconds() < 600, timeout=20)
+    wait_until("new deadline", lambda: 0 <= deadline() - 48 * 3600 - SAFETY_MARGIN.total_seconds() < 600)
 
 
 @pytest.mark.usefixtures("operator")

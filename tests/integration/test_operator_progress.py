@@ -49,7 +49,7 @@ def operator(job_namespace: JobNamespace, tmp_path_factory: pytest.TempPathFacto
 def test_report_fills_columns_end_to_end(operator: Operator, job_namespace: JobNamespace) -> None:
     token = job_namespace.token(job_namespace.pod_of(TRAIN))
     assert operator.post(job_namespace.namespace, NAME, token, KUBEFLOW) == (200, {})
-    wait_until("progress", lambda: job_namespace.status().get("progress") == "42%", timeout=20)
+    wait_until("progress", lambda: job_namespace.status().get("progress") == "42%")
     status = job_namespace.status()
     assert {key: status[key] for key in ("eta", "loss", "step")} == {"eta": "3m10s", "loss": "2.831", "step": "75/180"}
 
@@ -87,7 +87,7 @@ def test_labeled_pod_without_job_may_report(operator: Operator, job_namespace: J
     job_namespace.submit("plain")
     job_namespace.kubectl("run", "script", "--image=mine", "--labels=qlora.dev/job=plain")
     assert operator.post(job_namespace.namespace, "plain", job_namespace.token("script"), KUBEFLOW) == (200, {})
-    wait_until("progress", lambda: job_namespace.status("plain").get("progress") == "42%", timeout=20)
+    wait_until("progress", lambda: job_namespace.status("plain").get("progress") == "42%")
 
 
 def test_pod_of_earlier_job_with_the_same_name_is_forbidden(operator: Operator, job_namespace: JobNamespace) -> None:

@@ -44,7 +44,7 @@ def lists(control_plane: Cluster) -> dict[str, str]:
 def rights_of(cluster: Cluster, account: str, namespace: str) -> str:
     command = ("auth", "can-i", "--list", f"--as={account}", f"--namespace={namespace}")
     # The API server's authoriser learns of a new binding a moment later.
-    wait_until("the rights", lambda: ACCOUNT not in account or "tokenreviews" in cluster.kubectl(*command), timeout=10)
+    wait_until("the rights", lambda: ACCOUNT not in account or "tokenreviews" in cluster.kubectl(*command))
     header, *lines = [line.rstrip() for line in cluster.kubectl(*command).splitlines()]
     return "\n".join([header, *sorted(lines)])
 

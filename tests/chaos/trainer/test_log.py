@@ -30,7 +30,7 @@ def test_logs_outlive_their_pods(runs: TrainerRuns, outcome: Callable[[str], Non
     run = runs.make()
     killed = start_until_first_checkpoint(run)
     complete = time.monotonic()
-    wait_until("the log", lambda: has_checkpoint(run.uploaded_log(1)), timeout=30)
+    wait_until("the log", lambda: has_checkpoint(run.uploaded_log(1)))
     waited = time.monotonic() - complete
     killed.process.kill()
     killed.wait_for_exit()
