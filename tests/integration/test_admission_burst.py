@@ -27,9 +27,9 @@ PATIENCE: Final = 600.0
 
 @pytest.fixture(scope="module")
 def simulated() -> Iterator[Cluster]:
-    """Eight simulated nodes, with room for all pods."""
+    """Twelve simulated nodes, with room for all pods: 28 fit on each."""
     stages = "\n---\n".join((pods_that_run(), build_prepare_end()))
-    with Cluster.start(f"burst-{os.getpid()}", kwok_nodes=8, stages=stages, s3=False) as cluster:
+    with Cluster.start(f"burst-{os.getpid()}", kwok_nodes=12, stages=stages, s3=False) as cluster:
         install(cluster)
         yield cluster
 

@@ -1,6 +1,5 @@
 """Reconciles one QLoRAJob: read it, list its children, decide, apply the decision, write the status once."""
 
-import logging
 from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Final
@@ -8,93 +7,44 @@ from typing import Final
 from qlora_api.job_ref import JobRef
 from qlora_api.names import Phase, Role
 from qlora_api.reasons import Reason
-from qlora_api.v1alpha1 import Progress, QLoRAJobStatus
-from qlora_operator.cluster.interface import AdmissionDeniedError, Cluster, InvalidStatusError, NameConflictError
-from qlora_operator.controller.finished import reconcile_finished
-from qlora_operator.controller.requeue import requeue_delay
-from qlora_operator.controller.result import ReconcileRequest, ReconcileResult, account_gpu_time, write_if_changed
+from qlora_api.v1alpha1 import QLoRAJobStatus
+from qlora_operator.cluster.interface import Cluster
+from qlora_operator.controller.children import (
+    apply_decision,
+    limit_jobs,
+    missing_queue_labels,
+    outdated_deadlines,
+    outdated_prepare_jobs,
+    refresh_run_config,
+)
+from qlora_operator.controller.finished import reconcile_ended
+from qlora_operator.controller.result import ReconcileRequest, ReconcileResult, write_status
 from qlora_operator.lifecycle import (
     ReconcileContext,
-    checkpoint_of_restart,
     decide,
-    disliked_nodes,
     is_terminal,
     is_uncertain,
     is_under_way,
-    job_deadline,
     keep_as_it_is,
     leftover_jobs,
     needs_gpu_nodes,
-    next_leftover,
     rejected,
-    reported_checkpoint,
-    reported_manifests,
     retry_limits,
-    revive,
     unexplained_jobs,
 )
-from qlora_operator.lifecycle.gang import classify_child
-from qlora_operator.lifecycle.leftovers import END_GRACE
-from qlora_operator.lifecycle.prepare_retries import next_preparation
 from qlora_operator.lifecycle.queue import queued_jobs
 from qlora_operator.lifecycle.retry_policy import AT_ONCE
-from qlora_operator.lifecycle.retry_request import (
-    begin_retry,
-    describe_no_effect,
-    is_pending,
-    is_recorded,
-    is_settled,
-    note_request,
-    record_request,
-)
-from qlora_operator.models import (
-    Action,
-    AttemptInputs,
-    ChildJob,
-    Decision,
-    Job,
-    Manifest,
-    Observation,
-    RawJob,
-    earliest,
-)
-from qlora_operator.resources import (
-    Installation,
-    Owner,
-    build_deadline,
-    build_event,
-    build_prepare_config,
-    build_prepare_job,
-    build_queue_labels,
-    build_run_config,
-    build_service,
-    build_train_job,
-)
-from qlora_operator.status import (
-    derive_alternatives,
-    derive_checkpoint,
-    merge_attempt,
-    without_refused_reasons,
-)
+from qlora_operator.models import Action, ChildJob, Decision, Job, Observation, RawJob
+from qlora_operator.resources import Installation
 from qlora_operator.stored_job import ReadJob, read_job
 from qlora_planner.validation import Violation
 
-_log = logging.getLogger(__name__)
-
-ADMISSION_DENIED_RETRY: Final = timedelta(minutes=1)
-"""People have to change quotas and policies, so retrying sooner gains nothing."""
-CLEAN_UP_AFTER: Final = {Phase.FAILED: AT_ONCE, Phase.SUCCEEDED: END_GRACE}
-"""When a run that is over is reconciled again, to release what it holds."""
 NO_POD_EVENT: Final = "FailedCreate"
 """Reason of the Event of the Job controller for a pod that the API server refused."""
 SUSPENDED_EVENT: Final = "Stopped"
 """Reason of the Event of Kueue for a Job that it has suspended."""
 EVENT_LEAD: Final = timedelta(seconds=15)
 """By how much an Event may be earlier than the Job controller's note in the Job of what it is about."""
-NAME_CONFLICT_RETRY: Final = timedelta(seconds=5)
-"""The garbage collector needs a few seconds to delete the children of a deleted QLoRAJob."""
-NAME_CONFLICT_PATIENCE: Final = timedelta(minutes=5)
-"""A prepare Job of a deleted QLoRAJob that still exists then is on a node that does not respond."""
 
 
 async def reconcile(
@@ -255,257 +205,3 @@ async def reconcile_unreadable(request: ReconcileRequest, read: ReadJob, cluster
     violation = Violation(Reason.INVALID_SPEC, read.skew.invalid)
     decision = keep_as_it_is(read.status, read.skew) if keeps else rejected((violation,))
     return await write_status(request, decision, None, cluster)
-
-
-async def reconcile_ended(
-    request: ReconcileRequest, read: ReadJob, cluster: Cluster, installation: Installation, *, from_cache: bool
-) -> ReconcileResult | None:
-    """Reconcile a run that has ended, unless it is to continue; None: read the QLoRAJob live first.
-
-    Somebody may ask for it, or have raised the limit that ended it.
-    """
-    raw, previous = request.raw, request.previous_status
-    if not is_settled(previous, raw.retry_request):
-        return None if from_cache else await answer_retry_request(request, cluster)
-    if read.spec is not None and not read.skew.unreadable:
-        job = Job(raw.ref, raw.uid, raw.generation, raw.created_at, read.spec, read.status, read.skew)
-        if decision := revive(job, request.context.now):
-            return None if from_cache else await revive_run(job, decision, request, cluster)
-    return await reconcile_finished(request, cluster, installation.retention, from_cache=from_cache)
-
-
-async def revive_run(job: Job, decision: Decision, request: ReconcileRequest, cluster: Cluster) -> ReconcileResult:
-    """Delete the Jobs that a failed run left running, and let it continue."""
-    children = await cluster.list_children(request.raw)
-    await delete_running_jobs(job, children, cluster)
-    return await write_status(request, decision, children, cluster)
-
-
-async def answer_retry_request(request: ReconcileRequest, cluster: Cluster) -> ReconcileResult:
-    """Record a request to retry a finished run; once it is recorded, start a failed run again.
-
-    The Jobs are deleted before the status says so: after a crash in between, the rest of them is deleted.
-    """
-    raw, previous, now = request.raw, request.previous_status, request.context.now
-    if not is_pending(previous, raw.retry_request):
-        status = record_request(previous, raw.retry_request)
-        await _warn_of_request_without_effect(request, cluster)
-        written = await write_if_changed(request, status, cluster)
-        # An older CRD stores nothing of it, and repeating the write at once would not change that.
-        return ReconcileResult(None if written == raw.resource_version else AT_ONCE, written, status)
-    children = await cluster.list_children(raw)
-    for child in children.jobs:
-        if not child.deleting:
-            await cluster.delete_job(raw.ref, child)
-    begun, decision = begin_retry(previous, now)
-    begun_request = replace(request, previous_status=begun, read_status=previous)
-    return await write_status(begun_request, decision, children, cluster)
-
-
-async def _warn_of_request_without_effect(request: ReconcileRequest, cluster: Cluster) -> None:
-    """Record an Event for a new request to retry a run that has not failed; a new run has none to refer to."""
-    raw, status = request.raw, request.previous_status
-    if is_recorded(status, raw.retry_request) or status.phase in {None, Phase.FAILED}:
-        return
-    told = status.model_copy(update={"message": describe_no_effect(status)})
-    event = build_event(Owner(raw.ref, raw.uid), f"{raw.resource_version}/retry", told, request.context.now)
-    await cluster.record_event(event)
-
-
-async def apply_decision(  # noqa: PLR0913, PLR0917 (everything that a decision is applied to)
-    decision: Decision, job: Job, children: Observation, cluster: Cluster, installation: Installation, now: datetime
-) -> tuple[Decision, bool]:
-    """Apply a decision to the children; return it, or its replacement if a child is refused, and if any was created."""
-    created = False
-    try:
-        for child in build_children(decision, job, installation):
-            created |= await cluster.ensure(child)
-    except NameConflictError as error:
-        return on_name_conflict(error, decision, job, now), created
-    except AdmissionDeniedError as error:
-        return on_admission_denied(error, job), created
-    if decision.action is Action.DELETE_RUNNING_JOBS:
-        await delete_running_jobs(job, children, cluster)
-    for outdated in outdated_prepare_jobs(job, children):
-        await cluster.delete_job(job.ref, outdated)
-    return decision, created
-
-
-async def limit_jobs(decision: Decision, job: Job, children: Observation, cluster: Cluster, now: datetime) -> Decision:
-    """Adjust the deadlines of the Jobs, delete those that outlive what they were for, and return when the next will."""
-    if decision.action is Action.NONE:
-        for patch in outdated_deadlines(decision, job, children, now):
-            await cluster.patch(patch)
-        decision = await queue_jobs(decision, job, children, cluster)
-        for leftover in leftover_jobs(job.status, children, now):
-            await cluster.delete_job(job.ref, leftover)
-    requeue_at = earliest(now, decision.requeue_at, next_leftover(job.status, children, now))
-    return replace(decision, requeue_at=requeue_at or decision.requeue_at)
-
-
-async def queue_jobs(decision: Decision, job: Job, children: Observation, cluster: Cluster) -> Decision:
-    """Put suspended Jobs into the queue of their run; a queue that admits one meanwhile refuses the change."""
-    try:
-        for patch in missing_queue_labels(job, children):
-            await cluster.patch(patch)
-    except AdmissionDeniedError as error:
-        return replace(decision, message=f"spec.queue: {error}", requeue_after=ADMISSION_DENIED_RETRY)
-    return decision
-
-
-async def refresh_run_config(  # noqa: PLR0913, PLR0917 (as apply_decision)
-    decision: Decision,
-    job: Job,
-    children: Observation,
-    cluster: Cluster,
-    installation: Installation,
-    report: Progress | None,
-) -> None:
-    """Give the newest checkpoint to the next start of an attempt that its queue has suspended; its ConfigMap stays."""
-    attempt, plan = decision.attempt, job.status.plan
-    train = children.train(attempt.number) if attempt and attempt.container_seconds else None
-    if decision.phase is not Phase.QUEUED or attempt is None or train is None or plan is None:
-        return
-    message = classify_child(job, children.prepare, train.created_at).termination_message if children.prepare else None
-    if message is None or message.prepared is None:
-        return
-    newest = derive_checkpoint(job.status, decision, report)
-    if job.status.phase is Phase.QUEUED and newest == job.status.checkpoint:
-        return
-    known = {"checkpoint": newest, "last_report": report or job.status.last_report}
-    checkpoint = checkpoint_of_restart(job.status.model_copy(update=known), train.suspended_at)
-    published = reported_manifests(job.spec, job.status, attempt.number + 1)
-    run = AttemptInputs(attempt.number, plan, message.prepared, checkpoint=checkpoint, published=published)
-    installation = replace(installation, image=plan.image or installation.image)
-    await cluster.ensure(build_run_config(Owner(job.ref, job.uid), job.spec, run, installation))
-
-
-def build_children(decision: Decision, job: Job, installation: Installation) -> tuple[Manifest, ...]:
-    """Return the children to create, the ConfigMap first, because the pod mounts it."""
-    owner = Owner(job.ref, job.uid)
-    image = job.status.plan.image if job.status.plan else None
-    installation = replace(installation, image=image or installation.image)
-    if decision.action is Action.PREPARE and decision.preparation:
-        return (
-            build_prepare_config(owner, job.spec, installation, reported_manifests(job.spec, job.status)),
-            build_prepare_job(owner, job.spec, installation, decision.preparation),
-        )
-    if decision.action is Action.TRAIN and decision.plan and decision.prepared and decision.attempt:
-        run = AttemptInputs(
-            decision.attempt.number,
-            decision.plan,
-            decision.prepared,
-            avoided_nodes=decision.attempt.avoided_nodes or (),
-            disliked_nodes=disliked_nodes(job.status.attempts),
-            checkpoint=reported_checkpoint(job.status, decision.attempt.number),
-            published=reported_manifests(job.spec, job.status, decision.attempt.number),
-        )
-        return (
-            build_run_config(owner, job.spec, run, installation),
-            *([build_service(owner, run.attempt)] if run.plan.nodes > 1 else []),
-            build_train_job(owner, job.spec, run, installation),
-        )
-    return ()
-
-
-def on_name_conflict(error: NameConflictError, decision: Decision, job: Job, now: datetime) -> Decision:
-    """Wait for the child of an earlier QLoRAJob to be deleted; fail a new run if the name is of something else.
-
-    A prepare Job is not waited for without end: the next one has another name.
-    """
-    if not error.being_deleted and job.status.attempts:
-        return Decision(Phase.SCHEDULING, Reason.POD_REJECTED, str(error), requeue_after=ADMISSION_DENIED_RETRY)
-    if not error.being_deleted:
-        return Decision(Phase.FAILED, Reason.INVALID_SPEC, str(error))
-    waiting = Decision(Phase.PENDING, Reason.ACCEPTED, str(error), requeue_after=NAME_CONFLICT_RETRY)
-    waited = job.status.started_at is not None and now >= job.status.started_at + NAME_CONFLICT_PATIENCE
-    if decision.action is Action.PREPARE and decision.preparation is not None and waited:
-        return replace(waiting, preparation=next_preparation(decision.preparation))
-    return replace(waiting, preparation=decision.preparation)
-
-
-def on_admission_denied(error: AdmissionDeniedError, job: Job) -> Decision:
-    """Fail if the child can never be created; wait if a policy may change, or if one like it was valid before."""
-    if error.permanent and not job.status.attempts:
-        return Decision(Phase.FAILED, Reason.INVALID_SPEC, str(error))
-    return Decision(Phase.PENDING, Reason.POD_REJECTED, str(error), requeue_after=ADMISSION_DENIED_RETRY)
-
-
-async def delete_running_jobs(job: Job, children: Observation, cluster: Cluster) -> None:
-    """Delete the Jobs that still run; their pods get the grace period to write a checkpoint.
-
-    A Job whose pods have ended is kept, even if it is not marked as finished yet: it may hold the result of prepare.
-    """
-    for child in children.jobs:
-        if child.holds_resources and not child.deleting:
-            await cluster.delete_job(job.ref, child)
-
-
-def outdated_prepare_jobs(job: Job, children: Observation) -> list[ChildJob]:
-    """Return the prepare Jobs before the recorded one; nothing waits for their deletion."""
-    current = job.status.preparation.number if job.status.preparation else 1
-    return [
-        child
-        for child in children.jobs
-        if child.role is Role.PREPARE and child.attempt < current and not child.deleting
-    ]
-
-
-def missing_queue_labels(job: Job, children: Observation) -> list[Manifest]:
-    """Return the patches that put suspended Jobs into the queue of their run: prepare Jobs, and after it changed."""
-    queue, queued = job.spec.queue, queued_jobs(children)
-    if queue is None:
-        return []
-    return [
-        build_queue_labels(job.ref, child, queue)
-        for child in children.jobs
-        if child.name in queued
-        and (child.queue, child.priority_class) != (queue.name, queue.priority_class or child.priority_class)
-    ]
-
-
-def outdated_deadlines(decision: Decision, job: Job, children: Observation, now: datetime) -> list[Manifest]:
-    """Return the patches that Jobs need when a container starts, is suspended, or spec.deadlines.total changes."""
-    if job.skew.unreadable:
-        return []
-    attempts = merge_attempt(job.status.attempts, decision.attempt)
-    return [
-        build_deadline(job.ref, child, seconds)
-        for child in children.jobs
-        if not (child.finished or child.failing or child.deleting or not child.holds_resources)
-        and (seconds := job_deadline(job, child, attempts, now)) != child.deadline_seconds
-    ]
-
-
-async def write_status(
-    request: ReconcileRequest, decision: Decision, children: Observation | None, cluster: Cluster
-) -> ReconcileResult:
-    """Record an Event for a transition, and write the status if it changed; less of it if that is refused.
-
-    Without the children, GPUs and their time stay as they are.
-    """
-    raw, previous = request.raw, request.previous_status
-    report, now = request.context.last_report, request.context.now
-    gpus = previous.gpus or 0
-    await _warn_of_request_without_effect(request, cluster)
-    claimed = {"operator": request.context.claimant.installation or None}
-    statuses = (
-        note_request(account_gpu_time(request, status, children), raw.retry_request).model_copy(update=claimed)
-        for status in derive_alternatives(previous, decision, report, gpus=gpus, generation=raw.generation, now=now)
-    )
-    status = next(statuses)
-    if (status.phase, status.reason) != (previous.phase, previous.reason):
-        await cluster.record_event(build_event(Owner(raw.ref, raw.uid), raw.resource_version, status, now))
-    while True:
-        try:
-            written = await write_if_changed(request, status, cluster)
-        except InvalidStatusError as error:
-            less = without_refused_reasons(status, str(error)) or next(statuses, None)
-            if less is None:
-                raise
-            _log.error("the status of %s was refused, so less of it is written: %s", "/".join(raw.ref), error)
-            status = less
-        else:
-            after = CLEAN_UP_AFTER.get(decision.phase, decision.requeue_after)
-            delay = requeue_delay(now, decision.requeue_at, after, progressed=written is not None)
-            return ReconcileResult(delay, written, status, request)

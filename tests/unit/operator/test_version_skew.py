@@ -15,7 +15,7 @@ from qlora_api.names import Phase
 from qlora_api.reasons import Reason
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_operator.cluster.interface import AdmissionDeniedError
-from qlora_operator.controller.reconcile import ADMISSION_DENIED_RETRY
+from qlora_operator.controller.children import ADMISSION_DENIED_RETRY
 from qlora_operator.models import Manifest
 from qlora_operator.stored_job import keep_unknown, read_job
 from qlora_planner import validation

@@ -14,7 +14,8 @@ from qlora_api.reasons import Reason
 from qlora_api.runconfig import RunConfig
 from qlora_api.v1alpha1 import Progress
 from qlora_operator.cluster.interface import AdmissionDeniedError, InvalidStatusError
-from qlora_operator.controller.reconcile import ADMISSION_DENIED_RETRY, NAME_CONFLICT_RETRY, reconcile
+from qlora_operator.controller.children import ADMISSION_DENIED_RETRY, NAME_CONFLICT_RETRY
+from qlora_operator.controller.reconcile import reconcile
 from qlora_operator.lifecycle import ReconcileContext
 from qlora_operator.lifecycle.job_deadline import SAFETY_MARGIN
 from qlora_operator.models import Manifest

@@ -9,7 +9,7 @@ from qlora_api import names
 from qlora_api.names import Role
 from qlora_api.reasons import Reason
 from qlora_operator.cluster.parse import parse_child
-from qlora_operator.controller.reconcile import NAME_CONFLICT_RETRY
+from qlora_operator.controller.children import NAME_CONFLICT_RETRY
 from qlora_operator.models import ChildJob
 from tests.fakes import FakeCluster
 from tests.make import PREPARED_MESSAGE, REF, make_manifest, make_termination_message

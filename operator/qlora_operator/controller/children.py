@@ -1,0 +1,207 @@
+"""Applies a decision to the Jobs, ConfigMaps and Services of a run."""
+
+from dataclasses import replace
+from datetime import datetime, timedelta
+from typing import Final
+
+from qlora_api.names import Phase, Role
+from qlora_api.reasons import Reason
+from qlora_api.v1alpha1 import Progress
+from qlora_operator.cluster.interface import AdmissionDeniedError, Cluster, NameConflictError
+from qlora_operator.lifecycle import (
+    checkpoint_of_restart,
+    disliked_nodes,
+    job_deadline,
+    leftover_jobs,
+    next_leftover,
+    reported_checkpoint,
+    reported_manifests,
+)
+from qlora_operator.lifecycle.gang import classify_child
+from qlora_operator.lifecycle.prepare_retries import next_preparation
+from qlora_operator.lifecycle.queue import queued_jobs
+from qlora_operator.models import Action, AttemptInputs, ChildJob, Decision, Job, Manifest, Observation, earliest
+from qlora_operator.resources import (
+    Installation,
+    Owner,
+    build_deadline,
+    build_prepare_config,
+    build_prepare_job,
+    build_queue_labels,
+    build_run_config,
+    build_service,
+    build_train_job,
+)
+from qlora_operator.status import derive_checkpoint, merge_attempt
+
+ADMISSION_DENIED_RETRY: Final = timedelta(minutes=1)
+"""People have to change quotas and policies, so retrying sooner gains nothing."""
+NAME_CONFLICT_RETRY: Final = timedelta(seconds=5)
+"""The garbage collector needs a few seconds to delete the children of a deleted QLoRAJob."""
+NAME_CONFLICT_PATIENCE: Final = timedelta(minutes=5)
+"""A prepare Job of a deleted QLoRAJob that still exists then is on a node that does not respond."""
+
+
+async def apply_decision(  # noqa: PLR0913, PLR0917 (everything that a decision is applied to)
+    decision: Decision, job: Job, children: Observation, cluster: Cluster, installation: Installation, now: datetime
+) -> tuple[Decision, bool]:
+    """Apply a decision to the children; return it, or its replacement if a child is refused, and if any was created."""
+    created = False
+    try:
+        for child in build_children(decision, job, installation):
+            created |= await cluster.ensure(child)
+    except NameConflictError as error:
+        return on_name_conflict(error, decision, job, now), created
+    except AdmissionDeniedError as error:
+        return on_admission_denied(error, job), created
+    if decision.action is Action.DELETE_RUNNING_JOBS:
+        await delete_running_jobs(job, children, cluster)
+    for outdated in outdated_prepare_jobs(job, children):
+        await cluster.delete_job(job.ref, outdated)
+    return decision, created
+
+
+async def limit_jobs(decision: Decision, job: Job, children: Observation, cluster: Cluster, now: datetime) -> Decision:
+    """Adjust the deadlines of the Jobs, delete those that outlive what they were for, and return when the next will."""
+    if decision.action is Action.NONE:
+        for patch in outdated_deadlines(decision, job, children, now):
+            await cluster.patch(patch)
+        decision = await queue_jobs(decision, job, children, cluster)
+        for leftover in leftover_jobs(job.status, children, now):
+            await cluster.delete_job(job.ref, leftover)
+    requeue_at = earliest(now, decision.requeue_at, next_leftover(job.status, children, now))
+    return replace(decision, requeue_at=requeue_at or decision.requeue_at)
+
+
+async def queue_jobs(decision: Decision, job: Job, children: Observation, cluster: Cluster) -> Decision:
+    """Put suspended Jobs into the queue of their run; a queue that admits one meanwhile refuses the change."""
+    try:
+        for patch in missing_queue_labels(job, children):
+            await cluster.patch(patch)
+    except AdmissionDeniedError as error:
+        return replace(decision, message=f"spec.queue: {error}", requeue_after=ADMISSION_DENIED_RETRY)
+    return decision
+
+
+async def refresh_run_config(  # noqa: PLR0913, PLR0917 (as apply_decision)
+    decision: Decision,
+    job: Job,
+    children: Observation,
+    cluster: Cluster,
+    installation: Installation,
+    report: Progress | None,
+) -> None:
+    """Give the newest checkpoint to the next start of an attempt that its queue has suspended; its ConfigMap stays."""
+    attempt, plan = decision.attempt, job.status.plan
+    train = children.train(attempt.number) if attempt and attempt.container_seconds else None
+    if decision.phase is not Phase.QUEUED or attempt is None or train is None or plan is None:
+        return
+    message = classify_child(job, children.prepare, train.created_at).termination_message if children.prepare else None
+    if message is None or message.prepared is None:
+        return
+    newest = derive_checkpoint(job.status, decision, report)
+    if job.status.phase is Phase.QUEUED and newest == job.status.checkpoint:
+        return
+    known = {"checkpoint": newest, "last_report": report or job.status.last_report}
+    checkpoint = checkpoint_of_restart(job.status.model_copy(update=known), train.suspended_at)
+    published = reported_manifests(job.spec, job.status, attempt.number + 1)
+    run = AttemptInputs(attempt.number, plan, message.prepared, checkpoint=checkpoint, published=published)
+    installation = replace(installation, image=plan.image or installation.image)
+    await cluster.ensure(build_run_config(Owner(job.ref, job.uid), job.spec, run, installation))
+
+
+def build_children(decision: Decision, job: Job, installation: Installation) -> tuple[Manifest, ...]:
+    """Return the children to create, the ConfigMap first, because the pod mounts it."""
+    owner = Owner(job.ref, job.uid)
+    image = job.status.plan.image if job.status.plan else None
+    installation = replace(installation, image=image or installation.image)
+    if decision.action is Action.PREPARE and decision.preparation:
+        return (
+            build_prepare_config(owner, job.spec, installation, reported_manifests(job.spec, job.status)),
+            build_prepare_job(owner, job.spec, installation, decision.preparation),
+        )
+    if decision.action is Action.TRAIN and decision.plan and decision.prepared and decision.attempt:
+        run = AttemptInputs(
+            decision.attempt.number,
+            decision.plan,
+            decision.prepared,
+            avoided_nodes=decision.attempt.avoided_nodes or (),
+            disliked_nodes=disliked_nodes(job.status.attempts),
+            checkpoint=reported_checkpoint(job.status, decision.attempt.number),
+            published=reported_manifests(job.spec, job.status, decision.attempt.number),
+        )
+        return (
+            build_run_config(owner, job.spec, run, installation),
+            *([build_service(owner, run.attempt)] if run.plan.nodes > 1 else []),
+            build_train_job(owner, job.spec, run, installation),
+        )
+    return ()
+
+
+def on_name_conflict(error: NameConflictError, decision: Decision, job: Job, now: datetime) -> Decision:
+    """Wait for the child of an earlier QLoRAJob to be deleted; fail a new run if the name is of something else.
+
+    A prepare Job is not waited for without end: the next one has another name.
+    """
+    if not error.being_deleted and job.status.attempts:
+        return Decision(Phase.SCHEDULING, Reason.POD_REJECTED, str(error), requeue_after=ADMISSION_DENIED_RETRY)
+    if not error.being_deleted:
+        return Decision(Phase.FAILED, Reason.INVALID_SPEC, str(error))
+    waiting = Decision(Phase.PENDING, Reason.ACCEPTED, str(error), requeue_after=NAME_CONFLICT_RETRY)
+    waited = job.status.started_at is not None and now >= job.status.started_at + NAME_CONFLICT_PATIENCE
+    if decision.action is Action.PREPARE and decision.preparation is not None and waited:
+        return replace(waiting, preparation=next_preparation(decision.preparation))
+    return replace(waiting, preparation=decision.preparation)
+
+
+def on_admission_denied(error: AdmissionDeniedError, job: Job) -> Decision:
+    """Fail if the child can never be created; wait if a policy may change, or if one like it was valid before."""
+    if error.permanent and not job.status.attempts:
+        return Decision(Phase.FAILED, Reason.INVALID_SPEC, str(error))
+    return Decision(Phase.PENDING, Reason.POD_REJECTED, str(error), requeue_after=ADMISSION_DENIED_RETRY)
+
+
+async def delete_running_jobs(job: Job, children: Observation, cluster: Cluster) -> None:
+    """Delete the Jobs that still run; their pods get the grace period to write a checkpoint.
+
+    A Job whose pods have ended is kept, even if it is not marked as finished yet: it may hold the result of prepare.
+    """
+    for child in children.jobs:
+        if child.holds_resources and not child.deleting:
+            await cluster.delete_job(job.ref, child)
+
+
+def outdated_prepare_jobs(job: Job, children: Observation) -> list[ChildJob]:
+    """Return the prepare Jobs before the recorded one; nothing waits for their deletion."""
+    current = job.status.preparation.number if job.status.preparation else 1
+    return [
+        child
+        for child in children.jobs
+        if child.role is Role.PREPARE and child.attempt < current and not child.deleting
+    ]
+
+
+def missing_queue_labels(job: Job, children: Observation) -> list[Manifest]:
+    """Return the patches that put suspended Jobs into the queue of their run: prepare Jobs, and after it changed."""
+    queue, queued = job.spec.queue, queued_jobs(children)
+    if queue is None:
+        return []
+    return [
+        build_queue_labels(job.ref, child, queue)
+        for child in children.jobs
+        if child.name in queued
+        and (child.queue, child.priority_class) != (queue.name, queue.priority_class or child.priority_class)
+    ]
+
+
+def outdated_deadlines(decision: Decision, job: Job, children: Observation, now: datetime) -> list[Manifest]:
+    """Return the patches that Jobs need when a container starts, is suspended, or spec.deadlines.total changes."""
+    if job.skew.unreadable:
+        return []
+    attempts = merge_attempt(job.status.attempts, decision.attempt)
+    return [
+        build_deadline(job.ref, child, seconds)
+        for child in children.jobs
+        if not (child.finished or child.failing or child.deleting or not child.holds_resources)
+        and (seconds := job_deadline(job, child, attempts, now)) != child.deadline_seconds
+    ]
