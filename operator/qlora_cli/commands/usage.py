@@ -217,7 +217,7 @@ def describe_rest(total: GpuTime, savings: Savings) -> Iterator[str]:
         yield f"saved  {known}results found published: {savings.reused}{unknown}"
     if savings.refused:
         reasons = ", ".join(f"{count} {reason}" for reason, count in savings.refused.most_common())
-        yield f"saved  {savings.refused_gpus} GPUs, for an unknown time, were never held by refused runs: {reasons}"
+        yield f"saved  GPUs that refused runs never held, for an unknown time: {savings.refused_gpus} ({reasons})"
     if total.costs and total.unpriced:
         yield f"{hours(total.unpriced)} GPU-hours have no price"
 
