@@ -14,10 +14,6 @@ from tests.chaos.promises import Dose, promise
 from tests.chaos.trainer.lives import INTERVAL, STEPS, TrainerProcess, TrainerRun, TrainerRuns
 from tests.cluster.services.toxiproxy import Toxiproxy
 
-STOP_SECONDS = 15
-"""Longest time from SIGTERM to exit, with a model whose step takes less than a second."""
-
-
 def start_and_wait(run: TrainerRun, chance: random.Random, seconds: float) -> TrainerProcess:
     """Start an attempt, and return after a random time, or when it has exited."""
     process = run.start()
@@ -100,7 +96,7 @@ def test_stops(runs: TrainerRuns, uninterrupted: tuple[str, float], dose: Dose, 
     assert last.wait_for_exit() == 0
     assert run.verified_adapter() == adapter
     assert last.resumed == before or not last.step  # it may find a published result
-    assert max(durations) < STOP_SECONDS
+    assert max(durations) < GRACE_SECONDS
     outcome(f"{stops} stops, no step repeated; the longest took {max(durations):.1f} s")
 
 
