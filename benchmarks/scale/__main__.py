@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import json
+import math
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -43,7 +44,8 @@ from tests.integration.operator_process import ACCOUNT, OPERATOR_NAMESPACE, Oper
 
 RESULTS: Final = Path(__file__).parents[1] / "results"
 NODES: Final = 100
-"""Simulated nodes with eight GPUs each."""
+"""Simulated nodes with GPUS_PER_NODE GPUs each."""
+GPUS_PER_NODE: Final = 8
 LIBRARIES: Final = ("kopf", "kubernetes", "pydantic", "aiohttp")
 ACCOUNTS: Final = (f"{OPERATOR_NAMESPACE}:{ACCOUNT}", "jobset-system:jobset")
 
@@ -128,7 +130,8 @@ async def measure_reports(runs: int, finished: int, seconds: float) -> Reporting
     """Measure the operator while runs report."""
     print(f"{runs} QLoRAJobs that report beside {finished} that have finished", flush=True)
     stages = "\n---\n".join((pods_that_run(), build_prepare_end()))
-    with open_cluster(stages) as (cluster, audit), install_operator(cluster, audit) as operator:
+    nodes = max(NODES, math.ceil(runs / GPUS_PER_NODE))
+    with open_cluster(stages, nodes) as (cluster, audit), install_operator(cluster, audit) as operator:
         async with connect(cluster) as api:
             return await measure_reporting(api, operator, audit, build_qlorajob, runs, finished, seconds)
 
@@ -146,12 +149,12 @@ def install_operator(cluster: Cluster, audit: Audit) -> Iterator[Operator]:
 
 
 @contextmanager
-def open_cluster(stages: str) -> Iterator[tuple[Cluster, Audit]]:
+def open_cluster(stages: str, nodes: int = NODES) -> Iterator[tuple[Cluster, Audit]]:
     """Start a control plane with an audit log of writes, simulated GPU nodes and both CRDs."""
     with tempfile.TemporaryDirectory() as folder:
         audit = Audit(Path(folder))
         with Cluster.start(
-            kwok_nodes=NODES, stages=stages, s3=False, api_server_flags=audit.flags(*ACCOUNTS)
+            kwok_nodes=nodes, stages=stages, s3=False, api_server_flags=audit.flags(*ACCOUNTS)
         ) as cluster:
             install(cluster)
             cluster.kubectl("create", "namespace", NAMESPACE)

@@ -37,6 +37,8 @@ REPORT_SECONDS: Final = 5.0
 CHECKPOINT_STEPS: Final = 60
 """Reports between two checkpoints: five minutes."""
 START: Final = datetime(2026, 3, 1, tzinfo=UTC)
+ADDRESSES: Final = 250
+"""Loopback addresses in one subnet that runs report from."""
 TOKEN_CLIENTS: Final = 4
 """Tokens that are requested concurrently: each is signed."""
 CALLS: Final = "qlora_operator_api_requests_total"
@@ -125,7 +127,7 @@ class Reporters:
         """Runs whose reports were taken since this was cleared."""
         self._port = port
         self._tasks = [
-            asyncio.create_task(self._report(run, token, number * REPORT_SECONDS / len(tokens)))
+            asyncio.create_task(self._report(run, token, number, number * REPORT_SECONDS / len(tokens)))
             for number, (run, token) in enumerate(tokens.items())
         ]
 
@@ -139,10 +141,13 @@ class Reporters:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _report(self, run: str, token: str, delay: float) -> None:
+    async def _report(self, run: str, token: str, number: int, delay: float) -> None:
         await asyncio.sleep(delay)
+        # As from as many pods: the operator bounds the connections of one address.
+        connector = aiohttp.TCPConnector(local_addr=(f"127.0.{1 + number // ADDRESSES}.{1 + number % ADDRESSES}", 0))
         url = f"http://127.0.0.1:{self._port}{names.progress_path(NAMESPACE, run)}"
-        async with aiohttp.ClientSession(headers={"Authorization": f"Bearer {token}"}) as session:
+        headers = {"Authorization": f"Bearer {token}"}
+        async with aiohttp.ClientSession(connector=connector, headers=headers) as session:
             for step in range(1, 1_000_000):
                 start = time.monotonic()
                 try:
