@@ -10,6 +10,8 @@ from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command_from_info
 from typer.models import CommandInfo
 
+from qlora_cli.errors import exit_on_path_error
+
 
 @dataclass(frozen=True)
 class CommandEntry:
@@ -146,7 +148,7 @@ class _LazyCommands(MutableMapping[str, Any]):
 def _load(name: str) -> TyperCommand:
     entry = COMMANDS[name]
     function = getattr(import_module(f"qlora_cli.commands.{entry.module}"), entry.function)
-    info = CommandInfo(name=name, callback=function)
+    info = CommandInfo(name=name, callback=exit_on_path_error(function))
     command = get_command_from_info(info, pretty_exceptions_short=True, rich_markup_mode="rich")
     return cast("TyperCommand", command)
 

@@ -1,10 +1,11 @@
 """How commands fail: errors that the user can fix become a message and an exit code."""
 
 import contextlib
+import functools
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
-from typing import Final, Never
+from typing import Any, Final, Never
 
 import typer
 from rich.text import Text
@@ -14,6 +15,7 @@ from qlora_api.reasons import REASONS, Reason
 from qlora_cli.console import Console, print_line, print_text
 from qlora_cli.hub_cache import hub_caches
 from qlora_cli.local.trainer_libraries import NoGpuError, NoTrainerError
+from qlora_cli.uris import LocalPathError
 from qlora_planner.sizing import DoesNotFitError
 
 _REASONS: Final[Mapping[type[Exception], Reason]] = {
@@ -88,3 +90,21 @@ def exit_error_without_remedy(console: Console, _reason: Reason | None, message:
     """Print the message of an error, and exit with code 1; for commands without a manifest to fix."""
     print_text(console, message, "error: ", "bold red")
     raise typer.Exit(1)
+
+
+def exit_on_path_error(command: Callable[..., None]) -> Callable[..., None]:
+    """Return a command that exits with a message where a path that it was given cannot be used on this machine."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **options: Any) -> None:
+        try:
+            command(*args, **options)
+        except LocalPathError as error:
+            exit_error_without_remedy(Console(stderr=True), None, escape_line(str(error)))
+        except OSError as error:
+            if error.filename is None:
+                raise  # not of a path, such as of a connection: ours
+            message = f"{error.filename!r} cannot be used: {error.strerror}; correct the path, or its permissions"
+            exit_error_without_remedy(Console(stderr=True), None, escape_line(message))
+
+    return run

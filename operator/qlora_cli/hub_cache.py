@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Final
 
-from qlora_cli.uris import to_display_path
+from qlora_cli.uris import to_absolute_path, to_display_path
 
 _TRUE: Final = frozenset({"1", "ON", "YES", "TRUE"})
 
@@ -12,10 +12,10 @@ _TRUE: Final = frozenset({"1", "ON", "YES", "TRUE"})
 def hub_caches(mirror: str | None) -> tuple[Path, ...]:
     """Return the folders with the layout of a hub cache: the mirror, or the cache of huggingface_hub."""
     if mirror:
-        return (Path(to_display_path(mirror)).expanduser(),)
+        return (to_absolute_path(to_display_path(mirror), "--hub-mirror"),)
     home = os.environ.get("HF_HOME") or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/huggingface"
     cache = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or f"{home}/hub"
-    return (Path(cache).expanduser(),)
+    return (to_absolute_path(cache, "HF_HUB_CACHE, HF_HOME or XDG_CACHE_HOME"),)
 
 
 def offline_hub_cache() -> str | None:

@@ -36,6 +36,9 @@ BaseModel: TypeAlias = Annotated[
 def make_platform(hub_mirror: str | None, hub_endpoint: str | None, s3_endpoint: str | None) -> Platform:
     """Return the settings of hub and object store; offline, the hub's cache is the mirror."""
     mirror = hub_mirror or offline_hub_cache()
+    mirror_uri = to_uri(mirror, "--hub-mirror") if mirror else None
     return Platform(
-        s3=S3Config(endpoint=s3_endpoint), hub_endpoint=hub_endpoint, hub_mirror=to_uri(mirror) if mirror else None
+        s3=S3Config(endpoint=s3_endpoint),
+        hub_endpoint=hub_endpoint,
+        hub_mirror=mirror_uri,
     )

@@ -34,9 +34,9 @@ ALLOWED: Final = {
     ("model_config.py", "repository / 'refs' / revision"): "spec.model.revision, whose pattern has no '..'",
     ("model_config.py", "cache / f\"models--{name.replace('/', '--')}\""): "spec.model.uri; a segment without '/'",
     (
-        "local_paths.py",
-        "base.absolute() / Path(path).expanduser()",
-    ): "a path that `qlora run` is to read on this machine",
+        "uris.py",
+        "(base or Path.cwd()).absolute() / Path(text).expanduser()",
+    ): "a path that a person gave, to be read on this machine",
     ("local_paths.py", "base / text"): "as above; it is only looked up",
 }
 """Joins of texts that nobody else chooses, with the reason."""

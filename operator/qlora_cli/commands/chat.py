@@ -101,9 +101,9 @@ def load_chat_model(
     from qlora_trainer.inference.multi_adapter_chat import load_multi_adapter_model  # noqa: PLC0415 (comes with torch)
 
     request = ChatRequest(
-        adapters=tuple(map(to_uri, adapters)),
+        adapters=tuple(to_uri(adapter, "--adapter") for adapter in adapters),
         device=choose_device(device),
-        model=to_model_uri(model) if model else None,
+        model=to_model_uri(model, "--base-model") if model else None,
     )
     with console.status("loading base and adapters"):
         return load_multi_adapter_model(request, sources, work, lambda text: print_line(console, text))

@@ -25,8 +25,8 @@ from qlora_cli.manifests.loader import JobManifest, ManifestError, parse_manifes
 from qlora_cli.manifests.local_paths import local_fields, resolve_local_paths, to_local_uri
 from qlora_cli.manifests.model_config import NoConfigError, load_config
 from qlora_cli.manifests.validation_messages import field_at
-from qlora_cli.manifests.yaml_documents import STDIN, parse_documents
-from qlora_cli.uris import to_display_path
+from qlora_cli.manifests.yaml_documents import STDIN, YamlError, parse_documents
+from qlora_cli.uris import to_absolute_path, to_display_path
 from qlora_planner.validation import COMMON_RULES
 
 SHOWN_FIELDS: Final = (
@@ -78,12 +78,13 @@ def init(  # noqa: PLR0913, PLR0917 (an option each)
 ) -> None:
     """Write a first manifest, with the description of each field."""
     console = Console(stderr=True)
+    to_absolute_path(file, "FILE")
     try:
         chosen, notes = choose_fields(InitOptions(model, dataset, to, secret, gpus), _folder_of(file))
         text = write_manifest(name, chosen, notes)
         [document] = parse_documents(text, "the new manifest")
         parse_manifest(resolve_local_paths(document, _folder_of(file)), COMMON_RULES)
-    except (ManifestError, PreviewError) as error:
+    except (ManifestError, YamlError, PreviewError) as error:
         exit_error_without_remedy(
             console, None, escape_line(str(error)) if isinstance(error, PreviewError) else str(error)
         )

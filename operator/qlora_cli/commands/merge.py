@@ -24,7 +24,7 @@ from qlora_cli.options import (
     S3Endpoint,
     make_platform,
 )
-from qlora_cli.uris import to_model_uri, to_uri
+from qlora_cli.uris import to_absolute_path, to_model_uri, to_uri
 
 
 class Base(StrEnum):
@@ -49,8 +49,9 @@ def merge(  # noqa: PLR0913, PLR0917 (an option each)
     """Merge an adapter with its base into one bf16 model, and measure the difference."""
     console = Console(stderr=True)
     platform = make_platform(hub_mirror, hub_endpoint, s3_endpoint)
-    model = to_model_uri(base_model) if base_model else None
-    request = MergeRequest(adapter=to_uri(adapter), target=str(to), base=base.value, model=model)
+    model = to_model_uri(base_model, "--base-model") if base_model else None
+    to_absolute_path(str(to), "--to")
+    request = MergeRequest(adapter=to_uri(adapter, "ADAPTER"), target=str(to), base=base.value, model=model)
     with exit_on_error(console, "nothing was written", exit_error_without_remedy):
         merged = run_merge(request, platform, console)
     if output is not OutputFormat.TABLE:

@@ -10,6 +10,7 @@ import typer
 
 from qlora_api.escapes import escape_line
 from qlora_api.names import output_root
+from qlora_api.report import ManifestFile
 from qlora_api.result import is_below
 from qlora_api.v1alpha1 import EvaluationStatus
 from qlora_cli.cluster.client import ClusterError
@@ -20,7 +21,7 @@ from qlora_cli.display.formats import print_data
 from qlora_cli.display.result import comparison_table
 from qlora_cli.errors import exit_error_without_remedy
 from qlora_cli.local.output_store import MAX_READ_BYTES, OutputError, open_output_store
-from qlora_cli.local.published_results import find_result, is_result
+from qlora_cli.local.published_results import check_listed, find_result, is_result
 from qlora_cli.options import OutputFormat, OutputOption, S3Endpoint
 from qlora_cli.uris import to_display_path
 
@@ -53,6 +54,8 @@ def report(  # noqa: PLR0913, PLR0917 (an option each)
                 page = _find_page(Path(to_display_path(found.folder)))
             else:
                 page = download_report(found.folder, to or Path(f"{found.name}-report"), s3_endpoint) / REPORT_PAGE
+            if found.files:
+                check_listed(found.files, f"report/{REPORT_PAGE}", page.read_bytes())
         except OutputError as error:
             exit_error_without_remedy(console, None, escape_line(str(error)))
     show_report(found.evaluation, page)
@@ -76,13 +79,15 @@ class Report:
     folder: str
     """URI."""
     evaluation: EvaluationStatus | None
+    files: tuple[ManifestFile, ...] = ()
+    """What the manifest lists; none if a cluster names the report."""
 
 
 def _locate(name: str, endpoint: str | None, console: Console, connect: Connect) -> Report:
     """Return the report of a result in a folder or a bucket, or of a QLoRAJob."""
     if is_result(name):
         result = find_result(name, endpoint, lambda text: print_line(console, text))
-        return Report(result.report.job, f"{result.uri}/report", result.report.evaluation)
+        return Report(result.report.job, f"{result.uri}/report", result.report.evaluation, result.files)
     connection = connect.open()
     job = get_job(connection.cluster, connection.ref(name))
     return Report(name, find_report(job), job.status.evaluation)

@@ -12,6 +12,7 @@ import typer
 from qlora_api.accelerators import NVIDIA
 from qlora_api.escapes import escape_line, shell_command
 from qlora_api.names import CLAIM_SCHEME
+from qlora_api.report import ManifestFile
 from qlora_api.units import KIB
 from qlora_api.untrusted_json import InvalidJsonError, parse_object
 from qlora_api.v1alpha1 import LoraSpec, QLoRAJobSpec
@@ -30,7 +31,7 @@ from qlora_cli.console import Console, echo, print_line
 from qlora_cli.display.formats import to_yaml
 from qlora_cli.errors import exit_error_without_remedy
 from qlora_cli.local.output_store import OutputError, open_output_store
-from qlora_cli.local.published_results import find_result, is_result
+from qlora_cli.local.published_results import check_listed, find_result, is_result
 from qlora_cli.options import S3Endpoint
 from qlora_cli.uris import to_display_path
 
@@ -183,9 +184,10 @@ def serve_snippet(  # noqa: PLR0913, PLR0917 (an option each)
     kubeconfig: Kubeconfig = None,
 ) -> None:
     """Print how to serve a published run, with the base model's commit and the right --max-lora-rank."""
+    listed: tuple[ManifestFile, ...] = ()
     with exit_on_cluster_error() as console:
         if is_result(name):
-            served = _resolve_in_folder(name, s3_endpoint, console)
+            served, listed = _resolve_in_folder(name, s3_endpoint, console)
         else:
             connection = open_connection(namespace, context, kubeconfig)
             served = resolve_served_model(get_job(connection.cluster, connection.ref(name)))
@@ -195,19 +197,23 @@ def serve_snippet(  # noqa: PLR0913, PLR0917 (an option each)
             )
     if served.adapter:
         try:
-            served = replace(served, generation_config=read_generation_config(served.adapter, s3_endpoint))
+            served = replace(served, generation_config=read_generation_config(served.adapter, s3_endpoint, listed))
         except OutputError as error:
             echo(f"{escape_line(str(error))}; {_UNKNOWN_STOPS[server]}", err=True)
     echo(WRITERS[server](served), nl=False)
 
 
-def _resolve_in_folder(text: str, endpoint: str | None, console: Console) -> ServedModel:
+def _resolve_in_folder(
+    text: str, endpoint: str | None, console: Console
+) -> tuple[ServedModel, tuple[ManifestFile, ...]]:
+    """Return how to serve a result in a folder or a bucket, and the files that its manifest lists."""
     try:
         result = find_result(text, endpoint, lambda note: print_line(console, note))
     except OutputError as error:
         exit_error_without_remedy(console, None, escape_line(str(error)))
     report = result.report
-    return make_served_model(report.job, report.spec, report.prepared.model.commit, result.adapter, result.merged)
+    commit = report.prepared.model.commit
+    return make_served_model(report.job, report.spec, commit, result.adapter, result.merged), result.files
 
 
 def _local_path(served: ServedModel) -> str | None:
@@ -216,11 +222,11 @@ def _local_path(served: ServedModel) -> str | None:
     return to_display_path(uris[0]) if uris else None
 
 
-def read_generation_config(adapter: str, endpoint: str | None) -> str:
+def read_generation_config(adapter: str, endpoint: str | None, listed: tuple[ManifestFile, ...] = ()) -> str:
     """Return an adapter's generation_config.json as one line of JSON; empty if there is none, as in older results.
 
     Raises:
-        OutputError: The adapter cannot be read from this machine.
+        OutputError: The adapter cannot be read from this machine, or the file is not the one of its manifest.
 
     """
     if adapter.startswith(CLAIM_SCHEME):
@@ -229,6 +235,8 @@ def read_generation_config(adapter: str, endpoint: str | None) -> str:
         if not any(file.path == GENERATION_CONFIG for file in files.list(on_refused=lambda _: None)):
             return ""
         content = files.read(GENERATION_CONFIG, _MAX_GENERATION_CONFIG_BYTES)
+    if listed:
+        check_listed(listed, f"adapter/{GENERATION_CONFIG}", content)
     try:
         return json.dumps(parse_object(content, _MAX_GENERATION_CONFIG_BYTES))
     except InvalidJsonError as error:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
-import yaml
 from pydantic import ValidationError
 from rich.console import Group
 
@@ -35,6 +34,7 @@ from qlora_cli.gpu_time import (
     tabulate_gpu_time,
     total_of,
 )
+from qlora_cli.manifests.yaml_documents import YamlError, parse_documents, read_text
 from qlora_cli.options import OutputFormat
 
 SECONDS_PER_HOUR: Final = 3600
@@ -133,11 +133,9 @@ def _read_date(text: str, option: str, example: str) -> datetime:
 def read_prices(path: Path) -> GpuPrices:
     """Return the prices of a file."""
     try:
-        return GpuPrices.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise typer.BadParameter(
-            f"{escape_line(str(path))}: {escape_line(str(error))}", param_hint="--prices"
-        ) from None
+        return GpuPrices.model_validate(_read_value(path))
+    except YamlError as error:
+        raise typer.BadParameter(escape_line(str(error)), param_hint="--prices") from None
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"])) or "the file"
@@ -146,6 +144,13 @@ def read_prices(path: Path) -> GpuPrices:
             '`gpuPrices: {NVIDIA-A10: "1.20"}`',
             param_hint="--prices",
         ) from None
+
+
+def _read_value(path: Path) -> object:
+    documents = parse_documents(read_text(str(path)), str(path))
+    if len(documents) > 1 or any(document.duplicates for document in documents):
+        raise YamlError(f"{path}: has several documents, or a key twice; keep one of them")
+    return documents[0].value if documents else None
 
 
 def show(

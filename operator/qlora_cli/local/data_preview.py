@@ -55,9 +55,11 @@ def preview_data(path: Path) -> DataPreview:
         if not valid:
             raise PreviewError(f"{path} has no rows that can be read; see docs/data.md for the formats")
         name, why = detect_format(valid[0])
+        longest = max(len(json.dumps(row, ensure_ascii=False, default=str)) for row in valid)
     except (FileError, RowError, OSError, ValueError, ImportError) as error:
         raise PreviewError(f"{path}: {error}") from error
-    longest = max(len(json.dumps(row, ensure_ascii=False, default=str)) for row in valid)
+    except TypeError as error:  # a map of a Parquet file may have bytes or dates as keys
+        raise PreviewError(f"{path}: a row has an object whose keys are not text; write the keys as text") from error
     return DataPreview(
         min(len(rows), MAX_PREVIEWED), len(rows) <= MAX_PREVIEWED, f"{name} rows, by the field {why}", longest
     )

@@ -1,5 +1,7 @@
 """Finds a published result in a folder or below an s3:// URI, without a cluster."""
 
+import contextlib
+import hashlib
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -8,7 +10,8 @@ from typing import Final, TypeVar
 
 from pydantic import BaseModel
 
-from qlora_api.report import ResultManifest, RunReport
+from qlora_api.names import MAX_JOB_NAME
+from qlora_api.report import ManifestFile, ResultManifest, RunReport
 from qlora_api.tolerant_reader import ignore_unknown
 from qlora_cli.local.output_store import MAX_READ_BYTES, OutputError, OutputStore, open_output_store
 from qlora_cli.manifests.local_paths import is_folder_or_uri
@@ -23,6 +26,7 @@ _RESULT_LEVELS: Final = ("", "*/", "*/*/")
 """Folders between an output and a result: its name and its digest."""
 _NAME: Final = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
 """Names of QLoRAJobs; whoever can write to the bucket could have chosen another, which becomes a path here."""
+_READABLE: Final = ("file://", "s3://")
 Content = TypeVar("Content", bound=BaseModel)
 
 
@@ -34,6 +38,8 @@ class PublishedResult:
     report: RunReport
     merged: str | None
     """URI of the merged model, if there is one."""
+    files: tuple[ManifestFile, ...] = ()
+    """What its manifest lists."""
 
     @property
     def adapter(self) -> str:
@@ -45,7 +51,9 @@ def is_result(text: str) -> bool:
     """Return whether an argument is a folder or URI with results, and not the name of a QLoRAJob."""
     if is_folder_or_uri(text):
         return True
-    return any(next(Path(text).glob(f"{level}{MANIFEST}"), None) is not None for level in _RESULT_LEVELS)
+    with contextlib.suppress(OSError, ValueError):  # such as a name that is too long for a file
+        return any(next(Path(text).glob(f"{level}{MANIFEST}"), None) is not None for level in _RESULT_LEVELS)
+    return False
 
 
 def find_result(text: str, endpoint: str | None, note: Callable[[str], None]) -> PublishedResult:
@@ -60,7 +68,9 @@ def find_result(text: str, endpoint: str | None, note: Callable[[str], None]) ->
         OutputError: There is none, or it cannot be read.
 
     """
-    uri = _above(to_uri(text).rstrip("/"))
+    uri = _above(to_uri(text, "NAME").rstrip("/"))
+    if not uri.startswith(_READABLE):
+        raise OutputError(f"NAME: {text} is neither a folder nor an s3:// URI; download it first, and give the folder")
     if uri.startswith("file://") and not Path(to_display_path(uri)).is_dir():
         raise OutputError(f"{text} is no folder; give the output of a run, such as out, or the name of a QLoRAJob")
     with open_output_store(uri, endpoint) as files:
@@ -70,14 +80,40 @@ def find_result(text: str, endpoint: str | None, note: Callable[[str], None]) ->
             raise OutputError(
                 f"{text} has no published result, which has a {MANIFEST}; give the output of a run that was published"
             )
-        newest = max(folders, key=lambda folder: _read(files, f"{folder}{MANIFEST}", ResultManifest).created_at)
+        manifests = {folder: _read_manifest(files, f"{folder}{MANIFEST}") for folder in folders}
+        newest = max(folders, key=lambda folder: manifests[folder].created_at)
         if len(folders) > 1:
             note(f"{text} has {len(folders)} results; this is the newest, {newest.rstrip('/')}")
-        report = _read(files, f"{newest}{REPORT}", RunReport)
-    if not _NAME.fullmatch(report.job):
-        raise OutputError(f"{newest}{REPORT} names the run {report.job!r}, and no QLoRAJob has such a name; check it")
+        listed = manifests[newest].files
+        content = files.read(f"{newest}{REPORT}", MAX_READ_BYTES)
+    check_listed(listed, REPORT, content)
+    report = _parse(RunReport, content, f"{newest}{REPORT}")
+    if len(report.job) > MAX_JOB_NAME or not _NAME.fullmatch(report.job):
+        shown = report.job[: MAX_JOB_NAME + 1]
+        raise OutputError(f"{newest}{REPORT} names the run {shown!r}, and no QLoRAJob has such a name; check it")
     root = f"{uri}/{newest}".rstrip("/")
-    return PublishedResult(root, report, _merged_in(root, newest, paths))
+    return PublishedResult(root, report, _merged_in(root, newest, paths), listed)
+
+
+def check_listed(files: Iterable[ManifestFile], path: str, content: bytes) -> None:
+    """Check that a file of a result is the one that its manifest lists.
+
+    Args:
+        files: What the manifest lists; a result beside another one has its folder in the paths.
+        path: Path relative to the result.
+        content: What is there.
+
+    Raises:
+        OutputError: The manifest does not list the file, or with another SHA-256.
+
+    """
+    found = next((file for file in files if file.path == path or file.path.endswith(f"/{path}")), None)
+    if found is None or hashlib.sha256(content).hexdigest() != found.sha256:
+        problem = "is not listed in" if found is None else "does not have the SHA-256 of"
+        raise OutputError(
+            f"{path} {problem} the result's {MANIFEST}: somebody changed it after it was published; copy the result "
+            "again, or train again"
+        )
 
 
 def _above(uri: str) -> str:
@@ -96,8 +132,12 @@ def _merged_in(root: str, folder: str, paths: Iterable[str]) -> str | None:
     return f"{root}/{found[-1].removesuffix(f'/{MANIFEST}')}" if found else None
 
 
-def _read(files: OutputStore, path: str, kind: type[Content]) -> Content:
+def _read_manifest(files: OutputStore, path: str) -> ResultManifest:
+    return _parse(ResultManifest, files.read(path, MAX_READ_BYTES), path)
+
+
+def _parse(kind: type[Content], content: bytes, path: str) -> Content:
     try:
-        return ignore_unknown(kind, files.read(path, MAX_READ_BYTES), path)
+        return ignore_unknown(kind, content, path)
     except ValueError as error:
         raise OutputError(f"{path} is not what a run publishes; give another result") from error

@@ -9,11 +9,17 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import urlparse
 
 from qlora_cli.manifests.validation_messages import write_location
-from qlora_cli.manifests.yaml_documents import Document, Location
-from qlora_cli.uris import FILE_SCHEME, path_of_relative_uri, to_display_path
+from qlora_cli.manifests.yaml_documents import Document, Location, YamlError
+from qlora_cli.uris import (
+    FILE_SCHEME,
+    LocalPathError,
+    has_scheme,
+    path_of_relative_uri,
+    to_absolute_path,
+    to_display_path,
+)
 
 DATA_FILE: Final = re.compile(r"\.(jsonl|json|csv|tsv|parquet|arrow|txt)(\.gz|\.zst)?$", re.IGNORECASE)
 """Names of data files; a path with another name is one only if it exists, or starts with './', '../', '/' or '~'."""
@@ -28,10 +34,16 @@ def resolve_local_paths(document: Document, base: Path) -> Document:
         document: A QLoRAJob.
         base: Folder that relative paths start from: the manifest's.
 
+    Raises:
+        YamlError: A path cannot be used on this machine; the message has position, field, cause and fix.
+
     """
     value = copy.deepcopy(document.value)
     for parent, location in _uri_fields(value):
-        parent["uri"] = to_local_uri(location, parent["uri"], base)
+        try:
+            parent["uri"] = to_local_uri(location, parent["uri"], base)
+        except LocalPathError as error:
+            raise YamlError(f"{document.position_of(location)}: {error}") from error
     return replace(document, value=value)
 
 
@@ -43,12 +55,19 @@ def to_local_uri(location: Location, text: str, base: Path) -> str:
         text: What the manifest says.
         base: Folder that relative paths start from.
 
+    Raises:
+        LocalPathError: The path cannot be used on this machine.
+
     """
+    field = write_location(location)
     if text.startswith(FILE_SCHEME):
         path = path_of_relative_uri(text)
-        return text if path is None else _as_uri(path, base)
+        if path is None:
+            to_absolute_path(to_display_path(text), field)
+            return text
+        return _as_uri(path, field, base)
     is_path = "://" not in text and text != "" and "\0" not in text
-    return _as_uri(text, base) if is_path and _is_local(location, text, base) else text
+    return _as_uri(text, field, base) if is_path and _is_local(location, text, base) else text
 
 
 def _uri_fields(value: Any) -> Iterator[tuple[dict[str, Any], Location]]:
@@ -82,13 +101,13 @@ def _is_local(location: Location, text: str, base: Path) -> bool:
 def _exists(text: str, base: Path) -> bool:
     try:
         return (base / text).exists()
-    except OSError:  # such as a name that is too long
+    except (OSError, ValueError):  # such as a name that is too long, or half a character
         return False
 
 
-def _as_uri(path: str, base: Path) -> str:
+def _as_uri(path: str, field: str, base: Path) -> str:
     """Return an absolute file:// URI; a trailing '/' (a folder) is kept."""
-    absolute = (base.absolute() / Path(path).expanduser()).resolve()
+    absolute = to_absolute_path(path, field, base)
     return absolute.as_uri() + ("/" if path.endswith("/") and absolute != absolute.parent else "")
 
 
@@ -108,4 +127,4 @@ def is_missing(path: str) -> bool:
 
 def is_folder_or_uri(text: str) -> bool:
     """Return whether an argument is a path or a URI, and not the name of a QLoRAJob."""
-    return bool(urlparse(text).scheme) or "/" in text or text.startswith((".", "~"))
+    return has_scheme(text) or "/" in text or text.startswith((".", "~"))

@@ -36,10 +36,11 @@ def load_config(model: ModelSpec, given: str | None, mirror: str | None) -> Mapp
     try:
         with path.open("rb") as stream:
             return parse_object(stream.read(MAX_CONFIG_BYTES + 1), MAX_CONFIG_BYTES)
-    except OSError as error:
-        raise NoConfigError(f"{path}: {error.strerror}") from error
     except InvalidJsonError as error:
         raise NoConfigError(f"{path} {error}; pass the model's own {_CONFIG}") from error
+    except (OSError, ValueError) as error:
+        cause = error.strerror if isinstance(error, OSError) else error
+        raise NoConfigError(f"{path}: {cause}; pass --config {_CONFIG}") from error
 
 
 def find_config(model: ModelSpec, mirror: str | None) -> Path:
@@ -62,11 +63,13 @@ def find_config(model: ModelSpec, mirror: str | None) -> Path:
 def _in_cache(cache: Path, name: str, revision: str) -> Path | None:
     """Find config.json by the documented layout of the cache, so that huggingface_hub need not be installed."""
     repository = cache / f"models--{name.replace('/', '--')}"
-    return next((path for path in _candidates(repository, revision) if path.is_file()), None)
+    with contextlib.suppress(OSError):  # such as a link to a name that is too long
+        return next((path for path in _candidates(repository, revision) if path.is_file()), None)
+    return None
 
 
 def _candidates(repository: Path, revision: str) -> Iterator[Path]:
-    reference = repository / "refs" / revision
-    commit = reference.read_text().strip() if reference.is_file() else revision
-    with contextlib.suppress(ValueError):  # a ref that names no folder
+    with contextlib.suppress(OSError, ValueError):  # a ref that is no text, or names no folder
+        reference = repository / "refs" / revision
+        commit = reference.read_text().strip() if reference.is_file() else revision
         yield ObjectName(commit).below(repository / "snapshots") / _CONFIG

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from qlora_cli.manifests.local_paths import to_local_uri
 from qlora_cli.manifests.yaml_documents import Document, parse_value
+from qlora_cli.uris import LocalPathError
 
 SET_OPTION: Final = "--set"
 
@@ -32,7 +33,10 @@ def parse_override(text: str) -> Override:
         raise OverrideError(f"write {SET_OPTION} path=value, such as {SET_OPTION} lora.rank=8; got {text!r}")
     parsed = parse_value(value)
     if location[-1] == "uri" and isinstance(parsed, str):
-        return Override(location, to_local_uri(location, parsed, Path.cwd()))
+        try:
+            return Override(location, to_local_uri(location, parsed, Path.cwd()))
+        except LocalPathError as error:
+            raise OverrideError(f"{SET_OPTION} {error}") from error
     return Override(location, parsed)
 
 

@@ -14,6 +14,7 @@ from tests.chaos.promises import Dose, promise
 from tests.chaos.trainer.lives import INTERVAL, STEPS, TrainerProcess, TrainerRun, TrainerRuns
 from tests.cluster.services.toxiproxy import Toxiproxy
 
+
 def start_and_wait(run: TrainerRun, chance: random.Random, seconds: float) -> TrainerProcess:
     """Start an attempt, and return after a random time, or when it has exited."""
     process = run.start()

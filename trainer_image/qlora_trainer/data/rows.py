@@ -40,9 +40,11 @@ def shorten(message: object) -> str:
 
 def size_of(content: Any) -> int:
     """Return the size of a text or of a nested value in bytes, or raise RowError if it is not valid Unicode."""
-    text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False, default=str)
     try:
+        text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False, default=str)
         return len(text.encode())
+    except TypeError as error:  # a map of a Parquet file may have bytes or dates as keys
+        raise RowError("has an object whose keys are not text; write the keys as text") from error
     except UnicodeEncodeError as error:
         raise RowError("contains bytes that are not UTF-8, or half a character; save the file as UTF-8") from error
 

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ValidationError
 from qlora_api.object_names import ObjectName
 from qlora_api.reasons import Reason
 from qlora_trainer.errors import RunError
+from qlora_trainer.storage.local_store import files_below
 from qlora_trainer.storage.store import FieldRef
 
 SHARD_INDEX: Final = "model.safetensors.index.json"
@@ -32,7 +33,9 @@ def check_model_files(folder: Path, field: str = "spec.model.uri") -> None:
             MODEL_UNSUPPORTED for an adapter, instead of which transformers loads the base that it names.
 
     """
-    for index in sorted(folder.rglob(_ANY_SHARD_INDEX)):
+    # What cannot be read is no index that transformers could read.
+    files = files_below(folder, lambda _path, _error: None)
+    for index in sorted(file for file in files if file.match(_ANY_SHARD_INDEX)):
         load_shard_index(index, field)
     if (folder / _ADAPTER).is_file():
         raise RunError(

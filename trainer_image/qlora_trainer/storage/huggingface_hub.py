@@ -24,7 +24,7 @@ from qlora_api.object_names import ObjectName
 from qlora_api.reasons import Reason
 from qlora_trainer.errors import RunError
 from qlora_trainer.runtime.liveness import LIVENESS
-from qlora_trainer.storage.store import FieldRef, check_name, report_refused
+from qlora_trainer.storage.store import SIZE, FieldRef, check_name, report_refused
 
 RepoType: TypeAlias = Literal["model", "dataset"]
 
@@ -120,7 +120,7 @@ class Hub:
             hf_raise_for_status(response)
             answer = response.headers
             size = answer.get("Content-Range", "").rpartition("/")[2] or answer.get("Content-Length", "")
-            if not size.isdecimal():
+            if not SIZE.fullmatch(size):
                 raise RunError(
                     Reason.HUB_UNAVAILABLE,
                     f"{self.field_ref.field}: {self.endpoint or PUBLIC_HUB} does not say how long {file} is; use a "

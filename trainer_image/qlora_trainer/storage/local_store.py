@@ -25,6 +25,40 @@ from qlora_trainer.storage.store import (
 )
 
 
+def files_below(folder: Path, on_error: Callable[[str, OSError], None]) -> Iterator[Path]:
+    """Yield every file below a folder, however deep; links to folders are not followed.
+
+    Args:
+        folder: Where to start; without it there are no files.
+        on_error: Called with each path that cannot be read or looked at, such as a folder without permission.
+
+    """
+    folders = [str(folder)] if folder.is_dir() else []
+    while folders:
+        parent = folders.pop()
+        try:
+            with os.scandir(parent) as entries:
+                for entry in entries:
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(entry.path)
+                    elif _is_file(entry, on_error):
+                        yield Path(entry.path)
+        except OSError as error:
+            on_error(parent, error)
+
+
+def _is_file(entry: os.DirEntry[str], on_error: Callable[[str, OSError], None]) -> bool:
+    try:
+        return entry.is_file()
+    except OSError as error:  # a link to a name that is too long, or to a place without permission
+        on_error(entry.path, error)
+        return False
+
+
+def _cannot(error: OSError) -> str:
+    return f"cannot be read: {error.strerror}; correct its permissions or its name"
+
+
 class FileStore:
     """Store in a local folder."""
 
@@ -38,13 +72,19 @@ class FileStore:
         """Return every file below a folder, sorted by path."""
         folder = self.path_of(prefix) if prefix else self.folder
         entries = []
-        found = (path for path in folder.rglob("*") if path.is_file())
-        for file in sorted(check_count(found, self.root, self._field_ref)):
+
+        def refuse(path: str, error: OSError) -> None:
+            where = f"{self._field_ref.field}: {path}"
+            report_refused(path, RunError(Reason.S3_DENIED, f"{where} {_cannot(error)}"), on_refused)
+
+        for file in sorted(check_count(files_below(folder, refuse), self.root, self._field_ref)):
             try:
                 name = check_name(file.relative_to(self.folder).as_posix(), self.root, self._field_ref)
                 entries.append(Entry(name, self.path_of(name).stat().st_size))
             except RunError as error:
                 report_refused(file.name, error, on_refused)
+            except OSError as error:
+                refuse(str(file), error)
         return tuple(entries)
 
     def path_of(self, path: str) -> Path:
@@ -139,7 +179,9 @@ class FileStore:
 
     def exists(self, path: str) -> bool:
         """Return whether the file exists."""
-        return self.path_of(path).is_file()
+        file = self.path_of(path)
+        with self._translating_errors(path):
+            return file.is_file()
 
     def sha256(self, path: str) -> str:
         """Return the SHA-256 of a file."""

@@ -26,6 +26,7 @@ from qlora_trainer.runtime.metrics import METER
 from qlora_trainer.storage.credentials import Credentials
 from qlora_trainer.storage.s3_multipart import SINGLE_PUT_BYTES, upload_in_parts
 from qlora_trainer.storage.store import (
+    SIZE,
     Entry,
     FieldRef,
     MissingObjectError,
@@ -152,8 +153,14 @@ class S3Store:
                     return b"", 0
                 raise
             with found["Body"] as body:
-                size = int(found.get("ContentRange", "").rpartition("/")[2] or found["ContentLength"])
-                return body.read(count), size
+                size = found.get("ContentRange", "").rpartition("/")[2] or str(found["ContentLength"])
+                if not SIZE.fullmatch(size):
+                    raise RunError(
+                        Reason.S3_UNAVAILABLE,
+                        f"{self._field_ref.field}: {self.root}/{path}: the store does not say how long it is; use "
+                        "one that answers requests for a range",
+                    )
+                return body.read(count), int(size)
 
     def download(self, path: str, target: Path) -> None:
         """Download an object to a file."""

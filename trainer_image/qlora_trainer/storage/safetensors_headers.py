@@ -42,7 +42,12 @@ def fetch_headers(snapshot: Snapshot, names: Iterable[str], folder: Path, field_
         path = ObjectName(name).below(folder)
         with path.open("wb") as stream:
             stream.write(header)
-            stream.truncate(size)
+            try:
+                stream.truncate(size)
+            except (OSError, OverflowError) as error:
+                raise _broken(
+                    field_ref, name, f"announces {size:,} bytes, which no file here can have; copy the model again"
+                ) from error
 
 
 def _read_header(snapshot: Snapshot, name: str, field_ref: FieldRef) -> tuple[bytes, int]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,8 @@ _READ_SUFFIXES: Final = (
 """Endings of files that are read from datasets and models; to leave one out would change what is learned."""
 MAX_LISTED: Final = 100_000
 """Objects of a listing: a hundred requests to S3; a dataset or a model has hundreds of files."""
+SIZE: Final = re.compile("[0-9]{1,18}")
+"""Bytes of a file, as servers say them: file systems count in 64 bits."""
 Item = TypeVar("Item")
 
 log = logging.getLogger(__name__)

@@ -11,6 +11,7 @@ from qlora_api.v1alpha1 import Plan
 from qlora_cli.__main__ import app
 from qlora_cli.local.output_store import OutputError
 from qlora_cli.local.published_results import find_result, is_result
+from qlora_trainer.storage.listed_files import describe_files
 from tests.make import DIGEST, NOW, make_prepared, make_result, make_spec
 
 SAME = Interval(low=1, high=2)
@@ -59,7 +60,7 @@ def write_result(output: Path, digest: str = NEW, day: int = 2, job: str = "supp
         trainer_version="0.1.0",
         created_at=NOW + timedelta(days=day),
         result=make_result(),
-        files=(),
+        files=describe_files(folder),
     )
     (folder / "manifest.json").write_text(manifest.model_dump_json(by_alias=True))
     return folder
@@ -123,3 +124,41 @@ def test_report_that_is_a_link_is_not_opened(tmp_path: Path, monkeypatch: pytest
     refused = CliRunner().invoke(app, ["report", str(tmp_path), "--open"])
     assert (refused.exit_code, len(opened)) == (1, 1)
     assert "report.html is no file; copy the result again" in " ".join(refused.output.split())
+
+
+@pytest.mark.parametrize("command", [["report", "--no-open"], ["serve-snippet"]], ids=" ".join)
+def test_report_that_was_changed_after_it_was_published_is_refused(tmp_path: Path, command: list[str]) -> None:
+    result = write_result(tmp_path / "out")
+    report = result / "report/report.json"
+    report.write_text(report.read_text().replace("hf://", "hf://evil-"))
+    ended = CliRunner().invoke(app, [*command, str(tmp_path / "out")])
+    assert ended.exit_code == 1
+    assert "report/report.json does not have the SHA-256 of the result's manifest.json" in ended.output
+    assert "evil" not in ended.output
+
+
+def test_page_that_was_changed_after_it_was_published_is_not_opened(tmp_path: Path) -> None:
+    (write_result(tmp_path / "out") / "report/report.html").write_text("<script>")
+    ended = CliRunner().invoke(app, ["report", "--no-open", str(tmp_path / "out")])
+    assert ended.exit_code == 1
+    assert "report/report.html does not have the SHA-256" in ended.output
+
+
+def test_report_that_the_manifest_does_not_list_is_refused(tmp_path: Path) -> None:
+    manifest = write_result(tmp_path / "out") / "manifest.json"
+    found = ResultManifest.model_validate_json(manifest.read_text())
+    manifest.write_text(found.model_copy(update={"files": ()}).model_dump_json(by_alias=True))
+    with pytest.raises(OutputError, match=r"report/report\.json is not listed in the result's manifest\.json"):
+        find_result(str(tmp_path / "out"), None, print)
+
+
+def test_generation_config_that_the_manifest_does_not_list_is_not_served(tmp_path: Path) -> None:
+    (write_result(tmp_path / "out") / "adapter/generation_config.json").write_text('{"eos_token_id": 666}')
+    ended = CliRunner().invoke(app, ["serve-snippet", "--for", "vllm", str(tmp_path / "out")])
+    assert "adapter/generation_config.json is not listed" in ended.output
+
+
+def test_long_name_of_a_foreign_result_is_no_name(tmp_path: Path) -> None:
+    write_result(tmp_path / "out", job="a" * 300)
+    with pytest.raises(OutputError, match="no QLoRAJob has such a name"):
+        find_result(str(tmp_path / "out"), None, print)
