@@ -36,6 +36,16 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"extraObjects": [{"kind": "ConfigMap"}]}, "/extraObjects/0"),
     ({"service": {"ipFamilies": ["IPv5"]}}, "/service/ipFamilies/0"),
     ({"image": {"registry": "https://registry.example"}}, "/image/registry"),
+    ({"pods": {"restartPolicy": "Always"}}, "'restartPolicy'"),
+    ({"pods": {"train": {"resources": {}}}}, "/pods/train"),
+    ({"pods": {"labels": {"qlora.dev/job": "other"}}}, "/pods/labels"),
+    ({"pods": {"env": [{"name": "HF_HOME", "value": "/x"}]}}, "/pods/env/0/name"),
+    ({"pods": {"prepare": {"env": [{"name": "HTTPS_PROXY", "value": "x"}]}}}, "/pods/prepare/env/0/name"),
+    ({"pods": {"volumes": [{"name": "work", "emptyDir": {}}]}}, "/pods/volumes/0/name"),
+    ({"pods": {"volumeMounts": [{"name": "models", "mountPath": "/work"}]}}, "/pods/volumeMounts/0/mountPath"),
+    ({"pods": {"securityContext": {"runAsUser": 0}}}, "/pods/securityContext/runAsUser"),
+    ({"pods": {"tolerations": [{"operator": "In"}]}}, "/pods/tolerations/0/operator"),
+    ({"pods": {"proxy": {"https": "proxy:3128"}}}, "/pods/proxy/https"),
 ]
 
 
