@@ -132,5 +132,7 @@ MountPath = Annotated[
     str,
     _Text("^/.*$", "write an absolute path", RESERVED_PATHS, "covers a folder that the pod needs; choose another path"),
 ]
+LabelKey = Annotated[str, _Text(_LABEL_KEY, _KEY_FIX)]
+LabelValue = Annotated[str, _VALUE]
 Object = Mapping[str, Any]
 """A part of core/v1 that the API server checks when the Job is created."""

@@ -4,14 +4,17 @@ What the operator itself sets has no field here, or a name that is refused: the 
 """
 
 from collections.abc import Iterator
+from ipaddress import ip_address
 from typing import Annotated, Final, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from qlora_api.base import ApiModel
 from qlora_api.pod_names import (
     Annotations,
+    LabelKey,
     Labels,
+    LabelValue,
     MountPath,
     Name,
     NodeSelector,
@@ -22,6 +25,16 @@ from qlora_api.pod_names import (
 )
 
 _URL: Final = r"^(https?://[^\s/]+.*)?$"
+
+
+def _check_address(text: str) -> str:
+    try:
+        return str(ip_address(text))
+    except ValueError as error:
+        raise ValueError(f"{text!r} is no IP address; write one") from error
+
+
+IpAddress = Annotated[str, AfterValidator(_check_address)]
 
 
 class LocalObjectReference(ApiModel):
@@ -69,17 +82,27 @@ class EnvironmentVariable(ApiModel):
 class PodToleration(ApiModel):
     """A toleration, as in core/v1."""
 
-    key: str | None = None
+    key: LabelKey | None = None
     operator: Literal["Exists", "Equal"] = "Equal"
-    value: str | None = None
+    value: LabelValue | None = None
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
     toleration_seconds: int | None = Field(default=None, ge=0)
+
+    @model_validator(mode="after")
+    def _check_combination(self) -> Self:
+        if self.operator == "Exists" and self.value:
+            raise ValueError("operator Exists matches every value; remove value, or write operator Equal")
+        if self.operator == "Equal" and not self.key:
+            raise ValueError("operator Equal needs a key; add it, or write operator Exists for all taints")
+        if self.toleration_seconds is not None and self.effect != "NoExecute":
+            raise ValueError("tolerationSeconds is for evictions; write effect NoExecute, or remove tolerationSeconds")
+        return self
 
 
 class HostAlias(ApiModel):
     """A line of /etc/hosts."""
 
-    ip: str = Field(min_length=2)
+    ip: IpAddress
     hostnames: tuple[str, ...] = Field(min_length=1)
 
 
@@ -93,7 +116,7 @@ class DnsOption(ApiModel):
 class DnsConfig(ApiModel):
     """Settings of the resolver, in addition to those of dnsPolicy."""
 
-    nameservers: tuple[str, ...] = Field(default=(), max_length=3)
+    nameservers: tuple[IpAddress, ...] = Field(default=(), max_length=3)
     searches: tuple[str, ...] = Field(default=(), max_length=32)
     options: tuple[DnsOption, ...] = ()
 
@@ -167,6 +190,12 @@ class PodSettings(ApiModel):
         for field, keys in self._keys():
             if repeated := [key for key in keys if keys.count(key) > 1]:
                 raise ValueError(f"{field}: {repeated[0]!r} occurs twice; remove one")
+        return self
+
+    @model_validator(mode="after")
+    def _check_dns(self) -> Self:
+        if self.dns_policy == "None" and not self.dns_config.nameservers:
+            raise ValueError("dnsPolicy None leaves the pods without DNS; add dnsConfig.nameservers beside it")
         return self
 
     def _keys(self) -> Iterator[tuple[str, list[str]]]:

@@ -13,7 +13,11 @@ _LIST_KEYS: Final = {
     "imagePullSecrets": "name", "hostAliases": "ip", "env": "name", "volumes": "name", "volumeMounts": "mountPath",
 }  # fmt: skip
 """Lists of which an entry replaces an earlier one with the same key, as in core/v1's strategic merge."""
-_SCALARS: Final = ("priorityClassName", "runtimeClassName", "schedulerName", "dnsPolicy")
+_INSTALLATION_ONLY: Final = (
+    "priorityClassName", "runtimeClassName", "schedulerName", "dnsPolicy", "hostAliases", "dnsConfig",
+    "securityContext",
+)  # fmt: skip
+"""Fields that only the installation sets."""
 _CLUSTER_NAMES: Final = ("localhost", "127.0.0.1", "::1", ".svc", ".cluster.local")
 """What no proxy is asked for: the pod itself, and Services."""
 
@@ -72,17 +76,12 @@ def _merge_lists(entries: Iterable[dict[str, Any]], key: str | None) -> list[dic
 def _pod_fields(settings: dict[str, Any], profile: PodProfile, pod: Manifest) -> Manifest:
     secrets = [*pod.get("imagePullSecrets", []), *settings.get("imagePullSecrets", [])]
     fields = {
-        **{
-            name: settings[name]
-            for name in (*_SCALARS, "hostAliases", "dnsConfig", "securityContext")
-            if name in settings
-        },
         "nodeSelector": {**settings.get("nodeSelector", {}), **pod.get("nodeSelector", {})},
         "tolerations": _tolerations(settings.get("tolerations", []), pod["tolerations"]),
         "imagePullSecrets": _merge_lists(secrets, "name"),
         "volumes": [*pod["volumes"], *settings.get("volumes", []), *_ca_volumes(profile.ca_bundle)],
     }
-    return _not_empty(fields)
+    return {name: settings[name] for name in _INSTALLATION_ONLY if name in settings} | _not_empty(fields)
 
 
 def _tolerations(added: list[dict[str, Any]], own: list[dict[str, Any]]) -> list[dict[str, Any]]:
