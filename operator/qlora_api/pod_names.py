@@ -96,9 +96,13 @@ class _Map:
         return core_schema.no_info_after_validator_function(self.check, handler(source))
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        """Add the patterns."""
+        """Add the patterns; not as propertyNames, for which Helm names a wrong value."""
         values = self.value.schema() if self.value else {"type": "string"}
-        return handler(schema) | {"propertyNames": self.key.schema(), "additionalProperties": values}
+        refused = {self.key.refused: False} if self.key.refused else {}
+        return handler(schema) | {
+            "patternProperties": {self.key.pattern: values} | refused,
+            "additionalProperties": False,
+        }
 
 
 _OURS: Final = "is set by the operator or the controller of Jobs; remove it"

@@ -23,7 +23,7 @@ _MODELS: Final[Mapping[str, type[ApiModel]]] = {"pods": PodProfile}
 """Groups of values whose types are those of a model."""
 _KEPT: Final = (
     "type", "enum", "pattern", "not", "minimum", "maximum", "minLength", "maxLength", "minItems", "maxItems",
-    "required", "propertyNames",
+    "required", "patternProperties",
 )  # fmt: skip
 _TYPES: Final = {bool: "boolean", int: "integer", str: "string", list: "array", dict: "object"}
 
