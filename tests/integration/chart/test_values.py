@@ -102,6 +102,8 @@ EVERYTHING: Final[dict[str, Any]] = {
     "monitoring": {name: {"enabled": True} for name in ("serviceMonitor", "podMonitor", "prometheusRule", "dashboard")},
 }
 """Whatever a value may be used in is rendered."""
+SAME_AS_PODS: Final = {("pods", "prepare"), ("pods", "train")}
+"""Sections with the types of `pods`, of which all is rendered in one place."""
 Wrap = Callable[[str], Any]
 
 
@@ -109,6 +111,8 @@ def strings_of(schema: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[t
     """Yield each value that has free text, with a function that puts some into it."""
     for name, field in schema.get("properties", {}).items():
         inner, more = (*path, name), field.get("additionalProperties")
+        if inner in SAME_AS_PODS:
+            continue
         if "properties" in field:
             yield from strings_of(field, inner)
         elif field["type"] == "string" and "enum" not in field:
@@ -130,6 +134,8 @@ def strings_in(value: Any) -> Iterator[str]:
         yield from (text for item in value for text in strings_in(item))
     elif isinstance(value, str):
         yield value
+        if value.startswith('{"'):  # values as JSON, in a variable of the operator
+            yield from strings_in(json.loads(value))
 
 
 FINE: Final = ("rejected", "one string", "not rendered")
