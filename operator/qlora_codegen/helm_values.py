@@ -12,10 +12,19 @@ from typing import Any, Final
 
 import yaml
 
+from qlora_api.base import ApiModel
+from qlora_api.pod_profile import PodProfile
+
 _COMMENT: Final = re.compile(r"^ *# ?(?P<text>.*)$")
 _KEY: Final = re.compile(r"^(?P<indent> *)(?P<key>[A-Za-z]\w*):(?P<rest>.*)$")
 _DESCRIPTION: Final = "-- "
 _SCHEMA: Final = "@schema "
+_MODELS: Final[Mapping[str, type[ApiModel]]] = {"pods": PodProfile}
+"""Groups of values whose types are those of a model."""
+_KEPT: Final = (
+    "type", "enum", "pattern", "not", "minimum", "maximum", "minLength", "maxLength", "minItems", "maxItems",
+    "required", "patternProperties",
+)  # fmt: skip
 _TYPES: Final = {bool: "boolean", int: "integer", str: "string", list: "array", dict: "object"}
 
 
@@ -95,10 +104,41 @@ def _group() -> dict[str, Any]:
 
 def _leaf(value: Value) -> dict[str, Any]:
     inferred = {"type": _TYPES[type(value.default)]} if value.default is not None else {}
-    leaf = {"description": value.description, "default": value.default, **inferred, **value.schema}
+    modeled = _schema_of_model(value.path) if value.path[0] in _MODELS else {}
+    leaf = {"description": value.description, "default": value.default, **inferred, **modeled, **value.schema}
     if "type" not in leaf:
         raise ValuesError(f"{'.'.join(value.path)} has no default: write its type into `# @schema {{…}}`")
     return leaf
+
+
+def _schema_of_model(path: tuple[str, ...]) -> dict[str, Any]:
+    """Return the schema of a value whose type a model has, without references; ValuesError if the model lacks it."""
+    root = _MODELS[path[0]].model_json_schema(by_alias=True)
+    schema = _resolve(root, root["$defs"])
+    for key in path[1:]:
+        if key not in schema["properties"]:
+            raise ValuesError(f"{'.'.join(path)} is no field of {_MODELS[path[0]].__name__}")
+        schema = schema["properties"][key]
+    return schema
+
+
+def _resolve(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> dict[str, Any]:
+    """Replace references by their targets; keep what restricts a value, and that null leaves a default out."""
+    for member in schema.get("anyOf", ()):
+        if member.get("type") != "null":
+            resolved = _resolve(member, definitions)
+            choices = {"enum": [*resolved["enum"], None]} if "enum" in resolved else {}
+            return resolved | {"type": [resolved["type"], "null"]} | choices
+    if "$ref" in schema:
+        return _resolve(definitions[schema["$ref"].rsplit("/", 1)[1]], definitions)
+    result = {key: schema[key] for key in _KEPT if key in schema}
+    if "items" in schema:
+        result["items"] = _resolve(schema["items"], definitions)
+    if "properties" in schema:
+        result["properties"] = {name: _resolve(field, definitions) for name, field in schema["properties"].items()}
+    if "additionalProperties" in schema:
+        result["additionalProperties"] = schema["additionalProperties"]
+    return result
 
 
 def render_values_table(values: Iterator[Value]) -> Iterator[str]:

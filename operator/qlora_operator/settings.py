@@ -6,10 +6,12 @@ from datetime import timedelta
 from typing import Final
 
 from pydantic import TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
 from qlora_api import names
 from qlora_api.gpu_prices import NO_PRICES, GpuPrices
 from qlora_api.logs.formatters import FORMAT_ENV, Format
+from qlora_api.pod_profile import DEFAULT_PROFILE, PodProfile
 from qlora_api.runconfig import Platform, S3Config
 from qlora_api.v1alpha1 import to_timedelta
 from qlora_api.v1alpha1.types import Duration
@@ -86,6 +88,7 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
             retention=Retention(
                 ttl=_duration(environment, "QLORA_TTL"), jobs=_duration(environment, "QLORA_RETENTION")
             ),
+            pods=_pods(environment),
         ),
         namespaces=_names(environment.get("QLORA_NAMESPACES", "")),
         workers=_number(environment, "QLORA_WORKERS", 64, MAX_WORKERS),
@@ -136,6 +139,23 @@ def _gpu_prices(environment: Mapping[str, str]) -> GpuPrices:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"])) or "value"
         raise SettingsError(f"QLORA_GPU_PRICES: {field}: {first['msg']}") from error
+
+
+def _pods(environment: Mapping[str, str]) -> PodProfile:
+    """Read the settings of the pods of runs; the chart writes those that were left out as empty."""
+    text = environment.get("QLORA_PODS")
+    try:
+        return PodProfile.model_validate_json(text) if text else DEFAULT_PROFILE
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(("pods", *map(str, first["loc"])))
+        raise SettingsError(f"QLORA_PODS: {field}: {_cause_and_fix(first)}") from error
+
+
+def _cause_and_fix(error: ErrorDetails) -> str:
+    if error["type"] == "extra_forbidden":
+        return "unknown, or set by the operator itself; remove it, the chart's values.yaml has the known fields"
+    return error["msg"].removeprefix("Value error, ")
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from qlora_operator.resources.metadata import (
     train_workload,
 )
 from qlora_operator.resources.pod import build_prepare_pod, build_train_pod
+from qlora_operator.resources.profile import apply_profile
 
 
 def build_prepare_job(
@@ -22,14 +23,15 @@ def build_prepare_job(
     """Return the Job that checks model, dataset and output without a GPU; by default the first one."""
     current = preparation or Preparation()
     workload = prepare_workload(owner, current.number)
-    return _build(workload, build_prepare_pod(workload, spec, installation, current.avoided_nodes))
+    pod = build_prepare_pod(workload, spec, installation, current.avoided_nodes)
+    return _build(workload, pod, installation)
 
 
 def build_train_job(owner: Owner, spec: QLoRAJobSpec, run: AttemptInputs, installation: Installation) -> Manifest:
     """Return the Job of one training attempt: a gang of one pod per node."""
     workload, plan = train_workload(owner, run.attempt), run.plan
     pod = build_train_pod(workload, spec, run, installation)
-    job = _build(workload, pod, plan.nodes)
+    job = _build(workload, pod, installation, plan.nodes)
     return _queue(job, spec.queue) if spec.queue else job
 
 
@@ -70,11 +72,12 @@ def _build_patch(ref: JobRef, child: ChildJob) -> Manifest:
     }
 
 
-def _build(workload: ChildWorkload, pod: Manifest, pods: int = 1) -> Manifest:
+def _build(workload: ChildWorkload, pod: Manifest, installation: Installation, pods: int = 1) -> Manifest:
     """Return a Job whose pods are never restarted: the operator, not the Job controller, decides on retries.
 
     It has no deadline until a container runs (`lifecycle.job_deadline`).
     """
+    template = {"metadata": {"labels": build_labels(workload)}, "spec": pod}
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
@@ -85,9 +88,6 @@ def _build(workload: ChildWorkload, pod: Manifest, pods: int = 1) -> Manifest:
             "parallelism": pods,
             "backoffLimit": 0,
             "podReplacementPolicy": "Failed",
-            "template": {
-                "metadata": {"labels": build_labels(workload)},
-                "spec": pod,
-            },
+            "template": apply_profile(template, installation.pods, workload.role),
         },
     }

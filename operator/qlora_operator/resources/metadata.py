@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from qlora_api import names
 from qlora_api.job_ref import JobRef
 from qlora_api.names import Role
+from qlora_api.pod_profile import DEFAULT_PROFILE, PodProfile
 from qlora_api.runconfig import Platform
 from qlora_operator.models import Retention
 
@@ -22,6 +23,7 @@ class Installation:
     pull_secrets: tuple[str, ...] = ()
     """Names of imagePullSecrets in the QLoRAJob's namespace."""
     retention: Retention = field(default_factory=Retention)
+    pods: PodProfile = DEFAULT_PROFILE
 
 
 class Owner(NamedTuple):

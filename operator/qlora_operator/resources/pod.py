@@ -1,4 +1,4 @@
-"""The pods, under Pod Security `restricted`: no API token, no root, no writable root file system."""
+"""The pods, without what the installation sets (`profile`): no API token, no writable root file system."""
 
 from math import ceil
 from typing import Any, Final, NamedTuple
@@ -35,8 +35,6 @@ class _NodeResources(NamedTuple):
     placement: dict[str, Any]
 
 
-NON_ROOT: Final = 65532
-"""User and group of the images."""
 TOKEN_SECONDS: Final = 3600
 """Lifetime of the progress token; the kubelet renews it."""
 LAUNCH_COMMAND: Final = "launch"
@@ -109,13 +107,6 @@ def _build(
         **({"imagePullSecrets": pull_secrets} if pull_secrets else {}),
         "enableServiceLinks": False,
         "terminationGracePeriodSeconds": names.GRACE_SECONDS,
-        "securityContext": {
-            "runAsNonRoot": True,
-            "runAsUser": NON_ROOT,
-            "runAsGroup": NON_ROOT,
-            "fsGroup": NON_ROOT,
-            "seccompProfile": {"type": "RuntimeDefault"},
-        },
         **taken.placement,
         "containers": [_container(workload, spec, installation, taken.container)],
         "volumes": _volumes(workload, spec, installation, taken.disk),

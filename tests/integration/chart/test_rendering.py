@@ -74,6 +74,13 @@ VALUES: Final[dict[str, dict[str, Any]]] = {
             {"maxSkew": 1, "topologyKey": "topology.kubernetes.io/zone", "whenUnsatisfiable": "ScheduleAnyway"}
         ],
         "podSecurityContext": {"runAsUser": None, "runAsGroup": None},
+        "pods": {
+            "labels": {"cost-center": "42"},
+            "securityContext": {"runAsUser": None, "runAsGroup": None, "fsGroup": None},
+            "proxy": {"https": "http://proxy.example:3128"},
+            "caBundle": {"configMap": "company-ca"},
+            "train": {"runtimeClassName": "nvidia"},
+        },
         "extraEnv": [{"name": "HTTPS_PROXY", "value": "http://proxy.example:3128"}],
         "extraVolumes": [{"name": "ca", "configMap": {"name": "company-ca"}}],
         "extraVolumeMounts": [{"name": "ca", "mountPath": "/etc/company-ca", "readOnly": True}],

@@ -36,6 +36,16 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"extraObjects": [{"kind": "ConfigMap"}]}, "/extraObjects/0"),
     ({"service": {"ipFamilies": ["IPv5"]}}, "/service/ipFamilies/0"),
     ({"image": {"registry": "https://registry.example"}}, "/image/registry"),
+    ({"pods": {"restartPolicy": "Always"}}, "'restartPolicy'"),
+    ({"pods": {"train": {"resources": {}}}}, "/pods/train"),
+    ({"pods": {"labels": {"qlora.dev/job": "other"}}}, "/pods/labels"),
+    ({"pods": {"env": [{"name": "HF_HOME", "value": "/x"}]}}, "/pods/env/0/name"),
+    ({"pods": {"prepare": {"env": [{"name": "HTTPS_PROXY", "value": "x"}]}}}, "/pods/prepare/env/0/name"),
+    ({"pods": {"volumes": [{"name": "work", "emptyDir": {}}]}}, "/pods/volumes/0/name"),
+    ({"pods": {"volumeMounts": [{"name": "models", "mountPath": "/work"}]}}, "/pods/volumeMounts/0/mountPath"),
+    ({"pods": {"securityContext": {"runAsUser": 0}}}, "/pods/securityContext/runAsUser"),
+    ({"pods": {"tolerations": [{"operator": "In"}]}}, "/pods/tolerations/0/operator"),
+    ({"pods": {"proxy": {"https": "proxy:3128"}}}, "/pods/proxy/https"),
 ]
 
 
@@ -92,6 +102,8 @@ EVERYTHING: Final[dict[str, Any]] = {
     "monitoring": {name: {"enabled": True} for name in ("serviceMonitor", "podMonitor", "prometheusRule", "dashboard")},
 }
 """Whatever a value may be used in is rendered."""
+SAME_AS_PODS: Final = {("pods", "prepare"), ("pods", "train")}
+"""Sections with the types of `pods`, of which all is rendered in one place."""
 Wrap = Callable[[str], Any]
 
 
@@ -99,6 +111,8 @@ def strings_of(schema: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[t
     """Yield each value that has free text, with a function that puts some into it."""
     for name, field in schema.get("properties", {}).items():
         inner, more = (*path, name), field.get("additionalProperties")
+        if inner in SAME_AS_PODS:
+            continue
         if "properties" in field:
             yield from strings_of(field, inner)
         elif field["type"] == "string" and "enum" not in field:
@@ -120,6 +134,8 @@ def strings_in(value: Any) -> Iterator[str]:
         yield from (text for item in value for text in strings_in(item))
     elif isinstance(value, str):
         yield value
+        if value.startswith('{"'):  # values as JSON, in a variable of the operator
+            yield from strings_in(json.loads(value))
 
 
 FINE: Final = ("rejected", "one string", "not rendered")
