@@ -64,6 +64,8 @@ class FakeCluster:
         self.admission_error: AdmissionDeniedError | None = None
         self.patch_error: AdmissionDeniedError | None = None
         """Why a change of labels is refused, if it is."""
+        self.update_error: AdmissionDeniedError | None = None
+        """Why every change of a child is refused, if it is: a policy, or a webhook that does not answer."""
         self.invalid_status: Callable[[Manifest], str | None] = lambda _: None
         """Why a status is refused, if it is."""
         self.crash_after: Callable[[int], bool] = lambda _: False
@@ -245,6 +247,8 @@ class FakeCluster:
 
     async def patch(self, child: Manifest) -> None:
         existing = self.children[child["kind"], child["metadata"]["name"]]
+        if self.update_error is not None:
+            raise self.update_error
         if self.patch_error is not None and child["metadata"].get("labels"):
             raise self.patch_error
         spec = existing["spec"] | child.get("spec", {})

@@ -64,13 +64,25 @@ async def apply_decision(  # noqa: PLR0913, PLR0917 (everything that a decision 
 async def limit_jobs(decision: Decision, job: Job, children: Observation, cluster: Cluster, now: datetime) -> Decision:
     """Adjust the deadlines of the Jobs, delete those that outlive what they were for, and return when the next will."""
     if decision.action is Action.NONE:
-        for patch in outdated_deadlines(decision, job, children, now):
-            await cluster.patch(patch)
+        decision = await set_deadlines(decision, job, children, cluster, now)
         decision = await queue_jobs(decision, job, children, cluster)
         for leftover in leftover_jobs(job.status, children, now):
             await cluster.delete_job(job.ref, leftover)
     requeue_at = earliest(now, decision.requeue_at, next_leftover(job.status, children, now))
     return replace(decision, requeue_at=requeue_at or decision.requeue_at)
+
+
+async def set_deadlines(
+    decision: Decision, job: Job, children: Observation, cluster: Cluster, now: datetime
+) -> Decision:
+    """Set the deadlines of the Jobs; where a policy or a webhook refuses that, follow the run all the same."""
+    try:
+        for patch in outdated_deadlines(decision, job, children, now):
+            await cluster.patch(patch)
+    except AdmissionDeniedError as error:
+        message = f"{decision.message}; its deadline is not set: {error}" if decision.message else str(error)
+        return replace(decision, message=message, requeue_at=None, requeue_after=ADMISSION_DENIED_RETRY)
+    return decision
 
 
 async def queue_jobs(decision: Decision, job: Job, children: Observation, cluster: Cluster) -> Decision:

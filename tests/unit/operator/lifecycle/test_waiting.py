@@ -6,6 +6,7 @@ from typing import Final
 import pytest
 
 from qlora_api.reasons import Reason
+from qlora_operator.cluster.interface import AdmissionDeniedError
 from qlora_operator.lifecycle.job_deadline import SAFETY_MARGIN, STOP_NOW
 from qlora_operator.lifecycle.leftovers import END_GRACE
 from tests.make import PREPARED_MESSAGE, PUBLISHED_MESSAGE, make_termination_message
@@ -353,3 +354,16 @@ async def test_attempt_lost_while_the_operator_was_away_counts_until_its_last_re
     await run.run(MINUTE)
     assert run.ends[0] == "PodLost"
     assert container_seconds(run) == pytest.approx(10 * 60, abs=90)
+
+
+async def test_run_is_followed_while_a_webhook_refuses_to_change_its_jobs() -> None:
+    run = Simulation(deadlines={"heartbeat": "20m"})
+    run.cluster.update_error = AdmissionDeniedError("500: failed calling webhook", permanent=False)
+    await run.prepare()
+    await run.run(MINUTE)
+    assert run.outcome == ("Training", "Training")
+    assert "failed calling webhook" in run.status["message"]
+    run.cluster.update_error = None
+    await run.run(2 * MINUTE)
+    assert run.cluster.children["Job", TRAIN]["spec"]["activeDeadlineSeconds"]
+    assert "webhook" not in run.status["message"]
