@@ -8,9 +8,9 @@ from typing import Final, TypeVar
 
 from pydantic import BaseModel
 
-from qlora_api.report import ResultManifest, RunReport
+from qlora_api.report import MAX_MANIFEST_BYTES, ResultManifest, RunReport
 from qlora_api.tolerant_reader import ignore_unknown
-from qlora_cli.local.output_store import MAX_READ_BYTES, OutputError, OutputStore, open_output_store
+from qlora_cli.local.output_store import MAX_REPORT_BYTES, OutputError, OutputStore, open_output_store
 from qlora_cli.manifests.local_paths import is_folder_or_uri
 from qlora_cli.uris import to_display_path, to_uri
 
@@ -98,6 +98,8 @@ def _merged_in(root: str, folder: str, paths: Iterable[str]) -> str | None:
 
 def _read(files: OutputStore, path: str, kind: type[Content]) -> Content:
     try:
-        return ignore_unknown(kind, files.read(path, MAX_READ_BYTES), path)
+        return ignore_unknown(
+            kind, files.read(path, MAX_MANIFEST_BYTES if path.endswith(MANIFEST) else MAX_REPORT_BYTES), path
+        )
     except ValueError as error:
         raise OutputError(f"{path} is not what a run publishes; give another result") from error
