@@ -13,6 +13,7 @@ from typing import Any, Final
 import yaml
 
 from qlora_api.escapes import escape_line
+from qlora_api.foreign_files import read_named
 from qlora_api.units import MIB
 from qlora_cli.manifests.yaml_hints import explain_yaml_error
 
@@ -178,8 +179,7 @@ def read_text(file: str) -> str:
 def _read_bytes(file: str) -> bytes:
     if file == STDIN:
         return sys.stdin.buffer.read(MAX_FILE_BYTES + 1)
-    with Path(file).open("rb") as stream:
-        return stream.read(MAX_FILE_BYTES + 1)
+    return read_named(Path(file), MAX_FILE_BYTES + 1)
 
 
 def describe_read_error(file: str, error: Exception) -> str:

@@ -22,7 +22,7 @@ def explain_yaml_error(text: str, line: int | None, problem: str) -> tuple[int |
     lines = text.splitlines()
     at = lines[line] if line is not None and line < len(lines) else ""
     before = lines[line - 1] if line and line <= len(lines) else ""
-    if _has_template(f"{before}\n{at}" if "chatTemplate:" in text else text):
+    if has_template(f"{before}\n{at}" if "chatTemplate:" in text else text):
         return line, RENDER_FIRST
     for index, candidate in ((line, at), (line - 1 if line else line, before)):
         if "\t" in candidate[: len(candidate) - len(candidate.lstrip())]:
@@ -32,7 +32,7 @@ def explain_yaml_error(text: str, line: int | None, problem: str) -> tuple[int |
     return line, _explain_problem(problem)
 
 
-def _has_template(text: str) -> bool:
+def has_template(text: str) -> bool:
     """Return whether a text has {{ … }} or {% … %}; a regular expression for both ends takes quadratic time."""
     statement = text.find("{%")
     return bool(_EXPRESSION.search(text, 0, max(text.rfind("}}"), 0))) or 0 <= statement < text.rfind("%}") - 1

@@ -88,6 +88,8 @@ def read_config(folder: Path, field: str = "spec.model.uri") -> Mapping[str, Any
             Reason.MODEL_UNSUPPORTED,
             f"{field}: there is no config.json; use the folder of a model in the Hugging Face format",
         ) from error
+    except OSError as error:
+        raise RunError(Reason.MODEL_UNSUPPORTED, f"{field}: config.json: {error.strerror}; correct it") from error
     except InvalidJsonError as error:
         raise RunError(Reason.MODEL_UNSUPPORTED, f"{field}: config.json {error}; correct it") from error
 
