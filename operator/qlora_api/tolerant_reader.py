@@ -74,7 +74,7 @@ def _parse(model: type[BaseModel], document: str | bytes) -> Any:
     try:
         return parse_json(document)
     except InvalidJsonError as error:
-        cause = {"type": "json_invalid", "loc": (), "input": "", "ctx": {"error": str(error)}}
+        cause = {"type": "json_invalid", "loc": (), "input": "", "ctx": {"error": str(error.__cause__)}}
         raise ValidationError.from_exception_data(model.__name__, [cause], "json") from error  # type: ignore[list-item]
 
 

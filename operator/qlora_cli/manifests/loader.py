@@ -17,7 +17,7 @@ from qlora_planner.validation import Rule, check
 
 MAX_PROBLEMS: Final = 100
 """Problems of a kind that are explained; a file of another program may have tens of thousands."""
-Found = TypeVar("Found", Duplicate, ErrorDetails)
+Found = TypeVar("Found")
 
 
 def _expect(expected: str) -> AfterValidator:
@@ -120,7 +120,7 @@ def _first(
 ) -> list[Problem]:
     """Return the first problems in the order of the file, and how many more there are: to explain one takes a while."""
     ordered = sorted(found, key=lambda item: document.index_of(location_of(item)))
-    problems = [write(item) for item in ordered[:MAX_PROBLEMS]]
+    problems: list[Problem] = [write(item) for item in ordered[:MAX_PROBLEMS]]
     if len(ordered) <= MAX_PROBLEMS:
         return problems
     path = write_location(location_of(ordered[MAX_PROBLEMS]))

@@ -68,7 +68,8 @@ def test_s3_adapter_is_measured_on_the_rows_of_its_result(adapter, tmp_path, buc
     assert (found.adapter, found.merge.difference.rows) == ("s3://adapters/bot/0123/adapter", 4)
 
 
-def test_merge_without_shards_measures_on_report_rows(adapter, tmp_path):
+@pytest.mark.parametrize(("unread_bytes", "expected"), [(0, 3), (1, 2)])
+def test_merge_without_shards_measures_on_report_rows(adapter, tmp_path, monkeypatch, unread_bytes, expected):
     score = RowScore(loss=1.0, correct=1)
     rows = [
         EvaluatedRow(tokens=5, prompt=row["instruction"], reference=row["output"], base=score, adapter=score)
@@ -78,12 +79,13 @@ def test_merge_without_shards_measures_on_report_rows(adapter, tmp_path):
     report.parent.mkdir()
     without = EvaluatedRow(tokens=5, prompt="", reference="", base=score, adapter=score)
     report.write_text("".join(f"{row.model_dump_json(by_alias=True)}\n" for row in (without, *rows)))
+    monkeypatch.setattr(merge_job, "_MEASURED_BYTES", report.stat().st_size - unread_bytes)
     try:
         found = merged(adapter, tmp_path / "merged", tmp_path)
     finally:
         report.unlink()
         report.parent.rmdir()
-    assert found.merge.difference.rows == 3
+    assert found.merge.difference.rows == expected
 
 
 def test_merge_with_another_base_folder_and_without_rows_is_not_measured(adapter, tmp_path):
