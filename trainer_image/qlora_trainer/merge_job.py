@@ -8,6 +8,8 @@ from itertools import islice
 from pathlib import Path
 from uuid import uuid4
 
+import pyarrow as pa
+
 from qlora_api.foreign_files import read_file
 from qlora_api.local_requests import MergedFolder, MergeRequest
 from qlora_api.names import SecretRole
@@ -17,11 +19,11 @@ from qlora_api.report import MAX_MANIFEST_BYTES, AdapterRecord, EvaluatedRow
 from qlora_api.result import Result
 from qlora_api.runconfig import RunConfig
 from qlora_api.tolerant_reader import ignore_unknown
-from qlora_api.units import MIB
+from qlora_api.units import GIB, MIB
 from qlora_api.v1alpha1 import MergeBase
 from qlora_trainer import stages
 from qlora_trainer.data.rows import Example
-from qlora_trainer.data.shards import EVALUATION, open_shard
+from qlora_trainer.data.shards import EVALUATION, read_token_rows
 from qlora_trainer.data.tokenization import TokenRow, encode_examples
 from qlora_trainer.errors import RunError
 from qlora_trainer.inference.compatibility import check_compatible
@@ -37,6 +39,7 @@ from qlora_trainer.observability.progress import LogFn, no_log
 from qlora_trainer.publishing.merge_weights import MEASURED_TOKENS, MergeTask, merge_adapter
 from qlora_trainer.publishing.publish import ROWS, MergedModel, publish_merged
 from qlora_trainer.runtime.liveness import LIVENESS
+from qlora_trainer.runtime.resource_limits import memory_limit
 from qlora_trainer.storage.results import (
     MANIFEST,
     RECORD,
@@ -49,6 +52,8 @@ from qlora_trainer.storage.store import FieldRef, Store, sha256_of
 
 ADAPTER_FIELD = "ADAPTER"
 """The argument of `qlora merge` that names the adapter."""
+_MAX_ROWS_BYTES = GIB
+"""Of the prepared rows, and of the memory to read some: whoever wrote the adapter may have written a bomb."""
 _MEASURED_BYTES = 16 * MIB
 """Of the evaluated rows, the first of which are enough to measure a merged model."""
 TARGET_FIELD = "--to"
@@ -141,7 +146,7 @@ def find_rows(resolver: SourceResolver, published: PublishedAdapter, work: Path)
         store = resolver.open_store(parent, FieldRef(SecretRole.OUTPUT, ADAPTER_FIELD))
         # Permission to read an adapter does not imply permission to read its parent, and only the measurement needs it.
         # What others left there may be no rows.
-        with contextlib.suppress(RunError, ValueError):
+        with contextlib.suppress(RunError, ValueError, MemoryError):
             if store.exists(EVALUATION):
                 return _prepared_rows(store, work)
             if store.exists(ROWS):
@@ -151,8 +156,12 @@ def find_rows(resolver: SourceResolver, published: PublishedAdapter, work: Path)
 
 def _prepared_rows(store: Store, work: Path) -> Sequence[TokenRow]:
     path = ObjectName(sha256_of(store.root.encode())[:16]).below(work / "rows") / EVALUATION
+    if store.read_start(EVALUATION, 1)[1] > _MAX_ROWS_BYTES:
+        return ()
     store.download(EVALUATION, path)
-    return open_shard(path)
+    pa.allocate_buffer(1)  # the allocator reserves its arena now, so that it does not count as memory of the file
+    with memory_limit(_MAX_ROWS_BYTES):
+        return tuple(islice(read_token_rows(path), MEASURED_TOKENS))
 
 
 def _reported_rows(store: Store, published: PublishedAdapter) -> Sequence[TokenRow]:
