@@ -261,5 +261,5 @@ def _problem_of(name: str, path: Path) -> str | None:
     try:
         read_object(path, MAX_TOKENIZER_CONFIG_BYTES)
     except InvalidJsonError as error:
-        return f"{error}; copy the model again"
+        return f"is no JSON object ({error.__cause__ or error}); copy the model again"
     return None
