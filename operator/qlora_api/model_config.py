@@ -55,6 +55,8 @@ SIZE_KEYS: Final = frozenset(
 """Keys that qlora_planner.models.families reads; layer_types is left out because it can be kilobytes long."""
 MAX_CONFIG_BYTES: Final = 4 * MIB
 """Maximum size of a config.json; the longest have lists of modules that are not quantized, in hundreds of KiB."""
+MAX_TOKENIZER_CONFIG_BYTES: Final = 16 * MIB
+"""Maximum size of a tokenizer_config.json; the longest list 6,000 added tokens, in 1.2 MiB (Gemma 3)."""
 MAX_PARAMETERS: Final = 10**13
 """Weights of a model, ten times as many as the largest published ones; more is a mistake or an attack."""
 MAX_CONFIG: Final = 2048

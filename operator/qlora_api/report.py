@@ -11,6 +11,7 @@ from qlora_api.object_names import ObjectName
 from qlora_api.prepared import Prepared
 from qlora_api.reasons import Reason
 from qlora_api.result import Result
+from qlora_api.units import MIB
 from qlora_api.v1alpha1 import (
     Checkpoint,
     EvaluationStatus,
@@ -23,6 +24,8 @@ from qlora_api.v1alpha1 import (
 from qlora_api.v1alpha1.patterns import REVISION
 from qlora_api.v1alpha1.types import ModelUri
 
+MAX_MANIFEST_BYTES: Final = 4 * MIB
+"""Largest manifest that is read: one lists some twenty files with about 200 bytes each, and 10,000 files have 2 MiB."""
 UNEXPLAINED_EXIT: Final = "wrote no termination message"
 """Part of the message about an exit that nobody explains; such messages are not compared with each other."""
 

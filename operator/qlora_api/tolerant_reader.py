@@ -1,20 +1,23 @@
 """Reads documents that another version wrote: unknown fields are ignored, and each is logged once per process.
 
 What people write is read strictly, by the models themselves. What pods and buckets contain is read with
-`ignore_unknown`: known fields are validated as always. Only what the API server has stored, and so has validated, is
-read with `read_stored`, which also keeps values beyond the bounds of this version, and leaves out what it cannot read.
+`ignore_unknown`: known fields are validated as always, up to the first invalid item of each list. Only what the API
+server has stored, and so has validated, is read with `read_stored`, which also keeps values beyond the bounds of this
+version, and leaves out what it cannot read.
 """
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Annotated, Any, Final, Generic, TypeVar, get_args
+from itertools import islice
+from typing import Annotated, Any, Final, Generic, TypeVar, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, TypeAdapter, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic_core import ErrorDetails, SchemaValidator
 
 from qlora_api.escapes import escape_line
+from qlora_api.untrusted_json import InvalidJsonError, parse_json
 
 _log = logging.getLogger(__name__)
 
@@ -26,9 +29,11 @@ _KINDS_OF_WARNINGS: Final = 256
 """Different log lines that are remembered, so as not to be repeated."""
 _logged: Final[dict[tuple[str, str], None]] = {}
 """Kinds and fields of the warnings so far, oldest first."""
-_MAX_ERRORS: Final = 1000
-"""Errors that are looked at: a file can have millions of unknown fields, and each error takes memory."""
-_TOO_MANY: Final = f"more than {_MAX_ERRORS}"
+_MAX_UNKNOWN: Final = 1000
+"""Unknown fields that are counted: a file can have millions."""
+_TOO_MANY: Final = f"more than {_MAX_UNKNOWN}"
+_COLLECTIONS: Final = frozenset({"dict", "frozenset", "list", "set", "tuple"})
+"""Types of pydantic's schemas with items, each of which can be invalid."""
 _UNKNOWN_FIELD: Final = "extra_forbidden"
 _BEYOND_BOUNDS: Final = frozenset(
     {
@@ -57,14 +62,63 @@ def ignore_unknown(model: type[Model], document: str | bytes | Mapping[str, Any]
         ValidationError: A known field is missing or invalid.
 
     """
-    validate = model.model_validate_json if isinstance(document, (str, bytes)) else model.model_validate
-    try:
-        return validate(document)  # type: ignore[arg-type]
-    except ValidationError as error:
-        unknown = unknown_fields(_errors(error)) if error.error_count() <= _MAX_ERRORS else _TOO_MANY
-    value = validate(document, extra="ignore")  # type: ignore[arg-type]
-    _log_unknown(model.__name__, unknown, source)
+    content = _parse(model, document) if isinstance(document, (str, bytes)) else document
+    value: Model = _validator(model).validate_python(content, extra="ignore")
+    unknown = list(islice(_unknown_paths(model, content), _MAX_UNKNOWN + 1))
+    _log_unknown(model.__name__, _shown(unknown) if len(unknown) <= _MAX_UNKNOWN else _TOO_MANY, source)
     return value
+
+
+def _parse(model: type[BaseModel], document: str | bytes) -> Any:
+    """Parse JSON with Python's own parser: pydantic's takes 500 times the size of a text of empty lists."""
+    try:
+        return parse_json(document)
+    except InvalidJsonError as error:
+        cause = {"type": "json_invalid", "loc": (), "input": "", "ctx": {"error": str(error.__cause__)}}
+        raise ValidationError.from_exception_data(model.__name__, [cause], "json") from error  # type: ignore[list-item]
+
+
+@cache
+def _validator(model: type[BaseModel]) -> SchemaValidator:
+    """Return a validator with at most one error for each field of the models: a file can have millions of items."""
+    # Without the validators that the nested models have already built, which report each item.
+    return SchemaValidator(_failing_fast(model.__pydantic_core_schema__), _use_prebuilt=False)
+
+
+def _failing_fast(schema: Any) -> Any:
+    """Return a schema of pydantic whose lists and mappings end at their first invalid item."""
+    if isinstance(schema, (list, tuple)):
+        return type(schema)(map(_failing_fast, schema))
+    if not isinstance(schema, dict):
+        return schema
+    found = {name: _failing_fast(part) for name, part in schema.items()}
+    kind = schema.get("type")  # a schema of its own if a model has a field of this name
+    return found | {"fail_fast": True} if isinstance(kind, str) and kind in _COLLECTIONS else found
+
+
+def _unknown_paths(kind: Any, value: object, path: str = "") -> Iterator[str]:
+    """Yield the paths of the fields that a type, such as `tuple[Attempt, ...] | None`, does not have."""
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        yield from _unknown_fields_of(kind, value, path)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            for part in get_args(kind):
+                yield from _unknown_paths(part, item, f"{path}*.")
+    elif isinstance(value, Mapping) and get_origin(kind) is dict:
+        for name, item in value.items():
+            yield from _unknown_paths(get_args(kind)[1], item, f"{path}{name}.")
+    elif isinstance(value, Mapping):
+        for part in get_args(kind):
+            yield from _unknown_paths(part, value, path)
+
+
+def _unknown_fields_of(model: type[BaseModel], value: object, path: str) -> Iterator[str]:
+    fields = {known: field for name, field in model.model_fields.items() for known in (name, field.alias or name)}
+    for name, item in value.items() if isinstance(value, Mapping) else ():
+        if name not in fields:
+            yield f"{path}{name}"
+        elif isinstance(item, (list, tuple, Mapping)):
+            yield from _unknown_paths(fields[name].annotation, item, f"{path}{name}.")
 
 
 @dataclass(frozen=True)
@@ -163,11 +217,14 @@ def _is_parsed_further(annotation: Any) -> bool:
 
 def unknown_fields(errors: Iterable[ErrorDetails]) -> str:
     """Return the paths of unknown fields, for a message; empty if there are none."""
-    paths = [
+    return _shown(
         ".".join("*" if isinstance(part, int) else part for part in error["loc"])
         for error in errors
         if error["type"] == _UNKNOWN_FIELD
-    ]
+    )
+
+
+def _shown(paths: Iterable[str]) -> str:
     shown = list(dict.fromkeys(paths))
     more = f" and {len(shown) - _SHOWN_FIELDS} more" if len(shown) > _SHOWN_FIELDS else ""
     return escape_line(", ".join(shown[:_SHOWN_FIELDS]))[:_SHOWN_CHARACTERS] + more

@@ -8,7 +8,7 @@ MAX_NESTING: Final = 100
 
 
 class InvalidJsonError(ValueError):
-    """The text is no JSON object within the bounds; the message says why, to be put after its name."""
+    """The text is no JSON, or no object, within the bounds; the message says why, to be put after its name."""
 
 
 def is_nested_deeper(value: Any, levels: int = MAX_NESTING) -> bool:
@@ -20,6 +20,16 @@ def is_nested_deeper(value: Any, levels: int = MAX_NESTING) -> bool:
         if not nested:
             return False
     return True
+
+
+def parse_json(content: str | bytes) -> Any:
+    """Parse JSON whose size the caller has bounded, or raise InvalidJsonError."""
+    try:
+        return json.loads(content)
+    except RecursionError as error:
+        raise InvalidJsonError(f"is nested in more than {MAX_NESTING} levels") from error
+    except ValueError as error:
+        raise InvalidJsonError(f"is not JSON: {error}") from error
 
 
 def parse_object(content: str | bytes, max_bytes: int) -> dict[str, Any]:
@@ -35,12 +45,7 @@ def parse_object(content: str | bytes, max_bytes: int) -> dict[str, Any]:
     """
     if len(content) > max_bytes:
         raise InvalidJsonError(f"has more than {max_bytes:,} bytes")
-    try:
-        value = json.loads(content)
-    except RecursionError as error:
-        raise InvalidJsonError(f"is nested in more than {MAX_NESTING} levels") from error
-    except ValueError as error:
-        raise InvalidJsonError(f"is not JSON: {error}") from error
+    value = parse_json(content)
     if not isinstance(value, dict):
         raise InvalidJsonError("is not a JSON object")
     if is_nested_deeper(value):

@@ -8,18 +8,22 @@ from itertools import islice
 from pathlib import Path
 from uuid import uuid4
 
+import pyarrow as pa
+
+from qlora_api.foreign_files import read_file
 from qlora_api.local_requests import MergedFolder, MergeRequest
 from qlora_api.names import SecretRole
 from qlora_api.object_names import ObjectName
 from qlora_api.reasons import Reason
-from qlora_api.report import AdapterRecord, EvaluatedRow
+from qlora_api.report import MAX_MANIFEST_BYTES, AdapterRecord, EvaluatedRow
 from qlora_api.result import Result
 from qlora_api.runconfig import RunConfig
 from qlora_api.tolerant_reader import ignore_unknown
+from qlora_api.units import GIB, MIB
 from qlora_api.v1alpha1 import MergeBase
 from qlora_trainer import stages
 from qlora_trainer.data.rows import Example
-from qlora_trainer.data.shards import EVALUATION, open_shard
+from qlora_trainer.data.shards import EVALUATION, read_token_rows
 from qlora_trainer.data.tokenization import TokenRow, encode_examples
 from qlora_trainer.errors import RunError
 from qlora_trainer.inference.compatibility import check_compatible
@@ -35,12 +39,23 @@ from qlora_trainer.observability.progress import LogFn, no_log
 from qlora_trainer.publishing.merge_weights import MEASURED_TOKENS, MergeTask, merge_adapter
 from qlora_trainer.publishing.publish import ROWS, MergedModel, publish_merged
 from qlora_trainer.runtime.liveness import LIVENESS
-from qlora_trainer.storage.results import MANIFEST, RECORD, check_own_uris, merged_folder, with_merged
+from qlora_trainer.runtime.resource_limits import memory_limit
+from qlora_trainer.storage.results import (
+    MANIFEST,
+    RECORD,
+    check_own_uris,
+    merged_folder,
+    with_merged,
+)
 from qlora_trainer.storage.snapshots import SourceResolver
 from qlora_trainer.storage.store import FieldRef, Store, sha256_of
 
 ADAPTER_FIELD = "ADAPTER"
 """The argument of `qlora merge` that names the adapter."""
+_MAX_ROWS_BYTES = GIB
+"""Of the prepared rows, and of the memory to read some: whoever wrote the adapter may have written a bomb."""
+_MEASURED_BYTES = 16 * MIB
+"""Of the evaluated rows, the first of which are enough to measure a merged model."""
 TARGET_FIELD = "--to"
 
 
@@ -59,7 +74,7 @@ def add_merged(  # noqa: PLR0913 (what is merged, from where to where)
         model=stages.fetch_model(resolver, config, work),
         adapter=adapter,
         base=config.spec.output.merge_base,
-        record=ignore_unknown(AdapterRecord, (adapter / RECORD).read_text(), RECORD),
+        record=ignore_unknown(AdapterRecord, read_file(adapter / RECORD, MAX_MANIFEST_BYTES), RECORD),
         rows=stages.load_rows(output, config, EVALUATION, work),
     )
     folder = stages.empty_folder(ObjectName(digest).below(work / "merged"))
@@ -131,7 +146,7 @@ def find_rows(resolver: SourceResolver, published: PublishedAdapter, work: Path)
         store = resolver.open_store(parent, FieldRef(SecretRole.OUTPUT, ADAPTER_FIELD))
         # Permission to read an adapter does not imply permission to read its parent, and only the measurement needs it.
         # What others left there may be no rows.
-        with contextlib.suppress(RunError, ValueError):
+        with contextlib.suppress(RunError, ValueError, MemoryError):
             if store.exists(EVALUATION):
                 return _prepared_rows(store, work)
             if store.exists(ROWS):
@@ -141,13 +156,18 @@ def find_rows(resolver: SourceResolver, published: PublishedAdapter, work: Path)
 
 def _prepared_rows(store: Store, work: Path) -> Sequence[TokenRow]:
     path = ObjectName(sha256_of(store.root.encode())[:16]).below(work / "rows") / EVALUATION
+    if store.read_start(EVALUATION, 1)[1] > _MAX_ROWS_BYTES:
+        return ()
     store.download(EVALUATION, path)
-    return open_shard(path)
+    pa.allocate_buffer(1)  # the allocator reserves its arena now, so that it does not count as memory of the file
+    with memory_limit(_MAX_ROWS_BYTES):
+        return tuple(islice(read_token_rows(path), MEASURED_TOKENS))
 
 
 def _reported_rows(store: Store, published: PublishedAdapter) -> Sequence[TokenRow]:
     """Tokenize the first prompts and references of a report; rows of plain text have neither."""
-    lines = store.read(ROWS).decode().splitlines()
-    rows = (ignore_unknown(EvaluatedRow, line, ROWS) for line in lines)
+    start, size = store.read_start(ROWS, _MEASURED_BYTES)
+    lines = start.decode(errors="replace").split("\n")[: None if size <= _MEASURED_BYTES else -1]
+    rows = (ignore_unknown(EvaluatedRow, line, ROWS) for line in lines if line)
     examples = islice((Example(row.prompt, row.reference) for row in rows if row.prompt), MEASURED_TOKENS)
     return encode_examples(list(examples), load_tokenizer(published.folder, field=ADAPTER_FIELD), "completion")

@@ -57,7 +57,13 @@ from qlora_trainer.publishing.stop_tokens import save_stop_tokens
 from qlora_trainer.runtime.liveness import LIVENESS
 from qlora_trainer.runtime.metrics import METER
 from qlora_trainer.runtime.shutdown import StopFlag
-from qlora_trainer.storage.prepared_inputs import check_model, check_prepared_file, find_inputs, find_prepared_file
+from qlora_trainer.storage.prepared_inputs import (
+    MAX_PREPARED_BYTES,
+    check_model,
+    check_prepared_file,
+    find_inputs,
+    find_prepared_file,
+)
 from qlora_trainer.storage.results import open_output
 from qlora_trainer.storage.snapshots import Snapshot, SourceResolver, text_files, weight_files
 from qlora_trainer.storage.store import MODEL_FIELD, Store, sha256_of
@@ -270,7 +276,7 @@ def load_benchmark_suite(
         return None
     inputs = find_inputs(output, config.prepared)
     name = find_prepared_file(inputs, shards.TASKS)
-    content = output.read(f"{config.prepared.digest}/{name}")
+    content = output.read(f"{config.prepared.digest}/{name}", MAX_PREPARED_BYTES)
     check_prepared_file(inputs, name, content, config.prepared)
     pinned = ignore_unknown(PinnedTasks, content, name)
     tasks = load_benchmarks(pinned, resolver, work)

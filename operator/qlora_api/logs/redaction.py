@@ -27,21 +27,24 @@ _SECRET_PATTERNS: Final = tuple(
             rf"\1{MASK}",
         ),
         (r"(\b(?:bearer|basic)\s+)[\w.~+/=-]{16,}", rf"\1{MASK}"),
-        (r"(\bx-(?:amz-security|xet|hf)-[\w-]*token[\"']?\s*[:=]\s*[\"']?)[^\s\"',;&]+", rf"\1{MASK}"),
+        (r"(\bx-(?:amz-security|xet|hf)-[\w-]{0,64}token[\"']?\s*[:=]\s*[\"']?)[^\s\"',;&]+", rf"\1{MASK}"),
         (
             r"((?:[?&;]|\b)(?:x-amz-(?:signature|credential|security-token)|signature|credential|policy|key-pair-id"
             r"|awsaccesskeyid|sig|token|access_token|api_key)=)[^&\s\"'<>,;\\]+",
             rf"\1{MASK}",
         ),
         (rf"(\b(?:{_CREDENTIAL_NAME})(?:\s*=\s*|[\"']\s*:\s*)[\"']?)[^\s\"',}}&]+", rf"\1{MASK}"),
-        (r"(\b[a-z][a-z0-9+.-]*://)[^\s/@:\"']*:[^\s/@\"']+@", rf"\1{MASK}@"),
-        (r"\beyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]+", MASK),
+        (r"(\b[a-z][a-z0-9+.-]{0,31}://)[^\s/@:\"']*:[^\s/@\"']+@", rf"\1{MASK}@"),
+        (r"\beyJ[\w-]{8,8192}\.eyJ[\w-]{8,8192}\.[\w-]+", MASK),
     )
 ) + tuple(
     (re.compile(pattern), MASK)
     for pattern in (r"\b(?:hf|api_org)_[A-Za-z0-9]{20,}\b", r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b")
 )
-"""Headers, query strings of presigned URLs, assignments, user information in URLs, tokens with a known format."""
+"""Headers, query strings of presigned URLs, assignments, user information in URLs, tokens with a known format.
+
+What may repeat before a fixed text has a bound: a search for it would take quadratic time in a long line otherwise.
+"""
 _SECRET_FIELD: Final = re.compile(
     rf"(?:{_CREDENTIAL_NAME}|(?:.*[_-])?(?:authorization|password|secret|token))", re.IGNORECASE
 )

@@ -14,12 +14,15 @@ from kubernetes.config.config_exception import ConfigException
 from qlora_api import names
 from qlora_api.escapes import shell_command
 from qlora_api.job_ref import JobRef
+from qlora_api.units import MIB
 from qlora_cli.cluster.client import AlreadyExistsError, ClusterError, KubeObject, NotFoundError, UnreachableError
 
 CONNECT_SECONDS: Final = 10
 READ_SECONDS: Final = 30
 PAGE_SIZE: Final = 500
 """Objects per page of a list request."""
+MAX_LINE_BYTES: Final = MIB
+"""Longest line of a log that is kept together: a process may write one without an end."""
 MERGE_PATCH: Final = "application/merge-patch+json"
 _RETRYABLE_STATUSES: Final = frozenset({429, 500, 502, 503, 504})
 _IN_POD: Final = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
@@ -173,6 +176,9 @@ def _lines(response: Any) -> Iterator[str]:
         for chunk in response.stream(1 << 16):
             *lines, rest = (rest + chunk).split(b"\n")
             yield from (line.decode(errors="replace") for line in lines)
+            if len(rest) > MAX_LINE_BYTES:
+                yield rest.decode(errors="replace")
+                rest = b""
     except urllib3.exceptions.HTTPError as error:
         raise UnreachableError(f"the log stream was interrupted: {_cause(error)}") from error
     if rest:

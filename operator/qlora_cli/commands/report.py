@@ -1,6 +1,5 @@
 """`qlora report`: shows and opens the report of a published run, from a folder, a bucket or a cluster."""
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from qlora_api.escapes import escape_line
 from qlora_api.names import output_root
 from qlora_api.report import ManifestFile
 from qlora_api.result import is_below
+from qlora_api.untrusted_json import InvalidJsonError, parse_object
 from qlora_api.v1alpha1 import EvaluationStatus
 from qlora_cli.cluster.client import ClusterError
 from qlora_cli.cluster.connection import Connect, Context, Kubeconfig, Namespace, ResultName, exit_on_cluster_error
@@ -20,7 +20,7 @@ from qlora_cli.console import Console, print_line
 from qlora_cli.display.formats import print_data
 from qlora_cli.display.result import comparison_table
 from qlora_cli.errors import exit_error_without_remedy
-from qlora_cli.local.output_store import MAX_READ_BYTES, OutputError, open_output_store
+from qlora_cli.local.output_store import MAX_REPORT_BYTES, OutputError, open_output_store
 from qlora_cli.local.published_results import check_listed, find_result, is_result
 from qlora_cli.options import OutputFormat, OutputOption, S3Endpoint
 from qlora_cli.uris import to_display_path
@@ -115,7 +115,11 @@ def find_report(job: ClusterJob) -> str:
 def read_report_json(folder: str, endpoint: str | None) -> object:
     """Return the content of report.json."""
     with open_output_store(folder, endpoint) as files:
-        return json.loads(files.read(REPORT_JSON, MAX_READ_BYTES))
+        content = files.read(REPORT_JSON, MAX_REPORT_BYTES)
+    try:
+        return parse_object(content, MAX_REPORT_BYTES)
+    except InvalidJsonError as error:
+        raise OutputError(f"{folder}/{REPORT_JSON} {error}; give another result") from error
 
 
 def download_report(folder: str, target: Path, endpoint: str | None) -> Path:

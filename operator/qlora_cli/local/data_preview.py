@@ -1,13 +1,17 @@
 """Looks at a local data file before a manifest is written, with the trainer's own readers and without torch."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
+
+from qlora_api.units import GIB
 
 MAX_PREVIEWED: Final = 100_000
 """Rows that are read; more are only said to be more."""
+MAX_CHARACTERS: Final = GIB
+"""Characters of rows that are read, as for MAX_PREVIEWED."""
 CHARACTERS_PER_TOKEN: Final = 4
 """Of English text, roughly (OpenAI's rule of thumb); it only makes a comment."""
 
@@ -49,17 +53,42 @@ def preview_data(path: Path) -> DataPreview:
 
     if not path.is_file():
         raise PreviewError(f"there is no file {path}; correct the path")
+    found = _Rows()
     try:
-        rows = [row.content for row in islice(read_rows(path), MAX_PREVIEWED + 1)]
-        valid = [row for row in rows if not isinstance(row, RowError)]
-        if not valid:
+        for row in read_rows(path):
+            if not found.has_room():
+                break
+            found.add(None if isinstance(row.content, RowError) else row.content)
+        else:
+            found.complete = True
+        if found.first is None:
             raise PreviewError(f"{path} has no rows that can be read; see docs/data.md for the formats")
-        name, why = detect_format(valid[0])
-        longest = max(len(json.dumps(row, ensure_ascii=False, default=str)) for row in valid)
+        name, why = detect_format(found.first)
     except (FileError, RowError, OSError, ValueError, ImportError) as error:
         raise PreviewError(f"{path}: {error}") from error
     except TypeError as error:  # a map of a Parquet file may have bytes or dates as keys
         raise PreviewError(f"{path}: a row has an object whose keys are not text; write the keys as text") from error
-    return DataPreview(
-        min(len(rows), MAX_PREVIEWED), len(rows) <= MAX_PREVIEWED, f"{name} rows, by the field {why}", longest
-    )
+    return DataPreview(found.count, found.complete, f"{name} rows, by the field {why}", found.longest)
+
+
+@dataclass
+class _Rows:
+    """What is remembered of the rows; they themselves would fill the memory."""
+
+    count: int = 0
+    first: Mapping[str, Any] | None = None
+    """The first that can be read."""
+    longest: int = 0
+    characters: int = 0
+    complete: bool = False
+
+    def has_room(self) -> bool:
+        return self.count < MAX_PREVIEWED and self.characters <= MAX_CHARACTERS
+
+    def add(self, row: Mapping[str, Any] | None) -> None:
+        """Count a row; None: it cannot be read."""
+        self.count += 1
+        if row is not None:
+            self.first = row if self.first is None else self.first
+            length = len(json.dumps(row, ensure_ascii=False, default=str))
+            self.longest, self.characters = max(self.longest, length), self.characters + length

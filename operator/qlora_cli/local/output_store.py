@@ -21,8 +21,10 @@ class OutputError(Exception):
     """The output cannot be read from this machine; the message has the cause and the fix."""
 
 
-MAX_READ_BYTES: Final = 256 * MIB
-"""Longest file that is held in memory: logs have 5 MiB, and a report of 100,000 steps has 30 MiB."""
+MAX_REPORT_BYTES: Final = 64 * MIB
+"""Longest report.json that is read: one of 100,000 steps has 21 MiB."""
+MAX_LOG_BYTES: Final = 16 * MIB
+"""Longest log or stack dump that is read; the trainer keeps logs below 5 MiB."""
 
 
 class StoredFile(Protocol):
@@ -39,7 +41,7 @@ class OutputStore(Protocol):
     def list(self, prefix: str = "", on_refused: Callable[[str], None] | None = None) -> tuple[StoredFile, ...]:
         """Return every file below a folder, sorted by path; `on_refused` gets messages about refused names."""
 
-    def read(self, path: str, max_bytes: int | None = None) -> bytes:
+    def read(self, path: str, max_bytes: int) -> bytes:
         """Return a file's content; one that is longer is an error."""
 
     def download(self, path: str, target: Path) -> None:

@@ -11,9 +11,9 @@ from typing import Final, TypeVar
 from pydantic import BaseModel
 
 from qlora_api.names import MAX_JOB_NAME
-from qlora_api.report import ManifestFile, ResultManifest, RunReport
+from qlora_api.report import MAX_MANIFEST_BYTES, ManifestFile, ResultManifest, RunReport
 from qlora_api.tolerant_reader import ignore_unknown
-from qlora_cli.local.output_store import MAX_READ_BYTES, OutputError, OutputStore, open_output_store
+from qlora_cli.local.output_store import MAX_REPORT_BYTES, OutputError, OutputStore, open_output_store
 from qlora_cli.manifests.local_paths import is_folder_or_uri
 from qlora_cli.uris import to_display_path, to_uri
 
@@ -85,7 +85,7 @@ def find_result(text: str, endpoint: str | None, note: Callable[[str], None]) ->
         if len(folders) > 1:
             note(f"{text} has {len(folders)} results; this is the newest, {newest.rstrip('/')}")
         listed = manifests[newest].files
-        content = files.read(f"{newest}{REPORT}", MAX_READ_BYTES)
+        content = files.read(f"{newest}{REPORT}", MAX_REPORT_BYTES)
     check_listed(listed, REPORT, content)
     report = _parse(RunReport, content, f"{newest}{REPORT}")
     if len(report.job) > MAX_JOB_NAME or not _NAME.fullmatch(report.job):
@@ -133,7 +133,7 @@ def _merged_in(root: str, folder: str, paths: Iterable[str]) -> str | None:
 
 
 def _read_manifest(files: OutputStore, path: str) -> ResultManifest:
-    return _parse(ResultManifest, files.read(path, MAX_READ_BYTES), path)
+    return _parse(ResultManifest, files.read(path, MAX_MANIFEST_BYTES), path)
 
 
 def _parse(kind: type[Content], content: bytes, path: str) -> Content:

@@ -1,8 +1,8 @@
 """Parses YAML documents as QLoRAJobs; each problem has its position, its field and the fix."""
 
 import json
-from collections.abc import Iterable
-from typing import Annotated, Any, Final
+from collections.abc import Callable, Iterable, Sequence
+from typing import Annotated, Any, Final, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic.alias_generators import to_camel
@@ -12,8 +12,12 @@ from qlora_api import names
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_cli.manifests.repair import check_repaired
 from qlora_cli.manifests.validation_messages import Problem, describe_error, read_location, write_location
-from qlora_cli.manifests.yaml_documents import Document, Duplicate
+from qlora_cli.manifests.yaml_documents import Document, Duplicate, Location
 from qlora_planner.validation import Rule, check
+
+MAX_PROBLEMS: Final = 100
+"""Problems of a kind that are explained; a file of another program may have tens of thousands."""
+Found = TypeVar("Found")
 
 
 def _expect(expected: str) -> AfterValidator:
@@ -72,12 +76,12 @@ def parse_manifest(document: Document, rules: tuple[Rule, ...]) -> JobManifest:
             twice, and every rule whose fields are valid.
 
     """
-    problems = [_duplicate(found) for found in document.duplicates]
+    problems = _first(document.duplicates, lambda found: found.location, _duplicate, document)
     manifest, details = _parse(document)
     if manifest is not None:
         messages = [violation.message for violation in check(manifest.spec, rules)]
     else:
-        problems += [_problem(document, detail) for detail in details]
+        problems += _first(details, lambda detail: detail["loc"], lambda detail: _problem(document, detail), document)
         messages = check_repaired(document.value, details, rules, _parse_value)
     problems += [_violation(document, message) for message in messages]
     if manifest is None or problems:
@@ -106,6 +110,22 @@ def _parse(document: Document) -> tuple[JobManifest | None, list[ErrorDetails]]:
 def _parse_value(value: Any) -> JobManifest:
     # Strict, and from JSON, to reject what the API server rejects: "8" for 8, snake_case.
     return JobManifest.model_validate_json(json.dumps(value), strict=True, by_alias=True, by_name=False)
+
+
+def _first(
+    found: Sequence[Found],
+    location_of: Callable[[Found], Location],
+    write: Callable[[Found], Problem],
+    document: Document,
+) -> list[Problem]:
+    """Return the first problems in the order of the file, and how many more there are: to explain one takes a while."""
+    ordered = sorted(found, key=lambda item: document.index_of(location_of(item)))
+    problems: list[Problem] = [write(item) for item in ordered[:MAX_PROBLEMS]]
+    if len(ordered) <= MAX_PROBLEMS:
+        return problems
+    path = write_location(location_of(ordered[MAX_PROBLEMS]))
+    message = f"{path}: and {len(ordered) - MAX_PROBLEMS:,} more problems from here on; correct these first"
+    return [*problems, Problem(document.position_of(location_of(ordered[MAX_PROBLEMS])), message, path)]
 
 
 def _problem(document: Document, detail: ErrorDetails) -> Problem:

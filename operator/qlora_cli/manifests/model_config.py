@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from qlora_api.foreign_files import read_named, read_start
 from qlora_api.model_config import MAX_CONFIG_BYTES
 from qlora_api.object_names import ObjectName
 from qlora_api.untrusted_json import InvalidJsonError, parse_object
@@ -14,6 +15,8 @@ from qlora_cli.uris import to_display_path
 
 _HUB: Final = "hf://"
 _CONFIG: Final = "config.json"
+MAX_REF_BYTES: Final = 256
+"""A ref of a hub cache has a commit and a newline."""
 
 
 class NoConfigError(Exception):
@@ -34,8 +37,9 @@ def load_config(model: ModelSpec, given: str | None, mirror: str | None) -> Mapp
     """
     path = Path(given) if given else find_config(model, mirror)
     try:
-        with path.open("rb") as stream:
-            return parse_object(stream.read(MAX_CONFIG_BYTES + 1), MAX_CONFIG_BYTES)
+        # What a person names may be a pipe, such as <(curl …); what is in a folder may not.
+        content = read_named(path, MAX_CONFIG_BYTES + 1) if given else read_start(path, MAX_CONFIG_BYTES + 1)
+        return parse_object(content, MAX_CONFIG_BYTES)
     except InvalidJsonError as error:
         raise NoConfigError(f"{path} {error}; pass the model's own {_CONFIG}") from error
     except (OSError, ValueError) as error:
@@ -71,5 +75,5 @@ def _in_cache(cache: Path, name: str, revision: str) -> Path | None:
 def _candidates(repository: Path, revision: str) -> Iterator[Path]:
     with contextlib.suppress(OSError, ValueError):  # a ref that is no text, or names no folder
         reference = repository / "refs" / revision
-        commit = reference.read_text().strip() if reference.is_file() else revision
+        commit = read_start(reference, MAX_REF_BYTES).decode().strip() if reference.is_file() else revision
         yield ObjectName(commit).below(repository / "snapshots") / _CONFIG

@@ -5,11 +5,10 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from qlora_cli.manifests.yaml_hints import RENDER_FIRST
+from qlora_cli.manifests.yaml_hints import RENDER_FIRST, has_template
 
 Location = tuple[str | int, ...]
 _WORD: Final = re.compile(r"[A-Za-z0-9_./:@-]+(?<!:)")
-_TEMPLATE: Final = re.compile(r"\{\{.*\}\}")
 _PLACEHOLDER: Final = re.compile(r"\$\{?\(?[A-Za-z_][A-Za-z0-9_]*\)?\}?|<[A-Za-z_ -]+>")
 _NUMBER: Final = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?([eE][-+]?[0-9]+)?")
 _HUB_PAGE: Final = re.compile(r"(https?://)?(www\.)?(huggingface\.co|hf\.co)/")
@@ -32,7 +31,7 @@ def to_yaml_value(value: Any) -> str:
 
 def unresolved(value: Any) -> str | None:
     """Return what to do with a value that another program has to fill in, or None."""
-    if isinstance(value, str) and _TEMPLATE.search(value):
+    if isinstance(value, str) and has_template(value):
         return RENDER_FIRST
     if isinstance(value, str) and (found := _PLACEHOLDER.fullmatch(value.strip())):
         return f"{found[0]} is a placeholder; write the value, or fill it in first, such as with envsubst"

@@ -5,6 +5,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final
@@ -12,6 +13,7 @@ from typing import Any, Final
 import yaml
 
 from qlora_api.escapes import escape_line
+from qlora_api.foreign_files import read_named
 from qlora_api.units import MIB
 from qlora_cli.manifests.yaml_hints import explain_yaml_error
 
@@ -32,7 +34,11 @@ GO_EXPONENT: Final = 1e21
 """From here on Go writes a number with an exponent, which the API server takes for no integer."""
 _FLOAT: Final = re.compile(r"[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$")
 _YAML_TAG: Final = "tag:yaml.org,2002:"
-MAX_FILE_BYTES: Final = 8 * MIB
+MAX_NODES: Final = 300_000
+"""Keys and values of a file that are parsed, without what aliases repeat: MAX_FIELDS, and as many again."""
+MAX_NUMBER: Final = 400
+"""Characters of a number; the largest that JSON can hold has 309 digits, and to parse a longer one takes long."""
+MAX_FILE_BYTES: Final = 4 * MIB
 """Largest file that is read; etcd stores objects of at most 1.5 MiB, and a file may have several."""
 _UTF_16: Final = (b"\xff\xfe", b"\xfe\xff")
 
@@ -45,17 +51,37 @@ class _Loader(yaml.SafeLoader):
         for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._nodes = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Return the next key or value; too many are refused before they are read."""
+        self._nodes += 1
+        if self._nodes > MAX_NODES:
+            raise yaml.MarkedYAMLError(
+                problem=f"has more than {MAX_NODES:,} keys and values; split the file", problem_mark=self.get_mark()
+            )
+        return super().compose_node(parent, index)
+
 
 _Loader.add_implicit_resolver(f"{_YAML_TAG}float", _FLOAT, list("-+.0123456789"))
 
 
 def _construct_integer(loader: _Loader, node: yaml.ScalarNode) -> int | str:
-    return node.value if _NOT_AN_INTEGER.match(node.value) else loader.construct_yaml_int(node)
+    return node.value if _NOT_AN_INTEGER.match(node.value) else loader.construct_yaml_int(_checked(node))
+
+
+def _checked(node: yaml.ScalarNode) -> yaml.ScalarNode:
+    """Return the node of a number, or raise ValueError: powers of 60, for one, take quadratic time."""
+    if len(node.value) > MAX_NUMBER:
+        raise ValueError(f"a number has {len(node.value):,} characters, more than {MAX_NUMBER}")
+    return node
 
 
 def _construct_float(loader: _Loader, node: yaml.ScalarNode) -> int | float:
     """Return 16.0 and 1e3 as integers: what kubectl sends, since it writes numbers as Go does."""
-    number = loader.construct_yaml_float(node)
+    number = loader.construct_yaml_float(_checked(node))
     return int(number) if number.is_integer() and abs(number) < GO_EXPONENT else number
 
 
@@ -96,7 +122,11 @@ class Document:
         """Return the index of a field in the order of the file."""
         while location and location not in self.positions:
             location = location[:-1]
-        return list(self.positions).index(location) if location in self.positions else 0
+        return self._indices.get(location, 0)
+
+    @cached_property
+    def _indices(self) -> Mapping[Location, int]:
+        return {location: index for index, location in enumerate(self.positions)}
 
 
 def parse_value(text: str) -> Any:
@@ -149,8 +179,7 @@ def read_text(file: str) -> str:
 def _read_bytes(file: str) -> bytes:
     if file == STDIN:
         return sys.stdin.buffer.read(MAX_FILE_BYTES + 1)
-    with Path(file).open("rb") as stream:
-        return stream.read(MAX_FILE_BYTES + 1)
+    return read_named(Path(file), MAX_FILE_BYTES + 1)
 
 
 def describe_read_error(file: str, error: Exception) -> str:

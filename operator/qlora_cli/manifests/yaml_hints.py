@@ -3,7 +3,7 @@
 import re
 from typing import Final
 
-_TEMPLATE: Final = re.compile(r"\{\{-?\s*[^\s}].*?\}\}|\{%.*?%\}", re.DOTALL)
+_EXPRESSION: Final = re.compile(r"\{\{-?\s*[^\s}]")
 _NO_SPACE: Final = re.compile(r"^\s*(- )?([A-Za-z_][\w.-]*):[^\s:/]")
 RENDER_FIRST: Final = (
     "has template expressions, {{ … }}; render it first, such as with helm template, and give the output"
@@ -22,7 +22,7 @@ def explain_yaml_error(text: str, line: int | None, problem: str) -> tuple[int |
     lines = text.splitlines()
     at = lines[line] if line is not None and line < len(lines) else ""
     before = lines[line - 1] if line and line <= len(lines) else ""
-    if _TEMPLATE.search(f"{before}\n{at}" if "chatTemplate:" in text else text):
+    if has_template(f"{before}\n{at}" if "chatTemplate:" in text else text):
         return line, RENDER_FIRST
     for index, candidate in ((line, at), (line - 1 if line else line, before)):
         if "\t" in candidate[: len(candidate) - len(candidate.lstrip())]:
@@ -30,6 +30,12 @@ def explain_yaml_error(text: str, line: int | None, problem: str) -> tuple[int |
         if missing := _NO_SPACE.match(candidate):
             return index, f"'{missing[2]}:' has no space after its colon; write '{missing[2]}: …'"
     return line, _explain_problem(problem)
+
+
+def has_template(text: str) -> bool:
+    """Return whether a text has {{ … }} or {% … %}; a regular expression for both ends takes quadratic time."""
+    statement = text.find("{%")
+    return bool(_EXPRESSION.search(text, 0, max(text.rfind("}}"), 0))) or 0 <= statement < text.rfind("%}") - 1
 
 
 def _explain_problem(problem: str) -> str:

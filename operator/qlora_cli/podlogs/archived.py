@@ -1,18 +1,26 @@
 """Logs of runs whose pods are gone: from the output, with termination messages and stack dumps of hung processes."""
 
 import heapq
+import re
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Final
 
 from qlora_api.logs.files import PREPARE_ATTEMPT, LogFile, log_folder
 from qlora_api.logs.formatters import time_of
+from qlora_api.units import GIB
 from qlora_api.v1alpha1 import Attempt
 from qlora_cli.cluster.client import ClusterError
 from qlora_cli.cluster.jobs import ClusterJob
 from qlora_cli.cluster.pods import TrainerPod
 from qlora_cli.console import Console, print_line, print_text
-from qlora_cli.local.output_store import MAX_READ_BYTES, OutputError, open_output_store
+from qlora_cli.local.output_store import MAX_LOG_BYTES, OutputError, open_output_store
 from qlora_cli.podlogs.lines import LogPrinter
+
+MAX_LOGS_BYTES: Final = GIB
+"""Logs of one attempt that are read: 5 MiB of each process, of which there are a hundred or so."""
+_LINE: Final = re.compile(rb"([^\r\n]*)(?:\r\n|\r|\n|\Z)")
 
 
 @dataclass(frozen=True)
@@ -67,28 +75,37 @@ def latest_started_attempt(job: ClusterJob) -> int:
     return max(started_attempts(job), default=PREPARE_ATTEMPT)
 
 
-def read_archived_logs(job: ClusterJob, missing: MissingLogs, endpoint: str | None) -> list[list[ArchivedLine]]:
-    """Return the missing logs that the output has, one list of lines per process."""
-    found = []
+def read_archived_logs(job: ClusterJob, missing: MissingLogs, endpoint: str | None) -> list[Iterator[ArchivedLine]]:
+    """Return the missing logs that the output has, the lines of each process."""
+    found, total = [], 0
     with open_output_store(log_prefix(job), endpoint) as output:
         for entry in output.list("", _ignore):
             file = LogFile.parse(entry.path)
             if file is not None and file in missing:
-                found.append(list(parse_log(file, output.read(entry.path, MAX_READ_BYTES))))
+                raw = output.read(entry.path, MAX_LOG_BYTES)
+                total += len(raw)
+                if total > MAX_LOGS_BYTES:
+                    raise OutputError(
+                        f"the logs in {log_prefix(job)}/ have more than {MAX_LOGS_BYTES:,} bytes; download them"
+                    )
+                found.append(parse_log(file, raw))
     return found
 
 
-def merge_lines(logs: Iterable[list[ArchivedLine]], tail: int | None) -> list[ArchivedLine]:
+def merge_lines(logs: Iterable[Iterator[ArchivedLine]], tail: int | None) -> Iterator[ArchivedLine]:
     """Merge the lines of several processes by time; of each process only the last `tail` lines."""
-    return list(heapq.merge(*(lines if tail is None else lines[max(len(lines) - tail, 0) :] for lines in logs)))
+    return heapq.merge(*(lines if tail is None else deque(lines, maxlen=tail) for lines in logs))
 
 
 def parse_log(file: LogFile, raw: bytes) -> Iterator[ArchivedLine]:
     """Yield the lines of a log; a line without a time gets that of the line before it."""
     pod = TrainerPod(file.attempt, file.node, file.name, started=True)
     time = ""
-    for number, line in enumerate(raw.splitlines()):
-        text = line.decode(errors="replace")
+    # One line at a time: a log of line breaks only has a hundred times its size as a list of lines.
+    for number, match in enumerate(_LINE.finditer(raw)):
+        if match.start() == len(raw):
+            return
+        text = match[1].decode(errors="replace")
         time = max(time, time_of(text))
         yield ArchivedLine(time, file.name, number, pod, text)
 
@@ -133,8 +150,8 @@ def show_archived_logs(
     show_termination_messages(job, query, console, console)
 
 
-def find_logs(job: ClusterJob, missing: MissingLogs, endpoint: str | None) -> list[list[ArchivedLine]]:
-    """Return the missing logs that the output has, one list of lines per process.
+def find_logs(job: ClusterJob, missing: MissingLogs, endpoint: str | None) -> list[Iterator[ArchivedLine]]:
+    """Return the missing logs that the output has, the lines of each process.
 
     Raises:
         NoLogsError: The attempt has not started, or the output has none of its logs.
@@ -188,4 +205,4 @@ def read_stacks(prefix: str, attempt: int | None, endpoint: str | None) -> Itera
     with open_output_store(prefix, endpoint) as output:
         for entry in output.list(STACKS_FOLDER, _ignore):
             if entry.path.startswith(wanted):
-                yield f"{prefix}/{entry.path}", output.read(entry.path, MAX_READ_BYTES).decode(errors="replace")
+                yield f"{prefix}/{entry.path}", output.read(entry.path, MAX_LOG_BYTES).decode(errors="replace")

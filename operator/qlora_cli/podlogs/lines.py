@@ -12,6 +12,9 @@ from qlora_cli.cluster.client import ClusterClient, ClusterError
 from qlora_cli.cluster.pods import TrainerPod
 from qlora_cli.console import Console, echo, print_text
 
+_WAITING_LINES: Final = 1000
+"""Lines that have not been printed yet; a pod that writes faster waits."""
+
 
 class LogStreams:
     """Streams the logs of several pods; lines of one pod keep their order."""
@@ -21,7 +24,7 @@ class LogStreams:
         self._namespace = namespace
         self._query = query
         self._threads: dict[str, threading.Thread] = {}
-        self._lines: queue.Queue[tuple[TrainerPod, str]] = queue.Queue()
+        self._lines: queue.Queue[tuple[TrainerPod, str]] = queue.Queue(_WAITING_LINES)
 
     @property
     def running(self) -> bool:

@@ -1,5 +1,7 @@
 """Merging a published adapter into a local folder: measured if rows are available, and written atomically."""
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -7,10 +9,12 @@ from transformers import AutoModelForCausalLM
 from qlora_api.local_requests import MergedFolder, MergeRequest
 from qlora_api.reasons import Reason
 from qlora_api.report import EvaluatedRow, RowScore
+from qlora_api.units import MIB
 from qlora_trainer import merge_job
 from qlora_trainer.data.shards import EVALUATION, ShardWriter
 from qlora_trainer.errors import RunError
-from qlora_trainer.merge_job import check_target, merge_published, parents
+from qlora_trainer.inference.published_adapter import PublishedAdapter
+from qlora_trainer.merge_job import check_target, find_rows, merge_published, parents
 from qlora_trainer.publishing.merge_weights import MergeTask
 from tests.unit.trainer.inference.test_published_adapter import bucket
 from tests.unit.trainer.tiny import instruction_rows, write_model
@@ -68,7 +72,8 @@ def test_s3_adapter_is_measured_on_the_rows_of_its_result(adapter, tmp_path, buc
     assert (found.adapter, found.merge.difference.rows) == ("s3://adapters/bot/0123/adapter", 4)
 
 
-def test_merge_without_shards_measures_on_report_rows(adapter, tmp_path):
+@pytest.mark.parametrize(("unread_bytes", "expected"), [(0, 3), (1, 2)])
+def test_merge_without_shards_measures_on_report_rows(adapter, tmp_path, monkeypatch, unread_bytes, expected):
     score = RowScore(loss=1.0, correct=1)
     rows = [
         EvaluatedRow(tokens=5, prompt=row["instruction"], reference=row["output"], base=score, adapter=score)
@@ -78,12 +83,25 @@ def test_merge_without_shards_measures_on_report_rows(adapter, tmp_path):
     report.parent.mkdir()
     without = EvaluatedRow(tokens=5, prompt="", reference="", base=score, adapter=score)
     report.write_text("".join(f"{row.model_dump_json(by_alias=True)}\n" for row in (without, *rows)))
+    monkeypatch.setattr(merge_job, "_MEASURED_BYTES", report.stat().st_size - unread_bytes)
     try:
         found = merged(adapter, tmp_path / "merged", tmp_path)
     finally:
         report.unlink()
         report.parent.rmdir()
-    assert found.merge.difference.rows == 3
+    assert found.merge.difference.rows == expected
+
+
+def test_rows_that_take_too_much_memory_are_not_measured(tmp_path, monkeypatch):
+    """One text of 16 MiB, which a dictionary repeats."""
+    write_shard(tmp_path, token_rows(64))
+    rows = pq.read_table(tmp_path / EVALUATION)
+    repeated = pa.DictionaryArray.from_arrays(pa.array([0] * 64, pa.int32()), pa.array(["x" * (16 * MIB)]))
+    position = rows.schema.get_field_index("prompt")
+    pq.write_table(rows.set_column(position, "prompt", repeated), tmp_path / EVALUATION, compression="zstd")
+    published = PublishedAdapter(f"file://{tmp_path}/adapter", tmp_path / "adapter", record=None)
+    monkeypatch.setattr(merge_job, "_MAX_ROWS_BYTES", 256 * MIB)
+    assert find_rows(RESOLVER, published, tmp_path / "work") == ()
 
 
 def test_merge_with_another_base_folder_and_without_rows_is_not_measured(adapter, tmp_path):

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, Final, cast
 
+from qlora_api.foreign_files import open_regular, read_start
 from qlora_api.units import MIB
 from qlora_trainer.storage.store import LFS_POINTER
 
@@ -49,15 +50,14 @@ def check_content(start: bytes, own: bytes = b"") -> None:
 @contextlib.contextmanager
 def open_bytes(path: Path) -> Iterator[IO[bytes]]:
     """Open a text file as bytes, decompressed if its content or its name says that it is compressed."""
-    with path.open("rb") as raw:
-        start = raw.read(_START_BYTES)
+    start = read_start(path, _START_BYTES)
     name = path.name.lower()
     if start.startswith(_ZSTD) or name.endswith(COMPRESSED_SUFFIXES[1:]):
         opened: IO[Any] | io.BufferedReader = io.BufferedReader(_Decompressed(path, _Zstd(path)), _CHUNK_BYTES)
     elif start.startswith(_GZIP) or name.endswith(COMPRESSED_SUFFIXES[0]):
         opened = io.BufferedReader(_Decompressed(path, gzip.GzipFile(path)), _CHUNK_BYTES)
     else:
-        opened = path.open("rb")
+        opened = open_regular(path)
     try:
         with opened as stream:
             check_content(cast("io.BufferedReader", stream).peek(_START_BYTES)[:_START_BYTES])

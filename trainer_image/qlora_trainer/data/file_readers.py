@@ -14,6 +14,7 @@ from itertools import chain, count
 from pathlib import Path
 from typing import IO, Any, Final, NamedTuple, TextIO, cast
 
+from qlora_api.foreign_files import read_start
 from qlora_api.units import GIB, MIB
 from qlora_api.untrusted_json import MAX_NESTING, is_nested_deeper
 from qlora_trainer.data.compressed_files import COMPRESSED_SUFFIXES, FileError, check_content, open_bytes
@@ -325,8 +326,7 @@ def _read_arrow(path: Path) -> Iterator[FileRow]:
 
 
 def _check_start(path: Path, own: bytes) -> None:
-    with path.open("rb") as stream:
-        check_content(stream.read(_START_BYTES), own)
+    check_content(read_start(path, _START_BYTES), own)
 
 
 def _validated(batch: Any) -> Any:

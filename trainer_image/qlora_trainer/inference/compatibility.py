@@ -12,7 +12,10 @@ from typing import Any, Final
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model, get_peft_model_state_dict
 
+from qlora_api.foreign_files import read_object
+from qlora_api.model_config import MAX_CONFIG_BYTES
 from qlora_api.reasons import Reason
+from qlora_api.untrusted_json import InvalidJsonError
 from qlora_trainer.errors import RunError
 from qlora_trainer.inference.published_adapter import PublishedAdapter
 from qlora_trainer.inference.vllm_limits import Shapes, read_shapes
@@ -39,7 +42,11 @@ def check_adapter_config(folder: Path) -> None:
         RunError: INVALID_SPEC with the setting.
 
     """
-    content = json.loads((folder / _CONFIG).read_text())
+    try:
+        content = read_object(folder / _CONFIG, MAX_CONFIG_BYTES)
+    except InvalidJsonError as error:
+        message = f"the adapter's {_CONFIG} {error}; use the adapter as it was published"
+        raise RunError(Reason.INVALID_SPEC, message) from error
     defaults = LoraConfig().to_dict()
     foreign = [name for name in sorted({*content, "peft_type"}) if not _is_expected(name, content.get(name), defaults)]
     if foreign:

@@ -1,7 +1,6 @@
 """Downloads a published adapter, verified against its manifest, and its base, for merging and chat."""
 
 import contextlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,18 +8,19 @@ from typing import Final
 
 from pydantic import ValidationError
 
+from qlora_api.foreign_files import read_file
 from qlora_api.names import CLAIM_SCHEME, SecretRole
 from qlora_api.object_names import ObjectName
 from qlora_api.reasons import Reason
-from qlora_api.report import AdapterRecord, ManifestFile, ResultManifest
+from qlora_api.report import MAX_MANIFEST_BYTES, AdapterRecord, ManifestFile, ResultManifest
 from qlora_api.tolerant_reader import ignore_unknown
+from qlora_api.untrusted_json import parse_object
 from qlora_trainer.errors import RunError
 from qlora_trainer.observability.progress import no_log
 from qlora_trainer.storage.listed_files import download_listed
 from qlora_trainer.storage.local_store import FileStore
 from qlora_trainer.storage.results import (
     MANIFEST,
-    MAX_MANIFEST_BYTES,
     RECORD,
     REJECTED_RECORD,
     find_manifest_of,
@@ -33,6 +33,8 @@ _SETTINGS: Final = "adapter_config.json"
 """The file by which peft recognizes an adapter."""
 _CODE: Final = (".py", *PICKLES)
 """Suffixes of files that loading would run; an adapter of ours has none."""
+_SHOWN_CHARACTERS: Final = 200
+"""Of a URI in a message: somebody else's manifest may have one of megabytes."""
 _RECORDED_BASE: Final = FieldRef(SecretRole.MODEL, "the adapter's base (--base-model overrides it)")
 _GIVEN_BASE: Final = FieldRef(SecretRole.MODEL, "--base-model")
 
@@ -81,7 +83,9 @@ def open_adapter(resolver: SourceResolver, uri: str, field: str, work: Path) -> 
     if listed is None:
         return PublishedAdapter(store.root, _fetch_unverified(store, work), record, verified=False)
     folder = fetch_listed(store, "", listed, work)
-    return PublishedAdapter(store.root, folder, _parse_record((folder / RECORD).read_bytes(), store, field))
+    return PublishedAdapter(
+        store.root, folder, _parse_record(read_file(folder / RECORD, MAX_MANIFEST_BYTES), store, field)
+    )
 
 
 def parents(uri: str, levels: int = 2) -> tuple[str, ...]:
@@ -217,8 +221,9 @@ def _why_none(store: Store) -> str:
         return f"{store.root} holds no files; give the folder 'adapter' of a published result"
     if store.exists(MANIFEST):
         with contextlib.suppress(ValueError, LookupError, AttributeError, TypeError, RecursionError):
-            content = json.loads(store.read(MANIFEST, MAX_MANIFEST_BYTES))
-            return f"{store.root} is a result folder; its adapter is {(content.get('result') or content)['adapter']}"
+            content = parse_object(store.read(MANIFEST, MAX_MANIFEST_BYTES), MAX_MANIFEST_BYTES)
+            adapter = str((content.get("result") or content)["adapter"])[:_SHOWN_CHARACTERS]
+            return f"{store.root} is a result folder; its adapter is {adapter}"
     if store.exists(_SETTINGS):
         return (
             f"{store.root} is an adapter without {RECORD}, so its base and prompt format are unknown; load it with peft"

@@ -3,13 +3,14 @@
 Sources: vLLM's lora/peft_helper.py, lora/utils.py, lora/lora_model.py and config/lora.py.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from safetensors import safe_open
 
+from qlora_api.foreign_files import read_object
+from qlora_api.model_config import MAX_CONFIG_BYTES
 from qlora_api.report import ServingCheck
 from qlora_api.vllm import VLLM_MAX_LORA_RANKS, max_lora_rank_for
 
@@ -36,7 +37,7 @@ def check_vllm_limits(adapter: Path) -> ServingCheck:
     """Check the files of an adapter; a full model has no limits, vLLM serves it directly."""
     if not (adapter / "adapter_config.json").is_file():
         return ServingCheck(vllm=True, max_lora_rank=None)
-    config = json.loads((adapter / "adapter_config.json").read_text())
+    config = read_object(adapter / "adapter_config.json", MAX_CONFIG_BYTES)
     problems = vllm_problems(config, read_shapes(adapter))
     return ServingCheck(vllm=not problems, problems=problems, max_lora_rank=max_lora_rank_for(int(config["r"])))
 

@@ -12,6 +12,8 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import load_file, save_file
 
+from qlora_api.foreign_files import read_object
+from qlora_api.model_config import MAX_CONFIG_BYTES
 from qlora_api.reasons import Reason
 from qlora_api.v1alpha1 import LoraSpec
 from qlora_trainer.errors import RunError
@@ -133,7 +135,7 @@ def rewrite_for_original_base(folder: Path, initial_weights: Mapping[str, torch.
     config, file = folder / "adapter_config.json", folder / "adapter_model.safetensors"
     known = {name.replace(f".{ADAPTER_NAME}.", "."): weight for name, weight in initial_weights.items()}
     save_file(convert_pissa_weights(load_file(file), known), file, metadata={"format": "pt"})
-    config.write_text(json.dumps(convert_pissa_config(json.loads(config.read_text()))))
+    config.write_text(json.dumps(convert_pissa_config(read_object(config, MAX_CONFIG_BYTES))))
 
 
 def convert_pissa_weights(

@@ -1,6 +1,5 @@
 """Class, parameters and modules of a model, from its configuration; no weights are loaded."""
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -11,10 +10,11 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from qlora_api.model_config import MAX_CONFIG_BYTES, MAX_PARAMETERS
+from qlora_api.foreign_files import read_object
+from qlora_api.model_config import MAX_CONFIG_BYTES, MAX_PARAMETERS, MAX_TOKENIZER_CONFIG_BYTES
 from qlora_api.reasons import Reason
 from qlora_api.units import GIB
-from qlora_api.untrusted_json import InvalidJsonError, parse_object
+from qlora_api.untrusted_json import InvalidJsonError
 from qlora_trainer.errors import RunError
 from qlora_trainer.model.model_files import check_model_files
 from qlora_trainer.model.quantization import QuantizableWeights, count_quantizable
@@ -82,13 +82,14 @@ def build_empty(folder: Path, field: str = "spec.model.uri") -> Any:
 def read_config(folder: Path, field: str = "spec.model.uri") -> Mapping[str, Any]:
     """Return the content of config.json, or raise ModelUnsupported if it is no JSON object of a reasonable size."""
     try:
-        with (folder / "config.json").open("rb") as stream:
-            return parse_object(stream.read(MAX_CONFIG_BYTES + 1), MAX_CONFIG_BYTES)
+        return read_object(folder / "config.json", MAX_CONFIG_BYTES)
     except FileNotFoundError as error:
         raise RunError(
             Reason.MODEL_UNSUPPORTED,
             f"{field}: there is no config.json; use the folder of a model in the Hugging Face format",
         ) from error
+    except OSError as error:
+        raise RunError(Reason.MODEL_UNSUPPORTED, f"{field}: config.json: {error.strerror}; correct it") from error
     except InvalidJsonError as error:
         raise RunError(Reason.MODEL_UNSUPPORTED, f"{field}: config.json {error}; correct it") from error
 
@@ -221,8 +222,7 @@ def _check_tokenizer_class(folder: Path) -> None:
     """
     for file in ("tokenizer_config.json", "config.json"):
         path = folder / file
-        content = json.loads(path.read_text()) if path.is_file() else {}
-        name = content.get("tokenizer_class") if isinstance(content, dict) else None
+        name = read_object(path, MAX_TOKENIZER_CONFIG_BYTES).get("tokenizer_class") if path.is_file() else None
         if isinstance(name, str) and not _is_tokenizer_class(name):
             raise ValueError(f"tokenizer_class in {file} is {name[:100]!r}, which is no tokenizer; correct it")
 

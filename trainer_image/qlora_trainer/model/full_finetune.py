@@ -7,6 +7,8 @@ from typing import Any, Final
 import torch
 from transformers import AutoConfig
 
+from qlora_api.foreign_files import read_object
+from qlora_api.model_config import MAX_CONFIG_BYTES
 from qlora_api.reasons import Reason
 from qlora_api.units import format_gib
 from qlora_trainer.errors import RunError
@@ -74,5 +76,5 @@ def save_full_model(model: Any, uri: str, target: Path) -> None:
     stored = AutoConfig.from_pretrained(model.name_or_path, trust_remote_code=False).dtype
     save_model(model.to(stored or torch.float32), target)
     config = target / "config.json"
-    content = json.loads(config.read_text())
+    content = read_object(config, MAX_CONFIG_BYTES)
     config.write_text(json.dumps(content | {"_name_or_path": uri.removeprefix("hf://")}, indent=2, sort_keys=True))

@@ -6,8 +6,11 @@ from typing import Final
 
 from pydantic import BaseModel, ValidationError
 
+from qlora_api.foreign_files import read_file
 from qlora_api.object_names import ObjectName
 from qlora_api.reasons import Reason
+from qlora_api.tolerant_reader import ignore_unknown
+from qlora_api.units import MIB
 from qlora_trainer.errors import RunError
 from qlora_trainer.storage.local_store import files_below
 from qlora_trainer.storage.store import FieldRef
@@ -19,6 +22,10 @@ _ANY_SHARD_INDEX: Final = "*.safetensors.index.json"
 """config.json may name another index (`transformers_weights`), also in a subfolder."""
 _WEIGHTS_SUFFIX: Final = ".safetensors"
 _ADAPTER: Final = "adapter_config.json"
+
+
+_MAX_INDEX_BYTES: Final = 64 * MIB
+"""Largest index that is read; one of a model with 150,000 weights has 15 MiB."""
 
 
 class _ShardIndex(BaseModel):
@@ -46,9 +53,11 @@ def check_model_files(folder: Path, field: str = "spec.model.uri") -> None:
 def load_shard_index(index: Path, field: str = "spec.model.uri") -> Mapping[str, Path]:
     """Return the safetensors file of each weight, as an index lists them; raises like `check_model_files`."""
     try:
-        files = _ShardIndex.model_validate_json(index.read_bytes()).weight_map
+        files = ignore_unknown(_ShardIndex, read_file(index, _MAX_INDEX_BYTES), index.name).weight_map
     except ValidationError as error:
         raise _refused(index, field, error.errors(include_url=False)[0]["msg"]) from error
+    except OSError as error:
+        raise _refused(index, field, error.strerror or str(error)) from error
     if stray := next((file for file in files.values() if not file.endswith(_WEIGHTS_SUFFIX)), None):
         raise _refused(index, field, f"'{stray}' is no {_WEIGHTS_SUFFIX} file")
     return {name: file.below(index.parent) for name, file in files.items()}

@@ -32,7 +32,9 @@ class LogObject:
         """Return the existing content: after a requeue, the second pod of an attempt appends to the first one's log."""
         try:
             sizes: dict[str, int] = {entry.path: entry.size for entry in self._output.list(self._folder, no_log)}
-            return self._output.read(self._path) if 0 < sizes.get(self._path, 0) <= _LARGEST_BYTES else b""
+            return (
+                self._output.read(self._path, _LARGEST_BYTES) if 0 < sizes.get(self._path, 0) <= _LARGEST_BYTES else b""
+            )
         except RunError as error:
             if error.reason is not Reason.S3_DENIED:
                 raise

@@ -8,6 +8,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
+from qlora_api.foreign_files import read_file
+from qlora_api.model_config import MAX_CONFIG_BYTES
 from qlora_api.object_names import ObjectName
 from qlora_api.prepared import Prepared
 from qlora_api.reasons import Reason
@@ -97,10 +99,10 @@ def save_adapter(trainable: TrainableModel, record: AdapterRecord, target: Path,
     if trainable.initial_weights:
         rewrite_for_original_base(target, trainable.initial_weights)
     config = target / "adapter_config.json"
-    config.write_text(canonical_config(config.read_text(), record.base, record.commit))
+    config.write_text(canonical_config(read_file(config, MAX_CONFIG_BYTES), record.base, record.commit))
 
 
-def canonical_config(text: str, uri: str, commit: str) -> str:
+def canonical_config(text: str | bytes, uri: str, commit: str) -> str:
     """Name the base as peft loads it (vLLM compares names), and not the copy that was trained on; sort the modules.
 
     What peft cannot load, in a bucket or a claim, keeps its URI; the model card says to download it.

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from qlora_api.foreign_files import NotRegularFileError, check_regular, open_regular
 from qlora_api.names import CLAIM_SCHEME
 from qlora_api.reasons import Reason
 from qlora_trainer.errors import RunError
@@ -119,19 +120,20 @@ class FileStore:
 
     def read(self, path: str, max_bytes: int | None = None) -> bytes:
         """Return the content of a file."""
-        with self._translating_errors(path), self.path_of(path).open("rb") as stream:
+        with self._translating_errors(path), open_regular(self.path_of(path)) as stream:
             content = stream.read(-1 if max_bytes is None else max_bytes + 1)
         return check_size(content, max_bytes, f"{self.root}/{path}", self._field_ref)
 
     def read_start(self, path: str, count: int) -> tuple[bytes, int]:
         """Return the first bytes of a file, and its size."""
-        with self._translating_errors(path), self.path_of(path).open("rb") as stream:
+        with self._translating_errors(path), open_regular(self.path_of(path)) as stream:
             return stream.read(count), os.fstat(stream.fileno()).st_size
 
     def download(self, path: str, target: Path) -> None:
         """Copy a file."""
         source = self.path_of(path)
         with self._translating_errors(path):
+            check_regular(source)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, target)
 
@@ -203,7 +205,7 @@ class FileStore:
         where = f"{self._field_ref.field}: "
         try:
             yield
-        except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError, NotRegularFileError) as error:
             message = f"{where}there is no {self.path_of(path)}; correct the URI"
             raise MissingObjectError(self._field_ref.not_found, message) from error
         except OSError as error:

@@ -8,10 +8,13 @@ from qlora_api.object_names import ObjectName
 from qlora_api.prepared import Prepared, PreparedInputs
 from qlora_api.reasons import Reason
 from qlora_api.tolerant_reader import ignore_unknown
+from qlora_api.units import MIB
 from qlora_trainer.errors import RunError
 from qlora_trainer.storage.snapshots import Snapshot, text_files, weight_files
 from qlora_trainer.storage.store import MODEL_FIELD, OUTPUT_FIELD, ObjectExistsError, Store, sha256_of
 
+MAX_PREPARED_BYTES: Final = 4 * MIB
+"""Largest record of preparation that is read; a model of 10,000 weight files has one of 1.5 MiB."""
 _SHOWN_DIGITS: Final = 16
 """Digits of a SHA-256 in a message; the comparison is of all 64."""
 
@@ -65,7 +68,7 @@ def find_inputs(output: Store, prepared: Prepared) -> PreparedInputs | None:
         log.warning("an earlier version prepared this run and recorded no digests: its inputs are not checked")
         return None
     name = _name_of(prepared)
-    content = output.read(f"{prepared.digest}/{name}")
+    content = output.read(f"{prepared.digest}/{name}", MAX_PREPARED_BYTES)
     _check(name, prepared.inputs, content, prepared)
     return ignore_unknown(PreparedInputs, content, name)
 

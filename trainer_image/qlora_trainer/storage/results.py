@@ -7,11 +7,11 @@ from typing import Final, Literal, TypeAlias, TypeVar
 
 from qlora_api.names import output_root
 from qlora_api.reasons import Reason
-from qlora_api.report import ManifestFile, MergedManifest, ResultManifest
+from qlora_api.report import MAX_MANIFEST_BYTES, ManifestFile, MergedManifest, ResultManifest
 from qlora_api.result import Result, is_below
 from qlora_api.runconfig import PrepareConfig, Published, RunConfig
 from qlora_api.tolerant_reader import ignore_unknown
-from qlora_api.units import GIB, MIB
+from qlora_api.units import GIB
 from qlora_api.v1alpha1 import ManifestRef, MergeBase, OutputSpec, QLoRAJobSpec
 from qlora_trainer.errors import RunError
 from qlora_trainer.storage.credentials import load_secrets
@@ -33,8 +33,8 @@ REJECTED: Final = "rejected"
 """Folder of a result that its gate rejected."""
 REJECTED_RECORD: Final = f"{REJECTED}/rejected.json"
 """Manifest of a rejected result, written last as well."""
-MAX_MANIFEST_BYTES: Final = 16 * MIB
-"""Largest manifest that is read; one lists some twenty files, with about 200 bytes each."""
+_SHOWN_DIGITS: Final = 64
+"""Of a foreign digest in a message."""
 _SHOWN_CHARACTERS: Final = 1000
 """Of the errors in a manifest: somebody else's may have a hundred thousand."""
 _MAX_VERIFIED_BYTES: Final = GIB
@@ -148,7 +148,9 @@ def check_own(output: Store, manifest: ResultManifest, path: str, full_digest: s
     digest = path.partition("/")[0]
     job = output.root.rpartition("/")[2]
     if (manifest.digest, manifest.job) != (digest, job):
-        raise _not_own(output, path, f"it is of job {manifest.job[:63]!r} with digest {manifest.digest[:64]!r}")
+        raise _not_own(
+            output, path, f"it is of job {manifest.job[:63]!r} with digest {manifest.digest[:_SHOWN_DIGITS]!r}"
+        )
     if None not in {full_digest, manifest.full_digest} and manifest.full_digest != full_digest:
         raise _not_own(output, path, f"its full digest is {manifest.full_digest}, not {full_digest}")
     check_own_uris(output, manifest.result, path)
@@ -206,7 +208,7 @@ def _find(output: Store, digest: str, name: str, model: type[_Manifest]) -> _Man
         log.warning("%s/%s skipped, it is no manifest: %s", output.root, path, str(error)[:_SHOWN_CHARACTERS])
         return None
     if found.digest != digest:  # its files would be looked for, and replaced ones deleted, in another result
-        log.warning("%s/%s skipped, it is the manifest of %s", output.root, path, found.digest)
+        log.warning("%s/%s skipped, it is the manifest of %s", output.root, path, found.digest[:_SHOWN_DIGITS])
         return None
     return found
 

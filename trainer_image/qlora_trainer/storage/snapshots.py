@@ -1,18 +1,20 @@
 """Files of a model or dataset at one commit, from the Hub, its mirror, S3 or a folder."""
 
 import hashlib
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Protocol
 
+from qlora_api.foreign_files import read_object, read_start
+from qlora_api.model_config import MAX_TOKENIZER_CONFIG_BYTES
 from qlora_api.object_names import ObjectName
 from qlora_api.prepared import COMMIT
 from qlora_api.reasons import Reason
 from qlora_api.runconfig import Platform
 from qlora_api.units import MIB
+from qlora_api.untrusted_json import InvalidJsonError
 from qlora_trainer.errors import RunError
 from qlora_trainer.storage.credentials import Secrets
 from qlora_trainer.storage.huggingface_hub import Hub, RepoType
@@ -252,12 +254,12 @@ def _problem_of(name: str, path: Path) -> str | None:
     size = path.stat().st_size
     if size > MAX_TEXT_FILE_BYTES:
         return f"has {size:,} bytes, more than {MAX_TEXT_FILE_BYTES:,}; remove it, or use another model"
-    with path.open("rb") as stream:
-        if stream.read(len(LFS_POINTER)) == LFS_POINTER:
-            return "is a pointer of git-lfs; run `git lfs pull` where the model was cloned"
+    if read_start(path, len(LFS_POINTER)) == LFS_POINTER:
+        return "is a pointer of git-lfs; run `git lfs pull` where the model was cloned"
     if name not in _OBJECTS:
         return None
     try:
-        return None if isinstance(json.loads(path.read_bytes()), dict) else "is no JSON object; copy the model again"
-    except (ValueError, RecursionError) as error:
-        return f"is no JSON object ({error}); copy the model again"
+        read_object(path, MAX_TOKENIZER_CONFIG_BYTES)
+    except InvalidJsonError as error:
+        return f"is no JSON object ({error.__cause__ or error}); copy the model again"
+    return None

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Final, Protocol, TypeVar
 from urllib.parse import unquote
 
+from qlora_api.foreign_files import open_regular
 from qlora_api.names import CLAIM_SCHEME, CLAIMS_MOUNT, SecretRole
 from qlora_api.object_names import ObjectName
 from qlora_api.reasons import Reason
@@ -117,8 +118,8 @@ class Store(Protocol):
     def fingerprint(self, entry: Entry) -> str:
         """Return a value that changes with the content: the ETag in S3, the SHA-256 of a file."""
 
-    def read(self, path: str, max_bytes: int | None = None) -> bytes:
-        """Return the content of an object, or raise MissingObjectError, or ObjectTooLargeError above a limit."""
+    def read(self, path: str, max_bytes: int) -> bytes:
+        """Return the content of an object, or raise MissingObjectError, or ObjectTooLargeError above the limit."""
 
     def read_start(self, path: str, count: int) -> tuple[bytes, int]:
         """Return the first `count` bytes of an object, or all if it has fewer, and its size; or MissingObjectError."""
@@ -229,7 +230,7 @@ def sha256_of(source: Path | bytes) -> str:
     if isinstance(source, bytes):
         digest.update(source)
         return digest.hexdigest()
-    with source.open("rb") as stream:
+    with open_regular(source) as stream:
         while chunk := stream.read(_CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()

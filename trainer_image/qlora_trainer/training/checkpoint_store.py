@@ -12,7 +12,8 @@ from pydantic import AfterValidator, AwareDatetime
 from safetensors.torch import load_file, save_file
 
 from qlora_api.base import ApiModel, Sha256
-from qlora_api.report import StepRecord, ValidationRecord
+from qlora_api.foreign_files import read_file
+from qlora_api.report import MAX_MANIFEST_BYTES, StepRecord, ValidationRecord
 from qlora_api.tolerant_reader import ignore_unknown
 from qlora_api.units import KIB, MIB
 from qlora_api.v1alpha1 import Checkpoint
@@ -22,7 +23,6 @@ from qlora_trainer.observability.progress import DELIVERED
 from qlora_trainer.storage.listed_files import describe_files, download_listed
 from qlora_trainer.storage.results import (
     MANIFEST,
-    MAX_MANIFEST_BYTES,
 )
 from qlora_trainer.storage.store import Store, sha256_of
 from qlora_trainer.training.checkpoint_manifest import CheckpointId, CheckpointManifest, Digests, check_digest
@@ -306,7 +306,8 @@ class CheckpointStore:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             download_listed(self._output, path, manifest.files, folder)
-            record = ignore_unknown(CheckpointRecord, (folder / _RECORD).read_bytes(), f"{path}/{_RECORD}")
+            content = read_file(folder / _RECORD, self._max_record_bytes)
+            record = ignore_unknown(CheckpointRecord, content, f"{path}/{_RECORD}")
             check_fingerprint(record.course, self._fingerprint)
             check_steps(record.steps, checkpoint_id.step)
             optimizer: FlatState = {**record.optimizer, **load_file(folder / _OPTIMIZER)}
@@ -315,12 +316,16 @@ class CheckpointStore:
         history = History(record.steps, record.held_out)
         return TrainingState(history, weights, optimizer, record.scaler, best)
 
+    @property
+    def _max_record_bytes(self) -> int:
+        return _MAX_OPTIMIZER_BYTES + _MAX_STEP_BYTES * self._fingerprint.total_steps
+
     def _check_files(self, manifest: CheckpointManifest) -> None:
         """Raise ValueError unless the manifest lists the files of a checkpoint, each once, with a record to read."""
         sizes: dict[str, int] = {file.path: file.size for file in manifest.files}
         if sizes.keys() != _FILES or len(manifest.files) != len(_FILES):
             raise ValueError(f"its manifest lists {', '.join(sorted(sizes)[:8])} and not {', '.join(sorted(_FILES))}")
-        if sizes[_RECORD] > _MAX_OPTIMIZER_BYTES + _MAX_STEP_BYTES * self._fingerprint.total_steps:
+        if sizes[_RECORD] > self._max_record_bytes:
             raise ValueError(f"its {_RECORD} has {sizes[_RECORD]} bytes, too many for this run's steps")
 
     def _remove(self, name: str) -> None:

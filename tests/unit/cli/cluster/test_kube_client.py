@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from qlora_cli.cluster import kube_client
 from qlora_cli.cluster.client import AlreadyExistsError, ClusterError, NotFoundError, UnreachableError
 from qlora_cli.cluster.kube_client import KubeClient, connect
 from tests.make import REF, make_manifest
@@ -110,6 +111,17 @@ def test_log_is_read_line_by_line(cluster: KubeClient, server: Answers):
     server.body = "one\n\ntwo é\nno end"
     assert list(cluster.log("ml", "pod", {"follow": "true"})) == ["one", "", "two é", "no end"]
     assert server.asked == ["/api/v1/namespaces/ml/pods/pod/log?container=trainer&follow=true"]
+
+
+def test_log_line_without_an_end_is_read_in_parts(
+    cluster: KubeClient, server: Answers, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(kube_client, "MAX_LINE_BYTES", 100_000)
+    server.body = "x" * 500_000 + "\nend"
+    lines = list(cluster.log("ml", "pod", {}))
+    assert "".join(lines) == "x" * 500_000 + "end"
+    assert lines[-1] == "end"
+    assert max(map(len, lines)) < 200_000
 
 
 def test_create_is_strict_and_sets_field_manager(cluster: KubeClient, server: Answers):

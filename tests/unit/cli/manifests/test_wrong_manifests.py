@@ -132,7 +132,7 @@ WRONG = [
     (b"\x89PNG\x00\x01", "", "not UTF-8; save it as UTF-8, or give the manifest"),
     (b"PK\x03\x04\x00\x00", "", "is a binary file; give the manifest"),
     (JOB.encode("utf-16"), "", "is UTF-16, as PowerShell writes it; save it as UTF-8"),
-    (b"#" * (9 << 20), "", "has more than 8 MiB"),
+    (b"#" * (5 << 20), "", "has more than 4 MiB"),
     ("", "", "contains no QLoRAJob; write a manifest with qlora init"),
 ]  # fmt: skip
 

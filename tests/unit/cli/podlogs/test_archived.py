@@ -98,7 +98,7 @@ def test_logs_are_read_from_s3_with_the_keys_of_this_computer(monkeypatch: pytes
 
 
 def test_log_that_somebody_made_huge_is_not_read_into_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(archived, "MAX_READ_BYTES", 1000)
+    monkeypatch.setattr(archived, "MAX_LOG_BYTES", 1000)
     leave_log(tmp_path, "attempt-1-node-0-rank-0.jsonl", "x" * 2000)
     with pytest.raises(ClusterError, match=r"attempt-1-node-0-rank-0\.jsonl is larger than 1000 bytes; delete it"):
         archived.show_archived_logs(
