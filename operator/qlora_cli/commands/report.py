@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from qlora_api.escapes import escape_line
+from qlora_api.foreign_files import FileTooLargeError, read_file
 from qlora_api.names import output_root
 from qlora_api.report import ManifestFile
 from qlora_api.result import is_below
@@ -48,15 +49,15 @@ def report(  # noqa: PLR0913, PLR0917 (an option each)
         try:
             found = _locate(name, s3_endpoint, console, Connect(namespace, context, kubeconfig))
             if output is not OutputFormat.TABLE:
-                print_data(read_report_json(found.folder, s3_endpoint), output)
+                print_data(read_report_json(found, s3_endpoint), output)
                 return
             if found.folder.startswith("file://") and to is None:
                 page = _find_page(Path(to_display_path(found.folder)))
             else:
                 page = download_report(found.folder, to or Path(f"{found.name}-report"), s3_endpoint) / REPORT_PAGE
             if found.files:
-                check_listed(found.files, f"report/{REPORT_PAGE}", page.read_bytes())
-        except OutputError as error:
+                check_listed(found.files, f"report/{REPORT_PAGE}", read_file(page, MAX_REPORT_BYTES))
+        except (OutputError, FileTooLargeError) as error:
             exit_error_without_remedy(console, None, escape_line(str(error)))
     show_report(found.evaluation, page)
     if sys.stdout.isatty() if show is None else show:
@@ -112,10 +113,13 @@ def find_report(job: ClusterJob) -> str:
     return published.rpartition("/")[0]
 
 
-def read_report_json(folder: str, endpoint: str | None) -> object:
+def read_report_json(report: Report, endpoint: str | None) -> object:
     """Return the content of report.json."""
+    folder = report.folder
     with open_output_store(folder, endpoint) as files:
         content = files.read(REPORT_JSON, MAX_REPORT_BYTES)
+    if report.files:
+        check_listed(report.files, f"report/{REPORT_JSON}", content)
     try:
         return parse_object(content, MAX_REPORT_BYTES)
     except InvalidJsonError as error:

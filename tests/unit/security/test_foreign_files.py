@@ -31,7 +31,7 @@ from qlora_api.runconfig import PrepareConfig, RunConfig
 from qlora_api.tolerant_reader import ignore_unknown
 from qlora_api.units import GIB, MIB
 from qlora_api.v1alpha1 import ModelSpec
-from qlora_cli.commands.report import read_report_json
+from qlora_cli.commands.report import Report, read_report_json
 from qlora_cli.local import data_preview
 from qlora_cli.local.data_preview import PreviewError, preview_data
 from qlora_cli.local.output_store import OutputError
@@ -229,7 +229,7 @@ def test_record_of_a_preparation_that_is_too_large_is_not_read(tmp_path: Path, m
 def test_report_that_is_no_object_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "report.json").write_text(content)
     with pytest.raises(OutputError, match=r"report\.json is .*; give another result"):
-        read_report_json(tmp_path.as_uri(), None)
+        read_report_json(Report("bot", tmp_path.as_uri(), None), None)
 
 
 def write_rows(path: Path, rows: int, characters: int = 1) -> Path:

@@ -165,7 +165,7 @@ def test_report_is_downloaded_with_all_files(tmp_path: Path):
     for name in ("report.html", "report.json", "evaluation.jsonl"):
         (tmp_path / "there" / name).write_text('{"job": "support-bot"}')
     there = (tmp_path / "there").as_uri()
-    assert report.read_report_json(there, None) == {"job": "support-bot"}
+    assert report.read_report_json(report.Report("support-bot", there, None), None) == {"job": "support-bot"}
     here = report.download_report(there, tmp_path / "here", None)
     assert sorted(path.name for path in here.iterdir()) == ["evaluation.jsonl", "report.html", "report.json"]
 
