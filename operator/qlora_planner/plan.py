@@ -9,11 +9,12 @@ from qlora_api.prepared import Prepared
 from qlora_api.steps import steps_of_epochs, steps_per_epoch, total_steps
 from qlora_api.strategies import DDP, SINGLE, Distribution, StrategyName
 from qlora_api.v1alpha1 import DataStatus, Plan, QLoRAJobSpec, TrainingSpec
+from qlora_api.v1alpha1.status import MAX_PLAN_REASON
 from qlora_planner.explain import explain_sizing
 from qlora_planner.gpu_choice import GpuChoice, choose_gpus, explain_unusable
 from qlora_planner.gpu_inventory import GpuInventory, UnusableNodes
 from qlora_planner.memory.estimate import SequenceLengths, TrainingWorkload
-from qlora_planner.models.families import read_recorded_shape
+from qlora_planner.models.families import KNOWN_TYPES, read_recorded_shape
 from qlora_planner.models.shapes import UnknownModelError
 from qlora_planner.sizing import DoesNotFitError, Misfit, Sizing
 from qlora_planner.suggestions import describe_misfit
@@ -65,28 +66,37 @@ def make_plan(
         MismatchError: The spec asks for what the model does not have.
 
     """
-    if spec.resources.gpus_per_node and (sized := _size(spec, prepared, inventory, unusable)) is not None:
-        return _plan_of(*sized, prepared)
     if not spec.resources.gpus_per_node:
         return _default_plan(spec, prepared, "cpu")
+    try:
+        sized = _size(spec, prepared, inventory, unusable)
+    except UnknownModelError as error:
+        unsized: tuple[str, ...] = (_explain_unsized(error),)
+    else:
+        if sized is not None:
+            return _plan_of(*sized, prepared)
+        unsized = ()
     most = max(inventory, key=lambda pool: pool.count_pods(1), default=None)
     device = most.accelerator.device if most else usual_device(spec.resources.gpus_per_node)
-    return _default_plan(spec, prepared, device, unusable)
+    return _default_plan(spec, prepared, device, (*unsized, *explain_unusable(unusable)))
 
 
 def _size(
     spec: QLoRAJobSpec, prepared: Prepared, inventory: GpuInventory, unusable: Sequence[UnusableNodes]
 ) -> tuple[TrainingWorkload, GpuChoice] | None:
-    """Return the GPUs and the layout of a run; None if the model is unknown, or the inventory has too few GPUs."""
-    try:
-        shape = read_recorded_shape(prepared.model.config)
-        work = TrainingWorkload(spec, shape, sequence_lengths(prepared.dataset, spec.training))
-        choice = choose_gpus(work, inventory, unusable)
-    except UnknownModelError:
-        return None
+    """Return the GPUs and the layout of a run; None if the inventory has too few GPUs."""
+    shape = read_recorded_shape(prepared.model.config)
+    work = TrainingWorkload(spec, shape, sequence_lengths(prepared.dataset, spec.training))
+    choice = choose_gpus(work, inventory, unusable)
     if isinstance(choice, Misfit):
         raise DoesNotFitError(describe_misfit(work, inventory, choice))
     return None if choice is None else (work, choice)
+
+
+def _explain_unsized(error: UnknownModelError) -> str:
+    """Return the cause of a plan without an estimate, and not the fix, which is for a run that is not yet planned."""
+    cause = str(error).partition(";")[0].partition(KNOWN_TYPES)[0]
+    return f"peak memory is not estimated: {cause}"[:MAX_PLAN_REASON]
 
 
 def sequence_lengths(dataset: DataStatus, training: TrainingSpec) -> SequenceLengths:
@@ -134,10 +144,8 @@ def _explain_duration(work: TrainingWorkload, sizing: Sizing, steps: int) -> tup
     return explain_duration(allocation.pool.product, allocation.processes, weights, tokens, recomputed=recomputed)
 
 
-def _default_plan(
-    spec: QLoRAJobSpec, prepared: Prepared, device: DeviceName, unusable: Sequence[UnusableNodes] = ()
-) -> Plan:
-    """Choose by the default recipe, without an estimate of memory."""
+def _default_plan(spec: QLoRAJobSpec, prepared: Prepared, device: DeviceName, remarks: Sequence[str] = ()) -> Plan:
+    """Choose by the default recipe, without an estimate of memory; the remarks say why."""
     resources, training = spec.resources, spec.training
     strategy = choose_strategy(spec.distribution, resources.processes)
     rows = ceil(training.global_batch_size / resources.processes)
@@ -158,7 +166,7 @@ def _default_plan(
             micro_batch.reason,
             describe_accumulation(training.global_batch_size, rows, micro_batch.size, resources.processes),
             steps.reason,
-            *explain_unusable(unusable),
+            *remarks,
         ),
     )
 

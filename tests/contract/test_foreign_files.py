@@ -19,7 +19,6 @@ ALLOWED: Final = {
     "progress.py": "the mounted token",
     "render_limits.py": "/proc",
     "resource_limits.py": "/proc",
-    "usage.py": "the prices that a person names",
 }
 """Modules that read files otherwise, with the reason: nobody else writes these files."""
 _READING: Final = frozenset({"read_text", "read_bytes"})

@@ -620,6 +620,8 @@ FAMILIES: Final[Mapping[str, type[_Family]]] = {
     "falcon": _Falcon,
 }
 """By model_type; DeepSeek's dense models (deepseek-coder, deepseek-llm) and many others are llama."""
+KNOWN_TYPES: Final = " (known types: "
+"""What the list starts with in the message of a type that is not in it."""
 
 
 def read_shape(config: Mapping[str, Any]) -> ModelShape:
@@ -634,7 +636,7 @@ def read_shape(config: Mapping[str, Any]) -> ModelShape:
     if family is None:
         known = ", ".join(sorted(FAMILIES))
         raise UnknownModelError(
-            f"the size of a model of type '{kind}' is not known (known types: {known}); {SET_GPUS_EXPLICITLY}"
+            f"the size of a model of type '{kind}' is not known{KNOWN_TYPES}{known}); {SET_GPUS_EXPLICITLY}"
         )
     try:
         shape = family.model_validate(config).shape()
@@ -655,6 +657,8 @@ def read_shape(config: Mapping[str, Any]) -> ModelShape:
 def read_recorded_shape(config: str) -> ModelShape:
     """Return the shape from the config.json that prepare recorded, which is empty if it was too long."""
     try:
-        return read_shape(parse_object(config or "{}", MAX_CONFIG))
+        if not config:
+            raise UnknownModelError(f"the model's config.json was not recorded; {SET_GPUS_EXPLICITLY}")
+        return read_shape(parse_object(config, MAX_CONFIG))
     except InvalidJsonError as error:
         raise UnknownModelError(f"config.json: {error}; {SET_GPUS_EXPLICITLY}") from error

@@ -22,7 +22,7 @@ def plan_of(rows: int = 950, gpus: int = 0, **training: object) -> tuple[int, in
     plan = make_plan(
         make_spec(training=training, resources={"gpusPerNode": gpus}), prepared.model_copy(update={"dataset": dataset})
     )
-    assert len(plan.reasons) == 4
+    assert len(plan.reasons) == 4 + bool(gpus)  # of the prepared model no config.json was recorded
     assert plan.micro_batch_size * plan.gradient_accumulation == make_spec(training=training).training.global_batch_size
     return plan.micro_batch_size, plan.gradient_accumulation, plan.total_steps
 
@@ -129,23 +129,37 @@ def test_plan_is_sized_by_rows_model_and_gpus() -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "offer", "blocks"),
+    ("offer", "blocks"),
     [
-        pytest.param("llama-3.2-3b", (), GPU, id="no-gpu-is-known"),
-        pytest.param(None, (A10,), GPU, id="prepared-by-an-older-release"),
-        pytest.param("llama-3.2-3b", (A10,), {}, id="cpu"),
-        pytest.param(
-            "llama-3.2-3b", (GpuPool("NVIDIA-A10", 23_028 << 20, 1, 0),), GPU, id="fewer-nodes-than-asked-for"
-        ),
+        pytest.param((), GPU, id="no-gpu-is-known"),
+        pytest.param((A10,), {}, id="cpu"),
+        pytest.param((GpuPool("NVIDIA-A10", 23_028 << 20, 1, 0),), GPU, id="fewer-nodes-than-asked-for"),
     ],
 )
-def test_unsized_plan_follows_default_recipe(
-    model: str | None, offer: tuple[GpuPool, ...], blocks: dict[str, object]
-) -> None:
+def test_unsized_plan_follows_default_recipe(offer: tuple[GpuPool, ...], blocks: dict[str, object]) -> None:
     spec = make_spec(**blocks)
-    plan = make_plan(spec, prepared_for(model), offer)
-    assert plan == make_plan(spec, make_prepared())
+    plan = make_plan(spec, prepared_for("llama-3.2-3b"), offer)
+    assert plan == make_plan(spec, prepared_for("llama-3.2-3b"))
     assert plan.peak_bytes is None
+    assert not any("not estimated" in reason for reason in plan.reasons)
+
+
+@pytest.mark.parametrize(
+    ("config", "cause"),
+    [
+        pytest.param("", "the model's config.json was not recorded", id="older-release"),
+        pytest.param('{"model_type": "olmo"}', "the size of a model of type 'olmo' is not known", id="other-family"),
+        pytest.param('{"model_type": "llama", "hidden_size": "x"}', "config.json: hidden_size: ", id="no-number"),
+        pytest.param(f'{{"model_type": "{"x" * 2000}"}}', f"the size of a model of type '{'x' * 100}", id="long"),
+    ],
+)
+def test_plan_says_why_memory_is_not_estimated(config: str, cause: str) -> None:
+    prepared = make_prepared()
+    recorded = prepared.model_copy(update={"model": prepared.model.model_copy(update={"config": config})})
+    plan = make_plan(make_spec(**GPU), recorded, (A10,))
+    assert plan.peak_bytes is None
+    assert any(reason.startswith(f"peak memory is not estimated: {cause}") for reason in plan.reasons)
+    assert all(";" not in reason for reason in plan.reasons if "not estimated" in reason)
 
 
 def test_run_that_does_not_fit_raises() -> None:
